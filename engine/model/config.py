@@ -1,0 +1,149 @@
+"""ModelConfig: what a model is, in numbers. Frozen, hashable, checks itself; the known architectures by name."""
+
+import dataclasses
+from typing import Any, Literal
+
+from engine.errors import UserError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretched rotary frequencies (The Llama 3 Herd of Models, 2407.21783, section 3.4.1)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of the Llama family: RMSNorm, RoPE, grouped-query attention, SwiGLU.
+
+    With `qkv_bias` it is Qwen2's block, with `qk_norm` Qwen3's. `dtype` is what the products are computed in; weights in
+    training stay float32. `scan` and `remat` choose how the training program is laid out, never what it computes:
+    `scan` compiles one block and loops over it (compile time), `remat='block'` keeps only each block's input and
+    recomputes the rest in the backward pass (memory).
+
+    Raises UserError when the numbers do not describe a model.
+    """
+
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    ff: int
+    context: int
+    kv_heads: int = 0  # 0: as many as heads
+    head_dim: int = 0  # 0: width / heads
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    eps: float = 1e-5
+    tied: bool = False
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    scan: bool = False
+    remat: Literal["none", "block"] = "none"
+
+    def __post_init__(self) -> None:
+        if self.kv_heads == 0:
+            object.__setattr__(self, "kv_heads", self.heads)
+        if self.head_dim == 0:
+            if self.heads < 1 or self.width % self.heads:
+                raise UserError(
+                    f"ModelConfig: width {self.width} is not a multiple of heads {self.heads}; give head_dim, or another width."
+                )
+            object.__setattr__(self, "head_dim", self.width // self.heads)
+        for name in ("vocab", "width", "layers", "heads", "ff", "context", "kv_heads", "head_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"ModelConfig: {name} must be a whole number of at least 1, not {value!r}.")
+        if self.heads % self.kv_heads:
+            raise UserError(f"ModelConfig: {self.heads} query heads cannot share {self.kv_heads} key heads evenly.")
+        if self.head_dim % 2:
+            raise UserError(f"ModelConfig: head_dim {self.head_dim} is odd; RoPE turns pairs, so it must be even.")
+        if self.dtype not in ("bfloat16", "float32"):
+            raise UserError(f"ModelConfig: dtype must be 'bfloat16' or 'float32', not {self.dtype!r}.")
+        if self.remat not in ("none", "block"):
+            raise UserError(f"ModelConfig: remat must be 'none' or 'block', not {self.remat!r}.")
+
+    @property
+    def groups(self) -> int:
+        """G: query heads that share one key head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def qkv_width(self) -> int:
+        """Columns of the fused query, key and value matrix: (N + 2K) H, in that order."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict that `from_json` turns back into an equal config."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "ModelConfig":
+        """The config a `to_json` dict describes. Raises UserError naming a field this code does not know."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                raise UserError(f"ModelConfig has no field {name!r}.{nearest(name, known)}")
+        fields = dict(fields)
+        if fields.get("rope_scaling"):
+            fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+        return cls(**fields)
+
+    def same_architecture(self, other: "ModelConfig") -> list[str]:
+        """The fields in which two configs describe different weights; how they are computed does not count."""
+        how = {"dtype", "scan", "remat", "context"}
+        names = (field.name for field in dataclasses.fields(self) if field.name not in how)
+        return [name for name in names if getattr(self, name) != getattr(other, name)]
+
+
+_LLAMA3_ROPE = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
+
+# Sizes of published models are those of their own config.json files.
+PRESETS: dict[str, ModelConfig] = {
+    "tiny": ModelConfig(vocab=256, width=32, layers=2, heads=4, kv_heads=2, ff=88, context=64, qk_norm=True, tied=True),
+    "demo": ModelConfig(vocab=2048, width=256, layers=4, heads=4, ff=704, context=256, qk_norm=True),
+    "nano": ModelConfig(vocab=4096, width=384, layers=6, heads=6, ff=1024, context=256, qk_norm=True),
+    "gpt2-124m": ModelConfig(vocab=50304, width=768, layers=12, heads=12, ff=2048, context=1024, qk_norm=True, tied=True),
+    "smollm2-135m": ModelConfig(
+        vocab=49152, width=576, layers=30, heads=9, kv_heads=3, ff=1536, context=8192, rope_theta=100_000.0, tied=True
+    ),
+    "smollm2-360m": ModelConfig(
+        vocab=49152, width=960, layers=32, heads=15, kv_heads=5, ff=2560, context=8192, rope_theta=100_000.0, tied=True
+    ),
+    "smollm2-1.7b": ModelConfig(
+        vocab=49152, width=2048, layers=24, heads=32, ff=8192, context=8192, rope_theta=130_000.0, tied=True
+    ),
+    "tinyllama-1.1b": ModelConfig(vocab=32000, width=2048, layers=22, heads=32, kv_heads=4, ff=5632, context=2048),
+    "llama-2-7b": ModelConfig(vocab=32000, width=4096, layers=32, heads=32, ff=11008, context=4096),
+    "llama-3.2-1b": ModelConfig(
+        vocab=128256, width=2048, layers=16, heads=32, kv_heads=8, head_dim=64, ff=8192, context=131072,
+        rope_theta=500_000.0, rope_scaling=_LLAMA3_ROPE, tied=True,
+    ),
+    "llama-3.2-3b": ModelConfig(
+        vocab=128256, width=3072, layers=28, heads=24, kv_heads=8, head_dim=128, ff=8192, context=131072,
+        rope_theta=500_000.0, rope_scaling=_LLAMA3_ROPE, tied=True,
+    ),
+    "mistral-7b-v0.3": ModelConfig(
+        vocab=32768, width=4096, layers=32, heads=32, kv_heads=8, head_dim=128, ff=14336, context=32768, rope_theta=1e6
+    ),
+    "qwen2.5-0.5b": ModelConfig(
+        vocab=151936, width=896, layers=24, heads=14, kv_heads=2, ff=4864, context=32768, rope_theta=1e6, eps=1e-6,
+        tied=True, qkv_bias=True,
+    ),
+    "qwen3-0.6b": ModelConfig(
+        vocab=151936, width=1024, layers=28, heads=16, kv_heads=8, head_dim=128, ff=3072, context=40960, rope_theta=1e6,
+        eps=1e-6, tied=True, qk_norm=True,
+    ),
+}  # fmt: skip
+
+
+def preset(name: str) -> ModelConfig:
+    """The architecture called `name`. Raises UserError with the nearest known name."""
+    if name not in PRESETS:
+        raise UserError(f"There is no preset {name!r}.{nearest(name, list(PRESETS))} Known: {', '.join(PRESETS)}.")
+    return PRESETS[name]
