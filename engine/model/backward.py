@@ -1,0 +1,273 @@
+"""The same layers with their backward rules written by hand, in the shapes a CPU's matrix units can use.
+
+XLA on the CPU hands a product to its fast library only when the left operand lies in memory with the summed axis last.
+The transpose rule of `jax.grad` never yields that for a weight's gradient, and the fallback is ten times slower. So each
+rule here states the same formula with one small explicit transpose (`turned`), summed along the last axis. `layers.py`
+is the reference; tests hold the two together, values and gradients.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from engine.model import layers
+
+QUERY_BLOCK = 128  # queries a block of causal attention: keys after the block are never multiplied
+
+
+def turned(x: Array) -> Array:
+    """x (..., M, N) -> (..., N, M), really moved in memory.
+
+    Without the barrier XLA folds the transpose into a neighbouring product, without the layout it merely relabels the
+    axes; either way the next product falls back to the slow path.
+    """
+    x = jax.lax.optimization_barrier(x).swapaxes(-1, -2)
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x: Array, w: Array, dtype: jnp.dtype) -> Array:
+    """x (M, D), w (D, F) -> (M, F) in `dtype`; multiplied in x's dtype, summed in float32.
+
+    Backward: dx = g w^T and dw = x^T g. Of x and g the narrower one is turned, which is the cheaper copy.
+    """
+    return jnp.dot(x, w.astype(x.dtype), preferred_element_type=dtype)
+
+
+def _matmul_forward(x: Array, w: Array, dtype: jnp.dtype):
+    return matmul(x, w, dtype), (x, w)
+
+
+def _matmul_backward(dtype: jnp.dtype, kept, g: Array):
+    x, w = kept
+    g = g.astype(x.dtype)
+    dx = jnp.einsum("mf,df->md", g, w.astype(x.dtype), preferred_element_type=x.dtype)
+    if x.shape[1] <= g.shape[1]:
+        dw = jnp.dot(turned(x), g, preferred_element_type=jnp.float32)
+    else:
+        dw = turned(jnp.dot(turned(g), x, preferred_element_type=jnp.float32))
+    return dx, dw.astype(w.dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul_two(x: Array, w: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
+    """x (M, D), w (D, 2F) -> the product's left and right half, (M, F) each in `dtype`."""
+    one, two = jnp.split(w.astype(x.dtype), 2, axis=1)
+    return jnp.dot(x, one, preferred_element_type=dtype), jnp.dot(x, two, preferred_element_type=dtype)
+
+
+def _matmul_two_forward(x: Array, w: Array, dtype: jnp.dtype):
+    return matmul_two(x, w, dtype), (x, w)
+
+
+def _matmul_two_backward(dtype: jnp.dtype, kept, gs: tuple[Array, Array]):
+    x, w = kept
+    gs = [g.astype(x.dtype) for g in gs]
+    parts = zip(gs, jnp.split(w.astype(x.dtype), 2, axis=1))
+    dx = sum(jnp.einsum("mf,df->md", g, part, preferred_element_type=jnp.float32) for g, part in parts)
+    x_turned = turned(x)
+    dw = jnp.concatenate([jnp.dot(x_turned, g, preferred_element_type=jnp.float32) for g in gs], axis=1)
+    return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+matmul_two.defvjp(_matmul_two_forward, _matmul_two_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul_rows(x: Array, w: Array, dtype: jnp.dtype) -> Array:
+    """x (M, D), w (V, D) -> (M, V) in `dtype`: the same product with a weight stored the other way, as a tied head is."""
+    return jnp.einsum("md,vd->mv", x, w.astype(x.dtype), preferred_element_type=dtype)
+
+
+def _matmul_rows_forward(x: Array, w: Array, dtype: jnp.dtype):
+    return matmul_rows(x, w, dtype), (x, w)
+
+
+def _matmul_rows_backward(dtype: jnp.dtype, kept, g: Array):
+    x, w = kept
+    g = g.astype(x.dtype)
+    dx = jnp.dot(g, w.astype(x.dtype), preferred_element_type=x.dtype)
+    dw = turned(jnp.dot(turned(x), g, preferred_element_type=jnp.float32))
+    return dx, dw.astype(w.dtype)
+
+
+matmul_rows.defvjp(_matmul_rows_forward, _matmul_rows_backward)
+
+
+@jax.custom_vjp
+def lookup(embed: Array, tokens: Array) -> Array:
+    """embed (V, D), tokens (...) -> (..., D). Backward adds each row's gradient to its token's row, in float32."""
+    return embed[tokens]
+
+
+def _lookup_backward(kept, g: Array):
+    embed, tokens = kept
+    flat = g.reshape(-1, g.shape[-1]).astype(jnp.float32)
+    return jnp.zeros(embed.shape, jnp.float32).at[tokens.reshape(-1)].add(flat).astype(embed.dtype), None
+
+
+lookup.defvjp(lambda embed, tokens: (embed[tokens], (embed, tokens)), _lookup_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def unit_norm(x: Array, eps: float, dtype: jnp.dtype) -> Array:
+    """As `layers.unit_norm`. With y = x / rms(x): dx = (g - y mean(g y)) / rms(x)."""
+    return layers.unit_norm(x, eps, dtype)
+
+
+def _unit_norm_forward(x: Array, eps: float, dtype: jnp.dtype):
+    return layers.unit_norm(x, eps, dtype), x
+
+
+def _unit_norm_backward(eps: float, dtype: jnp.dtype, x: Array, g: Array):
+    x32, g = x.astype(jnp.float32), g.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    inner = jnp.mean(g * x32, axis=-1, keepdims=True) * inverse**2
+    return (((g - x32 * inner) * inverse).astype(x.dtype),)
+
+
+unit_norm.defvjp(_unit_norm_forward, _unit_norm_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def swiglu(gate: Array, up: Array, dtype: jnp.dtype) -> Array:
+    """As `layers.swiglu`. With s = sigmoid(gate): dgate = g up s (1 + gate (1 - s)), dup = g gate s."""
+    return layers.swiglu(gate, up, dtype)
+
+
+def _swiglu_forward(gate: Array, up: Array, dtype: jnp.dtype):
+    return layers.swiglu(gate, up, dtype), (gate, up)
+
+
+def _swiglu_backward(dtype: jnp.dtype, kept, g: Array):
+    gate, up = (a.astype(jnp.float32) for a in kept)
+    g = g.astype(jnp.float32)
+    s = jax.nn.sigmoid(gate)
+    dgate = g * up * s * (1 + gate * (1 - s))
+    return dgate.astype(kept[0].dtype), (g * gate * s).astype(kept[1].dtype)
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+def _swap_halves(x: Array) -> Array:
+    """(..., H) with its halves exchanged, written as a reversal because that stays inside an elementwise loop."""
+    pairs = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
+    return jnp.flip(pairs, axis=-2).reshape(x.shape)
+
+
+def _whole_tables(cos: Array, sin: Array) -> tuple[Array, Array]:
+    """(B, T, H / 2) -> (B, T, 1, H): cosines twice, sines with the sign each half takes."""
+    return jnp.concatenate([cos, cos], -1)[:, :, None], jnp.concatenate([-sin, sin], -1)[:, :, None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def rope(x: Array, gain: Array, cos: Array, sin: Array, dtype: jnp.dtype) -> Array:
+    """As `layers.rope`. A rotation's backward is the rotation the other way; positions get no gradient."""
+    cos, sin = _whole_tables(cos, sin)
+    x = x.astype(jnp.float32) * gain
+    return (x * cos + _swap_halves(x) * sin).astype(dtype)
+
+
+def _rope_forward(x: Array, gain: Array, cos: Array, sin: Array, dtype: jnp.dtype):
+    return rope(x, gain, cos, sin, dtype), (x, gain, cos, sin)
+
+
+def _rope_backward(dtype: jnp.dtype, kept, g: Array):
+    x, gain, cos, sin = kept
+    cos, sin = _whole_tables(cos, sin)
+    g = g.astype(jnp.float32)
+    back = g * cos - _swap_halves(g) * sin
+    dgain = jnp.sum(x.astype(jnp.float32) * back, axis=(0, 1, 2))
+    return (back * gain).astype(x.dtype), dgain.astype(gain.dtype), None, None
+
+
+rope.defvjp(_rope_forward, _rope_backward)
+
+
+@jax.custom_vjp
+def causal_attention(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
+    """q (B, T, N, H) scaled by H ** -0.5, k and v (B, T, K, H), segments (B, T) or None -> (B, T, N * H).
+
+    As `layers.attention` under `layers.causal_mask`, in blocks of queries, each against the keys up to its own end.
+    All scores stand key-major (S, T): then every product of both passes reads its operands along the last axis, and
+    only arrays of head width are ever turned. Kept for backward: the softmax weights, B N T T / 2 numbers.
+    """
+    return _causal_attention_forward(q, k, v, segments)[0]
+
+
+def _by_key_head(x: Array, K: int) -> Array:
+    """(B, T, N, H) -> (B, K, G, T, H)."""
+    B, T, N, H = x.shape
+    return x.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+
+
+def _blocks(T: int) -> list[tuple[int, int]]:
+    size = QUERY_BLOCK if T % QUERY_BLOCK == 0 else T
+    return [(start, start + size) for start in range(0, T, size)]
+
+
+def _rows(x: Array, start: int, end: int) -> Array:
+    """Queries start..end of x (B, K, G, T, H), heads of a group side by side: (B, K, G * block, H)."""
+    B, K, G, _, H = x.shape
+    return x[:, :, :, start:end].reshape(B, K, G * (end - start), H)
+
+
+def _may_look(start: int, end: int, G: int, segments: Array | None) -> Array:
+    """(1 or B, 1, S=end, G * block): the causal mask of one block, key-major."""
+    mask = jnp.arange(end)[:, None] <= jnp.arange(start, end)[None]
+    if segments is None:
+        return jnp.tile(mask, (1, G))[None, None]
+    same = segments[:, :end, None] == segments[:, None, start:end]
+    return jnp.tile(mask[None] & same, (1, 1, G))[:, None]
+
+
+def _causal_attention_forward(q: Array, k: Array, v: Array, segments: Array | None):
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    q, k, v = _by_key_head(q, K), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    v_turned = turned(v)
+    weights, out = [], []
+    for start, end in _blocks(T):
+        scores = jnp.einsum("bksh,bkrh->bksr", k[:, :, :end], _rows(q, start, end), preferred_element_type=jnp.float32)
+        mask = _may_look(start, end, N // K, segments)
+        p = jax.nn.softmax(jnp.where(mask, scores, layers.NEVER), axis=-2).astype(v.dtype)
+        o = jnp.einsum("bkhs,bksr->bkhr", v_turned[..., :end], p, preferred_element_type=v.dtype)
+        weights.append(p)
+        out.append(o.reshape(B, K, H, N // K, end - start))
+    o = turned(jnp.concatenate(out, axis=-1).transpose(0, 1, 3, 2, 4))  # (B, K, G, T, H)
+    return o.transpose(0, 3, 1, 2, 4).reshape(B, T, N * H), (q, k, v, segments, weights, o)
+
+
+def _causal_attention_backward(kept, g: Array):
+    """With P the weights and o = P v: dv = P^T g, dP = g v^T, dS = P (dP - sum(o g)), dq = dS k, dk = dS^T q."""
+    q, k, v, segments, weights, o = kept
+    B, K, G, T, H = q.shape
+    g = _by_key_head(g.reshape(B, T, K * G, H), K)
+    delta = jnp.sum(o.astype(jnp.float32) * g.astype(jnp.float32), axis=-1)  # (B, K, G, T)
+    k_turned = turned(k)
+    dq, dk, dv = [], None, None
+    for p, (start, end) in zip(weights, _blocks(T)):
+        g_rows = _rows(g, start, end)
+        dp = jnp.einsum("bksh,bkrh->bksr", v[:, :, :end], g_rows, preferred_element_type=jnp.float32)
+        ds = p.astype(jnp.float32) * (dp - delta[..., start:end].reshape(B, K, 1, -1))
+        ds = ds.astype(p.dtype)
+        dq_block = jnp.einsum("bkhs,bksr->bkhr", k_turned[..., :end], ds, preferred_element_type=q.dtype)
+        dq.append(dq_block.reshape(B, K, H, G, end - start))
+        dk_block = jnp.einsum("bksr,bkrh->bksh", ds, _rows(q, start, end), preferred_element_type=jnp.float32)
+        dv_block = jnp.einsum("bksr,bkrh->bksh", p, g_rows, preferred_element_type=jnp.float32)
+        rest = ((0, 0), (0, 0), (0, T - end), (0, 0))
+        dk = jnp.pad(dk_block, rest) if dk is None else dk + jnp.pad(dk_block, rest)
+        dv = jnp.pad(dv_block, rest) if dv is None else dv + jnp.pad(dv_block, rest)
+    dq = turned(jnp.concatenate(dq, axis=-1).transpose(0, 1, 3, 2, 4))
+    dq = dq.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
+    return dq, dk.astype(k.dtype).transpose(0, 2, 1, 3), dv.astype(v.dtype).transpose(0, 2, 1, 3), None
+
+
+causal_attention.defvjp(_causal_attention_forward, _causal_attention_backward)

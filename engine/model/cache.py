@@ -1,0 +1,38 @@
+"""KVCache: what a request has been read as so far. An argument and a result of the forward pass, never hidden state."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from engine.model.config import ModelConfig
+
+
+class KVCache(NamedTuple):
+    """k and v: one array (B, K, S, H) for each of the L layers; length (B,) int32, the tokens each row holds.
+
+    What lies at or beyond a row's length is stale and is never read.
+    """
+
+    k: tuple[Array, ...]
+    v: tuple[Array, ...]
+    length: Array
+
+    @property
+    def capacity(self) -> int:
+        """S: tokens a row can hold."""
+        return self.k[0].shape[2]
+
+
+def make_cache(cfg: ModelConfig, batch: int, capacity: int) -> KVCache:
+    """An empty cache for `batch` rows of up to `capacity` tokens each, in the compute dtype."""
+    shape = (batch, cfg.kv_heads, capacity, cfg.head_dim)
+    empty = lambda: tuple(jnp.zeros(shape, jnp.dtype(cfg.dtype)) for _ in range(cfg.layers))  # noqa: E731
+    return KVCache(empty(), empty(), jnp.zeros((batch,), jnp.int32))
+
+
+def write(cached: Array, new: Array, start: Array) -> Array:
+    """cached (B, K, S, H) with new (B, K, T, H) written at start (B,), row by row."""
+    place = lambda row, value, at: jax.lax.dynamic_update_slice(row, value, (0, at, 0))  # noqa: E731
+    return jax.vmap(place)(cached, new.astype(cached.dtype), start)

@@ -1,0 +1,178 @@
+"""The transformer: (params, tokens) -> logits, the one function that training and inference share.
+
+Flax Linen is used as a thin shell: a module names and shapes its parameters, `apply` is a pure function of them. This
+is the only file that imports flax.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from engine.model import backward, layers
+from engine.model.backend import on_cpu
+from engine.model.cache import KVCache, write
+from engine.model.config import ModelConfig
+from engine.model.leaves import lookup, project, project_two, unembed
+from engine.model.paths import stack
+
+Params = dict[str, Any]
+
+EMBED_STD = 0.02
+Rotary = tuple[Array, Array]
+Cached = tuple[Array, Array, Array]  # one layer's k and v (B, K, S, H), and each row's length (B,)
+
+
+def shaped() -> ModuleType:
+    """The layers to use here: shaped by hand for a CPU, as on paper elsewhere."""
+    return backward if on_cpu() else layers
+
+
+class Block(nn.Module):
+    """x (B, T, D) float32 -> (B, T, D) float32: attention, then SwiGLU, each added to the residual stream."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Array, rotary: Rotary, segments: Array | None, cached: Cached | None):
+        cfg, math, dtype = self.cfg, shaped(), jnp.dtype(self.cfg.dtype)
+        with jax.named_scope("attention"):
+            h = math.unit_norm(x, cfg.eps, dtype)
+            mixed, cached = self.attention(h, self.gain("attn_norm", cfg.width), rotary, segments, cached)
+            x = x + project(mixed, self.weight("out", cfg.heads * cfg.head_dim, cfg.width, scale=0.0), jnp.float32)
+        with jax.named_scope("mlp"):
+            h = math.unit_norm(x, cfg.eps, dtype)
+            gate_up = self.weight("gate_up", cfg.width, 2 * cfg.ff)
+            gate, up = project_two(h, gate_up, dtype, self.gain("mlp_norm", cfg.width))
+            hidden = math.swiglu(gate, up, dtype)
+            x = x + project(hidden, self.weight("down", cfg.ff, cfg.width, scale=0.0), jnp.float32)
+        return x, cached
+
+    def attention(self, h: Array, gain: Array, rotary: Rotary, segments: Array | None, cached: Cached | None):
+        """h (B, T, D), its norm's gain (D,) -> (B, T, N * H), and the layer's cache with this call's keys and values."""
+        cfg, math, dtype = self.cfg, shaped(), jnp.dtype(self.cfg.dtype)
+        B, T, _ = h.shape
+        qkv = project(h, self.weight("qkv", cfg.width, cfg.qkv_width), dtype, gain)
+        if cfg.qkv_bias:
+            qkv = qkv + self.param("qkv_bias", nn.initializers.zeros, (cfg.qkv_width,)).astype(dtype)
+        qkv = qkv.reshape(B, T, cfg.heads + 2 * cfg.kv_heads, cfg.head_dim)
+        q, k, v = jnp.split(qkv, [cfg.heads, cfg.heads + cfg.kv_heads], axis=2)
+        q_gain = k_gain = jnp.ones((cfg.head_dim,))
+        if cfg.qk_norm:
+            q, k = math.unit_norm(q, cfg.eps, dtype), math.unit_norm(k, cfg.eps, dtype)
+            q_gain, k_gain = self.gain("q_norm", cfg.head_dim), self.gain("k_norm", cfg.head_dim)
+        q = math.rope(q, q_gain.astype(jnp.float32) * cfg.head_dim**-0.5, *rotary, dtype)
+        k = math.rope(k, k_gain.astype(jnp.float32), *rotary, dtype)
+        if cached is not None:
+            return self.cached_attention(q, k, v, cached)
+        if on_cpu():
+            return backward.causal_attention(q, k, v, segments), None
+        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+        return layers.attention(q, k, v, layers.causal_mask(T, segments)), None
+
+    def cached_attention(self, q: Array, k: Array, v: Array, cached: Cached):
+        """Writes this call's keys and values behind each row's length and attends over what the row then holds."""
+        keys, values, length = cached
+        keys = write(keys, k.transpose(0, 2, 1, 3), length)
+        values = write(values, v.transpose(0, 2, 1, 3), length)
+        last = length[:, None] + jnp.arange(q.shape[1])  # (B, T): the cache index of each query's own key
+        mask = jnp.arange(keys.shape[2]) <= last[:, :, None]
+        return layers.attention(q, keys, values, mask), (keys, values, length)
+
+    def gain(self, name: str, size: int) -> Array:
+        return self.param(name, nn.initializers.ones, (size,))
+
+    def weight(self, name: str, rows: int, columns: int, scale: float = 1.0) -> Any:
+        """(rows, columns), normal with variance 1 / rows; `scale` 0 for what a block adds, so it starts as identity."""
+        return self.param(name, nn.initializers.normal(scale * rows**-0.5), (rows, columns))
+
+
+class Blocks(nn.Module):
+    """All L blocks in turn, named '0' to 'L - 1'."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Array, rotary: Rotary, segments: Array | None, cache: KVCache | None):
+        cfg = self.cfg
+        if cache is not None:
+            # Unrolled, one array a layer: a scan over a stacked cache copies it whole at every step.
+            k, v = [], []
+            for i in range(cfg.layers):
+                cached = (cache.k[i], cache.v[i], cache.length)
+                x, cached = Block(cfg, name=str(i))(x, rotary, segments, cached)
+                k.append(cached[0])
+                v.append(cached[1])
+            return x, KVCache(tuple(k), tuple(v), cache.length)
+
+        def run(params, x):
+            return Block(cfg, parent=None).apply({"params": params}, x, rotary, segments, None)[0]
+
+        if self.is_initializing():
+            for i in range(cfg.layers):
+                x, _ = Block(cfg, name=str(i))(x, rotary, segments, None)
+            return x, None
+        if cfg.remat == "block":
+            run = jax.checkpoint(run)
+        params = [self.variables["params"][str(i)] for i in range(cfg.layers)]
+        if cfg.scan:
+            return jax.lax.scan(lambda x, block: (run(block, x), None), x, stack(params))[0], None
+        for block in params:
+            x = run(block, x)
+        return x, None
+
+
+class Transformer(nn.Module):
+    """tokens, positions (B, T) int32 -> logits (B, T, V) float32 (or what the head would read), and the cache."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens, positions, segments=None, cache=None, head: bool = True):
+        cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+        embed = self.param("embed", nn.initializers.normal(EMBED_STD), (cfg.vocab, cfg.width))
+        with jax.named_scope("embed"):
+            x = lookup(embed, tokens)
+        x, cache = Blocks(cfg, name="blocks")(x, layers.rope_tables(cfg, positions), segments, cache)
+        gain = self.param("norm", nn.initializers.ones, (cfg.width,))
+        x = shaped().unit_norm(x, cfg.eps, dtype)
+        if not cfg.tied:
+            weight = self.param("head", nn.initializers.zeros, (cfg.width, cfg.vocab))
+        if not head:
+            return x, cache
+        with jax.named_scope("head"):
+            logits = unembed(x, embed, jnp.float32, gain) if cfg.tied else project(x, weight, jnp.float32, gain)
+        return logits, cache
+
+
+def init_params(cfg: ModelConfig, key: Array) -> Params:
+    """Random float32 weights: each block starts as identity and an untied head at zero, so the first loss is ln V."""
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    return Transformer(cfg).init(key, tokens, tokens)["params"]
+
+
+def forward(
+    cfg: ModelConfig, params: Params, tokens: Array, positions: Array, cache: KVCache | None = None,
+    segments: Array | None = None,
+) -> tuple[Array, KVCache | None]:
+    """tokens, positions (B, T) int32 -> logits (B, T, V) float32 and the cache with these T tokens' keys and values.
+
+    Without a cache, token t sees tokens 0..t of its own row (and segment). With one, it also sees what the cache holds;
+    `cache.length` is returned as it came, for the caller knows how many of the T tokens were real.
+    """  # fmt: skip
+    return Transformer(cfg).apply({"params": params}, tokens, positions, segments, cache)
+
+
+def hidden_states(cfg: ModelConfig, params: Params, tokens: Array, positions: Array, segments: Array | None = None):
+    """tokens, positions (B, T) -> (B, T, D) in the compute dtype: what the head multiplies, for losses in chunks."""
+    return Transformer(cfg).apply({"params": params}, tokens, positions, segments, None, head=False)[0]
+
+
+def logits_of(cfg: ModelConfig, params: Params, hidden: Array) -> Array:
+    """hidden (..., D) -> logits (..., V) float32: the head alone, tied or not."""
+    if cfg.tied:
+        return unembed(hidden, params["embed"], jnp.float32, params["norm"])
+    return project(hidden, params["head"], jnp.float32, params["norm"])
