@@ -1,0 +1,1 @@
+"""Forward only: no gradient, no optimizer, no weight changed, no request remembered. May not import training."""

@@ -1,0 +1,155 @@
+"""Prefill and decode: prompts in by chunks of one shape, tokens out several steps a dispatch, weights only ever read.
+
+Three compiled programs serve every request: one for a chunk of prompts, one for a few steps of decoding, one to draw the
+first token. Their shapes depend on the number of rows, the capacity and the vocabulary, never on what is asked, so
+nothing is compiled while text is being generated. They donate the cache, which is the request's own, and no parameter.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from engine.errors import UserError
+from engine.inference.sample import Sampling, sample
+from engine.model.cache import KVCache, make_cache
+from engine.model.config import ModelConfig
+from engine.model.transformer import Params, forward
+
+CHUNK = 64  # prompt tokens a prefill call; every prompt is padded to a multiple
+STEPS = 8  # tokens a decode call: one dispatch and one read-back for this many steps
+MIN_ROWS = 2  # a product with a single row takes a different and slower path on a CPU
+
+
+def for_inference(cfg: ModelConfig, params: Params) -> Params:
+    """Weights in the compute dtype, once: matrices and embeddings are cast, gains and biases stay float32."""
+    return jax.tree.map(lambda leaf: leaf.astype(cfg.dtype) if leaf.ndim >= 2 else leaf, params)
+
+
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="cache")
+def prefill(cfg: ModelConfig, params: Params, tokens: Array, lengths: Array, cache: KVCache) -> tuple[Array, KVCache]:
+    """tokens (B, T) int32, of which the first lengths (B,) of each row are real -> logits (B, V) float32, cache.
+
+    The logits follow each row's last real token. T tokens are written behind each row's length, which then grows by
+    `lengths`; a row must have room for T. A row of length 0 is left as it was and its logits mean nothing.
+    """
+    positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
+    logits, cache = forward(cfg, params, tokens, positions, cache)
+    last = jnp.maximum(lengths - 1, 0)[:, None, None]
+    return jnp.take_along_axis(logits, last, axis=1)[:, 0], cache._replace(length=cache.length + lengths)
+
+
+def _decode_step(cfg: ModelConfig, params: Params, token: Array, cache: KVCache) -> tuple[Array, KVCache]:
+    logits, cache = forward(cfg, params, token[:, None], cache.length[:, None], cache)
+    return logits[:, 0], cache._replace(length=cache.length + 1)
+
+
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="cache")
+def decode_step(cfg: ModelConfig, params: Params, token: Array, cache: KVCache) -> tuple[Array, KVCache]:
+    """token (B,) int32 -> logits (B, V) float32 of the token after it, and the cache with it written."""
+    return _decode_step(cfg, params, token, cache)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "steps"), donate_argnames="cache")
+def decode_steps(
+    cfg: ModelConfig, params: Params, token: Array, cache: KVCache, sampling: Sampling, steps: int = STEPS
+) -> tuple[Array, KVCache]:
+    """token (B,) int32 -> the `steps` tokens that follow it, (B, steps) int32, and the cache with token and all but the last.
+
+    Each token is drawn from the logits of the one before; row by row that equals `decode_step` and `sample` in turn.
+    """
+
+    def step(carry: tuple[Array, KVCache], _: None) -> tuple[tuple[Array, KVCache], Array]:
+        token, cache = carry
+        logits, cache = _decode_step(cfg, params, token, cache)
+        token = sample(logits, cache.length, sampling)
+        return (token, cache), token
+
+    (_, cache), tokens = jax.lax.scan(step, (token, cache), length=steps)
+    return tokens.T, cache
+
+
+_sample = jax.jit(sample)
+
+
+class Generated(NamedTuple):
+    """New tokens of one prompt: `index` of the prompt, `tokens` in order, `finished` None, 'stop' or 'length'."""
+
+    index: int
+    tokens: list[int]
+    finished: str | None
+
+
+def generate(
+    cfg: ModelConfig,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    max_tokens: int,
+    end: int | None = None,
+    capacity: int | None = None,
+) -> Iterator[Generated]:
+    """Continues each prompt, yielding tokens as they come: after the prefill one, then up to STEPS at a time.
+
+    `params` are read as given: pass them through `for_inference` first. `sampling` has one row a prompt. A prompt ends
+    with 'stop' when it draws `end` (which is not yielded), else with 'length' at `max_tokens` or when `capacity` tokens
+    (by default the model's context) are full. Raises UserError for an empty prompt, one that leaves no room, or a token
+    outside the vocabulary.
+    """
+    capacity = cfg.context if capacity is None else capacity
+    for index, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < capacity:
+            raise UserError(
+                f"Prompt {index} has {len(prompt)} tokens; from 1 to {capacity - 1} fit a context of {capacity}. "
+                "Give a shorter prompt, or a model with a longer context."
+            )
+        if not 0 <= min(prompt) <= max(prompt) < cfg.vocab:
+            raise UserError(f"Prompt {index} holds a token outside the vocabulary of {cfg.vocab}.")
+    rows = max(len(prompts), MIN_ROWS)
+    padded = [list(prompt) for prompt in prompts] + [[0]] * (rows - len(prompts))
+    sampling = Sampling(*(jnp.concatenate([field, field[:1].repeat(rows - len(prompts))]) for field in sampling))
+
+    # Room for a last chunk's padding and a last dispatch's surplus: what lies there is never read.
+    cache = make_cache(cfg, rows, -(-capacity // CHUNK) * CHUNK + CHUNK)
+    logits, cache = _prefill_all(cfg, params, padded, cache)
+    token = _sample(logits, cache.length, sampling)
+
+    counts = [0] * len(prompts)
+    running = set(range(len(prompts)))
+    room = [min(max_tokens, capacity - len(prompt)) for prompt in prompts]
+    fresh = np.asarray(token)[:, None]
+    while running:
+        for index in sorted(running):
+            new, finished = _take(fresh[index].tolist(), room[index] - counts[index], end)
+            counts[index] += len(new)
+            if finished:
+                running.discard(index)
+            if new or finished:
+                yield Generated(index, new, finished)
+        if running:
+            tokens, cache = decode_steps(cfg, params, token, cache, sampling)
+            token, fresh = tokens[:, -1], np.asarray(tokens)
+
+
+def _prefill_all(cfg: ModelConfig, params: Params, prompts: list[list[int]], cache: KVCache) -> tuple[Array, KVCache]:
+    """All prompts, CHUNK tokens at a time; the logits after each prompt's own last token."""
+    after = None
+    for start in range(0, max(map(len, prompts)), CHUNK):
+        pieces = [prompt[start : start + CHUNK] for prompt in prompts]
+        lengths = np.array([len(piece) for piece in pieces], np.int32)
+        tokens = np.array([piece + [0] * (CHUNK - len(piece)) for piece in pieces], np.int32)
+        logits, cache = prefill(cfg, params, tokens, lengths, cache)
+        after = logits if after is None else jnp.where((lengths > 0)[:, None], logits, after)
+    return after, cache
+
+
+def _take(tokens: list[int], room: int, end: int | None) -> tuple[list[int], str | None]:
+    """Of newly drawn tokens those that count, and why the row is finished if it is."""
+    if end is not None and end in tokens[:room]:
+        return tokens[: tokens.index(end)], "stop"
+    return tokens[:room], "length" if len(tokens) >= room else None

@@ -1,0 +1,77 @@
+"""Next-token cross-entropy in float32, over all logits at once or in chunks of the vocabulary."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from engine.model.config import ModelConfig
+from engine.model.transformer import Params, forward, hidden_states
+from engine.text.batch import Batch
+
+LOGITS_LIMIT = 512 * 2**20  # bytes of float32 logits beyond which they are made chunk by chunk
+CHUNK = 4096  # columns of the vocabulary a chunk
+
+
+def token_losses(logits: Array, targets: Array) -> Array:
+    """logits (..., V), targets (...) int32 -> (...) float32 nats: log sum exp(logits) - logits[target]."""
+    logits = logits.astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def next_token_loss(logits: Array, targets: Array, mask: Array) -> tuple[Array, dict[str, Array]]:
+    """logits (B, T, V), targets (B, T) int32, mask (B, T) bool -> mean nats over masked-in targets, and what it is of.
+
+    Targets where mask is False do not matter, to the bit. metrics: `tokens` counted and `correct` of them by argmax.
+    """
+    losses = jnp.where(mask, token_losses(logits, jnp.where(mask, targets, 0)), 0.0)
+    count = jnp.maximum(mask.sum(), 1)
+    correct = (mask & (logits.argmax(-1) == targets)).sum()
+    return losses.sum() / count, {"tokens": mask.sum(), "correct": correct}
+
+
+def summed_loss(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
+    """The batch's summed nats over masked-in targets: forward pass and loss, in chunks when logits would not fit."""
+    B, T = batch.tokens.shape
+    targets = jnp.where(batch.mask, batch.targets, 0)
+    if 4 * B * T * cfg.vocab <= LOGITS_LIMIT:
+        logits, _ = forward(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
+        losses = token_losses(logits, targets)
+    else:
+        hidden = hidden_states(cfg, params, batch.tokens, batch.positions, batch.segments)
+        losses = chunked_losses(cfg, params, hidden, targets, CHUNK)
+    return jnp.where(batch.mask, losses, 0.0).sum()
+
+
+def chunked_losses(cfg: ModelConfig, params: Params, hidden: Array, targets: Array, chunk: int) -> Array:
+    """hidden (B, T, D), targets (B, T) -> (B, T) nats, holding only (B, T, chunk) logits at a time, both ways.
+
+    A running maximum and sum of exponentials give the log-sum-exp (Milakov & Gimelshein 2018, algorithm 3); the
+    backward pass makes each chunk's logits again.
+    """
+    B, T, D = hidden.shape
+    hidden, targets = hidden.reshape(-1, D), targets.reshape(-1)
+    columns = params["embed"].T if cfg.tied else params["head"]
+    columns = columns * params["norm"][:, None]
+    count = -(-cfg.vocab // chunk)
+    columns = jnp.pad(columns, ((0, 0), (0, count * chunk - cfg.vocab)))
+    chunks = columns.reshape(D, count, chunk).transpose(1, 0, 2).astype(hidden.dtype)
+
+    def add_chunk(carry: Any, part: tuple[Array, Array]) -> tuple[Any, None]:
+        highest, total, picked = carry
+        weight, start = part
+        logits = jnp.dot(hidden, weight).astype(jnp.float32)
+        logits = jnp.where(start + jnp.arange(chunk) < cfg.vocab, logits, -jnp.inf)
+        new_highest = jnp.maximum(highest, logits.max(-1))
+        total = total * jnp.exp(highest - new_highest) + jnp.exp(logits - new_highest[:, None]).sum(-1)
+        at = targets - start
+        here = (at >= 0) & (at < chunk)
+        found = jnp.take_along_axis(logits, jnp.clip(at, 0, chunk - 1)[:, None], axis=-1)[:, 0]
+        return (new_highest, total, jnp.where(here, found, picked)), None
+
+    rows = hidden.shape[0]
+    start = (jnp.full(rows, -1e30), jnp.zeros(rows), jnp.zeros(rows))
+    (highest, total, picked), _ = jax.lax.scan(jax.checkpoint(add_chunk), start, (chunks, jnp.arange(count) * chunk))
+    return (highest + jnp.log(total) - picked).reshape(B, T)

@@ -1,0 +1,44 @@
+"""Muon's step: momentum turned into the nearest orthogonal matrix (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+The iteration and its coefficients are optax's (`optax.contrib.muon`), and a test holds the two together. It is written
+out here because optax runs it in float32 on operands as they lie, which on a CPU costs more than the step it improves:
+here it runs in the compute dtype, on wide matrices only, so that each product reads its operands along the last axis.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from engine.model.backward import turned
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+STEPS = 5
+
+
+def orthogonalize(dtype: jnp.dtype = jnp.bfloat16) -> optax.GradientTransformation:
+    """Replaces each matrix (in, out) by U V^T of its singular value decomposition, times sqrt(max(1, out / in))."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return jax.tree.map(lambda u: orthogonal(u, dtype), updates), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def orthogonal(matrix: Array, dtype: jnp.dtype) -> Array:
+    """matrix (in, out) float32 -> about its nearest orthogonal matrix, singular values within 0.7 to 1.2, float32.
+
+    Five Newton-Schulz steps x <- a x + (b A + c A A) x with A = x x^T, all in `dtype`.
+    """
+    rows, columns = matrix.shape
+    x = (matrix / (jnp.linalg.norm(matrix) + 1e-8)).astype(dtype)
+    x = turned(x) if rows > columns else x
+    a, b, c = COEFFICIENTS
+    for _ in range(STEPS):
+        gram = jnp.einsum("ij,kj->ik", x, x)
+        mixed = (b * gram + c * jnp.dot(gram, gram)).astype(dtype)
+        x = (a * x + jnp.dot(mixed, x)).astype(dtype)
+    x = turned(x) if rows > columns else x
+    return x.astype(jnp.float32) * max(1.0, columns / rows) ** 0.5
