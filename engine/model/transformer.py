@@ -59,19 +59,24 @@ class Block(nn.Module):
         if cfg.qkv_bias:
             qkv = qkv + self.param("qkv_bias", nn.initializers.zeros, (cfg.qkv_width,)).astype(dtype)
         qkv = qkv.reshape(B, T, cfg.heads + 2 * cfg.kv_heads, cfg.head_dim)
-        q, k, v = jnp.split(qkv, [cfg.heads, cfg.heads + cfg.kv_heads], axis=2)
-        q_gain = k_gain = jnp.ones((cfg.head_dim,))
-        if cfg.qk_norm:
-            q, k = math.unit_norm(q, cfg.eps, dtype), math.unit_norm(k, cfg.eps, dtype)
-            q_gain, k_gain = self.gain("q_norm", cfg.head_dim), self.gain("k_norm", cfg.head_dim)
-        q = math.rope(q, q_gain.astype(jnp.float32) * cfg.head_dim**-0.5, *rotary, dtype)
-        k = math.rope(k, k_gain.astype(jnp.float32), *rotary, dtype)
+        qk, v = jnp.split(qkv, [cfg.heads + cfg.kv_heads], axis=2)
+        qk = math.unit_norm(qk, cfg.eps, dtype) if cfg.qk_norm else qk
+        q, k = jnp.split(math.rope(qk, self.head_gains(), *rotary, dtype), [cfg.heads], axis=2)
         if cached is not None:
             return self.cached_attention(q, k, v, cached)
         if on_cpu():
             return backward.causal_attention(q, k, v, segments), None
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
         return layers.attention(q, k, v, layers.causal_mask(T, segments)), None
+
+    def head_gains(self) -> Array:
+        """(N + K, H): what the query and key heads are multiplied by, with the scores' factor H ** -0.5 on the queries."""
+        cfg = self.cfg
+        q = k = jnp.ones((cfg.head_dim,))
+        if cfg.qk_norm:
+            q, k = self.gain("q_norm", cfg.head_dim), self.gain("k_norm", cfg.head_dim)
+        q, k = q.astype(jnp.float32) * cfg.head_dim**-0.5, k.astype(jnp.float32)
+        return jnp.concatenate([jnp.tile(q, (cfg.heads, 1)), jnp.tile(k, (cfg.kv_heads, 1))])
 
     def cached_attention(self, q: Array, k: Array, v: Array, cached: Cached):
         """Writes this call's keys and values behind each row's length and attends over what the row then holds."""
@@ -80,7 +85,9 @@ class Block(nn.Module):
         values = write(values, v.transpose(0, 2, 1, 3), length)
         last = length[:, None] + jnp.arange(q.shape[1])  # (B, T): the cache index of each query's own key
         mask = jnp.arange(keys.shape[2]) <= last[:, :, None]
-        return layers.attention(q, keys, values, mask), (keys, values, length)
+        # A weight of 0 does not silence a stale NaN, so what no query of this call may see is cleared first.
+        seen = mask[:, -1, None, :, None]
+        return layers.attention(q, keys, jnp.where(seen, values, 0), mask), (keys, values, length)
 
     def gain(self, name: str, size: int) -> Array:
         return self.param(name, nn.initializers.ones, (size,))

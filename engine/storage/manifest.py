@@ -1,0 +1,75 @@
+"""A manifest: the size and SHA-256 of every file below a folder, so that damage is named instead of loaded."""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+NAME = "manifest.json"
+
+
+def write_manifest(folder: Path) -> None:
+    """Writes `folder/manifest.json` over all files that are below `folder` now. Syncs nothing."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        found = dict(zip(names := _files(folder), pool.map(_describe, (folder / name for name in names))))
+    (folder / NAME).write_bytes(_render(found))
+
+
+def faults(folder: Path, skip: tuple[str, ...] = ()) -> list[str]:
+    """What differs from the manifest, a line a file: `PATH is missing`, empty when every file is as it was written.
+
+    Folders directly below `folder` whose names are in `skip` are not looked at. The manifest guards itself too: it
+    holds its own SHA-256 and must be, byte for byte, what `write_manifest` writes.
+    """
+    listing = folder / NAME
+    try:
+        data = listing.read_bytes()
+        wanted = json.loads(data)["files"]
+        if data != _render(wanted):
+            return [f"{listing} is damaged"]
+    except FileNotFoundError:
+        return [f"{listing} is missing"]
+    except OSError as error:
+        return [f"{listing} cannot be read: {error.strerror}"]
+    except (ValueError, KeyError, TypeError):
+        return [f"{listing} is damaged"]
+
+    wanted = {name: entry for name, entry in wanted.items() if name.split("/")[0] not in skip}
+    found = [name for name in _files(folder) if name.split("/")[0] not in skip]
+    both = [name for name in found if name in wanted]
+
+    def fault(name: str) -> str | None:
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size != wanted[name]["bytes"]:
+                return f"{path} has {size:,} bytes instead of {wanted[name]['bytes']:,}"
+            return None if _describe(path) == wanted[name] else f"{path} is damaged: its SHA-256 is another"
+        except OSError as error:
+            return f"{path} cannot be read: {error.strerror}"
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        damaged = [line for line in pool.map(fault, both) if line]
+    missing = [f"{folder / name} is missing" for name in sorted(wanted.keys() - set(found))]
+    extra = [f"{folder / name} does not belong there" for name in found if name not in wanted]
+    return damaged + missing + extra
+
+
+def _files(folder: Path) -> list[str]:
+    """Paths of all files below `folder`, relative to it and sorted, the manifest itself left out."""
+    below = (Path(root, name) for root, _, names in os.walk(folder) for name in names)
+    names = (path.relative_to(folder).as_posix() for path in below)
+    return sorted(name for name in names if name != NAME)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _render(files: dict[str, Any]) -> bytes:
+    body = json.dumps(files, indent=1, sort_keys=True)
+    own = hashlib.sha256(body.encode()).hexdigest()
+    return json.dumps({"sha256": own, "files": files}, indent=1, sort_keys=True).encode() + b"\n"

@@ -1,0 +1,185 @@
+"""Documents from files: text, folders of it, JSON lines, parquet; and a part held out when there is no other."""
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from engine.errors import UserError
+
+KINDS = "a .txt or .md file, a folder of text files, .jsonl or .parquet with a `text` column, or a .bin of token ids"
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Documents that can be read again and again, one file in memory at a time. Iterating gives each as a str.
+
+    Iterating raises UserError where a file turns out to be unreadable, and at the end when there was no text at all.
+    """
+
+    name: str
+    read: Callable[[], Iterator[str]]
+
+    def __iter__(self) -> Iterator[str]:
+        return self.read()
+
+
+def read_corpus(path: Path | str) -> Corpus:
+    """The documents at `path`: a .txt or .md file (one document), .jsonl or .parquet (one a row), or a folder.
+
+    A folder is read recursively in sorted order: every file that is text, without hidden and binary files. Text is
+    taken as it is, line ends too; empty documents are left out. Raises UserError for a missing or empty path and for a
+    kind that cannot be read; wrong bytes are named by file and position, wrong lines by file and line.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"There is no text at {path}; wanted {KINDS}.")
+    if path.is_dir():
+        files = [file for file in sorted(path.rglob("*")) if _is_text(file, path)]
+        if not files:
+            raise UserError(f"The folder {path} holds no text files.")
+    else:
+        files = [path]
+        if path.suffix.lower() == ".bin":
+            raise UserError(f"{path} holds token ids, not text: it needs the tokenizer it was made with.")
+        if path.suffix.lower() not in (".txt", ".md", *READERS):
+            raise UserError(f"{path} is of a kind that cannot be read ({path.suffix or 'no suffix'}); wanted {KINDS}.")
+    if not any(file.stat().st_size for file in files):
+        raise UserError(f"{path} is empty; there is nothing to learn from.")
+    return Corpus(str(path), lambda: _documents(path, files))
+
+
+def hold_out(corpus: Corpus, fraction: float = 0.05) -> tuple[Corpus, Corpus]:
+    """(training, validation): the last `fraction` of the documents, or of the text when there are too few to divide.
+
+    A text is cut at the start of a line where one is near. Raises UserError when there is too little to cut in two.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"The part held out must be more than 0 and less than 1, not {fraction}.")
+    many = math.ceil(1 / fraction)
+    first: list[str] = []
+    count = 0
+    for document in corpus:
+        count += 1
+        if count <= many:
+            first.append(document)
+    if count >= many:
+        cut = max(1, count - round(count * fraction))
+        return (
+            Corpus(f"{corpus.name}, the first {cut} documents", lambda: itertools.islice(corpus, cut)),
+            Corpus(f"{corpus.name}, the last {count - cut} documents", lambda: itertools.islice(corpus, cut, None)),
+        )
+    before, after = _cut_text(first, fraction, corpus.name)
+    percent = f"{100 * fraction:g}%"
+    return (
+        Corpus(f"{corpus.name} without its last {percent}", lambda: iter(before)),
+        Corpus(f"{corpus.name}, the last {percent}", lambda: iter(after)),
+    )
+
+
+def _cut_text(documents: list[str], fraction: float, name: str) -> tuple[list[str], list[str]]:
+    total = sum(map(len, documents))
+    if total < 2:
+        raise UserError(f"{name} has {total} character: too short to hold a part out.")
+    at = min(max(1, int(total * (1 - fraction))), total - 1)  # in characters of all documents together
+    near = min(at, total - at) // 2  # so neither part can become empty
+    index = 0
+    while at >= len(documents[index]):
+        at -= len(documents[index])
+        index += 1
+    text = documents[index]
+    lines = [text.rfind("\n", 0, at) + 1, text.find("\n", at) + 1]
+    at = min((line for line in lines if abs(line - at) <= near), key=lambda line: abs(line - at), default=at)
+    before = [*documents[:index], text[:at]]
+    after = [text[at:], *documents[index + 1 :]]
+    return [part for part in before if part], [part for part in after if part]
+
+
+def _documents(path: Path, files: list[Path]) -> Iterator[str]:
+    found = False
+    for file in files:
+        try:
+            for text in READERS.get(file.suffix.lower(), _read_text)(file):
+                if text:
+                    found = True
+                    yield text
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror or error}.") from error
+    if not found:
+        raise UserError(f"{path} is empty; there is nothing to learn from.")
+
+
+def _is_text(file: Path, root: Path) -> bool:
+    if not file.is_file() or any(part.startswith(".") for part in file.relative_to(root).parts):
+        return False
+    if file.suffix.lower() in READERS:
+        return True
+    try:
+        with file.open("rb") as opened:
+            return b"\0" not in opened.read(8192)
+    except OSError:
+        return True  # reading it will say what is wrong
+
+
+def _read_text(file: Path) -> Iterator[str]:
+    yield _decode(file.read_bytes(), file, 0)
+
+
+def _read_jsonl(file: Path) -> Iterator[str]:
+    position = 0
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            text = _decode(line, file, position).strip()
+            position += len(line)
+            if not text:
+                continue
+            try:
+                row = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{file}:{number} is not JSON: {error}.") from None
+            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                raise UserError(f"{file}:{number} should be an object with a string `text`.")
+            try:
+                row["text"].encode()
+            except UnicodeEncodeError:
+                raise UserError(f"{file}:{number} has half a character (a lone surrogate) in `text`.") from None
+            yield row["text"]
+
+
+def _read_parquet(file: Path) -> Iterator[str]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(
+            f"Reading {file} needs pyarrow, which is not installed: run the command as "
+            "`uv run --extra parquet python -m ...`, or `pip install pyarrow`."
+        ) from None
+    try:
+        table = parquet.ParquetFile(file)
+        if "text" not in table.schema_arrow.names:
+            raise UserError(f"{file} has no column `text`; its columns are {', '.join(table.schema_arrow.names)}.")
+        for rows in table.iter_batches(batch_size=1024, columns=["text"]):
+            for text in rows.column(0).to_pylist():
+                if not isinstance(text, str | None):
+                    raise UserError(f"{file}: the column `text` holds {type(text).__name__}; wanted strings.")
+                yield text or ""
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is damaged or not parquet: {error}.") from error
+
+
+READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+
+
+def _decode(data: bytes, file: Path, position: int) -> str:
+    """The text of some bytes of a file, `position` being where they start; a byte order mark is no text."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file} is not UTF-8: byte 0x{data[error.start]:02X} at position {position + error.start}. "
+            "Convert it (for example with iconv), or leave the file out."
+        ) from None
+    return text.removeprefix("\ufeff") if position == 0 else text

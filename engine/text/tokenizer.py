@@ -1,0 +1,247 @@
+"""Text to token ids and back: byte-level BPE, exact both ways for every Unicode string."""
+
+import codecs
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from engine.errors import UserError
+from engine.files import whole_file, write_json
+
+END = "<|endoftext|>"
+
+# Where a merge may never reach across, after GPT-4's pattern (tiktoken, cl100k_base): contractions; a word with the one
+# sign before it; digits in pairs; signs; line ends; spaces. Marks belong to their letters. Every run ends after 64
+# characters, so that one long run of anything costs what ordinary text costs.
+SPLIT = (
+    r"'(?i:[sdmt]|ll|ve|re)"
+    r"|[^\r\n\p{L}\p{N}]?+[\p{L}\p{M}]{1,64}"
+    r"|\p{N}{1,2}"
+    r"| ?[^\s\p{L}\p{N}]{1,64}[\r\n]{0,64}"
+    r"|\s{0,63}[\r\n]"
+    r"|\s{1,64}(?!\S)"
+    r"|\s{1,64}"
+)
+
+# A letter or digit before a space, or a letter before a digit: no token of this pattern, nor of the patterns of GPT-2,
+# Llama 3 and Qwen, contains such a pair, so a text may be cut there and its tokens stay the same.
+WORD_END = re.compile(r"[^\W_](?=\s)|[A-Za-z](?=\d)")
+
+PIECE = 16_384  # characters encoded at a time: small pieces keep the library's records in cache
+TOGETHER = 64  # pieces handed over in one call, which it spreads over the cores
+LOOKAHEAD = 256  # more than the pattern can look at from the start of a token
+
+
+def _byte_symbols() -> list[str]:
+    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (byte for byte in range(256) if byte not in printable)
+    shifted = {byte: chr(256 + index) for index, byte in enumerate(others)}
+    return [shifted.get(byte, chr(byte)) for byte in range(256)]
+
+
+SYMBOLS = _byte_symbols()
+BYTES = {symbol: byte for byte, symbol in enumerate(SYMBOLS)}
+
+
+class TextStream:
+    """Tokens in, text out as early as it is certain: only whole characters leave, and they join to `decode(ids)`."""
+
+    def __init__(self, table: dict[int, bytes]) -> None:
+        self._table = table
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; often empty inside a character of several bytes."""
+        return self._decoder.decode(self._table.get(int(token), b""))
+
+    def close(self) -> str:
+        """What was still open, as replacement characters; usually empty."""
+        return self._decoder.decode(b"", final=True)
+
+
+class Tokenizer:
+    """A byte-level BPE vocabulary. `encode` and `decode` are each other's inverse on every string UTF-8 can carry.
+
+    Control tokens (`<|endoftext|>` and a chat template's) are never made from text and stand for no text: whoever wants
+    one puts its id in. `vocab` is the number of ids, `end` the id that ends a document, `digest` the SHA-256 of the
+    vocabulary, merges and split; `config` is what `tokenizer_config.json` holds.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
+        inner.encode_special_tokens = True  # a control token written out in a text is text
+        inner.no_truncation()
+        inner.no_padding()
+        self._inner = inner
+        self.config = config
+        self._table = _byte_table(inner)
+        self.vocab = max(self._table) + 1
+        self._lengths = np.zeros(self.vocab, np.int64)
+        for token, value in self._table.items():
+            self._lengths[token] = len(value)
+        self.digest = hashlib.sha256(inner.to_str().encode()).hexdigest()
+        named = config.get("eos_token") or END
+        end = inner.token_to_id(named["content"] if isinstance(named, dict) else named)
+        if end is None:
+            raise UserError(f"The tokenizer has no token {named!r}, which should end a text; name it as eos_token.")
+        self.end: int = end
+
+    def encode(self, text: str) -> np.ndarray:
+        """text -> (T,) int32, in time linear in its length. Raises UserError for a lone surrogate."""
+        parts = list(self.encode_parts(text))
+        return np.concatenate(parts) if parts else np.empty(0, np.int32)
+
+    def encode_parts(self, text: str) -> Iterator[np.ndarray]:
+        """The same tokens a megabyte of text at a time, so that memory stays bounded however long the text."""
+        _check_unicode(text)
+        for pieces in itertools.batched(self._pieces(text), TOGETHER):
+            encoded = self._inner.encode_batch_fast(list(pieces), add_special_tokens=False)
+            yield np.fromiter(itertools.chain.from_iterable(piece.ids for piece in encoded), np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """ids -> text. Bytes that are not UTF-8 become U+FFFD; control tokens and unknown ids stand for nothing."""
+        return b"".join(self._table.get(int(token), b"") for token in ids).decode("utf-8", "replace")
+
+    def token_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
+        """How many bytes of UTF-8 these tokens stand for, exactly, whole characters or not; 0 for control tokens."""
+        known = np.asarray(ids, np.int64)
+        return int(self._lengths[known[(known >= 0) & (known < self.vocab)]].sum())
+
+    def stream(self) -> TextStream:
+        """A decoder for tokens that come one by one."""
+        return TextStream(self._table)
+
+    def save(self, folder: Path) -> None:
+        """Writes `tokenizer.json` and `tokenizer_config.json`, as Hugging Face's libraries read them."""
+        with whole_file(folder / "tokenizer.json") as file:
+            file.write(self._inner.to_str(pretty=True).encode())
+        write_json(folder / "tokenizer_config.json", self.config)
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        """The text cut between tokens into pieces of about PIECE characters; more where no token ends sooner."""
+        start, size = 0, PIECE
+        while len(text) - start > size:
+            cut = self._cut(text, start, start + size)
+            if cut is None:
+                size *= 2
+                continue
+            yield text[start:cut]
+            start, size = cut, PIECE
+        if start < len(text):
+            yield text[start:]
+
+    def _cut(self, text: str, start: int, stop: int) -> int | None:
+        """A place before `stop` where a token surely ends, given that one starts at `start`; None if there is none."""
+        words = list(WORD_END.finditer(text, max(start, stop - 2 * LOOKAHEAD), stop))
+        if words:
+            return words[-1].end()
+        if self._inner.pre_tokenizer is None:
+            return None
+        spans = self._inner.pre_tokenizer.pre_tokenize_str(text[start:stop])
+        limit = stop - start - LOOKAHEAD  # beyond it a token may turn out otherwise once the text goes on
+        ends = [end for _, (_, end) in spans if 0 < end <= limit]
+        return start + ends[-1] if ends else None
+
+
+def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
+    """A vocabulary of `vocab` tokens learnt from the texts: 256 bytes, the merges found, and the end of text last.
+
+    Fewer than `vocab` when the texts are too short to find so many. The same texts give the same vocabulary. Raises
+    UserError below 257, or for a text with a lone surrogate.
+    """
+    if vocab < 257:
+        raise UserError(f"A vocabulary needs at least 257 tokens (256 bytes and the end of a text), not {vocab}.")
+    inner = tokenizers.Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(vocab_size=vocab - 1, initial_alphabet=SYMBOLS, show_progress=False)
+    _make_byte_level(inner)
+    inner.train_from_iterator(_training_parts(texts), trainer)
+    return _with_end(inner)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Every byte a token, its id the byte; the end of text is 256. The baseline that needs no training text."""
+    inner = tokenizers.Tokenizer(models.BPE(vocab=BYTES, merges=[]))
+    _make_byte_level(inner)
+    return _with_end(inner)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer that `save`, or a Hugging Face export, put into `folder`.
+
+    Raises UserError when a file is missing or damaged, or when the tokenizer is not a byte-level one.
+    """
+    source, beside = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer_config.json"
+    if not source.is_file():
+        raise UserError(f"No tokenizer at {source}: give a folder that holds a tokenizer.json.")
+    try:
+        inner = tokenizers.Tokenizer.from_str(source.read_bytes().decode("utf-8"))
+        decoder = json.loads(inner.to_str())["decoder"] or {}
+    except Exception as error:  # the library raises bare Exception for whatever it cannot read
+        raise UserError(f"{source} is damaged or not a tokenizer: {error}.") from error
+    if decoder.get("type") != "ByteLevel":
+        raise UserError(f"{source} decodes with {decoder.get('type')}; only byte-level tokenizers are understood here.")
+    try:
+        config = json.loads(beside.read_bytes()) if beside.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{beside} is damaged: {error}.") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{beside} should hold one JSON object, not a {type(config).__name__}.")
+    return Tokenizer(inner, config)
+
+
+def _make_byte_level(inner: tokenizers.Tokenizer) -> None:
+    split = pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated")
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    inner.decoder = decoders.ByteLevel()
+
+
+def _with_end(inner: tokenizers.Tokenizer) -> Tokenizer:
+    inner.add_special_tokens([END])
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END,
+        "pad_token": END,
+        "clean_up_tokenization_spaces": False,
+    }
+    return Tokenizer(inner, config)
+
+
+def _training_parts(texts: Iterable[str]) -> Iterator[str]:
+    """Parts short enough to be counted on every core; a word cut in two here and there changes nothing that matters."""
+    for text in texts:
+        _check_unicode(text)
+        for start in range(0, len(text), 4 * PIECE):
+            yield text[start : start + 4 * PIECE]
+
+
+def _byte_table(inner: tokenizers.Tokenizer) -> dict[int, bytes]:
+    """The bytes each id stands for."""
+    table = {}
+    for name, token in inner.get_vocab(with_added_tokens=False).items():
+        try:
+            table[token] = bytes(BYTES[symbol] for symbol in name)
+        except KeyError:  # not written in the byte alphabet: a token added by its plain name
+            table[token] = name.encode()
+    for token, added in inner.get_added_tokens_decoder().items():
+        table[token] = b"" if added.special else added.content.encode()
+    return table
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"The text has half a character (the lone surrogate U+{ord(text[error.start]):04X}) at character "
+            f"{error.start}, which no UTF-8 file can hold; remove it, or replace it with U+FFFD."
+        ) from None

@@ -1,0 +1,140 @@
+"""Tokens on disk: a text is encoded once, kept in the user's cache, and mapped into memory from then on."""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from engine.errors import UserError
+from engine.files import cache_folder, whole_folder
+from engine.text.tokenizer import Tokenizer
+
+BLOCK = 1 << 20  # ids looked at in one go
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenFile:
+    """A text as tokens, mapped from a file and not read until used.
+
+    `bytes` is the size of the text in UTF-8, without the ends of documents: what bits per byte divides by.
+    """
+
+    tokens: np.ndarray  # (tokens,) uint16 or uint32, read-only
+    bytes: int
+    documents: int
+    path: Path
+
+
+def token_file(
+    documents: Iterable[str], tokenizer: Tokenizer, report: Callable[[int, int], None] | None = None
+) -> TokenFile:
+    """The documents as tokens, an end of text between each two; from the cache when text and tokenizer are unchanged.
+
+    `documents` is read twice, first to know whether it changed, so an iterator is held in memory and a Corpus is not.
+    `report` is called with bytes of UTF-8 done and in all, only while encoding. A damaged cached file is made anew.
+    Raises UserError for a text that UTF-8 cannot carry.
+    """
+    if iter(documents) is documents:
+        documents = list(documents)
+    digest, size, count = _digest(documents)
+    key = hashlib.sha256(f"{digest} {tokenizer.digest}".encode()).hexdigest()[:32]
+    folder = cache_folder("tokens") / key
+    found = _open(folder)
+    if found is None:
+        try:
+            with whole_folder(folder) as building:
+                _write(building, documents, tokenizer, size, count, report)
+        except OSError:
+            # Several processes of one run may build the same file; whoever comes second uses the first one's.
+            found = _open(folder)
+            if found is None:
+                raise
+        found = found or _open(folder)
+        if found is None:
+            raise UserError(f"The tokens written to {folder} do not read back as they were written; check the disk.")
+    return found
+
+
+def open_bin(path: Path, tokenizer: Tokenizer) -> TokenFile:
+    """A file of nothing but little-endian uint16 token ids, as nanoGPT's data scripts write, made with `tokenizer`.
+
+    Raises UserError when it is missing, empty, of an odd length, or holds an id the tokenizer does not have.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"There is no token file at {path}.")
+    size = path.stat().st_size
+    if size == 0 or size % 2:
+        raise UserError(f"{path} has {size} bytes; a file of uint16 token ids has an even number, and more than none.")
+    tokens = np.memmap(path, "<u2", "r")
+    count, ends = 0, 0
+    for start in range(0, len(tokens), BLOCK):
+        block = tokens[start : start + BLOCK]
+        wrong = np.flatnonzero(block >= tokenizer.vocab)
+        if len(wrong):
+            raise UserError(
+                f"{path} holds the id {block[wrong[0]]} at token {start + wrong[0]}, and the tokenizer has "
+                f"{tokenizer.vocab} ids: give the tokenizer that the file was made with."
+            )
+        count += tokenizer.token_bytes(block)
+        ends += int((block == tokenizer.end).sum())
+    last_is_end = int(tokens[-1]) == tokenizer.end
+    return TokenFile(tokens, count, ends + (not last_is_end), path)
+
+
+def _digest(documents: Iterable[str]) -> tuple[str, int, int]:
+    """(SHA-256 of the text and where its documents end, bytes of UTF-8, documents)."""
+    digest = hashlib.sha256()
+    size, count = 0, 0
+    for document in documents:
+        # Half a character gets as far as the tokenizer, whose error says where it is.
+        data = document.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+        size += len(data)
+        count += 1
+    return digest.hexdigest(), size, count
+
+
+def _write(
+    folder: Path,
+    documents: Iterable[str],
+    tokenizer: Tokenizer,
+    size: int,
+    count: int,
+    report: Callable[[int, int], None] | None,
+) -> None:
+    dtype = np.dtype("<u2" if tokenizer.vocab <= 1 << 16 else "<u4")
+    digest = hashlib.sha256()
+    done, tokens = 0, 0
+    with (folder / "tokens.bin").open("wb") as file:
+        for index, document in enumerate(documents):
+            between = [np.array([tokenizer.end])] if index else []
+            for part in itertools.chain(between, tokenizer.encode_parts(document)):
+                data = part.astype(dtype).tobytes()
+                file.write(data)
+                digest.update(data)
+                tokens += len(part)
+                done += tokenizer.token_bytes(part)
+                if report:
+                    report(min(done, size), size)
+    facts = {"tokens": tokens, "dtype": dtype.str, "bytes": size, "documents": count, "sha256": digest.hexdigest()}
+    (folder / "tokens.json").write_text(json.dumps(facts))
+
+
+def _open(folder: Path) -> TokenFile | None:
+    """The token file in `folder` if it is there and every byte is as written."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        facts = json.loads((folder / "tokens.json").read_bytes())
+        data = folder / "tokens.bin"
+        tokens = np.memmap(data, facts["dtype"], "r")
+        with data.open("rb") as file:
+            same = hashlib.file_digest(file, "sha256").hexdigest() == facts["sha256"]
+        if same and len(tokens) == facts["tokens"]:
+            return TokenFile(tokens, int(facts["bytes"]), int(facts["documents"]), data)
+    return None

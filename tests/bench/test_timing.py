@@ -1,0 +1,108 @@
+"""Timings are interleaved, waited for and honest about noise. The clock is a pretended one: no test waits or races."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.timing import Timing, TooNoisyError, measure, noise, ratio
+
+
+class Clock:
+    """Moves only when a callable says how long it took."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.order = []
+
+    def __call__(self):
+        return self.now
+
+    def takes(self, name, *seconds):
+        turns = iter(seconds)
+
+        def run():
+            self.order.append(name)
+            self.now += next(turns, seconds[-1])
+
+        return run
+
+
+def test_rounds_interleave_start_elsewhere_each_time_and_skip_the_warm_up():
+    clock = Clock()
+    runs = {"a": clock.takes("a", 100.0, 1.0), "b": clock.takes("b", 200.0, 2.0)}
+    seen = []
+    found = measure(runs, rounds=3, report=lambda done, total: seen.append((done, total)), now=clock)
+    assert clock.order == ["a", "b", "a", "b", "b", "a", "a", "b"]
+    assert found["a"].seconds == (1.0, 1.0, 1.0)
+    assert found["b"].seconds == (2.0, 2.0, 2.0)
+    assert list(found) == ["a", "b"]
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_a_jax_result_is_waited_for_inside_the_time(monkeypatch):
+    import jax
+
+    clock = Clock()
+
+    def wait(value):
+        if value == "unfinished":
+            clock.now += 5.0
+        return value
+
+    monkeypatch.setattr(jax, "block_until_ready", wait)
+    assert measure({"a": lambda: "unfinished"}, rounds=3, now=clock)["a"].seconds == (5.0, 5.0, 5.0)
+
+
+def test_median_best_and_spread():
+    timing = Timing("a", (5.0, 1.0, 2.0, 3.0, 4.0))
+    assert (timing.median, timing.best, timing.spread) == (3.0, 1.0, 2.0)
+    assert Timing("a", (1.0,)).spread == 0
+
+
+@given(st.lists(st.floats(0.5, 50), min_size=3, max_size=15))
+def test_a_drift_common_to_both_leaves_the_ratio_exact(drift):
+    found = ratio(Timing("a", tuple(3 * x for x in drift)), Timing("b", tuple(drift)))
+    assert found.value == pytest.approx(3)
+    assert found.spread == pytest.approx(0, abs=1e-9)
+    assert found.differs
+
+
+def test_a_ratio_within_its_spread_of_one_is_no_difference():
+    a, b = Timing("a", (1.0, 1.1, 1.2, 1.0, 0.9)), Timing("b", (1.0,) * 5)
+    assert not ratio(a, b).differs
+    assert str(ratio(a, b)) == "1.00 ± 0.10"
+
+
+def test_a_ratio_smaller_than_its_spread_is_refused_with_both_numbers():
+    with pytest.raises(
+        TooNoisyError, match=r"a / b: the ratio 1\.00 ± 8\.00 is less than its own spread over 5 rounds"
+    ):
+        ratio(Timing("a", (0.1, 1.0, 9.0, 9.0, 1.0)), Timing("b", (1.0,) * 5))
+
+
+def test_too_few_rounds_and_no_time_at_all_are_refused():
+    with pytest.raises(TooNoisyError, match="2 rounds say nothing"):
+        ratio(Timing("a", (1.0, 1.0)), Timing("b", (1.0, 1.0)))
+    with pytest.raises(TooNoisyError, match="b is too short for the clock"):
+        ratio(Timing("a", (1.0, 1.0, 1.0)), Timing("b", (0.0, 1.0, 1.0)))
+
+
+def test_timings_of_different_measurements_are_not_compared():
+    with pytest.raises(ValueError, match="not measured together"):
+        ratio(Timing("a", (1.0, 1.0, 1.0)), Timing("b", (1.0,) * 4))
+
+
+def test_nothing_to_measure_is_an_error():
+    with pytest.raises(ValueError, match="0 callables"):
+        measure({})
+    with pytest.raises(ValueError, match="0 rounds"):
+        measure({"a": lambda: None}, rounds=0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [((1.0,) * 5, "0% of the median at worst: a quiet moment"), ((1.0, 1.1, 0.95, 1.05, 1.0), "5% of the median"),
+     ((1.0, 1.2, 0.9, 1.0, 1.1), "some noise"), ((1.0, 2.0, 1.5, 1.0, 3.0), "a noisy moment")],
+)  # fmt: skip
+def test_noise_is_said_in_words_of_the_worst(seconds, words):
+    assert words in noise({"quiet": Timing("quiet", (1.0,) * 5), "a": Timing("a", seconds)})

@@ -1,0 +1,295 @@
+"""Laws of the FLOP formulas: published sizes, exact agreement with counted programs, and what freezing saves."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plain_model import count_products, count_step, logits, shapes
+
+from engine.counting.flops import (
+    MATRICES,
+    NOTHING,
+    Trained,
+    bottom_frozen,
+    count_params,
+    decode_flops,
+    everything,
+    forward_flops,
+    head_only,
+    leaf_shapes,
+    lora,
+    lowest_gradient,
+    prefill_flops,
+    step_flops,
+    top_frozen,
+    train_flops,
+)
+from engine.errors import UserError
+from engine.model.config import PRESETS, ModelConfig, preset
+from engine.model.paths import leaf_paths, nested
+from engine.model.transformer import forward, init_params
+
+SMALL = ModelConfig(vocab=19, width=12, layers=3, heads=6, kv_heads=3, head_dim=4, ff=10, context=64)
+KINDS = {
+    "plain": SMALL,
+    "tied": dataclasses.replace(SMALL, tied=True),
+    "qk_norm": dataclasses.replace(SMALL, qk_norm=True, layers=2),
+    "qkv_bias": dataclasses.replace(SMALL, qkv_bias=True, tied=True, layers=2),
+}
+BATCH, TOKENS = 2, 7
+
+
+@st.composite
+def configs(draw):
+    kv_heads = draw(st.integers(1, 4))
+    return ModelConfig(
+        vocab=draw(st.integers(2, 300)),
+        width=draw(st.integers(1, 64)),
+        layers=draw(st.integers(1, 6)),
+        heads=kv_heads * draw(st.integers(1, 4)),
+        kv_heads=kv_heads,
+        head_dim=2 * draw(st.integers(1, 16)),
+        ff=draw(st.integers(1, 128)),
+        context=64,
+        tied=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
+        qkv_bias=draw(st.booleans()),
+    )
+
+
+def modes(cfg):
+    """Ways of training, one for every branch of the formula."""
+    found = {
+        "everything": everything(cfg),
+        "bottom frozen": bottom_frozen(cfg, 1),
+        "all blocks frozen": bottom_frozen(cfg, cfg.layers),
+        "top frozen": top_frozen(cfg, 1),
+        "lookup only": top_frozen(cfg, cfg.layers),
+        "head only": head_only(cfg),
+        "lora": lora(cfg, 5),
+        "lora on down": lora(cfg, 5, ["down"]),
+        "one lora, high up": Trained(frozenset(), frozenset({f"blocks/{cfg.layers - 1}/out"}), 2),
+    }
+    return found | {path: Trained(frozenset({path})) for path in leaf_shapes(cfg) if not path.startswith("blocks/0")}
+
+
+# ---- parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [
+        ("smollm2-135m", 134_515_008),
+        ("tinyllama-1.1b", 1_100_048_384),
+        ("llama-3.2-1b", 1_235_814_400),
+        ("qwen2.5-0.5b", 494_032_768),
+        ("qwen3-0.6b", 596_049_920),
+    ],
+)
+def test_published_models_have_their_published_sizes(name, total):
+    assert count_params(preset(name)).total == total
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_engine_makes_exactly_the_leaves_the_formulas_count(name):
+    cfg = preset(name)
+    made = leaf_paths(jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0)))
+    assert {path: leaf.shape for path, leaf in made.items()} == leaf_shapes(cfg)
+    assert sum(leaf.size for leaf in made.values()) == count_params(cfg).total
+
+
+def test_components_of_smollm2_by_hand():
+    count = count_params(preset("smollm2-135m"))
+    assert count.qkv == 30 * 576 * (576 + 2 * 192)
+    assert count.out == 30 * 576 * 576
+    assert count.gate_up == 30 * 576 * 3072
+    assert count.down == 30 * 1536 * 576
+    assert count.embed == 49152 * 576
+    assert (count.head, count.biases) == (0, 0)
+    assert count.norms == 61 * 576
+    assert count.matmul == count.total - count.norms
+
+
+def test_the_lookup_table_takes_no_part_in_products_but_the_tied_head_does():
+    untied = count_params(KINDS["plain"])
+    assert untied.matmul == untied.blocks + 12 * 19
+    assert untied.total - untied.matmul - untied.norms == 12 * 19
+    assert count_params(KINDS["tied"]).matmul == untied.matmul
+
+
+# ---- exact agreement with programs
+
+
+@pytest.mark.parametrize("remat", ["none", "block"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_formula_equals_the_products_in_a_plain_gradient(kind, remat):
+    cfg = KINDS[kind]
+    wrong = {}
+    for name, trained in modes(cfg).items():
+        counted = count_step(cfg, trained, BATCH, TOKENS, remat)
+        formula = train_flops(cfg, TOKENS, attention="full", trained=trained, remat=remat).total * BATCH * TOKENS
+        if counted != formula:
+            wrong[name] = (counted, formula)
+    assert not wrong
+
+
+@pytest.mark.parametrize(("tokens", "gains"), [(7, "tokens"), (256, "weights")])
+@pytest.mark.parametrize("kind", ["plain", "qkv_bias"])
+def test_formula_equals_the_products_in_the_engines_own_gradient(kind, tokens, gains, monkeypatch):
+    monkeypatch.setattr("engine.model.leaves.on_cpu", lambda: True)
+    cfg = dataclasses.replace(KINDS[kind], remat="block")
+    data = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+
+    def loss(learning, resting, data):
+        return jnp.square(forward(cfg, nested(learning | resting), data, data)[0]).mean()
+
+    for trained in (everything(cfg), bottom_frozen(cfg, 1), head_only(cfg)):
+        counted = count_products(jax.value_and_grad(loss), *shapes(cfg, trained), data)
+        assert counted == tokens * train_flops(cfg, tokens, attention=128, trained=trained, gains=gains).total
+
+
+def test_forward_formula_equals_the_products_of_the_plain_model():
+    for cfg in KINDS.values():
+        params = shapes(cfg, NOTHING)[1]
+        counted = count_products(
+            lambda params, tokens, cfg=cfg: logits(cfg, params, tokens),
+            params,
+            jax.ShapeDtypeStruct((BATCH, TOKENS), jnp.int32),
+        )
+        assert counted == BATCH * TOKENS * forward_flops(cfg, TOKENS, attention="full").total
+
+
+# ---- identities
+
+
+@given(configs(), st.integers(1, 50), st.sampled_from(["causal", "full"]))
+@settings(deadline=None, max_examples=40)
+def test_forward_is_a_third_of_training_and_half_of_backward(cfg, tokens, attention):
+    work = train_flops(cfg, tokens, attention=attention)
+    assert 3 * work.forward == work.total
+    assert 2 * work.forward == work.backward
+    assert work.forward == forward_flops(cfg, tokens, attention=attention).total
+    for name in (*MATRICES, "head"):
+        assert work.parts[name].forward == work.parts[name].dx == work.parts[name].dw
+
+
+@given(configs(), st.integers(1, 50))
+@settings(deadline=None, max_examples=40)
+def test_causal_attention_is_half_of_full_and_blocks_lie_between(cfg, tokens):
+    full, causal, blocks = (train_flops(cfg, tokens, attention=kind) for kind in ("full", "causal", 1))
+    assert 2 * causal.parts["attention"].forward == full.parts["attention"].forward
+    assert full.total - causal.total == full.parts["attention"].forward * 3 // 2
+    assert full.parts["attention"].forward == 4 * cfg.layers * tokens * cfg.heads * cfg.head_dim
+    assert causal.total < blocks.total <= full.total
+    assert train_flops(cfg, tokens, attention=tokens) == full
+    assert train_flops(cfg, tokens, attention=tokens + 1) == full  # a block that does not divide T
+
+
+@given(configs(), st.integers(1, 50), st.integers(1, 9))
+@settings(deadline=None, max_examples=40)
+def test_a_step_by_the_mfu_convention_is_6n_and_12ldt(cfg, seq, batch):
+    attention_width = cfg.heads * cfg.head_dim
+    expected = 6 * count_params(cfg).matmul + 12 * cfg.layers * attention_width * seq
+    assert step_flops(cfg, batch, seq) == batch * seq * expected
+
+
+@given(configs(), st.integers(1, 50))
+@settings(deadline=None, max_examples=40)
+def test_remat_adds_the_forward_of_every_block_but_its_last_product(cfg, tokens):
+    kept, again = (train_flops(cfg, tokens, attention="full", remat=remat) for remat in ("none", "block"))
+    blocks = kept.forward - kept.parts["head"].forward
+    assert again.recompute == blocks - kept.parts["down"].forward
+    assert again.total == kept.total + again.recompute
+
+
+@given(configs(), st.integers(1, 50), st.data())
+@settings(deadline=None, max_examples=40)
+def test_what_freezing_saves(cfg, tokens, data):
+    """Frozen below: no dX and no dW there. Frozen above: only dW is saved, for dX must pass through."""
+    frozen = data.draw(st.integers(1, cfg.layers))
+    full = train_flops(cfg, tokens, attention="full")
+    blocks = 2 * count_params(cfg).blocks // cfg.layers  # forward of one block's matrices
+    attention = full.parts["attention"].forward // cfg.layers
+    head = full.parts["head"].forward
+    upper = cfg.layers - frozen
+
+    below = train_flops(cfg, tokens, attention="full", trained=bottom_frozen(cfg, frozen), gains="tokens")
+    head_backward = head if cfg.tied else 2 * head  # a tied table is frozen with the bottom
+    assert below.backward == upper * (2 * blocks + 2 * attention) + head_backward
+
+    above = train_flops(cfg, tokens, attention="full", trained=top_frozen(cfg, frozen))
+    saved = frozen * blocks + (0 if cfg.tied else head)
+    trained_bottom = full.total - saved
+    assert above.total == trained_bottom
+    assert above.dx == full.dx
+
+
+def test_a_lora_step_is_about_two_forwards_and_has_no_dw_on_the_base():
+    cfg = preset("smollm2-135m")
+    work = train_flops(cfg, 512, attention="full", trained=lora(cfg, 4))
+    assert all(work.parts[name].dw == 0 for name in (*MATRICES, "head"))
+    assert work.parts["lora"].dw > 0
+    base = forward_flops(cfg, 512, attention="full").total
+    assert work.forward == base + work.parts["lora"].forward
+    assert 1.9 < work.total / base < 2.15
+
+
+def test_the_head_alone_costs_about_a_forward_unless_it_is_tied():
+    untied, tied = KINDS["plain"], KINDS["tied"]
+    work = train_flops(untied, TOKENS, attention="full", trained=head_only(untied))
+    assert work.total == work.forward + 2 * untied.width * untied.vocab
+    full = train_flops(tied, TOKENS, attention="full")
+    assert train_flops(tied, TOKENS, attention="full", trained=head_only(tied)).dx == full.dx
+
+
+def test_a_chunked_loss_makes_the_logits_twice_and_fills_the_last_chunk():
+    whole = train_flops(SMALL, TOKENS, attention="full")
+    chunked = train_flops(SMALL, TOKENS, attention="full", loss_chunk=8)
+    column = 2 * SMALL.width
+    assert whole.parts["head"].forward == 19 * column
+    assert chunked.parts["head"].forward == chunked.parts["head"].recompute == 24 * column
+    assert chunked.total - whole.total == 4 * 24 * column - 3 * 19 * column
+
+
+@given(configs(), st.integers(1, 40), st.integers(0, 40))
+@settings(deadline=None, max_examples=40)
+def test_reading_a_prompt_is_decoding_its_tokens_with_one_head(cfg, tokens, cached):
+    """Full attention over a cache of S places is T decodes at length S; only the last needs logits."""
+    read = prefill_flops(cfg, tokens, attention="full", cached=cached)
+    decoded = decode_flops(cfg, cached + tokens)
+    head = decoded.parts["head"].forward
+    assert read.total == tokens * (decoded.total - head) + head
+    assert read.backward == 0
+    one_block = prefill_flops(cfg, tokens, attention="causal")
+    assert (
+        2 * one_block.parts["attention"].forward
+        == prefill_flops(cfg, tokens, attention="full").parts["attention"].forward
+    )
+
+
+def test_the_lowest_block_that_the_backward_pass_enters():
+    assert lowest_gradient(SMALL, everything(SMALL)) == 0
+    assert lowest_gradient(SMALL, bottom_frozen(SMALL, 2)) == 2
+    assert lowest_gradient(SMALL, top_frozen(SMALL, 2)) == 0
+    assert lowest_gradient(SMALL, lora(SMALL, 2, ["down"])) == 0
+    assert lowest_gradient(SMALL, head_only(SMALL)) == SMALL.layers
+    assert lowest_gradient(KINDS["tied"], head_only(KINDS["tied"])) == 0
+
+
+# ---- bad input
+
+
+def test_what_cannot_be_trained_is_refused_by_name():
+    with pytest.raises(UserError, match="the model has 3"):
+        bottom_frozen(SMALL, 4)
+    with pytest.raises(UserError, match="the model has 3"):
+        top_frozen(SMALL, -1)
+    with pytest.raises(UserError, match="rank must be at least 1"):
+        lora(SMALL, 0)
+    with pytest.raises(UserError, match="Did you mean 'gate_up'"):
+        lora(SMALL, 4, ["gate"])
+    with pytest.raises(UserError, match="Did you mean 'blocks/0/qkv'"):
+        train_flops(SMALL, 7, attention="full", trained=Trained(frozenset({"blocks/0/qkw"})))

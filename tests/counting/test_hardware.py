@@ -1,0 +1,174 @@
+"""Ceilings are measured once, kept, believed only when whole, and belong to one machine; memory limits are found."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from engine.counting import hardware
+from engine.counting.hardware import Ceilings, ceilings, measure_ceilings, memory_limit_bytes, peak_rss_bytes
+
+FOUND = Ceilings("a chip", "cpu", 2, "0", 400.0, 200.0, 300.0, 26.0, 40.0)
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """A cache of its own, and a measurement that takes no time: the list grows with each."""
+    calls = []
+    monkeypatch.setenv("THRICE_CACHE", str(tmp_path))
+    monkeypatch.setattr(hardware, "measure_ceilings", lambda report=None: calls.append(report) or FOUND)
+    return calls
+
+
+def kept_file(tmp_path):
+    [file] = (tmp_path / "hardware").iterdir()
+    return file
+
+
+def test_ceilings_are_measured_once_and_read_back_equal(measured):
+    assert ceilings() == ceilings() == FOUND
+    assert len(measured) == 1
+    assert ceilings(refresh=True) == FOUND
+    assert len(measured) == 2
+
+
+def test_a_noisy_moment_cannot_lower_a_ceiling_and_a_quiet_one_raises_it(measured, monkeypatch):
+    ceilings()
+    mixed = dataclasses.replace(FOUND, bf16_gflops=1.0, read_gbs=100.0)
+    monkeypatch.setattr(hardware, "measure_ceilings", lambda report=None: mixed)
+    assert ceilings(refresh=True) == ceilings() == dataclasses.replace(FOUND, read_gbs=100.0)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda kept: b"",
+        lambda kept: b'{"identity": ',
+        lambda kept: b"\xff\xfe",
+        lambda kept: b"[]",
+        lambda kept: json.dumps(kept | {"ceilings": {}}).encode(),
+        lambda kept: json.dumps(kept | {"ceilings": kept["ceilings"] | {"more": 1}}).encode(),
+        lambda kept: json.dumps(kept | {"ceilings": kept["ceilings"] | {"read_gbs": float("nan")}}).encode(),
+        lambda kept: json.dumps(kept | {"ceilings": kept["ceilings"] | {"read_gbs": -1}}).encode(),
+        lambda kept: json.dumps(kept | {"ceilings": kept["ceilings"] | {"read_gbs": float("inf")}}).encode(),
+        lambda kept: json.dumps(kept | {"ceilings": kept["ceilings"] | {"bf16_gflops": "fast"}}).encode(),
+        lambda kept: json.dumps(kept | {"identity": {"processor": "another"}}).encode(),
+    ],
+)
+def test_a_damaged_cache_is_measured_again_and_mended(measured, tmp_path, damage):
+    ceilings()
+    file = kept_file(tmp_path)
+    file.write_bytes(damage(json.loads(file.read_text())))
+    assert ceilings() == FOUND
+    assert len(measured) == 2
+    assert ceilings() == FOUND
+    assert len(measured) == 2
+
+
+@pytest.mark.parametrize("what", ["processor", "flags", "cores", "backend", "kind", "jax"])
+def test_another_machine_under_the_same_cache_is_measured_for_itself(measured, monkeypatch, what):
+    here = hardware._identity()
+    assert set(here) == {"processor", "flags", "cores", "backend", "kind", "jax"}
+    ceilings()
+    monkeypatch.setattr(hardware, "_identity", lambda: here | {what: "another"})
+    ceilings()
+    assert len(measured) == 2
+    monkeypatch.setattr(hardware, "_identity", lambda: here)
+    ceilings()
+    assert len(measured) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(measured, tmp_path, monkeypatch):
+    (tmp_path / "a file").write_text("")
+    monkeypatch.setenv("THRICE_CACHE", str(tmp_path / "a file"))
+    assert ceilings() == ceilings() == FOUND
+    assert len(measured) == 2
+
+
+def test_measuring_fills_every_rate_and_reports_rounds(monkeypatch):
+    monkeypatch.setattr(hardware, "_ENOUGH_ROUNDS", 1)
+    monkeypatch.setattr(hardware, "_CPU_SIDE", 512)
+    monkeypatch.setattr(hardware, "_CPU_NUMBERS", 2**20)
+    seen = []
+    found = measure_ceilings(lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 1)]
+    assert found.device
+    assert found.cores >= 1
+    for field in dataclasses.fields(Ceilings):
+        if field.name.endswith(("gflops", "gbs")):
+            assert getattr(found, field.name) > 0, field.name
+
+
+def test_an_operation_the_backend_refuses_has_rate_0(monkeypatch):
+    def refuse(calls):
+        raise hardware.jax.errors.JaxRuntimeError("UNIMPLEMENTED")
+
+    monkeypatch.setattr(hardware, "_ENOUGH_ROUNDS", 1)
+    monkeypatch.setattr(hardware, "_product", lambda side, dtype: refuse)
+    monkeypatch.setattr(
+        hardware, "_streams", lambda numbers: {"read_gbs": lambda _: None, "update_gbs": lambda _: None}
+    )
+    found = measure_ceilings()
+    assert (found.bf16_gflops, found.f32_gflops, found.int8_gflops) == (0, 0, 0)
+    assert found.read_gbs > 0
+
+
+def test_the_clock_never_goes_back():
+    ticks = [hardware.clock() for _ in range(100)]
+    assert ticks == sorted(ticks)
+
+
+def test_peak_memory_sees_what_is_held_and_not_what_a_parent_held():
+    ballast = b"x" * 2**29
+    assert peak_rss_bytes() >= len(ballast)
+    show = "from engine.counting.hardware import peak_rss_bytes; print(peak_rss_bytes())"
+    child = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True)
+    if sys.platform == "linux":
+        assert 2**24 < int(child.stdout) < len(ballast)
+
+
+def fake(root, files):
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_memory_limit_of_version_2_is_the_tightest_group_around_us(tmp_path):
+    root = fake(
+        tmp_path,
+        {
+            "proc/self/cgroup": "0::/outer/inner\n",
+            "sys/fs/cgroup/outer/inner/memory.max": "max\n",
+            "sys/fs/cgroup/outer/memory.max": "12345678\n",
+            "sys/fs/cgroup/memory.max": "99999999\n",
+        },
+    )
+    assert memory_limit_bytes(root) == 12345678
+
+
+def test_memory_limit_of_version_1(tmp_path):
+    root = fake(
+        tmp_path,
+        {
+            "proc/self/cgroup": "4:cpu:/box\n3:hugetlb,memory:/box\n",
+            "sys/fs/cgroup/memory/box/memory.limit_in_bytes": "7654321\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+        },
+    )
+    assert memory_limit_bytes(root) == 7654321
+
+
+def test_memory_limit_seen_from_inside_a_container_lies_at_the_top(tmp_path):
+    root = fake(tmp_path, {"proc/self/cgroup": "0::/host/only\n", "sys/fs/cgroup/memory.max": "4444444\n"})
+    assert memory_limit_bytes(root) == 4444444
+
+
+def test_memory_limit_without_groups_is_the_machine(tmp_path):
+    unlimited = memory_limit_bytes(tmp_path)
+    assert unlimited > 2**28
+    files = {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "max\n"}
+    assert memory_limit_bytes(fake(tmp_path, files)) == unlimited

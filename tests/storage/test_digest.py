@@ -1,0 +1,109 @@
+"""The digest changes with every bit, path, dtype and shape, and with nothing else."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.storage.digest import digest, leaves_by_path
+
+DTYPES = ("float32", "bfloat16", "float16", "int8", "int32", "uint32", "bool")
+SHAPE = (3, 5)
+
+
+def array(seed: int, dtype: str) -> np.ndarray:
+    raw = np.random.default_rng(seed).integers(0, 2 if dtype == "bool" else 256, (3, 5 * jnp.dtype(dtype).itemsize))
+    return raw.astype(np.uint8).view(jnp.dtype(dtype))
+
+
+def tree(seed: int = 0) -> dict:
+    leaves = {dtype: array(seed + place, dtype) for place, dtype in enumerate(DTYPES)}
+    return {"layers": {"0": leaves, "1": {"count": np.asarray(np.int32(seed))}}, "head": array(seed + 9, "float32")}
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_every_single_bit_counts(data):
+    params = tree(data.draw(st.integers(0, 9)))
+    before = digest(params)
+    leaf = data.draw(st.sampled_from(jax.tree.leaves(params)))
+    place = data.draw(st.integers(0, leaf.nbytes - 1))
+    bit = 0 if leaf.dtype == bool else data.draw(st.integers(0, 7))
+    leaf.reshape(-1).view(np.uint8)[place] ^= 1 << bit
+    assert digest(params) != before
+    leaf.reshape(-1).view(np.uint8)[place] ^= 1 << bit
+    assert digest(params) == before
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.text(), min_size=2, max_size=4, unique=True))
+def test_every_path_counts(names):
+    leaf = np.arange(4, dtype=np.int32)
+    ways = [{names[0]: leaf}, {names[1]: leaf}]
+    ways += [{names[0]: {names[1]: leaf}}, {names[1]: {names[0]: leaf}}]
+    ways += [{f"{names[0]}/{names[1]}": {"": leaf}}, {f'{names[0]}", "{names[1]}': leaf}]
+    ways += [{names[0]: leaf[:2], names[1]: leaf[2:]}, {names[0]: leaf[2:], names[1]: leaf[:2]}]
+    assert len({digest(way) for way in ways}) == len({str(leaves_by_path(way)) for way in ways})
+
+
+def test_dtype_and_shape_count_even_with_the_same_bytes():
+    raw = np.arange(24, dtype=np.uint8)
+    ways = [raw.view(jnp.dtype(dtype)) for dtype in ("float32", "int32", "uint32", "bfloat16", "float16", "int8")]
+    ways += [ways[0].reshape(2, 3), ways[0].reshape(3, 2), ways[0].reshape(6, 1), ways[0].reshape(1, 6)]
+    assert len({digest({"w": way}) for way in ways}) == len(ways)
+    assert digest({"w": np.zeros((0, 3))}) != digest({"w": np.zeros((3, 0))})
+    assert digest({"w": np.asarray(0, np.int32)}) != digest({"w": np.asarray([0], np.int32)})
+    assert digest({"w": np.asarray([0.0])}) != digest({"w": np.asarray([-0.0])})
+
+
+def test_where_an_array_lies_does_not_count():
+    params = tree()
+    on_device = jax.tree.map(jnp.asarray, params)
+    strided = jax.tree.map(lambda leaf: np.asfortranarray(np.repeat(leaf, 2, 0))[::2] if leaf.ndim else leaf, params)
+    turned = {"layers": dict(reversed(params["layers"].items())), "head": params["head"]}
+    assert digest(params) == digest(on_device) == digest(strided) == digest(dict(reversed(turned.items())))
+
+
+def test_containers_do_not_count_but_their_names_do():
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Pair:
+        values: np.ndarray
+        scale: np.ndarray
+
+    values, scale = array(0, "int8"), array(1, "float32")
+    assert digest({"w": Pair(values, scale)}) == digest({"w": {"values": values, "scale": scale}})
+    assert digest({"w": Pair(values, scale)}) != digest({"w": Pair(scale, values)})
+    assert digest({"w": (values, scale)}) == digest({"w": [values, scale]}) == digest({"w": {"0": values, "1": scale}})
+    assert digest({}) == digest({"w": {}}) != digest({"w": values})
+
+
+@pytest.mark.parametrize("leaf", [1.0, "text", np.asarray([None]), jax.random.key(0)])
+def test_what_is_no_array_of_numbers_is_refused(leaf):
+    with pytest.raises(TypeError):
+        digest({"layers": {"w": leaf}})
+
+
+def test_two_leaves_of_one_path_are_refused():
+    with pytest.raises(ValueError, match="same path"):
+        digest({"a": Twice(np.ones(2), np.ones(3))})
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Twice:
+    """A node that calls both its children by one name, one as a number and one as text."""
+
+    def __init__(self, one, other):
+        self.children = (one, other)
+
+    def tree_flatten_with_keys(self):
+        names = (jax.tree_util.SequenceKey(0), jax.tree_util.DictKey("0"))
+        return tuple(zip(names, self.children)), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)

@@ -1,0 +1,158 @@
+"""The order is a function of (seed, step); an epoch holds each token once; an evaluation scores each token once."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.errors import UserError
+from engine.text.batch import Batch
+from engine.text.batches import Batches, evaluation_count, evaluation_windows
+
+# A token that tells its own place, so that a batch tells where it was cut.
+PLACES = np.arange(1000, dtype=np.uint16)
+
+
+def same(one: Batch, other: Batch) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(one, other))
+
+
+def windows_of(batches: Batches, epoch: int) -> list[np.ndarray]:
+    """The targets of each window of one epoch, out of whichever steps they lie in."""
+    windows = (len(batches.tokens) - 1) // batches.seq
+    first, last = epoch * windows, (epoch + 1) * windows
+    steps = range(first // batches.batch, -(-last // batches.batch))
+    rows = [row for step in steps for row in batches.at(step).targets]
+    return rows[first - steps.start * batches.batch :][:windows]
+
+
+def test_shapes_and_types() -> None:
+    batch = Batches(PLACES, seq=7, batch=6, seed=0).at(3)
+    for field in batch:
+        assert field.shape == (6, 7)
+    assert [field.dtype for field in batch] == [np.int32, np.int32, np.bool, np.int32, np.int32]
+    assert batch.mask.all()
+    np.testing.assert_array_equal(batch.positions, np.tile(np.arange(7), (6, 1)))
+    np.testing.assert_array_equal(batch.segments, 0)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    length=st.integers(2, 90), seq=st.integers(1, 12), batch=st.integers(1, 7), seed=st.integers(0, 2**32 - 1),
+    epoch=st.integers(0, 5),
+)  # fmt: skip
+def test_every_token_is_a_target_once_an_epoch(length: int, seq: int, batch: int, seed: int, epoch: int) -> None:
+    if length <= seq:
+        return
+    batches = Batches(PLACES[:length], seq, batch, seed)
+    targets = np.concatenate(windows_of(batches, epoch))
+    assert len(set(targets.tolist())) == len(targets)
+    assert 0 <= length - 1 - len(targets) < seq
+    assert 0 not in targets  # nothing comes before the first token
+
+
+@settings(deadline=None, max_examples=40)
+@given(step=st.integers(0, 10_000), seed=st.integers(0, 1000))
+def test_the_target_is_the_next_token(step: int, seed: int) -> None:
+    batch = Batches(PLACES, 7, 5, seed).at(step)
+    np.testing.assert_array_equal(batch.targets, np.asarray(batch.tokens) + 1)
+    # Windows are stretches of the text; one an epoch may run over its end and go on at its start.
+    np.testing.assert_array_equal(batch.tokens[:, 1:], np.asarray(batch.targets)[:, :-1] % 999)
+
+
+def test_order_is_a_function_of_seed_and_step() -> None:
+    first, again = Batches(PLACES, 7, 5, seed=3), Batches(PLACES.astype(np.int64), 7, 5, seed=3)
+    steps = [0, 1, 27, 28, 29, 500]
+    forward = {step: first.at(step) for step in steps}
+    for step in reversed(steps):
+        assert same(again.at(step), forward[step])
+    other = Batches(PLACES, 7, 5, seed=4)
+    assert not any(same(other.at(step), forward[step]) for step in steps)
+
+
+def test_the_order_does_not_change_between_versions() -> None:
+    """A run resumed after an update goes on in the same order. If this fails, old runs cannot be resumed exactly."""
+    assert Batches(PLACES, 7, 5, seed=3).at(1234).tokens[:, 0].tolist() == [676, 368, 914, 473, 550]
+
+
+def test_epochs_differ_in_order_and_in_where_windows_start() -> None:
+    batches = Batches(PLACES, 7, 5, seed=0)
+    orders = [np.array(windows_of(batches, epoch))[:, 0] for epoch in range(6)]
+    assert len({tuple(order) for order in orders}) == 6
+    assert len({int(order.min()) % 7 for order in orders}) > 2
+    # No epoch is one of a neighbouring seed's.
+    neighbour = [tuple(np.array(windows_of(Batches(PLACES, 7, 5, seed=1), epoch))[:, 0]) for epoch in range(6)]
+    assert not {tuple(order) for order in orders} & set(neighbour)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_share_one_global_batch(processes: int) -> None:
+    for step in (0, 8, 17, 1000):
+        parts = [Batches(PLACES, 7, 16, 3, processes, process).at(step) for process in range(processes)]
+        assert {part.tokens.shape for part in parts} == {(16 // processes, 7)}
+        together = Batch(*(np.concatenate(fields) for fields in zip(*parts)))
+        assert same(together, Batches(PLACES, 7, 16, 3).at(step))
+
+
+def test_epochs_are_counted() -> None:
+    batches = Batches(PLACES, 7, 5, seed=0)
+    assert batches.steps_per_epoch == 142 / 5
+    assert batches.epoch(0) == 0.0
+    assert batches.epoch(71) == 2.5
+
+
+def test_a_memory_map_will_do(tmp_path) -> None:
+    PLACES.tofile(tmp_path / "tokens.bin")
+    mapped = np.memmap(tmp_path / "tokens.bin", np.uint16, "r")
+    assert same(Batches(mapped, 7, 5, 0).at(9), Batches(PLACES, 7, 5, 0).at(9))
+    assert all(same(*pair) for pair in zip(evaluation_windows(mapped, 7, 3, 5), evaluation_windows(PLACES, 7, 3, 5)))
+
+
+def test_what_makes_no_batches() -> None:
+    with pytest.raises(UserError, match="7 tokens and one window of 7 needs 8"):
+        Batches(PLACES[:7], 7, 1, 0)
+    assert Batches(PLACES[:8], 7, 2, 0).at(5).tokens.tolist()
+    with pytest.raises(UserError, match="6 rows does not divide over 4"):
+        Batches(PLACES, 7, 6, 0, processes=4)
+    with pytest.raises(UserError, match="process 2 is not one of 2"):
+        Batches(PLACES, 7, 6, 0, processes=2, process=2)
+    for seed in (-1, 2**32):
+        with pytest.raises(UserError, match=f"seed must be .* not {seed}"):
+            Batches(PLACES, 7, 1, seed)
+    for sizes in ((0, 1), (1, 0)):
+        with pytest.raises(UserError, match="at least 1, not 0"):
+            Batches(PLACES, *sizes, seed=0)
+
+
+@settings(deadline=None, max_examples=200)
+@given(length=st.integers(2, 60), seq=st.integers(1, 13), stride=st.integers(1, 13), batch=st.integers(1, 5))
+def test_evaluation_scores_every_token_but_the_first_once(length: int, seq: int, stride: int, batch: int) -> None:
+    if stride > seq:
+        return
+    scored = []
+    windows = 0
+    for part in evaluation_windows(PLACES[:length], seq, stride, batch):
+        assert {field.shape for field in part} == {(batch, seq)}
+        windows += int(np.any(part.mask, axis=1).sum())
+        for tokens, targets, mask in zip(part.tokens, part.targets, part.mask):
+            scored += targets[mask].tolist()
+            np.testing.assert_array_equal(targets[mask], tokens[mask] + 1)
+            if not mask.any():
+                continue
+            # A window is one stretch of text up to the last token it scores, so what is scored has all its context.
+            last = np.flatnonzero(mask)[-1]
+            np.testing.assert_array_equal(np.diff(tokens[: last + 1] if length <= seq else tokens), 1)
+            context = np.flatnonzero(mask) + 1  # tokens that a target is predicted from
+            assert all(context > np.minimum(seq - stride, targets[mask] - 1))
+    assert scored == list(range(1, length))
+    assert windows == evaluation_count(length, seq, stride)
+
+
+def test_what_cannot_be_evaluated() -> None:
+    for stride in (0, 8):
+        with pytest.raises(UserError, match=f"between 1 and the window's 7 tokens, not {stride}"):
+            next(evaluation_windows(PLACES, 7, stride, 1))
+    with pytest.raises(UserError, match="1 tokens"):
+        next(evaluation_windows(PLACES[:1], 7, 7, 1))
+    with pytest.raises(UserError, match="at least 1 row"):
+        next(evaluation_windows(PLACES, 7, 7, 0))

@@ -1,0 +1,238 @@
+"""Text and tokens are two writings of the same thing, whatever the text, whole or piece by piece."""
+
+import base64
+import itertools
+import json
+import random
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.errors import UserError
+from engine.text import tokenizer as tokenizer_module
+from engine.text.tokenizer import END, Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+
+PROSE = (
+    "The quality of mercy isn't strain'd, it droppeth as the gentle rain; 1596 or 1597? Größe, 東京, नमस्ते, 👩‍👩‍👧!\n\n"
+    * 40
+)
+BPE = train_bpe([PROSE], 320)
+BYTE = byte_tokenizer()
+BOTH = pytest.mark.parametrize("tokenizer", [BPE, BYTE], ids=["bpe", "byte"])
+
+# Every code point with something of each alternative of the split around it, and drawn text full of what it looks for.
+EVERY = "".join(map(chr, itertools.chain(range(0xD800), range(0xE000, sys.maxunicode + 1))))
+texts = (
+    st.text() | st.text(alphabet=" \t\r\n'abZsé1½٣^_\u0301\u200d\ufe0f東😀<|>") | st.sampled_from([END, "<|im_start|>"])
+)
+
+
+@BOTH
+def test_every_code_point_comes_back(tokenizer: Tokenizer) -> None:
+    # A plain assertion about a million characters would have pytest explain the difference for minutes.
+    same = tokenizer.decode(tokenizer.encode(EVERY)) == EVERY
+    assert same
+    apart = " ".join(EVERY[::37])
+    same = tokenizer.decode(tokenizer.encode(apart)) == apart
+    assert same
+
+
+@BOTH
+@settings(deadline=None, max_examples=200)
+@given(parts=st.lists(texts))
+def test_every_text_comes_back(tokenizer: Tokenizer, parts: list[str]) -> None:
+    text = "".join(parts)
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32
+    assert ids.ndim == 1
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes(ids) == len(text.encode())
+    assert tokenizer.end not in ids
+
+
+@settings(deadline=None, max_examples=200)
+@given(ids=st.lists(st.integers(-3, BPE.vocab + 3)))
+def test_stream_joins_to_decode(ids: list[int]) -> None:
+    stream = BPE.stream()
+    pieces = [stream.push(token) for token in ids]
+    assert "".join([*pieces, stream.close()]) == BPE.decode(ids)
+
+
+@settings(deadline=None, max_examples=200)
+@given(text=st.text(alphabet="aé東😀\ufffd\u0301"))
+def test_stream_never_shows_half_a_character(text: str) -> None:
+    stream = BYTE.stream()
+    shown = ""
+    for token in BYTE.encode(text):
+        shown += stream.push(token)
+        assert text.startswith(shown)
+    assert shown == text
+    assert stream.close() == ""
+
+
+def test_stream_waits_no_longer_than_it_must() -> None:
+    stream = BYTE.stream()
+    assert [stream.push(byte) for byte in "é!".encode()] == ["", "é", "!"]
+    assert stream.push(0xF0) == ""
+    assert stream.close() == "\ufffd"
+
+
+@BOTH
+def test_control_tokens_are_never_made_from_text(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(f"before{END}after{END}")
+    assert tokenizer.end not in ids
+    assert tokenizer.decode(ids) == f"before{END}after{END}"
+    # Put in by id they end a text, and stand for no text and no bytes.
+    assert tokenizer.decode([*tokenizer.encode("a"), tokenizer.end, *tokenizer.encode("b")]) == "ab"
+    assert tokenizer.token_bytes([tokenizer.end]) == 0
+
+
+def test_ids() -> None:
+    assert BYTE.vocab == 257
+    assert BYTE.end == 256
+    assert BYTE.encode("aé").tolist() == [0x61, 0xC3, 0xA9]
+    assert BPE.vocab == 320
+    assert BPE.end == 319
+    assert len(BPE.encode(PROSE)) < len(PROSE.encode()) / 2
+    assert BPE.encode("").shape == (0,)
+
+
+def test_token_bytes_counts_parts_of_characters() -> None:
+    assert BYTE.token_bytes(np.array([0xC3, 0x61], np.uint16)) == 2
+    assert BYTE.token_bytes([-1, 256, 257, 10_000]) == 0
+    assert BYTE.token_bytes([]) == 0
+
+
+@BOTH
+@pytest.mark.parametrize("unit", ["a", "^", "😀", "base64"])
+def test_a_megabyte(tokenizer: Tokenizer, unit: str) -> None:
+    """In time that grows with the square of the length, this would take hours."""
+    noise = base64.b64encode(random.Random(0).randbytes(750_000)).decode()
+    text = noise if unit == "base64" else unit * (1_000_000 // len(unit.encode()))
+    same = tokenizer.decode(tokenizer.encode(text)) == text
+    assert same
+
+
+LONG_RUNS = [
+    "a",
+    "^",
+    "7",
+    " ",
+    "\n",
+    "\r\n",
+    "\u0301",
+    "東",
+    "ab ",
+    "'s",
+    "👩‍👩‍👧",
+    END,
+    " " * 63 + "\n",
+    "!?" * 40 + "\n" * 70,
+]
+
+
+@BOTH
+@pytest.mark.parametrize("unit", LONG_RUNS)
+def test_cut_into_pieces_the_tokens_are_those_of_the_whole(tokenizer: Tokenizer, unit: str) -> None:
+    assert _same_as_in_one_go(tokenizer, unit * (40_000 // len(unit)))
+
+
+def test_noise_cut_into_pieces() -> None:
+    noise = random.Random(0)
+    assert _same_as_in_one_go(BPE, base64.b64encode(noise.randbytes(40_000)).decode())
+    assert _same_as_in_one_go(BPE, "".join(chr(noise.randrange(0x20, 0x3000)) for _ in range(40_000)))
+
+
+@settings(deadline=None, max_examples=100)
+@given(parts=st.lists(texts, max_size=60), piece=st.integers(1, 40))
+def test_pieces_are_cut_between_tokens(parts: list[str], piece: int) -> None:
+    text = "".join(parts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_module, "PIECE", piece)
+        assert _same_as_in_one_go(BPE, text)
+
+
+def _same_as_in_one_go(tokenizer: Tokenizer, text: str) -> bool:
+    return tokenizer.encode(text).tolist() == tokenizer._inner.encode(text, add_special_tokens=False).ids
+
+
+def test_parts_are_the_whole() -> None:
+    text = PROSE * 400
+    parts = list(BPE.encode_parts(text))
+    assert len(parts) > 1
+    np.testing.assert_array_equal(np.concatenate(parts), BPE.encode(text))
+
+
+@pytest.mark.parametrize("broken", ["ab\ud83dcd", "ab\udc00"])
+def test_half_a_character_is_refused_with_its_place(broken: str) -> None:
+    with pytest.raises(UserError, match=r"surrogate U\+D.* at character 2"):
+        BPE.encode(broken)
+    with pytest.raises(UserError, match="character 2"):
+        train_bpe([broken], 300)
+
+
+def test_same_texts_same_vocabulary() -> None:
+    assert train_bpe(iter([PROSE]), 320).digest == BPE.digest
+    assert train_bpe([PROSE], 321).digest != BPE.digest
+    assert train_bpe([PROSE + "zz " * 1000], 320).digest != BPE.digest
+
+
+def test_too_small_a_vocabulary_or_text() -> None:
+    with pytest.raises(UserError, match="257"):
+        train_bpe(["text"], 256)
+    assert train_bpe(["text"], 257).vocab == 257
+    short = train_bpe(["text"], 1000)
+    assert short.vocab < 300
+    assert short.end == short.vocab - 1
+
+
+@BOTH
+def test_saved_and_loaded(tokenizer: Tokenizer, tmp_path) -> None:
+    tokenizer.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.digest == tokenizer.digest
+    assert (loaded.vocab, loaded.end, loaded.config) == (tokenizer.vocab, tokenizer.end, tokenizer.config)
+    np.testing.assert_array_equal(loaded.encode(PROSE + END), tokenizer.encode(PROSE + END))
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["eos_token"] == END
+
+
+def test_another_end_is_taken_from_the_config(tmp_path) -> None:
+    BPE.save(tmp_path)
+    source = json.loads((tmp_path / "tokenizer.json").read_text())
+    added = dict(source["added_tokens"][0], id=320, content="<|im_end|>")
+    source["added_tokens"].append(added)
+    source["truncation"] = {"max_length": 3, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(source))
+    for named in ("<|im_end|>", {"content": "<|im_end|>"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": named}))
+        loaded = load_tokenizer(tmp_path)
+        assert loaded.end == 320
+        assert loaded.vocab == 321
+        assert loaded.decode(loaded.encode(f"{PROSE}<|im_end|>{END}")) == f"{PROSE}<|im_end|>{END}"
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    with pytest.raises(UserError, match="</s>"):
+        load_tokenizer(tmp_path)
+
+
+def test_what_cannot_be_loaded(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"No tokenizer at .*tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    BPE.save(tmp_path)
+    whole = (tmp_path / "tokenizer.json").read_text()
+    for damaged in (whole[: len(whole) // 2], "", "[]", "{}", whole.replace('"ByteLevel"', '"Nothing"'), "\udcff"):
+        (tmp_path / "tokenizer.json").write_text(damaged, errors="surrogateescape")
+        with pytest.raises(UserError, match=r"tokenizer\.json is damaged"):
+            load_tokenizer(tmp_path)
+    source = json.loads(whole)
+    source["decoder"] = {"type": "Fuse"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(source))
+    with pytest.raises(UserError, match="decodes with Fuse"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(whole)
+    for config in ("{", "[]"):
+        (tmp_path / "tokenizer_config.json").write_text(config)
+        with pytest.raises(UserError, match=r"tokenizer_config\.json"):
+            load_tokenizer(tmp_path)

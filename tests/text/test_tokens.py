@@ -1,0 +1,172 @@
+"""A token file holds the text's tokens, is made once, and is never believed when damaged."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.errors import UserError
+from engine.text import tokens as tokens_module
+from engine.text.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from engine.text.tokens import open_bin, token_file
+
+DOCUMENTS = ["The first, é.\n", "the second", "東京 😀 and the third\n"]
+BPE = train_bpe(DOCUMENTS, 280)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("THRICE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_ends_stand_between_documents_and_bytes_are_the_text_s() -> None:
+    file = token_file(DOCUMENTS, BPE)
+    first, second, third = (BPE.encode(text).tolist() for text in DOCUMENTS)
+    assert file.tokens.tolist() == [*first, BPE.end, *second, BPE.end, *third]
+    assert file.tokens.dtype == np.uint16
+    assert isinstance(file.tokens, np.memmap)
+    assert not file.tokens.flags.writeable
+    assert file.bytes == sum(len(text.encode()) for text in DOCUMENTS) == BPE.token_bytes(file.tokens)
+    assert file.documents == 3
+    assert file.path.is_file()
+
+
+def test_one_document_has_no_end_and_any_iterable_will_do() -> None:
+    file = token_file(iter(["one text"]), byte_tokenizer())
+    assert file.tokens.tolist() == list(b"one text")
+    assert file.documents == 1
+
+
+def test_made_once_for_the_same_text_and_tokenizer(cache) -> None:
+    calls: list[tuple[int, int]] = []
+    first = token_file(DOCUMENTS, BPE, lambda *of: calls.append(of))
+    assert calls[-1] == (first.bytes, first.bytes)
+    assert calls == sorted(calls)
+    calls.clear()
+    again = token_file(tuple(DOCUMENTS), BPE, lambda *of: calls.append(of))
+    assert calls == []
+    assert again.path == first.path
+    others = [
+        token_file(DOCUMENTS, byte_tokenizer()),
+        token_file(["".join(DOCUMENTS)], BPE),
+        token_file([DOCUMENTS[0] + DOCUMENTS[1], DOCUMENTS[2]], BPE),
+        token_file([*DOCUMENTS, " "], BPE),
+    ]
+    assert len({first.path, *(file.path for file in others)}) == 5
+    assert len(list((cache / "tokens").iterdir())) == 5  # and nothing half-made beside them
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "tokens.json"])
+@pytest.mark.parametrize("damage", ["truncate", "lengthen", "flip", "empty", "delete"])
+def test_a_damaged_file_is_made_anew(name: str, damage: str) -> None:
+    file = token_file(DOCUMENTS, BPE)
+    wanted = file.tokens.tolist()
+    path = file.path.parent / name
+    data = path.read_bytes()
+    path.unlink()
+    if damage != "delete":
+        flipped = bytes([data[0] ^ 1]) + data[1:]
+        path.write_bytes({"truncate": data[:-2], "lengthen": data + b"\0\0", "flip": flipped, "empty": b""}[damage])
+    calls: list[tuple[int, int]] = []
+    again = token_file(DOCUMENTS, BPE, lambda *of: calls.append(of))
+    assert calls
+    assert again.tokens.tolist() == wanted
+    assert (again.bytes, again.documents) == (file.bytes, file.documents)
+
+
+@pytest.mark.parametrize("facts", ["[]", "{}", '{"tokens": "x", "dtype": "nonsense", "sha256": ""}'])
+def test_nonsense_beside_the_tokens_is_damage(facts: str) -> None:
+    file = token_file(DOCUMENTS, BPE)
+    (file.path.parent / "tokens.json").write_text(facts)
+    assert token_file(DOCUMENTS, BPE).tokens.tolist() == file.tokens.tolist()
+
+
+def test_an_error_on_the_way_leaves_nothing(cache) -> None:
+    def fails(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        token_file(DOCUMENTS, BPE, fails)
+    with pytest.raises(UserError, match="surrogate"):
+        token_file(["a", "b\ud800"], BPE)
+    assert list((cache / "tokens").iterdir()) == []
+
+
+def test_the_slower_of_two_processes_uses_the_other_s_file(monkeypatch) -> None:
+    real = tokens_module.whole_folder
+    meanwhile = []
+
+    def beaten(folder: Path):
+        if not meanwhile:
+            meanwhile.append(folder)
+            token_file(DOCUMENTS, BPE)  # the other process
+            raise OSError("Directory not empty")
+        return real(folder)
+
+    monkeypatch.setattr(tokens_module, "whole_folder", beaten)
+    assert token_file(DOCUMENTS, BPE).documents == 3
+    assert meanwhile
+
+
+def test_a_disk_that_fails_is_said(monkeypatch) -> None:
+    def full(folder: Path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tokens_module, "whole_folder", full)
+    with pytest.raises(OSError, match="No space left"):
+        token_file(DOCUMENTS, BPE)
+
+
+def test_ids_are_wide_where_the_vocabulary_is(monkeypatch) -> None:
+    wide = train_bpe(DOCUMENTS, 280)
+    wide.vocab = 65_537
+    wide.digest = "another"
+    file = token_file(DOCUMENTS, wide)
+    assert file.tokens.dtype == np.uint32
+    assert file.tokens.tolist() == token_file(DOCUMENTS, BPE).tokens.tolist()
+
+
+def test_long_documents_go_in_parts(monkeypatch) -> None:
+    text = "To be, or not to be. " * 120_000
+    calls: list[tuple[int, int]] = []
+    tokenizer = byte_tokenizer()
+    monkeypatch.setattr(Tokenizer, "encode", None)  # which would hold the whole text
+    file = token_file([text, text], tokenizer, lambda *of: calls.append(of))
+    assert len(calls) >= 5
+    assert file.bytes == 2 * len(text)
+    same = bytes(file.tokens[: len(text)].astype(np.uint8)) == text.encode()
+    assert same
+    assert file.tokens[len(text)] == tokenizer.end
+
+
+def test_nanogpt_bin(tmp_path) -> None:
+    path = tmp_path / "train.bin"
+    ids = [*BPE.encode("one é"), BPE.end, *BPE.encode("two")]
+    for ending, documents in (([], 2), ([BPE.end], 2)):
+        np.array([*ids, *ending], "<u2").tofile(path)
+        file = open_bin(path, BPE)
+        assert file.tokens.tolist() == [*ids, *ending]
+        assert file.bytes == len("one étwo".encode())
+        assert (file.documents, file.path) == (documents, path)
+
+
+def test_nanogpt_bin_that_is_wrong(tmp_path) -> None:
+    path = tmp_path / "train.bin"
+    with pytest.raises(UserError, match="no token file"):
+        open_bin(path, BPE)
+    for data, size in ((b"", "0 bytes"), (b"\0\0\0", "3 bytes")):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=size):
+            open_bin(path, BPE)
+    np.array([1, 2, 280, 3], "<u2").tofile(path)
+    with pytest.raises(UserError, match="id 280 at token 2, and the tokenizer has 280 ids"):
+        open_bin(path, BPE)
+
+
+def test_the_note_beside_the_tokens_is_readable() -> None:
+    file = token_file(DOCUMENTS, BPE)
+    facts = json.loads((file.path.parent / "tokens.json").read_text())
+    assert facts["tokens"] == len(file.tokens)
+    assert facts["documents"] == 3
