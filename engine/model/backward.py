@@ -190,6 +190,13 @@ def _rope_backward(dtype: jnp.dtype, kept, g: Array):
 rope.defvjp(_rope_forward, _rope_backward)
 
 
+def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """As `layers.attention`, for cached keys: forward only, and never a product with a single row (see `leaves`)."""
+    if q.shape[1] * q.shape[2] > k.shape[1]:
+        return layers.attention(q, k, v, mask)
+    return layers.attention(jnp.concatenate([q, q], axis=1), k, v, jnp.concatenate([mask, mask], axis=1))[:, :1]
+
+
 @jax.custom_vjp
 def causal_attention(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
     """q (B, T, N, H) scaled by H ** -0.5, k and v (B, T, K, H), segments (B, T) or None -> (B, T, N * H).

@@ -59,11 +59,12 @@ def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
     """
     B, T, N, H = q.shape
     K = k.shape[1]
-    q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, NEVER), axis=-1)
-    out = jnp.einsum("bkgts,bksh->btkgh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return out.reshape(B, T, N * H).astype(v.dtype)
+    G = N // K
+    rows = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    scores = jnp.einsum("bkrh,bksh->bkrs", rows, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(jnp.where(jnp.tile(mask, (1, G, 1))[:, None], scores, NEVER), axis=-1)
+    out = jnp.einsum("bkrs,bksh->bkrh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N * H).astype(v.dtype)
 
 
 def causal_mask(T: int, segments: Array | None = None) -> Array:

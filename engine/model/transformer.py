@@ -87,7 +87,7 @@ class Block(nn.Module):
         mask = jnp.arange(keys.shape[2]) <= last[:, :, None]
         # A weight of 0 does not silence a stale NaN, so what no query of this call may see is cleared first.
         seen = mask[:, -1, None, :, None]
-        return layers.attention(q, keys, jnp.where(seen, values, 0), mask), (keys, values, length)
+        return shaped().attention(q, keys, jnp.where(seen, values, 0), mask), (keys, values, length)
 
     def gain(self, name: str, size: int) -> Array:
         return self.param(name, nn.initializers.ones, (size,))

@@ -112,5 +112,4 @@ def evaluation_count(tokens: int, seq: int, stride: int) -> int:
 
 def _batch(tokens: np.ndarray, targets: np.ndarray, mask: np.ndarray) -> Batch:
     positions = np.ascontiguousarray(np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape))
-    segments = np.zeros(tokens.shape, np.int32)
-    return Batch(tokens.astype(np.int32), targets.astype(np.int32), mask, positions, segments)
+    return Batch(tokens.astype(np.int32), targets.astype(np.int32), mask, positions, None)

@@ -1,0 +1,121 @@
+"""How close a training step comes to what this machine can multiply.
+
+    python -m bench.training                          a few shapes, beside the ceilings of the same run
+    python -m bench.training --shapes 6x384x256x16    layers x width x tokens x batch
+    python -m bench.training --allocator default      without keeping freed memory: what page faults cost
+
+Model FLOPs are 6 N + 12 L D T a token (N: weights that take part in a product, the head included; attention counted as
+the full square, whatever is skipped). The step is the project's own `train_step`: bfloat16 products, float32 weights,
+clipping, AdamW, and the guard against non-finite steps. The model reads bytes. The last line is JSON.
+"""
+
+import dataclasses
+import json
+import sys
+from typing import Literal
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """What is measured."""
+
+    shapes: tuple[str, ...] = ("4x256x256x16", "6x384x256x16", "6x512x256x16", "8x768x256x8")
+    """Each as LAYERSxWIDTHxTOKENSxBATCH; heads are 64 wide."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    rounds: int = 7
+    """Interleaved rounds; the median counts."""
+    allocator: Literal["keep", "default"] = "keep"
+
+
+def main(args: list[str] | None = None) -> int:
+    """Measures, prints the table and, last, one line of JSON."""
+    flags = tyro.cli(Flags, prog="python -m bench.training", description=__doc__, args=args)
+    shapes = [_shape(text) for text in flags.shapes]
+    if shapes.count(None) or flags.rounds < 1:
+        print("error: a shape is LAYERSxWIDTHxTOKENSxBATCH with a width in 64s, such as 6x384x256x16; rounds >= 1.", file=sys.stderr)
+        return 2
+    if flags.allocator == "keep":
+        from engine.allocator import keep_freed_memory
+
+        keep_freed_memory()
+    from bench.timing import measure, noise
+    from engine.counting.flops import step_flops
+    from engine.counting.hardware import measure_ceilings
+
+    ceiling = measure_ceilings()
+    print(f"{ceiling.device}, {ceiling.cores} cores, jax {ceiling.jax}")
+    print(f"{'shape':>16} {'params':>9} {'ms a step':>10} {'GFLOP/s':>9} {'of ceiling':>11} {'tokens/s':>9}", flush=True)
+    rows, timings = [], {}
+    for layers, width, tokens, batch in filter(None, shapes):
+        cfg, run = _stepper(layers, width, tokens, batch, flags)
+        timing = measure({"step": run}, rounds=flags.rounds, warmups=2)["step"]
+        # The ceiling again beside each shape: on a shared machine it moves, and the best of all counts for all.
+        again = measure_ceilings()
+        rates = {name: max(getattr(ceiling, name), getattr(again, name)) for name in ("bf16_gflops", "f32_gflops", "int8_gflops")}
+        ceiling = dataclasses.replace(ceiling, **rates)
+        name = f"{layers}x{width}x{tokens}x{batch}"
+        timings[name] = timing
+        rows.append((name, cfg, layers, width, tokens, batch, timing.median, step_flops(cfg, batch, tokens)))
+    top = ceiling.bf16_gflops if flags.dtype == "bfloat16" else ceiling.f32_gflops
+    found = []
+    for name, cfg, layers, width, tokens, batch, seconds, flops in rows:
+        from engine.counting.flops import count_params
+
+        rate = flops / seconds / 1e9
+        params = count_params(cfg).total
+        print(
+            f"{name:>16} {params / 1e6:8.2f}M {seconds * 1e3:10.1f} {rate:9.0f} {rate / top:11.2f} {batch * tokens / seconds:9.0f}"
+        )
+        found.append({
+            "layers": layers, "width": width, "seq": tokens, "batch": batch, "ms_per_step": seconds * 1e3,
+            "gflops": rate, f"fraction_of_{'bf16' if flags.dtype == 'bfloat16' else 'f32'}_ceiling": rate / top,
+        })  # fmt: skip
+    print(f"ceilings, matmul 2048: bf16 {ceiling.bf16_gflops:.0f}, f32 {ceiling.f32_gflops:.0f}, int8 {ceiling.int8_gflops:.0f} GFLOP/s")
+    print(noise(timings))
+    both = {"bf16": ceiling.bf16_gflops, "f32": ceiling.f32_gflops, "int8": ceiling.int8_gflops}
+    print(json.dumps({"ceiling_gflops": both, "shapes": found}))
+    return 0
+
+
+def _shape(text: str) -> tuple[int, int, int, int] | None:
+    parts = text.split("x")
+    if len(parts) != 4 or not all(part.isdigit() and int(part) > 0 for part in parts) or int(parts[1]) % 64:
+        return None
+    layers, width, tokens, batch = map(int, parts)
+    return layers, width, tokens, batch
+
+
+def _stepper(layers: int, width: int, tokens: int, batch: int, flags: Flags):
+    """The config, and a callable that takes one training step on random bytes."""
+    import jax
+    import jax.numpy as jnp
+
+    from engine.model.config import ModelConfig
+    from engine.model.transformer import init_params
+    from engine.text.batch import Batch
+    from engine.training.optimizer import OptimizerConfig, make_optimizer
+    from engine.training.step import init_state, train_step
+
+    ff = -(-width * 8 // 3 // 64) * 64
+    cfg = ModelConfig(
+        vocab=257, width=width, layers=layers, heads=width // 64, ff=ff, context=tokens, qk_norm=True, dtype=flags.dtype
+    )
+    tx = make_optimizer(OptimizerConfig(kind=flags.optimizer))
+    state = init_state(tx, jax.jit(lambda key: init_params(cfg, key))(jax.random.key(0)))
+    text = jax.random.randint(jax.random.key(1), (batch, tokens + 1), 0, cfg.vocab)
+    positions = jnp.tile(jnp.arange(tokens), (batch, 1))
+    data = Batch(text[:, :-1], text[:, 1:], jnp.ones((batch, tokens), bool), positions, None)
+    held = [state]
+
+    def run():
+        held[0], metrics = train_step(cfg, tx, held[0], {}, data, jnp.float32(0.5))
+        return metrics.loss
+
+    return cfg, run
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""From the command line to a command and back: flags in, an exit code out, and every mistake in a sentence."""
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from engine.errors import UserError
+from stages import interrupt
+
+MISTAKE = 2
+_arguments: list[str] = []
+
+
+def run[Flags](flags: type[Flags], command: Callable[[Flags], int | None], args: Sequence[str] | None = None) -> int:
+    """Parses `args` (by default the command line's) into `flags`, runs the command, returns its exit code.
+
+    0 when it is done, 2 for what a person can mend (said in a sentence on stderr, with the traceback under --verbose),
+    128 + the signal when it was stopped, 141 when nobody reads the output any more.
+    """
+    import tyro
+
+    _arguments[:] = sys.argv[1:] if args is None else args
+    module = sys.modules[flags.__module__]
+    name = module.__spec__.name if module.__spec__ else flags.__module__
+    try:
+        given = tyro.cli(
+            flags, prog=f"python -m {name}", description=module.__doc__, args=args,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        )  # fmt: skip
+    except SystemExit as leaving:
+        return int(leaving.code or 0)
+    except UserError as error:
+        return _say(str(error))
+    verbose = bool(getattr(given, "verbose", False))
+    try:
+        with interrupt.watched():
+            return command(given) or 0
+    except interrupt.Stopped as stopped:
+        return interrupt.leave(stopped)
+    except BrokenPipeError:
+        # Python flushes stdout on its way out and would complain once more.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        if verbose:
+            import traceback
+
+            traceback.print_exc()
+        return _say(sentence)
+
+
+def explain(error: BaseException) -> str | None:
+    """The sentence for an error that a person can mend, None for one that is ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        return _system(error)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return (
+            "There is not enough memory for this. Give a smaller --batch or --context, read the batch in parts with "
+            "--accumulate, or keep less for the backward pass with --remat."
+        )
+    return None
+
+
+def _system(error: OSError) -> str:
+    at = f"{error.filename}: " if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = ""
+        with contextlib.suppress(OSError, TypeError, ValueError):
+            import shutil
+
+            place = next(p for p in [Path(error.filename), *Path(error.filename).absolute().parents] if p.exists())
+            free = f" ({shutil.disk_usage(place).free / 1e6:,.1f} MB are free there)"
+        return f"{at}the disk is full{free}. What was saved before is untouched; make room, or choose another folder."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{at}{os.strerror(error.errno)}: this user may not write or read there. Choose another folder or file."
+    return f"{at}{error.strerror or error}."
+
+
+def _say(sentence: str) -> int:
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    return MISTAKE
+
+
+def arguments() -> list[str]:
+    """What the command in progress was called with, to be typed again."""
+    return _arguments

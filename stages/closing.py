@@ -1,0 +1,86 @@
+"""The end of a run: bits per byte on the whole validation text, a sample, run.json's result, and what to type next."""
+
+from typing import TYPE_CHECKING, Any
+
+from engine.counting.hardware import peak_rss_bytes
+from engine.files import whole_file
+from engine.inference.decode import for_inference, generate
+from engine.inference.sample import make_sampling
+from stages import interrupt, run_folder, words
+from stages.loop import Loop
+from stages.validate import bits, rows_for, whole_text
+
+if TYPE_CHECKING:
+    from stages.training import Run
+
+SAMPLE = 160  # tokens
+
+
+def close(run: "Run", state: Any, loop: Loop) -> int:
+    """Evaluates, samples, writes the result and prints it."""
+    console, cfg, past, folder = run.console, run.plan.cfg, loop.past, run.folder
+    interrupt.doing(f"before the last evaluation; the trained model is in {folder}, and the same command evaluates it.")
+    with console.task("evaluating on the whole validation text", always=True) as report:
+        nats = whole_text(
+            cfg, state.trainable, run.data.validation, cfg.context, max(1, cfg.context // 2),
+            rows_for(cfg, cfg.context), report,
+        )  # fmt: skip
+    value = bits(nats, run.data.validation.bytes)
+    with console.task("writing a sample"):
+        text = sample(run, state)
+    with whole_file(folder / "samples" / f"{past.step}.txt") as file:
+        file.write(text.encode())
+    speed = past.step * run.plan.step_tokens / past.seconds
+    result = {
+        "val_bits_per_byte": value,
+        "train_seconds": past.seconds,
+        "first_step_seconds": past.first_step_seconds,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "tokens_per_second": speed,
+        "mfu": past.step * run.plan.step_flops / past.seconds / loop.job.ceiling,
+        "steps": past.step,
+        "refused_steps": past.refused,
+    }
+    run_folder.write_run(folder, run.facts(), result)
+    summary(run, loop, result, text)
+    return 0
+
+
+def sample(run: "Run", state: Any) -> str:
+    """What the model writes after a line end."""
+    cfg, tokenizer = run.plan.cfg, run.data.tokenizer
+    params = for_inference(cfg, state.trainable)
+    prompt = tokenizer.encode("\n").tolist()
+    tokens: list[int] = []
+    settings = make_sampling(1, temperature=0.8, seed=run.given.seed)
+    for new in generate(cfg, params, [prompt], settings, max_tokens=SAMPLE, end=tokenizer.end):
+        tokens += new.tokens
+    return tokenizer.decode(tokens)
+
+
+def summary(run: "Run", loop: Loop, result: dict[str, Any], text: str) -> None:
+    """The last screen."""
+    console, past, folder = run.console, loop.past, run.folder
+    epochs = loop.job.batches.epoch(past.step)
+    refused = f", {past.refused} of them refused (not finite)" if past.refused else ""
+    console.say()
+    console.say("what it writes", style="bold")
+    console.say("\n".join(f"  | {line}" for line in text.strip("\n").split("\n")))
+    console.say()
+    console.rows(
+        [
+            ("validation", f"{result['val_bits_per_byte']:.4f} bits per byte on all of {run.data.validation_name}"),
+            ("trained", f"{past.step:,} steps, epoch {epochs:.2f}, {words.duration(past.seconds)}{refused}"),
+            ("speed", f"{result['tokens_per_second']:,.0f} tokens/s, MFU {result['mfu']:.0%}; first step "
+                      f"{words.duration(past.first_step_seconds or 0)} after the start"),
+            ("memory", f"{words.size(result['peak_rss_bytes'])} at most"),
+            ("files", f"{folder}: config.json, run.json, metrics.jsonl, tokenizer, checkpoints, samples"),
+        ]
+    )  # fmt: skip
+    console.say()
+    console.say("next", style="bold")
+    for words_to_type in (
+        words.command("generate", "--model", folder, "--prompt", "ROMEO:"),
+        words.command("evaluate", "--model", folder),
+    ):
+        console.say(f"  {words_to_type}")

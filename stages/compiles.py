@@ -1,0 +1,17 @@
+"""Counts the programs that JAX compiles, so that "nothing is compiled while it works" is a number."""
+
+import jax
+
+
+class Compiles:
+    """`count` grows by one with each program compiled, or fetched from the compilation cache, since `reset`."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def _heard(self, event: str, duration_secs: float, **_: str | int) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+    def reset(self) -> None:
+        self.count = 0

@@ -1,0 +1,148 @@
+"""What a command prints: a banner, tasks that take a while, one live line, a summary.
+
+On a terminal the live line stays in place and fits its width; elsewhere it becomes a plain line every few seconds, with
+no escape codes. Nothing else in the project prints while training.
+"""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, TextIO
+
+from stages.words import duration
+
+Report = Callable[[int, int], None]
+
+BETWEEN_LINES = 5.0  # seconds, where lines stay
+BETWEEN_FRAMES = 0.15  # seconds, on a terminal
+SILENT = 2.0  # seconds below which a task that reports nothing is not worth a line
+
+
+class Console:
+    """Prints to `stream`. To be used as a context: whatever happens, the terminal is left as it was."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stdout
+        self.terminal = self.stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+        self._rich: Any = None
+        self._live: Any = None
+        self._last = -BETWEEN_LINES
+        if self.terminal:
+            import rich.console
+
+            self._rich = rich.console.Console(file=self.stream, highlight=False)
+
+    def __enter__(self) -> "Console":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close_live()
+
+    def say(self, text: str = "", style: str | None = None) -> None:
+        """A line, or several, that stay. A long line is left to the terminal to wrap."""
+        if self._rich:
+            self._rich.print(text, style=style, markup=False, soft_wrap=True)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    def rows(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Labels beside what they say; long values go on below themselves."""
+        width = max(len(label) for label, _ in rows)
+        if not self._rich:
+            for label, value in rows:
+                self.say(f"{label:<{width}}  {value}")
+            return
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table.grid(padding=(0, 2, 0, 0))
+        table.add_column(style="dim", no_wrap=self._rich.width > 2 * width + 10)
+        table.add_column()
+        for label, value in rows:
+            table.add_row(Text(label), Text(value))
+        self._rich.print(table)
+
+    @contextlib.contextmanager
+    def task(self, label: str, always: bool = False) -> Iterator[Report]:
+        """`label ... 4.1 s`, with the share that is done meanwhile.
+
+        The line stays when `always` is set or something was reported, else only if it took long.
+        """
+        begin = time.perf_counter()
+        said = False
+
+        def start() -> None:
+            nonlocal said
+            if not said and not self.terminal:
+                print(f"{label} ...", end=" ", file=self.stream, flush=True)
+            said = True
+
+        def report(done: int, total: int) -> None:
+            start()
+            if self.terminal and self._due(BETWEEN_FRAMES):
+                self._draw(f"{label} ... {done / max(total, 1):.0%}")
+
+        if always:
+            start()
+        if self.terminal:
+            self._draw(f"{label} ...")  # in place, gone when it is done
+        try:
+            yield report
+        except BaseException:
+            if said and not self.terminal:
+                self.say()
+            raise
+        finally:
+            self.close_live()
+        taken = time.perf_counter() - begin
+        if said and not self.terminal:
+            self.say(duration(taken))
+        elif said or taken > SILENT:
+            self.say(f"{label} ... {duration(taken)}")
+
+    def live(self, fields: Callable[[], Sequence[str]], important: bool = False) -> None:
+        """Shows what `fields` gives, when it is time to. An `important` state is shown whatever the time."""
+        if not (important or self._due(BETWEEN_FRAMES if self.terminal else BETWEEN_LINES)):
+            return
+        self._last = time.perf_counter()
+        if self.terminal:
+            self._draw("\n".join(wrap(fields(), self._rich.width)))
+        else:
+            self.say("  ".join(fields()))
+
+    def close_live(self) -> None:
+        """Takes the live line away; what is said next stands in its place."""
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def _due(self, interval: float) -> bool:
+        now = time.perf_counter()
+        if now - self._last < interval:
+            return False
+        self._last = now
+        return True
+
+    def _draw(self, text: str) -> None:
+        from rich.live import Live
+        from rich.text import Text
+
+        frame = Text(text, overflow="ellipsis", no_wrap=True)
+        if self._live is None:
+            self._live = Live(frame, console=self._rich, auto_refresh=False, transient=True, redirect_stderr=False)
+            self._live.start()
+        self._live.update(frame, refresh=True)
+
+
+def wrap(fields: Sequence[str], width: int) -> list[str]:
+    """Fields side by side, two spaces apart, in lines of at most `width`; none is cut unless it alone is wider."""
+    lines: list[str] = []
+    for field in fields:
+        if lines and len(lines[-1]) + 2 + len(field) <= width:
+            lines[-1] += "  " + field
+        else:
+            lines.append(field[:width])
+    return lines

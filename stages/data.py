@@ -1,0 +1,152 @@
+"""From what `--data`, `--validation` and `--tokenizer` say to tokens on disk."""
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from engine.errors import UserError, nearest
+from engine.files import cache_folder, whole_folder
+from engine.storage import assets
+from engine.text.corpus import Corpus, hold_out, read_corpus
+from engine.text.tokenizer import SPLIT, Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+from engine.text.tokens import TokenFile, open_bin, token_file
+from stages.console import Console
+
+LEARNT_FROM = 64_000_000  # characters of text a tokenizer is learnt from at most
+HELD_OUT = 0.05
+TEXTS = ("shakespeare", "python")
+
+Source = Corpus | Path  # documents, or a .bin of token ids
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a run learns from and is measured on."""
+
+    train: TokenFile
+    validation: TokenFile
+    tokenizer: Tokenizer
+    digest: str  # of the training tokens
+    name: str
+    validation_name: str
+
+
+def sources(data: str, validation: Path | None, console: Console) -> tuple[Source, Source | None]:
+    """The training text and the validation text; None for the latter when it is to be cut from a .bin."""
+    if data in assets.ASSETS and data not in TEXTS:
+        raise UserError(f"{data} is a model, not a text; --data takes {', '.join(TEXTS)}, a file or a folder.")
+    if data in TEXTS:
+        with console.task(f"fetching {data}") as report:
+            files = assets.fetch(data, report)
+        train: Source = dataclasses.replace(read_corpus(files["train"]), name=data)
+        held_out: Source | None = dataclasses.replace(read_corpus(files["validation"]), name=f"{data}, held out")
+        return train, _source(validation) if validation else held_out
+    if not Path(data).exists():
+        hint = nearest(data, TEXTS) or f" Give a file, a folder, or one of {', '.join(TEXTS)}."
+        raise UserError(f"There is no text at {data}.{hint}")
+    train = _source(Path(data))
+    if validation:
+        return train, _source(validation)
+    if isinstance(train, Path):
+        return train, None
+    return hold_out(train, HELD_OUT)
+
+
+def evaluated(data: str, console: Console) -> Source:
+    """What `--data` of an evaluation names: an asset's held-out text, or all of a file or folder."""
+    if data in assets.ASSETS or not Path(data).exists():
+        found = sources(data, None, console)[1]
+        assert found is not None
+        return found
+    return _source(Path(data))
+
+
+def _source(path: Path) -> Source:
+    if path.suffix.lower() != ".bin":
+        return read_corpus(path)
+    if not path.is_file():
+        raise UserError(f"There is no token file at {path}.")
+    return path
+
+
+def prepare(data: str, validation: Path | None, spec: str, console: Console) -> Data:
+    """Everything a run reads, encoded and mapped; made the first time and found again after that."""
+    train_source, validation_source = sources(data, validation, console)
+    tokenizer = make_tokenizer(spec, train_source, console)
+    train = encode(train_source, tokenizer, console)
+    if validation_source is None:
+        train, held_out = _cut(train, tokenizer)
+    else:
+        held_out = encode(validation_source, tokenizer, console)
+    digest = hashlib.sha256(f"{_digest(train)} {len(train.tokens)}".encode()).hexdigest()
+    named = f"the last {HELD_OUT:.0%} of {data}" if validation_source is None else name_of(validation_source)
+    return Data(train, held_out, tokenizer, digest, name_of(train_source), named)
+
+
+def encode(source: Source, tokenizer: Tokenizer, console: Console) -> TokenFile:
+    """The tokens of a text, from the cache when it was encoded before."""
+    if isinstance(source, Path):
+        with console.task(f"checking {source}"):
+            return open_bin(source, tokenizer)
+    with console.task(f"encoding {source.name}") as report:
+        return token_file(source, tokenizer, report)
+
+
+def make_tokenizer(spec: str, source: Source, console: Console) -> Tokenizer:
+    """`bytes`, `bpe:N` learnt from the training text and kept by its digest, or a folder with a tokenizer.json."""
+    if spec == "bytes":
+        return byte_tokenizer()
+    if not spec.startswith("bpe:"):
+        path = Path(spec).expanduser()
+        if not path.exists():
+            raise UserError(f"--tokenizer is `bytes`, `bpe:2048` or a folder with a tokenizer.json, not {spec!r}.")
+        return load_tokenizer(path.parent if path.is_file() else path)
+    if not spec[4:].isdigit() or not 257 <= int(spec[4:]) <= 1_000_000:
+        raise UserError(f"--tokenizer bpe:N wants a vocabulary of 257 to 1,000,000 tokens, not {spec[4:]!r}.")
+    if isinstance(source, Path):
+        raise UserError(f"{source} holds token ids: give the tokenizer it was made with, --tokenizer FOLDER.")
+    digest = hashlib.sha256(f"{SPLIT} {spec}".encode())
+    for text in _beginning(source):
+        digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+    folder = cache_folder("tokenizers") / digest.hexdigest()[:32]
+    with contextlib.suppress(UserError):  # not there, or damaged
+        return load_tokenizer(folder)
+    with console.task(f"learning a vocabulary of {int(spec[4:]):,} from {source.name}", always=True):
+        tokenizer = train_bpe(_beginning(source), int(spec[4:]))
+    with whole_folder(folder) as building:
+        tokenizer.save(building)
+    return tokenizer
+
+
+def _beginning(corpus: Corpus) -> Iterator[str]:
+    left = LEARNT_FROM
+    for document in corpus:
+        yield document[:left]
+        left -= len(document)
+        if left <= 0:
+            return
+
+
+def _cut(whole: TokenFile, tokenizer: Tokenizer) -> tuple[TokenFile, TokenFile]:
+    """A .bin without its end, and its end."""
+    at = round(len(whole.tokens) * (1 - HELD_OUT))
+    parts = []
+    for tokens in (whole.tokens[:at], whole.tokens[at:]):
+        size = sum(tokenizer.token_bytes(tokens[start : start + 2**20]) for start in range(0, len(tokens), 2**20))
+        parts.append(dataclasses.replace(whole, tokens=tokens, bytes=size))
+    return parts[0], parts[1]
+
+
+def _digest(text: TokenFile) -> str:
+    # The cache names a folder by the digest of text and tokenizer, and checks what it holds each time it is opened.
+    if text.path.is_relative_to(cache_folder("tokens")):
+        return text.path.parent.name
+    with text.path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def name_of(source: Source) -> str:
+    """What a text is called."""
+    return str(source) if isinstance(source, Path) else source.name

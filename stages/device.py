@@ -1,0 +1,91 @@
+"""What must happen before JAX starts and is decided once: memory, device, compilation cache, quiet logs."""
+
+import dataclasses
+import os
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+from engine.errors import UserError
+from engine.files import cache_folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What JAX computes on, and why, in words for the banner."""
+
+    backend: str
+    name: str
+    count: int
+    why: str
+
+    def __str__(self) -> str:
+        one = f"1 of {self.count}, " if self.count > 1 else ""
+        return f"{self.backend.upper()}: {self.name} ({one}{self.why})"
+
+
+def start(choice: str = "auto") -> Device:
+    """Imports and starts JAX on the wanted device. Raises UserError when `choice` names one that is not there.
+
+    Compiled programs are kept in the user's cache folder (or where JAX_COMPILATION_CACHE_DIR says), so that a second
+    start compiles nothing.
+    """
+    from engine.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's remarks; what fails also raises
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    if choice == "cpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
+    if choice == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # A cache that cannot be written, or an entry that cannot be read, costs a compilation and no more.
+    warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
+    try:
+        backend = jax.default_backend()
+    except RuntimeError as error:
+        raise UserError(f"JAX cannot start: {str(error).splitlines()[0]}") from error
+    if choice not in ("auto", backend):
+        raise UserError(f"There is no {choice.upper()} that JAX can use here, only {backend.upper()}.{_advice(choice)}")
+    from engine.counting.hardware import cores, device_name
+
+    if backend != "cpu":
+        why = "asked for" if choice != "auto" else "chosen by JAX"
+        return Device(backend, device_name(), len(jax.local_devices()), why)
+    count = cores()
+    why = f"{count} core{'s' * (count != 1)}; " + ("asked for" if choice == "cpu" else _why_cpu())
+    return Device(backend, device_name(), 1, why)
+
+
+def _why_cpu() -> str:
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return "JAX_PLATFORMS=cpu"
+    if nvidia_present():
+        return f"an NVIDIA GPU is here but JAX was installed without CUDA: {_with_extra('gpu')} uses it"
+    return "no accelerator found"
+
+
+def _advice(choice: str) -> str:
+    if os.environ.get("JAX_PLATFORMS"):
+        return f" JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} is set: unset it, or leave --device out."
+    if choice == "gpu" and not nvidia_present():
+        return " No NVIDIA driver was found either: leave --device out to compute on what there is."
+    return f" Install JAX's support for it: {_with_extra(choice)}."
+
+
+def _with_extra(extra: str) -> str:
+    main = sys.modules.get("__main__")
+    spec = getattr(main, "__spec__", None)
+    return f"`uv run --extra {extra} python -m {spec.name if spec else 'stages.train'}`"
+
+
+def nvidia_present() -> bool:
+    """Whether this machine has an NVIDIA driver, whatever JAX was installed with."""
+    return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None

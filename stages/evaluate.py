@@ -1,0 +1,119 @@
+"""Measure a model: bits per byte on a whole text, by a sliding window.
+
+    python -m stages.evaluate                               the newest run, on the text it was validated on
+    python -m stages.evaluate --model runs/demo-shakespeare --data book.txt
+
+Every token but the first is scored once, behind at least half a window of text.
+"""
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from stages import cli
+from stages.flags import Device, Model, Verbose, read, unset, whole
+
+if TYPE_CHECKING:
+    from engine.text.tokens import TokenFile
+    from stages.console import Console
+    from stages.load import Model as Loaded
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """A model, a text, and how the window slides."""
+
+    model: Model = None
+    """A run folder, or a step folder in it."""
+    data: Annotated[str | None, read(str, "TEXT"), unset("what the run was validated on")] = None
+    """A named text (its held-out part), a file, or a folder; all of it is read."""
+    context: Annotated[int | None, read(whole(2), "N"), unset("the model's context")] = None
+    """Tokens a window."""
+    stride: Annotated[int | None, read(whole(1), "N"), unset("half the window")] = None
+    """Tokens between windows: each token is predicted from at least context - stride before it."""
+    batch: Annotated[int | None, read(whole(1), "N"), unset("as many as suit the memory")] = None
+    """Windows read together."""
+    device: Device = "auto"
+    """auto, cpu, gpu or tpu."""
+    verbose: Verbose = False
+    """Show the traceback of an error."""
+
+
+def evaluate(given: Evaluate) -> None:
+    """Loads, scores, prints; and checks that reading a text changed no weight."""
+    from stages import device, interrupt
+
+    interrupt.doing("before the evaluation was done.")
+    started = device.start(given.device)
+    from engine.storage.digest import digest
+    from stages import load, validate, words
+    from stages.console import Console
+
+    with Console() as console:
+        with console.task("loading"):
+            model = load.load_model(given.model)
+        text, name = _text(given, model, console)
+        cfg = model.cfg
+        seq = given.context or cfg.context
+        stride = given.stride or max(1, seq // 2)
+        rows = given.batch or validate.rows_for(cfg, seq)
+        load.say_damaged(model, console)
+        console.rows(
+            [
+                ("device", str(started)),
+                ("model", str(model.checkpoint)),
+                ("text", name),
+                ("window", f"{seq:,} tokens, moved on by {stride:,}; {rows} at a time"),
+            ]
+        )
+        before = digest(model.params)
+        begin = time.perf_counter()
+        with console.task("evaluating", always=True) as report:
+            nats = validate.whole_text(cfg, model.params, text, seq, stride, rows, report)
+        taken = time.perf_counter() - begin
+        after = digest(model.params)
+        scored = len(text.tokens) - 1
+        console.rows(
+            [
+                ("tokens", f"{len(text.tokens):,}"),
+                ("bytes", f"{text.bytes:,}"),
+                ("nats per token", f"{nats / scored:.4f}"),
+                ("perplexity per token", f"{math.exp(min(nats / scored, 700)):.3f}"),
+                ("bits per byte", f"{validate.bits(nats, text.bytes):.4f}"),
+                ("seconds", f"{taken:.1f} ({words.count(scored / taken)} tokens/s)"),
+                ("weights", f"{'unchanged' if before == after else 'CHANGED'}, SHA-256 {after[:16]} before and after"),
+            ]
+        )
+    if before != after:
+        raise RuntimeError(f"Evaluation changed the weights: their SHA-256 was {before} and is {after}.")
+
+
+def _text(given: Evaluate, model: "Loaded", console: "Console") -> "tuple[TokenFile, str]":
+    """The tokens to score and what they are called."""
+    from engine.errors import UserError
+    from stages import data, run_folder
+
+    if given.data:
+        source = data.evaluated(given.data, console)
+    else:
+        trained_on = run_folder.read_json(model.run / "run.json").get("text", {})
+        validation = trained_on.get("validation")
+        if not trained_on.get("data"):
+            raise UserError(f"{model.run / 'run.json'} does not say what the run was validated on; give --data.")
+        found = data.sources(trained_on["data"], Path(validation) if validation else None, console)[1]
+        if found is None:
+            raise UserError("The run was validated on the end of a .bin; give a text with --data.")
+        source = found
+    return data.encode(source, model.tokenizer, console), data.name_of(source)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    return cli.run(Evaluate, evaluate, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Kinds of flags: how each is written on the command line, and what is said when it is written wrongly."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
+
+UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def seconds(text: str) -> float:
+    """'90s', '3m', '1h30m' or plain seconds, '45' -> seconds. Raises ValueError for anything else, and for 0."""
+    parts = re.fullmatch(r"(?:\d+(?:\.\d+)?(?:ms|s|min|m|h|d))+|\d+(?:\.\d+)?", text.strip().lower())
+    if not parts:
+        raise ValueError(f"wanted a duration such as 90s, 3m or 1h30m (a plain number is seconds), got {text!r}")
+    pairs = re.findall(r"(\d+(?:\.\d+)?)(ms|s|min|m|h|d|)", parts[0])
+    total = sum(float(number) * UNITS[unit] for number, unit in pairs)
+    if total <= 0:
+        raise ValueError(f"wanted a duration above 0, got {text!r}")
+    return total
+
+
+def whole(low: int, high: float = float("inf")) -> Callable[[str], int]:
+    """A parser of whole numbers from `low` to `high`; 1_000 and 1e6 are such numbers too."""
+
+    def parse(text: str) -> int:
+        try:
+            value = float(text) if re.fullmatch(r"\d+(\.\d+)?e\d+", text.lower()) else int(text)
+        except ValueError:
+            value = float("nan")
+        if value != value or value != int(value) or not low <= value <= high:
+            raise ValueError(f"wanted a whole number {_span(low, high)}, got {text!r}")
+        return int(value)
+
+    return parse
+
+
+def number(low: float, high: float = float("inf"), above: bool = False) -> Callable[[str], float]:
+    """A parser of numbers from `low` (or above it) to `high`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high or (above and value == low):
+            raise ValueError(f"wanted a number {_span(low, high, above)}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _span(low: float, high: float, above: bool = False) -> str:
+    if high == float("inf"):
+        return f"above {low:g}" if above else f"of at least {low:g}"
+    return f"above {low:g} and up to {high:g}" if above else f"from {low:g} to {high:g}"
+
+
+def every(text: str) -> int | float:
+    """'200' -> 200 steps, '30s' -> 30.0 seconds."""
+    if text.strip().isdigit():
+        return whole(1)(text)
+    try:
+        return seconds(text)
+    except ValueError:
+        raise ValueError(f"wanted steps, such as 200, or a duration, such as 30s or 5m, got {text!r}") from None
+
+
+def read(parse: Callable[[str], Any], metavar: str) -> Any:
+    """Goes into `Annotated`: this flag is read by `parse`, whose ValueError is shown."""
+    return PrimitiveConstructorSpec(
+        nargs=1, metavar=metavar, instance_from_str=lambda words: parse(words[0]), is_instance=lambda _: True,
+        str_from_instance=lambda value: [str(value)],
+    )  # fmt: skip
+
+
+def unset(meaning: str) -> Any:
+    """Goes into `Annotated`: what the help says of leaving this flag out."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {meaning})")
+
+
+def one_of(*names: str) -> Callable[[str], str]:
+    """A parser of one of the names; a wrong one is answered with the nearest."""
+
+    def parse(text: str) -> str:
+        if text not in names:
+            from engine.errors import nearest
+
+            raise ValueError(f"wanted one of {', '.join(names)}, got {text!r}.{nearest(text, names)}")
+        return text
+
+    return parse
+
+
+def path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+# Flags that several commands have.
+DEVICES = ("auto", "cpu", "gpu", "tpu")
+Device = Annotated[str, read(one_of(*DEVICES), "NAME")]
+Model = Annotated[str | None, read(str, "MODEL"), unset("the newest run in runs/")]
+Verbose = Annotated[bool, unset("off")]

@@ -1,0 +1,124 @@
+"""Ctrl-C and SIGTERM at any moment: work that must be finished is finished, everything else stops at once.
+
+Python runs a signal's handler only when the main thread comes back from a library, and compiling or a long step can
+keep it for minutes. A second thread therefore reads the signals as they arrive: it says what will happen, ends the
+process if the main thread does not get round to it, and ends it at once on a second signal.
+"""
+
+import contextlib
+import math
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SHOW_CURSOR = "\x1b[?25h"
+PATIENCE = 1.0  # seconds for the main thread to leave by itself
+
+
+def _tell(sentence: str) -> None:
+    """Straight to the terminal: the main thread may be in the middle of printing."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{sentence}\n".encode())
+
+
+class Stopped(KeyboardInterrupt):
+    """Raised in the main thread where nothing has to be finished first."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Watch:
+    """What is going on: `guarded` is what a signal is answered with while work is finished first, else None."""
+
+    def __init__(self) -> None:
+        self.guarded: str | None = None
+        self.tell: Callable[[str], None] = _tell
+        self.received: int | None = None
+        self.sentence = ""
+
+    def handle(self, number: int, _: object) -> None:
+        self.received = self.received or number
+        if self.guarded is None:
+            raise Stopped(number)
+
+    def listen(self, signals: int) -> None:
+        """The second thread. Ends when a zero byte arrives."""
+        deadline: float | None = None
+        while True:
+            wait = None if deadline in (None, math.inf) else max(0.0, deadline - time.monotonic())
+            if not select.select([signals], [], [], wait)[0]:
+                self.end_now(self.sentence)
+            number = os.read(signals, 1)[0]
+            if number == 0:
+                return
+            if number not in SIGNALS:
+                continue
+            if deadline is not None:
+                self.end_now("at once; what was saved before is untouched.")
+            self.received = self.received or number
+            deadline = math.inf if self.guarded else time.monotonic() + PATIENCE
+            if self.guarded:
+                self.tell(self.guarded)
+
+    def end_now(self, sentence: str) -> None:
+        _tell(f"{SHOW_CURSOR if os.isatty(2) else ''}Stopped {sentence}")
+        os._exit(128 + (self.received or signal.SIGINT))
+
+
+_now = Watch()
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[None]:
+    """Signals are handled as told here for as long as the block lasts. Does nothing outside the main thread."""
+    global _now
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _now = Watch()
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    before = [(number, signal.signal(number, _now.handle)) for number in SIGNALS]
+    wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    thread = threading.Thread(target=_now.listen, args=(reading,), daemon=True, name="signals")
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before:
+            signal.signal(number, handler)
+        os.write(writing, b"\0")
+        thread.join(PATIENCE)
+        os.close(writing)
+        os.close(reading)
+
+
+def doing(sentence: str) -> None:
+    """What to say of a stop from now on, after the word "Stopped"."""
+    _now.sentence = sentence
+
+
+@contextlib.contextmanager
+def guarded(answer: str, tell: Callable[[str], None]) -> Iterator[Watch]:
+    """In the block a first signal is answered with `answer`, said through `tell` by another thread, and noted in
+    `received`; the block is to end soon after."""
+    _now.tell = tell
+    _now.guarded = answer
+    try:
+        yield _now
+    finally:
+        _now.guarded = None
+
+
+def leave(stopped: Stopped) -> int:
+    """Says that the command was stopped; its exit code."""
+    print(f"\nStopped {_now.sentence}", file=sys.stderr, flush=True)
+    return 128 + stopped.number

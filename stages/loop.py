@@ -1,0 +1,237 @@
+"""The training loop: one step in flight, the next batch cut meanwhile, all else outside the training time."""
+
+import collections
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from engine.counting.hardware import peak_rss_bytes
+from engine.errors import UserError
+from engine.storage import checkpoint
+from engine.text.batches import Batches
+from engine.training.optimizer import make_schedule
+from engine.training.step import TrainState
+from stages import interrupt, words
+from stages.console import Console
+from stages.plan import Plan
+from stages.run_folder import MetricsLog
+from stages.validate import Quick
+
+REFUSED_IN_A_ROW = 10
+RECENT = 20  # steps over which speed is averaged
+EVALUATING = 0.04  # of the time at most, unless --eval-every says otherwise
+
+
+@dataclasses.dataclass
+class Past:
+    """What a run remembers from one part to the next, beside weights and optimizer: state.json."""
+
+    step: int = 0
+    seconds: float = 0.0  # of training: without compiling, evaluating and saving
+    refused: int = 0
+    best: float | None = None  # quick bits per byte
+    first_step_seconds: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Often:
+    """How often things are done: int is steps, float is seconds."""
+
+    evaluate: int | float | None
+    save: int | float
+    log: int
+    keep: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """All that a loop needs and does not change."""
+
+    plan: Plan
+    folder: Path
+    batches: Batches
+    quick: Quick
+    often: Often
+    ceiling: float  # FLOP/s
+    started: float  # the clock when the process began
+    facts: dict[str, Any]  # what goes into state.json beside Past
+
+
+class Due:
+    """Whether it is time again, in steps or in seconds of training."""
+
+    def __init__(self, interval: int | float, past: Past) -> None:
+        self.interval = interval
+        self.step, self.seconds = past.step, past.seconds
+
+    def now(self, past: Past) -> bool:
+        counted = isinstance(self.interval, int)
+        due = past.step - self.step >= self.interval if counted else past.seconds - self.seconds >= self.interval
+        if due:
+            self.step, self.seconds = past.step, past.seconds
+        return due
+
+
+class Loop:
+    """One part of a run, from where it stands to its end or to a signal."""
+
+    def __init__(self, job: Job, past: Past, console: Console) -> None:
+        self.job, self.past, self.console = job, past, console
+        self.recent: collections.deque[float] = collections.deque(maxlen=RECENT)
+        self.schedule = jax.jit(make_schedule(job.plan.recipe.optimizer))
+        self.val: float | None = None
+        self.loss = self.grad_norm = float("nan")
+        self.in_a_row = 0
+        self.begun = past.step
+        self.log = MetricsLog(job.folder, past.step)
+
+    def run(self, step_program: Callable[..., Any], state: TrainState) -> tuple[TrainState, int | None]:
+        """Trains to the end of the plan, or until a signal. -> the last state, saved, and the signal's number if any.
+
+        Raises UserError after too many refused steps in a row; the last checkpoint then stays as it is.
+        """
+        past, plan = self.past, self.job.plan
+        often = self.job.often
+        save, log = Due(often.save, past), Due(often.log, past)
+        evaluate = Due(often.evaluate or self._first_evaluation(), past)
+        saved = past.step
+        losses: list[float] = []
+        answer = "Finishing this step, then saving (once more: stop at once)."
+        with interrupt.guarded(answer, self.console.say) as watch:
+            batch = self.job.batches.at(past.step)
+            begin = time.perf_counter()
+            try:
+                while plan.done(past.step, past.seconds) < 1 and not watch.received:
+                    progress = np.float32(plan.done(past.step, past.seconds))
+                    state, metrics = step_program(state, {}, batch, progress)
+                    batch = self.job.batches.at(past.step + 1)
+                    # Waited for before the next is dispatched: two steps in flight would take twice the memory.
+                    metrics = jax.device_get(metrics)
+                    end = time.perf_counter()
+                    self._count(metrics, end - begin)
+                    begin = end
+                    losses.append(self.loss)
+                    self.console.live(self.fields)
+                    if log.now(past):
+                        self._log(losses)
+                        losses = []
+                    if evaluate.now(past) and plan.done(past.step, past.seconds) < 1:
+                        evaluate.interval = self._evaluate(state, evaluate.interval, watch)
+                        begin = time.perf_counter()
+                    if save.now(past):
+                        self.save(state)
+                        saved = past.step
+                        begin = time.perf_counter()
+            except BrokenPipeError:
+                self.save(state)  # nobody reads on, but nothing is lost
+                raise
+            if losses:
+                self._log(losses)
+            if saved != past.step:
+                self.save(state)
+            return state, watch.received
+
+    def save(self, state: TrainState) -> Path:
+        """A checkpoint of now."""
+        record = dataclasses.asdict(self.past) | self.job.facts
+        keep = self.job.often.keep
+        return checkpoint.save(self.job.folder, self.past.step, state.trainable, state.opt_state, record, keep=keep)
+
+    def _count(self, metrics: Any, seconds: float) -> None:
+        past = self.past
+        past.step += 1
+        past.seconds += seconds
+        if past.step - self.begun == 2:
+            self.recent.clear()  # the first step also touched its memory for the first time
+        self.recent.append(seconds)
+        self.loss, self.grad_norm = float(metrics.loss), float(metrics.grad_norm)
+        if past.first_step_seconds is None:
+            past.first_step_seconds = time.perf_counter() - self.job.started
+        if not metrics.refused:
+            self.in_a_row = 0
+            return
+        past.refused += 1
+        self.in_a_row += 1
+        if self.in_a_row >= REFUSED_IN_A_ROW:
+            there = checkpoint.steps(self.job.folder)
+            kept = f"the checkpoint of step {there[-1]} is as it was" if there else "nothing had been saved yet"
+            raise UserError(
+                f"{self.in_a_row} steps in a row had a loss or gradient that is not a number; {kept}. Lower "
+                "--learning-rate or --matrix-learning-rate, warm up longer with --warmup, or try --dtype float32."
+            )
+
+    def _log(self, losses: list[float]) -> None:
+        past = self.past
+        self.log.add(
+            step=past.step, seconds=past.seconds, loss=sum(losses) / len(losses), grad_norm=self.grad_norm,
+            learning_rate_factor=self.factor(), tokens_per_second=self.speed(), refused=past.refused,
+        )  # fmt: skip
+
+    def _first_evaluation(self) -> int | float:
+        """A tenth of the run."""
+        plan = self.job.plan
+        return plan.seconds / 10 if plan.seconds else max(1, (plan.steps or 10) // 10)
+
+    def _evaluate(self, state: TrainState, interval: int | float, watch: interrupt.Watch) -> int | float:
+        """The quick evaluation. Returns the interval to the next, longer than before when this one took too long."""
+        begin = time.perf_counter()
+        value = self.job.quick.bits_per_byte(self.job.plan.cfg, state.trainable, watch)
+        if value is None:
+            return interval
+        first, self.val = self.val is None, value
+        past = self.past
+        past.best = value if past.best is None else min(past.best, value)
+        self.log.add(step=past.step, seconds=past.seconds, quick_val_bits_per_byte=value)
+        self.console.live(self.fields, important=True)
+        taken = time.perf_counter() - begin
+        if self.job.often.evaluate or first:  # as often as asked for; the first one also compiled
+            return interval
+        least = taken / EVALUATING
+        return max(interval, math.ceil(least / self.mean()) if isinstance(interval, int) else least)
+
+    def mean(self) -> float:
+        """Seconds of a step, of late."""
+        return sum(self.recent) / max(len(self.recent), 1)
+
+    def speed(self) -> float:
+        """Tokens a second, of late."""
+        return self.job.plan.step_tokens / max(self.mean(), 1e-9)
+
+    def mfu(self) -> float:
+        """The share of the ceiling, of late."""
+        return self.job.plan.step_flops / max(self.mean(), 1e-9) / self.job.ceiling
+
+    def factor(self) -> float:
+        """On the learning rate, at this point of the schedule."""
+        return float(self.schedule(np.float32(self.job.plan.done(self.past.step, self.past.seconds))))
+
+    def left(self) -> float:
+        """Seconds of training to come."""
+        plan, past = self.job.plan, self.past
+        ends = [plan.seconds - past.seconds] if plan.seconds else []
+        ends += [(plan.steps - past.step) * self.mean()] if plan.steps else []
+        return min(ends)
+
+    def fields(self) -> list[str]:
+        """The live line."""
+        past, plan = self.past, self.job.plan
+        epoch = self.job.batches.epoch(past.step)
+        shown = [
+            f"step {past.step:,}" + (f"/{plan.steps:,}" if plan.steps else ""),
+            f"loss {self.loss:.3f}",
+            f"val {self.val:.3f} bits/byte (quick)" if self.val is not None else "val -",
+            f"lr {self.factor():.0%}",
+            f"grad {self.grad_norm:.2f}",
+            f"{self.speed():,.0f} tokens/s",
+            f"MFU {self.mfu():.0%}",
+            words.size(peak_rss_bytes()),
+            f"epoch {epoch:.2f}" if epoch < 10 else f"epoch {epoch:,.0f}",
+            f"{words.clock(past.seconds)} done, {words.clock(self.left())} left",
+        ]
+        return [*shown, f"{past.refused} steps refused"] if past.refused else shown

@@ -1,0 +1,148 @@
+"""What a run is about to do and what that will take, by formula: the banner, and all that `--dry-run` prints."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+
+import jax
+
+from engine.counting.flops import count_params, step_flops, train_flops
+from engine.counting.hardware import Ceilings, ceilings, memory_limit_bytes
+from engine.counting.memory import training_memory
+from engine.errors import UserError
+from engine.files import cache_folder
+from engine.model.config import ModelConfig
+from engine.text.tokens import TokenFile
+from engine.training.loss import CHUNK, LOGITS_LIMIT
+from stages import words
+from stages.console import Console
+from stages.data import Data
+from stages.device import Device
+from stages.recipes import Recipe
+
+MEASURE = (
+    "from engine.allocator import keep_freed_memory; keep_freed_memory(); "
+    "from engine.counting.hardware import ceilings; ceilings()"
+)
+EXPECTED = 0.5  # of the ceiling: what a step is predicted to reach
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One run: the model, how it is trained, for how long."""
+
+    preset: str
+    cfg: ModelConfig
+    recipe: Recipe
+    seed: int
+    steps: int | None
+    seconds: float | None
+    chosen: bool  # whether the length of the run was asked for
+
+    @property
+    def step_flops(self) -> int:
+        """Model FLOPs of one step, 6N + 12LDT a token."""
+        return step_flops(self.cfg, self.recipe.batch, self.recipe.context)
+
+    @property
+    def step_tokens(self) -> int:
+        return self.recipe.batch * self.recipe.context
+
+    @property
+    def memory(self) -> int:
+        """Predicted bytes at the fullest moment of a step."""
+        part = self.recipe.batch // self.recipe.accumulate
+        logits = 4 * part * self.recipe.context * self.cfg.vocab
+        return training_memory(
+            self.cfg, part, self.recipe.context, optimizer=self.recipe.optimizer.kind,
+            loss_chunks=1 if logits <= LOGITS_LIMIT else math.ceil(self.cfg.vocab / CHUNK),
+            microbatches=self.recipe.accumulate,
+        ).total  # fmt: skip
+
+    def done(self, step: int, elapsed: float) -> float:
+        """The share of the run that is done, 1 at its end: of the steps or of the time, whichever is further."""
+        by_steps = step / self.steps if self.steps else 0.0
+        by_time = elapsed / self.seconds if self.seconds else 0.0
+        return min(1.0, max(by_steps, by_time))
+
+
+def ceiling(cfg: ModelConfig, best: Ceilings) -> float:
+    """FLOP/s of the machine's best matrix product in the model's compute type."""
+    return 1e9 * (best.bf16_gflops if cfg.dtype == "bfloat16" else best.f32_gflops)
+
+
+def measured_ceilings(console: Console) -> Ceilings:
+    """This machine's ceilings, from the cache or measured now.
+
+    On a CPU another process measures them: here, its arrays would count as memory of the training run.
+    """
+    with console.task("measuring this machine's ceilings, once") as report:
+        if jax.default_backend() == "cpu" and not any(cache_folder("hardware").glob("*.json")):
+            nowhere = subprocess.DEVNULL
+            subprocess.run([sys.executable, "-c", MEASURE], stdin=nowhere, stdout=nowhere, stderr=nowhere, check=False)
+        return ceilings(report=report)
+
+
+def memory_limit() -> int:
+    """Bytes that may be held: of the accelerator when there is one, else of the host."""
+    stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
+    return (stats or {}).get("bytes_limit") or memory_limit_bytes()
+
+
+def check_memory(plan: Plan) -> None:
+    """Raises UserError when weights, gradients and optimizer alone are more than there is memory."""
+    count = count_params(plan.cfg).total
+    least = count * (16 if plan.recipe.optimizer.kind == "adamw" else 12)
+    if least > memory_limit():
+        raise UserError(
+            f"Training {plan.preset} needs at least {words.size(least)} for weights, gradients and optimizer, and "
+            f"{words.size(memory_limit())} are here. Choose a smaller preset."
+        )
+
+
+def rows(plan: Plan, device: Device, data: Data, best: Ceilings, folder: object) -> list[tuple[str, str]]:
+    """The banner."""
+    cfg, recipe, moves = plan.cfg, plan.recipe, plan.recipe.optimizer
+    params = count_params(cfg)
+    flops = train_flops(cfg, recipe.context, attention="full", remat="none").total
+    top = ceiling(cfg, best)
+    step_seconds = plan.step_flops / (EXPECTED * top)
+    targets = len(data.train.tokens) - 1
+    limit = memory_limit()
+    heads = f"{cfg.heads} heads" + (f" ({cfg.kv_heads} key/value)" if cfg.kv_heads != cfg.heads else "")
+    accumulated = f", {recipe.accumulate} parts at a time" if recipe.accumulate > 1 else ""
+    tight = "  ** more than there is: smaller --batch, --accumulate or --remat **" if plan.memory > limit else ""
+    steps, long = predict(plan, step_seconds)
+    return [
+        ("device", str(device)),
+        ("text", f"{data.name}: {_extent(data.train)}"),
+        ("validation", f"{data.validation_name}: {_extent(data.validation)}"),
+        ("model", f"{plan.preset}: {cfg.layers} layers, width {cfg.width}, {heads}, {cfg.vocab:,} tokens, {cfg.dtype}"),
+        ("parameters", f"{params.total:,} ({params.total:,} trainable, 0 frozen)"),
+        ("FLOPs", f"{words.count(flops)} a token trained (6N + 12LDT, N = {words.count(params.matmul)})"),
+        ("step", f"{recipe.batch} x {recipe.context} tokens{accumulated}, {moves.kind}, {moves.schedule}"),
+        ("memory", f"about {words.size(plan.memory)} of {words.size(limit)}{tight}"),
+        ("length", _length(plan)),
+        ("predicted", f"{steps:,} steps, {steps * plan.step_tokens / targets:.2g} epochs, {long} at half of this "
+                      f"machine's {words.count(top)}FLOP/s in {cfg.dtype}"),
+        ("folder", str(folder)),
+    ]  # fmt: skip
+
+
+def predict(plan: Plan, step_seconds: float) -> tuple[int, str]:
+    """(steps, how long they take) when one takes `step_seconds`."""
+    limits = [plan.steps] if plan.steps else []
+    limits += [max(1, round(plan.seconds / step_seconds))] if plan.seconds else []
+    return min(limits), words.duration(min(limits) * step_seconds)
+
+
+def _length(plan: Plan) -> str:
+    steps = f"{plan.steps:,} steps" if plan.steps else ""
+    time = f"{words.duration(plan.seconds)} of training time" if plan.seconds else ""
+    both = f"{steps} or {time}, whichever ends first" if steps and time else steps or time
+    return both if plan.chosen else f"{both}: the default run is time-boxed (--max-time 1h, --steps 5000 change it)"
+
+
+def _extent(text: TokenFile) -> str:
+    return f"{words.size(text.bytes)}, {len(text.tokens):,} tokens"

@@ -1,0 +1,18 @@
+"""When this process began, so that "from the command to the first step" includes Python's own start."""
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+_IMPORTED = time.perf_counter()
+
+
+def started() -> float:
+    """The moment this process began, by `time.perf_counter`; where there is no /proc, the import of this file."""
+    with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
+        # Field 22 of stat, in ticks since boot (proc(5)); the command's name before it may hold spaces.
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter() - age
+    return _IMPORTED

@@ -1,0 +1,119 @@
+"""Whether a run can go on in a folder, and the state it goes on from."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from engine.errors import UserError
+from engine.files import write_json
+from engine.model.config import ModelConfig
+from engine.model.transformer import init_params
+from engine.storage import checkpoint
+from engine.text.tokenizer import Tokenizer
+from engine.training.optimizer import make_optimizer
+from engine.training.step import TrainState, init_state
+from stages import run_folder, words
+from stages.console import Console
+from stages.loop import Past
+from stages.plan import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Before:
+    """A run that is there: what run.json says, and where its newest checkpoint stands."""
+
+    folder: Path
+    run: dict[str, Any]
+    past: Past
+
+    def finished(self, plan: Plan) -> bool:
+        return plan.done(self.past.step, self.past.seconds) >= 1
+
+
+def look(folder: Path, facts: dict[str, Any], cfg: ModelConfig, overwrite: bool) -> Before | None:
+    """The run in the folder that is to go on; None when there is none, or `overwrite` says to forget it.
+
+    Raises UserError when the one there learns something else, naming what differs.
+    """
+    if overwrite or not run_folder.holds_run(folder):
+        return None
+    run = run_folder.read_json(folder / "run.json")
+    if not checkpoint.steps(folder):
+        return None  # stopped before its first checkpoint: nothing to go on from, nothing to lose
+    differing = differences(run, facts, run_folder.read_config(folder), cfg)
+    if differing:
+        raise UserError(
+            f"{folder} holds a run with another {words.listed(differing)}. Give another --out-dir, or --overwrite to "
+            "begin anew there."
+        )
+    newest = checkpoint.steps(folder)[-1]
+    try:
+        state = run_folder.read_json(folder / "checkpoints" / str(newest) / "state.json")["state"]
+        past = past_of(state)
+    except (UserError, KeyError, TypeError):
+        past = Past()  # damaged: loading will say so, and find the one before
+    return Before(folder, run, past)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], old_cfg: ModelConfig, cfg: ModelConfig) -> list[str]:
+    """`width (256 there, 384 now)`: what must be the same for a run to go on, and is not."""
+    found = [_differing(name, getattr(old_cfg, name), getattr(cfg, name)) for name in old_cfg.same_architecture(cfg)]
+    try:
+        pairs = {
+            "text": (old["text"]["digest"], new["text"]["digest"]),
+            "tokenizer": (old["tokenizer"]["digest"], new["tokenizer"]["digest"]),
+            "seed": (old["seed"], new["seed"]),
+            "batch": (old["recipe"]["batch"], new["recipe"]["batch"]),
+            "context": (old["recipe"]["context"], new["recipe"]["context"]),
+            "optimizer": (old["recipe"]["optimizer"]["kind"], new["recipe"]["optimizer"]["kind"]),
+        }
+    except (KeyError, TypeError):
+        raise UserError("run.json there is damaged. Give another --out-dir, or --overwrite to begin anew.") from None
+    for name, (there, now) in pairs.items():
+        if there != now:
+            if name in ("text", "tokenizer"):
+                there, now = (_named(run[name]) for run in (old, new))
+            found.append(_differing(name, there, now))
+    return found
+
+
+def _differing(name: str, there: object, now: object) -> str:
+    return f"{name} ({there} there, {now} now)" if there != now else name
+
+
+def _named(described: dict[str, Any]) -> str:
+    return str(described.get("data") or described.get("kind"))
+
+
+def past_of(state: dict[str, Any]) -> Past:
+    """The part of state.json that is ours."""
+    return Past(**{field.name: state[field.name] for field in dataclasses.fields(Past)})
+
+
+def restore(before: Before | None, plan: Plan, console: Console) -> tuple[TrainState, Past]:
+    """The state to train from: random weights, or the newest sound checkpoint, said aloud."""
+    tx = make_optimizer(plan.recipe.optimizer)
+    fresh = lambda: init_state(tx, init_params(plan.cfg, jax.random.key(plan.seed)))  # noqa: E731
+    if before is None:
+        with console.task("drawing weights"):
+            return jax.jit(fresh)(), Past()
+    like = jax.eval_shape(fresh)
+    with console.task("loading the checkpoint"):
+        loaded = checkpoint.load(before.folder, None, like.trainable, like.opt_state)
+    past = past_of(loaded.state)
+    for line in loaded.damaged:
+        console.say(f"damaged: {line}", style="yellow")
+    instead = " (the newest that is sound)" if loaded.damaged else ""
+    console.say(f"resumed at step {past.step:,}{instead}, {words.duration(past.seconds)} into training")
+    return TrainState(jax.numpy.int32(past.step), loaded.params, loaded.optimizer), past
+
+
+def begin(folder: Path, cfg: ModelConfig, tokenizer: Tokenizer, facts: dict[str, Any], fresh: bool) -> None:
+    """Writes what describes the run, before its first step."""
+    if fresh:
+        run_folder.clear(folder)
+    tokenizer.save(folder / "tokenizer")
+    write_json(folder / "config.json", cfg.to_json())
+    run_folder.write_run(folder, facts)

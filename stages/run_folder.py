@@ -1,0 +1,146 @@
+"""A run folder: everything one training run leaves behind, and what says whether another may go on in it.
+
+    runs/NAME/config.json      the architecture
+              run.json         how it was trained, and at last the result
+              metrics.jsonl    a line every few steps
+              tokenizer/       tokenizer.json, as Hugging Face's libraries read it
+              checkpoints/STEP/
+              samples/STEP.txt
+
+A folder that holds anything else is never written to.
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UserError
+from engine.files import whole_file, write_json
+from engine.model.config import ModelConfig
+
+ROOT = Path("runs")
+REMEDY = "Restore it from a copy, or train anew with --overwrite."
+OURS = ("config.json", "metrics.jsonl", "tokenizer", "checkpoints", "samples", "run.json")
+
+
+def default_folder(preset: str, data: str) -> Path:
+    """runs/PRESET-DATA, DATA being the asset's name or the file's."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(data).stem).strip("-.") or "text"
+    return ROOT / f"{preset}-{name}"
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether there is a run in the folder; False when it does not exist or is empty.
+
+    Raises UserError when it is a file, or holds something else than a run.
+    """
+    if not folder.exists():
+        return False
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file; a run needs a folder. Give another --out-dir.")
+    if (folder / "run.json").exists():
+        return True
+    if any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        raise UserError(f"{folder} holds files but no run.json, so it is not a run folder. Give another --out-dir.")
+    return False
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError when it is missing or damaged."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"There is no {path}.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}. {REMEDY}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} should hold one JSON object. {REMEDY}")
+    return value
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The architecture of a run. Raises UserError when config.json is missing, damaged, or not ours."""
+    try:
+        return ModelConfig.from_json(read_json(folder / "config.json"))
+    except TypeError as error:
+        raise UserError(f"{folder / 'config.json'} does not describe a model: {error}.") from None
+
+
+def clear(folder: Path) -> None:
+    """Removes a run's files and nothing else, run.json last, so that a kill in between leaves a run folder."""
+    for name in OURS:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Holds the run for this process. Raises UserError when another one trains in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"Another process trains in {folder}. Wait for it, or give another --out-dir.") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(handle)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # stopped before anything was written
+
+
+def write_run(folder: Path, run: dict[str, Any], result: dict[str, Any] | None = None) -> None:
+    """run.json, whole or not at all; the result, when there is one, is its last entry."""
+    described = {name: value for name, value in run.items() if name != "result"}
+    write_json(folder / "run.json", described | ({"result": result} if result else {}))
+
+
+def as_json(value: Any) -> Any:
+    """The same, with words for the floats that JSON has not: a clip of infinity is 'inf'."""
+    if isinstance(value, dict):
+        return {name: as_json(inner) for name, inner in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class MetricsLog:
+    """metrics.jsonl: opened at a step, it forgets what a part of the run that is not gone on from had written."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self._path = folder / "metrics.jsonl"
+        kept = []
+        if self._path.exists():
+            for line in self._path.read_bytes().splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # a line half written when it was killed
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + b"\n")
+        with whole_file(self._path) as file:
+            file.writelines(kept)
+
+    def add(self, **fields: Any) -> None:
+        """One line. Numbers that are not finite become null, which JSON has."""
+        clean = {name: value if math.isfinite(value) else None for name, value in fields.items()}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(clean) + "\n")
+
+
+def newest(root: Path = ROOT) -> Path:
+    """The run that was saved to last. Raises UserError when there is none."""
+    runs = [path.parent.parent for path in root.glob("*/checkpoints/*/") if path.name.isdigit()]
+    if not runs:
+        raise UserError(
+            f"There is no trained model in {root}/ yet: run `python -m stages.train` first, or give --model FOLDER."
+        )
+    return max(runs, key=lambda run: max(step.stat().st_mtime for step in (run / "checkpoints").iterdir()))

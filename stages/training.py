@@ -1,0 +1,194 @@
+"""A training run from flags to result, in the order in which it happens."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages import cli, interrupt, process, words
+from stages import device as devices
+from stages.console import Console
+
+if TYPE_CHECKING:
+    from stages.train import Train
+
+# JAX is started, with its allocator and its device, before anything that imports it.
+
+
+def run(given: "Train") -> int:
+    """Prepares, trains, evaluates, reports. Returns the exit code."""
+    interrupt.doing("before anything was trained.")
+    device = devices.start(given.device)
+    from stages import run_folder
+
+    folder = given.folder.out_dir or run_folder.default_folder(given.preset, given.text.data)
+    with Console() as console:
+        if given.dry_run:
+            Run(given, device, folder, console).show_plan()
+            console.say("A dry run: nothing was trained.")
+            return 0
+        run_folder.holds_run(folder)  # a folder that cannot be used is said before minutes of preparation
+        with run_folder.alone(folder):
+            return Run(given, device, folder, console).go()
+
+
+class Run:
+    """What the stages of one run hand on to each other."""
+
+    def __init__(self, given: "Train", device: devices.Device, folder: Path, console: Console) -> None:
+        from stages import data, plan
+
+        self.given, self.device, self.folder, self.console = given, device, folder, console
+        self.recipe = chosen_recipe(given)
+        self.data = data.prepare(given.text.data, given.text.validation, self.recipe.tokenizer, console)
+        length = given.length
+        chosen = bool(length.max_time or length.steps)
+        cfg = model_config(given, self.recipe, self.data.tokenizer.vocab)
+        seconds = length.max_time if chosen else 180.0
+        self.plan = plan.Plan(given.preset, cfg, self.recipe, given.seed, length.steps, seconds, chosen)
+        self.ceilings = plan.measured_ceilings(console)
+
+    def show_plan(self) -> None:
+        from stages import plan
+
+        self.console.rows(plan.rows(self.plan, self.device, self.data, self.ceilings, self.folder))
+
+    def go(self) -> int:
+        """Trains what is left to train, then evaluates."""
+        from stages import closing, plan, resume
+        from stages.loop import Loop
+
+        plan.check_memory(self.plan)
+        batches = self.batches()
+        before = resume.look(self.folder, self.facts(), self.plan.cfg, self.given.folder.overwrite)
+        self.show_plan()
+        if before and before.finished(self.plan) and before.run.get("result"):
+            return self.already_finished(before)
+        state, past = resume.restore(before, self.plan, self.console)
+        resume.begin(self.folder, self.plan.cfg, self.data.tokenizer, self.facts(), fresh=before is None)
+        loop = Loop(self.job(batches), past, self.console)
+        if self.plan.done(past.step, past.seconds) < 1:
+            step_program = self.compile(state, batches, past.step)
+            state, signal = loop.run(step_program, state)
+            self.console.close_live()
+            if signal:
+                return self.stopped(past, signal)
+        return closing.close(self, state, loop)
+
+    def batches(self) -> Any:
+        from engine.text.batches import Batches
+
+        return Batches(self.data.train.tokens, self.recipe.context, self.recipe.batch, self.given.seed)
+
+    def facts(self) -> dict[str, Any]:
+        """run.json: everything that says how this run is trained."""
+        import jax
+
+        from stages import run_folder
+
+        given = self.given
+        return {
+            "command": self.same_command(),
+            "preset": given.preset,
+            "text": {
+                "data": given.text.data,
+                "validation": str(given.text.validation) if given.text.validation else None,
+                "digest": self.data.digest,
+                "bytes": self.data.train.bytes,
+                "tokens": len(self.data.train.tokens),
+            },
+            "tokenizer": {"kind": self.recipe.tokenizer, "digest": self.data.tokenizer.digest},
+            "recipe": run_folder.as_json(dataclasses.asdict(self.recipe)),
+            "seed": given.seed,
+            "steps": self.plan.steps,
+            "max_seconds": self.plan.seconds,
+            "device": str(self.device),
+            "versions": {"python": sys.version.split()[0], "jax": jax.__version__},
+        }
+
+    def same_command(self) -> str:
+        """What to type to go on."""
+        return words.command("train", *(word for word in cli.arguments() if word != "--overwrite"))
+
+    def compile(self, state: Any, batches: Any, step: int) -> Any:
+        """The step's program for these shapes; `compiled(state, frozen, batch, progress)`."""
+        import numpy as np
+
+        from engine.training.optimizer import make_optimizer
+        from engine.training.step import train_step
+
+        tx = make_optimizer(self.recipe.optimizer)
+        kept = f"the run is saved up to step {step:,}" if step else "nothing was trained yet"
+        interrupt.doing(f"while compiling; {kept}. To begin again: {self.same_command()}")
+        with self.console.task("compiling", always=True):
+            lowered = train_step.lower(
+                self.plan.cfg, tx, state, {}, batches.at(0), np.float32(0), microbatches=self.recipe.accumulate
+            )
+            return lowered.compile()
+
+    def job(self, batches: Any) -> Any:
+        from stages import loop, plan
+        from stages.validate import Quick, rows_for
+
+        given, cfg = self.given.folder, self.plan.cfg
+        digests = {"text": self.data.digest, "tokenizer": self.data.tokenizer.digest}
+        return loop.Job(
+            plan=self.plan,
+            folder=self.folder,
+            batches=batches,
+            quick=Quick(self.data.validation, self.data.tokenizer, cfg.context, rows_for(cfg, cfg.context)),
+            often=loop.Often(given.eval_every, given.save_every, given.log_every, given.keep),
+            ceiling=plan.ceiling(cfg, self.ceilings),
+            started=process.started(),
+            facts={"seed": self.given.seed, "digests": digests},
+        )
+
+    def stopped(self, past: Any, signal: int) -> int:
+        """What a signal is answered with once all is saved."""
+        self.console.say(
+            f"Stopped at step {past.step:,}, {words.duration(past.seconds)} into training; saved in "
+            f"{self.folder / 'checkpoints' / str(past.step)}.\nTo go on: {self.same_command()}"
+        )
+        return 128 + signal
+
+    def already_finished(self, before: Any) -> int:
+        result = before.run["result"]
+        self.console.say(
+            f"This run is finished: {before.past.step:,} steps in {words.duration(before.past.seconds)}, "
+            f"{result['val_bits_per_byte']:.3f} bits per byte. To train it further give more --steps or --max-time; "
+            "to begin anew, --overwrite."
+        )
+        return 0
+
+
+def chosen_recipe(given: "Train") -> Any:
+    """The preset's recipe with what the flags say instead."""
+    from engine.model.config import preset
+    from stages.recipes import recipe
+
+    base = recipe(given.preset, preset(given.preset).vocab)
+    step, moves = given.step, given.optimizer
+    optimizer = _changed(
+        base.optimizer, kind=moves.optimizer, learning_rate=moves.learning_rate,
+        matrix_learning_rate=moves.matrix_learning_rate, schedule=moves.schedule, warmup=moves.warmup,
+        decay=moves.decay, weight_decay=moves.weight_decay, clip=moves.clip,
+    )  # fmt: skip
+    changed = _changed(
+        base, tokenizer=given.text.tokenizer, context=step.context, batch=step.batch, accumulate=step.accumulate,
+        scan=step.scan or None, remat=step.remat or None,
+    )  # fmt: skip
+    return dataclasses.replace(changed, optimizer=optimizer)
+
+
+def _changed(config: Any, **values: Any) -> Any:
+    return dataclasses.replace(config, **{name: value for name, value in values.items() if value is not None})
+
+
+def model_config(given: "Train", recipe: Any, vocab: int) -> Any:
+    """The preset with this vocabulary and context."""
+    from engine.model.config import preset
+
+    return _changed(
+        preset(given.preset), vocab=vocab, context=recipe.context, dtype=given.step.dtype, scan=recipe.scan,
+        remat="block" if recipe.remat else "none",
+    )  # fmt: skip

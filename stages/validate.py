@@ -1,0 +1,80 @@
+"""Bits per byte of a text: quickly on a few windows while training, and on the whole of it by a sliding window."""
+
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+
+from engine.inference.score import score
+from engine.model.config import ModelConfig
+from engine.model.transformer import Params
+from engine.text.batch import Batch
+from engine.text.batches import evaluation_count, evaluation_windows
+from engine.text.tokenizer import Tokenizer
+from engine.text.tokens import TokenFile
+from stages.interrupt import Watch
+
+QUICK_WINDOWS = 32
+LOGITS = 64 * 2**20  # bytes of float32 logits an evaluation makes at once
+
+
+def rows_for(cfg: ModelConfig, seq: int) -> int:
+    """Windows that are scored together."""
+    return max(2, min(16, LOGITS // (4 * seq * cfg.vocab)))
+
+
+def bits(nats: float, size: int) -> float:
+    """Summed nats over a text of `size` bytes -> bits per byte."""
+    return nats / math.log(2) / size
+
+
+def whole_text(
+    cfg: ModelConfig,
+    params: Params,
+    text: TokenFile,
+    seq: int,
+    stride: int,
+    rows: int,
+    report: Callable[[int, int], None] | None = None,
+) -> float:
+    """Summed nats of every token of the text but the first, each seen behind seq - stride tokens or more."""
+    total, waiting = 0.0, jnp.zeros(())
+    count = evaluation_count(len(text.tokens), seq, stride)
+    for number, batch in enumerate(evaluation_windows(text.tokens, seq, stride, rows)):
+        # One batch ahead: the next is cut while the device works.
+        nats = score(cfg, params, batch)
+        total += float(waiting)
+        waiting = nats
+        if report:
+            report(min(number * rows, count), count)
+    return total + float(waiting)
+
+
+class Quick:
+    """A fixed few windows, spread over the validation text: comparable with itself, not with the whole text."""
+
+    def __init__(self, text: TokenFile, tokenizer: Tokenizer, seq: int, rows: int) -> None:
+        shape = next(evaluation_windows(text.tokens, seq, seq, rows))
+        last = len(text.tokens) - 1 - seq
+        self.batches: list[Batch] = [shape]
+        if last > 0:
+            count = min(QUICK_WINDOWS, max(rows, last // seq))
+            starts = np.linspace(0, last, -(-count // rows) * rows).astype(np.int64).reshape(-1, rows)
+            self.batches = [self._batch(text, start, shape) for start in starts]
+        self.size = sum(tokenizer.token_bytes(np.asarray(b.targets)[np.asarray(b.mask)]) for b in self.batches)
+
+    @staticmethod
+    def _batch(text: TokenFile, starts: np.ndarray, shape: Batch) -> Batch:
+        at = starts[:, None] + np.arange(shape.tokens.shape[1])
+        tokens, targets = text.tokens[at].astype(np.int32), text.tokens[at + 1].astype(np.int32)
+        return shape._replace(tokens=tokens, targets=targets, mask=np.ones(at.shape, bool))
+
+    def bits_per_byte(self, cfg: ModelConfig, params: Params, watch: Watch | None = None) -> float | None:
+        """None when a signal came in between."""
+        nats = 0.0
+        for batch in self.batches:
+            if watch and watch.received:
+                return None
+            nats += float(score(cfg, params, batch))
+        return bits(nats, max(self.size, 1))

@@ -1,0 +1,63 @@
+"""What every test stands on: a compilation cache, a throw-away user cache, and the model of `tiny.py`."""
+
+import os
+import shutil
+import tempfile
+from typing import Any
+
+import hypothesis
+import pytest
+from tiny import lively_params, tiny_config
+
+hypothesis.settings.register_profile("thrice", deadline=None, max_examples=20, print_blob=True)
+hypothesis.settings.load_profile("thrice")
+
+_made: list[str] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before JAX is imported, and inherited by whatever a test starts.
+
+    Compiled programs are kept beside pytest's own notes on the last run: a second run compiles nothing. They are read
+    back by whoever runs the tests, so they lie in the checkout and not in a folder that others may write.
+    """
+    compiled = str(config.cache.mkdir("compiled")) if config.cache else tempfile.mkdtemp(prefix="thrice-compiled-")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", compiled)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    if "THRICE_CACHE" not in os.environ:  # xdist's workers inherit the first process's
+        _made.append(tempfile.mkdtemp(prefix="thrice-tests-"))
+        os.environ["THRICE_CACHE"] = _made[0]
+
+
+def pytest_unconfigure() -> None:
+    for folder in _made:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def cfg() -> Any:
+    """The tiny model, float32."""
+    return tiny_config()
+
+
+@pytest.fixture(scope="session")
+def params(cfg: Any) -> Any:
+    """The tiny model's weights."""
+    return lively_params(cfg)
+
+
+@pytest.fixture
+def count_compiles() -> Any:
+    """A list that grows by one for each program JAX compiles or fetches while the test runs."""
+    import jax
+
+    compiled: list[str] = []
+
+    def note(event: str, seconds: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield compiled
+    jax.monitoring.unregister_event_duration_listener(note)

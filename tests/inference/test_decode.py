@@ -1,0 +1,225 @@
+"""Prefill, decode and generate: in pieces or at once, several steps a dispatch or one, the same tokens come out."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import lively_params, positions_of, tiny_config, tokens_of
+
+from engine.errors import UserError
+from engine.inference.decode import CHUNK, STEPS, decode_step, decode_steps, for_inference, generate, prefill
+from engine.inference.sample import make_sampling, sample
+from engine.inference.score import score
+from engine.model.cache import make_cache
+from engine.model.transformer import forward
+from engine.text.batch import Batch
+
+ROWS, CAPACITY = 3, 150
+forward_ = jax.jit(forward, static_argnums=0)
+
+
+def padded(prompts: list[list[int]], width: int) -> np.ndarray:
+    return np.array([prompt + [0] * (width - len(prompt)) for prompt in prompts], np.int32)
+
+
+def texts(*lengths: int, seed: int = 0) -> list[list[int]]:
+    return [tokens_of(seed + n, length).tolist() for n, length in enumerate(lengths)]
+
+
+def told(cfg, params, prompts, sampling=None, max_tokens=20, **options) -> tuple[list[list[int]], list[str | None]]:
+    """(tokens, why it ended) for each prompt; every part but the last says that it is not."""
+    out, why = [[] for _ in prompts], [None for _ in prompts]
+    sampling = sampling or make_sampling(len(prompts), temperature=0.0)
+    for part in generate(cfg, params, prompts, sampling, **{"max_tokens": max_tokens, "capacity": CAPACITY, **options}):
+        assert why[part.index] is None, "nothing comes after the end"
+        assert part.tokens or part.finished
+        out[part.index] += part.tokens
+        why[part.index] = part.finished
+    assert None not in why
+    return out, why
+
+
+def most_probable(cfg, params, prompts, count: int) -> list[list[int]]:
+    """The greedy continuations by reading each text anew, whole and without a cache, for each of its tokens."""
+    read = [list(prompt) for prompt in prompts]
+    for _ in range(count):
+        logits, _ = forward_(cfg, params, padded(read, CAPACITY), positions_of(len(read), CAPACITY))
+        for row, text in enumerate(read):
+            text.append(int(logits[row, len(text) - 1].argmax()))
+    return [text[len(prompt) :] for text, prompt in zip(read, prompts)]
+
+
+def test_generating_is_reading_the_whole_text_anew_for_every_token(cfg, params):
+    """Prompts of one token, of a chunk to the token, and of more than two chunks."""
+    prompts = texts(1, CHUNK, 2 * CHUNK + 3)
+    out, why = told(cfg, params, prompts, max_tokens=19)
+    assert out == most_probable(cfg, params, prompts, 19)
+    assert why == ["length"] * 3
+    assert len({tuple(answer) for answer in out}) == 3
+
+
+def test_a_prompt_in_pieces_is_the_prompt_at_once(cfg, params):
+    prompts = texts(10, 4, 7)
+    lengths = np.array([10, 4, 7], np.int32)
+    whole, cache = prefill(cfg, params, padded(prompts, 10), lengths, make_cache(cfg, ROWS, 20))
+    assert cache.length.tolist() == lengths.tolist()
+    pieces = make_cache(cfg, ROWS, 20)
+    for start in (0, 5):
+        some = [prompt[start : start + 5] for prompt in prompts]
+        counts = np.array([len(piece) for piece in some], np.int32)
+        logits, pieces = prefill(cfg, params, padded(some, 5), counts, pieces)
+        for row in np.flatnonzero(counts + start == lengths):
+            np.testing.assert_allclose(logits[row], whole[row], rtol=0, atol=1e-5)
+    assert pieces.length.tolist() == lengths.tolist()
+    for one, other in zip((*cache.k, *cache.v), (*pieces.k, *pieces.v), strict=True):
+        for row, length in enumerate(lengths):
+            np.testing.assert_allclose(one[row, :, :length], other[row, :, :length], rtol=0, atol=1e-5)
+
+
+def test_a_row_given_nothing_is_left_as_it_was(cfg, params):
+    cache = make_cache(cfg, ROWS, 20)
+    _, cache = prefill(cfg, params, padded(texts(5, 5, 5), 5), np.array([5, 5, 5], np.int32), cache)
+    before = jax.tree.map(np.asarray, cache)
+    _, cache = prefill(cfg, params, padded(texts(5, 5, 5, seed=9), 5), np.array([5, 0, 2], np.int32), cache)
+    assert cache.length.tolist() == [10, 5, 7]
+    for one, other in zip((*before.k, *before.v), (*cache.k, *cache.v), strict=True):
+        np.testing.assert_array_equal(one[1, :, :5], other[1, :, :5])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_several_steps_at_once_are_one_step_after_another(cfg, params, temperature):
+    sampling = make_sampling(ROWS, temperature=temperature, top_p=0.95, seed=3)
+    prompts, lengths = padded(texts(4, 7, 6), 10), np.array([4, 7, 6], np.int32)
+
+    def start():
+        logits, cache = prefill(cfg, params, prompts, lengths, make_cache(cfg, ROWS, 20))
+        return jax.jit(sample)(logits, cache.length, sampling), cache
+
+    token, cache = start()
+    at_once, last = decode_steps(cfg, params, token, cache, sampling)
+    token, cache = start()
+    for step in range(STEPS):
+        logits, cache = decode_step(cfg, params, token, cache)
+        token = jax.jit(sample)(logits, cache.length, sampling)
+        np.testing.assert_array_equal(at_once[:, step], token)
+    assert last.length.tolist() == cache.length.tolist() == (lengths + STEPS).tolist()
+    for one, other in zip((*last.k, *last.v), (*cache.k, *cache.v), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+
+
+def test_a_completion_ends_before_its_end_token(cfg, params):
+    prompts = texts(1, CHUNK, 9)
+    free, _ = told(cfg, params, prompts)
+    for place in (0, 3, 11):  # drawn from the prefill, in the middle of a dispatch, in the second one
+        end = free[1][place]
+        out, why = told(cfg, params, prompts, end=end)
+        for answer, unbounded, reason in zip(out, free, why):
+            stops = end in unbounded
+            assert answer == (unbounded[: unbounded.index(end)] if stops else unbounded)
+            assert reason == ("stop" if stops else "length")
+        assert why[1] == "stop"
+
+
+def test_a_completion_ends_at_its_length(cfg, params):
+    prompts = texts(5, 2, 9)
+    free, _ = told(cfg, params, prompts, max_tokens=30)
+    for length in (1, STEPS, STEPS + 1, STEPS + 2):
+        out, why = told(cfg, params, prompts, max_tokens=length)
+        assert out == [answer[:length] for answer in free]
+        assert why == ["length"] * 3
+    end = free[0][-1]
+    first = free[0].index(end)
+    assert told(cfg, params, prompts, max_tokens=first, end=end)[1][0] == "length", "the end lies beyond"
+    assert told(cfg, params, prompts, max_tokens=first + 1, end=end)[1][0] == "stop"
+
+
+def test_a_completion_ends_where_the_context_is_full(cfg, params):
+    """Each row at its own place; and its last tokens are the ones it would have with room to spare."""
+    prompts = texts(140, 149, 3)
+    out, why = told(cfg, params, prompts, max_tokens=30)
+    assert [len(answer) for answer in out] == [10, 1, 30]
+    assert why == ["length"] * 3
+    roomy, _ = told(cfg, params, prompts, max_tokens=30, capacity=190)
+    assert out == [answer[:length] for answer, length in zip(roomy, (10, 1, 30))]
+    assert told(cfg, params, prompts, max_tokens=30, capacity=None)[0] == out, "by default it is the model's"
+
+
+def test_tokens_come_as_they_are_drawn(cfg, params):
+    """The first one from the prefill, the others STEPS at a time: nobody waits for the whole."""
+    prompts, sampling = texts(5, 2, 9), make_sampling(3, temperature=0.0)
+    parts = list(generate(cfg, params, prompts, sampling, max_tokens=STEPS + 4, capacity=CAPACITY))
+    assert [(part.index, len(part.tokens)) for part in parts] == [
+        (0, 1), (1, 1), (2, 1), (0, STEPS), (1, STEPS), (2, STEPS), (0, 3), (1, 3), (2, 3),
+    ]  # fmt: skip
+
+
+def test_one_prompt_alone_is_answered(cfg, params):
+    """It is run as two rows, of which nobody sees the other."""
+    prompt = texts(9)
+    out, _ = told(cfg, params, prompt, make_sampling(1, temperature=1.0, seed=8))
+    assert len(out) == 1
+    assert out == told(cfg, params, [prompt[0], [3]], make_sampling(2, temperature=1.0, seed=8))[0][:1]
+    assert told(cfg, params, prompt)[0] == most_probable(cfg, params, prompt, 20)
+
+
+def test_after_the_first_answer_nothing_is_compiled(cfg, params, count_compiles):
+    """Whatever is asked: lengths of one chunk or three, any settings, any end."""
+    warm, sampling = texts(3, 2, 4), make_sampling(3, temperature=1.0)
+    told(cfg, params, warm, sampling)
+    before = len(count_compiles)
+    others = make_sampling(3, temperature=0.7, top_k=5, top_p=0.9, min_p=0.01, seed=99)
+    for prompts in (texts(1, 1, 1), texts(CHUNK, 3, 5), texts(2 * CHUNK + 9, 1, CHUNK + 1)):
+        for settings in (sampling, others):
+            told(cfg, params, prompts, settings, max_tokens=30, end=7)
+    assert len(count_compiles) == before
+
+
+def test_the_count_of_compilations_counts(cfg, params, count_compiles):
+    told(cfg, params, texts(3, 2, 4, 5, 6), max_tokens=2)
+    assert count_compiles
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        ([[1], [], [2]], "Prompt 1 has 0 tokens"),
+        ([[1], [2], [3] * 150], "Prompt 2 has 150 tokens; from 1 to 149 fit"),
+        ([[1], [41], [3]], "Prompt 1 holds a token outside the vocabulary of 41"),
+        ([[-1], [1], [3]], "Prompt 0 holds a token outside"),
+    ],
+)
+def test_a_prompt_that_cannot_be_continued_is_refused(cfg, params, prompts, said):
+    with pytest.raises(UserError, match=said):
+        next(generate(cfg, params, prompts, make_sampling(3), max_tokens=5))
+
+
+def test_weights_are_cast_once_and_gains_stay(params):
+    cast = for_inference(tiny_config(dtype="bfloat16"), params)
+    for one, other in zip(jax.tree.leaves(cast), jax.tree.leaves(params), strict=True):
+        assert one.dtype == (jnp.bfloat16 if one.ndim == 2 else jnp.float32)
+        np.testing.assert_array_equal(one, other.astype(one.dtype))
+
+
+def test_a_text_is_scored_in_the_bits_that_its_tokens_take(cfg, params):
+    B, T = 2, 7
+    mask = np.array([[1, 1, 0, 1, 0, 1, 1], [0, 1, 1, 1, 1, 1, 0]], bool)
+    segments = np.array([[0, 0, 0, 1, 1, 1, 1], [0] * 7], np.int32)
+    batch = Batch(tokens_of(0, B, T), tokens_of(1, B, T), mask, positions_of(B, T), segments)
+    logits = np.asarray(forward_(cfg, params, batch.tokens, batch.positions, None, segments)[0], float)
+    probability = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    bits = -np.log2(np.take_along_axis(probability, batch.targets[..., None], -1)[..., 0])
+    np.testing.assert_allclose(score(cfg, params, batch) / np.log(2), bits[mask].sum(), rtol=1e-5)
+    junk = batch._replace(targets=np.where(mask, batch.targets, -1).astype(np.int32))
+    assert float(score(cfg, params, junk)) == float(score(cfg, params, batch))
+
+
+def test_scoring_is_half_of_a_loss(cfg):
+    """What training minimises and what evaluation reports are one number."""
+    from engine.training.loss import summed_loss
+
+    params = lively_params(cfg, 1)
+    batch = Batch(tokens_of(0, 2, 7), tokens_of(1, 2, 7), np.ones((2, 7), bool), positions_of(2, 7), None)
+    loss = jax.jit(functools.partial(summed_loss, cfg))(params, batch)
+    np.testing.assert_allclose(score(cfg, params, batch), loss, rtol=1e-6)

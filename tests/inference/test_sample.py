@@ -1,0 +1,123 @@
+"""Sampling: which tokens may be drawn, how often, and that a draw is a function of its own row, seed and position alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.errors import UserError
+from engine.inference.sample import Sampling, make_sampling, sample
+
+V, DRAWS = 41, 256
+draw = jax.jit(sample)
+
+
+def logits_of(seed: int, rows: int = 1, spread: float = 2.0) -> np.ndarray:
+    return (spread * np.random.default_rng(seed).standard_normal((rows, V))).astype(np.float32)
+
+
+def kept(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> set[int]:
+    """The tokens of one row that may be drawn, with the plainest code that says so."""
+    probability = np.exp((logits - logits.max()).astype(float) / temperature)
+    order = np.argsort(-probability, kind="stable")
+    among_k = order[: top_k or V]
+    shares = probability[among_k] / probability[among_k].sum()
+    reached = int(np.searchsorted(shares.cumsum(), top_p)) + 1
+    lowest = max(probability[among_k[: min(reached, len(among_k))]].min(), min_p * probability.max())
+    return {token for token in range(V) if probability[token] >= lowest}
+
+
+@given(st.integers(0, 999), st.integers(0, 2**31 - 1))
+def test_temperature_zero_is_the_most_probable_token(seed, position):
+    logits = logits_of(seed, DRAWS)
+    cold = make_sampling(DRAWS, temperature=0.0, top_k=3, top_p=0.5, seed=seed)
+    np.testing.assert_array_equal(draw(logits, np.full(DRAWS, position, np.int32), cold), logits.argmax(-1))
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(0, 999), st.sampled_from([0.3, 1.0, 2.0]), st.sampled_from([0, 1, 2, 7, 41, 99]),
+    st.floats(0.01, 1.0) | st.just(1.0), st.floats(0.0, 1.0) | st.just(0.0),
+)  # fmt: skip
+def test_only_and_all_of_the_right_tokens_are_drawn(seed, temperature, top_k, top_p, min_p):
+    logits = logits_of(seed)
+    settings_ = make_sampling(1, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    rows = Sampling(*(field.repeat(DRAWS) for field in settings_))
+    drawn = set(np.asarray(draw(logits.repeat(DRAWS, 0), np.arange(DRAWS, dtype=np.int32), rows)).tolist())
+    # Sums in float32 may put a token that lies on the border on either side of it.
+    few = kept(logits[0], temperature, top_k, max(top_p - 1e-5, 1e-9), min(min_p + 1e-5, 1.0))
+    many = kept(logits[0], temperature, top_k, top_p + 1e-5 if top_p < 1 else 9.0, max(min_p - 1e-5, 0.0))
+    assert drawn <= many
+    probability = {token: float(np.exp(logits[0, token] / temperature)) for token in many}
+    total = sum(probability.values())
+    assert {token for token in few if probability[token] / total > 0.1} <= drawn  # missed by chance once in 10^11
+
+
+def test_tokens_that_tie_with_the_last_one_kept_stay():
+    logits = np.full((1, V), -3.0, np.float32)
+    logits[0, [4, 9, 30]] = [2.0, 1.0, 1.0]
+    for limit in ({"top_k": 2}, {"top_p": 0.7}):
+        rows = Sampling(*(field.repeat(DRAWS) for field in make_sampling(1, **limit)))
+        drawn = draw(logits.repeat(DRAWS, 0), np.arange(DRAWS, dtype=np.int32), rows)
+        assert set(np.asarray(drawn).tolist()) == {4, 9, 30}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_tokens_come_as_often_as_the_softmax_says(temperature):
+    """Chi-square with 40 degrees of freedom: 95 is passed by chance once in 400,000 times, and the seeds are fixed."""
+    count = 20_000
+    logits = logits_of(3, spread=0.7)
+    rows = Sampling(*(field.repeat(count) for field in make_sampling(1, temperature=temperature, seed=11)))
+    drawn = draw(logits.repeat(count, 0), np.arange(count, dtype=np.int32), rows)
+    probability = np.exp(logits[0] / temperature)
+    expected = count * probability / probability.sum()
+    by_position = ((np.bincount(drawn, minlength=V) - expected) ** 2 / expected).sum()
+    rows = rows._replace(seed=jnp.arange(count, dtype=jnp.uint32), temperature=rows.temperature)
+    drawn = draw(logits.repeat(count, 0), np.full(count, 17, np.int32), rows)
+    by_seed = ((np.bincount(drawn, minlength=V) - expected) ** 2 / expected).sum()
+    assert 10 < by_position < 95
+    assert 10 < by_seed < 95
+    flat = np.full(V, count / V)
+    assert ((np.bincount(drawn, minlength=V) - flat) ** 2 / flat).sum() > 1000, "the bound can be broken"
+
+
+def test_a_draw_is_its_rows_own_whatever_the_batch():
+    """Each row keeps its token when rows are re-ordered, repeated, or set among others with other settings."""
+    logits, positions = logits_of(0, 7), np.arange(100, 107, dtype=np.int32)
+    sampling = Sampling(
+        *(jnp.array(field, dtype) for field, dtype in (
+            ([0.0, 1.0, 1.0, 0.7, 1.5, 1.0, 2.0], "float32"), ([0, 0, 4, 0, 9, 0, 0], "int32"),
+            ([1.0, 1.0, 1.0, 0.8, 0.9, 1.0, 1.0], "float32"), ([0.0, 0.0, 0.0, 0.0, 0.1, 0.3, 0.0], "float32"),
+            ([1, 2, 3, 4, 5, 6, 7], "uint32"),
+        ))
+    )  # fmt: skip
+    together = np.asarray(draw(logits, positions, sampling))
+    for order in ([6, 5, 4, 3, 2, 1, 0], [2, 2, 2, 2, 2, 2, 2], [0, 1], [1, 1], [5, 5], [4, 0], [3, 6]):
+        some = draw(logits[order], positions[order], Sampling(*(field[np.array(order)] for field in sampling)))
+        np.testing.assert_array_equal(some, together[order])
+
+
+def test_another_seed_or_position_is_another_draw():
+    logits = np.zeros((DRAWS, V), np.float32)
+    rows = make_sampling(DRAWS, seed=0)
+    one = np.asarray(draw(logits, np.zeros(DRAWS, np.int32), rows))
+    assert len(set(one.tolist())) > V // 2, "seeds differ from row to row"
+    same = rows._replace(seed=jnp.zeros(DRAWS, jnp.uint32))
+    assert len(set(np.asarray(draw(logits, np.arange(DRAWS, dtype=np.int32), same)).tolist())) > V // 2
+    assert len(set(np.asarray(draw(logits, np.zeros(DRAWS, np.int32), same)).tolist())) == 1
+    last = make_sampling(1, seed=2**32 - 1)
+    assert int(last.seed[0]) == 2**32 - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1), ("temperature", float("nan")), ("temperature", 101.0), ("top_k", -1), ("top_p", 0.0),
+        ("top_p", 1.1), ("top_p", float("nan")), ("min_p", -0.1), ("min_p", 1.5), ("seed", -1), ("seed", 2**32),
+    ],
+)  # fmt: skip
+def test_a_setting_out_of_range_is_refused_by_name(name, value):
+    with pytest.raises(UserError, match=name):
+        make_sampling(1, **{name: value})

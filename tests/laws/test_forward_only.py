@@ -1,0 +1,194 @@
+"""Inference runs forward only: it never changes a weight, never remembers a request, and no request feels another."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import lively_params, tiny_config, tokens_of
+
+from engine.inference.decode import decode_step, decode_steps, for_inference, generate, prefill
+from engine.inference.sample import Sampling, make_sampling
+from engine.inference.score import score
+from engine.model.cache import KVCache, make_cache
+from engine.storage.digest import digest
+from engine.text.batch import Batch
+
+ROWS, CAPACITY, CHUNK, MAX_TOKENS = 5, 64, 7, 11
+BOTH = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+
+
+@functools.cache
+def served(dtype: str):
+    """(cfg, params) as they are served."""
+    cfg = tiny_config(dtype=dtype)
+    return cfg, for_inference(cfg, lively_params(cfg))
+
+
+def samplings(rows: int) -> st.SearchStrategy[Sampling]:
+    """Settings for `rows` rows, each row its own."""
+    row = st.tuples(
+        st.sampled_from([0.0, 0.7, 1.0, 1.6]), st.sampled_from([0, 1, 5]), st.sampled_from([0.4, 0.9, 1.0]),
+        st.sampled_from([0.0, 0.2]), st.integers(0, 2**32 - 1),
+    )  # fmt: skip
+    dtypes = ("float32", "int32", "float32", "float32", "uint32")
+    gathered = lambda rows: Sampling(*(jnp.array(np.array(f, d)) for f, d in zip(zip(*rows), dtypes)))  # noqa: E731
+    return st.lists(row, min_size=rows, max_size=rows).map(gathered)
+
+
+def prompts(rows: int, longest: int) -> st.SearchStrategy[list[list[int]]]:
+    return st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=longest), min_size=rows, max_size=rows)
+
+
+def completions(cfg, params, prompts, sampling, **options) -> list[list[int]]:
+    """What each prompt is continued with."""
+    out = [[] for _ in prompts]
+    for part in generate(cfg, params, prompts, sampling, max_tokens=MAX_TOKENS, capacity=CAPACITY, **options):
+        out[part.index] += part.tokens
+    return out
+
+
+@settings(max_examples=12)
+@given(prompts(3, CAPACITY - 1), samplings(3), st.none() | st.integers(0, 40))
+def test_generating_changes_no_weight(prompts, sampling, end):
+    cfg, params = served("bfloat16")
+    before = digest(params)
+    completions(cfg, params, prompts, sampling, end=end)
+    assert digest(params) == before
+
+
+def programs(cfg, params) -> dict[str, tuple]:
+    """{name: (compiled function, arguments)} of every program that inference runs on weights."""
+    cache = make_cache(cfg, ROWS, CAPACITY)
+    token, tokens = jnp.zeros(ROWS, jnp.int32), jnp.zeros((ROWS, CHUNK), jnp.int32)
+    batch = Batch(tokens, tokens, tokens == 0, tokens, tokens)
+    return {
+        "prefill": (prefill, (cfg, params, tokens, token, cache)),
+        "decode_step": (decode_step, (cfg, params, token, cache)),
+        "decode_steps": (decode_steps, (cfg, params, token, cache, make_sampling(ROWS))),
+        "score": (score, (cfg, params, batch)),
+    }
+
+
+def broken_promises(function, arguments) -> list[str]:
+    """Which of the ways to change or hand out weights a compiled function takes: it should take none.
+
+    The weights are its second argument, after the static config, and so its first parameters once compiled.
+    """
+    params = arguments[1]
+    lowered = function.lower(*arguments)
+    compiled = lowered.compile().as_text()
+    count = len(jax.tree.leaves(params))
+    aliases = re.search(r"input_output_alias=\{(.*?) \}, ", compiled)
+    overwritten = [int(n) for n in re.findall(r": \((\d+), ", aliases[1])] if aliases else []
+    # Weights and cache share no shape, and neither does anything else that inference returns.
+    returned = {out.shape for out in jax.tree.leaves(lowered.out_info)} & {leaf.shape for leaf in jax.tree.leaves(params)}
+    entry = re.search(r"^ENTRY .*?\n\}", compiled, re.MULTILINE | re.DOTALL)[0]
+    assert len(re.findall(r" parameter\(\d+\)", entry)) == len(jax.tree.leaves(arguments[1:])), "an argument is not read"
+    return [
+        *["donates a weight" for info in jax.tree.leaves(lowered.args_info[0][0]) if info.donated],
+        *["overwrites a weight" for place in overwritten if place < count],
+        *[f"returns something of a weight's shape {shape}" for shape in returned],
+    ]
+
+
+@pytest.mark.parametrize("name", ["prefill", "decode_step", "decode_steps", "score"])
+def test_no_program_donates_overwrites_or_returns_a_weight(name):
+    cfg, params = served("float32")
+    function, arguments = programs(cfg, params)[name]
+    assert broken_promises(function, arguments) == []
+
+
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+def test_the_check_sees_a_weight_given_away():
+    cfg, params = served("float32")
+    arguments = programs(cfg, params)["decode_step"][1]
+    plain = decode_step.__wrapped__
+    donating = jax.jit(plain, static_argnames="cfg", donate_argnames=("params", "cache"))
+    assert "donates a weight" in broken_promises(donating, arguments)
+
+    def returning(cfg, params, token, cache):
+        return plain(cfg, params, token, cache), params["head"]
+
+    assert broken_promises(jax.jit(returning, static_argnames="cfg"), arguments) == [
+        "returns something of a weight's shape (20, 41)"
+    ]
+
+    def updating(cfg, params, token, cache):
+        logits, cache = plain(cfg, params, token, cache)
+        return logits, cache, jax.tree.map(lambda leaf: leaf + logits.mean(), params)
+
+    updating = jax.jit(updating, static_argnames="cfg", donate_argnames="params")
+    assert "overwrites a weight" in broken_promises(updating, arguments)
+
+
+def dirty_cache(cfg, seed: int) -> KVCache:
+    """An empty cache with another request's rubbish in it."""
+    rng = np.random.default_rng(seed)
+    stale = lambda leaf: jnp.asarray(10 * rng.standard_normal(leaf.shape), leaf.dtype)  # noqa: E731
+    clean = make_cache(cfg, ROWS, CAPACITY)
+    return KVCache(*jax.tree.map(stale, (clean.k, clean.v)), clean.length)
+
+
+def run_rows(cfg, params, prompts, sampling, seed: int):
+    """Logits after the prompts (ROWS, V), and the tokens drawn after them (ROWS, 8): two fixed programs, chunk by chunk."""
+    cache, after = dirty_cache(cfg, seed), np.zeros((ROWS, cfg.vocab), np.float32)
+    for start in range(0, max(map(len, prompts)), CHUNK):
+        pieces = [prompt[start : start + CHUNK] for prompt in prompts]
+        rng = np.random.default_rng(seed + start)
+        tokens = np.array([[*piece, *rng.integers(0, 41, CHUNK - len(piece))] for piece in pieces], np.int32)
+        lengths = np.array([len(piece) for piece in pieces], np.int32)
+        logits, cache = prefill(cfg, params, tokens, lengths, cache)
+        after = np.where((lengths > 0)[:, None], logits, after)
+    drawn, _ = decode_steps(cfg, params, after.argmax(-1).astype(np.int32), cache, sampling)
+    return after, np.asarray(drawn)
+
+
+@BOTH
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_neighbours_padding_and_slot_do_not_matter_to_the_bit(dtype, temperature):
+    """One program of fixed shape: a request's logits and tokens are the same alone, in company, and in any slot."""
+    cfg, params = served(dtype)
+    mine = tokens_of(0, 10).tolist()
+
+    def run(slot: int, seed: int, alone: bool):
+        rng = np.random.default_rng(seed)
+        others = [[0] if alone else tokens_of(seed + n, int(rng.integers(1, 30))).tolist() for n in range(ROWS)]
+        sampling = make_sampling(ROWS, temperature=0.0 if alone else 1.3, top_k=0 if alone else 3, seed=seed)
+        fields = make_sampling(ROWS, temperature=temperature, top_p=0.9, seed=77)
+        sampling = Sampling(*(other.at[slot].set(field[0]) for other, field in zip(sampling, fields)))
+        others[slot] = mine
+        logits, drawn = run_rows(cfg, params, others, sampling, seed)
+        return logits[slot].tobytes(), drawn[slot].tobytes()
+
+    results = {run(slot, 100 * slot + alone, alone) for slot in range(ROWS) for alone in (True, False)}
+    assert len(results) == 1
+
+
+@BOTH
+def test_a_request_is_answered_alike_whoever_asks_beside_it(dtype):
+    cfg, params = served(dtype)
+    mine = tokens_of(0, 10).tolist()
+    sampling = Sampling(*(jnp.stack([a[0], b[0], c[0]]) for a, b, c in zip(
+        make_sampling(1, temperature=1.0, seed=5), make_sampling(1, temperature=0.0), make_sampling(1, top_k=2, seed=9)
+    )))  # fmt: skip
+    answers = {
+        tuple(completions(cfg, params, [mine, *others], sampling)[0])
+        for others in ([[1], [2]], [tokens_of(1, 40).tolist(), [3]], [tokens_of(2, 9).tolist(), tokens_of(3, 63).tolist()])
+    }
+    assert len(answers) == 1
+    assert len(answers.pop()) == MAX_TOKENS
+
+
+@settings(max_examples=8)
+@given(prompts(3, CAPACITY - MAX_TOKENS), prompts(3, CAPACITY - 1), samplings(3), samplings(3))
+def test_nothing_is_remembered(request_, between, sampling, other):
+    cfg, params = served("bfloat16")
+    first = completions(cfg, params, request_, sampling)
+    completions(cfg, params, between, other)
+    assert completions(cfg, params, request_, sampling) == first
+    assert all(len(answer) == MAX_TOKENS for answer in first)

@@ -1,0 +1,139 @@
+"""ModelConfig: a description that is wrong is refused by the name of what is wrong, and one that is right survives JSON."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import tiny_config
+
+from engine.errors import UserError
+from engine.model.config import PRESETS, ModelConfig, RopeScaling, preset
+from engine.model.transformer import forward, init_params
+
+# Of the published models: the numbers on their cards, or the sum of the shapes in their files.
+PUBLISHED = {
+    "smollm2-135m": 134_515_008,
+    "tinyllama-1.1b": 1_100_048_384,
+    "llama-3.2-1b": 1_235_814_400,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen3-0.6b": 596_049_920,
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_the_shapes_it_promises(name):
+    """Traced, not computed: no preset is too large for it."""
+    cfg = preset(name)
+    params = jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert size == PUBLISHED.get(name, size)
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
+    assert ("head" in params) == (not cfg.tied)
+
+    tokens = jax.ShapeDtypeStruct((2, 7), np.int32)
+    looped = dataclasses.replace(cfg, scan=True)  # the same program, traced for one block
+    logits, cache = jax.eval_shape(lambda params, tokens: forward(looped, params, tokens, tokens), params, tokens)
+    assert (logits.shape, logits.dtype, cache) == ((2, 7, cfg.vocab), np.float32, None)
+
+
+def test_the_published_counts_are_of_presets():
+    assert set(PUBLISHED) <= set(PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"vocab": 0}, "vocab"),
+        ({"width": -20}, "width"),
+        ({"layers": 0}, "layers"),
+        ({"layers": 2.0}, "layers"),
+        ({"heads": 0}, "heads"),
+        ({"heads": 0, "head_dim": 0}, "heads"),
+        ({"ff": "28"}, "ff"),
+        ({"context": None}, "context"),
+        ({"kv_heads": -3}, "kv_heads"),
+        ({"kv_heads": 4}, "6 query heads cannot share 4 key heads"),
+        ({"kv_heads": 12}, "6 query heads cannot share 12 key heads"),
+        ({"head_dim": 3}, "head_dim 3 is odd"),
+        ({"head_dim": 0}, "width 20 is not a multiple of heads 6"),
+        ({"dtype": "float16"}, "dtype"),
+        ({"remat": "all"}, "remat"),
+    ],
+)
+def test_a_wrong_number_is_refused_by_name(changes, named):
+    with pytest.raises(UserError, match=named):
+        tiny_config(**changes)
+
+
+def test_what_is_left_out_is_derived():
+    cfg = ModelConfig(vocab=41, width=24, layers=2, heads=6, ff=28, context=9)
+    assert (cfg.kv_heads, cfg.head_dim, cfg.groups, cfg.qkv_width) == (6, 4, 1, 72)
+    assert (tiny_config().groups, tiny_config().qkv_width) == (2, (6 + 2 * 3) * 4)
+
+
+configs = st.builds(
+    lambda heads, kv, head_dim, scaling, **rest: ModelConfig(
+        heads=heads * kv, kv_heads=kv, head_dim=2 * head_dim, rope_scaling=scaling, **rest
+    ),
+    st.integers(1, 4), st.integers(1, 4), st.integers(1, 40),
+    st.none() | st.builds(RopeScaling, st.floats(1, 64), st.just(1.0), st.just(4.0), st.integers(1, 8192)),
+    vocab=st.integers(1, 99), width=st.integers(1, 99), layers=st.integers(1, 9), ff=st.integers(1, 99),
+    context=st.integers(1, 99), rope_theta=st.floats(1, 1e7), eps=st.floats(1e-9, 1e-3), tied=st.booleans(),
+    qk_norm=st.booleans(), qkv_bias=st.booleans(), dtype=st.sampled_from(["bfloat16", "float32"]), scan=st.booleans(),
+    remat=st.sampled_from(["none", "block"]),
+)  # fmt: skip
+
+
+@given(configs)
+def test_json_and_back_is_the_same_config(cfg):
+    again = ModelConfig.from_json(json.loads(json.dumps(cfg.to_json())))
+    assert again == cfg
+    assert hash(again) == hash(cfg)
+    assert cfg.same_architecture(again) == []
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_json(name):
+    assert ModelConfig.from_json(json.loads(json.dumps(preset(name).to_json()))) == preset(name)
+
+
+def test_an_unknown_field_is_refused_and_the_nearest_named():
+    fields = tiny_config().to_json()
+    with pytest.raises(UserError, match=r"'rope_thetta'.*'rope_theta'"):
+        ModelConfig.from_json(fields | {"rope_thetta": 1.0})
+    with pytest.raises(UserError, match="sliding_window"):
+        ModelConfig.from_json(fields | {"sliding_window": 128})
+
+
+def test_an_unknown_or_missing_field_of_the_scaling_is_refused_by_name():
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context": 64}
+    fields = tiny_config().to_json()
+    assert ModelConfig.from_json(fields | {"rope_scaling": scaling}).rope_scaling == RopeScaling(**scaling)
+    with pytest.raises(UserError, match="beta_fast"):
+        ModelConfig.from_json(fields | {"rope_scaling": scaling | {"beta_fast": 32.0}})
+    with pytest.raises(UserError, match="factor"):
+        ModelConfig.from_json(fields | {"rope_scaling": {"original_context": 64}})
+
+
+def test_a_missing_field_is_named():
+    fields = tiny_config().to_json()
+    del fields["vocab"]
+    with pytest.raises(UserError, match="vocab"):
+        ModelConfig.from_json(fields)
+
+
+def test_an_unknown_preset_names_the_nearest_and_lists_all():
+    with pytest.raises(UserError, match=r"'smolm2-135m'.*Did you mean 'smollm2-135m'"):
+        preset("smolm2-135m")
+    with pytest.raises(UserError, match="tiny, demo, nano"):
+        preset("")
+
+
+def test_how_a_model_is_computed_is_not_its_architecture():
+    cfg = tiny_config()
+    assert cfg.same_architecture(tiny_config(dtype="bfloat16", scan=True, remat="block", context=9)) == []
+    assert cfg.same_architecture(tiny_config(ff=30, qk_norm=False)) == ["ff", "qk_norm"]

@@ -1,0 +1,72 @@
+"""Parameters by path: what is taken apart goes together again, and a rule means what it says or is refused."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.errors import UserError
+from engine.model.paths import first_match, leaf_paths, map_paths, merge, nested, partition, stack, unstack
+
+names = st.text("ab01_", min_size=1, max_size=3)
+trees = st.dictionaries(
+    names, st.recursive(st.integers(), lambda inner: st.dictionaries(names, inner, min_size=1), max_leaves=9), min_size=1
+)
+
+
+@given(trees)
+def test_paths_and_back_is_the_same_tree(tree):
+    assert nested(leaf_paths(tree)) == tree
+    assert map_paths(lambda _, leaf: leaf, tree) == tree
+
+
+@given(trees, st.data())
+def test_partition_and_merge_are_inverse(tree, data):
+    paths = list(leaf_paths(tree))
+    rules = data.draw(st.lists(st.sampled_from(paths), unique=True))
+    chosen, rest = partition(tree, rules)
+    assert sorted(leaf_paths(chosen)) == sorted(rules)
+    assert sorted([*leaf_paths(chosen), *leaf_paths(rest)]) == sorted(paths)
+    assert merge(chosen, rest) == tree
+
+
+def test_a_model_divides_by_rule(params):
+    trainable, frozen = partition(params, [r"blocks/1/.*", "norm"])
+    assert set(trainable) == {"blocks", "norm"}
+    assert set(trainable["blocks"]) == {"1"}
+    assert set(frozen) == {"blocks", "embed", "head"}
+    assert jax.tree.structure(merge(trainable, frozen)) == jax.tree.structure(params)
+    assert all(a is b for a, b in zip(leaf_paths(merge(trainable, frozen)).values(), leaf_paths(params).values()))
+
+
+def test_the_first_match_wins_and_matches_whole_paths():
+    tree = {"blocks": {"0": {"out": 0, "out_norm": 0}}, "out": 0}
+    rules = [(r"blocks/0/out", "first"), (r"blocks/.*", "second")]
+    assert leaf_paths(first_match(rules, tree, "none")) == {
+        "blocks/0/out": "first", "blocks/0/out_norm": "second", "out": "none",
+    }  # fmt: skip
+    assert leaf_paths(first_match(rules[::-1], tree, "none"))["blocks/0/out"] == "second"
+
+
+def test_a_rule_that_matches_nothing_is_refused_and_the_nearest_path_named(params):
+    with pytest.raises(UserError, match=r"'blocks/0/qkw'.*'blocks/0/qkv'"):
+        partition(params, [r"blocks/0/qkw"])
+    with pytest.raises(UserError, match=r"'block/.*"):
+        first_match([(".*", 1), (r"block/.*", 2)], params, 0)
+    with pytest.raises(UserError, match="'embe'"):  # a part of a path is not the path
+        partition(params, ["embe"])
+
+
+def test_block_ten_comes_after_block_nine():
+    tree = {"blocks": {str(i): {"w": i} for i in range(12)}}
+    assert list(leaf_paths(tree).values()) == list(range(12))
+
+
+def test_stack_and_unstack_are_inverse(params):
+    blocks = [params["blocks"][name] for name in ("0", "1")]
+    stacked = stack(blocks)
+    assert all(a.shape == (2, *b.shape) for a, b in zip(jax.tree.leaves(stacked), jax.tree.leaves(blocks[0])))
+    again = unstack(stacked)
+    assert len(again) == 2
+    jax.tree.map(np.testing.assert_array_equal, again, blocks)

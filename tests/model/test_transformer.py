@@ -1,0 +1,240 @@
+"""The transformer: what a token may know, and that no way of running it computes anything else than the one on paper."""
+
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import B, T, lively_params, positions_of, tiny_config, tokens_of
+
+from engine.model.cache import make_cache
+from engine.model.config import RopeScaling
+from engine.model.transformer import forward, hidden_states, init_params, logits_of
+
+run = jax.jit(forward, static_argnums=0)
+init = jax.jit(init_params, static_argnums=0)
+hidden_of = jax.jit(hidden_states, static_argnums=0)
+
+# The family's members, in float32 and small: Qwen3's block and Llama 3's, Qwen2's with a tied head.
+QWEN3 = tiny_config()
+LLAMA3 = tiny_config(qk_norm=False, tied=True, rope_theta=100.0, rope_scaling=RopeScaling(4.0, 1.0, 4.0, 64))
+QWEN2 = tiny_config(qk_norm=False, tied=True, qkv_bias=True, kv_heads=6, rope_theta=1e6, eps=1e-2)
+FAMILY = pytest.mark.parametrize("cfg", [QWEN3, LLAMA3, QWEN2], ids=["qwen3", "llama3", "qwen2"])
+
+
+def leave_the_cpu(monkeypatch) -> None:
+    """From here on programs are traced as for another device: the plain layers, not those shaped by hand."""
+    asked = [module for name, module in sys.modules.items() if name.startswith("engine.") and hasattr(module, "on_cpu")]
+    assert asked
+    for module in asked:
+        monkeypatch.setattr(module, "on_cpu", lambda: False)
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    leave_the_cpu(monkeypatch)
+
+
+@pytest.fixture(params=["cpu", "elsewhere"])
+def device(request):
+    if request.param == "elsewhere":
+        request.getfixturevalue("elsewhere")
+
+
+def on_paper(cfg, params, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """tokens, positions (T,) -> logits (T, V), in float64, one row, one head and one query at a time."""
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, float), params)
+    norm = lambda x: x / np.sqrt((x**2).mean(-1, keepdims=True) + cfg.eps)  # noqa: E731
+    half = cfg.head_dim // 2
+    angle = cfg.rope_theta ** (-np.arange(half) / half)
+    if (s := cfg.rope_scaling) is not None:
+        smooth = s.original_context * angle / (2 * np.pi) - s.low_freq_factor
+        smooth = np.clip(smooth / (s.high_freq_factor - s.low_freq_factor), 0, 1)
+        angle = smooth * angle + (1 - smooth) * angle / s.factor
+    turn = np.exp(1j * positions[:, None] * angle)
+
+    def rope(x):
+        pairs = (x[:, :half] + 1j * x[:, half:]) * turn
+        return np.concatenate([pairs.real, pairs.imag], -1)
+
+    def head(qkv, n, gain=None):
+        x = qkv[:, n * cfg.head_dim : (n + 1) * cfg.head_dim]
+        return x if gain is None else rope(norm(x) * block[gain] if cfg.qk_norm else x)
+
+    x = params["embed"][tokens]
+    for block in (params["blocks"][str(i)] for i in range(cfg.layers)):
+        qkv = (norm(x) * block["attn_norm"]) @ block["qkv"] + block.get("qkv_bias", 0)
+        mixed = []
+        for n in range(cfg.heads):
+            k = head(qkv, cfg.heads + n // cfg.groups, "k_norm")
+            v = head(qkv, cfg.heads + cfg.kv_heads + n // cfg.groups)
+            scores = head(qkv, n, "q_norm") @ k.T / np.sqrt(cfg.head_dim)
+            weights = np.tril(np.exp(scores))
+            mixed.append(weights / weights.sum(-1, keepdims=True) @ v)
+        x = x + np.concatenate(mixed, -1) @ block["out"]
+        gate, up = np.split((norm(x) * block["mlp_norm"]) @ block["gate_up"], 2, axis=-1)
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ block["down"]
+    return (norm(x) * params["norm"]) @ (params["embed"].T if cfg.tied else params["head"])
+
+
+@FAMILY
+def test_the_logits_are_those_on_paper(cfg, device):
+    params, tokens = lively_params(cfg), tokens_of(0, B, T)
+    positions = positions_of(B, T) + np.array([[0], [30]], np.int32)
+    logits, cache = jax.jit(functools.partial(forward, cfg))(params, tokens, positions)
+    assert (logits.dtype, cache) == (jnp.float32, None)
+    expected = np.stack([on_paper(cfg, params, *row) for row in zip(tokens, positions)])
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+def test_bfloat16_is_the_same_model_less_precisely(cfg, params):
+    tokens = tokens_of(0, B, T)
+    exact, _ = run(cfg, params, tokens, positions_of(B, T))
+    rough, _ = run(tiny_config(dtype="bfloat16"), params, tokens, positions_of(B, T))
+    assert rough.dtype == jnp.float32
+    error = np.abs(rough - exact).max() / np.abs(exact).max()
+    assert 1e-4 < error < 0.05
+
+
+SEGMENTS = np.array([[0, 0, 0, 1, 1, 1, 1], [2, 2, 5, 5, 5, 6, 6]], np.int32)
+
+
+@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one text a row", "packed"])
+def test_a_token_knows_what_came_before_it_and_nothing_else(cfg, params, segments, device):
+    """d logits[b, t] / d embedding[b', t'] is exactly 0 unless b' = b, t' <= t and both stand in one text."""
+    tokens = np.random.default_rng(0).permutation(cfg.vocab)[: B * T].reshape(B, T).astype(np.int32)  # no two alike
+    mixing = np.random.default_rng(1).standard_normal(cfg.vocab).astype(np.float32)
+
+    def outputs(embed):
+        logits, _ = forward(cfg, params | {"embed": embed}, tokens, positions_of(B, T), segments=segments)
+        return logits @ mixing
+
+    jacobian = jax.jit(jax.jacrev(outputs))(params["embed"])  # (B, T, V, D)
+    felt = np.abs(jacobian).max(-1)[:, :, tokens]  # (B, T, B, T)
+    for b, t, b_, t_ in np.ndindex(B, T, B, T):
+        may = b == b_ and t_ <= t and (segments is None or segments[b, t] == segments[b, t_])
+        assert (felt[b, t, b_, t_] > 0) == may, (b, t, b_, t_)
+
+
+def test_texts_packed_into_a_row_are_read_as_if_alone(cfg, params, device):
+    forward_ = jax.jit(functools.partial(forward, cfg))
+    tokens = tokens_of(0, B, T)
+    positions = np.array([[0, 1, 2, 0, 1, 2, 3], [0, 1, 0, 1, 2, 0, 1]], np.int32)
+    packed, _ = forward_(params, tokens, positions, segments=SEGMENTS)
+    for b, start, end in ((0, 0, 3), (0, 3, 7), (1, 0, 2), (1, 2, 5), (1, 5, 7)):
+        alone = np.zeros((B, T), np.int32)
+        alone[0, : end - start] = tokens[b, start:end]
+        expected, _ = forward_(params, alone, positions_of(B, T))
+        np.testing.assert_allclose(packed[b, start:end], expected[0, : end - start], atol=2e-5, rtol=0)
+
+
+PIECES = [(0, 5), (5, 10), (10, 11), (11, 12), (12, 13)]  # prefill in two chunks, then token by token
+
+
+def assert_cached_is_uncached(cfg, tolerance: float) -> None:
+    forward_ = jax.jit(functools.partial(forward, cfg))
+    params, tokens = lively_params(cfg), tokens_of(0, B, 13)
+    expected, _ = forward_(params, tokens, positions_of(B, 13))
+    cache, got = make_cache(cfg, B, 15), []
+    for start, end in PIECES:
+        logits, cache = forward_(params, tokens[:, start:end], positions_of(B, 13)[:, start:end], cache)
+        assert cache.length.tolist() == [start] * B, "how many tokens were real is for the caller to say"
+        cache = cache._replace(length=cache.length + (end - start))
+        got.append(logits)
+    np.testing.assert_allclose(np.concatenate(got, 1), expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+@FAMILY
+def test_cached_is_uncached_at_every_position(cfg):
+    assert_cached_is_uncached(cfg, 1e-5)
+
+
+def test_cached_is_uncached_in_bfloat16():
+    assert_cached_is_uncached(tiny_config(dtype="bfloat16"), 0.03)
+
+
+def test_cached_is_uncached_on_other_devices(elsewhere):
+    assert_cached_is_uncached(QWEN3, 1e-5)
+
+
+def test_rows_of_a_cache_stand_at_their_own_lengths(cfg, params):
+    """One row is 5 tokens in, the other 2: each is read as if the other were not there."""
+    tokens, lengths = tokens_of(0, B, 5), np.array([5, 2], np.int32)
+    _, cache = run(cfg, params, tokens, positions_of(B, 5), make_cache(cfg, B, 13))
+    cache = cache._replace(length=jnp.asarray(lengths))
+    new = tokens_of(1, B, 3)
+    logits, _ = run(cfg, params, new, lengths[:, None] + np.arange(3, dtype=np.int32), cache)
+    for b in range(B):
+        whole = np.zeros((B, 8), np.int32)
+        whole[b, : lengths[b] + 3] = [*tokens[b, : lengths[b]], *new[b]]
+        expected, _ = run(cfg, params, whole, positions_of(B, 8))
+        np.testing.assert_allclose(logits[b], expected[b, lengths[b] : lengths[b] + 3], rtol=0, atol=2e-5)
+
+
+def test_layout_never_changes_what_is_computed(cfg, params):
+    """Scanned or unrolled, kept or recomputed: one value and one gradient. And each layout is really another program."""
+    tokens, weights = tokens_of(0, B, T), np.random.default_rng(1).standard_normal((B, T, cfg.vocab)).astype(np.float32)
+
+    def value(params, cfg):
+        return (forward(cfg, params, tokens, positions_of(B, T), segments=SEGMENTS)[0] * weights).sum()
+
+    layouts = [tiny_config(scan=scan, remat=remat) for scan in (False, True) for remat in ("none", "block")]
+    texts = [str(jax.make_jaxpr(functools.partial(value, cfg=cfg))(params)) for cfg in layouts]
+    assert [" scan[" in text for text in texts] == [False, False, True, True]
+    assert ["checkpoint" in text or "remat" in text for text in texts] == [False, True, False, True]
+
+    results = [jax.jit(jax.value_and_grad(functools.partial(value, cfg=cfg)))(params) for cfg in layouts]
+    for result in results[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4), result, results[0])
+    assert min(np.abs(leaf).max() for leaf in jax.tree.leaves(results[0][1])) > 0.1, "every leaf is felt"
+
+
+def test_hand_shaped_is_plain_with_gradients(cfg, params, monkeypatch):
+    """The whole model, both ways: what a CPU trains is what a GPU trains."""
+    tokens, weights = tokens_of(0, B, T), np.random.default_rng(1).standard_normal((B, T, cfg.vocab)).astype(np.float32)
+
+    def value(params):
+        return (forward(cfg, params, tokens, positions_of(B, T), segments=SEGMENTS)[0] * weights).sum()
+
+    shaped = jax.jit(jax.value_and_grad(lambda params: value(params)))(params)
+    leave_the_cpu(monkeypatch)
+    plain = jax.make_jaxpr(value)(params)
+    assert "custom_vjp" not in str(plain)
+    plain = jax.jit(jax.value_and_grad(lambda params: value(params)))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4), shaped, plain)
+
+
+def test_a_fresh_model_knows_nothing():
+    """Each block starts as the identity and an untied head at zero: the first loss is ln V to the bit, tied nearly so."""
+    tokens = tokens_of(0, B, T)
+    for cfg in (QWEN3, QWEN2):
+        params = init(cfg, jax.random.key(3))
+        logits, _ = run(cfg, params, tokens, positions_of(B, T))
+        if cfg.tied:
+            assert abs(float(jax.nn.logsumexp(logits, -1).mean()) - np.log(cfg.vocab)) < 0.1
+        else:
+            assert not np.asarray(logits).any()
+        x = np.asarray(params["embed"])[tokens]
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + cfg.eps)
+        np.testing.assert_allclose(hidden_of(cfg, params, tokens, positions_of(B, T)), x, rtol=1e-5)
+
+
+def test_a_key_gives_one_model_and_another_key_another():
+    one, same, other = (init(QWEN3, jax.random.key(seed)) for seed in (0, 0, 1))
+    jax.tree.map(np.testing.assert_array_equal, one, same)
+    assert not np.array_equal(one["embed"], other["embed"])
+    matrices = [one["blocks"][i][name] for i in "01" for name in ("qkv", "gate_up")]
+    for matrix in matrices:
+        np.testing.assert_allclose(np.std(matrix), matrix.shape[0] ** -0.5, rtol=0.1)
+    assert not np.array_equal(matrices[0], matrices[2]), "no two blocks are alike"
+
+
+@FAMILY
+def test_the_head_reads_hidden_states(cfg):
+    params, tokens = lively_params(cfg), tokens_of(0, B, T)
+    hidden = hidden_of(cfg, params, tokens, positions_of(B, T))
+    assert hidden.shape == (B, T, cfg.width)
+    expected, _ = run(cfg, params, tokens, positions_of(B, T))
+    np.testing.assert_allclose(logits_of(cfg, params, hidden), expected, rtol=0, atol=1e-5)

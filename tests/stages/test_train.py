@@ -1,0 +1,178 @@
+"""Training from the command line: plan, run, result, and going on to the bit."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from engine.model.transformer import init_params
+from engine.storage import checkpoint
+from engine.storage.digest import digest
+from engine.training.optimizer import OptimizerConfig, make_optimizer
+from engine.training.step import init_state
+from stages import loop, train
+from stages.run_folder import read_config, read_json
+from tests.stages.conftest import tiny
+
+RESULT = ("val_bits_per_byte", "train_seconds", "first_step_seconds", "peak_rss_bytes", "tokens_per_second", "mfu")
+
+
+def state_digest(folder: Path) -> str:
+    """Of weights and optimizer in a run's newest checkpoint, with its step."""
+    cfg = read_config(folder)
+    tx = make_optimizer(OptimizerConfig(**read_json(folder / "run.json")["recipe"]["optimizer"]))
+    like = jax.eval_shape(lambda: init_state(tx, init_params(cfg, jax.random.key(0))))
+    loaded = checkpoint.load(folder, None, like.trainable, like.opt_state)
+    assert not loaded.damaged
+    return f"{loaded.step} {digest(loaded.params)} {digest(loaded.optimizer)}"
+
+
+def test_run_leaves_what_it_says(trained: Path) -> None:
+    run = read_json(trained / "run.json")
+    assert list(run)[-1] == "result"
+    assert all(isinstance(run["result"][name], int | float) and run["result"][name] > 0 for name in RESULT)
+    assert run["result"]["val_bits_per_byte"] < 7
+    assert checkpoint.steps(trained) == [20]
+    assert json.loads((trained / "config.json").read_text())["vocab"] == 300
+    assert (trained / "tokenizer" / "tokenizer.json").exists()
+    assert (trained / "samples" / "20.txt").exists()
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [10, 20]
+    assert any("quick_val_bits_per_byte" in line for line in lines)
+
+
+def test_resumed_is_uninterrupted_to_the_bit(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = ["--steps", 6, "--save-every", 100]
+    assert train.main(tiny(text, tmp_path / "whole", *steps)) == 0
+    parts = tmp_path / "parts"
+    with monkeypatch.context() as stopping:
+        interrupt_after(stopping, 3, signal.SIGINT)
+        capsys.readouterr()
+        assert train.main(tiny(text, parts, *steps)) == 130
+    said = capsys.readouterr().out
+    assert "Stopped at step 3" in said
+    assert f"To go on: python -m stages.train tiny --data {text}" in said
+    assert checkpoint.steps(parts) == [3]
+    assert "result" not in read_json(parts / "run.json")
+    assert train.main(tiny(text, parts, *steps)) == 0
+    assert "resumed at step 3" in capsys.readouterr().out
+    assert state_digest(parts) == state_digest(tmp_path / "whole")
+    whole, part = (read_json(folder / "run.json")["result"] for folder in (tmp_path / "whole", parts))
+    assert whole["val_bits_per_byte"] == part["val_bits_per_byte"]
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
+    """The process sends itself a signal in the middle of the loop."""
+    count = loop.Loop._count
+
+    def counting(self: loop.Loop, metrics: Any, seconds: float) -> None:
+        count(self, metrics, seconds)
+        if self.past.step == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(loop.Loop, "_count", counting)
+
+
+def test_sigterm_saves_too(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_after(monkeypatch, 2, signal.SIGTERM)
+    assert train.main(tiny(text, tmp_path / "run", "--steps", 50)) == 143
+    assert checkpoint.steps(tmp_path / "run") == [2]
+
+
+def test_finished_run_says_so_and_goes_on_with_more_steps(
+    trained: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "sea"
+    shutil.copytree(trained, folder)
+    same = tiny(text, folder, "--tokenizer", "bpe:300", "--context", 64)
+    before = (folder / "run.json").read_bytes()
+    assert train.main([*same, "--steps", "20"]) == 0
+    assert "This run is finished: 20 steps" in capsys.readouterr().out
+    assert (folder / "run.json").read_bytes() == before
+    assert train.main([*same, "--steps", "23"]) == 0
+    assert "resumed at step 20" in capsys.readouterr().out
+    assert read_json(folder / "run.json")["result"]["steps"] == 23
+    assert train.main([*same, "--steps", "2", "--overwrite"]) == 0
+    assert checkpoint.steps(folder) == [2]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in lines} <= {1, 2}
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert train.main(tiny(text, folder, "--steps", 4, "--save-every", 2)) == 0
+    assert checkpoint.steps(folder) == [2, 4]
+    victim = max((folder / "checkpoints" / "4" / "params").rglob("d/*"), key=lambda file: file.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-1] + b"\0\0")
+    capsys.readouterr()
+    assert train.main(tiny(text, folder, "--steps", 5)) == 0
+    said = capsys.readouterr().out
+    assert f"damaged: {victim}" in said
+    assert "resumed at step 2 (the newest that is sound)" in said
+    assert checkpoint.verify(folder / "checkpoints" / "5") == []
+
+
+def test_time_boxed_run_counts_training_only(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(tiny(text, tmp_path / "run", "--max-time", "1s", "--eval-every", "20")) == 0
+    result = read_json(tmp_path / "run" / "run.json")["result"]
+    assert 1 <= result["train_seconds"] < 2
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["learning_rate_factor"] < 0.1  # the schedule follows the time
+    assert "epoch" in capsys.readouterr().out
+
+
+def test_either_limit_ends_a_run(text: Path, tmp_path: Path) -> None:
+    assert train.main(tiny(text, tmp_path / "run", "--max-time", "1h", "--steps", 2)) == 0
+    assert checkpoint.steps(tmp_path / "run") == [2]
+
+
+def test_dry_run_prints_the_plan_and_leaves_nothing(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(tiny(text, tmp_path / "run", "--dry-run")) == 0
+    said = capsys.readouterr().out
+    for word in ("device", "parameters", "trainable", "frozen", "FLOPs", "memory", "predicted", "epochs", "time-boxed"):
+        assert word in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_flags_change_the_recipe(text: Path, tmp_path: Path) -> None:
+    more = ["--optimizer", "adamw", "--learning_rate", "0.002", "--schedule", "cosine", "--dtype", "float32"]
+    more += ["--accumulate", "2", "--scan", "--remat", "--clip", "inf", "--steps", "2", "--seed", "7"]
+    assert train.main(tiny(text, tmp_path / "run", *more)) == 0
+    run, config = (read_json(tmp_path / "run" / name) for name in ("run.json", "config.json"))
+    optimizer = run["recipe"]["optimizer"]
+    assert (optimizer["kind"], optimizer["learning_rate"], optimizer["schedule"]) == ("adamw", 0.002, "cosine")
+    assert (run["seed"], run["recipe"]["batch"], run["recipe"]["accumulate"]) == (7, 4, 2)
+    assert (config["dtype"], config["scan"], config["remat"], config["context"]) == ("float32", True, "block", 32)
+
+
+def test_steps_that_are_not_finite_end_the_run_and_keep_the_checkpoint(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: Any
+) -> None:
+    folder = tmp_path / "run"
+    assert train.main(tiny(text, folder, "--steps", 2)) == 0
+    before = state_digest(folder)
+    run = loop.Loop.run
+
+    def poisoned(self: loop.Loop, program: Any, state: Any) -> Any:
+        def step(*given: Any) -> Any:
+            state, metrics = program(*given)
+            return state, metrics._replace(refused=metrics.refused + 1)
+
+        return run(self, step, state)
+
+    monkeypatch.setattr(loop.Loop, "run", poisoned)
+    said = failing(train.main, tiny(text, folder, "--steps", 50, "--save-every", 100))
+    assert "10 steps in a row" in said
+    assert "--learning-rate" in said
+    assert state_digest(folder) == before

@@ -1,0 +1,48 @@
+"""One tiny model for all tests, whose sizes all differ: B 2, T 7, N 6, K 3, H 4, D 20, F 28, V 41, L 2.
+
+No two axes that could be swapped have one size, so a transposed one cannot hide. JAX is imported late: `conftest.py`
+first says where compiled programs go.
+"""
+
+from typing import Any
+
+import numpy as np
+
+B, T = 2, 7
+
+
+def tiny_config(**changes: Any) -> Any:
+    """The tiny model's config in float32, with `changes`."""
+    from engine.model.config import ModelConfig
+
+    sizes = {"vocab": 41, "width": 20, "layers": 2, "heads": 6, "kv_heads": 3, "head_dim": 4, "ff": 28, "context": 150}
+    return ModelConfig(**{**sizes, "qk_norm": True, "dtype": "float32", **changes})
+
+
+def lively_params(cfg: Any, seed: int = 0) -> dict[str, Any]:
+    """Weights of which none is zero or one: as `init_params` makes it a block is the identity and would hide a fault."""
+    import jax
+    import jax.numpy as jnp
+
+    from engine.model.paths import map_paths
+    from engine.model.transformer import init_params
+
+    rng = np.random.default_rng(seed)
+
+    def drawn(path: str, leaf: Any) -> Any:
+        noise = rng.standard_normal(leaf.shape, np.float32)
+        if path.endswith("norm"):
+            return jnp.asarray(1 + 0.3 * noise)
+        return jnp.asarray(noise * (0.3 if leaf.ndim == 1 else leaf.shape[0] ** -0.5))
+
+    return map_paths(drawn, jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0)))
+
+
+def tokens_of(seed: int, *shape: int, vocab: int = 41) -> Any:
+    """Random tokens (shape) int32."""
+    return np.random.default_rng(seed).integers(0, vocab, shape, np.int32)
+
+
+def positions_of(*shape: int) -> Any:
+    """Positions 0 .. T - 1 in each row, (shape) int32."""
+    return np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)

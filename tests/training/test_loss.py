@@ -1,0 +1,103 @@
+"""The loss: what it is, what it ignores, and that making it in chunks changes nothing but the memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import B, T, lively_params, positions_of, tiny_config, tokens_of
+
+from engine.text.batch import Batch
+from engine.training import loss as module
+from engine.training.loss import chunked_losses, next_token_loss, summed_loss, token_losses
+
+V = 41
+whole = jax.jit(jax.value_and_grad(summed_loss, argnums=1), static_argnums=0)
+MASK = np.array([[1, 1, 0, 1, 0, 1, 1], [0, 1, 1, 1, 1, 1, 0]], bool)
+
+
+def batch_of(mask=MASK) -> Batch:
+    return Batch(tokens_of(0, B, T), tokens_of(1, B, T), mask, positions_of(B, T), None)
+
+
+def test_the_loss_is_the_mean_negative_log_probability_of_what_counts():
+    logits, targets = 3 * np.random.default_rng(0).standard_normal((B, T, V)).astype(np.float32), tokens_of(1, B, T)
+    probability = np.exp(logits.astype(float)) / np.exp(logits.astype(float)).sum(-1, keepdims=True)
+    nats = -np.log(np.take_along_axis(probability, targets[..., None], -1)[..., 0])
+    np.testing.assert_allclose(token_losses(logits, targets), nats, rtol=1e-5)
+    value, metrics = next_token_loss(logits, targets, MASK)
+    np.testing.assert_allclose(value, nats[MASK].mean(), rtol=1e-5)
+    assert metrics["tokens"] == MASK.sum()
+    best = logits.copy()
+    np.put_along_axis(best[:1], targets[:1, :, None], 99.0, -1)  # the first row is right, and counts 5 times
+    right = (logits[1].argmax(-1) == targets[1])[MASK[1]].sum()
+    assert next_token_loss(best, targets, MASK)[1]["correct"] == 5 + right
+
+
+def test_bfloat16_logits_are_summed_in_float32():
+    logits = jnp.full((1, 1, V), 8.0, jnp.bfloat16)
+    np.testing.assert_allclose(token_losses(logits, jnp.zeros((1, 1), int)), np.log(V), rtol=1e-6)
+
+
+@pytest.mark.parametrize("junk", [0, 40, -1, 10**6], ids=["first", "last", "below", "beyond"])
+def test_masked_targets_do_not_matter_to_the_bit(cfg, params, junk):
+    logits = np.random.default_rng(0).standard_normal((B, T, V)).astype(np.float32)
+    other = np.where(MASK, tokens_of(1, B, T), junk).astype(np.int32)
+
+    def bits(targets):
+        value, slope = jax.value_and_grad(lambda logits: next_token_loss(logits, targets, MASK)[0])(logits)
+        return np.asarray(value).tobytes(), np.asarray(slope).tobytes()
+
+    assert bits(other) == bits(tokens_of(1, B, T))
+    assert bits(np.where(MASK, (other + 1) % V, other)) != bits(other)
+
+    mine, theirs = whole(cfg, params, batch_of()._replace(targets=other)), whole(cfg, params, batch_of())
+    jax.tree.map(np.testing.assert_array_equal, mine, theirs)
+
+
+def test_a_batch_in_which_nothing_counts_has_no_loss_and_no_slope(cfg, params):
+    nothing = np.zeros((B, T), bool)
+    value, slope = whole(cfg, params, batch_of(nothing))
+    assert float(value) == 0
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(slope))
+    assert float(next_token_loss(jnp.ones((B, T, V)), tokens_of(1, B, T), nothing)[0]) == 0
+
+
+@pytest.mark.parametrize(("tied", "chunk"), [(False, 7), (True, 41), (False, 64)])
+def test_in_chunks_is_the_whole_with_gradients(tied, chunk, monkeypatch):
+    cfg = tiny_config(tied=tied)
+    params = lively_params(cfg)
+    expected = whole(cfg, params, batch_of())
+    monkeypatch.setattr(module, "LOGITS_LIMIT", 0)
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    jaxpr = str(jax.make_jaxpr(functools.partial(summed_loss, cfg))(params, batch_of()))
+    assert " scan[" in jaxpr, "it went the other way"
+    chunked = jax.jit(jax.value_and_grad(lambda params: summed_loss(cfg, params, batch_of())))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), chunked, expected)
+
+
+def largest(jaxpr) -> int:
+    """Elements of the largest array that a program makes, loops and calls included."""
+    sizes = [variable.aval.size for equation in jaxpr.eqns for variable in equation.outvars]
+    for equation in jaxpr.eqns:
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                sizes += [largest(inner)] if hasattr(inner, "eqns") else []
+    return max(sizes, default=0)
+
+
+def test_chunks_never_hold_all_logits(cfg, params):
+    """Neither forward nor backward: that is what they are for."""
+    rows, chunk = 13, 7
+    hidden, targets = np.ones((rows, T, 20), np.float32), tokens_of(1, rows, T)
+
+    def in_chunks(params, hidden):
+        return chunked_losses(cfg, params, hidden, targets, chunk).sum()
+
+    def at_once(params, hidden):
+        return token_losses(hidden @ params["head"], targets).sum()
+
+    differentiated = [jax.make_jaxpr(jax.grad(f, argnums=(0, 1)))(params, hidden).jaxpr for f in (in_chunks, at_once)]
+    assert largest(differentiated[0]) < rows * T * V <= largest(differentiated[1])

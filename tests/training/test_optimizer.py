@@ -1,0 +1,196 @@
+"""The optimizer: schedules of the shape they name, AdamW and Muon as their authors have them, each rule where it says."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.errors import UserError
+from engine.model.paths import leaf_paths, map_paths
+from engine.training.muon import orthogonal, orthogonalize
+from engine.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+
+MATRICES = {"qkv", "out", "gate_up", "down"}
+
+
+def factors(cfg: OptimizerConfig, *progress: float) -> list[float]:
+    return [float(make_schedule(cfg)(jnp.float32(p))) for p in progress]
+
+
+def test_cosine_warms_up_and_comes_down_half_a_wave():
+    cfg = OptimizerConfig(schedule="cosine", warmup=0.2, final=0.1)
+    expected = [0.0, 0.5, 1.0, 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi / 4)), 0.55, 0.1]
+    np.testing.assert_allclose(factors(cfg, 0, 0.1, 0.2, 0.4, 0.6, 1.0), expected, atol=1e-6)
+
+
+def test_wsd_warms_up_stays_and_comes_down_in_a_line():
+    cfg = OptimizerConfig(schedule="wsd", warmup=0.1, decay=0.4, final=0.2)
+    np.testing.assert_allclose(factors(cfg, 0, 0.05, 0.1, 0.3, 0.6, 0.8, 1.0), [0, 0.5, 1, 1, 1, 0.6, 0.2], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "wsd"])
+def test_without_a_warm_up_the_first_step_is_a_whole_one(kind):
+    assert factors(OptimizerConfig(schedule=kind, warmup=0.0), 0.0) == [1.0]
+
+
+@given(
+    st.sampled_from(["cosine", "wsd"]), st.floats(0.01, 1), st.floats(0, 1), st.floats(0, 1), st.lists(st.floats(0, 1), min_size=2)
+)
+def test_a_schedule_rises_once_then_falls_between_nought_and_one(kind, warmup, decay, final, progress):
+    cfg = OptimizerConfig(schedule=kind, warmup=warmup, decay=decay * (1 - warmup) * 0.99, final=final)
+    progress = sorted(np.float32([*progress, warmup, 1.0]))
+    values = np.array(factors(cfg, *progress))
+    assert (values >= 0).all()
+    assert (values <= 1 + 1e-6).all()
+    top = progress.index(np.float32(warmup))
+    assert (np.diff(values[: top + 1]) >= -1e-5).all()
+    assert (np.diff(values[top:]) <= 1e-5).all()
+    if warmup < 1:
+        assert abs(values[-1] - final) < 1e-4
+
+
+def gradients_like(params, seed: int, size: float):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(size * rng.standard_normal(leaf.shape, np.float32)), params)
+
+
+def several_steps(tx, params, steps: int, **extra):
+    """The weights after a few steps on gradients of growing and shrinking size, whose norms lie on both sides of 1."""
+    step = jax.jit(lambda g, state, params: tx.update(g, state, params, **extra))
+    state = tx.init(params)
+    for seed in range(steps):
+        updates, state = step(gradients_like(params, seed, [1e-3, 3.0, 0.02][seed % 3]), state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def decayed(params):
+    """True where weights are pulled towards zero: tables and matrices, not gains or biases."""
+    return map_paths(lambda _, leaf: leaf.ndim == 2, params)
+
+
+@pytest.mark.parametrize("clip", [1.0, float("inf")])
+def test_adamw_is_optaxs_clipped_decayed_where_ruled_and_scheduled(params, clip):
+    cfg = OptimizerConfig(learning_rate=0.01, beta1=0.8, beta2=0.9, weight_decay=0.3, clip=clip, warmup=0.2)
+    ours = several_steps(make_optimizer(cfg), params, 5, progress=jnp.float32(0.1))
+    clipped = optax.clip_by_global_norm(clip) if clip < float("inf") else optax.identity()
+    reference = optax.chain(clipped, optax.adamw(0.5 * 0.01, 0.8, 0.9, weight_decay=0.3, mask=decayed))
+    expected = several_steps(reference, params, 5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, expected)
+
+
+def test_clipping_is_felt(params):
+    cfg = OptimizerConfig(learning_rate=0.01, weight_decay=0.0)
+    free = dataclasses.replace(cfg, clip=float("inf"))
+    progress = jnp.float32(0.3)
+    one, other = (several_steps(make_optimizer(c), params, 4, progress=progress) for c in (cfg, free))
+    assert np.abs(one["embed"] - other["embed"]).max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_without_a_gradient_only_what_is_ruled_decays(kind):
+    from tiny import lively_params, tiny_config
+
+    params = lively_params(tiny_config(qkv_bias=True))
+    cfg = OptimizerConfig(kind=kind, learning_rate=0.1, matrix_learning_rate=0.2, weight_decay=0.5, warmup=0.0, schedule="wsd")
+    tx = make_optimizer(cfg)
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    updates = jax.jit(lambda params: tx.update(nothing, tx.init(params), params, progress=jnp.float32(0.01))[0])(params)
+    for path, update in leaf_paths(updates).items():
+        leaf = leaf_paths(params)[path]
+        rate = 0.2 if kind == "muon" and path.split("/")[-1] in MATRICES else 0.1
+        kept = path.endswith(("norm", "bias"))
+        np.testing.assert_allclose(update, 0 * leaf if kept else -rate * 0.5 * leaf, rtol=1e-5, err_msg=path)
+
+
+def test_muon_moves_the_matrices_inside_blocks_and_adamw_the_rest(params):
+    progress = jnp.float32(0.5)
+    updates = {}
+    for kind in ("adamw", "muon"):
+        tx = make_optimizer(OptimizerConfig(kind=kind))
+        update = jax.jit(lambda g, params, tx=tx: tx.update(g, tx.init(params), params, progress=progress)[0])
+        updates[kind] = update(gradients_like(params, 0, 1.0), params)
+    for path, one in leaf_paths(updates["adamw"]).items():
+        same = np.array_equal(one, leaf_paths(updates["muon"])[path])
+        assert same == (path.split("/")[-1] not in MATRICES), path
+
+
+def optaxs_muon(matrix, steps=5):
+    tx = optax.contrib.muon(-1.0, ns_steps=steps)
+    return tx.update({"w": matrix}, tx.init({"w": matrix}), {"w": matrix})[0]["w"]
+
+
+SHAPES = pytest.mark.parametrize("shape", [(20, 48), (48, 20), (24, 20), (20, 20)])
+
+
+@SHAPES
+def test_orthogonalizing_is_optaxs(shape):
+    matrix = jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
+    expected = optaxs_muon(matrix)
+    ours, _ = orthogonalize(jnp.dtype("float32")).update({"w": matrix}, optax.EmptyState())
+    np.testing.assert_allclose(ours["w"], expected, rtol=0, atol=2e-4)
+    rough = orthogonal(matrix, jnp.dtype("bfloat16"))
+    assert rough.dtype == jnp.float32
+    assert np.linalg.norm(rough - expected) < 0.1 * np.linalg.norm(expected)
+
+
+@SHAPES
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_what_comes_out_is_nearly_orthogonal_whatever_the_size(shape, dtype, size):
+    """Singular values near 1, but for those that were nearly 0 to begin with, which a square matrix has."""
+    matrix = size * np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    rows, columns = shape
+    out = np.asarray(orthogonal(jnp.asarray(matrix), jnp.dtype(dtype))) / max(1, columns / rows) ** 0.5
+    u, before, v = np.linalg.svd(matrix, full_matrices=False)
+    after = np.diag(u.T @ out @ v.T)  # in the matrix's own directions
+    clear = before > 0.05 * before[0]
+    assert clear.sum() >= min(shape) - 2
+    assert (after[clear] > 0.65).all()
+    assert (after < 1.25).all()
+    np.testing.assert_allclose(np.linalg.svd(out, compute_uv=False), np.sort(np.abs(after))[::-1], atol=0.03)
+
+
+def test_muons_momentum_is_optaxs(params):
+    """Theirs corrects the momentum's early bias and ours leaves it: after many steps no difference is left."""
+    cfg = OptimizerConfig(
+        kind="muon", momentum=0.5, weight_decay=0.0, clip=float("inf"), matrix_learning_rate=1.0, schedule="wsd", warmup=0.1
+    )
+    matrices = {"blocks": {"0": {name: params["blocks"]["0"][name] for name in ("qkv", "down")}}}
+    ours, theirs = make_optimizer(cfg), optax.contrib.muon(1.0, beta=0.5)
+    states = ours.init(matrices), theirs.init(matrices)
+    one = jax.jit(lambda g, s: ours.update(g, s, matrices, progress=jnp.float32(0.3)))
+    two = jax.jit(lambda g, s: theirs.update(g, s, matrices))
+    for seed in range(25):
+        gradients = gradients_like(matrices, seed, 1.0)
+        (mine, first), (yours, second) = one(gradients, states[0]), two(gradients, states[1])
+        states = first, second
+    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(yours), strict=True):
+        assert np.linalg.norm(a - b) < 0.1 * np.linalg.norm(b)
+
+
+def test_one_config_is_one_object():
+    assert make_optimizer(OptimizerConfig()) is make_optimizer(OptimizerConfig())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("learning_rate", -1.0), ("learning_rate", float("nan")), ("matrix_learning_rate", 11.0), ("warmup", 1.5), ("decay", -0.1),
+        ("final", 2.0), ("beta1", -0.5), ("beta2", 1.01), ("momentum", float("inf")), ("weight_decay", -1e-9), ("clip", 0.0),
+        ("clip", -1.0),
+    ],
+)  # fmt: skip
+def test_a_number_out_of_range_is_refused_by_name(field, value):
+    with pytest.raises(UserError, match=field):
+        OptimizerConfig(**{field: value})
+
+
+def test_a_schedule_longer_than_the_run_is_refused():
+    with pytest.raises(UserError, match="longer than the run"):
+        OptimizerConfig(schedule="wsd", warmup=0.6, decay=0.5)
