@@ -35,14 +35,17 @@ def main(args: list[str] | None = None) -> int:
     flags = tyro.cli(Flags, prog="python -m bench.training", description=__doc__, args=args)
     shapes = [_shape(text) for text in flags.shapes]
     if shapes.count(None) or flags.rounds < 1:
-        print("error: a shape is LAYERSxWIDTHxTOKENSxBATCH with a width in 64s, such as 6x384x256x16; rounds >= 1.", file=sys.stderr)
+        print(
+            "error: a shape is LAYERSxWIDTHxTOKENSxBATCH with a width in 64s, such as 6x384x256x16; rounds >= 1.",
+            file=sys.stderr,
+        )
         return 2
     if flags.allocator == "keep":
         from engine.allocator import keep_freed_memory
 
         keep_freed_memory()
     from bench.timing import measure, noise
-    from engine.counting.flops import step_flops
+    from engine.counting.flops import count_params, step_flops
     from engine.counting.hardware import measure_ceilings
 
     ceiling = measure_ceilings()
@@ -54,7 +57,9 @@ def main(args: list[str] | None = None) -> int:
         timing = measure({"step": run}, rounds=flags.rounds, warmups=2)["step"]
         # The ceiling again beside each shape: on a shared machine it moves, and the best of all counts for all.
         again = measure_ceilings()
-        rates = {name: max(getattr(ceiling, name), getattr(again, name)) for name in ("bf16_gflops", "f32_gflops", "int8_gflops")}
+        rates = {
+            name: max(getattr(ceiling, name), getattr(again, name)) for name in ("bf16_gflops", "f32_gflops", "int8_gflops")
+        }
         ceiling = dataclasses.replace(ceiling, **rates)
         name = f"{layers}x{width}x{tokens}x{batch}"
         timings[name] = timing
@@ -62,20 +67,17 @@ def main(args: list[str] | None = None) -> int:
     top = ceiling.bf16_gflops if flags.dtype == "bfloat16" else ceiling.f32_gflops
     found = []
     for name, cfg, layers, width, tokens, batch, seconds, flops in rows:
-        from engine.counting.flops import count_params
-
         rate = flops / seconds / 1e9
         params = count_params(cfg).total
-        print(
-            f"{name:>16} {params / 1e6:8.2f}M {seconds * 1e3:10.1f} {rate:9.0f} {rate / top:11.2f} {batch * tokens / seconds:9.0f}"
-        )
+        speed = batch * tokens / seconds
+        print(f"{name:>16} {params / 1e6:8.2f}M {seconds * 1e3:10.1f} {rate:9.0f} {rate / top:11.2f} {speed:9.0f}")
         found.append({
             "layers": layers, "width": width, "seq": tokens, "batch": batch, "ms_per_step": seconds * 1e3,
             "gflops": rate, f"fraction_of_{'bf16' if flags.dtype == 'bfloat16' else 'f32'}_ceiling": rate / top,
         })  # fmt: skip
-    print(f"ceilings, matmul 2048: bf16 {ceiling.bf16_gflops:.0f}, f32 {ceiling.f32_gflops:.0f}, int8 {ceiling.int8_gflops:.0f} GFLOP/s")
-    print(noise(timings))
     both = {"bf16": ceiling.bf16_gflops, "f32": ceiling.f32_gflops, "int8": ceiling.int8_gflops}
+    print("ceilings, matmul 2048, GFLOP/s: " + ", ".join(f"{name} {rate:.0f}" for name, rate in both.items()))
+    print(noise(timings))
     print(json.dumps({"ceiling_gflops": both, "shapes": found}))
     return 0
 

@@ -166,9 +166,7 @@ class Part:
     dw: int = 0
 
     def __add__(self, other: "Part") -> "Part":
-        return Part(
-            self.forward + other.forward, self.recompute + other.recompute, self.dx + other.dx, self.dw + other.dw
-        )
+        return Part(self.forward + other.forward, self.recompute + other.recompute, self.dx + other.dx, self.dw + other.dw)
 
 
 @dataclasses.dataclass(frozen=True)

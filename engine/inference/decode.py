@@ -77,9 +77,9 @@ _sample = jax.jit(sample)
 
 
 class Generated(NamedTuple):
-    """New tokens of one prompt: `index` of the prompt, `tokens` in order, `finished` None, 'stop' or 'length'."""
+    """New tokens of one prompt: `prompt` its place among them, `tokens` in order, `finished` None, 'stop' or 'length'."""
 
-    index: int
+    prompt: int
     tokens: list[int]
     finished: str | None
 
@@ -138,13 +138,13 @@ def generate(
 
 def _prefill_all(cfg: ModelConfig, params: Params, prompts: list[list[int]], cache: KVCache) -> tuple[Array, KVCache]:
     """All prompts, CHUNK tokens at a time; the logits after each prompt's own last token."""
-    after = None
+    after = jnp.zeros((len(prompts), cfg.vocab), jnp.float32)
     for start in range(0, max(map(len, prompts)), CHUNK):
         pieces = [prompt[start : start + CHUNK] for prompt in prompts]
         lengths = np.array([len(piece) for piece in pieces], np.int32)
         tokens = np.array([piece + [0] * (CHUNK - len(piece)) for piece in pieces], np.int32)
         logits, cache = prefill(cfg, params, tokens, lengths, cache)
-        after = logits if after is None else jnp.where((lengths > 0)[:, None], logits, after)
+        after = jnp.where((lengths > 0)[:, None], logits, after)
     return after, cache
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.typing import DTypeLike
 
 from engine.model import layers
 
@@ -29,7 +30,7 @@ def turned(x: Array) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(x: Array, w: Array, dtype: jnp.dtype) -> Array:
+def matmul(x: Array, w: Array, dtype: DTypeLike) -> Array:
     """x (M, D), w (D, F) -> (M, F) in `dtype`; multiplied in x's dtype, summed in float32.
 
     Backward: dx = g w^T and dw = x^T g. Of x and g the narrower one is turned, which is the cheaper copy.
@@ -37,11 +38,11 @@ def matmul(x: Array, w: Array, dtype: jnp.dtype) -> Array:
     return jnp.dot(x, w.astype(x.dtype), preferred_element_type=dtype)
 
 
-def _matmul_forward(x: Array, w: Array, dtype: jnp.dtype):
+def _matmul_forward(x: Array, w: Array, dtype: DTypeLike):
     return matmul(x, w, dtype), (x, w)
 
 
-def _matmul_backward(dtype: jnp.dtype, kept, g: Array):
+def _matmul_backward(dtype: DTypeLike, kept, g: Array):
     x, w = kept
     g = g.astype(x.dtype)
     dx = jnp.einsum("mf,df->md", g, w.astype(x.dtype), preferred_element_type=x.dtype)
@@ -56,23 +57,24 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul_two(x: Array, w: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
+def matmul_two(x: Array, w: Array, dtype: DTypeLike) -> tuple[Array, Array]:
     """x (M, D), w (D, 2F) -> the product's left and right half, (M, F) each in `dtype`."""
     one, two = jnp.split(w.astype(x.dtype), 2, axis=1)
     return jnp.dot(x, one, preferred_element_type=dtype), jnp.dot(x, two, preferred_element_type=dtype)
 
 
-def _matmul_two_forward(x: Array, w: Array, dtype: jnp.dtype):
+def _matmul_two_forward(x: Array, w: Array, dtype: DTypeLike):
     return matmul_two(x, w, dtype), (x, w)
 
 
-def _matmul_two_backward(dtype: jnp.dtype, kept, gs: tuple[Array, Array]):
+def _matmul_two_backward(dtype: DTypeLike, kept, gs: tuple[Array, Array]):
     x, w = kept
-    gs = [g.astype(x.dtype) for g in gs]
-    parts = zip(gs, jnp.split(w.astype(x.dtype), 2, axis=1))
-    dx = sum(jnp.einsum("mf,df->md", g, part, preferred_element_type=jnp.float32) for g, part in parts)
+    one, two = gs[0].astype(x.dtype), gs[1].astype(x.dtype)
+    w_one, w_two = jnp.split(w.astype(x.dtype), 2, axis=1)
+    dx = jnp.einsum("mf,df->md", one, w_one, preferred_element_type=jnp.float32)
+    dx = dx + jnp.einsum("mf,df->md", two, w_two, preferred_element_type=jnp.float32)
     x_turned = turned(x)
-    dw = jnp.concatenate([jnp.dot(x_turned, g, preferred_element_type=jnp.float32) for g in gs], axis=1)
+    dw = jnp.concatenate([jnp.dot(x_turned, g, preferred_element_type=jnp.float32) for g in (one, two)], axis=1)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
@@ -80,16 +82,16 @@ matmul_two.defvjp(_matmul_two_forward, _matmul_two_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul_rows(x: Array, w: Array, dtype: jnp.dtype) -> Array:
+def matmul_rows(x: Array, w: Array, dtype: DTypeLike) -> Array:
     """x (M, D), w (V, D) -> (M, V) in `dtype`: the same product with a weight stored the other way, as a tied head is."""
     return jnp.einsum("md,vd->mv", x, w.astype(x.dtype), preferred_element_type=dtype)
 
 
-def _matmul_rows_forward(x: Array, w: Array, dtype: jnp.dtype):
+def _matmul_rows_forward(x: Array, w: Array, dtype: DTypeLike):
     return matmul_rows(x, w, dtype), (x, w)
 
 
-def _matmul_rows_backward(dtype: jnp.dtype, kept, g: Array):
+def _matmul_rows_backward(dtype: DTypeLike, kept, g: Array):
     x, w = kept
     g = g.astype(x.dtype)
     dx = jnp.dot(g, w.astype(x.dtype), preferred_element_type=x.dtype)
@@ -116,16 +118,16 @@ lookup.defvjp(lambda embed, tokens: (embed[tokens], (embed, tokens)), _lookup_ba
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def unit_norm(x: Array, eps: float, dtype: jnp.dtype) -> Array:
+def unit_norm(x: Array, eps: float, dtype: DTypeLike) -> Array:
     """As `layers.unit_norm`. With y = x / rms(x): dx = (g - y mean(g y)) / rms(x)."""
     return layers.unit_norm(x, eps, dtype)
 
 
-def _unit_norm_forward(x: Array, eps: float, dtype: jnp.dtype):
+def _unit_norm_forward(x: Array, eps: float, dtype: DTypeLike):
     return layers.unit_norm(x, eps, dtype), x
 
 
-def _unit_norm_backward(eps: float, dtype: jnp.dtype, x: Array, g: Array):
+def _unit_norm_backward(eps: float, dtype: DTypeLike, x: Array, g: Array):
     x32, g = x.astype(jnp.float32), g.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     inner = jnp.mean(g * x32, axis=-1, keepdims=True) * inverse**2
@@ -136,16 +138,16 @@ unit_norm.defvjp(_unit_norm_forward, _unit_norm_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def swiglu(gate: Array, up: Array, dtype: jnp.dtype) -> Array:
+def swiglu(gate: Array, up: Array, dtype: DTypeLike) -> Array:
     """As `layers.swiglu`. With s = sigmoid(gate): dgate = g up s (1 + gate (1 - s)), dup = g gate s."""
     return layers.swiglu(gate, up, dtype)
 
 
-def _swiglu_forward(gate: Array, up: Array, dtype: jnp.dtype):
+def _swiglu_forward(gate: Array, up: Array, dtype: DTypeLike):
     return layers.swiglu(gate, up, dtype), (gate, up)
 
 
-def _swiglu_backward(dtype: jnp.dtype, kept, g: Array):
+def _swiglu_backward(dtype: DTypeLike, kept, g: Array):
     gate, up = (a.astype(jnp.float32) for a in kept)
     g = g.astype(jnp.float32)
     s = jax.nn.sigmoid(gate)
@@ -168,18 +170,18 @@ def _whole_tables(cos: Array, sin: Array) -> tuple[Array, Array]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def rope(x: Array, gain: Array, cos: Array, sin: Array, dtype: jnp.dtype) -> Array:
+def rope(x: Array, gain: Array, cos: Array, sin: Array, dtype: DTypeLike) -> Array:
     """As `layers.rope`. A rotation's backward is the rotation the other way; positions get no gradient."""
     cos, sin = _whole_tables(cos, sin)
     swapped = _swap_halves(x).astype(jnp.float32) * _swap_halves(gain)
     return (x.astype(jnp.float32) * gain * cos + swapped * sin).astype(dtype)
 
 
-def _rope_forward(x: Array, gain: Array, cos: Array, sin: Array, dtype: jnp.dtype):
+def _rope_forward(x: Array, gain: Array, cos: Array, sin: Array, dtype: DTypeLike):
     return rope(x, gain, cos, sin, dtype), (x, gain, cos, sin)
 
 
-def _rope_backward(dtype: jnp.dtype, kept, g: Array):
+def _rope_backward(dtype: DTypeLike, kept, g: Array):
     x, gain, cos, sin = kept
     cos, sin = _whole_tables(cos, sin)
     back = g.astype(jnp.float32) * cos - _swap_halves(g).astype(jnp.float32) * sin
@@ -253,25 +255,25 @@ def _causal_attention_forward(q: Array, k: Array, v: Array, segments: Array | No
 
 def _causal_attention_backward(kept, g: Array):
     """With P the weights and o = P v: dv = P^T g, dP = g v^T, dS = P (dP - sum(o g)), dq = dS k, dk = dS^T q."""
-    q, k, v, segments, weights, o = kept
+    q, k, v, _, weights, o = kept
     B, K, G, T, H = q.shape
     g = _by_key_head(g.reshape(B, T, K * G, H), K)
     delta = jnp.sum(o.astype(jnp.float32) * g.astype(jnp.float32), axis=-1)  # (B, K, G, T)
     k_turned = turned(k)
-    dq, dk, dv = [], None, None
+    dq_blocks: list[Array] = []
+    dk = dv = jnp.zeros(k.shape, jnp.float32)
     for p, (start, end) in zip(weights, _blocks(T)):
         g_rows = _rows(g, start, end)
         dp = jnp.einsum("bksh,bkrh->bksr", v[:, :, :end], g_rows, preferred_element_type=jnp.float32)
         ds = p.astype(jnp.float32) * (dp - delta[..., start:end].reshape(B, K, 1, -1))
         ds = ds.astype(p.dtype)
         dq_block = jnp.einsum("bkhs,bksr->bkhr", k_turned[..., :end], ds, preferred_element_type=q.dtype)
-        dq.append(dq_block.reshape(B, K, H, G, end - start))
+        dq_blocks.append(dq_block.reshape(B, K, H, G, end - start))
         dk_block = jnp.einsum("bksr,bkrh->bksh", ds, _rows(q, start, end), preferred_element_type=jnp.float32)
         dv_block = jnp.einsum("bksr,bkrh->bksh", p, g_rows, preferred_element_type=jnp.float32)
         rest = ((0, 0), (0, 0), (0, T - end), (0, 0))
-        dk = jnp.pad(dk_block, rest) if dk is None else dk + jnp.pad(dk_block, rest)
-        dv = jnp.pad(dv_block, rest) if dv is None else dv + jnp.pad(dv_block, rest)
-    dq = turned(jnp.concatenate(dq, axis=-1).transpose(0, 1, 3, 2, 4))
+        dk, dv = dk + jnp.pad(dk_block, rest), dv + jnp.pad(dv_block, rest)
+    dq = turned(jnp.concatenate(dq_blocks, axis=-1).transpose(0, 1, 3, 2, 4))
     dq = dq.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
     return dq, dk.astype(k.dtype).transpose(0, 2, 1, 3), dv.astype(v.dtype).transpose(0, 2, 1, 3), None
 

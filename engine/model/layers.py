@@ -9,13 +9,14 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from engine.model.config import ModelConfig, RopeScaling
 
 NEVER = -1e30  # a score no softmax sees; finite, so that a row without any key gives numbers and not NaN
 
 
-def unit_norm(x: Array, eps: float, dtype: jnp.dtype) -> Array:
+def unit_norm(x: Array, eps: float, dtype: DTypeLike) -> Array:
     """x (..., D) -> x / rms(x) in `dtype` (Zhang & Sennrich 2019, equation 4). The gain belongs to whoever reads it."""
     x = x.astype(jnp.float32)
     return (x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)).astype(dtype)
@@ -42,7 +43,7 @@ def rope_tables(cfg: ModelConfig, positions: Array) -> tuple[Array, Array]:
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rope(x: Array, gain: Array, cos: Array, sin: Array, dtype: jnp.dtype) -> Array:
+def rope(x: Array, gain: Array, cos: Array, sin: Array, dtype: DTypeLike) -> Array:
     """x (B, T, N, H), gain (N, H), cos and sin (B, T, H / 2) -> gain * x turned by its position, in `dtype`.
 
     Pairs are (i, i + H / 2), as in Hugging Face's files.
@@ -73,6 +74,6 @@ def causal_mask(T: int, segments: Array | None = None) -> Array:
     return causal if segments is None else causal & (segments[:, :, None] == segments[:, None, :])
 
 
-def swiglu(gate: Array, up: Array, dtype: jnp.dtype) -> Array:
+def swiglu(gate: Array, up: Array, dtype: DTypeLike) -> Array:
     """gate, up (..., F) -> (..., F) in `dtype`: silu(gate) * up (Shazeer 2020, equation 6)."""
     return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(dtype)

@@ -6,12 +6,13 @@ Today a leaf is a plain Array, float32 in training and the compute dtype once lo
 
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from engine.model import backward
 from engine.model.backend import on_cpu
 
 
-def project(x: Array, weight: Array, dtype: jnp.dtype, gain: Array | None = None) -> Array:
+def project(x: Array, weight: Array, dtype: DTypeLike, gain: Array | None = None) -> Array:
     """x (..., in), weight (in, out) -> (..., out) in `dtype`: (gain * x) weight, multiplied in x's dtype, summed in float32.
 
     `gain` (in,) is the norm's. While training on a CPU it scales the weight's rows instead of the far more numerous
@@ -23,7 +24,7 @@ def project(x: Array, weight: Array, dtype: jnp.dtype, gain: Array | None = None
     return _over_rows(x, lambda rows: multiply(rows, weight, dtype))
 
 
-def project_two(x: Array, weight: Array, dtype: jnp.dtype, gain: Array) -> tuple[Array, Array]:
+def project_two(x: Array, weight: Array, dtype: DTypeLike, gain: Array) -> tuple[Array, Array]:
     """x (..., in), weight (in, 2F), gain (in,) -> the two halves of the product, (..., F) each.
 
     Many rows on a CPU make two products: nothing then has to be cut or joined on the way back.
@@ -36,7 +37,7 @@ def project_two(x: Array, weight: Array, dtype: jnp.dtype, gain: Array) -> tuple
     return one, two
 
 
-def unembed(x: Array, embed: Array, dtype: jnp.dtype, gain: Array) -> Array:
+def unembed(x: Array, embed: Array, dtype: DTypeLike, gain: Array) -> Array:
     """x (..., D), embed (V, D), gain (D,) -> (..., V): the tied head, which multiplies by the embedding's other side."""
     x, embed = _gained(x, embed, gain, gain)
     multiply = backward.matmul_rows if on_cpu() else _plain_rows
@@ -55,11 +56,11 @@ def lookup(embed: Array, tokens: Array) -> Array:
     return rows.astype(jnp.float32)
 
 
-def _plain(x: Array, weight: Array, dtype: jnp.dtype) -> Array:
+def _plain(x: Array, weight: Array, dtype: DTypeLike) -> Array:
     return jnp.dot(x, weight.astype(x.dtype), preferred_element_type=dtype)
 
 
-def _plain_rows(x: Array, embed: Array, dtype: jnp.dtype) -> Array:
+def _plain_rows(x: Array, embed: Array, dtype: DTypeLike) -> Array:
     return jnp.einsum("md,vd->mv", x, embed.astype(x.dtype), preferred_element_type=dtype)
 
 

@@ -162,14 +162,14 @@ def init_params(cfg: ModelConfig, key: Array) -> Params:
 
 
 def forward(
-    cfg: ModelConfig, params: Params, tokens: Array, positions: Array, cache: KVCache | None = None,
-    segments: Array | None = None,
-) -> tuple[Array, KVCache | None]:
+    cfg: ModelConfig, params: Params, tokens: Array, positions: Array, cache: Any = None, segments: Array | None = None
+) -> tuple[Array, Any]:
     """tokens, positions (B, T) int32 -> logits (B, T, V) float32 and the cache with these T tokens' keys and values.
 
     Without a cache, token t sees tokens 0..t of its own row (and segment). With one, it also sees what the cache holds;
-    `cache.length` is returned as it came, for the caller knows how many of the T tokens were real.
-    """  # fmt: skip
+    `cache.length` is returned as it came, for the caller knows how many of the T tokens were real. `cache` is a KVCache
+    or None, and what is returned is the same.
+    """
     return Transformer(cfg).apply({"params": params}, tokens, positions, segments, cache)
 
 

@@ -156,9 +156,7 @@ def _write_python(library: Path, into: Path, report: Report) -> None:
     files = [file for file in sorted(library.rglob("*.py")) if left_out.isdisjoint(file.relative_to(library).parts)]
     documents = {}
     for number, file in enumerate(files):
-        with contextlib.suppress(
-            OSError, UnicodeDecodeError
-        ):  # some modules are written in another encoding on purpose
+        with contextlib.suppress(OSError, UnicodeDecodeError):  # some modules are written in another encoding on purpose
             documents[file.relative_to(library).as_posix()] = file.read_bytes().decode()
         if report:
             report(number + 1, len(files))

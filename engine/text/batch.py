@@ -1,10 +1,6 @@
 """Batch: what one step of training or evaluation reads."""
 
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    import jax
-    import numpy as np
+from typing import Any, NamedTuple
 
 
 class Batch(NamedTuple):
@@ -14,8 +10,8 @@ class Batch(NamedTuple):
     may not attend to one another; None means one segment a row, which spares the comparison.
     """
 
-    tokens: "np.ndarray | jax.Array"  # (B, T) int32
-    targets: "np.ndarray | jax.Array"  # (B, T) int32
-    mask: "np.ndarray | jax.Array"  # (B, T) bool
-    positions: "np.ndarray | jax.Array"  # (B, T) int32
-    segments: "np.ndarray | jax.Array | None" = None  # (B, T) int32
+    tokens: Any  # (B, T) int32
+    targets: Any  # (B, T) int32
+    mask: Any  # (B, T) bool
+    positions: Any  # (B, T) int32
+    segments: Any = None  # (B, T) int32

@@ -199,9 +199,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def _make_byte_level(inner: tokenizers.Tokenizer) -> None:
     split = pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated")
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    inner.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     inner.decoder = decoders.ByteLevel()
 
 

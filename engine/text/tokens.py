@@ -30,9 +30,7 @@ class TokenFile:
     path: Path
 
 
-def token_file(
-    documents: Iterable[str], tokenizer: Tokenizer, report: Callable[[int, int], None] | None = None
-) -> TokenFile:
+def token_file(documents: Iterable[str], tokenizer: Tokenizer, report: Callable[[int, int], None] | None = None) -> TokenFile:
     """The documents as tokens, an end of text between each two; from the cache when text and tokenizer are unchanged.
 
     `documents` is read twice, first to know whether it changed, so an iterator is held in memory and a Corpus is not.

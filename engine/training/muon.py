@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.typing import DTypeLike
 
 from engine.model.backward import turned
 
@@ -18,7 +19,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
 
 
-def orthogonalize(dtype: jnp.dtype = jnp.bfloat16) -> optax.GradientTransformation:
+def orthogonalize(dtype: DTypeLike = jnp.bfloat16) -> optax.GradientTransformation:
     """Replaces each matrix (in, out) by U V^T of its singular value decomposition, times sqrt(max(1, out / in))."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -27,7 +28,7 @@ def orthogonalize(dtype: jnp.dtype = jnp.bfloat16) -> optax.GradientTransformati
     return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
-def orthogonal(matrix: Array, dtype: jnp.dtype) -> Array:
+def orthogonal(matrix: Array, dtype: DTypeLike) -> Array:
     """matrix (in, out) float32 -> about its nearest orthogonal matrix, singular values within 0.7 to 1.2, float32.
 
     Five Newton-Schulz steps x <- a x + (b A + c A A) x with A = x x^T, all in `dtype`.

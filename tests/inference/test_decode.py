@@ -165,12 +165,11 @@ def test_one_prompt_alone_is_answered(cfg, params):
 
 
 def test_after_the_first_answer_nothing_is_compiled(cfg, params, count_compiles):
-    """Whatever is asked: lengths of one chunk or three, any settings, any end."""
-    warm, sampling = texts(3, 2, 4), make_sampling(3, temperature=1.0)
-    told(cfg, params, warm, sampling)
+    """Whatever is asked: lengths of one chunk or three, any settings, any end. (No other test asks four at once.)"""
+    sampling, others = make_sampling(4), make_sampling(4, temperature=0.7, top_k=5, top_p=0.9, min_p=0.01, seed=99)
+    told(cfg, params, texts(3, 2, 4, 1), sampling, max_tokens=12)
     before = len(count_compiles)
-    others = make_sampling(3, temperature=0.7, top_k=5, top_p=0.9, min_p=0.01, seed=99)
-    for prompts in (texts(1, 1, 1), texts(CHUNK, 3, 5), texts(2 * CHUNK + 9, 1, CHUNK + 1)):
+    for prompts in (texts(1, 1, 1, 1), texts(CHUNK, 3, 5, 1), texts(2 * CHUNK + 9, 1, CHUNK + 1, 7)):
         for settings in (sampling, others):
             told(cfg, params, prompts, settings, max_tokens=30, end=7)
     assert len(count_compiles) == before
@@ -215,7 +214,7 @@ def test_a_text_is_scored_in_the_bits_that_its_tokens_take(cfg, params):
     assert float(score(cfg, params, junk)) == float(score(cfg, params, batch))
 
 
-def test_scoring_is_half_of_a_loss(cfg):
+def test_a_score_is_a_summed_loss(cfg):
     """What training minimises and what evaluation reports are one number."""
     from engine.training.loss import summed_loss
 

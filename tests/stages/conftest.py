@@ -1,29 +1,12 @@
 """A small text, and a model trained on it once."""
 
-import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from tiny_runs import tiny, write_text
 
 from stages import train
-
-WORDS = "the king and queen of a far land went down to sea where ships with red sails lay at anchor all day".split()
-
-Trainer = Callable[..., int]
-
-
-def write_text(path: Path, lines: int = 300) -> Path:
-    """Sentences of few words: a text that a tiny model learns something about in a few steps."""
-    draw = random.Random(0)
-    text = "\n".join(" ".join(draw.choice(WORDS) for _ in range(8)).capitalize() + "." for _ in range(lines))
-    path.write_text(text + "\n", encoding="utf-8")
-    return path
-
-
-def tiny(text: Path, folder: Path, *more: object) -> list[str]:
-    """The arguments of a tiny run."""
-    return list(map(str, ["tiny", "--data", text, "--out-dir", folder, "--batch", 4, "--context", 32, *more]))
 
 
 @pytest.fixture(scope="session")

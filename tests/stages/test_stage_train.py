@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import pytest
+from tiny_runs import tiny
 
 from engine.model.transformer import init_params
 from engine.storage import checkpoint
@@ -17,7 +18,6 @@ from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state
 from stages import loop, train
 from stages.run_folder import read_config, read_json
-from tests.stages.conftest import tiny
 
 RESULT = ("val_bits_per_byte", "train_seconds", "first_step_seconds", "peak_rss_bytes", "tokens_per_second", "mfu")
 
@@ -135,9 +135,7 @@ def test_either_limit_ends_a_run(text: Path, tmp_path: Path) -> None:
     assert checkpoint.steps(tmp_path / "run") == [2]
 
 
-def test_dry_run_prints_the_plan_and_leaves_nothing(
-    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dry_run_prints_the_plan_and_leaves_nothing(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(tiny(text, tmp_path / "run", "--dry-run")) == 0
     said = capsys.readouterr().out
     for word in ("device", "parameters", "trainable", "frozen", "FLOPs", "memory", "predicted", "epochs", "time-boxed"):

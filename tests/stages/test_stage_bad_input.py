@@ -1,0 +1,210 @@
+"""What a person may get wrong: each is answered by a sentence and exit code 2, and nothing is lost."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import command, tiny, write_text
+
+from engine.storage import checkpoint
+from stages import cli, evaluate, generate, run_folder, train
+
+Failing = Callable[..., str]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["dmeo"], ["dmeo", "Did you mean 'demo'"]),
+        (["--steps", "0"], ["--steps", "at least 1", "'0'"]),
+        (["--steps", "many"], ["--steps", "whole number", "'many'"]),
+        (["--max-time", "3 fortnights"], ["--max-time", "90s, 3m or 1h30m"]),
+        (["--max-time", "0s"], ["--max-time", "above 0"]),
+        (["--learning-rate", "-1"], ["--learning-rate", "above 0"]),
+        (["--warmup", "2"], ["--warmup", "from 0 to 1"]),
+        (["--optimizer", "moun"], ["--optimizer", "Did you mean 'muon'"]),
+        (["--device", "gpuu"], ["--device", "Did you mean 'gpu'"]),
+        (["--dtype", "float16"], ["--dtype", "bfloat16, float32"]),
+        (["--seed", "-1"], ["--seed", "from 0"]),
+        (["--eval-every", "often"], ["--eval-every", "30s"]),
+        (["--max-tiem", "3m"], ["--max-tiem", "--max-time"]),
+        (["--batch", "6", "--accumulate", "4"], ["batch of 6", "4 equal parts"]),
+        (["--schedule", "wsd", "--warmup", "0.8", "--decay", "0.8"], ["longer than the run"]),
+        (["--tokenizer", "bpe:12"], ["bpe:N", "257"]),
+        (["--tokenizer", "nowhere"], ["--tokenizer", "tokenizer.json", "nowhere"]),
+        (["--data", "shakespear"], ["shakespear", "Did you mean 'shakespeare'"]),
+        (["--data", "smollm2-135m-instruct"], ["is a model, not a text"]),
+        (["--context", "100000"], ["shorter context"]),
+        (["--batch", "100000000", "--dry-run"], []),
+    ],
+)
+def test_flags(flags: list[str], words: list[str], text: Path, tmp_path: Path, failing: Failing) -> None:
+    given = ["tiny", "--data", str(text), "--out-dir", str(tmp_path / "run"), *flags]
+    if not words:
+        assert train.main(given) == 0
+        return
+    said = failing(train.main, given if flags[0].startswith("--") else given[1:])
+    plain = " ".join(said.replace("│", " ").split())
+    for word in words:
+        assert word in plain
+    assert not (tmp_path / "run").exists()
+
+
+def corpus(kind: str, folder: Path) -> Path:
+    """A text that cannot be learnt from."""
+    path = folder / "text.txt"
+    if kind == "empty":
+        path.write_text("")
+    elif kind == "short":
+        path.write_text("To be.\nOr not.\n")
+    elif kind == "not UTF-8":
+        path.write_bytes(b"caf\xe9 " * 500)
+    elif kind == "empty folder":
+        path.mkdir()
+    elif kind == "unknown":
+        path = folder / "text.pdf"
+        path.write_text("%PDF")
+    elif kind == "ids":
+        path = folder / "ids.bin"
+        path.write_bytes(bytes(2000))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("missing", ["There is no text at"]),
+        ("empty", ["is empty"]),
+        ("empty folder", ["holds no text files"]),
+        ("short", ["shorter context"]),
+        ("not UTF-8", ["not UTF-8", "0xE9 at position 3"]),
+        ("unknown", [".pdf", ".jsonl"]),
+        ("ids", ["--tokenizer FOLDER"]),
+    ],
+)
+def test_corpus(kind: str, words: list[str], tmp_path: Path, failing: Failing) -> None:
+    given = tiny(corpus(kind, tmp_path), tmp_path / "run", "--steps", 2, *(["--tokenizer", "bpe:300"] * (kind == "ids")))
+    said = failing(train.main, given)
+    for word in words:
+        assert word in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_text_that_is_missing(text: Path, tmp_path: Path, failing: Failing) -> None:
+    assert "nowhere.txt" in failing(train.main, tiny(text, tmp_path / "run", "--validation", tmp_path / "nowhere.txt"))
+
+
+def test_run_of_another_kind_is_left_alone(trained: Path, text: Path, tmp_path: Path, failing: Failing) -> None:
+    before = {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()}
+    other = write_text(tmp_path / "other.txt", lines=200)
+    same = ["--tokenizer", "bpe:300", "--context", 64]
+    for given, words in (
+        ([*tiny(text, trained, *same)[1:], "nano"], "width (32 there, 384 now)"),
+        (tiny(text, trained, *same, "--seed", 3), "seed (0 there, 3 now)"),
+        (tiny(text, trained, *same, "--batch", 2), "batch (4 there, 2 now)"),
+        (tiny(text, trained, *same, "--optimizer", "adamw"), "optimizer (muon there, adamw now)"),
+        (tiny(other, trained, "--tokenizer", trained / "tokenizer", "--context", 64), "text ("),
+    ):
+        said = failing(train.main, given)
+        assert words in said
+        assert "--out-dir" in said
+        assert "--overwrite" in said
+    assert before == {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()}
+
+
+def test_folder_that_is_no_run_is_left_alone(text: Path, tmp_path: Path, failing: Failing) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for more in ([], ["--overwrite"]):
+        assert "not a run folder" in failing(train.main, tiny(text, tmp_path, "--steps", 1, *more))
+    assert (tmp_path / "config.json").read_text() == "{}"
+    assert "is a file" in failing(train.main, tiny(text, text, "--steps", 1))
+
+
+def test_no_sound_checkpoint(trained: Path, text: Path, tmp_path: Path, failing: Failing) -> None:
+    folder = tmp_path / "sea"
+    shutil.copytree(trained, folder)
+    (folder / "checkpoints" / "20" / "state.json").write_text("{}")
+    for main, given in (
+        (train.main, tiny(text, folder, "--tokenizer", "bpe:300", "--context", 64, "--steps", 30)),
+        (generate.main, ["--model", folder]),
+        (evaluate.main, ["--model", folder]),
+    ):
+        assert "state.json" in failing(main, given)
+    (folder / "run.json").write_text("{")
+    given = tiny(text, folder, "--tokenizer", "bpe:300", "--context", 64, "--steps", 1)
+    assert "run.json is damaged" in failing(train.main, given)
+    assert train.main([*given, "--overwrite"]) == 0
+
+
+def test_model_that_is_none(tmp_path: Path, text: Path, failing: Failing, monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, words in (
+        (tmp_path / "nowhere", "There is no model at"),
+        (tmp_path, "holds no model"),
+        (text, "holds no model"),
+        ("smollm2-135m-instruct", "cannot be read as a model yet"),
+        (tmp_path / "model.gguf", "cannot be read as a model yet"),
+    ):
+        for main in (generate.main, evaluate.main):
+            said = failing(main, ["--model", given])
+            assert words in said
+            assert "a run folder" in said
+    monkeypatch.chdir(tmp_path)
+    assert "python -m stages.train" in failing(generate.main, [])
+
+
+def test_no_network_offers_the_text_that_needs_none(tmp_path: Path) -> None:
+    nowhere = {"PIP_NO_INDEX": "1", "UV_OFFLINE": "1", "THRICE_CACHE": str(tmp_path / "cache")}
+    done = command("train", "--out-dir", tmp_path / "run", env=nowhere)
+    assert done.returncode == 2, done.stderr
+    assert b"--data python" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_full_disk_keeps_what_was_saved(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: Failing) -> None:
+    folder = tmp_path / "run"
+    assert train.main(tiny(text, folder, "--steps", 2)) == 0
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "metrics.jsonl"))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise full
+
+    with monkeypatch.context() as disk:
+        disk.setattr(run_folder.MetricsLog, "add", refuse)
+        said = failing(train.main, tiny(text, folder, "--steps", 30, "--log-every", 1))
+    assert "metrics.jsonl: the disk is full" in said
+    assert "MB are free" in said
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as disk:
+        disk.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
+        said = failing(train.main, tiny(text, folder, "--steps", 30, "--save-every", 3))
+    assert "could not be written" in said
+    assert checkpoint.verify(folder / "checkpoints" / "2") == []
+
+
+def test_folder_that_may_not_be_written(text: Path, tmp_path: Path, failing: Failing) -> None:
+    said = failing(train.main, tiny(text, Path("/proc/thrice"), "--steps", 1))
+    assert "/proc/thrice" in said
+
+
+def test_sentences_for_what_the_system_refuses() -> None:
+    assert "may not" in (cli.explain(PermissionError(errno.EACCES, "no", "/a/b")) or "")
+    assert "--batch" in (cli.explain(RuntimeError("RESOURCE_EXHAUSTED: out of memory")) or "")
+    assert cli.explain(KeyError("a mistake of ours")) is None
+
+
+def test_prompts(trained: Path, failing: Failing) -> None:
+    assert "a context of 64" in failing(generate.main, ["--model", trained, "--prompt", "the sea " * 200])
+    done = command("generate", "--model", trained, "--prompt", "-", stdin=b"caf\xe9")
+    assert done.returncode == 2
+    assert b"0xE9 at position 3" in done.stderr
+    for flags in (["--temperature", "-1"], ["--top-p", "0"], ["--max-tokens", "0"], ["--count", "0"]):
+        assert flags[0] in failing(generate.main, ["--model", trained, *flags])
+
+
+def test_verbose_shows_where_it_happened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate.main(["--model", str(tmp_path / "nowhere"), "--verbose"]) == 2
+    assert "Traceback" in capsys.readouterr().err

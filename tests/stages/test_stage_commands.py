@@ -1,0 +1,129 @@
+"""The commands themselves: quick help, plain output, words and flags, and the live line at any width."""
+
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_runs import ROOT, command, tiny
+
+from stages import console, flags, words
+from stages.__main__ import stages
+
+
+@pytest.mark.parametrize("stage", ["", "train", "evaluate", "generate"])
+def test_help_imports_nothing_heavy(stage: str) -> None:
+    module = f"stages.{stage}" if stage else "stages"
+    program = (
+        f"import runpy, sys; sys.argv = ['{module}', '--help']\n"
+        f"try: runpy.run_module('{module}', run_name='__main__')\n"
+        "except SystemExit as leaving: code = leaving.code\n"
+        "heavy = {'jax', 'numpy', 'flax', 'optax', 'orbax', 'grain', 'tokenizers'} & set(sys.modules)\n"
+        "sys.exit(code or f'imported {heavy}' * bool(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "python -m stages" in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+def test_every_stage_is_listed_with_what_it_does() -> None:
+    found = stages()
+    assert list(found)[:3] == ["train", "evaluate", "generate"]
+    assert all(line.endswith(".") for line in found.values())
+    said = command("").stdout.decode()
+    assert all(line in said for line in found.values())
+
+
+def test_piped_output_is_plain_and_brief(text: Path, tmp_path: Path) -> None:
+    done = command("train", *tiny(text, tmp_path / "run", "--steps", 30), env={"COLUMNS": "40"})
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.decode()
+    assert "\x1b" not in said
+    assert "\r" not in said
+    assert re.search(r"compiling \.\.\. \d", said)
+    assert 2 <= len(re.findall(r"^step ", said, re.M)) <= 15
+    assert "what it writes" in said
+    assert f"python -m stages.generate --model {tmp_path / 'run'}" in said
+    assert done.stderr == b""
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 200])
+def test_live_line_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("LINES", "24")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    stream = Terminal()
+    fields = ["step 1,234/5,678", "loss 4.321", "val 2.100 bits/byte (quick)", "lr 100%", "12,345 tokens/s", "1.2 GB"]
+    with console.Console(stream) as shown:
+        shown.live(lambda: fields, important=True)
+        shown.live(lambda: fields, important=True)
+        shown.say("over", style="bold")
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue()).replace("\r", "").split("\n")
+    assert max(map(len, lines)) <= width
+    assert lines[-2].endswith("over")
+    assert not re.search(r"\x1b\[[0-9;]*m", stream.getvalue())  # NO_COLOR
+    assert stream.getvalue().count("\x1b[?25l") == stream.getvalue().count("\x1b[?25h")
+
+
+def test_wrap_keeps_fields_whole() -> None:
+    assert console.wrap(["step 1", "loss 2.5", "lr 1"], 16) == ["step 1  loss 2.5", "lr 1"]
+    assert console.wrap(["a long field", "b"], 6) == ["a long", "b"]
+
+
+def test_durations() -> None:
+    for said, meant in (
+        ("45", 45),
+        ("90s", 90),
+        ("3m", 180),
+        ("1h", 3600),
+        ("1h30m", 5400),
+        ("1.5h", 5400),
+        ("2min", 120),
+    ):
+        assert flags.seconds(said) == meant
+    for wrong in ("", "m", "3x", "-3m", "0", "3m x", "inf", "nan", "1e3"):
+        with pytest.raises(ValueError, match="wanted a duration"):
+            flags.seconds(wrong)
+    assert (flags.every("200"), flags.every("30s")) == (200, 30.0)
+    assert isinstance(flags.every("200"), int)
+
+
+def test_numbers() -> None:
+    assert flags.whole(1)("1e6") == 1_000_000
+    assert flags.whole(1)("1_000") == 1000
+    assert flags.number(0, 1)("0") == 0
+    for wrong in ("nan", "1.5", "x", "-1"):
+        with pytest.raises(ValueError, match="wanted"):
+            flags.number(0, 1)(wrong)
+        with pytest.raises(ValueError, match="wanted"):
+            flags.whole(0)(wrong)
+
+
+def test_words() -> None:
+    assert [words.clock(s) for s in (0, 65, 3725)] == ["0:00", "1:05", "1:02:05"]
+    assert [words.duration(s) for s in (0.25, 4.13, 180, 200, 5400)] == [
+        "0.25 s",
+        "4.1 s",
+        "3 min",
+        "3 min 20 s",
+        "1 h 30 min",
+    ]
+    assert [words.count(n) for n in (950, 4_204_800, 25.6e6, 729e9)] == ["950", "4.20 M", "25.6 M", "729 G"]
+    assert [words.size(n) for n in (12, 1.5e9, 216e3)] == ["12 B", "1.5 GB", "216 kB"]
+    assert words.listed(["a", "b", "c"]) == "a, b and c"
+
+
+def test_commands_to_type_are_quoted_and_run_as_we_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("UV", raising=False)
+    assert words.command("generate", "--model", "my runs/a") == "python -m stages.generate --model 'my runs/a'"
+    monkeypatch.setenv("UV", "/bin/uv")
+    assert words.command("train") == "uv run python -m stages.train"

@@ -1,0 +1,111 @@
+"""Evaluating and generating: read-only, reproducible, and streamed as whole characters."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_runs import command
+
+from engine.text.tokenizer import byte_tokenizer
+from engine.text.tokens import token_file
+from stages import evaluate, generate
+from stages.run_folder import read_json
+
+
+def wrote(capsys: pytest.CaptureFixture[str], model: Path, *flags: object) -> tuple[str, str]:
+    assert generate.main(["--model", str(model), *map(str, flags)]) == 0
+    said = capsys.readouterr()
+    return said.out, said.err
+
+
+def test_generation_is_a_function_of_its_flags(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--prompt", "The king", "--max-tokens", 40, "--temperature", 1.0)
+    first, notes = wrote(capsys, trained, *flags, "--seed", 5, "--verbose")
+    assert first == wrote(capsys, trained, *flags, "--seed", 5)[0]
+    assert first != wrote(capsys, trained, *flags, "--seed", 6)[0]
+    assert "40 tokens" in notes
+    assert "0 recompiles" in notes
+    assert "tokens/s" in notes
+    assert "weights unchanged" in notes
+    step = trained / "checkpoints" / "20"
+    assert first == wrote(capsys, step, *flags, "--seed", 5)[0]
+
+
+def test_each_of_several_continuations_is_what_its_seed_draws(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--max-tokens", 20, "--temperature", 1.0)
+    together, _ = wrote(capsys, trained, *flags, "--seed", 1, "--count", 2)
+    alone = [wrote(capsys, trained, *flags, "--seed", seed)[0] for seed in (1, 2)]
+    assert together == f"{alone[0]}\n--- 2 of 2\n{alone[1]}"
+
+
+def test_generation_stops_where_the_context_is_full(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, notes = wrote(capsys, trained, "--max-tokens", 500)
+    assert "63 tokens" in notes
+    assert "the context of 64 tokens is full" in notes
+
+
+def test_prompt_from_standard_input(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = command("generate", "--model", trained, "--prompt", "-", "--max-tokens", "10", stdin=b"The queen")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode() == wrote(capsys, trained, "--prompt", "The queen", "--max-tokens", 10)[0]
+    assert b"\x1b" not in done.stdout + done.stderr
+
+
+def test_only_whole_characters_are_written(capsys: pytest.CaptureFixture[str]) -> None:
+    writer = generate.Writer(byte_tokenizer(), 2)
+    euro, other = "€".encode(), b"ab"
+    shown = []
+    for index, byte, finished in (
+        (0, euro[0], None), (1, other[0], None), (0, euro[1], None), (0, euro[2], None), (1, other[1], "length"),
+        (0, ord("!"), "stop"),
+    ):  # fmt: skip
+        writer.take(index, [byte], finished)
+        shown.append(capsys.readouterr().out)
+    assert shown == ["", "", "", "€", "", "!\n\n--- 2 of 2\nab\n"]
+    assert writer.total == 6
+
+
+def test_evaluation_agrees_with_the_run_and_changes_nothing(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main(["--model", str(trained)]) == 0
+    said = capsys.readouterr().out
+    value = read_json(trained / "run.json")["result"]["val_bits_per_byte"]
+    assert f"{value:.4f}" in said
+    assert "unchanged" in said
+
+
+def test_evaluation_counts_every_byte_of_a_text(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("The king went down to sea, é.\n" * 20)
+    values = []
+    for stride in (1, 16, 64):
+        assert evaluate.main(["--model", str(trained), "--data", str(path), "--stride", str(stride)]) == 0
+        lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines() if "  " in line)
+        assert lines["bytes"].strip() == f"{path.stat().st_size:,}"
+        values.append(float(lines["bits per byte"]))
+    assert len(set(values)) == 3  # a longer look back tells more
+
+
+def test_a_model_without_a_result_or_optimizer_is_still_read(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "runs" / "sea"
+    shutil.copytree(trained, folder)
+    shutil.rmtree(folder / "checkpoints" / "20" / "optimizer")
+    monkeypatch.chdir(tmp_path)
+    assert generate.main(["--max-tokens", "5"]) == 0  # the newest run in runs/
+    assert capsys.readouterr().out
+
+
+def test_quick_look_is_at_the_text_itself(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stages import validate
+
+    tokenizer = byte_tokenizer()
+    tokens = token_file([text.read_text()[:1000]], tokenizer)
+    quick = validate.Quick(tokens, tokenizer, 32, 4)
+    for batch in quick.batches:
+        for row, target in zip(np.asarray(batch.tokens), np.asarray(batch.targets)):
+            assert bytes(row[1:].tolist()) == bytes(target[:-1].tolist())
+            assert bytes(row.tolist()) in text.read_bytes()
+    monkeypatch.setattr(validate, "score", lambda cfg, params, batch: float(np.asarray(batch.mask).sum()))
+    assert quick.bits_per_byte(None, None) == pytest.approx(1 / np.log(2))  # type: ignore[arg-type]

@@ -1,0 +1,127 @@
+"""Ctrl-C, SIGTERM and kill -9 at any moment: T1 and T5 on the real command."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny_runs import ROOT, tiny, typed
+
+from engine.storage import checkpoint
+from stages import train
+
+LONG = ("--steps", 1_000_000, "--save-every", 5, "--eval-every", 1_000_000)
+
+
+@pytest.fixture
+def started() -> Iterator[list[subprocess.Popen]]:
+    """Processes put in here do not outlive the test."""
+    processes: list[subprocess.Popen] = []
+    yield processes
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def start(started: list[subprocess.Popen], words: list[str]) -> subprocess.Popen:
+    started.append(subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    return started[-1]
+
+
+def wait_for_checkpoint(process: subprocess.Popen, folder: Path) -> None:
+    until = time.monotonic() + 90
+    while len(checkpoint.steps(folder)) < 2:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(started: list[subprocess.Popen], text: Path, tmp_path: Path) -> None:
+    process = start(started, typed("train", *tiny(text, tmp_path / "run", *LONG)))
+    wait_for_checkpoint(process, tmp_path / "run")
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=20)
+    assert process.returncode == 130, said
+    step = checkpoint.steps(tmp_path / "run")[-1]
+    assert f"Stopped at step {step:,}" in said
+    assert str(tmp_path / "run" / "checkpoints" / str(step)) in said
+    assert "To go on: python -m stages.train tiny" in said
+    assert "Traceback" not in said
+    assert checkpoint.verify(tmp_path / "run" / "checkpoints" / str(step)) == []
+
+
+def test_kill_leaves_a_run_that_goes_on(
+    started: list[subprocess.Popen], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    process = start(started, typed("train", *tiny(text, folder, *LONG)))
+    wait_for_checkpoint(process, folder)
+    process.kill()
+    process.communicate()
+    step = checkpoint.steps(folder)[-1]
+    assert train.main(tiny(text, folder, "--steps", step + 2)) == 0
+    assert f"resumed at step {step:,}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_before_training_ends_promptly(
+    started: list[subprocess.Popen], text: Path, tmp_path: Path, number: int, code: int
+) -> None:
+    # Half a minute in a library that does not let Python's handlers run, as compiling does.
+    program = (
+        "import ctypes, sys, stages.training as t; "
+        "t.Run.compile = lambda *_: print('busy', flush=True) or ctypes.CDLL(None).sleep(30) or 1 / 0; "
+        "from stages import train; sys.exit(train.main(sys.argv[1:]))"
+    )
+    process = start(started, [sys.executable, "-c", program, *tiny(text, tmp_path / "run", "--steps", 5)])
+    assert process.stdout is not None
+    while "busy" not in (line := process.stdout.readline()):
+        assert line
+    # glibc's sleep returns early on a signal: only one that is blocked in this thread does not wake it.
+    begin = time.monotonic()
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=20)
+    assert process.returncode == code, said
+    assert time.monotonic() - begin < 5
+    assert "Stopped" in said
+    assert "Traceback" not in said
+
+
+def test_a_second_signal_is_immediate(started: list[subprocess.Popen], text: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys, time, stages.loop as l; "
+        "l.Loop._count = lambda *_: print('busy', flush=True) or time.sleep(60); "
+        "from stages import train; sys.exit(train.main(sys.argv[1:]))"
+    )
+    process = start(started, [sys.executable, "-c", program, *tiny(text, tmp_path / "run", "--steps", 5)])
+    assert process.stdout is not None
+    while "busy" not in (line := process.stdout.readline()):
+        assert line
+    process.send_signal(signal.SIGINT)
+    while "Finishing this step" not in (line := process.stdout.readline()):
+        assert line
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=5) == 130
+
+
+def test_nobody_reading_saves_and_ends_quietly(started: list[subprocess.Popen], text: Path, tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    process = subprocess.Popen(
+        typed("train", *tiny(text, tmp_path / "run", *LONG)),
+        cwd=ROOT,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    started.append(process)
+    os.close(writing)
+    wait_for_checkpoint(process, tmp_path / "run")
+    os.close(reading)  # the next line finds the pipe closed
+    _, complaint = process.communicate(timeout=30)
+    assert process.returncode == 141
+    assert complaint == ""
+    assert checkpoint.verify(tmp_path / "run" / "checkpoints" / str(checkpoint.steps(tmp_path / "run")[-1])) == []

@@ -1,0 +1,60 @@
+"""A small text and the arguments of a run that learns it in a second."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = [
+    "the",
+    "king",
+    "and",
+    "queen",
+    "of",
+    "a",
+    "far",
+    "land",
+    "went",
+    "down",
+    "to",
+    "sea",
+    "where",
+    "ships",
+    "with",
+    "red",
+    "sails",
+    "lay",
+    "at",
+    "anchor",
+    "all",
+    "day",
+]
+
+
+def write_text(path: Path, lines: int = 300) -> Path:
+    """Sentences of few words: a text that a tiny model learns something about in a few steps."""
+    draw = random.Random(0)
+    text = "\n".join(" ".join(draw.choice(WORDS) for _ in range(8)).capitalize() + "." for _ in range(lines))
+    path.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def tiny(text: Path, folder: Path, *more: object) -> list[str]:
+    """The arguments of a tiny run."""
+    return list(map(str, ["tiny", "--data", text, "--out-dir", folder, "--batch", 4, "--context", 32, *more]))
+
+
+def command(
+    stage: str, *args: object, stdin: bytes | None = None, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
+    """`python -m stages.STAGE ARGS` from the checkout, its output kept."""
+    return subprocess.run(
+        typed(stage, *args), cwd=ROOT, input=stdin, capture_output=True, env=os.environ | (env or {}), timeout=120
+    )
+
+
+def typed(stage: str, *args: object) -> list[str]:
+    """The words of a command."""
+    return [sys.executable, "-m", f"stages.{stage}" if stage else "stages", *map(str, args)]
