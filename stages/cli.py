@@ -14,8 +14,12 @@ MISTAKE = 2
 _arguments: list[str] = []
 
 
-def run[Flags](flags: type[Flags], command: Callable[[Flags], int | None], args: Sequence[str] | None = None) -> int:
-    """Parses `args` (by default the command line's) into `flags`, runs the command, returns its exit code.
+def run[Flags](
+    name: str, about: str | None, flags: type[Flags], command: Callable[[Flags], int | None], args: Sequence[str] | None
+) -> int:
+    """Parses `args` (the command line's when None) into `flags`, runs the command, returns its exit code.
+
+    `name` is that of the stage; `about` heads its help.
 
     0 when it is done, 2 for what a person can mend (said in a sentence on stderr, with the traceback under --verbose),
     128 + the signal when it was stopped, 141 when nobody reads the output any more.
@@ -23,11 +27,9 @@ def run[Flags](flags: type[Flags], command: Callable[[Flags], int | None], args:
     import tyro
 
     _arguments[:] = sys.argv[1:] if args is None else args
-    module = sys.modules[flags.__module__]
-    name = module.__spec__.name if module.__spec__ else flags.__module__
     try:
         given = tyro.cli(
-            flags, prog=f"python -m {name}", description=module.__doc__, args=args,
+            flags, prog=f"python -m stages.{name}", description=about, args=args,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )  # fmt: skip
     except SystemExit as leaving:

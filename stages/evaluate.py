@@ -112,7 +112,7 @@ def _text(given: Evaluate, model: "Loaded", console: "Console") -> "tuple[TokenF
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    return cli.run(Evaluate, evaluate, args)
+    return cli.run("evaluate", __doc__, Evaluate, evaluate, args)
 
 
 if __name__ == "__main__":

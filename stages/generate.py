@@ -162,7 +162,7 @@ class Writer:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    return cli.run(Generate, generate, args)
+    return cli.run("generate", __doc__, Generate, generate, args)
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def train(given: Train) -> int:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    return cli.run(Train, train, args)
+    return cli.run("train", __doc__, Train, train, args)
 
 
 if __name__ == "__main__":

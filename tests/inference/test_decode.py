@@ -33,10 +33,10 @@ def told(cfg, params, prompts, sampling=None, max_tokens=20, **options) -> tuple
     out, why = [[] for _ in prompts], [None for _ in prompts]
     sampling = sampling or make_sampling(len(prompts), temperature=0.0)
     for part in generate(cfg, params, prompts, sampling, **{"max_tokens": max_tokens, "capacity": CAPACITY, **options}):
-        assert why[part.index] is None, "nothing comes after the end"
+        assert why[part.prompt] is None, "nothing comes after the end"
         assert part.tokens or part.finished
-        out[part.index] += part.tokens
-        why[part.index] = part.finished
+        out[part.prompt] += part.tokens
+        why[part.prompt] = part.finished
     assert None not in why
     return out, why
 
@@ -150,7 +150,7 @@ def test_tokens_come_as_they_are_drawn(cfg, params):
     """The first one from the prefill, the others STEPS at a time: nobody waits for the whole."""
     prompts, sampling = texts(5, 2, 9), make_sampling(3, temperature=0.0)
     parts = list(generate(cfg, params, prompts, sampling, max_tokens=STEPS + 4, capacity=CAPACITY))
-    assert [(part.index, len(part.tokens)) for part in parts] == [
+    assert [(part.prompt, len(part.tokens)) for part in parts] == [
         (0, 1), (1, 1), (2, 1), (0, STEPS), (1, STEPS), (2, STEPS), (0, 3), (1, 3), (2, 3),
     ]  # fmt: skip
 

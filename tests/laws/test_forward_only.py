@@ -48,7 +48,7 @@ def completions(cfg, params, prompts, sampling, **options) -> list[list[int]]:
     """What each prompt is continued with."""
     out = [[] for _ in prompts]
     for part in generate(cfg, params, prompts, sampling, max_tokens=MAX_TOKENS, capacity=CAPACITY, **options):
-        out[part.index] += part.tokens
+        out[part.prompt] += part.tokens
     return out
 
 

@@ -87,8 +87,8 @@ def corpus(kind: str, folder: Path) -> Path:
     ],
 )
 def test_corpus(kind: str, words: list[str], tmp_path: Path, failing: Failing) -> None:
-    given = tiny(corpus(kind, tmp_path), tmp_path / "run", "--steps", 2, *(["--tokenizer", "bpe:300"] * (kind == "ids")))
-    said = failing(train.main, given)
+    more = ["--tokenizer", "bpe:300"] if kind == "ids" else []
+    said = failing(train.main, tiny(corpus(kind, tmp_path), tmp_path / "run", "--steps", 2, *more))
     for word in words:
         assert word in said
     assert not (tmp_path / "run").exists()

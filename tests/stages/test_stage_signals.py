@@ -24,7 +24,9 @@ def started() -> Iterator[list[subprocess.Popen]]:
     yield processes
     for process in processes:
         process.kill()
-        process.communicate()
+        process.wait()
+        for pipe in filter(None, (process.stdout, process.stderr)):
+            pipe.close()
 
 
 def start(started: list[subprocess.Popen], words: list[str]) -> subprocess.Popen:
@@ -61,7 +63,7 @@ def test_kill_leaves_a_run_that_goes_on(
     process = start(started, typed("train", *tiny(text, folder, *LONG)))
     wait_for_checkpoint(process, folder)
     process.kill()
-    process.communicate()
+    process.wait()
     step = checkpoint.steps(folder)[-1]
     assert train.main(tiny(text, folder, "--steps", step + 2)) == 0
     assert f"resumed at step {step:,}" in capsys.readouterr().out
@@ -110,13 +112,8 @@ def test_a_second_signal_is_immediate(started: list[subprocess.Popen], text: Pat
 
 def test_nobody_reading_saves_and_ends_quietly(started: list[subprocess.Popen], text: Path, tmp_path: Path) -> None:
     reading, writing = os.pipe()
-    process = subprocess.Popen(
-        typed("train", *tiny(text, tmp_path / "run", *LONG)),
-        cwd=ROOT,
-        stdout=writing,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    words = typed("train", *tiny(text, tmp_path / "run", *LONG[:-1], 50))
+    process = subprocess.Popen(words, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
     started.append(process)
     os.close(writing)
     wait_for_checkpoint(process, tmp_path / "run")

@@ -7,36 +7,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = [
-    "the",
-    "king",
-    "and",
-    "queen",
-    "of",
-    "a",
-    "far",
-    "land",
-    "went",
-    "down",
-    "to",
-    "sea",
-    "where",
-    "ships",
-    "with",
-    "red",
-    "sails",
-    "lay",
-    "at",
-    "anchor",
-    "all",
-    "day",
-]
+WORDS = "the king and queen of a far land went down to sea where ships with red sails lay at anchor all day"
 
 
 def write_text(path: Path, lines: int = 300) -> Path:
     """Sentences of few words: a text that a tiny model learns something about in a few steps."""
-    draw = random.Random(0)
-    text = "\n".join(" ".join(draw.choice(WORDS) for _ in range(8)).capitalize() + "." for _ in range(lines))
+    draw, known = random.Random(0), WORDS.split()
+    text = "\n".join(" ".join(draw.choice(known) for _ in range(8)).capitalize() + "." for _ in range(lines))
     path.write_text(text + "\n", encoding="utf-8")
     return path
 
