@@ -27,19 +27,17 @@ def run[Flags](
     import tyro
 
     _arguments[:] = sys.argv[1:] if args is None else args
+    verbose = False
     try:
         given = tyro.cli(
             flags, prog=f"python -m stages.{name}", description=about, args=args,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )  # fmt: skip
-    except SystemExit as leaving:
-        return int(leaving.code or 0)
-    except UserError as error:
-        return _say(str(error))
-    verbose = bool(getattr(given, "verbose", False))
-    try:
+        verbose = bool(getattr(given, "verbose", False))
         with interrupt.watched():
             return command(given) or 0
+    except SystemExit as leaving:  # tyro has shown the help, or what is wrong with a flag
+        return int(leaving.code or 0)
     except interrupt.Stopped as stopped:
         return interrupt.leave(stopped)
     except BrokenPipeError:

@@ -79,8 +79,6 @@ def summary(run: "Run", loop: Loop, result: dict[str, Any], text: str) -> None:
     )  # fmt: skip
     console.say()
     console.say("next", style="bold")
-    for words_to_type in (
-        words.command("generate", "--model", folder, "--prompt", "ROMEO:"),
-        words.command("evaluate", "--model", folder),
-    ):
-        console.say(f"  {words_to_type}")
+    prompt = ("--prompt", "ROMEO:") if run.given.text.data == "shakespeare" else ()
+    console.say(f"  {words.command('generate', '--model', folder, *prompt)}")
+    console.say(f"  {words.command('evaluate', '--model', folder)}")

@@ -104,14 +104,19 @@ class Console:
             self.say(f"{label} ... {duration(taken)}")
 
     def live(self, fields: Callable[[], Sequence[str]], important: bool = False) -> None:
-        """Shows what `fields` gives, when it is time to. An `important` state is shown whatever the time."""
+        """Shows what `fields` gives, when it is time to. An `important` state is shown at any time, and stays."""
         if not (important or self._due(BETWEEN_FRAMES if self.terminal else BETWEEN_LINES)):
             return
         self._last = time.perf_counter()
-        if self.terminal:
-            self._draw("\n".join(wrap(fields(), self._rich.width)))
-        else:
+        if not self.terminal:
             self.say("  ".join(fields()))
+            return
+        frame = "\n".join(wrap(fields(), self._rich.width))
+        if important:
+            self.close_live()
+            self.say(frame)
+        else:
+            self._draw(frame)
 
     def close_live(self) -> None:
         """Takes the live line away; what is said next stands in its place."""

@@ -25,7 +25,10 @@ MEASURE = (
     "from engine.allocator import keep_freed_memory; keep_freed_memory(); "
     "from engine.counting.hardware import ceilings; ceilings()"
 )
-EXPECTED = 0.5  # of the ceiling: what a step is predicted to reach
+# What a step is predicted to take: its products at this share of the ceiling, the optimizer's traffic, its dispatch.
+EXPECTED = 0.5
+UPDATE = 28  # bytes a parameter
+FIXED = 0.002  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +110,7 @@ def rows(plan: Plan, device: Device, data: Data, best: Ceilings, folder: object)
     params = count_params(cfg)
     flops = train_flops(cfg, recipe.context, attention="full", remat="none").total
     top = ceiling(cfg, best)
-    step_seconds = plan.step_flops / (EXPECTED * top)
+    step_seconds = plan.step_flops / (EXPECTED * top) + UPDATE * params.total / (1e9 * best.update_gbs) + FIXED
     targets = len(data.train.tokens) - 1
     limit = memory_limit()
     heads = f"{cfg.heads} heads" + (f" ({cfg.kv_heads} key/value)" if cfg.kv_heads != cfg.heads else "")

@@ -36,6 +36,7 @@ class Run:
     """What the stages of one run hand on to each other."""
 
     def __init__(self, given: "Train", device: devices.Device, folder: Path, console: Console) -> None:
+        from engine.text.batches import Batches
         from stages import data, plan
 
         self.given, self.device, self.folder, self.console = given, device, folder, console
@@ -46,6 +47,7 @@ class Run:
         cfg = model_config(given, self.recipe, self.data.tokenizer.vocab)
         seconds = length.max_time if chosen else 180.0
         self.plan = plan.Plan(given.preset, cfg, self.recipe, given.seed, length.steps, seconds, chosen)
+        self.batches = Batches(self.data.train.tokens, self.recipe.context, self.recipe.batch, given.seed)
         self.ceilings = plan.measured_ceilings(console)
 
     def show_plan(self) -> None:
@@ -59,26 +61,20 @@ class Run:
         from stages.loop import Loop
 
         plan.check_memory(self.plan)
-        batches = self.batches()
         before = resume.look(self.folder, self.facts(), self.plan.cfg, self.given.folder.overwrite)
         self.show_plan()
         if before and before.finished(self.plan) and before.run.get("result"):
             return self.already_finished(before)
         state, past = resume.restore(before, self.plan, self.console)
         resume.begin(self.folder, self.plan.cfg, self.data.tokenizer, self.facts(), fresh=before is None)
-        loop = Loop(self.job(batches), past, self.console)
+        loop = Loop(self.job(), past, self.console)
         if self.plan.done(past.step, past.seconds) < 1:
-            step_program = self.compile(state, batches, past.step)
+            step_program = self.compile(state, past.step)
             state, signal = loop.run(step_program, state)
             self.console.close_live()
             if signal:
                 return self.stopped(past, signal)
         return closing.close(self, state, loop)
-
-    def batches(self) -> Any:
-        from engine.text.batches import Batches
-
-        return Batches(self.data.train.tokens, self.recipe.context, self.recipe.batch, self.given.seed)
 
     def facts(self) -> dict[str, Any]:
         """run.json: everything that says how this run is trained."""
@@ -110,7 +106,7 @@ class Run:
         """What to type to go on."""
         return words.command("train", *(word for word in cli.arguments() if word != "--overwrite"))
 
-    def compile(self, state: Any, batches: Any, step: int) -> Any:
+    def compile(self, state: Any, step: int) -> Any:
         """The step's program for these shapes; `compiled(state, frozen, batch, progress)`."""
         import numpy as np
 
@@ -122,11 +118,11 @@ class Run:
         interrupt.doing(f"while compiling; {kept}. To begin again: {self.same_command()}")
         with self.console.task("compiling", always=True):
             lowered = train_step.lower(
-                self.plan.cfg, tx, state, {}, batches.at(0), np.float32(0), microbatches=self.recipe.accumulate
+                self.plan.cfg, tx, state, {}, self.batches.at(0), np.float32(0), microbatches=self.recipe.accumulate
             )
             return lowered.compile()
 
-    def job(self, batches: Any) -> Any:
+    def job(self) -> Any:
         from stages import loop, plan
         from stages.validate import Quick, rows_for
 
@@ -135,7 +131,7 @@ class Run:
         return loop.Job(
             plan=self.plan,
             folder=self.folder,
-            batches=batches,
+            batches=self.batches,
             quick=Quick(self.data.validation, self.data.tokenizer, cfg.context, rows_for(cfg, cfg.context)),
             often=loop.Often(given.eval_every, given.save_every, given.log_every, given.keep),
             ceiling=plan.ceiling(cfg, self.ceilings),

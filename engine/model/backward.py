@@ -159,9 +159,12 @@ swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 def _swap_halves(x: Array) -> Array:
-    """(..., H) with its halves exchanged, as a product with a permutation: exact, and several times faster than a copy."""
-    H = x.shape[-1]
-    return jnp.dot(x, jnp.roll(jnp.eye(H, dtype=x.dtype), H // 2, axis=1))
+    """(..., H) with its halves exchanged, written as a reversal because that stays inside an elementwise loop.
+
+    A product with a permutation is 2% of a step faster, but would be counted as work of the model.
+    """
+    pairs = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
+    return jnp.flip(pairs, axis=-2).reshape(x.shape)
 
 
 def _whole_tables(cos: Array, sin: Array) -> tuple[Array, Array]:

@@ -84,21 +84,29 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "ModelConfig":
-        """The config a `to_json` dict describes. Raises UserError naming a field this code does not know."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in fields:
-            if name not in known:
-                raise UserError(f"ModelConfig has no field {name!r}.{nearest(name, known)}")
+        """The config a `to_json` dict describes. Raises UserError naming a field that is unknown or missing."""
         fields = dict(fields)
         if fields.get("rope_scaling"):
-            fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
-        return cls(**fields)
+            fields["rope_scaling"] = _checked(RopeScaling, fields["rope_scaling"])
+        return _checked(cls, fields)
 
     def same_architecture(self, other: "ModelConfig") -> list[str]:
         """The fields in which two configs describe different weights; how they are computed does not count."""
         how = {"dtype", "scan", "remat", "context"}
         names = (field.name for field in dataclasses.fields(self) if field.name not in how)
         return [name for name in names if getattr(self, name) != getattr(other, name)]
+
+
+def _checked[T](kind: type[T], fields: dict[str, Any]) -> T:
+    """kind(**fields). Raises UserError naming a field that `kind` does not know or that it needs."""
+    known = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for name in fields:
+        if name not in known:
+            raise UserError(f"{kind.__name__} has no field {name!r}.{nearest(name, list(known))}")
+    for name, field in known.items():
+        if name not in fields and field.default is dataclasses.MISSING:
+            raise UserError(f"{kind.__name__} needs the field {name!r}, and it is not there.")
+    return kind(**fields)
 
 
 _LLAMA3_ROPE = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)

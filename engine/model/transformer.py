@@ -21,7 +21,8 @@ from engine.model.paths import stack
 
 Params = dict[str, Any]
 
-EMBED_STD = 0.02
+# A tied table is also the head, whose logits must start small; a table of its own starts as large as what blocks add.
+TIED_STD, EMBED_STD = 0.02, 0.5
 Rotary = tuple[Array, Array]
 Cached = tuple[Array, Array, Array]  # one layer's k and v (B, K, S, H), and each row's length (B,)
 
@@ -140,7 +141,7 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, tokens, positions, segments=None, cache=None, head: bool = True):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
-        embed = self.param("embed", nn.initializers.normal(EMBED_STD), (cfg.vocab, cfg.width))
+        embed = self.param("embed", nn.initializers.normal(TIED_STD if cfg.tied else EMBED_STD), (cfg.vocab, cfg.width))
         with jax.named_scope("embed"):
             x = lookup(embed, tokens)
         x, cache = Blocks(cfg, name="blocks")(x, layers.rope_tables(cfg, positions), segments, cache)

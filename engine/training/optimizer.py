@@ -68,7 +68,7 @@ def make_schedule(cfg: OptimizerConfig) -> Schedule:
     """
 
     def factor(progress: Array) -> Array:
-        warm = jnp.minimum(progress / max(cfg.warmup, 1e-9), 1.0)
+        warm = jnp.minimum(progress / cfg.warmup, 1.0) if cfg.warmup else 1.0
         if cfg.schedule == "cosine":
             done = jnp.clip((progress - cfg.warmup) / max(1 - cfg.warmup, 1e-9), 0.0, 1.0)
             down = 0.5 * (1 + jnp.cos(jnp.pi * done))

@@ -28,12 +28,12 @@ def windows_of(batches: Batches, epoch: int) -> list[np.ndarray]:
 
 def test_shapes_and_types() -> None:
     batch = Batches(PLACES, seq=7, batch=6, seed=0).at(3)
-    for field in batch:
+    assert batch.segments is None
+    for field in batch[:4]:
         assert field.shape == (6, 7)
-    assert [field.dtype for field in batch] == [np.int32, np.int32, np.bool, np.int32, np.int32]
+    assert [field.dtype for field in batch[:4]] == [np.int32, np.int32, np.bool, np.int32]
     assert batch.mask.all()
     np.testing.assert_array_equal(batch.positions, np.tile(np.arange(7), (6, 1)))
-    assert batch.segments is None
 
 
 @settings(deadline=None, max_examples=40)
@@ -90,7 +90,7 @@ def test_processes_share_one_global_batch(processes: int) -> None:
     for step in (0, 8, 17, 1000):
         parts = [Batches(PLACES, 7, 16, 3, processes, process).at(step) for process in range(processes)]
         assert {part.tokens.shape for part in parts} == {(16 // processes, 7)}
-        together = Batch(*(np.concatenate(fields) for fields in zip(*parts)))
+        together = Batch(*(np.concatenate(fields) for fields in zip(*(part[:4] for part in parts))))
         assert same(together, Batches(PLACES, 7, 16, 3).at(step))
 
 
@@ -132,7 +132,7 @@ def test_evaluation_scores_every_token_but_the_first_once(length: int, seq: int,
     scored = []
     windows = 0
     for part in evaluation_windows(PLACES[:length], seq, stride, batch):
-        assert {field.shape for field in part} == {(batch, seq)}
+        assert {field.shape for field in part[:4]} == {(batch, seq)}
         windows += int(np.any(part.mask, axis=1).sum())
         for tokens, targets, mask in zip(part.tokens, part.targets, part.mask):
             scored += targets[mask].tolist()
