@@ -50,8 +50,11 @@ def start(choice: str = "auto") -> Device:
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
     try:
         backend = jax.default_backend()
-    except RuntimeError as error:
-        raise UserError(f"JAX cannot start: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, AssertionError) as error:  # the latter where JAX_PLATFORMS names what this JAX cannot use
+        named = os.environ.get("JAX_PLATFORMS")
+        wanted = f" on JAX_PLATFORMS={named}; unset it, or install JAX's support for it" if named else ""
+        reason = f": {str(error).splitlines()[0]}" if str(error) else ""
+        raise UserError(f"JAX cannot start{wanted}{reason}.") from error
     if choice not in ("auto", backend):
         raise UserError(f"There is no {choice.upper()} that JAX can use here, only {backend.upper()}.{_advice(choice)}")
     from engine.counting.hardware import cores, device_name

@@ -215,4 +215,3 @@ print("optax" in sys.modules)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["[]", "True"]
     assert len(modules) >= 3
-

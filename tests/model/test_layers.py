@@ -87,9 +87,7 @@ def test_stretched_frequencies_are_llama_threes(scaling):
     plain = 500_000.0 ** (-np.arange(32) / 32)
     np.testing.assert_allclose(layers.rope_frequencies(cfg), plain, rtol=1e-5)
     expected = stretched(plain, scaling)
-    np.testing.assert_allclose(
-        layers.rope_frequencies(dataclasses.replace(cfg, rope_scaling=scaling)), expected, rtol=1e-5
-    )
+    np.testing.assert_allclose(layers.rope_frequencies(dataclasses.replace(cfg, rope_scaling=scaling)), expected, rtol=1e-5)
     unchanged = sum(a == b for a, b in zip(plain, expected))
     assert 0 < unchanged < 32, "the case reaches both ends"
 

@@ -1,6 +1,5 @@
 """The transformer: what a token may know, and that no way of running it computes anything else than the one on paper."""
 
-import functools
 import sys
 
 import jax
@@ -38,9 +37,12 @@ def elsewhere(monkeypatch):
 
 
 @pytest.fixture(params=["cpu", "elsewhere"])
-def device(request):
-    if request.param == "elsewhere":
-        request.getfixturevalue("elsewhere")
+def reads(request):
+    """`forward`, compiled for a CPU, and as for another device."""
+    if request.param == "cpu":
+        return run
+    request.getfixturevalue("elsewhere")
+    return jax.jit(lambda *arguments: forward(*arguments), static_argnums=0)
 
 
 def on_paper(cfg, params, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -80,10 +82,10 @@ def on_paper(cfg, params, tokens: np.ndarray, positions: np.ndarray) -> np.ndarr
 
 
 @FAMILY
-def test_the_logits_are_those_on_paper(cfg, device):
+def test_the_logits_are_those_on_paper(cfg, reads):
     params, tokens = lively_params(cfg), tokens_of(0, B, T)
     positions = positions_of(B, T) + np.array([[0], [30]], np.int32)
-    logits, cache = jax.jit(functools.partial(forward, cfg))(params, tokens, positions)
+    logits, cache = reads(cfg, params, tokens, positions)
     assert (logits.dtype, cache) == (jnp.float32, None)
     expected = np.stack([on_paper(cfg, params, *row) for row in zip(tokens, positions)])
     np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
@@ -102,13 +104,13 @@ SEGMENTS = np.array([[0, 0, 0, 1, 1, 1, 1], [2, 2, 5, 5, 5, 6, 6]], np.int32)
 
 
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one text a row", "packed"])
-def test_a_token_knows_what_came_before_it_and_nothing_else(cfg, params, segments, device):
+def test_a_token_knows_what_came_before_it_and_nothing_else(cfg, params, segments, reads):
     """d logits[b, t] / d embedding[b', t'] is exactly 0 unless b' = b, t' <= t and both stand in one text."""
     tokens = np.random.default_rng(0).permutation(cfg.vocab)[: B * T].reshape(B, T).astype(np.int32)  # no two alike
     mixing = np.random.default_rng(1).standard_normal(cfg.vocab).astype(np.float32)
 
     def outputs(embed):
-        logits, _ = forward(cfg, params | {"embed": embed}, tokens, positions_of(B, T), segments=segments)
+        logits, _ = reads.__wrapped__(cfg, params | {"embed": embed}, tokens, positions_of(B, T), None, segments)
         return logits @ mixing
 
     jacobian = jax.jit(jax.jacrev(outputs))(params["embed"])  # (B, T, V, D)
@@ -118,28 +120,26 @@ def test_a_token_knows_what_came_before_it_and_nothing_else(cfg, params, segment
         assert (felt[b, t, b_, t_] > 0) == may, (b, t, b_, t_)
 
 
-def test_texts_packed_into_a_row_are_read_as_if_alone(cfg, params, device):
-    forward_ = jax.jit(functools.partial(forward, cfg))
+def test_texts_packed_into_a_row_are_read_as_if_alone(cfg, params, reads):
     tokens = tokens_of(0, B, T)
     positions = np.array([[0, 1, 2, 0, 1, 2, 3], [0, 1, 0, 1, 2, 0, 1]], np.int32)
-    packed, _ = forward_(params, tokens, positions, segments=SEGMENTS)
+    packed, _ = reads(cfg, params, tokens, positions, None, SEGMENTS)
     for b, start, end in ((0, 0, 3), (0, 3, 7), (1, 0, 2), (1, 2, 5), (1, 5, 7)):
         alone = np.zeros((B, T), np.int32)
         alone[0, : end - start] = tokens[b, start:end]
-        expected, _ = forward_(params, alone, positions_of(B, T))
+        expected, _ = reads(cfg, params, alone, positions_of(B, T))
         np.testing.assert_allclose(packed[b, start:end], expected[0, : end - start], atol=2e-5, rtol=0)
 
 
 PIECES = [(0, 5), (5, 10), (10, 11), (11, 12), (12, 13)]  # prefill in two chunks, then token by token
 
 
-def assert_cached_is_uncached(cfg, tolerance: float) -> None:
-    forward_ = jax.jit(functools.partial(forward, cfg))
+def assert_cached_is_uncached(reads, cfg, tolerance: float) -> None:
     params, tokens = lively_params(cfg), tokens_of(0, B, 13)
-    expected, _ = forward_(params, tokens, positions_of(B, 13))
+    expected, _ = reads(cfg, params, tokens, positions_of(B, 13))
     cache, got = make_cache(cfg, B, 15), []
     for start, end in PIECES:
-        logits, cache = forward_(params, tokens[:, start:end], positions_of(B, 13)[:, start:end], cache)
+        logits, cache = reads(cfg, params, tokens[:, start:end], positions_of(B, 13)[:, start:end], cache)
         assert cache.length.tolist() == [start] * B, "how many tokens were real is for the caller to say"
         cache = cache._replace(length=cache.length + (end - start))
         got.append(logits)
@@ -148,77 +148,70 @@ def assert_cached_is_uncached(cfg, tolerance: float) -> None:
 
 @FAMILY
 def test_cached_is_uncached_at_every_position(cfg):
-    assert_cached_is_uncached(cfg, 1e-5)
+    assert_cached_is_uncached(run, cfg, 1e-5)
 
 
 def test_cached_is_uncached_in_bfloat16():
-    assert_cached_is_uncached(tiny_config(dtype="bfloat16"), 0.03)
+    assert_cached_is_uncached(run, tiny_config(dtype="bfloat16"), 0.03)
 
 
 def test_cached_is_uncached_on_other_devices(elsewhere):
-    assert_cached_is_uncached(QWEN3, 1e-5)
+    assert_cached_is_uncached(jax.jit(lambda *arguments: forward(*arguments), static_argnums=0), QWEN3, 1e-5)
 
 
 def test_rows_of_a_cache_stand_at_their_own_lengths(cfg, params):
     """One row is 5 tokens in, the other 2: each is read as if the other were not there."""
     tokens, lengths = tokens_of(0, B, 5), np.array([5, 2], np.int32)
-    _, cache = run(cfg, params, tokens, positions_of(B, 5), make_cache(cfg, B, 13))
+    _, cache = run(cfg, params, tokens, positions_of(B, 5), make_cache(cfg, B, 15))
     cache = cache._replace(length=jnp.asarray(lengths))
-    new = tokens_of(1, B, 3)
-    logits, _ = run(cfg, params, new, lengths[:, None] + np.arange(3, dtype=np.int32), cache)
+    new = tokens_of(1, B, 5)
+    logits, _ = run(cfg, params, new, lengths[:, None] + np.arange(5, dtype=np.int32), cache)
     for b in range(B):
-        whole = np.zeros((B, 8), np.int32)
-        whole[b, : lengths[b] + 3] = [*tokens[b, : lengths[b]], *new[b]]
-        expected, _ = run(cfg, params, whole, positions_of(B, 8))
-        np.testing.assert_allclose(logits[b], expected[b, lengths[b] : lengths[b] + 3], rtol=0, atol=2e-5)
+        whole = np.zeros((B, 13), np.int32)
+        whole[b, : lengths[b] + 5] = [*tokens[b, : lengths[b]], *new[b]]
+        expected, _ = run(cfg, params, whole, positions_of(B, 13))
+        np.testing.assert_allclose(logits[b], expected[b, lengths[b] : lengths[b] + 5], rtol=0, atol=2e-5)
 
 
-def test_layout_never_changes_what_is_computed(cfg, params):
-    """Scanned or unrolled, kept or recomputed: one value and one gradient. And each layout is really another program."""
+def test_no_layout_and_no_device_changes_what_is_computed(cfg, params, monkeypatch):
+    """Unrolled or scanned, kept or recomputed, shaped by hand or plain: one value and one gradient.
+
+    And each is really another program.
+    """
     tokens, weights = tokens_of(0, B, T), np.random.default_rng(1).standard_normal((B, T, cfg.vocab)).astype(np.float32)
 
-    def value(params, cfg):
-        return (forward(cfg, params, tokens, positions_of(B, T), segments=SEGMENTS)[0] * weights).sum()
+    def slope(**layout):
+        def value(params):
+            logits, _ = forward(tiny_config(**layout), params, tokens, positions_of(B, T), segments=SEGMENTS)
+            return (logits * weights).sum()
 
-    layouts = [tiny_config(scan=scan, remat=remat) for scan in (False, True) for remat in ("none", "block")]
-    texts = [str(jax.make_jaxpr(functools.partial(value, cfg=cfg))(params)) for cfg in layouts]
-    assert [" scan[" in text for text in texts] == [False, False, True, True]
-    assert ["checkpoint" in text or "remat" in text for text in texts] == [False, True, False, True]
+        text = str(jax.make_jaxpr(value)(params))
+        signs = {"scan": " scan[" in text, "remat": "checkpoint" in text or "remat" in text, "rules": "custom_vjp" in text}
+        return jax.jit(jax.value_and_grad(value))(params), signs
 
-    results = [jax.jit(jax.value_and_grad(functools.partial(value, cfg=cfg)))(params) for cfg in layouts]
-    for result in results[1:]:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4), result, results[0])
-    assert min(np.abs(leaf).max() for leaf in jax.tree.leaves(results[0][1])) > 0.1, "every leaf is felt"
-
-
-def test_hand_shaped_is_plain_with_gradients(cfg, params, monkeypatch):
-    """The whole model, both ways: what a CPU trains is what a GPU trains."""
-    tokens, weights = tokens_of(0, B, T), np.random.default_rng(1).standard_normal((B, T, cfg.vocab)).astype(np.float32)
-
-    def value(params):
-        return (forward(cfg, params, tokens, positions_of(B, T), segments=SEGMENTS)[0] * weights).sum()
-
-    shaped = jax.jit(jax.value_and_grad(lambda params: value(params)))(params)
+    expected, signs = slope()
+    assert signs == {"scan": False, "remat": False, "rules": True}
+    assert min(np.abs(leaf).max() for leaf in jax.tree.leaves(expected[1])) > 0.1, "every leaf is felt"
+    others = [slope(scan=True, remat="block"), slope(remat="block")]
     leave_the_cpu(monkeypatch)
-    plain = jax.make_jaxpr(value)(params)
-    assert "custom_vjp" not in str(plain)
-    plain = jax.jit(jax.value_and_grad(lambda params: value(params)))(params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4), shaped, plain)
+    others.append(slope(scan=True))
+    assert [tuple(signs.values()) for _, signs in others] == [(True, True, True), (False, True, True), (True, False, False)]
+    for result, _ in others:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4), result, expected)
 
 
 def test_a_fresh_model_knows_nothing():
     """Each block starts as the identity and an untied head at zero: the first loss is ln V to the bit, tied nearly so."""
     tokens = tokens_of(0, B, T)
-    for cfg in (QWEN3, QWEN2):
-        params = init(cfg, jax.random.key(3))
-        logits, _ = run(cfg, params, tokens, positions_of(B, T))
-        if cfg.tied:
-            assert abs(float(jax.nn.logsumexp(logits, -1).mean()) - np.log(cfg.vocab)) < 0.1
-        else:
-            assert not np.asarray(logits).any()
-        x = np.asarray(params["embed"])[tokens]
-        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + cfg.eps)
-        np.testing.assert_allclose(hidden_of(cfg, params, tokens, positions_of(B, T)), x, rtol=1e-5)
+    params = init(QWEN3, jax.random.key(3))
+    logits, _ = run(QWEN3, params, tokens, positions_of(B, T))
+    assert not np.asarray(logits).any()
+    x = np.asarray(params["embed"])[tokens]
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + QWEN3.eps)
+    np.testing.assert_allclose(hidden_of(QWEN3, params, tokens, positions_of(B, T)), x, rtol=1e-5)
+
+    logits, _ = run(QWEN2, init(QWEN2, jax.random.key(3)), tokens, positions_of(B, T))
+    assert abs(float(jax.nn.logsumexp(logits, -1).mean()) - np.log(QWEN2.vocab)) < 0.1
 
 
 def test_a_key_gives_one_model_and_another_key_another():
