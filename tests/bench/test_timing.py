@@ -74,9 +74,7 @@ def test_a_ratio_within_its_spread_of_one_is_no_difference():
 
 
 def test_a_ratio_smaller_than_its_spread_is_refused_with_both_numbers():
-    with pytest.raises(
-        TooNoisyError, match=r"a / b: the ratio 1\.00 ± 8\.00 is less than its own spread over 5 rounds"
-    ):
+    with pytest.raises(TooNoisyError, match=r"a / b: the ratio 1\.00 ± 8\.00 is less than its own spread over 5 rounds"):
         ratio(Timing("a", (0.1, 1.0, 9.0, 9.0, 1.0)), Timing("b", (1.0,) * 5))
 
 

@@ -264,10 +264,7 @@ def test_reading_a_prompt_is_decoding_its_tokens_with_one_head(cfg, tokens, cach
     assert read.total == tokens * (decoded.total - head) + head
     assert read.backward == 0
     one_block = prefill_flops(cfg, tokens, attention="causal")
-    assert (
-        2 * one_block.parts["attention"].forward
-        == prefill_flops(cfg, tokens, attention="full").parts["attention"].forward
-    )
+    assert 2 * one_block.parts["attention"].forward == prefill_flops(cfg, tokens, attention="full").parts["attention"].forward
 
 
 def test_the_lowest_block_that_the_backward_pass_enters():

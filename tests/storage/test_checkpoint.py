@@ -339,9 +339,7 @@ class Shim:
     def hear(self, event, args):
         if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod") and self.folder:
             below = str(args[0]).startswith(self.folder)
-            if below or (
-                event in ("os.remove", "os.rmdir") and args[1] != -1
-            ):  # rmtree names a file by its folder's handle
+            if below or (event in ("os.remove", "os.rmdir") and args[1] != -1):  # rmtree names a file by its folder's handle
                 self.count()
 
     def count(self):
@@ -500,9 +498,7 @@ def test_an_interrupt_at_any_time_leaves_older_checkpoints(tmp_path, capfd):
 
 def refused(folder: Path, step: int, wanted: str, reason: str):
     where = re.escape(f"{folder}/checkpoints/{step}")
-    return pytest.raises(
-        UserError, match=rf"{where} could not be written \({wanted} MB wanted\): .*{reason}.* untouched"
-    )
+    return pytest.raises(UserError, match=rf"{where} could not be written \({wanted} MB wanted\): .*{reason}.* untouched")
 
 
 def test_a_full_disk_is_said_before_it_is_filled(tmp_path, monkeypatch):

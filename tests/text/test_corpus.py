@@ -132,9 +132,7 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch) -> None:
 
 
 @settings(deadline=None)
-@given(
-    documents=st.lists(st.text(alphabet="ab\n", min_size=1), min_size=1, max_size=30), fraction=st.floats(0.01, 0.99)
-)
+@given(documents=st.lists(st.text(alphabet="ab\n", min_size=1), min_size=1, max_size=30), fraction=st.floats(0.01, 0.99))
 def test_holding_out_loses_nothing(documents: list[str], fraction: float) -> None:
     if len("".join(documents)) < 2:
         return

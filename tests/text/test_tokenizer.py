@@ -15,19 +15,14 @@ from engine.errors import UserError
 from engine.text import tokenizer as tokenizer_module
 from engine.text.tokenizer import END, Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 
-PROSE = (
-    "The quality of mercy isn't strain'd, it droppeth as the gentle rain; 1596 or 1597? Größe, 東京, नमस्ते, 👩‍👩‍👧!\n\n"
-    * 40
-)
+PROSE = "The quality of mercy isn't strain'd, it droppeth as the gentle rain; 1596 or 1597? Größe, 東京, नमस्ते, 👩‍👩‍👧!\n\n" * 40
 BPE = train_bpe([PROSE], 320)
 BYTE = byte_tokenizer()
 BOTH = pytest.mark.parametrize("tokenizer", [BPE, BYTE], ids=["bpe", "byte"])
 
 # Every code point with something of each alternative of the split around it, and drawn text full of what it looks for.
 EVERY = "".join(map(chr, itertools.chain(range(0xD800), range(0xE000, sys.maxunicode + 1))))
-texts = (
-    st.text() | st.text(alphabet=" \t\r\n'abZsé1½٣^_\u0301\u200d\ufe0f東😀<|>") | st.sampled_from([END, "<|im_start|>"])
-)
+texts = st.text() | st.text(alphabet=" \t\r\n'abZsé1½٣^_\u0301\u200d\ufe0f東😀<|>") | st.sampled_from([END, "<|im_start|>"])
 
 
 @BOTH

@@ -1,0 +1,67 @@
+"""Every command in the README is run here, as written, but for flags that make it short."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# What is added so that a command takes seconds. A command that is not named here is run as it stands.
+SHORT = {
+    "stages.train": ["--max-time", "1s", "--context", "64", "--batch", "4", "--tokenizer", "bytes"],
+    "bench.training": ["--shapes", "1x64x64x2", "--rounds", "3"],
+    "bench.commands": ["--max-time", "1s"],
+}
+
+
+def commands() -> list[list[str]]:
+    """What follows `python` in each line of the README's sh blocks, and in code spans that begin with `uv run python`."""
+    text = (ROOT / "README.md").read_text()
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()]
+    lines += re.findall(r"`(uv run python [^`]*)`", text)
+    words = [shlex.split(line, comments=True) for line in lines if line.strip()]
+    return [line[line.index("python") + 1 :] for line in words if "python" in line]
+
+
+def test_the_readme_names_the_test_command_that_ci_runs():
+    assert "uv run --extra dev pytest" in (ROOT / "README.md").read_text()
+    assert "uv run --extra dev pytest" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_line_is_a_module_of_this_project():
+    for command in commands():
+        assert command[0] == "-m", command
+        path = ROOT / Path(*command[1].split("."))
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), command
+
+
+def test_every_command_of_the_readme(tmp_path):
+    text = tmp_path / "text.txt"
+    lines = (f"The {i * 7919 % 1000}th line of a small text, which says {i * 31 % 97} things.\n" for i in range(1500))
+    text.write_text("".join(lines))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
+    for command in commands():
+        name = command[1]
+        extra = list(SHORT.get(name, []))
+        if name == "stages.train" and "--steps" in command:
+            extra = extra[2:]
+        if name in ("stages.train", "bench.commands") and "--data" not in command:
+            extra += ["--data", str(text)]
+        elif name == "stages.train":
+            extra += ["--out-dir", "runs/python", "--dry-run"]  # the whole library is more than a test should read twice
+        whole = [sys.executable, *command, *extra]
+        run = subprocess.run(whole, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert run.returncode == 0, f"{command} {extra}\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}"
+        assert run.stdout, command
+
+
+@pytest.mark.parametrize("line", (ROOT / "README.md").read_text().split("## The tree")[1].splitlines())
+def test_the_tree_is_the_tree(line):
+    for name in re.findall(r"^\s*((?:\w+\.py ?)+|\w+/)", line):
+        for part in name.split():
+            found = [path for path in ROOT.rglob(part.rstrip("/")) if ".venv" not in path.parts]
+            assert found, part
