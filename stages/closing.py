@@ -8,6 +8,7 @@ from engine.inference.decode import for_inference, generate
 from engine.inference.sample import make_sampling
 from stages import interrupt, run_folder, words
 from stages.loop import Loop
+from stages.plan import ceiling, measured_ceilings
 from stages.validate import bits, rows_for, whole_text
 
 if TYPE_CHECKING:
@@ -31,13 +32,14 @@ def close(run: "Run", state: Any, loop: Loop) -> int:
     with whole_file(folder / "samples" / f"{past.step}.txt") as file:
         file.write(text.encode())
     speed = past.step * run.plan.step_tokens / past.seconds
+    top = ceiling(cfg, measured_ceilings(console, again=True))
     result = {
         "val_bits_per_byte": value,
         "train_seconds": past.seconds,
         "first_step_seconds": past.first_step_seconds,
         "peak_rss_bytes": peak_rss_bytes(),
         "tokens_per_second": speed,
-        "mfu": past.step * run.plan.step_flops / past.seconds / loop.job.ceiling,
+        "mfu": past.step * run.plan.step_flops / past.seconds / top,
         "steps": past.step,
         "refused_steps": past.refused,
     }

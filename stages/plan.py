@@ -23,7 +23,7 @@ from stages.recipes import Recipe
 
 MEASURE = (
     "from engine.allocator import keep_freed_memory; keep_freed_memory(); "
-    "from engine.counting.hardware import ceilings; ceilings()"
+    "from engine.counting.hardware import ceilings; ceilings(refresh=True)"
 )
 # What a step is predicted to take: its products at this share of the ceiling, the optimizer's traffic, its dispatch.
 EXPECTED = 0.5
@@ -75,16 +75,18 @@ def ceiling(cfg: ModelConfig, best: Ceilings) -> float:
     return 1e9 * (best.bf16_gflops if cfg.dtype == "bfloat16" else best.f32_gflops)
 
 
-def measured_ceilings(console: Console) -> Ceilings:
-    """This machine's ceilings, from the cache or measured now.
+def measured_ceilings(console: Console, again: bool = False) -> Ceilings:
+    """This machine's ceilings: the best ever measured here, kept in the user's cache.
 
-    On a CPU another process measures them: here, its arrays would count as memory of the training run.
+    They are measured when the cache has none, or `again`: what was measured in a noisy moment is then raised, and a
+    share of it is not flattered. On a CPU another process measures, whose arrays are not this run's memory.
     """
-    with console.task("measuring this machine's ceilings, once") as report:
-        if jax.default_backend() == "cpu" and not any(cache_folder("hardware").glob("*.json")):
+    with console.task("measuring this machine's ceilings") as report:
+        on_cpu = jax.default_backend() == "cpu"
+        if on_cpu and (again or not any(cache_folder("hardware").glob("*.json"))):
             nowhere = subprocess.DEVNULL
             subprocess.run([sys.executable, "-c", MEASURE], stdin=nowhere, stdout=nowhere, stderr=nowhere, check=False)
-        return ceilings(report=report)
+        return ceilings(refresh=again and not on_cpu, report=report)
 
 
 def memory_limit() -> int:

@@ -20,7 +20,7 @@ class Recipe:
 
 _MUON = OptimizerConfig(
     kind="muon", learning_rate=0.003, matrix_learning_rate=0.02, schedule="wsd", warmup=0.02, decay=0.5,
-    weight_decay=0.05, clip=1.0,
+    weight_decay=0.1, clip=1.0,
 )  # fmt: skip
 
 RECIPES = {
