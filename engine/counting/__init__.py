@@ -1,0 +1,1 @@
+"""What work costs: FLOPs and memory by formula, this machine's ceilings by measurement."""

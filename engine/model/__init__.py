@@ -1,0 +1,1 @@
+"""The one function both paths share: (params, tokens) -> logits."""

@@ -1,0 +1,1 @@
+"""What lies on disk: checkpoints, digests of weights, named assets."""
