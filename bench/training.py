@@ -53,6 +53,7 @@ def main(args: list[str] | None = None) -> int:
     print(f"{'shape':>16} {'params':>9} {'ms a step':>10} {'GFLOP/s':>9} {'of ceiling':>11} {'tokens/s':>9}", flush=True)
     rows, timings = [], {}
     for layers, width, tokens, batch in filter(None, shapes):
+        print(f"measuring {layers}x{width}x{tokens}x{batch} ...", file=sys.stderr, flush=True)
         cfg, run = _stepper(layers, width, tokens, batch, flags)
         timing = measure({"step": run}, rounds=flags.rounds, warmups=2)["step"]
         # The ceiling again beside each shape: on a shared machine it moves, and the best of all counts for all.
