@@ -1,6 +1,7 @@
-"""`python -m bench`: what can be measured, one line each."""
+"""`python -m bench`: what can be measured, one line each, and the same as JSON."""
 
 import ast
+import json
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ def main() -> int:
     width = max(map(len, found))
     for name, line in found.items():
         print(f"  python -m bench.{name:<{width}}  {line}")
+    print(json.dumps({"measurements": found}))
     return 0
 
 

@@ -49,6 +49,7 @@ def evaluate(given: Evaluate) -> None:
 
     interrupt.doing("before the evaluation was done.")
     started = device.start(given.device)
+    from engine.errors import UserError
     from engine.storage.digest import digest
     from stages import load, validate, words
     from stages.console import Console
@@ -58,8 +59,12 @@ def evaluate(given: Evaluate) -> None:
             model = load.load_model(given.model)
         text, name = _text(given, model, console)
         cfg = model.cfg
-        seq = given.context or cfg.context
+        # A window longer than the text holds nothing more.
+        seq = min(given.context or cfg.context, max(2, len(text.tokens) - 1))
         stride = given.stride or max(1, seq // 2)
+        if stride > seq:
+            raise UserError(f"--stride {stride:,} would leave tokens out: it is at most the window of {seq:,} tokens.")
+        beyond = f" (the model was trained on {cfg.context:,})" if seq > cfg.context else ""
         rows = given.batch or validate.rows_for(cfg, seq)
         load.say_damaged(model, console)
         console.rows(
@@ -67,7 +72,7 @@ def evaluate(given: Evaluate) -> None:
                 ("device", str(started)),
                 ("model", str(model.checkpoint)),
                 ("text", name),
-                ("window", f"{seq:,} tokens, moved on by {stride:,}; {rows} at a time"),
+                ("window", f"{seq:,} tokens{beyond}, moved on by {stride:,}; {rows} at a time"),
             ]
         )
         before = digest(model.params)

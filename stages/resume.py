@@ -31,6 +31,10 @@ class Before:
     def finished(self, plan: Plan) -> bool:
         return plan.done(self.past.step, self.past.seconds) >= 1
 
+    def sound(self) -> bool:
+        """Whether the newest checkpoint is what was written."""
+        return not checkpoint.verify(self.folder / "checkpoints" / str(self.past.step))
+
 
 def look(folder: Path, facts: dict[str, Any], cfg: ModelConfig, overwrite: bool) -> Before | None:
     """The run in the folder that is to go on; None when there is none, or `overwrite` says to forget it.
@@ -79,6 +83,19 @@ def differences(old: dict[str, Any], new: dict[str, Any], old_cfg: ModelConfig, 
     return found
 
 
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What a run may go on with although it is not as it was, such as the learning rate: `learning_rate: 0.003 -> 0.01`."""
+    there, now = (_flat({"recipe": run.get("recipe"), "validation": run["text"].get("validation")}) for run in (old, new))
+    return [f"{name}: {there.get(name)} -> {now.get(name)}" for name in now if there.get(name) != now.get(name)]
+
+
+def _flat(value: dict[str, Any]) -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for name, item in value.items():
+        leaves |= _flat(item) if isinstance(item, dict) else {name: item}
+    return leaves
+
+
 def _differing(name: str, there: object, now: object) -> str:
     return f"{name} ({there} there, {now} now)" if there != now else name
 
@@ -92,7 +109,7 @@ def past_of(state: dict[str, Any]) -> Past:
     return Past(**{field.name: state[field.name] for field in dataclasses.fields(Past)})
 
 
-def restore(before: Before | None, plan: Plan, console: Console) -> tuple[TrainState, Past]:
+def restore(before: Before | None, plan: Plan, facts: dict[str, Any], console: Console) -> tuple[TrainState, Past]:
     """The state to train from: random weights, or the newest sound checkpoint, said aloud."""
     tx = make_optimizer(plan.recipe.optimizer)
     fresh = lambda: init_state(tx, init_params(plan.cfg, jax.random.key(plan.seed)))  # noqa: E731
@@ -105,6 +122,11 @@ def restore(before: Before | None, plan: Plan, console: Console) -> tuple[TrainS
     past = past_of(loaded.state)
     for line in loaded.damaged:
         console.say(f"damaged: {line}", style="yellow")
+    if loaded.damaged:
+        for path in checkpoint.set_aside(before.folder, past.step):
+            console.say(f"set aside: {path}", style="yellow")
+    for line in changes(before.run, facts):
+        console.say(f"changed: {line}", style="yellow")
     instead = " (the newest that is sound)" if loaded.damaged else ""
     console.say(f"resumed at step {past.step:,}{instead}, {words.duration(past.seconds)} into training")
     return TrainState(jax.numpy.int32(past.step), loaded.params, loaded.optimizer), past

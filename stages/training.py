@@ -63,9 +63,9 @@ class Run:
         plan.check_memory(self.plan)
         before = resume.look(self.folder, self.facts(), self.plan.cfg, self.given.folder.overwrite)
         self.show_plan()
-        if before and before.finished(self.plan) and before.run.get("result"):
+        if before and before.finished(self.plan) and before.run.get("result") and before.sound():
             return self.already_finished(before)
-        state, past = resume.restore(before, self.plan, self.console)
+        state, past = resume.restore(before, self.plan, self.facts(), self.console)
         resume.begin(self.folder, self.plan.cfg, self.data.tokenizer, self.facts(), fresh=before is None)
         loop = Loop(self.job(), past, self.console)
         if self.plan.done(past.step, past.seconds) < 1:

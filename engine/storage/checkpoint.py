@@ -148,6 +148,22 @@ def verify(step_folder: Path, part: str | None = None) -> list[str]:
     return faults(Path(step_folder).absolute(), skip)
 
 
+def set_aside(folder: Path, after: int) -> list[Path]:
+    """Renames every checkpoint of a step beyond `after` to `damaged-STEP`, and returns the new paths.
+
+    For a run that goes back to an older checkpoint: what it left behind must not pass for its newest later on.
+    """
+    root = _root(folder)
+    moved = []
+    for step in steps(folder):
+        if step > after:
+            target = root / f"damaged-{step}"
+            if target.exists():
+                shutil.rmtree(target)
+            moved.append((root / str(step)).rename(target))
+    return moved
+
+
 def sweep(folder: Path) -> None:
     """Removes what killed saves left below a run folder; leaves all as it is while another process saves there."""
     root = _root(folder)

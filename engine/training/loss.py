@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from engine.model.config import ModelConfig
+from engine.model.leaves import project
 from engine.model.transformer import Params, forward, hidden_states
 from engine.text.batch import Batch
 
@@ -62,7 +63,7 @@ def chunked_losses(cfg: ModelConfig, params: Params, hidden: Array, targets: Arr
     def add_chunk(carry: Any, part: tuple[Array, Array]) -> tuple[Any, None]:
         highest, total, picked = carry
         weight, start = part
-        logits = jnp.dot(hidden, weight).astype(jnp.float32)
+        logits = project(hidden, weight, jnp.float32)
         logits = jnp.where(start + jnp.arange(chunk) < cfg.vocab, logits, -jnp.inf)
         new_highest = jnp.maximum(highest, logits.max(-1))
         total = total * jnp.exp(highest - new_highest) + jnp.exp(logits - new_highest[:, None]).sum(-1)

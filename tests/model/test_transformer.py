@@ -67,7 +67,7 @@ def on_paper(cfg, params, tokens: np.ndarray, positions: np.ndarray) -> np.ndarr
 
     x = params["embed"][tokens]
     for block in (params["blocks"][str(i)] for i in range(cfg.layers)):
-        qkv = (norm(x) * block["attn_norm"]) @ block["qkv"] + block.get("qkv_bias", 0)
+        qkv = (norm(x) * block["attn_norm"]) @ block["qkv"] + (block["qkv_bias"] if cfg.qkv_bias else 0)
         mixed = []
         for n in range(cfg.heads):
             k = head(qkv, cfg.heads + n // cfg.groups, "k_norm")

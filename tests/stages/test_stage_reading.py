@@ -52,6 +52,15 @@ def test_prompt_from_standard_input(trained: Path, capsys: pytest.CaptureFixture
     assert b"\x1b" not in done.stdout + done.stderr
 
 
+def test_a_window_is_no_longer_than_the_text(trained: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = text.parent / "short.txt"
+    short.write_text("The king went down to the sea.\n")
+    assert evaluate.main(["--model", str(trained), "--data", str(short), "--context", "100000000"]) == 0
+    assert "bits per byte" in capsys.readouterr().out
+    assert evaluate.main(["--model", str(trained), "--data", str(short), "--stride", "1000"]) == 2
+    assert "--stride 1,000 would leave tokens out" in capsys.readouterr().err
+
+
 def test_only_whole_characters_are_written(capsys: pytest.CaptureFixture[str]) -> None:
     writer = generate.Writer(byte_tokenizer(), 2)
     euro, other = "€".encode(), b"ab"

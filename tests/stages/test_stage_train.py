@@ -114,11 +114,14 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(
     victim = max((folder / "checkpoints" / "4" / "params").rglob("d/*"), key=lambda file: file.stat().st_size)
     victim.write_bytes(victim.read_bytes()[:-1] + b"\0\0")
     capsys.readouterr()
-    assert train.main(tiny(text, folder, "--steps", 5)) == 0
+    # The run was finished, but what it finished with is not there any more: the same command makes it again.
+    assert train.main(tiny(text, folder, "--steps", 4, "--learning-rate", "0.001")) == 0
     said = capsys.readouterr().out
     assert f"damaged: {victim}" in said
     assert "resumed at step 2 (the newest that is sound)" in said
-    assert checkpoint.verify(folder / "checkpoints" / "5") == []
+    assert "changed: learning_rate: 0.003 -> 0.001" in said
+    assert (folder / "checkpoints" / "damaged-4").exists()
+    assert checkpoint.verify(folder / "checkpoints" / "4") == []
 
 
 def test_time_boxed_run_counts_training_only(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

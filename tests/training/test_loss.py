@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny import B, T, lively_params, positions_of, tiny_config, tokens_of
 
+from engine.model.transformer import hidden_states, logits_of
 from engine.text.batch import Batch
 from engine.training import loss as module
 from engine.training.loss import chunked_losses, next_token_loss, summed_loss, token_losses
@@ -75,6 +76,18 @@ def test_in_chunks_is_the_whole_with_gradients(tied, chunk, monkeypatch):
     assert " scan[" in jaxpr, "it went the other way"
     chunked = jax.jit(jax.value_and_grad(lambda params: summed_loss(cfg, params, batch_of())))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), chunked, expected)
+
+
+def test_in_chunks_bfloat16_logits_are_float32_too():
+    cfg = tiny_config(dtype="bfloat16")
+    params = lively_params(cfg)
+    hidden = hidden_states(cfg, params, tokens_of(0, B, T), positions_of(B, T))
+    # Logits of tens, where bfloat16 would be off by a tenth; gains of 1, so that it does not matter what they scale.
+    params = params | {"head": 40 * params["head"], "norm": jnp.ones_like(params["norm"])}
+    targets = tokens_of(1, B, T)
+    expected = token_losses(logits_of(cfg, params, hidden), targets)
+    assert expected.max() > 20
+    np.testing.assert_allclose(chunked_losses(cfg, params, hidden, targets, 7), expected, atol=1e-3)
 
 
 def largest(jaxpr) -> int:

@@ -56,6 +56,22 @@ def test_a_loss_is_the_mean_over_all_that_counts(cfg, params):
     assert (int(metrics.tokens), int(metrics.refused), int(state.step)) == (count, 0, 1)
 
 
+def test_a_step_is_its_gradient_given_to_the_optimizer(cfg, params):
+    """Three times over, so that what the optimizer remembers counts as well."""
+    tx = make_optimizer(ADAMW)
+    update = jax.jit(lambda gradient, state, params: tx.update(gradient, state, params, progress=HALF))
+    expected, opt_state = params, tx.init(params)
+    for seed in range(3):
+        updates, opt_state = update(differentiate(cfg, expected, {}, batch_of(seed), 1)[1], opt_state, expected)
+        expected = optax.apply_updates(expected, updates)
+    state, _ = trained(cfg, tx, params, 3)
+    # A gradient near 0 moves AdamW's weight by its sign alone, so a few may differ by what one step is worth.
+    far = [np.abs(a - b) > 1e-4 for a, b in zip(jax.tree.leaves(state.trainable), jax.tree.leaves(expected), strict=True)]
+    assert sum(leaf.sum() for leaf in far) <= 2
+    moments = zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(opt_state), strict=True)
+    assert all(np.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in moments)
+
+
 @pytest.mark.parametrize(("packed", "microbatches"), [(True, 4), (False, 2)])
 def test_accumulation_is_one_big_batch(cfg, params, packed, microbatches):
     """Also when the parts count different numbers of targets: the mean is of the whole."""
@@ -103,14 +119,16 @@ def test_the_state_is_donated_and_nothing_else(cfg, params):
 def poisoned(cfg, params, monkeypatch):
     """(run, start): run(state, at) takes a step with something not finite at `at`, or a sound one.
 
-    The frozen leaf `poison` makes a gradient that is none of a loss that is fine: the slope of sqrt(0 x^2).
+    The frozen leaf `poison` spoils the gradient of a loss that is fine: as NaN, the slope of sqrt(0 x^2), or as numbers
+    whose squares no float32 holds, on which clipping alone would make a step of nothing.
     """
     true_loss = module.summed_loss
 
     def with_poison(cfg, params, batch):
         params = dict(params)
-        poison = params.pop("poison")
-        return true_loss(cfg, params, batch) + jnp.sqrt(poison * params["head"].sum() ** 2)
+        root, steep = params.pop("poison")
+        x = params["head"].sum()
+        return true_loss(cfg, params, batch) + jnp.sqrt(root * x**2) + steep * (x - jax.lax.stop_gradient(x))
 
     monkeypatch.setattr(module, "summed_loss", with_poison)
     adamw = make_optimizer(ADAMW)
@@ -126,7 +144,7 @@ def poisoned(cfg, params, monkeypatch):
 
     def run(state, at: str, seed: int = 0):
         progress = {"update NaN": 1.5, "update Inf": 2.5}.get(at, 0.5)
-        beside = frozen | {"poison": jnp.float32(0.0 if at == "gradient" else 1e-3)}
+        beside = frozen | {"poison": jnp.array([at != "gradient NaN", 1e25 * (at == "gradient huge")], jnp.float32)}
         if at.startswith("loss"):
             value = jnp.nan if at == "loss NaN" else jnp.inf
             beside["embed"] = frozen["embed"].at[batch_of(seed).tokens[0, 0], 2].set(value)
@@ -135,7 +153,7 @@ def poisoned(cfg, params, monkeypatch):
     return run, init_state(tx, copied(trainable))
 
 
-@pytest.mark.parametrize("at", ["loss NaN", "loss Inf", "gradient", "update NaN", "update Inf"])
+@pytest.mark.parametrize("at", ["loss NaN", "loss Inf", "gradient NaN", "gradient huge", "update NaN", "update Inf"])
 def test_a_step_that_is_not_finite_changes_nothing_and_never_sneaks_in_later(poisoned, at):
     run, state = poisoned
     state, metrics = run(state, "nowhere", 0)
