@@ -21,6 +21,7 @@ def pytest_configure(config: pytest.Config) -> None:
     Compiled programs are kept beside pytest's own notes on the last run: a second run compiles nothing. They are read
     back by whoever runs the tests, so they lie in the checkout and not in a folder that others may write.
     """
+    os.environ.pop("UV", None)  # commands say `uv run` when started by it; the tests are to read the same either way
     compiled = str(config.cache.mkdir("compiled")) if config.cache else tempfile.mkdtemp(prefix="thrice-compiled-")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", compiled)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
