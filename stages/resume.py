@@ -112,7 +112,7 @@ def past_of(state: dict[str, Any]) -> Past:
 def restore(before: Before | None, plan: Plan, facts: dict[str, Any], console: Console) -> tuple[TrainState, Past]:
     """The state to train from: random weights, or the newest sound checkpoint, said aloud."""
     tx = make_optimizer(plan.recipe.optimizer)
-    fresh = lambda: init_state(tx, init_params(plan.cfg, jax.random.key(plan.seed)))  # noqa: E731
+    fresh = lambda: init_state(tx, init_params(plan.cfg, jax.random.key(plan.seed)))
     if before is None:
         with console.task("drawing weights"):
             return jax.jit(fresh)(), Past()

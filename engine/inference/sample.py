@@ -42,7 +42,7 @@ def make_sampling(
         raise UserError(f"min_p must lie between 0 (all tokens) and 1, not {min_p!r}.")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed must lie between 0 and 4294967295, not {seed!r}.")
-    full = lambda value, dtype: jnp.full((rows,), value, dtype)  # noqa: E731
+    full = lambda value, dtype: jnp.full((rows,), value, dtype)
     return Sampling(
         full(temperature, jnp.float32), full(top_k, jnp.int32), full(top_p, jnp.float32), full(min_p, jnp.float32),
         jnp.uint32(seed) + jnp.arange(rows, dtype=jnp.uint32),

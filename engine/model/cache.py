@@ -28,11 +28,11 @@ class KVCache(NamedTuple):
 def make_cache(cfg: ModelConfig, batch: int, capacity: int) -> KVCache:
     """An empty cache for `batch` rows of up to `capacity` tokens each, in the compute dtype."""
     shape = (batch, cfg.kv_heads, capacity, cfg.head_dim)
-    empty = lambda: tuple(jnp.zeros(shape, jnp.dtype(cfg.dtype)) for _ in range(cfg.layers))  # noqa: E731
+    empty = lambda: tuple(jnp.zeros(shape, jnp.dtype(cfg.dtype)) for _ in range(cfg.layers))
     return KVCache(empty(), empty(), jnp.zeros((batch,), jnp.int32))
 
 
 def write(cached: Array, new: Array, start: Array) -> Array:
     """cached (B, K, S, H) with new (B, K, T, H) written at start (B,), row by row."""
-    place = lambda row, value, at: jax.lax.dynamic_update_slice(row, value, (0, at, 0))  # noqa: E731
+    place = lambda row, value, at: jax.lax.dynamic_update_slice(row, value, (0, at, 0))
     return jax.vmap(place)(cached, new.astype(cached.dtype), start)

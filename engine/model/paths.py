@@ -50,7 +50,7 @@ def first_match(rules: Sequence[tuple[str, Any]], params: dict[str, Any], defaul
     for pattern, _ in rules:
         if not any(re.fullmatch(pattern, path) for path in paths):
             raise UserError(f"The rule {pattern!r} matches no parameter.{nearest(pattern, paths)}")
-    value_at = lambda path, _: next((value for rule, value in rules if re.fullmatch(rule, path)), default)  # noqa: E731
+    value_at = lambda path, _: next((value for rule, value in rules if re.fullmatch(rule, path)), default)
     return map_paths(value_at, params)
 
 

@@ -36,7 +36,7 @@ def samplings(rows: int) -> st.SearchStrategy[Sampling]:
         st.sampled_from([0.0, 0.2]), st.integers(0, 2**32 - 1),
     )  # fmt: skip
     dtypes = ("float32", "int32", "float32", "float32", "uint32")
-    gathered = lambda rows: Sampling(*(jnp.array(np.array(f, d)) for f, d in zip(zip(*rows), dtypes)))  # noqa: E731
+    gathered = lambda rows: Sampling(*(jnp.array(np.array(f, d)) for f, d in zip(zip(*rows), dtypes)))
     return st.lists(row, min_size=rows, max_size=rows).map(gathered)
 
 
@@ -129,7 +129,7 @@ def test_the_check_sees_a_weight_given_away():
 def dirty_cache(cfg, seed: int) -> KVCache:
     """An empty cache with another request's rubbish in it."""
     rng = np.random.default_rng(seed)
-    stale = lambda leaf: jnp.asarray(10 * rng.standard_normal(leaf.shape), leaf.dtype)  # noqa: E731
+    stale = lambda leaf: jnp.asarray(10 * rng.standard_normal(leaf.shape), leaf.dtype)
     clean = make_cache(cfg, ROWS, CAPACITY)
     return KVCache(*jax.tree.map(stale, (clean.k, clean.v)), clean.length)
 

@@ -53,7 +53,7 @@ PROJECTIONS = [  # dtype, rows, with a gain, columns
 def test_project(dtype, rows, gained, out):
     x, w, gain = drawn(0, *rows, D, dtype=dtype), drawn(1, D, out), drawn(2, D)
     if gained:
-        ours = lambda x, w, gain: leaves.project(x, w, dtype, gain)  # noqa: E731
+        ours = lambda x, w, gain: leaves.project(x, w, dtype, gain)
         assert_alike(ours, lambda x, w, gain: (x * gain) @ w, (x, w, gain), dtype)
     else:
         assert_alike(lambda x, w: leaves.project(x, w, dtype), lambda x, w: x @ w, (x, w), dtype)
@@ -74,7 +74,7 @@ def test_project_two(dtype, rows):
 @pytest.mark.parametrize("rows", [(B, T), (9, T)])
 def test_unembed(dtype, rows):
     x, embed, gain = drawn(0, *rows, D, dtype=dtype), drawn(1, V, D), drawn(2, D)
-    ours = lambda x, embed, gain: leaves.unembed(x, embed, F32, gain)  # noqa: E731
+    ours = lambda x, embed, gain: leaves.unembed(x, embed, F32, gain)
     assert_alike(ours, lambda x, embed, gain: (x * gain) @ embed.T, (x, embed, gain), dtype)
 
 
@@ -106,7 +106,7 @@ def test_rope(dtype):
     x, gain = drawn(0, B, T, N, H, dtype=dtype), drawn(1, N, H)
     angles = 3 * drawn(2, B, T, H // 2)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    ours = lambda x, gain: backward.rope(x, gain, cos, sin, dtype)  # noqa: E731
+    ours = lambda x, gain: backward.rope(x, gain, cos, sin, dtype)
     assert_alike(ours, lambda x, gain: layers.rope(x, gain, cos, sin, F32), (x, gain), dtype)
 
 
@@ -127,7 +127,7 @@ def test_causal_attention(dtype, K, T, documents):
     def reference(q, k, v):
         return layers.attention(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), mask)
 
-    ours = lambda q, k, v: backward.causal_attention(q, k, v, segments)  # noqa: E731
+    ours = lambda q, k, v: backward.causal_attention(q, k, v, segments)
     assert_alike(ours, reference, (q, k, v), dtype)
 
 

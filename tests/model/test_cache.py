@@ -32,7 +32,7 @@ def test_each_row_is_written_at_its_own_place_and_nowhere_else():
 def dirtied(cache: KVCache, with_: float) -> KVCache:
     """The same cache with rubbish where nothing has been written."""
     fresh = np.arange(S)[:, None] >= np.asarray(cache.length)[:, None, None, None]  # (B, 1, S, 1)
-    dirty = lambda leaf: jnp.where(fresh, jnp.asarray(with_, leaf.dtype), leaf)  # noqa: E731
+    dirty = lambda leaf: jnp.where(fresh, jnp.asarray(with_, leaf.dtype), leaf)
     return KVCache(*jax.tree.map(dirty, (cache.k, cache.v)), cache.length)
 
 

@@ -51,7 +51,7 @@ def test_rope_turns_each_pair_as_a_complex_number():
 @given(st.integers(0, 2000), st.integers(0, 2000), st.integers(0, 2000), st.integers(0, 99))
 def test_rope_scores_depend_on_the_distance_alone(at, other, shift, seed):
     q, k, ones = drawn(seed, 1, 1, N, H), drawn(seed + 1, 1, 1, N, H), np.ones((N, H), np.float32)
-    score = lambda p, s: (turned(q, ones, np.array([[p]])) * turned(k, ones, np.array([[s]]))).sum(-1)  # noqa: E731
+    score = lambda p, s: (turned(q, ones, np.array([[p]])) * turned(k, ones, np.array([[s]]))).sum(-1)
     np.testing.assert_allclose(score(at, other), score(at + shift, other + shift), atol=5e-3)
     lengths = np.linalg.norm(turned(q, ones, np.array([[at]])), axis=-1)
     np.testing.assert_allclose(lengths, np.linalg.norm(q, axis=-1), rtol=1e-5)

@@ -48,7 +48,7 @@ def reads(request):
 def on_paper(cfg, params, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """tokens, positions (T,) -> logits (T, V), in float64, one row, one head and one query at a time."""
     params = jax.tree.map(lambda leaf: np.asarray(leaf, float), params)
-    norm = lambda x: x / np.sqrt((x**2).mean(-1, keepdims=True) + cfg.eps)  # noqa: E731
+    norm = lambda x: x / np.sqrt((x**2).mean(-1, keepdims=True) + cfg.eps)
     half = cfg.head_dim // 2
     angle = cfg.rope_theta ** (-np.arange(half) / half)
     if (s := cfg.rope_scaling) is not None:
