@@ -98,10 +98,14 @@ def generate(
 
     `params` are read as given: pass them through `for_inference` first. `sampling` has one row a prompt. A prompt ends
     with 'stop' when it draws `end` (which is not yielded), else with 'length' at `max_tokens` or when `capacity` tokens
-    (by default the model's context) are full. Raises UserError for an empty prompt, one that leaves no room, or a token
-    outside the vocabulary.
+    (by default the model's context) are full. Raises UserError for an empty prompt, one that leaves no room, a token
+    outside the vocabulary, or rows of sampling that are not as many as the prompts.
     """
     capacity = cfg.context if capacity is None else capacity
+    if not prompts or len(sampling.seed) != len(prompts):
+        raise UserError(
+            f"generate needs a prompt and one row of sampling for each: {len(prompts)} and {len(sampling.seed)} came."
+        )
     for index, prompt in enumerate(prompts):
         if not 0 < len(prompt) < capacity:
             raise UserError(

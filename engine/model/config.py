@@ -47,18 +47,21 @@ class ModelConfig:
     remat: Literal["none", "block"] = "none"
 
     def __post_init__(self) -> None:
+        for name in ("vocab", "width", "layers", "heads", "ff", "context", "kv_heads", "head_dim"):
+            value, least = getattr(self, name), 0 if name in ("kv_heads", "head_dim") else 1
+            if type(value) is not int or value < least:
+                raise UserError(f"ModelConfig: {name} must be a whole number of at least {least}, not {value!r}.")
+        for name in ("rope_theta", "eps"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"ModelConfig: {name} must be above 0, not {getattr(self, name)!r}.")
         if self.kv_heads == 0:
             object.__setattr__(self, "kv_heads", self.heads)
         if self.head_dim == 0:
-            if self.heads < 1 or self.width % self.heads:
+            if self.width % self.heads:
                 raise UserError(
                     f"ModelConfig: width {self.width} is not a multiple of heads {self.heads}; give head_dim, or another width."
                 )
             object.__setattr__(self, "head_dim", self.width // self.heads)
-        for name in ("vocab", "width", "layers", "heads", "ff", "context", "kv_heads", "head_dim"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"ModelConfig: {name} must be a whole number of at least 1, not {value!r}.")
         if self.heads % self.kv_heads:
             raise UserError(f"ModelConfig: {self.heads} query heads cannot share {self.kv_heads} key heads evenly.")
         if self.head_dim % 2:

@@ -29,7 +29,7 @@ def orthogonalize(dtype: DTypeLike = jnp.bfloat16) -> optax.GradientTransformati
 
 
 def orthogonal(matrix: Array, dtype: DTypeLike) -> Array:
-    """matrix (in, out) float32 -> about its nearest orthogonal matrix, singular values within 0.7 to 1.2, float32.
+    """matrix (in, out) float32 -> about its nearest orthogonal matrix, singular values about 0.7 to 1.2, float32.
 
     Five Newton-Schulz steps x <- a x + (b A + c A A) x with A = x x^T, all in `dtype`.
     """

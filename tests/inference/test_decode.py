@@ -218,3 +218,9 @@ def test_a_score_is_a_summed_loss(cfg):
     batch = Batch(tokens_of(0, 2, 7), tokens_of(1, 2, 7), np.ones((2, 7), bool), positions_of(2, 7), None)
     loss = jax.jit(functools.partial(summed_loss, cfg))(params, batch)
     np.testing.assert_allclose(score(cfg, params, batch), loss, rtol=1e-6)
+
+
+def test_prompts_and_rows_of_sampling_go_together(cfg, params):
+    for prompts, rows in (([], 0), ([[1], [2], [3]], 2)):
+        with pytest.raises(UserError, match=f"{len(prompts)} and {rows} came"):
+            list(generate(cfg, params, prompts, make_sampling(rows), max_tokens=3))

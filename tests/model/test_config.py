@@ -137,3 +137,9 @@ def test_how_a_model_is_computed_is_not_its_architecture():
     cfg = tiny_config()
     assert cfg.same_architecture(tiny_config(dtype="bfloat16", scan=True, remat="block", context=9)) == []
     assert cfg.same_architecture(tiny_config(ff=30, qk_norm=False)) == ["ff", "qk_norm"]
+
+
+@pytest.mark.parametrize("field", [{"heads": "6"}, {"vocab": True}, {"rope_theta": -1.0}, {"eps": 0.0}, {"kv_heads": -1}])
+def test_a_field_of_the_wrong_kind_is_named(field):
+    with pytest.raises(UserError, match=next(iter(field))):
+        tiny_config(**field)
