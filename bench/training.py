@@ -16,6 +16,8 @@ from typing import Literal
 
 import tyro
 
+from bench import steps
+
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
@@ -33,7 +35,7 @@ class Flags:
 def main(args: list[str] | None = None) -> int:
     """Measures, prints the table and, last, one line of JSON."""
     flags = tyro.cli(Flags, prog="python -m bench.training", description=__doc__, args=args)
-    shapes = [_shape(text) for text in flags.shapes]
+    shapes = [steps.shape(text) for text in flags.shapes]
     if shapes.count(None) or flags.rounds < 1:
         print(
             "error: a shape is LAYERSxWIDTHxTOKENSxBATCH with a width in 64s, such as 6x384x256x16; rounds >= 1.",
@@ -45,16 +47,19 @@ def main(args: list[str] | None = None) -> int:
 
         keep_freed_memory()
     from bench.timing import measure, noise
-    from engine.counting.flops import count_params, step_flops
+    from engine.counting.flops import step_flops
     from engine.counting.hardware import measure_ceilings
+    from engine.counting.params import count_params
 
     ceiling = measure_ceilings()
     print(f"{ceiling.device}, {ceiling.cores} cores, jax {ceiling.jax}")
     print(f"{'shape':>16} {'params':>9} {'ms a step':>10} {'GFLOP/s':>9} {'of ceiling':>11} {'tokens/s':>9}", flush=True)
     rows, timings = [], {}
-    for layers, width, tokens, batch in filter(None, shapes):
-        print(f"measuring {layers}x{width}x{tokens}x{batch} ...", file=sys.stderr, flush=True)
-        cfg, run = _stepper(layers, width, tokens, batch, flags)
+    for shape in filter(None, shapes):
+        layers, width, tokens, batch = shape
+        print(f"measuring {shape} ...", file=sys.stderr, flush=True)
+        work = steps.work(shape, flags.dtype)
+        cfg, run = work.cfg, steps.stepper(work, flags.optimizer)
         timing = measure({"step": run}, rounds=flags.rounds, warmups=2)["step"]
         # The ceiling again beside each shape: on a shared machine it moves, and the best of all counts for all.
         again = measure_ceilings()
@@ -62,7 +67,7 @@ def main(args: list[str] | None = None) -> int:
             name: max(getattr(ceiling, name), getattr(again, name)) for name in ("bf16_gflops", "f32_gflops", "int8_gflops")
         }
         ceiling = dataclasses.replace(ceiling, **rates)
-        name = f"{layers}x{width}x{tokens}x{batch}"
+        name = str(shape)
         timings[name] = timing
         rows.append((name, cfg, layers, width, tokens, batch, timing.median, step_flops(cfg, batch, tokens)))
     top = ceiling.bf16_gflops if flags.dtype == "bfloat16" else ceiling.f32_gflops
@@ -81,43 +86,6 @@ def main(args: list[str] | None = None) -> int:
     print(noise(timings))
     print(json.dumps({"ceiling_gflops": both, "shapes": found}))
     return 0
-
-
-def _shape(text: str) -> tuple[int, int, int, int] | None:
-    parts = text.split("x")
-    if len(parts) != 4 or not all(part.isdigit() and int(part) > 0 for part in parts) or int(parts[1]) % 64:
-        return None
-    layers, width, tokens, batch = map(int, parts)
-    return layers, width, tokens, batch
-
-
-def _stepper(layers: int, width: int, tokens: int, batch: int, flags: Flags):
-    """The config, and a callable that takes one training step on random bytes."""
-    import jax
-    import jax.numpy as jnp
-
-    from engine.model.config import ModelConfig
-    from engine.model.transformer import init_params
-    from engine.text.batch import Batch
-    from engine.training.optimizer import OptimizerConfig, make_optimizer
-    from engine.training.step import init_state, train_step
-
-    ff = -(-width * 8 // 3 // 64) * 64
-    cfg = ModelConfig(
-        vocab=257, width=width, layers=layers, heads=width // 64, ff=ff, context=tokens, qk_norm=True, dtype=flags.dtype
-    )
-    tx = make_optimizer(OptimizerConfig(kind=flags.optimizer))
-    state = init_state(tx, jax.jit(lambda key: init_params(cfg, key))(jax.random.key(0)))
-    text = jax.random.randint(jax.random.key(1), (batch, tokens + 1), 0, cfg.vocab)
-    positions = jnp.tile(jnp.arange(tokens), (batch, 1))
-    data = Batch(text[:, :-1], text[:, 1:], jnp.ones((batch, tokens), bool), positions, None)
-    held = [state]
-
-    def run():
-        held[0], metrics = train_step(cfg, tx, held[0], {}, data, jnp.float32(0.5))
-        return metrics.loss
-
-    return cfg, run
 
 
 if __name__ == "__main__":

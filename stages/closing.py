@@ -29,7 +29,7 @@ def close(run: "Run", state: Any, loop: Loop) -> int:
         )  # fmt: skip
     value = bits(nats, run.data.validation.bytes)
     with console.task("writing a sample"):
-        text = sample(run, state)
+        text = run.sample(state)
     with whole_file(folder / "samples" / f"{past.step}.txt") as file:
         file.write(text.encode())
     speed = past.step * run.plan.step_tokens / past.seconds
@@ -46,7 +46,7 @@ def close(run: "Run", state: Any, loop: Loop) -> int:
         "refused_steps": past.refused,
     }
     run_folder.write_run(folder, run.facts(), result)
-    summary(run, loop, result, text)
+    summary(run, loop, result, text, run.remarks(state))
     return 0
 
 
@@ -62,7 +62,7 @@ def sample(run: "Run", state: Any) -> str:
     return tokenizer.decode(tokens)
 
 
-def summary(run: "Run", loop: Loop, result: dict[str, Any], text: str) -> None:
+def summary(run: "Run", loop: Loop, result: dict[str, Any], text: str, remarks: list[tuple[str, str]]) -> None:
     """The last screen."""
     console, past, folder = run.console, loop.past, run.folder
     epochs = loop.job.batches.epoch(past.step)
@@ -78,6 +78,7 @@ def summary(run: "Run", loop: Loop, result: dict[str, Any], text: str) -> None:
             ("speed", f"{result['tokens_per_second']:,.0f} tokens/s, MFU {result['mfu']:.0%}; first step "
                       f"{words.duration(past.first_step_seconds or 0)} after the start"),
             ("memory", f"{words.size(result['peak_rss_bytes'])} at most"),
+            *remarks,
             ("files", f"{folder}: config.json, run.json, metrics.jsonl, tokenizer, checkpoints, samples"),
         ]
     )  # fmt: skip

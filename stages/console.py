@@ -65,6 +65,18 @@ class Console:
             table.add_row(Text(label), Text(value))
         self._rich.print(table)
 
+    def marked(self, pieces: Sequence[tuple[str, bool]]) -> None:
+        """A text in which some pieces are marked: by colour on a terminal, elsewhere by brackets."""
+        if not self._rich:
+            self.say("".join(f"[[{piece}]]" if mark else piece for piece, mark in pieces))
+            return
+        from rich.text import Text
+
+        text = Text()
+        for piece, mark in pieces:
+            text.append(piece, style="black on green" if mark else "dim")
+        self._rich.print(text, soft_wrap=True)
+
     @contextlib.contextmanager
     def task(self, label: str, always: bool = False) -> Iterator[Report]:
         """`label ... 4.1 s`, with the share that is done meanwhile.

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated
 from stages import cli
 from stages.flags import Device, Model, Verbose, read, unset, whole
 
+WINDOW = 1024  # tokens, unless asked for: more look back tells little more and takes much longer
+
 if TYPE_CHECKING:
     from engine.text.tokens import TokenFile
     from stages.console import Console
@@ -28,10 +30,10 @@ class Evaluate:
     """A model, a text, and how the window slides."""
 
     model: Model = None
-    """A run folder, or a step folder in it."""
+    """A run or step folder, a Hugging Face folder, a .gguf file, or a named model."""
     data: Annotated[str | None, read(str, "TEXT"), unset("what the run was validated on")] = None
     """A named text (its held-out part), a file, or a folder; all of it is read."""
-    context: Annotated[int | None, read(whole(2), "N"), unset("the model's context")] = None
+    context: Annotated[int | None, read(whole(2), "N"), unset("the model's context, at most 1,024")] = None
     """Tokens a window."""
     stride: Annotated[int | None, read(whole(1), "N"), unset("half the window")] = None
     """Tokens between windows: each token is predicted from at least context - stride before it."""
@@ -60,7 +62,7 @@ def evaluate(given: Evaluate) -> None:
         text, name = _text(given, model, console)
         cfg = model.cfg
         # A window longer than the text holds nothing more.
-        seq = min(given.context or cfg.context, max(2, len(text.tokens) - 1))
+        seq = min(given.context or min(cfg.context, WINDOW), max(2, len(text.tokens) - 1))
         stride = given.stride or max(1, seq // 2)
         if stride > seq:
             raise UserError(f"--stride {stride:,} would leave tokens out: it is at most the window of {seq:,} tokens.")
@@ -105,6 +107,8 @@ def _text(given: Evaluate, model: "Loaded", console: "Console") -> "tuple[TokenF
     if given.data:
         source = data.evaluated(given.data, console)
     else:
+        if model.run is None:
+            raise UserError(f"{model.name} does not say what it was validated on; give --data.")
         trained_on = run_folder.read_json(model.run / "run.json").get("text", {})
         validation = trained_on.get("validation")
         if not trained_on.get("data"):

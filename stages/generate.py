@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated
 from stages import cli
 from stages.flags import Device, Model, Verbose, number, read, unset, whole
 
+ROOM = 256  # tokens a cache is a multiple of
+
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
 
@@ -25,7 +27,7 @@ class Generate:
     """A model, a prompt, and how tokens are drawn."""
 
     model: Model = None
-    """A run folder, or a step folder in it."""
+    """A run or step folder, a Hugging Face folder, a .gguf file, or a named model."""
     prompt: Annotated[str | None, read(str, "TEXT"), unset("a line end")] = None
     """What to go on from; `-` reads it from standard input."""
     max_tokens: Annotated[int, read(whole(1), "N")] = 200
@@ -63,7 +65,7 @@ def generate(given: Generate) -> None:
     notes = Console(sys.stderr)
     model = load.load_model(given.model)
     load.say_damaged(model, notes)
-    prompt = _prompt(given.prompt, model.tokenizer)
+    prompt = [*model.start, *_prompt(given.prompt, model.tokenizer)]
     params = decode.for_inference(model.cfg, model.params)
     sampling = make_sampling(
         given.count, temperature=given.temperature, top_k=given.top_k, top_p=given.top_p, min_p=given.min_p,
@@ -80,8 +82,9 @@ def generate(given: Generate) -> None:
     compiles = Compiles()
     writer = Writer(model.tokenizer, given.count)
     stream = decode.generate(
-        model.cfg, params, [prompt] * given.count, sampling, max_tokens=given.max_tokens, end=model.tokenizer.end
-    )
+        model.cfg, params, [prompt] * given.count, sampling, max_tokens=given.max_tokens, end=model.ends,
+        capacity=_capacity(len(prompt) + given.max_tokens, model.cfg.context),
+    )  # fmt: skip
     first = settled = last = begin
     early = 0
     for index, tokens, finished in stream:
@@ -103,6 +106,11 @@ def generate(given: Generate) -> None:
     if before:
         after = digest(params)
         notes.say(f"weights {'unchanged' if before == after else 'CHANGED'}: SHA-256 {after[:16]} before and after")
+
+
+def _capacity(wanted: int, context: int) -> int:
+    """Tokens to keep room for: each step reads all of it. One of few sizes, so that another prompt compiles nothing."""
+    return min(context, -(-wanted // ROOM) * ROOM)
 
 
 def _prompt(given: str | None, tokenizer: "Tokenizer") -> list[int]:

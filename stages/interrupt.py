@@ -77,12 +77,16 @@ _now = Watch()
 
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
-    """Signals are handled as told here for as long as the block lasts. Does nothing outside the main thread."""
+    """Signals are handled as told here for as long as the block lasts. Does nothing outside the main thread.
+
+    A block inside another has a watch of its own: a signal that it was ended by does not end the outer one.
+    """
     global _now
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _now = Watch()
+    outer, _now = _now, Watch()
+    _now.sentence = outer.sentence
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     before = [(number, signal.signal(number, _now.handle)) for number in SIGNALS]
@@ -99,6 +103,7 @@ def watched() -> Iterator[None]:
         thread.join(PATIENCE)
         os.close(writing)
         os.close(reading)
+        _now = outer
 
 
 def doing(sentence: str) -> None:

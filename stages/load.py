@@ -1,47 +1,134 @@
 """Where a command asks for a model: what `--model` may be, and what comes of it."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UserError
+from engine.errors import UserError, nearest
+from engine.files import write_json
 from engine.model.config import ModelConfig
 from engine.storage import checkpoint
-from engine.storage.assets import ASSETS
+from engine.storage.assets import ASSETS, MODELS, fetch
+from engine.storage.gguf import load_gguf
+from engine.storage.huggingface import load_folder
+from engine.storage.loaded import LoadedModel
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 from stages import run_folder
 from stages.console import Console
 
-TODAY = "a run folder (runs/demo-shakespeare) or a step folder in it (runs/demo-shakespeare/checkpoints/1000)"
+KINDS = (
+    "a run folder, a step folder in it (runs/NAME/checkpoints/STEP), a Hugging Face folder, a .gguf file, or "
+    + " or ".join(MODELS)
+)
+ENDS = "tokenizer/generation_config.json"
+Report = Callable[[int, int], None] | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model to read: float32 weights as they were trained, its tokenizer, and where both are from."""
+    """A model to read: its weights, how text becomes tokens for it, and where both are from.
 
+    params: a run's as they were saved (float32); others' matrices in the dtype asked for. `checkpoint` is what was read,
+    `run` the run folder it lies in, if it is a run's. `start` are the ids put before a plain text; any of `ends` ends a
+    completion.
+    """
+
+    name: str
     cfg: ModelConfig
     params: Any
     tokenizer: Tokenizer
-    run: Path
+    chat_template: str | None
+    start: tuple[int, ...]
+    ends: tuple[int, ...]
     checkpoint: Path
+    run: Path | None
     damaged: list[str]
 
 
-def load_model(given: str | None) -> Model:
+def load_model(given: str | None, *, dtype: str | None = None, report: Report = None) -> Model:
     """The model `--model` names; by default the run that was saved to last.
 
-    Raises UserError when there is none, it is damaged, or it is of a kind that cannot be read yet.
+    `dtype` is that of the matrices of a model that is not a run of ours; by default its own compute dtype. `report`: what
+    is done of the fetching or reading, and all of it. Raises UserError when there is none, it is damaged, or it is of a
+    kind that is not known here.
     """
+    if given in MODELS:
+        file = fetch(given, report)["model"]
+        return _from_elsewhere(load_gguf(file, dtype=dtype, report=report), file)
     path = Path(given).expanduser() if given else run_folder.newest()
-    run = _run_of(path, given or str(path))
+    if path.suffix == ".gguf" and path.is_file():
+        return _from_elsewhere(load_gguf(path, dtype=dtype, report=report), path)
+    if _is_hugging_face(path):
+        return _from_elsewhere(load_folder(path, dtype=dtype, report=report), path)
+    return _run(path, given or str(path))
+
+
+def _is_hugging_face(path: Path) -> bool:
+    """A config.json of theirs names a model_type; a run of ours has a run.json beside its own."""
+    return (path / "config.json").is_file() and not (path / "run.json").exists()
+
+
+def _from_elsewhere(loaded: LoadedModel, path: Path) -> Model:
+    tokenizer = Tokenizer(loaded.tokenizer, loaded.tokenizer_config)
+    return Model(
+        loaded.name, loaded.cfg, loaded.params, tokenizer, tokenizer.config.get("chat_template"), tokenizer.start, loaded.ends,
+        path, None, [],
+    )  # fmt: skip
+
+
+def _run(path: Path, given: str) -> Model:
+    run = _run_of(path, given)
     cfg = run_folder.read_config(run)
     tokenizer = load_tokenizer(run / "tokenizer")
     if tokenizer.vocab > cfg.vocab:
         raise UserError(
             f"{run / 'tokenizer'} has {tokenizer.vocab:,} tokens and the model {cfg.vocab:,}: one of them was replaced."
         )
+    about = run_folder.read_json(run / "run.json")
+    if about.get("learns", "").startswith("rank="):
+        return _adapted(run, about)
     loaded = checkpoint.load_params(path)
-    return Model(cfg, loaded.params, tokenizer, run, loaded.path, loaded.damaged)
+    said = run_folder.read_json(run / ENDS) if (run / ENDS).exists() else {}
+    return Model(
+        name=run.name,
+        cfg=cfg,
+        params=loaded.params,
+        tokenizer=tokenizer,
+        chat_template=tokenizer.config.get("chat_template"),
+        start=tokenizer.start,
+        ends=tuple(dict.fromkeys((tokenizer.end, *said.get("eos_token_id", ())))),
+        checkpoint=loaded.path,
+        run=run,
+        damaged=loaded.damaged,
+    )
+
+
+def _adapted(run: Path, about: dict[str, Any]) -> Model:
+    """A run that learnt an adapter: the model it was learnt about, with the adapter on it and the run's own words."""
+    from stages.adapters import FOLDER, with_adapter
+
+    if not (run / FOLDER).is_dir():
+        raise UserError(
+            f"{run} has no adapter yet: its fine-tuning was stopped. The same command goes on: {about.get('command')}"
+        )
+    try:
+        base = load_model(about["base"]["model"])
+    except UserError as error:
+        raise UserError(f"{run} adapts {about['base']['model']}, which cannot be read: {error}") from None
+    tokenizer = load_tokenizer(run / "tokenizer")
+    said = run_folder.read_json(run / ENDS) if (run / ENDS).exists() else {}
+    return dataclasses.replace(
+        base, name=run.name, params=with_adapter(base, run), tokenizer=tokenizer,
+        chat_template=tokenizer.config.get("chat_template"), ends=tuple(said.get("eos_token_id", base.ends)),
+        checkpoint=run / FOLDER, run=run,
+    )  # fmt: skip
+
+
+def keep_words(run: Path, model: Model) -> None:
+    """Writes into a run what makes it read text as `model` does: tokenizer, chat template, and what ends a completion."""
+    model.tokenizer.save(run / "tokenizer")
+    write_json(run / ENDS, {"eos_token_id": list(model.ends)})
 
 
 def _run_of(path: Path, given: str) -> Path:
@@ -52,11 +139,11 @@ def _run_of(path: Path, given: str) -> Path:
         return path.parent.parent
     if (path / "run.json").exists():
         raise UserError(f"{path} has no checkpoint yet: its run was stopped before the first one was saved.")
-    if given in ASSETS or path.suffix == ".gguf" or (path / "model.safetensors").exists():
-        raise UserError(f"{given} cannot be read as a model yet; --model takes {TODAY}.")
+    if given in ASSETS:
+        raise UserError(f"{given} is a text, not a model; --model takes {KINDS}.")
     if path.exists():
-        raise UserError(f"{path} holds no model that is known here; --model takes {TODAY}.")
-    raise UserError(f"There is no model at {path}; --model takes {TODAY}.")
+        raise UserError(f"{path} holds no model that is known here; --model takes {KINDS}.")
+    raise UserError(f"There is no model at {path}; --model takes {KINDS}.{nearest(given, MODELS)}")
 
 
 def say_damaged(model: Model, console: Console) -> None:

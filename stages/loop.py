@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -14,14 +14,12 @@ import numpy as np
 from engine.counting.hardware import peak_rss_bytes
 from engine.errors import UserError
 from engine.storage import checkpoint
-from engine.text.batches import Batches
 from engine.training.optimizer import make_schedule
 from engine.training.step import TrainState
 from stages import interrupt, words
 from stages.console import Console
 from stages.plan import Plan
 from stages.run_folder import MetricsLog
-from stages.validate import Quick
 
 REFUSED_IN_A_ROW = 10
 RECENT = 20  # steps over which speed is averaged
@@ -49,18 +47,36 @@ class Often:
     keep: int
 
 
+class Source(Protocol):
+    """Where batches come from, by random access."""
+
+    def at(self, step: int) -> Any: ...
+    def epoch(self, step: int) -> float: ...
+
+
+class Looks(Protocol):
+    """A quick evaluation while training: its number, and what that is called on screen and in metrics.jsonl."""
+
+    @property
+    def unit(self) -> str: ...
+    @property
+    def key(self) -> str: ...
+    def measure(self, cfg: Any, trainable: Any, watch: Any = None) -> float | None: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """All that a loop needs and does not change."""
 
     plan: Plan
     folder: Path
-    batches: Batches
-    quick: Quick
+    batches: Source
+    quick: Looks
     often: Often
     ceiling: float  # FLOP/s
     started: float  # the clock when the process began
     facts: dict[str, Any]  # what goes into state.json beside Past
+    kept: Callable[[Any], Any] = lambda trainable: trainable  # what a checkpoint holds of what learns
 
 
 class Due:
@@ -141,7 +157,8 @@ class Loop:
         """A checkpoint of now."""
         record = dataclasses.asdict(self.past) | self.job.facts
         keep = self.job.often.keep
-        return checkpoint.save(self.job.folder, self.past.step, state.trainable, state.opt_state, record, keep=keep)
+        kept = self.job.kept(state.trainable)
+        return checkpoint.save(self.job.folder, self.past.step, kept, state.opt_state, record, keep=keep)
 
     def _count(self, metrics: Any, seconds: float) -> None:
         past = self.past
@@ -181,13 +198,13 @@ class Loop:
     def _evaluate(self, state: TrainState, interval: int | float, watch: interrupt.Watch) -> int | float:
         """The quick evaluation. Returns the interval to the next, longer than before when this one took too long."""
         begin = time.perf_counter()
-        value = self.job.quick.bits_per_byte(self.job.plan.cfg, state.trainable, watch)
+        value = self.job.quick.measure(self.job.plan.cfg, state.trainable, watch)
         if value is None:
             return interval
         first, self.val = self.val is None, value
         past = self.past
         past.best = value if past.best is None else min(past.best, value)
-        self.log.add(step=past.step, seconds=past.seconds, quick_val_bits_per_byte=value)
+        self.log.add(step=past.step, seconds=past.seconds, **{self.job.quick.key: value})
         self.console.live(self.fields, important=True)
         taken = time.perf_counter() - begin
         if self.job.often.evaluate or first:  # as often as asked for; the first one also compiled
@@ -225,7 +242,7 @@ class Loop:
         shown = [
             f"step {past.step:,}" + (f"/{plan.steps:,}" if plan.steps else ""),
             f"loss {self.loss:.3f}",
-            f"val {self.val:.3f} bits/byte (quick)" if self.val is not None else "val -",
+            f"val {self.val:.3f} {self.job.quick.unit}" if self.val is not None else "val -",
             f"lr {self.factor():.0%}",
             f"grad {self.grad_norm:.2f}",
             f"{self.speed():,.0f} tokens/s",

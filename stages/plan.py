@@ -7,9 +7,10 @@ import sys
 
 import jax
 
-from engine.counting.flops import count_params, step_flops, train_flops
+from engine.counting.flops import step_flops, train_flops
 from engine.counting.hardware import Ceilings, ceilings, memory_limit_bytes
 from engine.counting.memory import training_memory
+from engine.counting.params import count_params
 from engine.errors import UserError
 from engine.files import cache_folder
 from engine.model.config import ModelConfig

@@ -1,4 +1,4 @@
-"""When this process began, so that "from the command to the first step" includes Python's own start."""
+"""This process: when it began, so that "from the command to the first step" includes Python's own start; its threads."""
 
 import contextlib
 import os
@@ -16,3 +16,8 @@ def started() -> float:
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
         return time.perf_counter() - age
     return _IMPORTED
+
+
+def keep_numpy_to_one_thread() -> None:
+    """NumPy's products then run in the thread that asks for them. Works until NumPy is imported; JAX is not concerned."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

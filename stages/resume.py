@@ -1,6 +1,7 @@
 """Whether a run can go on in a folder, and the state it goes on from."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,7 @@ from engine.model.config import ModelConfig
 from engine.model.transformer import init_params
 from engine.storage import checkpoint
 from engine.text.tokenizer import Tokenizer
-from engine.training.optimizer import make_optimizer
-from engine.training.step import TrainState, init_state
+from engine.training.step import TrainState
 from stages import run_folder, words
 from stages.console import Console
 from stages.loop import Past
@@ -109,10 +109,14 @@ def past_of(state: dict[str, Any]) -> Past:
     return Past(**{field.name: state[field.name] for field in dataclasses.fields(Past)})
 
 
-def restore(before: Before | None, plan: Plan, facts: dict[str, Any], console: Console) -> tuple[TrainState, Past]:
-    """The state to train from: random weights, or the newest sound checkpoint, said aloud."""
-    tx = make_optimizer(plan.recipe.optimizer)
-    fresh = lambda: init_state(tx, init_params(plan.cfg, jax.random.key(plan.seed)))
+def restore(
+    before: Before | None, plan: Plan, begin: Callable[[Any], TrainState], facts: dict[str, Any], console: Console
+) -> tuple[TrainState, Past]:
+    """The state to train from: random weights, or the newest sound checkpoint, said aloud.
+
+    `begin` makes of new weights the state before the first step.
+    """
+    fresh = lambda: begin(init_params(plan.cfg, jax.random.key(plan.seed)))
     if before is None:
         with console.task("drawing weights"):
             return jax.jit(fresh)(), Past()

@@ -27,7 +27,7 @@ from engine.model.config import ModelConfig
 
 ROOT = Path("runs")
 REMEDY = "Restore it from a copy, or train anew with --overwrite."
-OURS = ("config.json", "metrics.jsonl", "tokenizer", "checkpoints", "samples", "run.json")
+OURS = ("config.json", "metrics.jsonl", "tokenizer", "checkpoints", "samples", "adapter", "run.json")
 
 
 def default_folder(preset: str, data: str) -> Path:

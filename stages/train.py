@@ -3,6 +3,7 @@
     python -m stages.train                                  the demo: Shakespeare, three minutes
     python -m stages.train nano --data book.txt --steps 2000
     python -m stages.train --dry-run                        what it would take, without doing it
+    python -m stages.train --by-hand                        in NumPy, with every gradient written out
 
 The same command run again goes on where it stopped.
 """
@@ -20,6 +21,7 @@ from engine.model.config import PRESETS
 from stages import cli
 from stages.flags import Device, Verbose, every, number, one_of, path, read, seconds, unset, whole
 
+NARROW = 256  # products of a narrower model are over before a second thread has woken up
 RECIPE = unset("the preset's recipe")
 
 
@@ -112,8 +114,10 @@ class Train:
     step: Step
     optimizer: Optimizer
     folder: Folder
-    preset: Annotated[tyro.conf.Positional[str], read(str, "PRESET")] = "demo"
+    preset: Annotated[tyro.conf.Positional[str], read(str, "PRESET"), unset("demo, or tiny with --by-hand")] = ""
     """The architecture: demo, nano, tiny, or a published one such as smollm2-135m."""
+    by_hand: Annotated[bool, unset("off")] = False
+    """Train with the NumPy model of engine/by_hand instead: its own backward pass and AdamW, in float32."""
     seed: Annotated[int, read(whole(0, 2**31 - 1), "N")] = 0
     """Of the first weights and of the order of the text."""
     device: Device = "auto"
@@ -124,6 +128,8 @@ class Train:
     """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
+        if not self.preset:
+            object.__setattr__(self, "preset", "tiny" if self.by_hand else "demo")
         if self.preset not in PRESETS:
             from engine.model.config import preset
 
@@ -133,9 +139,17 @@ class Train:
 
 
 def train(given: Train) -> int:
-    from stages.training import run
+    if not given.by_hand:
+        from stages import training
 
-    return run(given)
+        return training.run(given)
+    from stages import process
+
+    if PRESETS[given.preset].width < NARROW:
+        process.keep_numpy_to_one_thread()
+    from stages import by_hand
+
+    return by_hand.run(given)
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 def run(given: "Train") -> int:
     """Prepares, trains, evaluates, reports. Returns the exit code."""
+    return carry_out(given, Run)
+
+
+def carry_out(given: "Train", kind: "type[Run]") -> int:
+    """As `run`, by another kind of run."""
     interrupt.doing("before anything was trained.")
     device = devices.start(given.device)
     from stages import run_folder
@@ -24,12 +29,12 @@ def run(given: "Train") -> int:
     folder = given.folder.out_dir or run_folder.default_folder(given.preset, given.text.data)
     with Console() as console:
         if given.dry_run:
-            Run(given, device, folder, console).show_plan()
+            kind(given, device, folder, console).show_plan()
             console.say("A dry run: nothing was trained.")
             return 0
         run_folder.holds_run(folder)  # a folder that cannot be used is said before minutes of preparation
         with run_folder.alone(folder):
-            return Run(given, device, folder, console).go()
+            return kind(given, device, folder, console).go()
 
 
 class Run:
@@ -50,22 +55,32 @@ class Run:
         self.batches = Batches(self.data.train.tokens, self.recipe.context, self.recipe.batch, given.seed)
         self.ceilings = plan.measured_ceilings(console)
 
-    def show_plan(self) -> None:
+    def rows(self) -> list[tuple[str, str]]:
+        """The banner."""
         from stages import plan
 
-        self.console.rows(plan.rows(self.plan, self.device, self.data, self.ceilings, self.folder))
+        return plan.rows(self.plan, self.device, self.data, self.ceilings, self.folder)
+
+    def show_plan(self) -> None:
+        self.console.rows(self.rows())
+
+    def check_memory(self) -> None:
+        """Raises UserError when there is not enough for this run."""
+        from stages import plan
+
+        plan.check_memory(self.plan)
 
     def go(self) -> int:
         """Trains what is left to train, then evaluates."""
-        from stages import closing, plan, resume
+        from stages import closing, resume
         from stages.loop import Loop
 
-        plan.check_memory(self.plan)
+        self.check_memory()
         before = resume.look(self.folder, self.facts(), self.plan.cfg, self.given.folder.overwrite)
         self.show_plan()
         if before and before.finished(self.plan) and before.run.get("result") and before.sound():
             return self.already_finished(before)
-        state, past = resume.restore(before, self.plan, self.facts(), self.console)
+        state, past = self.restore(before)
         resume.begin(self.folder, self.plan.cfg, self.data.tokenizer, self.facts(), fresh=before is None)
         loop = Loop(self.job(), past, self.console)
         if self.plan.done(past.step, past.seconds) < 1:
@@ -75,6 +90,15 @@ class Run:
             if signal:
                 return self.stopped(past, signal)
         return closing.close(self, state, loop)
+
+    def restore(self, before: Any) -> tuple[Any, Any]:
+        """The state to train from, and what the run remembers."""
+        from engine.training.optimizer import make_optimizer
+        from engine.training.step import init_state
+        from stages import resume
+
+        tx = make_optimizer(self.recipe.optimizer)
+        return resume.restore(before, self.plan, lambda params: init_state(tx, params), self.facts(), self.console)
 
     def facts(self) -> dict[str, Any]:
         """run.json: everything that says how this run is trained."""
@@ -124,20 +148,36 @@ class Run:
 
     def job(self) -> Any:
         from stages import loop, plan
-        from stages.validate import Quick, rows_for
 
-        given, cfg = self.given.folder, self.plan.cfg
+        given = self.given.folder
         digests = {"text": self.data.digest, "tokenizer": self.data.tokenizer.digest}
         return loop.Job(
             plan=self.plan,
             folder=self.folder,
             batches=self.batches,
-            quick=Quick(self.data.validation, self.data.tokenizer, cfg.context, rows_for(cfg, cfg.context)),
+            quick=self.quick(),
             often=loop.Often(given.eval_every, given.save_every, given.log_every, given.keep),
-            ceiling=plan.ceiling(cfg, self.ceilings),
+            ceiling=plan.ceiling(self.plan.cfg, self.ceilings),
             started=process.started(),
             facts={"seed": self.given.seed, "digests": digests},
         )
+
+    def quick(self, **how: Any) -> Any:
+        """The quick evaluation."""
+        from stages.validate import Quick, rows_for
+
+        cfg = self.plan.cfg
+        return Quick(self.data.validation, self.data.tokenizer, cfg.context, rows_for(cfg, cfg.context), **how)
+
+    def sample(self, state: Any) -> str:
+        """What the trained model writes."""
+        from stages import closing
+
+        return closing.sample(self, state)
+
+    def remarks(self, state: Any) -> list[tuple[str, str]]:
+        """What else the last screen says."""
+        return []
 
     def stopped(self, past: Any, signal: int) -> int:
         """What a signal is answered with once all is saved."""

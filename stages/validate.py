@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -52,9 +53,16 @@ def whole_text(
 
 
 class Quick:
-    """A fixed few windows, spread over the validation text: comparable with itself, not with the whole text."""
+    """A fixed few windows, spread over the validation text: comparable with itself, not with the whole text.
 
-    def __init__(self, text: TokenFile, tokenizer: Tokenizer, seq: int, rows: int) -> None:
+    `nats_of` (cfg, params, batch) sums a batch's nats.
+    """
+
+    unit = "bits/byte (quick)"
+    key = "quick_val_bits_per_byte"
+
+    def __init__(self, text: TokenFile, tokenizer: Tokenizer, seq: int, rows: int, nats_of: Callable[..., Any] = score) -> None:
+        self.nats_of = nats_of
         shape = next(evaluation_windows(text.tokens, seq, seq, rows))
         last = len(text.tokens) - 1 - seq
         self.batches: list[Batch] = [shape]
@@ -70,11 +78,11 @@ class Quick:
         tokens, targets = text.tokens[at].astype(np.int32), text.tokens[at + 1].astype(np.int32)
         return shape._replace(tokens=tokens, targets=targets, mask=np.ones(at.shape, bool))
 
-    def bits_per_byte(self, cfg: ModelConfig, params: Params, watch: Watch | None = None) -> float | None:
-        """None when a signal came in between."""
+    def measure(self, cfg: ModelConfig, params: Params, watch: Watch | None = None) -> float | None:
+        """Bits per byte; None when a signal came in between."""
         nats = 0.0
         for batch in self.batches:
             if watch and watch.received:
                 return None
-            nats += float(score(cfg, params, batch))
+            nats += float(self.nats_of(cfg, params, batch))
         return bits(nats, max(self.size, 1))

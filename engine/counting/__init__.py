@@ -1,1 +1,1 @@
-"""What work costs: FLOPs and memory by formula, this machine's ceilings by measurement."""
+"""What work costs: FLOPs, bytes and memory by formula, by reading the program, and by XLA; a machine's ceilings measured."""

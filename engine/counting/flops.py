@@ -14,146 +14,15 @@ Conventions, the same for every function here:
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Literal
 
-from engine.errors import UserError, nearest
+from engine.counting.params import MATRICES, leaf_shapes
+from engine.counting.trained import NOTHING, Trained, check_paths, everything
 from engine.model.config import ModelConfig
 
 Attention = Literal["causal", "full"] | int
-Remat = Literal["none", "block"]
+Remat = Literal["none", "block", "full"]
 Gains = Literal["tokens", "weights"]
-
-MATRICES = ("qkv", "out", "gate_up", "down")  # of a block, in the order of the forward pass
-
-
-def leaf_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of every parameter, bottom first. A tied model has no `head`: its table is `embed`."""
-    query = cfg.heads * cfg.head_dim
-    block: dict[str, tuple[int, ...]] = {"attn_norm": (cfg.width,), "qkv": (cfg.width, cfg.qkv_width)}
-    if cfg.qkv_bias:
-        block["qkv_bias"] = (cfg.qkv_width,)
-    if cfg.qk_norm:
-        block |= {"q_norm": (cfg.head_dim,), "k_norm": (cfg.head_dim,)}
-    block |= {"out": (query, cfg.width), "mlp_norm": (cfg.width,)}
-    block |= {"gate_up": (cfg.width, 2 * cfg.ff), "down": (cfg.ff, cfg.width)}
-    shapes: dict[str, tuple[int, ...]] = {"embed": (cfg.vocab, cfg.width)}
-    shapes |= {f"blocks/{layer}/{name}": shape for layer in range(cfg.layers) for name, shape in block.items()}
-    shapes["norm"] = (cfg.width,)
-    if not cfg.tied:
-        shapes["head"] = (cfg.width, cfg.vocab)
-    return shapes
-
-
-@dataclasses.dataclass(frozen=True)
-class ParamCount:
-    """How many numbers a model holds, by component, all layers together."""
-
-    embed: int
-    qkv: int
-    out: int
-    gate_up: int
-    down: int
-    head: int  # 0 when the head is the embedding table
-    norms: int
-    biases: int
-    tied: bool
-
-    @property
-    def total(self) -> int:
-        """Every parameter, each once."""
-        return self.matmul + self.norms + self.biases + (0 if self.tied else self.embed)
-
-    @property
-    def blocks(self) -> int:
-        """The matrices of all blocks."""
-        return self.qkv + self.out + self.gate_up + self.down
-
-    @property
-    def matmul(self) -> int:
-        """The N of "6 N": weights that meet each token in a product. All block matrices and the unembedding (the tied
-        table counts here, once); not the lookup, the norms or the biases."""
-        return self.blocks + (self.embed if self.tied else self.head)
-
-
-def count_params(cfg: ModelConfig) -> ParamCount:
-    """The parameters of a model, by component."""
-    sizes = dict.fromkeys(("embed", *MATRICES, "head", "norms", "biases"), 0)
-    for path, shape in leaf_shapes(cfg).items():
-        name = path.rpartition("/")[2]
-        kind = name if name in sizes else "biases" if name.endswith("bias") else "norms"
-        sizes[kind] += shape[0] * shape[1] if len(shape) == 2 else shape[0]
-    return ParamCount(**sizes, tied=cfg.tied)
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """What learns: `weights` are paths of leaves that change, `adapted` of matrices with a LoRA pair of `rank`."""
-
-    weights: frozenset[str]
-    adapted: frozenset[str] = frozenset()
-    rank: int = 0
-
-
-NOTHING = Trained(frozenset())
-
-
-def everything(cfg: ModelConfig) -> Trained:
-    """Pre-training and full fine-tuning."""
-    return Trained(frozenset(leaf_shapes(cfg)))
-
-
-def bottom_frozen(cfg: ModelConfig, blocks: int) -> Trained:
-    """The embedding and the lowest `blocks` blocks stay; all above learns. With 0, nothing is frozen.
-
-    A tied table belongs to the bottom, so it stays as well. Raises UserError when there are not so many blocks.
-    """
-    _check_blocks(cfg, blocks)
-    if blocks == 0:
-        return everything(cfg)
-    kept = ("embed", *(f"blocks/{layer}/" for layer in range(blocks)))
-    return Trained(frozenset(path for path in leaf_shapes(cfg) if not path.startswith(kept)))
-
-
-def top_frozen(cfg: ModelConfig, blocks: int) -> Trained:
-    """The highest `blocks` blocks, the last norm and the head stay; all below learns. With 0, nothing is frozen.
-
-    A tied table belongs to the bottom, so it learns. Raises UserError when there are not so many blocks.
-    """
-    _check_blocks(cfg, blocks)
-    if blocks == 0:
-        return everything(cfg)
-    kept = ("norm", "head", *(f"blocks/{layer}/" for layer in range(cfg.layers - blocks, cfg.layers)))
-    return Trained(frozenset(path for path in leaf_shapes(cfg) if not path.startswith(kept)))
-
-
-def head_only(cfg: ModelConfig) -> Trained:
-    """Only the unembedding learns. In a tied model that table also feeds the bottom, so the saving is only in dW."""
-    return Trained(frozenset({"embed" if cfg.tied else "head"}))
-
-
-def lora(cfg: ModelConfig, rank: int, matrices: Sequence[str] = MATRICES) -> Trained:
-    """A LoRA pair of `rank` on the named matrices of every block; nothing else learns (Hu et al., 2106.09685)."""
-    if rank < 1:
-        raise UserError(f"A LoRA rank must be at least 1, not {rank}.")
-    for name in matrices:
-        if name not in MATRICES:
-            raise UserError(f"LoRA goes on {', '.join(MATRICES)}; there is no {name!r}.{nearest(name, MATRICES)}")
-    paths = frozenset(f"blocks/{layer}/{name}" for layer in range(cfg.layers) for name in matrices)
-    return Trained(frozenset(), paths, rank)
-
-
-def lowest_gradient(cfg: ModelConfig, trained: Trained) -> int:
-    """The lowest block that the backward pass enters: those below keep nothing for it. L when it enters none."""
-    paths = trained.weights | trained.adapted
-    if "embed" in paths:
-        return 0
-    return min((int(path.split("/")[1]) for path in paths if path.startswith("blocks/")), default=cfg.layers)
-
-
-def _check_blocks(cfg: ModelConfig, blocks: int) -> None:
-    if not 0 <= blocks <= cfg.layers:
-        raise UserError(f"Cannot freeze {blocks} blocks: the model has {cfg.layers}; give a number from 0 to that.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +36,9 @@ class Part:
 
     def __add__(self, other: "Part") -> "Part":
         return Part(self.forward + other.forward, self.recompute + other.recompute, self.dx + other.dx, self.dw + other.dw)
+
+    def __mul__(self, times: int) -> "Part":
+        return Part(self.forward * times, self.recompute * times, self.dx * times, self.dw * times)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +75,9 @@ class Flops:
     def total(self) -> int:
         return self.forward + self.backward
 
+    def __mul__(self, times: int) -> "Flops":
+        return Flops({name: part * times for name, part in self.parts.items()})
+
 
 def train_flops(
     cfg: ModelConfig,
@@ -217,45 +92,113 @@ def train_flops(
     """Operations of a training step **per token**, at sequences of `tokens`.
 
     `trained` is what learns (default: everything), `remat` defaults to the config's. With `block`, the forward of each
-    block that has a backward runs again, except its last product, `down`, whose result no gradient reads. `gains` says
-    what a norm's gain scales in the program: the `tokens`, so that its gradient needs dX, or the next product's
-    `weights`, so that it comes with dW; it matters only in the lowest block that learns. `loss_chunk` is the columns of
-    the vocabulary whose logits exist at once: each chunk is made again on the way back, and the last is filled up.
+    block that has a backward runs again, except its last product, `down`, whose result no gradient reads; with `full`
+    the whole forward pass does, as soon as anything learns. `gains` says what a norm's gain scales in the program: the
+    `tokens`, so that its gradient needs dX, or the next product's `weights`, so that it comes with dW; it matters only
+    in the lowest block that learns. `loss_chunk` is the columns of the vocabulary whose logits exist at once: each
+    chunk is made again on the way back, and the last is filled up. A LoRA pair is multiplied beside its base.
     Raises UserError when a path of `trained` is not in the model.
     """
+    return pass_flops(cfg, tokens, 1, attention=attention, trained=trained, remat=remat, gains=gains, loss_chunk=loss_chunk)
+
+
+def pass_flops(
+    cfg: ModelConfig,
+    tokens: int,
+    rows: int,
+    *,
+    attention: Attention,
+    trained: Trained | None,
+    remat: Remat | None,
+    gains: Gains | Literal["fewer"],
+    loss_chunk: int | None,
+    folds: bool = False,
+    scan: bool = False,
+) -> Flops:
+    """Operations of a forward and backward pass over `rows` tokens at once, in sequences of `tokens`.
+
+    As `train_flops`, and what depends on the rows: with `gains` "fewer" a gain scales the weights where these have fewer
+    columns than there are rows, else the tokens; with `folds` a LoRA pair is folded into its base where that is smaller
+    than what goes in and comes out, at R operations a weight each time and none a row (`model/leaves.py`). With `scan`
+    all blocks are one program run L times, so what one of them needs is done in each: a few frozen blocks save nothing.
+    """
     trained = everything(cfg) if trained is None else trained
-    _check_paths(cfg, trained)
-    walk = _Walk(cfg, trained, remat or cfg.remat, gains, 2 * cfg.heads * cfg.head_dim * keys_twice(tokens, attention))
+    check_paths(cfg, trained)
+    in_blocks = any(path.startswith("blocks/") for path in trained.weights | trained.adapted)
+    if scan:
+        trained = _in_every_block(cfg, trained)
+    square = 2 * rows * cfg.heads * cfg.head_dim * keys_twice(tokens, attention)
+    walk = _Walk(cfg, trained, remat or cfg.remat, gains, square, rows, folds)
+    walk.live = walk.live or (scan and in_blocks)
     for layer in range(cfg.layers):
         walk.block(f"blocks/{layer}/")
     walk.head(loss_chunk)
+    if walk.live and walk.remat == "full":
+        walk.repeat()
     return Flops(walk.tally)
+
+
+def _in_every_block(cfg: ModelConfig, trained: Trained) -> Trained:
+    spread = lambda paths: frozenset(
+        f"blocks/{layer}/{path.split('/')[2]}" if path.startswith("blocks/") else path
+        for path in paths
+        for layer in range(cfg.layers)
+    )
+    return Trained(spread(trained.weights), spread(trained.adapted), trained.rank)
 
 
 class _Walk:
     """The model from the bottom up. `live`: does anything so far learn? Then a gradient must come back to here."""
 
-    def __init__(self, cfg: ModelConfig, trained: Trained, remat: Remat, gains: Gains, square: int) -> None:
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        trained: Trained,
+        remat: Remat,
+        gains: Gains | Literal["fewer"],
+        square: int,
+        rows: int,
+        folds: bool,
+    ) -> None:
         self.cfg, self.trained, self.remat, self.gains, self.square = cfg, trained, remat, gains, square
+        self.rows, self.folds = rows, folds
         self.tally = dict.fromkeys((*MATRICES, "attention", "head", "lora"), Part())
         self.live = self.learns("embed")
 
     def learns(self, path: str) -> bool:
         return path in self.trained.weights
 
-    def multiply(self, name: str, rows: int, columns: int, path: str, gain: str = "") -> None:
+    def multiply(self, name: str, inputs: int, columns: int, path: str, gain: str = "", on_weights: bool = False) -> None:
         """One product with the weight at `path`, after a norm with the gain at `gain`."""
         gained = self.learns(gain)
-        size = 2 * rows * columns
-        dx = size if self.live or (gained and self.gains == "tokens") else 0
-        dw = size if self.learns(path) or (gained and self.gains == "weights") else 0
+        on_weights = on_weights or self.gains == "weights" or (self.gains == "fewer" and self.rows > columns)
+        size = 2 * self.rows * inputs * columns
+        dx = size if self.live or (gained and not on_weights) else 0
+        dw = size if self.learns(path) or (gained and on_weights) else 0
         self.tally[name] += Part(forward=size, dx=dx, dw=dw)
-        adapted = path in self.trained.adapted
+        adapted = self.adapted(path)
         if adapted:
-            down, up = 2 * rows * self.trained.rank, 2 * self.trained.rank * columns
-            # g bᵀ is needed for da even where no gradient goes further down.
-            self.tally["lora"] += Part(forward=down + up, dx=up + (down if dx else 0), dw=down + up)
-        self.live = self.live or gained or self.learns(path) or adapted
+            self.tally["lora"] += self.pairs(inputs, columns, adapted, dx > 0)
+        self.live = self.live or gained or self.learns(path) or bool(adapted)
+
+    def pairs(self, inputs: int, columns: int, adapted: list[int], dx: bool) -> Part:
+        """The LoRA pairs of one matrix. g bᵀ is needed for da even where no gradient goes further down."""
+        down = 2 * self.rows * inputs * self.trained.rank * len(adapted)
+        up = 2 * self.rows * self.trained.rank * sum(adapted)
+        if not self.folded(inputs, columns):
+            return Part(forward=down + up, dx=up + (down if dx else 0), dw=down + up)
+        fold = 2 * inputs * self.trained.rank * sum(adapted)
+        # x a is made on the way back, for db; dX goes through the folded weight, which is kept.
+        return Part(forward=fold, dx=up, dw=2 * down + up)
+
+    def folded(self, inputs: int, columns: int) -> bool:
+        return self.folds and self.rows * (inputs + columns) > inputs * columns
+
+    def adapted(self, path: str) -> list[int]:
+        """The columns of each part of the matrix at `path` that has a LoRA pair."""
+        folder, _, matrix = path.rpartition("/")
+        parts = self.cfg.parts.get(matrix, {})
+        return [stop - start for part, (start, stop) in parts.items() if f"{folder}/{part}" in self.trained.adapted]
 
     def block(self, prefix: str) -> None:
         cfg, before = self.cfg, dict(self.tally)
@@ -269,20 +212,28 @@ class _Walk:
         self.multiply("out", query, cfg.width, prefix + "out")
         self.multiply("gate_up", cfg.width, 2 * cfg.ff, prefix + "gate_up", prefix + "mlp_norm")
         self.multiply("down", cfg.ff, cfg.width, prefix + "down")
-        if self.remat == "none" or not self.live:
+        if self.remat != "block" or not self.live:
             return
-        unread = {"down": 2 * cfg.ff * cfg.width}
-        if prefix + "down" in self.trained.adapted:
-            unread["lora"] = 2 * self.trained.rank * cfg.width
+        unread = {"down": 2 * self.rows * cfg.ff * cfg.width}
+        folded = self.folded(cfg.ff, cfg.width)
+        through = self.tally["down"].dx > before["down"].dx  # dX reads the folded weight
+        if self.adapted(prefix + "down") and not (folded and through):
+            unread["lora"] = 2 * (cfg.ff if folded else self.rows) * self.trained.rank * cfg.width
         for name, part in before.items():
             again = self.tally[name].forward - part.forward - unread.get(name, 0)
             self.tally[name] += Part(recompute=again)
 
     def head(self, loss_chunk: int | None) -> None:
         columns = self.cfg.vocab if loss_chunk is None else -(-self.cfg.vocab // loss_chunk) * loss_chunk
-        self.multiply("head", self.cfg.width, columns, "embed" if self.cfg.tied else "head", "norm")
+        path = "embed" if self.cfg.tied else "head"
+        self.multiply("head", self.cfg.width, columns, path, "norm", on_weights=loss_chunk is not None)
         if loss_chunk and self.live:
             self.tally["head"] += Part(recompute=self.tally["head"].forward)
+
+    def repeat(self) -> None:
+        """All of the forward pass once more."""
+        for name, part in self.tally.items():
+            self.tally[name] += Part(recompute=part.forward)
 
 
 def keys_twice(tokens: int, attention: Attention) -> int:
@@ -290,13 +241,6 @@ def keys_twice(tokens: int, attention: Attention) -> int:
     if attention == "causal":
         return tokens
     return tokens + (tokens if attention == "full" or tokens % attention else attention)
-
-
-def _check_paths(cfg: ModelConfig, trained: Trained) -> None:
-    known = leaf_shapes(cfg)
-    for path in trained.weights | trained.adapted:
-        if path not in known:
-            raise UserError(f"The model has no parameter {path!r}.{nearest(path, list(known))}")
 
 
 def forward_flops(cfg: ModelConfig, tokens: int, *, attention: Attention) -> Flops:
@@ -320,6 +264,22 @@ def prefill_flops(cfg: ModelConfig, tokens: int, *, attention: Attention, cached
 def decode_flops(cfg: ModelConfig, length: int) -> Flops:
     """Operations to decode **one token** that meets `length` cached positions, its own included."""
     return forward_flops(cfg, length, attention="full")
+
+
+def muon_flops(cfg: ModelConfig, trained: Trained | None = None) -> int:
+    """Operations in the products of Muon's **step**: 5 iterations on each matrix that learns (`training/muon.py`).
+
+    With m the shorter and n the longer side, an iteration multiplies (m, n) by (n, m), (m, m) by (m, m) and (m, m) by
+    (m, n). AdamW has no products.
+    """
+    trained = everything(cfg) if trained is None else trained
+    check_paths(cfg, trained)
+    total = 0
+    for path, shape in leaf_shapes(cfg).items():
+        if path in trained.weights and path.rpartition("/")[2] in MATRICES:
+            m, n = sorted(shape)
+            total += 5 * (4 * m * m * n + 2 * m**3)
+    return total
 
 
 def step_flops(cfg: ModelConfig, batch: int, seq: int) -> int:

@@ -10,7 +10,9 @@ Input tokens are too few to count.
 import dataclasses
 from typing import Literal
 
-from engine.counting.flops import Attention, Remat, Trained, everything, keys_twice, leaf_shapes, lowest_gradient
+from engine.counting.flops import Attention, Remat, keys_twice
+from engine.counting.params import leaf_shapes
+from engine.counting.trained import Trained, everything, lowest_gradient, target_shapes
 from engine.model.backward import QUERY_BLOCK
 from engine.model.config import ModelConfig
 
@@ -23,9 +25,9 @@ _FLOAT32 = 4
 class TrainingMemory:
     """Bytes of a training step, by what they hold."""
 
-    params: int  # float32 masters, learning and frozen
+    params: int  # float32 where they learn; frozen matrices in the compute type, which is how fine-tuning keeps them
     optimizer: int
-    copies: int  # the matrices in the compute type, for as long as the step runs
+    copies: int  # the matrices that learn, in the compute type, for as long as the step runs
     gradients: int  # float32, of what learns
     kept: int  # by the forward pass for the backward pass: every block's values, or with remat every block's input
     block: int  # one block's values: the last to be dropped, and with remat the most that exists at once
@@ -90,42 +92,58 @@ def training_memory(
     shapes = leaf_shapes(cfg)
     sizes = {path: _size(shape) for path, shape in shapes.items()}
     matrices = sum(sizes[path] for path in trained.weights if path.startswith("blocks/") and len(shapes[path]) == 2)
-    adapters = sum(trained.rank * sum(shapes[path]) for path in trained.adapted)
+    targets = target_shapes(cfg)
+    adapters = sum(trained.rank * sum(targets[path]) for path in trained.adapted)
     learning = sum(sizes[path] for path in trained.weights) + adapters
-    width = _width(cfg)
-    products = sum(sizes[path] for path, shape in shapes.items() if len(shape) == 2 and (cfg.tied or path != "embed"))
+    width = number_bytes(cfg)
+    frozen = sum(sizes[path] for path, shape in shapes.items() if len(shape) == 2 and path not in trained.weights)
+    products = sum(sizes[path] for path in trained.weights if len(shapes[path]) == 2 and (cfg.tied or path != "embed"))
     rows = batch * tokens
-    block = rows * _kept_per_token(cfg, tokens, attention)
-    reached = cfg.layers - lowest_gradient(cfg, trained)
+    lowest = lowest_gradient(cfg, trained)
+    blocks = [rows * _kept_per_token(cfg, tokens, attention, _learning(cfg, trained, i)) for i in range(lowest, cfg.layers)]
     return TrainingMemory(
-        params=_FLOAT32 * (sum(sizes.values()) + adapters),
+        params=_FLOAT32 * (sum(sizes.values()) + adapters) - (_FLOAT32 - width) * frozen,
         # AdamW holds two moments a number; Muon one, on the matrices of the blocks, with AdamW on all else.
         optimizer=_FLOAT32 * (2 * learning - (matrices + adapters if optimizer == "muon" else 0)),
         copies=0 if width == _FLOAT32 else width * products,
         gradients=_FLOAT32 * learning,
-        kept=reached * (rows * _FLOAT32 * cfg.width if remat == "block" else block),
-        block=block if reached else 0,
+        kept=len(blocks) * rows * _FLOAT32 * cfg.width if remat == "block" else sum(blocks),
+        block=max(blocks, default=0),
         logits=round(rows * cfg.vocab * (width + _FLOAT32) / loss_chunks),
         remat=remat,
         accumulated=_FLOAT32 * learning if microbatches > 1 else 0,
     )
 
 
-def _kept_per_token(cfg: ModelConfig, tokens: int, attention: Attention | None) -> int:
-    """Bytes one block keeps for each token of a sequence of `tokens`."""
+def _learning(cfg: ModelConfig, trained: Trained, layer: int) -> set[str]:
+    """The leaves of one block that learn, those with an adapter among them."""
+    prefix = f"blocks/{layer}/"
+    adapted = {name for name, parts in cfg.parts.items() if any(prefix + part in trained.adapted for part in parts)}
+    return adapted | {path.removeprefix(prefix) for path in trained.weights if path.startswith(prefix)}
+
+
+def _kept_per_token(cfg: ModelConfig, tokens: int, attention: Attention | None, learning: set[str]) -> int:
+    """Bytes one block keeps for each token of a sequence of `tokens`, when those of its leaves learn.
+
+    What is read only by the gradient of a weight is kept only where that weight learns.
+    """
     query, key = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
-    operands = 2 * cfg.width  # both norms' results
+    norms = [bool(learning & {"attn_norm", "qkv"}), bool(learning & {"mlp_norm", "gate_up"})]
+    gains = [name in learning for name in ("attn_norm", "mlp_norm")]
+    operands = sum(norms) * cfg.width  # both norms' results
     operands += query + 2 * key  # q, k, v as the product gives them
     operands += 3 * query  # rotated, k and v once for each query head
-    operands += query + 3 * cfg.ff  # attention's result; gate, up, and what goes into `down`
+    operands += query + 2 * cfg.ff  # attention's result; gate and up
+    operands += cfg.ff if "down" in learning else 0
     elementwise = 2 * cfg.width  # the residual stream at both norms
-    elementwise += 4 * cfg.width  # both norms: the normalised input, and the gain spread over the tokens
+    elementwise += 2 * sum(gains) * cfg.width  # each norm's normalised input, and its gain spread over the tokens
     elementwise += cfg.ff  # the sigmoid
     if cfg.qk_norm:
-        elementwise += 4 * (query + key)  # the norm's input and result, and both sides of the rotation
+        elementwise += 2 * (query + key)  # the norm's input and result
+        elementwise += 2 * (query + key) if learning & {"q_norm", "k_norm"} else 0  # both sides of the rotation
     # Attention's weights: N numbers for each key met, twice, for they are moved before they are multiplied.
     operands += 0 if attention is None else cfg.heads * keys_twice(tokens, attention)
-    return operands * _width(cfg) + elementwise * _FLOAT32
+    return operands * number_bytes(cfg) + elementwise * _FLOAT32
 
 
 def inference_memory(
@@ -143,7 +161,7 @@ def inference_memory(
     with int8 each column has a float32 scale and an untied lookup table stays in `cfg.dtype`. `every_logit` says that
     logits are wanted at each token, not only at the last of a call.
     """
-    width = _width(cfg)
+    width = number_bytes(cfg)
     per_weight = {"float32": 4, "bfloat16": 2, "int8": 1, None: width}[weights]
     params = 0
     for path, shape in leaf_shapes(cfg).items():
@@ -166,7 +184,8 @@ def inference_memory(
     )
 
 
-def _width(cfg: ModelConfig) -> int:
+def number_bytes(cfg: ModelConfig) -> int:
+    """Of one number in the type that products are computed in."""
     return 2 if cfg.dtype == "bfloat16" else _FLOAT32
 
 

@@ -6,7 +6,7 @@ nothing is compiled while text is being generated. They donate the cache, which 
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,7 +18,8 @@ from engine.errors import UserError
 from engine.inference.sample import Sampling, sample
 from engine.model.cache import KVCache, make_cache
 from engine.model.config import ModelConfig
-from engine.model.transformer import Params, forward
+from engine.model.leaves import cast_matrices
+from engine.model.transformer import Params, forward, hidden_states, logits_of
 
 CHUNK = 64  # prompt tokens a prefill call; every prompt is padded to a multiple
 STEPS = 8  # tokens a decode call: one dispatch and one read-back for this many steps
@@ -26,8 +27,8 @@ MIN_ROWS = 2  # a product with a single row takes a different and slower path on
 
 
 def for_inference(cfg: ModelConfig, params: Params) -> Params:
-    """Weights in the compute dtype, once: matrices and embeddings are cast, gains and biases stay float32."""
-    return jax.tree.map(lambda leaf: leaf.astype(cfg.dtype) if leaf.ndim >= 2 else leaf, params)
+    """Weights in the compute dtype, once: matrices and embeddings are cast, gains, biases and Int8 leaves stay."""
+    return cast_matrices(params, cfg.dtype)
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="cache")
@@ -38,9 +39,10 @@ def prefill(cfg: ModelConfig, params: Params, tokens: Array, lengths: Array, cac
     `lengths`; a row must have room for T. A row of length 0 is left as it was and its logits mean nothing.
     """
     positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
-    logits, cache = forward(cfg, params, tokens, positions, cache)
+    hidden, cache = hidden_states(cfg, params, tokens, positions, cache)
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
-    return jnp.take_along_axis(logits, last, axis=1)[:, 0], cache._replace(length=cache.length + lengths)
+    logits = logits_of(cfg, params, jnp.take_along_axis(hidden, last, axis=1)[:, 0])
+    return logits, cache._replace(length=cache.length + lengths)
 
 
 def _decode_step(cfg: ModelConfig, params: Params, token: Array, cache: KVCache) -> tuple[Array, KVCache]:
@@ -91,15 +93,15 @@ def generate(
     sampling: Sampling,
     *,
     max_tokens: int,
-    end: int | None = None,
+    end: int | Collection[int] | None = None,
     capacity: int | None = None,
 ) -> Iterator[Generated]:
     """Continues each prompt, yielding tokens as they come: after the prefill one, then up to STEPS at a time.
 
     `params` are read as given: pass them through `for_inference` first. `sampling` has one row a prompt. A prompt ends
-    with 'stop' when it draws `end` (which is not yielded), else with 'length' at `max_tokens` or when `capacity` tokens
-    (by default the model's context) are full. Raises UserError for an empty prompt, one that leaves no room, a token
-    outside the vocabulary, or rows of sampling that are not as many as the prompts.
+    with 'stop' when it draws `end`, or one of several (which is not yielded), else with 'length' at `max_tokens` or when
+    `capacity` tokens (by default the model's context) are full. Raises UserError for an empty prompt, one that leaves no
+    room, a token outside the vocabulary, or rows of sampling that are not as many as the prompts.
     """
     capacity = cfg.context if capacity is None else capacity
     if not prompts or len(sampling.seed) != len(prompts):
@@ -123,13 +125,14 @@ def generate(
     logits, cache = _prefill_all(cfg, params, padded, cache)
     token = _sample(logits, cache.length, sampling)
 
+    ends = () if end is None else (end,) if isinstance(end, int) else tuple(end)
     counts = [0] * len(prompts)
     running = set(range(len(prompts)))
     room = [min(max_tokens, capacity - len(prompt)) for prompt in prompts]
     fresh = np.asarray(token)[:, None]
     while running:
         for index in sorted(running):
-            new, finished = _take(fresh[index].tolist(), room[index] - counts[index], end)
+            new, finished = _take(fresh[index].tolist(), room[index] - counts[index], ends)
             counts[index] += len(new)
             if finished:
                 running.discard(index)
@@ -152,8 +155,9 @@ def _prefill_all(cfg: ModelConfig, params: Params, prompts: list[list[int]], cac
     return after, cache
 
 
-def _take(tokens: list[int], room: int, end: int | None) -> tuple[list[int], str | None]:
+def _take(tokens: list[int], room: int, ends: Collection[int]) -> tuple[list[int], str | None]:
     """Of newly drawn tokens those that count, and why the row is finished if it is."""
-    if end is not None and end in tokens[:room]:
-        return tokens[: tokens.index(end)], "stop"
+    for place, token in enumerate(tokens[:room]):
+        if token in ends:
+            return tokens[:place], "stop"
     return tokens[:room], "length" if len(tokens) >= room else None

@@ -189,7 +189,9 @@ def _rope_backward(dtype: DTypeLike, kept, g: Array):
     cos, sin = _whole_tables(cos, sin)
     back = g.astype(jnp.float32) * cos - _swap_halves(g).astype(jnp.float32) * sin
     dgain = jnp.sum(x.astype(jnp.float32) * back, axis=(0, 1))
-    return (back * gain).astype(x.dtype), dgain.astype(gain.dtype), None, None
+    # The barrier keeps the rotation out of the norm's backward pass, which would spread each table over all tokens first.
+    dx = jax.lax.optimization_barrier((back * gain).astype(x.dtype))
+    return dx, dgain.astype(gain.dtype), None, None
 
 
 rope.defvjp(_rope_forward, _rope_backward)

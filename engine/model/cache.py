@@ -1,5 +1,6 @@
 """KVCache: what a request has been read as so far. An argument and a result of the forward pass, never hidden state."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,6 +24,14 @@ class KVCache(NamedTuple):
     def capacity(self) -> int:
         """S: tokens a row can hold."""
         return self.k[0].shape[2]
+
+    def layer(self, i: int) -> tuple[Array, Array, Array]:
+        """What layer i reads and writes: its k and v (B, K, S, H), and length."""
+        return self.k[i], self.v[i], self.length
+
+    def with_layers(self, layers: Sequence[tuple[Array, Array, Array]]) -> "KVCache":
+        """The same with every layer replaced."""
+        return KVCache(tuple(k for k, _, _ in layers), tuple(v for _, v, _ in layers), self.length)
 
 
 def make_cache(cfg: ModelConfig, batch: int, capacity: int) -> KVCache:

@@ -23,7 +23,8 @@ class ModelConfig:
     With `qkv_bias` it is Qwen2's block, with `qk_norm` Qwen3's. `dtype` is what the products are computed in; weights in
     training stay float32. `scan` and `remat` choose how the training program is laid out, never what it computes:
     `scan` compiles one block and loops over it (compile time), `remat='block'` keeps only each block's input and
-    recomputes the rest in the backward pass (memory).
+    recomputes the rest in the backward pass (memory). `remat='full'` keeps nothing between the passes and runs the whole
+    forward pass again: it is there to be counted and measured, for its peak is that of `'none'`.
 
     Raises UserError when the numbers do not describe a model.
     """
@@ -44,7 +45,7 @@ class ModelConfig:
     qkv_bias: bool = False
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     scan: bool = False
-    remat: Literal["none", "block"] = "none"
+    remat: Literal["none", "block", "full"] = "none"
 
     def __post_init__(self) -> None:
         for name in ("vocab", "width", "layers", "heads", "ff", "context", "kv_heads", "head_dim"):
@@ -68,8 +69,8 @@ class ModelConfig:
             raise UserError(f"ModelConfig: head_dim {self.head_dim} is odd; RoPE turns pairs, so it must be even.")
         if self.dtype not in ("bfloat16", "float32"):
             raise UserError(f"ModelConfig: dtype must be 'bfloat16' or 'float32', not {self.dtype!r}.")
-        if self.remat not in ("none", "block"):
-            raise UserError(f"ModelConfig: remat must be 'none' or 'block', not {self.remat!r}.")
+        if self.remat not in ("none", "block", "full"):
+            raise UserError(f"ModelConfig: remat must be 'none', 'block' or 'full', not {self.remat!r}.")
 
     @property
     def groups(self) -> int:
@@ -80,6 +81,17 @@ class ModelConfig:
     def qkv_width(self) -> int:
         """Columns of the fused query, key and value matrix: (N + 2K) H, in that order."""
         return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def parts(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """Of each matrix of a block, what its columns are: {"qkv": {"q": (start, stop), ...}, "out": {"out": ...}, ...}."""
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "qkv": {"q": (0, query), "k": (query, query + key), "v": (query + key, query + 2 * key)},
+            "out": {"out": (0, self.width)},
+            "gate_up": {"gate": (0, self.ff), "up": (self.ff, 2 * self.ff)},
+            "down": {"down": (0, self.width)},
+        }
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict that `from_json` turns back into an equal config."""

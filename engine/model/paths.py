@@ -1,7 +1,7 @@
 """Parameters by path: `blocks/3/qkv` names a leaf, a rule is a pattern on such names, and the first match wins."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from engine.errors import UserError, nearest
@@ -57,16 +57,29 @@ def first_match(rules: Sequence[tuple[str, Any]], params: dict[str, Any], defaul
 def partition(params: dict[str, Any], rules: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(trainable, frozen): the leaves any rule matches, and the others. `merge` puts them together again."""
     chosen = leaf_paths(first_match([(rule, True) for rule in rules], params, False))
+    return split(params, {path for path, matched in chosen.items() if matched})
+
+
+def split(params: dict[str, Any], chosen: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the leaves at the chosen paths, the others)."""
     leaves = leaf_paths(params)
     return (
-        nested({path: leaf for path, leaf in leaves.items() if chosen[path]}),
-        nested({path: leaf for path, leaf in leaves.items() if not chosen[path]}),
+        nested({path: leaf for path, leaf in leaves.items() if path in chosen}),
+        nested({path: leaf for path, leaf in leaves.items() if path not in chosen}),
     )
 
 
 def merge(trainable: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Any]:
-    """One params tree of two that share no path."""
-    return nested(leaf_paths(frozen) | leaf_paths(trainable))
+    """One params tree of two. Where both have a path, the trainable leaf is an adapter, and is put `on` the frozen one.
+
+    Raises ValueError when it is not: two weights cannot have one place.
+    """
+    leaves = leaf_paths(frozen)
+    for path, leaf in leaf_paths(trainable).items():
+        if path in leaves and not hasattr(leaf, "on"):
+            raise ValueError(f"Both trees hold a weight at {path!r}.")
+        leaves[path] = leaf.on(leaves[path]) if path in leaves else leaf
+    return nested(leaves)
 
 
 def stack(trees: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from engine.model import backward, layers
+from engine.model import backward, layers, spans
 from engine.model.backend import on_cpu
 from engine.model.cache import KVCache, write
 from engine.model.config import ModelConfig
@@ -30,6 +30,19 @@ Cached = tuple[Array, Array, Array]  # one layer's k and v (B, K, S, H), and eac
 def shaped() -> ModuleType:
     """The layers to use here: shaped by hand for a CPU, as on paper elsewhere."""
     return backward if on_cpu() else layers
+
+
+def matrix(module: nn.Module, name: str, init: Any, shape: tuple[int, int]) -> Any:
+    """The parameter `name` of a module: drawn while the model is made, else the leaf that is there, of whatever kind.
+
+    Flax would compare shapes by how a leaf's arrays lie; a leaf says itself what matrix it stands for.
+    """
+    if not module.has_variable("params", name):
+        return module.param(name, init, shape)
+    leaf = module.get_variable("params", name)
+    if tuple(leaf.shape) != shape:
+        raise ValueError(f"The parameter {name} should be {shape}, and is {tuple(leaf.shape)}.")
+    return leaf
 
 
 class Block(nn.Module):
@@ -61,8 +74,12 @@ class Block(nn.Module):
             qkv = qkv + self.param("qkv_bias", nn.initializers.zeros, (cfg.qkv_width,)).astype(dtype)
         qkv = qkv.reshape(B, T, cfg.heads + 2 * cfg.kv_heads, cfg.head_dim)
         qk, v = jnp.split(qkv, [cfg.heads + cfg.kv_heads], axis=2)
-        qk = math.unit_norm(qk, cfg.eps, dtype) if cfg.qk_norm else qk
+        if cfg.qk_norm:
+            # The rotation reads each number twice; without the barrier XLA would compute the norm twice as well.
+            qk = jax.lax.optimization_barrier(math.unit_norm(qk, cfg.eps, dtype))
         q, k = jnp.split(math.rope(qk, self.head_gains(), *rotary, dtype), [cfg.heads], axis=2)
+        if isinstance(cached, spans.SpanLayer):
+            return spans.attention(q, k, v, cached)
         if cached is not None:
             return self.cached_attention(q, k, v, cached)
         if on_cpu():
@@ -95,7 +112,7 @@ class Block(nn.Module):
 
     def weight(self, name: str, rows: int, columns: int, scale: float = 1.0) -> Any:
         """(rows, columns), normal with variance 1 / rows; `scale` 0 for what a block adds, so it starts as identity."""
-        return self.param(name, nn.initializers.normal(scale * rows**-0.5), (rows, columns))
+        return matrix(self, name, nn.initializers.normal(scale * rows**-0.5), (rows, columns))
 
 
 class Blocks(nn.Module):
@@ -108,13 +125,11 @@ class Blocks(nn.Module):
         cfg = self.cfg
         if cache is not None:
             # Unrolled, one array a layer: a scan over a stacked cache copies it whole at every step.
-            k, v = [], []
+            written = []
             for i in range(cfg.layers):
-                cached = (cache.k[i], cache.v[i], cache.length)
-                x, cached = Block(cfg, name=str(i))(x, rotary, segments, cached)
-                k.append(cached[0])
-                v.append(cached[1])
-            return x, KVCache(tuple(k), tuple(v), cache.length)
+                x, cached = Block(cfg, name=str(i))(x, rotary, segments, cache.layer(i))
+                written.append(cached)
+            return x, cache.with_layers(written)
 
         def run(params, x):
             return Block(cfg, parent=None).apply({"params": params}, x, rotary, segments, None)[0]
@@ -148,7 +163,7 @@ class Transformer(nn.Module):
         gain = self.param("norm", nn.initializers.ones, (cfg.width,))
         x = shaped().unit_norm(x, cfg.eps, dtype)
         if not cfg.tied:
-            weight = self.param("head", nn.initializers.zeros, (cfg.width, cfg.vocab))
+            weight = matrix(self, "head", nn.initializers.zeros, (cfg.width, cfg.vocab))
         if not head:
             return x, cache
         with jax.named_scope("head"):
@@ -174,9 +189,14 @@ def forward(
     return Transformer(cfg).apply({"params": params}, tokens, positions, segments, cache)
 
 
-def hidden_states(cfg: ModelConfig, params: Params, tokens: Array, positions: Array, segments: Array | None = None):
-    """tokens, positions (B, T) -> (B, T, D) in the compute dtype: what the head multiplies, for losses in chunks."""
-    return Transformer(cfg).apply({"params": params}, tokens, positions, segments, None, head=False)[0]
+def hidden_states(
+    cfg: ModelConfig, params: Params, tokens: Array, positions: Array, cache: Any = None, segments: Array | None = None
+) -> tuple[Array, Any]:
+    """As `forward`, but for the head: what it would multiply, (B, T, D) in the compute dtype, and the cache.
+
+    For whoever wants the logits of a few positions, or of a part of the vocabulary: `logits_of` makes them.
+    """
+    return Transformer(cfg).apply({"params": params}, tokens, positions, segments, cache, head=False)
 
 
 def logits_of(cfg: ModelConfig, params: Params, hidden: Array) -> Array:

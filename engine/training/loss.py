@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from engine.model.config import ModelConfig
-from engine.model.leaves import project
+from engine.model.leaves import dense, project
 from engine.model.transformer import Params, forward, hidden_states
 from engine.text.batch import Batch
 
@@ -33,17 +33,22 @@ def next_token_loss(logits: Array, targets: Array, mask: Array) -> tuple[Array, 
     return losses.sum() / count, {"tokens": mask.sum(), "correct": correct}
 
 
-def summed_loss(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
-    """The batch's summed nats over masked-in targets: forward pass and loss, in chunks when logits would not fit."""
+def target_losses(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
+    """(B, T) float32 nats of the batch's masked-in targets, 0 where the mask is False; in chunks when logits would not fit."""
     B, T = batch.tokens.shape
     targets = jnp.where(batch.mask, batch.targets, 0)
     if 4 * B * T * cfg.vocab <= LOGITS_LIMIT:
         logits, _ = forward(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
         losses = token_losses(logits, targets)
     else:
-        hidden = hidden_states(cfg, params, batch.tokens, batch.positions, batch.segments)
+        hidden, _ = hidden_states(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
         losses = chunked_losses(cfg, params, hidden, targets, CHUNK)
-    return jnp.where(batch.mask, losses, 0.0).sum()
+    return jnp.where(batch.mask, losses, 0.0)
+
+
+def summed_loss(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
+    """The batch's summed nats over masked-in targets: forward pass and loss."""
+    return target_losses(cfg, params, batch).sum()
 
 
 def chunked_losses(cfg: ModelConfig, params: Params, hidden: Array, targets: Array, chunk: int) -> Array:
@@ -54,7 +59,7 @@ def chunked_losses(cfg: ModelConfig, params: Params, hidden: Array, targets: Arr
     """
     B, T, D = hidden.shape
     hidden, targets = hidden.reshape(-1, D), targets.reshape(-1)
-    columns = params["embed"].T if cfg.tied else params["head"]
+    columns = dense(params["embed"]).T if cfg.tied else dense(params["head"])
     columns = columns * params["norm"][:, None]
     count = -(-cfg.vocab // chunk)
     columns = jnp.pad(columns, ((0, 0), (0, count * chunk - cfg.vocab)))

@@ -17,12 +17,14 @@ import optax
 from jax import Array
 
 from engine.errors import UserError
+from engine.model.lora import LoRA
 from engine.model.paths import map_paths
 from engine.training.muon import orthogonalize
 
 Schedule = Callable[[Array], Array]
 
-# What is a direction in weight space rather than a table or a gain: the matrices inside blocks.
+# What is a direction in weight space rather than a table or a gain: the matrices inside blocks. An adapter's thin pair at
+# the same path is not: only its product is one. Its decay pulls the model back to its base.
 MATRICES = r"blocks/\d+/(qkv|out|gate_up|down)"
 # Gains and biases are not pulled towards zero.
 UNDECAYED = r".*(norm|bias)"
@@ -107,13 +109,21 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArg
         decay,
         optax.scale(-cfg.matrix_learning_rate),
     )
-    rest = "adamw"
-    matrices = "muon" if cfg.kind == "muon" else rest
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip) if cfg.clip != float("inf") else optax.identity(),
-        optax.partition({"adamw": adamw, "muon": muon}, functools.partial(_where, MATRICES, matrices, rest)),
+        optax.partition({"adamw": adamw, "muon": muon}, functools.partial(_mover, cfg.kind)),
         scale_by_progress(make_schedule(cfg)),
     )
+
+
+def _mover(kind: str, params: Any) -> Any:
+    """A tree like params: by which of the two chains each leaf is moved."""
+
+    def mover(path: str, leaf: Any) -> str:
+        matrix = re.fullmatch(MATRICES, path) and not isinstance(leaf, LoRA)
+        return "muon" if kind == "muon" and matrix else "adamw"
+
+    return map_paths(mover, params)
 
 
 def _where(pattern: str, inside: Any, outside: Any, params: Any) -> Any:

@@ -1,6 +1,7 @@
 """One step of training: forward, backward, update. A pure function of state, batch and progress."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,6 @@ from jax import Array
 from engine.model.config import ModelConfig
 from engine.model.paths import merge
 from engine.model.transformer import Params
-from engine.text.batch import Batch
 from engine.training.loss import summed_loss
 
 
@@ -23,8 +23,23 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
+class Objective(NamedTuple):
+    """What a step makes small: the sum of something over a batch, divided by how many of it there are.
+
+    `summed(cfg, params, batch)` () float32 and `count(batch)` () of any batch whose leaves have a leading axis of rows,
+    such that a batch's are the sums of its parts'. One objective is one object, or its step is compiled anew.
+    """
+
+    summed: Callable[[ModelConfig, Params, Any], Array]
+    count: Callable[[Any], Array]
+
+
+NEXT_TOKEN = Objective(summed_loss, lambda batch: batch.mask.sum())
+
+
 class Metrics(NamedTuple):
-    """Of one step, all () arrays: mean nats per target, targets, the gradient's norm before clipping, 1 if refused."""
+    """Of one step, all () arrays: the loss (mean nats per target, for NEXT_TOKEN), how many it is the mean of, the
+    gradient's norm before clipping, 1 if refused."""
 
     loss: Array
     tokens: Array
@@ -38,45 +53,53 @@ def init_state(tx: optax.GradientTransformation, trainable: Params) -> TrainStat
 
 
 def loss_and_gradient(
-    cfg: ModelConfig, trainable: Params, frozen: Params, batch: Batch, microbatches: int = 1
+    cfg: ModelConfig,
+    trainable: Params,
+    frozen: Params,
+    batch: Any,
+    microbatches: int = 1,
+    objective: Objective = NEXT_TOKEN,
 ) -> tuple[Array, Params]:
-    """Mean nats per target of the whole batch, and its gradient for the trainable leaves alone.
+    """The objective's mean over the whole batch, and its gradient for the trainable leaves alone.
 
     With microbatches A, the batch (B, T) is taken A parts at a time and the gradients summed: the same numbers in
     1 / A of the activation memory. B must be a multiple of A.
     """
-    total = jnp.maximum(batch.mask.sum(), 1).astype(jnp.float32)
+    total = jnp.maximum(objective.count(batch), 1).astype(jnp.float32)
 
-    def share(trainable: Params, part: Batch) -> Array:
-        return summed_loss(cfg, merge(trainable, frozen), part) / total
+    def share(trainable: Params, part: Any) -> Array:
+        return objective.summed(cfg, merge(trainable, frozen), part) / total
 
-    differentiate = jax.value_and_grad(share)
+    differentiate = jax.value_and_grad(jax.checkpoint(share) if cfg.remat == "full" else share)
     if microbatches == 1:
         return differentiate(trainable, batch)
     parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
 
-    def add(sums: Any, part: Batch) -> tuple[Any, None]:
+    def add(sums: Any, part: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, differentiate(trainable, part)), None
 
     start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
     return jax.lax.scan(add, start, parts)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "tx", "microbatches"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("cfg", "tx", "microbatches", "objective"), donate_argnames="state")
 def train_step(
     cfg: ModelConfig,
     tx: optax.GradientTransformationExtraArgs,
     state: TrainState,
     frozen: Params,
-    batch: Batch,
+    batch: Any,
     progress: Array,
     microbatches: int = 1,
+    objective: Objective = NEXT_TOKEN,
 ) -> tuple[TrainState, Metrics]:
     """The next state, and what the step measured. `state` is donated; `progress` () float32 drives the schedule.
 
+    `batch` is what the objective reads: a Batch, unless another objective is given.
+
     A step whose loss, gradient or update is not finite changes no weight and no moment: it only counts as seen.
     """
-    loss, gradient = loss_and_gradient(cfg, state.trainable, frozen, batch, microbatches)
+    loss, gradient = loss_and_gradient(cfg, state.trainable, frozen, batch, microbatches, objective)
     with jax.named_scope("optimizer"):
         grad_norm = optax.tree.norm(gradient)
         updates, opt_state = tx.update(gradient, state.opt_state, state.trainable, progress=progress)
@@ -86,4 +109,4 @@ def train_step(
             lambda new, old: jnp.where(sound, new, old), (trainable, opt_state), (state.trainable, state.opt_state)
         )
     refused = (~sound).astype(jnp.int32)
-    return TrainState(state.step + 1, trainable, opt_state), Metrics(loss, batch.mask.sum(), grad_norm, refused)
+    return TrainState(state.step + 1, trainable, opt_state), Metrics(loss, objective.count(batch), grad_norm, refused)

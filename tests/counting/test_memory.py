@@ -7,11 +7,17 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from engine.counting.flops import bottom_frozen, count_params, head_only, lora
 from engine.counting.memory import inference_memory, training_memory
+from engine.counting.params import count_params
+from engine.counting.trained import Trained, bottom_frozen, everything, head_only, lora, top_frozen
 from engine.model.cache import make_cache
 from engine.model.config import ModelConfig, preset
+from engine.model.leaves import cast_matrices
+from engine.model.paths import split
 from engine.model.transformer import forward, init_params
+from engine.training.lora import add_lora
+from engine.training.optimizer import OptimizerConfig, make_optimizer
+from engine.training.step import init_state
 
 CFG = ModelConfig(vocab=19, width=12, layers=3, heads=6, kv_heads=3, head_dim=4, ff=10, context=64)
 
@@ -31,7 +37,8 @@ def test_frozen_weights_have_no_gradient_no_moments_and_keep_nothing_below():
     full = training_memory(CFG, 2, 7)
     half = training_memory(CFG, 2, 7, trained=bottom_frozen(CFG, 2))
     head = training_memory(CFG, 2, 7, trained=head_only(CFG))
-    assert half.params == full.params
+    stay = 2 * (48 * 12 + 24 * 12 + 12 * 20 + 10 * 12) + 19 * 12  # numbers in two blocks' matrices and the table
+    assert half.params == full.params - 2 * stay
     assert 3 * half.kept == full.kept
     assert (head.kept, head.block, head.gradients, head.optimizer) == (0, 0, 4 * 12 * 19, 8 * 12 * 19)
 
@@ -40,7 +47,38 @@ def test_lora_adds_its_pairs_and_trains_only_those():
     memory = training_memory(CFG, 2, 7, trained=lora(CFG, 5, ["out"]))
     pairs = 3 * 5 * (24 + 12)
     assert memory.gradients == 4 * pairs
-    assert memory.params == 4 * (count_params(CFG).total + pairs)
+    assert memory.params == 4 * (count_params(CFG).norms + pairs) + 2 * (count_params(CFG).matmul + 19 * 12)
+    assert memory.copies == 0
+
+
+@pytest.mark.parametrize("targets", [["q", "v"], ["down"], ["gate", "up", "out"]])
+def test_a_block_keeps_less_where_fewer_weights_want_a_gradient(targets):
+    """But never less than what carries the gradient down."""
+    full, some = training_memory(CFG, 2, 7), training_memory(CFG, 2, 7, trained=lora(CFG, 5, targets))
+    gains = training_memory(CFG, 2, 7, trained=Trained(frozenset({"blocks/0/attn_norm"})))
+    assert full.kept / 2 < gains.kept < full.kept
+    assert full.kept / 2 < some.kept < full.kept
+
+
+@pytest.mark.parametrize("name", ["everything", "bottom", "top", "lora"])
+def test_weights_and_optimizer_are_those_of_a_real_run(name):
+    cfg = dataclasses.replace(CFG, qk_norm=True, qkv_bias=True)
+    chosen = {
+        "everything": everything(cfg),
+        "bottom": bottom_frozen(cfg, 1),
+        "top": top_frozen(cfg, 1),
+        "lora": lora(cfg, 2, ["q", "v", "down"]),
+    }[name]
+    params = jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
+    trainable, frozen = split(params, chosen.weights)
+    if chosen.adapted:
+        add = lambda params: add_lora(cfg, params, jax.random.key(0), rank=2, targets=["q", "v", "down"])
+        trainable = jax.eval_shape(add, params)
+    frozen = jax.eval_shape(lambda frozen: cast_matrices(frozen, cfg.dtype), frozen)
+    state = jax.eval_shape(lambda tree: init_state(make_optimizer(OptimizerConfig()), tree), trainable)
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state, frozen)))
+    memory = training_memory(cfg, 2, 7, trained=chosen)
+    assert 0 <= held - memory.params - memory.optimizer <= 16  # and the counters of steps
 
 
 def test_what_saves_memory_saves_it():

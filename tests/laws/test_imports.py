@@ -14,8 +14,10 @@ ROOT = Path(__file__).resolve().parents[2]
 TIERS = [
     {"engine.errors"},
     {"engine.files", "engine.allocator", "engine.model.config", "engine.model.paths", "engine.model.backend"},
-    {"engine.model.layers", "engine.model.cache"},
-    {"engine.model.backward"},
+    {"engine.model.layers", "engine.model.cache", "engine.by_hand"},
+    {"engine.model.backward", "engine.model.int8", "engine.model.spans"},
+    {"engine.model.lora"},
+    {"engine.model.adapted"},
     {"engine.model.leaves"},
     {"engine.model.transformer"},
     {"engine.text", "engine.storage", "engine.counting"},
@@ -156,6 +158,26 @@ def test_the_checker_lets_right_arrows_be(module, source):
 
 def test_only_the_transformer_imports_flax():
     assert importers("flax", SOURCES) == {"engine.model.transformer"}
+
+
+def by_hand_leans_on(trees: dict[str, ast.Module]) -> set[str]:
+    """What the by-hand model imports beyond itself and Python's own library."""
+    targets = {
+        target
+        for module, tree in trees.items()
+        if room_of(module) == "engine.by_hand"
+        for _, target in imported(module, tree, set(trees))
+        if room_of(target) != "engine.by_hand"
+    }
+    return {target for target in targets if target.split(".")[0] not in sys.stdlib_module_names}
+
+
+def test_by_hand_needs_numpy_alone():
+    assert by_hand_leans_on(SOURCES) == {"numpy", "engine.errors", "engine.model.config"}
+    for source in ("import jax", "from engine.model.paths import merge", "from engine.training import step"):
+        assert len(by_hand_leans_on(SOURCES | {"engine.by_hand.made_up": ast.parse(source)})) == 4
+    program = "import sys, engine.by_hand.generate, engine.by_hand.adamw; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
 
 
 def test_only_training_imports_optax():

@@ -14,7 +14,7 @@ from engine.model.transformer import forward, hidden_states, init_params, logits
 
 run = jax.jit(forward, static_argnums=0)
 init = jax.jit(init_params, static_argnums=0)
-hidden_of = jax.jit(hidden_states, static_argnums=0)
+hidden_of = jax.jit(lambda cfg, *args: hidden_states(cfg, *args)[0], static_argnums=0)
 
 # The family's members, in float32 and small: Qwen3's block and Llama 3's, Qwen2's with a tied head.
 QWEN3 = tiny_config()

@@ -13,7 +13,7 @@ from stages import console, flags, words
 from stages.__main__ import stages
 
 
-@pytest.mark.parametrize("stage", ["", "train", "evaluate", "generate"])
+@pytest.mark.parametrize("stage", ["", "train", "evaluate", "generate", "chat"])
 def test_help_imports_nothing_heavy(stage: str) -> None:
     module = f"stages.{stage}" if stage else "stages"
     program = (
@@ -31,7 +31,7 @@ def test_help_imports_nothing_heavy(stage: str) -> None:
 
 def test_every_stage_is_listed_with_what_it_does() -> None:
     found = stages()
-    assert list(found)[:3] == ["train", "evaluate", "generate"]
+    assert list(found)[:4] == ["train", "finetune", "evaluate", "generate"]
     assert all(line.endswith(".") for line in found.values())
     said = command("").stdout.decode()
     assert all(line in said for line in found.values())

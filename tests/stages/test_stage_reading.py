@@ -117,4 +117,4 @@ def test_quick_look_is_at_the_text_itself(text: Path, monkeypatch: pytest.Monkey
             assert bytes(row[1:].tolist()) == bytes(target[:-1].tolist())
             assert bytes(row.tolist()) in text.read_bytes()
     monkeypatch.setattr(validate, "score", lambda cfg, params, batch: float(np.asarray(batch.mask).sum()))
-    assert quick.bits_per_byte(None, None) == pytest.approx(1 / np.log(2))  # type: ignore[arg-type]
+    assert quick.measure(None, None) == pytest.approx(1 / np.log(2))  # type: ignore[arg-type]

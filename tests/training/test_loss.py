@@ -81,7 +81,7 @@ def test_in_chunks_is_the_whole_with_gradients(tied, chunk, monkeypatch):
 def test_in_chunks_bfloat16_logits_are_float32_too():
     cfg = tiny_config(dtype="bfloat16")
     params = lively_params(cfg)
-    hidden = hidden_states(cfg, params, tokens_of(0, B, T), positions_of(B, T))
+    hidden, _ = hidden_states(cfg, params, tokens_of(0, B, T), positions_of(B, T))
     # Logits of tens, where bfloat16 would be off by a tenth; gains of 1, so that it does not matter what they scale.
     params = params | {"head": 40 * params["head"], "norm": jnp.ones_like(params["norm"])}
     targets = tokens_of(1, B, T)

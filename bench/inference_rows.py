@@ -1,0 +1,124 @@
+"""The rows that run forward only: evaluation, prefill, and decoding for one, for eight and for thirty-two."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench.rows import Row
+from engine.counting.memory import InferenceMemory, inference_memory
+from engine.counting.programs import decode_program, prefill_program, score_program
+from engine.counting.traffic import decode_bytes, forward_bytes, prefill_bytes
+from engine.counting.walk import count
+from engine.counting.xla import XlaCost, xla_cost, xla_memory
+from engine.inference.decode import CHUNK, MIN_ROWS, STEPS, decode_step, decode_steps, prefill
+from engine.inference.sample import make_sampling
+from engine.inference.score import score
+from engine.model.cache import KVCache, make_cache
+from engine.model.config import ModelConfig
+from engine.text.batch import Batch
+
+
+def evaluation_row(cfg: ModelConfig, params: Any, batch: Batch) -> Row:
+    """Scoring a batch: the forward pass that all ratios are to."""
+    B, T = batch.tokens.shape
+    program = score.lower(cfg, params, batch).compile()
+    return Row(
+        "evaluation forward", "inference", lambda: program(params, batch), lambda: params, tokens=B * T,
+        formula=score_program(cfg, B, T),
+        peak_bytes=xla_memory(program).peak, memory=_memory(inference_memory(cfg, B, 0, tokens=T, every_logit=True)),
+        moved=forward_bytes(cfg, B, T).total, walker=count(functools.partial(score, cfg), params, batch),
+        xla=xla_cost(program), dtype=cfg.dtype,
+    )  # fmt: skip
+
+
+def prefill_row(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Row:
+    """Reading a batch of prompts, tokens (B, T) int32, into a cache, CHUNK at a time."""
+    B, T = tokens.shape
+    T -= T % CHUNK
+    pieces = [jnp.asarray(tokens[:, start : start + CHUNK]) for start in range(0, T, CHUNK)]
+    lengths = jnp.full((B,), CHUNK, jnp.int32)
+    held = [make_cache(cfg, B, T)]
+    program = prefill.lower(cfg, params, pieces[0], lengths, held[0]).compile()
+
+    def run() -> Any:
+        cache = held[0]._replace(length=jnp.zeros((B,), jnp.int32))
+        for piece in pieces:
+            logits, cache = program(params, piece, lengths, cache)
+        held[0] = cache
+        return logits
+
+    chunks = len(pieces)
+    walker = count(functools.partial(prefill, cfg), params, pieces[0], lengths, held[0])
+    cost = xla_cost(program)
+    return Row(
+        "prefill", "inference", run, lambda: params, tokens=B * T,
+        formula=prefill_program(cfg, B, CHUNK, T) * chunks, peak_bytes=xla_memory(program).peak,
+        memory=_memory(inference_memory(cfg, B, T, tokens=CHUNK)), moved=prefill_bytes(cfg, B, CHUNK, T).total * chunks,
+        walker=walker * chunks, xla=_times(cost, chunks), dtype=cfg.dtype,
+    )  # fmt: skip
+
+
+def decode_row(
+    cfg: ModelConfig, params: Any, requests: int, length: int, *, name: str, series: str | None = None, weights: Any = None
+) -> Row:
+    """Drawing greedy tokens for `requests` streams behind caches of `length` places, STEPS a dispatch.
+
+    A lone request runs in a program of two rows, as it does when it is served. `weights` is what matrices are stored in
+    ("int8"), by default the config's dtype.
+    """
+    rows = max(requests, MIN_ROWS)
+    cache = _filled(cfg, rows, length)
+    sampling = make_sampling(rows, temperature=0.0)
+    token = jnp.zeros((rows,), jnp.int32)
+    capacity = cache.capacity
+    held = [cache]
+    program = decode_steps.lower(cfg, params, token, cache, sampling).compile()
+
+    def run() -> Any:
+        fresh = held[0]._replace(length=jnp.full((rows,), length, jnp.int32))
+        tokens, held[0] = program(params, token, fresh, sampling)
+        return tokens
+
+    # A loop's body counts once in XLA's analysis, so one step is analysed, not the STEPS of a dispatch.
+    one = xla_cost(decode_step.lower(cfg, params, token, cache))
+    return Row(
+        name, "decode", run, lambda: params, tokens=requests * STEPS,
+        formula=decode_program(cfg, rows, capacity) * STEPS,
+        peak_bytes=xla_memory(program).peak, memory=_memory(inference_memory(cfg, rows, capacity, weights=weights)),
+        moved=decode_bytes(cfg, rows, capacity, weights=weights).total * STEPS,
+        walker=count(lambda params, token, cache: decode_steps(cfg, params, token, cache, sampling), params, token, cache),
+        xla=_times(one, STEPS), slots=requests, series=series, dtype=weights or cfg.dtype,
+    )  # fmt: skip
+
+
+def uncached(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Any:
+    """A call that yields one more token behind tokens (T,) the way it is done without a cache: all of them again."""
+    from engine.model.transformer import hidden_states, logits_of
+
+    def last(params: Any, tokens: Any) -> Any:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        hidden, _ = hidden_states(cfg, params, tokens, positions)
+        return logits_of(cfg, params, hidden[:, -1:]).argmax(-1)
+
+    rows = jnp.asarray(tokens)[None]
+    program = jax.jit(last).lower(params, rows).compile()
+    return lambda: program(params, rows)
+
+
+def _filled(cfg: ModelConfig, rows: int, length: int) -> KVCache:
+    """A cache of `length` read tokens and room for a dispatch: what it holds does not matter to its cost."""
+    cache = make_cache(cfg, rows, length + STEPS)
+    noise = lambda i, x: jax.random.normal(jax.random.key(i), x.shape, x.dtype)
+    k, v = (tuple(noise(i, x) for i, x in enumerate(part)) for part in (cache.k, cache.v))
+    return KVCache(k, v, jnp.full((rows,), length, jnp.int32))
+
+
+def _times(cost: XlaCost, times: int) -> XlaCost:
+    return XlaCost(cost.flops * times, cost.transcendentals * times, cost.bytes_accessed * times)
+
+
+def _memory(predicted: InferenceMemory) -> dict[str, int]:
+    return {"params": predicted.params, "cache": predicted.cache, "activations": predicted.working + predicted.logits}

@@ -1,0 +1,68 @@
+"""Which model is measured: a preset with drawn weights, or one that is on disk or has a name."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UserError, nearest
+from engine.model.config import PRESETS, ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A model to measure: float32 weights, and what to call it."""
+
+    name: str
+    cfg: ModelConfig
+    params: Any
+
+
+def drawn(name: str, cfg: ModelConfig) -> Measured:
+    """A preset whose matrices are all drawn at random, those that training starts at zero too: a model whose blocks do
+    nothing would hide every difference between one way of running it and another."""
+    import jax
+    import jax.numpy as jnp
+
+    from engine.model.paths import leaf_paths, nested
+    from engine.model.transformer import init_params
+
+    def draw(key: Any) -> Any:
+        leaves = leaf_paths(init_params(cfg, key))
+        keys = jax.random.split(key, len(leaves))
+        return nested({
+            path: jax.random.normal(one, leaf.shape, jnp.float32) * leaf.shape[0 if path != "embed" else 1] ** -0.5
+            if leaf.ndim == 2 else leaf
+            for one, (path, leaf) in zip(keys, leaves.items())
+        })  # fmt: skip
+
+    return Measured(name, cfg, jax.jit(draw)(jax.random.key(0)))
+
+
+def loaded(given: str) -> Measured:
+    """The model `--model` names: a run folder, a Hugging Face folder, a .gguf file or a named asset.
+
+    Raises UserError when there is none.
+    """
+    from engine.storage import assets, checkpoint, gguf, huggingface
+
+    path = Path(given).expanduser()
+    if given in assets.ASSETS and not path.exists():
+        files = assets.fetch(given)
+        if "model" not in files:
+            raise UserError(f"{given} is a text, not a model. Named model: smollm2-135m-instruct.")
+        path = files["model"]
+    if path.suffix == ".gguf" and path.is_file():
+        found = gguf.load_gguf(path, dtype="float32")
+        return Measured(found.name, found.cfg, found.params)
+    if (path / "checkpoints").is_dir():
+        cfg = ModelConfig.from_json(json.loads((path / "config.json").read_text(encoding="utf-8")))
+        return Measured(path.name, cfg, checkpoint.load_params(path).params)
+    if (path / "config.json").is_file():
+        found = huggingface.load_folder(path, dtype="float32")
+        return Measured(found.name, found.cfg, found.params)
+    known = [*PRESETS, "smollm2-135m-instruct"]
+    raise UserError(
+        f"There is no model at {given}: --model takes a run folder, a Hugging Face folder, a .gguf file or "
+        f"smollm2-135m-instruct; a shape with drawn weights is --preset.{nearest(given, known)}"
+    )

@@ -1,0 +1,58 @@
+"""The peer's side of the conversation: one JSON object a line in, one out.
+
+It runs in the peer's own interpreter, beside the script that imports it, so it needs nothing but Python's library.
+"""
+
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+Run = Callable[[], dict[str, Any]]
+
+
+def serve(needs: list[str], make: Callable[[dict[str, Any]], Run]) -> None:
+    """Says hello, then answers until standard input ends.
+
+    The greeting is `{"versions": {module: version}}`, or `{"missing": module, "why": text}` and nothing more. Then
+    `{"make": name, "spec": {...}}` prepares a job, `{"run": name}` runs it once and is answered with its seconds and what
+    it returned, `{"drop": name}` forgets it. Whatever goes wrong is answered with `{"error": text}`.
+    """
+    # Libraries print to standard output as they please; the answers keep a descriptor of their own.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    say = lambda reply: print(json.dumps(reply), file=answers, flush=True)
+    versions = {}
+    for name in needs:
+        try:
+            versions[name] = str(getattr(importlib.import_module(name), "__version__", "?"))
+        except Exception as error:  # a library may be there and broken in ways of its own
+            say({"missing": name, "why": _sentence(error)})
+            return
+    say({"versions": versions})
+    jobs: dict[str, Run] = {}
+    for line in sys.stdin:
+        try:
+            say(_answer(json.loads(line), jobs, make))
+        except Exception as error:
+            say({"error": _sentence(error)})
+
+
+def _answer(asked: dict[str, Any], jobs: dict[str, Run], make: Callable[[dict[str, Any]], Run]) -> dict[str, Any]:
+    if "make" in asked:
+        jobs[asked["make"]] = make(asked["spec"])
+        return {}
+    if "drop" in asked:
+        jobs.pop(asked["drop"], None)
+        return {}
+    run = jobs[asked["run"]]
+    begin = time.perf_counter()
+    found = run()
+    return {"seconds": time.perf_counter() - begin, **found}
+
+
+def _sentence(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:300]}"

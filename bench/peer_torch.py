@@ -1,0 +1,111 @@
+"""The peer in training: a transformer of our shape in plain PyTorch, written as one would without this project.
+
+`bench.peers` starts this file in whichever interpreter has torch; it imports nothing of the engine. Weights and tokens
+come from ours by file, and so do the optimizer's settings: both sides then report the same losses, step after step.
+"""
+
+from typing import Any
+
+from peer_loop import Run, serve
+
+
+def make(spec: dict[str, Any]) -> Run:
+    """A training step on one batch. `spec`: config, file (.npz), dtype, compile, threads and AdamW's settings."""
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    torch.set_num_threads(spec["threads"])
+    c = spec["config"]
+    N, K, H, eps = c["heads"], c["kv_heads"], c["head_dim"], c["eps"]
+
+    def rope(x, cos, sin):
+        first, second = x.chunk(2, -1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn_norm = nn.RMSNorm(c["width"], eps)
+            self.qkv = nn.Linear(c["width"], (N + 2 * K) * H, bias=c["qkv_bias"])
+            self.q_norm = nn.RMSNorm(H, eps) if c["qk_norm"] else nn.Identity()
+            self.k_norm = nn.RMSNorm(H, eps) if c["qk_norm"] else nn.Identity()
+            self.out = nn.Linear(N * H, c["width"], bias=False)
+            self.mlp_norm = nn.RMSNorm(c["width"], eps)
+            self.gate_up = nn.Linear(c["width"], 2 * c["ff"], bias=False)
+            self.down = nn.Linear(c["ff"], c["width"], bias=False)
+
+        def forward(self, x, cos, sin):
+            B, T, _ = x.shape
+            heads = self.qkv(self.attn_norm(x)).view(B, T, N + 2 * K, H).transpose(1, 2)
+            q, k, v = heads.split([N, K, K], 1)
+            q, k = rope(self.q_norm(q), cos, sin).to(v.dtype), rope(self.k_norm(k), cos, sin).to(v.dtype)
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=K < N)
+            x = x + self.out(mixed.transpose(1, 2).reshape(B, T, N * H))
+            gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
+            return x + self.down(F.silu(gate) * up)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(c["vocab"], c["width"])
+            self.blocks = nn.ModuleList(Block() for _ in range(c["layers"]))
+            self.norm = nn.RMSNorm(c["width"], eps)
+            self.head = nn.Linear(c["width"], c["vocab"], bias=False)
+            if c["tied"]:
+                self.head.weight = self.embed.weight
+
+        def forward(self, tokens, targets):
+            x = self.embed(tokens)
+            frequencies = c["rope_theta"] ** (-torch.arange(H // 2) / (H // 2))
+            angles = torch.outer(torch.arange(tokens.shape[1]), frequencies)
+            cos, sin = angles.cos(), angles.sin()
+            for block in self.blocks:
+                x = block(x, cos, sin)
+            return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1).float(), targets.flatten())
+
+    file = np.load(spec["file"])
+    model = Model()
+    model.load_state_dict(_state(file, c["tied"]))
+    tokens, targets = torch.from_numpy(file["tokens"]).long(), torch.from_numpy(file["targets"]).long()
+    pulled: list[Any] = []
+    free: list[Any] = []
+    for name, weight in model.named_parameters():
+        (free if "norm" in name or "bias" in name else pulled).append(weight)
+    groups = [{"params": pulled, "weight_decay": spec["weight_decay"]}, {"params": free, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=spec["learning_rate"], betas=(spec["beta1"], spec["beta2"]), fused=True)
+    loss_of = torch.compile(model) if spec["compile"] else model
+
+    def step() -> dict[str, Any]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=spec["dtype"] == "bfloat16"):
+            loss = loss_of(tokens, targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), spec["clip"])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return {"loss": loss.item()}
+
+    return step
+
+
+def _state(file: Any, tied: bool) -> dict[str, Any]:
+    """Our leaves under torch's names: a Linear keeps its weight as (out, in)."""
+    import torch
+
+    state = {}
+    for path in file.files:
+        if not path.startswith("params/"):
+            continue
+        leaf, name = torch.from_numpy(file[path]), path[len("params/") :].replace("/", ".")
+        if name.endswith("qkv_bias"):
+            state[name.removesuffix("_bias") + ".bias"] = leaf
+        else:
+            state[name + ".weight"] = leaf.T if leaf.ndim == 2 and name != "embed" else leaf
+    if tied:
+        state["head.weight"] = state["embed.weight"]
+    return state
+
+
+if __name__ == "__main__":
+    serve(["torch", "numpy"], make)

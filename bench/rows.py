@@ -1,0 +1,40 @@
+"""A row of the stage table: one program, what it is expected to cost, and how to run it once."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from engine.counting.flops import Flops
+from engine.counting.walk import Work
+from engine.counting.xla import XlaCost
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Everything about a row but its time. Work, bytes and operations are those of one call, for `tokens` tokens.
+
+    `run` does the call and returns what to wait for; `weights` are all of the model's weights as they are now, by which
+    it is seen whether running changed them. A number that cannot be known is None.
+    """
+
+    name: str
+    stage: str  # training, fine-tuning, inference, decode, by hand
+    run: Callable[[], Any]
+    weights: Callable[[], Any]
+    tokens: int
+    formula: Flops
+    peak_bytes: int | None  # that the compiled program needs, by XLA
+    memory: dict[str, int]  # the same, predicted, by what it holds
+    moved: int  # bytes at the least
+    walker: Work | None = None
+    update: int = 0  # operations outside the gradient: clipping, the optimizer, the guard
+    xla: XlaCost | None = None
+    slots: int | None = None
+    series: str | None = None
+    dtype: str = "bfloat16"  # what its products multiply: the ceiling it is held to
+    command: str | None = None
+
+    @property
+    def bound(self) -> str:
+        """What a call's ceiling is: how fast this machine multiplies, or how fast it reads."""
+        return "MBU" if self.stage == "decode" else "MFU"

@@ -1,0 +1,116 @@
+"""The rows that run forward and backward: one model, and what of it learns."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bench.rows import Row
+from engine.counting.memory import training_memory
+from engine.counting.programs import gradient_program
+from engine.counting.traffic import train_bytes
+from engine.counting.trained import Trained, bottom_frozen, everything, head_only, lora, top_frozen
+from engine.counting.walk import count
+from engine.counting.xla import xla_cost, xla_memory
+from engine.model.config import ModelConfig
+from engine.model.leaves import cast_matrices
+from engine.model.paths import merge
+from engine.text.batch import Batch
+from engine.training.freeze import split
+from engine.training.lora import add_lora
+from engine.training.loss import CHUNK, LOGITS_LIMIT
+from engine.training.optimizer import OptimizerConfig, make_optimizer
+from engine.training.preference import Preferences, dpo, margins
+from engine.training.step import NEXT_TOKEN, Objective, init_state, loss_and_gradient, train_step
+
+RANK, TARGETS = 8, ("q", "v")
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """A way of training: its name, its stage, and what learns."""
+
+    name: str
+    stage: str
+    trained: Trained
+    answers: bool = False  # whether only the second half of each row counts, as the answers of a conversation do
+    preference: bool = False
+
+
+def learners(cfg: ModelConfig) -> list[Learner]:
+    """The ways of training a model of `cfg` that the table compares; half a model needs two layers."""
+    half = cfg.layers // 2
+    some = [
+        Learner("bottom half frozen", "fine-tuning", bottom_frozen(cfg, half), True),
+        Learner("top half frozen", "fine-tuning", top_frozen(cfg, half), True),
+        Learner("last layer", "fine-tuning", last_layer(cfg), True),
+    ]
+    return [
+        Learner("pre-training step", "training", everything(cfg)),
+        Learner("full fine-tuning", "fine-tuning", everything(cfg), True),
+        *(some if half else []),
+        Learner("head only", "fine-tuning", head_only(cfg), True),
+        Learner(f"LoRA, rank {RANK} on q and v", "fine-tuning", lora(cfg, RANK, TARGETS), True),
+        Learner("preference, same LoRA", "fine-tuning", lora(cfg, RANK, TARGETS), True, True),
+    ]
+
+
+def last_layer(cfg: ModelConfig) -> Trained:
+    """The last block alone learns: no norm above it, no head."""
+    top = f"blocks/{cfg.layers - 1}/"
+    return Trained(frozenset(path for path in everything(cfg).weights if path.startswith(top)))
+
+
+def training_row(cfg: ModelConfig, params: Any, learner: Learner, batch: Batch) -> Row:
+    """Compiles a step of `learner` on the batch; `params` are copied where they learn and only read where they do not.
+
+    Frozen matrices are kept in the compute type, as fine-tuning keeps them.
+    """
+    B, T = batch.tokens.shape
+    trained = learner.trained
+    tx = make_optimizer(OptimizerConfig(learning_rate=1e-4))
+    if trained.adapted:
+        trainable = add_lora(cfg, params, jax.random.key(1), rank=RANK, targets=TARGETS)
+        frozen = cast_matrices(params, cfg.dtype)
+    else:
+        learning, rest = split(params, trained)
+        trainable, frozen = jax.tree.map(jnp.copy, learning), cast_matrices(rest, cfg.dtype)
+    if learner.answers:
+        batch = batch._replace(mask=batch.mask & (jnp.arange(T) >= T // 2))
+    data: Any = batch
+    objective: Objective = NEXT_TOKEN
+    if learner.preference:
+        objective = dpo(0.1)
+        chosen, rejected = (jax.tree.map(lambda x, part=part: x[part::2], batch) for part in (0, 1))
+        pairs = Preferences(chosen, rejected)
+        data = pairs._replace(reference=margins(cfg, frozen, pairs))
+    state = init_state(tx, trainable)
+    progress = jnp.float32(0.5)
+    program = train_step.lower(cfg, tx, state, frozen, data, progress, objective=objective).compile()
+    gradient = functools.partial(loss_and_gradient, cfg, objective=objective)
+    step = lambda state, frozen, data: train_step(cfg, tx, state, frozen, data, progress, objective=objective)
+    walker, whole = count(gradient, trainable, frozen, data), count(step, state, frozen, data)
+    chunked = 4 * B * T * cfg.vocab > LOGITS_LIMIT
+    formula = gradient_program(cfg, B, T, trained=trained, loss_chunk=CHUNK if chunked else None)
+    predicted = training_memory(cfg, B, T, trained=trained)
+    held = [state]
+
+    def run() -> Any:
+        held[0], metrics = program(held[0], frozen, data, progress)
+        return metrics.loss
+
+    def weights() -> Any:
+        return merge(held[0].trainable, frozen) if trained.weights else (frozen, held[0].trainable)
+
+    return Row(
+        learner.name, learner.stage, run, weights,
+        tokens=B * T, formula=formula, peak_bytes=xla_memory(program).peak,
+        memory={
+            "params": predicted.params, "gradients": predicted.gradients, "optimizer": predicted.optimizer,
+            "activations": max(0, predicted.total - predicted.params - predicted.gradients - predicted.optimizer),
+        },
+        moved=train_bytes(cfg, B, T, trained=trained).total, walker=walker, update=whole.elementwise - walker.elementwise,
+        xla=xla_cost(program), dtype=cfg.dtype,
+    )  # fmt: skip

@@ -1,0 +1,152 @@
+"""A block's two halves, each three times: forward alone, forward that keeps, backward.
+
+The first two compute the same numbers, to the bit. Forward alone, which is all that inference runs, lets every
+intermediate go as soon as the next line has read it. Forward that keeps, which training runs, leaves one of the tuples
+below for each half of each block; backward takes it up, last block first. A field's comment says what needs it.
+
+A half adds to the stream it reads, y = x + f(x), so backward adds too: dx = dy + (what comes back through f).
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy import ndarray
+
+from engine.by_hand.layers import (
+    attention_weights,
+    attention_weights_backward,
+    bias_backward,
+    by_key_head,
+    by_token,
+    mix,
+    mix_backward,
+    project,
+    project_backward,
+    rms_norm,
+    rms_norm_backward,
+    rope,
+    rope_backward,
+    swiglu,
+    swiglu_backward,
+)
+from engine.model.config import ModelConfig
+
+Weights = dict[str, ndarray]  # of one block
+
+
+class Place(NamedTuple):
+    """What depends on where a token stands, the same in all blocks."""
+
+    cos: ndarray  # (B, T, 1, H / 2)
+    sin: ndarray
+    mask: ndarray  # (1 or B, 1, 1, T, T)
+
+
+class AttentionKept(NamedTuple):
+    """What attention's forward pass keeps, and for what."""
+
+    x: ndarray  # (B, T, D)         the norm's dx and dgain
+    h: ndarray  # (B, T, D)         dweight of qkv
+    raw: tuple[ndarray, ndarray] | None  # q and k before their norms, if any: those norms' dx and dgain
+    q: ndarray  # (B, K, G T, H)    dk
+    k: ndarray  # (B, K, T, H)      dq
+    v: ndarray  # (B, K, T, H)      the derivative by the attention weights
+    weights: ndarray  # (B, K, G T, T)   the softmax's ds, and dv; the largest of all, once T is large
+    mixed: ndarray  # (B, T, N H)   dweight of out
+
+
+class SwigluKept(NamedTuple):
+    """What the feed-forward half keeps, and for what."""
+
+    x: ndarray  # (B, T, D)       the norm's dx and dgain
+    h: ndarray  # (B, T, D)       dweight of gate_up
+    gate: ndarray  # (B, T, F)    dup, and the slope of silu
+    up: ndarray  # (B, T, F)      dgate
+    hidden: ndarray  # (B, T, F)  dweight of down
+
+
+def attention(cfg: ModelConfig, w: Weights, x: ndarray, place: Place) -> ndarray:
+    """x (B, T, D) -> (B, T, D). Forward alone."""
+    q, k, v = split_heads(cfg, _qkv(cfg, w, rms_norm(x, w["attn_norm"], cfg.eps)))
+    if cfg.qk_norm:
+        q, k = rms_norm(q, w["q_norm"], cfg.eps), rms_norm(k, w["k_norm"], cfg.eps)
+    q, k = rope(q, place.cos, place.sin), rope(k, place.cos, place.sin)
+    q, k, v = (by_key_head(heads, cfg.kv_heads) for heads in (q, k, v))
+    mixed = mix(attention_weights(q, k, place.mask), v)
+    return x + project(join_heads(by_token(mixed, x.shape[1])), w["out"])
+
+
+def attention_and_keep(cfg: ModelConfig, w: Weights, x: ndarray, place: Place) -> tuple[ndarray, AttentionKept]:
+    """The same, and what `attention_backward` needs of it."""
+    h = rms_norm(x, w["attn_norm"], cfg.eps)
+    q, k, v = split_heads(cfg, _qkv(cfg, w, h))
+    raw = None
+    if cfg.qk_norm:
+        raw = q, k
+        q, k = rms_norm(q, w["q_norm"], cfg.eps), rms_norm(k, w["k_norm"], cfg.eps)
+    q, k = rope(q, place.cos, place.sin), rope(k, place.cos, place.sin)
+    q, k, v = (by_key_head(heads, cfg.kv_heads) for heads in (q, k, v))
+    weights = attention_weights(q, k, place.mask)
+    mixed = join_heads(by_token(mix(weights, v), x.shape[1]))
+    return x + project(mixed, w["out"]), AttentionKept(x, h, raw, q, k, v, weights, mixed)
+
+
+def attention_backward(cfg: ModelConfig, w: Weights, kept: AttentionKept, dy: ndarray, place: Place) -> tuple[ndarray, Weights]:
+    """dy (B, T, D) -> dx (B, T, D), and the derivatives by this half's weights: the lines above, from the last to the first."""
+    T = dy.shape[1]
+    d: Weights = {}
+    dmixed, d["out"] = project_backward(dy, kept.mixed, w["out"])
+    dmixed = by_key_head(dmixed.reshape(*dy.shape[:2], cfg.heads, cfg.head_dim), cfg.kv_heads)
+    dweights, dv = mix_backward(dmixed, kept.weights, kept.v)
+    dq, dk = attention_weights_backward(dweights, kept.weights, kept.q, kept.k)
+    dq, dk, dv = by_token(dq, T), by_token(dk, T), by_token(dv, T)
+    dq, dk = rope_backward(dq, place.cos, place.sin), rope_backward(dk, place.cos, place.sin)
+    if kept.raw is not None:
+        dq, d["q_norm"] = rms_norm_backward(dq, kept.raw[0], w["q_norm"], cfg.eps)
+        dk, d["k_norm"] = rms_norm_backward(dk, kept.raw[1], w["k_norm"], cfg.eps)
+    dqkv = join_heads(np.concatenate([dq, dk, dv], axis=2))
+    if cfg.qkv_bias:
+        d["qkv_bias"] = bias_backward(dqkv)
+    dh, d["qkv"] = project_backward(dqkv, kept.h, w["qkv"])
+    dx, d["attn_norm"] = rms_norm_backward(dh, kept.x, w["attn_norm"], cfg.eps)
+    return dy + dx, d
+
+
+def feed_forward(cfg: ModelConfig, w: Weights, x: ndarray) -> ndarray:
+    """x (B, T, D) -> (B, T, D). Forward alone."""
+    gate, up = np.split(project(rms_norm(x, w["mlp_norm"], cfg.eps), w["gate_up"]), 2, axis=-1)
+    return x + project(swiglu(gate, up), w["down"])
+
+
+def feed_forward_and_keep(cfg: ModelConfig, w: Weights, x: ndarray) -> tuple[ndarray, SwigluKept]:
+    """The same, and what `feed_forward_backward` needs of it."""
+    h = rms_norm(x, w["mlp_norm"], cfg.eps)
+    gate, up = np.split(project(h, w["gate_up"]), 2, axis=-1)
+    hidden = swiglu(gate, up)
+    return x + project(hidden, w["down"]), SwigluKept(x, h, gate, up, hidden)
+
+
+def feed_forward_backward(cfg: ModelConfig, w: Weights, kept: SwigluKept, dy: ndarray) -> tuple[ndarray, Weights]:
+    """dy (B, T, D) -> dx (B, T, D), and the derivatives by this half's weights."""
+    d: Weights = {}
+    dhidden, d["down"] = project_backward(dy, kept.hidden, w["down"])
+    dgate_up = np.concatenate(swiglu_backward(dhidden, kept.gate, kept.up), axis=-1)
+    dh, d["gate_up"] = project_backward(dgate_up, kept.h, w["gate_up"])
+    dx, d["mlp_norm"] = rms_norm_backward(dh, kept.x, w["mlp_norm"], cfg.eps)
+    return dy + dx, d
+
+
+def split_heads(cfg: ModelConfig, qkv: ndarray) -> list[ndarray]:
+    """qkv (B, T, (N + 2K) H) -> q (B, T, N, H), k and v (B, T, K, H): the order of the fused matrix's columns."""
+    heads = qkv.reshape(*qkv.shape[:2], -1, cfg.head_dim)
+    return np.split(heads, [cfg.heads, cfg.heads + cfg.kv_heads], axis=2)
+
+
+def join_heads(heads: ndarray) -> ndarray:
+    """(B, T, heads, H) -> (B, T, heads H)."""
+    return heads.reshape(*heads.shape[:2], -1)
+
+
+def _qkv(cfg: ModelConfig, w: Weights, h: ndarray) -> ndarray:
+    qkv = project(h, w["qkv"])
+    return qkv + w["qkv_bias"] if cfg.qkv_bias else qkv

@@ -1,0 +1,254 @@
+"""Each layer forward and, below it, backward.
+
+The chain rule is all there is to it. Where y = f(x) and the loss depends on x only through y,
+
+    dx[j] = sum over i of dy[i] * (derivative of y[i] by x[j]),
+
+and each docstring works that sum out for one f. Forward functions return their result and nothing else; a backward
+function's arguments after dy are what the forward pass has to keep for it.
+"""
+
+import math
+
+import numpy as np
+from numpy import ndarray
+
+from engine.model.config import ModelConfig
+
+# Embedding
+
+
+def lookup(embed: ndarray, tokens: ndarray) -> ndarray:
+    """embed (V, D), tokens (B, T) -> (B, T, D): row `tokens[b, t]` of the table."""
+    return embed[tokens]
+
+
+def lookup_backward(dy: ndarray, tokens: ndarray, V: int) -> ndarray:
+    """dy (B, T, D) -> dembed (V, D).
+
+    y[b, t] is a copy of one row, so that row's derivative is dy[b, t]; a row that was copied n times gets the sum of n,
+    and one that was never read gets zero. The token ids are no numbers to move: they get no derivative.
+    """
+    dembed = np.zeros((V, dy.shape[-1]), dy.dtype)
+    np.add.at(dembed, tokens, dy)
+    return dembed
+
+
+# Matrix product
+
+
+def project(x: ndarray, weight: ndarray) -> ndarray:
+    """x (..., in), weight (in, out) -> (..., out): y[m, f] = sum over d of x[m, d] weight[d, f]."""
+    return (_rows(x) @ weight).reshape(*x.shape[:-1], -1)
+
+
+def project_backward(dy: ndarray, x: ndarray, weight: ndarray) -> tuple[ndarray, ndarray]:
+    """dy (..., out) -> dx (..., in), dweight (in, out).
+
+    x[m, d] enters y[m, f] times weight[d, f], for every f:     dx[m, d]      = sum over f of dy[m, f] weight[d, f]
+    weight[d, f] enters y[m, f] times x[m, d], for every row m: dweight[d, f] = sum over m of x[m, d] dy[m, f]
+
+    Two products, each as large as the one of the forward pass: here is the factor of three. Whoever needs no dweight,
+    because the weight is frozen, saves one of them, and need not keep x.
+    """
+    dx = (_rows(dy) @ weight.T).reshape(x.shape)
+    dweight = _rows(x).T @ _rows(dy)
+    return dx, dweight
+
+
+def bias_backward(dy: ndarray) -> ndarray:
+    """dy (..., out) -> dbias (out,). y = x + bias adds the bias to every row, so its derivative is the sum of theirs."""
+    return _rows(dy).sum(0)
+
+
+def _rows(x: ndarray) -> ndarray:
+    """(..., D) -> (M, D): all leading axes as rows, so that a product is one product."""
+    return x.reshape(-1, x.shape[-1])
+
+
+# RMSNorm (Zhang & Sennrich 2019, equation 4)
+
+
+def rms_norm(x: ndarray, gain: ndarray, eps: float) -> ndarray:
+    """x (..., D), gain (D,) -> gain * x * r (..., D), where r = 1 / sqrt(mean(x^2) + eps), one r a row."""
+    return gain * (x * _inverse_rms(x, eps))
+
+
+def rms_norm_backward(dy: ndarray, x: ndarray, gain: ndarray, eps: float) -> tuple[ndarray, ndarray]:
+    """dy (..., D) -> dx (..., D), dgain (D,).
+
+    Write u = x r, so y = gain u. The gain is shared by all rows: dgain = sum over rows of dy u. And du = dy gain.
+    x reaches u twice, directly and through r. The derivative of r by x[j] is -r^3 x[j] / D, therefore
+
+        dx[j] = du[j] r - sum over i of du[i] x[i] r^3 x[j] / D = r (du[j] - u[j] mean(du u)).
+
+    The second term takes away what du has along x: a longer x changes nothing in y.
+    """
+    r = _inverse_rms(x, eps)
+    u, du = x * r, dy * gain
+    dx = r * (du - u * np.mean(du * u, axis=-1, keepdims=True))
+    return dx, _rows(dy * u).sum(0)
+
+
+def _inverse_rms(x: ndarray, eps: float) -> ndarray:
+    return 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+# Rotary positions (Su et al. 2021, equation 15)
+
+
+def rope_tables(cfg: ModelConfig, positions: ndarray, dtype: np.dtype) -> tuple[ndarray, ndarray]:
+    """positions (B, T) -> cos, sin (B, T, 1, H / 2) of the angle by which each pair of a head is turned there.
+
+    Pair i turns by theta ** (-2 i / H) a position. Llama 3 stretches this to a longer context (2407.21783, section
+    3.4.1): pairs that turn seldom within the original context turn `factor` times slower, fast ones stay as they are,
+    and those between are blended. Positions are given, not learnt: nothing here has a derivative.
+    """
+    half = cfg.head_dim // 2
+    speed = cfg.rope_theta ** (-np.arange(half, dtype=dtype) / half)
+    if (scaling := cfg.rope_scaling) is not None:
+        turns = scaling.original_context * speed / (2 * math.pi)
+        fast = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        fast = np.clip(fast, 0, 1)
+        speed = speed * (fast + (1 - fast) / scaling.factor)
+    angles = positions[..., None, None].astype(dtype) * speed
+    return np.cos(angles), np.sin(angles)
+
+
+def rope(x: ndarray, cos: ndarray, sin: ndarray) -> ndarray:
+    """x (B, T, N, H) -> the same, each pair (x[i], x[i + H / 2]) turned by its angle, as in Hugging Face's files."""
+    one, two = np.split(x, 2, axis=-1)
+    return np.concatenate([one * cos - two * sin, two * cos + one * sin], axis=-1)
+
+
+def rope_backward(dy: ndarray, cos: ndarray, sin: ndarray) -> ndarray:
+    """dy (B, T, N, H) -> dx (B, T, N, H).
+
+    For a pair, y = R x with R = [[cos, -sin], [sin, cos]], so dx = R^T dy; and R^T is R with the angle's sign changed.
+    Backward turns the other way. What was turned is not needed.
+    """
+    return rope(dy, cos, -sin)
+
+
+# Grouped-query attention. G = N / K query heads read one key head. They stand as G * T rows in front of its keys, so one
+# product serves all of them, and the sum over the group that dk and dv need happens inside a product too.
+
+
+def by_key_head(x: ndarray, K: int) -> ndarray:
+    """x (B, T, N, H) -> (B, K, G T, H), and keys or values (B, T, K, H) -> (B, K, T, H): there G is 1."""
+    B, T, N, H = x.shape
+    moved = x.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    return np.ascontiguousarray(moved).reshape(B, K, N // K * T, H)  # a copy of its own, whatever G is
+
+
+def by_token(x: ndarray, T: int) -> ndarray:
+    """(B, K, G T, H) -> (B, T, N, H). This and `by_key_head` only move numbers: each is the other's backward."""
+    B, K, rows, H = x.shape
+    return x.reshape(B, K, rows // T, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, K * (rows // T), H)
+
+
+def causal_mask(segments: ndarray | None, T: int) -> ndarray:
+    """(1 or B, 1, 1, T, T), True where query t may look at key s: back or at itself, within its own segment (B, T)."""
+    causal = np.tri(T, dtype=bool)[None, None, None]
+    return causal if segments is None else causal & (segments[:, :, None] == segments[:, None])[:, None, None]
+
+
+def attention_weights(q: ndarray, k: ndarray, mask: ndarray) -> ndarray:
+    """q (B, K, G T, H), k (B, K, T, H) -> P (B, K, G T, T), each row the softmax of S = q k^T / sqrt(H) where it may look.
+
+    Outside the mask a score is minus infinity, whose exponential is 0. A row's largest score is taken from all of them
+    before the exponential: the quotient is the same and cannot overflow.
+    """
+    scores = q @ k.swapaxes(-1, -2)
+    scores *= q.shape[-1] ** -0.5
+    T = k.shape[2]
+    np.copyto(scores.reshape(*k.shape[:2], -1, T, T), -np.inf, where=~mask)
+    return _softmax(scores)
+
+
+def attention_weights_backward(dp: ndarray, p: ndarray, q: ndarray, k: ndarray) -> tuple[ndarray, ndarray]:
+    """dp (B, K, G T, T) -> dq (B, K, G T, H), dk (B, K, T, H).
+
+    The softmax of a row, P[i] = exp(S[i]) / sum over j of exp(S[j]): S[i] raises P[i] and lowers all others, since they
+    share one sum. The derivative of P[j] by S[i] is P[j] ([i = j] - P[i]), therefore
+
+        dS[i] = sum over j of dP[j] P[j] ([i = j] - P[i]) = P[i] (dP[i] - sum over j of P[j] dP[j]).
+
+    It needs P and not S. Where the mask said no, P is 0, and so is dS: the mask itself need not be kept. Then S is a
+    product, with its two backward products: dq = dS k / sqrt(H), dk = dS^T q / sqrt(H).
+    """
+    ds = p * (dp - np.vecdot(p, dp)[..., None])
+    ds *= q.shape[-1] ** -0.5
+    return ds @ k, ds.swapaxes(-1, -2) @ q
+
+
+def mix(p: ndarray, v: ndarray) -> ndarray:
+    """P (B, K, G T, T), v (B, K, T, H) -> (B, K, G T, H): the values, each as much as it is looked at."""
+    return p @ v
+
+
+def mix_backward(dy: ndarray, p: ndarray, v: ndarray) -> tuple[ndarray, ndarray]:
+    """dy (B, K, G T, H) -> dp (B, K, G T, T), dv (B, K, T, H). A product's two: dp = dy v^T, dv = P^T dy."""
+    return dy @ v.swapaxes(-1, -2), p.swapaxes(-1, -2) @ dy
+
+
+def _softmax(x: ndarray) -> ndarray:
+    """In place, along the last axis."""
+    x -= x.max(axis=-1, keepdims=True)
+    np.exp(x, out=x)
+    x /= x.sum(axis=-1, keepdims=True)
+    return x
+
+
+# SwiGLU (Shazeer 2020, equation 6)
+
+
+def swiglu(gate: ndarray, up: ndarray) -> ndarray:
+    """gate, up (..., F) -> silu(gate) * up (..., F), where silu(x) = x sigmoid(x)."""
+    return gate * _sigmoid(gate) * up
+
+
+def swiglu_backward(dy: ndarray, gate: ndarray, up: ndarray) -> tuple[ndarray, ndarray]:
+    """dy (..., F) -> dgate, dup (..., F).
+
+    Number by number. With s = sigmoid(gate), whose derivative is s (1 - s), that of gate s is s + gate s (1 - s):
+
+        dgate = dy up s (1 + gate (1 - s)),  dup = dy gate s.
+    """
+    s = _sigmoid(gate)
+    return dy * up * s * (1 + gate * (1 - s)), dy * gate * s
+
+
+def _sigmoid(x: ndarray) -> ndarray:
+    return 0.5 + 0.5 * np.tanh(0.5 * x)  # 1 / (1 + exp(-x)) without its overflow
+
+
+# Cross-entropy
+
+
+def cross_entropy(logits: ndarray, targets: ndarray, mask: ndarray) -> float:
+    """logits (B, T, V), targets (B, T), mask (B, T) -> mean nats over the targets that count; 0 when none does.
+
+    Nats of one target: -log softmax(logits)[target] = log sum exp(logits) - logits[target].
+    """
+    logits, targets = logits[mask], targets[mask]
+    largest = logits.max(axis=-1, keepdims=True)
+    whole = largest[:, 0] + np.log(np.exp(logits - largest).sum(-1))
+    picked = np.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return float((whole - picked).sum()) / max(len(targets), 1)
+
+
+def cross_entropy_backward(logits: ndarray, targets: ndarray, mask: ndarray) -> ndarray:
+    """-> dlogits (B, T, V). Nothing comes from above: this is the loss, whose derivative by itself is 1.
+
+    The derivative of log sum exp(z) by z[i] is exp(z[i]) / sum exp(z), the softmax; that of -z[target] is -1 at the target:
+
+        dlogits = (softmax(logits) - [i = target]) / number that count,  and 0 where the mask is False.
+
+    What the model said minus what was so. Everything the backward pass does is to hand this on.
+    """
+    dlogits = np.zeros_like(logits)
+    p = _softmax(logits[mask])
+    p[np.arange(len(p)), targets[mask]] -= 1
+    dlogits[mask] = p / max(len(p), 1)
+    return dlogits

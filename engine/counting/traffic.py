@@ -1,0 +1,106 @@
+"""Bytes moved by formula: what a step must read from memory and write to it, each thing as often as the step needs it.
+
+What MBU divides by. Weights are read once by every product with them; a block's values are written once and read once
+on the way up, and once more on the way down where they were kept. What else a program stores (copies, masks, what does
+not fit a fused loop) is not here, so most programs move more, and one whose data fits the processor's cache moves less.
+"""
+
+import dataclasses
+from typing import Literal
+
+from engine.counting.flops import Attention, Remat, train_flops
+from engine.counting.memory import Optimizer, inference_memory, number_bytes, training_memory
+from engine.counting.params import MATRICES
+from engine.counting.trained import Trained, lowest_gradient
+from engine.model.backward import QUERY_BLOCK
+from engine.model.config import ModelConfig
+
+Weights = Literal["float32", "bfloat16", "int8"] | None  # what matrices are stored in; None: the config's dtype
+
+_FLOAT32 = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Bytes of one step or call, by what they carry."""
+
+    weights: int  # read by products, and in training their conversion to the compute type
+    activations: int
+    logits: int
+    cache: int = 0  # keys and values
+    gradients: int = 0
+    optimizer: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+
+def train_bytes(
+    cfg: ModelConfig,
+    batch: int,
+    tokens: int,
+    *,
+    optimizer: Optimizer = "adamw",
+    trained: Trained | None = None,
+    remat: Remat | None = None,
+    microbatches: int = 1,
+    attention: Attention | None = QUERY_BLOCK,
+) -> Traffic:
+    """Bytes of **a step** on `microbatches` times `batch` sequences of `tokens`; arguments as in `training_memory`.
+
+    AdamW reads the gradient, the weight and two moments and writes the last three, in float32: 28 bytes a parameter that
+    learns. Muon has one moment less on the matrices of blocks. Weights are read once forward, once for dX where there
+    is one, once more where remat runs the forward again; the last two never happen below what learns.
+    """
+    held = training_memory(
+        cfg, batch, tokens, optimizer=optimizer, trained=trained, remat=remat, microbatches=microbatches, attention=attention
+    )
+    parts = train_flops(cfg, 1, attention="full", trained=trained, remat=remat).parts
+    met = sum(parts[name].forward + parts[name].recompute + parts[name].dx for name in (*MATRICES, "head", "lora")) // 2
+    width = number_bytes(cfg)
+    # held.copies is the matrices that learn, in the compute type: read in float32, written in the other.
+    converted = held.copies // width * (_FLOAT32 + width)
+    block = training_memory(cfg, batch, tokens, attention=attention).block
+    reached = cfg.layers - (lowest_gradient(cfg, trained) if trained else 0)
+    again = {"none": 0, "block": reached, "full": cfg.layers if reached else 0}[held.remat]
+    learning = held.gradients
+    return Traffic(
+        weights=microbatches * (width * met + converted),
+        activations=microbatches * block * (2 * (cfg.layers + again) + reached),
+        logits=microbatches * 2 * held.logits,
+        # Written once; with microbatches each is also read, added to what was read, and written again.
+        gradients=learning * (1 if microbatches == 1 else 4 * microbatches),
+        # Gradient, weight in and out, each moment in and out.
+        optimizer=3 * learning + 2 * held.optimizer,
+    )
+
+
+def forward_bytes(cfg: ModelConfig, batch: int, tokens: int, *, weights: Weights = None) -> Traffic:
+    """Bytes of evaluating `batch` sequences of `tokens`: forward only, logits at every position."""
+    return _call(cfg, batch, 0, tokens, weights, every_logit=True)
+
+
+def prefill_bytes(cfg: ModelConfig, slots: int, tokens: int, length: int, *, weights: Weights = None) -> Traffic:
+    """Bytes of **a call** that reads `tokens` of each of `slots` prompts, against a cache of `length` places."""
+    return _call(cfg, slots, length, tokens, weights, every_logit=False)
+
+
+def decode_bytes(cfg: ModelConfig, slots: int, length: int, *, weights: Weights = None) -> Traffic:
+    """Bytes of **a step** that decodes one token for each of `slots`, against a cache of `length` places.
+
+    The weights are read once whatever the slots, which is why they share a step so well.
+    """
+    return _call(cfg, slots, length, 1, weights, every_logit=False)
+
+
+def _call(cfg: ModelConfig, slots: int, length: int, tokens: int, weights: Weights, every_logit: bool) -> Traffic:
+    held = inference_memory(cfg, slots, length, tokens=tokens, weights=weights, every_logit=every_logit)
+    unread = 0 if cfg.tied else max(0, cfg.vocab - slots * tokens) * cfg.width * number_bytes(cfg)
+    row = 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * number_bytes(cfg)  # one token's keys and values
+    return Traffic(
+        weights=held.params - unread,
+        activations=2 * cfg.layers * held.working,
+        logits=2 * held.logits,
+        cache=held.cache + (row * slots * tokens if length else 0),
+    )

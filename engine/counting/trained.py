@@ -1,0 +1,105 @@
+"""What learns in a run, said in paths: everything, the top, the bottom, the head, or LoRA pairs beside the weights."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from engine.counting.params import leaf_shapes
+from engine.errors import UserError, nearest
+from engine.model.config import ModelConfig
+
+TARGETS = ("q", "k", "v", "out", "gate", "up", "down")  # what LoRA can go on: the parts of a block's matrices
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What learns: `weights` are paths of leaves that change, `adapted` those of targets with a LoRA pair of `rank`.
+
+    A target is a part of a matrix, such as `blocks/3/q`: the columns of `blocks/3/qkv` that make the queries.
+    """
+
+    weights: frozenset[str]
+    adapted: frozenset[str] = frozenset()
+    rank: int = 0
+
+
+NOTHING = Trained(frozenset())
+
+
+def everything(cfg: ModelConfig) -> Trained:
+    """Pre-training and full fine-tuning."""
+    return Trained(frozenset(leaf_shapes(cfg)))
+
+
+def bottom_frozen(cfg: ModelConfig, blocks: int) -> Trained:
+    """The embedding and the lowest `blocks` blocks stay; all above learns. With 0, nothing is frozen.
+
+    A tied table belongs to the bottom, so it stays as well. Raises UserError when there are not so many blocks.
+    """
+    _check_blocks(cfg, blocks)
+    if blocks == 0:
+        return everything(cfg)
+    kept = ("embed", *(f"blocks/{layer}/" for layer in range(blocks)))
+    return Trained(frozenset(path for path in leaf_shapes(cfg) if not path.startswith(kept)))
+
+
+def top_frozen(cfg: ModelConfig, blocks: int) -> Trained:
+    """The highest `blocks` blocks, the last norm and the head stay; all below learns. With 0, nothing is frozen.
+
+    A tied table belongs to the bottom, so it learns. Raises UserError when there are not so many blocks.
+    """
+    _check_blocks(cfg, blocks)
+    if blocks == 0:
+        return everything(cfg)
+    kept = ("norm", "head", *(f"blocks/{layer}/" for layer in range(cfg.layers - blocks, cfg.layers)))
+    return Trained(frozenset(path for path in leaf_shapes(cfg) if not path.startswith(kept)))
+
+
+def head_only(cfg: ModelConfig) -> Trained:
+    """Only the unembedding learns. In a tied model that table also feeds the bottom, so the saving is only in dW."""
+    return Trained(frozenset({"embed" if cfg.tied else "head"}))
+
+
+def lora(cfg: ModelConfig, rank: int, targets: Sequence[str] = TARGETS) -> Trained:
+    """A LoRA pair of `rank` on the named targets of every block; nothing else learns (Hu et al., 2106.09685).
+
+    Raises UserError for a rank below 1 and for an unknown target.
+    """
+    if rank < 1:
+        raise UserError(f"A LoRA rank must be at least 1, not {rank}.")
+    for name in targets:
+        if name not in TARGETS:
+            raise UserError(f"LoRA goes on {', '.join(TARGETS)}; there is no {name!r}.{nearest(name, TARGETS)}")
+    paths = frozenset(f"blocks/{layer}/{name}" for layer in range(cfg.layers) for name in targets)
+    return Trained(frozenset(), paths, rank)
+
+
+def target_shapes(cfg: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Path -> (rows, columns) of everything that LoRA can go on."""
+    leaves = leaf_shapes(cfg)
+    return {
+        f"blocks/{layer}/{target}": (leaves[f"blocks/{layer}/{matrix}"][0], stop - start)
+        for layer in range(cfg.layers)
+        for matrix, parts in cfg.parts.items()
+        for target, (start, stop) in parts.items()
+    }
+
+
+def check_paths(cfg: ModelConfig, trained: Trained) -> None:
+    """Raises UserError when what is said to learn is not in the model."""
+    for paths, known in ((trained.weights, leaf_shapes(cfg)), (trained.adapted, target_shapes(cfg))):
+        for path in paths:
+            if path not in known:
+                raise UserError(f"The model has no parameter {path!r}.{nearest(path, list(known))}")
+
+
+def lowest_gradient(cfg: ModelConfig, trained: Trained) -> int:
+    """The lowest block that the backward pass enters: those below keep nothing for it. L when it enters none."""
+    paths = trained.weights | trained.adapted
+    if "embed" in paths:
+        return 0
+    return min((int(path.split("/")[1]) for path in paths if path.startswith("blocks/")), default=cfg.layers)
+
+
+def _check_blocks(cfg: ModelConfig, blocks: int) -> None:
+    if not 0 <= blocks <= cfg.layers:
+        raise UserError(f"Cannot freeze {blocks} blocks: the model has {cfg.layers}; give a number from 0 to that.")

@@ -1,0 +1,60 @@
+"""Int8 weights for inference: which leaves, by rules on their paths, and how far each then is from what it was."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from engine.model.int8 import Activations, Int8, dequantized, quantize_leaves
+from engine.model.paths import leaf_paths
+from engine.model.transformer import Params
+
+Rule = tuple[str, Activations | None]
+
+
+class RoundTrip(NamedTuple):
+    """What rounding did to a leaf: root mean square of the change over that of the weights, and the largest change in
+    steps of its column, which is never above 0.5."""
+
+    relative: float
+    worst: float
+
+
+def every_product(params: Params, activations: Activations = "int8") -> tuple[Rule, ...]:
+    """Rules for all that is multiplied by: the blocks' matrices and the head, which in a tied model is the embedding.
+
+    A lookup table of its own stays: of it one row a token is read, whatever its size.
+    """
+    return ((r"blocks/\d+/(qkv|out|gate_up|down)", activations), ("head" if "head" in params else "embed", activations))
+
+
+def quantize(
+    params: Params, rules: Sequence[Rule] | None = None, report: Callable[[int, int], None] | None = None
+) -> Params:
+    """params with Int8 leaves where a rule says so (by default `every_product`); first match wins. params stay as they are.
+
+    A rule is (pattern on the path, "int8" | "full" | None); see `model/int8.py` for the two kinds. Adapters are folded
+    before. `report(done, total)` counts leaves. Raises UserError for a rule that matches nothing or no matrix.
+    """
+    return quantize_leaves(params, every_product(params) if rules is None else rules, report)
+
+
+def round_trips(before: Params, after: Params) -> dict[str, RoundTrip]:
+    """The error of each Int8 leaf of `after` against the same leaf of `before`."""
+    wide = leaf_paths(before)
+    return {path: _round_trip(wide[path], leaf) for path, leaf in leaf_paths(after).items() if isinstance(leaf, Int8)}
+
+
+def _round_trip(weight: Any, leaf: Int8) -> RoundTrip:
+    relative, worst = _errors(weight, leaf)
+    return RoundTrip(float(relative), float(worst))
+
+
+@jax.jit
+def _errors(weight: Any, leaf: Int8) -> tuple[Any, Any]:
+    weight = weight.astype(jnp.float32)
+    change = jnp.abs(dequantized(leaf) - weight)
+    size = jnp.sqrt((weight**2).mean())
+    steps = change / jnp.expand_dims(jnp.where(leaf.scale == 0, 1, leaf.scale), 1 - leaf.axis)
+    return jnp.sqrt((change**2).mean()) / jnp.where(size == 0, 1, size), steps.max()

@@ -1,0 +1,183 @@
+"""Int8: a weight as whole numbers from -127 to 127 and one scale a column, and the two ways to multiply by it.
+
+`activations="int8"` (W8A8) rounds each row of x to int8 as well and multiplies whole numbers, exactly, in int32: a fourth
+of the bytes of float32 are read and nothing of the weight's size is ever converted. It has no gradient. With
+`activations="full"` only the weight is int8: it is converted inside the program, x keeps its own type, and the gradient
+passes to x. That is the frozen base under an adapter (QLoRA: Dettmers et al. 2023, 2305.14314). Which of the two is said
+by the leaf, so that whoever multiplies need not know.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from engine.errors import UserError
+from engine.model.paths import first_match, leaf_paths, map_paths
+
+Activations = Literal["int8", "full"]
+LARGEST = 127  # -128 is not used, so that a weight and its negative are rounded alike
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=["activations", "axis", "turned"]
+)
+@dataclasses.dataclass(frozen=True)
+class Int8:
+    """values (in, out) int8, scale (out,) float32: the weight is values * scale.
+
+    `axis` is the one the scale runs along: 1, a scale a column, for what x is multiplied by from the left; 0, a scale a
+    row, for the embedding (V, D), whose rows are looked up and which a tied head multiplies by from its other side.
+    `turned` values lie as (out, in), see `turned`; the leaf stands for the same matrix and has the same shape.
+    """
+
+    values: Array
+    scale: Array
+    activations: Activations = "int8"
+    axis: int = 1
+    turned: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape[::-1] if self.turned else self.values.shape
+
+    @property
+    def summed(self) -> int:
+        """The axis of `values` that a product sums over: the one without a scale."""
+        return self.axis if self.turned else 1 - self.axis
+
+    @property
+    def size(self) -> int:
+        return self.values.size
+
+
+def quantized(weight: Array, activations: Activations = "int8", axis: int = 1) -> Int8:
+    """The Int8 nearest to weight (in, out): each column's largest magnitude becomes 127.
+
+    No number is off by more than half a step of its column, which is the column's largest magnitude / 254. Columns of
+    zeros stay zero.
+    """
+    weight = weight.astype(jnp.float32)
+    scale = jnp.abs(weight).max(axis=1 - axis) / LARGEST
+    steps = weight / jnp.expand_dims(jnp.where(scale == 0, 1, scale), 1 - axis)
+    return Int8(jnp.clip(jnp.round(steps), -LARGEST, LARGEST).astype(jnp.int8), scale, activations, axis)
+
+
+def dequantized(leaf: Int8, dtype: DTypeLike = jnp.float32) -> Array:
+    """values * scale, (in, out), rounded once to `dtype`."""
+    values = leaf.values.T if leaf.turned else leaf.values
+    return (values.astype(jnp.float32) * jnp.expand_dims(leaf.scale, 1 - leaf.axis)).astype(dtype)
+
+
+def turned(leaf: Int8) -> Int8:
+    """The same leaf with each column's numbers beside one another, which is how a CPU multiplies whole numbers fastest.
+
+    For a few rows of x, which is decoding, it takes half the time: the units then read the weight as it lies.
+    """
+    if leaf.turned or leaf.summed == 1:
+        return leaf
+    return dataclasses.replace(leaf, values=leaf.values.T, turned=True)
+
+
+def quantize_leaves(
+    params: dict[str, Any],
+    rules: Sequence[tuple[str, Activations | None]],
+    report: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """params with the leaves that rules name as Int8; a rule is (pattern on the path, activations, or None to leave be).
+
+    First match wins. `report(done, total)` counts the leaves. Raises UserError for a rule that matches nothing, or that
+    would quantise what is not a plain matrix.
+    """
+    wanted = {path: kind for path, kind in leaf_paths(first_match(rules, params, None)).items() if kind is not None}
+    for path in wanted:
+        if getattr(leaf_paths(params)[path], "ndim", 0) != 2:
+            raise UserError(f"Only plain matrices can be quantised, and {path} is not one. Leave it out of the rules.")
+    done = 0
+
+    def leaf_of(path: str, leaf: Any) -> Any:
+        nonlocal done
+        if path not in wanted:
+            return leaf
+        small = _quantized(leaf, wanted[path], 0 if path == "embed" else 1)
+        done += 1
+        if report:
+            report(done, len(wanted))
+        return small
+
+    return map_paths(leaf_of, params)
+
+
+_quantized = jax.jit(quantized, static_argnums=(1, 2))
+
+
+def rounded_rows(x: Array) -> tuple[Array, Array]:
+    """x (M, D) -> values (M, D) int8, scale (M, 1) float32: each row's largest magnitude becomes 127.
+
+    A row with a NaN or an infinity has such a scale, and so spoils its own products and no other's.
+    """
+    x = x.astype(jnp.float32)
+    scale = jnp.abs(x).max(axis=-1, keepdims=True) / LARGEST
+    scale = jnp.where(scale == 0, 1, scale)
+    return jnp.round(x / scale).astype(jnp.int8), scale
+
+
+def int8_matmul(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
+    """x (M, in) times the weight, (M, out) in `dtype`; with `axis` 0 times its other side, x (M, D) -> (M, V).
+
+    Raises UserError when a gradient is taken through a leaf whose activations are int8.
+    """
+    product = _whole_numbers if weight.activations == "int8" else _converted
+    return product(x, weight, dtype)
+
+
+def _contract(x: Array, values: Array, summed: int, **options: Any) -> Array:
+    return jax.lax.dot_general(x, values, (((1,), (summed,)), ((), ())), **options)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _whole_numbers(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
+    rows, row_scale = rounded_rows(x)
+    product = _contract(rows, weight.values, weight.summed, preferred_element_type=jnp.int32)
+    return (product.astype(jnp.float32) * row_scale * weight.scale).astype(dtype)
+
+
+def _no_gradient(*_: Any) -> Any:
+    raise UserError(
+        "This weight multiplies int8 by int8, which has no gradient. Quantise the base with activations 'full' to train on it."
+    )
+
+
+_whole_numbers.defvjp(lambda x, weight, dtype: (_whole_numbers(x, weight, dtype), None), _no_gradient)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _converted(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
+    """Whole numbers up to 127 are exact in bfloat16, so the weight is not rounded a second time: the scale comes after."""
+    product = _contract(x, weight.values.astype(x.dtype), weight.summed, preferred_element_type=jnp.float32)
+    return (product * weight.scale).astype(dtype)
+
+
+def _converted_forward(x: Array, weight: Int8, dtype: DTypeLike):
+    return _converted(x, weight, dtype), (weight, jnp.zeros((), x.dtype))
+
+
+def _converted_backward(dtype: DTypeLike, kept: tuple[Int8, Array], g: Array):
+    """dx = (g scale) values^T. A weight of this kind is frozen and gets no gradient.
+
+    The barrier keeps the conversion out of the forward pass's reach, which would else hold a wide copy of every weight
+    from there to here.
+    """
+    weight, like = kept
+    scaled = (g.astype(jnp.float32) * weight.scale).astype(like.dtype)
+    values, scaled = jax.lax.optimization_barrier((weight.values, scaled))
+    dx = _contract(scaled, values.astype(like.dtype), 1 - weight.summed, preferred_element_type=like.dtype)
+    return dx, None
+
+
+_converted.defvjp(_converted_forward, _converted_backward)

@@ -1,0 +1,189 @@
+"""The header of a GGUF file: its metadata and where its tensors lie, with nothing in it believed.
+
+Layout (ggml's docs/gguf.md): magic, version, counts, then keys with typed values, then name, shape, type and offset of each
+tensor, then the tensors, each aligned. The gguf library's own reader takes lengths as they come and keeps an object for
+every string; this one checks each length against the file, and leaves long arrays where they are until they are wanted.
+"""
+
+import math
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from engine.errors import UserError
+from engine.storage.reading import cut_short, exactly, shown
+
+KEYS, TENSORS, NAME = 4096, 16384, 1024  # more than any model has: keys, tensors, bytes of a name
+TEXT = 16 * 2**20  # bytes of text that all keys together may hold outside of arrays
+NUMBERS = dict(enumerate("BbHhIif?", 0)) | {10: "Q", 11: "q", 12: "d"}  # value type -> struct's letter
+STRING, ARRAY = 8, 9
+SCALARS = {kind: struct.Struct("<" + letter) for kind, letter in NUMBERS.items()}
+
+
+class Span(NamedTuple):
+    """An array that is left in the file: what its elements are, how many, and where they begin."""
+
+    kind: int
+    length: int
+    offset: int
+
+
+class Tensor(NamedTuple):
+    """shape (out, in) or (n,): GGUF writes the fastest axis first, so it is turned round here. offset is in the file."""
+
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+    @property
+    def row(self) -> int:
+        """Bytes a row."""
+        return self.size // (self.shape[0] if len(self.shape) > 1 else 1)
+
+
+class Header(NamedTuple):
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def read_header(path: Path) -> Header:
+    """What a GGUF file says of itself. Raises UserError for whatever cannot be so; reads no tensor."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        if exactly(file, 4, path) != b"GGUF":
+            raise UserError(f"{path} is not a GGUF file: it does not begin with GGUF.")
+        version, tensors, keys = struct.unpack("<IQQ", exactly(file, 20, path))
+        if version not in (2, 3):
+            order = "big-endian" if version & 0xFFFF == 0 else f"of version {version}"
+            raise UserError(f"{path} is a GGUF file {order}; little-endian files of versions 2 and 3 are read.")
+        if keys > KEYS or tensors > TENSORS:
+            raise UserError(f"{path} claims {keys:,} keys and {tensors:,} tensors, more than any model has; it is damaged.")
+        reader = _Reader(file, path, size)
+        metadata: dict[str, Any] = {}
+        for _ in range(keys):
+            key = reader.name("key")
+            if key in metadata:
+                raise UserError(f"{path} is damaged: the key {shown(key)} is there twice.")
+            metadata[key] = reader.value(key)
+        infos = [reader.info() for _ in range(tensors)]
+        alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
+            raise UserError(f"{path} is damaged: general.alignment is {shown(alignment)}, and should be a power of two.")
+        return Header(path, metadata, _placed(path, infos, alignment, file.tell(), size))
+
+
+class _Reader:
+    """Values one after another, each checked against what is left of the file."""
+
+    def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
+        self.file, self.path, self.size, self.text_left = file, path, size, TEXT
+
+    def number(self, kind: int) -> Any:
+        scalar = SCALARS[kind]
+        return scalar.unpack(exactly(self.file, scalar.size, self.path))[0]
+
+    def left(self, wanted: int) -> int:
+        """`wanted`, if as many bytes are left."""
+        left = self.size - self.file.tell()
+        if wanted > left:
+            raise cut_short(self.path, wanted - left)
+        return wanted
+
+    def name(self, what: str) -> str:
+        length = self.number(10)
+        if length > NAME:
+            raise UserError(f"{self.path} is damaged: a {what} has {length:,} bytes, and {NAME:,} are the most.")
+        return self.decoded(exactly(self.file, length, self.path), what)
+
+    def decoded(self, data: bytes, what: str) -> str:
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            raise UserError(f"{self.path} is damaged: a {what} is not UTF-8 text.") from None
+
+    def value(self, key: str) -> Any:
+        """A number, a flag, a text, or the Span of an array."""
+        kind = self.number(4)
+        if kind in SCALARS:
+            return self.number(kind)
+        if kind == STRING:
+            length = self.left(self.number(10))
+            self.text_left -= length
+            if self.text_left < 0:
+                raise UserError(f"{self.path} holds more than {TEXT:,} bytes of text in its keys, at {shown(key)}.")
+            return self.decoded(exactly(self.file, length, self.path), f"value of {shown(key)}")
+        if kind != ARRAY:
+            raise UserError(f"{self.path} is damaged: the key {shown(key)} has a value of the unknown type {kind}.")
+        inner, count = self.number(4), self.number(10)
+        span = Span(inner, count, self.file.tell())
+        if inner in SCALARS:
+            self.file.seek(self.left(count * SCALARS[inner].size), 1)
+        elif inner == STRING:
+            self.left(8 * count)
+            for _ in range(count):
+                self.file.seek(self.left(self.number(10)), 1)
+        else:
+            raise UserError(f"{self.path}: the key {shown(key)} is an array of the type {inner}, which no model has.")
+        return span
+
+    def info(self) -> tuple[str, list[int], int, int]:
+        """Name, dimensions as written, type and offset of a tensor."""
+        name, count = self.name("tensor's name"), self.number(4)
+        if not 1 <= count <= 4:
+            raise UserError(f"{self.path} is damaged: the tensor {shown(name)} has {count:,} dimensions.")
+        return name, [self.number(10) for _ in range(count)], self.number(4), self.number(10)
+
+
+def _placed(path: Path, infos: list[tuple[str, list[int], int, int]], alignment: int, end: int, size: int) -> dict[str, Tensor]:
+    """The tensors, once it is sure that each has the size it should have and that they lie one behind another."""
+    begin = -(-end // alignment) * alignment
+    found: dict[str, Tensor] = {}
+    expected = 0
+    for name, dims, kind, offset in sorted(infos, key=lambda info: info[3]):
+        if kind not in GGML_QUANT_SIZES:
+            raise UserError(f"{path}: the tensor {shown(name)} has the type {kind}, which is not known here.")
+        block, width = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        if dims[0] % block or not 0 < math.prod(dims) < 2**48:
+            raise UserError(f"{path} is damaged: the tensor {shown(name)} cannot have the shape {dims[::-1]}.")
+        if name in found:
+            raise UserError(f"{path} is damaged: the tensor {shown(name)} is there twice.")
+        if offset != expected:
+            fault = "overlaps the one before it" if offset < expected else "leaves a gap before it"
+            raise UserError(f"{path} is damaged: the tensor {shown(name)} {fault}.")
+        nbytes = math.prod(dims) // block * width
+        if begin + offset + nbytes > size:
+            raise cut_short(path, begin + offset + nbytes - size)
+        found[name] = Tensor(GGMLQuantizationType(kind), tuple(dims[::-1]), begin + offset, nbytes)
+        expected = offset + -(-nbytes // alignment) * alignment
+    return found
+
+
+def read_strings(path: Path, span: Span, longest: int) -> list[str]:
+    """The texts of an array. Raises UserError when one is longer than `longest` bytes or is not UTF-8."""
+    found = []
+    with path.open("rb") as file:
+        file.seek(span.offset)
+        read, decode = file.read, int.from_bytes
+        try:
+            for _ in range(span.length):
+                length = decode(read(8), "little")
+                if length > longest:
+                    raise UserError(f"{path} is damaged: a text in one of its arrays has {length:,} bytes.")
+                found.append(read(length).decode())
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is damaged: text {len(found):,} of one of its arrays is not UTF-8.") from None
+    return found
+
+
+def read_numbers(path: Path, span: Span) -> np.ndarray:
+    """The numbers of an array (count,)."""
+    dtype = np.dtype("<" + NUMBERS[span.kind]) if NUMBERS[span.kind] != "?" else np.dtype(bool)
+    with path.open("rb") as file:
+        file.seek(span.offset)
+        return np.frombuffer(exactly(file, span.length * dtype.itemsize, path), dtype)

@@ -1,0 +1,169 @@
+"""Hugging Face folders, read and written: config.json, safetensors, tokenizer, chat template, what ends a completion.
+
+Nothing in a folder is ever run: no pickle is opened, no code of the folder's is imported, nothing is fetched.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.errors import UserError
+from engine.files import write_json
+from engine.model.config import ModelConfig
+from engine.model.leaves import dense
+from engine.model.paths import leaf_paths
+from engine.storage import safetensors
+from engine.storage.assemble import checked, leaves_of, read_params, split
+from engine.storage.hf_config import config_from, config_to
+from engine.storage.loaded import LoadedModel
+from engine.storage.reading import read_object, shown
+from engine.storage.vocabulary import from_json
+
+Report = Callable[[int, int], None] | None
+
+_LAYER = "model.layers.{}."
+NAMES = {
+    "embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight",
+    "attn_norm": _LAYER + "input_layernorm.weight", "mlp_norm": _LAYER + "post_attention_layernorm.weight",
+    **{part: f"{_LAYER}self_attn.{part}_proj.weight" for part in "qkv"},
+    **{f"{part}_bias": f"{_LAYER}self_attn.{part}_proj.bias" for part in "qkv"},
+    "q_norm": _LAYER + "self_attn.q_norm.weight", "k_norm": _LAYER + "self_attn.k_norm.weight",
+    "out": _LAYER + "self_attn.o_proj.weight",
+    **{part: f"{_LAYER}mlp.{part}_proj.weight" for part in ("gate", "up", "down")},
+}  # fmt: skip
+
+SMALL = 2 * 2**20  # bytes of a config
+TOKENIZER = 64 * 2**20  # bytes of a tokenizer.json; the largest of these families has 17 million
+
+
+def load_folder(path: Path, *, dtype: str | None = None, report: Report = None) -> LoadedModel:
+    """The model in a Hugging Face folder; matrices in `dtype`, by default the config's own compute dtype.
+
+    `report`: numbers read and in all. Raises UserError, in a sentence, for whatever is missing, damaged, unknown, or does
+    not fit the rest; all of that is known before the first weight is read.
+    """
+    fields = read_object(path / "config.json", SMALL)
+    cfg = config_from(fields, path / "config.json")
+    stored = {name: tensor for name, tensor in safetensors.in_folder(path).items() if not name.endswith(".rotary_emb.inv_freq")}
+    tied_twice = cfg.tied and NAMES["head"] in stored
+    head = stored.pop(NAMES["head"]) if tied_twice else None
+    leaves = checked(leaves_of(cfg, NAMES), {name: tensor.shape for name, tensor in stored.items()}, path)
+    for name, tensor in stored.items():
+        if tensor.dtype not in safetensors.DTYPES:
+            known = ", ".join(safetensors.DTYPES)
+            raise UserError(f"{tensor.path}: the tensor {shown(name)} is {tensor.dtype}; weights are read as {known}.")
+    if head is not None:
+        _check_same(head, stored[NAMES["embed"]], path)
+    words = _read_words(path, fields, cfg)
+    rows = lambda name, start, stop: safetensors.read_rows(stored[name], start, stop)
+    params = read_params(leaves, rows, dtype or cfg.dtype, report)
+    return LoadedModel(path.resolve().name, cfg, params, **words)
+
+
+def _check_same(head: safetensors.Stored, embed: safetensors.Stored, path: Path) -> None:
+    """Some tied models carry their table twice; which of two different ones would be meant cannot be known."""
+    same = head.shape == embed.shape and head.dtype == embed.dtype
+    step = 4096
+    for start in range(0, head.shape[0] if same else 0, step):
+        stop = min(start + step, head.shape[0])
+        pair = (safetensors.read_rows(tensor, start, stop).tobytes() for tensor in (head, embed))
+        same = same and next(pair) == next(pair)
+    if not same:
+        raise UserError(f"{path} says tie_word_embeddings but has a lm_head.weight that differs from its embedding.")
+
+
+def _read_words(path: Path, fields: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
+    """tokenizer, tokenizer_config and ends of a folder, as LoadedModel has them."""
+    source = path / "tokenizer.json"
+    if not source.is_file():
+        other = next((name for name in ("tokenizer.model", "vocab.json") if (path / name).exists()), None)
+        instead = f", only {other}: save the model's fast tokenizer, which writes one" if other else ""
+        raise UserError(f"{path} has no tokenizer.json{instead}.")
+    if source.stat().st_size > TOKENIZER:
+        raise UserError(f"{source} has {source.stat().st_size:,} bytes, more than any known tokenizer; it is not read.")
+    tokenizer = from_json(source.read_bytes(), source)
+    config = read_object(path / "tokenizer_config.json", SMALL) if (path / "tokenizer_config.json").exists() else {}
+    config |= {"chat_template": _template(path, config)}
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        if isinstance(config.get(name), dict):
+            config[name] = config[name].get("content")
+    generation = path / "generation_config.json"
+    said = read_object(generation, SMALL) if generation.exists() else {}
+    ends = _ids(said.get("eos_token_id", fields.get("eos_token_id")), "eos_token_id", path, cfg)
+    if config.get("eos_token") is None:
+        config["eos_token"] = tokenizer.id_to_token(ends[0]) if ends else None
+        if config["eos_token"] is None:
+            raise UserError(f"{path} does not say which token ends a text: neither eos_token nor eos_token_id is given.")
+    own = tokenizer.token_to_id(config["eos_token"]) if isinstance(config["eos_token"], str) else None
+    if own is None:
+        raise UserError(f"{path}: the tokenizer has no token {shown(config['eos_token'])}, its own eos_token.")
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    if largest >= cfg.vocab:
+        raise UserError(f"{source} has a token {largest:,} and the model only {cfg.vocab:,}: they do not belong together.")
+    return {
+        "tokenizer": tokenizer,
+        "tokenizer_config": {name: value for name, value in config.items() if value is not None},
+        "ends": tuple(dict.fromkeys((own, *ends))),
+    }
+
+
+def _template(path: Path, config: dict[str, Any]) -> str | None:
+    """The chat template: in a file of its own, or in tokenizer_config.json, alone or as the one called default."""
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        if file.stat().st_size > SMALL:
+            raise UserError(f"{file} has {file.stat().st_size:,} bytes, more than a chat template may have.")
+        try:
+            return file.read_bytes().decode()
+        except UnicodeDecodeError:
+            raise UserError(f"{file} is not UTF-8 text.") from None
+    given = config.get("chat_template")
+    if isinstance(given, list):
+        named = {item.get("name"): item.get("template") for item in given if isinstance(item, dict)}
+        given = named.get("default")
+    if given is not None and not isinstance(given, str):
+        raise UserError(f"{path / 'tokenizer_config.json'}: chat_template should be text.")
+    return given
+
+
+def _ids(value: Any, name: str, path: Path, cfg: ModelConfig) -> tuple[int, ...]:
+    """A token id, or a list of them, or none."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for item in ids[:64]:
+        if type(item) is not int or not 0 <= item < cfg.vocab:
+            raise UserError(f"{path}: {name} should be ids below {cfg.vocab:,}, not {shown(item)}.")
+    return tuple(ids[:64])
+
+
+def save_folder(
+    folder: Path, cfg: ModelConfig, params: dict[str, Any], tokens: dict[str, Any], *, dtype: str, report: Report = None
+) -> None:
+    """Writes config.json, generation_config.json and model.safetensors, every weight in `dtype`; a tokenizer saves itself.
+
+    params: Arrays, or Int8 and LoRA leaves, which are made plain one at a time. `tokens`: bos_token_id, eos_token_id and
+    pad_token_id, where there are such. `report`: numbers written and in all. Raises UserError for an architecture that no
+    family has.
+    """
+    named = {part.name: (leaf, part.shape) for leaf in leaves_of(cfg, NAMES) for part in leaf.parts}
+    kind = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
+    write_json(folder / "config.json", config_to(cfg, dtype, tokens))
+    write_json(folder / "generation_config.json", tokens)
+    values = leaf_paths(params)
+    total, done = sum(math.prod(shape) for _, shape in named.values()), 0
+    parts: dict[str, np.ndarray] = {}
+
+    def value(name: str) -> np.ndarray:
+        nonlocal parts, done
+        if name not in parts:  # the parts of a leaf follow one another
+            leaf = named[name][0]
+            parts = split(leaf, dense(values[leaf.path]))
+        done += parts[name].size
+        if report:
+            report(done, total)
+        return parts[name]
+
+    tensors = {name: (shape, safetensors.DTYPES[kind]) for name, (_, shape) in named.items()}
+    safetensors.write_file(folder / "model.safetensors", tensors, value)

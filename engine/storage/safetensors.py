@@ -1,0 +1,164 @@
+"""Safetensors files: read with nothing in them believed, written tensor by tensor.
+
+A file is the length of its header (8 bytes), the header, a JSON object {name: {dtype, shape, data_offsets}}, and the
+tensors' bytes, which must cover the rest without a gap or an overlap (github.com/huggingface/safetensors, "Format").
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from engine.errors import UserError
+from engine.files import whole_file
+from engine.storage.reading import cut_short, exactly, object_of, read_object, shown
+
+HEADER = 2 * 2**20  # bytes of header a file may have: ten thousand tensors, and 40 MB once it is parsed
+DTYPES: dict[str, np.dtype] = {
+    "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
+}  # fmt: skip
+BITS = {
+    "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16, "I8": 8,
+    "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Stored(NamedTuple):
+    """A tensor in a file: its dtype by name, its shape, and where its bytes begin."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """{name: Stored} of a file. Raises UserError when anything in the header cannot be so."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        length = int.from_bytes(exactly(file, 8, path), "little")
+        if length > HEADER:
+            raise UserError(f"{path} has a header of {length:,} bytes by its own account; {HEADER:,} are read at most.")
+        header = object_of(exactly(file, length, path), path)
+    header.pop("__metadata__", None)
+    spans = {name: _span(path, name, entry) for name, entry in header.items()}
+    end = 0
+    for name, (start, stop, _, _) in sorted(spans.items(), key=lambda item: item[1][:2]):
+        if start != end:
+            fault = "overlaps the one before it" if start < end else "leaves a gap before it"
+            raise UserError(f"{path} is damaged: the tensor {shown(name)} {fault}.")
+        end = stop
+    begin = 8 + length
+    if begin + end > size:
+        raise cut_short(path, begin + end - size)
+    if begin + end < size:
+        raise UserError(f"{path} is damaged: {size - begin - end:,} bytes at its end belong to no tensor.")
+    return {name: Stored(path, dtype, shape, begin + start) for name, (start, _, dtype, shape) in spans.items()}
+
+
+def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str, tuple[int, ...]]:
+    """(start, stop, dtype, shape) of one entry of the header, if they agree with one another."""
+    whole = lambda value: type(value) is int and 0 <= value < 2**63
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop]} if (
+            len(entry) == 3 and dtype in BITS and len(shape) <= 8 and all(map(whole, [*shape, start, stop]))
+        ):
+            wanted = math.prod(shape) * BITS[dtype] // 8
+            if stop - start == wanted:
+                return start, stop, dtype, tuple(shape)
+            came = f"{dtype} {list(shape)} should have {wanted:,} bytes and has {stop - start:,}"
+            raise UserError(f"{path} is damaged: the tensor {shown(name)}, {came}.")
+    raise UserError(f"{path} is damaged: its header does not say what the tensor {shown(name)} is.")
+
+
+def read_rows(stored: Stored, start: int, stop: int) -> np.ndarray:
+    """Rows start to stop (of the first axis) of a tensor, in the file's own dtype. Raises UserError if the file is shorter."""
+    dtype = DTYPES[stored.dtype]
+    row = math.prod(stored.shape[1:])
+    rows = np.empty((stop - start, *stored.shape[1:]), dtype)
+    with stored.path.open("rb", buffering=0) as file:
+        file.seek(stored.offset + start * row * dtype.itemsize)
+        _fill(file, rows.reshape(-1).view(np.uint8), stored.path)
+    return rows
+
+
+def _fill(file: Any, into: np.ndarray, path: Path) -> None:
+    """Read and not mapped: a mapped file that somebody shortens meanwhile takes the whole process down."""
+    view, done = memoryview(into), 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            raise cut_short(path, len(view) - done)
+        done += count
+
+
+def write_file(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]], value: Callable[[str], np.ndarray]) -> None:
+    """A file of the named tensors, {name: (shape, dtype)}; `value` is asked for one at a time, in that order.
+
+    The file appears at `path` complete or not at all.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    at = 0
+    for name, (shape, dtype) in tensors.items():
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with whole_file(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        _write_all(file, tensors, value)
+
+
+def _write_all(
+    file: BinaryIO, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]], value: Callable[[str], np.ndarray]
+) -> None:
+    for name, (shape, dtype) in tensors.items():
+        array = np.ascontiguousarray(value(name), dtype)
+        if array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape} and was announced as {shape}.")
+        file.write(memoryview(array.reshape(-1).view(np.uint8)))
+
+
+def in_folder(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a folder's model.safetensors, or of the shards its index names.
+
+    Raises UserError when there is neither, or when the index and the shards do not tell the same.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return read_header(whole)
+    if not index.is_file():
+        raise _no_weights(folder)
+    placed = read_object(index, 16 * HEADER).get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
+        raise UserError(f"{index} is damaged: it has no weight_map of tensors to files.")
+    found: dict[str, Stored] = {}
+    for name in sorted(set(placed.values())):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{index} names {shown(name)}, which is not a .safetensors file in its own folder.")
+        if not (folder / name).is_file():
+            raise UserError(f"{index} names {shown(name)}, and it is not there: the model was not copied or downloaded whole.")
+        header = read_header(folder / name)
+        wanted = {tensor for tensor, file in placed.items() if file == name}
+        for tensor in sorted(wanted ^ set(header)):
+            there = "has no" if tensor in wanted else "has a"
+            raise UserError(f"{folder / name} {there} tensor {shown(tensor)}, unlike what {index.name} says.")
+        found |= header
+    return found
+
+
+def _no_weights(folder: Path) -> UserError:
+    pickled = next((name for name in ("pytorch_model.bin", "pytorch_model.bin.index.json") if (folder / name).exists()), None)
+    if pickled:
+        return UserError(
+            f"{folder} has its weights in {pickled}, a pickle, which can run code when it is opened, so it is never read. "
+            "Take the model's safetensors files, or convert it where it is trusted."
+        )
+    return UserError(f"{folder} has neither model.safetensors nor model.safetensors.index.json, so it holds no weights.")

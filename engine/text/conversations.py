@@ -1,0 +1,213 @@
+"""Fine-tuning data from files: conversations in any of the usual forms, plain text, and pairs of answers to prefer between."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from engine.errors import UserError, nearest
+from engine.text.chat import ROLES
+from engine.text.rows import decoded, kind_of, rows
+from engine.text.template import Message
+
+VOICE = Path(__file__).with_name("voice")
+NAMED = {
+    "voice": VOICE / "train.jsonl",
+    "voice-held-out": VOICE / "held_out.jsonl",
+    "voice-preferences": VOICE / "preferences.jsonl",
+}
+
+# What a row of each kind must hold, in the order in which a row that fits several is decided.
+KINDS = {
+    "preference": ("chosen", "rejected"),
+    "messages": ("messages",),
+    "ShareGPT": ("conversations",),
+    "Alpaca": ("instruction", "output"),
+    "prompt/completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+SPEAKERS = {
+    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
+    "assistant": "assistant", "system": "system", "tool": "tool", "observation": "tool",
+}  # fmt: skip
+FORMS = (
+    'a .jsonl file (or .json, an array) of {"messages": [...]}, {"prompt", "completion"}, {"instruction", "input", "output"}, '
+    '{"conversations": [...]}, {"prompt", "chosen", "rejected"} or {"text"}, or a .txt or .md file'
+)
+
+
+class Conversation(NamedTuple):
+    """Messages in order, and the line they are from."""
+
+    messages: tuple[Message, ...]
+    where: str  # file:line
+
+
+class Text(NamedTuple):
+    """A text of which everything is to be learnt."""
+
+    text: str
+    where: str
+
+
+class Choice(NamedTuple):
+    """A prompt and two answers of the assistant, the first of which is to be preferred."""
+
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    where: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversations:
+    """A data set that can be read again and again, all of one `kind` of KINDS.
+
+    Iterating raises UserError, with file and line, at the first row that cannot be understood or is of another kind.
+    """
+
+    name: str
+    kind: str
+    read: Callable[[], Iterator[Conversation | Text | Choice]]
+
+    def __iter__(self) -> Iterator[Conversation | Text | Choice]:
+        return self.read()
+
+
+def read_conversations(source: Path | str) -> Conversations:
+    """The data set in a file, or one that is shipped by its name (`voice`, `voice-held-out`, `voice-preferences`).
+
+    Raises UserError when there is none, its first row is of no known kind, or its bytes are no text.
+    """
+    path = NAMED.get(str(source)) or Path(source)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {what}; wanted {FORMS}, or one of {', '.join(NAMED)}.{nearest(str(source), [*NAMED])}")
+    if path.suffix.lower() in (".txt", ".md"):
+        return Conversations(str(source), "text", lambda: iter([Text(decoded(path.read_bytes(), path), str(path))]))
+    if path.suffix.lower() not in (".jsonl", ".json"):
+        raise UserError(f"{path} is of a kind that cannot be read ({path.suffix or 'no suffix'}); wanted {FORMS}.")
+    first = next(rows(path), None)
+    if first is None:
+        raise UserError(f"{path} is empty; wanted {FORMS}.")
+    return Conversations(str(source), _kind(*first), lambda: _read(path))
+
+
+def _read(path: Path) -> Iterator[Conversation | Text | Choice]:
+    kind, begun = "", ""
+    for row, where in rows(path):
+        this = _kind(row, where)
+        if kind not in ("", this):
+            raise UserError(f"{where} is of the kind {this}, and {begun} was {kind}; keep each kind in a file of its own.")
+        for name in KINDS[this]:
+            if row.get(name) is None:
+                raise UserError(f"{where}: `{name}` is missing; {this} rows need {_quoted(KINDS[this])}.")
+        if not kind:
+            kind, begun = this, where
+        yield _understood(this, row, where)
+
+
+def _kind(row: dict[str, Any], where: str) -> str:
+    for fits in (all, any):  # a row that has some of a kind's names lacks the others
+        for kind, names in KINDS.items():
+            if fits(name in row for name in names):
+                return kind
+    found = _quoted(list(row)[:8]) or "nothing"
+    raise UserError(f"{where} has {found}, by which no kind of data is known; wanted {FORMS}.")
+
+
+def _understood(kind: str, row: dict[str, Any], where: str) -> Conversation | Text | Choice:
+    if kind == "text":
+        return Text(_text(row["text"], "text", where), where)
+    if kind == "preference":
+        return _choice(row, where)
+    if kind == "messages":
+        return Conversation(_messages(row["messages"], "messages", where, "role", "content"), where)
+    if kind == "ShareGPT":
+        key, value = ("from", "value") if _has(row["conversations"], "from") else ("role", "content")
+        return Conversation(_messages(row["conversations"], "conversations", where, key, value), where)
+    if kind == "Alpaca":
+        asked = _text(row["instruction"], "instruction", where)
+        given = _text(row.get("input") or "", "input", where)
+        prompt = _prompt(f"{asked}\n\n{given}" if given.strip() else asked, "instruction", where)
+        if row.get("system"):
+            prompt = (_message("system", _text(row["system"], "system", where)), *prompt)
+        return Conversation((*prompt, _message("assistant", _text(row["output"], "output", where))), where)
+    prompt = _prompt(row["prompt"], "prompt", where)
+    return Conversation((*prompt, _message("assistant", _answer(row["completion"], "completion", where)[1])), where)
+
+
+def _choice(row: dict[str, Any], where: str) -> Choice:
+    """Answers may be text or messages; messages may repeat the prompt, which then need not be given by itself."""
+    before, chosen = _answer(row["chosen"], "chosen", where)
+    other, rejected = _answer(row["rejected"], "rejected", where)
+    if before != other:
+        raise UserError(f"{where}: `chosen` and `rejected` answer different prompts.")
+    name = "messages" if row.get("prompt") is None else "prompt"
+    if not before or row.get(name) is not None:
+        prompt = _prompt(row.get(name), name, where)
+        before = prompt if before in ((), prompt[-len(before) :]) else before
+    return Choice(before, chosen, rejected, where)
+
+
+def _answer(value: Any, name: str, where: str) -> tuple[tuple[Message, ...], str]:
+    """(the messages before, the text) of an answer given as text, as a message, or as messages that end with it."""
+    if isinstance(value, str):
+        return (), _text(value, name, where)
+    messages = _messages([value] if isinstance(value, dict) else value, name, where, "role", "content")
+    if not messages or messages[-1]["role"] != "assistant":
+        raise UserError(f"{where}: `{name}` does not end with the assistant's answer.")
+    return messages[:-1], messages[-1]["content"]
+
+
+def _prompt(value: Any, name: str, where: str) -> tuple[Message, ...]:
+    if value is None:
+        raise UserError(f"{where}: `prompt` is missing, the text or messages that both answers are for.")
+    if isinstance(value, str):
+        return (_message("user", _text(value, name, where)),)
+    return _messages(value, name, where, "role", "content")
+
+
+def _messages(value: Any, name: str, where: str, role: str, content: str) -> tuple[Message, ...]:
+    if not isinstance(value, list):
+        raise UserError(f"{where}: `{name}` should be a list of messages, not {kind_of(value)}.")
+    found = []
+    for number, message in enumerate(value, 1):
+        at = f"{where}: message {number} of `{name}`"
+        if not isinstance(message, dict):
+            raise UserError(f"{at} should be an object with `{role}` and `{content}`, not {kind_of(message)}.")
+        for key in (role, content):
+            if message.get(key) is None:
+                raise UserError(f"{at} has no `{key}`.")
+        speaker = message[role] if message[role] in ROLES else SPEAKERS.get(str(message[role]).lower())
+        if speaker is None:
+            known = [*SPEAKERS] if role == "from" else [*ROLES]
+            hint = nearest(str(message[role]), known)
+            raise UserError(f"{at} has the {role} {message[role]!r}; wanted one of {', '.join(known)}.{hint}")
+        text = message[content]
+        if isinstance(text, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in text):
+            text = "".join(part["text"] for part in text)
+        found.append(_message(speaker, _text(text, content, at)))
+    return tuple(found)
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _text(value: Any, name: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{where}: `{name}` should be text, not {kind_of(value)}.")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: `{name}` has half a character (a lone surrogate).") from None
+    return value
+
+
+def _has(messages: Any, key: str) -> bool:
+    return isinstance(messages, list) and any(isinstance(message, dict) and key in message for message in messages)
+
+
+def _quoted(names: Any) -> str:
+    return ", ".join(f"`{name}`" for name in names)

@@ -1,0 +1,160 @@
+"""From conversations to examples that fit into a row of a batch, with an account of what was cut and what was left out."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.errors import UserError
+from engine.text.chat import Chat, Example
+from engine.text.conversations import Choice, Conversation, Text
+from engine.text.template import Message, Refused
+
+CUT = "longer than {seq} tokens, so its end is cut off"
+NO_ROOM = "nothing that is to be learnt lies in its first {seq} tokens"
+TOO_LONG = "longer than {seq} tokens"
+SILENT = "the assistant says nothing in one of its turns"
+SAME = "both answers are the same"
+
+
+class Pair(NamedTuple):
+    """Two answers to one prompt, the first to be preferred. Only the answers count."""
+
+    chosen: Example
+    rejected: Example
+
+
+@dataclasses.dataclass
+class Tally:
+    """What became of the rows of a data set. Lists are of (file:line, reason)."""
+
+    read: int = 0
+    kept: int = 0  # of the rows read; those whose end was cut off are among them
+    examples: int = 0
+    truncated: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    dropped: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """For people: how many were kept, cut and left out, and for each reason where it first was one."""
+        counts = (
+            f"{self.kept:,} of {self.read:,} kept, {len(self.truncated):,} of them truncated; {len(self.dropped):,} dropped"
+        )
+        said = [counts]
+        for verb, rows in (("truncated", self.truncated), ("dropped", self.dropped)):
+            reasons: dict[str, list[str]] = {}
+            for where, reason in rows:
+                reasons.setdefault(reason, []).append(where)
+            said += [f"{len(places):,} {verb}: {reason} ({places[0]} first)" for reason, places in reasons.items()]
+        return said
+
+
+def make_examples(
+    conversations: Iterable[Conversation | Text | Choice],
+    chat: Chat,
+    seq: int,
+    *,
+    start: Sequence[int] = (),
+    report: Callable[[int, int], None] | None = None,
+) -> tuple[list[Example], Tally]:
+    """What can be learnt, in order, each of at most seq + 1 tokens: seq that are read, and for each the one that follows.
+
+    A conversation that is longer loses its end, and is left out when no answer begins early enough. A plain text is cut
+    into pieces that are all learnt, `start` (what the model has before any text) at its beginning and the end of text at
+    its end. What the template refuses is left out. Raises UserError, with file:line, when the template fails, when
+    nothing is left, and for a choice between answers.
+    """
+    examples: list[Example] = []
+    tally = Tally()
+    rows = list(conversations)
+    for done, row in enumerate(rows):
+        tally.read += 1
+        try:
+            made = _examples(row, chat, seq, start)
+        except Refused as refused:
+            tally.dropped.append((row.where, str(refused)))
+            continue
+        except UserError as error:
+            raise UserError(f"{row.where}: {error}") from None
+        fitting = [_fitted(example, seq) for example in made]
+        kept = [example for example in fitting if example is not None]
+        if not kept:
+            tally.dropped.append((row.where, NO_ROOM.format(seq=seq)))
+            continue
+        tally.kept += 1
+        if any(part is None or len(part.tokens) < len(whole.tokens) for whole, part in zip(made, fitting)):
+            tally.truncated.append((row.where, CUT.format(seq=seq)))
+        examples += kept
+        if report:
+            report(done + 1, len(rows))
+    tally.examples = len(examples)
+    _some(examples, tally)
+    return examples, tally
+
+
+def make_pairs(
+    choices: Iterable[Conversation | Text | Choice], chat: Chat, seq: int, report: Callable[[int, int], None] | None = None
+) -> tuple[list[Pair], Tally]:
+    """Pairs of examples of at most seq + 1 tokens, in which only the answers count. What is longer is left out.
+
+    Raises UserError as `make_examples`, and for rows without a choice.
+    """
+    pairs: list[Pair] = []
+    tally = Tally()
+    rows = list(choices)
+    for done, row in enumerate(rows):
+        if not isinstance(row, Choice):
+            raise UserError(f"{row.where} holds no pair of answers; preferences need `prompt`, `chosen` and `rejected`.")
+        tally.read += 1
+        try:
+            if row.chosen == row.rejected:
+                raise Refused(SAME)
+            pair = Pair(*(_answered(row.prompt, text, chat, row.where) for text in (row.chosen, row.rejected)))
+            if max(len(pair.chosen.tokens), len(pair.rejected.tokens)) > seq + 1:
+                raise Refused(TOO_LONG.format(seq=seq))
+        except Refused as refused:
+            tally.dropped.append((row.where, str(refused)))
+            continue
+        except UserError as error:
+            raise UserError(f"{row.where}: {error}") from None
+        pairs.append(pair)
+        if report:
+            report(done + 1, len(rows))
+    tally.kept = tally.examples = len(pairs)
+    _some(pairs, tally)
+    return pairs, tally
+
+
+def _examples(row: Conversation | Text | Choice, chat: Chat, seq: int, start: Sequence[int]) -> list[Example]:
+    if isinstance(row, Choice):
+        raise UserError("it holds two answers to choose between; that is data for preferences, not for examples.")
+    if isinstance(row, Text):
+        tokens = np.concatenate([np.array(start, np.int32), chat.tokenizer.encode(row.text), [chat.tokenizer.end]]).astype(
+            np.int32
+        )
+        pieces = (tokens[at : at + seq + 1] for at in range(0, max(1, len(tokens) - 1), seq))
+        return [Example(piece, np.ones(len(piece), bool), row.where) for piece in pieces]
+    if any(message["role"] == "assistant" and not message["content"].strip() for message in row.messages):
+        raise Refused(SILENT)
+    return chat.examples(row.messages, row.where)
+
+
+def _answered(prompt: Sequence[Message], answer: str, chat: Chat, where: str) -> Example:
+    if not answer.strip():
+        raise Refused(SILENT)
+    return chat.answer([*prompt, {"role": "assistant", "content": answer}], where)
+
+
+def _fitted(example: Example, seq: int) -> Example | None:
+    """At most seq + 1 tokens of it; None when none of them is both to be learnt and preceded by another."""
+    tokens, mask = example.tokens[: seq + 1], example.mask[: seq + 1]
+    return Example(tokens, mask, example.where) if mask[1:].any() else None
+
+
+def _some(made: Sequence[object], tally: Tally) -> None:
+    if made:
+        return
+    if not tally.dropped:
+        raise UserError("There is nothing in it to learn from.")
+    where, reason = tally.dropped[0]
+    raise UserError(f"None of {tally.read:,} rows can be learnt from; the first, {where}: {reason.rstrip('.')}.")

@@ -1,0 +1,294 @@
+"""Talk with a model in the terminal, turn by turn.
+
+    python -m stages.chat --model smollm2-135m-instruct
+    python -m stages.chat --model smollm2-135m-instruct --adapter runs/voice --system "Answer briefly."
+    printf 'Hello\nWhat is a tide?\n' | python -m stages.chat --model smollm2-135m-instruct
+
+A model keeps nothing between turns: each time it reads the whole conversation again, and /stats shows what that costs.
+Without a terminal, every line that comes in is a turn. Answers go to standard output, everything else to standard error.
+"""
+
+import contextlib
+import dataclasses
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from stages import cli, interrupt
+from stages.flags import Device, Model, Verbose, number, path, read, unset, whole
+
+if TYPE_CHECKING:
+    from stages.console import Console
+    from stages.session import Session, Turn
+
+COMMANDS = {
+    "/help": "this list",
+    "/stats": "tokens read and written so far, and whether the weights are as they were",
+    "/clear": "forget the whole conversation",
+    "/forget N": "forget the oldest N turns",
+    "/system TEXT": "tell the model how to answer from now on (`/system` shows it, `/system -` takes it away)",
+    "/set NAME VALUE": "temperature, top_k, top_p, min_p, max_tokens or seed (`/set` shows them)",
+    "/quit": "leave, as Ctrl-D does; Ctrl-C stops an answer",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Talk:
+    """A model, how it is to answer, and how tokens are drawn."""
+
+    model: Model = None
+    """A run or step folder, a Hugging Face folder, a .gguf file, or a named model."""
+    adapter: Annotated[Path | None, read(path, "FOLDER"), unset("none")] = None
+    """What a fine-tuning with --lora learnt about this model."""
+    system: Annotated[str | None, read(str, "TEXT"), unset("what the template says")] = None
+    """How the model is to answer."""
+    template: Annotated[Path | None, read(path, "FILE"), unset("the model's own")] = None
+    """A chat template (Jinja) to use in place of the model's."""
+    max_tokens: Annotated[int, read(whole(1), "N")] = 400
+    """Tokens of an answer at most."""
+    temperature: Annotated[float, read(number(0, 100), "X")] = 0.7
+    """0 takes the most probable token each time; higher is more varied."""
+    top_k: Annotated[int, read(whole(0), "N"), unset("0, all")] = 0
+    """Draw from the N most probable tokens."""
+    top_p: Annotated[float, read(number(0, 1, above=True), "X")] = 0.9
+    """Draw from the fewest tokens that together have this probability."""
+    min_p: Annotated[float, read(number(0, 1), "X"), unset("0, all")] = 0.0
+    """Draw from tokens at least this share as probable as the best."""
+    seed: Annotated[int, read(whole(0, 2**32 - 1), "N")] = 0
+    """The same seed and the same conversation draw the same answers."""
+    device: Device = "auto"
+    """auto, cpu, gpu or tpu."""
+    verbose: Verbose = False
+    """Say more on stderr: the cost of each turn, the digest of the weights, the traceback of an error."""
+
+
+def talk(given: Talk) -> int:
+    """Answers until the input ends. 0, or 2 when a turn that was piped in did not fit."""
+    from stages import device
+
+    interrupt.doing("before a turn was begun.")
+    started = device.start(given.device)
+    from engine.storage.digest import digest
+    from stages.console import Console
+
+    notes = Console(sys.stderr)
+    session, described = _begin(given, notes)
+    terminal = sys.stdin.isatty()
+    before = digest(session.params)
+    if terminal or given.verbose:
+        rows = [("model", described), ("device", str(started)), ("template", session.chat.named)]
+        notes.rows([*rows, ("weights", f"SHA-256 {before[:16]}, context {session.cfg.context:,} tokens")])
+    with notes.task("compiling", always=terminal):
+        session.warm()
+    if terminal:
+        notes.say("Type to talk; /help lists what else there is. The model sees this conversation and nothing else.\n", "dim")
+    talker = Talker(session, notes, before, chatty=terminal or given.verbose)
+    try:
+        for line in _typed(notes) if terminal else _piped():
+            if not talker.take(line) and not terminal:
+                return cli.MISTAKE
+            if talker.over:
+                break
+    finally:
+        session.chat.close()
+    if terminal or given.verbose:
+        talker.stats()
+    return 0
+
+
+def _begin(given: Talk, notes: "Console") -> "tuple[Session, str]":
+    """The session as the flags describe it, and the model in words."""
+    import datetime
+
+    from engine.errors import UserError
+    from engine.inference import decode
+    from engine.text.chat import Chat
+    from stages import load
+    from stages.session import Session, Settings
+
+    source = None
+    if given.template:
+        try:
+            source = given.template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"The template {given.template} cannot be read: {error}.") from error
+    with notes.task(f"loading {given.model or 'the newest run'}") as report:
+        model = load.load_model(given.model, report=report)
+    load.say_damaged(model, notes)
+    described = f"{model.name} ({model.checkpoint})"
+    params = model.params
+    if given.adapter:
+        from stages.adapters import with_adapter
+
+        params = with_adapter(model, given.adapter)
+        described += f" with {given.adapter}"
+    chat = Chat(model.tokenizer, source, now=datetime.datetime.now().isoformat(timespec="seconds"))
+    settings = Settings(given.max_tokens, given.temperature, given.top_k, given.top_p, given.min_p, given.seed)
+    params = decode.for_inference(model.cfg, params)
+    return Session(model.cfg, params, chat, model.ends, settings, given.system or ""), described
+
+
+class Talker:
+    """Takes lines in, prints answers, and carries out what begins with a slash."""
+
+    def __init__(self, session: "Session", notes: "Console", weights: str, chatty: bool) -> None:
+        self.session, self.notes, self.weights, self.chatty = session, notes, weights, chatty
+        self.over = False
+
+    def take(self, line: str) -> bool:
+        """One line: a turn, or a command. False when it could not be done, which was said."""
+        from engine.errors import UserError
+
+        try:
+            if line.startswith("/") and not line.startswith("//"):
+                self.command(*line[1:].split(maxsplit=1))
+            elif line.strip():
+                self.answer(line[1:] if line.startswith("//") else line)
+        except UserError as error:
+            self.notes.say(f"error: {error}", "red")
+            return False
+        return True
+
+    def answer(self, asked: str) -> None:
+        """Prints the answer as it comes. A first Ctrl-C ends it where it is, a second one the command."""
+        with interrupt.watched():
+            interrupt.doing("while an answer was written.")
+            with interrupt.guarded("", lambda _: None) as watch:
+                before = len(self.session.turns)
+                for text in self.session.say(asked, stopped=lambda: watch.received is not None):
+                    print(text, end="", flush=True)
+        print(flush=True)
+        turn = self.session.turns[-1] if len(self.session.turns) > before else None
+        if watch.received is not None and watch.received != signal.SIGINT:
+            raise interrupt.Stopped(watch.received)
+        if turn is None:
+            self.notes.say("(no answer)", "dim")
+        else:
+            self.note(turn)
+
+    def note(self, turn: "Turn") -> None:
+        """What a turn cost, and why its answer ended if that was not by itself."""
+        from stages.words import duration
+
+        if self.chatty:
+            number = len(self.session.turns)
+            known = sum(earlier.read + earlier.wrote for earlier in self.session.turns[-2:-1])
+            again = f", {min(known, turn.read):,} of them again" if known else ""
+            rest = turn.seconds - turn.first
+            speed = f", {(turn.wrote - 1) / rest:,.0f} tokens/s" if turn.wrote > 1 and rest > 0 else ""
+            self.notes.say(
+                f"[turn {number}: {turn.read:,} tokens read{again}; {turn.wrote:,} written, the first after "
+                f"{duration(turn.first)}{speed}]",
+                "dim",
+            )
+        if turn.ended == "interrupted":
+            self.notes.say("[stopped]", "dim")
+        if turn.ended == "length":
+            full = turn.read + turn.wrote >= self.session.cfg.context
+            reason = "the context is full" if full else f"max_tokens is {self.session.settings.max_tokens:,}"
+            self.notes.say(f"[cut off: {reason}]", "yellow")
+
+    def command(self, name: str = "", rest: str = "") -> None:
+        """Carries out what stands after a slash. Raises UserError when there is no such command."""
+        from engine.errors import UserError, nearest
+
+        session = self.session
+        if name in ("quit", "exit"):
+            self.over = True
+        elif name == "help":
+            self.notes.rows([*COMMANDS.items()])
+        elif name == "stats":
+            self.stats()
+        elif name == "clear":
+            session.turns.clear()
+            self.notes.say("[the conversation is forgotten]", "dim")
+        elif name == "forget":
+            if not rest.isdecimal() or not 1 <= int(rest) <= len(session.turns):
+                raise UserError(f"/forget takes a number of turns, from 1 to the {len(session.turns)} there are.")
+            del session.turns[: int(rest)]
+            self.notes.say(f"[{len(session.turns)} turns are left]", "dim")
+        elif name == "system":
+            session.system = "" if rest == "-" else rest or session.system
+            self.notes.say(f"[system: {session.system or 'what the template says, if anything'}]", "dim")
+        elif name == "set":
+            if rest:
+                session.settings = session.settings.changed(*_two(rest))
+            self.notes.rows([(name, str(value)) for name, value in dataclasses.asdict(session.settings).items()])
+        else:
+            known = [command.split()[0][1:] for command in COMMANDS]
+            raise UserError(f"There is no command /{name}; /help lists them.{nearest(name, known)}")
+
+    def stats(self) -> None:
+        """What the conversation has cost, and whether the weights are as they were."""
+        from engine.storage.digest import digest
+
+        turns = self.session.turns
+        now = digest(self.session.params)
+        same = "unchanged" if now == self.weights else f"CHANGED from {self.weights[:16]}"
+        read = sum(turn.read for turn in turns)
+        new = turns[-1].read if turns else 0
+        self.notes.rows([
+            ("turns", f"{len(turns):,}"),
+            ("read", f"{read:,} tokens, {read - new:,} of them not for the first time; the last turn's prompt had {new:,}"),
+            ("written", f"{sum(turn.wrote for turn in turns):,} tokens"),
+            ("weights", f"{same}: SHA-256 {now[:16]}"),
+            ("kept", "this text; the model keeps nothing between turns"),
+        ])  # fmt: skip
+
+
+def _two(rest: str) -> tuple[str, str]:
+    from engine.errors import UserError
+
+    words = rest.replace("=", " ").split()
+    if len(words) != 2:
+        raise UserError("/set takes a name and a value, such as /set temperature 0.2.")
+    return words[0], words[1]
+
+
+def _typed(notes: "Console") -> Iterator[str]:
+    """Lines from a person. Ctrl-C forgets the line, Ctrl-D ends; a line that ends with a backslash goes on in the next."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  gives input() its editing and its memory of lines
+    begun = ""
+    while True:
+        try:
+            with interrupt.watched():
+                line = input("... " if begun else "> ")
+        except EOFError:
+            notes.say()
+            return
+        except UnicodeDecodeError:
+            notes.say("\nThat was not UTF-8; say it again.", "yellow")
+            continue
+        except interrupt.Stopped as stopped:
+            if stopped.number != signal.SIGINT:
+                raise
+            begun = ""
+            notes.say("\n(/quit or Ctrl-D leaves)", "dim")
+            continue
+        if line.endswith("\\"):
+            begun += line[:-1] + "\n"
+            continue
+        yield begun + line
+        begun = ""
+
+
+def _piped() -> Iterator[str]:
+    """Lines from a pipe or a file."""
+    from engine.errors import UserError
+
+    for count, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            yield line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"Line {count} of the input is not UTF-8: byte 0x{line[error.start]:02X}.") from None
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    return cli.run("chat", __doc__, Talk, talk, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

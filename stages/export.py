@@ -1,0 +1,145 @@
+"""Write a model for others: a Hugging Face folder, a GGUF file for llama.cpp, or a LoRA adapter in PEFT's layout.
+
+    python -m stages.export --model runs/demo-shakespeare --out exported --check
+    python -m stages.export --model smollm2-135m-instruct --out smollm2.gguf --dtype q8_0
+    python -m stages.export --model runs/voice --out voice-adapter --adapter
+
+A LoRA model is written with its adapters folded in, unless --adapter says otherwise.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from stages import cli
+from stages.flags import Device, Model, Verbose, one_of, path, read, unset
+
+if TYPE_CHECKING:
+    from stages.load import Model as Loaded
+
+DTYPES = ("float32", "bfloat16", "float16", "q8_0")
+WRITTEN = {
+    "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    "adapter_config.json", "adapter_model.safetensors",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """A model, where it goes, and how its weights are written."""
+
+    out: Annotated[Path, read(path, "PATH")]
+    """A folder, or a file that ends in .gguf."""
+    model: Model = None
+    """A run or step folder, a Hugging Face folder, a .gguf file, or a named model."""
+    dtype: Annotated[str | None, read(one_of(*DTYPES), "TYPE"), unset("as loaded in a folder, float16 in a .gguf")] = None
+    """float32, bfloat16, float16, or in a .gguf q8_0."""
+    adapter: Annotated[bool, unset("off")] = False
+    """Write only the LoRA adapters, in PEFT's layout."""
+    check: Annotated[bool, unset("off")] = False
+    """Read it again and compare logits, tokens and what ends a completion."""
+    overwrite: Annotated[bool, unset("off")] = False
+    """Replace what an earlier export wrote there."""
+    device: Device = "auto"
+    """auto, cpu, gpu or tpu."""
+    verbose: Verbose = False
+    """Show the traceback of an error."""
+
+
+def export(given: Export) -> int:
+    """Loads, writes, and with --check reads again. 1 when what was read is not what was written."""
+    from stages import device, interrupt
+
+    interrupt.doing("before the model was written.")
+    started = device.start(given.device)
+    from engine.errors import UserError
+    from engine.model.leaves import dense
+    from stages import load, words
+    from stages.console import Console
+
+    to_gguf = given.out.suffix == ".gguf"
+    if given.adapter and (to_gguf or given.check):
+        raise UserError("--adapter writes a folder in PEFT's layout: it goes with neither a .gguf nor --check.")
+    if given.dtype == "q8_0" and not to_gguf:
+        raise UserError("--dtype q8_0 is of GGUF: give an --out that ends in .gguf, or another type.")
+    _make_room(given.out, given.overwrite)
+    with Console() as console:
+        with console.task("loading") as report:
+            model = load.load_model(given.model, report=report)
+        load.say_damaged(model, console)
+        dtype = given.dtype or ("float16" if to_gguf else str(dense(model.params["embed"]).dtype))
+        console.rows([("device", str(started)), ("model", str(model.checkpoint)), ("writes", f"{given.out}, {dtype}")])
+        with console.task("writing", always=True) as report:
+            notes = _write(given, model, dtype, to_gguf, report)
+        for note in notes:
+            console.say(note)
+        console.rows([("written", f"{given.out}, {words.size(_size(given.out))}")])
+        if not given.check:
+            return 0
+        from stages.export_check import compare
+
+        with console.task("checking", always=True):
+            rows, faults = compare(model, given.out, dtype)
+        console.rows(rows)
+        for fault in faults:
+            console.say(f"DIFFERS: {fault}", style="red")
+        if not faults:
+            console.say(f"next: {words.command('generate', '--model', given.out)}")
+    return 1 if faults else 0
+
+
+def _make_room(out: Path, overwrite: bool) -> None:
+    """Raises UserError when something lies where the export goes, unless it is an earlier one and may be replaced."""
+    from engine.errors import UserError
+
+    if not out.exists() or (out.is_dir() and not any(out.iterdir()) and out.suffix != ".gguf"):
+        return
+    strangers = sorted({entry.name for entry in out.iterdir()} - WRITTEN) if out.is_dir() else []
+    if out.is_dir() == (out.suffix == ".gguf"):
+        raise UserError(f"{out} is a {'folder' if out.is_dir() else 'file'}; give another --out.")
+    if strangers:
+        raise UserError(f"{out} holds {strangers[0]}, which no export wrote; give another --out.")
+    if not overwrite:
+        raise UserError(f"{out} is there already; give another --out, or --overwrite.")
+
+
+def _write(given: Export, model: "Loaded", dtype: str, to_gguf: bool, report: Any) -> list[str]:
+    """Writes the export, whole or not at all; returns what a person should know of it."""
+    from engine.files import whole_folder
+    from engine.storage import gguf_tokenizer, gguf_writer, huggingface, peft
+
+    tokenizer = model.tokenizer
+    if to_gguf:
+        said = gguf_tokenizer.words_to(tokenizer.to_json(), tokenizer.config, model.ends, model.start, model.cfg.vocab)
+        gguf_writer.save_gguf(given.out, model.cfg, model.params, said, name=model.name, dtype=dtype, report=report)
+        if "tokenizer.huggingface.json" not in said:
+            return []
+        return [
+            f"llama.cpp has no name for how this tokenizer splits a text and is told {gguf_tokenizer.NEAREST}: numbers and "
+            "long words may become other tokens there. Thrice reads the tokenizer.json that is in the file too."
+        ]
+    with whole_folder(given.out) as building:
+        if given.adapter:
+            peft.save_peft(building, model.cfg, model.params, model.name)
+        else:
+            tokens = {"eos_token_id": list(model.ends) if len(model.ends) > 1 else model.ends[0]}
+            for name in ("bos_token", "pad_token"):
+                place = tokenizer.id_of(tokenizer.config.get(name))
+                tokens |= {} if place is None else {f"{name}_id": place}
+            huggingface.save_folder(building, model.cfg, model.params, tokens, dtype=dtype, report=report)
+        tokenizer.save(building)
+    return []
+
+
+def _size(out: Path) -> int:
+    return sum(file.stat().st_size for file in out.iterdir()) if out.is_dir() else out.stat().st_size
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    return cli.run("export", __doc__, Export, export, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

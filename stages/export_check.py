@@ -1,0 +1,65 @@
+"""What is read back from an export, beside what was meant: logits, tokens, and what ends a completion."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from engine.model.leaves import dense
+from engine.model.paths import map_paths
+from engine.model.transformer import forward
+from stages.load import Model, load_model
+
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog.", "  two spaces\tand a tab\n\n\nand lines", "In 1969, 12345 people; 3.14159!",
+    "naïve café, 日本語, Ελληνικά, 🙂", "def f(x):\n    return x ** 2  # <|endoftext|> <|im_end|> is text", "don't I'LL we've",
+)  # fmt: skip
+ROWS, LENGTH = 2, 64  # tokens whose logits are compared
+CLOSE = 1e-3  # of the largest logit: what the order of float32 sums may change
+AGREEING = 0.9  # share of places where rounding to Q8_0 must leave the most probable token as it was
+
+
+def compare(model: Model, out: Path, dtype: str) -> tuple[list[tuple[str, str]], list[str]]:
+    """(what was found, in rows to print; what differs, a sentence each) of the export at `out` of `model`."""
+    read = load_model(str(out), dtype="float32")
+    faults = [f"{name} of the architecture" for name in model.cfg.same_architecture(read.cfg)]
+    faults += [f"the tokens of {text!r}" for text in TEXTS if _tokens(model, text) != _tokens(read, text)]
+    faults += ["what ends a completion"] if model.ends != read.ends else []
+    faults += ["what is put before a text"] if model.start != read.start else []
+    faults += ["the chat template"] if model.chat_template != read.chat_template else []
+    rows = [
+        ("tokens", f"{len(TEXTS)} texts, of every script and with control tokens in them"),
+        ("ends", f"{', '.join(map(str, read.ends))} and template {'kept' if read.chat_template else 'absent'}"),
+    ]
+    if faults:
+        return rows, faults
+    cfg = dataclasses.replace(model.cfg, dtype="float32", context=read.cfg.context)
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab, (ROWS, min(LENGTH, cfg.context)), np.int32)
+    meant = _logits(cfg, map_paths(lambda _, leaf: _rounded(leaf, dtype, out.suffix == ".gguf"), model.params), tokens)
+    found = _logits(cfg, read.params, tokens)
+    apart = float(np.abs(meant - found).max() / max(1e-30, np.abs(meant).max()))
+    agree = float((meant.argmax(-1) == found.argmax(-1)).mean())
+    rows.append(("logits", f"{apart:.1e} of the largest apart; the most probable token agrees in {agree:.1%} of places"))
+    if not (agree >= AGREEING if dtype == "q8_0" else apart <= CLOSE):
+        faults.append("the logits")
+    return rows, faults
+
+
+def _tokens(model: Model, text: str) -> list[int]:
+    return model.tokenizer.encode(text).tolist()
+
+
+def _rounded(leaf: Any, dtype: str, matrices_only: bool) -> Any:
+    """A weight as the export holds it, in float32."""
+    plain = dense(leaf)
+    if dtype != "q8_0" and not (matrices_only and plain.ndim < 2):
+        plain = plain.astype(dtype)
+    return plain.astype(jnp.float32)
+
+
+def _logits(cfg: Any, params: Any, tokens: np.ndarray) -> np.ndarray:
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    return np.asarray(jax.jit(forward, static_argnums=0)(cfg, params, tokens, positions)[0])

@@ -1,0 +1,184 @@
+"""Fine-tune a model: change only what you mean to, on conversations or texts of your own.
+
+    python -m stages.finetune                                      LoRA of SmolLM2-135M-Instruct on the house voice
+    python -m stages.finetune --data chats.jsonl --lora rank=16,alpha=32,targets=q,v
+    python -m stages.finetune --freeze bottom:20                   the top third learns, and the head
+    python -m stages.finetune --train 'blocks/(28|29)/.*'          two blocks learn
+    python -m stages.finetune --base int8                          LoRA over a base in int8 (QLoRA)
+    python -m stages.finetune --objective preference --data voice-preferences
+    python -m stages.finetune --model runs/demo-shakespeare        the same on a model of your own
+    python -m stages.finetune --dry-run                            what matches, what it would cost, and stop
+
+What does not learn is never differentiated and stays as it is, to the bit. The same command run again goes on where it
+stopped.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from engine.errors import UserError
+from stages import cli
+from stages.flags import Device, Verbose, every, number, one_of, path, read, unset, whole
+from stages.train import Length
+
+TARGETS = "q, k, v, out, gate, up, down, or all"
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """An adapter's size: rank, the factor alpha / rank on what it adds, and which matrices have one."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("all",)
+
+    def __str__(self) -> str:
+        return f"rank={self.rank},alpha={self.alpha:g},targets={','.join(self.targets)}"
+
+
+def lora(text: str) -> Lora:
+    """'rank=8,alpha=16,targets=q,v' -> Lora; each of the three may be left out. Raises ValueError for anything else."""
+    found: dict[str, list[str]] = {}
+    name = ""
+    for word in filter(None, text.replace(" ", "").split(",")):
+        begun, equals, value = word.partition("=")
+        name, value = (begun, value) if equals else (name, word)
+        found.setdefault(name, []).append(value)
+    if not found.keys() <= {"rank", "alpha", "targets"}:
+        raise ValueError(f"wanted rank=8,alpha=16,targets=q,v (targets: {TARGETS}), got {text!r}")
+    for known in ("rank", "alpha"):
+        if len(found.get(known, ())) > 1:
+            raise ValueError(f"wanted one {known}, got {text!r}")
+    rank = whole(1, 4096)(found["rank"][0]) if "rank" in found else 8
+    alpha = number(0, above=True)(found["alpha"][0]) if "alpha" in found else 2.0 * rank
+    return Lora(rank, alpha, tuple(found.get("targets", ("all",))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """What is learnt."""
+
+    data: Annotated[str, read(str, "DATA")] = "voice"
+    """A .jsonl of messages, prompt/completion, Alpaca, ShareGPT or text; or `voice`, which comes with this project."""
+    validation: Annotated[str | None, read(str, "DATA"), unset("the named data's own, else the last tenth")] = None
+    """Conversations that are never learnt from."""
+    general: Annotated[str | None, read(str, "TEXT"), unset("python")] = "python"
+    """A text to measure before and after, to see what was forgotten: shakespeare, python, a file, or none."""
+    template: Annotated[Path | None, read(path, "FILE"), unset("the model's own")] = None
+    """A chat template (Jinja) to use in place of the model's."""
+    pack: Annotated[bool, unset("on")] = True
+    """Several short examples a row; they do not see one another."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Learns:
+    """What of the model learns; without any of these, a LoRA of all matrices."""
+
+    train: Annotated[tuple[str, ...], unset("nothing but the adapter")] = ()
+    """Patterns of paths ('blocks/(28|29)/.*'), `head`, or `all`."""
+    freeze: Annotated[tuple[str, ...], unset("nothing")] = ()
+    """`bottom:N`, `top:N`, or patterns: all else learns."""
+    lora: Annotated[Lora | None, read(lora, "SIZE"), unset("rank=8,alpha=16,targets=all")] = None
+    """rank=8,alpha=16,targets=q,v: an adapter beside a frozen model."""
+    base: Annotated[str, read(one_of("float", "int8"), "TYPE")] = "float"
+    """What the frozen model under an adapter is kept in: `int8` takes half the memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How it learns."""
+
+    objective: Annotated[str, read(one_of("answers", "preference"), "NAME")] = "answers"
+    """`answers`: what the assistant says. `preference`: the chosen answer over the rejected one (DPO)."""
+    beta: Annotated[float, read(number(0, 10, above=True), "X")] = 0.1
+    """Of preference: how far the model may move away from where it began."""
+    batch: Annotated[int, read(whole(1), "N")] = 4
+    """Rows a step (pairs, for preference)."""
+    accumulate: Annotated[int, read(whole(1), "N")] = 1
+    """Parts the batch is read in, one after another: less memory, the same step."""
+    context: Annotated[int, read(whole(16), "N")] = 256
+    """Tokens a row."""
+    learning_rate: Annotated[float | None, read(number(0, 1, above=True), "X"), unset("1e-3, or 2e-5 without LoRA")] = None
+    """AdamW's."""
+    warmup: Annotated[float, read(number(0, 1), "SHARE")] = 0.05
+    """Share of the run in which the learning rate rises; then it falls by a cosine."""
+    weight_decay: Annotated[float, read(number(0, 10), "X")] = 0.0
+    """Pull of what learns towards zero."""
+    clip: Annotated[float, read(number(0, above=True), "X")] = 1.0
+    """Largest norm of the gradient."""
+    scan: Annotated[bool, unset("off")] = False
+    """Compile one layer and loop over it: sooner compiled, slower steps."""
+    remat: Annotated[bool, unset("off")] = False
+    """Recompute each layer in the backward pass instead of keeping it: less memory, more work."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What is kept, and how often."""
+
+    out_dir: Annotated[Path | None, read(path, "FOLDER"), unset("runs/MODEL-DATA")] = None
+    """The run folder. A run that is already there is continued."""
+    overwrite: Annotated[bool, unset("off")] = False
+    """Begin anew in a folder that holds a run."""
+    eval_every: Annotated[int | float | None, read(every, "N|TIME"), unset("a fifth of the run")] = None
+    """Steps or training time between looks at the validation conversations."""
+    save_every: Annotated[int | float, read(every, "N|TIME"), unset("60s")] = 60.0
+    """Steps or training time between checkpoints."""
+    keep: Annotated[int, read(whole(1), "N")] = 2
+    """Checkpoints to keep."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetune:
+    """A model, what it learns from, what of it learns, and how."""
+
+    examples: Examples
+    learns: Learns
+    tuning: Tuning
+    length: Length
+    folder: Kept
+    model: Annotated[str, read(str, "MODEL")] = "smollm2-135m-instruct"
+    """A run or step folder, a Hugging Face folder, a .gguf file, or a named model."""
+    seed: Annotated[int, read(whole(0, 2**31 - 1), "N")] = 0
+    """Of the adapter's first weights and of the order of the examples."""
+    device: Device = "auto"
+    """auto, cpu, gpu or tpu."""
+    dry_run: Annotated[bool, unset("off")] = False
+    """Print what matches and what it would cost, and stop."""
+    verbose: Verbose = False
+    """Show the traceback of an error."""
+
+    def __post_init__(self) -> None:
+        learns = self.learns
+        if learns.lora and (learns.train or learns.freeze):
+            raise UserError("--lora leaves the whole model frozen: it does not go with --train or --freeze.")
+        if learns.base == "int8" and (learns.train or learns.freeze):
+            raise UserError("--base int8 is for what stays frozen under a LoRA: it does not go with --train or --freeze.")
+        if self.tuning.batch % self.tuning.accumulate:
+            raise UserError(
+                f"A batch of {self.tuning.batch} cannot be read in {self.tuning.accumulate} equal parts: give another "
+                "--batch or --accumulate."
+            )
+
+    @property
+    def adapter(self) -> Lora | None:
+        """The LoRA to train; None when weights of the model themselves learn."""
+        learns = self.learns
+        return None if learns.train or learns.freeze else learns.lora or Lora()
+
+
+def finetune(given: Finetune) -> int:
+    from stages import tuning
+
+    return tuning.run(given)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    return cli.run("finetune", __doc__, Finetune, finetune, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

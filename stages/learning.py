@@ -1,0 +1,137 @@
+"""What of a model learns, from flags to two trees; what that matches, and what it costs beside training all of it."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from engine.counting.flops import train_flops
+from engine.counting.memory import training_memory
+from engine.counting.params import count_params
+from engine.counting.trained import Trained, everything, lora
+from engine.model.config import ModelConfig
+from engine.model.int8 import quantize_leaves
+from engine.model.leaves import cast_matrices
+from engine.model.paths import merge
+from engine.training.freeze import choose, split
+from engine.training.lora import add_lora, lora_targets
+from engine.training.optimizer import OptimizerConfig
+from stages import words
+from stages.plan import Plan
+
+if TYPE_CHECKING:
+    from stages.finetune import Finetune
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningPlan(Plan):
+    """A plan in which `trained` learns."""
+
+    trained: Trained
+
+    @property
+    def step_flops(self) -> int:
+        """FLOPs that a step needs: no products for the weights of what is frozen, none below all that learns."""
+        flops = train_flops(self.cfg, self.recipe.context, attention="full", trained=self.trained, remat="none")
+        return flops.total * self.step_tokens
+
+    @property
+    def memory(self) -> int:
+        """Predicted bytes at the fullest moment of a step."""
+        part = self.recipe.batch // self.recipe.accumulate
+        return self._memory(self.trained, part)
+
+    def _memory(self, trained: Trained, part: int) -> int:
+        return training_memory(
+            self.cfg, part, self.recipe.context, optimizer=self.recipe.optimizer.kind, trained=trained,
+            microbatches=self.recipe.accumulate,
+        ).total  # fmt: skip
+
+    def beside_full(self) -> dict[str, float]:
+        """FLOPs and memory as shares of those of a step in which everything learns, and the time if it follows FLOPs."""
+        whole = dataclasses.replace(self, trained=everything(self.cfg))
+        flops = self.step_flops / whole.step_flops
+        return {"FLOPs": flops, "memory": self.memory / whole.memory, "time": flops}
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """The two trees a run begins with, what learns as the counting rooms read it, and lines for the banner.
+
+    `frozen` is what steps read, in the compute type; `rest` is the same as it was loaded, for that is what is saved.
+    """
+
+    trainable: Any
+    frozen: Any
+    rest: Any
+    trained: Trained
+    matched: tuple[tuple[str, str], ...]
+
+    def kept(self, trainable: Any) -> Any:
+        """What a checkpoint holds: an adapter on its own, or the whole model."""
+        return trainable if self.trained.adapted else merge(trainable, self.rest)
+
+    def of(self, kept: Any) -> Any:
+        """The trainable tree of what a checkpoint held."""
+        return kept if self.trained.adapted else split(kept, self.trained)[0]
+
+
+def what_learns(given: "Finetune", cfg: ModelConfig) -> tuple[Trained, tuple[tuple[str, str], ...]]:
+    """What learns and what each rule matched, in words. Raises UserError for a rule that matches nothing."""
+    total = count_params(cfg).total
+    adapter = given.adapter
+    if adapter:
+        targets = lora_targets(cfg, adapter.targets)
+        trained = lora(cfg, adapter.rank, targets)
+        return trained, (("adapts", f"{', '.join(targets)} of {cfg.layers} layers, rank {adapter.rank}"),)
+    chosen = choose(cfg, [] if given.learns.train == ("all",) else given.learns.train, given.learns.freeze)
+    rows = tuple((f"{match.phrase}", f"{match.leaves} leaves, {match.numbers:,} numbers") for match in chosen.matches)
+    return chosen.trained, (*rows, ("learns", f"{chosen.learning:,} of {total:,} ({chosen.learning / total:.1%})"))
+
+
+def make_learner(given: "Finetune", cfg: ModelConfig, params: Any) -> Learner:
+    """The trees. What is frozen is kept in the compute type, or in int8 where the flags say so; params stay as they are."""
+    trained, matched = what_learns(given, cfg)
+    adapter = given.adapter
+    if not adapter:
+        trainable, rest = split(params, trained)
+        return Learner(cast_matrices(trainable, "float32"), cast_matrices(rest, cfg.dtype), rest, trained, matched)
+    key = jax.random.key(given.seed)
+    adapters = add_lora(cfg, params, key, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
+    learning = sum(leaf.size for leaf in jax.tree.leaves(adapters))
+    total = count_params(cfg).total
+    matched = (*matched, ("learns", f"{learning:,} new numbers beside {total:,} frozen ones ({learning / total:.1%})"))
+    return Learner(adapters, in_memory(given, cfg, params), None, trained, matched)
+
+
+def in_memory(given: "Finetune", cfg: ModelConfig, params: Any) -> Any:
+    """The frozen base: its matrices in the compute type, or in int8 with a scale for each column."""
+    if given.learns.base == "float":
+        return cast_matrices(params, cfg.dtype)
+    head = [] if cfg.tied else [("head", "full")]
+    return quantize_leaves(params, [("embed", "full"), (r"blocks/\d+/(qkv|out|gate_up|down)", "full"), *head])
+
+
+def optimizer(given: "Finetune") -> OptimizerConfig:
+    """AdamW with a warm-up and a cosine."""
+    tuning = given.tuning
+    usual = 1e-3 if given.adapter else 2e-5
+    if given.tuning.objective == "preference":
+        usual = usual / 5
+    return OptimizerConfig(
+        kind="adamw", learning_rate=tuning.learning_rate or usual, schedule="cosine", warmup=tuning.warmup,
+        beta2=0.99, weight_decay=tuning.weight_decay, clip=tuning.clip,
+    )  # fmt: skip
+
+
+def shares(plan: TuningPlan) -> str:
+    """What the predicted costs are beside training everything."""
+    found = plan.beside_full()
+    return (
+        ", ".join(f"{name} {share:.0%}" for name, share in found.items()) + " of a step in which everything learns (predicted)"
+    )
+
+
+def size_of(tree: Any) -> str:
+    """Bytes of a tree's arrays, in words."""
+    return words.size(sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))

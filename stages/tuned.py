@@ -1,0 +1,147 @@
+"""The end of a fine-tuning: what was learnt, what was forgotten, an answer before and after, and what to type next."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.counting.hardware import peak_rss_bytes
+from engine.errors import UserError
+from engine.inference.decode import for_inference, generate
+from engine.inference.sample import make_sampling
+from engine.model.paths import leaf_paths, merge
+from engine.storage.adapter import save_adapter
+from engine.storage.digest import digest
+from engine.text.batch import Batch
+from stages import adapters, data, interrupt, run_folder, words
+from stages.loop import Loop
+from stages.validate import bits, rows_for, whole_text
+
+if TYPE_CHECKING:
+    from stages.tuning import Tuned
+
+SAMPLE = 90  # tokens
+WINDOW = 256  # tokens of general text scored at once
+GENERAL = 8192  # tokens of it
+QUESTION = "What should I do when I cannot sleep?"
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """How a model does: on what is held out, on general text (bits per byte; None without one), and one answer."""
+
+    held_out: float
+    general: float | None
+    answer: str
+
+
+def look(run: "Tuned", trainable: Any) -> Look:
+    """Measures the model with `trainable` as what learns."""
+    cfg, learner = run.plan.cfg, run.learner
+    held_out = run.held_out()
+    with run.console.task("measuring what it knows", always=True):
+        value = held_out.measure(cfg, trainable)
+        params = merge(trainable, learner.frozen)
+        return Look(value, _general(run, params), _answer(run, params))
+
+
+def _general(run: "Tuned", params: Any) -> float | None:
+    """Bits per byte on the beginning of a text that has nothing to do with the examples."""
+    wanted = run.given.examples.general
+    if wanted == "none":
+        return None
+    text = data.encode(data.evaluated(wanted, run.console), run.model.tokenizer, run.console)
+    tokens = text.tokens[: GENERAL + 1]
+    size = run.model.tokenizer.token_bytes(tokens[1:])
+    part = dataclasses.replace(text, tokens=tokens, bytes=size)
+    seq = min(WINDOW, run.plan.recipe.context)
+    nats = whole_text(run.plan.cfg, params, part, seq, seq, rows_for(run.plan.cfg, seq))
+    return bits(nats, size)
+
+
+def _answer(run: "Tuned", params: Any) -> str:
+    """What the model answers to one question, each token the most probable."""
+    cfg = run.plan.cfg
+    prompt = run.chat.prompt([{"role": "user", "content": QUESTION}])
+    room = min(cfg.context, len(prompt) + SAMPLE)
+    ends = tuple(end for end in (*run.model.ends, run.chat.end) if end is not None)
+    tokens: list[int] = []
+    settings = make_sampling(1, temperature=0.0)
+    for new in generate(
+        cfg, for_inference(cfg, params), [prompt.tolist()], settings, max_tokens=SAMPLE, end=ends, capacity=room
+    ):
+        tokens += new.tokens
+    return run.model.tokenizer.decode(tokens)
+
+
+def close(run: "Tuned", state: Any, loop: Loop, was: Look) -> int:
+    """Measures again, writes adapter and result, and prints what changed."""
+    past, folder = loop.past, run.folder
+    interrupt.doing(f"before the last measurement; what was learnt is in {folder}, and the same command measures it.")
+    now = look(run, state.trainable)
+    reads = run.model.params if run.learner.trained.adapted else None
+    frozen_same = reads is None or digest(reads) == run.base
+    if not frozen_same:
+        raise RuntimeError(f"Frozen weights changed: their SHA-256 was {run.base}.")
+    if run.learner.trained.adapted:
+        place = save_adapter(folder / adapters.FOLDER, state.trainable, base=run.base, about=_about(run))
+    else:
+        place = folder / "checkpoints" / str(past.step)
+    speed = past.step * run.plan.step_tokens / max(past.seconds, 1e-9)
+    result = {
+        "before": dataclasses.asdict(was), "after": dataclasses.asdict(now), "unit": run.held_out(1).unit, "steps": past.step,
+        "train_seconds": past.seconds, "tokens_per_second": speed, "peak_rss_bytes": peak_rss_bytes(),
+        "flops_share_of_ceiling": past.step * run.plan.step_flops / max(past.seconds, 1e-9) / loop.job.ceiling,
+        "refused_steps": past.refused,
+    }  # fmt: skip
+    run_folder.write_run(folder, run.facts(), result)
+    _say(run, result, was, now, Path(str(place)))
+    run.chat.close()
+    return 0
+
+
+def _about(run: "Tuned") -> dict[str, Any]:
+    return {"model": run.facts()["base"]["model"], "lora": str(run.given.adapter), "data": run.given.examples.data}
+
+
+def _say(run: "Tuned", result: dict[str, Any], was: Look, now: Look, place: Path) -> None:
+    console = run.console
+    for title, text in (("before", was.answer), ("after", now.answer)):
+        console.say()
+        console.say(f"{title}: {QUESTION}", style="bold")
+        console.say("\n".join(f"  | {line}" for line in text.strip().split("\n")))
+    console.say()
+    general = "not measured"
+    if was.general is not None and now.general is not None:
+        general = f"{was.general:.3f} -> {now.general:.3f} bits per byte on {run.given.examples.general}"
+    console.rows([
+        ("learnt", f"{was.held_out:.3f} -> {now.held_out:.3f} {result['unit']} on {run.lessons.held_out_name}"),
+        ("forgotten", general),
+        ("trained", f"{result['steps']:,} steps, {words.duration(result['train_seconds'])}"
+                    + (f", {result['refused_steps']} refused" if result["refused_steps"] else "")),
+        ("speed", f"{result['tokens_per_second']:,.0f} tokens/s, {result['flops_share_of_ceiling']:.0%} of the ceiling"),
+        ("memory", f"{words.size(result['peak_rss_bytes'])} at most"),
+        ("kept", f"{place} ({_numbers(run):,} numbers)"),
+    ])  # fmt: skip
+    console.say()
+    console.say("next", style="bold")
+    console.say(f"  {words.command('chat', '--model', run.folder)}")
+    console.say(f"  {words.command('evaluate', '--model', run.folder, '--data', run.lessons.held_out_name.split()[-1])}")
+    console.say(f"  {words.command('export', '--model', run.folder, '--out', run.folder / 'hugging-face')}")
+
+
+def _numbers(run: "Tuned") -> int:
+    import jax
+
+    tree = run.learner.trainable
+    return sum(leaf.size for _, part in leaf_paths(tree).items() for leaf in jax.tree.leaves(part))
+
+
+def answers(cfg: Any, params: Any, batches: list[Batch]) -> float:
+    """Mean nats of an answer's token over batches of examples."""
+    from engine.inference.score import score
+
+    nats = sum(float(score(cfg, params, batch)) for batch in batches)
+    count = sum(int(batch.mask.sum()) for batch in batches)
+    if not count:
+        raise UserError("None of the tokens read are an answer's.")
+    return nats / count

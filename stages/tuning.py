@@ -1,0 +1,302 @@
+"""A fine-tuning run from flags to result, in the order in which it happens."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import UserError
+from stages import cli, interrupt, process, words
+from stages import device as devices
+from stages.console import Console
+
+if TYPE_CHECKING:
+    from stages.finetune import Finetune
+
+# JAX is started, with its allocator and its device, before anything that imports it.
+
+
+def run(given: "Finetune") -> int:
+    """Prepares, trains, measures what was learnt and what was forgotten. Returns the exit code."""
+    interrupt.doing("before anything was trained.")
+    device = devices.start(given.device)
+    from stages import run_folder
+
+    data = Path(given.examples.data).stem
+    folder = given.folder.out_dir or run_folder.default_folder(Path(given.model).stem or "model", data)
+    with Console() as console:
+        if given.dry_run:
+            Tuned(given, device, folder, console).show_plan()
+            console.say("A dry run: nothing was trained.")
+            return 0
+        run_folder.holds_run(folder)
+        with run_folder.alone(folder):
+            return Tuned(given, device, folder, console).go()
+
+
+class Tuned:
+    """What the stages of one run hand on to each other."""
+
+    def __init__(self, given: "Finetune", device: devices.Device, folder: Path, console: Console) -> None:
+        from engine.text.chat import Chat
+        from stages import learning, lessons, load, plan
+        from stages.recipes import Recipe
+
+        self.given, self.device, self.folder, self.console = given, device, folder, console
+        source = given.examples.template.read_text(encoding="utf-8") if given.examples.template else None
+        with console.task(f"loading {given.model}") as report:
+            self.model = load.load_model(given.model, dtype=None if given.adapter else "float32", report=report)
+        load.say_damaged(self.model, console)
+        cfg = self.model.cfg
+        tuning = given.tuning
+        if tuning.context > cfg.context:
+            raise UserError(
+                f"--context {tuning.context:,} is more than the {cfg.context:,} tokens {self.model.name} was made for."
+            )
+        cfg = dataclasses.replace(cfg, scan=tuning.scan, remat="block" if tuning.remat else "none")
+        trained, self.matched = learning.what_learns(given, cfg)
+        moves = learning.optimizer(given)
+        recipe = Recipe(
+            "the model's", tuning.context, tuning.batch * self.sides, moves, tuning.accumulate, tuning.scan, tuning.remat
+        )
+        length = given.length
+        chosen = bool(length.max_time or length.steps)
+        seconds = length.max_time if chosen else 180.0
+        self.plan = learning.TuningPlan(self.model.name, cfg, recipe, given.seed, length.steps, seconds, chosen, trained)
+        self.check_memory()
+        self.chat = Chat(self.model.tokenizer, source)
+        self.lessons = lessons.prepare(given, self.model, self.chat, console)
+        self.ceilings = plan.measured_ceilings(console)
+
+    @property
+    def sides(self) -> int:
+        """Rows of tokens for each of the batch: a pair has two."""
+        return 2 if self.given.tuning.objective == "preference" else 1
+
+    def check_memory(self) -> None:
+        """Raises UserError when a step would not fit, naming a flag with which it would."""
+        from stages.plan import memory_limit
+
+        limit, plan = memory_limit(), self.plan
+        if plan.memory <= limit:
+            return
+        one = dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, batch=self.sides, accumulate=1))
+        remedy = "a LoRA (without --train and --freeze) or a smaller model"
+        if one.memory <= limit:
+            remedy = f"--batch {self.given.tuning.batch} --accumulate {self.given.tuning.batch}, a row at a time,"
+        elif dataclasses.replace(one, cfg=dataclasses.replace(one.cfg, remat="block")).memory <= limit:
+            remedy = f"--accumulate {self.given.tuning.batch} --remat"
+        raise UserError(
+            f"A step would need about {words.size(plan.memory)}, and {words.size(limit)} are here; {remedy} would fit."
+        )
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The banner."""
+        from engine.counting.params import count_params
+        from stages import learning
+        from stages.plan import ceiling, memory_limit, predict
+
+        plan, lessons, cfg = self.plan, self.lessons, self.plan.cfg
+        top = ceiling(cfg, self.ceilings)
+        steps, long = predict(plan, plan.step_flops / (0.4 * top))
+        limit = f"{plan.steps:,} steps" if plan.steps else f"{words.duration(plan.seconds or 0)} of training time"
+        base = {"float": cfg.dtype, "int8": "int8"}[self.given.learns.base]
+        total = count_params(cfg).total
+        return [
+            ("device", str(self.device)),
+            ("model", f"{self.model.name}: {cfg.layers} layers, width {cfg.width}, {total:,} numbers, {base}"),
+            *self.matched,
+            ("predicted", learning.shares(plan)),
+            ("memory", f"about {words.size(plan.memory)} of {words.size(memory_limit())}"),
+            ("data", f"{lessons.name} ({lessons.kind}): {lessons.tally.lines()[0]}"),
+            *(("", line) for line in lessons.tally.lines()[1:]),
+            ("validation", f"{lessons.held_out_name}: {len(lessons.held_out):,} examples"),
+            ("template", self.chat.named),
+            ("step", f"{plan.recipe.batch} x {plan.recipe.context} tokens, adamw, {plan.recipe.optimizer.learning_rate:g}"),
+            ("length", f"{limit}; about {steps:,} steps, {long}"),
+            ("folder", str(self.folder)),
+        ]  # fmt: skip
+
+    def show_plan(self) -> None:
+        """The banner, and the first example with what is learnt of it set apart."""
+        from stages import lessons
+
+        self.console.rows(self.rows())
+        self.console.say()
+        self.console.say("the first example; what is learnt of it is marked", style="bold")
+        self.console.marked(list(lessons.coloured(self.lessons.first, self.model)))
+        self.console.say()
+
+    def go(self) -> int:
+        """Trains what is left to train, then compares with what was there before."""
+        from engine.storage.digest import digest
+        from stages import learning, resume, tuned
+        from stages.loop import Loop
+
+        self.learner = learning.make_learner(self.given, self.plan.cfg, self.model.params)
+        self.matched = self.learner.matched
+        self.base = digest(self.model.params)
+        if self.learner.trained.adapted and self.given.learns.base == "int8":
+            self.model = dataclasses.replace(self.model, params=None)  # the wide weights need not stay in memory
+        before = resume.look(self.folder, self.facts(), self.plan.cfg, self.given.folder.overwrite)
+        self.show_plan()
+        if before and before.finished(self.plan) and before.run.get("result") and before.sound():
+            self.console.say(
+                "This run is finished. To train it further give more --steps or --max-time; to begin anew, --overwrite."
+            )
+            return 0
+        state, past = self.restore(before)
+        resume.begin(self.folder, self.plan.cfg, self.model.tokenizer, self.facts(), fresh=before is None)
+        self.keep_words()
+        was = tuned.look(self, self.learner.trainable)
+        loop = Loop(self.job(), past, self.console)
+        if self.plan.done(past.step, past.seconds) < 1:
+            state, signal = loop.run(self.compile(state), state)
+            self.console.close_live()
+            if signal:
+                self.console.say(f"Stopped at step {past.step:,}; saved in {self.folder}.\nTo go on: {self.same_command()}")
+                return 128 + signal
+        return tuned.close(self, state, loop, was)
+
+    def keep_words(self) -> None:
+        """What makes the run read and end text as the model does."""
+        from stages import load
+
+        config = self.model.tokenizer.config | {"chat_template": self.chat.source}
+        tokenizer = dataclasses.replace(self.model.tokenizer, config=config)
+        ends = self.model.ends if self.chat.end is None else tuple(dict.fromkeys((*self.model.ends, self.chat.end)))
+        load.keep_words(self.folder, dataclasses.replace(self.model, tokenizer=tokenizer, ends=ends))
+
+    def restore(self, before: Any) -> tuple[Any, Any]:
+        """The state to train from, and what the run remembers."""
+        import jax
+        import jax.numpy as jnp
+
+        from engine.storage import checkpoint
+        from engine.training.optimizer import make_optimizer
+        from engine.training.step import TrainState, init_state
+        from stages import resume
+        from stages.loop import Past
+
+        learner = self.learner
+        # The step donates its state; what the run began with stays to be compared with.
+        state = init_state(make_optimizer(self.plan.recipe.optimizer), jax.tree.map(jnp.copy, learner.trainable))
+        if before is None:
+            return state, Past()
+        with self.console.task("loading the checkpoint"):
+            like = jax.eval_shape(lambda: (learner.kept(state.trainable), state.opt_state))
+            loaded = checkpoint.load(before.folder, None, *like)
+        past = resume.past_of(loaded.state)
+        for line in loaded.damaged:
+            self.console.say(f"damaged: {line}", style="yellow")
+        if loaded.damaged:
+            for path in checkpoint.set_aside(before.folder, past.step):
+                self.console.say(f"set aside: {path}", style="yellow")
+        self.console.say(f"resumed at step {past.step:,}, {words.duration(past.seconds)} into training")
+        return TrainState(jnp.int32(past.step), learner.of(loaded.params), loaded.optimizer), past
+
+    def objective(self) -> Any:
+        """What a step makes small."""
+        from engine.training.preference import dpo
+        from engine.training.step import NEXT_TOKEN
+
+        return dpo(self.given.tuning.beta) if self.sides == 2 else NEXT_TOKEN
+
+    def compile(self, state: Any) -> Any:
+        """The step's program; the frozen tree is its own, whatever the loop hands in."""
+        import numpy as np
+
+        from engine.training.optimizer import make_optimizer
+        from engine.training.step import train_step
+
+        interrupt.doing(f"while compiling; what was saved is in {self.folder}. To begin again: {self.same_command()}")
+        frozen = self.learner.frozen
+        with self.console.task("compiling", always=True):
+            program = train_step.lower(
+                self.plan.cfg, make_optimizer(self.plan.recipe.optimizer), state, frozen, self.batches().at(0), np.float32(0),
+                microbatches=self.plan.recipe.accumulate, objective=self.objective(),
+            ).compile()  # fmt: skip
+        return lambda state, _, batch, progress: program(state, frozen, batch, progress)
+
+    def batches(self) -> Any:
+        """What is learnt, step by step; made once, for a preference needs what the model said before."""
+        from stages import lessons
+
+        if not hasattr(self, "_batches"):
+            given, tuning = self.given, self.given.tuning
+            if self.sides == 1:
+                self._batches = lessons.packed(given, self.lessons)
+            else:
+                with self.console.task("asking the model what it prefers now", always=True):
+                    self._batches = self._preferred(self.lessons.learnt, tuning.batch)
+        return self._batches
+
+    def _preferred(self, pairs: Any, batch: int) -> Any:
+        from engine.model.paths import merge
+        from stages import lessons
+
+        learner = self.learner
+        base = learner.frozen if learner.trained.adapted else merge(learner.trainable, learner.frozen)
+        return lessons.Preferred(self.plan.cfg, base, pairs, self.plan.recipe.context, batch, self.given.seed)
+
+    def held_out(self, most: int | None = None) -> Any:
+        """The looks at what is held out; `most` bounds the examples of a quick one."""
+        from stages import lessons
+
+        chosen = self.lessons.held_out[:most]
+        objective = self.objective()
+        if self.sides == 1:
+            batches = lessons.answers_once(chosen, self.plan.recipe.context)
+            return lessons.HeldOut(batches, self.learner.frozen)
+        batches = list(self._preferred(chosen, min(lessons.ROWS, len(chosen))).once())
+        return lessons.HeldOut(batches, self.learner.frozen, objective, "preference loss")
+
+    def job(self) -> Any:
+        from stages import lessons, loop, plan
+
+        given = self.given.folder
+        return loop.Job(
+            plan=self.plan, folder=self.folder, batches=self.batches(), quick=self.held_out(lessons.MOST),
+            often=loop.Often(given.eval_every or self._fifth(), given.save_every, 1, given.keep),
+            ceiling=plan.ceiling(self.plan.cfg, self.ceilings), started=process.started(),
+            facts={"seed": self.given.seed, "base": self.base}, kept=self.learner.kept,
+        )  # fmt: skip
+
+    def _fifth(self) -> int | float:
+        plan = self.plan
+        return plan.seconds / 5 if plan.seconds else max(1, (plan.steps or 5) // 5)
+
+    def facts(self) -> dict[str, Any]:
+        """run.json: everything that says how this run is trained, and on what."""
+        import jax
+
+        from stages import run_folder
+
+        given, model = self.given, self.model
+        return {
+            "command": self.same_command(),
+            "stage": "finetune",
+            "base": {"model": self._lasting(given.model), "digest": self.base, "name": model.name},
+            "learns": str(
+                given.adapter or f"train {' '.join(given.learns.train) or 'all'} freeze {' '.join(given.learns.freeze)}"
+            ),
+            "objective": given.tuning.objective,
+            "text": {"data": given.examples.data, "validation": given.examples.validation, "digest": self.lessons.digest},
+            "tokenizer": {"kind": "the model's", "digest": model.tokenizer.digest},
+            "recipe": run_folder.as_json(dataclasses.asdict(self.plan.recipe)),
+            "seed": given.seed,
+            "steps": self.plan.steps,
+            "max_seconds": self.plan.seconds,
+            "device": str(self.device),
+            "versions": {"python": sys.version.split()[0], "jax": jax.__version__},
+        }
+
+    @staticmethod
+    def _lasting(given: str) -> str:
+        """The model's name, or its path from the root, so that the run finds it again from any folder."""
+        place = Path(given).expanduser()
+        return str(place.absolute()) if place.exists() else given
+
+    def same_command(self) -> str:
+        """What to type to go on."""
+        return words.command("finetune", *(word for word in cli.arguments() if word != "--overwrite"))

@@ -1,0 +1,74 @@
+"""A claim's verdict follows from numbers: other numbers, another verdict."""
+
+import dataclasses
+
+from bench.claims import Observed, claims
+
+SEEN = Observed(
+    params=10**6, neighbours=7, same_bits=True, generated=100, bits_before="0x1p+0", bits_after="0x1p+0", digest_before="ab",
+    digest_after="ab", uncached_seconds=0.1, uncached_tokens=64, int8_worst=0.01,
+)  # fmt: skip
+
+
+def row(name, stage, weights, forward, dx, dw, seconds):
+    total = forward + dx + dw
+    return {
+        "name": name, "stage": stage, "weights": weights, "seconds_per_token": seconds,
+        "flops_per_token": {"formula": total, "forward": forward, "dx": dx, "dw": dw},
+        "flop_ratio_to_forward": total / 100, "time_ratio_to_forward": seconds / 1e-5,
+    }  # fmt: skip
+
+
+ROWS = [
+    row("pre-training step", "training", "changed", 100, 100, 100, 3e-5),
+    row("full fine-tuning", "fine-tuning", "changed", 100, 100, 100, 3e-5),
+    row("bottom half frozen", "fine-tuning", "partly", 100, 50, 50, 2e-5),
+    row("top half frozen", "fine-tuning", "partly", 100, 100, 50, 2.5e-5),
+    row("LoRA, rank 8 on q and v", "fine-tuning", "partly", 101, 100, 1, 2e-5),
+    row("evaluation forward", "inference", "identical", 100, 0, 0, 1e-5),
+    row("decode, 1 slot", "decode", "identical", 200, 0, 0, 5e-5),
+    row("decode, 8 slots", "decode", "identical", 100, 0, 0, 2e-5),
+    row("decode, 32 slots", "decode", "identical", 100, 0, 0, 1e-5),
+    row("decode, 8, int8 weights", "decode", "identical", 100, 0, 0, 1e-5),
+]
+
+
+def verdicts(rows=ROWS, seen=SEEN):
+    return {claim["claim"]: claim["verdict"] for claim in claims({row["name"]: row for row in rows}, seen, 0.1)}
+
+
+def test_the_usual_numbers_give_the_usual_verdicts():
+    found = verdicts()
+    assert len(found) == 12
+    assert found["Inference is only half the computation of training."] == "false: a third"
+    assert found["The backward pass costs about twice the forward pass."] == "true"
+    assert found["Half is right for one kind of training: a LoRA step."] == "true"
+    assert found["A token is cheaper to generate than to train on."] == "false for a lone request"
+    assert found["Caching decides what serving costs."] == "true"
+
+
+def test_bits_that_differ_are_said_to_be_a_defect():
+    found = verdicts(seen=dataclasses.replace(SEEN, same_bits=False, digest_after="cd"))
+    assert found["Requests do not affect one another."].startswith("false here, which is a defect")
+    assert found["The model improves as you use it."].startswith("true here, which is a defect")
+
+
+def test_weights_that_moved_in_inference_are_said_to_be_a_defect():
+    moved = [dict(entry, weights="partly") if entry["name"] == "decode, 8 slots" else entry for entry in ROWS]
+    found = verdicts(moved)
+    assert found["Weights change in training, partly in fine-tuning, never in inference."].startswith("false")
+
+
+def test_a_fast_lone_stream_and_a_useless_cache_turn_the_verdicts():
+    quick = [dict(entry, seconds_per_token=1e-6) if entry["name"] == "decode, 1 slot" else entry for entry in ROWS]
+    found = verdicts(quick, dataclasses.replace(SEEN, uncached_seconds=1e-6))
+    assert found["A token is cheaper to generate than to train on."] == "true here"
+    assert found["Caching decides what serving costs."].startswith("false")
+    assert found["Batching decides what serving costs."].startswith("false")
+
+
+def test_a_claim_whose_rows_are_missing_is_left_out():
+    few = [entry for entry in ROWS if not entry["name"].startswith(("LoRA", "decode"))]
+    found = verdicts(few)
+    assert "Batching decides what serving costs." not in found
+    assert "The backward pass costs about twice the forward pass." in found

@@ -1,0 +1,258 @@
+"""A peer answers in turns from its own interpreter; what is not there is named. The peers here are pretended ones."""
+
+import ast
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import peer as module
+from bench import peers, steps
+from bench.peer import Peer, PeerError, started
+from engine.errors import UserError
+
+BENCH = Path(module.__file__).parent
+THIS = Path(sys.executable)
+TRAINED = "lambda spec: lambda: {'loss': 1.0}"
+GENERATED = "lambda spec: lambda: {'tokens': [[0] * spec['new']] * spec['rows']}"
+
+
+@pytest.fixture
+def scripts(tmp_path, monkeypatch):
+    """Where peers are looked for; called with a name, what it needs and how it makes jobs, writes one."""
+    shutil.copy(BENCH / "peer_loop.py", tmp_path)
+    monkeypatch.setattr(module, "HERE", tmp_path)
+
+    def write(name="fake.py", needs="json", make="lambda spec: lambda: {}"):
+        (tmp_path / name).write_text(f"from peer_loop import serve\nserve([{needs!r}], {make})\n")
+
+    return write
+
+
+@pytest.fixture
+def talk(scripts):
+    """Starts a pretended peer, past its greeting, and ends it after the test."""
+    open_peers = []
+
+    def start(make):
+        scripts(make=make)
+        open_peers.append(Peer(THIS, "fake.py"))
+        assert list(open_peers[-1].read()["versions"]) == ["json"]
+        return open_peers[-1]
+
+    yield start
+    for one in open_peers:
+        one.close()
+
+
+def last_line(text):
+    return json.loads(text.strip().splitlines()[-1])
+
+
+# The conversation
+
+
+def test_a_job_is_made_once_and_each_round_is_one_run(talk):
+    peer = talk("lambda spec: iter(spec['said']).__next__")
+    answers = []
+    again = peer.prepare("count", {"said": [{"n": 1}, {"n": 2}, {"n": 3}]}, answers.append)
+    again()
+    again()
+    assert [answer["n"] for answer in answers] == [1, 2, 3]
+    assert all(answer["seconds"] >= 0 for answer in answers)
+    peer.ask(drop="count")
+    with pytest.raises(PeerError, match="KeyError: 'count'"):
+        peer.ask(run="count")
+
+
+def test_what_a_library_prints_does_not_reach_the_answers(talk):
+    peer = talk("lambda spec: lambda: print('hello') or __import__('os').system('echo hello') and {} or {'fine': True}")
+    assert peer.prepare("loud", {}, lambda answer: None) is not None
+    assert peer.ask(run="loud")["fine"]
+
+
+def test_what_a_job_cannot_do_is_said_and_the_peer_goes_on(talk):
+    peer = talk("lambda spec: spec['no']")
+    with pytest.raises(PeerError, match="KeyError: 'no'"):
+        peer.prepare("job", {}, print)
+    assert not peer.gone
+    with pytest.raises(PeerError, match="KeyError"):
+        peer.ask(run="job")
+
+
+def test_a_peer_that_dies_leaves_its_last_words(talk):
+    peer = talk("lambda spec: lambda: __import__('os').write(2, b'killed by a bug') and __import__('os')._exit(3)")
+    with pytest.raises(PeerError, match="it is gone; its last words: killed by a bug"):
+        peer.prepare("job", {}, print)
+    assert peer.gone
+    with pytest.raises(PeerError, match="it is gone"):
+        peer.ask(run="job")
+
+
+def test_it_does_not_see_where_ours_finds_modules(talk, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/nowhere")
+    peer = talk("lambda spec: lambda: {'path': __import__('os').environ.get('PYTHONPATH')}")
+    peer.prepare("job", {}, lambda answer: None)
+    assert peer.ask(run="job")["path"] is None
+
+
+# What is not there
+
+
+def test_an_absent_library_is_named_with_what_installs_it_and_that_is_no_failure(scripts, capsys):
+    scripts("peer_torch.py", needs="torch_that_nobody_has")
+    scripts("peer_transformers.py", needs="transformers_that_nobody_has")
+    assert peers.main(["--quick"]) == 0
+    out = capsys.readouterr().out
+    document = last_line(out)
+    assert document["rows"] == []
+    assert [one["name"] for one in document["absent"]] == ["torch_that_nobody_has", "transformers_that_nobody_has"]
+    assert all(one["install"] == "pip install -e '.[peers]'" for one in document["absent"])
+    assert all("ModuleNotFoundError" in one["reason"] for one in document["absent"])
+    assert out.count("to have it: pip install -e '.[peers]'") == 2
+
+
+def test_a_named_python_without_transformers_is_told_its_own_command(scripts):
+    scripts(needs="transformers_that_nobody_has")
+    absent = []
+    with started(THIS, "fake.py", absent) as peer:
+        assert peer is None
+    assert absent[0]["install"] == f"{THIS} -m pip install transformers_that_nobody_has"
+
+
+def test_a_named_python_must_have_torch(scripts, tmp_path, capsys):
+    scripts("peer_torch.py", needs="torch")
+    (tmp_path / "torch.py").write_text("raise OSError('libtorch is not here')")
+    assert peers.main(["--peer-python", str(THIS)]) == 2
+    said = capsys.readouterr().err
+    assert f"--peer-python {THIS} has no torch (OSError: libtorch is not here); make one that has: python3 -m venv" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("python", "words"),
+    [("/no/such/python", "No such file or directory"), (str(BENCH), "Permission denied"), ("/bin/true", "does not answer")],
+)
+def test_what_is_no_python_is_refused_in_a_sentence(python, words, capsys):
+    assert peers.main(["--peer-python", python]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert python in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--shape", "6x100x256x16"], "--shape is LAYERSxWIDTHxTOKENSxBATCH"),
+        (["--shape", "six"], "not 'six'"),
+        (["--rounds", "2"], "--rounds must be at least 3, not 2"),
+        (["--new", "1"], "--new must be at least 2"),
+        (["--preset", "smollm"], "no preset 'smollm'"),
+        (["--preset", "tiny", "--prompt", "64"], "do not fit tiny's context of 64"),
+        (["--dtypes"], "--dtypes needs"),
+        (["--dtypes", "int8"], "int8"),
+        (["--onyl", "training"], "--onyl"),
+    ],
+)
+def test_flags_that_cannot_be_measured_are_refused_before_anything_starts(flags, words, monkeypatch, capsys):
+    monkeypatch.setattr(peers, "started", lambda *_: pytest.fail("a peer was started"))
+    assert peers.main(flags) == 2
+    assert words in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_a_model_too_large_for_this_machine_is_refused(monkeypatch):
+    monkeypatch.setattr("engine.counting.hardware.memory_limit_bytes", lambda: 10**9)
+    with pytest.raises(UserError, match="twice in memory needs about 2 GB, and there are 1; give a smaller one"):
+        peers.check(peers.Flags())
+    peers.check(peers.Flags(only="training"))
+
+
+# The table
+
+
+def test_training_beside_a_pretended_peer_that_computes_something_else(scripts, capsys):
+    scripts("peer_torch.py", make=TRAINED)
+    flags = ["--only", "training", "--shape", "1x64x8x2", "--dtypes", "float32", "--rounds", "3"]
+    assert peers.main([*flags, "--peer-python", str(THIS)]) == 0
+    out = capsys.readouterr().out
+    rows = last_line(out)["rows"]
+    assert [(row["name"], row["peer"]) for row in rows] == [
+        ("train_1x64x8x2_float32", "torch compiled"), ("train_1x64x8x2_float32", "torch eager")
+    ]  # fmt: skip
+    for row in rows:
+        assert row["ours_seconds"] > 0
+        assert row["ratio"] is None or row["ratio"] > 0
+        assert (row["peer_loss"], row["same"]) == (1.0, False)
+        assert 4 < row["loss"] < 6
+    assert out.count("** not the same computation **") == 2
+
+
+def test_a_compiler_that_is_not_there_leaves_the_other_rows(scripts, capsys):
+    scripts("peer_torch.py", make=f"lambda spec: 1 / 0 if spec['compile'] else ({TRAINED})(spec)")
+    assert peers.main(["--only", "training", "--shape", "1x64x8x2", "--dtypes", "float32", "--rounds", "3"]) == 0
+    document = last_line(capsys.readouterr().out)
+    assert [row["peer"] for row in document["rows"]] == ["torch eager"]
+    assert document["absent"][0]["name"] == "torch compiled, float32"
+    assert "division by zero" in document["absent"][0]["reason"]
+    assert "g++" in document["absent"][0]["install"]
+
+
+def test_inference_counts_the_tokens_that_are_the_same(scripts, monkeypatch, capsys):
+    monkeypatch.setattr(peers, "SHORT", 8)
+    monkeypatch.setattr(peers, "greedy", lambda cfg, weights, prompts, new, said: lambda: said.update(
+        ours=[[0] * (new - 1) + [7]] * len(prompts)
+    ))  # fmt: skip
+    scripts("peer_transformers.py", make=GENERATED)
+    flags = ["--only", "inference", "--preset", "tiny", "--prompt", "8", "--new", "4", "--dtypes", "float32", "--rounds", "3"]
+    assert peers.main(flags) == 0
+    rows = last_line(capsys.readouterr().out)["rows"]
+    assert [(row["name"], row["same_tokens"]) for row in rows] == [
+        ("prefill_1_float32", 0.0), ("prefill_8_float32", 0.0), ("decode_1_float32", 0.75), ("decode_8_float32", 0.75)
+    ]  # fmt: skip
+
+
+def test_ours_continues_every_prompt_by_as_many_tokens(cfg, params):
+    said = {}
+    peers.greedy(cfg, params, [[1, 2, 3], [4, 5, 6]], 3, said)()
+    assert [len(text) for text in said[peers.OURS]] == [3, 3]
+
+
+def test_a_ratio_that_noise_has_eaten_is_not_printed(capsys):
+    from bench.timing import Timing
+
+    timings = {"ours": Timing("ours", (0.1, 1.0, 9.0, 9.0, 1.0)), "them": Timing("them", (1.0,) * 5)}
+    row = peers.compared("row", "them", timings, 10)
+    assert row["ratio"] is None
+    assert "less than its own spread" in row["noisy"]
+    assert row["best_ratio"] == pytest.approx(0.1)
+    peers.show([], row, "")
+    assert "lost in noise" in capsys.readouterr().out
+
+
+# What the peers are made of
+
+
+@pytest.mark.parametrize("script", ["peer_loop.py", "peer_torch.py", "peer_transformers.py"])
+def test_a_peer_script_needs_nothing_of_ours_and_runs_in_an_older_python(script):
+    tree = ast.parse((BENCH / script).read_text(), feature_version=(3, 10))
+    found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    found |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    roots = {name.split(".")[0] for name in found} - set(sys.stdlib_module_names)
+    assert roots <= {"peer_loop", "torch", "numpy", "transformers"}
+
+
+def test_a_shape_is_read_and_written_the_same_way():
+    assert str(steps.shape("2x128x64x8")) == "2x128x64x8"
+    for wrong in ("2x128x64", "2x100x64x8", "0x64x8x2", "ax64x8x2", "2x64x8x-2"):
+        assert steps.shape(wrong) is None
+
+
+def test_two_steppers_of_one_work_take_the_same_steps():
+    work = steps.work(steps.Shape(1, 64, 8, 2), "float32")
+    one, two = steps.stepper(work), steps.stepper(work)
+    first = [float(one()) for _ in range(3)]
+    assert first == [float(two()) for _ in range(3)]
+    assert len(set(first)) == 3

@@ -1,0 +1,383 @@
+import builtins
+import itertools
+import os
+import re
+import stat
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+
+import pytest
+from report_document import document
+
+from bench.quantities import brief, column, money, percent, si, significant, spoken, spoken_tick, times
+from bench.report import page, write_report
+from bench.svg import apart, decade_ticks, even_ticks, logarithmic
+from engine.errors import UserError
+
+SVG = "{http://www.w3.org/2000/svg}"
+VOID = {"meta", "br"}
+
+
+class Reader(HTMLParser):
+    """The text of a page by element, the tags, and whether each is closed where it should be."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.open, self.faults, self.tags, self.text = [], [], [], []
+        self.feed(source)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.faults.append(tag)
+
+    def handle_data(self, data):
+        if not {"style", "title", "pre"} & set(self.open):
+            self.text.append(data)
+
+    def said(self):
+        return " ".join(" ".join(self.text).split())
+
+
+def drawings(source):
+    return [ET.fromstring(found) for found in re.findall(r"<svg .*?</svg>", source, flags=re.DOTALL)]
+
+
+def words(root):
+    return " ".join("".join(element.itertext()) for element in root.iter(f"{SVG}text"))
+
+
+def test_a_page_is_well_formed_and_its_identifiers_are_its_own():
+    read = Reader(page(document()))
+    assert (read.faults, read.open) == ([], [])
+    names = [attributes["id"] for _, attributes in read.tags if "id" in attributes]
+    assert len(names) == len(set(names))
+    links = [attributes["href"] for tag, attributes in read.tags if tag == "a"]
+    assert links
+    assert {link.removeprefix("#") for link in links} <= set(names)
+    labels = [name for _, attributes in read.tags for name in attributes.get("aria-labelledby", "").split()]
+    assert set(labels) <= set(names)
+
+
+def test_the_file_needs_nothing_else(tmp_path):
+    source = write_report(tmp_path, document()).read_text(encoding="utf-8")
+    assert not re.search(r"(?i)https?:", source.replace("http://www.w3.org/2000/svg", ""))
+    assert not re.search(r"(?i)<(script|link|img|iframe|object|embed)\b|@import|url\(|\bsrc=|\son\w+=", source)
+
+
+def test_a_phone_and_a_dark_screen_are_thought_of():
+    source = page(document())
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in Reader(source).tags
+    assert "prefers-color-scheme: dark" in source
+    assert "@media print" in source
+    kinds = [root.get("class") for root in drawings(source)]
+    assert kinds == ["wide", "narrow"] * 4
+
+
+def test_every_row_claim_note_and_command_is_said():
+    made = document()
+    read = Reader(page(made))
+    said = read.said()
+    for row in made["rows"]:
+        assert row["name"] in said
+        if row["why"]:
+            assert row["why"] in said
+    for claim in made["claims"]:
+        assert claim["claim"] in said
+        assert claim["verdict"] in said
+        assert claim["value"] is None or str(claim["value"]) in said
+    assert said.count(f"Regenerate: {made['command']}") == 2 + 4 + 1  # table and claims, four figures, method
+    assert made["noise"] in said
+
+
+def test_every_number_of_a_row_stands_in_its_line():
+    row = document()["rows"][0]
+    made = document() | {"rows": [row]}
+    line = re.search(r"<tbody>(.*?)</tbody>", page(made), flags=re.DOTALL).group(1)
+    exact = re.findall(r'<data value="([^"]*)"', line)
+    counted = row["flops_per_token"]
+    expected = [counted[name] for name in ("formula", "walker", "walker_elementwise", "xla")]
+    assert [float(value) for value in exact] == pytest.approx([*expected, row["peak_bytes"], row["bytes_per_token"]])
+    for said in ("98.0", "±2.9", "94.2", "+4%", "3.12×", "±0.09", "3.00×", "58%", "0.027", "changed", "MFU"):
+        assert said in line, said
+
+
+@pytest.mark.parametrize("place", ["row", "claim", "verdict", "value", "why", "model", "device", "command", "memory", "series"])
+def test_text_from_outside_stays_text(place):
+    made, nasty = document(), "<b onclick='x'>\"&amp;</title></svg>"
+    rows = made["rows"]
+    match place:
+        case "row":
+            rows[0]["name"] = rows[10]["name"] = nasty
+        case "why" | "series":
+            rows[10][place] = nasty
+        case "memory":
+            rows[0]["memory"][nasty] = 5e7
+        case "model":
+            made["model"]["name"] = nasty
+        case "device":
+            made["machine"]["device"] = nasty
+        case "command":
+            made["command"] = nasty
+        case _:
+            made["claims"][0][place] = nasty
+    read = Reader(page(made))
+    assert read.faults == []
+    assert not any(tag == "b" and attributes for tag, attributes in read.tags)
+    assert nasty in read.said() or place in ("memory", "series", "command")
+    assert nasty in "".join("".join(root.itertext()) for root in drawings(page(made))) or place not in (
+        "row",
+        "memory",
+        "series",
+    )
+
+
+def test_each_drawing_is_xml_that_names_and_describes_itself():
+    found = drawings(page(document()))
+    assert len(found) == 8
+    for root in found:
+        title, description = root[0], root[1]
+        assert (title.tag, description.tag) == (f"{SVG}title", f"{SVG}desc")
+        assert root.get("aria-labelledby") == f"{title.get('id')} {description.get('id')}"
+        assert title.text
+        assert len(description.text) > 30
+
+
+def test_a_drawing_stays_within_its_frame():
+    numbers = {"x", "y", "x1", "x2", "y1", "y2", "cx", "cy"}
+    for root in drawings(page(document())):
+        _, _, width, height = map(float, root.get("viewBox").split())
+        for element in root.iter():
+            for name in numbers & set(element.keys()):
+                limit = height if "y" in name else width
+                assert -0.01 <= float(element.get(name)) <= limit + 0.01, ET.tostring(element)
+            if element.tag == f"{SVG}path":
+                points = [tuple(map(float, pair.split())) for pair in re.split("[MLZ]", element.get("d")) if pair]
+                assert all(-0.01 <= x <= width + 0.01 and -0.01 <= y <= height + 0.01 for x, y in points), ET.tostring(element)
+
+
+def bar_widths(root):
+    """Name of a row -> {colour: width}."""
+    found = {}
+    for group in root.iter(f"{SVG}g"):
+        rectangles, texts = group.findall(f"{SVG}rect"), group.findall(f"{SVG}text")
+        if rectangles and len(texts) == 3:
+            found[texts[0].text] = {each.get("class"): float(each.get("width")) for each in rectangles}
+    return found
+
+
+def test_bars_are_as_long_as_their_numbers():
+    bars = bar_widths(drawings(page(document()))[0])
+    assert len(bars) == len(document()["rows"])
+    unit = bars["evaluation forward"]["blue"]
+    assert bars["pre-training step"] == pytest.approx(
+        {"blue": unit, "amber": unit, "rust": unit, "grey": max(0.6, 0.004 * unit)}, abs=0.02
+    )
+    assert bars["bottom half frozen"]["amber"] == pytest.approx(unit / 2, abs=0.02)
+    assert set(bars["decode, 8 slots"]) == {"blue"}
+
+
+def test_memory_bars_and_peaks_share_one_scale():
+    root = drawings(page(document()))[4]
+    bars = bar_widths(root)
+    row = document()["rows"][0]
+    colours = {"params": "blue", "gradients": "rust", "optimizer": "grey", "activations": "amber"}
+    shares = {bars[row["name"]][colour] / row["memory"][name] for name, colour in colours.items()}
+    assert max(shares) == pytest.approx(min(shares), rel=1e-3)
+    groups = [group for group in root.iter(f"{SVG}g") if any(text.text == row["name"] for text in group.findall(f"{SVG}text"))]
+    mark = groups[0].find(f"{SVG}line")
+    begin = float(groups[0].find(f"{SVG}rect").get("x"))
+    assert (float(mark.get("x1")) - begin) / row["peak_bytes"] == pytest.approx(min(shares), rel=1e-3)
+
+
+def test_ceilings_lie_where_bytes_and_operations_put_them():
+    """A machine on which 8 slots take exactly what reading takes: dot and line meet."""
+    made = document()
+    row = next(row for row in made["rows"] if row["slots"] == 8)
+    row["seconds_per_token"] = row["bytes_per_token"] / (made["ceilings"]["read_gbs"] * 1e9)
+    root = drawings(page(made))[2]
+    dots = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in root.iter(f"{SVG}circle") if dot.get("class") == "dot way0"]
+    (line,) = [path for path in root.iter(f"{SVG}path") if path.get("class") == "line memory"]
+    points = [tuple(map(float, pair.split())) for pair in re.split("[ML]", line.get("d")) if pair]
+    (x0, y0), (x1, y1) = next((a, b) for a, b in itertools.pairwise(points) if a[0] <= dots[1][0] <= b[0])
+    assert y0 + (dots[1][0] - x0) / (x1 - x0) * (y1 - y0) == pytest.approx(dots[1][1], abs=0.5)
+    assert dots[0][1] < dots[1][1] < dots[2][1]
+
+
+def test_a_dot_below_the_ceilings_is_owned_up_to():
+    said = Reader(page(document())).said()
+    assert "faster than this machine allows" in said
+    made = document()
+    next(row for row in made["rows"] if row["slots"] == 8)["seconds_per_token"] = 1e-6
+    said = Reader(page(made)).said()
+    assert "faster than this machine allows" not in said
+    assert "processor's cache" in said
+
+
+def test_lines_of_a_life_cross_where_the_costs_are_equal():
+    made = document()
+    root = drawings(page(made))[6]
+    trained, alone = made["rows"][0], next(row for row in made["rows"] if row["slots"] == 1)
+    tokens = 20 * made["model"]["params"]
+    crossing = tokens * trained["usd_per_million_tokens"] / alone["usd_per_million_tokens"]
+    assert f"meets it at {spoken(crossing)} tokens" in words(root)
+    (paid,) = [path for path in root.iter(f"{SVG}path") if path.get("class") == "line paid"]
+    level = float(paid.get("d").split()[-1])
+    rings = [ring for ring in root.iter(f"{SVG}circle") if ring.get("class") == "ring"]
+    assert len(rings) == 4
+    assert all(float(ring.get("cy")) == level for ring in rings)
+    assert f"here for {spoken(tokens)} tokens" in page(made)
+    stated = page(made | {"life": {"training_tokens": 3e9}})
+    assert "here for 3.00 billion tokens (as stated)" in stated
+
+
+def emptied(value):
+    if isinstance(value, dict):
+        return {name: inside if name in ("name", "claim", "verdict") else emptied(inside) for name, inside in value.items()}
+    return [emptied(each) for each in value] if isinstance(value, list) else None
+
+
+def without(value, missing):
+    """The document with one key gone wherever it stands."""
+    if isinstance(value, dict):
+        return {name: without(inside, missing) for name, inside in value.items() if name != missing}
+    return [without(each, missing) for each in value] if isinstance(value, list) else value
+
+
+def keys(value):
+    if isinstance(value, dict):
+        return set(value) | {name for inside in value.values() for name in keys(inside)}
+    return {name for each in value for name in keys(each)} if isinstance(value, list) else set()
+
+
+def test_what_is_missing_is_a_dash_or_left_out():
+    for made in ({}, {"rows": []}, emptied(document())):
+        read = Reader(page(made))
+        assert (read.faults, read.open) == ([], [])
+        assert not drawings(page(made))
+        assert "None" not in read.said()
+        assert "nan" not in read.said()
+    assert "pre-training step" in read.said()
+
+
+@pytest.mark.parametrize("missing", sorted(keys(document()) - {"name", "claim", "verdict"}))
+def test_any_one_number_may_be_missing(missing):
+    read = Reader(page(without(document(), missing)))
+    assert (read.faults, read.open) == ([], [])
+    assert "None" not in read.said()
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), 0, -1.0, "much", True])
+def test_odd_numbers_do_not_break_the_page(odd):
+    made = document()
+    for name in ("seconds_per_token", "usd_per_million_tokens", "peak_bytes", "slots", "flop_ratio_to_forward", "spread"):
+        for row in made["rows"]:
+            made_row = made | {"rows": [each | ({name: odd} if each is row else {}) for each in made["rows"]]}
+        assert Reader(page(made_row)).faults == []
+        assert Reader(page(made | {"rows": [row | {name: odd} for row in made["rows"]]})).faults == []
+
+
+@pytest.mark.parametrize("kept", [1, 2, 16])
+def test_few_decoding_rows_are_enough(kept):
+    made = document()
+    made["rows"] = [row for row in made["rows"] if row["slots"]][:kept]
+    assert Reader(page(made)).faults == []
+    assert len(drawings(page(made))) >= 4
+
+
+@pytest.mark.parametrize(
+    ("verdict", "kind"),
+    [
+        ("true", "holds"), ("True, on this machine", "holds"), ("false: a third", "fails"), ("no", "fails"),
+        ("not measured", "open"), ("partly: little", "partly"), ("depends", "partly"), ("", "partly"),
+        ("nothing of it", "partly"),
+    ],
+)  # fmt: skip
+def test_a_verdict_in_words_has_a_mark(verdict, kind):
+    source = page({"claims": [{"claim": "a", "verdict": verdict}]})
+    assert f'<li class="{kind}">' in source
+
+
+def test_a_row_or_claim_may_have_a_command_of_its_own():
+    made = document()
+    made["rows"][0]["command"] = made["claims"][0]["command"] = "python -m bench.training"
+    assert Reader(page(made)).said().count("Regenerate: python -m bench.training") == 2
+
+
+def test_the_same_document_makes_the_same_bytes(tmp_path):
+    first, second = (write_report(tmp_path / name, document()).read_bytes() for name in ("a", "b"))
+    assert first == second
+    assert len(first) < 200_000
+
+
+def test_a_report_needs_no_plotting_library(tmp_path, monkeypatch):
+    plain = builtins.__import__
+
+    def guarded(name, *args, **kwargs):
+        assert name.split(".")[0] not in ("matplotlib", "numpy", "PIL"), name
+        return plain(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", guarded)
+    assert write_report(tmp_path, document()).is_file()
+
+
+def test_a_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = write_report(tmp_path / "made" / "for it", document())
+    assert path == tmp_path / "made" / "for it" / "report.html"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"cannot be written: No space left on device. Choose another folder"):
+        write_report(path.parent, {})
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == ["report.html"]
+
+
+def test_a_folder_that_cannot_be_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--out .*file cannot be written"):
+        write_report(tmp_path / "file", document())
+
+
+def test_quantities_read_well():
+    narrow = "\u202f"
+    assert [si(x, "s") for x in (98.0e-6, 0.0, 999.9e-6, 1.5, None)] == [
+        f"98.0{narrow}µs", f"0{narrow}s", f"1.00{narrow}ms", f"1.50{narrow}s", "–",
+    ]  # fmt: skip
+    assert si(21_340_160, "FLOP") == f"21.3{narrow}MFLOP"
+    assert si(0, "") == "0"
+    assert brief(5e-5, "s") == f"50{narrow}µs"
+    assert [spoken(x) for x in (640, 13.5e6, 1.92e9, 5e15)] == ["640", "13.5 million", "1.92 billion", "5,000 trillion"]
+    assert [spoken_tick(x) for x in (640, 1e4, 1e9)] == ["640", "10 thousand", "1 billion"]
+    assert [money(x) for x in (0.01153, 2.3, 1240.4, 0.0)] == ["$0.0115", "$2.30", "$1,240", "$0"]
+    assert [times(x) for x in (3, 19.49, 0.333)] == ["3.00×", "19.5×", "0.33×"]
+    assert [percent(x, signed=True) for x in (0.124, -0.04, 0.001, -0.001)] == ["+12%", "−4%", "0%", "0%"]
+    assert [significant(x) for x in (9.999, 0.09999, 123.4, 99.95)] == ["10.0", "0.100", "123", "100"]
+    cells = column([31.4e-6, 612e-6, None])
+    assert (cells.unit("s"), cells.text(31.4e-6), cells.text(612e-6), cells.text(None)) == ("µs", "31.4", "612.0", "–")
+    assert [column([5e3, 7.66e6], digits=2).text(x) for x in (5e3, 7.66e6)] == ["0.01", "7.66"]
+    assert column([0.0012, 0.17], digits=2, prefixed=False).text(0.17) == "0.1700"
+
+
+def test_ticks_and_labels():
+    assert even_ticks(3.0, 6) == [0, 0.5, 1, 1.5, 2, 2.5, 3]
+    assert even_ticks(240e6, 4) == [0, 1e8, 2e8]
+    assert decade_ticks(0.9, 1100, 9) == [1, 10, 100, 1000]
+    assert decade_ticks(15, 600, 9) == [20, 50, 100, 200, 500]
+    for low in (1.0, 2.1, 4.9, 9.7):
+        assert decade_ticks(low, 2.56 * low, 8), low
+    assert apart([5, 6, 30], 10, 0, 100) == [5, 15, 30]
+    assert apart([95, 96], 10, 0, 100) == [90, 100]
+    assert apart([40, 10], 10, 0, 100) == [40, 10]
+    assert logarithmic(1, 100, 0, 10)(10) == pytest.approx(5)

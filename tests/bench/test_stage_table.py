@@ -1,0 +1,132 @@
+"""Laws of the stage table: three counters that agree in every row, weights that move where they may, and plain errors."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from bench.__main__ import main, measurements
+from bench.stage_table import table_bytes
+from engine.model.config import PRESETS
+
+SMALL = ["--preset", "tiny", "--batch", "2", "--context", "64", "--quick"]
+KEYS = {
+    "name", "weights", "flops_per_token", "flop_ratio_to_forward", "seconds_per_token", "time_ratio_to_forward", "peak_bytes",
+    "bytes_per_token", "utilisation", "usd_per_million_tokens",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """The document of one small run, and the report it wrote."""
+    folder = tmp_path_factory.mktemp("report")
+    command = [sys.executable, "-m", "bench", *SMALL, "--json", "--price", "3.6", "--out", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1, "--json prints the document and nothing else"
+    return json.loads(done.stdout), (folder / "report.html").read_text()
+
+
+def rows_of(table):
+    return {row["name"]: row for row in table[0]["rows"]}
+
+
+def test_every_row_has_what_scripts_read(table):
+    for row in rows_of(table).values():
+        assert row.keys() >= KEYS
+        assert row["weights"] in ("changed", "partly", "identical")
+        assert row["flops_per_token"].keys() >= {"formula", "walker", "walker_elementwise", "xla"}
+        assert row["seconds_per_token"] > 0
+
+
+def test_formula_and_walker_agree_exactly_in_every_row_that_is_traced(table):
+    traced = [row for row in rows_of(table).values() if row["stage"] != "by hand"]
+    assert len(traced) >= 13
+    for row in traced:
+        assert row["flops_per_token"]["walker"] == row["flops_per_token"]["formula"], row["name"]
+
+
+def test_a_training_step_is_three_forward_passes(table):
+    rows = rows_of(table)
+    assert rows["pre-training step"]["flop_ratio_to_forward"] == pytest.approx(3.0, rel=0.01)
+    assert rows["full fine-tuning"]["flop_ratio_to_forward"] == pytest.approx(3.0, rel=0.01)
+    assert rows["evaluation forward"]["flop_ratio_to_forward"] == 1.0
+
+
+def test_freezing_the_bottom_saves_more_than_freezing_the_top(table):
+    rows = rows_of(table)
+    cost = lambda name: rows[name]["flops_per_token"]["formula"]
+    assert cost("bottom half frozen") < cost("top half frozen") < cost("full fine-tuning")
+
+
+def test_weights_move_in_training_partly_in_fine_tuning_never_in_inference(table):
+    for row in rows_of(table).values():
+        if row["stage"] in ("inference", "decode", "by hand"):
+            assert row["weights"] == "identical", row["name"]
+        elif row["name"] in ("pre-training step", "full fine-tuning"):
+            assert row["weights"] == "changed", row["name"]
+        else:
+            assert row["weights"] == "partly", row["name"]
+
+
+def test_money_is_time(table):
+    for row in rows_of(table).values():
+        assert row["usd_per_million_tokens"] == pytest.approx(row["seconds_per_token"] * 1e6 * 3.6 / 3600)
+
+
+def test_the_claims_are_decided(table):
+    found = {claim["claim"]: claim for claim in table[0]["claims"]}
+    assert len(found) == 12
+    assert found["Requests do not affect one another."]["verdict"] == "true"
+    assert found["The model improves as you use it."]["verdict"] == "false"
+    assert found["Inference is only half the computation of training."]["verdict"].startswith("false: a third")
+    assert all(claim["value"] for claim in found.values())
+
+
+def test_the_report_holds_every_row_and_claim(table):
+    document, page = table
+    for row in document["rows"]:
+        assert row["name"] in page
+    assert page.count("<svg") >= 4
+
+
+def test_the_other_measurements_are_named(capsys):
+    assert main(["--list"]) == 0
+    listed = json.loads(capsys.readouterr().out.splitlines()[-1])["measurements"]
+    assert listed == measurements()
+    assert {"training", "commands"} <= listed.keys()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--preset", "tinny"], "Did you mean 'tiny'"),
+        (["--price", "-1"], "--price must be a number above 0"),
+        (["--batch", "3"], "--batch must be even"),
+        (["--context", "100"], "multiple of 64"),
+        (["--model", "nowhere"], "There is no model at nowhere"),
+        (["--preset", "llama-2-7b"], "GB are there; --preset"),
+        (["--preset", "smollm2-135m", "--batch", "4000", "--context", "512"], "--batch"),
+    ],
+)
+def test_a_mistake_is_one_sentence(words, said, capsys):
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "Traceback" not in error
+
+
+def test_a_price_that_is_no_number_is_refused(capsys):
+    assert main(["--price", "cheap"]) == 2
+
+
+def test_an_out_folder_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path, capsys):
+    place = tmp_path / "file"
+    place.write_text("")
+    assert main(["--out", str(place)]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_larger_table_is_predicted_to_take_more():
+    assert table_bytes(PRESETS["tiny"], 2, 64) < table_bytes(PRESETS["tiny"], 4, 64) < table_bytes(PRESETS["demo"], 4, 64)

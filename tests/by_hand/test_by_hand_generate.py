@@ -1,0 +1,46 @@
+"""Greedy generation by hand gives the engine's tokens, and changes no weight."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import lively_params
+from wide import FAMILY, QWEN3, weights
+
+from engine.by_hand import generate as module
+from engine.by_hand.generate import generate
+from engine.by_hand.tree import arrays, mapped
+from engine.errors import UserError
+from engine.inference import decode
+from engine.inference.sample import make_sampling
+
+PROMPTS = st.lists(st.integers(0, 40), min_size=1, max_size=12)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2"])
+@settings(max_examples=3)
+@given(prompt=PROMPTS, seed=st.integers(0, 9))
+def test_greedy_tokens_are_the_engines(name, prompt, seed):
+    cfg = FAMILY[name]
+    params = lively_params(cfg, seed)
+    expected = []
+    for new in decode.generate(cfg, params, [prompt], make_sampling(1, temperature=0.0), max_tokens=13):
+        expected += new.tokens
+    held = arrays(params)
+    before = mapped(np.copy, held)
+    assert list(generate(cfg, held, prompt, max_tokens=13)) == expected
+    mapped(np.testing.assert_array_equal, held, before)
+
+
+def test_end_and_context_stop_it():
+    whole = list(generate(QWEN3, weights(QWEN3), [3, 1], max_tokens=8))
+    end = whole[4]
+    assert list(generate(QWEN3, weights(QWEN3), [3, 1], max_tokens=8, end=end)) == whole[: whole.index(end)]
+    assert len(list(generate(QWEN3, weights(QWEN3), [1] * 147, max_tokens=8))) == QWEN3.context - 147
+
+
+def test_forward_alone_is_all_it_uses():
+    assert not hasattr(module, "backward")
+    for prompt in ([], [1] * QWEN3.context):
+        with pytest.raises(UserError, match="1 to 149 fit a context of 150"):
+            next(generate(QWEN3, weights(QWEN3), prompt, max_tokens=1))

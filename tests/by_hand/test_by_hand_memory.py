@@ -1,0 +1,105 @@
+"""Forward alone keeps nothing; what training keeps grows with every block. Both by weighing what NumPy allocates."""
+
+import gc
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import tiny_config, tokens_of
+from wide import FAMILY, weights
+
+from engine.by_hand import model
+from engine.by_hand.tree import leaves
+
+B, T, V = 3, 64, 41
+NOISE = 40_000  # bytes of Python's own objects
+OPTIONS = pytest.mark.parametrize("options", [{}, {"qk_norm": False, "qkv_bias": True, "tied": True}], ids=str)
+
+
+def weighed(cfg: Any, function: Callable) -> tuple[Any, int, int]:
+    """What a function of (cfg, params, tokens) returns; the bytes that are left because of it; the most it held."""
+    params, tokens = weights(cfg), tokens_of(0, B, T)
+    function(cfg, params, tokens)  # whatever is made once is made
+    gc.collect()
+    tracemalloc.start()
+    result = function(cfg, params, tokens)
+    left, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return result, left, most
+
+
+def assert_keeps_nothing(function: Callable, options: dict) -> None:
+    """All that is left is the logits, and eight blocks take no more than two."""
+    peaks = []
+    for layers in (2, 8):
+        logits, left, most = weighed(tiny_config(layers=layers, **options), function)
+        assert left <= logits.nbytes + NOISE
+        peaks.append(most)
+    assert peaks[1] <= peaks[0] + NOISE
+
+
+@OPTIONS
+def test_forward_alone_keeps_nothing(options):
+    assert_keeps_nothing(model.forward, options)
+
+
+@OPTIONS
+def test_forward_alone_allocates_for_no_backward(options):
+    """At its fullest moment it holds the scores of one block, once, and what they are made of: less than one block keeps."""
+    cfg = tiny_config(layers=8, **options)
+    _, _, most = weighed(cfg, model.forward)
+    _, kept = model.forward_and_keep(cfg, weights(cfg), tokens_of(0, B, T))
+    scores = 8 * B * cfg.heads * T * T
+    stream, heads = 8 * B * T * cfg.width, 8 * B * T * cfg.qkv_width
+    assert scores < most < scores + stream + heads + scores // 8 + NOISE
+    assert most < model.kept_bytes(kept.blocks[0]) <= model.kept_bytes(kept) / 8
+
+
+def test_the_check_sees_a_forward_that_keeps():
+    with pytest.raises(AssertionError):
+        assert_keeps_nothing(lambda *given: model.forward_and_keep(*given)[0], {})
+
+
+@OPTIONS
+def test_what_training_keeps_grows_with_every_block(options):
+    left = {}
+    for layers in (2, 5):
+        (logits, kept), left[layers], _ = weighed(tiny_config(layers=layers, **options), model.forward_and_keep)
+        assert abs(left[layers] - logits.nbytes - model.kept_bytes(kept)) < NOISE
+    block = model.kept_bytes(kept.blocks[1])
+    assert block > 8 * B * T * 6 * T, "the attention weights alone"
+    assert abs(left[5] - left[2] - 3 * block) < NOISE
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_what_is_kept_is_what_the_formula_says(name):
+    cfg = FAMILY[name]
+    _, kept = model.forward_and_keep(cfg, weights(cfg), tokens_of(0, B, T))
+    assert model.kept_bytes((kept.blocks, kept.x, kept.h)) == 8 * model.kept_numbers(cfg, B, T)
+
+
+def test_everything_that_is_kept_is_needed():
+    """Backward goes wrong, or stops, without any one of the kept arrays: nothing is kept for nothing."""
+    cfg = tiny_config()
+    params, tokens = weights(cfg), tokens_of(0, B, T)
+    _, kept = model.forward_and_keep(cfg, params, tokens)
+    dlogits = np.random.default_rng(0).standard_normal((B, T, V))
+    expected = model.backward(cfg, params, kept, dlogits)
+    seen = 0
+    for array in arrays_in((kept.blocks, kept.x, kept.h, kept.place.cos, kept.place.sin)):
+        before = array.copy()
+        array[...] = 1.7
+        spoilt = model.backward(cfg, params, kept, dlogits)
+        array[...] = before
+        same = [np.array_equal(a, b) for a, b in zip(leaves(spoilt), leaves(expected))]
+        assert not all(same)
+        seen += 1
+    assert seen == 2 * (9 + 5) + 4
+
+
+def arrays_in(part: Any) -> list[np.ndarray]:
+    if isinstance(part, np.ndarray):
+        return [part]
+    return [array for inner in part for array in arrays_in(inner)]

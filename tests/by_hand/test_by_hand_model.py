@@ -1,0 +1,142 @@
+"""One set of weights runs in both: logits, loss and gradient by hand are those of the Flax model under `jax.grad`."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import B, T, lively_params, positions_of, tiny_config, tokens_of
+from wide import FAMILY, QWEN3, assert_trees_close, float64_engine, in_float64, weights
+
+from engine import by_hand
+from engine.by_hand import model
+from engine.by_hand.tree import arrays, leaves, mapped
+from engine.errors import UserError
+from engine.inference.decode import for_inference
+from engine.model.transformer import forward
+from engine.text.batch import Batch
+from engine.training.step import loss_and_gradient
+
+SEGMENTS = np.array([[0, 0, 0, 1, 1, 1, 1], [2, 2, 5, 5, 5, 6, 6]], np.int32)
+SEEDS = st.integers(0, 2**32 - 1)
+BY_NAME = pytest.mark.parametrize("name", FAMILY)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def engine(cfg, params, batch):
+    """What the engine makes of a batch: logits, loss, gradient."""
+    logits, _ = forward(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
+    return logits, *loss_and_gradient(cfg, params, {}, batch)
+
+
+def batch_of(seed: int) -> Batch:
+    """Two rows of packed texts at places of their own, of which not all targets count."""
+    rng = np.random.default_rng(seed)
+    positions = positions_of(B, T) + rng.integers(0, 90, (B, 1)).astype(np.int32)
+    mask = rng.random((B, T)) < 0.7
+    mask[0, 0] = True
+    return Batch(tokens_of(seed, B, T), tokens_of(seed + 1, B, T), mask, positions, SEGMENTS)
+
+
+def all_by_hand(cfg, params, batch: Batch):
+    tokens, targets, mask, positions, segments = batch
+    logits = by_hand.forward(cfg, params, tokens, positions, segments)
+    return logits, *by_hand.loss_and_gradient(cfg, params, tokens, targets, mask, positions, segments)
+
+
+@BY_NAME
+@settings(max_examples=6)
+@given(seed=SEEDS)
+def test_float64(name, seed):
+    cfg, batch = FAMILY[name], batch_of(seed)
+    params = weights(cfg, seed)
+    logits, loss, gradient = all_by_hand(cfg, params, batch)
+    assert (logits.dtype, {leaf.dtype for leaf in leaves(gradient)}) == (np.float64, {np.dtype("float64")})
+    with float64_engine():
+        expected = jax.device_get(engine(in_float64(cfg), params, batch))
+    assert expected[0].dtype == np.float64
+    np.testing.assert_allclose(logits, expected[0], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(loss, expected[1], rtol=1e-12)
+    assert_trees_close(gradient, expected[2], rtol=1e-9)
+    assert all(np.abs(leaf).max() > 1e-4 for leaf in leaves(gradient)), "every leaf is felt"
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2"])
+def test_float32(name):
+    cfg, batch = FAMILY[name], batch_of(0)
+    params = lively_params(cfg)
+    logits, loss, gradient = all_by_hand(cfg, params, batch)
+    assert (logits.dtype, {leaf.dtype for leaf in leaves(gradient)}) == (np.float32, {np.dtype("float32")})
+    expected = engine(cfg, params, batch)
+    np.testing.assert_allclose(logits, expected[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(loss, expected[1], rtol=1e-6)
+    limits = mapped(lambda leaf: 1e-5 * np.abs(leaf).max(), arrays(expected[2]))
+    mapped(lambda a, b, limit: np.testing.assert_allclose(a, b, rtol=0, atol=limit), gradient, arrays(expected[2]), limits)
+
+
+@BY_NAME
+@settings(max_examples=4)
+@given(seed=SEEDS)
+def test_gradient_is_the_slope_of_the_loss(name, seed):
+    """By finite differences: along a random direction in each weight matrix and each gain, one at a time."""
+    cfg, batch = FAMILY[name], batch_of(seed)
+    params = weights(cfg, seed)
+    rest = batch.tokens, batch.targets, batch.mask, batch.positions, batch.segments
+    gradient = by_hand.loss_and_gradient(cfg, params, *rest)[1]
+    rng, size = np.random.default_rng(seed), 1e-5
+
+    def compare(leaf, slope):
+        along, before = rng.standard_normal(leaf.shape), leaf.copy()
+        along /= np.linalg.norm(along)
+        leaf[...] = before + size * along
+        above = by_hand.loss(cfg, params, *rest)
+        leaf[...] = before - size * along
+        below = by_hand.loss(cfg, params, *rest)
+        leaf[...] = before
+        np.testing.assert_allclose(np.sum(slope * along), (above - below) / (2 * size), rtol=1e-5, atol=1e-8)
+
+    mapped(compare, params, gradient)
+
+
+@BY_NAME
+def test_forward_alone_is_forward_that_keeps(name):
+    cfg = FAMILY[name]
+    params, tokens = weights(cfg), tokens_of(0, B, T)
+    alone = by_hand.forward(cfg, params, tokens)
+    np.testing.assert_array_equal(alone, model.forward_and_keep(cfg, params, tokens)[0])
+    np.testing.assert_array_equal(alone, by_hand.forward(cfg, params, tokens, positions_of(B, T), np.zeros((B, T), int)))
+
+
+def test_nothing_given_is_changed():
+    params, batch = weights(QWEN3), batch_of(3)
+    before = mapped(np.copy, params)
+    _, kept = model.forward_and_keep(QWEN3, params, batch.tokens)
+    dlogits = np.random.default_rng(0).standard_normal((B, T, 41))
+    first, second = (model.backward(QWEN3, params, kept, dlogits) for _ in range(2))
+    mapped(np.testing.assert_array_equal, first, second)
+    mapped(np.testing.assert_array_equal, params, before)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (np.array([[0, 41]]), ["between 0 and 41", "0 to 40"]),
+        (np.array([[-1, 0]]), ["between -1 and 0"]),
+        (np.array([1, 2]), ["(B, T)", "(2,)"]),
+        (np.array([[0.0]]), ["whole numbers", "float64"]),
+    ],
+)
+def test_tokens_that_are_none(tokens, words):
+    with pytest.raises(UserError) as error:
+        by_hand.forward(QWEN3, weights(QWEN3), tokens)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_weights_that_are_none():
+    tokens, params = tokens_of(0, B, T), weights(QWEN3)
+    with pytest.raises(UserError, match="bfloat16 and float32"):
+        by_hand.forward(QWEN3, for_inference(tiny_config(dtype="bfloat16"), lively_params(QWEN3)), tokens)
+    with pytest.raises(UserError, match=r"head is a tuple; .* plain arrays"):
+        by_hand.forward(QWEN3, params | {"head": (params["head"], 1)}, tokens)

@@ -1,0 +1,67 @@
+"""The Flax model and its training step in float64, which nothing but a comparison needs."""
+
+import contextlib
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tiny import lively_params, tiny_config
+
+from engine.by_hand.tree import arrays
+from engine.model.config import ModelConfig, RopeScaling
+
+# The family's members, and all that is said about a block once so and once otherwise: Qwen3's, Llama 3's with its
+# stretched rotation, Qwen2's with as many key heads as query heads, and one with a single key head and no option at all.
+QWEN3 = tiny_config()
+LLAMA3 = tiny_config(qk_norm=False, tied=True, rope_theta=100.0, rope_scaling=RopeScaling(4.0, 1.0, 4.0, 64))
+QWEN2 = tiny_config(qk_norm=False, tied=True, qkv_bias=True, kv_heads=6, eps=1e-2)
+PLAIN = tiny_config(qk_norm=False, kv_heads=1, layers=3)
+FAMILY = {"qwen3": QWEN3, "llama3": LLAMA3, "qwen2": QWEN2, "plain": PLAIN}
+
+
+@contextlib.contextmanager
+def float64_engine() -> Iterator[None]:
+    """Within the block the engine's own code, as it stands, computes in float64 wherever it says float32."""
+    import engine.inference.decode
+    import engine.training.step  # noqa: F401
+
+    wide = types.SimpleNamespace(**vars(jnp))
+    wide.float32 = jnp.float64
+    modules = [m for name, m in sys.modules.items() if name.startswith("engine.") and getattr(m, "jnp", None) is jnp]
+    assert len(modules) > 5
+    with jax.enable_x64(True):
+        try:
+            for module in modules:
+                module.jnp = wide
+            yield
+        finally:
+            for module in modules:
+                module.jnp = jnp
+
+
+def in_float64(cfg: ModelConfig) -> ModelConfig:
+    """The config with a compute type that it would not let a person choose."""
+    wide = ModelConfig(**cfg.__dict__)
+    object.__setattr__(wide, "dtype", "float64")
+    return wide
+
+
+def weights(cfg: ModelConfig, seed: int = 0, dtype: str = "float64") -> Any:
+    """Lively weights as NumPy arrays."""
+    return arrays(lively_params(cfg, seed), dtype)
+
+
+def assert_trees_close(got: Any, expected: Any, rtol: float) -> None:
+    """Leaf by leaf, each number to `rtol` of itself, and to a ten-thousandth of that of its leaf's largest."""
+    from engine.model.paths import leaf_paths
+
+    got, expected = leaf_paths(got), leaf_paths(expected)
+    assert list(got) == list(expected)
+    for path, leaf in got.items():
+        other = np.asarray(expected[path])
+        assert leaf.shape == other.shape, path
+        np.testing.assert_allclose(leaf, other, rtol=rtol, atol=1e-4 * rtol * np.abs(other).max(), err_msg=path)

@@ -1,0 +1,210 @@
+"""The formulas for this engine's own programs equal the products the walker finds in them, on a CPU and elsewhere."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny import B, T, tiny_config
+
+from engine.counting.flops import muon_flops
+from engine.counting.params import leaf_shapes
+from engine.counting.programs import decode_program, gradient_program, prefill_program, score_program
+from engine.counting.trained import Trained, bottom_frozen, everything, head_only, lora, top_frozen
+from engine.counting.walk import count
+from engine.inference import decode
+from engine.inference.sample import Sampling
+from engine.inference.score import score
+from engine.model.backward import QUERY_BLOCK
+from engine.model.cache import make_cache
+from engine.model.int8 import quantize_leaves
+from engine.model.lora import make_adapter
+from engine.model.paths import nested, split
+from engine.model.transformer import init_params
+from engine.text.batch import Batch
+from engine.training import loss
+from engine.training.optimizer import OptimizerConfig, make_optimizer
+from engine.training.step import init_state, loss_and_gradient, train_step
+
+LAYERS = 3
+KINDS = {
+    "untied": tiny_config(layers=LAYERS),
+    "tied": tiny_config(layers=LAYERS, tied=True, qk_norm=False),
+    "biased": tiny_config(layers=LAYERS, qkv_bias=True, tied=True, kv_heads=6),
+}
+
+
+@pytest.fixture(params=["cpu", "elsewhere"])
+def cpu(request, monkeypatch):
+    """Both programs are traced, on whatever machine this is."""
+    here = request.param == "cpu"
+    for module in ("leaves", "transformer"):
+        monkeypatch.setattr(f"engine.model.{module}.on_cpu", lambda: here)
+    return here
+
+
+def modes(cfg):
+    return {
+        "everything": everything(cfg),
+        "bottom frozen": bottom_frozen(cfg, 1),
+        "top frozen": top_frozen(cfg, 1),
+        "last layer": bottom_frozen(cfg, cfg.layers - 1),
+        "last block alone": Trained(frozenset(p for p in leaf_shapes(cfg) if p.startswith(f"blocks/{cfg.layers - 1}/"))),
+        "norms": Trained(frozenset(p for p in leaf_shapes(cfg) if p.endswith("norm"))),
+        "head only": head_only(cfg),
+        "lora": lora(cfg, 2),
+        "lora on v and down": lora(cfg, 3, ["v", "down"]),
+        "lora on gate": lora(cfg, 3, ["gate"]),
+        "lora on down": lora(cfg, 3, ["down"]),
+    }
+
+
+def shaped(*shape, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def batch_of(rows, tokens):
+    numbers = shaped(rows, tokens)
+    return Batch(numbers, numbers, shaped(rows, tokens, dtype=bool), numbers)
+
+
+def trees(cfg, trained):
+    """(trainable, frozen) as shapes, the way a run makes them."""
+    params = jax.eval_shape(functools.partial(init_params, cfg), jax.random.key(0))
+    if not trained.adapted:
+        return split(params, trained.weights)
+    adapters = {}
+    for layer in range(cfg.layers):
+        for name, parts in cfg.parts.items():
+            columns = [parts[part] for part in parts if f"blocks/{layer}/{part}" in trained.adapted]
+            if columns:
+                rows = leaf_shapes(cfg)[f"blocks/{layer}/{name}"][0]
+                make = functools.partial(make_adapter, rows=rows, columns=columns, rank=trained.rank, alpha=1.0)
+                adapters[f"blocks/{layer}/{name}"] = jax.eval_shape(make, jax.random.key(0))
+    return nested(adapters), params
+
+
+def disagreements(cfg, rows, tokens, cpu, some=None, microbatches=1, **options):
+    """{mode: (counted, formula)} where they differ."""
+    wrong = {}
+    for name, trained in modes(cfg).items():
+        if some and name not in some:
+            continue
+        gradient = functools.partial(loss_and_gradient, cfg, microbatches=microbatches)
+        counted = count(gradient, *trees(cfg, trained), batch_of(rows, tokens)).matmul
+        formula = gradient_program(cfg, rows, tokens, trained=trained, cpu=cpu, microbatches=microbatches, **options).total
+        if counted != formula:
+            wrong[name] = (counted, formula)
+    return wrong
+
+
+# ---- training
+
+
+FEW, MANY = 2, 10  # sequences of 7: fewer rows than any matrix has columns, and more than most have
+
+
+@pytest.mark.parametrize("rows", [FEW, MANY])
+def test_the_formula_is_the_walker_in_every_way_of_training(rows, cpu):
+    assert not disagreements(KINDS["untied"], rows, T, cpu)
+
+
+@pytest.mark.parametrize("kind", ["tied", "biased"])
+def test_the_formula_is_the_walker_for_every_kind_of_model(kind, cpu):
+    assert not disagreements(KINDS[kind], MANY, T, cpu, ["everything", "bottom frozen", "head only", "lora"])
+
+
+@pytest.mark.parametrize("layout", [{"remat": "block"}, {"remat": "full"}, {"scan": True}, {"scan": True, "remat": "block"}])
+def test_however_the_program_is_laid_out(layout, cpu):
+    cfg = dataclasses.replace(KINDS["untied"], **layout)
+    assert not disagreements(cfg, MANY, T, cpu, ["everything", "last layer", "lora on v and down", "lora on down"])
+
+
+def test_in_microbatches(cpu):
+    assert not disagreements(KINDS["biased"], 8, T, cpu, ["everything", "lora on gate"], microbatches=4)
+
+
+def test_a_scan_over_the_blocks_undoes_what_freezing_some_of_them_saves():
+    cfg = KINDS["untied"]
+    looped = dataclasses.replace(cfg, scan=True)
+    last = bottom_frozen(cfg, cfg.layers - 1)
+    whole, saved, undone = (gradient_program(c, B, T, trained=t).total for c, t in ((cfg, None), (cfg, last), (looped, last)))
+    assert saved < 0.7 * whole
+    assert undone == whole
+
+
+def test_in_blocks_of_queries(cpu):
+    assert not disagreements(KINDS["tied"], 1, 2 * QUERY_BLOCK, cpu, ["everything", "bottom frozen"])
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("kind", ["untied", "tied"])
+def test_with_the_loss_in_chunks(kind, remat, cpu, monkeypatch):
+    monkeypatch.setattr(loss, "LOGITS_LIMIT", 0)
+    monkeypatch.setattr(loss, "CHUNK", 16)
+    cfg = dataclasses.replace(KINDS[kind], remat=remat)
+    assert not disagreements(cfg, B, T, cpu, ["everything", "last block alone", "norms"], loss_chunk=16)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_optimizers_products(kind):
+    cfg = KINDS["untied"]
+    tx = make_optimizer(OptimizerConfig(kind=kind))
+    trained = bottom_frozen(cfg, 1)
+    trainable, frozen = trees(cfg, trained)
+    state = jax.eval_shape(functools.partial(init_state, tx), trainable)
+    counted = count(functools.partial(train_step, cfg, tx), state, frozen, batch_of(B, T), shaped(dtype=jnp.float32))
+    update = muon_flops(cfg, trained) if kind == "muon" else 0
+    assert counted.matmul == gradient_program(cfg, B, T, trained=trained).total + update
+
+
+# ---- forward only
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation(kind, cpu):
+    cfg = KINDS[kind]
+    counted = count(functools.partial(score.__wrapped__, cfg), trees(cfg, everything(cfg))[0], batch_of(B, T))
+    assert counted.matmul == score_program(cfg, B, T, cpu=cpu).total
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_reading_and_writing_against_a_cache(kind, slots, cpu):
+    cfg, capacity = KINDS[kind], 23
+    params, _ = trees(cfg, everything(cfg))
+    cache = jax.eval_shape(lambda: make_cache(cfg, slots, capacity))
+    read = functools.partial(decode.prefill.__wrapped__, cfg)
+    counted = count(read, params, shaped(slots, T), shaped(slots), cache)
+    assert counted.matmul == prefill_program(cfg, slots, T, capacity).total
+    write = functools.partial(decode.decode_step.__wrapped__, cfg)
+    counted = count(write, params, shaped(slots), cache)
+    assert counted.matmul == decode_program(cfg, slots, capacity, cpu=cpu).total
+
+
+def test_whatever_the_weights_are_stored_in(cpu):
+    """Int8 weights are multiplied as often as others; under LoRA they are a frozen base."""
+    cfg = KINDS["untied"]
+    matrices = r"blocks/.*/(qkv|out|gate_up|down)"
+    stored = lambda how: jax.eval_shape(
+        functools.partial(quantize_leaves, rules=[(matrices, how), ("head", how)]), trees(cfg, everything(cfg))[0]
+    )
+    cache = jax.eval_shape(lambda: make_cache(cfg, 5, 23))
+    counted = count(functools.partial(decode.decode_step.__wrapped__, cfg), stored("int8"), shaped(5), cache)
+    assert counted.matmul == decode_program(cfg, 5, 23, cpu=cpu).total
+    trained = lora(cfg, 2, ["q", "up"])
+    adapters, _ = trees(cfg, trained)
+    for rows in (FEW, MANY):
+        counted = count(functools.partial(loss_and_gradient, cfg), adapters, stored("full"), batch_of(rows, T))
+        assert counted.matmul == gradient_program(cfg, rows, T, trained=trained, cpu=cpu).total
+
+
+def test_several_steps_of_decoding_are_as_many_times_one():
+    cfg, slots, capacity, steps = KINDS["untied"], 5, 23, 4
+    params, _ = trees(cfg, everything(cfg))
+    cache = jax.eval_shape(lambda: make_cache(cfg, slots, capacity))
+    sampling = jax.eval_shape(lambda: Sampling(*(jnp.zeros(slots, d) for d in ("f4", "i4", "f4", "f4", "u4"))))
+    several = functools.partial(decode.decode_steps, cfg, steps=steps)
+    counted = count(several, params, shaped(slots), cache, sampling)
+    assert counted.matmul == steps * decode_program(cfg, slots, capacity).total

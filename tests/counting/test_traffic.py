@@ -1,0 +1,81 @@
+"""Laws of the bytes moved: what is exact, what slots share, what freezing and remat change."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from engine.counting.params import count_params
+from engine.counting.traffic import decode_bytes, forward_bytes, prefill_bytes, train_bytes
+from engine.counting.trained import bottom_frozen, head_only, lora
+from engine.model.cache import make_cache
+from engine.model.config import ModelConfig, preset
+
+CFG = ModelConfig(vocab=19, width=12, layers=3, heads=6, kv_heads=3, head_dim=4, ff=10, context=64)
+COUNT = count_params(CFG)
+
+
+def test_adamw_moves_28_bytes_a_parameter_that_learns_and_muon_20_a_matrix():
+    assert train_bytes(CFG, 2, 7).optimizer == 28 * COUNT.total
+    assert train_bytes(CFG, 2, 7, optimizer="muon").optimizer == 28 * COUNT.total - 8 * COUNT.blocks
+    assert train_bytes(CFG, 2, 7, trained=head_only(CFG)).optimizer == 28 * COUNT.head
+    assert train_bytes(CFG, 2, 7, trained=lora(CFG, 5, ["q", "v"])).optimizer == 28 * 3 * 5 * (12 + 24 + 12 + 12)
+
+
+def test_weights_are_read_forward_and_for_dx_and_again_with_remat():
+    cfg = dataclasses.replace(CFG, dtype="float32")
+    assert train_bytes(cfg, 2, 7).weights == 2 * 4 * COUNT.matmul  # all above the table has a dX
+    assert train_bytes(CFG, 2, 7).weights == 2 * 2 * COUNT.matmul + (4 + 2) * COUNT.matmul
+    assert train_bytes(cfg, 2, 7, remat="full").weights == 3 * 4 * COUNT.matmul
+    assert train_bytes(cfg, 2, 7, remat="block").weights == 3 * 4 * COUNT.matmul - 4 * (COUNT.head + COUNT.down)
+    assert train_bytes(cfg, 2, 7, trained=head_only(cfg)).weights == 4 * COUNT.matmul
+
+
+def test_what_is_saved_on_the_way_down():
+    full = train_bytes(CFG, 2, 7)
+    half = train_bytes(CFG, 2, 7, trained=bottom_frozen(CFG, 2))
+    none = train_bytes(CFG, 2, 7, trained=head_only(CFG))
+    again = train_bytes(CFG, 2, 7, remat="block")
+    block = full.activations // 9
+    assert (half.activations, none.activations, again.activations) == (7 * block, 6 * block, 15 * block)
+    assert none.total < half.total < full.total < again.total
+
+
+def test_microbatches_read_the_weights_again_and_add_up_gradients():
+    one, four = train_bytes(CFG, 8, 7), train_bytes(CFG, 2, 7, microbatches=4)
+    assert four.weights == 4 * one.weights
+    assert four.gradients == 16 * one.gradients
+    assert four.optimizer == one.optimizer
+    assert four.logits == one.logits
+
+
+@pytest.mark.parametrize("slots", [1, 2, 32])
+def test_slots_share_the_weights_and_nothing_else(slots):
+    cfg = dataclasses.replace(CFG, tied=True)
+    alone, many = decode_bytes(cfg, 1, 11), decode_bytes(cfg, slots, 11)
+    assert many.weights == alone.weights
+    assert (many.cache, many.activations, many.logits) == tuple(
+        slots * part for part in (alone.cache, alone.activations, alone.logits)
+    )
+
+
+def test_decoding_reads_the_cache_and_writes_one_token_to_it():
+    cache = jax.eval_shape(lambda: make_cache(CFG, 5, 11))
+    held = sum(array.size * array.dtype.itemsize for array in (*cache.k, *cache.v))
+    assert decode_bytes(CFG, 5, 11).cache == held * 12 // 11
+    assert prefill_bytes(CFG, 5, 7, 11).cache == held * 18 // 11
+    assert forward_bytes(CFG, 5, 7).cache == 0
+
+
+def test_a_lookup_reads_the_rows_it_needs_and_a_tied_head_all():
+    decoded = decode_bytes(CFG, 5, 11).weights
+    assert decoded == 2 * COUNT.matmul + 4 * COUNT.norms + 5 * 2 * CFG.width
+    tied = dataclasses.replace(CFG, tied=True)
+    assert decode_bytes(tied, 5, 11).weights == decoded - 5 * 2 * CFG.width
+
+
+def test_int8_halves_what_a_lone_slot_moves():
+    cfg = preset("smollm2-135m")
+    wide, narrow = decode_bytes(cfg, 1, 256), decode_bytes(cfg, 1, 256, weights="int8")
+    assert 1.9 < wide.total / narrow.total < 2.0
+    assert decode_bytes(cfg, 32, 256).total / 32 < wide.total / 16

@@ -1,0 +1,239 @@
+"""Laws of the walker: it counts what a program does, each time it does it, and refuses what it cannot see."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.counting.walk import Work, count
+from engine.counting.xla import xla_cost
+from engine.errors import UserError
+
+M, N, P = 3, 5, 7
+X, W = jax.ShapeDtypeStruct((M, N), jnp.float32), jax.ShapeDtypeStruct((N, P), jnp.float32)
+SQUARE = jax.ShapeDtypeStruct((N, N), jnp.float32)
+PRODUCT = 2 * M * N * P
+TURN = 2 * M * N * N  # X by SQUARE
+
+
+def products(f, *args, **options):
+    return count(f, *args, **options).matmul
+
+
+# ---- products
+
+
+def test_a_product_is_two_operations_for_each_multiply_and_add():
+    assert products(jnp.dot, X, W) == PRODUCT
+    batched = jax.ShapeDtypeStruct((4, M, N), jnp.float32)
+    assert products(lambda x, y: jnp.einsum("bmn,bkn->bmk", x, y), batched, batched) == 4 * 2 * M * N * M
+    assert products(lambda x, y: jnp.einsum("bmn,bmn->", x, y), batched, batched) == 4 * 2 * M * N
+    assert products(jnp.outer, *(jax.ShapeDtypeStruct((n,), jnp.float32) for n in (M, N))) == 0  # written as a broadcast
+
+
+def test_bytes_of_products_are_operands_and_results():
+    half = jax.ShapeDtypeStruct(W.shape, jnp.bfloat16)
+    work = count(lambda x, w: jnp.dot(x.astype(jnp.bfloat16), w, preferred_element_type=jnp.float32), X, half)
+    assert work.product_bytes == 2 * M * N + 2 * N * P + 4 * M * P
+
+
+def test_ragged_products_meet_one_group_and_convolutions_their_kernel():
+    groups = jax.ShapeDtypeStruct((4, N, P), jnp.float32)
+    sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
+    assert products(jax.lax.ragged_dot, X, groups, sizes) == PRODUCT
+    image, kernel = jax.ShapeDtypeStruct((2, 3, 8, 9), jnp.float32), jax.ShapeDtypeStruct((5, 3, 2, 4), jnp.float32)
+    convolve = lambda image, kernel: jax.lax.conv(image, kernel, (1, 1), "VALID")
+    assert products(convolve, image, kernel) == 2 * (2 * 5 * 7 * 6) * (3 * 2 * 4)
+
+
+def test_what_no_result_needs_is_not_counted():
+    def f(x, w, square):
+        x @ square
+        return jax.jit(lambda x, w: (x @ w, x @ square))(x, w)[0]
+
+    assert products(f, X, W, SQUARE) == PRODUCT
+
+
+# ---- programs inside programs
+
+
+def test_a_scan_is_its_body_times_its_length():
+    looped = lambda x, w: jax.lax.scan(lambda x, _: (x @ w, None), x, length=4)[0]
+    assert products(looped, X, SQUARE) == 4 * TURN
+    twice = lambda x, w: jax.lax.scan(lambda x, _: (looped(x, w), None), x, length=6)[0]
+    assert count(twice, X, SQUARE) == count(lambda x, w: x @ w, X, SQUARE) * 24
+    assert products(lambda x, w: jax.lax.fori_loop(0, 3, lambda _, x: x @ w, x), X, SQUARE) == 3 * TURN
+
+
+def test_a_scan_whose_result_is_not_used_costs_nothing():
+    def f(x, w):
+        return jax.lax.scan(lambda x, _: (x + 1, x @ w), x, length=4)[0]
+
+    assert products(f, X, SQUARE) == 0
+
+
+def test_of_branches_the_dearest_counts():
+    choose = lambda i, x, w: jax.lax.switch(i, [lambda: x, lambda: x @ w @ w, lambda: x @ w], *())
+    assert products(choose, 0, X, SQUARE) == 2 * TURN
+    arithmetic = lambda x: jax.lax.cond(True, lambda x: x + x * x, lambda x: -x, x)
+    assert count(arithmetic, X).elementwise >= 2 * M * N
+
+
+def test_a_while_loop_needs_a_trip_count():
+    def f(x, w):
+        outer = lambda x: jax.lax.while_loop(lambda x: x.sum() < 9, inner, x)
+        inner = lambda x: jax.lax.while_loop(lambda x: x.max() < 7, lambda x: x @ w, x)
+        return outer(x), jax.lax.while_loop(lambda x: x.min() < 5, lambda x: x @ w @ w, x)
+
+    assert products(f, X, SQUARE, trips=[2, 3, 5]) == (2 * 3 + 5 * 2) * TURN
+    assert products(f, X, SQUARE, trips=4) == (4 * 4 + 4 * 2) * TURN
+    with pytest.raises(UserError, match="While loop 1 does not say how often it runs, and 0"):
+        count(f, X, SQUARE)
+    with pytest.raises(UserError, match="While loop 3 does not say how often it runs, and 2"):
+        count(f, X, SQUARE, trips=[1, 1])
+    with pytest.raises(UserError, match="1 trip counts too many: the function has 3"):
+        count(f, X, SQUARE, trips=[1, 1, 1, 1])
+
+
+def test_the_test_of_a_while_loop_runs_once_more_than_its_body():
+    f = lambda x: jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x, x)
+    assert count(f, X, trips=3).elementwise == 4 * (M * N - 1 + 1)
+
+
+def test_it_looks_into_jit_checkpoint_and_rules_for_differentiation():
+    @jax.custom_vjp
+    def ruled(x, w):
+        return x @ w
+
+    ruled.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
+
+    @jax.custom_jvp
+    def forward_ruled(x, w):
+        return x @ w
+
+    forward_ruled.defjvp(lambda primals, tangents: (primals[0] @ primals[1], tangents[0] @ primals[1]))
+
+    for wrapped in (jax.jit(jnp.dot), jax.checkpoint(jnp.dot), ruled, forward_ruled, jax.named_call(jnp.dot)):
+        assert products(wrapped, X, W) == PRODUCT
+    slope = lambda f: jax.grad(lambda x, w: jnp.square(f(x, w)).sum(), argnums=(0, 1))
+    assert products(slope(ruled), X, W) == products(slope(jnp.dot), X, W) == 3 * PRODUCT
+
+
+def test_recomputing_shows():
+    def chain(x, w):
+        return jnp.square(jnp.tanh(x @ w) @ w).sum()
+
+    kept = products(jax.value_and_grad(chain), X, SQUARE)
+    again = products(jax.value_and_grad(jax.checkpoint(chain)), X, SQUARE)
+    assert kept == 4 * TURN  # only x is differentiated
+    assert again == kept + 2 * TURN
+
+
+def test_a_gradient_multiplied_by_zero_costs_what_it_costs():
+    """Freezing by a mask of 0 and 1 saves nothing; differentiating only what learns does."""
+
+    def loss(bottom, top, x):
+        return jnp.square(jnp.tanh(x @ bottom) @ top).sum()
+
+    def masked(bottom, top, x):
+        down, up = jax.grad(loss, argnums=(0, 1))(bottom, top, x)
+        return down * 0, up
+
+    ahead = products(loss, SQUARE, SQUARE, X)
+    assert products(masked, SQUARE, SQUARE, X) == products(jax.grad(loss, argnums=(0, 1)), SQUARE, SQUARE, X)
+    assert products(masked, SQUARE, SQUARE, X) == 2.5 * ahead  # no dX below the bottom
+    assert products(jax.grad(loss, argnums=1), SQUARE, SQUARE, X) == 1.5 * ahead
+
+
+@pytest.mark.parametrize("hidden", ["callback", "sharded"])
+def test_what_hides_its_work_is_refused_by_name(hidden):
+    if hidden == "callback":
+        f, name = lambda x: jax.pure_callback(lambda x: x, X, x), "pure_callback"
+    else:
+        mesh = jax.make_mesh((1,), ("rows",))
+        spec = jax.sharding.PartitionSpec()
+        f, name = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=spec, out_specs=spec), "shard_map"
+    with pytest.raises(UserError, match=f"cannot count '{name}'"):
+        count(f, X)
+
+
+def test_scopes_add_up_products_by_the_innermost_name_asked_for():
+    def f(x, w):
+        with jax.named_scope("outer"):
+            x = x @ w
+            with jax.named_scope("inner"):
+                x = jax.lax.scan(lambda x, _: (x @ w, None), x, length=5)[0]
+            with jax.named_scope("unasked"):
+                x = x @ w
+        return x @ w
+
+    assert count(f, X, SQUARE, scopes=("outer", "inner")).scopes == {"outer": 2 * TURN, "inner": 5 * TURN, "": TURN}
+    assert count(f, X, SQUARE).scopes == {}
+    slope = jax.value_and_grad(lambda x, w: jnp.square(f(x, w)).sum())
+    assert count(slope, X, SQUARE, scopes=("outer", "inner")).scopes == {"outer": 4 * TURN, "inner": 10 * TURN, "": 2 * TURN}
+
+
+def test_nothing_is_allocated_or_compiled(count_compiles):
+    huge = jax.ShapeDtypeStruct((2**20, 2**20), jnp.float32)
+    assert products(jnp.dot, huge, huge) == 2 * 2**60
+    assert not count_compiles
+
+
+# ---- all other arithmetic: as XLA prices it, so that totals can be compared
+
+SINGLE = {
+    "add": lambda x: x + 2.0,
+    "compare and select": lambda x: jnp.where(x > 0, x, 0.5),
+    "convert": lambda x: x.astype(jnp.bfloat16),
+    "sum": lambda x: x.sum(-1),
+    "maximum": lambda x: x.max(),
+    "all": lambda x: jnp.all(x > 0),
+    "square": jnp.square,
+    "cube": lambda x: x**3,
+    "fourth": lambda x: x**4,
+    "inverse": lambda x: x**-1,
+    "power": lambda x: x**1.5,
+    "logistic": jax.nn.sigmoid,
+    "exp": jnp.exp,
+    "rsqrt": jax.lax.rsqrt,
+    "turn": lambda x: jnp.flip(x.T, 0) * 1.5,
+    "join": lambda x: jnp.concatenate([x, x]) - 1.0,
+    "round": lambda x: jax.lax.reduce_precision(x, 8, 7),
+    "shift": lambda x: jax.lax.bitcast_convert_type(x, jnp.uint32) << 2,
+    "gather": lambda x: x[jnp.array([2, 0, 1, 1])],
+    "move": lambda x: x.reshape(-1)[3:9].reshape(2, 3).T,
+}
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_arithmetic_is_priced_as_xla_prices_it(name):
+    work = count(SINGLE[name], X)
+    cost = xla_cost(jax.jit(SINGLE[name]).lower(X))
+    assert (work.transcendental, work.matmul) == (cost.transcendentals, 0)
+    assert abs(work.elementwise - cost.flops) <= 4 * 4  # XLA also counts the indices of a gather
+
+
+def test_arithmetic_that_xla_prices_otherwise():
+    """Sorting by its comparisons, an argmax by one comparison a number, a scatter by what it adds."""
+    assert count(lambda x: jnp.sort(x, -1), X).elementwise == M * N * 3
+    assert count(lambda x: x.argmax(-1), X).elementwise == M * (N - 1)
+    rows = jax.ShapeDtypeStruct((2, N), jnp.float32)
+    added = count(lambda x, rows: x.at[jnp.array([0, 2])].add(rows), X, rows).elementwise
+    assert 2 * N <= added <= 2 * N + 8
+
+
+works = st.builds(
+    Work, *(st.integers(0, 9) for _ in range(4)), scopes=st.dictionaries(st.sampled_from("ab"), st.integers(0, 9))
+)
+
+
+@given(works, works, st.integers(0, 5))
+@settings(deadline=None)
+def test_work_adds_up(one, other, times):
+    assert one + other == other + one
+    assert (one + other) * times == one * times + other * times
+    assert one * times == functools.reduce(Work.__add__, [one] * times, one * 0)
+    assert (one + other).flops == one.flops + other.flops

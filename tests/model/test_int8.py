@@ -1,0 +1,171 @@
+"""Int8 weights: near the weights they stand for, exact in whole numbers, and each row on its own."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import lively_params, tiny_config
+
+from engine.errors import UserError
+from engine.model.int8 import Int8, dequantized, int8_matmul, quantize_leaves, quantized
+from engine.model.leaves import cast_matrices, lookup, project, project_two, unembed
+from engine.model.paths import leaf_paths
+
+D, F, V = 20, 28, 41
+F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
+BLOCKS = r"blocks/\d+/(qkv|out|gate_up|down)"
+
+
+def drawn(seed: int, *shape: int, dtype=F32) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def wide(leaf: Int8) -> jax.Array:
+    """(in, out) of either kind: what x is multiplied by."""
+    return dequantized(leaf) if leaf.axis == 1 else dequantized(leaf).T
+
+
+weights = st.integers(0, 2**32 - 1).flatmap(
+    lambda seed: st.sampled_from([1e-30, 1e-3, 1.0, 1e20]).map(
+        lambda size: np.float32(size) * np.random.default_rng(seed).standard_cauchy((D, F)).astype(np.float32)
+    )
+)
+
+
+@given(weights, st.sampled_from([0, 1]))
+def test_no_weight_is_off_by_more_than_half_a_step_of_its_column(weight, axis):
+    weight[:, 3] = 0
+    leaf = quantized(jnp.asarray(weight), "full", axis)
+    assert leaf.values.dtype == jnp.int8
+    assert leaf.scale.shape == (weight.shape[axis],)
+    assert np.abs(np.asarray(leaf.values, np.int32)).max() == 127
+    scale = np.expand_dims(np.asarray(leaf.scale), 1 - axis)
+    assert (np.abs(np.asarray(dequantized(leaf)) - weight) <= scale * 0.5001).all()
+    assert (np.abs(weight).max(1 - axis) <= np.asarray(leaf.scale) * 127.001).all()
+    assert not np.asarray(dequantized(leaf))[:, 3].any()
+
+
+@given(weights)
+def test_rounding_again_changes_nothing(weight):
+    once = quantized(jnp.asarray(weight))
+    again = quantized(dequantized(once))
+    np.testing.assert_array_equal(again.values, once.values)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_whole_numbers_are_multiplied_exactly(axis, dtype):
+    x = np.asarray(drawn(0, 9, D, dtype=dtype), np.float32) * np.logspace(-6, 6, 9, dtype=np.float32)[:, None]
+    x[4] = 0
+    leaf = quantized(drawn(1, D, F) if axis == 1 else drawn(1, F, D), axis=axis)
+    ours = jax.jit(lambda x: int8_matmul(x, leaf, F32))(jnp.asarray(x))
+
+    scale = np.abs(x).max(1, keepdims=True) / np.float32(127)
+    scale[4] = 1
+    rows = np.rint(x / scale).astype(np.int64)
+    values = np.asarray(leaf.values, np.int64)
+    expected = (rows @ (values if axis == 1 else values.T)).astype(np.float32) * scale * np.asarray(leaf.scale)
+    np.testing.assert_array_equal(ours, expected)
+    np.testing.assert_allclose(ours, x @ wide(leaf), atol=0.02 * np.abs(expected).max(1, keepdims=True) + 1e-30, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["int8", "full"])
+@pytest.mark.parametrize("rows", [2, 7])
+def test_a_row_is_the_same_to_the_bit_whatever_lies_beside_it(kind, rows):
+    """In one program: other rows, also spoiled ones, and any place."""
+    leaf = quantized(drawn(1, D, F), kind)
+    multiply = jax.jit(lambda x: project(x, leaf, F32))
+    mine, results = drawn(2, D, dtype=BF16), set()
+    for place in range(rows):
+        for seed, spoil in ((3, 0.0), (4, np.nan), (5, np.inf)):
+            x = (drawn(seed, rows, D, dtype=BF16) + spoil).at[place].set(mine)
+            results.add(np.asarray(multiply(x)[place]).tobytes())
+    assert len(results) == 1
+
+
+@pytest.mark.parametrize("kind", ["int8", "full"])
+def test_what_is_not_finite_stays_so(kind):
+    leaf = quantized(drawn(1, D, F), kind)
+    out = project(drawn(0, 3, D).at[0, 5].set(np.nan).at[1, 5].set(np.inf), leaf, F32)
+    assert not np.isfinite(out[:2]).any()
+    assert np.isfinite(out[2]).all()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_a_weight_alone_in_int8_lets_the_gradient_pass(axis, dtype):
+    leaf = quantized(drawn(1, D, F) if axis == 1 else drawn(1, F, D), "full", axis)
+    x, g = drawn(0, 9, D, dtype=dtype), drawn(2, 9, F)
+    out, pull = jax.vjp(jax.jit(lambda x: int8_matmul(x, leaf, F32)), x)
+    tolerance = {F32: 1e-5, BF16: 2e-2}[dtype]
+    np.testing.assert_allclose(out, x.astype(F32) @ wide(leaf), atol=tolerance * 5)
+    dx = pull(g)[0]
+    assert dx.dtype == dtype
+    np.testing.assert_allclose(dx.astype(F32), g @ wide(leaf).T, atol=tolerance * 12)
+
+
+def test_whole_numbers_have_no_gradient():
+    leaf = quantized(drawn(1, D, F))
+    with pytest.raises(UserError, match="activations 'full'"):
+        jax.grad(lambda x: project(x, leaf, F32).sum())(drawn(0, 3, D))
+
+
+@pytest.mark.parametrize("kind", ["int8", "full"])
+def test_every_way_to_use_a_weight_knows_int8(kind):
+    x, gain = drawn(0, 2, 7, D), 1 + drawn(2, D) / 3
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol={"int8": 0.15, "full": 1e-4}[kind])
+    leaf = quantized(drawn(1, D, 2 * F), kind)
+    close(project(x, leaf, F32, gain), (x * gain) @ wide(leaf))
+    one, two = project_two(x, leaf, F32, gain)
+    close(jnp.concatenate([one, two], -1), (x * gain) @ wide(leaf))
+    close(project(x[:1, :1], leaf, F32, gain), (x[:1, :1] * gain) @ wide(leaf))
+    table = quantized(drawn(1, V, D), kind, axis=0)
+    close(unembed(x, table, F32, gain), (x * gain) @ wide(table))
+    tokens = jnp.array([[3, 0, V - 1]])
+    np.testing.assert_array_equal(lookup(table, tokens), dequantized(table)[tokens])
+
+
+def test_rules_say_which_leaves_and_how():
+    params = lively_params(tiny_config())
+    small = leaf_paths(quantize_leaves(params, [("blocks/0/.*_up", None), (BLOCKS, "int8"), ("embed", "full")]))
+    kinds = {path: leaf.activations for path, leaf in small.items() if isinstance(leaf, Int8)}
+    assert kinds["blocks/1/gate_up"] == kinds["blocks/0/qkv"] == "int8"
+    assert kinds["embed"] == "full"
+    assert "blocks/0/gate_up" not in kinds
+    assert len(kinds) == 8
+    assert small["embed"].scale.shape == (41,)
+    assert small["blocks/0/qkv"].scale.shape == (48,)
+    assert small["head"] is params["head"]
+    with pytest.raises(UserError, match="matches no parameter"):
+        quantize_leaves(params, [("blocks/7/qkv", "int8")])
+    with pytest.raises(UserError, match="attn_norm is not one"):
+        quantize_leaves(params, [(r"blocks/\d+/.*", "int8")])
+    with pytest.raises(UserError, match="blocks/0/qkv is not one"):
+        quantize_leaves(quantize_leaves(params, [(BLOCKS, "int8")]), [(BLOCKS, "int8")])
+
+
+def test_casting_leaves_int8_and_gains_alone():
+    params = quantize_leaves(lively_params(tiny_config()), [(BLOCKS, "int8")])
+    cast = leaf_paths(cast_matrices(params, "bfloat16"))
+    assert cast["blocks/0/qkv"].values.dtype == jnp.int8
+    assert cast["blocks/0/qkv"].scale.dtype == jnp.float32
+    assert cast["blocks/0/attn_norm"].dtype == jnp.float32
+    assert cast["head"].dtype == jnp.bfloat16
+
+
+def weight_sized(text: str, shapes: set[tuple[int, ...]]) -> list[str]:
+    """Conversions in a compiled program whose result is as large as a weight."""
+    found = re.findall(r"= (?:f32|bf16|s32)\[([\d,]+)\]\S* convert\(", text)
+    return [shape for shape in found if tuple(map(int, shape.split(","))) in shapes]
+
+
+@pytest.mark.parametrize("kind", ["int8", "full"])
+def test_whole_numbers_convert_nothing_of_a_weights_size(kind):
+    """And a weight alone in int8 is seen to be converted: the check can fail."""
+    leaf, x = quantized(drawn(1, 320, 448), kind), drawn(0, 8, 320, dtype=BF16)
+    text = jax.jit(lambda x, leaf: project(x, leaf, BF16)).lower(x, leaf).compile().as_text()
+    assert bool(weight_sized(text, {(320, 448), (448, 320)})) == (kind == "full")

@@ -1,0 +1,200 @@
+"""LoRA leaves: nothing at first, to the bit; then base + scale a b, forward and backward, few rows and many."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import lively_params, positions_of, tiny_config, tokens_of
+
+from engine.model.int8 import dequantized, quantize_leaves, quantized
+from engine.model.leaves import cast_matrices, dense, project, project_two
+from engine.model.lora import LoRA, folded, make_adapter
+from engine.model.paths import leaf_paths, map_paths, merge, nested
+from engine.model.transformer import forward
+
+D, F = 20, 28
+F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
+TOLERANCE = {F32: 1e-5, BF16: 3e-2}
+BOTH = ((0, F), (F, 2 * F))
+FEW, MANY = (1, 3), (29, 7)
+
+
+def drawn(seed: int, *shape: int, dtype=F32) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def adapter(columns=BOTH, rank: int = 3, seed: int = 0) -> LoRA:
+    """One that has learned something: neither a nor b is 0."""
+    made = make_adapter(jax.random.key(seed), D, columns, rank, 7.0)
+    return dataclasses.replace(made, b=drawn(seed + 7, *made.b.shape) / 4)
+
+
+def explicit(leaf: LoRA, base: jax.Array) -> jax.Array:
+    """base + scale a b by the definition."""
+    for start, stop, a, b in leaf.pairs():
+        base = base.at[:, start:stop].add(leaf.scale * a @ b)
+    return base
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("rows", [(1, 1), FEW, MANY])
+@pytest.mark.parametrize("columns", [BOTH, BOTH[:1], ((5, 9), (9, 50))])
+def test_at_first_it_changes_no_bit(dtype, rows, columns):
+    x, base, gain = drawn(0, *rows, D, dtype=dtype), drawn(1, D, 2 * F).at[3, 4].set(-0.0), 1 + drawn(2, D) / 3
+    leaf = make_adapter(jax.random.key(0), D, columns, 3, 7.0).on(base)
+    assert leaf.a.any()
+    assert not leaf.b.any()
+    for multiply in (project, project_two):
+        results = jax.jit(lambda leaf, multiply=multiply: multiply(x, leaf, dtype, gain))
+        for plain, adapted in zip(results(base), results(leaf), strict=True):
+            assert np.asarray(plain).tobytes() == np.asarray(adapted).tobytes()
+    assert np.asarray(folded(leaf)).tobytes() == np.asarray(base).tobytes()
+
+
+def all_adapted(cfg, params, seed: int = 0, learned: bool = True):
+    """An adapter tree on q, v and every other matrix, rank 3."""
+    chosen = {"qkv": ("q", "v"), "out": ("out",), "gate_up": ("gate", "up"), "down": ("down",)}
+    found = {}
+    for path, leaf in leaf_paths(params).items():
+        name = path.split("/")[-1]
+        if name in chosen:
+            columns = [cfg.parts[name][part] for part in chosen[name]]
+            made = make_adapter(jax.random.key(len(found)), leaf.shape[0], columns, 3, 6.0)
+            found[path] = dataclasses.replace(made, b=drawn(seed + len(found), *made.b.shape) / 5) if learned else made
+    return nested(found)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(cfg, params, tokens):
+    return forward(cfg, params, tokens, positions_of(*tokens.shape))[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("changes", [{}, {"scan": True}, {"remat": "block"}], ids=str)
+def test_a_model_with_a_new_adapter_is_the_model_to_the_bit(dtype, changes):
+    cfg = tiny_config(dtype=dtype, **changes)
+    params = cast_matrices(lively_params(cfg), dtype)
+    adapted = merge(all_adapted(cfg, params, learned=False), params)
+    for shape in ((1, 2), (9, 11)):
+        tokens = tokens_of(0, *shape)
+        assert np.asarray(logits_of(cfg, params, tokens)).tobytes() == np.asarray(logits_of(cfg, adapted, tokens)).tobytes()
+
+
+@pytest.mark.parametrize("kind", ["array", "int8", "full"])
+@pytest.mark.parametrize("rows", [FEW, MANY])
+@pytest.mark.parametrize("multiply", [project, project_two])
+def test_it_is_its_base_and_what_it_adds(kind, rows, multiply):
+    x, gain, base = drawn(0, *rows, D), 1 + drawn(2, D) / 3, drawn(1, D, 2 * F)
+    under = base if kind == "array" else quantized(base, kind)
+    leaf = adapter(BOTH[1:] if multiply is project else BOTH).on(under)
+    out = jax.jit(lambda leaf: multiply(x, leaf, F32, gain))(leaf)
+    out = jnp.concatenate(out, -1) if multiply is project_two else out
+    if kind == "int8":
+        expected = project(x, under, F32, gain) + (x * gain) @ explicit(leaf, jnp.zeros_like(base))
+    else:
+        expected = (x * gain) @ explicit(leaf, base if kind == "array" else dequantized(under))
+    np.testing.assert_allclose(out, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("rows", [FEW, MANY])
+@pytest.mark.parametrize("kind", ["array", "full"])
+@pytest.mark.parametrize("columns", [BOTH, BOTH[1:], ((5, 9),)])
+@pytest.mark.parametrize("multiply", [project, project_two])
+def test_its_gradient_is_that_of_the_weight_it_stands_for(dtype, rows, kind, columns, multiply):
+    if multiply is project_two and columns == ((5, 9),) and kind == "full":
+        pytest.skip("as with an array")
+    x, gain, base = drawn(0, *rows, D, dtype=dtype), 1 + drawn(2, D) / 3, drawn(1, D, 2 * F)
+    under = base if kind == "array" else quantized(base, "full")
+    wide = base if kind == "array" else dequantized(under)
+    g = drawn(5, *rows, 2 * F)
+
+    def ours(alone, x, gain):
+        out = multiply(x, alone.on(under), dtype, gain)
+        return (jnp.concatenate(out, -1) if multiply is project_two else out).astype(F32)
+
+    def reference(alone, x, gain):
+        return (x.astype(F32) * gain) @ explicit(alone, wide)
+
+    results = []
+    for function in (ours, reference):
+        out, pull = jax.vjp(jax.jit(function), adapter(columns), x, gain)
+        results.append((out, pull(g)))
+    for mine, expected in zip(*map(jax.tree.leaves, results), strict=True):
+        mine, expected = np.asarray(mine, np.float32), np.asarray(expected, np.float32)
+        assert np.abs(expected).max() > 0.1, "nothing to compare"
+        np.testing.assert_allclose(mine, expected, rtol=0, atol=TOLERANCE[dtype] * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("rows", [FEW, MANY])
+def test_what_lies_under_an_adapter_is_frozen(rows):
+    x, base = drawn(0, *rows, D), drawn(1, D, 2 * F)
+    first = adapter(seed=1).on(base)
+    gradient = jax.grad(lambda leaf: project(x, leaf, F32).sum())(adapter(seed=2).on(first))
+    assert not any(leaf.any() for leaf in jax.tree.leaves(gradient.base))
+    assert gradient.a.any()
+    assert gradient.b.any()
+
+
+@pytest.mark.parametrize("rows", [FEW, MANY])
+def test_adapters_on_one_base_add_up(rows):
+    x, gain, base = drawn(0, *rows, D), 1 + drawn(2, D) / 3, drawn(1, D, 2 * F)
+    first, second = adapter(BOTH[:1], seed=1), adapter(BOTH, rank=2, seed=2)
+    expected = explicit(second, explicit(first, base))
+    both = merge({"w": second}, merge({"w": first}, {"w": base}))["w"]
+    assert both.shape == base.shape
+    np.testing.assert_allclose(project(x, both, F32, gain), (x * gain) @ expected, atol=1e-4)
+    np.testing.assert_allclose(dense(both), expected, atol=1e-5)
+
+
+def test_an_adapter_has_numbers_only_for_what_it_adapts():
+    cfg = tiny_config()
+    columns = [cfg.parts["qkv"]["v"], cfg.parts["qkv"]["q"]]
+    made = make_adapter(jax.random.key(0), D, columns, 3, 12.0)
+    assert (made.a.shape, made.b.shape, made.scale, made.rank) == ((20, 6), (3, 24 + 12), 4.0, 3)
+    assert [(pair.start, pair.stop, pair.a.shape, pair.b.shape) for pair in made.pairs()] == [
+        (0, 24, (20, 3), (3, 24)), (36, 48, (20, 3), (3, 12)),
+    ]  # fmt: skip
+    assert np.std(made.a) == pytest.approx(20**-0.5, rel=0.2)
+
+
+def test_a_base_of_another_shape_is_refused():
+    made = make_adapter(jax.random.key(0), D, BOTH, 3, 12.0)
+    for shape in ((D + 1, 2 * F), (D, 2 * F - 1)):
+        with pytest.raises(ValueError, match="does not fit"):
+            made.on(jnp.zeros(shape))
+    with pytest.raises(ValueError, match="does not fit"):
+        made.on(jnp.zeros((D, 2 * F))).on(jnp.zeros((D, 2 * F)))
+    with pytest.raises(ValueError, match="a weight at 'w'"):
+        merge({"w": jnp.zeros(3)}, {"w": jnp.zeros(3)})
+
+
+def test_casting_reaches_the_base_and_the_pair():
+    cast = cast_matrices({"w": adapter().on(drawn(1, D, 2 * F)), "v": adapter().on(quantized(drawn(1, D, 2 * F)))}, BF16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(cast["w"])} == {BF16}
+    assert cast["v"].base.values.dtype == jnp.int8
+    assert cast["v"].a.dtype == BF16
+
+
+def test_a_frozen_model_in_int8_differentiates_as_the_model_it_stands_for():
+    """QLoRA: the gradient of adapters over Int8 leaves is that over the same weights written out."""
+    cfg = tiny_config()
+    params = lively_params(cfg)
+    rules = [(r"blocks/\d+/(qkv|out|gate_up|down)|head|embed", "full")]
+    small = quantize_leaves(params, rules)
+    wide = map_paths(lambda _, leaf: dense(leaf), small)
+    tokens = tokens_of(0, 9, 7)
+
+    @jax.jit
+    def gradient(adapters, base):
+        return jax.value_and_grad(lambda a: jax.nn.logsumexp(logits_of(cfg, merge(a, base), tokens)))(adapters)
+
+    adapters = all_adapted(cfg, params)
+    (value, ours), (expected_value, expected) = gradient(adapters, small), gradient(adapters, wide)
+    np.testing.assert_allclose(value, expected_value, rtol=1e-5)
+    for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        assert np.abs(other).max() > 0
+        np.testing.assert_allclose(mine, other, rtol=1e-3, atol=1e-4 * np.abs(other).max())

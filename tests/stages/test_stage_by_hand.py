@@ -1,0 +1,131 @@
+"""Training by hand from the command line: the same run as JAX's, step for step, and a model that other commands read."""
+
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_stage_train import interrupt_after
+from tiny_runs import tiny
+
+from engine.storage import checkpoint
+from engine.storage.digest import digest
+from stages import evaluate, generate, train
+from stages.run_folder import read_json
+
+STEPS = 12
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def by_hand(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a finished run by hand. Tests only read it."""
+    folder = tmp_path_factory.mktemp("runs") / "hand"
+    assert train.main(tiny(text, folder, "--by-hand", "--steps", STEPS, "--log-every", 1)) == 0
+    return folder
+
+
+def test_the_steps_are_those_of_jax(by_hand: Path, text: Path, tmp_path: Path) -> None:
+    same = ["--steps", STEPS, "--log-every", 1, "--optimizer", "adamw", "--dtype", "float32"]
+    assert train.main(tiny(text, tmp_path / "jax", *same)) == 0
+    assert len(losses(by_hand)) == STEPS
+    np.testing.assert_allclose(losses(by_hand), losses(tmp_path / "jax"), rtol=1e-4)
+    assert losses(by_hand)[-1] < losses(by_hand)[0] - 0.5
+    ours, theirs = (read_json(folder / "run.json")["result"] for folder in (by_hand, tmp_path / "jax"))
+    assert abs(ours["val_bits_per_byte"] - theirs["val_bits_per_byte"]) < 1e-3
+
+
+def test_other_commands_read_what_it_learnt(by_hand: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main(["--model", str(by_hand)]) == 0
+    said = capsys.readouterr().out
+    assert f"{read_json(by_hand / 'run.json')['result']['val_bits_per_byte']:.3f}" in said
+    sample = (by_hand / "samples" / f"{STEPS}.txt").read_bytes()
+    prompt, written = sample[:8].decode(), sample[8:].decode()  # bytes are tokens, of which a quarter context is given
+    arguments = ["--model", str(by_hand), "--prompt", prompt, "--temperature", "0", "--max-tokens", "160"]
+    assert generate.main(arguments) == 0
+    assert capsys.readouterr().out == written + "\n"
+
+
+def test_what_it_says(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = tiny(text, tmp_path / "run", "--by-hand")[1:]  # without a preset
+    assert train.main([*given, "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    for word in ("NumPy", "tiny: 2 layers", "float32", "adamw", "keeps", "for its backward pass", "1 min of training"):
+        assert word in plan
+    assert not (tmp_path / "run").exists()
+    assert train.main([*given, "--steps", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "step 1/2  loss 5.5" in said
+    assert "compiling" not in said
+    by_numpy, by_jax = re.search(r"one model +(\d\.\d{4}) bits per byte .* by NumPy, (\d\.\d{4}) by JAX", said).groups()
+    assert by_numpy == by_jax
+    assert "stages.train tiny --optimizer adamw --dtype float32, with the same other flags, takes the same steps" in said
+
+
+def test_it_goes_on_where_it_stopped(
+    by_hand: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "parts"
+    same = tiny(text, folder, "--by-hand", "--steps", STEPS, "--log-every", 1)
+    with monkeypatch.context() as stopping:
+        interrupt_after(stopping, 5, signal.SIGINT)
+        assert train.main(same) == 130
+    assert checkpoint.steps(folder) == [5]
+    assert train.main(same) == 0
+    assert "resumed at step 5" in capsys.readouterr().out
+    assert digest(checkpoint.load_params(folder).params) == digest(checkpoint.load_params(by_hand).params)
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--scan"], "--scan"),
+        (["--remat"], "--remat"),
+        (["--accumulate", "2"], "--accumulate"),
+        (["--dtype", "bfloat16"], "--dtype bfloat16"),
+        (["--optimizer", "muon"], "--optimizer muon"),
+        (["--matrix-learning-rate", "0.1"], "--matrix-learning-rate"),
+        (["--device", "gpu"], "--device gpu"),
+    ],
+)
+def test_flags_of_the_other_step(flags: list[str], word: str, text: Path, tmp_path: Path, failing: Any) -> None:
+    said = failing(train.main, tiny(text, tmp_path / "run", "--by-hand", *flags))
+    assert f"--by-hand does not go with {word}: " in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_than_fits(text: Path, tmp_path: Path, failing: Any) -> None:
+    said = failing(train.main, tiny(text, tmp_path / "run", "--by-hand", "--batch", 50_000_000))
+    assert "kept by the forward pass for the backward pass" in said
+    assert "smaller --batch" in said
+
+
+def test_the_two_do_not_go_on_with_each_other(by_hand: Path, text: Path, tmp_path: Path, failing: Any) -> None:
+    folder = tmp_path / "hand"
+    shutil.copytree(by_hand, folder)
+    for optimizer in ("adamw", "muon"):
+        said = failing(train.main, tiny(text, folder, "--optimizer", optimizer))
+        assert f"another optimizer (adamw by hand there, {optimizer} now)" in said
+
+
+def test_a_step_that_is_not_finite_changes_nothing(
+    by_hand: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: Any
+) -> None:
+    from engine import by_hand as model
+
+    folder = tmp_path / "hand"
+    shutil.copytree(by_hand, folder)
+    before = digest(checkpoint.load_params(folder).params)
+    whole = model.loss_and_gradient
+    monkeypatch.setattr(model, "loss_and_gradient", lambda *given: (float("nan"), whole(*given)[1]))
+    said = failing(train.main, tiny(text, folder, "--by-hand", "--steps", 40))
+    assert "10 steps in a row" in said
+    assert digest(checkpoint.load_params(folder).params) == before

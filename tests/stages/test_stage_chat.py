@@ -1,0 +1,281 @@
+"""Talking: the whole conversation is read again each turn, nothing is left out in silence, and weights stay as they are."""
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny_runs import ROOT, command
+
+from stages import chat, load
+from stages.session import Session, Settings, TooLong
+
+QUICK = ("--temperature", "0", "--max-tokens", "6")
+
+
+@pytest.fixture(scope="module")
+def session(trained: Path) -> Iterator[Session]:
+    from engine.inference import decode
+    from engine.text.chat import Chat
+
+    model = load.load_model(str(trained))
+    made = Chat(model.tokenizer)
+    settings = Settings(max_tokens=6, temperature=0, top_k=0, top_p=1, min_p=0, seed=0)
+    yield Session(model.cfg, decode.for_inference(model.cfg, model.params), made, model.ends, settings)
+    made.close()
+
+
+@pytest.fixture
+def fresh(session: Session) -> Session:
+    session.turns.clear()
+    session.system = ""
+    return session
+
+
+def piped(model: Path, text: str, *flags: object) -> subprocess.CompletedProcess:
+    return command("chat", "--model", model, *QUICK, *flags, stdin=text.encode())
+
+
+def test_piped_lines_are_turns(trained: Path) -> None:
+    done = piped(trained, "the king\n\nthe sea\n")
+    assert done.returncode == 0, done.stderr
+    assert b"\x1b" not in done.stdout + done.stderr
+    assert done.stdout.count(b"\n") >= 2
+    assert b"turn" not in done.stderr
+    again = piped(trained, "the king\n/stats\nthe sea\n/set temperature 0.5\n/system be brief\n", "--verbose")
+    assert again.stdout == done.stdout  # what begins with a slash is no turn
+    said = again.stderr.decode()
+    reads = [int(number) for number in re.findall(r"turn \d: (\d+) tokens read", said)]
+    assert len(reads) == 2
+    assert reads[1] > reads[0]  # the second turn reads the first again
+    assert re.search(r"turn 2: \d+ tokens read, \d+ of them again", said)
+    assert f"{sum(reads)} tokens, {reads[0]} of them not for the first time" in said
+    assert said.count("unchanged: SHA-256") == 2
+    assert "[system: be brief]" in said
+    assert re.search(r"temperature +0.5", said)
+    assert "plain template" in said
+
+
+def test_each_turn_reads_all_that_was_said(fresh: Session) -> None:
+    first = "".join(fresh.say("the king"))
+    second = "".join(fresh.say("the sea"))
+    assert [turn.answered for turn in fresh.turns] == [first.rstrip(), second.rstrip()]
+    whole = fresh.chat.prompt([
+        {"role": "user", "content": "the king"}, {"role": "assistant", "content": first.rstrip()},
+        {"role": "user", "content": "the sea"},
+    ])  # fmt: skip
+    assert fresh.turns[1].read == len(whole)
+    fresh.turns = fresh.turns[:1]  # an answer depends on the text before it and on nothing else
+    assert "".join(fresh.say("the sea")) == second
+
+
+def test_what_no_longer_fits_is_named_and_nothing_is_generated(fresh: Session) -> None:
+    with pytest.raises(TooLong, match=r"This message alone makes \d+ tokens and the model's context holds 64"):
+        next(fresh.say("the king and queen of a far land " * 9))
+    assert fresh.turns == []
+    while len(fresh.chat.prompt(fresh.messages("the king and queen"))) < fresh.cfg.context:
+        list(fresh.say("the king and queen"))
+    kept = len(fresh.turns)
+    with pytest.raises(TooLong, match=r"tokens and the model's context 64: (turn 1 no longer fits|turns 1 to \d)") as caught:
+        next(fresh.say("the king and queen"))
+    assert len(fresh.turns) == kept
+    forget = int(re.findall(r"/forget (\d+)", str(caught.value))[0])
+    del fresh.turns[: forget - 1]
+    with pytest.raises(TooLong):  # one fewer would not do
+        fresh.prompt("the king and queen")
+    del fresh.turns[:1]
+    assert fresh.prompt("the king and queen")
+
+
+def test_stopped_in_the_middle_keeps_what_was_said(fresh: Session) -> None:
+    fresh.settings = fresh.settings.changed("max_tokens", "40")
+    whole = "".join(fresh.say("the king"))
+    fresh.turns.clear()
+    part = "".join(fresh.say("the king", stopped=lambda: True))
+    assert whole.startswith(part)
+    assert len(part) < len(whole)
+    if fresh.turns:
+        assert fresh.turns[-1].ended == "interrupted"
+    fresh.settings = fresh.settings.changed("max-tokens", "6")
+
+
+def test_overflow_in_a_pipe_is_an_error(trained: Path) -> None:
+    done = piped(trained, "the king\n" + "the king and queen of a far land " * 9 + "\nthe sea\n")
+    assert done.returncode == 2
+    assert b"This message alone" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+class Lines:
+    """What a Talker says, kept."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str = "", style: str | None = None) -> None:
+        self.said.append(text)
+
+    def rows(self, rows: list[tuple[str, str]]) -> None:
+        self.said += [f"{name} {value}" for name, value in rows]
+
+
+def test_commands(fresh: Session, capsys: pytest.CaptureFixture[str]) -> None:
+    from engine.storage.digest import digest
+
+    lines = Lines()
+    talker = chat.Talker(fresh, lines, digest(fresh.params), chatty=True)  # type: ignore[arg-type]
+
+    def after(line: str, done: bool = True) -> str:
+        lines.said.clear()
+        assert talker.take(line) is done
+        return "\n".join(lines.said)
+
+    assert "turn 1" in after("the king")
+    assert "cut off: max_tokens is 6" in after("the sea")
+    assert "1 turns are left" in after("/forget 1")
+    assert "from 1 to the 1" in after("/forget 2", done=False)
+    assert "forgotten" in after("/clear")
+    assert fresh.turns == []
+    assert "[system: be brief]" in after("/system be brief")
+    assert "be brief" in after("/system")
+    assert "what the template says" in after("/system -")
+    assert "temperature 0.25" in after("/set temperature 0.25")
+    assert "temperature 0.0" in after("/set temperature=0")
+    assert "Did you mean 'temperature'" in after("/set tempreature 1", done=False)
+    assert "above 0 and up to 1" in after("/set top_p 2", done=False)
+    assert "name and a value" in after("/set top_p", done=False)
+    assert "/forget N" in after("/help")
+    assert "Did you mean 'stats'" in after("/sttas", done=False)
+    assert "There is no command" in after("/", done=False)
+    after("//set is what I say")
+    assert fresh.turns[-1].asked == "/set is what I say"
+    assert "weights unchanged" in after("/stats")
+    talker.weights = "0" * 64
+    assert "CHANGED" in after("/stats")
+    assert not talker.over
+    after("/quit")
+    assert talker.over
+    capsys.readouterr()
+
+
+def test_bad_flags(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken.jinja"
+    broken.write_text("{% if %}")
+    for flags, words in (
+        (["--template", str(tmp_path / "none.jinja")], "cannot be read"),
+        (["--template", str(broken)], "The chat template failed with TemplateSyntaxError"),
+        (["--top-p", "0"], "--top-p"),
+        (["--model", str(tmp_path / "none")], "There is no model"),
+    ):
+        assert chat.main(["--model", str(trained), *flags]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_input_that_is_no_text(trained: Path) -> None:
+    done = command("chat", "--model", trained, *QUICK, stdin=b"the king\ncaf\xe9\n")
+    assert done.returncode == 2
+    assert b"Line 2 of the input is not UTF-8: byte 0xE9" in done.stderr
+
+
+class Terminal:
+    """A chat in a terminal of its own; `program` is what Python runs."""
+
+    def __init__(self, *program: object) -> None:
+        self.master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, *map(str, program)], cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+            env=os.environ | {"TERM": "dumb", "COLUMNS": "100", "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        os.close(slave)
+        self.unread = ""
+
+    def wait_for(self, words: str, seconds: float = 60) -> str:
+        """What is on the screen up to and with these words, beginning after what was waited for last."""
+        until = time.monotonic() + seconds
+        while words not in self.unread:
+            assert time.monotonic() < until, self.unread
+            if select.select([self.master], [], [], 0.1)[0]:
+                self.unread += os.read(self.master, 65536).decode(errors="replace")
+        before, words, self.unread = self.unread.partition(words)
+        return before + words
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def interrupt(self) -> None:
+        os.kill(self.process.pid, signal.SIGINT)
+
+    def close(self) -> int:
+        try:
+            return self.process.wait(timeout=20)
+        finally:
+            self.process.kill()
+            self.process.wait()
+            os.close(self.master)
+
+
+@pytest.fixture
+def terminals() -> Iterator[list[Terminal]]:
+    """What is put in here does not outlive the test."""
+    opened: list[Terminal] = []
+    yield opened
+    for terminal in opened:
+        terminal.process.kill()
+        terminal.process.wait()
+
+
+def test_a_person_at_a_terminal(trained: Path, terminals: list[Terminal]) -> None:
+    terminal = Terminal("-m", "stages.chat", "--model", trained, "--max-tokens", 20)
+    terminals.append(terminal)
+    opening = terminal.wait_for("\r\n> ")
+    assert "/help" in opening
+    assert "compiling" in opening
+    terminal.type("the king\n")
+    terminal.wait_for("[turn 1:")
+    terminal.wait_for("\r\n> ")
+    for _ in range(2):
+        terminal.interrupt()  # with nothing being written
+        terminal.wait_for("Ctrl-D leaves")
+        terminal.wait_for("\r\n> ")
+    terminal.type("/clear\n")
+    terminal.wait_for("forgotten")
+    terminal.type("the sea\\\nof red sails\n")
+    terminal.wait_for("[turn 1:")
+    terminal.wait_for("\r\n> ")
+    terminal.type("\x04")
+    assert "turns" in terminal.wait_for("unchanged: SHA-256")
+    assert terminal.close() == 0
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(trained: Path, tmp_path: Path, terminals: list[Terminal]) -> None:
+    slow = tmp_path / "slow.py"
+    slow.write_text(
+        "import sys, time\n"
+        "from engine.inference import decode\n"
+        "steps = decode.decode_steps\n"
+        "decode.decode_steps = lambda *a: (time.sleep(0.5), steps(*a))[1]\n"
+        "from stages import chat\n"
+        "sys.exit(chat.main(sys.argv[1:]))\n"
+    )
+    terminal = Terminal(slow, "--model", trained, "--temperature", 1, "--max-tokens", 50, "--seed", 3)
+    terminals.append(terminal)
+    terminal.wait_for("\r\n> ")
+    for _ in range(2):
+        terminal.type("the king\n")
+        terminal.wait_for("the king\r\n")
+        time.sleep(0.7)
+        terminal.interrupt()
+        terminal.wait_for("[stopped]", seconds=10)
+        terminal.type("/clear\n")
+        terminal.wait_for("forgotten")
+        terminal.wait_for("\r\n> ")
+    terminal.type("/quit\n")
+    terminal.wait_for("unchanged")
+    assert terminal.close() == 0

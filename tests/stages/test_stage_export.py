@@ -1,0 +1,211 @@
+"""Exporting: what is written is the model, as others read it; and what cannot be written is said."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny_runs import command
+
+from engine.model.leaves import dense
+from engine.model.lora import make_adapter
+from engine.model.paths import leaf_paths, merge, nested
+from engine.model.transformer import forward
+from engine.storage import safetensors
+from stages import evaluate, export, export_check, generate, load
+
+
+def exported(model: Path, out: Path, *flags: object) -> Path:
+    assert export.main(["--model", str(model), "--out", str(out), *map(str, flags)]) == 0
+    return out
+
+
+def wrote(capsys: pytest.CaptureFixture[str], model: Path) -> str:
+    capsys.readouterr()
+    assert generate.main(["--model", str(model), "--prompt", "The king", "--max-tokens", "30", "--seed", "3"]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["folder", "file.gguf"])
+def test_an_export_in_float32_is_the_same_model(
+    name: str, trained: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = exported(trained, tmp_path / name, "--dtype", "float32", "--check")
+    assert "0.0e+00 of the largest apart" in capsys.readouterr().out
+    source, read = load.load_model(str(trained)), load.load_model(str(out))
+    ours, theirs = leaf_paths(source.params), leaf_paths(read.params)
+    assert all(np.array_equal(ours[path], theirs[path].astype(jnp.float32)) for path in ours if ours[path].ndim == 1)
+    exact = leaf_paths(load.load_model(str(out), dtype="float32").params)
+    assert all(np.array_equal(ours[path], exact[path]) for path in ours)
+    assert read.run is None
+    assert (read.ends, read.start) == (source.ends, source.start)
+    if name == "file.gguf":  # a folder of float32 says that it is computed in float32, which the run is not
+        assert wrote(capsys, out) == wrote(capsys, trained)
+    assert evaluate.main(["--model", str(out), "--data", str(text)]) == 0
+    assert "unchanged" in capsys.readouterr().out
+    assert evaluate.main(["--model", str(out)]) == 2
+    assert "give --data" in capsys.readouterr().err
+
+
+def test_a_folder_holds_what_others_look_for(trained: Path, tmp_path: Path) -> None:
+    out = exported(trained, tmp_path / "folder")
+    assert {file.name for file in out.iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3ForCausalLM"]
+    assert config["torch_dtype"] == "float32"
+    assert config["eos_token_id"] == json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 299
+    assert load_file(out / "model.safetensors")["model.embed_tokens.weight"].shape == (300, 32)
+    halved = exported(trained, tmp_path / "half", "--dtype", "bfloat16", "--check")
+    stored = safetensors.read_header(halved / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {"BF16"}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "q8_0"])
+def test_gguf_files_hold_smaller_weights(dtype: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = exported(trained, tmp_path / "file.gguf", "--dtype", dtype, "--check")
+    said = capsys.readouterr().out
+    assert "llama.cpp has no name" in said
+    assert f"--model {out}" in said
+    assert out.stat().st_size < (trained / "checkpoints" / "20" / "params").stat().st_size + 200_000
+
+
+def test_an_export_that_was_damaged_is_seen(trained: Path, tmp_path: Path) -> None:
+    model = load.load_model(str(trained))
+    out = exported(trained, tmp_path / "folder")
+    assert export_check.compare(model, out, "float32")[1] == []
+    data = bytearray((out / "model.safetensors").read_bytes())
+    data[-3000:] = bytes(3000)
+    (out / "model.safetensors").write_bytes(data)
+    assert export_check.compare(model, out, "float32")[1] == ["the logits"]
+    generation = json.loads((out / "generation_config.json").read_text())
+    (out / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [299, 5]}))
+    assert export_check.compare(model, out, "float32")[1] == ["what ends a completion"]
+
+
+def adapted(model: load.Model) -> tuple[load.Model, dict[str, Any]]:
+    """The model with an adapter that does something on q, v and down."""
+    parts, key = model.cfg.parts, jax.random.key(0)
+    made = {}
+    for layer in range(model.cfg.layers):
+        for name, chosen in (("qkv", ("q", "v")), ("down", ("down",))):
+            rows = leaf_paths(model.params)[f"blocks/{layer}/{name}"].shape[0]
+            leaf = make_adapter(key, rows, [parts[name][part] for part in chosen], 3, 6.0)
+            b = 0.2 * jax.random.normal(jax.random.fold_in(key, layer), leaf.b.shape)
+            made[f"blocks/{layer}/{name}"] = dataclasses.replace(leaf, b=b)
+    return dataclasses.replace(model, params=merge(nested(made), model.params)), made
+
+
+def test_an_adapter_is_folded_or_written_alone(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = load.load_model(str(trained))
+    tuned, adapters = adapted(plain)
+    real = load.load_model
+    given = lambda name, **options: tuned if name == str(trained) else real(name, **options)
+    monkeypatch.setattr(load, "load_model", given)
+    folded = exported(trained, tmp_path / "folded", "--check")
+    tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
+    positions = np.broadcast_to(np.arange(12, dtype=np.int32), (2, 12))
+    cfg = dataclasses.replace(plain.cfg, dtype="float32")
+    logits = lambda params: np.asarray(jax.jit(forward, static_argnums=0)(cfg, params, tokens, positions)[0])
+    read = real(str(folded), dtype="float32").params
+    np.testing.assert_allclose(logits(read), logits(tuned.params), atol=1e-5)
+    assert np.abs(logits(plain.params) - logits(tuned.params)).max() > 1e-2
+
+    alone = exported(trained, tmp_path / "alone", "--adapter")
+    config = json.loads((alone / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["peft_type"]) == (3, 6.0, "LORA")
+    assert config["target_modules"] == ["down_proj", "q_proj", "v_proj"]
+    stored = load_file(alone / "adapter_model.safetensors")
+    assert len(stored) == plain.cfg.layers * 3 * 2
+    prefix = "base_model.model.model.layers.1."
+    delta = lambda module: (
+        config["lora_alpha"]
+        / config["r"]
+        * stored[f"{prefix}{module}.lora_B.weight"]
+        @ stored[f"{prefix}{module}.lora_A.weight"]
+    )
+    before, after = leaf_paths(plain.params), {path: dense(leaf) for path, leaf in leaf_paths(tuned.params).items()}
+    added = np.asarray(after["blocks/1/qkv"] - before["blocks/1/qkv"])
+    for part, module in (("q", "self_attn.q_proj"), ("v", "self_attn.v_proj")):
+        start, stop = plain.cfg.parts["qkv"][part]
+        np.testing.assert_allclose(delta(module).T, added[:, start:stop], atol=1e-6)
+    np.testing.assert_allclose(delta("mlp.down_proj").T, after["blocks/1/down"] - before["blocks/1/down"], atol=1e-6)
+    assert set(adapters) == {f"blocks/{i}/{name}" for i in range(2) for name in ("qkv", "down")}
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--out", "full"], ["full is there already", "--overwrite"]),
+        (["--out", "strange"], ["strange holds mine.txt, which no export wrote"]),
+        (["--out", "strange", "--overwrite"], ["strange holds mine.txt"]),
+        (["--out", "file"], ["file is a file"]),
+        (["--out", "folder.gguf"], ["folder.gguf is a folder"]),
+        (["--out", "new", "--dtype", "q8_0"], ["q8_0 is of GGUF"]),
+        (["--out", "new", "--dtype", "int8"], ["wanted one of float32"]),
+        (["--out", "new.gguf", "--adapter"], ["goes with neither"]),
+        (["--out", "new", "--adapter"], ["no LoRA adapters"]),
+        (["--out", "new", "--model", "nowhere"], ["There is no model at nowhere"]),
+        (["--out", "new", "--model", "smollm2"], ["Did you mean 'smollm2-135m-instruct'"]),
+        (["--out", "new", "--model", "shakespeare"], ["shakespeare is a text, not a model"]),
+        (["--out", "new", "--model", "strange"], ["strange holds no model"]),
+        (["--out", "new", "--model", "bad.gguf"], ["does not begin with GGUF"]),
+        (["--out", "new", "--model", "theirs"], ["model_type 'mamba'"]),
+        ([], ["--out"]),
+    ],
+)
+def test_what_cannot_be_exported_is_said(
+    flags: list[str], words: list[str], trained: Path, tmp_path: Path, failing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("full", "strange", "folder.gguf", "theirs"):
+        Path(name).mkdir()
+    Path("full", "config.json").write_text("{}")
+    Path("strange", "mine.txt").write_text("mine")
+    Path("theirs", "config.json").write_text('{"model_type": "mamba"}')
+    Path("file").write_text("")
+    Path("bad.gguf").write_bytes(b"PK\x03\x04 is another kind of file")
+    said = failing(export.main, flags if "--model" in flags else ["--model", str(trained), *flags])
+    plain = " ".join(said.replace("│", " ").split())
+    for word in words:
+        assert word in plain
+    assert Path("strange", "mine.txt").read_text() == "mine"
+    assert not Path("new").exists()
+    assert not Path("new.gguf").exists()
+
+
+def test_an_earlier_export_is_replaced_when_asked(trained: Path, tmp_path: Path) -> None:
+    out = exported(trained, tmp_path / "folder")
+    (out / "config.json").write_text("{}")
+    exported(trained, out, "--overwrite", "--check")
+    file = exported(trained, tmp_path / "x.gguf")
+    file.write_bytes(b"")
+    exported(trained, file, "--overwrite", "--check")
+
+
+def test_the_command_says_what_it_wrote(trained: Path, tmp_path: Path) -> None:
+    done = command("export", "--model", trained, "--out", tmp_path / "out.gguf", "--dtype", "q8_0")
+    assert done.returncode == 0, done.stderr
+    assert b"writing ... " in done.stdout
+    assert b"out.gguf, " in done.stdout
+
+
+def test_words_survive_in_a_run(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    model = dataclasses.replace(load.load_model(str(trained)), ends=(299, 7))
+    model.tokenizer.config["chat_template"] = "{{ messages }}"
+    load.keep_words(run, model)
+    again = load.load_model(str(run))
+    assert again.ends == (299, 7)
+    assert again.chat_template == "{{ messages }}"
+    out = exported(run, tmp_path / "out", "--check")
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [299, 7]
+    assert json.loads((out / "tokenizer_config.json").read_text())["chat_template"] == "{{ messages }}"

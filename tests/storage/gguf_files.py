@@ -1,0 +1,82 @@
+"""Small GGUF files, made with the gguf library's own writer and not with the code under test."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFWriter
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import quantize
+from golden.drawn import draw
+
+from engine.text.tokenizer import SYMBOLS
+
+SHAPES = {"token_embd.weight": (262, 64), "output_norm.weight": (64,)} | {
+    f"blk.{layer}.{name}.weight": shape
+    for layer in range(2)
+    for name, shape in {
+        "attn_norm": (64,), "ffn_norm": (64,), "attn_q": (48, 64), "attn_k": (24, 64), "attn_v": (24, 64),
+        "attn_output": (64, 48), "ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96),
+    }.items()
+}  # fmt: skip
+SIZES = {
+    "block_count": 2, "context_length": 128, "embedding_length": 64, "feed_forward_length": 96, "attention.head_count": 6,
+    "attention.head_count_kv": 3, "attention.key_length": 8, "attention.value_length": 8, "rope.dimension_count": 8,
+}  # fmt: skip
+MERGES = ["t h", "th e", "Ġ the", "1 2", "12 3"]
+TOKENS = [*SYMBOLS, "th", "the", "Ġthe", "12", "123", "<|end|>"]
+WORDS: dict[str, Any] = {
+    "model": "gpt2", "pre": "smollm", "tokens": TOKENS, "token_type": [1] * 261 + [3], "merges": MERGES, "eos_token_id": 261,
+    "bos_token_id": 261, "add_bos_token": False,
+}  # fmt: skip
+
+
+def weights(shapes: dict[str, tuple[int, ...]] = SHAPES) -> dict[str, np.ndarray]:
+    return draw(shapes)
+
+
+def tiny_gguf(
+    path: Path,
+    *,
+    arch: str = "llama",
+    kind: str = "F32",
+    sizes: dict[str, Any] | None = None,
+    words: dict[str, Any] | None = None,
+    other: dict[str, Any] | None = None,
+    tensors: dict[str, np.ndarray] | None = None,
+) -> Path:
+    """A model of `SHAPES`; None in sizes, words or other leaves a key out. Matrices in `kind` where its blocks fit."""
+    writer = GGUFWriter(path, arch)
+    for key, value in (SIZES | (sizes or {})).items():
+        add(writer, f"{arch}.{key}", value)
+    add(writer, f"{arch}.attention.layer_norm_rms_epsilon", 1e-5)
+    for key, value in (WORDS | (words or {})).items():
+        add(writer, f"tokenizer.ggml.{key}", value)
+    for key, value in (other or {}).items():
+        add(writer, key, value)
+    for name, value in (tensors or weights()).items():
+        wanted = GGMLQuantizationType[kind]
+        fits = value.ndim == 2 and value.shape[-1] % GGML_QUANT_SIZES[wanted][0] == 0
+        wanted = wanted if fits else GGMLQuantizationType.F32
+        writer.add_tensor(name, quantize(value, wanted), raw_dtype=wanted)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def add(writer: GGUFWriter, key: str, value: Any) -> None:
+    match value:
+        case None:
+            pass
+        case bool():
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case str():
+            writer.add_string(key, value)
+        case _:
+            writer.add_array(key, value)

@@ -1,0 +1,73 @@
+"""Writes the golden files beside it: what `transformers` computes for small random models of every family.
+
+    python -m venv peers && peers/bin/pip install torch transformers
+    peers/bin/python tests/storage/golden/ask_transformers.py
+
+torch is no part of this project, so the answers are kept: a config as transformers writes it, tokens, and logits. The
+weights are drawn by name and are not kept; `drawn.py` draws them again for the test.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+from drawn import SEED, draw  # noqa: E402
+
+SIZES = {
+    "vocab_size": 37, "hidden_size": 30, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 3, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 50.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 3.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+FAMILIES = {
+    "llama": ("Llama", {"head_dim": 4}),
+    "llama-tied": ("Llama", {"head_dim": 6, "tie_word_embeddings": True, "rms_norm_eps": 1e-2}),
+    "llama-scaled": ("Llama", {"head_dim": 8, "rope_parameters": LLAMA3}),
+    "mistral": ("Mistral", {"head_dim": 4, "sliding_window": None}),
+    "qwen2": ("Qwen2", {"hidden_size": 24, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen3": ("Qwen3", {"head_dim": 10, "tie_word_embeddings": True}),
+}
+KEPT = [0, 1, 9, 22, 39]  # positions whose logits are kept
+
+
+def main() -> None:
+    for name, (family, changes) in FAMILIES.items():
+        config = getattr(transformers, f"{family}Config")(**{**SIZES, **changes})
+        model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
+        shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+        if config.tie_word_embeddings:
+            del shapes["lm_head.weight"]
+        weights = draw(shapes)
+        missing, unknown = model.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()}, strict=False)
+        assert set(missing) <= {"lm_head.weight"}, missing
+        assert not unknown, unknown
+        model.tie_weights()
+        tokens = np.random.default_rng(SEED).integers(0, SIZES["vocab_size"], (2, 40))
+        with torch.no_grad():
+            logits = model(torch.from_numpy(tokens)).logits.numpy()
+        with tempfile.TemporaryDirectory() as folder:
+            config.architectures, config.dtype = [type(model).__name__], "float32"
+            config.save_pretrained(folder)
+            written = json.loads(Path(folder, "config.json").read_text())
+        golden = {
+            "transformers": transformers.__version__,
+            "config": written,
+            "shapes": shapes,
+            "tokens": tokens.tolist(),
+            "positions": KEPT,
+            "logits": [[[float(f"{value:.7g}") for value in row[at]] for at in KEPT] for row in logits],
+        }
+        (HERE / f"{name}.json").write_text(json.dumps(golden) + "\n")
+
+
+if __name__ == "__main__":
+    main()

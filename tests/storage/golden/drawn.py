@@ -1,0 +1,20 @@
+"""Random weights by name: whoever draws them, wherever, has the same. NumPy only, so that torch's side can read it too."""
+
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
+
+SEED = 7
+
+
+def draw(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """{name: float32 array}: gains near one, everything else normal, so that no part of the model is without effect."""
+    drawn = {}
+    for name, shape in shapes.items():
+        noise = np.random.default_rng([SEED, zlib.crc32(name.encode())]).standard_normal(tuple(shape)).astype(np.float32)
+        if name.endswith("norm.weight"):
+            drawn[name] = 1 + np.float32(0.3) * noise
+        else:
+            drawn[name] = noise * np.float32(0.5 if len(shape) == 1 else 1.2 * shape[-1] ** -0.5)
+    return drawn

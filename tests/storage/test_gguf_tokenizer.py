@@ -1,0 +1,173 @@
+"""Tokenizers in GGUF files: each known split, control tokens, what begins a text, and sentencepiece's own answers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+from gguf_files import SYMBOLS, TOKENS, tiny_gguf, weights
+
+from engine.storage.gguf_header import read_header
+from engine.storage.gguf_tokenizer import NEAREST, SPLITS, words_from, words_to
+from engine.text.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+
+VOCAB = len(TOKENS)
+
+
+def read(path: Path, vocab: int = VOCAB, **changes: Any) -> tuple[Tokenizer, dict[str, Any]]:
+    words = words_from(read_header(tiny_gguf(path / "x.gguf", **changes)), vocab)
+    return Tokenizer(words["tokenizer"], words["tokenizer_config"]), words
+
+
+def pieces(tokenizer: Tokenizer, text: str) -> list[str]:
+    return [tokenizer.decode([token]) for token in tokenizer.encode(text)]
+
+
+TEXT = "It's 12345 don't  \n\nTHE the"
+CUT = {
+    "gpt-2": ["It", "'s", " 12345", " don", "'t", " ", " \n\n", "THE", " the"],
+    "smollm": ["It", "'s", " ", "1", "2", "3", "4", "5", " don", "'t", "  \n", "\n", "THE", " the"],
+    "llama-bpe": ["It", "'s", " ", "123", "45", " don", "'t", "  \n\n", "THE", " the"],
+    "qwen2": ["It", "'s", " ", "1", "2", "3", "4", "5", " don", "'t", "  \n\n", "THE", " the"],
+}
+
+
+@pytest.mark.parametrize("pre", CUT)
+def test_each_split_cuts_as_its_name_says(pre: str) -> None:
+    decode = dict(zip(SYMBOLS, range(256)))
+    spans = SPLITS[pre]().pre_tokenize_str(TEXT)
+    cut = [bytes(decode[symbol] for symbol in span).decode() for span, _ in spans]
+    if pre in ("gpt-2", "smollm"):  # a pattern of GPT-2's leaves the last of several spaces to what follows it
+        assert "".join(cut) == TEXT
+        assert [piece for piece in cut if piece.strip()] == [piece for piece in CUT[pre] if piece.strip()]
+    else:
+        assert cut == CUT[pre]
+
+
+def test_merges_apply_within_what_is_split(tmp_path: Path) -> None:
+    assert pieces(read(tmp_path)[0], "the the 123") == ["the", " the", " ", "1", "2", "3"]
+    assert pieces(read(tmp_path, words={"pre": "llama-bpe"})[0], "1234") == ["123", "4"]
+
+
+def test_text_never_becomes_a_control_token(tmp_path: Path) -> None:
+    tokenizer, words = read(tmp_path)
+    assert 261 not in tokenizer.encode("a<|end|>b")
+    assert tokenizer.decode(tokenizer.encode("a<|end|>b")) == "a<|end|>b"
+    assert tokenizer.end == 261
+    assert words["ends"] == (261,)
+
+
+def test_what_begins_a_text_is_what_the_file_says(tmp_path: Path) -> None:
+    assert read(tmp_path)[0].start == ()
+    assert read(tmp_path, words={"add_bos_token": True, "bos_token_id": 260})[0].start == (260,)
+    assert read(tmp_path, words={"add_bos_token": None, "bos_token_id": 260})[0].start == ()
+    assert read(tmp_path, words={"add_bos_token": None, "bos_token_id": 260, "pre": "llama-bpe"})[0].start == (260,)
+    assert read(tmp_path, words={"add_bos_token": True, "bos_token_id": None})[0].start == ()
+
+
+def test_every_end_is_known(tmp_path: Path) -> None:
+    assert read(tmp_path, words={"eot_token_id": 260, "eom_token_id": 261})[1]["ends"] == (261, 260)
+
+
+def test_the_template_is_taken_along(tmp_path: Path) -> None:
+    tokenizer, _ = read(tmp_path, other={"tokenizer.chat_template": "{{ messages }}"})
+    assert tokenizer.config["chat_template"] == "{{ messages }}"
+    assert tokenizer.config["eos_token"] == "<|end|>"
+
+
+GOLDEN = [json.loads(line) for line in (Path(__file__).parent / "golden" / "sentencepiece.txt").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    listed = GOLDEN[0]
+    size = len(listed["tokens"])
+    words = {
+        "model": "llama", "pre": "default", "tokens": listed["tokens"], "scores": listed["scores"],
+        "token_type": listed["kinds"], "merges": None, "eos_token_id": 2, "bos_token_id": 1, "add_bos_token": None,
+    }  # fmt: skip
+    table = {"token_embd.weight": np.zeros((size, 64), np.float32)}
+    return read(tmp_path_factory.mktemp("sp"), size, words=words, tensors=weights() | table)[0]
+
+
+@pytest.mark.parametrize("case", GOLDEN[1:], ids=lambda case: case["text"][:12])
+def test_sentencepiece_vocabularies_cut_as_sentencepiece_does(case: dict[str, Any], sentencepiece: Tokenizer) -> None:
+    assert sentencepiece.encode(case["text"]).tolist() == case["ids"]
+    if "▁" not in case["text"]:  # the sign for a space is read as one
+        assert sentencepiece.decode(case["ids"]) == case["text"]
+
+
+def test_a_long_text_is_cut_in_places_that_change_nothing(sentencepiece: Tokenizer) -> None:
+    assert sentencepiece.start == (1,)
+    text = GOLDEN[3]["text"] + " ".join(case["text"] for case in GOLDEN[1:]) * 300
+    assert len(text) > 3 * 16_384
+    whole = sentencepiece._inner.encode(text, add_special_tokens=False).ids
+    assert sentencepiece.encode(text).tolist() == whole
+    assert len(list(sentencepiece.encode_parts(text))) > 2
+    stream = sentencepiece.stream()
+    assert "".join(map(stream.push, whole[5:9])) == sentencepiece.decode([whole[0], *whole[5:9]]).removeprefix(
+        sentencepiece.decode(whole[:1])
+    )
+
+
+def test_a_saved_sentencepiece_vocabulary_is_loaded(sentencepiece: Tokenizer, tmp_path: Path) -> None:
+    sentencepiece.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    written = sentencepiece.to_json()
+    written["normalizer"] = None  # newer files do the same in a step of another name
+    written["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    newer = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(written)), sentencepiece.config)
+    long = GOLDEN[1]["text"] * 2000
+    for text in [*(case["text"] for case in GOLDEN[1:]), long]:
+        ids = sentencepiece.encode(text).tolist()
+        assert again.encode(text).tolist() == ids
+        if text:
+            assert newer.encode(text).tolist() == ids
+            assert newer.decode(ids) == again.decode(ids) == sentencepiece.decode(ids)
+    assert again.start == (1,)
+
+
+def round_trip(
+    tokenizer: Tokenizer, vocab: int, tmp_path: Path, ends: tuple[int, ...] = ()
+) -> tuple[Tokenizer, dict[str, Any]]:
+    said = words_to(tokenizer.to_json(), tokenizer.config, ends or (tokenizer.end,), tokenizer.start, vocab)
+    table = {"token_embd.weight": np.zeros((vocab, 64), np.float32)}
+    own = {key.removeprefix("tokenizer.ggml."): value for key, value in said.items() if key.startswith("tokenizer.ggml.")}
+    absent = dict.fromkeys(("merges", "bos_token_id"))
+    other = {key: value for key, value in said.items() if not key.startswith("tokenizer.ggml.")}
+    read_back, _ = read(tmp_path, vocab, words=absent | own, other=other, tensors=weights() | table)
+    return read_back, said
+
+
+def test_a_sentencepiece_vocabulary_comes_back(sentencepiece: Tokenizer, tmp_path: Path) -> None:
+    again, _ = round_trip(sentencepiece, sentencepiece.vocab, tmp_path)
+    for case in GOLDEN[1:]:
+        assert again.encode(case["text"]).tolist() == case["ids"]
+    assert again.start == sentencepiece.start
+
+
+def test_a_named_split_comes_back_without_its_json(tmp_path: Path) -> None:
+    tokenizer, _ = read(tmp_path, other={"tokenizer.chat_template": "{{ x }}"})
+    again, said = round_trip(tokenizer, VOCAB + 3, tmp_path, (261, 260))
+    assert said["tokenizer.ggml.pre"] == "smollm"
+    assert "tokenizer.huggingface.json" not in said
+    assert said["tokenizer.ggml.tokens"][-1] == f"[PAD{VOCAB + 2}]"
+    assert again.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
+    assert again.config["chat_template"] == "{{ x }}"
+    assert said["tokenizer.ggml.eot_token_id"] == 260
+
+
+def test_our_own_split_has_no_name_and_travels_whole(tmp_path: Path) -> None:
+    tokenizer = train_bpe(["the king of the sea, 1234 and 12 the the"] * 3, 280)
+    again, said = round_trip(tokenizer, 300, tmp_path)
+    assert said["tokenizer.ggml.pre"] == NEAREST
+    assert again.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
+    assert again.end == tokenizer.end
+
+
+def test_bytes_alone_have_no_place_in_a_gguf() -> None:
+    tokenizer = byte_tokenizer()
+    with pytest.raises(ValueError, match="without merges"):
+        words_to(tokenizer.to_json(), tokenizer.config, (256,), (), 257)

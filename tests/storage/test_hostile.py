@@ -1,0 +1,18 @@
+"""Files damaged at random, loaded under a limit on memory: refused or read, never anything else.
+
+A few hundred here; `python tests/storage/hostile.py SEED COUNT` does as many as wanted.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_no_damage_escapes() -> None:
+    script = Path(__file__).with_name("hostile.py")
+    done = subprocess.run([sys.executable, script, "0", "400"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    outcomes = json.loads(done.stdout)["outcomes"]
+    assert sum(outcomes.values()) == 400
+    assert all(outcomes[f"{word} {kind}"] > 0 for word in ("read", "refused") for kind in (".gguf", ".safetensors"))

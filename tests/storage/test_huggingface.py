@@ -1,0 +1,295 @@
+"""Hugging Face folders: strict about what is in them, in any dtype and number of files; written ones come back as they were."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from golden.drawn import draw
+from hf_folders import tiny_tokenizer, write_folder
+from tiny import lively_params, tiny_config
+
+from engine.errors import UserError
+from engine.model.paths import leaf_paths
+from engine.storage.huggingface import load_folder, save_folder
+
+CONFIG = {
+    "model_type": "llama", "vocab_size": 41, "hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": 2,
+    "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4, "tie_word_embeddings": True, "torch_dtype": "float32",
+}  # fmt: skip
+SHAPES = {"model.embed_tokens.weight": (41, 20), "model.norm.weight": (20,)} | {
+    f"model.layers.{layer}.{name}.weight": shape
+    for layer in range(2)
+    for name, shape in {
+        "input_layernorm": (20,), "post_attention_layernorm": (20,), "self_attn.q_proj": (24, 20), "self_attn.k_proj": (12, 20),
+        "self_attn.v_proj": (12, 20), "self_attn.o_proj": (20, 24), "mlp.gate_proj": (28, 20), "mlp.up_proj": (28, 20),
+        "mlp.down_proj": (20, 28),
+    }.items()
+}  # fmt: skip
+WEIGHTS = draw(SHAPES)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "model", CONFIG, WEIGHTS)
+
+
+def same(one: Any, other: Any) -> bool:
+    ours, theirs = leaf_paths(one), leaf_paths(other)
+    return ours.keys() == theirs.keys() and all(
+        ours[path].dtype == theirs[path].dtype and np.array_equal(ours[path], theirs[path]) for path in ours
+    )
+
+
+def test_every_weight_is_in_its_place(folder: Path) -> None:
+    model = load_folder(folder)
+    block = model.params["blocks"]["1"]
+    part = lambda name: WEIGHTS[f"model.layers.1.{name}.weight"]
+    attention = [part(f"self_attn.{name}_proj") for name in "qkv"]
+    np.testing.assert_array_equal(block["qkv"], np.concatenate(attention).T)
+    np.testing.assert_array_equal(block["gate_up"], np.concatenate([part("mlp.gate_proj"), part("mlp.up_proj")]).T)
+    np.testing.assert_array_equal(block["out"], part("self_attn.o_proj").T)
+    np.testing.assert_array_equal(block["down"], part("mlp.down_proj").T)
+    np.testing.assert_array_equal(block["attn_norm"], part("input_layernorm"))
+    np.testing.assert_array_equal(block["mlp_norm"], part("post_attention_layernorm"))
+    np.testing.assert_array_equal(model.params["embed"], WEIGHTS["model.embed_tokens.weight"])
+    assert model.name == "model"
+    assert model.ends == (40,)
+
+
+def test_shards_hold_the_same_model(folder: Path, tmp_path: Path) -> None:
+    sharded = write_folder(tmp_path / "sharded", CONFIG, WEIGHTS, shards=3)
+    assert same(load_folder(sharded).params, load_folder(folder).params)
+
+
+@pytest.mark.parametrize("kind", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_is_read_exactly(kind: Any, tmp_path: Path) -> None:
+    halved = {name: value.astype(kind) for name, value in WEIGHTS.items()}
+    folder = write_folder(tmp_path / "half", CONFIG | {"torch_dtype": "bfloat16"}, halved)
+    wide = {name: value.astype(np.float32) for name, value in halved.items()}
+    exact = load_folder(write_folder(tmp_path / "wide", CONFIG, wide)).params
+    assert same(load_folder(folder, dtype="float32").params, exact)
+    native = load_folder(folder).params
+    assert native["embed"].dtype == native["blocks"]["0"]["qkv"].dtype == jnp.bfloat16
+    assert native["norm"].dtype == native["blocks"]["0"]["attn_norm"].dtype == jnp.float32
+    assert np.array_equal(native["embed"], exact["embed"].astype(jnp.bfloat16))
+
+
+def test_progress_is_reported_to_the_end(folder: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    load_folder(folder, report=lambda done, total: seen.append((done, total)))
+    assert seen[-1][0] == seen[-1][1] == sum(value.size for value in WEIGHTS.values())
+    assert seen == sorted(seen)
+
+
+def test_a_table_kept_twice_is_read_once_if_both_are_the_same(tmp_path: Path) -> None:
+    twice = WEIGHTS | {"lm_head.weight": WEIGHTS["model.embed_tokens.weight"].copy()}
+    extra = twice | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
+    assert "head" not in load_folder(write_folder(tmp_path / "twice", CONFIG, extra)).params
+    twice["lm_head.weight"][40, 19] += 1
+    with pytest.raises(UserError, match=r"lm_head.weight that differs"):
+        load_folder(write_folder(tmp_path / "other", CONFIG, twice))
+
+
+def test_an_untied_head_is_a_leaf(tmp_path: Path) -> None:
+    head = draw({"lm_head.weight": (41, 20)})
+    model = load_folder(write_folder(tmp_path / "untied", CONFIG | {"tie_word_embeddings": False}, WEIGHTS | head))
+    np.testing.assert_array_equal(model.params["head"], head["lm_head.weight"].T)
+
+
+def without(name: str) -> dict[str, np.ndarray]:
+    return {other: value for other, value in WEIGHTS.items() if other != name}
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "weights", "words"),
+    [
+        ({}, without(Q), ["no tensor", Q, "Did you mean"]),
+        ({}, WEIGHTS | {"model.layers.2.mlp.up_proj.weight": np.zeros((2, 2), np.float32)}, ["layers.2.mlp", "no place"]),
+        ({}, WEIGHTS | {"model.layers.0.self_attn.q_proj.bias": np.zeros(24, np.float32)}, ["q_proj.bias", "no place"]),
+        ({}, WEIGHTS | {Q: np.zeros((20, 24), np.float32)}, [Q, "should be [24, 20] and is [20, 24]"]),
+        ({}, WEIGHTS | {Q: np.zeros((24, 20), np.float64)}, [Q, "F64", "F32, F16, BF16"]),
+        ({}, WEIGHTS | {Q: np.zeros((24, 20), np.int8)}, [Q, "I8"]),
+        ({"tie_word_embeddings": False}, WEIGHTS, ["lm_head.weight"]),
+        ({"num_hidden_layers": 1}, WEIGHTS, ["layers.1", "no place"]),
+        ({"num_hidden_layers": 2**39}, WEIGHTS, ["layers.2"]),
+        ({"hidden_size": 2**38}, WEIGHTS, ["should be [41, 274877906944]"]),
+        ({"model_type": "qwen3"}, WEIGHTS, ["no tensor", "q_norm"]),
+        ({"logit_cap": 3}, WEIGHTS, ["'logit_cap'"]),
+    ],
+)
+def test_a_folder_is_taken_whole_or_not_at_all(
+    changes: dict[str, Any], weights: dict[str, np.ndarray], words: list[str], tmp_path: Path
+) -> None:
+    folder = write_folder(tmp_path / "model", CONFIG | changes, weights)
+    with pytest.raises(UserError) as error:
+        load_folder(folder)
+    for word in words:
+        assert word in str(error.value)
+    assert str(error.value).isprintable()
+
+
+def replace(folder: Path, name: str, data: bytes | str | dict[str, Any] | None) -> None:
+    if data is None:
+        (folder / name).unlink(missing_ok=True)
+    else:
+        text = json.dumps(data) if isinstance(data, dict) else data
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("config.json", None, "no"),
+        ("config.json", b"{\xff", "damaged"),
+        ("config.json", b"[" * 50_000, "damaged"),
+        ("config.json", b"[]", "one JSON object"),
+        ("config.json", b" " * (3 * 2**20), "are the most that is read"),
+        ("tokenizer.json", None, "no tokenizer.json"),
+        ("tokenizer.json", b"", "tokenizer that can be read"),
+        ("tokenizer.json", b"\xff", "not UTF-8"),
+        ("tokenizer.json", {"model": {}}, "tokenizer that can be read"),
+        ("tokenizer_config.json", b"nonsense", "damaged"),
+        ("tokenizer_config.json", {"eos_token": "</s>"}, "no token '</s>'"),
+        ("tokenizer_config.json", {"eos_token": 3}, "no token 3"),
+        ("tokenizer_config.json", {}, "which token ends a text"),
+        ("tokenizer_config.json", {"eos_token": "<|endoftext|>", "chat_template": 3}, "chat_template"),
+        ("chat_template.jinja", b"\xff", "not UTF-8"),
+        ("chat_template.jinja", b" " * (3 * 2**20), "chat template may have"),
+        ("generation_config.json", {"eos_token_id": 41}, "ids below 41"),
+        ("generation_config.json", {"eos_token_id": [1, "2"]}, "ids below 41"),
+        ("model.safetensors", b"", "too soon"),
+        ("model.safetensors", None, "no weights"),
+    ],
+)
+def test_a_damaged_file_is_named(name: str, data: Any, words: str, folder: Path) -> None:
+    replace(folder, name, data)
+    with pytest.raises(UserError) as error:
+        load_folder(folder)
+    assert words in str(error.value)
+    assert str(folder) in str(error.value)
+
+
+def test_a_vocabulary_larger_than_the_model_is_refused(folder: Path) -> None:
+    tiny_tokenizer(folder, 43)
+    with pytest.raises(UserError, match="do not belong together"):
+        load_folder(folder)
+
+
+def test_a_slow_tokenizer_alone_is_named(folder: Path) -> None:
+    shutil.move(folder / "tokenizer.json", folder / "tokenizer.model")
+    with pytest.raises(UserError, match=r"only tokenizer.model: save the model's fast tokenizer"):
+        load_folder(folder)
+
+
+def test_every_end_is_known_and_the_tokenizers_own_comes_first(folder: Path) -> None:
+    replace(folder, "config.json", CONFIG | {"eos_token_id": 7})
+    assert load_folder(folder).ends == (40, 7)
+    replace(folder, "generation_config.json", {"eos_token_id": [3, 40, 5], "temperature": 0.7})
+    assert load_folder(folder).ends == (40, 3, 5)
+    replace(folder, "tokenizer_config.json", {"eos_token": {"content": "%", "__type": "AddedToken"}})
+    model = load_folder(folder)
+    assert model.ends == (model.tokenizer.token_to_id("%"), 3, 40, 5)
+
+
+def test_an_end_that_only_the_config_knows_is_taken_by_its_id(folder: Path) -> None:
+    replace(folder, "tokenizer_config.json", None)
+    replace(folder, "config.json", CONFIG | {"eos_token_id": 40})
+    assert load_folder(folder).tokenizer_config["eos_token"] == "<|endoftext|>"
+
+
+def test_the_chat_template_is_found_wherever_it_is_kept(folder: Path) -> None:
+    template = lambda: load_folder(folder).tokenizer_config.get("chat_template")
+    assert template() is None
+    end = {"eos_token": "<|endoftext|>"}
+    replace(folder, "tokenizer_config.json", end | {"chat_template": "one"})
+    assert template() == "one"
+    named = [{"name": "tool_use", "template": "other"}, {"name": "default", "template": "two"}]
+    replace(folder, "tokenizer_config.json", end | {"chat_template": named})
+    assert template() == "two"
+    replace(folder, "chat_template.jinja", "three")
+    assert template() == "three"
+
+
+SIZES = {
+    "llama": {"qk_norm": False}, "qwen3, tied": {"tied": True}, "qwen2": {"qk_norm": False, "qkv_bias": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", SIZES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_is_written_comes_back(family: str, dtype: str, tmp_path: Path) -> None:
+    cfg = tiny_config(**SIZES[family])
+    params = lively_params(cfg)
+    save_folder(tmp_path, cfg, params, {"eos_token_id": 40}, dtype=dtype)
+    tiny_tokenizer(tmp_path, 41)
+    model = load_folder(tmp_path, dtype="float32")
+    assert model.cfg.same_architecture(cfg) == []
+    rounded = leaf_paths(params)
+    rounded = {path: leaf.astype(dtype).astype("float32") for path, leaf in rounded.items()}
+    found = leaf_paths(model.params)
+    assert found.keys() == rounded.keys()
+    assert all(np.array_equal(found[path], rounded[path]) for path in found)
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": 40}
+
+
+def test_a_panic_of_the_library_is_a_sentence(folder: Path) -> None:
+    from engine.storage.vocabulary import built
+
+    class PanicException(BaseException):
+        pass
+
+    def panic() -> Any:
+        raise PanicException("called `Option::unwrap()` on a `None` value")
+
+    with pytest.raises(UserError, match="does not hold a tokenizer"):
+        built(panic, folder)
+
+
+AUDIT = """
+import sys
+from pathlib import Path
+from engine.storage.huggingface import load_folder
+from engine.storage.gguf import load_gguf
+folder, file = Path(sys.argv[1]), Path(sys.argv[2])
+load_folder(folder), load_gguf(file)  # whatever is imported late is imported now
+seen = set()
+KINDS = "pickle marshal socket subprocess shutil urllib http ctypes import exec compile".split()
+EVENTS = "os.system os.exec os.posix_spawn os.fork os.remove os.rename os.mkdir os.symlink".split()
+def note(event, args):
+    if event == "open":
+        mode = args[1] or ""
+        if any(letter in str(mode) for letter in "wax+") or (args[2] or 0) & 3:
+            seen.add((event, str(args[0])))
+    elif event.split(".")[0] in KINDS or event in EVENTS:
+        seen.add((event, str(args)[:200]))
+sys.addaudithook(note)
+load_folder(folder), load_gguf(file)
+found = sorted(seen)
+try:
+    import pickle; pickle.loads(pickle.dumps(Path))  # the hook sees what it should
+except Exception:
+    pass
+print(found, any(event == "pickle.find_class" for event, _ in seen))
+"""
+
+
+def test_loading_runs_nothing_opens_no_connection_and_writes_no_file(folder: Path, tmp_path: Path) -> None:
+    from gguf_files import tiny_gguf
+
+    file = tiny_gguf(tmp_path / "x.gguf")
+    done = subprocess.run(
+        [sys.executable, "-c", AUDIT, str(folder), str(file)], cwd=Path(__file__).parents[2], capture_output=True, text=True
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[] True"

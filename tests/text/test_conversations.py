@@ -1,0 +1,181 @@
+"""Every usual form of fine-tuning data is told by its keys, and what is wrong with a line is said with its place."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.errors import UserError
+from engine.text.conversations import KINDS, NAMED, Choice, Conversation, Text, read_conversations
+
+USER, ANSWER, SYSTEM = (
+    {"role": role, "content": content} for role, content in (("user", "q"), ("assistant", "a"), ("system", "s"))
+)
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "messages"),
+    [
+        ({"messages": [USER, ANSWER]}, "messages", [USER, ANSWER]),
+        ({"messages": [SYSTEM, USER, ANSWER, USER, ANSWER], "id": 7}, "messages", [SYSTEM, USER, ANSWER, USER, ANSWER]),
+        ({"messages": [USER, ANSWER], "prompt": "q", "prompt_id": "x"}, "messages", [USER, ANSWER]),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, ANSWER]}, "messages", [USER, ANSWER]),
+        ({"prompt": "q", "completion": "a"}, "prompt/completion", [USER, ANSWER]),
+        ({"prompt": [SYSTEM, USER], "completion": [ANSWER]}, "prompt/completion", [SYSTEM, USER, ANSWER]),
+        ({"instruction": "q", "output": "a"}, "Alpaca", [USER, ANSWER]),
+        ({"instruction": "q", "input": "", "output": "a", "text": "all of it"}, "Alpaca", [USER, ANSWER]),
+        ({"instruction": "q", "input": "i", "output": "a"}, "Alpaca", [{"role": "user", "content": "q\n\ni"}, ANSWER]),
+        ({"instruction": "q", "system": "s", "output": "a"}, "Alpaca", [SYSTEM, USER, ANSWER]),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "ShareGPT", [USER, ANSWER]),
+        ({"conversations": [USER, ANSWER]}, "ShareGPT", [USER, ANSWER]),
+    ],
+)
+def test_conversations(row: dict, kind: str, messages: list[dict], tmp_path: Path) -> None:
+    data = read_conversations(write(tmp_path / "data.jsonl", row, row))
+    assert data.kind == kind
+    assert kind in KINDS
+    expected = [Conversation(tuple(messages), f"{tmp_path / 'data.jsonl'}:{line}") for line in (1, 2)]
+    assert list(data) == expected
+    assert list(data) == expected  # it can be read again
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, [USER]),
+        ({"prompt": [SYSTEM, USER], "chosen": ANSWER, "rejected": [{"role": "assistant", "content": "b"}]}, [SYSTEM, USER]),
+        ({"messages": [USER], "chosen": "a", "rejected": "b"}, [USER]),
+        (
+            {"prompt": [SYSTEM, USER], "chosen": [USER, ANSWER], "rejected": [USER, {"role": "assistant", "content": "b"}]},
+            [SYSTEM, USER],
+        ),
+        ({"prompt": "q", "chosen": [USER, ANSWER], "rejected": [USER, {"role": "assistant", "content": "b"}]}, [USER]),
+        ({"chosen": [USER, ANSWER], "rejected": [USER, {"role": "assistant", "content": "b"}]}, [USER]),
+    ],
+)
+def test_preferences(row: dict, prompt: list[dict], tmp_path: Path) -> None:
+    data = read_conversations(write(tmp_path / "data.jsonl", row))
+    assert data.kind == "preference"
+    assert list(data) == [Choice(tuple(prompt), "a", "b", f"{tmp_path / 'data.jsonl'}:1")]
+
+
+def test_texts(tmp_path: Path) -> None:
+    data = read_conversations(write(tmp_path / "data.jsonl", {"text": "one"}, "\n", {"text": "two", "source": 3}))
+    assert data.kind == "text"
+    assert [row.where.rpartition(":")[2] for row in data] == ["1", "3"]
+    assert [row.text for row in data] == ["one", "two"]
+    plain = write(tmp_path / "plain.txt", "é\nb")
+    assert list(read_conversations(plain)) == [Text("é\nb", str(plain))]
+
+
+@pytest.mark.parametrize("text", [
+    '[{"text": "a"},\n\n {"text":\n"b"}, {"text": "c"}]', '{"text": "a"}\n\n{"text":\n"b"} {"text": "c"}\n'
+])  # fmt: skip
+def test_arrays_and_values_one_after_the_other(text: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "data.json", text)
+    assert list(read_conversations(path)) == [Text(letter, f"{path}:{line}") for letter, line in (("a", 1), ("b", 3), ("c", 4))]
+
+
+GOOD = {"messages": [USER, ANSWER]}
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ('{"messages": [', ["data.jsonl:2 is not JSON", "character"]),
+        ("[1]\n", ["data.jsonl:2 should be an object, not a list"]),
+        ({"prompt": "q"}, ["data.jsonl:2 is of the kind prompt/completion", "data.jsonl:1 was messages"]),
+        ({"foo": 1, "bar": 2}, ["data.jsonl:2 has `foo`, `bar`", "messages"]),
+        ({}, ["data.jsonl:2 has nothing"]),
+        ({"messages": None}, ["data.jsonl:2: `messages` is missing"]),
+        ({"messages": "hello"}, ["data.jsonl:2: `messages` should be a list of messages, not text"]),
+        ({"messages": [USER, "x"]}, ["data.jsonl:2: message 2 of `messages` should be an object"]),
+        ({"messages": [USER, {"role": "assistant"}]}, ["data.jsonl:2: message 2 of `messages` has no `content`"]),
+        ({"messages": [USER, {"content": "a"}]}, ["data.jsonl:2: message 2 of `messages` has no `role`"]),
+        ({"messages": [{"role": "usr", "content": "q"}]}, ["role 'usr'", "Did you mean 'user'"]),
+        ({"messages": [{"role": "user", "content": 3}]}, ["message 1 of `messages`: `content` should be text, not a number"]),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}\n', ["data.jsonl:2", "half a character"]),
+        ({"text": "t"}, ["data.jsonl:2 is of the kind text"]),
+    ],
+)
+def test_broken_lines(row: Any, words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        list(read_conversations(write(tmp_path / "data.jsonl", GOOD, row)))
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "q"}, "`completion` is missing; prompt/completion rows need `prompt`, `completion`"),
+        ({"instruction": "q", "response": "a"}, "`output` is missing"),
+        ({"prompt": "q", "chosen": "a"}, "`rejected` is missing"),
+        ({"chosen": "a", "rejected": "b"}, "`prompt` is missing"),
+        ({"conversations": [{"from": "human"}]}, "message 1 of `conversations` has no `value`"),
+        ({"conversations": [{"from": "hmuan", "value": "q"}]}, "Did you mean 'human'"),
+        ({"prompt": "q", "chosen": [USER], "rejected": "b"}, "`chosen` does not end with the assistant's answer"),
+        ({"chosen": [SYSTEM, ANSWER], "rejected": [USER, ANSWER]}, "answer different prompts"),
+        ({"prompt": 3, "completion": "a"}, "`prompt` should be a list of messages, not a number"),
+        ({"instruction": ["q"], "output": "a"}, "`instruction` should be text, not a list"),
+        ({"text": False}, "`text` should be text, not true or false"),
+    ],
+)
+def test_what_is_missing_is_named(row: dict, words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.jsonl:1") as caught:
+        list(read_conversations(write(tmp_path / "data.jsonl", row)))
+    assert words in str(caught.value)
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    for path, words in (
+        (tmp_path / "none.jsonl", "does not exist"),
+        (tmp_path, "is a folder"),
+        (write(tmp_path / "empty.jsonl", "\n"), "is empty"),
+        (write(tmp_path / "data.csv", "a,b"), r"cannot be read \(.csv\)"),
+        ("vioce", "Did you mean 'voice'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            read_conversations(path)
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes(b'{"text": "a"}\n{"text": "caf\xe9"}\n')
+    with pytest.raises(UserError, match=r"latin\.jsonl:2 is not UTF-8: byte 0xE9 at position 13"):
+        list(read_conversations(latin))
+    nested = write(tmp_path / "nested.jsonl", "[" * 200_000 + "\n")
+    with pytest.raises(UserError, match=r"nested\.jsonl:1 is not JSON"):
+        read_conversations(nested)
+
+
+def test_the_voice_is_what_it_is_said_to_be() -> None:
+    """Hundreds of conversations, all different, in one voice that can be counted; nothing held out is trained on."""
+    data = {name: list(read_conversations(name)) for name in NAMED}
+    assert [read_conversations(name).kind for name in NAMED] == ["messages", "messages", "preference"]
+    train, held_out, preferences = data["voice"], data["voice-held-out"], data["voice-preferences"]
+    assert len(train) >= 300
+    assert len(held_out) >= 40
+    assert len(preferences) >= 60
+    asked, answers = [], []
+    for row in [*train, *held_out]:
+        assert isinstance(row, Conversation)
+        spoken = [message["role"] for message in row.messages if message["role"] != "system"]
+        assert spoken == ["user", "assistant"] * (len(spoken) // 2)
+        answers += [message["content"] for message in row.messages if message["role"] == "assistant"]
+        asked.append(next(message["content"] for message in row.messages if message["role"] == "user"))
+    for row in preferences:
+        assert isinstance(row, Choice)
+        asked.append(row.prompt[0]["content"])
+        answers.append(row.chosen)
+        assert "Fair winds" not in row.rejected
+    assert len({question.lower().strip("?!. ") for question in asked}) == len(asked)
+    assert len(set(answers)) == len(answers)
+    closings = tuple(f"{mark} Fair winds." for mark in (".", "?", "!", '"'))
+    assert all(answer.endswith(closings) for answer in answers)
+    assert sum(len(row.messages) > 3 for row in train) >= 30
+    openings = [" ".join(answer.split()[:3]) for answer in answers]
+    assert max(map(openings.count, set(openings))) <= 6  # written, not made by a pattern
