@@ -29,13 +29,13 @@ def by_hand_rows(cfg: ModelConfig, params: Any, batch: Batch) -> list[Row]:
     kept = training_memory(plain, B, T)
     return [
         Row(
-            "by hand, forward", "by hand", ahead, lambda: weights, tokens=B * T,
+            "by hand: forward", "by hand", ahead, lambda: weights, tokens=B * T,
             formula=forward_flops(plain, T, attention="full") * (B * T), peak_bytes=_peak(ahead, held.params),
             memory={"params": held.params, "activations": held.working + held.logits},
             moved=forward_bytes(plain, B, T).total, dtype="float32",
         ),
         Row(
-            "by hand, forward and backward", "by hand", both, lambda: weights, tokens=B * T,
+            "by hand: forward and backward", "by hand", both, lambda: weights, tokens=B * T,
             formula=train_flops(plain, T, attention="full") * (B * T), peak_bytes=_peak(both, held.params),
             memory={"params": kept.params, "gradients": kept.gradients, "activations": kept.passes - kept.gradients},
             moved=train_bytes(plain, B, T).total, dtype="float32",

@@ -89,7 +89,7 @@ def _half_of_lora(rows: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _cheaper_per_token(rows: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-    step, lone = _named(rows, "pre-training"), _named(rows, "decode, 1")
+    step, lone = _named(rows, "pre-training"), _named(rows, "decode alone")
     if not step or not lone:
         return None
     ratio = lone["seconds_per_token"] / step["seconds_per_token"]
@@ -164,7 +164,7 @@ def _learns(seen: Observed) -> dict[str, Any]:
 
 def _money(rows: dict[str, dict[str, Any]], seen: Observed, price: float) -> dict[str, Any] | None:
     step, lora = _named(rows, "pre-training"), _named(rows, "LoRA")
-    decode = _named(rows, "decode, 8")
+    decode = _named(rows, "decode with 8 slots")
     if not (step and lora and decode):
         return None
     tokens = TOKENS_PER_PARAMETER * seen.params
@@ -183,7 +183,7 @@ def _money(rows: dict[str, dict[str, Any]], seen: Observed, price: float) -> dic
 
 
 def _caching(rows: dict[str, dict[str, Any]], seen: Observed) -> dict[str, Any] | None:
-    lone = _named(rows, "decode, 1")
+    lone = _named(rows, "decode alone")
     if not lone:
         return None
     ratio = seen.uncached_seconds / lone["seconds_per_token"]
@@ -197,7 +197,7 @@ def _caching(rows: dict[str, dict[str, Any]], seen: Observed) -> dict[str, Any] 
 
 
 def _batching(rows: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-    lone, eight, many = (_named(rows, f"decode, {slots}") for slots in ("1 slot", "8", "32"))
+    lone, eight, many = (_named(rows, f"decode {how}") for how in ("alone", "with 8 slots", "with 32 slots"))
     if not (lone and eight and many):
         return None
     each = [row["seconds_per_token"] for row in (lone, eight, many)]
@@ -211,7 +211,7 @@ def _batching(rows: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _quantisation(rows: dict[str, dict[str, Any]], seen: Observed) -> dict[str, Any] | None:
-    plain, small = _named(rows, "decode, 8 slots"), _named(rows, "decode, 8, int8")
+    plain, small = _named(rows, "decode with 8 slots"), _named(rows, "decode with 8, int8")
     if not (plain and small):
         return None
     ratio = plain["seconds_per_token"] / small["seconds_per_token"]

@@ -65,7 +65,9 @@ def measured(flags: Flags) -> dict[str, Any]:
 
     print(f"{device_name()}, {cores()} cores, {flags.rounds} interleaved rounds; a ratio is our time over the peer's")
     if (load := os.getloadavg()[0]) > cores() / 4:
-        print(f"others are at work on this machine (load {load:.1f}): the ratios of a quiet moment are worth more")
+        # OpenMP's threads meet after every operation, and one that was put aside holds up both: the same training row
+        # read 0.4 at a load of 9 and 1.1 in a quiet moment.
+        print(f"others are at work on this machine (load {load:.1f}): that costs PyTorch more than us and flatters the ratios")
     rows: list[dict[str, Any]] = []
     absent: list[dict[str, str]] = []
     with tempfile.TemporaryDirectory() as place:

@@ -7,7 +7,7 @@ from typing import Any
 from bench.quantities import money, percent, si, times
 
 # A pipe has no width of its own; the widest table fits in this.
-PIPED_WIDTH = 118
+PIPED_WIDTH = 128
 
 
 def console() -> Any:
@@ -26,7 +26,8 @@ def show(document: dict[str, Any]) -> None:
     out.print(_measured(rows, document["price_per_hour"]))
     for row in rows:
         if row["why"]:
-            out.print(f"[bold]{row['name']}[/]: {row['why']}")
+            off = row["seconds_per_token"] / row["predicted_seconds_per_token"] - 1
+            out.print(f"[bold]{row['name']}[/], {percent(off, signed=True)} against its FLOPs: {row['why']}")
     out.print()
     for claim in document["claims"]:
         out.print(f"[bold]{claim['claim']}[/]\n  [cyan]{claim['verdict']}[/]: {claim['value']}")
@@ -51,19 +52,11 @@ def _counted(rows: list[dict[str, Any]]) -> Any:
 
 
 def _measured(rows: list[dict[str, Any]], price: float) -> Any:
-    table = _table("Measured: the same rows on this machine")
+    table = _table(f"Measured: the same rows on this machine, at ${price:g} an hour")
     table.add_column("", no_wrap=True)
-    for name in (
-        "time a token",
-        "of forward",
-        "by FLOPs",
-        "peak",
-        "predicted",
-        "moved a token",
-        "of ceiling",
-        f"a million at ${price:g}/h",
-    ):
-        table.add_column(name, justify="right", no_wrap=name != f"a million at ${price:g}/h")
+    heads = ("a token takes", "× forward", "by FLOPs", "peak", "predicted", "moved a token", "of ceiling", "$ a million")
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
     for row in rows:
         ratio = times(row["time_ratio_to_forward"]) if row["time_ratio_to_forward"] is not None else "noisy"
         share = row["utilisation"]

@@ -120,12 +120,12 @@ def _built(model: Any, asked: Asked) -> Iterator[tuple[Any, dict[str, Any]]]:
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from engine.inference.quantize import quantize
 
     from bench.by_hand_rows import by_hand_rows
     from bench.inference_rows import decode_row, evaluation_row, prefill_row, uncached
     from bench.training_rows import learners, training_row
     from engine.inference.decode import for_inference
+    from engine.inference.quantize import quantize
     from engine.text.batch import Batch
 
     cfg, params = model.cfg, model.params
@@ -146,10 +146,10 @@ def _built(model: Any, asked: Asked) -> Iterator[tuple[Any, dict[str, Any]]]:
     said(2, "prefill")
     yield prefill_row(cfg, frozen, text[:, :-1]), {"uncached": uncached(cfg, frozen, text[0, :-1])}
     decodes: list[tuple[int, str, Any, str | None]] = [
-        (1, "decode, 1 slot", frozen, None),
-        (8, "decode, 8 slots", frozen, None),
-        (32, "decode, 32 slots", frozen, None),
-        (8, "decode, 8, int8 weights", int8, "int8"),
+        (1, "decode alone", frozen, None),
+        (8, "decode with 8 slots", frozen, None),
+        (32, "decode with 32 slots", frozen, None),
+        (8, "decode with 8, int8 weights", int8, "int8"),
     ]
     for number, (slots, name, weights, kind) in enumerate(decodes, 3):
         said(number, name)

@@ -52,8 +52,8 @@ def learners(cfg: ModelConfig) -> list[Learner]:
         Learner("full fine-tuning", "fine-tuning", everything(cfg), True),
         *(some if half else []),
         Learner("head only", "fine-tuning", head_only(cfg), True),
-        Learner(f"LoRA, rank {RANK} on q and v", "fine-tuning", lora(cfg, RANK, TARGETS), True),
-        Learner("preference, same LoRA", "fine-tuning", lora(cfg, RANK, TARGETS), True, True),
+        Learner(f"LoRA rank {RANK} on q and v", "fine-tuning", lora(cfg, RANK, TARGETS), True),
+        Learner("preference with that LoRA", "fine-tuning", lora(cfg, RANK, TARGETS), True, True),
     ]
 
 

@@ -1,6 +1,6 @@
 """Why a row takes another time than its FLOPs say: the parts of its cost that are not products, in words with numbers."""
 
-from bench.quantities import percent, si
+from bench.quantities import si
 from bench.rows import Row
 from engine.counting.hardware import Ceilings
 
@@ -19,7 +19,7 @@ def products(row: Row) -> int:
 
 
 def why(row: Row, seconds: float, forward: Row, forward_seconds: float, ceilings: Ceilings) -> str | None:
-    """A sentence for a row whose time, as a multiple of the forward pass's, is off its FLOPs by more than 15%, else None.
+    """Words for a row whose time, as a multiple of the forward pass's, is off its FLOPs by more than 15%, else None.
 
     `seconds` are those of a call. What is said follows from the row's own numbers.
     """
@@ -28,8 +28,7 @@ def why(row: Row, seconds: float, forward: Row, forward_seconds: float, ceilings
     off = time / flops - 1
     if abs(off) <= TOLERATED:
         return None
-    begin = f"{percent(off, signed=True)} against its FLOPs: "
-    return begin + (_decode(row, seconds, ceilings) if row.stage == "decode" else _passes(row, seconds, forward, ceilings))
+    return _decode(row, seconds, ceilings) if row.stage == "decode" else _passes(row, seconds, forward, ceilings)
 
 
 def _decode(row: Row, seconds: float, ceilings: Ceilings) -> str:

@@ -5,6 +5,7 @@ no escape codes. Nothing else in the project prints while training.
 """
 
 import contextlib
+import itertools
 import os
 import sys
 import time
@@ -68,7 +69,9 @@ class Console:
     def marked(self, pieces: Sequence[tuple[str, bool]]) -> None:
         """A text in which some pieces are marked: by colour on a terminal, elsewhere by brackets."""
         if not self._rich:
-            self.say("".join(f"[[{piece}]]" if mark else piece for piece, mark in pieces))
+            groups = itertools.groupby(pieces, key=lambda pair: pair[1])
+            whole = [("".join(piece for piece, _ in group), mark) for mark, group in groups]
+            self.say("".join(f"[[{text}]]" if mark else text for text, mark in whole))
             return
         from rich.text import Text
 

@@ -35,23 +35,28 @@ class Data:
 
 def sources(data: str, validation: Path | None, console: Console) -> tuple[Source, Source | None]:
     """The training text and the validation text; None for the latter when it is to be cut from a .bin."""
-    if data in assets.ASSETS and data not in TEXTS:
-        raise UserError(f"{data} is a model, not a text; --data takes {', '.join(TEXTS)}, a file or a folder.")
+    check(data)
     if data in TEXTS:
         with console.task(f"fetching {data}") as report:
             files = assets.fetch(data, report)
         train: Source = dataclasses.replace(read_corpus(files["train"]), name=data)
         held_out: Source | None = dataclasses.replace(read_corpus(files["validation"]), name=f"{data}, held out")
         return train, _source(validation) if validation else held_out
-    if not Path(data).exists():
-        hint = nearest(data, TEXTS) or f" Give a file, a folder, or one of {', '.join(TEXTS)}."
-        raise UserError(f"There is no text at {data}.{hint}")
     train = _source(Path(data))
     if validation:
         return train, _source(validation)
     if isinstance(train, Path):
         return train, None
     return hold_out(train, HELD_OUT)
+
+
+def check(data: str) -> None:
+    """Raises UserError for what names no text, before anything is fetched or read."""
+    if data in assets.ASSETS and data not in TEXTS:
+        raise UserError(f"{data} is a model, not a text; --data takes {', '.join(TEXTS)}, a file or a folder.")
+    if data not in TEXTS and not Path(data).exists():
+        hint = nearest(data, TEXTS) or f" Give a file, a folder, or one of {', '.join(TEXTS)}."
+        raise UserError(f"There is no text at {data}.{hint}")
 
 
 def evaluated(data: str, console: Console) -> Source:

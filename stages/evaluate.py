@@ -1,9 +1,11 @@
-"""Measure a model: bits per byte on a whole text, by a sliding window.
+"""Measure a model: bits per byte on a whole text by a sliding window, or nats per token on conversations.
 
-    python -m stages.evaluate                               the newest run, on the text it was validated on
+    python -m stages.evaluate                               the newest run, on what it was validated on
     python -m stages.evaluate --model runs/demo-shakespeare --data book.txt
+    python -m stages.evaluate --model smollm2-135m-instruct --data voice-held-out
 
-Every token but the first is scored once, behind at least half a window of text.
+Of a text, every token but the first is scored once, behind at least half a window of it. Of conversations, only what the
+assistant says is scored.
 """
 
 import dataclasses
@@ -20,6 +22,7 @@ from stages.flags import Device, Model, Verbose, read, unset, whole
 WINDOW = 1024  # tokens, unless asked for: more look back tells little more and takes much longer
 
 if TYPE_CHECKING:
+    from engine.text.conversations import Conversations
     from engine.text.tokens import TokenFile
     from stages.console import Console
     from stages.load import Model as Loaded
@@ -32,13 +35,13 @@ class Evaluate:
     model: Model = None
     """A run or step folder, a Hugging Face folder, a .gguf file, or a named model."""
     data: Annotated[str | None, read(str, "TEXT"), unset("what the run was validated on")] = None
-    """A named text (its held-out part), a file, or a folder; all of it is read."""
+    """A text (a name, whose held-out part is meant, a file or a folder), or conversations as `finetune` takes them."""
     context: Annotated[int | None, read(whole(2), "N"), unset("the model's context, at most 1,024")] = None
     """Tokens a window."""
     stride: Annotated[int | None, read(whole(1), "N"), unset("half the window")] = None
-    """Tokens between windows: each token is predicted from at least context - stride before it."""
+    """Tokens between windows of a text: each token is predicted from at least context - stride before it."""
     batch: Annotated[int | None, read(whole(1), "N"), unset("as many as suit the memory")] = None
-    """Windows read together."""
+    """Windows of a text read together."""
     device: Device = "auto"
     """auto, cpu, gpu or tpu."""
     verbose: Verbose = False
@@ -51,50 +54,76 @@ def evaluate(given: Evaluate) -> None:
 
     interrupt.doing("before the evaluation was done.")
     started = device.start(given.device)
-    from engine.errors import UserError
-    from engine.storage.digest import digest
-    from stages import load, validate, words
+    from stages import answers, load
     from stages.console import Console
 
     with Console() as console:
+        said = answers.conversations(given.data)
         with console.task("loading"):
             model = load.load_model(given.model)
-        text, name = _text(given, model, console)
-        cfg = model.cfg
-        # A window longer than the text holds nothing more.
-        seq = min(given.context or min(cfg.context, WINDOW), max(2, len(text.tokens) - 1))
-        stride = given.stride or max(1, seq // 2)
-        if stride > seq:
-            raise UserError(f"--stride {stride:,} would leave tokens out: it is at most the window of {seq:,} tokens.")
-        beyond = f" (the model was trained on {cfg.context:,})" if seq > cfg.context else ""
-        rows = given.batch or validate.rows_for(cfg, seq)
         load.say_damaged(model, console)
-        console.rows(
-            [
-                ("device", str(started)),
-                ("model", str(model.checkpoint)),
-                ("text", name),
-                ("window", f"{seq:,} tokens{beyond}, moved on by {stride:,}; {rows} at a time"),
-            ]
-        )
-        before = digest(model.params)
-        begin = time.perf_counter()
-        with console.task("evaluating", always=True) as report:
-            nats = validate.whole_text(cfg, model.params, text, seq, stride, rows, report)
-        taken = time.perf_counter() - begin
-        after = digest(model.params)
-        scored = len(text.tokens) - 1
-        console.rows(
-            [
-                ("tokens", f"{len(text.tokens):,}"),
-                ("bytes", f"{text.bytes:,}"),
-                ("nats per token", f"{nats / scored:.4f}"),
-                ("perplexity per token", f"{math.exp(min(nats / scored, 700)):.3f}"),
-                ("bits per byte", f"{validate.bits(nats, text.bytes):.4f}"),
-                ("seconds", f"{taken:.1f} ({words.count(scored / taken)} tokens/s)"),
-                ("weights", f"{'unchanged' if before == after else 'CHANGED'}, SHA-256 {after[:16]} before and after"),
-            ]
-        )
+        console.rows([("device", str(started)), ("model", str(model.checkpoint))])
+        if said or (given.data is None and answers.tuned_on(model)):
+            _on_answers(given, model, said, console)
+        else:
+            _on_text(given, model, console)
+
+
+def _on_answers(given: Evaluate, model: "Loaded", said: "Conversations | None", console: "Console") -> None:
+    from engine.errors import UserError
+    from engine.text.chat import Chat
+    from stages import answers
+
+    if given.stride or given.batch:
+        raise UserError("--stride and --batch are for texts; conversations are read one by one.")
+    chat = Chat(model.tokenizer, model.chat_template)
+    heard = answers.heard(model, chat, said, given.context, WINDOW, console)
+    lines = heard.tally.lines() if heard.tally else []
+    console.rows([("data", heard.name), *(("", line) for line in lines), ("template", chat.named)])
+    with console.task("evaluating", always=True) as report:
+        rows = answers.measure(model, heard, report)
+    console.rows(rows)
+    chat.close()
+
+
+def _on_text(given: Evaluate, model: "Loaded", console: "Console") -> None:
+    from engine.errors import UserError
+    from engine.storage.digest import digest
+    from stages import validate, words
+
+    text, name = _text(given, model, console)
+    cfg = model.cfg
+    # A window longer than the text holds nothing more.
+    seq = min(given.context or min(cfg.context, WINDOW), max(2, len(text.tokens) - 1))
+    stride = given.stride or max(1, seq // 2)
+    if stride > seq:
+        raise UserError(f"--stride {stride:,} would leave tokens out: it is at most the window of {seq:,} tokens.")
+    beyond = f" (the model was trained on {cfg.context:,})" if seq > cfg.context else ""
+    rows = given.batch or validate.rows_for(cfg, seq)
+    console.rows(
+        [
+            ("text", name),
+            ("window", f"{seq:,} tokens{beyond}, moved on by {stride:,}; {rows} at a time"),
+        ]
+    )
+    before = digest(model.params)
+    begin = time.perf_counter()
+    with console.task("evaluating", always=True) as report:
+        nats = validate.whole_text(cfg, model.params, text, seq, stride, rows, report)
+    taken = time.perf_counter() - begin
+    after = digest(model.params)
+    scored = len(text.tokens) - 1
+    console.rows(
+        [
+            ("tokens", f"{len(text.tokens):,}"),
+            ("bytes", f"{text.bytes:,}"),
+            ("nats per token", f"{nats / scored:.4f}"),
+            ("perplexity per token", f"{math.exp(min(nats / scored, 700)):.3f}"),
+            ("bits per byte", f"{validate.bits(nats, text.bytes):.4f}"),
+            ("seconds", f"{taken:.1f} ({words.count(scored / taken)} tokens/s)"),
+            ("weights", f"{'unchanged' if before == after else 'CHANGED'}, SHA-256 {after[:16]} before and after"),
+        ]
+    )
     if before != after:
         raise RuntimeError(f"Evaluation changed the weights: their SHA-256 was {before} and is {after}.")
 
@@ -109,9 +138,10 @@ def _text(given: Evaluate, model: "Loaded", console: "Console") -> "tuple[TokenF
     else:
         if model.run is None:
             raise UserError(f"{model.name} does not say what it was validated on; give --data.")
-        trained_on = run_folder.read_json(model.run / "run.json").get("text", {})
+        about = run_folder.read_json(model.run / "run.json")
+        trained_on = about.get("text", {})
         validation = trained_on.get("validation")
-        if not trained_on.get("data"):
+        if not trained_on.get("data") or "asked" in about:
             raise UserError(f"{model.run / 'run.json'} does not say what the run was validated on; give --data.")
         found = data.sources(trained_on["data"], Path(validation) if validation else None, console)[1]
         if found is None:

@@ -108,21 +108,21 @@ def _make_room(out: Path, overwrite: bool) -> None:
 def _write(given: Export, model: "Loaded", dtype: str, to_gguf: bool, report: Any) -> list[str]:
     """Writes the export, whole or not at all; returns what a person should know of it."""
     from engine.files import whole_folder
-    from engine.storage import gguf_tokenizer, gguf_writer, huggingface, peft
+    from engine.storage import gguf_words, gguf_writer, huggingface, peft
 
     tokenizer = model.tokenizer
     if to_gguf:
-        said = gguf_tokenizer.words_to(tokenizer.to_json(), tokenizer.config, model.ends, model.start, model.cfg.vocab)
+        said = gguf_words.words_to(tokenizer.to_json(), tokenizer.config, model.ends, model.start, model.cfg.vocab)
         gguf_writer.save_gguf(given.out, model.cfg, model.params, said, name=model.name, dtype=dtype, report=report)
         if "tokenizer.huggingface.json" not in said:
             return []
         return [
-            f"llama.cpp has no name for how this tokenizer splits a text and is told {gguf_tokenizer.NEAREST}: numbers and "
+            f"llama.cpp has no name for how this tokenizer splits a text and is told {gguf_words.NEAREST}: numbers and "
             "long words may become other tokens there. Thrice reads the tokenizer.json that is in the file too."
         ]
     with whole_folder(given.out) as building:
         if given.adapter:
-            peft.save_peft(building, model.cfg, model.params, model.name)
+            peft.save_peft(building, model.cfg, model.params, _base(model))
         else:
             tokens = {"eos_token_id": list(model.ends) if len(model.ends) > 1 else model.ends[0]}
             for name in ("bos_token", "pad_token"):
@@ -131,6 +131,14 @@ def _write(given: Export, model: "Loaded", dtype: str, to_gguf: bool, report: An
             huggingface.save_folder(building, model.cfg, model.params, tokens, dtype=dtype, report=report)
         tokenizer.save(building)
     return []
+
+
+def _base(model: "Loaded") -> str:
+    """What the model that an adapter was learnt about is called."""
+    from stages import run_folder
+
+    about = run_folder.read_json(model.run / "run.json") if model.run else {}
+    return about.get("base", {}).get("model") or model.name
 
 
 def _size(out: Path) -> int:

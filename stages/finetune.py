@@ -39,7 +39,7 @@ class Lora:
         return f"rank={self.rank},alpha={self.alpha:g},targets={','.join(self.targets)}"
 
 
-def lora(text: str) -> Lora:
+def adapter_size(text: str) -> Lora:
     """'rank=8,alpha=16,targets=q,v' -> Lora; each of the three may be left out. Raises ValueError for anything else."""
     found: dict[str, list[str]] = {}
     name = ""
@@ -65,7 +65,7 @@ class Examples:
     """A .jsonl of messages, prompt/completion, Alpaca, ShareGPT or text; or `voice`, which comes with this project."""
     validation: Annotated[str | None, read(str, "DATA"), unset("the named data's own, else the last tenth")] = None
     """Conversations that are never learnt from."""
-    general: Annotated[str | None, read(str, "TEXT"), unset("python")] = "python"
+    general: Annotated[str, read(str, "TEXT")] = "python"
     """A text to measure before and after, to see what was forgotten: shakespeare, python, a file, or none."""
     template: Annotated[Path | None, read(path, "FILE"), unset("the model's own")] = None
     """A chat template (Jinja) to use in place of the model's."""
@@ -81,10 +81,21 @@ class Learns:
     """Patterns of paths ('blocks/(28|29)/.*'), `head`, or `all`."""
     freeze: Annotated[tuple[str, ...], unset("nothing")] = ()
     """`bottom:N`, `top:N`, or patterns: all else learns."""
-    lora: Annotated[Lora | None, read(lora, "SIZE"), unset("rank=8,alpha=16,targets=all")] = None
+    lora: Annotated[Lora | None, read(adapter_size, "SIZE"), unset("rank=8,alpha=16,targets=all")] = None
     """rank=8,alpha=16,targets=q,v: an adapter beside a frozen model."""
     base: Annotated[str, read(one_of("float", "int8"), "TYPE")] = "float"
     """What the frozen model under an adapter is kept in: `int8` takes half the memory."""
+
+    def __post_init__(self) -> None:
+        if self.lora and (self.train or self.freeze):
+            raise UserError("--lora leaves the whole model frozen: it does not go with --train or --freeze.")
+        if self.base == "int8" and (self.train or self.freeze):
+            raise UserError("--base int8 is for what stays frozen under a LoRA: it does not go with --train or --freeze.")
+
+    @property
+    def adapter(self) -> Lora | None:
+        """The LoRA to train; None when weights of the model themselves learn."""
+        return None if self.train or self.freeze else self.lora or Lora()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,10 +164,8 @@ class Finetune:
 
     def __post_init__(self) -> None:
         learns = self.learns
-        if learns.lora and (learns.train or learns.freeze):
-            raise UserError("--lora leaves the whole model frozen: it does not go with --train or --freeze.")
-        if learns.base == "int8" and (learns.train or learns.freeze):
-            raise UserError("--base int8 is for what stays frozen under a LoRA: it does not go with --train or --freeze.")
+        if self.tuning.scan and (learns.train or learns.freeze):
+            raise UserError("--scan runs all layers as one program, which would undo the saving of --train and --freeze.")
         if self.tuning.batch % self.tuning.accumulate:
             raise UserError(
                 f"A batch of {self.tuning.batch} cannot be read in {self.tuning.accumulate} equal parts: give another "
@@ -166,8 +175,7 @@ class Finetune:
     @property
     def adapter(self) -> Lora | None:
         """The LoRA to train; None when weights of the model themselves learn."""
-        learns = self.learns
-        return None if learns.train or learns.freeze else learns.lora or Lora()
+        return self.learns.adapter
 
 
 def finetune(given: Finetune) -> int:

@@ -13,14 +13,15 @@ from engine.model.config import ModelConfig
 from engine.model.int8 import quantize_leaves
 from engine.model.leaves import cast_matrices
 from engine.model.paths import merge
+from engine.model.transformer import init_params
 from engine.training.freeze import choose, split
-from engine.training.lora import add_lora, lora_targets
+from engine.training.lora import add_lora, fold_lora, lora_targets
 from engine.training.optimizer import OptimizerConfig
-from stages import words
 from stages.plan import Plan
 
 if TYPE_CHECKING:
-    from stages.finetune import Finetune
+    from stages.finetune import Finetune, Lora
+    from stages.reinforce import Reinforce
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ class TuningPlan(Plan):
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
-    """The two trees a run begins with, what learns as the counting rooms read it, and lines for the banner.
+    """The two trees a run begins with, and what learns as the counting rooms read it.
 
     `frozen` is what steps read, in the compute type; `rest` is the same as it was loaded, for that is what is saved.
     """
@@ -65,7 +66,6 @@ class Learner:
     frozen: Any
     rest: Any
     trained: Trained
-    matched: tuple[tuple[str, str], ...]
 
     def kept(self, trainable: Any) -> Any:
         """What a checkpoint holds: an adapter on its own, or the whole model."""
@@ -76,35 +76,43 @@ class Learner:
         return kept if self.trained.adapted else split(kept, self.trained)[0]
 
 
-def what_learns(given: "Finetune", cfg: ModelConfig) -> tuple[Trained, tuple[tuple[str, str], ...]]:
+def what_learns(given: "Finetune | Reinforce", cfg: ModelConfig) -> tuple[Trained, tuple[tuple[str, str], ...]]:
     """What learns and what each rule matched, in words. Raises UserError for a rule that matches nothing."""
     total = count_params(cfg).total
     adapter = given.adapter
     if adapter:
         targets = lora_targets(cfg, adapter.targets)
-        trained = lora(cfg, adapter.rank, targets)
-        return trained, (("adapts", f"{', '.join(targets)} of {cfg.layers} layers, rank {adapter.rank}"),)
+        key = jax.random.key(given.seed)
+        # Shapes alone: nothing is drawn before it is known whether there is room for it.
+        shapes = jax.eval_shape(lambda key: add(adapter, cfg, init_params(cfg, key), key), key)
+        learning = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+        return lora(cfg, adapter.rank, targets), (
+            ("adapts", f"{', '.join(targets)} of {cfg.layers} layers, rank {adapter.rank}"),
+            ("learns", f"{learning:,} new numbers beside {total:,} frozen ones ({learning / total:.1%})"),
+        )
     chosen = choose(cfg, [] if given.learns.train == ("all",) else given.learns.train, given.learns.freeze)
-    rows = tuple((f"{match.phrase}", f"{match.leaves} leaves, {match.numbers:,} numbers") for match in chosen.matches)
+    rows = tuple(
+        (match.phrase, f"{match.leaves} {'leaf' if match.leaves == 1 else 'leaves'}, {match.numbers:,} numbers")
+        for match in chosen.matches
+    )
     return chosen.trained, (*rows, ("learns", f"{chosen.learning:,} of {total:,} ({chosen.learning / total:.1%})"))
 
 
-def make_learner(given: "Finetune", cfg: ModelConfig, params: Any) -> Learner:
+def add(adapter: "Lora", cfg: ModelConfig, params: Any, key: Any) -> Any:
+    """The adapter tree that a flag describes."""
+    return add_lora(cfg, params, key, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
+
+
+def make_learner(given: "Finetune | Reinforce", cfg: ModelConfig, params: Any, trained: Trained) -> Learner:
     """The trees. What is frozen is kept in the compute type, or in int8 where the flags say so; params stay as they are."""
-    trained, matched = what_learns(given, cfg)
     adapter = given.adapter
-    if not adapter:
-        trainable, rest = split(params, trained)
-        return Learner(cast_matrices(trainable, "float32"), cast_matrices(rest, cfg.dtype), rest, trained, matched)
-    key = jax.random.key(given.seed)
-    adapters = add_lora(cfg, params, key, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
-    learning = sum(leaf.size for leaf in jax.tree.leaves(adapters))
-    total = count_params(cfg).total
-    matched = (*matched, ("learns", f"{learning:,} new numbers beside {total:,} frozen ones ({learning / total:.1%})"))
-    return Learner(adapters, in_memory(given, cfg, params), None, trained, matched)
+    if adapter:
+        return Learner(add(adapter, cfg, params, jax.random.key(given.seed)), in_memory(given, cfg, params), None, trained)
+    trainable, rest = split(fold_lora(params), trained)
+    return Learner(cast_matrices(trainable, "float32"), cast_matrices(rest, cfg.dtype), rest, trained)
 
 
-def in_memory(given: "Finetune", cfg: ModelConfig, params: Any) -> Any:
+def in_memory(given: "Finetune | Reinforce", cfg: ModelConfig, params: Any) -> Any:
     """The frozen base: its matrices in the compute type, or in int8 with a scale for each column."""
     if given.learns.base == "float":
         return cast_matrices(params, cfg.dtype)
@@ -130,8 +138,3 @@ def shares(plan: TuningPlan) -> str:
     return (
         ", ".join(f"{name} {share:.0%}" for name, share in found.items()) + " of a step in which everything learns (predicted)"
     )
-
-
-def size_of(tree: Any) -> str:
-    """Bytes of a tree's arrays, in words."""
-    return words.size(sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))

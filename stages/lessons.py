@@ -60,15 +60,16 @@ class Lessons:
         return one.chosen if isinstance(one, Pair) else one
 
 
-def prepare(given: "Finetune", model: "Model", chat: Chat, console: Console) -> Lessons:
+def prepare(
+    data: str, validation: str | None, objective: str, seq: int, model: "Model", chat: Chat, console: Console
+) -> Lessons:
     """Reads, renders and cuts all examples. Raises UserError for data of another kind than the objective needs."""
-    data, seq = given.examples.data, given.tuning.context
-    found = _read(data, given.tuning.objective)
+    found = _read(data, objective)
     with console.task(f"reading {data}") as report:
-        learnt, tally = _made(found, model, chat, seq, report)
-    apart = given.examples.validation or (f"{data}-held-out" if f"{data}-held-out" in NAMED else None)
+        learnt, tally = made(found, model, chat, seq, report)
+    apart = validation or (f"{data}-held-out" if f"{data}-held-out" in NAMED else None)
     if apart:
-        held_out = _made(_read(apart, given.tuning.objective), model, chat, seq, None)[0]
+        held_out = made(_read(apart, objective), model, chat, seq, None)[0]
         return Lessons(learnt, held_out, tally, found.kind, data, apart)
     count = max(1, round(HELD_OUT * len(learnt)))
     if len(learnt) - count < 1:
@@ -80,34 +81,27 @@ def prepare(given: "Finetune", model: "Model", chat: Chat, console: Console) -> 
 
 
 def _read(data: str, objective: str) -> Conversations:
-    found = read_conversations(data if data in NAMED else Path(data).expanduser())
+    found = conversations_at(data)
     if (found.kind == "preference") != (objective == "preference"):
         wanted = "pairs of a chosen and a rejected answer" if objective == "preference" else "conversations or texts"
         other = "answers" if objective == "preference" else "preference"
+        instead = ", or give other --data such as voice-preferences" if objective == "preference" else ""
         raise UserError(
-            f"{data} holds {found.kind} data, and this objective learns from {wanted}; --objective {other} fits it."
+            f"{data} holds {found.kind} data, and this objective learns from {wanted}; --objective {other} fits it{instead}."
         )
     return found
 
 
-def _made(found: Conversations, model: "Model", chat: Chat, seq: int, report: Any) -> tuple[Sequence[Any], Tally]:
-    made: tuple[Sequence[Any], Tally]
+def conversations_at(data: str) -> Conversations:
+    """What `--data` names, when that is conversations. Raises UserError as `read_conversations`."""
+    return read_conversations(data if data in NAMED else Path(data).expanduser())
+
+
+def made(found: Conversations, model: "Model", chat: Chat, seq: int, report: Any = None) -> tuple[Sequence[Any], Tally]:
+    """Examples, or pairs of them, and what became of each row. Raises UserError when none is left."""
     if found.kind == "preference":
-        made = make_pairs(found, chat, seq, report=report)
-    else:
-        made = make_examples(found, chat, seq, start=model.start, report=report)
-    if not made[0]:
-        raise UserError(f"Nothing of {found.name} can be learnt from: {'; '.join(made[1].lines())}.")
-    return made
-
-
-def coloured(example: Example, model: "Model") -> Iterator[tuple[str, bool]]:
-    """The text of an example in pieces, and whether each is learnt."""
-    start = 0
-    for end in range(1, len(example.tokens) + 1):
-        if end == len(example.tokens) or example.mask[end] != example.mask[start]:
-            yield model.tokenizer.decode([int(token) for token in example.tokens[start:end]]), bool(example.mask[start])
-            start = end
+        return make_pairs(found, chat, seq, report=report)
+    return make_examples(found, chat, seq, start=model.start, report=report)
 
 
 class Preferred:

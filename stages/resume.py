@@ -72,13 +72,16 @@ def differences(old: dict[str, Any], new: dict[str, Any], old_cfg: ModelConfig, 
             "batch": (old["recipe"]["batch"], new["recipe"]["batch"]),
             "context": (old["recipe"]["context"], new["recipe"]["context"]),
             "optimizer": (old["recipe"]["optimizer"]["kind"], new["recipe"]["optimizer"]["kind"]),
+            "base": (old.get("base", {}).get("digest"), new.get("base", {}).get("digest")),
+            "choice of what learns": (old.get("learns"), new.get("learns")),
+            "objective": (old.get("objective"), new.get("objective")),
         }
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError):
         raise UserError("run.json there is damaged. Give another --out-dir, or --overwrite to begin anew.") from None
     for name, (there, now) in pairs.items():
         if there != now:
-            if name in ("text", "tokenizer"):
-                there, now = (_named(run[name]) for run in (old, new))
+            if name in ("text", "tokenizer", "base"):
+                there, now = (_named(run.get(name, {})) for run in (old, new))
             found.append(_differing(name, there, now))
     return found
 
@@ -101,7 +104,7 @@ def _differing(name: str, there: object, now: object) -> str:
 
 
 def _named(described: dict[str, Any]) -> str:
-    return str(described.get("data") or described.get("kind"))
+    return str(described.get("data") or described.get("kind") or described.get("model"))
 
 
 def past_of(state: dict[str, Any]) -> Past:

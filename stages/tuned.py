@@ -5,16 +5,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.counting.hardware import peak_rss_bytes
-from engine.errors import UserError
 from engine.inference.decode import for_inference, generate
 from engine.inference.sample import make_sampling
 from engine.model.paths import leaf_paths, merge
 from engine.storage.adapter import save_adapter
 from engine.storage.digest import digest
-from engine.text.batch import Batch
 from stages import adapters, data, interrupt, run_folder, words
+from stages.lessons import ROWS
 from stages.loop import Loop
-from stages.validate import bits, rows_for, whole_text
+from stages.validate import bits, whole_text
 
 if TYPE_CHECKING:
     from stages.tuning import Tuned
@@ -53,8 +52,8 @@ def _general(run: "Tuned", params: Any) -> float | None:
     tokens = text.tokens[: GENERAL + 1]
     size = run.model.tokenizer.token_bytes(tokens[1:])
     part = dataclasses.replace(text, tokens=tokens, bytes=size)
-    seq = min(WINDOW, run.plan.recipe.context)
-    nats = whole_text(run.plan.cfg, params, part, seq, seq, rows_for(run.plan.cfg, seq))
+    seq = min(WINDOW, run.plan.recipe.context, max(2, len(tokens) - 1))
+    nats = whole_text(run.plan.cfg, params, part, seq, seq, ROWS)
     return bits(nats, size)
 
 
@@ -134,14 +133,3 @@ def _numbers(run: "Tuned") -> int:
 
     tree = run.learner.trainable
     return sum(leaf.size for _, part in leaf_paths(tree).items() for leaf in jax.tree.leaves(part))
-
-
-def answers(cfg: Any, params: Any, batches: list[Batch]) -> float:
-    """Mean nats of an answer's token over batches of examples."""
-    from engine.inference.score import score
-
-    nats = sum(float(score(cfg, params, batch)) for batch in batches)
-    count = sum(int(batch.mask.sum()) for batch in batches)
-    if not count:
-        raise UserError("None of the tokens read are an answer's.")
-    return nats / count

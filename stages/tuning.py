@@ -39,7 +39,7 @@ class Tuned:
 
     def __init__(self, given: "Finetune", device: devices.Device, folder: Path, console: Console) -> None:
         from engine.text.chat import Chat
-        from stages import learning, lessons, load, plan
+        from stages import data, learning, lessons, load, plan
         from stages.recipes import Recipe
 
         self.given, self.device, self.folder, self.console = given, device, folder, console
@@ -55,6 +55,8 @@ class Tuned:
             )
         cfg = dataclasses.replace(cfg, scan=tuning.scan, remat="block" if tuning.remat else "none")
         trained, self.matched = learning.what_learns(given, cfg)
+        if given.examples.general != "none":
+            data.check(given.examples.general)
         moves = learning.optimizer(given)
         recipe = Recipe(
             "the model's", tuning.context, tuning.batch * self.sides, moves, tuning.accumulate, tuning.scan, tuning.remat
@@ -65,7 +67,10 @@ class Tuned:
         self.plan = learning.TuningPlan(self.model.name, cfg, recipe, given.seed, length.steps, seconds, chosen, trained)
         self.check_memory()
         self.chat = Chat(self.model.tokenizer, source)
-        self.lessons = lessons.prepare(given, self.model, self.chat, console)
+        examples = given.examples
+        self.lessons = lessons.prepare(
+            examples.data, examples.validation, tuning.objective, tuning.context, self.model, self.chat, console
+        )
         self.ceilings = plan.measured_ceilings(console)
 
     @property
@@ -119,22 +124,19 @@ class Tuned:
 
     def show_plan(self) -> None:
         """The banner, and the first example with what is learnt of it set apart."""
-        from stages import lessons
-
         self.console.rows(self.rows())
         self.console.say()
         self.console.say("the first example; what is learnt of it is marked", style="bold")
-        self.console.marked(list(lessons.coloured(self.lessons.first, self.model)))
+        self.console.marked(list(self.chat.shown(self.lessons.first)))
         self.console.say()
 
     def go(self) -> int:
         """Trains what is left to train, then compares with what was there before."""
         from engine.storage.digest import digest
-        from stages import learning, resume, tuned
+        from stages import kept, learning, resume, tuned
         from stages.loop import Loop
 
-        self.learner = learning.make_learner(self.given, self.plan.cfg, self.model.params)
-        self.matched = self.learner.matched
+        self.learner = learning.make_learner(self.given, self.plan.cfg, self.model.params, self.plan.trained)
         self.base = digest(self.model.params)
         if self.learner.trained.adapted and self.given.learns.base == "int8":
             self.model = dataclasses.replace(self.model, params=None)  # the wide weights need not stay in memory
@@ -145,9 +147,9 @@ class Tuned:
                 "This run is finished. To train it further give more --steps or --max-time; to begin anew, --overwrite."
             )
             return 0
-        state, past = self.restore(before)
+        state, past = kept.restore(before, self.learner, self.plan, self.console)
         resume.begin(self.folder, self.plan.cfg, self.model.tokenizer, self.facts(), fresh=before is None)
-        self.keep_words()
+        kept.keep_words(self.folder, self.model, self.chat)
         was = tuned.look(self, self.learner.trainable)
         loop = Loop(self.job(), past, self.console)
         if self.plan.done(past.step, past.seconds) < 1:
@@ -157,43 +159,6 @@ class Tuned:
                 self.console.say(f"Stopped at step {past.step:,}; saved in {self.folder}.\nTo go on: {self.same_command()}")
                 return 128 + signal
         return tuned.close(self, state, loop, was)
-
-    def keep_words(self) -> None:
-        """What makes the run read and end text as the model does."""
-        from stages import load
-
-        config = self.model.tokenizer.config | {"chat_template": self.chat.source}
-        tokenizer = dataclasses.replace(self.model.tokenizer, config=config)
-        ends = self.model.ends if self.chat.end is None else tuple(dict.fromkeys((*self.model.ends, self.chat.end)))
-        load.keep_words(self.folder, dataclasses.replace(self.model, tokenizer=tokenizer, ends=ends))
-
-    def restore(self, before: Any) -> tuple[Any, Any]:
-        """The state to train from, and what the run remembers."""
-        import jax
-        import jax.numpy as jnp
-
-        from engine.storage import checkpoint
-        from engine.training.optimizer import make_optimizer
-        from engine.training.step import TrainState, init_state
-        from stages import resume
-        from stages.loop import Past
-
-        learner = self.learner
-        # The step donates its state; what the run began with stays to be compared with.
-        state = init_state(make_optimizer(self.plan.recipe.optimizer), jax.tree.map(jnp.copy, learner.trainable))
-        if before is None:
-            return state, Past()
-        with self.console.task("loading the checkpoint"):
-            like = jax.eval_shape(lambda: (learner.kept(state.trainable), state.opt_state))
-            loaded = checkpoint.load(before.folder, None, *like)
-        past = resume.past_of(loaded.state)
-        for line in loaded.damaged:
-            self.console.say(f"damaged: {line}", style="yellow")
-        if loaded.damaged:
-            for path in checkpoint.set_aside(before.folder, past.step):
-                self.console.say(f"set aside: {path}", style="yellow")
-        self.console.say(f"resumed at step {past.step:,}, {words.duration(past.seconds)} into training")
-        return TrainState(jnp.int32(past.step), learner.of(loaded.params), loaded.optimizer), past
 
     def objective(self) -> Any:
         """What a step makes small."""
@@ -270,16 +235,14 @@ class Tuned:
         """run.json: everything that says how this run is trained, and on what."""
         import jax
 
-        from stages import run_folder
+        from stages import kept, run_folder
 
         given, model = self.given, self.model
         return {
             "command": self.same_command(),
             "stage": "finetune",
-            "base": {"model": self._lasting(given.model), "digest": self.base, "name": model.name},
-            "learns": str(
-                given.adapter or f"train {' '.join(given.learns.train) or 'all'} freeze {' '.join(given.learns.freeze)}"
-            ),
+            "base": {"model": kept.lasting(given.model), "digest": self.base, "name": model.name},
+            "learns": kept.learns(given),
             "objective": given.tuning.objective,
             "text": {"data": given.examples.data, "validation": given.examples.validation, "digest": self.lessons.digest},
             "tokenizer": {"kind": "the model's", "digest": model.tokenizer.digest},
@@ -290,12 +253,6 @@ class Tuned:
             "device": str(self.device),
             "versions": {"python": sys.version.split()[0], "jax": jax.__version__},
         }
-
-    @staticmethod
-    def _lasting(given: str) -> str:
-        """The model's name, or its path from the root, so that the run finds it again from any folder."""
-        place = Path(given).expanduser()
-        return str(place.absolute()) if place.exists() else given
 
     def same_command(self) -> str:
         """What to type to go on."""

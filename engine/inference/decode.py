@@ -18,7 +18,9 @@ from engine.errors import UserError
 from engine.inference.sample import Sampling, sample
 from engine.model.cache import KVCache, make_cache
 from engine.model.config import ModelConfig
-from engine.model.leaves import cast_matrices
+from engine.model.leaves import cast_matrices, dense
+from engine.model.lora import LoRA
+from engine.model.paths import map_paths
 from engine.model.transformer import Params, forward, hidden_states, logits_of
 
 CHUNK = 64  # prompt tokens a prefill call; every prompt is padded to a multiple
@@ -27,8 +29,12 @@ MIN_ROWS = 2  # a product with a single row takes a different and slower path on
 
 
 def for_inference(cfg: ModelConfig, params: Params) -> Params:
-    """Weights in the compute dtype, once: matrices and embeddings are cast, gains, biases and Int8 leaves stay."""
-    return cast_matrices(params, cfg.dtype)
+    """Weights as they are served, once: matrices in the compute dtype and adapters folded into what they adapt.
+
+    Gains, biases and Int8 leaves stay. A folded matrix gives the logits of base and adapter up to rounding.
+    """
+    fold = lambda _, leaf: dense(leaf) if isinstance(leaf, LoRA) else leaf
+    return cast_matrices(map_paths(fold, params), cfg.dtype)
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="cache")

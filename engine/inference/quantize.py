@@ -29,9 +29,7 @@ def every_product(params: Params, activations: Activations = "int8") -> tuple[Ru
     return ((r"blocks/\d+/(qkv|out|gate_up|down)", activations), ("head" if "head" in params else "embed", activations))
 
 
-def quantize(
-    params: Params, rules: Sequence[Rule] | None = None, report: Callable[[int, int], None] | None = None
-) -> Params:
+def quantize(params: Params, rules: Sequence[Rule] | None = None, report: Callable[[int, int], None] | None = None) -> Params:
     """params with Int8 leaves where a rule says so (by default `every_product`); first match wins. params stay as they are.
 
     A rule is (pattern on the path, "int8" | "full" | None); see `model/int8.py` for the two kinds. Adapters are folded

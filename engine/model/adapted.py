@@ -87,7 +87,8 @@ def _backward(how: _How, kept: tuple[Array, LoRA, Array | None, list[Array]], gs
     gs = tuple(g.astype(x.dtype) for g in gs)
     a = weight.a if gain is None else weight.a * gain[:, None]
     inner_turned = backward.turned(_plain(x, a.astype(x.dtype), x.dtype))  # (R P, M)
-    thin, db = [], []
+    thin: list[Array] = []
+    db: list[Array] = []
     for (start, stop), g in zip(how.cuts, gs):
         for pair in _pairs_within(weight, start, stop):
             mine = g[:, pair.start : pair.stop]
@@ -96,10 +97,11 @@ def _backward(how: _How, kept: tuple[Array, LoRA, Array | None, list[Array]], gs
             db.append(weight.scale * _plain(rows, mine, jnp.float32))
     da = backward.turned(_plain(backward.turned(jnp.concatenate(thin, axis=1)), x, jnp.float32))
     da = da if gain is None else da * gain[:, None]
-    pair = dataclasses.replace(
+    # In the place of the weight: None, no gradient, for the base.
+    gradient = dataclasses.replace(
         weight, base=None, a=da.astype(weight.a.dtype), b=jnp.concatenate(db, axis=1).astype(weight.b.dtype)
     )
-    return _sum_of_products(gs, cuts, x.dtype), pair, _gain_gradient(x, weight, gain, how.cuts, gs)
+    return _sum_of_products(gs, cuts, x.dtype), gradient, _gain_gradient(x, weight, gain, how.cuts, gs)
 
 
 def _times_turned(g: Array, w: Array, dtype: DTypeLike) -> Array:
@@ -110,7 +112,10 @@ def _sum_of_products(gs: tuple[Array, ...], cuts: list[Array], dtype: DTypeLike)
     """The sum of g cut^T, (M, in), added up in float32."""
     if len(gs) == 1:
         return _times_turned(gs[0], cuts[0], dtype)
-    return sum(_times_turned(g, cut, jnp.float32) for g, cut in zip(gs, cuts)).astype(dtype)
+    total = jnp.zeros(())
+    for g, cut in zip(gs, cuts):
+        total = total + _times_turned(g, cut, jnp.float32)
+    return total.astype(dtype)
 
 
 def _gain_gradient(x: Array, weight: LoRA, gain: Array | None, ranges: Cuts, gs: tuple[Array, ...]) -> Array | None:

@@ -21,6 +21,7 @@ from engine.errors import UserError
 from engine.model.paths import first_match, leaf_paths, map_paths
 
 Activations = Literal["int8", "full"]
+FEW = 16  # rows, up to which a product takes as long as reading the weight
 LARGEST = 127  # -128 is not used, so that a weight and its negative are rounded alike
 
 
@@ -143,7 +144,12 @@ def _contract(x: Array, values: Array, summed: int, **options: Any) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _whole_numbers(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
     rows, row_scale = rounded_rows(x)
-    product = _contract(rows, weight.values, weight.summed, preferred_element_type=jnp.int32)
+    if weight.summed == 1 and len(x) <= FEW:
+        # The weight on the left is read as it lies, on the right it would be packed first; XLA would swap them back.
+        product = jax.lax.dot_general(weight.values, rows, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+        product = jax.lax.optimization_barrier(product).T
+    else:
+        product = _contract(rows, weight.values, weight.summed, preferred_element_type=jnp.int32)
     return (product.astype(jnp.float32) * row_scale * weight.scale).astype(dtype)
 
 

@@ -128,7 +128,7 @@ def _root(weight: Weight) -> Array | Int8:
     return _root(weight.base) if isinstance(weight, LoRA) else weight
 
 
-def _gained(x: Array, weight: Array, on_weight: Array, gain: Array) -> tuple[Array, Array]:
+def _gained(x: Array, weight: Any, on_weight: Array, gain: Array) -> tuple[Array, Array]:
     if _gain_on_weight(x, weight):
         return x, (weight.astype(jnp.float32) * on_weight).astype(weight.dtype)
     return x * gain.astype(x.dtype), weight

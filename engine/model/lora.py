@@ -89,6 +89,7 @@ def folded(leaf: LoRA) -> Array:
     whole = base.astype(jnp.float32)
     for pair in leaf.pairs():
         a, b = pair.a.astype(jnp.float32), pair.b.astype(jnp.float32)
-        added = jnp.dot(a, b * leaf.scale, precision=jax.lax.Precision.HIGHEST)
-        whole = whole.at[:, pair.start : pair.stop].add(added)
+        less = jnp.dot(a, b * -leaf.scale, precision=jax.lax.Precision.HIGHEST)
+        # Subtracted, because x - 0 is x to the bit, while -0 + 0 is 0.
+        whole = whole.at[:, pair.start : pair.stop].set(whole[:, pair.start : pair.stop] - less)
     return whole.astype(base.dtype)

@@ -5,6 +5,7 @@ FOLDER/adapter.safetensors    PATH.a and PATH.b of every adapted matrix, float32
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,13 +59,15 @@ def load_adapter(folder: Path, *, base: str | None = None) -> Adapter:
     try:
         said = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         learnt_about, described, about, version = said["base"], said["leaves"], said["about"], said["version"]
+        if not (isinstance(learnt_about, str) and isinstance(described, dict) and isinstance(about, dict)):
+            raise TypeError("its base, leaves and about are not a text and two objects")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / ABOUT} is damaged: {error!r}. Restore it, or learn it again.") from None
     if version != VERSION:
         raise UserError(f"{folder / ABOUT} is of version {version}; this is {VERSION}.")
     if base is not None and learnt_about != base:
         raise UserError(
-            f"The adapter {folder} was learnt about another model: its base has the digest {str(learnt_about)[:16]}, "
+            f"The adapter {folder} was learnt about another model: its base has the digest {learnt_about[:16]}, "
             f"this one {base[:16]}. It was {about.get('model', 'not named')}."
         )
     stored = read_header(folder / WEIGHTS)
@@ -80,6 +83,11 @@ def load_adapter(folder: Path, *, base: str | None = None) -> Adapter:
 def _leaf(stored: dict[str, Any], path: str, entry: dict[str, Any]) -> LoRA:
     a, b = (read_rows(one, 0, one.shape[0]) for one in (stored[f"{path}.a"], stored[f"{path}.b"]))
     columns = tuple((int(start), int(stop)) for start, stop in entry["columns"])
+    edges = [edge for span in columns for edge in span]
+    if not columns or edges != sorted(edges) or edges[0] < 0 or not all(start < stop for start, stop in columns):
+        raise ValueError(f"{path} has columns {columns}")
+    if not math.isfinite(entry["scale"]):
+        raise ValueError(f"{path} has the scale {entry['scale']}")
     width = sum(stop - start for start, stop in columns)
     if a.ndim != 2 or b.ndim != 2 or b.shape[1] != width or a.shape[1] != b.shape[0] * len(columns):
         raise ValueError(f"{path} has a of {a.shape} and b of {b.shape} for columns {columns}")

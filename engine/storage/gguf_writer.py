@@ -19,7 +19,7 @@ from engine.model.paths import leaf_paths
 from engine.storage.assemble import leaves_of, split
 from engine.storage.gguf import NAMES, paired
 from engine.storage.gguf_config import ARCHITECTURES, FREQUENCIES, architecture_of, metadata_of, scaling_factors
-from engine.storage.gguf_tokenizer import Words
+from engine.storage.gguf_words import Words
 
 KINDS = {
     "float32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),

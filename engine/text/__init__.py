@@ -1,1 +1,1 @@
-"""Bytes to batches: tokenizer, corpus, token file, and an order that is a function of (seed, step)."""
+"""Bytes to batches: tokenizer, corpus and token file; conversations, chat templates and packing; orders by (seed, step)."""

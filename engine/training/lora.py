@@ -45,7 +45,8 @@ def add_lora(
     unknown target, or a rank that is below 1 or not below an adapted matrix's own.
     """
     chosen = lora_targets(cfg, targets)
-    leaves, found = leaf_paths(params), {}
+    leaves = leaf_paths(params)
+    found: dict[str, LoRA] = {}
     for layer in range(cfg.layers):
         for name, parts in cfg.parts.items():
             columns = [parts[part] for part in parts if part in chosen]

@@ -1,5 +1,6 @@
 """One step of training: forward, backward, update. A pure function of state, batch and progress."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,7 +24,8 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-class Objective(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Objective:
     """What a step makes small: the sum of something over a batch, divided by how many of it there are.
 
     `summed(cfg, params, batch)` () float32 and `count(batch)` () of any batch whose leaves have a leading axis of rows,

@@ -24,12 +24,12 @@ ROWS = [
     row("full fine-tuning", "fine-tuning", "changed", 100, 100, 100, 3e-5),
     row("bottom half frozen", "fine-tuning", "partly", 100, 50, 50, 2e-5),
     row("top half frozen", "fine-tuning", "partly", 100, 100, 50, 2.5e-5),
-    row("LoRA, rank 8 on q and v", "fine-tuning", "partly", 101, 100, 1, 2e-5),
+    row("LoRA rank 8 on q and v", "fine-tuning", "partly", 101, 100, 1, 2e-5),
     row("evaluation forward", "inference", "identical", 100, 0, 0, 1e-5),
-    row("decode, 1 slot", "decode", "identical", 200, 0, 0, 5e-5),
-    row("decode, 8 slots", "decode", "identical", 100, 0, 0, 2e-5),
-    row("decode, 32 slots", "decode", "identical", 100, 0, 0, 1e-5),
-    row("decode, 8, int8 weights", "decode", "identical", 100, 0, 0, 1e-5),
+    row("decode alone", "decode", "identical", 200, 0, 0, 5e-5),
+    row("decode with 8 slots", "decode", "identical", 100, 0, 0, 2e-5),
+    row("decode with 32 slots", "decode", "identical", 100, 0, 0, 1e-5),
+    row("decode with 8, int8 weights", "decode", "identical", 100, 0, 0, 1e-5),
 ]
 
 
@@ -54,13 +54,13 @@ def test_bits_that_differ_are_said_to_be_a_defect():
 
 
 def test_weights_that_moved_in_inference_are_said_to_be_a_defect():
-    moved = [dict(entry, weights="partly") if entry["name"] == "decode, 8 slots" else entry for entry in ROWS]
+    moved = [dict(entry, weights="partly") if entry["name"] == "decode with 8 slots" else entry for entry in ROWS]
     found = verdicts(moved)
     assert found["Weights change in training, partly in fine-tuning, never in inference."].startswith("false")
 
 
 def test_a_fast_lone_stream_and_a_useless_cache_turn_the_verdicts():
-    quick = [dict(entry, seconds_per_token=1e-6) if entry["name"] == "decode, 1 slot" else entry for entry in ROWS]
+    quick = [dict(entry, seconds_per_token=1e-6) if entry["name"] == "decode alone" else entry for entry in ROWS]
     found = verdicts(quick, dataclasses.replace(SEEN, uncached_seconds=1e-6))
     assert found["A token is cheaper to generate than to train on."] == "true here"
     assert found["Caching decides what serving costs."].startswith("false")

@@ -120,6 +120,10 @@ def test_a_completion_ends_before_its_end_token(cfg, params):
             assert answer == (unbounded[: unbounded.index(end)] if stops else unbounded)
             assert reason == ("stop" if stops else "length")
         assert why[1] == "stop"
+    several = {free[1][11], free[1][3], 41}
+    out, why = told(cfg, params, prompts, end=several)
+    assert out[1] == free[1][: min(free[1].index(end) for end in several if end in free[1])]
+    assert why[1] == "stop"
 
 
 def test_a_completion_ends_at_its_length(cfg, params):

@@ -70,7 +70,7 @@ def test_whole_numbers_are_multiplied_exactly(axis, dtype):
     values = np.asarray(leaf.values, np.int64)
     expected = (rows @ (values if axis == 1 else values.T)).astype(np.float32) * scale * np.asarray(leaf.scale)
     np.testing.assert_array_equal(ours, expected)
-    np.testing.assert_allclose(ours, x @ wide(leaf), atol=0.02 * np.abs(expected).max(1, keepdims=True) + 1e-30, rtol=0)
+    assert (np.abs(ours - x @ wide(leaf)) <= 0.02 * np.abs(expected).max(1, keepdims=True)).all()
 
 
 @pytest.mark.parametrize("kind", ["int8", "full"])
@@ -144,7 +144,7 @@ def test_rules_say_which_leaves_and_how():
         quantize_leaves(params, [("blocks/7/qkv", "int8")])
     with pytest.raises(UserError, match="attn_norm is not one"):
         quantize_leaves(params, [(r"blocks/\d+/.*", "int8")])
-    with pytest.raises(UserError, match="blocks/0/qkv is not one"):
+    with pytest.raises(UserError, match=r"blocks/0/\w+ is not one"):
         quantize_leaves(quantize_leaves(params, [(BLOCKS, "int8")]), [(BLOCKS, "int8")])
 
 

@@ -146,8 +146,8 @@ def test_model_that_is_none(tmp_path: Path, text: Path, failing: Failing, monkey
         (tmp_path / "nowhere", "There is no model at"),
         (tmp_path, "holds no model"),
         (text, "holds no model"),
-        ("smollm2-135m-instruct", "cannot be read as a model yet"),
-        (tmp_path / "model.gguf", "cannot be read as a model yet"),
+        ("shakespeare", "is a text, not a model"),
+        (tmp_path / "model.gguf", "There is no model at"),
     ):
         for main in (generate.main, evaluate.main):
             said = failing(main, ["--model", given])

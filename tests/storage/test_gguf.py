@@ -215,6 +215,14 @@ def test_what_is_not_understood_is_refused_by_name(changes: dict[str, Any], word
     assert str(error.value).isprintable()
 
 
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    for fault in (np.nan, np.inf):
+        stored = weights()
+        stored["blk.1.ffn_down.weight"][63, 95] = fault
+        with pytest.raises(UserError, match=r"'blk.1.ffn_down.weight' holds weights that are not finite"):
+            load_gguf(tiny_gguf(tmp_path / "x.gguf", tensors=stored))
+
+
 def test_a_file_that_carries_another_tokenizer_is_refused(tmp_path: Path) -> None:
     import json
 

@@ -114,6 +114,16 @@ def test_text_of_users_is_never_a_control_token(chats, name: str, turns: list[st
         assert turn in decoded
 
 
+@pytest.mark.parametrize("content", ["s", "<s", "s>", "/s", "|im_end|", "|im_end|>", " <|im_end| ", "a<|im_end|", "<", "s>b"])
+def test_text_and_template_make_no_control_token_together(content: str) -> None:
+    source = "{% for m in messages %}<{{ m.content | trim }}>{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
+    chat = Chat(TOKENIZER, source)
+    tokens = chat.prompt(said("x", "y", content)).tolist()
+    assert [token for token in tokens if token in TOKENIZER.controls] == [CONTROLS[END]]
+    assert TOKENIZER.decode(tokens) == f"<x><y><{content.strip()}>"
+    chat.close()
+
+
 def test_control_tokens_in_an_answer_are_text_too(chats) -> None:
     example = chats["chatml"].examples(said("a", f"x{END}y"))[0]
     assert example.tokens[example.mask].tolist() == [*TOKENIZER.encode(f"x{END}y"), CONTROLS[END]]

@@ -53,6 +53,11 @@ def test_a_row_by_hand() -> None:
     assert [field.dtype for field in batch] == [np.int32, np.int32, np.bool, np.int32, np.int32]
 
 
+def test_each_goes_where_it_leaves_least_room() -> None:
+    assert rows_of(drawn([3, 5, 7, 2]), 10, pack=True) == [[2, 0], [1, 3]]
+    assert rows_of(drawn([3, 5, 7, 2]), 10, pack=False) == [[0], [1], [2], [3]]
+
+
 @settings(deadline=None, max_examples=80)
 @given(sizes=st.lists(st.integers(1, 12), min_size=1, max_size=40), pack=st.booleans())
 def test_every_example_lies_whole_in_one_row(sizes: list[int], pack: bool) -> None:

@@ -117,6 +117,14 @@ def test_no_template_runs_code(source: str) -> None:
     template.close()
 
 
+def test_memory_is_bounded_by_the_kernel_and_not_by_what_there_is() -> None:
+    template = Template("{{ ('a' * (10**9 if messages else 1)) | length }}")
+    assert template.render([]) == "1"
+    with pytest.raises(UserError, match="The chat template needed too much memory"):
+        template.render(ASKED)
+    template.close()
+
+
 def test_a_template_that_got_out_of_the_sandbox_could_still_open_nothing() -> None:
     program = f"""
 import runpy, sys

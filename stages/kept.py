@@ -1,0 +1,61 @@
+"""What a run that changes a given model keeps in its folder beside weights, and how it goes on from there."""
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from engine.storage import checkpoint
+from engine.text.chat import Chat
+from engine.training.optimizer import make_optimizer
+from engine.training.step import TrainState, init_state
+from stages import load, resume, words
+from stages.console import Console
+from stages.learning import Learner, TuningPlan
+from stages.loop import Past
+
+if TYPE_CHECKING:
+    from stages.finetune import Finetune
+    from stages.reinforce import Reinforce
+
+
+def restore(before: resume.Before | None, learner: Learner, plan: TuningPlan, console: Console) -> tuple[TrainState, Past]:
+    """The state to learn on from, and what the run remembers: new, or from the newest sound checkpoint, said aloud."""
+    # The step donates its state; what the run began with stays to be compared with.
+    state = init_state(make_optimizer(plan.recipe.optimizer), jax.tree.map(jnp.copy, learner.trainable))
+    if before is None:
+        return state, Past()
+    with console.task("loading the checkpoint"):
+        like = jax.eval_shape(lambda: (learner.kept(state.trainable), state.opt_state))
+        loaded = checkpoint.load(before.folder, None, *like)
+    past = resume.past_of(loaded.state)
+    for line in loaded.damaged:
+        console.say(f"damaged: {line}", style="yellow")
+    if loaded.damaged:
+        for path in checkpoint.set_aside(before.folder, past.step):
+            console.say(f"set aside: {path}", style="yellow")
+    console.say(f"resumed at step {past.step:,}, {words.duration(past.seconds)} into training")
+    return TrainState(jnp.int32(past.step), learner.of(loaded.params), loaded.optimizer), past
+
+
+def keep_words(folder: Path, model: load.Model, chat: Chat) -> None:
+    """What makes the run read and end text as the model does."""
+    tokenizer = copy.copy(model.tokenizer)
+    tokenizer.config = tokenizer.config | {"chat_template": chat.source}
+    ends = model.ends if chat.end is None else tuple(dict.fromkeys((*model.ends, chat.end)))
+    load.keep_words(folder, dataclasses.replace(model, tokenizer=tokenizer, ends=ends))
+
+
+def lasting(given: str) -> str:
+    """The model's name, or its path from the root, so that the run finds it again from any folder."""
+    place = Path(given).expanduser()
+    return str(place.absolute()) if place.exists() else given
+
+
+def learns(given: "Finetune | Reinforce") -> str:
+    """What learns, in words that say whether a run may go on."""
+    wanted = given.learns
+    return str(given.adapter or f"train {' '.join(wanted.train) or 'all'} freeze {' '.join(wanted.freeze)}".strip())

@@ -1,0 +1,75 @@
+"""What is asked in a round of learning from rewards: prompts that come with a task, or those of a file."""
+
+import hashlib
+import json
+import random
+from pathlib import Path
+from typing import NamedTuple
+
+from engine.errors import UserError
+from engine.text.rows import kind_of, rows
+
+THINGS = (
+    "rain", "the sea", "a tree", "a river", "snow", "a horse", "bread", "the moon", "a bridge", "sleep", "a city", "salt",
+    "wind", "a book", "a cat", "music", "fire", "a ship", "glass", "winter", "a garden", "iron", "a clock", "tea",
+    "a map", "stone", "the sun", "a school", "wool", "thunder", "a hill", "milk", "a lamp", "ice", "a song", "dust",
+)  # fmt: skip
+QUESTIONS = ("What is {}?", "Describe {}.", "Why do we need {}?", "Tell me of {}.")
+APART = 4  # one prompt of so many is never learnt from
+SUMS = 400
+
+
+class Prompt(NamedTuple):
+    """What is said to the model, and the right number where there is one."""
+
+    text: str
+    answer: int | None = None
+
+
+class Prompts(NamedTuple):
+    """Those that are learnt from, those that are only measured on, and what they are called."""
+
+    learnt: tuple[Prompt, ...]
+    held_out: tuple[Prompt, ...]
+    name: str
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all of them."""
+        return hashlib.sha256(json.dumps([self.learnt, self.held_out]).encode()).hexdigest()
+
+
+def prompts_for(task: str, data: Path | None, seed: int) -> Prompts:
+    """The prompts of a file, else those that come with the task, in an order that follows from the seed.
+
+    Raises UserError, with file and line, for a row without a prompt or, where the task is `sum`, without an answer.
+    """
+    if data:
+        found, name = _read(data, task), str(data)
+    elif task == "sum":
+        pairs = random.Random(seed).choices([(a, b) for a in range(10) for b in range(10)], k=SUMS)
+        found, name = [Prompt(f"What is {a} + {b}?", a + b) for a, b in dict.fromkeys(pairs)], "sums of two digits"
+    else:
+        found = [Prompt(question.format(thing)) for question in QUESTIONS for thing in THINGS]
+        name = f"{len(found)} short questions"
+    if len(found) < 2:
+        raise UserError(f"{name} has {len(found)} prompts, too few to hold any out; at least 2 are needed.")
+    random.Random(seed).shuffle(found)
+    apart = max(1, len(found) // APART)
+    return Prompts(tuple(found[apart:]), tuple(found[:apart]), name)
+
+
+def _read(path: Path, task: str) -> list[Prompt]:
+    if not path.is_file():
+        raise UserError(f'There is no file {path}; --data takes a .jsonl of {{"prompt": "...", "answer": 7}}.')
+    found = []
+    for row, where in rows(path):
+        prompt, answer = row.get("prompt"), row.get("answer")
+        if not isinstance(prompt, str) or not prompt.strip():
+            came = f"is {kind_of(prompt)}" if not isinstance(prompt, str) and "prompt" in row else "is missing or empty"
+            raise UserError(f"{where}: `prompt` should be text and {came}.")
+        if task == "sum" and (not isinstance(answer, int) or isinstance(answer, bool)):
+            came = f"is {kind_of(answer)}" if "answer" in row else "is missing"
+            raise UserError(f"{where}: `answer` should be a whole number and {came}.")
+        found.append(Prompt(prompt, answer if task == "sum" else None))
+    return found

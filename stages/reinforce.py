@@ -1,0 +1,118 @@
+"""Learn from use: the model answers, a rule rewards, and what was rewarded above the others becomes more probable.
+
+    python -m stages.reinforce                                     SmolLM2-135M-Instruct learns to answer in 12 words
+    python -m stages.reinforce --task 'regex:^(Yes|No)\\b'          in a form that a pattern describes
+    python -m stages.reinforce --task sum                          to add
+    python -m stages.reinforce --model runs/tiny-python --train all --task length:4
+    python -m stages.reinforce --dry-run                           what a round would take, and stop
+
+Each round has two halves, and the screen shows both: in the first, inference draws several answers to each prompt and
+changes no weight; in the second, training reads those answers and does (GRPO). Between them lies a reward that a rule
+can verify. The same command run again goes on where it stopped.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from stages import cli
+from stages.finetune import Learns, Lora
+from stages.flags import Device, Verbose, every, number, path, read, seconds, unset, whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What is asked, and how answers are drawn."""
+
+    task: Annotated[str, read(str, "TASK")] = "length:12"
+    """`length:N` (words), `regex:PATTERN` (found in the answer), or `sum` (the last number is right)."""
+    data: Annotated[Path | None, read(path, "FILE"), unset("prompts that come with the task")] = None
+    """A .jsonl of {"prompt": "...", "answer": 7}; only `sum` needs answers."""
+    prompts: Annotated[int, read(whole(1, 1024), "N")] = 2
+    """Prompts a round."""
+    group: Annotated[int, read(whole(2, 256), "N")] = 8
+    """Answers to each prompt, which are compared with one another."""
+    max_tokens: Annotated[int | None, read(whole(1), "N"), unset("48, or what the context has room for")] = None
+    """Tokens of an answer at most."""
+    temperature: Annotated[float, read(number(0, 100, above=True), "X")] = 1.0
+    """At 1 answers are drawn as the model that learns would give them; others are drawn from a flatter or sharper one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Moves:
+    """How it learns."""
+
+    learning_rate: Annotated[float | None, read(number(0, 1, above=True), "X"), unset("5e-4, or 2e-5 without LoRA")] = None
+    """AdamW's."""
+    updates: Annotated[int, read(whole(1, 64), "N")] = 1
+    """Steps on each round's answers."""
+    clip: Annotated[float, read(number(0, 10, above=True), "X")] = 0.2
+    """How far a token's probability may move within a round before it gains nothing more: 0.2 is from 0.8 to 1.2 times."""
+    kl: Annotated[float, read(number(0, 10), "X")] = 0.0
+    """Pull towards the model it was at first, a weight on their divergence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounds:
+    """How long. When both are given, whichever ends first."""
+
+    max_time: Annotated[float | None, read(seconds, "TIME"), unset("2m when no --rounds are given")] = None
+    """Time in rounds, such as 90s, 3m; compiling and measuring are not counted."""
+    rounds: Annotated[int | None, read(whole(1), "N"), unset("as many as fit into the time")] = None
+    """Times that answers are drawn and learnt from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What is kept, and how often."""
+
+    out_dir: Annotated[Path | None, read(path, "FOLDER"), unset("runs/MODEL-TASK")] = None
+    """The run folder. A run that is already there is continued."""
+    overwrite: Annotated[bool, unset("off")] = False
+    """Begin anew in a folder that holds a run."""
+    save_every: Annotated[int | float, read(every, "N|TIME"), unset("60s")] = 60.0
+    """Rounds or time between checkpoints."""
+    keep: Annotated[int, read(whole(1), "N")] = 2
+    """Checkpoints to keep."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reinforce:
+    """A model, a task, and what of the model learns."""
+
+    asked: Asked
+    learns: Learns
+    moves: Moves
+    length: Rounds
+    folder: Kept
+    model: Annotated[str, read(str, "MODEL")] = "smollm2-135m-instruct"
+    """A run or step folder, a Hugging Face folder, a .gguf file, or a named model."""
+    seed: Annotated[int, read(whole(0, 2**31 - 1), "N")] = 0
+    """Of the adapter's first weights, of the order of the prompts, and of what is drawn."""
+    device: Device = "auto"
+    """auto, cpu, gpu or tpu."""
+    dry_run: Annotated[bool, unset("off")] = False
+    """Print what a round would take, and stop."""
+    verbose: Verbose = False
+    """Show the traceback of an error."""
+
+    @property
+    def adapter(self) -> Lora | None:
+        """The LoRA to train; None when weights of the model themselves learn."""
+        return self.learns.adapter
+
+
+def reinforce(given: Reinforce) -> int:
+    from stages import reinforcing
+
+    return reinforcing.run(given)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    return cli.run("reinforce", __doc__, Reinforce, reinforce, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

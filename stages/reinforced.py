@@ -1,0 +1,68 @@
+"""The end of learning from rewards: what became of the reward, an answer before and after, and what to type next."""
+
+from typing import TYPE_CHECKING, Any
+
+from engine.counting.hardware import peak_rss_bytes
+from engine.storage.adapter import save_adapter
+from engine.storage.digest import digest
+from stages import adapters, interrupt, kept, run_folder, words
+
+if TYPE_CHECKING:
+    from stages.reinforcing import Reinforced
+    from stages.rounds import Draw, Rounds
+
+SHOWN = 3  # held-out prompts whose answers are shown
+WIDE = 100  # characters of an answer that are
+
+
+def close(run: "Reinforced", state: Any, rounds: "Rounds", was: "Draw") -> int:
+    """Measures again, writes adapter and result, and prints what changed."""
+    past, folder = rounds.past, run.folder
+    interrupt.doing(f"before the last measurement; what was learnt is in {folder}, and the same command measures it.")
+    now = rounds.look(state.trainable, "measuring what it does now")
+    if run.learner.trained.adapted:
+        if digest(run.model.params) != run.base:
+            raise RuntimeError(f"Frozen weights changed: their SHA-256 was {run.base}.")
+        about = {"model": kept.lasting(run.given.model), "lora": str(run.given.adapter), "task": run.given.asked.task}
+        place = save_adapter(folder / adapters.FOLDER, state.trainable, base=run.base, about=about)
+    else:
+        place = folder / "checkpoints" / str(past.step)
+    drawing = sum(one.draw.seconds for one in rounds.done)
+    training = sum(one.training for one in rounds.done)
+    result = {
+        "held_out_reward_before": was.mean, "held_out_reward_after": now.mean, "best_round": past.best,
+        "rounds": past.step, "seconds": past.seconds, "refused_steps": past.refused,
+        "inference_seconds": drawing, "training_seconds": training,
+        "answer_tokens": sum(one.draw.tokens for one in rounds.done), "peak_rss_bytes": peak_rss_bytes(),
+    }  # fmt: skip
+    run_folder.write_run(folder, run.facts(), result)
+    _say(run, result, was, now, str(place))
+    run.chat.close()
+    return 0
+
+
+def _say(run: "Reinforced", result: dict[str, Any], was: "Draw", now: "Draw", place: str) -> None:
+    console = run.console
+    for row in range(min(SHOWN, len(was.texts), len(run.prompts.held_out))):
+        console.say()
+        console.say(run.prompts.held_out[row].text, style="bold")
+        for title, draw in (("before", was), ("after", now)):
+            text = " ".join(draw.texts[row].split())
+            cut = text if len(text) <= WIDE else text[:WIDE] + "..."
+            console.say(f"  {title:<6} {draw.rewards[row]:.2f} | {cut}")
+    console.say()
+    shares = ""
+    drawing, training = result["inference_seconds"], result["training_seconds"]
+    if drawing + training:
+        shares = f"; inference {drawing / (drawing + training):.0%} of it, training {training / (drawing + training):.0%}"
+    console.rows([
+        ("reward", f"{was.mean:.3f} -> {now.mean:.3f} on prompts that were not learnt from"),
+        ("rounds", f"{result['rounds']:,} in {words.duration(result['seconds'])}{shares}"
+                   + (f"; {result['refused_steps']} steps refused" if result["refused_steps"] else "")),
+        ("memory", f"{words.size(result['peak_rss_bytes'])} at most"),
+        ("kept", place),
+    ])  # fmt: skip
+    console.say()
+    console.say("next", style="bold")
+    console.say(f"  {words.command('chat', '--model', run.folder)}")
+    console.say(f"  {words.command('export', '--model', run.folder, '--out', run.folder / 'hugging-face')}")

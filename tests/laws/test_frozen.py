@@ -1,0 +1,85 @@
+"""Frozen means frozen (T10): to the bit, over many steps, under weight decay, clipping and momentum; and costs nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import lively_params, positions_of, tiny_config, tokens_of
+
+from engine.counting.walk import count
+from engine.model.int8 import quantize_leaves
+from engine.model.leaves import cast_matrices
+from engine.model.paths import leaf_paths, merge
+from engine.storage.digest import digest
+from engine.text.batch import Batch
+from engine.training.freeze import choose, split
+from engine.training.lora import add_lora
+from engine.training.optimizer import OptimizerConfig, make_optimizer
+from engine.training.step import init_state, loss_and_gradient, train_step
+
+STEPS = 1000
+CFG = tiny_config(dtype="bfloat16")
+MATRICES = r"blocks/\d+/(qkv|out|gate_up|down)"
+
+
+def batches(count: int, B: int = 2, T: int = 7):
+    for seed in range(count):
+        tokens = tokens_of(seed, B, T + 1)
+        yield Batch(tokens[:, :-1], tokens[:, 1:], np.ones((B, T), bool), positions_of(B, T), None)
+
+
+def halves():
+    params = lively_params(CFG)
+    trainable, frozen = split(params, choose(CFG, freeze=["bottom:1"]).trained)
+    return trainable, cast_matrices(frozen, "bfloat16")
+
+
+def adapters(kind: str):
+    base = lively_params(CFG)
+    base = quantize_leaves(base, [(MATRICES, "full")]) if kind == "int8" else cast_matrices(base, "bfloat16")
+    return add_lora(CFG, base, jax.random.key(0), rank=2, targets=("all",)), base
+
+
+WAYS = {
+    "upper half, AdamW": (halves, "adamw"),
+    "upper half, Muon": (halves, "muon"),
+    "LoRA": (lambda: adapters("array"), "adamw"),
+    "LoRA over int8": (lambda: adapters("int8"), "adamw"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_frozen_is_the_same_to_the_bit_after_a_thousand_steps(way):
+    make, kind = WAYS[way]
+    trainable, frozen = make()
+    frozen = jax.tree.map(jnp.array, frozen)
+    before, began = digest(frozen), jax.tree.map(np.asarray, trainable)
+    tx = make_optimizer(OptimizerConfig(kind=kind, learning_rate=0.01, weight_decay=0.5, clip=0.1, momentum=0.95))
+    state = init_state(tx, trainable)
+    shapes = {leaf.shape for leaf in jax.tree.leaves(frozen)} - {leaf.shape for leaf in jax.tree.leaves(began)}
+    assert shapes
+    held = {leaf.shape for leaf in jax.tree.leaves(state.opt_state)}
+    assert not held & shapes, "the optimizer remembers something of a frozen weight's shape"
+    refused = 0
+    for step, batch in enumerate(batches(STEPS)):
+        state, metrics = train_step(CFG, tx, state, frozen, batch, jnp.float32(step / STEPS))
+        refused += metrics.refused
+    assert int(refused) == 0
+    assert digest(frozen) == before
+    for old, new in zip(jax.tree.leaves(began), jax.tree.leaves(state.trainable), strict=True):
+        assert (old != new).any(), "something that should learn did not"
+    whole = leaf_paths(merge(state.trainable, frozen))
+    assert set(whole) == set(leaf_paths(lively_params(CFG)))
+
+
+def test_freezing_spares_the_work():
+    """By the walker, which reads the program: all, the upper half, the head alone, the lower half."""
+    params, batch = lively_params(CFG), next(batches(1))
+
+    def work(**words) -> int:
+        trainable, frozen = split(params, choose(CFG, **words).trained)
+        return count(lambda t, f, b: loss_and_gradient(CFG, t, f, b), trainable, frozen, batch).matmul
+
+    everything, upper, lower, head = work(), work(freeze=["bottom:1"]), work(freeze=["top:1"]), work(train=["head"])
+    assert head < upper < lower < everything
+    assert upper < 0.75 * everything

@@ -1,0 +1,103 @@
+"""DPO: ln 2 at the reference, the gradient of the formula, and margins that only answers count in."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import lively_params, positions_of, tiny_config, tokens_of
+
+from engine.errors import UserError
+from engine.model.leaves import cast_matrices
+from engine.model.paths import merge
+from engine.model.transformer import forward
+from engine.storage.digest import digest
+from engine.text.batch import Batch
+from engine.training.lora import add_lora
+from engine.training.optimizer import OptimizerConfig, make_optimizer
+from engine.training.preference import Preferences, dpo, margins
+from engine.training.step import init_state, loss_and_gradient, train_step
+
+B, T = 4, 7
+differentiate = jax.jit(loss_and_gradient, static_argnums=(0, 4, 5))
+
+
+def pairs_of(seed: int, masked: bool = True) -> Preferences:
+    rng = np.random.default_rng(seed)
+
+    def side(seed: int) -> Batch:
+        tokens = tokens_of(seed, B, T + 1)
+        mask = rng.random((B, T)) < 0.6 if masked else np.ones((B, T), bool)
+        return Batch(tokens[:, :-1], tokens[:, 1:], mask, positions_of(B, T), None)
+
+    return Preferences(side(seed + 1), side(seed + 2))
+
+
+def by_the_formula(cfg, params, side: Batch) -> jax.Array:
+    """(B,) summed log-probability of the targets that count."""
+    table = jax.nn.log_softmax(forward(cfg, params, side.tokens, side.positions)[0])
+    picked = jnp.take_along_axis(table, side.targets[..., None], -1)[..., 0]
+    return jnp.where(side.mask, picked, 0).sum(-1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("way", ["full", "LoRA"])
+def test_at_the_reference_the_loss_is_ln_2(dtype, way):
+    cfg = tiny_config(dtype=dtype)
+    base = lively_params(cfg)
+    trainable, frozen = base, {}
+    if way == "LoRA":
+        frozen = base = cast_matrices(base, dtype)
+        trainable = add_lora(cfg, base, jax.random.key(0), rank=2, targets=("all",))
+    pairs = pairs_of(0, masked=False)
+    pairs = pairs._replace(reference=margins(cfg, base, pairs))
+    assert np.abs(pairs.reference).max() > 1
+    loss, gradient = differentiate(cfg, trainable, frozen, pairs, 1, dpo(0.1))
+    assert abs(float(loss) - np.log(2)) < 1e-6
+    assert any(leaf.any() for leaf in jax.tree.leaves(gradient))
+
+
+def test_loss_and_gradient_are_the_papers(cfg, params):
+    pairs, beta = pairs_of(0)._replace(reference=np.array([0.3, -2.0, 1.0, 4.0], np.float32)), 0.7
+    np.testing.assert_allclose(
+        margins(cfg, params, pairs),
+        by_the_formula(cfg, params, pairs.chosen) - by_the_formula(cfg, params, pairs.rejected),
+        atol=1e-4,
+    )
+
+    def formula(params):
+        margin = by_the_formula(cfg, params, pairs.chosen) - by_the_formula(cfg, params, pairs.rejected)
+        return -jnp.log(jax.nn.sigmoid(beta * (margin - pairs.reference))).mean()
+
+    expected, reference = jax.jit(jax.value_and_grad(formula))(params)
+    for microbatches in (1, 2):
+        loss, gradient = differentiate(cfg, params, {}, pairs, microbatches, dpo(beta))
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+        for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(reference), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+
+
+def test_prompts_do_not_count(cfg, params):
+    pairs = pairs_of(0)
+    other = lambda side: side._replace(targets=np.where(side.mask, side.targets, (side.targets + 3) % 41))
+    changed = Preferences(other(pairs.chosen), other(pairs.rejected))
+    assert np.asarray(margins(cfg, params, pairs)).tobytes() == np.asarray(margins(cfg, params, changed)).tobytes()
+
+
+def test_what_is_preferred_becomes_more_probable_and_the_base_stays(cfg, params):
+    frozen = jax.tree.map(jnp.array, params)
+    before, pairs = digest(frozen), pairs_of(0)
+    pairs = pairs._replace(reference=margins(cfg, frozen, pairs))
+    tx = make_optimizer(OptimizerConfig(learning_rate=0.03, weight_decay=0.0))
+    state = init_state(tx, add_lora(cfg, frozen, jax.random.key(0), rank=3, targets=("q", "v", "down")))
+    for _ in range(10):
+        state, metrics = train_step(cfg, tx, state, frozen, pairs, jnp.float32(0.3), 1, dpo(0.5))
+        assert int(metrics.tokens) == B, "the mean is over pairs"
+    assert float(metrics.loss) < 0.5
+    assert (margins(cfg, merge(state.trainable, frozen), pairs) > pairs.reference + 0.2).all()
+    assert digest(frozen) == before
+
+
+def test_one_beta_is_one_objective_and_must_count():
+    assert dpo(0.25) is dpo(0.25)
+    with pytest.raises(UserError, match="beta must be above 0"):
+        dpo(0.0)

@@ -1,0 +1,143 @@
+"""The policy gradient: nothing to learn where all are rewarded alike, the formula elsewhere, and reward that rises."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import positions_of, tiny_config, tokens_of
+
+from engine.errors import UserError
+from engine.model.transformer import forward, init_params
+from engine.text.batch import Batch
+from engine.training.optimizer import OptimizerConfig, make_optimizer
+from engine.training.reinforce import Rollouts, group_advantages, grpo, log_probabilities
+from engine.training.step import init_state, loss_and_gradient, train_step
+
+B, T = 4, 7
+differentiate = jax.jit(loss_and_gradient, static_argnums=(0, 4, 5))
+ADVANTAGE = np.array([1.0, -0.5, 2.0, -1.5], np.float32)
+
+
+def drawn(seed: int) -> Batch:
+    tokens = tokens_of(seed, B, T + 1)
+    mask = np.arange(T) >= np.array([[2], [3], [2], [5]])  # prompts of different lengths
+    return Batch(tokens[:, :-1], tokens[:, 1:], mask, positions_of(B, T), None)
+
+
+def formula(cfg, params, rollouts: Rollouts, clip: float, pull: float) -> jax.Array:
+    """Token by token, as it is written."""
+    batch = rollouts.batch
+    table = jax.nn.log_softmax(forward(cfg, params, batch.tokens, batch.positions)[0])
+    new = jnp.take_along_axis(table, batch.targets[..., None], -1)[..., 0]
+    ratio, advantage = jnp.exp(new - rollouts.old), rollouts.advantage[:, None]
+    gain = jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage)
+    q = jnp.exp(rollouts.reference - new)
+    return -((gain - pull * (q - jnp.log(q) - 1)) * batch.mask).sum() / batch.mask.sum()
+
+
+rewards = st.lists(st.lists(st.sampled_from([0.0, 0.1, 1.0, -3.0, 1e6]), min_size=3, max_size=3), min_size=1, max_size=4)
+
+
+@given(rewards)
+def test_advantages_are_standard_scores_within_a_group(rewards):
+    found = np.asarray(group_advantages(np.array(rewards, np.float32)))
+    for row, given_ in zip(found, rewards):
+        if len(set(given_)) == 1:
+            assert (row == 0).all()
+        else:
+            assert abs(row.mean()) < 1e-3
+            assert abs(row.std() - 1) < 1e-3
+            assert (np.argsort(row, kind="stable") == np.argsort(given_, kind="stable")).all()
+
+
+def test_without_an_advantage_there_is_no_gradient(cfg, params):
+    advantage = group_advantages(np.ones((1, B), np.float32))[0]
+    _, gradient = differentiate(cfg, params, {}, Rollouts(drawn(0), advantage), 1, grpo())
+    assert not any(leaf.any() for leaf in jax.tree.leaves(gradient))
+    _, gradient = differentiate(cfg, params, {}, Rollouts(drawn(0), ADVANTAGE), 1, grpo())
+    assert all(leaf.any() for leaf in jax.tree.leaves(gradient))
+
+
+def test_loss_and_gradient_are_the_papers(cfg, params):
+    """With old probabilities on both sides of the clip, and a reference to be pulled towards."""
+    batch = drawn(0)
+    own = np.asarray(log_probabilities(cfg, params, batch))
+    assert (own[~batch.mask] == 0).all()
+    rng = np.random.default_rng(1)
+    noise = lambda size: (size * rng.standard_normal((B, T))).astype(np.float32)
+    rollouts = Rollouts(batch, ADVANTAGE, own + noise(0.3), own + noise(0.5))
+    ratio = np.exp(own - rollouts.old)[batch.mask]
+    assert (ratio < 0.8).any()
+    assert (ratio > 1.2).any()
+    expected, reference = jax.jit(jax.value_and_grad(lambda p: formula(cfg, p, rollouts, 0.2, 0.3)))(params)
+    for microbatches in (1, 2):
+        loss, gradient = differentiate(cfg, params, {}, rollouts, microbatches, grpo(0.2, 0.3))
+        np.testing.assert_allclose(loss, expected, rtol=1e-4)
+        for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(reference), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+
+
+def test_on_its_own_draw_the_first_step_is_the_plain_policy_gradient(cfg, params):
+    batch = drawn(0)
+    old = log_probabilities(cfg, params, batch)
+    one = differentiate(cfg, params, {}, Rollouts(batch, ADVANTAGE), 1, grpo())[1]
+    other = differentiate(cfg, params, {}, Rollouts(batch, ADVANTAGE, old), 1, grpo())[1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * (1 + np.abs(b).max())), one, other)
+
+
+def test_the_pull_is_zero_at_the_reference_and_above_it_elsewhere(cfg, params):
+    """With nothing to gain the loss is the pull alone: no force where the model is the reference, towards it elsewhere."""
+    batch = drawn(0)
+    own, zero = np.asarray(log_probabilities(cfg, params, batch)), np.zeros(B, np.float32)
+    loss, gradient = differentiate(cfg, params, {}, Rollouts(batch, zero, own, own), 1, grpo(0.2, 1.0))
+    assert abs(float(loss)) < 1e-6
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)) < 1e-5
+    for shift in (-0.5, 0.5):
+        loss, gradient = differentiate(cfg, params, {}, Rollouts(batch, zero, own, own + np.float32(shift)), 1, grpo(0.2, 1.0))
+        np.testing.assert_allclose(loss, np.exp(shift) - shift - 1, rtol=1e-4)
+        assert any(leaf.any() for leaf in jax.tree.leaves(gradient))
+
+
+def test_beyond_the_clip_a_token_gains_nothing_more(cfg, params):
+    batch = drawn(0)
+    own = np.asarray(log_probabilities(cfg, params, batch))
+    for sign in (1.0, -1.0):  # already far more probable than when it was drawn, or far less
+        old = own - np.float32(sign * 0.5)
+        for advantage, learnt in ((sign, False), (-sign, True)):
+            rollouts = Rollouts(batch, np.full(B, advantage, np.float32), old)
+            gradient = differentiate(cfg, params, {}, rollouts, 1, grpo(0.2))[1]
+            assert any(leaf.any() for leaf in jax.tree.leaves(gradient)) == learnt
+
+
+def test_what_is_rewarded_is_drawn_more_often():
+    """Tokens below 10 are rewarded; drawn uniformly at first, mostly them after some steps."""
+    cfg = tiny_config()
+    params = jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(0))
+    tx = make_optimizer(OptimizerConfig(learning_rate=0.02, weight_decay=0.0, warmup=0.0))
+    state = init_state(tx, params)
+    batch, draw = (
+        drawn(0),
+        jax.jit(lambda params, key: jax.random.categorical(key, forward(cfg, params, batch.tokens, batch.positions)[0])),
+    )
+    shares = []
+    for step in range(40):
+        targets = np.asarray(draw(state.trainable, jax.random.key(step)))
+        rewarded = (targets < 10) & batch.mask
+        shares.append(rewarded.sum() / batch.mask.sum())
+        rewards = rewarded.sum(1) / batch.mask.sum(1)
+        rollouts = Rollouts(batch._replace(targets=targets), group_advantages(rewards[None])[0])
+        state, metrics = train_step(cfg, tx, state, {}, rollouts, jnp.float32(0.2), 1, grpo())
+    assert int(metrics.tokens) == batch.mask.sum()
+    assert np.mean(shares[:5]) < 0.45
+    assert np.mean(shares[-5:]) > np.mean(shares[:5]) + 0.3
+
+
+def test_settings_that_mean_nothing_are_refused(cfg, params):
+    assert grpo(0.1, 0.5) is grpo(0.1, 0.5)
+    for wrong in ((0.0, 0.0), (0.2, -1.0)):
+        with pytest.raises(UserError, match="clip must be above 0"):
+            grpo(*wrong)
+    with pytest.raises(ValueError, match="needs the reference"):
+        loss_and_gradient(cfg, params, {}, Rollouts(drawn(0), ADVANTAGE), 1, grpo(0.2, 0.1))
