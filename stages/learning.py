@@ -9,8 +9,8 @@ from engine.counting.flops import train_flops
 from engine.counting.memory import training_memory
 from engine.counting.params import count_params
 from engine.counting.trained import Trained, everything, lora
+from engine.inference.quantize import every_product, quantize
 from engine.model.config import ModelConfig
-from engine.model.int8 import quantize_leaves
 from engine.model.leaves import cast_matrices
 from engine.model.paths import merge
 from engine.model.transformer import init_params
@@ -116,8 +116,7 @@ def in_memory(given: "Finetune | Reinforce", cfg: ModelConfig, params: Any) -> A
     """The frozen base: its matrices in the compute type, or in int8 with a scale for each column."""
     if given.learns.base == "float":
         return cast_matrices(params, cfg.dtype)
-    head = [] if cfg.tied else [("head", "full")]
-    return quantize_leaves(params, [("embed", "full"), (r"blocks/\d+/(qkv|out|gate_up|down)", "full"), *head])
+    return quantize(params, every_product(params, "full"))
 
 
 def optimizer(given: "Finetune") -> OptimizerConfig:

@@ -7,7 +7,7 @@ nothing is compiled while text is being generated. They donate the cache, which 
 
 import functools
 from collections.abc import Collection, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,10 @@ from jax import Array
 
 from engine.errors import UserError
 from engine.inference.sample import Sampling, sample
+from engine.model.backend import on_cpu
 from engine.model.cache import KVCache, make_cache
 from engine.model.config import ModelConfig
+from engine.model.int8 import Int8, turned
 from engine.model.leaves import cast_matrices, dense
 from engine.model.lora import LoRA
 from engine.model.paths import map_paths
@@ -31,10 +33,15 @@ MIN_ROWS = 2  # a product with a single row takes a different and slower path on
 def for_inference(cfg: ModelConfig, params: Params) -> Params:
     """Weights as they are served, once: matrices in the compute dtype and adapters folded into what they adapt.
 
-    Gains, biases and Int8 leaves stay. A folded matrix gives the logits of base and adapter up to rounding.
+    Gains, biases and Int8 leaves stay; a CPU gets whole numbers as it multiplies them fastest. A folded matrix gives the
+    logits of base and adapter up to rounding.
     """
-    fold = lambda _, leaf: dense(leaf) if isinstance(leaf, LoRA) else leaf
-    return cast_matrices(map_paths(fold, params), cfg.dtype)
+
+    def laid_out(_: str, leaf: Any) -> Any:
+        leaf = dense(leaf) if isinstance(leaf, LoRA) else leaf
+        return turned(leaf) if isinstance(leaf, Int8) and leaf.activations == "int8" and on_cpu() else leaf
+
+    return cast_matrices(map_paths(laid_out, params), cfg.dtype)
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="cache")

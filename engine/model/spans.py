@@ -7,7 +7,7 @@ and leaves out the spans that no row has reached. What a span adds to a row that
 selection, so a row's numbers depend on its own length alone and not, to the bit, on how far others have come.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -122,21 +122,25 @@ def attention(q: Array, k: Array, v: Array, layer: SpanLayer) -> tuple[Array, Sp
         written(layer.v, v.transpose(0, 2, 1, 3)[rows.source], rows.target, rows.position[rows.source]),
         rows,
     )
-    queries = q.reshape(R, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(R, K, G * T, H)
+    asked = q if isinstance(layer.k[0], Rounded) else q.astype(layer.k[0].dtype)
+    queries = asked.reshape(R, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(R, K, G * T, H)
     positions = jnp.where(rows.position[:, None] < 0, -1, rows.position[:, None] + jnp.arange(T))
     out = _attended(queries, jnp.tile(positions, (1, G)), layer)
     return out.reshape(R, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(R, T, N * H).astype(q.dtype), layer
 
 
 def written(spans: tuple[Kept, ...], new: Array, slots: Array, positions: Array) -> tuple[Kept, ...]:
-    """spans with new (U, K, T, H) put at slots (U,) from positions (U,) on; T tokens lie in one span."""
-    edges = edges_of(spans)
-    placed = []
+    """A layer's spans with new (U, K, T, H) put at slots (U,) from positions (U,) on; T tokens lie in one span."""
+    return placed(spans, _rounded(new) if isinstance(spans[0], Rounded) else new, slots, positions)
+
+
+def placed(spans: tuple[Kept, ...], new: Kept, slots: Array, positions: Array) -> tuple[Kept, ...]:
+    """As `written`, for what is rounded already where the spans are."""
+    edges, done = edges_of(spans), []
     for kept, start, stop in zip(spans, edges, edges[1:]):
         at = jnp.where((positions >= start) & (positions < stop), positions - start, stop - start)
-        value = _rounded(new) if isinstance(kept, Rounded) else new.astype(kept.dtype)
-        placed.append(jax.tree.map(lambda array, value, at=at: put(array, value, slots, at), kept, value))
-    return tuple(placed)
+        done.append(jax.tree.map(lambda array, part, at=at: put(array, part.astype(array.dtype), slots, at), kept, new))
+    return tuple(done)
 
 
 def put(array: Array, new: Array, slots: Array, at: Array) -> Array:
@@ -149,6 +153,56 @@ def put(array: Array, new: Array, slots: Array, at: Array) -> Array:
     return jax.lax.scatter(array, places, new, numbers, mode=jax.lax.GatherScatterMode.FILL_OR_DROP)
 
 
+def taken(spans: Spans, slot: Array, start: Array, length: int) -> Kept:
+    """Keys, then values, of `length` positions of a slot from `start` on, in all layers: (2 L, K, length, H)."""
+    edges = spans.edges
+
+    def part(span: int) -> Kept:
+        def cut(array: Array) -> Array:
+            sizes = (1, array.shape[1], length, *array.shape[3:])
+            return jax.lax.dynamic_slice(array, (slot, 0, start - edges[span], *[0] * (array.ndim - 3)), sizes)[0]
+
+        parts = [jax.tree.map(cut, layer[span]) for layer in (*spans.k, *spans.v)]
+        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *parts)
+
+    which = jnp.sum(start >= jnp.array(edges[1:-1], jnp.int32))
+    return jax.lax.switch(which, [lambda span=span: part(span) for span in range(len(edges) - 1)])
+
+
+def given(spans: Spans, chunk: Kept, slot: Array, start: Array) -> Spans:
+    """spans with what `taken` took put into a slot from `start` on."""
+    layers = [
+        placed(layer, jax.tree.map(lambda array, i=i: array[i][None], chunk), slot[None], start[None])
+        for i, layer in enumerate((*spans.k, *spans.v))
+    ]
+    return Spans(tuple(layers[: len(spans.k)]), tuple(layers[len(spans.k) :]))
+
+
+def cleared(spans: Spans, slot: Array, reach: Array) -> Spans:
+    """spans with zeros in all of a slot's spans that hold a position below `reach`: no NaN of another text is left there."""
+    return _slots_set(spans, slot[None], reach, lambda array: jnp.zeros((1, *array.shape[1:]), array.dtype))
+
+
+def mirrored(spans: Spans, slot: Array, targets: Array, reach: Array) -> Spans:
+    """spans with a slot's content below `reach` put into the slots targets (X,) as well; a target that is no slot is left out."""
+
+    def copies(array: Array) -> Array:
+        return jnp.broadcast_to(jax.lax.dynamic_index_in_dim(array, slot, 0), (len(targets), *array.shape[1:]))
+
+    return _slots_set(spans, targets, reach, copies)
+
+
+def _slots_set(spans: Spans, slots: Array, reach: Array, content: Callable[[Array], Array]) -> Spans:
+    def whole(layer: tuple[Kept, ...]) -> tuple[Kept, ...]:
+        done = []
+        for kept, start in zip(layer, edges_of(layer)):
+            to = jnp.where(start < reach, slots, spans.slots)
+            done.append(jax.tree.map(lambda array, to=to: put(array, content(array), to, jnp.zeros_like(to)), kept))
+        return tuple(done)
+
+    return Spans(tuple(whole(layer) for layer in spans.k), tuple(whole(layer) for layer in spans.v))
+
+
 def _attended(q: Array, positions: Array, layer: SpanLayer) -> Array:
     """q (R, K, M, H), positions (R, M) -> (R, K, M, H) float32."""
     R, K, M, H = q.shape
@@ -158,12 +212,13 @@ def _attended(q: Array, positions: Array, layer: SpanLayer) -> Array:
     pick = lambda kept: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer.rows.target[0], 0), kept) if lone else kept
     edges, longest = edges_of(layer.k), positions.max()
     state = (jnp.full((R, K, M), NEVER), jnp.zeros((R, K, M)), jnp.zeros((R, K, M, H)))
+    asked = _two_digits(q) if isinstance(layer.k[0], Rounded) else q
     for keys, values, start, stop in zip(layer.k, layer.v, edges, edges[1:]):
         last = positions - start  # of the span's own places, the last that each query sees
 
         def added(best: Array, total: Array, mixed: Array, keys=keys, values=values, last=last, length=stop - start):
             mask = (jnp.arange(length) <= last[:, :, None])[:, None]
-            scores = jnp.where(mask, _scores(q, pick(keys)), NEVER)
+            scores = jnp.where(mask, _scores(asked, pick(keys)), NEVER)
             higher = jnp.maximum(best, scores.max(-1))
             weights, factor = jnp.exp(scores - higher[..., None]), jnp.exp(best - higher)
             more = mixed * factor[..., None] + _mixed(weights, pick(values), mask)
@@ -180,11 +235,11 @@ def _attended(q: Array, positions: Array, layer: SpanLayer) -> Array:
     return mixed / total[..., None]
 
 
-def _scores(q: Array, keys: Kept) -> Array:
-    """q (R, K, M, H), keys (R, K, C, H) -> (R, K, M, C) float32."""
+def _scores(q: Any, keys: Kept) -> Array:
+    """q (R, K, M, H), in two digits where keys are rounded, keys (R, K, C, H) -> (R, K, M, C) float32."""
     if not isinstance(keys, Rounded):
-        return jnp.einsum("rkmh,rkch->rkmc", q.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
-    digits, scale = _two_digits(q)
+        return jnp.einsum("rkmh,rkch->rkmc", q, keys, preferred_element_type=jnp.float32)
+    digits, scale = q
     products = jnp.einsum("rkmh,rkch->rkmc", digits, keys.values, preferred_element_type=jnp.int32)
     return _joined(products) * scale[..., None] * keys.scale[:, :, None]
 

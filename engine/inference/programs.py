@@ -1,0 +1,153 @@
+"""The compiled programs behind `slots.Slots`: read a chunk of one prompt, draw a few tokens for everyone, move chunks.
+
+Their shapes depend on the model, the slots and the capacity, never on what is asked, so that all of them can be compiled
+before the first request. They donate the spans and the tallies, which belong to requests, and no parameter.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from engine.inference.request import MOST_TOP
+from engine.inference.sample import Sampling, sample
+from engine.model.config import ModelConfig
+from engine.model.spans import Kept, Rows, SpanCache, Spans, cleared, given, mirrored, taken
+from engine.model.transformer import Params, forward, hidden_states
+
+STEPS = 8  # tokens a dispatch at most
+IN_PROMPT = 1 << 20  # what a token of the prompt counts in `Tally.said`, above any count of the completion's
+
+
+class Tally(NamedTuple):
+    """What changes each slot's logits: bias (B, V) float32, said (B, V) int32, how often each token has been said."""
+
+    bias: Array
+    said: Array
+
+
+class Settings(NamedTuple):
+    """Of each of the R rows: how it draws, and whether (R,) bool, and by what (R,) float32, its logits are changed."""
+
+    sampling: Sampling
+    changed: Array
+    presence: Array
+    frequency: Array
+    repetition: Array
+
+
+class Drawn(NamedTuple):
+    """For each step and row: the token, whether there were numbers to draw it from, its log-probability, and the most
+    probable tokens with theirs. token (STEPS, R) int32, sound bool, logprob float32, top_tokens and top (STEPS, R, MOST_TOP)."""
+
+    token: Array
+    sound: Array
+    logprob: Array
+    top_tokens: Array
+    top: Array
+
+
+def make_tally(cfg: ModelConfig, slots: int) -> Tally:
+    """No bias, nothing said."""
+    return Tally(jnp.zeros((slots, cfg.vocab)), jnp.zeros((slots, cfg.vocab), jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="spans")
+def read_chunk(cfg: ModelConfig, params: Params, spans: Spans, tokens: Array, slot: Array, start: Array) -> Spans:
+    """tokens (1, T) int32 of the slot's text from position `start` on: their keys and values are computed and kept."""
+    rows = Rows(start[None], jnp.zeros((1,), jnp.int32), slot[None])
+    positions = start + jnp.arange(tokens.shape[1])
+    return hidden_states(cfg, params, tokens, positions[None], SpanCache(spans, rows))[1].spans
+
+
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnames=("spans", "tally"))
+def draw(
+    cfg: ModelConfig, params: Params, spans: Spans, tally: Tally, token: Array, rows: Rows, settings: Settings,
+    steps: Array, logprobs: Array,
+) -> tuple[Drawn, Spans, Tally]:  # fmt: skip
+    """token (R,) int32, each standing at its row's position -> the `steps` tokens that follow, at most STEPS.
+
+    Each is drawn from the logits of the one before. One program does one step or several, for one row or all: a row's
+    numbers are the same to the bit. `logprobs` () bool: whether anybody asked for log-probabilities, else they are 0.
+    """
+    R = len(token)
+    own = jnp.arange(R, dtype=jnp.int32)
+
+    def step(i: Array, carry: tuple[Array, Spans, Tally, Drawn]) -> tuple[Array, Spans, Tally, Drawn]:
+        token, spans, tally, drawn = carry
+        position = jnp.where(rows.position < 0, -1, rows.position + i)
+        cache = SpanCache(spans, rows._replace(position=position))
+        logits, cache = forward(cfg, params, token[:, None], jnp.maximum(position, 0)[:, None], cache)
+        logits = logits[:, 0]
+        with jax.named_scope("draw"):
+            changed = jax.lax.cond(settings.changed.any(), _changed, lambda logits, *_: logits, logits, tally, settings)
+            token = sample(changed, position + 1, settings.sampling)
+            told = (token, jnp.isfinite(logits.max(-1)), *_log_probabilities(logits, token, logprobs))
+            drawn = Drawn(*(array.at[i].set(new) for array, new in zip(drawn, told)))
+            tally = tally._replace(said=tally.said.at[own, token].add(1))
+        return token, cache.spans, tally, drawn
+
+    empty = lambda dtype, *shape: jnp.zeros((STEPS, R, *shape), dtype)
+    drawn = Drawn(empty(jnp.int32), empty(bool), empty(jnp.float32), empty(jnp.int32, top(cfg)), empty(jnp.float32, top(cfg)))
+    _, spans, tally, drawn = jax.lax.fori_loop(0, steps, step, (token, spans, tally, drawn))
+    return drawn, spans, tally
+
+
+def top(cfg: ModelConfig) -> int:
+    """How many of the most probable tokens are told: MOST_TOP, or the whole of a smaller vocabulary."""
+    return min(MOST_TOP, cfg.vocab)
+
+
+def _changed(logits: Array, tally: Tally, settings: Settings) -> Array:
+    """logits (R, V) after bias and penalties, in rows that have any; to the bit as they were in the others."""
+    count = tally.said & (IN_PROMPT - 1)
+    column = lambda values: values[:, None]
+    repeated = jnp.where(logits > 0, logits / column(settings.repetition), logits * column(settings.repetition))
+    changed = jnp.where(tally.said > 0, repeated, logits) + tally.bias
+    changed = changed - column(settings.frequency) * count - jnp.where(count > 0, column(settings.presence), 0)
+    return jnp.where(column(settings.changed), changed, logits)
+
+
+def _log_probabilities(logits: Array, token: Array, asked: Array) -> tuple[Array, Array, Array]:
+    """logits (R, V), token (R,) -> the token's log-probability (R,), the most probable tokens (R, X), and theirs."""
+    R, X = len(token), min(MOST_TOP, logits.shape[-1])
+
+    def told() -> tuple[Array, Array, Array]:
+        total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        best, tokens = jax.lax.top_k(logits, X)
+        return (jnp.take_along_axis(logits, token[:, None], axis=-1) - total)[:, 0], tokens, best - total
+
+    untold = lambda: (jnp.zeros(R), jnp.zeros((R, X), jnp.int32), jnp.zeros((R, X)))
+    return jax.lax.cond(asked, told, untold)
+
+
+@functools.partial(jax.jit, donate_argnames="tally")
+def set_tally(tally: Tally, slot: Array, bias: Array, said: Array) -> Tally:
+    """bias and said (V,) become the slot's."""
+    return Tally(tally.bias.at[slot].set(bias), tally.said.at[slot].set(said))
+
+
+@functools.partial(jax.jit, donate_argnames="spans")
+def clear_slot(spans: Spans, slot: Array, reach: Array) -> Spans:
+    """See `spans.cleared`."""
+    return cleared(spans, slot, reach)
+
+
+@functools.partial(jax.jit, static_argnames="length")
+def take_chunk(spans: Spans, slot: Array, start: Array, length: int) -> Kept:
+    """See `spans.taken`."""
+    return taken(spans, slot, start, length)
+
+
+@functools.partial(jax.jit, donate_argnames="spans")
+def give_chunk(spans: Spans, chunk: Any, slot: Array, start: Array) -> Spans:
+    """See `spans.given`."""
+    return given(spans, chunk, slot, start)
+
+
+@functools.partial(jax.jit, donate_argnames="spans")
+def mirror_slot(spans: Spans, slot: Array, targets: Array, reach: Array) -> Spans:
+    """See `spans.mirrored`."""
+    return mirrored(spans, slot, targets, reach)

@@ -1,0 +1,354 @@
+"""Slots: many requests at once through programs of one shape, each as if it were alone.
+
+    slots = Slots(cfg, params, slots=8)
+    slots.warm()
+    slots.submit(Request(prompt, max_tokens=100))
+    while slots.busy:
+        for event in slots.step(): ...
+
+A request waits until a slot is free; from then on it has all the memory it can come to need. Its prompt is read chunk by
+chunk, one chunk of one prompt a step, so that a long prompt holds up neither those who are being answered nor short
+prompts behind it. All who have been read draw their next tokens together. What a request is answered depends on itself
+alone, to the bit: chunks begin at fixed positions, everybody draws in one program whose rows do not see one another, and
+keys come from a request's own seed and positions.
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from engine.errors import UserError
+from engine.inference import programs
+from engine.inference.prefix import Key, Prefixes, first_key, next_key
+from engine.inference.programs import STEPS, Settings
+from engine.inference.request import Event, Finish, LogProb, Request, check
+from engine.inference.sample import Sampling
+from engine.inference.speculate import Guesser
+from engine.model.config import ModelConfig
+from engine.model.spans import Kind, Rows, make_spans
+from engine.model.transformer import Params
+
+CHUNK, TAIL = 128, 32  # prompt tokens a call: whole chunks, and a shorter program for a last part that fits it
+AT_ONCE = 16  # chunks that are found computed and put back in one step
+FEW = 2  # tokens a dispatch while somebody's prompt is being read
+PATIENCE = 4  # every so many chunks, one goes to who has waited longest and not to who needs least
+GROUP = 4  # rows that a lone stream may use, its own and three for guesses
+MIN_SLOTS = 2  # a product with a single row takes a different and slower path on a CPU
+
+
+@dataclasses.dataclass
+class _Stream:
+    """A request under way: its slot, what of its prompt has been read, and what has been drawn."""
+
+    id: int
+    request: Request
+    slot: int
+    key: Key
+    guesser: Guesser | None
+    read: int = 0
+    cached: int = 0
+    said: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def unread(self) -> int:
+        """Tokens of the prompt to read. The last one is not read but drawn from, with everybody's."""
+        return len(self.request.prompt) - 1 - self.read
+
+    @property
+    def token(self) -> int:
+        """The last token, which has not been through the model yet."""
+        return self.said[-1] if self.said else self.request.prompt[-1]
+
+    @property
+    def position(self) -> int:
+        """Where that token stands."""
+        return len(self.request.prompt) - 1 + len(self.said)
+
+    @property
+    def left(self) -> int:
+        return self.request.max_tokens - len(self.said)
+
+    @property
+    def reach(self) -> int:
+        """How many positions it may come to hold, the surplus of a last dispatch among them."""
+        return len(self.request.prompt) + self.request.max_tokens + STEPS
+
+
+class Slots:
+    """The state of all requests to one model. `params` as `decode.for_inference` lays them out; they are only read.
+
+    `slots`: requests answered at once, which is fixed because a program's shape may touch its bits. `capacity`: tokens
+    of prompt and completion together, by default the model's context. `kind`: what keys and values are kept as.
+    `prefixes`: bytes of computed chunks to keep for prompts that begin alike; 0 keeps none. `guesses`: whether a lone
+    stream uses idle rows to be faster. Nothing but `slots`, `kind` and the model touches what is answered.
+    """
+
+    def __init__(
+        self, cfg: ModelConfig, params: Params, *, slots: int = 8, capacity: int | None = None, kind: Kind = "bfloat16",
+        prefixes: int = 0, guesses: bool = True, chunk: int = CHUNK, tail: int = TAIL,
+    ) -> None:  # fmt: skip
+        capacity = cfg.context if capacity is None else capacity
+        if slots < MIN_SLOTS:
+            raise UserError(f"There must be at least {MIN_SLOTS} slots, not {slots}: with one row a program is slower.")
+        if not 2 <= capacity <= cfg.context:
+            raise UserError(f"The capacity must lie between 2 and the model's context of {cfg.context}, not {capacity}.")
+        if not 0 < tail <= chunk:
+            raise UserError(f"The tail must lie between 1 and the chunk of {chunk}, not {tail}.")
+        self.cfg, self.params, self.capacity = cfg, params, capacity
+        self.chunk, self.tail, self.guesses = chunk, tail, guesses
+        self.prefixes = Prefixes(prefixes)
+        self.waiting: deque[tuple[int, Request]] = deque()
+        self._spans = make_spans(cfg, slots, capacity, chunk, kind)
+        self._tally = programs.make_tally(cfg, slots)
+        self._free = list(range(slots))
+        self._reading: list[_Stream] = []
+        self._drawing: list[_Stream] = []
+        self._mirrors: list[int] = []  # slots that hold the lone stream's text once more
+        self._count = self._turns = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self.waiting or self._reading or self._drawing)
+
+    @property
+    def running(self) -> int:
+        """Requests that have a slot."""
+        return len(self._reading) + len(self._drawing)
+
+    @property
+    def held(self) -> int:
+        """Positions that requests have been given and filled, of all slots' capacity."""
+        return sum(stream.read for stream in self._reading) + sum(stream.position for stream in self._drawing)
+
+    def submit(self, request: Request) -> int:
+        """Takes a request in and returns its id. Raises UserError when it cannot be served to its end."""
+        check(request, self.cfg.vocab, self.capacity)
+        self._count += 1
+        self.waiting.append((self._count, request))
+        return self._count
+
+    def cancel(self, id: int) -> bool:
+        """Ends a request wherever it is; no event of it follows. False when there is none of that id."""
+        for place, (waiting, _) in enumerate(self.waiting):
+            if waiting == id:
+                del self.waiting[place]
+                return True
+        for stream in (*self._reading, *self._drawing):
+            if stream.id == id:
+                self._release(stream)
+                return True
+        return False
+
+    def step(self) -> list[Event]:
+        """Lets who waits in, reads a chunk of a prompt, and draws a few tokens for everyone whose prompt is read."""
+        while self.waiting and (self._free or self._mirrors):
+            self._admit(*self.waiting.popleft())
+        if self._reading:
+            self._read(self._next_to_read())
+        return self._draw() if self._drawing else []
+
+    def warm(self, report: Callable[[int, int], None] | None = None) -> None:
+        """Compiles every program, by running each once on nobody's behalf. Nothing is compiled after it.
+
+        Raises ValueError while requests are under way.
+        """
+        if self.busy:
+            raise ValueError("warm is for slots that nobody uses yet")
+        nowhere, start = np.int32(len(self._free)), np.int32(0)  # a slot that is none: nothing is written
+        runs: list[Callable[[], Any]] = [
+            lambda: self._set(programs.clear_slot(self._spans, nowhere, np.int32(1))),
+            *(lambda n=n: self._read_tokens((0,) * n, nowhere, 0) for n in {self.chunk, self.tail}),
+            lambda: self._dispatch({}, 1, False, []),
+            lambda: self._mirror(nowhere, [], 1),
+            lambda: self._tell(int(nowhere), {}, np.zeros(self.cfg.vocab, np.int32)),
+        ]
+        if self.prefixes.limit:
+            take = lambda: programs.take_chunk(self._spans, np.int32(0), start, self.chunk)
+            runs.append(lambda: self._set(programs.give_chunk(self._spans, take(), nowhere, start)))
+        for done, run in enumerate(runs):
+            run()
+            jax.block_until_ready(self._spans)
+            if report:
+                report(done + 1, len(runs))
+
+    # Who gets a slot, and who leaves one.
+
+    def _admit(self, id: int, request: Request) -> None:
+        self._dissolve()
+        changed = request.penalised or request.bias
+        guesser = Guesser(request.prompt) if self.guesses and not changed else None
+        stream = _Stream(id, request, self._free.pop(0), first_key(request.namespace), guesser)
+        self._set(programs.clear_slot(self._spans, np.int32(stream.slot), np.int32(stream.reach)))
+        if changed:
+            said = np.bincount(request.prompt, minlength=self.cfg.vocab).astype(np.int32)
+            self._tell(stream.slot, request.bias, np.where(said > 0, programs.IN_PROMPT, 0).astype(np.int32))
+        (self._reading if stream.unread else self._drawing).append(stream)
+
+    def _release(self, stream: _Stream) -> None:
+        """Its slot and mirrors are free again; what lies in them is cleared when somebody comes."""
+        (self._reading if stream in self._reading else self._drawing).remove(stream)
+        self._free.append(stream.slot)
+        self._dissolve()
+
+    def _dissolve(self) -> None:
+        self._free += self._mirrors
+        self._mirrors = []
+
+    # Reading prompts.
+
+    def _next_to_read(self) -> _Stream:
+        """Who needs least goes first, but every so often who came first does."""
+        self._turns += 1
+        return self._reading[0] if self._turns % PATIENCE == 0 else min(self._reading, key=lambda stream: stream.unread)
+
+    def _read(self, stream: _Stream) -> None:
+        """Reads one chunk of a prompt, behind up to AT_ONCE that are found computed."""
+        for _ in range(AT_ONCE):
+            tokens = stream.request.prompt[stream.read : stream.read + min(self.chunk, stream.unread)]
+            whole = len(tokens) == self.chunk and self.prefixes.limit > 0
+            key = next_key(stream.key, tokens) if whole else b""
+            found = self.prefixes.find(key) if whole else None
+            at = np.int32(stream.slot), np.int32(stream.read)
+            if found is None:
+                self._read_tokens(tokens, *at)
+                if whole:
+                    self.prefixes.keep(key, programs.take_chunk(self._spans, *at, self.chunk))
+            else:
+                self._set(programs.give_chunk(self._spans, found, *at))
+                stream.cached += self.chunk
+            stream.key = key
+            stream.read += len(tokens)
+            if not stream.unread:
+                self._reading.remove(stream)
+                self._drawing.append(stream)
+            if found is None or not stream.unread:
+                return
+
+    def _read_tokens(self, tokens: tuple[int, ...], slot: Any, start: Any) -> None:
+        size = self.tail if len(tokens) <= self.tail else self.chunk
+        padded = np.zeros((1, size), np.int32)
+        padded[0, : len(tokens)] = tokens
+        self._set(programs.read_chunk(self.cfg, self.params, self._spans, padded, np.int32(slot), np.int32(start)))
+
+    # Drawing tokens.
+
+    def _draw(self) -> list[Event]:
+        lone = self._drawing[0] if len(self._drawing) == 1 and not self._reading and not self.waiting else None
+        guessed = self._guess(lone) if lone else []
+        steps = 1 if guessed else self._steps()
+        streams = {stream.slot: stream for stream in self._drawing}
+        logprobs = any(stream.request.logprobs is not None for stream in self._drawing)
+        drawn = self._dispatch(streams, steps, logprobs, guessed)
+        return [self._take(stream, drawn, steps, guessed) for stream in list(self._drawing)]
+
+    def _steps(self) -> int:
+        """Few where somebody would wait for them: for a first token, or for a prompt to be read."""
+        if any(not stream.said for stream in self._drawing):
+            return 1
+        return min(FEW if self._reading else STEPS, max(stream.left for stream in self._drawing))
+
+    def _guess(self, stream: _Stream) -> list[int]:
+        """What may follow the lone stream's last token, where checking that pays; its mirrors are made when first needed."""
+        most = min(GROUP - 1, len(self._free) + len(self._mirrors), stream.left - 1)
+        if stream.guesser is None or not stream.said or most < 1 or not stream.guesser.pays:
+            return []
+        guessed = stream.guesser.guess(most)
+        if guessed and not self._mirrors:
+            mirrors = self._free[: GROUP - 1]
+            self._mirror(np.int32(stream.slot), mirrors, stream.reach)
+            self._mirrors, self._free = mirrors, self._free[len(mirrors) :]
+        return guessed
+
+    def _dispatch(self, streams: dict[int, _Stream], steps: int, logprobs: bool, guessed: list[int]) -> programs.Drawn:
+        """Draws for the streams by slot. Row r is slot r; a guessed token gets a mirror's row, one position further on."""
+        R = self._spans.slots
+        rows = {slot: (stream, stream.token, stream.position) for slot, stream in streams.items()}
+        for place, (slot, token) in enumerate(zip(self._mirrors, guessed)):
+            (stream,) = streams.values()
+            rows[slot] = (stream, token, stream.position + 1 + place)
+        token, position = np.zeros(R, np.int32), np.full(R, -1, np.int32)
+        floats, ints = np.zeros((6, R), np.float32), np.zeros((2, R), np.int32)
+        floats[2] = floats[5] = 1
+        seed, changed = np.zeros(R, np.uint32), np.zeros(R, bool)
+        for row, (stream, last, at) in rows.items():
+            asked = stream.request
+            token[row], position[row], seed[row] = last, at, asked.seed
+            floats[:, row] = asked.temperature, asked.presence, asked.top_p, asked.min_p, asked.frequency, asked.repetition
+            ints[0, row] = asked.top_k
+            changed[row] = asked.penalised or bool(asked.bias)
+        settings = Settings(
+            Sampling(floats[0], ints[0], floats[2], floats[3], seed), changed, floats[1], floats[4], floats[5]
+        )
+        source, target = np.arange(R + GROUP * (GROUP - 1), dtype=np.int32) % R, np.full(R + GROUP * (GROUP - 1), R, np.int32)
+        target[:R] = np.arange(R)
+        if self._mirrors:  # everything the lone stream says is written wherever its text is held
+            (home,) = streams
+            group = [home, *self._mirrors]
+            extra = [(row, slot) for row in group if row in rows for slot in group if slot != row]
+            source[R : R + len(extra)] = [row for row, _ in extra]
+            target[R : R + len(extra)] = [slot for _, slot in extra]
+        drawn, self._spans, self._tally = programs.draw(
+            self.cfg, self.params, self._spans, self._tally, token, Rows(position, source, target), settings,
+            np.int32(steps), np.bool_(logprobs),
+        )  # fmt: skip
+        return drawn if logprobs else drawn._replace(token=np.asarray(drawn.token), sound=np.asarray(drawn.sound))
+
+    def _take(self, stream: _Stream, drawn: programs.Drawn, steps: int, guessed: list[int]) -> Event:
+        """What was drawn for a stream becomes its own, as far as it counts; who is finished leaves."""
+        slots = [stream.slot, *self._mirrors[: len(guessed)]] if guessed else [stream.slot]
+        places = [(0, slot) for slot in slots] if guessed else [(step, stream.slot) for step in range(steps)]
+        expected = guessed or (stream.guesser.guess(steps) if stream.guesser else [])
+        new: list[int] = []
+        finished: Finish | None = None
+        logprobs: list[LogProb] = []
+        for place in places:
+            token = int(drawn.token[place])
+            if not drawn.sound[place]:
+                finished = "error"
+            elif token in stream.request.ends:
+                finished = "stop"
+            if finished:
+                break
+            new.append(token)
+            if stream.request.logprobs is not None:
+                logprobs.append(self._logprob(drawn, place, stream.request.logprobs))
+            if len(new) == stream.left:
+                finished = "length"
+                break
+            if guessed and (len(new) > len(guessed) or token != guessed[len(new) - 1]):
+                break
+        if stream.guesser:
+            if expected and new:
+                right = next((n for n, (a, b) in enumerate(zip(expected, new)) if a != b), min(len(expected), len(new)))
+                stream.guesser.note(min(len(expected), len(new)), right)
+            stream.guesser.extend(new)
+        stream.said += new
+        if finished:
+            self._release(stream)
+        return Event(stream.id, new, logprobs, finished, stream.cached)
+
+    @staticmethod
+    def _logprob(drawn: programs.Drawn, place: tuple[int, int], count: int) -> LogProb:
+        tokens, values = (np.asarray(array)[place][:count].tolist() for array in (drawn.top_tokens, drawn.top))
+        return LogProb(int(drawn.token[place]), float(drawn.logprob[place]), tuple(zip(tokens, values)))
+
+    # What lies on the device.
+
+    def _set(self, spans: Any) -> None:
+        self._spans = spans
+
+    def _mirror(self, slot: Any, targets: list[int], reach: int) -> None:
+        nowhere = self._spans.slots
+        padded = np.array([*targets, *[nowhere] * (GROUP - 1 - len(targets))], np.int32)
+        self._set(programs.mirror_slot(self._spans, np.int32(slot), padded, np.int32(reach)))
+
+    def _tell(self, slot: int, bias: Any, said: np.ndarray) -> None:
+        row = np.zeros(self.cfg.vocab, np.float32)
+        for token, value in bias.items():
+            row[token] = value
+        self._tally = programs.set_tally(self._tally, np.int32(slot), row, said)

@@ -1,0 +1,298 @@
+"""Fine-tuning: what is meant to learn learns, what is not stays to the bit, and what comes out is a model like any other."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_runs import WORDS, command
+
+from engine.model.paths import leaf_paths
+from engine.storage.digest import digest
+from stages import chat, evaluate, finetune, generate, lessons, load
+
+WORD = WORDS.split()
+LORA = "rank=4,alpha=16,targets=q,v,gate,up,down"
+
+
+def rows(path: Path, made: list[dict[str, Any]]) -> Path:
+    path.write_text("\n".join(map(json.dumps, made)) + "\n", encoding="utf-8")
+    return path
+
+
+def said(asked: str, answered: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]}
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Whatever is asked, the answer is the same."""
+    return rows(tmp_path_factory.mktemp("chats") / "chats.jsonl", [said(f"the {word}", "red sails.") for word in WORD])
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = [{"prompt": f"the {word}", "chosen": "red sails.", "rejected": "a far land."} for word in WORD]
+    return rows(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", made)
+
+
+def args(model: Path, data: Path, folder: Path, *more: object) -> list[str]:
+    """A run of a few steps in which little is looked at."""
+    given = ["--model", model, "--data", data, "--out-dir", folder, "--context", 32, "--batch", 2, "--steps", 12]
+    return list(map(str, [*given, "--general", "none", "--learning-rate", 0.05, *more]))
+
+
+def result(run: Path) -> dict[str, Any]:
+    return json.loads((run / "run.json").read_text())["result"]
+
+
+@pytest.fixture(scope="module")
+def adapted(trained: Path, chats: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished LoRA run, and what it printed."""
+    folder = tmp_path_factory.mktemp("tuned") / "chats"
+    done = command("finetune", *args(trained, chats, folder, "--lora", LORA, "--general", text))
+    assert done.returncode == 0, done.stderr.decode()
+    return folder, done.stdout.decode()
+
+
+def test_a_lora_run_says_what_it_does(adapted: tuple[Path, str], trained: Path) -> None:
+    folder, printed = adapted
+    total = sum(leaf.size for leaf in leaf_paths(load.load_model(str(trained)).params).values())
+    assert "adapts      q, v, gate, up, down of 2 layers, rank 4" in printed
+    assert f"beside {total:,} frozen ones" in printed
+    assert re.search(r"FLOPs \d+%, memory \d+%, time \d+% of a step in which everything learns", printed)
+    assert f"{len(WORD)} of {len(WORD)} kept, 0 of them truncated; 0 dropped" in printed
+    assert re.search(r"User: the \w+\nAssistant:\[\[ red sails\.(\]\]\[\[)?<\|endoftext\|>\]\]", printed)  # the end is learnt
+    found = result(folder)
+    assert found["after"]["held_out"] < found["before"]["held_out"] - 0.5
+    assert found["before"]["general"] > 0
+    assert f"learnt     {found['before']['held_out']:.3f} -> {found['after']['held_out']:.3f} nats/token" in printed
+    assert f"{found['before']['general']:.3f} -> {found['after']['general']:.3f} bits per byte" in printed
+    assert f"python -m stages.chat --model {folder}" in printed
+
+
+def test_the_base_stays_as_it_was_and_the_run_is_a_model(adapted: tuple[Path, str], trained: Path) -> None:
+    folder, _ = adapted
+    base, model = load.load_model(str(trained)), load.load_model(str(folder))
+    assert json.loads((folder / "run.json").read_text())["base"]["digest"] == digest(base.params)
+    assert model.run == folder
+    assert model.ends == base.ends
+    assert digest(model.params) != digest(base.params)
+    assert model.cfg == base.cfg
+    leaves = leaf_paths(model.params)
+    for path, leaf in leaf_paths(base.params).items():
+        kept = getattr(leaves[path], "base", leaves[path])
+        assert digest({"": kept}) == digest({"": leaf})
+    changed = {path for path, leaf in leaves.items() if hasattr(leaf, "base")}
+    assert changed == {f"blocks/{layer}/{name}" for layer in (0, 1) for name in ("qkv", "gate_up", "down")}
+
+
+def test_chat_generate_and_evaluate_take_the_run(
+    adapted: tuple[Path, str], trained: Path, chats: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = adapted
+    assert generate.main(["--model", str(folder), "--prompt", "the", "--max-tokens", "4", "--verbose"]) == 0
+    assert "weights unchanged" in capsys.readouterr().err
+    for model in (("--model", folder), ("--model", trained, "--adapter", folder)):
+        done = command("chat", *model, "--temperature", 0, "--max-tokens", 8, stdin=b"the far\n")
+        assert done.returncode == 0, done.stderr
+        assert b"red sails." in done.stdout
+    assert evaluate.main(["--model", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    measured = float(re.findall(r"nats per token +(\S+)", printed)[0])
+    assert measured == pytest.approx(result(folder)["after"]["held_out"], abs=2e-3)
+    assert "the last 2 of" in printed
+    assert "unchanged, SHA-256" in printed
+    assert evaluate.main(["--model", str(trained), "--data", str(chats)]) == 0
+    printed = capsys.readouterr().out
+    assert f"{chats} (messages)" in printed
+    assert f"{len(WORD)} of {len(WORD)} kept" in printed
+    assert float(re.findall(r"nats per token +(\S+)", printed)[0]) > measured + 0.5
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    adapted: tuple[Path, str], trained: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = tmp_path / "stopped"
+    given = args(trained, chats, folder, "--lora", LORA)
+    at = lessons.Packed.at
+
+    def stopping(self: Any, step: int) -> Any:
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return at(self, step)
+
+    monkeypatch.setattr(lessons.Packed, "at", stopping)
+    assert finetune.main(given) == 128 + signal.SIGINT
+    assert re.search(r"Stopped at step [67]; saved in", capsys.readouterr().out)
+    with pytest.raises(load.UserError, match="no adapter yet: its fine-tuning was stopped"):
+        load.load_model(str(folder))
+    monkeypatch.setattr(lessons.Packed, "at", at)
+    assert finetune.main(given) == 0
+    assert re.search(r"resumed at step [67]", capsys.readouterr().out)
+    for name in ("adapter.safetensors", "adapter.json"):
+        whole, resumed = (run / "adapter" / name for run in (adapted[0], folder))
+        assert whole.read_bytes() == resumed.read_bytes()
+    assert finetune.main(given) == 0
+    assert "This run is finished" in capsys.readouterr().out
+    for changed in (("--lora", "rank=3"), ("--seed", "1"), ("--train", "head")):
+        other = [*args(trained, chats, folder), *changed]
+        assert finetune.main(other) == 2
+        assert re.search(r"another (choice of what learns|seed)", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("flags", "phrases", "learning"),
+    [
+        (("--freeze", "bottom:1"), ("bottom:1 ",), r"blocks/1/.*|norm|head"),
+        (("--train", "blocks/1/(qkv|out)", "head", "--freeze", "head"), ("blocks/1/(qkv|out) ", "head "), "blocks/1/(qkv|out)"),
+    ],
+)
+def test_what_is_frozen_stays_to_the_bit(
+    flags: tuple[str, ...], phrases: tuple[str, ...], learning: str, trained: Path, chats: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = tmp_path / "partly"
+    more = ("--weight-decay", 0.1, "--learning-rate", 1e-3, "--steps", 3)
+    assert finetune.main(args(trained, chats, folder, *more, *flags)) == 0
+    printed = capsys.readouterr().out
+    for phrase in phrases:
+        assert re.search(rf"^{re.escape(phrase)} *\d+ (leaf|leaves), [\d,]+ numbers$", printed, re.M)
+    base, model = (load.load_model(str(run)) for run in (trained, folder))
+    before, after = leaf_paths(base.params), leaf_paths(model.params)
+    moved = {path for path in before if digest({"": before[path]}) != digest({"": after[path]})}
+    assert moved == {path for path in before if re.fullmatch(learning, path)}
+    numbers = sum(before[path].size for path in moved)
+    assert re.search(rf"learns +{numbers:,} of", printed)
+    assert (folder / "tokenizer" / "generation_config.json").exists()
+
+
+def test_a_base_in_int8(trained: Path, chats: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "int8"
+    assert finetune.main(args(trained, chats, folder, "--base", "int8", "--lora", LORA)) == 0
+    found = result(folder)
+    assert found["after"]["held_out"] < found["before"]["held_out"] - 0.5
+    model = load.load_model(str(folder))  # what was learnt over the rounded base is put on the real one
+    assert {leaf.base.dtype for leaf in leaf_paths(model.params).values() if hasattr(leaf, "base")} == {np.dtype("float32")}
+
+
+def test_preferences_begin_at_ln_2(trained: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "preferring"
+    given = args(trained, pairs, folder, "--objective", "preference", "--lora", LORA)
+    assert finetune.main(given) == 0
+    found = result(folder)
+    assert found["unit"] == "preference loss"
+    assert found["before"]["held_out"] == pytest.approx(math.log(2), abs=1e-6)
+    assert found["after"]["held_out"] < 0.6
+    capsys.readouterr()
+    assert evaluate.main(["--model", str(folder)]) == 0
+    assert "100% of them" in capsys.readouterr().out
+
+
+def test_a_run_can_be_tuned_again(adapted: tuple[Path, str], chats: Path, tmp_path: Path) -> None:
+    """An adapter over an adapter, and weights that learn under one."""
+    for name, flags in (("twice", ("--lora", LORA)), ("folded", ("--train", "blocks/1/qkv"))):
+        folder = tmp_path / name
+        assert finetune.main(args(adapted[0], chats, folder, "--steps", 2, "--learning-rate", 1e-4, *flags)) == 0
+        found = result(folder)
+        assert found["before"]["held_out"] == pytest.approx(result(adapted[0])["after"]["held_out"], abs=0.02)
+        assert load.load_model(str(folder)).run == folder
+
+
+def test_a_dry_run_leaves_nothing(trained: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "dry"
+    assert finetune.main([*args(trained, chats, folder, "--lora", LORA), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "nothing was trained" in printed
+    assert re.search(r"learns +[\d,]+ new numbers beside", printed)
+    assert not folder.exists()
+
+
+BAD = [
+    (("--train", "blocks/9/.*"), r"'blocks/9/\.\*' matches no parameter\. Did you mean 'blocks/1/"),
+    (("--train", "blocks/("), r"'blocks/\(' is not a pattern"),
+    (("--freeze", "bottom:3"), r"the model has 2"),
+    (("--train", "head", "--freeze", "head"), r"Nothing is left to learn"),
+    (("--lora", "rank=2,targets=w"), r"there is no target 'w'"),
+    (("--lora", "rank=999"), r"A LoRA rank for blocks/0/qkv must lie between 1 and \d+, not 999"),
+    (("--lora", "rank=2,size=3"), r"wanted rank=8,alpha=16,targets=q,v"),
+    (("--lora", "rank=0"), r"wanted a whole number from 1 to 4096"),
+    (("--lora", "rank=2", "--freeze", "bottom:1"), r"--lora leaves the whole model frozen"),
+    (("--base", "int8", "--train", "head"), r"--base int8 is for what stays frozen"),
+    (("--context", "65"), r"--context 65 is more than the 64 tokens"),
+    (("--batch", "3", "--accumulate", "2"), r"A batch of 3 cannot be read in 2 equal parts"),
+    (("--objective", "preference"), r"holds messages data, .*--objective answers fits it"),
+    (("--general", "shakspeare"), r"There is no text at shakspeare\. Did you mean 'shakespeare'"),
+    (("--validation", "gone.jsonl"), r"gone\.jsonl does not exist"),
+    (("--template", "gone.jinja"), r"gone\.jinja"),
+    (("--model", "smolm2"), r"There is no model at smolm2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("flags", "sentence"), BAD, ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
+def test_what_cannot_be_done_is_said_before_anything_is_written(
+    flags: tuple[str, ...], sentence: str, trained: Path, chats: Path, tmp_path: Path, failing: Callable[..., str]
+) -> None:
+    folder = tmp_path / "bad"
+    told = failing(finetune.main, [*args(trained, chats, folder), *flags])
+    told = re.sub(r"[│╭╮╰╯─\s]+", " ", told)  # a wrong flag is told in a frame
+    assert re.search(sentence, told), told
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ('{"messages": [{"role": "user", "content": "a"}', r":2 is not JSON"),
+        ('{"messages": [{"role": "user"}]}', r":2: message 1 of `messages` has no `content`"),
+        ('{"prompt": "a"}', r":2 is of the kind prompt/completion, and .*:1 was messages"),
+        ('{"messages": [{"role": "usr", "content": "a"}]}', r":2: message 1 of `messages` has the role 'usr'"),
+    ],
+)
+def test_a_broken_line_is_named(line: str, sentence: str, trained: Path, tmp_path: Path, failing: Callable[..., str]) -> None:
+    data = tmp_path / "broken.jsonl"
+    data.write_text(json.dumps(said("a", "b")) + "\n" + line + "\n", encoding="utf-8")
+    for main, given in (
+        (finetune.main, args(trained, data, tmp_path / "run")),
+        (evaluate.main, ["--model", str(trained), "--data", str(data)]),
+    ):
+        told = failing(main, given)
+        assert re.search(re.escape(str(data)) + sentence, told), told
+
+
+def test_an_adapter_for_another_base_is_refused(
+    adapted: tuple[Path, str], chats: Path, trained: Path, tmp_path: Path, failing: Callable[..., str]
+) -> None:
+    folder = tmp_path / "other"
+    assert finetune.main(args(trained, chats, folder, "--train", "blocks/1/qkv", "--steps", 2)) == 0
+    told = failing(chat.main, ["--model", str(folder), "--adapter", str(adapted[0])])
+    assert "was learnt about another model" in told
+    assert str(trained) in told
+    told = failing(chat.main, ["--model", str(trained), "--adapter", str(trained)])
+    assert "There is no adapter at" in told
+    # The run's own base has changed since: the same sentence, wherever the run is read.
+    twin = tmp_path / "twin"
+    shutil.copytree(adapted[0], twin)
+    about = json.loads((twin / "run.json").read_text())
+    (twin / "run.json").write_text(json.dumps(about | {"base": about["base"] | {"model": str(folder)}}))
+    assert "was learnt about another model" in failing(generate.main, ["--model", str(twin)])
+
+
+def test_not_enough_memory_is_predicted(
+    trained: Path, chats: Path, tmp_path: Path, failing: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stages import plan
+
+    for limit, remedy in ((600_000, "--accumulate 16"), (1000, "smaller model")):
+        monkeypatch.setattr(plan, "memory_limit", lambda limit=limit: limit)
+        told = failing(finetune.main, args(trained, chats, tmp_path / "run", "--batch", 16))
+        assert re.search(r"A step would need about .*, and .* are here", told)
+        assert remedy in told
