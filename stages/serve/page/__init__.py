@@ -1,0 +1,45 @@
+"""The chat page: one document with its style and scripts inside it, and the policy under which nothing else can run.
+
+The parts lie beside this file so that each can be read. They are joined once, when the server starts; what the browser
+gets asks for nothing but this server's own routes.
+"""
+
+import base64
+import hashlib
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+PARTS = re.compile(r'<link rel="stylesheet" href="(\w+\.css)">|<script src="(\w+\.js)"></script>')
+
+
+class Page(NamedTuple):
+    """The document, UTF-8, and the value of its Content-Security-Policy header."""
+
+    html: bytes
+    policy: str
+
+
+def page() -> Page:
+    """The page with its parts inside, each allowed by its SHA-256 alone."""
+    folder = Path(__file__).parent
+    allowed: dict[str, list[str]] = {"style": [], "script": []}
+
+    def inside(found: re.Match[str]) -> str:
+        tag = "style" if found[1] else "script"
+        text = "\n" + (folder / (found[1] or found[2])).read_text("utf-8")
+        allowed[tag].append(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'")
+        return f"<{tag}>{text}</{tag}>"
+
+    html = PARTS.sub(inside, (folder / "page.html").read_text("utf-8"))
+    policy = [
+        "default-src 'none'",
+        "connect-src 'self'",
+        "img-src data:",  # the icon, which is a few characters inside the document
+        f"style-src {' '.join(allowed['style'])}",
+        f"script-src {' '.join(allowed['script'])}",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    ]
+    return Page(html.encode(), "; ".join(policy))

@@ -1,0 +1,153 @@
+'use strict';
+// The conversation: what is sent, what streams back, and what becomes of an answer that is cut short.
+
+const $ = (id) => document.getElementById(id);
+// The page's own address may hold a name and a key, with which fetch refuses to work; the origin holds none.
+const at = (path) => new URL(path, location.origin);
+const post = (path, body, signal) => fetch(at(path), {
+  method: 'POST', headers: {'Content-Type': 'application/json'}, body: JSON.stringify(body), signal,
+});
+const settings = $('settings').elements;
+const served = {model: null, context: null};
+let turns = [];  // {role, text, aside, ...}: all that is kept of the conversation, anywhere
+let running = null;  // what stops the answer under way
+let spent = 0;  // ms the server worked for it
+
+// A turn set aside stays to be read but is not sent again.
+const kept = () => turns.filter((turn) => !turn.aside);
+const used = () => kept().reduce((found, turn) => turn.prompt ? turn.prompt + turn.tokens : found, 0);
+
+function history() {
+  const system = settings.system.value.trim();
+  return [...(system ? [{role: 'system', content: system}] : []), ...kept().map(({role, text}) => ({role, content: text}))];
+}
+
+function begin(role, text) {
+  const turn = {role, text, drawn: [], chunks: 0, said: make('div', {className: 'said'})};
+  const who = role === 'user' ? make('p', {className: 'away'}, 'You') : make('p', {className: 'who'}, served.model);
+  turn.node = make('article', {className: role}, who, turn.said);
+  turn.said.textContent = text;
+  turns.push(turn);
+  $('log').append(turn.node);
+  $('empty').hidden = true;
+  return turn;
+}
+
+function setAside(turn) {
+  turn.aside = true;
+  turn.node.classList.add('aside');
+}
+
+function send(text) {
+  if (running || !served.model || !text.trim()) return;
+  if (!$('settings').checkValidity()) {
+    rail(true);
+    $('settings').reportValidity();
+    return;
+  }
+  // After a question that got no answer another one would be the second in a row, which templates refuse.
+  if (kept().at(-1)?.role === 'user') setAside(kept().at(-1));
+  begin('user', text);
+  $('ask').value = '';
+  fit();
+  answer(used());
+}
+
+function again(turn) {
+  if (running) return;
+  setAside(turn);
+  answer(Infinity);
+}
+
+// `before`: how many tokens the server had been sent or had said in earlier turns.
+async function answer(before) {
+  document.querySelectorAll('.again').forEach((button) => button.remove());
+  const asked = {
+    model: served.model, messages: history(), stream: true, stream_options: {include_usage: true},
+    temperature: settings.temperature.valueAsNumber, top_p: settings.top_p.valueAsNumber,
+    max_tokens: settings.max_tokens.valueAsNumber, ...(settings.seed.value && {seed: settings.seed.valueAsNumber}),
+  };
+  const turn = begin('assistant', '');
+  const stop = running = new AbortController();
+  busy(turn, true);
+  pin();
+  turn.began = performance.now();
+  try {
+    const reply = await post('/v1/chat/completions', asked, stop.signal);
+    if (!reply.ok) throw new Error(await reason(reply));
+    turn.taken = true;
+    for await (const event of events(reply.body)) take(turn, event);
+    if (!turn.finish) throw new Error('The connection ended before the answer was complete.');
+  } catch (error) {
+    if (stop.signal.aborted) turn.finish = 'stopped';
+    else turn.trouble = error instanceof TypeError ? 'The connection to the server is gone.' : error.message;
+  }
+  if (!turns.includes(turn)) return;  // a new conversation has begun meanwhile
+  const low = isLow();
+  running = null;
+  spent += performance.now() - turn.began;
+  show(turn);
+  busy(turn, false);
+  if (!turn.text) setAside(turn);
+  if (turn.taken) await measure(turn, asked.messages, before);
+  under(turn);
+  figures();
+  if (low) pin();
+  await attest();
+}
+
+function take(turn, event) {
+  if (event.error) throw new Error(event.error.message);
+  const choice = event.choices?.[0];
+  turn.usage = event.usage ?? turn.usage;
+  turn.finish = choice?.finish_reason ?? turn.finish;
+  if (!choice?.delta?.content) return;
+  turn.text += choice.delta.content;
+  turn.chunks += 1;
+  turn.last = performance.now();
+  turn.first ??= turn.last;
+  turn.frame ??= requestAnimationFrame(() => {
+    turn.frame = null;
+    const low = isLow();
+    show(turn);
+    if (low) pin();
+  });
+}
+
+async function reason(reply) {
+  const told = await reply.json().catch(() => null);
+  const wait = reply.headers.get('Retry-After');
+  return (told?.error?.message ?? `The server answered ${reply.status}.`) + (wait ? ` Try again in ${wait} s.` : '');
+}
+
+// Server-sent events -> the JSON of each, up to [DONE].
+async function* events(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  for (let held = ''; ;) {
+    const {done, value} = await reader.read();
+    if (done) return;
+    const lines = (held + value).split(/\r?\n/);
+    held = lines.pop();
+    for (const line of lines.filter((line) => line.startsWith('data:'))) {
+      if (line.slice(5).trim() === '[DONE]') return;
+      yield JSON.parse(line.slice(5));
+    }
+  }
+}
+
+async function measure(turn, messages, before) {
+  turn.prompt = turn.usage?.prompt_tokens ?? await counted({messages});
+  turn.tokens = turn.usage?.completion_tokens ?? (turn.text && await counted({prompt: turn.text, add_special_tokens: false}));
+  turn.resent = Math.min(before, turn.prompt);
+  turn.cached = turn.usage?.prompt_tokens_details?.cached_tokens ?? 0;
+  // The first piece comes when the clock starts, so its tokens are not counted: pieces hold about equally many.
+  const speed = turn.tokens * (1 - 1 / turn.chunks) / (turn.last - turn.first) * 1000;
+  turn.speed = Number.isFinite(speed) ? speed : 0;
+  turn.wait = turn.first - turn.began;
+}
+
+// Of an answer that is cut short the server sends no figures.
+async function counted(body) {
+  const reply = await post('/tokenize', {model: served.model, ...body}).then((reply) => reply.json()).catch(() => null);
+  return reply?.count ?? 0;
+}

@@ -1,0 +1,81 @@
+'use strict';
+// What a model says, as elements. Its text becomes text nodes and never HTML, and its links stay text.
+
+const make = (tag, set, ...inside) => {
+  const node = Object.assign(document.createElement(tag), set);
+  node.append(...inside);
+  return node;
+};
+
+function inline(text) {
+  const nodes = [];
+  let end = 0;
+  for (const found of text.matchAll(/`([^`\n]+)`|\*\*([^*\n]+)\*\*|\*([^*\s][^*\n]*)\*/g)) {
+    const tag = found[1] ? 'code' : found[2] ? 'strong' : 'em';
+    nodes.push(text.slice(end, found.index), make(tag, {}, found[1] ?? found[2] ?? found[3]));
+    end = found.index + found[0].length;
+  }
+  return [...nodes, text.slice(end)];
+}
+
+const MARKS = {ul: /^\s*[-*+]\s+(?=\S)/, ol: /^\s*\d{1,9}[.)]\s+(?=\S)/, blockquote: /^>\s?/, h3: /^#{1,6}\s+(?=\S)/};
+
+// text -> [{tag, lines, ...}]. A fence that is not closed yet is a block of code already, as it is while it streams.
+function blocks(text) {
+  const found = [];
+  let open = null;
+  const push = (block) => found.push(open = block);
+  for (const line of text.split('\n')) {
+    const fence = /^\s*(`{3,}|~{3,})\s*([^\s`]*)/.exec(line);
+    const tag = Object.keys(MARKS).find((tag) => MARKS[tag].test(line));
+    const rest = tag ? line.replace(MARKS[tag], '') : line;
+    if (open?.tag === 'pre' && fence?.[1].startsWith(open.fence) && !fence[2]) open = null;
+    else if (open?.tag === 'pre') open.lines.push(line);
+    else if (fence) push({tag: 'pre', fence: fence[1], name: fence[2], lines: []});
+    else if (!line.trim()) open = null;
+    else if (tag && tag === open?.tag && tag !== 'h3') open.lines.push(rest);
+    else if (tag) push({tag, lines: [rest], from: parseInt(line, 10)});
+    else if (open && open.tag !== 'h3') open.lines.push(`${open.lines.pop()}\n${line}`);
+    else push({tag: 'p', lines: [line]});
+  }
+  return found;
+}
+
+function drawn({tag, name, lines, from}) {
+  const text = lines.join('\n');
+  if (tag === 'pre') {
+    const head = make('figcaption', {}, name || 'code', copier(() => text));
+    return make('figure', {}, head, make('pre', {tabIndex: 0}, make('code', {}, text)));
+  }
+  if (tag !== 'ul' && tag !== 'ol') return make(tag, {}, ...inline(text));
+  return make(tag, tag === 'ol' ? {start: from} : {}, ...lines.map((line) => make('li', {}, ...inline(line))));
+}
+
+// Draws anew only from the first block that has changed, while an answer streams the last one.
+function show(turn) {
+  const fresh = blocks(turn.text);
+  const texts = fresh.map((block) => JSON.stringify(block));
+  const changed = texts.findIndex((text, place) => text !== turn.drawn[place]);
+  const from = changed < 0 ? texts.length : changed;
+  while (turn.said.children.length > from) turn.said.lastChild.remove();
+  turn.said.append(...fresh.slice(from).map(drawn));
+  turn.drawn = texts;
+}
+
+function copier(text) {
+  const button = make('button', {type: 'button', className: 'copy', textContent: 'Copy'});
+  button.onclick = async () => {
+    try {
+      await navigator.clipboard.writeText(text());
+    } catch {  // there is no such clipboard over plain http from another machine
+      const spare = make('textarea', {value: text(), className: 'away'});
+      document.body.append(spare);
+      spare.select();
+      document.execCommand('copy');
+      spare.remove();
+    }
+    button.textContent = 'Copied';
+    setTimeout(() => { button.textContent = 'Copy'; }, 1500);
+  };
+  return button;
+}

@@ -1,0 +1,108 @@
+"""The chat page as a document: nothing in it comes from elsewhere, nothing can be put into it, and everybody can read it."""
+
+import base64
+import hashlib
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from stages.serve import page as package
+from stages.serve.page import page
+
+VOID = {"meta", "link", "input", "br", "hr", "img"}
+FOLDER = Path(package.__file__).parent
+
+
+class Tree(HTMLParser):
+    """Notes what opens and closes; raises at the first end tag that closes something else."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def html() -> str:
+    return page().html.decode()
+
+
+@pytest.fixture(scope="module")
+def tree(html: str) -> Tree:
+    return Tree(html)
+
+
+def test_it_is_one_small_document_whose_tags_match(html: str, tree: Tree) -> None:
+    assert tree.open == []
+    assert len(html.encode()) < 60_000
+    names = [attrs["id"] for _, attrs in tree.tags if "id" in attrs]
+    assert len(names) == len(set(names))
+
+
+def test_it_asks_for_nothing_outside_itself(html: str, tree: Tree) -> None:
+    assert re.findall(r"https?://[^\s'\"]*", html) == ["http://www.w3.org/2000/svg"]  # a name, not a place
+    links = [attrs[name] for _, attrs in tree.tags for name in ("src", "href", "action", "srcset", "data") if name in attrs]
+    assert [link for link in links if not str(link).startswith("data:image/svg+xml,")] == []
+    assert not re.search(r"@import|url\(|\bimport\(|//cdn", html)
+    asked = set(re.findall(r"(?:at|post)\('([^']+)'", html))
+    assert asked == {"/v1/chat/completions", "/v1/models", "/v1/attestation", "/tokenize"}
+
+
+def test_the_policy_allows_exactly_the_parts_inside_it(html: str) -> None:
+    policy = dict(part.split(" ", 1) for part in page().policy.split("; "))
+    assert policy["default-src"] == "'none'"
+    assert policy["connect-src"] == "'self'"
+    for tag in ("style", "script"):
+        parts = re.findall(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+        assert len(parts) == len(list(FOLDER.glob("*.css" if tag == "style" else "*.js")))
+        hashes = [base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in parts]
+        assert policy[f"{tag}-src"].split() == [f"'sha256-{each}'" for each in hashes]
+
+
+def test_no_text_can_become_html_and_no_handler_or_style_is_an_attribute(html: str, tree: Tree) -> None:
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|DOMParser", html)
+    assert not [name for _, attrs in tree.tags for name in attrs if name == "style" or name.startswith("on")]
+
+
+def test_every_field_and_button_has_a_name(html: str, tree: Tree) -> None:
+    labelled = {attrs["for"] for tag, attrs in tree.tags if tag == "label" and "for" in attrs}
+    wrapped = re.findall(r"<label>\w[^<]*<(?:input|textarea) name=\"(\w+)\"", html)
+    for tag, attrs in tree.tags:
+        if tag in ("input", "textarea"):
+            assert attrs.get("id") in labelled or attrs.get("name") in wrapped, attrs
+    assert not re.search(r"<button[^>]*>\s*</button>", html)
+
+
+def _luminance(colour: str) -> float:
+    """Relative luminance of #rrggbb (WCAG 2.2, section 1.4.3)."""
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_stands_out_from_what_is_behind_it(theme: str) -> None:
+    style = (FOLDER / "page.css").read_text()
+    light, dark = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
+    colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", light if theme == "light" else dark))
+    text = [(ink, back) for ink in ("ink", "soft") for back in ("page", "faint", "shade")]
+    text += [("good", "faint"), ("good", "page"), ("bad", "faint"), ("bad", "bad-back"), ("on-blue", "blue")]
+    edges = [("edge", "page"), ("edge", "faint"), ("blue", "shade"), ("blue", "faint")]
+    for (one, other), least in [*((pair, 4.5) for pair in text), *((pair, 3.0) for pair in edges)]:
+        darker, lighter = sorted(_luminance(colours[name]) for name in (one, other))
+        assert (lighter + 0.05) / (darker + 0.05) >= least, (one, other)
