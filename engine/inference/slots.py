@@ -99,7 +99,7 @@ class Slots:
         if not 0 < tail <= chunk:
             raise UserError(f"The tail must lie between 1 and the chunk of {chunk}, not {tail}.")
         self.cfg, self.params, self.capacity = cfg, params, capacity
-        self.chunk, self.tail, self.guesses = chunk, tail, guesses
+        self.slots, self.chunk, self.tail, self.guesses = slots, chunk, tail, guesses
         self.prefixes = Prefixes(prefixes)
         self.waiting: deque[tuple[int, Request]] = deque()
         self._spans = make_spans(cfg, slots, capacity, chunk, kind)
@@ -124,6 +124,11 @@ class Slots:
     def held(self) -> int:
         """Positions that requests have been given and filled, of all slots' capacity."""
         return sum(stream.read for stream in self._reading) + sum(stream.position for stream in self._drawing)
+
+    @property
+    def bytes(self) -> int:
+        """Of keys and values, whether filled or not."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._spans))
 
     def submit(self, request: Request) -> int:
         """Takes a request in and returns its id. Raises UserError when it cannot be served to its end."""
@@ -296,7 +301,8 @@ class Slots:
             self.cfg, self.params, self._spans, self._tally, token, Rows(position, source, target), settings,
             np.int32(steps), np.bool_(logprobs),
         )  # fmt: skip
-        return drawn if logprobs else drawn._replace(token=np.asarray(drawn.token), sound=np.asarray(drawn.sound))
+        wanted = drawn if logprobs else drawn[:2]
+        return drawn._replace(**dict(zip(drawn._fields, jax.device_get(wanted))))
 
     def _take(self, stream: _Stream, drawn: programs.Drawn, steps: int, guessed: list[int]) -> Event:
         """What was drawn for a stream becomes its own, as far as it counts; who is finished leaves."""

@@ -269,6 +269,10 @@ def _special_names(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def _pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
-    """Finds control tokens, the longest first, with the white space that some of them take in."""
+    """Finds control tokens, the longest first, with the white space that some of them take in.
+
+    A run of white space is looked at from its beginning alone: from every place in it, a long one would take for ever.
+    """
     names = sorted(tokenizer.controls.values(), key=lambda added: -len(added.content))
-    return re.compile("|".join(r"\s*" * added.lstrip + re.escape(added.content) + r"\s*" * added.rstrip for added in names))
+    before = r"(?:(?<!\s)\s++)?"
+    return re.compile("|".join(before * added.lstrip + re.escape(added.content) + r"\s*" * added.rstrip for added in names))

@@ -125,6 +125,10 @@ class Tokenizer:
         text = b"".join(self._table.get(int(token), b"") for token in ids).decode("utf-8", "replace")
         return text.removeprefix(" ") if self._later else text
 
+    def bytes_of(self, token: int) -> bytes:
+        """What one token stands for; nothing for a control token."""
+        return self._table.get(int(token), b"")
+
     def token_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
         """How many bytes of UTF-8 these tokens stand for, exactly, whole characters or not; 0 for control tokens."""
         known = np.asarray(ids, np.int64)

@@ -1,0 +1,67 @@
+"""From what a client asked to what the engine is given."""
+
+import os
+from collections.abc import Sequence
+
+from engine.errors import UserError
+from engine.inference.request import Request, check
+from stages.serve.errors import Refused
+from stages.serve.prompts import overflow
+from stages.serve.schema import Sampling
+from stages.serve.served import Served
+
+
+def requests_of(
+    served: Served, body: Sampling, prompts: Sequence[list[int]], *, most: int | None, ends: frozenset[int],
+    logprobs: int | None, namespace: str, param: str,
+) -> list[Request]:  # fmt: skip
+    """`n` requests for each prompt, of at most `most` tokens (all that fit when None). Raises Refused.
+
+    Each draws by a seed of its own, counted up from the one that was given, else from a random one.
+    """
+    seed = int.from_bytes(os.urandom(4)) if body.seed is None else body.seed
+    n = body.n or 1
+    made = []
+    for place, prompt in enumerate(prompts):
+        room = served.engine.capacity - len(prompt)
+        if room < (most or 1):
+            raise overflow(len(prompt), most, served.engine.capacity, param)
+        for choice in range(n):
+            made.append(
+                _request(served, body, prompt, most or room, (seed + place * n + choice) % 2**32, ends, logprobs, namespace)
+            )
+    return made
+
+
+def _request(
+    served: Served, body: Sampling, prompt: list[int], most: int, seed: int, ends: frozenset[int], logprobs: int | None,
+    namespace: str,
+) -> Request:  # fmt: skip
+    or_else = lambda value, default: default if value is None else value
+    try:
+        request = Request(
+            tuple(prompt),
+            most,
+            ends=frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else ends),
+            temperature=or_else(body.temperature, 1.0),
+            top_k=max(0, body.top_k or 0),  # -1 is another way to say all
+            top_p=or_else(body.top_p, 1.0),
+            min_p=body.min_p or 0.0,
+            seed=seed,
+            presence=body.presence_penalty or 0.0,
+            frequency=body.frequency_penalty or 0.0,
+            repetition=or_else(body.repetition_penalty, 1.0),
+            bias={int(token): value for token, value in (body.logit_bias or {}).items() if value},
+            logprobs=logprobs,
+            namespace=namespace,
+        )
+        check(request, served.engine.cfg.vocab, served.engine.capacity)
+    except UserError as error:
+        raise Refused(400, str(error), param=_field(str(error))) from None
+    return request
+
+
+def _field(said: str) -> str | None:
+    """Which field the engine's complaint is about."""
+    names = {"bias": "logit_bias", "ends": "stop_token_ids", "prompt": "prompt"}
+    return next((field for name, field in names.items() if f"The {name} " in said), None)

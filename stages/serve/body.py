@@ -1,0 +1,94 @@
+"""The body of a request: read within bounds of size and time, and checked field by field against its schema."""
+
+import asyncio
+import re
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+
+from stages.serve.errors import Gone, Refused
+from stages.serve.schema import UNABLE
+
+LARGEST = 4 * 2**20  # bytes
+SECONDS = 20.0  # in which a body must have come
+
+PLACE = re.compile(r" - at (?:`key` in )?`\$(.*?)`$")
+UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.S)
+MISSING = re.compile(r"Object missing required field `(.*)`", re.S)
+
+
+async def read[T: msgspec.Struct](request: Request, kind: type[T]) -> T:
+    """The JSON body as `kind`. Raises Refused, naming the field at fault, and Gone when the client leaves."""
+    _check_headers(request)
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(SECONDS):
+            async for part in request.stream():
+                size += len(part)
+                if size > LARGEST:
+                    raise _too_large()
+                parts.append(part)
+    except TimeoutError:
+        raise Refused(408, f"The body did not come within {SECONDS:.0f} s.", headers={"Connection": "close"}) from None
+    except ClientDisconnect:
+        raise Gone from None
+    return decoded(b"".join(parts), kind)
+
+
+def decoded[T: msgspec.Struct](body: bytes, kind: type[T]) -> T:
+    """A body that has been read. Raises Refused."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        raise _refused(str(error)) from None
+    except RecursionError:
+        raise Refused(400, "The body is nested too deeply.") from None
+    except UnicodeDecodeError as error:
+        raise Refused(400, f"The body is not UTF-8: {error.reason}.") from None
+    except msgspec.DecodeError as error:
+        raise Refused(400, f"The body is not JSON: {error}.") from None
+
+
+def _check_headers(request: Request) -> None:
+    kind, _, parameters = request.headers.get("content-type", "").partition(";")
+    charset = re.search(r"charset\s*=\s*\"?([^\s;\"]+)", parameters.lower())
+    if kind.strip().lower() != "application/json" or (charset and charset[1] not in ("utf-8", "utf8", "us-ascii")):
+        raise Refused(415, "The body must be JSON in UTF-8, sent with the header `Content-Type: application/json`.")
+    if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        raise Refused(415, "The body must not be compressed: send it without a Content-Encoding.")
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length[:20]) > LARGEST:
+        raise _too_large()
+
+
+def _too_large() -> Refused:
+    return Refused(413, f"The body may have at most {LARGEST:,} bytes.")
+
+
+def _refused(said: str) -> Refused:
+    """msgspec's words as ours: `Expected `int`, got `str` - at `$.n`` names the field n."""
+    found = PLACE.search(said)
+    place = found[1].lstrip(".") if found else ""
+    words = said[: found.start()] if found else said
+    if unknown := UNKNOWN.fullmatch(words):
+        name = unknown[1]
+        why = UNABLE.get(name)
+        return Refused(
+            400, f"{why}: leave {_short(name)} out." if why else f"There is no field {_short(name)!r}.",
+            param=_short(f"{place}.{name}" if place else name), code="unknown_parameter",
+        )  # fmt: skip
+    if missing := MISSING.fullmatch(words):
+        name = f"{place}.{missing[1]}" if place else missing[1]
+        return Refused(400, f"{name} is missing.", param=name, code="missing_required_parameter")
+    top = re.split(r"[.\[]", place)[0]
+    last = re.split(r"[.\[]", place)[-1]
+    why = UNABLE.get(last) or UNABLE.get(top)
+    about = f"{place}: " if place else "The body: "
+    return Refused(
+        400, f"{about}{_short(words, 300)}." + (f" {why}." if why else ""), param=place or None, code="invalid_value"
+    )  # fmt: skip
+
+
+def _short(text: str, most: int = 80) -> str:
+    return text if len(text) <= most else text[:most] + "..."

@@ -1,0 +1,148 @@
+"""POST /v1/chat/completions."""
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from msgspec import UNSET
+from starlette.requests import Request
+
+from engine.inference.request import LogProb
+from engine.text.tokenizer import Tokenizer
+from stages.serve.answer import Answer
+from stages.serve.asked import requests_of
+from stages.serve.body import read
+from stages.serve.errors import Refused, json_reply
+from stages.serve.prompts import spoken
+from stages.serve.replies import (
+    Answered,
+    ChatChoice,
+    ChatChunk,
+    ChatLogProbs,
+    ChatPiece,
+    ChatReply,
+    Delta,
+    TokenLogProb,
+    TopLogProb,
+    new_id,
+)  # fmt: skip
+from stages.serve.schema import ChatRequest, Said
+from stages.serve.served import Served
+from stages.serve.stream import QUIET, EventStream, whole
+
+
+async def chat(request: Request) -> Any:
+    """Answers a conversation."""
+    served: Served = request.app.state.served
+    arrived = time.monotonic()
+    served.check_ready()
+    body = await read(request, ChatRequest)
+    served.check_model(body.model)
+    if body.top_logprobs and not body.logprobs:
+        raise Refused(400, "top_logprobs is given without logprobs being true.", param="top_logprobs")
+    seats = served.door.enter(body.n or 1)
+    try:
+        prompt = await served.prompts.of_chat(conversation(body.messages))
+        end = served.prompts.answers_end
+        requests = requests_of(
+            served, body, [prompt], most=body.max_completion_tokens or body.max_tokens,
+            ends=served.ends if end is None else served.ends | {end},
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            namespace=request.scope["state"].get("namespace", ""), param="messages",
+        )  # fmt: skip
+        answer = Answer(
+            served.engine, served.metrics, served.door, served.prompts.tokenizer, requests, body.stops, body.n or 1, arrived
+        )
+    except BaseException:
+        seats.leave()
+        raise
+
+    def close() -> None:
+        answer.close()
+        seats.leave()
+
+    writer = _Writer(served, body)
+    if body.stream:
+        return EventStream(answer, writer.chunks(answer), close)
+    try:
+        return json_reply(await whole(answer, request.receive, writer.reply(answer)))
+    finally:
+        close()
+
+
+def conversation(messages: list[Said]) -> list[dict[str, str]]:
+    """Roles and texts as a template takes them; it knows a developer as the system."""
+    return [
+        {"role": "system" if message.role == "developer" else message.role, "content": message.text} for message in messages
+    ]
+
+
+class _Writer:
+    """Pieces of an answer in OpenAI's words."""
+
+    def __init__(self, served: Served, body: ChatRequest) -> None:
+        self._tokenizer = served.prompts.tokenizer
+        self._indented = served.prompts.indented
+        self._wants = bool(body.logprobs)
+        self._usage = bool(body.stream_options and body.stream_options.include_usage)
+        self._n = body.n or 1
+        self.id, self.created = new_id("chatcmpl")
+        self.model, self.fingerprint = served.name, served.fingerprint
+
+    async def reply(self, answer: Answer) -> ChatReply:
+        texts, drawn = [""] * self._n, [list[LogProb]() for _ in range(self._n)]
+        reasons: list[Any] = [None] * self._n
+        async for piece in answer.pieces():
+            if piece:
+                texts[piece.place] += piece.text
+                drawn[piece.place] += piece.logprobs
+                reasons[piece.place] = piece.reason
+        choices = [
+            ChatChoice(index, Answered(self._begun(texts[index], "")), reasons[index], self._told(drawn[index]))
+            for index in range(self._n)
+        ]
+        return ChatReply(
+            id=self.id, created=self.created, model=self.model, system_fingerprint=self.fingerprint, choices=choices,
+            usage=answer.usage,
+        )  # fmt: skip
+
+    async def chunks(self, answer: Answer) -> AsyncIterator[ChatChunk | None]:
+        said = [""] * self._n
+        for index in range(self._n):
+            yield self._chunk([ChatPiece(index, Delta("assistant", ""))])
+        async for piece in answer.pieces(QUIET):
+            if piece is None:
+                yield None
+                continue
+            text = self._begun(piece.text, said[piece.place])
+            said[piece.place] += piece.text
+            delta = Delta(content=text) if text else Delta()
+            if text or piece.logprobs:
+                yield self._chunk([ChatPiece(piece.place, delta, None, self._told(piece.logprobs))])
+            if piece.reason:
+                yield self._chunk([ChatPiece(piece.place, Delta(), piece.reason)])
+        if self._usage:
+            yield self._chunk([], answer.usage)
+
+    def _chunk(self, choices: list[ChatPiece], usage: Any = None) -> ChatChunk:
+        return ChatChunk(
+            id=self.id, created=self.created, model=self.model, system_fingerprint=self.fingerprint, choices=choices,
+            usage=usage if self._usage else UNSET,
+        )  # fmt: skip
+
+    def _begun(self, text: str, before: str) -> str:
+        """A text without the space with which a word follows the name that a plain template ends with."""
+        return text[1:] if self._indented and not before and text.startswith(" ") else text
+
+    def _told(self, drawn: list[LogProb]) -> ChatLogProbs | None:
+        return ChatLogProbs([told(self._tokenizer, each) for each in drawn]) if self._wants else None
+
+
+def told(tokenizer: Tokenizer, drawn: LogProb) -> TokenLogProb:
+    """A token's log-probability, and those of the most probable ones, in OpenAI's words."""
+    name, value = spoken(tokenizer, drawn.token)
+    top = []
+    for token, logprob in drawn.top:
+        other, other_value = spoken(tokenizer, token)
+        top.append(TopLogProb(other, logprob, list(other_value)))
+    return TokenLogProb(name, drawn.logprob, list(value), top)

@@ -1,0 +1,128 @@
+"""Who is let through to the routes: by address, by origin, by key, in this order, before anything else is looked at.
+
+A page on another site that a person has open can send requests to 127.0.0.1 from their browser, and by rebinding its own
+name to 127.0.0.1 even read the replies. So the Host must be one of ours and an Origin, where a browser gives one, that of
+our own page. Paths are taken as they were written: nothing is decoded, folded or rewritten before it is matched, so there
+is no second spelling of a path that a check could miss.
+"""
+
+import base64
+import binascii
+import hashlib
+import hmac
+import re
+from collections.abc import Callable, Sequence
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from stages.serve.errors import Refused
+
+OPEN = "/live"  # what is answered without a key
+PAGE = "/"
+PATH = re.compile(r"/|(?:/[A-Za-z0-9_.~:@!$&'()*+,;=-]+)+/?")
+LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]"})
+
+ALWAYS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"x-frame-options", b"DENY"),
+]
+
+
+class Guard:
+    """`keys`: any of them opens; without keys everything is open. `hosts`: names by which the server may be called, any
+    when None. `origins`: of pages elsewhere that may call it. `count(status)` is told of each response."""
+
+    def __init__(
+        self, app: ASGIApp, *, keys: Sequence[str], hosts: frozenset[str] | None, origins: frozenset[str] = frozenset(),
+        count: Callable[[int], None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        self._app, self._hosts, self._origins, self._count = app, hosts, origins, count
+        self._keys = [_hash(key.encode()) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self._app(scope, receive, send)
+            return
+
+        async def outward(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._count(message["status"])
+                message["headers"] = [*message.get("headers", ()), *ALWAYS]
+            await send(message)
+
+        try:
+            namespace = self._check(scope)
+        except Refused as refused:
+            await refused.reply()(scope, receive, outward)
+            return
+        scope.setdefault("state", {})["namespace"] = namespace
+        await self._app(scope, receive, outward)
+
+    def _check(self, scope: Scope) -> str:
+        """The namespace of who asks, a name for their key. Raises Refused."""
+        path = scope.get("raw_path", scope["path"].encode()).decode("latin-1")
+        headers: dict[str, list[str]] = {}
+        for name, value in scope["headers"]:
+            headers.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
+        self._check_caller(scope, headers, path)
+        namespace = self._check_key(headers.get("authorization", []), path) if self._keys and path != OPEN else ""
+        if not PATH.fullmatch(path) or "/." in path:
+            raise Refused(404, "There is no such route; /openapi.json lists them all.", code="not_found")
+        return namespace
+
+    def _check_caller(self, scope: Scope, headers: dict[str, list[str]], path: str) -> None:
+        hosts = headers.get("host", [])
+        if len(hosts) != 1:
+            raise Refused(400, "The request must name one Host.", code="bad_host")
+        host = hosts[0].lower()
+        if self._hosts is not None and _name(host) not in self._hosts:
+            raise Refused(
+                403, "This server is not called by that Host; it can be told to be with --allow-host.", code="bad_host"
+            )
+        allowed = self._origins | {f"{scope.get('scheme', 'http')}://{host}"}
+        if any(origin.lower() not in allowed for origin in headers.get("origin", [])):
+            raise Refused(403, "Pages of another origin may not use this server.", code="bad_origin")
+        sites, modes = headers.get("sec-fetch-site", []), headers.get("sec-fetch-mode", [])
+        elsewhere = any(site.lower() in ("cross-site", "same-site") for site in sites)
+        if elsewhere and "origin" not in headers and not (path == PAGE and modes == ["navigate"] and scope["method"] == "GET"):
+            raise Refused(403, "Pages of another site may not use this server.", code="bad_origin")
+
+    def _check_key(self, given: list[str], path: str) -> str:
+        """Every key is compared, each in constant time, so that the time taken tells nothing."""
+        scheme, _, value = (given[0] if len(given) == 1 else "").partition(" ")
+        key = (
+            value.strip().encode("latin-1")
+            if scheme.lower() == "bearer"
+            else _password(value)
+            if scheme.lower() == "basic"
+            else b""
+        )
+        hashed = _hash(key)
+        matches = [hmac.compare_digest(hashed, known) for known in self._keys]
+        if not any(matches):
+            challenge = 'Basic realm="Thrice", charset="UTF-8"' if path == PAGE else "Bearer"
+            said = "The API key is wrong." if key else "An API key is needed: send `Authorization: Bearer KEY`."
+            raise Refused(401, said, code="invalid_api_key", headers={"WWW-Authenticate": challenge})
+        return hashed.hex()
+
+
+def _hash(key: bytes) -> bytes:
+    return hashlib.sha256(b"thrice:" + key).digest()
+
+
+def _name(host: str) -> str:
+    """A Host without its port."""
+    found = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::\d{1,5})?", host)
+    return found[1].rstrip(".") if found else ""
+
+
+def _password(value: str) -> bytes:
+    """The password of a Basic authorization; the name before it may be anything."""
+    try:
+        return base64.b64decode(value.strip(), validate=True).partition(b":")[2]
+    except (binascii.Error, ValueError):
+        return b""

@@ -1,0 +1,125 @@
+"""The socket, and uvicorn on it: what is not HTTP is answered in JSON too, and who sends no request is hung up on."""
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import socket
+from collections.abc import Iterator
+
+import h11
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from engine.errors import UserError
+from stages.serve.errors import problem_json
+
+HEAD_SECONDS = 20.0  # for a request's first line and headers, counted from the connection or from its first byte
+HEAD_BYTES = 32_768
+IDLE_SECONDS = 60  # that a connection is kept for another request
+BACKLOG = 1024
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at the address, which `listen` opens to clients. Raises UserError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"There is no address {host!r} to listen on: {error}.") from None
+    bound = socket.socket(family, kind, protocol)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with _explained(bound, host, port):
+        bound.bind(address)
+    return bound
+
+
+def listen(bound: socket.socket) -> None:
+    """From now on clients can connect. Raises UserError when another process was quicker."""
+    host, port = bound.getsockname()[:2]
+    with _explained(bound, host, port):
+        bound.listen(BACKLOG)
+
+
+@contextlib.contextmanager
+def _explained(bound: socket.socket, host: str, port: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        bound.close()
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"Port {port} of {host} is in use. End what uses it, or give another with --port.") from None
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise UserError(f"This user may not listen on port {port}. Give one of 1024 or above with --port.") from None
+        raise UserError(f"{host} port {port} cannot be listened on: {error.strerror or error}.") from None
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which leaves signals to whoever runs it."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def make_server(app: ASGIApp) -> Server:
+    return Server(
+        uvicorn.Config(
+            app, http=Protocol, ws="none", lifespan="off", loop="asyncio", log_config=None, log_level="critical",
+            access_log=False, server_header=False, h11_max_incomplete_event_size=HEAD_BYTES, timeout_keep_alive=IDLE_SECONDS,
+            proxy_headers=False, timeout_graceful_shutdown=5, backlog=BACKLOG,
+        )
+    )  # fmt: skip
+
+
+class Protocol(H11Protocol):
+    """uvicorn's, which waits for a request without end and answers what is none in plain text."""
+
+    _waiting: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._waiting is None and (self.cycle is None or self.cycle.response_complete):
+            self._wait()  # a head has begun, or a body goes on that was refused
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_waiting()
+
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = problem_json(400, "This is no HTTP request, or its head is too large.", "bad_request")
+            head = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+            with contextlib.suppress(h11.LocalProtocolError):
+                response = h11.Response(status_code=400, headers=head, reason=b"Bad Request")
+                for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+                    self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def _wait(self) -> None:
+        self._stop_waiting()
+        self._waiting = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+
+    def _stop_waiting(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None

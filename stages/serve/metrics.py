@@ -1,0 +1,88 @@
+"""What /metrics tells, under the names that vLLM's users know, and how many programs were compiled after start-up."""
+
+import time
+from collections.abc import Callable, Iterator
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
+
+from stages.serve.engine import State
+
+disable_created_metrics()  # when each series began; nobody asks
+
+QUICK = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
+WHOLE = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+
+
+class Metrics:
+    """Counts in a registry of its own, so that two servers in one process do not meet."""
+
+    def __init__(
+        self, model: str, state: Callable[[], State], compiles: Callable[[], int], ticked: Callable[[], float]
+    ) -> None:
+        self.registry = CollectorRegistry()
+        self._model = model
+        self.prompt_tokens = self._counter("vllm:prompt_tokens", "Tokens of prompts.")
+        self.generation_tokens = self._counter("vllm:generation_tokens", "Tokens that were generated.")
+        self.queried = self._counter("vllm:prefix_cache_queries", "Tokens of prompts that the prefix cache was asked for.")
+        self.hit = self._counter("vllm:prefix_cache_hits", "Tokens of prompts that the prefix cache had.")
+        self.first_token = self._histogram("vllm:time_to_first_token_seconds", "From request to first token.", QUICK)
+        self.per_token = self._histogram("vllm:time_per_output_token_seconds", "Between tokens, a request.", PER_TOKEN)
+        self.whole = self._histogram("vllm:e2e_request_latency_seconds", "From request to last token.", WHOLE)
+        self.prompt_size = self._histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", SIZES)
+        self.answer_size = self._histogram("vllm:request_generation_tokens", "Tokens generated for a request.", SIZES)
+        self._success = Counter(
+            "vllm:request_success", "Completions by why they ended.", ["model_name", "finished_reason"], registry=self.registry
+        )
+        for reason in ("stop", "length", "abort", "error"):
+            self._success.labels(model, reason)
+        self.responses = Counter("thrice_responses", "HTTP responses by status.", ["status"], registry=self.registry)
+        self._gauge("vllm:num_requests_running", "Requests that have a slot.", lambda: state().running)
+        self._gauge("vllm:num_requests_waiting", "Requests that wait for a slot.", lambda: state().waiting)
+        for name in ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"):  # the second is what it was called before
+            self._gauge(name, "Share of all slots' positions that is filled, 1 is all.", lambda: state().filled)
+        self.registry.register(_Compiles(compiles))
+        self._gauge(
+            "thrice_seconds_since_engine_tick", "How long the engine has not gone round.", lambda: time.monotonic() - ticked()
+        )
+        ProcessCollector(registry=self.registry)
+
+    def finished(self, reason: str) -> None:
+        self._success.labels(self._model, reason).inc()
+
+    def text(self) -> bytes:
+        """All of it in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, about: str) -> Counter:
+        return Counter(name, about, ["model_name"], registry=self.registry).labels(self._model)
+
+    def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, about, ["model_name"], registry=self.registry, buckets=buckets).labels(self._model)
+
+    def _gauge(self, name: str, about: str, value: Callable[[], float]) -> None:
+        gauge = Gauge(name, about, ["model_name"], registry=self.registry)
+        gauge.labels(self._model).set_function(value)
+
+
+class _Compiles(Collector):
+    """Counted elsewhere, read when it is asked for."""
+
+    def __init__(self, count: Callable[[], int]) -> None:
+        self._count = count
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        yield CounterMetricFamily(
+            "thrice_compiles_after_ready", "Programs compiled since the server was ready.", value=self._count()
+        )

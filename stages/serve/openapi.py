@@ -1,0 +1,72 @@
+"""The OpenAPI of the server, written from the same types that check what comes in."""
+
+import json
+from typing import Any
+
+import msgspec
+
+from stages.serve.errors import ErrorReply
+from stages.serve.replies import ChatChunk
+from stages.serve.routes import ROUTES, Route
+
+ABOUT = "What a client may ask of this server. Fields follow OpenAI's API, and vLLM's for what OpenAI's has no name for."
+MEANT = {
+    400: "The request is wrong; `param` names the field.", 401: "There is no key, or a wrong one.",
+    403: "The Host or Origin is not one that may use this server.", 404: "There is no such model.",
+    408: "The body did not come in time.", 413: "The body is too large.", 415: "The body is not sent as JSON.",
+    429: "All places are taken; Retry-After says how long to wait.", 500: "The server is at fault.",
+    503: "Requests are not answered at the moment.",
+}  # fmt: skip
+TEXTS_OR_IDS = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "minItems": 1, "maxItems": 64, "items": {"type": "string"}},
+        {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/TokenId"}},
+        {"type": "array", "minItems": 1, "maxItems": 64, "items": {
+            "type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/TokenId"}}},
+    ]
+}  # fmt: skip
+
+
+def document(vocab: int, version: str) -> bytes:
+    """OpenAPI 3.1 as JSON. Token ids are below `vocab`."""
+    types = [kind for route in ROUTES for kind in (route.asks, route.replies) if kind] + [ErrorReply, ChatChunk]
+    _, components = msgspec.json.schema_components(dict.fromkeys(types), ref_template="#/components/schemas/{name}")
+    components["TokenId"] = {"type": "integer", "minimum": 0, "exclusiveMaximum": vocab}
+    components["CompletionRequest"]["properties"]["prompt"] = TEXTS_OR_IDS
+    components["DetokenizeRequest"]["properties"]["tokens"]["items"] = {"$ref": "#/components/schemas/TokenId"}
+    paths: dict[str, Any] = {}
+    for route in ROUTES:
+        paths.setdefault(route.path.replace(":path", ""), {})[route.method.lower()] = _operation(route)
+    keys = {"key": {"type": "http", "scheme": "bearer"}, "password": {"type": "http", "scheme": "basic"}}
+    whole = {
+        "openapi": "3.1.0",
+        "info": {"title": "Thrice", "version": version, "description": ABOUT},
+        "paths": paths,
+        "components": {"schemas": components, "securitySchemes": keys},
+        "security": [{}, {"key": []}, {"password": []}],
+    }
+    return json.dumps(whole, ensure_ascii=False).encode()
+
+
+def _operation(route: Route) -> dict[str, Any]:
+    good: dict[str, Any] = {route.media: {"schema": _ref(route.replies) if route.replies else {"type": "string"}}}
+    if route.streams:
+        good["text/event-stream"] = {"schema": {"type": "string"}}
+    told = {"application/json": {"schema": _ref(ErrorReply)}}
+    responses: dict[str, Any] = {"200": {"description": "It is done.", "content": good}}
+    for status in (*route.refuses, 401, 403):
+        content = good if route.replies and route.path == "/health" and status == 503 else told
+        responses[str(status)] = {"description": MEANT[status], "content": content}
+    operation: dict[str, Any] = {"operationId": route.name, "summary": route.about, "responses": responses}
+    if route.asks:
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(route.asks)}}}
+    if "{model" in route.path:
+        operation["parameters"] = [
+            {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+        ]
+    return operation
+
+
+def _ref(kind: Any) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{kind.__name__}"}

@@ -1,0 +1,82 @@
+"""The routes that generate nothing: models, tokens, health, metrics, attestation, the page."""
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from stages.serve.body import read
+from stages.serve.chat import conversation
+from stages.serve.errors import Refused, json_reply
+from stages.serve.replies import Live, ModelCard, ModelList, Text, Tokens
+from stages.serve.schema import DetokenizeRequest, TokenizeRequest
+from stages.serve.served import Served
+
+
+def _served(request: Request) -> Served:
+    return request.app.state.served
+
+
+def _card(served: Served) -> ModelCard:
+    return ModelCard(
+        id=served.name, created=served.loaded_at, root=served.name, max_model_len=served.engine.capacity,
+        price_per_hour=served.price,
+    )  # fmt: skip
+
+
+async def models(request: Request) -> Response:
+    return json_reply(ModelList([_card(_served(request))]))
+
+
+async def model(request: Request) -> Response:
+    served = _served(request)
+    served.check_model(request.path_params["model"])
+    return json_reply(_card(served))
+
+
+async def tokenize(request: Request) -> Response:
+    served = _served(request)
+    served.check_open()
+    body = await read(request, TokenizeRequest)
+    served.check_model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise Refused(400, "Either prompt or messages is to be given.", param="prompt")
+    if body.messages is not None:
+        tokens = await served.prompts.of_chat(conversation(body.messages))
+    else:
+        (tokens,) = await served.prompts.of_texts([body.prompt or ""], body.add_special_tokens)
+    return json_reply(Tokens(len(tokens), served.engine.capacity, tokens))
+
+
+async def detokenize(request: Request) -> Response:
+    served = _served(request)
+    served.check_open()
+    body = await read(request, DetokenizeRequest)
+    served.check_model(body.model)
+    if body.tokens and max(body.tokens) >= served.engine.cfg.vocab:
+        raise Refused(400, f"tokens holds an id outside the vocabulary of {served.engine.cfg.vocab:,}.", param="tokens")
+    return json_reply(Text(await served.prompts.to_text(body.tokens)))
+
+
+async def health(request: Request) -> Response:
+    told = _served(request).health()
+    return json_reply(told, 200 if told.status == "ok" else 503)
+
+
+async def live(_: Request) -> Response:
+    return json_reply(Live())
+
+
+async def metrics(request: Request) -> Response:
+    return Response(_served(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def attestation(request: Request) -> Response:
+    return json_reply(await _served(request).attest())
+
+
+async def openapi(request: Request) -> Response:
+    return Response(request.app.state.openapi, media_type="application/json")
+
+
+async def page(request: Request) -> Response:
+    document, policy = request.app.state.page
+    return Response(document, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": policy})

@@ -1,0 +1,25 @@
+"""One tiny server for all tests of the routes."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "text"))
+
+from tiny_server import TinyServer
+
+
+@pytest.fixture(scope="session")
+def tiny_server() -> Iterator[TinyServer]:
+    server = TinyServer().start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def client(tiny_server: TinyServer) -> Iterator[httpx.Client]:
+    with tiny_server.client() as client:
+        yield client
