@@ -15,7 +15,7 @@ let spent = 0;  // ms the server worked for it
 
 // A turn set aside stays to be read but is not sent again.
 const kept = () => turns.filter((turn) => !turn.aside);
-const used = () => kept().reduce((found, turn) => turn.prompt ? turn.prompt + turn.tokens : found, 0);
+const used = () => kept().reduce((found, turn) => turn.prompt ? turn.prompt + (turn.tokens ?? 0) : found, 0);
 
 function history() {
   const system = settings.system.value.trim();
@@ -62,8 +62,9 @@ function again(turn) {
 // `before`: how many tokens the server had been sent or had said in earlier turns.
 async function answer(before) {
   document.querySelectorAll('.again').forEach((button) => button.remove());
+  const messages = history();
   const asked = {
-    model: served.model, messages: history(), stream: true, stream_options: {include_usage: true},
+    model: served.model, messages, stream: true, stream_options: {include_usage: true},
     temperature: settings.temperature.valueAsNumber, top_p: settings.top_p.valueAsNumber,
     max_tokens: settings.max_tokens.valueAsNumber, ...(settings.seed.value && {seed: settings.seed.valueAsNumber}),
   };
@@ -71,6 +72,10 @@ async function answer(before) {
   const stop = running = new AbortController();
   busy(turn, true);
   pin();
+  turn.prompt = await counted({messages}, stop.signal);
+  figures();
+  // What does not fit the server refuses, so that nothing is cut unsaid; here the limit is a person's, and means at most.
+  if (turn.prompt < served.context) asked.max_tokens = Math.min(asked.max_tokens, served.context - turn.prompt);
   turn.began = performance.now();
   try {
     const reply = await post('/v1/chat/completions', asked, stop.signal);
@@ -89,7 +94,7 @@ async function answer(before) {
   show(turn);
   busy(turn, false);
   if (!turn.text) setAside(turn);
-  if (turn.taken) await measure(turn, asked.messages, before);
+  if (turn.taken) await measure(turn, before);
   under(turn);
   figures();
   if (low) pin();
@@ -105,7 +110,11 @@ function take(turn, event) {
   turn.text += choice.delta.content;
   turn.chunks += 1;
   turn.last = performance.now();
-  turn.first ??= turn.last;
+  if (!turn.first) {
+    turn.first = turn.last;
+    turn.wait = turn.first - turn.began;
+    figures();
+  }
   turn.frame ??= requestAnimationFrame(() => {
     turn.frame = null;
     const low = isLow();
@@ -135,19 +144,20 @@ async function* events(stream) {
   }
 }
 
-async function measure(turn, messages, before) {
-  turn.prompt = turn.usage?.prompt_tokens ?? await counted({messages});
-  turn.tokens = turn.usage?.completion_tokens ?? (turn.text && await counted({prompt: turn.text, add_special_tokens: false}));
+// Of an answer that was cut short the server sent no figures.
+async function measure(turn, before) {
+  const said = {prompt: turn.text, add_special_tokens: false};
+  turn.prompt = turn.usage?.prompt_tokens ?? turn.prompt;
+  turn.tokens = turn.usage?.completion_tokens ?? (turn.text && await counted(said));
   turn.resent = Math.min(before, turn.prompt);
   turn.cached = turn.usage?.prompt_tokens_details?.cached_tokens ?? 0;
   // The first piece comes when the clock starts, so its tokens are not counted: pieces hold about equally many.
   const speed = turn.tokens * (1 - 1 / turn.chunks) / (turn.last - turn.first) * 1000;
   turn.speed = Number.isFinite(speed) ? speed : 0;
-  turn.wait = turn.first - turn.began;
 }
 
-// Of an answer that is cut short the server sends no figures.
-async function counted(body) {
-  const reply = await post('/tokenize', {model: served.model, ...body}).then((reply) => reply.json()).catch(() => null);
-  return reply?.count ?? 0;
+// How many tokens a text or a conversation is; 0 when the server does not say.
+async function counted(body, signal) {
+  const reply = await post('/tokenize', {model: served.model, ...body}, signal).catch(() => null);
+  return reply?.ok ? (await reply.json()).count : 0;
 }

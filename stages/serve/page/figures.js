@@ -19,12 +19,12 @@ function under(turn) {
     turn.first && `first after ${took(turn.wait)}`,
     turn.resent && `this turn re-sent ${some(turn.resent, 'token')}`,
     turn.cached && `${count(turn.cached)} of the prompt were still computed`,
-  ].filter(Boolean).join(' · ');
+  ].filter(Boolean).flatMap((text) => [' · ', make('span', {}, text)]).slice(1);
   const copy = turn.text ? [copier(() => turn.text)] : [];
   const retry = make('button', {type: 'button', className: 'again', textContent: 'Try again', onclick: () => again(turn)});
   const trouble = `${turn.trouble}${turn.text ? ' What had come is kept.' : ''}`;
   if (turn.trouble) turn.node.append(make('p', {className: 'trouble'}, trouble));
-  turn.node.append(make('div', {className: 'under'}, ...copy, retry, make('span', {}, told)));
+  turn.node.append(make('div', {className: 'under'}, ...copy, retry, make('p', {}, ...told)));
   $('status').textContent = turn.trouble ?? (turn.finish === 'stopped' ? 'Stopped' : `Answer: ${turn.text}`);
 }
 
@@ -36,10 +36,10 @@ function tell(name, text) {
 function figures() {
   const price = settings.price.valueAsNumber;
   const share = served.context ? used() / served.context : 0;
-  const last = kept().findLast((turn) => turn.speed);
+  const last = (figure) => kept().findLast((turn) => turn[figure])?.[figure];
   tell('context', served.context ? `${count(used())} of ${count(served.context)}` : count(used()));
-  tell('speed', last && pace(last.speed));
-  tell('first', last && took(last.wait));
+  tell('speed', last('speed') && pace(last('speed')));
+  tell('first', last('wait') && took(last('wait')));
   tell('cost', spent && price >= 0 ? money(price * spent / 3.6e6) : '');
   tell('worked', spent && took(spent));
   tell('resent', some(turns.reduce((sum, turn) => sum + (turn.resent ?? 0), 0), 'token'));

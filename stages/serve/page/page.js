@@ -49,6 +49,7 @@ async function connect() {
     const [model] = (await reply.json()).data;
     Object.assign(served, {model: model.id, context: model.max_model_len});
     settings.price.value ||= model.price_per_hour ?? '';
+    settings.max_tokens.value = Math.min(settings.max_tokens.value, Math.floor(served.context / 2));
   } catch (error) {
     loud(`The server is not ready. ${error instanceof TypeError ? 'It does not answer.' : error.message} Trying again…`);
     setTimeout(connect, 2000);

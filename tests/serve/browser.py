@@ -1,0 +1,98 @@
+"""Headless Chromium, and what a person does in it on the chat page."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from line import Line
+from selenium.webdriver import Chrome, ChromeOptions, Keys
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.support.ui import WebDriverWait
+
+SLOW = 0.05  # seconds a piece of a reply: the answers of a tiny model come too fast to be stopped
+
+
+def make_browser(chromium: str, driver: str, folder: Path) -> Chrome:
+    """A browser that speaks with nobody but the server, fetches nothing, and keeps what it keeps in `folder`."""
+    options = ChromeOptions()
+    options.binary_location = chromium
+    for flag in (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--no-first-run",
+        "--window-size=1200,800",
+        f"--user-data-dir={folder}",
+    ):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    return Chrome(options, Service(driver))
+
+
+class Visit:
+    """One visit to the page: what a person does on it, by the names that they see."""
+
+    def __init__(self, chrome: Chrome, line: Line) -> None:
+        self.chrome, self.line = chrome, line
+        line.mend()
+        line.pace = 0
+        chrome.get(line.address)
+        self.until(lambda: self.text("#weights") != "not checked yet")
+        chrome.execute_script("settings.seed.value = 1; settings.max_tokens.value = 12")
+
+    def until(self, true: Callable[[], Any], seconds: float = 30) -> Any:
+        return WebDriverWait(self.chrome, seconds, 0.02).until(lambda _: true())
+
+    def text(self, css: str) -> str:
+        """Of the last element of that kind, as it can be seen; empty when there is none."""
+        return self.chrome.execute_script("return [...document.querySelectorAll(arguments[0])].at(-1)?.innerText ?? ''", css)
+
+    def texts(self, css: str) -> list[str]:
+        return [each.text for each in self.chrome.find_elements("css selector", css)]
+
+    def type(self, *keys: str) -> None:
+        self.chrome.find_element("id", "ask").send_keys(*keys)
+
+    def paste(self, text: str) -> None:
+        self.chrome.execute_script("document.getElementById('ask').value = arguments[0]", text)
+
+    def set(self, name: str, value: str) -> None:
+        field = self.chrome.find_element("name", name)
+        field.clear()
+        field.send_keys(value)
+
+    def click(self, css: str) -> None:
+        self.chrome.find_elements("css selector", css)[-1].click()
+
+    @property
+    def answering(self) -> bool:
+        return self.chrome.find_element("id", "stop").is_displayed()
+
+    def finished(self) -> None:
+        self.until(lambda: not self.answering and self.texts(".under"))
+
+    def ask(self, text: str) -> None:
+        """Asks, and waits until the answer has ended and its figures stand below it."""
+        before = len(self.texts(".under"))
+        self.type(text, Keys.ENTER)
+        self.until(lambda: len(self.texts(".under")) > before)
+
+    def partly(self, text: str) -> str:
+        """Asks over a slow line, and returns what can be read while the answer is still coming."""
+        self.line.pace = SLOW
+        self.type(text, Keys.ENTER)
+        return self.until(lambda: self.answering and self.text("article.assistant .said").strip())
+
+    def asked(self) -> list[dict[str, Any]]:
+        """The bodies of the requests for answers since `listen`."""
+        return [json.loads(body) for body in self.chrome.execute_script("return window.asked")]
+
+    def listen(self) -> None:
+        self.chrome.execute_script(
+            "window.asked = []; const real = window.fetch; window.fetch = (url, how) => {"
+            " if (`${url}`.endsWith('/chat/completions')) window.asked.push(how.body); return real(url, how); }"
+        )
