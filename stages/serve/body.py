@@ -81,9 +81,7 @@ def _refused(said: str) -> Refused:
     if missing := MISSING.fullmatch(words):
         name = f"{place}.{missing[1]}" if place else missing[1]
         return Refused(400, f"{name} is missing.", param=name, code="missing_required_parameter")
-    top = re.split(r"[.\[]", place)[0]
-    last = re.split(r"[.\[]", place)[-1]
-    why = UNABLE.get(last) or UNABLE.get(top)
+    why = next((UNABLE[name] for name in re.findall(r"\w+", place) if name in UNABLE), "")
     about = f"{place}: " if place else "The body: "
     return Refused(
         400, f"{about}{_short(words, 300)}." + (f" {why}." if why else ""), param=place or None, code="invalid_value"

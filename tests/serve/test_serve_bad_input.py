@@ -1,0 +1,283 @@
+"""What nobody should send: each is answered in OpenAI's shape, with the field named, and never by a 500 or a hang."""
+
+import json
+import socket
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_server import CAPACITY, TinyServer, ask, say
+
+from stages.serve import body
+
+
+def refused(reply: httpx.Response, status: int = 400) -> dict[str, Any]:
+    assert reply.status_code == status, reply.text
+    problem = reply.json()["error"]
+    assert set(problem) == {"message", "type", "param", "code"}
+    assert problem["message"]
+    return problem
+
+
+DEEP = b"[" * 100_000
+LARGE = b"9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": "5"}, "max_tokens"), ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"), ({"max_tokens": 2**31}, "max_tokens"), ({"max_tokens": 10**40}, "max_tokens"),
+        ({"temperature": -0.1}, "temperature"), ({"temperature": 2.1}, "temperature"), ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0}, "top_p"), ({"top_p": 1.1}, "top_p"), ({"min_p": 1.1}, "min_p"), ({"top_k": -2}, "top_k"),
+        ({"presence_penalty": 2.1}, "presence_penalty"), ({"frequency_penalty": -2.1}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"), ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias[...]"), ({"logit_bias": {"333333": 1}}, "logit_bias"),
+        ({"logit_bias": []}, "logit_bias"), ({"seed": 2**63}, "seed"), ({"seed": 0.5}, "seed"), ({"n": 0}, "n"),
+        ({"n": 17}, "n"), ({"stop": 5}, "stop"), ({"stop": [""]}, "stop[0]"), ({"stop": ["a"] * 17}, "stop"),
+        ({"stop": "a" * 257}, "stop"), ({"stop_token_ids": [9999]}, "stop_token_ids"), ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"usage": True}}, "stream_options.usage"), ({"model": 5}, "model"), ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": True}, "logprobs"), ({"echo": True}, "echo"), ({"best_of": 2}, "best_of"), ({"suffix": "end"}, "suffix"),
+        ({"temprature": 1}, "temprature"), ({"messages": []}, "messages"), ({"prompt": None}, "prompt"),
+        ({"prompt": []}, "prompt"), ({"prompt": [[]]}, "prompt"), ({"prompt": ["a", 1]}, "prompt"),
+        ({"prompt": [-1]}, "prompt[0]"), ({"prompt": [334]}, "prompt"), ({"prompt": [[1], [334]]}, "prompt"),
+        ({"prompt": ""}, "prompt"), ({"prompt": {"a": 1}}, "prompt"), ({"prompt": ["a"] * 65}, "prompt"),
+        ({"x" * 1000: 1}, "x" * 80 + "..."),
+    ],
+)  # fmt: skip
+def test_a_field_of_a_completion(client: httpx.Client, change: dict[str, Any], param: str) -> None:
+    assert refused(client.post("/v1/completions", json=ask() | change))["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "words"),
+    [
+        ({"messages": []}, "messages", "length >= 1"), ({"messages": "hi"}, "messages", "array"),
+        ({"messages": [{"role": "root", "content": "a"}]}, "messages[...].role", "root"),
+        ({"messages": [{"role": "user"}]}, "messages[...].content", "missing"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[...].content", "got `null`"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages[...].content", "length >= 1"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[...].content", "image_url"),
+        ({"messages": [{"role": "user", "content": "a", "name": "Eve"}]}, "messages[...].name", "names of speakers"),
+        ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]}, "messages[...].tool_calls", "no tools"),
+        ({"tools": [{"type": "function"}]}, "tools", "no tools"), ({"tool_choice": "required"}, "tool_choice", "no tools"),
+        ({"functions": []}, "functions", "no tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type", "format"),
+        ({"modalities": ["audio"]}, "modalities[0]", "text"), ({"top_logprobs": 3}, "top_logprobs", "without logprobs"),
+        ({"logprobs": 3}, "logprobs", "bool"), ({"reasoning_effort": "high"}, "reasoning_effort", "does nothing"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens", ">= 1"), ({"prompt": "a"}, "prompt", "no field"),
+        ({"metadata": {"a": {}}}, "metadata[...]", "str"), ({"store": True}, "store", ""),
+    ],
+)  # fmt: skip
+def test_a_field_of_a_chat(client: httpx.Client, change: dict[str, Any], param: str, words: str) -> None:
+    problem = refused(client.post("/v1/chat/completions", json=say() | change))
+    assert problem["param"].startswith(param.replace("[...]", "[")[: param.find("[") + 1] if "[...]" in param else param)
+    assert words in problem["message"]
+
+
+def test_what_changes_no_answer_is_taken(client: httpx.Client) -> None:
+    neutral = {
+        "user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "parallel_tool_calls": True, "tools": [],
+        "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"], "safety_identifier": "x",
+        "prompt_cache_key": "y", "stop": None, "seed": None, "n": None, "logit_bias": None, "stream_options": None,
+        "top_k": None,
+    }  # fmt: skip
+    assert client.post("/v1/chat/completions", json=say() | neutral).status_code == 200
+    assert client.post("/v1/completions", json=ask(echo=False, suffix="", best_of=1, logprobs=None)).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"null", b"[]", b'"a"', b"1", b"{", b"}", b"\xff\xfe\x00", b"NaN", b'{"prompt":NaN}', b'{"temperature":Infinity}',
+        b"{}{}", b"\xef\xbb\xbf{}", b'{"prompt":"\\ud800"}', b'{"prompt":"\\udfff\\ud800"}', b'{"prompt":"\xed\xa0\x80"}',
+        b'{"prompt":"\xff"}', b'{"max_tokens":' + LARGE + b"}", b'{"temperature":' + LARGE + b"}", b'{"temperature":1e999}',
+        b'{"temperature":-1e999}', DEEP, b'{"prompt":' + DEEP, b'{"prompt":' + DEEP + b"]" * 100_000 + b"}", b'{"a":' * 50_000,
+        b'{"user":' * 50_000, b'{"prompt":"a",}', b"{'prompt':'a'}", b'{"prompt":"a"', b'{"prompt":"\x00"}',
+        b'{"prompt":"a\n"}',
+    ],
+)  # fmt: skip
+def test_bodies_that_are_none(client: httpx.Client, path: str, content: bytes) -> None:
+    refused(client.post(path, content=content, headers={"Content-Type": "application/json"}))
+
+
+def test_the_same_field_twice_is_the_last(client: httpx.Client) -> None:
+    reply = client.post(
+        "/v1/completions", content=b'{"prompt":"a","prompt":"b","max_tokens":1}', headers={"Content-Type": "application/json"}
+    )
+    assert reply.status_code == 200
+
+
+def test_what_does_not_fit_is_refused_with_both_counts(client: httpx.Client) -> None:
+    text = "Hello there " * 100
+    count = client.post("/tokenize", json={"prompt": text}).json()["count"]
+    problem = refused(client.post("/v1/completions", json=ask(text)))
+    assert (problem["code"], problem["param"]) == ("context_length_exceeded", "prompt")
+    assert f"{count:,}" in problem["message"]
+    assert f"{CAPACITY:,}" in problem["message"]
+    problem = refused(client.post("/v1/completions", json=ask("a", CAPACITY)))
+    assert f"{CAPACITY:,} more were asked for" in problem["message"]
+    problem = refused(client.post("/v1/chat/completions", json=say(text) | {"max_tokens": None}))
+    assert (problem["code"], problem["param"]) == ("context_length_exceeded", "messages")
+    assert client.post("/v1/completions", json=ask([5] * (CAPACITY - 1), 1)).status_code == 200  # type: ignore[arg-type]
+    refused(client.post("/v1/completions", json=ask([5] * CAPACITY, 1)))  # type: ignore[arg-type]
+    refused(client.post("/v1/completions", json=ask([5] * 400_000, 1)))  # type: ignore[arg-type]
+
+
+def test_a_long_conversation_is_counted_before_it_is_rendered(client: httpx.Client) -> None:
+    turns = [{"role": ("user", "assistant")[n % 2], "content": "Hello there, how are you? " * 40} for n in range(801)]
+    problem = refused(client.post("/v1/chat/completions", json=say() | {"messages": turns}))
+    assert problem["code"] == "context_length_exceeded"
+
+
+def test_an_unknown_model_is_told_what_is_served(client: httpx.Client) -> None:
+    for path, asked in (("/v1/completions", ask()), ("/v1/chat/completions", say()), ("/tokenize", {"prompt": "a"})):
+        problem = refused(client.post(path, json=asked | {"model": "gpt-5" * 50}), 404)
+        assert problem["code"] == "model_not_found"
+        assert problem["param"] == "model"
+        assert "'tiny'" in problem["message"]
+        assert client.post(path, json=asked | {"model": "default"}).status_code == 200
+
+
+def test_more_at_once_than_can_ever_be(client: httpx.Client) -> None:
+    assert "8 completions" in refused(client.post("/v1/completions", json=ask(n=8)))["message"]
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "PATCH", "DELETE", "TRACE", "OPTIONS", "POST", "HEAD"])
+def test_methods_that_a_route_has_not(client: httpx.Client, method: str) -> None:
+    from stages.serve.routes import ROUTES
+
+    for route in ROUTES:
+        if method == route.method or (method, route.method) == ("HEAD", "GET"):
+            continue
+        reply = client.request(method, route.path.replace("{model:path}", "tiny"))
+        assert reply.status_code == 405
+        assert route.method in reply.headers["allow"].split(", ")
+        if method != "HEAD":
+            refused(reply, 405)
+
+
+def test_routes_that_there_are_not(client: httpx.Client) -> None:
+    for path in (
+        "/v1",
+        "/v1/",
+        "/v1/embeddings",
+        "/favicon.ico",
+        "/v1/completions/",
+        "/v1/models/",
+        "/docs",
+        "/static/x",
+        "/update_weights",
+    ):
+        assert refused(client.get(path), 404)["code"] in ("not_found", "model_not_found")
+
+
+def test_a_body_that_is_too_large(client: httpx.Client, tiny_server: TinyServer) -> None:
+    large = b'{"prompt":"' + b"a" * body.LARGEST + b'"}'
+    kind = {"Content-Type": "application/json"}
+    refused(client.post("/v1/completions", content=large, headers=kind), 413)
+    refused(
+        client.post("/v1/completions", content=iter([large[: 1 << 20]] * 6), headers=kind), 413
+    )  # in chunks, of unknown length
+    # Only told of: nothing of it is read before it is refused.
+    with socket.create_connection(("127.0.0.1", tiny_server.port), 10) as connection:
+        head = "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(head.encode() + b"Content-Length: 99999999999\r\n\r\n")
+        assert b" 413 " in connection.recv(1000)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "deflate, gzip"])
+def test_a_compressed_body(client: httpx.Client, encoding: str) -> None:
+    headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
+    refused(client.post("/v1/completions", content=b"{}", headers=headers), 415)
+    headers = {"Content-Type": "application/json; charset=utf-16"}
+    refused(client.post("/v1/completions", content=b"{}", headers=headers), 415)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"hello\r\n\r\n", b"GET /\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n",
+        b"GET  / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost: localhost\r\nA b: c\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 100_000, b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n",
+        b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nnot hex\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\r\n\r\n\r\n\x00",
+    ],
+)  # fmt: skip
+def test_what_is_not_http(tiny_server: TinyServer, request_: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", tiny_server.port), 10) as connection:
+        connection.sendall(request_)
+        connection.shutdown(socket.SHUT_WR)
+        answer = b""
+        while part := connection.recv(65536):
+            answer += part
+    if answer:
+        head, _, rest = answer.partition(b"\r\n\r\n")
+        assert head.split()[1] in (b"400", b"415"), answer
+        assert json.JSONDecoder().raw_decode(rest.decode())[0]["error"]["message"]
+
+
+def test_a_client_that_is_slow(tiny_server: TinyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stages.serve import listen
+
+    monkeypatch.setattr(body, "SECONDS", 0.3)
+    monkeypatch.setattr(listen, "HEAD_SECONDS", 0.3)
+    head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 20\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", tiny_server.port), 10) as connection:
+        connection.sendall(head + b'{"prompt"')
+        assert b" 408 " in connection.recv(65536)
+    with socket.create_connection(("127.0.0.1", tiny_server.port), 10) as connection:
+        connection.sendall(head[:40])
+        assert hung_up(connection)
+    with socket.create_connection(("127.0.0.1", tiny_server.port), 10) as connection:
+        assert hung_up(connection)
+
+
+def hung_up(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(65536) == b""
+    except ConnectionResetError:
+        return True
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=12,
+)  # fmt: skip
+FIELDS = st.sampled_from(
+    ["model", "prompt", "messages", "max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "stop", "stream", "seed",
+     "logprobs", "logit_bias", "stream_options", "presence_penalty", "echo", "tools", "tokens", "add_special_tokens", "weights"]
+)  # fmt: skip
+
+
+@settings(max_examples=150)
+@given(
+    path=st.sampled_from(["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]),
+    change=st.dictionaries(FIELDS, JSON, max_size=4), sound=st.booleans(),
+)  # fmt: skip
+def test_fields_at_random(tiny_server: TinyServer, path: str, change: dict[str, Any], sound: bool) -> None:
+    start = {"/v1/completions": ask(most=2), "/v1/chat/completions": say(most=2)}.get(path, {"prompt": "a"}) if sound else {}
+    with tiny_server.client(timeout=20) as client:
+        content = json.dumps(start | change).encode()
+        reply = client.post(path, content=content, headers={"Content-Type": "application/json"})
+        if reply.status_code == 200:
+            return
+        assert reply.status_code in (400, 404, 429)
+        refused(reply, reply.status_code)
+
+
+@settings(max_examples=100)
+@given(
+    content=st.binary(max_size=200),
+    path=st.sampled_from(["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]),
+)
+def test_bytes_at_random(tiny_server: TinyServer, content: bytes, path: str) -> None:
+    with tiny_server.client(timeout=20) as client:
+        refused(client.post(path, content=content, headers={"Content-Type": "application/json"}))

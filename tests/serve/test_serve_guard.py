@@ -1,0 +1,202 @@
+"""Who is let through: with a key set nothing but /live is open (X3), and no page elsewhere drives the server (X4)."""
+
+import base64
+import socket
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from tiny_server import TinyServer, ask
+
+from stages.serve.routes import ROUTES
+
+KEYS = ("first-key", "second-kéy-…")
+
+
+@pytest.fixture(scope="module")
+def locked() -> Iterator[TinyServer]:
+    """A server with two keys, whose engine is not even warm: nobody gets that far."""
+    server = TinyServer(keys=KEYS, warm=False).start()
+    yield server
+    server.stop()
+
+
+def raw(port: int, *lines: str, body: bytes = b"") -> tuple[int, bytes]:
+    """The status and the rest of what is answered to a request written by hand."""
+    with socket.create_connection(("127.0.0.1", port), 10) as connection:
+        connection.sendall("\r\n".join([*lines, "Connection: close", "", ""]).encode("latin-1") + body)
+        answer = b""
+        while part := connection.recv(65536):
+            answer += part
+    return int(answer.split()[1]), answer
+
+
+def every_route() -> list[tuple[str, str]]:
+    return [(route.method, route.path.replace("{model:path}", "tiny")) for route in ROUTES if route.path != "/live"]
+
+
+SPELLINGS = (
+    "{}", "/{}", "//{}", "{}/", "{}//", "/.{}", "/x/..{}", "/live/..{}", "/live/../{}", "/%2e{}", "/%2e%2e{}", "{}%20", "{}%00",
+    "{}%2f", "{};a=b", "{}?key=first-key", "{}#", "http://localhost{}", "http://evil.example{}", "live{}", "/%6cive{}", "\\{}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH", "TRACE", "CONNECT", "BREW"])
+def test_without_a_key_nothing_is_open(locked: TinyServer, method: str) -> None:
+    statuses = set()
+    for _, path in every_route():
+        for spelling in SPELLINGS:
+            target = spelling.format(path)
+            lines = [f"{method} {target} HTTP/1.1", "Host: localhost", "Content-Length: 0"]
+            status, answer = raw(locked.port, *lines)
+            statuses.add(status)
+            assert status in (401, 400, 404), (method, target, answer)
+            assert b"tiny" not in answer.partition(b"\r\n\r\n")[2]
+    assert 401 in statuses
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "", "Bearer", "Bearer wrong", "Bearer first-ke", "Bearer first-key1", "Bearer FIRST-KEY", "first-key",
+        "Basic first-key", "Basic !!!", "Basic " + base64.b64encode(b"first-key").decode(),
+        "Basic " + base64.b64encode(b"first-key:").decode(), "Basic " + base64.b64encode(b"x:wrong").decode(),
+        "Digest first-key", "Bearer first-key,second", "Bearer\tfirst-key",
+    ],
+)  # fmt: skip
+def test_wrong_keys(locked: TinyServer, given: str) -> None:
+    reply = httpx.get(f"{locked.url}/v1/models", headers={"Authorization": given})
+    assert reply.status_code == 401
+    assert reply.json()["error"]["code"] == "invalid_api_key"
+    assert reply.headers["www-authenticate"] == "Bearer"
+    assert httpx.get(locked.url, headers={"Authorization": given}).headers["www-authenticate"].startswith("Basic ")
+
+
+def test_two_authorizations_are_none(locked: TinyServer) -> None:
+    lines = ["GET /v1/models HTTP/1.1", "Host: localhost", "Authorization: Bearer first-key", "Authorization: Bearer first-key"]
+    assert raw(locked.port, *lines)[0] == 401
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_each_key_opens_all(locked: TinyServer, key: str) -> None:
+    password = base64.b64encode(b"anyone:" + key.encode()).decode()
+    for header in (f"Bearer {key}".encode(), f"bearer  {key}".encode(), f"Basic {password}".encode()):
+        for method, path in every_route():
+            reply = httpx.request(method, locked.url + path, headers={b"authorization": header})
+            assert reply.status_code in (200, 415, 503), (method, path, reply.text)
+
+
+def test_live_alone_needs_no_key(locked: TinyServer) -> None:
+    assert httpx.get(f"{locked.url}/live").json() == {"status": "ok"}
+    assert httpx.get(f"{locked.url}/live", headers={"Host": "evil.example"}).status_code == 403
+
+
+def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All keys, whole, by hmac.compare_digest, whether or not one has matched."""
+    from stages.serve import guard
+    from stages.serve.errors import Refused
+
+    compared: list[tuple[bytes, bytes]] = []
+    real = guard.hmac.compare_digest
+    monkeypatch.setattr(guard.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or real(a, b))  # type: ignore[func-returns-value]
+    guarded = guard.Guard(lambda *_: None, keys=["a", "b", "c"], hosts=None)  # type: ignore[arg-type, return-value]
+    assert guarded._check_key(["Bearer a"], "/v1/models")
+    with pytest.raises(Refused):
+        guarded._check_key(["Bearer d"], "/v1/models")
+    assert len(compared) == 6
+    assert {len(side) for pair in compared for side in pair} == {32}
+
+
+def test_each_key_has_a_namespace_of_its_own(locked: TinyServer) -> None:
+    from stages.serve.guard import Guard
+
+    guarded = Guard(lambda *_: None, keys=KEYS, hosts=None)  # type: ignore[arg-type, return-value]
+    first, second = (guarded._check_key([f"Bearer {key}".encode().decode("latin-1")], "/") for key in KEYS)
+    assert first != second
+    assert KEYS[0] not in first
+
+
+FOREIGN = ("http://evil.example", "https://evil.example", "null", "http://127.0.0.1", "http://localhost:1", "file://", "", "https://{}",
+           "http://{}.evil.example", "http://evil@{}", "http://{}/")  # fmt: skip
+SIMPLE = (
+    "text/plain",
+    "application/x-www-form-urlencoded",
+    "multipart/form-data; boundary=x",
+    "",
+    "text/plain; application/json",
+)
+
+
+@pytest.mark.parametrize("origin", FOREIGN)
+def test_pages_of_other_origins(tiny_server: TinyServer, origin: str) -> None:
+    own = f"127.0.0.1:{tiny_server.port}"
+    for kind in ("application/json", *SIMPLE):
+        headers = {"Origin": origin.format(own), "Content-Type": kind}
+        reply = httpx.post(f"{tiny_server.url}/v1/completions", headers=headers, content=b'{"prompt":"a"}')
+        assert reply.status_code == 403
+        assert reply.json()["error"]["code"] == "bad_origin"
+        assert "access-control-allow-origin" not in reply.headers
+    preflight = {"Origin": origin.format(own), "Access-Control-Request-Method": "POST"}
+    assert httpx.options(f"{tiny_server.url}/v1/completions", headers=preflight).status_code == 403
+    assert httpx.get(f"{tiny_server.url}/v1/models", headers={"Origin": origin.format(own)}).status_code == 403
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example", "169.254.169.254", "0.0.0.0",
+     "[::2]", "127.0.0.1@evil.example", "evil.example#127.0.0.1", "127.0.0.1:80:80", "localhost:port", "127.0.0.1 evil", ""],
+)  # fmt: skip
+def test_names_that_are_not_ours(tiny_server: TinyServer, host: str) -> None:
+    """A page whose name was pointed at 127.0.0.1 after it was loaded."""
+    for line in ("GET / HTTP/1.1", "GET /v1/models HTTP/1.1", "GET /live HTTP/1.1"):
+        assert raw(tiny_server.port, line, f"Host: {host}")[0] in (400, 403)
+
+
+def test_names_that_are_ours(tiny_server: TinyServer) -> None:
+    for host in ("localhost", "LOCALHOST:1234", "127.0.0.1", f"127.0.0.1:{tiny_server.port}", "[::1]:8000", "localhost."):
+        assert raw(tiny_server.port, "GET /v1/models HTTP/1.1", f"Host: {host}")[0] == 200
+    assert raw(tiny_server.port, "GET /v1/models HTTP/1.0")[0] == 400  # none at all
+    assert raw(tiny_server.port, "GET /v1/models HTTP/1.1", "Host: localhost", "Host: localhost")[0] == 400
+
+
+@pytest.mark.parametrize("kind", SIMPLE)
+def test_a_simple_post_whose_origin_was_lost(tiny_server: TinyServer, kind: str) -> None:
+    for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
+        reply = httpx.post(tiny_server.url + path, headers={"Content-Type": kind}, content=b'{"prompt":"a"}')
+        assert reply.status_code == 415
+
+
+def test_what_browsers_say_of_where_a_request_is_from(tiny_server: TinyServer) -> None:
+    status = lambda path, **headers: (
+        httpx.get(
+            tiny_server.url + path, headers={name.replace("_", "-"): value for name, value in headers.items()}
+        ).status_code
+    )
+    for site in ("cross-site", "same-site"):
+        assert status("/v1/models", sec_fetch_site=site, sec_fetch_mode="no-cors") == 403
+        assert status("/v1/attestation", sec_fetch_site=site, sec_fetch_mode="navigate") == 403
+        assert status("/", sec_fetch_site=site, sec_fetch_mode="no-cors") == 403
+        assert status("/", sec_fetch_site=site, sec_fetch_mode="navigate") == 200  # a link to the page
+    assert status("/v1/models", sec_fetch_site="same-origin", sec_fetch_mode="cors") == 200
+    assert status("/", sec_fetch_site="none", sec_fetch_mode="navigate") == 200
+
+
+def test_its_own_page_may_use_it(tiny_server: TinyServer) -> None:
+    reply = httpx.post(f"{tiny_server.url}/v1/completions", headers={"Origin": tiny_server.url}, json=ask())
+    assert reply.status_code == 200
+
+
+def test_other_spellings_of_a_path_are_no_route(tiny_server: TinyServer) -> None:
+    for target in ("//v1/models", "/v1//models", "/./v1/models", "/x/../v1/models", "/v1/%6dodels", "/v1/models%2f",
+                   "/v1\\models", "http://localhost/v1/models", "*", "/v1/models/../models", "/v1/models;x", "/%"):  # fmt: skip
+        assert raw(tiny_server.port, f"GET {target} HTTP/1.1", "Host: localhost")[0] in (400, 404), target
+    assert raw(tiny_server.port, "GET /v1/models?x=%00&x HTTP/1.1", "Host: localhost")[0] == 200
+
+
+def test_every_reply_says_how_it_may_be_used(tiny_server: TinyServer) -> None:
+    for path in ("/", "/nowhere", "/v1/models"):
+        headers = httpx.get(tiny_server.url + path).headers
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["x-frame-options"] == "DENY"
+        assert headers["cross-origin-resource-policy"] == "same-origin"
+        assert "server" not in headers
