@@ -29,7 +29,7 @@ def make_app(
     )
     app.router.redirect_slashes = False
     app.state.served, app.state.page = served, page
-    app.state.openapi = openapi.document(served.engine.cfg.vocab, version)
+    app.state.openapi = openapi.document(served.engine.cfg.vocab, served.engine.capacity, version)
     count = lambda status: served.metrics.responses.labels(str(status)).inc()
     return Guard(app, keys=keys, hosts=hosts, origins=origins, count=count)
 

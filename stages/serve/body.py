@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from typing import Any
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -39,7 +40,12 @@ async def read[T: msgspec.Struct](request: Request, kind: type[T]) -> T:
 def decoded[T: msgspec.Struct](body: bytes, kind: type[T]) -> T:
     """A body that has been read. Raises Refused."""
     try:
-        return msgspec.json.decode(body, type=kind)
+        try:
+            return msgspec.json.decode(body, type=kind)
+        except msgspec.ValidationError as error:
+            if "got `float`" not in str(error):
+                raise
+        return msgspec.convert(_whole(msgspec.json.decode(body)), kind)
     except msgspec.ValidationError as error:
         raise _refused(str(error)) from None
     except RecursionError:
@@ -48,6 +54,15 @@ def decoded[T: msgspec.Struct](body: bytes, kind: type[T]) -> T:
         raise Refused(400, f"The body is not UTF-8: {error.reason}.") from None
     except msgspec.DecodeError as error:
         raise Refused(400, f"The body is not JSON: {error}.") from None
+
+
+def _whole(value: Any) -> Any:
+    """The same with 5.0 as 5: to JSON, and to clients in some languages, they are one number."""
+    if isinstance(value, dict):
+        return {name: _whole(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_whole(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _check_headers(request: Request) -> None:

@@ -38,7 +38,7 @@ async def chat(request: Request) -> Any:
     served.check_ready()
     body = await read(request, ChatRequest)
     served.check_model(body.model)
-    if body.top_logprobs and not body.logprobs:
+    if body.top_logprobs is not None and not body.logprobs:
         raise Refused(400, "top_logprobs is given without logprobs being true.", param="top_logprobs")
     seats = served.door.enter(body.n or 1)
     try:

@@ -19,22 +19,36 @@ MEANT = {
 }  # fmt: skip
 TEXTS_OR_IDS = {
     "anyOf": [
-        {"type": "string"},
-        {"type": "array", "minItems": 1, "maxItems": 64, "items": {"type": "string"}},
+        {"type": "string", "minLength": 1},
+        {"type": "array", "minItems": 1, "maxItems": 64, "items": {"type": "string", "minLength": 1}},
         {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/TokenId"}},
         {"type": "array", "minItems": 1, "maxItems": 64, "items": {
             "type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/TokenId"}}},
     ]
 }  # fmt: skip
+# top_logprobs is a number only where logprobs is true.
+LOGPROBS = {
+    "if": {"properties": {"top_logprobs": {"type": "integer"}}, "required": ["top_logprobs"]},
+    "then": {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
+}
 
 
-def document(vocab: int, version: str) -> bytes:
-    """OpenAPI 3.1 as JSON. Token ids are below `vocab`."""
+def document(vocab: int, room: int, version: str) -> bytes:
+    """OpenAPI 3.1 as JSON. Token ids are below `vocab`, and prompt and completion are `room` tokens at most."""
     types = [kind for route in ROUTES for kind in (route.asks, route.replies) if kind] + [ErrorReply, ChatChunk]
     _, components = msgspec.json.schema_components(dict.fromkeys(types), ref_template="#/components/schemas/{name}")
     components["TokenId"] = {"type": "integer", "minimum": 0, "exclusiveMaximum": vocab}
     components["CompletionRequest"]["properties"]["prompt"] = TEXTS_OR_IDS
-    components["DetokenizeRequest"]["properties"]["tokens"]["items"] = {"$ref": "#/components/schemas/TokenId"}
+    components["ChatRequest"] |= LOGPROBS
+    components["TokenizeRequest"] |= {"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]}
+    ids, some = {"$ref": "#/components/schemas/TokenId"}, {"type": "integer", "minimum": 1, "maximum": room - 1}
+    for name in ("CompletionRequest", "ChatRequest"):
+        properties = components[name]["properties"]
+        properties["stop_token_ids"]["anyOf"][0]["items"] = ids
+        for field in ("max_tokens", "max_completion_tokens"):
+            if field in properties:
+                properties[field]["anyOf"] = [some, {"type": "null"}]
+    components["DetokenizeRequest"]["properties"]["tokens"]["items"] = ids
     paths: dict[str, Any] = {}
     for route in ROUTES:
         paths.setdefault(route.path.replace(":path", ""), {})[route.method.lower()] = _operation(route)
@@ -52,7 +66,7 @@ def document(vocab: int, version: str) -> bytes:
 def _operation(route: Route) -> dict[str, Any]:
     good: dict[str, Any] = {route.media: {"schema": _ref(route.replies) if route.replies else {"type": "string"}}}
     if route.streams:
-        good["text/event-stream"] = {"schema": {"type": "string"}}
+        good["text/event-stream"] = {}  # `data:` lines of JSON, the last one `[DONE]`
     told = {"application/json": {"schema": _ref(ErrorReply)}}
     responses: dict[str, Any] = {"200": {"description": "It is done.", "content": good}}
     for status in (*route.refuses, 401, 403):

@@ -1,5 +1,6 @@
 """The routes that generate nothing: models, tokens, health, metrics, attestation, the page."""
 
+from msgspec import UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -37,12 +38,12 @@ async def tokenize(request: Request) -> Response:
     served.check_open()
     body = await read(request, TokenizeRequest)
     served.check_model(body.model)
-    if (body.prompt is None) == (body.messages is None):
+    if isinstance(body.prompt, UnsetType) == isinstance(body.messages, UnsetType):
         raise Refused(400, "Either prompt or messages is to be given.", param="prompt")
-    if body.messages is not None:
+    if not isinstance(body.messages, UnsetType):
         tokens = await served.prompts.of_chat(conversation(body.messages))
     else:
-        (tokens,) = await served.prompts.of_texts([body.prompt or ""], body.add_special_tokens)
+        (tokens,) = await served.prompts.of_texts([str(body.prompt)], body.add_special_tokens)
     return json_reply(Tokens(len(tokens), served.engine.capacity, tokens))
 
 

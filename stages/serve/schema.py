@@ -7,7 +7,7 @@ what was asked for is worse than none. Fields that change nothing in an answer (
 from typing import Annotated, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 MOST_CHOICES = 16
 MOST_PROMPTS = 64
@@ -139,11 +139,11 @@ class ChatRequest(Sampling, forbid_unknown_fields=True, kw_only=True):
 
 
 class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """POST /tokenize: a text as /v1/completions reads it, or messages as /v1/chat/completions does."""
+    """POST /tokenize: either a text as /v1/completions reads it, or messages as /v1/chat/completions does."""
 
     model: str = "default"
-    prompt: str | None = None
-    messages: Annotated[list[Said], Meta(min_length=1, max_length=MOST_MESSAGES)] | None = None
+    prompt: str | UnsetType = UNSET
+    messages: Annotated[list[Said], Meta(min_length=1, max_length=MOST_MESSAGES)] | UnsetType = UNSET
     add_special_tokens: bool = True
 
 

@@ -104,6 +104,13 @@ def test_bodies_that_are_none(client: httpx.Client, path: str, content: bytes) -
     refused(client.post(path, content=content, headers={"Content-Type": "application/json"}))
 
 
+def test_whole_numbers_in_any_spelling(client: httpx.Client) -> None:
+    kind = {"Content-Type": "application/json"}
+    told = client.post("/v1/completions", content=b'{"prompt":[5.0,6e0],"max_tokens":2.0,"temperature":0}', headers=kind).json()
+    assert told["choices"] == client.post("/v1/completions", json=ask([5, 6], 2)).json()["choices"]  # type: ignore[arg-type]
+    refused(client.post("/v1/completions", content=b'{"prompt":[5.5]}', headers=kind))
+
+
 def test_the_same_field_twice_is_the_last(client: httpx.Client) -> None:
     reply = client.post(
         "/v1/completions", content=b'{"prompt":"a","prompt":"b","max_tokens":1}', headers={"Content-Type": "application/json"}
