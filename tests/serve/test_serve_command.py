@@ -1,0 +1,233 @@
+"""The command itself, as its own process: what it says, what it refuses, and how it ends (S8)."""
+
+import contextlib
+import dataclasses
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from tiny_server import ask, tiny_model
+
+from stages.serve import __main__ as command
+from stages.serve import listen
+
+ROOT = Path(__file__).resolve().parents[2]
+SLOW = """
+import sys, time, engine.inference.slots as s
+step = s.Slots.step
+s.Slots.step = lambda self: (time.sleep(0.05), step(self))[1]
+from stages.serve.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model in Hugging Face's layout."""
+    from engine.storage.huggingface import save_folder
+
+    model, place = tiny_model(), tmp_path_factory.mktemp("models") / "sea"
+    place.mkdir()
+    save_folder(place, model.cfg, model.params, {"eos_token_id": [model.tokenizer.end]}, dtype="float32")
+    model.tokenizer.save(place)
+    return place
+
+
+class Started:
+    """A server in a process of its own, whose steps are slow, ready when it is made."""
+
+    def __init__(self, folder: Path, *flags: object, env: dict[str, str] | None = None, key: str = "") -> None:
+        words = ["--model", folder, "--port", 0, "--slots", 2, *flags]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SLOW, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, env=os.environ | (env or {}),
+        )  # fmt: skip
+        self.said = ""
+        assert self.process.stdout is not None
+        while "Ctrl-C" not in self.said:
+            line = self.process.stdout.readline()
+            assert line, self.said
+            self.said += line
+        self.url = re.findall(r"page +(\S+)", self.said)[0]
+        self.client = httpx.Client(base_url=self.url, timeout=60, headers={"Authorization": f"Bearer {key}"} if key else {})
+
+    def ends(self, seconds: float = 20) -> int:
+        more, _ = self.process.communicate(timeout=seconds)
+        self.said += more
+        return self.process.returncode
+
+
+@contextlib.contextmanager
+def started(*given: Any, **options: Any) -> Iterator[Started]:
+    server = Started(*given, **options)
+    try:
+        yield server
+    finally:
+        server.process.kill()
+        server.process.wait()
+        server.client.close()
+        assert server.process.stdout is not None
+        server.process.stdout.close()
+
+
+def in_background(work: Any) -> threading.Thread:
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def wait_for_running(server: Started, count: int) -> None:
+    end = time.monotonic() + 20
+    while server.client.get("/health").json()["running"] < count:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_what_is_under_way_end(folder: Path, number: signal.Signals) -> None:
+    with started(folder, "--name", "sea") as server:
+        assert "weights   int8" in server.said
+        assert re.search(r"compiling \.\.\. \d", server.said)
+        whole: list[httpx.Response] = []
+        body = ask(most=100, ignore_eos=True, model="sea")
+        threads = [
+            in_background(lambda more=more: whole.append(server.client.post("/v1/completions", json=body | more)))  # type: ignore[misc]
+            for more in ({"stream": True}, {})
+        ]
+        wait_for_running(server, 2)
+        server.process.send_signal(number)
+        time.sleep(0.1)
+        late = server.client.post("/v1/completions", json=ask(model="sea"))
+        assert late.status_code == 503
+        for thread in threads:
+            thread.join()
+        assert server.ends() == 0
+        assert {reply.status_code for reply in whole} == {200}
+        assert sum(reply.text.count("[DONE]") for reply in whole) == 1
+        assert sum('"completion_tokens":100' in reply.text for reply in whole) == 1
+        assert "Finishing what is under way" in server.said
+        assert re.search(r"Weights unchanged: SHA-256 [0-9a-f]{16}; 0 programs compiled after the start", server.said)
+        assert "Traceback" not in server.said
+
+
+def test_a_second_signal_ends_it_at_once(folder: Path) -> None:
+    with started(folder, env={"THRICE_API_KEY": "one,two"}, key="two") as server:
+        assert "2 API keys" in server.said
+        assert httpx.get(f"{server.url}/v1/models").status_code == 401
+
+        def asks() -> None:
+            with contextlib.suppress(httpx.HTTPError):
+                server.client.post("/v1/completions", json=ask(most=100, ignore_eos=True, model="default"))
+
+        thread = in_background(asks)
+        wait_for_running(server, 1)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        begin = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.ends() == 143
+        assert time.monotonic() - begin < 2
+        thread.join()
+
+
+def test_ctrl_c_while_it_compiles(folder: Path) -> None:
+    slow = "import time, engine.inference.slots as s; s.Slots.warm = lambda *_: time.sleep(60)\n" + SLOW
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, "--model", str(folder), "--port", "0"], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        while "template" not in process.stdout.readline():
+            assert process.poll() is None
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=10)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    assert process.returncode == 130
+    assert "Stopped before it was ready." in said
+    assert "Traceback" not in said
+
+
+def refuses(capsys: pytest.CaptureFixture[str], *flags: object) -> str:
+    assert command.main(list(map(str, flags))) == 2
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    assert len(said.err.splitlines()) == 1
+    return said.err
+
+
+def test_a_port_that_is_taken(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"Port {port} of 127.0.0.1 is in use" in refuses(capsys, "--model", folder, "--port", port)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.7.7", "example.org"])
+def test_an_address_others_can_reach_needs_a_key(
+    host: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for empty in ("", " , "):
+        monkeypatch.setenv("THRICE_API_KEY", empty)
+        assert "give --api-key" in refuses(capsys, "--host", host, "--port", 0)
+
+
+def test_addresses_of_this_machine_alone() -> None:
+    assert all(map(listen.is_local, ("127.0.0.1", "127.8.9.1", "localhost", "::1")))
+    assert not any(map(listen.is_local, ("0.0.0.0", "::", "10.0.0.1", "example.org", "localhost.example.org", "")))
+
+
+def test_what_else_cannot_be(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = ("--port", 0)
+    assert "There is no model at" in refuses(capsys, *quick, "--model", tmp_path / "none")
+    assert "is no address" in refuses(capsys, *quick, "--host", "127.0.0.1.1", "--api-key", "a")
+    assert "cannot be read" in refuses(capsys, *quick, "--model", folder, "--template", tmp_path / "none.jinja")
+    broken = tmp_path / "broken.jinja"
+    broken.write_text("{% if %}")
+    assert "TemplateSyntaxError" in refuses(capsys, *quick, "--model", folder, "--template", broken)
+    assert "between 2 and the model's context of 150" in refuses(capsys, *quick, "--model", folder, "--capacity", 151)
+    for flag, value in (("--slots", 1), ("--weights", "int4"), ("--port", 65536), ("--price", -1), ("--queue", -1)):
+        assert command.main([flag, str(value)]) == 2
+        assert flag in capsys.readouterr().err
+
+
+def test_without_its_extra_it_says_how_to_get_it(folder: Path) -> None:
+    program = (
+        "import importlib.util as u, sys; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name in ('starlette', 'uvicorn') else find(name, *a)\n"
+        "from stages.serve.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, "--model", "x"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "needs starlette, uvicorn" in done.stderr
+    assert "uv run --extra serve python -m stages.serve --model x" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("weights", ["int8", "bfloat16", "float32"])
+def test_what_weights_are_kept_as(folder: Path, weights: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from stages.console import Console
+    from stages.serve.loading import load
+
+    given = dataclasses.replace(command.Serve(), model=str(folder), slots=2, weights=weights)
+    loaded = load(given, Console())
+    loaded.chat.close()
+    said = capsys.readouterr().out
+    assert re.search(rf"weights +{weights}, [\d.]+ kB, SHA-256 {loaded.digest[:16]}", said)
+    assert loaded.slots.capacity == 150
+    assert loaded.name == "sea"
