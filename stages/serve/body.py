@@ -11,6 +11,7 @@ from stages.serve.errors import Gone, Refused
 from stages.serve.schema import UNABLE
 
 LARGEST = 4 * 2**20  # bytes
+QUICK = 65_536  # bytes that are decoded in the event loop itself
 SECONDS = 20.0  # in which a body must have come
 
 PLACE = re.compile(r" - at (?:`key` in )?`\$(.*?)`$")
@@ -34,7 +35,8 @@ async def read[T: msgspec.Struct](request: Request, kind: type[T]) -> T:
         raise Refused(408, f"The body did not come within {SECONDS:.0f} s.", headers={"Connection": "close"}) from None
     except ClientDisconnect:
         raise Gone from None
-    return decoded(b"".join(parts), kind)
+    body = b"".join(parts)
+    return decoded(body, kind) if size <= QUICK else await asyncio.to_thread(decoded, body, kind)
 
 
 def decoded[T: msgspec.Struct](body: bytes, kind: type[T]) -> T:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import ipaddress
+import resource
 import socket
 from collections.abc import Iterator
 
@@ -33,20 +34,33 @@ def is_local(host: str) -> bool:
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket at the address, which `listen` opens to clients. Raises UserError."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"There is no address {host!r} to listen on: {error}.") from None
-    bound = socket.socket(family, kind, protocol)
+    family, address = _address(host)
+    bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     with _explained(bound, host, port):
-        bound.bind(address)
+        bound.bind((address, port))
     return bound
+
+
+def _address(host: str) -> tuple[socket.AddressFamily, str]:
+    """The address as numbers. Nobody is asked for one that is written in numbers, or for this machine's own."""
+    try:
+        number = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+        return socket.AF_INET if number.version == 4 else socket.AF_INET6, str(number)
+    except ValueError:
+        pass
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"There is no address {host!r} to listen on: {error}.") from None
+    return family, str(address[0])
 
 
 def listen(bound: socket.socket) -> None:
     """From now on clients can connect. Raises UserError when another process was quicker."""
     host, port = bound.getsockname()[:2]
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each connection is an open file
     with _explained(bound, host, port):
         bound.listen(BACKLOG)
 

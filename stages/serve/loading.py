@@ -40,6 +40,7 @@ class Loaded:
     slots: Slots
     chat: Chat
     source: str | None
+    now: str
     compiles: Compiles
     digest: str
 
@@ -48,7 +49,7 @@ class Loaded:
         engine = Engine(self.slots, post)
         count = lambda: self.compiles.count if engine.ready else 0
         metrics = Metrics(self.name, lambda: engine.state, count, lambda: engine.ticked)
-        another = lambda: make_chat(self.model, self.source)
+        another = lambda: make_chat(self.model, self.source, self.now)
         prompts = Prompts(self.model.tokenizer, self.chat, another, self.model.start, self.slots.capacity)
         return Served(
             name=self.name, engine=engine, params=self.params, prompts=prompts, ends=frozenset(self.model.ends),
@@ -81,7 +82,8 @@ def load(given: "Serve", console: "Console") -> Loaded:
         cfg, params, slots=given.slots, capacity=capacity, kind=given.keys_values,  # type: ignore[arg-type]
         prefixes=given.prefix_cache * MB, guesses=not given.no_guesses,
     )  # fmt: skip
-    chat = make_chat(model, source)
+    now = datetime.datetime.now().isoformat(timespec="seconds")
+    chat = make_chat(model, source, now)
     attested = digest(params)
     name = given.name or (given.model if given.model in models.MODELS else model.name) or "model"
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
@@ -94,12 +96,12 @@ def load(given: "Serve", console: "Console") -> Loaded:
         ("template", chat.named),
     ]
     console.rows(rows)
-    return Loaded(model, name, params, slots, chat, source, compiles, attested)
+    return Loaded(model, name, params, slots, chat, source, now, compiles, attested)
 
 
-def make_chat(model: models.Model, source: str | None) -> Chat:
-    """The model's tokenizer and template, with a process of its own."""
-    return Chat(model.tokenizer, source, now=datetime.datetime.now().isoformat(timespec="seconds"))
+def make_chat(model: models.Model, source: str | None, now: str) -> Chat:
+    """The model's tokenizer and template, with a process of its own. `now` is the moment that templates are told."""
+    return Chat(model.tokenizer, source, now)
 
 
 def _template(given: "Serve") -> str | None:

@@ -14,12 +14,14 @@ MOST_PROMPTS = 64
 MOST_STOPS, LONGEST_STOP = 16, 256
 MOST_MESSAGES = 4096
 MOST_BIASES = 1024
+MOST_IDS = 2**18  # more than any context holds; what does not fit is said by the route
 
 Share = Annotated[float, Meta(gt=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Some = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Ids = Annotated[list[TokenId], Meta(max_length=MOST_IDS)]
 StopText = Annotated[str, Meta(min_length=1, max_length=LONGEST_STOP)]
 Stops = StopText | Annotated[list[StopText], Meta(max_length=MOST_STOPS)]
 BiasedToken = Annotated[str, Meta(pattern="^[0-9]{1,9}$")]
@@ -81,7 +83,7 @@ class Sampling(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class CompletionRequest(Sampling, forbid_unknown_fields=True, kw_only=True):
     """POST /v1/completions. `prompt`: a text, several, a list of token ids, or several such lists."""
 
-    prompt: str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)]
+    prompt: str | Annotated[list[str | TokenId | Ids], Meta(min_length=1, max_length=MOST_IDS)]
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
@@ -151,4 +153,4 @@ class DetokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     """POST /detokenize."""
 
     model: str = "default"
-    tokens: list[TokenId]
+    tokens: Ids

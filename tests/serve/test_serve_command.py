@@ -195,7 +195,7 @@ def test_addresses_of_this_machine_alone() -> None:
 def test_what_else_cannot_be(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quick = ("--port", 0)
     assert "There is no model at" in refuses(capsys, *quick, "--model", tmp_path / "none")
-    assert "is no address" in refuses(capsys, *quick, "--host", "127.0.0.1.1", "--api-key", "a")
+    assert "There is no address" in refuses(capsys, *quick, "--host", "127.0.0.1.1", "--api-key", "a")
     assert "cannot be read" in refuses(capsys, *quick, "--model", folder, "--template", tmp_path / "none.jinja")
     broken = tmp_path / "broken.jinja"
     broken.write_text("{% if %}")

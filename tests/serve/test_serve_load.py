@@ -92,6 +92,40 @@ def test_how_soon_a_slot_is_free(tiny_server: TinyServer, slowed: Callable[[floa
     assert max(taken) < 0.25
 
 
+def test_who_reads_no_more_frees_the_slot(tiny_server: TinyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stages.serve import stream
+
+    monkeypatch.setattr(stream, "UNREAD", 0.2)
+    body = json.dumps(ask(most=LONG, ignore_eos=True, stream=True)).encode()
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/completions",
+        "headers": headers,
+        "query_string": b"",
+        "scheme": "http",
+    }
+    sent: list[Any] = []
+
+    async def ask_and_read_nothing() -> None:
+        given = iter([{"type": "http.request", "body": body}])
+
+        async def receive() -> Any:
+            return next(given, None) or await asyncio.sleep(60)
+
+        async def send(message: Any) -> None:
+            sent.append(message["type"])
+            if len(sent) > 2:
+                await asyncio.sleep(60)
+
+        await tiny_server.app(scope, receive, send)
+
+    asyncio.run_coroutine_threadsafe(ask_and_read_nothing(), tiny_server.loop).result(10)
+    assert len(sent) == 3
+    assert until(lambda: tiny_server.served.engine.state[:2] == (0, 0) and tiny_server.served.door.taken == 0, 2)
+
+
 def test_too_many_are_told_at_once(tiny_server: TinyServer, slowed: Callable[[float], None]) -> None:
     slowed(0.02)
     places = SLOTS + QUEUE

@@ -29,6 +29,7 @@ def loaded(**changes: Any) -> Any:
     from engine.inference import decode
     from engine.inference.slots import Slots
     from engine.storage.digest import digest
+    from engine.text.template import FIXED_DAY
     from stages.compiles import Compiles
     from stages.serve.loading import Loaded, make_chat
 
@@ -36,7 +37,7 @@ def loaded(**changes: Any) -> Any:
     params = decode.for_inference(model.cfg, model.params)
     options = {"slots": SLOTS, "capacity": CAPACITY, "kind": "float32", "prefixes": 10**7, "chunk": CHUNK, "tail": TAIL}
     slots = Slots(model.cfg, params, **{**options, **changes})
-    return Loaded(model, "tiny", params, slots, make_chat(model, None), None, Compiles(), digest(params))
+    return Loaded(model, "tiny", params, slots, make_chat(model, None, FIXED_DAY), None, FIXED_DAY, Compiles(), digest(params))
 
 
 class TinyServer:
@@ -71,7 +72,7 @@ class TinyServer:
 
         self.loop = asyncio.get_running_loop()
         self.served = self.made.served(Given(queue=self.queue, slots=self.made.slots.slots), self.loop.call_soon_threadsafe)
-        app = make_app(self.served, page(), keys=self.keys, hosts=guard.LOCAL, version="1.2.3")
+        self.app = app = make_app(self.served, page(), keys=self.keys, hosts=guard.LOCAL, version="1.2.3")
         bound = listen.bind("127.0.0.1", 0)
         self.port = bound.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"

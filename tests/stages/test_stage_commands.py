@@ -13,7 +13,7 @@ from stages import console, flags, words
 from stages.__main__ import stages
 
 
-@pytest.mark.parametrize("stage", ["", "train", "evaluate", "generate", "chat"])
+@pytest.mark.parametrize("stage", ["", "train", "evaluate", "generate", "chat", "serve"])
 def test_help_imports_nothing_heavy(stage: str) -> None:
     module = f"stages.{stage}" if stage else "stages"
     program = (
