@@ -11,11 +11,12 @@ from engine.model.config import PRESETS, ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A model to measure: float32 weights, and what to call it."""
+    """A model to measure: float32 weights, what to call it, and its tokenizer; None for drawn weights."""
 
     name: str
     cfg: ModelConfig
     params: Any
+    tokenizer: Any = None
 
 
 def drawn(name: str, cfg: ModelConfig) -> Measured:
@@ -45,6 +46,7 @@ def loaded(given: str) -> Measured:
     Raises UserError when there is none.
     """
     from engine.storage import assets, checkpoint, gguf, huggingface
+    from engine.text.tokenizer import Tokenizer, load_tokenizer
 
     path = Path(given).expanduser()
     if given in assets.ASSETS and not path.exists():
@@ -54,13 +56,13 @@ def loaded(given: str) -> Measured:
         path = files["model"]
     if path.suffix == ".gguf" and path.is_file():
         found = gguf.load_gguf(path, dtype="float32")
-        return Measured(found.name, found.cfg, found.params)
+        return Measured(found.name, found.cfg, found.params, Tokenizer(found.tokenizer, found.tokenizer_config))
     if (path / "checkpoints").is_dir():
         cfg = ModelConfig.from_json(json.loads((path / "config.json").read_text(encoding="utf-8")))
-        return Measured(path.name, cfg, checkpoint.load_params(path).params)
+        return Measured(path.name, cfg, checkpoint.load_params(path).params, load_tokenizer(path / "tokenizer"))
     if (path / "config.json").is_file():
         found = huggingface.load_folder(path, dtype="float32")
-        return Measured(found.name, found.cfg, found.params)
+        return Measured(found.name, found.cfg, found.params, Tokenizer(found.tokenizer, found.tokenizer_config))
     known = [*PRESETS, "smollm2-135m-instruct"]
     raise UserError(
         f"There is no model at {given}: --model takes a run folder, a Hugging Face folder, a .gguf file or "

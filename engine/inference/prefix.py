@@ -2,7 +2,8 @@
 
 Chunks start at fixed positions and are computed by one program from what is before them, so a chunk that is found again
 has the bits it would be given anew: a hit is faster and otherwise cannot be told from a miss. Its name is a hash of
-everything up to its end, tokens and namespace, so that chunks of different prompts or namespaces never meet.
+everything up to its end, tokens and namespace, so that chunks of different prompts or namespaces never meet. A chunk is
+of no use without those before it, so of one prompt the last leaves first.
 """
 
 import hashlib
@@ -31,25 +32,29 @@ class Prefixes:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.bytes = 0
-        self._chunks: OrderedDict[Key, tuple[Any, int]] = OrderedDict()
+        self._chunks: OrderedDict[Key, tuple[Any, int, Key | None]] = OrderedDict()  # chunk, its bytes, who is before it
 
     def __len__(self) -> int:
         return len(self._chunks)
 
     def find(self, key: Key) -> Any | None:
-        """The chunk of that name, or None."""
-        if key not in self._chunks:
-            return None
-        self._chunks.move_to_end(key)
-        return self._chunks[key][0]
+        """The chunk of that name, or None. It and those before it have been used now."""
+        found = self._chunks.get(key)
+        used: Key | None = key if found else None
+        while used is not None:
+            self._chunks.move_to_end(used)
+            used = self._chunks[used][2]
+        return found[0] if found else None
 
-    def keep(self, key: Key, chunk: Any) -> None:
-        """Keeps a chunk (any tree of arrays), and drops others until all fit."""
+    def keep(self, key: Key, chunk: Any, before: Key | None) -> None:
+        """Keeps a chunk (any tree of arrays), and drops others until all fit. `before` names the one before it, None at the
+        start of a prompt; where that one is not kept, neither is this."""
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(chunk))
-        if key in self._chunks or size > self.limit:
+        if key in self._chunks or size > self.limit or (before is not None and before not in self._chunks):
             return
-        self._chunks[key] = (chunk, size)
+        self._chunks[key] = (chunk, size, before)
         self.bytes += size
+        self.find(key)
         while self.bytes > self.limit:
             self.bytes -= self._chunks.popitem(last=False)[1][1]
 

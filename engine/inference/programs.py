@@ -40,7 +40,7 @@ class Settings(NamedTuple):
 
 class Drawn(NamedTuple):
     """For each step and row: the token, whether there were numbers to draw it from, its log-probability, and the most
-    probable tokens with theirs. token (STEPS, R) int32, sound bool, logprob float32, top_tokens and top (STEPS, R, MOST_TOP)."""
+    probable tokens with theirs. token (STEPS, R) int32, sound bool, logprob float32, top_tokens and top (STEPS, R, X)."""
 
     token: Array
     sound: Array
@@ -86,7 +86,7 @@ def draw(
             token = sample(changed, position + 1, settings.sampling)
             told = (token, jnp.isfinite(logits.max(-1)), *_log_probabilities(logits, token, logprobs))
             drawn = Drawn(*(array.at[i].set(new) for array, new in zip(drawn, told)))
-            tally = tally._replace(said=tally.said.at[own, token].add(1))
+            tally = tally._replace(said=tally.said.at[own, token].add(position >= 0))
         return token, cache.spans, tally, drawn
 
     empty = lambda dtype, *shape: jnp.zeros((STEPS, R, *shape), dtype)

@@ -1,9 +1,9 @@
 """Request: one prompt to continue, and how; Event: what has become of it. Both plain data that check themselves."""
 
 import dataclasses
-import math
+import operator
 from collections.abc import Collection, Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from engine.errors import UserError
 
@@ -41,7 +41,13 @@ class Request:
     namespace: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompt", tuple(int(token) for token in self.prompt))
+        object.__setattr__(self, "prompt", _tokens("prompt", self.prompt))
+        object.__setattr__(self, "ends", frozenset(_tokens("ends", self.ends)))
+        if not isinstance(self.bias, Mapping):
+            raise UserError(f"bias must be tokens with a number each, not {self.bias!r}.")
+        object.__setattr__(self, "bias", dict(zip(_tokens("bias", self.bias), self.bias.values())))
+        if not isinstance(self.namespace, str):
+            raise UserError(f"namespace must be a string, not {self.namespace!r}.")
         _within("max_tokens", self.max_tokens, 1, 2**31 - 1)
         _within("temperature", self.temperature, 0, 100)
         _within("top_k", self.top_k, 0, 2**31 - 1)
@@ -59,9 +65,9 @@ class Request:
             _within("logprobs", self.logprobs, 0, MOST_TOP)
 
     @property
-    def penalised(self) -> bool:
-        """Whether what has been said so far changes the logits."""
-        return bool(self.presence or self.frequency or self.repetition != 1)
+    def changed(self) -> bool:
+        """Whether logits are changed before a token is drawn from them: by a penalty or a bias."""
+        return bool(self.presence or self.frequency or self.repetition != 1 or self.bias)
 
 
 class LogProb(NamedTuple):
@@ -101,9 +107,17 @@ def check(request: Request, vocab: int, capacity: int) -> None:
         )
 
 
+def _tokens(name: str, given: Any) -> tuple[int, ...]:
+    try:
+        return tuple(operator.index(token) for token in given)
+    except TypeError as error:
+        raise UserError(f"{name} must hold token ids, which are whole numbers: {error}.") from None
+
+
 def _within(name: str, value: float, least: float, most: float) -> None:
     whole = isinstance(least, int) and name in ("max_tokens", "top_k", "seed", "logprobs")
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or math.isnan(value):
-        raise UserError(f"{name} must be a {'whole ' if whole else ''}number, not {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or value != value:
+        raise UserError(f"{name} must be a {'whole ' if whole else ''}number, not {value!r:.60}.")
     if not least <= value <= most:
-        raise UserError(f"{name} must lie between {least} and {most}, not {value!r}.")
+        said = value if abs(value) < 10**30 else "a number of more than 30 digits"
+        raise UserError(f"{name} must lie between {least} and {most}, not {said}.")

@@ -16,7 +16,7 @@ keys come from a request's own seed and positions.
 import dataclasses
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -48,7 +48,7 @@ class _Stream:
     request: Request
     slot: int
     key: Key
-    guesser: Guesser | None
+    guesser: Guesser | None = None
     read: int = 0
     cached: int = 0
     said: list[int] = dataclasses.field(default_factory=list)
@@ -84,7 +84,8 @@ class Slots:
     `slots`: requests answered at once, which is fixed because a program's shape may touch its bits. `capacity`: tokens
     of prompt and completion together, by default the model's context. `kind`: what keys and values are kept as.
     `prefixes`: bytes of computed chunks to keep for prompts that begin alike; 0 keeps none. `guesses`: whether a lone
-    stream uses idle rows to be faster. Nothing but `slots`, `kind` and the model touches what is answered.
+    stream uses idle rows to be faster. What is answered depends on the model, on `kind` and on the shapes of programs
+    (`slots`, `capacity`, `chunk`, `tail`); not on `prefixes`, not on `guesses`, and on no other request.
     """
 
     def __init__(
@@ -98,12 +99,17 @@ class Slots:
             raise UserError(f"The capacity must lie between 2 and the model's context of {cfg.context}, not {capacity}.")
         if not 0 < tail <= chunk:
             raise UserError(f"The tail must lie between 1 and the chunk of {chunk}, not {tail}.")
-        self.cfg, self.params, self.capacity = cfg, params, capacity
+        if prefixes < 0:
+            raise UserError(f"The bytes for prefixes must be 0 (none are kept) or more, not {prefixes}.")
+        if kind not in get_args(Kind):
+            raise UserError(f"kind must be one of {', '.join(get_args(Kind))}, not {kind!r}.")
+        self.cfg, self.capacity = cfg, capacity
         self.slots, self.chunk, self.tail, self.guesses = slots, chunk, tail, guesses
         self.prefixes = Prefixes(prefixes)
         self.waiting: deque[tuple[int, Request]] = deque()
-        self._spans = make_spans(cfg, slots, capacity, chunk, kind)
-        self._tally = programs.make_tally(cfg, slots)
+        # All on a device that is said: a program is compiled once more for what comes from one that is not.
+        held = params, make_spans(cfg, slots, capacity, chunk, kind), programs.make_tally(cfg, slots)
+        self.params, self._spans, self._tally = jax.device_put(held, jax.devices()[0])
         self._free = list(range(slots))
         self._reading: list[_Stream] = []
         self._drawing: list[_Stream] = []
@@ -164,7 +170,7 @@ class Slots:
         """
         if self.busy:
             raise ValueError("warm is for slots that nobody uses yet")
-        nowhere, start = np.int32(len(self._free)), np.int32(0)  # a slot that is none: nothing is written
+        nowhere, start = np.int32(self._spans.slots), np.int32(0)  # a slot that is none: nothing is written
         runs: list[Callable[[], Any]] = [
             lambda: self._set(programs.clear_slot(self._spans, nowhere, np.int32(1))),
             *(lambda n=n: self._read_tokens((0,) * n, nowhere, 0) for n in {self.chunk, self.tail}),
@@ -185,11 +191,9 @@ class Slots:
 
     def _admit(self, id: int, request: Request) -> None:
         self._dissolve()
-        changed = request.penalised or request.bias
-        guesser = Guesser(request.prompt) if self.guesses and not changed else None
-        stream = _Stream(id, request, self._free.pop(0), first_key(request.namespace), guesser)
+        stream = _Stream(id, request, self._free.pop(0), first_key(request.namespace))
         self._set(programs.clear_slot(self._spans, np.int32(stream.slot), np.int32(stream.reach)))
-        if changed:
+        if request.changed:
             said = np.bincount(request.prompt, minlength=self.cfg.vocab).astype(np.int32)
             self._tell(stream.slot, request.bias, np.where(said > 0, programs.IN_PROMPT, 0).astype(np.int32))
         (self._reading if stream.unread else self._drawing).append(stream)
@@ -222,7 +226,8 @@ class Slots:
             if found is None:
                 self._read_tokens(tokens, *at)
                 if whole:
-                    self.prefixes.keep(key, programs.take_chunk(self._spans, *at, self.chunk))
+                    chunk = programs.take_chunk(self._spans, *at, self.chunk)
+                    self.prefixes.keep(key, chunk, stream.key if stream.read else None)
             else:
                 self._set(programs.give_chunk(self._spans, found, *at))
                 stream.cached += self.chunk
@@ -260,7 +265,10 @@ class Slots:
     def _guess(self, stream: _Stream) -> list[int]:
         """What may follow the lone stream's last token, where checking that pays; its mirrors are made when first needed."""
         most = min(GROUP - 1, len(self._free) + len(self._mirrors), stream.left - 1)
-        if stream.guesser is None or not stream.said or most < 1 or not stream.guesser.pays:
+        if not self.guesses or stream.request.changed or not stream.said or most < 1:
+            return []
+        stream.guesser = stream.guesser or Guesser((*stream.request.prompt, *stream.said))
+        if not stream.guesser.pays:
             return []
         guessed = stream.guesser.guess(most)
         if guessed and not self._mirrors:
@@ -276,20 +284,17 @@ class Slots:
         for place, (slot, token) in enumerate(zip(self._mirrors, guessed)):
             (stream,) = streams.values()
             rows[slot] = (stream, token, stream.position + 1 + place)
-        token, position = np.zeros(R, np.int32), np.full(R, -1, np.int32)
-        floats, ints = np.zeros((6, R), np.float32), np.zeros((2, R), np.int32)
+        zeros: Callable[..., Any] = lambda dtype, *shape: np.zeros((*shape, R), dtype)
+        token, position, top_k = zeros(np.int32), zeros(np.int32) - 1, zeros(np.int32)
+        floats, seed, changed = zeros(np.float32, 6), zeros(np.uint32), zeros(bool)
         floats[2] = floats[5] = 1
-        seed, changed = np.zeros(R, np.uint32), np.zeros(R, bool)
         for row, (stream, last, at) in rows.items():
             asked = stream.request
-            token[row], position[row], seed[row] = last, at, asked.seed
+            token[row], position[row], seed[row], top_k[row], changed[row] = last, at, asked.seed, asked.top_k, asked.changed
             floats[:, row] = asked.temperature, asked.presence, asked.top_p, asked.min_p, asked.frequency, asked.repetition
-            ints[0, row] = asked.top_k
-            changed[row] = asked.penalised or bool(asked.bias)
-        settings = Settings(
-            Sampling(floats[0], ints[0], floats[2], floats[3], seed), changed, floats[1], floats[4], floats[5]
-        )
-        source, target = np.arange(R + GROUP * (GROUP - 1), dtype=np.int32) % R, np.full(R + GROUP * (GROUP - 1), R, np.int32)
+        settings = Settings(Sampling(floats[0], top_k, floats[2], floats[3], seed), changed, floats[1], floats[4], floats[5])
+        source: Any = np.arange(R + GROUP * (GROUP - 1), dtype=np.int32) % R
+        target: Any = np.full_like(source, R)
         target[:R] = np.arange(R)
         if self._mirrors:  # everything the lone stream says is written wherever its text is held
             (home,) = streams
@@ -301,6 +306,7 @@ class Slots:
             self.cfg, self.params, self._spans, self._tally, token, Rows(position, source, target), settings,
             np.int32(steps), np.bool_(logprobs),
         )  # fmt: skip
+        # Read as NumPy's, for to take a number out of an array of JAX's is a program of its own.
         wanted = drawn if logprobs else drawn[:2]
         return drawn._replace(**dict(zip(drawn._fields, jax.device_get(wanted))))
 
@@ -340,7 +346,7 @@ class Slots:
 
     @staticmethod
     def _logprob(drawn: programs.Drawn, place: tuple[int, int], count: int) -> LogProb:
-        tokens, values = (np.asarray(array)[place][:count].tolist() for array in (drawn.top_tokens, drawn.top))
+        tokens, values = (array[place][:count].tolist() for array in (drawn.top_tokens, drawn.top))
         return LogProb(int(drawn.token[place]), float(drawn.logprob[place]), tuple(zip(tokens, values)))
 
     # What lies on the device.

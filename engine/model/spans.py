@@ -7,6 +7,7 @@ and leaves out the spans that no row has reached. What a span adds to a row that
 selection, so a row's numbers depend on its own length alone and not, to the bit, on how far others have come.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -103,7 +104,7 @@ def make_spans(cfg: ModelConfig, slots: int, capacity: int, first: int, kind: Ki
             return Rounded(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1], jnp.float32))
         return jnp.zeros(shape, jnp.dtype(kind))
 
-    layer = lambda: tuple(empty(stop - start) for start, stop in zip(edges, edges[1:]))
+    layer = lambda: tuple(empty(stop - start) for start, stop in itertools.pairwise(edges))
     layers = lambda: tuple(layer() for _ in range(cfg.layers))
     return Spans(layers(), layers())
 
@@ -184,7 +185,7 @@ def cleared(spans: Spans, slot: Array, reach: Array) -> Spans:
 
 
 def mirrored(spans: Spans, slot: Array, targets: Array, reach: Array) -> Spans:
-    """spans with a slot's content below `reach` put into the slots targets (X,) as well; a target that is no slot is left out."""
+    """spans with a slot's content below `reach` put into the slots targets (X,) as well; a target that is none is left out."""
 
     def copies(array: Array) -> Array:
         return jnp.broadcast_to(jax.lax.dynamic_index_in_dim(array, slot, 0), (len(targets), *array.shape[1:]))

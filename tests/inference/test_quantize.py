@@ -1,5 +1,6 @@
 """Int8 weights in inference: which leaves, how far off, and the model still says nearly the same."""
 
+import functools
 import re
 
 import jax
@@ -10,12 +11,14 @@ from tiny import lively_params, positions_of, tiny_config, tokens_of
 
 from engine.errors import UserError
 from engine.inference.decode import decode_step, decode_steps, for_inference, prefill
+from engine.inference.programs import Settings, draw, make_tally
 from engine.inference.quantize import every_product, quantize, round_trips
 from engine.inference.sample import make_sampling
 from engine.model.cache import make_cache
 from engine.model.int8 import Int8
 from engine.model.leaves import dense
 from engine.model.paths import leaf_paths, map_paths
+from engine.model.spans import Rows, make_spans
 from engine.model.transformer import forward
 from engine.storage.digest import digest
 
@@ -93,14 +96,34 @@ def test_a_request_is_the_same_to_the_bit_in_any_company(kind, tied):
     assert len(results) == 1
 
 
+def made_of_a_weights_size(params, program) -> list[str]:
+    """What a compiled program makes that has as many numbers as an Int8 leaf: none should be converted or copied."""
+    sizes = {leaf.values.size for leaf in leaf_paths(params).values() if isinstance(leaf, Int8)}
+    made = re.findall(r"= (\w+\[([\d,]+)\]\S* (?:convert|copy|transpose|fusion)\()", program.compile().as_text())
+    return [what for what, shape in made if np.prod([int(n) for n in shape.split(",")]) in sizes]
+
+
+@functools.cache
+def wider(tied: bool, kind: str):
+    """A model none of whose weights has as many numbers as anything else in a program for 3 rows, 5 or 33."""
+    cfg = tiny_config(width=64, heads=4, kv_heads=2, head_dim=16, ff=160, vocab=300, dtype="bfloat16", tied=tied)
+    params = lively_params(cfg)
+    return cfg, for_inference(cfg, quantize(params, every_product(params, kind)))
+
+
 @pytest.mark.parametrize("kind", ["int8", "full"])
 def test_a_decode_step_makes_nothing_of_a_weights_size(kind):
     """Whole numbers are read as they lie. A weight that is converted is seen: the check can fail."""
-    cfg = tiny_config(width=64, heads=4, kv_heads=2, head_dim=16, ff=160, vocab=300, dtype="bfloat16")
-    params = quantize(for_inference(cfg, lively_params(cfg)), every_product(lively_params(cfg), kind))
+    cfg, params = wider(False, kind)
     token, cache = jnp.zeros(ROWS, jnp.int32), make_cache(cfg, ROWS, CAPACITY)
-    text = decode_step.lower(cfg, params, token, cache).compile().as_text()
-    sizes = {leaf.values.size for leaf in leaf_paths(params).values() if isinstance(leaf, Int8)}
-    made = re.findall(r"= \w+\[([\d,]+)\]\S* (?:convert|copy|transpose|fusion)\(", text)
-    found = [shape for shape in made if np.prod([int(n) for n in shape.split(",")]) in sizes]
-    assert bool(found) == (kind == "full")
+    assert bool(made_of_a_weights_size(params, decode_step.lower(cfg, params, token, cache))) == (kind == "full")
+
+
+@pytest.mark.parametrize("slots", [3, 33])
+@pytest.mark.parametrize("tied", [False, True])
+def test_neither_does_drawing_for_slots_few_or_many(slots, tied):
+    cfg, params = wider(tied, "int8")
+    token = jnp.zeros(slots, jnp.int32)
+    asked = Settings(make_sampling(slots), token > 0, *[jnp.zeros(slots)] * 3)
+    arguments = make_spans(cfg, slots, CAPACITY, 16), make_tally(cfg, slots), token, Rows(token, token, token), asked
+    assert made_of_a_weights_size(params, draw.lower(cfg, params, *arguments, jnp.int32(2), jnp.bool_(True))) == []

@@ -11,10 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import lively_params, tiny_config, tokens_of
 
+from engine.inference import programs as slot_programs
 from engine.inference.decode import decode_step, decode_steps, for_inference, generate, prefill
+from engine.inference.programs import Settings, make_tally
+from engine.inference.quantize import quantize
+from engine.inference.request import Request
 from engine.inference.sample import Sampling, make_sampling
 from engine.inference.score import score
+from engine.inference.slots import Slots
 from engine.model.cache import KVCache, make_cache
+from engine.model.spans import Rows, make_spans
 from engine.storage.digest import digest
 from engine.text.batch import Batch
 
@@ -61,42 +67,78 @@ def test_generating_changes_no_weight(prompts, sampling, end):
     assert digest(params) == before
 
 
+def test_serving_many_changes_no_weight_and_remembers_no_request():
+    """All that slots can do, twice over: prefixes kept and found, guesses, penalties, cancelling."""
+    cfg, params = served("bfloat16")
+    params = for_inference(cfg, quantize(params))
+    before, answers = digest(params), []
+    slots = Slots(cfg, params, slots=3, capacity=32, kind="int8", chunk=16, tail=4, prefixes=10**6)
+    for _ in range(2):
+        ids = [
+            slots.submit(Request(
+                tokens_of(seed % 4, 5 * seed + 1), MAX_TOKENS, temperature=seed % 3, presence=seed % 2, bias={seed: 1.0},
+                seed=seed, logprobs=seed,
+            ))
+            for seed in range(5)
+        ] + [slots.submit(Request([1, 2, 3, 4] * 3, 20, temperature=0.0))]  # fmt: skip
+        tokens, logprobs = {id: [] for id in ids}, {id: [] for id in ids}
+        slots.step()
+        slots.cancel(ids[1])
+        while slots.busy:
+            for event in slots.step():
+                tokens[event.id] += event.tokens
+                logprobs[event.id] += event.logprobs
+        answers.append([(tokens[id], logprobs[id]) for id in ids if id != ids[1]])
+    assert answers[0] == answers[1]
+    assert [len(tokens) for tokens, _ in answers[0]] == [MAX_TOKENS] * 4 + [20]
+    assert len(slots.prefixes) > 0
+    assert digest(params) == digest(slots.params) == before
+
+
 def programs(cfg, params) -> dict[str, tuple]:
     """{name: (compiled function, arguments)} of every program that inference runs on weights."""
     cache = make_cache(cfg, ROWS, CAPACITY)
     token, tokens = jnp.zeros(ROWS, jnp.int32), jnp.zeros((ROWS, CHUNK), jnp.int32)
     batch = Batch(tokens, tokens, tokens == 0, tokens, tokens)
+    spans, slot = make_spans(cfg, ROWS, CAPACITY, CHUNK), jnp.int32(1)
+    rows = Rows(token, token, token)
+    asked = Settings(make_sampling(ROWS), token > 0, *[jnp.zeros(ROWS)] * 3)
     return {
         "prefill": (prefill, (cfg, params, tokens, token, cache)),
         "decode_step": (decode_step, (cfg, params, token, cache)),
         "decode_steps": (decode_steps, (cfg, params, token, cache, make_sampling(ROWS))),
         "score": (score, (cfg, params, batch)),
+        "read_chunk": (slot_programs.read_chunk, (cfg, params, spans, tokens[:1], slot, slot)),
+        "draw": (slot_programs.draw, (cfg, params, spans, make_tally(cfg, ROWS), token, rows, asked, slot, slot > 0)),
     }
 
 
 def broken_promises(function, arguments) -> list[str]:
     """Which of the ways to change or hand out weights a compiled function takes: it should take none.
 
-    The weights are its second argument, after the static config, and so its first parameters once compiled.
+    The weights are its second argument, after the static config, and called `params`; what is not read is no parameter
+    of the compiled program.
     """
     params = arguments[1]
     lowered = function.lower(*arguments)
     compiled = lowered.compile().as_text()
-    count = len(jax.tree.leaves(params))
     aliases = re.search(r"input_output_alias=\{(.*?) \}, ", compiled)
     overwritten = [int(n) for n in re.findall(r": \((\d+), ", aliases[1])] if aliases else []
     # Weights and cache share no shape, and neither does anything else that inference returns.
     returned = {out.shape for out in jax.tree.leaves(lowered.out_info)} & {leaf.shape for leaf in jax.tree.leaves(params)}
     entry = re.search(r"^ENTRY .*?\n\}", compiled, re.MULTILINE | re.DOTALL)[0]
-    assert len(re.findall(r" parameter\(\d+\)", entry)) == len(jax.tree.leaves(arguments[1:])), "an argument is not read"
+    names = {int(n): name for n, name in re.findall(r' parameter\((\d+)\).*?op_name="(\w+)', entry)}
+    assert set(names) == set(range(entry.count(" parameter("))), "a parameter has no name"
+    assert set(overwritten) <= set(names)
+    assert "params" in names.values()
     return [
         *["donates a weight" for info in jax.tree.leaves(lowered.args_info[0][0]) if info.donated],
-        *["overwrites a weight" for place in overwritten if place < count],
+        *["overwrites a weight" for place in overwritten if names[place] == "params"],
         *[f"returns something of a weight's shape {shape}" for shape in returned],
     ]
 
 
-@pytest.mark.parametrize("name", ["prefill", "decode_step", "decode_steps", "score"])
+@pytest.mark.parametrize("name", ["prefill", "decode_step", "decode_steps", "score", "read_chunk", "draw"])
 def test_no_program_donates_overwrites_or_returns_a_weight(name):
     cfg, params = served("float32")
     function, arguments = programs(cfg, params)[name]

@@ -1,0 +1,90 @@
+"""Completion: the text up to the stop string that is complete first, whatever tokens it comes in, and no later than certain."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.inference.completion import Completion
+from engine.text.tokenizer import TextStream
+
+LETTERS = "abé😀"
+PIECES = ["a", "b", "ab", "ba", "aab", "é", "😀", "bé"]
+# Whole characters, and the single bytes that some of them are made of.
+TABLE = dict(enumerate([piece.encode() for piece in PIECES] + [bytes([byte]) for byte in "é😀".encode()] + [b""]))
+
+tokens_ = st.lists(st.integers(0, len(TABLE) - 1), max_size=25)
+stops_ = st.lists(st.text(LETTERS + "\ufffd", min_size=1, max_size=4), max_size=3)
+
+
+def plainly(text: str, stops: list[str]) -> tuple[str, str | None]:
+    """The text before the stop string that is complete after the fewest characters, and which (the longest of several)."""
+    for end in range(len(text) + 1):
+        ended = [stop for stop in stops if text[:end].endswith(stop)]
+        if ended:
+            stop = max(ended, key=len)
+            return text[: end - len(stop)], stop
+    return text, None
+
+
+def undecided(text: str, stops: list[str]) -> int:
+    """How many characters at the end may yet turn out to be a stop string's first ones."""
+    return max((n for stop in stops for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
+
+
+@settings(max_examples=300)
+@given(tokens_, stops_, st.integers(1, 5))
+def test_the_text_ends_before_the_first_stop_string(tokens, stops, together):
+    whole = b"".join(TABLE[token] for token in tokens).decode("utf-8", "replace")
+    completion, said = Completion(TextStream(TABLE), stops), ""
+    for start in range(0, len(tokens), together):
+        said += completion.push(tokens[start : start + together])
+    taken = completion.tokens
+    said += completion.close()
+    assert (said, completion.stopped) == plainly(whole, stops)
+    assert completion.close() == "" or completion.stopped is None
+    if completion.stopped is None:
+        assert taken == len(tokens)
+    else:
+        held = b"".join(TABLE[token] for token in tokens[:taken]).decode("utf-8", "replace")
+        assert completion.stopped in held
+        assert completion.push([0, 1]) == ""
+        assert completion.tokens == taken
+
+
+@settings(max_examples=200)
+@given(tokens_, stops_)
+def test_text_leaves_as_soon_as_it_is_certain(tokens, stops):
+    stream, completion, read, said = TextStream(TABLE), Completion(TextStream(TABLE), stops), "", ""
+    for token in tokens:
+        read += stream.push(token)
+        said += completion.push([token])
+        if completion.stopped is not None:
+            return
+        assert said == read[: len(read) - undecided(read, stops)]
+
+
+def test_without_stop_strings_nothing_is_held_back():
+    completion = Completion(TextStream(TABLE), ["", ""])
+    assert [completion.push([token]) for token in (0, 5, 3)] == ["a", "é", "ba"]
+    assert completion.stopped is None
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "said", "stopped"),
+    [
+        ("one\n\ntwo", ["\n\n"], "one", "\n\n"),
+        ("abcabd", ["abd"], "abc", "abd"),
+        ("aaab", ["aab"], "a", "aab"),
+        ("xabcx", ["abc", "b"], "xa", "b"),
+        ("xabcx", ["bc", "abc"], "x", "abc"),
+        ("stop", ["stop"], "", "stop"),
+        ("sto", ["stop"], "sto", None),
+    ],
+)
+def test_some_of_them_by_hand(text, stops, said, stopped):
+    table = {ord(letter): letter.encode() for letter in text}
+    for size in (1, 2, 99):
+        completion, found = Completion(TextStream(table), stops), ""
+        for start in range(0, len(text), size):
+            found += completion.push([ord(letter) for letter in text[start : start + size]])
+        assert (found + completion.close(), completion.stopped) == (said, stopped)

@@ -1,0 +1,92 @@
+"""Prefixes: within their bound, last used stays, of a prompt the last chunk leaves first, and namespaces never meet."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.inference.prefix import Prefixes, first_key, next_key
+
+SIZE = 24  # bytes of every chunk here
+
+
+def chunk(value: float) -> dict[str, np.ndarray]:
+    return {"k": np.full(4, value, np.float32), "v": np.full(2, value, np.float32)}
+
+
+def names(prompt: str, namespace: str = "") -> list[bytes]:
+    """The names of a prompt's chunks, a letter each."""
+    key, found = first_key(namespace), []
+    for letter in prompt:
+        key = next_key(key, (ord(letter),))
+        found.append(key)
+    return found
+
+
+def read(prefixes: Prefixes, prompt: str, namespace: str = "") -> str:
+    """Reads a prompt as slots do: the letters that were found, up to the first that was not; the rest is kept."""
+    hits, before = "", None
+    for letter, key in zip(prompt, names(prompt, namespace)):
+        found = prefixes.find(key)
+        if found is None:
+            prefixes.keep(key, chunk(ord(letter)), before)
+        else:
+            assert found["v"].tolist() == [ord(letter)] * 2
+            hits += letter
+        before = key
+    return hits
+
+
+def test_a_prompt_is_found_as_far_as_it_is_the_same_from_its_start():
+    prefixes = Prefixes(100 * SIZE)
+    assert [read(prefixes, prompt) for prompt in ("abc", "abc", "abd", "bc", "abdx")] == ["", "abc", "ab", "", "abd"]
+
+
+def test_the_name_of_a_chunk_says_everything_before_it_and_where_chunks_end():
+    keys = {
+        "ab|c": next_key(next_key(first_key(""), (1, 2)), (3,)), "a|bc": next_key(next_key(first_key(""), (1,)), (2, 3)),
+        "abc": next_key(first_key(""), (1, 2, 3)), "abc of k": next_key(first_key("k"), (1, 2, 3)),
+        "0abc": next_key(first_key(""), (0, 1, 2, 3)), "none": first_key(""), "none of k": first_key("k"),
+        "half a character": first_key("\ud800"),
+    }  # fmt: skip
+    assert len(set(keys.values())) == len(keys)
+
+
+@given(st.lists(st.tuples(st.text("abc", min_size=1, max_size=5), st.sampled_from(["", "k", "kk"])), max_size=30))
+def test_namespaces_never_meet(prompts):
+    prefixes, alone = Prefixes(10**6), {}
+    for prompt, namespace in prompts:
+        own = alone.setdefault(namespace, Prefixes(10**6))
+        assert read(prefixes, prompt, namespace) == read(own, prompt, namespace)
+
+
+@given(st.lists(st.text("abc", min_size=1, max_size=6), max_size=40), st.integers(0, 7 * SIZE))
+def test_it_never_holds_more_than_it_may_and_nothing_that_cannot_be_found(prompts, limit):
+    prefixes = Prefixes(limit)
+    for prompt in prompts:
+        read(prefixes, prompt)
+        assert prefixes.bytes == SIZE * len(prefixes) <= limit
+        again = len(read(prefixes, prompt))
+        assert again == min(len(prompt), limit // SIZE), "what was read last is kept, as much of it as there is room for"
+    for before, key in ((None, names("z")[0]), (b"nobody", names("zz")[1])):
+        prefixes.keep(key, chunk(0), before)
+    assert prefixes.find(names("zz")[1]) is None
+    reachable = {key for prompt in prompts for key in names(prompt)} | set(names("z"))
+    assert sum(prefixes.find(key) is not None for key in reachable) == len(prefixes)
+
+
+def test_who_was_used_longest_ago_leaves_first():
+    prefixes = Prefixes(4 * SIZE)
+    assert [read(prefixes, prompt) for prompt in ("ab", "xy", "ab", "q", "ab", "xy")] == ["", "", "ab", "", "ab", "x"]
+    assert len(prefixes) == 4
+    prefixes.clear()
+    assert (len(prefixes), prefixes.bytes, read(prefixes, "ab")) == (0, 0, "")
+
+
+def test_a_chunk_larger_than_all_there_is_room_for_is_not_kept_and_drives_nobody_out():
+    prefixes = Prefixes(SIZE)
+    read(prefixes, "a")
+    prefixes.keep(b"large", np.zeros(100), None)
+    assert read(prefixes, "a") == "a"
+    nothing = Prefixes(0)
+    read(nothing, "a")
+    assert len(nothing) == 0
