@@ -1,7 +1,7 @@
 """The stage table: what each stage of a model's life costs on this machine, in operations, seconds, bytes and money.
 
     python -m bench                                    one model, one run, about two minutes on two cores
-    python -m bench --out report                       also writes report/report.html, with plots
+    python -m bench --out report                       also writes report.html, with plots, and stages.svg and .md
     python -m bench --model smollm2-135m-instruct      a model of your own instead of a shape with drawn weights
     python -m bench --quick --json                     fewer rounds; nothing but the JSON document on stdout
     python -m bench --list                             the other measurements
@@ -19,6 +19,15 @@ from typing import Annotated, Any
 import tyro
 
 from bench.cli import run
+from engine.errors import UserError
+
+
+def dollars(text: str) -> float:
+    """A price on the command line. Raises UserError for what is no number; what the number may be is checked later."""
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"--price must be a number above 0, in dollars an hour, such as 0.10; got {text!r}.") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +42,7 @@ class Flags:
     """Sequences a training step sees, and prompts that are read together."""
     context: int = 256
     """Tokens of each, and of the caches that decoding reads."""
-    price: float = 0.10
+    price: Annotated[str, tyro.conf.arg(metavar="DOLLARS")] = "0.10"
     """Dollars an hour of this machine; the default is about what two shared cores are let for."""
     max_time: float = 120.0
     """Seconds the whole may take, compiling included; rounds are added while they fit."""
@@ -42,7 +51,7 @@ class Flags:
     json: bool = False
     """Print nothing but the JSON document."""
     out: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: no report)")] = None
-    """A folder for report.html."""
+    """A folder for report.html, its first figure as stages.svg, and stages.md."""
     list: bool = False
     """Name the other measurements and stop."""
 
@@ -69,7 +78,7 @@ def measured(flags: Flags) -> dict[str, Any]:
     from bench.stage_table import Asked, stage_table
 
     names = (field.name for field in dataclasses.fields(Asked))
-    document = stage_table(Asked(**{name: getattr(flags, name) for name in names}))
+    document = stage_table(Asked(**{name: getattr(flags, name) for name in names} | {"price": dollars(flags.price)}))
     if not flags.json:
         show(document)
     if flags.out:

@@ -1,15 +1,20 @@
 """The usual statements about training and inference, each with its verdict and the numbers that decide it.
 
-A verdict begins with true, false or partly, and is computed: another machine may give another one.
+A verdict begins with true, false or partly, and is computed: another machine may give another one. Where the time it
+needs is lost in noise, it is open.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from bench.quantities import money, percent, si, spoken, times
 
 FINE_TUNING_TOKENS = 1_000_000
 TOKENS_PER_PARAMETER = 20  # of a compute-optimal pre-training run (Hoffmann et al. 2022, 2203.15556, table 3)
+NOISY = "open: lost in noise"
+
+Over = Callable[[str, str], float | None]  # a row's time for a token over another's, None where noise hides it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,17 +29,18 @@ class Observed:
     bits_after: str
     digest_before: str
     digest_after: str
-    uncached_seconds: float  # to get one more token by reading everything again
+    uncached_seconds: float  # to get one more token by reading everything again: the timing "uncached"
     uncached_tokens: int
+    bytes_a_weight: int  # of the plain rows
     int8_worst: float | None  # relative error of the logits, root mean square, of int8 against the compute type
 
 
-def claims(rows: dict[str, dict[str, Any]], seen: Observed, price: float) -> list[dict[str, Any]]:
+def claims(rows: dict[str, dict[str, Any]], seen: Observed, price: float, over: Over) -> list[dict[str, Any]]:
     """The claims for the rows of a document, by name. A claim whose rows are missing is left out."""
     found = [
-        _half(rows), _half_of_backward(rows), _half_of_lora(rows), _cheaper_per_token(rows), _some_layers(rows),
-        _weights(rows), _independent(seen), _learns(seen), _money(rows, seen, price), _caching(rows, seen),
-        _batching(rows), _quantisation(rows, seen),
+        _half(rows), _half_of_backward(rows), _half_of_lora(rows), _cheaper_per_token(rows, over), _some_layers(rows, over),
+        _weights(rows), _independent(seen), _learns(seen), _money(rows, seen, price, over), _caching(rows, seen, over),
+        _prefixes(rows, over), _batching(rows, over), _quantisation(rows, seen, over),
     ]  # fmt: skip
     return [claim for claim in found if claim]
 
@@ -88,14 +94,14 @@ def _half_of_lora(rows: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
     )  # fmt: skip
 
 
-def _cheaper_per_token(rows: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+def _cheaper_per_token(rows: dict[str, dict[str, Any]], over: Over) -> dict[str, Any] | None:
     step, lone = _named(rows, "pre-training"), _named(rows, "decode alone")
     if not step or not lone:
         return None
-    ratio = lone["seconds_per_token"] / step["seconds_per_token"]
+    ratio = over(lone["name"], step["name"])
     return _claim(
         "A token is cheaper to generate than to train on.",
-        "false for a lone request" if ratio > 1 else "true here",
+        NOISY if ratio is None else "false for a lone request" if ratio > 1 else "true here",
         f"decoding alone takes {si(lone['seconds_per_token'], 's')} a token and a training step "
         f"{si(step['seconds_per_token'], 's')}: {times(ratio)} the time for "
         f"{times(lone['flop_ratio_to_forward'] / step['flop_ratio_to_forward'])} the operations. "
@@ -104,14 +110,14 @@ def _cheaper_per_token(rows: dict[str, dict[str, Any]]) -> dict[str, Any] | None
     )  # fmt: skip
 
 
-def _some_layers(rows: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+def _some_layers(rows: dict[str, dict[str, Any]], over: Over) -> dict[str, Any] | None:
     full, bottom, top = (_named(rows, name) for name in ("full fine-tuning", "bottom half", "top half"))
     if not (full and bottom and top):
         return None
-    numbers = {}
+    numbers: dict[str, dict[str, float | None]] = {}
     for name, row in (("bottom", bottom), ("top", top)):
         flops = row["flops_per_token"]["formula"] / full["flops_per_token"]["formula"]
-        numbers[name] = {"flops": flops, "time": row["seconds_per_token"] / full["seconds_per_token"]}
+        numbers[name] = {"flops": flops, "time": over(row["name"], full["name"])}
     said = [
         f"{name} half frozen {percent(both['flops'])} of the FLOPs, {percent(both['time'])} of the time"
         for name, both in numbers.items()
@@ -162,7 +168,7 @@ def _learns(seen: Observed) -> dict[str, Any]:
     )
 
 
-def _money(rows: dict[str, dict[str, Any]], seen: Observed, price: float) -> dict[str, Any] | None:
+def _money(rows: dict[str, dict[str, Any]], seen: Observed, price: float, over: Over) -> dict[str, Any] | None:
     step, lora = _named(rows, "pre-training"), _named(rows, "LoRA")
     decode = _named(rows, "decode with 8 slots")
     if not (step and lora and decode):
@@ -176,17 +182,17 @@ def _money(rows: dict[str, dict[str, Any]], seen: Observed, price: float) -> dic
         "true: the data are fewer" if some < 0.1 * whole else "partly: not for so small a model",
         f"pre-training on {spoken(tokens)} tokens ({TOKENS_PER_PARAMETER} a parameter) {money(whole)}, LoRA on "
         f"{spoken(FINE_TUNING_TOKENS)} tokens {money(some)}, at {money(price)} an hour. A token of LoRA costs "
-        f"{percent(lora['seconds_per_token'] / step['seconds_per_token'])} of one of pre-training; the rest is the amount. "
+        f"{percent(over(lora['name'], step['name']))} of one of pre-training; the rest is the amount. "
         f"Serving, eight at a time, has cost as much as training after {spoken(crossing)} tokens.",
         training_usd=whole, fine_tuning_usd=some, serving_tokens_that_cost_as_much=crossing,
     )  # fmt: skip
 
 
-def _caching(rows: dict[str, dict[str, Any]], seen: Observed) -> dict[str, Any] | None:
+def _caching(rows: dict[str, dict[str, Any]], seen: Observed, over: Over) -> dict[str, Any] | None:
     lone = _named(rows, "decode alone")
     if not lone:
         return None
-    ratio = seen.uncached_seconds / lone["seconds_per_token"]
+    ratio = over("uncached", lone["name"])
     return _claim(
         "Caching decides what serving costs.",
         _verdict(ratio),
@@ -196,36 +202,60 @@ def _caching(rows: dict[str, dict[str, Any]], seen: Observed) -> dict[str, Any] 
     )
 
 
-def _batching(rows: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-    lone, eight, many = (_named(rows, f"decode {how}") for how in ("alone", "with 8 slots", "with 32 slots"))
-    if not (lone and eight and many):
+def _prefixes(rows: dict[str, dict[str, Any]], over: Over) -> dict[str, Any] | None:
+    read, found = _named(rows, "prompt read"), _named(rows, "prompt found")
+    if not (read and found):
         return None
-    each = [row["seconds_per_token"] for row in (lone, eight, many)]
+    ratio = over(read["name"], found["name"])
     return _claim(
-        "Batching decides what serving costs.",
-        _verdict(each[0] / each[2]),
-        f"a token takes {si(each[0], 's')} alone, {si(each[1], 's')} among 8 and {si(each[2], 's')} among 32: "
-        f"{times(each[0] / each[2])}.",
-        off_over_on=each[0] / each[2],
-    )
-
-
-def _quantisation(rows: dict[str, dict[str, Any]], seen: Observed) -> dict[str, Any] | None:
-    plain, small = _named(rows, "decode with 8 slots"), _named(rows, "decode with 8, int8")
-    if not (plain and small):
-        return None
-    ratio = plain["seconds_per_token"] / small["seconds_per_token"]
-    error = "" if seen.int8_worst is None else f" The logits move by {percent(seen.int8_worst)} of their spread."
-    return _claim(
-        "Quantisation decides what serving costs.",
+        "So does keeping what prompts have in common.",
         _verdict(ratio),
-        f"among 8, a token takes {si(plain['seconds_per_token'], 's')} with weights in two bytes and "
-        f"{si(small['seconds_per_token'], 's')} in one: {times(ratio)}.{error}",
+        f"a prompt's token takes {si(read['seconds_per_token'], 's')} to read, and {si(found['seconds_per_token'], 's')} to "
+        f"put in place where a prompt that began alike was read before: {times(ratio)}.",
         off_over_on=ratio,
     )
 
 
-def _verdict(gain: float) -> str:
+def _batching(rows: dict[str, dict[str, Any]], over: Over) -> dict[str, Any] | None:
+    lone, eight, many = (_named(rows, f"decode {how}") for how in ("alone", "with 8 slots", "with 32 slots"))
+    if not (lone and eight and many):
+        return None
+    ratio = over(lone["name"], many["name"])
+    each = [si(row["seconds_per_token"], "s") for row in (lone, eight, many)]
+    return _claim(
+        "Batching decides what serving costs.",
+        _verdict(ratio),
+        f"a token takes {each[0]} alone, {each[1]} among 8 and {each[2]} among 32: {times(ratio)}.",
+        off_over_on=ratio,
+    )
+
+
+def _quantisation(rows: dict[str, dict[str, Any]], seen: Observed, over: Over) -> dict[str, Any] | None:
+    found = []
+    for number in (8, 32):
+        plain, small = _named(rows, f"decode with {number} slots"), _named(rows, f"decode with {number}, int8")
+        if plain and small:
+            found.append((number, plain, small, over(plain["name"], small["name"])))
+    if not found:
+        return None
+    said = [
+        f"among {number}, a token takes {si(plain['seconds_per_token'], 's')} with weights in {seen.bytes_a_weight} bytes and "
+        f"{si(small['seconds_per_token'], 's')} in one: {times(ratio)}"
+        for number, plain, small, ratio in found
+    ]
+    error = "" if seen.int8_worst is None else f" The logits move by {percent(seen.int8_worst)} of their spread."
+    known = [ratio for _, _, _, ratio in found if ratio is not None]
+    return _claim(
+        "Quantisation decides what serving costs.",
+        _verdict(max(known, default=None)),
+        f"{'; '.join(said)}.{error}",
+        off_over_on={str(number): ratio for number, _, _, ratio in found},
+    )
+
+
+def _verdict(gain: float | None) -> str:
+    if gain is None:
+        return NOISY
     if gain > 1.25:
         return "true"
     return "partly: little for this model here" if gain > 1.02 else "false for this model here"

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench.products import products_alone
 from bench.rows import Row
 from engine.counting.memory import InferenceMemory, inference_memory
 from engine.counting.programs import decode_program, prefill_program, score_program
 from engine.counting.traffic import decode_bytes, forward_bytes, prefill_bytes
 from engine.counting.walk import count
 from engine.counting.xla import XlaCost, xla_cost, xla_memory
-from engine.inference.decode import CHUNK, MIN_ROWS, STEPS, decode_step, decode_steps, prefill
+from engine.inference.decode import CHUNK, MIN_ROWS, STEPS, decode_steps, prefill
 from engine.inference.sample import make_sampling
 from engine.inference.score import score
 from engine.model.cache import KVCache, make_cache
@@ -82,8 +83,8 @@ def decode_row(
         tokens, held[0] = program(params, token, fresh, sampling)
         return tokens
 
-    # A loop's body counts once in XLA's analysis, so one step is analysed, not the STEPS of a dispatch.
-    one = xla_cost(decode_step.lower(cfg, params, token, cache))
+    # A loop's body counts once in XLA's analysis: what it says of a dispatch is one step, and the little around the loop.
+    one = xla_cost(program)
     return Row(
         name, "decode", run, lambda: params, tokens=requests * STEPS,
         formula=decode_program(cfg, rows, capacity) * STEPS,
@@ -91,6 +92,7 @@ def decode_row(
         moved=decode_bytes(cfg, rows, capacity, weights=weights).total * STEPS,
         walker=count(lambda params, token, cache: decode_steps(cfg, params, token, cache, sampling), params, token, cache),
         xla=_times(one, STEPS), slots=requests, series=series, dtype=weights or cfg.dtype,
+        products=products_alone(cfg, params, rows),
     )  # fmt: skip
 
 

@@ -67,5 +67,6 @@ def observe(
     return Observed(
         params=count, neighbours=SLOTS - 1, same_bits=same_alone_and_beside(cfg, params, length), generated=generated,
         bits_before=before[0], bits_after=loss_of(cfg, params, batch), digest_before=before[1], digest_after=digest(params),
-        uncached_seconds=uncached[0], uncached_tokens=uncached[1], int8_worst=moved_logits(cfg, params, int8, batch),
+        uncached_seconds=uncached[0], uncached_tokens=uncached[1],
+        bytes_a_weight=jnp.dtype(cfg.dtype).itemsize, int8_worst=moved_logits(cfg, params, int8, batch),
     )  # fmt: skip

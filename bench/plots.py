@@ -108,7 +108,7 @@ def decode_figure(rows: Rows, ceilings: Mapping[str, Any], model: Mapping[str, A
         mine = sorted((row for row in served if (row.get("series") or "decode") == way), key=lambda row: row["slots"])
         points = tuple((float(row["slots"]), float(row["seconds_per_token"])) for row in mine)
         spreads = tuple(positive(row.get("spread")) or 0.0 for row in mine)
-        lines.append(Line(points, f"way{min(rank, 3)}", f"{way}, measured", dots=True, spreads=spreads, below=rank > 0))
+        lines.append(Line(points, f"way{min(rank, 4)}", f"{way}, measured", dots=True, spreads=spreads, below=rank > 0))
     first, last = lines[0].points[0], lines[0].points[-1]
     plain = [row for row in served if (row.get("series") or "decode") == ways[0]]
     memory, compute = _memory_floor(plain, ceilings), _compute_floor(plain, ceilings, model)
@@ -168,7 +168,7 @@ def life_figure(rows: Rows, model: Mapping[str, Any], life: Mapping[str, Any]) -
     for rank, (row, crossing) in enumerate(zip(ways, meet)):
         cost = row["usd_per_million_tokens"] / 1e6
         points = ((low, cost * low), (high, cost * high))
-        lines.append(Line(points, f"way{min(rank, 3)}", row["name"], f"meets it at {spoken(crossing)} tokens"))
+        lines.append(Line(points, f"way{min(rank, 4)}", row["name"], f"meets it at {spoken(crossing)} tokens"))
     heights = [y for each in lines for _, y in each.points]
     title = "Cost over a model's life"
     described = (

@@ -57,11 +57,11 @@ def _worded(value: float, say: Callable[[float], str]) -> str:
 
 
 def money(value: Any) -> str:
-    """`$0.0417`, `$12.50`, `$1,240`; a dash for what is absent."""
+    """`$0.0417`, `$0.10`, `$12.50`, `$1,240`; a dash for what is absent."""
     found = number(value)
     if found is None:
         return ABSENT
-    if 1 <= abs(found) < 100:
+    if 1 <= abs(found) < 100 or (0.01 <= abs(found) < 1 and found == round(found, 2)):
         return f"${found:.2f}"
     return f"${significant(found)}"
 

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from bench.markdown import markdown
 from bench.plots import Figure, decode_figure, decoding, flops_figure, life_figure, memory_figure, training
 from bench.quantities import money, number, si, spoken, times
 from bench.report_table import again, stages_section
@@ -17,19 +18,35 @@ Document = Mapping[str, Any]
 
 
 def write_report(folder: Path, document: Document) -> Path:
-    """Writes the stage table's document to `folder`/report.html, whole or not at all, and returns that path.
+    """Writes the stage table's document to `folder`/report.html, each file whole or not at all; returns that path.
+
+    Beside it lie what another page may carry: the first figure, stages.svg, and table and claims in Markdown, stages.md.
 
     Rows, claims and their fields may be absent or None: what has no number is a dash, a figure without numbers is left out.
     Raises UserError when the folder cannot be made or written.
     """
-    path = folder / "report.html"
-    content = page(document).encode()
+    files = {"report.html": page(document)}
+    if "command" in document:
+        files["stages.md"] = markdown(document)
+    if figure := flops_figure(document.get("rows") or []):
+        files["stages.svg"] = picture(figure.wide)
     try:
-        with whole_file(path) as file:
-            file.write(content)
+        for name, content in files.items():
+            with whole_file(folder / name) as file:
+                file.write(content.encode())
     except OSError as error:
         raise UserError(f"--out {folder} cannot be written: {error.strerror or error}. Choose another folder.") from error
-    return path
+    return folder / "report.html"
+
+
+def picture(drawn: str) -> str:
+    """A drawing of the page as a file of its own: the page's colours, light and dark, and its rules for drawings go along."""
+    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    colours, _ = style.split("* {", 1)
+    rules = [line for line in style.splitlines() if line.startswith("svg")]
+    inside = "\n".join([colours.strip(), *rules, "svg { background: var(--page); }"])
+    opening, rest = drawn.split(">", 1)
+    return f"{opening}>\n<style>\n{inside}\n</style>{rest}\n"
 
 
 def page(document: Document) -> str:
@@ -109,7 +126,7 @@ _MARKS = {"holds": "✓", "fails": "✗", "partly": "≈", "open": "?"}
 _FIRST_WORDS = {
     "holds": ("true", "yes", "holds", "confirmed"),
     "fails": ("false", "no", "fails", "refuted", "wrong"),
-    "open": ("not", "unknown", "unmeasured", "too"),  # not measured, too noisy
+    "open": ("open", "not", "unknown", "unmeasured", "too"),  # not measured, too noisy
 }
 
 

@@ -85,6 +85,7 @@ def _row(row: Row, columns: Mapping[str, Column], notes: list[str], command: str
     took, predicted = number(row.get("seconds_per_token")), number(row.get("predicted_seconds_per_token"))
     off = took / predicted - 1 if took and predicted else None
     mark = _note(row, off, notes, command)
+    peak_mark = _remark(row, "peak", row.get("why_peak"), notes)
     flops, time = columns["flops"], columns["time"]
     share = percent(row.get("utilisation"))
     used = share if share == ABSENT else f"{share} <small>{escape(str(row.get('utilisation_of') or ''))}</small>"
@@ -98,7 +99,7 @@ def _row(row: Row, columns: Mapping[str, Column], notes: list[str], command: str
         ("quiet", time.text(predicted)),
         ("loud" if off is not None and abs(off) > DEVIATION else "quiet", _deviation(off) + mark),
         ("key", times(row.get("time_ratio_to_forward")) + _spread(times(row.get("time_ratio_spread")).rstrip("×"))),
-        ("edge", _exact(columns["peak"], row.get("peak_bytes"), "B")),
+        ("edge", _exact(columns["peak"], row.get("peak_bytes"), "B") + peak_mark),
         ("", _exact(columns["moved"], row.get("bytes_per_token"), "B")),
         ("edge", used),
         ("key", columns["price"].text(row.get("usd_per_million_tokens"))),
@@ -116,7 +117,18 @@ def _note(row: Row, off: float | None, notes: list[str], command: str) -> str:
         return ""
     deviation = f", {_deviation(off)}" if off is not None else ""
     notes.append(f"<b>{escape(str(row['name']))}</b>{deviation}: {escape(str(row.get('why') or ''))} {own}")
-    index = len(notes)
+    return _mark(len(notes))
+
+
+def _remark(row: Row, what: str, said: Any, notes: list[str]) -> str:
+    """The mark of a note on one more of this row's numbers; nothing without words."""
+    if not said:
+        return ""
+    notes.append(f"<b>{escape(str(row['name']))}</b>, {what}: {escape(str(said))}")
+    return _mark(len(notes))
+
+
+def _mark(index: int) -> str:
     return f'<sup><a href="#note-{index}" aria-label="note {index}">{index}</a></sup>'
 
 

@@ -32,9 +32,9 @@ class Row:
     slots: int | None = None
     series: str | None = None
     dtype: str = "bfloat16"  # what its products multiply: the ceiling it is held to
-    command: str | None = None
+    products: Callable[[], Any] | None = None  # a call's products with weights, alone
 
     @property
     def bound(self) -> str:
         """What a call's ceiling is: how fast this machine multiplies, or how fast it reads."""
-        return "MBU" if self.stage == "decode" else "MFU"
+        return "MBU" if self.stage == "decode" or not self.formula.total else "MFU"

@@ -7,7 +7,7 @@ from typing import Any
 from bench.quantities import money, percent, si, times
 
 # A pipe has no width of its own; the widest table fits in this.
-PIPED_WIDTH = 128
+PIPED_WIDTH = 140
 
 
 def console() -> Any:
@@ -26,12 +26,20 @@ def show(document: dict[str, Any]) -> None:
     out.print(_measured(rows, document["price_per_hour"]))
     for row in rows:
         if row["why"]:
-            off = row["seconds_per_token"] / row["predicted_seconds_per_token"] - 1
-            out.print(f"[bold]{row['name']}[/], {percent(off, signed=True)} against its FLOPs: {row['why']}")
+            out.print(f"[bold]{row['name']}[/], {_off(row)}: {row['why']}")
+        if row["why_peak"]:
+            out.print(f"[bold]{row['name']}[/], peak: {row['why_peak']}")
     out.print()
     for claim in document["claims"]:
         out.print(f"[bold]{claim['claim']}[/]\n  [cyan]{claim['verdict']}[/]: {claim['value']}")
     out.print(f"\n{document['noise']}", markup=False)
+
+
+def _off(row: dict[str, Any]) -> str:
+    predicted = row["predicted_seconds_per_token"]
+    if not predicted:
+        return "no FLOPs at all"
+    return f"{percent(row['seconds_per_token'] / predicted - 1, signed=True)} against its FLOPs"
 
 
 def _counted(rows: list[dict[str, Any]]) -> Any:
@@ -43,16 +51,17 @@ def _counted(rows: list[dict[str, Any]]) -> Any:
     for row in rows:
         flops = row["flops_per_token"]
         formula = si(flops["formula"], "")
+        others = flops["walker_elementwise"]
         walker = "= formula" if flops["walker"] == flops["formula"] else si(flops["walker"], "")
         table.add_row(
             row["name"], row["weights"], formula, walker if flops["walker"] is not None else "-",
-            si(flops["walker_elementwise"], ""), si(flops["xla"], ""), times(row["flop_ratio_to_forward"]),
+            si(others and round(others), ""), si(flops["xla"], ""), times(row["flop_ratio_to_forward"]),
         )  # fmt: skip
     return table
 
 
 def _measured(rows: list[dict[str, Any]], price: float) -> Any:
-    table = _table(f"Measured: the same rows on this machine, at ${price:g} an hour")
+    table = _table(f"Measured: the same rows on this machine, at {money(price)} an hour")
     table.add_column("", no_wrap=True)
     heads = ("a token takes", "× forward", "by FLOPs", "peak", "predicted", "moved a token", "of ceiling", "$ a million")
     for head in heads:

@@ -43,7 +43,7 @@ def stage_table(asked: Asked) -> dict[str, Any]:
     start_jax()
     import jax
 
-    from bench.timing import TooNoisyError, measure, noise, ratio
+    from bench.timing import each, measure, noise, told_apart
     from engine.counting.hardware import measure_ceilings
     from engine.counting.params import count_params
     from engine.storage.digest import digest
@@ -63,7 +63,8 @@ def stage_table(asked: Asked) -> dict[str, Any]:
 
     frozen, batch, int8 = extra.pop("frozen"), extra.pop("batch"), extra.pop("int8")
     model_before = (loss_of(model.cfg, frozen, batch), digest(frozen))
-    runs = {row.name: row.run for row in rows} | extra
+    alone = {f"{row.name}: products": row for row in rows if row.products}
+    runs = {row.name: row.run for row in rows} | {name: row.products for name, row in alone.items()} | extra
     _say("warming up ...")
     started = clock()
     for call in runs.values():
@@ -73,23 +74,23 @@ def stage_table(asked: Asked) -> dict[str, Any]:
     rounds = FEWEST if asked.quick else max(FEWEST + 2, min(MOST, int(left / warm)))
     report = lambda done, total: _say(f"round {done} of {total}", same=True)
     timings = measure(runs, rounds=rounds, warmups=0, report=report)
+    # From here on seconds are those of a token: rows differ in how many a call has.
+    tokens = {name: row.tokens for name, row in (by_name | alone).items()} | dict.fromkeys(extra, 1)
+    timings = {name: each(timing, tokens[name]) for name, timing in timings.items()}
+    over = lambda name, other: told_apart(timings[name], timings[other])
+    value = lambda name, other: ratio.value if (ratio := over(name, other)) else None
     _say("comparing weights and answers ...")
     again = measure_ceilings()
     rates = ("bf16_gflops", "f32_gflops", "int8_gflops", "read_gbs", "update_gbs")
     ceilings = dataclasses.replace(ceilings, **{rate: max(getattr(ceilings, rate), getattr(again, rate)) for rate in rates})
     changed = {row.name: _changed(before[row.name], _leaf_digests(row.weights())) for row in rows}
 
-    found = {}
-    for row in rows:
-        try:
-            times = ratio(timings[row.name], timings[forward.name])
-        except TooNoisyError:
-            times = None
-        if row is forward:
-            times = None
-        found[row.name] = _document(
-            row, timings[row.name], times, forward, timings[forward.name], ceilings, changed[row.name], asked.price
+    found = {
+        row.name: _document(
+            row, timings, over(row.name, forward.name), forward, ceilings, changed[row.name], asked.price
         )
+        for row in rows
+    }  # fmt: skip
     drawn_tokens = sum(row.tokens for row in rows if row.stage == "decode") * (rounds + 1)
     seen = observe(
         model.cfg, frozen, batch, count=count_params(model.cfg).total, length=asked.context, before=model_before,
@@ -106,7 +107,7 @@ def stage_table(asked: Asked) -> dict[str, Any]:
         },
         "ceilings": {rate: getattr(ceilings, rate) for rate in rates},
         "rows": list(found.values()),
-        "claims": claims(found, seen, asked.price),
+        "claims": claims(found, seen, asked.price, value),
         "price_per_hour": asked.price,
         "rounds": rounds,
         "seconds": clock() - begin,
@@ -123,6 +124,7 @@ def _built(model: Any, asked: Asked) -> Iterator[tuple[Any, dict[str, Any]]]:
 
     from bench.by_hand_rows import by_hand_rows
     from bench.inference_rows import decode_row, evaluation_row, prefill_row, uncached
+    from bench.served_rows import served_rows
     from bench.training_rows import learners, training_row
     from engine.inference.decode import for_inference
     from engine.inference.quantize import quantize
@@ -136,7 +138,7 @@ def _built(model: Any, asked: Asked) -> Iterator[tuple[Any, dict[str, Any]]]:
     frozen = for_inference(cfg, params)
     int8 = quantize(frozen)
     ways = learners(cfg)
-    total = len(ways) + 8
+    total = len(ways) + 9
     for number, learner in enumerate(ways, 1):
         _say(f"compiling {number} of {total}: {learner.name}", same=True)
         yield training_row(cfg, params, learner, batch), {}
@@ -145,36 +147,40 @@ def _built(model: Any, asked: Asked) -> Iterator[tuple[Any, dict[str, Any]]]:
     yield evaluation_row(cfg, frozen, batch), {"frozen": frozen, "batch": batch, "int8": int8}
     said(2, "prefill")
     yield prefill_row(cfg, frozen, text[:, :-1]), {"uncached": uncached(cfg, frozen, text[0, :-1])}
+    said(3, "a prompt as it is served")
+    for row in served_rows(cfg, frozen, text[0, :-1]):
+        yield row, {}
     decodes: list[tuple[int, str, Any, str | None]] = [
         (1, "decode alone", frozen, None),
         (8, "decode with 8 slots", frozen, None),
         (32, "decode with 32 slots", frozen, None),
         (8, "decode with 8, int8 weights", int8, "int8"),
+        (32, "decode with 32, int8 weights", int8, "int8"),
     ]
-    for number, (slots, name, weights, kind) in enumerate(decodes, 3):
+    for number, (slots, name, weights, kind) in enumerate(decodes, 4):
         said(number, name)
         series = "int8 weights" if kind else None
         yield decode_row(cfg, weights, slots, T, name=name, series=series, weights=kind), {}
     few = jax.tree.map(lambda x: x[:1], batch)
-    said(7, "by hand")
+    said(9, "by hand")
     for row in by_hand_rows(cfg, params, few):
         yield row, {}
 
 
 def _document(
-    row: Any, timing: Any, times: Any, forward: Any, forward_timing: Any, ceilings: Any, changed: str, price: float
+    row: Any, timings: dict[str, Any], times: Any, forward: Any, ceilings: Any, changed: str, price: float
 ) -> dict[str, Any]:
     """A row as the JSON document has it: everything a token."""
-    from bench.why import ceiling, why
+    from bench.why import ceiling, why, why_peak
 
-    each = timing.median / row.tokens
+    timing, ahead, alone = timings[row.name], timings[forward.name].median, timings.get(f"{row.name}: products")
+    took = timing.median
     per = lambda number: None if number is None else number / row.tokens
     flops = row.formula
     relative = per(flops.total) / (forward.formula.total / forward.tokens)
-    forward_each = forward_timing.median / forward.tokens
-    used = row.moved / timing.median / (1e9 * ceilings.read_gbs)
+    used = per(row.moved) / took / (1e9 * ceilings.read_gbs)
     if row.bound == "MFU":
-        used = flops.total / timing.median / ceiling(row, ceilings)
+        used = per(flops.total) / took / ceiling(row, ceilings)
     return {
         "name": row.name, "stage": row.stage, "weights": changed,
         "flops_per_token": {
@@ -183,13 +189,15 @@ def _document(
             "xla": per(row.xla.flops) if row.xla else None, "forward": per(flops.forward + flops.recompute),
             "dx": per(flops.dx), "dw": per(flops.dw), "optimizer": per(row.update),
         },
-        "flop_ratio_to_forward": relative, "seconds_per_token": each, "spread": timing.spread / row.tokens,
-        "time_ratio_to_forward": 1.0 if row is forward else times.value if times else None,
-        "time_ratio_spread": times.spread if times else None, "predicted_seconds_per_token": relative * forward_each,
+        "flop_ratio_to_forward": relative, "seconds_per_token": took, "spread": timing.spread,
+        "time_ratio_to_forward": times.value if times else None,
+        "time_ratio_spread": times.spread if times and row is not forward else None,
+        "predicted_seconds_per_token": relative * ahead,
         "peak_bytes": row.peak_bytes, "predicted_peak_bytes": sum(row.memory.values()), "memory": row.memory,
         "bytes_per_token": per(row.moved), "utilisation": used, "utilisation_of": row.bound,
-        "usd_per_million_tokens": each * 1e6 / 3600 * price, "tokens_per_call": row.tokens, "slots": row.slots,
-        "series": row.series, "why": why(row, timing.median, forward, forward_timing.median, ceilings),
+        "usd_per_million_tokens": took * 1e6 / 3600 * price, "tokens_per_call": row.tokens, "slots": row.slots,
+        "series": row.series, "why": why(row, took, forward, ahead, ceilings, alone.median if alone else None),
+        "why_peak": why_peak(row),
     }  # fmt: skip
 
 
@@ -238,9 +246,13 @@ def _check_memory(cfg: ModelConfig, asked: Asked) -> ModelConfig:
     needed = table_bytes(cfg, asked.batch, asked.context)
     if needed <= limit:
         return cfg
-    fitting = [batch for batch in range(2, asked.batch, 2) if table_bytes(cfg, batch, asked.context) <= limit]
-    smaller = [name for name, other in PRESETS.items() if table_bytes(other, asked.batch, asked.context) <= limit]
-    remedy = f"--batch {fitting[-1]} fits" if fitting else f"--preset {max(smaller, key=_parameters)} fits"
+    fits = lambda cfg, batch, context: table_bytes(cfg, batch, context) <= limit
+    batches = [batch for batch in range(2, asked.batch, 2) if fits(cfg, batch, asked.context)]
+    contexts = [size for part in range(1, 40) if (size := asked.context >> part >> 6 << 6) and fits(cfg, 2, size)]
+    smaller = [name for name, other in PRESETS.items() if fits(other, asked.batch, asked.context)]
+    remedy = f"--preset {max(smaller, key=_parameters)} fits" if smaller else "a smaller model is needed"
+    if batches or contexts:
+        remedy = f"--batch {batches[-1]} fits" if batches else f"--batch 2 --context {contexts[0]} fits"
     raise UserError(f"The stage table would need {needed / 1e9:.1f} GB and {limit / 1e9:.1f} GB are there; {remedy}.")
 
 

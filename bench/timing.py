@@ -110,6 +110,19 @@ def ratio(a: Timing, b: Timing) -> Ratio:
     return found
 
 
+def each(timing: Timing, things: int) -> Timing:
+    """The same rounds in seconds for each of the `things` a call did: calls that do different amounts then compare."""
+    return Timing(timing.name, tuple(seconds / things for seconds in timing.seconds))
+
+
+def told_apart(a: Timing, b: Timing) -> Ratio | None:
+    """a over b where the rounds carry a ratio, else None: a table has a place for what is lost in noise."""
+    try:
+        return ratio(a, b)
+    except TooNoisyError:
+        return None
+
+
 def noise(timings: Mapping[str, Timing]) -> str:
     """One sentence on how far these timings can be trusted, for the end of a report."""
     shares = {name: timing.spread / timing.median if timing.median else 0.0 for name, timing in timings.items()}

@@ -18,47 +18,71 @@ def products(row: Row) -> int:
     return row.walker.matmul if row.walker else row.formula.total
 
 
-def why(row: Row, seconds: float, forward: Row, forward_seconds: float, ceilings: Ceilings) -> str | None:
+def why(
+    row: Row, seconds: float, forward: Row, forward_seconds: float, ceilings: Ceilings, alone: float | None = None
+) -> str | None:
     """Words for a row whose time, as a multiple of the forward pass's, is off its FLOPs by more than 15%, else None.
 
-    `seconds` are those of a call. What is said follows from the row's own numbers.
+    `seconds` are those of a token, `alone` what a token's products with weights take by themselves. What is said follows
+    from the row's own numbers.
     """
     flops = products(row) / row.tokens / (products(forward) / forward.tokens)
-    time = seconds / row.tokens / (forward_seconds / forward.tokens)
-    off = time / flops - 1
+    if not flops:
+        return f"nothing is multiplied: {si(row.moved / row.tokens, 'B')} a token that were computed before are copied."
+    off = seconds / forward_seconds / flops - 1
     if abs(off) <= TOLERATED:
         return None
-    return _decode(row, seconds, ceilings) if row.stage == "decode" else _passes(row, seconds, forward, ceilings)
+    if row.stage == "decode":
+        return _decode(row, seconds, ceilings, alone or 0.0)
+    return _passes(row, seconds, forward, forward_seconds, ceilings)
 
 
-def _decode(row: Row, seconds: float, ceilings: Ceilings) -> str:
-    reading, multiplying = row.moved / (1e9 * ceilings.read_gbs), products(row) / ceiling(row, ceilings)
-    tokens = "one token" if row.slots == 1 else f"{row.slots} tokens"
-    steps = row.tokens // (row.slots or 1)
-    parts = f"a step reads {si(row.moved / steps, 'B')} for {tokens}, {si(reading / steps, 's')} at the speed of memory, "
-    parts += f"and multiplies for {si(multiplying / steps, 's')}"
-    if row.slots == 1:
-        parts += " (twice, for a lone row is padded to two)"
-    rest = seconds - max(reading, multiplying)
-    if reading > multiplying and rest < reading:
-        return f"bound by memory; {parts}."
-    if rest > max(reading, multiplying):
-        return f"bound by neither; {parts}: most of its {si(seconds / steps, 's')} is the cost of many small operations."
-    return f"{parts}, of {si(seconds / steps, 's')} in all."
+def why_peak(row: Row) -> str | None:
+    """Words for a peak of memory that is off what was predicted by more than 15%, else None."""
+    predicted, peak = sum(row.memory.values()), row.peak_bytes
+    if not predicted or peak is None or abs(peak / predicted - 1) <= TOLERATED:
+        return None
+    if peak < predicted:
+        return (
+            f"{si(predicted - peak, 'B')} less than predicted. The prediction adds the largest arrays of each part; they need "
+            "not be alive at one moment, and then take one another's place."
+        )
+    return f"{si(peak - predicted, 'B')} more than predicted: copies and intermediate results that the formula does not know."
 
 
-def _passes(row: Row, seconds: float, forward: Row, ceilings: Ceilings) -> str:
-    if row.walker is None or forward.walker is None:
-        rate, best = products(row) / seconds, ceiling(row, ceilings)
-        share = f"{100 * rate / best:.1f}%"
-        return f"NumPy reaches {share} of what this machine multiplies in float32, and every step is a pass over memory."
-    others = lambda work: (work.elementwise + work.transcendental) / max(work.matmul, 1)
-    parts = [f"beside each 100 operations in products it does {100 * others(row.walker):.1f} others"]
-    parts[0] += f" (the forward pass {100 * others(forward.walker):.1f})"
+def _decode(row: Row, seconds: float, ceilings: Ceilings, alone: float) -> str:
+    slots = row.slots or 1
+    steps, taken, multiplying = row.tokens // slots, seconds * slots, alone * slots
+    least = row.moved / steps
+    reading, ideal = least / (1e9 * ceilings.read_gbs), products(row) / steps / ceiling(row, ceilings)
+    bound = "its caches and all that lies between products"
+    if reading >= taken / 2:
+        bound = "memory"
+    elif multiplying >= taken / 2:
+        bound = "products of few rows"
+    return (
+        f"bound by {bound}: a step has to read {si(least, 'B')} for {'one token' if slots == 1 else f'{slots} tokens'}, "
+        f"{si(reading, 's')} at the speed of memory, and would multiply for {si(ideal, 's')} at the best rate"
+        f"{' (twice, for a lone row is padded to two)' if slots == 1 else ''}; its products with weights, alone, take "
+        f"{si(multiplying, 's')} of {si(taken, 's')}, the rest {si(max(taken - multiplying, 0.0), 's')}."
+    )
+
+
+def _passes(row: Row, seconds: float, forward: Row, forward_seconds: float, ceilings: Ceilings) -> str:
+    share = lambda row, seconds: f"{100 * products(row) / row.tokens / seconds / ceiling(row, ceilings):.0f}%"
+    ahead = share(forward, forward_seconds)
+    if row.walker is None:
+        own, other = ceiling(row, ceilings), ceiling(forward, ceilings)
+        return (
+            f"NumPy multiplies in {row.dtype}, at {own / 1e9:.0f} GFLOP/s at most here against {other / 1e9:.0f} in "
+            f"{forward.dtype}, and reaches {share(row, seconds)} of that (the forward pass {ahead} of its own)."
+        )
+    parts = [f"its products run at {share(row, seconds)} of what this machine multiplies, the forward pass's at {ahead}"]
+    if row.xla and forward.xla:
+        moved, other = (si(each.xla.bytes_accessed / each.tokens, "B") for each in (row, forward) if each.xla)
+        parts.append(f"as compiled it moves {moved} a token, the forward pass {other}")
     if row.update:
         learning = row.memory.get("gradients", 0) // 4
         moving = 28 * learning / (1e9 * ceilings.update_gbs)
-        parts.append(f"and the optimizer moves 28 bytes a weight that learns, {si(moving, 's')} of {si(seconds, 's')}")
-    if row.stage == "inference":
-        parts.append("and its products come in chunks, against a whole cache")
-    return ", ".join(parts) + "."
+        parts.append(f"the optimizer moves 28 bytes a weight that learns, {si(moving, 's')} of {si(seconds * row.tokens, 's')}")
+    return "; ".join(parts) + "."

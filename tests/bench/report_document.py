@@ -107,7 +107,9 @@ def document() -> dict[str, Any]:
     rows += [_by_hand("by hand, forward", 0, 96e-6), _by_hand("by hand, forward and backward", 2.0, 318e-6)]
     return {
         "machine": {"device": "AMD EPYC 9R14", "backend": "cpu", "cores": 2, "jax": "0.12.0", "memory_bytes": 24 * 2**30},
-        "model": {"name": "demo", "params": 4_224_000, "layers": 4, "width": 256, "context": 256, "dtype": "bfloat16"},
+        "model": {
+            "name": "demo", "params": 4_224_000, "layers": 4, "width": 256, "batch": 16, "context": 256, "dtype": "bfloat16",
+        },
         "ceilings": {"bf16_gflops": 415.0, "f32_gflops": 209.0, "int8_gflops": 290.0, "read_gbs": 26.0, "update_gbs": 17.5},
         "rows": rows,
         "claims": [

@@ -341,7 +341,7 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cannot be written: No space left on device. Choose another folder"):
         write_report(path.parent, {})
     assert path.read_bytes() == before
-    assert os.listdir(path.parent) == ["report.html"]
+    assert sorted(os.listdir(path.parent)) == ["report.html", "stages.md", "stages.svg"]
 
 
 def test_a_folder_that_cannot_be_is_named(tmp_path):
@@ -381,3 +381,28 @@ def test_ticks_and_labels():
     assert apart([95, 96], 10, 0, 100) == [90, 100]
     assert apart([40, 10], 10, 0, 100) == [40, 10]
     assert logarithmic(1, 100, 0, 10)(10) == pytest.approx(5)
+
+
+def test_the_first_figure_is_a_picture_of_its_own(tmp_path):
+    write_report(tmp_path, document())
+    source = (tmp_path / "stages.svg").read_text(encoding="utf-8")
+    root = ET.fromstring(source)
+    assert root.tag.endswith("svg")
+    names = {leaf.text for leaf in root.iter() if leaf.tag.endswith("text")}
+    assert {row["name"] for row in document()["rows"]} <= names
+    style = next(leaf.text for leaf in root.iter() if leaf.tag.endswith("style"))
+    assert "prefers-color-scheme: dark" in style
+    for used in {leaf.get("class") for leaf in root.iter() if leaf.tag.endswith("rect")}:
+        assert f"svg rect.{used}" in style
+    assert len(source) < 30_000
+
+
+def test_the_table_in_markdown_has_a_line_for_every_row_and_claim(tmp_path):
+    given = document()
+    write_report(tmp_path, given)
+    lines = (tmp_path / "stages.md").read_text(encoding="utf-8").splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 2 + len(given["rows"])
+    assert {line.count("|") for line in table} == {13}
+    assert sum(line.startswith("- **") for line in lines) == len(given["claims"])
+    assert f"`uv run {given['command']}`" in lines[0]

@@ -42,7 +42,7 @@ def test_every_row_has_what_scripts_read(table):
 
 def test_formula_and_walker_agree_exactly_in_every_row_that_is_traced(table):
     traced = [row for row in rows_of(table).values() if row["stage"] != "by hand"]
-    assert len(traced) >= 13
+    assert len(traced) >= 16
     for row in traced:
         assert row["flops_per_token"]["walker"] == row["flops_per_token"]["formula"], row["name"]
 
@@ -70,6 +70,32 @@ def test_weights_move_in_training_partly_in_fine_tuning_never_in_inference(table
             assert row["weights"] == "partly", row["name"]
 
 
+def test_a_time_ratio_is_of_times_for_a_token_however_many_a_call_has(table):
+    """The spread of a small run is wide, but calls differ in their tokens by far more."""
+    rows = rows_of(table)
+    forward = rows["evaluation forward"]
+    assert forward["time_ratio_to_forward"] == 1.0
+    assert len({row["tokens_per_call"] for row in rows.values()}) >= 4
+    for row in rows.values():
+        if row["time_ratio_to_forward"] is not None:
+            of_medians = row["seconds_per_token"] / forward["seconds_per_token"]
+            assert 0.4 < row["time_ratio_to_forward"] / of_medians < 2.5, row["name"]
+
+
+def test_a_prompt_that_was_read_before_costs_no_products(table):
+    rows = rows_of(table)
+    assert rows["prompt found computed"]["flops_per_token"]["walker"] == 0
+    assert rows["prompt read for a slot"]["flops_per_token"]["walker"] > 0
+    assert "nothing is multiplied" in rows["prompt found computed"]["why"]
+
+
+def test_every_time_that_is_off_is_explained(table):
+    for row in rows_of(table).values():
+        predicted = row["predicted_seconds_per_token"]
+        off = abs(row["seconds_per_token"] / predicted - 1) if predicted else 1
+        assert bool(row["why"]) == (off > 0.15), row["name"]
+
+
 def test_money_is_time(table):
     for row in rows_of(table).values():
         assert row["usd_per_million_tokens"] == pytest.approx(row["seconds_per_token"] * 1e6 * 3.6 / 3600)
@@ -77,7 +103,7 @@ def test_money_is_time(table):
 
 def test_the_claims_are_decided(table):
     found = {claim["claim"]: claim for claim in table[0]["claims"]}
-    assert len(found) == 12
+    assert len(found) == 13
     assert found["Requests do not affect one another."]["verdict"] == "true"
     assert found["The model improves as you use it."]["verdict"] == "false"
     assert found["Inference is only half the computation of training."]["verdict"].startswith("false: a third")
@@ -108,6 +134,8 @@ def test_the_other_measurements_are_named(capsys):
         (["--model", "nowhere"], "There is no model at nowhere"),
         (["--preset", "llama-2-7b"], "GB are there; --preset"),
         (["--preset", "smollm2-135m", "--batch", "4000", "--context", "512"], "--batch"),
+        (["--preset", "tiny", "--batch", "2", "--context", "64000000000"], "--batch 2 --context"),
+        (["--price", "cheap"], "--price must be a number above 0, in dollars an hour, such as 0.10; got 'cheap'."),
     ],
 )
 def test_a_mistake_is_one_sentence(words, said, capsys):
@@ -115,10 +143,9 @@ def test_a_mistake_is_one_sentence(words, said, capsys):
     error = capsys.readouterr().err
     assert said in error
     assert "Traceback" not in error
-
-
-def test_a_price_that_is_no_number_is_refused(capsys):
-    assert main(["--price", "cheap"]) == 2
+    last = error.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert last.endswith(".")
 
 
 def test_an_out_folder_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path, capsys):

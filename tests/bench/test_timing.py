@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.timing import Timing, TooNoisyError, measure, noise, ratio
+from bench.timing import Timing, TooNoisyError, each, measure, noise, ratio, told_apart
 
 
 class Clock:
@@ -104,3 +104,15 @@ def test_nothing_to_measure_is_an_error():
 )  # fmt: skip
 def test_noise_is_said_in_words_of_the_worst(seconds, words):
     assert words in noise({"quiet": Timing("quiet", (1.0,) * 5), "a": Timing("a", seconds)})
+
+
+def test_calls_that_do_different_amounts_are_compared_for_each_thing_they_did():
+    few, many = Timing("few", (2.0, 2.0, 2.0)), Timing("many", (8.0, 8.0, 8.0))
+    assert ratio(each(few, 1), each(many, 16)).value == 4.0
+    assert each(many, 16).spread == 0.0
+
+
+def test_a_table_has_a_place_for_what_is_lost_in_noise():
+    steady, wild = Timing("steady", (1.0, 1.0, 1.0, 1.0)), Timing("wild", (0.1, 9.0, 0.1, 9.0))
+    assert told_apart(wild, steady) is None
+    assert told_apart(steady, steady).value == 1.0

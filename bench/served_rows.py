@@ -1,0 +1,74 @@
+"""The rows of a prompt as it is served: read into a slot chunk by chunk, and put there because it was read before."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench.rows import Row
+from engine.counting.flops import Flops, Part, prefill_flops
+from engine.counting.memory import inference_memory
+from engine.counting.traffic import prefill_bytes
+from engine.counting.walk import count
+from engine.counting.xla import xla_cost, xla_memory
+from engine.inference.programs import give_chunk, read_chunk, take_chunk
+from engine.inference.slots import CHUNK
+from engine.model.config import ModelConfig
+from engine.model.spans import make_spans
+
+SLOTS = 8
+
+
+def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[Row]:
+    """A prompt, tokens (T,) int32 with T a multiple of 64, in one slot of a server of SLOTS: without and with its chunks
+    among those that are kept. Neither draws a token."""
+    (T,) = tokens.shape
+    size = CHUNK if T % CHUNK == 0 else 64
+    starts = range(0, T, size)
+    pieces = [jnp.asarray(tokens[None, start : start + size]) for start in starts]
+    at = [np.int32(start) for start in starts]
+    slot = np.int32(SLOTS - 1)
+    held = [make_spans(cfg, SLOTS, T, size, "float32" if cfg.dtype == "float32" else "bfloat16")]
+    S = held[0].edges[-1]
+    kept_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(held[0])) // SLOTS * T // S  # of one prompt
+
+    read_program = read_chunk.lower(cfg, params, held[0], pieces[0], slot, at[0]).compile()
+
+    def read() -> Any:
+        for piece, start in zip(pieces, at):
+            held[0] = read_program(params, held[0], piece, slot, start)
+        return held[0]
+
+    # A chunk meets every place of its slot. Only keys and values are wanted, so the last layer ends with them.
+    parts = prefill_flops(cfg, size, attention="full", cached=S - size).parts
+    blocks = {name: Part(part.forward // cfg.layers * (cfg.layers - 1)) for name, part in parts.items()}
+    formula = Flops(blocks | {"qkv": parts["qkv"], "head": Part()})
+    predicted = inference_memory(cfg, SLOTS, S, tokens=size)
+    chunks = len(pieces)
+    cost = xla_cost(read_program)
+    yield Row(
+        "prompt read for a slot", "inference", read, lambda: params, tokens=T,
+        formula=formula * chunks,
+        peak_bytes=xla_memory(read_program).peak,
+        memory={"params": predicted.params, "cache": predicted.cache, "activations": predicted.working // SLOTS},
+        moved=prefill_bytes(cfg, 1, size, S).total * chunks,
+        walker=count(functools.partial(read_chunk, cfg), params, held[0], pieces[0], slot, at[0]) * chunks,
+        xla=type(cost)(*(value * chunks for value in (cost.flops, cost.transcendentals, cost.bytes_accessed))), dtype=cfg.dtype,
+    )  # fmt: skip
+
+    kept = [take_chunk(held[0], slot, start, size) for start in at]
+    give_program = give_chunk.lower(held[0], kept[0], slot, at[0]).compile()
+
+    def give() -> Any:
+        for chunk, start in zip(kept, at):
+            held[0] = give_program(held[0], chunk, slot, start)
+        return held[0]
+
+    yield Row(
+        "prompt found computed", "inference", give, lambda: params, tokens=T, formula=Flops({}),
+        peak_bytes=xla_memory(give_program).peak, memory={"cache": predicted.cache + kept_bytes // chunks},
+        moved=2 * kept_bytes, walker=count(give_chunk, held[0], kept[0], slot, at[0]) * chunks, dtype=cfg.dtype,
+    )  # fmt: skip

@@ -1,0 +1,23 @@
+"""The products that are timed alone are those of a decoding step: all matrices, the head among them, and no attention."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny import lively_params, tiny_config
+
+from bench.products import products
+from engine.counting.programs import decode_program
+from engine.counting.walk import count
+from engine.inference.decode import STEPS
+from engine.inference.quantize import quantize
+
+
+@pytest.mark.parametrize("changes", [{}, {"tied": True, "qk_norm": False}])
+def test_they_are_the_step_without_attention(changes):
+    cfg = tiny_config(**changes)
+    params, x = lively_params(cfg), jnp.ones((3, 1, cfg.width))
+    parts = decode_program(cfg, 3, 16).parts
+    expected = STEPS * sum(part.forward for name, part in parts.items() if name != "attention")
+    for weights in (params, quantize(params)):
+        assert count(lambda params, x: products(cfg, params, x), weights, x).matmul == expected
+    assert jnp.isfinite(jax.block_until_ready(products(cfg, params, x))).all()
