@@ -60,11 +60,13 @@ def _decode(row: Row, seconds: float, ceilings: Ceilings, alone: float) -> str:
         bound = "memory"
     elif multiplying >= taken / 2:
         bound = "products of few rows"
+    share = f"take {si(multiplying, 's')} of {si(taken, 's')}, the rest {si(taken - multiplying, 's')}"
+    if multiplying >= taken:
+        share = f"take as long: {si(multiplying, 's')} against {si(taken, 's')}"
     return (
         f"bound by {bound}: a step has to read {si(least, 'B')} for {'one token' if slots == 1 else f'{slots} tokens'}, "
         f"{si(reading, 's')} at the speed of memory, and would multiply for {si(ideal, 's')} at the best rate"
-        f"{' (twice, for a lone row is padded to two)' if slots == 1 else ''}; its products with weights, alone, take "
-        f"{si(multiplying, 's')} of {si(taken, 's')}, the rest {si(max(taken - multiplying, 0.0), 's')}."
+        f"{' (twice, for a lone row is padded to two)' if slots == 1 else ''}; its products with weights, alone, {share}."
     )
 
 

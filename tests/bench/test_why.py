@@ -37,6 +37,8 @@ def test_decoding_is_said_to_be_bound_by_what_takes_half_of_its_time():
     assert "bound by memory" in words(0.0012, 0.0011)
     assert "bound by products of few rows" in words(0.02, 0.011)
     assert "bound by its caches" in words(0.02, 0.009)
+    assert "the rest 11.0 ms" in words(0.02, 0.009).replace("\u202f", " ")
+    assert "take as long" in words(0.02, 0.021)
 
 
 def test_what_multiplies_nothing_is_said_to_copy():
