@@ -26,7 +26,12 @@ def stages_section(rows: Sequence[Row], command: str, price: Any) -> str:
         "time": column(row.get(name) for row in rows for name in ("seconds_per_token", "predicted_seconds_per_token")),
         "peak": column((row.get("peak_bytes") for row in rows), digits=2),
         "moved": column((row.get("bytes_per_token") for row in rows), digits=2),
-        "price": column((row.get("usd_per_million_tokens") for row in rows), digits=2, prefixed=False),
+        # What multiplies nothing costs next to nothing, and would stretch the column with its zeros.
+        "price": column(
+            (row.get("usd_per_million_tokens") for row, each in zip(rows, counted) if each.get("formula") != 0),
+            digits=2,
+            prefixed=False,
+        ),
     }
     notes: list[str] = []
     bodies: list[list[str]] = []
