@@ -37,7 +37,7 @@ class Flags:
     preset: str = "nano"
     """A shape, with weights drawn at random."""
     model: Annotated[str | None, tyro.conf.arg(help_behavior_hint="(default: the preset)")] = None
-    """A run folder, a Hugging Face folder, a .gguf file or smollm2-135m-instruct."""
+    """A run folder, a step folder in it, a Hugging Face folder, a .gguf file or smollm2-135m-instruct."""
     batch: int = 8
     """Sequences a training step sees, and prompts that are read together."""
     context: int = 256

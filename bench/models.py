@@ -41,7 +41,7 @@ def drawn(name: str, cfg: ModelConfig) -> Measured:
 
 
 def loaded(given: str) -> Measured:
-    """The model `--model` names: a run folder, a Hugging Face folder, a .gguf file or a named asset.
+    """The model `--model` names: a run folder, a step folder in it, a Hugging Face folder, a .gguf file or a named asset.
 
     Raises UserError when there is none.
     """
@@ -57,14 +57,15 @@ def loaded(given: str) -> Measured:
     if path.suffix == ".gguf" and path.is_file():
         found = gguf.load_gguf(path, dtype="float32")
         return Measured(found.name, found.cfg, found.params, Tokenizer(found.tokenizer, found.tokenizer_config))
-    if (path / "checkpoints").is_dir():
-        cfg = ModelConfig.from_json(json.loads((path / "config.json").read_text(encoding="utf-8")))
-        return Measured(path.name, cfg, checkpoint.load_params(path).params, load_tokenizer(path / "tokenizer"))
+    run = path.absolute().parents[1] if path.absolute().parent.name == "checkpoints" else path
+    if (run / "checkpoints").is_dir() and path.is_dir():
+        cfg = ModelConfig.from_json(json.loads((run / "config.json").read_text(encoding="utf-8")))
+        return Measured(run.name, cfg, checkpoint.load_params(path).params, load_tokenizer(run / "tokenizer"))
     if (path / "config.json").is_file():
         found = huggingface.load_folder(path, dtype="float32")
         return Measured(found.name, found.cfg, found.params, Tokenizer(found.tokenizer, found.tokenizer_config))
     known = [*PRESETS, "smollm2-135m-instruct"]
     raise UserError(
-        f"There is no model at {given}: --model takes a run folder, a Hugging Face folder, a .gguf file or "
+        f"There is no model at {given}: --model takes a run folder, a step in it, a Hugging Face folder, a .gguf file or "
         f"smollm2-135m-instruct; a shape with drawn weights is --preset.{nearest(given, known)}"
     )
