@@ -81,8 +81,8 @@ def _passes(row: Row, seconds: float, forward: Row, forward_seconds: float, ceil
         )
     parts = [f"its products run at {share(row, seconds)} of what this machine multiplies, the forward pass's at {ahead}"]
     if row.xla and forward.xla:
-        moved, other = (si(each.xla.bytes_accessed / each.tokens, "B") for each in (row, forward) if each.xla)
-        parts.append(f"as compiled it moves {moved} a token, the forward pass {other}")
+        moved, ahead_moved = (si(each.xla.bytes_accessed / each.tokens, "B") for each in (row, forward) if each.xla)
+        parts.append(f"as compiled it moves {moved} a token, the forward pass {ahead_moved}")
     if row.update:
         learning = row.memory.get("gradients", 0) // 4
         moving = 28 * learning / (1e9 * ceilings.update_gbs)
