@@ -2,6 +2,7 @@
 
     python -m bench.finetuning                          6 layers, 512 wide, 256 tokens, batch 8
     python -m bench.finetuning --shape 8x768x256x8      layers x width x tokens x batch
+    python -m bench.finetuning --model smollm2-135m-instruct    LoRA of a real model, beside this machine's best product
 
 Four ways to train one model, in turns: everything, the upper half, LoRA on q and v, LoRA on all seven. What is frozen
 lies in the compute type. The step is the project's own `train_step` with AdamW and clipping; operations are read from
@@ -24,6 +25,12 @@ class Flags:
 
     shape: str = "6x512x256x8"
     """LAYERSxWIDTHxTOKENSxBATCH; heads are 64 wide."""
+    model: str | None = None
+    """A model to adapt in place of a shape: a run folder, a Hugging Face folder, a .gguf file, or a named model."""
+    tokens: int = 256
+    """Of a row, with --model."""
+    batch: int = 4
+    """Rows a step, with --model."""
     rank: int = 8
     """Of each LoRA pair."""
     rounds: int = 9
@@ -46,6 +53,10 @@ def measured(flags: Flags) -> dict[str, Any]:
     if shape is None or flags.rounds < 3:
         raise UserError("a shape is LAYERSxWIDTHxTOKENSxBATCH with a width in 64s, such as 6x512x256x8; rounds >= 3.")
     start_jax()
+    if flags.model:
+        from bench.adapting import adapting
+
+        return adapting(flags.model, tokens=flags.tokens, batch=flags.batch, rank=flags.rank, rounds=flags.rounds)
     import jax
 
     from bench.timing import measure, noise, ratio

@@ -23,3 +23,10 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return all([mallopt(_M_ARENA_MAX, 1), mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, -1)])
+
+
+def return_freed_memory() -> None:
+    """Gives what is free at this moment back to the kernel: what loading and compiling took, which no step takes again."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if trim is not None:
+        trim(0)

@@ -1,7 +1,7 @@
 """Talk with a model in the terminal, turn by turn.
 
     python -m stages.chat --model smollm2-135m-instruct
-    python -m stages.chat --model smollm2-135m-instruct --adapter runs/voice --system "Answer briefly."
+    python -m stages.chat --model smollm2-135m-instruct --adapter runs/smollm2-135m-instruct-voice --system "Answer briefly."
     printf 'Hello\nWhat is a tide?\n' | python -m stages.chat --model smollm2-135m-instruct
 
 A model keeps nothing between turns: each time it reads the whole conversation again, and /stats shows what that costs.
@@ -40,8 +40,8 @@ class Talk:
 
     model: Model = None
     """A run or step folder, a Hugging Face folder, a .gguf file, or a named model."""
-    adapter: Annotated[Path | None, read(path, "FOLDER"), unset("none")] = None
-    """What a fine-tuning with --lora learnt about this model."""
+    adapter: Annotated[tuple[Path, ...], unset("none")] = ()
+    """What fine-tunings with --lora learnt about this model; several add up."""
     system: Annotated[str | None, read(str, "TEXT"), unset("what the template says")] = None
     """How the model is to answer."""
     template: Annotated[Path | None, read(path, "FILE"), unset("the model's own")] = None
@@ -102,28 +102,19 @@ def _begin(given: Talk, notes: "Console") -> "tuple[Session, str]":
     """The session as the flags describe it, and the model in words."""
     import datetime
 
-    from engine.errors import UserError
     from engine.inference import decode
     from engine.text.chat import Chat
-    from stages import load
+    from stages import adapters, load, words
     from stages.session import Session, Settings
 
-    source = None
-    if given.template:
-        try:
-            source = given.template.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"The template {given.template} cannot be read: {error}.") from error
+    source = load.template_at(given.template)
     with notes.task(f"loading {given.model or 'the newest run'}") as report:
         model = load.load_model(given.model, report=report)
     load.say_damaged(model, notes)
     described = f"{model.name} ({model.checkpoint})"
-    params = model.params
+    params = adapters.with_adapters(model, given.adapter)
     if given.adapter:
-        from stages.adapters import with_adapter
-
-        params = with_adapter(model, given.adapter)
-        described += f" with {given.adapter}"
+        described += f" with {words.listed([*map(str, given.adapter)])}"
     chat = Chat(model.tokenizer, source, now=datetime.datetime.now().isoformat(timespec="seconds"))
     settings = Settings(given.max_tokens, given.temperature, given.top_k, given.top_p, given.min_p, given.seed)
     params = decode.for_inference(model.cfg, params)

@@ -2,7 +2,7 @@
 
     python -m stages.export --model runs/demo-shakespeare --out exported --check
     python -m stages.export --model smollm2-135m-instruct --out smollm2.gguf --dtype q8_0
-    python -m stages.export --model runs/voice --out voice-adapter --adapter
+    python -m stages.export --model runs/smollm2-135m-instruct-voice --out voice-adapter --adapter --check
 
 A LoRA model is written with its adapters folded in, unless --adapter says otherwise.
 """
@@ -60,8 +60,8 @@ def export(given: Export) -> int:
     from stages.console import Console
 
     to_gguf = given.out.suffix == ".gguf"
-    if given.adapter and (to_gguf or given.check):
-        raise UserError("--adapter writes a folder in PEFT's layout: it goes with neither a .gguf nor --check.")
+    if given.adapter and (to_gguf or given.dtype):
+        raise UserError("--adapter writes a folder in PEFT's layout, in float32: it goes with neither a .gguf nor --dtype.")
     if given.dtype == "q8_0" and not to_gguf:
         raise UserError("--dtype q8_0 is of GGUF: give an --out that ends in .gguf, or another type.")
     _make_room(given.out, given.overwrite)
@@ -70,6 +70,7 @@ def export(given: Export) -> int:
             model = load.load_model(given.model, report=report)
         load.say_damaged(model, console)
         dtype = given.dtype or ("float16" if to_gguf else str(dense(model.params["embed"]).dtype))
+        dtype = "float32" if given.adapter else dtype
         console.rows([("device", str(started)), ("model", str(model.checkpoint)), ("writes", f"{given.out}, {dtype}")])
         with console.task("writing", always=True) as report:
             notes = _write(given, model, dtype, to_gguf, report)
@@ -78,14 +79,17 @@ def export(given: Export) -> int:
         console.rows([("written", f"{given.out}, {words.size(_size(given.out))}")])
         if not given.check:
             return 0
-        from stages.export_check import compare
+        from stages import export_check
 
         with console.task("checking", always=True):
-            rows, faults = compare(model, given.out, dtype)
+            if given.adapter:
+                rows, faults = export_check.compare_adapter(model, given.out)
+            else:
+                rows, faults = export_check.compare(model, given.out, dtype)
         console.rows(rows)
         for fault in faults:
             console.say(f"DIFFERS: {fault}", style="red")
-        if not faults:
+        if not faults and not given.adapter:
             console.say(f"next: {words.command('generate', '--model', given.out)}")
     return 1 if faults else 0
 

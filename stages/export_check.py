@@ -1,6 +1,7 @@
 """What is read back from an export, beside what was meant: logits, tokens, and what ends a completion."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from engine.model.leaves import dense
-from engine.model.paths import map_paths
+from engine.model.lora import LoRA
+from engine.model.paths import leaf_paths, map_paths, merge, nested
 from engine.model.transformer import forward
+from engine.storage.peft import load_peft
+from engine.text.tokenizer import load_tokenizer
 from stages.load import Model, load_model
 
 TEXTS = (
@@ -46,6 +50,32 @@ def compare(model: Model, out: Path, dtype: str) -> tuple[list[tuple[str, str]],
     if not (agree >= AGREEING if dtype == "q8_0" else apart <= CLOSE):
         faults.append("the logits")
     return rows, faults
+
+
+def compare_adapter(model: Model, out: Path) -> tuple[list[tuple[str, str]], list[str]]:
+    """As `compare`, of adapters in PEFT's layout: the pairs to the bit, and what they make of the base with its logits."""
+    leaves = leaf_paths(model.params)
+    meant = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, LoRA)}
+    read = leaf_paths(load_peft(out, model.cfg))
+    tokenizer = load_tokenizer(out)
+    faults = [f"the tokens of {text!r}" for text in TEXTS if _tokens(model, text) != tokenizer.encode(text).tolist()]
+    faults += ["the chat template"] if model.chat_template != tokenizer.config.get("chat_template") else []
+    for path in sorted(meant.keys() ^ read.keys()):
+        faults.append(f"whether {path} is adapted")
+    for path in sorted(meant.keys() & read.keys()):
+        ours, theirs = meant[path], read[path]
+        same = ours.columns == theirs.columns and math.isclose(ours.scale, theirs.scale)
+        if not (same and np.array_equal(ours.a, theirs.a) and np.array_equal(ours.b, theirs.b)):
+            faults.append(f"the adapter of {path}")
+    rows = [("adapters", f"of {len(read)} matrices, to the bit"), ("tokens", f"{len(TEXTS)} texts, and the chat template")]
+    if faults:
+        return rows, faults
+    cfg = dataclasses.replace(model.cfg, dtype="float32")
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab, (ROWS, min(LENGTH, cfg.context)), np.int32)
+    base = nested({path: getattr(leaf, "base", leaf) for path, leaf in leaves.items()})
+    apart = np.abs(_logits(cfg, model.params, tokens) - _logits(cfg, merge(nested(read), base), tokens)).max()
+    rows.append(("logits", f"{apart:.1e} apart, on the base"))
+    return rows, [] if apart == 0 else ["the logits"]
 
 
 def _tokens(model: Model, text: str) -> list[int]:

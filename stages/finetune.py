@@ -108,7 +108,7 @@ class Tuning:
     """Of preference: how far the model may move away from where it began."""
     batch: Annotated[int, read(whole(1), "N")] = 4
     """Rows a step (pairs, for preference)."""
-    accumulate: Annotated[int, read(whole(1), "N")] = 1
+    accumulate: Annotated[int | None, read(whole(1), "N"), unset("1; with --base int8 as many as the batch has rows")] = None
     """Parts the batch is read in, one after another: less memory, the same step."""
     context: Annotated[int, read(whole(16), "N")] = 256
     """Tokens a row."""
@@ -166,16 +166,21 @@ class Finetune:
         learns = self.learns
         if self.tuning.scan and (learns.train or learns.freeze):
             raise UserError("--scan runs all layers as one program, which would undo the saving of --train and --freeze.")
-        if self.tuning.batch % self.tuning.accumulate:
+        if self.tuning.batch % self.parts:
             raise UserError(
-                f"A batch of {self.tuning.batch} cannot be read in {self.tuning.accumulate} equal parts: give another "
-                "--batch or --accumulate."
+                f"A batch of {self.tuning.batch} cannot be read in {self.parts} equal parts: give another --batch or "
+                "--accumulate."
             )
 
     @property
     def adapter(self) -> Lora | None:
         """The LoRA to train; None when weights of the model themselves learn."""
         return self.learns.adapter
+
+    @property
+    def parts(self) -> int:
+        """Parts the batch is read in. Who keeps the base in int8 wants memory, and a row at a time takes least."""
+        return self.tuning.accumulate or (self.tuning.batch if self.learns.base == "int8" else 1)
 
 
 def finetune(given: Finetune) -> int:

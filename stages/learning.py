@@ -1,7 +1,7 @@
 """What of a model learns, from flags to two trees; what that matches, and what it costs beside training all of it."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 
@@ -16,6 +16,7 @@ from engine.model.paths import merge
 from engine.model.transformer import init_params
 from engine.training.freeze import choose, split
 from engine.training.lora import add_lora, fold_lora, lora_targets
+from engine.training.loss import loss_chunks
 from engine.training.optimizer import OptimizerConfig
 from stages.plan import Plan
 
@@ -29,6 +30,7 @@ class TuningPlan(Plan):
     """A plan in which `trained` learns."""
 
     trained: Trained
+    base: Literal["float", "int8"] = "float"
 
     @property
     def step_flops(self) -> int:
@@ -40,17 +42,21 @@ class TuningPlan(Plan):
     def memory(self) -> int:
         """Predicted bytes at the fullest moment of a step."""
         part = self.recipe.batch // self.recipe.accumulate
-        return self._memory(self.trained, part)
-
-    def _memory(self, trained: Trained, part: int) -> int:
         return training_memory(
-            self.cfg, part, self.recipe.context, optimizer=self.recipe.optimizer.kind, trained=trained,
-            microbatches=self.recipe.accumulate,
+            self.cfg, part, self.recipe.context, optimizer=self.recipe.optimizer.kind, trained=self.trained,
+            loss_chunks=loss_chunks(self.cfg, part * self.recipe.context, self.head_rests),
+            microbatches=self.recipe.accumulate, base=self.base,
         ).total  # fmt: skip
+
+    @property
+    def head_rests(self) -> bool:
+        """Whether the head is frozen, and so kept in the compute type or int8."""
+        rests = ("embed" if self.cfg.tied else "head") not in self.trained.weights
+        return rests and (self.base == "int8" or self.cfg.dtype != "float32")
 
     def beside_full(self) -> dict[str, float]:
         """FLOPs and memory as shares of those of a step in which everything learns, and the time if it follows FLOPs."""
-        whole = dataclasses.replace(self, trained=everything(self.cfg))
+        whole = dataclasses.replace(self, trained=everything(self.cfg), base="float")
         flops = self.step_flops / whole.step_flops
         return {"FLOPs": flops, "memory": self.memory / whole.memory, "time": flops}
 
@@ -116,7 +122,7 @@ def in_memory(given: "Finetune | Reinforce", cfg: ModelConfig, params: Any) -> A
     """The frozen base: its matrices in the compute type, or in int8 with a scale for each column."""
     if given.learns.base == "float":
         return cast_matrices(params, cfg.dtype)
-    return quantize(params, every_product(params, "full"))
+    return cast_matrices(quantize(params, every_product(params, "full")), cfg.dtype)
 
 
 def optimizer(given: "Finetune") -> OptimizerConfig:

@@ -106,7 +106,7 @@ def _run(path: Path, given: str) -> Model:
 
 def _adapted(run: Path, about: dict[str, Any]) -> Model:
     """A run that learnt an adapter: the model it was learnt about, with the adapter on it and the run's own words."""
-    from stages.adapters import FOLDER, with_adapter
+    from stages.adapters import FOLDER, with_adapters
 
     if not (run / FOLDER).is_dir():
         raise UserError(
@@ -119,10 +119,21 @@ def _adapted(run: Path, about: dict[str, Any]) -> Model:
     tokenizer = load_tokenizer(run / "tokenizer")
     said = run_folder.read_json(run / ENDS) if (run / ENDS).exists() else {}
     return dataclasses.replace(
-        base, name=run.name, params=with_adapter(base, run), tokenizer=tokenizer,
+        base, name=run.name, params=with_adapters(base, [run]), tokenizer=tokenizer,
         chat_template=tokenizer.config.get("chat_template"), ends=tuple(said.get("eos_token_id", base.ends)),
         checkpoint=run / FOLDER, run=run,
     )  # fmt: skip
+
+
+def template_at(path: Path | None) -> str | None:
+    """The chat template in the file that `--template` names; None when it names none."""
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"The template {path} cannot be read: {why}.") from error
 
 
 def keep_words(run: Path, model: Model) -> None:

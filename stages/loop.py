@@ -1,16 +1,18 @@
 """The training loop: one step in flight, the next batch cut meanwhile, all else outside the training time."""
 
 import collections
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
+from engine.allocator import return_freed_memory
 from engine.counting.hardware import peak_rss_bytes
 from engine.errors import UserError
 from engine.storage import checkpoint
@@ -23,6 +25,9 @@ from stages.run_folder import MetricsLog
 
 REFUSED_IN_A_ROW = 10
 RECENT = 20  # steps over which speed is averaged
+# Steps after which freed memory is given back: until the threads have what they keep, a step's buffer may lie below that,
+# and the next step's would be a second one.
+SETTLING = 3
 EVALUATING = 0.04  # of the time at most, unless --eval-every says otherwise
 
 
@@ -77,6 +82,7 @@ class Job:
     started: float  # the clock when the process began
     facts: dict[str, Any]  # what goes into state.json beside Past
     kept: Callable[[Any], Any] = lambda trainable: trainable  # what a checkpoint holds of what learns
+    frugal: bool = False  # gives memory back between steps where it would be held twice; the next step maps it anew
 
 
 class Due:
@@ -131,6 +137,8 @@ class Loop:
                     metrics = jax.device_get(metrics)
                     end = time.perf_counter()
                     self._count(metrics, end - begin)
+                    if self.job.frugal and past.step - self.begun <= SETTLING:
+                        return_freed_memory()
                     begin = end
                     losses.append(self.loss)
                     self.console.live(self.fields)
@@ -138,10 +146,12 @@ class Loop:
                         self._log(losses)
                         losses = []
                     if evaluate.now(past) and plan.done(past.step, past.seconds) < 1:
-                        evaluate.interval = self._evaluate(state, evaluate.interval, watch)
+                        with self._aside():
+                            evaluate.interval = self._evaluate(state, evaluate.interval, watch)
                         begin = time.perf_counter()
                     if save.now(past):
-                        self.save(state)
+                        with self._aside():
+                            self.save(state)
                         saved = past.step
                         begin = time.perf_counter()
             except BrokenPipeError:
@@ -152,6 +162,15 @@ class Loop:
             if saved != past.step:
                 self.save(state)
             return state, watch.received
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Other work between two steps: where memory matters, not beside a step's freed buffer, nor left in its place."""
+        if self.job.frugal:
+            return_freed_memory()
+        yield
+        if self.job.frugal:
+            return_freed_memory()
 
     def save(self, state: TrainState) -> Path:
         """A checkpoint of now."""

@@ -1,7 +1,6 @@
 """What a run is about to do and what that will take, by formula: the banner, and all that `--dry-run` prints."""
 
 import dataclasses
-import math
 import subprocess
 import sys
 
@@ -15,7 +14,7 @@ from engine.errors import UserError
 from engine.files import cache_folder
 from engine.model.config import ModelConfig
 from engine.text.tokens import TokenFile
-from engine.training.loss import CHUNK, LOGITS_LIMIT
+from engine.training.loss import loss_chunks
 from stages import words
 from stages.console import Console
 from stages.data import Data
@@ -57,10 +56,9 @@ class Plan:
     def memory(self) -> int:
         """Predicted bytes at the fullest moment of a step."""
         part = self.recipe.batch // self.recipe.accumulate
-        logits = 4 * part * self.recipe.context * self.cfg.vocab
         return training_memory(
             self.cfg, part, self.recipe.context, optimizer=self.recipe.optimizer.kind,
-            loss_chunks=1 if logits <= LOGITS_LIMIT else math.ceil(self.cfg.vocab / CHUNK),
+            loss_chunks=loss_chunks(self.cfg, part * self.recipe.context, head_rests=False),
             microbatches=self.recipe.accumulate,
         ).total  # fmt: skip
 

@@ -78,7 +78,15 @@ class Reinforced:
         chosen = bool(length.max_time or length.rounds)
         trained, self.matched = learning.what_learns(given, cfg)
         self.plan = learning.TuningPlan(
-            self.model.name, cfg, recipe, given.seed, length.rounds, length.max_time if chosen else 120.0, chosen, trained
+            self.model.name,
+            cfg,
+            recipe,
+            given.seed,
+            length.rounds,
+            length.max_time if chosen else 120.0,
+            chosen,
+            trained,
+            given.learns.base,
         )
         self._check_memory()
 

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.allocator import return_freed_memory
 from engine.counting.hardware import peak_rss_bytes
 from engine.inference.decode import for_inference, generate
 from engine.inference.sample import make_sampling
@@ -35,6 +36,7 @@ class Look:
 
 def look(run: "Tuned", trainable: Any) -> Look:
     """Measures the model with `trainable` as what learns."""
+    return_freed_memory()
     cfg, learner = run.plan.cfg, run.learner
     held_out = run.held_out()
     with run.console.task("measuring what it knows", always=True):

@@ -43,7 +43,7 @@ class Tuned:
         from stages.recipes import Recipe
 
         self.given, self.device, self.folder, self.console = given, device, folder, console
-        source = given.examples.template.read_text(encoding="utf-8") if given.examples.template else None
+        source = load.template_at(given.examples.template)
         with console.task(f"loading {given.model}") as report:
             self.model = load.load_model(given.model, dtype=None if given.adapter else "float32", report=report)
         load.say_damaged(self.model, console)
@@ -58,13 +58,12 @@ class Tuned:
         if given.examples.general != "none":
             data.check(given.examples.general)
         moves = learning.optimizer(given)
-        recipe = Recipe(
-            "the model's", tuning.context, tuning.batch * self.sides, moves, tuning.accumulate, tuning.scan, tuning.remat
-        )
+        recipe = Recipe("the model's", tuning.context, tuning.batch * self.sides, moves, given.parts, tuning.scan, tuning.remat)
         length = given.length
         chosen = bool(length.max_time or length.steps)
         seconds = length.max_time if chosen else 180.0
-        self.plan = learning.TuningPlan(self.model.name, cfg, recipe, given.seed, length.steps, seconds, chosen, trained)
+        base = given.learns.base
+        self.plan = learning.TuningPlan(self.model.name, cfg, recipe, given.seed, length.steps, seconds, chosen, trained, base)
         self.check_memory()
         self.chat = Chat(self.model.tokenizer, source)
         examples = given.examples
@@ -85,12 +84,15 @@ class Tuned:
         limit, plan = memory_limit(), self.plan
         if plan.memory <= limit:
             return
-        one = dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, batch=self.sides, accumulate=1))
-        remedy = "a LoRA (without --train and --freeze) or a smaller model"
-        if one.memory <= limit:
-            remedy = f"--batch {self.given.tuning.batch} --accumulate {self.given.tuning.batch}, a row at a time,"
-        elif dataclasses.replace(one, cfg=dataclasses.replace(one.cfg, remat="block")).memory <= limit:
-            remedy = f"--accumulate {self.given.tuning.batch} --remat"
+        rows = self.given.tuning.batch
+        by_rows = dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, accumulate=rows))
+        again = dataclasses.replace(by_rows, cfg=dataclasses.replace(by_rows.cfg, remat="block"))
+        remedies = [(f"--accumulate {rows}, a row at a time,", by_rows), (f"--accumulate {rows} --remat", again)]
+        if self.given.adapter:
+            narrow = dataclasses.replace(again, base="int8")
+            remedies.append((f"--base int8 --accumulate {rows} --remat", narrow))
+        other = "a smaller model" if self.given.adapter else "a LoRA (without --train and --freeze) or a smaller model"
+        remedy = next((flags for flags, lighter in remedies if lighter.memory <= limit), other)
         raise UserError(
             f"A step would need about {words.size(plan.memory)}, and {words.size(limit)} are here; {remedy} would fit."
         )
@@ -169,18 +171,24 @@ class Tuned:
 
     def compile(self, state: Any) -> Any:
         """The step's program; the frozen tree is its own, whatever the loop hands in."""
+        import jax
         import numpy as np
 
+        from engine.allocator import return_freed_memory
         from engine.training.optimizer import make_optimizer
         from engine.training.step import train_step
 
         interrupt.doing(f"while compiling; what was saved is in {self.folder}. To begin again: {self.same_command()}")
         frozen = self.learner.frozen
+        # Programs that measured are read from the cache when they are wanted again; until then their memory is the step's.
+        jax.clear_caches()
         with self.console.task("compiling", always=True):
             program = train_step.lower(
                 self.plan.cfg, make_optimizer(self.plan.recipe.optimizer), state, frozen, self.batches().at(0), np.float32(0),
                 microbatches=self.plan.recipe.accumulate, objective=self.objective(),
             ).compile()  # fmt: skip
+        jax.clear_caches()
+        return_freed_memory()
         return lambda state, _, batch, progress: program(state, frozen, batch, progress)
 
     def batches(self) -> Any:
@@ -224,7 +232,7 @@ class Tuned:
             plan=self.plan, folder=self.folder, batches=self.batches(), quick=self.held_out(lessons.MOST),
             often=loop.Often(given.eval_every or self._fifth(), given.save_every, 1, given.keep),
             ceiling=plan.ceiling(self.plan.cfg, self.ceilings), started=process.started(),
-            facts={"seed": self.given.seed, "base": self.base}, kept=self.learner.kept,
+            facts={"seed": self.given.seed, "base": self.base}, kept=self.learner.kept, frugal=True,
         )  # fmt: skip
 
     def _fifth(self) -> int | float:

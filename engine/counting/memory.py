@@ -25,9 +25,9 @@ _FLOAT32 = 4
 class TrainingMemory:
     """Bytes of a training step, by what they hold."""
 
-    params: int  # float32 where they learn; frozen matrices in the compute type, which is how fine-tuning keeps them
+    params: int  # float32 where they learn; frozen matrices in the compute type or in int8, as fine-tuning keeps them
     optimizer: int
-    copies: int  # the matrices that learn, in the compute type, for as long as the step runs
+    copies: int  # in the compute type, for as long as the step runs: of what learns, or has LoRA folded in once for all
     gradients: int  # float32, of what learns
     kept: int  # by the forward pass for the backward pass: every block's values, or with remat every block's input
     block: int  # one block's values: the last to be dropped, and with remat the most that exists at once
@@ -79,13 +79,15 @@ def training_memory(
     remat: Remat | None = None,
     loss_chunks: int = 1,
     microbatches: int = 1,
+    base: Literal["float", "int8"] = "float",
     attention: Attention | None = QUERY_BLOCK,
 ) -> TrainingMemory:
     """Predicted bytes of a step on `batch` sequences of `tokens` at a time.
 
     With `microbatches` above 1, `batch` is the size of one of them. `remat` defaults to the config's. `loss_chunks`
     says in how many pieces the logits are made. `attention` is as in `flops`, by default what the CPU's layers do; None
-    for a kernel that stores no weights of attention, such as cuDNN's.
+    for a kernel that stores no weights of attention, such as cuDNN's. `base` is what frozen matrices that multiply are
+    kept in: `int8` has a byte a number and a float32 scale a column.
     """
     trained = everything(cfg) if trained is None else trained
     remat = remat or cfg.remat
@@ -96,16 +98,25 @@ def training_memory(
     adapters = sum(trained.rank * sum(targets[path]) for path in trained.adapted)
     learning = sum(sizes[path] for path in trained.weights) + adapters
     width = number_bytes(cfg)
-    frozen = sum(sizes[path] for path, shape in shapes.items() if len(shape) == 2 and path not in trained.weights)
-    products = sum(sizes[path] for path in trained.weights if len(shapes[path]) == 2 and (cfg.tied or path != "embed"))
     rows = batch * tokens
+    matrix = [path for path, shape in shapes.items() if len(shape) == 2]
+    multiplies = [path for path in matrix if cfg.tied or path != "embed"]
+    frozen = [path for path in matrix if path not in trained.weights]
+    saved = sum(sizes[path] * (_FLOAT32 - width) for path in frozen)
+    if base == "int8":
+        columns = lambda path: shapes[path][0 if path == "embed" else 1]
+        saved += sum(sizes[path] * (width - 1) - _FLOAT32 * columns(path) for path in frozen if path in multiplies)
+    products = sum(sizes[path] for path in multiplies if path in trained.weights)
+    if microbatches > 1 and base == "float":  # folded once for all of them; else when its turn comes, and again going back
+        products += sum(sizes[path] for path in _folded(cfg, trained, shapes, rows))
+    wide = (2 * width + _FLOAT32) * cfg.vocab * cfg.width if base == "int8" else 0  # the head as it multiplies, both ways
     lowest = lowest_gradient(cfg, trained)
     blocks = [rows * _kept_per_token(cfg, tokens, attention, _learning(cfg, trained, i)) for i in range(lowest, cfg.layers)]
     return TrainingMemory(
-        params=_FLOAT32 * (sum(sizes.values()) + adapters) - (_FLOAT32 - width) * frozen,
+        params=_FLOAT32 * (sum(sizes.values()) + adapters) - saved,
         # AdamW holds two moments a number; Muon one, on the matrices of the blocks, with AdamW on all else.
         optimizer=_FLOAT32 * (2 * learning - (matrices + adapters if optimizer == "muon" else 0)),
-        copies=0 if width == _FLOAT32 else width * products,
+        copies=(0 if width == _FLOAT32 else width * products) + wide,
         gradients=_FLOAT32 * learning,
         kept=len(blocks) * rows * _FLOAT32 * cfg.width if remat == "block" else sum(blocks),
         block=max(blocks, default=0),
@@ -113,6 +124,13 @@ def training_memory(
         remat=remat,
         accumulated=_FLOAT32 * learning if microbatches > 1 else 0,
     )
+
+
+def _folded(cfg: ModelConfig, trained: Trained, shapes: dict[str, tuple[int, ...]], rows: int) -> list[str]:
+    """The matrices into which an adapter is folded before they multiply `rows` (see `model/leaves.py`)."""
+    adapted = Trained(frozenset(), trained.adapted)
+    found = [f"blocks/{layer}/{name}" for layer in range(cfg.layers) for name in _learning(cfg, adapted, layer)]
+    return [path for path in found if rows * sum(shapes[path]) > _size(shapes[path])]
 
 
 def _learning(cfg: ModelConfig, trained: Trained, layer: int) -> set[str]:

@@ -6,8 +6,8 @@ no gradient of the whole matrix: with W = base + scale a b and y = (gain x) W,
 
     d(gain x) = g W^T,    da = (gain x)^T (g (scale b)^T),    db = (gain x a)^T (scale g).
 
-What the product is taken with is rounded to x's dtype after the fold, as the weights of a full training step are, and
-kept for the backward pass, as theirs is.
+What the product is taken with is rounded to x's dtype after the fold, as the weights of a full training step are. The
+backward pass folds again: that takes a hundredth of the time of the products, and kept it would be a second model.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from engine.model import backward
 from engine.model.int8 import Int8, dequantized
-from engine.model.lora import LoRA, Pair, folded
+from engine.model.lora import LoRA, Pair, folded, root_of
 
 Cuts = tuple[tuple[int, int], ...]
 
@@ -78,13 +78,19 @@ def _fold_matmul(x: Array, weight: LoRA, gain: Array | None, how: _How) -> tuple
 
 
 def _forward(x: Array, weight: LoRA, gain: Array | None, how: _How):
-    cuts = [_cut_of(weight, gain, start, stop, x.dtype) for start, stop in how.cuts]
-    return tuple(_plain(x, cut, how.dtype) for cut in cuts), (x, weight, gain, cuts)
+    given = weight
+    if isinstance(root_of(weight), Int8):  # folded when its turn comes, or all of the model might lie here in wide numbers
+        given, x = jax.lax.optimization_barrier((weight, x))
+    cuts = [_cut_of(given, gain, start, stop, x.dtype) for start, stop in how.cuts]
+    return tuple(_plain(x, cut, how.dtype) for cut in cuts), (x, weight, gain)
 
 
-def _backward(how: _How, kept: tuple[Array, LoRA, Array | None, list[Array]], gs: tuple[Array, ...]):
-    x, weight, gain, cuts = kept
+def _backward(how: _How, kept: tuple[Array, LoRA, Array | None], gs: tuple[Array, ...]):
+    x, weight, gain = kept
     gs = tuple(g.astype(x.dtype) for g in gs)
+    # Behind the barrier, or XLA would see that this was folded before, and keep it.
+    weight, gs = jax.lax.optimization_barrier((weight, gs))
+    cuts = [_cut_of(weight, gain, start, stop, x.dtype) for start, stop in how.cuts]
     a = weight.a if gain is None else weight.a * gain[:, None]
     inner_turned = backward.turned(_plain(x, a.astype(x.dtype), x.dtype))  # (R P, M)
     thin: list[Array] = []

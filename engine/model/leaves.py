@@ -15,7 +15,7 @@ from engine.model import backward
 from engine.model.adapted import fold_matmul
 from engine.model.backend import on_cpu
 from engine.model.int8 import Int8, dequantized, int8_matmul
-from engine.model.lora import LoRA, folded
+from engine.model.lora import LoRA, folded, root_of
 from engine.model.paths import map_paths
 
 Weight = Array | Int8 | LoRA
@@ -99,7 +99,7 @@ def _adapted(x: Array, weight: LoRA, dtype: DTypeLike, gain: Array | None, cuts:
     """
     rows, columns = weight.shape
     results = x.size // rows * columns
-    root = _root(weight)
+    root = root_of(weight)
     if x.size + results > weight.size and not (isinstance(root, Int8) and root.activations == "int8"):
         if gain is not None and not _gain_on_weight(x, weight):
             x, gain = x * gain.astype(x.dtype), None
@@ -120,12 +120,7 @@ def _adapted(x: Array, weight: LoRA, dtype: DTypeLike, gain: Array | None, cuts:
 
 def _gain_on_weight(x: Array, weight: Weight) -> bool:
     """Whether a norm's gain scales the weight rather than x: while training on a CPU, where x has more rows."""
-    return on_cpu() and x.size > weight.size and not isinstance(_root(weight), Int8)
-
-
-def _root(weight: Weight) -> Array | Int8:
-    """What lies below all adapters."""
-    return _root(weight.base) if isinstance(weight, LoRA) else weight
+    return on_cpu() and x.size > weight.size and not isinstance(root_of(weight), Int8)
 
 
 def _gained(x: Array, weight: Any, on_weight: Array, gain: Array) -> tuple[Array, Array]:

@@ -80,6 +80,11 @@ def make_adapter(key: Array, rows: int, columns: Sequence[tuple[int, int]], rank
     return LoRA(None, a, b, alpha / rank, columns)
 
 
+def root_of(weight: Any) -> Any:
+    """What lies below all adapters: an Array or an Int8."""
+    return root_of(weight.base) if isinstance(weight, LoRA) else weight
+
+
 def folded(leaf: LoRA) -> Array:
     """base + scale * a b as one matrix in the base's dtype; float32 when the base is Int8."""
     base = leaf.base

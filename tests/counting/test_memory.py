@@ -10,6 +10,7 @@ import pytest
 from engine.counting.memory import inference_memory, training_memory
 from engine.counting.params import count_params
 from engine.counting.trained import Trained, bottom_frozen, everything, head_only, lora, top_frozen
+from engine.inference.quantize import every_product, quantize
 from engine.model.cache import make_cache
 from engine.model.config import ModelConfig, preset
 from engine.model.leaves import cast_matrices
@@ -48,7 +49,10 @@ def test_lora_adds_its_pairs_and_trains_only_those():
     pairs = 3 * 5 * (24 + 12)
     assert memory.gradients == 4 * pairs
     assert memory.params == 4 * (count_params(CFG).norms + pairs) + 2 * (count_params(CFG).matmul + 19 * 12)
-    assert memory.copies == 0
+    assert memory.copies == 0  # a pair is folded into its matrix when its turn comes, and again going back
+    parts = [training_memory(CFG, rows, 7, trained=lora(CFG, 5, ["out"]), microbatches=2).copies for rows in (1, 2)]
+    assert parts == [0, 2 * 3 * 24 * 12]  # for all parts at once; 7 rows are too few for that
+    assert training_memory(CFG, 2, 7, trained=lora(CFG, 5, ["out"]), base="int8").params < memory.params
 
 
 @pytest.mark.parametrize("targets", [["q", "v"], ["down"], ["gate", "up", "out"]])
@@ -60,24 +64,27 @@ def test_a_block_keeps_less_where_fewer_weights_want_a_gradient(targets):
     assert full.kept / 2 < some.kept < full.kept
 
 
-@pytest.mark.parametrize("name", ["everything", "bottom", "top", "lora"])
-def test_weights_and_optimizer_are_those_of_a_real_run(name):
-    cfg = dataclasses.replace(CFG, qk_norm=True, qkv_bias=True)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", ["everything", "bottom", "top", "lora", "lora over int8"])
+def test_weights_and_optimizer_are_those_of_a_real_run(name, tied):
+    cfg = dataclasses.replace(CFG, qk_norm=True, qkv_bias=True, tied=tied)
     chosen = {
         "everything": everything(cfg),
         "bottom": bottom_frozen(cfg, 1),
         "top": top_frozen(cfg, 1),
-        "lora": lora(cfg, 2, ["q", "v", "down"]),
-    }[name]
+    }.get(name) or lora(cfg, 2, ["q", "v", "down"])
+    base = "int8" if "int8" in name else "float"
     params = jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
     trainable, frozen = split(params, chosen.weights)
     if chosen.adapted:
         add = lambda params: add_lora(cfg, params, jax.random.key(0), rank=2, targets=["q", "v", "down"])
         trainable = jax.eval_shape(add, params)
+    if base == "int8":
+        frozen = jax.eval_shape(lambda frozen: quantize(frozen, every_product(frozen, "full")), frozen)
     frozen = jax.eval_shape(lambda frozen: cast_matrices(frozen, cfg.dtype), frozen)
     state = jax.eval_shape(lambda tree: init_state(make_optimizer(OptimizerConfig()), tree), trainable)
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state, frozen)))
-    memory = training_memory(cfg, 2, 7, trained=chosen)
+    memory = training_memory(cfg, 2, 7, trained=chosen, base=base)
     assert 0 <= held - memory.params - memory.optimizer <= 16  # and the counters of steps
 
 

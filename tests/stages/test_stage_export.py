@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_runs import command
 
+from engine.errors import UserError
 from engine.model.leaves import dense
 from engine.model.lora import make_adapter
 from engine.model.paths import leaf_paths, merge, nested
@@ -103,7 +104,9 @@ def adapted(model: load.Model) -> tuple[load.Model, dict[str, Any]]:
     return dataclasses.replace(model, params=merge(nested(made), model.params)), made
 
 
-def test_an_adapter_is_folded_or_written_alone(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_is_folded_or_written_alone(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     plain = load.load_model(str(trained))
     tuned, adapters = adapted(plain)
     real = load.load_model
@@ -118,7 +121,9 @@ def test_an_adapter_is_folded_or_written_alone(trained: Path, tmp_path: Path, mo
     np.testing.assert_allclose(logits(read), logits(tuned.params), atol=1e-5)
     assert np.abs(logits(plain.params) - logits(tuned.params)).max() > 1e-2
 
-    alone = exported(trained, tmp_path / "alone", "--adapter")
+    capsys.readouterr()
+    alone = exported(trained, tmp_path / "alone", "--adapter", "--check")
+    assert "of 4 matrices, to the bit" in capsys.readouterr().out
     config = json.loads((alone / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (3, 6.0, "LORA")
     assert config["target_modules"] == ["down_proj", "q_proj", "v_proj"]
@@ -139,6 +144,14 @@ def test_an_adapter_is_folded_or_written_alone(trained: Path, tmp_path: Path, mo
     np.testing.assert_allclose(delta("mlp.down_proj").T, after["blocks/1/down"] - before["blocks/1/down"], atol=1e-6)
     assert set(adapters) == {f"blocks/{i}/{name}" for i in range(2) for name in ("qkv", "down")}
 
+    data = bytearray((alone / "adapter_model.safetensors").read_bytes())
+    data[-3] ^= 1
+    (alone / "adapter_model.safetensors").write_bytes(data)
+    assert [fault[:14] for fault in export_check.compare_adapter(tuned, alone)[1]] == ["the adapter of"]
+    (alone / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    with pytest.raises(UserError, match="another kind of adapter"):
+        export_check.compare_adapter(tuned, alone)
+
 
 @pytest.mark.parametrize(
     ("flags", "words"),
@@ -151,6 +164,7 @@ def test_an_adapter_is_folded_or_written_alone(trained: Path, tmp_path: Path, mo
         (["--out", "new", "--dtype", "q8_0"], ["q8_0 is of GGUF"]),
         (["--out", "new", "--dtype", "int8"], ["wanted one of float32"]),
         (["--out", "new.gguf", "--adapter"], ["goes with neither"]),
+        (["--out", "new", "--adapter", "--dtype", "float16"], ["goes with neither"]),
         (["--out", "new", "--adapter"], ["no LoRA adapters"]),
         (["--out", "new", "--model", "nowhere"], ["There is no model at nowhere"]),
         (["--out", "new", "--model", "smollm2"], ["Did you mean 'smollm2-135m-instruct'"]),

@@ -1,5 +1,7 @@
 """Fine-tuning: what is meant to learn learns, what is not stays to the bit, and what comes out is a model like any other."""
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -19,6 +21,7 @@ from engine.storage.digest import digest
 from stages import chat, evaluate, finetune, generate, lessons, load
 
 WORD = WORDS.split()
+STEPS = 30
 LORA = "rank=4,alpha=16,targets=q,v,gate,up,down"
 
 
@@ -45,7 +48,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def args(model: Path, data: Path, folder: Path, *more: object) -> list[str]:
     """A run of a few steps in which little is looked at."""
-    given = ["--model", model, "--data", data, "--out-dir", folder, "--context", 32, "--batch", 2, "--steps", 12]
+    given = ["--model", model, "--data", data, "--out-dir", folder, "--context", 32, "--batch", 2, "--steps", STEPS]
     return list(map(str, [*given, "--general", "none", "--learning-rate", 0.05, *more]))
 
 
@@ -57,9 +60,9 @@ def result(run: Path) -> dict[str, Any]:
 def adapted(trained: Path, chats: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A finished LoRA run, and what it printed."""
     folder = tmp_path_factory.mktemp("tuned") / "chats"
-    done = command("finetune", *args(trained, chats, folder, "--lora", LORA, "--general", text))
-    assert done.returncode == 0, done.stderr.decode()
-    return folder, done.stdout.decode()
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert finetune.main(args(trained, chats, folder, "--lora", LORA, "--general", text)) == 0
+    return folder, printed.getvalue()
 
 
 def test_a_lora_run_says_what_it_does(adapted: tuple[Path, str], trained: Path) -> None:

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.interpreters import partial_eval as pe
 from tiny import B, T, lively_params, positions_of, tiny_config, tokens_of
 
+from engine.model.int8 import quantized
 from engine.model.transformer import hidden_states, logits_of
 from engine.text.batch import Batch
 from engine.training import loss as module
@@ -90,15 +92,15 @@ def test_in_chunks_bfloat16_logits_are_float32_too():
     np.testing.assert_allclose(chunked_losses(cfg, params, hidden, targets, 7), expected, atol=1e-3)
 
 
-def largest(jaxpr) -> int:
-    """Elements of the largest array that a program makes, loops and calls included."""
+def made(jaxpr) -> list[int]:
+    """Elements of each array that a program makes, loops and calls included."""
     sizes = [variable.aval.size for equation in jaxpr.eqns for variable in equation.outvars]
     for equation in jaxpr.eqns:
         for value in equation.params.values():
             for inner in value if isinstance(value, tuple | list) else [value]:
                 inner = getattr(inner, "jaxpr", inner)
-                sizes += [largest(inner)] if hasattr(inner, "eqns") else []
-    return max(sizes, default=0)
+                sizes += made(inner) if hasattr(inner, "eqns") else []
+    return sizes
 
 
 def test_chunks_never_hold_all_logits(cfg, params):
@@ -113,4 +115,26 @@ def test_chunks_never_hold_all_logits(cfg, params):
         return token_losses(hidden @ params["head"], targets).sum()
 
     differentiated = [jax.make_jaxpr(jax.grad(f, argnums=(0, 1)))(params, hidden).jaxpr for f in (in_chunks, at_once)]
-    assert largest(differentiated[0]) < rows * T * V <= largest(differentiated[1])
+    assert max(made(differentiated[0])) < rows * T * V <= max(made(differentiated[1]))
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied", "int8"])
+def test_a_frozen_head_makes_its_logits_a_few_rows_at_a_time_and_nothing_else_changes(kind, monkeypatch):
+    """The values, the gradient of what lies below, and of the head itself, should somebody ask for it."""
+    cfg = tiny_config(tied=kind == "tied")
+    params = lively_params(cfg)
+    name = "embed" if cfg.tied else "head"
+    params[name] = quantized(params[name], "full") if kind == "int8" else params[name].astype(jnp.bfloat16)
+    asked = {"blocks": params["blocks"], "norm": params["norm"]} | ({} if kind == "int8" else {name: params[name]})
+    slopes = jax.jit(jax.value_and_grad(lambda asked: summed_loss(cfg, params | asked, batch_of())))
+    expected = slopes(asked)
+    monkeypatch.setattr(module, "ROWS_LIMIT", 4 * 3 * V)  # three rows, and two at the end
+    jax.clear_caches()
+    below = lambda blocks: summed_loss(cfg, params | {"blocks": blocks}, batch_of())
+    traced = jax.make_jaxpr(jax.grad(below))(params["blocks"]).jaxpr
+    program, _ = pe.dce_jaxpr(traced, [True] * len(traced.outvars))
+    assert B * T * V not in made(program), "all logits exist at once"
+    assert 3 * V in made(program)
+    found = slopes(asked)
+    for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=2e-2 if mine.dtype == jnp.bfloat16 else 1e-4, atol=1e-4)
