@@ -81,6 +81,7 @@ class _Step:
         self.state = init_state(tx, jax.tree.map(jnp.copy, adapters))
         self.program = train_step.lower(cfg, tx, self.state, frozen, batch, jnp.float32(0), microbatches=parts).compile()
         laid = self.program.memory_analysis()
+        assert laid is not None
         self.held = laid.temp_size_in_bytes + laid.argument_size_in_bytes + laid.output_size_in_bytes
         self.held -= laid.alias_size_in_bytes
         self.predicted = predicted

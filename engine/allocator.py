@@ -6,6 +6,7 @@ step was page faults (`python -m bench.training --allocator default` shows it).
 """
 
 import ctypes
+import gc
 import sys
 
 # <malloc.h>
@@ -27,6 +28,7 @@ def keep_freed_memory() -> bool:
 
 def return_freed_memory() -> None:
     """Gives what is free at this moment back to the kernel: what loading and compiling took, which no step takes again."""
+    gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
     if trim is not None:
         trim(0)

@@ -17,7 +17,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from engine.errors import UserError
 from stages import cli
@@ -83,7 +83,7 @@ class Learns:
     """`bottom:N`, `top:N`, or patterns: all else learns."""
     lora: Annotated[Lora | None, read(adapter_size, "SIZE"), unset("rank=8,alpha=16,targets=all")] = None
     """rank=8,alpha=16,targets=q,v: an adapter beside a frozen model."""
-    base: Annotated[str, read(one_of("float", "int8"), "TYPE")] = "float"
+    base: Annotated[Literal["float", "int8"], read(one_of("float", "int8"), "TYPE")] = "float"
     """What the frozen model under an adapter is kept in: `int8` takes half the memory."""
 
     def __post_init__(self) -> None:
@@ -106,13 +106,13 @@ class Tuning:
     """`answers`: what the assistant says. `preference`: the chosen answer over the rejected one (DPO)."""
     beta: Annotated[float, read(number(0, 10, above=True), "X")] = 0.1
     """Of preference: how far the model may move away from where it began."""
-    batch: Annotated[int, read(whole(1), "N")] = 4
+    batch: Annotated[int, read(whole(1), "N")] = 2
     """Rows a step (pairs, for preference)."""
     accumulate: Annotated[int | None, read(whole(1), "N"), unset("1; with --base int8 as many as the batch has rows")] = None
     """Parts the batch is read in, one after another: less memory, the same step."""
     context: Annotated[int, read(whole(16), "N")] = 256
     """Tokens a row."""
-    learning_rate: Annotated[float | None, read(number(0, 1, above=True), "X"), unset("1e-3, or 2e-5 without LoRA")] = None
+    learning_rate: Annotated[float | None, read(number(0, 1, above=True), "X"), unset("2e-3, or 2e-5 without LoRA")] = None
     """AdamW's."""
     warmup: Annotated[float, read(number(0, 1), "SHARE")] = 0.05
     """Share of the run in which the learning rate rises; then it falls by a cosine."""

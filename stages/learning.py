@@ -128,9 +128,9 @@ def in_memory(given: "Finetune | Reinforce", cfg: ModelConfig, params: Any) -> A
 def optimizer(given: "Finetune") -> OptimizerConfig:
     """AdamW with a warm-up and a cosine."""
     tuning = given.tuning
-    usual = 1e-3 if given.adapter else 2e-5
+    usual = 2e-3 if given.adapter else 2e-5
     if given.tuning.objective == "preference":
-        usual = usual / 5
+        usual = usual / 10
     return OptimizerConfig(
         kind="adamw", learning_rate=tuning.learning_rate or usual, schedule="cosine", warmup=tuning.warmup,
         beta2=0.99, weight_decay=tuning.weight_decay, clip=tuning.clip,

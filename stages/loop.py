@@ -131,8 +131,10 @@ class Loop:
             try:
                 while plan.done(past.step, past.seconds) < 1 and not watch.received:
                     progress = np.float32(plan.done(past.step, past.seconds))
+                    # While a step runs its buffer is the last thing in memory: what is made then lies behind it, and stays.
+                    following = self.job.batches.at(past.step + 1) if self.job.frugal else None
                     state, metrics = step_program(state, {}, batch, progress)
-                    batch = self.job.batches.at(past.step + 1)
+                    batch = following or self.job.batches.at(past.step + 1)
                     # Waited for before the next is dispatched: two steps in flight would take twice the memory.
                     metrics = jax.device_get(metrics)
                     end = time.perf_counter()

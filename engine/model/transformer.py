@@ -39,7 +39,7 @@ def matrix(module: nn.Module, name: str, init: Any, shape: tuple[int, int]) -> A
     """
     if not module.has_variable("params", name):
         return module.param(name, init, shape)
-    leaf = module.get_variable("params", name)
+    leaf: Any = module.get_variable("params", name)
     if tuple(leaf.shape) != shape:
         raise ValueError(f"The parameter {name} should be {shape}, and is {tuple(leaf.shape)}.")
     return leaf

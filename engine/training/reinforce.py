@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from engine.errors import UserError
 from engine.model.config import ModelConfig
@@ -33,7 +34,7 @@ class Rollouts(NamedTuple):
     reference: Any = None
 
 
-def group_advantages(rewards: Array, eps: float = 1e-6) -> Array:
+def group_advantages(rewards: ArrayLike, eps: float = 1e-6) -> Array:
     """rewards (prompts, answers) -> the same shape, float32: (r - mean) / (standard deviation + eps) within each row.
 
     Where all answers to a prompt are rewarded alike they are all 0: nothing is to be learned there.
