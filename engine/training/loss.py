@@ -1,6 +1,5 @@
 """Next-token cross-entropy in float32: over all logits at once, a few rows at a time, or in chunks of the vocabulary."""
 
-import functools
 from typing import Any
 
 import jax
@@ -10,7 +9,8 @@ from jax import Array
 from engine.model.config import ModelConfig
 from engine.model.int8 import Int8
 from engine.model.leaves import dense, project
-from engine.model.transformer import Params, forward, hidden_states, logits_of
+from engine.model.rowwise import Head, rowwise_losses
+from engine.model.transformer import Params, forward, hidden_states
 from engine.text.batch import Batch
 
 LOGITS_LIMIT = 512 * 2**20  # bytes of float32 logits beyond which they are made chunk by chunk
@@ -46,7 +46,9 @@ def target_losses(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
     targets = jnp.where(batch.mask, batch.targets, 0)
     if head_rests(cfg, params) and 4 * B * T * cfg.vocab > ROWS_LIMIT:
         hidden, _ = hidden_states(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
-        losses = rowwise_losses(cfg, _head(cfg, params), hidden.reshape(B * T, -1), targets.reshape(-1)).reshape(B, T)
+        head = Head(params["embed" if cfg.tied else "head"], params["norm"])
+        size = max(2, ROWS_LIMIT // (4 * cfg.vocab))
+        losses = rowwise_losses(head, hidden.reshape(B * T, -1), targets.reshape(-1), cfg.tied, size).reshape(B, T)
     elif 4 * B * T * cfg.vocab <= LOGITS_LIMIT:
         logits, _ = forward(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
         losses = token_losses(logits, targets)
@@ -105,47 +107,3 @@ def head_rests(cfg: ModelConfig, params: Params) -> bool:
     """Whether the head is of a kind that nothing trains: weights that learn are float32."""
     matrix = params["embed" if cfg.tied else "head"]
     return isinstance(matrix, Int8) or matrix.dtype != jnp.float32
-
-
-def _head(cfg: ModelConfig, params: Params) -> Params:
-    return {name: params[name] for name in ("embed" if cfg.tied else "head", "norm")}
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def rowwise_losses(cfg: ModelConfig, head: Params, hidden: Array, targets: Array) -> Array:
-    """head's leaves, hidden (M, D), targets (M,) -> (M,) nats, holding the logits of a few rows at a time.
-
-    A row's gradient is (softmax - one-hot) W^T times what its loss counts, so it is made in the forward pass, while its
-    logits exist; going back only multiplies by that. For a head that learns they are made again.
-    """
-    return jnp.concatenate([token_losses(logits_of(cfg, head, rows), some) for rows, some in _parts(cfg, hidden, targets)])
-
-
-def _parts(cfg: ModelConfig, hidden: Array, targets: Array) -> list[tuple[Array, Array]]:
-    size = max(2, ROWS_LIMIT // (4 * cfg.vocab))
-    return [(hidden[at : at + size], targets[at : at + size]) for at in range(0, len(hidden), size)]
-
-
-def _rowwise_forward(cfg: ModelConfig, head: Params, hidden: Array, targets: Array):
-    losses: list[Array] = []
-    gradients: list[Array] = []
-    for rows, some in _parts(cfg, hidden, targets):
-        if gradients:  # one part after the other, or all logits might exist at once
-            rows = jax.lax.optimization_barrier((rows, gradients[-1]))[0]
-        logits, back = jax.vjp(functools.partial(logits_of, cfg, head), rows)
-        losses.append(token_losses(logits, some))
-        hit = jnp.arange(cfg.vocab) == some[:, None]
-        gradients += back(jax.nn.softmax(logits, axis=-1) - hit)
-    return jnp.concatenate(losses), (head, hidden, targets, jnp.concatenate(gradients))
-
-
-def _rowwise_backward(cfg: ModelConfig, kept: tuple[Params, Array, Array, Array], g: Array):
-    head, hidden, targets, gradient = kept
-    whole = {name: leaf for name, leaf in head.items() if isinstance(leaf, Int8)}  # numbers that have no gradient
-    able = {name: leaf for name, leaf in head.items() if name not in whole}
-    again = lambda able: token_losses(logits_of(cfg, whole | able, hidden), targets)
-    learns = jax.vjp(again, able)[1](g)[0]  # dead code unless the head learns after all
-    return learns | dict.fromkeys(whole), (gradient * g[:, None]).astype(hidden.dtype), None
-
-
-rowwise_losses.defvjp(_rowwise_forward, _rowwise_backward)

@@ -69,9 +69,9 @@ def load(given: "Serve", console: "Console") -> Loaded:
     weights = given.weights or ("int8" if started.backend == "cpu" else "bfloat16")
     params, cfg = model.params, model.cfg
     if given.adapter:
-        from stages.adapters import with_adapter
+        from stages.adapters import with_adapters
 
-        params = with_adapter(model, given.adapter)
+        params = with_adapters(model, [given.adapter])
     if weights == "int8":
         params = quantize(params)
     else:

@@ -16,7 +16,7 @@ TIERS = [
     {"engine.files", "engine.allocator", "engine.model.config", "engine.model.paths", "engine.model.backend"},
     {"engine.model.layers", "engine.model.cache", "engine.by_hand"},
     {"engine.model.backward", "engine.model.int8", "engine.model.spans"},
-    {"engine.model.lora"},
+    {"engine.model.lora", "engine.model.rowwise"},
     {"engine.model.adapted"},
     {"engine.model.leaves"},
     {"engine.model.transformer"},

@@ -137,4 +137,5 @@ def test_a_frozen_head_makes_its_logits_a_few_rows_at_a_time_and_nothing_else_ch
     assert 3 * V in made(program)
     found = slopes(asked)
     for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=2e-2 if mine.dtype == jnp.bfloat16 else 1e-4, atol=1e-4)
+        rounded = mine.dtype == jnp.bfloat16  # the head itself: each part's share of its gradient is
+        np.testing.assert_allclose(mine, theirs, rtol=2e-2 if rounded else 1e-4, atol=0.05 if rounded else 1e-4)
