@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # What is added so that a command takes seconds. A command that is not named here is run as it stands.
 SHORT = {
-    "stages.train": ["--max-time", "1s", "--context", "64", "--batch", "4", "--tokenizer", "bytes"],
+    "stages.train": ["--max-time", "1s", "--context", "64", "--batch", "4", "--tokenizer", "bpe:300"],
     "bench.training": ["--shapes", "1x64x64x2", "--rounds", "1"],
     "bench.commands": ["--max-time", "1s"],
     "stages.finetune": ["--steps", "2", "--context", "64", "--general", "none"],
