@@ -65,7 +65,9 @@ def measured(flags: Flags) -> dict[str, Any]:
     only = quantize(params, every_product(params, "full"))
     ways = {cfg.dtype: params, "int8 weights, int8 activations": small, "int8 weights only": only}
     if flags.leaves:
-        ways |= {f"only {pattern} in int8": quantize(params, [(pattern, kind)]) for pattern, kind in every_product(params)}
+        for kind in ("qkv", "out", "gate_up", "down", "head"):
+            pattern = rf"blocks/\d+/{kind}" if kind != "head" else "embed" if cfg.tied else "head"
+            ways[f"only {kind} in int8"] = quantize(params, [(pattern, "int8")])
     rows: list[dict[str, Any]] = []
     for name, weights in ways.items():
         _row(rows, name, _nats(cfg, for_inference(cfg, weights), batches), size)
@@ -126,7 +128,9 @@ def _kept(cfg: Any, params: Any, batches: Sequence[Any], seq: int) -> dict[str, 
         tokens, targets, mask = cut(batch.tokens), cut(batch.targets), cut(batch.mask)
         own = jnp.arange(len(tokens))
         rows = Rows(jnp.full(len(tokens), start), own, own)
-        done, sums, exact = [], [], jnp.zeros(())
+        done: list[Any] = []
+        sums: list[Any] = []
+        exact = jnp.zeros(())
         for spans in held:
             positions = start + jnp.broadcast_to(jnp.arange(CHUNK), tokens.shape)
             logits, cache = forward(cfg, params, tokens, positions, SpanCache(spans, rows))

@@ -39,7 +39,7 @@ def for_inference(cfg: ModelConfig, params: Params) -> Params:
 
     def laid_out(_: str, leaf: Any) -> Any:
         leaf = dense(leaf) if isinstance(leaf, LoRA) else leaf
-        return turned(leaf) if isinstance(leaf, Int8) and leaf.activations == "int8" and on_cpu() else leaf
+        return turned(leaf) if isinstance(leaf, Int8) and leaf.activations != "full" and on_cpu() else leaf
 
     return cast_matrices(map_paths(laid_out, params), cfg.dtype)
 

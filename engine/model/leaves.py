@@ -100,7 +100,7 @@ def _adapted(x: Array, weight: LoRA, dtype: DTypeLike, gain: Array | None, cuts:
     rows, columns = weight.shape
     results = x.size // rows * columns
     root = root_of(weight)
-    if x.size + results > weight.size and not (isinstance(root, Int8) and root.activations == "int8"):
+    if x.size + results > weight.size and not (isinstance(root, Int8) and root.activations != "full"):
         if gain is not None and not _gain_on_weight(x, weight):
             x, gain = x * gain.astype(x.dtype), None
         parts = fold_matmul(x.reshape(-1, rows), weight, gain, dtype, cuts)

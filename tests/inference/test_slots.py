@@ -33,9 +33,9 @@ def test_greedy_answers_are_those_of_the_plain_generator():
     cfg, params = served("float32")
     prompts = [text(seed, length) for seed, length in enumerate((1, 2, 16, 17, 18, 33, 50))]
     expected = [[] for _ in prompts]
-    for part in generate(cfg, params, prompts, make_sampling(len(prompts), temperature=0.0), max_tokens=20):
+    for part in generate(cfg, params, prompts, make_sampling(len(prompts), temperature=0.0), max_tokens=12):
         expected[part.prompt] += part.tokens
-    found = answers(made("float32"), [Request(prompt, 20, temperature=0.0) for prompt in prompts])
+    found = answers(made("float32"), [Request(prompt, 12, temperature=0.0) for prompt in prompts])
     assert [list(answer.tokens) for answer in found] == expected
 
 
@@ -88,11 +88,11 @@ def test_the_order_of_arrival_does_not_matter(way):
 def test_a_chunk_found_computed_changes_no_bit(way):
     slots = made(way, prefixes=10**7)
     heard = Heard(slots)
-    request = Request(text(1, 55), 10, seed=3, logprobs=20)
+    request = Request(text(1, 52), 10, seed=3, logprobs=20)
     first = heard.submit(request)
     heard.drain()
     again = [heard.submit(request) for _ in range(3)]
-    other = heard.submit(Request(text(1, 55), 10, seed=3, logprobs=20, namespace="key"))
+    other = heard.submit(Request(text(1, 52), 10, seed=3, logprobs=20, namespace="key"))
     heard.drain()
     assert heard.cached[first] == heard.cached[other] == 0
     assert all(heard.cached[id] == 3 * CHUNK for id in again)
@@ -104,7 +104,7 @@ def test_a_cache_too_small_for_a_prompt_keeps_its_beginning():
     size = made("float32", prefixes=10**7)
     answers(size, [Request(text(1, CHUNK + 1), 1)])
     slots = made("float32", prefixes=2 * size.prefixes.bytes)
-    request = Request(text(1, 55), 10, seed=3)
+    request = Request(text(1, 52), 10, seed=3)
     heard = Heard(slots)
     for _ in range(2):
         last = heard.submit(request)
@@ -183,7 +183,7 @@ class CompanyOfInt8(Company):
     way = "int8"
 
 
-SOME = settings(max_examples=12, stateful_step_count=25, deadline=None)
+SOME = settings(max_examples=25, stateful_step_count=30, deadline=None)
 Company.TestCase.settings = CompanyOfInt8.TestCase.settings = SOME
 TestCompany, TestCompanyOfInt8 = Company.TestCase, CompanyOfInt8.TestCase
 

@@ -82,7 +82,6 @@ def test_serving_many_changes_no_weight_and_remembers_no_request():
             for seed in range(5)
         ] + [slots.submit(Request([1, 2, 3, 4] * 3, 20, temperature=0.0))]  # fmt: skip
         tokens, logprobs = {id: [] for id in ids}, {id: [] for id in ids}
-        slots.step()
         slots.cancel(ids[1])
         while slots.busy:
             for event in slots.step():

@@ -1,5 +1,6 @@
 """Int8 weights: near the weights they stand for, exact in whole numbers, and each row on its own."""
 
+import dataclasses
 import re
 
 import jax
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from tiny import lively_params, tiny_config
 
 from engine.errors import UserError
-from engine.model.int8 import Int8, dequantized, int8_matmul, quantize_leaves, quantized
+from engine.model.int8 import Int8, dequantized, int8_matmul, quantize_leaves, quantized, turned
 from engine.model.leaves import cast_matrices, lookup, project, project_two, unembed
 from engine.model.paths import leaf_paths
 
@@ -169,3 +170,19 @@ def test_whole_numbers_convert_nothing_of_a_weights_size(kind):
     leaf, x = quantized(drawn(1, 320, 448), kind), drawn(0, 8, 320, dtype=BF16)
     text = jax.jit(lambda x, leaf: project(x, leaf, BF16)).lower(x, leaf).compile().as_text()
     assert bool(weight_sized(text, {(320, 448), (448, 320)})) == (kind == "full")
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_two_digits_of_x_are_a_hundred_times_nearer_than_one(axis, rows):
+    """Of rows with one number far above the rest, where one digit is coarse; on either path, few rows or many."""
+    x = drawn(0, rows, D).at[:, 4].mul(50.0)
+    weight = quantized(drawn(1, D, V) if axis else drawn(1, V, D), axis=axis)
+    exact = np.asarray(x, np.float64) @ np.asarray(wide(weight), np.float64)
+    for turned_ in (False, True):
+        leaf = turned(weight) if turned_ else weight
+        error = {
+            kind: np.abs(np.asarray(int8_matmul(x, dataclasses.replace(leaf, activations=kind), F32)) - exact).max()
+            for kind in ("int8", "int16")
+        }
+        assert error["int16"] < error["int8"] / 100
