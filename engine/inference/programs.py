@@ -5,10 +5,13 @@ before the first request. They donate the spans and the tallies, which belong to
 """
 
 import functools
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from engine.inference.request import MOST_TOP
@@ -17,6 +20,7 @@ from engine.model.config import ModelConfig
 from engine.model.spans import Kept, Rows, SpanCache, Spans, cleared, given, mirrored, taken
 from engine.model.transformer import Params, forward, hidden_states
 
+AT_ONCE = 3  # programs on the way to be compiled: tracing holds Python's lock, what follows does not
 STEPS = 8  # tokens a dispatch at most
 IN_PROMPT = 1 << 20  # what a token of the prompt counts in `Tally.said`, above any count of the completion's
 
@@ -93,6 +97,36 @@ def draw(
     drawn = Drawn(empty(jnp.int32), empty(bool), empty(jnp.float32), empty(jnp.int32, top(cfg)), empty(jnp.float32, top(cfg)))
     _, spans, tally, drawn = jax.lax.fori_loop(0, steps, step, (token, spans, tally, drawn))
     return drawn, spans, tally
+
+
+def compiled(
+    cfg: ModelConfig, params: Params, spans: Spans, tally: Tally, *, chunks: Collection[int], kept: int | None, group: int
+) -> Iterator[tuple[int, int]]:
+    """Compiles every program as it is going to be called, or fetches it from the compilation cache, several at a time.
+
+    Tells after each how many are done, and of how many. `chunks`: lengths that prompts are read by; `kept`: that of
+    chunks which are taken and given, None for none; `group`: rows that a lone stream may use.
+    """
+    zeros: Callable[..., Any] = lambda dtype, *shape: np.zeros(shape, dtype)
+    R, at = spans.slots, np.int32(0)
+    floats, ints = zeros(np.float32, R), zeros(np.int32, R)
+    settings = Settings(Sampling(floats, ints, floats, floats, zeros(np.uint32, R)), zeros(bool, R), floats, floats, floats)
+    writes = zeros(np.int32, R + group * (group - 1))
+    calls: list[tuple[Any, tuple[Any, ...]]] = [
+        (draw, (cfg, params, spans, tally, ints, Rows(ints, writes, writes), settings, at, np.bool_(False))),
+        *((read_chunk, (cfg, params, spans, zeros(np.int32, 1, size), at, at)) for size in chunks),
+        (clear_slot, (spans, at, at)),
+        (mirror_slot, (spans, at, zeros(np.int32, group - 1), at)),
+        (set_tally, (tally, at, zeros(np.float32, cfg.vocab), zeros(np.int32, cfg.vocab))),
+    ]
+    if kept is not None:
+        calls.append((give_chunk, (spans, take_chunk(spans, at, at, kept), at, at)))
+    ready: Callable[..., Any] = lambda program, given: program.lower(*given).compile()
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        futures = [pool.submit(ready, *call) for call in calls]
+        for done, future in enumerate(as_completed(futures), 1):
+            future.result()
+            yield done, len(calls)
 
 
 def top(cfg: ModelConfig) -> int:

@@ -164,16 +164,22 @@ class Slots:
         return self._draw() if self._drawing else []
 
     def warm(self, report: Callable[[int, int], None] | None = None) -> None:
-        """Compiles every program, by running each once on nobody's behalf. Nothing is compiled after it.
+        """Compiles every program, and runs each once on nobody's behalf. Nothing is compiled after it.
 
-        Raises ValueError while requests are under way.
+        `report` is told how many programs are ready, of how many. Raises ValueError while requests are under way.
         """
         if self.busy:
             raise ValueError("warm is for slots that nobody uses yet")
+        chunks, kept = {self.chunk, self.tail}, self.chunk if self.prefixes.limit else None
+        for done, total in programs.compiled(
+            self.cfg, self.params, self._spans, self._tally, chunks=chunks, kept=kept, group=GROUP
+        ):  # fmt: skip
+            if report:
+                report(done, total)
         nowhere, start = np.int32(self._spans.slots), np.int32(0)  # a slot that is none: nothing is written
         runs: list[Callable[[], Any]] = [
             lambda: self._set(programs.clear_slot(self._spans, nowhere, np.int32(1))),
-            *(lambda n=n: self._read_tokens((0,) * n, nowhere, 0) for n in {self.chunk, self.tail}),
+            *(lambda n=n: self._read_tokens((0,) * n, nowhere, 0) for n in chunks),
             lambda: self._dispatch({}, 1, False, []),
             lambda: self._mirror(nowhere, [], 1),
             lambda: self._tell(int(nowhere), {}, np.zeros(self.cfg.vocab, np.int32)),
@@ -181,11 +187,9 @@ class Slots:
         if self.prefixes.limit:
             take = lambda: programs.take_chunk(self._spans, np.int32(0), start, self.chunk)
             runs.append(lambda: self._set(programs.give_chunk(self._spans, take(), nowhere, start)))
-        for done, run in enumerate(runs):
+        for run in runs:
             run()
             jax.block_until_ready(self._spans)
-            if report:
-                report(done + 1, len(runs))
 
     # Who gets a slot, and who leaves one.
 

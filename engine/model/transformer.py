@@ -4,6 +4,7 @@ Flax Linen is used as a thin shell: a module names and shapes its parameters, `a
 is the only file that imports flax.
 """
 
+import functools
 from types import ModuleType
 from typing import Any
 
@@ -124,10 +125,14 @@ class Blocks(nn.Module):
     def __call__(self, x: Array, rotary: Rotary, segments: Array | None, cache: KVCache | None):
         cfg = self.cfg
         if cache is not None:
-            # Unrolled, one array a layer: a scan over a stacked cache copies it whole at every step.
+            # Unrolled, one array a layer: a scan over a stacked cache copies it whole at every step. The blocks are alike,
+            # so one is traced and put in place L times; a call of it that is left to XLA would make the program slower.
+            one = functools.partial(jax.jit, inline=True)(
+                lambda params, x, cached: Block(cfg, parent=None).apply({"params": params}, x, rotary, segments, cached)
+            )
             written = []
             for i in range(cfg.layers):
-                x, cached = Block(cfg, name=str(i))(x, rotary, segments, cache.layer(i))
+                x, cached = one(self.variables["params"][str(i)], x, cache.layer(i))
                 written.append(cached)
             return x, cache.with_layers(written)
 

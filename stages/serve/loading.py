@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -66,6 +67,31 @@ def load(given: "Serve", console: "Console") -> Loaded:
     with console.task(f"loading {given.model or 'the newest run'}") as report:
         model = models.load_model(given.model, report=report)
     models.say_damaged(model, console)
+    now = datetime.datetime.now().isoformat(timespec="seconds")
+    with ThreadPoolExecutor(1) as beside:  # the template's process starts while weights are laid out
+        making = beside.submit(make_chat, model, source, now)
+        slots, weights = _laid_out(model, given, started)
+        attested = digest(slots.params)
+        chat = making.result()
+    name = given.name or (given.model if given.model in models.MODELS else model.name) or "model"
+    size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    rows = [
+        ("model", f"{name}: {model.checkpoint}" + (f" with {given.adapter}" if given.adapter else "")),
+        ("device", str(started)),
+        ("weights", f"{weights}, {words.size(size(slots.params))}, SHA-256 {attested[:16]}"),
+        (
+            "slots",
+            f"{given.slots} of {slots.capacity:,} tokens, keys and values in {given.keys_values}, {words.size(slots.bytes)}",
+        ),
+        ("queue", f"{given.queue} more wait; prefixes of prompts are kept in {given.prefix_cache} MB"),
+        ("template", chat.named),
+    ]
+    console.rows(rows)
+    return Loaded(model, name, slots.params, slots, chat, source, now, compiles, attested)
+
+
+def _laid_out(model: models.Model, given: "Serve", started: device.Device) -> tuple[Slots, str]:
+    """Slots around the weights as they are served, and what those are kept as."""
     weights = given.weights or ("int8" if started.backend == "cpu" else "bfloat16")
     params, cfg = model.params, model.cfg
     if given.adapter:
@@ -82,21 +108,7 @@ def load(given: "Serve", console: "Console") -> Loaded:
         cfg, params, slots=given.slots, capacity=capacity, kind=given.keys_values,  # type: ignore[arg-type]
         prefixes=given.prefix_cache * MB, guesses=not given.no_guesses,
     )  # fmt: skip
-    now = datetime.datetime.now().isoformat(timespec="seconds")
-    chat = make_chat(model, source, now)
-    attested = digest(params)
-    name = given.name or (given.model if given.model in models.MODELS else model.name) or "model"
-    size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-    rows = [
-        ("model", f"{name}: {model.checkpoint}" + (f" with {given.adapter}" if given.adapter else "")),
-        ("device", str(started)),
-        ("weights", f"{weights}, {words.size(size(params))}, SHA-256 {attested[:16]}"),
-        ("slots", f"{given.slots} of {capacity:,} tokens, keys and values in {given.keys_values}, {words.size(slots.bytes)}"),
-        ("queue", f"{given.queue} more wait; prefixes of prompts are kept in {given.prefix_cache} MB"),
-        ("template", chat.named),
-    ]
-    console.rows(rows)
-    return Loaded(model, name, params, slots, chat, source, now, compiles, attested)
+    return slots, weights
 
 
 def make_chat(model: models.Model, source: str | None, now: str) -> Chat:
