@@ -1,14 +1,62 @@
-"""From what a client asked to what the engine is given."""
+"""From what a client asked to what the engine is given, and back: the way both kinds of completion go."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, Protocol
+
+import starlette.requests
 
 from engine.errors import UserError
 from engine.inference.request import Request, check
-from stages.serve.errors import Refused
+from stages.serve.answer import Answer
+from stages.serve.errors import Refused, json_reply
 from stages.serve.prompts import overflow
 from stages.serve.schema import Sampling
 from stages.serve.served import Served
+from stages.serve.stream import EventStream, whole
+
+
+class Writer(Protocol):
+    """Puts an answer in OpenAI's words: as one reply, or as chunks of which None says that there is nothing new."""
+
+    def reply(self, answer: Answer) -> Awaitable[Any]: ...
+
+    def chunks(self, answer: Answer) -> AsyncIterator[Any]: ...
+
+
+async def answered(
+    request: starlette.requests.Request, body: Sampling, writer: Writer, prompts: Callable[[], Awaitable[list[list[int]]]],
+    count: int, *, most: int | None, ends: frozenset[int], logprobs: int | None, param: str, arrived: float,
+) -> Any:  # fmt: skip
+    """The response to a request for `count` completions: places are taken, prompts are made, the engine is asked.
+
+    Whatever happens, the places are given back and nothing is left in the engine. Raises Refused, and Gone when the
+    client leaves.
+    """
+    served: Served = request.app.state.served
+    seats = served.door.enter(count)
+    try:
+        requests = requests_of(
+            served, body, await prompts(), most=most, ends=ends, logprobs=logprobs, param=param,
+            namespace=request.scope["state"].get("namespace", ""),
+        )  # fmt: skip
+        answer = Answer(
+            served.engine, served.metrics, served.door, served.prompts.tokenizer, requests, body.stops, body.n or 1, arrived
+        )
+    except BaseException:
+        seats.leave()
+        raise
+
+    def close() -> None:
+        answer.close()
+        seats.leave()
+
+    if body.stream:
+        return EventStream(answer, writer.chunks(answer), close)
+    try:
+        return json_reply(await whole(answer, request.receive, writer.reply(answer)))
+    finally:
+        close()
 
 
 def requests_of(

@@ -10,9 +10,9 @@ from starlette.requests import Request
 from engine.inference.request import LogProb
 from engine.text.tokenizer import Tokenizer
 from stages.serve.answer import Answer
-from stages.serve.asked import requests_of
+from stages.serve.asked import answered
 from stages.serve.body import read
-from stages.serve.errors import Refused, json_reply
+from stages.serve.errors import Refused
 from stages.serve.prompts import spoken
 from stages.serve.replies import (
     Answered,
@@ -28,7 +28,7 @@ from stages.serve.replies import (
 )  # fmt: skip
 from stages.serve.schema import ChatRequest, Said
 from stages.serve.served import Served
-from stages.serve.stream import QUIET, EventStream, whole
+from stages.serve.stream import QUIET
 
 
 async def chat(request: Request) -> Any:
@@ -40,34 +40,16 @@ async def chat(request: Request) -> Any:
     served.check_model(body.model)
     if body.top_logprobs is not None and not body.logprobs:
         raise Refused(400, "top_logprobs is given without logprobs being true.", param="top_logprobs")
-    seats = served.door.enter(body.n or 1)
-    try:
-        prompt = await served.prompts.of_chat(conversation(body.messages))
-        end = served.prompts.answers_end
-        requests = requests_of(
-            served, body, [prompt], most=body.max_completion_tokens or body.max_tokens,
-            ends=served.ends if end is None else served.ends | {end},
-            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            namespace=request.scope["state"].get("namespace", ""), param="messages",
-        )  # fmt: skip
-        answer = Answer(
-            served.engine, served.metrics, served.door, served.prompts.tokenizer, requests, body.stops, body.n or 1, arrived
-        )
-    except BaseException:
-        seats.leave()
-        raise
+    messages, end = conversation(body.messages), served.prompts.answers_end
 
-    def close() -> None:
-        answer.close()
-        seats.leave()
+    async def prompts() -> list[list[int]]:
+        return [await served.prompts.of_chat(messages)]
 
-    writer = _Writer(served, body)
-    if body.stream:
-        return EventStream(answer, writer.chunks(answer), close)
-    try:
-        return json_reply(await whole(answer, request.receive, writer.reply(answer)))
-    finally:
-        close()
+    return await answered(
+        request, body, _Writer(served, body), prompts, body.n or 1, most=body.max_completion_tokens or body.max_tokens,
+        ends=served.ends if end is None else served.ends | {end},
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None, param="messages", arrived=arrived,
+    )  # fmt: skip
 
 
 def conversation(messages: list[Said]) -> list[dict[str, str]]:

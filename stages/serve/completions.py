@@ -9,14 +9,14 @@ from starlette.requests import Request
 
 from engine.inference.request import LogProb
 from stages.serve.answer import Answer, Piece
-from stages.serve.asked import requests_of
+from stages.serve.asked import answered
 from stages.serve.body import read
-from stages.serve.errors import Refused, json_reply
+from stages.serve.errors import Refused
 from stages.serve.prompts import batched_ids, spoken
 from stages.serve.replies import TextChoice, TextLogProbs, TextReply, new_id
 from stages.serve.schema import MOST_PROMPTS, CompletionRequest
 from stages.serve.served import Served
-from stages.serve.stream import QUIET, EventStream, whole
+from stages.serve.stream import QUIET
 
 MOST_TOKENS = 16  # when it is not said how many, as OpenAI has it
 
@@ -33,31 +33,15 @@ async def completions(request: Request) -> Any:
     count = len(texts if ids is None else ids)
     if count > MOST_PROMPTS:
         raise Refused(400, f"prompt holds {count} prompts; at most {MOST_PROMPTS} are taken at once.", param="prompt")
-    seats = served.door.enter(count * (body.n or 1))
-    try:
-        prompts = await served.prompts.of_texts(texts) if ids is None else ids
-        requests = requests_of(
-            served, body, prompts, most=body.max_tokens or MOST_TOKENS, ends=served.ends, logprobs=body.logprobs,
-            namespace=request.scope["state"].get("namespace", ""), param="prompt",
-        )  # fmt: skip
-        answer = Answer(
-            served.engine, served.metrics, served.door, served.prompts.tokenizer, requests, body.stops, body.n or 1, arrived
-        )
-    except BaseException:
-        seats.leave()
-        raise
+    many = count * (body.n or 1)
 
-    def close() -> None:
-        answer.close()
-        seats.leave()
+    async def prompts() -> list[list[int]]:
+        return await served.prompts.of_texts(texts) if ids is None else ids
 
-    writer = _Writer(served, body, len(requests))
-    if body.stream:
-        return EventStream(answer, writer.chunks(answer), close)
-    try:
-        return json_reply(await whole(answer, request.receive, writer.reply(answer)))
-    finally:
-        close()
+    return await answered(
+        request, body, _Writer(served, body, many), prompts, many, most=body.max_tokens or MOST_TOKENS, ends=served.ends,
+        logprobs=body.logprobs, param="prompt", arrived=arrived,
+    )  # fmt: skip
 
 
 class _Writer:

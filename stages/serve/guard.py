@@ -70,7 +70,7 @@ class Guard:
             headers.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
         self._check_caller(scope, headers, path)
         namespace = self._check_key(headers.get("authorization", []), path) if self._keys and path != OPEN else ""
-        if not PATH.fullmatch(path) or "/." in path:
+        if not PATH.fullmatch(path):
             raise Refused(404, "There is no such route; /openapi.json lists them all.", code="not_found")
         return namespace
 

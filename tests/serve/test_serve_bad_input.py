@@ -135,8 +135,9 @@ def test_what_does_not_fit_is_refused_with_both_counts(client: httpx.Client) -> 
 
 
 def test_a_long_conversation_is_counted_before_it_is_rendered(client: httpx.Client) -> None:
-    turns = [{"role": ("user", "assistant")[n % 2], "content": "Hello there, how are you? " * 40} for n in range(801)]
-    problem = refused(client.post("/v1/chat/completions", json=say() | {"messages": turns}))
+    """A template is given a conversation once for each of its answers; for this one that would take minutes."""
+    turns = [{"role": ("user", "assistant")[n % 2], "content": "Hello there, how are you? " * 150} for n in range(801)]
+    problem = refused(client.post("/v1/chat/completions", json=say() | {"messages": turns}, timeout=20))
     assert problem["code"] == "context_length_exceeded"
 
 

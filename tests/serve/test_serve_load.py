@@ -152,6 +152,15 @@ def test_too_many_are_told_at_once(tiny_server: TinyServer, slowed: Callable[[fl
     assert refused[len(refused) // 2] < 0.5
 
 
+def test_who_is_too_many_is_told_before_its_body_is_read(tiny_server: TinyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny_server.served.door, "taken", SLOTS + QUEUE)
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        with socket.create_connection(("127.0.0.1", tiny_server.port), 5) as connection:
+            head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+            connection.sendall(head.encode())
+            assert connection.recv(1000).startswith(b"HTTP/1.1 429 ")
+
+
 def test_n_takes_n_places_or_none(tiny_server: TinyServer, slowed: Callable[[float], None]) -> None:
     slowed(0.02)
     with tiny_server.client() as client:
