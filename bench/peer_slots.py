@@ -1,0 +1,49 @@
+"""The peer of the server: the same engine's slots without a server around them, in a process of their own.
+
+`bench.serving` starts this file and asks for one round at a time. It computes with what the server computes with: the same
+weights laid out the same way, the same slots, capacity and settings.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def make(spec: dict[str, Any]) -> Any:
+    """A run of several prompts at once to their last token. `spec`: model, weights, slots, capacity, prompts, new (tokens).
+
+    It answers with the tokens that were made, in the order of the prompts.
+    """
+    from bench.cli import start_jax
+
+    start_jax()
+    from bench.models import loaded
+    from engine.inference.decode import for_inference
+    from engine.inference.quantize import quantize
+    from engine.inference.request import Request
+    from engine.inference.slots import Slots
+
+    model = loaded(spec["model"])
+    params = quantize(model.params) if spec["weights"] == "int8" else model.params
+    slots = Slots(
+        model.cfg, for_inference(model.cfg, params), slots=spec["slots"], capacity=spec["capacity"], prefixes=spec["prefixes"]
+    )
+    slots.warm()
+    requests = [Request(tuple(prompt), spec["new"], temperature=0.0) for prompt in spec["prompts"]]
+
+    def run() -> dict[str, Any]:
+        ids = [slots.submit(request) for request in requests]
+        said: dict[int, list[int]] = {id: [] for id in ids}
+        while slots.busy:
+            for event in slots.step():
+                said[event.id] += event.tokens
+        return {"tokens": [said[id] for id in ids]}
+
+    return run
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # started by path, it would otherwise find bench's files alone
+    from bench.peer_loop import serve
+
+    serve(["jax", "numpy"], make)

@@ -1,0 +1,55 @@
+"""A pretended server for the tests of bench.serving: HTTP/1.1 over asyncio, its answers made by a function of the request."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+Make = Callable[[str, str, dict[str, str], bytes], tuple[int, Any]]
+
+
+@contextlib.asynccontextmanager
+async def pretended(make: Make, *, delay: float = 0.0):
+    """The port of a server that answers `make(method, path, headers, body) -> (status, JSON or text of events)`."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+                first, *lines = head.split("\r\n")
+                method, path, _ = first.split(" ")
+                headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)}
+                body = await reader.readexactly(int(headers.get("content-length", 0)))
+                await asyncio.sleep(delay)
+                status, said = make(method, path, headers, body)
+                kind = "text/event-stream" if isinstance(said, str) else "application/json"
+                data = said.encode() if isinstance(said, str) else json.dumps(said).encode()
+                writer.write(
+                    f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data
+                )
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+
+
+def completed(text: str, body: dict[str, Any], logprobs: list[float] | None = None) -> tuple[int, Any]:
+    """A completion or a chat of one token a letter, whole or as the events of a stream, as `body` asks."""
+    usage = {"prompt_tokens": 3, "completion_tokens": len(text), "total_tokens": 3 + len(text)}
+    chat = "messages" in body
+
+    def choice(piece: str, whole: bool, finished: str | None) -> dict[str, Any]:
+        said = {"message" if whole else "delta": {"content": piece}} if chat else {"text": piece}
+        values = logprobs or [-0.5] * len(text)
+        found = {"content": [{"logprob": x} for x in values]} if chat else {"token_logprobs": values}
+        return said | {"index": 0, "finish_reason": finished, "logprobs": found if finished and body.get("logprobs") else None}
+
+    if not body.get("stream"):
+        return 200, {"choices": [choice(text, True, "length")], "usage": usage}
+    pieces = [choice(letter, False, None) for letter in text] + [choice("", False, "length")]
+    events = [json.dumps({"choices": [piece]}) for piece in pieces] + [json.dumps({"choices": [], "usage": usage}), "[DONE]"]
+    return 200, "".join(f"data: {event}\n\n" for event in events)
