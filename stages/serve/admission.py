@@ -38,7 +38,9 @@ class Door:
         """Places for `count` completions, all or none. Raises Refused."""
         if count > self.places:
             raise Refused(
-                400, f"{count} completions were asked for at once, prompts times n; at most {self.places} are made at once."
+                400,
+                f"{count} completions were asked for at once, prompts times n; at most {self.places} are made at once.",
+                param="n",
             )
         self.check()
         if self.taken + count > self.places:

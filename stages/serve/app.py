@@ -1,7 +1,5 @@
 """The application: the routes, what becomes of errors, and the guard around them."""
 
-import sys
-import traceback
 from collections.abc import Sequence
 
 from starlette.applications import Starlette
@@ -12,7 +10,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from stages.serve import openapi
-from stages.serve.errors import Gone, Refused
+from stages.serve.errors import Gone, Refused, at_fault
 from stages.serve.guard import Guard
 from stages.serve.routes import ROUTES
 from stages.serve.served import Served
@@ -53,6 +51,5 @@ async def _no_route(request: Request, error: Exception) -> Response:
     return Refused(error.status_code, said if error.status_code == 404 else error.detail, code="not_found").reply()
 
 
-async def _at_fault(request: Request, error: Exception) -> Response:
-    traceback.print_exception(error, file=sys.stderr)
-    return Refused(500, "The server is at fault; what happened is in its log.").reply()
+async def _at_fault(_: Request, error: Exception) -> Response:
+    return at_fault(error).reply()

@@ -1,5 +1,7 @@
 """What a client is told when something cannot be done: an HTTP status and OpenAI's error object, which names the field."""
 
+import sys
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,6 +50,12 @@ class Refused(Exception):
 
 class Gone(Exception):
     """The client has left; nobody reads a reply."""
+
+
+def at_fault(error: BaseException) -> Refused:
+    """What a client is told of a mistake of ours, which is printed where the server's owner sees it."""
+    traceback.print_exception(error, file=sys.stderr)
+    return Refused(500, "The server is at fault; what happened is in its log.")
 
 
 def json_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -8,7 +8,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from stages.serve.answer import Answer
-from stages.serve.errors import ErrorReply, Gone, Refused
+from stages.serve.errors import ErrorReply, Gone, Refused, at_fault
 
 QUIET = 10.0  # seconds without news after which a comment is sent, so that nobody between takes the connection for dead
 UNREAD = 60.0  # seconds a client may leave what it was sent unread
@@ -40,6 +40,10 @@ class EventStream:
                     await write(b": waiting\n\n" if chunk is None else event(chunk))
             except Refused as refused:
                 await write(event(ErrorReply(refused.problem)))
+            except (Gone, OSError, TimeoutError):
+                raise
+            except Exception as error:
+                await write(event(ErrorReply(at_fault(error).problem)))
             await write(b"data: [DONE]\n\n", more=False)
         except (Gone, OSError, TimeoutError):
             pass  # nobody reads it

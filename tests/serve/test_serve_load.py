@@ -246,6 +246,22 @@ def test_numbers_that_are_none_are_an_error_of_the_server(tiny_server: TinyServe
         assert streamed.text.endswith("data: [DONE]\n\n")
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_mistake_of_ours_is_told_and_printed(
+    tiny_server: TinyServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], stream: bool
+) -> None:
+    from stages.serve.answer import Answer
+
+    monkeypatch.setattr(Answer, "_piece", lambda *_: {}["a mistake"])
+    with tiny_server.client() as client:
+        reply = client.post("/v1/completions", json=ask(most=3, stream=stream))
+    assert reply.status_code == (200 if stream else 500)
+    assert '"type":"server_error"' in reply.text
+    assert "a mistake" not in reply.text
+    assert "KeyError: 'a mistake'" in capfd.readouterr().err
+    assert until(lambda: tiny_server.served.engine.state[:2] == (0, 0) and tiny_server.served.door.taken == 0)
+
+
 REPEATED = (
     ask(most=20, logprobs=2),
     ask("The assistant answers what the user asks; the system says", 12, logprobs=1, temperature=1, seed=7),
