@@ -77,9 +77,8 @@ async def _serve(given: "Serve", loaded: "Loaded", bound: "socket.socket", keys:
     with interrupt.guarded("Finishing what is under way; another signal ends it at once.", told):
         broken = asyncio.create_task(_until_broken(served.engine))
         await asyncio.wait((serving, broken), return_when=asyncio.FIRST_COMPLETED)
-        if broken.done():
-            server.should_exit = True
-            await serving
+        server.should_exit = True
+        await serving
         broken.cancel()
         return _close(served, console)
 
@@ -94,7 +93,6 @@ async def _warm(served: Any, console: "Console") -> None:
         if "RESOURCE_EXHAUSTED" in str(served.engine.failed):
             raise UserError("There is not enough memory for this many slots: give fewer --slots, or a smaller --capacity.")
         raise served.engine.failed
-    served.compiles.reset()
 
 
 async def _until_broken(engine: Any) -> None:
@@ -110,7 +108,7 @@ def _close(served: Any, console: "Console") -> int:
     served.prompts.close()
     now = digest(served.params)
     same = "unchanged" if now == served.attested else f"CHANGED from {served.attested[:16]}"
-    console.say(f"Stopped. Weights {same}: SHA-256 {now[:16]}; {served.compiles.count} programs compiled after the start.")
+    console.say(f"Stopped. Weights {same}: SHA-256 {now[:16]}; {served.engine.compiled} programs compiled after the start.")
     if served.engine.failed:
         import sys
         import traceback

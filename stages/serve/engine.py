@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from engine.inference.request import Event, Request
 from engine.inference.slots import Slots
+from stages.compiles import Compiles
 
 IDLE = 0.25  # seconds after which it goes round with nothing to do, to show that it can
 Listen = Callable[[Event], None]
@@ -38,8 +39,8 @@ class Ticket:
 class Engine:
     """Slots in a thread. `post(function, *arguments)` must run the function on the event loop, from any thread."""
 
-    def __init__(self, slots: Slots, post: Callable[..., Any]) -> None:
-        self._slots, self._post = slots, post
+    def __init__(self, slots: Slots, post: Callable[..., Any], compiles: Compiles) -> None:
+        self._slots, self._post, self._compiles = slots, post, compiles
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._tickets: dict[int, Ticket] = {}
         self._thread = threading.Thread(target=self._run, daemon=True, name="engine")
@@ -52,6 +53,11 @@ class Engine:
         self.failed: BaseException | None = None
         self.ticked = time.monotonic()
         self._counts = 0, 0, 0.0  # running, waiting less all that were taken in, filled
+
+    @property
+    def compiled(self) -> int:
+        """Programs compiled since it is ready. There should be none."""
+        return self._compiles.count if self.ready else 0
 
     @property
     def state(self) -> State:
@@ -89,6 +95,7 @@ class Engine:
     def _run(self) -> None:
         try:
             self._slots.warm(self._report)
+            self._compiles.reset()
             self.ready, self.ticked = True, time.monotonic()
             self._tell(self._changed)
             while not self._over:

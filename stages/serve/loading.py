@@ -47,14 +47,13 @@ class Loaded:
 
     def served(self, given: "Serve", post: Callable[..., Any]) -> Served:
         """Everything the routes need; `post` runs a function on the event loop."""
-        engine = Engine(self.slots, post)
-        count = lambda: self.compiles.count if engine.ready else 0
-        metrics = Metrics(self.name, lambda: engine.state, count, lambda: engine.ticked)
+        engine = Engine(self.slots, post, self.compiles)
+        metrics = Metrics(self.name, engine)
         another = lambda: make_chat(self.model, self.source, self.now)
         prompts = Prompts(self.model.tokenizer, self.chat, another, self.model.start, self.slots.capacity)
         return Served(
             name=self.name, engine=engine, params=self.params, prompts=prompts, ends=frozenset(self.model.ends),
-            door=Door(given.slots, given.queue), metrics=metrics, compiles=self.compiles, attested=self.digest,
+            door=Door(given.slots, given.queue), metrics=metrics, attested=self.digest,
             price=given.price,
         )  # fmt: skip
 

@@ -15,7 +15,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
-from stages.serve.engine import State
+from stages.serve.engine import Engine
 
 disable_created_metrics()  # when each series began; nobody asks
 
@@ -28,9 +28,7 @@ SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 5
 class Metrics:
     """Counts in a registry of its own, so that two servers in one process do not meet."""
 
-    def __init__(
-        self, model: str, state: Callable[[], State], compiles: Callable[[], int], ticked: Callable[[], float]
-    ) -> None:
+    def __init__(self, model: str, engine: Engine) -> None:
         self.registry = CollectorRegistry()
         self._model = model
         self.prompt_tokens = self._counter("vllm:prompt_tokens", "Tokens of prompts.")
@@ -48,14 +46,13 @@ class Metrics:
         for reason in ("stop", "length", "abort", "error"):
             self._success.labels(model, reason)
         self.responses = Counter("thrice_responses", "HTTP responses by status.", ["status"], registry=self.registry)
-        self._gauge("vllm:num_requests_running", "Requests that have a slot.", lambda: state().running)
-        self._gauge("vllm:num_requests_waiting", "Requests that wait for a slot.", lambda: state().waiting)
+        self._gauge("vllm:num_requests_running", "Requests that have a slot.", lambda: engine.state.running)
+        self._gauge("vllm:num_requests_waiting", "Requests that wait for a slot.", lambda: engine.state.waiting)
         for name in ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"):  # the second is what it was called before
-            self._gauge(name, "Share of all slots' positions that is filled, 1 is all.", lambda: state().filled)
-        self.registry.register(_Compiles(compiles))
-        self._gauge(
-            "thrice_seconds_since_engine_tick", "How long the engine has not gone round.", lambda: time.monotonic() - ticked()
-        )
+            self._gauge(name, "Share of all slots' positions that is filled, 1 is all.", lambda: engine.state.filled)
+        self.registry.register(_Compiles(engine))
+        since = lambda: time.monotonic() - engine.ticked
+        self._gauge("thrice_seconds_since_engine_tick", "How long the engine has not gone round.", since)
         ProcessCollector(registry=self.registry)
 
     def finished(self, reason: str) -> None:
@@ -79,10 +76,10 @@ class Metrics:
 class _Compiles(Collector):
     """Counted elsewhere, read when it is asked for."""
 
-    def __init__(self, count: Callable[[], int]) -> None:
-        self._count = count
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
     def collect(self) -> Iterator[CounterMetricFamily]:
         yield CounterMetricFamily(
-            "thrice_compiles_after_ready", "Programs compiled since the server was ready.", value=self._count()
+            "thrice_compiles_after_ready", "Programs compiled since the server was ready.", value=self._engine.compiled
         )

@@ -6,7 +6,6 @@ import time
 from typing import Any
 
 from engine.storage.digest import digest
-from stages.compiles import Compiles
 from stages.serve.admission import Door, draining
 from stages.serve.engine import Engine
 from stages.serve.errors import Refused
@@ -28,7 +27,6 @@ class Served:
     ends: frozenset[int]
     door: Door
     metrics: Metrics
-    compiles: Compiles
     attested: str
     price: float | None = None
     loaded_at: int = dataclasses.field(default_factory=lambda: int(time.time()))
@@ -73,7 +71,7 @@ class Served:
             status = "stuck"
         else:
             status = "draining" if self.door.draining else "ok"
-        return Health(status, *engine.state[:2], self.compiles.count if engine.ready else 0, round(since, 3))  # type: ignore[arg-type]
+        return Health(status, *engine.state[:2], engine.compiled, round(since, 3))  # type: ignore[arg-type]
 
     async def attest(self) -> Attestation:
         """Hashes all weights anew, in a thread; those who ask meanwhile share the answer."""

@@ -84,7 +84,6 @@ class TinyServer:
             self.served.engine.start(ready.set)
             await ready.wait()
             assert self.served.engine.failed is None, self.served.engine.failed
-            self.served.compiles.reset()
         self._started.set()
         await serving
 
