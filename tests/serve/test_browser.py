@@ -117,7 +117,7 @@ def test_an_error_keeps_what_had_come_and_can_be_tried_again(visit: Visit) -> No
     first, second = visit.asked()
     assert first == second
     visit.until(lambda: visit.text("#weights") == "✓ unchanged since start")
-    assert len(visit.texts("article.aside")) == 1
+    assert [who.endswith("set aside") for who in visit.texts(".who")] == [True, False]
 
 
 def test_a_refusal_is_told_in_the_servers_words(visit: Visit) -> None:
@@ -206,9 +206,15 @@ def test_it_fits_its_screen(visit: Visit, width: int) -> None:
     size = {"width": width, "height": 760, "deviceScaleFactor": 1, "mobile": width < 500}
     visit.chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     visit.ask("A" * 200)
+    visit.chrome.execute_script(
+        "const turn = turns.at(-1); turn.text = arguments[0]; show(turn)", f"```\n{'wide ' * 100}\n```\n\n- {'B' * 200}"
+    )
     seen = visit.chrome.execute_script(
         "return ['html', '#scroll', 'header'].map((css) => document.querySelector(css)).map((each) => each.scrollWidth)"
     )
-    assert max(seen) <= width
+    code = visit.chrome.execute_script(
+        "const {x, width} = document.querySelector('pre').getBoundingClientRect(); return x + width"
+    )
+    assert max(*seen, code) <= width
     assert visit.chrome.find_element("id", "open").is_displayed() == (width < 992)
     visit.chrome.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

@@ -35,6 +35,7 @@ function begin(role, text) {
 
 function setAside(turn) {
   turn.aside = true;
+  if (turn.text) turn.node.firstChild.append(' · set aside');
   turn.node.classList.add('aside');
 }
 

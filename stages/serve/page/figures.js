@@ -65,8 +65,8 @@ async function attest() {
   const told = {changed: '✗ CHANGED since start', same: '✓ unchanged since start', unknown: 'could not be checked'};
   tell('weights', told[state]);
   if (!weights.changed) return;
-  loud(`The weights have changed: their digest was ${short(weights.first)} at the start and became ${short(weights.changed)}. `
-    + 'Answers may come from another model than the one this page began with.');
+  loud(`The weights have changed: ${short(weights.first)} at the start, then ${short(weights.changed)}. `
+    + 'Answers come from another model than at first.');
 }
 
 function loud(text) {
