@@ -99,7 +99,7 @@ def test_a_signal_lets_what_is_under_way_end(folder: Path, number: signal.Signal
         assert "weights   int8" in server.said
         assert re.search(r"compiling \.\.\. \d", server.said)
         whole: list[httpx.Response] = []
-        body = ask(most=100, ignore_eos=True, model="sea")
+        body = ask("Hello " * 20, 100, ignore_eos=True, model="sea", logprobs=2, presence_penalty=0.5) | {"temperature": 1}
         threads = [
             in_background(lambda more=more: whole.append(server.client.post("/v1/completions", json=body | more)))  # type: ignore[misc]
             for more in ({"stream": True}, {})
