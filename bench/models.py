@@ -45,15 +45,10 @@ def loaded(given: str) -> Measured:
 
     Raises UserError when there is none.
     """
-    from engine.storage import assets, checkpoint, gguf, huggingface
+    from engine.storage import checkpoint, gguf, huggingface
     from engine.text.tokenizer import Tokenizer, load_tokenizer
 
-    path = Path(given).expanduser()
-    if given in assets.ASSETS and not path.exists():
-        files = assets.fetch(given)
-        if "model" not in files:
-            raise UserError(f"{given} is a text, not a model. Named model: smollm2-135m-instruct.")
-        path = files["model"]
+    path = _file(given)
     if path.suffix == ".gguf" and path.is_file():
         found = gguf.load_gguf(path, dtype="float32")
         return Measured(found.name, found.cfg, found.params, Tokenizer(found.tokenizer, found.tokenizer_config))
@@ -69,3 +64,24 @@ def loaded(given: str) -> Measured:
         f"There is no model at {given}: --model takes a run folder, a step in it, a Hugging Face folder, a .gguf file or "
         f"smollm2-135m-instruct; a shape with drawn weights is --preset.{nearest(given, known)}"
     )
+
+
+def gguf_file(given: str) -> Path:
+    """The .gguf file that `--model` names. Raises UserError when it names none."""
+    path = _file(given)
+    if path.suffix != ".gguf" or not path.is_file():
+        raise UserError(f"There is no .gguf file at {given}; give one, or smollm2-135m-instruct.")
+    return path
+
+
+def _file(given: str) -> Path:
+    """A path as it was given, or that of a named model's file, fetched first."""
+    from engine.storage import assets
+
+    path = Path(given).expanduser()
+    if given not in assets.ASSETS or path.exists():
+        return path
+    files = assets.fetch(given)
+    if "model" not in files:
+        raise UserError(f"{given} is a text, not a model. Named model: smollm2-135m-instruct.")
+    return files["model"]

@@ -86,16 +86,19 @@ class Peer:
 
 
 @contextlib.contextmanager
-def started(python: Path | None, script: str, absent: list[dict[str, str]]) -> Iterator[Peer | None]:
+def started(
+    python: Path | None, script: str, absent: list[dict[str, str]], needs: str = "torch", elsewhere: str = ELSEWHERE
+) -> Iterator[Peer | None]:
     """The peer of a script in `python` (None: this one), or None, with an entry in `absent`, when its library is not there.
 
-    Raises UserError when a Python that was named cannot be run or has no torch.
+    `elsewhere` makes an environment that has it. Raises UserError when a Python that was named cannot be run or has no
+    `needs`.
     """
     try:
         peer = Peer(python or Path(sys.executable), script)
     except OSError as error:
         raise UserError(
-            f"--peer-python {python} cannot be run ({error.strerror}); give the python of an environment that has torch."
+            f"--peer-python {python} cannot be run ({error.strerror}); give the python of an environment that has {needs}."
         ) from None
     try:
         hello = peer.read()
@@ -104,8 +107,8 @@ def started(python: Path | None, script: str, absent: list[dict[str, str]]) -> I
         raise UserError(f"{python or sys.executable} does not answer as a Python would: {error}") from None
     try:
         if missing := hello.get("missing"):
-            if missing == "torch" and python:
-                raise UserError(f"--peer-python {python} has no torch ({hello['why']}); make one that has: {ELSEWHERE}")
+            if missing == needs and python:
+                raise UserError(f"--peer-python {python} has no {needs} ({hello['why']}); make one that has: {elsewhere}")
             note_absent(absent, missing, hello["why"], f"{python} -m pip install {missing}" if python else INSTALL)
             yield None
         else:

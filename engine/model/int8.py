@@ -25,6 +25,7 @@ from engine.model.paths import first_match, leaf_paths, map_paths
 Activations = Literal["int8", "int16", "full"]
 FINE = 254  # steps of x's second digit in one of the first
 FEW = 16  # rows, up to which a product takes as long as reading the weight
+MANY = 8192  # columns, beyond which turning the result back costs more than packing the weight: a head
 LARGEST = 127  # -128 is not used, so that a weight and its negative are rounded alike
 
 

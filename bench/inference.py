@@ -1,0 +1,215 @@
+"""Serving from a CPU beside llama.cpp, in one run: reading a prompt, and saying tokens to 1, 8 and 32 at a time.
+
+    python -m bench.inference                                      with the peer of this Python (the extra `peers`)
+    python -m bench.inference --peer-python peers/bin/python       a peer that lives in an environment of its own
+    python -m bench.inference --quick                              fewer tokens and rounds, about a minute
+
+Both read the same GGUF file and the same prompts with all cores, in turns, greedily; ours through `Slots` as the server
+runs it, with int8 weights. Ratios are tokens a second over the peer's, above 1 where Thrice is faster, as the median of
+the ratios within each round. `decode_1_guesses` is the lone stream with its guesses on, which needs text that repeats
+itself; the other rows do without. The last line is JSON.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import cli
+from bench.peer import Peer, PeerError, started
+from bench.timing import Timing
+from engine.errors import UserError
+
+# Name, streams, tokens of each prompt, whether a lone stream guesses, and how many times the peer's speed it must reach.
+ROWS: tuple[tuple[str, int, int, bool, float | None], ...] = (
+    ("prefill_512", 1, 512, False, 2.0),
+    ("decode_1", 1, 64, False, 0.6),
+    ("decode_1_guesses", 1, 64, True, None),
+    ("decode_8", 8, 64, False, 1.3),
+    ("decode_32", 32, 64, False, 2.0),
+)
+FEWEST_ROUNDS = 3
+ELSEWHERE = "python3 -m venv peers && peers/bin/pip install llama-cpp-python"
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """What is measured."""
+
+    model: str = "smollm2-135m-instruct"
+    """A .gguf file, or that named model."""
+    peer_python: Path | None = None
+    """The Python that has llama-cpp-python, when it is not this one."""
+    new: int = 97
+    """Tokens to say in the decode rows; the first one counts as read, not as said."""
+    rounds: int = 5
+    """Interleaved rounds, at least 3."""
+    price: float = 0.10
+    """Dollars an hour of this machine; the default is about what two shared cores are let for."""
+    keys_values: str = "bfloat16"
+    """What keys and values are kept as: bfloat16, float32 or int8."""
+    quick: bool = False
+    """33 tokens and 3 rounds, unless another value is given."""
+
+
+Run = Callable[[], tuple[float, float, list[list[int]]]]  # seconds of reading, of saying, and the tokens of each stream
+
+
+def measured(flags: Flags) -> dict[str, Any]:
+    """All rows, printed as they come, as one JSON document."""
+    if flags.quick:
+        flags = dataclasses.replace(
+            flags, new=33 if flags.new == Flags.new else flags.new, rounds=3 if flags.rounds == Flags.rounds else flags.rounds
+        )
+    if flags.rounds < FEWEST_ROUNDS or flags.new < 2:
+        raise UserError(f"--rounds must be at least {FEWEST_ROUNDS} and --new at least 2, not {flags.rounds} and {flags.new}.")
+    if flags.keys_values not in ("bfloat16", "float32", "int8"):
+        raise UserError(f"--keys-values is bfloat16, float32 or int8, not {flags.keys_values!r}.")
+    cli.start_jax()
+    from bench.models import gguf_file
+    from engine.counting.hardware import cores, device_name
+    from engine.inference.decode import for_inference
+    from engine.inference.quantize import quantize
+    from engine.storage.gguf import load_gguf
+
+    file = gguf_file(flags.model)
+    model = load_gguf(file)
+    weights = for_inference(model.cfg, quantize(model.params))
+    prompts = _prompts(model)
+    print(f"{device_name()}, {cores()} cores, {model.name}, int8 weights, {flags.keys_values} keys and values", flush=True)
+    absent: list[dict[str, str]] = []
+    rows = []
+    with started(flags.peer_python, "peer_llama.py", absent, "llama_cpp", ELSEWHERE) as peer:
+        for name, streams, length, guesses, must in ROWS:
+            _tell(f"compiling {name}")
+            given = [prompt[:length] for prompt in prompts[:streams]]
+            new = 2 if name.startswith("prefill") else flags.new
+            ours = _ours(model.cfg, weights, given, new, guesses, flags.keys_values)
+            theirs = _theirs(peer, file, given, new) if peer else None
+            rows.append(_row(name, streams, ours, theirs, flags, must))
+            _show(rows[-1], must)
+    return {
+        "device": device_name(), "cores": cores(), "model": model.name, "weights": "int8", "keys_values": flags.keys_values,
+        "rounds": flags.rounds, "price_per_hour": flags.price, "rows": rows, "absent": absent,
+    }  # fmt: skip
+
+
+def _prompts(model: Any) -> list[list[int]]:
+    """32 passages of 512 tokens, each from another place of the held-out plays."""
+    from engine.storage.assets import fetch
+    from engine.text.tokenizer import Tokenizer
+
+    text = fetch("shakespeare")["validation"].read_text(encoding="utf-8")
+    tokenizer = Tokenizer(model.tokenizer, model.tokenizer_config)
+    step = len(text) // 32
+    return [tokenizer.encode(text[place * step : place * step + 4 * 1024]).tolist()[:512] for place in range(32)]
+
+
+def _ours(cfg: Any, weights: Any, prompts: list[list[int]], new: int, guesses: bool, kind: Any) -> Run:
+    """A run of `Slots` with a slot for each stream, at least as many as a lone one has a use for."""
+    from engine.counting.hardware import clock
+    from engine.inference.request import Request
+    from engine.inference.slots import GROUP, MIN_SLOTS, Slots
+
+    least = GROUP if guesses else MIN_SLOTS
+    slots = Slots(cfg, weights, slots=max(len(prompts), least), capacity=1024, kind=kind, guesses=guesses)
+    slots.warm()
+
+    def run() -> tuple[float, float, list[list[int]]]:
+        ids = [slots.submit(Request(tuple(prompt), max_tokens=new, temperature=0.0)) for prompt in prompts]
+        said: dict[int, list[int]] = {id: [] for id in ids}
+        begin = clock()
+        while not all(said.values()):
+            for event in slots.step():
+                said[event.id] += event.tokens
+        read = clock()
+        early = sum(map(len, said.values()))
+        while slots.busy:
+            for event in slots.step():
+                said[event.id] += event.tokens
+        # Who was read first has said more than one token by then: what is left is what the time was for.
+        late = sum(map(len, said.values())) - early
+        share = (new - 1) * len(prompts) / late
+        return read - begin, (clock() - read) * share, list(said.values())
+
+    run()
+    return run
+
+
+def _theirs(peer: Peer, file: Path, prompts: list[list[int]], new: int) -> Run:
+    from engine.counting.hardware import cores
+
+    try:
+        peer.ask(make="llama", spec={"file": str(file), "threads": cores(), "prompts": prompts, "new": new})
+    except PeerError as error:
+        raise UserError(f"llama.cpp: {error}") from None
+
+    def run() -> tuple[float, float, list[list[int]]]:
+        found = peer.ask(run="llama")
+        return found["read_seconds"], found["say_seconds"], found["tokens"]
+
+    run()
+    return run
+
+
+def _row(name: str, streams: int, ours: Run, theirs: Run | None, flags: Flags, must: float | None) -> dict[str, Any]:
+    """Both in turns; what counts of a prefill row is the reading, of a decode row the saying."""
+    from bench.timing import TooNoisyError, ratio
+
+    prefill = name.startswith("prefill")
+    seconds: dict[str, list[float]] = {"ours": [], "peer": []}
+    tokens: dict[str, list[list[int]]] = {}
+    runs = {"ours": ours} | ({"peer": theirs} if theirs else {})
+    for turn in range(flags.rounds):
+        for who in list(runs)[:: -1 if turn % 2 else 1]:
+            read, say, tokens[who] = runs[who]()
+            seconds[who].append(read if prefill else say)
+        _tell(f"{name}: round {turn + 1} of {flags.rounds}")
+    count = 512 if prefill else (flags.new - 1) * streams
+    mine = Timing("ours", tuple(seconds["ours"]))
+    rate = count / mine.median
+    row: dict[str, Any] = {
+        "name": name, "streams": streams, "tokens_per_second": rate, "peer_tokens_per_second": None, "ratio": None,
+        "spread": None, "must": must, "usd_per_million_tokens": flags.price / 3600 / rate * 1e6,
+    }  # fmt: skip
+    if not theirs:
+        return row
+    peer = Timing("peer", tuple(seconds["peer"]))
+    row["peer_tokens_per_second"] = count / peer.median
+    row["same_tokens"] = _same(tokens["ours"], tokens["peer"])
+    try:
+        found = ratio(peer, mine)
+    except TooNoisyError as error:
+        return row | {"noisy": str(error)}
+    return row | {"ratio": found.value, "spread": found.spread}
+
+
+def _same(ours: list[list[int]], theirs: list[list[int]]) -> float:
+    """Share of tokens up to each stream's first difference: our int8 and their four bits part ways at a near-tie."""
+    pairs = list(zip(ours, theirs))
+    agree = [next((n for n, (a, b) in enumerate(zip(*pair)) if a != b), len(pair[0])) for pair in pairs]
+    return sum(agree) / sum(len(one) for one, _ in pairs)
+
+
+def _show(row: dict[str, Any], must: float | None) -> None:
+    said = f"{row['name']:<17} {row['tokens_per_second']:7.0f} tokens/s, ${row['usd_per_million_tokens']:.3f} a million"
+    if row["peer_tokens_per_second"]:
+        ratio = f"{row['ratio']:.2f} ± {row['spread']:.2f} times" if row["ratio"] else "ratio lost in noise"
+        said += f"; llama.cpp {row['peer_tokens_per_second']:6.0f}: {ratio}"
+    if must and row["ratio"]:
+        said += f" (at least {must:g}{'' if row['ratio'] >= must else ': ** not met **'})"
+    print(said, flush=True)
+
+
+def _tell(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Measures, prints the rows and, last, one line of JSON."""
+    return cli.run("bench.inference", __doc__, Flags, measured, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""The peer in inference on a CPU: llama.cpp, through `llama-cpp-python`, on the same GGUF file.
+
+`bench.inference` starts this file in whichever interpreter has it; it imports nothing of the engine. One context decodes
+all rows together, each row a sequence of its own; the most probable token is taken, as ours is.
+"""
+
+import ctypes
+import time
+from typing import Any
+
+from peer_loop import Run, serve
+
+UBATCH = 512  # tokens a call, its own default
+
+
+def make(spec: dict[str, Any]) -> Run:
+    """Reads each row's prompt, then says `new` tokens of each. `spec`: file, threads, prompts (lists of ids), new.
+
+    What a run returns: seconds of reading and of saying apart, and the tokens of each row.
+    """
+    import llama_cpp as llama
+
+    prompts, new = spec["prompts"], spec["new"]
+    rows, length = len(prompts), len(prompts[0])
+    quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+    llama.llama_log_set(quiet, None)
+    llama.llama_backend_init()
+    settings = llama.llama_model_default_params()
+    settings.n_gpu_layers = 0
+    model = llama.llama_model_load_from_file(spec["file"].encode(), settings)
+    if not model:
+        raise ValueError(f"llama.cpp cannot read {spec['file']}")
+    asked = llama.llama_context_default_params()
+    asked.n_ctx, asked.n_seq_max = rows * (length + new + 8), rows
+    asked.n_batch, asked.n_ubatch = max(UBATCH, rows), UBATCH
+    asked.n_threads = asked.n_threads_batch = spec["threads"]
+    context = llama.llama_init_from_model(model, asked)
+    batch = llama.llama_batch_init(max(UBATCH, rows), 0, 1)
+    vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
+    memory = llama.llama_get_memory(context)
+
+    def feed(tokens: list[tuple[int, int, int, bool]]) -> None:
+        """Each (token, position, row, whether its logits are wanted)."""
+        batch.n_tokens = len(tokens)
+        for place, (token, position, row, wanted) in enumerate(tokens):
+            batch.token[place], batch.pos[place], batch.logits[place] = token, position, wanted
+            batch.n_seq_id[place] = 1
+            batch.seq_id[place][0] = row
+        if llama.llama_decode(context, batch):
+            raise ValueError("llama.cpp could not decode a batch")
+
+    def best(place: int) -> int:
+        import numpy as np
+
+        logits = llama.llama_get_logits_ith(context, place)
+        return int(np.ctypeslib.as_array(logits, shape=(vocabulary,)).argmax())
+
+    def run() -> dict[str, Any]:
+        llama.llama_memory_clear(memory, True)
+        begin = time.perf_counter()
+        last = []
+        for row, prompt in enumerate(prompts):
+            for start in range(0, length, UBATCH):
+                piece = prompt[start : start + UBATCH]
+                feed([(token, start + i, row, start + i == length - 1) for i, token in enumerate(piece)])
+            last.append(best(batch.n_tokens - 1))
+        read = time.perf_counter()
+        said = [[token] for token in last]
+        for step in range(new - 1):
+            feed([(said[row][-1], length + step, row, True) for row in range(rows)])
+            for row in range(rows):
+                said[row].append(best(row))
+        return {"read_seconds": read - begin, "say_seconds": time.perf_counter() - read, "tokens": said}
+
+    return run
+
+
+if __name__ == "__main__":
+    serve(["llama_cpp", "numpy"], make)
