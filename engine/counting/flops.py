@@ -188,8 +188,8 @@ class _Walk:
         if not self.folded(inputs, columns):
             return Part(forward=down + up, dx=up + (down if dx else 0), dw=down + up)
         fold = 2 * inputs * self.trained.rank * sum(adapted)
-        # x a is made on the way back, for db; dX goes through the folded weight, which is kept.
-        return Part(forward=fold, dx=up, dw=2 * down + up)
+        # On the way back x a is made, for db, and the weight that dX goes through is folded again.
+        return Part(forward=fold, recompute=fold if dx else 0, dx=up, dw=2 * down + up)
 
     def folded(self, inputs: int, columns: int) -> bool:
         return self.folds and self.rows * (inputs + columns) > inputs * columns
@@ -215,10 +215,9 @@ class _Walk:
         if self.remat != "block" or not self.live:
             return
         unread = {"down": 2 * self.rows * cfg.ff * cfg.width}
-        folded = self.folded(cfg.ff, cfg.width)
-        through = self.tally["down"].dx > before["down"].dx  # dX reads the folded weight
-        if self.adapted(prefix + "down") and not (folded and through):
-            unread["lora"] = 2 * (cfg.ff if folded else self.rows) * self.trained.rank * cfg.width
+        if self.adapted(prefix + "down"):
+            rows = cfg.ff if self.folded(cfg.ff, cfg.width) else self.rows
+            unread["lora"] = 2 * rows * self.trained.rank * cfg.width
         for name, part in before.items():
             again = self.tally[name].forward - part.forward - unread.get(name, 0)
             self.tally[name] += Part(recompute=again)
