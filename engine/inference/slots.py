@@ -161,6 +161,8 @@ class Slots:
             self._admit(*self.waiting.popleft())
         if self._reading:
             self._read(self._next_to_read())
+            if not self._drawing:  # else chunk upon chunk would be begun at once, and who comes now would wait for all
+                jax.block_until_ready(self._spans)
         return self._draw() if self._drawing else []
 
     def warm(self, report: Callable[[int, int], None] | None = None) -> None:

@@ -265,6 +265,18 @@ def test_a_long_prompt_keeps_nobody_waiting():
         assert not heard.tokens[long[-1]]
 
 
+def test_a_chunk_is_read_before_the_next_is_begun(monkeypatch):
+    """JAX hands a program over and goes on: a prompt's chunks, all begun at once, would hold up whoever comes meanwhile."""
+    slots, waited = made("float32"), []
+    really = jax.block_until_ready
+    monkeypatch.setattr(jax, "block_until_ready", lambda tree: waited.append(tree) or really(tree))
+    slots.submit(Request(text(1, 3 * CHUNK), 4, temperature=0.0))
+    for chunk in range(2):
+        slots.step()
+        assert len(waited) == chunk + 1
+        assert waited[-1] is slots._spans
+
+
 def test_short_prompts_do_not_keep_a_long_one_waiting_for_ever():
     heard = Heard(made("float32"))
     long = heard.submit(Request(text(1, 3 * CHUNK + 1), 3, temperature=0.0))
