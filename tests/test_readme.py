@@ -15,6 +15,13 @@ SHORT = {
     "stages.train": ["--max-time", "1s", "--context", "64", "--batch", "4", "--tokenizer", "bpe:300"],
     "bench.training": ["--shapes", "1x64x64x2", "--rounds", "1"],
     "bench.commands": ["--max-time", "1s"],
+    "bench": ["--quick", "--preset", "demo", "--batch", "2", "--context", "64"],
+    # What these do is tested in tests/serve and tests/bench; here that they are there and explain themselves.
+    "stages.serve": ["--help"],
+    "bench.serving": ["--help"],
+    "bench.inference": ["--help"],
+    "bench.quantisation": ["--help"],
+    "bench.peers": ["--help"],
     "stages.finetune": ["--steps", "2", "--context", "64", "--general", "none"],
     "stages.reinforce": ["--rounds", "1", "--max-tokens", "8"],
     "stages.chat": ["--max-tokens", "8"],
