@@ -19,6 +19,8 @@ from engine.inference.sample import make_sampling
 from engine.inference.score import score
 from engine.model.cache import KVCache, make_cache
 from engine.model.config import ModelConfig
+from engine.model.int8 import Int8
+from engine.model.paths import leaf_paths
 from engine.text.batch import Batch
 
 
@@ -87,13 +89,19 @@ def decode_row(
     one = xla_cost(program)
     return Row(
         name, "decode", run, lambda: params, tokens=requests * STEPS,
-        formula=decode_program(cfg, rows, capacity) * STEPS,
+        formula=decode_program(cfg, rows, capacity, two_digits=two_digits(params)) * STEPS,
         peak_bytes=xla_memory(program).peak, memory=_memory(inference_memory(cfg, rows, capacity, weights=weights)),
         moved=decode_bytes(cfg, rows, capacity, weights=weights).total * STEPS,
         walker=count(lambda params, token, cache: decode_steps(cfg, params, token, cache, sampling), params, token, cache),
         xla=_times(one, STEPS), slots=requests, series=series, dtype=weights or cfg.dtype,
         products=products_alone(cfg, params, rows),
     )  # fmt: skip
+
+
+def two_digits(params: Any) -> set[str]:
+    """Names of the matrices whose input is multiplied in two digits."""
+    leaves = leaf_paths(params).items()
+    return {path.rpartition("/")[2] for path, leaf in leaves if isinstance(leaf, Int8) and leaf.activations == "int16"}
 
 
 def uncached(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Any:

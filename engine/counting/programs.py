@@ -6,6 +6,8 @@ causal attention in blocks; anywhere it folds LoRA into the base for many rows, 
 `cpu` says which program is meant; by default, the one for the backend that JAX computes on.
 """
 
+from collections.abc import Collection
+
 from engine.counting.flops import Flops, Remat, decode_flops, forward_flops, pass_flops, prefill_flops
 from engine.counting.trained import Trained
 from engine.model.backend import on_cpu
@@ -59,14 +61,18 @@ def prefill_program(cfg: ModelConfig, slots: int, tokens: int, capacity: int) ->
     return Flops(parts | {"head": parts["head"] * (2 if slots == 1 else 1)}) * slots
 
 
-def decode_program(cfg: ModelConfig, slots: int, capacity: int, *, cpu: bool | None = None) -> Flops:
+def decode_program(
+    cfg: ModelConfig, slots: int, capacity: int, *, two_digits: Collection[str] = (), cpu: bool | None = None
+) -> Flops:
     """One token for each of `slots`, against a cache of `capacity` places.
 
-    A lone slot's products with weights are made twice. On a CPU so is all attention in which each key head has but one
-    query head, whatever the slots: there each row has a matrix of its own.
+    A lone slot's products with weights are made twice. So are those of `two_digits` (names of matrices, such as "down"),
+    whose input is multiplied digit by digit (`model/int8.py`), and on a CPU all attention in which each key head has but
+    one query head, whatever the slots: there each row has a matrix of its own.
     """
     cpu = on_cpu() if cpu is None else cpu
     parts = decode_flops(cfg, capacity).parts
     queries = 2 if cpu and cfg.groups == 1 else 1
     rows = 2 if slots == 1 else 1
-    return Flops({name: part * (queries if name == "attention" else rows) for name, part in parts.items()}) * slots
+    made = lambda name: queries if name == "attention" else rows * (2 if name in two_digits else 1)
+    return Flops({name: part * made(name) for name, part in parts.items()}) * slots

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 from tiny import lively_params, tiny_config
 
+from bench.inference_rows import two_digits
 from bench.products import products
 from engine.counting.programs import decode_program
 from engine.counting.walk import count
@@ -16,8 +17,8 @@ from engine.inference.quantize import quantize
 def test_they_are_the_step_without_attention(changes):
     cfg = tiny_config(**changes)
     params, x = lively_params(cfg), jnp.ones((3, 1, cfg.width))
-    parts = decode_program(cfg, 3, 16).parts
-    expected = STEPS * sum(part.forward for name, part in parts.items() if name != "attention")
     for weights in (params, quantize(params)):
+        parts = decode_program(cfg, 3, 16, two_digits=two_digits(weights)).parts
+        expected = STEPS * sum(part.forward for name, part in parts.items() if name != "attention")
         assert count(lambda params, x: products(cfg, params, x), weights, x).matmul == expected
     assert jnp.isfinite(jax.block_until_ready(products(cfg, params, x))).all()
