@@ -70,16 +70,17 @@ def _product() -> Callable[[], Any]:
 class _Step:
     """One way to train: a call of its step, bytes as predicted and as XLA lays them out."""
 
-    def __init__(self, cfg: Any, frozen: Any, adapters: Any, batch: Any, parts: int, predicted: int) -> None:
+    def __init__(self, cfg: Any, frozen: Any, adapters: Any, batch: Any, parts: int, narrow: bool, predicted: int) -> None:
         import jax
         import jax.numpy as jnp
 
         from engine.training.optimizer import OptimizerConfig, make_optimizer
-        from engine.training.step import init_state, train_step
+        from engine.training.step import NARROW, init_state, train_step
 
         tx = make_optimizer(OptimizerConfig(learning_rate=LEARNING_RATE, weight_decay=0.0))
         self.state = init_state(tx, jax.tree.map(jnp.copy, adapters))
-        self.program = train_step.lower(cfg, tx, self.state, frozen, batch, jnp.float32(0), microbatches=parts).compile()
+        self.program: Any = train_step.lower(cfg, tx, self.state, frozen, batch, jnp.float32(0), microbatches=parts)
+        self.program = self.program.compile(NARROW if narrow else None)
         laid = self.program.memory_analysis()
         assert laid is not None
         self.held = laid.temp_size_in_bytes + laid.argument_size_in_bytes + laid.output_size_in_bytes
@@ -118,7 +119,7 @@ def _steps(cfg: Any, params: Any, tokens: int, batch: int, rank: int) -> dict[st
             cfg, rows, tokens, trained=lora(cfg, rank), base=kind, microbatches=parts,
             loss_chunks=loss_chunks(cfg, rows * tokens, head_rests=True),
         ).total  # fmt: skip
-        return _Step(cfg, base, adapters, given, parts, predicted)
+        return _Step(cfg, base, adapters, given, parts, kind == "int8", predicted)
 
     return {
         cfg.dtype: step(wide, "float", 1),

@@ -29,7 +29,7 @@ class Flags:
     """A model to adapt in place of a shape: a run folder, a Hugging Face folder, a .gguf file, or a named model."""
     tokens: int = 256
     """Of a row, with --model."""
-    batch: int = 4
+    batch: int = 2
     """Rows a step, with --model."""
     rank: int = 8
     """Of each LoRA pair."""

@@ -11,6 +11,7 @@ import sys
 
 # <malloc.h>
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_ALIGNED = 64  # bytes, as XLA asks for its buffers
 
 
 def keep_freed_memory() -> bool:
@@ -24,6 +25,36 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return all([mallopt(_M_ARENA_MAX, 1), mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, -1)])
+
+
+class _Mallinfo2(ctypes.Structure):
+    """What glibc says of its heap; `arena` is how large it is."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    )
+
+
+def has_room(size: int) -> bool:
+    """Whether a buffer of so many bytes fits into what was freed, by trying; True where it is not glibc.
+
+    A buffer that was freed below something else is no room for its like, for glibc wants a few bytes more than it had:
+    the next one then lies beside it, and both are held.
+    """
+    libc = ctypes.CDLL(None)
+    ask = getattr(libc, "mallinfo2", None) if sys.platform.startswith("linux") else None
+    if ask is None:
+        return True
+    ask.restype = _Mallinfo2
+    libc.free.argtypes = [ctypes.c_void_p]
+    place = ctypes.c_void_p()
+    before = ask().arena
+    if libc.posix_memalign(ctypes.byref(place), ctypes.c_size_t(_ALIGNED), ctypes.c_size_t(size)):
+        return False
+    grown = ask().arena > before
+    libc.free(place)
+    return not grown
 
 
 def return_freed_memory() -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from stages.load import Model
 
 HELD_OUT = 0.1
-ROWS = 4  # that an evaluation scores together
+ROWS = 2  # that an evaluation scores together
 MOST = 64  # held-out examples of a look while it learns
 
 

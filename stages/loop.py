@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from engine.allocator import return_freed_memory
+from engine.allocator import has_room, return_freed_memory
 from engine.counting.hardware import peak_rss_bytes
 from engine.errors import UserError
 from engine.storage import checkpoint
@@ -25,9 +25,6 @@ from stages.run_folder import MetricsLog
 
 REFUSED_IN_A_ROW = 10
 RECENT = 20  # steps over which speed is averaged
-# Steps after which freed memory is given back: until the threads have what they keep, a step's buffer may lie below that,
-# and the next step's would be a second one.
-SETTLING = 3
 EVALUATING = 0.04  # of the time at most, unless --eval-every says otherwise
 
 
@@ -82,7 +79,7 @@ class Job:
     started: float  # the clock when the process began
     facts: dict[str, Any]  # what goes into state.json beside Past
     kept: Callable[[Any], Any] = lambda trainable: trainable  # what a checkpoint holds of what learns
-    frugal: bool = False  # gives memory back between steps where it would be held twice; the next step maps it anew
+    buffer: int = 0  # bytes a step takes while it runs, where they must not be held twice; 0 where that does not matter
 
 
 class Due:
@@ -132,15 +129,15 @@ class Loop:
                 while plan.done(past.step, past.seconds) < 1 and not watch.received:
                     progress = np.float32(plan.done(past.step, past.seconds))
                     # While a step runs its buffer is the last thing in memory: what is made then lies behind it, and stays.
-                    following = self.job.batches.at(past.step + 1) if self.job.frugal else None
+                    following = self.job.batches.at(past.step + 1) if self.job.buffer else None
                     state, metrics = step_program(state, {}, batch, progress)
                     batch = following or self.job.batches.at(past.step + 1)
                     # Waited for before the next is dispatched: two steps in flight would take twice the memory.
                     metrics = jax.device_get(metrics)
                     end = time.perf_counter()
                     self._count(metrics, end - begin)
-                    if self.job.frugal and past.step - self.begun <= SETTLING:
-                        return_freed_memory()
+                    if self.job.buffer and not has_room(self.job.buffer):
+                        return_freed_memory()  # or the next step's buffer would lie beside this one's
                     begin = end
                     losses.append(self.loss)
                     self.console.live(self.fields)
@@ -168,10 +165,10 @@ class Loop:
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
         """Other work between two steps: where memory matters, not beside a step's freed buffer, nor left in its place."""
-        if self.job.frugal:
+        if self.job.buffer:
             return_freed_memory()
         yield
-        if self.job.frugal:
+        if self.job.buffer:
             return_freed_memory()
 
     def save(self, state: TrainState) -> Path:

@@ -41,8 +41,11 @@ def look(run: "Tuned", trainable: Any) -> Look:
     held_out = run.held_out()
     with run.console.task("measuring what it knows", always=True):
         value = held_out.measure(cfg, trainable)
+        return_freed_memory()
         params = merge(trainable, learner.frozen)
-        return Look(value, _general(run, params), _answer(run, params))
+        general = _general(run, params)
+        return_freed_memory()
+        return Look(value, general, _answer(run, params))
 
 
 def _general(run: "Tuned", params: Any) -> float | None:

@@ -153,9 +153,11 @@ class Tuned:
         resume.begin(self.folder, self.plan.cfg, self.model.tokenizer, self.facts(), fresh=before is None)
         kept.keep_words(self.folder, self.model, self.chat)
         was = tuned.look(self, self.learner.trainable)
-        loop = Loop(self.job(), past, self.console)
-        if self.plan.done(past.step, past.seconds) < 1:
-            state, signal = loop.run(self.compile(state), state)
+        program, buffer = self.compile(state) if self.plan.done(past.step, past.seconds) < 1 else (None, 0)
+        loop = Loop(self.job(buffer), past, self.console)
+        if program:
+            state, signal = loop.run(program, state)
+            program = None  # its memory is needed for what is measured now
             self.console.close_live()
             if signal:
                 self.console.say(f"Stopped at step {past.step:,}; saved in {self.folder}.\nTo go on: {self.same_command()}")
@@ -170,26 +172,28 @@ class Tuned:
         return dpo(self.given.tuning.beta) if self.sides == 2 else NEXT_TOKEN
 
     def compile(self, state: Any) -> Any:
-        """The step's program; the frozen tree is its own, whatever the loop hands in."""
+        """The step's program, and the bytes it takes while it runs; the frozen tree is its own, whatever it is handed."""
         import jax
         import numpy as np
 
         from engine.allocator import return_freed_memory
         from engine.training.optimizer import make_optimizer
-        from engine.training.step import train_step
+        from engine.training.step import NARROW, train_step
 
         interrupt.doing(f"while compiling; what was saved is in {self.folder}. To begin again: {self.same_command()}")
         frozen = self.learner.frozen
         # Programs that measured are read from the cache when they are wanted again; until then their memory is the step's.
         jax.clear_caches()
+        return_freed_memory()
         with self.console.task("compiling", always=True):
             program = train_step.lower(
                 self.plan.cfg, make_optimizer(self.plan.recipe.optimizer), state, frozen, self.batches().at(0), np.float32(0),
                 microbatches=self.plan.recipe.accumulate, objective=self.objective(),
-            ).compile()  # fmt: skip
+            ).compile(NARROW if self.plan.base == "int8" else None)  # fmt: skip
         jax.clear_caches()
         return_freed_memory()
-        return lambda state, _, batch, progress: program(state, frozen, batch, progress)
+        laid = program.memory_analysis()
+        return lambda state, _, batch, progress: program(state, frozen, batch, progress), laid.temp_size_in_bytes if laid else 0
 
     def batches(self) -> Any:
         """What is learnt, step by step; made once, for a preference needs what the model said before."""
@@ -224,7 +228,7 @@ class Tuned:
         batches = list(self._preferred(chosen, min(lessons.ROWS, len(chosen))).once())
         return lessons.HeldOut(batches, self.learner.frozen, objective, "preference loss")
 
-    def job(self) -> Any:
+    def job(self, buffer: int) -> Any:
         from stages import lessons, loop, plan
 
         given = self.given.folder
@@ -232,7 +236,7 @@ class Tuned:
             plan=self.plan, folder=self.folder, batches=self.batches(), quick=self.held_out(lessons.MOST),
             often=loop.Often(given.eval_every or self._fifth(), given.save_every, 1, given.keep),
             ceiling=plan.ceiling(self.plan.cfg, self.ceilings), started=process.started(),
-            facts={"seed": self.given.seed, "base": self.base}, kept=self.learner.kept, frugal=True,
+            facts={"seed": self.given.seed, "base": self.base}, kept=self.learner.kept, buffer=buffer,
         )  # fmt: skip
 
     def _fifth(self) -> int | float:

@@ -15,7 +15,7 @@ from engine.text.batch import Batch
 
 LOGITS_LIMIT = 512 * 2**20  # bytes of float32 logits beyond which they are made chunk by chunk
 CHUNK = 4096  # columns of the vocabulary a chunk
-ROWS_LIMIT = 64 * 2**20  # bytes of float32 logits that a frozen head makes at once
+ROWS_LIMIT = 32 * 2**20  # bytes of float32 logits that a frozen head makes at once
 
 
 def token_losses(logits: Array, targets: Array) -> Array:

@@ -39,6 +39,10 @@ class Objective:
 NEXT_TOKEN = Objective(summed_loss, lambda batch: batch.mask.sum())
 
 
+# To `compile` a step over an int8 base with: XLA would else convert all of it once for all microbatches, and hold that.
+NARROW = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+
+
 class Metrics(NamedTuple):
     """Of one step, all () arrays: the loss (mean nats per target, for NEXT_TOKEN), how many it is the mean of, the
     gradient's norm before clipping, 1 if refused."""
