@@ -68,11 +68,13 @@ def measured(flags: Flags) -> dict[str, Any]:
         raise UserError(f"--keys-values is bfloat16, float32 or int8, not {flags.keys_values!r}.")
     cli.start_jax()
     from bench.models import gguf_file
+    from engine.allocator import prefer_huge_pages
     from engine.counting.hardware import cores, device_name
     from engine.inference.decode import for_inference
     from engine.inference.quantize import quantize
     from engine.storage.gguf import load_gguf
 
+    prefer_huge_pages()
     file = gguf_file(flags.model)
     model = load_gguf(file)
     weights = for_inference(model.cfg, quantize(model.params))

@@ -15,8 +15,10 @@ def make(spec: dict[str, Any]) -> Any:
     It answers with the tokens that were made, in the order of the prompts.
     """
     from bench.cli import start_jax
+    from engine.allocator import prefer_huge_pages
 
     start_jax()
+    prefer_huge_pages()
     from bench.models import loaded
     from engine.inference.decode import for_inference
     from engine.inference.quantize import quantize

@@ -11,6 +11,8 @@ import sys
 
 # <malloc.h>
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+SERVED = 4 * 2**30  # bytes: room for what serving a small model takes
+_HUGE, _MADV_HUGEPAGE = 2**21, 14  # bytes; <sys/mman.h>
 _ALIGNED = 64  # bytes, as XLA asks for its buffers
 
 
@@ -25,6 +27,26 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return all([mallopt(_M_ARENA_MAX, 1), mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, -1)])
+
+
+def prefer_huge_pages(size: int = SERVED) -> bool:
+    """Asks for pages of 2 MiB in the next `size` bytes of the heap, before anything lies there; False where that cannot be.
+
+    Decoding reads every weight for each token, and on the pages that memory usually comes in waits for their addresses
+    too: for a lone stream that was a quarter of its time. Call it after `keep_freed_memory`, before weights are loaded.
+    Nothing is taken: memory is mapped as it is first used.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None)
+    libc.malloc.argtypes, libc.malloc.restype, libc.free.argtypes = [ctypes.c_size_t], ctypes.c_void_p, [ctypes.c_void_p]
+    place = libc.malloc(size)
+    if not place:
+        return False
+    start, end = -(-place // _HUGE) * _HUGE, (place + size) // _HUGE * _HUGE
+    refused = libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(max(end - start, 0)), _MADV_HUGEPAGE)
+    libc.free(place)
+    return not refused
 
 
 class _Mallinfo2(ctypes.Structure):

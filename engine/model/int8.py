@@ -157,7 +157,7 @@ def _contract(x: Array, values: Array, summed: int, **options: Any) -> Array:
 def _whole_numbers(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
     fine = weight.activations == "int16"
     rows, row_scale = two_digits(x) if fine else rounded_rows(x)
-    if weight.summed == 1 and len(rows) <= FEW:
+    if weight.summed == 1 and len(rows) <= FEW and len(weight.values) <= MANY:
         # The weight on the left is read as it lies, on the right it would be packed first; XLA would swap them back.
         product = jax.lax.dot_general(weight.values, rows, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
         product = jax.lax.optimization_barrier(product).T

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from engine.allocator import prefer_huge_pages
 from engine.errors import UserError
 from engine.inference import decode
 from engine.inference.quantize import quantize
@@ -61,6 +62,7 @@ class Loaded:
 def load(given: "Serve", console: "Console") -> Loaded:
     """Reads and lays out what the flags name, and prints what it is. Raises UserError."""
     started = device.start(given.device)
+    prefer_huge_pages()
     compiles = Compiles()
     source = _template(given)
     with console.task(f"loading {given.model or 'the newest run'}") as report:
