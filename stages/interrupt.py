@@ -6,18 +6,16 @@ process if the main thread does not get round to it, and ends it at once on a se
 """
 
 import contextlib
-import math
 import os
 import select
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SHOW_CURSOR = "\x1b[?25h"
-PATIENCE = 1.0  # seconds for the main thread to leave by itself
+NUDGE, PATIENCE = 0.1, 1.0  # seconds for the main thread to hear of a signal, and then to leave by itself
 
 
 def _tell(sentence: str) -> None:
@@ -41,31 +39,44 @@ class Watch:
         self.guarded: str | None = None
         self.tell: Callable[[str], None] = _tell
         self.received: int | None = None
+        self.heard = False  # by the main thread
         self.sentence = ""
 
     def handle(self, number: int, _: object) -> None:
         self.received = self.received or number
-        if self.guarded is None:
+        again, self.heard = self.heard, True
+        if self.guarded is None and not again:  # a second signal is for the second thread, which ends the process
             raise Stopped(number)
 
     def listen(self, signals: int) -> None:
         """The second thread. Ends when a zero byte arrives."""
-        deadline: float | None = None
+        answered = echo = False
+        waits: list[float] = []  # before the main thread is nudged, and before the process is ended
         while True:
-            wait = None if deadline in (None, math.inf) else max(0.0, deadline - time.monotonic())
-            if not select.select([signals], [], [], wait)[0]:
-                self.end_now(self.sentence)
+            if not select.select([signals], [], [], waits[0] if waits else None)[0]:
+                waits.pop(0)
+                if not waits:
+                    self.end_now(self.sentence)
+                elif not self.heard:  # it was about to sleep in a library when the signal came, and sleeps through it
+                    echo = True
+                    signal.pthread_kill(threading.main_thread().ident or 0, self.received or signal.SIGINT)
+                continue
             number = os.read(signals, 1)[0]
             if number == 0:
                 return
             if number not in SIGNALS:
                 continue
-            if deadline is not None:
+            if echo:
+                echo = False
+                continue
+            if answered:
                 self.end_now("at once; what was saved before is untouched.")
+            answered = True
             self.received = self.received or number
-            deadline = math.inf if self.guarded else time.monotonic() + PATIENCE
             if self.guarded:
                 self.tell(self.guarded)
+            else:
+                waits = [NUDGE, PATIENCE]
 
     def end_now(self, sentence: str) -> None:
         _tell(f"{SHOW_CURSOR if os.isatty(2) else ''}Stopped {sentence}")

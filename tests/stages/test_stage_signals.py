@@ -121,3 +121,25 @@ def test_nobody_reading_saves_and_ends_quietly(started: list[subprocess.Popen], 
     assert process.returncode == 141
     assert complaint == ""
     assert checkpoint.verify(tmp_path / "run" / "checkpoints" / str(checkpoint.steps(tmp_path / "run")[-1])) == []
+
+
+def test_a_signal_that_the_main_thread_sleeps_through_reaches_it_all_the_same(started: list[subprocess.Popen]) -> None:
+    """As one does that comes after the last look at signals and before a library's wait begins."""
+    program = (
+        "import signal, sys, threading, time\n"
+        "from stages import interrupt\n"
+        "def elsewhere():\n"
+        "    time.sleep(0.3)\n"
+        "    signal.pthread_kill(threading.get_ident(), signal.SIGINT)\n"
+        "for _ in range(2):\n"
+        "    try:\n"
+        "        with interrupt.watched():\n"
+        "            threading.Thread(target=elsewhere).start()\n"
+        "            time.sleep(20)\n"
+        "    except interrupt.Stopped:\n"
+        "        print('heard')\n"
+    )
+    process = start(started, [sys.executable, "-c", program])
+    said, _ = process.communicate(timeout=15)
+    assert said == "heard\nheard\n"
+    assert process.returncode == 0
