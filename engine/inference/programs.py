@@ -21,7 +21,7 @@ from engine.model.spans import Kept, Rows, SpanCache, Spans, cleared, given, mir
 from engine.model.transformer import Params, forward, hidden_states
 
 AT_ONCE = 3  # programs on the way to be compiled: tracing holds Python's lock, what follows does not
-STEPS = 8  # tokens a dispatch at most
+STEPS = 4  # tokens a dispatch at most: who leaves waits for its end, and a slot is to be free within 250 ms
 IN_PROMPT = 1 << 20  # what a token of the prompt counts in `Tally.said`, above any count of the completion's
 
 

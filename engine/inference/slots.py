@@ -115,6 +115,7 @@ class Slots:
         self._drawing: list[_Stream] = []
         self._mirrors: list[int] = []  # slots that hold the lone stream's text once more
         self._count = self._turns = 0
+        self._has_read = False  # whether the last step read, so that the next one draws
 
     @property
     def busy(self) -> bool:
@@ -156,14 +157,18 @@ class Slots:
         return False
 
     def step(self) -> list[Event]:
-        """Lets who waits in, reads a chunk of a prompt, and draws a few tokens for everyone whose prompt is read."""
+        """Lets who waits in, and reads a chunk of a prompt or draws a few tokens for everyone whose prompt is read, in turns.
+
+        One of the two, and it has been done when this returns: who leaves in between waits for no more than that.
+        """
         while self.waiting and (self._free or self._mirrors):
             self._admit(*self.waiting.popleft())
-        if self._reading:
-            self._read(self._next_to_read())
-            if not self._drawing:  # else chunk upon chunk would be begun at once, and who comes now would wait for all
-                jax.block_until_ready(self._spans)
-        return self._draw() if self._drawing else []
+        self._has_read = bool(self._reading) and not (self._drawing and self._has_read)
+        if not self._has_read:
+            return self._draw() if self._drawing else []
+        self._read(self._next_to_read())
+        jax.block_until_ready(self._spans)
+        return []
 
     def warm(self, report: Callable[[int, int], None] | None = None) -> None:
         """Compiles every program, and runs each once on nobody's behalf. Nothing is compiled after it.
