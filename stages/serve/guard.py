@@ -11,6 +11,7 @@ import binascii
 import hashlib
 import hmac
 import re
+import secrets
 from collections.abc import Callable, Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -51,7 +52,11 @@ class Guard:
         async def outward(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self._count(message["status"])
-                message["headers"] = [*message.get("headers", ()), *ALWAYS]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    *ALWAYS,
+                    (b"x-request-id", b"req_" + secrets.token_hex(12).encode()),
+                ]
             await send(message)
 
         try:

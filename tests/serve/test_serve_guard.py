@@ -197,6 +197,7 @@ def test_every_reply_says_how_it_may_be_used(tiny_server: TinyServer) -> None:
     for path in ("/", "/nowhere", "/v1/models"):
         headers = httpx.get(tiny_server.url + path).headers
         assert headers["x-content-type-options"] == "nosniff"
+        assert headers["x-request-id"].startswith("req_")
         assert headers["x-frame-options"] == "DENY"
         assert headers["cross-origin-resource-policy"] == "same-origin"
         assert "server" not in headers
