@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from engine.errors import UserError, nearest
 from engine.model.config import PRESETS, ModelConfig
@@ -48,22 +48,59 @@ def loaded(given: str) -> Measured:
     from engine.storage import checkpoint, gguf, huggingface
     from engine.text.tokenizer import Tokenizer, load_tokenizer
 
+    path, kind = _found(given)
+    if kind == "run":
+        run = _run(path)
+        return Measured(run.name, _run_config(run), checkpoint.load_params(path).params, load_tokenizer(run / "tokenizer"))
+    found = (gguf.load_gguf if kind == "gguf" else huggingface.load_folder)(path, dtype="float32")
+    return Measured(found.name, found.cfg, found.params, Tokenizer(found.tokenizer, found.tokenizer_config))
+
+
+def config_of(given: str) -> ModelConfig:
+    """The architecture of the model `--model` names, before any of its weights is read; errors as `loaded`."""
+    from engine.storage import gguf, huggingface
+
+    path, kind = _found(given)
+    if kind == "run":
+        return _run_config(_run(path))
+    return gguf.read_config(path) if kind == "gguf" else huggingface.read_config(path)
+
+
+def _found(given: str) -> tuple[Path, Literal["gguf", "run", "folder"]]:
+    """Where the model lies that `--model` names, and in what form."""
     path = _file(given)
     if path.suffix == ".gguf" and path.is_file():
-        found = gguf.load_gguf(path, dtype="float32")
-        return Measured(found.name, found.cfg, found.params, Tokenizer(found.tokenizer, found.tokenizer_config))
-    run = path.absolute().parents[1] if path.absolute().parent.name == "checkpoints" else path
-    if (run / "checkpoints").is_dir() and path.is_dir():
-        cfg = ModelConfig.from_json(json.loads((run / "config.json").read_text(encoding="utf-8")))
-        return Measured(run.name, cfg, checkpoint.load_params(path).params, load_tokenizer(run / "tokenizer"))
+        return path, "gguf"
+    if path.is_dir() and (_run(path) / "checkpoints").is_dir():
+        return path, "run"
     if (path / "config.json").is_file():
-        found = huggingface.load_folder(path, dtype="float32")
-        return Measured(found.name, found.cfg, found.params, Tokenizer(found.tokenizer, found.tokenizer_config))
+        return path, "folder"
     known = [*PRESETS, "smollm2-135m-instruct"]
     raise UserError(
         f"There is no model at {given}: --model takes a run folder, a step in it, a Hugging Face folder, a .gguf file or "
         f"smollm2-135m-instruct; a shape with drawn weights is --preset.{nearest(given, known)}"
     )
+
+
+def _run(path: Path) -> Path:
+    """The run folder that a run's or a step's path means."""
+    return path.absolute().parents[1] if path.absolute().parent.name == "checkpoints" else path
+
+
+def _run_config(run: Path) -> ModelConfig:
+    """Raises UserError for a run whose config is missing or damaged, or that has learnt an adapter and no model."""
+    read = lambda name: json.loads((run / name).read_text(encoding="utf-8"))
+    try:
+        learns = read("run.json").get("learns", "") if (run / "run.json").exists() else ""
+        cfg = ModelConfig.from_json(read("config.json"))
+    except (OSError, ValueError, TypeError, AttributeError):
+        raise UserError(f"{run} is damaged: its config.json and run.json do not say what model it trained.") from None
+    if learns.startswith("rank="):
+        raise UserError(
+            f"{run} holds an adapter for another model. Fold it into that one first, python -m stages.export --model {run} "
+            "--out FOLDER, and give --model FOLDER."
+        )
+    return cfg
 
 
 def gguf_file(given: str) -> Path:

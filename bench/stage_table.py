@@ -35,11 +35,10 @@ def stage_table(asked: Asked) -> dict[str, Any]:
     begin = clock()
     _check(asked)
     from bench.cli import start_jax
-    from bench.models import drawn, loaded
+    from bench.models import config_of, drawn, loaded
     from engine.model.config import preset
 
-    if not asked.model:
-        _check_memory(preset(asked.preset), asked)
+    _check_memory(config_of(asked.model) if asked.model else preset(asked.preset), asked)
     start_jax()
     import jax
 
@@ -51,8 +50,6 @@ def stage_table(asked: Asked) -> dict[str, Any]:
     _say("measuring what this machine can do ...")
     ceilings = measure_ceilings()
     model = loaded(asked.model) if asked.model else drawn(asked.preset, preset(asked.preset))
-    if asked.model:
-        _check_memory(model.cfg, asked)
     built = list(_built(model, asked))
     rows = [row for row, _ in built]
     extra = {name: call for _, more in built for name, call in more.items()}

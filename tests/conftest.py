@@ -22,13 +22,18 @@ def pytest_configure(config: pytest.Config) -> None:
     back by whoever runs the tests, so they lie in the checkout and not in a folder that others may write.
     """
     os.environ.pop("UV", None)  # commands say `uv run` when started by it; the tests are to read the same either way
-    compiled = str(config.cache.mkdir("compiled")) if config.cache else tempfile.mkdtemp(prefix="thrice-compiled-")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", compiled)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        notes = getattr(config, "cache", None)  # there are none under `-p no:cacheprovider`
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(notes.mkdir("compiled")) if notes else _fresh("thrice-compiled-")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     if "THRICE_CACHE" not in os.environ:  # xdist's workers inherit the first process's
-        _made.append(tempfile.mkdtemp(prefix="thrice-tests-"))
-        os.environ["THRICE_CACHE"] = _made[0]
+        os.environ["THRICE_CACHE"] = _fresh("thrice-tests-")
+
+
+def _fresh(prefix: str) -> str:
+    _made.append(tempfile.mkdtemp(prefix=prefix))
+    return _made[-1]
 
 
 def pytest_unconfigure() -> None:

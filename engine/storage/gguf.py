@@ -8,6 +8,7 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from engine.errors import UserError
+from engine.model.config import ModelConfig
 from engine.storage.assemble import checked, leaves_of, read_params
 from engine.storage.gguf_config import ARCHITECTURES, FREQUENCIES, config_from
 from engine.storage.gguf_header import Header, read_header
@@ -41,10 +42,7 @@ def load_gguf(path: Path, *, dtype: str | None = None, report: Callable[[int, in
     for name, tensor in header.tensors.items():
         if tensor.kind.name not in READABLE:
             raise UserError(f"{path}: the tensor {shown(name)} is {tensor.kind.name}, which cannot be read here.")
-    factors = None
-    if FREQUENCIES in header.tensors:
-        factors = _factors(header)
-    cfg = config_from(header, factors)
+    cfg = _config(header)
     shapes = {name: tensor.shape for name, tensor in header.tensors.items() if name != FREQUENCIES}
     leaves = checked(leaves_of(cfg, NAMES), shapes, path)
     words = words_from(header, cfg.vocab)
@@ -67,6 +65,15 @@ def load_gguf(path: Path, *, dtype: str | None = None, report: Callable[[int, in
         params = read_params(leaves, rows, dtype or cfg.dtype, report)
     title = header.metadata.get("general.name")
     return LoadedModel(title if isinstance(title, str) else path.stem, cfg, params, **words)
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The architecture of the model in a GGUF file, from its header alone; raises UserError as `load_gguf` does."""
+    return _config(read_header(path))
+
+
+def _config(header: Header) -> ModelConfig:
+    return config_from(header, _factors(header) if FREQUENCIES in header.tensors else None)
 
 
 def _factors(header: Header) -> np.ndarray:

@@ -63,6 +63,11 @@ def load_folder(path: Path, *, dtype: str | None = None, report: Report = None) 
     return LoadedModel(path.resolve().name, cfg, params, **words)
 
 
+def read_config(path: Path) -> ModelConfig:
+    """The architecture of the model in a folder, from its config alone; raises UserError as `load_folder` does."""
+    return config_from(read_object(path / "config.json", SMALL), path / "config.json")
+
+
 def _check_same(head: safetensors.Stored, embed: safetensors.Stored, path: Path) -> None:
     """Some tied models carry their table twice; which of two different ones would be meant cannot be known."""
     same = head.shape == embed.shape and head.dtype == embed.dtype
