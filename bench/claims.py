@@ -159,11 +159,16 @@ def _independent(seen: Observed) -> dict[str, Any]:
 
 def _learns(seen: Observed) -> dict[str, Any]:
     same = seen.bits_before == seen.bits_after and seen.digest_before == seen.digest_after
+    before, after = (f"{float.fromhex(bits):.4f} ({bits})" for bits in (seen.bits_before, seen.bits_after))
+    value = (
+        f"{before} nats a token and the weights {seen.digest_before[:12]}, before and after, to the last bit."
+        if same
+        else f"{before} before and {after} after, the weights {seen.digest_before[:12]} and {seen.digest_after[:12]}."
+    )
     return _claim(
         "The model improves as you use it.",
         "false" if same else "true here, which is a defect",
-        f"after {spoken(seen.generated)} generated tokens the loss on a text is {seen.bits_after}, before {seen.bits_before}; "
-        f"the weights' digest is {seen.digest_after[:12]}, before {seen.digest_before[:12]}.",
+        f"{seen.generated:,} tokens were generated; the loss on a text is {value}",
         same=same,
     )
 

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from engine.errors import UserError, nearest
 from engine.model.config import PRESETS, ModelConfig
 
@@ -101,6 +103,17 @@ def _run_config(run: Path) -> ModelConfig:
             "--out FOLDER, and give --model FOLDER."
         )
     return cfg
+
+
+def tokens_for(model: Measured, rows: int, length: int) -> np.ndarray:
+    """tokens (rows, length) int32 to measure with: English, for a model that reads; drawn ones for drawn weights."""
+    if model.tokenizer is None:
+        return np.random.default_rng(0).integers(0, model.cfg.vocab, (rows, length), dtype=np.int32)
+    from pydoc_data.topics import topics  # chapters of Python's reference, on every machine
+
+    count = rows * length
+    read = model.tokenizer.encode("\n".join(topics.values())[: 16 * count])
+    return np.resize(read, (rows, length)).astype(np.int32)
 
 
 def gguf_file(given: str) -> Path:

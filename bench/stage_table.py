@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
-from engine.model.config import PRESETS, ModelConfig
 
 FEWEST, MOST = 3, 15  # rounds
 AFTERWARDS = 12.0  # seconds kept for digests, observations and the second look at the ceilings
@@ -35,10 +34,11 @@ def stage_table(asked: Asked) -> dict[str, Any]:
     begin = clock()
     _check(asked)
     from bench.cli import start_jax
+    from bench.foreseen import check_memory, takes_long
     from bench.models import config_of, drawn, loaded
     from engine.model.config import preset
 
-    _check_memory(config_of(asked.model) if asked.model else preset(asked.preset), asked)
+    check_memory(config_of(asked.model) if asked.model else preset(asked.preset), asked.batch, asked.context)
     start_jax()
     import jax
 
@@ -50,6 +50,9 @@ def stage_table(asked: Asked) -> dict[str, Any]:
     _say("measuring what this machine can do ...")
     ceilings = measure_ceilings()
     model = loaded(asked.model) if asked.model else drawn(asked.preset, preset(asked.preset))
+    long = takes_long(model.cfg, asked.batch, asked.context, asked.max_time - AFTERWARDS, FEWEST, ceilings)
+    if long:
+        _say(long)
     built = list(_built(model, asked))
     rows = [row for row, _ in built]
     extra = {name: call for _, more in built for name, call in more.items()}
@@ -68,7 +71,7 @@ def stage_table(asked: Asked) -> dict[str, Any]:
         jax.block_until_ready(call())
     warm = clock() - started
     left = asked.max_time - AFTERWARDS - (clock() - begin)
-    rounds = FEWEST if asked.quick else max(FEWEST + 2, min(MOST, int(left / warm)))
+    rounds = FEWEST if asked.quick else max(FEWEST, min(MOST, int(left / warm)))
     report = lambda done, total: _say(f"round {done} of {total}", same=True)
     timings = measure(runs, rounds=rounds, warmups=0, report=report)
     # From here on seconds are those of a token: rows differ in how many a call has.
@@ -121,6 +124,7 @@ def _built(model: Any, asked: Asked) -> Iterator[tuple[Any, dict[str, Any]]]:
 
     from bench.by_hand_rows import by_hand_rows
     from bench.inference_rows import decode_row, evaluation_row, prefill_row, uncached
+    from bench.models import tokens_for
     from bench.served_rows import served_rows
     from bench.training_rows import learners, training_row
     from engine.inference.decode import for_inference
@@ -129,7 +133,7 @@ def _built(model: Any, asked: Asked) -> Iterator[tuple[Any, dict[str, Any]]]:
 
     cfg, params = model.cfg, model.params
     B, T = asked.batch, asked.context
-    text = np.random.default_rng(0).integers(0, cfg.vocab, (B, T + 1), dtype=np.int32)
+    text = tokens_for(model, B, T + 1)
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
     batch = jax.tree.map(jnp.asarray, Batch(text[:, :-1], text[:, 1:], np.ones((B, T), bool), positions, None))
     frozen = for_inference(cfg, params)
@@ -233,43 +237,6 @@ def _check(asked: Asked) -> None:
             tempfile.TemporaryFile(dir=asked.out).close()
         except OSError as error:
             raise UserError(f"--out {asked.out} cannot be written: {error.strerror}. Choose another folder.") from None
-
-
-def _check_memory(cfg: ModelConfig, asked: Asked) -> ModelConfig:
-    """The config, if the table fits into this machine's memory. Raises UserError naming what would."""
-    from engine.counting.hardware import memory_limit_bytes
-
-    limit = memory_limit_bytes()
-    needed = table_bytes(cfg, asked.batch, asked.context)
-    if needed <= limit:
-        return cfg
-    fits = lambda cfg, batch, context: table_bytes(cfg, batch, context) <= limit
-    batches = [batch for batch in range(2, asked.batch, 2) if fits(cfg, batch, asked.context)]
-    contexts = [size for part in range(1, 40) if (size := asked.context >> part >> 6 << 6) and fits(cfg, 2, size)]
-    smaller = [name for name, other in PRESETS.items() if fits(other, asked.batch, asked.context)]
-    remedy = f"--preset {max(smaller, key=_parameters)} fits" if smaller else "a smaller model is needed"
-    if batches or contexts:
-        remedy = f"--batch {batches[-1]} fits" if batches else f"--batch 2 --context {contexts[0]} fits"
-    raise UserError(f"The stage table would need {needed / 1e9:.1f} GB and {limit / 1e9:.1f} GB are there; {remedy}.")
-
-
-def _parameters(name: str) -> int:
-    from engine.counting.params import count_params
-
-    return count_params(PRESETS[name]).total
-
-
-def table_bytes(cfg: ModelConfig, batch: int, context: int) -> int:
-    """Predicted bytes of the whole table: each row keeps what it learns, and the largest step comes on top."""
-    from bench.training_rows import learners
-    from engine.counting.memory import inference_memory, training_memory
-
-    steps = [training_memory(cfg, batch, context, trained=learner.trained) for learner in learners(cfg)]
-    held = sum(step.gradients + step.optimizer for step in steps)
-    served = inference_memory(cfg, 32, context)
-    working = max(step.total - step.params - step.optimizer for step in steps)
-    # The float32 weights, the frozen halves in the compute type (as much again), the served copies in two bytes and one.
-    return held + steps[0].params * 2 + 2 * served.params + served.cache * 2 + working
 
 
 def _words(asked: Asked) -> list[str]:

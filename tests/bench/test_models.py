@@ -1,16 +1,19 @@
 """What is measured is the model that was named, wherever it lies."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 from tiny import lively_params, tiny_config
 
-from bench.models import drawn, loaded
+from bench.models import Measured, config_of, drawn, loaded, tokens_for
+from engine.counting.params import count_params
 from engine.errors import UserError
-from engine.storage import checkpoint
+from engine.storage import checkpoint, huggingface
 from engine.storage.digest import digest
+from engine.storage.gguf_writer import save_gguf
 from engine.text.tokenizer import byte_tokenizer
 
 CFG = tiny_config(vocab=257)
@@ -32,6 +35,40 @@ def test_a_run_folder_is_its_newest_step_and_a_step_folder_that_step(run):
         found = loaded(str(place))
         assert (found.name, found.cfg) == ("mine", CFG)
         assert digest(found.params) == digest(lively_params(CFG, step))
+
+
+def test_the_architecture_is_known_before_a_weight_is_read(run, tmp_path, monkeypatch):
+    """So what cannot fit is refused before it is allocated, whatever form the model comes in."""
+    hugging_face, gguf = tmp_path / "folder", tmp_path / "file.gguf"
+    huggingface.save_folder(hugging_face, CFG, lively_params(CFG), {"eos_token_id": 256}, dtype="float32")
+    save_gguf(gguf, CFG, lively_params(CFG), {}, name="tiny", dtype="float32")
+    monkeypatch.setattr(checkpoint, "load_params", None)
+    monkeypatch.setattr("engine.storage.huggingface.read_params", None)
+    monkeypatch.setattr("engine.storage.gguf.read_params", None)
+    for place in (run, run / "checkpoints" / "1", hugging_face, gguf):
+        assert count_params(config_of(str(place))) == count_params(CFG)
+
+
+def test_a_run_that_holds_an_adapter_or_is_damaged_says_so(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "run.json").write_text('{"learns": "rank=8,alpha=16,targets=all"}')
+    with pytest.raises(UserError, match="holds an adapter for another model"):
+        config_of(str(copy))
+    for name in ("run.json", "config.json"):
+        (copy / name).write_text("[")
+        with pytest.raises(UserError, match="is damaged"):
+            loaded(str(copy))
+        (copy / name).unlink()
+
+
+def test_a_model_that_reads_is_measured_with_english():
+    read = Measured("a", CFG, {}, byte_tokenizer())
+    tokens = tokens_for(read, 2, 9)
+    assert tokens.shape == (2, 9)
+    assert bytes(tokens.reshape(-1).tolist()).decode().startswith('The "assert" state')
+    assert tokens_for(read, 3, 200_000).shape == (3, 200_000), "a long text begins again"
+    assert len(np.unique(tokens_for(Measured("a", CFG, {}), 2, 500))) > 200
 
 
 def test_what_is_no_model_is_named(run):

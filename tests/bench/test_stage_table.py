@@ -1,14 +1,18 @@
 """Laws of the stage table: three counters that agree in every row, weights that move where they may, and plain errors."""
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
 from bench.__main__ import main, measurements
-from bench.stage_table import table_bytes
+from bench.foreseen import round_seconds, table_bytes, takes_long
+from engine.counting.hardware import Ceilings
 from engine.model.config import PRESETS
+from engine.storage.hf_config import config_to
 
 SMALL = ["--preset", "tiny", "--batch", "2", "--context", "64", "--quick"]
 KEYS = {
@@ -157,3 +161,26 @@ def test_an_out_folder_that_cannot_be_written_is_said_before_anything_is_measure
 
 def test_a_larger_table_is_predicted_to_take_more():
     assert table_bytes(PRESETS["tiny"], 2, 64) < table_bytes(PRESETS["tiny"], 4, 64) < table_bytes(PRESETS["demo"], 4, 64)
+
+
+def test_a_model_that_takes_longer_than_was_asked_for_is_said_to_with_a_shape_that_does_not():
+    ceilings = Ceilings("", "cpu", 2, "0", bf16_gflops=400, f32_gflops=200, int8_gflops=800, read_gbs=30, update_gbs=60)
+    small, large = PRESETS["nano"], PRESETS["smollm2-135m"]
+    assert takes_long(small, 8, 256, 100, 3, ceilings) is None
+    said = takes_long(large, 8, 256, 100, 3, ceilings)
+    assert said.startswith("this model takes about 5 minutes for 3 rounds"), said
+    batch, context = (int(word) for word in re.search(r"--batch (\d+) --context (\d+)", said).groups())
+    assert batch * context < 8 * 256
+    assert takes_long(large, batch, context, 100, 3, ceilings) is None
+    assert "--batch" not in takes_long(large, 2, 64, 1, 3, ceilings), "nothing smaller can be measured"
+    assert (
+        round_seconds(large, 4, 64, ceilings) < round_seconds(large, 8, 64, ceilings) < round_seconds(large, 8, 128, ceilings)
+    )
+
+
+def test_a_model_that_cannot_fit_is_refused_before_its_weights_are_read(tmp_path, capsys, monkeypatch):
+    huge = dataclasses.replace(PRESETS["llama-2-7b"], layers=400)
+    (tmp_path / "config.json").write_text(json.dumps(config_to(huge, "bfloat16", {})))
+    monkeypatch.setattr("bench.models.loaded", None)
+    assert main(["--model", str(tmp_path)]) == 2
+    assert "GB are there; --preset" in capsys.readouterr().err

@@ -1,0 +1,79 @@
+"""What the stage table will take, in bytes and in seconds, before it takes it."""
+
+from engine.counting.flops import forward_flops, train_flops
+from engine.counting.hardware import Ceilings, memory_limit_bytes
+from engine.counting.memory import inference_memory, training_memory
+from engine.counting.params import count_params
+from engine.counting.programs import gradient_program, score_program
+from engine.counting.traffic import decode_bytes
+from engine.errors import UserError
+from engine.inference.decode import STEPS
+from engine.model.config import PRESETS, ModelConfig
+
+SUSTAINED = 0.45  # of the ceilings, over a round
+
+
+def check_memory(cfg: ModelConfig, batch: int, context: int) -> None:
+    """Raises UserError, naming what would fit, for a table that does not fit into this machine's memory."""
+    limit = memory_limit_bytes()
+    needed = table_bytes(cfg, batch, context)
+    if needed <= limit:
+        return
+    fits = lambda cfg, batch, context: table_bytes(cfg, batch, context) <= limit
+    batches = [fewer for fewer in range(2, batch, 2) if fits(cfg, fewer, context)]
+    contexts = [size for part in range(1, 40) if (size := context >> part >> 6 << 6) and fits(cfg, 2, size)]
+    smaller = [name for name, other in PRESETS.items() if fits(other, batch, context)]
+    remedy = f"--preset {max(smaller, key=_parameters)} fits" if smaller else "a smaller model is needed"
+    if batches or contexts:
+        remedy = f"--batch {batches[-1]} fits" if batches else f"--batch 2 --context {contexts[0]} fits"
+    raise UserError(f"The stage table would need {needed / 1e9:.1f} GB and {limit / 1e9:.1f} GB are there; {remedy}.")
+
+
+def _parameters(name: str) -> int:
+    return count_params(PRESETS[name]).total
+
+
+def table_bytes(cfg: ModelConfig, batch: int, context: int) -> int:
+    """Predicted bytes of the whole table: each row keeps what it learns, and the largest step comes on top."""
+    from bench.training_rows import learners
+
+    steps = [training_memory(cfg, batch, context, trained=learner.trained) for learner in learners(cfg)]
+    held = sum(step.gradients + step.optimizer for step in steps)
+    served = inference_memory(cfg, 32, context)
+    working = max(step.total - step.params - step.optimizer for step in steps)
+    # The float32 weights, the frozen halves in the compute type (as much again), the served copies in two bytes and one.
+    return held + steps[0].params * 2 + 2 * served.params + served.cache * 2 + working
+
+
+def takes_long(cfg: ModelConfig, batch: int, context: int, seconds: float, rounds: int, ceilings: Ceilings) -> str | None:
+    """A sentence where warming up and `rounds` rounds will take longer than `seconds`, with a shape that will not."""
+    foreseen = lambda batch, context: (1 + rounds) * round_seconds(cfg, batch, context, ceilings)
+    if foreseen(batch, context) <= seconds:
+        return None
+    shapes = [(fewer, size) for size in (context, 128, 64) for fewer in (8, 4, 2) if fewer * size < batch * context]
+    smaller = next((shape for shape in shapes if foreseen(*shape) <= seconds), shapes[-1] if shapes else None)
+    remedy = "" if smaller is None else f"; --batch {smaller[0]} --context {smaller[1]} takes {_minutes(foreseen(*smaller))}"
+    return f"this model takes {_minutes(foreseen(batch, context))} for {rounds} rounds, and compiling comes on top{remedy}"
+
+
+def round_seconds(cfg: ModelConfig, batch: int, context: int, ceilings: Ceilings) -> float:
+    """Predicted seconds of a round, roughly: what is multiplied and moved, at SUSTAINED of this machine's ceilings."""
+    from bench.training_rows import learners
+
+    ways = [learner.trained for learner in learners(cfg)]
+    steps = sum(gradient_program(cfg, batch, context, trained=trained).total for trained in ways)
+    learning = sum(training_memory(cfg, batch, context, trained=trained).gradients for trained in ways)
+    # Evaluation, prefill, and of one sequence a prompt for a slot and a token without a cache.
+    reading = (2 + 2 / batch) * score_program(cfg, batch, context).total
+    by_hand = sum(work(cfg, context, attention="full").total for work in (forward_flops, train_flops)) * context
+    # Each decoding row runs twice: whole, and its products alone.
+    decoding = 2 * STEPS * sum(decode_bytes(cfg, slots, context).total for slots in (2, 8, 8, 32, 32))
+    gigas = (
+        (steps + reading) / ceilings.bf16_gflops + by_hand / ceilings.f32_gflops
+        + 7 * learning / ceilings.update_gbs + decoding / ceilings.read_gbs
+    )  # fmt: skip
+    return gigas / 1e9 / SUSTAINED
+
+
+def _minutes(seconds: float) -> str:
+    return f"about {seconds / 60:.0f} minutes" if seconds >= 90 else f"about {seconds:.0f} seconds"
