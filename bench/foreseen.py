@@ -10,7 +10,7 @@ from engine.errors import UserError
 from engine.inference.decode import STEPS
 from engine.model.config import PRESETS, ModelConfig
 
-SUSTAINED = 0.45  # of the ceilings, over a round
+SUSTAINED = 0.55  # of the ceilings, over a round
 
 
 def check_memory(cfg: ModelConfig, batch: int, context: int) -> None:

@@ -168,7 +168,7 @@ def test_a_model_that_takes_longer_than_was_asked_for_is_said_to_with_a_shape_th
     small, large = PRESETS["nano"], PRESETS["smollm2-135m"]
     assert takes_long(small, 8, 256, 100, 3, ceilings) is None
     said = takes_long(large, 8, 256, 100, 3, ceilings)
-    assert said.startswith("this model takes about 5 minutes for 3 rounds"), said
+    assert said.startswith("this model takes about 4 minutes for 3 rounds"), said
     batch, context = (int(word) for word in re.search(r"--batch (\d+) --context (\d+)", said).groups())
     assert batch * context < 8 * 256
     assert takes_long(large, batch, context, 100, 3, ceilings) is None
