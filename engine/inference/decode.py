@@ -130,12 +130,11 @@ def generate(
         if not 0 <= min(prompt) <= max(prompt) < cfg.vocab:
             raise UserError(f"Prompt {index} holds a token outside the vocabulary of {cfg.vocab}.")
     rows = max(len(prompts), MIN_ROWS)
-    padded = [list(prompt) for prompt in prompts] + [[0]] * (rows - len(prompts))
     sampling = Sampling(*(jnp.concatenate([field, field[:1].repeat(rows - len(prompts))]) for field in sampling))
 
     # Room for a last chunk's padding and a last dispatch's surplus: what lies there is never read.
-    cache = make_cache(cfg, rows, -(-capacity // CHUNK) * CHUNK + CHUNK)
-    logits, cache = _prefill_all(cfg, params, padded, cache)
+    cache = make_cache(cfg, len(prompts), -(-capacity // CHUNK) * CHUNK + CHUNK)
+    logits, cache = _with_rows(_prefill_all(cfg, params, prompts, cache), rows)
     token = _sample(logits, cache.length, sampling)
 
     ends = () if end is None else (end,) if isinstance(end, int) else tuple(end)
@@ -156,11 +155,17 @@ def generate(
             token, fresh = tokens[:, -1], np.asarray(tokens)
 
 
-def _prefill_all(cfg: ModelConfig, params: Params, prompts: list[list[int]], cache: KVCache) -> tuple[Array, KVCache]:
+@functools.partial(jax.jit, static_argnames="rows")
+def _with_rows(read: tuple[Array, KVCache], rows: int) -> tuple[Array, KVCache]:
+    """Logits and cache with empty rows up to `rows`: a lone prompt is read alone, for a chunk has rows of its own."""
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, rows - len(x)), *((0, 0),) * (x.ndim - 1))), read)
+
+
+def _prefill_all(cfg: ModelConfig, params: Params, prompts: Sequence[Sequence[int]], cache: KVCache) -> tuple[Array, KVCache]:
     """All prompts, CHUNK tokens at a time; the logits after each prompt's own last token."""
     after = jnp.zeros((len(prompts), cfg.vocab), jnp.float32)
     for start in range(0, max(map(len, prompts)), CHUNK):
-        pieces = [prompt[start : start + CHUNK] for prompt in prompts]
+        pieces = [list(prompt[start : start + CHUNK]) for prompt in prompts]
         lengths = np.array([len(piece) for piece in pieces], np.int32)
         tokens = np.array([piece + [0] * (CHUNK - len(piece)) for piece in pieces], np.int32)
         logits, cache = prefill(cfg, params, tokens, lengths, cache)

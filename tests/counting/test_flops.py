@@ -110,6 +110,14 @@ def test_components_of_smollm2_by_hand():
     assert count.matmul == count.total - count.norms
 
 
+def test_gains_and_biases_are_counted_apart():
+    """6 query heads, 3 of keys and 3 of values, each 4 wide; a gain for each norm, and with q/k norm one a head's width."""
+    plain, normed, biased = (count_params(KINDS[kind]) for kind in ("plain", "qk_norm", "qkv_bias"))
+    assert (plain.norms, plain.biases) == ((2 * 3 + 1) * 12, 0)
+    assert (normed.norms, normed.biases) == ((2 * 2 + 1) * 12 + 2 * 2 * 4, 0)
+    assert (biased.norms, biased.biases) == ((2 * 2 + 1) * 12, 2 * (6 + 3 + 3) * 4)
+
+
 def test_the_lookup_table_takes_no_part_in_products_but_the_tied_head_does():
     untied = count_params(KINDS["plain"])
     assert untied.matmul == untied.blocks + 12 * 19

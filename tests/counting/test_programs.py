@@ -16,6 +16,7 @@ from engine.counting.walk import count
 from engine.inference import decode
 from engine.inference.sample import Sampling
 from engine.inference.score import score
+from engine.model.backend import on_cpu
 from engine.model.backward import QUERY_BLOCK
 from engine.model.cache import make_cache
 from engine.model.int8 import quantize_leaves
@@ -162,11 +163,19 @@ def test_the_optimizers_products(kind):
 # ---- forward only
 
 
+@pytest.mark.parametrize("tokens", [T, 2 * QUERY_BLOCK])
 @pytest.mark.parametrize("kind", KINDS)
-def test_evaluation(kind, cpu):
+def test_evaluation(kind, tokens, cpu):
     cfg = KINDS[kind]
-    counted = count(functools.partial(score.__wrapped__, cfg), trees(cfg, everything(cfg))[0], batch_of(B, T))
-    assert counted.matmul == score_program(cfg, B, T, cpu=cpu).total
+    counted = count(functools.partial(score.__wrapped__, cfg), trees(cfg, everything(cfg))[0], batch_of(B, tokens))
+    assert counted.matmul == score_program(cfg, B, tokens, cpu=cpu).total
+
+
+def test_by_default_the_program_is_the_one_for_this_backend():
+    cfg, tokens = KINDS["biased"], 2 * QUERY_BLOCK
+    for program in (gradient_program, score_program, decode_program):
+        here, elsewhere = (program(cfg, B, tokens, cpu=cpu) for cpu in (on_cpu(), not on_cpu()))
+        assert program(cfg, B, tokens) == here != elsewhere
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5])

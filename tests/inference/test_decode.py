@@ -9,6 +9,7 @@ import pytest
 from tiny import lively_params, positions_of, tiny_config, tokens_of
 
 from engine.errors import UserError
+from engine.inference import decode
 from engine.inference.decode import CHUNK, STEPS, decode_step, decode_steps, for_inference, generate, prefill
 from engine.inference.sample import make_sampling, sample
 from engine.inference.score import score
@@ -166,6 +167,17 @@ def test_one_prompt_alone_is_answered(cfg, params):
     assert len(out) == 1
     assert out == told(cfg, params, [prompt[0], [3]], make_sampling(2, temperature=1.0, seed=8))[0][:1]
     assert told(cfg, params, prompt)[0] == most_probable(cfg, params, prompt, 20)
+
+
+def test_a_lone_prompt_is_read_alone_and_written_beside_an_empty_row(cfg, params, monkeypatch):
+    rows = {"prefill": set(), "decode_steps": set()}
+    for name, program in (("prefill", prefill), ("decode_steps", decode_steps)):
+        note = lambda cfg, params, tokens, *rest, name=name, program=program: (
+            rows[name].add(len(tokens)) or program(cfg, params, tokens, *rest)
+        )
+        monkeypatch.setattr(decode, name, note)
+    told(cfg, params, texts(CHUNK + 3))
+    assert rows == {"prefill": {1}, "decode_steps": {2}}
 
 
 def test_after_the_first_answer_nothing_is_compiled(cfg, params, count_compiles):
