@@ -96,7 +96,8 @@ def decode_bytes(cfg: ModelConfig, slots: int, length: int, *, weights: Weights 
 
 def _call(cfg: ModelConfig, slots: int, length: int, tokens: int, weights: Weights, every_logit: bool) -> Traffic:
     held = inference_memory(cfg, slots, length, tokens=tokens, weights=weights, every_logit=every_logit)
-    unread = 0 if cfg.tied else max(0, cfg.vocab - slots * tokens) * cfg.width * number_bytes(cfg)
+    table = {"float32": _FLOAT32, "bfloat16": 2}.get(weights or cfg.dtype, number_bytes(cfg))  # a lookup table is never int8
+    unread = 0 if cfg.tied else max(0, cfg.vocab - slots * tokens) * cfg.width * table
     row = 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * number_bytes(cfg)  # one token's keys and values
     return Traffic(
         weights=held.params - unread,

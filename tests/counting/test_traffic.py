@@ -4,7 +4,10 @@ import dataclasses
 
 import jax
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from engine.counting.memory import inference_memory, training_memory
 from engine.counting.params import count_params
 from engine.counting.traffic import decode_bytes, forward_bytes, prefill_bytes, train_bytes
 from engine.counting.trained import bottom_frozen, head_only, lora
@@ -41,12 +44,47 @@ def test_what_is_saved_on_the_way_down():
     assert none.total < half.total < full.total < again.total
 
 
+def test_remat_runs_again_what_has_a_backward_and_nothing_where_nothing_has():
+    """A block's values are written and read on the way up, again where they are made again, and read on the way down."""
+    block = training_memory(CFG, 2, 7).block
+    again = lambda remat, trained=None: train_bytes(CFG, 2, 7, remat=remat, trained=trained).activations // block
+    assert [again(remat) for remat in ("none", "block", "full")] == [2 * 3 + 3, 2 * (3 + 3) + 3, 2 * (3 + 3) + 3]
+    assert [again(remat, bottom_frozen(CFG, 2)) for remat in ("none", "block", "full")] == [7, 9, 13]
+    assert [again(remat, head_only(CFG)) for remat in ("none", "block", "full")] == [6, 6, 6]
+
+
+@given(st.integers(1, 9), st.integers(1, 30), st.integers(0, 50), st.sampled_from([None, "float32", "bfloat16", "int8"]))
+def test_a_call_writes_and_reads_its_values_and_logits_and_touches_no_gradient(slots, tokens, length, weights):
+    held = inference_memory(CFG, slots, length, tokens=tokens, weights=weights)
+    call = prefill_bytes(CFG, slots, tokens, length, weights=weights)
+    assert call.activations == 2 * CFG.layers * held.working
+    assert call.logits == 2 * 4 * slots * CFG.vocab, "of the last token alone"
+    assert (call.gradients, call.optimizer) == (0, 0)
+    assert call.total == call.weights + call.activations + call.logits + call.cache
+    number = 4 if weights == "float32" else 2  # of the lookup table, which is never int8
+    looked_up = number * CFG.width * min(slots * tokens, CFG.vocab)
+    assert call.weights == held.params - number * COUNT.embed + looked_up
+    evaluated = forward_bytes(CFG, slots, tokens, weights=weights)
+    assert (evaluated.logits, evaluated.cache) == (tokens * call.logits, 0)
+    if tokens == 1:
+        assert decode_bytes(CFG, slots, length, weights=weights) == call
+
+
+@given(st.integers(1, 9), st.integers(1, 30), st.integers(1, 5))
+def test_a_step_makes_its_logits_and_their_gradient(batch, tokens, microbatches):
+    """In both types: as they are multiplied and as they are summed; each written and read."""
+    step = train_bytes(CFG, batch, tokens, microbatches=microbatches)
+    assert step.logits == microbatches * 2 * batch * tokens * CFG.vocab * (2 + 4)
+    assert step.cache == 0
+
+
 def test_microbatches_read_the_weights_again_and_add_up_gradients():
     one, four = train_bytes(CFG, 8, 7), train_bytes(CFG, 2, 7, microbatches=4)
     assert four.weights == 4 * one.weights
     assert four.gradients == 16 * one.gradients
     assert four.optimizer == one.optimizer
     assert four.logits == one.logits
+    assert four.activations == one.activations
 
 
 @pytest.mark.parametrize("slots", [1, 2, 32])
