@@ -13,6 +13,7 @@ from bench.quantities import money, percent, si, spoken, times
 FINE_TUNING_TOKENS = 1_000_000
 TOKENS_PER_PARAMETER = 20  # of a compute-optimal pre-training run (Hoffmann et al. 2022, 2203.15556, table 3)
 NOISY = "open: lost in noise"
+GENERATED_CHEAPER = "A token is cheaper to generate than to train on."
 
 Over = Callable[[str, str], float | None]  # a row's time for a token over another's, None where noise hides it
 
@@ -100,7 +101,7 @@ def _cheaper_per_token(rows: dict[str, dict[str, Any]], over: Over) -> dict[str,
         return None
     ratio = over(lone["name"], step["name"])
     return _claim(
-        "A token is cheaper to generate than to train on.",
+        GENERATED_CHEAPER,
         NOISY if ratio is None else "false for a lone request" if ratio > 1 else "true here",
         f"decoding alone takes {si(lone['seconds_per_token'], 's')} a token and a training step "
         f"{si(step['seconds_per_token'], 's')}: {times(ratio)} the time for "

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from bench.claims import GENERATED_CHEAPER
 from bench.markdown import markdown
 from bench.plots import Figure, decode_figure, decoding, flops_figure, life_figure, memory_figure, training
 from bench.quantities import money, number, si, spoken, times
@@ -61,7 +62,7 @@ def page(document: Document) -> str:
     ]
     sections = [
         _header(model, document.get("machine") or {}),
-        _glance(rows),
+        _glance(rows, document.get("claims") or []),
         stages_section(rows, command, document.get("price_per_hour")),
         _claims(document.get("claims") or [], command),
         _figures([figure for figure in figures if figure], command),
@@ -102,7 +103,7 @@ def _header(model: Document, machine: Document) -> str:
     return f'<header><p class="kicker">Thrice</p><h1>What each stage costs</h1><p class="subtitle">{subtitle}</p></header>'
 
 
-def _glance(rows: Sequence[Document]) -> str:
+def _glance(rows: Sequence[Document], claims: Sequence[Document]) -> str:
     """The few figures that the table is read for."""
     found: list[tuple[str, str]] = []
     trained = training(rows) or {}
@@ -111,9 +112,10 @@ def _glance(rows: Sequence[Document]) -> str:
     if number(trained.get("time_ratio_to_forward")):
         found.append((times(trained["time_ratio_to_forward"]), "the time of a forward pass, optimizer included"))
     served = sorted((row for row in decoding(rows) if number(row.get("slots"))), key=lambda row: row["slots"])
-    took = number(trained.get("seconds_per_token"))
-    if served and took and number(served[0].get("seconds_per_token")):
-        found.append((times(served[0]["seconds_per_token"] / took), f"the time of a token trained on: {served[0]['name']}"))
+    decided = (claim.get("numbers") or {} for claim in claims if claim.get("claim") == GENERATED_CHEAPER)
+    lone = next(decided, {}).get("time")
+    if served and number(lone):
+        found.append((times(lone), f"the time of a token trained on: {served[0]['name']}"))
     priced = [row for row in served if number(row.get("usd_per_million_tokens"))]
     if len(priced) > 1:
         least, most = (money(row["usd_per_million_tokens"]) for row in (priced[-1], priced[0]))

@@ -119,7 +119,8 @@ def document() -> dict[str, Any]:
                 "and about right for a LoRA step (0.49).",
             },
             {
-                "claim": "A token served costs less time than a token trained on.", "verdict": "depends on the batch",
+                "claim": "A token is cheaper to generate than to train on.", "verdict": "false for a lone request",
+                "numbers": {"time": 6.3},
                 "value": "612 µs decoded alone, 98 µs trained, 41.5 µs decoded among 32: 6.2 and 0.42 times.",
             },
             {

@@ -257,6 +257,13 @@ def keys(value):
     return {name for each in value for name in keys(each)} if isinstance(value, list) else set()
 
 
+def test_a_lone_token_takes_at_a_glance_what_the_claim_says():
+    made = document()
+    assert re.search(r"the time of a token trained on: [\w ,]+ 6\.30×", Reader(page(made)).said())
+    made["claims"] = [claim for claim in made["claims"] if "numbers" not in claim]
+    assert "the time of a token trained on" not in Reader(page(made)).said()
+
+
 def test_what_is_missing_is_a_dash_or_left_out():
     for made in ({}, {"rows": []}, emptied(document())):
         read = Reader(page(made))
