@@ -28,7 +28,7 @@ from engine.errors import UserError
 
 _MOVES = frozenset({
     "reshape", "broadcast_in_dim", "transpose", "slice", "dynamic_slice", "dynamic_update_slice", "concatenate",
-    "split", "pad", "rev", "tile", "squeeze", "expand_dims", "iota", "gather", "scatter", "copy",
+    "split", "pad", "rev", "tile", "squeeze", "iota", "gather", "scatter", "copy",
     "bitcast_convert_type", "stop_gradient", "optimization_barrier", "layout_constraint", "sharding_constraint",
     "device_put", "random_wrap", "random_unwrap", "random_seed", "real", "imag", "name",
 })  # fmt: skip
