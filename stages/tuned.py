@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
+
 from engine.allocator import return_freed_memory
 from engine.counting.hardware import peak_rss_bytes
 from engine.inference.decode import for_inference, generate
@@ -41,9 +43,10 @@ def look(run: "Tuned", trainable: Any) -> Look:
     held_out = run.held_out()
     with run.console.task("measuring what it knows", always=True):
         value = held_out.measure(cfg, trainable)
-        return_freed_memory()
         params = merge(trainable, learner.frozen)
         general = _general(run, params)
+        # The programs that scored are as large as a small model, and are not run again before the step is compiled.
+        jax.clear_caches()
         return_freed_memory()
         return Look(value, general, _answer(run, params))
 
@@ -134,7 +137,5 @@ def _say(run: "Tuned", result: dict[str, Any], was: Look, now: Look, place: Path
 
 
 def _numbers(run: "Tuned") -> int:
-    import jax
-
     tree = run.learner.trainable
     return sum(leaf.size for _, part in leaf_paths(tree).items() for leaf in jax.tree.leaves(part))

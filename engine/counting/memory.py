@@ -15,6 +15,7 @@ from engine.counting.params import leaf_shapes
 from engine.counting.trained import Trained, everything, lowest_gradient, target_shapes
 from engine.model.backward import QUERY_BLOCK
 from engine.model.config import ModelConfig
+from engine.model.rowwise import COLUMNS
 
 Optimizer = Literal["adamw", "muon"]
 
@@ -109,7 +110,7 @@ def training_memory(
     products = sum(sizes[path] for path in multiplies if path in trained.weights)
     if microbatches > 1 and base == "float":  # folded once for all of them; else when its turn comes, and again going back
         products += sum(sizes[path] for path in _folded(cfg, trained, shapes, rows))
-    wide = (2 * width + _FLOAT32) * cfg.vocab * cfg.width if base == "int8" else 0  # the head as it multiplies, both ways
+    wide = (1 + width) * min(COLUMNS, cfg.vocab) * cfg.width if base == "int8" else 0  # the head's columns as they multiply
     lowest = lowest_gradient(cfg, trained)
     blocks = [rows * _kept_per_token(cfg, tokens, attention, _learning(cfg, trained, i)) for i in range(lowest, cfg.layers)]
     return TrainingMemory(
@@ -155,12 +156,11 @@ def _kept_per_token(cfg: ModelConfig, tokens: int, attention: Attention | None, 
     operands += cfg.ff if "down" in learning else 0
     elementwise = 2 * cfg.width  # the residual stream at both norms
     elementwise += 2 * sum(gains) * cfg.width  # each norm's normalised input, and its gain spread over the tokens
-    elementwise += cfg.ff  # the sigmoid
     if cfg.qk_norm:
         elementwise += 2 * (query + key)  # the norm's input and result
         elementwise += 2 * (query + key) if learning & {"q_norm", "k_norm"} else 0  # both sides of the rotation
-    # Attention's weights: N numbers for each key met, twice, for they are moved before they are multiplied.
-    operands += 0 if attention is None else cfg.heads * keys_twice(tokens, attention)
+    # Attention's weights: N numbers for each key met.
+    operands += 0 if attention is None else cfg.heads * keys_twice(tokens, attention) // 2
     return operands * number_bytes(cfg) + elementwise * _FLOAT32
 
 

@@ -38,7 +38,8 @@ def for_inference(cfg: ModelConfig, params: Params) -> Params:
     """
 
     def laid_out(_: str, leaf: Any) -> Any:
-        leaf = dense(leaf) if isinstance(leaf, LoRA) else leaf
+        # Narrow at once: folded over int8 the matrices are float32, and all of them together four times the base.
+        leaf = dense(leaf).astype(cfg.dtype) if isinstance(leaf, LoRA) else leaf
         return turned(leaf) if isinstance(leaf, Int8) and leaf.activations != "full" and on_cpu() else leaf
 
     return cast_matrices(map_paths(laid_out, params), cfg.dtype)

@@ -148,8 +148,8 @@ def _swiglu_forward(gate: Array, up: Array, dtype: DTypeLike):
 
 
 def _swiglu_backward(dtype: DTypeLike, kept, g: Array):
-    gate, up = (a.astype(jnp.float32) for a in kept)
-    g = g.astype(jnp.float32)
+    # Behind the barrier, or XLA would keep the forward pass's sigmoid, as large as both, rather than take it again.
+    gate, up, g = (a.astype(jnp.float32) for a in jax.lax.optimization_barrier((*kept, g)))
     s = jax.nn.sigmoid(gate)
     dgate = g * up * s * (1 + gate * (1 - s))
     return dgate.astype(kept[0].dtype), (g * gate * s).astype(kept[1].dtype)

@@ -89,6 +89,13 @@ def turned(leaf: Int8) -> Int8:
     return dataclasses.replace(leaf, values=leaf.values.T, turned=True)
 
 
+def columns(leaf: Int8, start: int, stop: int) -> Int8:
+    """Columns start..stop of what `int8_matmul` multiplies by, as a leaf of its own: those with the scales start..stop."""
+    along = 1 - leaf.summed
+    values = jax.lax.slice_in_dim(leaf.values, start, min(stop, leaf.values.shape[along]), axis=along)
+    return dataclasses.replace(leaf, values=values, scale=leaf.scale[start:stop])
+
+
 def quantize_leaves(
     params: dict[str, Any],
     rules: Sequence[tuple[str, Activations | None]],

@@ -2,7 +2,8 @@
 
 With p the softmax of a row's logits, the gradient of its loss is (p - one-hot) W^T for what the head reads. It is made
 in the forward pass, while the logits exist; going back only multiplies it by what the loss counts. No logits are kept
-and none are made twice, unless the head itself learns, whose gradient x^T (p - one-hot) wants them again.
+and none are made twice, unless the head itself learns, whose gradient x^T (p - one-hot) wants them again. A head in int8
+is also taken a few columns at a time: it is widened to multiply, and whole that would be more than all its logits.
 """
 
 import functools
@@ -15,6 +16,8 @@ from jax import Array
 from engine.model import backward, int8
 from engine.model.int8 import Int8
 
+COLUMNS = 8192  # of an int8 head that are wide at once
+
 
 class Head(NamedTuple):
     """weight: (D, V), or (V, D) where the head is `tied` to the lookup table; gain (D,) is the last norm's."""
@@ -23,11 +26,18 @@ class Head(NamedTuple):
     gain: Array
 
 
+class Piece(NamedTuple):
+    """Some columns of the logits, or of their slope: those from `start` on, (rows, columns)."""
+
+    start: int
+    values: Array
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def rowwise_losses(head: Head, hidden: Array, targets: Array, tied: bool, size: int) -> Array:
     """hidden (M, D), targets (M,) int32 -> (M,) float32 nats, holding the logits of `size` rows at a time."""
     return jnp.concatenate([
-        jax.nn.logsumexp(logits := _logits(head, rows, tied), axis=-1) - _picked(logits, some)
+        _normalizer(pieces := _logits(head, rows, tied)) - _picked(pieces, some)
         for rows, some in _parts(size, hidden, targets)
     ])  # fmt: skip
 
@@ -36,28 +46,49 @@ def _parts(size: int, *arrays: Array) -> list[tuple[Array, ...]]:
     return [tuple(array[at : at + size] for array in arrays) for at in range(0, len(arrays[0]), size)]
 
 
-def _picked(logits: Array, targets: Array) -> Array:
-    return jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+def _normalizer(pieces: list[Piece]) -> Array:
+    """(rows,): log sum exp of all columns."""
+    return functools.reduce(jnp.logaddexp, [jax.nn.logsumexp(piece.values, axis=-1) for piece in pieces])
 
 
-def _logits(head: Head, rows: Array, tied: bool) -> Array:
-    x = rows * head.gain.astype(rows.dtype)
-    if isinstance(head.weight, Int8):
-        return int8.int8_matmul(x, head.weight, jnp.float32)
-    return (backward.matmul_rows if tied else backward.matmul)(x, head.weight, jnp.float32)
+def _picked(pieces: list[Piece], targets: Array) -> Array:
+    found = jnp.zeros(len(targets))
+    for start, values in pieces:
+        at = jnp.clip(targets - start, 0, values.shape[1] - 1)
+        found = jnp.where(at == targets - start, jnp.take_along_axis(values, at[:, None], axis=-1)[:, 0], found)
+    return found
 
 
-def _slope(logits: Array, targets: Array) -> Array:
-    """Of each row's loss, (rows, V): p - one-hot."""
-    return jax.nn.softmax(logits, axis=-1) - (jnp.arange(logits.shape[1]) == targets[:, None])
+def _logits(head: Head, rows: Array, tied: bool) -> list[Piece]:
+    x, weight = rows * head.gain.astype(rows.dtype), head.weight
+    if not isinstance(weight, Int8):
+        return [Piece(0, (backward.matmul_rows if tied else backward.matmul)(x, weight, jnp.float32))]
+    found: list[Piece] = []
+    for start in range(0, len(weight.scale), COLUMNS):
+        weight, x, _ = jax.lax.optimization_barrier((weight, x, found[-1:]))  # one after the other
+        some = int8.columns(weight, start, start + COLUMNS)
+        found.append(Piece(start, int8.int8_matmul(x, some, jnp.float32)))
+    return found
 
 
-def _back(head: Head, rows: Array, g: Array, tied: bool) -> tuple[Array, Array | None]:
+def _slope(pieces: list[Piece], targets: Array) -> list[Piece]:
+    """Of each row's loss: p - one-hot."""
+    whole = _normalizer(pieces)[:, None]
+    hit = lambda piece: piece.start + jnp.arange(piece.values.shape[1]) == targets[:, None]
+    return [Piece(piece.start, jnp.exp(piece.values - whole) - hit(piece)) for piece in pieces]
+
+
+def _back(head: Head, rows: Array, gs: list[Piece], tied: bool) -> tuple[Array, Array | None]:
     """(what comes back to gain * rows, the weight's gradient)."""
-    if isinstance(head.weight, Int8):
-        return int8._converted_backward(jnp.float32, (head.weight, jnp.zeros((), rows.dtype)), g)[0], None
-    rule = backward._matmul_rows_backward if tied else backward._matmul_backward
-    return rule(jnp.float32, (rows * head.gain.astype(rows.dtype), head.weight), g)
+    if not isinstance(head.weight, Int8):
+        rule = backward._matmul_rows_backward if tied else backward._matmul_backward
+        return rule(jnp.float32, (rows * head.gain.astype(rows.dtype), head.weight), gs[0].values)
+    total, weight = jnp.zeros(rows.shape), head.weight
+    for start, g in gs:
+        weight, total = jax.lax.optimization_barrier((weight, total))
+        some = int8.columns(weight, start, start + COLUMNS)
+        total = total + int8._converted_backward(jnp.float32, (some, jnp.zeros((), rows.dtype)), g)[0]
+    return total.astype(rows.dtype), None
 
 
 def _forward(head: Head, hidden: Array, targets: Array, tied: bool, size: int):
@@ -66,9 +97,9 @@ def _forward(head: Head, hidden: Array, targets: Array, tied: bool, size: int):
     for rows, some in _parts(size, hidden, targets):
         if slopes:  # one part after the other, or all logits might exist at once
             rows = jax.lax.optimization_barrier((rows, slopes[-1]))[0]
-        logits = _logits(head, rows, tied)
-        losses.append(jax.nn.logsumexp(logits, axis=-1) - _picked(logits, some))
-        slopes.append(_back(head, rows, _slope(logits, some), tied)[0])
+        pieces = _logits(head, rows, tied)
+        losses.append(_normalizer(pieces) - _picked(pieces, some))
+        slopes.append(_back(head, rows, _slope(pieces, some), tied)[0])
     return jnp.concatenate(losses), (head, hidden, targets, jnp.concatenate(slopes))
 
 
@@ -78,7 +109,8 @@ def _backward(tied: bool, size: int, kept: tuple[Head, Array, Array, Array], g: 
     # Dead code unless the head learns.
     weight: Array | None = None
     for rows, some, count in _parts(size, hidden, targets, g):
-        grown = _back(head, rows, _slope(_logits(head, rows, tied), some) * count[:, None], tied)[1]
+        counted = [Piece(start, values * count[:, None]) for start, values in _slope(_logits(head, rows, tied), some)]
+        grown = _back(head, rows, counted, tied)[1]
         weight = grown if weight is None or grown is None else weight + grown
     gain = jnp.sum(hidden.astype(jnp.float32) * slope, axis=0).astype(head.gain.dtype)
     return Head(weight, gain), (slope * head.gain).astype(hidden.dtype), None  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import pytest
 from jax.interpreters import partial_eval as pe
 from tiny import B, T, lively_params, positions_of, tiny_config, tokens_of
 
+from engine.model import rowwise
 from engine.model.int8 import quantized
 from engine.model.transformer import hidden_states, logits_of
 from engine.text.batch import Batch
@@ -92,14 +93,15 @@ def test_in_chunks_bfloat16_logits_are_float32_too():
     np.testing.assert_allclose(chunked_losses(cfg, params, hidden, targets, 7), expected, atol=1e-3)
 
 
-def made(jaxpr) -> list[int]:
-    """Elements of each array that a program makes, loops and calls included."""
-    sizes = [variable.aval.size for equation in jaxpr.eqns for variable in equation.outvars]
+def made(jaxpr, dtype=None) -> list[int]:
+    """Elements of each array (of a type) that a program makes, loops and calls included."""
+    found = [variable.aval for equation in jaxpr.eqns for variable in equation.outvars]
+    sizes = [array.size for array in found if dtype in (None, array.dtype)]
     for equation in jaxpr.eqns:
         for value in equation.params.values():
             for inner in value if isinstance(value, tuple | list) else [value]:
                 inner = getattr(inner, "jaxpr", inner)
-                sizes += made(inner) if hasattr(inner, "eqns") else []
+                sizes += made(inner, dtype) if hasattr(inner, "eqns") else []
     return sizes
 
 
@@ -129,12 +131,15 @@ def test_a_frozen_head_makes_its_logits_a_few_rows_at_a_time_and_nothing_else_ch
     slopes = jax.jit(jax.value_and_grad(lambda asked: summed_loss(cfg, params | asked, batch_of())))
     expected = slopes(asked)
     monkeypatch.setattr(module, "ROWS_LIMIT", 4 * 3 * V)  # three rows, and two at the end
+    monkeypatch.setattr(rowwise, "COLUMNS", 16)  # twice sixteen, and nine at the end
     jax.clear_caches()
     below = lambda blocks: summed_loss(cfg, params | {"blocks": blocks}, batch_of())
     traced = jax.make_jaxpr(jax.grad(below))(params["blocks"]).jaxpr
     program, _ = pe.dce_jaxpr(traced, [True] * len(traced.outvars))
     assert B * T * V not in made(program), "all logits exist at once"
-    assert 3 * V in made(program)
+    assert 3 * (16 if kind == "int8" else V) in made(program)
+    if kind == "int8":
+        assert 20 * V not in made(program, jnp.float32), "all of the head is wide at once"
     found = slopes(asked)
     for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         rounded = mine.dtype == jnp.bfloat16  # the head itself: each part's share of its gradient is
