@@ -116,7 +116,7 @@ def _kept(cfg: Any, params: Any, batches: Sequence[Any], seq: int) -> dict[str, 
     import jax
     import jax.numpy as jnp
 
-    from engine.model.spans import Kind, Rows, SpanCache, make_spans
+    from engine.model.spans import Kind, Rows, make_spans, span_cache
     from engine.model.transformer import forward
 
     kinds: tuple[Kind, ...] = ("float32", "bfloat16", "int8")
@@ -133,7 +133,7 @@ def _kept(cfg: Any, params: Any, batches: Sequence[Any], seq: int) -> dict[str, 
         exact = jnp.zeros(())
         for spans in held:
             positions = start + jnp.broadcast_to(jnp.arange(CHUNK), tokens.shape)
-            logits, cache = forward(cfg, params, tokens, positions, SpanCache(spans, rows))
+            logits, cache = forward(cfg, params, tokens, positions, span_cache(spans, rows))
             exact = exact if sums else logits
             told = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
             off = jnp.where(mask, ((logits - exact) ** 2).sum(-1), 0).sum()

@@ -17,11 +17,11 @@ from jax import Array
 from engine.inference.request import MOST_TOP
 from engine.inference.sample import Sampling, sample
 from engine.model.config import ModelConfig
-from engine.model.spans import Kept, Rows, SpanCache, Spans, cleared, given, mirrored, taken
+from engine.model.spans import Kept, Rows, Spans, cleared, given, mirrored, span_cache, taken
 from engine.model.transformer import Params, forward, hidden_states
 
 AT_ONCE = 3  # programs on the way to be compiled: tracing holds Python's lock, what follows does not
-STEPS = 4  # tokens a dispatch at most: who leaves waits for its end, and a slot is to be free within 250 ms
+STEPS = 8  # tokens a dispatch at most
 IN_PROMPT = 1 << 20  # what a token of the prompt counts in `Tally.said`, above any count of the completion's
 
 
@@ -63,7 +63,7 @@ def read_chunk(cfg: ModelConfig, params: Params, spans: Spans, tokens: Array, sl
     """tokens (1, T) int32 of the slot's text from position `start` on: their keys and values are computed and kept."""
     rows = Rows(start[None], jnp.zeros((1,), jnp.int32), slot[None])
     positions = start + jnp.arange(tokens.shape[1])
-    return hidden_states(cfg, params, tokens, positions[None], SpanCache(spans, rows))[1].spans
+    return hidden_states(cfg, params, tokens, positions[None], span_cache(spans, rows))[1].spans
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames=("spans", "tally"))
@@ -82,7 +82,7 @@ def draw(
     def step(i: Array, carry: tuple[Array, Spans, Tally, Drawn]) -> tuple[Array, Spans, Tally, Drawn]:
         token, spans, tally, drawn = carry
         position = jnp.where(rows.position < 0, -1, rows.position + i)
-        cache = SpanCache(spans, rows._replace(position=position))
+        cache = span_cache(spans, rows._replace(position=position))
         logits, cache = forward(cfg, params, token[:, None], jnp.maximum(position, 0)[:, None], cache)
         logits = logits[:, 0]
         with jax.named_scope("draw"):

@@ -34,7 +34,8 @@ from engine.model.transformer import Params
 
 CHUNK, TAIL = 128, 32  # prompt tokens a call: whole chunks, and a shorter program for a last part that fits it
 AT_ONCE = 16  # chunks that are found computed and put back in one step
-FEW = 2  # tokens a dispatch while somebody's prompt is being read
+AT_A_TIME = 32  # slots times tokens of a dispatch, about: who leaves waits for its end
+FEW = 2  # tokens a dispatch while somebody's prompt is being read, and at least
 PATIENCE = 4  # every so many chunks, one goes to who has waited longest and not to who needs least
 GROUP = 4  # rows that a lone stream may use, its own and three for guesses
 MIN_SLOTS = 2  # a product with a single row takes a different and slower path on a CPU
@@ -271,7 +272,8 @@ class Slots:
         """Few where somebody would wait for them: for a first token, or for a prompt to be read."""
         if any(not stream.said for stream in self._drawing):
             return 1
-        return min(FEW if self._reading else STEPS, max(stream.left for stream in self._drawing))
+        most = FEW if self._reading else min(STEPS, max(FEW, AT_A_TIME // self.slots))
+        return min(most, max(stream.left for stream in self._drawing))
 
     def _guess(self, stream: _Stream) -> list[int]:
         """What may follow the lone stream's last token, where checking that pays; its mirrors are made when first needed."""

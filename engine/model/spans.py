@@ -62,27 +62,38 @@ class Rows(NamedTuple):
     target: Array
 
 
+Places = tuple[Array, ...]  # for each span, (U, 2) int32: the slot and the position in the span that each write goes to
+
+
 class SpanLayer(NamedTuple):
-    """One layer's part of Spans, and the rows of the call."""
+    """One layer's part of Spans, the rows of the call, and where they are written."""
 
     k: tuple[Kept, ...]
     v: tuple[Kept, ...]
     rows: Rows
+    places: Places
 
 
 class SpanCache(NamedTuple):
-    """What `forward` is given as its cache, and returns with the call's keys and values written."""
+    """What `forward` is given as its cache, and returns with the call's keys and values written. See `span_cache`."""
 
     spans: Spans
     rows: Rows
+    places: Places
 
     def layer(self, i: int) -> SpanLayer:
         """What layer i reads and writes."""
-        return SpanLayer(self.spans.k[i], self.spans.v[i], self.rows)
+        return SpanLayer(self.spans.k[i], self.spans.v[i], self.rows, self.places)
 
     def with_layers(self, layers: Sequence[SpanLayer]) -> "SpanCache":
         """The same with every layer replaced."""
-        return SpanCache(Spans(tuple(layer.k for layer in layers), tuple(layer.v for layer in layers)), self.rows)
+        return self._replace(spans=Spans(tuple(layer.k for layer in layers), tuple(layer.v for layer in layers)))
+
+
+def span_cache(spans: Spans, rows: Rows) -> SpanCache:
+    """The cache of one call. Where its rows are written is told once, for it is the same in every layer."""
+    places = places_of(spans.edges, rows.target, rows.position[rows.source])
+    return SpanCache(spans, rows, jax.lax.optimization_barrier(places))  # else XLA works it out anew for each layer
 
 
 def edges_of(layer: tuple[Kept, ...]) -> tuple[int, ...]:
@@ -119,9 +130,10 @@ def attention(q: Array, k: Array, v: Array, layer: SpanLayer) -> tuple[Array, Sp
     G = N // K
     rows = layer.rows
     layer = SpanLayer(
-        written(layer.k, k.transpose(0, 2, 1, 3)[rows.source], rows.target, rows.position[rows.source]),
-        written(layer.v, v.transpose(0, 2, 1, 3)[rows.source], rows.target, rows.position[rows.source]),
+        written(layer.k, k.transpose(0, 2, 1, 3)[rows.source], layer.places),
+        written(layer.v, v.transpose(0, 2, 1, 3)[rows.source], layer.places),
         rows,
+        layer.places,
     )
     asked = q if isinstance(layer.k[0], Rounded) else q.astype(layer.k[0].dtype)
     queries = asked.reshape(R, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(R, K, G * T, H)
@@ -130,27 +142,35 @@ def attention(q: Array, k: Array, v: Array, layer: SpanLayer) -> tuple[Array, Sp
     return out.reshape(R, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(R, T, N * H).astype(q.dtype), layer
 
 
-def written(spans: tuple[Kept, ...], new: Array, slots: Array, positions: Array) -> tuple[Kept, ...]:
-    """A layer's spans with new (U, K, T, H) put at slots (U,) from positions (U,) on; T tokens lie in one span."""
-    return placed(spans, _rounded(new) if isinstance(spans[0], Rounded) else new, slots, positions)
+def places_of(edges: tuple[int, ...], slots: Array, positions: Array) -> Places:
+    """Where slots (U,) are written from positions (U,) on: behind a span's end in every span but the one that it lies in."""
 
-
-def placed(spans: tuple[Kept, ...], new: Kept, slots: Array, positions: Array) -> tuple[Kept, ...]:
-    """As `written`, for what is rounded already where the spans are."""
-    edges, done = edges_of(spans), []
-    for kept, start, stop in zip(spans, edges, edges[1:]):
+    def within(start: int, stop: int) -> Array:
         at = jnp.where((positions >= start) & (positions < stop), positions - start, stop - start)
-        done.append(jax.tree.map(lambda array, part, at=at: put(array, part.astype(array.dtype), slots, at), kept, new))
-    return tuple(done)
+        return jnp.stack([slots, at], axis=1)
+
+    return tuple(within(start, stop) for start, stop in itertools.pairwise(edges))
 
 
-def put(array: Array, new: Array, slots: Array, at: Array) -> Array:
-    """array (B, K, C, ...) with new (U, K, T, ...) at [slots[u], :, at[u] : at[u] + T]; what does not fit in is left out."""
+def written(spans: tuple[Kept, ...], new: Array, places: Places) -> tuple[Kept, ...]:
+    """A layer's spans with new (U, K, T, H) put at their places; T tokens lie in one span."""
+    return placed(spans, _rounded(new) if isinstance(spans[0], Rounded) else new, places)
+
+
+def placed(spans: tuple[Kept, ...], new: Kept, places: Places) -> tuple[Kept, ...]:
+    """As `written`, for what is rounded already where the spans are."""
+    return tuple(
+        jax.tree.map(lambda array, part, at=at: put(array, part.astype(array.dtype), at), kept, new)
+        for kept, at in zip(spans, places)
+    )
+
+
+def put(array: Array, new: Array, places: Array) -> Array:
+    """array (B, K, C, ...) with new (U, K, T, ...) at [slot, :, at : at + T], places (U, 2); what does not fit is left out."""
     window = tuple(range(1, new.ndim))
     numbers = jax.lax.ScatterDimensionNumbers(
         update_window_dims=window, inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 2)
     )
-    places = jnp.stack([slots, at], axis=1)
     return jax.lax.scatter(array, places, new, numbers, mode=jax.lax.GatherScatterMode.FILL_OR_DROP)
 
 
@@ -172,8 +192,9 @@ def taken(spans: Spans, slot: Array, start: Array, length: int) -> Kept:
 
 def given(spans: Spans, chunk: Kept, slot: Array, start: Array) -> Spans:
     """spans with what `taken` took put into a slot from `start` on."""
+    places = places_of(spans.edges, slot[None], start[None])
     layers = [
-        placed(layer, jax.tree.map(lambda array, i=i: array[i][None], chunk), slot[None], start[None])
+        placed(layer, jax.tree.map(lambda array, i=i: array[i][None], chunk), places)
         for i, layer in enumerate((*spans.k, *spans.v))
     ]
     return Spans(tuple(layers[: len(spans.k)]), tuple(layers[len(spans.k) :]))
@@ -198,7 +219,8 @@ def _slots_set(spans: Spans, slots: Array, reach: Array, content: Callable[[Arra
         done = []
         for kept, start in zip(layer, edges_of(layer)):
             to = jnp.where(start < reach, slots, spans.slots)
-            done.append(jax.tree.map(lambda array, to=to: put(array, content(array), to, jnp.zeros_like(to)), kept))
+            whole_span = jnp.stack([to, jnp.zeros_like(to)], axis=1)
+            done.append(jax.tree.map(lambda array, at=whole_span: put(array, content(array), at), kept))
         return tuple(done)
 
     return Spans(tuple(whole(layer) for layer in spans.k), tuple(whole(layer) for layer in spans.v))

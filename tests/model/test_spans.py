@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny import tiny_config
 
 from engine.model import spans as spans_
-from engine.model.spans import Rounded, Rows, SpanLayer, Spans, cleared, make_spans, mirrored, taken
+from engine.model.spans import Kept, Rounded, Rows, SpanLayer, Spans, cleared, make_spans, mirrored, span_cache, taken
 
 CFG = tiny_config(layers=2)
 N, K, H = CFG.heads, CFG.kv_heads, CFG.head_dim
@@ -50,17 +50,22 @@ def rows_of(position, target, source=None) -> Rows:
     return Rows(*(jnp.asarray(field, jnp.int32) for field in (position, source, target)))
 
 
+def layer_at(keys: tuple[Kept, ...], values: tuple[Kept, ...], rows: Rows) -> SpanLayer:
+    return span_cache(Spans((keys,), (values,)), rows).layer(0)
+
+
 @functools.cache
 def filled(kind: str) -> tuple[Spans, list[np.ndarray]]:
     """Spans in which every slot holds CAPACITY tokens, read 8 at a time, and the keys and values that were put in."""
     rng, spans = np.random.default_rng(0), make_spans(CFG, SLOTS, CAPACITY, FIRST, kind)
     put_in = [drawn(rng, SLOTS, EDGES[-1], K, H) for _ in range(2)]
-    layer = SpanLayer(spans.k[0], spans.v[0], None)
+    keys, values = spans.k[0], spans.v[0]
     for slot in range(SLOTS):
         for start in range(0, EDGES[-1], FIRST):
             k, v = (side[slot : slot + 1, start : start + FIRST] for side in put_in)
-            _, layer = attention(drawn(rng, 1, FIRST, N, H), k, v, layer._replace(rows=rows_of([start], [slot])))
-    return Spans((layer.k,) * 2, (layer.v,) * 2), put_in
+            _, layer = attention(drawn(rng, 1, FIRST, N, H), k, v, layer_at(keys, values, rows_of([start], [slot])))
+            keys, values = layer.k, layer.v
+    return Spans((keys,) * 2, (values,) * 2), put_in
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -83,7 +88,7 @@ def test_a_step_sees_what_plain_attention_sees_at_every_length(kind):
     rng = np.random.default_rng(1)
     for lengths in np.stack([np.roll(np.arange(EDGES[-1]), 31 * row) for row in range(SLOTS)], 1):
         q, k, v = drawn(rng, SLOTS, 1, N, H), drawn(rng, SLOTS, 1, K, H), drawn(rng, SLOTS, 1, K, H)
-        out, layer = attention(q, k, v, SpanLayer(spans.k[0], spans.v[0], rows_of(lengths, range(SLOTS))))
+        out, layer = attention(q, k, v, layer_at(spans.k[0], spans.v[0], rows_of(lengths, range(SLOTS))))
         asked = np.asarray(jnp.asarray(q, "bfloat16"), np.float64) if kind == "bfloat16" else q.astype(np.float64)
         keys, values = whole(layer.k), whole(layer.v)
         for row, length in enumerate(lengths):
@@ -98,7 +103,7 @@ def test_a_chunk_sees_what_plain_attention_sees_in_every_slot(kind):
     for start in range(0, EDGES[-1], FIRST):
         slot = start // FIRST % SLOTS
         q, k, v = drawn(rng, 1, FIRST, N, H), drawn(rng, 1, FIRST, K, H), drawn(rng, 1, FIRST, K, H)
-        out, layer = attention(q, k, v, SpanLayer(spans.k[0], spans.v[0], rows_of([start], [slot])))
+        out, layer = attention(q, k, v, layer_at(spans.k[0], spans.v[0], rows_of([start], [slot])))
         asked = np.asarray(jnp.asarray(q, "bfloat16"), np.float64) if kind == "bfloat16" else q.astype(np.float64)
         expected = plain(asked[0], whole(layer.k)[slot], whole(layer.v)[slot], np.arange(start, start + FIRST))
         np.testing.assert_allclose(out[0], expected, rtol=0, atol=NEAR[kind])
@@ -111,7 +116,7 @@ def test_int8_keys_and_values_are_near_the_ones_that_came(kind):
     q = drawn(np.random.default_rng(3), SLOTS, 1, N, H)
     at = np.full(SLOTS, EDGES[-1] - 1)
     last = [side[:, -1:] for side in (k, v)]
-    out, _ = attention(q, *last, SpanLayer(spans.k[0], spans.v[0], rows_of(at, range(SLOTS))))
+    out, _ = attention(q, *last, layer_at(spans.k[0], spans.v[0], rows_of(at, range(SLOTS))))
     wide = lambda row: (q[row], k[row].swapaxes(0, 1), v[row].swapaxes(0, 1))
     expected = [plain(*(x.astype(np.float64) for x in wide(row)), at[:1]) for row in range(SLOTS)]
     error = np.sqrt(((np.asarray(out) - expected) ** 2).mean() / (np.asarray(expected) ** 2).mean())
@@ -137,7 +142,7 @@ def test_a_row_is_the_same_to_the_bit_however_far_the_others_are(kind):
                 keys, values = jax.tree.map(spoil, here)
                 rows = rows_of(np.where(mine, length, others), range(SLOTS))
                 among = [np.where(mine.reshape(-1, 1, 1, 1), x, drawn(rng, SLOTS, *x.shape[1:])) for x in (q, k, v)]
-                out, layer = attention(*among, SpanLayer(keys, values, rows))
+                out, layer = attention(*among, layer_at(keys, values, rows))
                 kept = [np.asarray(leaf)[slot].tobytes() for leaf in jax.tree.leaves((layer.k, layer.v))]
                 seen.add((np.asarray(out)[slot].tobytes(), *kept))
         assert len(seen) == 1, length
@@ -160,8 +165,8 @@ def test_what_a_row_may_not_see_does_not_matter(kind):
         tuple(jax.tree.map(functools.partial(changed, start=start), kept) for kept, start in zip(layer, EDGES))
         for layer in (spans.k[0], spans.v[0])
     ]
-    one, _ = attention(*new, SpanLayer(spans.k[0], spans.v[0], rows))
-    two, _ = attention(*new, SpanLayer(*other, rows))
+    one, _ = attention(*new, layer_at(spans.k[0], spans.v[0], rows))
+    two, _ = attention(*new, layer_at(*other, rows))
     assert np.asarray(one).tobytes() == np.asarray(two).tobytes()
 
 
@@ -171,7 +176,7 @@ def test_rows_are_written_where_they_are_sent_and_nowhere_else():
     rng = np.random.default_rng(6)
     k = drawn(rng, SLOTS, 1, K, H)
     position, source, target = [5, 72, -1, 16, 71], [0, 1, 2, 3, 4, 0, 3, 3], [0, 1, 2, 3, 4, 1, 0, SLOTS]
-    _, layer = attention(drawn(rng, SLOTS, 1, N, H), k, k, SpanLayer(spans.k[0], spans.v[0], rows_of(position, target, source)))
+    _, layer = attention(drawn(rng, SLOTS, 1, N, H), k, k, layer_at(spans.k[0], spans.v[0], rows_of(position, target, source)))
     expected = whole(spans.k[0])
     for slot, at, row in ((0, 5, 0), (1, 5, 0), (3, 16, 3), (0, 16, 3), (4, 71, 4)):
         expected[slot, :, at] = k[row, 0]
