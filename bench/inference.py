@@ -6,8 +6,9 @@
 
 Both read the same GGUF file and the same prompts with all cores, in turns, greedily; ours through `Slots` as the server
 runs it, with int8 weights. Ratios are tokens a second over the peer's, above 1 where Thrice is faster, as the median of
-the ratios within each round. `decode_1_guesses` is the lone stream with its guesses on, which needs text that repeats
-itself; the other rows do without. The last line is JSON.
+the ratios within each round. `decode_1` is a lone stream as it is served: rows that nobody needs check guesses at what
+comes next, which change no token and are right where a text repeats itself. `decode_1_plain` is the same with guesses
+off; in the other rows nobody guesses. The last line is JSON.
 """
 
 import dataclasses
@@ -24,8 +25,8 @@ from engine.errors import UserError
 # Name, streams, tokens of each prompt, whether a lone stream guesses, and how many times the peer's speed it must reach.
 ROWS: tuple[tuple[str, int, int, bool, float | None], ...] = (
     ("prefill_512", 1, 512, False, 2.0),
-    ("decode_1", 1, 64, False, 0.6),
-    ("decode_1_guesses", 1, 64, True, None),
+    ("decode_1", 1, 64, True, 0.6),
+    ("decode_1_plain", 1, 64, False, None),
     ("decode_8", 8, 64, False, 1.3),
     ("decode_32", 32, 64, False, 2.0),
 )
