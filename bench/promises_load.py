@@ -17,14 +17,14 @@ FLOOD = 48  # tokens of a request of the flood, on average: were all alike, they
 
 
 async def leaving_frees_the_slot(trial: Trial) -> Outcome:
-    """Waves of requests whose connections are cut at random moments; for each, how long until the server holds one fewer."""
+    """Requests whose connections are cut at random moments; for each, how long until the server holds one fewer."""
     count = trial.count(1000, 60)
     size = trial.slots + 2  # two of them wait for a slot
     step = await _decode_step(trial)
     waits: list[float] = []
     stuck = 0
     for wave in range(-(-count // size)):
-        waits += await _wave(trial, size, 0.01 if wave % 8 == 7 else 0.5)
+        waits += await (_burst if wave % 8 == 7 else _wave)(trial, size)
         if math.isnan(await settled(trial.server)):
             stuck += int((await trial.server.gauges())[RUNNING])
     trial.asked += len(waits)
@@ -35,39 +35,48 @@ async def leaving_frees_the_slot(trial: Trial) -> Outcome:
     )
 
 
-async def _wave(trial: Trial, size: int, within: float) -> list[float]:
-    """Seconds from each abort to the first look at the gauges that finds no more requests than there are connections.
+async def _wave(trial: Trial, size: int) -> list[float]:
+    """One after the other leaves at a random moment -> seconds from each abort to the first look that finds one fewer.
 
-    Nobody new comes meanwhile, so that look is at the request's own end or later, never before.
+    Nobody comes meanwhile, and the next leaves when the last one is gone, so that no wait is another's.
     """
-    open_: list[Any] = []
+    open_ = [await _opened(trial) for _ in range(size)]
+    while await _held(trial) < size:
+        await asyncio.sleep(0.002)
+    trial.rng.shuffle(open_)
     waits: list[float] = []
-    for _ in range(size):
-        prompt = words(trial.rng, trial.rng.choice((8, 60, 200)))
-        body = completion(prompt, 400, ignore_eos=True, stream=trial.rng.random() < 0.6)
-        reader, writer = await connect("127.0.0.1", trial.server.port)
-        writer.write(trial.server.client.written("POST", "/v1/completions", body, {}))
-        open_.append((trial.rng.random() * within, reader, writer))
-    if within > 0.1:  # else they are cut before the server may have seen them
-        while await _held(trial) < size:
-            await asyncio.sleep(0.002)
-    begin = clock()
-    cut: list[float] = []
-    open_.sort(key=lambda each: each[0])
-    while open_ or cut:
-        while open_ and clock() - begin >= open_[0][0]:
-            _, _, writer = open_.pop(0)
-            writer.transport.abort() if trial.rng.random() < 0.5 else writer.close()  # a reset, or a polite end
-            cut.append(clock())
-        await asyncio.sleep(0.002 if open_ or within > 0.1 else 0.05)  # by then it has seen them
-        looked, left = clock(), len(open_)
-        if cut and await _held(trial) <= left:
-            gone = [moment for moment in cut if moment <= looked]
-            waits += [clock() - moment for moment in gone]
-            del cut[: len(gone)]
-        if cut and clock() - cut[0] > STUCK:
-            return waits + [clock() - moment for moment in cut]
+    while open_ and not any(wait > STUCK for wait in waits):
+        await asyncio.sleep(trial.rng.random() / 10)
+        waits.append(await _cut(trial, [open_.pop()], left=len(open_)))
+    for writer in open_:
+        writer.transport.abort()
     return waits
+
+
+async def _burst(trial: Trial, size: int) -> list[float]:
+    """All leave at once, before the server may have seen them -> for each, seconds until it holds nobody."""
+    wait = await _cut(trial, [await _opened(trial) for _ in range(size)], left=0, first=0.05)  # by then it has seen them
+    return [wait] * size
+
+
+async def _opened(trial: Trial) -> Any:
+    """A request that goes on for longer than anybody waits, streaming or not -> its connection."""
+    prompt = words(trial.rng, trial.rng.choice((8, 60, 200)))
+    body = completion(prompt, 400, ignore_eos=True, stream=trial.rng.random() < 0.6)
+    _, writer = await connect("127.0.0.1", trial.server.port)
+    writer.write(trial.server.client.written("POST", "/v1/completions", body, {}))
+    return writer
+
+
+async def _cut(trial: Trial, writers: list[Any], left: int, first: float = 0.002) -> float:
+    """Ends connections, by a reset or politely -> seconds until the server holds `left` or fewer, looking from `first` on."""
+    begin = clock()
+    for writer in writers:
+        writer.transport.abort() if trial.rng.random() < 0.5 else writer.close()
+    await asyncio.sleep(first)
+    while await _held(trial) > left and clock() - begin < STUCK:
+        await asyncio.sleep(0.002)
+    return clock() - begin
 
 
 async def _held(trial: Trial) -> float:
