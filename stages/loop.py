@@ -105,6 +105,7 @@ class Loop:
         self.recent: collections.deque[float] = collections.deque(maxlen=RECENT)
         self.schedule = jax.jit(make_schedule(job.plan.recipe.optimizer))
         self.val: float | None = None
+        self.warm_steps, self.warm_seconds = 0, 0.0  # without the first, which touches its memory for the first time
         self.loss = self.grad_norm = float("nan")
         self.in_a_row = 0
         self.begun = past.step
@@ -183,7 +184,9 @@ class Loop:
         past.step += 1
         past.seconds += seconds
         if past.step - self.begun == 2:
-            self.recent.clear()  # the first step also touched its memory for the first time
+            self.recent.clear()
+        if past.step - self.begun > 1:
+            self.warm_steps, self.warm_seconds = self.warm_steps + 1, self.warm_seconds + seconds
         self.recent.append(seconds)
         self.loss, self.grad_norm = float(metrics.loss), float(metrics.grad_norm)
         if past.first_step_seconds is None:
@@ -237,6 +240,12 @@ class Loop:
     def speed(self) -> float:
         """Tokens a second, of late."""
         return self.job.plan.step_tokens / max(self.mean(), 1e-9)
+
+    def share(self) -> float | None:
+        """The share of the ceiling over all steps of this part but its first; None before there are any."""
+        if not self.warm_steps:
+            return None
+        return self.warm_steps * self.job.plan.step_flops / self.warm_seconds / self.job.ceiling
 
     def mfu(self) -> float:
         """The share of the ceiling, of late."""

@@ -94,11 +94,11 @@ def close(run: "Tuned", state: Any, loop: Loop, was: Look) -> int:
     else:
         place = folder / "checkpoints" / str(past.step)
     speed = past.step * run.plan.step_tokens / max(past.seconds, 1e-9)
+    share = loop.share() or past.step * run.plan.step_flops / max(past.seconds, 1e-9) / loop.job.ceiling
     result = {
         "before": dataclasses.asdict(was), "after": dataclasses.asdict(now), "unit": run.held_out(1).unit, "steps": past.step,
         "train_seconds": past.seconds, "tokens_per_second": speed, "peak_rss_bytes": peak_rss_bytes(),
-        "flops_share_of_ceiling": past.step * run.plan.step_flops / max(past.seconds, 1e-9) / loop.job.ceiling,
-        "refused_steps": past.refused,
+        "flops_share_of_ceiling": share, "refused_steps": past.refused,
     }  # fmt: skip
     run_folder.write_run(folder, run.facts(), result)
     _say(run, result, was, now, Path(str(place)))
