@@ -38,12 +38,15 @@ def run[Flags](
     return 0
 
 
-def start_jax() -> None:
-    """What the stages do before JAX starts: freed memory is kept, compiled programs are found again, logs are quiet."""
+def start_jax(*, decodes: bool = False) -> None:
+    """What the stages do before JAX starts: freed memory is kept, compiled programs are found again, logs are quiet.
+
+    `decodes`: as the stages that decode do it.
+    """
     from engine.allocator import keep_freed_memory
     from engine.files import cache_folder
 
-    keep_freed_memory()
+    keep_freed_memory(one_arena=not decodes)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import jax
 

@@ -67,7 +67,7 @@ def measured(flags: Flags) -> dict[str, Any]:
         raise UserError(f"--rounds must be at least {FEWEST_ROUNDS} and --new at least 2, not {flags.rounds} and {flags.new}.")
     if flags.keys_values not in ("bfloat16", "float32", "int8"):
         raise UserError(f"--keys-values is bfloat16, float32 or int8, not {flags.keys_values!r}.")
-    cli.start_jax()
+    cli.start_jax(decodes=True)
     from bench.models import gguf_file
     from engine.allocator import prefer_huge_pages
     from engine.counting.hardware import cores, device_name

@@ -17,7 +17,7 @@ def make(spec: dict[str, Any]) -> Any:
     from bench.cli import start_jax
     from engine.allocator import prefer_huge_pages
 
-    start_jax()
+    start_jax(decodes=True)
     prefer_huge_pages()
     from bench.models import loaded
     from engine.inference.decode import for_inference

@@ -69,7 +69,7 @@ def talk(given: Talk) -> int:
     from stages import device
 
     interrupt.doing("before a turn was begun.")
-    started = device.start(given.device)
+    started = device.start(given.device, decodes=True)
     from engine.storage.digest import digest
     from stages.console import Console
 

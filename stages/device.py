@@ -25,15 +25,17 @@ class Device:
         return f"{self.backend.upper()}: {self.name} ({one}{self.why})"
 
 
-def start(choice: str = "auto") -> Device:
+def start(choice: str = "auto", *, decodes: bool = False) -> Device:
     """Imports and starts JAX on the wanted device. Raises UserError when `choice` names one that is not there.
+
+    `decodes`: whether it is for many small steps rather than for large ones, see `keep_freed_memory`.
 
     Compiled programs are kept in the user's cache folder (or where JAX_COMPILATION_CACHE_DIR says), so that a second
     start compiles nothing.
     """
     from engine.allocator import keep_freed_memory
 
-    keep_freed_memory()
+    keep_freed_memory(one_arena=not decodes)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's remarks; what fails also raises
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     if choice == "cpu":

@@ -55,7 +55,7 @@ def generate(given: Generate) -> None:
     from stages import device, interrupt, process, words
 
     interrupt.doing("before the text was complete.")
-    started = device.start(given.device)
+    started = device.start(given.device, decodes=True)
     from engine.inference import decode
     from engine.inference.sample import make_sampling
     from stages import load

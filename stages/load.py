@@ -23,6 +23,7 @@ KINDS = (
 )
 ENDS = "tokenizer/generation_config.json"
 Report = Callable[[int, int], None] | None
+Known = Callable[[ModelConfig], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,22 +47,22 @@ class Model:
     damaged: list[str]
 
 
-def load_model(given: str | None, *, dtype: str | None = None, report: Report = None) -> Model:
+def load_model(given: str | None, *, dtype: str | None = None, report: Report = None, known: Known = lambda cfg: None) -> Model:
     """The model `--model` names; by default the run that was saved to last.
 
     `dtype` is that of the matrices of a model that is not a run of ours; by default its own compute dtype. `report`: what
-    is done of the fetching or reading, and all of it. Raises UserError when there is none, it is damaged, or it is of a
-    kind that is not known here.
+    is done of the fetching or reading, and all of it. `known` is told the architecture as soon as it is, before weights
+    are read. Raises UserError when there is none, it is damaged, or it is of a kind that is not known here.
     """
     if given in MODELS:
         file = fetch(given, report)["model"]
-        return _from_elsewhere(load_gguf(file, dtype=dtype, report=report), file)
+        return _from_elsewhere(load_gguf(file, dtype=dtype, report=report, known=known), file)
     path = Path(given).expanduser() if given else run_folder.newest()
     if path.suffix == ".gguf" and path.is_file():
-        return _from_elsewhere(load_gguf(path, dtype=dtype, report=report), path)
+        return _from_elsewhere(load_gguf(path, dtype=dtype, report=report, known=known), path)
     if _is_hugging_face(path):
-        return _from_elsewhere(load_folder(path, dtype=dtype, report=report), path)
-    return _run(path, given or str(path))
+        return _from_elsewhere(load_folder(path, dtype=dtype, report=report, known=known), path)
+    return _run(path, given or str(path), known)
 
 
 def _is_hugging_face(path: Path) -> bool:
@@ -77,7 +78,7 @@ def _from_elsewhere(loaded: LoadedModel, path: Path) -> Model:
     )  # fmt: skip
 
 
-def _run(path: Path, given: str) -> Model:
+def _run(path: Path, given: str, known: Known) -> Model:
     run = _run_of(path, given)
     cfg = run_folder.read_config(run)
     tokenizer = load_tokenizer(run / "tokenizer")
@@ -87,7 +88,8 @@ def _run(path: Path, given: str) -> Model:
         )
     about = run_folder.read_json(run / "run.json")
     if about.get("learns", "").startswith("rank="):
-        return _adapted(run, about)
+        return _adapted(run, about, known)
+    known(cfg)
     loaded = checkpoint.load_params(path)
     said = run_folder.read_json(run / ENDS) if (run / ENDS).exists() else {}
     return Model(
@@ -104,7 +106,7 @@ def _run(path: Path, given: str) -> Model:
     )
 
 
-def _adapted(run: Path, about: dict[str, Any]) -> Model:
+def _adapted(run: Path, about: dict[str, Any], known: Known) -> Model:
     """A run that learnt an adapter: the model it was learnt about, with the adapter on it and the run's own words."""
     from stages.adapters import FOLDER, with_adapters
 
@@ -113,7 +115,7 @@ def _adapted(run: Path, about: dict[str, Any]) -> Model:
             f"{run} has no adapter yet: its fine-tuning was stopped. The same command goes on: {about.get('command')}"
         )
     try:
-        base = load_model(about["base"]["model"])
+        base = load_model(about["base"]["model"], known=known)
     except UserError as error:
         raise UserError(f"{run} adapts {about['base']['model']}, which cannot be read: {error}") from None
     tokenizer = load_tokenizer(run / "tokenizer")

@@ -20,7 +20,7 @@ from engine.model.config import ModelConfig
 from engine.model.spans import Kept, Rows, Spans, cleared, given, mirrored, span_cache, taken
 from engine.model.transformer import Params, forward, hidden_states
 
-AT_ONCE = 3  # programs on the way to be compiled: tracing holds Python's lock, what follows does not
+AT_ONCE = 2  # programs on the way to be compiled: tracing holds Python's lock, what follows does not
 STEPS = 8  # tokens a dispatch at most
 IN_PROMPT = 1 << 20  # what a token of the prompt counts in `Tally.said`, above any count of the completion's
 
@@ -104,8 +104,9 @@ def compiled(
 ) -> Iterator[tuple[int, int]]:
     """Compiles every program as it is going to be called, or fetches it from the compilation cache, several at a time.
 
-    Tells after each how many are done, and of how many. `chunks`: lengths that prompts are read by; `kept`: that of
-    chunks which are taken and given, None for none; `group`: rows that a lone stream may use.
+    Tells after each how many are done, and of how many. `params`, `spans` and `tally` may be shapes alone, as `described`
+    tells them. `chunks`: lengths that prompts are read by; `kept`: that of chunks which are taken and given, None for
+    none; `group`: rows that a lone stream may use.
     """
     zeros: Callable[..., Any] = lambda dtype, *shape: np.zeros(shape, dtype)
     R, at = spans.slots, np.int32(0)
@@ -120,13 +121,20 @@ def compiled(
         (set_tally, (tally, at, zeros(np.float32, cfg.vocab), zeros(np.int32, cfg.vocab))),
     ]
     if kept is not None:
-        calls.append((give_chunk, (spans, take_chunk(spans, at, at, kept), at, at)))
+        chunk = described(jax.eval_shape(functools.partial(take_chunk, length=kept), spans, at, at))
+        calls += [(take_chunk, (spans, at, at, kept)), (give_chunk, (spans, chunk, at, at))]
     ready: Callable[..., Any] = lambda program, given: program.lower(*given).compile()
     with ThreadPoolExecutor(AT_ONCE) as pool:
         futures = [pool.submit(ready, *call) for call in calls]
         for done, future in enumerate(as_completed(futures), 1):
             future.result()
             yield done, len(calls)
+
+
+def described(tree: Any) -> Any:
+    """The shapes of arrays, as they lie on the first device: what a program is compiled for."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree)
 
 
 def top(cfg: ModelConfig) -> int:

@@ -32,11 +32,17 @@ READABLE = {
 }  # fmt: skip
 
 
-def load_gguf(path: Path, *, dtype: str | None = None, report: Callable[[int, int], None] | None = None) -> LoadedModel:
+def load_gguf(
+    path: Path,
+    *,
+    dtype: str | None = None,
+    report: Callable[[int, int], None] | None = None,
+    known: Callable[[ModelConfig], None] = lambda cfg: None,
+) -> LoadedModel:
     """The model in a GGUF file; matrices in `dtype`, bfloat16 by default.
 
-    `report`: numbers read and in all. Raises UserError, in a sentence, for whatever is damaged, unknown, or does not fit
-    the rest; all of that is known before the first weight is read.
+    `report`: numbers read and in all. `known` is told the architecture before the first weight is read. Raises UserError,
+    in a sentence, for whatever is damaged, unknown, or does not fit the rest; all of that is found before that.
     """
     header = read_header(path)
     for name, tensor in header.tensors.items():
@@ -49,6 +55,7 @@ def load_gguf(path: Path, *, dtype: str | None = None, report: Callable[[int, in
     turned = ARCHITECTURES[header.metadata["general.architecture"]][2]
     heads = {part.name: part.heads for leaf in leaves for part in leaf.parts if part.heads and turned}
 
+    known(cfg)
     with path.open("rb", buffering=0) as file:
 
         def rows(name: str, start: int, stop: int) -> np.ndarray:

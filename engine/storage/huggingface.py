@@ -39,11 +39,13 @@ SMALL = 2 * 2**20  # bytes of a config
 TOKENIZER = 64 * 2**20  # bytes of a tokenizer.json; the largest of these families has 17 million
 
 
-def load_folder(path: Path, *, dtype: str | None = None, report: Report = None) -> LoadedModel:
+def load_folder(
+    path: Path, *, dtype: str | None = None, report: Report = None, known: Callable[[ModelConfig], None] = lambda cfg: None
+) -> LoadedModel:
     """The model in a Hugging Face folder; matrices in `dtype`, by default the config's own compute dtype.
 
-    `report`: numbers read and in all. Raises UserError, in a sentence, for whatever is missing, damaged, unknown, or does
-    not fit the rest; all of that is known before the first weight is read.
+    `report`: numbers read and in all. `known` is told the architecture before the first weight is read. Raises UserError,
+    in a sentence, for whatever is missing, damaged, unknown, or does not fit the rest; all of that is found before that.
     """
     fields = read_object(path / "config.json", SMALL)
     cfg = config_from(fields, path / "config.json")
@@ -53,11 +55,12 @@ def load_folder(path: Path, *, dtype: str | None = None, report: Report = None) 
     leaves = checked(leaves_of(cfg, NAMES), {name: tensor.shape for name, tensor in stored.items()}, path)
     for name, tensor in stored.items():
         if tensor.dtype not in safetensors.DTYPES:
-            known = ", ".join(safetensors.DTYPES)
-            raise UserError(f"{tensor.path}: the tensor {shown(name)} is {tensor.dtype}; weights are read as {known}.")
+            readable = ", ".join(safetensors.DTYPES)
+            raise UserError(f"{tensor.path}: the tensor {shown(name)} is {tensor.dtype}; weights are read as {readable}.")
     if head is not None:
         _check_same(head, stored[NAMES["embed"]], path)
     words = _read_words(path, fields, cfg)
+    known(cfg)
     rows = lambda name, start, stop: safetensors.read_rows(stored[name], start, stop)
     params = read_params(leaves, rows, dtype or cfg.dtype, report)
     return LoadedModel(path.resolve().name, cfg, params, **words)

@@ -11,6 +11,7 @@ from stages import cli, interrupt
 
 if TYPE_CHECKING:
     import socket
+    import threading
 
     from stages.console import Console
     from stages.serve.__main__ import Serve
@@ -60,7 +61,7 @@ async def _serve(given: "Serve", loaded: "Loaded", bound: "socket.socket", keys:
     listen.listen(bound)
     server = listen.make_server(app)
     serving = asyncio.create_task(server.serve([bound]))
-    await _warm(served, console)
+    await _warm(served, loaded.ahead, console)
 
     async def drain() -> None:
         served.door.close()
@@ -83,10 +84,12 @@ async def _serve(given: "Serve", loaded: "Loaded", bound: "socket.socket", keys:
         return _close(served, console)
 
 
-async def _warm(served: Any, console: "Console") -> None:
-    """Compiles. Raises what went wrong."""
+async def _warm(served: Any, ahead: "threading.Thread | None", console: "Console") -> None:
+    """Compiles, after what is being compiled `ahead`. Raises what went wrong."""
     done = asyncio.Event()
     with console.task("compiling", always=True) as report:
+        if ahead:
+            await asyncio.to_thread(ahead.join)
         served.engine.start(done.set, report)
         await done.wait()
     if served.engine.failed:

@@ -14,7 +14,7 @@ from engine.inference.decode import for_inference, generate
 from engine.inference.programs import STEPS
 from engine.inference.request import Request
 from engine.inference.sample import make_sampling
-from engine.inference.slots import PATIENCE, Slots
+from engine.inference.slots import PATIENCE, Slots, compile_ahead
 from engine.inference.speculate import Guesser
 from engine.model.transformer import forward
 
@@ -249,6 +249,19 @@ def test_nothing_is_compiled_after_warm(count_compiles):
         slots.guesses = False
         assert answers(slots, [request]) == [found]
         assert count_compiles == []
+
+
+def test_what_is_compiled_ahead_is_what_warm_asks_for(count_compiles):
+    """From shapes alone, while weights are read: nothing is compiled or fetched a second time."""
+    cfg = tiny_config()
+    params = for_inference(cfg, lively_params(cfg))
+    options = {"slots": 3, "capacity": 40, "kind": "float32", "prefixes": 1 << 20, "chunk": 8, "tail": 4}
+    compile_ahead(cfg, jax.eval_shape(lambda: params), **options)
+    assert len(count_compiles) >= 7
+    slots = Slots(cfg, params, **options)
+    count_compiles.clear()
+    slots.warm()
+    assert count_compiles == []
 
 
 def test_a_long_prompt_keeps_nobody_waiting():
