@@ -124,11 +124,14 @@ def compiled(
         chunk = described(jax.eval_shape(functools.partial(take_chunk, length=kept), spans, at, at))
         calls += [(take_chunk, (spans, at, at, kept)), (give_chunk, (spans, chunk, at, at))]
     ready: Callable[..., Any] = lambda program, given: program.lower(*given).compile()
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    pool = ThreadPoolExecutor(AT_ONCE)
+    try:
         futures = [pool.submit(ready, *call) for call in calls]
         for done, future in enumerate(as_completed(futures), 1):
             future.result()
             yield done, len(calls)
+    finally:  # whoever asks for no more waits for those that are under way alone
+        pool.shutdown(cancel_futures=True)
 
 
 def described(tree: Any) -> Any:

@@ -80,16 +80,19 @@ class _Stream:
 
 
 def compile_ahead(
-    cfg: ModelConfig, params: Any, *, slots: int, capacity: int, kind: Kind, prefixes: int, chunk: int = CHUNK, tail: int = TAIL
-) -> None:
+    cfg: ModelConfig, params: Any, *, slots: int, capacity: int, kind: Kind, prefixes: int, chunk: int = CHUNK,
+    tail: int = TAIL, stopped: Callable[[], bool] = lambda: False,
+) -> None:  # fmt: skip
     """Compiles what `Slots.warm` of the same options will ask for, from the shapes of `params` alone.
 
     For while weights are read. A program that turns out to be another one is compiled when it is wanted, as without this.
+    Once `stopped`, no further program is begun.
     """
     room = lambda: (make_spans(cfg, slots, capacity, chunk, kind), programs.make_tally(cfg, slots))
     held = programs.described((params, *jax.eval_shape(room)))
     for _ in programs.compiled(cfg, *held, chunks={chunk, tail}, kept=chunk if prefixes else None, group=GROUP):
-        pass
+        if stopped():
+            break
 
 
 class Slots:

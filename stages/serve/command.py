@@ -11,11 +11,10 @@ from stages import cli, interrupt
 
 if TYPE_CHECKING:
     import socket
-    import threading
 
     from stages.console import Console
     from stages.serve.__main__ import Serve
-    from stages.serve.loading import Loaded
+    from stages.serve.loading import Ahead, Loaded
 
 NEEDS = ("starlette", "uvicorn", "msgspec", "prometheus_client")
 
@@ -84,12 +83,12 @@ async def _serve(given: "Serve", loaded: "Loaded", bound: "socket.socket", keys:
         return _close(served, console)
 
 
-async def _warm(served: Any, ahead: "threading.Thread | None", console: "Console") -> None:
+async def _warm(served: Any, ahead: "Ahead | None", console: "Console") -> None:
     """Compiles, after what is being compiled `ahead`. Raises what went wrong."""
     done = asyncio.Event()
     with console.task("compiling", always=True) as report:
         if ahead:
-            await asyncio.to_thread(ahead.join)
+            await asyncio.to_thread(ahead.end)
         served.engine.start(done.set, report)
         await done.wait()
     if served.engine.failed:

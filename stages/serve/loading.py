@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -17,6 +18,9 @@ from engine.inference import decode
 from engine.inference.quantize import quantize
 from engine.inference.slots import Slots, compile_ahead
 from engine.model.config import ModelConfig
+from engine.model.leaves import dense
+from engine.model.lora import LoRA
+from engine.model.paths import map_paths
 from engine.model.transformer import init_params
 from engine.storage.digest import digest
 from engine.text.chat import Chat
@@ -40,8 +44,7 @@ MB = 10**6
 
 @dataclasses.dataclass
 class Loaded:
-    """What does not depend on the event loop. `source`: a chat template given by hand. `ahead` ends when what could be
-    compiled beside the loading has been."""
+    """What does not depend on the event loop. `source`: a chat template given by hand."""
 
     model: models.Model
     name: str
@@ -52,7 +55,7 @@ class Loaded:
     now: str
     compiles: Compiles
     digest: str
-    ahead: threading.Thread | None = None
+    ahead: "Ahead | None" = None
 
     def served(self, given: "Serve", post: Callable[..., Any]) -> Served:
         """Everything the routes need; `post` runs a function on the event loop."""
@@ -82,22 +85,26 @@ def _load(given: "Serve", console: "Console") -> Loaded:
     prefer_huge_pages()
     compiles = Compiles()
     source = _template(given)
-    ahead: list[threading.Thread] = []
-
-    def known(cfg: ModelConfig) -> None:
-        ahead.append(threading.Thread(target=_compile_ahead, args=(cfg, given, started), daemon=True, name="ahead"))
-        ahead[-1].start()
-
-    with console.task(f"loading {given.model or 'the newest run'}") as report:
-        model = models.load_model(given.model, report=report, known=known)
-    models.say_damaged(model, console)
-    now = datetime.datetime.now().isoformat(timespec="seconds")
-    with ThreadPoolExecutor(1) as beside:  # the template's process starts while weights are laid out
-        making = beside.submit(make_chat, model, source, now)
-        slots, weights = _laid_out(model, given, started)
-        attested = digest(slots.params)
-        chat = making.result()
-    name = given.name or (given.model if given.model in models.MODELS else model.name) or "model"
+    ahead = Ahead(given, started)
+    try:
+        with console.task(f"loading {given.model or 'the newest run'}") as report:
+            model = models.load_model(given.model, report=report, known=ahead.begin)
+        models.say_damaged(model, console)
+        now = datetime.datetime.now().isoformat(timespec="seconds")
+        with ThreadPoolExecutor(1) as beside:  # the template's process starts while weights are laid out
+            making = beside.submit(make_chat, model, source, now)
+            try:
+                slots, weights = _laid_out(model, given, started)
+                attested = digest(slots.params)
+            except BaseException:
+                with contextlib.suppress(UserError):
+                    making.result().close()
+                raise
+            chat = making.result()
+    except BaseException:
+        ahead.end(at_once=True)
+        raise
+    name = given.name or (given.model if given.model in models.MODELS else _spelt(model.name)) or "model"
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
     rows = [
         ("model", f"{name}: {model.checkpoint}" + (f" with {given.adapter}" if given.adapter else "")),
@@ -111,18 +118,37 @@ def _load(given: "Serve", console: "Console") -> Loaded:
         ("template", chat.named),
     ]
     console.rows(rows)
-    return Loaded(model, name, slots.params, slots, chat, source, now, compiles, attested, ahead[-1])
+    return Loaded(model, name, slots.params, slots, chat, source, now, compiles, attested, ahead)
 
 
-def _compile_ahead(cfg: ModelConfig, given: "Serve", started: device.Device) -> None:
-    """Compiles from the architecture what will be asked for, while another core reads the weights.
+class Ahead:
+    """Compiles from the architecture alone what will be asked for, while another core reads the weights.
 
     Nothing depends on it: what it gets wrong or cannot do is done, or said, when the programs are wanted.
     """
-    with contextlib.suppress(Exception):
-        weights, cfg = _kept_as(cfg, given, started)
-        drawn = lambda: decode.for_inference(cfg, _as_served(init_params(cfg, jax.random.key(0)), weights))
-        compile_ahead(cfg, jax.eval_shape(drawn), **_options(cfg, given))
+
+    def __init__(self, given: "Serve", started: device.Device) -> None:
+        self._given, self._started = given, started
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+
+    def begin(self, cfg: ModelConfig) -> None:
+        """Starts, in a thread of its own."""
+        self._thread = threading.Thread(target=self._run, args=(cfg,), daemon=True, name="ahead")
+        self._thread.start()
+
+    def end(self, at_once: bool = False) -> None:
+        """Waits until all is compiled or, `at_once`, what is under way."""
+        if at_once:
+            self._stop.set()
+        if self._thread:
+            self._thread.join()
+
+    def _run(self, cfg: ModelConfig) -> None:
+        with contextlib.suppress(Exception):
+            weights, cfg = _kept_as(cfg, self._given, self._started)
+            shapes = jax.eval_shape(lambda: _as_served(cfg, init_params(cfg, jax.random.key(0)), weights))
+            compile_ahead(cfg, shapes, stopped=self._stop.is_set, **_options(cfg, self._given))
 
 
 def _kept_as(cfg: ModelConfig, given: "Serve", started: device.Device) -> tuple[str, ModelConfig]:
@@ -131,8 +157,12 @@ def _kept_as(cfg: ModelConfig, given: "Serve", started: device.Device) -> tuple[
     return weights, cfg if weights == "int8" else dataclasses.replace(cfg, dtype=weights)  # type: ignore[arg-type]
 
 
-def _as_served(params: Any, weights: str) -> Any:
-    return quantize(params) if weights == "int8" else params
+def _as_served(cfg: ModelConfig, params: Any, weights: str) -> Any:
+    """params as they are multiplied by: adapters folded, whole numbers where `weights` is int8."""
+    if weights == "int8":
+        fold = lambda _, leaf: dense(leaf).astype(cfg.dtype) if isinstance(leaf, LoRA) else leaf
+        params = quantize(map_paths(fold, params))
+    return decode.for_inference(cfg, params)
 
 
 def _options(cfg: ModelConfig, given: "Serve") -> dict[str, Any]:
@@ -151,9 +181,14 @@ def _laid_out(model: models.Model, given: "Serve", started: device.Device) -> tu
         from stages.adapters import with_adapters
 
         params = with_adapters(model, [given.adapter])
-    params = jax.block_until_ready(decode.for_inference(cfg, _as_served(params, weights)))
+    params = jax.block_until_ready(_as_served(cfg, params, weights))
     slots = Slots(cfg, params, guesses=not given.no_guesses, **_options(cfg, given))
     return slots, weights
+
+
+def _spelt(name: str) -> str:
+    """A model's own name as a path can spell it, for clients ask for /v1/models/NAME."""
+    return re.sub(r"[^A-Za-z0-9_.:-]+", "-", name).strip("-")
 
 
 def make_chat(model: models.Model, source: str | None, now: str) -> Chat:

@@ -220,7 +220,9 @@ def test_without_its_extra_it_says_how_to_get_it(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("weights", ["int8", "bfloat16", "float32"])
-def test_what_weights_are_kept_as(folder: Path, weights: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_weights_are_kept_as(
+    folder: Path, weights: str, capsys: pytest.CaptureFixture[str], count_compiles: list[str]
+) -> None:
     from stages.console import Console
     from stages.serve.loading import load
 
@@ -231,3 +233,36 @@ def test_what_weights_are_kept_as(folder: Path, weights: str, capsys: pytest.Cap
     assert re.search(rf"weights +{weights}, [\d.]+ kB, SHA-256 {loaded.digest[:16]}", said)
     assert loaded.slots.capacity == 150
     assert loaded.name == "sea"
+    assert loaded.ahead
+    loaded.ahead.end()
+    count_compiles.clear()
+    loaded.slots.warm()
+    assert count_compiles == []  # what was compiled beside the loading is what is asked for
+
+
+@pytest.mark.parametrize("weights", ["int8", "float32"])
+def test_an_adapter_is_folded_into_what_is_served(weights: str) -> None:
+    """Whole numbers are made of what base and adapter come to, and no gradient is ever asked of them."""
+    import jax
+    import numpy as np
+    from tiny import lively_params, tiny_config
+
+    from engine.inference.decode import for_inference
+    from engine.inference.quantize import quantize
+    from engine.model.leaves import dense
+    from engine.model.lora import LoRA
+    from engine.model.paths import leaf_paths, map_paths, merge
+    from engine.training.lora import add_lora
+    from stages.serve.loading import _as_served
+
+    cfg = tiny_config()
+    base = lively_params(cfg)
+    learnt = jax.tree.map(lambda leaf: leaf + 0.1, add_lora(cfg, base, jax.random.key(0), rank=2, targets=("q", "down")))
+    adapted = merge(learnt, base)
+    assert any(isinstance(leaf, LoRA) for leaf in leaf_paths(adapted).values())
+    folded = map_paths(lambda _, leaf: dense(leaf) if isinstance(leaf, LoRA) else leaf, adapted)
+    wanted = for_inference(cfg, quantize(folded) if weights == "int8" else folded)
+    found = leaf_paths(_as_served(cfg, adapted, weights))
+    for path, leaf in leaf_paths(wanted).items():
+        for one, two in zip(jax.tree.leaves(found[path]), jax.tree.leaves(leaf), strict=True):
+            assert np.array_equal(one, two), path
