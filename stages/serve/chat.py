@@ -40,6 +40,10 @@ async def chat(request: Request) -> Any:
     served.check_model(body.model)
     if body.top_logprobs is not None and not body.logprobs:
         raise Refused(400, "top_logprobs is given without logprobs being true.", param="top_logprobs")
+    if body.max_tokens is not None and body.max_completion_tokens is not None:
+        raise Refused(
+            400, "max_completion_tokens is given beside max_tokens, its older name; one says it.", param="max_completion_tokens"
+        )
     messages, end = conversation(body.messages), served.prompts.answers_end
 
     async def prompts() -> list[list[int]]:

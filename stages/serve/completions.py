@@ -52,6 +52,7 @@ class _Writer:
         self._logprobs = body.logprobs
         self._usage = bool(body.stream_options and body.stream_options.include_usage)
         self._offsets = [0] * count
+        self._streams = [self._tokenizer.stream() for _ in range(count)]
         self.id, self.created = new_id("cmpl")
         self.model, self.fingerprint = served.name, served.fingerprint
 
@@ -95,7 +96,7 @@ class _Writer:
         offsets = []
         for each in drawn:
             offsets.append(self._offsets[index])
-            self._offsets[index] += len(self._tokenizer.decode([each.token]))
+            self._offsets[index] += len(self._streams[index].push(each.token))  # a part of a character stands where that will
         name = lambda token: spoken(self._tokenizer, token)[0]
         top = [{name(token): logprob for token, logprob in each.top} for each in drawn] if self._logprobs else None
         return TextLogProbs([name(each.token) for each in drawn], [each.logprob for each in drawn], top, offsets)

@@ -68,6 +68,7 @@ def test_a_field_of_a_completion(client: httpx.Client, change: dict[str, Any], p
         ({"modalities": ["audio"]}, "modalities[0]", "text"), ({"top_logprobs": 3}, "top_logprobs", "without logprobs"),
         ({"logprobs": 3}, "logprobs", "bool"), ({"reasoning_effort": "high"}, "reasoning_effort", "does nothing"),
         ({"max_completion_tokens": 0}, "max_completion_tokens", ">= 1"), ({"prompt": "a"}, "prompt", "no field"),
+        ({"max_completion_tokens": 3}, "max_completion_tokens", "beside max_tokens"),
         ({"metadata": {"a": {}}}, "metadata[...]", "str"), ({"store": True}, "store", ""),
     ],
 )  # fmt: skip

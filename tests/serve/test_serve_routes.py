@@ -92,6 +92,19 @@ def test_a_stream_says_the_same(client: httpx.Client, path: str) -> None:
     assert whole["choices"][0] != whole["choices"][1]
 
 
+def test_offsets_are_places_in_the_text_whatever_parts_its_characters_come_in() -> None:
+    from engine.inference.request import LogProb
+    from engine.text.tokenizer import byte_tokenizer
+    from stages.serve.completions import _Writer
+
+    tokenizer, text = byte_tokenizer(), "a😀bé"
+    writer = _Writer.__new__(_Writer)
+    writer._tokenizer, writer._logprobs, writer._offsets, writer._streams = tokenizer, 0, [0], [tokenizer.stream()]
+    told = writer._told(0, [LogProb(int(token), -1.0, ()) for token in tokenizer.encode(text)])
+    assert told
+    assert told.text_offset == [0, 1, 1, 1, 1, 2, 3, 3]
+
+
 def test_log_probabilities(client: httpx.Client) -> None:
     told = good(client.post("/v1/chat/completions", json=say(most=6, logprobs=True, top_logprobs=3)))
     for each in told["choices"][0]["logprobs"]["content"]:
