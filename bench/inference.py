@@ -6,9 +6,9 @@
 
 Both read the same GGUF file and the same prompts with all cores, in turns, greedily; ours through `Slots` as the server
 runs it, with int8 weights. Ratios are tokens a second over the peer's, above 1 where Thrice is faster, as the median of
-the ratios within each round. `decode_1` is a lone stream as it is served: rows that nobody needs check guesses at what
-comes next, which change no token and are right where a text repeats itself. `decode_1_plain` is the same with guesses
-off; in the other rows nobody guesses. The last line is JSON.
+the ratios within each round. `decode_1` is a lone stream that guesses, as one does by default: rows that nobody needs
+check what may come next, which changes no token and is right where a text repeats itself. `decode_1_plain` is the same
+with guesses off; in the other rows nobody guesses. Each row has the slots that it can use. The last line is JSON.
 """
 
 import dataclasses
