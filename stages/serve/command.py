@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from stages.console import Console
     from stages.serve.__main__ import Serve
-    from stages.serve.loading import Ahead, Loaded
+    from stages.serve.layout import Ahead
+    from stages.serve.loading import Loaded
 
 NEEDS = ("starlette", "uvicorn", "msgspec", "prometheus_client")
 

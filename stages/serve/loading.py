@@ -5,7 +5,6 @@ import dataclasses
 import datetime
 import re
 import sys
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -14,14 +13,7 @@ import jax
 
 from engine.allocator import prefer_huge_pages
 from engine.errors import UserError
-from engine.inference import decode
-from engine.inference.quantize import quantize
-from engine.inference.slots import Slots, compile_ahead
-from engine.model.config import ModelConfig
-from engine.model.leaves import dense
-from engine.model.lora import LoRA
-from engine.model.paths import map_paths
-from engine.model.transformer import init_params
+from engine.inference.slots import Slots
 from engine.storage.digest import digest
 from engine.text.chat import Chat
 from stages import device, words
@@ -29,6 +21,7 @@ from stages import load as models
 from stages.compiles import Compiles
 from stages.serve.admission import Door
 from stages.serve.engine import Engine
+from stages.serve.layout import Ahead, as_served, kept_as, options
 from stages.serve.metrics import Metrics
 from stages.serve.prompts import Prompts
 from stages.serve.served import Served
@@ -37,9 +30,7 @@ if TYPE_CHECKING:
     from stages.console import Console
     from stages.serve.__main__ import Serve
 
-USUAL_CAPACITY = 2048
 HANDOVER = 0.0005  # seconds for which one thread may hold Python's lock while weights are read beside what compiles
-MB = 10**6
 
 
 @dataclasses.dataclass
@@ -55,7 +46,7 @@ class Loaded:
     now: str
     compiles: Compiles
     digest: str
-    ahead: "Ahead | None" = None
+    ahead: Ahead | None = None
 
     def served(self, given: "Serve", post: Callable[..., Any]) -> Served:
         """Everything the routes need; `post` runs a function on the event loop."""
@@ -121,68 +112,16 @@ def _load(given: "Serve", console: "Console") -> Loaded:
     return Loaded(model, name, slots.params, slots, chat, source, now, compiles, attested, ahead)
 
 
-class Ahead:
-    """Compiles from the architecture alone what will be asked for, while another core reads the weights.
-
-    Nothing depends on it: what it gets wrong or cannot do is done, or said, when the programs are wanted.
-    """
-
-    def __init__(self, given: "Serve", started: device.Device) -> None:
-        self._given, self._started = given, started
-        self._thread: threading.Thread | None = None
-        self._stop = threading.Event()
-
-    def begin(self, cfg: ModelConfig) -> None:
-        """Starts, in a thread of its own."""
-        self._thread = threading.Thread(target=self._run, args=(cfg,), daemon=True, name="ahead")
-        self._thread.start()
-
-    def end(self, at_once: bool = False) -> None:
-        """Waits until all is compiled or, `at_once`, what is under way."""
-        if at_once:
-            self._stop.set()
-        if self._thread:
-            self._thread.join()
-
-    def _run(self, cfg: ModelConfig) -> None:
-        with contextlib.suppress(Exception):
-            weights, cfg = _kept_as(cfg, self._given, self._started)
-            shapes = jax.eval_shape(lambda: _as_served(cfg, init_params(cfg, jax.random.key(0)), weights))
-            compile_ahead(cfg, shapes, stopped=self._stop.is_set, **_options(cfg, self._given))
-
-
-def _kept_as(cfg: ModelConfig, given: "Serve", started: device.Device) -> tuple[str, ModelConfig]:
-    """What matrices are kept as, and the config that computes so."""
-    weights = given.weights or ("int8" if started.backend == "cpu" else "bfloat16")
-    return weights, cfg if weights == "int8" else dataclasses.replace(cfg, dtype=weights)  # type: ignore[arg-type]
-
-
-def _as_served(cfg: ModelConfig, params: Any, weights: str) -> Any:
-    """params as they are multiplied by: adapters folded, whole numbers where `weights` is int8."""
-    if weights == "int8":
-        fold = lambda _, leaf: dense(leaf).astype(cfg.dtype) if isinstance(leaf, LoRA) else leaf
-        params = quantize(map_paths(fold, params))
-    return decode.for_inference(cfg, params)
-
-
-def _options(cfg: ModelConfig, given: "Serve") -> dict[str, Any]:
-    """Of the slots: what shapes their programs."""
-    return {
-        "slots": given.slots, "capacity": given.capacity or min(cfg.context, USUAL_CAPACITY), "kind": given.keys_values,
-        "prefixes": given.prefix_cache * MB,
-    }  # fmt: skip
-
-
 def _laid_out(model: models.Model, given: "Serve", started: device.Device) -> tuple[Slots, str]:
     """Slots around the weights as they are served, and what those are kept as."""
-    weights, cfg = _kept_as(model.cfg, given, started)
+    weights, cfg = kept_as(model.cfg, given, started)
     params = model.params
     if given.adapter:
         from stages.adapters import with_adapters
 
         params = with_adapters(model, [given.adapter])
-    params = jax.block_until_ready(_as_served(cfg, params, weights))
-    slots = Slots(cfg, params, guesses=not given.no_guesses, **_options(cfg, given))
+    params = jax.block_until_ready(as_served(cfg, params, weights))
+    slots = Slots(cfg, params, guesses=not given.no_guesses, **options(cfg, given))
     return slots, weights
 
 

@@ -253,7 +253,7 @@ def test_an_adapter_is_folded_into_what_is_served(weights: str) -> None:
     from engine.model.lora import LoRA
     from engine.model.paths import leaf_paths, map_paths, merge
     from engine.training.lora import add_lora
-    from stages.serve.loading import _as_served
+    from stages.serve.layout import as_served
 
     cfg = tiny_config()
     base = lively_params(cfg)
@@ -262,7 +262,7 @@ def test_an_adapter_is_folded_into_what_is_served(weights: str) -> None:
     assert any(isinstance(leaf, LoRA) for leaf in leaf_paths(adapted).values())
     folded = map_paths(lambda _, leaf: dense(leaf) if isinstance(leaf, LoRA) else leaf, adapted)
     wanted = for_inference(cfg, quantize(folded) if weights == "int8" else folded)
-    found = leaf_paths(_as_served(cfg, adapted, weights))
+    found = leaf_paths(as_served(cfg, adapted, weights))
     for path, leaf in leaf_paths(wanted).items():
         for one, two in zip(jax.tree.leaves(found[path]), jax.tree.leaves(leaf), strict=True):
             assert np.array_equal(one, two), path

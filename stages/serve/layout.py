@@ -1,0 +1,76 @@
+"""How a model is laid out to be served, and the programs for that, compiled before its weights are there."""
+
+import contextlib
+import dataclasses
+import threading
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from engine.inference import decode
+from engine.inference.quantize import quantize
+from engine.inference.slots import compile_ahead
+from engine.model.config import ModelConfig
+from engine.model.leaves import dense
+from engine.model.lora import LoRA
+from engine.model.paths import map_paths
+from engine.model.transformer import init_params
+from stages import device
+
+if TYPE_CHECKING:
+    from stages.serve.__main__ import Serve
+
+USUAL_CAPACITY = 2048
+MB = 10**6
+
+
+def kept_as(cfg: ModelConfig, given: "Serve", started: device.Device) -> tuple[str, ModelConfig]:
+    """What matrices are kept as, and the config that computes so."""
+    weights = given.weights or ("int8" if started.backend == "cpu" else "bfloat16")
+    return weights, cfg if weights == "int8" else dataclasses.replace(cfg, dtype=weights)  # type: ignore[arg-type]
+
+
+def as_served(cfg: ModelConfig, params: Any, weights: str) -> Any:
+    """params as they are multiplied by: adapters folded, whole numbers where `weights` is int8."""
+    if weights == "int8":
+        fold = lambda _, leaf: dense(leaf).astype(cfg.dtype) if isinstance(leaf, LoRA) else leaf
+        params = quantize(map_paths(fold, params))
+    return decode.for_inference(cfg, params)
+
+
+def options(cfg: ModelConfig, given: "Serve") -> dict[str, Any]:
+    """Of the slots: what shapes their programs."""
+    return {
+        "slots": given.slots, "capacity": given.capacity or min(cfg.context, USUAL_CAPACITY), "kind": given.keys_values,
+        "prefixes": given.prefix_cache * MB,
+    }  # fmt: skip
+
+
+class Ahead:
+    """Compiles from the architecture alone what will be asked for, while another core reads the weights.
+
+    Nothing depends on it: what it gets wrong or cannot do is done, or said, when the programs are wanted.
+    """
+
+    def __init__(self, given: "Serve", started: device.Device) -> None:
+        self._given, self._started = given, started
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+
+    def begin(self, cfg: ModelConfig) -> None:
+        """Starts, in a thread of its own."""
+        self._thread = threading.Thread(target=self._run, args=(cfg,), daemon=True, name="ahead")
+        self._thread.start()
+
+    def end(self, at_once: bool = False) -> None:
+        """Waits until all is compiled or, `at_once`, what is under way."""
+        if at_once:
+            self._stop.set()
+        if self._thread:
+            self._thread.join()
+
+    def _run(self, cfg: ModelConfig) -> None:
+        with contextlib.suppress(Exception):
+            weights, cfg = kept_as(cfg, self._given, self._started)
+            shapes = jax.eval_shape(lambda: as_served(cfg, init_params(cfg, jax.random.key(0)), weights))
+            compile_ahead(cfg, shapes, stopped=self._stop.is_set, **options(cfg, self._given))
