@@ -2,7 +2,7 @@
 
     python -m bench.serving                            about four minutes on two cores
     python -m bench.serving --quick                    fewer rounds, about ninety seconds
-    python -m bench.serving --promises                 each promise tried: figure wanted, figure measured; about ten minutes
+    python -m bench.serving --promises                 each promise tried: wanted and measured; half an hour, or --quick
     python -m bench.serving --promises --only S4,S5    some of them
 
 Starts `python -m stages.serve` on a port of its own and drives it over loopback, from this process, on the same cores. The
