@@ -58,7 +58,9 @@ class Ahead:
         self._stop = threading.Event()
 
     def begin(self, cfg: ModelConfig) -> None:
-        """Starts, in a thread of its own."""
+        """Starts, in a thread of its own; not for room that the model cannot use, which is refused once it is loaded."""
+        if (self._given.capacity or 0) > cfg.context:
+            return
         self._thread = threading.Thread(target=self._run, args=(cfg,), daemon=True, name="ahead")
         self._thread.start()
 
