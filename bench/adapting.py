@@ -1,4 +1,4 @@
-"""A LoRA step of a real model beside the machine's best product, over its base as it is and over one in int8."""
+"""A LoRA step of a real model beside the machine's best product and a full step, over its base as it is and in int8."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -9,6 +9,7 @@ from bench.timing import Timing, measure, noise, ratio
 SIDE = 2048  # of the product that is the ceiling
 PRODUCTS = 24  # of them a round, so that the clock and the launch do not count
 LEARNING_RATE = 1e-3
+FULL = "none: full"  # everything learns, from float32 weights
 
 
 def adapting(given: str, *, tokens: int, batch: int, rank: int, rounds: int) -> dict[str, Any]:
@@ -19,34 +20,32 @@ def adapting(given: str, *, tokens: int, batch: int, rank: int, rounds: int) -> 
     """
     import jax
 
-    from engine.counting.flops import train_flops
-    from engine.counting.trained import lora
-
     measured = models.loaded(given)
     cfg = measured.cfg
-    needed = train_flops(cfg, tokens, attention="causal", trained=lora(cfg, rank), remat="none").total * batch * tokens
     steps = _steps(cfg, measured.params, tokens, batch, rank)
     found = measure({"product": _product()} | {name: step.run for name, step in steps.items()}, rounds=rounds, warmups=2)
     product = found.pop("product")
     ceiling = PRODUCTS * 2 * SIDE**3 / product.median
     print(f"{measured.name}, LoRA of rank {rank} on all, {batch} x {tokens} tokens, {jax.devices()[0].device_kind}")
-    print(f"{needed / 1e9:,.0f} GFLOPs a step; a product of {SIDE} takes {ceiling / 1e9:,.0f} GFLOP/s in the same rounds")
+    print(f"A product of {SIDE} takes {ceiling / 1e9:,.0f} GFLOP/s in the same rounds.")
     print(
-        f"{'base':>14} {'ms a step':>10} {'tokens/s':>9} {'GFLOP/s':>8} {'of ceiling':>12} {'predicted GB':>13} {'XLA GB':>7}"
+        f"{'base':>14} {'ms a step':>10} {'over full':>12} {'tokens/s':>9} {'GFLOPs':>7} {'GFLOP/s':>8} {'of ceiling':>12} "
+        f"{'predicted GB':>13} {'XLA GB':>7}"
     )
     rows = []
     for name, step in steps.items():
-        timing = found[name]
+        timing, needed = found[name], step.needed * batch * tokens
+        over = ratio(timing, found[FULL])
         share = ratio(_scaled(product, needed / (PRODUCTS * 2 * SIDE**3)), timing)
         rate, speed = needed / timing.median, batch * tokens / timing.median
         print(
-            f"{name:>14} {timing.median * 1e3:10.0f} {speed:9,.0f} {rate / 1e9:8,.0f} {share!s:>12} "
-            f"{step.predicted / 1e9:13.2f} {step.held / 1e9:7.2f}"
+            f"{name:>14} {timing.median * 1e3:10.0f} {over!s:>12} {speed:9,.0f} {needed / 1e9:7,.0f} {rate / 1e9:8,.0f} "
+            f"{share!s:>12} {step.predicted / 1e9:13.2f} {step.held / 1e9:7.2f}"
         )
         rows.append({
-            "base": name, "ms_per_step": timing.median * 1e3, "tokens_per_second": speed, "flops": needed,
-            "fraction_of_bf16_ceiling": share.value, "spread": share.spread, "predicted_bytes": step.predicted,
-            "xla_bytes": step.held,
+            "base": name, "ms_per_step": timing.median * 1e3, "over_full": over.value, "tokens_per_second": speed,
+            "flops": needed, "fraction_of_bf16_ceiling": share.value, "spread": share.spread,
+            "predicted_bytes": step.predicted, "xla_bytes": step.held,
         })  # fmt: skip
     print(noise(found | {"product": product}))
     about = {"model": measured.name, "tokens": tokens, "batch": batch, "rank": rank}
@@ -68,9 +67,11 @@ def _product() -> Callable[[], Any]:
 
 
 class _Step:
-    """One way to train: a call of its step, bytes as predicted and as XLA lays them out."""
+    """One way to train: a call of its step, operations a token by formula, bytes as predicted and as XLA lays them out."""
 
-    def __init__(self, cfg: Any, frozen: Any, adapters: Any, batch: Any, parts: int, narrow: bool, predicted: int) -> None:
+    def __init__(
+        self, cfg: Any, frozen: Any, trainable: Any, batch: Any, parts: int, narrow: bool, needed: int, predicted: int
+    ) -> None:
         import jax
         import jax.numpy as jnp
 
@@ -78,14 +79,14 @@ class _Step:
         from engine.training.step import NARROW, init_state, train_step
 
         tx = make_optimizer(OptimizerConfig(learning_rate=LEARNING_RATE, weight_decay=0.0))
-        self.state = init_state(tx, jax.tree.map(jnp.copy, adapters))
+        self.state = init_state(tx, jax.tree.map(jnp.copy, trainable))
         self.program: Any = train_step.lower(cfg, tx, self.state, frozen, batch, jnp.float32(0), microbatches=parts)
         self.program = self.program.compile(NARROW if narrow else None)
         laid = self.program.memory_analysis()
         assert laid is not None
         self.held = laid.temp_size_in_bytes + laid.argument_size_in_bytes + laid.output_size_in_bytes
         self.held -= laid.alias_size_in_bytes
-        self.predicted = predicted
+        self.needed, self.predicted = needed, predicted
         self.frozen, self.batch, self.progress = frozen, batch, jnp.float32(0.5)
 
     def run(self) -> Any:
@@ -98,8 +99,9 @@ def _steps(cfg: Any, params: Any, tokens: int, batch: int, rank: int) -> dict[st
     import jax
     import numpy as np
 
+    from engine.counting.flops import train_flops
     from engine.counting.memory import training_memory
-    from engine.counting.trained import lora
+    from engine.counting.trained import everything, lora
     from engine.inference.quantize import every_product, quantize
     from engine.model.leaves import cast_matrices
     from engine.text.batch import Batch
@@ -113,16 +115,18 @@ def _steps(cfg: Any, params: Any, tokens: int, batch: int, rank: int) -> dict[st
     wide = cast_matrices(params, cfg.dtype)
     narrow = cast_matrices(quantize(params, every_product(params, "full")), cfg.dtype)
 
-    def step(base: Any, kind: Literal["float", "int8"], parts: int) -> _Step:
-        rows = batch // parts
+    def step(trainable: Any, base: Any, kind: Literal["float", "int8"], parts: int) -> _Step:
+        rows, trained = batch // parts, lora(cfg, rank) if base else everything(cfg)
         predicted = training_memory(
-            cfg, rows, tokens, trained=lora(cfg, rank), base=kind, microbatches=parts,
-            loss_chunks=loss_chunks(cfg, rows * tokens, head_rests=True),
+            cfg, rows, tokens, trained=trained, base=kind, microbatches=parts,
+            loss_chunks=loss_chunks(cfg, rows * tokens, head_rests=bool(base)),
         ).total  # fmt: skip
-        return _Step(cfg, base, adapters, given, parts, kind == "int8", predicted)
+        needed = train_flops(cfg, tokens, attention="causal", trained=trained, remat="none").total
+        return _Step(cfg, base, trainable, given, parts, kind == "int8", needed, predicted)
 
     return {
-        cfg.dtype: step(wide, "float", 1),
-        "int8": step(narrow, "int8", 1),
-        "int8, by rows": step(narrow, "int8", batch),
+        FULL: step(cast_matrices(params, "float32"), {}, "float", 1),
+        cfg.dtype: step(adapters, wide, "float", 1),
+        "int8": step(adapters, narrow, "int8", 1),
+        "int8, by rows": step(adapters, narrow, "int8", batch),
     }

@@ -2,7 +2,7 @@
 
     python -m bench.finetuning                          6 layers, 512 wide, 256 tokens, batch 8
     python -m bench.finetuning --shape 8x768x256x8      layers x width x tokens x batch
-    python -m bench.finetuning --model smollm2-135m-instruct    LoRA of a real model, beside this machine's best product
+    python -m bench.finetuning --model smollm2-135m-instruct    LoRA of a real model, beside full and the best product
 
 Four ways to train one model, in turns: everything, the upper half, LoRA on q and v, LoRA on all seven. What is frozen
 lies in the compute type. The step is the project's own `train_step` with AdamW and clipping; operations are read from
