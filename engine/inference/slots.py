@@ -34,8 +34,8 @@ from engine.model.transformer import Params
 
 CHUNK, TAIL = 128, 32  # prompt tokens a call: whole chunks, and a shorter program for a last part that fits it
 AT_ONCE = 16  # chunks that are found computed and put back in one step
-AT_A_TIME = 32  # slots times tokens of a dispatch, about: who leaves waits for its end
-FEW = 2  # tokens a dispatch while somebody's prompt is being read, and at least
+AT_A_TIME, LEAST = 32, 4  # slots times tokens of a dispatch, about, and its tokens at least: who leaves waits for its end
+FEW = 2  # tokens a dispatch while somebody's prompt is being read
 PATIENCE = 4  # every so many chunks, one goes to who has waited longest and not to who needs least
 GROUP = 4  # rows that a lone stream may use, its own and three for guesses
 MIN_SLOTS = 2  # a product with a single row takes a different and slower path on a CPU
@@ -288,7 +288,7 @@ class Slots:
         """Few where somebody would wait for them: for a first token, or for a prompt to be read."""
         if any(not stream.said for stream in self._drawing):
             return 1
-        most = FEW if self._reading else min(STEPS, max(FEW, AT_A_TIME // self.slots))
+        most = FEW if self._reading else min(STEPS, max(LEAST, AT_A_TIME // self.slots))
         return min(most, max(stream.left for stream in self._drawing))
 
     def _guess(self, stream: _Stream) -> list[int]:
