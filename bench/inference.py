@@ -8,7 +8,8 @@ Both read the same GGUF file and the same prompts with all cores, in turns, gree
 runs it, with int8 weights. Ratios are tokens a second over the peer's, above 1 where Thrice is faster, as the median of
 the ratios within each round. `decode_1` is a lone stream that guesses, as one does by default: rows that nobody needs
 check what may come next, which changes no token and is right where a text repeats itself. `decode_1_plain` is the same
-with guesses off; in the other rows nobody guesses. Each row has the slots that it can use. The last line is JSON.
+with guesses off; in the other rows nobody guesses. Each row has the slots that it can use, and is timed while all of its
+streams are being answered. The last line is JSON.
 """
 
 import dataclasses
@@ -120,24 +121,31 @@ def _ours(cfg: Any, weights: Any, prompts: list[list[int]], new: int, guesses: b
     slots.warm()
 
     def run() -> tuple[float, float, list[list[int]]]:
-        ids = [slots.submit(Request(tuple(prompt), max_tokens=new, temperature=0.0)) for prompt in prompts]
+        # Prompts are read while others are answered already. Who was read first is asked for more than counts, so that the
+        # saying is timed with everybody talking from its first step to its last, as the peer's is.
+        most = slots.capacity - max(map(len, prompts))
+        ids = [slots.submit(Request(tuple(prompt), max_tokens=most, temperature=0.0)) for prompt in prompts]
         said: dict[int, list[int]] = {id: [] for id in ids}
+        count = lambda: sum(map(len, said.values()))
         begin = clock()
-        while not all(said.values()):
-            for event in slots.step():
-                said[event.id] += event.tokens
-        read = clock()
-        early = sum(map(len, said.values()))
-        while slots.busy:
-            for event in slots.step():
-                said[event.id] += event.tokens
-        # Who was read first has said more than one token by then: what is left is what the time was for.
-        late = sum(map(len, said.values())) - early
-        share = (new - 1) * len(prompts) / late
-        return read - begin, (clock() - read) * share, list(said.values())
+        _until(slots, said, 1)
+        read, early = clock(), count()
+        _until(slots, said, new)
+        share = (new - 1) * len(prompts) / (count() - early)
+        took = (clock() - read) * share
+        for id in ids:
+            slots.cancel(id)
+        return read - begin, took, [tokens[:new] for tokens in said.values()]
 
     run()
     return run
+
+
+def _until(slots: Any, said: dict[int, list[int]], least: int) -> None:
+    """Steps until every stream has said so many tokens."""
+    while min(map(len, said.values())) < least:
+        for event in slots.step():
+            said[event.id] += event.tokens
 
 
 def _theirs(peer: Peer, file: Path, prompts: list[list[int]], new: int) -> Run:
