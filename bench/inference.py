@@ -72,13 +72,13 @@ def measured(flags: Flags) -> dict[str, Any]:
     from bench.models import gguf_file
     from engine.allocator import prefer_huge_pages
     from engine.counting.hardware import cores, device_name
+    from engine.counting.params import count_params
     from engine.inference.decode import for_inference
     from engine.inference.quantize import quantize
     from engine.storage.gguf import load_gguf
 
-    prefer_huge_pages()
     file = gguf_file(flags.model)
-    model = load_gguf(file)
+    model = load_gguf(file, known=lambda cfg: prefer_huge_pages(4 * count_params(cfg).total))  # as the server does
     weights = for_inference(model.cfg, quantize(model.params))
     prompts = _prompts(model)
     print(f"{device_name()}, {cores()} cores, {model.name}, int8 weights, {flags.keys_values} keys and values", flush=True)

@@ -11,7 +11,6 @@ import sys
 
 # <malloc.h>
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
-SERVED = 4 * 2**30  # bytes: room for what serving a small model takes
 _HUGE, _MADV_HUGEPAGE = 2**21, 14  # bytes; <sys/mman.h>
 _ALIGNED = 64  # bytes, as XLA asks for its buffers
 
@@ -33,12 +32,14 @@ def keep_freed_memory(one_arena: bool = True) -> bool:
     return all([*arenas, mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, -1)])
 
 
-def prefer_huge_pages(size: int = SERVED) -> bool:
+def prefer_huge_pages(size: int) -> bool:
     """Asks for pages of 2 MiB in the next `size` bytes of the heap, before anything lies there; False where that cannot be.
 
     Decoding reads every weight for each token, and on the pages that memory usually comes in waits for their addresses
-    too: for a lone stream that was a quarter of its time. Call it after `keep_freed_memory`, before weights are loaded.
-    Nothing is taken: memory is mapped as it is first used.
+    too: for a lone stream that was a quarter of its time. Call it after `keep_freed_memory`, before weights are loaded,
+    with the size of those and no more: a virtual machine may have to be given such pages by its host as they are first
+    used, at half a gigabyte a second, which for the rest of a server was a second of its start. Nothing is taken: memory
+    is mapped as it is first used.
     """
     if not sys.platform.startswith("linux"):
         return False

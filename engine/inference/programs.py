@@ -101,37 +101,42 @@ def draw(
 
 def compiled(
     cfg: ModelConfig, params: Params, spans: Spans, tally: Tally, *, chunks: Collection[int], kept: int | None, group: int
-) -> Iterator[tuple[int, int]]:
+) -> Iterator[tuple[str, int]]:
     """Compiles every program as it is going to be called, or fetches it from the compilation cache, several at a time.
 
-    Tells after each how many are done, and of how many. `params`, `spans` and `tally` may be shapes alone, as `described`
-    tells them. `chunks`: lengths that prompts are read by; `kept`: that of chunks which are taken and given, None for
-    none; `group`: rows that a lone stream may use.
+    Tells each by name as it is ready (`draw`, `read N`, `clear`, `mirror`, `tell`, `take`, `give`), and how many there are.
+    `params`, `spans` and `tally` may be shapes alone, as `described` tells them. `chunks`: lengths that prompts are read
+    by; `kept`: that of chunks which are taken and given, None for none; `group`: rows that a lone stream may use.
     """
     zeros: Callable[..., Any] = lambda dtype, *shape: np.zeros(shape, dtype)
     R, at = spans.slots, np.int32(0)
     floats, ints = zeros(np.float32, R), zeros(np.int32, R)
     settings = Settings(Sampling(floats, ints, floats, floats, zeros(np.uint32, R)), zeros(bool, R), floats, floats, floats)
     writes = zeros(np.int32, R + group * (group - 1))
-    calls: list[tuple[Any, tuple[Any, ...]]] = [
-        (draw, (cfg, params, spans, tally, ints, Rows(ints, writes, writes), settings, at, np.bool_(False))),
-        *((read_chunk, (cfg, params, spans, zeros(np.int32, 1, size), at, at)) for size in chunks),
-        (clear_slot, (spans, at, at)),
-        (mirror_slot, (spans, at, zeros(np.int32, group - 1), at)),
-        (set_tally, (tally, at, zeros(np.float32, cfg.vocab), zeros(np.int32, cfg.vocab))),
-    ]
+    calls: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "draw": (draw, (cfg, params, spans, tally, ints, Rows(ints, writes, writes), settings, at, np.bool_(False))),
+        **{f"read {size}": (read_chunk, (cfg, params, spans, zeros(np.int32, 1, size), at, at)) for size in chunks},
+        "clear": (clear_slot, (spans, at, at)),
+        "mirror": (mirror_slot, (spans, at, zeros(np.int32, group - 1), at)),
+        "tell": (set_tally, (tally, at, zeros(np.float32, cfg.vocab), zeros(np.int32, cfg.vocab))),
+    }
     if kept is not None:
-        chunk = described(jax.eval_shape(functools.partial(take_chunk, length=kept), spans, at, at))
-        calls += [(take_chunk, (spans, at, at, kept)), (give_chunk, (spans, chunk, at, at))]
+        calls["take"] = take_chunk, (spans, at, at, kept)
+        calls["give"] = give_chunk, (spans, chunk_of(spans, kept), at, at)
     ready: Callable[..., Any] = lambda program, given: program.lower(*given).compile()
     pool = ThreadPoolExecutor(AT_ONCE)
     try:
-        futures = [pool.submit(ready, *call) for call in calls]
-        for done, future in enumerate(as_completed(futures), 1):
+        futures = {pool.submit(ready, *call): name for name, call in calls.items()}
+        for future in as_completed(futures):
             future.result()
-            yield done, len(calls)
+            yield futures[future], len(calls)
     finally:  # whoever asks for no more waits for those that are under way alone
         pool.shutdown(cancel_futures=True)
+
+
+def chunk_of(spans: Spans, length: int) -> Any:
+    """The shapes of what `take_chunk` takes."""
+    return described(take_chunk.eval_shape(spans, np.int32(0), np.int32(0), length))
 
 
 def described(tree: Any) -> Any:

@@ -14,8 +14,10 @@ keys come from a request's own seed and positions.
 """
 
 import dataclasses
+import functools
+import itertools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, get_args
 
 import jax
@@ -80,19 +82,15 @@ class _Stream:
 
 
 def compile_ahead(
-    cfg: ModelConfig, params: Any, *, slots: int, capacity: int, kind: Kind, prefixes: int, chunk: int = CHUNK,
-    tail: int = TAIL, stopped: Callable[[], bool] = lambda: False,
-) -> None:  # fmt: skip
-    """Compiles what `Slots.warm` of the same options will ask for, from the shapes of `params` alone.
+    cfg: ModelConfig, params: Any, *, slots: int, capacity: int, kind: Kind, prefixes: int, chunk: int = CHUNK, tail: int = TAIL
+) -> Iterator[tuple[str, int]]:
+    """Compiles what `Slots.warm` of the same options will ask for, from the shapes of `params` alone, as it is iterated.
 
     For while weights are read. A program that turns out to be another one is compiled when it is wanted, as without this.
-    Once `stopped`, no further program is begun.
     """
     room = lambda: (make_spans(cfg, slots, capacity, chunk, kind), programs.make_tally(cfg, slots))
     held = programs.described((params, *jax.eval_shape(room)))
-    for _ in programs.compiled(cfg, *held, chunks={chunk, tail}, kept=chunk if prefixes else None, group=GROUP):
-        if stopped():
-            break
+    return programs.compiled(cfg, *held, chunks={chunk, tail}, kept=chunk if prefixes else None, group=GROUP)
 
 
 class Slots:
@@ -187,33 +185,36 @@ class Slots:
         jax.block_until_ready(self._spans)
         return []
 
-    def warm(self, report: Callable[[int, int], None] | None = None) -> None:
+    def warm(self, report: Callable[[int, int], None] | None = None, ahead: Iterable[tuple[str, int]] = ()) -> None:
         """Compiles every program, and runs each once on nobody's behalf. Nothing is compiled after it.
 
+        `ahead` is what `compile_ahead` tells: a program that it has compiled is run while the next one is compiled.
         `report` is told how many programs are ready, of how many. Raises ValueError while requests are under way.
         """
         if self.busy:
             raise ValueError("warm is for slots that nobody uses yet")
         chunks, kept = {self.chunk, self.tail}, self.chunk if self.prefixes.limit else None
-        for done, total in programs.compiled(
-            self.cfg, self.params, self._spans, self._tally, chunks=chunks, kept=kept, group=GROUP
-        ):  # fmt: skip
-            if report:
-                report(done, total)
         nowhere, start = np.int32(self._spans.slots), np.int32(0)  # a slot that is none: nothing is written
-        runs: list[Callable[[], Any]] = [
-            lambda: self._set(programs.clear_slot(self._spans, nowhere, np.int32(1))),
-            *(lambda n=n: self._read_tokens((0,) * n, nowhere, 0) for n in chunks),
-            lambda: self._dispatch({}, 1, False, []),
-            lambda: self._mirror(nowhere, [], 1),
-            lambda: self._tell(int(nowhere), {}, np.zeros(self.cfg.vocab, np.int32)),
-        ]
-        if self.prefixes.limit:
-            take = lambda: programs.take_chunk(self._spans, np.int32(0), start, self.chunk)
-            runs.append(lambda: self._set(programs.give_chunk(self._spans, take(), nowhere, start)))
-        for run in runs:
-            run()
-            jax.block_until_ready(self._spans)
+        runs: dict[str, Callable[[], Any]] = {
+            "clear": lambda: self._set(programs.clear_slot(self._spans, nowhere, np.int32(1))),
+            **{f"read {n}": functools.partial(self._read_tokens, (0,) * n, nowhere, 0) for n in chunks},
+            "draw": lambda: self._dispatch({}, 1, False, []),
+            "mirror": lambda: self._mirror(nowhere, [], 1),
+            "tell": lambda: self._tell(int(nowhere), {}, np.zeros(self.cfg.vocab, np.int32)),
+        }
+        if kept:
+            shapes = programs.chunk_of(self._spans, kept)
+            nothing = lambda: jax.device_put(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes), jax.devices()[0])
+            runs["take"] = lambda: programs.take_chunk(self._spans, start, start, kept)
+            runs["give"] = lambda: self._set(programs.give_chunk(self._spans, nothing(), nowhere, start))
+        here = programs.compiled(self.cfg, self.params, self._spans, self._tally, chunks=chunks, kept=kept, group=GROUP)
+        for name, count in itertools.chain(ahead, here):
+            if run := runs.pop(name, None):
+                jax.block_until_ready((run(), self._spans))
+                if report:
+                    report(count - len(runs), count)
+            if not runs:
+                break
 
     # Who gets a slot, and who leaves one.
 

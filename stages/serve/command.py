@@ -85,12 +85,10 @@ async def _serve(given: "Serve", loaded: "Loaded", bound: "socket.socket", keys:
 
 
 async def _warm(served: Any, ahead: "Ahead | None", console: "Console") -> None:
-    """Compiles, after what is being compiled `ahead`. Raises what went wrong."""
+    """Compiles what is not compiled `ahead`, and runs it all once. Raises what went wrong."""
     done = asyncio.Event()
     with console.task("compiling", always=True) as report:
-        if ahead:
-            await asyncio.to_thread(ahead.end)
-        served.engine.start(done.set, report)
+        served.engine.start(done.set, report, ahead or ())
         await done.wait()
     if served.engine.failed:
         if "RESOURCE_EXHAUSTED" in str(served.engine.failed):

@@ -8,7 +8,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from engine.inference.request import Event, Request
@@ -44,7 +44,7 @@ class Engine:
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._tickets: dict[int, Ticket] = {}
         self._thread = threading.Thread(target=self._run, daemon=True, name="engine")
-        self._report: Report | None = None
+        self._warm: Callable[[], None] = slots.warm
         self._changed: Callable[[], None] = lambda: None
         self._over = False
         self._handed = self._taken = 0  # requests; each counted by one thread
@@ -65,9 +65,13 @@ class Engine:
         running, waiting, filled = self._counts
         return State(running, waiting + self._handed, filled)
 
-    def start(self, changed: Callable[[], None], report: Report | None = None) -> None:
-        """Compiles every program and then serves. `changed` is posted when it is `ready` or has `failed`."""
-        self._changed, self._report = changed, report
+    def start(self, changed: Callable[[], None], report: Report | None = None, ahead: Iterable[tuple[str, int]] = ()) -> None:
+        """Compiles every program and then serves. `changed` is posted when it is `ready` or has `failed`.
+
+        `report` and `ahead` are those of `Slots.warm`.
+        """
+        self._changed = changed
+        self._warm = lambda: self._slots.warm(report, ahead)
         self._thread.start()
 
     def submit(self, request: Request, listen: Listen) -> Ticket:
@@ -94,7 +98,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            self._slots.warm(self._report)
+            self._warm()
             self._compiles.reset()
             self.ready, self.ticked = True, time.monotonic()
             self._tell(self._changed)

@@ -2,19 +2,21 @@
 
 import contextlib
 import dataclasses
+import queue
 import threading
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
 
+from engine.counting.params import leaf_shapes
 from engine.inference import decode
 from engine.inference.quantize import quantize
 from engine.inference.slots import compile_ahead
 from engine.model.config import ModelConfig
 from engine.model.leaves import dense
 from engine.model.lora import LoRA
-from engine.model.paths import map_paths
-from engine.model.transformer import init_params
+from engine.model.paths import map_paths, nested
 from stages import device
 
 if TYPE_CHECKING:
@@ -49,13 +51,15 @@ def options(cfg: ModelConfig, given: "Serve") -> dict[str, Any]:
 class Ahead:
     """Compiles from the architecture alone what will be asked for, while another core reads the weights.
 
-    Nothing depends on it: what it gets wrong or cannot do is done, or said, when the programs are wanted.
+    Iterated, once, it tells what `compile_ahead` does, as that comes. Nothing depends on it: what it gets wrong or cannot
+    do is done, or said, when the programs are wanted.
     """
 
     def __init__(self, given: "Serve", started: device.Device) -> None:
         self._given, self._started = given, started
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
+        self._told: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
 
     def begin(self, cfg: ModelConfig) -> None:
         """Starts, in a thread of its own; not for room that the model cannot use, which is refused once it is loaded."""
@@ -64,15 +68,23 @@ class Ahead:
         self._thread = threading.Thread(target=self._run, args=(cfg,), daemon=True, name="ahead")
         self._thread.start()
 
-    def end(self, at_once: bool = False) -> None:
-        """Waits until all is compiled or, `at_once`, what is under way."""
-        if at_once:
-            self._stop.set()
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        while self._thread and (told := self._told.get()):
+            yield told
+
+    def stop(self) -> None:
+        """Waits for what is under way, and lets nothing follow it."""
+        self._stop.set()
         if self._thread:
             self._thread.join()
 
     def _run(self, cfg: ModelConfig) -> None:
         with contextlib.suppress(Exception):
             weights, cfg = kept_as(cfg, self._given, self._started)
-            shapes = jax.eval_shape(lambda: as_served(cfg, init_params(cfg, jax.random.key(0)), weights))
-            compile_ahead(cfg, shapes, stopped=self._stop.is_set, **options(cfg, self._given))
+            read = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in leaf_shapes(cfg).items()}
+            shapes = jax.eval_shape(lambda params: as_served(cfg, params, weights), nested(read))
+            for told in compile_ahead(cfg, shapes, **options(cfg, self._given)):
+                self._told.put(told)
+                if self._stop.is_set():
+                    break
+        self._told.put(None)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import gc
 import re
 import sys
 from collections.abc import Callable
@@ -12,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from engine.allocator import prefer_huge_pages
+from engine.counting.params import count_params
 from engine.errors import UserError
 from engine.inference.slots import Slots
+from engine.model.config import ModelConfig
 from engine.storage.digest import digest
 from engine.text.chat import Chat
 from stages import device, words
@@ -30,7 +33,9 @@ if TYPE_CHECKING:
     from stages.console import Console
     from stages.serve.__main__ import Serve
 
+LAID_OUT = 4  # bytes a parameter, about, while weights are read and laid out
 HANDOVER = 0.0005  # seconds for which one thread may hold Python's lock while weights are read beside what compiles
+UNCOLLECTED = 100_000  # objects more before Python looks for garbage: tracing makes many, nearly all of which stay
 
 
 @dataclasses.dataclass
@@ -63,23 +68,29 @@ class Loaded:
 
 def load(given: "Serve", console: "Console") -> Loaded:
     """Reads and lays out what the flags name, and prints what it is. Raises UserError."""
-    usual = sys.getswitchinterval()
+    usual, collected = sys.getswitchinterval(), gc.get_threshold()
     sys.setswitchinterval(HANDOVER)
+    gc.set_threshold(UNCOLLECTED, *collected[1:])
     try:
         return _load(given, console)
     finally:
         sys.setswitchinterval(usual)
+        gc.set_threshold(*collected)
 
 
 def _load(given: "Serve", console: "Console") -> Loaded:
     started = device.start(given.device, decodes=True)
-    prefer_huge_pages()
     compiles = Compiles()
     source = _template(given)
     ahead = Ahead(given, started)
+
+    def known(cfg: ModelConfig) -> None:
+        prefer_huge_pages(LAID_OUT * count_params(cfg).total)
+        ahead.begin(cfg)
+
     try:
         with console.task(f"loading {given.model or 'the newest run'}") as report:
-            model = models.load_model(given.model, report=report, known=ahead.begin)
+            model = models.load_model(given.model, report=report, known=known)
         models.say_damaged(model, console)
         now = datetime.datetime.now().isoformat(timespec="seconds")
         with ThreadPoolExecutor(1) as beside:  # the template's process starts while weights are laid out
@@ -93,7 +104,7 @@ def _load(given: "Serve", console: "Console") -> Loaded:
                 raise
             chat = making.result()
     except BaseException:
-        ahead.end(at_once=True)
+        ahead.stop()
         raise
     name = given.name or (given.model if given.model in models.MODELS else _spelt(model.name)) or "model"
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

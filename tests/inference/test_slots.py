@@ -1,5 +1,7 @@
 """Slots: many at once, each as if it were alone, to the bit; and nobody waits for ever, overflows, or stays behind."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -256,9 +258,12 @@ def test_what_is_compiled_ahead_is_what_warm_asks_for(count_compiles):
     cfg = tiny_config()
     params = for_inference(cfg, lively_params(cfg))
     options = {"slots": 3, "capacity": 40, "kind": "float32", "prefixes": 1 << 20, "chunk": 8, "tail": 4}
-    compile_ahead(cfg, jax.eval_shape(lambda: params), **options)
+    ahead = compile_ahead(cfg, jax.eval_shape(lambda: params), **options)
+    first = [next(ahead) for _ in range(3)]
+    slots, told = Slots(cfg, params, **options), []
+    slots.warm(lambda done, total: told.append((done, total)), itertools.chain(first, ahead))
+    assert told == [(n, 8) for n in range(1, 9)]
     assert len(count_compiles) >= 7
-    slots = Slots(cfg, params, **options)
     count_compiles.clear()
     slots.warm()
     assert count_compiles == []

@@ -234,10 +234,12 @@ def test_what_weights_are_kept_as(
     assert loaded.slots.capacity == 150
     assert loaded.name == "sea"
     assert loaded.ahead
-    loaded.ahead.end()
+    names, told = list(loaded.ahead), []
+    assert len(names) == len(dict(names)) == names[0][1] == 8
     count_compiles.clear()
-    loaded.slots.warm()
+    loaded.slots.warm(lambda done, total: told.append((done, total)), names)
     assert count_compiles == []  # what was compiled beside the loading is what is asked for
+    assert told == [(n, 8) for n in range(1, 9)]
 
 
 @pytest.mark.parametrize("weights", ["int8", "float32"])

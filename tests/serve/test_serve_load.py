@@ -203,7 +203,7 @@ def test_health_before_and_after_its_time() -> None:
                 assert reply.status_code == 503
                 assert reply.json()["error"]["code"] == "warming"
             assert client.post("/tokenize", json={"prompt": "a"}).status_code == 200
-            server.made.slots.warm = lambda report: 1 / 0
+            server.made.slots.warm = lambda report, ahead: 1 / 0
             changed = threading.Event()
             server.served.engine.start(changed.set)
             assert changed.wait(10)
