@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from engine.errors import UserError
@@ -30,6 +30,8 @@ NAMES = {
 READABLE = {
     "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS",
 }  # fmt: skip
+
+LINES = 256  # of the numbers read at a time
 
 
 def load_gguf(
@@ -64,14 +66,22 @@ def load_gguf(
             file.seek(tensor.offset + (0 if flat else start * tensor.row))
             count = 1 if flat else stop - start
             data = np.frombuffer(exactly(file, count * tensor.row, path), np.uint8)
-            values = dequantize(data if flat else data.reshape(count, -1), tensor.kind)
             if flat:
-                return values[start:stop]
+                return dequantize(data, tensor.kind)[start:stop]
+            values = _dequantized(data, tensor.kind).reshape(count, -1)
             return unpaired(values, cfg.head_dim) if name in heads else values
 
         params = read_params(leaves, rows, dtype or cfg.dtype, report)
     title = header.metadata.get("general.name")
     return LoadedModel(title if isinstance(title, str) else path.stem, cfg, params, **words)
+
+
+def _dequantized(data: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    """The numbers of whole blocks, in whatever shape. The library goes by 16 rows: of short ones that takes as long to call
+    as to compute, so that they are laid in line to fewer."""
+    blocks = data.size // GGML_QUANT_SIZES[kind][1]
+    lines = next(lines for lines in range(min(LINES, blocks), 0, -1) if blocks % lines == 0)
+    return dequantize(data.reshape(lines, -1), kind)
 
 
 def read_config(path: Path) -> ModelConfig:
