@@ -34,6 +34,8 @@ async def answered(
     client leaves.
     """
     served: Served = request.app.state.served
+    if body.stream_options is not None and not body.stream:
+        raise Refused(400, "stream_options is given without stream being true.", param="stream_options")
     seats = served.door.enter(count)
     try:
         requests = requests_of(

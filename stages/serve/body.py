@@ -1,6 +1,9 @@
 """The body of a request: read within bounds of size and time, and checked field by field against its schema."""
 
 import asyncio
+import dataclasses
+import json
+import math
 import re
 from typing import Any
 
@@ -13,33 +16,58 @@ from stages.serve.schema import UNABLE
 LARGEST = 4 * 2**20  # bytes
 QUICK = 65_536  # bytes that are decoded in the event loop itself
 SECONDS = 20.0  # in which a body must have come
+SEARCHED = 2**20  # bytes of a body that is no JSON in which the place is looked for
 
 PLACE = re.compile(r" - at (?:`key` in )?`\$(.*?)`$")
 UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.S)
 MISSING = re.compile(r"Object missing required field `(.*)`", re.S)
 
 
+@dataclasses.dataclass
+class Bodies:
+    """Bytes of bodies, of all requests together, that have come and are not decoded: at most `most`, `held` just now."""
+
+    most: int = 64 * 2**20
+    held: int = 0
+
+    def take(self, size: int) -> None:
+        """Raises Refused when there is no room for so many more; nothing is taken then."""
+        if self.held + size > self.most:
+            raise Refused(
+                429, f"Bodies of {self.held:,} bytes are coming in, and no more are taken in at once. Try again in 1 s.",
+                code="rate_limit_exceeded", headers={"Retry-After": "1", "Connection": "close"},
+            )  # fmt: skip
+        self.held += size
+
+
 async def read[T: msgspec.Struct](request: Request, kind: type[T]) -> T:
     """The JSON body as `kind`. Raises Refused, naming the field at fault, and Gone when the client leaves."""
     _check_headers(request)
-    parts: list[bytes] = []
-    size = 0
+    bodies: Bodies = request.app.state.served.bodies
+    body = bytearray()
+    try:
+        await _receive(request, body, bodies)
+        return decoded(body, kind) if len(body) <= QUICK else await asyncio.to_thread(decoded, body, kind)
+    finally:
+        bodies.held -= len(body)
+
+
+async def _receive(request: Request, body: bytearray, bodies: Bodies) -> None:
+    """Appends to `body` what comes, all of it counted in `bodies`. Promises of a Content-Length count for nothing."""
     try:
         async with asyncio.timeout(SECONDS):
             async for part in request.stream():
-                size += len(part)
-                if size > LARGEST:
+                if len(body) + len(part) > LARGEST:
                     raise _too_large()
-                parts.append(part)
+                bodies.take(len(part))
+                body += part
     except TimeoutError:
         raise Refused(408, f"The body did not come within {SECONDS:.0f} s.", headers={"Connection": "close"}) from None
     except ClientDisconnect:
         raise Gone from None
-    body = b"".join(parts)
-    return decoded(body, kind) if size <= QUICK else await asyncio.to_thread(decoded, body, kind)
 
 
-def decoded[T: msgspec.Struct](body: bytes, kind: type[T]) -> T:
+def decoded[T: msgspec.Struct](body: bytes | bytearray, kind: type[T]) -> T:
     """A body that has been read. Raises Refused."""
     try:
         try:
@@ -55,7 +83,40 @@ def decoded[T: msgspec.Struct](body: bytes, kind: type[T]) -> T:
     except UnicodeDecodeError as error:
         raise Refused(400, f"The body is not UTF-8: {error.reason}.") from None
     except msgspec.DecodeError as error:
+        if place := _unspeakable(body):
+            said = f"{place} holds NaN, Infinity or half of a surrogate pair: JSON has no such values."
+            raise Refused(400, said, param=place, code="invalid_value") from None
         raise Refused(400, f"The body is not JSON: {error}.") from None
+
+
+def _unspeakable(body: bytes | bytearray) -> str:
+    """The first field that holds what Python's parser reads but JSON has not; empty where that is not what is wrong."""
+    if len(body) > SEARCHED:
+        return ""
+    try:
+        found = _place(json.loads(body.decode(), parse_int=len))  # whose digits are not at fault, however many there are
+        return (found or "").lstrip(".")
+    except (ValueError, RecursionError):
+        return ""
+
+
+def _place(value: Any) -> str | None:
+    """The way to the first number that is not finite or text with half of a surrogate pair, spelled as msgspec does."""
+    if isinstance(value, float | str):
+        sound = math.isfinite(value) if isinstance(value, float) else _is_text(value)
+        return None if sound else ""
+    steps: Any = ()
+    if isinstance(value, dict):
+        if not all(map(_is_text, value)):
+            return ""
+        steps = ((f".{_short(name)}" if name.isidentifier() else "[...]", inner) for name, inner in value.items())
+    elif isinstance(value, list):
+        steps = ((f"[{index}]", inner) for index, inner in enumerate(value))
+    return next((step + rest for step, inner in steps if (rest := _place(inner)) is not None), None)
+
+
+def _is_text(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _whole(value: Any) -> Any:

@@ -41,9 +41,13 @@ async def tokenize(request: Request) -> Response:
     if isinstance(body.prompt, UnsetType) == isinstance(body.messages, UnsetType):
         raise Refused(400, "Either prompt or messages is to be given.", param="prompt")
     if not isinstance(body.messages, UnsetType):
+        if not isinstance(body.add_special_tokens, UnsetType):
+            said = "add_special_tokens is about a prompt; the special tokens of messages are those of the chat template."
+            raise Refused(400, said, param="add_special_tokens")
         tokens = await served.prompts.of_chat(conversation(body.messages))
     else:
-        (tokens,) = await served.prompts.of_texts([str(body.prompt)], body.add_special_tokens)
+        special = isinstance(body.add_special_tokens, UnsetType) or body.add_special_tokens
+        (tokens,) = await served.prompts.of_texts([str(body.prompt)], special)
     return json_reply(Tokens(len(tokens), served.engine.capacity, tokens))
 
 

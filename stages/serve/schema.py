@@ -24,7 +24,7 @@ TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Ids = Annotated[list[TokenId], Meta(max_length=MOST_IDS)]
 StopText = Annotated[str, Meta(min_length=1, max_length=LONGEST_STOP)]
 Stops = StopText | Annotated[list[StopText], Meta(max_length=MOST_STOPS)]
-BiasedToken = Annotated[str, Meta(pattern="^[0-9]{1,9}$")]
+BiasedToken = Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]{0,8})$(?!\n)")]  # one spelling of each token
 Bias = Annotated[dict[BiasedToken, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MOST_BIASES)]
 Labels = Annotated[dict[str, str], Meta(max_length=64)]
 Nothing = Annotated[list[None], Meta(max_length=0)]  # a list that may be given as long as it is empty
@@ -42,15 +42,16 @@ UNABLE = {
     "echo": "The prompt is not repeated in the completion here",
     "suffix": "Text is only continued at its end here", "best_of": "Every completion made is returned here; use n",
     "name": "The names of speakers are not given to the model",
+    "include_obfuscation": "Nothing is added to chunks to hide how long their texts are",
     "prediction": "Predicted output is not used here", "web_search_options": "There is no search here",
 }  # fmt: skip
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
-    """`include_usage`: a last chunk tells what the answer took. `include_obfuscation`: nothing is added either way."""
+    """`include_usage`: a last chunk tells what the answer took."""
 
     include_usage: bool | None = None
-    include_obfuscation: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class Sampling(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -141,12 +142,15 @@ class ChatRequest(Sampling, forbid_unknown_fields=True, kw_only=True):
 
 
 class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """POST /tokenize: either a text as /v1/completions reads it, or messages as /v1/chat/completions does."""
+    """POST /tokenize: either a text as /v1/completions reads it, or messages as /v1/chat/completions does.
+
+    `add_special_tokens`, true by default, is about a text; what is special in a conversation is its template's.
+    """
 
     model: str = "default"
     prompt: str | UnsetType = UNSET
     messages: Annotated[list[Said], Meta(min_length=1, max_length=MOST_MESSAGES)] | UnsetType = UNSET
-    add_special_tokens: bool = True
+    add_special_tokens: bool | UnsetType = UNSET
 
 
 class DetokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

@@ -7,6 +7,7 @@ from typing import Any
 
 from engine.storage.digest import digest
 from stages.serve.admission import Door, draining
+from stages.serve.body import Bodies
 from stages.serve.engine import Engine
 from stages.serve.errors import Refused
 from stages.serve.metrics import Metrics
@@ -30,6 +31,7 @@ class Served:
     attested: str
     price: float | None = None
     loaded_at: int = dataclasses.field(default_factory=lambda: int(time.time()))
+    bodies: Bodies = dataclasses.field(default_factory=Bodies)
     _checking: "asyncio.Task[str] | None" = None
 
     @property

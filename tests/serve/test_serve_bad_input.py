@@ -2,6 +2,8 @@
 
 import json
 import socket
+import time
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -38,7 +40,12 @@ LARGE = b"9" * 5000
         ({"logit_bias": []}, "logit_bias"), ({"seed": 2**63}, "seed"), ({"seed": 0.5}, "seed"), ({"n": 0}, "n"),
         ({"n": 17}, "n"), ({"stop": 5}, "stop"), ({"stop": [""]}, "stop[0]"), ({"stop": ["a"] * 17}, "stop"),
         ({"stop": "a" * 257}, "stop"), ({"stop_token_ids": [9999]}, "stop_token_ids"), ({"stream": "yes"}, "stream"),
-        ({"stream_options": {"usage": True}}, "stream_options.usage"), ({"model": 5}, "model"), ({"logprobs": 21}, "logprobs"),
+        ({"logit_bias": {"07": 1}}, "logit_bias"), ({"logit_bias": {"7": 1, "07": 2}}, "logit_bias"),
+        ({"logit_bias": {"7\n": 1}}, "logit_bias"), ({"logit_bias": {"00": 1}}, "logit_bias"),
+        ({"stream_options": {"usage": True}}, "stream_options.usage"), ({"stream_options": {}}, "stream_options"),
+        ({"stream": False, "stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+        ({"model": 5}, "model"), ({"logprobs": 21}, "logprobs"),
         ({"logprobs": True}, "logprobs"), ({"echo": True}, "echo"), ({"best_of": 2}, "best_of"), ({"suffix": "end"}, "suffix"),
         ({"temprature": 1}, "temprature"), ({"messages": []}, "messages"), ({"prompt": None}, "prompt"),
         ({"prompt": []}, "prompt"), ({"prompt": [[]]}, "prompt"), ({"prompt": ["a", 1]}, "prompt"),
@@ -70,12 +77,21 @@ def test_a_field_of_a_completion(client: httpx.Client, change: dict[str, Any], p
         ({"max_completion_tokens": 0}, "max_completion_tokens", ">= 1"), ({"prompt": "a"}, "prompt", "no field"),
         ({"max_completion_tokens": 3}, "max_completion_tokens", "beside max_tokens"),
         ({"metadata": {"a": {}}}, "metadata[...]", "str"), ({"store": True}, "store", ""),
+        ({"stream_options": {}}, "stream_options", "without stream"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation", "is added"),
     ],
 )  # fmt: skip
 def test_a_field_of_a_chat(client: httpx.Client, change: dict[str, Any], param: str, words: str) -> None:
     problem = refused(client.post("/v1/chat/completions", json=say() | change))
     assert problem["param"].startswith(param.replace("[...]", "[")[: param.find("[") + 1] if "[...]" in param else param)
     assert words in problem["message"]
+
+
+def test_special_tokens_of_a_conversation_are_its_templates(client: httpx.Client) -> None:
+    asked = {"messages": say()["messages"]}
+    for wish in (True, False):
+        assert refused(client.post("/tokenize", json=asked | {"add_special_tokens": wish}))["param"] == "add_special_tokens"
+    assert client.post("/tokenize", json=asked).status_code == 200
 
 
 def test_what_changes_no_answer_is_taken(client: httpx.Client) -> None:
@@ -103,6 +119,31 @@ def test_what_changes_no_answer_is_taken(client: httpx.Client) -> None:
 )  # fmt: skip
 def test_bodies_that_are_none(client: httpx.Client, path: str, content: bytes) -> None:
     refused(client.post(path, content=content, headers={"Content-Type": "application/json"}))
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "param"),
+    [
+        ("completions", b'{"prompt":NaN}', "prompt"), ("completions", b'{"prompt":"a","temperature":-Infinity}', "temperature"),
+        ("completions", b'{"prompt":["a","\\ud800"],"top_p":NaN}', "prompt[1]"),
+        ("completions", b'{"prompt":"\\ud83d\\ude00","logit_bias":{"7":NaN}}', "logit_bias[...]"),
+        ("completions", b'{"prompt":"a","max_tokens":' + b"1" * 5000 + b',"user":"\\udfffx"}', "max_tokens"),
+        ("completions", b'{"prompt":"a","user":"\\udfffx","n":' + b"1" * 5000 + b"}", "user"),
+        ("chat/completions", b'{"messages":[{"role":"user","content":"\\ud800"}]}', "messages[0].content"),
+        ("chat/completions", b'{"messages":[{"role":"user","content":[{"type":"text","text":"\\ud800"}]}]}',
+         "messages[0].content[0].text"),
+        ("chat/completions", b'{"messages":[{"role":"user","content":"a"}],"metadata":{"\\ud800":"a"}}', "metadata"),
+        ("completions", b'{"prompt":"a","\\ud800":1}', None), ("completions", b'{"prompt":NaN', None),
+        ("completions", b"NaN", None), ("completions", b'{"prompt":"a",}', None),
+        ("completions", b'{"prompt":NaN,"user":' + DEEP, None),
+        ("completions", b'{"prompt":NaN,"user":' + b"[" * 5000 + b"]" * 5000 + b"}", "prompt"),
+        ("completions", b'{"prompt":NaN,"prompt":' + b"[" * 5000 + b"]" * 5000 + b"}", None),
+        ("completions", b'{"prompt":"\\ud800","user":"' + b"a" * body.SEARCHED + b'"}', None),
+    ],
+)  # fmt: skip
+def test_what_json_cannot_say_is_named(client: httpx.Client, path: str, content: bytes, param: str | None) -> None:
+    reply = client.post(f"/v1/{path}", content=content, headers={"Content-Type": "application/json"})
+    assert refused(reply)["param"] == param
 
 
 def test_whole_numbers_in_any_spelling(client: httpx.Client) -> None:
@@ -196,6 +237,51 @@ def test_a_body_that_is_too_large(client: httpx.Client, tiny_server: TinyServer)
         head = "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(head.encode() + b"Content-Length: 99999999999\r\n\r\n")
         assert b" 413 " in connection.recv(1000)
+
+
+def test_bodies_of_all_requests_together_are_bounded(
+    client: httpx.Client, tiny_server: TinyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what has come, not by what is told of; and however a request ends, its bytes are given back."""
+    bodies = tiny_server.served.bodies
+    monkeypatch.setattr(bodies, "most", 1000)
+    head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n"
+    kind = {"Content-Type": "application/json"}
+    sound = b'{"prompt":"' + b"a" * 388 + b'"}'
+    with socket.create_connection(("127.0.0.1", tiny_server.port), 10) as first:
+        first.sendall(head + b" " * 600)
+        wait_until(lambda: bodies.held == 600)
+        assert client.post("/tokenize", content=sound[:-3] + b'"}', headers=kind).status_code == 200
+        with socket.create_connection(("127.0.0.1", tiny_server.port), 10) as second:
+            second.sendall(head + b" " * 300)
+            wait_until(lambda: bodies.held == 900)
+            second.sendall(b" " * 101)
+            reply = b""
+            while part := second.recv(65536):  # until it is hung up
+                reply += part
+        assert reply.startswith(b"HTTP/1.1 429 ")
+        assert b"\r\nretry-after: 1\r\n" in reply.lower()
+        assert b"\r\nconnection: close\r\n" in reply.lower()
+        assert json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["code"] == "rate_limit_exceeded"
+        wait_until(lambda: bodies.held == 600)
+        assert refused(client.post("/tokenize", content=sound, headers=kind), 429)["type"] == "rate_limit_error"
+    wait_until(lambda: bodies.held == 0)  # the first has left
+    assert client.post("/tokenize", content=sound, headers=kind).status_code == 200
+    refused(client.post("/tokenize", content=sound[1:], headers=kind))
+    monkeypatch.setattr(body, "LARGEST", 500)
+    refused(client.post("/tokenize", content=iter([sound, sound]), headers=kind), 413)
+    monkeypatch.setattr(body, "SECONDS", 0.2)
+    with socket.create_connection(("127.0.0.1", tiny_server.port), 10) as slow:
+        slow.sendall(head.replace(b"100000", b"50") + b" " * 40)
+        assert b" 408 " in slow.recv(65536)
+    wait_until(lambda: bodies.held == 0)
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "br", "deflate, gzip"])
