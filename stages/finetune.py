@@ -2,7 +2,7 @@
 
     python -m stages.finetune                                      LoRA of SmolLM2-135M-Instruct on the house voice
     python -m stages.finetune --data chats.jsonl --lora rank=16,alpha=32,targets=q,v
-    python -m stages.finetune --freeze bottom:20                   the top third learns, and the head
+    python -m stages.finetune --freeze bottom:20                   the top third learns, and the head if it is not tied
     python -m stages.finetune --train 'blocks/(28|29)/.*'          two blocks learn
     python -m stages.finetune --base int8                          LoRA over a base in int8 (QLoRA)
     python -m stages.finetune --objective preference --data voice-preferences

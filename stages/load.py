@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from engine.counting.hardware import memory_limit_bytes
+from engine.counting.params import count_params
 from engine.errors import UserError, nearest
 from engine.files import write_json
 from engine.model.config import ModelConfig
@@ -14,7 +16,7 @@ from engine.storage.gguf import load_gguf
 from engine.storage.huggingface import load_folder
 from engine.storage.loaded import LoadedModel
 from engine.text.tokenizer import Tokenizer, load_tokenizer
-from stages import run_folder
+from stages import run_folder, words
 from stages.console import Console
 
 KINDS = (
@@ -52,17 +54,30 @@ def load_model(given: str | None, *, dtype: str | None = None, report: Report = 
 
     `dtype` is that of the matrices of a model that is not a run of ours; by default its own compute dtype. `report`: what
     is done of the fetching or reading, and all of it. `known` is told the architecture as soon as it is, before weights
-    are read. Raises UserError when there is none, it is damaged, or it is of a kind that is not known here.
+    are read. Raises UserError when there is none, it is damaged, it is of a kind that is not known here, or its weights
+    alone are more than the memory there is.
     """
+
+    def fitting(cfg: ModelConfig) -> None:
+        known(cfg)
+        check_room(str(given), cfg, dtype or cfg.dtype)
+
     if given in MODELS:
         file = fetch(given, report)["model"]
-        return _from_elsewhere(load_gguf(file, dtype=dtype, report=report, known=known), file)
+        return _from_elsewhere(load_gguf(file, dtype=dtype, report=report, known=fitting), file)
     path = Path(given).expanduser() if given else run_folder.newest()
     if path.suffix == ".gguf" and path.is_file():
-        return _from_elsewhere(load_gguf(path, dtype=dtype, report=report, known=known), path)
+        return _from_elsewhere(load_gguf(path, dtype=dtype, report=report, known=fitting), path)
     if _is_hugging_face(path):
-        return _from_elsewhere(load_folder(path, dtype=dtype, report=report, known=known), path)
+        return _from_elsewhere(load_folder(path, dtype=dtype, report=report, known=fitting), path)
     return _run(path, given or str(path), known)
+
+
+def check_room(name: str, cfg: ModelConfig, dtype: str) -> None:
+    """Raises UserError when weights of this type are more than the host's memory, instead of being killed over them."""
+    size, limit = count_params(cfg).total * (4 if dtype == "float32" else 2), memory_limit_bytes()
+    if size > limit:
+        raise UserError(f"The weights of {name} take {words.size(size)} in {dtype}, and {words.size(limit)} are here.")
 
 
 def _is_hugging_face(path: Path) -> bool:
@@ -90,6 +105,7 @@ def _run(path: Path, given: str, known: Known) -> Model:
     if about.get("learns", "").startswith("rank="):
         return _adapted(run, about, known)
     known(cfg)
+    check_room(run.name, cfg, "float32")
     loaded = checkpoint.load_params(path)
     said = run_folder.read_json(run / ENDS) if (run / ENDS).exists() else {}
     return Model(

@@ -11,7 +11,9 @@ from stages import device as devices
 from stages.console import Console
 
 if TYPE_CHECKING:
+    from engine.model.config import ModelConfig
     from stages.finetune import Finetune
+    from stages.learning import TuningPlan
 
 # JAX is started, with its allocator and its device, before anything that imports it.
 
@@ -37,40 +39,45 @@ def run(given: "Finetune") -> int:
 class Tuned:
     """What the stages of one run hand on to each other."""
 
+    plan: "TuningPlan"
+
     def __init__(self, given: "Finetune", device: devices.Device, folder: Path, console: Console) -> None:
         from engine.text.chat import Chat
-        from stages import data, learning, lessons, load, plan
-        from stages.recipes import Recipe
+        from stages import data, lessons, load, plan
 
         self.given, self.device, self.folder, self.console = given, device, folder, console
         source = load.template_at(given.examples.template)
+        dtype = None if given.adapter else "float32"
         with console.task(f"loading {given.model}") as report:
-            self.model = load.load_model(given.model, dtype=None if given.adapter else "float32", report=report)
+            self.model = load.load_model(given.model, dtype=dtype, report=report, known=self.foresee)
         load.say_damaged(self.model, console)
-        cfg = self.model.cfg
-        tuning = given.tuning
-        if tuning.context > cfg.context:
-            raise UserError(
-                f"--context {tuning.context:,} is more than the {cfg.context:,} tokens {self.model.name} was made for."
-            )
-        cfg = dataclasses.replace(cfg, scan=tuning.scan, remat="block" if tuning.remat else "none")
-        trained, self.matched = learning.what_learns(given, cfg)
+        self.plan = dataclasses.replace(self.plan, preset=self.model.name)
         if given.examples.general != "none":
             data.check(given.examples.general)
-        moves = learning.optimizer(given)
-        recipe = Recipe("the model's", tuning.context, tuning.batch * self.sides, moves, given.parts, tuning.scan, tuning.remat)
-        length = given.length
-        chosen = bool(length.max_time or length.steps)
-        seconds = length.max_time if chosen else 180.0
-        base = given.learns.base
-        self.plan = learning.TuningPlan(self.model.name, cfg, recipe, given.seed, length.steps, seconds, chosen, trained, base)
-        self.check_memory()
         self.chat = Chat(self.model.tokenizer, source)
         examples = given.examples
         self.lessons = lessons.prepare(
-            examples.data, examples.validation, tuning.objective, tuning.context, self.model, self.chat, console
+            examples.data, examples.validation, given.tuning.objective, given.tuning.context, self.model, self.chat, console
         )
         self.ceilings = plan.measured_ceilings(console)
+
+    def foresee(self, cfg: "ModelConfig") -> None:
+        """The plan, from the architecture alone. Raises UserError, before a weight is read, for what cannot be done."""
+        from stages import learning
+        from stages.recipes import Recipe
+
+        given, tuning, length = self.given, self.given.tuning, self.given.length
+        if tuning.context > cfg.context:
+            raise UserError(f"--context {tuning.context:,} is more than the {cfg.context:,} tokens {given.model} was made for.")
+        cfg = dataclasses.replace(cfg, scan=tuning.scan, remat="block" if tuning.remat else "none")
+        trained, self.matched = learning.what_learns(given, cfg)
+        moves = learning.optimizer(given)
+        recipe = Recipe("the model's", tuning.context, tuning.batch * self.sides, moves, given.parts, tuning.scan, tuning.remat)
+        chosen = bool(length.max_time or length.steps)
+        seconds = length.max_time if chosen else 180.0
+        base = given.learns.base
+        self.plan = learning.TuningPlan(given.model, cfg, recipe, given.seed, length.steps, seconds, chosen, trained, base)
+        self.check_memory()
 
     @property
     def sides(self) -> int:

@@ -86,8 +86,8 @@ def _leaf(stored: dict[str, Any], path: str, entry: dict[str, Any]) -> LoRA:
     edges = [edge for span in columns for edge in span]
     if not columns or edges != sorted(edges) or edges[0] < 0 or not all(start < stop for start, stop in columns):
         raise ValueError(f"{path} has columns {columns}")
-    if not math.isfinite(entry["scale"]):
-        raise ValueError(f"{path} has the scale {entry['scale']}")
+    if not (math.isfinite(entry["scale"]) and np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError(f"{path} has a number that is not finite")
     width = sum(stop - start for start, stop in columns)
     if a.ndim != 2 or b.ndim != 2 or b.shape[1] != width or a.shape[1] != b.shape[0] * len(columns):
         raise ValueError(f"{path} has a of {a.shape} and b of {b.shape} for columns {columns}")

@@ -63,7 +63,10 @@ class Chat:
         self._longest = max(map(len, self._ids), default=0)
         self.template = Template(self.source, _special_names(tokenizer), now)
         probe = self.examples([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[0]
-        last = int(probe.tokens[probe.mask][-1])
+        said = probe.tokens[probe.mask]
+        if not len(said):
+            raise UserError("The chat template writes nothing of what the assistant says: give another with --template.")
+        last = int(said[-1])
         self.end = last if last in tokenizer.controls else None
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from tiny_runs import command, tiny, write_text
 
 from engine.storage import checkpoint
-from stages import cli, evaluate, generate, run_folder, train
+from stages import cli, evaluate, export, generate, load, run_folder, train
 
 Failing = Callable[..., str]
 
@@ -205,6 +206,14 @@ def test_sentences_for_what_the_system_refuses() -> None:
     assert "may not" in (cli.explain(PermissionError(errno.EACCES, "no", "/a/b")) or "")
     assert "--batch" in (cli.explain(RuntimeError("RESOURCE_EXHAUSTED: out of memory")) or "")
     assert cli.explain(KeyError("a mistake of ours")) is None
+
+
+def test_weights_that_would_not_fit(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: Failing) -> None:
+    assert export.main(["--model", str(trained), "--out", str(tmp_path / "folder")]) == 0
+    monkeypatch.setattr(load, "memory_limit_bytes", lambda: 50_000)
+    for model in (trained, tmp_path / "folder"):
+        said = failing(generate.main, ["--model", model])
+        assert re.search(r"The weights of .* take 1?\d\d(\.\d)? kB in \w+, and 50(\.0)? kB are here", said), said
 
 
 def test_prompts(trained: Path, failing: Failing) -> None:

@@ -294,6 +294,10 @@ def test_not_enough_memory_is_predicted(
 ) -> None:
     from stages import plan
 
+    def read(*_: object, **__: object) -> None:
+        raise AssertionError("weights were read before it was known whether there is room")
+
+    monkeypatch.setattr(load.checkpoint, "load_params", read)
     for limit, remedy in ((600_000, "--accumulate 16"), (1000, "smaller model")):
         monkeypatch.setattr(plan, "memory_limit", lambda limit=limit: limit)
         told = failing(finetune.main, args(trained, chats, tmp_path / "run", "--batch", 16))

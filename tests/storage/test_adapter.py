@@ -97,6 +97,9 @@ DAMAGE = {
     "columns that overlap": of_leaf(columns=[[0, 24], [20, 32]]),
     "columns below 0": of_leaf(columns=[[-24, 0], [36, 48]]),
     "columns without an end": of_leaf(columns=[[0], [36, 48]]),
+    "a weight that is no number": lambda folder: (folder / "adapter.safetensors").write_bytes(
+        (folder / "adapter.safetensors").read_bytes()[:-4] + b"\x00\x00\xc0\x7f"
+    ),
     "scale as text": of_leaf(scale="much"),
     "scale not finite": of_leaf(scale=float("nan")),
 }

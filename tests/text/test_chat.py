@@ -207,6 +207,9 @@ def test_conversations_that_cannot_be_learnt(chats) -> None:
     broken = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
     with pytest.raises(UserError, match="begins the assistant's turn otherwise"):
         Chat(TOKENIZER, broken)
+    for silent in ("", "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"):
+        with pytest.raises(UserError, match="writes nothing of what the assistant says"):
+            Chat(TOKENIZER, silent)
 
 
 def test_half_a_character_is_refused(chats) -> None:
