@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from bench.load import completion, post, told, words
 from bench.promises import Figure, Outcome, Promise, Trial
 from bench.server import Server
 from engine.counting.hardware import clock
+from engine.text.template import WORKER
 
 # The step of the real engine, which stands still while a file is there. The product has no such hook: this is code that
 # runs before it, in the process of this one trial.
@@ -26,14 +28,19 @@ import json, os, sys
 file = os.open({log!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 forbidden = ({events})
 def hear(event, args):
-    if event.startswith(forbidden): os.write(file, (json.dumps([event, repr(args)[:200]]) + chr(10)).encode())
+    if event.startswith(forbidden): os.write(file, (json.dumps([event, repr(args)[:1000]]) + chr(10)).encode())
 sys.addaudithook(hear)
 """
 FORBIDDEN = (
-    "pickle.find_class", "socket.connect", "socket.getaddrinfo", "socket.gethostby", "shutil.unpack_archive", "urllib.Request",
-    "os.system", "os.exec", "os.posix_spawn", "ftplib.", "http.client.connect", "smtplib.", "webbrowser.open",
+    "pickle.find_class", "shutil.unpack_archive",
+    "socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.gethostby", "socket.getnameinfo", "urllib.Request",
+    "ftplib.", "http.client.connect", "smtplib.", "webbrowser.open",
+    "subprocess.Popen", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.startfile", "pty.spawn",
 )  # fmt: skip
-OWN = "('127.0.0.1'"  # the address it listens on
+# What is its own: the address it listens on, and the one program it starts, known by all there is to its command: this
+# Python, alone with the one file that renders chat templates (which X2 is about), and nothing of the environment.
+OWN_ADDRESS = ("socket.getaddrinfo", "('127.0.0.1'")
+OWN_PROGRAM = ["subprocess.Popen", repr((sys.executable, [sys.executable, "-I", "-S", "-B", str(WORKER)], None, {}))]
 
 
 async def ending_drains(trial: Trial) -> Outcome:
@@ -117,16 +124,27 @@ async def nothing_foreign_runs(trial: Trial) -> Outcome:
     """A server's start and some of its work under an audit hook."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "heard"
-        hook = HEARD.format(log=str(log), events=", ".join(map(repr, FORBIDDEN)))
-        async with Server(trial.model, trial.flags, before=hook) as server:
+        async with Server(trial.model, trial.flags, before=hook(log)) as server:
             answer = told(await post(server.client, _long(trial, 8)))
-        heard = [json.loads(line) for line in log.read_text().splitlines()]
-    heard = [[event, args] for event, args in heard if not (event == "socket.getaddrinfo" and args.startswith(OWN))]
-    names = sorted({f"{event} {args}" for event, args in heard})
+        heard = foreign(log)
+    names = sorted({f"{event} {args[:200]}" for event, args in heard})
     return Outcome(
         (Figure("events", len(heard), 0), Figure("answered", float(answer.good), 1, most=False)),
-        f"unpickling, connections, name look-ups, unpacking, other programs{': ' if names else ''}{'; '.join(names)[:300]}",
+        "unpickling, unpacking, connections, name look-ups, programs other than the template's"
+        f"{': ' if names else ''}{'; '.join(names)[:300]}",
     )
+
+
+def hook(log: Path) -> str:
+    """Lines of Python that write what is FORBIDDEN and done after them to a file."""
+    return HEARD.format(log=str(log), events=", ".join(map(repr, FORBIDDEN)))
+
+
+def foreign(log: Path) -> list[list[str]]:
+    """(event, arguments) of what was written and is not the server's own."""
+    heard = [json.loads(line) for line in log.read_text().splitlines()]
+    event, start = OWN_ADDRESS
+    return [each for each in heard if each != OWN_PROGRAM and not (each[0] == event and each[1].startswith(start))]
 
 
 PROMISES: list[tuple[str, str, Promise]] = [

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import re
 from collections import defaultdict
 from typing import Any
 
@@ -109,7 +110,8 @@ async def no_text_of_another(trial: Trial) -> Outcome:
 
 
 async def weights_never_change(trial: Trial) -> Outcome:
-    """The digest of the weights in memory, after everything, against that at load; and every route that might change them."""
+    """The digest of the weights in memory, at load, after everything, and as the server says when it is ended, which this
+    does; and every route that might change them."""
     client, left = trial.server.client, iter(range(trial.count(500, 100)))
 
     async def sends() -> None:
@@ -122,8 +124,14 @@ async def weights_never_change(trial: Trial) -> Outcome:
     attested = (await trial.server.client.get("/v1/attestation")).json()
     routes = (await trial.server.client.get("/openapi.json")).json()["paths"]
     accepted = await _accepted(trial.server.client, routes)
+    trial.server.signal()
+    code = await trial.server.gone(20)
+    said = re.search(r"Weights \w+.*: SHA-256 ([0-9a-f]{16})", trial.server.words())
+    last = said[1] if said else "nothing"  # the beginning of it; that all of it is that of load is in the exit code
+    digests = {attested["digest_at_load"], attested["digest"], last + attested["digest"][len(last) :]}
     return Outcome(
-        (Figure("digests at load and now", len({attested["digest_at_load"], attested["digest"]}), 1),
+        (Figure("digests at load, on demand and at shutdown", len(digests), 1),
+         Figure("exit code", float("nan") if code is None else code, 0),
          Figure("routes that take PUT, PATCH or DELETE or load weights", accepted, 0)),
         f"after {trial.asked:,} requests of all kinds",
     )  # fmt: skip

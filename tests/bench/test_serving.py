@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from openai_like import completed, pretended
 from tiny import lively_params, tiny_config
 
-from bench import promises_input, promises_same, serving
+from bench import promises_input, promises_life, promises_same, serving
 from bench.fuzz import fuzzed
 from bench.http_client import Answer, Client, Parser, raw
 from bench.load import chat, closed_loop, completion, open_loop, percentile, told, words
@@ -265,16 +266,25 @@ def test_a_promise_is_kept_when_every_figure_meets_its_bar():
     assert (bad.wanted, str(bad)) == ("b ≥ 0.95", "b 0.94")
 
 
-def trial(port, **changes):
+def trial(port, ended=("", 0)):
     class Pretended:
         client = Client(port)
+
+        def signal(self):
+            pass
+
+        async def gone(self, seconds):
+            return ended[1]
+
+        def words(self):
+            return ended[0]
 
         async def gauges(self):
             return gauges((await self.client.get("/metrics")).body.decode())
 
     pretended_server = Pretended()
     pretended_server.port = port
-    return Trial("tiny", pretended_server, True, slots=2, capacity=99, **changes)
+    return Trial("tiny", pretended_server, True, slots=2, capacity=99)
 
 
 def test_a_trial_that_breaks_is_a_promise_not_kept(capsys):
@@ -303,10 +313,10 @@ def test_promises_are_chosen_by_name():
         chosen("S12")
 
 
-def tried(promise, make):
+def tried(promise, make, **options):
     async def scenario():
         async with pretended(make) as port:
-            return await promise(trial(port))
+            return await promise(trial(port, **options))
 
     return asyncio.run(scenario())
 
@@ -364,6 +374,51 @@ def test_a_server_error_and_a_silent_one_are_counted():
     assert found["/health p99"].met
 
 
+@pytest.mark.parametrize(
+    ("now", "ended", "figures"),
+    [
+        ("a", ("Stopped. Weights unchanged: SHA-256 " + "a" * 16 + "; 0 programs", 0), [1, 0, 0]),
+        ("a", ("Stopped. Weights CHANGED from aaaa: SHA-256 " + "b" * 16 + "; 0 programs", 1), [2, 1, 0]),
+        ("b", ("Stopped. Weights unchanged: SHA-256 " + "a" * 16 + "; 0 programs", 0), [3, 0, 0]),
+        ("a", ("Killed", 137), [2, 137, 0]),
+    ],
+)
+def test_weights_are_the_same_at_load_on_demand_and_at_shutdown(now, ended, figures):
+    def attests(method, path, headers, body):
+        said = {"/v1/attestation": {"digest_at_load": "a" * 64, "digest": now * 64}, "/openapi.json": {"paths": {}}}
+        return (200, said[path]) if path in said else (404, {})
+
+    outcome = tried(promises_same.weights_never_change, attests, ended=ended)
+    assert [figure.value for figure in outcome.figures] == figures
+    assert outcome.kept == (figures == [1, 0, 0])
+
+
+STARTS = """
+import os, socket, subprocess
+from engine.text.template import Template
+Template("{{ messages[0].content }}").render([{"role": "user", "content": "a"}])
+socket.getaddrinfo("127.0.0.1", 0)
+print("own", flush=True), input()
+subprocess.run(["true"]), os.system("true"), os.waitpid(os.posix_spawnp("true", ["true"], {}), 0)
+if (child := os.fork()) == 0:
+    os.execlp("true", "true")
+os.waitpid(child, 0), socket.getaddrinfo("127.0.0.2", 0)
+"""
+
+
+def test_every_way_to_start_a_program_is_heard_and_the_templates_own_is_told_apart(tmp_path):
+    log = tmp_path / "heard"
+    command = [sys.executable, "-c", promises_life.hook(log) + STARTS]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"own\n"
+        assert log.read_text().count("template_worker.py") == 1
+        assert promises_life.foreign(log) == []
+        process.communicate(b"\n", 20)
+    assert process.returncode == 0
+    events = {event for event, _ in promises_life.foreign(log)}
+    assert events == {"subprocess.Popen", "os.system", "os.posix_spawn", "os.fork", "os.exec", "socket.getaddrinfo"}
+
+
 # The commands
 
 
@@ -380,16 +435,15 @@ def tiny_folder(tmp_path):
 
 
 def test_a_promise_of_a_real_server_is_tried_and_told(tiny_folder, capsys):
-    code = serving.main(["--promises", "--quick", "--only", "X4", "--slots", "2", "--model", str(tiny_folder)])
+    code = serving.main(["--promises", "--quick", "--only", "X4,S3", "--slots", "2", "--model", str(tiny_folder)])
     said, notes = capsys.readouterr()
     assert code == 0, notes
     document = json.loads(said.splitlines()[-1])
-    assert (document["kept"], document["of"], document["slots"]) == (1, 1, 2), notes
-    (line,) = document["promises"]
-    assert (line["promise"], line["kept"]) == ("X4", True)
-    assert all(figure["met"] for figure in line["figures"])
-    assert "1 of 1 promises kept. With --quick" in said
-    assert notes.splitlines()[-1].startswith("X4   kept")
+    assert (document["kept"], document["of"], document["slots"]) == (2, 2, 2), notes
+    assert [(line["promise"], line["kept"]) for line in document["promises"]] == [("S3", True), ("X4", True)]
+    assert all(figure["met"] for line in document["promises"] for figure in line["figures"])
+    assert "2 of 2 promises kept. With --quick" in said
+    assert [line.split()[:2] for line in notes.splitlines()[-2:]] == [["X4", "kept"], ["S3", "kept"]]
 
 
 def test_a_model_that_is_not_there_is_a_sentence(capsys):
