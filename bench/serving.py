@@ -31,6 +31,8 @@ class Flags:
     """Names of promises, such as S4,S5; by default all."""
     slots: int = 8
     """Requests the server answers at the same time."""
+    capacity: int | None = None
+    """Tokens of prompt and completion together that a request may have; by default what the server chooses."""
     weights: str = "int8"
     """What its matrices are kept as: int8, bfloat16 or float32."""
     price: float = 0.10
@@ -116,7 +118,8 @@ async def _speed(flags: Flags) -> dict[str, Any]:
 
 def _set_up(flags: Flags) -> tuple[str, ...]:
     """What the server is started with."""
-    return "--slots", str(flags.slots), "--weights", flags.weights
+    room = ("--capacity", str(flags.capacity)) if flags.capacity else ()
+    return "--slots", str(flags.slots), "--weights", flags.weights, *room
 
 
 async def _about(server: Any) -> dict[str, Any]:
