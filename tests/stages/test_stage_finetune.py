@@ -113,6 +113,12 @@ def test_chat_generate_and_evaluate_take_the_run(
     assert measured == pytest.approx(result(folder)["after"]["held_out"], abs=2e-3)
     assert "the last 2 of" in printed
     assert "unchanged, SHA-256" in printed
+    before, after = (result(folder)[name] for name in ("before", "after"))
+    assert f"{before['held_out']:.4f} nats/token on what is held out, before it learnt" in printed
+    forgotten = re.search(r"forgotten +(\S+) -> (\S+) bits per byte on", printed)
+    assert forgotten
+    assert float(forgotten[1]) == pytest.approx(before["general"], abs=1e-3)
+    assert float(forgotten[2]) == pytest.approx(after["general"], abs=5e-3)
     assert evaluate.main(["--model", str(trained), "--data", str(chats)]) == 0
     printed = capsys.readouterr().out
     assert f"{chats} (messages)" in printed
