@@ -304,8 +304,13 @@ def test_not_enough_memory_is_predicted(
         raise AssertionError("weights were read before it was known whether there is room")
 
     monkeypatch.setattr(load.checkpoint, "load_params", read)
-    for limit, remedy in ((600_000, "--accumulate 16"), (1000, "smaller model")):
+    for limit, remedy, flags in (
+        (600_000, "--accumulate 16", ()), (1000, "only a smaller model would fit", ()),
+        (1_000_000, "; --accumulate 16, a row at a time, would fit", ("--train", "all")),
+        (500_000, "; a LoRA (no --train, no --freeze) with --accumulate 16", ("--train", "all")),
+        (1000, "only a smaller model would fit", ("--train", "all")),
+    ):  # fmt: skip
         monkeypatch.setattr(plan, "memory_limit", lambda limit=limit: limit)
-        told = failing(finetune.main, args(trained, chats, tmp_path / "run", "--batch", 16))
+        told = failing(finetune.main, args(trained, chats, tmp_path / "run", "--batch", 16, *flags))
         assert re.search(r"A step would need about .*, and .* are here", told)
         assert remedy in told
