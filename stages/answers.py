@@ -17,7 +17,7 @@ from engine.text.conversations import NAMED, Conversations
 from engine.text.examples import Pair, Tally
 from engine.text.packing import pairs_once
 from engine.training.preference import Preferences, margins
-from stages import lessons, run_folder, validate, words
+from stages import data, general, lessons, run_folder, validate, words
 from stages.load import Model
 
 if TYPE_CHECKING:
@@ -60,6 +60,19 @@ def heard(model: Model, chat: Chat, found: Conversations | None, context: int | 
     text = about["text"]
     made = lessons.prepare(text["data"], text["validation"], about["objective"], seq, model, chat, console)
     return Heard(made.held_out, made.held_out_name, None, seq)
+
+
+def compared(model: Model, console: "Console") -> list[tuple[str, str]]:
+    """What a fine-tuned run knew before: of what it held out, and of a text it was not about, beside what it now knows."""
+    about = tuned_on(model) or {}
+    result = about.get("result") or {}
+    was, text = result.get("before") or {}, str(result.get("general"))
+    rows = [("before", f"{was['held_out']:.4f} {result['unit']} on what is held out, before it learnt")] if was else []
+    if was.get("general") is None or not (text in data.TEXTS or Path(text).exists()):
+        return rows
+    context = about["recipe"]["context"]
+    now = general.bits_per_byte(model.cfg, model.params, model.tokenizer, text, context, console)
+    return [*rows, ("forgotten", f"{was['general']:.3f} -> {now:.3f} bits per byte on {text}")]
 
 
 def measure(model: Model, given: Heard, report: "Report") -> list[tuple[str, str]]:

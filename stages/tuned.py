@@ -13,17 +13,13 @@ from engine.inference.sample import make_sampling
 from engine.model.paths import leaf_paths, merge
 from engine.storage.adapter import save_adapter
 from engine.storage.digest import digest
-from stages import adapters, data, interrupt, run_folder, words
-from stages.lessons import ROWS
+from stages import adapters, general, interrupt, run_folder, words
 from stages.loop import Loop
-from stages.validate import bits, whole_text
 
 if TYPE_CHECKING:
     from stages.tuning import Tuned
 
 SAMPLE = 90  # tokens
-WINDOW = 256  # tokens of general text scored at once
-GENERAL = 8192  # tokens of it
 QUESTION = "What should I do when I cannot sleep?"
 
 
@@ -44,11 +40,11 @@ def look(run: "Tuned", trainable: Any) -> Look:
     with run.console.task("measuring what it knows", always=True):
         value = held_out.measure(cfg, trainable)
         params = merge(trainable, learner.frozen)
-        general = _general(run, params)
+        known = _general(run, params)
         # The programs that scored are as large as a small model, and are not run again before the step is compiled.
         jax.clear_caches()
         return_freed_memory()
-        return Look(value, general, _answer(run, params))
+        return Look(value, known, _answer(run, params))
 
 
 def _general(run: "Tuned", params: Any) -> float | None:
@@ -56,13 +52,7 @@ def _general(run: "Tuned", params: Any) -> float | None:
     wanted = run.given.examples.general
     if wanted == "none":
         return None
-    text = data.encode(data.evaluated(wanted, run.console), run.model.tokenizer, run.console)
-    tokens = text.tokens[: GENERAL + 1]
-    size = run.model.tokenizer.token_bytes(tokens[1:])
-    part = dataclasses.replace(text, tokens=tokens, bytes=size)
-    seq = min(WINDOW, run.plan.recipe.context, max(2, len(tokens) - 1))
-    nats = whole_text(run.plan.cfg, params, part, seq, seq, ROWS)
-    return bits(nats, size)
+    return general.bits_per_byte(run.plan.cfg, params, run.model.tokenizer, wanted, run.plan.recipe.context, run.console)
 
 
 def _answer(run: "Tuned", params: Any) -> str:
@@ -98,7 +88,7 @@ def close(run: "Tuned", state: Any, loop: Loop, was: Look) -> int:
     result = {
         "before": dataclasses.asdict(was), "after": dataclasses.asdict(now), "unit": run.held_out(1).unit, "steps": past.step,
         "train_seconds": past.seconds, "tokens_per_second": speed, "peak_rss_bytes": peak_rss_bytes(),
-        "flops_share_of_ceiling": share, "refused_steps": past.refused,
+        "flops_share_of_ceiling": share, "refused_steps": past.refused, "general": run.given.examples.general,
     }  # fmt: skip
     run_folder.write_run(folder, run.facts(), result)
     _say(run, result, was, now, Path(str(place)))
@@ -117,12 +107,12 @@ def _say(run: "Tuned", result: dict[str, Any], was: Look, now: Look, place: Path
         console.say(f"{title}: {QUESTION}", style="bold")
         console.say("\n".join(f"  | {line}" for line in text.strip().split("\n")))
     console.say()
-    general = "not measured"
+    forgotten = "not measured"
     if was.general is not None and now.general is not None:
-        general = f"{was.general:.3f} -> {now.general:.3f} bits per byte on {run.given.examples.general}"
+        forgotten = f"{was.general:.3f} -> {now.general:.3f} bits per byte on {run.given.examples.general}"
     console.rows([
         ("learnt", f"{was.held_out:.3f} -> {now.held_out:.3f} {result['unit']} on {run.lessons.held_out_name}"),
-        ("forgotten", general),
+        ("forgotten", forgotten),
         ("trained", f"{result['steps']:,} steps, {words.duration(result['train_seconds'])}"
                     + (f", {result['refused_steps']} refused" if result["refused_steps"] else "")),
         ("speed", f"{result['tokens_per_second']:,.0f} tokens/s, {result['flops_share_of_ceiling']:.0%} of the ceiling"),

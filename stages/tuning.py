@@ -98,11 +98,22 @@ class Tuned:
         if self.given.adapter:
             narrow = dataclasses.replace(again, base="int8")
             remedies.append((f"--base int8 --accumulate {rows} --remat", narrow))
-        other = "a smaller model" if self.given.adapter else "a LoRA (without --train and --freeze) or a smaller model"
-        remedy = next((flags for flags, lighter in remedies if lighter.memory <= limit), other)
+        else:
+            remedies += [
+                (f"a LoRA (no --train, no --freeze) with {flags}", self._as_lora(lighter)) for flags, lighter in remedies
+            ]
+        remedy = next((flags for flags, lighter in remedies if lighter.memory <= limit), "only a smaller model")
         raise UserError(
             f"A step would need about {words.size(plan.memory)}, and {words.size(limit)} are here; {remedy} would fit."
         )
+
+    @staticmethod
+    def _as_lora(plan: "TuningPlan") -> "TuningPlan":
+        """The same with the usual adapter in place of weights that learn."""
+        from engine.counting.trained import lora
+        from stages.finetune import Lora
+
+        return dataclasses.replace(plan, trained=lora(plan.cfg, Lora().rank))
 
     def rows(self) -> list[tuple[str, str]]:
         """The banner."""

@@ -16,6 +16,7 @@ from engine.inference.slots import Slots
 
 SLOTS, CAPACITY, CHUNK, TAIL = 5, 62, 16, 4
 WAYS = ("float32", "bfloat16", "int8")  # what weights, and keys and values, are kept as
+AS_SERVED = "int8/bfloat16"  # weights in the one, keys and values in the other: a server's way unless it is told another
 
 
 class Answer(NamedTuple):
@@ -28,16 +29,17 @@ class Answer(NamedTuple):
 
 @functools.cache
 def served(way: str) -> tuple[Any, Any]:
-    """(cfg, params) as they are served. float32 computes in it; the other two in bfloat16, int8 with W8A8."""
-    cfg = tiny_config(dtype="float32" if way == "float32" else "bfloat16", tied=way == "int8")
+    """(cfg, params) as they are served. float32 computes in it; the others in bfloat16, int8 with W8A8."""
+    weights = way.partition("/")[0]
+    cfg = tiny_config(dtype="float32" if weights == "float32" else "bfloat16", tied=weights == "int8")
     params = lively_params(cfg, 3)
-    return cfg, for_inference(cfg, quantize(params) if way == "int8" else params)
+    return cfg, for_inference(cfg, quantize(params) if weights == "int8" else params)
 
 
 def made(way: str, **options: Any) -> Slots:
     cfg, params = served(way)
     shape = {"slots": SLOTS, "capacity": CAPACITY, "chunk": CHUNK, "tail": TAIL}
-    return Slots(cfg, params, **{**shape, "kind": way, **options})
+    return Slots(cfg, params, **{**shape, "kind": way.rpartition("/")[2], **options})
 
 
 class Heard:
@@ -84,6 +86,7 @@ def _alone(way: str, number: int) -> Answer:
     heard = Heard(made(way, guesses=False))
     id = heard.submit(REQUESTS[number])
     heard.drain()
+    assert heard.finished[id] != "error", "no numbers at all would be the same in any company"
     return heard.answer(id)
 
 

@@ -1,6 +1,7 @@
 """Slots: many at once, each as if it were alone, to the bit; and nobody waits for ever, overflows, or stays behind."""
 
 import itertools
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -8,7 +9,21 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
-from slot_company import CAPACITY, CHUNK, REQUESTS, SLOTS, WAYS, Heard, alone, made, poison, requests, served, text
+from slot_company import (
+    AS_SERVED,
+    CAPACITY,
+    CHUNK,
+    REQUESTS,
+    SLOTS,
+    WAYS,
+    Heard,
+    alone,
+    made,
+    poison,
+    requests,
+    served,
+    text,
+)
 from tiny import lively_params, positions_of, tiny_config
 
 from engine.errors import UserError
@@ -185,9 +200,21 @@ class CompanyOfInt8(Company):
     way = "int8"
 
 
+class CompanyAsServed(Company):
+    way = AS_SERVED
+
+
 SOME = settings(max_examples=25, stateful_step_count=30, deadline=None)
-Company.TestCase.settings = CompanyOfInt8.TestCase.settings = SOME
-TestCompany, TestCompanyOfInt8 = Company.TestCase, CompanyOfInt8.TestCase
+Company.TestCase.settings = CompanyOfInt8.TestCase.settings = CompanyAsServed.TestCase.settings = SOME
+TestCompany, TestCompanyOfInt8, TestCompanyAsServed = Company.TestCase, CompanyOfInt8.TestCase, CompanyAsServed.TestCase
+
+
+def test_a_server_that_is_told_nothing_keeps_what_company_as_served_does():
+    from stages.serve.__main__ import Serve
+    from stages.serve.layout import kept_as
+
+    weights, _ = kept_as(tiny_config(), Serve(), SimpleNamespace(backend="cpu"))
+    assert f"{weights}/{Serve().keys_values}" == AS_SERVED
 
 
 @EVERY_WAY

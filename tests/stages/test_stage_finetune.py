@@ -113,6 +113,12 @@ def test_chat_generate_and_evaluate_take_the_run(
     assert measured == pytest.approx(result(folder)["after"]["held_out"], abs=2e-3)
     assert "the last 2 of" in printed
     assert "unchanged, SHA-256" in printed
+    before, after = (result(folder)[name] for name in ("before", "after"))
+    assert f"{before['held_out']:.4f} nats/token on what is held out, before it learnt" in printed
+    forgotten = re.search(r"forgotten +(\S+) -> (\S+) bits per byte on", printed)
+    assert forgotten
+    assert float(forgotten[1]) == pytest.approx(before["general"], abs=1e-3)
+    assert float(forgotten[2]) == pytest.approx(after["general"], abs=5e-3)
     assert evaluate.main(["--model", str(trained), "--data", str(chats)]) == 0
     printed = capsys.readouterr().out
     assert f"{chats} (messages)" in printed
@@ -298,8 +304,13 @@ def test_not_enough_memory_is_predicted(
         raise AssertionError("weights were read before it was known whether there is room")
 
     monkeypatch.setattr(load.checkpoint, "load_params", read)
-    for limit, remedy in ((600_000, "--accumulate 16"), (1000, "smaller model")):
+    for limit, remedy, flags in (
+        (600_000, "--accumulate 16", ()), (1000, "only a smaller model would fit", ()),
+        (1_000_000, "; --accumulate 16, a row at a time, would fit", ("--train", "all")),
+        (500_000, "; a LoRA (no --train, no --freeze) with --accumulate 16", ("--train", "all")),
+        (1000, "only a smaller model would fit", ("--train", "all")),
+    ):  # fmt: skip
         monkeypatch.setattr(plan, "memory_limit", lambda limit=limit: limit)
-        told = failing(finetune.main, args(trained, chats, tmp_path / "run", "--batch", 16))
+        told = failing(finetune.main, args(trained, chats, tmp_path / "run", "--batch", 16, *flags))
         assert re.search(r"A step would need about .*, and .* are here", told)
         assert remedy in told
