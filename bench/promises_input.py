@@ -120,8 +120,9 @@ def _schema_fuzzing(port: int, examples: int, quick: bool) -> tuple[int, str]:
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             return 1, f"schemathesis did not end in {FUZZING} s"
-    lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if "generated" in line or "No issues" in line]
-    return done.returncode, "schemathesis: " + (", ".join(lines) or (done.stdout + done.stderr)[-300:])
+    said = done.stdout + done.stderr
+    lines = [line.strip("= ") for line in said.splitlines() if "generated" in line or "No issues" in line]
+    return done.returncode, "schemathesis: " + (", ".join(lines) or said[-300:])
 
 
 PROMISES: list[tuple[str, str, Promise]] = [
