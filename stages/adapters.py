@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.model.paths import merge
+from engine.errors import UserError
+from engine.model.paths import leaf_paths, merge
 from engine.storage.adapter import load_adapter
 from engine.storage.digest import digest
 
@@ -23,5 +24,12 @@ def with_adapters(model: "Model", folders: Sequence[Path]) -> Any:
     params, base = model.params, digest(model.params) if folders else None
     for folder in folders:
         place = folder / FOLDER if (folder / FOLDER).is_dir() else folder
-        params = merge(load_adapter(place, base=base).adapters, params)
+        found = load_adapter(place, base=base).adapters
+        strangers = leaf_paths(found).keys() - leaf_paths(params).keys()
+        if strangers:
+            raise UserError(f"{place} is damaged: it adapts {min(strangers)}, which this model does not have.")
+        try:
+            params = merge(found, params)
+        except ValueError as error:
+            raise UserError(f"{place} is damaged: {error}") from None
     return params

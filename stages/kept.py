@@ -58,4 +58,6 @@ def lasting(given: str) -> str:
 def learns(given: "Finetune | Reinforce") -> str:
     """What learns, in words that say whether a run may go on."""
     wanted = given.learns
-    return str(given.adapter or f"train {' '.join(wanted.train) or 'all'} freeze {' '.join(wanted.freeze)}".strip())
+    if given.adapter:
+        return f"{given.adapter}{' over int8' if wanted.base == 'int8' else ''}"
+    return str(f"train {' '.join(wanted.train) or 'all'} freeze {' '.join(wanted.freeze)}".strip())

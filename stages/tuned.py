@@ -122,7 +122,7 @@ def _say(run: "Tuned", result: dict[str, Any], was: Look, now: Look, place: Path
     console.say()
     console.say("next", style="bold")
     console.say(f"  {words.command('chat', '--model', run.folder)}")
-    console.say(f"  {words.command('evaluate', '--model', run.folder, '--data', run.lessons.held_out_name.split()[-1])}")
+    console.say(f"  {words.command('evaluate', '--model', run.folder)}")
     console.say(f"  {words.command('export', '--model', run.folder, '--out', run.folder / 'hugging-face')}")
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from engine.model.config import ModelConfig
-from engine.model.rowwise import Head, rowwise_losses
+from engine.model.rowwise import head_of, rowwise_losses
 from engine.model.transformer import Params, forward, hidden_states
 from engine.text.batch import Batch
 
@@ -25,7 +25,6 @@ def score(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
         nats = jax.nn.logsumexp(logits, axis=-1) - picked
     else:
         hidden, _ = hidden_states(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
-        head = Head(params["embed" if cfg.tied else "head"], params["norm"])
-        nats = rowwise_losses(head, hidden.reshape(-1, cfg.width), targets.reshape(-1), cfg.tied, max(2, size))
+        nats = rowwise_losses(head_of(cfg, params), hidden.reshape(-1, cfg.width), targets.reshape(-1), cfg.tied, max(2, size))
         nats = nats.reshape(targets.shape)
     return jnp.where(batch.mask, nats, 0.0).sum()

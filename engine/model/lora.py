@@ -44,8 +44,11 @@ class LoRA:
 
     def on(self, base: Any) -> "LoRA":
         """This adapter on a base. Raises ValueError when their shapes do not fit."""
-        rows, columns = base.shape
-        if self.base is not None or self.a.shape[0] != rows or self.columns[-1][1] > columns:
+        if (
+            self.base is not None
+            or len(base.shape) != 2
+            or (self.a.shape[0] != base.shape[0] or self.columns[-1][1] > base.shape[1])
+        ):
             raise ValueError(f"An adapter of {self.a.shape} on columns {self.columns} does not fit a base of {base.shape}.")
         return dataclasses.replace(self, base=base)
 

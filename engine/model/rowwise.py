@@ -7,13 +7,15 @@ is also taken a few columns at a time: it is widened to multiply, and whole that
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from engine.model import backward, int8
+from engine.model.config import ModelConfig
 from engine.model.int8 import Int8
 
 COLUMNS = 8192  # of an int8 head that are wide at once
@@ -24,6 +26,11 @@ class Head(NamedTuple):
 
     weight: Array | Int8
     gain: Array
+
+
+def head_of(cfg: ModelConfig, params: Mapping[str, Any]) -> Head:
+    """The head of a model with these params."""
+    return Head(params["embed" if cfg.tied else "head"], params["norm"])
 
 
 class Piece(NamedTuple):

@@ -9,7 +9,7 @@ from jax import Array
 from engine.model.config import ModelConfig
 from engine.model.int8 import Int8
 from engine.model.leaves import dense, project
-from engine.model.rowwise import Head, rowwise_losses
+from engine.model.rowwise import head_of, rowwise_losses
 from engine.model.transformer import Params, forward, hidden_states
 from engine.text.batch import Batch
 
@@ -46,9 +46,9 @@ def target_losses(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
     targets = jnp.where(batch.mask, batch.targets, 0)
     if head_rests(cfg, params) and 4 * B * T * cfg.vocab > ROWS_LIMIT:
         hidden, _ = hidden_states(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
-        head = Head(params["embed" if cfg.tied else "head"], params["norm"])
         size = max(2, ROWS_LIMIT // (4 * cfg.vocab))
-        losses = rowwise_losses(head, hidden.reshape(B * T, -1), targets.reshape(-1), cfg.tied, size).reshape(B, T)
+        losses = rowwise_losses(head_of(cfg, params), hidden.reshape(B * T, -1), targets.reshape(-1), cfg.tied, size)
+        losses = losses.reshape(B, T)
     elif 4 * B * T * cfg.vocab <= LOGITS_LIMIT:
         logits, _ = forward(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
         losses = token_losses(logits, targets)
@@ -105,5 +105,5 @@ def loss_chunks(cfg: ModelConfig, rows: int, head_rests: bool) -> int:
 
 def head_rests(cfg: ModelConfig, params: Params) -> bool:
     """Whether the head is of a kind that nothing trains: weights that learn are float32."""
-    matrix = params["embed" if cfg.tied else "head"]
+    matrix = head_of(cfg, params).weight
     return isinstance(matrix, Int8) or matrix.dtype != jnp.float32

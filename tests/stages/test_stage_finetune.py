@@ -1,6 +1,7 @@
 """Fine-tuning: what is meant to learn learns, what is not stays to the bit, and what comes out is a model like any other."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -17,8 +18,10 @@ import pytest
 from tiny_runs import WORDS, command
 
 from engine.model.paths import leaf_paths
+from engine.storage.adapter import load_adapter, save_adapter
 from engine.storage.digest import digest
 from stages import chat, evaluate, finetune, generate, lessons, load
+from stages.adapters import with_adapters
 
 WORD = WORDS.split()
 STEPS = 30
@@ -293,6 +296,20 @@ def test_an_adapter_for_another_base_is_refused(
     about = json.loads((twin / "run.json").read_text())
     (twin / "run.json").write_text(json.dumps(about | {"base": about["base"] | {"model": str(folder)}}))
     assert "was learnt about another model" in failing(generate.main, ["--model", str(twin)])
+
+
+def test_an_adapter_that_does_not_fit_its_model_is_damaged(adapted: tuple[Path, str], trained: Path, tmp_path: Path) -> None:
+    """It names the right base, so only what is in it can tell."""
+    found = load_adapter(adapted[0] / "adapter")
+    leaf = found.adapters["blocks"]["0"]["qkv"]
+    for wrong, told in (
+        ({"9": {"qkv": leaf}}, "adapts blocks/9/qkv, which this model does not have"),
+        ({"0": {"qkv": dataclasses.replace(leaf, a=leaf.a[:-2])}}, "is damaged: An adapter of"),
+        ({"0": {"attn_norm": leaf}}, "is damaged: An adapter of"),
+    ):
+        folder = save_adapter(tmp_path / "wrong", {"blocks": wrong}, base=found.base)
+        with pytest.raises(load.UserError, match=told):
+            with_adapters(load.load_model(str(trained)), [folder])
 
 
 def test_not_enough_memory_is_predicted(
