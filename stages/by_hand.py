@@ -78,7 +78,7 @@ class ByHand(Run):
             raise UserError(
                 f"Training {self.plan.preset} by hand needs about {words.size(self.memory())}, of which "
                 f"{words.size(self.kept())} are kept by the forward pass for the backward pass, and "
-                f"{words.size(memory_limit())} are here. Give a smaller --batch or --context, or a smaller preset."
+                f"{words.size(memory_limit())} are left for it. Give a smaller --batch or --context, or a smaller preset."
             )
 
     def kept(self) -> int:
@@ -100,8 +100,8 @@ class ByHand(Run):
         seconds = self.plan.step_flops / (EXPECTED * ceiling(self.plan.cfg, self.ceilings))
         steps, long = predict(self.plan, seconds)
         rows["memory"] = (
-            f"about {words.size(self.memory())} of {words.size(memory_limit())}, of which each forward pass keeps "
-            f"{words.size(self.kept())} for its backward pass"
+            f"about {words.size(self.memory())} of {words.size(memory_limit())} that are left for a step; each forward pass "
+            f"keeps {words.size(self.kept())} for its backward pass"
         )
         rows["predicted"] = f"{steps:,} steps, {long}, at {EXPECTED:.0%} of what this machine multiplies in float32"
         return list(rows.items())

@@ -121,8 +121,8 @@ class Reinforced:
 
         if self._memory() > memory_limit():
             raise UserError(
-                f"A round would need about {words.size(self._memory())}, and {words.size(memory_limit())} are here; give "
-                "fewer --prompts, a smaller --group, fewer --max-tokens, or a smaller model."
+                f"A round would need about {words.size(self._memory())}, and {words.size(memory_limit())} are left for it; "
+                "give fewer --prompts, a smaller --group, fewer --max-tokens, or a smaller model."
             )
 
     def flops(self) -> tuple[int, int]:
@@ -161,7 +161,7 @@ class Reinforced:
             ("inference", f"draws them: up to {words.count(drawing)}FLOPs, forward only"),
             ("training", f"{moves.updates} step{'s' * (moves.updates > 1)} on them: up to {words.count(training)}FLOPs; clip "
                          f"{moves.clip:g}, KL {moves.kl:g}, adamw {plan.recipe.optimizer.learning_rate:g}"),
-            ("memory", f"about {words.size(self._memory())} of {words.size(memory_limit())}"),
+            ("memory", f"about {words.size(self._memory())} of {words.size(memory_limit())} that are left for a round"),
             ("length", " or ".join(limits)),
             ("folder", str(self.folder)),
         ]  # fmt: skip

@@ -104,7 +104,7 @@ class Tuned:
             ]
         remedy = next((flags for flags, lighter in remedies if lighter.memory <= limit), "only a smaller model")
         raise UserError(
-            f"A step would need about {words.size(plan.memory)}, and {words.size(limit)} are here; {remedy} would fit."
+            f"A step would need about {words.size(plan.memory)}, and {words.size(limit)} are left for it; {remedy} would fit."
         )
 
     @staticmethod
@@ -132,7 +132,7 @@ class Tuned:
             ("model", f"{self.model.name}: {cfg.layers} layers, width {cfg.width}, {total:,} numbers, {base}"),
             *self.matched,
             ("predicted", learning.shares(plan)),
-            ("memory", f"about {words.size(plan.memory)} of {words.size(memory_limit())}"),
+            ("memory", f"about {words.size(plan.memory)} of {words.size(memory_limit())} that are left for a step"),
             ("data", f"{lessons.name} ({lessons.kind}): {lessons.tally.lines()[0]}"),
             *(("", line) for line in lessons.tally.lines()[1:]),
             ("validation", f"{lessons.held_out_name}: {len(lessons.held_out):,} examples"),
