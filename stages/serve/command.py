@@ -91,6 +91,8 @@ async def _warm(served: Any, ahead: "Ahead | None", console: "Console") -> None:
         served.engine.start(done.set, report, ahead or ())
         await done.wait()
     if served.engine.failed:
+        if ahead:
+            await asyncio.to_thread(ahead.stop)
         if "RESOURCE_EXHAUSTED" in str(served.engine.failed):
             raise UserError("There is not enough memory for this many slots: give fewer --slots, or a smaller --capacity.")
         raise served.engine.failed

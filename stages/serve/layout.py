@@ -79,12 +79,14 @@ class Ahead:
             self._thread.join()
 
     def _run(self, cfg: ModelConfig) -> None:
-        with contextlib.suppress(Exception):
-            weights, cfg = kept_as(cfg, self._given, self._started)
-            read = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in leaf_shapes(cfg).items()}
-            shapes = jax.eval_shape(lambda params: as_served(cfg, params, weights), nested(read))
-            for told in compile_ahead(cfg, shapes, **options(cfg, self._given)):
-                self._told.put(told)
-                if self._stop.is_set():
-                    break
-        self._told.put(None)
+        try:
+            with contextlib.suppress(Exception):
+                weights, cfg = kept_as(cfg, self._given, self._started)
+                read = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in leaf_shapes(cfg).items()}
+                shapes = jax.eval_shape(lambda params: as_served(cfg, params, weights), nested(read))
+                for told in compile_ahead(cfg, shapes, **options(cfg, self._given)):
+                    self._told.put(told)
+                    if self._stop.is_set():
+                        break
+        finally:
+            self._told.put(None)
