@@ -1,5 +1,6 @@
 """The command itself, as its own process: what it says, what it refuses, and how it ends (S8)."""
 
+import asyncio
 import contextlib
 import dataclasses
 import os
@@ -12,12 +13,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 from tiny_server import ask, tiny_model
 
+from engine.errors import UserError
 from stages.serve import __main__ as command
 from stages.serve import listen
 
@@ -268,3 +271,21 @@ def test_an_adapter_is_folded_into_what_is_served(weights: str) -> None:
     for path, leaf in leaf_paths(wanted).items():
         for one, two in zip(jax.tree.leaves(found[path]), jax.tree.leaves(leaf), strict=True):
             assert np.array_equal(one, two), path
+
+
+def test_too_many_slots_for_memory_is_a_sentence_and_ends_what_compiles_ahead() -> None:
+    from stages.console import Console
+    from stages.serve.command import _warm
+
+    class Full:
+        failed: BaseException | None = None
+
+        def start(self, changed: Any, report: Any, ahead: Any) -> None:
+            self.failed = RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 377487360 bytes.")
+            changed()
+
+    stopped: list[bool] = []
+    ahead: Any = SimpleNamespace(stop=lambda: stopped.append(True))
+    with pytest.raises(UserError, match="fewer --slots, or a smaller --capacity"):
+        asyncio.run(_warm(SimpleNamespace(engine=Full()), ahead, Console()))
+    assert stopped == [True]
