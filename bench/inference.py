@@ -32,6 +32,8 @@ ROWS: tuple[tuple[str, int, int, bool, float | None], ...] = (
     ("decode_32", 32, 64, False, 2.0),
 )
 FEWEST_ROUNDS = 3
+CAPACITY = 1024  # tokens of a stream
+MOST = 800  # to say: who was read first says more
 ELSEWHERE = "python3 -m venv peers && peers/bin/pip install llama-cpp-python"
 
 
@@ -64,21 +66,21 @@ def measured(flags: Flags) -> dict[str, Any]:
         flags = dataclasses.replace(
             flags, new=33 if flags.new == Flags.new else flags.new, rounds=3 if flags.rounds == Flags.rounds else flags.rounds
         )
-    if flags.rounds < FEWEST_ROUNDS or flags.new < 2:
-        raise UserError(f"--rounds must be at least {FEWEST_ROUNDS} and --new at least 2, not {flags.rounds} and {flags.new}.")
+    if flags.rounds < FEWEST_ROUNDS or not 2 <= flags.new <= MOST:
+        raise UserError(
+            f"--rounds must be at least {FEWEST_ROUNDS} and --new lie between 2 and {MOST}, not {flags.rounds} and {flags.new}."
+        )
     if flags.keys_values not in ("bfloat16", "float32", "int8"):
         raise UserError(f"--keys-values is bfloat16, float32 or int8, not {flags.keys_values!r}.")
     cli.start_jax(decodes=True)
     from bench.models import gguf_file
-    from engine.allocator import prefer_huge_pages
     from engine.counting.hardware import cores, device_name
-    from engine.counting.params import count_params
     from engine.inference.decode import for_inference
     from engine.inference.quantize import quantize
     from engine.storage.gguf import load_gguf
 
     file = gguf_file(flags.model)
-    model = load_gguf(file, known=lambda cfg: prefer_huge_pages(4 * count_params(cfg).total))  # as the server does
+    model = load_gguf(file)
     weights = for_inference(model.cfg, quantize(model.params))
     prompts = _prompts(model)
     print(f"{device_name()}, {cores()} cores, {model.name}, int8 weights, {flags.keys_values} keys and values", flush=True)
@@ -117,13 +119,13 @@ def _ours(cfg: Any, weights: Any, prompts: list[list[int]], new: int, guesses: b
     from engine.inference.slots import GROUP, MIN_SLOTS, Slots
 
     least = GROUP if guesses else MIN_SLOTS
-    slots = Slots(cfg, weights, slots=max(len(prompts), least), capacity=1024, kind=kind, guesses=guesses)
+    slots = Slots(cfg, weights, slots=max(len(prompts), least), capacity=CAPACITY, kind=kind, guesses=guesses)
     slots.warm()
 
     def run() -> tuple[float, float, list[list[int]]]:
         # Prompts are read while others are answered already. Who was read first is asked for more than counts, so that the
         # saying is timed with everybody talking from its first step to its last, as the peer's is.
-        most = slots.capacity - max(map(len, prompts))
+        most = CAPACITY - max(map(len, prompts))
         ids = [slots.submit(Request(tuple(prompt), max_tokens=most, temperature=0.0)) for prompt in prompts]
         said: dict[int, list[int]] = {id: [] for id in ids}
         count = lambda: sum(map(len, said.values()))
@@ -146,6 +148,8 @@ def _until(slots: Any, said: dict[int, list[int]], least: int) -> None:
     while min(map(len, said.values())) < least:
         for event in slots.step():
             said[event.id] += event.tokens
+            if event.finished:
+                raise ValueError(f"a stream ended ({event.finished}) after {len(said[event.id])} tokens")
 
 
 def _theirs(peer: Peer, file: Path, prompts: list[list[int]], new: int) -> Run:

@@ -15,17 +15,14 @@ def make(spec: dict[str, Any]) -> Any:
     It answers with the tokens that were made, in the order of the prompts.
     """
     from bench.cli import start_jax
-    from engine.allocator import prefer_huge_pages
 
     start_jax(decodes=True)
-    from bench.models import config_of, loaded
-    from engine.counting.params import count_params
+    from bench.models import loaded
     from engine.inference.decode import for_inference
     from engine.inference.quantize import quantize
     from engine.inference.request import Request
     from engine.inference.slots import Slots
 
-    prefer_huge_pages(6 * count_params(config_of(spec["model"])).total)  # read as float32, and laid out
     model = loaded(spec["model"])
     params = quantize(model.params) if spec["weights"] == "int8" else model.params
     slots = Slots(

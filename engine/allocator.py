@@ -11,7 +11,6 @@ import sys
 
 # <malloc.h>
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
-_HUGE, _MADV_HUGEPAGE = 2**21, 14  # bytes; <sys/mman.h>
 _ALIGNED = 64  # bytes, as XLA asks for its buffers
 
 
@@ -30,28 +29,6 @@ def keep_freed_memory(one_arena: bool = True) -> bool:
         return False
     arenas = [mallopt(_M_ARENA_MAX, 1)] if one_arena else []
     return all([*arenas, mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, -1)])
-
-
-def prefer_huge_pages(size: int) -> bool:
-    """Asks for pages of 2 MiB in the next `size` bytes of the heap, before anything lies there; False where that cannot be.
-
-    Decoding reads every weight for each token, and on the pages that memory usually comes in waits for their addresses
-    too: for a lone stream that was a quarter of its time. Call it after `keep_freed_memory`, before weights are loaded,
-    with the size of those and no more: a virtual machine may have to be given such pages by its host as they are first
-    used, at half a gigabyte a second, which for the rest of a server was a second of its start. Nothing is taken: memory
-    is mapped as it is first used.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    libc = ctypes.CDLL(None)
-    libc.malloc.argtypes, libc.malloc.restype, libc.free.argtypes = [ctypes.c_size_t], ctypes.c_void_p, [ctypes.c_void_p]
-    place = libc.malloc(size)
-    if not place:
-        return False
-    start, end = -(-place // _HUGE) * _HUGE, (place + size) // _HUGE * _HUGE
-    refused = libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(max(end - start, 0)), _MADV_HUGEPAGE)
-    libc.free(place)
-    return not refused
 
 
 class _Mallinfo2(ctypes.Structure):

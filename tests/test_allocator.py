@@ -5,16 +5,6 @@ import sys
 
 import pytest
 
-ASKED = """
-from engine.allocator import keep_freed_memory, prefer_huge_pages
-import numpy as np
-if not (keep_freed_memory() and prefer_huge_pages(2**28)):
-    raise SystemExit(3)
-held = np.ones(2**26, np.uint8)
-advised = [line for line in open("/proc/self/smaps") if line.startswith("VmFlags") and " hg" in line]
-raise SystemExit(0 if advised else 1)
-"""
-
 HEAPS = """
 import ctypes, sys, threading
 from engine.allocator import keep_freed_memory
@@ -26,13 +16,6 @@ threads = [threading.Thread(target=lambda: (together.wait(), libc.malloc(2**16),
 [thread.start() for thread in threads], [thread.join() for thread in threads]
 libc.malloc_info(0, ctypes.c_void_p.in_dll(libc, "stdout")), libc.fflush(None)
 """
-
-
-def test_memory_that_is_asked_for_in_huge_pages_is_marked_so():
-    done = subprocess.run([sys.executable, "-c", ASKED], capture_output=True, text=True, check=False)
-    if done.returncode == 3:
-        pytest.skip("this system has no glibc, or no huge pages")
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("arenas", ["one", "many"])

@@ -5,7 +5,7 @@ before the first request. They donate the spans and the tallies, which belong to
 """
 
 import functools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
 
@@ -101,7 +101,7 @@ def draw(
 
 def compiled(
     cfg: ModelConfig, params: Params, spans: Spans, tally: Tally, *, chunks: Collection[int], kept: int | None, group: int
-) -> Iterator[tuple[str, int]]:
+) -> Generator[tuple[str, int]]:
     """Compiles every program as it is going to be called, or fetches it from the compilation cache, several at a time.
 
     Tells each by name as it is ready (`draw`, `read N`, `clear`, `mirror`, `tell`, `take`, `give`), and how many there are.

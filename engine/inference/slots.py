@@ -13,6 +13,7 @@ alone, to the bit: chunks begin at fixed positions, everybody draws in one progr
 keys come from a request's own seed and positions.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -207,14 +208,16 @@ class Slots:
             nothing = lambda: jax.device_put(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes), jax.devices()[0])
             runs["take"] = lambda: programs.take_chunk(self._spans, start, start, kept)
             runs["give"] = lambda: self._set(programs.give_chunk(self._spans, nothing(), nowhere, start))
-        here = programs.compiled(self.cfg, self.params, self._spans, self._tally, chunks=chunks, kept=kept, group=GROUP)
-        for name, count in itertools.chain(ahead, here):
-            if run := runs.pop(name, None):
-                jax.block_until_ready((run(), self._spans))
-                if report:
-                    report(count - len(runs), count)
-            if not runs:
-                break
+        # By their shapes, for a program that is run gives away arrays while others are still being compiled.
+        held = programs.described((self.params, self._spans, self._tally))
+        with contextlib.closing(programs.compiled(self.cfg, *held, chunks=chunks, kept=kept, group=GROUP)) as here:
+            for name, count in itertools.chain(ahead, here):
+                if run := runs.pop(name, None):
+                    jax.block_until_ready((run(), self._spans))
+                    if report:
+                        report(count - len(runs), count)
+                if not runs:
+                    break
 
     # Who gets a slot, and who leaves one.
 

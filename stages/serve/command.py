@@ -94,7 +94,9 @@ async def _warm(served: Any, ahead: "Ahead | None", console: "Console") -> None:
         if ahead:
             await asyncio.to_thread(ahead.stop)
         if "RESOURCE_EXHAUSTED" in str(served.engine.failed):
-            raise UserError("There is not enough memory for this many slots: give fewer --slots, or a smaller --capacity.")
+            from stages.serve.layout import FEWER
+
+            raise UserError(f"There is not enough memory to answer in so many slots. {FEWER}")
         raise served.engine.failed
 
 

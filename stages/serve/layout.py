@@ -9,21 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from engine.counting.params import leaf_shapes
+from engine.counting.hardware import memory_limit_bytes
+from engine.counting.params import count_params, leaf_shapes
+from engine.errors import UserError
 from engine.inference import decode
 from engine.inference.quantize import quantize
-from engine.inference.slots import compile_ahead
+from engine.inference.slots import CHUNK, compile_ahead
 from engine.model.config import ModelConfig
 from engine.model.leaves import dense
 from engine.model.lora import LoRA
 from engine.model.paths import map_paths, nested
-from stages import device
+from engine.model.spans import make_spans
+from stages import device, words
 
 if TYPE_CHECKING:
     from stages.serve.__main__ import Serve
 
 USUAL_CAPACITY = 2048
 MB = 10**6
+FEWER = "Give fewer --slots, a smaller --capacity, or --keys-values int8."
 
 
 def kept_as(cfg: ModelConfig, given: "Serve", started: device.Device) -> tuple[str, ModelConfig]:
@@ -46,6 +50,21 @@ def options(cfg: ModelConfig, given: "Serve") -> dict[str, Any]:
         "slots": given.slots, "capacity": given.capacity or min(cfg.context, USUAL_CAPACITY), "kind": given.keys_values,
         "prefixes": given.prefix_cache * MB,
     }  # fmt: skip
+
+
+def check_room(cfg: ModelConfig, given: "Serve", started: device.Device) -> None:
+    """Raises UserError, before anything is taken, when weights and slots are more than a CPU's memory holds."""
+    asked, weights = options(cfg, given), kept_as(cfg, given, started)[0]
+    if started.backend != "cpu" or asked["capacity"] > cfg.context:  # which is refused for itself
+        return
+    room = jax.eval_shape(lambda: make_spans(cfg, asked["slots"], asked["capacity"], CHUNK, asked["kind"]))
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(room)) + asked["prefixes"]
+    needed += count_params(cfg).total * {"int8": 1, "bfloat16": 2, "float32": 4}[weights]
+    if needed > (limit := memory_limit_bytes()):
+        raise UserError(
+            f"The weights and {asked['slots']:,} slots of {asked['capacity']:,} tokens take {words.size(needed)}, and "
+            f"{words.size(limit)} are here. {FEWER}"
+        )
 
 
 class Ahead:

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from engine.allocator import prefer_huge_pages
-from engine.counting.params import count_params
 from engine.errors import UserError
 from engine.inference.slots import Slots
 from engine.model.config import ModelConfig
@@ -24,7 +22,7 @@ from stages import load as models
 from stages.compiles import Compiles
 from stages.serve.admission import Door
 from stages.serve.engine import Engine
-from stages.serve.layout import Ahead, as_served, kept_as, options
+from stages.serve.layout import FEWER, Ahead, as_served, check_room, kept_as, options
 from stages.serve.metrics import Metrics
 from stages.serve.prompts import Prompts
 from stages.serve.served import Served
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
     from stages.console import Console
     from stages.serve.__main__ import Serve
 
-LAID_OUT = 4  # bytes a parameter, about, while weights are read and laid out
 HANDOVER = 0.0005  # seconds for which one thread may hold Python's lock while weights are read beside what compiles
 UNCOLLECTED = 100_000  # objects more before Python looks for garbage: tracing makes many, nearly all of which stay
 
@@ -85,7 +82,7 @@ def _load(given: "Serve", console: "Console") -> Loaded:
     ahead = Ahead(given, started)
 
     def known(cfg: ModelConfig) -> None:
-        prefer_huge_pages(LAID_OUT * count_params(cfg).total)
+        check_room(cfg, given, started)
         ahead.begin(cfg)
 
     try:
@@ -132,7 +129,12 @@ def _laid_out(model: models.Model, given: "Serve", started: device.Device) -> tu
 
         params = with_adapters(model, [given.adapter])
     params = jax.block_until_ready(as_served(cfg, params, weights))
-    slots = Slots(cfg, params, guesses=not given.no_guesses, **options(cfg, given))
+    try:
+        slots = Slots(cfg, params, guesses=not given.no_guesses, **options(cfg, given))
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(f"There is not enough memory for {given.slots} slots. {FEWER}") from error
     return slots, weights
 
 

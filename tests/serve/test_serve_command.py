@@ -286,6 +286,25 @@ def test_too_many_slots_for_memory_is_a_sentence_and_ends_what_compiles_ahead() 
 
     stopped: list[bool] = []
     ahead: Any = SimpleNamespace(stop=lambda: stopped.append(True))
-    with pytest.raises(UserError, match="fewer --slots, or a smaller --capacity"):
+    with pytest.raises(UserError, match="Give fewer --slots, a smaller --capacity"):
         asyncio.run(_warm(SimpleNamespace(engine=Full()), ahead, Console()))
     assert stopped == [True]
+
+
+@pytest.mark.parametrize("seen", ["foreseen", "met"])
+def test_slots_beyond_memory_are_refused_with_flags_of_this_stage(
+    folder: Path, seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stages.console import Console
+    from stages.serve import layout, loading
+
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 377487360 bytes.")
+
+    given = dataclasses.replace(command.Serve(), model=str(folder), slots=500)
+    if seen == "foreseen":
+        monkeypatch.setattr(layout, "memory_limit_bytes", lambda: 10**6)
+    else:
+        monkeypatch.setattr(loading, "Slots", full)
+    with pytest.raises(UserError, match=r"500 slots.* Give fewer --slots, a smaller --capacity"):
+        loading.load(given, Console())
