@@ -47,7 +47,8 @@ class LoRA:
         if (
             self.base is not None
             or len(base.shape) != 2
-            or (self.a.shape[0] != base.shape[0] or self.columns[-1][1] > base.shape[1])
+            or self.a.shape[0] != base.shape[0]
+            or self.columns[-1][1] > base.shape[1]
         ):
             raise ValueError(f"An adapter of {self.a.shape} on columns {self.columns} does not fit a base of {base.shape}.")
         return dataclasses.replace(self, base=base)

@@ -39,7 +39,7 @@ def load_gguf(
     *,
     dtype: str | None = None,
     report: Callable[[int, int], None] | None = None,
-    known: Callable[[ModelConfig], object] = lambda cfg: None,
+    known: Callable[[ModelConfig], None] = lambda cfg: None,
 ) -> LoadedModel:
     """The model in a GGUF file; matrices in `dtype`, bfloat16 by default.
 

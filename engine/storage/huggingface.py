@@ -40,7 +40,7 @@ TOKENIZER = 64 * 2**20  # bytes of a tokenizer.json; the largest of these famili
 
 
 def load_folder(
-    path: Path, *, dtype: str | None = None, report: Report = None, known: Callable[[ModelConfig], object] = lambda cfg: None
+    path: Path, *, dtype: str | None = None, report: Report = None, known: Callable[[ModelConfig], None] = lambda cfg: None
 ) -> LoadedModel:
     """The model in a Hugging Face folder; matrices in `dtype`, by default the config's own compute dtype.
 

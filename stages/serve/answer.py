@@ -1,6 +1,7 @@
 """An answer under way: the completions of one HTTP request, from the engine's events to pieces of text in order."""
 
 import asyncio
+import functools
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import NamedTuple
@@ -44,10 +45,11 @@ class Answer:
         self._prompts = [len(request.prompt) for request in requests]
         self._repeats = repeats
         self._open = set(range(len(requests)))
-        self._tickets = [
-            engine.submit(request, lambda event, index=index: self._news.put_nowait((index, event)))  # type: ignore[misc]
-            for index, request in enumerate(requests)
-        ]
+        self._tickets = [engine.submit(request, functools.partial(self._hear, index)) for index, request in enumerate(requests)]
+
+    def _hear(self, index: int, event: Event) -> None:
+        """An event of one of the completions, on the event loop."""
+        self._news.put_nowait((index, event))
 
     async def pieces(self, patience: float | None = None) -> AsyncIterator[Piece | None]:
         """All pieces of all completions as they come; None after `patience` seconds without one.
