@@ -103,7 +103,7 @@ def _steps(cfg: Any, params: Any, tokens: int, batch: int, rank: int) -> dict[st
     from engine.counting.memory import training_memory
     from engine.counting.trained import everything, lora
     from engine.inference.quantize import every_product, quantize
-    from engine.model.leaves import cast_matrices
+    from engine.model.weights.matmul import cast_matrices
     from engine.text.batch import Batch
     from engine.training.lora import add_lora
     from engine.training.loss import loss_chunks

@@ -84,7 +84,7 @@ def _ways(shape: steps.Shape, rank: int) -> dict[str, Way]:
     import jax.numpy as jnp
 
     from engine.counting.walk import count
-    from engine.model.leaves import cast_matrices
+    from engine.model.weights.matmul import cast_matrices
     from engine.training.freeze import choose, split
     from engine.training.lora import add_lora
     from engine.training.optimizer import OptimizerConfig, make_optimizer

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from engine.model.cache.contiguous.contiguous import KVCache, make_cache
 
 from bench.products import products_alone
 from bench.rows import Row
@@ -17,10 +18,9 @@ from engine.counting.xla import XlaCost, xla_cost, xla_memory
 from engine.inference.decode import CHUNK, MIN_ROWS, STEPS, decode_steps, prefill
 from engine.inference.sample import make_sampling
 from engine.inference.score import score
-from engine.model.cache import KVCache, make_cache
 from engine.model.config import ModelConfig
-from engine.model.int8 import Int8
 from engine.model.paths import leaf_paths
+from engine.model.weights.int8 import Int8
 from engine.text.batch import Batch
 
 

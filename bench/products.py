@@ -13,8 +13,8 @@ from jax import Array
 
 from engine.inference.decode import STEPS
 from engine.model.config import ModelConfig
-from engine.model.leaves import project, project_two
 from engine.model.transformer import Params, logits_of
+from engine.model.weights.matmul import project, project_two
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

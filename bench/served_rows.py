@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from engine.model.cache.contiguous.segmented import make_spans
 
 from bench.rows import Row
 from engine.counting.flops import Flops, Part, prefill_flops
@@ -17,7 +18,6 @@ from engine.counting.xla import xla_cost, xla_memory
 from engine.inference.programs import give_chunk, read_chunk, take_chunk
 from engine.inference.slots import CHUNK
 from engine.model.config import ModelConfig
-from engine.model.spans import make_spans
 
 SLOTS = 8
 

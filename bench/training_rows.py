@@ -15,8 +15,8 @@ from engine.counting.trained import Trained, bottom_frozen, everything, head_onl
 from engine.counting.walk import count
 from engine.counting.xla import xla_cost, xla_memory
 from engine.model.config import ModelConfig
-from engine.model.leaves import cast_matrices
 from engine.model.paths import merge
+from engine.model.weights.matmul import cast_matrices
 from engine.text.batch import Batch
 from engine.training.freeze import split
 from engine.training.lora import add_lora

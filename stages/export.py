@@ -55,7 +55,7 @@ def export(given: Export) -> int:
     interrupt.doing("before the model was written.")
     started = device.start(given.device)
     from engine.errors import UserError
-    from engine.model.leaves import dense
+    from engine.model.weights.matmul import dense
     from stages import load, words
     from stages.console import Console
 

@@ -11,9 +11,9 @@ from engine.counting.params import count_params
 from engine.counting.trained import Trained, everything, lora
 from engine.inference.quantize import every_product, quantize
 from engine.model.config import ModelConfig
-from engine.model.leaves import cast_matrices
 from engine.model.paths import merge
 from engine.model.transformer import init_params
+from engine.model.weights.matmul import cast_matrices
 from engine.training.freeze import choose, split
 from engine.training.lora import add_lora, fold_lora, lora_targets
 from engine.training.loss import loss_chunks

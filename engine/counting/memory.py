@@ -14,8 +14,8 @@ from engine.counting.flops import Attention, Remat, keys_twice
 from engine.counting.params import leaf_shapes
 from engine.counting.trained import Trained, everything, lowest_gradient, target_shapes
 from engine.model.backward import QUERY_BLOCK
+from engine.model.chunked_cross_entropy import COLUMNS
 from engine.model.config import ModelConfig
-from engine.model.rowwise import COLUMNS
 
 Optimizer = Literal["adamw", "muon"]
 

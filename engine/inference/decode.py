@@ -17,13 +17,13 @@ from jax import Array
 from engine.errors import UserError
 from engine.inference.sample import Sampling, sample
 from engine.model.backend import on_cpu
-from engine.model.cache import KVCache, make_cache
+from engine.model.cache.contiguous.contiguous import KVCache, make_cache
 from engine.model.config import ModelConfig
-from engine.model.int8 import Int8, turned
-from engine.model.leaves import cast_matrices, dense
-from engine.model.lora import LoRA
 from engine.model.paths import map_paths
 from engine.model.transformer import Params, forward, hidden_states, logits_of
+from engine.model.weights.int8 import Int8, turned
+from engine.model.weights.lora import LoRA
+from engine.model.weights.matmul import cast_matrices, dense
 
 CHUNK = 64  # prompt tokens a prefill call; every prompt is padded to a multiple
 STEPS = 8  # tokens a decode call: one dispatch and one read-back for this many steps

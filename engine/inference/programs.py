@@ -16,8 +16,8 @@ from jax import Array
 
 from engine.inference.request import MOST_TOP
 from engine.inference.sample import Sampling, sample
+from engine.model.cache.contiguous.segmented import Kept, Rows, Spans, cleared, given, mirrored, span_cache, taken
 from engine.model.config import ModelConfig
-from engine.model.spans import Kept, Rows, Spans, cleared, given, mirrored, span_cache, taken
 from engine.model.transformer import Params, forward, hidden_states
 
 AT_ONCE = 2  # programs on the way to be compiled: tracing holds Python's lock, what follows does not

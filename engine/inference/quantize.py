@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from engine.model.int8 import Activations, Int8, dequantized, quantize_leaves
 from engine.model.paths import leaf_paths
 from engine.model.transformer import Params
+from engine.model.weights.int8 import Activations, Int8, dequantized, quantize_leaves
 
 Rule = tuple[str, Activations | None]
 

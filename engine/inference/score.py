@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from engine.model.chunked_cross_entropy import head_of, rowwise_losses
 from engine.model.config import ModelConfig
-from engine.model.rowwise import head_of, rowwise_losses
 from engine.model.transformer import Params, forward, hidden_states
 from engine.text.batch import Batch
 

@@ -31,8 +31,8 @@ from engine.inference.programs import STEPS, Settings
 from engine.inference.request import Event, Finish, LogProb, Request, check
 from engine.inference.sample import Sampling
 from engine.inference.speculate import Guesser
+from engine.model.cache.contiguous.segmented import Kind, Rows, make_spans
 from engine.model.config import ModelConfig
-from engine.model.spans import Kind, Rows, make_spans
 from engine.model.transformer import Params
 
 CHUNK, TAIL = 128, 32  # prompt tokens a call: whole chunks, and a shorter program for a last part that fits it

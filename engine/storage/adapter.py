@@ -14,8 +14,8 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.files import whole_folder
-from engine.model.lora import LoRA
 from engine.model.paths import leaf_paths, nested
+from engine.model.weights.lora import LoRA
 from engine.storage.safetensors import read_header, read_rows, write_file
 
 WEIGHTS, ABOUT = "adapter.safetensors", "adapter.json"

@@ -14,8 +14,8 @@ from gguf.quants import quantize
 
 from engine.files import sync_folder
 from engine.model.config import ModelConfig
-from engine.model.leaves import dense
 from engine.model.paths import leaf_paths
+from engine.model.weights.matmul import dense
 from engine.storage.assemble import leaves_of, split
 from engine.storage.gguf import NAMES, paired
 from engine.storage.gguf_config import ARCHITECTURES, FREQUENCIES, architecture_of, metadata_of, scaling_factors

@@ -13,8 +13,8 @@ import numpy as np
 from engine.errors import UserError
 from engine.files import write_json
 from engine.model.config import ModelConfig
-from engine.model.leaves import dense
 from engine.model.paths import leaf_paths
+from engine.model.weights.matmul import dense
 from engine.storage import safetensors
 from engine.storage.assemble import checked, leaves_of, read_params, split
 from engine.storage.hf_config import config_from, config_to

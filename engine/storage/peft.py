@@ -9,8 +9,8 @@ import numpy as np
 from engine.errors import UserError
 from engine.files import write_json
 from engine.model.config import ModelConfig
-from engine.model.lora import LoRA
 from engine.model.paths import leaf_paths, nested
+from engine.model.weights.lora import LoRA
 from engine.storage import safetensors
 from engine.storage.reading import read_object, shown
 

@@ -16,10 +16,10 @@ from jax import Array
 
 from engine.errors import UserError, nearest
 from engine.model.config import ModelConfig
-from engine.model.leaves import dense
-from engine.model.lora import LoRA, make_adapter
 from engine.model.paths import leaf_paths, map_paths, nested
 from engine.model.transformer import Params
+from engine.model.weights.lora import LoRA, make_adapter
+from engine.model.weights.matmul import dense
 
 
 def lora_targets(cfg: ModelConfig, targets: Sequence[str]) -> tuple[str, ...]:

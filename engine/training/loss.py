@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from engine.model.chunked_cross_entropy import head_of, rowwise_losses
 from engine.model.config import ModelConfig
-from engine.model.int8 import Int8
-from engine.model.leaves import dense, project
-from engine.model.rowwise import head_of, rowwise_losses
 from engine.model.transformer import Params, forward, hidden_states
+from engine.model.weights.int8 import Int8
+from engine.model.weights.matmul import dense, project
 from engine.text.batch import Batch
 
 LOGITS_LIMIT = 512 * 2**20  # bytes of float32 logits beyond which they are made chunk by chunk

@@ -17,8 +17,8 @@ import optax
 from jax import Array
 
 from engine.errors import UserError
-from engine.model.lora import LoRA
 from engine.model.paths import map_paths
+from engine.model.weights.lora import LoRA
 from engine.training.muon import orthogonalize
 
 Schedule = Callable[[Array], Array]

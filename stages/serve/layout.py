@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
+from engine.model.cache.contiguous.segmented import make_spans
 
 from engine.counting.hardware import memory_limit_bytes
 from engine.counting.params import count_params, leaf_shapes
@@ -16,10 +17,9 @@ from engine.inference import decode
 from engine.inference.quantize import quantize
 from engine.inference.slots import CHUNK, compile_ahead
 from engine.model.config import ModelConfig
-from engine.model.leaves import dense
-from engine.model.lora import LoRA
 from engine.model.paths import map_paths, nested
-from engine.model.spans import make_spans
+from engine.model.weights.lora import LoRA
+from engine.model.weights.matmul import dense
 from stages import device, words
 
 if TYPE_CHECKING:

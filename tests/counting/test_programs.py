@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from engine.model.cache.contiguous.contiguous import make_cache
 from tiny import B, T, tiny_config
 
 from engine.counting.flops import muon_flops
@@ -18,11 +19,10 @@ from engine.inference.sample import Sampling
 from engine.inference.score import score
 from engine.model.backend import on_cpu
 from engine.model.backward import QUERY_BLOCK
-from engine.model.cache import make_cache
-from engine.model.int8 import quantize_leaves
-from engine.model.lora import make_adapter
 from engine.model.paths import nested, split
 from engine.model.transformer import init_params
+from engine.model.weights.int8 import quantize_leaves
+from engine.model.weights.lora import make_adapter
 from engine.text.batch import Batch
 from engine.training import loss
 from engine.training.optimizer import OptimizerConfig, make_optimizer

@@ -7,9 +7,9 @@ import pytest
 from tiny import lively_params, positions_of, tiny_config, tokens_of
 
 from engine.counting.walk import count
-from engine.model.int8 import quantize_leaves
-from engine.model.leaves import cast_matrices
 from engine.model.paths import leaf_paths, merge
+from engine.model.weights.int8 import quantize_leaves
+from engine.model.weights.matmul import cast_matrices
 from engine.storage.digest import digest
 from engine.text.batch import Batch
 from engine.training.freeze import choose, split

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from tiny import lively_params, positions_of, tiny_config, tokens_of
 
-from engine.model.int8 import dequantized, quantize_leaves, quantized
-from engine.model.leaves import cast_matrices, dense, project, project_two
-from engine.model.lora import LoRA, folded, make_adapter
 from engine.model.paths import leaf_paths, map_paths, merge, nested
 from engine.model.transformer import forward
+from engine.model.weights.int8 import dequantized, quantize_leaves, quantized
+from engine.model.weights.lora import LoRA, folded, make_adapter
+from engine.model.weights.matmul import cast_matrices, dense, project, project_two
 
 D, F = 20, 28
 F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")

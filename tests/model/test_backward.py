@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from tiny import B, T
 
-from engine.model import backward, layers, leaves
+from engine.model import backward, layers
+from engine.model.weights import matmul as leaves
 
 D, F, V, N, H = 20, 28, 41, 6, 4
 F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tiny import lively_params, tiny_config
 
 from engine.errors import UserError
-from engine.model.int8 import Int8, dequantized, int8_matmul, quantize_leaves, quantized, turned
-from engine.model.leaves import cast_matrices, lookup, project, project_two, unembed
 from engine.model.paths import leaf_paths
+from engine.model.weights.int8 import Int8, dequantized, int8_matmul, quantize_leaves, quantized, turned
+from engine.model.weights.matmul import cast_matrices, lookup, project, project_two, unembed
 
 D, F, V = 20, 28, 41
 F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")

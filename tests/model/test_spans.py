@@ -6,12 +6,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engine.model.cache.contiguous.segmented import (
+    Kept,
+    Rounded,
+    Rows,
+    SpanLayer,
+    Spans,
+    cleared,
+    make_spans,
+    mirrored,
+    span_cache,
+    taken,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_config
 
-from engine.model import spans as spans_
-from engine.model.spans import Kept, Rounded, Rows, SpanLayer, Spans, cleared, make_spans, mirrored, span_cache, taken
+from engine.model.cache.contiguous import segmented as spans_
 
 CFG = tiny_config(layers=2)
 N, K, H = CFG.heads, CFG.kv_heads, CFG.head_dim

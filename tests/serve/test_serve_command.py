@@ -254,9 +254,9 @@ def test_an_adapter_is_folded_into_what_is_served(weights: str) -> None:
 
     from engine.inference.decode import for_inference
     from engine.inference.quantize import quantize
-    from engine.model.leaves import dense
-    from engine.model.lora import LoRA
     from engine.model.paths import leaf_paths, map_paths, merge
+    from engine.model.weights.lora import LoRA
+    from engine.model.weights.matmul import dense
     from engine.training.lora import add_lora
     from stages.serve.layout import as_served
 

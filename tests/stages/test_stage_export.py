@@ -14,10 +14,10 @@ from safetensors.numpy import load_file
 from tiny_runs import command
 
 from engine.errors import UserError
-from engine.model.leaves import dense
-from engine.model.lora import make_adapter
 from engine.model.paths import leaf_paths, merge, nested
 from engine.model.transformer import forward
+from engine.model.weights.lora import make_adapter
+from engine.model.weights.matmul import dense
 from engine.storage import safetensors
 from stages import evaluate, export, export_check, generate, load
 

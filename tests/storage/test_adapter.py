@@ -10,8 +10,8 @@ import pytest
 from tiny import lively_params, tiny_config
 
 from engine.errors import UserError
-from engine.model.lora import LoRA, make_adapter
 from engine.model.paths import leaf_paths, nested
+from engine.model.weights.lora import LoRA, make_adapter
 from engine.storage.adapter import load_adapter, save_adapter
 from engine.storage.digest import digest
 

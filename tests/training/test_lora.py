@@ -12,11 +12,11 @@ from tiny import positions_of, tiny_config, tokens_of
 from engine.counting.trained import lora
 from engine.counting.walk import count
 from engine.errors import UserError
-from engine.model.int8 import quantize_leaves
-from engine.model.leaves import cast_matrices
-from engine.model.lora import LoRA
 from engine.model.paths import leaf_paths, merge
 from engine.model.transformer import forward
+from engine.model.weights.int8 import quantize_leaves
+from engine.model.weights.lora import LoRA
+from engine.model.weights.matmul import cast_matrices
 from engine.storage.digest import digest
 from engine.text.batch import Batch
 from engine.training.lora import add_lora, fold_lora, lora_targets

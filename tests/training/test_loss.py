@@ -9,9 +9,9 @@ import pytest
 from jax.interpreters import partial_eval as pe
 from tiny import B, T, lively_params, positions_of, tiny_config, tokens_of
 
-from engine.model import rowwise
-from engine.model.int8 import quantized
+from engine.model import chunked_cross_entropy as rowwise
 from engine.model.transformer import hidden_states, logits_of
+from engine.model.weights.int8 import quantized
 from engine.text.batch import Batch
 from engine.training import loss as module
 from engine.training.loss import chunked_losses, next_token_loss, summed_loss, token_losses

@@ -7,9 +7,9 @@ import pytest
 from tiny import lively_params, positions_of, tiny_config, tokens_of
 
 from engine.errors import UserError
-from engine.model.leaves import cast_matrices
 from engine.model.paths import merge
 from engine.model.transformer import forward
+from engine.model.weights.matmul import cast_matrices
 from engine.storage.digest import digest
 from engine.text.batch import Batch
 from engine.training.lora import add_lora

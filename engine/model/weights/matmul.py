@@ -12,11 +12,11 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from engine.model import backward
-from engine.model.adapted import fold_matmul
 from engine.model.backend import on_cpu
-from engine.model.int8 import Int8, dequantized, int8_matmul
-from engine.model.lora import LoRA, folded, root_of
 from engine.model.paths import map_paths
+from engine.model.weights.int8 import Int8, dequantized, int8_matmul
+from engine.model.weights.lora import LoRA, folded, root_of
+from engine.model.weights.lora_matmul import fold_matmul
 
 Weight = Array | Int8 | LoRA
 

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from engine.model import backward, int8
+from engine.model import backward
 from engine.model.config import ModelConfig
-from engine.model.int8 import Int8
+from engine.model.weights import int8
+from engine.model.weights.int8 import Int8
 
 COLUMNS = 8192  # of an int8 head that are wide at once
 

@@ -20,8 +20,8 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from engine.model import backward
-from engine.model.int8 import Int8, dequantized
-from engine.model.lora import LoRA, Pair, folded, root_of
+from engine.model.weights.int8 import Int8, dequantized
+from engine.model.weights.lora import LoRA, Pair, folded, root_of
 
 Cuts = tuple[tuple[int, int], ...]
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from engine.model.int8 import Int8, dequantized
+from engine.model.weights.int8 import Int8, dequantized
 
 
 class Pair(NamedTuple):
