@@ -16,7 +16,7 @@ from engine.counting.traffic import decode_bytes, forward_bytes, prefill_bytes
 from engine.counting.walk import count
 from engine.counting.xla import XlaCost, xla_cost, xla_memory
 from engine.inference.decode import CHUNK, MIN_ROWS, STEPS, decode_steps, prefill
-from engine.inference.sample import make_sampling
+from engine.inference.sampling import make_sampling
 from engine.inference.score import score
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths

@@ -10,7 +10,7 @@ from engine.model.cache.contiguous.contiguous import KVCache, make_cache
 
 from bench.claims import Observed
 from engine.inference.decode import CHUNK, decode_step, decode_steps, prefill
-from engine.inference.sample import make_sampling
+from engine.inference.sampling import make_sampling
 from engine.inference.score import score
 from engine.model.config import ModelConfig
 from engine.model.transformer import forward

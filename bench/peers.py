@@ -234,7 +234,7 @@ def random_params(cfg: Any) -> Any:
 def greedy(cfg: Any, weights: Any, prompts: list[list[int]], new: int, said: dict[str, Any]) -> Callable[[], None]:
     """A callable that continues each prompt by `new` tokens and leaves them in `said`."""
     from engine.inference.decode import generate
-    from engine.inference.sample import make_sampling
+    from engine.inference.sampling import make_sampling
 
     sampling = make_sampling(len(prompts), temperature=0.0)
 

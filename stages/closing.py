@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from engine.counting.hardware import peak_rss_bytes
 from engine.files import whole_file
 from engine.inference.decode import for_inference, generate
-from engine.inference.sample import make_sampling
+from engine.inference.sampling import make_sampling
 from stages import interrupt, run_folder, words
 from stages.loop import Loop
 from stages.plan import ceiling, measured_ceilings

@@ -10,7 +10,7 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.inference import decode
-from engine.inference.sample import Sampling
+from engine.inference.sampling import Sampling
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
 from engine.text.batch import Batch

@@ -57,7 +57,7 @@ def generate(given: Generate) -> None:
     interrupt.doing("before the text was complete.")
     started = device.start(given.device, decodes=True)
     from engine.inference import decode
-    from engine.inference.sample import make_sampling
+    from engine.inference.sampling import make_sampling
     from stages import load
     from stages.compiles import Compiles
     from stages.console import Console

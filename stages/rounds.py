@@ -11,7 +11,7 @@ import numpy as np
 from engine.counting.hardware import peak_rss_bytes
 from engine.errors import UserError
 from engine.inference.decode import for_inference
-from engine.inference.sample import Sampling, make_sampling
+from engine.inference.sampling import Sampling, make_sampling
 from engine.model.paths import merge
 from engine.storage import checkpoint
 from engine.storage.digest import digest

@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.errors import UserError, nearest
 from engine.inference import decode
-from engine.inference.sample import make_sampling
+from engine.inference.sampling import make_sampling
 from engine.model.config import ModelConfig
 from engine.text.chat import Chat
 from stages.flags import number, whole

@@ -9,7 +9,7 @@ import jax
 from engine.allocator import return_freed_memory
 from engine.counting.hardware import peak_rss_bytes
 from engine.inference.decode import for_inference, generate
-from engine.inference.sample import make_sampling
+from engine.inference.sampling import make_sampling
 from engine.model.paths import leaf_paths, merge
 from engine.storage.adapter import save_adapter
 from engine.storage.digest import digest

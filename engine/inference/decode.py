@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from engine.errors import UserError
-from engine.inference.sample import Sampling, sample
+from engine.inference.sampling import Sampling, sample
 from engine.model.backend import on_cpu
 from engine.model.cache.contiguous.contiguous import KVCache, make_cache
 from engine.model.config import ModelConfig

@@ -26,11 +26,11 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.inference import programs
-from engine.inference.prefix import Key, Prefixes, first_key, next_key
+from engine.inference.prefix_cache import Key, Prefixes, first_key, next_key
 from engine.inference.programs import STEPS, Settings
 from engine.inference.request import Event, Finish, LogProb, Request, check
-from engine.inference.sample import Sampling
-from engine.inference.speculate import Guesser
+from engine.inference.sampling import Sampling
+from engine.inference.speculation import Guesser
 from engine.model.cache.contiguous.segmented import Kind, Rows, make_spans
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from starlette.types import Receive
 
-from engine.inference.completion import Completion
 from engine.inference.request import Event, LogProb, Request
+from engine.inference.stop_strings import Completion
 from engine.text.tokenizer import Tokenizer
 from stages.serve.admission import Door
 from stages.serve.engine import Engine

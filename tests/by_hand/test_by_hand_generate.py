@@ -12,7 +12,7 @@ from engine.by_hand.generate import generate
 from engine.by_hand.tree import arrays, mapped
 from engine.errors import UserError
 from engine.inference import decode
-from engine.inference.sample import make_sampling
+from engine.inference.sampling import make_sampling
 
 PROMPTS = st.lists(st.integers(0, 40), min_size=1, max_size=12)
 

@@ -15,7 +15,7 @@ from engine.counting.programs import decode_program, gradient_program, prefill_p
 from engine.counting.trained import Trained, bottom_frozen, everything, head_only, lora, top_frozen
 from engine.counting.walk import count
 from engine.inference import decode
-from engine.inference.sample import Sampling
+from engine.inference.sampling import Sampling
 from engine.inference.score import score
 from engine.model.backend import on_cpu
 from engine.model.backward import QUERY_BLOCK

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.inference.completion import Completion
+from engine.inference.stop_strings import Completion
 from engine.text.tokenizer import TextStream
 
 LETTERS = "abé😀"

@@ -12,7 +12,7 @@ from tiny import lively_params, positions_of, tiny_config, tokens_of
 from engine.errors import UserError
 from engine.inference import decode
 from engine.inference.decode import CHUNK, STEPS, decode_step, decode_steps, for_inference, generate, prefill
-from engine.inference.sample import make_sampling, sample
+from engine.inference.sampling import make_sampling, sample
 from engine.inference.score import score
 from engine.model.transformer import forward
 from engine.text.batch import Batch

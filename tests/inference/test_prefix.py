@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.inference.prefix import Prefixes, first_key, next_key
+from engine.inference.prefix_cache import Prefixes, first_key, next_key
 
 SIZE = 24  # bytes of every chunk here
 

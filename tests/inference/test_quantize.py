@@ -15,7 +15,7 @@ from engine.errors import UserError
 from engine.inference.decode import decode_step, decode_steps, for_inference, prefill
 from engine.inference.programs import Settings, draw, make_tally
 from engine.inference.quantize import every_product, quantize, round_trips
-from engine.inference.sample import make_sampling
+from engine.inference.sampling import make_sampling
 from engine.model.paths import leaf_paths, map_paths
 from engine.model.transformer import forward
 from engine.model.weights.int8 import Int8

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import UserError
-from engine.inference.sample import Sampling, make_sampling, sample
+from engine.inference.sampling import Sampling, make_sampling, sample
 
 V, DRAWS = 41, 256
 draw = jax.jit(sample)

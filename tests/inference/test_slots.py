@@ -30,9 +30,9 @@ from engine.errors import UserError
 from engine.inference.decode import for_inference, generate
 from engine.inference.programs import STEPS
 from engine.inference.request import Request
-from engine.inference.sample import make_sampling
+from engine.inference.sampling import make_sampling
 from engine.inference.slots import PATIENCE, Slots, compile_ahead
-from engine.inference.speculate import Guesser
+from engine.inference.speculation import Guesser
 from engine.model.transformer import forward
 
 EVERY_WAY = pytest.mark.parametrize("way", WAYS)

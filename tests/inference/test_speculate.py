@@ -5,7 +5,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.inference.speculate import LENGTHS, Guesser
+from engine.inference.speculation import LENGTHS, Guesser
 
 texts = st.lists(st.integers(0, 2), max_size=40)
 

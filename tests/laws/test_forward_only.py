@@ -18,7 +18,7 @@ from engine.inference.decode import decode_step, decode_steps, for_inference, ge
 from engine.inference.programs import Settings, make_tally
 from engine.inference.quantize import quantize
 from engine.inference.request import Request
-from engine.inference.sample import Sampling, make_sampling
+from engine.inference.sampling import Sampling, make_sampling
 from engine.inference.score import score
 from engine.inference.slots import Slots
 from engine.storage.digest import digest
