@@ -77,7 +77,7 @@ def measured(flags: Flags) -> dict[str, Any]:
     from engine.counting.hardware import cores, device_name
     from engine.inference.decode import for_inference
     from engine.inference.quantize import quantize
-    from engine.storage.gguf import load_gguf
+    from engine.storage.gguf.load import load_gguf
 
     file = gguf_file(flags.model)
     model = load_gguf(file)

@@ -47,7 +47,9 @@ def loaded(given: str) -> Measured:
 
     Raises UserError when there is none.
     """
-    from engine.storage import checkpoint, gguf, huggingface
+    from engine.storage import checkpoint
+    from engine.storage.gguf import load as gguf
+    from engine.storage.huggingface import folder as huggingface
     from engine.text.tokenizer import Tokenizer, load_tokenizer
 
     path, kind = _found(given)
@@ -60,7 +62,8 @@ def loaded(given: str) -> Measured:
 
 def config_of(given: str) -> ModelConfig:
     """The architecture of the model `--model` names, before any of its weights is read; errors as `loaded`."""
-    from engine.storage import gguf, huggingface
+    from engine.storage.gguf import load as gguf
+    from engine.storage.huggingface import folder as huggingface
 
     path, kind = _found(given)
     if kind == "run":

@@ -112,7 +112,10 @@ def _make_room(out: Path, overwrite: bool) -> None:
 def _write(given: Export, model: "Loaded", dtype: str, to_gguf: bool, report: Any) -> list[str]:
     """Writes the export, whole or not at all; returns what a person should know of it."""
     from engine.files import whole_folder
-    from engine.storage import gguf_words, gguf_writer, huggingface, peft
+    from engine.storage.gguf import save as gguf_writer
+    from engine.storage.gguf import tokenizer_metadata as gguf_words
+    from engine.storage.huggingface import folder as huggingface
+    from engine.storage.huggingface import peft
 
     tokenizer = model.tokenizer
     if to_gguf:

@@ -15,7 +15,7 @@ from engine.model.paths import leaf_paths, map_paths, merge, nested
 from engine.model.transformer import forward
 from engine.model.weights.lora import LoRA
 from engine.model.weights.matmul import dense
-from engine.storage.peft import load_peft
+from engine.storage.huggingface.peft import load_peft
 from engine.text.tokenizer import load_tokenizer
 from stages.load import Model, load_model
 

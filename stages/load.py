@@ -12,8 +12,8 @@ from engine.files import write_json
 from engine.model.config import ModelConfig
 from engine.storage import checkpoint
 from engine.storage.assets import ASSETS, MODELS, fetch
-from engine.storage.gguf import load_gguf
-from engine.storage.huggingface import load_folder
+from engine.storage.gguf.load import load_gguf
+from engine.storage.huggingface.folder import load_folder
 from engine.storage.loaded import LoadedModel
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 from stages import run_folder, words

@@ -16,7 +16,7 @@ from engine.errors import UserError
 from engine.files import whole_folder
 from engine.model.paths import leaf_paths, nested
 from engine.model.weights.lora import LoRA
-from engine.storage.safetensors import read_header, read_rows, write_file
+from engine.storage.huggingface.safetensors import read_header, read_rows, write_file
 
 WEIGHTS, ABOUT = "adapter.safetensors", "adapter.json"
 VERSION = 1

@@ -11,9 +11,10 @@ from tiny import lively_params, tiny_config
 from bench.models import Measured, config_of, drawn, loaded, tokens_for
 from engine.counting.params import count_params
 from engine.errors import UserError
-from engine.storage import checkpoint, huggingface
+from engine.storage import checkpoint
 from engine.storage.digest import digest
-from engine.storage.gguf_writer import save_gguf
+from engine.storage.gguf.save import save_gguf
+from engine.storage.huggingface import folder as huggingface
 from engine.text.tokenizer import byte_tokenizer
 
 CFG = tiny_config(vocab=257)

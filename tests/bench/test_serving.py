@@ -22,7 +22,7 @@ from bench.promises import Figure, Outcome, Trial, chosen, kept, show
 from bench.server import gauges
 from bench.serving_rows import price_of_a_million
 from engine.errors import UserError
-from engine.storage import huggingface
+from engine.storage.huggingface import folder as huggingface
 
 sys.path.append(str(Path(__file__).parents[1] / "text"))
 

@@ -12,7 +12,7 @@ from bench.__main__ import main, measurements
 from bench.foreseen import round_seconds, table_bytes, takes_long
 from engine.counting.hardware import Ceilings
 from engine.model.config import PRESETS
-from engine.storage.hf_config import config_to
+from engine.storage.huggingface.config import config_to
 
 SMALL = ["--preset", "tiny", "--batch", "2", "--context", "64", "--quick"]
 KEYS = {

@@ -37,7 +37,7 @@ sys.exit(main(sys.argv[1:]))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model in Hugging Face's layout."""
-    from engine.storage.huggingface import save_folder
+    from engine.storage.huggingface.folder import save_folder
 
     model, place = tiny_model(), tmp_path_factory.mktemp("models") / "sea"
     place.mkdir()

@@ -18,7 +18,7 @@ from engine.model.paths import leaf_paths, merge, nested
 from engine.model.transformer import forward
 from engine.model.weights.lora import make_adapter
 from engine.model.weights.matmul import dense
-from engine.storage import safetensors
+from engine.storage.huggingface import safetensors
 from stages import evaluate, export, export_check, generate, load
 
 

@@ -23,8 +23,8 @@ from test_huggingface import CONFIG, WEIGHTS  # noqa: E402
 
 from engine.allocator import return_freed_memory  # noqa: E402
 from engine.errors import UserError  # noqa: E402
-from engine.storage.gguf import load_gguf  # noqa: E402
-from engine.storage.huggingface import load_folder  # noqa: E402
+from engine.storage.gguf.load import load_gguf  # noqa: E402
+from engine.storage.huggingface.folder import load_folder  # noqa: E402
 
 ALLOWED = 64 * 2**20
 LONGEST = 1.0  # seconds of computing

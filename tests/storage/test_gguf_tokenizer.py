@@ -9,9 +9,9 @@ import pytest
 import tokenizers
 from gguf_files import MERGES, SYMBOLS, TOKENS, tiny_gguf, weights
 
-from engine.storage.gguf_header import read_header
-from engine.storage.gguf_tokenizer import SPLITS, words_from
-from engine.storage.gguf_words import NEAREST, words_to
+from engine.storage.gguf.header import read_header
+from engine.storage.gguf.tokenizer import SPLITS, words_from
+from engine.storage.gguf.tokenizer_metadata import NEAREST, words_to
 from engine.text.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 
 VOCAB = len(TOKENS)

@@ -12,13 +12,13 @@ from hf_folders import write_folder
 from tiny import positions_of
 
 from engine.model.transformer import forward
-from engine.storage.huggingface import load_folder
+from engine.storage.huggingface.folder import load_folder
 
 GOLDEN = {path.stem: json.loads(path.read_text()) for path in sorted((Path(__file__).parent / "golden").glob("*.json"))}
 
 
 def test_there_is_a_golden_file_for_every_family() -> None:
-    from engine.storage.hf_config import FAMILIES
+    from engine.storage.huggingface.config import FAMILIES
 
     assert {golden["config"]["model_type"] for golden in GOLDEN.values()} == set(FAMILIES)
 

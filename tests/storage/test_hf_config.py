@@ -7,7 +7,7 @@ import pytest
 
 from engine.errors import UserError
 from engine.model.config import PRESETS, ModelConfig, preset
-from engine.storage.hf_config import config_from, config_to
+from engine.storage.huggingface.config import config_from, config_to
 
 PATH = Path("config.json")
 COMMON = {

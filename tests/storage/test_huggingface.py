@@ -17,7 +17,7 @@ from tiny import lively_params, tiny_config
 
 from engine.errors import UserError
 from engine.model.paths import leaf_paths
-from engine.storage.huggingface import load_folder, save_folder
+from engine.storage.huggingface.folder import load_folder, save_folder
 
 CONFIG = {
     "model_type": "llama", "vocab_size": 41, "hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": 2,

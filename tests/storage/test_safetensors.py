@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from engine.errors import UserError
-from engine.storage.safetensors import DTYPES, HEADER, in_folder, read_header, read_rows, write_file
+from engine.storage.huggingface.safetensors import DTYPES, HEADER, in_folder, read_header, read_rows, write_file
 
 TENSORS = {"a": ((3, 5), "F32"), "b": ((7,), "F16"), "c": ((2, 4), "BF16"), "none": ((0, 5), "F32")}
 
@@ -140,7 +140,7 @@ def test_a_changed_file_is_refused_or_read_within_its_bounds(
 
 
 def size_of(stored: Any) -> int:
-    from engine.storage.safetensors import BITS
+    from engine.storage.huggingface.safetensors import BITS
 
     return math.prod(stored.shape) * BITS[stored.dtype] // 8
 

@@ -12,7 +12,7 @@ from tiny import positions_of
 
 from engine.model.transformer import forward
 from engine.storage.assets import SMOLLM2_FILE
-from engine.storage.gguf import load_gguf
+from engine.storage.gguf.load import load_gguf
 from engine.storage.loaded import LoadedModel
 from engine.text.tokenizer import Tokenizer
 

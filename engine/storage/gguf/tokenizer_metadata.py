@@ -8,7 +8,7 @@ import tokenizers
 from tokenizers import models, normalizers
 
 from engine.errors import UserError
-from engine.storage.gguf_tokenizer import BYTE, CONTROL, NORMAL, SPLITS, UNUSED, USER_DEFINED
+from engine.storage.gguf.tokenizer import BYTE, CONTROL, NORMAL, SPLITS, UNUSED, USER_DEFINED
 
 NEAREST = "llama-bpe"  # the split that llama.cpp is told of where it has no name for the true one
 

@@ -10,9 +10,9 @@ from gguf.quants import dequantize
 from engine.errors import UserError
 from engine.model.config import ModelConfig
 from engine.storage.assemble import checked, leaves_of, read_params
-from engine.storage.gguf_config import ARCHITECTURES, FREQUENCIES, config_from
-from engine.storage.gguf_header import Header, read_header
-from engine.storage.gguf_tokenizer import words_from
+from engine.storage.gguf.config import ARCHITECTURES, FREQUENCIES, config_from
+from engine.storage.gguf.header import Header, read_header
+from engine.storage.gguf.tokenizer import words_from
 from engine.storage.loaded import LoadedModel
 from engine.storage.reading import exactly, shown
 

@@ -8,7 +8,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from engine.errors import UserError, nearest
-from engine.storage.gguf_header import SCALARS, STRING, Header, Span, read_numbers, read_strings
+from engine.storage.gguf.header import SCALARS, STRING, Header, Span, read_numbers, read_strings
 from engine.storage.reading import shown
 from engine.storage.vocabulary import built, from_json
 

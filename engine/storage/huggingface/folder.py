@@ -15,9 +15,9 @@ from engine.files import write_json
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
 from engine.model.weights.matmul import dense
-from engine.storage import safetensors
 from engine.storage.assemble import checked, leaves_of, read_params, split
-from engine.storage.hf_config import config_from, config_to
+from engine.storage.huggingface import safetensors
+from engine.storage.huggingface.config import config_from, config_to
 from engine.storage.loaded import LoadedModel
 from engine.storage.reading import read_object, shown
 from engine.storage.vocabulary import from_json

@@ -6,7 +6,7 @@ import numpy as np
 
 from engine.errors import UserError, nearest
 from engine.model.config import ModelConfig, RopeScaling
-from engine.storage.gguf_header import Header, Span
+from engine.storage.gguf.header import Header, Span
 from engine.storage.reading import shown
 
 # architecture -> (qkv_bias, qk_norm, q and k rows in pairs)

@@ -11,7 +11,7 @@ from engine.files import write_json
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths, nested
 from engine.model.weights.lora import LoRA
-from engine.storage import safetensors
+from engine.storage.huggingface import safetensors
 from engine.storage.reading import read_object, shown
 
 MODULES = {

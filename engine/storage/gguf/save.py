@@ -17,9 +17,9 @@ from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
 from engine.model.weights.matmul import dense
 from engine.storage.assemble import leaves_of, split
-from engine.storage.gguf import NAMES, paired
-from engine.storage.gguf_config import ARCHITECTURES, FREQUENCIES, architecture_of, metadata_of, scaling_factors
-from engine.storage.gguf_words import Words
+from engine.storage.gguf.config import ARCHITECTURES, FREQUENCIES, architecture_of, metadata_of, scaling_factors
+from engine.storage.gguf.load import NAMES, paired
+from engine.storage.gguf.tokenizer_metadata import Words
 
 KINDS = {
     "float32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
