@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine import format as words
 from engine.errors import UserError
 from engine.inference.score import score
 from engine.storage.digest import digest
@@ -17,11 +18,11 @@ from engine.text.conversations import NAMED, Conversations
 from engine.text.examples import Pair, Tally
 from engine.text.packing import pairs_once
 from engine.training.preference import Preferences, margins
-from stages import data, general, lessons, run_folder, validate, words
+from stages import data, general, lessons, run_folder, validate
 from stages.load import Model
 
 if TYPE_CHECKING:
-    from stages.console import Console, Report
+    from stages.cli.console import Console, Report
 
 FILES = (".jsonl", ".json")
 

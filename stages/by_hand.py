@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine import by_hand
+from engine import format as words
 from engine.by_hand import adamw
 from engine.by_hand.generate import generate
 from engine.by_hand.model import kept_numbers
 from engine.errors import UserError
-from stages import interrupt, words
+from stages.cli import signals as interrupt
 from stages.training import Run, carry_out
 
 if TYPE_CHECKING:

@@ -16,11 +16,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from stages import cli, interrupt
-from stages.flags import Device, Model, Verbose, number, path, read, unset, whole
+from stages.cli import command as cli
+from stages.cli import signals as interrupt
+from stages.cli.flags import Device, Model, Verbose, number, path, read, unset, whole
 
 if TYPE_CHECKING:
-    from stages.console import Console
+    from stages.cli.console import Console
     from stages.session import Session, Turn
 
 COMMANDS = {
@@ -66,12 +67,12 @@ class Talk:
 
 def talk(given: Talk) -> int:
     """Answers until the input ends. 0, or 2 when a turn that was piped in did not fit."""
-    from stages import device
+    from stages.cli import device
 
     interrupt.doing("before a turn was begun.")
     started = device.start(given.device, decodes=True)
     from engine.storage.digest import digest
-    from stages.console import Console
+    from stages.cli.console import Console
 
     notes = Console(sys.stderr)
     session, described = _begin(given, notes)
@@ -102,9 +103,10 @@ def _begin(given: Talk, notes: "Console") -> "tuple[Session, str]":
     """The session as the flags describe it, and the model in words."""
     import datetime
 
+    from engine import format as words
     from engine.inference import decode
     from engine.text.chat import Chat
-    from stages import adapters, load, words
+    from stages import adapters, load
     from stages.session import Session, Settings
 
     source = load.template_at(given.template)
@@ -161,7 +163,7 @@ class Talker:
 
     def note(self, turn: "Turn") -> None:
         """What a turn cost, and why its answer ended if that was not by itself."""
-        from stages.words import duration
+        from engine.format import duration
 
         if self.chatty:
             number = len(self.session.turns)

@@ -2,11 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
+from engine import format as words
 from engine.counting.hardware import peak_rss_bytes
 from engine.files import whole_file
 from engine.inference.decode import for_inference, generate
 from engine.inference.sampling import make_sampling
-from stages import interrupt, run_folder, words
+from stages import run_folder
+from stages.cli import signals as interrupt
 from stages.loop import Loop
 from stages.plan import ceiling, measured_ceilings
 from stages.validate import bits, rows_for, whole_text

@@ -12,7 +12,7 @@ from engine.storage import assets
 from engine.text.corpus import Corpus, hold_out, read_corpus
 from engine.text.tokenizer import SPLIT, Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from engine.text.tokens import TokenFile, open_bin, token_file
-from stages.console import Console
+from stages.cli.console import Console
 
 LEARNT_FROM = 64_000_000  # characters of text a tokenizer is learnt from at most
 HELD_OUT = 0.05

@@ -17,15 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from stages import cli
-from stages.flags import Device, Model, Verbose, read, unset, whole
+from stages.cli import command as cli
+from stages.cli.flags import Device, Model, Verbose, read, unset, whole
 
 WINDOW = 1024  # tokens, unless asked for: more look back tells little more and takes much longer
 
 if TYPE_CHECKING:
     from engine.text.conversations import Conversations
     from engine.text.tokens import TokenFile
-    from stages.console import Console
+    from stages.cli.console import Console
     from stages.load import Model as Loaded
 
 
@@ -51,12 +51,13 @@ class Evaluate:
 
 def evaluate(given: Evaluate) -> None:
     """Loads, scores, prints; and checks that reading a text changed no weight."""
-    from stages import device, interrupt
+    from stages.cli import device
+    from stages.cli import signals as interrupt
 
     interrupt.doing("before the evaluation was done.")
     started = device.start(given.device)
     from stages import answers, load
-    from stages.console import Console
+    from stages.cli.console import Console
 
     with Console() as console:
         said = answers.conversations(given.data)
@@ -89,9 +90,10 @@ def _on_answers(given: Evaluate, model: "Loaded", said: "Conversations | None", 
 
 
 def _on_text(given: Evaluate, model: "Loaded", console: "Console") -> None:
+    from engine import format as words
     from engine.errors import UserError
     from engine.storage.digest import digest
-    from stages import validate, words
+    from stages import validate
 
     text, name = _text(given, model, console)
     cfg = model.cfg

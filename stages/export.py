@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from stages import cli
-from stages.flags import Device, Model, Verbose, one_of, path, read, unset
+from stages.cli import command as cli
+from stages.cli.flags import Device, Model, Verbose, one_of, path, read, unset
 
 if TYPE_CHECKING:
     from stages.load import Model as Loaded
@@ -50,14 +50,16 @@ class Export:
 
 def export(given: Export) -> int:
     """Loads, writes, and with --check reads again. 1 when what was read is not what was written."""
-    from stages import device, interrupt
+    from stages.cli import device
+    from stages.cli import signals as interrupt
 
     interrupt.doing("before the model was written.")
     started = device.start(given.device)
+    from engine import format as words
     from engine.errors import UserError
     from engine.model.weights.matmul import dense
-    from stages import load, words
-    from stages.console import Console
+    from stages import load
+    from stages.cli.console import Console
 
     to_gguf = given.out.suffix == ".gguf"
     if given.adapter and (to_gguf or given.dtype):

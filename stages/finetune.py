@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from engine.errors import UserError
-from stages import cli
-from stages.flags import Device, Verbose, every, number, one_of, path, read, unset, whole
+from stages.cli import command as cli
+from stages.cli.flags import Device, Verbose, every, number, one_of, path, read, unset, whole
 from stages.train import Length
 
 TARGETS = "q, k, v, out, gate, up, down, or all"

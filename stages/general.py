@@ -6,7 +6,7 @@ from engine.model.config import ModelConfig
 from engine.model.transformer import Params
 from engine.text.tokenizer import Tokenizer
 from stages import data
-from stages.console import Console
+from stages.cli.console import Console
 from stages.lessons import ROWS
 from stages.validate import bits, whole_text
 

@@ -13,8 +13,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
-from stages import cli
-from stages.flags import Device, Model, Verbose, number, read, unset, whole
+from stages.cli import command as cli
+from stages.cli.flags import Device, Model, Verbose, number, read, unset, whole
 
 ROOM = 256  # tokens a cache is a multiple of
 
@@ -52,15 +52,17 @@ class Generate:
 
 def generate(given: Generate) -> None:
     """Text goes to stdout as it comes, everything else to stderr."""
-    from stages import device, interrupt, process, words
+    from engine import format as words
+    from stages.cli import device, process
+    from stages.cli import signals as interrupt
 
     interrupt.doing("before the text was complete.")
     started = device.start(given.device, decodes=True)
     from engine.inference import decode
     from engine.inference.sampling import make_sampling
     from stages import load
-    from stages.compiles import Compiles
-    from stages.console import Console
+    from stages.cli.compiles import Compiles
+    from stages.cli.console import Console
 
     notes = Console(sys.stderr)
     model = load.load_model(given.model)

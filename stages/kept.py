@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from engine import format as words
 from engine.storage import checkpoint
 from engine.text.chat import Chat
 from engine.training.optimizer import make_optimizer
 from engine.training.step import TrainState, init_state
-from stages import load, resume, words
-from stages.console import Console
+from stages import load, resume
+from stages.cli.console import Console
 from stages.learning import Learner, TuningPlan
 from stages.loop import Past
 

@@ -21,8 +21,8 @@ from engine.text.examples import Pair, Tally, make_examples, make_pairs
 from engine.text.packing import Packed, PairBatches, once, pairs_once
 from engine.training.preference import Preferences, margins
 from engine.training.step import NEXT_TOKEN, Objective
-from stages.console import Console
-from stages.interrupt import Watch
+from stages.cli.console import Console
+from stages.cli.signals import Watch
 
 if TYPE_CHECKING:
     from stages.finetune import Finetune

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from engine import format as words
 from engine.counting.hardware import memory_limit_bytes
 from engine.counting.params import count_params
 from engine.errors import UserError, nearest
@@ -16,8 +17,8 @@ from engine.storage.gguf.load import load_gguf
 from engine.storage.huggingface.folder import load_folder
 from engine.storage.loaded import LoadedModel
 from engine.text.tokenizer import Tokenizer, load_tokenizer
-from stages import run_folder, words
-from stages.console import Console
+from stages import run_folder
+from stages.cli.console import Console
 
 KINDS = (
     "a run folder, a step folder in it (runs/NAME/checkpoints/STEP), a Hugging Face folder, a .gguf file, or "

@@ -12,14 +12,15 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from engine import format as words
 from engine.allocator import has_room, return_freed_memory
 from engine.counting.hardware import peak_rss_bytes
 from engine.errors import UserError
 from engine.storage import checkpoint
 from engine.training.optimizer import make_schedule
 from engine.training.step import TrainState
-from stages import interrupt, words
-from stages.console import Console
+from stages.cli import signals as interrupt
+from stages.cli.console import Console
 from stages.plan import Plan
 from stages.run_folder import MetricsLog
 

@@ -6,6 +6,7 @@ import sys
 
 import jax
 
+from engine import format as words
 from engine.counting.flops import step_flops, train_flops
 from engine.counting.hardware import Ceilings, ceilings, memory_limit_bytes
 from engine.counting.memory import training_memory
@@ -15,10 +16,9 @@ from engine.files import cache_folder
 from engine.model.config import ModelConfig
 from engine.text.tokens import TokenFile
 from engine.training.loss import loss_chunks
-from stages import words
-from stages.console import Console
+from stages.cli.console import Console
+from stages.cli.device import Device
 from stages.data import Data
-from stages.device import Device
 from stages.recipes import Recipe
 
 MEASURE = (

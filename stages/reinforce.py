@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from stages import cli
+from stages.cli import command as cli
+from stages.cli.flags import Device, Verbose, every, number, path, read, seconds, unset, whole
 from stages.finetune import Learns, Lora
-from stages.flags import Device, Verbose, every, number, path, read, seconds, unset, whole
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
+from engine import format as words
 from engine.counting.hardware import peak_rss_bytes
 from engine.storage.adapter import save_adapter
 from engine.storage.digest import digest
-from stages import adapters, interrupt, kept, run_folder, words
+from stages import adapters, kept, run_folder
+from stages.cli import signals as interrupt
 
 if TYPE_CHECKING:
     from stages.reinforcing import Reinforced

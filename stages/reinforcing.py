@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine import format as words
 from engine.errors import UserError
-from stages import cli, interrupt, words
-from stages import device as devices
-from stages.console import Console
+from stages.cli import command as cli
+from stages.cli import device as devices
+from stages.cli import signals as interrupt
+from stages.cli.console import Console
 
 if TYPE_CHECKING:
     from stages.reinforce import Reinforce

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from engine import format as words
 from engine.errors import UserError
 from engine.files import write_json
 from engine.model.config import ModelConfig
@@ -14,8 +15,8 @@ from engine.model.transformer import init_params
 from engine.storage import checkpoint
 from engine.text.tokenizer import Tokenizer
 from engine.training.step import TrainState
-from stages import run_folder, words
-from stages.console import Console
+from stages import run_folder
+from stages.cli.console import Console
 from stages.loop import Past
 from stages.plan import Plan
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
+from engine import format as words
 from engine.counting.hardware import peak_rss_bytes
 from engine.errors import UserError
 from engine.inference.decode import for_inference
@@ -20,7 +21,8 @@ from engine.training.lora import fold_lora
 from engine.training.optimizer import make_optimizer
 from engine.training.reinforce import Rollouts, group_advantages, log_probabilities
 from engine.training.step import TrainState, train_step
-from stages import drawing, interrupt, words
+from stages import drawing
+from stages.cli import signals as interrupt
 from stages.loop import REFUSED_IN_A_ROW, Due, Past
 from stages.prompts import Prompt
 from stages.run_folder import MetricsLog

@@ -10,7 +10,7 @@ from engine.inference import decode
 from engine.inference.sampling import make_sampling
 from engine.model.config import ModelConfig
 from engine.text.chat import Chat
-from stages.flags import number, whole
+from stages.cli.flags import number, whole
 
 SMALLEST = 512  # places of the smallest cache; each larger one has twice as many, so that few programs are compiled
 

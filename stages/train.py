@@ -18,8 +18,8 @@ import tyro
 
 from engine.errors import UserError
 from engine.model.config import PRESETS
-from stages import cli
-from stages.flags import Device, Verbose, every, number, one_of, path, read, seconds, unset, whole
+from stages.cli import command as cli
+from stages.cli.flags import Device, Verbose, every, number, one_of, path, read, seconds, unset, whole
 
 NARROW = 256  # products of a narrower model are over before a second thread has woken up
 RECIPE = unset("the preset's recipe")
@@ -143,7 +143,7 @@ def train(given: Train) -> int:
         from stages import training
 
         return training.run(given)
-    from stages import process
+    from stages.cli import process
 
     if PRESETS[given.preset].width < NARROW:
         process.keep_numpy_to_one_thread()

@@ -5,9 +5,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages import cli, interrupt, process, words
-from stages import device as devices
-from stages.console import Console
+from engine import format as words
+from stages.cli import command as cli
+from stages.cli import device as devices
+from stages.cli import process
+from stages.cli import signals as interrupt
+from stages.cli.console import Console
 
 if TYPE_CHECKING:
     from stages.train import Train

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from engine import format as words
 from engine.allocator import return_freed_memory
 from engine.counting.hardware import peak_rss_bytes
 from engine.inference.decode import for_inference, generate
@@ -13,7 +14,8 @@ from engine.inference.sampling import make_sampling
 from engine.model.paths import leaf_paths, merge
 from engine.storage.adapter import save_adapter
 from engine.storage.digest import digest
-from stages import adapters, general, interrupt, run_folder, words
+from stages import adapters, general, run_folder
+from stages.cli import signals as interrupt
 from stages.loop import Loop
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from engine.text.batch import Batch
 from engine.text.batches import evaluation_count, evaluation_windows
 from engine.text.tokenizer import Tokenizer
 from engine.text.tokens import TokenFile
-from stages.interrupt import Watch
+from stages.cli.signals import Watch
 
 QUICK_WINDOWS = 32
 LOGITS = 64 * 2**20  # bytes of float32 logits an evaluation makes at once

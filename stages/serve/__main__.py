@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from stages import cli
-from stages.flags import Device, Model, Verbose, number, one_of, path, read, unset, whole
+from stages.cli import command as cli
+from stages.cli.flags import Device, Model, Verbose, number, one_of, path, read, unset, whole
 
 KEPT = ("bfloat16", "float32", "int8")
 

@@ -7,12 +7,13 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import UserError
-from stages import cli, interrupt
+from stages.cli import command as cli
+from stages.cli import signals as interrupt
 
 if TYPE_CHECKING:
     import socket
 
-    from stages.console import Console
+    from stages.cli.console import Console
     from stages.serve.__main__ import Serve
     from stages.serve.layout import Ahead
     from stages.serve.loading import Loaded
@@ -33,7 +34,7 @@ def run(given: "Serve") -> int:
     bound = listen.bind(given.host, given.port)
     with bound:
         interrupt.doing("before it was ready.")
-        from stages.console import Console
+        from stages.cli.console import Console
         from stages.serve.loading import load
 
         with Console() as console:
@@ -123,8 +124,8 @@ def _close(served: Any, console: "Console") -> int:
 
 
 def _say_ready(given: "Serve", bound: "socket.socket", keys: list[str], console: "Console") -> None:
-    from stages import process
-    from stages.words import duration
+    from engine.format import duration
+    from stages.cli import process
 
     taken = duration(time.perf_counter() - process.started())
     port = bound.getsockname()[1]

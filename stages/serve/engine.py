@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from engine.inference.request import Event, Request
 from engine.inference.slots import Slots
-from stages.compiles import Compiles
+from stages.cli.compiles import Compiles
 
 IDLE = 0.25  # seconds after which it goes round with nothing to do, to show that it can
 Listen = Callable[[Event], None]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from engine.model.cache.contiguous.segmented import make_spans
 
+from engine import format as words
 from engine.counting.hardware import memory_limit_bytes
 from engine.counting.params import count_params, leaf_shapes
 from engine.errors import UserError
@@ -20,7 +21,7 @@ from engine.model.config import ModelConfig
 from engine.model.paths import map_paths, nested
 from engine.model.weights.lora import LoRA
 from engine.model.weights.matmul import dense
-from stages import device, words
+from stages.cli import device
 
 if TYPE_CHECKING:
     from stages.serve.__main__ import Serve

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from engine import format as words
 from engine.errors import UserError
 from engine.inference.slots import Slots
 from engine.model.config import ModelConfig
 from engine.storage.digest import digest
 from engine.text.chat import Chat
-from stages import device, words
 from stages import load as models
-from stages.compiles import Compiles
+from stages.cli import device
+from stages.cli.compiles import Compiles
 from stages.serve.admission import Door
 from stages.serve.engine import Engine
 from stages.serve.layout import FEWER, Ahead, as_served, check_room, kept_as, options
@@ -28,7 +29,7 @@ from stages.serve.prompts import Prompts
 from stages.serve.served import Served
 
 if TYPE_CHECKING:
-    from stages.console import Console
+    from stages.cli.console import Console
     from stages.serve.__main__ import Serve
 
 HANDOVER = 0.0005  # seconds for which one thread may hold Python's lock while weights are read beside what compiles

@@ -226,7 +226,7 @@ def test_without_its_extra_it_says_how_to_get_it(folder: Path) -> None:
 def test_what_weights_are_kept_as(
     folder: Path, weights: str, capsys: pytest.CaptureFixture[str], count_compiles: list[str]
 ) -> None:
-    from stages.console import Console
+    from stages.cli.console import Console
     from stages.serve.loading import load
 
     given = dataclasses.replace(command.Serve(), model=str(folder), slots=2, weights=weights)
@@ -274,7 +274,7 @@ def test_an_adapter_is_folded_into_what_is_served(weights: str) -> None:
 
 
 def test_too_many_slots_for_memory_is_a_sentence_and_ends_what_compiles_ahead() -> None:
-    from stages.console import Console
+    from stages.cli.console import Console
     from stages.serve.command import _warm
 
     class Full:
@@ -295,7 +295,7 @@ def test_too_many_slots_for_memory_is_a_sentence_and_ends_what_compiles_ahead() 
 def test_slots_beyond_memory_are_refused_with_flags_of_this_stage(
     folder: Path, seen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stages.console import Console
+    from stages.cli.console import Console
     from stages.serve import layout, loading
 
     def full(*_: Any, **__: Any) -> None:

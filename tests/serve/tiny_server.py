@@ -30,7 +30,7 @@ def loaded(**changes: Any) -> Any:
     from engine.inference.slots import Slots
     from engine.storage.digest import digest
     from engine.text.template import FIXED_DAY
-    from stages.compiles import Compiles
+    from stages.cli.compiles import Compiles
     from stages.serve.loading import Loaded, make_chat
 
     model = tiny_model()

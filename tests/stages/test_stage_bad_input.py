@@ -13,7 +13,8 @@ import pytest
 from tiny_runs import command, tiny, write_text
 
 from engine.storage import checkpoint
-from stages import cli, evaluate, export, generate, load, run_folder, train
+from stages import evaluate, export, generate, load, run_folder, train
+from stages.cli import command as cli
 
 Failing = Callable[..., str]
 

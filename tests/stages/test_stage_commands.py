@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from tiny_runs import ROOT, command, tiny
 
-from stages import console, flags, words
+from engine import format as words
 from stages.__main__ import stages
+from stages.cli import console, flags
 
 
 @pytest.mark.parametrize("stage", ["", "train", "evaluate", "generate", "chat", "serve"])

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from engine.errors import UserError
-from stages import interrupt
+from stages.cli import signals as interrupt
 
 MISTAKE = 2
 _arguments: list[str] = []

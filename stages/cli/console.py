@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
-from stages.words import duration
+from engine.format import duration
 
 Report = Callable[[int, int], None]
 

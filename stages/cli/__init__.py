@@ -1,0 +1,1 @@
+"""The command line, without jax: commands, flags, console, signals, device."""
