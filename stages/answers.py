@@ -18,8 +18,12 @@ from engine.text.conversations import NAMED, Conversations
 from engine.text.examples import Pair, Tally
 from engine.text.packing import pairs_once
 from engine.training.preference import Preferences, margins
-from stages import data, general, lessons, run_folder, validate
-from stages.load import Model
+from stages.runs import conversations as lessons
+from stages.runs import folder as run_folder
+from stages.runs import forgetting as general
+from stages.runs import texts as data
+from stages.runs import validation as validate
+from stages.runs.load import Model
 
 if TYPE_CHECKING:
     from stages.cli.console import Console, Report

@@ -36,7 +36,7 @@ def run(given: "Train") -> int:
 
 def settled(given: "Train") -> "Train":
     """The flags with what --by-hand decides. Raises UserError where they say otherwise."""
-    from stages.run_folder import default_folder
+    from stages.runs.folder import default_folder
 
     step, moves, length = given.step, given.optimizer, given.length
     cannot = [
@@ -73,7 +73,7 @@ class ByHand(Run):
 
     def check_memory(self) -> None:
         """Raises UserError when a step would need more than there is: all it keeps is predicted by formula."""
-        from stages.plan import memory_limit
+        from stages.runs.estimate import memory_limit
 
         if self.memory() > memory_limit():
             raise UserError(
@@ -95,7 +95,7 @@ class ByHand(Run):
 
     def rows(self) -> list[tuple[str, str]]:
         """The banner, with what differs by hand."""
-        from stages.plan import ceiling, memory_limit, predict
+        from stages.runs.estimate import ceiling, memory_limit, predict
 
         rows = dict(super().rows())
         seconds = self.plan.step_flops / (EXPECTED * ceiling(self.plan.cfg, self.ceilings))
@@ -118,7 +118,7 @@ class ByHand(Run):
         import jax.numpy as jnp
 
         from engine.training.step import TrainState
-        from stages import resume
+        from stages.runs import state as resume
 
         def begin(params: Any) -> TrainState:
             none: Any = jnp.int32(0)

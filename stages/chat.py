@@ -106,7 +106,7 @@ def _begin(given: Talk, notes: "Console") -> "tuple[Session, str]":
     from engine import format as words
     from engine.inference import decode
     from engine.text.chat import Chat
-    from stages import adapters, load
+    from stages.runs import adapters, load
     from stages.session import Session, Settings
 
     source = load.template_at(given.template)

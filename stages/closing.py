@@ -7,11 +7,11 @@ from engine.counting.hardware import peak_rss_bytes
 from engine.files import whole_file
 from engine.inference.decode import for_inference, generate
 from engine.inference.sampling import make_sampling
-from stages import run_folder
 from stages.cli import signals as interrupt
-from stages.loop import Loop
-from stages.plan import ceiling, measured_ceilings
-from stages.validate import bits, rows_for, whole_text
+from stages.runs import folder as run_folder
+from stages.runs.estimate import ceiling, measured_ceilings
+from stages.runs.loop import Loop
+from stages.runs.validation import bits, rows_for, whole_text
 
 if TYPE_CHECKING:
     from stages.training import Run

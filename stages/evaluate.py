@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from engine.text.conversations import Conversations
     from engine.text.tokens import TokenFile
     from stages.cli.console import Console
-    from stages.load import Model as Loaded
+    from stages.runs.load import Model as Loaded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +56,9 @@ def evaluate(given: Evaluate) -> None:
 
     interrupt.doing("before the evaluation was done.")
     started = device.start(given.device)
-    from stages import answers, load
+    from stages import answers
     from stages.cli.console import Console
+    from stages.runs import load
 
     with Console() as console:
         said = answers.conversations(given.data)
@@ -93,7 +94,7 @@ def _on_text(given: Evaluate, model: "Loaded", console: "Console") -> None:
     from engine import format as words
     from engine.errors import UserError
     from engine.storage.digest import digest
-    from stages import validate
+    from stages.runs import validation as validate
 
     text, name = _text(given, model, console)
     cfg = model.cfg
@@ -135,7 +136,8 @@ def _on_text(given: Evaluate, model: "Loaded", console: "Console") -> None:
 def _text(given: Evaluate, model: "Loaded", console: "Console") -> "tuple[TokenFile, str]":
     """The tokens to score and what they are called."""
     from engine.errors import UserError
-    from stages import data, run_folder
+    from stages.runs import folder as run_folder
+    from stages.runs import texts as data
 
     if given.data:
         source = data.evaluated(given.data, console)

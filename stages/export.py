@@ -17,7 +17,7 @@ from stages.cli import command as cli
 from stages.cli.flags import Device, Model, Verbose, one_of, path, read, unset
 
 if TYPE_CHECKING:
-    from stages.load import Model as Loaded
+    from stages.runs.load import Model as Loaded
 
 DTYPES = ("float32", "bfloat16", "float16", "q8_0")
 WRITTEN = {
@@ -58,8 +58,8 @@ def export(given: Export) -> int:
     from engine import format as words
     from engine.errors import UserError
     from engine.model.weights.matmul import dense
-    from stages import load
     from stages.cli.console import Console
+    from stages.runs import load
 
     to_gguf = given.out.suffix == ".gguf"
     if given.adapter and (to_gguf or given.dtype):
@@ -144,7 +144,7 @@ def _write(given: Export, model: "Loaded", dtype: str, to_gguf: bool, report: An
 
 def _base(model: "Loaded") -> str:
     """What the model that an adapter was learnt about is called."""
-    from stages import run_folder
+    from stages.runs import folder as run_folder
 
     about = run_folder.read_json(model.run / "run.json") if model.run else {}
     return about.get("base", {}).get("model") or model.name

@@ -17,7 +17,7 @@ from engine.model.weights.lora import LoRA
 from engine.model.weights.matmul import dense
 from engine.storage.huggingface.peft import load_peft
 from engine.text.tokenizer import load_tokenizer
-from stages.load import Model, load_model
+from stages.runs.load import Model, load_model
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog.", "  two spaces\tand a tab\n\n\nand lines", "In 1969, 12345 people; 3.14159!",

@@ -60,9 +60,9 @@ def generate(given: Generate) -> None:
     started = device.start(given.device, decodes=True)
     from engine.inference import decode
     from engine.inference.sampling import make_sampling
-    from stages import load
     from stages.cli.compiles import Compiles
     from stages.cli.console import Console
+    from stages.runs import load
 
     notes = Console(sys.stderr)
     model = load.load_model(given.model)

@@ -6,8 +6,9 @@ from engine import format as words
 from engine.counting.hardware import peak_rss_bytes
 from engine.storage.adapter import save_adapter
 from engine.storage.digest import digest
-from stages import adapters, kept, run_folder
 from stages.cli import signals as interrupt
+from stages.runs import adapters, kept
+from stages.runs import folder as run_folder
 
 if TYPE_CHECKING:
     from stages.reinforcing import Reinforced

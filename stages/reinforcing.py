@@ -26,7 +26,7 @@ def run(given: "Reinforce") -> int:
     """Prepares, plays rounds, measures what they changed. Returns the exit code."""
     interrupt.doing("before anything was learnt.")
     device = devices.start(given.device)
-    from stages import run_folder
+    from stages.runs import folder as run_folder
 
     task = given.asked.task.partition(":")[0]
     folder = given.folder.out_dir or run_folder.default_folder(Path(given.model).stem or "model", task)
@@ -48,9 +48,10 @@ class Reinforced:
         from engine.training.optimizer import OptimizerConfig
         from engine.training.reinforce import grpo
         from engine.training.rewards import make_reward
-        from stages import learning, load
         from stages.prompts import prompts_for
-        from stages.recipes import Recipe
+        from stages.runs import load
+        from stages.runs import trainable as learning
+        from stages.runs.recipes import Recipe
 
         self.given, self.device, self.folder, self.console = given, device, folder, console
         asked, moves = given.asked, given.moves
@@ -119,7 +120,7 @@ class Reinforced:
         return self.plan.memory + answering.params + answering.cache
 
     def _check_memory(self) -> None:
-        from stages.plan import memory_limit
+        from stages.runs.estimate import memory_limit
 
         if self._memory() > memory_limit():
             raise UserError(
@@ -143,7 +144,7 @@ class Reinforced:
         """The banner."""
         from engine.counting.params import count_params
         from engine.training.rewards import TASKS
-        from stages.plan import memory_limit
+        from stages.runs.estimate import memory_limit
 
         plan, cfg, asked, moves = self.plan, self.plan.cfg, self.given.asked, self.given.moves
         limits = [f"{plan.steps:,} rounds"] if plan.steps else []
@@ -171,8 +172,11 @@ class Reinforced:
     def go(self) -> int:
         """Plays what is left to play, then compares with what was there before."""
         from engine.storage.digest import digest
-        from stages import kept, learning, reinforced, resume
+        from stages import reinforced
         from stages.rounds import Rounds
+        from stages.runs import kept
+        from stages.runs import state as resume
+        from stages.runs import trainable as learning
 
         self.learner = learning.make_learner(self.given, self.plan.cfg, self.model.params, self.plan.trained)
         self.base = digest(self.model.params)
@@ -199,7 +203,8 @@ class Reinforced:
         """run.json: everything that says how this run learns, and from what."""
         import jax
 
-        from stages import kept, run_folder
+        from stages.runs import folder as run_folder
+        from stages.runs import kept
 
         given, model = self.given, self.model
         return {

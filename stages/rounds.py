@@ -23,9 +23,9 @@ from engine.training.reinforce import Rollouts, group_advantages, log_probabilit
 from engine.training.step import TrainState, train_step
 from stages import drawing
 from stages.cli import signals as interrupt
-from stages.loop import REFUSED_IN_A_ROW, Due, Past
 from stages.prompts import Prompt
-from stages.run_folder import MetricsLog
+from stages.runs.folder import MetricsLog
+from stages.runs.loop import REFUSED_IN_A_ROW, Due, Past
 
 if TYPE_CHECKING:
     from stages.reinforcing import Reinforced

@@ -27,7 +27,7 @@ def carry_out(given: "Train", kind: "type[Run]") -> int:
     """As `run`, by another kind of run."""
     interrupt.doing("before anything was trained.")
     device = devices.start(given.device)
-    from stages import run_folder
+    from stages.runs import folder as run_folder
 
     folder = given.folder.out_dir or run_folder.default_folder(given.preset, given.text.data)
     with Console() as console:
@@ -45,7 +45,8 @@ class Run:
 
     def __init__(self, given: "Train", device: devices.Device, folder: Path, console: Console) -> None:
         from engine.text.batches import Batches
-        from stages import data, plan
+        from stages.runs import estimate as plan
+        from stages.runs import texts as data
 
         self.given, self.device, self.folder, self.console = given, device, folder, console
         self.recipe = chosen_recipe(given)
@@ -60,7 +61,7 @@ class Run:
 
     def rows(self) -> list[tuple[str, str]]:
         """The banner."""
-        from stages import plan
+        from stages.runs import estimate as plan
 
         return plan.rows(self.plan, self.device, self.data, self.ceilings, self.folder)
 
@@ -69,14 +70,15 @@ class Run:
 
     def check_memory(self) -> None:
         """Raises UserError when there is not enough for this run."""
-        from stages import plan
+        from stages.runs import estimate as plan
 
         plan.check_memory(self.plan)
 
     def go(self) -> int:
         """Trains what is left to train, then evaluates."""
-        from stages import closing, resume
-        from stages.loop import Loop
+        from stages import closing
+        from stages.runs import state as resume
+        from stages.runs.loop import Loop
 
         self.check_memory()
         before = resume.look(self.folder, self.facts(), self.plan.cfg, self.given.folder.overwrite)
@@ -98,7 +100,7 @@ class Run:
         """The state to train from, and what the run remembers."""
         from engine.training.optimizer import make_optimizer
         from engine.training.step import init_state
-        from stages import resume
+        from stages.runs import state as resume
 
         tx = make_optimizer(self.recipe.optimizer)
         return resume.restore(before, self.plan, lambda params: init_state(tx, params), self.facts(), self.console)
@@ -107,7 +109,7 @@ class Run:
         """run.json: everything that says how this run is trained."""
         import jax
 
-        from stages import run_folder
+        from stages.runs import folder as run_folder
 
         given = self.given
         return {
@@ -150,7 +152,8 @@ class Run:
             return lowered.compile()
 
     def job(self) -> Any:
-        from stages import loop, plan
+        from stages.runs import estimate as plan
+        from stages.runs import loop
 
         given = self.given.folder
         digests = {"text": self.data.digest, "tokenizer": self.data.tokenizer.digest}
@@ -167,7 +170,7 @@ class Run:
 
     def quick(self, **how: Any) -> Any:
         """The quick evaluation."""
-        from stages.validate import Quick, rows_for
+        from stages.runs.validation import Quick, rows_for
 
         cfg = self.plan.cfg
         return Quick(self.data.validation, self.data.tokenizer, cfg.context, rows_for(cfg, cfg.context), **how)
@@ -203,7 +206,7 @@ class Run:
 def chosen_recipe(given: "Train") -> Any:
     """The preset's recipe with what the flags say instead."""
     from engine.model.config import preset
-    from stages.recipes import recipe
+    from stages.runs.recipes import recipe
 
     base = recipe(given.preset, preset(given.preset).vocab)
     step, moves = given.step, given.optimizer

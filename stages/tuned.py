@@ -14,9 +14,11 @@ from engine.inference.sampling import make_sampling
 from engine.model.paths import leaf_paths, merge
 from engine.storage.adapter import save_adapter
 from engine.storage.digest import digest
-from stages import adapters, general, run_folder
 from stages.cli import signals as interrupt
-from stages.loop import Loop
+from stages.runs import adapters
+from stages.runs import folder as run_folder
+from stages.runs import forgetting as general
+from stages.runs.loop import Loop
 
 if TYPE_CHECKING:
     from stages.tuning import Tuned

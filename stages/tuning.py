@@ -16,7 +16,7 @@ from stages.cli.console import Console
 if TYPE_CHECKING:
     from engine.model.config import ModelConfig
     from stages.finetune import Finetune
-    from stages.learning import TuningPlan
+    from stages.runs.trainable import TuningPlan
 
 # JAX is started, with its allocator and its device, before anything that imports it.
 
@@ -25,7 +25,7 @@ def run(given: "Finetune") -> int:
     """Prepares, trains, measures what was learnt and what was forgotten. Returns the exit code."""
     interrupt.doing("before anything was trained.")
     device = devices.start(given.device)
-    from stages import run_folder
+    from stages.runs import folder as run_folder
 
     data = Path(given.examples.data).stem
     folder = given.folder.out_dir or run_folder.default_folder(Path(given.model).stem or "model", data)
@@ -46,7 +46,10 @@ class Tuned:
 
     def __init__(self, given: "Finetune", device: devices.Device, folder: Path, console: Console) -> None:
         from engine.text.chat import Chat
-        from stages import data, lessons, load, plan
+        from stages.runs import conversations as lessons
+        from stages.runs import estimate as plan
+        from stages.runs import load
+        from stages.runs import texts as data
 
         self.given, self.device, self.folder, self.console = given, device, folder, console
         source = load.template_at(given.examples.template)
@@ -66,8 +69,8 @@ class Tuned:
 
     def foresee(self, cfg: "ModelConfig") -> None:
         """The plan, from the architecture alone. Raises UserError, before a weight is read, for what cannot be done."""
-        from stages import learning
-        from stages.recipes import Recipe
+        from stages.runs import trainable as learning
+        from stages.runs.recipes import Recipe
 
         given, tuning, length = self.given, self.given.tuning, self.given.length
         if tuning.context > cfg.context:
@@ -89,7 +92,7 @@ class Tuned:
 
     def check_memory(self) -> None:
         """Raises UserError when a step would not fit, naming a flag with which it would."""
-        from stages.plan import memory_limit
+        from stages.runs.estimate import memory_limit
 
         limit, plan = memory_limit(), self.plan
         if plan.memory <= limit:
@@ -121,8 +124,8 @@ class Tuned:
     def rows(self) -> list[tuple[str, str]]:
         """The banner."""
         from engine.counting.params import count_params
-        from stages import learning
-        from stages.plan import ceiling, memory_limit, predict
+        from stages.runs import trainable as learning
+        from stages.runs.estimate import ceiling, memory_limit, predict
 
         plan, lessons, cfg = self.plan, self.lessons, self.plan.cfg
         top = ceiling(cfg, self.ceilings)
@@ -156,8 +159,11 @@ class Tuned:
     def go(self) -> int:
         """Trains what is left to train, then compares with what was there before."""
         from engine.storage.digest import digest
-        from stages import kept, learning, resume, tuned
-        from stages.loop import Loop
+        from stages import tuned
+        from stages.runs import kept
+        from stages.runs import state as resume
+        from stages.runs import trainable as learning
+        from stages.runs.loop import Loop
 
         self.learner = learning.make_learner(self.given, self.plan.cfg, self.model.params, self.plan.trained)
         self.base = digest(self.model.params)
@@ -218,7 +224,7 @@ class Tuned:
 
     def batches(self) -> Any:
         """What is learnt, step by step; made once, for a preference needs what the model said before."""
-        from stages import lessons
+        from stages.runs import conversations as lessons
 
         if not hasattr(self, "_batches"):
             given, tuning = self.given, self.given.tuning
@@ -231,7 +237,7 @@ class Tuned:
 
     def _preferred(self, pairs: Any, batch: int) -> Any:
         from engine.model.paths import merge
-        from stages import lessons
+        from stages.runs import conversations as lessons
 
         learner = self.learner
         base = learner.frozen if learner.trained.adapted else merge(learner.trainable, learner.frozen)
@@ -239,7 +245,7 @@ class Tuned:
 
     def held_out(self, most: int | None = None) -> Any:
         """The looks at what is held out; `most` bounds the examples of a quick one."""
-        from stages import lessons
+        from stages.runs import conversations as lessons
 
         chosen = self.lessons.held_out[:most]
         objective = self.objective()
@@ -250,7 +256,9 @@ class Tuned:
         return lessons.HeldOut(batches, self.learner.frozen, objective, "preference loss")
 
     def job(self, buffer: int) -> Any:
-        from stages import lessons, loop, plan
+        from stages.runs import conversations as lessons
+        from stages.runs import estimate as plan
+        from stages.runs import loop
 
         given = self.given.folder
         return loop.Job(
@@ -268,7 +276,8 @@ class Tuned:
         """run.json: everything that says how this run is trained, and on what."""
         import jax
 
-        from stages import kept, run_folder
+        from stages.runs import folder as run_folder
+        from stages.runs import kept
 
         given, model = self.given, self.model
         return {

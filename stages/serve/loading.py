@@ -18,9 +18,9 @@ from engine.inference.slots import Slots
 from engine.model.config import ModelConfig
 from engine.storage.digest import digest
 from engine.text.chat import Chat
-from stages import load as models
 from stages.cli import device
 from stages.cli.compiles import Compiles
+from stages.runs import load as models
 from stages.serve.admission import Door
 from stages.serve.engine import Engine
 from stages.serve.layout import FEWER, Ahead, as_served, check_room, kept_as, options
@@ -126,7 +126,7 @@ def _laid_out(model: models.Model, given: "Serve", started: device.Device) -> tu
     weights, cfg = kept_as(model.cfg, given, started)
     params = model.params
     if given.adapter:
-        from stages.adapters import with_adapters
+        from stages.runs.adapters import with_adapters
 
         params = with_adapters(model, [given.adapter])
     params = jax.block_until_ready(as_served(cfg, params, weights))

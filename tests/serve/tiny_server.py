@@ -17,7 +17,7 @@ SLOTS, QUEUE, CAPACITY, CHUNK, TAIL = 3, 4, 150, 16, 8
 @functools.cache
 def tiny_model() -> Any:
     """As `load_model` gives it: ChatML's control tokens, 334 tokens in all."""
-    from stages.load import Model
+    from stages.runs.load import Model
 
     tokenizer = chat_tokenizer()
     cfg = tiny_config(vocab=tokenizer.vocab)

@@ -13,8 +13,10 @@ import pytest
 from tiny_runs import command, tiny, write_text
 
 from engine.storage import checkpoint
-from stages import evaluate, export, generate, load, run_folder, train
+from stages import evaluate, export, generate, train
 from stages.cli import command as cli
+from stages.runs import folder as run_folder
+from stages.runs import load
 
 Failing = Callable[..., str]
 

@@ -15,7 +15,7 @@ from tiny_runs import tiny
 from engine.storage import checkpoint
 from engine.storage.digest import digest
 from stages import evaluate, generate, train
-from stages.run_folder import read_json
+from stages.runs.folder import read_json
 
 STEPS = 12
 

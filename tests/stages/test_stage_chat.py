@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from tiny_runs import ROOT, command
 
-from stages import chat, load
+from stages import chat
+from stages.runs import load
 from stages.session import Session, Settings, TooLong
 
 QUICK = ("--temperature", "0", "--max-tokens", "6")

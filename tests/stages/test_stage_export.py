@@ -19,7 +19,8 @@ from engine.model.transformer import forward
 from engine.model.weights.lora import make_adapter
 from engine.model.weights.matmul import dense
 from engine.storage.huggingface import safetensors
-from stages import evaluate, export, export_check, generate, load
+from stages import evaluate, export, export_check, generate
+from stages.runs import load
 
 
 def exported(model: Path, out: Path, *flags: object) -> Path:

@@ -20,8 +20,10 @@ from tiny_runs import WORDS, command
 from engine.model.paths import leaf_paths
 from engine.storage.adapter import load_adapter, save_adapter
 from engine.storage.digest import digest
-from stages import chat, evaluate, finetune, generate, lessons, load
-from stages.adapters import with_adapters
+from stages import chat, evaluate, finetune, generate
+from stages.runs import conversations as lessons
+from stages.runs import load
+from stages.runs.adapters import with_adapters
 
 WORD = WORDS.split()
 STEPS = 30
@@ -315,7 +317,7 @@ def test_an_adapter_that_does_not_fit_its_model_is_damaged(adapted: tuple[Path, 
 def test_not_enough_memory_is_predicted(
     trained: Path, chats: Path, tmp_path: Path, failing: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stages import plan
+    from stages.runs import estimate as plan
 
     def read(*_: object, **__: object) -> None:
         raise AssertionError("weights were read before it was known whether there is room")

@@ -10,7 +10,7 @@ from tiny_runs import command
 from engine.text.tokenizer import byte_tokenizer
 from engine.text.tokens import token_file
 from stages import evaluate, generate
-from stages.run_folder import read_json
+from stages.runs.folder import read_json
 
 
 def wrote(capsys: pytest.CaptureFixture[str], model: Path, *flags: object) -> tuple[str, str]:
@@ -107,7 +107,7 @@ def test_a_model_without_a_result_or_optimizer_is_still_read(
 
 
 def test_quick_look_is_at_the_text_itself(text: Path) -> None:
-    from stages import validate
+    from stages.runs import validation as validate
 
     tokenizer = byte_tokenizer()
     tokens = token_file([text.read_text()[:1000]], tokenizer)

@@ -94,7 +94,7 @@ def test_a_signal_before_training_ends_promptly(
 
 def test_a_second_signal_is_immediate(started: list[subprocess.Popen], text: Path, tmp_path: Path) -> None:
     program = (
-        "import sys, time, stages.loop as l; "
+        "import sys, time, stages.runs.loop as l; "
         "l.Loop._count = lambda *_: print('busy', flush=True) or time.sleep(60); "
         "from stages import train; sys.exit(train.main(sys.argv[1:]))"
     )

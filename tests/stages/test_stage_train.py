@@ -16,8 +16,9 @@ from engine.storage import checkpoint
 from engine.storage.digest import digest
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state
-from stages import loop, train
-from stages.run_folder import read_config, read_json
+from stages import train
+from stages.runs import loop
+from stages.runs.folder import read_config, read_json
 
 RESULT = ("val_bits_per_byte", "train_seconds", "first_step_seconds", "peak_rss_bytes", "tokens_per_second", "mfu")
 

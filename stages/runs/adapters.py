@@ -10,7 +10,7 @@ from engine.storage.adapter import load_adapter
 from engine.storage.digest import digest
 
 if TYPE_CHECKING:
-    from stages.load import Model
+    from stages.runs.load import Model
 
 FOLDER = "adapter"  # in a run folder
 

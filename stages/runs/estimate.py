@@ -18,8 +18,8 @@ from engine.text.tokens import TokenFile
 from engine.training.loss import loss_chunks
 from stages.cli.console import Console
 from stages.cli.device import Device
-from stages.data import Data
-from stages.recipes import Recipe
+from stages.runs.texts import Data
+from stages.runs.recipes import Recipe
 
 MEASURE = (
     "from engine.allocator import keep_freed_memory; keep_freed_memory(); "

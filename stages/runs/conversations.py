@@ -26,7 +26,7 @@ from stages.cli.signals import Watch
 
 if TYPE_CHECKING:
     from stages.finetune import Finetune
-    from stages.load import Model
+    from stages.runs.load import Model
 
 HELD_OUT = 0.1
 ROWS = 2  # that an evaluation scores together

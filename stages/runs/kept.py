@@ -13,10 +13,11 @@ from engine.storage import checkpoint
 from engine.text.chat import Chat
 from engine.training.optimizer import make_optimizer
 from engine.training.step import TrainState, init_state
-from stages import load, resume
+from stages.runs import load
+from stages.runs import state as resume
 from stages.cli.console import Console
-from stages.learning import Learner, TuningPlan
-from stages.loop import Past
+from stages.runs.trainable import Learner, TuningPlan
+from stages.runs.loop import Past
 
 if TYPE_CHECKING:
     from stages.finetune import Finetune

@@ -15,10 +15,10 @@ from engine.model.transformer import init_params
 from engine.storage import checkpoint
 from engine.text.tokenizer import Tokenizer
 from engine.training.step import TrainState
-from stages import run_folder
+from stages.runs import folder as run_folder
 from stages.cli.console import Console
-from stages.loop import Past
-from stages.plan import Plan
+from stages.runs.loop import Past
+from stages.runs.estimate import Plan
 
 
 @dataclasses.dataclass(frozen=True)

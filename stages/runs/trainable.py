@@ -18,7 +18,7 @@ from engine.training.freeze import choose, split
 from engine.training.lora import add_lora, fold_lora, lora_targets
 from engine.training.loss import loss_chunks
 from engine.training.optimizer import OptimizerConfig
-from stages.plan import Plan
+from stages.runs.estimate import Plan
 
 if TYPE_CHECKING:
     from stages.finetune import Finetune, Lora

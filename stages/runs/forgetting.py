@@ -5,10 +5,10 @@ import dataclasses
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
 from engine.text.tokenizer import Tokenizer
-from stages import data
+from stages.runs import texts as data
 from stages.cli.console import Console
-from stages.lessons import ROWS
-from stages.validate import bits, whole_text
+from stages.runs.conversations import ROWS
+from stages.runs.validation import bits, whole_text
 
 WINDOW = 256  # tokens scored at once
 TOKENS = 8192  # of the text

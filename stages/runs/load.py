@@ -17,7 +17,7 @@ from engine.storage.gguf.load import load_gguf
 from engine.storage.huggingface.folder import load_folder
 from engine.storage.loaded import LoadedModel
 from engine.text.tokenizer import Tokenizer, load_tokenizer
-from stages import run_folder
+from stages.runs import folder as run_folder
 from stages.cli.console import Console
 
 KINDS = (
@@ -125,7 +125,7 @@ def _run(path: Path, given: str, known: Known) -> Model:
 
 def _adapted(run: Path, about: dict[str, Any], known: Known) -> Model:
     """A run that learnt an adapter: the model it was learnt about, with the adapter on it and the run's own words."""
-    from stages.adapters import FOLDER, with_adapters
+    from stages.runs.adapters import FOLDER, with_adapters
 
     if not (run / FOLDER).is_dir():
         raise UserError(

@@ -21,8 +21,8 @@ from engine.training.optimizer import make_schedule
 from engine.training.step import TrainState
 from stages.cli import signals as interrupt
 from stages.cli.console import Console
-from stages.plan import Plan
-from stages.run_folder import MetricsLog
+from stages.runs.estimate import Plan
+from stages.runs.folder import MetricsLog
 
 REFUSED_IN_A_ROW = 10
 RECENT = 20  # steps over which speed is averaged
