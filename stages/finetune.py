@@ -22,7 +22,7 @@ from typing import Annotated, Literal
 from engine.errors import UserError
 from stages.cli import command as cli
 from stages.cli.flags import Device, Verbose, every, number, one_of, path, read, unset, whole
-from stages.train import Length
+from stages.train.flags import Length
 
 TARGETS = "q, k, v, out, gate, up, down, or all"
 

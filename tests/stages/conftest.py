@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import tiny, write_text
 
-from stages import train
+from stages.train import flags as train
 
 
 @pytest.fixture(scope="session")

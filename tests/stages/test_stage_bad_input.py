@@ -13,10 +13,11 @@ import pytest
 from tiny_runs import command, tiny, write_text
 
 from engine.storage import checkpoint
-from stages import evaluate, export, generate, train
+from stages import evaluate, export, generate
 from stages.cli import command as cli
 from stages.runs import folder as run_folder
 from stages.runs import load
+from stages.train import flags as train
 
 Failing = Callable[..., str]
 

@@ -14,8 +14,9 @@ from tiny_runs import tiny
 
 from engine.storage import checkpoint
 from engine.storage.digest import digest
-from stages import evaluate, generate, train
+from stages import evaluate, generate
 from stages.runs.folder import read_json
+from stages.train import flags as train
 
 STEPS = 12
 

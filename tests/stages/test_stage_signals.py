@@ -12,7 +12,7 @@ import pytest
 from tiny_runs import ROOT, tiny, typed
 
 from engine.storage import checkpoint
-from stages import train
+from stages.train import flags as train
 
 LONG = ("--steps", 1_000_000, "--save-every", 5, "--eval-every", 1_000_000)
 
@@ -75,7 +75,7 @@ def test_a_signal_before_training_ends_promptly(
 ) -> None:
     # Minutes in a library that does not let Python's handlers run, as compiling does.
     program = (
-        "import hashlib, sys, stages.training as t; "
+        "import hashlib, sys, stages.train.run as t; "
         "t.Run.compile = lambda *_: print('busy', flush=True) or hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9); "
         "from stages import train; sys.exit(train.main(sys.argv[1:]))"
     )

@@ -16,9 +16,9 @@ from engine.storage import checkpoint
 from engine.storage.digest import digest
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state
-from stages import train
 from stages.runs import loop
 from stages.runs.folder import read_config, read_json
+from stages.train import flags as train
 
 RESULT = ("val_bits_per_byte", "train_seconds", "first_step_seconds", "peak_rss_bytes", "tokens_per_second", "mfu")
 

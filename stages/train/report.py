@@ -14,7 +14,7 @@ from stages.runs.loop import Loop
 from stages.runs.validation import bits, rows_for, whole_text
 
 if TYPE_CHECKING:
-    from stages.training import Run
+    from stages.train.run import Run
 
 SAMPLE = 160  # tokens
 LONG = 60.0  # seconds of training

@@ -13,7 +13,7 @@ from stages.cli import signals as interrupt
 from stages.cli.console import Console
 
 if TYPE_CHECKING:
-    from stages.train import Train
+    from stages.train.flags import Train
 
 # JAX is started, with its allocator and its device, before anything that imports it.
 
@@ -76,9 +76,9 @@ class Run:
 
     def go(self) -> int:
         """Trains what is left to train, then evaluates."""
-        from stages import closing
         from stages.runs import state as resume
         from stages.runs.loop import Loop
+        from stages.train import report as closing
 
         self.check_memory()
         before = resume.look(self.folder, self.facts(), self.plan.cfg, self.given.folder.overwrite)
@@ -177,7 +177,7 @@ class Run:
 
     def sample(self, state: Any) -> str:
         """What the trained model writes."""
-        from stages import closing
+        from stages.train import report as closing
 
         return closing.sample(self, state)
 

@@ -140,14 +140,14 @@ class Train:
 
 def train(given: Train) -> int:
     if not given.by_hand:
-        from stages import training
+        from stages.train import run as training
 
         return training.run(given)
     from stages.cli import process
 
     if PRESETS[given.preset].width < NARROW:
         process.keep_numpy_to_one_thread()
-    from stages import by_hand
+    from stages.train import by_hand
 
     return by_hand.run(given)
 

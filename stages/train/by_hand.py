@@ -18,10 +18,10 @@ from engine.by_hand.generate import generate
 from engine.by_hand.model import kept_numbers
 from engine.errors import UserError
 from stages.cli import signals as interrupt
-from stages.training import Run, carry_out
+from stages.train.run import Run, carry_out
 
 if TYPE_CHECKING:
-    from stages.train import Train
+    from stages.train.flags import Train
 
 SECONDS = 60.0
 SAMPLE = 160  # tokens
@@ -30,7 +30,7 @@ EXPECTED = 0.15  # of the float32 ceiling, as measured with the tiny preset, who
 
 
 def run(given: "Train") -> int:
-    """As `stages.training.run`. Raises UserError for flags that only the JAX step knows."""
+    """As `stages.train.run.run`. Raises UserError for flags that only the JAX step knows."""
     return carry_out(settled(given), ByHand)
 
 
