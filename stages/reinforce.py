@@ -19,7 +19,7 @@ from typing import Annotated
 
 from stages.cli import command as cli
 from stages.cli.flags import Device, Verbose, every, number, path, read, seconds, unset, whole
-from stages.finetune import Learns, Lora
+from stages.finetune.flags import Learns, Lora
 
 
 @dataclasses.dataclass(frozen=True)

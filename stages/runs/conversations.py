@@ -25,7 +25,7 @@ from stages.cli.console import Console
 from stages.cli.signals import Watch
 
 if TYPE_CHECKING:
-    from stages.finetune import Finetune
+    from stages.finetune.flags import Finetune
     from stages.runs.load import Model
 
 HELD_OUT = 0.1

@@ -20,7 +20,7 @@ from stages.runs.trainable import Learner, TuningPlan
 from stages.runs.loop import Past
 
 if TYPE_CHECKING:
-    from stages.finetune import Finetune
+    from stages.finetune.flags import Finetune
     from stages.reinforce import Reinforce
 
 

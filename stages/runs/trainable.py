@@ -21,7 +21,7 @@ from engine.training.optimizer import OptimizerConfig
 from stages.runs.estimate import Plan
 
 if TYPE_CHECKING:
-    from stages.finetune import Finetune, Lora
+    from stages.finetune.flags import Finetune, Lora
     from stages.reinforce import Reinforce
 
 

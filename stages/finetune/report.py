@@ -21,7 +21,7 @@ from stages.runs import forgetting as general
 from stages.runs.loop import Loop
 
 if TYPE_CHECKING:
-    from stages.tuning import Tuned
+    from stages.finetune.run import Tuned
 
 SAMPLE = 90  # tokens
 QUESTION = "What should I do when I cannot sleep?"

@@ -184,7 +184,7 @@ class Finetune:
 
 
 def finetune(given: Finetune) -> int:
-    from stages import tuning
+    from stages.finetune import run as tuning
 
     return tuning.run(given)
 

@@ -15,7 +15,7 @@ from stages.cli.console import Console
 
 if TYPE_CHECKING:
     from engine.model.config import ModelConfig
-    from stages.finetune import Finetune
+    from stages.finetune.flags import Finetune
     from stages.runs.trainable import TuningPlan
 
 # JAX is started, with its allocator and its device, before anything that imports it.
@@ -117,7 +117,7 @@ class Tuned:
     def _as_lora(plan: "TuningPlan") -> "TuningPlan":
         """The same with the usual adapter in place of weights that learn."""
         from engine.counting.trained import lora
-        from stages.finetune import Lora
+        from stages.finetune.flags import Lora
 
         return dataclasses.replace(plan, trained=lora(plan.cfg, Lora().rank))
 
@@ -159,7 +159,7 @@ class Tuned:
     def go(self) -> int:
         """Trains what is left to train, then compares with what was there before."""
         from engine.storage.digest import digest
-        from stages import tuned
+        from stages.finetune import report as tuned
         from stages.runs import kept
         from stages.runs import state as resume
         from stages.runs import trainable as learning
