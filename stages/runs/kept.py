@@ -21,7 +21,7 @@ from stages.runs.loop import Past
 
 if TYPE_CHECKING:
     from stages.finetune.flags import Finetune
-    from stages.reinforce import Reinforce
+    from stages.reinforce.flags import Reinforce
 
 
 def restore(before: resume.Before | None, learner: Learner, plan: TuningPlan, console: Console) -> tuple[TrainState, Past]:

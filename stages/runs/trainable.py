@@ -22,7 +22,7 @@ from stages.runs.estimate import Plan
 
 if TYPE_CHECKING:
     from stages.finetune.flags import Finetune, Lora
-    from stages.reinforce import Reinforce
+    from stages.reinforce.flags import Reinforce
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from stages.cli import signals as interrupt
 from stages.cli.console import Console
 
 if TYPE_CHECKING:
-    from stages.reinforce import Reinforce
+    from stages.reinforce.flags import Reinforce
 
 TOKENS = 48  # of an answer, where the context has room for them
 ROUNDED = 32  # places a row is a multiple of
@@ -48,7 +48,7 @@ class Reinforced:
         from engine.training.optimizer import OptimizerConfig
         from engine.training.reinforce import grpo
         from engine.training.rewards import make_reward
-        from stages.prompts import prompts_for
+        from stages.reinforce.data import prompts_for
         from stages.runs import load
         from stages.runs import trainable as learning
         from stages.runs.recipes import Recipe
@@ -172,8 +172,8 @@ class Reinforced:
     def go(self) -> int:
         """Plays what is left to play, then compares with what was there before."""
         from engine.storage.digest import digest
-        from stages import reinforced
-        from stages.rounds import Rounds
+        from stages.reinforce import report as reinforced
+        from stages.reinforce.rounds import Rounds
         from stages.runs import kept
         from stages.runs import state as resume
         from stages.runs import trainable as learning

@@ -11,8 +11,8 @@ from stages.runs import adapters, kept
 from stages.runs import folder as run_folder
 
 if TYPE_CHECKING:
-    from stages.reinforcing import Reinforced
-    from stages.rounds import Draw, Rounds
+    from stages.reinforce.rounds import Draw, Rounds
+    from stages.reinforce.run import Reinforced
 
 SHOWN = 3  # held-out prompts whose answers are shown
 WIDE = 100  # characters of an answer that are

@@ -105,7 +105,7 @@ class Reinforce:
 
 
 def reinforce(given: Reinforce) -> int:
-    from stages import reinforcing
+    from stages.reinforce import run as reinforcing
 
     return reinforcing.run(given)
 

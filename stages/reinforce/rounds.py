@@ -21,14 +21,14 @@ from engine.training.lora import fold_lora
 from engine.training.optimizer import make_optimizer
 from engine.training.reinforce import Rollouts, group_advantages, log_probabilities
 from engine.training.step import TrainState, train_step
-from stages import drawing
 from stages.cli import signals as interrupt
-from stages.prompts import Prompt
+from stages.reinforce import rollouts as drawing
+from stages.reinforce.data import Prompt
 from stages.runs.folder import MetricsLog
 from stages.runs.loop import REFUSED_IN_A_ROW, Due, Past
 
 if TYPE_CHECKING:
-    from stages.reinforcing import Reinforced
+    from stages.reinforce.run import Reinforced
 
 STAYS = 5.0  # seconds between lines that stay on a terminal
 
