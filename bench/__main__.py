@@ -74,15 +74,15 @@ def measured(flags: Flags) -> dict[str, Any]:
         for name, line in found.items():
             print(f"  python -m bench.{name:<{width}}  {line}")
         return {"measurements": found}
-    from bench.show import show
-    from bench.stage_table import Asked, stage_table
+    from bench.table.measure import Asked, stage_table
+    from bench.table.print import show
 
     names = (field.name for field in dataclasses.fields(Asked))
     document = stage_table(Asked(**{name: getattr(flags, name) for name in names} | {"price": dollars(flags.price)}))
     if not flags.json:
         show(document)
     if flags.out:
-        from bench.report import write_report
+        from bench.report.page.page import write_report
 
         print(f"the report: {write_report(flags.out, document)}", file=sys.stderr)
     return document

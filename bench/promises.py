@@ -150,7 +150,7 @@ def show(lines: Sequence[Line]) -> None:
     from rich import box
     from rich.table import Table
 
-    from bench.show import console
+    from bench.table.print import console
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for head in ("", "promise", "figure wanted", "figure measured", "kept?"):

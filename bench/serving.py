@@ -160,8 +160,8 @@ def _show(found: dict[str, Any]) -> None:
     from rich import box
     from rich.table import Table
 
-    from bench.quantities import money, si
-    from bench.show import console
+    from bench.format import money, si
+    from bench.table.print import console
 
     out = console()
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from bench.claims import Observed, claims
+from bench.table.claims import Observed, claims
 
 SEEN = Observed(
     params=10**6, neighbours=7, same_bits=True, generated=100, bits_before="0x1p+0", bits_after="0x1p+0", digest_before="ab",

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from tiny import lively_params, tiny_config
 
-from bench.inference_rows import two_digits
-from bench.products import products
+from bench.table.inference_rows import two_digits
+from bench.table.products import products
 from engine.counting.programs import decode_program
 from engine.counting.walk import count
 from engine.counting.xla import xla_cost

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from bench.__main__ import main, measurements
-from bench.foreseen import round_seconds, table_bytes, takes_long
+from bench.table.estimate import round_seconds, table_bytes, takes_long
 from engine.counting.hardware import Ceilings
 from engine.model.config import PRESETS
 from engine.storage.huggingface.config import config_to

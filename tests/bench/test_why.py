@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from bench.rows import Row
-from bench.why import ceiling, why, why_peak
+from bench.table.explain import ceiling, why, why_peak
+from bench.table.row import Row
 from engine.counting.flops import Flops, Part
 from engine.counting.hardware import Ceilings
 from engine.counting.walk import Work

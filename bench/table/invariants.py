@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from engine.model.cache.contiguous.contiguous import KVCache, make_cache
 
-from bench.claims import Observed
+from bench.table.claims import Observed
 from engine.inference.decode import CHUNK, decode_step, decode_steps, prefill
 from engine.inference.sampling import make_sampling
 from engine.inference.score import score

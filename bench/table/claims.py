@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from bench.quantities import money, percent, si, spoken, times
+from bench.format import money, percent, si, spoken, times
 
 FINE_TUNING_TOKENS = 1_000_000
 TOKENS_PER_PARAMETER = 20  # of a compute-optimal pre-training run (Hoffmann et al. 2022, 2203.15556, table 3)

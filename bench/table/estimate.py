@@ -35,7 +35,7 @@ def _parameters(name: str) -> int:
 
 def table_bytes(cfg: ModelConfig, batch: int, context: int) -> int:
     """Predicted bytes of the whole table: each row keeps what it learns, and the largest step comes on top."""
-    from bench.training_rows import learners
+    from bench.table.training_rows import learners
 
     steps = [training_memory(cfg, batch, context, trained=learner.trained) for learner in learners(cfg)]
     held = sum(step.gradients + step.optimizer for step in steps)
@@ -58,7 +58,7 @@ def takes_long(cfg: ModelConfig, batch: int, context: int, seconds: float, round
 
 def round_seconds(cfg: ModelConfig, batch: int, context: int, ceilings: Ceilings) -> float:
     """Predicted seconds of a round, roughly: what is multiplied and moved, at SUSTAINED of this machine's ceilings."""
-    from bench.training_rows import learners
+    from bench.table.training_rows import learners
 
     ways = [learner.trained for learner in learners(cfg)]
     steps = sum(gradient_program(cfg, batch, context, trained=trained).total for trained in ways)

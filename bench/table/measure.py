@@ -34,8 +34,8 @@ def stage_table(asked: Asked) -> dict[str, Any]:
     begin = clock()
     _check(asked)
     from bench.cli import start_jax
-    from bench.foreseen import check_memory, takes_long
     from bench.models import config_of, drawn, loaded
+    from bench.table.estimate import check_memory, takes_long
     from engine.model.config import preset
 
     check_memory(config_of(asked.model) if asked.model else preset(asked.preset), asked.batch, asked.context)
@@ -59,7 +59,7 @@ def stage_table(asked: Asked) -> dict[str, Any]:
     by_name = {row.name: row for row in rows}
     forward = by_name["evaluation forward"]
     before = {row.name: _leaf_digests(row.weights()) for row in rows}
-    from bench.observe import loss_of, observe
+    from bench.table.invariants import loss_of, observe
 
     frozen, batch, int8 = extra.pop("frozen"), extra.pop("batch"), extra.pop("int8")
     model_before = (loss_of(model.cfg, frozen, batch), digest(frozen))
@@ -96,7 +96,7 @@ def stage_table(asked: Asked) -> dict[str, Any]:
         model.cfg, frozen, batch, count=count_params(model.cfg).total, length=asked.context, before=model_before,
         generated=drawn_tokens, uncached=(timings["uncached"].median, asked.context), int8=int8,
     )  # fmt: skip
-    from bench.claims import claims
+    from bench.table.claims import claims
 
     words = ["python", "-m", "bench", *_words(asked)]
     return {
@@ -122,11 +122,11 @@ def _built(model: Any, asked: Asked) -> Iterator[tuple[Any, dict[str, Any]]]:
     import jax.numpy as jnp
     import numpy as np
 
-    from bench.by_hand_rows import by_hand_rows
-    from bench.inference_rows import decode_row, evaluation_row, prefill_row, uncached
     from bench.models import tokens_for
-    from bench.served_rows import served_rows
-    from bench.training_rows import learners, training_row
+    from bench.table.by_hand_rows import by_hand_rows
+    from bench.table.inference_rows import decode_row, evaluation_row, prefill_row, uncached
+    from bench.table.slot_rows import served_rows
+    from bench.table.training_rows import learners, training_row
     from engine.inference.decode import for_inference
     from engine.inference.quantize import quantize
     from engine.text.batch import Batch
@@ -172,7 +172,7 @@ def _document(
     row: Any, timings: dict[str, Any], times: Any, forward: Any, ceilings: Any, changed: str, price: float
 ) -> dict[str, Any]:
     """A row as the JSON document has it: everything a token."""
-    from bench.why import ceiling, why, why_peak
+    from bench.table.explain import ceiling, why, why_peak
 
     timing, ahead, alone = timings[row.name], timings[forward.name].median, timings.get(f"{row.name}: products")
     took = timing.median

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bench.rows import Row
+from bench.table.row import Row
 from engine.counting.memory import training_memory
 from engine.counting.programs import gradient_program
 from engine.counting.traffic import train_bytes

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from engine.model.cache.contiguous.contiguous import KVCache, make_cache
 
-from bench.products import products_alone
-from bench.rows import Row
+from bench.table.products import products_alone
+from bench.table.row import Row
 from engine.counting.memory import InferenceMemory, inference_memory
 from engine.counting.programs import decode_program, prefill_program, score_program
 from engine.counting.traffic import decode_bytes, forward_bytes, prefill_bytes

@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from bench.quantities import percent
-from bench.svg import (
+from bench.format import percent
+from bench.report.page.svg import (
     Scale,
     apart,
     decade_ticks,
@@ -18,7 +18,7 @@ from bench.svg import (
     shortened,
     text,
     titled,
-)  # fmt: skip
+)
 
 Point = tuple[float, float]
 

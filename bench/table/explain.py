@@ -1,7 +1,7 @@
 """Why a row takes another time than its FLOPs say: the parts of its cost that are not products, in words with numbers."""
 
-from bench.quantities import si
-from bench.rows import Row
+from bench.format import si
+from bench.table.row import Row
 from engine.counting.hardware import Ceilings
 
 TOLERATED = 0.15  # of the predicted ratio

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from engine.model.cache.contiguous.segmented import make_spans
 
-from bench.rows import Row
+from bench.table.row import Row
 from engine.counting.flops import Flops, Part, prefill_flops
 from engine.counting.memory import inference_memory
 from engine.counting.traffic import prefill_bytes

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.quantities import ABSENT, money, percent, si, spoken, times
+from bench.format import ABSENT, money, percent, si, spoken, times
 
 Document = Mapping[str, Any]
 

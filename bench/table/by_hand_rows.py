@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.rows import Row
+from bench.table.row import Row
 from engine.by_hand.model import forward, loss_and_gradient
 from engine.by_hand.tree import arrays
 from engine.counting.flops import forward_flops, train_flops

@@ -7,11 +7,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from bench.claims import GENERATED_CHEAPER
-from bench.markdown import markdown
-from bench.plots import Figure, decode_figure, decoding, flops_figure, life_figure, memory_figure, training
-from bench.quantities import money, number, si, spoken, times
-from bench.report_table import again, stages_section
+from bench.format import money, number, si, spoken, times
+from bench.report.page.figures import Figure, decode_figure, decoding, flops_figure, life_figure, memory_figure, training
+from bench.report.page.markdown import markdown
+from bench.report.page.stage_rows import again, stages_section
+from bench.table.claims import GENERATED_CHEAPER
 from engine.errors import UserError
 from engine.files import whole_file
 

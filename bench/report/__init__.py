@@ -1,0 +1,1 @@
+"""The stage table as a page, a picture and Markdown."""

@@ -1,0 +1,1 @@
+"""The stage table: its rows, its claims, its terminal output."""
