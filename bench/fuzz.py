@@ -4,7 +4,7 @@ import json
 import random
 from typing import Any, NamedTuple
 
-from bench.load import chat, completion, words
+from bench.serving.load import chat, completion, words
 
 NUMBERS = (
     -1,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import cli
-from bench.peer import Peer, PeerError, started
+from bench.peers.process import Peer, PeerError, started
 from bench.timing import Timing
 from engine.errors import UserError
 

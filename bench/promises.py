@@ -11,9 +11,9 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from bench.http_client import Answer
-from bench.load import completion, words
-from bench.server import Server
+from bench.serving.http_client import Answer
+from bench.serving.load import completion, words
+from bench.serving.server import Server
 from engine.counting.hardware import clock
 from engine.errors import UserError, nearest
 

@@ -5,9 +5,9 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from bench.http_client import raw
-from bench.load import completion
 from bench.promises import Figure, Outcome, Promise, Trial
+from bench.serving.http_client import raw
+from bench.serving.load import completion
 from engine.counting.hardware import clock
 from engine.errors import UserError
 from engine.text.template import Template

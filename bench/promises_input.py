@@ -7,9 +7,9 @@ import sys
 import tempfile
 
 from bench.fuzz import fuzzed
-from bench.http_client import Answer
-from bench.load import percentile
 from bench.promises import MS, Figure, Outcome, Promise, Trial, server_errors
+from bench.serving.http_client import Answer
+from bench.serving.load import percentile
 from engine.counting.hardware import clock
 
 PROBES = 20  # a second

@@ -6,9 +6,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench.load import completion, post, told, words
 from bench.promises import Figure, Outcome, Promise, Trial
-from bench.server import Server
+from bench.serving.load import completion, post, told, words
+from bench.serving.server import Server
 from engine.counting.hardware import clock
 from engine.text.template import WORKER
 

@@ -4,9 +4,9 @@ import asyncio
 import math
 from typing import Any
 
-from bench.http_client import Answer, connect
-from bench.load import closed_loop, completion, percentile, post, told, words
 from bench.promises import GENERATED, MS, RUNNING, Figure, Outcome, Promise, Trial, server_errors, settled
+from bench.serving.http_client import Answer, connect
+from bench.serving.load import closed_loop, completion, percentile, post, told, words
 from engine.counting.hardware import clock
 from engine.inference.slots import CHUNK
 

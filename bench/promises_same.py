@@ -7,9 +7,9 @@ from collections import defaultdict
 from typing import Any
 
 from bench.fuzz import fuzzed
-from bench.http_client import Client
-from bench.load import Told, chat, completion, post, told, words
 from bench.promises import Figure, Outcome, Promise, Trial
+from bench.serving.http_client import Client
+from bench.serving.load import Told, chat, completion, post, told, words
 
 REPEATED = (
     completion("The capital of France is", 10, logprobs=2),

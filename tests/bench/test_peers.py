@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import peer as module
-from bench import peers, steps
-from bench.peer import Peer, PeerError, started
+from bench import steps
+from bench.peers import __main__ as peers
+from bench.peers import process as module
+from bench.peers.process import Peer, PeerError, started
 from engine.errors import UserError
 
 BENCH = Path(module.__file__).parent

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from openai_like import completed, pretended
 from tiny import lively_params, tiny_config
 
-from bench import promises_input, promises_life, promises_same, serving
+from bench import promises_input, promises_life, promises_same
 from bench.fuzz import fuzzed
-from bench.http_client import Answer, Client, Parser, raw
-from bench.load import chat, closed_loop, completion, open_loop, percentile, told, words
 from bench.promises import Figure, Outcome, Trial, chosen, kept, show
-from bench.server import gauges
-from bench.serving_rows import price_of_a_million
+from bench.serving import __main__ as serving
+from bench.serving.http_client import Answer, Client, Parser, raw
+from bench.serving.load import chat, closed_loop, completion, open_loop, percentile, told, words
+from bench.serving.measure import price_of_a_million
+from bench.serving.server import gauges
 from engine.errors import UserError
 from engine.storage.huggingface import folder as huggingface
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bench import cli
-from bench.peer import Peer, PeerError, note_absent, started
+from bench.peers.process import Peer, PeerError, note_absent, started
 from engine.errors import UserError
 
 Dtype = Literal["bfloat16", "float32"]

@@ -44,6 +44,6 @@ def make(spec: dict[str, Any]) -> Any:
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # started by path, it would otherwise find bench's files alone
-    from bench.peer_loop import serve
+    from bench.peers.protocol import serve
 
     serve(["jax", "numpy"], make)

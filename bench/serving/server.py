@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any, Self
 
-from bench.http_client import Client
+from bench.serving.http_client import Client
 from engine.counting.hardware import clock
 from engine.errors import UserError
 

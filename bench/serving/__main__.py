@@ -60,7 +60,7 @@ def measured(flags: Flags) -> dict[str, Any]:
 
 async def _promises(flags: Flags) -> dict[str, Any]:
     from bench.promises import Trial, chosen, kept, show
-    from bench.server import Server
+    from bench.serving.server import Server
     from engine.counting.hardware import device_name
 
     wanted = chosen(flags.only)
@@ -79,8 +79,8 @@ async def _promises(flags: Flags) -> dict[str, Any]:
 
 
 async def _speed(flags: Flags) -> dict[str, Any]:
-    from bench import serving_rows as rows
-    from bench.server import Server, resident
+    from bench.serving import measure as rows
+    from bench.serving.server import Server, resident
     from engine.counting.hardware import device_name
 
     _say(f"starting stages.serve with {flags.model} ...")
@@ -128,8 +128,8 @@ async def _about(server: Any) -> dict[str, Any]:
 
 
 async def _parts(server: Any, flags: Flags, at: Any) -> list[dict[str, Any]]:
-    from bench import serving_rows as rows
-    from bench.server import Server
+    from bench.serving import measure as rows
+    from bench.serving.server import Server
 
     all_slots = lambda served, rounds: _several(rows.throughput, served, at.slots, at.slots, rounds)
     ways = (rows.first_token_behind, rows.repetitive, all_slots)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.load import closed_loop, completion, open_loop, percentile, post, told, words
-from bench.peer import Peer
-from bench.server import Server
+from bench.peers.process import Peer
+from bench.serving.load import closed_loop, completion, open_loop, percentile, post, told, words
+from bench.serving.server import Server
 from bench.timing import Timing, TooNoisyError, ratio
 from engine.counting.hardware import clock
 

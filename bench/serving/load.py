@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.http_client import Answer, Client
+from bench.serving.http_client import Answer, Client
 from engine.counting.hardware import clock
 
 

@@ -1,0 +1,1 @@
+"""Beside what people would use instead: PyTorch, transformers, llama.cpp."""
