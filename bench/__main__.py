@@ -59,11 +59,13 @@ class Flags:
 def measurements() -> dict[str, str]:
     """Every measurement with the first line of its docstring, read without importing it."""
     found = {}
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    here = Path(__file__).parent
+    for path in [*here.glob("*.py"), *here.glob("*/__main__.py")]:
         source = path.read_text(encoding="utf-8")
-        if "\nif __name__ ==" in source and not path.name.startswith(("__", "peer_")):
-            found[path.stem] = (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
-    return found
+        name = path.stem if path.parent == here else path.parent.name
+        if "\nif __name__ ==" in source and path != Path(__file__):
+            found[name] = (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
+    return dict(sorted(found.items()))
 
 
 def measured(flags: Flags) -> dict[str, Any]:
@@ -82,7 +84,7 @@ def measured(flags: Flags) -> dict[str, Any]:
     if not flags.json:
         show(document)
     if flags.out:
-        from bench.report.page.page import write_report
+        from bench.report.page import write_report
 
         print(f"the report: {write_report(flags.out, document)}", file=sys.stderr)
     return document

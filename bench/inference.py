@@ -86,7 +86,7 @@ def measured(flags: Flags) -> dict[str, Any]:
     print(f"{device_name()}, {cores()} cores, {model.name}, int8 weights, {flags.keys_values} keys and values", flush=True)
     absent: list[dict[str, str]] = []
     rows = []
-    with started(flags.peer_python, "peer_llama.py", absent, "llama_cpp", ELSEWHERE) as peer:
+    with started(flags.peer_python, "llama_cpp_peer.py", absent, "llama_cpp", ELSEWHERE) as peer:
         for name, streams, length, guesses, must in ROWS:
             _tell(f"compiling {name}")
             given = [prompt[:length] for prompt in prompts[:streams]]

@@ -115,8 +115,8 @@ def _kept(cfg: Any, params: Any, batches: Sequence[Any], seq: int) -> dict[str, 
     """
     import jax
     import jax.numpy as jnp
-    from engine.model.cache.contiguous.segmented import Kind, Rows, make_spans, span_cache
 
+    from engine.model.cache.segmented import Kind, Rows, make_spans, span_cache
     from engine.model.transformer import forward
 
     kinds: tuple[Kind, ...] = ("float32", "bfloat16", "int8")

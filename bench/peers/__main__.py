@@ -72,12 +72,12 @@ def measured(flags: Flags) -> dict[str, Any]:
     absent: list[dict[str, str]] = []
     with tempfile.TemporaryDirectory() as place:
         if flags.only != "inference":
-            with started(flags.peer_python, "peer_torch.py", absent) as peer:
+            with started(flags.peer_python, "torch_peer.py", absent) as peer:
                 if peer:
                     for dtype in flags.dtypes:
                         training(flags, dtype, peer, Path(place), rows, absent)
         if flags.only != "training":
-            with started(flags.peer_python, "peer_transformers.py", absent) as peer:
+            with started(flags.peer_python, "transformers_peer.py", absent) as peer:
                 if peer:
                     inference(flags, peer, Path(place), rows, absent)
     return {"device": device_name(), "cores": cores(), "rounds": flags.rounds, "rows": rows, "absent": absent}

@@ -8,7 +8,7 @@ import ctypes
 import time
 from typing import Any
 
-from peer_loop import Run, serve
+from protocol import Run, serve
 
 UBATCH = 512  # tokens a call, its own default
 

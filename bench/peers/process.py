@@ -27,7 +27,7 @@ class PeerError(RuntimeError):
 
 
 class Peer:
-    """One of our peer scripts (see `peer_loop.serve`) in another process; a question at a time, each answered."""
+    """One of our peer scripts (see `protocol.serve`) in another process; a question at a time, each answered."""
 
     def __init__(self, python: Path, script: str):
         """Raises OSError when `python` cannot be run."""

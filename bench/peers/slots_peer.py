@@ -43,7 +43,7 @@ def make(spec: dict[str, Any]) -> Any:
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # started by path, it would otherwise find bench's files alone
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # started by path, it would otherwise find bench's files alone
     from bench.peers.protocol import serve
 
     serve(["jax", "numpy"], make)

@@ -6,7 +6,7 @@ come from ours by file, and so do the optimizer's settings: both sides then repo
 
 from typing import Any
 
-from peer_loop import Run, serve
+from protocol import Run, serve
 
 
 def make(spec: dict[str, Any]) -> Run:

@@ -6,7 +6,7 @@ Weights and prompts come from ours by file, so both sides should say the same to
 
 from typing import Any
 
-from peer_loop import Run, serve
+from protocol import Run, serve
 
 
 def make(spec: dict[str, Any]) -> Run:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from bench.format import percent
-from bench.report.page.svg import (
+from bench.report.svg import (
     Scale,
     apart,
     decade_ticks,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bench.format import brief, money, positive, si, spoken, spoken_tick, times
-from bench.report.page.charts import Axis, Bar, Line, curves, stacked_bars
+from bench.report.charts import Axis, Bar, Line, curves, stacked_bars
 
 TOKENS_PER_PARAMETER = 20  # of a training that is not stated: compute-optimal, Hoffmann et al. 2022, section 3
 

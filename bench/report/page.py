@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.format import money, number, si, spoken, times
-from bench.report.page.figures import Figure, decode_figure, decoding, flops_figure, life_figure, memory_figure, training
-from bench.report.page.markdown import markdown
-from bench.report.page.stage_rows import again, stages_section
+from bench.report.figures import Figure, decode_figure, decoding, flops_figure, life_figure, memory_figure, training
+from bench.report.markdown import markdown
+from bench.report.stage_rows import again, stages_section
 from bench.table.claims import GENERATED_CHEAPER
 from engine.errors import UserError
 from engine.files import whole_file
@@ -42,7 +42,7 @@ def write_report(folder: Path, document: Document) -> Path:
 
 def picture(drawn: str) -> str:
     """A drawing of the page as a file of its own: the page's colours, light and dark, and its rules for drawings go along."""
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     colours, _ = style.split("* {", 1)
     rules = [line for line in style.splitlines() if line.startswith("svg")]
     inside = "\n".join([colours.strip(), *rules, "svg { background: var(--page); }"])
@@ -69,7 +69,7 @@ def page(document: Document) -> str:
         _method(document, command),
     ]
     title = " · ".join(["What each stage costs", *filter(None, [_text(model.get("name"))])])
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     head = [
         '<meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',

@@ -1,6 +1,6 @@
 """A few words of SVG: elements, scales, ticks, and labels that keep out of each other's way.
 
-Colours and type sizes are classes that `report.css` defines, so one drawing serves light and dark. Text is text: it is
+Colours and type sizes are classes that `page.css` defines, so one drawing serves light and dark. Text is text: it is
 read aloud, selected and searched.
 """
 

@@ -59,7 +59,7 @@ async def against_offline(server: Server, at: Settings) -> dict[str, Any]:
         "model": at.model, "weights": at.weights, "slots": at.slots, "capacity": at.capacity, "prompts": asked, "new": NEW,
         "prefixes": 0,
     }  # fmt: skip
-    peer = Peer(Path(sys.executable), "peer_slots.py")
+    peer = Peer(Path(sys.executable), "slots_peer.py")
     try:
         peer.read()
         kept: list[dict[str, Any]] = []

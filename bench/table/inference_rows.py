@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from engine.model.cache.contiguous.contiguous import KVCache, make_cache
 
 from bench.table.products import products_alone
 from bench.table.row import Row
@@ -18,6 +17,7 @@ from engine.counting.xla import XlaCost, xla_cost, xla_memory
 from engine.inference.decode import CHUNK, MIN_ROWS, STEPS, decode_steps, prefill
 from engine.inference.sampling import make_sampling
 from engine.inference.score import score
+from engine.model.cache.contiguous import KVCache, make_cache
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
 from engine.model.weights.int8 import Int8

@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from engine.model.cache.contiguous.contiguous import KVCache, make_cache
 
 from bench.table.claims import Observed
 from engine.inference.decode import CHUNK, decode_step, decode_steps, prefill
 from engine.inference.sampling import make_sampling
 from engine.inference.score import score
+from engine.model.cache.contiguous import KVCache, make_cache
 from engine.model.config import ModelConfig
 from engine.model.transformer import forward
 from engine.storage.digest import digest

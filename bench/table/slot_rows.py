@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from engine.model.cache.contiguous.segmented import make_spans
 
 from bench.table.row import Row
 from engine.counting.flops import Flops, Part, prefill_flops
@@ -17,6 +16,7 @@ from engine.counting.walk import count
 from engine.counting.xla import xla_cost, xla_memory
 from engine.inference.programs import give_chunk, read_chunk, take_chunk
 from engine.inference.slots import CHUNK
+from engine.model.cache.segmented import make_spans
 from engine.model.config import ModelConfig
 
 SLOTS = 8

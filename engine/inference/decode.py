@@ -17,7 +17,7 @@ from jax import Array
 from engine.errors import UserError
 from engine.inference.sampling import Sampling, sample
 from engine.model.backend import on_cpu
-from engine.model.cache.contiguous.contiguous import KVCache, make_cache
+from engine.model.cache.contiguous import KVCache, make_cache
 from engine.model.config import ModelConfig
 from engine.model.paths import map_paths
 from engine.model.transformer import Params, forward, hidden_states, logits_of

@@ -16,7 +16,7 @@ from jax import Array
 
 from engine.inference.request import MOST_TOP
 from engine.inference.sampling import Sampling, sample
-from engine.model.cache.contiguous.segmented import Kept, Rows, Spans, cleared, given, mirrored, span_cache, taken
+from engine.model.cache.segmented import Kept, Rows, Spans, cleared, given, mirrored, span_cache, taken
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params, forward, hidden_states
 

@@ -31,7 +31,7 @@ from engine.inference.programs import STEPS, Settings
 from engine.inference.request import Event, Finish, LogProb, Request, check
 from engine.inference.sampling import Sampling
 from engine.inference.speculation import Guesser
-from engine.model.cache.contiguous.segmented import Kind, Rows, make_spans
+from engine.model.cache.segmented import Kind, Rows, make_spans
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
 

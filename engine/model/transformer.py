@@ -15,8 +15,8 @@ from jax import Array
 
 from engine.model import backward, layers
 from engine.model.backend import on_cpu
-from engine.model.cache.contiguous import segmented as spans
-from engine.model.cache.contiguous.contiguous import KVCache, write
+from engine.model.cache import segmented as spans
+from engine.model.cache.contiguous import KVCache, write
 from engine.model.config import ModelConfig
 from engine.model.paths import stack
 from engine.model.weights.matmul import lookup, project, project_two, unembed

@@ -1,26 +1,10 @@
-"""Fine-tune a model: change only what you mean to, on conversations or texts of your own.
-
-    python -m stages.finetune                                      LoRA of SmolLM2-135M-Instruct on the house voice
-    python -m stages.finetune --data chats.jsonl --lora rank=16,alpha=32,targets=q,v
-    python -m stages.finetune --freeze bottom:20                   the top third learns, and the head if it is not tied
-    python -m stages.finetune --train 'blocks/(28|29)/.*'          two blocks learn
-    python -m stages.finetune --base int8                          LoRA over a base in int8 (QLoRA)
-    python -m stages.finetune --objective preference --data voice-preferences
-    python -m stages.finetune --model runs/demo-shakespeare        the same on a model of your own
-    python -m stages.finetune --dry-run                            what matches, what it would cost, and stop
-
-What does not learn is never differentiated and stays as it is, to the bit. The same command run again goes on where it
-stopped.
-"""
+"""Flags of `python -m stages.finetune`: fine-tuning a model."""
 
 import dataclasses
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 from engine.errors import UserError
-from stages.cli import command as cli
 from stages.cli.flags import Device, Verbose, every, number, one_of, path, read, unset, whole
 from stages.train.flags import Length
 
@@ -181,17 +165,3 @@ class Finetune:
     def parts(self) -> int:
         """Parts the batch is read in. Who keeps the base in int8 wants memory, and a row at a time takes least."""
         return self.tuning.accumulate or (self.tuning.batch if self.learns.base == "int8" else 1)
-
-
-def finetune(given: Finetune) -> int:
-    from stages.finetune import run as tuning
-
-    return tuning.run(given)
-
-
-def main(args: Sequence[str] | None = None) -> int:
-    return cli.run("finetune", __doc__, Finetune, finetune, args)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

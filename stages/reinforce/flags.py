@@ -1,23 +1,9 @@
-"""Learn from use: the model answers, a rule rewards, and what was rewarded above the others becomes more probable.
-
-    python -m stages.reinforce                                     SmolLM2-135M-Instruct learns to answer in 12 words
-    python -m stages.reinforce --task 'regex:^(Yes|No)\\b'          in a form that a pattern describes
-    python -m stages.reinforce --task sum                          to add
-    python -m stages.reinforce --model runs/tiny-python --train all --task length:4
-    python -m stages.reinforce --dry-run                           what a round would take, and stop
-
-Each round has two halves, and the screen shows both: in the first, inference draws several answers to each prompt and
-changes no weight; in the second, training reads those answers and does (GRPO). Between them lies a reward that a rule
-can verify. The same command run again goes on where it stopped.
-"""
+"""Flags of `python -m stages.reinforce`: learning from rewards."""
 
 import dataclasses
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from stages.cli import command as cli
 from stages.cli.flags import Device, Verbose, every, number, path, read, seconds, unset, whole
 from stages.finetune.flags import Learns, Lora
 
@@ -102,17 +88,3 @@ class Reinforce:
     def adapter(self) -> Lora | None:
         """The LoRA to train; None when weights of the model themselves learn."""
         return self.learns.adapter
-
-
-def reinforce(given: Reinforce) -> int:
-    from stages.reinforce import run as reinforcing
-
-    return reinforcing.run(given)
-
-
-def main(args: Sequence[str] | None = None) -> int:
-    return cli.run("reinforce", __doc__, Reinforce, reinforce, args)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

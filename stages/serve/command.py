@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import socket
 
     from stages.cli.console import Console
-    from stages.serve.__main__ import Serve
+    from stages.serve.flags import Serve
     from stages.serve.layout import Ahead
     from stages.serve.loading import Loaded
 

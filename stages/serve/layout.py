@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
-from engine.model.cache.contiguous.segmented import make_spans
 
 from engine import format as words
 from engine.counting.hardware import memory_limit_bytes
@@ -17,6 +16,7 @@ from engine.errors import UserError
 from engine.inference import decode
 from engine.inference.quantize import quantize
 from engine.inference.slots import CHUNK, compile_ahead
+from engine.model.cache.segmented import make_spans
 from engine.model.config import ModelConfig
 from engine.model.paths import map_paths, nested
 from engine.model.weights.lora import LoRA
@@ -24,7 +24,7 @@ from engine.model.weights.matmul import dense
 from stages.cli import device
 
 if TYPE_CHECKING:
-    from stages.serve.__main__ import Serve
+    from stages.serve.flags import Serve
 
 USUAL_CAPACITY = 2048
 MB = 10**6

@@ -30,7 +30,7 @@ from stages.serve.served import Served
 
 if TYPE_CHECKING:
     from stages.cli.console import Console
-    from stages.serve.__main__ import Serve
+    from stages.serve.flags import Serve
 
 HANDOVER = 0.0005  # seconds for which one thread may hold Python's lock while weights are read beside what compiles
 UNCOLLECTED = 100_000  # objects more before Python looks for garbage: tracing makes many, nearly all of which stay

@@ -1,16 +1,6 @@
-"""Train a model from random weights on a text.
-
-    python -m stages.train                                  the demo: Shakespeare, three minutes
-    python -m stages.train nano --data book.txt --steps 2000
-    python -m stages.train --dry-run                        what it would take, without doing it
-    python -m stages.train --by-hand                        in NumPy, with every gradient written out
-
-The same command run again goes on where it stopped.
-"""
+"""Flags of `python -m stages.train`: a run from random weights."""
 
 import dataclasses
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -18,10 +8,8 @@ import tyro
 
 from engine.errors import UserError
 from engine.model.config import PRESETS
-from stages.cli import command as cli
 from stages.cli.flags import Device, Verbose, every, number, one_of, path, read, seconds, unset, whole
 
-NARROW = 256  # products of a narrower model are over before a second thread has woken up
 RECIPE = unset("the preset's recipe")
 
 
@@ -136,25 +124,3 @@ class Train:
             preset(self.preset)
         if self.step.batch and self.step.accumulate and self.step.batch % self.step.accumulate:
             raise UserError(f"A batch of {self.step.batch} cannot be read in {self.step.accumulate} equal parts.")
-
-
-def train(given: Train) -> int:
-    if not given.by_hand:
-        from stages.train import run as training
-
-        return training.run(given)
-    from stages.cli import process
-
-    if PRESETS[given.preset].width < NARROW:
-        process.keep_numpy_to_one_thread()
-    from stages.train import by_hand
-
-    return by_hand.run(given)
-
-
-def main(args: Sequence[str] | None = None) -> int:
-    return cli.run("train", __doc__, Train, train, args)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -23,11 +23,11 @@ GENERATED = "lambda spec: lambda: {'tokens': [[0] * spec['new']] * spec['rows']}
 @pytest.fixture
 def scripts(tmp_path, monkeypatch):
     """Where peers are looked for; called with a name, what it needs and how it makes jobs, writes one."""
-    shutil.copy(BENCH / "peer_loop.py", tmp_path)
+    shutil.copy(BENCH / "protocol.py", tmp_path)
     monkeypatch.setattr(module, "HERE", tmp_path)
 
     def write(name="fake.py", needs="json", make="lambda spec: lambda: {}"):
-        (tmp_path / name).write_text(f"from peer_loop import serve\nserve([{needs!r}], {make})\n")
+        (tmp_path / name).write_text(f"from protocol import serve\nserve([{needs!r}], {make})\n")
 
     return write
 
@@ -103,8 +103,8 @@ def test_it_does_not_see_where_ours_finds_modules(talk, monkeypatch):
 
 
 def test_an_absent_library_is_named_with_what_installs_it_and_that_is_no_failure(scripts, capsys):
-    scripts("peer_torch.py", needs="torch_that_nobody_has")
-    scripts("peer_transformers.py", needs="transformers_that_nobody_has")
+    scripts("torch_peer.py", needs="torch_that_nobody_has")
+    scripts("transformers_peer.py", needs="transformers_that_nobody_has")
     assert peers.main(["--quick"]) == 0
     out = capsys.readouterr().out
     document = last_line(out)
@@ -124,7 +124,7 @@ def test_a_named_python_without_transformers_is_told_its_own_command(scripts):
 
 
 def test_a_named_python_must_have_torch(scripts, tmp_path, capsys):
-    scripts("peer_torch.py", needs="torch")
+    scripts("torch_peer.py", needs="torch")
     (tmp_path / "torch.py").write_text("raise OSError('libtorch is not here')")
     assert peers.main(["--peer-python", str(THIS)]) == 2
     said = capsys.readouterr().err
@@ -175,7 +175,7 @@ def test_a_model_too_large_for_this_machine_is_refused(monkeypatch):
 
 
 def test_training_beside_a_pretended_peer_that_computes_something_else(scripts, capsys):
-    scripts("peer_torch.py", make=TRAINED)
+    scripts("torch_peer.py", make=TRAINED)
     flags = ["--only", "training", "--shape", "1x64x8x2", "--dtypes", "float32", "--rounds", "3"]
     assert peers.main([*flags, "--peer-python", str(THIS)]) == 0
     out = capsys.readouterr().out
@@ -192,7 +192,7 @@ def test_training_beside_a_pretended_peer_that_computes_something_else(scripts, 
 
 
 def test_a_compiler_that_is_not_there_leaves_the_other_rows(scripts, capsys):
-    scripts("peer_torch.py", make=f"lambda spec: 1 / 0 if spec['compile'] else ({TRAINED})(spec)")
+    scripts("torch_peer.py", make=f"lambda spec: 1 / 0 if spec['compile'] else ({TRAINED})(spec)")
     assert peers.main(["--only", "training", "--shape", "1x64x8x2", "--dtypes", "float32", "--rounds", "3"]) == 0
     document = last_line(capsys.readouterr().out)
     assert [row["peer"] for row in document["rows"]] == ["torch eager"]
@@ -206,7 +206,7 @@ def test_inference_counts_the_tokens_that_are_the_same(scripts, monkeypatch, cap
     monkeypatch.setattr(peers, "greedy", lambda cfg, weights, prompts, new, said: lambda: said.update(
         ours=[[0] * (new - 1) + [7]] * len(prompts)
     ))  # fmt: skip
-    scripts("peer_transformers.py", make=GENERATED)
+    scripts("transformers_peer.py", make=GENERATED)
     flags = ["--only", "inference", "--preset", "tiny", "--prompt", "8", "--new", "4", "--dtypes", "float32", "--rounds", "3"]
     assert peers.main(flags) == 0
     rows = last_line(capsys.readouterr().out)["rows"]
@@ -236,13 +236,13 @@ def test_a_ratio_that_noise_has_eaten_is_not_printed(capsys):
 # What the peers are made of
 
 
-@pytest.mark.parametrize("script", ["peer_loop.py", "peer_torch.py", "peer_transformers.py"])
+@pytest.mark.parametrize("script", ["protocol.py", "torch_peer.py", "transformers_peer.py"])
 def test_a_peer_script_needs_nothing_of_ours_and_runs_in_an_older_python(script):
     tree = ast.parse((BENCH / script).read_text(), feature_version=(3, 10))
     found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     found |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     roots = {name.split(".")[0] for name in found} - set(sys.stdlib_module_names)
-    assert roots <= {"peer_loop", "torch", "numpy", "transformers"}
+    assert roots <= {"protocol", "torch", "numpy", "transformers"}
 
 
 def test_a_shape_is_read_and_written_the_same_way():

@@ -7,11 +7,11 @@ import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
 import pytest
-from bench.report.page.page import page, write_report
-from bench.report.page.svg import apart, decade_ticks, even_ticks, logarithmic
 from report_document import document
 
 from bench.format import brief, column, money, percent, si, significant, spoken, spoken_tick, times
+from bench.report.page import page, write_report
+from bench.report.svg import apart, decade_ticks, even_ticks, logarithmic
 from engine.errors import UserError
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from engine.model.cache.contiguous.contiguous import make_cache
 
 from engine.counting.memory import inference_memory, training_memory
 from engine.counting.params import count_params
 from engine.counting.trained import Trained, bottom_frozen, everything, head_only, lora, top_frozen
 from engine.inference.quantize import every_product, quantize
+from engine.model.cache.contiguous import make_cache
 from engine.model.config import ModelConfig, preset
 from engine.model.paths import split
 from engine.model.transformer import forward, init_params

@@ -6,7 +6,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from engine.model.cache.contiguous.contiguous import make_cache
 from tiny import B, T, tiny_config
 
 from engine.counting.flops import muon_flops
@@ -19,6 +18,7 @@ from engine.inference.sampling import Sampling
 from engine.inference.score import score
 from engine.model.backend import on_cpu
 from engine.model.backward import QUERY_BLOCK
+from engine.model.cache.contiguous import make_cache
 from engine.model.paths import nested, split
 from engine.model.transformer import init_params
 from engine.model.weights.int8 import quantize_leaves

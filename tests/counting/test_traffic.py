@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import pytest
-from engine.model.cache.contiguous.contiguous import make_cache
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +11,7 @@ from engine.counting.memory import inference_memory, training_memory
 from engine.counting.params import count_params
 from engine.counting.traffic import decode_bytes, forward_bytes, prefill_bytes, train_bytes
 from engine.counting.trained import bottom_frozen, head_only, lora
+from engine.model.cache.contiguous import make_cache
 from engine.model.config import ModelConfig, preset
 
 CFG = ModelConfig(vocab=19, width=12, layers=3, heads=6, kv_heads=3, head_dim=4, ff=10, context=64)

@@ -6,7 +6,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from engine.model.cache.contiguous.contiguous import make_cache
 
 from engine.counting.params import count_params
 from engine.counting.programs import gradient_program, score_program
@@ -15,6 +14,7 @@ from engine.counting.walk import count
 from engine.counting.xla import xla_cost, xla_memory
 from engine.inference.decode import decode_step, prefill
 from engine.inference.score import score
+from engine.model.cache.contiguous import make_cache
 from engine.model.config import ModelConfig
 from engine.model.paths import split
 from engine.model.transformer import init_params

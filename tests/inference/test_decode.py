@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engine.model.cache.contiguous.contiguous import make_cache
 from tiny import lively_params, positions_of, tiny_config, tokens_of
 
 from engine.errors import UserError
@@ -14,6 +13,7 @@ from engine.inference import decode
 from engine.inference.decode import CHUNK, STEPS, decode_step, decode_steps, for_inference, generate, prefill
 from engine.inference.sampling import make_sampling, sample
 from engine.inference.score import score
+from engine.model.cache.contiguous import make_cache
 from engine.model.transformer import forward
 from engine.text.batch import Batch
 

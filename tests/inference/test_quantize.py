@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engine.model.cache.contiguous.contiguous import make_cache
-from engine.model.cache.contiguous.segmented import Rows, make_spans
 from tiny import lively_params, positions_of, tiny_config, tokens_of
 
 from engine.errors import UserError
@@ -16,6 +14,8 @@ from engine.inference.decode import decode_step, decode_steps, for_inference, pr
 from engine.inference.programs import Settings, draw, make_tally
 from engine.inference.quantize import every_product, quantize, round_trips
 from engine.inference.sampling import make_sampling
+from engine.model.cache.contiguous import make_cache
+from engine.model.cache.segmented import Rows, make_spans
 from engine.model.paths import leaf_paths, map_paths
 from engine.model.transformer import forward
 from engine.model.weights.int8 import Int8

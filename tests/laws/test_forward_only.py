@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engine.model.cache.contiguous.contiguous import KVCache, make_cache
-from engine.model.cache.contiguous.segmented import Rows, make_spans
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import lively_params, tiny_config, tokens_of
@@ -21,6 +19,8 @@ from engine.inference.request import Request
 from engine.inference.sampling import Sampling, make_sampling
 from engine.inference.score import score
 from engine.inference.slots import Slots
+from engine.model.cache.contiguous import KVCache, make_cache
+from engine.model.cache.segmented import Rows, make_spans
 from engine.storage.digest import digest
 from engine.text.batch import Batch
 

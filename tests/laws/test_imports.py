@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # From the ground up. A module may import from lower tiers and from its own room; a room is a module or a folder of them.
 TIERS = [
-    {"engine.errors"},
+    {"engine.errors", "engine.format"},
     {"engine.files", "engine.allocator", "engine.model.config", "engine.model.paths", "engine.model.backend"},
     {"engine.model.layers", "engine.model.cache.contiguous", "engine.by_hand"},
     {"engine.model.backward", "engine.model.weights.int8", "engine.model.cache.segmented"},
@@ -25,7 +25,7 @@ TIERS = [
     {"stages", "bench"},
 ]
 TIER = {room: tier for tier, rooms in enumerate(TIERS) for room in rooms}
-EMPTY = {"engine", "engine.model"}  # packages that hold a docstring or nothing
+EMPTY = {"engine", "engine.model", "engine.model.cache", "engine.model.weights"}  # packages that hold a docstring or nothing
 
 # What differentiates, by any of JAX's names for it.
 GRADIENTS = {"grad", "value_and_grad", "vjp", "jvp", "linearize", "jacrev", "jacfwd", "jacobian", "hessian"}

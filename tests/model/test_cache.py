@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engine.model.cache.contiguous.contiguous import KVCache, make_cache, write
 from tiny import lively_params, positions_of, tiny_config, tokens_of
 
+from engine.model.cache.contiguous import KVCache, make_cache, write
 from engine.model.transformer import forward
 
 B, S = 2, 11

@@ -6,7 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engine.model.cache.contiguous.segmented import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import tiny_config
+
+from engine.model.cache import segmented as spans_
+from engine.model.cache.segmented import (
     Kept,
     Rounded,
     Rows,
@@ -18,11 +23,6 @@ from engine.model.cache.contiguous.segmented import (
     span_cache,
     taken,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tiny import tiny_config
-
-from engine.model.cache.contiguous import segmented as spans_
 
 CFG = tiny_config(layers=2)
 N, K, H = CFG.heads, CFG.kv_heads, CFG.head_dim

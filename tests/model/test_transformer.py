@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engine.model.cache.contiguous.contiguous import make_cache
 from tiny import B, T, lively_params, positions_of, tiny_config, tokens_of
 
+from engine.model.cache.contiguous import make_cache
 from engine.model.config import RopeScaling
 from engine.model.transformer import forward, hidden_states, init_params, logits_of
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import tiny, write_text
 
-from stages.train import flags as train
+from stages.train import __main__ as train
 
 
 @pytest.fixture(scope="session")

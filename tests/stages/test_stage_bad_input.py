@@ -17,7 +17,7 @@ from stages import evaluate, export, generate
 from stages.cli import command as cli
 from stages.runs import folder as run_folder
 from stages.runs import load
-from stages.train import flags as train
+from stages.train import __main__ as train
 
 Failing = Callable[..., str]
 

@@ -16,7 +16,7 @@ from engine.storage import checkpoint
 from engine.storage.digest import digest
 from stages import evaluate, generate
 from stages.runs.folder import read_json
-from stages.train import flags as train
+from stages.train import __main__ as train
 
 STEPS = 12
 

@@ -21,7 +21,7 @@ from engine.model.paths import leaf_paths
 from engine.storage.adapter import load_adapter, save_adapter
 from engine.storage.digest import digest
 from stages import chat, evaluate, generate
-from stages.finetune import flags as finetune
+from stages.finetune import __main__ as finetune
 from stages.runs import conversations as lessons
 from stages.runs import load
 from stages.runs.adapters import with_adapters

@@ -12,7 +12,7 @@ import pytest
 from tiny_runs import ROOT, tiny, typed
 
 from engine.storage import checkpoint
-from stages.train import flags as train
+from stages.train import __main__ as train
 
 LONG = ("--steps", 1_000_000, "--save-every", 5, "--eval-every", 1_000_000)
 

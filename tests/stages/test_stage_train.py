@@ -18,7 +18,7 @@ from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state
 from stages.runs import loop
 from stages.runs.folder import read_config, read_json
-from stages.train import flags as train
+from stages.train import __main__ as train
 
 RESULT = ("val_bits_per_byte", "train_seconds", "first_step_seconds", "peak_rss_bytes", "tokens_per_second", "mfu")
 

@@ -1,0 +1,40 @@
+"""Train a model from random weights on a text.
+
+    python -m stages.train                                  the demo: Shakespeare, three minutes
+    python -m stages.train nano --data book.txt --steps 2000
+    python -m stages.train --dry-run                        what it would take, without doing it
+    python -m stages.train --by-hand                        in NumPy, with every gradient written out
+
+The same command run again goes on where it stopped.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from engine.model.config import PRESETS
+from stages.cli import command as cli
+from stages.train.flags import Train
+
+NARROW = 256  # products of a narrower model are over before a second thread has woken up
+
+
+def train(given: Train) -> int:
+    if not given.by_hand:
+        from stages.train import run as training
+
+        return training.run(given)
+    from stages.cli import process
+
+    if PRESETS[given.preset].width < NARROW:
+        process.keep_numpy_to_one_thread()
+    from stages.train import by_hand
+
+    return by_hand.run(given)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    return cli.run("train", __doc__, Train, train, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
