@@ -1,7 +1,6 @@
 """What every measurement does around its work: flags in, JSON as the last line out, a person's mistakes in a sentence."""
 
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,21 +35,3 @@ def run[Flags](
         return MISTAKE
     print(json.dumps(document), flush=True)
     return 0
-
-
-def start_jax(*, decodes: bool = False) -> None:
-    """What the stages do before JAX starts: freed memory is kept, compiled programs are found again, logs are quiet.
-
-    `decodes`: as the stages that decode do it.
-    """
-    from engine.allocator import keep_freed_memory
-    from engine.files import cache_folder
-
-    keep_freed_memory(one_arena=not decodes)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import jax
-
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench import steps
-from bench.cli import run, start_jax
+from bench.cli import run
+from engine.device import start_jax
 from engine.errors import UserError
 
 

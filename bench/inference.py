@@ -21,6 +21,7 @@ from typing import Any
 from bench import cli
 from bench.peers.process import Peer, PeerError, started
 from bench.timing import Timing
+from engine.device import cores, device_name, start_jax
 from engine.errors import UserError
 
 # Name, streams, tokens of each prompt, whether a lone stream guesses, and how many times the peer's speed it must reach.
@@ -72,9 +73,8 @@ def measured(flags: Flags) -> dict[str, Any]:
         )
     if flags.keys_values not in ("bfloat16", "float32", "int8"):
         raise UserError(f"--keys-values is bfloat16, float32 or int8, not {flags.keys_values!r}.")
-    cli.start_jax(decodes=True)
+    start_jax(decodes=True)
     from bench.models import gguf_file
-    from engine.counting.hardware import cores, device_name
     from engine.inference.decode import for_inference
     from engine.inference.quantize import quantize
     from engine.storage.gguf.load import load_gguf
@@ -153,7 +153,6 @@ def _until(slots: Any, said: dict[int, list[int]], least: int) -> None:
 
 
 def _theirs(peer: Peer, file: Path, prompts: list[list[int]], new: int) -> Run:
-    from engine.counting.hardware import cores
 
     try:
         peer.ask(make="llama", spec={"file": str(file), "threads": cores(), "prompts": prompts, "new": new})

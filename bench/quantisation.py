@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.cli import run, start_jax
+from bench.cli import run
+from engine.device import start_jax
 from engine.errors import UserError
 
 CHUNK = 128  # tokens read at once where keys and values are kept

@@ -1,31 +1,37 @@
-"""What must happen before JAX starts and is decided once: memory, device, compilation cache, quiet logs."""
+"""Starts JAX, the one way: memory, device, compilation cache and quiet logs are decided once, before its first program.
 
+This module loads without JAX, and must: glibc's allocator has to be told before JAX starts its threads.
+"""
+
+import contextlib
 import dataclasses
 import os
+import platform
 import shutil
 import sys
 import warnings
 from pathlib import Path
 
+from engine.allocator import keep_freed_memory
 from engine.errors import UserError
 from engine.files import cache_folder
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What JAX computes on, and why, in words for the banner."""
+    """The device JAX computes on. `reason` says why it is this one."""
 
     backend: str
     name: str
     count: int
-    why: str
+    reason: str
 
     def __str__(self) -> str:
-        one = f"1 of {self.count}, " if self.count > 1 else ""
-        return f"{self.backend.upper()}: {self.name} ({one}{self.why})"
+        share = f"1 of {self.count}, " if self.count > 1 else ""
+        return f"{self.backend.upper()}: {self.name} ({share}{self.reason})"
 
 
-def start(choice: str = "auto", *, decodes: bool = False) -> Device:
+def start_jax(choice: str = "auto", *, decodes: bool = False) -> Device:
     """Imports and starts JAX on the wanted device. Raises UserError when `choice` names one that is not there.
 
     `decodes`: whether it is for many small steps rather than for large ones, see `keep_freed_memory`.
@@ -33,8 +39,6 @@ def start(choice: str = "auto", *, decodes: bool = False) -> Device:
     Compiled programs are kept in the user's cache folder (or where JAX_COMPILATION_CACHE_DIR says), so that a second
     start compiles nothing.
     """
-    from engine.allocator import keep_freed_memory
-
     keep_freed_memory(one_arena=not decodes)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's remarks; what fails also raises
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
@@ -53,26 +57,47 @@ def start(choice: str = "auto", *, decodes: bool = False) -> Device:
     try:
         backend = jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # the latter where JAX_PLATFORMS names what this JAX cannot use
-        named = os.environ.get("JAX_PLATFORMS")
-        wanted = f" on JAX_PLATFORMS={named}; unset it, or install JAX's support for it" if named else ""
-        reason = f": {str(error).splitlines()[0]}" if str(error) else ""
-        raise UserError(f"JAX cannot start{wanted}{reason}.") from error
+        platforms = os.environ.get("JAX_PLATFORMS")
+        wanted = f" on JAX_PLATFORMS={platforms}; unset it, or install JAX's support for it" if platforms else ""
+        cause = f": {str(error).splitlines()[0]}" if str(error) else ""
+        raise UserError(f"JAX cannot start{wanted}{cause}.") from error
     if choice not in ("auto", backend):
         raise UserError(f"There is no {choice.upper()} that JAX can use here, only {backend.upper()}.{_advice(choice)}")
-    from engine.counting.hardware import cores, device_name
-
     if backend != "cpu":
-        why = "asked for" if choice != "auto" else "chosen by JAX"
-        return Device(backend, device_name(), len(jax.local_devices()), why)
+        return Device(backend, device_name(), len(jax.local_devices()), "asked for" if choice != "auto" else "chosen by JAX")
     count = cores()
-    why = f"{count} core{'s' * (count != 1)}; " + ("asked for" if choice == "cpu" else _why_cpu())
-    return Device(backend, device_name(), 1, why)
+    reason = f"{count} core{'s' * (count != 1)}; " + ("asked for" if choice == "cpu" else _reason_for_cpu())
+    return Device(backend, device_name(), 1, reason)
 
 
-def _why_cpu() -> str:
+def cores() -> int:
+    """Returns the number of processor cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def device_name() -> str:
+    """Returns the accelerator's kind as JAX names it, or the model name of the processor."""
+    import jax
+
+    device = jax.devices()[0]
+    return processor()[0] if device.platform == "cpu" else device.device_kind
+
+
+def processor() -> tuple[str, str]:
+    """Returns (model name, instruction-set flags) of the processor; flags are empty where the system does not list them."""
+    facts: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            facts.setdefault(name.strip(), value.strip())
+    model = facts.get("model name") or platform.processor() or platform.machine() or "unknown processor"
+    return model, facts.get("flags") or facts.get("Features") or ""
+
+
+def _reason_for_cpu() -> str:
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         return "JAX_PLATFORMS=cpu"
-    if nvidia_present():
+    if _has_nvidia_driver():
         return f"an NVIDIA GPU is here but JAX was installed without CUDA: {_with_extra('gpu')} uses it"
     return "no accelerator found"
 
@@ -80,7 +105,7 @@ def _why_cpu() -> str:
 def _advice(choice: str) -> str:
     if os.environ.get("JAX_PLATFORMS"):
         return f" JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} is set: unset it, or leave --device out."
-    if choice == "gpu" and not nvidia_present():
+    if choice == "gpu" and not _has_nvidia_driver():
         return " No NVIDIA driver was found either: leave --device out to compute on what there is."
     return f" Install JAX's support for it: {_with_extra(choice)}."
 
@@ -91,6 +116,6 @@ def _with_extra(extra: str) -> str:
     return f"`uv run --extra {extra} python -m {spec.name if spec else 'stages.train'}`"
 
 
-def nvidia_present() -> bool:
+def _has_nvidia_driver() -> bool:
     """Whether this machine has an NVIDIA driver, whatever JAX was installed with."""
     return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None

@@ -67,10 +67,10 @@ class Talk:
 
 def talk(given: Talk) -> int:
     """Answers until the input ends. 0, or 2 when a turn that was piped in did not fit."""
-    from stages.cli import device
+    from engine.device import start_jax
 
     interrupt.doing("before a turn was begun.")
-    started = device.start(given.device, decodes=True)
+    started = start_jax(given.device, decodes=True)
     from engine.storage.digest import digest
     from stages.cli.console import Console
 

@@ -51,11 +51,11 @@ class Evaluate:
 
 def evaluate(given: Evaluate) -> None:
     """Loads, scores, prints; and checks that reading a text changed no weight."""
-    from stages.cli import device
+    from engine.device import start_jax
     from stages.cli import signals as interrupt
 
     interrupt.doing("before the evaluation was done.")
-    started = device.start(given.device)
+    started = start_jax(given.device)
     from stages import answers
     from stages.cli.console import Console
     from stages.runs import load

@@ -50,11 +50,11 @@ class Export:
 
 def export(given: Export) -> int:
     """Loads, writes, and with --check reads again. 1 when what was read is not what was written."""
-    from stages.cli import device
+    from engine.device import start_jax
     from stages.cli import signals as interrupt
 
     interrupt.doing("before the model was written.")
-    started = device.start(given.device)
+    started = start_jax(given.device)
     from engine import format as words
     from engine.errors import UserError
     from engine.model.weights.matmul import dense

@@ -53,11 +53,12 @@ class Generate:
 def generate(given: Generate) -> None:
     """Text goes to stdout as it comes, everything else to stderr."""
     from engine import format as words
-    from stages.cli import device, process
+    from engine.device import start_jax
+    from stages.cli import process
     from stages.cli import signals as interrupt
 
     interrupt.doing("before the text was complete.")
-    started = device.start(given.device, decodes=True)
+    started = start_jax(given.device, decodes=True)
     from engine.inference import decode
     from engine.inference.sampling import make_sampling
     from stages.cli.compiles import Compiles

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from bench import cli
 from bench.peers.process import Peer, PeerError, note_absent, started
+from engine.device import cores, device_name, start_jax
 from engine.errors import UserError
 
 Dtype = Literal["bfloat16", "float32"]
@@ -60,8 +61,7 @@ def measured(flags: Flags) -> dict[str, Any]:
         changed = {name: value for name, value in QUICK.items() if getattr(flags, name) == getattr(plain, name)}
         flags = dataclasses.replace(flags, **changed)
     check(flags)
-    cli.start_jax()
-    from engine.counting.hardware import cores, device_name
+    start_jax()
 
     print(f"{device_name()}, {cores()} cores, {flags.rounds} interleaved rounds; a ratio is our time over the peer's")
     if (load := os.getloadavg()[0]) > cores() / 4:
@@ -118,7 +118,6 @@ def training(flags: Flags, dtype: Dtype, peer: Peer, place: Path, rows: list[dic
     from bench import steps
     from bench.timing import measure, noise
     from engine.counting.flops import step_flops
-    from engine.counting.hardware import cores
     from engine.model.paths import leaf_paths
     from engine.training.optimizer import OptimizerConfig, make_schedule
 
@@ -168,7 +167,6 @@ def inference(flags: Flags, peer: Peer, place: Path, rows: list[dict[str, Any]],
     import numpy as np
 
     from bench.timing import measure, noise
-    from engine.counting.hardware import cores
     from engine.inference.decode import for_inference
     from engine.model.config import preset
     from engine.model.paths import leaf_paths

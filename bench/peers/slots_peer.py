@@ -14,7 +14,7 @@ def make(spec: dict[str, Any]) -> Any:
 
     It answers with the tokens that were made, in the order of the prompts.
     """
-    from bench.cli import start_jax
+    from engine.device import start_jax
 
     start_jax(decodes=True)
     from bench.models import loaded

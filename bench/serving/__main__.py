@@ -17,6 +17,7 @@ import sys
 from typing import Any
 
 from bench.cli import run
+from engine.device import device_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,6 @@ def measured(flags: Flags) -> dict[str, Any]:
 async def _promises(flags: Flags) -> dict[str, Any]:
     from bench.promises import Trial, chosen, kept, show
     from bench.serving.server import Server
-    from engine.counting.hardware import device_name
 
     wanted = chosen(flags.only)
     _say(f"starting stages.serve with {flags.model} ...")
@@ -81,7 +81,6 @@ async def _promises(flags: Flags) -> dict[str, Any]:
 async def _speed(flags: Flags) -> dict[str, Any]:
     from bench.serving import measure as rows
     from bench.serving.server import Server, resident
-    from engine.counting.hardware import device_name
 
     _say(f"starting stages.serve with {flags.model} ...")
     async with Server(flags.model, _set_up(flags)) as server:

@@ -33,9 +33,9 @@ def stage_table(asked: Asked) -> dict[str, Any]:
 
     begin = clock()
     _check(asked)
-    from bench.cli import start_jax
     from bench.models import config_of, drawn, loaded
     from bench.table.estimate import check_memory, takes_long
+    from engine.device import start_jax
     from engine.model.config import preset
 
     check_memory(config_of(asked.model) if asked.model else preset(asked.preset), asked.batch, asked.context)

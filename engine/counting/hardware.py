@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import resource
 import sys
 import time
@@ -23,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from engine.device import cores, device_name, processor
 from engine.files import cache_folder, write_json
 
 _CPU_SIDE = 2048  # of the matrices
@@ -61,31 +61,9 @@ class Ceilings:
 _RATES = ("bf16_gflops", "f32_gflops", "int8_gflops", "read_gbs", "update_gbs")
 
 
-def cores() -> int:
-    """The processor cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def device_name() -> str:
-    """The accelerator's kind as JAX names it, or the model name of the processor."""
-    device = jax.devices()[0]
-    return _processor()[0] if device.platform == "cpu" else device.device_kind
-
-
-def _processor() -> tuple[str, str]:
-    """(model name, instruction-set flags) of the processor; flags are empty where the system does not list them."""
-    facts: dict[str, str] = {}
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            facts.setdefault(name.strip(), value.strip())
-    model = facts.get("model name") or platform.processor() or platform.machine() or "unknown processor"
-    return model, facts.get("flags") or facts.get("Features") or ""
-
-
 def _identity() -> dict[str, Any]:
     """Everything on which the ceilings depend: another machine may find the same cache folder."""
-    model, flags = _processor()
+    model, flags = processor()
     device = jax.devices()[0]
     return {
         "processor": model,

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine import format as words
+from engine.device import Device, start_jax
 from engine.errors import UserError
 from stages.cli import command as cli
-from stages.cli import device as devices
 from stages.cli import process
 from stages.cli import signals as interrupt
 from stages.cli.console import Console
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def run(given: "Finetune") -> int:
     """Prepares, trains, measures what was learnt and what was forgotten. Returns the exit code."""
     interrupt.doing("before anything was trained.")
-    device = devices.start(given.device)
+    device = start_jax(given.device)
     from stages.runs import folder as run_folder
 
     data = Path(given.examples.data).stem
@@ -44,7 +44,7 @@ class Tuned:
 
     plan: "TuningPlan"
 
-    def __init__(self, given: "Finetune", device: devices.Device, folder: Path, console: Console) -> None:
+    def __init__(self, given: "Finetune", device: Device, folder: Path, console: Console) -> None:
         from engine.text.chat import Chat
         from stages.runs import conversations as lessons
         from stages.runs import estimate as plan

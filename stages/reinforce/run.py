@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine import format as words
+from engine.device import Device, start_jax
 from engine.errors import UserError
 from stages.cli import command as cli
-from stages.cli import device as devices
 from stages.cli import signals as interrupt
 from stages.cli.console import Console
 
@@ -25,7 +25,7 @@ PART = 1024  # places of the rows that a step reads at once: more hold more logi
 def run(given: "Reinforce") -> int:
     """Prepares, plays rounds, measures what they changed. Returns the exit code."""
     interrupt.doing("before anything was learnt.")
-    device = devices.start(given.device)
+    device = start_jax(given.device)
     from stages.runs import folder as run_folder
 
     task = given.asked.task.partition(":")[0]
@@ -43,7 +43,7 @@ def run(given: "Reinforce") -> int:
 class Reinforced:
     """What the stages of one run hand on to each other."""
 
-    def __init__(self, given: "Reinforce", device: devices.Device, folder: Path, console: Console) -> None:
+    def __init__(self, given: "Reinforce", device: Device, folder: Path, console: Console) -> None:
         from engine.text.chat import Chat
         from engine.training.optimizer import OptimizerConfig
         from engine.training.reinforce import grpo

@@ -11,13 +11,13 @@ from engine.counting.flops import step_flops, train_flops
 from engine.counting.hardware import Ceilings, ceilings, memory_limit_bytes
 from engine.counting.memory import training_memory
 from engine.counting.params import count_params
+from engine.device import Device
 from engine.errors import UserError
 from engine.files import cache_folder
 from engine.model.config import ModelConfig
 from engine.text.tokens import TokenFile
 from engine.training.loss import loss_chunks
 from stages.cli.console import Console
-from stages.cli.device import Device
 from stages.runs.texts import Data
 from stages.runs.recipes import Recipe
 

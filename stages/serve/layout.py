@@ -12,6 +12,7 @@ import jax
 from engine import format as words
 from engine.counting.hardware import memory_limit_bytes
 from engine.counting.params import count_params, leaf_shapes
+from engine.device import Device
 from engine.errors import UserError
 from engine.inference import decode
 from engine.inference.quantize import quantize
@@ -21,7 +22,6 @@ from engine.model.config import ModelConfig
 from engine.model.paths import map_paths, nested
 from engine.model.weights.lora import LoRA
 from engine.model.weights.matmul import dense
-from stages.cli import device
 
 if TYPE_CHECKING:
     from stages.serve.flags import Serve
@@ -31,7 +31,7 @@ MB = 10**6
 FEWER = "Give fewer --slots, a smaller --capacity, or --keys-values int8."
 
 
-def kept_as(cfg: ModelConfig, given: "Serve", started: device.Device) -> tuple[str, ModelConfig]:
+def kept_as(cfg: ModelConfig, given: "Serve", started: Device) -> tuple[str, ModelConfig]:
     """What matrices are kept as, and the config that computes so."""
     weights = given.weights or ("int8" if started.backend == "cpu" else "bfloat16")
     return weights, cfg if weights == "int8" else dataclasses.replace(cfg, dtype=weights)  # type: ignore[arg-type]
@@ -53,7 +53,7 @@ def options(cfg: ModelConfig, given: "Serve") -> dict[str, Any]:
     }  # fmt: skip
 
 
-def check_room(cfg: ModelConfig, given: "Serve", started: device.Device) -> None:
+def check_room(cfg: ModelConfig, given: "Serve", started: Device) -> None:
     """Raises UserError, before anything is taken, when weights and slots are more than a CPU's memory holds."""
     asked, weights = options(cfg, given), kept_as(cfg, given, started)[0]
     if started.backend != "cpu" or asked["capacity"] > cfg.context:  # which is refused for itself
@@ -75,7 +75,7 @@ class Ahead:
     do is done, or said, when the programs are wanted.
     """
 
-    def __init__(self, given: "Serve", started: device.Device) -> None:
+    def __init__(self, given: "Serve", started: Device) -> None:
         self._given, self._started = given, started
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()

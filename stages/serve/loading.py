@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from engine import format as words
+from engine.device import Device, start_jax
 from engine.errors import UserError
 from engine.inference.slots import Slots
 from engine.model.config import ModelConfig
 from engine.storage.digest import digest
 from engine.text.chat import Chat
-from stages.cli import device
 from stages.cli.compiles import Compiles
 from stages.runs import load as models
 from stages.serve.admission import Door
@@ -77,7 +77,7 @@ def load(given: "Serve", console: "Console") -> Loaded:
 
 
 def _load(given: "Serve", console: "Console") -> Loaded:
-    started = device.start(given.device, decodes=True)
+    started = start_jax(given.device, decodes=True)
     compiles = Compiles()
     source = _template(given)
     ahead = Ahead(given, started)
@@ -121,7 +121,7 @@ def _load(given: "Serve", console: "Console") -> Loaded:
     return Loaded(model, name, slots.params, slots, chat, source, now, compiles, attested, ahead)
 
 
-def _laid_out(model: models.Model, given: "Serve", started: device.Device) -> tuple[Slots, str]:
+def _laid_out(model: models.Model, given: "Serve", started: Device) -> tuple[Slots, str]:
     """Slots around the weights as they are served, and what those are kept as."""
     weights, cfg = kept_as(model.cfg, given, started)
     params = model.params

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine import format as words
+from engine.device import Device, start_jax
 from stages.cli import command as cli
-from stages.cli import device as devices
 from stages.cli import process
 from stages.cli import signals as interrupt
 from stages.cli.console import Console
@@ -26,7 +26,7 @@ def run(given: "Train") -> int:
 def carry_out(given: "Train", kind: "type[Run]") -> int:
     """As `run`, by another kind of run."""
     interrupt.doing("before anything was trained.")
-    device = devices.start(given.device)
+    device = start_jax(given.device)
     from stages.runs import folder as run_folder
 
     folder = given.folder.out_dir or run_folder.default_folder(given.preset, given.text.data)
@@ -43,7 +43,7 @@ def carry_out(given: "Train", kind: "type[Run]") -> int:
 class Run:
     """What the stages of one run hand on to each other."""
 
-    def __init__(self, given: "Train", device: devices.Device, folder: Path, console: Console) -> None:
+    def __init__(self, given: "Train", device: Device, folder: Path, console: Console) -> None:
         from engine.text.batches import Batches
         from stages.runs import estimate as plan
         from stages.runs import texts as data

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TIERS = [
     {"engine.errors", "engine.format"},
     {"engine.files", "engine.allocator", "engine.model.config", "engine.model.paths", "engine.model.backend"},
-    {"engine.model.layers", "engine.model.cache.contiguous", "engine.by_hand"},
+    {"engine.device", "engine.model.layers", "engine.model.cache.contiguous", "engine.by_hand"},
     {"engine.model.backward", "engine.model.weights.int8", "engine.model.cache.segmented"},
     {"engine.model.weights.lora", "engine.model.chunked_cross_entropy"},
     {"engine.model.weights.lora_matmul"},
