@@ -1,8 +1,14 @@
-"""Numbers as a person reads them: durations, counts, bytes, commands to type."""
+"""Numbers as a person reads them: durations, counts, bytes, money, ratios; one prefix for a whole column of a table."""
 
-import os
-import shlex
-from collections.abc import Sequence
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+_PREFIXES = {-12: "p", -9: "n", -6: "µ", -3: "m", 0: "", 3: "k", 6: "M", 9: "G", 12: "T", 15: "P", 18: "E"}
+_WORDS = {3: "thousand", 6: "million", 9: "billion", 12: "trillion"}
+_SPACE = "\u202f"  # narrow, and never the end of a line
+ABSENT = "–"
 
 
 def clock(seconds: float) -> str:
@@ -27,11 +33,7 @@ def duration(seconds: float) -> str:
 
 def count(number: float) -> str:
     """950 -> '950', 4204800 -> '4.20 M': three figures."""
-    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            value = number / size
-            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
-    return f"{number:.3g}"
+    return si(number, "").replace(_SPACE, " ") if number >= 999.5 else f"{number:.3g}"
 
 
 def size(bytes: float) -> str:
@@ -42,12 +44,105 @@ def size(bytes: float) -> str:
     return f"{bytes:.0f} B"
 
 
-def command(stage: str, *words: object) -> str:
-    """What to type: through `uv run` when that is how we were started."""
-    started = "uv run " if os.environ.get("UV") else ""
-    return f"{started}python -m stages.{stage} {shlex.join(map(str, words))}".rstrip()
-
-
 def listed(words: Sequence[str]) -> str:
     """['a', 'b', 'c'] -> 'a, b and c'."""
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
+
+
+def number(value: Any) -> float | None:
+    """Returns the value as a finite float, or None for what is absent, not a number, or not finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def positive(value: Any) -> float | None:
+    """Returns the value as a finite float above zero, or None: a bar or a logarithmic axis can show nothing else."""
+    return finite if (finite := number(value)) is not None and finite > 0 else None
+
+
+def si(value: Any, unit: str, *, short: bool = False) -> str:
+    """`21.3 MFLOP`, `612 µs`; a dash for what is absent. `short`: as few digits as a round value on an axis needs."""
+    if (value := number(value)) is None:
+        return ABSENT
+    if short and not value:
+        return "0"
+    power = _power(value)
+    scaled = value / 10.0**power
+    return f"{f'{scaled:.3g}' if short else significant(scaled)}{_SPACE}{_PREFIXES[power]}{unit}".rstrip(_SPACE)
+
+
+def in_words(value: Any, *, short: bool = False) -> str:
+    """A count: `96.2 million`, `1.92 billion`, `640`; a dash for what is absent. `short`: `10 million`, for an axis."""
+    if (value := number(value)) is None:
+        return ABSENT
+    power = max(0, min(_power(value), 12))
+    scaled = value / 10.0**power
+    return " ".join(filter(None, [f"{scaled:,.3g}" if short else significant(scaled), _WORDS.get(power)]))
+
+
+def money(value: Any) -> str:
+    """`$0.0417`, `$0.10`, `$12.50`, `$1,240`; a dash for what is absent."""
+    if (value := number(value)) is None:
+        return ABSENT
+    cents = 1 <= abs(value) < 100 or (0.01 <= abs(value) < 1 and value == round(value, 2))
+    return f"${value:.2f}" if cents else f"${significant(value)}"
+
+
+def times(value: Any, digits: int = 2) -> str:
+    """`3.00×`, or `14.2×` from ten up; a dash for what is absent."""
+    if (value := number(value)) is None:
+        return ABSENT
+    return f"{value:,.{digits if abs(value) < 9.95 else max(0, digits - 1)}f}×"
+
+
+def percent(value: Any, *, signed: bool = False) -> str:
+    """A share as `59%`, or a deviation as `+12%` and `−4%`; a dash for what is absent."""
+    if (value := number(value)) is None:
+        return ABSENT
+    whole = round(100 * value)
+    return f"{whole:+}%".replace("-", "−") if signed and whole else f"{whole}%".replace("-", "−")
+
+
+def significant(value: float) -> str:
+    """Three significant digits without an exponent, thousands apart: `0.0417`, `7.11`, `1,240`."""
+    if value == 0:
+        return "0"
+    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
+    text = f"{value:,.{decimals}f}"
+    return f"{value:,.{max(0, decimals - 1)}f}" if sum(map(str.isdigit, text.lstrip("-0."))) > 3 and decimals else text
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """How the numbers of one column are written: over 10^power, with the same decimals, so that they compare by eye."""
+
+    power: int
+    decimals: int
+
+    def unit(self, unit: str) -> str:
+        """Returns the unit with the column's prefix, for its heading."""
+        return f"{_PREFIXES[self.power]}{unit}"
+
+    def text(self, value: Any) -> str:
+        """Writes one cell; a dash for what is absent."""
+        return ABSENT if (value := number(value)) is None else f"{value / 10.0**self.power:,.{self.decimals}f}"
+
+
+def column(values: Iterable[Any], *, digits: int = 3, prefixed: bool = True) -> Column:
+    """Chooses the prefix of the middle value, and decimals that show `digits` digits of the smallest number: at most as
+    many decimals, and none beside numbers of a thousand and more. Without prefixes the smallest keeps its digits."""
+    sizes = sorted(abs(value) for value in map(number, values) if value)
+    if not sizes:
+        return Column(0, 0)
+    power = _power(sizes[len(sizes) // 2]) if prefixed else 0
+    decimals = max(0, digits - 1 - math.floor(math.log10(sizes[0] / 10.0**power)))
+    return Column(power, 0 if sizes[-1] / 10.0**power >= 1000 else min(decimals, digits) if prefixed else decimals)
+
+
+def _power(value: float) -> int:
+    """Returns the power of 1000 below a value, as a power of ten that has a prefix; a value that would round up to 1000
+    counts as 1000."""
+    if value == 0:
+        return 0
+    return min(max(3 * math.floor(math.log10(abs(value) * 1.0005) / 3), min(_PREFIXES)), max(_PREFIXES))

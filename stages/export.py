@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from stages.cli import command as cli
+from stages.cli.command import command_line
 from stages.cli.flags import Device, Model, Verbose, one_of, path, read, unset
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def export(given: Export) -> int:
         for fault in faults:
             console.say(f"DIFFERS: {fault}", style="red")
         if not faults and not given.adapter:
-            console.say(f"next: {words.command('generate', '--model', given.out)}")
+            console.say(f"next: {command_line('generate', '--model', given.out)}")
     return 1 if faults else 0
 
 

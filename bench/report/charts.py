@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from bench.format import percent
 from bench.report.svg import (
     Scale,
     apart,
@@ -19,6 +18,7 @@ from bench.report.svg import (
     text,
     titled,
 )
+from engine.format import percent
 
 Point = tuple[float, float]
 

@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bench.format import brief, money, positive, si, spoken, spoken_tick, times
 from bench.report.charts import Axis, Bar, Line, curves, stacked_bars
+from engine.format import in_words, money, positive, si, times
 
 TOKENS_PER_PARAMETER = 20  # of a training that is not stated: compute-optimal, Hoffmann et al. 2022, section 3
 
@@ -86,7 +86,8 @@ def memory_figure(rows: Rows) -> Figure | None:
     most = max(bars, key=lambda bar: bar.length)
     described = (title, f"Stacked bars, one a stage, in bytes. The largest: {most.name}, {most.figures[0]}.")
     wide, narrow = (
-        stacked_bars("memory", described, bars, key, lambda value: brief(value, "B"), wide=wide) for wide in (True, False)
+        stacked_bars("memory", described, bars, key, lambda value: si(value, "B", short=True), wide=wide)
+        for wide in (True, False)
     )
     caption = (
         "Predicted memory by what it holds; the mark is the peak of the compiled program. Training keeps a gradient and the "
@@ -135,7 +136,7 @@ def decode_figure(rows: Rows, ceilings: Mapping[str, Any], model: Mapping[str, A
         heights = [y for each in every for _, y in each.points]
         doublings = tuple(sorted({2.0**power for power in range(12) if slots[0] <= 2.0**power <= slots[-1]} | set(slots)))
         across = Axis("slots (requests decoded together)", low, high, lambda value: f"{value:g}", doublings)
-        up = Axis("time per token", min(heights) / 1.6, max(heights) * 1.6, lambda value: brief(value, "s"))
+        up = Axis("time per token", min(heights) / 1.6, max(heights) * 1.6, lambda value: si(value, "s", short=True))
         shaded = f"faster than {'main memory' if beaten else 'this machine'} allows" if floor else ""
         return curves("decode", (title, described), every, across, up, wide=wide, shade=floor, shade_says=shaded)
 
@@ -163,19 +164,20 @@ def life_figure(rows: Rows, model: Mapping[str, Any], life: Mapping[str, Any]) -
     meet = [tokens * price / row["usd_per_million_tokens"] for row in ways]
     low, high = 10.0 ** math.floor(math.log10(min(meet) / 20)), 10.0 ** math.ceil(math.log10(max(meet) * 5))
     lines = [
-        Line(((low, once), (high, once)), "paid", f"{trained['name']}, once", f"{money(once)} for {spoken(tokens)} tokens")
+        Line(((low, once), (high, once)), "paid", f"{trained['name']}, once", f"{money(once)} for {in_words(tokens)} tokens")
     ]
     for rank, (row, crossing) in enumerate(zip(ways, meet)):
         cost = row["usd_per_million_tokens"] / 1e6
         points = ((low, cost * low), (high, cost * high))
-        lines.append(Line(points, f"way{min(rank, 4)}", row["name"], f"meets it at {spoken(crossing)} tokens"))
+        lines.append(Line(points, f"way{min(rank, 4)}", row["name"], f"meets it at {in_words(crossing)} tokens"))
     heights = [y for each in lines for _, y in each.points]
     title = "Cost over a model's life"
     described = (
         title,
-        f"Both axes logarithmic. Serving has cost as much as training after {spoken(min(meet))} to {spoken(max(meet))} tokens.",
+        "Both axes logarithmic. "
+        f"Serving has cost as much as training after {in_words(min(meet))} to {in_words(max(meet))} tokens.",
     )
-    across = Axis("tokens served", low, high, spoken_tick)
+    across = Axis("tokens served", low, high, lambda value: in_words(value, short=True))
     up = Axis("cost, dollars", min(heights) / 1.3, max(heights) * 1.3, lambda value: f"${value:,.10g}")
     wide, narrow = (
         curves("life", described, lines, across, up, wide=wide, rings=[(x, once) for x in meet]) for wide in (True, False)
@@ -183,7 +185,7 @@ def life_figure(rows: Rows, model: Mapping[str, Any], life: Mapping[str, Any]) -
     share = times(meet[0] / tokens).rstrip("×")
     basis = "as stated" if stated else f"{TOKENS_PER_PARAMETER} for each parameter, the compute-optimal amount"
     caption = (
-        f"Training is paid once, here for {spoken(tokens)} tokens ({basis}); serving is paid for every token. At a ring both "
+        f"Training is paid once, here for {in_words(tokens)} tokens ({basis}); serving is paid for every token. At a ring both "
         f"have cost the same: for “{ways[0]['name']}” after {share} times as many tokens served as trained on, however many "
         "those are and whatever an hour costs. Right of the rings, what a model costs is what serving it costs."
     )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.format import ABSENT, money, percent, si, spoken, times
+from engine.format import ABSENT, in_words, money, percent, si, times
 
 Document = Mapping[str, Any]
 
@@ -17,7 +17,7 @@ def markdown(document: Document) -> str:
     """Where it was measured and how to do it again, the table, the claims, and how far to trust them."""
     model, machine = document["model"], document["machine"]
     where = (
-        f"`{model['name']}`, {spoken(model['params'])} parameters, {model['dtype']}, batches of {model['batch']} × "
+        f"`{model['name']}`, {in_words(model['params'])} parameters, {model['dtype']}, batches of {model['batch']} × "
         f"{model['context']} tokens; {machine['device']}, {machine['cores']} cores, JAX {machine['jax']}; "
         f"{money(document['price_per_hour'])} an hour. `uv run {document['command']}`"
     )

@@ -7,13 +7,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from bench.format import money, number, si, spoken, times
 from bench.report.figures import Figure, decode_figure, decoding, flops_figure, life_figure, memory_figure, training
 from bench.report.markdown import markdown
 from bench.report.stage_rows import again, stages_section
 from bench.table.claims import GENERATED_CHEAPER
 from engine.errors import UserError
 from engine.files import whole_file
+from engine.format import in_words, money, number, si, times
 
 Document = Mapping[str, Any]
 
@@ -96,7 +96,7 @@ def page(document: Document) -> str:
 
 def _header(model: Document, machine: Document) -> str:
     params, cores, jax = number(model.get("params")), number(machine.get("cores")), machine.get("jax")
-    about = [model.get("name"), params and f"{spoken(params)} parameters"]
+    about = [model.get("name"), params and f"{in_words(params)} parameters"]
     where = [machine.get("device"), cores and f"{cores:g} {'core' if cores == 1 else 'cores'}", jax and f"JAX {jax}"]
     lines = [" · ".join(_text(part) for part in parts if part) for parts in (about, where)]
     subtitle = "<br>".join(filter(None, lines))
@@ -206,7 +206,7 @@ def _facts(found: Document) -> list[tuple[str, str]]:
         if size is not None and name.endswith("_bytes"):
             said.append((name.removesuffix("_bytes").replace("_", " "), si(value, "B")))
         elif size is not None or isinstance(value, str | bool):
-            said.append((name.replace("_", " "), spoken(value) if size is not None and size >= 1e6 else str(value)))
+            said.append((name.replace("_", " "), in_words(value) if size is not None and size >= 1e6 else str(value)))
     return said
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from bench.format import ABSENT, Column, column, money, number, percent, times
+from engine.format import ABSENT, Column, column, money, number, percent, times
 
 DEVIATION = 0.15  # beyond which a measured time is explained in words
 

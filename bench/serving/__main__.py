@@ -159,8 +159,8 @@ def _show(found: dict[str, Any]) -> None:
     from rich import box
     from rich.table import Table
 
-    from bench.format import money, si
     from bench.table.print import console
+    from engine.format import money, si
 
     out = console()
 

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from bench.format import money, percent, si, spoken, times
+from engine.format import in_words, money, percent, si, times
 
 FINE_TUNING_TOKENS = 1_000_000
 TOKENS_PER_PARAMETER = 20  # of a compute-optimal pre-training run (Hoffmann et al. 2022, 2203.15556, table 3)
@@ -186,10 +186,10 @@ def _money(rows: dict[str, dict[str, Any]], seen: Observed, price: float, over: 
     return _claim(
         "Fine-tuning costs a small part of what training cost.",
         "true: the data are fewer" if some < 0.1 * whole else "partly: not for so small a model",
-        f"pre-training on {spoken(tokens)} tokens ({TOKENS_PER_PARAMETER} a parameter) {money(whole)}, LoRA on "
-        f"{spoken(FINE_TUNING_TOKENS)} tokens {money(some)}, at {money(price)} an hour. A token of LoRA costs "
+        f"pre-training on {in_words(tokens)} tokens ({TOKENS_PER_PARAMETER} a parameter) {money(whole)}, LoRA on "
+        f"{in_words(FINE_TUNING_TOKENS)} tokens {money(some)}, at {money(price)} an hour. A token of LoRA costs "
         f"{percent(over(lora['name'], step['name']))} of one of pre-training; the rest is the amount. "
-        f"Serving, eight at a time, has cost as much as training after {spoken(crossing)} tokens.",
+        f"Serving, eight at a time, has cost as much as training after {in_words(crossing)} tokens.",
         training_usd=whole, fine_tuning_usd=some, serving_tokens_that_cost_as_much=crossing,
     )  # fmt: skip
 

@@ -1,8 +1,8 @@
 """Why a row takes another time than its FLOPs say: the parts of its cost that are not products, in words with numbers."""
 
-from bench.format import si
 from bench.table.row import Row
 from engine.counting.hardware import Ceilings
+from engine.format import si
 
 TOLERATED = 0.15  # of the predicted ratio
 

@@ -4,7 +4,7 @@ import os
 import sys
 from typing import Any
 
-from bench.format import money, percent, si, times
+from engine.format import money, percent, si, times
 
 # A pipe has no width of its own; the widest table fits in this.
 PIPED_WIDTH = 140

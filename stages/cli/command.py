@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -88,6 +89,12 @@ def _system(error: OSError) -> str:
 def _say(sentence: str) -> int:
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     return MISTAKE
+
+
+def command_line(stage: str, *words: object) -> str:
+    """Returns the command to type for a stage: through `uv run` when that is how we were started."""
+    started = "uv run " if os.environ.get("UV") else ""
+    return f"{started}python -m stages.{stage} {shlex.join(map(str, words))}".rstrip()
 
 
 def arguments() -> list[str]:

@@ -15,6 +15,7 @@ from engine.model.paths import leaf_paths, merge
 from engine.storage.adapter import save_adapter
 from engine.storage.digest import digest
 from stages.cli import signals as interrupt
+from stages.cli.command import command_line
 from stages.runs import adapters
 from stages.runs import folder as run_folder
 from stages.runs import forgetting as general
@@ -125,9 +126,9 @@ def _say(run: "Tuned", result: dict[str, Any], was: Look, now: Look, place: Path
     ])  # fmt: skip
     console.say()
     console.say("next", style="bold")
-    console.say(f"  {words.command('chat', '--model', run.folder)}")
-    console.say(f"  {words.command('evaluate', '--model', run.folder)}")
-    console.say(f"  {words.command('export', '--model', run.folder, '--out', run.folder / 'hugging-face')}")
+    console.say(f"  {command_line('chat', '--model', run.folder)}")
+    console.say(f"  {command_line('evaluate', '--model', run.folder)}")
+    console.say(f"  {command_line('export', '--model', run.folder, '--out', run.folder / 'hugging-face')}")
 
 
 def _numbers(run: "Tuned") -> int:

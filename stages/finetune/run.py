@@ -11,6 +11,7 @@ from engine.errors import UserError
 from stages.cli import command as cli
 from stages.cli import process
 from stages.cli import signals as interrupt
+from stages.cli.command import command_line
 from stages.cli.console import Console
 
 if TYPE_CHECKING:
@@ -298,4 +299,4 @@ class Tuned:
 
     def same_command(self) -> str:
         """What to type to go on."""
-        return words.command("finetune", *(word for word in cli.arguments() if word != "--overwrite"))
+        return command_line("finetune", *(word for word in cli.arguments() if word != "--overwrite"))

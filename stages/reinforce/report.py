@@ -7,6 +7,7 @@ from engine.counting.hardware import peak_rss_bytes
 from engine.storage.adapter import save_adapter
 from engine.storage.digest import digest
 from stages.cli import signals as interrupt
+from stages.cli.command import command_line
 from stages.runs import adapters, kept
 from stages.runs import folder as run_folder
 
@@ -67,5 +68,5 @@ def _say(run: "Reinforced", result: dict[str, Any], was: "Draw", now: "Draw", pl
     ])  # fmt: skip
     console.say()
     console.say("next", style="bold")
-    console.say(f"  {words.command('chat', '--model', run.folder)}")
-    console.say(f"  {words.command('export', '--model', run.folder, '--out', run.folder / 'hugging-face')}")
+    console.say(f"  {command_line('chat', '--model', run.folder)}")
+    console.say(f"  {command_line('export', '--model', run.folder, '--out', run.folder / 'hugging-face')}")

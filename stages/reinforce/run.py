@@ -10,6 +10,7 @@ from engine.device import Device, start_jax
 from engine.errors import UserError
 from stages.cli import command as cli
 from stages.cli import signals as interrupt
+from stages.cli.command import command_line
 from stages.cli.console import Console
 
 if TYPE_CHECKING:
@@ -229,4 +230,4 @@ class Reinforced:
 
     def same_command(self) -> str:
         """What to type to go on."""
-        return words.command("reinforce", *(word for word in cli.arguments() if word != "--overwrite"))
+        return command_line("reinforce", *(word for word in cli.arguments() if word != "--overwrite"))

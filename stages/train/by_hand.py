@@ -18,6 +18,7 @@ from engine.by_hand.generate import generate
 from engine.by_hand.model import kept_numbers
 from engine.errors import UserError
 from stages.cli import signals as interrupt
+from stages.cli.command import command_line
 from stages.train.run import Run, carry_out
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ class ByHand(Run):
         shown = [("sample", begun)]
         shown.append(("one model", f"{ours:.4f} bits per byte (quick) by NumPy, {theirs:.4f} by JAX with the same weights"))
         if self.plan.steps and not self.plan.seconds:  # by time, the schedule would follow each one's own speed
-            same = words.command("train", self.given.preset, "--optimizer", "adamw", "--dtype", "float32")
+            same = command_line("train", self.given.preset, "--optimizer", "adamw", "--dtype", "float32")
             shown.append(("in JAX", f"{same}, with the same other flags, takes the same steps"))
         return shown
 

@@ -8,6 +8,7 @@ from engine.files import whole_file
 from engine.inference.decode import for_inference, generate
 from engine.inference.sampling import make_sampling
 from stages.cli import signals as interrupt
+from stages.cli.command import command_line
 from stages.runs import folder as run_folder
 from stages.runs.estimate import ceiling, measured_ceilings
 from stages.runs.loop import Loop
@@ -87,5 +88,5 @@ def summary(run: "Run", loop: Loop, result: dict[str, Any], text: str, remarks: 
     console.say()
     console.say("next", style="bold")
     prompt = ("--prompt", "ROMEO:") if run.given.text.data == "shakespeare" else ()
-    console.say(f"  {words.command('generate', '--model', folder, *prompt)}")
-    console.say(f"  {words.command('evaluate', '--model', folder)}")
+    console.say(f"  {command_line('generate', '--model', folder, *prompt)}")
+    console.say(f"  {command_line('evaluate', '--model', folder)}")

@@ -10,6 +10,7 @@ from engine.device import Device, start_jax
 from stages.cli import command as cli
 from stages.cli import process
 from stages.cli import signals as interrupt
+from stages.cli.command import command_line
 from stages.cli.console import Console
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class Run:
 
     def same_command(self) -> str:
         """What to type to go on."""
-        return words.command("train", *(word for word in cli.arguments() if word != "--overwrite"))
+        return command_line("train", *(word for word in cli.arguments() if word != "--overwrite"))
 
     def compile(self, state: Any, step: int) -> Any:
         """The step's program for these shapes; `compiled(state, frozen, batch, progress)`."""

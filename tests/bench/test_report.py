@@ -9,10 +9,10 @@ from html.parser import HTMLParser
 import pytest
 from report_document import document
 
-from bench.format import brief, column, money, percent, si, significant, spoken, spoken_tick, times
 from bench.report.page import page, write_report
 from bench.report.svg import apart, decade_ticks, even_ticks, logarithmic
 from engine.errors import UserError
+from engine.format import column, in_words, money, percent, si, significant, times
 
 SVG = "{http://www.w3.org/2000/svg}"
 VOID = {"meta", "br"}
@@ -227,13 +227,13 @@ def test_lines_of_a_life_cross_where_the_costs_are_equal():
     trained, alone = made["rows"][0], next(row for row in made["rows"] if row["slots"] == 1)
     tokens = 20 * made["model"]["params"]
     crossing = tokens * trained["usd_per_million_tokens"] / alone["usd_per_million_tokens"]
-    assert f"meets it at {spoken(crossing)} tokens" in words(root)
+    assert f"meets it at {in_words(crossing)} tokens" in words(root)
     (paid,) = [path for path in root.iter(f"{SVG}path") if path.get("class") == "line paid"]
     level = float(paid.get("d").split()[-1])
     rings = [ring for ring in root.iter(f"{SVG}circle") if ring.get("class") == "ring"]
     assert len(rings) == 4
     assert all(float(ring.get("cy")) == level for ring in rings)
-    assert f"here for {spoken(tokens)} tokens" in page(made)
+    assert f"here for {in_words(tokens)} tokens" in page(made)
     stated = page(made | {"life": {"training_tokens": 3e9}})
     assert "here for 3.00 billion tokens (as stated)" in stated
 
@@ -364,9 +364,9 @@ def test_quantities_read_well():
     ]  # fmt: skip
     assert si(21_340_160, "FLOP") == f"21.3{narrow}MFLOP"
     assert si(0, "") == "0"
-    assert brief(5e-5, "s") == f"50{narrow}µs"
-    assert [spoken(x) for x in (640, 13.5e6, 1.92e9, 5e15)] == ["640", "13.5 million", "1.92 billion", "5,000 trillion"]
-    assert [spoken_tick(x) for x in (640, 1e4, 1e9)] == ["640", "10 thousand", "1 billion"]
+    assert si(5e-5, "s", short=True) == f"50{narrow}µs"
+    assert [in_words(x) for x in (640, 13.5e6, 1.92e9, 5e15)] == ["640", "13.5 million", "1.92 billion", "5,000 trillion"]
+    assert [in_words(x, short=True) for x in (640, 1e4, 1e9)] == ["640", "10 thousand", "1 billion"]
     assert [money(x) for x in (0.01153, 2.3, 1240.4, 0.0)] == ["$0.0115", "$2.30", "$1,240", "$0"]
     assert [times(x) for x in (3, 19.49, 0.333)] == ["3.00×", "19.5×", "0.33×"]
     assert [percent(x, signed=True) for x in (0.124, -0.04, 0.001, -0.001)] == ["+12%", "−4%", "0%", "0%"]

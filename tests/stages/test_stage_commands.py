@@ -12,6 +12,7 @@ from tiny_runs import ROOT, command, tiny
 from engine import format as words
 from stages.__main__ import stages
 from stages.cli import console, flags
+from stages.cli.command import command_line
 
 
 @pytest.mark.parametrize("stage", ["", "train", "evaluate", "generate", "chat", "serve"])
@@ -136,6 +137,6 @@ def test_words() -> None:
 
 def test_commands_to_type_are_quoted_and_run_as_we_were(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("UV", raising=False)
-    assert words.command("generate", "--model", "my runs/a") == "python -m stages.generate --model 'my runs/a'"
+    assert command_line("generate", "--model", "my runs/a") == "python -m stages.generate --model 'my runs/a'"
     monkeypatch.setenv("UV", "/bin/uv")
-    assert words.command("train") == "uv run python -m stages.train"
+    assert command_line("train") == "uv run python -m stages.train"
