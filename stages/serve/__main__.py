@@ -17,7 +17,7 @@ from stages.serve.flags import Serve
 
 def serve(given: Serve) -> int:
     """Serves until it is told to stop."""
-    from stages.serve.command import run
+    from stages.serve.run import run
 
     return run(given)
 

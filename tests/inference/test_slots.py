@@ -210,8 +210,8 @@ TestCompany, TestCompanyOfInt8, TestCompanyAsServed = Company.TestCase, CompanyO
 
 
 def test_a_server_that_is_told_nothing_keeps_what_company_as_served_does():
+    from stages.serve.compile_ahead import kept_as
     from stages.serve.flags import Serve
-    from stages.serve.layout import kept_as
 
     weights, _ = kept_as(tiny_config(), Serve(), SimpleNamespace(backend="cpu"))
     assert f"{weights}/{Serve().keys_values}" == AS_SERVED

@@ -13,8 +13,9 @@ from selenium.webdriver import Chrome, Keys
 from selenium.webdriver.support.ui import WebDriverWait
 from tiny_server import TinyServer
 
-from stages.serve import guard, listen
-from stages.serve.app import make_app
+from stages.serve import server as listen
+from stages.serve.api import guard
+from stages.serve.api.app import make_app
 from stages.serve.page import page
 
 LONG = "Tell me everything."

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_server import CAPACITY, TinyServer, ask, say
 
-from stages.serve import body
+from stages.serve.api import body
 
 
 def refused(reply: httpx.Response, status: int = 400) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def test_more_at_once_than_can_ever_be(client: httpx.Client) -> None:
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "PATCH", "DELETE", "TRACE", "OPTIONS", "POST", "HEAD"])
 def test_methods_that_a_route_has_not(client: httpx.Client, method: str) -> None:
-    from stages.serve.routes import ROUTES
+    from stages.serve.api.routes import ROUTES
 
     for route in ROUTES:
         if method == route.method or (method, route.method) == ("HEAD", "GET"):
@@ -320,7 +320,7 @@ def test_what_is_not_http(tiny_server: TinyServer, request_: bytes) -> None:
 
 
 def test_a_client_that_is_slow(tiny_server: TinyServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stages.serve import listen
+    from stages.serve import server as listen
 
     monkeypatch.setattr(body, "SECONDS", 0.3)
     monkeypatch.setattr(listen, "HEAD_SECONDS", 0.3)

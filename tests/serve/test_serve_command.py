@@ -22,7 +22,7 @@ from tiny_server import ask, tiny_model
 
 from engine.errors import UserError
 from stages.serve import __main__ as command
-from stages.serve import listen
+from stages.serve import server as listen
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOW = """
@@ -227,7 +227,7 @@ def test_what_weights_are_kept_as(
     folder: Path, weights: str, capsys: pytest.CaptureFixture[str], count_compiles: list[str]
 ) -> None:
     from stages.cli.console import Console
-    from stages.serve.loading import load
+    from stages.serve.startup import load
 
     given = dataclasses.replace(command.Serve(), model=str(folder), slots=2, weights=weights)
     loaded = load(given, Console())
@@ -258,7 +258,7 @@ def test_an_adapter_is_folded_into_what_is_served(weights: str) -> None:
     from engine.model.weights.lora import LoRA
     from engine.model.weights.matmul import dense
     from engine.training.lora import add_lora
-    from stages.serve.layout import as_served
+    from stages.serve.compile_ahead import as_served
 
     cfg = tiny_config()
     base = lively_params(cfg)
@@ -275,7 +275,7 @@ def test_an_adapter_is_folded_into_what_is_served(weights: str) -> None:
 
 def test_too_many_slots_for_memory_is_a_sentence_and_ends_what_compiles_ahead() -> None:
     from stages.cli.console import Console
-    from stages.serve.command import _warm
+    from stages.serve.run import _warm
 
     class Full:
         failed: BaseException | None = None
@@ -296,7 +296,8 @@ def test_slots_beyond_memory_are_refused_with_flags_of_this_stage(
     folder: Path, seen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from stages.cli.console import Console
-    from stages.serve import layout, loading
+    from stages.serve import compile_ahead as layout
+    from stages.serve import startup as loading
 
     def full(*_: Any, **__: Any) -> None:
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 377487360 bytes.")

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from tiny_server import TinyServer, ask
 
-from stages.serve.routes import ROUTES
+from stages.serve.api.routes import ROUTES
 
 KEYS = ("first-key", "second-kéy-…")
 
@@ -93,7 +93,7 @@ def test_live_alone_needs_no_key(locked: TinyServer) -> None:
 
 def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """All keys, whole, by hmac.compare_digest, whether or not one has matched."""
-    from stages.serve import guard
+    from stages.serve.api import guard
     from stages.serve.errors import Refused
 
     compared: list[tuple[bytes, bytes]] = []
@@ -108,7 +108,7 @@ def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_each_key_has_a_namespace_of_its_own(locked: TinyServer) -> None:
-    from stages.serve.guard import Guard
+    from stages.serve.api.guard import Guard
 
     guarded = Guard(lambda *_: None, keys=KEYS, hosts=None)  # type: ignore[arg-type, return-value]
     first, second = (guarded._check_key([f"Bearer {key}".encode().decode("latin-1")], "/") for key in KEYS)

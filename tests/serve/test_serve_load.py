@@ -14,7 +14,7 @@ import httpx
 import pytest
 from tiny_server import QUEUE, SLOTS, TinyServer, ask, say
 
-from stages.serve import served as served_module
+from stages.serve import state as served_module
 
 LONG = 130  # tokens
 
@@ -93,7 +93,7 @@ def test_how_soon_a_slot_is_free(tiny_server: TinyServer, slowed: Callable[[floa
 
 
 def test_who_reads_no_more_frees_the_slot(tiny_server: TinyServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stages.serve import stream
+    from stages.serve.api import event_stream as stream
 
     monkeypatch.setattr(stream, "UNREAD", 0.2)
     body = json.dumps(ask(most=LONG, ignore_eos=True, stream=True)).encode()
@@ -250,7 +250,7 @@ def test_numbers_that_are_none_are_an_error_of_the_server(tiny_server: TinyServe
 def test_a_mistake_of_ours_is_told_and_printed(
     tiny_server: TinyServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], stream: bool
 ) -> None:
-    from stages.serve.answer import Answer
+    from stages.serve.api.generation import Answer
 
     monkeypatch.setattr(Answer, "_piece", lambda *_: {}["a mistake"])
     with tiny_server.client() as client:

@@ -95,7 +95,7 @@ def test_a_stream_says_the_same(client: httpx.Client, path: str) -> None:
 def test_offsets_are_places_in_the_text_whatever_parts_its_characters_come_in() -> None:
     from engine.inference.request import LogProb
     from engine.text.tokenizer import byte_tokenizer
-    from stages.serve.completions import _Writer
+    from stages.serve.api.completions import _Writer
 
     tokenizer, text = byte_tokenizer(), "a😀bé"
     writer = _Writer.__new__(_Writer)
@@ -232,7 +232,7 @@ def test_the_page_runs_nothing_but_itself(client: httpx.Client) -> None:
 
 
 def test_openapi_lists_every_route(client: httpx.Client) -> None:
-    from stages.serve.routes import ROUTES
+    from stages.serve.api.routes import ROUTES
 
     told = good(client.get("/openapi.json"))
     assert told["info"]["version"] == "1.2.3"

@@ -25,13 +25,13 @@ def tiny_model() -> Any:
 
 
 def loaded(**changes: Any) -> Any:
-    """What `stages.serve.loading.load` would make of it; `changes` are Slots' options."""
+    """What `stages.serve.startup.load` would make of it; `changes` are Slots' options."""
     from engine.inference import decode
     from engine.inference.slots import Slots
     from engine.storage.digest import digest
     from engine.text.template import FIXED_DAY
     from stages.cli.compiles import Compiles
-    from stages.serve.loading import Loaded, make_chat
+    from stages.serve.startup import Loaded, make_chat
 
     model = tiny_model()
     params = decode.for_inference(model.cfg, model.params)
@@ -66,8 +66,9 @@ class TinyServer:
         return httpx.Client(**{"base_url": self.url, "timeout": 60, "headers": headers, **options})
 
     async def _run(self) -> None:
-        from stages.serve import guard, listen
-        from stages.serve.app import make_app
+        from stages.serve import server as listen
+        from stages.serve.api import guard
+        from stages.serve.api.app import make_app
         from stages.serve.page import page
 
         self.loop = asyncio.get_running_loop()

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from stages.serve import plain
-from stages.serve.chat import chat
-from stages.serve.completions import completions
-from stages.serve.replies import Attestation, ChatReply, Health, Live, ModelCard, ModelList, Text, TextReply, Tokens
-from stages.serve.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from stages.serve.api import utility_routes as plain
+from stages.serve.api.chat import chat
+from stages.serve.api.completions import completions
+from stages.serve.api.reply_schema import Attestation, ChatReply, Health, Live, ModelCard, ModelList, Text, TextReply, Tokens
+from stages.serve.api.request_schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 BODY = (400, 404, 408, 413, 415, 429, 503)
 

@@ -8,12 +8,12 @@ import starlette.requests
 
 from engine.errors import UserError
 from engine.inference.request import Request, check
-from stages.serve.answer import Answer
+from stages.serve.api.event_stream import EventStream, whole
+from stages.serve.api.generation import Answer
+from stages.serve.api.request_schema import Sampling
 from stages.serve.errors import Refused, json_reply
-from stages.serve.prompts import overflow
-from stages.serve.schema import Sampling
-from stages.serve.served import Served
-from stages.serve.stream import EventStream, whole
+from stages.serve.state import Served
+from stages.serve.tokenize import overflow
 
 
 class Writer(Protocol):

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from stages.serve.answer import Answer
+from stages.serve.api.generation import Answer
 from stages.serve.errors import ErrorReply, Gone, Refused, at_fault
 
 QUIET = 10.0  # seconds without news after which a comment is sent, so that nobody between takes the connection for dead

@@ -9,12 +9,11 @@ from starlette.requests import Request
 
 from engine.inference.request import LogProb
 from engine.text.tokenizer import Tokenizer
-from stages.serve.answer import Answer
-from stages.serve.asked import answered
-from stages.serve.body import read
-from stages.serve.errors import Refused
-from stages.serve.prompts import spoken
-from stages.serve.replies import (
+from stages.serve.api.body import read
+from stages.serve.api.event_stream import QUIET
+from stages.serve.api.generate import answered
+from stages.serve.api.generation import Answer
+from stages.serve.api.reply_schema import (
     Answered,
     ChatChoice,
     ChatChunk,
@@ -26,9 +25,10 @@ from stages.serve.replies import (
     TopLogProb,
     new_id,
 )  # fmt: skip
-from stages.serve.schema import ChatRequest, Said
-from stages.serve.served import Served
-from stages.serve.stream import QUIET
+from stages.serve.api.request_schema import ChatRequest, Said
+from stages.serve.errors import Refused
+from stages.serve.state import Served
+from stages.serve.tokenize import spoken
 
 
 async def chat(request: Request) -> Any:

@@ -4,12 +4,12 @@ from msgspec import UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from stages.serve.body import read
-from stages.serve.chat import conversation
+from stages.serve.api.body import read
+from stages.serve.api.chat import conversation
+from stages.serve.api.reply_schema import Live, ModelCard, ModelList, Text, Tokens
+from stages.serve.api.request_schema import DetokenizeRequest, TokenizeRequest
 from stages.serve.errors import Refused, json_reply
-from stages.serve.replies import Live, ModelCard, ModelList, Text, Tokens
-from stages.serve.schema import DetokenizeRequest, TokenizeRequest
-from stages.serve.served import Served
+from stages.serve.state import Served
 
 
 def _served(request: Request) -> Served:

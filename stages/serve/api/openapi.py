@@ -5,9 +5,9 @@ from typing import Any
 
 import msgspec
 
+from stages.serve.api.reply_schema import ChatChunk
+from stages.serve.api.routes import ROUTES, Route
 from stages.serve.errors import ErrorReply
-from stages.serve.replies import ChatChunk
-from stages.serve.routes import ROUTES, Route
 
 ABOUT = "What a client may ask of this server. Fields follow OpenAI's API, and vLLM's for what OpenAI's has no name for."
 MEANT = {

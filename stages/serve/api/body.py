@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 
+from stages.serve.api.request_schema import UNABLE
 from stages.serve.errors import Gone, Refused
-from stages.serve.schema import UNABLE
 
 LARGEST = 4 * 2**20  # bytes
 QUICK = 65_536  # bytes that are decoded in the event loop itself

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     import socket
 
     from stages.cli.console import Console
+    from stages.serve.compile_ahead import Ahead
     from stages.serve.flags import Serve
-    from stages.serve.layout import Ahead
-    from stages.serve.loading import Loaded
+    from stages.serve.startup import Loaded
 
 NEEDS = ("starlette", "uvicorn", "msgspec", "prometheus_client")
 
@@ -25,7 +25,7 @@ def run(given: "Serve") -> int:
     """0 when it was told to stop and everybody had their answer, 1 when the engine or the weights broke."""
     _check_installed()
     keys = _listed(given.api_key) or _listed(os.environ.get("THRICE_API_KEY"))
-    from stages.serve import listen
+    from stages.serve import server as listen
 
     if not keys and not listen.is_local(given.host):
         raise UserError(
@@ -35,7 +35,7 @@ def run(given: "Serve") -> int:
     with bound:
         interrupt.doing("before it was ready.")
         from stages.cli.console import Console
-        from stages.serve.loading import load
+        from stages.serve.startup import load
 
         with Console() as console:
             loaded = load(given, console)
@@ -50,8 +50,8 @@ def run(given: "Serve") -> int:
 
 
 async def _serve(given: "Serve", loaded: "Loaded", bound: "socket.socket", keys: list[str], console: "Console") -> int:
-    from stages.serve import listen
-    from stages.serve.app import make_app
+    from stages.serve import server as listen
+    from stages.serve.api.app import make_app
     from stages.serve.page import page
 
     loop = asyncio.get_running_loop()
@@ -95,7 +95,7 @@ async def _warm(served: Any, ahead: "Ahead | None", console: "Console") -> None:
         if ahead:
             await asyncio.to_thread(ahead.stop)
         if "RESOURCE_EXHAUSTED" in str(served.engine.failed):
-            from stages.serve.layout import FEWER
+            from stages.serve.compile_ahead import FEWER
 
             raise UserError(f"There is not enough memory to answer in so many slots. {FEWER}")
         raise served.engine.failed
@@ -138,7 +138,8 @@ def _say_ready(given: "Serve", bound: "socket.socket", keys: list[str], console:
 
 def _hosts(given: "Serve", bound: "socket.socket") -> frozenset[str] | None:
     """Names by which the server may be called. Any where a key protects it and no names were given."""
-    from stages.serve import guard, listen
+    from stages.serve import server as listen
+    from stages.serve.api import guard
 
     named = frozenset(host.lower() for host in _listed(given.allow_host))
     named |= frozenset(origin.lower().partition("://")[2].partition(":")[0] for origin in _listed(given.allow_origin))

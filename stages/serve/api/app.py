@@ -9,11 +9,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from stages.serve import openapi
+from stages.serve.api import openapi
+from stages.serve.api.guard import Guard
+from stages.serve.api.routes import ROUTES
 from stages.serve.errors import Gone, Refused, at_fault
-from stages.serve.guard import Guard
-from stages.serve.routes import ROUTES
-from stages.serve.served import Served
+from stages.serve.state import Served
 
 
 def make_app(

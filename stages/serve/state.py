@@ -7,12 +7,12 @@ from typing import Any
 
 from engine.storage.digest import digest
 from stages.serve.admission import Door, draining
-from stages.serve.body import Bodies
+from stages.serve.api.body import Bodies
+from stages.serve.api.reply_schema import Attestation, Health
 from stages.serve.engine import Engine
 from stages.serve.errors import Refused
 from stages.serve.metrics import Metrics
-from stages.serve.prompts import Prompts
-from stages.serve.replies import Attestation, Health
+from stages.serve.tokenize import Prompts
 
 STUCK = 4.0  # seconds without a tick after which the engine counts as stuck; 503 is promised within 5
 

@@ -12,10 +12,10 @@ from engine.inference.request import Event, LogProb, Request
 from engine.inference.stop_strings import Completion
 from engine.text.tokenizer import Tokenizer
 from stages.serve.admission import Door
+from stages.serve.api.reply_schema import CachedTokens, Reason, Usage
 from stages.serve.engine import Engine
 from stages.serve.errors import Gone, Refused
 from stages.serve.metrics import Metrics
-from stages.serve.replies import CachedTokens, Reason, Usage
 
 
 class Piece(NamedTuple):

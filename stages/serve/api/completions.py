@@ -8,15 +8,15 @@ from msgspec import UNSET
 from starlette.requests import Request
 
 from engine.inference.request import LogProb
-from stages.serve.answer import Answer, Piece
-from stages.serve.asked import answered
-from stages.serve.body import read
+from stages.serve.api.body import read
+from stages.serve.api.event_stream import QUIET
+from stages.serve.api.generate import answered
+from stages.serve.api.generation import Answer, Piece
+from stages.serve.api.reply_schema import TextChoice, TextLogProbs, TextReply, new_id
+from stages.serve.api.request_schema import MOST_PROMPTS, CompletionRequest
 from stages.serve.errors import Refused
-from stages.serve.prompts import batched_ids, spoken
-from stages.serve.replies import TextChoice, TextLogProbs, TextReply, new_id
-from stages.serve.schema import MOST_PROMPTS, CompletionRequest
-from stages.serve.served import Served
-from stages.serve.stream import QUIET
+from stages.serve.state import Served
+from stages.serve.tokenize import batched_ids, spoken
 
 MOST_TOKENS = 16  # when it is not said how many, as OpenAI has it
 

@@ -22,11 +22,11 @@ from engine.text.chat import Chat
 from stages.cli.compiles import Compiles
 from stages.runs import load as models
 from stages.serve.admission import Door
+from stages.serve.compile_ahead import FEWER, Ahead, as_served, check_room, kept_as, options
 from stages.serve.engine import Engine
-from stages.serve.layout import FEWER, Ahead, as_served, check_room, kept_as, options
 from stages.serve.metrics import Metrics
-from stages.serve.prompts import Prompts
-from stages.serve.served import Served
+from stages.serve.state import Served
+from stages.serve.tokenize import Prompts
 
 if TYPE_CHECKING:
     from stages.cli.console import Console

@@ -1,0 +1,1 @@
+"""The HTTP API: OpenAI's routes between the guard and the engine."""
