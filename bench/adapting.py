@@ -103,6 +103,7 @@ def _steps(cfg: Any, params: Any, tokens: int, batch: int, rank: int) -> dict[st
     from engine.counting.memory import training_memory
     from engine.counting.trained import everything, lora
     from engine.inference.quantize import every_product, quantize
+    from engine.model.config import LoraConfig
     from engine.model.weights.matmul import cast_matrices
     from engine.text.batch import Batch
     from engine.training.lora import add_lora
@@ -111,12 +112,12 @@ def _steps(cfg: Any, params: Any, tokens: int, batch: int, rank: int) -> dict[st
     text = np.random.default_rng(0).integers(0, cfg.vocab, (batch, tokens + 1), np.int32)
     positions = np.broadcast_to(np.arange(tokens, dtype=np.int32), (batch, tokens))
     given = Batch(text[:, :-1], text[:, 1:], np.ones((batch, tokens), bool), positions, np.ones((batch, tokens), np.int32))
-    adapters = add_lora(cfg, params, jax.random.key(0), rank=rank, targets=("all",))
+    adapters = add_lora(cfg, params, jax.random.key(0), LoraConfig(rank))
     wide = cast_matrices(params, cfg.dtype)
     narrow = cast_matrices(quantize(params, every_product(params, "full")), cfg.dtype)
 
     def step(trainable: Any, base: Any, kind: Literal["float", "int8"], parts: int) -> _Step:
-        rows, trained = batch // parts, lora(cfg, rank) if base else everything(cfg)
+        rows, trained = batch // parts, lora(cfg, LoraConfig(rank)) if base else everything(cfg)
         predicted = training_memory(
             cfg, rows, tokens, trained=trained, base=kind, microbatches=parts,
             loss_chunks=loss_chunks(cfg, rows * tokens, head_rests=bool(base)),

@@ -85,6 +85,7 @@ def _ways(shape: steps.Shape, rank: int) -> dict[str, Way]:
     import jax.numpy as jnp
 
     from engine.counting.walk import count
+    from engine.model.config import LoraConfig
     from engine.model.weights.matmul import cast_matrices
     from engine.training.freeze import choose, split
     from engine.training.lora import add_lora
@@ -109,7 +110,7 @@ def _ways(shape: steps.Shape, rank: int) -> dict[str, Way]:
     frozen = cast_matrices(params, cfg.dtype)
     upper = choose(cfg, freeze=[f"bottom:{max(cfg.layers // 2, 1)}"]).trained
     adapters = {
-        name: add_lora(cfg, params, jax.random.key(0), rank=rank, targets=targets)
+        name: add_lora(cfg, params, jax.random.key(0), LoraConfig(rank, targets=targets))
         for name, targets in (("LoRA q,v", ("q", "v")), ("LoRA all", ("all",)))
     }
     return {

@@ -14,7 +14,7 @@ from engine.counting.traffic import train_bytes
 from engine.counting.trained import Trained, bottom_frozen, everything, head_only, lora, top_frozen
 from engine.counting.walk import count
 from engine.counting.xla import xla_cost, xla_memory
-from engine.model.config import ModelConfig
+from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import merge
 from engine.model.weights.matmul import cast_matrices
 from engine.text.batch import Batch
@@ -25,7 +25,7 @@ from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.preference import Preferences, dpo, margins
 from engine.training.step import NEXT_TOKEN, Objective, init_state, loss_and_gradient, train_step
 
-RANK, TARGETS = 8, ("q", "v")
+ADAPTER = LoraConfig(rank=8, targets=("q", "v"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +52,8 @@ def learners(cfg: ModelConfig) -> list[Learner]:
         Learner("full fine-tuning", "fine-tuning", everything(cfg), True),
         *(some if half else []),
         Learner("head only", "fine-tuning", head_only(cfg), True),
-        Learner(f"LoRA rank {RANK} on q and v", "fine-tuning", lora(cfg, RANK, TARGETS), True),
-        Learner("preference with that LoRA", "fine-tuning", lora(cfg, RANK, TARGETS), True, True),
+        Learner(f"LoRA rank {ADAPTER.rank} on q and v", "fine-tuning", lora(cfg, ADAPTER), True),
+        Learner("preference with that LoRA", "fine-tuning", lora(cfg, ADAPTER), True, True),
     ]
 
 
@@ -72,7 +72,7 @@ def training_row(cfg: ModelConfig, params: Any, learner: Learner, batch: Batch) 
     trained = learner.trained
     tx = make_optimizer(OptimizerConfig(learning_rate=1e-4))
     if trained.adapted:
-        trainable = add_lora(cfg, params, jax.random.key(1), rank=RANK, targets=TARGETS)
+        trainable = add_lora(cfg, params, jax.random.key(1), ADAPTER)
         frozen = cast_matrices(params, cfg.dtype)
     else:
         learning, rest = split(params, trained)

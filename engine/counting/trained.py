@@ -1,13 +1,10 @@
 """What learns in a run, said in paths: everything, the top, the bottom, the head, or LoRA pairs beside the weights."""
 
 import dataclasses
-from collections.abc import Sequence
 
 from engine.counting.params import leaf_shapes
 from engine.errors import UserError, nearest
-from engine.model.config import ModelConfig
-
-TARGETS = ("q", "k", "v", "out", "gate", "up", "down")  # what LoRA can go on: the parts of a block's matrices
+from engine.model.config import LoraConfig, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,18 +56,10 @@ def head_only(cfg: ModelConfig) -> Trained:
     return Trained(frozenset({"embed" if cfg.tied else "head"}))
 
 
-def lora(cfg: ModelConfig, rank: int, targets: Sequence[str] = TARGETS) -> Trained:
-    """A LoRA pair of `rank` on the named targets of every block; nothing else learns (Hu et al., 2106.09685).
-
-    Raises UserError for a rank below 1 and for an unknown target.
-    """
-    if rank < 1:
-        raise UserError(f"A LoRA rank must be at least 1, not {rank}.")
-    for name in targets:
-        if name not in TARGETS:
-            raise UserError(f"LoRA goes on {', '.join(TARGETS)}; there is no {name!r}.{nearest(name, TARGETS)}")
-    paths = frozenset(f"blocks/{layer}/{name}" for layer in range(cfg.layers) for name in targets)
-    return Trained(frozenset(), paths, rank)
+def lora(cfg: ModelConfig, adapter: LoraConfig) -> Trained:
+    """A LoRA pair on the targets of every block; nothing else learns (Hu et al., 2106.09685)."""
+    paths = frozenset(f"blocks/{layer}/{name}" for layer in range(cfg.layers) for name in adapter.adapted)
+    return Trained(frozenset(), paths, adapter.rank)
 
 
 def target_shapes(cfg: ModelConfig) -> dict[str, tuple[int, int]]:

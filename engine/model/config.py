@@ -1,9 +1,11 @@
-"""ModelConfig: what a model is, in numbers. Frozen, hashable, checks itself; the known architectures by name."""
+"""ModelConfig and LoraConfig: a model and its adapter in numbers. Frozen, hashable, checked; known architectures by name."""
 
 import dataclasses
 from typing import Any, Literal
 
 from engine.errors import UserError, nearest
+
+LORA_TARGETS = ("q", "k", "v", "out", "gate", "up", "down")  # the parts of a block's matrices, in the order of the model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +112,40 @@ class ModelConfig:
         how = {"dtype", "scan", "remat", "context"}
         names = (field.name for field in dataclasses.fields(self) if field.name not in how)
         return [name for name in names if getattr(self, name) != getattr(other, name)]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """An adapter: a LoRA pair of `rank` on the target matrices of every block, added with the factor alpha / rank.
+
+    Targets are q, k, v, out (or o), gate, up, down, or all. Raises UserError for an unknown target or for none, and for a
+    rank or alpha that no model can have.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("all",)
+
+    def __post_init__(self) -> None:
+        if type(self.rank) is not int or self.rank < 1:
+            raise UserError(f"A LoRA rank must be at least 1, not {self.rank!r}.")
+        if not 0 < self.alpha < float("inf"):
+            raise UserError(f"A LoRA alpha must be above 0 and finite, not {self.alpha!r}.")
+        known = ", ".join(LORA_TARGETS)
+        for name in self.targets:
+            if name not in (*LORA_TARGETS, "o", "all"):
+                raise UserError(f"LoRA adapts {known}, or all; there is no target {name!r}.{nearest(name, LORA_TARGETS)}")
+        if not self.targets:
+            raise UserError(f"LoRA needs at least one target: {known}, or all.")
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """The targets in the order of the model, each once and by its full name."""
+        names = {"out" if name == "o" else name for name in self.targets}
+        return tuple(name for name in LORA_TARGETS if name in names or "all" in names)
+
+    def __str__(self) -> str:
+        return f"rank={self.rank},alpha={self.alpha:g},targets={','.join(self.targets)}"
 
 
 def _checked[T](kind: type[T], fields: dict[str, Any]) -> T:

@@ -5,26 +5,15 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from engine.errors import UserError
+from engine.model.config import LoraConfig
 from stages.cli.flags import Device, Verbose, every, number, one_of, path, read, unset, whole
 from stages.train.flags import Length
 
 TARGETS = "q, k, v, out, gate, up, down, or all"
 
 
-@dataclasses.dataclass(frozen=True)
-class Lora:
-    """An adapter's size: rank, the factor alpha / rank on what it adds, and which matrices have one."""
-
-    rank: int = 8
-    alpha: float = 16.0
-    targets: tuple[str, ...] = ("all",)
-
-    def __str__(self) -> str:
-        return f"rank={self.rank},alpha={self.alpha:g},targets={','.join(self.targets)}"
-
-
-def adapter_size(text: str) -> Lora:
-    """'rank=8,alpha=16,targets=q,v' -> Lora; each of the three may be left out. Raises ValueError for anything else."""
+def adapter_size(text: str) -> LoraConfig:
+    """'rank=8,alpha=16,targets=q,v' -> LoraConfig; each of the three may be left out. Raises ValueError for anything else."""
     found: dict[str, list[str]] = {}
     name = ""
     for word in filter(None, text.replace(" ", "").split(",")):
@@ -38,7 +27,7 @@ def adapter_size(text: str) -> Lora:
             raise ValueError(f"wanted one {known}, got {text!r}")
     rank = whole(1, 4096)(found["rank"][0]) if "rank" in found else 8
     alpha = number(0, above=True)(found["alpha"][0]) if "alpha" in found else 2.0 * rank
-    return Lora(rank, alpha, tuple(found.get("targets", ("all",))))
+    return LoraConfig(rank, alpha, tuple(found.get("targets", ("all",))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +54,7 @@ class Learns:
     """Patterns of paths ('blocks/(28|29)/.*'), `head`, or `all`."""
     freeze: Annotated[tuple[str, ...], unset("nothing")] = ()
     """`bottom:N`, `top:N`, or patterns: all else learns."""
-    lora: Annotated[Lora | None, read(adapter_size, "SIZE"), unset("rank=8,alpha=16,targets=all")] = None
+    lora: Annotated[LoraConfig | None, read(adapter_size, "SIZE"), unset("rank=8,alpha=16,targets=all")] = None
     """rank=8,alpha=16,targets=q,v: an adapter beside a frozen model."""
     base: Annotated[Literal["float", "int8"], read(one_of("float", "int8"), "TYPE")] = "float"
     """What the frozen model under an adapter is kept in: `int8` takes half the memory."""
@@ -77,9 +66,9 @@ class Learns:
             raise UserError("--base int8 is for what stays frozen under a LoRA: it does not go with --train or --freeze.")
 
     @property
-    def adapter(self) -> Lora | None:
+    def adapter(self) -> LoraConfig | None:
         """The LoRA to train; None when weights of the model themselves learn."""
-        return None if self.train or self.freeze else self.lora or Lora()
+        return None if self.train or self.freeze else self.lora or LoraConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +146,7 @@ class Finetune:
             )
 
     @property
-    def adapter(self) -> Lora | None:
+    def adapter(self) -> LoraConfig | None:
         """The LoRA to train; None when weights of the model themselves learn."""
         return self.learns.adapter
 

@@ -118,9 +118,9 @@ class Tuned:
     def _as_lora(plan: "TuningPlan") -> "TuningPlan":
         """The same with the usual adapter in place of weights that learn."""
         from engine.counting.trained import lora
-        from stages.finetune.flags import Lora
+        from engine.model.config import LoraConfig
 
-        return dataclasses.replace(plan, trained=lora(plan.cfg, Lora().rank))
+        return dataclasses.replace(plan, trained=lora(plan.cfg, LoraConfig()))
 
     def rows(self) -> list[tuple[str, str]]:
         """The banner."""

@@ -4,8 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
+from engine.model.config import LoraConfig
 from stages.cli.flags import Device, Verbose, every, number, path, read, seconds, unset, whole
-from stages.finetune.flags import Learns, Lora
+from stages.finetune.flags import Learns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,6 @@ class Reinforce:
     """Show the traceback of an error."""
 
     @property
-    def adapter(self) -> Lora | None:
+    def adapter(self) -> LoraConfig | None:
         """The LoRA to train; None when weights of the model themselves learn."""
         return self.learns.adapter

@@ -15,13 +15,13 @@ from engine.model.paths import merge
 from engine.model.transformer import init_params
 from engine.model.weights.matmul import cast_matrices
 from engine.training.freeze import choose, split
-from engine.training.lora import add_lora, fold_lora, lora_targets
+from engine.training.lora import add_lora, fold_lora
 from engine.training.loss import loss_chunks
 from engine.training.optimizer import OptimizerConfig
 from stages.runs.estimate import Plan
 
 if TYPE_CHECKING:
-    from stages.finetune.flags import Finetune, Lora
+    from stages.finetune.flags import Finetune
     from stages.reinforce.flags import Reinforce
 
 
@@ -87,13 +87,12 @@ def what_learns(given: "Finetune | Reinforce", cfg: ModelConfig) -> tuple[Traine
     total = count_params(cfg).total
     adapter = given.adapter
     if adapter:
-        targets = lora_targets(cfg, adapter.targets)
         key = jax.random.key(given.seed)
         # Shapes alone: nothing is drawn before it is known whether there is room for it.
-        shapes = jax.eval_shape(lambda key: add(adapter, cfg, init_params(cfg, key), key), key)
+        shapes = jax.eval_shape(lambda key: add_lora(cfg, init_params(cfg, key), key, adapter), key)
         learning = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-        return lora(cfg, adapter.rank, targets), (
-            ("adapts", f"{', '.join(targets)} of {cfg.layers} layers, rank {adapter.rank}"),
+        return lora(cfg, adapter), (
+            ("adapts", f"{', '.join(adapter.adapted)} of {cfg.layers} layers, rank {adapter.rank}"),
             ("learns", f"{learning:,} new numbers beside {total:,} frozen ones ({learning / total:.1%})"),
         )
     chosen = choose(cfg, [] if given.learns.train == ("all",) else given.learns.train, given.learns.freeze)
@@ -104,16 +103,11 @@ def what_learns(given: "Finetune | Reinforce", cfg: ModelConfig) -> tuple[Traine
     return chosen.trained, (*rows, ("learns", f"{chosen.learning:,} of {total:,} ({chosen.learning / total:.1%})"))
 
 
-def add(adapter: "Lora", cfg: ModelConfig, params: Any, key: Any) -> Any:
-    """The adapter tree that a flag describes."""
-    return add_lora(cfg, params, key, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
-
-
 def make_learner(given: "Finetune | Reinforce", cfg: ModelConfig, params: Any, trained: Trained) -> Learner:
     """The trees. What is frozen is kept in the compute type, or in int8 where the flags say so; params stay as they are."""
     adapter = given.adapter
     if adapter:
-        return Learner(add(adapter, cfg, params, jax.random.key(given.seed)), in_memory(given, cfg, params), None, trained)
+        return Learner(add_lora(cfg, params, jax.random.key(given.seed), adapter), in_memory(given, cfg, params), None, trained)
     trainable, rest = split(fold_lora(params), trained)
     return Learner(cast_matrices(trainable, "float32"), cast_matrices(rest, cfg.dtype), rest, trained)
 

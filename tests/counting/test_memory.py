@@ -12,7 +12,7 @@ from engine.counting.params import count_params
 from engine.counting.trained import Trained, bottom_frozen, everything, head_only, lora, top_frozen
 from engine.inference.quantize import every_product, quantize
 from engine.model.cache.contiguous import make_cache
-from engine.model.config import ModelConfig, preset
+from engine.model.config import LoraConfig, ModelConfig, preset
 from engine.model.paths import split
 from engine.model.transformer import forward, init_params
 from engine.model.weights.matmul import cast_matrices
@@ -21,6 +21,7 @@ from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state
 
 CFG = ModelConfig(vocab=19, width=12, layers=3, heads=6, kv_heads=3, head_dim=4, ff=10, context=64)
+ON_OUT = lora(CFG, LoraConfig(5, targets=("out",)))
 
 
 def test_weights_gradients_and_moments_are_exact():
@@ -45,20 +46,20 @@ def test_frozen_weights_have_no_gradient_no_moments_and_keep_nothing_below():
 
 
 def test_lora_adds_its_pairs_and_trains_only_those():
-    memory = training_memory(CFG, 2, 7, trained=lora(CFG, 5, ["out"]))
+    memory = training_memory(CFG, 2, 7, trained=ON_OUT)
     pairs = 3 * 5 * (24 + 12)
     assert memory.gradients == 4 * pairs
     assert memory.params == 4 * (count_params(CFG).norms + pairs) + 2 * (count_params(CFG).matmul + 19 * 12)
     assert memory.copies == 0  # a pair is folded into its matrix when its turn comes, and again going back
-    parts = [training_memory(CFG, rows, 7, trained=lora(CFG, 5, ["out"]), microbatches=2).copies for rows in (1, 2)]
+    parts = [training_memory(CFG, rows, 7, trained=ON_OUT, microbatches=2).copies for rows in (1, 2)]
     assert parts == [0, 2 * 3 * 24 * 12]  # for all parts at once; 7 rows are too few for that
-    assert training_memory(CFG, 2, 7, trained=lora(CFG, 5, ["out"]), base="int8").params < memory.params
+    assert training_memory(CFG, 2, 7, trained=ON_OUT, base="int8").params < memory.params
 
 
 @pytest.mark.parametrize("targets", [["q", "v"], ["down"], ["gate", "up", "out"]])
 def test_a_block_keeps_less_where_fewer_weights_want_a_gradient(targets):
     """But never less than what carries the gradient down."""
-    full, some = training_memory(CFG, 2, 7), training_memory(CFG, 2, 7, trained=lora(CFG, 5, targets))
+    full, some = training_memory(CFG, 2, 7), training_memory(CFG, 2, 7, trained=lora(CFG, LoraConfig(5, targets=targets)))
     gains = training_memory(CFG, 2, 7, trained=Trained(frozenset({"blocks/0/attn_norm"})))
     assert full.kept / 2 < gains.kept < full.kept
     assert full.kept / 2 < some.kept < full.kept
@@ -72,12 +73,12 @@ def test_weights_and_optimizer_are_those_of_a_real_run(name, tied):
         "everything": everything(cfg),
         "bottom": bottom_frozen(cfg, 1),
         "top": top_frozen(cfg, 1),
-    }.get(name) or lora(cfg, 2, ["q", "v", "down"])
+    }.get(name) or lora(cfg, LoraConfig(2, targets=("q", "v", "down")))
     base = "int8" if "int8" in name else "float"
     params = jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
     trainable, frozen = split(params, chosen.weights)
     if chosen.adapted:
-        add = lambda params: add_lora(cfg, params, jax.random.key(0), rank=2, targets=["q", "v", "down"])
+        add = lambda params: add_lora(cfg, params, jax.random.key(0), LoraConfig(2, targets=("q", "v", "down")))
         trainable = jax.eval_shape(add, params)
     if base == "int8":
         frozen = jax.eval_shape(lambda frozen: quantize(frozen, every_product(frozen, "full")), frozen)

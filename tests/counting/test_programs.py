@@ -19,6 +19,7 @@ from engine.inference.score import score
 from engine.model.backend import on_cpu
 from engine.model.backward import QUERY_BLOCK
 from engine.model.cache.contiguous import make_cache
+from engine.model.config import LoraConfig
 from engine.model.paths import nested, split
 from engine.model.transformer import init_params
 from engine.model.weights.int8 import quantize_leaves
@@ -54,10 +55,10 @@ def modes(cfg):
         "last block alone": Trained(frozenset(p for p in leaf_shapes(cfg) if p.startswith(f"blocks/{cfg.layers - 1}/"))),
         "norms": Trained(frozenset(p for p in leaf_shapes(cfg) if p.endswith("norm"))),
         "head only": head_only(cfg),
-        "lora": lora(cfg, 2),
-        "lora on v and down": lora(cfg, 3, ["v", "down"]),
-        "lora on gate": lora(cfg, 3, ["gate"]),
-        "lora on down": lora(cfg, 3, ["down"]),
+        "lora": lora(cfg, LoraConfig(2)),
+        "lora on v and down": lora(cfg, LoraConfig(3, targets=("v", "down"))),
+        "lora on gate": lora(cfg, LoraConfig(3, targets=("gate",))),
+        "lora on down": lora(cfg, LoraConfig(3, targets=("down",))),
     }
 
 
@@ -202,7 +203,7 @@ def test_whatever_the_weights_are_stored_in(cpu):
     cache = jax.eval_shape(lambda: make_cache(cfg, 5, 23))
     counted = count(functools.partial(decode.decode_step.__wrapped__, cfg), stored("int8"), shaped(5), cache)
     assert counted.matmul == decode_program(cfg, 5, 23, cpu=cpu).total
-    trained = lora(cfg, 2, ["q", "up"])
+    trained = lora(cfg, LoraConfig(2, targets=("q", "up")))
     adapters, _ = trees(cfg, trained)
     for rows in (FEW, MANY):
         counted = count(functools.partial(loss_and_gradient, cfg), adapters, stored("full"), batch_of(rows, T))

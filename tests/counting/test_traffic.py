@@ -12,17 +12,18 @@ from engine.counting.params import count_params
 from engine.counting.traffic import decode_bytes, forward_bytes, prefill_bytes, train_bytes
 from engine.counting.trained import bottom_frozen, head_only, lora
 from engine.model.cache.contiguous import make_cache
-from engine.model.config import ModelConfig, preset
+from engine.model.config import LoraConfig, ModelConfig, preset
 
 CFG = ModelConfig(vocab=19, width=12, layers=3, heads=6, kv_heads=3, head_dim=4, ff=10, context=64)
 COUNT = count_params(CFG)
+ADAPTER = lora(CFG, LoraConfig(5, targets=("q", "v")))
 
 
 def test_adamw_moves_28_bytes_a_parameter_that_learns_and_muon_20_a_matrix():
     assert train_bytes(CFG, 2, 7).optimizer == 28 * COUNT.total
     assert train_bytes(CFG, 2, 7, optimizer="muon").optimizer == 28 * COUNT.total - 8 * COUNT.blocks
     assert train_bytes(CFG, 2, 7, trained=head_only(CFG)).optimizer == 28 * COUNT.head
-    assert train_bytes(CFG, 2, 7, trained=lora(CFG, 5, ["q", "v"])).optimizer == 28 * 3 * 5 * (12 + 24 + 12 + 12)
+    assert train_bytes(CFG, 2, 7, trained=ADAPTER).optimizer == 28 * 3 * 5 * (12 + 24 + 12 + 12)
 
 
 def test_weights_are_read_forward_and_for_dx_and_again_with_remat():

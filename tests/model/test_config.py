@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny import tiny_config
 
 from engine.errors import UserError
-from engine.model.config import PRESETS, ModelConfig, RopeScaling, preset
+from engine.model.config import PRESETS, LoraConfig, ModelConfig, RopeScaling, preset
 from engine.model.transformer import forward, init_params
 
 # Of the published models: the numbers on their cards, or the sum of the shapes in their files.
@@ -143,3 +143,25 @@ def test_how_a_model_is_computed_is_not_its_architecture():
 def test_a_field_of_the_wrong_kind_is_named(field):
     with pytest.raises(UserError, match=next(iter(field))):
         tiny_config(**field)
+
+
+def test_an_adapters_targets_are_put_in_the_models_order():
+    assert LoraConfig(targets=("v", "q", "q")).adapted == ("q", "v")
+    assert LoraConfig(targets=("o", "gate")).adapted == ("out", "gate")
+    assert LoraConfig().adapted == tuple(part for parts in tiny_config().parts.values() for part in parts)
+    assert str(LoraConfig(4, targets=("q", "v"))) == "rank=4,alpha=16,targets=q,v"
+
+
+@pytest.mark.parametrize(
+    ("field", "sentence"),
+    [
+        ({"targets": ("query",)}, "no target 'query'"),
+        ({"targets": ("dwon",)}, "Did you mean 'down'?"),
+        ({"targets": ()}, "at least one target"),
+        ({"rank": 0}, "rank must be at least 1"),
+        ({"alpha": 0.0}, "alpha must be above 0"),
+    ],
+)
+def test_an_adapter_that_no_model_can_have_is_refused(field, sentence):
+    with pytest.raises(UserError, match=sentence):
+        LoraConfig(**field)

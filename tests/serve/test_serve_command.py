@@ -254,6 +254,7 @@ def test_an_adapter_is_folded_into_what_is_served(weights: str) -> None:
 
     from engine.inference.decode import for_inference
     from engine.inference.quantize import quantize
+    from engine.model.config import LoraConfig
     from engine.model.paths import leaf_paths, map_paths, merge
     from engine.model.weights.lora import LoRA
     from engine.model.weights.matmul import dense
@@ -262,7 +263,7 @@ def test_an_adapter_is_folded_into_what_is_served(weights: str) -> None:
 
     cfg = tiny_config()
     base = lively_params(cfg)
-    learnt = jax.tree.map(lambda leaf: leaf + 0.1, add_lora(cfg, base, jax.random.key(0), rank=2, targets=("q", "down")))
+    learnt = jax.tree.map(lambda leaf: leaf + 0.1, add_lora(cfg, base, jax.random.key(0), LoraConfig(2, targets=("q", "down"))))
     adapted = merge(learnt, base)
     assert any(isinstance(leaf, LoRA) for leaf in leaf_paths(adapted).values())
     folded = map_paths(lambda _, leaf: dense(leaf) if isinstance(leaf, LoRA) else leaf, adapted)
