@@ -1,120 +1,165 @@
-"""Who may import whom, read from the source: the argument of the project, written as folders, cannot be broken unseen."""
+"""The project's argument, written as folders, cannot be broken unseen: who may import whom, and no circles.
+
+Every import is read from the source with `ast`: those inside functions and under TYPE_CHECKING too.
+"""
 
 import ast
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+import functools
 
 import pytest
+from source_tree import PACKAGES, SOURCES, Trees, imported, package_of, read
 
-ROOT = Path(__file__).resolve().parents[2]
+# The engine from the ground up. A room (a file or a folder) imports itself and rooms of higher lines, none beside it.
+ENGINE = """
+errors format
+files allocator model.config model.paths model.backend
+device model.layers model.cache.contiguous by_hand
+model.backward model.weights.int8 model.cache.segmented
+model.weights.lora model.chunked_cross_entropy
+model.weights.lora_matmul
+model.weights.matmul
+model.transformer
+text counting
+storage
+training inference
+"""
+# Above it stages and bench, which do not know each other:
+#   stages: cli <- runs <- STAGE/flags <- STAGE/pieces <- STAGE/run <- STAGE/__main__; no stage imports another
+#   bench:  cli, timing, format <- pieces <- __main__
+GROUND = {"stages.cli": 0, "stages.runs": 1, "bench.cli": 0, "bench.timing": 0, "bench.format": 0}
+FLAGS, PIECE, RUN, MAIN = 20, 30, 40, 50
 
-# From the ground up. A module may import from lower tiers and from its own room; a room is a module or a folder of them.
-TIERS = [
-    {"engine.errors", "engine.format"},
-    {"engine.files", "engine.allocator", "engine.model.config", "engine.model.paths", "engine.model.backend"},
-    {"engine.device", "engine.model.layers", "engine.model.cache.contiguous", "engine.by_hand"},
-    {"engine.model.backward", "engine.model.weights.int8", "engine.model.cache.segmented"},
-    {"engine.model.weights.lora", "engine.model.chunked_cross_entropy"},
-    {"engine.model.weights.lora_matmul"},
-    {"engine.model.weights.matmul"},
-    {"engine.model.transformer"},
-    {"engine.text", "engine.storage", "engine.counting"},
-    {"engine.training", "engine.inference"},
-    {"stages", "bench"},
-]
-TIER = {room: tier for tier, rooms in enumerate(TIERS) for room in rooms}
-EMPTY = {"engine", "engine.model", "engine.model.cache", "engine.model.weights"}  # packages that hold a docstring or nothing
+TIER = {f"engine.{room}": tier for tier, line in enumerate(ENGINE.split("\n")) for room in line.split()} | GROUND
+EMPTY = {"engine", "engine.model", "engine.model.cache", "engine.model.weights", "stages", "bench"}  # packages of a docstring
 
-# What differentiates, by any of JAX's names for it.
-GRADIENTS = {"grad", "value_and_grad", "vjp", "jvp", "linearize", "jacrev", "jacfwd", "jacobian", "hessian"}
-
-
-def sources() -> dict[str, ast.Module]:
-    """{module name: syntax tree} of every file of the project's three packages."""
-    found = {}
-    for package in ("engine", "stages", "bench"):
-        for file in sorted((ROOT / package).rglob("*.py")):
-            name = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-            found[name] = ast.parse(file.read_text(), str(file))
-    return found
-
-
-SOURCES = sources()
-
-
-def room_of(module: str) -> str | None:
-    """The room of a module of ours: the longest prefix of its name that the table holds."""
-    parts = module.split(".")
-    return next((".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in TIER), None)
-
-
-def imported(module: str, tree: ast.Module, known: set[str]) -> Iterator[tuple[int, str]]:
-    """(line, module) for each import, also inside functions and under TYPE_CHECKING; relative ones made absolute."""
-    is_package = any(name.startswith(module + ".") for name in known)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parts = module.split(".")[: len(module.split(".")) - node.level + is_package] if node.level else []
-            base = ".".join([*parts, *filter(None, [node.module])])
-            for alias in node.names:  # `from package import module` names a module, `from module import thing` does not
-                whole = f"{base}.{alias.name}"
-                yield node.lineno, whole if whole in known or base in EMPTY else base
-
-
-def wrong_arrows(trees: dict[str, ast.Module]) -> list[str]:
-    """Each import that points up or sideways, and each module that has no place in the table."""
-    faults = []
-    for module, tree in trees.items():
-        room = room_of(module)
-        if room is None:
-            if module not in EMPTY or any(imported(module, tree, set(trees))):
-                faults.append(f"{module} has no place in TIERS")
-            continue
-        for line, target in imported(module, tree, set(trees)):
-            if target.split(".")[0] not in ("engine", "stages", "bench") or target in EMPTY:
-                continue
-            to = room_of(target)
-            if to is None:
-                faults.append(f"{module}:{line} imports {target}, which has no place in TIERS")
-            elif to != room and TIER[to] >= TIER[room]:
-                faults.append(f"{module}:{line} imports {target}")
-    return faults
+# Violations that are still being mended. An entry that is no longer needed fails the test, so that this can only shrink.
+OPEN: set[str] = {
+    "bench.promises is in a circle",
+    "bench.promises_door is in a circle",
+    "bench.promises_input is in a circle",
+    "bench.promises_life is in a circle",
+    "bench.promises_load is in a circle",
+    "bench.promises_same is in a circle",
+    "stages.chat imports stages.session",
+    "stages.evaluate imports stages.answers",
+    "stages.export imports stages.export_check",
+    "stages.finetune.flags imports stages.train.flags",
+    "stages.finetune.report imports stages.finetune.run",
+    "stages.finetune.report is in a circle",
+    "stages.finetune.run is in a circle",
+    "stages.reinforce.flags imports stages.finetune.flags",
+    "stages.reinforce.report imports stages.reinforce.run",
+    "stages.reinforce.report is in a circle",
+    "stages.reinforce.rounds imports stages.reinforce.run",
+    "stages.reinforce.rounds is in a circle",
+    "stages.reinforce.run is in a circle",
+    "stages.runs.adapters is in a circle",
+    "stages.runs.conversations imports stages.finetune.flags",
+    "stages.runs.kept imports stages.finetune.flags",
+    "stages.runs.kept imports stages.reinforce.flags",
+    "stages.runs.load is in a circle",
+    "stages.runs.trainable imports stages.finetune.flags",
+    "stages.runs.trainable imports stages.reinforce.flags",
+    "stages.train.by_hand imports stages.train.run",
+    "stages.train.report imports stages.train.run",
+    "stages.train.report is in a circle",
+    "stages.train.run is in a circle",
+}
 
 
-def importers(library: str, trees: dict[str, ast.Module]) -> set[str]:
-    """The modules that import a library, or anything inside it."""
+def graph(trees: Trees) -> dict[str, set[str]]:
+    """{module: the modules of this project that it imports}."""
     return {
-        module
+        module: {target for target in imported(module, tree, trees) if package_of(target) in PACKAGES} - EMPTY
         for module, tree in trees.items()
-        if any(target.split(".")[0] == library for _, target in imported(module, tree, set(trees)))
     }
 
 
-def mentions(tree: ast.Module, names: set[str]) -> list[str]:
-    """`line: name` wherever the code (not its comments or strings) speaks one of the names, alone or after a dot."""
-    found = []
-    for node in ast.walk(tree):
-        spoken = {
-            ast.Name: lambda n: [n.id],
-            ast.Attribute: lambda n: [n.attr],
-            ast.ImportFrom: lambda n: [alias.name for alias in n.names],
-        }.get(type(node), lambda n: [])(node)
-        found += [f"{node.lineno}: {name}" for name in spoken if name in names]
+def room_of(module: str) -> str | None:
+    """The longest prefix of a module's name that the tables hold; else its stage, or all of bench; None in the engine."""
+    parts = module.split(".")
+    prefixes = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    other = {"stages": ".".join(parts[:2]), "bench": "bench"}.get(parts[0])
+    return next((prefix for prefix in prefixes if prefix in TIER), other)
+
+
+def rank_of(module: str) -> int:
+    """How high a module stands inside its package."""
+    step = {"flags": FLAGS, "run": RUN, "__main__": MAIN}.get(module.split(".")[-1], PIECE)
+    return TIER.get(room_of(module) or "", step)
+
+
+def is_right(module: str, target: str) -> bool:
+    """Whether the law lets a module import another."""
+    if package_of(module) != package_of(target):
+        return package_of(target) == "engine"
+    rank, below = rank_of(module), rank_of(target)
+    if room_of(module) == room_of(target):
+        return below < rank or below == rank != MAIN
+    return below < rank and (package_of(module) != "stages" or room_of(target) in GROUND)
+
+
+def wrong_arrows(trees: Trees) -> set[str]:
+    """Each import that points up or sideways, and each module that has no place in the tables."""
+    arrows = {(module, target) for module, targets in graph(trees).items() for target in targets}
+    homeless = {module for module in trees if room_of(module) is None and module not in EMPTY}
+    filled = {module for module in EMPTY - {"stages"} if module in trees and any(imported(module, trees[module], trees))}
+    return {
+        *(f"{module} imports {target}" for module, target in arrows if not is_right(module, target)),
+        *(f"{module} has no place in the law" for module in homeless | filled),
+    }
+
+
+def circles(trees: Trees) -> set[str]:
+    """Each module that comes back to itself by imports."""
+    arrows = graph(trees)
+
+    def reached(module: str) -> set[str]:
+        seen: set[str] = set()
+        left = list(arrows[module])
+        while left:
+            if (target := left.pop()) not in seen:
+                seen.add(target)
+                left += arrows.get(target, ())
+        return seen
+
+    return {f"{module} is in a circle" for module in arrows if module in reached(module)}
+
+
+def names_of(tree: ast.Module) -> set[str]:
+    """Every name that a module binds."""
+    nodes = list(ast.walk(tree))
+    return {
+        *(node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)),
+        *(node.asname or node.name for node in nodes if isinstance(node, ast.alias)),
+        *(node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)),
+    }
+
+
+def missing(trees: Trees, known: Trees) -> set[str]:
+    """Each import of a module of ours, or of a name in one, that does not exist: a lazy one fails only when it is run."""
+    bound = functools.cache(lambda module: names_of(known[module]))
+    found = set()
+    for module, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                targets = [alias.name for alias in node.names if alias.name not in known]
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                base, names = node.module, [alias.name for alias in node.names]
+                names = [
+                    name for name in names if f"{base}.{name}" not in known and (base not in known or name not in bound(base))
+                ]
+                targets = [f"{base}.{name}" for name in names]
+            else:
+                continue
+            found |= {f"{module} imports {target}, which is not there" for target in targets if package_of(target) in PACKAGES}
     return found
 
 
-def chatter(tree: ast.Module) -> list[str]:
-    """Where code would speak to a terminal or read a command line."""
-    found = mentions(tree, {"print", "pprint", "input", "stdout", "stderr", "argv"})
-    return found + [f"{line}: {name}" for line, name in imported("", tree, set()) if name in ("argparse", "tyro", "rich")]
-
-
-def test_no_import_points_up_or_sideways():
-    assert wrong_arrows(SOURCES) == []
-    assert {room_of(module) for module in SOURCES} - {None} == set(TIER), "a room of the table does not exist"
+def test_no_import_breaks_the_law():
+    faults = wrong_arrows(SOURCES) | circles(SOURCES) | missing(SOURCES | read("tests"), SOURCES)
+    assert sorted(faults - OPEN) == []
+    assert sorted(OPEN - faults) == [], "no longer needed in OPEN"
 
 
 @pytest.mark.parametrize(
@@ -133,15 +178,25 @@ def test_no_import_points_up_or_sideways():
         ("engine.model.weights.matmul", "from engine.model.transformer import forward"),
         ("engine.model.config", "from engine.files import write_json"),
         ("engine.training.made_up", "from stages import train"),
-        ("stages.made_up", "from bench.timing import measure"),
-        ("bench.made_up", "import stages.cli"),
         ("engine.made_up", ""),
         ("engine.model.made_up", ""),
         ("engine", "from engine.errors import UserError"),
+        ("stages.made_up", "from bench.timing import measure"),
+        ("stages.made_up", "from stages import generate"),
+        ("stages.made_up.data", "if TYPE_CHECKING:\n    from stages.train import flags"),
+        ("stages.made_up.flags", "from stages.made_up import data"),
+        ("stages.made_up.data", "from stages.made_up.run import run"),
+        ("stages.made_up.run", "from stages.made_up.__main__ import main"),
+        ("stages.runs.made_up", "from stages.train.flags import Train"),
+        ("stages.cli.made_up", "def f():\n    from stages.runs import folder"),
+        ("bench.made_up", "import stages.cli"),
+        ("bench.timing", "from bench.table import row"),
+        ("bench.table.row", "from bench.__main__ import main"),
+        ("bench.__main__", "from bench.peers.__main__ import main"),
     ],
 )
 def test_the_checker_sees_a_wrong_arrow(module, source):
-    assert len(wrong_arrows(SOURCES | {module: ast.parse(source)})) == 1
+    assert len(wrong_arrows(SOURCES | {module: ast.parse(source)}) - wrong_arrows(SOURCES)) == 1
 
 
 @pytest.mark.parametrize(
@@ -149,91 +204,26 @@ def test_the_checker_sees_a_wrong_arrow(module, source):
     [
         ("engine.training.made_up", "from . import loss\nfrom .step import train_step\nfrom ..model import layers"),
         ("engine.text.made_up", "import jax\nfrom engine.errors import UserError\nfrom engine.text.batch import Batch"),
-        ("stages.made_up", "import engine.training.step\nfrom engine import inference"),
+        ("stages.made_up", "import engine.training.step\nfrom engine import inference\nfrom stages.runs import folder"),
+        ("stages.made_up.flags", "from stages.cli import flags\nfrom stages.runs import folder"),
+        ("stages.made_up.run", "from stages.made_up import data, flags\nfrom stages.made_up.report import report"),
+        ("bench.peers.made_up", "from bench import cli, timing\nfrom bench.table import row"),
     ],
 )
 def test_the_checker_lets_right_arrows_be(module, source):
-    assert wrong_arrows(SOURCES | {module: ast.parse(source)}) == []
+    known = SOURCES | {"stages.made_up.data": ast.Module([], []), "stages.made_up.report": ast.Module([], [])}
+    assert wrong_arrows(known | {module: ast.parse(source)}) <= wrong_arrows(SOURCES)
 
 
-def test_only_the_transformer_imports_flax():
-    assert importers("flax", SOURCES) == {"engine.model.transformer"}
+def test_the_checker_sees_circles_and_names_that_are_not_there():
+    trees = {"bench.a": "def f():\n    import bench.b", "bench.b": "from bench import c", "bench.c": "from bench.a import f"}
+    trees |= {"bench.d": "import bench.a"}
+    parsed = {module: ast.parse(source) for module, source in trees.items()}
+    assert circles(parsed) == {f"bench.{name} is in a circle" for name in "abc"}
+    for source in ("from bench.a import g", "import bench.e", "def f():\n    from bench import e", "from bench.e import f"):
+        assert len(missing({"tests.x": ast.parse(source)}, parsed)) == 1
+    assert not missing(parsed, parsed)
 
 
-def by_hand_leans_on(trees: dict[str, ast.Module]) -> set[str]:
-    """What the by-hand model imports beyond itself and Python's own library."""
-    targets = {
-        target
-        for module, tree in trees.items()
-        if room_of(module) == "engine.by_hand"
-        for _, target in imported(module, tree, set(trees))
-        if room_of(target) != "engine.by_hand"
-    }
-    return {target for target in targets if target.split(".")[0] not in sys.stdlib_module_names}
-
-
-def test_by_hand_needs_numpy_alone():
-    assert by_hand_leans_on(SOURCES) == {"numpy", "engine.errors", "engine.model.config"}
-    for source in ("import jax", "from engine.model.paths import merge", "from engine.training import step"):
-        assert len(by_hand_leans_on(SOURCES | {"engine.by_hand.made_up": ast.parse(source)})) == 4
-    program = "import sys, engine.by_hand.generate, engine.by_hand.adamw; sys.exit('jax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
-
-
-def test_only_training_imports_optax():
-    outside = {module for module in importers("optax", SOURCES) if room_of(module) not in ("engine.training", "bench")}
-    assert outside == set()
-    assert importers("optax", {"a": ast.parse("def f():\n    from optax.contrib import muon")}) == {"a"}
-
-
-def test_only_training_takes_a_gradient():
-    spoken = {
-        module: mentions(tree, GRADIENTS)
-        for module, tree in SOURCES.items()
-        if room_of(module) not in ("engine.training", "bench")
-    }
-    assert {module: lines for module, lines in spoken.items() if lines} == {}
-    assert mentions(SOURCES["engine.training.step"], GRADIENTS), "the step no longer differentiates?"
-
-
-def test_rules_for_backward_are_written_in_the_model_alone():
-    rules = {"custom_vjp", "custom_jvp", "defvjp", "defvjps", "defjvp", "custom_gradient"}
-    ruled = {module for module, tree in SOURCES.items() if mentions(tree, rules)}
-    assert ruled
-    assert all(module.startswith("engine.model.") for module in ruled)
-
-
-@pytest.mark.parametrize(
-    "source", ["jax.grad(f)", "from jax import grad", "g = jax.value_and_grad", "jax.vjp(f, x)", "api.jacrev(f)"]
-)
-def test_the_checker_sees_a_gradient(source):
-    assert len(mentions(ast.parse(source), GRADIENTS)) == 1
-    assert not mentions(ast.parse("'jax.grad(f)'  # jax.grad(f)\nf.defvjp(a, b)\njax.custom_vjp(f)"), GRADIENTS)
-
-
-def test_the_engine_prints_nothing():
-    spoken = {module: chatter(tree) for module, tree in SOURCES.items() if module.split(".")[0] == "engine"}
-    assert {module: lines for module, lines in spoken.items() if lines} == {}
-
-
-@pytest.mark.parametrize(
-    "source", ["print(1)", "def f():\n    print()", "sys.stdout.write('')", "import tyro", "from rich import print", "sys.argv"]
-)
-def test_the_checker_hears_a_print(source):
-    assert chatter(ast.parse(source))
-
-
-def test_inference_loads_neither_optax_nor_training():
-    modules = [name for name in SOURCES if name.startswith("engine.inference.")]
-    program = f"""
-import importlib, sys
-for module in {modules}:
-    importlib.import_module(module)
-print([name for name in sys.modules if name.split(".")[0] == "optax" or name.startswith("engine.training")])
-import engine.training.step
-print("optax" in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["[]", "True"]
-    assert len(modules) >= 3
+def test_every_room_of_the_tables_exists():
+    assert set(TIER) - {room_of(module) for module in SOURCES} == set()

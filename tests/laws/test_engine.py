@@ -1,0 +1,96 @@
+"""The engine's own laws: one file imports flax, only training differentiates, nothing prints, by_hand needs NumPy alone."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from source_tree import ROOT, SOURCES, Trees, imported, importers, mentions, package_of
+
+# What differentiates, by any of JAX's names for it.
+GRADIENTS = {"grad", "value_and_grad", "vjp", "jvp", "linearize", "jacrev", "jacfwd", "jacobian", "hessian"}
+
+
+def console_use(tree: ast.Module) -> list[str]:
+    """Where code would print to a terminal or read a command line."""
+    libraries = [name for name in imported("", tree, {}) if name in ("argparse", "tyro", "rich")]
+    return mentions(tree, {"print", "pprint", "input", "stdout", "stderr", "argv"}) + libraries
+
+
+def test_only_the_transformer_imports_flax():
+    assert importers("flax", SOURCES) == {"engine.model.transformer"}
+
+
+def by_hand_imports(trees: Trees) -> set[str]:
+    """What the by-hand model imports beyond itself and Python's own library."""
+    modules = [module for module in trees if module.startswith("engine.by_hand")]
+    targets = {target for module in modules for target in imported(module, trees[module], trees)}
+    return {
+        name for name in targets if not name.startswith("engine.by_hand") and package_of(name) not in sys.stdlib_module_names
+    }
+
+
+def test_by_hand_needs_numpy_alone():
+    assert by_hand_imports(SOURCES) == {"numpy", "engine.errors", "engine.model.config"}
+    for source in ("import jax", "from engine.model.paths import merge", "from engine.training import step"):
+        assert len(by_hand_imports(SOURCES | {"engine.by_hand.made_up": ast.parse(source)})) == 4
+    program = "import sys, engine.by_hand.generate, engine.by_hand.adamw; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
+
+
+def outside_training() -> Trees:
+    """All modules but those of training, and of bench, which measures it."""
+    return {name: tree for name, tree in SOURCES.items() if not name.startswith(("engine.training", "bench"))}
+
+
+def test_only_training_imports_optax():
+    assert importers("optax", outside_training()) == set()
+    assert importers("optax", {"a": ast.parse("def f():\n    from optax.contrib import muon")}) == {"a"}
+
+
+def test_only_training_takes_a_gradient():
+    assert {module: lines for module, tree in outside_training().items() if (lines := mentions(tree, GRADIENTS))} == {}
+    assert mentions(SOURCES["engine.training.step"], GRADIENTS), "the step no longer differentiates?"
+
+
+def test_rules_for_backward_are_written_in_the_model_alone():
+    rules = {"custom_vjp", "custom_jvp", "defvjp", "defvjps", "defjvp", "custom_gradient"}
+    users = {module for module, tree in SOURCES.items() if mentions(tree, rules)}
+    assert users
+    assert all(module.startswith("engine.model.") for module in users)
+
+
+@pytest.mark.parametrize(
+    "source", ["jax.grad(f)", "from jax import grad", "g = jax.value_and_grad", "jax.vjp(f, x)", "api.jacrev(f)"]
+)
+def test_the_checker_sees_a_gradient(source):
+    assert len(mentions(ast.parse(source), GRADIENTS)) == 1
+    assert not mentions(ast.parse("'jax.grad(f)'  # jax.grad(f)\nf.defvjp(a, b)\njax.custom_vjp(f)"), GRADIENTS)
+
+
+def test_the_engine_prints_nothing():
+    engine = {module: console_use(tree) for module, tree in SOURCES.items() if package_of(module) == "engine"}
+    assert {module: lines for module, lines in engine.items() if lines} == {}
+
+
+@pytest.mark.parametrize(
+    "source", ["print(1)", "def f():\n    print()", "sys.stdout.write('')", "import tyro", "from rich import print", "sys.argv"]
+)
+def test_the_checker_sees_a_print(source):
+    assert console_use(ast.parse(source))
+
+
+def test_inference_loads_neither_optax_nor_training():
+    modules = [name for name in SOURCES if name.startswith("engine.inference.")]
+    program = f"""
+import importlib, sys
+for module in {modules}:
+    importlib.import_module(module)
+print([name for name in sys.modules if name.split(".")[0] == "optax" or name.startswith("engine.training")])
+import engine.training.step
+print("optax" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["[]", "True"]
+    assert len(modules) >= 3
