@@ -18,15 +18,12 @@ from engine.text.conversations import NAMED, Conversations
 from engine.text.examples import Pair, Tally
 from engine.text.packing import pairs_once
 from engine.training.preference import Preferences, margins
-from stages.runs import conversations as lessons
+from stages.runs import conversation_data, forgetting, text_data, validation
 from stages.runs import folder as run_folder
-from stages.runs import forgetting as general
-from stages.runs import texts as data
-from stages.runs import validation as validate
 from stages.runs.load import Model
 
 if TYPE_CHECKING:
-    from stages.cli.console import Console, Report
+    from stages.cli.console import Console, ReportProgress
 
 FILES = (".jsonl", ".json")
 
@@ -45,7 +42,7 @@ def conversations(data: str | None) -> Conversations | None:
     """What `--data` names, if that is conversations; None for a text. Raises UserError, with file and line, for neither."""
     if data is None or not (data in NAMED or (Path(data).suffix.lower() in FILES and Path(data).is_file())):
         return None
-    found = lessons.conversations_at(data)
+    found = conversation_data.read_named(data)
     return None if found.kind == "text" else found
 
 
@@ -60,10 +57,12 @@ def heard(model: Model, chat: Chat, found: Conversations | None, context: int | 
     about = tuned_on(model) or {}
     seq = min(context or about.get("recipe", {}).get("context") or usual, model.cfg.context)
     if found:
-        examples, tally = lessons.made(found, model, chat, seq)
+        examples, tally = conversation_data.tokenize_examples(found, model, chat, seq)
         return Heard(examples, f"{found.name} ({found.kind})", tally, seq)
     text = about["text"]
-    made = lessons.prepare(text["data"], text["validation"], about["objective"], seq, model, chat, console)
+    made = conversation_data.prepare_conversations(
+        text["data"], text["validation"], about["objective"], seq, model, chat, console
+    )
     return Heard(made.held_out, made.held_out_name, None, seq)
 
 
@@ -73,14 +72,14 @@ def compared(model: Model, console: "Console") -> list[tuple[str, str]]:
     result = about.get("result") or {}
     was, text = result.get("before") or {}, str(result.get("general"))
     rows = [("before", f"{was['held_out']:.4f} {result['unit']} on what is held out, before it learnt")] if was else []
-    if was.get("general") is None or not (text in data.TEXTS or Path(text).exists()):
+    if was.get("general") is None or not (text in text_data.TEXTS or Path(text).exists()):
         return rows
     context = about["recipe"]["context"]
-    now = general.bits_per_byte(model.cfg, model.params, model.tokenizer, text, context, console)
+    now = forgetting.general_bits_per_byte(model.cfg, model.params, model.tokenizer, text, context, console)
     return [*rows, ("forgotten", f"{was['general']:.3f} -> {now:.3f} bits per byte on {text}")]
 
 
-def measure(model: Model, given: Heard, report: "Report") -> list[tuple[str, str]]:
+def measure(model: Model, given: Heard, report: "ReportProgress") -> list[tuple[str, str]]:
     """The rows of the result. Raises RuntimeError when reading changed a weight."""
     before, begin = digest(model.params), time.perf_counter()
     pairs = isinstance(given.examples[0], Pair)
@@ -92,9 +91,9 @@ def measure(model: Model, given: Heard, report: "Report") -> list[tuple[str, str
     return [*rows, ("seconds", f"{taken:.1f}"), ("weights", f"unchanged, SHA-256 {after[:16]} before and after")]
 
 
-def nats_per_token(model: Model, examples: Sequence[Any], seq: int, report: "Report") -> tuple[float, int]:
+def nats_per_token(model: Model, examples: Sequence[Any], seq: int, report: "ReportProgress") -> tuple[float, int]:
     """(mean nats of an answer's token, how many there are)."""
-    batches = lessons.answers_once(examples, seq, min(lessons.ROWS, validate.rows_for(model.cfg, seq)))
+    batches = conversation_data.batch_examples(examples, seq, min(conversation_data.ROWS, validation.rows_for(model.cfg, seq)))
     total, count = 0.0, 0
     for number, batch in enumerate(batches, 1):
         total += float(score(model.cfg, model.params, batch))
@@ -105,7 +104,7 @@ def nats_per_token(model: Model, examples: Sequence[Any], seq: int, report: "Rep
     return total / count, count
 
 
-def _answers(model: Model, given: Heard, report: "Report") -> list[tuple[str, str]]:
+def _answers(model: Model, given: Heard, report: "ReportProgress") -> list[tuple[str, str]]:
     nats, count = nats_per_token(model, given.examples, given.seq, report)
     return [
         ("examples", f"{len(given.examples):,}"),
@@ -115,9 +114,9 @@ def _answers(model: Model, given: Heard, report: "Report") -> list[tuple[str, st
     ]
 
 
-def _preferred(model: Model, given: Heard, report: "Report") -> list[tuple[str, str]]:
+def _preferred(model: Model, given: Heard, report: "ReportProgress") -> list[tuple[str, str]]:
     found: list[np.ndarray] = []
-    for part in pairs_once(given.examples, given.seq, lessons.ROWS):
+    for part in pairs_once(given.examples, given.seq, conversation_data.ROWS):
         there = part.pair >= 0
         found.append(np.asarray(margins(model.cfg, model.params, Preferences(part.chosen, part.rejected)))[there])
         report(sum(map(len, found)), len(given.examples))

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from stages.cli import command as cli
-from stages.cli import signals as interrupt
-from stages.cli.flags import Device, Model, Verbose, number, path, read, unset, whole
+from stages.cli import signals
+from stages.cli.command import MISTAKE, run_command
+from stages.cli.flags import DeviceFlag, ModelFlag, VerboseFlag, default, integer, number, parser, path
 
 if TYPE_CHECKING:
     from stages.cli.console import Console
@@ -39,29 +39,29 @@ COMMANDS = {
 class Talk:
     """A model, how it is to answer, and how tokens are drawn."""
 
-    model: Model = None
+    model: ModelFlag = None
     """A run or step folder, a Hugging Face folder, a .gguf file, or a named model."""
-    adapter: Annotated[tuple[Path, ...], unset("none")] = ()
+    adapter: Annotated[tuple[Path, ...], default("none")] = ()
     """What fine-tunings with --lora learnt about this model; several add up."""
-    system: Annotated[str | None, read(str, "TEXT"), unset("what the template says")] = None
+    system: Annotated[str | None, parser(str, "TEXT"), default("what the template says")] = None
     """How the model is to answer."""
-    template: Annotated[Path | None, read(path, "FILE"), unset("the model's own")] = None
+    template: Annotated[Path | None, parser(path, "FILE"), default("the model's own")] = None
     """A chat template (Jinja) to use in place of the model's."""
-    max_tokens: Annotated[int, read(whole(1), "N")] = 400
+    max_tokens: Annotated[int, parser(integer(1), "N")] = 400
     """Tokens of an answer at most."""
-    temperature: Annotated[float, read(number(0, 100), "X")] = 0.7
+    temperature: Annotated[float, parser(number(0, 100), "X")] = 0.7
     """0 takes the most probable token each time; higher is more varied."""
-    top_k: Annotated[int, read(whole(0), "N"), unset("0, all")] = 0
+    top_k: Annotated[int, parser(integer(0), "N"), default("0, all")] = 0
     """Draw from the N most probable tokens."""
-    top_p: Annotated[float, read(number(0, 1, above=True), "X")] = 0.9
+    top_p: Annotated[float, parser(number(0, 1, above=True), "X")] = 0.9
     """Draw from the fewest tokens that together have this probability."""
-    min_p: Annotated[float, read(number(0, 1), "X"), unset("0, all")] = 0.0
+    min_p: Annotated[float, parser(number(0, 1), "X"), default("0, all")] = 0.0
     """Draw from tokens at least this share as probable as the best."""
-    seed: Annotated[int, read(whole(0, 2**32 - 1), "N")] = 0
+    seed: Annotated[int, parser(integer(0, 2**32 - 1), "N")] = 0
     """The same seed and the same conversation draw the same answers."""
-    device: Device = "auto"
+    device: DeviceFlag = "auto"
     """auto, cpu, gpu or tpu."""
-    verbose: Verbose = False
+    verbose: VerboseFlag = False
     """Say more on stderr: the cost of each turn, the digest of the weights, the traceback of an error."""
 
 
@@ -69,7 +69,7 @@ def talk(given: Talk) -> int:
     """Answers until the input ends. 0, or 2 when a turn that was piped in did not fit."""
     from engine.device import start_jax
 
-    interrupt.doing("before a turn was begun.")
+    signals.set_phase("before a turn was begun.")
     started = start_jax(given.device, decodes=True)
     from engine.storage.digest import digest
     from stages.cli.console import Console
@@ -80,16 +80,16 @@ def talk(given: Talk) -> int:
     before = digest(session.params)
     if terminal or given.verbose:
         rows = [("model", described), ("device", str(started)), ("template", session.chat.named)]
-        notes.rows([*rows, ("weights", f"SHA-256 {before[:16]}, context {session.cfg.context:,} tokens")])
+        notes.print_rows([*rows, ("weights", f"SHA-256 {before[:16]}, context {session.cfg.context:,} tokens")])
     with notes.task("compiling", always=terminal):
         session.warm()
     if terminal:
-        notes.say("Type to talk; /help lists what else there is. The model sees this conversation and nothing else.\n", "dim")
+        notes.print("Type to talk; /help lists what else there is. The model sees this conversation and nothing else.\n", "dim")
     talker = Talker(session, notes, before, chatty=terminal or given.verbose)
     try:
         for line in _typed(notes) if terminal else _piped():
             if not talker.take(line) and not terminal:
-                return cli.MISTAKE
+                return MISTAKE
             if talker.over:
                 break
     finally:
@@ -140,24 +140,24 @@ class Talker:
             elif line.strip():
                 self.answer(line[1:] if line.startswith("//") else line)
         except UserError as error:
-            self.notes.say(f"error: {error}", "red")
+            self.notes.print(f"error: {error}", "red")
             return False
         return True
 
     def answer(self, asked: str) -> None:
         """Prints the answer as it comes. A first Ctrl-C ends it where it is, a second one the command."""
-        with interrupt.watched():
-            interrupt.doing("while an answer was written.")
-            with interrupt.guarded("", lambda _: None) as watch:
+        with signals.handle_signals():
+            signals.set_phase("while an answer was written.")
+            with signals.deferred("", lambda _: None) as watch:
                 before = len(self.session.turns)
                 for text in self.session.say(asked, stopped=lambda: watch.received is not None):
                     print(text, end="", flush=True)
         print(flush=True)
         turn = self.session.turns[-1] if len(self.session.turns) > before else None
         if watch.received is not None and watch.received != signal.SIGINT:
-            raise interrupt.Stopped(watch.received)
+            raise signals.Stopped(watch.received)
         if turn is None:
-            self.notes.say("(no answer)", "dim")
+            self.notes.print("(no answer)", "dim")
         else:
             self.note(turn)
 
@@ -171,17 +171,17 @@ class Talker:
             again = f", {min(known, turn.read):,} of them again" if known else ""
             rest = turn.seconds - turn.first
             speed = f", {(turn.wrote - 1) / rest:,.0f} tokens/s" if turn.wrote > 1 and rest > 0 else ""
-            self.notes.say(
+            self.notes.print(
                 f"[turn {number}: {turn.read:,} tokens read{again}; {turn.wrote:,} written, the first after "
                 f"{duration(turn.first)}{speed}]",
                 "dim",
             )
         if turn.ended == "interrupted":
-            self.notes.say("[stopped]", "dim")
+            self.notes.print("[stopped]", "dim")
         if turn.ended == "length":
             full = turn.read + turn.wrote >= self.session.cfg.context
             reason = "the context is full" if full else f"max_tokens is {self.session.settings.max_tokens:,}"
-            self.notes.say(f"[cut off: {reason}]", "yellow")
+            self.notes.print(f"[cut off: {reason}]", "yellow")
 
     def command(self, name: str = "", rest: str = "") -> None:
         """Carries out what stands after a slash. Raises UserError when there is no such command."""
@@ -191,24 +191,24 @@ class Talker:
         if name in ("quit", "exit"):
             self.over = True
         elif name == "help":
-            self.notes.rows([*COMMANDS.items()])
+            self.notes.print_rows([*COMMANDS.items()])
         elif name == "stats":
             self.stats()
         elif name == "clear":
             session.turns.clear()
-            self.notes.say("[the conversation is forgotten]", "dim")
+            self.notes.print("[the conversation is forgotten]", "dim")
         elif name == "forget":
             if not rest.isdecimal() or not 1 <= int(rest) <= len(session.turns):
                 raise UserError(f"/forget takes a number of turns, from 1 to the {len(session.turns)} there are.")
             del session.turns[: int(rest)]
-            self.notes.say(f"[{len(session.turns)} turns are left]", "dim")
+            self.notes.print(f"[{len(session.turns)} turns are left]", "dim")
         elif name == "system":
             session.system = "" if rest == "-" else rest or session.system
-            self.notes.say(f"[system: {session.system or 'what the template says, if anything'}]", "dim")
+            self.notes.print(f"[system: {session.system or 'what the template says, if anything'}]", "dim")
         elif name == "set":
             if rest:
                 session.settings = session.settings.changed(*_two(rest))
-            self.notes.rows([(name, str(value)) for name, value in dataclasses.asdict(session.settings).items()])
+            self.notes.print_rows([(name, str(value)) for name, value in dataclasses.asdict(session.settings).items()])
         else:
             known = [command.split()[0][1:] for command in COMMANDS]
             raise UserError(f"There is no command /{name}; /help lists them.{nearest(name, known)}")
@@ -222,7 +222,7 @@ class Talker:
         same = "unchanged" if now == self.weights else f"CHANGED from {self.weights[:16]}"
         read = sum(turn.read for turn in turns)
         new = turns[-1].read if turns else 0
-        self.notes.rows([
+        self.notes.print_rows([
             ("turns", f"{len(turns):,}"),
             ("read", f"{read:,} tokens, {read - new:,} of them not for the first time; the last turn's prompt had {new:,}"),
             ("written", f"{sum(turn.wrote for turn in turns):,} tokens"),
@@ -247,19 +247,19 @@ def _typed(notes: "Console") -> Iterator[str]:
     begun = ""
     while True:
         try:
-            with interrupt.watched():
+            with signals.handle_signals():
                 line = input("... " if begun else "> ")
         except EOFError:
-            notes.say()
+            notes.print()
             return
         except UnicodeDecodeError:
-            notes.say("\nThat was not UTF-8; say it again.", "yellow")
+            notes.print("\nThat was not UTF-8; say it again.", "yellow")
             continue
-        except interrupt.Stopped as stopped:
+        except signals.Stopped as stopped:
             if stopped.number != signal.SIGINT:
                 raise
             begun = ""
-            notes.say("\n(/quit or Ctrl-D leaves)", "dim")
+            notes.print("\n(/quit or Ctrl-D leaves)", "dim")
             continue
         if line.endswith("\\"):
             begun += line[:-1] + "\n"
@@ -280,7 +280,7 @@ def _piped() -> Iterator[str]:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    return cli.run("chat", __doc__, Talk, talk, args)
+    return run_command("chat", __doc__, Talk, talk, args)
 
 
 if __name__ == "__main__":

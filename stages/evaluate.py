@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from stages.cli import command as cli
-from stages.cli.flags import Device, Model, Verbose, read, unset, whole
+from stages.cli.command import run_command
+from stages.cli.flags import DeviceFlag, ModelFlag, VerboseFlag, default, integer, parser
 
 WINDOW = 1024  # tokens, unless asked for: more look back tells little more and takes much longer
 
@@ -33,28 +33,28 @@ if TYPE_CHECKING:
 class Evaluate:
     """A model, a text, and how the window slides."""
 
-    model: Model = None
+    model: ModelFlag = None
     """A run or step folder, a Hugging Face folder, a .gguf file, or a named model."""
-    data: Annotated[str | None, read(str, "TEXT"), unset("what the run was validated on")] = None
+    data: Annotated[str | None, parser(str, "TEXT"), default("what the run was validated on")] = None
     """A text (a name, whose held-out part is meant, a file or a folder), or conversations as `finetune` takes them."""
-    context: Annotated[int | None, read(whole(2), "N"), unset("the model's context, at most 1,024")] = None
+    context: Annotated[int | None, parser(integer(2), "N"), default("the model's context, at most 1,024")] = None
     """Tokens a window."""
-    stride: Annotated[int | None, read(whole(1), "N"), unset("half the window")] = None
+    stride: Annotated[int | None, parser(integer(1), "N"), default("half the window")] = None
     """Tokens between windows of a text: each token is predicted from at least context - stride before it."""
-    batch: Annotated[int | None, read(whole(1), "N"), unset("as many as suit the memory")] = None
+    batch: Annotated[int | None, parser(integer(1), "N"), default("as many as suit the memory")] = None
     """Windows of a text read together."""
-    device: Device = "auto"
+    device: DeviceFlag = "auto"
     """auto, cpu, gpu or tpu."""
-    verbose: Verbose = False
+    verbose: VerboseFlag = False
     """Show the traceback of an error."""
 
 
 def evaluate(given: Evaluate) -> None:
     """Loads, scores, prints; and checks that reading a text changed no weight."""
     from engine.device import start_jax
-    from stages.cli import signals as interrupt
+    from stages.cli import signals
 
-    interrupt.doing("before the evaluation was done.")
+    signals.set_phase("before the evaluation was done.")
     started = start_jax(given.device)
     from stages import answers
     from stages.cli.console import Console
@@ -65,7 +65,7 @@ def evaluate(given: Evaluate) -> None:
         with console.task("loading"):
             model = load.load_model(given.model)
         load.say_damaged(model, console)
-        console.rows([("device", str(started)), ("model", str(model.checkpoint))])
+        console.print_rows([("device", str(started)), ("model", str(model.checkpoint))])
         if said or (given.data is None and answers.tuned_on(model)):
             _on_answers(given, model, said, console)
         else:
@@ -82,11 +82,11 @@ def _on_answers(given: Evaluate, model: "Loaded", said: "Conversations | None", 
     chat = Chat(model.tokenizer)
     heard = answers.heard(model, chat, said, given.context, WINDOW, console)
     lines = heard.tally.lines() if heard.tally else []
-    console.rows([("data", heard.name), *(("", line) for line in lines), ("template", chat.named)])
+    console.print_rows([("data", heard.name), *(("", line) for line in lines), ("template", chat.named)])
     with console.task("evaluating", always=True) as report:
         rows = answers.measure(model, heard, report)
         rows += [] if said or given.context else answers.compared(model, console)
-    console.rows(rows)
+    console.print_rows(rows)
     chat.close()
 
 
@@ -94,7 +94,7 @@ def _on_text(given: Evaluate, model: "Loaded", console: "Console") -> None:
     from engine import format as words
     from engine.errors import UserError
     from engine.storage.digest import digest
-    from stages.runs import validation as validate
+    from stages.runs import validation
 
     text, name = _text(given, model, console)
     cfg = model.cfg
@@ -104,8 +104,8 @@ def _on_text(given: Evaluate, model: "Loaded", console: "Console") -> None:
     if stride > seq:
         raise UserError(f"--stride {stride:,} would leave tokens out: it is at most the window of {seq:,} tokens.")
     beyond = f" (the model was trained on {cfg.context:,})" if seq > cfg.context else ""
-    rows = given.batch or validate.rows_for(cfg, seq)
-    console.rows(
+    rows = given.batch or validation.rows_for(cfg, seq)
+    console.print_rows(
         [
             ("text", name),
             ("window", f"{seq:,} tokens{beyond}, moved on by {stride:,}; {rows} at a time"),
@@ -114,17 +114,17 @@ def _on_text(given: Evaluate, model: "Loaded", console: "Console") -> None:
     before = digest(model.params)
     begin = time.perf_counter()
     with console.task("evaluating", always=True) as report:
-        nats = validate.whole_text(cfg, model.params, text, seq, stride, rows, report)
+        nats = validation.score_text(cfg, model.params, text, seq, stride, rows, report)
     taken = time.perf_counter() - begin
     after = digest(model.params)
     scored = len(text.tokens) - 1
-    console.rows(
+    console.print_rows(
         [
             ("tokens", f"{len(text.tokens):,}"),
             ("bytes", f"{text.bytes:,}"),
             ("nats per token", f"{nats / scored:.4f}"),
             ("perplexity per token", f"{math.exp(min(nats / scored, 700)):.3f}"),
-            ("bits per byte", f"{validate.bits(nats, text.bytes):.4f}"),
+            ("bits per byte", f"{validation.bits_per_byte(nats, text.bytes):.4f}"),
             ("seconds", f"{taken:.1f} ({words.count(scored / taken)} tokens/s)"),
             ("weights", f"{'unchanged' if before == after else 'CHANGED'}, SHA-256 {after[:16]} before and after"),
         ]
@@ -137,10 +137,10 @@ def _text(given: Evaluate, model: "Loaded", console: "Console") -> "tuple[TokenF
     """The tokens to score and what they are called."""
     from engine.errors import UserError
     from stages.runs import folder as run_folder
-    from stages.runs import texts as data
+    from stages.runs import text_data
 
     if given.data:
-        source = data.evaluated(given.data, console)
+        source = text_data.evaluation_source(given.data, console)
     else:
         if model.run is None:
             raise UserError(f"{model.name} does not say what it was validated on; give --data.")
@@ -149,15 +149,15 @@ def _text(given: Evaluate, model: "Loaded", console: "Console") -> "tuple[TokenF
         validation = trained_on.get("validation")
         if not trained_on.get("data") or "asked" in about:
             raise UserError(f"{model.run / 'run.json'} does not say what the run was validated on; give --data.")
-        found = data.sources(trained_on["data"], Path(validation) if validation else None, console)[1]
+        found = text_data.find_sources(trained_on["data"], Path(validation) if validation else None, console)[1]
         if found is None:
             raise UserError("The run was validated on the end of a .bin; give a text with --data.")
         source = found
-    return data.encode(source, model.tokenizer, console), data.name_of(source)
+    return text_data.encode_text(source, model.tokenizer, console), text_data.source_name(source)
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    return cli.run("evaluate", __doc__, Evaluate, evaluate, args)
+    return run_command("evaluate", __doc__, Evaluate, evaluate, args)
 
 
 if __name__ == "__main__":

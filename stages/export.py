@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from stages.cli import command as cli
-from stages.cli.command import command_line
-from stages.cli.flags import Device, Model, Verbose, one_of, path, read, unset
+from stages.cli.command import command_line, run_command
+from stages.cli.flags import DeviceFlag, ModelFlag, VerboseFlag, default, one_of, parser, path
 
 if TYPE_CHECKING:
     from stages.runs.load import Model as Loaded
@@ -31,30 +30,30 @@ WRITTEN = {
 class Export:
     """A model, where it goes, and how its weights are written."""
 
-    out: Annotated[Path, read(path, "PATH")]
+    out: Annotated[Path, parser(path, "PATH")]
     """A folder, or a file that ends in .gguf."""
-    model: Model = None
+    model: ModelFlag = None
     """A run or step folder, a Hugging Face folder, a .gguf file, or a named model."""
-    dtype: Annotated[str | None, read(one_of(*DTYPES), "TYPE"), unset("as loaded in a folder, float16 in a .gguf")] = None
+    dtype: Annotated[str | None, parser(one_of(*DTYPES), "TYPE"), default("as loaded in a folder, float16 in a .gguf")] = None
     """float32, bfloat16, float16, or in a .gguf q8_0."""
-    adapter: Annotated[bool, unset("off")] = False
+    adapter: Annotated[bool, default("off")] = False
     """Write only the LoRA adapters, in PEFT's layout."""
-    check: Annotated[bool, unset("off")] = False
+    check: Annotated[bool, default("off")] = False
     """Read it again and compare logits, tokens and what ends a completion."""
-    overwrite: Annotated[bool, unset("off")] = False
+    overwrite: Annotated[bool, default("off")] = False
     """Replace what an earlier export wrote there."""
-    device: Device = "auto"
+    device: DeviceFlag = "auto"
     """auto, cpu, gpu or tpu."""
-    verbose: Verbose = False
+    verbose: VerboseFlag = False
     """Show the traceback of an error."""
 
 
 def export(given: Export) -> int:
     """Loads, writes, and with --check reads again. 1 when what was read is not what was written."""
     from engine.device import start_jax
-    from stages.cli import signals as interrupt
+    from stages.cli import signals
 
-    interrupt.doing("before the model was written.")
+    signals.set_phase("before the model was written.")
     started = start_jax(given.device)
     from engine import format as words
     from engine.errors import UserError
@@ -74,12 +73,12 @@ def export(given: Export) -> int:
         load.say_damaged(model, console)
         dtype = given.dtype or ("float16" if to_gguf else str(dense(model.params["embed"]).dtype))
         dtype = "float32" if given.adapter else dtype
-        console.rows([("device", str(started)), ("model", str(model.checkpoint)), ("writes", f"{given.out}, {dtype}")])
+        console.print_rows([("device", str(started)), ("model", str(model.checkpoint)), ("writes", f"{given.out}, {dtype}")])
         with console.task("writing", always=True) as report:
             notes = _write(given, model, dtype, to_gguf, report)
         for note in notes:
-            console.say(note)
-        console.rows([("written", f"{given.out}, {words.size(_size(given.out))}")])
+            console.print(note)
+        console.print_rows([("written", f"{given.out}, {words.size(_size(given.out))}")])
         if not given.check:
             return 0
         from stages import export_check
@@ -89,11 +88,11 @@ def export(given: Export) -> int:
                 rows, faults = export_check.compare_adapter(model, given.out)
             else:
                 rows, faults = export_check.compare(model, given.out, dtype)
-        console.rows(rows)
+        console.print_rows(rows)
         for fault in faults:
-            console.say(f"DIFFERS: {fault}", style="red")
+            console.print(f"DIFFERS: {fault}", style="red")
         if not faults and not given.adapter:
-            console.say(f"next: {command_line('generate', '--model', given.out)}")
+            console.print(f"next: {command_line('generate', '--model', given.out)}")
     return 1 if faults else 0
 
 
@@ -156,7 +155,7 @@ def _size(out: Path) -> int:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    return cli.run("export", __doc__, Export, export, args)
+    return run_command("export", __doc__, Export, export, args)
 
 
 if __name__ == "__main__":

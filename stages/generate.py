@@ -13,8 +13,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
-from stages.cli import command as cli
-from stages.cli.flags import Device, Model, Verbose, number, read, unset, whole
+from stages.cli.command import run_command
+from stages.cli.flags import DeviceFlag, ModelFlag, VerboseFlag, default, integer, number, parser
 
 ROOM = 256  # tokens a cache is a multiple of
 
@@ -26,27 +26,27 @@ if TYPE_CHECKING:
 class Generate:
     """A model, a prompt, and how tokens are drawn."""
 
-    model: Model = None
+    model: ModelFlag = None
     """A run or step folder, a Hugging Face folder, a .gguf file, or a named model."""
-    prompt: Annotated[str | None, read(str, "TEXT"), unset("a line end")] = None
+    prompt: Annotated[str | None, parser(str, "TEXT"), default("a line end")] = None
     """What to go on from; `-` reads it from standard input."""
-    max_tokens: Annotated[int, read(whole(1), "N")] = 200
+    max_tokens: Annotated[int, parser(integer(1), "N")] = 200
     """Tokens to write at most."""
-    temperature: Annotated[float, read(number(0, 100), "X")] = 0.8
+    temperature: Annotated[float, parser(number(0, 100), "X")] = 0.8
     """0 takes the most probable token each time; higher is more varied."""
-    top_k: Annotated[int, read(whole(0), "N"), unset("0, all")] = 0
+    top_k: Annotated[int, parser(integer(0), "N"), default("0, all")] = 0
     """Draw from the N most probable tokens."""
-    top_p: Annotated[float, read(number(0, 1, above=True), "X"), unset("1, all")] = 1.0
+    top_p: Annotated[float, parser(number(0, 1, above=True), "X"), default("1, all")] = 1.0
     """Draw from the fewest tokens that together have this probability."""
-    min_p: Annotated[float, read(number(0, 1), "X"), unset("0, all")] = 0.0
+    min_p: Annotated[float, parser(number(0, 1), "X"), default("0, all")] = 0.0
     """Draw from tokens at least this share as probable as the best."""
-    seed: Annotated[int, read(whole(0, 2**32 - 1), "N")] = 0
+    seed: Annotated[int, parser(integer(0, 2**32 - 1), "N")] = 0
     """The same seed draws the same text."""
-    count: Annotated[int, read(whole(1, 256), "N")] = 1
+    count: Annotated[int, parser(integer(1, 256), "N")] = 1
     """Continuations to write, with seeds seed, seed + 1, ..."""
-    device: Device = "auto"
+    device: DeviceFlag = "auto"
     """auto, cpu, gpu or tpu."""
-    verbose: Verbose = False
+    verbose: VerboseFlag = False
     """Say more on stderr: the model, its digest before and after, the traceback of an error."""
 
 
@@ -54,14 +54,13 @@ def generate(given: Generate) -> None:
     """Text goes to stdout as it comes, everything else to stderr."""
     from engine import format as words
     from engine.device import start_jax
-    from stages.cli import process
-    from stages.cli import signals as interrupt
+    from stages.cli import process, signals
 
-    interrupt.doing("before the text was complete.")
+    signals.set_phase("before the text was complete.")
     started = start_jax(given.device, decodes=True)
     from engine.inference import decode
     from engine.inference.sampling import make_sampling
-    from stages.cli.compiles import Compiles
+    from stages.cli.compile_counter import CompileCounter
     from stages.cli.console import Console
     from stages.runs import load
 
@@ -79,10 +78,10 @@ def generate(given: Generate) -> None:
         from engine.storage.digest import digest
 
         before = digest(params)
-        notes.rows([("device", str(started)), ("model", str(model.checkpoint)), ("weights", f"SHA-256 {before[:16]}")])
+        notes.print_rows([("device", str(started)), ("model", str(model.checkpoint)), ("weights", f"SHA-256 {before[:16]}")])
 
     begin = time.perf_counter()
-    compiles = Compiles()
+    compiles = CompileCounter()
     writer = Writer(model.tokenizer, given.count)
     stream = decode.generate(
         model.cfg, params, [prompt] * given.count, sampling, max_tokens=given.max_tokens, end=model.ends,
@@ -102,13 +101,13 @@ def generate(given: Generate) -> None:
     speed = f"{(writer.total - early) / (last - settled):,.0f} tokens/s, " if last > settled else ""
     full = writer.full(len(prompt), given.max_tokens, model.cfg.context)
     cut = f"; the context of {model.cfg.context} tokens is full" if full else ""
-    notes.say(
+    notes.print(
         f"\n{writer.total:,} tokens, the first {words.duration(first - begin)} after the prompt and "
-        f"{words.duration(first - process.started())} after the command, {speed}{compiles.count} recompiles{cut}"
+        f"{words.duration(first - process.process_start())} after the command, {speed}{compiles.count} recompiles{cut}"
     )
     if before:
         after = digest(params)
-        notes.say(f"weights {'unchanged' if before == after else 'CHANGED'}: SHA-256 {after[:16]} before and after")
+        notes.print(f"weights {'unchanged' if before == after else 'CHANGED'}: SHA-256 {after[:16]} before and after")
 
 
 def _capacity(wanted: int, context: int) -> int:
@@ -173,7 +172,7 @@ class Writer:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    return cli.run("generate", __doc__, Generate, generate, args)
+    return run_command("generate", __doc__, Generate, generate, args)
 
 
 if __name__ == "__main__":

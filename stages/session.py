@@ -10,7 +10,7 @@ from engine.inference import decode
 from engine.inference.sampling import make_sampling
 from engine.model.config import ModelConfig
 from engine.text.chat import Chat
-from stages.cli.flags import number, whole
+from stages.cli.flags import integer, number
 
 SMALLEST = 512  # places of the smallest cache; each larger one has twice as many, so that few programs are compiled
 
@@ -29,8 +29,8 @@ class Settings:
     def changed(self, name: str, value: str) -> "Settings":
         """The same with one setting read from text. Raises UserError for an unknown name or a value out of range."""
         readers: dict[str, Callable[[str], Any]] = {
-            "max_tokens": whole(1), "temperature": number(0, 100), "top_k": whole(0), "top_p": number(0, 1, above=True),
-            "min_p": number(0, 1), "seed": whole(0, 2**32 - 1),
+            "max_tokens": integer(1), "temperature": number(0, 100), "top_k": integer(0), "top_p": number(0, 1, above=True),
+            "min_p": number(0, 1), "seed": integer(0, 2**32 - 1),
         }  # fmt: skip
         name = name.replace("-", "_")
         if name not in readers:
@@ -119,7 +119,7 @@ class Session:
             self.turns.append(turn)
 
     def warm(self) -> None:
-        """Compiles, or fetches, the programs that turns run."""
+        """CompileCounter, or fetches, the programs that turns run."""
         prompt = self.chat.prompt(self.messages("a")).tolist()
         if len(prompt) < self.cfg.context - 1:
             for _ in self._generate(prompt, 2, ends=()):

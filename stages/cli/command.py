@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from engine.errors import UserError
-from stages.cli import signals as interrupt
+from stages.cli import signals
 
 MISTAKE = 2
 _arguments: list[str] = []
 
 
-def run[Flags](
+def run_command[Flags](
     name: str, about: str | None, flags: type[Flags], command: Callable[[Flags], int | None], args: Sequence[str] | None
 ) -> int:
     """Parses `args` (the command line's when None) into `flags`, runs the command, returns its exit code.
@@ -35,19 +35,19 @@ def run[Flags](
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )  # fmt: skip
         verbose = bool(getattr(given, "verbose", False))
-        with interrupt.watched():
+        with signals.handle_signals():
             return command(given) or 0
     except SystemExit as leaving:  # tyro has shown the help, or what is wrong with a flag
         return int(leaving.code or 0)
-    except interrupt.Stopped as stopped:
-        return interrupt.leave(stopped)
+    except signals.Stopped as stopped:
+        return signals.report_stop(stopped)
     except BrokenPipeError:
         # Python flushes stdout on its way out and would complain once more.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        sentence = explain(error)
+        sentence = explain_error(error)
         if sentence is None:
             raise
         if verbose:
@@ -57,7 +57,7 @@ def run[Flags](
         return _say(sentence)
 
 
-def explain(error: BaseException) -> str | None:
+def explain_error(error: BaseException) -> str | None:
     """The sentence for an error that a person can mend, None for one that is ours."""
     if isinstance(error, UserError):
         return str(error)
@@ -97,6 +97,6 @@ def command_line(stage: str, *words: object) -> str:
     return f"{started}python -m stages.{stage} {shlex.join(map(str, words))}".rstrip()
 
 
-def arguments() -> list[str]:
+def typed_arguments() -> list[str]:
     """What the command in progress was called with, to be typed again."""
     return _arguments

@@ -3,7 +3,7 @@
 import jax
 
 
-class Compiles:
+class CompileCounter:
     """`count` grows by one with each program compiled, or fetched from the compilation cache, since `reset`."""
 
     def __init__(self) -> None:

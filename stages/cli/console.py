@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from engine.format import duration
 
-Report = Callable[[int, int], None]
+ReportProgress = Callable[[int, int], None]
 
 BETWEEN_LINES = 5.0  # seconds, where lines stay
 BETWEEN_FRAMES = 0.15  # seconds, on a terminal
@@ -42,19 +42,19 @@ class Console:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close_live()
 
-    def say(self, text: str = "", style: str | None = None) -> None:
+    def print(self, text: str = "", style: str | None = None) -> None:
         """A line, or several, that stay. A long line is left to the terminal to wrap."""
         if self._rich:
             self._rich.print(text, style=style, markup=False, soft_wrap=True)
         else:
             print(text, file=self.stream, flush=True)
 
-    def rows(self, rows: Sequence[tuple[str, str]]) -> None:
+    def print_rows(self, rows: Sequence[tuple[str, str]]) -> None:
         """Labels beside what they say; long values go on below themselves."""
         width = max(len(label) for label, _ in rows)
         if not self._rich:
             for label, value in rows:
-                self.say(f"{label:<{width}}  {value}")
+                self.print(f"{label:<{width}}  {value}")
             return
         from rich.table import Table
         from rich.text import Text
@@ -66,12 +66,12 @@ class Console:
             table.add_row(Text(label), Text(value))
         self._rich.print(table)
 
-    def marked(self, pieces: Sequence[tuple[str, bool]]) -> None:
+    def print_marked(self, pieces: Sequence[tuple[str, bool]]) -> None:
         """A text in which some pieces are marked: by colour on a terminal, elsewhere by brackets."""
         if not self._rich:
             groups = itertools.groupby(pieces, key=lambda pair: pair[1])
             whole = [("".join(piece for piece, _ in group), mark) for mark, group in groups]
-            self.say("".join(f"[[{text}]]" if mark else text for text, mark in whole))
+            self.print("".join(f"[[{text}]]" if mark else text for text, mark in whole))
             return
         from rich.text import Text
 
@@ -81,7 +81,7 @@ class Console:
         self._rich.print(text, soft_wrap=True)
 
     @contextlib.contextmanager
-    def task(self, label: str, always: bool = False) -> Iterator[Report]:
+    def task(self, label: str, always: bool = False) -> Iterator[ReportProgress]:
         """`label ... 4.1 s`, with the share that is done meanwhile.
 
         The line stays when `always` is set or something was reported, else only if it took long.
@@ -108,28 +108,28 @@ class Console:
             yield report
         except BaseException:
             if said and not self.terminal:
-                self.say()
+                self.print()
             raise
         finally:
             self.close_live()
         taken = time.perf_counter() - begin
         if said and not self.terminal:
-            self.say(duration(taken))
+            self.print(duration(taken))
         elif said or taken > SILENT:
-            self.say(f"{label} ... {duration(taken)}")
+            self.print(f"{label} ... {duration(taken)}")
 
-    def live(self, fields: Callable[[], Sequence[str]], important: bool = False) -> None:
+    def show_live(self, fields: Callable[[], Sequence[str]], important: bool = False) -> None:
         """Shows what `fields` gives, when it is time to. An `important` state is shown at any time, and stays."""
         if not (important or self._due(BETWEEN_FRAMES if self.terminal else BETWEEN_LINES)):
             return
         self._last = time.perf_counter()
         if not self.terminal:
-            self.say("  ".join(fields()))
+            self.print("  ".join(fields()))
             return
         frame = "\n".join(wrap(fields(), self._rich.width))
         if important:
             self.close_live()
-            self.say(frame)
+            self.print(frame)
         else:
             self._draw(frame)
 

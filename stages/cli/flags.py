@@ -23,8 +23,8 @@ def seconds(text: str) -> float:
     return total
 
 
-def whole(low: int, high: float = float("inf")) -> Callable[[str], int]:
-    """A parser of whole numbers from `low` to `high`; 1_000 and 1e6 are such numbers too."""
+def integer(low: int, high: float = float("inf")) -> Callable[[str], int]:
+    """Returns a parser of integers from `low` to `high`; 1_000 and 1e6 are integers too."""
 
     def parse(text: str) -> int:
         try:
@@ -32,7 +32,7 @@ def whole(low: int, high: float = float("inf")) -> Callable[[str], int]:
         except ValueError:
             value = float("nan")
         if value != value or value != int(value) or not low <= value <= high:
-            raise ValueError(f"wanted a whole number {_span(low, high)}, got {text!r}")
+            raise ValueError(f"wanted an integer {_span(low, high)}, got {text!r}")
         return int(value)
 
     return parse
@@ -59,17 +59,17 @@ def _span(low: float, high: float, above: bool = False) -> str:
     return f"above {low:g} and up to {high:g}" if above else f"from {low:g} to {high:g}"
 
 
-def every(text: str) -> int | float:
+def interval(text: str) -> int | float:
     """'200' -> 200 steps, '30s' -> 30.0 seconds."""
     if text.strip().isdigit():
-        return whole(1)(text)
+        return integer(1)(text)
     try:
         return seconds(text)
     except ValueError:
         raise ValueError(f"wanted steps, such as 200, or a duration, such as 30s or 5m, got {text!r}") from None
 
 
-def read(parse: Callable[[str], Any], metavar: str) -> Any:
+def parser(parse: Callable[[str], Any], metavar: str) -> Any:
     """Goes into `Annotated`: this flag is read by `parse`, whose ValueError is shown."""
     return PrimitiveConstructorSpec(
         nargs=1, metavar=metavar, instance_from_str=lambda words: parse(words[0]), is_instance=lambda _: True,
@@ -77,7 +77,7 @@ def read(parse: Callable[[str], Any], metavar: str) -> Any:
     )  # fmt: skip
 
 
-def unset(meaning: str) -> Any:
+def default(meaning: str) -> Any:
     """Goes into `Annotated`: what the help says of leaving this flag out."""
     return tyro.conf.arg(help_behavior_hint=f"(default: {meaning})")
 
@@ -101,6 +101,6 @@ def path(text: str) -> Path:
 
 # Flags that several commands have.
 DEVICES = ("auto", "cpu", "gpu", "tpu")
-Device = Annotated[str, read(one_of(*DEVICES), "NAME")]
-Model = Annotated[str | None, read(str, "MODEL"), unset("the newest run in runs/")]
-Verbose = Annotated[bool, unset("off")]
+DeviceFlag = Annotated[str, parser(one_of(*DEVICES), "NAME")]
+ModelFlag = Annotated[str | None, parser(str, "MODEL"), default("the newest run in runs/")]
+VerboseFlag = Annotated[bool, default("off")]

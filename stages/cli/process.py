@@ -8,7 +8,7 @@ from pathlib import Path
 _IMPORTED = time.perf_counter()
 
 
-def started() -> float:
+def process_start() -> float:
     """The moment this process began, by `time.perf_counter`; where there is no /proc, the import of this file."""
     with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
         # Field 22 of stat, in ticks since boot (proc(5)); the command's name before it may hold spaces.
@@ -18,6 +18,6 @@ def started() -> float:
     return _IMPORTED
 
 
-def keep_numpy_to_one_thread() -> None:
+def use_one_numpy_thread() -> None:
     """NumPy's products then run in the thread that asks for them. Works until NumPy is imported; JAX is not concerned."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -32,7 +32,7 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
-class Watch:
+class SignalState:
     """What is going on: `guarded` is what a signal is answered with while work is finished first, else None."""
 
     def __init__(self) -> None:
@@ -83,11 +83,11 @@ class Watch:
         os._exit(128 + (self.received or signal.SIGINT))
 
 
-_now = Watch()
+_now = SignalState()
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[None]:
+def handle_signals() -> Iterator[None]:
     """Signals are handled as told here for as long as the block lasts. Does nothing outside the main thread.
 
     A block inside another has a watch of its own: a signal that it was ended by does not end the outer one.
@@ -96,7 +96,7 @@ def watched() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    outer, _now = _now, Watch()
+    outer, _now = _now, SignalState()
     _now.sentence = outer.sentence
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -117,13 +117,13 @@ def watched() -> Iterator[None]:
         _now = outer
 
 
-def doing(sentence: str) -> None:
+def set_phase(sentence: str) -> None:
     """What to say of a stop from now on, after the word "Stopped"."""
     _now.sentence = sentence
 
 
 @contextlib.contextmanager
-def guarded(answer: str, tell: Callable[[str], None]) -> Iterator[Watch]:
+def deferred(answer: str, tell: Callable[[str], None]) -> Iterator[SignalState]:
     """In the block a first signal is answered with `answer`, said through `tell` by another thread, and noted in
     `received`; the block is to end soon after."""
     _now.tell = tell
@@ -134,7 +134,7 @@ def guarded(answer: str, tell: Callable[[str], None]) -> Iterator[Watch]:
         _now.guarded = None
 
 
-def leave(stopped: Stopped) -> int:
+def report_stop(stopped: Stopped) -> int:
     """Says that the command was stopped; its exit code."""
     print(f"\nStopped {_now.sentence}", file=sys.stderr, flush=True)
     return 128 + stopped.number

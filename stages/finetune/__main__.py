@@ -16,7 +16,7 @@ stopped.
 import sys
 from collections.abc import Sequence
 
-from stages.cli import command as cli
+from stages.cli.command import run_command
 from stages.finetune.flags import Finetune
 
 
@@ -27,7 +27,7 @@ def finetune(given: Finetune) -> int:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    return cli.run("finetune", __doc__, Finetune, finetune, args)
+    return run_command("finetune", __doc__, Finetune, finetune, args)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from engine.errors import UserError
 from engine.model.config import LoraConfig
-from stages.cli.flags import Device, Verbose, every, number, one_of, path, read, unset, whole
+from stages.cli.flags import DeviceFlag, VerboseFlag, default, integer, interval, number, one_of, parser, path
 from stages.train.flags import Length
 
 TARGETS = "q, k, v, out, gate, up, down, or all"
@@ -25,7 +25,7 @@ def adapter_size(text: str) -> LoraConfig:
     for known in ("rank", "alpha"):
         if len(found.get(known, ())) > 1:
             raise ValueError(f"wanted one {known}, got {text!r}")
-    rank = whole(1, 4096)(found["rank"][0]) if "rank" in found else 8
+    rank = integer(1, 4096)(found["rank"][0]) if "rank" in found else 8
     alpha = number(0, above=True)(found["alpha"][0]) if "alpha" in found else 2.0 * rank
     return LoraConfig(rank, alpha, tuple(found.get("targets", ("all",))))
 
@@ -34,15 +34,15 @@ def adapter_size(text: str) -> LoraConfig:
 class Examples:
     """What is learnt."""
 
-    data: Annotated[str, read(str, "DATA")] = "voice"
+    data: Annotated[str, parser(str, "DATA")] = "voice"
     """A .jsonl of messages, prompt/completion, Alpaca, ShareGPT or text; or `voice`, which comes with this project."""
-    validation: Annotated[str | None, read(str, "DATA"), unset("the named data's own, else the last tenth")] = None
+    validation: Annotated[str | None, parser(str, "DATA"), default("the named data's own, else the last tenth")] = None
     """Conversations that are never learnt from."""
-    general: Annotated[str, read(str, "TEXT")] = "python"
+    general: Annotated[str, parser(str, "TEXT")] = "python"
     """A text to measure before and after, to see what was forgotten: shakespeare, python, a file, or none."""
-    template: Annotated[Path | None, read(path, "FILE"), unset("the model's own")] = None
+    template: Annotated[Path | None, parser(path, "FILE"), default("the model's own")] = None
     """A chat template (Jinja) to use in place of the model's."""
-    pack: Annotated[bool, unset("on")] = True
+    pack: Annotated[bool, default("on")] = True
     """Several short examples a row; they do not see one another."""
 
 
@@ -50,13 +50,13 @@ class Examples:
 class Learns:
     """What of the model learns; without any of these, a LoRA of all matrices."""
 
-    train: Annotated[tuple[str, ...], unset("nothing but the adapter")] = ()
+    train: Annotated[tuple[str, ...], default("nothing but the adapter")] = ()
     """Patterns of paths ('blocks/(28|29)/.*'), `head`, or `all`."""
-    freeze: Annotated[tuple[str, ...], unset("nothing")] = ()
+    freeze: Annotated[tuple[str, ...], default("nothing")] = ()
     """`bottom:N`, `top:N`, or patterns: all else learns."""
-    lora: Annotated[LoraConfig | None, read(adapter_size, "SIZE"), unset("rank=8,alpha=16,targets=all")] = None
+    lora: Annotated[LoraConfig | None, parser(adapter_size, "SIZE"), default("rank=8,alpha=16,targets=all")] = None
     """rank=8,alpha=16,targets=q,v: an adapter beside a frozen model."""
-    base: Annotated[Literal["float", "int8"], read(one_of("float", "int8"), "TYPE")] = "float"
+    base: Annotated[Literal["float", "int8"], parser(one_of("float", "int8"), "TYPE")] = "float"
     """What the frozen model under an adapter is kept in: `int8` takes half the memory."""
 
     def __post_init__(self) -> None:
@@ -75,27 +75,29 @@ class Learns:
 class Tuning:
     """How it learns."""
 
-    objective: Annotated[str, read(one_of("answers", "preference"), "NAME")] = "answers"
+    objective: Annotated[str, parser(one_of("answers", "preference"), "NAME")] = "answers"
     """`answers`: what the assistant says. `preference`: the chosen answer over the rejected one (DPO)."""
-    beta: Annotated[float, read(number(0, 10, above=True), "X")] = 0.1
+    beta: Annotated[float, parser(number(0, 10, above=True), "X")] = 0.1
     """Of preference: how far the model may move away from where it began."""
-    batch: Annotated[int, read(whole(1), "N")] = 2
+    batch: Annotated[int, parser(integer(1), "N")] = 2
     """Rows a step (pairs, for preference)."""
-    accumulate: Annotated[int | None, read(whole(1), "N"), unset("1; with --base int8 as many as the batch has rows")] = None
+    accumulate: Annotated[int | None, parser(integer(1), "N"), default("1; with --base int8 as many as the batch has rows")] = (
+        None
+    )
     """Parts the batch is read in, one after another: less memory, the same step."""
-    context: Annotated[int, read(whole(16), "N")] = 256
+    context: Annotated[int, parser(integer(16), "N")] = 256
     """Tokens a row."""
-    learning_rate: Annotated[float | None, read(number(0, 1, above=True), "X"), unset("2e-3, or 2e-5 without LoRA")] = None
+    learning_rate: Annotated[float | None, parser(number(0, 1, above=True), "X"), default("2e-3, or 2e-5 without LoRA")] = None
     """AdamW's."""
-    warmup: Annotated[float, read(number(0, 1), "SHARE")] = 0.05
+    warmup: Annotated[float, parser(number(0, 1), "SHARE")] = 0.05
     """Share of the run in which the learning rate rises; then it falls by a cosine."""
-    weight_decay: Annotated[float, read(number(0, 10), "X")] = 0.0
+    weight_decay: Annotated[float, parser(number(0, 10), "X")] = 0.0
     """Pull of what learns towards zero."""
-    clip: Annotated[float, read(number(0, above=True), "X")] = 1.0
+    clip: Annotated[float, parser(number(0, above=True), "X")] = 1.0
     """Largest norm of the gradient."""
-    scan: Annotated[bool, unset("off")] = False
+    scan: Annotated[bool, default("off")] = False
     """Compile one layer and loop over it: sooner compiled, slower steps."""
-    remat: Annotated[bool, unset("off")] = False
+    remat: Annotated[bool, default("off")] = False
     """Recompute each layer in the backward pass instead of keeping it: less memory, more work."""
 
 
@@ -103,15 +105,15 @@ class Tuning:
 class Kept:
     """What is kept, and how often."""
 
-    out_dir: Annotated[Path | None, read(path, "FOLDER"), unset("runs/MODEL-DATA")] = None
+    out_dir: Annotated[Path | None, parser(path, "FOLDER"), default("runs/MODEL-DATA")] = None
     """The run folder. A run that is already there is continued."""
-    overwrite: Annotated[bool, unset("off")] = False
+    overwrite: Annotated[bool, default("off")] = False
     """Begin anew in a folder that holds a run."""
-    eval_every: Annotated[int | float | None, read(every, "N|TIME"), unset("a fifth of the run")] = None
+    eval_every: Annotated[int | float | None, parser(interval, "N|TIME"), default("a fifth of the run")] = None
     """Steps or training time between looks at the validation conversations."""
-    save_every: Annotated[int | float, read(every, "N|TIME"), unset("60s")] = 60.0
+    save_every: Annotated[int | float, parser(interval, "N|TIME"), default("60s")] = 60.0
     """Steps or training time between checkpoints."""
-    keep: Annotated[int, read(whole(1), "N")] = 2
+    keep: Annotated[int, parser(integer(1), "N")] = 2
     """Checkpoints to keep."""
 
 
@@ -124,15 +126,15 @@ class Finetune:
     tuning: Tuning
     length: Length
     folder: Kept
-    model: Annotated[str, read(str, "MODEL")] = "smollm2-135m-instruct"
+    model: Annotated[str, parser(str, "MODEL")] = "smollm2-135m-instruct"
     """A run or step folder, a Hugging Face folder, a .gguf file, or a named model."""
-    seed: Annotated[int, read(whole(0, 2**31 - 1), "N")] = 0
+    seed: Annotated[int, parser(integer(0, 2**31 - 1), "N")] = 0
     """Of the adapter's first weights and of the order of the examples."""
-    device: Device = "auto"
+    device: DeviceFlag = "auto"
     """auto, cpu, gpu or tpu."""
-    dry_run: Annotated[bool, unset("off")] = False
+    dry_run: Annotated[bool, default("off")] = False
     """Print what matches and what it would cost, and stop."""
-    verbose: Verbose = False
+    verbose: VerboseFlag = False
     """Show the traceback of an error."""
 
     def __post_init__(self) -> None:

@@ -14,11 +14,10 @@ from engine.inference.sampling import make_sampling
 from engine.model.paths import leaf_paths, merge
 from engine.storage.adapter import save_adapter
 from engine.storage.digest import digest
-from stages.cli import signals as interrupt
+from stages.cli import signals
 from stages.cli.command import command_line
-from stages.runs import adapters
+from stages.runs import adapters, forgetting
 from stages.runs import folder as run_folder
-from stages.runs import forgetting as general
 from stages.runs.loop import Loop
 
 if TYPE_CHECKING:
@@ -57,7 +56,9 @@ def _general(run: "Tuned", params: Any) -> float | None:
     wanted = run.given.examples.general
     if wanted == "none":
         return None
-    return general.bits_per_byte(run.plan.cfg, params, run.model.tokenizer, wanted, run.plan.recipe.context, run.console)
+    return forgetting.general_bits_per_byte(
+        run.plan.cfg, params, run.model.tokenizer, wanted, run.plan.recipe.context, run.console
+    )
 
 
 def _answer(run: "Tuned", params: Any) -> str:
@@ -78,7 +79,7 @@ def _answer(run: "Tuned", params: Any) -> str:
 def close(run: "Tuned", state: Any, loop: Loop, was: Look) -> int:
     """Measures again, writes adapter and result, and prints what changed."""
     past, folder = loop.past, run.folder
-    interrupt.doing(f"before the last measurement; what was learnt is in {folder}, and the same command measures it.")
+    signals.set_phase(f"before the last measurement; what was learnt is in {folder}, and the same command measures it.")
     now = look(run, state.trainable)
     reads = run.model.params if run.learner.trained.adapted else None
     frozen_same = reads is None or digest(reads) == run.base
@@ -95,7 +96,7 @@ def close(run: "Tuned", state: Any, loop: Loop, was: Look) -> int:
         "train_seconds": past.seconds, "tokens_per_second": speed, "peak_rss_bytes": peak_rss_bytes(),
         "flops_share_of_ceiling": share, "refused_steps": past.refused, "general": run.given.examples.general,
     }  # fmt: skip
-    run_folder.write_run(folder, run.facts(), result)
+    run_folder.write_run_json(folder, run.facts(), result)
     _say(run, result, was, now, Path(str(place)))
     run.chat.close()
     return 0
@@ -108,14 +109,14 @@ def _about(run: "Tuned") -> dict[str, Any]:
 def _say(run: "Tuned", result: dict[str, Any], was: Look, now: Look, place: Path) -> None:
     console = run.console
     for title, text in (("before", was.answer), ("after", now.answer)):
-        console.say()
-        console.say(f"{title}: {QUESTION}", style="bold")
-        console.say("\n".join(f"  | {line}" for line in text.strip().split("\n")))
-    console.say()
+        console.print()
+        console.print(f"{title}: {QUESTION}", style="bold")
+        console.print("\n".join(f"  | {line}" for line in text.strip().split("\n")))
+    console.print()
     forgotten = "not measured"
     if was.general is not None and now.general is not None:
         forgotten = f"{was.general:.3f} -> {now.general:.3f} bits per byte on {run.given.examples.general}"
-    console.rows([
+    console.print_rows([
         ("learnt", f"{was.held_out:.3f} -> {now.held_out:.3f} {result['unit']} on {run.lessons.held_out_name}"),
         ("forgotten", forgotten),
         ("trained", f"{result['steps']:,} steps, {words.duration(result['train_seconds'])}"
@@ -124,11 +125,11 @@ def _say(run: "Tuned", result: dict[str, Any], was: Look, now: Look, place: Path
         ("memory", f"{words.size(result['peak_rss_bytes'])} at most"),
         ("kept", f"{place} ({_numbers(run):,} numbers)"),
     ])  # fmt: skip
-    console.say()
-    console.say("next", style="bold")
-    console.say(f"  {command_line('chat', '--model', run.folder)}")
-    console.say(f"  {command_line('evaluate', '--model', run.folder)}")
-    console.say(f"  {command_line('export', '--model', run.folder, '--out', run.folder / 'hugging-face')}")
+    console.print()
+    console.print("next", style="bold")
+    console.print(f"  {command_line('chat', '--model', run.folder)}")
+    console.print(f"  {command_line('evaluate', '--model', run.folder)}")
+    console.print(f"  {command_line('export', '--model', run.folder, '--out', run.folder / 'hugging-face')}")
 
 
 def _numbers(run: "Tuned") -> int:

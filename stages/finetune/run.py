@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Any
 from engine import format as words
 from engine.device import Device, start_jax
 from engine.errors import UserError
-from stages.cli import command as cli
-from stages.cli import process
-from stages.cli import signals as interrupt
-from stages.cli.command import command_line
+from stages.cli import process, signals
+from stages.cli.command import command_line, typed_arguments
 from stages.cli.console import Console
 
 if TYPE_CHECKING:
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
 
 def run(given: "Finetune") -> int:
     """Prepares, trains, measures what was learnt and what was forgotten. Returns the exit code."""
-    interrupt.doing("before anything was trained.")
+    signals.set_phase("before anything was trained.")
     device = start_jax(given.device)
     from stages.runs import folder as run_folder
 
@@ -33,10 +31,10 @@ def run(given: "Finetune") -> int:
     with Console() as console:
         if given.dry_run:
             Tuned(given, device, folder, console).show_plan()
-            console.say("A dry run: nothing was trained.")
+            console.print("A dry run: nothing was trained.")
             return 0
         run_folder.holds_run(folder)
-        with run_folder.alone(folder):
+        with run_folder.lock_folder(folder):
             return Tuned(given, device, folder, console).go()
 
 
@@ -47,10 +45,8 @@ class Tuned:
 
     def __init__(self, given: "Finetune", device: Device, folder: Path, console: Console) -> None:
         from engine.text.chat import Chat
-        from stages.runs import conversations as lessons
+        from stages.runs import conversation_data, load, text_data
         from stages.runs import estimate as plan
-        from stages.runs import load
-        from stages.runs import texts as data
 
         self.given, self.device, self.folder, self.console = given, device, folder, console
         source = load.template_at(given.examples.template)
@@ -60,10 +56,10 @@ class Tuned:
         load.say_damaged(self.model, console)
         self.plan = dataclasses.replace(self.plan, preset=self.model.name)
         if given.examples.general != "none":
-            data.check(given.examples.general)
+            text_data.check_text_name(given.examples.general)
         self.chat = Chat(self.model.tokenizer, source)
         examples = given.examples
-        self.lessons = lessons.prepare(
+        self.lessons = conversation_data.prepare_conversations(
             examples.data, examples.validation, given.tuning.objective, given.tuning.context, self.model, self.chat, console
         )
         self.ceilings = plan.measured_ceilings(console)
@@ -151,11 +147,11 @@ class Tuned:
 
     def show_plan(self) -> None:
         """The banner, and the first example with what is learnt of it set apart."""
-        self.console.rows(self.rows())
-        self.console.say()
-        self.console.say("the first example; what is learnt of it is marked", style="bold")
-        self.console.marked(list(self.chat.shown(self.lessons.first)))
-        self.console.say()
+        self.console.print_rows(self.rows())
+        self.console.print()
+        self.console.print("the first example; what is learnt of it is marked", style="bold")
+        self.console.print_marked(list(self.chat.shown(self.lessons.first)))
+        self.console.print()
 
     def go(self) -> int:
         """Trains what is left to train, then compares with what was there before."""
@@ -170,10 +166,10 @@ class Tuned:
         self.base = digest(self.model.params)
         if self.learner.trained.adapted and self.given.learns.base == "int8":
             self.model = dataclasses.replace(self.model, params=None)  # the wide weights need not stay in memory
-        before = resume.look(self.folder, self.facts(), self.plan.cfg, self.given.folder.overwrite)
+        before = resume.find_previous_run(self.folder, self.facts(), self.plan.cfg, self.given.folder.overwrite)
         self.show_plan()
         if before and before.finished(self.plan) and before.run.get("result") and before.sound():
-            self.console.say(
+            self.console.print(
                 "This run is finished. To train it further give more --steps or --max-time; to begin anew, --overwrite."
             )
             return 0
@@ -188,7 +184,7 @@ class Tuned:
             program = None  # its memory is needed for what is measured now
             self.console.close_live()
             if signal:
-                self.console.say(f"Stopped at step {past.step:,}; saved in {self.folder}.\nTo go on: {self.same_command()}")
+                self.console.print(f"Stopped at step {past.step:,}; saved in {self.folder}.\nTo go on: {self.same_command()}")
                 return 128 + signal
         return tuned.close(self, state, loop, was)
 
@@ -208,7 +204,7 @@ class Tuned:
         from engine.training.optimizer import make_optimizer
         from engine.training.step import NARROW, train_step
 
-        interrupt.doing(f"while compiling; what was saved is in {self.folder}. To begin again: {self.same_command()}")
+        signals.set_phase(f"while compiling; what was saved is in {self.folder}. To begin again: {self.same_command()}")
         frozen = self.learner.frozen
         # Programs that measured are read from the cache when they are wanted again; until then their memory is the step's.
         jax.clear_caches()
@@ -225,12 +221,12 @@ class Tuned:
 
     def batches(self) -> Any:
         """What is learnt, step by step; made once, for a preference needs what the model said before."""
-        from stages.runs import conversations as lessons
+        from stages.runs import conversation_data
 
         if not hasattr(self, "_batches"):
             given, tuning = self.given, self.given.tuning
             if self.sides == 1:
-                self._batches = lessons.packed(given, self.lessons)
+                self._batches = conversation_data.packed(given, self.lessons)
             else:
                 with self.console.task("asking the model what it prefers now", always=True):
                     self._batches = self._preferred(self.lessons.learnt, tuning.batch)
@@ -238,34 +234,33 @@ class Tuned:
 
     def _preferred(self, pairs: Any, batch: int) -> Any:
         from engine.model.paths import merge
-        from stages.runs import conversations as lessons
+        from stages.runs import conversation_data
 
         learner = self.learner
         base = learner.frozen if learner.trained.adapted else merge(learner.trainable, learner.frozen)
-        return lessons.Preferred(self.plan.cfg, base, pairs, self.plan.recipe.context, batch, self.given.seed)
+        return conversation_data.PreferenceBatches(self.plan.cfg, base, pairs, self.plan.recipe.context, batch, self.given.seed)
 
     def held_out(self, most: int | None = None) -> Any:
         """The looks at what is held out; `most` bounds the examples of a quick one."""
-        from stages.runs import conversations as lessons
+        from stages.runs import conversation_data
 
         chosen = self.lessons.held_out[:most]
         objective = self.objective()
         if self.sides == 1:
-            batches = lessons.answers_once(chosen, self.plan.recipe.context)
-            return lessons.HeldOut(batches, self.learner.frozen)
-        batches = list(self._preferred(chosen, min(lessons.ROWS, len(chosen))).once())
-        return lessons.HeldOut(batches, self.learner.frozen, objective, "preference loss")
+            batches = conversation_data.batch_examples(chosen, self.plan.recipe.context)
+            return conversation_data.HeldOutEvaluator(batches, self.learner.frozen)
+        batches = list(self._preferred(chosen, min(conversation_data.ROWS, len(chosen))).once())
+        return conversation_data.HeldOutEvaluator(batches, self.learner.frozen, objective, "preference loss")
 
     def job(self, buffer: int) -> Any:
-        from stages.runs import conversations as lessons
+        from stages.runs import conversation_data, loop
         from stages.runs import estimate as plan
-        from stages.runs import loop
 
         given = self.given.folder
-        return loop.Job(
-            plan=self.plan, folder=self.folder, batches=self.batches(), quick=self.held_out(lessons.MOST),
-            often=loop.Often(given.eval_every or self._fifth(), given.save_every, 1, given.keep),
-            ceiling=plan.ceiling(self.plan.cfg, self.ceilings), started=process.started(),
+        return loop.LoopConfig(
+            plan=self.plan, folder=self.folder, batches=self.batches(), quick=self.held_out(conversation_data.MOST),
+            often=loop.Intervals(given.eval_every or self._fifth(), given.save_every, 1, given.keep),
+            ceiling=plan.ceiling(self.plan.cfg, self.ceilings), started=process.process_start(),
             facts={"seed": self.given.seed, "base": self.base}, kept=self.learner.kept, buffer=buffer,
         )  # fmt: skip
 
@@ -299,4 +294,4 @@ class Tuned:
 
     def same_command(self) -> str:
         """What to type to go on."""
-        return command_line("finetune", *(word for word in cli.arguments() if word != "--overwrite"))
+        return command_line("finetune", *(word for word in typed_arguments() if word != "--overwrite"))

@@ -14,7 +14,7 @@ can verify. The same command run again goes on where it stopped.
 import sys
 from collections.abc import Sequence
 
-from stages.cli import command as cli
+from stages.cli.command import run_command
 from stages.reinforce.flags import Reinforce
 
 
@@ -25,7 +25,7 @@ def reinforce(given: Reinforce) -> int:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    return cli.run("reinforce", __doc__, Reinforce, reinforce, args)
+    return run_command("reinforce", __doc__, Reinforce, reinforce, args)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,6 @@ def _read(path: Path, task: str) -> list[Prompt]:
             raise UserError(f"{where}: `prompt` should be text and {came}.")
         if task == "sum" and (not isinstance(answer, int) or isinstance(answer, bool)):
             came = f"is {kind_of(answer)}" if "answer" in row else "is missing"
-            raise UserError(f"{where}: `answer` should be a whole number and {came}.")
+            raise UserError(f"{where}: `answer` should be an integer and {came}.")
         found.append(Prompt(prompt, answer if task == "sum" else None))
     return found

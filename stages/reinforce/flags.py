@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from engine.model.config import LoraConfig
-from stages.cli.flags import Device, Verbose, every, number, path, read, seconds, unset, whole
+from stages.cli.flags import DeviceFlag, VerboseFlag, default, integer, interval, number, parser, path, seconds
 from stages.finetune.flags import Learns
 
 
@@ -13,17 +13,17 @@ from stages.finetune.flags import Learns
 class Asked:
     """What is asked, and how answers are drawn."""
 
-    task: Annotated[str, read(str, "TASK")] = "length:12"
+    task: Annotated[str, parser(str, "TASK")] = "length:12"
     """`length:N` (words), `regex:PATTERN` (found in the answer), or `sum` (the last number is right)."""
-    data: Annotated[Path | None, read(path, "FILE"), unset("prompts that come with the task")] = None
+    data: Annotated[Path | None, parser(path, "FILE"), default("prompts that come with the task")] = None
     """A .jsonl of {"prompt": "...", "answer": 7}; only `sum` needs answers."""
-    prompts: Annotated[int, read(whole(1, 1024), "N")] = 2
+    prompts: Annotated[int, parser(integer(1, 1024), "N")] = 2
     """Prompts a round."""
-    group: Annotated[int, read(whole(2, 256), "N")] = 8
+    group: Annotated[int, parser(integer(2, 256), "N")] = 8
     """Answers to each prompt, which are compared with one another."""
-    max_tokens: Annotated[int | None, read(whole(1), "N"), unset("48, or what the context has room for")] = None
+    max_tokens: Annotated[int | None, parser(integer(1), "N"), default("48, or what the context has room for")] = None
     """Tokens of an answer at most."""
-    temperature: Annotated[float, read(number(0, 100, above=True), "X")] = 1.0
+    temperature: Annotated[float, parser(number(0, 100, above=True), "X")] = 1.0
     """At 1 answers are drawn as the model that learns would give them; others are drawn from a flatter or sharper one."""
 
 
@@ -31,13 +31,13 @@ class Asked:
 class Moves:
     """How it learns."""
 
-    learning_rate: Annotated[float | None, read(number(0, 1, above=True), "X"), unset("5e-4, or 2e-5 without LoRA")] = None
+    learning_rate: Annotated[float | None, parser(number(0, 1, above=True), "X"), default("5e-4, or 2e-5 without LoRA")] = None
     """AdamW's."""
-    updates: Annotated[int, read(whole(1, 64), "N")] = 1
+    updates: Annotated[int, parser(integer(1, 64), "N")] = 1
     """Steps on each round's answers."""
-    clip: Annotated[float, read(number(0, 10, above=True), "X")] = 0.2
+    clip: Annotated[float, parser(number(0, 10, above=True), "X")] = 0.2
     """How far a token's probability may move within a round before it gains nothing more: 0.2 is from 0.8 to 1.2 times."""
-    kl: Annotated[float, read(number(0, 10), "X")] = 0.0
+    kl: Annotated[float, parser(number(0, 10), "X")] = 0.0
     """Pull towards the model it was at first, a weight on their divergence."""
 
 
@@ -45,9 +45,9 @@ class Moves:
 class Rounds:
     """How long. When both are given, whichever ends first."""
 
-    max_time: Annotated[float | None, read(seconds, "TIME"), unset("2m when no --rounds are given")] = None
+    max_time: Annotated[float | None, parser(seconds, "TIME"), default("2m when no --rounds are given")] = None
     """Time in rounds, such as 90s, 3m; compiling and measuring are not counted."""
-    rounds: Annotated[int | None, read(whole(1), "N"), unset("as many as fit into the time")] = None
+    rounds: Annotated[int | None, parser(integer(1), "N"), default("as many as fit into the time")] = None
     """Times that answers are drawn and learnt from."""
 
 
@@ -55,13 +55,13 @@ class Rounds:
 class Kept:
     """What is kept, and how often."""
 
-    out_dir: Annotated[Path | None, read(path, "FOLDER"), unset("runs/MODEL-TASK")] = None
+    out_dir: Annotated[Path | None, parser(path, "FOLDER"), default("runs/MODEL-TASK")] = None
     """The run folder. A run that is already there is continued."""
-    overwrite: Annotated[bool, unset("off")] = False
+    overwrite: Annotated[bool, default("off")] = False
     """Begin anew in a folder that holds a run."""
-    save_every: Annotated[int | float, read(every, "N|TIME"), unset("60s")] = 60.0
+    save_every: Annotated[int | float, parser(interval, "N|TIME"), default("60s")] = 60.0
     """Rounds or time between checkpoints."""
-    keep: Annotated[int, read(whole(1), "N")] = 2
+    keep: Annotated[int, parser(integer(1), "N")] = 2
     """Checkpoints to keep."""
 
 
@@ -74,15 +74,15 @@ class Reinforce:
     moves: Moves
     length: Rounds
     folder: Kept
-    model: Annotated[str, read(str, "MODEL")] = "smollm2-135m-instruct"
+    model: Annotated[str, parser(str, "MODEL")] = "smollm2-135m-instruct"
     """A run or step folder, a Hugging Face folder, a .gguf file, or a named model."""
-    seed: Annotated[int, read(whole(0, 2**31 - 1), "N")] = 0
+    seed: Annotated[int, parser(integer(0, 2**31 - 1), "N")] = 0
     """Of the adapter's first weights, of the order of the prompts, and of what is drawn."""
-    device: Device = "auto"
+    device: DeviceFlag = "auto"
     """auto, cpu, gpu or tpu."""
-    dry_run: Annotated[bool, unset("off")] = False
+    dry_run: Annotated[bool, default("off")] = False
     """Print what a round would take, and stop."""
-    verbose: Verbose = False
+    verbose: VerboseFlag = False
     """Show the traceback of an error."""
 
     @property

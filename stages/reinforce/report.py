@@ -6,7 +6,7 @@ from engine import format as words
 from engine.counting.hardware import peak_rss_bytes
 from engine.storage.adapter import save_adapter
 from engine.storage.digest import digest
-from stages.cli import signals as interrupt
+from stages.cli import signals
 from stages.cli.command import command_line
 from stages.runs import adapters, kept
 from stages.runs import folder as run_folder
@@ -22,7 +22,7 @@ WIDE = 100  # characters of an answer that are
 def close(run: "Reinforced", state: Any, rounds: "Rounds", was: "Draw") -> int:
     """Measures again, writes adapter and result, and prints what changed."""
     past, folder = rounds.past, run.folder
-    interrupt.doing(f"before the last measurement; what was learnt is in {folder}, and the same command measures it.")
+    signals.set_phase(f"before the last measurement; what was learnt is in {folder}, and the same command measures it.")
     now = rounds.look(state.trainable, "measuring what it does now")
     if run.learner.trained.adapted:
         if digest(run.model.params) != run.base:
@@ -39,7 +39,7 @@ def close(run: "Reinforced", state: Any, rounds: "Rounds", was: "Draw") -> int:
         "inference_seconds": drawing, "training_seconds": training,
         "answer_tokens": sum(one.draw.tokens for one in rounds.done), "peak_rss_bytes": peak_rss_bytes(),
     }  # fmt: skip
-    run_folder.write_run(folder, run.facts(), result)
+    run_folder.write_run_json(folder, run.facts(), result)
     _say(run, result, was, now, str(place))
     run.chat.close()
     return 0
@@ -48,25 +48,25 @@ def close(run: "Reinforced", state: Any, rounds: "Rounds", was: "Draw") -> int:
 def _say(run: "Reinforced", result: dict[str, Any], was: "Draw", now: "Draw", place: str) -> None:
     console = run.console
     for row in range(min(SHOWN, len(was.texts), len(run.prompts.held_out))):
-        console.say()
-        console.say(run.prompts.held_out[row].text, style="bold")
+        console.print()
+        console.print(run.prompts.held_out[row].text, style="bold")
         for title, draw in (("before", was), ("after", now)):
             text = " ".join(draw.texts[row].split())
             cut = text if len(text) <= WIDE else text[:WIDE] + "..."
-            console.say(f"  {title:<6} {draw.rewards[row]:.2f} | {cut}")
-    console.say()
+            console.print(f"  {title:<6} {draw.rewards[row]:.2f} | {cut}")
+    console.print()
     shares = ""
     drawing, training = result["inference_seconds"], result["training_seconds"]
     if drawing + training:
         shares = f"; inference {drawing / (drawing + training):.0%} of it, training {training / (drawing + training):.0%}"
-    console.rows([
+    console.print_rows([
         ("reward", f"{was.mean:.3f} -> {now.mean:.3f} on prompts that were not learnt from"),
         ("rounds", f"{result['rounds']:,} in {words.duration(result['seconds'])}{shares}"
                    + (f"; {result['refused_steps']} steps refused" if result["refused_steps"] else "")),
         ("memory", f"{words.size(result['peak_rss_bytes'])} at most"),
         ("kept", place),
     ])  # fmt: skip
-    console.say()
-    console.say("next", style="bold")
-    console.say(f"  {command_line('chat', '--model', run.folder)}")
-    console.say(f"  {command_line('export', '--model', run.folder, '--out', run.folder / 'hugging-face')}")
+    console.print()
+    console.print("next", style="bold")
+    console.print(f"  {command_line('chat', '--model', run.folder)}")
+    console.print(f"  {command_line('export', '--model', run.folder, '--out', run.folder / 'hugging-face')}")

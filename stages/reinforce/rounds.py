@@ -21,11 +21,11 @@ from engine.training.lora import fold_lora
 from engine.training.optimizer import make_optimizer
 from engine.training.reinforce import Rollouts, group_advantages, log_probabilities
 from engine.training.step import TrainState, train_step
-from stages.cli import signals as interrupt
+from stages.cli import signals
 from stages.reinforce import rollouts as drawing
 from stages.reinforce.data import Prompt
 from stages.runs.folder import MetricsLog
-from stages.runs.loop import REFUSED_IN_A_ROW, Due, Past
+from stages.runs.loop import REFUSED_IN_A_ROW, Interval, LoopState
 
 if TYPE_CHECKING:
     from stages.reinforce.run import Reinforced
@@ -82,7 +82,7 @@ class Round:
 class Rounds:
     """One part of a run, from where it stands to its end or to a signal."""
 
-    def __init__(self, run: "Reinforced", past: Past) -> None:
+    def __init__(self, run: "Reinforced", past: LoopState) -> None:
         self.run, self.past = run, past
         self.log = MetricsLog(run.folder, past.step)
         self.order = Order(len(run.prompts.learnt), run.given.asked.prompts, run.given.seed)
@@ -135,11 +135,11 @@ class Rounds:
         Raises UserError after too many refused steps in a row; the last checkpoint then stays as it is.
         """
         run, past, plan = self.run, self.past, self.run.plan
-        save, stays = Due(run.given.folder.save_every, past), Due(STAYS, past)
+        save, stays = Interval(run.given.folder.save_every, past), Interval(STAYS, past)
         saved = past.step
         params = self.weights(state.trainable)
         before = digest(params)
-        with interrupt.guarded("Finishing this round, then saving (once more: stop at once).", run.console.say) as watch:
+        with signals.deferred("Finishing this round, then saving (once more: stop at once).", run.console.print) as watch:
             while plan.done(past.step, past.seconds) < 1 and not watch.received:
                 begin = time.perf_counter()
                 state, params, played = self._round(state, params, before)
@@ -149,7 +149,7 @@ class Rounds:
                 self._note(played)
                 over = plan.done(past.step, past.seconds) >= 1
                 important = stays.now(past) or len(self.done) == 1 or over
-                run.console.live(lambda: self.done[-1].fields(plan.steps, past.seconds), important=important)
+                run.console.show_live(lambda: self.done[-1].fields(plan.steps, past.seconds), important=important)
                 if save.now(past):
                     self.save(state)
                     saved = past.step

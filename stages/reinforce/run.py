@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 from engine import format as words
 from engine.device import Device, start_jax
 from engine.errors import UserError
-from stages.cli import command as cli
-from stages.cli import signals as interrupt
-from stages.cli.command import command_line
+from stages.cli import signals
+from stages.cli.command import command_line, typed_arguments
 from stages.cli.console import Console
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ PART = 1024  # places of the rows that a step reads at once: more hold more logi
 
 def run(given: "Reinforce") -> int:
     """Prepares, plays rounds, measures what they changed. Returns the exit code."""
-    interrupt.doing("before anything was learnt.")
+    signals.set_phase("before anything was learnt.")
     device = start_jax(given.device)
     from stages.runs import folder as run_folder
 
@@ -33,11 +32,11 @@ def run(given: "Reinforce") -> int:
     folder = given.folder.out_dir or run_folder.default_folder(Path(given.model).stem or "model", task)
     with Console() as console:
         if given.dry_run:
-            console.rows(Reinforced(given, device, folder, console).rows())
-            console.say("A dry run: nothing was learnt.")
+            console.print_rows(Reinforced(given, device, folder, console).rows())
+            console.print("A dry run: nothing was learnt.")
             return 0
         run_folder.holds_run(folder)
-        with run_folder.alone(folder):
+        with run_folder.lock_folder(folder):
             return Reinforced(given, device, folder, console).go()
 
 
@@ -181,10 +180,10 @@ class Reinforced:
 
         self.learner = learning.make_learner(self.given, self.plan.cfg, self.model.params, self.plan.trained)
         self.base = digest(self.model.params)
-        before = resume.look(self.folder, self.facts(), self.plan.cfg, self.given.folder.overwrite)
-        self.console.rows(self.rows())
+        before = resume.find_previous_run(self.folder, self.facts(), self.plan.cfg, self.given.folder.overwrite)
+        self.console.print_rows(self.rows())
         if before and before.finished(self.plan) and before.run.get("result") and before.sound():
-            self.console.say("This run is finished. To go on give more --rounds or --max-time; to begin anew, --overwrite.")
+            self.console.print("This run is finished. To go on give more --rounds or --max-time; to begin anew, --overwrite.")
             return 0
         state, past = kept.restore(before, self.learner, self.plan, self.console)
         resume.begin(self.folder, self.plan.cfg, self.model.tokenizer, self.facts(), fresh=before is None)
@@ -192,11 +191,13 @@ class Reinforced:
         rounds = Rounds(self, past)
         was = rounds.look(self.learner.trainable, "measuring what it does, which compiles inference")
         if self.plan.done(past.step, past.seconds) < 1:
-            interrupt.doing(f"while compiling; what was saved is in {self.folder}. To begin again: {self.same_command()}")
+            signals.set_phase(f"while compiling; what was saved is in {self.folder}. To begin again: {self.same_command()}")
             rounds.compile(state)
             state, signal = rounds.play(state)
             if signal:
-                self.console.say(f"Stopped after round {past.step:,}; saved in {self.folder}.\nTo go on: {self.same_command()}")
+                self.console.print(
+                    f"Stopped after round {past.step:,}; saved in {self.folder}.\nTo go on: {self.same_command()}"
+                )
                 return 128 + signal
         return reinforced.close(self, state, rounds, was)
 
@@ -230,4 +231,4 @@ class Reinforced:
 
     def same_command(self) -> str:
         """What to type to go on."""
-        return command_line("reinforce", *(word for word in cli.arguments() if word != "--overwrite"))
+        return command_line("reinforce", *(word for word in typed_arguments() if word != "--overwrite"))

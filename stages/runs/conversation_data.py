@@ -22,7 +22,7 @@ from engine.text.packing import Packed, PairBatches, once, pairs_once
 from engine.training.preference import Preferences, margins
 from engine.training.step import NEXT_TOKEN, Objective
 from stages.cli.console import Console
-from stages.cli.signals import Watch
+from stages.cli.signals import SignalState
 
 if TYPE_CHECKING:
     from stages.finetune.flags import Finetune
@@ -34,7 +34,7 @@ MOST = 64  # held-out examples of a look while it learns
 
 
 @dataclasses.dataclass(frozen=True)
-class Lessons:
+class ConversationData:
     """Examples (or pairs of them), and those held out; what became of each row of the data; what both are called."""
 
     learnt: Sequence[Any]
@@ -60,28 +60,28 @@ class Lessons:
         return one.chosen if isinstance(one, Pair) else one
 
 
-def prepare(
+def prepare_conversations(
     data: str, validation: str | None, objective: str, seq: int, model: "Model", chat: Chat, console: Console
-) -> Lessons:
+) -> ConversationData:
     """Reads, renders and cuts all examples. Raises UserError for data of another kind than the objective needs."""
     found = _read(data, objective)
     with console.task(f"reading {data}") as report:
-        learnt, tally = made(found, model, chat, seq, report)
+        learnt, tally = tokenize_examples(found, model, chat, seq, report)
     apart = validation or (f"{data}-held-out" if f"{data}-held-out" in NAMED else None)
     if apart:
-        held_out = made(_read(apart, objective), model, chat, seq, None)[0]
-        return Lessons(learnt, held_out, tally, found.kind, data, apart)
+        held_out = tokenize_examples(_read(apart, objective), model, chat, seq, None)[0]
+        return ConversationData(learnt, held_out, tally, found.kind, data, apart)
     count = max(1, round(HELD_OUT * len(learnt)))
     if len(learnt) - count < 1:
         raise UserError(
             f"{data} has {len(learnt)} usable examples, too few to hold any out; give some of another file with --validation."
         )
     named = f"the last {count} of {data}"
-    return Lessons(learnt[:-count], learnt[-count:], tally, found.kind, data, named)
+    return ConversationData(learnt[:-count], learnt[-count:], tally, found.kind, data, named)
 
 
 def _read(data: str, objective: str) -> Conversations:
-    found = conversations_at(data)
+    found = read_named(data)
     if (found.kind == "preference") != (objective == "preference"):
         wanted = "pairs of a chosen and a rejected answer" if objective == "preference" else "conversations or texts"
         other = "answers" if objective == "preference" else "preference"
@@ -92,19 +92,19 @@ def _read(data: str, objective: str) -> Conversations:
     return found
 
 
-def conversations_at(data: str) -> Conversations:
+def read_named(data: str) -> Conversations:
     """What `--data` names, when that is conversations. Raises UserError as `read_conversations`."""
     return read_conversations(data if data in NAMED else Path(data).expanduser())
 
 
-def made(found: Conversations, model: "Model", chat: Chat, seq: int, report: Any = None) -> tuple[Sequence[Any], Tally]:
+def tokenize_examples(found: Conversations, model: "Model", chat: Chat, seq: int, report: Any = None) -> tuple[Sequence[Any], Tally]:
     """Examples, or pairs of them, and what became of each row. Raises UserError when none is left."""
     if found.kind == "preference":
         return make_pairs(found, chat, seq, report=report)
     return make_examples(found, chat, seq, start=model.start, report=report)
 
 
-class Preferred:
+class PreferenceBatches:
     """Batches of pairs with the margins that the model had for them before it learnt."""
 
     def __init__(self, cfg: ModelConfig, base: Any, pairs: Sequence[Pair], seq: int, batch: int, seed: int) -> None:
@@ -132,7 +132,7 @@ class Preferred:
 
 
 @dataclasses.dataclass(frozen=True)
-class HeldOut:
+class HeldOutEvaluator:
     """Looks at what is held out while a run learns: mean nats of an answer's token, or of a preference."""
 
     batches: Sequence[Any]
@@ -145,7 +145,7 @@ class HeldOut:
         """Its name in metrics.jsonl."""
         return "val_nats_per_token" if self.objective is NEXT_TOKEN else "val_preference_loss"
 
-    def measure(self, cfg: ModelConfig, trainable: Any, watch: Watch | None = None) -> float | None:
+    def measure(self, cfg: ModelConfig, trainable: Any, watch: SignalState | None = None) -> float | None:
         """The mean over all held-out targets (or pairs); None when a signal came in between."""
         params = merge(trainable, self.frozen)
         total = count = 0.0
@@ -167,11 +167,11 @@ def _summed(objective: Objective, cfg: ModelConfig, params: Any, batch: Any) -> 
     return objective.summed(cfg, params, batch)
 
 
-def answers_once(examples: Sequence[Example], seq: int, rows: int = ROWS) -> list[Batch]:
+def batch_examples(examples: Sequence[Example], seq: int, rows: int = ROWS) -> list[Batch]:
     """Every example once, in batches of one shape."""
     return list(once(examples, seq, rows))
 
 
-def packed(given: "Finetune", lessons: Lessons) -> Packed:
+def packed(given: "Finetune", lessons: ConversationData) -> Packed:
     """The batches of a run that learns answers."""
     return Packed(lessons.learnt, given.tuning.context, given.tuning.batch, given.seed, given.examples.pack)

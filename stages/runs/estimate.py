@@ -18,7 +18,7 @@ from engine.model.config import ModelConfig
 from engine.text.tokens import TokenFile
 from engine.training.loss import loss_chunks
 from stages.cli.console import Console
-from stages.runs.texts import Data
+from stages.runs.text_data import TextData
 from stages.runs.recipes import Recipe
 
 MEASURE = (
@@ -106,7 +106,7 @@ def check_memory(plan: Plan) -> None:
         )
 
 
-def rows(plan: Plan, device: Device, data: Data, best: Ceilings, folder: object) -> list[tuple[str, str]]:
+def rows(plan: Plan, device: Device, data: TextData, best: Ceilings, folder: object) -> list[tuple[str, str]]:
     """The banner."""
     cfg, recipe, moves = plan.cfg, plan.recipe, plan.recipe.optimizer
     params = count_params(cfg)

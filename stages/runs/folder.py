@@ -73,7 +73,7 @@ def read_config(folder: Path) -> ModelConfig:
         raise UserError(f"{folder / 'config.json'} does not describe a model: {error}.") from None
 
 
-def clear(folder: Path) -> None:
+def clear_run(folder: Path) -> None:
     """Removes a run's files and nothing else, run.json last, so that a kill in between leaves a run folder."""
     for name in OURS:
         path = folder / name
@@ -84,7 +84,7 @@ def clear(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Holds the run for this process. Raises UserError when another one trains in it."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
@@ -102,7 +102,7 @@ def alone(folder: Path) -> Iterator[None]:
             folder.rmdir()  # stopped before anything was written
 
 
-def write_run(folder: Path, run: dict[str, Any], result: dict[str, Any] | None = None) -> None:
+def write_run_json(folder: Path, run: dict[str, Any], result: dict[str, Any] | None = None) -> None:
     """run.json, whole or not at all; the result, when there is one, is its last entry."""
     described = {name: value for name, value in run.items() if name != "result"}
     write_json(folder / "run.json", described | ({"result": result} if result else {}))
@@ -136,7 +136,7 @@ class MetricsLog:
             file.write(json.dumps(clean) + "\n")
 
 
-def newest(root: Path = ROOT) -> Path:
+def newest_run(root: Path = ROOT) -> Path:
     """The run that was saved to last. Raises UserError when there is none."""
     runs = [path.parent.parent for path in root.glob("*/checkpoints/*/") if path.name.isdigit()]
     if not runs:

@@ -5,20 +5,20 @@ import dataclasses
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
 from engine.text.tokenizer import Tokenizer
-from stages.runs import texts as data
+from stages.runs import text_data
 from stages.cli.console import Console
-from stages.runs.conversations import ROWS
-from stages.runs.validation import bits, whole_text
+from stages.runs.conversation_data import ROWS
+from stages.runs.validation import bits_per_byte, score_text
 
 WINDOW = 256  # tokens scored at once
 TOKENS = 8192  # of the text
 
 
-def bits_per_byte(cfg: ModelConfig, params: Params, tokenizer: Tokenizer, wanted: str, context: int, console: Console) -> float:
+def general_bits_per_byte(cfg: ModelConfig, params: Params, tokenizer: Tokenizer, wanted: str, context: int, console: Console) -> float:
     """Of the beginning of the text that `--general` names, in windows of at most `context` tokens."""
-    text = data.encode(data.evaluated(wanted, console), tokenizer, console)
+    text = text_data.encode_text(text_data.evaluation_source(wanted, console), tokenizer, console)
     tokens = text.tokens[: TOKENS + 1]
     size = tokenizer.token_bytes(tokens[1:])
     part = dataclasses.replace(text, tokens=tokens, bytes=size)
     seq = min(WINDOW, context, max(2, len(tokens) - 1))
-    return bits(whole_text(cfg, params, part, seq, seq, ROWS), size)
+    return bits_per_byte(score_text(cfg, params, part, seq, seq, ROWS), size)

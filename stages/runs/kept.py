@@ -17,29 +17,29 @@ from stages.runs import load
 from stages.runs import state as resume
 from stages.cli.console import Console
 from stages.runs.trainable import Learner, TuningPlan
-from stages.runs.loop import Past
+from stages.runs.loop import LoopState
 
 if TYPE_CHECKING:
     from stages.finetune.flags import Finetune
     from stages.reinforce.flags import Reinforce
 
 
-def restore(before: resume.Before | None, learner: Learner, plan: TuningPlan, console: Console) -> tuple[TrainState, Past]:
+def restore(before: resume.PreviousRun | None, learner: Learner, plan: TuningPlan, console: Console) -> tuple[TrainState, LoopState]:
     """The state to learn on from, and what the run remembers: new, or from the newest sound checkpoint, said aloud."""
     # The step donates its state; what the run began with stays to be compared with.
     state = init_state(make_optimizer(plan.recipe.optimizer), jax.tree.map(jnp.copy, learner.trainable))
     if before is None:
-        return state, Past()
+        return state, LoopState()
     with console.task("loading the checkpoint"):
         like = jax.eval_shape(lambda: (learner.kept(state.trainable), state.opt_state))
         loaded = checkpoint.load(before.folder, None, *like)
-    past = resume.past_of(loaded.state)
+    past = resume.loop_state_of(loaded.state)
     for line in loaded.damaged:
-        console.say(f"damaged: {line}", style="yellow")
+        console.print(f"damaged: {line}", style="yellow")
     if loaded.damaged:
         for path in checkpoint.set_aside(before.folder, past.step):
-            console.say(f"set aside: {path}", style="yellow")
-    console.say(f"resumed at step {past.step:,}, {words.duration(past.seconds)} into training")
+            console.print(f"set aside: {path}", style="yellow")
+    console.print(f"resumed at step {past.step:,}, {words.duration(past.seconds)} into training")
     return TrainState(jnp.int32(past.step), learner.of(loaded.params), loaded.optimizer), past
 
 

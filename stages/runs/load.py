@@ -66,7 +66,7 @@ def load_model(given: str | None, *, dtype: str | None = None, report: Report = 
     if given in MODELS:
         file = fetch(given, report)["model"]
         return _from_elsewhere(load_gguf(file, dtype=dtype, report=report, known=fitting), file)
-    path = Path(given).expanduser() if given else run_folder.newest()
+    path = Path(given).expanduser() if given else run_folder.newest_run()
     if path.suffix == ".gguf" and path.is_file():
         return _from_elsewhere(load_gguf(path, dtype=dtype, report=report, known=fitting), path)
     if _is_hugging_face(path):
@@ -179,6 +179,6 @@ def _run_of(path: Path, given: str) -> Path:
 def say_damaged(model: Model, console: Console) -> None:
     """Names what was passed over on the way to a sound checkpoint."""
     for line in model.damaged:
-        console.say(f"damaged: {line}", style="yellow")
+        console.print(f"damaged: {line}", style="yellow")
     if model.damaged:
-        console.say(f"using {model.checkpoint} instead", style="yellow")
+        console.print(f"using {model.checkpoint} instead", style="yellow")

@@ -19,7 +19,7 @@ from engine.errors import UserError
 from engine.storage import checkpoint
 from engine.training.optimizer import make_schedule
 from engine.training.step import TrainState
-from stages.cli import signals as interrupt
+from stages.cli import signals
 from stages.cli.console import Console
 from stages.runs.estimate import Plan
 from stages.runs.folder import MetricsLog
@@ -30,7 +30,7 @@ EVALUATING = 0.04  # of the time at most, unless --eval-every says otherwise
 
 
 @dataclasses.dataclass
-class Past:
+class LoopState:
     """What a run remembers from one part to the next, beside weights and optimizer: state.json."""
 
     step: int = 0
@@ -41,7 +41,7 @@ class Past:
 
 
 @dataclasses.dataclass(frozen=True)
-class Often:
+class Intervals:
     """How often things are done: int is steps, float is seconds."""
 
     evaluate: int | float | None
@@ -57,7 +57,7 @@ class Source(Protocol):
     def epoch(self, step: int) -> float: ...
 
 
-class Looks(Protocol):
+class Evaluator(Protocol):
     """A quick evaluation while training: its number, and what that is called on screen and in metrics.jsonl."""
 
     @property
@@ -68,29 +68,29 @@ class Looks(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class LoopConfig:
     """All that a loop needs and does not change."""
 
     plan: Plan
     folder: Path
     batches: Source
-    quick: Looks
-    often: Often
+    quick: Evaluator
+    often: Intervals
     ceiling: float  # FLOP/s
     started: float  # the clock when the process began
-    facts: dict[str, Any]  # what goes into state.json beside Past
+    facts: dict[str, Any]  # what goes into state.json beside LoopState
     kept: Callable[[Any], Any] = lambda trainable: trainable  # what a checkpoint holds of what learns
     buffer: int = 0  # bytes a step takes while it runs, where they must not be held twice; 0 where that does not matter
 
 
-class Due:
+class Interval:
     """Whether it is time again, in steps or in seconds of training."""
 
-    def __init__(self, interval: int | float, past: Past) -> None:
+    def __init__(self, interval: int | float, past: LoopState) -> None:
         self.interval = interval
         self.step, self.seconds = past.step, past.seconds
 
-    def now(self, past: Past) -> bool:
+    def now(self, past: LoopState) -> bool:
         counted = isinstance(self.interval, int)
         due = past.step - self.step >= self.interval if counted else past.seconds - self.seconds >= self.interval
         if due:
@@ -101,7 +101,7 @@ class Due:
 class Loop:
     """One part of a run, from where it stands to its end or to a signal."""
 
-    def __init__(self, job: Job, past: Past, console: Console) -> None:
+    def __init__(self, job: LoopConfig, past: LoopState, console: Console) -> None:
         self.job, self.past, self.console = job, past, console
         self.recent: collections.deque[float] = collections.deque(maxlen=RECENT)
         self.schedule = jax.jit(make_schedule(job.plan.recipe.optimizer))
@@ -119,12 +119,12 @@ class Loop:
         """
         past, plan = self.past, self.job.plan
         often = self.job.often
-        save, log = Due(often.save, past), Due(often.log, past)
-        evaluate = Due(often.evaluate or self._first_evaluation(), past)
+        save, log = Interval(often.save, past), Interval(often.log, past)
+        evaluate = Interval(often.evaluate or self._first_evaluation(), past)
         saved = past.step
         losses: list[float] = []
         answer = "Finishing this step, then saving (once more: stop at once)."
-        with interrupt.guarded(answer, self.console.say) as watch:
+        with signals.deferred(answer, self.console.print) as watch:
             batch = self.job.batches.at(past.step)
             begin = time.perf_counter()
             try:
@@ -142,7 +142,7 @@ class Loop:
                         return_freed_memory()  # or the next step's buffer would lie beside this one's
                     begin = end
                     losses.append(self.loss)
-                    self.console.live(self.fields)
+                    self.console.show_live(self.fields)
                     if log.now(past):
                         self._log(losses)
                         losses = []
@@ -217,7 +217,7 @@ class Loop:
         plan = self.job.plan
         return plan.seconds / 10 if plan.seconds else max(1, (plan.steps or 10) // 10)
 
-    def _evaluate(self, state: TrainState, interval: int | float, watch: interrupt.Watch) -> int | float:
+    def _evaluate(self, state: TrainState, interval: int | float, watch: signals.SignalState) -> int | float:
         """The quick evaluation. Returns the interval to the next, longer than before when this one took too long."""
         begin = time.perf_counter()
         value = self.job.quick.measure(self.job.plan.cfg, state.trainable, watch)
@@ -227,7 +227,7 @@ class Loop:
         past = self.past
         past.best = value if past.best is None else min(past.best, value)
         self.log.add(step=past.step, seconds=past.seconds, **{self.job.quick.key: value})
-        self.console.live(self.fields, important=True)
+        self.console.show_live(self.fields, important=True)
         taken = time.perf_counter() - begin
         if self.job.often.evaluate or first:  # as often as asked for; the first one also compiled
             return interval

@@ -17,17 +17,17 @@ from engine.text.tokenizer import Tokenizer
 from engine.training.step import TrainState
 from stages.runs import folder as run_folder
 from stages.cli.console import Console
-from stages.runs.loop import Past
+from stages.runs.loop import LoopState
 from stages.runs.estimate import Plan
 
 
 @dataclasses.dataclass(frozen=True)
-class Before:
+class PreviousRun:
     """A run that is there: what run.json says, and where its newest checkpoint stands."""
 
     folder: Path
     run: dict[str, Any]
-    past: Past
+    past: LoopState
 
     def finished(self, plan: Plan) -> bool:
         return plan.done(self.past.step, self.past.seconds) >= 1
@@ -37,7 +37,7 @@ class Before:
         return not checkpoint.verify(self.folder / "checkpoints" / str(self.past.step))
 
 
-def look(folder: Path, facts: dict[str, Any], cfg: ModelConfig, overwrite: bool) -> Before | None:
+def find_previous_run(folder: Path, facts: dict[str, Any], cfg: ModelConfig, overwrite: bool) -> PreviousRun | None:
     """The run in the folder that is to go on; None when there is none, or `overwrite` says to forget it.
 
     Raises UserError when the one there learns something else, naming what differs.
@@ -56,10 +56,10 @@ def look(folder: Path, facts: dict[str, Any], cfg: ModelConfig, overwrite: bool)
     newest = checkpoint.steps(folder)[-1]
     try:
         state = run_folder.read_json(folder / "checkpoints" / str(newest) / "state.json")["state"]
-        past = past_of(state)
+        past = loop_state_of(state)
     except (UserError, KeyError, TypeError):
-        past = Past()  # damaged: loading will say so, and find the one before
-    return Before(folder, run, past)
+        past = LoopState()  # damaged: loading will say so, and find the one before
+    return PreviousRun(folder, run, past)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], old_cfg: ModelConfig, cfg: ModelConfig) -> list[str]:
@@ -108,14 +108,14 @@ def _named(described: dict[str, Any]) -> str:
     return str(described.get("data") or described.get("kind") or described.get("model"))
 
 
-def past_of(state: dict[str, Any]) -> Past:
+def loop_state_of(state: dict[str, Any]) -> LoopState:
     """The part of state.json that is ours."""
-    return Past(**{field.name: state[field.name] for field in dataclasses.fields(Past)})
+    return LoopState(**{field.name: state[field.name] for field in dataclasses.fields(LoopState)})
 
 
 def restore(
-    before: Before | None, plan: Plan, begin: Callable[[Any], TrainState], facts: dict[str, Any], console: Console
-) -> tuple[TrainState, Past]:
+    before: PreviousRun | None, plan: Plan, begin: Callable[[Any], TrainState], facts: dict[str, Any], console: Console
+) -> tuple[TrainState, LoopState]:
     """The state to train from: random weights, or the newest sound checkpoint, said aloud.
 
     `begin` makes of new weights the state before the first step.
@@ -123,27 +123,27 @@ def restore(
     fresh = lambda: begin(init_params(plan.cfg, jax.random.key(plan.seed)))
     if before is None:
         with console.task("drawing weights"):
-            return jax.jit(fresh)(), Past()
+            return jax.jit(fresh)(), LoopState()
     like = jax.eval_shape(fresh)
     with console.task("loading the checkpoint"):
         loaded = checkpoint.load(before.folder, None, like.trainable, like.opt_state)
-    past = past_of(loaded.state)
+    past = loop_state_of(loaded.state)
     for line in loaded.damaged:
-        console.say(f"damaged: {line}", style="yellow")
+        console.print(f"damaged: {line}", style="yellow")
     if loaded.damaged:
         for path in checkpoint.set_aside(before.folder, past.step):
-            console.say(f"set aside: {path}", style="yellow")
+            console.print(f"set aside: {path}", style="yellow")
     for line in changes(before.run, facts):
-        console.say(f"changed: {line}", style="yellow")
+        console.print(f"changed: {line}", style="yellow")
     instead = " (the newest that is sound)" if loaded.damaged else ""
-    console.say(f"resumed at step {past.step:,}{instead}, {words.duration(past.seconds)} into training")
+    console.print(f"resumed at step {past.step:,}{instead}, {words.duration(past.seconds)} into training")
     return TrainState(jax.numpy.int32(past.step), loaded.params, loaded.optimizer), past
 
 
 def begin(folder: Path, cfg: ModelConfig, tokenizer: Tokenizer, facts: dict[str, Any], fresh: bool) -> None:
     """Writes what describes the run, before its first step."""
     if fresh:
-        run_folder.clear(folder)
+        run_folder.clear_run(folder)
     tokenizer.save(folder / "tokenizer")
     write_json(folder / "config.json", cfg.to_json())
-    run_folder.write_run(folder, facts)
+    run_folder.write_run_json(folder, facts)

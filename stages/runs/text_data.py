@@ -22,7 +22,7 @@ Source = Corpus | Path  # documents, or a .bin of token ids
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
+class TextData:
     """What a run learns from and is measured on."""
 
     train: TokenFile
@@ -33,9 +33,9 @@ class Data:
     validation_name: str
 
 
-def sources(data: str, validation: Path | None, console: Console) -> tuple[Source, Source | None]:
+def find_sources(data: str, validation: Path | None, console: Console) -> tuple[Source, Source | None]:
     """The training text and the validation text; None for the latter when it is to be cut from a .bin."""
-    check(data)
+    check_text_name(data)
     if data in TEXTS:
         with console.task(f"fetching {data}") as report:
             files = assets.fetch(data, report)
@@ -50,7 +50,7 @@ def sources(data: str, validation: Path | None, console: Console) -> tuple[Sourc
     return hold_out(train, HELD_OUT)
 
 
-def check(data: str) -> None:
+def check_text_name(data: str) -> None:
     """Raises UserError for what names no text, before anything is fetched or read."""
     if data in assets.ASSETS and data not in TEXTS:
         raise UserError(f"{data} is a model, not a text; --data takes {', '.join(TEXTS)}, a file or a folder.")
@@ -59,10 +59,10 @@ def check(data: str) -> None:
         raise UserError(f"There is no text at {data}.{hint}")
 
 
-def evaluated(data: str, console: Console) -> Source:
+def evaluation_source(data: str, console: Console) -> Source:
     """What `--data` of an evaluation names: an asset's held-out text, or all of a file or folder."""
     if data in assets.ASSETS or not Path(data).exists():
-        found = sources(data, None, console)[1]
+        found = find_sources(data, None, console)[1]
         assert found is not None
         return found
     return _source(Path(data))
@@ -76,21 +76,21 @@ def _source(path: Path) -> Source:
     return path
 
 
-def prepare(data: str, validation: Path | None, spec: str, console: Console) -> Data:
+def prepare_text(data: str, validation: Path | None, spec: str, console: Console) -> TextData:
     """Everything a run reads, encoded and mapped; made the first time and found again after that."""
-    train_source, validation_source = sources(data, validation, console)
+    train_source, validation_source = find_sources(data, validation, console)
     tokenizer = make_tokenizer(spec, train_source, console)
-    train = encode(train_source, tokenizer, console)
+    train = encode_text(train_source, tokenizer, console)
     if validation_source is None:
         train, held_out = _cut(train, tokenizer)
     else:
-        held_out = encode(validation_source, tokenizer, console)
+        held_out = encode_text(validation_source, tokenizer, console)
     digest = hashlib.sha256(f"{_digest(train)} {len(train.tokens)}".encode()).hexdigest()
-    named = f"the last {HELD_OUT:.0%} of {data}" if validation_source is None else name_of(validation_source)
-    return Data(train, held_out, tokenizer, digest, name_of(train_source), named)
+    named = f"the last {HELD_OUT:.0%} of {data}" if validation_source is None else source_name(validation_source)
+    return TextData(train, held_out, tokenizer, digest, source_name(train_source), named)
 
 
-def encode(source: Source, tokenizer: Tokenizer, console: Console) -> TokenFile:
+def encode_text(source: Source, tokenizer: Tokenizer, console: Console) -> TokenFile:
     """The tokens of a text, from the cache when it was encoded before."""
     if isinstance(source, Path):
         with console.task(f"checking {source}"):
@@ -152,6 +152,6 @@ def _digest(text: TokenFile) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def name_of(source: Source) -> str:
+def source_name(source: Source) -> str:
     """What a text is called."""
     return str(source) if isinstance(source, Path) else source.name

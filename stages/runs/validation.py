@@ -14,7 +14,7 @@ from engine.text.batch import Batch
 from engine.text.batches import evaluation_count, evaluation_windows
 from engine.text.tokenizer import Tokenizer
 from engine.text.tokens import TokenFile
-from stages.cli.signals import Watch
+from stages.cli.signals import SignalState
 
 QUICK_WINDOWS = 32
 LOGITS = 64 * 2**20  # bytes of float32 logits an evaluation makes at once
@@ -25,12 +25,12 @@ def rows_for(cfg: ModelConfig, seq: int) -> int:
     return max(2, min(16, LOGITS // (4 * seq * cfg.vocab)))
 
 
-def bits(nats: float, size: int) -> float:
+def bits_per_byte(nats: float, size: int) -> float:
     """Summed nats over a text of `size` bytes -> bits per byte."""
     return nats / math.log(2) / size
 
 
-def whole_text(
+def score_text(
     cfg: ModelConfig,
     params: Params,
     text: TokenFile,
@@ -52,7 +52,7 @@ def whole_text(
     return total + float(waiting)
 
 
-class Quick:
+class TextEvaluator:
     """A fixed few windows, spread over the validation text: comparable with itself, not with the whole text.
 
     `nats_of` (cfg, params, batch) sums a batch's nats.
@@ -78,11 +78,11 @@ class Quick:
         tokens, targets = text.tokens[at].astype(np.int32), text.tokens[at + 1].astype(np.int32)
         return shape._replace(tokens=tokens, targets=targets, mask=np.ones(at.shape, bool))
 
-    def measure(self, cfg: ModelConfig, params: Params, watch: Watch | None = None) -> float | None:
+    def measure(self, cfg: ModelConfig, params: Params, watch: SignalState | None = None) -> float | None:
         """Bits per byte; None when a signal came in between."""
         nats = 0.0
         for batch in self.batches:
             if watch and watch.received:
                 return None
             nats += float(self.nats_of(cfg, params, batch))
-        return bits(nats, max(self.size, 1))
+        return bits_per_byte(nats, max(self.size, 1))

@@ -11,7 +11,7 @@ end; a second one ends at once.
 import sys
 from collections.abc import Sequence
 
-from stages.cli import command as cli
+from stages.cli.command import run_command
 from stages.serve.flags import Serve
 
 
@@ -23,7 +23,7 @@ def serve(given: Serve) -> int:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    return cli.run("serve", __doc__, Serve, serve, args)
+    return run_command("serve", __doc__, Serve, serve, args)
 
 
 if __name__ == "__main__":

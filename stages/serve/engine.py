@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from engine.inference.request import Event, Request
 from engine.inference.slots import Slots
-from stages.cli.compiles import Compiles
+from stages.cli.compile_counter import CompileCounter
 
 IDLE = 0.25  # seconds after which it goes round with nothing to do, to show that it can
 Listen = Callable[[Event], None]
@@ -39,7 +39,7 @@ class Ticket:
 class Engine:
     """Slots in a thread. `post(function, *arguments)` must run the function on the event loop, from any thread."""
 
-    def __init__(self, slots: Slots, post: Callable[..., Any], compiles: Compiles) -> None:
+    def __init__(self, slots: Slots, post: Callable[..., Any], compiles: CompileCounter) -> None:
         self._slots, self._post, self._compiles = slots, post, compiles
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._tickets: dict[int, Ticket] = {}

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
-from stages.cli.flags import Device, Model, Verbose, number, one_of, path, read, unset, whole
+from stages.cli.flags import DeviceFlag, ModelFlag, VerboseFlag, default, integer, number, one_of, parser, path
 
 KEPT = ("bfloat16", "float32", "int8")
 
@@ -13,41 +13,41 @@ KEPT = ("bfloat16", "float32", "int8")
 class Serve:
     """A model, who may ask it, and how much at once."""
 
-    model: Model = None
+    model: ModelFlag = None
     """A run or step folder, a Hugging Face folder, a .gguf file, or a named model."""
-    adapter: Annotated[Path | None, read(path, "FOLDER"), unset("none")] = None
+    adapter: Annotated[Path | None, parser(path, "FOLDER"), default("none")] = None
     """What a fine-tuning with --lora learnt about this model."""
-    template: Annotated[Path | None, read(path, "FILE"), unset("the model's own")] = None
+    template: Annotated[Path | None, parser(path, "FILE"), default("the model's own")] = None
     """A chat template (Jinja) to use in place of the model's."""
-    name: Annotated[str | None, read(str, "NAME"), unset("the model's")] = None
+    name: Annotated[str | None, parser(str, "NAME"), default("the model's")] = None
     """What clients call the model; `default` always works too."""
-    host: Annotated[str, read(str, "ADDRESS")] = "127.0.0.1"
+    host: Annotated[str, parser(str, "ADDRESS")] = "127.0.0.1"
     """The address to listen on. One that others can reach needs an API key."""
-    port: Annotated[int, read(whole(0, 65535), "N")] = 8000
+    port: Annotated[int, parser(integer(0, 65535), "N")] = 8000
     """The port to listen on; 0 takes a free one."""
-    api_key: Annotated[str | None, read(str, "KEY,..."), unset("THRICE_API_KEY, else none")] = None
+    api_key: Annotated[str | None, parser(str, "KEY,..."), default("THRICE_API_KEY, else none")] = None
     """Only who sends one of these keys is answered. Others on this machine can read flags: the variable is better."""
-    allow_host: Annotated[str | None, read(str, "NAME,..."), unset("this machine's own")] = None
+    allow_host: Annotated[str | None, parser(str, "NAME,..."), default("this machine's own")] = None
     """More names under which clients may call the server."""
-    allow_origin: Annotated[str | None, read(str, "ORIGIN,..."), unset("its own page")] = None
+    allow_origin: Annotated[str | None, parser(str, "ORIGIN,..."), default("its own page")] = None
     """Origins (https://name) of proxies in front of the server whose pages may use it."""
-    slots: Annotated[int, read(whole(2, 1024), "N")] = 8
+    slots: Annotated[int, parser(integer(2, 1024), "N")] = 8
     """Requests answered at the same time."""
-    queue: Annotated[int, read(whole(0, 100_000), "N")] = 32
+    queue: Annotated[int, parser(integer(0, 100_000), "N")] = 32
     """Requests that may wait; more are told to come back later."""
-    capacity: Annotated[int | None, read(whole(2), "N"), unset("the model's context, at most 2048")] = None
+    capacity: Annotated[int | None, parser(integer(2), "N"), default("the model's context, at most 2048")] = None
     """Tokens of prompt and answer together."""
-    weights: Annotated[str | None, read(one_of(*KEPT), "TYPE"), unset("int8 on a CPU, else bfloat16")] = None
+    weights: Annotated[str | None, parser(one_of(*KEPT), "TYPE"), default("int8 on a CPU, else bfloat16")] = None
     """What matrices are kept as."""
-    keys_values: Annotated[str, read(one_of(*KEPT), "TYPE")] = "bfloat16"
+    keys_values: Annotated[str, parser(one_of(*KEPT), "TYPE")] = "bfloat16"
     """What the keys and values of attention are kept as."""
-    prefix_cache: Annotated[int, read(whole(0), "MB")] = 64
+    prefix_cache: Annotated[int, parser(integer(0), "MB")] = 64
     """Memory for beginnings of prompts that come again; 0 keeps none."""
-    no_guesses: Annotated[bool, unset("off")] = False
+    no_guesses: Annotated[bool, default("off")] = False
     """Do not guess ahead for a lone request. Guesses change how fast an answer comes, never which."""
-    price: Annotated[float | None, read(number(0), "X"), unset("unknown")] = None
+    price: Annotated[float | None, parser(number(0), "X"), default("unknown")] = None
     """What this machine costs, in dollars an hour; the page shows what a conversation costs."""
-    device: Device = "auto"
+    device: DeviceFlag = "auto"
     """auto, cpu, gpu or tpu."""
-    verbose: Verbose = False
+    verbose: VerboseFlag = False
     """Show the traceback of an error."""

@@ -7,8 +7,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import UserError
-from stages.cli import command as cli
-from stages.cli import signals as interrupt
+from stages.cli import signals
+from stages.cli.command import typed_arguments
 
 if TYPE_CHECKING:
     import socket
@@ -33,7 +33,7 @@ def run(given: "Serve") -> int:
         )
     bound = listen.bind(given.host, given.port)
     with bound:
-        interrupt.doing("before it was ready.")
+        signals.set_phase("before it was ready.")
         from stages.cli.console import Console
         from stages.serve.startup import load
 
@@ -41,8 +41,8 @@ def run(given: "Serve") -> int:
             loaded = load(given, console)
             try:
                 return asyncio.run(_serve(given, loaded, bound, keys, console))
-            except interrupt.Stopped as stopped:  # while it compiled, which nothing can end but the end of the process
-                code = interrupt.leave(stopped)
+            except signals.Stopped as stopped:  # while it compiled, which nothing can end but the end of the process
+                code = signals.report_stop(stopped)
                 console.close_live()
                 os._exit(code)
             finally:
@@ -71,12 +71,12 @@ async def _serve(given: "Serve", loaded: "Loaded", bound: "socket.socket", keys:
         server.should_exit = True
 
     def told(sentence: str) -> None:
-        console.say(sentence)
+        console.print(sentence)
         loop.call_soon_threadsafe(lambda: draining.append(loop.create_task(drain())))
 
     draining: list[asyncio.Task[None]] = []
     _say_ready(given, bound, keys, console)
-    with interrupt.guarded("Finishing what is under way; another signal ends it at once.", told):
+    with signals.deferred("Finishing what is under way; another signal ends it at once.", told):
         broken = asyncio.create_task(_until_broken(served.engine))
         await asyncio.wait((serving, broken), return_when=asyncio.FIRST_COMPLETED)
         server.should_exit = True
@@ -114,7 +114,7 @@ def _close(served: Any, console: "Console") -> int:
     served.prompts.close()
     now = digest(served.params)
     same = "unchanged" if now == served.attested else f"CHANGED from {served.attested[:16]}"
-    console.say(f"Stopped. Weights {same}: SHA-256 {now[:16]}; {served.engine.compiled} programs compiled after the start.")
+    console.print(f"Stopped. Weights {same}: SHA-256 {now[:16]}; {served.engine.compiled} programs compiled after the start.")
     if served.engine.failed:
         import sys
         import traceback
@@ -127,13 +127,13 @@ def _say_ready(given: "Serve", bound: "socket.socket", keys: list[str], console:
     from engine.format import duration
     from stages.cli import process
 
-    taken = duration(time.perf_counter() - process.started())
+    taken = duration(time.perf_counter() - process.process_start())
     port = bound.getsockname()[1]
     host = f"[{given.host}]" if ":" in given.host else given.host
     shown = "localhost" if host in ("0.0.0.0", "[::]") else host
     locked = f"; {len(keys)} API key{'s' * (len(keys) != 1)}, one of which every request needs" if keys else ""
-    console.say(f"ready after {taken}{locked}")
-    console.say(f"\npage    http://{shown}:{port}\nclients http://{shown}:{port}/v1\n\nCtrl-C ends it.")
+    console.print(f"ready after {taken}{locked}")
+    console.print(f"\npage    http://{shown}:{port}\nclients http://{shown}:{port}/v1\n\nCtrl-C ends it.")
 
 
 def _hosts(given: "Serve", bound: "socket.socket") -> frozenset[str] | None:
@@ -160,5 +160,5 @@ def _check_installed() -> None:
     if missing:
         raise UserError(
             f"The server needs {', '.join(missing)}: start it with `uv run --extra serve python -m stages.serve "
-            f"{' '.join(cli.arguments())}`, or install the extra with `pip install -e '.[serve]'`."
+            f"{' '.join(typed_arguments())}`, or install the extra with `pip install -e '.[serve]'`."
         )

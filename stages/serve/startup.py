@@ -19,7 +19,7 @@ from engine.inference.slots import Slots
 from engine.model.config import ModelConfig
 from engine.storage.digest import digest
 from engine.text.chat import Chat
-from stages.cli.compiles import Compiles
+from stages.cli.compile_counter import CompileCounter
 from stages.runs import load as models
 from stages.serve.admission import Door
 from stages.serve.compile_ahead import FEWER, Ahead, as_served, check_room, kept_as, options
@@ -47,7 +47,7 @@ class Loaded:
     chat: Chat
     source: str | None
     now: str
-    compiles: Compiles
+    compiles: CompileCounter
     digest: str
     ahead: Ahead | None = None
 
@@ -78,7 +78,7 @@ def load(given: "Serve", console: "Console") -> Loaded:
 
 def _load(given: "Serve", console: "Console") -> Loaded:
     started = start_jax(given.device, decodes=True)
-    compiles = Compiles()
+    compiles = CompileCounter()
     source = _template(given)
     ahead = Ahead(given, started)
 
@@ -117,7 +117,7 @@ def _load(given: "Serve", console: "Console") -> Loaded:
         ("queue", f"{given.queue} more wait; prefixes of prompts are kept in {given.prefix_cache} MB"),
         ("template", chat.named),
     ]
-    console.rows(rows)
+    console.print_rows(rows)
     return Loaded(model, name, slots.params, slots, chat, source, now, compiles, attested, ahead)
 
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from engine.model.config import PRESETS
-from stages.cli import command as cli
+from stages.cli.command import run_command
 from stages.train.flags import Train
 
 NARROW = 256  # products of a narrower model are over before a second thread has woken up
@@ -26,14 +26,14 @@ def train(given: Train) -> int:
     from stages.cli import process
 
     if PRESETS[given.preset].width < NARROW:
-        process.keep_numpy_to_one_thread()
+        process.use_one_numpy_thread()
     from stages.train import by_hand
 
     return by_hand.run(given)
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    return cli.run("train", __doc__, Train, train, args)
+    return run_command("train", __doc__, Train, train, args)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from engine.by_hand import adamw
 from engine.by_hand.generate import generate
 from engine.by_hand.model import kept_numbers
 from engine.errors import UserError
-from stages.cli import signals as interrupt
+from stages.cli import signals
 from stages.cli.command import command_line
 from stages.train.run import Run, carry_out
 
@@ -142,7 +142,7 @@ class ByHand(Run):
             moves.learning_rate, moves.beta1, moves.beta2, weight_decay=moves.weight_decay, clip=moves.clip
         )
         kept = f"the run is saved up to step {step:,}" if step else "nothing was trained yet"
-        interrupt.doing(f"before the first step; {kept}. To begin again: {self.same_command()}")
+        signals.set_phase(f"before the first step; {kept}. To begin again: {self.same_command()}")
 
         def train_step(state: Any, frozen: Any, batch: Any, progress: Any) -> tuple[Any, Any]:
             with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below, and counted

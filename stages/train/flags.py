@@ -8,20 +8,20 @@ import tyro
 
 from engine.errors import UserError
 from engine.model.config import PRESETS
-from stages.cli.flags import Device, Verbose, every, number, one_of, path, read, seconds, unset, whole
+from stages.cli.flags import DeviceFlag, VerboseFlag, default, integer, interval, number, one_of, parser, path, seconds
 
-RECIPE = unset("the preset's recipe")
+RECIPE = default("the preset's recipe")
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
     """What is learnt."""
 
-    data: Annotated[str, read(str, "TEXT")] = "shakespeare"
+    data: Annotated[str, parser(str, "TEXT")] = "shakespeare"
     """A named text (shakespeare, python), a file (.txt, .md, .jsonl, .parquet, .bin), or a folder of them."""
-    validation: Annotated[Path | None, read(path, "FILE"), unset("the asset's own, else the text's last 5%")] = None
+    validation: Annotated[Path | None, parser(path, "FILE"), default("the asset's own, else the text's last 5%")] = None
     """A text that is never trained on."""
-    tokenizer: Annotated[str | None, read(str, "KIND"), RECIPE] = None
+    tokenizer: Annotated[str | None, parser(str, "KIND"), RECIPE] = None
     """`bpe:2048` (learnt from the text), `bytes`, or a folder with a tokenizer.json."""
 
 
@@ -29,9 +29,9 @@ class Text:
 class Length:
     """How long. When both are given, whichever ends first."""
 
-    max_time: Annotated[float | None, read(seconds, "TIME"), unset("3m when no --steps are given")] = None
+    max_time: Annotated[float | None, parser(seconds, "TIME"), default("3m when no --steps are given")] = None
     """Training time, such as 90s, 3m, 1h; compiling, evaluating and saving are not counted."""
-    steps: Annotated[int | None, read(whole(1), "N"), unset("as many as fit into the time")] = None
+    steps: Annotated[int | None, parser(integer(1), "N"), default("as many as fit into the time")] = None
     """Batches to learn from."""
 
 
@@ -39,17 +39,17 @@ class Length:
 class Step:
     """What a step reads and how it is computed."""
 
-    batch: Annotated[int | None, read(whole(1), "N"), RECIPE] = None
+    batch: Annotated[int | None, parser(integer(1), "N"), RECIPE] = None
     """Windows of text a step."""
-    accumulate: Annotated[int | None, read(whole(1), "N"), RECIPE] = None
+    accumulate: Annotated[int | None, parser(integer(1), "N"), RECIPE] = None
     """Parts the batch is read in, one after another: less memory, the same step."""
-    context: Annotated[int | None, read(whole(2), "N"), RECIPE] = None
+    context: Annotated[int | None, parser(integer(2), "N"), RECIPE] = None
     """Tokens a window."""
-    dtype: Annotated[str | None, read(one_of("bfloat16", "float32"), "TYPE"), unset("bfloat16")] = None
+    dtype: Annotated[str | None, parser(one_of("bfloat16", "float32"), "TYPE"), default("bfloat16")] = None
     """What products are computed in; weights are float32 in any case."""
-    scan: Annotated[bool, unset("off for small presets")] = False
+    scan: Annotated[bool, default("off for small presets")] = False
     """Compile one layer and loop over it."""
-    remat: Annotated[bool, unset("off for small presets")] = False
+    remat: Annotated[bool, default("off for small presets")] = False
     """Recompute each layer in the backward pass instead of keeping it: less memory, a third more work."""
 
 
@@ -57,21 +57,21 @@ class Step:
 class Optimizer:
     """How weights move."""
 
-    optimizer: Annotated[str | None, read(one_of("muon", "adamw"), "NAME"), RECIPE] = None
+    optimizer: Annotated[str | None, parser(one_of("muon", "adamw"), "NAME"), RECIPE] = None
     """`muon` (on the matrices inside blocks, AdamW on the rest) or `adamw`."""
-    learning_rate: Annotated[float | None, read(number(0, 10, above=True), "X"), RECIPE] = None
+    learning_rate: Annotated[float | None, parser(number(0, 10, above=True), "X"), RECIPE] = None
     """AdamW's."""
-    matrix_learning_rate: Annotated[float | None, read(number(0, 10, above=True), "X"), RECIPE] = None
+    matrix_learning_rate: Annotated[float | None, parser(number(0, 10, above=True), "X"), RECIPE] = None
     """Muon's."""
-    schedule: Annotated[str | None, read(one_of("cosine", "wsd"), "NAME"), RECIPE] = None
+    schedule: Annotated[str | None, parser(one_of("cosine", "wsd"), "NAME"), RECIPE] = None
     """`cosine`, or `wsd`: warm up, stay, decay."""
-    warmup: Annotated[float | None, read(number(0, 1), "SHARE"), RECIPE] = None
+    warmup: Annotated[float | None, parser(number(0, 1), "SHARE"), RECIPE] = None
     """Share of the run in which the learning rate rises."""
-    decay: Annotated[float | None, read(number(0, 1), "SHARE"), RECIPE] = None
+    decay: Annotated[float | None, parser(number(0, 1), "SHARE"), RECIPE] = None
     """Share of the run in which it falls, with wsd."""
-    weight_decay: Annotated[float | None, read(number(0, 10), "X"), RECIPE] = None
+    weight_decay: Annotated[float | None, parser(number(0, 10), "X"), RECIPE] = None
     """Pull of the weights towards zero."""
-    clip: Annotated[float | None, read(number(0, above=True), "X"), RECIPE] = None
+    clip: Annotated[float | None, parser(number(0, above=True), "X"), RECIPE] = None
     """Largest norm of the gradient; inf for no clipping."""
 
 
@@ -79,40 +79,40 @@ class Optimizer:
 class Folder:
     """What is kept, and how often."""
 
-    out_dir: Annotated[Path | None, read(path, "FOLDER"), unset("runs/PRESET-TEXT")] = None
+    out_dir: Annotated[Path | None, parser(path, "FOLDER"), default("runs/PRESET-TEXT")] = None
     """The run folder. A run that is already there is continued."""
-    overwrite: Annotated[bool, unset("off")] = False
+    overwrite: Annotated[bool, default("off")] = False
     """Begin anew in a folder that holds a run."""
-    eval_every: Annotated[int | float | None, read(every, "N|TIME"), unset("a tenth of the run")] = None
+    eval_every: Annotated[int | float | None, parser(interval, "N|TIME"), default("a tenth of the run")] = None
     """Steps (200) or training time (30s) between quick looks at the validation text."""
-    save_every: Annotated[int | float, read(every, "N|TIME"), unset("60s")] = 60.0
+    save_every: Annotated[int | float, parser(interval, "N|TIME"), default("60s")] = 60.0
     """Steps or training time between checkpoints."""
-    log_every: Annotated[int, read(whole(1), "N")] = 10
+    log_every: Annotated[int, parser(integer(1), "N")] = 10
     """Steps between lines of metrics.jsonl."""
-    keep: Annotated[int, read(whole(1), "N")] = 2
+    keep: Annotated[int, parser(integer(1), "N")] = 2
     """Checkpoints to keep."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """All that can be said about a run; what is left out is the preset's recipe (stages/recipes.py)."""
+    """All that can be said about a run; what is left out is the preset's recipe (stages/runs/recipes.py)."""
 
     text: Text
     length: Length
     step: Step
     optimizer: Optimizer
     folder: Folder
-    preset: Annotated[tyro.conf.Positional[str], read(str, "PRESET"), unset("demo, or tiny with --by-hand")] = ""
+    preset: Annotated[tyro.conf.Positional[str], parser(str, "PRESET"), default("demo, or tiny with --by-hand")] = ""
     """The architecture: demo, nano, tiny, or a published one such as smollm2-135m."""
-    by_hand: Annotated[bool, unset("off")] = False
+    by_hand: Annotated[bool, default("off")] = False
     """Train with the NumPy model of engine/by_hand instead: its own backward pass and AdamW, in float32."""
-    seed: Annotated[int, read(whole(0, 2**31 - 1), "N")] = 0
+    seed: Annotated[int, parser(integer(0, 2**31 - 1), "N")] = 0
     """Of the first weights and of the order of the text."""
-    device: Device = "auto"
+    device: DeviceFlag = "auto"
     """auto, cpu, gpu or tpu."""
-    dry_run: Annotated[bool, unset("off")] = False
+    dry_run: Annotated[bool, default("off")] = False
     """Print the plan and stop."""
-    verbose: Verbose = False
+    verbose: VerboseFlag = False
     """Show the traceback of an error."""
 
     def __post_init__(self) -> None:

@@ -7,12 +7,12 @@ from engine.counting.hardware import peak_rss_bytes
 from engine.files import whole_file
 from engine.inference.decode import for_inference, generate
 from engine.inference.sampling import make_sampling
-from stages.cli import signals as interrupt
+from stages.cli import signals
 from stages.cli.command import command_line
 from stages.runs import folder as run_folder
 from stages.runs.estimate import ceiling, measured_ceilings
 from stages.runs.loop import Loop
-from stages.runs.validation import bits, rows_for, whole_text
+from stages.runs.validation import bits_per_byte, rows_for, score_text
 
 if TYPE_CHECKING:
     from stages.train.run import Run
@@ -24,13 +24,13 @@ LONG = 60.0  # seconds of training
 def close(run: "Run", state: Any, loop: Loop) -> int:
     """Evaluates, samples, writes the result and prints it."""
     console, cfg, past, folder = run.console, run.plan.cfg, loop.past, run.folder
-    interrupt.doing(f"before the last evaluation; the trained model is in {folder}, and the same command evaluates it.")
+    signals.set_phase(f"before the last evaluation; the trained model is in {folder}, and the same command evaluates it.")
     with console.task("evaluating on the whole validation text", always=True) as report:
-        nats = whole_text(
+        nats = score_text(
             cfg, state.trainable, run.data.validation, cfg.context, max(1, cfg.context // 2),
             rows_for(cfg, cfg.context), report,
         )  # fmt: skip
-    value = bits(nats, run.data.validation.bytes)
+    value = bits_per_byte(nats, run.data.validation.bytes)
     with console.task("writing a sample"):
         text = run.sample(state)
     with whole_file(folder / "samples" / f"{past.step}.txt") as file:
@@ -48,7 +48,7 @@ def close(run: "Run", state: Any, loop: Loop) -> int:
         "steps": past.step,
         "refused_steps": past.refused,
     }
-    run_folder.write_run(folder, run.facts(), result)
+    run_folder.write_run_json(folder, run.facts(), result)
     summary(run, loop, result, text, run.remarks(state))
     return 0
 
@@ -70,11 +70,11 @@ def summary(run: "Run", loop: Loop, result: dict[str, Any], text: str, remarks: 
     console, past, folder = run.console, loop.past, run.folder
     epochs = loop.job.batches.epoch(past.step)
     refused = f", {past.refused} of them refused (not finite)" if past.refused else ""
-    console.say()
-    console.say("what it writes", style="bold")
-    console.say("\n".join(f"  | {line}" for line in text.strip("\n").split("\n")))
-    console.say()
-    console.rows(
+    console.print()
+    console.print("what it writes", style="bold")
+    console.print("\n".join(f"  | {line}" for line in text.strip("\n").split("\n")))
+    console.print()
+    console.print_rows(
         [
             ("validation", f"{result['val_bits_per_byte']:.4f} bits per byte on all of {run.data.validation_name}"),
             ("trained", f"{past.step:,} steps, epoch {epochs:.2f}, {words.duration(past.seconds)}{refused}"),
@@ -85,8 +85,8 @@ def summary(run: "Run", loop: Loop, result: dict[str, Any], text: str, remarks: 
             ("files", f"{folder}: config.json, run.json, metrics.jsonl, tokenizer, checkpoints, samples"),
         ]
     )  # fmt: skip
-    console.say()
-    console.say("next", style="bold")
+    console.print()
+    console.print("next", style="bold")
     prompt = ("--prompt", "ROMEO:") if run.given.text.data == "shakespeare" else ()
-    console.say(f"  {command_line('generate', '--model', folder, *prompt)}")
-    console.say(f"  {command_line('evaluate', '--model', folder)}")
+    console.print(f"  {command_line('generate', '--model', folder, *prompt)}")
+    console.print(f"  {command_line('evaluate', '--model', folder)}")

@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from engine import format as words
 from engine.device import Device, start_jax
-from stages.cli import command as cli
-from stages.cli import process
-from stages.cli import signals as interrupt
-from stages.cli.command import command_line
+from stages.cli import process, signals
+from stages.cli.command import command_line, typed_arguments
 from stages.cli.console import Console
 
 if TYPE_CHECKING:
@@ -26,7 +24,7 @@ def run(given: "Train") -> int:
 
 def carry_out(given: "Train", kind: "type[Run]") -> int:
     """As `run`, by another kind of run."""
-    interrupt.doing("before anything was trained.")
+    signals.set_phase("before anything was trained.")
     device = start_jax(given.device)
     from stages.runs import folder as run_folder
 
@@ -34,10 +32,10 @@ def carry_out(given: "Train", kind: "type[Run]") -> int:
     with Console() as console:
         if given.dry_run:
             kind(given, device, folder, console).show_plan()
-            console.say("A dry run: nothing was trained.")
+            console.print("A dry run: nothing was trained.")
             return 0
         run_folder.holds_run(folder)  # a folder that cannot be used is said before minutes of preparation
-        with run_folder.alone(folder):
+        with run_folder.lock_folder(folder):
             return kind(given, device, folder, console).go()
 
 
@@ -47,11 +45,11 @@ class Run:
     def __init__(self, given: "Train", device: Device, folder: Path, console: Console) -> None:
         from engine.text.batches import Batches
         from stages.runs import estimate as plan
-        from stages.runs import texts as data
+        from stages.runs import text_data
 
         self.given, self.device, self.folder, self.console = given, device, folder, console
         self.recipe = chosen_recipe(given)
-        self.data = data.prepare(given.text.data, given.text.validation, self.recipe.tokenizer, console)
+        self.data = text_data.prepare_text(given.text.data, given.text.validation, self.recipe.tokenizer, console)
         length = given.length
         chosen = bool(length.max_time or length.steps)
         cfg = model_config(given, self.recipe, self.data.tokenizer.vocab)
@@ -67,7 +65,7 @@ class Run:
         return plan.rows(self.plan, self.device, self.data, self.ceilings, self.folder)
 
     def show_plan(self) -> None:
-        self.console.rows(self.rows())
+        self.console.print_rows(self.rows())
 
     def check_memory(self) -> None:
         """Raises UserError when there is not enough for this run."""
@@ -82,7 +80,7 @@ class Run:
         from stages.train import report as closing
 
         self.check_memory()
-        before = resume.look(self.folder, self.facts(), self.plan.cfg, self.given.folder.overwrite)
+        before = resume.find_previous_run(self.folder, self.facts(), self.plan.cfg, self.given.folder.overwrite)
         self.show_plan()
         if before and before.finished(self.plan) and before.run.get("result") and before.sound():
             return self.already_finished(before)
@@ -134,7 +132,7 @@ class Run:
 
     def same_command(self) -> str:
         """What to type to go on."""
-        return command_line("train", *(word for word in cli.arguments() if word != "--overwrite"))
+        return command_line("train", *(word for word in typed_arguments() if word != "--overwrite"))
 
     def compile(self, state: Any, step: int) -> Any:
         """The step's program for these shapes; `compiled(state, frozen, batch, progress)`."""
@@ -145,7 +143,7 @@ class Run:
 
         tx = make_optimizer(self.recipe.optimizer)
         kept = f"the run is saved up to step {step:,}" if step else "nothing was trained yet"
-        interrupt.doing(f"while compiling; {kept}. To begin again: {self.same_command()}")
+        signals.set_phase(f"while compiling; {kept}. To begin again: {self.same_command()}")
         with self.console.task("compiling", always=True):
             lowered = train_step.lower(
                 self.plan.cfg, tx, state, {}, self.batches.at(0), np.float32(0), microbatches=self.recipe.accumulate
@@ -158,23 +156,23 @@ class Run:
 
         given = self.given.folder
         digests = {"text": self.data.digest, "tokenizer": self.data.tokenizer.digest}
-        return loop.Job(
+        return loop.LoopConfig(
             plan=self.plan,
             folder=self.folder,
             batches=self.batches,
             quick=self.quick(),
-            often=loop.Often(given.eval_every, given.save_every, given.log_every, given.keep),
+            often=loop.Intervals(given.eval_every, given.save_every, given.log_every, given.keep),
             ceiling=plan.ceiling(self.plan.cfg, self.ceilings),
-            started=process.started(),
+            started=process.process_start(),
             facts={"seed": self.given.seed, "digests": digests},
         )
 
     def quick(self, **how: Any) -> Any:
         """The quick evaluation."""
-        from stages.runs.validation import Quick, rows_for
+        from stages.runs.validation import TextEvaluator, rows_for
 
         cfg = self.plan.cfg
-        return Quick(self.data.validation, self.data.tokenizer, cfg.context, rows_for(cfg, cfg.context), **how)
+        return TextEvaluator(self.data.validation, self.data.tokenizer, cfg.context, rows_for(cfg, cfg.context), **how)
 
     def sample(self, state: Any) -> str:
         """What the trained model writes."""
@@ -188,7 +186,7 @@ class Run:
 
     def stopped(self, past: Any, signal: int) -> int:
         """What a signal is answered with once all is saved."""
-        self.console.say(
+        self.console.print(
             f"Stopped at step {past.step:,}, {words.duration(past.seconds)} into training; saved in "
             f"{self.folder / 'checkpoints' / str(past.step)}.\nTo go on: {self.same_command()}"
         )
@@ -196,7 +194,7 @@ class Run:
 
     def already_finished(self, before: Any) -> int:
         result = before.run["result"]
-        self.console.say(
+        self.console.print(
             f"This run is finished: {before.past.step:,} steps in {words.duration(before.past.seconds)}, "
             f"{result['val_bits_per_byte']:.3f} bits per byte. To train it further give more --steps or --max-time; "
             "to begin anew, --overwrite."

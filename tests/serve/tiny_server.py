@@ -30,14 +30,16 @@ def loaded(**changes: Any) -> Any:
     from engine.inference.slots import Slots
     from engine.storage.digest import digest
     from engine.text.template import FIXED_DAY
-    from stages.cli.compiles import Compiles
+    from stages.cli.compile_counter import CompileCounter
     from stages.serve.startup import Loaded, make_chat
 
     model = tiny_model()
     params = decode.for_inference(model.cfg, model.params)
     options = {"slots": SLOTS, "capacity": CAPACITY, "kind": "float32", "prefixes": 10**7, "chunk": CHUNK, "tail": TAIL}
     slots = Slots(model.cfg, params, **{**options, **changes})
-    return Loaded(model, "tiny", params, slots, make_chat(model, None, FIXED_DAY), None, FIXED_DAY, Compiles(), digest(params))
+    return Loaded(
+        model, "tiny", params, slots, make_chat(model, None, FIXED_DAY), None, FIXED_DAY, CompileCounter(), digest(params)
+    )
 
 
 class TinyServer:

@@ -14,7 +14,7 @@ from tiny_runs import command, tiny, write_text
 
 from engine.storage import checkpoint
 from stages import evaluate, export, generate
-from stages.cli import command as cli
+from stages.cli.command import explain_error
 from stages.runs import folder as run_folder
 from stages.runs import load
 from stages.train import __main__ as train
@@ -27,7 +27,7 @@ Failing = Callable[..., str]
     [
         (["dmeo"], ["dmeo", "Did you mean 'demo'"]),
         (["--steps", "0"], ["--steps", "at least 1", "'0'"]),
-        (["--steps", "many"], ["--steps", "whole number", "'many'"]),
+        (["--steps", "many"], ["--steps", "integer", "'many'"]),
         (["--max-time", "3 fortnights"], ["--max-time", "90s, 3m or 1h30m"]),
         (["--max-time", "0s"], ["--max-time", "above 0"]),
         (["--learning-rate", "-1"], ["--learning-rate", "above 0"]),
@@ -207,9 +207,9 @@ def test_device_that_is_not_there(text: Path, tmp_path: Path, failing: Failing) 
 
 
 def test_sentences_for_what_the_system_refuses() -> None:
-    assert "may not" in (cli.explain(PermissionError(errno.EACCES, "no", "/a/b")) or "")
-    assert "--batch" in (cli.explain(RuntimeError("RESOURCE_EXHAUSTED: out of memory")) or "")
-    assert cli.explain(KeyError("a mistake of ours")) is None
+    assert "may not" in (explain_error(PermissionError(errno.EACCES, "no", "/a/b")) or "")
+    assert "--batch" in (explain_error(RuntimeError("RESOURCE_EXHAUSTED: out of memory")) or "")
+    assert explain_error(KeyError("a mistake of ours")) is None
 
 
 def test_weights_that_would_not_fit(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: Failing) -> None:

@@ -86,12 +86,12 @@ def test_live_line_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch
     fields = ["step 1,234/5,678", "loss 4.321", "val 2.100 bits/byte (quick)", "lr 100%", "12,345 tokens/s", "1.2 GB"]
     monkeypatch.setattr(console, "BETWEEN_FRAMES", 0)
     with console.Console(stream) as shown:
-        shown.live(lambda: ["an earlier frame", "of another width"])
-        shown.live(lambda: fields)
+        shown.show_live(lambda: ["an earlier frame", "of another width"])
+        shown.show_live(lambda: fields)
         frame = screen(stream.getvalue())
-        shown.live(lambda: ["this stays"], important=True)
-        shown.live(lambda: fields)
-        shown.say("over", style="bold")
+        shown.show_live(lambda: ["this stays"], important=True)
+        shown.show_live(lambda: fields)
+        shown.print("over", style="bold")
     assert max(map(len, frame)) <= width
     if width > 20:
         assert " ".join(frame).split() == " ".join(fields).split()  # one frame in place of the other, nothing cut
@@ -111,19 +111,19 @@ def test_durations() -> None:
     for wrong in ("", "m", "3x", "-3m", "0", "3m x", "inf", "nan", "1e3"):
         with pytest.raises(ValueError, match="wanted a duration"):
             flags.seconds(wrong)
-    assert (flags.every("200"), flags.every("30s")) == (200, 30.0)
-    assert isinstance(flags.every("200"), int)
+    assert (flags.interval("200"), flags.interval("30s")) == (200, 30.0)
+    assert isinstance(flags.interval("200"), int)
 
 
 def test_numbers() -> None:
-    assert flags.whole(1)("1e6") == 1_000_000
-    assert flags.whole(1)("1_000") == 1000
+    assert flags.integer(1)("1e6") == 1_000_000
+    assert flags.integer(1)("1_000") == 1000
     assert flags.number(0, 1)("0") == 0
     for wrong in ("nan", "1.5", "x", "-1"):
         with pytest.raises(ValueError, match="wanted"):
             flags.number(0, 1)(wrong)
         with pytest.raises(ValueError, match="wanted"):
-            flags.whole(0)(wrong)
+            flags.integer(0)(wrong)
 
 
 def test_words() -> None:

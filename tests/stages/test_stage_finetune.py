@@ -22,8 +22,7 @@ from engine.storage.adapter import load_adapter, save_adapter
 from engine.storage.digest import digest
 from stages import chat, evaluate, generate
 from stages.finetune import __main__ as finetune
-from stages.runs import conversations as lessons
-from stages.runs import load
+from stages.runs import conversation_data, load
 from stages.runs.adapters import with_adapters
 
 WORD = WORDS.split()
@@ -138,19 +137,19 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 ) -> None:  # fmt: skip
     folder = tmp_path / "stopped"
     given = args(trained, chats, folder, "--lora", LORA)
-    at = lessons.Packed.at
+    at = conversation_data.Packed.at
 
     def stopping(self: Any, step: int) -> Any:
         if step == 6:
             os.kill(os.getpid(), signal.SIGINT)
         return at(self, step)
 
-    monkeypatch.setattr(lessons.Packed, "at", stopping)
+    monkeypatch.setattr(conversation_data.Packed, "at", stopping)
     assert finetune.main(given) == 128 + signal.SIGINT
     assert re.search(r"Stopped at step [67]; saved in", capsys.readouterr().out)
     with pytest.raises(load.UserError, match="no adapter yet: its fine-tuning was stopped"):
         load.load_model(str(folder))
-    monkeypatch.setattr(lessons.Packed, "at", at)
+    monkeypatch.setattr(conversation_data.Packed, "at", at)
     assert finetune.main(given) == 0
     assert re.search(r"resumed at step [67]", capsys.readouterr().out)
     for name in ("adapter.safetensors", "adapter.json"):
@@ -239,7 +238,7 @@ BAD = [
     (("--lora", "rank=2,targets=w"), r"there is no target 'w'"),
     (("--lora", "rank=999"), r"A LoRA rank for blocks/0/qkv must lie between 1 and \d+, not 999"),
     (("--lora", "rank=2,size=3"), r"wanted rank=8,alpha=16,targets=q,v"),
-    (("--lora", "rank=0"), r"wanted a whole number from 1 to 4096"),
+    (("--lora", "rank=0"), r"wanted an integer from 1 to 4096"),
     (("--lora", "rank=2", "--freeze", "bottom:1"), r"--lora leaves the whole model frozen"),
     (("--base", "int8", "--train", "head"), r"--base int8 is for what stays frozen"),
     (("--context", "65"), r"--context 65 is more than the 64 tokens"),

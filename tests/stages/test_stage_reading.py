@@ -107,12 +107,12 @@ def test_a_model_without_a_result_or_optimizer_is_still_read(
 
 
 def test_quick_look_is_at_the_text_itself(text: Path) -> None:
-    from stages.runs import validation as validate
+    from stages.runs import validation
 
     tokenizer = byte_tokenizer()
     tokens = token_file([text.read_text()[:1000]], tokenizer)
     counted = lambda cfg, params, batch: float(np.asarray(batch.mask).sum())
-    quick = validate.Quick(tokens, tokenizer, 32, 4, counted)
+    quick = validation.TextEvaluator(tokens, tokenizer, 32, 4, counted)
     for batch in quick.batches:
         for row, target in zip(np.asarray(batch.tokens), np.asarray(batch.targets)):
             assert bytes(row[1:].tolist()) == bytes(target[:-1].tolist())

@@ -127,16 +127,16 @@ def test_a_signal_that_the_main_thread_sleeps_through_reaches_it_all_the_same(st
     """As one does that comes after the last look at signals and before a library's wait begins."""
     program = (
         "import signal, sys, threading, time\n"
-        "from stages import interrupt\n"
+        "from stages.cli import signals\n"
         "def elsewhere():\n"
         "    time.sleep(0.3)\n"
         "    signal.pthread_kill(threading.get_ident(), signal.SIGINT)\n"
         "for _ in range(2):\n"
         "    try:\n"
-        "        with interrupt.watched():\n"
+        "        with signals.handle_signals():\n"
         "            threading.Thread(target=elsewhere).start()\n"
         "            time.sleep(20)\n"
-        "    except interrupt.Stopped:\n"
+        "    except signals.Stopped:\n"
         "        print('heard')\n"
     )
     process = start(started, [sys.executable, "-c", program])
