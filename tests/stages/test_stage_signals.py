@@ -77,7 +77,7 @@ def test_a_signal_before_training_ends_promptly(
     program = (
         "import hashlib, sys, stages.train.run as t; "
         "t.Run.compile = lambda *_: print('busy', flush=True) or hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9); "
-        "from stages import train; sys.exit(train.main(sys.argv[1:]))"
+        "from stages.train import __main__ as train; sys.exit(train.main(sys.argv[1:]))"
     )
     process = start(started, [sys.executable, "-c", program, *tiny(text, tmp_path / "run", "--steps", 5)])
     assert process.stdout is not None
@@ -96,7 +96,7 @@ def test_a_second_signal_is_immediate(started: list[subprocess.Popen], text: Pat
     program = (
         "import sys, time, stages.runs.loop as l; "
         "l.Loop._count = lambda *_: print('busy', flush=True) or time.sleep(60); "
-        "from stages import train; sys.exit(train.main(sys.argv[1:]))"
+        "from stages.train import __main__ as train; sys.exit(train.main(sys.argv[1:]))"
     )
     process = start(started, [sys.executable, "-c", program, *tiny(text, tmp_path / "run", "--steps", 5)])
     assert process.stdout is not None
