@@ -1,34 +1,26 @@
-"""The two kinds of chart: stacked bars, one a row, and lines over two logarithmic axes; each for a page and for a phone."""
+"""The layout of the two kinds of chart, stacked bars and lines over two logarithmic axes: where everything stands.
+
+Both are laid out for a page and for a phone, in units that a page shows as pixels; `charts.svg.j2` draws what they return.
+"""
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from bench.report.svg import (
-    Scale,
-    apart,
-    decade_ticks,
-    drawing,
-    element,
-    even_ticks,
-    line,
-    linear,
-    logarithmic,
-    path,
-    shortened,
-    text,
-    titled,
-)
 from engine.format import percent
 
 Point = tuple[float, float]
+Scale = Callable[[float], float]
 
-_PAGE, _PHONE = 1000.0, 360.0  # widths, in units that a page shows as pixels
-_LETTER = 6.7  # an average letter's width at 13 units
+PAGE, PHONE = 1000.0, 360.0  # widths
+LETTER = 6.7  # an average letter's width at 13 units
 
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """One row of stacked bars: (colour, what, size) from left to right, two figures at its end, perhaps a mark on its scale."""
+    """One row of stacked bars: (colour, name, size) from left to right, two figures at its end, perhaps a mark."""
 
     name: str
     group: str
@@ -58,180 +50,170 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """What a logarithmic axis shows, from where to where, and how its values are said; ticks are decades unless given."""
+    """The name of a logarithmic axis, its ends, and how its values are written; ticks are decades unless given."""
 
     name: str
     low: float
     high: float
-    say: Callable[[float], str]
+    write: Callable[[float], str]
     ticks: tuple[float, ...] = ()
 
 
 def stacked_bars(
-    name: str,
-    described: tuple[str, str],
-    bars: Sequence[Bar],
-    key: Sequence[tuple[str, str]],
-    tick: Callable[[float], str],
-    *,
-    wide: bool,
-) -> str:
-    """Bars from one zero, apart where the group changes; names stand left of them on a page, above them on a phone.
+    bars: Sequence[Bar], key: Sequence[tuple[str, str]], tick: Callable[[float], str], wide: bool
+) -> dict[str, Any]:
+    """Lays out bars from one zero, apart where the group changes; `key` holds the (colour, name) pairs of the legend.
 
-    `described` is the title and the description for a screen reader, `key` the (colour, name) pairs.
+    Names stand left of the bars on a page, above them on a phone.
     """
-    width = _PAGE if wide else _PHONE
-    left = min(280.0, 16 + _LETTER * max(len(bar.name) for bar in bars)) if wide else 1.0
-    right = width - 165 if wide else width - 1
+    width = PAGE if wide else PHONE
+    left = min(280.0, 16 + LETTER * max(len(bar.name) for bar in bars)) if wide else 1.0
+    right = width - (165 if wide else 1)
     step, thick, drop = (27.0, 17.0, 4.0) if wide else (41.0, 13.0, 20.0)
     top = max(max(bar.length, bar.mark or 0) for bar in bars)
-    scale = linear(0, top, left, right)
-    legend, at = _legend(key, left, width)
-    begin = at = at + 22
+    x = linear(0, top, left, right)
+    legend = _legend(key, left, width)
+    begin = at = legend[-1]["y"] + 34
     rows = []
     for index, bar in enumerate(bars):
         at += 9 if index and bar.group != bars[index - 1].group else 0
-        rows.append(element("g", _stack(bar, scale, at + drop, thick) + _words(bar, left, right, at, wide)))
+        starts = itertools.accumulate((size for _, _, size in bar.parts), initial=0.0)
+        room = left - 12 if wide else right - LETTER * (sum(map(len, bar.figures)) + 3)
+        rows.append({
+            "bar": bar, "y": at, "top": at + drop, "name": shortened(bar.name, room), "mark": bar.mark and x(bar.mark),
+            "parts": [
+                {"colour": colour, "title": f"{name}: {percent(size / bar.length)} of {bar.figures[0]}",
+                 "x": x(start), "width": max(0.6, x(start + size) - x(start))}
+                for start, (colour, name, size) in zip(starts, bar.parts) if size > 0
+            ],
+        })  # fmt: skip
         at += step
-    marks = []
-    for value in even_ticks(top, 6 if wide else 4):
-        anchor = "middle" if wide or 0 < value < top * 0.93 else "end" if value else "start"
-        if value:
-            marks.append(line(scale(value), begin - 3, scale(value), at, "grid"))
-        marks.append(text(scale(value), begin - 9, tick(value), class_="tick", text_anchor=anchor))
-    zero = [line(left, begin - 3, left, at, "axis")] if wide else []  # it would run through a phone's names
-    return drawing(name, width, at + 4, *described, [legend, *marks, *rows, *zero], wide=wide)
+    ticks = [
+        {"x": x(value), "line": value > 0, "text": tick(value),
+         "anchor": "middle" if wide or 0 < value < top * 0.93 else "end" if value else "start"}
+        for value in even_ticks(top, 6 if wide else 4)
+    ]  # fmt: skip
+    return {
+        "kind": "bars", "wide": wide, "width": width, "height": at + 4, "left": left, "right": right, "top": begin,
+        "bottom": at, "thick": thick, "legend": legend, "rows": rows, "ticks": ticks,
+    }  # fmt: skip
 
 
-def _stack(bar: Bar, scale: Scale, top: float, thick: float) -> str:
-    pieces, x = [], 0.0
-    for colour, what, size in bar.parts:
-        if size > 0:
-            told = titled(f"{what}: {percent(size / bar.length)} of {bar.figures[0]}")
-            wide = max(0.6, scale(x + size) - scale(x))
-            pieces.append(element("rect", told, x=scale(x), y=top, width=wide, height=thick, class_=colour))
-        x += size
-    if bar.mark:
-        pieces.append(line(scale(bar.mark), top - 3, scale(bar.mark), top + thick + 3, "mark"))
-    return "".join(pieces)
-
-
-def _words(bar: Bar, left: float, right: float, at: float, wide: bool) -> str:
-    first, second = bar.figures
-    if wide:
-        return (
-            text(left - 10, at + 17, shortened(bar.name, left - 12), class_="name", text_anchor="end")
-            + text(right + 70, at + 17, first, class_="figure", text_anchor="end")
-            + text(right + 84, at + 17, second, class_="muted")
-        )
-    ends = element("tspan", first, class_="figure") + (f"\u2002{second}" if second else "")
-    room = right - _LETTER * (len(first) + len(second) + 3)
-    return text(0, at + 14, shortened(bar.name, room), class_="name") + element(
-        "text", ends, x=right, y=at + 14, class_="muted", text_anchor="end"
-    )
-
-
-def _legend(key: Sequence[tuple[str, str]], left: float, width: float) -> tuple[str, float]:
-    """The colours and their names, in as many lines as they need, and where the next thing may start."""
-    x, y, pieces = left, 10.0, []
+def _legend(key: Sequence[tuple[str, str]], left: float, width: float) -> list[dict[str, Any]]:
+    """Places the colours and their names, in as many lines as they need."""
+    x, y, places = left, 10.0, []
     for colour, name in key:
-        needs = 18 + _LETTER * len(name)
+        needs = 18 + LETTER * len(name)
         if x > left and x + needs > width:
             x, y = left, y + 20
-        if colour == "mark":
-            pieces.append(line(x + 6, y - 7, x + 6, y + 7, "mark"))
-        else:
-            pieces.append(element("rect", x=x, y=y - 6, width=12, height=12, class_=colour))
-        pieces.append(text(x + 18, y + 4.5, name, class_="name"))
+        places.append({"colour": colour, "name": name, "x": x, "y": y})
         x += needs + 18
-    return element("g", "".join(pieces)), y + 12
+    return places
 
 
 def curves(
-    name: str,
-    described: tuple[str, str],
-    lines: Sequence[Line],
-    across: Axis,
-    up: Axis,
-    *,
-    wide: bool,
-    shade: Sequence[Point] = (),
-    shade_says: str = "",
-    rings: Sequence[Point] = (),
-) -> str:
-    """Lines over two logarithmic axes: named at their right ends on a page, in a key above the plot on a phone.
+    lines: Sequence[Line], across: Axis, up: Axis, wide: bool,
+    *, shade: Sequence[Point] = (), shade_name: str = "", rings: Sequence[Point] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """Lays out lines over two logarithmic axes: named at their right ends on a page, in a key above the plot on a phone.
 
-    The region below `shade` is filled and says `shade_says`; `rings` are points to look at.
+    The region below `shade` is filled and named; `rings` are points to look at.
     """
-    width = _PAGE if wide else _PHONE
-    room = min(290.0, _LETTER * max(max(len(each.name), len(each.note)) for each in lines))
-    heading = [] if wide else _key_of_lines(lines, width)
-    top = 28.0 if wide else 26.0 + sum(36 if each.note else 20 for each in lines) + 16
+    width = PAGE if wide else PHONE
+    room = min(290.0, LETTER * max(max(len(line.name), len(line.note)) for line in lines))
+    top = 28.0 if wide else 26.0 + sum(36 if line.note else 20 for line in lines) + 16
     left, right = (72.0, width - room - 34) if wide else (58.0, width - 4)
     bottom = top + (380 if wide else 300)
     x, y = logarithmic(across.low, across.high, left, right), logarithmic(up.low, up.high, bottom, top)
-    at = lambda point: (x(point[0]), y(point[1]))
-
-    marks = [*heading, text(0, top - 14, up.name, class_="axis-name")]
-    for value in up.ticks or decade_ticks(up.low, up.high, 8):
-        marks.append(line(left, y(value), right, y(value), "grid"))
-        marks.append(text(left - 8, y(value) + 4.5, up.say(value), class_="tick", text_anchor="end"))
-    if shade:
-        marks.append(path([*map(at, shade), (right, bottom), (left, bottom)], "shade", closed=True))
-        marks.append(text(left + 12, bottom - 11, shade_says, class_="shade-name"))
-    for value in across.ticks or decade_ticks(across.low, across.high, 9 if wide else 4):
-        marks.append(line(x(value), bottom, x(value), bottom + 5, "axis"))
-        anchor = "end" if not wide and x(value) > right - 12 else "middle"
-        marks.append(text(x(value), bottom + 20, across.say(value), class_="tick", text_anchor=anchor))
-    marks.append(line(left, bottom, right, bottom, "axis"))
-    marks.append(text(right, bottom + 42, across.name, class_="axis-name", text_anchor="end"))
-    marks += [path([*map(at, each.points)], f"line {each.style}") for each in lines]
-    marks += [_dots(each, x, y, up.say) for each in lines if each.dots]
-    marks += [element("circle", cx=x(a), cy=y(b), r=5, class_="ring") for a, b in rings]
-    if wide:
-        marks += _names_beside(lines, at, right, top, bottom, room)
-    return drawing(name, width, bottom + 50, *described, marks, wide=wide)
-
-
-def _dots(each: Line, x: Scale, y: Scale, say: Callable[[float], str]) -> str:
-    pieces = []
-    for (a, b), spread in zip(each.points, each.spreads or (0.0,) * len(each.points)):
-        if 0 < spread < 2 * b:
-            pieces.append(line(x(a), y(b - spread / 2), x(a), y(b + spread / 2), f"whisker {each.style}"))
-        pieces.append(element("circle", cx=x(a), cy=y(b), r=4.5, class_=f"dot {each.style}"))
-        pieces.append(text(x(a) + 7, y(b) + (18 if each.below else -9), say(b), class_="figure"))
-    return "".join(pieces)
-
-
-def _names_beside(
-    lines: Sequence[Line], at: Callable[[Point], Point], right: float, top: float, bottom: float, room: float
-) -> list[str]:
-    """Each line's words right of its end, as near to it as the others allow, with a thin line that leads there."""
-    marks = []
-    ends = [at(each.points[-1]) for each in lines]
-    gap = 38.0 if any(each.note for each in lines) else 20.0
-    for each, end, placed in zip(lines, ends, apart([y for _, y in ends], gap, top + 4, bottom - 16)):
-        marks.append(
-            path(
-                [(end[0] + (7 if each.dots else 1), end[1]), (right + 8, end[1]), (right + 18, placed), (right + 24, placed)],
-                "leader",
-            )
-        )
-        marks.append(text(right + 30, placed + 4.5, shortened(each.name, room), class_="name"))
-        if each.note:
-            marks.append(text(right + 30, placed + 20, shortened(each.note, room), class_="muted"))
-    return marks
+    place = lambda points: [(x(a), y(b)) for a, b in points]
+    drawn: list[dict[str, Any]] = [
+        {"line": line, "path": path(place(line.points)), "end": place(line.points)[-1], "dots": [
+            {"x": x(a), "y": y(b), "label": y(b) + (18 if line.below else -9), "text": up.write(b),
+             "whisker": (y(b - spread / 2), y(b + spread / 2)) if 0 < spread < 2 * b else None}
+            for (a, b), spread in zip(line.points, line.spreads)
+        ] if line.dots else []}
+        for line in lines
+    ]  # fmt: skip
+    if wide:  # each line's words right of its end, as near to it as the others allow, with a thin line that leads there
+        gap = 38.0 if any(line.note for line in lines) else 20.0
+        for each, at in zip(drawn, apart([each["end"][1] for each in drawn], gap, top + 4, bottom - 16)):
+            end_x, end_y = each["end"]
+            start = (end_x + (7 if each["line"].dots else 1), end_y)
+            each |= {"at": at, "leader": path([start, (right + 8, end_y), (right + 18, at), (right + 24, at)])}
+    else:
+        for each, at in zip(drawn, itertools.accumulate((36 if line.note else 20 for line in lines), initial=10.0)):
+            each |= {"at": at, "leader": path([(0, at), (26, at)])}
+    name_room, note_room = (room, room) if wide else (width - 36, (width - 36) * LETTER / 6.2)
+    for each in drawn:
+        each |= {"name": shortened(each["line"].name, name_room), "note": shortened(each["line"].note, note_room)}
+    anchor = lambda at: "end" if not wide and at > right - 12 else "middle"
+    return {
+        "kind": "curves", "wide": wide, "width": width, "height": bottom + 50, "left": left, "right": right, "top": top,
+        "bottom": bottom, "lines": drawn, "across": across.name, "up": up.name, "rings": place(rings),
+        "levels": [{"y": y(value), "text": up.write(value)} for value in up.ticks or decade_ticks(up.low, up.high, 8)],
+        "ticks": [
+            {"x": x(value), "text": across.write(value), "anchor": anchor(x(value))}
+            for value in across.ticks or decade_ticks(across.low, across.high, 9 if wide else 4)
+        ],
+        "shade": shade and path([*place(shade), (right, bottom), (left, bottom)]) + "Z", "shade_name": shade_name,
+    }  # fmt: skip
 
 
-def _key_of_lines(lines: Sequence[Line], width: float) -> list[str]:
-    marks, at = [], 10.0
-    for each in lines:
-        marks.append(path([(0, at), (26, at)], f"line {each.style}"))
-        if each.dots:
-            marks.append(element("circle", cx=13, cy=at, r=4.5, class_=f"dot {each.style}"))
-        marks.append(text(36, at + 4.5, shortened(each.name, width - 36), class_="name"))
-        at += 20
-        if each.note:
-            marks.append(text(36, at + 0.5, shortened(each.note, width - 36, 6.2), class_="muted"))
-            at += 16
-    return marks
+def path(points: Sequence[Point]) -> str:
+    """Writes a polyline through the points, as an SVG path's `d`."""
+    return "M" + "L".join(f"{plain(x)} {plain(y)}" for x, y in points)
+
+
+def plain(value: Any) -> Any:
+    """Writes a float with at most two decimals; returns anything else as it is."""
+    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
+
+
+def linear(low: float, high: float, start: float, end: float) -> Scale:
+    """Maps low..high onto start..end; a single point lies at the start."""
+    return lambda value: start + (value - low) / ((high - low) or 1) * (end - start)
+
+
+def logarithmic(low: float, high: float, start: float, end: float) -> Scale:
+    """Maps positive values by their logarithms, as `linear` does."""
+    inner = linear(math.log10(low), math.log10(high), start, end)
+    return lambda value: inner(math.log10(value))
+
+
+def even_ticks(high: float, most: int) -> list[float]:
+    """Returns 0 and the multiples of 1, 2, 2.5 or 5 times a power of ten up to `high`, at most `most` of them after 0."""
+    if high <= 0:
+        return [0.0]
+    power = 10.0 ** math.floor(math.log10(high / most))
+    step = next(nice * power for nice in (1, 2, 2.5, 5, 10, 20) if nice * power * most >= high * (1 - 1e-9))
+    return [step * index for index in range(math.floor(high / step * (1 + 1e-9)) + 1)]
+
+
+def decade_ticks(low: float, high: float, most: int) -> list[float]:
+    """Returns the powers of ten within low..high, every k-th when there are more than `most`; when there are few, 1, 2 and
+    5 times them."""
+    first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
+    if last - first >= 2:
+        return [10.0**power for power in range(first, last + 1, max(1, math.ceil((last - first + 1) / most)))]
+    every = [nice * 10.0**power for power in range(first - 1, last + 1) for nice in (1, 2, 5)]
+    return [tick for tick in every if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
+
+
+def apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Moves labels that want to be at `wanted`: in the same order, `gap` apart, within low..high as long as they fit."""
+    order = sorted(range(len(wanted)), key=wanted.__getitem__)
+    places = dict.fromkeys(range(len(wanted)), 0.0)
+    floor, limit = low, high
+    for index in order:
+        places[index] = max(wanted[index], floor)
+        floor = places[index] + gap
+    for index in reversed(order):
+        places[index] = min(places[index], limit)
+        limit = places[index] - gap
+    return list(places.values())
+
+
+def shortened(text: str, room: float) -> str:
+    """Cuts a text with an ellipsis when it is wider than `room` at about LETTER units a character."""
+    fits = max(1, int(room / LETTER))
+    return text if len(text) <= fits else text[: fits - 1].rstrip(" ,") + "…"

@@ -106,7 +106,7 @@ def document() -> dict[str, Any]:
     ]
     rows += [_by_hand("by hand, forward", 0, 96e-6), _by_hand("by hand, forward and backward", 2.0, 318e-6)]
     return {
-        "machine": {"device": "AMD EPYC 9R14", "backend": "cpu", "cores": 2, "jax": "0.12.0", "memory_bytes": 24 * 2**30},
+        "machine": {"device": "AMD EPYC 9R14", "backend": "cpu", "cores": 2, "jax": "0.12.0"},
         "model": {
             "name": "demo", "params": 4_224_000, "layers": 4, "width": 256, "batch": 16, "context": 256, "dtype": "bfloat16",
         },

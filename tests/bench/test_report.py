@@ -9,10 +9,10 @@ from html.parser import HTMLParser
 import pytest
 from report_document import document
 
+from bench.report.charts import apart, decade_ticks, even_ticks, logarithmic
 from bench.report.page import page, write_report
-from bench.report.svg import apart, decade_ticks, even_ticks, logarithmic
 from engine.errors import UserError
-from engine.format import column, in_words, money, percent, si, significant, times
+from engine.format import in_words
 
 SVG = "{http://www.w3.org/2000/svg}"
 VOID = {"meta", "br"}
@@ -234,8 +234,6 @@ def test_lines_of_a_life_cross_where_the_costs_are_equal():
     assert len(rings) == 4
     assert all(float(ring.get("cy")) == level for ring in rings)
     assert f"here for {in_words(tokens)} tokens" in page(made)
-    stated = page(made | {"life": {"training_tokens": 3e9}})
-    assert "here for 3.00 billion tokens (as stated)" in stated
 
 
 def emptied(value):
@@ -302,20 +300,13 @@ def test_few_decoding_rows_are_enough(kept):
 @pytest.mark.parametrize(
     ("verdict", "kind"),
     [
-        ("true", "holds"), ("True, on this machine", "holds"), ("false: a third", "fails"), ("no", "fails"),
-        ("not measured", "open"), ("partly: little", "partly"), ("depends", "partly"), ("", "partly"),
-        ("nothing of it", "partly"),
+        ("true", "holds"), ("True, on this machine", "holds"), ("false: a third", "fails"), ("open: lost in noise", "open"),
+        ("partly: little", "partly"), ("depends", "partly"), ("", "partly"),
     ],
 )  # fmt: skip
 def test_a_verdict_in_words_has_a_mark(verdict, kind):
     source = page({"claims": [{"claim": "a", "verdict": verdict}]})
     assert f'<li class="{kind}">' in source
-
-
-def test_a_row_or_claim_may_have_a_command_of_its_own():
-    made = document()
-    made["rows"][0]["command"] = made["claims"][0]["command"] = "python -m bench.training"
-    assert Reader(page(made)).said().count("Regenerate: python -m bench.training") == 2
 
 
 def test_the_same_document_makes_the_same_bytes(tmp_path):
@@ -355,26 +346,6 @@ def test_a_folder_that_cannot_be_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--out .*file cannot be written"):
         write_report(tmp_path / "file", document())
-
-
-def test_quantities_read_well():
-    narrow = "\u202f"
-    assert [si(x, "s") for x in (98.0e-6, 0.0, 999.9e-6, 1.5, None)] == [
-        f"98.0{narrow}µs", f"0{narrow}s", f"1.00{narrow}ms", f"1.50{narrow}s", "–",
-    ]  # fmt: skip
-    assert si(21_340_160, "FLOP") == f"21.3{narrow}MFLOP"
-    assert si(0, "") == "0"
-    assert si(5e-5, "s", short=True) == f"50{narrow}µs"
-    assert [in_words(x) for x in (640, 13.5e6, 1.92e9, 5e15)] == ["640", "13.5 million", "1.92 billion", "5,000 trillion"]
-    assert [in_words(x, short=True) for x in (640, 1e4, 1e9)] == ["640", "10 thousand", "1 billion"]
-    assert [money(x) for x in (0.01153, 2.3, 1240.4, 0.0)] == ["$0.0115", "$2.30", "$1,240", "$0"]
-    assert [times(x) for x in (3, 19.49, 0.333)] == ["3.00×", "19.5×", "0.33×"]
-    assert [percent(x, signed=True) for x in (0.124, -0.04, 0.001, -0.001)] == ["+12%", "−4%", "0%", "0%"]
-    assert [significant(x) for x in (9.999, 0.09999, 123.4, 99.95)] == ["10.0", "0.100", "123", "100"]
-    cells = column([31.4e-6, 612e-6, None])
-    assert (cells.unit("s"), cells.text(31.4e-6), cells.text(612e-6), cells.text(None)) == ("µs", "31.4", "612.0", "–")
-    assert [column([5e3, 7.66e6], digits=2).text(x) for x in (5e3, 7.66e6)] == ["0.01", "7.66"]
-    assert column([0.0012, 0.17], digits=2, prefixed=False).text(0.17) == "0.1700"
 
 
 def test_ticks_and_labels():

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from tiny_runs import ROOT, command, tiny
 
-from engine import format as words
 from stages.__main__ import stages
 from stages.cli import console, flags
 from stages.cli.command import command_line
@@ -124,15 +123,6 @@ def test_numbers() -> None:
             flags.number(0, 1)(wrong)
         with pytest.raises(ValueError, match="wanted"):
             flags.integer(0)(wrong)
-
-
-def test_words() -> None:
-    assert [words.clock(s) for s in (0, 65, 3725)] == ["0:00", "1:05", "1:02:05"]
-    said = {0.25: "0.25 s", 4.13: "4.1 s", 180: "3 min", 200: "3 min 20 s", 5400: "1 h 30 min"}
-    assert {seconds: words.duration(seconds) for seconds in said} == said
-    assert [words.count(n) for n in (950, 4_204_800, 25.6e6, 729e9)] == ["950", "4.20 M", "25.6 M", "729 G"]
-    assert [words.size(n) for n in (12, 1.5e9, 216e3)] == ["12 B", "1.5 GB", "216 kB"]
-    assert words.listed(["a", "b", "c"]) == "a, b and c"
 
 
 def test_commands_to_type_are_quoted_and_run_as_we_were(monkeypatch: pytest.MonkeyPatch) -> None:
