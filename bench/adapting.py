@@ -101,7 +101,7 @@ def _steps(cfg: Any, params: Any, tokens: int, batch: int, rank: int) -> dict[st
 
     from engine.counting.flops import train_flops
     from engine.counting.memory import training_memory
-    from engine.counting.trained import everything, lora
+    from engine.counting.trainable import all_trainable, lora_only
     from engine.inference.quantize import every_product, quantize
     from engine.model.config import LoraConfig
     from engine.model.weights.matmul import cast_matrices
@@ -117,12 +117,12 @@ def _steps(cfg: Any, params: Any, tokens: int, batch: int, rank: int) -> dict[st
     narrow = cast_matrices(quantize(params, every_product(params, "full")), cfg.dtype)
 
     def step(trainable: Any, base: Any, kind: Literal["float", "int8"], parts: int) -> _Step:
-        rows, trained = batch // parts, lora(cfg, LoraConfig(rank)) if base else everything(cfg)
+        rows, trainable_paths = batch // parts, lora_only(cfg, LoraConfig(rank)) if base else all_trainable(cfg)
         predicted = training_memory(
-            cfg, rows, tokens, trained=trained, base=kind, microbatches=parts,
+            cfg, rows, tokens, trainable=trainable_paths, base=kind, microbatches=parts,
             loss_chunks=loss_chunks(cfg, rows * tokens, head_rests=bool(base)),
         ).total  # fmt: skip
-        needed = train_flops(cfg, tokens, attention="causal", trained=trained, remat="none").total
+        needed = train_flops(cfg, tokens, attention="causal", trainable=trainable_paths, remat="none").total
         return _Step(cfg, base, trainable, given, parts, kind == "int8", needed, predicted)
 
     return {

@@ -108,7 +108,7 @@ def _ways(shape: steps.Shape, rank: int) -> dict[str, Way]:
         return Way(step, numbers, operations, sum(leaf.nbytes for leaf in moments))
 
     frozen = cast_matrices(params, cfg.dtype)
-    upper = choose(cfg, freeze=[f"bottom:{max(cfg.layers // 2, 1)}"]).trained
+    upper = choose(cfg, freeze=[f"bottom:{max(cfg.layers // 2, 1)}"]).trainable_paths
     adapters = {
         name: add_lora(cfg, params, jax.random.key(0), LoraConfig(rank, targets=targets))
         for name, targets in (("LoRA q,v", ("q", "v")), ("LoRA all", ("all",)))

@@ -37,7 +37,7 @@ def table_bytes(cfg: ModelConfig, batch: int, context: int) -> int:
     """Predicted bytes of the whole table: each row keeps what it learns, and the largest step comes on top."""
     from bench.table.training_rows import learners
 
-    steps = [training_memory(cfg, batch, context, trained=learner.trained) for learner in learners(cfg)]
+    steps = [training_memory(cfg, batch, context, trainable=learner.trainable_paths) for learner in learners(cfg)]
     held = sum(step.gradients + step.optimizer for step in steps)
     served = inference_memory(cfg, 32, context)
     working = max(step.total - step.params - step.optimizer for step in steps)
@@ -60,9 +60,9 @@ def round_seconds(cfg: ModelConfig, batch: int, context: int, ceilings: Ceilings
     """Predicted seconds of a round, roughly: what is multiplied and moved, at SUSTAINED of this machine's ceilings."""
     from bench.table.training_rows import learners
 
-    ways = [learner.trained for learner in learners(cfg)]
-    steps = sum(gradient_program(cfg, batch, context, trained=trained).total for trained in ways)
-    learning = sum(training_memory(cfg, batch, context, trained=trained).gradients for trained in ways)
+    ways = [learner.trainable_paths for learner in learners(cfg)]
+    steps = sum(gradient_program(cfg, batch, context, trainable=trainable_paths).total for trainable_paths in ways)
+    learning = sum(training_memory(cfg, batch, context, trainable=trainable_paths).gradients for trainable_paths in ways)
     # Evaluation, prefill, and of one sequence a prompt for a slot and a token without a cache.
     reading = (2 + 2 / batch) * score_program(cfg, batch, context).total
     by_hand = sum(work(cfg, context, attention="full").total for work in (forward_flops, train_flops)) * context

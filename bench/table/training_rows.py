@@ -11,7 +11,7 @@ from bench.table.row import Row
 from engine.counting.memory import training_memory
 from engine.counting.programs import gradient_program
 from engine.counting.traffic import train_bytes
-from engine.counting.trained import Trained, bottom_frozen, everything, head_only, lora, top_frozen
+from engine.counting.trainable import TrainablePaths, all_trainable, bottom_frozen, head_only, lora_only, top_frozen
 from engine.counting.walk import count
 from engine.counting.xla import xla_cost, xla_memory
 from engine.model.config import LoraConfig, ModelConfig
@@ -34,7 +34,7 @@ class Learner:
 
     name: str
     stage: str
-    trained: Trained
+    trainable_paths: TrainablePaths
     answers: bool = False  # whether only the second half of each row counts, as the answers of a conversation do
     preference: bool = False
 
@@ -48,19 +48,19 @@ def learners(cfg: ModelConfig) -> list[Learner]:
         Learner("last layer", "fine-tuning", last_layer(cfg), True),
     ]
     return [
-        Learner("pre-training step", "training", everything(cfg)),
-        Learner("full fine-tuning", "fine-tuning", everything(cfg), True),
+        Learner("pre-training step", "training", all_trainable(cfg)),
+        Learner("full fine-tuning", "fine-tuning", all_trainable(cfg), True),
         *(some if half else []),
         Learner("head only", "fine-tuning", head_only(cfg), True),
-        Learner(f"LoRA rank {ADAPTER.rank} on q and v", "fine-tuning", lora(cfg, ADAPTER), True),
-        Learner("preference with that LoRA", "fine-tuning", lora(cfg, ADAPTER), True, True),
+        Learner(f"LoRA rank {ADAPTER.rank} on q and v", "fine-tuning", lora_only(cfg, ADAPTER), True),
+        Learner("preference with that LoRA", "fine-tuning", lora_only(cfg, ADAPTER), True, True),
     ]
 
 
-def last_layer(cfg: ModelConfig) -> Trained:
+def last_layer(cfg: ModelConfig) -> TrainablePaths:
     """The last block alone learns: no norm above it, no head."""
     top = f"blocks/{cfg.layers - 1}/"
-    return Trained(frozenset(path for path in everything(cfg).weights if path.startswith(top)))
+    return TrainablePaths(frozenset(path for path in all_trainable(cfg).weights if path.startswith(top)))
 
 
 def training_row(cfg: ModelConfig, params: Any, learner: Learner, batch: Batch) -> Row:
@@ -69,13 +69,13 @@ def training_row(cfg: ModelConfig, params: Any, learner: Learner, batch: Batch) 
     Frozen matrices are kept in the compute type, as fine-tuning keeps them.
     """
     B, T = batch.tokens.shape
-    trained = learner.trained
+    paths = learner.trainable_paths
     tx = make_optimizer(OptimizerConfig(learning_rate=1e-4))
-    if trained.adapted:
+    if paths.adapted:
         trainable = add_lora(cfg, params, jax.random.key(1), ADAPTER)
         frozen = cast_matrices(params, cfg.dtype)
     else:
-        learning, rest = split(params, trained)
+        learning, rest = split(params, paths)
         trainable, frozen = jax.tree.map(jnp.copy, learning), cast_matrices(rest, cfg.dtype)
     if learner.answers:
         batch = batch._replace(mask=batch.mask & (jnp.arange(T) >= T // 2))
@@ -93,8 +93,8 @@ def training_row(cfg: ModelConfig, params: Any, learner: Learner, batch: Batch) 
     step = lambda state, frozen, data: train_step(cfg, tx, state, frozen, data, progress, objective=objective)
     walker, whole = count(gradient, trainable, frozen, data), count(step, state, frozen, data)
     chunked = 4 * B * T * cfg.vocab > LOGITS_LIMIT
-    formula = gradient_program(cfg, B, T, trained=trained, loss_chunk=CHUNK if chunked else None)
-    predicted = training_memory(cfg, B, T, trained=trained)
+    formula = gradient_program(cfg, B, T, trainable=paths, loss_chunk=CHUNK if chunked else None)
+    predicted = training_memory(cfg, B, T, trainable=paths)
     held = [state]
 
     def run() -> Any:
@@ -102,7 +102,7 @@ def training_row(cfg: ModelConfig, params: Any, learner: Learner, batch: Batch) 
         return metrics.loss
 
     def weights() -> Any:
-        return merge(held[0].trainable, frozen) if trained.weights else (frozen, held[0].trainable)
+        return merge(held[0].trainable, frozen) if paths.weights else (frozen, held[0].trainable)
 
     return Row(
         learner.name, learner.stage, run, weights,
@@ -111,6 +111,6 @@ def training_row(cfg: ModelConfig, params: Any, learner: Learner, batch: Batch) 
             "params": predicted.params, "gradients": predicted.gradients, "optimizer": predicted.optimizer,
             "activations": max(0, predicted.total - predicted.params - predicted.gradients - predicted.optimizer),
         },
-        moved=train_bytes(cfg, B, T, trained=trained).total, walker=walker, update=whole.elementwise - walker.elementwise,
+        moved=train_bytes(cfg, B, T, trainable=paths).total, walker=walker, update=whole.elementwise - walker.elementwise,
         xla=xla_cost(program), dtype=cfg.dtype,
     )  # fmt: skip

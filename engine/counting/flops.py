@@ -17,7 +17,7 @@ import dataclasses
 from typing import Literal
 
 from engine.counting.params import MATRICES, leaf_shapes
-from engine.counting.trained import NOTHING, Trained, check_paths, everything
+from engine.counting.trainable import NONE_TRAINABLE, TrainablePaths, all_trainable, check_paths
 from engine.model.config import ModelConfig
 
 Attention = Literal["causal", "full"] | int
@@ -84,22 +84,22 @@ def train_flops(
     tokens: int,
     *,
     attention: Attention,
-    trained: Trained | None = None,
+    trainable: TrainablePaths | None = None,
     remat: Remat | None = None,
     gains: Gains = "tokens",
     loss_chunk: int | None = None,
 ) -> Flops:
     """Operations of a training step **per token**, at sequences of `tokens`.
 
-    `trained` is what learns (default: everything), `remat` defaults to the config's. With `block`, the forward of each
+    `trainable` is what learns (default: everything), `remat` defaults to the config's. With `block`, the forward of each
     block that has a backward runs again, except its last product, `down`, whose result no gradient reads; with `full`
     the whole forward pass does, as soon as anything learns. `gains` says what a norm's gain scales in the program: the
     `tokens`, so that its gradient needs dX, or the next product's `weights`, so that it comes with dW; it matters only
     in the lowest block that learns. `loss_chunk` is the columns of the vocabulary whose logits exist at once: each
     chunk is made again on the way back, and the last is filled up. A LoRA pair is multiplied beside its base.
-    Raises UserError when a path of `trained` is not in the model.
+    Raises UserError when a path of `trainable` is not in the model.
     """
-    return pass_flops(cfg, tokens, 1, attention=attention, trained=trained, remat=remat, gains=gains, loss_chunk=loss_chunk)
+    return pass_flops(cfg, tokens, 1, attention=attention, trainable=trainable, remat=remat, gains=gains, loss_chunk=loss_chunk)
 
 
 def pass_flops(
@@ -108,7 +108,7 @@ def pass_flops(
     rows: int,
     *,
     attention: Attention,
-    trained: Trained | None,
+    trainable: TrainablePaths | None,
     remat: Remat | None,
     gains: Gains | Literal["fewer"],
     loss_chunk: int | None,
@@ -122,13 +122,13 @@ def pass_flops(
     than what goes in and comes out, at R operations a weight each time and none a row (`model/leaves.py`). With `scan`
     all blocks are one program run L times, so what one of them needs is done in each: a few frozen blocks save nothing.
     """
-    trained = everything(cfg) if trained is None else trained
-    check_paths(cfg, trained)
-    in_blocks = any(path.startswith("blocks/") for path in trained.weights | trained.adapted)
+    trainable = all_trainable(cfg) if trainable is None else trainable
+    check_paths(cfg, trainable)
+    in_blocks = any(path.startswith("blocks/") for path in trainable.weights | trainable.adapted)
     if scan:
-        trained = _in_every_block(cfg, trained)
+        trainable = _in_every_block(cfg, trainable)
     square = 2 * rows * cfg.heads * cfg.head_dim * keys_twice(tokens, attention)
-    walk = _Walk(cfg, trained, remat or cfg.remat, gains, square, rows, folds)
+    walk = _Walk(cfg, trainable, remat or cfg.remat, gains, square, rows, folds)
     walk.live = walk.live or (scan and in_blocks)
     for layer in range(cfg.layers):
         walk.block(f"blocks/{layer}/")
@@ -138,13 +138,13 @@ def pass_flops(
     return Flops(walk.tally)
 
 
-def _in_every_block(cfg: ModelConfig, trained: Trained) -> Trained:
+def _in_every_block(cfg: ModelConfig, trainable: TrainablePaths) -> TrainablePaths:
     spread = lambda paths: frozenset(
         f"blocks/{layer}/{path.split('/')[2]}" if path.startswith("blocks/") else path
         for path in paths
         for layer in range(cfg.layers)
     )
-    return Trained(spread(trained.weights), spread(trained.adapted), trained.rank)
+    return TrainablePaths(spread(trainable.weights), spread(trainable.adapted), trainable.rank)
 
 
 class _Walk:
@@ -153,20 +153,20 @@ class _Walk:
     def __init__(
         self,
         cfg: ModelConfig,
-        trained: Trained,
+        trainable: TrainablePaths,
         remat: Remat,
         gains: Gains | Literal["fewer"],
         square: int,
         rows: int,
         folds: bool,
     ) -> None:
-        self.cfg, self.trained, self.remat, self.gains, self.square = cfg, trained, remat, gains, square
+        self.cfg, self.trainable, self.remat, self.gains, self.square = cfg, trainable, remat, gains, square
         self.rows, self.folds = rows, folds
         self.tally = dict.fromkeys((*MATRICES, "attention", "head", "lora"), Part())
         self.live = self.learns("embed")
 
     def learns(self, path: str) -> bool:
-        return path in self.trained.weights
+        return path in self.trainable.weights
 
     def multiply(self, name: str, inputs: int, columns: int, path: str, gain: str = "", on_weights: bool = False) -> None:
         """One product with the weight at `path`, after a norm with the gain at `gain`."""
@@ -183,11 +183,11 @@ class _Walk:
 
     def pairs(self, inputs: int, columns: int, adapted: list[int], dx: bool) -> Part:
         """The LoRA pairs of one matrix. g bᵀ is needed for da even where no gradient goes further down."""
-        down = 2 * self.rows * inputs * self.trained.rank * len(adapted)
-        up = 2 * self.rows * self.trained.rank * sum(adapted)
+        down = 2 * self.rows * inputs * self.trainable.rank * len(adapted)
+        up = 2 * self.rows * self.trainable.rank * sum(adapted)
         if not self.folded(inputs, columns):
             return Part(forward=down + up, dx=up + (down if dx else 0), dw=down + up)
-        fold = 2 * inputs * self.trained.rank * sum(adapted)
+        fold = 2 * inputs * self.trainable.rank * sum(adapted)
         # On the way back x a is made, for db, and the weight that dX goes through is folded again.
         return Part(forward=fold, recompute=fold if dx else 0, dx=up, dw=2 * down + up)
 
@@ -198,7 +198,7 @@ class _Walk:
         """The columns of each part of the matrix at `path` that has a LoRA pair."""
         folder, _, matrix = path.rpartition("/")
         parts = self.cfg.parts.get(matrix, {})
-        return [stop - start for part, (start, stop) in parts.items() if f"{folder}/{part}" in self.trained.adapted]
+        return [stop - start for part, (start, stop) in parts.items() if f"{folder}/{part}" in self.trainable.adapted]
 
     def block(self, prefix: str) -> None:
         cfg, before = self.cfg, dict(self.tally)
@@ -217,7 +217,7 @@ class _Walk:
         unread = {"down": 2 * self.rows * cfg.ff * cfg.width}
         if self.adapted(prefix + "down"):
             rows = cfg.ff if self.folded(cfg.ff, cfg.width) else self.rows
-            unread["lora"] = 2 * rows * self.trained.rank * cfg.width
+            unread["lora"] = 2 * rows * self.trainable.rank * cfg.width
         for name, part in before.items():
             again = self.tally[name].forward - part.forward - unread.get(name, 0)
             self.tally[name] += Part(recompute=again)
@@ -244,7 +244,7 @@ def keys_twice(tokens: int, attention: Attention) -> int:
 
 def forward_flops(cfg: ModelConfig, tokens: int, *, attention: Attention) -> Flops:
     """Operations of evaluation **per token**, at sequences of `tokens`: forward only, logits at every position."""
-    return train_flops(cfg, tokens, attention=attention, trained=NOTHING, remat="none")
+    return train_flops(cfg, tokens, attention=attention, trainable=NONE_TRAINABLE, remat="none")
 
 
 def prefill_flops(cfg: ModelConfig, tokens: int, *, attention: Attention, cached: int = 0) -> Flops:
@@ -265,17 +265,17 @@ def decode_flops(cfg: ModelConfig, length: int) -> Flops:
     return forward_flops(cfg, length, attention="full")
 
 
-def muon_flops(cfg: ModelConfig, trained: Trained | None = None) -> int:
+def muon_flops(cfg: ModelConfig, trainable: TrainablePaths | None = None) -> int:
     """Operations in the products of Muon's **step**: 5 iterations on each matrix that learns (`training/muon.py`).
 
     With m the shorter and n the longer side, an iteration multiplies (m, n) by (n, m), (m, m) by (m, m) and (m, m) by
     (m, n). AdamW has no products.
     """
-    trained = everything(cfg) if trained is None else trained
-    check_paths(cfg, trained)
+    trainable = all_trainable(cfg) if trainable is None else trainable
+    check_paths(cfg, trainable)
     total = 0
     for path, shape in leaf_shapes(cfg).items():
-        if path in trained.weights and path.rpartition("/")[2] in MATRICES:
+        if path in trainable.weights and path.rpartition("/")[2] in MATRICES:
             m, n = sorted(shape)
             total += 5 * (4 * m * m * n + 2 * m**3)
     return total

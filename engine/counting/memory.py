@@ -12,7 +12,7 @@ from typing import Literal
 
 from engine.counting.flops import Attention, Remat, keys_twice
 from engine.counting.params import leaf_shapes
-from engine.counting.trained import Trained, everything, lowest_gradient, target_shapes
+from engine.counting.trainable import TrainablePaths, all_trainable, lowest_gradient, target_shapes
 from engine.model.backward import QUERY_BLOCK
 from engine.model.chunked_cross_entropy import COLUMNS
 from engine.model.config import ModelConfig
@@ -76,7 +76,7 @@ def training_memory(
     tokens: int,
     *,
     optimizer: Optimizer = "adamw",
-    trained: Trained | None = None,
+    trainable: TrainablePaths | None = None,
     remat: Remat | None = None,
     loss_chunks: int = 1,
     microbatches: int = 1,
@@ -90,29 +90,29 @@ def training_memory(
     for a kernel that stores no weights of attention, such as cuDNN's. `base` is what frozen matrices that multiply are
     kept in: `int8` has a byte a number and a float32 scale a column.
     """
-    trained = everything(cfg) if trained is None else trained
+    trainable = all_trainable(cfg) if trainable is None else trainable
     remat = remat or cfg.remat
     shapes = leaf_shapes(cfg)
     sizes = {path: _size(shape) for path, shape in shapes.items()}
-    matrices = sum(sizes[path] for path in trained.weights if path.startswith("blocks/") and len(shapes[path]) == 2)
+    matrices = sum(sizes[path] for path in trainable.weights if path.startswith("blocks/") and len(shapes[path]) == 2)
     targets = target_shapes(cfg)
-    adapters = sum(trained.rank * sum(targets[path]) for path in trained.adapted)
-    learning = sum(sizes[path] for path in trained.weights) + adapters
+    adapters = sum(trainable.rank * sum(targets[path]) for path in trainable.adapted)
+    learning = sum(sizes[path] for path in trainable.weights) + adapters
     width = number_bytes(cfg)
     rows = batch * tokens
     matrix = [path for path, shape in shapes.items() if len(shape) == 2]
     multiplies = [path for path in matrix if cfg.tied or path != "embed"]
-    frozen = [path for path in matrix if path not in trained.weights]
+    frozen = [path for path in matrix if path not in trainable.weights]
     saved = sum(sizes[path] * (_FLOAT32 - width) for path in frozen)
     if base == "int8":
         columns = lambda path: shapes[path][0 if path == "embed" else 1]
         saved += sum(sizes[path] * (width - 1) - _FLOAT32 * columns(path) for path in frozen if path in multiplies)
-    products = sum(sizes[path] for path in multiplies if path in trained.weights)
+    products = sum(sizes[path] for path in multiplies if path in trainable.weights)
     if microbatches > 1 and base == "float":  # folded once for all of them; else when its turn comes, and again going back
-        products += sum(sizes[path] for path in _folded(cfg, trained, shapes, rows))
+        products += sum(sizes[path] for path in _folded(cfg, trainable, shapes, rows))
     wide = (1 + width) * min(COLUMNS, cfg.vocab) * cfg.width if base == "int8" else 0  # the head's columns as they multiply
-    lowest = lowest_gradient(cfg, trained)
-    blocks = [rows * _kept_per_token(cfg, tokens, attention, _learning(cfg, trained, i)) for i in range(lowest, cfg.layers)]
+    lowest = lowest_gradient(cfg, trainable)
+    blocks = [rows * _kept_per_token(cfg, tokens, attention, _learning(cfg, trainable, i)) for i in range(lowest, cfg.layers)]
     return TrainingMemory(
         params=_FLOAT32 * (sum(sizes.values()) + adapters) - saved,
         # AdamW holds two moments a number; Muon one, on the matrices of the blocks, with AdamW on all else.
@@ -127,18 +127,18 @@ def training_memory(
     )
 
 
-def _folded(cfg: ModelConfig, trained: Trained, shapes: dict[str, tuple[int, ...]], rows: int) -> list[str]:
+def _folded(cfg: ModelConfig, trainable: TrainablePaths, shapes: dict[str, tuple[int, ...]], rows: int) -> list[str]:
     """The matrices into which an adapter is folded before they multiply `rows` (see `model/leaves.py`)."""
-    adapted = Trained(frozenset(), trained.adapted)
+    adapted = TrainablePaths(frozenset(), trainable.adapted)
     found = [f"blocks/{layer}/{name}" for layer in range(cfg.layers) for name in _learning(cfg, adapted, layer)]
     return [path for path in found if rows * sum(shapes[path]) > _size(shapes[path])]
 
 
-def _learning(cfg: ModelConfig, trained: Trained, layer: int) -> set[str]:
+def _learning(cfg: ModelConfig, trainable: TrainablePaths, layer: int) -> set[str]:
     """The leaves of one block that learn, those with an adapter among them."""
     prefix = f"blocks/{layer}/"
-    adapted = {name for name, parts in cfg.parts.items() if any(prefix + part in trained.adapted for part in parts)}
-    return adapted | {path.removeprefix(prefix) for path in trained.weights if path.startswith(prefix)}
+    adapted = {name for name, parts in cfg.parts.items() if any(prefix + part in trainable.adapted for part in parts)}
+    return adapted | {path.removeprefix(prefix) for path in trainable.weights if path.startswith(prefix)}
 
 
 def _kept_per_token(cfg: ModelConfig, tokens: int, attention: Attention | None, learning: set[str]) -> int:

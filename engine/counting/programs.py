@@ -9,7 +9,7 @@ causal attention in blocks; anywhere it folds LoRA into the base for many rows, 
 from collections.abc import Collection
 
 from engine.counting.flops import Flops, Remat, decode_flops, forward_flops, pass_flops, prefill_flops
-from engine.counting.trained import Trained
+from engine.counting.trainable import TrainablePaths
 from engine.model.backend import on_cpu
 from engine.model.backward import QUERY_BLOCK
 from engine.model.config import ModelConfig
@@ -20,7 +20,7 @@ def gradient_program(
     batch: int,
     tokens: int,
     *,
-    trained: Trained | None = None,
+    trainable: TrainablePaths | None = None,
     remat: Remat | None = None,
     microbatches: int = 1,
     loss_chunk: int | None = None,
@@ -36,7 +36,7 @@ def gradient_program(
         tokens,
         batch * tokens // microbatches,
         attention=QUERY_BLOCK if cpu else "full",
-        trained=trained,
+        trainable=trainable,
         remat=remat,
         gains="fewer" if cpu else "tokens",
         loss_chunk=loss_chunk,

@@ -11,7 +11,7 @@ from typing import Literal
 from engine.counting.flops import Attention, Remat, train_flops
 from engine.counting.memory import Optimizer, inference_memory, number_bytes, training_memory
 from engine.counting.params import MATRICES
-from engine.counting.trained import Trained, lowest_gradient
+from engine.counting.trainable import TrainablePaths, lowest_gradient
 from engine.model.backward import QUERY_BLOCK
 from engine.model.config import ModelConfig
 
@@ -42,7 +42,7 @@ def train_bytes(
     tokens: int,
     *,
     optimizer: Optimizer = "adamw",
-    trained: Trained | None = None,
+    trainable: TrainablePaths | None = None,
     remat: Remat | None = None,
     microbatches: int = 1,
     attention: Attention | None = QUERY_BLOCK,
@@ -54,15 +54,22 @@ def train_bytes(
     is one, once more where remat runs the forward again; the last two never happen below what learns.
     """
     held = training_memory(
-        cfg, batch, tokens, optimizer=optimizer, trained=trained, remat=remat, microbatches=microbatches, attention=attention
+        cfg,
+        batch,
+        tokens,
+        optimizer=optimizer,
+        trainable=trainable,
+        remat=remat,
+        microbatches=microbatches,
+        attention=attention,
     )
-    parts = train_flops(cfg, 1, attention="full", trained=trained, remat=remat).parts
+    parts = train_flops(cfg, 1, attention="full", trainable=trainable, remat=remat).parts
     met = sum(parts[name].forward + parts[name].recompute + parts[name].dx for name in (*MATRICES, "head", "lora")) // 2
     width = number_bytes(cfg)
     # held.copies is the matrices that learn, in the compute type: read in float32, written in the other.
     converted = held.copies // width * (_FLOAT32 + width)
     block = training_memory(cfg, batch, tokens, attention=attention).block
-    reached = cfg.layers - (lowest_gradient(cfg, trained) if trained else 0)
+    reached = cfg.layers - (lowest_gradient(cfg, trainable) if trainable else 0)
     again = {"none": 0, "block": reached, "full": cfg.layers if reached else 0}[held.remat]
     learning = held.gradients
     return Traffic(

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from engine.counting.params import leaf_shapes
-from engine.counting.trained import Trained, bottom_frozen, everything, head_only, top_frozen
+from engine.counting.trainable import TrainablePaths, all_trainable, bottom_frozen, head_only, top_frozen
 from engine.errors import UserError, nearest
 from engine.model import paths
 from engine.model.config import ModelConfig
@@ -27,7 +27,7 @@ class Match(NamedTuple):
 class Choice(NamedTuple):
     """What learns, as the counting rooms read it; what each phrase named; numbers that learn and that stay."""
 
-    trained: Trained
+    trainable_paths: TrainablePaths
     matches: tuple[Match, ...]
     learning: int
     resting: int
@@ -51,16 +51,16 @@ def choose(cfg: ModelConfig, train: Sequence[str] = (), freeze: Sequence[str] = 
         )
     total = sum(numbers[path] for path in learning)
     return Choice(
-        everything(cfg) if len(learning) == len(shapes) else Trained(frozenset(learning)),
+        all_trainable(cfg) if len(learning) == len(shapes) else TrainablePaths(frozenset(learning)),
         tuple(Match(phrase, len(found), sum(numbers[path] for path in found)) for phrase, found in named.items()),
         total,
         sum(numbers.values()) - total,
     )
 
 
-def split(params: Params, trained: Trained) -> tuple[Params, Params]:
+def split(params: Params, trainable_paths: TrainablePaths) -> tuple[Params, Params]:
     """(trainable, frozen). `paths.merge` puts them together again."""
-    return paths.split(params, trained.weights)
+    return paths.split(params, trainable_paths.weights)
 
 
 def _named(cfg: ModelConfig, phrase: str) -> Collection[str]:

@@ -81,11 +81,11 @@ def close(run: "Tuned", state: Any, loop: Loop, was: Look) -> int:
     past, folder = loop.past, run.folder
     signals.set_phase(f"before the last measurement; what was learnt is in {folder}, and the same command measures it.")
     now = look(run, state.trainable)
-    reads = run.model.params if run.learner.trained.adapted else None
+    reads = run.model.params if run.learner.trainable_paths.adapted else None
     frozen_same = reads is None or digest(reads) == run.base
     if not frozen_same:
         raise RuntimeError(f"Frozen weights changed: their SHA-256 was {run.base}.")
-    if run.learner.trained.adapted:
+    if run.learner.trainable_paths.adapted:
         place = save_adapter(folder / adapters.FOLDER, state.trainable, base=run.base, about=_about(run))
     else:
         place = folder / "checkpoints" / str(past.step)

@@ -73,13 +73,13 @@ class Tuned:
         if tuning.context > cfg.context:
             raise UserError(f"--context {tuning.context:,} is more than the {cfg.context:,} tokens {given.model} was made for.")
         cfg = dataclasses.replace(cfg, scan=tuning.scan, remat="block" if tuning.remat else "none")
-        trained, self.matched = learning.what_learns(given, cfg)
+        paths, self.matched = learning.what_learns(given, cfg)
         moves = learning.optimizer(given)
         recipe = Recipe("the model's", tuning.context, tuning.batch * self.sides, moves, given.parts, tuning.scan, tuning.remat)
         chosen = bool(length.max_time or length.steps)
         seconds = length.max_time if chosen else 180.0
         base = given.learns.base
-        self.plan = learning.TuningPlan(given.model, cfg, recipe, given.seed, length.steps, seconds, chosen, trained, base)
+        self.plan = learning.TuningPlan(given.model, cfg, recipe, given.seed, length.steps, seconds, chosen, paths, base)
         self.check_memory()
 
     @property
@@ -113,10 +113,10 @@ class Tuned:
     @staticmethod
     def _as_lora(plan: "TuningPlan") -> "TuningPlan":
         """The same with the usual adapter in place of weights that learn."""
-        from engine.counting.trained import lora
+        from engine.counting.trainable import lora_only
         from engine.model.config import LoraConfig
 
-        return dataclasses.replace(plan, trained=lora(plan.cfg, LoraConfig()))
+        return dataclasses.replace(plan, trainable_paths=lora_only(plan.cfg, LoraConfig()))
 
     def rows(self) -> list[tuple[str, str]]:
         """The banner."""
@@ -162,9 +162,9 @@ class Tuned:
         from stages.runs import trainable as learning
         from stages.runs.loop import Loop
 
-        self.learner = learning.make_learner(self.given, self.plan.cfg, self.model.params, self.plan.trained)
+        self.learner = learning.make_learner(self.given, self.plan.cfg, self.model.params, self.plan.trainable_paths)
         self.base = digest(self.model.params)
-        if self.learner.trained.adapted and self.given.learns.base == "int8":
+        if self.learner.trainable_paths.adapted and self.given.learns.base == "int8":
             self.model = dataclasses.replace(self.model, params=None)  # the wide weights need not stay in memory
         before = resume.find_previous_run(self.folder, self.facts(), self.plan.cfg, self.given.folder.overwrite)
         self.show_plan()
@@ -237,7 +237,7 @@ class Tuned:
         from stages.runs import conversation_data
 
         learner = self.learner
-        base = learner.frozen if learner.trained.adapted else merge(learner.trainable, learner.frozen)
+        base = learner.frozen if learner.trainable_paths.adapted else merge(learner.trainable, learner.frozen)
         return conversation_data.PreferenceBatches(self.plan.cfg, base, pairs, self.plan.recipe.context, batch, self.given.seed)
 
     def held_out(self, most: int | None = None) -> Any:

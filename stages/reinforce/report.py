@@ -24,7 +24,7 @@ def close(run: "Reinforced", state: Any, rounds: "Rounds", was: "Draw") -> int:
     past, folder = rounds.past, run.folder
     signals.set_phase(f"before the last measurement; what was learnt is in {folder}, and the same command measures it.")
     now = rounds.look(state.trainable, "measuring what it does now")
-    if run.learner.trained.adapted:
+    if run.learner.trainable_paths.adapted:
         if digest(run.model.params) != run.base:
             raise RuntimeError(f"Frozen weights changed: their SHA-256 was {run.base}.")
         about = {"model": kept.lasting(run.given.model), "lora": str(run.given.adapter), "task": run.given.asked.task}

@@ -79,7 +79,7 @@ class Reinforced:
         recipe = Recipe("the model's", seq, self.answers, optimizer, parts)
         length = given.length
         chosen = bool(length.max_time or length.rounds)
-        trained, self.matched = learning.what_learns(given, cfg)
+        trainable_paths, self.matched = learning.what_learns(given, cfg)
         self.plan = learning.TuningPlan(
             self.model.name,
             cfg,
@@ -88,7 +88,7 @@ class Reinforced:
             length.rounds,
             length.max_time if chosen else 120.0,
             chosen,
-            trained,
+            trainable_paths,
             given.learns.base,
         )
         self._check_memory()
@@ -178,7 +178,7 @@ class Reinforced:
         from stages.runs import state as resume
         from stages.runs import trainable as learning
 
-        self.learner = learning.make_learner(self.given, self.plan.cfg, self.model.params, self.plan.trained)
+        self.learner = learning.make_learner(self.given, self.plan.cfg, self.model.params, self.plan.trainable_paths)
         self.base = digest(self.model.params)
         before = resume.find_previous_run(self.folder, self.facts(), self.plan.cfg, self.given.folder.overwrite)
         self.console.print_rows(self.rows())

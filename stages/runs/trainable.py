@@ -8,7 +8,7 @@ import jax
 from engine.counting.flops import train_flops
 from engine.counting.memory import training_memory
 from engine.counting.params import count_params
-from engine.counting.trained import Trained, everything, lora
+from engine.counting.trainable import TrainablePaths, all_trainable, lora_only
 from engine.inference.quantize import every_product, quantize
 from engine.model.config import ModelConfig
 from engine.model.paths import merge
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class TuningPlan(Plan):
-    """A plan in which `trained` learns."""
+    """A plan in which `trainable_paths` learn."""
 
-    trained: Trained
+    trainable_paths: TrainablePaths
     base: Literal["float", "int8"] = "float"
 
     @property
     def step_flops(self) -> int:
         """FLOPs that a step needs: no products for the weights of what is frozen, none below all that learns."""
-        flops = train_flops(self.cfg, self.recipe.context, attention="full", trained=self.trained, remat="none")
+        flops = train_flops(self.cfg, self.recipe.context, attention="full", trainable=self.trainable_paths, remat="none")
         return flops.total * self.step_tokens
 
     @property
@@ -43,7 +43,7 @@ class TuningPlan(Plan):
         """Predicted bytes at the fullest moment of a step."""
         part = self.recipe.batch // self.recipe.accumulate
         return training_memory(
-            self.cfg, part, self.recipe.context, optimizer=self.recipe.optimizer.kind, trained=self.trained,
+            self.cfg, part, self.recipe.context, optimizer=self.recipe.optimizer.kind, trainable=self.trainable_paths,
             loss_chunks=loss_chunks(self.cfg, part * self.recipe.context, self.head_rests),
             microbatches=self.recipe.accumulate, base=self.base,
         ).total  # fmt: skip
@@ -51,12 +51,12 @@ class TuningPlan(Plan):
     @property
     def head_rests(self) -> bool:
         """Whether the head is frozen, and so kept in the compute type or int8."""
-        rests = ("embed" if self.cfg.tied else "head") not in self.trained.weights
+        rests = ("embed" if self.cfg.tied else "head") not in self.trainable_paths.weights
         return rests and (self.base == "int8" or self.cfg.dtype != "float32")
 
     def beside_full(self) -> dict[str, float]:
         """FLOPs and memory as shares of those of a step in which everything learns, and the time if it follows FLOPs."""
-        whole = dataclasses.replace(self, trained=everything(self.cfg), base="float")
+        whole = dataclasses.replace(self, trainable_paths=all_trainable(self.cfg), base="float")
         flops = self.step_flops / whole.step_flops
         return {"FLOPs": flops, "memory": self.memory / whole.memory, "time": flops}
 
@@ -71,18 +71,18 @@ class Learner:
     trainable: Any
     frozen: Any
     rest: Any
-    trained: Trained
+    trainable_paths: TrainablePaths
 
     def kept(self, trainable: Any) -> Any:
         """What a checkpoint holds: an adapter on its own, or the whole model."""
-        return trainable if self.trained.adapted else merge(trainable, self.rest)
+        return trainable if self.trainable_paths.adapted else merge(trainable, self.rest)
 
     def of(self, kept: Any) -> Any:
         """The trainable tree of what a checkpoint held."""
-        return kept if self.trained.adapted else split(kept, self.trained)[0]
+        return kept if self.trainable_paths.adapted else split(kept, self.trainable_paths)[0]
 
 
-def what_learns(given: "Finetune | Reinforce", cfg: ModelConfig) -> tuple[Trained, tuple[tuple[str, str], ...]]:
+def what_learns(given: "Finetune | Reinforce", cfg: ModelConfig) -> tuple[TrainablePaths, tuple[tuple[str, str], ...]]:
     """What learns and what each rule matched, in words. Raises UserError for a rule that matches nothing."""
     total = count_params(cfg).total
     adapter = given.adapter
@@ -91,7 +91,7 @@ def what_learns(given: "Finetune | Reinforce", cfg: ModelConfig) -> tuple[Traine
         # Shapes alone: nothing is drawn before it is known whether there is room for it.
         shapes = jax.eval_shape(lambda key: add_lora(cfg, init_params(cfg, key), key, adapter), key)
         learning = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-        return lora(cfg, adapter), (
+        return lora_only(cfg, adapter), (
             ("adapts", f"{', '.join(adapter.adapted)} of {cfg.layers} layers, rank {adapter.rank}"),
             ("learns", f"{learning:,} new numbers beside {total:,} frozen ones ({learning / total:.1%})"),
         )
@@ -100,16 +100,16 @@ def what_learns(given: "Finetune | Reinforce", cfg: ModelConfig) -> tuple[Traine
         (match.phrase, f"{match.leaves} {'leaf' if match.leaves == 1 else 'leaves'}, {match.numbers:,} numbers")
         for match in chosen.matches
     )
-    return chosen.trained, (*rows, ("learns", f"{chosen.learning:,} of {total:,} ({chosen.learning / total:.1%})"))
+    return chosen.trainable_paths, (*rows, ("learns", f"{chosen.learning:,} of {total:,} ({chosen.learning / total:.1%})"))
 
 
-def make_learner(given: "Finetune | Reinforce", cfg: ModelConfig, params: Any, trained: Trained) -> Learner:
+def make_learner(given: "Finetune | Reinforce", cfg: ModelConfig, params: Any, trainable_paths: TrainablePaths) -> Learner:
     """The trees. What is frozen is kept in the compute type, or in int8 where the flags say so; params stay as they are."""
     adapter = given.adapter
     if adapter:
-        return Learner(add_lora(cfg, params, jax.random.key(given.seed), adapter), in_memory(given, cfg, params), None, trained)
-    trainable, rest = split(fold_lora(params), trained)
-    return Learner(cast_matrices(trainable, "float32"), cast_matrices(rest, cfg.dtype), rest, trained)
+        return Learner(add_lora(cfg, params, jax.random.key(given.seed), adapter), in_memory(given, cfg, params), None, trainable_paths)
+    trainable, rest = split(fold_lora(params), trainable_paths)
+    return Learner(cast_matrices(trainable, "float32"), cast_matrices(rest, cfg.dtype), rest, trainable_paths)
 
 
 def in_memory(given: "Finetune | Reinforce", cfg: ModelConfig, params: Any) -> Any:

@@ -7,20 +7,20 @@ import jax
 import jax.numpy as jnp
 
 from engine.counting.params import leaf_shapes
-from engine.counting.trained import Trained, target_shapes
+from engine.counting.trainable import TrainablePaths, target_shapes
 from engine.counting.walk import count
 from engine.model.config import ModelConfig
 
 
-def shapes(cfg: ModelConfig, trained: Trained) -> tuple[dict, dict]:
+def shapes(cfg: ModelConfig, paths: TrainablePaths) -> tuple[dict, dict]:
     """(learning, resting) leaves by path, as shapes; the LoRA pair of a target is `target.a` and `target.b`."""
     leaves = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in leaf_shapes(cfg).items()}
-    learning = {path: leaf for path, leaf in leaves.items() if path in trained.weights}
-    for path in trained.adapted:
+    learning = {path: leaf for path, leaf in leaves.items() if path in paths.weights}
+    for path in paths.adapted:
         rows, columns = target_shapes(cfg)[path]
-        learning[path + ".a"] = jax.ShapeDtypeStruct((rows, trained.rank), jnp.float32)
-        learning[path + ".b"] = jax.ShapeDtypeStruct((trained.rank, columns), jnp.float32)
-    return learning, {path: leaf for path, leaf in leaves.items() if path not in trained.weights}
+        learning[path + ".a"] = jax.ShapeDtypeStruct((rows, paths.rank), jnp.float32)
+        learning[path + ".b"] = jax.ShapeDtypeStruct((paths.rank, columns), jnp.float32)
+    return learning, {path: leaf for path, leaf in leaves.items() if path not in paths.weights}
 
 
 def _norm(x, gain):
@@ -67,7 +67,7 @@ def logits(cfg, params, tokens, remat="none"):
     return _norm(x, params["norm"]) @ (params["embed"].T if cfg.tied else params["head"])
 
 
-def count_step(cfg: ModelConfig, trained: Trained, batch: int, tokens: int, remat: str) -> int:
+def count_step(cfg: ModelConfig, paths: TrainablePaths, batch: int, tokens: int, remat: str) -> int:
     """Operations in the products of a loss and its gradient by what learns."""
     data = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
 
@@ -76,4 +76,4 @@ def count_step(cfg: ModelConfig, trained: Trained, batch: int, tokens: int, rema
         return -jnp.take_along_axis(table, data[..., None], -1).mean()
 
     loss = jax.checkpoint(loss) if remat == "full" else loss
-    return count(jax.value_and_grad(loss), *shapes(cfg, trained), data).matmul
+    return count(jax.value_and_grad(loss), *shapes(cfg, paths), data).matmul

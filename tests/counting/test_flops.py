@@ -12,13 +12,13 @@ from plain_model import count_step, logits, shapes
 
 from engine.counting.flops import decode_flops, forward_flops, prefill_flops, step_flops, train_flops
 from engine.counting.params import MATRICES, count_params, leaf_shapes
-from engine.counting.trained import (
-    NOTHING,
-    Trained,
+from engine.counting.trainable import (
+    NONE_TRAINABLE,
+    TrainablePaths,
+    all_trainable,
     bottom_frozen,
-    everything,
     head_only,
-    lora,
+    lora_only,
     lowest_gradient,
     top_frozen,
 )
@@ -59,18 +59,18 @@ def configs(draw):
 def modes(cfg):
     """Ways of training, one for every branch of the formula."""
     found = {
-        "everything": everything(cfg),
+        "everything": all_trainable(cfg),
         "bottom frozen": bottom_frozen(cfg, 1),
         "all blocks frozen": bottom_frozen(cfg, cfg.layers),
         "top frozen": top_frozen(cfg, 1),
         "lookup only": top_frozen(cfg, cfg.layers),
         "head only": head_only(cfg),
-        "lora": lora(cfg, LoraConfig(5)),
-        "lora on down": lora(cfg, LoraConfig(5, targets=("down",))),
-        "lora on q and up": lora(cfg, LoraConfig(2, targets=("q", "up"))),
-        "one lora, high up": Trained(frozenset(), frozenset({f"blocks/{cfg.layers - 1}/out"}), 2),
+        "lora": lora_only(cfg, LoraConfig(5)),
+        "lora on down": lora_only(cfg, LoraConfig(5, targets=("down",))),
+        "lora on q and up": lora_only(cfg, LoraConfig(2, targets=("q", "up"))),
+        "one lora, high up": TrainablePaths(frozenset(), frozenset({f"blocks/{cfg.layers - 1}/out"}), 2),
     }
-    return found | {path: Trained(frozenset({path})) for path in leaf_shapes(cfg) if not path.startswith("blocks/0")}
+    return found | {path: TrainablePaths(frozenset({path})) for path in leaf_shapes(cfg) if not path.startswith("blocks/0")}
 
 
 # ---- parameters
@@ -133,9 +133,9 @@ def test_the_lookup_table_takes_no_part_in_products_but_the_tied_head_does():
 def test_formula_equals_the_products_in_a_plain_gradient(kind, remat):
     cfg = KINDS[kind]
     wrong = {}
-    for name, trained in modes(cfg).items():
-        counted = count_step(cfg, trained, BATCH, TOKENS, remat)
-        formula = train_flops(cfg, TOKENS, attention="full", trained=trained, remat=remat).total * BATCH * TOKENS
+    for name, paths in modes(cfg).items():
+        counted = count_step(cfg, paths, BATCH, TOKENS, remat)
+        formula = train_flops(cfg, TOKENS, attention="full", trainable=paths, remat=remat).total * BATCH * TOKENS
         if counted != formula:
             wrong[name] = (counted, formula)
     assert not wrong
@@ -143,7 +143,7 @@ def test_formula_equals_the_products_in_a_plain_gradient(kind, remat):
 
 def test_forward_formula_equals_the_products_of_the_plain_model():
     for cfg in KINDS.values():
-        params = shapes(cfg, NOTHING)[1]
+        params = shapes(cfg, NONE_TRAINABLE)[1]
         tokens = jax.ShapeDtypeStruct((BATCH, TOKENS), jnp.int32)
         counted = count(functools.partial(logits, cfg), params, tokens).matmul
         assert counted == BATCH * TOKENS * forward_flops(cfg, TOKENS, attention="full").total
@@ -200,7 +200,7 @@ def test_training_the_last_k_of_l_blocks_is_2n_and_4n_k_over_l(cfg, tokens, data
     """In the blocks; above them the last norm learns too, and with it the head is multiplied three times."""
     k = data.draw(st.integers(1, cfg.layers))
     full = train_flops(cfg, tokens, attention="full")
-    work = train_flops(cfg, tokens, attention="full", trained=bottom_frozen(cfg, cfg.layers - k), gains="weights")
+    work = train_flops(cfg, tokens, attention="full", trainable=bottom_frozen(cfg, cfg.layers - k), gains="weights")
     head = full.parts["head"].forward
     blocks = full.forward - head
     # The lowest learning block needs no dX from its first product.
@@ -219,11 +219,11 @@ def test_what_freezing_saves(cfg, tokens, data):
     head = full.parts["head"].forward
     upper = cfg.layers - frozen
 
-    below = train_flops(cfg, tokens, attention="full", trained=bottom_frozen(cfg, frozen), gains="tokens")
+    below = train_flops(cfg, tokens, attention="full", trainable=bottom_frozen(cfg, frozen), gains="tokens")
     head_backward = head if cfg.tied else 2 * head  # a tied table is frozen with the bottom
     assert below.backward == upper * (2 * blocks + 2 * attention) + head_backward
 
-    above = train_flops(cfg, tokens, attention="full", trained=top_frozen(cfg, frozen))
+    above = train_flops(cfg, tokens, attention="full", trainable=top_frozen(cfg, frozen))
     saved = frozen * blocks + (0 if cfg.tied else head)
     trained_bottom = full.total - saved
     assert above.total == trained_bottom
@@ -232,7 +232,7 @@ def test_what_freezing_saves(cfg, tokens, data):
 
 def test_a_lora_step_is_about_two_forwards_and_has_no_dw_on_the_base():
     cfg = preset("smollm2-135m")
-    work = train_flops(cfg, 512, attention="full", trained=lora(cfg, LoraConfig(4)))
+    work = train_flops(cfg, 512, attention="full", trainable=lora_only(cfg, LoraConfig(4)))
     assert all(work.parts[name].dw == 0 for name in (*MATRICES, "head"))
     assert work.parts["lora"].dw > 0
     base = forward_flops(cfg, 512, attention="full").total
@@ -242,10 +242,10 @@ def test_a_lora_step_is_about_two_forwards_and_has_no_dw_on_the_base():
 
 def test_the_head_alone_costs_about_a_forward_unless_it_is_tied():
     untied, tied = KINDS["plain"], KINDS["tied"]
-    work = train_flops(untied, TOKENS, attention="full", trained=head_only(untied))
+    work = train_flops(untied, TOKENS, attention="full", trainable=head_only(untied))
     assert work.total == work.forward + 2 * untied.width * untied.vocab
     full = train_flops(tied, TOKENS, attention="full")
-    assert train_flops(tied, TOKENS, attention="full", trained=head_only(tied)).dx == full.dx
+    assert train_flops(tied, TOKENS, attention="full", trainable=head_only(tied)).dx == full.dx
 
 
 def test_a_chunked_loss_makes_the_logits_twice_and_fills_the_last_chunk():
@@ -271,10 +271,10 @@ def test_reading_a_prompt_is_decoding_its_tokens_with_one_head(cfg, tokens, cach
 
 
 def test_the_lowest_block_that_the_backward_pass_enters():
-    assert lowest_gradient(SMALL, everything(SMALL)) == 0
+    assert lowest_gradient(SMALL, all_trainable(SMALL)) == 0
     assert lowest_gradient(SMALL, bottom_frozen(SMALL, 2)) == 2
     assert lowest_gradient(SMALL, top_frozen(SMALL, 2)) == 0
-    assert lowest_gradient(SMALL, lora(SMALL, LoraConfig(2, targets=("down",)))) == 0
+    assert lowest_gradient(SMALL, lora_only(SMALL, LoraConfig(2, targets=("down",)))) == 0
     assert lowest_gradient(SMALL, head_only(SMALL)) == SMALL.layers
     assert lowest_gradient(KINDS["tied"], head_only(KINDS["tied"])) == 0
 
@@ -288,6 +288,6 @@ def test_what_cannot_be_trained_is_refused_by_name():
     with pytest.raises(UserError, match="the model has 3"):
         top_frozen(SMALL, -1)
     with pytest.raises(UserError, match="no parameter 'blocks/0/qkv'"):
-        train_flops(SMALL, 7, attention="full", trained=Trained(frozenset(), frozenset({"blocks/0/qkv"}), 2))
+        train_flops(SMALL, 7, attention="full", trainable=TrainablePaths(frozenset(), frozenset({"blocks/0/qkv"}), 2))
     with pytest.raises(UserError, match="Did you mean 'blocks/0/qkv'"):
-        train_flops(SMALL, 7, attention="full", trained=Trained(frozenset({"blocks/0/qkw"})))
+        train_flops(SMALL, 7, attention="full", trainable=TrainablePaths(frozenset({"blocks/0/qkw"})))

@@ -9,7 +9,7 @@ import pytest
 
 from engine.counting.memory import inference_memory, training_memory
 from engine.counting.params import count_params
-from engine.counting.trained import Trained, bottom_frozen, everything, head_only, lora, top_frozen
+from engine.counting.trainable import TrainablePaths, all_trainable, bottom_frozen, head_only, lora_only, top_frozen
 from engine.inference.quantize import every_product, quantize
 from engine.model.cache.contiguous import make_cache
 from engine.model.config import LoraConfig, ModelConfig, preset
@@ -21,7 +21,7 @@ from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state
 
 CFG = ModelConfig(vocab=19, width=12, layers=3, heads=6, kv_heads=3, head_dim=4, ff=10, context=64)
-ON_OUT = lora(CFG, LoraConfig(5, targets=("out",)))
+ON_OUT = lora_only(CFG, LoraConfig(5, targets=("out",)))
 
 
 def test_weights_gradients_and_moments_are_exact():
@@ -37,8 +37,8 @@ def test_weights_gradients_and_moments_are_exact():
 
 def test_frozen_weights_have_no_gradient_no_moments_and_keep_nothing_below():
     full = training_memory(CFG, 2, 7)
-    half = training_memory(CFG, 2, 7, trained=bottom_frozen(CFG, 2))
-    head = training_memory(CFG, 2, 7, trained=head_only(CFG))
+    half = training_memory(CFG, 2, 7, trainable=bottom_frozen(CFG, 2))
+    head = training_memory(CFG, 2, 7, trainable=head_only(CFG))
     stay = 2 * (48 * 12 + 24 * 12 + 12 * 20 + 10 * 12) + 19 * 12  # numbers in two blocks' matrices and the table
     assert half.params == full.params - 2 * stay
     assert 3 * half.kept == full.kept
@@ -46,21 +46,24 @@ def test_frozen_weights_have_no_gradient_no_moments_and_keep_nothing_below():
 
 
 def test_lora_adds_its_pairs_and_trains_only_those():
-    memory = training_memory(CFG, 2, 7, trained=ON_OUT)
+    memory = training_memory(CFG, 2, 7, trainable=ON_OUT)
     pairs = 3 * 5 * (24 + 12)
     assert memory.gradients == 4 * pairs
     assert memory.params == 4 * (count_params(CFG).norms + pairs) + 2 * (count_params(CFG).matmul + 19 * 12)
     assert memory.copies == 0  # a pair is folded into its matrix when its turn comes, and again going back
-    parts = [training_memory(CFG, rows, 7, trained=ON_OUT, microbatches=2).copies for rows in (1, 2)]
+    parts = [training_memory(CFG, rows, 7, trainable=ON_OUT, microbatches=2).copies for rows in (1, 2)]
     assert parts == [0, 2 * 3 * 24 * 12]  # for all parts at once; 7 rows are too few for that
-    assert training_memory(CFG, 2, 7, trained=ON_OUT, base="int8").params < memory.params
+    assert training_memory(CFG, 2, 7, trainable=ON_OUT, base="int8").params < memory.params
 
 
 @pytest.mark.parametrize("targets", [["q", "v"], ["down"], ["gate", "up", "out"]])
 def test_a_block_keeps_less_where_fewer_weights_want_a_gradient(targets):
     """But never less than what carries the gradient down."""
-    full, some = training_memory(CFG, 2, 7), training_memory(CFG, 2, 7, trained=lora(CFG, LoraConfig(5, targets=targets)))
-    gains = training_memory(CFG, 2, 7, trained=Trained(frozenset({"blocks/0/attn_norm"})))
+    full, some = (
+        training_memory(CFG, 2, 7),
+        training_memory(CFG, 2, 7, trainable=lora_only(CFG, LoraConfig(5, targets=targets))),
+    )
+    gains = training_memory(CFG, 2, 7, trainable=TrainablePaths(frozenset({"blocks/0/attn_norm"})))
     assert full.kept / 2 < gains.kept < full.kept
     assert full.kept / 2 < some.kept < full.kept
 
@@ -70,10 +73,10 @@ def test_a_block_keeps_less_where_fewer_weights_want_a_gradient(targets):
 def test_weights_and_optimizer_are_those_of_a_real_run(name, tied):
     cfg = dataclasses.replace(CFG, qk_norm=True, qkv_bias=True, tied=tied)
     chosen = {
-        "everything": everything(cfg),
+        "everything": all_trainable(cfg),
         "bottom": bottom_frozen(cfg, 1),
         "top": top_frozen(cfg, 1),
-    }.get(name) or lora(cfg, LoraConfig(2, targets=("q", "v", "down")))
+    }.get(name) or lora_only(cfg, LoraConfig(2, targets=("q", "v", "down")))
     base = "int8" if "int8" in name else "float"
     params = jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
     trainable, frozen = split(params, chosen.weights)
@@ -85,7 +88,7 @@ def test_weights_and_optimizer_are_those_of_a_real_run(name, tied):
     frozen = jax.eval_shape(lambda frozen: cast_matrices(frozen, cfg.dtype), frozen)
     state = jax.eval_shape(lambda tree: init_state(make_optimizer(OptimizerConfig()), tree), trainable)
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state, frozen)))
-    memory = training_memory(cfg, 2, 7, trained=chosen, base=base)
+    memory = training_memory(cfg, 2, 7, trainable=chosen, base=base)
     assert 0 <= held - memory.params - memory.optimizer <= 16  # and the counters of steps
 
 

@@ -11,7 +11,7 @@ from tiny import B, T, tiny_config
 from engine.counting.flops import muon_flops
 from engine.counting.params import leaf_shapes
 from engine.counting.programs import decode_program, gradient_program, prefill_program, score_program
-from engine.counting.trained import Trained, bottom_frozen, everything, head_only, lora, top_frozen
+from engine.counting.trainable import TrainablePaths, all_trainable, bottom_frozen, head_only, lora_only, top_frozen
 from engine.counting.walk import count
 from engine.inference import decode
 from engine.inference.sampling import Sampling
@@ -48,17 +48,17 @@ def cpu(request, monkeypatch):
 
 def modes(cfg):
     return {
-        "everything": everything(cfg),
+        "everything": all_trainable(cfg),
         "bottom frozen": bottom_frozen(cfg, 1),
         "top frozen": top_frozen(cfg, 1),
         "last layer": bottom_frozen(cfg, cfg.layers - 1),
-        "last block alone": Trained(frozenset(p for p in leaf_shapes(cfg) if p.startswith(f"blocks/{cfg.layers - 1}/"))),
-        "norms": Trained(frozenset(p for p in leaf_shapes(cfg) if p.endswith("norm"))),
+        "last block alone": TrainablePaths(frozenset(p for p in leaf_shapes(cfg) if p.startswith(f"blocks/{cfg.layers - 1}/"))),
+        "norms": TrainablePaths(frozenset(p for p in leaf_shapes(cfg) if p.endswith("norm"))),
         "head only": head_only(cfg),
-        "lora": lora(cfg, LoraConfig(2)),
-        "lora on v and down": lora(cfg, LoraConfig(3, targets=("v", "down"))),
-        "lora on gate": lora(cfg, LoraConfig(3, targets=("gate",))),
-        "lora on down": lora(cfg, LoraConfig(3, targets=("down",))),
+        "lora": lora_only(cfg, LoraConfig(2)),
+        "lora on v and down": lora_only(cfg, LoraConfig(3, targets=("v", "down"))),
+        "lora on gate": lora_only(cfg, LoraConfig(3, targets=("gate",))),
+        "lora on down": lora_only(cfg, LoraConfig(3, targets=("down",))),
     }
 
 
@@ -71,18 +71,18 @@ def batch_of(rows, tokens):
     return Batch(numbers, numbers, shaped(rows, tokens, dtype=bool), numbers)
 
 
-def trees(cfg, trained):
+def trees(cfg, paths):
     """(trainable, frozen) as shapes, the way a run makes them."""
     params = jax.eval_shape(functools.partial(init_params, cfg), jax.random.key(0))
-    if not trained.adapted:
-        return split(params, trained.weights)
+    if not paths.adapted:
+        return split(params, paths.weights)
     adapters = {}
     for layer in range(cfg.layers):
         for name, parts in cfg.parts.items():
-            columns = [parts[part] for part in parts if f"blocks/{layer}/{part}" in trained.adapted]
+            columns = [parts[part] for part in parts if f"blocks/{layer}/{part}" in paths.adapted]
             if columns:
                 rows = leaf_shapes(cfg)[f"blocks/{layer}/{name}"][0]
-                make = functools.partial(make_adapter, rows=rows, columns=columns, rank=trained.rank, alpha=1.0)
+                make = functools.partial(make_adapter, rows=rows, columns=columns, rank=paths.rank, alpha=1.0)
                 adapters[f"blocks/{layer}/{name}"] = jax.eval_shape(make, jax.random.key(0))
     return nested(adapters), params
 
@@ -90,12 +90,12 @@ def trees(cfg, trained):
 def disagreements(cfg, rows, tokens, cpu, some=None, microbatches=1, **options):
     """{mode: (counted, formula)} where they differ."""
     wrong = {}
-    for name, trained in modes(cfg).items():
+    for name, paths in modes(cfg).items():
         if some and name not in some:
             continue
         gradient = functools.partial(loss_and_gradient, cfg, microbatches=microbatches)
-        counted = count(gradient, *trees(cfg, trained), batch_of(rows, tokens)).matmul
-        formula = gradient_program(cfg, rows, tokens, trained=trained, cpu=cpu, microbatches=microbatches, **options).total
+        counted = count(gradient, *trees(cfg, paths), batch_of(rows, tokens)).matmul
+        formula = gradient_program(cfg, rows, tokens, trainable=paths, cpu=cpu, microbatches=microbatches, **options).total
         if counted != formula:
             wrong[name] = (counted, formula)
     return wrong
@@ -131,7 +131,7 @@ def test_a_scan_over_the_blocks_undoes_what_freezing_some_of_them_saves():
     cfg = KINDS["untied"]
     looped = dataclasses.replace(cfg, scan=True)
     last = bottom_frozen(cfg, cfg.layers - 1)
-    whole, saved, undone = (gradient_program(c, B, T, trained=t).total for c, t in ((cfg, None), (cfg, last), (looped, last)))
+    whole, saved, undone = (gradient_program(c, B, T, trainable=t).total for c, t in ((cfg, None), (cfg, last), (looped, last)))
     assert saved < 0.7 * whole
     assert undone == whole
 
@@ -153,12 +153,12 @@ def test_with_the_loss_in_chunks(kind, remat, cpu, monkeypatch):
 def test_the_optimizers_products(kind):
     cfg = KINDS["untied"]
     tx = make_optimizer(OptimizerConfig(kind=kind))
-    trained = bottom_frozen(cfg, 1)
-    trainable, frozen = trees(cfg, trained)
+    paths = bottom_frozen(cfg, 1)
+    trainable, frozen = trees(cfg, paths)
     state = jax.eval_shape(functools.partial(init_state, tx), trainable)
     counted = count(functools.partial(train_step, cfg, tx), state, frozen, batch_of(B, T), shaped(dtype=jnp.float32))
-    update = muon_flops(cfg, trained) if kind == "muon" else 0
-    assert counted.matmul == gradient_program(cfg, B, T, trained=trained).total + update
+    update = muon_flops(cfg, paths) if kind == "muon" else 0
+    assert counted.matmul == gradient_program(cfg, B, T, trainable=paths).total + update
 
 
 # ---- forward only
@@ -168,7 +168,7 @@ def test_the_optimizers_products(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluation(kind, tokens, cpu):
     cfg = KINDS[kind]
-    counted = count(functools.partial(score.__wrapped__, cfg), trees(cfg, everything(cfg))[0], batch_of(B, tokens))
+    counted = count(functools.partial(score.__wrapped__, cfg), trees(cfg, all_trainable(cfg))[0], batch_of(B, tokens))
     assert counted.matmul == score_program(cfg, B, tokens, cpu=cpu).total
 
 
@@ -183,7 +183,7 @@ def test_by_default_the_program_is_the_one_for_this_backend():
 @pytest.mark.parametrize("kind", KINDS)
 def test_reading_and_writing_against_a_cache(kind, slots, cpu):
     cfg, capacity = KINDS[kind], 23
-    params, _ = trees(cfg, everything(cfg))
+    params, _ = trees(cfg, all_trainable(cfg))
     cache = jax.eval_shape(lambda: make_cache(cfg, slots, capacity))
     read = functools.partial(decode.prefill.__wrapped__, cfg)
     counted = count(read, params, shaped(slots, T), shaped(slots), cache)
@@ -198,21 +198,21 @@ def test_whatever_the_weights_are_stored_in(cpu):
     cfg = KINDS["untied"]
     matrices = r"blocks/.*/(qkv|out|gate_up|down)"
     stored = lambda how: jax.eval_shape(
-        functools.partial(quantize_leaves, rules=[(matrices, how), ("head", how)]), trees(cfg, everything(cfg))[0]
+        functools.partial(quantize_leaves, rules=[(matrices, how), ("head", how)]), trees(cfg, all_trainable(cfg))[0]
     )
     cache = jax.eval_shape(lambda: make_cache(cfg, 5, 23))
     counted = count(functools.partial(decode.decode_step.__wrapped__, cfg), stored("int8"), shaped(5), cache)
     assert counted.matmul == decode_program(cfg, 5, 23, cpu=cpu).total
-    trained = lora(cfg, LoraConfig(2, targets=("q", "up")))
-    adapters, _ = trees(cfg, trained)
+    paths = lora_only(cfg, LoraConfig(2, targets=("q", "up")))
+    adapters, _ = trees(cfg, paths)
     for rows in (FEW, MANY):
         counted = count(functools.partial(loss_and_gradient, cfg), adapters, stored("full"), batch_of(rows, T))
-        assert counted.matmul == gradient_program(cfg, rows, T, trained=trained, cpu=cpu).total
+        assert counted.matmul == gradient_program(cfg, rows, T, trainable=paths, cpu=cpu).total
 
 
 def test_several_steps_of_decoding_are_as_many_times_one():
     cfg, slots, capacity, steps = KINDS["untied"], 5, 23, 4
-    params, _ = trees(cfg, everything(cfg))
+    params, _ = trees(cfg, all_trainable(cfg))
     cache = jax.eval_shape(lambda: make_cache(cfg, slots, capacity))
     sampling = jax.eval_shape(lambda: Sampling(*(jnp.zeros(slots, d) for d in ("f4", "i4", "f4", "f4", "u4"))))
     several = functools.partial(decode.decode_steps, cfg, steps=steps)

@@ -10,20 +10,20 @@ from hypothesis import strategies as st
 from engine.counting.memory import inference_memory, training_memory
 from engine.counting.params import count_params
 from engine.counting.traffic import decode_bytes, forward_bytes, prefill_bytes, train_bytes
-from engine.counting.trained import bottom_frozen, head_only, lora
+from engine.counting.trainable import bottom_frozen, head_only, lora_only
 from engine.model.cache.contiguous import make_cache
 from engine.model.config import LoraConfig, ModelConfig, preset
 
 CFG = ModelConfig(vocab=19, width=12, layers=3, heads=6, kv_heads=3, head_dim=4, ff=10, context=64)
 COUNT = count_params(CFG)
-ADAPTER = lora(CFG, LoraConfig(5, targets=("q", "v")))
+ADAPTER = lora_only(CFG, LoraConfig(5, targets=("q", "v")))
 
 
 def test_adamw_moves_28_bytes_a_parameter_that_learns_and_muon_20_a_matrix():
     assert train_bytes(CFG, 2, 7).optimizer == 28 * COUNT.total
     assert train_bytes(CFG, 2, 7, optimizer="muon").optimizer == 28 * COUNT.total - 8 * COUNT.blocks
-    assert train_bytes(CFG, 2, 7, trained=head_only(CFG)).optimizer == 28 * COUNT.head
-    assert train_bytes(CFG, 2, 7, trained=ADAPTER).optimizer == 28 * 3 * 5 * (12 + 24 + 12 + 12)
+    assert train_bytes(CFG, 2, 7, trainable=head_only(CFG)).optimizer == 28 * COUNT.head
+    assert train_bytes(CFG, 2, 7, trainable=ADAPTER).optimizer == 28 * 3 * 5 * (12 + 24 + 12 + 12)
 
 
 def test_weights_are_read_forward_and_for_dx_and_again_with_remat():
@@ -32,13 +32,13 @@ def test_weights_are_read_forward_and_for_dx_and_again_with_remat():
     assert train_bytes(CFG, 2, 7).weights == 2 * 2 * COUNT.matmul + (4 + 2) * COUNT.matmul
     assert train_bytes(cfg, 2, 7, remat="full").weights == 3 * 4 * COUNT.matmul
     assert train_bytes(cfg, 2, 7, remat="block").weights == 3 * 4 * COUNT.matmul - 4 * (COUNT.head + COUNT.down)
-    assert train_bytes(cfg, 2, 7, trained=head_only(cfg)).weights == 4 * COUNT.matmul
+    assert train_bytes(cfg, 2, 7, trainable=head_only(cfg)).weights == 4 * COUNT.matmul
 
 
 def test_what_is_saved_on_the_way_down():
     full = train_bytes(CFG, 2, 7)
-    half = train_bytes(CFG, 2, 7, trained=bottom_frozen(CFG, 2))
-    none = train_bytes(CFG, 2, 7, trained=head_only(CFG))
+    half = train_bytes(CFG, 2, 7, trainable=bottom_frozen(CFG, 2))
+    none = train_bytes(CFG, 2, 7, trainable=head_only(CFG))
     again = train_bytes(CFG, 2, 7, remat="block")
     block = full.activations // 9
     assert (half.activations, none.activations, again.activations) == (7 * block, 6 * block, 15 * block)
@@ -48,7 +48,7 @@ def test_what_is_saved_on_the_way_down():
 def test_remat_runs_again_what_has_a_backward_and_nothing_where_nothing_has():
     """A block's values are written and read on the way up, again where they are made again, and read on the way down."""
     block = training_memory(CFG, 2, 7).block
-    again = lambda remat, trained=None: train_bytes(CFG, 2, 7, remat=remat, trained=trained).activations // block
+    again = lambda remat, trainable=None: train_bytes(CFG, 2, 7, remat=remat, trainable=trainable).activations // block
     assert [again(remat) for remat in ("none", "block", "full")] == [2 * 3 + 3, 2 * (3 + 3) + 3, 2 * (3 + 3) + 3]
     assert [again(remat, bottom_frozen(CFG, 2)) for remat in ("none", "block", "full")] == [7, 9, 13]
     assert [again(remat, head_only(CFG)) for remat in ("none", "block", "full")] == [6, 6, 6]

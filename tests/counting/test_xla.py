@@ -9,7 +9,7 @@ import pytest
 
 from engine.counting.params import count_params
 from engine.counting.programs import gradient_program, score_program
-from engine.counting.trained import bottom_frozen, head_only
+from engine.counting.trainable import bottom_frozen, head_only
 from engine.counting.walk import count
 from engine.counting.xla import xla_cost, xla_memory
 from engine.inference.decode import decode_step, prefill
@@ -38,9 +38,9 @@ NUMBERS = shaped(B, T)
 BATCH = Batch(NUMBERS, NUMBERS, shaped(B, T, dtype=bool), NUMBERS)
 
 
-def gradient(cfg, trained=None):
+def gradient(cfg, paths=None):
     """(function, arguments) of a gradient by what learns."""
-    trainable, frozen = split(params_of(cfg), trained.weights) if trained else (params_of(cfg), {})
+    trainable, frozen = split(params_of(cfg), paths.weights) if paths else (params_of(cfg), {})
     return functools.partial(loss_and_gradient, cfg), (trainable, frozen, BATCH)
 
 

@@ -31,7 +31,7 @@ def batches(count: int, B: int = 2, T: int = 7):
 
 def halves():
     params = lively_params(CFG)
-    trainable, frozen = split(params, choose(CFG, freeze=["bottom:1"]).trained)
+    trainable, frozen = split(params, choose(CFG, freeze=["bottom:1"]).trainable_paths)
     return trainable, cast_matrices(frozen, "bfloat16")
 
 
@@ -78,7 +78,7 @@ def test_freezing_spares_the_work():
     params, batch = lively_params(CFG), next(batches(1))
 
     def work(**words) -> int:
-        trainable, frozen = split(params, choose(CFG, **words).trained)
+        trainable, frozen = split(params, choose(CFG, **words).trainable_paths)
         return count(lambda t, f, b: loss_and_gradient(CFG, t, f, b), trainable, frozen, batch).matmul
 
     everything, upper, lower, head = work(), work(freeze=["bottom:1"]), work(freeze=["top:1"]), work(train=["head"])

@@ -5,7 +5,7 @@ import pytest
 from tiny import lively_params, tiny_config
 
 from engine.counting.params import count_params, leaf_shapes
-from engine.counting.trained import Trained, bottom_frozen, everything, head_only, top_frozen
+from engine.counting.trainable import TrainablePaths, all_trainable, bottom_frozen, head_only, top_frozen
 from engine.errors import UserError
 from engine.model.paths import leaf_paths, merge
 from engine.training.freeze import Match, choose, split
@@ -16,22 +16,24 @@ TIED = tiny_config(tied=True)
 
 def test_without_a_word_all_learns():
     chosen = choose(CFG)
-    assert chosen.trained == everything(CFG)
+    assert chosen.trainable_paths == all_trainable(CFG)
     assert (chosen.matches, chosen.learning, chosen.resting) == ((), count_params(CFG).total, 0)
-    assert choose(CFG, train=["all"]).trained == everything(CFG)
+    assert choose(CFG, train=["all"]).trainable_paths == all_trainable(CFG)
 
 
 @pytest.mark.parametrize("cfg", [CFG, TIED], ids=["untied", "tied"])
 def test_ends_of_the_model_are_those_that_are_counted(cfg):
-    assert choose(cfg, freeze=["bottom:1"]).trained == bottom_frozen(cfg, 1)
-    assert choose(cfg, freeze=["top:2"]).trained == top_frozen(cfg, 2)
-    assert choose(cfg, train=["head"]).trained == head_only(cfg)
-    assert choose(cfg, freeze=["head"]).trained.weights == leaf_shapes(cfg).keys() - head_only(cfg).weights
+    assert choose(cfg, freeze=["bottom:1"]).trainable_paths == bottom_frozen(cfg, 1)
+    assert choose(cfg, freeze=["top:2"]).trainable_paths == top_frozen(cfg, 2)
+    assert choose(cfg, train=["head"]).trainable_paths == head_only(cfg)
+    assert choose(cfg, freeze=["head"]).trainable_paths.weights == leaf_shapes(cfg).keys() - head_only(cfg).weights
 
 
 def test_what_is_named_to_learn_less_what_is_named_to_stay():
     chosen = choose(CFG, train=["blocks/1/.*", "norm"], freeze=[r".*_norm", "bottom:1"])
-    assert chosen.trained == Trained(frozenset({f"blocks/1/{name}" for name in ("qkv", "out", "gate_up", "down")} | {"norm"}))
+    assert chosen.trainable_paths == TrainablePaths(
+        frozenset({f"blocks/1/{name}" for name in ("qkv", "out", "gate_up", "down")} | {"norm"})
+    )
     assert chosen.matches == (
         Match("blocks/1/.*", 8, 20 * 48 + 24 * 20 + 20 * 56 + 28 * 20 + 2 * 20 + 2 * 4),
         Match("norm", 1, 20),
@@ -44,10 +46,10 @@ def test_what_is_named_to_learn_less_what_is_named_to_stay():
 
 def test_trees_are_parted_as_it_was_said():
     params = lively_params(CFG)
-    trained = choose(CFG, freeze=["bottom:1"]).trained
-    trainable, frozen = split(params, trained)
-    assert set(leaf_paths(trainable)) == trained.weights
-    assert not set(leaf_paths(frozen)) & trained.weights
+    trainable_paths = choose(CFG, freeze=["bottom:1"]).trainable_paths
+    trainable, frozen = split(params, trainable_paths)
+    assert set(leaf_paths(trainable)) == trainable_paths.weights
+    assert not set(leaf_paths(frozen)) & trainable_paths.weights
     whole = merge(trainable, frozen)
     assert jax.tree.structure(whole) == jax.tree.structure(params)
     assert all(a is b for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(params)))

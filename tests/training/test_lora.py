@@ -9,7 +9,7 @@ import optax
 import pytest
 from tiny import positions_of, tiny_config, tokens_of
 
-from engine.counting.trained import lora
+from engine.counting.trainable import lora_only
 from engine.counting.walk import count
 from engine.errors import UserError
 from engine.model.config import LoraConfig
@@ -182,7 +182,7 @@ def test_the_saving_is_in_the_count():
     for targets, share in ((("q", "v"), 0.68), (("all",), 0.72)):
         adapters = jax.eval_shape(lambda targets=targets: add_lora(cfg, params, KEY, LoraConfig(2, targets=targets)))
         assert 0.6 < work(adapters, params) / full < share
-    assert lora(cfg, LoraConfig(2, targets=("q",))).adapted == {f"blocks/{layer}/q" for layer in range(3)}
+    assert lora_only(cfg, LoraConfig(2, targets=("q",))).adapted == {f"blocks/{layer}/q" for layer in range(3)}
 
 
 def test_optax_sees_an_adapter_as_its_two_halves(params):

@@ -8,7 +8,7 @@ from engine.model.config import LoraConfig, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class TrainablePaths:
     """What learns: `weights` are paths of leaves that change, `adapted` those of targets with a LoRA pair of `rank`.
 
     A target is a part of a matrix, such as `blocks/3/q`: the columns of `blocks/3/qkv` that make the queries.
@@ -19,47 +19,47 @@ class Trained:
     rank: int = 0
 
 
-NOTHING = Trained(frozenset())
+NONE_TRAINABLE = TrainablePaths(frozenset())
 
 
-def everything(cfg: ModelConfig) -> Trained:
+def all_trainable(cfg: ModelConfig) -> TrainablePaths:
     """Pre-training and full fine-tuning."""
-    return Trained(frozenset(leaf_shapes(cfg)))
+    return TrainablePaths(frozenset(leaf_shapes(cfg)))
 
 
-def bottom_frozen(cfg: ModelConfig, blocks: int) -> Trained:
+def bottom_frozen(cfg: ModelConfig, blocks: int) -> TrainablePaths:
     """The embedding and the lowest `blocks` blocks stay; all above learns. With 0, nothing is frozen.
 
     A tied table belongs to the bottom, so it stays as well. Raises UserError when there are not so many blocks.
     """
     _check_blocks(cfg, blocks)
     if blocks == 0:
-        return everything(cfg)
+        return all_trainable(cfg)
     kept = ("embed", *(f"blocks/{layer}/" for layer in range(blocks)))
-    return Trained(frozenset(path for path in leaf_shapes(cfg) if not path.startswith(kept)))
+    return TrainablePaths(frozenset(path for path in leaf_shapes(cfg) if not path.startswith(kept)))
 
 
-def top_frozen(cfg: ModelConfig, blocks: int) -> Trained:
+def top_frozen(cfg: ModelConfig, blocks: int) -> TrainablePaths:
     """The highest `blocks` blocks, the last norm and the head stay; all below learns. With 0, nothing is frozen.
 
     A tied table belongs to the bottom, so it learns. Raises UserError when there are not so many blocks.
     """
     _check_blocks(cfg, blocks)
     if blocks == 0:
-        return everything(cfg)
+        return all_trainable(cfg)
     kept = ("norm", "head", *(f"blocks/{layer}/" for layer in range(cfg.layers - blocks, cfg.layers)))
-    return Trained(frozenset(path for path in leaf_shapes(cfg) if not path.startswith(kept)))
+    return TrainablePaths(frozenset(path for path in leaf_shapes(cfg) if not path.startswith(kept)))
 
 
-def head_only(cfg: ModelConfig) -> Trained:
+def head_only(cfg: ModelConfig) -> TrainablePaths:
     """Only the unembedding learns. In a tied model that table also feeds the bottom, so the saving is only in dW."""
-    return Trained(frozenset({"embed" if cfg.tied else "head"}))
+    return TrainablePaths(frozenset({"embed" if cfg.tied else "head"}))
 
 
-def lora(cfg: ModelConfig, adapter: LoraConfig) -> Trained:
+def lora_only(cfg: ModelConfig, adapter: LoraConfig) -> TrainablePaths:
     """A LoRA pair on the targets of every block; nothing else learns (Hu et al., 2106.09685)."""
     paths = frozenset(f"blocks/{layer}/{name}" for layer in range(cfg.layers) for name in adapter.adapted)
-    return Trained(frozenset(), paths, adapter.rank)
+    return TrainablePaths(frozenset(), paths, adapter.rank)
 
 
 def target_shapes(cfg: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -73,17 +73,17 @@ def target_shapes(cfg: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def check_paths(cfg: ModelConfig, trained: Trained) -> None:
+def check_paths(cfg: ModelConfig, trainable: TrainablePaths) -> None:
     """Raises UserError when what is said to learn is not in the model."""
-    for paths, known in ((trained.weights, leaf_shapes(cfg)), (trained.adapted, target_shapes(cfg))):
+    for paths, known in ((trainable.weights, leaf_shapes(cfg)), (trainable.adapted, target_shapes(cfg))):
         for path in paths:
             if path not in known:
                 raise UserError(f"The model has no parameter {path!r}.{nearest(path, list(known))}")
 
 
-def lowest_gradient(cfg: ModelConfig, trained: Trained) -> int:
+def lowest_gradient(cfg: ModelConfig, trainable: TrainablePaths) -> int:
     """The lowest block that the backward pass enters: those below keep nothing for it. L when it enters none."""
-    paths = trained.weights | trained.adapted
+    paths = trainable.weights | trainable.adapted
     if "embed" in paths:
         return 0
     return min((int(path.split("/")[1]) for path in paths if path.startswith("blocks/")), default=cfg.layers)
