@@ -74,12 +74,14 @@ def measured(flags: Flags) -> dict[str, Any]:
     if flags.keys_values not in ("bfloat16", "float32", "int8"):
         raise UserError(f"--keys-values is bfloat16, float32 or int8, not {flags.keys_values!r}.")
     start_jax(decodes=True)
-    from bench.models import gguf_file
     from engine.inference.decode import for_inference
     from engine.inference.quantize import quantize
+    from engine.storage.find import locate
     from engine.storage.gguf.load import load_gguf
 
-    file = gguf_file(flags.model)
+    form, file, _ = locate(flags.model)
+    if form != "gguf":
+        raise UserError(f"There is no .gguf file at {flags.model}; give one, or smollm2-135m-instruct.")
     model = load_gguf(file)
     weights = for_inference(model.cfg, quantize(model.params))
     prompts = _prompts(model)
@@ -104,12 +106,10 @@ def measured(flags: Flags) -> dict[str, Any]:
 def _prompts(model: Any) -> list[list[int]]:
     """32 passages of 512 tokens, each from another place of the held-out plays."""
     from engine.storage.assets import fetch
-    from engine.text.tokenizer import Tokenizer
 
     text = fetch("shakespeare")["validation"].read_text(encoding="utf-8")
-    tokenizer = Tokenizer(model.tokenizer, model.tokenizer_config)
     step = len(text) // 32
-    return [tokenizer.encode(text[place * step : place * step + 4 * 1024]).tolist()[:512] for place in range(32)]
+    return [model.tokenizer.encode(text[place * step : place * step + 4 * 1024]).tolist()[:512] for place in range(32)]
 
 
 def _ours(cfg: Any, weights: Any, prompts: list[list[int]], new: int, guesses: bool, kind: Any) -> Run:

@@ -13,14 +13,14 @@ from engine import format as words
 from engine.errors import UserError
 from engine.inference.score import score
 from engine.storage.digest import digest
+from engine.storage.loaded_model import LoadedModel
+from engine.storage.run_folder import read_json
 from engine.text.chat import Chat
 from engine.text.conversations import NAMED, Conversations
 from engine.text.examples import Pair, Tally
 from engine.text.packing import pairs_once
 from engine.training.preference import Preferences, margins
 from stages.runs import conversation_data, forgetting, text_data, validation
-from stages.runs import folder as run_folder
-from stages.runs.load import Model
 
 if TYPE_CHECKING:
     from stages.cli.console import Console, ReportProgress
@@ -46,13 +46,15 @@ def conversations(data: str | None) -> Conversations | None:
     return None if found.kind == "text" else found
 
 
-def tuned_on(model: Model) -> dict[str, Any] | None:
+def tuned_on(model: LoadedModel) -> dict[str, Any] | None:
     """The run.json of a fine-tuning, None for any other model."""
-    about = run_folder.read_json(model.run / "run.json") if model.run else {}
+    about = read_json(model.run / "run.json") if model.run else {}
     return about if about.get("stage") == "finetune" else None
 
 
-def heard(model: Model, chat: Chat, found: Conversations | None, context: int | None, usual: int, console: "Console") -> Heard:
+def heard(
+    model: LoadedModel, chat: Chat, found: Conversations | None, context: int | None, usual: int, console: "Console"
+) -> Heard:
     """The examples of a data set, or else those that the model's fine-tuning held out."""
     about = tuned_on(model) or {}
     seq = min(context or about.get("recipe", {}).get("context") or usual, model.cfg.context)
@@ -66,7 +68,7 @@ def heard(model: Model, chat: Chat, found: Conversations | None, context: int | 
     return Heard(made.held_out, made.held_out_name, None, seq)
 
 
-def compared(model: Model, console: "Console") -> list[tuple[str, str]]:
+def compared(model: LoadedModel, console: "Console") -> list[tuple[str, str]]:
     """What a fine-tuned run knew before: of what it held out, and of a text it was not about, beside what it now knows."""
     about = tuned_on(model) or {}
     result = about.get("result") or {}
@@ -79,7 +81,7 @@ def compared(model: Model, console: "Console") -> list[tuple[str, str]]:
     return [*rows, ("forgotten", f"{was['general']:.3f} -> {now:.3f} bits per byte on {text}")]
 
 
-def measure(model: Model, given: Heard, report: "ReportProgress") -> list[tuple[str, str]]:
+def measure(model: LoadedModel, given: Heard, report: "ReportProgress") -> list[tuple[str, str]]:
     """The rows of the result. Raises RuntimeError when reading changed a weight."""
     before, begin = digest(model.params), time.perf_counter()
     pairs = isinstance(given.examples[0], Pair)
@@ -91,7 +93,7 @@ def measure(model: Model, given: Heard, report: "ReportProgress") -> list[tuple[
     return [*rows, ("seconds", f"{taken:.1f}"), ("weights", f"unchanged, SHA-256 {after[:16]} before and after")]
 
 
-def nats_per_token(model: Model, examples: Sequence[Any], seq: int, report: "ReportProgress") -> tuple[float, int]:
+def nats_per_token(model: LoadedModel, examples: Sequence[Any], seq: int, report: "ReportProgress") -> tuple[float, int]:
     """(mean nats of an answer's token, how many there are)."""
     batches = conversation_data.batch_examples(examples, seq, min(conversation_data.ROWS, validation.rows_for(model.cfg, seq)))
     total, count = 0.0, 0
@@ -104,7 +106,7 @@ def nats_per_token(model: Model, examples: Sequence[Any], seq: int, report: "Rep
     return total / count, count
 
 
-def _answers(model: Model, given: Heard, report: "ReportProgress") -> list[tuple[str, str]]:
+def _answers(model: LoadedModel, given: Heard, report: "ReportProgress") -> list[tuple[str, str]]:
     nats, count = nats_per_token(model, given.examples, given.seq, report)
     return [
         ("examples", f"{len(given.examples):,}"),
@@ -114,7 +116,7 @@ def _answers(model: Model, given: Heard, report: "ReportProgress") -> list[tuple
     ]
 
 
-def _preferred(model: Model, given: Heard, report: "ReportProgress") -> list[tuple[str, str]]:
+def _preferred(model: LoadedModel, given: Heard, report: "ReportProgress") -> list[tuple[str, str]]:
     found: list[np.ndarray] = []
     for part in pairs_once(given.examples, given.seq, conversation_data.ROWS):
         there = part.pair >= 0

@@ -105,16 +105,17 @@ def _begin(given: Talk, notes: "Console") -> "tuple[Session, str]":
 
     from engine import format as words
     from engine.inference import decode
+    from engine.storage.find import load_model, with_adapters
     from engine.text.chat import Chat
-    from stages.runs import adapters, load
+    from engine.text.template import read_template
     from stages.session import Session, Settings
 
-    source = load.template_at(given.template)
+    source = read_template(given.template)
     with notes.task(f"loading {given.model or 'the newest run'}") as report:
-        model = load.load_model(given.model, report=report)
-    load.say_damaged(model, notes)
+        model = load_model(given.model, report=report)
+    notes.warn_damaged(model.damaged, model.checkpoint)
     described = f"{model.name} ({model.checkpoint})"
-    params = adapters.with_adapters(model, given.adapter)
+    params = with_adapters(model.params, given.adapter)
     if given.adapter:
         described += f" with {words.listed([*map(str, given.adapter)])}"
     chat = Chat(model.tokenizer, source, now=datetime.datetime.now().isoformat(timespec="seconds"))

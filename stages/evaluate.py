@@ -23,10 +23,10 @@ from stages.cli.flags import DeviceFlag, ModelFlag, VerboseFlag, default, intege
 WINDOW = 1024  # tokens, unless asked for: more look back tells little more and takes much longer
 
 if TYPE_CHECKING:
+    from engine.storage.loaded_model import LoadedModel
     from engine.text.conversations import Conversations
     from engine.text.tokens import TokenFile
     from stages.cli.console import Console
-    from stages.runs.load import Model as Loaded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,15 +56,15 @@ def evaluate(given: Evaluate) -> None:
 
     signals.set_phase("before the evaluation was done.")
     started = start_jax(given.device)
+    from engine.storage.find import load_model
     from stages import answers
     from stages.cli.console import Console
-    from stages.runs import load
 
     with Console() as console:
         said = answers.conversations(given.data)
         with console.task("loading"):
-            model = load.load_model(given.model)
-        load.say_damaged(model, console)
+            model = load_model(given.model)
+        console.warn_damaged(model.damaged, model.checkpoint)
         console.print_rows([("device", str(started)), ("model", str(model.checkpoint))])
         if said or (given.data is None and answers.tuned_on(model)):
             _on_answers(given, model, said, console)
@@ -72,7 +72,7 @@ def evaluate(given: Evaluate) -> None:
             _on_text(given, model, console)
 
 
-def _on_answers(given: Evaluate, model: "Loaded", said: "Conversations | None", console: "Console") -> None:
+def _on_answers(given: Evaluate, model: "LoadedModel", said: "Conversations | None", console: "Console") -> None:
     from engine.errors import UserError
     from engine.text.chat import Chat
     from stages import answers
@@ -90,7 +90,7 @@ def _on_answers(given: Evaluate, model: "Loaded", said: "Conversations | None", 
     chat.close()
 
 
-def _on_text(given: Evaluate, model: "Loaded", console: "Console") -> None:
+def _on_text(given: Evaluate, model: "LoadedModel", console: "Console") -> None:
     from engine import format as words
     from engine.errors import UserError
     from engine.storage.digest import digest
@@ -133,10 +133,10 @@ def _on_text(given: Evaluate, model: "Loaded", console: "Console") -> None:
         raise RuntimeError(f"Evaluation changed the weights: their SHA-256 was {before} and is {after}.")
 
 
-def _text(given: Evaluate, model: "Loaded", console: "Console") -> "tuple[TokenFile, str]":
+def _text(given: Evaluate, model: "LoadedModel", console: "Console") -> "tuple[TokenFile, str]":
     """The tokens to score and what they are called."""
     from engine.errors import UserError
-    from stages.runs import folder as run_folder
+    from engine.storage.run_folder import read_json
     from stages.runs import text_data
 
     if given.data:
@@ -144,7 +144,7 @@ def _text(given: Evaluate, model: "Loaded", console: "Console") -> "tuple[TokenF
     else:
         if model.run is None:
             raise UserError(f"{model.name} does not say what it was validated on; give --data.")
-        about = run_folder.read_json(model.run / "run.json")
+        about = read_json(model.run / "run.json")
         trained_on = about.get("text", {})
         validation = trained_on.get("validation")
         if not trained_on.get("data") or "asked" in about:

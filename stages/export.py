@@ -17,7 +17,7 @@ from stages.cli.command import command_line, run_command
 from stages.cli.flags import DeviceFlag, ModelFlag, VerboseFlag, default, one_of, parser, path
 
 if TYPE_CHECKING:
-    from stages.runs.load import Model as Loaded
+    from engine.storage.loaded_model import LoadedModel
 
 DTYPES = ("float32", "bfloat16", "float16", "q8_0")
 WRITTEN = {
@@ -58,8 +58,8 @@ def export(given: Export) -> int:
     from engine import format as words
     from engine.errors import UserError
     from engine.model.weights.matmul import dense
+    from engine.storage.find import load_model
     from stages.cli.console import Console
-    from stages.runs import load
 
     to_gguf = given.out.suffix == ".gguf"
     if given.adapter and (to_gguf or given.dtype):
@@ -69,8 +69,8 @@ def export(given: Export) -> int:
     _make_room(given.out, given.overwrite)
     with Console() as console:
         with console.task("loading") as report:
-            model = load.load_model(given.model, report=report)
-        load.say_damaged(model, console)
+            model = load_model(given.model, report=report)
+        console.warn_damaged(model.damaged, model.checkpoint)
         dtype = given.dtype or ("float16" if to_gguf else str(dense(model.params["embed"]).dtype))
         dtype = "float32" if given.adapter else dtype
         console.print_rows([("device", str(started)), ("model", str(model.checkpoint)), ("writes", f"{given.out}, {dtype}")])
@@ -111,7 +111,7 @@ def _make_room(out: Path, overwrite: bool) -> None:
         raise UserError(f"{out} is there already; give another --out, or --overwrite.")
 
 
-def _write(given: Export, model: "Loaded", dtype: str, to_gguf: bool, report: Any) -> list[str]:
+def _write(given: Export, model: "LoadedModel", dtype: str, to_gguf: bool, report: Any) -> list[str]:
     """Writes the export, whole or not at all; returns what a person should know of it."""
     from engine.files import whole_folder
     from engine.storage.gguf import save as gguf_writer
@@ -121,7 +121,7 @@ def _write(given: Export, model: "Loaded", dtype: str, to_gguf: bool, report: An
 
     tokenizer = model.tokenizer
     if to_gguf:
-        said = gguf_words.words_to(tokenizer.to_json(), tokenizer.config, model.ends, model.start, model.cfg.vocab)
+        said = gguf_words.words_to(tokenizer.to_json(), tokenizer.config, model.ends, model.tokenizer.start, model.cfg.vocab)
         gguf_writer.save_gguf(given.out, model.cfg, model.params, said, name=model.name, dtype=dtype, report=report)
         if "tokenizer.huggingface.json" not in said:
             return []
@@ -142,11 +142,11 @@ def _write(given: Export, model: "Loaded", dtype: str, to_gguf: bool, report: An
     return []
 
 
-def _base(model: "Loaded") -> str:
+def _base(model: "LoadedModel") -> str:
     """What the model that an adapter was learnt about is called."""
-    from stages.runs import folder as run_folder
+    from engine.storage.run_folder import read_json
 
-    about = run_folder.read_json(model.run / "run.json") if model.run else {}
+    about = read_json(model.run / "run.json") if model.run else {}
     return about.get("base", {}).get("model") or model.name
 
 

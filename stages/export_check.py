@@ -15,9 +15,10 @@ from engine.model.paths import leaf_paths, map_paths, merge, nested
 from engine.model.transformer import forward
 from engine.model.weights.lora import LoRA
 from engine.model.weights.matmul import dense
+from engine.storage.find import load_model
 from engine.storage.huggingface.peft import load_peft
+from engine.storage.loaded_model import LoadedModel
 from engine.text.tokenizer import load_tokenizer
-from stages.runs.load import Model, load_model
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog.", "  two spaces\tand a tab\n\n\nand lines", "In 1969, 12345 people; 3.14159!",
@@ -27,13 +28,13 @@ ROWS, LENGTH = 2, 64  # tokens whose logits are compared
 CLOSE = 1e-3  # of the largest logit: what the order of float32 sums may change
 
 
-def compare(model: Model, out: Path, dtype: str) -> tuple[list[tuple[str, str]], list[str]]:
+def compare(model: LoadedModel, out: Path, dtype: str) -> tuple[list[tuple[str, str]], list[str]]:
     """(what was found, in rows to print; what differs, a sentence each) of the export at `out` of `model`."""
     read = load_model(str(out), dtype="float32")
     faults = [f"{name} of the architecture" for name in model.cfg.same_architecture(read.cfg)]
     faults += [f"the tokens of {text!r}" for text in TEXTS if _tokens(model, text) != _tokens(read, text)]
     faults += ["what ends a completion"] if model.ends != read.ends else []
-    faults += ["what is put before a text"] if model.start != read.start else []
+    faults += ["what is put before a text"] if model.tokenizer.start != read.tokenizer.start else []
     faults += ["the chat template"] if model.chat_template != read.chat_template else []
     rows = [
         ("tokens", f"{len(TEXTS)} texts, of every script and with control tokens in them"),
@@ -53,7 +54,7 @@ def compare(model: Model, out: Path, dtype: str) -> tuple[list[tuple[str, str]],
     return rows, faults
 
 
-def compare_adapter(model: Model, out: Path) -> tuple[list[tuple[str, str]], list[str]]:
+def compare_adapter(model: LoadedModel, out: Path) -> tuple[list[tuple[str, str]], list[str]]:
     """As `compare`, of adapters in PEFT's layout: the pairs to the bit, and what they make of the base with its logits."""
     leaves = leaf_paths(model.params)
     meant = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, LoRA)}
@@ -79,7 +80,7 @@ def compare_adapter(model: Model, out: Path) -> tuple[list[tuple[str, str]], lis
     return rows, [] if apart == 0 else ["the logits"]
 
 
-def _tokens(model: Model, text: str) -> list[int]:
+def _tokens(model: LoadedModel, text: str) -> list[int]:
     return model.tokenizer.encode(text).tolist()
 
 

@@ -60,14 +60,14 @@ def generate(given: Generate) -> None:
     started = start_jax(given.device, decodes=True)
     from engine.inference import decode
     from engine.inference.sampling import make_sampling
+    from engine.storage.find import load_model
     from stages.cli.compile_counter import CompileCounter
     from stages.cli.console import Console
-    from stages.runs import load
 
     notes = Console(sys.stderr)
-    model = load.load_model(given.model)
-    load.say_damaged(model, notes)
-    prompt = [*model.start, *_prompt(given.prompt, model.tokenizer)]
+    model = load_model(given.model)
+    notes.warn_damaged(model.damaged, model.checkpoint)
+    prompt = [*model.tokenizer.start, *_prompt(given.prompt, model.tokenizer)]
     params = decode.for_inference(model.cfg, model.params)
     sampling = make_sampling(
         given.count, temperature=given.temperature, top_k=given.top_k, top_p=given.top_p, min_p=given.min_p,

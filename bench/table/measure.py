@@ -33,12 +33,13 @@ def stage_table(asked: Asked) -> dict[str, Any]:
 
     begin = clock()
     _check(asked)
-    from bench.models import config_of, drawn, loaded
+    from bench.models import drawn, loaded
     from bench.table.estimate import check_memory, takes_long
     from engine.device import start_jax
     from engine.model.config import preset
+    from engine.storage.find import read_config
 
-    check_memory(config_of(asked.model) if asked.model else preset(asked.preset), asked.batch, asked.context)
+    check_memory(read_config(asked.model) if asked.model else preset(asked.preset), asked.batch, asked.context)
     start_jax()
     import jax
 

@@ -23,7 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from engine.device import cores, device_name, processor
+from engine.errors import UserError
 from engine.files import cache_folder, write_json
+from engine.format import size
 
 _CPU_SIDE = 2048  # of the matrices
 _CPU_NUMBERS = 2**26  # float32: 256 MiB, beyond the caches
@@ -210,3 +212,14 @@ def memory_limit_bytes(root: Path = Path("/")) -> int:
                 if group == top:
                     break
     return min(limits)
+
+
+def check_room(what: str, wanted: int, detail: str = "", remedy: str = "") -> None:
+    """Raises UserError when `what` (plural) takes more bytes than this process may use, instead of being killed over it.
+
+    `detail` says what the size is of, `remedy` what to do.
+    """
+    limit = memory_limit_bytes()
+    if wanted > limit:
+        parts = (what, "take", size(wanted), detail)
+        raise UserError(f"{' '.join(filter(None, parts))}, and {size(limit)} are here. {remedy}".rstrip())

@@ -18,11 +18,11 @@ def from_json(data: bytes, path: Path) -> tokenizers.Tokenizer:
     return built(lambda: tokenizers.Tokenizer.from_str(text), path)
 
 
-def built(make: Callable[[], tokenizers.Tokenizer], path: Path) -> tokenizers.Tokenizer:
+def built[T](make: Callable[[], T], path: Path) -> T:
     """What `make` returns. The library raises bare Exception for what it cannot read, and a panic is no Exception at all."""
     try:
         return make()
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+    except (KeyboardInterrupt, SystemExit, MemoryError, UserError):
         raise
     except BaseException as error:
         raise UserError(f"{path} does not hold a tokenizer that can be read: {shown(str(error))}.") from None

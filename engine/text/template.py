@@ -26,6 +26,17 @@ FIXED_DAY = "2026-01-01T00:00:00"
 Message = Mapping[str, str]  # role: system, user, assistant or tool; content: text
 
 
+def read_template(path: Path | None) -> str | None:
+    """Returns the chat template in a file; None for no file. Raises UserError when it cannot be read."""
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"The template {path} cannot be read: {reason}.") from error
+
+
 class Refused(UserError):
     """This conversation cannot be used, for example as the template does not take it (`raise_exception`); others may."""
 

@@ -49,6 +49,11 @@ class Console:
         else:
             print(text, file=self.stream, flush=True)
 
+    def warn_damaged(self, damaged: Sequence[str], used: object) -> None:
+        """Names the files that were passed over on the way to a sound checkpoint, and the one used instead."""
+        for line in [*(f"damaged: {line}" for line in damaged), *([f"using {used} instead"] if damaged else [])]:
+            self.print(line, style="yellow")
+
     def print_rows(self, rows: Sequence[tuple[str, str]]) -> None:
         """Labels beside what they say; long values go on below themselves."""
         width = max(len(label) for label, _ in rows)

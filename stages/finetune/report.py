@@ -14,10 +14,11 @@ from engine.inference.sampling import make_sampling
 from engine.model.paths import leaf_paths, merge
 from engine.storage.adapter import save_adapter
 from engine.storage.digest import digest
+from engine.storage.run_folder import ADAPTER
 from stages.cli import signals
 from stages.cli.command import command_line
-from stages.runs import adapters, forgetting
 from stages.runs import folder as run_folder
+from stages.runs import forgetting
 from stages.runs.loop import Loop
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def close(run: "Tuned", state: Any, loop: Loop, was: Look) -> int:
     if not frozen_same:
         raise RuntimeError(f"Frozen weights changed: their SHA-256 was {run.base}.")
     if run.learner.trainable_paths.adapted:
-        place = save_adapter(folder / adapters.FOLDER, state.trainable, base=run.base, about=_about(run))
+        place = save_adapter(folder / ADAPTER, state.trainable, base=run.base, about=_about(run))
     else:
         place = folder / "checkpoints" / str(past.step)
     speed = past.step * run.plan.step_tokens / max(past.seconds, 1e-9)

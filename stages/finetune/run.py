@@ -44,16 +44,18 @@ class Tuned:
     plan: "TuningPlan"
 
     def __init__(self, given: "Finetune", device: Device, folder: Path, console: Console) -> None:
+        from engine.storage.find import load_model
         from engine.text.chat import Chat
-        from stages.runs import conversation_data, load, text_data
+        from engine.text.template import read_template
+        from stages.runs import conversation_data, text_data
         from stages.runs import estimate as plan
 
         self.given, self.device, self.folder, self.console = given, device, folder, console
-        source = load.template_at(given.examples.template)
+        source = read_template(given.examples.template)
         dtype = None if given.adapter else "float32"
         with console.task(f"loading {given.model}") as report:
-            self.model = load.load_model(given.model, dtype=dtype, report=report, known=self.foresee)
-        load.say_damaged(self.model, console)
+            self.model = load_model(given.model, dtype=dtype, report=report, on_config=self.foresee)
+        console.warn_damaged(self.model.damaged, self.model.checkpoint)
         self.plan = dataclasses.replace(self.plan, preset=self.model.name)
         if given.examples.general != "none":
             text_data.check_text_name(given.examples.general)

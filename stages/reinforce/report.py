@@ -6,10 +6,11 @@ from engine import format as words
 from engine.counting.hardware import peak_rss_bytes
 from engine.storage.adapter import save_adapter
 from engine.storage.digest import digest
+from engine.storage.run_folder import ADAPTER
 from stages.cli import signals
 from stages.cli.command import command_line
-from stages.runs import adapters, kept
 from stages.runs import folder as run_folder
+from stages.runs import kept
 
 if TYPE_CHECKING:
     from stages.reinforce.rounds import Draw, Rounds
@@ -28,7 +29,7 @@ def close(run: "Reinforced", state: Any, rounds: "Rounds", was: "Draw") -> int:
         if digest(run.model.params) != run.base:
             raise RuntimeError(f"Frozen weights changed: their SHA-256 was {run.base}.")
         about = {"model": kept.lasting(run.given.model), "lora": str(run.given.adapter), "task": run.given.asked.task}
-        place = save_adapter(folder / adapters.FOLDER, state.trainable, base=run.base, about=about)
+        place = save_adapter(folder / ADAPTER, state.trainable, base=run.base, about=about)
     else:
         place = folder / "checkpoints" / str(past.step)
     drawing = sum(one.draw.seconds for one in rounds.done)

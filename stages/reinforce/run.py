@@ -44,12 +44,12 @@ class Reinforced:
     """What the stages of one run hand on to each other."""
 
     def __init__(self, given: "Reinforce", device: Device, folder: Path, console: Console) -> None:
+        from engine.storage.find import load_model
         from engine.text.chat import Chat
         from engine.training.optimizer import OptimizerConfig
         from engine.training.reinforce import grpo
         from engine.training.rewards import make_reward
         from stages.reinforce.data import prompts_for
-        from stages.runs import load
         from stages.runs import trainable as learning
         from stages.runs.recipes import Recipe
 
@@ -58,8 +58,8 @@ class Reinforced:
         self.reward = make_reward(asked.task)
         self.prompts = prompts_for(asked.task, asked.data, given.seed)
         with console.task(f"loading {given.model}") as report:
-            self.model = load.load_model(given.model, dtype=None if given.adapter else "float32", report=report)
-        load.say_damaged(self.model, console)
+            self.model = load_model(given.model, dtype=None if given.adapter else "float32", report=report)
+        console.warn_damaged(self.model.damaged, self.model.checkpoint)
         cfg = self.model.cfg
         self.chat = Chat(self.model.tokenizer)
         self.ends = frozenset((*self.model.ends, *([] if self.chat.end is None else [self.chat.end])))

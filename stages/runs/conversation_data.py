@@ -26,7 +26,7 @@ from stages.cli.signals import SignalState
 
 if TYPE_CHECKING:
     from stages.finetune.flags import Finetune
-    from stages.runs.load import Model
+    from engine.storage.loaded_model import LoadedModel
 
 HELD_OUT = 0.1
 ROWS = 2  # that an evaluation scores together
@@ -61,7 +61,7 @@ class ConversationData:
 
 
 def prepare_conversations(
-    data: str, validation: str | None, objective: str, seq: int, model: "Model", chat: Chat, console: Console
+    data: str, validation: str | None, objective: str, seq: int, model: "LoadedModel", chat: Chat, console: Console
 ) -> ConversationData:
     """Reads, renders and cuts all examples. Raises UserError for data of another kind than the objective needs."""
     found = _read(data, objective)
@@ -97,11 +97,11 @@ def read_named(data: str) -> Conversations:
     return read_conversations(data if data in NAMED else Path(data).expanduser())
 
 
-def tokenize_examples(found: Conversations, model: "Model", chat: Chat, seq: int, report: Any = None) -> tuple[Sequence[Any], Tally]:
+def tokenize_examples(found: Conversations, model: "LoadedModel", chat: Chat, seq: int, report: Any = None) -> tuple[Sequence[Any], Tally]:
     """Examples, or pairs of them, and what became of each row. Raises UserError when none is left."""
     if found.kind == "preference":
         return make_pairs(found, chat, seq, report=report)
-    return make_examples(found, chat, seq, start=model.start, report=report)
+    return make_examples(found, chat, seq, start=model.tokenizer.start, report=report)
 
 
 class PreferenceBatches:

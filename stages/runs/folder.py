@@ -23,11 +23,9 @@ from typing import Any
 
 from engine.errors import UserError
 from engine.files import whole_file, write_json
-from engine.model.config import ModelConfig
+from engine.storage.run_folder import ADAPTER, ROOT
 
-ROOT = Path("runs")
-REMEDY = "Restore it from a copy, or train anew with --overwrite."
-OURS = ("config.json", "metrics.jsonl", "tokenizer", "checkpoints", "samples", "adapter", "run.json")
+OURS = ("config.json", "metrics.jsonl", "tokenizer", "checkpoints", "samples", ADAPTER, "run.json")
 
 
 def default_folder(preset: str, data: str) -> Path:
@@ -50,27 +48,6 @@ def holds_run(folder: Path) -> bool:
     if any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise UserError(f"{folder} holds files but no run.json, so it is not a run folder. Give another --out-dir.")
     return False
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError when it is missing or damaged."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"There is no {path}.") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}. {REMEDY}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} should hold one JSON object. {REMEDY}")
-    return value
-
-
-def read_config(folder: Path) -> ModelConfig:
-    """The architecture of a run. Raises UserError when config.json is missing, damaged, or not ours."""
-    try:
-        return ModelConfig.from_json(read_json(folder / "config.json"))
-    except TypeError as error:
-        raise UserError(f"{folder / 'config.json'} does not describe a model: {error}.") from None
 
 
 def clear_run(folder: Path) -> None:
@@ -134,13 +111,3 @@ class MetricsLog:
         clean = {name: value if math.isfinite(value) else None for name, value in fields.items()}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean) + "\n")
-
-
-def newest_run(root: Path = ROOT) -> Path:
-    """The run that was saved to last. Raises UserError when there is none."""
-    runs = [path.parent.parent for path in root.glob("*/checkpoints/*/") if path.name.isdigit()]
-    if not runs:
-        raise UserError(
-            f"There is no trained model in {root}/ yet: run `python -m stages.train` first, or give --model FOLDER."
-        )
-    return max(runs, key=lambda run: max(step.stat().st_mtime for step in (run / "checkpoints").iterdir()))

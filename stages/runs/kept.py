@@ -1,7 +1,6 @@
 """What a run that changes a given model keeps in its folder beside weights, and how it goes on from there."""
 
 import copy
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,8 @@ from engine.storage import checkpoint
 from engine.text.chat import Chat
 from engine.training.optimizer import make_optimizer
 from engine.training.step import TrainState, init_state
-from stages.runs import load
+from engine.storage.loaded_model import LoadedModel
+from engine.storage.run_folder import save_tokenizer
 from stages.runs import state as resume
 from stages.cli.console import Console
 from stages.runs.trainable import Learner, TuningPlan
@@ -43,12 +43,12 @@ def restore(before: resume.PreviousRun | None, learner: Learner, plan: TuningPla
     return TrainState(jnp.int32(past.step), learner.of(loaded.params), loaded.optimizer), past
 
 
-def keep_words(folder: Path, model: load.Model, chat: Chat) -> None:
+def keep_words(folder: Path, model: LoadedModel, chat: Chat) -> None:
     """What makes the run read and end text as the model does."""
     tokenizer = copy.copy(model.tokenizer)
     tokenizer.config = tokenizer.config | {"chat_template": chat.source}
     ends = model.ends if chat.end is None else tuple(dict.fromkeys((*model.ends, chat.end)))
-    load.keep_words(folder, dataclasses.replace(model, tokenizer=tokenizer, ends=ends))
+    save_tokenizer(folder, tokenizer, ends)
 
 
 def lasting(given: str) -> str:

@@ -15,6 +15,7 @@ from engine.model.transformer import init_params
 from engine.storage import checkpoint
 from engine.text.tokenizer import Tokenizer
 from engine.training.step import TrainState
+from engine.storage.run_folder import read_config, read_json
 from stages.runs import folder as run_folder
 from stages.cli.console import Console
 from stages.runs.loop import LoopState
@@ -44,10 +45,10 @@ def find_previous_run(folder: Path, facts: dict[str, Any], cfg: ModelConfig, ove
     """
     if overwrite or not run_folder.holds_run(folder):
         return None
-    run = run_folder.read_json(folder / "run.json")
+    run = read_json(folder / "run.json")
     if not checkpoint.steps(folder):
         return None  # stopped before its first checkpoint: nothing to go on from, nothing to lose
-    differing = differences(run, facts, run_folder.read_config(folder), cfg)
+    differing = differences(run, facts, read_config(folder), cfg)
     if differing:
         raise UserError(
             f"{folder} holds a run with another {words.listed(differing)}. Give another --out-dir, or --overwrite to "
@@ -55,7 +56,7 @@ def find_previous_run(folder: Path, facts: dict[str, Any], cfg: ModelConfig, ove
         )
     newest = checkpoint.steps(folder)[-1]
     try:
-        state = run_folder.read_json(folder / "checkpoints" / str(newest) / "state.json")["state"]
+        state = read_json(folder / "checkpoints" / str(newest) / "state.json")["state"]
         past = loop_state_of(state)
     except (UserError, KeyError, TypeError):
         past = LoopState()  # damaged: loading will say so, and find the one before

@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from engine import format as words
-from engine.counting.hardware import memory_limit_bytes
+from engine.counting import hardware
 from engine.counting.params import count_params, leaf_shapes
 from engine.device import Device
-from engine.errors import UserError
 from engine.inference import decode
 from engine.inference.quantize import quantize
 from engine.inference.slots import CHUNK, compile_ahead
@@ -61,11 +59,8 @@ def check_room(cfg: ModelConfig, given: "Serve", started: Device) -> None:
     room = jax.eval_shape(lambda: make_spans(cfg, asked["slots"], asked["capacity"], CHUNK, asked["kind"]))
     needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(room)) + asked["prefixes"]
     needed += count_params(cfg).total * {"int8": 1, "bfloat16": 2, "float32": 4}[weights]
-    if needed > (limit := memory_limit_bytes()):
-        raise UserError(
-            f"The weights and {asked['slots']:,} slots of {asked['capacity']:,} tokens take {words.size(needed)}, and "
-            f"{words.size(limit)} are here. {FEWER}"
-        )
+    what = f"The weights and {asked['slots']:,} slots of {asked['capacity']:,} tokens"
+    hardware.check_room(what, needed, remedy=FEWER)
 
 
 class Ahead:

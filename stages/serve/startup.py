@@ -17,10 +17,13 @@ from engine.device import Device, start_jax
 from engine.errors import UserError
 from engine.inference.slots import Slots
 from engine.model.config import ModelConfig
+from engine.storage.assets import MODELS
 from engine.storage.digest import digest
+from engine.storage.find import load_model, with_adapters
+from engine.storage.loaded_model import LoadedModel
 from engine.text.chat import Chat
+from engine.text.template import read_template
 from stages.cli.compile_counter import CompileCounter
-from stages.runs import load as models
 from stages.serve.admission import Door
 from stages.serve.compile_ahead import FEWER, Ahead, as_served, check_room, kept_as, options
 from stages.serve.engine import Engine
@@ -40,7 +43,7 @@ UNCOLLECTED = 100_000  # objects more before Python looks for garbage: tracing m
 class Loaded:
     """What does not depend on the event loop. `source`: a chat template given by hand."""
 
-    model: models.Model
+    model: LoadedModel
     name: str
     params: Any
     slots: Slots
@@ -56,7 +59,7 @@ class Loaded:
         engine = Engine(self.slots, post, self.compiles)
         metrics = Metrics(self.name, engine)
         another = lambda: make_chat(self.model, self.source, self.now)
-        prompts = Prompts(self.model.tokenizer, self.chat, another, self.model.start, self.slots.capacity)
+        prompts = Prompts(self.model.tokenizer, self.chat, another, self.model.tokenizer.start, self.slots.capacity)
         return Served(
             name=self.name, engine=engine, params=self.params, prompts=prompts, ends=frozenset(self.model.ends),
             door=Door(given.slots, given.queue), metrics=metrics, attested=self.digest,
@@ -79,7 +82,7 @@ def load(given: "Serve", console: "Console") -> Loaded:
 def _load(given: "Serve", console: "Console") -> Loaded:
     started = start_jax(given.device, decodes=True)
     compiles = CompileCounter()
-    source = _template(given)
+    source = read_template(given.template)
     ahead = Ahead(given, started)
 
     def known(cfg: ModelConfig) -> None:
@@ -88,8 +91,8 @@ def _load(given: "Serve", console: "Console") -> Loaded:
 
     try:
         with console.task(f"loading {given.model or 'the newest run'}") as report:
-            model = models.load_model(given.model, report=report, known=known)
-        models.say_damaged(model, console)
+            model = load_model(given.model, report=report, on_config=known)
+        console.warn_damaged(model.damaged, model.checkpoint)
         now = datetime.datetime.now().isoformat(timespec="seconds")
         with ThreadPoolExecutor(1) as beside:  # the template's process starts while weights are laid out
             making = beside.submit(make_chat, model, source, now)
@@ -104,7 +107,7 @@ def _load(given: "Serve", console: "Console") -> Loaded:
     except BaseException:
         ahead.stop()
         raise
-    name = given.name or (given.model if given.model in models.MODELS else _spelt(model.name)) or "model"
+    name = given.name or (given.model if given.model in MODELS else _spelt(model.name)) or "model"
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
     rows = [
         ("model", f"{name}: {model.checkpoint}" + (f" with {given.adapter}" if given.adapter else "")),
@@ -121,14 +124,12 @@ def _load(given: "Serve", console: "Console") -> Loaded:
     return Loaded(model, name, slots.params, slots, chat, source, now, compiles, attested, ahead)
 
 
-def _laid_out(model: models.Model, given: "Serve", started: Device) -> tuple[Slots, str]:
+def _laid_out(model: LoadedModel, given: "Serve", started: Device) -> tuple[Slots, str]:
     """Slots around the weights as they are served, and what those are kept as."""
     weights, cfg = kept_as(model.cfg, given, started)
     params = model.params
     if given.adapter:
-        from stages.runs.adapters import with_adapters
-
-        params = with_adapters(model, [given.adapter])
+        params = with_adapters(params, [given.adapter])
     params = jax.block_until_ready(as_served(cfg, params, weights))
     try:
         slots = Slots(cfg, params, guesses=not given.no_guesses, **options(cfg, given))
@@ -144,15 +145,6 @@ def _spelt(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.:-]+", "-", name).strip("-")
 
 
-def make_chat(model: models.Model, source: str | None, now: str) -> Chat:
+def make_chat(model: LoadedModel, source: str | None, now: str) -> Chat:
     """The model's tokenizer and template, with a process of its own. `now` is the moment that templates are told."""
     return Chat(model.tokenizer, source, now)
-
-
-def _template(given: "Serve") -> str | None:
-    if given.template is None:
-        return None
-    try:
-        return given.template.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The template {given.template} cannot be read: {error}.") from error

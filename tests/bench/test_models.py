@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from tiny import lively_params, tiny_config
 
-from bench.models import Measured, config_of, drawn, loaded, tokens_for
+from bench.models import Measured, drawn, loaded, tokens_for
 from engine.counting.params import count_params
 from engine.errors import UserError
 from engine.storage import checkpoint
 from engine.storage.digest import digest
+from engine.storage.find import read_config
 from engine.storage.gguf.save import save_gguf
 from engine.storage.huggingface import folder as huggingface
 from engine.text.tokenizer import byte_tokenizer
@@ -27,6 +28,7 @@ def run(tmp_path_factory):
     for step in (1, 2):
         checkpoint.save(folder, step, lively_params(CFG, step), {}, {})
     (folder / "config.json").write_text(json.dumps(CFG.to_json()))
+    (folder / "run.json").write_text("{}")
     byte_tokenizer().save(folder / "tokenizer")
     return folder
 
@@ -47,7 +49,7 @@ def test_the_architecture_is_known_before_a_weight_is_read(run, tmp_path, monkey
     monkeypatch.setattr("engine.storage.huggingface.folder.read_params", None)
     monkeypatch.setattr("engine.storage.gguf.load.read_params", None)
     for place in (run, run / "checkpoints" / "1", hugging_face, gguf):
-        assert count_params(config_of(str(place))) == count_params(CFG)
+        assert count_params(read_config(str(place))) == count_params(CFG)
 
 
 def test_a_run_that_holds_an_adapter_or_is_damaged_says_so(run, tmp_path):
@@ -55,12 +57,12 @@ def test_a_run_that_holds_an_adapter_or_is_damaged_says_so(run, tmp_path):
     shutil.copytree(run, copy)
     (copy / "run.json").write_text('{"learns": "rank=8,alpha=16,targets=all"}')
     with pytest.raises(UserError, match="holds an adapter for another model"):
-        config_of(str(copy))
+        loaded(str(copy))
     for name in ("run.json", "config.json"):
         (copy / name).write_text("[")
         with pytest.raises(UserError, match="is damaged"):
             loaded(str(copy))
-        (copy / name).unlink()
+        (copy / name).write_text("{}")
 
 
 def test_a_model_that_reads_is_measured_with_english():
@@ -73,8 +75,12 @@ def test_a_model_that_reads_is_measured_with_english():
 
 
 def test_what_is_no_model_is_named(run):
-    for place in (run / "checkpoints" / "7", run / "tokenizer", "tinny"):
-        with pytest.raises(UserError, match="There is no model at"):
+    for place, message in (
+        (run / "checkpoints" / "7", "There is no model at"),
+        (run / "tokenizer", "holds no model that is known here"),
+        ("tinny", "There is no model at"),
+    ):
+        with pytest.raises(UserError, match=message):
             loaded(str(place))
     with pytest.raises(UserError, match="is a text, not a model"):
         loaded("python")

@@ -296,8 +296,8 @@ def test_too_many_slots_for_memory_is_a_sentence_and_ends_what_compiles_ahead() 
 def test_slots_beyond_memory_are_refused_with_flags_of_this_stage(
     folder: Path, seen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from engine.counting import hardware
     from stages.cli.console import Console
-    from stages.serve import compile_ahead as layout
     from stages.serve import startup as loading
 
     def full(*_: Any, **__: Any) -> None:
@@ -305,7 +305,7 @@ def test_slots_beyond_memory_are_refused_with_flags_of_this_stage(
 
     given = dataclasses.replace(command.Serve(), model=str(folder), slots=500)
     if seen == "foreseen":
-        monkeypatch.setattr(layout, "memory_limit_bytes", lambda: 10**6)
+        monkeypatch.setattr(hardware, "memory_limit_bytes", lambda: 10**6)
     else:
         monkeypatch.setattr(loading, "Slots", full)
     with pytest.raises(UserError, match=r"500 slots.* Give fewer --slots, a smaller --capacity"):

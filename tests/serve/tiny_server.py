@@ -17,11 +17,11 @@ SLOTS, QUEUE, CAPACITY, CHUNK, TAIL = 3, 4, 150, 16, 8
 @functools.cache
 def tiny_model() -> Any:
     """As `load_model` gives it: ChatML's control tokens, 334 tokens in all."""
-    from stages.runs.load import Model
+    from engine.storage.loaded_model import LoadedModel
 
     tokenizer = chat_tokenizer()
     cfg = tiny_config(vocab=tokenizer.vocab)
-    return Model("tiny", cfg, lively_params(cfg), tokenizer, None, (), (tokenizer.end,), Path("tiny"), None, [])
+    return LoadedModel("tiny", cfg, lively_params(cfg), tokenizer, (tokenizer.end,), Path("tiny"))
 
 
 def loaded(**changes: Any) -> Any:

@@ -12,11 +12,11 @@ import jax
 import pytest
 from tiny_runs import command, tiny, write_text
 
+from engine.counting import hardware
 from engine.storage import checkpoint
 from stages import evaluate, export, generate
 from stages.cli.command import explain_error
 from stages.runs import folder as run_folder
-from stages.runs import load
 from stages.train import __main__ as train
 
 Failing = Callable[..., str]
@@ -214,7 +214,7 @@ def test_sentences_for_what_the_system_refuses() -> None:
 
 def test_weights_that_would_not_fit(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: Failing) -> None:
     assert export.main(["--model", str(trained), "--out", str(tmp_path / "folder")]) == 0
-    monkeypatch.setattr(load, "memory_limit_bytes", lambda: 50_000)
+    monkeypatch.setattr(hardware, "memory_limit_bytes", lambda: 50_000)
     for model in (trained, tmp_path / "folder"):
         said = failing(generate.main, ["--model", model])
         assert re.search(r"The weights of .* take 1?\d\d(\.\d)? kB in \w+, and 50(\.0)? kB are here", said), said

@@ -14,8 +14,8 @@ from tiny_runs import tiny
 
 from engine.storage import checkpoint
 from engine.storage.digest import digest
+from engine.storage.run_folder import read_json
 from stages import evaluate, generate
-from stages.runs.folder import read_json
 from stages.train import __main__ as train
 
 STEPS = 12

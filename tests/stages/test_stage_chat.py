@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from tiny_runs import ROOT, command
 
+from engine.storage.find import load_model
 from stages import chat
-from stages.runs import load
 from stages.session import Session, Settings, TooLong
 
 QUICK = ("--temperature", "0", "--max-tokens", "6")
@@ -26,7 +26,7 @@ def session(trained: Path) -> Iterator[Session]:
     from engine.inference import decode
     from engine.text.chat import Chat
 
-    model = load.load_model(str(trained))
+    model = load_model(str(trained))
     made = Chat(model.tokenizer)
     settings = Settings(max_tokens=6, temperature=0, top_k=0, top_p=1, min_p=0, seed=0)
     yield Session(model.cfg, decode.for_inference(model.cfg, model.params), made, model.ends, settings)

@@ -18,9 +18,11 @@ from engine.model.paths import leaf_paths, merge, nested
 from engine.model.transformer import forward
 from engine.model.weights.lora import make_adapter
 from engine.model.weights.matmul import dense
+from engine.storage.find import load_model
 from engine.storage.huggingface import safetensors
+from engine.storage.loaded_model import LoadedModel
+from engine.storage.run_folder import save_tokenizer
 from stages import evaluate, export, export_check, generate
-from stages.runs import load
 
 
 def exported(model: Path, out: Path, *flags: object) -> Path:
@@ -40,13 +42,13 @@ def test_an_export_in_float32_is_the_same_model(
 ) -> None:
     out = exported(trained, tmp_path / name, "--dtype", "float32", "--check")
     assert "0.0e+00 of the largest apart" in capsys.readouterr().out
-    source, read = load.load_model(str(trained)), load.load_model(str(out))
+    source, read = load_model(str(trained)), load_model(str(out))
     ours, theirs = leaf_paths(source.params), leaf_paths(read.params)
     assert all(np.array_equal(ours[path], theirs[path].astype(jnp.float32)) for path in ours if ours[path].ndim == 1)
-    exact = leaf_paths(load.load_model(str(out), dtype="float32").params)
+    exact = leaf_paths(load_model(str(out), dtype="float32").params)
     assert all(np.array_equal(ours[path], exact[path]) for path in ours)
     assert read.run is None
-    assert (read.ends, read.start) == (source.ends, source.start)
+    assert (read.ends, read.tokenizer.start) == (source.ends, source.tokenizer.start)
     if name == "file.gguf":  # a folder of float32 says that it is computed in float32, which the run is not
         assert wrote(capsys, out) == wrote(capsys, trained)
     assert evaluate.main(["--model", str(out), "--data", str(text)]) == 0
@@ -80,7 +82,7 @@ def test_gguf_files_hold_smaller_weights(dtype: str, trained: Path, tmp_path: Pa
 
 
 def test_an_export_that_was_damaged_is_seen(trained: Path, tmp_path: Path) -> None:
-    model = load.load_model(str(trained))
+    model = load_model(str(trained))
     out = exported(trained, tmp_path / "folder")
     assert export_check.compare(model, out, "float32")[1] == []
     data = bytearray((out / "model.safetensors").read_bytes())
@@ -92,7 +94,7 @@ def test_an_export_that_was_damaged_is_seen(trained: Path, tmp_path: Path) -> No
     assert export_check.compare(model, out, "float32")[1] == ["what ends a completion"]
 
 
-def adapted(model: load.Model) -> tuple[load.Model, dict[str, Any]]:
+def adapted(model: LoadedModel) -> tuple[LoadedModel, dict[str, Any]]:
     """The model with an adapter that does something on q, v and down."""
     parts, key = model.cfg.parts, jax.random.key(0)
     made = {}
@@ -108,11 +110,11 @@ def adapted(model: load.Model) -> tuple[load.Model, dict[str, Any]]:
 def test_an_adapter_is_folded_or_written_alone(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain = load.load_model(str(trained))
+    plain = load_model(str(trained))
     tuned, adapters = adapted(plain)
-    real = load.load_model
+    real = load_model
     given = lambda name, **options: tuned if name == str(trained) else real(name, **options)
-    monkeypatch.setattr(load, "load_model", given)
+    monkeypatch.setattr("engine.storage.find.load_model", given)
     folded = exported(trained, tmp_path / "folded", "--check")
     tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
     positions = np.broadcast_to(np.arange(12, dtype=np.int32), (2, 12))
@@ -215,10 +217,10 @@ def test_the_command_says_what_it_wrote(trained: Path, tmp_path: Path) -> None:
 def test_words_survive_in_a_run(trained: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    model = dataclasses.replace(load.load_model(str(trained)), ends=(299, 7))
+    model = dataclasses.replace(load_model(str(trained)), ends=(299, 7))
     model.tokenizer.config["chat_template"] = "{{ messages }}"
-    load.keep_words(run, model)
-    again = load.load_model(str(run))
+    save_tokenizer(run, model.tokenizer, model.ends)
+    again = load_model(str(run))
     assert again.ends == (299, 7)
     assert again.chat_template == "{{ messages }}"
     out = exported(run, tmp_path / "out", "--check")

@@ -17,13 +17,15 @@ import numpy as np
 import pytest
 from tiny_runs import WORDS, command
 
+from engine.errors import UserError
 from engine.model.paths import leaf_paths
+from engine.storage import checkpoint
 from engine.storage.adapter import load_adapter, save_adapter
 from engine.storage.digest import digest
+from engine.storage.find import load_model, with_adapters
 from stages import chat, evaluate, generate
 from stages.finetune import __main__ as finetune
-from stages.runs import conversation_data, load
-from stages.runs.adapters import with_adapters
+from stages.runs import conversation_data
 
 WORD = WORDS.split()
 STEPS = 30
@@ -72,7 +74,7 @@ def adapted(trained: Path, chats: Path, text: Path, tmp_path_factory: pytest.Tem
 
 def test_a_lora_run_says_what_it_does(adapted: tuple[Path, str], trained: Path) -> None:
     folder, printed = adapted
-    total = sum(leaf.size for leaf in leaf_paths(load.load_model(str(trained)).params).values())
+    total = sum(leaf.size for leaf in leaf_paths(load_model(str(trained)).params).values())
     assert "adapts      q, v, gate, up, down of 2 layers, rank 4" in printed
     assert f"beside {total:,} frozen ones" in printed
     assert re.search(r"FLOPs \d+%, memory \d+%, time \d+% of a step in which everything learns", printed)
@@ -88,7 +90,7 @@ def test_a_lora_run_says_what_it_does(adapted: tuple[Path, str], trained: Path) 
 
 def test_the_base_stays_as_it_was_and_the_run_is_a_model(adapted: tuple[Path, str], trained: Path) -> None:
     folder, _ = adapted
-    base, model = load.load_model(str(trained)), load.load_model(str(folder))
+    base, model = load_model(str(trained)), load_model(str(folder))
     assert json.loads((folder / "run.json").read_text())["base"]["digest"] == digest(base.params)
     assert model.run == folder
     assert model.ends == base.ends
@@ -147,8 +149,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     monkeypatch.setattr(conversation_data.Packed, "at", stopping)
     assert finetune.main(given) == 128 + signal.SIGINT
     assert re.search(r"Stopped at step [67]; saved in", capsys.readouterr().out)
-    with pytest.raises(load.UserError, match="no adapter yet: its fine-tuning was stopped"):
-        load.load_model(str(folder))
+    with pytest.raises(UserError, match="no adapter yet: its fine-tuning was stopped"):
+        load_model(str(folder))
     monkeypatch.setattr(conversation_data.Packed, "at", at)
     assert finetune.main(given) == 0
     assert re.search(r"resumed at step [67]", capsys.readouterr().out)
@@ -180,7 +182,7 @@ def test_what_is_frozen_stays_to_the_bit(
     printed = capsys.readouterr().out
     for phrase in phrases:
         assert re.search(rf"^{re.escape(phrase)} *\d+ (leaf|leaves), [\d,]+ numbers$", printed, re.M)
-    base, model = (load.load_model(str(run)) for run in (trained, folder))
+    base, model = (load_model(str(run)) for run in (trained, folder))
     before, after = leaf_paths(base.params), leaf_paths(model.params)
     moved = {path for path in before if digest({"": before[path]}) != digest({"": after[path]})}
     assert moved == {path for path in before if re.fullmatch(learning, path)}
@@ -194,7 +196,7 @@ def test_a_base_in_int8(trained: Path, chats: Path, tmp_path: Path) -> None:
     assert finetune.main(args(trained, chats, folder, "--base", "int8", "--lora", LORA)) == 0
     found = result(folder)
     assert found["after"]["held_out"] < found["before"]["held_out"] - 0.5
-    model = load.load_model(str(folder))  # what was learnt over the rounded base is put on the real one
+    model = load_model(str(folder))  # what was learnt over the rounded base is put on the real one
     assert {leaf.base.dtype for leaf in leaf_paths(model.params).values() if hasattr(leaf, "base")} == {np.dtype("float32")}
 
 
@@ -218,7 +220,7 @@ def test_a_run_can_be_tuned_again(adapted: tuple[Path, str], chats: Path, tmp_pa
         assert finetune.main(args(adapted[0], chats, folder, "--steps", 2, "--learning-rate", 1e-4, *flags)) == 0
         found = result(folder)
         assert found["before"]["held_out"] == pytest.approx(result(adapted[0])["after"]["held_out"], abs=0.02)
-        assert load.load_model(str(folder)).run == folder
+        assert load_model(str(folder)).run == folder
 
 
 def test_a_dry_run_leaves_nothing(trained: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -310,8 +312,8 @@ def test_an_adapter_that_does_not_fit_its_model_is_damaged(adapted: tuple[Path, 
         ({"0": {"attn_norm": leaf}}, "is damaged: An adapter of"),
     ):
         folder = save_adapter(tmp_path / "wrong", {"blocks": wrong}, base=found.base)
-        with pytest.raises(load.UserError, match=told):
-            with_adapters(load.load_model(str(trained)), [folder])
+        with pytest.raises(UserError, match=told):
+            with_adapters(load_model(str(trained)).params, [folder])
 
 
 def test_not_enough_memory_is_predicted(
@@ -322,7 +324,7 @@ def test_not_enough_memory_is_predicted(
     def read(*_: object, **__: object) -> None:
         raise AssertionError("weights were read before it was known whether there is room")
 
-    monkeypatch.setattr(load.checkpoint, "load_params", read)
+    monkeypatch.setattr(checkpoint, "load_params", read)
     for limit, remedy, flags in (
         (600_000, "--accumulate 16", ()), (1000, "only a smaller model would fit", ()),
         (1_000_000, "; --accumulate 16, a row at a time, would fit", ("--train", "all")),

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from tiny_runs import command
 
+from engine.storage.run_folder import read_json
 from engine.text.tokenizer import byte_tokenizer
 from engine.text.tokens import token_file
 from stages import evaluate, generate
-from stages.runs.folder import read_json
 
 
 def wrote(capsys: pytest.CaptureFixture[str], model: Path, *flags: object) -> tuple[str, str]:

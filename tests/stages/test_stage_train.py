@@ -14,10 +14,10 @@ from tiny_runs import tiny
 from engine.model.transformer import init_params
 from engine.storage import checkpoint
 from engine.storage.digest import digest
+from engine.storage.run_folder import read_config, read_json
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state
 from stages.runs import loop
-from stages.runs.folder import read_config, read_json
 from stages.train import __main__ as train
 
 RESULT = ("val_bits_per_byte", "train_seconds", "first_step_seconds", "peak_rss_bytes", "tokens_per_second", "mfu")

@@ -10,16 +10,16 @@ import tokenizers
 from gguf_files import MERGES, SYMBOLS, TOKENS, tiny_gguf, weights
 
 from engine.storage.gguf.header import read_header
-from engine.storage.gguf.tokenizer import SPLITS, words_from
+from engine.storage.gguf.tokenizer import SPLITS, tokenizer_from
 from engine.storage.gguf.tokenizer_metadata import NEAREST, words_to
 from engine.text.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 
 VOCAB = len(TOKENS)
 
 
-def read(path: Path, vocab: int = VOCAB, **changes: Any) -> tuple[Tokenizer, dict[str, Any]]:
-    words = words_from(read_header(tiny_gguf(path / "x.gguf", **changes)), vocab)
-    return Tokenizer(words["tokenizer"], words["tokenizer_config"]), words
+def read(path: Path, vocab: int = VOCAB, **changes: Any) -> tuple[Tokenizer, tuple[int, ...]]:
+    tokenizer, config, ends = tokenizer_from(read_header(tiny_gguf(path / "x.gguf", **changes)), vocab)
+    return Tokenizer(tokenizer, config), ends
 
 
 def pieces(tokenizer: Tokenizer, text: str) -> list[str]:
@@ -59,11 +59,11 @@ def test_llama_3_takes_a_word_that_no_merge_leads_to(tmp_path: Path) -> None:
 
 
 def test_text_never_becomes_a_control_token(tmp_path: Path) -> None:
-    tokenizer, words = read(tmp_path)
+    tokenizer, ends = read(tmp_path)
     assert 261 not in tokenizer.encode("a<|end|>b")
     assert tokenizer.decode(tokenizer.encode("a<|end|>b")) == "a<|end|>b"
     assert tokenizer.end == 261
-    assert words["ends"] == (261,)
+    assert ends == (261,)
 
 
 def test_what_begins_a_text_is_what_the_file_says(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_what_begins_a_text_is_what_the_file_says(tmp_path: Path) -> None:
 
 
 def test_every_end_is_known(tmp_path: Path) -> None:
-    assert read(tmp_path, words={"eot_token_id": 260, "eom_token_id": 261})[1]["ends"] == (261, 260)
+    assert read(tmp_path, words={"eot_token_id": 260, "eom_token_id": 261})[1] == (261, 260)
 
 
 def test_the_template_is_taken_along(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_saved_sentencepiece_vocabulary_is_loaded(sentencepiece: Tokenizer, tm
 
 def round_trip(
     tokenizer: Tokenizer, vocab: int, tmp_path: Path, ends: tuple[int, ...] = ()
-) -> tuple[Tokenizer, dict[str, Any]]:
+) -> tuple[Tokenizer, tuple[int, ...]]:
     said = words_to(tokenizer.to_json(), tokenizer.config, ends or (tokenizer.end,), tokenizer.start, vocab)
     table = {"token_embd.weight": np.zeros((vocab, 64), np.float32)}
     own = {key.removeprefix("tokenizer.ggml."): value for key, value in said.items() if key.startswith("tokenizer.ggml.")}

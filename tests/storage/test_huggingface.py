@@ -199,17 +199,17 @@ def test_every_end_is_known_and_the_tokenizers_own_comes_first(folder: Path) -> 
     assert load_folder(folder).ends == (40, 3, 5)
     replace(folder, "tokenizer_config.json", {"eos_token": {"content": "%", "__type": "AddedToken"}})
     model = load_folder(folder)
-    assert model.ends == (model.tokenizer.token_to_id("%"), 3, 40, 5)
+    assert model.ends == (model.tokenizer.id_of("%"), 3, 40, 5)
 
 
 def test_an_end_that_only_the_config_knows_is_taken_by_its_id(folder: Path) -> None:
     replace(folder, "tokenizer_config.json", None)
     replace(folder, "config.json", CONFIG | {"eos_token_id": 40})
-    assert load_folder(folder).tokenizer_config["eos_token"] == "<|endoftext|>"
+    assert load_folder(folder).tokenizer.config["eos_token"] == "<|endoftext|>"
 
 
 def test_the_chat_template_is_found_wherever_it_is_kept(folder: Path) -> None:
-    template = lambda: load_folder(folder).tokenizer_config.get("chat_template")
+    template = lambda: load_folder(folder).tokenizer.config.get("chat_template")
     assert template() is None
     end = {"eos_token": "<|endoftext|>"}
     replace(folder, "tokenizer_config.json", end | {"chat_template": "one"})
@@ -259,8 +259,8 @@ def test_a_panic_of_the_library_is_a_sentence(folder: Path) -> None:
 AUDIT = """
 import os, sys
 from pathlib import Path
-from engine.storage.huggingface import load_folder
-from engine.storage.gguf import load_gguf
+from engine.storage.huggingface.folder import load_folder
+from engine.storage.gguf.load import load_gguf
 folder, file = Path(sys.argv[1]), Path(sys.argv[2])
 load_folder(folder), load_gguf(file)  # whatever is imported late is imported now
 seen = set()

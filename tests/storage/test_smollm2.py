@@ -13,8 +13,7 @@ from tiny import positions_of
 from engine.model.transformer import forward
 from engine.storage.assets import SMOLLM2_FILE
 from engine.storage.gguf.load import load_gguf
-from engine.storage.loaded import LoadedModel
-from engine.text.tokenizer import Tokenizer
+from engine.storage.loaded_model import LoadedModel
 
 GOLDEN = [json.loads(line) for line in (Path(__file__).parent / "golden" / "llama_cpp.txt").read_text().splitlines()]
 NEAR = 0.25  # a lead that llama.cpp's rounding of activations to 8 bits may turn round; the largest seen is 0.15
@@ -43,7 +42,7 @@ def logits(model: LoadedModel) -> Any:
 
 
 def test_prompts_become_the_same_tokens(model: LoadedModel) -> None:
-    tokenizer = Tokenizer(model.tokenizer, model.tokenizer_config)
+    tokenizer = model.tokenizer
     plain = [case for case in GOLDEN if "<|im_start|>" not in case["prompt"]]
     assert len(plain) >= 5
     for case in plain:

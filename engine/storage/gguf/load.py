@@ -12,9 +12,11 @@ from engine.model.config import ModelConfig
 from engine.storage.assemble import checked, leaves_of, read_params
 from engine.storage.gguf.config import ARCHITECTURES, FREQUENCIES, config_from
 from engine.storage.gguf.header import Header, read_header
-from engine.storage.gguf.tokenizer import words_from
-from engine.storage.loaded import LoadedModel
+from engine.storage.gguf.tokenizer import tokenizer_from
+from engine.storage.loaded_model import LoadedModel
 from engine.storage.reading import exactly, shown
+from engine.storage.vocabulary import built
+from engine.text.tokenizer import Tokenizer
 
 _LAYER = "blk.{}."
 NAMES = {
@@ -39,11 +41,11 @@ def load_gguf(
     *,
     dtype: str | None = None,
     report: Callable[[int, int], None] | None = None,
-    known: Callable[[ModelConfig], None] = lambda cfg: None,
+    on_config: Callable[[ModelConfig], None] = lambda cfg: None,
 ) -> LoadedModel:
     """The model in a GGUF file; matrices in `dtype`, bfloat16 by default.
 
-    `report`: numbers read and in all. `known` is told the architecture before the first weight is read. Raises UserError,
+    `report`: numbers read and in all. `on_config` gets the architecture before the first weight is read. Raises UserError,
     in a sentence, for whatever is damaged, unknown, or does not fit the rest; all of that is found before that.
     """
     header = read_header(path)
@@ -53,11 +55,11 @@ def load_gguf(
     cfg = _config(header)
     shapes = {name: tensor.shape for name, tensor in header.tensors.items() if name != FREQUENCIES}
     leaves = checked(leaves_of(cfg, NAMES), shapes, path)
-    words = words_from(header, cfg.vocab)
+    tokenizer, tokenizer_config, ends = tokenizer_from(header, cfg.vocab)
     turned = ARCHITECTURES[header.metadata["general.architecture"]][2]
     heads = {part.name: part.heads for leaf in leaves for part in leaf.parts if part.heads and turned}
 
-    known(cfg)
+    on_config(cfg)
     with path.open("rb", buffering=0) as file:
 
         def rows(name: str, start: int, stop: int) -> np.ndarray:
@@ -73,7 +75,8 @@ def load_gguf(
 
         params = read_params(leaves, rows, dtype or cfg.dtype, report)
     title = header.metadata.get("general.name")
-    return LoadedModel(title if isinstance(title, str) else path.stem, cfg, params, **words)
+    name = title if isinstance(title, str) else path.stem
+    return LoadedModel(name, cfg, params, built(lambda: Tokenizer(tokenizer, tokenizer_config), path), ends, path)
 
 
 def _dequantized(data: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:

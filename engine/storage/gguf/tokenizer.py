@@ -46,8 +46,8 @@ SPLITS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
 LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 
 
-def words_from(header: Header, vocab: int) -> dict[str, Any]:
-    """tokenizer, tokenizer_config and ends of a file, as LoadedModel has them.
+def tokenizer_from(header: Header, vocab: int) -> tuple[tokenizers.Tokenizer, dict[str, Any], tuple[int, ...]]:
+    """Returns the tokenizer of a file, its tokenizer_config.json, and the ids of which any ends a completion.
 
     Raises UserError for a vocabulary that is not `vocab` tokens long, or that is split in a way not known here.
     """
@@ -85,11 +85,8 @@ def words_from(header: Header, vocab: int) -> dict[str, Any]:
     if add_bos is True and (place := ids["bos"]) is not None:
         first = tokens[place]
         built(lambda: _begin_with(tokenizer, first, place), path)
-    return {
-        "tokenizer": tokenizer,
-        "tokenizer_config": config,
-        "ends": tuple(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if ids[name] is not None)),
-    }
+    ends = tuple(dict.fromkeys(place for name in ("eos", "eot", "eom") if (place := ids[name]) is not None))
+    return tokenizer, config, ends
 
 
 def _begin_with(tokenizer: tokenizers.Tokenizer, token: str, place: int) -> tokenizers.Tokenizer:

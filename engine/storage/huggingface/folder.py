@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 
 from engine.errors import UserError
 from engine.files import write_json
@@ -18,9 +19,10 @@ from engine.model.weights.matmul import dense
 from engine.storage.assemble import checked, leaves_of, read_params, split
 from engine.storage.huggingface import safetensors
 from engine.storage.huggingface.config import config_from, config_to
-from engine.storage.loaded import LoadedModel
+from engine.storage.loaded_model import LoadedModel
 from engine.storage.reading import read_object, shown
-from engine.storage.vocabulary import from_json
+from engine.storage.vocabulary import built, from_json
+from engine.text.tokenizer import Tokenizer
 
 Report = Callable[[int, int], None] | None
 
@@ -40,11 +42,11 @@ TOKENIZER = 64 * 2**20  # bytes of a tokenizer.json; the largest of these famili
 
 
 def load_folder(
-    path: Path, *, dtype: str | None = None, report: Report = None, known: Callable[[ModelConfig], None] = lambda cfg: None
+    path: Path, *, dtype: str | None = None, report: Report = None, on_config: Callable[[ModelConfig], None] = lambda cfg: None
 ) -> LoadedModel:
     """The model in a Hugging Face folder; matrices in `dtype`, by default the config's own compute dtype.
 
-    `report`: numbers read and in all. `known` is told the architecture before the first weight is read. Raises UserError,
+    `report`: numbers read and in all. `on_config` gets the architecture before the first weight is read. Raises UserError,
     in a sentence, for whatever is missing, damaged, unknown, or does not fit the rest; all of that is found before that.
     """
     fields = read_object(path / "config.json", SMALL)
@@ -59,11 +61,12 @@ def load_folder(
             raise UserError(f"{tensor.path}: the tensor {shown(name)} is {tensor.dtype}; weights are read as {readable}.")
     if head is not None:
         _check_same(head, stored[NAMES["embed"]], path)
-    words = _read_words(path, fields, cfg)
-    known(cfg)
+    tokenizer, tokenizer_config, ends = _read_tokenizer(path, fields, cfg)
+    on_config(cfg)
     rows = lambda name, start, stop: safetensors.read_rows(stored[name], start, stop)
     params = read_params(leaves, rows, dtype or cfg.dtype, report)
-    return LoadedModel(path.resolve().name, cfg, params, **words)
+    words = built(lambda: Tokenizer(tokenizer, tokenizer_config), path / "tokenizer.json")
+    return LoadedModel(path.resolve().name, cfg, params, words, ends, path)
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -83,8 +86,10 @@ def _check_same(head: safetensors.Stored, embed: safetensors.Stored, path: Path)
         raise UserError(f"{path} says tie_word_embeddings but has a lm_head.weight that differs from its embedding.")
 
 
-def _read_words(path: Path, fields: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
-    """tokenizer, tokenizer_config and ends of a folder, as LoadedModel has them."""
+def _read_tokenizer(
+    path: Path, fields: dict[str, Any], cfg: ModelConfig
+) -> tuple[tokenizers.Tokenizer, dict[str, Any], tuple[int, ...]]:
+    """Returns the tokenizer of a folder, its config, and the ids of which any ends a completion, the tokenizer's own first."""
     source = path / "tokenizer.json"
     if not source.is_file():
         other = next((name for name in ("tokenizer.model", "vocab.json") if (path / name).exists()), None)
@@ -111,11 +116,8 @@ def _read_words(path: Path, fields: dict[str, Any], cfg: ModelConfig) -> dict[st
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
     if largest >= cfg.vocab:
         raise UserError(f"{source} has a token {largest:,} and the model only {cfg.vocab:,}: they do not belong together.")
-    return {
-        "tokenizer": tokenizer,
-        "tokenizer_config": {name: value for name, value in config.items() if value is not None},
-        "ends": tuple(dict.fromkeys((own, *ends))),
-    }
+    config = {name: value for name, value in config.items() if value is not None}
+    return tokenizer, config, tuple(dict.fromkeys((own, *ends)))
 
 
 def _template(path: Path, config: dict[str, Any]) -> str | None:

@@ -1,0 +1,150 @@
+"""The model finder: from the name or path that `--model` takes to a model, its architecture, or adapters on it."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from engine.counting.hardware import check_room
+from engine.counting.params import count_params
+from engine.errors import UserError, nearest
+from engine.model.config import ModelConfig
+from engine.model.paths import leaf_paths, merge
+from engine.storage import checkpoint, run_folder
+from engine.storage.adapter import load_adapter
+from engine.storage.assets import ASSETS, MODELS, fetch
+from engine.storage.digest import digest
+from engine.storage.gguf import load as gguf
+from engine.storage.huggingface import folder as huggingface
+from engine.storage.loaded_model import LoadedModel
+
+FORMS = (
+    "a run folder, a step folder in it (runs/NAME/checkpoints/STEP), a Hugging Face folder, a .gguf file, or "
+    + " or ".join(MODELS)
+)
+Report = Callable[[int, int], None] | None
+OnConfig = Callable[[ModelConfig], None]
+
+
+class Location(NamedTuple):
+    """Where a model lies and in which form: `path` is what to read, `run` the run folder of a run (`adapter`: a LoRA run)."""
+
+    form: Literal["gguf", "hugging face", "run", "adapter"]
+    path: Path
+    run: Path | None = None
+
+
+def locate(name: str | None, report: Report = None) -> Location:
+    """Returns where the model `--model` names lies, by default the run that was saved to last; a named one is fetched.
+
+    `report`: bytes fetched and in all. Raises UserError when there is no model.
+    """
+    if name in MODELS:
+        return Location("gguf", fetch(name, report)["model"])
+    path = Path(name).expanduser() if name else run_folder.newest()
+    if path.suffix == ".gguf" and path.is_file():
+        return Location("gguf", path)
+    if (path / "config.json").is_file() and not (path / "run.json").exists():  # a run of ours has a run.json beside it
+        return Location("hugging face", path)
+    run = _run_of(path, name or str(path))
+    lora = run_folder.is_lora(run_folder.read_json(run / "run.json"))
+    return Location("adapter" if lora else "run", path, run)
+
+
+def _run_of(path: Path, name: str) -> Path:
+    """Returns the run folder that a path lies in."""
+    if (path / "checkpoints").is_dir() and (path / "run.json").exists():
+        return path
+    if (path / "params").is_dir() and path.absolute().parent.name == "checkpoints":
+        return path.absolute().parents[1]
+    if (path / "run.json").exists():
+        raise UserError(f"{path} has no checkpoint yet: its run was stopped before the first one was saved.")
+    if name in ASSETS:
+        raise UserError(f"{name} is a text, not a model; --model takes {FORMS}.")
+    if path.exists():
+        raise UserError(f"{path} holds no model that is known here; --model takes {FORMS}.")
+    raise UserError(f"There is no model at {path}; --model takes {FORMS}.{nearest(name, MODELS)}")
+
+
+def read_config(name: str | None) -> ModelConfig:
+    """Returns the architecture of the model `--model` names, before any of its weights is read; raises as `load_model`."""
+    location = locate(name)
+    if location.run:
+        return run_folder.read_config(location.run)
+    return (gguf if location.form == "gguf" else huggingface).read_config(location.path)
+
+
+def load_model(
+    name: str | None, *, dtype: str | None = None, report: Report = None, on_config: OnConfig = lambda cfg: None
+) -> LoadedModel:
+    """Loads the model `--model` names, by default the run that was saved to last; a LoRA run with its adapter on its base.
+
+    `dtype` is that of the matrices of a model that is not a run of ours, by default its own compute dtype. `report`: bytes
+    or numbers done and in all, while fetching and reading. `on_config` gets the architecture before weights are read.
+    Raises UserError when there is none, it is damaged, it is of a form that is not known here, or its weights alone are
+    more than the memory there is.
+    """
+
+    def prepare(cfg: ModelConfig) -> None:
+        on_config(cfg)
+        matrices = "float32" if location.run else dtype or cfg.dtype
+        size = count_params(cfg).total * (4 if matrices == "float32" else 2)
+        check_room(f"The weights of {location.run.name if location.run else name}", size, f"in {matrices}")
+
+    location = locate(name, report)
+    if location.form == "adapter":
+        return _load_adapted(location.run, on_config)  # type: ignore[arg-type]
+    if location.form == "run":
+        return _load_run(location.path, location.run, prepare)  # type: ignore[arg-type]
+    load = gguf.load_gguf if location.form == "gguf" else huggingface.load_folder
+    return load(location.path, dtype=dtype, report=report, on_config=prepare)
+
+
+def _load_run(path: Path, run: Path, on_config: OnConfig) -> LoadedModel:
+    cfg = run_folder.read_config(run)
+    tokenizer, ends = run_folder.read_tokenizer(run)
+    if tokenizer.vocab > cfg.vocab:
+        raise UserError(
+            f"{run / 'tokenizer'} has {tokenizer.vocab:,} tokens and the model {cfg.vocab:,}: one of them was replaced."
+        )
+    on_config(cfg)
+    loaded = checkpoint.load_params(path)
+    return LoadedModel(run.name, cfg, loaded.params, tokenizer, ends, loaded.path, run, tuple(loaded.damaged))
+
+
+def _load_adapted(run: Path, on_config: OnConfig) -> LoadedModel:
+    """Loads the base of a LoRA run, with the run's adapter on it and the run's own tokenizer."""
+    record = run_folder.read_json(run / "run.json")
+    if not (run / run_folder.ADAPTER).is_dir():
+        raise UserError(
+            f"{run} has no adapter yet: its fine-tuning was stopped. The same command goes on: {record.get('command')}"
+        )
+    try:
+        base = load_model(record["base"]["model"], on_config=on_config)
+    except UserError as error:
+        raise UserError(f"{run} adapts {record['base']['model']}, which cannot be read: {error}") from None
+    tokenizer, ends = run_folder.read_tokenizer(run)
+    return dataclasses.replace(
+        base, name=run.name, params=with_adapters(base.params, [run]), tokenizer=tokenizer, ends=ends,
+        checkpoint=run / run_folder.ADAPTER, run=run,
+    )  # fmt: skip
+
+
+def with_adapters(params: Any, folders: Sequence[Path]) -> Any:
+    """Returns params with the adapters in `folders` on them, each an adapter's own folder or a LoRA run's.
+
+    params stay as they are; what several adapters add is added up. Raises UserError when an adapter is missing, is
+    damaged, or was trained for other weights (their digest differs).
+    """
+    adapted, base = params, digest(params) if folders else None
+    for folder in folders:
+        place = folder / run_folder.ADAPTER if (folder / run_folder.ADAPTER).is_dir() else folder
+        adapters = load_adapter(place, base=base).adapters
+        unknown = leaf_paths(adapters).keys() - leaf_paths(adapted).keys()
+        if unknown:
+            raise UserError(f"{place} is damaged: it adapts {min(unknown)}, which this model does not have.")
+        try:
+            adapted = merge(adapters, adapted)
+        except ValueError as error:
+            raise UserError(f"{place} is damaged: {error}") from None
+    return adapted

@@ -1,0 +1,32 @@
+"""LoadedModel: a model as it was read from disk, whatever kind of file it came from."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from engine.model.config import ModelConfig
+from engine.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """Weights, architecture, and how text becomes tokens for it.
+
+    params: matrices in the dtype asked for (float32 for a run of ours), gains and biases float32. Any of `ends` ends a
+    completion, the tokenizer's own first. `checkpoint` is the file or folder that was read, `run` the run folder it lies
+    in, if it is a run's. `damaged` names, a line a file, what was passed over on the way to a sound checkpoint.
+    """
+
+    name: str
+    cfg: ModelConfig
+    params: Any
+    tokenizer: Tokenizer
+    ends: tuple[int, ...]
+    checkpoint: Path
+    run: Path | None = None
+    damaged: tuple[str, ...] = ()
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template that came with the model."""
+        return self.tokenizer.config.get("chat_template")

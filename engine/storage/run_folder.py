@@ -1,0 +1,71 @@
+"""A run folder as its readers see it: the newest one, its JSON files, its tokenizer.
+
+runs/NAME/config.json      the architecture
+          run.json         how it was trained, and at last the result
+          tokenizer/       tokenizer.json as Hugging Face's libraries read it; generation_config.json: what ends a text
+          adapter/         what a LoRA run trained
+          checkpoints/STEP/
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UserError
+from engine.files import write_json
+from engine.model.config import ModelConfig
+from engine.text.tokenizer import Tokenizer, load_tokenizer
+
+ROOT = Path("runs")
+ADAPTER = "adapter"
+REMEDY = "Restore it from a copy, or train anew with --overwrite."
+
+
+def newest(root: Path = ROOT) -> Path:
+    """Returns the run that was saved to last. Raises UserError when there is none."""
+    runs = [path.parent.parent for path in root.glob("*/checkpoints/*/") if path.name.isdigit()]
+    if not runs:
+        raise UserError(
+            f"There is no trained model in {root}/ yet: run `python -m stages.train` first, or give --model FOLDER."
+        )
+    return max(runs, key=lambda run: max(step.stat().st_mtime for step in (run / "checkpoints").iterdir()))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file. Raises UserError when it is missing or damaged."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"There is no {path}.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}. {REMEDY}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} should hold one JSON object. {REMEDY}")
+    return value
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Returns the architecture of a run. Raises UserError when config.json is missing, damaged, or not ours."""
+    try:
+        return ModelConfig.from_json(read_json(folder / "config.json"))
+    except TypeError as error:
+        raise UserError(f"{folder / 'config.json'} does not describe a model: {error}.") from None
+
+
+def is_lora(record: dict[str, Any]) -> bool:
+    """Whether a run.json is that of a run that trains a LoRA adapter and leaves its base as it is."""
+    return str(record.get("learns", "")).startswith("rank=")
+
+
+def read_tokenizer(folder: Path) -> tuple[Tokenizer, tuple[int, ...]]:
+    """Returns a run's tokenizer and the ids of which any ends a completion, the tokenizer's own first."""
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    generation = folder / "tokenizer" / "generation_config.json"
+    ends = read_json(generation).get("eos_token_id", ()) if generation.exists() else ()
+    return tokenizer, tuple(dict.fromkeys((tokenizer.end, *ends)))
+
+
+def save_tokenizer(folder: Path, tokenizer: Tokenizer, ends: tuple[int, ...]) -> None:
+    """Writes into a run its tokenizer, chat template, and the ids that end a completion: what `read_tokenizer` reads."""
+    tokenizer.save(folder / "tokenizer")
+    write_json(folder / "tokenizer" / "generation_config.json", {"eos_token_id": list(ends)})
