@@ -120,7 +120,7 @@ def _steps(cfg: Any, params: Any, tokens: int, batch: int, rank: int) -> dict[st
         rows, trainable_paths = batch // parts, lora_only(cfg, LoraConfig(rank)) if base else all_trainable(cfg)
         predicted = training_memory(
             cfg, rows, tokens, trainable=trainable_paths, base=kind, microbatches=parts,
-            loss_chunks=loss_chunks(cfg, rows * tokens, head_rests=bool(base)),
+            loss_chunks=loss_chunks(cfg, rows * tokens, head_is_frozen=bool(base)),
         ).total  # fmt: skip
         needed = train_flops(cfg, tokens, attention="causal", trainable=trainable_paths, remat="none").total
         return _Step(cfg, base, trainable, given, parts, kind == "int8", needed, predicted)

@@ -87,7 +87,7 @@ def _ways(shape: steps.Shape, rank: int) -> dict[str, Way]:
     from engine.counting.walk import count
     from engine.model.config import LoraConfig
     from engine.model.weights.matmul import cast_matrices
-    from engine.training.freeze import choose, split
+    from engine.training.freeze import select_trainable, split
     from engine.training.lora import add_lora
     from engine.training.optimizer import OptimizerConfig, make_optimizer
     from engine.training.step import init_state, loss_and_gradient, train_step
@@ -108,7 +108,7 @@ def _ways(shape: steps.Shape, rank: int) -> dict[str, Way]:
         return Way(step, numbers, operations, sum(leaf.nbytes for leaf in moments))
 
     frozen = cast_matrices(params, cfg.dtype)
-    upper = choose(cfg, freeze=[f"bottom:{max(cfg.layers // 2, 1)}"]).trainable_paths
+    upper = select_trainable(cfg, freeze=[f"bottom:{max(cfg.layers // 2, 1)}"]).trainable_paths
     adapters = {
         name: add_lora(cfg, params, jax.random.key(0), LoraConfig(rank, targets=targets))
         for name, targets in (("LoRA q,v", ("q", "v")), ("LoRA all", ("all",)))

@@ -25,13 +25,13 @@ def drawn(name: str, cfg: ModelConfig) -> Measured:
     import jax
     import jax.numpy as jnp
 
-    from engine.model.paths import leaf_paths, nested
+    from engine.model.paths import leaf_paths, unflatten
     from engine.model.transformer import init_params
 
     def draw(key: Any) -> Any:
         leaves = leaf_paths(init_params(cfg, key))
         keys = jax.random.split(key, len(leaves))
-        return nested({
+        return unflatten({
             path: jax.random.normal(one, leaf.shape, jnp.float32) * leaf.shape[0 if path != "embed" else 1] ** -0.5
             if leaf.ndim == 2 else leaf
             for one, (path, leaf) in zip(keys, leaves.items())

@@ -11,7 +11,7 @@ import numpy as np
 from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from engine.model.paths import leaf_paths, map_paths, merge, nested
+from engine.model.paths import leaf_paths, map_paths, merge, unflatten
 from engine.model.transformer import forward
 from engine.model.weights.lora import LoRA
 from engine.model.weights.matmul import dense
@@ -74,8 +74,8 @@ def compare_adapter(model: LoadedModel, out: Path) -> tuple[list[tuple[str, str]
         return rows, faults
     cfg = dataclasses.replace(model.cfg, dtype="float32")
     tokens = np.random.default_rng(0).integers(0, cfg.vocab, (ROWS, min(LENGTH, cfg.context)), np.int32)
-    base = nested({path: getattr(leaf, "base", leaf) for path, leaf in leaves.items()})
-    apart = np.abs(_logits(cfg, model.params, tokens) - _logits(cfg, merge(nested(read), base), tokens)).max()
+    base = unflatten({path: getattr(leaf, "base", leaf) for path, leaf in leaves.items()})
+    apart = np.abs(_logits(cfg, model.params, tokens) - _logits(cfg, merge(unflatten(read), base), tokens)).max()
     rows.append(("logits", f"{apart:.1e} apart, on the base"))
     return rows, [] if apart == 0 else ["the logits"]
 

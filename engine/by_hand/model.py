@@ -123,7 +123,7 @@ def loss_and_gradient(
     return value, backward(cfg, params, kept, cross_entropy_backward(logits, targets, mask))
 
 
-def kept_numbers(cfg: ModelConfig, B: int, T: int) -> int:
+def residual_count(cfg: ModelConfig, B: int, T: int) -> int:
     """How many numbers forward keeps for backward, by formula: a block's fields in the order of `block.py`, times L."""
     norms = cfg.qkv_width if cfg.qk_norm else 0
     attention = 2 * cfg.width + norms + cfg.qkv_width + cfg.heads * T + cfg.heads * cfg.head_dim

@@ -112,13 +112,13 @@ def pass_flops(
     remat: Remat | None,
     gains: Gains | Literal["fewer"],
     loss_chunk: int | None,
-    folds: bool = False,
+    merges_lora: bool = False,
     scan: bool = False,
 ) -> Flops:
     """Operations of a forward and backward pass over `rows` tokens at once, in sequences of `tokens`.
 
     As `train_flops`, and what depends on the rows: with `gains` "fewer" a gain scales the weights where these have fewer
-    columns than there are rows, else the tokens; with `folds` a LoRA pair is folded into its base where that is smaller
+    columns than there are rows, else the tokens; with `merges_lora` a LoRA pair is folded into its base where that is smaller
     than what goes in and comes out, at R operations a weight each time and none a row (`model/leaves.py`). With `scan`
     all blocks are one program run L times, so what one of them needs is done in each: a few frozen blocks save nothing.
     """
@@ -128,7 +128,7 @@ def pass_flops(
     if scan:
         trainable = _in_every_block(cfg, trainable)
     square = 2 * rows * cfg.heads * cfg.head_dim * keys_twice(tokens, attention)
-    walk = _Walk(cfg, trainable, remat or cfg.remat, gains, square, rows, folds)
+    walk = _Walk(cfg, trainable, remat or cfg.remat, gains, square, rows, merges_lora)
     walk.live = walk.live or (scan and in_blocks)
     for layer in range(cfg.layers):
         walk.block(f"blocks/{layer}/")
@@ -158,10 +158,10 @@ class _Walk:
         gains: Gains | Literal["fewer"],
         square: int,
         rows: int,
-        folds: bool,
+        merges_lora: bool,
     ) -> None:
         self.cfg, self.trainable, self.remat, self.gains, self.square = cfg, trainable, remat, gains, square
-        self.rows, self.folds = rows, folds
+        self.rows, self.merges_lora = rows, merges_lora
         self.tally = dict.fromkeys((*MATRICES, "attention", "head", "lora"), Part())
         self.live = self.learns("embed")
 
@@ -185,14 +185,14 @@ class _Walk:
         """The LoRA pairs of one matrix. g bᵀ is needed for da even where no gradient goes further down."""
         down = 2 * self.rows * inputs * self.trainable.rank * len(adapted)
         up = 2 * self.rows * self.trainable.rank * sum(adapted)
-        if not self.folded(inputs, columns):
+        if not self.is_merged(inputs, columns):
             return Part(forward=down + up, dx=up + (down if dx else 0), dw=down + up)
         fold = 2 * inputs * self.trainable.rank * sum(adapted)
         # On the way back x a is made, for db, and the weight that dX goes through is folded again.
         return Part(forward=fold, recompute=fold if dx else 0, dx=up, dw=2 * down + up)
 
-    def folded(self, inputs: int, columns: int) -> bool:
-        return self.folds and self.rows * (inputs + columns) > inputs * columns
+    def is_merged(self, inputs: int, columns: int) -> bool:
+        return self.merges_lora and self.rows * (inputs + columns) > inputs * columns
 
     def adapted(self, path: str) -> list[int]:
         """The columns of each part of the matrix at `path` that has a LoRA pair."""
@@ -216,7 +216,7 @@ class _Walk:
             return
         unread = {"down": 2 * self.rows * cfg.ff * cfg.width}
         if self.adapted(prefix + "down"):
-            rows = cfg.ff if self.folded(cfg.ff, cfg.width) else self.rows
+            rows = cfg.ff if self.is_merged(cfg.ff, cfg.width) else self.rows
             unread["lora"] = 2 * rows * self.trainable.rank * cfg.width
         for name, part in before.items():
             again = self.tally[name].forward - part.forward - unread.get(name, 0)

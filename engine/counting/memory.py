@@ -30,7 +30,7 @@ class TrainingMemory:
     optimizer: int
     copies: int  # in the compute type, for as long as the step runs: of what learns, or has LoRA folded in once for all
     gradients: int  # float32, of what learns
-    kept: int  # by the forward pass for the backward pass: every block's values, or with remat every block's input
+    residuals: int  # by the forward pass for the backward pass: every block's values, or with remat every block's input
     block: int  # one block's values: the last to be dropped, and with remat the most that exists at once
     logits: int  # and their gradient, for the chunk in hand
     remat: Remat
@@ -40,7 +40,7 @@ class TrainingMemory:
     def passes(self) -> int:
         """The most that forward and backward hold beside weights and optimizer. What is kept shrinks through the
         backward pass while gradients grow, so the most is at one of its ends."""
-        start = self.kept + max(self.logits, self.block if self.remat == "block" else 0)
+        start = self.residuals + max(self.logits, self.block if self.remat == "block" else 0)
         return self.copies + self.accumulated + max(start, self.gradients + self.block)
 
     @property
@@ -119,7 +119,7 @@ def training_memory(
         optimizer=_FLOAT32 * (2 * learning - (matrices + adapters if optimizer == "muon" else 0)),
         copies=(0 if width == _FLOAT32 else width * products) + wide,
         gradients=_FLOAT32 * learning,
-        kept=len(blocks) * rows * _FLOAT32 * cfg.width if remat == "block" else sum(blocks),
+        residuals=len(blocks) * rows * _FLOAT32 * cfg.width if remat == "block" else sum(blocks),
         block=max(blocks, default=0),
         logits=round(rows * cfg.vocab * (width + _FLOAT32) / loss_chunks),
         remat=remat,

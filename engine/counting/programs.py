@@ -40,7 +40,7 @@ def gradient_program(
         remat=remat,
         gains="fewer" if cpu else "tokens",
         loss_chunk=loss_chunk,
-        folds=True,
+        merges_lora=True,
         scan=cfg.scan,
     )
     return one * microbatches

@@ -21,7 +21,7 @@ from engine.model.cache.contiguous import KVCache, make_cache
 from engine.model.config import ModelConfig
 from engine.model.paths import map_paths
 from engine.model.transformer import Params, forward, hidden_states, logits_of
-from engine.model.weights.int8 import Int8, turned
+from engine.model.weights.int8 import Int8, stored_transposed
 from engine.model.weights.lora import LoRA
 from engine.model.weights.matmul import cast_matrices, dense
 
@@ -40,7 +40,7 @@ def for_inference(cfg: ModelConfig, params: Params) -> Params:
     def laid_out(_: str, leaf: Any) -> Any:
         # Narrow at once: folded over int8 the matrices are float32, and all of them together four times the base.
         leaf = dense(leaf).astype(cfg.dtype) if isinstance(leaf, LoRA) else leaf
-        return turned(leaf) if isinstance(leaf, Int8) and leaf.activations != "full" and on_cpu() else leaf
+        return stored_transposed(leaf) if isinstance(leaf, Int8) and leaf.activations != "full" and on_cpu() else leaf
 
     return cast_matrices(map_paths(laid_out, params), cfg.dtype)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from engine.model.paths import leaf_paths
 from engine.model.transformer import Params
-from engine.model.weights.int8 import Activations, Int8, dequantized, quantize_leaves
+from engine.model.weights.int8 import Activations, Int8, dequantize, quantize_leaves
 
 Rule = tuple[str, Activations | None]
 
@@ -57,7 +57,7 @@ def _round_trip(weight: Any, leaf: Int8) -> RoundTrip:
 @jax.jit
 def _errors(weight: Any, leaf: Int8) -> tuple[Any, Any]:
     weight = weight.astype(jnp.float32)
-    change = jnp.abs(dequantized(leaf) - weight)
+    change = jnp.abs(dequantize(leaf) - weight)
     size = jnp.sqrt((weight**2).mean())
     steps = change / jnp.expand_dims(jnp.where(leaf.scale == 0, 1, leaf.scale), 1 - leaf.axis)
     return jnp.sqrt((change**2).mean()) / jnp.where(size == 0, 1, size), steps.max()

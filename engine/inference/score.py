@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from engine.model.chunked_cross_entropy import head_of, rowwise_losses
+from engine.model.chunked_cross_entropy import chunked_cross_entropy, head_of
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params, forward, hidden_states
 from engine.text.batch import Batch
@@ -25,6 +25,8 @@ def score(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
         nats = jax.nn.logsumexp(logits, axis=-1) - picked
     else:
         hidden, _ = hidden_states(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
-        nats = rowwise_losses(head_of(cfg, params), hidden.reshape(-1, cfg.width), targets.reshape(-1), cfg.tied, max(2, size))
+        nats = chunked_cross_entropy(
+            head_of(cfg, params), hidden.reshape(-1, cfg.width), targets.reshape(-1), cfg.tied, max(2, size)
+        )
         nats = nats.reshape(targets.shape)
     return jnp.where(batch.mask, nats, 0.0).sum()

@@ -2,7 +2,7 @@
 
 XLA on the CPU hands a product to its fast library only when the left operand lies in memory with the summed axis last.
 The transpose rule of `jax.grad` never yields that for a weight's gradient, and the fallback is ten times slower. So each
-rule here states the same formula with one small explicit transpose (`turned`), summed along the last axis. `layers.py`
+rule here states the same formula with one small explicit transpose (`transposed`), summed along the last axis. `layers.py`
 is the reference; tests hold the two together, values and gradients.
 """
 
@@ -19,7 +19,7 @@ from engine.model import layers
 QUERY_BLOCK = 128  # queries a block of causal attention: keys after the block are never multiplied
 
 
-def turned(x: Array) -> Array:
+def transposed(x: Array) -> Array:
     """x (..., M, N) -> (..., N, M), really moved in memory.
 
     Without the barrier XLA folds the transpose into a neighbouring product, without the layout it merely relabels the
@@ -33,7 +33,7 @@ def turned(x: Array) -> Array:
 def matmul(x: Array, w: Array, dtype: DTypeLike) -> Array:
     """x (M, D), w (D, F) -> (M, F) in `dtype`; multiplied in x's dtype, summed in float32.
 
-    Backward: dx = g w^T and dw = x^T g. Of x and g the narrower one is turned, which is the cheaper copy.
+    Backward: dx = g w^T and dw = x^T g. Of x and g the narrower one is transposed, which is the cheaper copy.
     """
     return jnp.dot(x, w.astype(x.dtype), preferred_element_type=dtype)
 
@@ -47,9 +47,9 @@ def _matmul_backward(dtype: DTypeLike, kept, g: Array):
     g = g.astype(x.dtype)
     dx = jnp.einsum("mf,df->md", g, w.astype(x.dtype), preferred_element_type=x.dtype)
     if x.shape[1] <= g.shape[1]:
-        dw = jnp.dot(turned(x), g, preferred_element_type=jnp.float32)
+        dw = jnp.dot(transposed(x), g, preferred_element_type=jnp.float32)
     else:
-        dw = turned(jnp.dot(turned(g), x, preferred_element_type=jnp.float32))
+        dw = transposed(jnp.dot(transposed(g), x, preferred_element_type=jnp.float32))
     return dx, dw.astype(w.dtype)
 
 
@@ -73,8 +73,8 @@ def _matmul_two_backward(dtype: DTypeLike, kept, gs: tuple[Array, Array]):
     w_one, w_two = jnp.split(w.astype(x.dtype), 2, axis=1)
     dx = jnp.einsum("mf,df->md", one, w_one, preferred_element_type=jnp.float32)
     dx = dx + jnp.einsum("mf,df->md", two, w_two, preferred_element_type=jnp.float32)
-    x_turned = turned(x)
-    dw = jnp.concatenate([jnp.dot(x_turned, g, preferred_element_type=jnp.float32) for g in (one, two)], axis=1)
+    x_transposed = transposed(x)
+    dw = jnp.concatenate([jnp.dot(x_transposed, g, preferred_element_type=jnp.float32) for g in (one, two)], axis=1)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
@@ -95,7 +95,7 @@ def _matmul_rows_backward(dtype: DTypeLike, kept, g: Array):
     x, w = kept
     g = g.astype(x.dtype)
     dx = jnp.dot(g, w.astype(x.dtype), preferred_element_type=x.dtype)
-    dw = turned(jnp.dot(turned(x), g, preferred_element_type=jnp.float32))
+    dw = transposed(jnp.dot(transposed(x), g, preferred_element_type=jnp.float32))
     return dx, dw.astype(w.dtype)
 
 
@@ -210,7 +210,7 @@ def causal_attention(q: Array, k: Array, v: Array, segments: Array | None) -> Ar
 
     As `layers.attention` under `layers.causal_mask`, in blocks of queries, each against the keys up to its own end.
     All scores stand key-major (S, T): then every product of both passes reads its operands along the last axis, and
-    only arrays of head width are ever turned. Kept for backward: the softmax weights, B N T T / 2 numbers.
+    only arrays of head width are ever transposed. Kept for backward: the softmax weights, B N T T / 2 numbers.
     """
     return _causal_attention_forward(q, k, v, segments)[0]
 
@@ -245,16 +245,16 @@ def _causal_attention_forward(q: Array, k: Array, v: Array, segments: Array | No
     B, T, N, H = q.shape
     K = k.shape[2]
     q, k, v = _by_key_head(q, K), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    v_turned = turned(v)
+    v_transposed = transposed(v)
     weights, out = [], []
     for start, end in _blocks(T):
         scores = jnp.einsum("bksh,bkrh->bksr", k[:, :, :end], _rows(q, start, end), preferred_element_type=jnp.float32)
         mask = _may_look(start, end, N // K, segments)
-        p = jax.nn.softmax(jnp.where(mask, scores, layers.NEVER), axis=-2).astype(v.dtype)
-        o = jnp.einsum("bkhs,bksr->bkhr", v_turned[..., :end], p, preferred_element_type=v.dtype)
+        p = jax.nn.softmax(jnp.where(mask, scores, layers.MASKED), axis=-2).astype(v.dtype)
+        o = jnp.einsum("bkhs,bksr->bkhr", v_transposed[..., :end], p, preferred_element_type=v.dtype)
         weights.append(p)
         out.append(o.reshape(B, K, H, N // K, end - start))
-    o = turned(jnp.concatenate(out, axis=-1).transpose(0, 1, 3, 2, 4))  # (B, K, G, T, H)
+    o = transposed(jnp.concatenate(out, axis=-1).transpose(0, 1, 3, 2, 4))  # (B, K, G, T, H)
     return o.transpose(0, 3, 1, 2, 4).reshape(B, T, N * H), (q, k, v, segments, weights, o)
 
 
@@ -264,7 +264,7 @@ def _causal_attention_backward(kept, g: Array):
     B, K, G, T, H = q.shape
     g = _by_key_head(g.reshape(B, T, K * G, H), K)
     delta = jnp.sum(o.astype(jnp.float32) * g.astype(jnp.float32), axis=-1)  # (B, K, G, T)
-    k_turned = turned(k)
+    k_transposed = transposed(k)
     dq_blocks: list[Array] = []
     dk = dv = jnp.zeros(k.shape, jnp.float32)
     for p, (start, end) in zip(weights, _blocks(T)):
@@ -272,13 +272,13 @@ def _causal_attention_backward(kept, g: Array):
         dp = jnp.einsum("bksh,bkrh->bksr", v[:, :, :end], g_rows, preferred_element_type=jnp.float32)
         ds = p.astype(jnp.float32) * (dp - delta[..., start:end].reshape(B, K, 1, -1))
         ds = ds.astype(p.dtype)
-        dq_block = jnp.einsum("bkhs,bksr->bkhr", k_turned[..., :end], ds, preferred_element_type=q.dtype)
+        dq_block = jnp.einsum("bkhs,bksr->bkhr", k_transposed[..., :end], ds, preferred_element_type=q.dtype)
         dq_blocks.append(dq_block.reshape(B, K, H, G, end - start))
         dk_block = jnp.einsum("bksr,bkrh->bksh", ds, _rows(q, start, end), preferred_element_type=jnp.float32)
         dv_block = jnp.einsum("bksr,bkrh->bksh", p, g_rows, preferred_element_type=jnp.float32)
         rest = ((0, 0), (0, 0), (0, T - end), (0, 0))
         dk, dv = dk + jnp.pad(dk_block, rest), dv + jnp.pad(dv_block, rest)
-    dq = turned(jnp.concatenate(dq_blocks, axis=-1).transpose(0, 1, 3, 2, 4))
+    dq = transposed(jnp.concatenate(dq_blocks, axis=-1).transpose(0, 1, 3, 2, 4))
     dq = dq.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
     return dq, dk.astype(k.dtype).transpose(0, 2, 1, 3), dv.astype(v.dtype).transpose(0, 2, 1, 3), None
 

@@ -42,7 +42,7 @@ class Piece(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def rowwise_losses(head: Head, hidden: Array, targets: Array, tied: bool, size: int) -> Array:
+def chunked_cross_entropy(head: Head, hidden: Array, targets: Array, tied: bool, size: int) -> Array:
     """hidden (M, D), targets (M,) int32 -> (M,) float32 nats, holding the logits of `size` rows at a time."""
     return jnp.concatenate([
         _normalizer(pieces := _logits(head, rows, tied)) - _picked(pieces, some)
@@ -74,7 +74,7 @@ def _logits(head: Head, rows: Array, tied: bool) -> list[Piece]:
     found: list[Piece] = []
     for start in range(0, len(weight.scale), COLUMNS):
         weight, x, _ = jax.lax.optimization_barrier((weight, x, found[-1:]))  # one after the other
-        some = int8.columns(weight, start, start + COLUMNS)
+        some = int8.slice_columns(weight, start, start + COLUMNS)
         found.append(Piece(start, int8.int8_matmul(x, some, jnp.float32)))
     return found
 
@@ -94,7 +94,7 @@ def _back(head: Head, rows: Array, gs: list[Piece], tied: bool) -> tuple[Array, 
     total, weight = jnp.zeros(rows.shape), head.weight
     for start, g in gs:
         weight, total = jax.lax.optimization_barrier((weight, total))
-        some = int8.columns(weight, start, start + COLUMNS)
+        some = int8.slice_columns(weight, start, start + COLUMNS)
         total = total + int8._converted_backward(jnp.float32, (some, jnp.zeros((), rows.dtype)), g)[0]
     return total.astype(rows.dtype), None
 
@@ -124,4 +124,4 @@ def _backward(tied: bool, size: int, kept: tuple[Head, Array, Array, Array], g: 
     return Head(weight, gain), (slope * head.gain).astype(hidden.dtype), None  # type: ignore[arg-type]
 
 
-rowwise_losses.defvjp(_forward, _backward)
+chunked_cross_entropy.defvjp(_forward, _backward)

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from engine.model.config import ModelConfig, RopeScaling
 
-NEVER = -1e30  # a score no softmax sees; finite, so that a row without any key gives numbers and not NaN
+MASKED = -1e30  # a score no softmax sees; finite, so that a row without any key gives numbers and not NaN
 
 
 def unit_norm(x: Array, eps: float, dtype: DTypeLike) -> Array:
@@ -63,7 +63,7 @@ def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
     G = N // K
     rows = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
     scores = jnp.einsum("bkrh,bksh->bkrs", rows, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(jnp.where(jnp.tile(mask, (1, G, 1))[:, None], scores, NEVER), axis=-1)
+    weights = jax.nn.softmax(jnp.where(jnp.tile(mask, (1, G, 1))[:, None], scores, MASKED), axis=-1)
     out = jnp.einsum("bkrs,bksh->bkrh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N * H).astype(v.dtype)
 

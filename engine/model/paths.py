@@ -24,7 +24,7 @@ def _by_number(name: str) -> tuple[int, int, str]:
     return (0, int(name), "") if name.isdigit() else (1, 0, name)
 
 
-def nested(leaves: dict[str, Any]) -> dict[str, Any]:
+def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
     """The nested dict that `leaf_paths` took apart."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
@@ -38,7 +38,7 @@ def nested(leaves: dict[str, Any]) -> dict[str, Any]:
 
 def map_paths(f: Callable[[str, Any], Any], params: dict[str, Any]) -> dict[str, Any]:
     """The same tree with each leaf replaced by f(path, leaf)."""
-    return nested({path: f(path, leaf) for path, leaf in leaf_paths(params).items()})
+    return unflatten({path: f(path, leaf) for path, leaf in leaf_paths(params).items()})
 
 
 def first_match(rules: Sequence[tuple[str, Any]], params: dict[str, Any], default: Any) -> dict[str, Any]:
@@ -64,8 +64,8 @@ def split(params: dict[str, Any], chosen: Collection[str]) -> tuple[dict[str, An
     """(the leaves at the chosen paths, the others)."""
     leaves = leaf_paths(params)
     return (
-        nested({path: leaf for path, leaf in leaves.items() if path in chosen}),
-        nested({path: leaf for path, leaf in leaves.items() if path not in chosen}),
+        unflatten({path: leaf for path, leaf in leaves.items() if path in chosen}),
+        unflatten({path: leaf for path, leaf in leaves.items() if path not in chosen}),
     )
 
 
@@ -79,7 +79,7 @@ def merge(trainable: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Any]:
         if path in leaves and not hasattr(leaf, "on"):
             raise ValueError(f"Both trees hold a weight at {path!r}.")
         leaves[path] = leaf.on(leaves[path]) if path in leaves else leaf
-    return nested(leaves)
+    return unflatten(leaves)
 
 
 def stack(trees: Sequence[dict[str, Any]]) -> dict[str, Any]:

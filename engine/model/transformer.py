@@ -29,8 +29,8 @@ Rotary = tuple[Array, Array]
 Cached = tuple[Array, Array, Array]  # one layer's k and v (B, K, S, H), and each row's length (B,)
 
 
-def shaped() -> ModuleType:
-    """The layers to use here: shaped by hand for a CPU, as on paper elsewhere."""
+def layer_math() -> ModuleType:
+    """Returns the layers to use here: shaped by hand for a CPU, as on paper elsewhere."""
     return backward if on_cpu() else layers
 
 
@@ -54,7 +54,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, rotary: Rotary, segments: Array | None, cached: Cached | None):
-        cfg, math, dtype = self.cfg, shaped(), jnp.dtype(self.cfg.dtype)
+        cfg, math, dtype = self.cfg, layer_math(), jnp.dtype(self.cfg.dtype)
         with jax.named_scope("attention"):
             h = math.unit_norm(x, cfg.eps, dtype)
             mixed, cached = self.attention(h, self.gain("attn_norm", cfg.width), rotary, segments, cached)
@@ -69,7 +69,7 @@ class Block(nn.Module):
 
     def attention(self, h: Array, gain: Array, rotary: Rotary, segments: Array | None, cached: Cached | None):
         """h (B, T, D), its norm's gain (D,) -> (B, T, N * H), and the layer's cache with this call's keys and values."""
-        cfg, math, dtype = self.cfg, shaped(), jnp.dtype(self.cfg.dtype)
+        cfg, math, dtype = self.cfg, layer_math(), jnp.dtype(self.cfg.dtype)
         B, T, _ = h.shape
         qkv = project(h, self.weight("qkv", cfg.width, cfg.qkv_width), dtype, gain)
         if cfg.qkv_bias:
@@ -107,7 +107,7 @@ class Block(nn.Module):
         mask = jnp.arange(keys.shape[2]) <= last[:, :, None]
         # A weight of 0 does not silence a stale NaN, so what no query of this call may see is cleared first.
         seen = mask[:, -1, None, :, None]
-        return shaped().attention(q, keys, jnp.where(seen, values, 0), mask), (keys, values, length)
+        return layer_math().attention(q, keys, jnp.where(seen, values, 0), mask), (keys, values, length)
 
     def gain(self, name: str, size: int) -> Array:
         return self.param(name, nn.initializers.ones, (size,))
@@ -167,7 +167,7 @@ class Transformer(nn.Module):
             x = lookup(embed, tokens)
         x, cache = Blocks(cfg, name="blocks")(x, layers.rope_tables(cfg, positions), segments, cache)
         gain = self.param("norm", nn.initializers.ones, (cfg.width,))
-        x = shaped().unit_norm(x, cfg.eps, dtype)
+        x = layer_math().unit_norm(x, cfg.eps, dtype)
         if not cfg.tied:
             weight = matrix(self, "head", nn.initializers.zeros, (cfg.width, cfg.vocab))
         if not head:

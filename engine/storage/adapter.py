@@ -14,7 +14,7 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.files import whole_folder
-from engine.model.paths import leaf_paths, nested
+from engine.model.paths import leaf_paths, unflatten
 from engine.model.weights.lora import LoRA
 from engine.storage.huggingface.safetensors import read_header, read_rows, write_file
 
@@ -77,7 +77,7 @@ def load_adapter(folder: Path, *, base: str | None = None) -> Adapter:
         raise UserError(f"{folder} is damaged: its two files do not fit each other ({error!r}).") from None
     if len(stored) != 2 * len(leaves) or not leaves:
         raise UserError(f"{folder} is damaged: {len(stored)} tensors are there for {len(leaves)} adapted matrices.")
-    return Adapter(nested(leaves), learnt_about, about)
+    return Adapter(unflatten(leaves), learnt_about, about)
 
 
 def _leaf(stored: dict[str, Any], path: str, entry: dict[str, Any]) -> LoRA:

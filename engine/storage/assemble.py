@@ -16,7 +16,7 @@ import numpy as np
 
 from engine.errors import UserError, nearest
 from engine.model.config import ModelConfig
-from engine.model.paths import nested
+from engine.model.paths import unflatten
 from engine.storage.reading import shown
 
 AT_ONCE = 2**20  # numbers read and converted at a time
@@ -124,7 +124,7 @@ def read_params(leaves: list[Leaf], rows: Rows, dtype: str, report: Callable[[in
         done += made.size
         if report:
             report(done, total)
-    return nested(found)
+    return unflatten(found)
 
 
 def split(leaf: Leaf, value: Any) -> dict[str, np.ndarray]:

@@ -17,44 +17,41 @@ from engine.model.transformer import Params
 
 
 class Match(NamedTuple):
-    """What one phrase names: leaves and the numbers in them."""
+    """What one rule names: leaves and the numbers in them."""
 
-    phrase: str
+    rule: str
     leaves: int
     numbers: int
 
 
-class Choice(NamedTuple):
-    """What learns, as the counting rooms read it; what each phrase named; numbers that learn and that stay."""
+class Selection(NamedTuple):
+    """What trains, what each rule matched, and how many numbers train."""
 
     trainable_paths: TrainablePaths
     matches: tuple[Match, ...]
-    learning: int
-    resting: int
+    trainable_count: int
 
 
-def choose(cfg: ModelConfig, train: Sequence[str] = (), freeze: Sequence[str] = ()) -> Choice:
-    """What learns: all that a phrase of `train` names (everything, without one), less what a phrase of `freeze` names.
+def select_trainable(cfg: ModelConfig, train: Sequence[str] = (), freeze: Sequence[str] = ()) -> Selection:
+    """What learns: all that a rule of `train` names (everything, without one), less what a rule of `freeze` names.
 
-    A phrase is a pattern on whole paths such as `blocks/(28|29)/.*`, or `all`, or `head` (in a tied model its table), or
+    A rule is a pattern on whole paths such as `blocks/(28|29)/.*`, or `all`, or `head` (in a tied model its table), or
     `bottom:N` (the lookup table and the lowest N blocks), or `top:N` (the highest N blocks, the last norm, the head).
-    Raises UserError when a phrase names nothing, with the nearest path, and when nothing is left to learn.
+    Raises UserError when a rule names nothing, with the nearest path, and when nothing is left to learn.
     """
     shapes = leaf_shapes(cfg)
     numbers = {path: shape[0] * (shape[1] if len(shape) == 2 else 1) for path, shape in shapes.items()}
-    named = {phrase: _named(cfg, phrase) for phrase in (*train, *freeze)}
-    learning = {path for phrase in train for path in named[phrase]} if train else set(shapes)
-    learning -= {path for phrase in freeze for path in named[phrase]}
+    named = {rule: _named(cfg, rule) for rule in (*train, *freeze)}
+    learning = {path for rule in train for path in named[rule]} if train else set(shapes)
+    learning -= {path for rule in freeze for path in named[rule]}
     if not learning:
         raise UserError(
             f"Nothing is left to learn: --freeze {' '.join(freeze)} names all that would be trained. Freeze less of it."
         )
-    total = sum(numbers[path] for path in learning)
-    return Choice(
+    return Selection(
         all_trainable(cfg) if len(learning) == len(shapes) else TrainablePaths(frozenset(learning)),
-        tuple(Match(phrase, len(found), sum(numbers[path] for path in found)) for phrase, found in named.items()),
-        total,
-        sum(numbers.values()) - total,
+        tuple(Match(rule, len(found), sum(numbers[path] for path in found)) for rule, found in named.items()),
+        sum(numbers[path] for path in learning),
     )
 
 
@@ -63,23 +60,23 @@ def split(params: Params, trainable_paths: TrainablePaths) -> tuple[Params, Para
     return paths.split(params, trainable_paths.weights)
 
 
-def _named(cfg: ModelConfig, phrase: str) -> Collection[str]:
+def _named(cfg: ModelConfig, rule: str) -> Collection[str]:
     shapes = leaf_shapes(cfg)
-    end = re.fullmatch(r"(bottom|top):(\d+)", phrase)
+    end = re.fullmatch(r"(bottom|top):(\d+)", rule)
     if end:
         without = bottom_frozen if end[1] == "bottom" else top_frozen
         found = shapes.keys() - without(cfg, int(end[2])).weights
         if not found:
-            raise UserError(f"{phrase!r} names no block: give a number from 1 to {cfg.layers}.")
-    elif phrase == "all":
+            raise UserError(f"{rule!r} names no block: give a number from 1 to {cfg.layers}.")
+    elif rule == "all":
         found = set(shapes)
-    elif phrase == "head":
+    elif rule == "head":
         found = set(head_only(cfg).weights)
     else:
         try:
-            found = {path for path in shapes if re.fullmatch(phrase, path)}
+            found = {path for path in shapes if re.fullmatch(rule, path)}
         except re.error as error:
-            raise UserError(f"{phrase!r} is not a pattern: {error}. Write for example 'blocks/(28|29)/.*'.") from error
+            raise UserError(f"{rule!r} is not a pattern: {error}. Write for example 'blocks/(28|29)/.*'.") from error
     if not found:
-        raise UserError(f"{phrase!r} matches no parameter.{nearest(phrase, list(shapes))}")
+        raise UserError(f"{rule!r} matches no parameter.{nearest(rule, list(shapes))}")
     return found

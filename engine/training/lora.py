@@ -3,7 +3,7 @@
     adapters = add_lora(cfg, params, key, LoraConfig(rank=8, alpha=16, targets=("q", "v")))
     state = init_state(tx, adapters)                    # clipping, moments and checkpoints see the adapters alone
     state, _ = train_step(cfg, tx, state, params, ...)  # params: the base, plain or Int8, which nothing changes
-    plain = fold_lora(merge(state.trainable, params))   # one matrix again; the base is as it was, so nothing need be undone
+    plain = merge_lora(merge(state.trainable, params))   # one matrix again; the base is as it was, so nothing need be undone
 
 Several adapters may lie on one base, one over the other: `merge(second, merge(first, params))` adds them up, and folds.
 """
@@ -15,7 +15,7 @@ from jax import Array
 
 from engine.errors import UserError
 from engine.model.config import LoraConfig, ModelConfig
-from engine.model.paths import leaf_paths, map_paths, nested
+from engine.model.paths import leaf_paths, map_paths, unflatten
 from engine.model.transformer import Params
 from engine.model.weights.lora import LoRA, make_adapter
 from engine.model.weights.matmul import dense
@@ -39,10 +39,10 @@ def add_lora(cfg: ModelConfig, params: Params, key: Array, lora: LoraConfig) -> 
             if lora.rank >= most:
                 raise UserError(f"A LoRA rank for {path} must lie between 1 and {most - 1}, not {lora.rank}.")
             adapters[path] = make_adapter(jax.random.fold_in(key, len(adapters)), rows, columns, lora.rank, lora.alpha)
-    return nested(adapters)
+    return unflatten(adapters)
 
 
-def fold_lora(params: Params) -> Params:
+def merge_lora(params: Params) -> Params:
     """params with every LoRA leaf as one matrix, in the dtype of its base (float32 over an Int8 base).
 
     Logits are those of the adapted model up to rounding; without adapters params come back as they are.

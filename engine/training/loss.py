@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from engine.model.chunked_cross_entropy import head_of, rowwise_losses
+from engine.model.chunked_cross_entropy import chunked_cross_entropy, head_of
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params, forward, hidden_states
 from engine.model.weights.int8 import Int8
@@ -44,10 +44,10 @@ def target_losses(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
     """
     B, T = batch.tokens.shape
     targets = jnp.where(batch.mask, batch.targets, 0)
-    if head_rests(cfg, params) and 4 * B * T * cfg.vocab > ROWS_LIMIT:
+    if head_is_frozen(cfg, params) and 4 * B * T * cfg.vocab > ROWS_LIMIT:
         hidden, _ = hidden_states(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
         size = max(2, ROWS_LIMIT // (4 * cfg.vocab))
-        losses = rowwise_losses(head_of(cfg, params), hidden.reshape(B * T, -1), targets.reshape(-1), cfg.tied, size)
+        losses = chunked_cross_entropy(head_of(cfg, params), hidden.reshape(B * T, -1), targets.reshape(-1), cfg.tied, size)
         losses = losses.reshape(B, T)
     elif 4 * B * T * cfg.vocab <= LOGITS_LIMIT:
         logits, _ = forward(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
@@ -95,15 +95,15 @@ def chunked_losses(cfg: ModelConfig, params: Params, hidden: Array, targets: Arr
     return (highest + jnp.log(total) - picked).reshape(B, T)
 
 
-def loss_chunks(cfg: ModelConfig, rows: int, head_rests: bool) -> int:
+def loss_chunks(cfg: ModelConfig, rows: int, head_is_frozen: bool) -> int:
     """In how many pieces `target_losses` makes the logits of so many tokens."""
     size = 4 * rows * cfg.vocab
-    if head_rests:
+    if head_is_frozen:
         return -(-size // ROWS_LIMIT)
     return 1 if size <= LOGITS_LIMIT else -(-cfg.vocab // CHUNK)
 
 
-def head_rests(cfg: ModelConfig, params: Params) -> bool:
+def head_is_frozen(cfg: ModelConfig, params: Params) -> bool:
     """Whether the head is of a kind that nothing trains: weights that learn are float32."""
     matrix = head_of(cfg, params).weight
     return isinstance(matrix, Int8) or matrix.dtype != jnp.float32

@@ -1,4 +1,4 @@
-"""Muon's step: momentum turned into the nearest orthogonal matrix (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+"""Muon's step: momentum replaced by the nearest orthogonal matrix (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
 The iteration and its coefficients are optax's (`optax.contrib.muon`), and a test holds the two together. It is written
 out here because optax runs it in float32 on operands as they lie, which on a CPU costs more than the step it improves:
@@ -13,7 +13,7 @@ import optax
 from jax import Array
 from jax.typing import DTypeLike
 
-from engine.model.backward import turned
+from engine.model.backward import transposed
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
@@ -35,11 +35,11 @@ def orthogonal(matrix: Array, dtype: DTypeLike) -> Array:
     """
     rows, columns = matrix.shape
     x = (matrix / (jnp.linalg.norm(matrix) + 1e-8)).astype(dtype)
-    x = turned(x) if rows > columns else x
+    x = transposed(x) if rows > columns else x
     a, b, c = COEFFICIENTS
     for _ in range(STEPS):
         gram = jnp.einsum("ij,kj->ik", x, x)
         mixed = (b * gram + c * jnp.dot(gram, gram)).astype(dtype)
         x = (a * x + jnp.dot(mixed, x)).astype(dtype)
-    x = turned(x) if rows > columns else x
+    x = transposed(x) if rows > columns else x
     return x.astype(jnp.float32) * max(1.0, columns / rows) ** 0.5

@@ -17,7 +17,7 @@ from engine.model.paths import merge
 from engine.storage import checkpoint
 from engine.storage.digest import digest
 from engine.text.packing import Order
-from engine.training.lora import fold_lora
+from engine.training.lora import merge_lora
 from engine.training.optimizer import make_optimizer
 from engine.training.reinforce import Rollouts, group_advantages, log_probabilities
 from engine.training.step import TrainState, train_step
@@ -93,7 +93,7 @@ class Rounds:
         """What inference reads: adapters folded into their matrices, which decoding then reads once and not twice."""
         run = self.run
         params = merge(trainable, run.learner.frozen)
-        return for_inference(run.plan.cfg, params if run.given.learns.base == "int8" else fold_lora(params))
+        return for_inference(run.plan.cfg, params if run.given.learns.base == "int8" else merge_lora(params))
 
     def draw(self, params: Any, prompts: list[Prompt], first_seed: int) -> Draw:
         """An answer to each prompt, the row of each with a seed of its own."""

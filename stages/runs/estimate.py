@@ -59,7 +59,7 @@ class Plan:
         part = self.recipe.batch // self.recipe.accumulate
         return training_memory(
             self.cfg, part, self.recipe.context, optimizer=self.recipe.optimizer.kind,
-            loss_chunks=loss_chunks(self.cfg, part * self.recipe.context, head_rests=False),
+            loss_chunks=loss_chunks(self.cfg, part * self.recipe.context, head_is_frozen=False),
             microbatches=self.recipe.accumulate,
         ).total  # fmt: skip
 

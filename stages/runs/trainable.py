@@ -14,8 +14,8 @@ from engine.model.config import ModelConfig
 from engine.model.paths import merge
 from engine.model.transformer import init_params
 from engine.model.weights.matmul import cast_matrices
-from engine.training.freeze import choose, split
-from engine.training.lora import add_lora, fold_lora
+from engine.training.freeze import select_trainable, split
+from engine.training.lora import add_lora, merge_lora
 from engine.training.loss import loss_chunks
 from engine.training.optimizer import OptimizerConfig
 from stages.runs.estimate import Plan
@@ -44,12 +44,12 @@ class TuningPlan(Plan):
         part = self.recipe.batch // self.recipe.accumulate
         return training_memory(
             self.cfg, part, self.recipe.context, optimizer=self.recipe.optimizer.kind, trainable=self.trainable_paths,
-            loss_chunks=loss_chunks(self.cfg, part * self.recipe.context, self.head_rests),
+            loss_chunks=loss_chunks(self.cfg, part * self.recipe.context, self.head_is_frozen),
             microbatches=self.recipe.accumulate, base=self.base,
         ).total  # fmt: skip
 
     @property
-    def head_rests(self) -> bool:
+    def head_is_frozen(self) -> bool:
         """Whether the head is frozen, and so kept in the compute type or int8."""
         rests = ("embed" if self.cfg.tied else "head") not in self.trainable_paths.weights
         return rests and (self.base == "int8" or self.cfg.dtype != "float32")
@@ -95,12 +95,12 @@ def what_learns(given: "Finetune | Reinforce", cfg: ModelConfig) -> tuple[Traina
             ("adapts", f"{', '.join(adapter.adapted)} of {cfg.layers} layers, rank {adapter.rank}"),
             ("learns", f"{learning:,} new numbers beside {total:,} frozen ones ({learning / total:.1%})"),
         )
-    chosen = choose(cfg, [] if given.learns.train == ("all",) else given.learns.train, given.learns.freeze)
+    chosen = select_trainable(cfg, [] if given.learns.train == ("all",) else given.learns.train, given.learns.freeze)
     rows = tuple(
-        (match.phrase, f"{match.leaves} {'leaf' if match.leaves == 1 else 'leaves'}, {match.numbers:,} numbers")
+        (match.rule, f"{match.leaves} {'leaf' if match.leaves == 1 else 'leaves'}, {match.numbers:,} numbers")
         for match in chosen.matches
     )
-    return chosen.trainable_paths, (*rows, ("learns", f"{chosen.learning:,} of {total:,} ({chosen.learning / total:.1%})"))
+    return chosen.trainable_paths, (*rows, ("learns", f"{chosen.trainable_count:,} of {total:,} ({chosen.trainable_count / total:.1%})"))
 
 
 def make_learner(given: "Finetune | Reinforce", cfg: ModelConfig, params: Any, trainable_paths: TrainablePaths) -> Learner:
@@ -108,7 +108,7 @@ def make_learner(given: "Finetune | Reinforce", cfg: ModelConfig, params: Any, t
     adapter = given.adapter
     if adapter:
         return Learner(add_lora(cfg, params, jax.random.key(given.seed), adapter), in_memory(given, cfg, params), None, trainable_paths)
-    trainable, rest = split(fold_lora(params), trainable_paths)
+    trainable, rest = split(merge_lora(params), trainable_paths)
     return Learner(cast_matrices(trainable, "float32"), cast_matrices(rest, cfg.dtype), rest, trainable_paths)
 
 

@@ -17,7 +17,7 @@ from engine.inference.quantize import quantize
 from engine.inference.slots import CHUNK, compile_ahead
 from engine.model.cache.segmented import make_spans
 from engine.model.config import ModelConfig
-from engine.model.paths import map_paths, nested
+from engine.model.paths import map_paths, unflatten
 from engine.model.weights.lora import LoRA
 from engine.model.weights.matmul import dense
 
@@ -98,7 +98,7 @@ class Ahead:
             with contextlib.suppress(Exception):
                 weights, cfg = kept_as(cfg, self._given, self._started)
                 read = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in leaf_shapes(cfg).items()}
-                shapes = jax.eval_shape(lambda params: as_served(cfg, params, weights), nested(read))
+                shapes = jax.eval_shape(lambda params: as_served(cfg, params, weights), unflatten(read))
                 for told in compile_ahead(cfg, shapes, **options(cfg, self._given)):
                     self._told.put(told)
                     if self._stop.is_set():

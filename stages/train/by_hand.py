@@ -15,7 +15,7 @@ from engine import by_hand
 from engine import format as words
 from engine.by_hand import adamw
 from engine.by_hand.generate import generate
-from engine.by_hand.model import kept_numbers
+from engine.by_hand.model import residual_count
 from engine.errors import UserError
 from stages.cli import signals
 from stages.cli.command import command_line
@@ -85,7 +85,7 @@ class ByHand(Run):
 
     def kept(self) -> int:
         """Bytes that a forward pass keeps for its backward pass."""
-        return FLOAT32 * kept_numbers(self.plan.cfg, self.recipe.batch, self.recipe.context)
+        return FLOAT32 * residual_count(self.plan.cfg, self.recipe.batch, self.recipe.context)
 
     def memory(self) -> int:
         """Predicted bytes at the fullest moment of a step: weights and moments, old and new, gradient, logits three times."""

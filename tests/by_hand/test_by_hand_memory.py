@@ -77,7 +77,7 @@ def test_what_training_keeps_grows_with_every_block(options):
 def test_what_is_kept_is_what_the_formula_says(name):
     cfg = FAMILY[name]
     _, kept = model.forward_and_keep(cfg, weights(cfg), tokens_of(0, B, T))
-    assert model.kept_bytes((kept.blocks, kept.x, kept.h)) == 8 * model.kept_numbers(cfg, B, T)
+    assert model.kept_bytes((kept.blocks, kept.x, kept.h)) == 8 * model.residual_count(cfg, B, T)
 
 
 def test_everything_that_is_kept_is_needed():

@@ -41,8 +41,8 @@ def test_frozen_weights_have_no_gradient_no_moments_and_keep_nothing_below():
     head = training_memory(CFG, 2, 7, trainable=head_only(CFG))
     stay = 2 * (48 * 12 + 24 * 12 + 12 * 20 + 10 * 12) + 19 * 12  # numbers in two blocks' matrices and the table
     assert half.params == full.params - 2 * stay
-    assert 3 * half.kept == full.kept
-    assert (head.kept, head.block, head.gradients, head.optimizer) == (0, 0, 4 * 12 * 19, 8 * 12 * 19)
+    assert 3 * half.residuals == full.residuals
+    assert (head.residuals, head.block, head.gradients, head.optimizer) == (0, 0, 4 * 12 * 19, 8 * 12 * 19)
 
 
 def test_lora_adds_its_pairs_and_trains_only_those():
@@ -64,8 +64,8 @@ def test_a_block_keeps_less_where_fewer_weights_want_a_gradient(targets):
         training_memory(CFG, 2, 7, trainable=lora_only(CFG, LoraConfig(5, targets=targets))),
     )
     gains = training_memory(CFG, 2, 7, trainable=TrainablePaths(frozenset({"blocks/0/attn_norm"})))
-    assert full.kept / 2 < gains.kept < full.kept
-    assert full.kept / 2 < some.kept < full.kept
+    assert full.residuals / 2 < gains.residuals < full.residuals
+    assert full.residuals / 2 < some.residuals < full.residuals
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -98,9 +98,9 @@ def test_what_saves_memory_saves_it():
     assert training_memory(cfg, 16, 256, remat="block").total < plain.total / 2
     assert training_memory(cfg, 16, 256, loss_chunks=4).logits == plain.logits // 4
     assert training_memory(cfg, 4, 256, microbatches=4).total < plain.total / 2
-    assert training_memory(cfg, 16, 256, attention=None).kept < plain.kept
-    assert training_memory(cfg, 16, 256, attention="full").kept > plain.kept
-    assert training_memory(cfg, 32, 256).kept == 2 * plain.kept
+    assert training_memory(cfg, 16, 256, attention=None).residuals < plain.residuals
+    assert training_memory(cfg, 16, 256, attention="full").residuals > plain.residuals
+    assert training_memory(cfg, 32, 256).residuals == 2 * plain.residuals
 
 
 def test_the_peak_of_a_small_batch_is_the_update():

@@ -20,7 +20,7 @@ from engine.model.backend import on_cpu
 from engine.model.backward import QUERY_BLOCK
 from engine.model.cache.contiguous import make_cache
 from engine.model.config import LoraConfig
-from engine.model.paths import nested, split
+from engine.model.paths import split, unflatten
 from engine.model.transformer import init_params
 from engine.model.weights.int8 import quantize_leaves
 from engine.model.weights.lora import make_adapter
@@ -84,7 +84,7 @@ def trees(cfg, paths):
                 rows = leaf_shapes(cfg)[f"blocks/{layer}/{name}"][0]
                 make = functools.partial(make_adapter, rows=rows, columns=columns, rank=paths.rank, alpha=1.0)
                 adapters[f"blocks/{layer}/{name}"] = jax.eval_shape(make, jax.random.key(0))
-    return nested(adapters), params
+    return unflatten(adapters), params
 
 
 def disagreements(cfg, rows, tokens, cpu, some=None, microbatches=1, **options):

@@ -13,7 +13,7 @@ from engine.model.weights.int8 import quantize_leaves
 from engine.model.weights.matmul import cast_matrices
 from engine.storage.digest import digest
 from engine.text.batch import Batch
-from engine.training.freeze import choose, split
+from engine.training.freeze import select_trainable, split
 from engine.training.lora import add_lora
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state, loss_and_gradient, train_step
@@ -31,7 +31,7 @@ def batches(count: int, B: int = 2, T: int = 7):
 
 def halves():
     params = lively_params(CFG)
-    trainable, frozen = split(params, choose(CFG, freeze=["bottom:1"]).trainable_paths)
+    trainable, frozen = split(params, select_trainable(CFG, freeze=["bottom:1"]).trainable_paths)
     return trainable, cast_matrices(frozen, "bfloat16")
 
 
@@ -78,7 +78,7 @@ def test_freezing_spares_the_work():
     params, batch = lively_params(CFG), next(batches(1))
 
     def work(**words) -> int:
-        trainable, frozen = split(params, choose(CFG, **words).trainable_paths)
+        trainable, frozen = split(params, select_trainable(CFG, **words).trainable_paths)
         return count(lambda t, f, b: loss_and_gradient(CFG, t, f, b), trainable, frozen, batch).matmul
 
     everything, upper, lower, head = work(), work(freeze=["bottom:1"]), work(freeze=["top:1"]), work(train=["head"])

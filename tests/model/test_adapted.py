@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from tiny import lively_params, positions_of, tiny_config, tokens_of
 
-from engine.model.paths import leaf_paths, map_paths, merge, nested
+from engine.model.paths import leaf_paths, map_paths, merge, unflatten
 from engine.model.transformer import forward
-from engine.model.weights.int8 import dequantized, quantize_leaves, quantized
-from engine.model.weights.lora import LoRA, folded, make_adapter
+from engine.model.weights.int8 import dequantize, quantize_leaves, quantize_matrix
+from engine.model.weights.lora import LoRA, make_adapter, merge_weight
 from engine.model.weights.matmul import cast_matrices, dense, project, project_two
 
 D, F = 20, 28
@@ -34,7 +34,7 @@ def adapter(columns=BOTH, rank: int = 3, seed: int = 0) -> LoRA:
 
 def explicit(leaf: LoRA, base: jax.Array) -> jax.Array:
     """base + scale a b by the definition."""
-    for start, stop, a, b in leaf.pairs():
+    for start, stop, a, b in leaf.parts():
         base = base.at[:, start:stop].add(leaf.scale * a @ b)
     return base
 
@@ -50,7 +50,7 @@ def test_at_first_it_changes_no_bit(dtype, rows, columns):
         results = jax.jit(lambda leaf, multiply=multiply: multiply(x, leaf, dtype, gain))
         for plain, adapted in zip(results(base), results(leaf), strict=True):
             assert np.asarray(plain).tobytes() == np.asarray(adapted).tobytes()
-    assert np.asarray(folded(leaf)).tobytes() == np.asarray(base).tobytes()
+    assert np.asarray(merge_weight(leaf)).tobytes() == np.asarray(base).tobytes()
 
 
 def all_adapted(cfg, params, seed: int = 0, learned: bool = True):
@@ -63,7 +63,7 @@ def all_adapted(cfg, params, seed: int = 0, learned: bool = True):
             columns = [cfg.parts[name][part] for part in chosen[name]]
             made = make_adapter(jax.random.key(len(found)), leaf.shape[0], columns, 3, 6.0)
             found[path] = dataclasses.replace(made, b=drawn(seed + len(found), *made.b.shape) / 5) if learned else made
-    return nested(found)
+    return unflatten(found)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -88,14 +88,14 @@ SUMS = [("array", FEW, project_two), ("array", MANY, project), ("int8", MANY, pr
 @pytest.mark.parametrize(("kind", "rows", "multiply"), SUMS)
 def test_it_is_its_base_and_what_it_adds(kind, rows, multiply):
     x, gain, base = drawn(0, *rows, D), 1 + drawn(2, D) / 3, drawn(1, D, 2 * F)
-    under = base if kind == "array" else quantized(base, kind)
+    under = base if kind == "array" else quantize_matrix(base, kind)
     leaf = adapter(BOTH[1:] if multiply is project else BOTH).on(under)
     out = jax.jit(lambda leaf: multiply(x, leaf, F32, gain))(leaf)
     out = jnp.concatenate(out, -1) if multiply is project_two else out
     if kind == "int8":
         expected = project(x, under, F32, gain) + (x * gain) @ explicit(leaf, jnp.zeros_like(base))
     else:
-        expected = (x * gain) @ explicit(leaf, base if kind == "array" else dequantized(under))
+        expected = (x * gain) @ explicit(leaf, base if kind == "array" else dequantize(under))
     np.testing.assert_allclose(out, expected, atol=1e-4)
 
 
@@ -110,8 +110,8 @@ GRADIENTS = [  # way to multiply, dtype, rows, kind of base, adapted columns
 @pytest.mark.parametrize(("multiply", "dtype", "rows", "kind", "columns"), GRADIENTS)
 def test_its_gradient_is_that_of_the_weight_it_stands_for(multiply, dtype, rows, kind, columns):
     x, gain, base = drawn(0, *rows, D, dtype=dtype), 1 + drawn(2, D) / 3, drawn(1, D, 2 * F)
-    under = base if kind == "array" else quantized(base, "full")
-    wide = base if kind == "array" else dequantized(under)
+    under = base if kind == "array" else quantize_matrix(base, "full")
+    wide = base if kind == "array" else dequantize(under)
     g = drawn(5, *rows, 2 * F)
 
     def ours(alone, x, gain):
@@ -157,7 +157,7 @@ def test_an_adapter_has_numbers_only_for_what_it_adapts():
     columns = [cfg.parts["qkv"]["v"], cfg.parts["qkv"]["q"]]
     made = make_adapter(jax.random.key(0), D, columns, 3, 12.0)
     assert (made.a.shape, made.b.shape, made.scale, made.rank) == ((20, 6), (3, 24 + 12), 4.0, 3)
-    assert [(pair.start, pair.stop, pair.a.shape, pair.b.shape) for pair in made.pairs()] == [
+    assert [(pair.start, pair.stop, pair.a.shape, pair.b.shape) for pair in made.parts()] == [
         (0, 24, (20, 3), (3, 24)), (36, 48, (20, 3), (3, 12)),
     ]  # fmt: skip
     assert np.std(made.a) == pytest.approx(20**-0.5, rel=0.2)
@@ -175,7 +175,7 @@ def test_a_base_of_another_shape_is_refused():
 
 
 def test_casting_reaches_the_base_and_the_pair():
-    cast = cast_matrices({"w": adapter().on(drawn(1, D, 2 * F)), "v": adapter().on(quantized(drawn(1, D, 2 * F)))}, BF16)
+    cast = cast_matrices({"w": adapter().on(drawn(1, D, 2 * F)), "v": adapter().on(quantize_matrix(drawn(1, D, 2 * F)))}, BF16)
     assert {leaf.dtype for leaf in jax.tree.leaves(cast["w"])} == {BF16}
     assert cast["v"].base.values.dtype == jnp.int8
     assert cast["v"].a.dtype == BF16

@@ -13,7 +13,7 @@ from tiny import lively_params, tiny_config
 
 from engine.errors import UserError
 from engine.model.paths import leaf_paths
-from engine.model.weights.int8 import Int8, dequantized, int8_matmul, quantize_leaves, quantized, turned
+from engine.model.weights.int8 import Int8, dequantize, int8_matmul, quantize_leaves, quantize_matrix, stored_transposed
 from engine.model.weights.matmul import cast_matrices, lookup, project, project_two, unembed
 
 D, F, V = 20, 28, 41
@@ -27,7 +27,7 @@ def drawn(seed: int, *shape: int, dtype=F32) -> jax.Array:
 
 def wide(leaf: Int8) -> jax.Array:
     """(in, out) of either kind: what x is multiplied by."""
-    return dequantized(leaf) if leaf.axis == 1 else dequantized(leaf).T
+    return dequantize(leaf) if leaf.axis == 1 else dequantize(leaf).T
 
 
 weights = st.integers(0, 2**32 - 1).flatmap(
@@ -40,20 +40,20 @@ weights = st.integers(0, 2**32 - 1).flatmap(
 @given(weights, st.sampled_from([0, 1]))
 def test_no_weight_is_off_by_more_than_half_a_step_of_its_column(weight, axis):
     weight[:, 3] = 0
-    leaf = quantized(jnp.asarray(weight), "full", axis)
+    leaf = quantize_matrix(jnp.asarray(weight), "full", axis)
     assert leaf.values.dtype == jnp.int8
     assert leaf.scale.shape == (weight.shape[axis],)
     assert np.abs(np.asarray(leaf.values, np.int32)).max() == 127
     scale = np.expand_dims(np.asarray(leaf.scale), 1 - axis)
-    assert (np.abs(np.asarray(dequantized(leaf)) - weight) <= scale * 0.5001).all()
+    assert (np.abs(np.asarray(dequantize(leaf)) - weight) <= scale * 0.5001).all()
     assert (np.abs(weight).max(1 - axis) <= np.asarray(leaf.scale) * 127.001).all()
-    assert not np.asarray(dequantized(leaf))[:, 3].any()
+    assert not np.asarray(dequantize(leaf))[:, 3].any()
 
 
 @given(weights)
 def test_rounding_again_changes_nothing(weight):
-    once = quantized(jnp.asarray(weight))
-    again = quantized(dequantized(once))
+    once = quantize_matrix(jnp.asarray(weight))
+    again = quantize_matrix(dequantize(once))
     np.testing.assert_array_equal(again.values, once.values)
 
 
@@ -62,7 +62,7 @@ def test_rounding_again_changes_nothing(weight):
 def test_whole_numbers_are_multiplied_exactly(axis, dtype):
     x = np.asarray(drawn(0, 9, D, dtype=dtype), np.float32) * np.logspace(-6, 6, 9, dtype=np.float32)[:, None]
     x[4] = 0
-    leaf = quantized(drawn(1, D, F) if axis == 1 else drawn(1, F, D), axis=axis)
+    leaf = quantize_matrix(drawn(1, D, F) if axis == 1 else drawn(1, F, D), axis=axis)
     ours = jax.jit(lambda x: int8_matmul(x, leaf, F32))(jnp.asarray(x))
 
     scale = np.abs(x).max(1, keepdims=True) / np.float32(127)
@@ -78,7 +78,7 @@ def test_whole_numbers_are_multiplied_exactly(axis, dtype):
 @pytest.mark.parametrize("rows", [2, 7])
 def test_a_row_is_the_same_to_the_bit_whatever_lies_beside_it(kind, rows):
     """In one program: other rows, also spoiled ones, and any place."""
-    leaf = quantized(drawn(1, D, F), kind)
+    leaf = quantize_matrix(drawn(1, D, F), kind)
     multiply = jax.jit(lambda x: project(x, leaf, F32))
     mine, results = drawn(2, D, dtype=BF16), set()
     for place in range(rows):
@@ -90,7 +90,7 @@ def test_a_row_is_the_same_to_the_bit_whatever_lies_beside_it(kind, rows):
 
 @pytest.mark.parametrize("kind", ["int8", "full"])
 def test_what_is_not_finite_stays_so(kind):
-    leaf = quantized(drawn(1, D, F), kind)
+    leaf = quantize_matrix(drawn(1, D, F), kind)
     out = project(drawn(0, 3, D).at[0, 5].set(np.nan).at[1, 5].set(np.inf), leaf, F32)
     assert not np.isfinite(out[:2]).any()
     assert np.isfinite(out[2]).all()
@@ -99,7 +99,7 @@ def test_what_is_not_finite_stays_so(kind):
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_a_weight_alone_in_int8_lets_the_gradient_pass(axis, dtype):
-    leaf = quantized(drawn(1, D, F) if axis == 1 else drawn(1, F, D), "full", axis)
+    leaf = quantize_matrix(drawn(1, D, F) if axis == 1 else drawn(1, F, D), "full", axis)
     x, g = drawn(0, 9, D, dtype=dtype), drawn(2, 9, F)
     out, pull = jax.vjp(jax.jit(lambda x: int8_matmul(x, leaf, F32)), x)
     tolerance = {F32: 1e-5, BF16: 2e-2}[dtype]
@@ -110,7 +110,7 @@ def test_a_weight_alone_in_int8_lets_the_gradient_pass(axis, dtype):
 
 
 def test_whole_numbers_have_no_gradient():
-    leaf = quantized(drawn(1, D, F))
+    leaf = quantize_matrix(drawn(1, D, F))
     with pytest.raises(UserError, match="activations 'full'"):
         jax.grad(lambda x: project(x, leaf, F32).sum())(drawn(0, 3, D))
 
@@ -119,15 +119,15 @@ def test_whole_numbers_have_no_gradient():
 def test_every_way_to_use_a_weight_knows_int8(kind):
     x, gain = drawn(0, 2, 7, D), 1 + drawn(2, D) / 3
     close = lambda a, b: np.testing.assert_allclose(a, b, atol={"int8": 0.15, "full": 1e-4}[kind])
-    leaf = quantized(drawn(1, D, 2 * F), kind)
+    leaf = quantize_matrix(drawn(1, D, 2 * F), kind)
     close(project(x, leaf, F32, gain), (x * gain) @ wide(leaf))
     one, two = project_two(x, leaf, F32, gain)
     close(jnp.concatenate([one, two], -1), (x * gain) @ wide(leaf))
     close(project(x[:1, :1], leaf, F32, gain), (x[:1, :1] * gain) @ wide(leaf))
-    table = quantized(drawn(1, V, D), kind, axis=0)
+    table = quantize_matrix(drawn(1, V, D), kind, axis=0)
     close(unembed(x, table, F32, gain), (x * gain) @ wide(table))
     tokens = jnp.array([[3, 0, V - 1]])
-    np.testing.assert_array_equal(lookup(table, tokens), dequantized(table)[tokens])
+    np.testing.assert_array_equal(lookup(table, tokens), dequantize(table)[tokens])
 
 
 def test_rules_say_which_leaves_and_how():
@@ -167,7 +167,7 @@ def weight_sized(text: str, shapes: set[tuple[int, ...]]) -> list[str]:
 @pytest.mark.parametrize("kind", ["int8", "full"])
 def test_whole_numbers_convert_nothing_of_a_weights_size(kind):
     """And a weight alone in int8 is seen to be converted: the check can fail."""
-    leaf, x = quantized(drawn(1, 320, 448), kind), drawn(0, 8, 320, dtype=BF16)
+    leaf, x = quantize_matrix(drawn(1, 320, 448), kind), drawn(0, 8, 320, dtype=BF16)
     text = jax.jit(lambda x, leaf: project(x, leaf, BF16)).lower(x, leaf).compile().as_text()
     assert bool(weight_sized(text, {(320, 448), (448, 320)})) == (kind == "full")
 
@@ -177,10 +177,10 @@ def test_whole_numbers_convert_nothing_of_a_weights_size(kind):
 def test_two_digits_of_x_are_a_hundred_times_nearer_than_one(axis, rows):
     """Of rows with one number far above the rest, where one digit is coarse; on either path, few rows or many."""
     x = drawn(0, rows, D).at[:, 4].mul(50.0)
-    weight = quantized(drawn(1, D, V) if axis else drawn(1, V, D), axis=axis)
+    weight = quantize_matrix(drawn(1, D, V) if axis else drawn(1, V, D), axis=axis)
     exact = np.asarray(x, np.float64) @ np.asarray(wide(weight), np.float64)
-    for turned_ in (False, True):
-        leaf = turned(weight) if turned_ else weight
+    for transposed in (False, True):
+        leaf = stored_transposed(weight) if transposed else weight
         error = {
             kind: np.abs(np.asarray(int8_matmul(x, dataclasses.replace(leaf, activations=kind), F32)) - exact).max()
             for kind in ("int8", "int16")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import UserError
-from engine.model.paths import first_match, leaf_paths, map_paths, merge, nested, partition, stack, unstack
+from engine.model.paths import first_match, leaf_paths, map_paths, merge, partition, stack, unflatten, unstack
 
 names = st.text("ab01_", min_size=1, max_size=3)
 trees = st.dictionaries(
@@ -17,7 +17,7 @@ trees = st.dictionaries(
 
 @given(trees)
 def test_paths_and_back_is_the_same_tree(tree):
-    assert nested(leaf_paths(tree)) == tree
+    assert unflatten(leaf_paths(tree)) == tree
     assert map_paths(lambda _, leaf: leaf, tree) == tree
 
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from tiny_runs import command
 
 from engine.errors import UserError
-from engine.model.paths import leaf_paths, merge, nested
+from engine.model.paths import leaf_paths, merge, unflatten
 from engine.model.transformer import forward
 from engine.model.weights.lora import make_adapter
 from engine.model.weights.matmul import dense
@@ -104,7 +104,7 @@ def adapted(model: LoadedModel) -> tuple[LoadedModel, dict[str, Any]]:
             leaf = make_adapter(key, rows, [parts[name][part] for part in chosen], 3, 6.0)
             b = 0.2 * jax.random.normal(jax.random.fold_in(key, layer), leaf.b.shape)
             made[f"blocks/{layer}/{name}"] = dataclasses.replace(leaf, b=b)
-    return dataclasses.replace(model, params=merge(nested(made), model.params)), made
+    return dataclasses.replace(model, params=merge(unflatten(made), model.params)), made
 
 
 def test_an_adapter_is_folded_or_written_alone(

@@ -10,7 +10,7 @@ import pytest
 from tiny import lively_params, tiny_config
 
 from engine.errors import UserError
-from engine.model.paths import leaf_paths, nested
+from engine.model.paths import leaf_paths, unflatten
 from engine.model.weights.lora import LoRA, make_adapter
 from engine.storage.adapter import load_adapter, save_adapter
 from engine.storage.digest import digest
@@ -25,7 +25,7 @@ def adapters():
     for layer in range(2):
         made = make_adapter(jax.random.key(layer), 20, [parts["q"], parts["v"]], 3, 12.0)
         found[f"blocks/{layer}/qkv"] = dataclasses.replace(made, b=jnp.full(made.b.shape, 0.1 + layer))
-    return nested(found)
+    return unflatten(found)
 
 
 def test_it_comes_back_to_the_bit(tmp_path):
@@ -116,6 +116,6 @@ def test_damage_is_named(tmp_path, how):
 def test_a_tree_on_its_base_is_saved_without_it(tmp_path):
     """Only the pair is written, wherever it lies."""
     on = {path: leaf.on(jnp.zeros((20, 48))) for path, leaf in leaf_paths(adapters()).items()}
-    loaded = load_adapter(save_adapter(tmp_path / "mine", nested(on), base=BASE))
+    loaded = load_adapter(save_adapter(tmp_path / "mine", unflatten(on), base=BASE))
     assert all(isinstance(leaf, LoRA) and leaf.base is None for leaf in leaf_paths(loaded.adapters).values())
     np.testing.assert_array_equal(leaf_paths(loaded.adapters)["blocks/1/qkv"].b, leaf_paths(adapters())["blocks/1/qkv"].b)

@@ -8,29 +8,29 @@ from engine.counting.params import count_params, leaf_shapes
 from engine.counting.trainable import TrainablePaths, all_trainable, bottom_frozen, head_only, top_frozen
 from engine.errors import UserError
 from engine.model.paths import leaf_paths, merge
-from engine.training.freeze import Match, choose, split
+from engine.training.freeze import Match, select_trainable, split
 
 CFG = tiny_config()
 TIED = tiny_config(tied=True)
 
 
 def test_without_a_word_all_learns():
-    chosen = choose(CFG)
+    chosen = select_trainable(CFG)
     assert chosen.trainable_paths == all_trainable(CFG)
-    assert (chosen.matches, chosen.learning, chosen.resting) == ((), count_params(CFG).total, 0)
-    assert choose(CFG, train=["all"]).trainable_paths == all_trainable(CFG)
+    assert (chosen.matches, chosen.trainable_count) == ((), count_params(CFG).total)
+    assert select_trainable(CFG, train=["all"]).trainable_paths == all_trainable(CFG)
 
 
 @pytest.mark.parametrize("cfg", [CFG, TIED], ids=["untied", "tied"])
 def test_ends_of_the_model_are_those_that_are_counted(cfg):
-    assert choose(cfg, freeze=["bottom:1"]).trainable_paths == bottom_frozen(cfg, 1)
-    assert choose(cfg, freeze=["top:2"]).trainable_paths == top_frozen(cfg, 2)
-    assert choose(cfg, train=["head"]).trainable_paths == head_only(cfg)
-    assert choose(cfg, freeze=["head"]).trainable_paths.weights == leaf_shapes(cfg).keys() - head_only(cfg).weights
+    assert select_trainable(cfg, freeze=["bottom:1"]).trainable_paths == bottom_frozen(cfg, 1)
+    assert select_trainable(cfg, freeze=["top:2"]).trainable_paths == top_frozen(cfg, 2)
+    assert select_trainable(cfg, train=["head"]).trainable_paths == head_only(cfg)
+    assert select_trainable(cfg, freeze=["head"]).trainable_paths.weights == leaf_shapes(cfg).keys() - head_only(cfg).weights
 
 
 def test_what_is_named_to_learn_less_what_is_named_to_stay():
-    chosen = choose(CFG, train=["blocks/1/.*", "norm"], freeze=[r".*_norm", "bottom:1"])
+    chosen = select_trainable(CFG, train=["blocks/1/.*", "norm"], freeze=[r".*_norm", "bottom:1"])
     assert chosen.trainable_paths == TrainablePaths(
         frozenset({f"blocks/1/{name}" for name in ("qkv", "out", "gate_up", "down")} | {"norm"})
     )
@@ -40,13 +40,12 @@ def test_what_is_named_to_learn_less_what_is_named_to_stay():
         Match(".*_norm", 8, 4 * 20 + 4 * 4),
         Match("bottom:1", 9, 41 * 20 + 20 * 48 + 24 * 20 + 20 * 56 + 28 * 20 + 2 * 20 + 2 * 4),
     )
-    assert chosen.learning == 20 * 48 + 24 * 20 + 20 * 56 + 28 * 20 + 20
-    assert chosen.learning + chosen.resting == count_params(CFG).total
+    assert chosen.trainable_count == 20 * 48 + 24 * 20 + 20 * 56 + 28 * 20 + 20
 
 
 def test_trees_are_parted_as_it_was_said():
     params = lively_params(CFG)
-    trainable_paths = choose(CFG, freeze=["bottom:1"]).trainable_paths
+    trainable_paths = select_trainable(CFG, freeze=["bottom:1"]).trainable_paths
     trainable, frozen = split(params, trainable_paths)
     assert set(leaf_paths(trainable)) == trainable_paths.weights
     assert not set(leaf_paths(frozen)) & trainable_paths.weights
@@ -71,5 +70,5 @@ def test_trees_are_parted_as_it_was_said():
 )
 def test_a_word_that_names_nothing_is_refused(train, freeze, said):
     with pytest.raises(UserError) as error:
-        choose(CFG, train, freeze)
+        select_trainable(CFG, train, freeze)
     assert said in str(error.value)

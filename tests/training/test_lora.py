@@ -20,7 +20,7 @@ from engine.model.weights.lora import LoRA
 from engine.model.weights.matmul import cast_matrices
 from engine.storage.digest import digest
 from engine.text.batch import Batch
-from engine.training.lora import add_lora, fold_lora
+from engine.training.lora import add_lora, merge_lora
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state, loss_and_gradient, train_step
 
@@ -62,7 +62,7 @@ def test_folding_gives_the_same_logits_and_leaves_the_base_alone(params, kind):
     base = params if kind == "array" else quantize_leaves(params, [(MATRICES, "full")])
     before = digest(base)
     adapted = merge(learned(add_lora(CFG, base, KEY, LoraConfig(3, targets=("all",)))), base)
-    folded = fold_lora(adapted)
+    folded = merge_lora(adapted)
     assert {type(leaf) for leaf in leaf_paths(folded).values()} == {type(params["head"])}
     for rows in (1, 9):
         tokens = tokens_of(1, rows, T)
@@ -74,16 +74,16 @@ def test_folding_gives_the_same_logits_and_leaves_the_base_alone(params, kind):
 
 def test_folding_keeps_the_bases_dtype_and_a_plain_model(params):
     half = cast_matrices(params, "bfloat16")
-    folded = leaf_paths(fold_lora(merge(learned(add_lora(CFG, half, KEY, LoraConfig(2, targets=("q", "v")))), half)))
+    folded = leaf_paths(merge_lora(merge(learned(add_lora(CFG, half, KEY, LoraConfig(2, targets=("q", "v")))), half)))
     assert folded["blocks/0/qkv"].dtype == jnp.bfloat16
-    assert all(a is b for a, b in zip(jax.tree.leaves(fold_lora(params)), jax.tree.leaves(params)))
+    assert all(a is b for a, b in zip(jax.tree.leaves(merge_lora(params)), jax.tree.leaves(params)))
 
 
 def test_several_adapters_on_one_base_fold_to_their_sum(params):
     first = learned(add_lora(CFG, params, KEY, LoraConfig(3, targets=("q", "v"))), 1)
     second = learned(add_lora(CFG, params, KEY, LoraConfig(2, targets=("all",))), 2)
-    folded = leaf_paths(fold_lora(merge(second, merge(first, params))))
-    alone = [leaf_paths(fold_lora(merge(adapters, params))) for adapters in (first, second)]
+    folded = leaf_paths(merge_lora(merge(second, merge(first, params))))
+    alone = [leaf_paths(merge_lora(merge(adapters, params))) for adapters in (first, second)]
     for path, leaf in leaf_paths(params).items():
         expected = leaf + sum(one[path] - leaf for one in alone)
         np.testing.assert_allclose(folded[path], expected, atol=1e-5)
@@ -129,7 +129,7 @@ def test_the_gradient_of_a_step_is_that_of_the_folded_model(params, rows, kind):
     loss, gradient = jax.jit(loss_and_gradient, static_argnums=0)(CFG, adapters, base, batch)
 
     def folded_loss(adapters):
-        table = jax.nn.log_softmax(forward(CFG, fold_lora(merge(adapters, base)), batch.tokens, batch.positions)[0])
+        table = jax.nn.log_softmax(forward(CFG, merge_lora(merge(adapters, base)), batch.tokens, batch.positions)[0])
         return -jnp.take_along_axis(table, batch.targets[..., None], -1).mean()
 
     expected, reference = jax.jit(jax.value_and_grad(folded_loss))(adapters)

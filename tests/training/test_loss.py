@@ -11,7 +11,7 @@ from tiny import B, T, lively_params, positions_of, tiny_config, tokens_of
 
 from engine.model import chunked_cross_entropy as rowwise
 from engine.model.transformer import hidden_states, logits_of
-from engine.model.weights.int8 import quantized
+from engine.model.weights.int8 import quantize_matrix
 from engine.text.batch import Batch
 from engine.training import loss as module
 from engine.training.loss import chunked_losses, next_token_loss, summed_loss, token_losses
@@ -126,7 +126,7 @@ def test_a_frozen_head_makes_its_logits_a_few_rows_at_a_time_and_nothing_else_ch
     cfg = tiny_config(tied=kind == "tied")
     params = lively_params(cfg)
     name = "embed" if cfg.tied else "head"
-    params[name] = quantized(params[name], "full") if kind == "int8" else params[name].astype(jnp.bfloat16)
+    params[name] = quantize_matrix(params[name], "full") if kind == "int8" else params[name].astype(jnp.bfloat16)
     asked = {"blocks": params["blocks"], "norm": params["norm"]} | ({} if kind == "int8" else {name: params[name]})
     slopes = jax.jit(jax.value_and_grad(lambda asked: summed_loss(cfg, params | asked, batch_of())))
     expected = slopes(asked)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from engine.model.config import ModelConfig
-from engine.model.layers import NEVER
+from engine.model.layers import MASKED
 
 Kind = Literal["bfloat16", "float32", "int8"]
 FINE = 254  # steps of the second digit in one of the first
@@ -234,14 +234,14 @@ def _attended(q: Array, positions: Array, layer: SpanLayer) -> Array:
     lone = R == 1
     pick = lambda kept: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer.rows.target[0], 0), kept) if lone else kept
     edges, longest = edges_of(layer.k), positions.max()
-    state = (jnp.full((R, K, M), NEVER), jnp.zeros((R, K, M)), jnp.zeros((R, K, M, H)))
+    state = (jnp.full((R, K, M), MASKED), jnp.zeros((R, K, M)), jnp.zeros((R, K, M, H)))
     asked = _two_digits(q) if isinstance(layer.k[0], Rounded) else q
     for keys, values, start, stop in zip(layer.k, layer.v, edges, edges[1:]):
         last = positions - start  # of the span's own places, the last that each query sees
 
         def added(best: Array, total: Array, mixed: Array, keys=keys, values=values, last=last, length=stop - start):
             mask = (jnp.arange(length) <= last[:, :, None])[:, None]
-            scores = jnp.where(mask, _scores(asked, pick(keys)), NEVER)
+            scores = jnp.where(mask, _scores(asked, pick(keys)), MASKED)
             higher = jnp.maximum(best, scores.max(-1))
             weights, factor = jnp.exp(scores - higher[..., None]), jnp.exp(best - higher)
             more = mixed * factor[..., None] + _mixed(weights, pick(values), mask)

@@ -30,7 +30,7 @@ LARGEST = 127  # -128 is not used, so that a weight and its negative are rounded
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=["activations", "axis", "turned"]
+    jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=["activations", "axis", "transposed"]
 )
 @dataclasses.dataclass(frozen=True)
 class Int8:
@@ -38,30 +38,30 @@ class Int8:
 
     `axis` is the one the scale runs along: 1, a scale a column, for what x is multiplied by from the left; 0, a scale a
     row, for the embedding (V, D), whose rows are looked up and which a tied head multiplies by from its other side.
-    `turned` values lie as (out, in), see `turned`; the leaf stands for the same matrix and has the same shape.
+    `transposed` values lie as (out, in), see `transposed`; the leaf stands for the same matrix and has the same shape.
     """
 
     values: Array
     scale: Array
     activations: Activations = "int8"
     axis: int = 1
-    turned: bool = False
+    transposed: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.values.shape[::-1] if self.turned else self.values.shape
+        return self.values.shape[::-1] if self.transposed else self.values.shape
 
     @property
     def summed(self) -> int:
         """The axis of `values` that a product sums over: the one without a scale."""
-        return self.axis if self.turned else 1 - self.axis
+        return self.axis if self.transposed else 1 - self.axis
 
     @property
     def size(self) -> int:
         return self.values.size
 
 
-def quantized(weight: Array, activations: Activations = "int8", axis: int = 1) -> Int8:
+def quantize_matrix(weight: Array, activations: Activations = "int8", axis: int = 1) -> Int8:
     """The Int8 nearest to weight (in, out): each column's largest magnitude becomes 127.
 
     No number is off by more than half a step of its column, which is the column's largest magnitude / 254. Columns of
@@ -73,23 +73,23 @@ def quantized(weight: Array, activations: Activations = "int8", axis: int = 1) -
     return Int8(jnp.clip(jnp.round(steps), -LARGEST, LARGEST).astype(jnp.int8), scale, activations, axis)
 
 
-def dequantized(leaf: Int8, dtype: DTypeLike = jnp.float32) -> Array:
+def dequantize(leaf: Int8, dtype: DTypeLike = jnp.float32) -> Array:
     """values * scale, (in, out), rounded once to `dtype`."""
-    values = leaf.values.T if leaf.turned else leaf.values
+    values = leaf.values.T if leaf.transposed else leaf.values
     return (values.astype(jnp.float32) * jnp.expand_dims(leaf.scale, 1 - leaf.axis)).astype(dtype)
 
 
-def turned(leaf: Int8) -> Int8:
+def stored_transposed(leaf: Int8) -> Int8:
     """The same leaf with each column's numbers beside one another, which is how a CPU multiplies whole numbers fastest.
 
     For a few rows of x, which is decoding, it takes half the time: the units then read the weight as it lies.
     """
-    if leaf.turned or leaf.summed == 1:
+    if leaf.transposed or leaf.summed == 1:
         return leaf
-    return dataclasses.replace(leaf, values=leaf.values.T, turned=True)
+    return dataclasses.replace(leaf, values=leaf.values.T, transposed=True)
 
 
-def columns(leaf: Int8, start: int, stop: int) -> Int8:
+def slice_columns(leaf: Int8, start: int, stop: int) -> Int8:
     """Columns start..stop of what `int8_matmul` multiplies by, as a leaf of its own: those with the scales start..stop."""
     along = 1 - leaf.summed
     values = jax.lax.slice_in_dim(leaf.values, start, min(stop, leaf.values.shape[along]), axis=along)
@@ -116,7 +116,7 @@ def quantize_leaves(
         nonlocal done
         if path not in wanted:
             return leaf
-        small = _quantized(leaf, wanted[path], 0 if path == "embed" else 1)
+        small = _quantize_jitted(leaf, wanted[path], 0 if path == "embed" else 1)
         done += 1
         if report:
             report(done, len(wanted))
@@ -125,7 +125,7 @@ def quantize_leaves(
     return map_paths(leaf_of, params)
 
 
-_quantized = jax.jit(quantized, static_argnums=(1, 2))
+_quantize_jitted = jax.jit(quantize_matrix, static_argnums=(1, 2))
 
 
 def rounded_rows(x: Array) -> tuple[Array, Array]:

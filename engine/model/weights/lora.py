@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from engine.model.weights.int8 import Int8, dequantized
+from engine.model.weights.int8 import Int8, dequantize
 
 
-class Pair(NamedTuple):
+class LoraPart(NamedTuple):
     """What is added to columns start..stop of the base: scale * a b."""
 
     start: int
@@ -66,12 +66,12 @@ class LoRA:
     def rank(self) -> int:
         return self.b.shape[-2]
 
-    def pairs(self) -> list[Pair]:
+    def parts(self) -> list[LoraPart]:
         """Each part's own a (in, R) and b (R, width)."""
         found, done = [], 0
         for place, (start, stop) in enumerate(self.columns):
             a = self.a[:, place * self.rank : (place + 1) * self.rank]
-            found.append(Pair(start, stop, a, self.b[:, done : done + stop - start]))
+            found.append(LoraPart(start, stop, a, self.b[:, done : done + stop - start]))
             done += stop - start
         return found
 
@@ -84,19 +84,19 @@ def make_adapter(key: Array, rows: int, columns: Sequence[tuple[int, int]], rank
     return LoRA(None, a, b, alpha / rank, columns)
 
 
-def root_of(weight: Any) -> Any:
+def innermost_base(weight: Any) -> Any:
     """What lies below all adapters: an Array or an Int8."""
-    return root_of(weight.base) if isinstance(weight, LoRA) else weight
+    return innermost_base(weight.base) if isinstance(weight, LoRA) else weight
 
 
-def folded(leaf: LoRA) -> Array:
+def merge_weight(leaf: LoRA) -> Array:
     """base + scale * a b as one matrix in the base's dtype; float32 when the base is Int8."""
     base = leaf.base
     if isinstance(base, LoRA):
-        base = folded(base)
-    base = dequantized(base) if isinstance(base, Int8) else base
+        base = merge_weight(base)
+    base = dequantize(base) if isinstance(base, Int8) else base
     whole = base.astype(jnp.float32)
-    for pair in leaf.pairs():
+    for pair in leaf.parts():
         a, b = pair.a.astype(jnp.float32), pair.b.astype(jnp.float32)
         less = jnp.dot(a, b * -leaf.scale, precision=jax.lax.Precision.HIGHEST)
         # Subtracted, because x - 0 is x to the bit, while -0 + 0 is 0.

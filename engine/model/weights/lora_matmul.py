@@ -20,13 +20,13 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from engine.model import backward
-from engine.model.weights.int8 import Int8, dequantized
-from engine.model.weights.lora import LoRA, Pair, folded, root_of
+from engine.model.weights.int8 import Int8, dequantize
+from engine.model.weights.lora import LoRA, LoraPart, innermost_base, merge_weight
 
 Cuts = tuple[tuple[int, int], ...]
 
 
-def fold_matmul(x: Array, weight: LoRA, gain: Array | None, dtype: DTypeLike, cuts: Cuts) -> tuple[Array, ...]:
+def merged_matmul(x: Array, weight: LoRA, gain: Array | None, dtype: DTypeLike, cuts: Cuts) -> tuple[Array, ...]:
     """x (M, in), gain (in,) -> (gain x) W cut by columns: for each (start, stop) of `cuts` an array (M, stop - start).
 
     x, gain and the pair get gradients. The base gets none: under an adapter it is frozen.
@@ -39,11 +39,11 @@ class _How(NamedTuple):
     cuts: Cuts
 
 
-def _pairs_within(weight: LoRA, start: int, stop: int) -> list[Pair]:
+def _pairs_within(weight: LoRA, start: int, stop: int) -> list[LoraPart]:
     """The pairs whose columns lie in start..stop, counted from `start`."""
     return [
         pair._replace(start=pair.start - start, stop=pair.stop - start)
-        for pair in weight.pairs()
+        for pair in weight.parts()
         if start <= pair.start and pair.stop <= stop
     ]
 
@@ -52,9 +52,9 @@ def _cut_of(weight: LoRA, gain: Array | None, start: int, stop: int, dtype: DTyp
     """Columns start..stop of gain * (base + scale a b), (in, stop - start) in `dtype`, added up in float32."""
     base = weight.base
     if isinstance(base, LoRA):
-        base = folded(base)
+        base = merge_weight(base)
     if isinstance(base, Int8):
-        base = dequantized(base)
+        base = dequantize(base)
     blocks, done = [], 0
     for pair in _pairs_within(weight, start, stop):
         blocks.append(jnp.zeros((base.shape[0], pair.start - done), dtype))
@@ -79,7 +79,7 @@ def _fold_matmul(x: Array, weight: LoRA, gain: Array | None, how: _How) -> tuple
 
 def _forward(x: Array, weight: LoRA, gain: Array | None, how: _How):
     given = weight
-    if isinstance(root_of(weight), Int8):  # folded when its turn comes, or all of the model might lie here in wide numbers
+    if isinstance(innermost_base(weight), Int8):  # merged when its turn comes, or all of the model might lie here in float32
         given, x = jax.lax.optimization_barrier((weight, x))
     cuts = [_cut_of(given, gain, start, stop, x.dtype) for start, stop in how.cuts]
     return tuple(_plain(x, cut, how.dtype) for cut in cuts), (x, weight, gain)
@@ -92,16 +92,16 @@ def _backward(how: _How, kept: tuple[Array, LoRA, Array | None], gs: tuple[Array
     weight, gs = jax.lax.optimization_barrier((weight, gs))
     cuts = [_cut_of(weight, gain, start, stop, x.dtype) for start, stop in how.cuts]
     a = weight.a if gain is None else weight.a * gain[:, None]
-    inner_turned = backward.turned(_plain(x, a.astype(x.dtype), x.dtype))  # (R P, M)
+    inner_transposed = backward.transposed(_plain(x, a.astype(x.dtype), x.dtype))  # (R P, M)
     thin: list[Array] = []
     db: list[Array] = []
     for (start, stop), g in zip(how.cuts, gs):
         for pair in _pairs_within(weight, start, stop):
             mine = g[:, pair.start : pair.stop]
-            thin.append(_times_turned(mine, (pair.b * weight.scale).astype(x.dtype), x.dtype))
-            rows = inner_turned[len(db) * weight.rank : (len(db) + 1) * weight.rank]
+            thin.append(_times_transposed(mine, (pair.b * weight.scale).astype(x.dtype), x.dtype))
+            rows = inner_transposed[len(db) * weight.rank : (len(db) + 1) * weight.rank]
             db.append(weight.scale * _plain(rows, mine, jnp.float32))
-    da = backward.turned(_plain(backward.turned(jnp.concatenate(thin, axis=1)), x, jnp.float32))
+    da = backward.transposed(_plain(backward.transposed(jnp.concatenate(thin, axis=1)), x, jnp.float32))
     da = da if gain is None else da * gain[:, None]
     # In the place of the weight: None, no gradient, for the base.
     gradient = dataclasses.replace(
@@ -110,17 +110,17 @@ def _backward(how: _How, kept: tuple[Array, LoRA, Array | None], gs: tuple[Array
     return _sum_of_products(gs, cuts, x.dtype), gradient, _gain_gradient(x, weight, gain, how.cuts, gs)
 
 
-def _times_turned(g: Array, w: Array, dtype: DTypeLike) -> Array:
+def _times_transposed(g: Array, w: Array, dtype: DTypeLike) -> Array:
     return jnp.einsum("mf,df->md", g, w, preferred_element_type=dtype)
 
 
 def _sum_of_products(gs: tuple[Array, ...], cuts: list[Array], dtype: DTypeLike) -> Array:
     """The sum of g cut^T, (M, in), added up in float32."""
     if len(gs) == 1:
-        return _times_turned(gs[0], cuts[0], dtype)
+        return _times_transposed(gs[0], cuts[0], dtype)
     total = jnp.zeros(())
     for g, cut in zip(gs, cuts):
-        total = total + _times_turned(g, cut, jnp.float32)
+        total = total + _times_transposed(g, cut, jnp.float32)
     return total.astype(dtype)
 
 

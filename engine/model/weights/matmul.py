@@ -14,9 +14,9 @@ from jax.typing import DTypeLike
 from engine.model import backward
 from engine.model.backend import on_cpu
 from engine.model.paths import map_paths
-from engine.model.weights.int8 import Int8, dequantized, int8_matmul
-from engine.model.weights.lora import LoRA, folded, root_of
-from engine.model.weights.lora_matmul import fold_matmul
+from engine.model.weights.int8 import Int8, dequantize, int8_matmul
+from engine.model.weights.lora import LoRA, innermost_base, merge_weight
+from engine.model.weights.lora_matmul import merged_matmul
 
 Weight = Array | Int8 | LoRA
 
@@ -75,8 +75,8 @@ def lookup(embed: Array | Int8, tokens: Array) -> Array:
 def dense(weight: Weight) -> Array:
     """The one matrix that a leaf stands for: a pair folded into its base, whole numbers times their scale."""
     if isinstance(weight, LoRA):
-        return folded(weight)
-    return dequantized(weight) if isinstance(weight, Int8) else weight
+        return merge_weight(weight)
+    return dequantize(weight) if isinstance(weight, Int8) else weight
 
 
 def cast_matrices(params: dict[str, Any], dtype: DTypeLike) -> dict[str, Any]:
@@ -99,16 +99,16 @@ def _adapted(x: Array, weight: LoRA, dtype: DTypeLike, gain: Array | None, cuts:
     """
     rows, columns = weight.shape
     results = x.size // rows * columns
-    root = root_of(weight)
+    root = innermost_base(weight)
     if x.size + results > weight.size and not (isinstance(root, Int8) and root.activations != "full"):
         if gain is not None and not _gain_on_weight(x, weight):
             x, gain = x * gain.astype(x.dtype), None
-        parts = fold_matmul(x.reshape(-1, rows), weight, gain, dtype, cuts)
+        parts = merged_matmul(x.reshape(-1, rows), weight, gain, dtype, cuts)
         return tuple(part.reshape(*x.shape[:-1], -1) for part in parts)
     whole = project(x, jax.lax.stop_gradient(weight.base), dtype, gain)
     inner = project(x, weight.a, x.dtype, gain)
     pieces, done = [], 0
-    for place, pair in enumerate(weight.pairs()):
+    for place, pair in enumerate(weight.parts()):
         mine = inner[..., place * weight.rank : (place + 1) * weight.rank]
         added = project(mine, pair.b * -weight.scale, dtype)
         # Subtracted, because x - 0 is x to the bit, while -0 + 0 is 0.
@@ -120,7 +120,7 @@ def _adapted(x: Array, weight: LoRA, dtype: DTypeLike, gain: Array | None, cuts:
 
 def _gain_on_weight(x: Array, weight: Weight) -> bool:
     """Whether a norm's gain scales the weight rather than x: while training on a CPU, where x has more rows."""
-    return on_cpu() and x.size > weight.size and not isinstance(root_of(weight), Int8)
+    return on_cpu() and x.size > weight.size and not isinstance(innermost_base(weight), Int8)
 
 
 def _gained(x: Array, weight: Any, on_weight: Array, gain: Array) -> tuple[Array, Array]:

@@ -9,7 +9,7 @@ import numpy as np
 from engine.errors import UserError
 from engine.files import write_json
 from engine.model.config import ModelConfig
-from engine.model.paths import leaf_paths, nested
+from engine.model.paths import leaf_paths, unflatten
 from engine.model.weights.lora import LoRA
 from engine.storage.huggingface import safetensors
 from engine.storage.reading import read_object, shown
@@ -43,7 +43,7 @@ def save_peft(folder: Path, cfg: ModelConfig, params: dict[str, Any], base: str)
     for path, leaf in adapters.items():
         _, layer, name = path.split("/")
         places = {columns: part for part, columns in cfg.parts[name].items()}
-        for start, stop, a, b in leaf.pairs():
+        for start, stop, a, b in leaf.parts():
             module = MODULES[places[start, stop]]
             prefix = f"{PREFIX}{layer}.{module}"
             values[f"{prefix}.lora_A.weight"] = np.asarray(a, np.float32).T
@@ -96,7 +96,7 @@ def load_peft(folder: Path, cfg: ModelConfig) -> dict[str, Any]:
                 found[f"blocks/{layer}/{name}"] = LoRA(None, a, b, alpha / rank, tuple(pairs))
     for name in stored.keys() - used:
         raise UserError(f"{folder / WEIGHTS} has a tensor {shown(name)}, which has no place in this architecture.")
-    return nested(found)
+    return unflatten(found)
 
 
 def _turned(stored: dict[str, safetensors.Stored], name: str, rank: int, side: int, folder: Path) -> Any:
