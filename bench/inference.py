@@ -116,6 +116,7 @@ def _ours(cfg: Any, weights: Any, prompts: list[list[int]], new: int, guesses: b
     """A run of `Slots` with a slot for each stream, at least as many as a lone one has a use for."""
     from engine.counting.hardware import clock
     from engine.inference.request import Request
+    from engine.inference.sampling_params import SamplingParams
     from engine.inference.slots import GROUP, MIN_SLOTS, Slots
 
     least = GROUP if guesses else MIN_SLOTS
@@ -126,7 +127,7 @@ def _ours(cfg: Any, weights: Any, prompts: list[list[int]], new: int, guesses: b
         # Prompts are read while others are answered already. Who was read first is asked for more than counts, so that the
         # saying is timed with everybody talking from its first step to its last, as the peer's is.
         most = CAPACITY - max(map(len, prompts))
-        ids = [slots.submit(Request(tuple(prompt), max_tokens=most, temperature=0.0)) for prompt in prompts]
+        ids = [slots.submit(Request(tuple(prompt), SamplingParams(max_tokens=most, temperature=0.0))) for prompt in prompts]
         said: dict[int, list[int]] = {id: [] for id in ids}
         count = lambda: sum(map(len, said.values()))
         begin = clock()

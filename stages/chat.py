@@ -16,9 +16,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from engine.inference.sampling_params import RANGES, SamplingParams
 from stages.cli import signals
 from stages.cli.command import MISTAKE, run_command
-from stages.cli.flags import DeviceFlag, ModelFlag, VerboseFlag, default, integer, number, parser, path
+from stages.cli.flags import DeviceFlag, ModelFlag, VerboseFlag, default, in_range, parser, path
 
 if TYPE_CHECKING:
     from stages.cli.console import Console
@@ -47,17 +48,17 @@ class Talk:
     """How the model is to answer."""
     template: Annotated[Path | None, parser(path, "FILE"), default("the model's own")] = None
     """A chat template (Jinja) to use in place of the model's."""
-    max_tokens: Annotated[int, parser(integer(1), "N")] = 400
+    max_tokens: Annotated[int, parser(in_range(RANGES["max_tokens"]), "N")] = 400
     """Tokens of an answer at most."""
-    temperature: Annotated[float, parser(number(0, 100), "X")] = 0.7
+    temperature: Annotated[float, parser(in_range(RANGES["temperature"]), "X")] = 0.7
     """0 takes the most probable token each time; higher is more varied."""
-    top_k: Annotated[int, parser(integer(0), "N"), default("0, all")] = 0
+    top_k: Annotated[int, parser(in_range(RANGES["top_k"]), "N"), default("0, all")] = 0
     """Draw from the N most probable tokens."""
-    top_p: Annotated[float, parser(number(0, 1, above=True), "X")] = 0.9
+    top_p: Annotated[float, parser(in_range(RANGES["top_p"]), "X")] = 0.9
     """Draw from the fewest tokens that together have this probability."""
-    min_p: Annotated[float, parser(number(0, 1), "X"), default("0, all")] = 0.0
+    min_p: Annotated[float, parser(in_range(RANGES["min_p"]), "X"), default("0, all")] = 0.0
     """Draw from tokens at least this share as probable as the best."""
-    seed: Annotated[int, parser(integer(0, 2**32 - 1), "N")] = 0
+    seed: Annotated[int, parser(in_range(RANGES["seed"]), "N")] = 0
     """The same seed and the same conversation draw the same answers."""
     device: DeviceFlag = "auto"
     """auto, cpu, gpu or tpu."""
@@ -108,7 +109,7 @@ def _begin(given: Talk, notes: "Console") -> "tuple[Session, str]":
     from engine.storage.find import load_model, with_adapters
     from engine.text.chat import Chat
     from engine.text.template import read_template
-    from stages.session import Session, Settings
+    from stages.session import SETTINGS, Session
 
     source = read_template(given.template)
     with notes.task(f"loading {given.model or 'the newest run'}") as report:
@@ -119,9 +120,9 @@ def _begin(given: Talk, notes: "Console") -> "tuple[Session, str]":
     if given.adapter:
         described += f" with {words.listed([*map(str, given.adapter)])}"
     chat = Chat(model.tokenizer, source, now=datetime.datetime.now().isoformat(timespec="seconds"))
-    settings = Settings(given.max_tokens, given.temperature, given.top_k, given.top_p, given.min_p, given.seed)
+    sampling = SamplingParams(**{name: getattr(given, name) for name in SETTINGS})
     params = decode.for_inference(model.cfg, params)
-    return Session(model.cfg, params, chat, model.ends, settings, given.system or ""), described
+    return Session(model.cfg, params, chat, model.ends, sampling, given.system or ""), described
 
 
 class Talker:
@@ -181,12 +182,13 @@ class Talker:
             self.notes.print("[stopped]", "dim")
         if turn.ended == "length":
             full = turn.read + turn.wrote >= self.session.cfg.context
-            reason = "the context is full" if full else f"max_tokens is {self.session.settings.max_tokens:,}"
+            reason = "the context is full" if full else f"max_tokens is {self.session.sampling.max_tokens:,}"
             self.notes.print(f"[cut off: {reason}]", "yellow")
 
     def command(self, name: str = "", rest: str = "") -> None:
         """Carries out what stands after a slash. Raises UserError when there is no such command."""
         from engine.errors import UserError, nearest
+        from stages.session import SETTINGS, with_setting
 
         session = self.session
         if name in ("quit", "exit"):
@@ -208,8 +210,8 @@ class Talker:
             self.notes.print(f"[system: {session.system or 'what the template says, if anything'}]", "dim")
         elif name == "set":
             if rest:
-                session.settings = session.settings.changed(*_two(rest))
-            self.notes.print_rows([(name, str(value)) for name, value in dataclasses.asdict(session.settings).items()])
+                session.sampling = with_setting(session.sampling, *_two(rest))
+            self.notes.print_rows([(name, str(getattr(session.sampling, name))) for name in SETTINGS])
         else:
             known = [command.split()[0][1:] for command in COMMANDS]
             raise UserError(f"There is no command /{name}; /help lists them.{nearest(name, known)}")

@@ -13,8 +13,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
+from engine.inference.sampling_params import RANGES, SamplingParams
 from stages.cli.command import run_command
-from stages.cli.flags import DeviceFlag, ModelFlag, VerboseFlag, default, integer, number, parser
+from stages.cli.flags import DeviceFlag, ModelFlag, VerboseFlag, default, in_range, integer, parser
 
 ROOM = 256  # tokens a cache is a multiple of
 
@@ -30,17 +31,17 @@ class Generate:
     """A run or step folder, a Hugging Face folder, a .gguf file, or a named model."""
     prompt: Annotated[str | None, parser(str, "TEXT"), default("a line end")] = None
     """What to go on from; `-` reads it from standard input."""
-    max_tokens: Annotated[int, parser(integer(1), "N")] = 200
+    max_tokens: Annotated[int, parser(in_range(RANGES["max_tokens"]), "N")] = 200
     """Tokens to write at most."""
-    temperature: Annotated[float, parser(number(0, 100), "X")] = 0.8
+    temperature: Annotated[float, parser(in_range(RANGES["temperature"]), "X")] = 0.8
     """0 takes the most probable token each time; higher is more varied."""
-    top_k: Annotated[int, parser(integer(0), "N"), default("0, all")] = 0
+    top_k: Annotated[int, parser(in_range(RANGES["top_k"]), "N"), default("0, all")] = 0
     """Draw from the N most probable tokens."""
-    top_p: Annotated[float, parser(number(0, 1, above=True), "X"), default("1, all")] = 1.0
+    top_p: Annotated[float, parser(in_range(RANGES["top_p"]), "X"), default("1, all")] = 1.0
     """Draw from the fewest tokens that together have this probability."""
-    min_p: Annotated[float, parser(number(0, 1), "X"), default("0, all")] = 0.0
+    min_p: Annotated[float, parser(in_range(RANGES["min_p"]), "X"), default("0, all")] = 0.0
     """Draw from tokens at least this share as probable as the best."""
-    seed: Annotated[int, parser(integer(0, 2**32 - 1), "N")] = 0
+    seed: Annotated[int, parser(in_range(RANGES["seed"]), "N")] = 0
     """The same seed draws the same text."""
     count: Annotated[int, parser(integer(1, 256), "N")] = 1
     """Continuations to write, with seeds seed, seed + 1, ..."""
@@ -59,7 +60,6 @@ def generate(given: Generate) -> None:
     signals.set_phase("before the text was complete.")
     started = start_jax(given.device, decodes=True)
     from engine.inference import decode
-    from engine.inference.sampling import make_sampling
     from engine.storage.find import load_model
     from stages.cli.compile_counter import CompileCounter
     from stages.cli.console import Console
@@ -69,9 +69,9 @@ def generate(given: Generate) -> None:
     notes.warn_damaged(model.damaged, model.checkpoint)
     prompt = [*model.tokenizer.start, *_prompt(given.prompt, model.tokenizer)]
     params = decode.for_inference(model.cfg, model.params)
-    sampling = make_sampling(
-        given.count, temperature=given.temperature, top_k=given.top_k, top_p=given.top_p, min_p=given.min_p,
-        seed=given.seed,
+    sampling = SamplingParams(
+        max_tokens=given.max_tokens, temperature=given.temperature, top_k=given.top_k, top_p=given.top_p,
+        min_p=given.min_p, seed=given.seed, stop_token_ids=model.ends,
     )  # fmt: skip
     before = None
     if given.verbose:
@@ -84,7 +84,7 @@ def generate(given: Generate) -> None:
     compiles = CompileCounter()
     writer = Writer(model.tokenizer, given.count)
     stream = decode.generate(
-        model.cfg, params, [prompt] * given.count, sampling, max_tokens=given.max_tokens, end=model.ends,
+        model.cfg, params, [prompt] * given.count, sampling.per_row(given.count),
         capacity=_capacity(len(prompt) + given.max_tokens, model.cfg.context),
     )  # fmt: skip
     first = settled = last = begin

@@ -7,38 +7,24 @@ from typing import Any
 
 from engine.errors import UserError, nearest
 from engine.inference import decode
-from engine.inference.sampling import make_sampling
+from engine.inference.sampling_params import RANGES, SamplingParams
 from engine.model.config import ModelConfig
 from engine.text.chat import Chat
-from stages.cli.flags import integer, number
+from stages.cli.flags import in_range
 
+SETTINGS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed")  # can be changed between turns
 SMALLEST = 512  # places of the smallest cache; each larger one has twice as many, so that few programs are compiled
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How tokens are drawn; each can be changed between turns."""
-
-    max_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    seed: int
-
-    def changed(self, name: str, value: str) -> "Settings":
-        """The same with one setting read from text. Raises UserError for an unknown name or a value out of range."""
-        readers: dict[str, Callable[[str], Any]] = {
-            "max_tokens": integer(1), "temperature": number(0, 100), "top_k": integer(0), "top_p": number(0, 1, above=True),
-            "min_p": number(0, 1), "seed": integer(0, 2**32 - 1),
-        }  # fmt: skip
-        name = name.replace("-", "_")
-        if name not in readers:
-            raise UserError(f"There is no setting {name!r}; there are {', '.join(readers)}.{nearest(name, [*readers])}")
-        try:
-            return dataclasses.replace(self, **{name: readers[name](value)})
-        except ValueError as error:
-            raise UserError(f"{name}: {error}.") from None
+def with_setting(sampling: SamplingParams, name: str, value: str) -> SamplingParams:
+    """The same with one of SETTINGS read from text. Raises UserError for an unknown name or a value out of range."""
+    name = name.replace("-", "_")
+    if name not in SETTINGS:
+        raise UserError(f"There is no setting {name!r}; there are {', '.join(SETTINGS)}.{nearest(name, SETTINGS)}")
+    try:
+        return dataclasses.replace(sampling, **{name: in_range(RANGES[name])(value)})
+    except ValueError as error:
+        raise UserError(f"{name}: {error}.") from None
 
 
 class TooLong(UserError):
@@ -62,9 +48,9 @@ class Session:
     """What was said, and the way to say more. Weights are only read; between turns nothing is kept but this text."""
 
     def __init__(
-        self, cfg: ModelConfig, params: Any, chat: Chat, ends: Collection[int], settings: Settings, system: str = ""
+        self, cfg: ModelConfig, params: Any, chat: Chat, ends: Collection[int], sampling: SamplingParams, system: str = ""
     ) -> None:
-        self.cfg, self.params, self.chat, self.settings, self.system = cfg, params, chat, settings, system
+        self.cfg, self.params, self.chat, self.sampling, self.system = cfg, params, chat, sampling, system
         self.ends = {*ends, *([] if chat.end is None else [chat.end])}
         self.turns: list[Turn] = []
 
@@ -103,7 +89,7 @@ class Session:
         turn = Turn(asked, read=len(prompt))
         begin = time.perf_counter()
         stream = self.chat.tokenizer.stream()
-        for _, tokens, finished in self._generate(prompt, self.settings.max_tokens, self.ends):
+        for _, tokens, finished in self._generate(prompt, dataclasses.replace(self.sampling, stop_token_ids=self.ends)):
             turn.first = turn.first or time.perf_counter() - begin
             turn.wrote += len(tokens)
             text = "".join(map(stream.push, tokens)) + (stream.close() if finished else "")
@@ -119,19 +105,14 @@ class Session:
             self.turns.append(turn)
 
     def warm(self) -> None:
-        """CompileCounter, or fetches, the programs that turns run."""
+        """Compiles, or fetches, the programs that turns run."""
         prompt = self.chat.prompt(self.messages("a")).tolist()
         if len(prompt) < self.cfg.context - 1:
-            for _ in self._generate(prompt, 2, ends=()):
+            for _ in self._generate(prompt, SamplingParams(max_tokens=2)):
                 pass
 
-    def _generate(self, prompt: list[int], max_tokens: int, ends: Collection[int]) -> Iterator[decode.Generated]:
-        given = dataclasses.asdict(self.settings)
-        given.pop("max_tokens")
+    def _generate(self, prompt: list[int], sampling: SamplingParams) -> Iterator[decode.Generated]:
         capacity = SMALLEST
-        while capacity < len(prompt) + max_tokens:
+        while capacity < len(prompt) + sampling.max_tokens:
             capacity *= 2
-        return decode.generate(
-            self.cfg, self.params, [prompt], make_sampling(1, **given), max_tokens=max_tokens, end=ends,
-            capacity=min(capacity, self.cfg.context),
-        )  # fmt: skip
+        return decode.generate(self.cfg, self.params, [prompt], [sampling], capacity=min(capacity, self.cfg.context))

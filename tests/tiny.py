@@ -46,3 +46,21 @@ def tokens_of(seed: int, *shape: int, vocab: int = 41) -> Any:
 def positions_of(*shape: int) -> Any:
     """Positions 0 .. T - 1 in each row, (shape) int32."""
     return np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
+
+
+def sampling_of(rows: int, **fields: Any) -> Any:
+    """SamplingArrays of so many rows with these fields, and seeds seed, seed + 1, ..."""
+    import jax
+
+    from engine.inference.sampling import sampling_arrays
+    from engine.inference.sampling_params import SamplingParams
+
+    return jax.device_put(sampling_arrays(SamplingParams(**fields).per_row(rows)))
+
+
+def request_of(prompt: Any, max_tokens: int, namespace: str = "", **fields: Any) -> Any:
+    """A Request with these sampling parameters."""
+    from engine.inference.request import Request
+    from engine.inference.sampling_params import SamplingParams
+
+    return Request(prompt, SamplingParams(max_tokens=max_tokens, **fields), namespace)

@@ -232,13 +232,13 @@ def random_params(cfg: Any) -> Any:
 def greedy(cfg: Any, weights: Any, prompts: list[list[int]], new: int, said: dict[str, Any]) -> Callable[[], None]:
     """A callable that continues each prompt by `new` tokens and leaves them in `said`."""
     from engine.inference.decode import generate
-    from engine.inference.sampling import make_sampling
+    from engine.inference.sampling_params import SamplingParams
 
-    sampling = make_sampling(len(prompts), temperature=0.0)
+    sampling = SamplingParams(max_tokens=new, temperature=0.0).per_row(len(prompts))
 
     def run() -> None:
         texts: list[list[int]] = [[] for _ in prompts]
-        for piece in generate(cfg, weights, prompts, sampling, max_tokens=new, capacity=len(prompts[0]) + new):
+        for piece in generate(cfg, weights, prompts, sampling, capacity=len(prompts[0]) + new):
             texts[piece.prompt] += piece.tokens
         said[OURS] = texts
 

@@ -21,6 +21,7 @@ def make(spec: dict[str, Any]) -> Any:
     from engine.inference.decode import for_inference
     from engine.inference.quantize import quantize
     from engine.inference.request import Request
+    from engine.inference.sampling_params import SamplingParams
     from engine.inference.slots import Slots
 
     model = loaded(spec["model"])
@@ -29,7 +30,7 @@ def make(spec: dict[str, Any]) -> Any:
         model.cfg, for_inference(model.cfg, params), slots=spec["slots"], capacity=spec["capacity"], prefixes=spec["prefixes"]
     )
     slots.warm()
-    requests = [Request(tuple(prompt), spec["new"], temperature=0.0) for prompt in spec["prompts"]]
+    requests = [Request(tuple(prompt), SamplingParams(max_tokens=spec["new"], temperature=0.0)) for prompt in spec["prompts"]]
 
     def run() -> dict[str, Any]:
         ids = [slots.submit(request) for request in requests]

@@ -15,7 +15,8 @@ from engine.counting.traffic import decode_bytes, forward_bytes, prefill_bytes
 from engine.counting.walk import count
 from engine.counting.xla import XlaCost, xla_cost, xla_memory
 from engine.inference.decode import CHUNK, MIN_ROWS, STEPS, decode_steps, prefill
-from engine.inference.sampling import make_sampling
+from engine.inference.sampling import sampling_arrays
+from engine.inference.sampling_params import SamplingParams
 from engine.inference.score import score
 from engine.model.cache.contiguous import KVCache, make_cache
 from engine.model.config import ModelConfig
@@ -74,7 +75,7 @@ def decode_row(
     """
     rows = max(requests, MIN_ROWS)
     cache = _filled(cfg, rows, length)
-    sampling = make_sampling(rows, temperature=0.0)
+    sampling = jax.device_put(sampling_arrays(SamplingParams(temperature=0.0).per_row(rows)))
     token = jnp.zeros((rows,), jnp.int32)
     capacity = cache.capacity
     held = [cache]

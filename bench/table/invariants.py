@@ -9,7 +9,8 @@ import numpy as np
 
 from bench.table.claims import Observed
 from engine.inference.decode import CHUNK, decode_step, decode_steps, prefill
-from engine.inference.sampling import make_sampling
+from engine.inference.sampling import sampling_arrays
+from engine.inference.sampling_params import SamplingParams
 from engine.inference.score import score
 from engine.model.cache.contiguous import KVCache, make_cache
 from engine.model.config import ModelConfig
@@ -41,7 +42,8 @@ def _answer(cfg: ModelConfig, params: Any, tokens: Any, lengths: Any, length: in
     cache = KVCache(used(empty.k), used(empty.v), empty.length)
     logits, cache = prefill(cfg, params, jnp.asarray(tokens), jnp.asarray(lengths), cache)
     token = logits.argmax(-1).astype(jnp.int32)
-    drawn, cache = decode_steps(cfg, params, token, cache, make_sampling(SLOTS, temperature=0.0))
+    greedy = sampling_arrays(SamplingParams(temperature=0.0).per_row(SLOTS))
+    drawn, cache = decode_steps(cfg, params, token, cache, greedy)
     after, _ = decode_step(cfg, params, drawn[:, -1], cache)
     chances = (jax.nn.log_softmax(x, -1)[slot] for x in (logits, after))
     return b"".join(np.asarray(x).tobytes() for x in (drawn[slot], *chances))

@@ -15,7 +15,8 @@ import numpy as np
 from jax import Array
 
 from engine.errors import UserError
-from engine.inference.sampling import Sampling, sample
+from engine.inference.sampling import SamplingArrays, sample, sampling_arrays
+from engine.inference.sampling_params import SamplingParams
 from engine.model.backend import on_cpu
 from engine.model.cache.contiguous import KVCache, make_cache
 from engine.model.config import ModelConfig
@@ -72,7 +73,7 @@ def decode_step(cfg: ModelConfig, params: Params, token: Array, cache: KVCache) 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "steps"), donate_argnames="cache")
 def decode_steps(
-    cfg: ModelConfig, params: Params, token: Array, cache: KVCache, sampling: Sampling, steps: int = STEPS
+    cfg: ModelConfig, params: Params, token: Array, cache: KVCache, sampling: SamplingArrays, steps: int = STEPS
 ) -> tuple[Array, KVCache]:
     """token (B,) int32 -> the `steps` tokens that follow it, (B, steps) int32, and the cache with token and all but the last.
 
@@ -104,24 +105,23 @@ def generate(
     cfg: ModelConfig,
     params: Params,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
+    sampling: Sequence[SamplingParams],
     *,
-    max_tokens: int,
-    end: int | Collection[int] | None = None,
     capacity: int | None = None,
 ) -> Iterator[Generated]:
     """Continues each prompt, yielding tokens as they come: after the prefill one, then up to STEPS at a time.
 
-    `params` are read as given: pass them through `for_inference` first. `sampling` has one row a prompt. A prompt ends
-    with 'stop' when it draws `end`, or one of several (which is not yielded), else with 'length' at `max_tokens` or when
+    `params` are read as given: pass them through `for_inference` first. `sampling`: one for each prompt. A prompt ends
+    with 'stop' when it draws one of its `stop_token_ids` (which is not yielded), else with 'length' at `max_tokens` or when
     `capacity` tokens (by default the model's context) are full. Raises UserError for an empty prompt, one that leaves no
-    room, a token outside the vocabulary, or rows of sampling that are not as many as the prompts.
+    room, a token outside the vocabulary, sampling parameters that are not as many as the prompts, or such as only
+    `slots.Slots` knows: penalties, `logit_bias` and `logprobs`.
     """
     capacity = cfg.context if capacity is None else capacity
-    if not prompts or len(sampling.seed) != len(prompts):
-        raise UserError(
-            f"generate needs a prompt and one row of sampling for each: {len(prompts)} and {len(sampling.seed)} came."
-        )
+    if not prompts or len(sampling) != len(prompts):
+        raise UserError(f"generate needs a prompt and sampling parameters for each: {len(prompts)} and {len(sampling)} came.")
+    if any(row.adjusts_logits or row.logprobs is not None for row in sampling):
+        raise UserError("generate draws without penalties, logit_bias and logprobs; ask slots.Slots for them.")
     for index, prompt in enumerate(prompts):
         if not 0 < len(prompt) < capacity:
             raise UserError(
@@ -131,28 +131,27 @@ def generate(
         if not 0 <= min(prompt) <= max(prompt) < cfg.vocab:
             raise UserError(f"Prompt {index} holds a token outside the vocabulary of {cfg.vocab}.")
     rows = max(len(prompts), MIN_ROWS)
-    sampling = Sampling(*(jnp.concatenate([field, field[:1].repeat(rows - len(prompts))]) for field in sampling))
+    arrays = jax.device_put(sampling_arrays([*sampling, *[sampling[0]] * (rows - len(prompts))]))
 
     # Room for a last chunk's padding and a last dispatch's surplus: what lies there is never read.
     cache = make_cache(cfg, len(prompts), -(-capacity // CHUNK) * CHUNK + CHUNK)
     logits, cache = _with_rows(_prefill_all(cfg, params, prompts, cache), rows)
-    token = _sample(logits, cache.length, sampling)
+    token = _sample(logits, cache.length, arrays)
 
-    ends = () if end is None else (end,) if isinstance(end, int) else tuple(end)
     counts = [0] * len(prompts)
     running = set(range(len(prompts)))
-    room = [min(max_tokens, capacity - len(prompt)) for prompt in prompts]
+    room = [min(row.max_tokens, capacity - len(prompt)) for prompt, row in zip(prompts, sampling)]
     fresh = np.asarray(token)[:, None]
     while running:
         for index in sorted(running):
-            new, finished = _take(fresh[index].tolist(), room[index] - counts[index], ends)
+            new, finished = _take(fresh[index].tolist(), room[index] - counts[index], sampling[index].stop_token_ids)
             counts[index] += len(new)
             if finished:
                 running.discard(index)
             if new or finished:
                 yield Generated(index, new, finished)
         if running:
-            tokens, cache = decode_steps(cfg, params, token, cache, sampling)
+            tokens, cache = decode_steps(cfg, params, token, cache, arrays)
             token, fresh = tokens[:, -1], np.asarray(tokens)
 
 

@@ -5,7 +5,7 @@ before the first request. They donate the spans and the tallies, which belong to
 """
 
 import functools
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Collection, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
 
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from engine.inference.request import MOST_TOP
-from engine.inference.sampling import Sampling, sample
+from engine.inference.sampling import SamplingArrays, columns, sample, sampling_arrays
+from engine.inference.sampling_params import MAX_LOGPROBS, SamplingParams
 from engine.model.cache.segmented import Kept, Rows, Spans, cleared, given, mirrored, span_cache, taken
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params, forward, hidden_states
@@ -32,14 +32,18 @@ class Tally(NamedTuple):
     said: Array
 
 
-class Settings(NamedTuple):
-    """Of each of the R rows: how it draws, and whether (R,) bool, and by what (R,) float32, its logits are changed."""
+class PenaltyArrays(NamedTuple):
+    """Of R rows: whether their logits are adjusted (R,) bool, and by which penalties (R,) float32."""
 
-    sampling: Sampling
-    changed: Array
-    presence: Array
-    frequency: Array
-    repetition: Array
+    adjusts_logits: Array
+    presence_penalty: Array
+    frequency_penalty: Array
+    repetition_penalty: Array
+
+
+def penalty_arrays(rows: Sequence[SamplingParams]) -> PenaltyArrays:
+    """Gathers the SamplingParams of R rows into NumPy arrays (R,)."""
+    return PenaltyArrays(*columns(rows, PenaltyArrays._fields, (np.bool_, *[np.float32] * 3)))
 
 
 class Drawn(NamedTuple):
@@ -68,8 +72,8 @@ def read_chunk(cfg: ModelConfig, params: Params, spans: Spans, tokens: Array, sl
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames=("spans", "tally"))
 def draw(
-    cfg: ModelConfig, params: Params, spans: Spans, tally: Tally, token: Array, rows: Rows, settings: Settings,
-    steps: Array, logprobs: Array,
+    cfg: ModelConfig, params: Params, spans: Spans, tally: Tally, token: Array, rows: Rows,
+    sampling: SamplingArrays, penalties: PenaltyArrays, steps: Array, logprobs: Array,
 ) -> tuple[Drawn, Spans, Tally]:  # fmt: skip
     """token (R,) int32, each standing at its row's position -> the `steps` tokens that follow, at most STEPS.
 
@@ -86,8 +90,10 @@ def draw(
         logits, cache = forward(cfg, params, token[:, None], jnp.maximum(position, 0)[:, None], cache)
         logits = logits[:, 0]
         with jax.named_scope("draw"):
-            changed = jax.lax.cond(settings.changed.any(), _changed, lambda logits, *_: logits, logits, tally, settings)
-            token = sample(changed, position + 1, settings.sampling)
+            adjusted = jax.lax.cond(
+                penalties.adjusts_logits.any(), _adjusted, lambda logits, *_: logits, logits, tally, penalties
+            )
+            token = sample(adjusted, position + 1, sampling)
             told = (token, jnp.isfinite(logits.max(-1)), *_log_probabilities(logits, token, logprobs))
             drawn = Drawn(*(array.at[i].set(new) for array, new in zip(drawn, told)))
             tally = tally._replace(said=tally.said.at[own, token].add(position >= 0))
@@ -110,11 +116,12 @@ def compiled(
     """
     zeros: Callable[..., Any] = lambda dtype, *shape: np.zeros(shape, dtype)
     R, at = spans.slots, np.int32(0)
-    floats, ints = zeros(np.float32, R), zeros(np.int32, R)
-    settings = Settings(Sampling(floats, ints, floats, floats, zeros(np.uint32, R)), zeros(bool, R), floats, floats, floats)
+    ints = zeros(np.int32, R)
+    idle = [SamplingParams()] * R
+    how = sampling_arrays(idle), penalty_arrays(idle)
     writes = zeros(np.int32, R + group * (group - 1))
     calls: dict[str, tuple[Any, tuple[Any, ...]]] = {
-        "draw": (draw, (cfg, params, spans, tally, ints, Rows(ints, writes, writes), settings, at, np.bool_(False))),
+        "draw": (draw, (cfg, params, spans, tally, ints, Rows(ints, writes, writes), *how, at, np.bool_(False))),
         **{f"read {size}": (read_chunk, (cfg, params, spans, zeros(np.int32, 1, size), at, at)) for size in chunks},
         "clear": (clear_slot, (spans, at, at)),
         "mirror": (mirror_slot, (spans, at, zeros(np.int32, group - 1), at)),
@@ -146,23 +153,23 @@ def described(tree: Any) -> Any:
 
 
 def top(cfg: ModelConfig) -> int:
-    """How many of the most probable tokens are told: MOST_TOP, or the whole of a smaller vocabulary."""
-    return min(MOST_TOP, cfg.vocab)
+    """How many of the most probable tokens are told: MAX_LOGPROBS, or the whole of a smaller vocabulary."""
+    return min(MAX_LOGPROBS, cfg.vocab)
 
 
-def _changed(logits: Array, tally: Tally, settings: Settings) -> Array:
+def _adjusted(logits: Array, tally: Tally, penalties: PenaltyArrays) -> Array:
     """logits (R, V) after bias and penalties, in rows that have any; to the bit as they were in the others."""
     count = tally.said & (IN_PROMPT - 1)
-    column = lambda values: values[:, None]
-    repeated = jnp.where(logits > 0, logits / column(settings.repetition), logits * column(settings.repetition))
-    changed = jnp.where(tally.said > 0, repeated, logits) + tally.bias
-    changed = changed - column(settings.frequency) * count - jnp.where(count > 0, column(settings.presence), 0)
-    return jnp.where(column(settings.changed), changed, logits)
+    adjusts, presence, frequency, repetition = (values[:, None] for values in penalties)
+    repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    adjusted = jnp.where(tally.said > 0, repeated, logits) + tally.bias
+    adjusted = adjusted - frequency * count - jnp.where(count > 0, presence, 0)
+    return jnp.where(adjusts, adjusted, logits)
 
 
 def _log_probabilities(logits: Array, token: Array, asked: Array) -> tuple[Array, Array, Array]:
     """logits (R, V), token (R,) -> the token's log-probability (R,), the most probable tokens (R, X), and theirs."""
-    R, X = len(token), min(MOST_TOP, logits.shape[-1])
+    R, X = len(token), min(MAX_LOGPROBS, logits.shape[-1])
 
     def told() -> tuple[Array, Array, Array]:
         total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)

@@ -4,25 +4,22 @@ A row's draw depends on its logits, its seed and its position alone. The key is 
 request draws the same tokens whatever slot it sits in, whoever sits beside it, and however often it is interrupted.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from engine.errors import UserError
+from engine.inference.sampling_params import SamplingParams
 
 CANDIDATES = 256  # of the largest logits, among which the last one kept is looked for first
 BLOCK = 128  # tokens summed together on the way to the one that is drawn
 
 
-class Sampling(NamedTuple):
-    """The settings of B rows, each field (B,). Neutral values: temperature 1, top_k 0, top_p 1, min_p 0.
-
-    Temperature 0 is greedy. top_k keeps the k most probable tokens, top_p the smallest set whose probability reaches p
-    (Holtzman et al. 2019), min_p those at least min_p times as probable as the best (Nguyen et al. 2024); tokens that
-    tie with the last one kept stay too.
-    """
+class SamplingArrays(NamedTuple):
+    """The fields of B rows' SamplingParams that `sample` reads, each (B,)."""
 
     temperature: Array  # float32
     top_k: Array  # int32
@@ -31,28 +28,18 @@ class Sampling(NamedTuple):
     seed: Array  # uint32
 
 
-def make_sampling(
-    rows: int, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0
-) -> Sampling:
-    """The same settings for all rows, with seeds seed, seed + 1, ... so that rows differ. Raises UserError out of range."""
-    if not 0 <= temperature <= 100:
-        raise UserError(f"temperature must lie between 0 (greedy) and 100, not {temperature!r}.")
-    if top_k < 0:
-        raise UserError(f"top_k must be 0 (all tokens) or more, not {top_k!r}.")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p must be above 0 and at most 1 (all tokens), not {top_p!r}.")
-    if not 0 <= min_p <= 1:
-        raise UserError(f"min_p must lie between 0 (all tokens) and 1, not {min_p!r}.")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed must lie between 0 and 4294967295, not {seed!r}.")
-    full = lambda value, dtype: jnp.full((rows,), value, dtype)
-    return Sampling(
-        full(temperature, jnp.float32), full(top_k, jnp.int32), full(top_p, jnp.float32), full(min_p, jnp.float32),
-        jnp.uint32(seed) + jnp.arange(rows, dtype=jnp.uint32),
-    )  # fmt: skip
+def sampling_arrays(rows: Sequence[SamplingParams]) -> SamplingArrays:
+    """Gathers the SamplingParams of B rows into NumPy arrays (B,)."""
+    dtypes = (np.float32, np.int32, np.float32, np.float32, np.uint32)
+    return SamplingArrays(*columns(rows, SamplingArrays._fields, dtypes))
 
 
-def sample(logits: Array, positions: Array, sampling: Sampling) -> Array:
+def columns(rows: Sequence[SamplingParams], names: Sequence[str], dtypes: Sequence[type]) -> list[Any]:
+    """One NumPy array (B,) for each of the named fields."""
+    return [np.array([getattr(row, name) for row in rows], dtype) for name, dtype in zip(names, dtypes)]
+
+
+def sample(logits: Array, positions: Array, sampling: SamplingArrays) -> Array:
     """logits (B, V) float32, positions (B,) int32 of the tokens to come -> tokens (B,) int32."""
     best = most_probable(logits)
     drawn = lambda: jnp.where(sampling.temperature > 0, _draw(logits, positions, sampling, best), best)
@@ -66,7 +53,7 @@ def most_probable(logits: Array) -> Array:
     return jnp.where(first < V, first, 0)  # no number equals NaN
 
 
-def _draw(logits: Array, positions: Array, sampling: Sampling, best: Array) -> Array:
+def _draw(logits: Array, positions: Array, sampling: SamplingArrays, best: Array) -> Array:
     scaled = logits / jnp.maximum(sampling.temperature, 1e-6)[:, None]
     top = scaled.max(-1)
     cut = (sampling.top_k > 0) | (sampling.top_p < 1)
@@ -76,7 +63,7 @@ def _draw(logits: Array, positions: Array, sampling: Sampling, best: Array) -> A
     return _where_falls(weights, _uniform(sampling.seed, positions), best)
 
 
-def _threshold(scaled: Array, sampling: Sampling) -> Array:
+def _threshold(scaled: Array, sampling: SamplingArrays) -> Array:
     """(B, V) -> (B,): the lowest scaled logit that top-k, then top-p of what is left, lets through.
 
     It is among the CANDIDATES largest nearly always. Where it is not it is searched for, bit by bit; nothing is sorted.

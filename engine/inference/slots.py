@@ -2,7 +2,7 @@
 
     slots = Slots(cfg, params, slots=8)
     slots.warm()
-    slots.submit(Request(prompt, max_tokens=100))
+    slots.submit(Request(prompt, SamplingParams(max_tokens=100)))
     while slots.busy:
         for event in slots.step(): ...
 
@@ -27,9 +27,10 @@ import numpy as np
 from engine.errors import UserError
 from engine.inference import programs
 from engine.inference.prefix_cache import Key, Prefixes, first_key, next_key
-from engine.inference.programs import STEPS, Settings
+from engine.inference.programs import STEPS
 from engine.inference.request import Event, Finish, LogProb, Request, check
-from engine.inference.sampling import Sampling
+from engine.inference.sampling import sampling_arrays
+from engine.inference.sampling_params import SamplingParams
 from engine.inference.speculation import Guesser
 from engine.model.cache.segmented import Kind, Rows, make_spans
 from engine.model.config import ModelConfig
@@ -41,6 +42,7 @@ AT_A_TIME, LEAST = 32, 4  # slots times tokens of a dispatch, about, and its tok
 FEW = 2  # tokens a dispatch while somebody's prompt is being read
 PATIENCE = 4  # every so many chunks, one goes to who has waited longest and not to who needs least
 GROUP = 4  # rows that a lone stream may use, its own and three for guesses
+IDLE = SamplingParams(temperature=0.0)  # of rows that nobody uses: greedy, so that they ask for no draw
 MIN_SLOTS = 2  # a product with a single row takes a different and slower path on a CPU
 
 
@@ -74,12 +76,12 @@ class _Stream:
 
     @property
     def left(self) -> int:
-        return self.request.max_tokens - len(self.said)
+        return self.request.sampling.max_tokens - len(self.said)
 
     @property
     def reach(self) -> int:
         """How many positions it may come to hold, the surplus of a last dispatch among them."""
-        return len(self.request.prompt) + self.request.max_tokens + STEPS
+        return len(self.request.prompt) + self.request.sampling.max_tokens + STEPS
 
 
 def compile_ahead(
@@ -225,9 +227,9 @@ class Slots:
         self._dissolve()
         stream = _Stream(id, request, self._free.pop(0), first_key(request.namespace))
         self._set(programs.clear_slot(self._spans, np.int32(stream.slot), np.int32(stream.reach)))
-        if request.changed:
+        if request.sampling.adjusts_logits:
             said = np.bincount(request.prompt, minlength=self.cfg.vocab).astype(np.int32)
-            self._tell(stream.slot, request.bias, np.where(said > 0, programs.IN_PROMPT, 0).astype(np.int32))
+            self._tell(stream.slot, request.sampling.logit_bias, np.where(said > 0, programs.IN_PROMPT, 0).astype(np.int32))
         (self._reading if stream.unread else self._drawing).append(stream)
 
     def _release(self, stream: _Stream) -> None:
@@ -284,7 +286,7 @@ class Slots:
         guessed = self._guess(lone) if lone else []
         steps = 1 if guessed else self._steps()
         streams = {stream.slot: stream for stream in self._drawing}
-        logprobs = any(stream.request.logprobs is not None for stream in self._drawing)
+        logprobs = any(stream.request.sampling.logprobs is not None for stream in self._drawing)
         drawn = self._dispatch(streams, steps, logprobs, guessed)
         return [self._take(stream, drawn, steps, guessed) for stream in list(self._drawing)]
 
@@ -298,7 +300,7 @@ class Slots:
     def _guess(self, stream: _Stream) -> list[int]:
         """What may follow the lone stream's last token, where checking that pays; its mirrors are made when first needed."""
         most = min(GROUP - 1, len(self._free) + len(self._mirrors), stream.left - 1)
-        if not self.guesses or stream.request.changed or not stream.said or most < 1:
+        if not self.guesses or stream.request.sampling.adjusts_logits or not stream.said or most < 1:
             return []
         stream.guesser = stream.guesser or Guesser((*stream.request.prompt, *stream.said))
         if not stream.guesser.pays:
@@ -317,15 +319,11 @@ class Slots:
         for place, (slot, token) in enumerate(zip(self._mirrors, guessed)):
             (stream,) = streams.values()
             rows[slot] = (stream, token, stream.position + 1 + place)
-        zeros: Callable[..., Any] = lambda dtype, *shape: np.zeros((*shape, R), dtype)
-        token, position, top_k = zeros(np.int32), zeros(np.int32) - 1, zeros(np.int32)
-        floats, seed, changed = zeros(np.float32, 6), zeros(np.uint32), zeros(bool)
-        floats[2] = floats[5] = 1
+        tokens: Any = np.zeros(R, np.int32)
+        position: Any = np.full(R, -1, np.int32)
+        sampling = [IDLE] * R
         for row, (stream, last, at) in rows.items():
-            asked = stream.request
-            token[row], position[row], seed[row], top_k[row], changed[row] = last, at, asked.seed, asked.top_k, asked.changed
-            floats[:, row] = asked.temperature, asked.presence, asked.top_p, asked.min_p, asked.frequency, asked.repetition
-        settings = Settings(Sampling(floats[0], top_k, floats[2], floats[3], seed), changed, floats[1], floats[4], floats[5])
+            tokens[row], position[row], sampling[row] = last, at, stream.request.sampling
         source: Any = np.arange(R + GROUP * (GROUP - 1), dtype=np.int32) % R
         target: Any = np.full_like(source, R)
         target[:R] = np.arange(R)
@@ -336,8 +334,8 @@ class Slots:
             source[R : R + len(extra)] = [row for row, _ in extra]
             target[R : R + len(extra)] = [slot for _, slot in extra]
         drawn, self._spans, self._tally = programs.draw(
-            self.cfg, self.params, self._spans, self._tally, token, Rows(position, source, target), settings,
-            np.int32(steps), np.bool_(logprobs),
+            self.cfg, self.params, self._spans, self._tally, tokens, Rows(position, source, target),
+            sampling_arrays(sampling), programs.penalty_arrays(sampling), np.int32(steps), np.bool_(logprobs),
         )  # fmt: skip
         # Read as NumPy's, for to take a number out of an array of JAX's is a program of its own.
         wanted = drawn if logprobs else drawn[:2]
@@ -355,13 +353,13 @@ class Slots:
             token = int(drawn.token[place])
             if not drawn.sound[place]:
                 finished = "error"
-            elif token in stream.request.ends:
+            elif token in stream.request.sampling.stop_token_ids:
                 finished = "stop"
             if finished:
                 break
             new.append(token)
-            if stream.request.logprobs is not None:
-                logprobs.append(self._logprob(drawn, place, stream.request.logprobs))
+            if stream.request.sampling.logprobs is not None:
+                logprobs.append(self._logprob(drawn, place, stream.request.sampling.logprobs))
             if len(new) == stream.left:
                 finished = "length"
                 break

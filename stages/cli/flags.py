@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from engine.inference.sampling_params import Range
+
 UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -53,10 +55,17 @@ def number(low: float, high: float = float("inf"), above: bool = False) -> Calla
     return parse
 
 
+def in_range(allowed: Range) -> Callable[[str], Any]:
+    """A parser of the numbers of a range."""
+    if allowed.integer:
+        return integer(int(allowed.least), int(allowed.most))
+    return number(allowed.least, allowed.most, allowed.above)
+
+
 def _span(low: float, high: float, above: bool = False) -> str:
     if high == float("inf"):
         return f"above {low:g}" if above else f"of at least {low:g}"
-    return f"above {low:g} and up to {high:g}" if above else f"from {low:g} to {high:g}"
+    return f"above {low:g} and up to {high:.12g}" if above else f"from {low:g} to {high:.12g}"
 
 
 def interval(text: str) -> int | float:

@@ -10,7 +10,7 @@ from engine import format as words
 from engine.allocator import return_freed_memory
 from engine.counting.hardware import peak_rss_bytes
 from engine.inference.decode import for_inference, generate
-from engine.inference.sampling import make_sampling
+from engine.inference.sampling_params import SamplingParams
 from engine.model.paths import leaf_paths, merge
 from engine.storage.adapter import save_adapter
 from engine.storage.digest import digest
@@ -69,10 +69,8 @@ def _answer(run: "Tuned", params: Any) -> str:
     room = min(cfg.context, len(prompt) + SAMPLE)
     ends = tuple(end for end in (*run.model.ends, run.chat.end) if end is not None)
     tokens: list[int] = []
-    settings = make_sampling(1, temperature=0.0)
-    for new in generate(
-        cfg, for_inference(cfg, params), [prompt.tolist()], settings, max_tokens=SAMPLE, end=ends, capacity=room
-    ):
+    sampling = SamplingParams(max_tokens=SAMPLE, temperature=0.0, stop_token_ids=ends)
+    for new in generate(cfg, for_inference(cfg, params), [prompt.tolist()], [sampling], capacity=room):
         tokens += new.tokens
     return run.model.tokenizer.decode(tokens)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.inference import decode
-from engine.inference.sampling import Sampling
+from engine.inference.sampling_params import SamplingParams
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
 from engine.text.batch import Batch
@@ -32,9 +32,8 @@ def draw(
     cfg: ModelConfig,
     params: Params,
     prompts: Sequence[list[int]],
-    sampling: Sampling,
+    sampling: Sequence[SamplingParams],
     *,
-    max_tokens: int,
     ends: Collection[int],
     capacity: int,
 ) -> list[Answer]:
@@ -45,7 +44,7 @@ def draw(
     """
     tokens: list[list[int]] = [[] for _ in prompts]
     ended, running = [False] * len(prompts), set(range(len(prompts)))
-    for row, new, finished in decode.generate(cfg, params, prompts, sampling, max_tokens=max_tokens, capacity=capacity):
+    for row, new, finished in decode.generate(cfg, params, prompts, sampling, capacity=capacity):
         if row not in running:
             continue
         for token in new:

@@ -12,7 +12,7 @@ from engine import format as words
 from engine.counting.hardware import peak_rss_bytes
 from engine.errors import UserError
 from engine.inference.decode import for_inference
-from engine.inference.sampling import Sampling, make_sampling
+from engine.inference.sampling_params import SamplingParams
 from engine.model.paths import merge
 from engine.storage import checkpoint
 from engine.storage.digest import digest
@@ -99,10 +99,10 @@ class Rounds:
         """An answer to each prompt, the row of each with a seed of its own."""
         run, asked = self.run, self.run.given.asked
         tokens = [run.tokens(prompt) for prompt in prompts]
+        sampling = SamplingParams(max_tokens=run.max_tokens, temperature=asked.temperature, seed=first_seed)
         begin = time.perf_counter()
         answers = drawing.draw(
-            run.plan.cfg, params, tokens, _sampling(len(prompts), asked.temperature, first_seed),
-            max_tokens=run.max_tokens, ends=run.ends, capacity=run.longest + run.max_tokens,
+            run.plan.cfg, params, tokens, sampling.per_row(len(prompts)), ends=run.ends, capacity=run.longest + run.max_tokens,
         )  # fmt: skip
         seconds = time.perf_counter() - begin
         texts = [run.model.tokenizer.decode(answer.tokens[: len(answer.tokens) - answer.ended]).strip() for answer in answers]
@@ -227,10 +227,6 @@ class Rounds:
     def _seed(self, number: int) -> int:
         """Of a round's first row, such that no two rows of a run have one; -1 is the look's."""
         return (self.run.given.seed * 1_000_003 + (number + 1) * self.run.answers) % 2**32
-
-
-def _sampling(rows: int, temperature: float, first_seed: int) -> Sampling:
-    return make_sampling(rows, temperature=temperature, seed=first_seed)
 
 
 def _divergence(rollouts: Rollouts) -> float | None:

@@ -6,7 +6,7 @@ from engine import format as words
 from engine.counting.hardware import peak_rss_bytes
 from engine.files import whole_file
 from engine.inference.decode import for_inference, generate
-from engine.inference.sampling import make_sampling
+from engine.inference.sampling_params import SamplingParams
 from stages.cli import signals
 from stages.cli.command import command_line
 from stages.runs import folder as run_folder
@@ -59,8 +59,8 @@ def sample(run: "Run", state: Any) -> str:
     params = for_inference(cfg, state.trainable)
     prompt = tokenizer.encode("\n").tolist()
     tokens: list[int] = []
-    settings = make_sampling(1, temperature=0.8, seed=run.given.seed)
-    for new in generate(cfg, params, [prompt], settings, max_tokens=SAMPLE, end=tokenizer.end):
+    sampling = SamplingParams(max_tokens=SAMPLE, temperature=0.8, seed=run.given.seed, stop_token_ids=(tokenizer.end,))
+    for new in generate(cfg, params, [prompt], [sampling]):
         tokens += new.tokens
     return tokenizer.decode(tokens)
 

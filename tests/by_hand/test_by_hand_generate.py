@@ -12,7 +12,7 @@ from engine.by_hand.generate import generate
 from engine.by_hand.tree import arrays, mapped
 from engine.errors import UserError
 from engine.inference import decode
-from engine.inference.sampling import make_sampling
+from engine.inference.sampling_params import SamplingParams
 
 PROMPTS = st.lists(st.integers(0, 40), min_size=1, max_size=12)
 
@@ -24,7 +24,7 @@ def test_greedy_tokens_are_the_engines(name, prompt, seed):
     cfg = FAMILY[name]
     params = lively_params(cfg, seed)
     expected = []
-    for new in decode.generate(cfg, params, [prompt], make_sampling(1, temperature=0.0), max_tokens=13):
+    for new in decode.generate(cfg, params, [prompt], [SamplingParams(max_tokens=13, temperature=0.0)]):
         expected += new.tokens
     held = arrays(params)
     before = mapped(np.copy, held)

@@ -14,7 +14,7 @@ from engine.counting.programs import decode_program, gradient_program, prefill_p
 from engine.counting.trainable import TrainablePaths, all_trainable, bottom_frozen, head_only, lora_only, top_frozen
 from engine.counting.walk import count
 from engine.inference import decode
-from engine.inference.sampling import Sampling
+from engine.inference.sampling import SamplingArrays
 from engine.inference.score import score
 from engine.model.backend import on_cpu
 from engine.model.backward import QUERY_BLOCK
@@ -214,7 +214,7 @@ def test_several_steps_of_decoding_are_as_many_times_one():
     cfg, slots, capacity, steps = KINDS["untied"], 5, 23, 4
     params, _ = trees(cfg, all_trainable(cfg))
     cache = jax.eval_shape(lambda: make_cache(cfg, slots, capacity))
-    sampling = jax.eval_shape(lambda: Sampling(*(jnp.zeros(slots, d) for d in ("f4", "i4", "f4", "f4", "u4"))))
+    sampling = jax.eval_shape(lambda: SamplingArrays(*(jnp.zeros(slots, d) for d in ("f4", "i4", "f4", "f4", "u4"))))
     several = functools.partial(decode.decode_steps, cfg, steps=steps)
     counted = count(several, params, shaped(slots), cache, sampling)
     assert counted.matmul == steps * decode_program(cfg, slots, capacity).total

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
-from tiny import lively_params, tiny_config, tokens_of
+from tiny import lively_params, request_of, tiny_config, tokens_of
 
 from engine.inference.decode import for_inference
 from engine.inference.quantize import quantize
@@ -113,14 +113,17 @@ def _requests() -> list[Request]:
         {"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.4, "top_p": 0.9}, {"temperature": 1.3, "top_k": 5},
         {"temperature": 0.9, "min_p": 0.1, "top_k": 9, "top_p": 0.8},
     ]  # fmt: skip
-    changes = [{}, {}, {}, {"presence": 0.7}, {"frequency": 0.4, "repetition": 1.2}, {"bias": {3: 4.0, 5: -100.0}}]
+    changes = [
+        {}, {}, {}, {"presence_penalty": 0.7}, {"frequency_penalty": 0.4, "repetition_penalty": 1.2},
+        {"logit_bias": {3: 4.0, 5: -100.0}},
+    ]  # fmt: skip
     for number in range(50):
         length = lengths[number % len(lengths)]
         pick = lambda options: options[rng.integers(len(options))]
         found.append(
-            Request(
+            request_of(
                 text(number, length), min(pick([1, 2, 7, 12, 20, 99]), CAPACITY - length),
-                ends=pick([(), (), (3,), (1, 2, 9)]), seed=int(rng.integers(2**32)), logprobs=pick([None, 0, 3, 20]),
+                stop_token_ids=pick([(), (), (3,), (1, 2, 9)]), seed=int(rng.integers(2**32)), logprobs=pick([None, 0, 3, 20]),
                 namespace=pick(["", "", "key"]), **pick(draws), **pick(changes),
             )
         )  # fmt: skip

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import lively_params, positions_of, tiny_config, tokens_of
+from tiny import lively_params, positions_of, sampling_of, tiny_config, tokens_of
 
 from engine.errors import UserError
 from engine.inference import decode
 from engine.inference.decode import CHUNK, STEPS, decode_step, decode_steps, for_inference, generate, prefill
-from engine.inference.sampling import make_sampling, sample
+from engine.inference.sampling import sample
+from engine.inference.sampling_params import SamplingParams
 from engine.inference.score import score
 from engine.model.cache.contiguous import make_cache
 from engine.model.transformer import forward
@@ -29,11 +30,11 @@ def texts(*lengths: int, seed: int = 0) -> list[list[int]]:
     return [tokens_of(seed + n, length).tolist() for n, length in enumerate(lengths)]
 
 
-def told(cfg, params, prompts, sampling=None, max_tokens=20, **options) -> tuple[list[list[int]], list[str | None]]:
+def told(cfg, params, prompts, capacity=CAPACITY, **sampling) -> tuple[list[list[int]], list[str | None]]:
     """(tokens, why it ended) for each prompt; every part but the last says that it is not."""
     out, why = [[] for _ in prompts], [None for _ in prompts]
-    sampling = sampling or make_sampling(len(prompts), temperature=0.0)
-    for part in generate(cfg, params, prompts, sampling, **{"max_tokens": max_tokens, "capacity": CAPACITY, **options}):
+    rows = SamplingParams(**{"max_tokens": 20, "temperature": 0.0, **sampling}).per_row(len(prompts))
+    for part in generate(cfg, params, prompts, rows, capacity=capacity):
         assert why[part.prompt] is None, "nothing comes after the end"
         assert part.tokens or part.finished
         out[part.prompt] += part.tokens
@@ -91,7 +92,7 @@ def test_a_row_given_nothing_is_left_as_it_was(cfg, params):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_several_steps_at_once_are_one_step_after_another(cfg, params, temperature):
-    sampling = make_sampling(ROWS, temperature=temperature, top_p=0.95, seed=3)
+    sampling = sampling_of(ROWS, temperature=temperature, top_p=0.95, seed=3)
     prompts, lengths = padded(texts(4, 7, 6), 10), np.array([4, 7, 6], np.int32)
 
     def start():
@@ -115,14 +116,14 @@ def test_a_completion_ends_before_its_end_token(cfg, params):
     free, _ = told(cfg, params, prompts)
     for place in (0, 3, 11):  # drawn from the prefill, in the middle of a dispatch, in the second one
         end = free[1][place]
-        out, why = told(cfg, params, prompts, end=end)
+        out, why = told(cfg, params, prompts, stop_token_ids={end})
         for answer, unbounded, reason in zip(out, free, why):
             stops = end in unbounded
             assert answer == (unbounded[: unbounded.index(end)] if stops else unbounded)
             assert reason == ("stop" if stops else "length")
         assert why[1] == "stop"
     several = {free[1][11], free[1][3], 41}
-    out, why = told(cfg, params, prompts, end=several)
+    out, why = told(cfg, params, prompts, stop_token_ids=several)
     assert out[1] == free[1][: min(free[1].index(end) for end in several if end in free[1])]
     assert why[1] == "stop"
 
@@ -136,8 +137,8 @@ def test_a_completion_ends_at_its_length(cfg, params):
         assert why == ["length"] * 3
     end = free[0][-1]
     first = free[0].index(end)
-    assert told(cfg, params, prompts, max_tokens=first, end=end)[1][0] == "length", "the end lies beyond"
-    assert told(cfg, params, prompts, max_tokens=first + 1, end=end)[1][0] == "stop"
+    assert told(cfg, params, prompts, max_tokens=first, stop_token_ids={end})[1][0] == "length", "the end lies beyond"
+    assert told(cfg, params, prompts, max_tokens=first + 1, stop_token_ids={end})[1][0] == "stop"
 
 
 def test_a_completion_ends_where_the_context_is_full(cfg, params):
@@ -153,8 +154,8 @@ def test_a_completion_ends_where_the_context_is_full(cfg, params):
 
 def test_tokens_come_as_they_are_drawn(cfg, params):
     """The first one from the prefill, the others STEPS at a time: nobody waits for the whole."""
-    prompts, sampling = texts(5, 2, 9), make_sampling(3, temperature=0.0)
-    parts = list(generate(cfg, params, prompts, sampling, max_tokens=STEPS + 4, capacity=CAPACITY))
+    prompts, sampling = texts(5, 2, 9), SamplingParams(max_tokens=STEPS + 4, temperature=0.0).per_row(3)
+    parts = list(generate(cfg, params, prompts, sampling, capacity=CAPACITY))
     assert [(part.prompt, len(part.tokens)) for part in parts] == [
         (0, 1), (1, 1), (2, 1), (0, STEPS), (1, STEPS), (2, STEPS), (0, 3), (1, 3), (2, 3),
     ]  # fmt: skip
@@ -163,9 +164,9 @@ def test_tokens_come_as_they_are_drawn(cfg, params):
 def test_one_prompt_alone_is_answered(cfg, params):
     """It is run as two rows, of which nobody sees the other."""
     prompt = texts(9)
-    out, _ = told(cfg, params, prompt, make_sampling(1, temperature=1.0, seed=8))
+    out, _ = told(cfg, params, prompt, temperature=1.0, seed=8)
     assert len(out) == 1
-    assert out == told(cfg, params, [prompt[0], [3]], make_sampling(2, temperature=1.0, seed=8))[0][:1]
+    assert out == told(cfg, params, [prompt[0], [3]], temperature=1.0, seed=8)[0][:1]
     assert told(cfg, params, prompt)[0] == most_probable(cfg, params, prompt, 20)
 
 
@@ -182,13 +183,13 @@ def test_a_lone_prompt_is_read_alone_and_written_beside_an_empty_row(cfg, params
 
 def test_after_the_first_answer_nothing_is_compiled(cfg, params, count_compiles):
     """Whatever is asked: lengths of one chunk or three, any settings, any end. (No other test asks four at once.)"""
-    sampling, others = make_sampling(4), make_sampling(4, temperature=0.7, top_k=5, top_p=0.9, min_p=0.01, seed=99)
-    told(cfg, params, texts(3, 2, 4, 1), sampling, max_tokens=12)
+    sampling, others = {"temperature": 1.0}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.01, "seed": 99}
+    told(cfg, params, texts(3, 2, 4, 1), max_tokens=12, **sampling)
     before = len(count_compiles)
     assert before > 2, "the count counts"
     for prompts in (texts(1, 1, 1, 1), texts(CHUNK, 3, 5, 1), texts(2 * CHUNK + 9, 1, CHUNK + 1, 7)):
         for settings in (sampling, others):
-            told(cfg, params, prompts, settings, max_tokens=30, end=7)
+            told(cfg, params, prompts, max_tokens=30, stop_token_ids=[7], **settings)
     assert len(count_compiles) == before
 
 
@@ -203,7 +204,7 @@ def test_after_the_first_answer_nothing_is_compiled(cfg, params, count_compiles)
 )
 def test_a_prompt_that_cannot_be_continued_is_refused(cfg, params, prompts, said):
     with pytest.raises(UserError, match=said):
-        next(generate(cfg, params, prompts, make_sampling(3), max_tokens=5))
+        next(generate(cfg, params, prompts, SamplingParams().per_row(3)))
 
 
 def test_weights_are_cast_once_and_gains_stay(params):
@@ -239,4 +240,7 @@ def test_a_score_is_a_summed_loss(cfg):
 def test_prompts_and_rows_of_sampling_go_together(cfg, params):
     for prompts, rows in (([], 0), ([[1], [2], [3]], 2)):
         with pytest.raises(UserError, match=f"{len(prompts)} and {rows} came"):
-            list(generate(cfg, params, prompts, make_sampling(rows), max_tokens=3))
+            list(generate(cfg, params, prompts, SamplingParams().per_row(rows)))
+    for fields in ({"logprobs": 0}, {"presence_penalty": 0.1}, {"logit_bias": {1: 1.0}}):
+        with pytest.raises(UserError, match="Slots"):
+            list(generate(cfg, params, [[1]], [SamplingParams(**fields)]))

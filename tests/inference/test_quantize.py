@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import lively_params, positions_of, tiny_config, tokens_of
+from tiny import lively_params, positions_of, sampling_of, tiny_config, tokens_of
 
 from engine.errors import UserError
 from engine.inference.decode import decode_step, decode_steps, for_inference, prefill
-from engine.inference.programs import Settings, draw, make_tally
+from engine.inference.programs import PenaltyArrays, draw, make_tally
 from engine.inference.quantize import every_product, quantize, round_trips
-from engine.inference.sampling import make_sampling
 from engine.model.cache.contiguous import make_cache
 from engine.model.cache.segmented import Rows, make_spans
 from engine.model.paths import leaf_paths, map_paths
@@ -89,9 +88,7 @@ def test_a_request_is_the_same_to_the_bit_in_any_company(kind, tied):
             lengths = np.random.default_rng(seed).integers(1, CHUNK + 1, ROWS).astype(np.int32)
             tokens[slot], lengths[slot] = mine, CHUNK
             logits, cache = prefill(cfg, params, tokens, lengths, stale(cfg, seed))
-            drawn, _ = decode_steps(
-                cfg, params, logits.argmax(-1).astype(jnp.int32), cache, make_sampling(ROWS, temperature=0.0)
-            )
+            drawn, _ = decode_steps(cfg, params, logits.argmax(-1).astype(jnp.int32), cache, sampling_of(ROWS, temperature=0.0))
             results.add(np.asarray(logits[slot]).tobytes() + np.asarray(drawn[slot]).tobytes())
     assert len(results) == 1
 
@@ -124,6 +121,6 @@ def test_a_decode_step_makes_nothing_of_a_weights_size(kind):
 def test_neither_does_drawing_for_slots_few_or_many(slots, tied):
     cfg, params = wider(tied, "int8")
     token = jnp.zeros(slots, jnp.int32)
-    asked = Settings(make_sampling(slots), token > 0, *[jnp.zeros(slots)] * 3)
-    arguments = make_spans(cfg, slots, CAPACITY, 16), make_tally(cfg, slots), token, Rows(token, token, token), asked
+    asked = sampling_of(slots), PenaltyArrays(token > 0, *[jnp.zeros(slots)] * 3)
+    arguments = make_spans(cfg, slots, CAPACITY, 16), make_tally(cfg, slots), token, Rows(token, token, token), *asked
     assert made_of_a_weights_size(params, draw.lower(cfg, params, *arguments, jnp.int32(2), jnp.bool_(True))) == []

@@ -1,78 +1,102 @@
-"""Request: every field that is out of range is named, whatever was put there, and nothing but a sentence is raised."""
+"""Request and SamplingParams: a field that is out of range is named, whatever was put there; nothing else is raised."""
+
+import pickle
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import request_of
 
-from engine.errors import UserError
-from engine.inference.request import Request, check
+from engine.errors import InvalidField
+from engine.inference.request import check
+from engine.inference.sampling_params import SamplingParams
 
 GOOD = {"prompt": (1, 2, 3), "max_tokens": 5}
 NAN, INF = float("nan"), float("inf")
+BAD = {
+    "max_tokens": [0, -1, 2.0, True, None, "5", 10**400],
+    "temperature": [-0.1, 101.0, NAN, INF, 10**400, "hot", None, True],
+    "top_k": [-1, 1.5, 2**31],
+    "top_p": [0, 0.0, 1.01, NAN],
+    "min_p": [-0.1, 1.1],
+    "seed": [-1, 2**32, 0.5, "x", 10**5000],
+    "presence_penalty": [101, NAN],
+    "frequency_penalty": [-101, [1]],
+    "repetition_penalty": [0, 0.0, -1, INF],
+    "logit_bias": [{3: 101}, {3: NAN}, {3: "a"}, {"3": 1.0}, {1.5: 1.0}, [3], None],
+    "logprobs": [-1, 21, True, 1.0],
+    "stop_token_ids": [7, ("a",), None, (NAN,)],
+    "prompt": ["text", None, (1, "a"), (1.5,), 7],
+    "namespace": [None, 3, b"k"],
+}
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [
-        ("max_tokens", 0), ("max_tokens", -1), ("max_tokens", 2.0), ("max_tokens", True), ("max_tokens", None),
-        ("max_tokens", "5"), ("max_tokens", 10**400), ("temperature", -0.1), ("temperature", NAN), ("temperature", INF),
-        ("temperature", 10**400), ("temperature", "hot"), ("temperature", None), ("temperature", True), ("top_k", -1),
-        ("top_k", 1.5), ("top_k", 2**31), ("top_p", 0), ("top_p", 0.0), ("top_p", 1.01), ("top_p", NAN), ("min_p", -0.1),
-        ("min_p", 1.1), ("seed", -1), ("seed", 2**32), ("seed", 0.5), ("seed", "x"), ("seed", 10**5000), ("presence", 101),
-        ("presence", NAN), ("frequency", -101), ("frequency", [1]), ("repetition", 0), ("repetition", 0.0),
-        ("repetition", -1), ("repetition", INF), ("bias", {3: 101}), ("bias", {3: NAN}), ("bias", {3: "a"}),
-        ("bias", {"3": 1.0}), ("bias", {1.5: 1.0}), ("bias", [3]), ("bias", None), ("logprobs", -1), ("logprobs", 21),
-        ("logprobs", True), ("logprobs", 1.0), ("prompt", "text"), ("prompt", None), ("prompt", (1, "a")),
-        ("prompt", (1.5,)), ("prompt", 7), ("ends", 7), ("ends", ("a",)), ("ends", None), ("ends", (NAN,)),
-        ("namespace", None), ("namespace", 3), ("namespace", b"k"),
-    ],
+    [(name, value) for name, values in BAD.items() for value in values],
     ids=(lambda value: f"{value!r:.20}" if not isinstance(value, int) or abs(value) < 2**40 else "huge"),
-)  # fmt: skip
+)
 def test_a_field_that_cannot_be_is_named(name, value):
-    with pytest.raises(UserError, match=rf"^{name}\b") as caught:
-        Request(**{**GOOD, name: value})
+    with pytest.raises(InvalidField, match=rf"^{name}\b") as caught:
+        request_of(**{**GOOD, name: value})
+    assert caught.value.field == name
     assert len(str(caught.value)) < 300
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 anything = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers(), max_size=3)
-FIELDS = (
-    "prompt", "max_tokens", "ends", "temperature", "top_k", "top_p", "min_p", "seed", "presence", "frequency",
-    "repetition", "bias", "logprobs", "namespace",
-)  # fmt: skip
 
 
-@given(st.dictionaries(st.sampled_from(FIELDS), anything, max_size=4))
-def test_whatever_is_asked_a_request_is_made_or_a_field_is_named(fields):
+@given(st.dictionaries(st.sampled_from(list(BAD)), anything, max_size=4))
+def test_any_fields_make_a_request_or_one_of_them_is_named(fields):
+    fields = {**GOOD, **fields}
     try:
-        check(Request(**{**GOOD, **fields}), vocab=41, capacity=70)
-    except UserError as error:
-        said = str(error)
-        assert any(name in said for name in fields)
+        check(request_of(**fields), vocab=41, capacity=70)
+    except InvalidField as error:
+        named, sentence = error.field, str(error)
+    else:
+        return
+    assert named in fields
+    assert named in sentence
 
 
 def test_what_a_model_cannot_serve_is_refused_with_both_counts():
-    check(Request((1, 40), 68), 41, 70)
+    check(request_of((1, 40), 68), 41, 70)
+    outside = "holds a token outside"
     cases = [
-        (Request((), 5), "The prompt has no tokens"), (Request((1, 41), 5), "The prompt holds a token outside"),
-        (Request((-1,), 5), "The prompt holds a token outside"), (Request((1,), 5, ends=(41,)), "The ends holds a token"),
-        (Request((1,), 5, bias={-1: 1.0}), "The bias holds a token"), (Request((2**70,), 5), "The prompt holds a token"),
-        (Request((1, 2), 69), "2 tokens and max_tokens is 69; together at most 70 fit"),
-    ]  # fmt: skip
-    for request, said in cases:
-        with pytest.raises(UserError, match=said):
+        (request_of((), 5), "prompt", "The prompt has no tokens"),
+        (request_of((1, 41), 5), "prompt", outside),
+        (request_of((-1,), 5), "prompt", outside),
+        (request_of((2**70,), 5), "prompt", outside),
+        (request_of((1,), 5, stop_token_ids=(41,)), "stop_token_ids", outside),
+        (request_of((1,), 5, logit_bias={-1: 1.0}), "logit_bias", outside),
+        (request_of((1, 2), 69), "prompt", "2 tokens and max_tokens is 69; together at most 70 fit"),
+    ]
+    for request, field, sentence in cases:
+        with pytest.raises(InvalidField, match=sentence) as caught:
             check(request, 41, 70)
+        assert caught.value.field == field
 
 
-def test_a_request_keeps_what_it_was_given_even_if_the_giver_changes_it():
+def test_a_request_keeps_its_values_even_if_the_caller_changes_them():
     prompt, bias, ends = [1, 2], {3: 1.0}, [4]
-    request = Request(prompt, 5, ends=ends, bias=bias)
+    request = request_of(prompt, 5, stop_token_ids=ends, logit_bias=bias)
     prompt.append(9), bias.update({5: 2.0}), ends.append(6)
-    assert (request.prompt, request.bias, request.ends) == ((1, 2), {3: 1.0}, {4})
+    assert (request.prompt, request.sampling.logit_bias, request.sampling.stop_token_ids) == ((1, 2), {3: 1.0}, {4})
 
 
 @pytest.mark.parametrize(
-    ("fields", "changed"),
-    [({}, False), ({"presence": 0.1}, True), ({"frequency": -1}, True), ({"repetition": 1.1}, True), ({"bias": {1: 1}}, True)],
-)
-def test_only_penalties_and_a_bias_change_logits(fields, changed):
-    assert Request(**GOOD, temperature=0.3, top_k=3, **fields).changed == changed
+    ("fields", "adjusts"),
+    [
+        ({}, False), ({"presence_penalty": 0.1}, True), ({"frequency_penalty": -1}, True),
+        ({"repetition_penalty": 1.1}, True), ({"logit_bias": {1: 1}}, True),
+    ],
+)  # fmt: skip
+def test_only_penalties_and_a_bias_change_logits(fields, adjusts):
+    assert SamplingParams(temperature=0.3, top_k=3, **fields).adjusts_logits == adjusts
+
+
+def test_rows_differ_in_their_seeds_alone():
+    rows = SamplingParams(temperature=0.5, seed=2**32 - 2).per_row(4)
+    assert [row.seed for row in rows] == [2**32 - 2, 2**32 - 1, 0, 1]
+    assert {row.temperature for row in rows} == {0.5}

@@ -24,13 +24,13 @@ from slot_company import (
     served,
     text,
 )
-from tiny import lively_params, positions_of, tiny_config
+from tiny import lively_params, positions_of, request_of, tiny_config
 
 from engine.errors import UserError
 from engine.inference.decode import for_inference, generate
 from engine.inference.programs import STEPS
 from engine.inference.request import Request
-from engine.inference.sampling import make_sampling
+from engine.inference.sampling_params import SamplingParams
 from engine.inference.slots import PATIENCE, Slots, compile_ahead
 from engine.inference.speculation import Guesser
 from engine.model.transformer import forward
@@ -50,9 +50,9 @@ def test_greedy_answers_are_those_of_the_plain_generator():
     cfg, params = served("float32")
     prompts = [text(seed, length) for seed, length in enumerate((1, 2, 16, 17, 18, 33, 50))]
     expected = [[] for _ in prompts]
-    for part in generate(cfg, params, prompts, make_sampling(len(prompts), temperature=0.0), max_tokens=12):
+    for part in generate(cfg, params, prompts, SamplingParams(max_tokens=12, temperature=0.0).per_row(len(prompts))):
         expected[part.prompt] += part.tokens
-    found = answers(made("float32"), [Request(prompt, 12, temperature=0.0) for prompt in prompts])
+    found = answers(made("float32"), [request_of(prompt, 12, temperature=0.0) for prompt in prompts])
     assert [list(answer.tokens) for answer in found] == expected
 
 
@@ -60,9 +60,9 @@ def test_seeded_answers_are_those_of_the_plain_generator():
     cfg, params = served("float32")
     prompts = [text(seed, length) for seed, length in enumerate((3, 20, 40))]
     expected = [[] for _ in prompts]
-    for part in generate(cfg, params, prompts, make_sampling(3, temperature=0.8, top_p=0.9, seed=5), max_tokens=20):
+    for part in generate(cfg, params, prompts, SamplingParams(max_tokens=20, temperature=0.8, top_p=0.9, seed=5).per_row(3)):
         expected[part.prompt] += part.tokens
-    asked = [Request(prompt, 20, temperature=0.8, top_p=0.9, seed=5 + n) for n, prompt in enumerate(prompts)]
+    asked = [request_of(prompt, 20, temperature=0.8, top_p=0.9, seed=5 + n) for n, prompt in enumerate(prompts)]
     assert [list(answer.tokens) for answer in answers(made("float32"), asked)] == expected
 
 
@@ -70,8 +70,11 @@ def test_seeded_answers_are_those_of_the_plain_generator():
 def test_the_same_in_every_slot_alone_or_in_company_to_the_bit(way):
     """Greedy, seeded, and with penalties; a short text and one of four chunks; log-probabilities too."""
     mine = [
-        Request(text(3, 20), 12, temperature=0.0, logprobs=3), Request(text(4, 50), 12, seed=9, logprobs=20),
-        Request(text(6, 33), 12, temperature=0.7, frequency=0.5, repetition=1.3, bias={3: 2.0}, seed=1, logprobs=0),
+        request_of(text(3, 20), 12, temperature=0.0, logprobs=3), request_of(text(4, 50), 12, seed=9, logprobs=20),
+        request_of(
+            text(6, 33), 12, temperature=0.7, frequency_penalty=0.5, repetition_penalty=1.3, logit_bias={3: 2.0}, seed=1,
+            logprobs=0,
+        ),
     ]  # fmt: skip
     for request in mine:
         seen = {alone(way, request)}
@@ -105,11 +108,11 @@ def test_the_order_of_arrival_does_not_matter(way):
 def test_a_chunk_found_computed_changes_no_bit(way):
     slots = made(way, prefixes=10**7)
     heard = Heard(slots)
-    request = Request(text(1, 52), 10, seed=3, logprobs=20)
+    request = request_of(text(1, 52), 10, seed=3, logprobs=20)
     first = heard.submit(request)
     heard.drain()
     again = [heard.submit(request) for _ in range(3)]
-    other = heard.submit(Request(text(1, 52), 10, seed=3, logprobs=20, namespace="key"))
+    other = heard.submit(request_of(text(1, 52), 10, seed=3, logprobs=20, namespace="key"))
     heard.drain()
     assert heard.cached[first] == heard.cached[other] == 0
     assert all(heard.cached[id] == 3 * CHUNK for id in again)
@@ -119,9 +122,9 @@ def test_a_chunk_found_computed_changes_no_bit(way):
 
 def test_a_cache_too_small_for_a_prompt_keeps_its_beginning():
     size = made("float32", prefixes=10**7)
-    answers(size, [Request(text(1, CHUNK + 1), 1)])
+    answers(size, [request_of(text(1, CHUNK + 1), 1)])
     slots = made("float32", prefixes=2 * size.prefixes.bytes)
-    request = Request(text(1, 52), 10, seed=3)
+    request = request_of(text(1, 52), 10, seed=3)
     heard = Heard(slots)
     for _ in range(2):
         last = heard.submit(request)
@@ -152,7 +155,7 @@ class Company(RuleBasedStateMachine):
     def submit_too_much(self, request: Request) -> None:
         before = self.slots.busy, len(self.slots.waiting)
         with pytest.raises(UserError, match=f"at most {CAPACITY} fit"):
-            self.slots.submit(Request(request.prompt, CAPACITY + 1 - len(request.prompt)))
+            self.slots.submit(request_of(request.prompt, CAPACITY + 1 - len(request.prompt)))
         assert (self.slots.busy, len(self.slots.waiting)) == before
 
     @rule(id=consumes(ids))
@@ -221,7 +224,7 @@ def test_a_server_that_is_told_nothing_keeps_what_company_as_served_does():
 @pytest.mark.parametrize("temperature", [0.0, 0.3])
 def test_guesses_change_when_tokens_come_and_not_which(way, temperature, monkeypatch):
     """A text that repeats itself, and one whose every guess is wrong."""
-    request = Request((text(2, 9) * 4)[:33], 29, temperature=temperature, seed=2, logprobs=3)
+    request = request_of((text(2, 9) * 4)[:33], 29, temperature=temperature, seed=2, logprobs=3)
     expected, checked = alone(way, request), []
     right = [*request.prompt, *expected.tokens]
     dispatch = Slots._dispatch
@@ -246,7 +249,7 @@ def test_guesses_change_when_tokens_come_and_not_which(way, temperature, monkeyp
 
 
 def test_who_comes_while_others_guess_finds_a_clean_slot_and_leaves_the_guesser_its_text():
-    one, two = Request((text(2, 9) * 4)[:33], 29, temperature=0.0), REQUESTS[5]
+    one, two = request_of((text(2, 9) * 4)[:33], 29, temperature=0.0), REQUESTS[5]
     for steps in range(1, 9):
         heard = Heard(made("float32"))
         first = heard.submit(one)
@@ -273,7 +276,7 @@ def test_nothing_is_compiled_after_warm(count_compiles):
             heard.step()
         slots.cancel(ids[1]), slots.cancel(ids[-1])
         heard.drain()
-        request = Request((text(2, 9) * 4)[:33], 29, temperature=0.0, logprobs=20)
+        request = request_of((text(2, 9) * 4)[:33], 29, temperature=0.0, logprobs=20)
         (found,) = answers(slots, [request])
         slots.guesses = False
         assert answers(slots, [request]) == [found]
@@ -303,10 +306,10 @@ def test_a_long_prompt_keeps_nobody_waiting():
     """
     for wait in range(PATIENCE + 2):
         heard = Heard(made("float32"))
-        long = [heard.submit(Request(text(n, 3 * CHUNK + 1), 3, temperature=0.0)) for n in range(3)]
+        long = [heard.submit(request_of(text(n, 3 * CHUNK + 1), 3, temperature=0.0)) for n in range(3)]
         for _ in range(wait):
             heard.step()
-        short = heard.submit(Request(text(2, 5), 3, temperature=0.0))
+        short = heard.submit(request_of(text(2, 5), 3, temperature=0.0))
         for _ in range(5):
             heard.step()
         assert heard.tokens[short]
@@ -318,7 +321,7 @@ def test_a_chunk_is_read_before_the_next_is_begun(monkeypatch):
     slots, waited = made("float32"), []
     really = jax.block_until_ready
     monkeypatch.setattr(jax, "block_until_ready", lambda tree: waited.append(tree) or really(tree))
-    slots.submit(Request(text(1, 3 * CHUNK), 4, temperature=0.0))
+    slots.submit(request_of(text(1, 3 * CHUNK), 4, temperature=0.0))
     for chunk in range(2):
         slots.step()
         assert len(waited) == chunk + 1
@@ -327,20 +330,20 @@ def test_a_chunk_is_read_before_the_next_is_begun(monkeypatch):
 
 def test_short_prompts_do_not_keep_a_long_one_waiting_for_ever():
     heard = Heard(made("float32"))
-    long = heard.submit(Request(text(1, 3 * CHUNK + 1), 3, temperature=0.0))
+    long = heard.submit(request_of(text(1, 3 * CHUNK + 1), 3, temperature=0.0))
     while not heard.tokens[long]:
         if heard.slots.running < SLOTS:
-            heard.submit(Request(text(heard.steps, 5), 1, temperature=0.0))
+            heard.submit(request_of(text(heard.steps, 5), 1, temperature=0.0))
         heard.step()
         assert heard.steps <= 2 * (3 * PATIENCE + 2)  # half of them draw
 
 
 def test_those_who_are_answered_go_on_while_a_prompt_is_read():
     heard = Heard(made("float32"))
-    first = heard.submit(Request(text(2, 5), 40, temperature=0.0))
+    first = heard.submit(request_of(text(2, 5), 40, temperature=0.0))
     while not heard.tokens[first]:
         heard.step()
-    heard.submit(Request(text(1, 58), 3, temperature=0.0))
+    heard.submit(request_of(text(1, 58), 3, temperature=0.0))
     for _ in range(3):
         before = len(heard.tokens[first])
         heard.step(), heard.step()  # one that reads, one that draws
@@ -349,7 +352,7 @@ def test_those_who_are_answered_go_on_while_a_prompt_is_read():
 
 def test_as_many_wait_as_come_and_are_let_in_in_their_order():
     heard = Heard(made("float32"))
-    ids = [heard.submit(Request(text(n, 3), 2, temperature=0.0)) for n in range(4 * SLOTS)]
+    ids = [heard.submit(request_of(text(n, 3), 2, temperature=0.0)) for n in range(4 * SLOTS)]
     heard.step()
     assert heard.slots.running == SLOTS
     assert len(heard.slots.waiting) == 3 * SLOTS
@@ -362,17 +365,19 @@ def test_every_size_that_fits_is_served_to_its_end(way):
     """Prompts and answers that end at every place around the edges of chunks and spans, and at the capacity."""
     most = CAPACITY
     sizes = [(1, most - 1), (most - 1, 1), (1, 1), (2, 1), (48, most - 48), (49, 9), (CHUNK, STEPS), (CHUNK + 1, 1), (32, 17)]
-    found = answers(made(way), [Request(text(n, prompt), most, temperature=0.0) for n, (prompt, most) in enumerate(sizes)])
+    found = answers(made(way), [request_of(text(n, prompt), most, temperature=0.0) for n, (prompt, most) in enumerate(sizes)])
     assert [(len(answer.tokens), answer.finished) for answer in found] == [(most, "length") for _, most in sizes]
 
 
 def test_an_answer_ends_before_the_first_of_its_ends():
-    request = Request(text(3, 20), 20, temperature=0.0, logprobs=0)
+    request = request_of(text(3, 20), 20, temperature=0.0, logprobs=0)
     whole = alone("float32", request).tokens
     for place in range(len(whole)):
         if whole[place] in whole[:place]:
             continue
-        (answer,) = answers(made("float32"), [Request(request.prompt, 20, ends=(whole[place], 0), temperature=0.0, logprobs=0)])
+        (answer,) = answers(
+            made("float32"), [request_of(request.prompt, 20, stop_token_ids=(whole[place], 0), temperature=0.0, logprobs=0)]
+        )
         cut = next(n for n, token in enumerate(whole) if token in (whole[place], 0))
         assert (answer.tokens, answer.finished) == (whole[:cut], "stop")
         assert len(answer.logprobs) == cut
@@ -383,8 +388,8 @@ def test_a_model_that_gives_no_numbers_ends_requests_and_touches_no_other():
     cfg, params = served("float32")
     bad = {**params, "embed": params["embed"].at[40].set(np.nan)}
     slots = Slots(cfg, bad, slots=SLOTS, capacity=CAPACITY, kind="float32", chunk=CHUNK, tail=4)
-    good = Request([token % 40 for token in text(4, 30)], 10, temperature=0.0, bias={40: -100.0}, logprobs=2)
-    spoilt = Request([40, *text(1, 20)], 10)
+    good = request_of([token % 40 for token in text(4, 30)], 10, temperature=0.0, logit_bias={40: -100.0}, logprobs=2)
+    spoilt = request_of([40, *text(1, 20)], 10)
     expected = answers(Slots(cfg, bad, slots=SLOTS, capacity=CAPACITY, kind="float32", chunk=CHUNK, tail=4), [good])[0]
     assert expected.finished == "length"
     for _ in range(3):
@@ -402,13 +407,17 @@ def reference(cfg, params, request: Request, count: int) -> tuple[list[int], lis
         logits = np.asarray(forward_(cfg, params, padded, positions_of(2, CAPACITY))[0][0, len(said) - 1], np.float64)
         told.append(logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max())
         for token in set(said):
-            logits[token] = logits[token] / request.repetition if logits[token] > 0 else logits[token] * request.repetition
-        for token, value in request.bias.items():
+            logits[token] = (
+                logits[token] / request.sampling.repetition_penalty
+                if logits[token] > 0
+                else logits[token] * request.sampling.repetition_penalty
+            )
+        for token, value in request.sampling.logit_bias.items():
             logits[token] += value
         for token in said[len(request.prompt) :]:
-            logits[token] -= request.frequency
+            logits[token] -= request.sampling.frequency_penalty
         for token in set(said[len(request.prompt) :]):
-            logits[token] -= request.presence
+            logits[token] -= request.sampling.presence_penalty
         said.append(int(logits.argmax()))
     return said[len(request.prompt) :], told
 
@@ -416,14 +425,15 @@ def reference(cfg, params, request: Request, count: int) -> tuple[list[int], lis
 @pytest.mark.parametrize(
     "changes",
     [
-        {}, {"presence": 1.5}, {"frequency": 0.8}, {"repetition": 1.7}, {"repetition": 0.6}, {"bias": {3: 100.0}},
-        {"bias": {7: -100.0, 9: 1.5}}, {"presence": -0.5, "frequency": 0.7, "repetition": 1.2, "bias": {1: 2.0}},
+        {}, {"presence_penalty": 1.5}, {"frequency_penalty": 0.8}, {"repetition_penalty": 1.7}, {"repetition_penalty": 0.6},
+        {"logit_bias": {3: 100.0}}, {"logit_bias": {7: -100.0, 9: 1.5}},
+        {"presence_penalty": -0.5, "frequency_penalty": 0.7, "repetition_penalty": 1.2, "logit_bias": {1: 2.0}},
     ],
 )  # fmt: skip
 def test_penalties_bias_and_log_probabilities_are_those_of_plain_numpy(changes):
     """In company, whose prompts are read while this one waits or draws: nothing of it is counted."""
     cfg, params = served("float32")
-    request = Request(text(2, 21), 18, temperature=0.0, logprobs=5, **changes)
+    request = request_of(text(2, 21), 18, temperature=0.0, logprobs=5, **changes)
     tokens, told = reference(cfg, params, request, 18)
     heard = Heard(made("float32"))
     for other in REQUESTS[:3]:
@@ -444,7 +454,7 @@ def test_penalties_bias_and_log_probabilities_are_those_of_plain_numpy(changes):
 def test_a_vocabulary_smaller_than_what_may_be_told_is_told_whole():
     cfg = tiny_config(vocab=11)
     slots = Slots(cfg, for_inference(cfg, lively_params(cfg)), slots=2, capacity=20, kind="float32", chunk=8, tail=4)
-    (answer,) = answers(slots, [Request((1, 2), 3, temperature=0.0, logprobs=20)])
+    (answer,) = answers(slots, [request_of((1, 2), 3, temperature=0.0, logprobs=20)])
     for _, _, top in answer.logprobs:
         assert sorted(token for token, _ in top) == list(range(11))
         assert sum(np.exp(np.frombuffer(value, np.float32)[0]) for _, value in top) == pytest.approx(1, abs=1e-5)

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import lively_params, tiny_config, tokens_of
+from tiny import lively_params, request_of, sampling_of, tiny_config, tokens_of
 
 from engine.inference import programs as slot_programs
 from engine.inference.decode import decode_step, decode_steps, for_inference, generate, prefill
-from engine.inference.programs import Settings, make_tally
+from engine.inference.programs import PenaltyArrays, make_tally
 from engine.inference.quantize import quantize
-from engine.inference.request import Request
-from engine.inference.sampling import Sampling, make_sampling
+from engine.inference.sampling import sampling_arrays
+from engine.inference.sampling_params import SamplingParams
 from engine.inference.score import score
 from engine.inference.slots import Slots
 from engine.model.cache.contiguous import KVCache, make_cache
@@ -35,35 +35,34 @@ def served(dtype: str):
     return cfg, for_inference(cfg, lively_params(cfg))
 
 
-def samplings(rows: int) -> st.SearchStrategy[Sampling]:
-    """Settings for `rows` rows, each row its own."""
-    row = st.tuples(
-        st.sampled_from([0.0, 0.7, 1.0, 1.6]), st.sampled_from([0, 1, 5]), st.sampled_from([0.4, 0.9, 1.0]),
-        st.sampled_from([0.0, 0.2]), st.integers(0, 2**32 - 1),
+def samplings(rows: int, **fixed) -> st.SearchStrategy[list[SamplingParams]]:
+    """SamplingParams for `rows` rows, each row its own."""
+    row = st.builds(
+        SamplingParams, max_tokens=st.just(MAX_TOKENS), temperature=st.sampled_from([0.0, 0.7, 1.0, 1.6]),
+        top_k=st.sampled_from([0, 1, 5]), top_p=st.sampled_from([0.4, 0.9, 1.0]), min_p=st.sampled_from([0.0, 0.2]),
+        seed=st.integers(0, 2**32 - 1), **fixed,
     )  # fmt: skip
-    dtypes = ("float32", "int32", "float32", "float32", "uint32")
-    gathered = lambda rows: Sampling(*(jnp.array(np.array(f, d)) for f, d in zip(zip(*rows), dtypes)))
-    return st.lists(row, min_size=rows, max_size=rows).map(gathered)
+    return st.lists(row, min_size=rows, max_size=rows)
 
 
 def prompts(rows: int, longest: int) -> st.SearchStrategy[list[list[int]]]:
     return st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=longest), min_size=rows, max_size=rows)
 
 
-def completions(cfg, params, prompts, sampling, **options) -> list[list[int]]:
+def completions(cfg, params, prompts, sampling) -> list[list[int]]:
     """What each prompt is continued with."""
     out = [[] for _ in prompts]
-    for part in generate(cfg, params, prompts, sampling, max_tokens=MAX_TOKENS, capacity=CAPACITY, **options):
+    for part in generate(cfg, params, prompts, sampling, capacity=CAPACITY):
         out[part.prompt] += part.tokens
     return out
 
 
 @settings(max_examples=12)
-@given(prompts(3, CAPACITY - 1), samplings(3), st.none() | st.integers(0, 40))
-def test_generating_changes_no_weight(prompts, sampling, end):
+@given(prompts(3, CAPACITY - 1), samplings(3, stop_token_ids=st.sets(st.integers(0, 40), max_size=1)))
+def test_generating_changes_no_weight(prompts, sampling):
     cfg, params = served("bfloat16")
     before = digest(params)
-    completions(cfg, params, prompts, sampling, end=end)
+    completions(cfg, params, prompts, sampling)
     assert digest(params) == before
 
 
@@ -75,12 +74,12 @@ def test_serving_many_changes_no_weight_and_remembers_no_request():
     slots = Slots(cfg, params, slots=3, capacity=32, kind="int8", chunk=16, tail=4, prefixes=10**6)
     for _ in range(2):
         ids = [
-            slots.submit(Request(
-                tokens_of(seed % 4, 5 * seed + 1), MAX_TOKENS, temperature=seed % 3, presence=seed % 2, bias={seed: 1.0},
-                seed=seed, logprobs=seed,
+            slots.submit(request_of(
+                tokens_of(seed % 4, 5 * seed + 1), MAX_TOKENS, temperature=seed % 3, presence_penalty=seed % 2,
+                logit_bias={seed: 1.0}, seed=seed, logprobs=seed,
             ))
             for seed in range(5)
-        ] + [slots.submit(Request([1, 2, 3, 4] * 3, 20, temperature=0.0))]  # fmt: skip
+        ] + [slots.submit(request_of([1, 2, 3, 4] * 3, 20, temperature=0.0))]  # fmt: skip
         tokens, logprobs = {id: [] for id in ids}, {id: [] for id in ids}
         slots.cancel(ids[1])
         while slots.busy:
@@ -101,14 +100,14 @@ def programs(cfg, params) -> dict[str, tuple]:
     batch = Batch(tokens, tokens, tokens == 0, tokens, tokens)
     spans, slot = make_spans(cfg, ROWS, CAPACITY, CHUNK), jnp.int32(1)
     rows = Rows(token, token, token)
-    asked = Settings(make_sampling(ROWS), token > 0, *[jnp.zeros(ROWS)] * 3)
+    asked = sampling_of(ROWS), PenaltyArrays(token > 0, *[jnp.zeros(ROWS)] * 3)
     return {
         "prefill": (prefill, (cfg, params, tokens, token, cache)),
         "decode_step": (decode_step, (cfg, params, token, cache)),
-        "decode_steps": (decode_steps, (cfg, params, token, cache, make_sampling(ROWS))),
+        "decode_steps": (decode_steps, (cfg, params, token, cache, sampling_of(ROWS))),
         "score": (score, (cfg, params, batch)),
         "read_chunk": (slot_programs.read_chunk, (cfg, params, spans, tokens[:1], slot, slot)),
-        "draw": (slot_programs.draw, (cfg, params, spans, make_tally(cfg, ROWS), token, rows, asked, slot, slot > 0)),
+        "draw": (slot_programs.draw, (cfg, params, spans, make_tally(cfg, ROWS), token, rows, *asked, slot, slot > 0)),
     }
 
 
@@ -199,11 +198,10 @@ def test_neighbours_padding_and_slot_do_not_matter_to_the_bit(dtype, temperature
     def run(slot: int, seed: int, alone: bool):
         rng = np.random.default_rng(seed)
         others = [[0] if alone else tokens_of(seed + n, int(rng.integers(1, 30))).tolist() for n in range(ROWS)]
-        sampling = make_sampling(ROWS, temperature=0.0 if alone else 1.3, top_k=0 if alone else 3, seed=seed)
-        fields = make_sampling(ROWS, temperature=temperature, top_p=0.9, seed=77)
-        sampling = Sampling(*(other.at[slot].set(field[0]) for other, field in zip(sampling, fields)))
+        sampling = SamplingParams(temperature=0.0 if alone else 1.3, top_k=0 if alone else 3, seed=seed).per_row(ROWS)
+        sampling[slot] = SamplingParams(temperature=temperature, top_p=0.9, seed=77)
         others[slot] = mine
-        logits, drawn = run_rows(cfg, params, others, sampling, seed)
+        logits, drawn = run_rows(cfg, params, others, sampling_arrays(sampling), seed)
         return logits[slot].tobytes(), drawn[slot].tobytes()
 
     results = {run(slot, 100 * slot + alone, alone) for slot in range(ROWS) for alone in (True, False)}
@@ -214,9 +212,8 @@ def test_neighbours_padding_and_slot_do_not_matter_to_the_bit(dtype, temperature
 def test_a_request_is_answered_alike_whoever_asks_beside_it(dtype):
     cfg, params = served(dtype)
     mine = tokens_of(0, 10).tolist()
-    sampling = Sampling(*(jnp.stack([a[0], b[0], c[0]]) for a, b, c in zip(
-        make_sampling(1, temperature=1.0, seed=5), make_sampling(1, temperature=0.0), make_sampling(1, top_k=2, seed=9)
-    )))  # fmt: skip
+    fields = {"temperature": 1.0, "seed": 5}, {"temperature": 0.0}, {"top_k": 2, "seed": 9}
+    sampling = [SamplingParams(max_tokens=MAX_TOKENS, **row) for row in fields]
     answers = {
         tuple(completions(cfg, params, [mine, *others], sampling)[0])
         for others in ([[1], [2]], [tokens_of(1, 40).tolist(), [3]], [tokens_of(2, 9).tolist(), tokens_of(3, 63).tolist()])

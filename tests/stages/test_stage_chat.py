@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from tiny_runs import ROOT, command
 
+from engine.inference.sampling_params import SamplingParams
 from engine.storage.find import load_model
 from stages import chat
-from stages.session import Session, Settings, TooLong
+from stages.session import Session, TooLong, with_setting
 
 QUICK = ("--temperature", "0", "--max-tokens", "6")
 
@@ -28,8 +29,8 @@ def session(trained: Path) -> Iterator[Session]:
 
     model = load_model(str(trained))
     made = Chat(model.tokenizer)
-    settings = Settings(max_tokens=6, temperature=0, top_k=0, top_p=1, min_p=0, seed=0)
-    yield Session(model.cfg, decode.for_inference(model.cfg, model.params), made, model.ends, settings)
+    sampling = SamplingParams(max_tokens=6, temperature=0)
+    yield Session(model.cfg, decode.for_inference(model.cfg, model.params), made, model.ends, sampling)
     made.close()
 
 
@@ -96,7 +97,7 @@ def test_what_no_longer_fits_is_named_and_nothing_is_generated(fresh: Session) -
 
 
 def test_stopped_in_the_middle_keeps_what_was_said(fresh: Session) -> None:
-    fresh.settings = fresh.settings.changed("max_tokens", "40")
+    fresh.sampling = with_setting(fresh.sampling, "max_tokens", "40")
     whole = "".join(fresh.say("the king"))
     fresh.turns.clear()
     part = "".join(fresh.say("the king", stopped=lambda: True))
@@ -104,7 +105,7 @@ def test_stopped_in_the_middle_keeps_what_was_said(fresh: Session) -> None:
     assert len(part) < len(whole)
     if fresh.turns:
         assert fresh.turns[-1].ended == "interrupted"
-    fresh.settings = fresh.settings.changed("max-tokens", "6")
+    fresh.sampling = with_setting(fresh.sampling, "max-tokens", "6")
 
 
 def test_overflow_in_a_pipe_is_an_error(trained: Path) -> None:

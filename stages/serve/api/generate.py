@@ -6,8 +6,9 @@ from typing import Any, Protocol
 
 import starlette.requests
 
-from engine.errors import UserError
+from engine.errors import InvalidField
 from engine.inference.request import Request, check
+from engine.inference.sampling_params import SEEDS, SamplingParams
 from stages.serve.api.event_stream import EventStream, whole
 from stages.serve.api.generation import Answer
 from stages.serve.api.request_schema import Sampling
@@ -78,7 +79,7 @@ def requests_of(
             raise overflow(len(prompt), most, served.engine.capacity, param)
         for choice in range(n):
             made.append(
-                _request(served, body, prompt, most or room, (seed + place * n + choice) % 2**32, ends, logprobs, namespace)
+                _request(served, body, prompt, most or room, (seed + place * n + choice) % SEEDS, ends, logprobs, namespace)
             )
     return made
 
@@ -89,29 +90,22 @@ def _request(
 ) -> Request:  # fmt: skip
     or_else = lambda value, default: default if value is None else value
     try:
-        request = Request(
-            tuple(prompt),
-            most,
-            ends=frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else ends),
+        sampling = SamplingParams(
+            max_tokens=most,
             temperature=or_else(body.temperature, 1.0),
             top_k=max(0, body.top_k or 0),  # -1 is another way to say all
             top_p=or_else(body.top_p, 1.0),
             min_p=body.min_p or 0.0,
             seed=seed,
-            presence=body.presence_penalty or 0.0,
-            frequency=body.frequency_penalty or 0.0,
-            repetition=or_else(body.repetition_penalty, 1.0),
-            bias={int(token): value for token, value in (body.logit_bias or {}).items() if value},
+            presence_penalty=body.presence_penalty or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            repetition_penalty=or_else(body.repetition_penalty, 1.0),
+            logit_bias={int(token): value for token, value in (body.logit_bias or {}).items() if value},
             logprobs=logprobs,
-            namespace=namespace,
+            stop_token_ids=frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else ends),
         )
+        request = Request(tuple(prompt), sampling, namespace)
         check(request, served.engine.cfg.vocab, served.engine.capacity)
-    except UserError as error:
-        raise Refused(400, str(error), param=_field(str(error))) from None
+    except InvalidField as error:
+        raise Refused(400, str(error), param=error.field) from None
     return request
-
-
-def _field(said: str) -> str | None:
-    """Which field the engine's complaint is about."""
-    names = {"bias": "logit_bias", "ends": "stop_token_ids", "prompt": "prompt"}
-    return next((field for name, field in names.items() if f"The {name} " in said), None)
