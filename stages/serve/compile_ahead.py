@@ -15,7 +15,7 @@ from engine.device import Device
 from engine.inference import decode
 from engine.inference.quantize import quantize
 from engine.inference.slots import CHUNK, compile_ahead
-from engine.model.cache.segmented import make_spans
+from engine.model.cache.segmented import make_kv_segments
 from engine.model.config import ModelConfig
 from engine.model.paths import map_paths, unflatten
 from engine.model.weights.lora import LoRA
@@ -46,8 +46,8 @@ def as_served(cfg: ModelConfig, params: Any, weights: str) -> Any:
 def options(cfg: ModelConfig, given: "Serve") -> dict[str, Any]:
     """Of the slots: what shapes their programs."""
     return {
-        "slots": given.slots, "capacity": given.capacity or min(cfg.context, USUAL_CAPACITY), "kind": given.keys_values,
-        "prefixes": given.prefix_cache * MB,
+        "slots": given.slots, "capacity": given.capacity or min(cfg.context, USUAL_CAPACITY), "kv_dtype": given.keys_values,
+        "prefix_cache_bytes": given.prefix_cache * MB,
     }  # fmt: skip
 
 
@@ -56,8 +56,8 @@ def check_room(cfg: ModelConfig, given: "Serve", started: Device) -> None:
     asked, weights = options(cfg, given), kept_as(cfg, given, started)[0]
     if started.backend != "cpu" or asked["capacity"] > cfg.context:  # which is refused for itself
         return
-    room = jax.eval_shape(lambda: make_spans(cfg, asked["slots"], asked["capacity"], CHUNK, asked["kind"]))
-    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(room)) + asked["prefixes"]
+    room = jax.eval_shape(lambda: make_kv_segments(cfg, asked["slots"], asked["capacity"], CHUNK, asked["kv_dtype"]))
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(room)) + asked["prefix_cache_bytes"]
     needed += count_params(cfg).total * {"int8": 1, "bfloat16": 2, "float32": 4}[weights]
     what = f"The weights and {asked['slots']:,} slots of {asked['capacity']:,} tokens"
     hardware.check_room(what, needed, remedy=FEWER)

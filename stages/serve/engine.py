@@ -139,7 +139,7 @@ class Engine:
     def _deliver(self, events: list[Event]) -> None:
         news = [(self._tickets[event.id].listen, event) for event in events if event.id in self._tickets]
         for event in events:
-            if event.finished:
+            if event.finish_reason:
                 self._tickets.pop(event.id, None)
         if news:
             self._tell(_listened, news)
@@ -147,7 +147,7 @@ class Engine:
     def _note(self) -> None:
         self.ticked = time.monotonic()
         slots = self._slots
-        filled = slots.held / (slots.slots * slots.capacity)
+        filled = slots.used_positions / (slots.slots * slots.capacity)
         self._counts = slots.running, len(slots.waiting) - self._taken, filled
 
     def _tell(self, function: Callable[..., None], *arguments: Any) -> None:

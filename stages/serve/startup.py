@@ -115,7 +115,8 @@ def _load(given: "Serve", console: "Console") -> Loaded:
         ("weights", f"{weights}, {words.size(size(slots.params))}, SHA-256 {attested[:16]}"),
         (
             "slots",
-            f"{given.slots} of {slots.capacity:,} tokens, keys and values in {given.keys_values}, {words.size(slots.bytes)}",
+            f"{given.slots} of {slots.capacity:,} tokens, keys and values in {given.keys_values}, "
+            f"{words.size(slots.cache_bytes)}",
         ),
         ("queue", f"{given.queue} more wait; prefixes of prompts are kept in {given.prefix_cache} MB"),
         ("template", chat.named),
@@ -132,7 +133,7 @@ def _laid_out(model: LoadedModel, given: "Serve", started: Device) -> tuple[Slot
         params = with_adapters(params, [given.adapter])
     params = jax.block_until_ready(as_served(cfg, params, weights))
     try:
-        slots = Slots(cfg, params, guesses=not given.no_guesses, **options(cfg, given))
+        slots = Slots(cfg, params, speculate=not given.no_guesses, **options(cfg, given))
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

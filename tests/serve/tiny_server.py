@@ -35,7 +35,14 @@ def loaded(**changes: Any) -> Any:
 
     model = tiny_model()
     params = decode.for_inference(model.cfg, model.params)
-    options = {"slots": SLOTS, "capacity": CAPACITY, "kind": "float32", "prefixes": 10**7, "chunk": CHUNK, "tail": TAIL}
+    options = {
+        "slots": SLOTS,
+        "capacity": CAPACITY,
+        "kv_dtype": "float32",
+        "prefix_cache_bytes": 10**7,
+        "chunk": CHUNK,
+        "tail": TAIL,
+    }
     slots = Slots(model.cfg, params, **{**options, **changes})
     return Loaded(
         model, "tiny", params, slots, make_chat(model, None, FIXED_DAY), None, FIXED_DAY, CompileCounter(), digest(params)

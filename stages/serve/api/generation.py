@@ -9,7 +9,7 @@ from typing import NamedTuple
 from starlette.types import Receive
 
 from engine.inference.request import Event, LogProb, Request
-from engine.inference.stop_strings import Completion
+from engine.inference.stop_strings import CompletionText
 from engine.text.tokenizer import Tokenizer
 from stages.serve.admission import Door
 from stages.serve.api.reply_schema import CachedTokens, Reason, Usage
@@ -39,7 +39,7 @@ class Answer:
     ) -> None:  # fmt: skip
         self._engine, self._metrics, self._door, self._arrived = engine, metrics, door, arrived
         self._news: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
-        self._completions = [Completion(tokenizer.stream(), stops) for _ in requests]
+        self._completions = [CompletionText(tokenizer.stream(), stops) for _ in requests]
         self._first: list[float | None] = [None] * len(requests)
         self._cached = [0] * len(requests)
         self._prompts = [len(request.prompt) for request in requests]
@@ -96,17 +96,17 @@ class Answer:
         if event.tokens and self._first[index] is None:
             self._first[index] = now
             self._metrics.first_token.observe(now - self._arrived)
-        self._cached[index] = event.cached
-        if event.finished == "error":
+        self._cached[index] = event.cached_tokens
+        if event.finish_reason == "error":
             self._open.discard(index)
             self._metrics.finished("error")
             raise Refused(*_broken(self._engine))
-        if event.finished and completion.stopped is None:
+        if event.finish_reason and completion.stopped is None:
             text += completion.close()
-        reason: Reason | None = "stop" if completion.stopped is not None else event.finished
+        reason: Reason | None = "stop" if completion.stopped is not None else event.finish_reason
         if reason:
             self._open.discard(index)
-            if not event.finished:
+            if not event.finish_reason:
                 self._engine.cancel(self._tickets[index])
             self._count(index, reason, now)
         return Piece(index, text, event.logprobs[: completion.tokens - before], reason)
