@@ -120,7 +120,7 @@ def _ours(cfg: Any, weights: Any, prompts: list[list[int]], new: int, guesses: b
     from engine.inference.slots import GROUP, MIN_SLOTS, Slots
 
     least = GROUP if guesses else MIN_SLOTS
-    slots = Slots(cfg, weights, slots=max(len(prompts), least), capacity=CAPACITY, kv_dtype=kind, speculate=guesses)
+    slots = Slots(cfg, weights, slots=max(len(prompts), least), capacity=CAPACITY, kind=kind, guesses=guesses)
     slots.warm()
 
     def run() -> tuple[float, float, list[list[int]]]:
@@ -149,8 +149,8 @@ def _until(slots: Any, said: dict[int, list[int]], least: int) -> None:
     while min(map(len, said.values())) < least:
         for event in slots.step():
             said[event.id] += event.tokens
-            if event.finish_reason:
-                raise ValueError(f"a stream ended ({event.finish_reason}) after {len(said[event.id])} tokens")
+            if event.finished:
+                raise ValueError(f"a stream ended ({event.finished}) after {len(said[event.id])} tokens")
 
 
 def _theirs(peer: Peer, file: Path, prompts: list[list[int]], new: int) -> Run:

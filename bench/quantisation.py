@@ -117,11 +117,11 @@ def _kept(cfg: Any, params: Any, batches: Sequence[Any], seq: int) -> dict[str, 
     import jax
     import jax.numpy as jnp
 
-    from engine.model.cache.segmented import KVDtype, Rows, make_kv_segments, segmented_cache
+    from engine.model.cache.segmented import Kind, Rows, make_spans, span_cache
     from engine.model.transformer import forward
 
-    kinds: tuple[KVDtype, ...] = ("float32", "bfloat16", "int8")
-    empty = [make_kv_segments(cfg, len(batches[0].tokens), seq, CHUNK, kind) for kind in kinds]
+    kinds: tuple[Kind, ...] = ("float32", "bfloat16", "int8")
+    empty = [make_spans(cfg, len(batches[0].tokens), seq, CHUNK, kind) for kind in kinds]
 
     @jax.jit
     def read(params: Any, held: Any, batch: Any, start: Any) -> Any:
@@ -134,7 +134,7 @@ def _kept(cfg: Any, params: Any, batches: Sequence[Any], seq: int) -> dict[str, 
         exact = jnp.zeros(())
         for spans in held:
             positions = start + jnp.broadcast_to(jnp.arange(CHUNK), tokens.shape)
-            logits, cache = forward(cfg, params, tokens, positions, segmented_cache(spans, rows))
+            logits, cache = forward(cfg, params, tokens, positions, span_cache(spans, rows))
             exact = exact if sums else logits
             told = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
             off = jnp.where(mask, ((logits - exact) ** 2).sum(-1), 0).sum()

@@ -27,11 +27,7 @@ def make(spec: dict[str, Any]) -> Any:
     model = loaded(spec["model"])
     params = quantize(model.params) if spec["weights"] == "int8" else model.params
     slots = Slots(
-        model.cfg,
-        for_inference(model.cfg, params),
-        slots=spec["slots"],
-        capacity=spec["capacity"],
-        prefix_cache_bytes=spec["prefixes"],
+        model.cfg, for_inference(model.cfg, params), slots=spec["slots"], capacity=spec["capacity"], prefixes=spec["prefixes"]
     )
     slots.warm()
     requests = [Request(tuple(prompt), SamplingParams(max_tokens=spec["new"], temperature=0.0)) for prompt in spec["prompts"]]

@@ -94,11 +94,11 @@ _sample = jax.jit(sample)
 
 
 class Generated(NamedTuple):
-    """New tokens of one prompt: `prompt` its place among them, `tokens` in order, `finish_reason` None, 'stop' or 'length'."""
+    """New tokens of one prompt: `prompt` its place among them, `tokens` in order, `finished` None, 'stop' or 'length'."""
 
     prompt: int
     tokens: list[int]
-    finish_reason: str | None
+    finished: str | None
 
 
 def generate(

@@ -1,4 +1,4 @@
-"""PrefixCache: chunks of prompts that have been computed, kept for whoever begins the same way, within a bound on memory.
+"""Prefixes: chunks of prompts that have been computed, kept for whoever begins the same way, within a bound on memory.
 
 Chunks start at fixed positions and are computed by one program from what is before them, so a chunk that is found again
 has the bits it would be given anew: a hit is faster and otherwise cannot be told from a miss. Its name is a hash of
@@ -26,7 +26,7 @@ def next_key(key: Key, tokens: tuple[int, ...]) -> Key:
     return hashlib.sha256(key + np.asarray(tokens, np.int32).tobytes()).digest()
 
 
-class PrefixCache:
+class Prefixes:
     """Chunks by name, at most `limit` bytes of them: the ones used longest ago leave first. A limit of 0 keeps none."""
 
     def __init__(self, limit: int) -> None:

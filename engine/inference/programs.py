@@ -16,16 +16,16 @@ from jax import Array
 
 from engine.inference.sampling import SamplingArrays, columns, sample, sampling_arrays
 from engine.inference.sampling_params import MAX_LOGPROBS, SamplingParams
-from engine.model.cache.segmented import KVArray, KVSegments, Rows, cleared, given, mirrored, segmented_cache, taken
+from engine.model.cache.segmented import Kept, Rows, Spans, cleared, given, mirrored, span_cache, taken
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params, forward, hidden_states
 
 AT_ONCE = 2  # programs on the way to be compiled: tracing holds Python's lock, what follows does not
 STEPS = 8  # tokens a dispatch at most
-IN_PROMPT = 1 << 20  # what a token of the prompt counts in `TokenCounts.said`, above any count of the completion's
+IN_PROMPT = 1 << 20  # what a token of the prompt counts in `Tally.said`, above any count of the completion's
 
 
-class TokenCounts(NamedTuple):
+class Tally(NamedTuple):
     """What changes each slot's logits: bias (B, V) float32, said (B, V) int32, how often each token has been said."""
 
     bias: Array
@@ -46,7 +46,7 @@ def penalty_arrays(rows: Sequence[SamplingParams]) -> PenaltyArrays:
     return PenaltyArrays(*columns(rows, PenaltyArrays._fields, (np.bool_, *[np.float32] * 3)))
 
 
-class SampledTokens(NamedTuple):
+class Drawn(NamedTuple):
     """For each step and row: the token, whether there were numbers to draw it from, its log-probability, and the most
     probable tokens with theirs. token (STEPS, R) int32, sound bool, logprob float32, top_tokens and top (STEPS, R, X)."""
 
@@ -57,24 +57,24 @@ class SampledTokens(NamedTuple):
     top: Array
 
 
-def make_token_counts(cfg: ModelConfig, slots: int) -> TokenCounts:
+def make_tally(cfg: ModelConfig, slots: int) -> Tally:
     """No bias, nothing said."""
-    return TokenCounts(jnp.zeros((slots, cfg.vocab)), jnp.zeros((slots, cfg.vocab), jnp.int32))
+    return Tally(jnp.zeros((slots, cfg.vocab)), jnp.zeros((slots, cfg.vocab), jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="spans")
-def prefill_chunk(cfg: ModelConfig, params: Params, spans: KVSegments, tokens: Array, slot: Array, start: Array) -> KVSegments:
+def read_chunk(cfg: ModelConfig, params: Params, spans: Spans, tokens: Array, slot: Array, start: Array) -> Spans:
     """tokens (1, T) int32 of the slot's text from position `start` on: their keys and values are computed and kept."""
     rows = Rows(start[None], jnp.zeros((1,), jnp.int32), slot[None])
     positions = start + jnp.arange(tokens.shape[1])
-    return hidden_states(cfg, params, tokens, positions[None], segmented_cache(spans, rows))[1].spans
+    return hidden_states(cfg, params, tokens, positions[None], span_cache(spans, rows))[1].spans
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames=("spans", "tally"))
-def decode_steps(
-    cfg: ModelConfig, params: Params, spans: KVSegments, tally: TokenCounts, token: Array, rows: Rows,
+def draw(
+    cfg: ModelConfig, params: Params, spans: Spans, tally: Tally, token: Array, rows: Rows,
     sampling: SamplingArrays, penalties: PenaltyArrays, steps: Array, logprobs: Array,
-) -> tuple[SampledTokens, KVSegments, TokenCounts]:  # fmt: skip
+) -> tuple[Drawn, Spans, Tally]:  # fmt: skip
     """token (R,) int32, each standing at its row's position -> the `steps` tokens that follow, at most STEPS.
 
     Each is drawn from the logits of the one before. One program does one step or several, for one row or all: a row's
@@ -83,12 +83,10 @@ def decode_steps(
     R = len(token)
     own = jnp.arange(R, dtype=jnp.int32)
 
-    def step(
-        i: Array, carry: tuple[Array, KVSegments, TokenCounts, SampledTokens]
-    ) -> tuple[Array, KVSegments, TokenCounts, SampledTokens]:
+    def step(i: Array, carry: tuple[Array, Spans, Tally, Drawn]) -> tuple[Array, Spans, Tally, Drawn]:
         token, spans, tally, drawn = carry
         position = jnp.where(rows.position < 0, -1, rows.position + i)
-        cache = segmented_cache(spans, rows._replace(position=position))
+        cache = span_cache(spans, rows._replace(position=position))
         logits, cache = forward(cfg, params, token[:, None], jnp.maximum(position, 0)[:, None], cache)
         logits = logits[:, 0]
         with jax.named_scope("draw"):
@@ -97,27 +95,18 @@ def decode_steps(
             )
             token = sample(adjusted, position + 1, sampling)
             told = (token, jnp.isfinite(logits.max(-1)), *_log_probabilities(logits, token, logprobs))
-            drawn = SampledTokens(*(array.at[i].set(new) for array, new in zip(drawn, told)))
+            drawn = Drawn(*(array.at[i].set(new) for array, new in zip(drawn, told)))
             tally = tally._replace(said=tally.said.at[own, token].add(position >= 0))
         return token, cache.spans, tally, drawn
 
     empty = lambda dtype, *shape: jnp.zeros((STEPS, R, *shape), dtype)
-    drawn = SampledTokens(
-        empty(jnp.int32), empty(bool), empty(jnp.float32), empty(jnp.int32, top(cfg)), empty(jnp.float32, top(cfg))
-    )
+    drawn = Drawn(empty(jnp.int32), empty(bool), empty(jnp.float32), empty(jnp.int32, top(cfg)), empty(jnp.float32, top(cfg)))
     _, spans, tally, drawn = jax.lax.fori_loop(0, steps, step, (token, spans, tally, drawn))
     return drawn, spans, tally
 
 
 def compiled(
-    cfg: ModelConfig,
-    params: Params,
-    spans: KVSegments,
-    tally: TokenCounts,
-    *,
-    chunks: Collection[int],
-    kept: int | None,
-    group: int,
+    cfg: ModelConfig, params: Params, spans: Spans, tally: Tally, *, chunks: Collection[int], kept: int | None, group: int
 ) -> Generator[tuple[str, int]]:
     """Compiles every program as it is going to be called, or fetches it from the compilation cache, several at a time.
 
@@ -132,15 +121,15 @@ def compiled(
     how = sampling_arrays(idle), penalty_arrays(idle)
     writes = zeros(np.int32, R + group * (group - 1))
     calls: dict[str, tuple[Any, tuple[Any, ...]]] = {
-        "draw": (decode_steps, (cfg, params, spans, tally, ints, Rows(ints, writes, writes), *how, at, np.bool_(False))),
-        **{f"read {size}": (prefill_chunk, (cfg, params, spans, zeros(np.int32, 1, size), at, at)) for size in chunks},
+        "draw": (draw, (cfg, params, spans, tally, ints, Rows(ints, writes, writes), *how, at, np.bool_(False))),
+        **{f"read {size}": (read_chunk, (cfg, params, spans, zeros(np.int32, 1, size), at, at)) for size in chunks},
         "clear": (clear_slot, (spans, at, at)),
-        "mirror": (copy_slot, (spans, at, zeros(np.int32, group - 1), at)),
-        "tell": (set_token_counts, (tally, at, zeros(np.float32, cfg.vocab), zeros(np.int32, cfg.vocab))),
+        "mirror": (mirror_slot, (spans, at, zeros(np.int32, group - 1), at)),
+        "tell": (set_tally, (tally, at, zeros(np.float32, cfg.vocab), zeros(np.int32, cfg.vocab))),
     }
     if kept is not None:
-        calls["take"] = read_chunk, (spans, at, at, kept)
-        calls["give"] = write_chunk, (spans, chunk_of(spans, kept), at, at)
+        calls["take"] = take_chunk, (spans, at, at, kept)
+        calls["give"] = give_chunk, (spans, chunk_of(spans, kept), at, at)
     ready: Callable[..., Any] = lambda program, given: program.lower(*given).compile()
     pool = ThreadPoolExecutor(AT_ONCE)
     try:
@@ -152,9 +141,9 @@ def compiled(
         pool.shutdown(cancel_futures=True)
 
 
-def chunk_of(spans: KVSegments, length: int) -> Any:
-    """The shapes of what `read_chunk` takes."""
-    return described(read_chunk.eval_shape(spans, np.int32(0), np.int32(0), length))
+def chunk_of(spans: Spans, length: int) -> Any:
+    """The shapes of what `take_chunk` takes."""
+    return described(take_chunk.eval_shape(spans, np.int32(0), np.int32(0), length))
 
 
 def described(tree: Any) -> Any:
@@ -168,7 +157,7 @@ def top(cfg: ModelConfig) -> int:
     return min(MAX_LOGPROBS, cfg.vocab)
 
 
-def _adjusted(logits: Array, tally: TokenCounts, penalties: PenaltyArrays) -> Array:
+def _adjusted(logits: Array, tally: Tally, penalties: PenaltyArrays) -> Array:
     """logits (R, V) after bias and penalties, in rows that have any; to the bit as they were in the others."""
     count = tally.said & (IN_PROMPT - 1)
     adjusts, presence, frequency, repetition = (values[:, None] for values in penalties)
@@ -192,30 +181,30 @@ def _log_probabilities(logits: Array, token: Array, asked: Array) -> tuple[Array
 
 
 @functools.partial(jax.jit, donate_argnames="tally")
-def set_token_counts(tally: TokenCounts, slot: Array, bias: Array, said: Array) -> TokenCounts:
+def set_tally(tally: Tally, slot: Array, bias: Array, said: Array) -> Tally:
     """bias and said (V,) become the slot's."""
-    return TokenCounts(tally.bias.at[slot].set(bias), tally.said.at[slot].set(said))
+    return Tally(tally.bias.at[slot].set(bias), tally.said.at[slot].set(said))
 
 
 @functools.partial(jax.jit, donate_argnames="spans")
-def clear_slot(spans: KVSegments, slot: Array, reach: Array) -> KVSegments:
+def clear_slot(spans: Spans, slot: Array, reach: Array) -> Spans:
     """See `spans.cleared`."""
     return cleared(spans, slot, reach)
 
 
 @functools.partial(jax.jit, static_argnames="length")
-def read_chunk(spans: KVSegments, slot: Array, start: Array, length: int) -> KVArray:
+def take_chunk(spans: Spans, slot: Array, start: Array, length: int) -> Kept:
     """See `spans.taken`."""
     return taken(spans, slot, start, length)
 
 
 @functools.partial(jax.jit, donate_argnames="spans")
-def write_chunk(spans: KVSegments, chunk: Any, slot: Array, start: Array) -> KVSegments:
+def give_chunk(spans: Spans, chunk: Any, slot: Array, start: Array) -> Spans:
     """See `spans.given`."""
     return given(spans, chunk, slot, start)
 
 
 @functools.partial(jax.jit, donate_argnames="spans")
-def copy_slot(spans: KVSegments, slot: Array, targets: Array, reach: Array) -> KVSegments:
+def mirror_slot(spans: Spans, slot: Array, targets: Array, reach: Array) -> Spans:
     """See `spans.mirrored`."""
     return mirrored(spans, slot, targets, reach)

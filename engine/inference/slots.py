@@ -26,13 +26,13 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.inference import programs
-from engine.inference.prefix_cache import Key, PrefixCache, first_key, next_key
+from engine.inference.prefix_cache import Key, Prefixes, first_key, next_key
 from engine.inference.programs import STEPS
-from engine.inference.request import Event, FinishReason, LogProb, Request, check
+from engine.inference.request import Event, Finish, LogProb, Request, check
 from engine.inference.sampling import sampling_arrays
 from engine.inference.sampling_params import SamplingParams
-from engine.inference.speculation import Drafter
-from engine.model.cache.segmented import KVDtype, Rows, make_kv_segments
+from engine.inference.speculation import Guesser
+from engine.model.cache.segmented import Kind, Rows, make_spans
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
 
@@ -54,7 +54,7 @@ class _Stream:
     request: Request
     slot: int
     key: Key
-    guesser: Drafter | None = None
+    guesser: Guesser | None = None
     read: int = 0
     cached: int = 0
     said: list[int] = dataclasses.field(default_factory=list)
@@ -85,39 +85,30 @@ class _Stream:
 
 
 def compile_ahead(
-    cfg: ModelConfig,
-    params: Any,
-    *,
-    slots: int,
-    capacity: int,
-    kv_dtype: KVDtype,
-    prefix_cache_bytes: int,
-    chunk: int = CHUNK,
-    tail: int = TAIL,
+    cfg: ModelConfig, params: Any, *, slots: int, capacity: int, kind: Kind, prefixes: int, chunk: int = CHUNK, tail: int = TAIL
 ) -> Iterator[tuple[str, int]]:
     """Compiles what `Slots.warm` of the same options will ask for, from the shapes of `params` alone, as it is iterated.
 
     For while weights are read. A program that turns out to be another one is compiled when it is wanted, as without this.
     """
-    room = lambda: (make_kv_segments(cfg, slots, capacity, chunk, kv_dtype), programs.make_token_counts(cfg, slots))
+    room = lambda: (make_spans(cfg, slots, capacity, chunk, kind), programs.make_tally(cfg, slots))
     held = programs.described((params, *jax.eval_shape(room)))
-    return programs.compiled(cfg, *held, chunks={chunk, tail}, kept=chunk if prefix_cache_bytes else None, group=GROUP)
+    return programs.compiled(cfg, *held, chunks={chunk, tail}, kept=chunk if prefixes else None, group=GROUP)
 
 
 class Slots:
     """The state of all requests to one model. `params` as `decode.for_inference` lays them out; they are only read.
 
     `slots`: requests answered at once, which is fixed because a program's shape may touch its bits. `capacity`: tokens
-    of prompt and completion together, by default the model's context. `kv_dtype`: what keys and values are kept as.
-    `prefix_cache_bytes`: bytes of computed chunks to keep for prompts that begin alike; 0 keeps none. `speculate`:
-    whether a lone stream uses idle rows to be faster. What is answered depends on the model, on `kv_dtype` and on the
-    shapes of programs (`slots`, `capacity`, `chunk`, `tail`); not on `prefix_cache_bytes`, not on `speculate`, and on no
-    other request.
+    of prompt and completion together, by default the model's context. `kind`: what keys and values are kept as.
+    `prefixes`: bytes of computed chunks to keep for prompts that begin alike; 0 keeps none. `guesses`: whether a lone
+    stream uses idle rows to be faster. What is answered depends on the model, on `kind` and on the shapes of programs
+    (`slots`, `capacity`, `chunk`, `tail`); not on `prefixes`, not on `guesses`, and on no other request.
     """
 
     def __init__(
-        self, cfg: ModelConfig, params: Params, *, slots: int = 8, capacity: int | None = None, kv_dtype: KVDtype = "bfloat16",
-        prefix_cache_bytes: int = 0, speculate: bool = True, chunk: int = CHUNK, tail: int = TAIL,
+        self, cfg: ModelConfig, params: Params, *, slots: int = 8, capacity: int | None = None, kind: Kind = "bfloat16",
+        prefixes: int = 0, guesses: bool = True, chunk: int = CHUNK, tail: int = TAIL,
     ) -> None:  # fmt: skip
         capacity = cfg.context if capacity is None else capacity
         if slots < MIN_SLOTS:
@@ -126,16 +117,16 @@ class Slots:
             raise UserError(f"The capacity must lie between 2 and the model's context of {cfg.context}, not {capacity}.")
         if not 0 < tail <= chunk:
             raise UserError(f"The tail must lie between 1 and the chunk of {chunk}, not {tail}.")
-        if prefix_cache_bytes < 0:
-            raise UserError(f"prefix_cache_bytes must be 0 (no prefix cache) or more, not {prefix_cache_bytes}.")
-        if kv_dtype not in get_args(KVDtype):
-            raise UserError(f"kv_dtype must be one of {', '.join(get_args(KVDtype))}, not {kv_dtype!r}.")
+        if prefixes < 0:
+            raise UserError(f"The bytes for prefixes must be 0 (none are kept) or more, not {prefixes}.")
+        if kind not in get_args(Kind):
+            raise UserError(f"kind must be one of {', '.join(get_args(Kind))}, not {kind!r}.")
         self.cfg, self.capacity = cfg, capacity
-        self.slots, self.chunk, self.tail, self.speculate = slots, chunk, tail, speculate
-        self.prefix_cache = PrefixCache(prefix_cache_bytes)
+        self.slots, self.chunk, self.tail, self.guesses = slots, chunk, tail, guesses
+        self.prefixes = Prefixes(prefixes)
         self.waiting: deque[tuple[int, Request]] = deque()
         # All on a device that is said: a program is compiled once more for what comes from one that is not.
-        held = params, make_kv_segments(cfg, slots, capacity, chunk, kv_dtype), programs.make_token_counts(cfg, slots)
+        held = params, make_spans(cfg, slots, capacity, chunk, kind), programs.make_tally(cfg, slots)
         self.params, self._spans, self._tally = jax.device_put(held, jax.devices()[0])
         self._free = list(range(slots))
         self._reading: list[_Stream] = []
@@ -155,12 +146,12 @@ class Slots:
         return len(self._reading) + len(self._drawing)
 
     @property
-    def used_positions(self) -> int:
+    def held(self) -> int:
         """Positions that requests have been given and filled, of all slots' capacity."""
         return sum(stream.read for stream in self._reading) + sum(stream.position for stream in self._drawing)
 
     @property
-    def cache_bytes(self) -> int:
+    def bytes(self) -> int:
         """Of keys and values, whether filled or not."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self._spans))
 
@@ -205,7 +196,7 @@ class Slots:
         """
         if self.busy:
             raise ValueError("warm is for slots that nobody uses yet")
-        chunks, kept = {self.chunk, self.tail}, self.chunk if self.prefix_cache.limit else None
+        chunks, kept = {self.chunk, self.tail}, self.chunk if self.prefixes.limit else None
         nowhere, start = np.int32(self._spans.slots), np.int32(0)  # a slot that is none: nothing is written
         runs: dict[str, Callable[[], Any]] = {
             "clear": lambda: self._set(programs.clear_slot(self._spans, nowhere, np.int32(1))),
@@ -217,8 +208,8 @@ class Slots:
         if kept:
             shapes = programs.chunk_of(self._spans, kept)
             nothing = lambda: jax.device_put(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes), jax.devices()[0])
-            runs["take"] = lambda: programs.read_chunk(self._spans, start, start, kept)
-            runs["give"] = lambda: self._set(programs.write_chunk(self._spans, nothing(), nowhere, start))
+            runs["take"] = lambda: programs.take_chunk(self._spans, start, start, kept)
+            runs["give"] = lambda: self._set(programs.give_chunk(self._spans, nothing(), nowhere, start))
         # By their shapes, for a program that is run gives away arrays while others are still being compiled.
         held = programs.described((self.params, self._spans, self._tally))
         with contextlib.closing(programs.compiled(self.cfg, *held, chunks=chunks, kept=kept, group=GROUP)) as here:
@@ -262,17 +253,17 @@ class Slots:
         """Reads one chunk of a prompt, behind up to AT_ONCE that are found computed."""
         for _ in range(AT_ONCE):
             tokens = stream.request.prompt[stream.read : stream.read + min(self.chunk, stream.unread)]
-            whole = len(tokens) == self.chunk and self.prefix_cache.limit > 0
+            whole = len(tokens) == self.chunk and self.prefixes.limit > 0
             key = next_key(stream.key, tokens) if whole else b""
-            found = self.prefix_cache.find(key) if whole else None
+            found = self.prefixes.find(key) if whole else None
             at = np.int32(stream.slot), np.int32(stream.read)
             if found is None:
                 self._read_tokens(tokens, *at)
                 if whole:
-                    chunk = programs.read_chunk(self._spans, *at, self.chunk)
-                    self.prefix_cache.keep(key, chunk, stream.key if stream.read else None)
+                    chunk = programs.take_chunk(self._spans, *at, self.chunk)
+                    self.prefixes.keep(key, chunk, stream.key if stream.read else None)
             else:
-                self._set(programs.write_chunk(self._spans, found, *at))
+                self._set(programs.give_chunk(self._spans, found, *at))
                 stream.cached += self.chunk
             stream.key = key
             stream.read += len(tokens)
@@ -286,7 +277,7 @@ class Slots:
         size = self.tail if len(tokens) <= self.tail else self.chunk
         padded = np.zeros((1, size), np.int32)
         padded[0, : len(tokens)] = tokens
-        self._set(programs.prefill_chunk(self.cfg, self.params, self._spans, padded, np.int32(slot), np.int32(start)))
+        self._set(programs.read_chunk(self.cfg, self.params, self._spans, padded, np.int32(slot), np.int32(start)))
 
     # Drawing tokens.
 
@@ -309,9 +300,9 @@ class Slots:
     def _guess(self, stream: _Stream) -> list[int]:
         """What may follow the lone stream's last token, where checking that pays; its mirrors are made when first needed."""
         most = min(GROUP - 1, len(self._free) + len(self._mirrors), stream.left - 1)
-        if not self.speculate or stream.request.sampling.adjusts_logits or not stream.said or most < 1:
+        if not self.guesses or stream.request.sampling.adjusts_logits or not stream.said or most < 1:
             return []
-        stream.guesser = stream.guesser or Drafter((*stream.request.prompt, *stream.said))
+        stream.guesser = stream.guesser or Guesser((*stream.request.prompt, *stream.said))
         if not stream.guesser.pays:
             return []
         guessed = stream.guesser.guess(most)
@@ -321,7 +312,7 @@ class Slots:
             self._mirrors, self._free = mirrors, self._free[len(mirrors) :]
         return guessed
 
-    def _dispatch(self, streams: dict[int, _Stream], steps: int, logprobs: bool, guessed: list[int]) -> programs.SampledTokens:
+    def _dispatch(self, streams: dict[int, _Stream], steps: int, logprobs: bool, guessed: list[int]) -> programs.Drawn:
         """Draws for the streams by slot. Row r is slot r; a guessed token gets a mirror's row, one position further on."""
         R = self._spans.slots
         rows = {slot: (stream, stream.token, stream.position) for slot, stream in streams.items()}
@@ -342,7 +333,7 @@ class Slots:
             extra = [(row, slot) for row in group if row in rows for slot in group if slot != row]
             source[R : R + len(extra)] = [row for row, _ in extra]
             target[R : R + len(extra)] = [slot for _, slot in extra]
-        drawn, self._spans, self._tally = programs.decode_steps(
+        drawn, self._spans, self._tally = programs.draw(
             self.cfg, self.params, self._spans, self._tally, tokens, Rows(position, source, target),
             sampling_arrays(sampling), programs.penalty_arrays(sampling), np.int32(steps), np.bool_(logprobs),
         )  # fmt: skip
@@ -350,13 +341,13 @@ class Slots:
         wanted = drawn if logprobs else drawn[:2]
         return drawn._replace(**dict(zip(drawn._fields, jax.device_get(wanted))))
 
-    def _take(self, stream: _Stream, drawn: programs.SampledTokens, steps: int, guessed: list[int]) -> Event:
+    def _take(self, stream: _Stream, drawn: programs.Drawn, steps: int, guessed: list[int]) -> Event:
         """What was drawn for a stream becomes its own, as far as it counts; who is finished leaves."""
         slots = [stream.slot, *self._mirrors[: len(guessed)]] if guessed else [stream.slot]
         places = [(0, slot) for slot in slots] if guessed else [(step, stream.slot) for step in range(steps)]
         expected = guessed or (stream.guesser.guess(steps) if stream.guesser else [])
         new: list[int] = []
-        finished: FinishReason | None = None
+        finished: Finish | None = None
         logprobs: list[LogProb] = []
         for place in places:
             token = int(drawn.token[place])
@@ -385,7 +376,7 @@ class Slots:
         return Event(stream.id, new, logprobs, finished, stream.cached)
 
     @staticmethod
-    def _logprob(drawn: programs.SampledTokens, place: tuple[int, int], count: int) -> LogProb:
+    def _logprob(drawn: programs.Drawn, place: tuple[int, int], count: int) -> LogProb:
         tokens, values = (array[place][:count].tolist() for array in (drawn.top_tokens, drawn.top))
         return LogProb(int(drawn.token[place]), float(drawn.logprob[place]), tuple(zip(tokens, values)))
 
@@ -397,10 +388,10 @@ class Slots:
     def _mirror(self, slot: Any, targets: list[int], reach: int) -> None:
         nowhere = self._spans.slots
         padded = np.array([*targets, *[nowhere] * (GROUP - 1 - len(targets))], np.int32)
-        self._set(programs.copy_slot(self._spans, np.int32(slot), padded, np.int32(reach)))
+        self._set(programs.mirror_slot(self._spans, np.int32(slot), padded, np.int32(reach)))
 
     def _tell(self, slot: int, bias: Any, said: np.ndarray) -> None:
         row = np.zeros(self.cfg.vocab, np.float32)
         for token, value in bias.items():
             row[token] = value
-        self._tally = programs.set_token_counts(self._tally, np.int32(slot), row, said)
+        self._tally = programs.set_tally(self._tally, np.int32(slot), row, said)

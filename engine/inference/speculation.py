@@ -12,7 +12,7 @@ WORTH = 0.2  # share of guessed tokens that must have come true lately; below it
 MEMORY = 0.85  # weight of the past in that share, a guess
 
 
-class Drafter:
+class Guesser:
     """Looks for what a text repeats, and notes how often it guessed right."""
 
     def __init__(self, text: tuple[int, ...]) -> None:

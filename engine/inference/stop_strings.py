@@ -1,11 +1,11 @@
-"""CompletionText: the text of one request as its tokens come, up to the first of its stop strings."""
+"""Completion: the text of one request as its tokens come, up to the first of its stop strings."""
 
 from collections.abc import Sequence
 
 from engine.text.tokenizer import TextStream
 
 
-class CompletionText:
+class Completion:
     """Tokens in, text out as early as it is certain not to be part of a stop string.
 
     A stop string may begin and end inside tokens; the text ends right before the one that is complete first. `stopped`

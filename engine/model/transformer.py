@@ -80,7 +80,7 @@ class Block(nn.Module):
             # The rotation reads each number twice; without the barrier XLA would compute the norm twice as well.
             qk = jax.lax.optimization_barrier(math.unit_norm(qk, cfg.eps, dtype))
         q, k = jnp.split(math.rope(qk, self.head_gains(), *rotary, dtype), [cfg.heads], axis=2)
-        if isinstance(cached, spans.SegmentedLayer):
+        if isinstance(cached, spans.SpanLayer):
             return spans.attention(q, k, v, cached)
         if cached is not None:
             return self.cached_attention(q, k, v, cached)

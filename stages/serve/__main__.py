@@ -8,22 +8,32 @@ else is asked meanwhile; weights are only read, and GET /v1/attestation shows it
 end; a second one ends at once.
 """
 
+import importlib.util
 import sys
 from collections.abc import Sequence
 
-from stages.cli.command import run_command
-from stages.serve.flags import Serve
+from engine.errors import UserError
+from stages.cli.command import run_command, typed_arguments
+from stages.serve.flags import ServeFlags
+
+NEEDS = ("starlette", "uvicorn", "h11", "msgspec", "prometheus_client")
 
 
-def serve(given: Serve) -> int:
-    """Serves until it is told to stop."""
-    from stages.serve.run import run
+def serve(flags: ServeFlags) -> int:
+    """Serves until a signal stops it. Raises UserError, before anything else, when the packages of its extra are missing."""
+    missing = [name.replace("_", "-") for name in NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"The server needs {', '.join(missing)}: start it with `uv run --extra serve python -m stages.serve "
+            f"{' '.join(typed_arguments())}`, or install the extra with `pip install -e '.[serve]'`."
+        )
+    from stages.serve.run import run  # after the flags are parsed: --help needs none of it
 
-    return run(given)
+    return run(flags)
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    return run_command("serve", __doc__, Serve, serve, args)
+    return run_command("serve", __doc__, ServeFlags, serve, args)
 
 
 if __name__ == "__main__":

@@ -1,67 +1,70 @@
-"""Who is let in: at most so many requests at once in slots and before them. Decided by counting, before any other work."""
+"""Admission control: replies 429 when slots and queue are full. Decided by counting, before any other work."""
 
-from stages.serve.errors import Refused
+import dataclasses
 
-
-class Seats:
-    """Places taken by one HTTP request; `leave` gives them back, once."""
-
-    def __init__(self, door: "Door", count: int) -> None:
-        self._door, self._count = door, count
-
-    def leave(self) -> None:
-        self._door.taken -= self._count
-        self._count = 0
+from stages.serve.errors import ApiError
 
 
-class Door:
-    """`slots` requests can be answered at once and `queue` more may wait. After `close` nobody is let in."""
+class Admission:
+    """Counts the completions that have a slot or wait for one: `slots` and `queue` at most, and none once `draining` is set."""
 
     def __init__(self, slots: int, queue: int) -> None:
-        self.slots, self.queue = slots, queue
-        self.taken = 0
+        self.slots, self.limit = slots, slots + queue
+        self.reserved = 0
         self.draining = False
-        self._seconds = 1.0  # that a request takes, of late
-
-    @property
-    def places(self) -> int:
-        return self.slots + self.queue
+        self._seconds = 1.0  # that a completion takes: a moving average
 
     def check(self) -> None:
-        """Raises Refused when there would be no place for anybody."""
-        if self.draining:
-            raise draining()
-        if self.taken >= self.places:
+        """Raises ApiError when not even one more completion can be admitted."""
+        self.check_open()
+        if self.reserved >= self.limit:
             raise self._full()
 
-    def enter(self, count: int) -> Seats:
-        """Places for `count` completions, all or none. Raises Refused."""
-        if count > self.places:
-            raise Refused(
+    def check_open(self) -> None:
+        """Raises ApiError when the server is shutting down."""
+        if self.draining:
+            raise ApiError(503, "The server is shutting down.", code="draining", headers={"Retry-After": "5"})
+
+    def reserve(self, count: int) -> None:
+        """Reserves places for `count` completions, all or none. Raises ApiError."""
+        if count > self.limit:
+            raise ApiError(
                 400,
-                f"{count} completions were asked for at once, prompts times n; at most {self.places} are made at once.",
+                f"{count} completions were asked for at once, prompts times n; at most {self.limit} are made at once.",
                 param="n",
             )
         self.check()
-        if self.taken + count > self.places:
+        if self.reserved + count > self.limit:
             raise self._full()
-        self.taken += count
-        return Seats(self, count)
+        self.reserved += count
 
-    def close(self) -> None:
-        self.draining = True
+    def release(self, count: int) -> None:
+        self.reserved -= count
 
-    def note(self, seconds: float) -> None:
-        """A request took so long."""
+    def record(self, seconds: float) -> None:
+        """Takes the duration of a completion into the average that Retry-After is estimated from."""
         self._seconds = 0.9 * self._seconds + 0.1 * seconds
 
-    def _full(self) -> Refused:
-        wait = min(60, max(1, round(self._seconds * max(1, self.taken - self.slots) / self.slots)))
-        return Refused(
-            429, f"{self.taken} requests are being answered or wait, which is all that is taken in. Try again in {wait} s.",
+    def _full(self) -> ApiError:
+        wait = min(60, max(1, round(self._seconds * max(1, self.reserved - self.slots) / self.slots)))
+        return ApiError(
+            429, f"{self.reserved} requests are being answered or wait, which is all that is taken in. Try again in {wait} s.",
             code="rate_limit_exceeded", headers={"Retry-After": str(wait)},
         )  # fmt: skip
 
 
-def draining() -> Refused:
-    return Refused(503, "The server is shutting down.", code="draining", headers={"Retry-After": "5"})
+@dataclasses.dataclass
+class BodyBudget:
+    """Bounds the bytes of request bodies, of all requests together, that have come and are not decoded yet."""
+
+    limit: int = 64 * 2**20
+    held: int = 0
+
+    def add(self, size: int) -> None:
+        """Counts `size` more bytes. Raises ApiError, and counts nothing, when they are too many."""
+        if self.held + size > self.limit:
+            raise ApiError(
+                429, f"Bodies of {self.held:,} bytes are coming in, and no more are taken in at once. Try again in 1 s.",
+                code="rate_limit_exceeded", headers={"Retry-After": "1", "Connection": "close"},
+            )  # fmt: skip
+        self.held += size

@@ -1,4 +1,4 @@
-"""The engine's thread, which alone touches the slots: work goes in through a queue, news come out on the event loop.
+"""The engine thread, which alone touches the slots: requests go in through a queue, events come out on the event loop.
 
 Everything the event loop may read of it is a plain value that the thread replaces whole: whether it is ready, when it
 last went round, how many requests there are.
@@ -16,43 +16,35 @@ from engine.inference.slots import Slots
 from stages.cli.compile_counter import CompileCounter
 
 IDLE = 0.25  # seconds after which it goes round with nothing to do, to show that it can
-Listen = Callable[[Event], None]
+Listener = Callable[[Event], None]
+Post = Callable[..., Any]
 Report = Callable[[int, int], None]
 
 
-class State(NamedTuple):
-    """Requests that have a slot, requests that wait for one, and the share of all slots' positions that is filled."""
+class Load(NamedTuple):
+    """Requests that have a slot, requests that wait for one, and the share of the KV cache that is filled."""
 
     running: int = 0
     waiting: int = 0
-    filled: float = 0.0
-
-
-class Ticket:
-    """One request in the engine, from `submit` on."""
-
-    def __init__(self, request: Request, listen: Listen) -> None:
-        self.request, self.listen = request, listen
-        self.id: int | None = None  # the slots' own, once they have it
+    cache_use: float = 0.0
 
 
 class Engine:
-    """Slots in a thread. `post(function, *arguments)` must run the function on the event loop, from any thread."""
+    """Slots in a thread of their own."""
 
-    def __init__(self, slots: Slots, post: Callable[..., Any], compiles: CompileCounter) -> None:
-        self._slots, self._post, self._compiles = slots, post, compiles
-        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._tickets: dict[int, Ticket] = {}
-        self._thread = threading.Thread(target=self._run, daemon=True, name="engine")
-        self._warm: Callable[[], None] = slots.warm
-        self._changed: Callable[[], None] = lambda: None
-        self._over = False
-        self._handed = self._taken = 0  # requests; each counted by one thread
+    def __init__(self, slots: Slots, compiles: CompileCounter) -> None:
+        self.slots, self._compiles = slots, compiles
         self.cfg, self.capacity = slots.cfg, slots.capacity
         self.ready = False
         self.failed: BaseException | None = None
         self.ticked = time.monotonic()
-        self._counts = 0, 0, 0.0  # running, waiting less all that were taken in, filled
+        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._listeners: dict[int, Listener] = {}  # by the slots' id of a request
+        self._thread: threading.Thread | None = None
+        self._post: Post = lambda function, *arguments: None
+        self._stopping = False
+        self._submitted = self._received = 0  # requests; the event loop counts the first, the thread the second
+        self._counts = 0, 0, 0.0  # running, waiting less all that were received, cache use
 
     @property
     def compiled(self) -> int:
@@ -60,101 +52,100 @@ class Engine:
         return self._compiles.count if self.ready else 0
 
     @property
-    def state(self) -> State:
-        """As of its last round, and of the requests it has not yet taken in."""
-        running, waiting, filled = self._counts
-        return State(running, waiting + self._handed, filled)
+    def load(self) -> Load:
+        """As of its last round, and of the requests it has not yet received."""
+        running, waiting, cache_use = self._counts
+        return Load(running, waiting + self._submitted, cache_use)
 
-    def start(self, changed: Callable[[], None], report: Report | None = None, ahead: Iterable[tuple[str, int]] = ()) -> None:
-        """Compiles every program and then serves. `changed` is posted when it is `ready` or has `failed`.
+    def start(
+        self, post: Post, changed: Callable[[], None], report: Report | None = None, ahead: Iterable[tuple[str, int]] = ()
+    ) -> None:
+        """Compiles every program and then serves, in a thread.
 
-        `report` and `ahead` are those of `Slots.warm`.
+        `post(function, *arguments)` must run the function on the event loop, from any thread. `changed` is posted when
+        the engine is `ready` or has `failed`. `report` and `ahead` are those of `Slots.warm`.
         """
-        self._changed = changed
-        self._warm = lambda: self._slots.warm(report, ahead)
+        self._post = post
+        self._thread = threading.Thread(target=self._run, args=(changed, report, ahead), daemon=True, name="engine")
         self._thread.start()
 
-    def submit(self, request: Request, listen: Listen) -> Ticket:
-        """`listen` is called on the event loop with each of the request's events. The request must pass `check`."""
-        ticket = Ticket(request, listen)
-        self._handed += 1
-        self._work.put(lambda: self._take(ticket))
-        return ticket
+    def submit(self, request: Request, listener: Listener) -> Callable[[], None]:
+        """Hands in a request, which must pass `request.check`; returns what cancels it.
 
-    def cancel(self, ticket: Ticket) -> None:
-        """Ends the request wherever it is. News that are on their way may still arrive."""
-        self._work.put(lambda: self._drop(ticket))
-
-    def do(self, work: Callable[[], None]) -> None:
-        """Runs something in the engine's thread, between two steps."""
-        self._work.put(work)
+        `listener` is called on the event loop with each of its events, and may be once more after it was cancelled.
+        """
+        ids: list[int] = []
+        self._submitted += 1
+        self._work.put(lambda: self._receive(request, listener, ids))
+        return lambda: self._work.put(lambda: self._cancel(ids))
 
     def stop(self, seconds: float = 10.0) -> None:
         """Ends the thread after the step it is in."""
-        self._over = True
+        self._stopping = True
         self._work.put(lambda: None)
-        if self._thread.is_alive():
+        if self._thread and self._thread.is_alive():
             self._thread.join(seconds)
 
-    def _run(self) -> None:
+    def _run(self, changed: Callable[[], None], report: Report | None, ahead: Iterable[tuple[str, int]]) -> None:
         try:
-            self._warm()
+            self.slots.warm(report, ahead)
             self._compiles.reset()
             self.ready, self.ticked = True, time.monotonic()
-            self._tell(self._changed)
-            while not self._over:
-                self._obey()
-                self._note()  # who has left is gone now, not after the step
-                if self._slots.busy:
-                    self._deliver(self._slots.step())
-                self._note()
+            self._tell(changed)
+            while not self._stopping:
+                self._take_work()
+                self._tick()  # a cancelled request is gone now, not after the step
+                if self.slots.busy:
+                    self._deliver(self.slots.step())
+                self._tick()
         except BaseException as error:
             self.failed = error
-            self._tell(self._changed)
-            self._deliver([Event(id, [], [], "error", 0) for id in self._tickets])
-            while not self._over:  # whoever still comes is told the same
+            self._tell(changed)
+            self._deliver([Event(id, [], [], "error", 0) for id in self._listeners])
+            while not self._stopping:  # later requests get the same event
                 self._work.get()()
 
-    def _obey(self) -> None:
-        """All the work that has come in; waits a moment for some when there is nothing else to do."""
+    def _take_work(self) -> None:
+        """Does all the work in the queue; waits a moment for some when no request is under way."""
         with contextlib.suppress(queue.Empty):
-            if not self._slots.busy:
+            if not self.slots.busy:
                 self._work.get(timeout=IDLE)()
             while True:
                 self._work.get_nowait()()
 
-    def _take(self, ticket: Ticket) -> None:
-        self._taken += 1
+    def _receive(self, request: Request, listener: Listener, ids: list[int]) -> None:
+        self._received += 1
         if self.failed:
-            self._tell(ticket.listen, Event(0, [], [], "error", 0))
+            self._tell(listener, Event(0, [], [], "error", 0))
             return
-        ticket.id = self._slots.submit(ticket.request)
-        self._tickets[ticket.id] = ticket
+        ids.append(self.slots.submit(request))
+        self._listeners[ids[0]] = listener
 
-    def _drop(self, ticket: Ticket) -> None:
-        if ticket.id in self._tickets and not self.failed:
-            del self._tickets[ticket.id]
-            self._slots.cancel(ticket.id)
+    def _cancel(self, ids: list[int]) -> None:
+        if ids and ids[0] in self._listeners and not self.failed:
+            del self._listeners[ids[0]]
+            self.slots.cancel(ids[0])
 
     def _deliver(self, events: list[Event]) -> None:
-        news = [(self._tickets[event.id].listen, event) for event in events if event.id in self._tickets]
+        """Posts each event to its listener, all of one step at once."""
+        addressed = [(self._listeners[event.id], event) for event in events if event.id in self._listeners]
         for event in events:
-            if event.finish_reason:
-                self._tickets.pop(event.id, None)
-        if news:
-            self._tell(_listened, news)
+            if event.finished:
+                self._listeners.pop(event.id, None)
+        if addressed:
+            self._tell(_call_listeners, addressed)
 
-    def _note(self) -> None:
+    def _tick(self) -> None:
         self.ticked = time.monotonic()
-        slots = self._slots
-        filled = slots.used_positions / (slots.slots * slots.capacity)
-        self._counts = slots.running, len(slots.waiting) - self._taken, filled
+        slots = self.slots
+        cache_use = slots.held / (slots.slots * slots.capacity)
+        self._counts = slots.running, len(slots.waiting) - self._received, cache_use
 
     def _tell(self, function: Callable[..., None], *arguments: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
             self._post(function, *arguments)
 
 
-def _listened(news: list[tuple[Listen, Event]]) -> None:
-    for listen, event in news:
-        listen(event)
+def _call_listeners(events: list[tuple[Listener, Event]]) -> None:
+    for listener, event in events:
+        listener(event)

@@ -6,27 +6,27 @@ from typing import Annotated
 
 from stages.cli.flags import DeviceFlag, ModelFlag, VerboseFlag, default, integer, number, one_of, parser, path
 
-KEPT = ("bfloat16", "float32", "int8")
+DTYPES = ("bfloat16", "float32", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
-class Serve:
-    """A model, who may ask it, and how much at once."""
+class ServeFlags:
+    """The model, the address, the clients that are allowed, and how many requests at once."""
 
     model: ModelFlag = None
     """A run or step folder, a Hugging Face folder, a .gguf file, or a named model."""
     adapter: Annotated[Path | None, parser(path, "FOLDER"), default("none")] = None
-    """What a fine-tuning with --lora learnt about this model."""
+    """The adapter that a fine-tuning with --lora trained for this model."""
     template: Annotated[Path | None, parser(path, "FILE"), default("the model's own")] = None
     """A chat template (Jinja) to use in place of the model's."""
     name: Annotated[str | None, parser(str, "NAME"), default("the model's")] = None
-    """What clients call the model; `default` always works too."""
+    """The name by which clients ask for the model; `default` always works too."""
     host: Annotated[str, parser(str, "ADDRESS")] = "127.0.0.1"
     """The address to listen on. One that others can reach needs an API key."""
     port: Annotated[int, parser(integer(0, 65535), "N")] = 8000
     """The port to listen on; 0 takes a free one."""
     api_key: Annotated[str | None, parser(str, "KEY,..."), default("THRICE_API_KEY, else none")] = None
-    """Only who sends one of these keys is answered. Others on this machine can read flags: the variable is better."""
+    """Only clients that send one of these keys are answered. Others on this machine can read flags: the variable is better."""
     allow_host: Annotated[str | None, parser(str, "NAME,..."), default("this machine's own")] = None
     """More names under which clients may call the server."""
     allow_origin: Annotated[str | None, parser(str, "ORIGIN,..."), default("its own page")] = None
@@ -34,17 +34,17 @@ class Serve:
     slots: Annotated[int, parser(integer(2, 1024), "N")] = 8
     """Requests answered at the same time."""
     queue: Annotated[int, parser(integer(0, 100_000), "N")] = 32
-    """Requests that may wait; more are told to come back later."""
+    """Requests that may wait; more get a 429 with the time to try again."""
     capacity: Annotated[int | None, parser(integer(2), "N"), default("the model's context, at most 2048")] = None
     """Tokens of prompt and answer together."""
-    weights: Annotated[str | None, parser(one_of(*KEPT), "TYPE"), default("int8 on a CPU, else bfloat16")] = None
-    """What matrices are kept as."""
-    keys_values: Annotated[str, parser(one_of(*KEPT), "TYPE")] = "bfloat16"
-    """What the keys and values of attention are kept as."""
+    weights: Annotated[str | None, parser(one_of(*DTYPES), "TYPE"), default("int8 on a CPU, else bfloat16")] = None
+    """The type of the weights' matrices."""
+    keys_values: Annotated[str, parser(one_of(*DTYPES), "TYPE")] = "bfloat16"
+    """The type of the KV cache."""
     prefix_cache: Annotated[int, parser(integer(0), "MB")] = 64
-    """Memory for beginnings of prompts that come again; 0 keeps none."""
+    """Memory for the prefix cache: beginnings of prompts that come again. 0 turns it off."""
     no_guesses: Annotated[bool, default("off")] = False
-    """Do not guess ahead for a lone request. Guesses change how fast an answer comes, never which."""
+    """No speculative decoding for a lone request. Draft tokens change how fast an answer comes, never which."""
     price: Annotated[float | None, parser(number(0), "X"), default("unknown")] = None
     """What this machine costs, in dollars an hour; the page shows what a conversation costs."""
     device: DeviceFlag = "auto"

@@ -1,4 +1,4 @@
-"""What /metrics tells, under the names that vLLM's users know, and how many programs were compiled after start-up."""
+"""Metrics for Prometheus under the names that vLLM's users know, and how many programs were compiled after start-up."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -17,49 +17,64 @@ from prometheus_client.registry import Collector
 
 from stages.serve.engine import Engine
 
-disable_created_metrics()  # when each series began; nobody asks
+disable_created_metrics()  # no series for the time at which each began
 
-QUICK = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
-WHOLE = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+LATENCY = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 
 
 class Metrics:
-    """Counts in a registry of its own, so that two servers in one process do not meet."""
+    """Counts in a registry of its own, so that two servers in one process do not share counts."""
 
     def __init__(self, model: str, engine: Engine) -> None:
         self.registry = CollectorRegistry()
         self._model = model
-        self.prompt_tokens = self._counter("vllm:prompt_tokens", "Tokens of prompts.")
-        self.generation_tokens = self._counter("vllm:generation_tokens", "Tokens that were generated.")
-        self.queried = self._counter("vllm:prefix_cache_queries", "Tokens of prompts that the prefix cache was asked for.")
-        self.hit = self._counter("vllm:prefix_cache_hits", "Tokens of prompts that the prefix cache had.")
-        self.first_token = self._histogram("vllm:time_to_first_token_seconds", "From request to first token.", QUICK)
-        self.per_token = self._histogram("vllm:time_per_output_token_seconds", "Between tokens, a request.", PER_TOKEN)
-        self.whole = self._histogram("vllm:e2e_request_latency_seconds", "From request to last token.", WHOLE)
-        self.prompt_size = self._histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", SIZES)
-        self.answer_size = self._histogram("vllm:request_generation_tokens", "Tokens generated for a request.", SIZES)
+        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Tokens of prompts.")
+        self._generation_tokens = self._counter("vllm:generation_tokens", "Tokens that were generated.")
+        self._cache_queries = self._counter(
+            "vllm:prefix_cache_queries", "Tokens of prompts that were looked up in the prefix cache."
+        )
+        self._cache_hits = self._counter("vllm:prefix_cache_hits", "Tokens of prompts that the prefix cache held.")
+        self.first_token = self._histogram("vllm:time_to_first_token_seconds", "From request to first token.", FIRST_TOKEN)
+        self._per_token = self._histogram("vllm:time_per_output_token_seconds", "Between tokens, a request.", PER_TOKEN)
+        self._latency = self._histogram("vllm:e2e_request_latency_seconds", "From request to last token.", LATENCY)
+        self._prompt_size = self._histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", SIZES)
+        self._completion_size = self._histogram("vllm:request_generation_tokens", "Tokens generated for a request.", SIZES)
         self._success = Counter(
             "vllm:request_success", "Completions by why they ended.", ["model_name", "finished_reason"], registry=self.registry
         )
         for reason in ("stop", "length", "abort", "error"):
             self._success.labels(model, reason)
         self.responses = Counter("thrice_responses", "HTTP responses by status.", ["status"], registry=self.registry)
-        self._gauge("vllm:num_requests_running", "Requests that have a slot.", lambda: engine.state.running)
-        self._gauge("vllm:num_requests_waiting", "Requests that wait for a slot.", lambda: engine.state.waiting)
+        self._gauge("vllm:num_requests_running", "Requests that have a slot.", lambda: engine.load.running)
+        self._gauge("vllm:num_requests_waiting", "Requests that wait for a slot.", lambda: engine.load.waiting)
         for name in ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"):  # the second is what it was called before
-            self._gauge(name, "Share of all slots' positions that is filled, 1 is all.", lambda: engine.state.filled)
+            self._gauge(name, "Share of all slots' positions that is filled, 1 is all.", lambda: engine.load.cache_use)
         self.registry.register(_Compiles(engine))
         since = lambda: time.monotonic() - engine.ticked
         self._gauge("thrice_seconds_since_engine_tick", "How long the engine has not gone round.", since)
         ProcessCollector(registry=self.registry)
 
-    def finished(self, reason: str) -> None:
+    def ended(self, reason: str) -> None:
+        """Counts a completion that ended: "stop", "length", "abort" or "error"."""
         self._success.labels(self._model, reason).inc()
 
+    def completed(self, prompt: int, cached: int, written: int, seconds: float, decoding: float) -> None:
+        """Counts the tokens of a whole completion, and its seconds in all and from first token to last."""
+        self._prompt_tokens.inc(prompt)
+        self._generation_tokens.inc(written)
+        self._cache_queries.inc(prompt)
+        self._cache_hits.inc(cached)
+        self._prompt_size.observe(prompt)
+        self._completion_size.observe(written)
+        self._latency.observe(seconds)
+        if written > 1:
+            self._per_token.observe(decoding / (written - 1))
+
     def text(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """Returns all of it in Prometheus' text format."""
         return generate_latest(self.registry)
 
     def _counter(self, name: str, about: str) -> Counter:
@@ -74,7 +89,7 @@ class Metrics:
 
 
 class _Compiles(Collector):
-    """Counted elsewhere, read when it is asked for."""
+    """Reads the engine's count of compiled programs when /metrics is asked for."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

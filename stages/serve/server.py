@@ -1,4 +1,4 @@
-"""The socket, and uvicorn on it: what is not HTTP is answered in JSON too, and who sends no request is hung up on."""
+"""The socket, and uvicorn on it: answers what is not HTTP in JSON too, and hangs up on clients that send no request."""
 
 import asyncio
 import contextlib
@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from engine.errors import UserError
-from stages.serve.errors import problem_json
+from stages.serve.errors import ApiError
 
 HEAD_SECONDS = 20.0  # for a request's first line and headers, counted from the connection or from its first byte
 HEAD_BYTES = 32_768
@@ -23,7 +23,7 @@ BACKLOG = 1024
 
 
 def is_local(host: str) -> bool:
-    """Whether only this machine can reach the address."""
+    """Returns whether only this machine can reach the address."""
     if host == "localhost":
         return True
     try:
@@ -33,7 +33,7 @@ def is_local(host: str) -> bool:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket at the address, which `listen` opens to clients. Raises UserError."""
+    """Returns a socket at the address, which `listen` opens to clients. Raises UserError."""
     family, address = _address(host)
     bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -43,7 +43,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def _address(host: str) -> tuple[socket.AddressFamily, str]:
-    """The address as numbers. Nobody is asked for one that is written in numbers, or for this machine's own."""
+    """Returns the address as numbers. Looks up none that is written in numbers, nor this machine's own."""
     try:
         number = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
         return socket.AF_INET if number.version == 4 else socket.AF_INET6, str(number)
@@ -57,10 +57,10 @@ def _address(host: str) -> tuple[socket.AddressFamily, str]:
 
 
 def listen(bound: socket.socket) -> None:
-    """From now on clients can connect. Raises UserError when another process was quicker."""
+    """Lets clients connect. Raises UserError when another process was quicker."""
     host, port = bound.getsockname()[:2]
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each connection is an open file
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))  # each connection is an open file
     with _explained(bound, host, port):
         bound.listen(BACKLOG)
 
@@ -79,7 +79,7 @@ def _explained(bound: socket.socket, host: str, port: int) -> Iterator[None]:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which leaves signals to whoever runs it."""
+    """uvicorn, which leaves signals to the command."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -89,15 +89,15 @@ class Server(uvicorn.Server):
 def make_server(app: ASGIApp) -> Server:
     return Server(
         uvicorn.Config(
-            app, http=Protocol, ws="none", lifespan="off", loop="asyncio", log_config=None, log_level="critical",
+            app, http=HttpProtocol, ws="none", lifespan="off", loop="asyncio", log_config=None, log_level="critical",
             access_log=False, server_header=False, h11_max_incomplete_event_size=HEAD_BYTES, timeout_keep_alive=IDLE_SECONDS,
             proxy_headers=False, timeout_graceful_shutdown=5, backlog=BACKLOG,
         )
     )  # fmt: skip
 
 
-class Protocol(H11Protocol):
-    """uvicorn's, which waits for a request without end and answers what is none in plain text."""
+class HttpProtocol(H11Protocol):
+    """uvicorn's, which by itself waits for a request without end, and answers what is none in plain text."""
 
     _waiting: asyncio.TimerHandle | None = None
 
@@ -121,7 +121,7 @@ class Protocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            body = problem_json(400, "This is no HTTP request, or its head is too large.", "bad_request")
+            body = ApiError(400, "This is no HTTP request, or its head is too large.", code="bad_request").body
             head = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
             with contextlib.suppress(h11.LocalProtocolError):
                 response = h11.Response(status_code=400, headers=head, reason=b"Bad Request")

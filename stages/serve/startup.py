@@ -1,20 +1,19 @@
-"""The model as it is served: its weights laid out, its slots, its chat template, and the banner that tells of them."""
+"""Loads a model to be served: its weights laid out in slots, its chat template, and the banner that describes them."""
 
 import contextlib
-import dataclasses
 import datetime
 import gc
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
 
 import jax
 
-from engine import format as words
-from engine.device import Device, start_jax
+from engine.device import Device
 from engine.errors import UserError
+from engine.format import size
 from engine.inference.slots import Slots
 from engine.model.config import ModelConfig
 from engine.storage.assets import MODELS
@@ -24,81 +23,63 @@ from engine.storage.loaded_model import LoadedModel
 from engine.text.chat import Chat
 from engine.text.template import read_template
 from stages.cli.compile_counter import CompileCounter
-from stages.serve.admission import Door
-from stages.serve.compile_ahead import FEWER, Ahead, as_served, check_room, kept_as, options
+from stages.cli.console import Console
+from stages.serve.admission import Admission
+from stages.serve.compile_ahead import CompileAhead
 from stages.serve.engine import Engine
+from stages.serve.layout import REMEDY, Layout
 from stages.serve.metrics import Metrics
-from stages.serve.state import Served
-from stages.serve.tokenize import Prompts
+from stages.serve.state import ServerState
+from stages.serve.tokenize import TokenizerPool
 
-if TYPE_CHECKING:
-    from stages.cli.console import Console
-    from stages.serve.flags import Serve
-
-HANDOVER = 0.0005  # seconds for which one thread may hold Python's lock while weights are read beside what compiles
-UNCOLLECTED = 100_000  # objects more before Python looks for garbage: tracing makes many, nearly all of which stay
+SWITCH_SECONDS = 0.0005  # for which one thread may hold Python's lock while weights are read beside what compiles
+GC_THRESHOLD = 100_000  # objects more before Python looks for garbage: tracing makes many, nearly all of which stay
 
 
-@dataclasses.dataclass
-class Loaded:
-    """What does not depend on the event loop. `source`: a chat template given by hand."""
-
-    model: LoadedModel
-    name: str
-    params: Any
-    slots: Slots
-    chat: Chat
-    source: str | None
-    now: str
-    compiles: CompileCounter
-    digest: str
-    ahead: Ahead | None = None
-
-    def served(self, given: "Serve", post: Callable[..., Any]) -> Served:
-        """Everything the routes need; `post` runs a function on the event loop."""
-        engine = Engine(self.slots, post, self.compiles)
-        metrics = Metrics(self.name, engine)
-        another = lambda: make_chat(self.model, self.source, self.now)
-        prompts = Prompts(self.model.tokenizer, self.chat, another, self.model.tokenizer.start, self.slots.capacity)
-        return Served(
-            name=self.name, engine=engine, params=self.params, prompts=prompts, ends=frozenset(self.model.ends),
-            door=Door(given.slots, given.queue), metrics=metrics, attested=self.digest,
-            price=given.price,
-        )  # fmt: skip
-
-
-def load(given: "Serve", console: "Console") -> Loaded:
-    """Reads and lays out what the flags name, and prints what it is. Raises UserError."""
-    usual, collected = sys.getswitchinterval(), gc.get_threshold()
-    sys.setswitchinterval(HANDOVER)
-    gc.set_threshold(UNCOLLECTED, *collected[1:])
+@contextlib.contextmanager
+def quick_threads() -> Iterator[None]:
+    """Lets threads take turns sooner, and collects less garbage, for as long as the block lasts."""
+    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    gc.set_threshold(GC_THRESHOLD, *thresholds[1:])
     try:
-        return _load(given, console)
+        yield
     finally:
-        sys.setswitchinterval(usual)
-        gc.set_threshold(*collected)
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*thresholds)
 
 
-def _load(given: "Serve", console: "Console") -> Loaded:
-    started = start_jax(given.device, decodes=True)
-    compiles = CompileCounter()
-    source = read_template(given.template)
-    ahead = Ahead(given, started)
+def load_state(
+    model_name: str | None, layout: Layout, device: Device, console: Console, *, name: str | None = None,
+    adapter: Path | None = None, template: Path | None = None, queue: int = 32, speculation: bool = True,
+    price: float | None = None,
+) -> tuple[ServerState, CompileAhead]:  # fmt: skip
+    """Loads a model, prints the banner, and returns what the routes serve beside what goes on compiling. Raises UserError.
 
-    def known(cfg: ModelConfig) -> None:
-        check_room(cfg, given, started)
-        ahead.begin(cfg)
+    `adapter` and `template`: a folder and a file to put on the model; `name`: what clients call it; `queue`: completions
+    that may wait; `speculation`: whether a lone request uses draft tokens; `price`: dollars an hour.
+    """
+    compiles = CompileCounter()  # counts from here on
+    source = read_template(template)
+    ahead = CompileAhead(layout)
+
+    def on_config(cfg: ModelConfig) -> None:
+        if (layout.capacity or 0) <= cfg.context:  # else `Slots` refuses it
+            if device.backend == "cpu":
+                layout.check_room(cfg)
+            ahead.begin(cfg)
 
     try:
-        with console.task(f"loading {given.model or 'the newest run'}") as report:
-            model = load_model(given.model, report=report, on_config=known)
+        with console.task(f"loading {model_name or 'the newest run'}") as report:
+            model = load_model(model_name, report=report, on_config=on_config)
         console.warn_damaged(model.damaged, model.checkpoint)
         now = datetime.datetime.now().isoformat(timespec="seconds")
+        make_chat = lambda: Chat(model.tokenizer, source, now)
         with ThreadPoolExecutor(1) as beside:  # the template's process starts while weights are laid out
-            making = beside.submit(make_chat, model, source, now)
+            making = beside.submit(make_chat)
             try:
-                slots, weights = _laid_out(model, given, started)
-                attested = digest(slots.params)
+                slots = _laid_out(model, adapter, layout, speculation)
+                sha256 = digest(slots.params)
             except BaseException:
                 with contextlib.suppress(UserError):
                     making.result().close()
@@ -107,45 +88,45 @@ def _load(given: "Serve", console: "Console") -> Loaded:
     except BaseException:
         ahead.stop()
         raise
-    name = given.name or (given.model if given.model in MODELS else _spelt(model.name)) or "model"
-    size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-    rows = [
-        ("model", f"{name}: {model.checkpoint}" + (f" with {given.adapter}" if given.adapter else "")),
-        ("device", str(started)),
-        ("weights", f"{weights}, {words.size(size(slots.params))}, SHA-256 {attested[:16]}"),
-        (
-            "slots",
-            f"{given.slots} of {slots.capacity:,} tokens, keys and values in {given.keys_values}, "
-            f"{words.size(slots.cache_bytes)}",
-        ),
-        ("queue", f"{given.queue} more wait; prefixes of prompts are kept in {given.prefix_cache} MB"),
+    name = name or (model_name if model_name in MODELS else _path_name(model.name)) or "model"
+    weights = size(sum(leaf.nbytes for leaf in jax.tree.leaves(slots.params)))
+    console.print_rows([
+        ("model", f"{name}: {model.checkpoint}" + (f" with {adapter}" if adapter else "")),
+        ("device", str(device)),
+        ("weights", f"{layout.weights}, {weights}, SHA-256 {sha256[:16]}"),
+        ("slots", f"{layout.slots} of {slots.capacity:,} tokens, KV cache in {layout.cache_dtype}, {size(slots.bytes)}"),
+        ("queue", f"{queue} more wait; prefix cache of {layout.prefix_cache / 1e6:g} MB"),
         ("template", chat.named),
-    ]
-    console.print_rows(rows)
-    return Loaded(model, name, slots.params, slots, chat, source, now, compiles, attested, ahead)
+    ])  # fmt: skip
+    return make_state(model, name, slots, sha256, chat, make_chat, compiles, queue, price), ahead
 
 
-def _laid_out(model: LoadedModel, given: "Serve", started: Device) -> tuple[Slots, str]:
-    """Slots around the weights as they are served, and what those are kept as."""
-    weights, cfg = kept_as(model.cfg, given, started)
-    params = model.params
-    if given.adapter:
-        params = with_adapters(params, [given.adapter])
-    params = jax.block_until_ready(as_served(cfg, params, weights))
+def make_state(
+    model: LoadedModel, name: str, slots: Slots, sha256: str, chat: Chat, make_chat: Callable[[], Chat],
+    compiles: CompileCounter, queue: int, price: float | None = None,
+) -> ServerState:  # fmt: skip
+    """Returns what the routes serve, around slots of the model. `make_chat` makes a chat beside `chat`, in another process."""
+    engine = Engine(slots, compiles)
+    return ServerState(
+        name=name, engine=engine, digest=sha256, price=price, stop_token_ids=frozenset(model.ends),
+        tokenizer=TokenizerPool(model.tokenizer, chat, make_chat, model.tokenizer.start, slots.capacity),
+        admission=Admission(slots.slots, queue), metrics=Metrics(name, engine),
+    )  # fmt: skip
+
+
+def _laid_out(model: LoadedModel, adapter: Path | None, layout: Layout, speculation: bool) -> Slots:
+    """Returns slots around the model's weights, with an adapter on them if there is one."""
+    cfg = layout.config(model.cfg)
+    params = with_adapters(model.params, [adapter]) if adapter else model.params
+    params = jax.block_until_ready(layout.params(cfg, params))
     try:
-        slots = Slots(cfg, params, speculate=not given.no_guesses, **options(cfg, given))
+        return Slots(cfg, params, guesses=speculation, **layout.slot_options(cfg))
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise UserError(f"There is not enough memory for {given.slots} slots. {FEWER}") from error
-    return slots, weights
+        raise UserError(f"There is not enough memory for {layout.slots} slots. {REMEDY}") from error
 
 
-def _spelt(name: str) -> str:
-    """A model's own name as a path can spell it, for clients ask for /v1/models/NAME."""
+def _path_name(name: str) -> str:
+    """Returns a model's own name as a path can spell it, for clients ask for /v1/models/NAME."""
     return re.sub(r"[^A-Za-z0-9_.:-]+", "-", name).strip("-")
-
-
-def make_chat(model: LoadedModel, source: str | None, now: str) -> Chat:
-    """The model's tokenizer and template, with a process of its own. `now` is the moment that templates are told."""
-    return Chat(model.tokenizer, source, now)

@@ -39,7 +39,7 @@ def served(way: str) -> tuple[Any, Any]:
 def made(way: str, **options: Any) -> Slots:
     cfg, params = served(way)
     shape = {"slots": SLOTS, "capacity": CAPACITY, "chunk": CHUNK, "tail": TAIL}
-    return Slots(cfg, params, **{**shape, "kv_dtype": way.rpartition("/")[2], **options})
+    return Slots(cfg, params, **{**shape, "kind": way.rpartition("/")[2], **options})
 
 
 class Heard:
@@ -63,15 +63,15 @@ class Heard:
         self.steps += 1
         for event in self.slots.step():
             assert event.id not in self.finished, "nothing comes behind the end"
-            assert event.tokens or event.finish_reason
+            assert event.tokens or event.finished
             self.tokens[event.id] += event.tokens
             self.logprobs[event.id] += [
                 (token, np.float32(logprob).tobytes(), tuple((other, np.float32(value).tobytes()) for other, value in top))
                 for token, logprob, top in event.logprobs
             ]
-            self.cached[event.id] = event.cached_tokens
-            if event.finish_reason:
-                self.finished[event.id] = event.finish_reason
+            self.cached[event.id] = event.cached
+            if event.finished:
+                self.finished[event.id] = event.finished
 
     def drain(self) -> None:
         while self.slots.busy:
@@ -83,7 +83,7 @@ class Heard:
 
 @functools.cache
 def _alone(way: str, number: int) -> Answer:
-    heard = Heard(made(way, speculate=False))
+    heard = Heard(made(way, guesses=False))
     id = heard.submit(REQUESTS[number])
     heard.drain()
     assert heard.finished[id] != "error", "no numbers at all would be the same in any company"

@@ -1,10 +1,10 @@
-"""PrefixCache: within their bound, last used stays, of a prompt the last chunk leaves first, and namespaces never meet."""
+"""Prefixes: within their bound, last used stays, of a prompt the last chunk leaves first, and namespaces never meet."""
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.inference.prefix_cache import PrefixCache, first_key, next_key
+from engine.inference.prefix_cache import Prefixes, first_key, next_key
 
 SIZE = 24  # bytes of every chunk here
 
@@ -22,7 +22,7 @@ def names(prompt: str, namespace: str = "") -> list[bytes]:
     return found
 
 
-def read(prefixes: PrefixCache, prompt: str, namespace: str = "") -> str:
+def read(prefixes: Prefixes, prompt: str, namespace: str = "") -> str:
     """Reads a prompt as slots do: the letters that were found, up to the first that was not; the rest is kept."""
     hits, before = "", None
     for letter, key in zip(prompt, names(prompt, namespace)):
@@ -37,7 +37,7 @@ def read(prefixes: PrefixCache, prompt: str, namespace: str = "") -> str:
 
 
 def test_a_prompt_is_found_as_far_as_it_is_the_same_from_its_start():
-    prefixes = PrefixCache(100 * SIZE)
+    prefixes = Prefixes(100 * SIZE)
     assert [read(prefixes, prompt) for prompt in ("abc", "abc", "abd", "bc", "abdx")] == ["", "abc", "ab", "", "abd"]
 
 
@@ -53,15 +53,15 @@ def test_the_name_of_a_chunk_says_everything_before_it_and_where_chunks_end():
 
 @given(st.lists(st.tuples(st.text("abc", min_size=1, max_size=5), st.sampled_from(["", "k", "kk"])), max_size=30))
 def test_namespaces_never_meet(prompts):
-    prefixes, alone = PrefixCache(10**6), {}
+    prefixes, alone = Prefixes(10**6), {}
     for prompt, namespace in prompts:
-        own = alone.setdefault(namespace, PrefixCache(10**6))
+        own = alone.setdefault(namespace, Prefixes(10**6))
         assert read(prefixes, prompt, namespace) == read(own, prompt, namespace)
 
 
 @given(st.lists(st.text("abc", min_size=1, max_size=6), max_size=40), st.integers(0, 7 * SIZE))
 def test_it_never_holds_more_than_it_may_and_nothing_that_cannot_be_found(prompts, limit):
-    prefixes = PrefixCache(limit)
+    prefixes = Prefixes(limit)
     for prompt in prompts:
         read(prefixes, prompt)
         assert prefixes.bytes == SIZE * len(prefixes) <= limit
@@ -75,7 +75,7 @@ def test_it_never_holds_more_than_it_may_and_nothing_that_cannot_be_found(prompt
 
 
 def test_who_was_used_longest_ago_leaves_first():
-    prefixes = PrefixCache(4 * SIZE)
+    prefixes = Prefixes(4 * SIZE)
     assert [read(prefixes, prompt) for prompt in ("ab", "xy", "ab", "q", "ab", "xy")] == ["", "", "ab", "", "ab", "x"]
     assert len(prefixes) == 4
     prefixes.clear()
@@ -83,10 +83,10 @@ def test_who_was_used_longest_ago_leaves_first():
 
 
 def test_a_chunk_larger_than_all_there_is_room_for_is_not_kept_and_drives_nobody_out():
-    prefixes = PrefixCache(SIZE)
+    prefixes = Prefixes(SIZE)
     read(prefixes, "a")
     prefixes.keep(b"large", np.zeros(100), None)
     assert read(prefixes, "a") == "a"
-    nothing = PrefixCache(0)
+    nothing = Prefixes(0)
     read(nothing, "a")
     assert len(nothing) == 0

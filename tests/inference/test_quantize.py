@@ -11,10 +11,10 @@ from tiny import lively_params, positions_of, sampling_of, tiny_config, tokens_o
 
 from engine.errors import UserError
 from engine.inference.decode import decode_step, decode_steps, for_inference, prefill
-from engine.inference.programs import PenaltyArrays, draw, make_token_counts
+from engine.inference.programs import PenaltyArrays, draw, make_tally
 from engine.inference.quantize import every_product, quantize, round_trips
 from engine.model.cache.contiguous import make_cache
-from engine.model.cache.segmented import Rows, make_kv_segments
+from engine.model.cache.segmented import Rows, make_spans
 from engine.model.paths import leaf_paths, map_paths
 from engine.model.transformer import forward
 from engine.model.weights.int8 import Int8
@@ -56,7 +56,7 @@ def test_the_error_of_each_leaf_is_reported():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kv_dtype", ["int8", "full"])
+@pytest.mark.parametrize("kind", ["int8", "full"])
 def test_logits_stay_near(tied, kind):
     cfg, small = served(tied, kind, "float32")
     tokens, positions = tokens_of(0, 3, 11), positions_of(3, 11)
@@ -76,7 +76,7 @@ def stale(cfg, seed: int):
     return clean._replace(k=jax.tree.map(dirty, clean.k), v=jax.tree.map(dirty, clean.v))
 
 
-@pytest.mark.parametrize("kv_dtype", ["int8", "full"])
+@pytest.mark.parametrize("kind", ["int8", "full"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_request_is_the_same_to_the_bit_in_any_company(kind, tied):
     """Each row has scales of its own: a neighbour's large numbers must not be felt."""
@@ -108,7 +108,7 @@ def wider(tied: bool, kind: str):
     return cfg, for_inference(cfg, quantize(params, every_product(params, kind)))
 
 
-@pytest.mark.parametrize("kv_dtype", ["int8", "full"])
+@pytest.mark.parametrize("kind", ["int8", "full"])
 def test_a_decode_step_makes_nothing_of_a_weights_size(kind):
     """Whole numbers are read as they lie. A weight that is converted is seen: the check can fail."""
     cfg, params = wider(False, kind)
@@ -122,11 +122,5 @@ def test_neither_does_drawing_for_slots_few_or_many(slots, tied):
     cfg, params = wider(tied, "int8")
     token = jnp.zeros(slots, jnp.int32)
     asked = sampling_of(slots), PenaltyArrays(token > 0, *[jnp.zeros(slots)] * 3)
-    arguments = (
-        make_kv_segments(cfg, slots, CAPACITY, 16),
-        make_token_counts(cfg, slots),
-        token,
-        Rows(token, token, token),
-        *asked,
-    )
+    arguments = make_spans(cfg, slots, CAPACITY, 16), make_tally(cfg, slots), token, Rows(token, token, token), *asked
     assert made_of_a_weights_size(params, draw.lower(cfg, params, *arguments, jnp.int32(2), jnp.bool_(True))) == []

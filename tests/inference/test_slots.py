@@ -1,7 +1,6 @@
 """Slots: many at once, each as if it were alone, to the bit; and nobody waits for ever, overflows, or stays behind."""
 
 import itertools
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -32,7 +31,7 @@ from engine.inference.programs import STEPS
 from engine.inference.request import Request
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.slots import PATIENCE, Slots, compile_ahead
-from engine.inference.speculation import Drafter
+from engine.inference.speculation import Guesser
 from engine.model.transformer import forward
 
 EVERY_WAY = pytest.mark.parametrize("way", WAYS)
@@ -92,7 +91,7 @@ def test_the_order_of_arrival_does_not_matter(way):
     asked = REQUESTS[:12]
     for seed in range(3):
         order = np.random.default_rng(seed).permutation(len(asked))
-        slots = made(way, prefix_cache_bytes=10**6 * (seed % 2))
+        slots = made(way, prefixes=10**6 * (seed % 2))
         heard = Heard(slots)
         ids = {}
         for place in order:
@@ -106,7 +105,7 @@ def test_the_order_of_arrival_does_not_matter(way):
 
 @EVERY_WAY
 def test_a_chunk_found_computed_changes_no_bit(way):
-    slots = made(way, prefix_cache_bytes=10**7)
+    slots = made(way, prefixes=10**7)
     heard = Heard(slots)
     request = request_of(text(1, 52), 10, seed=3, logprobs=20)
     first = heard.submit(request)
@@ -117,20 +116,20 @@ def test_a_chunk_found_computed_changes_no_bit(way):
     assert heard.cached[first] == heard.cached[other] == 0
     assert all(heard.cached[id] == 3 * CHUNK for id in again)
     assert {heard.answer(id) for id in (first, other, *again)} == {alone(way, request)}
-    assert slots.prefix_cache.bytes <= slots.prefix_cache.limit
+    assert slots.prefixes.bytes <= slots.prefixes.limit
 
 
 def test_a_cache_too_small_for_a_prompt_keeps_its_beginning():
-    size = made("float32", prefix_cache_bytes=10**7)
+    size = made("float32", prefixes=10**7)
     answers(size, [request_of(text(1, CHUNK + 1), 1)])
-    slots = made("float32", prefix_cache_bytes=2 * size.prefix_cache.bytes)
+    slots = made("float32", prefixes=2 * size.prefixes.bytes)
     request = request_of(text(1, 52), 10, seed=3)
     heard = Heard(slots)
     for _ in range(2):
         last = heard.submit(request)
         heard.drain()
     assert heard.cached[last] == 2 * CHUNK
-    assert len(slots.prefix_cache) == 2
+    assert len(slots.prefixes) == 2
 
 
 class Company(RuleBasedStateMachine):
@@ -140,9 +139,9 @@ class Company(RuleBasedStateMachine):
     ids = Bundle("ids")
     way = "float32"
 
-    @initialize(prefix_cache_bytes=st.sampled_from([0, 20_000, 10**6]), speculate=st.booleans())
+    @initialize(prefixes=st.sampled_from([0, 20_000, 10**6]), guesses=st.booleans())
     def begin(self, prefixes: int, guesses: bool) -> None:
-        self.slots = made(self.way, prefix_cache_bytes=prefixes, speculate=guesses)
+        self.slots = made(self.way, prefixes=prefixes, guesses=guesses)
         self.heard, self.asked, self.cancelled = Heard(self.slots), {}, set()
 
     @rule(target=ids, request=requests)
@@ -185,15 +184,15 @@ class Company(RuleBasedStateMachine):
         assert sorted([*held, *slots._free, *slots._mirrors]) == list(range(SLOTS))
         assert slots.running == len(held)
         assert not (set(self.heard.finished) & self.cancelled)
-        assert 0 <= slots.used_positions <= SLOTS * CAPACITY
-        assert slots.prefix_cache.bytes <= slots.prefix_cache.limit
+        assert 0 <= slots.held <= SLOTS * CAPACITY
+        assert slots.prefixes.bytes <= slots.prefixes.limit
 
     def teardown(self) -> None:
         if not hasattr(self, "slots"):
             return
         self.heard.drain()
         assert sorted(self.slots._free) == list(range(SLOTS))
-        assert self.slots.used_positions == 0
+        assert self.slots.held == 0
         assert set(self.heard.finished) == set(self.asked) - self.cancelled
         for id in self.heard.finished:
             assert self.heard.answer(id) == alone(self.way, self.asked[id])
@@ -213,11 +212,10 @@ TestCompany, TestCompanyOfInt8, TestCompanyAsServed = Company.TestCase, CompanyO
 
 
 def test_a_server_that_is_told_nothing_keeps_what_company_as_served_does():
-    from stages.serve.compile_ahead import kept_as
-    from stages.serve.flags import Serve
+    from stages.serve.flags import ServeFlags
+    from stages.serve.layout import default_weights
 
-    weights, _ = kept_as(tiny_config(), Serve(), SimpleNamespace(backend="cpu"))
-    assert f"{weights}/{Serve().keys_values}" == AS_SERVED
+    assert f"{default_weights('cpu')}/{ServeFlags().keys_values}" == AS_SERVED
 
 
 @EVERY_WAY
@@ -235,16 +233,16 @@ def test_guesses_change_when_tokens_come_and_not_which(way, temperature, monkeyp
 
     monkeypatch.setattr(Slots, "_dispatch", noted)
     assert answers(made(way), [request]) == [expected]
-    monkeypatch.setattr(Drafter, "guess", lambda self, most: right[len(self._text) :][:most])
+    monkeypatch.setattr(Guesser, "guess", lambda self, most: right[len(self._text) :][:most])
     checked.clear()
     assert answers(made(way), [request]) == [expected]
     assert len(checked) <= 2 + -(-28 // 4), "three guesses and a draw of its own come true each time"
-    monkeypatch.setattr(Drafter, "guess", lambda self, most: [(t + 1) % 41 for t in right[len(self._text) :][:most]])
+    monkeypatch.setattr(Guesser, "guess", lambda self, most: [(t + 1) % 41 for t in right[len(self._text) :][:most]])
     checked.clear()
     assert answers(made(way), [request]) == [expected]
     assert 0 < sum(map(bool, checked)) < 10, "wrong guesses are given up"
     half = lambda self, most: [t if i % 2 == 0 else 0 for i, t in enumerate(right[len(self._text) :][:most])]
-    monkeypatch.setattr(Drafter, "guess", half)
+    monkeypatch.setattr(Guesser, "guess", half)
     assert answers(made(way), [request]) == [expected]
 
 
@@ -265,7 +263,7 @@ def test_nothing_is_compiled_after_warm(count_compiles):
     a device that was named."""
     cfg, params = served("float32")
     for given in (params, jax.device_put(params, jax.devices()[0])):
-        slots = Slots(cfg, given, slots=2, capacity=CAPACITY, kv_dtype="float32", chunk=CHUNK, tail=4, prefix_cache_bytes=10**6)
+        slots = Slots(cfg, given, slots=2, capacity=CAPACITY, kind="float32", chunk=CHUNK, tail=4, prefixes=10**6)
         count_compiles.clear()
         slots.warm()
         assert given is not params or len(count_compiles) >= 8, "the count counts"
@@ -278,7 +276,7 @@ def test_nothing_is_compiled_after_warm(count_compiles):
         heard.drain()
         request = request_of((text(2, 9) * 4)[:33], 29, temperature=0.0, logprobs=20)
         (found,) = answers(slots, [request])
-        slots.speculate = False
+        slots.guesses = False
         assert answers(slots, [request]) == [found]
         assert count_compiles == []
 
@@ -287,7 +285,7 @@ def test_what_is_compiled_ahead_is_what_warm_asks_for(count_compiles):
     """From shapes alone, while weights are read: nothing is compiled or fetched a second time."""
     cfg = tiny_config()
     params = for_inference(cfg, lively_params(cfg))
-    options = {"slots": 3, "capacity": 40, "kv_dtype": "float32", "prefix_cache_bytes": 1 << 20, "chunk": 8, "tail": 4}
+    options = {"slots": 3, "capacity": 40, "kind": "float32", "prefixes": 1 << 20, "chunk": 8, "tail": 4}
     ahead = compile_ahead(cfg, jax.eval_shape(lambda: params), **options)
     first = [next(ahead) for _ in range(3)]
     slots, told = Slots(cfg, params, **options), []
@@ -387,10 +385,10 @@ def test_a_model_that_gives_no_numbers_ends_requests_and_touches_no_other():
     """A token whose embedding is NaN: who says it gets an error, who sits beside it its answer, whoever comes next too."""
     cfg, params = served("float32")
     bad = {**params, "embed": params["embed"].at[40].set(np.nan)}
-    slots = Slots(cfg, bad, slots=SLOTS, capacity=CAPACITY, kv_dtype="float32", chunk=CHUNK, tail=4)
+    slots = Slots(cfg, bad, slots=SLOTS, capacity=CAPACITY, kind="float32", chunk=CHUNK, tail=4)
     good = request_of([token % 40 for token in text(4, 30)], 10, temperature=0.0, logit_bias={40: -100.0}, logprobs=2)
     spoilt = request_of([40, *text(1, 20)], 10)
-    expected = answers(Slots(cfg, bad, slots=SLOTS, capacity=CAPACITY, kv_dtype="float32", chunk=CHUNK, tail=4), [good])[0]
+    expected = answers(Slots(cfg, bad, slots=SLOTS, capacity=CAPACITY, kind="float32", chunk=CHUNK, tail=4), [good])[0]
     assert expected.finished == "length"
     for _ in range(3):
         found = answers(slots, [spoilt, good, spoilt, spoilt, good, spoilt, good])
@@ -453,7 +451,7 @@ def test_penalties_bias_and_log_probabilities_are_those_of_plain_numpy(changes):
 
 def test_a_vocabulary_smaller_than_what_may_be_told_is_told_whole():
     cfg = tiny_config(vocab=11)
-    slots = Slots(cfg, for_inference(cfg, lively_params(cfg)), slots=2, capacity=20, kv_dtype="float32", chunk=8, tail=4)
+    slots = Slots(cfg, for_inference(cfg, lively_params(cfg)), slots=2, capacity=20, kind="float32", chunk=8, tail=4)
     (answer,) = answers(slots, [request_of((1, 2), 3, temperature=0.0, logprobs=20)])
     for _, _, top in answer.logprobs:
         assert sorted(token for token, _ in top) == list(range(11))
@@ -465,7 +463,7 @@ def test_a_vocabulary_smaller_than_what_may_be_told_is_told_whole():
     [
         ({"slots": 1}, "at least 2 slots, not 1"), ({"capacity": 1}, "between 2 and the model's context of 150, not 1"),
         ({"capacity": 151}, "not 151"), ({"tail": 0}, "tail must lie between 1 and the chunk of 16"),
-        ({"tail": 17}, "not 17"), ({"kv_dtype": "int4"}, "kv_dtype"), ({"prefix_cache_bytes": -1}, "prefix_cache_bytes"),
+        ({"tail": 17}, "not 17"), ({"kind": "int4"}, "kind"), ({"prefixes": -1}, "prefixes"),
     ],
 )  # fmt: skip
 def test_slots_that_cannot_be_are_refused(options, said):

@@ -1,4 +1,4 @@
-"""KVSegments: cut by position or whole, attention sees the same; and what is moved between slots arrives, and nothing else."""
+"""Spans: cut by position or whole, attention sees the same; and what is moved between slots arrives, and nothing else."""
 
 import functools
 
@@ -12,15 +12,15 @@ from tiny import tiny_config
 
 from engine.model.cache import segmented as spans_
 from engine.model.cache.segmented import (
-    KVArray,
-    KVSegments,
-    QuantizedKV,
+    Kept,
+    Rounded,
     Rows,
-    SegmentedLayer,
+    SpanLayer,
+    Spans,
     cleared,
-    make_kv_segments,
+    make_spans,
     mirrored,
-    segmented_cache,
+    span_cache,
     taken,
 )
 
@@ -41,7 +41,7 @@ def drawn(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 def whole(layer) -> np.ndarray:
     """A layer's spans side by side, (B, K, S, H) float64, as the numbers they stand for."""
-    wide = lambda kept: kept.values * kept.scale[..., None] if isinstance(kept, QuantizedKV) else kept
+    wide = lambda kept: kept.values * kept.scale[..., None] if isinstance(kept, Rounded) else kept
     return np.concatenate([np.asarray(wide(kept), np.float64) for kept in layer], axis=2)
 
 
@@ -61,14 +61,14 @@ def rows_of(position, target, source=None) -> Rows:
     return Rows(*(jnp.asarray(field, jnp.int32) for field in (position, source, target)))
 
 
-def layer_at(keys: tuple[KVArray, ...], values: tuple[KVArray, ...], rows: Rows) -> SegmentedLayer:
-    return segmented_cache(KVSegments((keys,), (values,)), rows).layer(0)
+def layer_at(keys: tuple[Kept, ...], values: tuple[Kept, ...], rows: Rows) -> SpanLayer:
+    return span_cache(Spans((keys,), (values,)), rows).layer(0)
 
 
 @functools.cache
-def filled(kind: str) -> tuple[KVSegments, list[np.ndarray]]:
-    """KVSegments in which every slot holds CAPACITY tokens, read 8 at a time, and the keys and values that were put in."""
-    rng, spans = np.random.default_rng(0), make_kv_segments(CFG, SLOTS, CAPACITY, FIRST, kind)
+def filled(kind: str) -> tuple[Spans, list[np.ndarray]]:
+    """Spans in which every slot holds CAPACITY tokens, read 8 at a time, and the keys and values that were put in."""
+    rng, spans = np.random.default_rng(0), make_spans(CFG, SLOTS, CAPACITY, FIRST, kind)
     put_in = [drawn(rng, SLOTS, EDGES[-1], K, H) for _ in range(2)]
     keys, values = spans.k[0], spans.v[0]
     for slot in range(SLOTS):
@@ -76,7 +76,7 @@ def filled(kind: str) -> tuple[KVSegments, list[np.ndarray]]:
             k, v = (side[slot : slot + 1, start : start + FIRST] for side in put_in)
             _, layer = attention(drawn(rng, 1, FIRST, N, H), k, v, layer_at(keys, values, rows_of([start], [slot])))
             keys, values = layer.k, layer.v
-    return KVSegments((keys,) * 2, (values,) * 2), put_in
+    return Spans((keys,) * 2, (values,) * 2), put_in
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,8 +84,8 @@ def test_spans_double_up_to_the_capacity_and_hold_what_is_written(kind):
     spans, (k, v) = filled(kind)
     assert spans.edges == EDGES
     assert spans.slots == SLOTS
-    assert make_kv_segments(CFG, 2, 5, 8).edges == (0, 8)
-    assert make_kv_segments(CFG, 2, 129, 128).edges == (0, 128, 256)
+    assert make_spans(CFG, 2, 5, 8).edges == (0, 8)
+    assert make_spans(CFG, 2, 129, 128).edges == (0, 128, 256)
     exact = {"float32": 0, "bfloat16": 2**-8, "int8": 0.5 / 127 + 1e-6}[kind]
     for layer, put_in in ((spans.k[0], k), (spans.v[0], v)):
         largest = np.abs(put_in).max(-1).transpose(0, 2, 1)[..., None]
@@ -194,7 +194,7 @@ def test_rows_are_written_where_they_are_sent_and_nowhere_else():
     np.testing.assert_array_equal(whole(layer.k), expected)
 
 
-def every(spans: KVSegments) -> list[np.ndarray]:
+def every(spans: Spans) -> list[np.ndarray]:
     """All that lies in spans: for each of the 2 L layers, and of keys' numbers and scales, (B, K, S, ...)."""
     layers = [jax.tree.leaves(kept) for layer in (*spans.k, *spans.v) for kept in layer]
     parts = len(layers[0])

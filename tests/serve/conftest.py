@@ -14,9 +14,8 @@ from tiny_server import TinyServer
 
 @pytest.fixture(scope="session")
 def tiny_server() -> Iterator[TinyServer]:
-    server = TinyServer().start()
-    yield server
-    server.stop()
+    with TinyServer() as server:
+        yield server
 
 
 @pytest.fixture

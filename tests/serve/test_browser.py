@@ -13,11 +13,6 @@ from selenium.webdriver import Chrome, Keys
 from selenium.webdriver.support.ui import WebDriverWait
 from tiny_server import TinyServer
 
-from stages.serve import server as listen
-from stages.serve.api import guard
-from stages.serve.api.app import make_app
-from stages.serve.page import page
-
 LONG = "Tell me everything."
 
 
@@ -33,15 +28,11 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 
 @contextlib.contextmanager
 def locked(tiny: TinyServer, key: str) -> Iterator[int]:
-    """The port of a second door to the tiny server, which needs a key."""
-    app = make_app(tiny.served, page(), keys=(key,), hosts=guard.LOCAL)
-    bound = listen.bind("127.0.0.1", 0)
-    listen.listen(bound)
-    server = listen.make_server(app)
-    serving = asyncio.run_coroutine_threadsafe(server.serve([bound]), tiny.loop)
-    yield bound.getsockname()[1]
-    server.should_exit = True
-    serving.result(30)
+    """A second port of the tiny server, which needs a key."""
+    http, port, serving = asyncio.run_coroutine_threadsafe(tiny.listen((key,)), tiny.loop).result(30)
+    yield port
+    http.should_exit = True
+    asyncio.run_coroutine_threadsafe(asyncio.wait_for(serving, 30), tiny.loop).result(30)
 
 
 @pytest.fixture(scope="module")

@@ -226,7 +226,7 @@ def test_routes_that_there_are_not(client: httpx.Client) -> None:
 
 
 def test_a_body_that_is_too_large(client: httpx.Client, tiny_server: TinyServer) -> None:
-    large = b'{"prompt":"' + b"a" * body.LARGEST + b'"}'
+    large = b'{"prompt":"' + b"a" * body.MAX_BYTES + b'"}'
     kind = {"Content-Type": "application/json"}
     refused(client.post("/v1/completions", content=large, headers=kind), 413)
     refused(
@@ -243,8 +243,8 @@ def test_bodies_of_all_requests_together_are_bounded(
     client: httpx.Client, tiny_server: TinyServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By what has come, not by what is told of; and however a request ends, its bytes are given back."""
-    bodies = tiny_server.served.bodies
-    monkeypatch.setattr(bodies, "most", 1000)
+    bodies = tiny_server.state.body_budget
+    monkeypatch.setattr(bodies, "limit", 1000)
     head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n"
     kind = {"Content-Type": "application/json"}
     sound = b'{"prompt":"' + b"a" * 388 + b'"}'
@@ -268,7 +268,7 @@ def test_bodies_of_all_requests_together_are_bounded(
     wait_until(lambda: bodies.held == 0)  # the first has left
     assert client.post("/tokenize", content=sound, headers=kind).status_code == 200
     refused(client.post("/tokenize", content=sound[1:], headers=kind))
-    monkeypatch.setattr(body, "LARGEST", 500)
+    monkeypatch.setattr(body, "MAX_BYTES", 500)
     refused(client.post("/tokenize", content=iter([sound, sound]), headers=kind), 413)
     monkeypatch.setattr(body, "SECONDS", 0.2)
     with socket.create_connection(("127.0.0.1", tiny_server.port), 10) as slow:
@@ -320,10 +320,10 @@ def test_what_is_not_http(tiny_server: TinyServer, request_: bytes) -> None:
 
 
 def test_a_client_that_is_slow(tiny_server: TinyServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stages.serve import server as listen
+    from stages.serve import server
 
     monkeypatch.setattr(body, "SECONDS", 0.3)
-    monkeypatch.setattr(listen, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(server, "HEAD_SECONDS", 0.3)
     head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 20\r\n\r\n"
     with socket.create_connection(("127.0.0.1", tiny_server.port), 10) as connection:
         connection.sendall(head + b'{"prompt"')

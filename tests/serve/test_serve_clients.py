@@ -131,11 +131,8 @@ def test_every_request_that_our_openapi_allows_or_forbids(tiny_server: TinyServe
 
 
 def test_a_wrong_key() -> None:
-    server = TinyServer(keys=("right",), warm=False).start()
-    try:
+    with TinyServer(keys=("right",), warm=False) as server:
         with pytest.raises(openai.AuthenticationError), openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong") as client:
             client.models.list()
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="right") as client:
             assert client.models.list().data
-    finally:
-        server.stop()

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import os
 import re
 import signal
@@ -17,12 +16,30 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import jax
+import numpy as np
 import pytest
+from tiny import lively_params, tiny_config
 from tiny_server import ask, tiny_model
 
+from engine.counting import hardware
+from engine.device import start_jax
 from engine.errors import UserError
-from stages.serve import __main__ as command
-from stages.serve import server as listen
+from engine.inference.decode import for_inference
+from engine.inference.quantize import quantize
+from engine.model.config import LoraConfig
+from engine.model.paths import leaf_paths, map_paths, merge
+from engine.model.weights.lora import LoRA
+from engine.model.weights.matmul import dense
+from engine.training.lora import add_lora
+from stages.cli.compile_counter import CompileCounter
+from stages.cli.console import Console
+from stages.serve import lifecycle, server, startup
+from stages.serve.__main__ import main
+from stages.serve.compile_ahead import CompileAhead
+from stages.serve.engine import Engine
+from stages.serve.layout import Layout
+from stages.serve.state import ServerState
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOW = """
@@ -166,7 +183,7 @@ def test_ctrl_c_while_it_compiles(folder: Path) -> None:
 
 
 def refuses(capsys: pytest.CaptureFixture[str], *flags: object) -> str:
-    assert command.main(list(map(str, flags))) == 2
+    assert main(list(map(str, flags))) == 2
     said = capsys.readouterr()
     assert "Traceback" not in said.err
     assert len(said.err.splitlines()) == 1
@@ -191,8 +208,8 @@ def test_an_address_others_can_reach_needs_a_key(
 
 
 def test_addresses_of_this_machine_alone() -> None:
-    assert all(map(listen.is_local, ("127.0.0.1", "127.8.9.1", "localhost", "::1")))
-    assert not any(map(listen.is_local, ("0.0.0.0", "::", "10.0.0.1", "example.org", "localhost.example.org", "")))
+    assert all(map(server.is_local, ("127.0.0.1", "127.8.9.1", "localhost", "::1")))
+    assert not any(map(server.is_local, ("0.0.0.0", "::", "10.0.0.1", "example.org", "localhost.example.org", "")))
 
 
 def test_what_else_cannot_be(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,7 +222,7 @@ def test_what_else_cannot_be(folder: Path, tmp_path: Path, capsys: pytest.Captur
     assert "TemplateSyntaxError" in refuses(capsys, *quick, "--model", folder, "--template", broken)
     assert "between 2 and the model's context of 150" in refuses(capsys, *quick, "--model", folder, "--capacity", 151)
     for flag, value in (("--slots", 1), ("--weights", "int4"), ("--port", 65536), ("--price", -1), ("--queue", -1)):
-        assert command.main([flag, str(value)]) == 2
+        assert main([flag, str(value)]) == 2
         assert flag in capsys.readouterr().err
 
 
@@ -222,91 +239,64 @@ def test_without_its_extra_it_says_how_to_get_it(folder: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+def load_state(folder: Path, **layout: Any) -> tuple[ServerState, CompileAhead]:
+    return startup.load_state(str(folder), Layout(**layout), start_jax(decodes=True), Console())
+
+
 @pytest.mark.parametrize("weights", ["int8", "bfloat16", "float32"])
-def test_what_weights_are_kept_as(
+def test_the_type_of_the_weights(
     folder: Path, weights: str, capsys: pytest.CaptureFixture[str], count_compiles: list[str]
 ) -> None:
-    from stages.cli.console import Console
-    from stages.serve.startup import load
-
-    given = dataclasses.replace(command.Serve(), model=str(folder), slots=2, weights=weights)
-    loaded = load(given, Console())
-    loaded.chat.close()
-    said = capsys.readouterr().out
-    assert re.search(rf"weights +{weights}, [\d.]+ kB, SHA-256 {loaded.digest[:16]}", said)
-    assert loaded.slots.capacity == 150
-    assert loaded.name == "sea"
-    assert loaded.ahead
-    names, told = list(loaded.ahead), []
-    assert len(names) == len(dict(names)) == names[0][1] == 8
+    state, ahead = load_state(folder, weights=weights, slots=2, prefix_cache=10**6)
+    state.tokenizer.close()
+    assert re.search(rf"weights +{weights}, [\d.]+ kB, SHA-256 {state.digest[:16]}", capsys.readouterr().out)
+    assert (state.engine.capacity, state.name) == (150, "sea")
+    programs, reports = list(ahead), []
+    assert len(programs) == len(dict(programs)) == programs[0][1] == 8
     count_compiles.clear()
-    loaded.slots.warm(lambda done, total: told.append((done, total)), names)
+    state.engine.slots.warm(lambda done, total: reports.append((done, total)), programs)
     assert count_compiles == []  # what was compiled beside the loading is what is asked for
-    assert told == [(n, 8) for n in range(1, 9)]
+    assert reports == [(n, 8) for n in range(1, 9)]
 
 
 @pytest.mark.parametrize("weights", ["int8", "float32"])
-def test_an_adapter_is_folded_into_what_is_served(weights: str) -> None:
-    """Whole numbers are made of what base and adapter come to, and no gradient is ever asked of them."""
-    import jax
-    import numpy as np
-    from tiny import lively_params, tiny_config
-
-    from engine.inference.decode import for_inference
-    from engine.inference.quantize import quantize
-    from engine.model.config import LoraConfig
-    from engine.model.paths import leaf_paths, map_paths, merge
-    from engine.model.weights.lora import LoRA
-    from engine.model.weights.matmul import dense
-    from engine.training.lora import add_lora
-    from stages.serve.compile_ahead import as_served
-
+def test_an_adapter_is_merged_into_what_is_served(weights: str) -> None:
+    """Integers are made of what base and adapter come to, and no gradient is ever asked of them."""
     cfg = tiny_config()
     base = lively_params(cfg)
-    learnt = jax.tree.map(lambda leaf: leaf + 0.1, add_lora(cfg, base, jax.random.key(0), LoraConfig(2, targets=("q", "down"))))
-    adapted = merge(learnt, base)
+    lora = jax.tree.map(lambda leaf: leaf + 0.1, add_lora(cfg, base, jax.random.key(0), LoraConfig(2, targets=("q", "down"))))
+    adapted = merge(lora, base)
     assert any(isinstance(leaf, LoRA) for leaf in leaf_paths(adapted).values())
-    folded = map_paths(lambda _, leaf: dense(leaf) if isinstance(leaf, LoRA) else leaf, adapted)
-    wanted = for_inference(cfg, quantize(folded) if weights == "int8" else folded)
-    found = leaf_paths(as_served(cfg, adapted, weights))
-    for path, leaf in leaf_paths(wanted).items():
-        for one, two in zip(jax.tree.leaves(found[path]), jax.tree.leaves(leaf), strict=True):
+    merged = map_paths(lambda _, leaf: dense(leaf) if isinstance(leaf, LoRA) else leaf, adapted)
+    wanted = leaf_paths(for_inference(cfg, quantize(merged) if weights == "int8" else merged))
+    served = leaf_paths(Layout(weights).params(cfg, adapted))
+    for path, leaf in wanted.items():
+        for one, two in zip(jax.tree.leaves(served[path]), jax.tree.leaves(leaf), strict=True):
             assert np.array_equal(one, two), path
 
 
+def out_of_memory(*_: Any, **__: Any) -> None:
+    raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 377487360 bytes.")
+
+
 def test_too_many_slots_for_memory_is_a_sentence_and_ends_what_compiles_ahead() -> None:
-    from stages.cli.console import Console
-    from stages.serve.run import _warm
-
-    class Full:
-        failed: BaseException | None = None
-
-        def start(self, changed: Any, report: Any, ahead: Any) -> None:
-            self.failed = RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 377487360 bytes.")
-            changed()
-
     stopped: list[bool] = []
     ahead: Any = SimpleNamespace(stop=lambda: stopped.append(True))
+    slots: Any = SimpleNamespace(cfg=None, capacity=8, warm=out_of_memory)
+    state: Any = SimpleNamespace(engine=Engine(slots, CompileCounter()))
     with pytest.raises(UserError, match="Give fewer --slots, a smaller --capacity"):
-        asyncio.run(_warm(SimpleNamespace(engine=Full()), ahead, Console()))
+        asyncio.run(lifecycle.warm(state, ahead, Console()))
+    state.engine.stop()
     assert stopped == [True]
 
 
-@pytest.mark.parametrize("seen", ["foreseen", "met"])
+@pytest.mark.parametrize("foreseen", [True, False])
 def test_slots_beyond_memory_are_refused_with_flags_of_this_stage(
-    folder: Path, seen: str, monkeypatch: pytest.MonkeyPatch
+    folder: Path, foreseen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from engine.counting import hardware
-    from stages.cli.console import Console
-    from stages.serve import startup as loading
-
-    def full(*_: Any, **__: Any) -> None:
-        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 377487360 bytes.")
-
-    given = dataclasses.replace(command.Serve(), model=str(folder), slots=500)
-    if seen == "foreseen":
+    if foreseen:
         monkeypatch.setattr(hardware, "memory_limit_bytes", lambda: 10**6)
     else:
-        monkeypatch.setattr(loading, "Slots", full)
+        monkeypatch.setattr(startup, "Slots", out_of_memory)
     with pytest.raises(UserError, match=r"500 slots.* Give fewer --slots, a smaller --capacity"):
-        loading.load(given, Console())
+        load_state(folder, weights="int8", slots=500)

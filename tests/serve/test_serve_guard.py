@@ -16,9 +16,8 @@ KEYS = ("first-key", "second-kéy-…")
 @pytest.fixture(scope="module")
 def locked() -> Iterator[TinyServer]:
     """A server with two keys, whose engine is not even warm: nobody gets that far."""
-    server = TinyServer(keys=KEYS, warm=False).start()
-    yield server
-    server.stop()
+    with TinyServer(keys=KEYS, warm=False) as server:
+        yield server
 
 
 def raw(port: int, *lines: str, body: bytes = b"") -> tuple[int, bytes]:
@@ -94,14 +93,14 @@ def test_live_alone_needs_no_key(locked: TinyServer) -> None:
 def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """All keys, whole, by hmac.compare_digest, whether or not one has matched."""
     from stages.serve.api import guard
-    from stages.serve.errors import Refused
+    from stages.serve.errors import ApiError
 
     compared: list[tuple[bytes, bytes]] = []
     real = guard.hmac.compare_digest
     monkeypatch.setattr(guard.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or real(a, b))  # type: ignore[func-returns-value]
     guarded = guard.Guard(lambda *_: None, keys=["a", "b", "c"], hosts=None)  # type: ignore[arg-type, return-value]
     assert guarded._check_key(["Bearer a"], "/v1/models")
-    with pytest.raises(Refused):
+    with pytest.raises(ApiError):
         guarded._check_key(["Bearer d"], "/v1/models")
     assert len(compared) == 6
     assert {len(side) for pair in compared for side in pair} == {32}

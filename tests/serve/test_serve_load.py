@@ -14,7 +14,7 @@ import httpx
 import pytest
 from tiny_server import QUEUE, SLOTS, TinyServer, ask, say
 
-from stages.serve import state as served_module
+from stages.serve import state
 
 LONG = 130  # tokens
 
@@ -22,7 +22,7 @@ LONG = 130  # tokens
 @pytest.fixture
 def slowed(tiny_server: TinyServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], None]]:
     """Makes each step of the engine take so many seconds more."""
-    slots = tiny_server.made.slots
+    slots = tiny_server.slots
     step = slots.step
     seconds = [0.0]
 
@@ -33,7 +33,7 @@ def slowed(tiny_server: TinyServer, monkeypatch: pytest.MonkeyPatch) -> Iterator
     monkeypatch.setattr(slots, "step", slow)
     yield lambda taken: seconds.__setitem__(0, taken)
     seconds[0] = 0.0
-    assert until(lambda: tiny_server.served.engine.state[:2] == (0, 0) and tiny_server.served.door.taken == 0)
+    assert until(lambda: tiny_server.load == (0, 0, 0))
 
 
 def until(true: Callable[[], bool], seconds: float = 10.0) -> bool:
@@ -44,7 +44,7 @@ def until(true: Callable[[], bool], seconds: float = 10.0) -> bool:
 
 
 def running(server: TinyServer) -> int:
-    return server.served.engine.state.running
+    return server.state.engine.load.running
 
 
 def test_who_leaves_frees_the_slot(tiny_server: TinyServer, slowed: Callable[[float], None]) -> None:
@@ -68,9 +68,9 @@ def test_who_leaves_frees_the_slot(tiny_server: TinyServer, slowed: Callable[[fl
 
     asyncio.run(all_leave())
     left = time.monotonic()
-    assert until(lambda: tiny_server.served.engine.state[:2] == (0, 0), 2)
+    assert until(lambda: tiny_server.load[:2] == (0, 0), 2)
     assert time.monotonic() - left < 0.5
-    assert tiny_server.served.door.taken == 0
+    assert tiny_server.state.admission.reserved == 0
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -123,7 +123,7 @@ def test_who_reads_no_more_frees_the_slot(tiny_server: TinyServer, monkeypatch: 
 
     asyncio.run_coroutine_threadsafe(ask_and_read_nothing(), tiny_server.loop).result(10)
     assert len(sent) == 3
-    assert until(lambda: tiny_server.served.engine.state[:2] == (0, 0) and tiny_server.served.door.taken == 0, 2)
+    assert until(lambda: tiny_server.load == (0, 0, 0), 2)
 
 
 def test_too_many_are_told_at_once(tiny_server: TinyServer, slowed: Callable[[float], None]) -> None:
@@ -153,7 +153,7 @@ def test_too_many_are_told_at_once(tiny_server: TinyServer, slowed: Callable[[fl
 
 
 def test_who_is_too_many_is_told_before_its_body_is_read(tiny_server: TinyServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiny_server.served.door, "taken", SLOTS + QUEUE)
+    monkeypatch.setattr(tiny_server.state.admission, "reserved", SLOTS + QUEUE)
     for path in ("/v1/completions", "/v1/chat/completions"):
         with socket.create_connection(("127.0.0.1", tiny_server.port), 5) as connection:
             head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
@@ -166,18 +166,18 @@ def test_n_takes_n_places_or_none(tiny_server: TinyServer, slowed: Callable[[flo
     with tiny_server.client() as client:
         thread = threading.Thread(target=lambda: client.post("/v1/completions", json=ask(most=40, ignore_eos=True, n=5)))
         thread.start()
-        assert until(lambda: tiny_server.served.door.taken == 5)
+        assert until(lambda: tiny_server.state.admission.reserved == 5)
         assert client.post("/v1/completions", json=ask(n=3)).status_code == 429
         assert client.post("/v1/completions", json=ask(n=2)).status_code == 200
         thread.join()
 
 
 def test_health_tells_that_the_engine_is_stuck(tiny_server: TinyServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(served_module, "STUCK", 0.4)
+    monkeypatch.setattr(state, "STUCK", 0.4)
     freed = threading.Event()
     with tiny_server.client() as client:
         assert client.get("/health").status_code == 200
-        tiny_server.served.engine.do(lambda: freed.wait(30) and None)
+        tiny_server.state.engine._work.put(lambda: freed.wait(30) and None)
         begin = time.monotonic()
         assert until(lambda: client.get("/health").status_code == 503, 5)
         assert time.monotonic() - begin < 1.0
@@ -189,52 +189,44 @@ def test_health_tells_that_the_engine_is_stuck(tiny_server: TinyServer, monkeypa
 
 
 def test_stuck_is_noticed_within_what_is_promised() -> None:
-    assert served_module.STUCK + 0.5 < 5
+    assert state.STUCK + 0.5 < 5
 
 
 def test_health_before_and_after_its_time() -> None:
-    server = TinyServer(warm=False).start()
-    try:
-        with server.client() as client:
-            assert client.get("/health").json()["status"] == "warming"
-            assert client.get("/health").status_code == 503
-            for path, body in (("/v1/completions", ask()), ("/v1/chat/completions", say())):
-                reply = client.post(path, json=body)
-                assert reply.status_code == 503
-                assert reply.json()["error"]["code"] == "warming"
-            assert client.post("/tokenize", json={"prompt": "a"}).status_code == 200
-            server.made.slots.warm = lambda report, ahead: 1 / 0
-            changed = threading.Event()
-            server.served.engine.start(changed.set)
-            assert changed.wait(10)
-            assert client.get("/health").json()["status"] == "failed"
-            assert client.post("/v1/completions", json=ask()).json()["error"]["code"] == "failed"
-    finally:
-        server.stop()
+    with TinyServer(warm=False) as server, server.client() as client:
+        assert client.get("/health").json()["status"] == "warming"
+        assert client.get("/health").status_code == 503
+        for path, body in (("/v1/completions", ask()), ("/v1/chat/completions", say())):
+            reply = client.post(path, json=body)
+            assert reply.status_code == 503
+            assert reply.json()["error"]["code"] == "warming"
+        assert client.post("/tokenize", json={"prompt": "a"}).status_code == 200
+        server.slots.warm = lambda report, ahead: 1 / 0
+        changed = threading.Event()
+        server.state.engine.start(server.loop.call_soon_threadsafe, changed.set)
+        assert changed.wait(10)
+        assert client.get("/health").json()["status"] == "failed"
+        assert client.post("/v1/completions", json=ask()).json()["error"]["code"] == "failed"
 
 
 def test_an_engine_that_breaks_leaves_nobody_waiting() -> None:
-    server = TinyServer().start()
-    try:
-        with server.client() as client:
-            step = server.made.slots.step
-            calls = [0]
+    with TinyServer() as server, server.client() as client:
+        step = server.slots.step
+        calls = [0]
 
-            def breaks() -> Any:
-                calls[0] += 1
-                return step() if calls[0] < 3 else 1 / 0
+        def breaks() -> Any:
+            calls[0] += 1
+            return step() if calls[0] < 3 else 1 / 0
 
-            server.made.slots.step = breaks
-            reply = client.post("/v1/completions", json=ask(most=100, ignore_eos=True, n=4))
-            assert reply.status_code == 503
-            assert "failed" in reply.json()["error"]["message"]
-            assert client.get("/health").json()["status"] == "failed"
-    finally:
-        server.stop()
+        server.slots.step = breaks
+        reply = client.post("/v1/completions", json=ask(most=100, ignore_eos=True, n=4))
+        assert reply.status_code == 503
+        assert "failed" in reply.json()["error"]["message"]
+        assert client.get("/health").json()["status"] == "failed"
 
 
 def test_numbers_that_are_none_are_an_error_of_the_server(tiny_server: TinyServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    slots = tiny_server.made.slots
+    slots = tiny_server.slots
     step = slots.step
     monkeypatch.setattr(slots, "step", lambda: [event._replace(finished="error") for event in step()])
     with tiny_server.client() as client:
@@ -250,16 +242,16 @@ def test_numbers_that_are_none_are_an_error_of_the_server(tiny_server: TinyServe
 def test_a_mistake_of_ours_is_told_and_printed(
     tiny_server: TinyServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], stream: bool
 ) -> None:
-    from stages.serve.api.generation import Answer
+    from stages.serve.api.generation import Generation
 
-    monkeypatch.setattr(Answer, "_piece", lambda *_: {}["a mistake"])
+    monkeypatch.setattr(Generation, "_piece", lambda *_: {}["a mistake"])
     with tiny_server.client() as client:
         reply = client.post("/v1/completions", json=ask(most=3, stream=stream))
     assert reply.status_code == (200 if stream else 500)
     assert '"type":"server_error"' in reply.text
     assert "a mistake" not in reply.text
     assert "KeyError: 'a mistake'" in capfd.readouterr().err
-    assert until(lambda: tiny_server.served.engine.state[:2] == (0, 0) and tiny_server.served.door.taken == 0)
+    assert until(lambda: tiny_server.load == (0, 0, 0))
 
 
 REPEATED = (
@@ -308,7 +300,7 @@ def test_the_same_request_has_the_same_bits_under_any_load(tiny_server: TinyServ
 
     asyncio.run(load())
     assert different == []
-    assert tiny_server.served.engine.compiled == compiled
+    assert tiny_server.state.engine.compiled == compiled
 
 
 def said(reply: httpx.Response) -> Any:
@@ -357,7 +349,7 @@ def test_the_loop_answers_while_long_texts_become_tokens(tiny_server: TinyServer
 
 def test_what_is_under_way_ends_and_nobody_new_is_let_in(tiny_server: TinyServer, slowed: Callable[[float], None]) -> None:
     slowed(0.02)
-    door = tiny_server.served.door
+    admission = tiny_server.state.admission
     with tiny_server.client() as client:
         whole: list[httpx.Response] = []
         body = ask(most=60, ignore_eos=True)
@@ -368,7 +360,7 @@ def test_what_is_under_way_ends_and_nobody_new_is_let_in(tiny_server: TinyServer
         for thread in threads:
             thread.start()
         assert until(lambda: running(tiny_server) == 2)
-        door.close()
+        admission.draining = True
         try:
             for path in ("/v1/completions", "/v1/chat/completions", "/tokenize"):
                 late = client.post(path, json=ask())
@@ -379,20 +371,17 @@ def test_what_is_under_way_ends_and_nobody_new_is_let_in(tiny_server: TinyServer
             for thread in threads:
                 thread.join()
         finally:
-            door.draining = False
+            admission.draining = False
     assert [reply.status_code for reply in whole] == [200, 200]
     assert sum("[DONE]" in reply.text for reply in whole) == 1
 
 
 def test_prefixes_are_not_shared_between_keys() -> None:
-    server = TinyServer(keys=("one", "two")).start()
     text = "The assistant answers what the user asks; the system says how. 1234 "
-    try:
+    with TinyServer(keys=("one", "two")) as server:
         cached = []
         for key in ("one", "two", "two", "one"):
             with server.client(headers={"Authorization": f"Bearer {key}"}) as client:
                 usage = client.post("/v1/completions", json=ask(text)).json()["usage"]
             cached.append(usage["prompt_tokens_details"]["cached_tokens"] > 0)
         assert cached == [False, False, True, True]
-    finally:
-        server.stop()

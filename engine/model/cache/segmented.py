@@ -1,4 +1,4 @@
-"""KVSegments: the keys and values of many slots, cut by position, so that a call multiplies only what somebody has reached.
+"""Spans: the keys and values of many slots, cut by position, so that a call multiplies only what somebody has reached.
 
 A slot is room for one text. Its positions 0 .. S - 1 are cut into spans, each twice as long as all before it but the
 second, and each span of all slots is one array: a matrix product on a CPU reads a whole array in place, while a part of
@@ -18,25 +18,25 @@ from jax import Array
 from engine.model.config import ModelConfig
 from engine.model.layers import MASKED
 
-KVDtype = Literal["bfloat16", "float32", "int8"]
+Kind = Literal["bfloat16", "float32", "int8"]
 FINE = 254  # steps of the second digit in one of the first
 
 
-class QuantizedKV(NamedTuple):
+class Rounded(NamedTuple):
     """Keys or values as whole numbers: values (B, K, C, H) int8, scale (B, K, C) float32, one for each key or value."""
 
     values: Array
     scale: Array
 
 
-KVArray = Array | QuantizedKV
+Kept = Array | Rounded
 
 
-class KVSegments(NamedTuple):
+class Spans(NamedTuple):
     """k and v: for each of the L layers, for each span, the keys or values (B, K, C, H) of its C positions in all slots."""
 
-    k: tuple[tuple[KVArray, ...], ...]
-    v: tuple[tuple[KVArray, ...], ...]
+    k: tuple[tuple[Kept, ...], ...]
+    v: tuple[tuple[Kept, ...], ...]
 
     @property
     def slots(self) -> int:
@@ -65,62 +65,62 @@ class Rows(NamedTuple):
 Places = tuple[Array, ...]  # for each span, (U, 2) int32: the slot and the position in the span that each write goes to
 
 
-class SegmentedLayer(NamedTuple):
-    """One layer's part of KVSegments, the rows of the call, and where they are written."""
+class SpanLayer(NamedTuple):
+    """One layer's part of Spans, the rows of the call, and where they are written."""
 
-    k: tuple[KVArray, ...]
-    v: tuple[KVArray, ...]
+    k: tuple[Kept, ...]
+    v: tuple[Kept, ...]
     rows: Rows
     places: Places
 
 
-class SegmentedCache(NamedTuple):
-    """What `forward` is given as its cache, and returns with the call's keys and values written. See `segmented_cache`."""
+class SpanCache(NamedTuple):
+    """What `forward` is given as its cache, and returns with the call's keys and values written. See `span_cache`."""
 
-    spans: KVSegments
+    spans: Spans
     rows: Rows
     places: Places
 
-    def layer(self, i: int) -> SegmentedLayer:
+    def layer(self, i: int) -> SpanLayer:
         """What layer i reads and writes."""
-        return SegmentedLayer(self.spans.k[i], self.spans.v[i], self.rows, self.places)
+        return SpanLayer(self.spans.k[i], self.spans.v[i], self.rows, self.places)
 
-    def with_layers(self, layers: Sequence[SegmentedLayer]) -> "SegmentedCache":
+    def with_layers(self, layers: Sequence[SpanLayer]) -> "SpanCache":
         """The same with every layer replaced."""
-        return self._replace(spans=KVSegments(tuple(layer.k for layer in layers), tuple(layer.v for layer in layers)))
+        return self._replace(spans=Spans(tuple(layer.k for layer in layers), tuple(layer.v for layer in layers)))
 
 
-def segmented_cache(spans: KVSegments, rows: Rows) -> SegmentedCache:
+def span_cache(spans: Spans, rows: Rows) -> SpanCache:
     """The cache of one call. Where its rows are written is told once, for it is the same in every layer."""
     places = places_of(spans.edges, rows.target, rows.position[rows.source])
-    return SegmentedCache(spans, rows, jax.lax.optimization_barrier(places))  # else XLA works it out anew for each layer
+    return SpanCache(spans, rows, jax.lax.optimization_barrier(places))  # else XLA works it out anew for each layer
 
 
-def edges_of(layer: tuple[KVArray, ...]) -> tuple[int, ...]:
+def edges_of(layer: tuple[Kept, ...]) -> tuple[int, ...]:
     edges = [0]
     for kept in layer:
         edges.append(edges[-1] + jax.tree.leaves(kept)[0].shape[2])
     return tuple(edges)
 
 
-def make_kv_segments(cfg: ModelConfig, slots: int, capacity: int, first: int, kind: KVDtype = "bfloat16") -> KVSegments:
+def make_spans(cfg: ModelConfig, slots: int, capacity: int, first: int, kind: Kind = "bfloat16") -> Spans:
     """Empty spans for `slots` texts of `capacity` tokens, rounded up to a multiple of `first`, the shortest span's length."""
     edges = [0, first]
     while edges[-1] < capacity:
         edges.append(min(2 * edges[-1], -(-capacity // first) * first))
 
-    def empty(length: int) -> KVArray:
+    def empty(length: int) -> Kept:
         shape = (slots, cfg.kv_heads, length, cfg.head_dim)
         if kind == "int8":
-            return QuantizedKV(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1], jnp.float32))
+            return Rounded(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1], jnp.float32))
         return jnp.zeros(shape, jnp.dtype(kind))
 
     layer = lambda: tuple(empty(stop - start) for start, stop in itertools.pairwise(edges))
     layers = lambda: tuple(layer() for _ in range(cfg.layers))
-    return KVSegments(layers(), layers())
+    return Spans(layers(), layers())
 
 
-def attention(q: Array, k: Array, v: Array, layer: SegmentedLayer) -> tuple[Array, SegmentedLayer]:
+def attention(q: Array, k: Array, v: Array, layer: SpanLayer) -> tuple[Array, SpanLayer]:
     """q (R, T, N, H) scaled by H ** -0.5, k and v (R, T, K, H) -> (R, T, N * H) in q's dtype, and the layer with k, v written.
 
     A query at position p sees the positions 0 .. p of its slot, this call's own among them.
@@ -129,13 +129,13 @@ def attention(q: Array, k: Array, v: Array, layer: SegmentedLayer) -> tuple[Arra
     K = k.shape[2]
     G = N // K
     rows = layer.rows
-    layer = SegmentedLayer(
+    layer = SpanLayer(
         written(layer.k, k.transpose(0, 2, 1, 3)[rows.source], layer.places),
         written(layer.v, v.transpose(0, 2, 1, 3)[rows.source], layer.places),
         rows,
         layer.places,
     )
-    asked = q if isinstance(layer.k[0], QuantizedKV) else q.astype(layer.k[0].dtype)
+    asked = q if isinstance(layer.k[0], Rounded) else q.astype(layer.k[0].dtype)
     queries = asked.reshape(R, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(R, K, G * T, H)
     positions = jnp.where(rows.position[:, None] < 0, -1, rows.position[:, None] + jnp.arange(T))
     out = _attended(queries, jnp.tile(positions, (1, G)), layer)
@@ -152,12 +152,12 @@ def places_of(edges: tuple[int, ...], slots: Array, positions: Array) -> Places:
     return tuple(within(start, stop) for start, stop in itertools.pairwise(edges))
 
 
-def written(spans: tuple[KVArray, ...], new: Array, places: Places) -> tuple[KVArray, ...]:
+def written(spans: tuple[Kept, ...], new: Array, places: Places) -> tuple[Kept, ...]:
     """A layer's spans with new (U, K, T, H) put at their places; T tokens lie in one span."""
-    return placed(spans, _rounded(new) if isinstance(spans[0], QuantizedKV) else new, places)
+    return placed(spans, _rounded(new) if isinstance(spans[0], Rounded) else new, places)
 
 
-def placed(spans: tuple[KVArray, ...], new: KVArray, places: Places) -> tuple[KVArray, ...]:
+def placed(spans: tuple[Kept, ...], new: Kept, places: Places) -> tuple[Kept, ...]:
     """As `written`, for what is rounded already where the spans are."""
     return tuple(
         jax.tree.map(lambda array, part, at=at: put(array, part.astype(array.dtype), at), kept, new)
@@ -174,11 +174,11 @@ def put(array: Array, new: Array, places: Array) -> Array:
     return jax.lax.scatter(array, places, new, numbers, mode=jax.lax.GatherScatterMode.FILL_OR_DROP)
 
 
-def taken(spans: KVSegments, slot: Array, start: Array, length: int) -> KVArray:
+def taken(spans: Spans, slot: Array, start: Array, length: int) -> Kept:
     """Keys, then values, of `length` positions of a slot from `start` on, in all layers: (2 L, K, length, H)."""
     edges = spans.edges
 
-    def part(span: int) -> KVArray:
+    def part(span: int) -> Kept:
         def cut(array: Array) -> Array:
             sizes = (1, array.shape[1], length, *array.shape[3:])
             return jax.lax.dynamic_slice(array, (slot, 0, start - edges[span], *[0] * (array.ndim - 3)), sizes)[0]
@@ -190,22 +190,22 @@ def taken(spans: KVSegments, slot: Array, start: Array, length: int) -> KVArray:
     return jax.lax.switch(which, [lambda span=span: part(span) for span in range(len(edges) - 1)])
 
 
-def given(spans: KVSegments, chunk: KVArray, slot: Array, start: Array) -> KVSegments:
+def given(spans: Spans, chunk: Kept, slot: Array, start: Array) -> Spans:
     """spans with what `taken` took put into a slot from `start` on."""
     places = places_of(spans.edges, slot[None], start[None])
     layers = [
         placed(layer, jax.tree.map(lambda array, i=i: array[i][None], chunk), places)
         for i, layer in enumerate((*spans.k, *spans.v))
     ]
-    return KVSegments(tuple(layers[: len(spans.k)]), tuple(layers[len(spans.k) :]))
+    return Spans(tuple(layers[: len(spans.k)]), tuple(layers[len(spans.k) :]))
 
 
-def cleared(spans: KVSegments, slot: Array, reach: Array) -> KVSegments:
+def cleared(spans: Spans, slot: Array, reach: Array) -> Spans:
     """spans with zeros in all of a slot's spans that hold a position below `reach`: no NaN of another text is left there."""
     return _slots_set(spans, slot[None], reach, lambda array: jnp.zeros((1, *array.shape[1:]), array.dtype))
 
 
-def mirrored(spans: KVSegments, slot: Array, targets: Array, reach: Array) -> KVSegments:
+def mirrored(spans: Spans, slot: Array, targets: Array, reach: Array) -> Spans:
     """spans with a slot's content below `reach` put into the slots targets (X,) as well; a target that is none is left out."""
 
     def copies(array: Array) -> Array:
@@ -214,8 +214,8 @@ def mirrored(spans: KVSegments, slot: Array, targets: Array, reach: Array) -> KV
     return _slots_set(spans, targets, reach, copies)
 
 
-def _slots_set(spans: KVSegments, slots: Array, reach: Array, content: Callable[[Array], Array]) -> KVSegments:
-    def whole(layer: tuple[KVArray, ...]) -> tuple[KVArray, ...]:
+def _slots_set(spans: Spans, slots: Array, reach: Array, content: Callable[[Array], Array]) -> Spans:
+    def whole(layer: tuple[Kept, ...]) -> tuple[Kept, ...]:
         done = []
         for kept, start in zip(layer, edges_of(layer)):
             to = jnp.where(start < reach, slots, spans.slots)
@@ -223,10 +223,10 @@ def _slots_set(spans: KVSegments, slots: Array, reach: Array, content: Callable[
             done.append(jax.tree.map(lambda array, at=whole_span: put(array, content(array), at), kept))
         return tuple(done)
 
-    return KVSegments(tuple(whole(layer) for layer in spans.k), tuple(whole(layer) for layer in spans.v))
+    return Spans(tuple(whole(layer) for layer in spans.k), tuple(whole(layer) for layer in spans.v))
 
 
-def _attended(q: Array, positions: Array, layer: SegmentedLayer) -> Array:
+def _attended(q: Array, positions: Array, layer: SpanLayer) -> Array:
     """q (R, K, M, H), positions (R, M) -> (R, K, M, H) float32."""
     R, K, M, H = q.shape
     if M == 1:  # a product with a single row takes a slow path on a CPU
@@ -235,7 +235,7 @@ def _attended(q: Array, positions: Array, layer: SegmentedLayer) -> Array:
     pick = lambda kept: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer.rows.target[0], 0), kept) if lone else kept
     edges, longest = edges_of(layer.k), positions.max()
     state = (jnp.full((R, K, M), MASKED), jnp.zeros((R, K, M)), jnp.zeros((R, K, M, H)))
-    asked = _two_digits(q) if isinstance(layer.k[0], QuantizedKV) else q
+    asked = _two_digits(q) if isinstance(layer.k[0], Rounded) else q
     for keys, values, start, stop in zip(layer.k, layer.v, edges, edges[1:]):
         last = positions - start  # of the span's own places, the last that each query sees
 
@@ -258,18 +258,18 @@ def _attended(q: Array, positions: Array, layer: SegmentedLayer) -> Array:
     return mixed / total[..., None]
 
 
-def _scores(q: Any, keys: KVArray) -> Array:
+def _scores(q: Any, keys: Kept) -> Array:
     """q (R, K, M, H), in two digits where keys are rounded, keys (R, K, C, H) -> (R, K, M, C) float32."""
-    if not isinstance(keys, QuantizedKV):
+    if not isinstance(keys, Rounded):
         return jnp.einsum("rkmh,rkch->rkmc", q, keys, preferred_element_type=jnp.float32)
     digits, scale = q
     products = jnp.einsum("rkmh,rkch->rkmc", digits, keys.values, preferred_element_type=jnp.int32)
     return _joined(products) * scale[..., None] * keys.scale[:, :, None]
 
 
-def _mixed(weights: Array, values: KVArray, mask: Array) -> Array:
+def _mixed(weights: Array, values: Kept, mask: Array) -> Array:
     """weights (R, K, M, C), values (R, K, C, H) -> (R, K, M, H) float32."""
-    if not isinstance(values, QuantizedKV):
+    if not isinstance(values, Rounded):
         return jnp.einsum("rkmc,rkch->rkmh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
     # Beyond a row's end a scale may be stale, even NaN, and 0 times NaN is NaN.
     digits, scale = _two_digits(jnp.where(mask, weights * values.scale[:, :, None], 0))
@@ -277,12 +277,12 @@ def _mixed(weights: Array, values: KVArray, mask: Array) -> Array:
     return _joined(products) * scale[..., None]
 
 
-def _rounded(x: Array) -> QuantizedKV:
+def _rounded(x: Array) -> Rounded:
     """x (..., H) -> int8 and a scale for each vector: the largest magnitude becomes 127."""
     x = x.astype(jnp.float32)
     scale = jnp.abs(x).max(-1) / 127
     scale = jnp.where(scale == 0, 1, scale)
-    return QuantizedKV(jnp.round(x / scale[..., None]).astype(jnp.int8), scale)
+    return Rounded(jnp.round(x / scale[..., None]).astype(jnp.int8), scale)
 
 
 def _two_digits(x: Array) -> tuple[Array, Array]:

@@ -1,7 +1,7 @@
-"""POST /v1/chat/completions."""
+"""POST /v1/chat/completions: answers a conversation."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from msgspec import UNSET
@@ -9,126 +9,108 @@ from starlette.requests import Request
 
 from engine.inference.request import LogProb
 from engine.text.tokenizer import Tokenizer
-from stages.serve.api.body import read
+from stages.serve.api.body import read_body
 from stages.serve.api.event_stream import QUIET
-from stages.serve.api.generate import answered
-from stages.serve.api.generation import Answer
+from stages.serve.api.generation import Generation, Piece, generate
 from stages.serve.api.reply_schema import (
-    Answered,
     ChatChoice,
     ChatChunk,
+    ChatChunkChoice,
     ChatLogProbs,
-    ChatPiece,
     ChatReply,
     Delta,
+    ReplyMessage,
     TokenLogProb,
     TopLogProb,
-    new_id,
-)  # fmt: skip
-from stages.serve.api.request_schema import ChatRequest, Said
-from stages.serve.errors import Refused
-from stages.serve.state import Served
-from stages.serve.tokenize import spoken
+    Usage,
+)
+from stages.serve.api.request_schema import ChatRequest, Message
+from stages.serve.errors import ApiError
+from stages.serve.state import ServerState
+from stages.serve.tokenize import token_text
 
 
-async def chat(request: Request) -> Any:
-    """Answers a conversation."""
-    served: Served = request.app.state.served
+async def chat_completions(http: Request) -> Any:
+    state: ServerState = http.app.state.server
     arrived = time.monotonic()
-    served.check_ready()
-    body = await read(request, ChatRequest)
-    served.check_model(body.model)
+    state.check_ready()
+    body = await read_body(http, ChatRequest)
     if body.top_logprobs is not None and not body.logprobs:
-        raise Refused(400, "top_logprobs is given without logprobs being true.", param="top_logprobs")
+        raise ApiError(400, "top_logprobs is given without logprobs being true.", param="top_logprobs")
     if body.max_tokens is not None and body.max_completion_tokens is not None:
-        raise Refused(
+        raise ApiError(
             400, "max_completion_tokens is given beside max_tokens, its older name; one says it.", param="max_completion_tokens"
         )
-    messages, end = conversation(body.messages), served.prompts.answers_end
+    end = state.tokenizer.chat_end
 
-    async def prompts() -> list[list[int]]:
-        return [await served.prompts.of_chat(messages)]
+    async def encode() -> list[list[int]]:
+        return [await state.tokenizer.encode_chat(template_messages(body.messages))]
 
-    return await answered(
-        request, body, _Writer(served, body), prompts, body.n or 1, most=body.max_completion_tokens or body.max_tokens,
-        ends=served.ends if end is None else served.ends | {end},
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None, param="messages", arrived=arrived,
+    return await generate(
+        http, body, ChatWriter(state, body), encode, choices=body.n or 1, prompt_field="messages", arrived=arrived,
+        max_tokens=body.max_completion_tokens or body.max_tokens, logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        stop_token_ids=state.stop_token_ids if end is None else state.stop_token_ids | {end},
     )  # fmt: skip
 
 
-def conversation(messages: list[Said]) -> list[dict[str, str]]:
-    """Roles and texts as a template takes them; it knows a developer as the system."""
+def template_messages(messages: list[Message]) -> list[dict[str, str]]:
+    """Returns roles and texts as a chat template takes them; it knows a developer as the system."""
     return [
         {"role": "system" if message.role == "developer" else message.role, "content": message.text} for message in messages
     ]
 
 
-class _Writer:
-    """Pieces of an answer in OpenAI's words."""
+class ChatWriter:
+    """Writes a generation as chat completions in OpenAI's form."""
 
-    def __init__(self, served: Served, body: ChatRequest) -> None:
-        self._tokenizer = served.prompts.tokenizer
-        self._indented = served.prompts.indented
-        self._wants = bool(body.logprobs)
-        self._usage = bool(body.stream_options and body.stream_options.include_usage)
-        self._n = body.n or 1
-        self.id, self.created = new_id("chatcmpl")
-        self.model, self.fingerprint = served.name, served.fingerprint
+    def __init__(self, state: ServerState, body: ChatRequest) -> None:
+        self._tokenizer, self._strips_space = state.tokenizer.tokenizer, state.tokenizer.strips_space
+        self._wants_logprobs, self._n = bool(body.logprobs), body.n or 1
+        self._wants_usage = bool(body.stream_options and body.stream_options.include_usage)
+        self._head = state.reply_head("chatcmpl")
 
-    async def reply(self, answer: Answer) -> ChatReply:
-        texts, drawn = [""] * self._n, [list[LogProb]() for _ in range(self._n)]
-        reasons: list[Any] = [None] * self._n
-        async for piece in answer.pieces():
-            if piece:
-                texts[piece.place] += piece.text
-                drawn[piece.place] += piece.logprobs
-                reasons[piece.place] = piece.reason
-        choices = [
-            ChatChoice(index, Answered(self._begun(texts[index], "")), reasons[index], self._told(drawn[index]))
-            for index in range(self._n)
+    def reply(self, choices: Sequence[Piece], usage: Usage) -> ChatReply:
+        written = [
+            ChatChoice(index, ReplyMessage(self._stripped(text)), reason, self._logprobs(logprobs))  # type: ignore[arg-type]
+            for index, text, logprobs, reason in choices
         ]
-        return ChatReply(
-            id=self.id, created=self.created, model=self.model, system_fingerprint=self.fingerprint, choices=choices,
-            usage=answer.usage,
-        )  # fmt: skip
+        return ChatReply(**self._head, choices=written, usage=usage)
 
-    async def chunks(self, answer: Answer) -> AsyncIterator[ChatChunk | None]:
-        said = [""] * self._n
+    async def chunks(self, generation: Generation) -> AsyncIterator[ChatChunk | None]:
+        begun: set[int] = set()  # choices that have text
         for index in range(self._n):
-            yield self._chunk([ChatPiece(index, Delta("assistant", ""))])
-        async for piece in answer.pieces(QUIET):
+            yield self._chunk(ChatChunkChoice(index, Delta("assistant", "")))
+        async for piece in generation.pieces(QUIET):
             if piece is None:
                 yield None
                 continue
-            text = self._begun(piece.text, said[piece.place])
-            said[piece.place] += piece.text
-            delta = Delta(content=text) if text else Delta()
+            text = piece.text if piece.choice in begun else self._stripped(piece.text)
+            if piece.text:
+                begun.add(piece.choice)
             if text or piece.logprobs:
-                yield self._chunk([ChatPiece(piece.place, delta, None, self._told(piece.logprobs))])
+                delta = Delta(content=text) if text else Delta()
+                yield self._chunk(ChatChunkChoice(piece.choice, delta, None, self._logprobs(piece.logprobs)))
             if piece.reason:
-                yield self._chunk([ChatPiece(piece.place, Delta(), piece.reason)])
-        if self._usage:
-            yield self._chunk([], answer.usage)
+                yield self._chunk(ChatChunkChoice(piece.choice, Delta(), piece.reason))
+        if self._wants_usage:
+            yield self._chunk(usage=generation.usage)
 
-    def _chunk(self, choices: list[ChatPiece], usage: Any = None) -> ChatChunk:
-        return ChatChunk(
-            id=self.id, created=self.created, model=self.model, system_fingerprint=self.fingerprint, choices=choices,
-            usage=usage if self._usage else UNSET,
-        )  # fmt: skip
+    def _chunk(self, *choices: ChatChunkChoice, usage: Usage | None = None) -> ChatChunk:
+        return ChatChunk(**self._head, choices=list(choices), usage=usage if self._wants_usage else UNSET)
 
-    def _begun(self, text: str, before: str) -> str:
-        """A text without the space with which a word follows the name that a plain template ends with."""
-        return text[1:] if self._indented and not before and text.startswith(" ") else text
+    def _stripped(self, text: str) -> str:
+        """Returns the beginning of a text without the space that follows the name a plain template ends with."""
+        return text.removeprefix(" ") if self._strips_space else text
 
-    def _told(self, drawn: list[LogProb]) -> ChatLogProbs | None:
-        return ChatLogProbs([told(self._tokenizer, each) for each in drawn]) if self._wants else None
+    def _logprobs(self, logprobs: list[LogProb]) -> ChatLogProbs | None:
+        return ChatLogProbs([token_logprob(self._tokenizer, each) for each in logprobs]) if self._wants_logprobs else None
 
 
-def told(tokenizer: Tokenizer, drawn: LogProb) -> TokenLogProb:
-    """A token's log-probability, and those of the most probable ones, in OpenAI's words."""
-    name, value = spoken(tokenizer, drawn.token)
+def token_logprob(tokenizer: Tokenizer, logprob: LogProb) -> TokenLogProb:
+    """Returns a token's log-probability, and those of the most probable tokens in its place, in OpenAI's form."""
+    text, value = token_text(tokenizer, logprob.token)
     top = []
-    for token, logprob in drawn.top:
-        other, other_value = spoken(tokenizer, token)
-        top.append(TopLogProb(other, logprob, list(other_value)))
-    return TokenLogProb(name, drawn.logprob, list(value), top)
+    for token, nats in logprob.top:
+        top_text, top_bytes = token_text(tokenizer, token)
+        top.append(TopLogProb(top_text, nats, list(top_bytes)))
+    return TokenLogProb(text, logprob.logprob, list(value), top)

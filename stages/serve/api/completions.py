@@ -1,102 +1,92 @@
-"""POST /v1/completions: texts or token ids to continue."""
+"""POST /v1/completions: continues texts or token ids."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from msgspec import UNSET
 from starlette.requests import Request
 
 from engine.inference.request import LogProb
-from stages.serve.api.body import read
+from stages.serve.api.body import read_body
 from stages.serve.api.event_stream import QUIET
-from stages.serve.api.generate import answered
-from stages.serve.api.generation import Answer, Piece
-from stages.serve.api.reply_schema import TextChoice, TextLogProbs, TextReply, new_id
-from stages.serve.api.request_schema import MOST_PROMPTS, CompletionRequest
-from stages.serve.errors import Refused
-from stages.serve.state import Served
-from stages.serve.tokenize import batched_ids, spoken
+from stages.serve.api.generation import Generation, Piece, generate
+from stages.serve.api.reply_schema import TextChoice, TextLogProbs, TextReply, Usage
+from stages.serve.api.request_schema import MAX_PROMPTS, CompletionRequest
+from stages.serve.errors import ApiError
+from stages.serve.state import ServerState
+from stages.serve.tokenize import token_text
 
-MOST_TOKENS = 16  # when it is not said how many, as OpenAI has it
+DEFAULT_MAX_TOKENS = 16  # as OpenAI has it
 
 
-async def completions(request: Request) -> Any:
+async def completions(http: Request) -> Any:
     """Continues each prompt `n` times; the choices of a prompt follow each other."""
-    served: Served = request.app.state.served
+    state: ServerState = http.app.state.server
     arrived = time.monotonic()
-    served.check_ready()
-    body = await read(request, CompletionRequest)
-    served.check_model(body.model)
-    ids = batched_ids(body.prompt)
-    texts: list[str] = [body.prompt] if isinstance(body.prompt, str) else body.prompt  # type: ignore[assignment]
-    count = len(texts if ids is None else ids)
-    if count > MOST_PROMPTS:
-        raise Refused(400, f"prompt holds {count} prompts; at most {MOST_PROMPTS} are taken at once.", param="prompt")
-    many = count * (body.n or 1)
+    state.check_ready()
+    body = await read_body(http, CompletionRequest)
+    texts, ids = split_prompt(body.prompt)
+    count = len(texts) + len(ids)
+    if count > MAX_PROMPTS:
+        raise ApiError(400, f"prompt holds {count} prompts; at most {MAX_PROMPTS} are taken at once.", param="prompt")
+    choices = count * (body.n or 1)
 
-    async def prompts() -> list[list[int]]:
-        return await served.prompts.of_texts(texts) if ids is None else ids
+    async def encode() -> list[list[int]]:
+        return ids or await state.tokenizer.encode(texts)
 
-    return await answered(
-        request, body, _Writer(served, body, many), prompts, many, most=body.max_tokens or MOST_TOKENS, ends=served.ends,
-        logprobs=body.logprobs, param="prompt", arrived=arrived,
+    return await generate(
+        http, body, TextWriter(state, body, choices), encode, choices=choices, max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS,
+        logprobs=body.logprobs, stop_token_ids=state.stop_token_ids, prompt_field="prompt", arrived=arrived,
     )  # fmt: skip
 
 
-class _Writer:
-    """Pieces of completions in OpenAI's words."""
+def split_prompt(prompt: Any) -> tuple[list[str], list[list[int]]]:
+    """Returns a prompt in any of its forms as texts or as lists of token ids; one of the two is empty. Raises ApiError."""
+    parts = prompt if isinstance(prompt, list) else [prompt]
+    if all(isinstance(part, str) for part in parts):
+        return parts, []
+    if all(isinstance(part, int) for part in parts):
+        return [], [parts]
+    if all(isinstance(part, list) for part in parts):
+        return [], parts
+    raise ApiError(400, "prompt must hold only texts, only token ids, or only lists of token ids.", param="prompt")
 
-    def __init__(self, served: Served, body: CompletionRequest, count: int) -> None:
-        self._tokenizer = served.prompts.tokenizer
-        self._logprobs = body.logprobs
-        self._usage = bool(body.stream_options and body.stream_options.include_usage)
-        self._offsets = [0] * count
-        self._streams = [self._tokenizer.stream() for _ in range(count)]
-        self.id, self.created = new_id("cmpl")
-        self.model, self.fingerprint = served.name, served.fingerprint
 
-    async def reply(self, answer: Answer) -> TextReply:
-        count = len(self._offsets)
-        texts, drawn = [""] * count, [list[LogProb]() for _ in range(count)]
-        reasons: list[Any] = [None] * count
-        async for piece in answer.pieces():
-            if piece:
-                texts[piece.place] += piece.text
-                drawn[piece.place] += piece.logprobs
-                reasons[piece.place] = piece.reason
-        choices = [TextChoice(index, texts[index], reasons[index], self._told(index, drawn[index])) for index in range(count)]
-        return self._reply(choices, answer.usage)
+class TextWriter:
+    """Writes a generation of `choices` completions as text completions in OpenAI's form."""
 
-    async def chunks(self, answer: Answer) -> AsyncIterator[TextReply | None]:
-        async for piece in answer.pieces(QUIET):
+    def __init__(self, state: ServerState, body: CompletionRequest, choices: int) -> None:
+        self._tokenizer = state.tokenizer.tokenizer
+        self._top_logprobs = body.logprobs
+        self._wants_usage = bool(body.stream_options and body.stream_options.include_usage)
+        self._offsets = [0] * choices
+        self._streams = [self._tokenizer.stream() for _ in range(choices)]
+        self._head = state.reply_head("cmpl")
+
+    def reply(self, choices: Sequence[Piece], usage: Usage) -> TextReply:
+        return TextReply(**self._head, choices=[self._choice(piece) for piece in choices], usage=usage)
+
+    async def chunks(self, generation: Generation) -> AsyncIterator[TextReply | None]:
+        async for piece in generation.pieces(QUIET):
             if piece is None:
                 yield None
             elif piece.text or piece.logprobs or piece.reason:
-                yield self._reply([self._choice(piece)], None if self._usage else UNSET)
-        if self._usage:
-            yield self._reply([], answer.usage)
+                usage = None if self._wants_usage else UNSET
+                yield TextReply(**self._head, choices=[self._choice(piece)], usage=usage)
+        if self._wants_usage:
+            yield self.reply([], generation.usage)
 
     def _choice(self, piece: Piece) -> TextChoice:
-        return TextChoice(piece.place, piece.text, piece.reason, self._told(piece.place, piece.logprobs))
+        return TextChoice(piece.choice, piece.text, piece.reason, self._logprobs(piece.choice, piece.logprobs))
 
-    def _reply(self, choices: list[TextChoice], usage: Any) -> TextReply:
-        return TextReply(
-            id=self.id,
-            created=self.created,
-            model=self.model,
-            system_fingerprint=self.fingerprint,
-            choices=choices,
-            usage=usage,
-        )
-
-    def _told(self, index: int, drawn: list[LogProb]) -> TextLogProbs | None:
-        if self._logprobs is None:
+    def _logprobs(self, index: int, logprobs: list[LogProb]) -> TextLogProbs | None:
+        if self._top_logprobs is None:
             return None
         offsets = []
-        for each in drawn:
+        for each in logprobs:
             offsets.append(self._offsets[index])
             self._offsets[index] += len(self._streams[index].push(each.token))  # a part of a character stands where that will
-        name = lambda token: spoken(self._tokenizer, token)[0]
-        top = [{name(token): logprob for token, logprob in each.top} for each in drawn] if self._logprobs else None
-        return TextLogProbs([name(each.token) for each in drawn], [each.logprob for each in drawn], top, offsets)
+        name = lambda token: token_text(self._tokenizer, token)[0]
+        top = [{name(token): nats for token, nats in each.top} for each in logprobs] if self._top_logprobs else None
+        return TextLogProbs([name(each.token) for each in logprobs], [each.logprob for each in logprobs], top, offsets)

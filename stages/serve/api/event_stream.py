@@ -1,16 +1,15 @@
-"""An answer as server-sent events, which ends at once when the client leaves or no longer reads."""
+"""EventStream: a generation as server-sent events, which ends at once when the client leaves or no longer reads."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any, Protocol
 
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from stages.serve.api.generation import Answer
-from stages.serve.errors import ErrorReply, Gone, Refused, at_fault
+from stages.serve.errors import ApiError, ClientGone, internal_error
 
-QUIET = 10.0  # seconds without news after which a comment is sent, so that nobody between takes the connection for dead
+QUIET = 10.0  # seconds without news after which a comment is sent, so that no proxy takes the connection for dead
 UNREAD = 60.0  # seconds a client may leave what it was sent unread
 
 HEADERS = [
@@ -20,14 +19,22 @@ HEADERS = [
 ]
 
 
-class EventStream:
-    """Sends what `chunks` gives, then `[DONE]`; `close` is called in any case."""
+class Watched(Protocol):
+    """A generation, as far as a stream needs it: `watch` makes its chunks raise ClientGone when the client has left."""
 
-    def __init__(self, answer: Answer, chunks: AsyncIterator[Any | None], close: Callable[[], None]) -> None:
-        self._answer, self._chunks, self._close = answer, chunks, close
+    def watch(self, receive: Receive) -> Awaitable[None]: ...
+
+    def close(self) -> None: ...
+
+
+class EventStream:
+    """A response: sends the `chunks` (a comment for None), then `[DONE]`, and closes the generation in any case."""
+
+    def __init__(self, generation: Watched, chunks: AsyncIterator[Any | None]) -> None:
+        self._generation, self._chunks = generation, chunks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        watch = asyncio.create_task(self._answer.watch(receive))
+        watch = asyncio.ensure_future(self._generation.watch(receive))
 
         async def write(data: bytes, more: bool = True) -> None:
             async with asyncio.timeout(UNREAD):
@@ -37,29 +44,20 @@ class EventStream:
             await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
             try:
                 async for chunk in self._chunks:
-                    await write(b": waiting\n\n" if chunk is None else event(chunk))
-            except Refused as refused:
-                await write(event(ErrorReply(refused.problem)))
-            except (Gone, OSError, TimeoutError):
+                    await write(b": waiting\n\n" if chunk is None else _data(msgspec.json.encode(chunk)))
+            except ApiError as error:
+                await write(_data(error.body))
+            except (ClientGone, OSError, TimeoutError):
                 raise
             except Exception as error:
-                await write(event(ErrorReply(at_fault(error).problem)))
+                await write(_data(internal_error(error).body))
             await write(b"data: [DONE]\n\n", more=False)
-        except (Gone, OSError, TimeoutError):
+        except (ClientGone, OSError, TimeoutError):
             pass  # nobody reads it
         finally:
             watch.cancel()
-            self._close()
+            self._generation.close()
 
 
-def event(value: Any) -> bytes:
-    return b"data: " + msgspec.json.encode(value) + b"\n\n"
-
-
-async def whole[T](answer: Answer, receive: Receive, collect: Awaitable[T]) -> T:
-    """What `collect` gives, unless the client leaves before: then raises Gone."""
-    watch = asyncio.create_task(answer.watch(receive))
-    try:
-        return await collect
-    finally:
-        watch.cancel()
+def _data(json: bytes) -> bytes:
+    return b"data: " + json + b"\n\n"

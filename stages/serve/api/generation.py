@@ -1,132 +1,211 @@
-"""An answer under way: the completions of one HTTP request, from the engine's events to pieces of text in order."""
+"""Generation: the completions of one HTTP request, from its prompts to the pieces of text that its reply is written from."""
 
 import asyncio
 import functools
+import os
 import time
-from collections.abc import AsyncIterator, Sequence
-from typing import NamedTuple
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
+import starlette.requests
 from starlette.types import Receive
 
-from engine.inference.request import Event, LogProb, Request
-from engine.inference.stop_strings import CompletionText
-from engine.text.tokenizer import Tokenizer
-from stages.serve.admission import Door
+from engine.errors import InvalidField
+from engine.inference.request import Event, LogProb, Request, check
+from engine.inference.sampling_params import SEEDS, SamplingParams
+from engine.inference.stop_strings import Completion
+from stages.serve.api.event_stream import EventStream
 from stages.serve.api.reply_schema import CachedTokens, Reason, Usage
-from stages.serve.engine import Engine
-from stages.serve.errors import Gone, Refused
-from stages.serve.metrics import Metrics
+from stages.serve.api.request_schema import CompletionFields
+from stages.serve.errors import ApiError, ClientGone, json_reply
+from stages.serve.state import ServerState
+from stages.serve.tokenize import context_overflow
+
+# Fields of a body that the engine knows by the same name and of the same meaning; null is its default.
+SAMPLING = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
 class Piece(NamedTuple):
-    """What is new of completion number `place`: text, log-probabilities, and why it ended, if it did."""
+    """New text of choice number `choice`, its log-probabilities, and why the choice ended, if it did."""
 
-    place: int
+    choice: int
     text: str
     logprobs: list[LogProb]
     reason: Reason | None
 
 
-class Answer:
-    """The requests of one HTTP request in the engine. `close` must be called: it ends what is still under way.
+class Generation:
+    """The completions that one HTTP request has in the engine, in places that are reserved. `close` must be called.
 
     `repeats`: so many requests in a row have the same prompt, which is counted once. `arrived`: by time.monotonic.
     """
 
     def __init__(
-        self, engine: Engine, metrics: Metrics, door: Door, tokenizer: Tokenizer, requests: Sequence[Request],
-        stops: Sequence[str], repeats: int, arrived: float,
-    ) -> None:  # fmt: skip
-        self._engine, self._metrics, self._door, self._arrived = engine, metrics, door, arrived
-        self._news: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
-        self._completions = [CompletionText(tokenizer.stream(), stops) for _ in requests]
-        self._first: list[float | None] = [None] * len(requests)
+        self, state: ServerState, requests: Sequence[Request], stops: Sequence[str], repeats: int, arrived: float
+    ) -> None:
+        self._state, self._repeats, self._arrived = state, repeats, arrived
+        self._events: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
+        self._completions = [Completion(state.tokenizer.tokenizer.stream(), stops) for _ in requests]
+        self._first: list[float] = [0.0] * len(requests)  # when the first token came
         self._cached = [0] * len(requests)
         self._prompts = [len(request.prompt) for request in requests]
-        self._repeats = repeats
         self._open = set(range(len(requests)))
-        self._tickets = [engine.submit(request, functools.partial(self._hear, index)) for index, request in enumerate(requests)]
+        listeners = [functools.partial(self._on_event, index) for index in self._open]
+        self._cancels = [state.engine.submit(request, listener) for request, listener in zip(requests, listeners)]
 
-    def _hear(self, index: int, event: Event) -> None:
-        """An event of one of the completions, on the event loop."""
-        self._news.put_nowait((index, event))
+    def _on_event(self, index: int, event: Event) -> None:
+        self._events.put_nowait((index, event))
 
     async def pieces(self, patience: float | None = None) -> AsyncIterator[Piece | None]:
-        """All pieces of all completions as they come; None after `patience` seconds without one.
+        """Yields the pieces of all completions as they come; None after `patience` seconds without one.
 
-        Raises Gone when the client has left (see `watch`), Refused when the engine has failed.
+        Raises ClientGone when the client has left (see `watch`), ApiError when the engine has failed.
         """
         while self._open:
             try:
                 async with asyncio.timeout(patience):
-                    news = await self._news.get()
+                    item = await self._events.get()
             except TimeoutError:
                 yield None
                 continue
-            if news is None:
-                raise Gone
-            index, event = news
+            if item is None:
+                raise ClientGone
+            index, event = item
             if index in self._open:
                 yield self._piece(index, event)
+
+    async def whole(self, receive: Receive) -> list[Piece]:
+        """Returns one piece for each completion, with all of it. Raises as `pieces` does."""
+        count = len(self._completions)
+        texts, logprobs = [[""] for _ in range(count)], [list[LogProb]() for _ in range(count)]
+        reasons: list[Reason | None] = [None] * count
+        watch = asyncio.create_task(self.watch(receive))
+        try:
+            async for piece in self.pieces():
+                if piece:
+                    texts[piece.choice].append(piece.text)
+                    logprobs[piece.choice] += piece.logprobs
+                    reasons[piece.choice] = piece.reason
+        finally:
+            watch.cancel()
+        return [Piece(index, "".join(texts[index]), logprobs[index], reasons[index]) for index in range(count)]
 
     async def watch(self, receive: Receive) -> None:
         """Returns when the client has left, having made `pieces` raise."""
         while (await receive())["type"] != "http.disconnect":
             continue
-        self._news.put_nowait(None)
+        self._events.put_nowait(None)
 
     def close(self) -> None:
-        """Ends what is not finished."""
+        """Cancels what is not finished, and gives the reserved places back, once."""
         for index in self._open:
-            self._engine.cancel(self._tickets[index])
-            self._metrics.finished("abort")
+            self._cancels[index]()
+            self._state.metrics.ended("abort")
         self._open.clear()
+        self._state.admission.release(len(self._cancels))
+        self._cancels = []
 
     @property
     def usage(self) -> Usage:
         prompt = sum(self._prompts[:: self._repeats])
         written = sum(completion.tokens for completion in self._completions)
-        cached = sum(self._cached[:: self._repeats])
-        return Usage(prompt, written, prompt + written, CachedTokens(cached))
+        return Usage(prompt, written, prompt + written, CachedTokens(sum(self._cached[:: self._repeats])))
 
     def _piece(self, index: int, event: Event) -> Piece:
-        completion, now = self._completions[index], time.monotonic()
+        completion, now, metrics = self._completions[index], time.monotonic(), self._state.metrics
         before = completion.tokens
         text = completion.push(event.tokens)
-        if event.tokens and self._first[index] is None:
+        if event.tokens and not self._first[index]:
             self._first[index] = now
-            self._metrics.first_token.observe(now - self._arrived)
-        self._cached[index] = event.cached_tokens
-        if event.finish_reason == "error":
+            metrics.first_token.observe(now - self._arrived)
+        self._cached[index] = event.cached
+        if event.finished == "error":
             self._open.discard(index)
-            self._metrics.finished("error")
-            raise Refused(*_broken(self._engine))
-        if event.finish_reason and completion.stopped is None:
+            metrics.ended("error")
+            raise self._engine_error()
+        if event.finished and completion.stopped is None:
             text += completion.close()
-        reason: Reason | None = "stop" if completion.stopped is not None else event.finish_reason
+        reason: Reason | None = "stop" if completion.stopped is not None else event.finished
         if reason:
             self._open.discard(index)
-            if not event.finish_reason:
-                self._engine.cancel(self._tickets[index])
-            self._count(index, reason, now)
+            if not event.finished:
+                self._cancels[index]()
+            metrics.ended(reason)
+            metrics.completed(
+                self._prompts[index], event.cached, completion.tokens, now - self._arrived, now - self._first[index]
+            )
+            self._state.admission.record(now - self._arrived)
         return Piece(index, text, event.logprobs[: completion.tokens - before], reason)
 
-    def _count(self, index: int, reason: Reason, now: float) -> None:
-        metrics, first, written = self._metrics, self._first[index], self._completions[index].tokens
-        metrics.finished(reason)
-        metrics.prompt_tokens.inc(self._prompts[index])
-        metrics.generation_tokens.inc(written)
-        metrics.queried.inc(self._prompts[index])
-        metrics.hit.inc(self._cached[index])
-        metrics.prompt_size.observe(self._prompts[index])
-        metrics.answer_size.observe(written)
-        metrics.whole.observe(now - self._arrived)
-        if first is not None and written > 1:
-            metrics.per_token.observe((now - first) / (written - 1))
-        self._door.note(now - self._arrived)
+    def _engine_error(self) -> ApiError:
+        if self._state.engine.failed:
+            return ApiError(503, "The engine has failed and answers nothing any more; the server has to be started again.")
+        return ApiError(500, "The model gave no numbers to draw a token from: its weights are damaged or overflow.")
 
 
-def _broken(engine: Engine) -> tuple[int, str]:
-    if engine.failed:
-        return 503, "The engine has failed and answers nothing any more; the server has to be started again."
-    return 500, "The model gave no numbers to draw a token from: its weights are damaged or overflow."
+class Writer(Protocol):
+    """Writes a generation in OpenAI's form: as one reply, or as chunks of which None says that there is nothing new."""
+
+    def reply(self, choices: list[Piece], usage: Usage) -> Any: ...
+
+    def chunks(self, generation: Generation) -> AsyncIterator[Any]: ...
+
+
+async def generate(
+    http: starlette.requests.Request, body: CompletionFields, writer: Writer,
+    encode: Callable[[], Awaitable[list[list[int]]]], *, choices: int, max_tokens: int | None, logprobs: int | None,
+    stop_token_ids: frozenset[int], prompt_field: str, arrived: float,
+) -> Any:  # fmt: skip
+    """Returns the response to a request for `choices` completions of the prompts that `encode` gives.
+
+    Places are reserved before the prompts become tokens. Whatever happens, they are given back and nothing is left in
+    the engine. Raises ApiError, and ClientGone when the client leaves.
+    """
+    state: ServerState = http.app.state.server
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options is given without stream being true.", param="stream_options")
+    state.admission.reserve(choices)
+    try:
+        prompts = await encode()
+        stop_token_ids = frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else stop_token_ids)
+        namespace = http.scope["state"].get("namespace", "")
+        requests = engine_requests(state, body, prompts, max_tokens, logprobs, stop_token_ids, namespace, prompt_field)
+        generation = Generation(state, requests, body.stops, body.n or 1, arrived)
+    except BaseException:
+        state.admission.release(choices)
+        raise
+    if body.stream:
+        return EventStream(generation, writer.chunks(generation))
+    try:
+        return json_reply(writer.reply(await generation.whole(http.receive), generation.usage))
+    finally:
+        generation.close()
+
+
+def engine_requests(
+    state: ServerState, body: CompletionFields, prompts: Sequence[list[int]], max_tokens: int | None, logprobs: int | None,
+    stop_token_ids: frozenset[int], namespace: str, prompt_field: str,
+) -> list[Request]:  # fmt: skip
+    """Returns `n` requests for each prompt, of at most `max_tokens` (all that fit when None). Raises ApiError.
+
+    Each draws by a seed of its own, counted up from the one that was given, else from a random one.
+    """
+    seed = int.from_bytes(os.urandom(4)) if body.seed is None else body.seed
+    sampling = {name: value for name in SAMPLING if (value := getattr(body, name)) is not None}
+    requests: list[Request] = []
+    for prompt in prompts:
+        room = state.engine.capacity - len(prompt)
+        if room < (max_tokens or 1):
+            raise context_overflow(len(prompt), max_tokens, state.engine.capacity, prompt_field)
+        try:
+            for _ in range(body.n or 1):
+                params = SamplingParams(
+                    max_tokens=max_tokens or room, top_k=max(0, body.top_k or 0),  # -1 is another way to say all
+                    seed=(seed + len(requests)) % SEEDS, logprobs=logprobs, stop_token_ids=stop_token_ids,
+                    logit_bias={int(token): value for token, value in (body.logit_bias or {}).items() if value}, **sampling,
+                )  # fmt: skip
+                requests.append(Request(tuple(prompt), params, namespace))
+                check(requests[-1], state.engine.cfg.vocab, state.engine.capacity)
+        except InvalidField as error:
+            raise ApiError(400, str(error), param=error.field) from None
+    return requests

@@ -1,4 +1,4 @@
-"""Who is let through to the routes: by address, by origin, by key, in this order, before anything else is looked at.
+"""Guard: checks the Host, the Origin and the API key of each request, in this order, before anything else is looked at.
 
 A page on another site that a person has open can send requests to 127.0.0.1 from their browser, and by rebinding its own
 name to 127.0.0.1 even read the replies. So the Host must be one of ours and an Origin, where a browser gives one, that of
@@ -16,14 +16,14 @@ from collections.abc import Callable, Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stages.serve.errors import Refused
+from stages.serve.errors import ApiError
 
-OPEN = "/live"  # what is answered without a key
+OPEN = "/live"  # answered without a key
 PAGE = "/"
 PATH = re.compile(r"/|(?:/[A-Za-z0-9_.~:@!$&'()*+,;=-]+)+/?")
-LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]"})
+LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
-ALWAYS = [
+SECURITY_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
     (b"cross-origin-resource-policy", b"same-origin"),
@@ -33,8 +33,11 @@ ALWAYS = [
 
 
 class Guard:
-    """`keys`: any of them opens; without keys everything is open. `hosts`: names by which the server may be called, any
-    when None. `origins`: of pages elsewhere that may call it. `count(status)` is told of each response."""
+    """ASGI middleware that passes on what is allowed, and gives every response its security headers.
+
+    `keys`: any of them opens; without keys everything is open. `hosts`: names by which the server may be called, any
+    when None. `origins`: of pages elsewhere that may call it. `count(status)` is called for each response.
+    """
 
     def __init__(
         self, app: ASGIApp, *, keys: Sequence[str], hosts: frozenset[str] | None, origins: frozenset[str] = frozenset(),
@@ -49,26 +52,26 @@ class Guard:
                 await self._app(scope, receive, send)
             return
 
-        async def outward(message: Message) -> None:
+        async def send_secured(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self._count(message["status"])
                 message["headers"] = [
                     *message.get("headers", ()),
-                    *ALWAYS,
+                    *SECURITY_HEADERS,
                     (b"x-request-id", b"req_" + secrets.token_hex(12).encode()),
                 ]
             await send(message)
 
         try:
             namespace = self._check(scope)
-        except Refused as refused:
-            await refused.reply()(scope, receive, outward)
+        except ApiError as error:
+            await error.reply()(scope, receive, send_secured)
             return
         scope.setdefault("state", {})["namespace"] = namespace
-        await self._app(scope, receive, outward)
+        await self._app(scope, receive, send_secured)
 
     def _check(self, scope: Scope) -> str:
-        """The namespace of who asks, a name for their key. Raises Refused."""
+        """Returns the caller's namespace, a name for their key. Raises ApiError."""
         path = scope.get("raw_path", scope["path"].encode()).decode("latin-1")
         headers: dict[str, list[str]] = {}
         for name, value in scope["headers"]:
@@ -76,42 +79,38 @@ class Guard:
         self._check_caller(scope, headers, path)
         namespace = self._check_key(headers.get("authorization", []), path) if self._keys and path != OPEN else ""
         if not PATH.fullmatch(path):
-            raise Refused(404, "There is no such route; /openapi.json lists them all.", code="not_found")
+            raise ApiError(404, "There is no such route; /openapi.json lists them all.", code="not_found")
         return namespace
 
     def _check_caller(self, scope: Scope, headers: dict[str, list[str]], path: str) -> None:
         hosts = headers.get("host", [])
         if len(hosts) != 1:
-            raise Refused(400, "The request must name one Host.", code="bad_host")
+            raise ApiError(400, "The request must name one Host.", code="bad_host")
         host = hosts[0].lower()
         if self._hosts is not None and _name(host) not in self._hosts:
-            raise Refused(
+            raise ApiError(
                 403, "This server is not called by that Host; it can be told to be with --allow-host.", code="bad_host"
             )
         allowed = self._origins | {f"{scope.get('scheme', 'http')}://{host}"}
         if any(origin.lower() not in allowed for origin in headers.get("origin", [])):
-            raise Refused(403, "Pages of another origin may not use this server.", code="bad_origin")
+            raise ApiError(403, "Pages of another origin may not use this server.", code="bad_origin")
         sites, modes = headers.get("sec-fetch-site", []), headers.get("sec-fetch-mode", [])
         elsewhere = any(site.lower() in ("cross-site", "same-site") for site in sites)
         if elsewhere and "origin" not in headers and not (path == PAGE and modes == ["navigate"] and scope["method"] == "GET"):
-            raise Refused(403, "Pages of another site may not use this server.", code="bad_origin")
+            raise ApiError(403, "Pages of another site may not use this server.", code="bad_origin")
 
-    def _check_key(self, given: list[str], path: str) -> str:
-        """Every key is compared, each in constant time, so that the time taken tells nothing."""
-        scheme, _, value = (given[0] if len(given) == 1 else "").partition(" ")
-        key = (
-            value.strip().encode("latin-1")
-            if scheme.lower() == "bearer"
-            else _password(value)
-            if scheme.lower() == "basic"
-            else b""
-        )
+    def _check_key(self, authorizations: list[str], path: str) -> str:
+        """Compares with every key, each in constant time, so that the time taken tells nothing."""
+        scheme, _, value = (authorizations[0] if len(authorizations) == 1 else "").partition(" ")
+        key = value.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+        if scheme.lower() == "basic":
+            key = _password(value)
         hashed = _hash(key)
         matches = [hmac.compare_digest(hashed, known) for known in self._keys]
         if not any(matches):
             challenge = 'Basic realm="Thrice", charset="UTF-8"' if path == PAGE else "Bearer"
-            said = "The API key is wrong." if key else "An API key is needed: send `Authorization: Bearer KEY`."
-            raise Refused(401, said, code="invalid_api_key", headers={"WWW-Authenticate": challenge})
+            message = "The API key is wrong." if key else "An API key is needed: send `Authorization: Bearer KEY`."
+            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": challenge})
         return hashed.hex()
 
 
@@ -120,13 +119,13 @@ def _hash(key: bytes) -> bytes:
 
 
 def _name(host: str) -> str:
-    """A Host without its port."""
-    found = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::\d{1,5})?", host)
-    return found[1].rstrip(".") if found else ""
+    """Returns a Host without its port."""
+    match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::\d{1,5})?", host)
+    return match[1].rstrip(".") if match else ""
 
 
 def _password(value: str) -> bytes:
-    """The password of a Basic authorization; the name before it may be anything."""
+    """Returns the password of a Basic authorization; the name before it may be anything."""
     try:
         return base64.b64decode(value.strip(), validate=True).partition(b":")[2]
     except (binascii.Error, ValueError):

@@ -1,4 +1,4 @@
-"""The OpenAPI of the server, written from the same types that check what comes in."""
+"""The server's OpenAPI document, written from the same types that check the bodies of requests."""
 
 import json
 from typing import Any
@@ -6,11 +6,12 @@ from typing import Any
 import msgspec
 
 from stages.serve.api.reply_schema import ChatChunk
+from stages.serve.api.request_schema import MAX_PROMPTS
 from stages.serve.api.routes import ROUTES, Route
 from stages.serve.errors import ErrorReply
 
-ABOUT = "What a client may ask of this server. Fields follow OpenAI's API, and vLLM's for what OpenAI's has no name for."
-MEANT = {
+DESCRIPTION = "What a client may ask of this server. Fields follow OpenAI's API, and vLLM's for what OpenAI's has no name for."
+STATUSES = {
     400: "The request is wrong; `param` names the field.", 401: "There is no key, or a wrong one.",
     403: "The Host or Origin is not one that may use this server.", 404: "There is no such model.",
     408: "The body did not come in time.", 413: "The body is too large.", 415: "The body is not sent as JSON.",
@@ -20,9 +21,9 @@ MEANT = {
 TEXTS_OR_IDS = {
     "anyOf": [
         {"type": "string", "minLength": 1},
-        {"type": "array", "minItems": 1, "maxItems": 64, "items": {"type": "string", "minLength": 1}},
+        {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS, "items": {"type": "string", "minLength": 1}},
         {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/TokenId"}},
-        {"type": "array", "minItems": 1, "maxItems": 64, "items": {
+        {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS, "items": {
             "type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/TokenId"}}},
     ]
 }  # fmt: skip
@@ -33,48 +34,48 @@ LOGPROBS = {
 }
 
 
-def document(vocab: int, room: int, version: str) -> bytes:
-    """OpenAPI 3.1 as JSON. Token ids are below `vocab`, and prompt and completion are `room` tokens at most."""
-    types = [kind for route in ROUTES for kind in (route.asks, route.replies) if kind] + [ErrorReply, ChatChunk]
+def document(vocab: int, capacity: int, version: str) -> bytes:
+    """Returns OpenAPI 3.1 as JSON. Token ids are below `vocab`; prompt and completion have at most `capacity` tokens."""
+    types = [kind for route in ROUTES for kind in (route.body, route.reply) if kind] + [ErrorReply, ChatChunk]
     _, components = msgspec.json.schema_components(dict.fromkeys(types), ref_template="#/components/schemas/{name}")
     components["TokenId"] = {"type": "integer", "minimum": 0, "exclusiveMaximum": vocab}
     components["CompletionRequest"]["properties"]["prompt"] = TEXTS_OR_IDS
     components["ChatRequest"] |= LOGPROBS
     components["TokenizeRequest"] |= {"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]}
-    ids, some = {"$ref": "#/components/schemas/TokenId"}, {"type": "integer", "minimum": 1, "maximum": room - 1}
+    ids, count = {"$ref": "#/components/schemas/TokenId"}, {"type": "integer", "minimum": 1, "maximum": capacity - 1}
     for name in ("CompletionRequest", "ChatRequest"):
         properties = components[name]["properties"]
         properties["stop_token_ids"]["anyOf"][0]["items"] = ids
         for field in ("max_tokens", "max_completion_tokens"):
             if field in properties:
-                properties[field]["anyOf"] = [some, {"type": "null"}]
+                properties[field]["anyOf"] = [count, {"type": "null"}]
     components["DetokenizeRequest"]["properties"]["tokens"]["items"] = ids
     paths: dict[str, Any] = {}
     for route in ROUTES:
         paths.setdefault(route.path.replace(":path", ""), {})[route.method.lower()] = _operation(route)
     keys = {"key": {"type": "http", "scheme": "bearer"}, "password": {"type": "http", "scheme": "basic"}}
-    whole = {
+    openapi = {
         "openapi": "3.1.0",
-        "info": {"title": "Thrice", "version": version, "description": ABOUT},
+        "info": {"title": "Thrice", "version": version, "description": DESCRIPTION},
         "paths": paths,
         "components": {"schemas": components, "securitySchemes": keys},
         "security": [{}, {"key": []}, {"password": []}],
     }
-    return json.dumps(whole, ensure_ascii=False).encode()
+    return json.dumps(openapi, ensure_ascii=False).encode()
 
 
 def _operation(route: Route) -> dict[str, Any]:
-    good: dict[str, Any] = {route.media: {"schema": _ref(route.replies) if route.replies else {"type": "string"}}}
+    success: dict[str, Any] = {route.media: {"schema": _ref(route.reply) if route.reply else {"type": "string"}}}
     if route.streams:
-        good["text/event-stream"] = {}  # `data:` lines of JSON, the last one `[DONE]`
-    told = {"application/json": {"schema": _ref(ErrorReply)}}
-    responses: dict[str, Any] = {"200": {"description": "It is done.", "content": good}}
-    for status in (*route.refuses, 401, 403):
-        content = good if route.replies and route.path == "/health" and status == 503 else told
-        responses[str(status)] = {"description": MEANT[status], "content": content}
-    operation: dict[str, Any] = {"operationId": route.name, "summary": route.about, "responses": responses}
-    if route.asks:
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(route.asks)}}}
+        success["text/event-stream"] = {}  # `data:` lines of JSON, the last one `[DONE]`
+    failure = {"application/json": {"schema": _ref(ErrorReply)}}
+    responses: dict[str, Any] = {"200": {"description": "Success.", "content": success}}
+    for status in (*route.errors, 401, 403):
+        content = success if route.reply and route.path == "/health" and status == 503 else failure
+        responses[str(status)] = {"description": STATUSES[status], "content": content}
+    operation: dict[str, Any] = {"operationId": route.name, "summary": route.summary, "responses": responses}
+    if route.body:
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(route.body)}}}
     if "{model" in route.path:
         operation["parameters"] = [
             {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}

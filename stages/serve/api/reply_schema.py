@@ -1,23 +1,23 @@
-"""What a client is answered, in OpenAI's shapes."""
+"""The bodies of replies, in OpenAI's form."""
 
-import time
-import uuid
 from typing import Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from stages.serve.state import Status
+
 Reason = Literal["stop", "length"]
 
 
 class CachedTokens(msgspec.Struct):
-    """Tokens of the prompt that had been computed before and were not again."""
+    """Tokens of the prompt that the prefix cache held."""
 
     cached_tokens: int
 
 
 class Usage(msgspec.Struct):
-    """What an answer took: tokens read, tokens written."""
+    """The token counts of a reply."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -26,7 +26,7 @@ class Usage(msgspec.Struct):
 
 
 class TopLogProb(msgspec.Struct):
-    """A token, how probable it was (natural logarithm), and the bytes it stands for."""
+    """A token, its log-probability (natural logarithm), and the bytes it stands for."""
 
     token: str
     logprob: float
@@ -34,7 +34,7 @@ class TopLogProb(msgspec.Struct):
 
 
 class TokenLogProb(TopLogProb):
-    """The token that was drawn, and the most probable ones in its place."""
+    """The token that was sampled, and the most probable ones in its place."""
 
     top_logprobs: list[TopLogProb]
 
@@ -44,8 +44,8 @@ class ChatLogProbs(msgspec.Struct):
     refusal: None = None
 
 
-class Answered(msgspec.Struct):
-    """An answer whole."""
+class ReplyMessage(msgspec.Struct):
+    """The assistant's message, whole."""
 
     content: str
     role: Literal["assistant"] = "assistant"
@@ -54,7 +54,7 @@ class Answered(msgspec.Struct):
 
 class ChatChoice(msgspec.Struct):
     index: int
-    message: Answered
+    message: ReplyMessage
     finish_reason: Reason
     logprobs: ChatLogProbs | None = None
 
@@ -72,13 +72,13 @@ class ChatReply(msgspec.Struct, kw_only=True):
 
 
 class Delta(msgspec.Struct):
-    """What is new of an answer."""
+    """The new part of the assistant's message."""
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
 
 
-class ChatPiece(msgspec.Struct):
+class ChatChunkChoice(msgspec.Struct):
     index: int
     delta: Delta
     finish_reason: Reason | None = None
@@ -93,12 +93,12 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     created: int
     model: str
     system_fingerprint: str
-    choices: list[ChatPiece]
+    choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
 
 
 class TextLogProbs(msgspec.Struct):
-    """Side by side: tokens, their log-probabilities, the most probable in their place, where each begins in the text."""
+    """Lists of equal length: tokens, log-probabilities, the most probable in their place, where each begins in the text."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -126,8 +126,7 @@ class TextReply(msgspec.Struct, kw_only=True):
 
 
 class ModelCard(msgspec.Struct, kw_only=True):
-    """A model that is served. `max_model_len`: tokens of prompt and completion together;
-    `price_per_hour`: what the machine costs, in dollars, if the server was told."""
+    """The model that is served. `max_model_len`: tokens of prompt and completion together; `price_per_hour`: dollars."""
 
     id: str
     object: Literal["model"] = "model"
@@ -160,9 +159,9 @@ class Text(msgspec.Struct):
 
 
 class Health(msgspec.Struct):
-    """The reply of GET /health: whether requests are answered, and why not."""
+    """The reply of GET /health: whether requests are answered, or why not."""
 
-    status: Literal["ok", "warming", "stuck", "failed", "draining"]
+    status: Status
     running: int
     waiting: int
     compiles_after_ready: int
@@ -176,7 +175,7 @@ class Live(msgspec.Struct):
 
 
 class Attestation(msgspec.Struct, kw_only=True):
-    """The reply of GET /v1/attestation: one SHA-256 over all weights, as it was when they were laid out and as it is now."""
+    """The reply of GET /v1/attestation: one SHA-256 over all weights, at load and now."""
 
     object: Literal["attestation"] = "attestation"
     algorithm: Literal["sha256"] = "sha256"
@@ -185,8 +184,3 @@ class Attestation(msgspec.Struct, kw_only=True):
     unchanged: bool
     loaded_at: int
     checked_at: int
-
-
-def new_id(kind: str) -> tuple[str, int]:
-    """An id as OpenAI writes them, and the moment in Unix seconds."""
-    return f"{kind}-{uuid.uuid4().hex}", int(time.time())

@@ -1,87 +1,94 @@
-"""The routes that generate nothing: models, tokens, health, metrics, attestation, the page."""
+"""The routes that generate nothing: models, tokens, health, metrics, attestation, the OpenAPI document, the page."""
 
-from msgspec import UnsetType
+import time
+
+from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from stages.serve.api.body import read
-from stages.serve.api.chat import conversation
-from stages.serve.api.reply_schema import Live, ModelCard, ModelList, Text, Tokens
+from stages.serve.api.body import read_body
+from stages.serve.api.chat import template_messages
+from stages.serve.api.reply_schema import Attestation, Health, Live, ModelCard, ModelList, Text, Tokens
 from stages.serve.api.request_schema import DetokenizeRequest, TokenizeRequest
-from stages.serve.errors import Refused, json_reply
-from stages.serve.state import Served
+from stages.serve.errors import ApiError, json_reply
+from stages.serve.state import ServerState
 
 
-def _served(request: Request) -> Served:
-    return request.app.state.served
+def _state(http: Request) -> ServerState:
+    return http.app.state.server
 
 
-def _card(served: Served) -> ModelCard:
+def _card(state: ServerState) -> ModelCard:
     return ModelCard(
-        id=served.name, created=served.loaded_at, root=served.name, max_model_len=served.engine.capacity,
-        price_per_hour=served.price,
-    )  # fmt: skip
+        id=state.name, created=state.loaded_at, root=state.name, max_model_len=state.engine.capacity, price_per_hour=state.price
+    )
 
 
-async def models(request: Request) -> Response:
-    return json_reply(ModelList([_card(_served(request))]))
+async def models(http: Request) -> Response:
+    return json_reply(ModelList([_card(_state(http))]))
 
 
-async def model(request: Request) -> Response:
-    served = _served(request)
-    served.check_model(request.path_params["model"])
-    return json_reply(_card(served))
+async def model(http: Request) -> Response:
+    state = _state(http)
+    state.check_model(http.path_params["model"])
+    return json_reply(_card(state))
 
 
-async def tokenize(request: Request) -> Response:
-    served = _served(request)
-    served.check_open()
-    body = await read(request, TokenizeRequest)
-    served.check_model(body.model)
-    if isinstance(body.prompt, UnsetType) == isinstance(body.messages, UnsetType):
-        raise Refused(400, "Either prompt or messages is to be given.", param="prompt")
-    if not isinstance(body.messages, UnsetType):
-        if not isinstance(body.add_special_tokens, UnsetType):
-            said = "add_special_tokens is about a prompt; the special tokens of messages are those of the chat template."
-            raise Refused(400, said, param="add_special_tokens")
-        tokens = await served.prompts.of_chat(conversation(body.messages))
+async def tokenize(http: Request) -> Response:
+    state = _state(http)
+    state.admission.check_open()
+    body = await read_body(http, TokenizeRequest)
+    if (body.prompt is UNSET) == (body.messages is UNSET):
+        raise ApiError(400, "Either prompt or messages is to be given.", param="prompt")
+    if isinstance(body.messages, list):
+        if body.add_special_tokens is not UNSET:
+            message = "add_special_tokens is about a prompt; the special tokens of messages are those of the chat template."
+            raise ApiError(400, message, param="add_special_tokens")
+        tokens = await state.tokenizer.encode_chat(template_messages(body.messages))
     else:
-        special = isinstance(body.add_special_tokens, UnsetType) or body.add_special_tokens
-        (tokens,) = await served.prompts.of_texts([str(body.prompt)], special)
-    return json_reply(Tokens(len(tokens), served.engine.capacity, tokens))
+        (tokens,) = await state.tokenizer.encode([str(body.prompt)], special=body.add_special_tokens is not False)
+    return json_reply(Tokens(len(tokens), state.engine.capacity, tokens))
 
 
-async def detokenize(request: Request) -> Response:
-    served = _served(request)
-    served.check_open()
-    body = await read(request, DetokenizeRequest)
-    served.check_model(body.model)
-    if body.tokens and max(body.tokens) >= served.engine.cfg.vocab:
-        raise Refused(400, f"tokens holds an id outside the vocabulary of {served.engine.cfg.vocab:,}.", param="tokens")
-    return json_reply(Text(await served.prompts.to_text(body.tokens)))
+async def detokenize(http: Request) -> Response:
+    state = _state(http)
+    state.admission.check_open()
+    body = await read_body(http, DetokenizeRequest)
+    if body.tokens and max(body.tokens) >= state.engine.cfg.vocab:
+        raise ApiError(400, f"tokens holds an id outside the vocabulary of {state.engine.cfg.vocab:,}.", param="tokens")
+    return json_reply(Text(await state.tokenizer.decode(body.tokens)))
 
 
-async def health(request: Request) -> Response:
-    told = _served(request).health()
-    return json_reply(told, 200 if told.status == "ok" else 503)
+async def health(http: Request) -> Response:
+    state = _state(http)
+    status, load = state.status, state.engine.load
+    reply = Health(status, load.running, load.waiting, state.engine.compiled, round(state.seconds_since_tick, 3))
+    return json_reply(reply, 200 if status == "ok" else 503)
 
 
 async def live(_: Request) -> Response:
     return json_reply(Live())
 
 
-async def metrics(request: Request) -> Response:
-    return Response(_served(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+async def metrics(http: Request) -> Response:
+    return Response(_state(http).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-async def attestation(request: Request) -> Response:
-    return json_reply(await _served(request).attest())
+async def attestation(http: Request) -> Response:
+    state = _state(http)
+    now = await state.hash_weights()
+    return json_reply(
+        Attestation(
+            digest=now, digest_at_load=state.digest, unchanged=now == state.digest, loaded_at=state.loaded_at,
+            checked_at=int(time.time()),
+        )
+    )  # fmt: skip
 
 
-async def openapi(request: Request) -> Response:
-    return Response(request.app.state.openapi, media_type="application/json")
+async def openapi(http: Request) -> Response:
+    return Response(http.app.state.openapi, media_type="application/json")
 
 
-async def page(request: Request) -> Response:
-    document, policy = request.app.state.page
-    return Response(document, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": policy})
+async def page(http: Request) -> Response:
+    html, policy = http.app.state.page
+    return Response(html, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": policy})

@@ -1,0 +1,64 @@
+"""Layout: how a model is laid out to be served, which is the type of its matrices and the shape of the slots around it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from engine.counting import hardware
+from engine.counting.params import count_params
+from engine.inference import decode
+from engine.inference.quantize import quantize
+from engine.inference.slots import CHUNK
+from engine.model.cache.segmented import Kind, make_spans
+from engine.model.config import ModelConfig
+from engine.model.paths import map_paths
+from engine.model.weights.lora import LoRA
+from engine.model.weights.matmul import dense
+
+MAX_DEFAULT_CAPACITY = 2048
+REMEDY = "Give fewer --slots, a smaller --capacity, or --keys-values int8."
+
+
+def default_weights(backend: str) -> str:
+    """Returns the type of the weights' matrices where the flags name none."""
+    return "int8" if backend == "cpu" else "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """`weights`: int8, bfloat16 or float32. `capacity`: tokens of a slot; None is the model's context, at most 2048.
+    `cache_dtype`: of the KV cache. `prefix_cache`: its bytes, 0 for none."""
+
+    weights: str
+    slots: int = 8
+    capacity: int | None = None
+    cache_dtype: Kind = "bfloat16"
+    prefix_cache: int = 0
+
+    def config(self, cfg: ModelConfig) -> ModelConfig:
+        """Returns the config that computes with weights of this type."""
+        return cfg if self.weights == "int8" else dataclasses.replace(cfg, dtype=self.weights)  # type: ignore[arg-type]
+
+    def params(self, cfg: ModelConfig, params: Any) -> Any:
+        """Returns params as they are multiplied by: adapters merged, integers where the weights are int8."""
+        if self.weights == "int8":
+            merge = lambda _, leaf: dense(leaf).astype(cfg.dtype) if isinstance(leaf, LoRA) else leaf
+            params = quantize(map_paths(merge, params))
+        return decode.for_inference(cfg, params)
+
+    def slot_options(self, cfg: ModelConfig) -> dict[str, Any]:
+        """Returns the options of `Slots` that shape its programs."""
+        return {
+            "slots": self.slots, "capacity": self.capacity or min(cfg.context, MAX_DEFAULT_CAPACITY),
+            "kind": self.cache_dtype, "prefixes": self.prefix_cache,
+        }  # fmt: skip
+
+    def check_room(self, cfg: ModelConfig) -> None:
+        """Raises UserError, before anything is allocated, when weights and slots are more than a CPU's memory holds."""
+        options = self.slot_options(cfg)
+        slots, capacity = options["slots"], options["capacity"]
+        cache = jax.eval_shape(lambda: make_spans(cfg, slots, capacity, CHUNK, self.cache_dtype))
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) + self.prefix_cache
+        size += count_params(cfg).total * {"int8": 1, "bfloat16": 2, "float32": 4}[self.weights]
+        hardware.check_room(f"The weights and {slots:,} slots of {capacity:,} tokens", size, remedy=REMEDY)

@@ -1,0 +1,84 @@
+"""One server from its first compilation to its last reply: warms up, answers, drains at a signal, and checks the weights."""
+
+import asyncio
+import socket
+import sys
+import time
+import traceback
+
+from starlette.types import ASGIApp
+
+from engine.errors import UserError
+from engine.format import duration
+from engine.storage.digest import digest
+from stages.cli import signals
+from stages.cli.console import Console
+from stages.cli.process import process_start
+from stages.serve import server
+from stages.serve.compile_ahead import CompileAhead
+from stages.serve.layout import REMEDY
+from stages.serve.state import ServerState
+
+
+async def serve(
+    state: ServerState, app: ASGIApp, bound: socket.socket, console: Console, *, ahead: CompileAhead, ready: str
+) -> int:
+    """Serves on the socket until a signal; prints `ready` when clients can be answered.
+
+    Returns 0 when it was stopped and every request had its reply, 1 when the engine or the weights broke. `ahead`: the
+    programs that are compiled already.
+    """
+    loop = asyncio.get_running_loop()
+    server.listen(bound)
+    http = server.make_server(app)
+    serving = asyncio.create_task(http.serve([bound]))
+    await warm(state, ahead, console)
+
+    async def drain() -> None:
+        state.admission.draining = True
+        while state.admission.reserved and not state.engine.failed:
+            await asyncio.sleep(0.01)
+        http.should_exit = True
+
+    def on_signal(sentence: str) -> None:
+        console.print(sentence)
+        loop.call_soon_threadsafe(lambda: draining.append(loop.create_task(drain())))
+
+    draining: list[asyncio.Task[None]] = []
+    console.print(f"ready after {duration(time.perf_counter() - process_start())}{ready}")
+    with signals.deferred("Finishing what is under way; another signal ends it at once.", on_signal):
+        failing = asyncio.create_task(_engine_failure(state))
+        await asyncio.wait((serving, failing), return_when=asyncio.FIRST_COMPLETED)
+        http.should_exit = True
+        await serving
+        failing.cancel()
+        return _close(state, console)
+
+
+async def warm(state: ServerState, ahead: CompileAhead, console: Console) -> None:
+    """Compiles what is not compiled `ahead`, and runs it all once. Raises the error that ended it."""
+    done = asyncio.Event()
+    with console.task("compiling", always=True) as report:
+        state.engine.start(asyncio.get_running_loop().call_soon_threadsafe, done.set, report, ahead)
+        await done.wait()
+    if state.engine.failed:
+        await asyncio.to_thread(ahead.stop)
+        if "RESOURCE_EXHAUSTED" in str(state.engine.failed):
+            raise UserError(f"There is not enough memory to answer in so many slots. {REMEDY}")
+        raise state.engine.failed
+
+
+async def _engine_failure(state: ServerState) -> None:
+    while not state.engine.failed:
+        await asyncio.sleep(0.5)
+
+
+def _close(state: ServerState, console: Console) -> int:
+    """Stops the engine, prints whether the weights are unchanged, and returns 1 when engine or weights broke."""
+    state.engine.stop()
+    now = digest(state.engine.slots.params)
+    same = "unchanged" if now == state.digest else f"CHANGED from {state.digest[:16]}"
+    console.print(f"Stopped. Weights {same}: SHA-256 {now[:16]}; {state.engine.compiled} programs compiled after the start.")
+    if state.engine.failed:
+        traceback.print_exception(state.engine.failed, file=sys.stderr)
+    return int(bool(state.engine.failed) or now != state.digest)
