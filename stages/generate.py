@@ -13,36 +13,30 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
-from engine.inference.sampling_params import RANGES, SamplingParams
+from engine.device import start_jax
+from engine.errors import UserError
+from engine.format import duration
+from stages.cli import process, signals
 from stages.cli.command import run_command
-from stages.cli.flags import DeviceFlag, ModelFlag, VerboseFlag, default, in_range, integer, parser
-
-ROOM = 256  # tokens a cache is a multiple of
+from stages.cli.console import Console
+from stages.cli.flags import DeviceFlag, ModelFlag, SamplingFlags, VerboseFlag, default, integer, parser
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
 
+SAMPLING = SamplingFlags(max_tokens=200, temperature=0.8)
+CAPACITY = 256  # tokens of which a KV cache's capacity is a multiple
+
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """A model, a prompt, and how tokens are drawn."""
+    """A model, a prompt, and how tokens are sampled."""
 
     model: ModelFlag = None
     """A run or step folder, a Hugging Face folder, a .gguf file, or a named model."""
     prompt: Annotated[str | None, parser(str, "TEXT"), default("a line end")] = None
     """What to go on from; `-` reads it from standard input."""
-    max_tokens: Annotated[int, parser(in_range(RANGES["max_tokens"]), "N")] = 200
-    """Tokens to write at most."""
-    temperature: Annotated[float, parser(in_range(RANGES["temperature"]), "X")] = 0.8
-    """0 takes the most probable token each time; higher is more varied."""
-    top_k: Annotated[int, parser(in_range(RANGES["top_k"]), "N"), default("0, all")] = 0
-    """Draw from the N most probable tokens."""
-    top_p: Annotated[float, parser(in_range(RANGES["top_p"]), "X"), default("1, all")] = 1.0
-    """Draw from the fewest tokens that together have this probability."""
-    min_p: Annotated[float, parser(in_range(RANGES["min_p"]), "X"), default("0, all")] = 0.0
-    """Draw from tokens at least this share as probable as the best."""
-    seed: Annotated[int, parser(in_range(RANGES["seed"]), "N")] = 0
-    """The same seed draws the same text."""
+    sampling: SamplingFlags = SAMPLING
     count: Annotated[int, parser(integer(1, 256), "N")] = 1
     """Continuations to write, with seeds seed, seed + 1, ..."""
     device: DeviceFlag = "auto"
@@ -51,76 +45,58 @@ class Generate:
     """Say more on stderr: the model, its digest before and after, the traceback of an error."""
 
 
-def generate(given: Generate) -> None:
-    """Text goes to stdout as it comes, everything else to stderr."""
-    from engine import format as words
-    from engine.device import start_jax
-    from stages.cli import process, signals
-
+def generate(flags: Generate) -> None:
+    """Writes text to stdout as it comes, everything else to stderr."""
     signals.set_phase("before the text was complete.")
-    started = start_jax(given.device, decodes=True)
+    device = start_jax(flags.device, decodes=True)
+    # These import jax, which must not load before --help is answered and the device is chosen.
     from engine.inference import decode
+    from engine.storage.digest import digest
     from engine.storage.find import load_model
     from stages.cli.compile_counter import CompileCounter
-    from stages.cli.console import Console
 
     notes = Console(sys.stderr)
-    model = load_model(given.model)
+    model = load_model(flags.model)
     notes.warn_damaged(model.damaged, model.checkpoint)
-    prompt = [*model.tokenizer.start, *_prompt(given.prompt, model.tokenizer)]
+    prompt = [*model.tokenizer.start, *_read_prompt(flags.prompt, model.tokenizer)]
     params = decode.for_inference(model.cfg, model.params)
-    sampling = SamplingParams(
-        max_tokens=given.max_tokens, temperature=given.temperature, top_k=given.top_k, top_p=given.top_p,
-        min_p=given.min_p, seed=given.seed, stop_token_ids=model.ends,
-    )  # fmt: skip
-    before = None
-    if given.verbose:
-        from engine.storage.digest import digest
-
-        before = digest(params)
-        notes.print_rows([("device", str(started)), ("model", str(model.checkpoint)), ("weights", f"SHA-256 {before[:16]}")])
+    sampling = flags.sampling.params(stop_token_ids=model.ends)
+    before = digest(params) if flags.verbose else ""
+    if before:
+        notes.print_rows([("device", str(device)), ("model", str(model.checkpoint)), ("weights", f"SHA-256 {before[:16]}")])
 
     begin = time.perf_counter()
     compiles = CompileCounter()
-    writer = Writer(model.tokenizer, given.count)
-    stream = decode.generate(
-        model.cfg, params, [prompt] * given.count, sampling.per_row(given.count),
-        capacity=_capacity(len(prompt) + given.max_tokens, model.cfg.context),
-    )  # fmt: skip
+    writer = Writer(model.tokenizer, flags.count)
+    # Each step reads all of the cache. Its capacity is one of few, so that another prompt compiles nothing.
+    capacity = min(model.cfg.context, -(-(len(prompt) + sampling.max_tokens) // CAPACITY) * CAPACITY)
+    stream = decode.generate(model.cfg, params, [prompt] * flags.count, sampling.per_row(flags.count), capacity=capacity)
     first = settled = last = begin
     early = 0
-    for index, tokens, finished in stream:
+    for index, tokens, finish_reason in stream:
         last = time.perf_counter()
         if not writer.total:
             first = last
-        writer.take(index, tokens, finished)
-        if settled == begin and writer.total > given.count:
+        writer.write(index, tokens, finish_reason)
+        if settled == begin and writer.total > flags.count:
             # Prefill, the first draw and a dispatch of decoding have each run once: from here on nothing may compile.
             settled, early = last, writer.total
             compiles.reset()
     speed = f"{(writer.total - early) / (last - settled):,.0f} tokens/s, " if last > settled else ""
-    full = writer.full(len(prompt), given.max_tokens, model.cfg.context)
+    full = writer.is_cut(len(prompt), sampling.max_tokens, model.cfg.context)
     cut = f"; the context of {model.cfg.context} tokens is full" if full else ""
     notes.print(
-        f"\n{writer.total:,} tokens, the first {words.duration(first - begin)} after the prompt and "
-        f"{words.duration(first - process.process_start())} after the command, {speed}{compiles.count} recompiles{cut}"
+        f"\n{writer.total:,} tokens, the first {duration(first - begin)} after the prompt and "
+        f"{duration(first - process.process_start())} after the command, {speed}{compiles.count} recompiles{cut}"
     )
     if before:
         after = digest(params)
         notes.print(f"weights {'unchanged' if before == after else 'CHANGED'}: SHA-256 {after[:16]} before and after")
 
 
-def _capacity(wanted: int, context: int) -> int:
-    """Tokens to keep room for: each step reads all of it. One of few sizes, so that another prompt compiles nothing."""
-    return min(context, -(-wanted // ROOM) * ROOM)
-
-
-def _prompt(given: str | None, tokenizer: "Tokenizer") -> list[int]:
-    """The tokens to go on from. A model without a prompt begins after a line end, where texts begin."""
-    from engine.errors import UserError
-
-    text = "\n" if given is None else given
-    if given == "-":
+def _read_prompt(text: str | None, tokenizer: "Tokenizer") -> list[int]:
+    """Returns the tokens to go on from. A model without a prompt begins after a line end, where texts begin."""
+    if text == "-":
         data = sys.stdin.buffer.read()
         try:
             text = data.decode()
@@ -136,38 +112,39 @@ class Writer:
 
     def __init__(self, tokenizer: "Tokenizer", count: int) -> None:
         self.streams = [tokenizer.stream() for _ in range(count)]
-        self.held: list[str] = [""] * count
+        self.waiting = [""] * count
         self.lengths = [0] * count
-        self.reasons: list[str | None] = [None] * count
-        self.at = 0
+        self.finish_reasons: list[str | None] = [None] * count
+        self.current = 0
 
     @property
     def total(self) -> int:
         """Tokens of all continuations."""
         return sum(self.lengths)
 
-    def take(self, index: int, tokens: Sequence[int], finished: str | None) -> None:
-        """New tokens of one continuation."""
+    def write(self, index: int, tokens: Sequence[int], finish_reason: str | None) -> None:
+        """Takes new tokens of one continuation; prints the whole characters that are next."""
         self.lengths[index] += len(tokens)
         stream = self.streams[index]
-        self.held[index] += "".join(map(stream.push, tokens)) + (stream.close() if finished else "")
-        self.reasons[index] = finished
+        self.waiting[index] += "".join(map(stream.push, tokens)) + (stream.close() if finish_reason else "")
+        self.finish_reasons[index] = finish_reason
         print("".join(self._ready()), end="", flush=True)
 
     def _ready(self) -> Iterator[str]:
-        while self.at < len(self.held):
-            yield self.held[self.at]
-            self.held[self.at] = ""
-            if not self.reasons[self.at]:
+        count = len(self.waiting)
+        while self.current < count:
+            yield self.waiting[self.current]
+            self.waiting[self.current] = ""
+            if not self.finish_reasons[self.current]:
                 return
-            self.at += 1
-            yield "\n" if self.at == len(self.held) else f"\n\n--- {self.at + 1} of {len(self.held)}\n"
+            self.current += 1
+            yield "\n" if self.current == count else f"\n\n--- {self.current + 1} of {count}\n"
 
-    def full(self, prompt: int, wanted: int, context: int) -> bool:
+    def is_cut(self, prompt: int, max_tokens: int, context: int) -> bool:
         """Whether one ended because the context was full, before it had all its tokens."""
         return any(
-            reason == "length" and length < wanted and prompt + length >= context
-            for reason, length in zip(self.reasons, self.lengths)
+            reason == "length" and length < max_tokens and prompt + length >= context
+            for reason, length in zip(self.finish_reasons, self.lengths)
         )
 
 

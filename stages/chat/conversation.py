@@ -1,4 +1,4 @@
-"""A conversation with a model: what was said so far, all of which is read again at every turn."""
+"""A conversation with a model, all of which the model reads again at every turn."""
 
 import dataclasses
 import time
@@ -10,19 +10,19 @@ from engine.inference import decode
 from engine.inference.sampling_params import RANGES, SamplingParams
 from engine.model.config import ModelConfig
 from engine.text.chat import Chat
-from stages.cli.flags import in_range
+from stages.cli.flags import SamplingFlags, in_range
 
-SETTINGS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed")  # can be changed between turns
-SMALLEST = 512  # places of the smallest cache; each larger one has twice as many, so that few programs are compiled
+SETTINGS = tuple(field.name for field in dataclasses.fields(SamplingFlags))  # that can be changed between turns
+SMALLEST = 512  # places of the smallest KV cache; each larger one has twice as many, so that few programs are compiled
 
 
-def with_setting(sampling: SamplingParams, name: str, value: str) -> SamplingParams:
-    """The same with one of SETTINGS read from text. Raises UserError for an unknown name or a value out of range."""
+def with_setting(sampling: SamplingParams, name: str, text: str) -> SamplingParams:
+    """Returns `sampling` with one of SETTINGS read from text. Raises UserError for an unknown name or a value out of range."""
     name = name.replace("-", "_")
     if name not in SETTINGS:
         raise UserError(f"There is no setting {name!r}; there are {', '.join(SETTINGS)}.{nearest(name, SETTINGS)}")
     try:
-        return dataclasses.replace(sampling, **{name: in_range(RANGES[name])(value)})
+        return dataclasses.replace(sampling, **{name: in_range(RANGES[name])(text)})
     except ValueError as error:
         raise UserError(f"{name}: {error}.") from None
 
@@ -33,19 +33,19 @@ class TooLong(UserError):
 
 @dataclasses.dataclass
 class Turn:
-    """One question and its answer, and what they cost."""
+    """One message and its completion, and what they cost. Seconds count from the message."""
 
-    asked: str
-    answered: str = ""
-    read: int = 0  # tokens of the prompt, which is the whole conversation up to here
-    wrote: int = 0
-    first: float = 0.0  # seconds to the first token
+    message: str
+    completion: str = ""
+    prompt_tokens: int = 0  # of the whole conversation up to here
+    completion_tokens: int = 0
+    first_token_seconds: float = 0.0
     seconds: float = 0.0
-    ended: str = ""  # stop, length, or interrupted
+    finish_reason: str = ""  # stop, length, or interrupted
 
 
-class Session:
-    """What was said, and the way to say more. Weights are only read; between turns nothing is kept but this text."""
+class Conversation:
+    """The turns so far, and the way to continue them. Weights are only read; between turns only this text is kept."""
 
     def __init__(
         self, cfg: ModelConfig, params: Any, chat: Chat, ends: Collection[int], sampling: SamplingParams, system: str = ""
@@ -54,54 +54,54 @@ class Session:
         self.ends = {*ends, *([] if chat.end is None else [chat.end])}
         self.turns: list[Turn] = []
 
-    def messages(self, asked: str, forget: int = 0) -> list[dict[str, str]]:
-        """The conversation that the model reads when `asked` is said now, without the first `forget` turns."""
-        said = [{"role": "system", "content": self.system}] if self.system else []
-        for turn in self.turns[forget:]:
-            said += [{"role": "user", "content": turn.asked}, {"role": "assistant", "content": turn.answered}]
-        return [*said, {"role": "user", "content": asked}]
+    def messages(self, message: str, skip: int = 0) -> list[dict[str, str]]:
+        """Returns the conversation that the model reads to answer `message`, without the first `skip` turns."""
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        for turn in self.turns[skip:]:
+            messages += [{"role": "user", "content": turn.message}, {"role": "assistant", "content": turn.completion}]
+        return [*messages, {"role": "user", "content": message}]
 
-    def prompt(self, asked: str) -> list[int]:
-        """Its tokens. Raises TooLong, naming the turns that would have to go, when they leave no room for an answer."""
-        prompt = self.chat.prompt(self.messages(asked)).tolist()
+    def prompt(self, message: str) -> list[int]:
+        """Returns its tokens. Raises TooLong, naming the turns that would have to go, when they leave no room to answer."""
+        prompt = self.chat.prompt(self.messages(message)).tolist()
         context = self.cfg.context
         if len(prompt) < context:
             return prompt
-        for forget in range(1, len(self.turns) + 1):
-            left = len(self.chat.prompt(self.messages(asked, forget)))
+        for skip in range(1, len(self.turns) + 1):
+            left = len(self.chat.prompt(self.messages(message, skip)))
             if left < context:
-                turns = "turn 1 no longer fits" if forget == 1 else f"turns 1 to {forget} no longer fit"
+                turns = "turn 1 no longer fits" if skip == 1 else f"turns 1 to {skip} no longer fit"
                 raise TooLong(
                     f"The conversation has {len(prompt):,} tokens and the model's context {context:,}: {turns} "
-                    f"({len(prompt) - left:,} tokens). /forget {forget} drops them, /clear drops everything."
+                    f"({len(prompt) - left:,} tokens). /forget {skip} drops them, /clear drops everything."
                 )
         raise TooLong(
-            f"This message alone makes {len(self.chat.prompt(self.messages(asked, len(self.turns)))):,} tokens and the "
+            f"This message alone makes {len(self.chat.prompt(self.messages(message, len(self.turns)))):,} tokens and the "
             f"model's context holds {context:,}; say it in fewer words."
         )
 
-    def say(self, asked: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
-        """The answer, in pieces of whole characters as they come; it is kept when it is complete or `stopped` says so.
+    def reply(self, message: str, is_stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
+        """Yields the completion as it comes, in pieces of whole characters; adds the turn at its end, or once `is_stopped`.
 
         Raises TooLong before anything is generated.
         """
-        prompt = self.prompt(asked)
-        turn = Turn(asked, read=len(prompt))
+        prompt = self.prompt(message)
+        turn = Turn(message, prompt_tokens=len(prompt))
         begin = time.perf_counter()
         stream = self.chat.tokenizer.stream()
-        for _, tokens, finished in self._generate(prompt, dataclasses.replace(self.sampling, stop_token_ids=self.ends)):
-            turn.first = turn.first or time.perf_counter() - begin
-            turn.wrote += len(tokens)
-            text = "".join(map(stream.push, tokens)) + (stream.close() if finished else "")
-            text = text if turn.answered else text.lstrip()  # templates that end with a name are answered by a space
-            turn.answered += text
+        for _, tokens, finish_reason in self._generate(prompt, dataclasses.replace(self.sampling, stop_token_ids=self.ends)):
+            turn.first_token_seconds = turn.first_token_seconds or time.perf_counter() - begin
+            turn.completion_tokens += len(tokens)
+            text = "".join(map(stream.push, tokens)) + (stream.close() if finish_reason else "")
+            text = text if turn.completion else text.lstrip()  # after templates that end with a name a space comes first
+            turn.completion += text
             yield text
-            turn.ended = finished or ("interrupted" if stopped() else "")
-            if turn.ended:
+            turn.finish_reason = finish_reason or ("interrupted" if is_stopped() else "")
+            if turn.finish_reason:
                 break
         turn.seconds = time.perf_counter() - begin
-        turn.answered = turn.answered.rstrip()
-        if turn.answered:
+        turn.completion = turn.completion.rstrip()
+        if turn.completion:
             self.turns.append(turn)
 
     def warm(self) -> None:

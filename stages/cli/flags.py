@@ -1,5 +1,6 @@
 """Kinds of flags: how each is written on the command line, and what is said when it is written wrongly."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from engine.inference.sampling_params import Range
+from engine.inference.sampling_params import RANGES, Range, SamplingParams
 
 UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -113,3 +114,29 @@ DEVICES = ("auto", "cpu", "gpu", "tpu")
 DeviceFlag = Annotated[str, parser(one_of(*DEVICES), "NAME")]
 ModelFlag = Annotated[str | None, parser(str, "MODEL"), default("the newest run in runs/")]
 VerboseFlag = Annotated[bool, default("off")]
+
+
+def _sampling(name: str, metavar: str) -> Any:
+    return parser(in_range(RANGES[name]), metavar)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingFlags:
+    """How tokens are sampled."""
+
+    max_tokens: Annotated[int, _sampling("max_tokens", "N")]
+    """Tokens of a completion at most."""
+    temperature: Annotated[float, _sampling("temperature", "X")]
+    """0 takes the most probable token each time; higher is more varied."""
+    top_k: Annotated[int, _sampling("top_k", "N"), default("0, all")] = 0
+    """Sample from the N most probable tokens."""
+    top_p: Annotated[float, _sampling("top_p", "X")] = 1.0
+    """Sample from the fewest tokens that together have this probability; 1 is all."""
+    min_p: Annotated[float, _sampling("min_p", "X"), default("0, all")] = 0.0
+    """Sample from tokens at least this share as probable as the best."""
+    seed: Annotated[int, _sampling("seed", "N")] = 0
+    """The same seed samples the same text."""
+
+    def params(self, **others: Any) -> SamplingParams:
+        """Returns them as the engine takes them, with `others` of its fields."""
+        return SamplingParams(**dataclasses.asdict(self), **others)

@@ -25,8 +25,8 @@ training inference
 """
 # Above it stages and bench, which do not know each other:
 #   stages: cli <- runs <- STAGE/flags <- STAGE/pieces <- STAGE/run <- STAGE/__main__; no stage imports another
-#   bench:  cli, timing, format <- pieces <- __main__
-GROUND = {"stages.cli": 0, "stages.runs": 1, "bench.cli": 0, "bench.timing": 0, "bench.format": 0}
+#   bench:  cli, timing <- pieces <- __main__
+GROUND = {"stages.cli": 0, "stages.runs": 1, "bench.cli": 0, "bench.timing": 0}
 FLAGS, PIECE, RUN, MAIN = 20, 30, 40, 50
 
 TIER = {f"engine.{room}": tier for tier, line in enumerate(ENGINE.split("\n")) for room in line.split()} | GROUND
@@ -40,9 +40,6 @@ OPEN: set[str] = {
     "bench.promises_life is in a circle",
     "bench.promises_load is in a circle",
     "bench.promises_same is in a circle",
-    "stages.chat imports stages.session",
-    "stages.evaluate imports stages.answers",
-    "stages.export imports stages.export_check",
     "stages.finetune.flags imports stages.train.flags",
     "stages.finetune.report imports stages.finetune.run",
     "stages.finetune.report is in a circle",
@@ -53,7 +50,7 @@ OPEN: set[str] = {
     "stages.reinforce.rounds imports stages.reinforce.run",
     "stages.reinforce.rounds is in a circle",
     "stages.reinforce.run is in a circle",
-    "stages.runs.conversations imports stages.finetune.flags",
+    "stages.runs.conversation_data imports stages.finetune.flags",
     "stages.runs.kept imports stages.finetune.flags",
     "stages.runs.kept imports stages.reinforce.flags",
     "stages.runs.trainable imports stages.finetune.flags",

@@ -14,8 +14,10 @@ from tiny_runs import command, tiny, write_text
 
 from engine.counting import hardware
 from engine.storage import checkpoint
-from stages import evaluate, export, generate
+from stages import generate
 from stages.cli.command import explain_error
+from stages.evaluate import __main__ as evaluate
+from stages.export import __main__ as export
 from stages.runs import folder as run_folder
 from stages.train import __main__ as train
 

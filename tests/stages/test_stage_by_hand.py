@@ -15,7 +15,8 @@ from tiny_runs import tiny
 from engine.storage import checkpoint
 from engine.storage.digest import digest
 from engine.storage.run_folder import read_json
-from stages import evaluate, generate
+from stages import generate
+from stages.evaluate import __main__ as evaluate
 from stages.train import __main__ as train
 
 STEPS = 12

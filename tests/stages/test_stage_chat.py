@@ -1,4 +1,4 @@
-"""Talking: the whole conversation is read again each turn, nothing is left out in silence, and weights stay as they are."""
+"""Chat: the whole conversation is read again each turn, nothing is left out in silence, and weights stay as they are."""
 
 import os
 import pty
@@ -16,29 +16,30 @@ from tiny_runs import ROOT, command
 
 from engine.inference.sampling_params import SamplingParams
 from engine.storage.find import load_model
-from stages import chat
-from stages.session import Session, TooLong, with_setting
+from stages.chat import __main__ as chat
+from stages.chat.conversation import Conversation, TooLong, with_setting
+from stages.chat.repl import Repl
 
 QUICK = ("--temperature", "0", "--max-tokens", "6")
 
 
 @pytest.fixture(scope="module")
-def session(trained: Path) -> Iterator[Session]:
+def conversation(trained: Path) -> Iterator[Conversation]:
     from engine.inference import decode
     from engine.text.chat import Chat
 
     model = load_model(str(trained))
-    made = Chat(model.tokenizer)
+    chat = Chat(model.tokenizer)
     sampling = SamplingParams(max_tokens=6, temperature=0)
-    yield Session(model.cfg, decode.for_inference(model.cfg, model.params), made, model.ends, sampling)
-    made.close()
+    yield Conversation(model.cfg, decode.for_inference(model.cfg, model.params), chat, model.ends, sampling)
+    chat.close()
 
 
 @pytest.fixture
-def fresh(session: Session) -> Session:
-    session.turns.clear()
-    session.system = ""
-    return session
+def fresh(conversation: Conversation) -> Conversation:
+    conversation.turns.clear()
+    conversation.system = ""
+    return conversation
 
 
 def piped(model: Path, text: str, *flags: object) -> subprocess.CompletedProcess:
@@ -65,29 +66,29 @@ def test_piped_lines_are_turns(trained: Path) -> None:
     assert "plain template" in said
 
 
-def test_each_turn_reads_all_that_was_said(fresh: Session) -> None:
-    first = "".join(fresh.say("the king"))
-    second = "".join(fresh.say("the sea"))
-    assert [turn.answered for turn in fresh.turns] == [first.rstrip(), second.rstrip()]
+def test_each_turn_reads_the_whole_conversation(fresh: Conversation) -> None:
+    first = "".join(fresh.reply("the king"))
+    second = "".join(fresh.reply("the sea"))
+    assert [turn.completion for turn in fresh.turns] == [first.rstrip(), second.rstrip()]
     whole = fresh.chat.prompt([
         {"role": "user", "content": "the king"}, {"role": "assistant", "content": first.rstrip()},
         {"role": "user", "content": "the sea"},
     ])  # fmt: skip
-    assert fresh.turns[1].read == len(whole)
+    assert fresh.turns[1].prompt_tokens == len(whole)
     fresh.turns = fresh.turns[:1]  # an answer depends on the text before it and on nothing else
-    assert "".join(fresh.say("the sea")) == second
+    assert "".join(fresh.reply("the sea")) == second
 
 
-def test_what_no_longer_fits_is_named_and_nothing_is_generated(fresh: Session) -> None:
+def test_what_no_longer_fits_is_named_and_nothing_is_generated(fresh: Conversation) -> None:
     with pytest.raises(TooLong, match=r"This message alone makes \d+ tokens and the model's context holds 64"):
-        next(fresh.say("the king and queen of a far land " * 9))
+        next(fresh.reply("the king and queen of a far land " * 9))
     assert fresh.turns == []
     while len(fresh.chat.prompt(fresh.messages("the king and queen"))) < fresh.cfg.context:
-        list(fresh.say("the king and queen"))
-    kept = len(fresh.turns)
+        list(fresh.reply("the king and queen"))
+    turns = len(fresh.turns)
     with pytest.raises(TooLong, match=r"tokens and the model's context 64: (turn 1 no longer fits|turns 1 to \d)") as caught:
-        next(fresh.say("the king and queen"))
-    assert len(fresh.turns) == kept
+        next(fresh.reply("the king and queen"))
+    assert len(fresh.turns) == turns
     forget = int(re.findall(r"/forget (\d+)", str(caught.value))[0])
     del fresh.turns[: forget - 1]
     with pytest.raises(TooLong):  # one fewer would not do
@@ -96,15 +97,15 @@ def test_what_no_longer_fits_is_named_and_nothing_is_generated(fresh: Session) -
     assert fresh.prompt("the king and queen")
 
 
-def test_stopped_in_the_middle_keeps_what_was_said(fresh: Session) -> None:
+def test_stopped_in_the_middle_keeps_what_was_generated(fresh: Conversation) -> None:
     fresh.sampling = with_setting(fresh.sampling, "max_tokens", "40")
-    whole = "".join(fresh.say("the king"))
+    whole = "".join(fresh.reply("the king"))
     fresh.turns.clear()
-    part = "".join(fresh.say("the king", stopped=lambda: True))
+    part = "".join(fresh.reply("the king", is_stopped=lambda: True))
     assert whole.startswith(part)
     assert len(part) < len(whole)
     if fresh.turns:
-        assert fresh.turns[-1].ended == "interrupted"
+        assert fresh.turns[-1].finish_reason == "interrupted"
     fresh.sampling = with_setting(fresh.sampling, "max-tokens", "6")
 
 
@@ -116,28 +117,28 @@ def test_overflow_in_a_pipe_is_an_error(trained: Path) -> None:
 
 
 class Lines:
-    """What a Talker says, kept."""
+    """A console that keeps its lines."""
 
     def __init__(self) -> None:
-        self.said: list[str] = []
+        self.lines: list[str] = []
 
-    def say(self, text: str = "", style: str | None = None) -> None:
-        self.said.append(text)
+    def print(self, text: str = "", style: str | None = None) -> None:
+        self.lines.append(text)
 
-    def rows(self, rows: list[tuple[str, str]]) -> None:
-        self.said += [f"{name} {value}" for name, value in rows]
+    def print_rows(self, rows: list[tuple[str, str]]) -> None:
+        self.lines += [f"{name} {value}" for name, value in rows]
 
 
-def test_commands(fresh: Session, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands(fresh: Conversation, capsys: pytest.CaptureFixture[str]) -> None:
     from engine.storage.digest import digest
 
-    lines = Lines()
-    talker = chat.Talker(fresh, lines, digest(fresh.params), chatty=True)  # type: ignore[arg-type]
+    notes = Lines()
+    repl = Repl(fresh, notes, digest(fresh.params), chatty=True)  # type: ignore[arg-type]
 
     def after(line: str, done: bool = True) -> str:
-        lines.said.clear()
-        assert talker.take(line) is done
-        return "\n".join(lines.said)
+        notes.lines.clear()
+        assert repl.handle(line) is done
+        return "\n".join(notes.lines)
 
     assert "turn 1" in after("the king")
     assert "cut off: max_tokens is 6" in after("the sea")
@@ -157,13 +158,13 @@ def test_commands(fresh: Session, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Did you mean 'stats'" in after("/sttas", done=False)
     assert "There is no command" in after("/", done=False)
     after("//set is what I say")
-    assert fresh.turns[-1].asked == "/set is what I say"
+    assert fresh.turns[-1].message == "/set is what I say"
     assert "weights unchanged" in after("/stats")
-    talker.weights = "0" * 64
+    repl.weights = "0" * 64
     assert "CHANGED" in after("/stats")
-    assert not talker.over
+    assert not repl.is_over
     after("/quit")
-    assert talker.over
+    assert repl.is_over
     capsys.readouterr()
 
 
@@ -263,8 +264,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(trained: Path, tmp_path: Path,
         "from engine.inference import decode\n"
         "steps = decode.decode_steps\n"
         "decode.decode_steps = lambda *a: (time.sleep(0.5), steps(*a))[1]\n"
-        "from stages import chat\n"
-        "sys.exit(chat.main(sys.argv[1:]))\n"
+        "from stages.chat.__main__ import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
     )
     terminal = Terminal(slow, "--model", trained, "--temperature", 1, "--max-tokens", 50, "--seed", 3)
     terminals.append(terminal)

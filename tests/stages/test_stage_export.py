@@ -22,7 +22,10 @@ from engine.storage.find import load_model
 from engine.storage.huggingface import safetensors
 from engine.storage.loaded_model import LoadedModel
 from engine.storage.run_folder import save_tokenizer
-from stages import evaluate, export, export_check, generate
+from stages import generate
+from stages.evaluate import __main__ as evaluate
+from stages.export import __main__ as export
+from stages.export import check
 
 
 def exported(model: Path, out: Path, *flags: object) -> Path:
@@ -84,14 +87,14 @@ def test_gguf_files_hold_smaller_weights(dtype: str, trained: Path, tmp_path: Pa
 def test_an_export_that_was_damaged_is_seen(trained: Path, tmp_path: Path) -> None:
     model = load_model(str(trained))
     out = exported(trained, tmp_path / "folder")
-    assert export_check.compare(model, out, "float32")[1] == []
+    assert check.compare(model, out, "float32")[1] == []
     data = bytearray((out / "model.safetensors").read_bytes())
     data[-3000:] = bytes(3000)
     (out / "model.safetensors").write_bytes(data)
-    assert export_check.compare(model, out, "float32")[1] == ["the logits"]
+    assert check.compare(model, out, "float32")[1] == ["the logits"]
     generation = json.loads((out / "generation_config.json").read_text())
     (out / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [299, 5]}))
-    assert export_check.compare(model, out, "float32")[1] == ["what ends a completion"]
+    assert check.compare(model, out, "float32")[1] == ["what ends a completion"]
 
 
 def adapted(model: LoadedModel) -> tuple[LoadedModel, dict[str, Any]]:
@@ -112,15 +115,13 @@ def test_an_adapter_is_folded_or_written_alone(
 ) -> None:
     plain = load_model(str(trained))
     tuned, adapters = adapted(plain)
-    real = load_model
-    given = lambda name, **options: tuned if name == str(trained) else real(name, **options)
-    monkeypatch.setattr("engine.storage.find.load_model", given)
+    monkeypatch.setattr("stages.export.run.load_model", lambda name, **_: tuned)
     folded = exported(trained, tmp_path / "folded", "--check")
     tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
     positions = np.broadcast_to(np.arange(12, dtype=np.int32), (2, 12))
     cfg = dataclasses.replace(plain.cfg, dtype="float32")
     logits = lambda params: np.asarray(jax.jit(forward, static_argnums=0)(cfg, params, tokens, positions)[0])
-    read = real(str(folded), dtype="float32").params
+    read = load_model(str(folded), dtype="float32").params
     np.testing.assert_allclose(logits(read), logits(tuned.params), atol=1e-5)
     assert np.abs(logits(plain.params) - logits(tuned.params)).max() > 1e-2
 
@@ -150,10 +151,10 @@ def test_an_adapter_is_folded_or_written_alone(
     data = bytearray((alone / "adapter_model.safetensors").read_bytes())
     data[-3] ^= 1
     (alone / "adapter_model.safetensors").write_bytes(data)
-    assert [fault[:14] for fault in export_check.compare_adapter(tuned, alone)[1]] == ["the adapter of"]
+    assert [fault[:14] for fault in check.compare_adapter(tuned, alone)[1]] == ["the adapter of"]
     (alone / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     with pytest.raises(UserError, match="another kind of adapter"):
-        export_check.compare_adapter(tuned, alone)
+        check.compare_adapter(tuned, alone)
 
 
 @pytest.mark.parametrize(

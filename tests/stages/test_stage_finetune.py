@@ -23,7 +23,9 @@ from engine.storage import checkpoint
 from engine.storage.adapter import load_adapter, save_adapter
 from engine.storage.digest import digest
 from engine.storage.find import load_model, with_adapters
-from stages import chat, evaluate, generate
+from stages import generate
+from stages.chat import __main__ as chat
+from stages.evaluate import __main__ as evaluate
 from stages.finetune import __main__ as finetune
 from stages.runs import conversation_data
 
@@ -121,7 +123,7 @@ def test_chat_generate_and_evaluate_take_the_run(
     assert "the last 2 of" in printed
     assert "unchanged, SHA-256" in printed
     before, after = (result(folder)[name] for name in ("before", "after"))
-    assert f"{before['held_out']:.4f} nats/token on what is held out, before it learnt" in printed
+    assert f"{before['held_out']:.4f} nats/token on the held-out set, before fine-tuning" in printed
     forgotten = re.search(r"forgotten +(\S+) -> (\S+) bits per byte on", printed)
     assert forgotten
     assert float(forgotten[1]) == pytest.approx(before["general"], abs=1e-3)

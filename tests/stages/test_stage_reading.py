@@ -10,7 +10,8 @@ from tiny_runs import command
 from engine.storage.run_folder import read_json
 from engine.text.tokenizer import byte_tokenizer
 from engine.text.tokens import token_file
-from stages import evaluate, generate
+from stages import generate
+from stages.evaluate import __main__ as evaluate
 
 
 def wrote(capsys: pytest.CaptureFixture[str], model: Path, *flags: object) -> tuple[str, str]:
@@ -69,7 +70,7 @@ def test_only_whole_characters_are_written(capsys: pytest.CaptureFixture[str]) -
         (0, euro[0], None), (1, other[0], None), (0, euro[1], None), (0, euro[2], None), (1, other[1], "length"),
         (0, ord("!"), "stop"),
     ):  # fmt: skip
-        writer.take(index, [byte], finished)
+        writer.write(index, [byte], finished)
         shown.append(capsys.readouterr().out)
     assert shown == ["", "", "", "€", "", "!\n\n--- 2 of 2\nab\n"]
     assert writer.total == 6

@@ -1,0 +1,34 @@
+r"""Talk with a model in the terminal, turn by turn.
+
+    python -m stages.chat --model smollm2-135m-instruct
+    python -m stages.chat --model smollm2-135m-instruct --adapter runs/smollm2-135m-instruct-voice --system "Answer briefly."
+    printf 'Hello\nWhat is a tide?\n' | python -m stages.chat --model smollm2-135m-instruct
+
+A model remembers nothing between turns: each time it reads the whole conversation again, and /stats shows what that costs.
+Without a terminal, every line that comes in is a turn. Answers go to standard output, everything else to standard error.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from engine.device import start_jax
+from stages.chat.flags import Chat
+from stages.cli import signals
+from stages.cli.command import run_command
+
+
+def chat(flags: Chat) -> int:
+    """Starts JAX, then the conversation."""
+    signals.set_phase("before a turn was begun.")
+    device = start_jax(flags.device, decodes=True)
+    from stages.chat.run import run  # imports jax, which must not load before --help is answered and the device is chosen
+
+    return run(flags, device)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    return run_command("chat", __doc__, Chat, chat, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""Measure a model: bits per byte on a whole text by a sliding window, or nats per token on conversations.
+
+    python -m stages.evaluate                               the newest run, on what it was validated on
+    python -m stages.evaluate --model runs/demo-shakespeare --data book.txt
+    python -m stages.evaluate --model smollm2-135m-instruct --data voice-held-out
+
+Of a text, every token but the first is scored once, behind at least half a window of it. Of conversations, only what the
+assistant says is scored. Of a fine-tuned run, its held-out set, and the general text that measures forgetting, are set
+beside what was measured before fine-tuning.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from engine.device import start_jax
+from stages.cli import signals
+from stages.cli.command import run_command
+from stages.evaluate.flags import Evaluate
+
+
+def evaluate(flags: Evaluate) -> None:
+    """Starts JAX, then the evaluation."""
+    signals.set_phase("before the evaluation was done.")
+    device = start_jax(flags.device)
+    from stages.evaluate.run import run  # imports jax, which must not load before --help is answered and the device is chosen
+
+    run(flags, device)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    return run_command("evaluate", __doc__, Evaluate, evaluate, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

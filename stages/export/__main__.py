@@ -1,0 +1,33 @@
+"""Write a model for others: a Hugging Face folder, a GGUF file for llama.cpp, or a LoRA adapter in PEFT's layout.
+
+    python -m stages.export --model runs/demo-shakespeare --out exported --check
+    python -m stages.export --model smollm2-135m-instruct --out smollm2.gguf --dtype q8_0
+    python -m stages.export --model runs/smollm2-135m-instruct-voice --out voice-adapter --adapter --check
+
+A LoRA model is written with its adapters merged in, unless --adapter says otherwise.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from engine.device import start_jax
+from stages.cli import signals
+from stages.cli.command import run_command
+from stages.export.flags import Export
+
+
+def export(flags: Export) -> int:
+    """Starts JAX, then the export."""
+    signals.set_phase("before the model was written.")
+    device = start_jax(flags.device)
+    from stages.export.run import run  # imports jax, which must not load before --help is answered and the device is chosen
+
+    return run(flags, device)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    return run_command("export", __doc__, Export, export, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

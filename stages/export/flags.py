@@ -1,0 +1,31 @@
+"""The flags of `python -m stages.export`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+from stages.cli.flags import DeviceFlag, ModelFlag, VerboseFlag, default, one_of, parser, path
+
+DTYPES = ("float32", "bfloat16", "float16", "q8_0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """A model, where it goes, and how its weights are written."""
+
+    out: Annotated[Path, parser(path, "PATH")]
+    """A folder, or a file that ends in .gguf."""
+    model: ModelFlag = None
+    """A run or step folder, a Hugging Face folder, a .gguf file, or a named model."""
+    dtype: Annotated[str | None, parser(one_of(*DTYPES), "TYPE"), default("as loaded in a folder, float16 in a .gguf")] = None
+    """float32, bfloat16, float16, or in a .gguf q8_0."""
+    adapter: Annotated[bool, default("off")] = False
+    """Write only the LoRA adapters, in PEFT's layout."""
+    check: Annotated[bool, default("off")] = False
+    """Read it again and compare logits, tokens and what ends a completion."""
+    overwrite: Annotated[bool, default("off")] = False
+    """Replace what an earlier export wrote there."""
+    device: DeviceFlag = "auto"
+    """auto, cpu, gpu or tpu."""
+    verbose: VerboseFlag = False
+    """Show the traceback of an error."""
