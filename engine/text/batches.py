@@ -1,4 +1,4 @@
-"""Which tokens a step sees: a function of (seed, step) and nothing else; and the windows an evaluation walks over."""
+"""Windows of one long text: shuffled batches to train on, by (seed, step); and the windows that an evaluation walks over."""
 
 import dataclasses
 import hashlib
@@ -8,78 +8,54 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.text.batch import Batch
+from engine.text.order import EpochOrder
 
 
 @dataclasses.dataclass
-class Batches:
+class TextBatches:
     """Training batches out of one long text, by random access: `at(step)` needs no earlier step.
 
     An epoch is a fresh shuffle of windows of `seq` targets, laid end to end from a place that is drawn anew for the
     epoch, the text being a ring: every token is a target once, except fewer than `seq` that do not fill a window.
-    Batches run on across the ends of epochs, so all have `batch` rows. With `processes`, each gets its own rows of the
-    same global batch, in the order of `process`.
+    Batches run on across the ends of epochs, so all have `batch` rows.
 
-    Raises UserError when the text is shorter than one window, the batch does not divide over the processes, or the seed
-    is not one of 32 bits.
+    Raises UserError when the text is shorter than one window, for sizes below 1, or when the seed is not one of 32 bits.
     """
 
     tokens: np.ndarray  # (tokens,) any integer dtype, memory-mapped or not
     seq: int
-    batch: int  # rows of the global batch
+    batch: int
     seed: int
-    processes: int = 1
-    process: int = 0
 
     def __post_init__(self) -> None:
-        # Not at the top of the file: it takes a second, which an evaluation or a generation need not wait for.
-        import grain
-
-        for name in ("seq", "batch", "processes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"Batches: {name} must be at least 1, not {getattr(self, name)}.")
-        if not 0 <= self.process < self.processes:
-            raise UserError(f"Batches: process {self.process} is not one of {self.processes}, counted from 0.")
-        if self.batch % self.processes:
-            raise UserError(f"A batch of {self.batch} rows does not divide over {self.processes} processes.")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"The seed must be between 0 and {2**32 - 1}, not {self.seed}.")
+        if self.seq < 1:
+            raise UserError(f"A window must have at least 1 token, not {self.seq}.")
         if len(self.tokens) < self.seq + 1:
             raise UserError(
                 f"The text has {len(self.tokens)} tokens and one window of {self.seq} needs {self.seq + 1}: give a "
                 "longer text or a shorter context."
             )
         self._ring = len(self.tokens) - 1  # targets
-        self._windows = self._ring // self.seq
-        # grain shuffles without a list of the windows and goes on to a new order when an index passes the end.
-        self._order = grain.MapDataset.range(self._windows).seed(self.seed).shuffle()
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Steps in which every window is seen once; not whole in general."""
-        return self._windows / self.batch
+        self._order = EpochOrder(self._ring // self.seq, self.batch, self.seed)
 
     def epoch(self, step: int) -> float:
-        """Epochs completed before `step`: 0.0 at step 0."""
-        return step * self.batch / self._windows
+        """Returns the epochs completed before `step`: 0.0 at step 0."""
+        return self._order.epoch(step)
 
     def at(self, step: int) -> Batch:
-        """This process's rows, (batch / processes, seq), of the global batch of `step` >= 0."""
-        rows = self.batch // self.processes
-        first = step * self.batch + self.process * rows
-        start = np.empty(rows, np.int64)
-        for row, index in enumerate(range(first, first + rows)):
-            start[row] = self._offset(index // self._windows) + self._order[index] * self.seq
-        at = (start[:, None] + np.arange(self.seq)) % self._ring
+        """Returns the batch (batch, seq) of `step` >= 0."""
+        offsets = np.array([self._offset(int(epoch)) for epoch in self._order.epochs_at(step)])
+        at = ((offsets + self._order.at(step) * self.seq)[:, None] + np.arange(self.seq)) % self._ring
         return _batch(self.tokens[at], self.tokens[at + 1], np.ones(at.shape, bool))
 
     def _offset(self, epoch: int) -> int:
-        """Where the windows of an epoch start. A hash, as NumPy's generators may change between the parts of a run."""
+        """Returns where the windows of an epoch start: a hash, as NumPy's generators may change between parts of a run."""
         digest = hashlib.sha256(f"offset {self.seed} {epoch}".encode()).digest()
         return int.from_bytes(digest[:8], "little") % self._ring
 
 
 def evaluation_windows(tokens: np.ndarray, seq: int, stride: int, batch: int) -> Iterator[Batch]:
-    """Batches (batch, seq) in which every token but the first is a target with mask True exactly once.
+    """Yields batches (batch, seq) in which every token but the first is a target with mask True exactly once.
 
     Windows start `stride` apart and score only what the one before did not, so each token is predicted from more than
     `seq - stride` tokens before it (fewer only at the start of the text) and at most `seq`. The last window is moved
@@ -106,7 +82,7 @@ def evaluation_windows(tokens: np.ndarray, seq: int, stride: int, batch: int) ->
 
 
 def evaluation_count(tokens: int, seq: int, stride: int) -> int:
-    """How many windows `evaluation_windows` makes of a text of `tokens` tokens."""
+    """Returns how many windows `evaluation_windows` makes of a text of `tokens` tokens."""
     return 1 + max(0, -(-(tokens - 1 - seq) // stride))
 
 

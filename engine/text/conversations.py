@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from engine.errors import UserError, nearest
 from engine.text.chat import ROLES
-from engine.text.rows import decoded, kind_of, rows
+from engine.text.jsonl import decode_utf8, json_type, read_rows
 from engine.text.template import Message
 
 VOICE = Path(__file__).with_name("voice")
@@ -50,7 +50,7 @@ class Text(NamedTuple):
     where: str
 
 
-class Choice(NamedTuple):
+class Preference(NamedTuple):
     """A prompt and two answers of the assistant, the first of which is to be preferred."""
 
     prompt: tuple[Message, ...]
@@ -68,9 +68,9 @@ class Conversations:
 
     name: str
     kind: str
-    read: Callable[[], Iterator[Conversation | Text | Choice]]
+    read: Callable[[], Iterator[Conversation | Text | Preference]]
 
-    def __iter__(self) -> Iterator[Conversation | Text | Choice]:
+    def __iter__(self) -> Iterator[Conversation | Text | Preference]:
         return self.read()
 
 
@@ -84,18 +84,18 @@ def read_conversations(source: Path | str) -> Conversations:
         what = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"{path} {what}; wanted {FORMS}, or one of {', '.join(NAMED)}.{nearest(str(source), [*NAMED])}")
     if path.suffix.lower() in (".txt", ".md"):
-        return Conversations(str(source), "text", lambda: iter([Text(decoded(path.read_bytes(), path), str(path))]))
+        return Conversations(str(source), "text", lambda: iter([Text(decode_utf8(path.read_bytes(), path), str(path))]))
     if path.suffix.lower() not in (".jsonl", ".json"):
         raise UserError(f"{path} is of a kind that cannot be read ({path.suffix or 'no suffix'}); wanted {FORMS}.")
-    first = next(rows(path), None)
+    first = next(read_rows(path), None)
     if first is None:
         raise UserError(f"{path} is empty; wanted {FORMS}.")
     return Conversations(str(source), _kind(*first), lambda: _read(path))
 
 
-def _read(path: Path) -> Iterator[Conversation | Text | Choice]:
+def _read(path: Path) -> Iterator[Conversation | Text | Preference]:
     kind, begun = "", ""
-    for row, where in rows(path):
+    for row, where in read_rows(path):
         this = _kind(row, where)
         if kind not in ("", this):
             raise UserError(f"{where} is of the kind {this}, and {begun} was {kind}; keep each kind in a file of its own.")
@@ -116,7 +116,7 @@ def _kind(row: dict[str, Any], where: str) -> str:
     raise UserError(f"{where} has {found}, by which no kind of data is known; wanted {FORMS}.")
 
 
-def _understood(kind: str, row: dict[str, Any], where: str) -> Conversation | Text | Choice:
+def _understood(kind: str, row: dict[str, Any], where: str) -> Conversation | Text | Preference:
     if kind == "text":
         return Text(_text(row["text"], "text", where), where)
     if kind == "preference":
@@ -137,7 +137,7 @@ def _understood(kind: str, row: dict[str, Any], where: str) -> Conversation | Te
     return Conversation((*prompt, _message("assistant", _answer(row["completion"], "completion", where)[1])), where)
 
 
-def _choice(row: dict[str, Any], where: str) -> Choice:
+def _choice(row: dict[str, Any], where: str) -> Preference:
     """Answers may be text or messages; messages may repeat the prompt, which then need not be given by itself."""
     before, chosen = _answer(row["chosen"], "chosen", where)
     other, rejected = _answer(row["rejected"], "rejected", where)
@@ -147,7 +147,7 @@ def _choice(row: dict[str, Any], where: str) -> Choice:
     if not before or row.get(name) is not None:
         prompt = _prompt(row.get(name), name, where)
         before = prompt if before in ((), prompt[-len(before) :]) else before
-    return Choice(before, chosen, rejected, where)
+    return Preference(before, chosen, rejected, where)
 
 
 def _answer(value: Any, name: str, where: str) -> tuple[tuple[Message, ...], str]:
@@ -170,12 +170,12 @@ def _prompt(value: Any, name: str, where: str) -> tuple[Message, ...]:
 
 def _messages(value: Any, name: str, where: str, role: str, content: str) -> tuple[Message, ...]:
     if not isinstance(value, list):
-        raise UserError(f"{where}: `{name}` should be a list of messages, not {kind_of(value)}.")
+        raise UserError(f"{where}: `{name}` should be a list of messages, not {json_type(value)}.")
     found = []
     for number, message in enumerate(value, 1):
         at = f"{where}: message {number} of `{name}`"
         if not isinstance(message, dict):
-            raise UserError(f"{at} should be an object with `{role}` and `{content}`, not {kind_of(message)}.")
+            raise UserError(f"{at} should be an object with `{role}` and `{content}`, not {json_type(message)}.")
         for key in (role, content):
             if message.get(key) is None:
                 raise UserError(f"{at} has no `{key}`.")
@@ -197,7 +197,7 @@ def _message(role: str, content: str) -> Message:
 
 def _text(value: Any, name: str, where: str) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{where}: `{name}` should be text, not {kind_of(value)}.")
+        raise UserError(f"{where}: `{name}` should be text, not {json_type(value)}.")
     try:
         value.encode()
     except UnicodeEncodeError:

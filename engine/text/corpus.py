@@ -2,12 +2,12 @@
 
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from engine.errors import UserError
+from engine.text.jsonl import decode_utf8, read_rows
 
 KINDS = "a .txt or .md file, a folder of text files, .jsonl or .parquet with a `text` column, or a .bin of token ids"
 
@@ -124,28 +124,19 @@ def _is_text(file: Path, root: Path) -> bool:
 
 
 def _read_text(file: Path) -> Iterator[str]:
-    yield _decode(file.read_bytes(), file, 0)
+    yield decode_utf8(file.read_bytes(), file)
 
 
 def _read_jsonl(file: Path) -> Iterator[str]:
-    position = 0
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            text = _decode(line, file, position).strip()
-            position += len(line)
-            if not text:
-                continue
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{file}:{number} is not JSON: {error}.") from None
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise UserError(f"{file}:{number} should be an object with a string `text`.")
-            try:
-                row["text"].encode()
-            except UnicodeEncodeError:
-                raise UserError(f"{file}:{number} has half a character (a lone surrogate) in `text`.") from None
-            yield row["text"]
+    for row, where in read_rows(file):
+        text = row.get("text")
+        if not isinstance(text, str):
+            raise UserError(f"{where} should be an object with a string `text`.")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{where} has half a character (a lone surrogate) in `text`.") from None
+        yield text
 
 
 def _read_parquet(file: Path) -> Iterator[str]:
@@ -171,15 +162,3 @@ def _read_parquet(file: Path) -> Iterator[str]:
 
 
 READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-
-
-def _decode(data: bytes, file: Path, position: int) -> str:
-    """The text of some bytes of a file, `position` being where they start; a byte order mark is no text."""
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file} is not UTF-8: byte 0x{data[error.start]:02X} at position {position + error.start}. "
-            "Convert it (for example with iconv), or leave the file out."
-        ) from None
-    return text.removeprefix("\ufeff") if position == 0 else text

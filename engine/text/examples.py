@@ -8,7 +8,7 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.text.chat import Chat, Example
-from engine.text.conversations import Choice, Conversation, Text
+from engine.text.conversations import Conversation, Preference, Text
 from engine.text.template import Message, Refused
 
 CUT = "longer than {seq} tokens, so its end is cut off"
@@ -26,37 +26,37 @@ class Pair(NamedTuple):
 
 
 @dataclasses.dataclass
-class Tally:
-    """What became of the rows of a data set. Lists are of (file:line, reason)."""
+class DatasetSummary:
+    """The account of a data set: how many rows were used, cut and dropped, and why. Lists are of (file:line, reason)."""
 
-    read: int = 0
-    kept: int = 0  # of the rows read; those whose end was cut off are among them
+    rows: int = 0
+    used: int = 0  # of the rows; those whose end was cut off are among them
     examples: int = 0
     truncated: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     dropped: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
-    def lines(self) -> list[str]:
-        """For people: how many were kept, cut and left out, and for each reason where it first was one."""
+    def describe(self) -> list[str]:
+        """Returns lines for people: how many were kept, cut and left out, and for each reason where it first was one."""
         counts = (
-            f"{self.kept:,} of {self.read:,} kept, {len(self.truncated):,} of them truncated; {len(self.dropped):,} dropped"
+            f"{self.used:,} of {self.rows:,} kept, {len(self.truncated):,} of them truncated; {len(self.dropped):,} dropped"
         )
-        said = [counts]
+        lines = [counts]
         for verb, rows in (("truncated", self.truncated), ("dropped", self.dropped)):
             reasons: dict[str, list[str]] = {}
             for where, reason in rows:
                 reasons.setdefault(reason, []).append(where)
-            said += [f"{len(places):,} {verb}: {reason} ({places[0]} first)" for reason, places in reasons.items()]
-        return said
+            lines += [f"{len(places):,} {verb}: {reason} ({places[0]} first)" for reason, places in reasons.items()]
+        return lines
 
 
 def make_examples(
-    conversations: Iterable[Conversation | Text | Choice],
+    conversations: Iterable[Conversation | Text | Preference],
     chat: Chat,
     seq: int,
     *,
     start: Sequence[int] = (),
     report: Callable[[int, int], None] | None = None,
-) -> tuple[list[Example], Tally]:
+) -> tuple[list[Example], DatasetSummary]:
     """What can be learnt, in order, each of at most seq + 1 tokens: seq that are read, and for each the one that follows.
 
     A conversation that is longer loses its end, and is left out when no answer begins early enough. A plain text is cut
@@ -65,47 +65,47 @@ def make_examples(
     nothing is left, and for a choice between answers.
     """
     examples: list[Example] = []
-    tally = Tally()
+    summary = DatasetSummary()
     rows = list(conversations)
     for done, row in enumerate(rows):
-        tally.read += 1
+        summary.rows += 1
         try:
-            made = _examples(row, chat, seq, start)
+            parts = _examples(row, chat, seq, start)
         except Refused as refused:
-            tally.dropped.append((row.where, str(refused)))
+            summary.dropped.append((row.where, str(refused)))
             continue
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from None
-        fitting = [_fitted(example, seq) for example in made]
-        kept = [example for example in fitting if example is not None]
-        if not kept:
-            tally.dropped.append((row.where, NO_ROOM.format(seq=seq)))
+        fitting = [_fitted(example, seq) for example in parts]
+        useful = [example for example in fitting if example is not None]
+        if not useful:
+            summary.dropped.append((row.where, NO_ROOM.format(seq=seq)))
             continue
-        tally.kept += 1
-        if any(part is None or len(part.tokens) < len(whole.tokens) for whole, part in zip(made, fitting)):
-            tally.truncated.append((row.where, CUT.format(seq=seq)))
-        examples += kept
+        summary.used += 1
+        if any(part is None or len(part.tokens) < len(whole.tokens) for whole, part in zip(parts, fitting)):
+            summary.truncated.append((row.where, CUT.format(seq=seq)))
+        examples += useful
         if report:
             report(done + 1, len(rows))
-    tally.examples = len(examples)
-    _some(examples, tally)
-    return examples, tally
+    summary.examples = len(examples)
+    _refuse_nothing(examples, summary)
+    return examples, summary
 
 
 def make_pairs(
-    choices: Iterable[Conversation | Text | Choice], chat: Chat, seq: int, report: Callable[[int, int], None] | None = None
-) -> tuple[list[Pair], Tally]:
+    choices: Iterable[Conversation | Text | Preference], chat: Chat, seq: int, report: Callable[[int, int], None] | None = None
+) -> tuple[list[Pair], DatasetSummary]:
     """Pairs of examples of at most seq + 1 tokens, in which only the answers count. What is longer is left out.
 
     Raises UserError as `make_examples`, and for rows without a choice.
     """
     pairs: list[Pair] = []
-    tally = Tally()
+    summary = DatasetSummary()
     rows = list(choices)
     for done, row in enumerate(rows):
-        if not isinstance(row, Choice):
+        if not isinstance(row, Preference):
             raise UserError(f"{row.where} holds no pair of answers; preferences need `prompt`, `chosen` and `rejected`.")
-        tally.read += 1
+        summary.rows += 1
         try:
             if row.chosen == row.rejected:
                 raise Refused(SAME)
@@ -113,20 +113,20 @@ def make_pairs(
             if max(len(pair.chosen.tokens), len(pair.rejected.tokens)) > seq + 1:
                 raise Refused(TOO_LONG.format(seq=seq))
         except Refused as refused:
-            tally.dropped.append((row.where, str(refused)))
+            summary.dropped.append((row.where, str(refused)))
             continue
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from None
         pairs.append(pair)
         if report:
             report(done + 1, len(rows))
-    tally.kept = tally.examples = len(pairs)
-    _some(pairs, tally)
-    return pairs, tally
+    summary.used = summary.examples = len(pairs)
+    _refuse_nothing(pairs, summary)
+    return pairs, summary
 
 
-def _examples(row: Conversation | Text | Choice, chat: Chat, seq: int, start: Sequence[int]) -> list[Example]:
-    if isinstance(row, Choice):
+def _examples(row: Conversation | Text | Preference, chat: Chat, seq: int, start: Sequence[int]) -> list[Example]:
+    if isinstance(row, Preference):
         raise UserError("it holds two answers to choose between; that is data for preferences, not for examples.")
     if isinstance(row, Text):
         tokens = np.concatenate([np.array(start, np.int32), chat.tokenizer.encode(row.text), [chat.tokenizer.end]]).astype(
@@ -151,10 +151,10 @@ def _fitted(example: Example, seq: int) -> Example | None:
     return Example(tokens, mask, example.where) if mask[1:].any() else None
 
 
-def _some(made: Sequence[object], tally: Tally) -> None:
-    if made:
+def _refuse_nothing(examples: Sequence[object], summary: DatasetSummary) -> None:
+    if examples:
         return
-    if not tally.dropped:
+    if not summary.dropped:
         raise UserError("There is nothing in it to learn from.")
-    where, reason = tally.dropped[0]
-    raise UserError(f"None of {tally.read:,} rows can be learnt from; the first, {where}: {reason.rstrip('.')}.")
+    where, reason = summary.dropped[0]
+    raise UserError(f"None of {summary.rows:,} rows can be learnt from; the first, {where}: {reason.rstrip('.')}.")

@@ -10,54 +10,37 @@ from engine.errors import UserError
 from engine.text.batch import Batch
 from engine.text.chat import Example
 from engine.text.examples import Pair
+from engine.text.order import EpochOrder
 
 
 @dataclasses.dataclass
-class Packed:
+class PackedBatches:
     """Training batches out of examples, by random access: `at(step)` needs no earlier step.
 
     Examples are laid into rows once, the longest first and each where it leaves least room; every epoch sees every row
     once, in a fresh order that follows from the seed. In a row each example is a segment with positions from 0, so
     that it gets the loss it has alone. With `pack` False each example has a row for itself. Batches run on across the
-    ends of epochs. With `processes`, each gets its own rows of the same global batch.
+    ends of epochs.
 
-    Raises UserError for no examples, one of more than seq + 1 tokens, a batch that does not divide over the processes,
-    or a seed that is not one of 32 bits.
+    Raises UserError for no examples, one of more than seq + 1 tokens, no rows, or a seed that is not one of 32 bits.
     """
 
     examples: Sequence[Example]
     seq: int
-    batch: int  # rows of the global batch
+    batch: int
     seed: int
     pack: bool = True
-    processes: int = 1
-    process: int = 0
 
     def __post_init__(self) -> None:
         self._rows = rows_of(self.examples, self.seq, self.pack)
-        self._order = Order(len(self._rows), self.batch, self.seed, self.processes, self.process)
-
-    @property
-    def rows(self) -> int:
-        """Rows an epoch has."""
-        return len(self._rows)
-
-    @property
-    def filled(self) -> float:
-        """The share of all places that hold an example's token."""
-        return sum(len(example.tokens) - 1 for example in self.examples) / (self.rows * self.seq)
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Steps in which every example is seen once; not whole in general."""
-        return self.rows / self.batch
+        self._order = EpochOrder(len(self._rows), self.batch, self.seed)
 
     def epoch(self, step: int) -> float:
-        """Epochs completed before `step`: 0.0 at step 0."""
-        return step * self.batch / self.rows
+        """Returns the epochs completed before `step`: 0.0 at step 0."""
+        return self._order.epoch(step)
 
     def at(self, step: int) -> Batch:
-        """This process's rows, (batch / processes, seq), of the global batch of `step` >= 0."""
+        """Returns the batch (batch, seq) of `step` >= 0."""
         rows = [[self.examples[index] for index in self._rows[row]] for row in self._order.at(step)]
         return _batch(rows, self.seq, self.pack)
 
@@ -72,73 +55,44 @@ class PairBatch(NamedTuple):
 
 @dataclasses.dataclass
 class PairBatches:
-    """Batches of pairs, by random access and in an order that follows from the seed, as `Packed`; one pair a row."""
+    """Batches of pairs, by random access and in an order that follows from the seed, as `PackedBatches`; one pair a row."""
 
     pairs: Sequence[Pair]
     seq: int
-    batch: int  # pairs of the global batch
+    batch: int
     seed: int
-    processes: int = 1
-    process: int = 0
 
     def __post_init__(self) -> None:
         for pair in self.pairs:
             rows_of(pair, self.seq, pack=False)  # checks lengths
-        self._order = Order(len(self.pairs), self.batch, self.seed, self.processes, self.process)
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Steps in which every pair is seen once; not whole in general."""
-        return len(self.pairs) / self.batch
+        self._order = EpochOrder(len(self.pairs), self.batch, self.seed)
 
     def epoch(self, step: int) -> float:
-        """Epochs completed before `step`: 0.0 at step 0."""
-        return step * self.batch / len(self.pairs)
+        """Returns the epochs completed before `step`: 0.0 at step 0."""
+        return self._order.epoch(step)
 
     def at(self, step: int) -> PairBatch:
-        """This process's rows of the global batch of `step` >= 0."""
-        return _pair_batch(self.pairs, self._order.at(step), self.seq)
+        """Returns the batch of `step` >= 0."""
+        return _pair_batch(self.pairs, self._order.at(step).tolist(), self.seq)
 
 
-class Order:
-    """Which of `count` things each step takes: all of them once an epoch, in an order that follows from (seed, epoch)."""
-
-    def __init__(self, count: int, batch: int, seed: int, processes: int = 1, process: int = 0) -> None:
-        import grain  # takes a second, which an evaluation need not wait for
-
-        if count < 1:
-            raise UserError("There are no examples to make batches of.")
-        if batch < 1 or batch % processes:
-            raise UserError(f"A batch of {batch} rows does not divide over {processes} processes.")
-        if not 0 <= seed < 2**32:
-            raise UserError(f"The seed must be between 0 and {2**32 - 1}, not {seed}.")
-        self._rows = batch // processes
-        self._batch, self._first = batch, process * self._rows
-        self._shuffled = grain.MapDataset.range(count).seed(seed).shuffle()
-
-    def at(self, step: int) -> list[int]:
-        """The indices that this process's rows of `step` take."""
-        first = step * self._batch + self._first
-        return [int(self._shuffled[index]) for index in range(first, first + self._rows)]
-
-
-def once(examples: Sequence[Example], seq: int, batch: int, pack: bool = True) -> Iterator[Batch]:
-    """Batches (batch, seq) in which each example is seen exactly once; rows that only fill up have mask False."""
+def evaluation_batches(examples: Sequence[Example], seq: int, batch: int, pack: bool = True) -> Iterator[Batch]:
+    """Yields batches (batch, seq) in which each example is seen exactly once; rows that only fill up have mask False."""
     rows = rows_of(examples, seq, pack)
     for first in range(0, len(rows), batch):
         part = [[examples[index] for index in row] for row in rows[first : first + batch]]
         yield _batch(part + [[]] * (batch - len(part)), seq, pack)
 
 
-def pairs_once(pairs: Sequence[Pair], seq: int, batch: int) -> Iterator[PairBatch]:
-    """Batches in which each pair is seen exactly once, in order; rows that only fill up have `pair` -1 and mask False."""
+def evaluation_pairs(pairs: Sequence[Pair], seq: int, batch: int) -> Iterator[PairBatch]:
+    """Yields batches in which each pair is seen once, in order; rows that only fill up have `pair` -1 and mask False."""
     for first in range(0, len(pairs), batch):
         index = [*range(first, min(first + batch, len(pairs)))]
         yield _pair_batch(pairs, index + [-1] * (batch - len(index)), seq)
 
 
 def rows_of(examples: Sequence[Example], seq: int, pack: bool) -> list[list[int]]:
-    """Which examples lie in each row of `seq` places: the longest first, each into the row where it leaves least room.
+    """Returns which examples lie in each row of `seq` places: the longest first, each into the row where it leaves least room.
 
     That is best-fit decreasing, never more than 11/9 of the fewest rows there could be (Johnson 1974), and in practice
     a few percent. An example of n tokens takes n - 1 places, as its last token is only a target.
@@ -151,26 +105,26 @@ def rows_of(examples: Sequence[Example], seq: int, pack: bool) -> list[list[int]
         return [[index] for index in range(len(examples))]
     rows: list[list[int]] = []
     with_room: dict[int, list[int]] = {}  # places left -> rows
-    some = 0  # bit r is set where with_room[r] is not empty: the best fit is the lowest bit from `size` up
+    room_bits = 0  # bit r is set where with_room[r] is not empty: the best fit is the lowest bit from `size` up
     for index in sorted(range(len(examples)), key=lambda index: -sizes[index]):
-        fitting = some >> sizes[index]
+        fitting = room_bits >> sizes[index]
         if fitting:
             room = sizes[index] + (fitting & -fitting).bit_length() - 1
             row = with_room[room].pop()
             if not with_room[room]:
-                some &= ~(1 << room)
+                room_bits &= ~(1 << room)
         else:
             room, row = seq, len(rows)
             rows.append([])
         rows[row].append(index)
         left = room - sizes[index]
         with_room.setdefault(left, []).append(row)
-        some |= (left > 0) << left
+        room_bits |= (left > 0) << left
     return rows
 
 
 def _batch(rows: Sequence[Sequence[Example]], seq: int, pack: bool) -> Batch:
-    """Rows of examples side by side. Places after the last one are segment 0, which counts nowhere."""
+    """Lays rows of examples side by side. Places after the last one are segment 0, which counts nowhere."""
     shape = len(rows), seq
     tokens, targets, positions, segments = (np.zeros(shape, np.int32) for _ in range(4))
     mask = np.zeros(shape, bool)

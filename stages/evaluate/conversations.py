@@ -16,7 +16,7 @@ from engine.storage.loaded_model import LoadedModel
 from engine.text.chat import Chat, Example
 from engine.text.conversations import NAMED, Conversations
 from engine.text.examples import Pair
-from engine.text.packing import pairs_once
+from engine.text.packing import evaluation_pairs
 from engine.training.preference import Preferences, margins
 from stages.cli.console import Console, ReportProgress
 from stages.runs import conversation_data, forgetting, text_data, validation
@@ -46,7 +46,7 @@ def evaluate(model: LoadedModel, data: Conversations | None, context: int | None
     seq = min(context or record.get("recipe", {}).get("context") or WINDOW, model.cfg.context)
     if data:
         examples, outcome = conversation_data.tokenize_examples(data, model, chat, seq)
-        name, lines = f"{data.name} ({data.kind})", outcome.lines()
+        name, lines = f"{data.name} ({data.kind})", outcome.describe()
     else:
         text = record["text"]
         split = conversation_data.prepare_conversations(
@@ -83,7 +83,7 @@ def _measure_completions(model: LoadedModel, examples: Sequence[Example], seq: i
 
 def _measure_pairs(model: LoadedModel, pairs: Sequence[Pair], seq: int, report: ReportProgress) -> Rows:
     margin = np.empty(0)
-    for part in pairs_once(pairs, seq, conversation_data.ROWS):
+    for part in evaluation_pairs(pairs, seq, conversation_data.ROWS):
         batch = np.asarray(margins(model.cfg, model.params, Preferences(part.chosen, part.rejected)))
         margin = np.append(margin, batch[part.pair >= 0])
         report(len(margin), len(pairs))

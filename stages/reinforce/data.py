@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.errors import UserError
-from engine.text.rows import kind_of, rows
+from engine.text.jsonl import json_type, read_rows
 
 THINGS = (
     "rain", "the sea", "a tree", "a river", "snow", "a horse", "bread", "the moon", "a bridge", "sleep", "a city", "salt",
@@ -63,13 +63,13 @@ def _read(path: Path, task: str) -> list[Prompt]:
     if not path.is_file():
         raise UserError(f'There is no file {path}; --data takes a .jsonl of {{"prompt": "...", "answer": 7}}.')
     found = []
-    for row, where in rows(path):
+    for row, where in read_rows(path):
         prompt, answer = row.get("prompt"), row.get("answer")
         if not isinstance(prompt, str) or not prompt.strip():
-            came = f"is {kind_of(prompt)}" if not isinstance(prompt, str) and "prompt" in row else "is missing or empty"
+            came = f"is {json_type(prompt)}" if not isinstance(prompt, str) and "prompt" in row else "is missing or empty"
             raise UserError(f"{where}: `prompt` should be text and {came}.")
         if task == "sum" and (not isinstance(answer, int) or isinstance(answer, bool)):
-            came = f"is {kind_of(answer)}" if "answer" in row else "is missing"
+            came = f"is {json_type(answer)}" if "answer" in row else "is missing"
             raise UserError(f"{where}: `answer` should be an integer and {came}.")
         found.append(Prompt(prompt, answer if task == "sum" else None))
     return found

@@ -15,7 +15,7 @@ from engine.model.config import ModelConfig
 from engine.model.transformer import Params
 from engine.text.batch import Batch
 from engine.text.chat import Example
-from engine.text.packing import once
+from engine.text.packing import evaluation_batches
 from engine.training.rewards import Reward
 
 PATIENCE = 2.0  # seconds for the rewards of a round
@@ -65,7 +65,7 @@ def as_batch(prompts: Sequence[list[int]], answers: Sequence[Answer], seq: int) 
     for prompt, answer in zip(prompts, answers):
         mask = np.arange(len(prompt) + len(answer.tokens)) >= len(prompt)
         examples.append(Example(np.array([*prompt, *answer.tokens], np.int32), mask, ""))
-    return next(once(examples, seq, len(examples), pack=False))
+    return next(evaluation_batches(examples, seq, len(examples), pack=False))
 
 
 def rewarded(reward: Reward, texts: Sequence[str], right: Sequence[int | None], patience: float = PATIENCE) -> list[float]:

@@ -16,7 +16,7 @@ from engine.inference.sampling_params import SamplingParams
 from engine.model.paths import merge
 from engine.storage import checkpoint
 from engine.storage.digest import digest
-from engine.text.packing import Order
+from engine.text.order import EpochOrder
 from engine.training.lora import merge_lora
 from engine.training.optimizer import make_optimizer
 from engine.training.reinforce import Rollouts, group_advantages, log_probabilities
@@ -85,7 +85,7 @@ class Rounds:
     def __init__(self, run: "Reinforced", past: LoopState) -> None:
         self.run, self.past = run, past
         self.log = MetricsLog(run.folder, past.step)
-        self.order = Order(len(run.prompts.learnt), run.given.asked.prompts, run.given.seed)
+        self.order = EpochOrder(len(run.prompts.learnt), run.given.asked.prompts, run.given.seed)
         self.done: list[Round] = []
         self.in_a_row = 0
 

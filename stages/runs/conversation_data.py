@@ -17,8 +17,8 @@ from engine.model.paths import merge
 from engine.text.batch import Batch
 from engine.text.chat import Chat, Example
 from engine.text.conversations import NAMED, Conversations, read_conversations
-from engine.text.examples import Pair, Tally, make_examples, make_pairs
-from engine.text.packing import Packed, PairBatches, once, pairs_once
+from engine.text.examples import DatasetSummary, Pair, make_examples, make_pairs
+from engine.text.packing import PackedBatches, PairBatches, evaluation_batches, evaluation_pairs
 from engine.training.preference import Preferences, margins
 from engine.training.step import NEXT_TOKEN, Objective
 from stages.cli.console import Console
@@ -39,7 +39,7 @@ class ConversationData:
 
     learnt: Sequence[Any]
     held_out: Sequence[Any]
-    tally: Tally
+    summary: DatasetSummary
     kind: str
     name: str
     held_out_name: str
@@ -66,18 +66,18 @@ def prepare_conversations(
     """Reads, renders and cuts all examples. Raises UserError for data of another kind than the objective needs."""
     found = _read(data, objective)
     with console.task(f"reading {data}") as report:
-        learnt, tally = tokenize_examples(found, model, chat, seq, report)
+        learnt, summary = tokenize_examples(found, model, chat, seq, report)
     apart = validation or (f"{data}-held-out" if f"{data}-held-out" in NAMED else None)
     if apart:
         held_out = tokenize_examples(_read(apart, objective), model, chat, seq, None)[0]
-        return ConversationData(learnt, held_out, tally, found.kind, data, apart)
+        return ConversationData(learnt, held_out, summary, found.kind, data, apart)
     count = max(1, round(HELD_OUT * len(learnt)))
     if len(learnt) - count < 1:
         raise UserError(
             f"{data} has {len(learnt)} usable examples, too few to hold any out; give some of another file with --validation."
         )
     named = f"the last {count} of {data}"
-    return ConversationData(learnt[:-count], learnt[-count:], tally, found.kind, data, named)
+    return ConversationData(learnt[:-count], learnt[-count:], summary, found.kind, data, named)
 
 
 def _read(data: str, objective: str) -> Conversations:
@@ -97,7 +97,7 @@ def read_named(data: str) -> Conversations:
     return read_conversations(data if data in NAMED else Path(data).expanduser())
 
 
-def tokenize_examples(found: Conversations, model: "LoadedModel", chat: Chat, seq: int, report: Any = None) -> tuple[Sequence[Any], Tally]:
+def tokenize_examples(found: Conversations, model: "LoadedModel", chat: Chat, seq: int, report: Any = None) -> tuple[Sequence[Any], DatasetSummary]:
     """Examples, or pairs of them, and what became of each row. Raises UserError when none is left."""
     if found.kind == "preference":
         return make_pairs(found, chat, seq, report=report)
@@ -111,7 +111,7 @@ class PreferenceBatches:
         self.pairs = pairs
         self._batches = PairBatches(pairs, seq, batch, seed)
         self._reference = np.zeros(len(pairs), np.float32)
-        for part in pairs_once(pairs, seq, batch):
+        for part in evaluation_pairs(pairs, seq, batch):
             there = part.pair >= 0
             found = margins(cfg, base, Preferences(part.chosen, part.rejected))
             self._reference[part.pair[there]] = np.asarray(found)[there]
@@ -169,9 +169,9 @@ def _summed(objective: Objective, cfg: ModelConfig, params: Any, batch: Any) -> 
 
 def batch_examples(examples: Sequence[Example], seq: int, rows: int = ROWS) -> list[Batch]:
     """Every example once, in batches of one shape."""
-    return list(once(examples, seq, rows))
+    return list(evaluation_batches(examples, seq, rows))
 
 
-def packed(given: "Finetune", lessons: ConversationData) -> Packed:
+def packed(given: "Finetune", lessons: ConversationData) -> PackedBatches:
     """The batches of a run that learns answers."""
-    return Packed(lessons.learnt, given.tuning.context, given.tuning.batch, given.seed, given.examples.pack)
+    return PackedBatches(lessons.learnt, given.tuning.context, given.tuning.batch, given.seed, given.examples.pack)

@@ -43,7 +43,7 @@ class Run:
     """What the stages of one run hand on to each other."""
 
     def __init__(self, given: "Train", device: Device, folder: Path, console: Console) -> None:
-        from engine.text.batches import Batches
+        from engine.text.batches import TextBatches
         from stages.runs import estimate as plan
         from stages.runs import text_data
 
@@ -55,7 +55,7 @@ class Run:
         cfg = model_config(given, self.recipe, self.data.tokenizer.vocab)
         seconds = length.max_time if chosen else 180.0
         self.plan = plan.Plan(given.preset, cfg, self.recipe, given.seed, length.steps, seconds, chosen)
-        self.batches = Batches(self.data.train.tokens, self.recipe.context, self.recipe.batch, given.seed)
+        self.batches = TextBatches(self.data.train.tokens, self.recipe.context, self.recipe.batch, given.seed)
         self.ceilings = plan.measured_ceilings(console)
 
     def rows(self) -> list[tuple[str, str]]:

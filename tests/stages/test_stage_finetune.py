@@ -141,19 +141,19 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 ) -> None:  # fmt: skip
     folder = tmp_path / "stopped"
     given = args(trained, chats, folder, "--lora", LORA)
-    at = conversation_data.Packed.at
+    at = conversation_data.PackedBatches.at
 
     def stopping(self: Any, step: int) -> Any:
         if step == 6:
             os.kill(os.getpid(), signal.SIGINT)
         return at(self, step)
 
-    monkeypatch.setattr(conversation_data.Packed, "at", stopping)
+    monkeypatch.setattr(conversation_data.PackedBatches, "at", stopping)
     assert finetune.main(given) == 128 + signal.SIGINT
     assert re.search(r"Stopped at step [67]; saved in", capsys.readouterr().out)
     with pytest.raises(UserError, match="no adapter yet: its fine-tuning was stopped"):
         load_model(str(folder))
-    monkeypatch.setattr(conversation_data.Packed, "at", at)
+    monkeypatch.setattr(conversation_data.PackedBatches, "at", at)
     assert finetune.main(given) == 0
     assert re.search(r"resumed at step [67]", capsys.readouterr().out)
     for name in ("adapter.safetensors", "adapter.json"):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from engine.errors import UserError
 from engine.text.batch import Batch
-from engine.text.batches import Batches, evaluation_count, evaluation_windows
+from engine.text.batches import TextBatches, evaluation_count, evaluation_windows
 
 # A token that tells its own place, so that a batch tells where it was cut.
 PLACES = np.arange(1000, dtype=np.uint16)
@@ -17,7 +17,7 @@ def same(one: Batch, other: Batch) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(one, other))
 
 
-def windows_of(batches: Batches, epoch: int) -> list[np.ndarray]:
+def windows_of(batches: TextBatches, epoch: int) -> list[np.ndarray]:
     """The targets of each window of one epoch, out of whichever steps they lie in."""
     windows = (len(batches.tokens) - 1) // batches.seq
     first, last = epoch * windows, (epoch + 1) * windows
@@ -27,7 +27,7 @@ def windows_of(batches: Batches, epoch: int) -> list[np.ndarray]:
 
 
 def test_shapes_and_types() -> None:
-    batch = Batches(PLACES, seq=7, batch=6, seed=0).at(3)
+    batch = TextBatches(PLACES, seq=7, batch=6, seed=0).at(3)
     assert batch.segments is None
     for field in batch[:4]:
         assert field.shape == (6, 7)
@@ -44,7 +44,7 @@ def test_shapes_and_types() -> None:
 def test_every_token_is_a_target_once_an_epoch(length: int, seq: int, batch: int, seed: int, epoch: int) -> None:
     if length <= seq:
         return
-    batches = Batches(PLACES[:length], seq, batch, seed)
+    batches = TextBatches(PLACES[:length], seq, batch, seed)
     targets = np.concatenate(windows_of(batches, epoch))
     assert len(set(targets.tolist())) == len(targets)
     assert 0 <= length - 1 - len(targets) < seq
@@ -54,49 +54,39 @@ def test_every_token_is_a_target_once_an_epoch(length: int, seq: int, batch: int
 @settings(deadline=None, max_examples=40)
 @given(step=st.integers(0, 10_000), seed=st.integers(0, 1000))
 def test_the_target_is_the_next_token(step: int, seed: int) -> None:
-    batch = Batches(PLACES, 7, 5, seed).at(step)
+    batch = TextBatches(PLACES, 7, 5, seed).at(step)
     np.testing.assert_array_equal(batch.targets, np.asarray(batch.tokens) + 1)
     # Windows are stretches of the text; one an epoch may run over its end and go on at its start.
     np.testing.assert_array_equal(batch.tokens[:, 1:], np.asarray(batch.targets)[:, :-1] % 999)
 
 
 def test_order_is_a_function_of_seed_and_step() -> None:
-    first, again = Batches(PLACES, 7, 5, seed=3), Batches(PLACES.astype(np.int64), 7, 5, seed=3)
+    first, again = TextBatches(PLACES, 7, 5, seed=3), TextBatches(PLACES.astype(np.int64), 7, 5, seed=3)
     steps = [0, 1, 27, 28, 29, 500]
     forward = {step: first.at(step) for step in steps}
     for step in reversed(steps):
         assert same(again.at(step), forward[step])
-    other = Batches(PLACES, 7, 5, seed=4)
+    other = TextBatches(PLACES, 7, 5, seed=4)
     assert not any(same(other.at(step), forward[step]) for step in steps)
 
 
 def test_the_order_does_not_change_between_versions() -> None:
     """A run resumed after an update goes on in the same order. If this fails, old runs cannot be resumed exactly."""
-    assert Batches(PLACES, 7, 5, seed=3).at(1234).tokens[:, 0].tolist() == [676, 368, 914, 473, 550]
+    assert TextBatches(PLACES, 7, 5, seed=3).at(1234).tokens[:, 0].tolist() == [676, 368, 914, 473, 550]
 
 
 def test_epochs_differ_in_order_and_in_where_windows_start() -> None:
-    batches = Batches(PLACES, 7, 5, seed=0)
+    batches = TextBatches(PLACES, 7, 5, seed=0)
     orders = [np.array(windows_of(batches, epoch))[:, 0] for epoch in range(6)]
     assert len({tuple(order) for order in orders}) == 6
     assert len({int(order.min()) % 7 for order in orders}) > 2
     # No epoch is one of a neighbouring seed's.
-    neighbour = [tuple(np.array(windows_of(Batches(PLACES, 7, 5, seed=1), epoch))[:, 0]) for epoch in range(6)]
+    neighbour = [tuple(np.array(windows_of(TextBatches(PLACES, 7, 5, seed=1), epoch))[:, 0]) for epoch in range(6)]
     assert not {tuple(order) for order in orders} & set(neighbour)
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_processes_share_one_global_batch(processes: int) -> None:
-    for step in (0, 8, 17, 1000):
-        parts = [Batches(PLACES, 7, 16, 3, processes, process).at(step) for process in range(processes)]
-        assert {part.tokens.shape for part in parts} == {(16 // processes, 7)}
-        together = Batch(*(np.concatenate(fields) for fields in zip(*(part[:4] for part in parts))))
-        assert same(together, Batches(PLACES, 7, 16, 3).at(step))
-
-
 def test_epochs_are_counted() -> None:
-    batches = Batches(PLACES, 7, 5, seed=0)
-    assert batches.steps_per_epoch == 142 / 5
+    batches = TextBatches(PLACES, 7, 5, seed=0)
     assert batches.epoch(0) == 0.0
     assert batches.epoch(71) == 2.5
 
@@ -104,24 +94,20 @@ def test_epochs_are_counted() -> None:
 def test_a_memory_map_will_do(tmp_path) -> None:
     PLACES.tofile(tmp_path / "tokens.bin")
     mapped = np.memmap(tmp_path / "tokens.bin", np.uint16, "r")
-    assert same(Batches(mapped, 7, 5, 0).at(9), Batches(PLACES, 7, 5, 0).at(9))
+    assert same(TextBatches(mapped, 7, 5, 0).at(9), TextBatches(PLACES, 7, 5, 0).at(9))
     assert all(same(*pair) for pair in zip(evaluation_windows(mapped, 7, 3, 5), evaluation_windows(PLACES, 7, 3, 5)))
 
 
 def test_what_makes_no_batches() -> None:
     with pytest.raises(UserError, match="7 tokens and one window of 7 needs 8"):
-        Batches(PLACES[:7], 7, 1, 0)
-    assert Batches(PLACES[:8], 7, 2, 0).at(5).tokens.tolist()
-    with pytest.raises(UserError, match="6 rows does not divide over 4"):
-        Batches(PLACES, 7, 6, 0, processes=4)
-    with pytest.raises(UserError, match="process 2 is not one of 2"):
-        Batches(PLACES, 7, 6, 0, processes=2, process=2)
+        TextBatches(PLACES[:7], 7, 1, 0)
+    assert TextBatches(PLACES[:8], 7, 2, 0).at(5).tokens.tolist()
     for seed in (-1, 2**32):
         with pytest.raises(UserError, match=f"seed must be .* not {seed}"):
-            Batches(PLACES, 7, 1, seed)
+            TextBatches(PLACES, 7, 1, seed)
     for sizes in ((0, 1), (1, 0)):
-        with pytest.raises(UserError, match="at least 1, not 0"):
-            Batches(PLACES, *sizes, seed=0)
+        with pytest.raises(UserError, match=r"at least 1 (row|token), not 0"):
+            TextBatches(PLACES, *sizes, seed=0)
 
 
 @settings(deadline=None, max_examples=200)

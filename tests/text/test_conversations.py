@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from engine.errors import UserError
-from engine.text.conversations import KINDS, NAMED, Choice, Conversation, Text, read_conversations
+from engine.text.conversations import KINDS, NAMED, Conversation, Preference, Text, read_conversations
 
 USER, ANSWER, SYSTEM = (
     {"role": role, "content": content} for role, content in (("user", "q"), ("assistant", "a"), ("system", "s"))
@@ -62,7 +62,7 @@ def test_conversations(row: dict, kind: str, messages: list[dict], tmp_path: Pat
 def test_preferences(row: dict, prompt: list[dict], tmp_path: Path) -> None:
     data = read_conversations(write(tmp_path / "data.jsonl", row))
     assert data.kind == "preference"
-    assert list(data) == [Choice(tuple(prompt), "a", "b", f"{tmp_path / 'data.jsonl'}:1")]
+    assert list(data) == [Preference(tuple(prompt), "a", "b", f"{tmp_path / 'data.jsonl'}:1")]
 
 
 def test_texts(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_the_voice_is_what_it_is_said_to_be() -> None:
         answers += [message["content"] for message in row.messages if message["role"] == "assistant"]
         asked.append(next(message["content"] for message in row.messages if message["role"] == "user"))
     for row in preferences:
-        assert isinstance(row, Choice)
+        assert isinstance(row, Preference)
         asked.append(row.prompt[0]["content"])
         answers.append(row.chosen)
         assert "Fair winds" not in row.rejected

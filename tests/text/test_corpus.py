@@ -51,7 +51,7 @@ def test_json_lines(tmp_path) -> None:
     [
         (b"{", "is not JSON"),
         (b"[" * 100_000, "is not JSON"),
-        (b'"text"', "string `text`"),
+        (b'"text"', "should be an object, not text"),
         (b'{"texts": "a"}', "string `text`"),
         (b'{"text": 3}', "string `text`"),
         (b'{"text": "\\ud83d"}', "lone surrogate"),
@@ -73,7 +73,7 @@ def test_bytes_that_are_not_text_are_named(tmp_path) -> None:
         list(read_corpus(tmp_path))
     lines = tmp_path / "b.jsonl"
     lines.write_bytes(b'{"text": "a"}\n\xe9\n')
-    with pytest.raises(UserError, match=r"b\.jsonl is not UTF-8: byte 0xE9 at position 14"):
+    with pytest.raises(UserError, match=r"b\.jsonl:2 is not UTF-8: byte 0xE9 at position 0\. Convert it"):
         list(read_corpus(lines))
 
 

@@ -6,7 +6,7 @@ from chat_models import BRACKETS, CHATML, chat_tokenizer, said
 
 from engine.errors import UserError
 from engine.text.chat import Chat
-from engine.text.conversations import Choice, Conversation, Text
+from engine.text.conversations import Conversation, Preference, Text
 from engine.text.examples import make_examples, make_pairs
 
 TOKENIZER = chat_tokenizer()
@@ -32,14 +32,14 @@ def test_an_account_of_every_row(chat: Chat) -> None:
     with pytest.raises(UserError, match="f:6: there are no messages"):
         make_examples(rows, chat, 40)
     done: list[tuple[int, int]] = []
-    examples, tally = make_examples(rows[:5], chat, 40, report=lambda *pair: done.append(pair))
+    examples, summary = make_examples(rows[:5], chat, 40, report=lambda *pair: done.append(pair))
     assert [example.where for example in examples] == ["f:1", "f:2"]
-    assert (tally.read, tally.kept, tally.examples) == (5, 2, 2)
-    assert [where for where, _ in tally.truncated] == ["f:2"]
-    assert [where for where, _ in tally.dropped] == ["f:3", "f:4", "f:5"]
+    assert (summary.rows, summary.used, summary.examples) == (5, 2, 2)
+    assert [where for where, _ in summary.truncated] == ["f:2"]
+    assert [where for where, _ in summary.dropped] == ["f:3", "f:4", "f:5"]
     assert len(examples[1].tokens) == 41
     assert done[-1] == (2, 5)
-    said_of = "\n".join(tally.lines())
+    said_of = "\n".join(summary.describe())
     for words in ("2 of 5 kept, 1 of them truncated; 3 dropped", "1 truncated: longer than 40 tokens", "(f:2 first)",
                   "nothing that is to be learnt lies in its first 40 tokens (f:3 first)", "no turn of the assistant (f:4",
                   "says nothing in one of its turns (f:5"):  # fmt: skip
@@ -49,9 +49,9 @@ def test_an_account_of_every_row(chat: Chat) -> None:
 def test_what_the_template_refuses_is_left_out() -> None:
     chat = Chat(TOKENIZER, BRACKETS)
     rows = [Conversation(said("a", "b", system="s"), "f:1"), Conversation(said("a", "b"), "f:2")]
-    examples, tally = make_examples(rows, chat, 40)
+    examples, summary = make_examples(rows, chat, 40)
     assert [example.where for example in examples] == ["f:2"]
-    assert "Only user and assistant" in tally.dropped[0][1]
+    assert "Only user and assistant" in summary.dropped[0][1]
     with pytest.raises(UserError, match=r"None of 1 rows can be learnt from; the first, f:1: The chat template refuses"):
         make_examples(rows[:1], chat, 40)
     chat.close()
@@ -59,13 +59,13 @@ def test_what_the_template_refuses_is_left_out() -> None:
 
 def test_all_of_a_text_is_learnt_once(chat: Chat) -> None:
     text = "The assistant answers. " * 9
-    examples, tally = make_examples([Text(text, "f:1"), Text("", "f:2")], chat, 10, start=(CONTROL,))
+    examples, summary = make_examples([Text(text, "f:1"), Text("", "f:2")], chat, 10, start=(CONTROL,))
     tokens = [CONTROL, *TOKENIZER.encode(text), TOKENIZER.end]
     here = [example for example in examples if example.where == "f:1"]
     assert all(len(example.tokens) <= 11 and example.mask.all() for example in examples)
     targets = np.concatenate([example.tokens[1:] for example in here])
     assert targets.tolist() == tokens[1:]
-    assert tally.truncated == tally.dropped == []
+    assert summary.truncated == summary.dropped == []
     assert examples[-1].tokens.tolist() == [CONTROL, TOKENIZER.end]
 
 
@@ -75,14 +75,14 @@ CONTROL = next(token for token, added in TOKENIZER.controls.items() if added.con
 def test_pairs(chat: Chat) -> None:
     history = said("Hello", "I am well.", "how are you?")
     rows = [
-        Choice(tuple(history), "I am.", "The user.", "f:1"),
-        Choice(tuple(said("a")), "same", "same", "f:2"),
-        Choice(tuple(said("a")), "b", "how are you? " * 20, "f:3"),
-        Choice(tuple(said("a")), "b", "", "f:4"),
+        Preference(tuple(history), "I am.", "The user.", "f:1"),
+        Preference(tuple(said("a")), "same", "same", "f:2"),
+        Preference(tuple(said("a")), "b", "how are you? " * 20, "f:3"),
+        Preference(tuple(said("a")), "b", "", "f:4"),
     ]
-    pairs, tally = make_pairs(rows, chat, 60)
-    assert tally.kept == len(pairs) == 1
-    assert [where for where, _ in tally.dropped] == ["f:2", "f:3", "f:4"]
+    pairs, summary = make_pairs(rows, chat, 60)
+    assert summary.used == len(pairs) == 1
+    assert [where for where, _ in summary.dropped] == ["f:2", "f:3", "f:4"]
     for example, answer in ((pairs[0].chosen, "I am."), (pairs[0].rejected, "The user.")):
         assert TOKENIZER.decode(example.tokens[example.mask]) == answer  # not what was said in turns before
         assert example.tokens[example.mask][-1] == chat.end
@@ -92,6 +92,6 @@ def test_data_of_the_other_sort_is_refused(chat: Chat) -> None:
     with pytest.raises(UserError, match="f:1 holds no pair of answers"):
         make_pairs([Text("a", "f:1")], chat, 60)
     with pytest.raises(UserError, match="f:1: it holds two answers"):
-        make_examples([Choice(tuple(said("a")), "b", "c", "f:1")], chat, 60)
+        make_examples([Preference(tuple(said("a")), "b", "c", "f:1")], chat, 60)
     with pytest.raises(UserError, match="nothing in it"):
         make_examples([], chat, 60)

@@ -11,7 +11,7 @@ from tiny import lively_params, tiny_config
 from engine.errors import UserError
 from engine.text.chat import Example
 from engine.text.examples import Pair
-from engine.text.packing import Packed, PairBatches, once, pairs_once, rows_of
+from engine.text.packing import PackedBatches, PairBatches, evaluation_batches, evaluation_pairs, rows_of
 
 
 def example(*tokens: int, counts: bool = True) -> Example:
@@ -41,9 +41,7 @@ def taken(batch: Any, pack: bool = True) -> list[tuple[int, ...]]:
 
 
 def test_a_row_by_hand() -> None:
-    packed = Packed([example(1, 2, 3), example(4, 5, 6, 7), example(8, 9, counts=False)], seq=7, batch=1, seed=0)
-    assert packed.rows == 1
-    assert packed.filled == 6 / 7
+    packed = PackedBatches([example(1, 2, 3), example(4, 5, 6, 7), example(8, 9, counts=False)], seq=7, batch=1, seed=0)
     batch = packed.at(0)
     assert batch.tokens.tolist() == [[4, 5, 6, 1, 2, 8, 0]]
     assert batch.targets.tolist() == [[5, 6, 7, 2, 3, 9, 0]]
@@ -73,9 +71,9 @@ def test_every_example_lies_whole_in_one_row(sizes: list[int], pack: bool) -> No
 @pytest.mark.parametrize("pack", [True, False])
 def test_an_epoch_sees_every_example_once_in_a_new_order(pack: bool) -> None:
     examples = [example(*range(start, start + 2 + start % 5)) for start in range(1, 34)]
-    packed = Packed(examples, seq=8, batch=3, seed=5, pack=pack)
+    packed = PackedBatches(examples, seq=8, batch=3, seed=5, pack=pack)
     epochs = []
-    rows = packed.rows
+    rows = len(rows_of(examples, 8, pack))
     for epoch in range(3):
         wanted = range(epoch * rows, (epoch + 1) * rows)
         tokens = [tuple(packed.at(row // 3).tokens[row % 3]) for row in wanted]
@@ -90,36 +88,26 @@ def test_an_epoch_sees_every_example_once_in_a_new_order(pack: bool) -> None:
 
 def test_order_is_a_function_of_seed_and_step() -> None:
     examples = drawn([3, 5, 8, 2, 6, 7, 1, 4, 4, 9])
-    one, again, other = (Packed(examples, 9, 2, seed) for seed in (1, 1, 2))
+    one, again, other = (PackedBatches(examples, 9, 2, seed) for seed in (1, 1, 2))
     steps = [0, 1, 7, 400]
     batches = {step: one.at(step) for step in steps}
     for step in reversed(steps):
         assert all(np.array_equal(a, b) for a, b in zip(again.at(step), batches[step]))
     assert any(not np.array_equal(other.at(step).tokens, batches[step].tokens) for step in steps)
     assert one.epoch(0) == 0
-    assert one.epoch(one.rows) == 2
-    assert one.steps_per_epoch == one.rows / 2
+    assert one.epoch(len(rows_of(examples, 9, True))) == 2
 
 
 def test_the_order_does_not_change_between_versions() -> None:
     """A run resumed after an update goes on in the same order. If this fails, old runs cannot be resumed exactly."""
     examples = [example(*range(start, start + 2 + start % 5)) for start in range(1, 34)]
-    assert Packed(examples, 8, 5, seed=3).at(123).tokens[:, 0].tolist() == [14, 21, 19, 23, 9]
-
-
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_share_one_global_batch(processes: int) -> None:
-    examples = drawn([3, 5, 8, 2, 6, 7, 1, 4, 4, 9] * 4)
-    for step in (0, 9):
-        parts = [Packed(examples, 9, 8, 3, True, processes, process).at(step) for process in range(processes)]
-        whole = Packed(examples, 9, 8, 3).at(step)
-        assert all(np.array_equal(np.concatenate(fields), field) for *fields, field in zip(*parts, whole))
+    assert PackedBatches(examples, 8, 5, seed=3).at(123).tokens[:, 0].tolist() == [14, 21, 19, 23, 9]
 
 
 @pytest.mark.parametrize("pack", [True, False])
 def test_once_is_once(pack: bool) -> None:
     examples = [example(*range(start, start + 2 + start % 5)) for start in range(1, 24)]
-    batches = list(once(examples, 8, 4, pack))
+    batches = list(evaluation_batches(examples, 8, 4, pack))
     assert {batch.tokens.shape for batch in batches} == {(4, 8)}
     assert sum(int(batch.mask.sum()) for batch in batches) == sum(len(e.tokens) - 1 for e in examples)
     if pack:
@@ -144,13 +132,13 @@ def test_packed_is_unpacked() -> None:
         parts = [loss(params, Batch(*(None if field is None else jnp.asarray(field) for field in batch))) for batch in batches]
         return jax.tree.map(lambda *leaves: sum(leaves), *parts)
 
-    packed, packed_gradient = total(once(examples, 16, 4, pack=True))
-    alone, gradient = total(once(examples, 16, 4, pack=False))
+    packed, packed_gradient = total(evaluation_batches(examples, 16, 4, pack=True))
+    alone, gradient = total(evaluation_batches(examples, 16, 4, pack=False))
     assert float(packed) == pytest.approx(float(alone), rel=1e-5)
     for one, other in zip(jax.tree.leaves(packed_gradient), jax.tree.leaves(gradient)):
         np.testing.assert_allclose(one, other, atol=2e-4 * float(jnp.abs(other).max()) + 1e-7)
     # Without segments, or with positions that run on, it is another number: the test can fail.
-    batch = next(iter(once(examples, 16, 4)))
+    batch = next(iter(evaluation_batches(examples, 16, 4)))
     first = float(loss(params, Batch(*map(jnp.asarray, batch)))[0])
     blurred = batch._replace(segments=(batch.segments > 0).astype(np.int32))
     assert float(loss(params, Batch(*map(jnp.asarray, blurred)))[0]) != pytest.approx(first, rel=1e-4)
@@ -172,23 +160,20 @@ def test_pairs_stand_row_by_row() -> None:
         assert batch.chosen.segments is None
     seen = [pair for step in range(7) for pair in batches.at(step).pair.tolist()]
     assert sorted(seen) == sorted([*range(7)] * 3)
-    assert batches.steps_per_epoch == 7 / 3
     assert batches.epoch(7) == 3
-    listed = list(pairs_once(pairs, 4, 3))
+    listed = list(evaluation_pairs(pairs, 4, 3))
     assert [batch.pair.tolist() for batch in listed] == [[0, 1, 2], [3, 4, 5], [6, -1, -1]]
     assert listed[-1].chosen.mask.sum() == 2
 
 
 def test_what_makes_no_batches() -> None:
     with pytest.raises(UserError, match="no examples"):
-        Packed([], 8, 1, 0)
+        PackedBatches([], 8, 1, 0)
     with pytest.raises(UserError, match="f:1 has 10 tokens; a row of 8 takes 2 to 9"):
-        Packed([example(*range(1, 11))], 8, 1, 0)
+        PackedBatches([example(*range(1, 11))], 8, 1, 0)
     with pytest.raises(UserError, match="f:5 has 1 tokens"):
-        Packed([example(5)], 8, 1, 0)
-    with pytest.raises(UserError, match="3 rows does not divide over 2"):
-        Packed([example(1, 2)], 8, 3, 0, processes=2)
+        PackedBatches([example(5)], 8, 1, 0)
     with pytest.raises(UserError, match="seed must be"):
-        Packed([example(1, 2)], 8, 1, -1)
+        PackedBatches([example(1, 2)], 8, 1, -1)
     with pytest.raises(UserError, match="f:1 has 10 tokens"):
         PairBatches([Pair(example(1, 2), example(*range(1, 11)))], 8, 1, 0)
