@@ -19,7 +19,7 @@ from engine.format import duration
 from stages.cli import process, signals
 from stages.cli.command import run_command
 from stages.cli.console import Console
-from stages.cli.flags import DeviceFlag, ModelFlag, SamplingFlags, VerboseFlag, default, integer, parser
+from stages.cli.flags import DeviceFlag, ModelFlag, SamplingFlags, default, integer, parser
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
@@ -33,15 +33,13 @@ class Generate:
     """A model, a prompt, and how tokens are sampled."""
 
     model: ModelFlag = None
-    """A run or step folder, a Hugging Face folder, a .gguf file, or a named model."""
     prompt: Annotated[str | None, parser(str, "TEXT"), default("a line end")] = None
     """What to go on from; `-` reads it from standard input."""
     sampling: SamplingFlags = SAMPLING
     count: Annotated[int, parser(integer(1, 256), "N")] = 1
     """Continuations to write, with seeds seed, seed + 1, ..."""
     device: DeviceFlag = "auto"
-    """auto, cpu, gpu or tpu."""
-    verbose: VerboseFlag = False
+    verbose: Annotated[bool, default("off")] = False
     """Say more on stderr: the model, its digest before and after, the traceback of an error."""
 
 

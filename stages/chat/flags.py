@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
-from stages.cli.flags import DeviceFlag, ModelFlag, SamplingFlags, VerboseFlag, default, parser, path
+from stages.cli.flags import DeviceFlag, ModelFlag, SamplingFlags, default, parser, path
 
 SAMPLING = SamplingFlags(max_tokens=400, temperature=0.7, top_p=0.9)
 
@@ -14,7 +14,6 @@ class Chat:
     """A model, how it is to answer, and how tokens are sampled."""
 
     model: ModelFlag = None
-    """A run or step folder, a Hugging Face folder, a .gguf file, or a named model."""
     adapter: Annotated[tuple[Path, ...], default("none")] = ()
     """LoRA adapters that were trained on this model; several add up."""
     system: Annotated[str | None, parser(str, "TEXT"), default("the template's")] = None
@@ -23,6 +22,5 @@ class Chat:
     """A chat template (Jinja) to use in place of the model's."""
     sampling: SamplingFlags = SAMPLING
     device: DeviceFlag = "auto"
-    """auto, cpu, gpu or tpu."""
-    verbose: VerboseFlag = False
+    verbose: Annotated[bool, default("off")] = False
     """Say more on stderr: the cost of each turn, the digest of the weights, the traceback of an error."""

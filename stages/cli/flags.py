@@ -87,9 +87,9 @@ def parser(parse: Callable[[str], Any], metavar: str) -> Any:
     )  # fmt: skip
 
 
-def default(meaning: str) -> Any:
-    """Goes into `Annotated`: what the help says of leaving this flag out."""
-    return tyro.conf.arg(help_behavior_hint=f"(default: {meaning})")
+def default(meaning: str, help: str | None = None) -> Any:
+    """Goes into `Annotated`: what the help says of leaving this flag out; `help` stands in for a docstring below the field."""
+    return tyro.conf.arg(help=help, help_behavior_hint=f"(default: {meaning})")
 
 
 def one_of(*names: str) -> Callable[[str], str]:
@@ -111,9 +111,12 @@ def path(text: str) -> Path:
 
 # Flags that several commands have.
 DEVICES = ("auto", "cpu", "gpu", "tpu")
-DeviceFlag = Annotated[str, parser(one_of(*DEVICES), "NAME")]
-ModelFlag = Annotated[str | None, parser(str, "MODEL"), default("the newest run in runs/")]
-VerboseFlag = Annotated[bool, default("off")]
+DeviceFlag = Annotated[str, parser(one_of(*DEVICES), "NAME"), default("auto", "auto, cpu, gpu or tpu.")]
+ModelFlag = Annotated[
+    str | None, parser(str, "MODEL"),
+    default("the newest run in runs/", "A run or step folder, a Hugging Face folder, a .gguf file, or a named model."),
+]  # fmt: skip
+VerboseFlag = Annotated[bool, default("off", "Show the traceback of an error.")]
 
 
 def _sampling(name: str, metavar: str) -> Any:

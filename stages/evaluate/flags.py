@@ -11,7 +11,6 @@ class Evaluate:
     """A model, a text, and how the window slides."""
 
     model: ModelFlag = None
-    """A run or step folder, a Hugging Face folder, a .gguf file, or a named model."""
     data: Annotated[str | None, parser(str, "TEXT"), default("what the run was validated on")] = None
     """A text (a name, whose held-out part is meant, a file or a folder), or conversations as `finetune` takes them."""
     context: Annotated[int | None, parser(integer(2), "N"), default("the model's context, at most 1,024")] = None
@@ -21,6 +20,4 @@ class Evaluate:
     batch: Annotated[int | None, parser(integer(1), "N"), default("as many as suit the memory")] = None
     """Windows of a text read together."""
     device: DeviceFlag = "auto"
-    """auto, cpu, gpu or tpu."""
     verbose: VerboseFlag = False
-    """Show the traceback of an error."""

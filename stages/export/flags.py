@@ -16,7 +16,6 @@ class Export:
     out: Annotated[Path, parser(path, "PATH")]
     """A folder, or a file that ends in .gguf."""
     model: ModelFlag = None
-    """A run or step folder, a Hugging Face folder, a .gguf file, or a named model."""
     dtype: Annotated[str | None, parser(one_of(*DTYPES), "TYPE"), default("as loaded in a folder, float16 in a .gguf")] = None
     """float32, bfloat16, float16, or in a .gguf q8_0."""
     adapter: Annotated[bool, default("off")] = False
@@ -26,6 +25,4 @@ class Export:
     overwrite: Annotated[bool, default("off")] = False
     """Replace what an earlier export wrote there."""
     device: DeviceFlag = "auto"
-    """auto, cpu, gpu or tpu."""
     verbose: VerboseFlag = False
-    """Show the traceback of an error."""
