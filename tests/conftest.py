@@ -1,4 +1,4 @@
-"""What every test stands on: a compilation cache, a throw-away user cache, and the model of `tiny.py`."""
+"""Shared by every test: a compilation cache, a throw-away user cache, and the model of `tiny.py`."""
 
 import os
 import shutil
@@ -12,14 +12,14 @@ from tiny import lively_params, tiny_config
 hypothesis.settings.register_profile("thrice", deadline=None, max_examples=20, print_blob=True)
 hypothesis.settings.load_profile("thrice")
 
-_made: list[str] = []
+_folders: list[str] = []
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Before JAX is imported, and inherited by whatever a test starts.
+    """Sets the cache folders, before JAX is imported; whatever a test starts inherits them.
 
-    Compiled programs are kept beside pytest's own notes on the last run: a second run compiles nothing. They are read
-    back by whoever runs the tests, so they lie in the checkout and not in a folder that others may write.
+    Compiled programs lie beside pytest's own notes on the last run: a second run compiles nothing. They are loaded as
+    code, so they lie in the checkout and not in a folder that other users may write.
     """
     os.environ.pop("UV", None)  # commands say `uv run` when started by it; the tests are to read the same either way
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -32,12 +32,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _fresh(prefix: str) -> str:
-    _made.append(tempfile.mkdtemp(prefix=prefix))
-    return _made[-1]
+    _folders.append(tempfile.mkdtemp(prefix=prefix))
+    return _folders[-1]
 
 
 def pytest_unconfigure() -> None:
-    for folder in _made:
+    for folder in _folders:
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# What is added so that a command takes seconds. A command that is not named here is run as it stands.
+# Flags that are added so that a command takes seconds. A command that is not named here is run as it stands.
 SHORT = {
     "stages.train": ["--max-time", "1s", "--context", "64", "--batch", "4", "--tokenizer", "bpe:300"],
     "bench.training": ["--shapes", "1x64x64x2", "--rounds", "1"],
@@ -79,5 +79,4 @@ def test_every_command_of_the_readme(tmp_path):
 def test_the_tree_is_the_tree(line):
     for name in re.findall(r"^\s*((?:\w+\.py ?)+|\w+/)", line):
         for part in name.split():
-            found = [path for path in ROOT.rglob(part.rstrip("/")) if ".venv" not in path.parts]
-            assert found, part
+            assert any(".venv" not in path.parts for path in ROOT.rglob(part.rstrip("/"))), part

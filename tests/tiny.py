@@ -12,7 +12,7 @@ B, T = 2, 7
 
 
 def tiny_config(**changes: Any) -> Any:
-    """The tiny model's config in float32, with `changes`."""
+    """Returns the tiny model's config in float32, with `changes`."""
     from engine.model.config import ModelConfig
 
     sizes = {"vocab": 41, "width": 20, "layers": 2, "heads": 6, "kv_heads": 3, "head_dim": 4, "ff": 28, "context": 150}
@@ -20,7 +20,7 @@ def tiny_config(**changes: Any) -> Any:
 
 
 def lively_params(cfg: Any, seed: int = 0) -> dict[str, Any]:
-    """Weights of which none is zero or one: as `init_params` makes it a block is the identity and would hide a fault."""
+    """Returns weights of which none is 0 or 1: as `init_params` makes it a block is the identity and would hide a fault."""
     import jax
     import jax.numpy as jnp
 
@@ -29,27 +29,27 @@ def lively_params(cfg: Any, seed: int = 0) -> dict[str, Any]:
 
     rng = np.random.default_rng(seed)
 
-    def drawn(path: str, leaf: Any) -> Any:
+    def random_leaf(path: str, leaf: Any) -> Any:
         noise = rng.standard_normal(leaf.shape, np.float32)
         if path.endswith("norm"):
             return jnp.asarray(1 + 0.3 * noise)
         return jnp.asarray(noise * (0.3 if leaf.ndim == 1 else leaf.shape[0] ** -0.5))
 
-    return map_paths(drawn, jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0)))
+    return map_paths(random_leaf, jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0)))
 
 
 def tokens_of(seed: int, *shape: int, vocab: int = 41) -> Any:
-    """Random tokens (shape) int32."""
+    """Returns random tokens (shape) int32."""
     return np.random.default_rng(seed).integers(0, vocab, shape, np.int32)
 
 
 def positions_of(*shape: int) -> Any:
-    """Positions 0 .. T - 1 in each row, (shape) int32."""
+    """Returns positions 0 .. T - 1 in each row, (shape) int32."""
     return np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
 
 
 def sampling_of(rows: int, **fields: Any) -> Any:
-    """SamplingArrays of so many rows with these fields, and seeds seed, seed + 1, ..."""
+    """Returns SamplingArrays of so many rows with these fields, and seeds seed, seed + 1, ..."""
     import jax
 
     from engine.inference.sampling import sampling_arrays
@@ -59,7 +59,7 @@ def sampling_of(rows: int, **fields: Any) -> Any:
 
 
 def request_of(prompt: Any, max_tokens: int, namespace: str = "", **fields: Any) -> Any:
-    """A Request with these sampling parameters."""
+    """Returns a Request with these sampling parameters."""
     from engine.inference.request import Request
     from engine.inference.sampling_params import SamplingParams
 

@@ -67,7 +67,7 @@ def test_generating_changes_no_weight(prompts, sampling):
 
 
 def test_serving_many_changes_no_weight_and_remembers_no_request():
-    """All that slots can do, twice over: prefixes kept and found, guesses, penalties, cancelling."""
+    """All that slots can do, twice over: prefix-cache hits, draft tokens, penalties, cancelling."""
     cfg, params = served("bfloat16")
     params = for_inference(cfg, quantize(params))
     before, answers = digest(params), []
@@ -100,14 +100,14 @@ def programs(cfg, params) -> dict[str, tuple]:
     batch = Batch(tokens, tokens, tokens == 0, tokens, tokens)
     spans, slot = make_spans(cfg, ROWS, CAPACITY, CHUNK), jnp.int32(1)
     rows = Rows(token, token, token)
-    asked = sampling_of(ROWS), PenaltyArrays(token > 0, *[jnp.zeros(ROWS)] * 3)
+    sampling = sampling_of(ROWS), PenaltyArrays(token > 0, *[jnp.zeros(ROWS)] * 3)
     return {
         "prefill": (prefill, (cfg, params, tokens, token, cache)),
         "decode_step": (decode_step, (cfg, params, token, cache)),
         "decode_steps": (decode_steps, (cfg, params, token, cache, sampling_of(ROWS))),
         "score": (score, (cfg, params, batch)),
         "read_chunk": (slot_programs.read_chunk, (cfg, params, spans, tokens[:1], slot, slot)),
-        "draw": (slot_programs.draw, (cfg, params, spans, make_tally(cfg, ROWS), token, rows, *asked, slot, slot > 0)),
+        "draw": (slot_programs.draw, (cfg, params, spans, make_tally(cfg, ROWS), token, rows, *sampling, slot, slot > 0)),
     }
 
 
@@ -175,7 +175,7 @@ def dirty_cache(cfg, seed: int) -> KVCache:
 
 
 def run_rows(cfg, params, prompts, sampling, seed: int):
-    """Logits after the prompts (ROWS, V), and the tokens drawn after them (ROWS, 8): two fixed programs, chunk by chunk."""
+    """Logits after the prompts (ROWS, V), and the tokens sampled after them (ROWS, 8): two fixed programs, chunk by chunk."""
     cache, after = dirty_cache(cfg, seed), np.zeros((ROWS, cfg.vocab), np.float32)
     for start in range(0, max(map(len, prompts)), CHUNK):
         pieces = [prompt[start : start + CHUNK] for prompt in prompts]
@@ -184,8 +184,8 @@ def run_rows(cfg, params, prompts, sampling, seed: int):
         lengths = np.array([len(piece) for piece in pieces], np.int32)
         logits, cache = prefill(cfg, params, tokens, lengths, cache)
         after = np.where((lengths > 0)[:, None], logits, after)
-    drawn, _ = decode_steps(cfg, params, after.argmax(-1).astype(np.int32), cache, sampling)
-    return after, np.asarray(drawn)
+    sampled, _ = decode_steps(cfg, params, after.argmax(-1).astype(np.int32), cache, sampling)
+    return after, np.asarray(sampled)
 
 
 @BOTH
@@ -193,16 +193,16 @@ def run_rows(cfg, params, prompts, sampling, seed: int):
 def test_neighbours_padding_and_slot_do_not_matter_to_the_bit(dtype, temperature):
     """One program of fixed shape: a request's logits and tokens are the same alone, in company, and in any slot."""
     cfg, params = served(dtype)
-    mine = tokens_of(0, 10).tolist()
+    prompt = tokens_of(0, 10).tolist()
 
     def run(slot: int, seed: int, alone: bool):
         rng = np.random.default_rng(seed)
-        others = [[0] if alone else tokens_of(seed + n, int(rng.integers(1, 30))).tolist() for n in range(ROWS)]
+        neighbours = [[0] if alone else tokens_of(seed + n, int(rng.integers(1, 30))).tolist() for n in range(ROWS)]
         sampling = SamplingParams(temperature=0.0 if alone else 1.3, top_k=0 if alone else 3, seed=seed).per_row(ROWS)
         sampling[slot] = SamplingParams(temperature=temperature, top_p=0.9, seed=77)
-        others[slot] = mine
-        logits, drawn = run_rows(cfg, params, others, sampling_arrays(sampling), seed)
-        return logits[slot].tobytes(), drawn[slot].tobytes()
+        neighbours[slot] = prompt
+        logits, sampled = run_rows(cfg, params, neighbours, sampling_arrays(sampling), seed)
+        return logits[slot].tobytes(), sampled[slot].tobytes()
 
     results = {run(slot, 100 * slot + alone, alone) for slot in range(ROWS) for alone in (True, False)}
     assert len(results) == 1
@@ -211,12 +211,12 @@ def test_neighbours_padding_and_slot_do_not_matter_to_the_bit(dtype, temperature
 @BOTH
 def test_a_request_is_answered_alike_whoever_asks_beside_it(dtype):
     cfg, params = served(dtype)
-    mine = tokens_of(0, 10).tolist()
+    prompt = tokens_of(0, 10).tolist()
     fields = {"temperature": 1.0, "seed": 5}, {"temperature": 0.0}, {"top_k": 2, "seed": 9}
     sampling = [SamplingParams(max_tokens=MAX_TOKENS, **row) for row in fields]
     answers = {
-        tuple(completions(cfg, params, [mine, *others], sampling)[0])
-        for others in ([[1], [2]], [tokens_of(1, 40).tolist(), [3]], [tokens_of(2, 9).tolist(), tokens_of(3, 63).tolist()])
+        tuple(completions(cfg, params, [prompt, *neighbours], sampling)[0])
+        for neighbours in ([[1], [2]], [tokens_of(1, 40).tolist(), [3]], [tokens_of(2, 9).tolist(), tokens_of(3, 63).tolist()])
     }
     assert len(answers) == 1
     assert len(answers.pop()) == MAX_TOKENS

@@ -41,7 +41,7 @@ def adapters(kind: str):
     return add_lora(CFG, base, jax.random.key(0), LoraConfig(2, targets=("all",))), base
 
 
-WAYS = {
+SETUPS = {
     "upper half, AdamW": (halves, "adamw"),
     "upper half, Muon": (halves, "muon"),
     "LoRA": (lambda: adapters("array"), "adamw"),
@@ -49,38 +49,43 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_what_is_frozen_is_the_same_to_the_bit_after_a_thousand_steps(way):
-    make, kind = WAYS[way]
+@pytest.mark.parametrize("setup", SETUPS)
+def test_frozen_parameters_are_the_same_to_the_bit_after_a_thousand_steps(setup):
+    make, kind = SETUPS[setup]
     trainable, frozen = make()
     frozen = jax.tree.map(jnp.array, frozen)
-    before, began = digest(frozen), jax.tree.map(np.asarray, trainable)
+    before, start = digest(frozen), jax.tree.map(np.asarray, trainable)
     tx = make_optimizer(OptimizerConfig(kind=kind, learning_rate=0.01, weight_decay=0.5, clip=0.1, momentum=0.95))
     state = init_state(tx, trainable)
-    shapes = {leaf.shape for leaf in jax.tree.leaves(frozen)} - {leaf.shape for leaf in jax.tree.leaves(began)}
+    shapes = {leaf.shape for leaf in jax.tree.leaves(frozen)} - {leaf.shape for leaf in jax.tree.leaves(start)}
     assert shapes
-    held = {leaf.shape for leaf in jax.tree.leaves(state.opt_state)}
-    assert not held & shapes, "the optimizer remembers something of a frozen weight's shape"
+    state_shapes = {leaf.shape for leaf in jax.tree.leaves(state.opt_state)}
+    assert not state_shapes & shapes, "the optimizer remembers something of a frozen weight's shape"
     refused = 0
     for step, batch in enumerate(batches(STEPS)):
         state, metrics = train_step(CFG, tx, state, frozen, batch, jnp.float32(step / STEPS))
         refused += metrics.refused
     assert int(refused) == 0
     assert digest(frozen) == before
-    for old, new in zip(jax.tree.leaves(began), jax.tree.leaves(state.trainable), strict=True):
-        assert (old != new).any(), "something that should learn did not"
+    for old, new in zip(jax.tree.leaves(start), jax.tree.leaves(state.trainable), strict=True):
+        assert (old != new).any(), "a trainable parameter did not change"
     whole = leaf_paths(merge(state.trainable, frozen))
     assert set(whole) == set(leaf_paths(lively_params(CFG)))
 
 
-def test_freezing_spares_the_work():
+def test_freezing_spares_the_matmul_flops():
     """By the walker, which reads the program: all, the upper half, the head alone, the lower half."""
     params, batch = lively_params(CFG), next(batches(1))
 
-    def work(**words) -> int:
-        trainable, frozen = split(params, select_trainable(CFG, **words).trainable_paths)
+    def matmul_flops(**rules) -> int:
+        trainable, frozen = split(params, select_trainable(CFG, **rules).trainable_paths)
         return count(lambda t, f, b: loss_and_gradient(CFG, t, f, b), trainable, frozen, batch).matmul
 
-    everything, upper, lower, head = work(), work(freeze=["bottom:1"]), work(freeze=["top:1"]), work(train=["head"])
+    everything, upper, lower, head = (
+        matmul_flops(),
+        matmul_flops(freeze=["bottom:1"]),
+        matmul_flops(freeze=["top:1"]),
+        matmul_flops(train=["head"]),
+    )
     assert head < upper < lower < everything
     assert upper < 0.75 * everything

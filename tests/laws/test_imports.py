@@ -134,7 +134,7 @@ def names_of(tree: ast.Module) -> set[str]:
 def missing(trees: Trees, known: Trees) -> set[str]:
     """Each import of a module of ours, or of a name in one, that does not exist: a lazy one fails only when it is run."""
     bound = functools.cache(lambda module: names_of(known[module]))
-    found = set()
+    faults = set()
     for module, tree in trees.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
@@ -147,8 +147,8 @@ def missing(trees: Trees, known: Trees) -> set[str]:
                 targets = [f"{base}.{name}" for name in names]
             else:
                 continue
-            found |= {f"{module} imports {target}, which is not there" for target in targets if package_of(target) in PACKAGES}
-    return found
+            faults |= {f"{module} imports {target}, which is not there" for target in targets if package_of(target) in PACKAGES}
+    return faults
 
 
 def test_no_import_breaks_the_law():

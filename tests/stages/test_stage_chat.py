@@ -54,16 +54,16 @@ def test_piped_lines_are_turns(trained: Path) -> None:
     assert b"turn" not in done.stderr
     again = piped(trained, "the king\n/stats\nthe sea\n/set temperature 0.5\n/system be brief\n", "--verbose")
     assert again.stdout == done.stdout  # what begins with a slash is no turn
-    said = again.stderr.decode()
-    reads = [int(number) for number in re.findall(r"turn \d: (\d+) tokens read", said)]
+    output = again.stderr.decode()
+    reads = [int(number) for number in re.findall(r"turn \d: (\d+) tokens read", output)]
     assert len(reads) == 2
     assert reads[1] > reads[0]  # the second turn reads the first again
-    assert re.search(r"turn 2: \d+ tokens read, \d+ of them again", said)
-    assert f"{sum(reads)} tokens, {reads[0]} of them not for the first time" in said
-    assert said.count("unchanged: SHA-256") == 2
-    assert "[system: be brief]" in said
-    assert re.search(r"temperature +0.5", said)
-    assert "plain template" in said
+    assert re.search(r"turn 2: \d+ tokens read, \d+ of them again", output)
+    assert f"{sum(reads)} tokens, {reads[0]} of them not for the first time" in output
+    assert output.count("unchanged: SHA-256") == 2
+    assert "[system: be brief]" in output
+    assert re.search(r"temperature +0.5", output)
+    assert "plain template" in output
 
 
 def test_each_turn_reads_the_whole_conversation(fresh: Conversation) -> None:

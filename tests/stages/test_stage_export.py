@@ -1,4 +1,4 @@
-"""Exporting: what is written is the model, as others read it; and what cannot be written is said."""
+"""Export: the files are the model, as other programs read it; what cannot be written is an error that says so."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ def exported(model: Path, out: Path, *flags: object) -> Path:
     return out
 
 
-def wrote(capsys: pytest.CaptureFixture[str], model: Path) -> str:
+def generated(capsys: pytest.CaptureFixture[str], model: Path) -> str:
     capsys.readouterr()
     assert generate.main(["--model", str(model), "--prompt", "The king", "--max-tokens", "30", "--seed", "3"]) == 0
     return capsys.readouterr().out
@@ -53,7 +53,7 @@ def test_an_export_in_float32_is_the_same_model(
     assert read.run is None
     assert (read.ends, read.tokenizer.start) == (source.ends, source.tokenizer.start)
     if name == "file.gguf":  # a folder of float32 says that it is computed in float32, which the run is not
-        assert wrote(capsys, out) == wrote(capsys, trained)
+        assert generated(capsys, out) == generated(capsys, trained)
     assert evaluate.main(["--model", str(out), "--data", str(text)]) == 0
     assert "unchanged" in capsys.readouterr().out
     assert evaluate.main(["--model", str(out)]) == 2
@@ -78,9 +78,9 @@ def test_a_folder_holds_what_others_look_for(trained: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "q8_0"])
 def test_gguf_files_hold_smaller_weights(dtype: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = exported(trained, tmp_path / "file.gguf", "--dtype", dtype, "--check")
-    said = capsys.readouterr().out
-    assert "llama.cpp has no name" in said
-    assert f"--model {out}" in said
+    output = capsys.readouterr().out
+    assert "llama.cpp has no name" in output
+    assert f"--model {out}" in output
     assert out.stat().st_size < (trained / "checkpoints" / "20" / "params").stat().st_size + 200_000
 
 
@@ -97,31 +97,31 @@ def test_an_export_that_was_damaged_is_seen(trained: Path, tmp_path: Path) -> No
     assert check.compare(model, out, "float32")[1] == ["what ends a completion"]
 
 
-def adapted(model: LoadedModel) -> tuple[LoadedModel, dict[str, Any]]:
+def with_adapter(model: LoadedModel) -> tuple[LoadedModel, dict[str, Any]]:
     """The model with an adapter that does something on q, v and down."""
     parts, key = model.cfg.parts, jax.random.key(0)
-    made = {}
+    adapters = {}
     for layer in range(model.cfg.layers):
         for name, chosen in (("qkv", ("q", "v")), ("down", ("down",))):
             rows = leaf_paths(model.params)[f"blocks/{layer}/{name}"].shape[0]
             leaf = make_adapter(key, rows, [parts[name][part] for part in chosen], 3, 6.0)
             b = 0.2 * jax.random.normal(jax.random.fold_in(key, layer), leaf.b.shape)
-            made[f"blocks/{layer}/{name}"] = dataclasses.replace(leaf, b=b)
-    return dataclasses.replace(model, params=merge(unflatten(made), model.params)), made
+            adapters[f"blocks/{layer}/{name}"] = dataclasses.replace(leaf, b=b)
+    return dataclasses.replace(model, params=merge(unflatten(adapters), model.params)), adapters
 
 
-def test_an_adapter_is_folded_or_written_alone(
+def test_an_adapter_is_merged_or_written_alone(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = load_model(str(trained))
-    tuned, adapters = adapted(plain)
+    tuned, adapters = with_adapter(plain)
     monkeypatch.setattr("stages.export.run.load_model", lambda name, **_: tuned)
-    folded = exported(trained, tmp_path / "folded", "--check")
+    merged = exported(trained, tmp_path / "merged", "--check")
     tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
     positions = np.broadcast_to(np.arange(12, dtype=np.int32), (2, 12))
     cfg = dataclasses.replace(plain.cfg, dtype="float32")
     logits = lambda params: np.asarray(jax.jit(forward, static_argnums=0)(cfg, params, tokens, positions)[0])
-    read = load_model(str(folded), dtype="float32").params
+    read = load_model(str(merged), dtype="float32").params
     np.testing.assert_allclose(logits(read), logits(tuned.params), atol=1e-5)
     assert np.abs(logits(plain.params) - logits(tuned.params)).max() > 1e-2
 
@@ -179,7 +179,7 @@ def test_an_adapter_is_folded_or_written_alone(
         ([], ["--out"]),
     ],
 )
-def test_what_cannot_be_exported_is_said(
+def test_what_cannot_be_exported_is_an_error(
     flags: list[str], words: list[str], trained: Path, tmp_path: Path, failing: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -190,8 +190,8 @@ def test_what_cannot_be_exported_is_said(
     Path("theirs", "config.json").write_text('{"model_type": "mamba"}')
     Path("file").write_text("")
     Path("bad.gguf").write_bytes(b"PK\x03\x04 is another kind of file")
-    said = failing(export.main, flags if "--model" in flags else ["--model", str(trained), *flags])
-    plain = " ".join(said.replace("│", " ").split())
+    output = failing(export.main, flags if "--model" in flags else ["--model", str(trained), *flags])
+    plain = " ".join(output.replace("│", " ").split())
     for word in words:
         assert word in plain
     assert Path("strange", "mine.txt").read_text() == "mine"

@@ -14,34 +14,34 @@ from stages import generate
 from stages.evaluate import __main__ as evaluate
 
 
-def wrote(capsys: pytest.CaptureFixture[str], model: Path, *flags: object) -> tuple[str, str]:
+def generated(capsys: pytest.CaptureFixture[str], model: Path, *flags: object) -> tuple[str, str]:
     assert generate.main(["--model", str(model), *map(str, flags)]) == 0
-    said = capsys.readouterr()
-    return said.out, said.err
+    output = capsys.readouterr()
+    return output.out, output.err
 
 
 def test_generation_is_a_function_of_its_flags(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--prompt", "The king", "--max-tokens", 40, "--temperature", 1.0)
-    first, notes = wrote(capsys, trained, *flags, "--seed", 5, "--verbose")
-    assert first == wrote(capsys, trained, *flags, "--seed", 5)[0]
-    assert first != wrote(capsys, trained, *flags, "--seed", 6)[0]
+    first, notes = generated(capsys, trained, *flags, "--seed", 5, "--verbose")
+    assert first == generated(capsys, trained, *flags, "--seed", 5)[0]
+    assert first != generated(capsys, trained, *flags, "--seed", 6)[0]
     assert "40 tokens" in notes
     assert "0 recompiles" in notes
     assert "tokens/s" in notes
     assert "weights unchanged" in notes
     step = trained / "checkpoints" / "20"
-    assert first == wrote(capsys, step, *flags, "--seed", 5)[0]
+    assert first == generated(capsys, step, *flags, "--seed", 5)[0]
 
 
 def test_each_of_several_continuations_is_what_its_seed_draws(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--max-tokens", 20, "--temperature", 1.0)
-    together, _ = wrote(capsys, trained, *flags, "--seed", 1, "--count", 2)
-    alone = [wrote(capsys, trained, *flags, "--seed", seed)[0] for seed in (1, 2)]
+    together, _ = generated(capsys, trained, *flags, "--seed", 1, "--count", 2)
+    alone = [generated(capsys, trained, *flags, "--seed", seed)[0] for seed in (1, 2)]
     assert together == f"{alone[0]}\n--- 2 of 2\n{alone[1]}"
 
 
 def test_generation_stops_where_the_context_is_full(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, notes = wrote(capsys, trained, "--max-tokens", 500)
+    _, notes = generated(capsys, trained, "--max-tokens", 500)
     assert "63 tokens" in notes
     assert "the context of 64 tokens is full" in notes
 
@@ -49,7 +49,7 @@ def test_generation_stops_where_the_context_is_full(trained: Path, capsys: pytes
 def test_prompt_from_standard_input(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = command("generate", "--model", trained, "--prompt", "-", "--max-tokens", "10", stdin=b"The queen")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.decode() == wrote(capsys, trained, "--prompt", "The queen", "--max-tokens", 10)[0]
+    assert done.stdout.decode() == generated(capsys, trained, "--prompt", "The queen", "--max-tokens", 10)[0]
     assert b"\x1b" not in done.stdout + done.stderr
 
 
@@ -78,10 +78,10 @@ def test_only_whole_characters_are_written(capsys: pytest.CaptureFixture[str]) -
 
 def test_evaluation_agrees_with_the_run_and_changes_nothing(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main(["--model", str(trained)]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     value = read_json(trained / "run.json")["result"]["val_bits_per_byte"]
-    assert f"{value:.4f}" in said
-    assert "unchanged" in said
+    assert f"{value:.4f}" in output
+    assert "unchanged" in output
 
 
 def test_evaluation_counts_every_byte_of_a_text(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
