@@ -10,9 +10,10 @@ from typing import Any
 
 
 def make(spec: dict[str, Any]) -> Any:
-    """A run of several prompts at once to their last token. `spec`: model, weights, slots, capacity, prompts, new (tokens).
+    """Prepares a run of many prompts at once to their last token.
 
-    It answers with the tokens that were made, in the order of the prompts.
+    `spec`: model, weights, slots, capacity, prompts, new (tokens). The run returns the output tokens, in
+    the order of the prompts.
     """
     from engine.device import start_jax
 
@@ -34,11 +35,11 @@ def make(spec: dict[str, Any]) -> Any:
 
     def run() -> dict[str, Any]:
         ids = [slots.submit(request) for request in requests]
-        said: dict[int, list[int]] = {id: [] for id in ids}
+        output_tokens: dict[int, list[int]] = {id: [] for id in ids}
         while slots.busy:
             for event in slots.step():
-                said[event.id] += event.tokens
-        return {"tokens": [said[id] for id in ids]}
+                output_tokens[event.id] += event.tokens
+        return {"tokens": [output_tokens[id] for id in ids]}
 
     return run
 

@@ -1,154 +1,155 @@
-"""What serving is measured by: throughput, the server against its own engine, waits under load, and what each part brings."""
+"""Measurements of a running server: throughput, its share of its own engine's, latency under load, what each part brings."""
 
-import dataclasses
+import contextlib
 import math
 import random
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from bench.peers.process import Peer
-from bench.serving.load import closed_loop, completion, open_loop, percentile, post, told, words
+from bench.serving.completions import complete, completion_request, random_text
+from bench.serving.load import closed_loop, open_loop, percentile
 from bench.serving.server import Server
 from bench.timing import Timing, TooNoisyError, ratio
 from engine.counting.hardware import clock
 
-PROMPT, NEW = 32, 64  # tokens of each request whose throughput is measured
-SHARED = 512  # tokens that prompts have in common where the prefix cache is measured
+PROMPT_TOKENS, NEW_TOKENS = 32, 64  # of each request whose throughput is measured
+SHARED_TOKENS = 512  # that prompts have in common where the prefix cache is measured
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How the server under test is set up, as it says itself, and how much is measured."""
-
-    model: str
-    slots: int
-    capacity: int
-    weights: str
-    rounds: int
-    seconds: float  # of each open loop
-
-
-def prompts(count: int, seed: int, vocab: int = 1000) -> list[list[int]]:
-    """Prompts of PROMPT token ids, no two of which begin alike."""
+def random_prompts(count: int, seed: int) -> list[list[int]]:
+    """Prompts of PROMPT_TOKENS token ids, no two of which begin alike."""
     rng = random.Random(seed)
-    return [[rng.randrange(100, 100 + vocab) for _ in range(PROMPT)] for _ in range(count)]
+    return [[rng.randrange(100, 1100) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
 
 
-def bodies(asked: Sequence[list[int]], new: int = NEW) -> list[dict[str, Any]]:
-    """Greedy completions that all run to `new` tokens."""
-    return [completion(prompt, new, ignore_eos=True) for prompt in asked]
+def _requests(prompts: list[list[int]]) -> list[dict[str, Any]]:
+    return [completion_request(prompt, NEW_TOKENS, ignore_eos=True) for prompt in prompts]
 
 
 async def throughput(server: Server, streams: int, count: int, seed: int) -> float:
-    """Tokens a second that `streams` clients get together, over `count` requests."""
-    answers, seconds = await closed_loop(server.client, bodies(prompts(count, seed)), streams)
-    return sum(told(answer).tokens for answer in answers) / seconds
+    """Tokens a second over `count` greedy completions in a closed loop of `streams`."""
+    completions, seconds = await closed_loop(server.client, _requests(random_prompts(count, seed)), streams)
+    return sum(completion.completion_tokens for completion in completions) / seconds
 
 
-async def against_offline(server: Server, at: Settings) -> dict[str, Any]:
-    """The server beside its own engine without a server: as many streams as slots, in turns, round after round.
+async def compare_with_engine(
+    server: Server, model: str, weights: str, slots: int, capacity: int, rounds: int
+) -> dict[str, Any]:
+    """Compares the server with its own engine without a server: as many streams as slots, in turns, round after round.
 
-    `ratio` is the server's throughput over the engine's, each round by itself. `same`: whether all tokens were the same
-    number; texts are compared by what the server streams, ids by what the engine gives, so lengths stand for both.
+    `ratio` is the server's throughput over the engine's, the median of each round's own; `spread` is NaN, with a note on
+    stderr, when there is too much noise to know it. `same_text`: whether the server streamed, every round, what the
+    engine's tokens say.
     """
-    asked = prompts(at.slots, 1)
+    prompts = random_prompts(slots, 1)
     spec = {
-        "model": at.model, "weights": at.weights, "slots": at.slots, "capacity": at.capacity, "prompts": asked, "new": NEW,
+        "model": model, "weights": weights, "slots": slots, "capacity": capacity, "prompts": prompts, "new": NEW_TOKENS,
         "prefixes": 0,
     }  # fmt: skip
-    peer = Peer(Path(sys.executable), "slots_peer.py")
-    try:
+    engine_rounds: list[dict[str, Any]] = []
+    server_seconds: list[float] = []
+    texts = set()
+    with contextlib.closing(Peer(Path(sys.executable), "slots_peer.py")) as peer:
         peer.read()
-        kept: list[dict[str, Any]] = []
-        run = peer.prepare("slots", spec, kept.append)
-        alone, served, texts = [], [], set()
-        await closed_loop(server.client, bodies(asked), at.slots)
-        for turn in range(at.rounds):
-            for side in ("alone", "served") if turn % 2 else ("served", "alone"):
-                if side == "alone":
-                    run()
-                    alone.append(kept[-1]["seconds"])
+        run_engine = peer.prepare("slots", spec, engine_rounds.append)
+        engine_rounds.clear()  # that was its warm-up
+        await closed_loop(server.client, _requests(prompts), slots)
+        for turn in range(rounds):
+            for side in ("engine", "server") if turn % 2 else ("server", "engine"):
+                if side == "engine":
+                    run_engine()
                 else:
-                    answers, seconds = await closed_loop(server.client, bodies(asked), at.slots)
-                    served.append(seconds)
-                    texts.add(tuple(told(answer).text for answer in answers))
-        said = (await server.client.post("/detokenize", {"tokens": kept[-1]["tokens"][0]})).json()["prompt"]
-    finally:
-        peer.close()
-    tokens = at.slots * NEW
+                    completions, seconds = await closed_loop(server.client, _requests(prompts), slots)
+                    server_seconds.append(seconds)
+                    texts.add(tuple(completion.text for completion in completions))
+        detokenized = await server.client.post("/detokenize", {"tokens": engine_rounds[-1]["tokens"][0]})
+    engine_seconds = [round_["seconds"] for round_ in engine_rounds]
     try:
-        found = ratio(Timing("offline", tuple(alone)), Timing("server", tuple(served)))
+        found = ratio(Timing("engine", tuple(engine_seconds)), Timing("server", tuple(server_seconds)))
         share, spread = found.value, found.spread
     except TooNoisyError as error:
         print(f"  {error}", file=sys.stderr)
-        share, spread = statistics.median(a / b for a, b in zip(alone, served)), math.nan
+        share, spread = statistics.median(a / b for a, b in zip(engine_seconds, server_seconds)), math.nan
+    tokens = slots * NEW_TOKENS
     return {
-        "name": f"server_against_offline_{at.slots}", "tokens_per_second": tokens / statistics.median(served),
-        "peer_tokens_per_second": tokens / statistics.median(alone), "ratio": share, "spread": spread,
-        "same_text": len(texts) == 1 and next(iter(texts))[0] == said,
+        "name": f"server_against_offline_{slots}", "tokens_per_second": tokens / statistics.median(server_seconds),
+        "peer_tokens_per_second": tokens / statistics.median(engine_seconds), "ratio": share, "spread": spread,
+        "same_text": len(texts) == 1 and next(iter(texts))[0] == detokenized.json()["prompt"],
     }  # fmt: skip
 
 
-def mixed(rng: random.Random) -> dict[str, Any]:
+def mixed_request(rng: random.Random) -> dict[str, Any]:
     """A request of the mix that open loops send: 10 to 120 words in, 16 to 64 tokens out."""
-    return completion(words(rng, rng.randint(10, 120)), rng.randint(16, 64), ignore_eos=True)
+    return completion_request(random_text(rng, rng.randint(10, 120)), rng.randint(16, 64), ignore_eos=True)
 
 
-async def capacity_of(server: Server, slots: int, count: int) -> tuple[float, float]:
+async def saturated_throughput(server: Server, slots: int, count: int) -> tuple[float, float]:
     """Requests and tokens a second of the mix when every slot is always in use."""
     rng = random.Random(2)
-    answers, seconds = await closed_loop(server.client, [mixed(rng) for _ in range(count)], slots + 2)
-    return count / seconds, sum(told(answer).tokens for answer in answers) / seconds
+    completions, seconds = await closed_loop(server.client, [mixed_request(rng) for _ in range(count)], slots + 2)
+    return count / seconds, sum(completion.completion_tokens for completion in completions) / seconds
 
 
-async def under_load(server: Server, share: float, rate: float, seconds: float) -> dict[str, Any]:
-    """Waits at `share` of a capacity of `rate` requests a second, Poisson arrivals."""
+async def latency_under_load(server: Server, load: float, peak_rate: float, seconds: float) -> dict[str, Any]:
+    """Time to first token and inter-token latency under Poisson arrivals at `load` times `peak_rate` requests a second."""
     begin = clock()
-    answers = [told(answer) for answer in await open_loop(server.client, mixed, share * rate, seconds)]
+    completions = await open_loop(server.client, mixed_request, load * peak_rate, seconds)
     took = clock() - begin
-    good = [answer for answer in answers if answer.good]
-    first, each = [answer.first for answer in good], [answer.a_token for answer in good if answer.tokens > 1]
+    finished = [completion for completion in completions if completion.finished]
+    ttft = [completion.ttft for completion in finished]
+    gaps = [completion.inter_token_latency for completion in finished if completion.completion_tokens > 1]
     return {
-        "load": share, "requests": len(answers), "answered": len(good), "requests_per_second": share * rate,
-        "tokens_per_second": sum(answer.tokens for answer in good) / took,
-        "ttft_p50": percentile(first, 0.5), "ttft_p99": percentile(first, 0.99),
-        "token_p50": percentile(each, 0.5), "token_p99": percentile(each, 0.99),
+        "load": load, "requests": len(completions), "answered": len(finished), "requests_per_second": load * peak_rate,
+        "tokens_per_second": sum(completion.completion_tokens for completion in finished) / took,
+        "ttft_p50": percentile(ttft, 0.5), "ttft_p99": percentile(ttft, 0.99),
+        "token_p50": percentile(gaps, 0.5), "token_p99": percentile(gaps, 0.99),
     }  # fmt: skip
 
 
-async def first_token_behind(server: Server, rounds: int) -> list[float]:
-    """Seconds to the first token of prompts that begin with the same SHARED tokens, the first one's not among them."""
+async def prefix_ttft(server: Server) -> float:
+    """Seconds to the first token of a prompt that begins with the same SHARED_TOKENS as one before it."""
     rng = random.Random(3)
-    shared = [rng.randrange(100, 1100) for _ in range(SHARED)]
-    asked = [completion([*shared, *prompts(1, 100 + turn)[0][:8]], 2, ignore_eos=True) for turn in range(rounds + 1)]
-    return [told(await post(server.client, body)).first for body in asked][1:]
+    shared = [rng.randrange(100, 1100) for _ in range(SHARED_TOKENS)]
+    prompts = [[*shared, *random_prompts(1, 100 + turn)[0][:8]] for turn in range(2)]
+    return [(await complete(server.client, completion_request(prompt, 2, ignore_eos=True))).ttft for prompt in prompts][1]
 
 
-async def repetitive(server: Server, rounds: int) -> list[float]:
-    """Tokens a second of one stream that says again what its prompt said."""
+async def repetitive_throughput(server: Server) -> float:
+    """Tokens a second of one stream that repeats its prompt, which suits draft tokens; after one stream to warm up."""
     line = "The quick brown fox jumps over the lazy dog and runs into the dark green forest.\n"
-    body = completion(line * 6, NEW, ignore_eos=True)
-    found = []
-    for _ in range(rounds + 1):
-        answer = told(await post(server.client, body))
-        found.append((answer.tokens - 1) / (answer.whole - answer.first))
-    return found[1:]
+    body = completion_request(line * 6, NEW_TOKENS, ignore_eos=True)
+    return 1 / [(await complete(server.client, body)).inter_token_latency for _ in range(2)][1]
 
 
-async def on_and_off(first: Server, second: Server, measure: Any, rounds: int) -> tuple[float, float, float]:
-    """The medians of what `measure(server, 1)` finds on both, in turns, and the median of their ratios."""
+async def compare(
+    measure: Callable[[Server], Awaitable[float]], first: Server, second: Server, rounds: int
+) -> tuple[float, float, float]:
+    """The medians of `measure` on both servers, in turns, and the median of the ratios of the first to the second."""
     pairs = []
     for turn in range(rounds):
         order = (first, second) if turn % 2 else (second, first)
-        found = {server.port: (await measure(server, 1))[0] for server in order}
-        pairs.append((found[first.port], found[second.port]))
-    on, off = zip(*pairs)
-    return statistics.median(on), statistics.median(off), statistics.median(a / b for a, b in pairs)
+        values = {server.port: await measure(server) for server in order}
+        pairs.append((values[first.port], values[second.port]))
+    return _summary(pairs)
 
 
-def price_of_a_million(tokens_per_second: float, dollars_an_hour: float) -> float:
-    """Dollars."""
-    return dollars_an_hour / 3600 / tokens_per_second * 1e6 if tokens_per_second > 0 else math.nan
+async def batching_gain(server: Server, slots: int, rounds: int) -> tuple[float, float, float]:
+    """The median throughput of as many streams as slots and of one stream, and the median of their ratios."""
+    pairs = [
+        (await throughput(server, slots, slots, 70 + turn), await throughput(server, 1, 1, 50 + turn)) for turn in range(rounds)
+    ]
+    return _summary(pairs)
+
+
+def _summary(pairs: list[tuple[float, float]]) -> tuple[float, float, float]:
+    first, second = zip(*pairs)
+    return statistics.median(first), statistics.median(second), statistics.median(a / b for a, b in pairs)
+
+
+def usd_per_million_tokens(tokens_per_second: float, usd_per_hour: float) -> float:
+    """What a million tokens cost on a machine at that price; NaN without tokens."""
+    return usd_per_hour / 3600 / tokens_per_second * 1e6 if tokens_per_second > 0 else math.nan

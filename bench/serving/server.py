@@ -1,4 +1,4 @@
-"""The project's own server as a process: started on a port of its own, waited for, asked for its gauges, ended."""
+"""The project's own server as a process: started on a port of its own, waited for, asked for its metrics, ended."""
 
 import asyncio
 import os
@@ -15,7 +15,7 @@ from bench.serving.http_client import Client
 from engine.counting.hardware import clock
 from engine.errors import UserError
 
-START = 300.0  # seconds a first start may take, compiling included
+START_SECONDS = 300.0  # that a first start may take, compiling included
 # Runs a module as `python -m` would, after the lines before it.
 LAUNCH = (
     "import runpy, sys; sys.argv = sys.argv[1:]; {lines}\nrunpy.run_module('stages.serve', run_name='__main__', alter_sys=True)"
@@ -25,37 +25,37 @@ LAUNCH = (
 class Server:
     """`python -m stages.serve` with `flags`, ready when the block begins and gone when it ends.
 
-    `ready` is the seconds from its start until /health said so, `client` a client of it. `before`: lines of Python that
-    run in the process before the command does, for a promise that is about something breaking in it. Raises UserError with
-    the server's last words when it does not become ready.
+    `ready_seconds` is the time from its start until /health said so, `client` a client of it. `preamble`: lines of Python
+    that run in the process before the command does, for a test in which something breaks. Raises UserError with the end
+    of the server's output when it does not become ready.
     """
 
-    def __init__(self, model: str, flags: Sequence[str] = (), *, key: str | None = None, before: str | None = None) -> None:
+    def __init__(self, model: str, flags: Sequence[str] = (), *, key: str | None = None, preamble: str | None = None) -> None:
         self.port = free_port()
         self.key = key
         self.client = Client(self.port, key=key)
-        self.ready = 0.0
-        start = ["-m", "stages.serve"] if before is None else ["-c", LAUNCH.format(lines=before), "stages.serve"]
+        self.ready_seconds = 0.0
+        start = ["-m", "stages.serve"] if preamble is None else ["-c", LAUNCH.format(lines=preamble), "stages.serve"]
         self.command = [sys.executable, *start, "--model", model, "--port", str(self.port), *flags]
-        self._words = tempfile.TemporaryFile()  # noqa: SIM115
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115
 
     async def __aenter__(self) -> Self:
         begin = clock()
         extra = {"THRICE_API_KEY": self.key} if self.key else {}
         self.process = subprocess.Popen(
-            self.command, stdin=subprocess.DEVNULL, stdout=self._words, stderr=self._words, env=os.environ | extra
+            self.command, stdin=subprocess.DEVNULL, stdout=self._output, stderr=self._output, env=os.environ | extra
         )
         try:
-            while (await self.client.get("/health", seconds=5)).status != 200:
+            while (await self.client.get("/health", timeout=5)).status != 200:
                 if self.process.poll() is not None:
-                    raise UserError(f"stages.serve ended with {self.process.returncode}: {self.words()[-600:]}")
-                if clock() - begin > START:
-                    raise UserError(f"stages.serve was not ready after {START:.0f} s: {self.words()[-600:]}")
+                    raise UserError(f"stages.serve ended with {self.process.returncode}: {self.output()[-600:]}")
+                if clock() - begin > START_SECONDS:
+                    raise UserError(f"stages.serve was not ready after {START_SECONDS:.0f} s: {self.output()[-600:]}")
                 await asyncio.sleep(0.02)
         except BaseException:
             await self.__aexit__()
             raise
-        self.ready = clock() - begin
+        self.ready_seconds = clock() - begin
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -67,35 +67,47 @@ class Server:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-        self._words.close()
+        self._output.close()
 
-    def words(self) -> str:
-        """What it has written to its terminal."""
-        written = os.pread(self._words.fileno(), 1 << 20, 0)  # a seek would move where the process writes
+    def output(self) -> str:
+        """Everything it has written to its terminal."""
+        written = os.pread(self._output.fileno(), 1 << 20, 0)  # a seek would move where the process writes
         return written.decode(errors="replace").strip()
 
     def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
         self.process.send_signal(number)
 
-    async def gone(self, seconds: float) -> int | None:
-        """Its exit code once it has ended; None when it is still there after so long."""
-        end = clock() + seconds
+    async def wait(self, timeout: float) -> int | None:
+        """Its exit code once it has ended; None when it still runs after `timeout` seconds."""
+        end = clock() + timeout
         while self.process.poll() is None and clock() < end:
             await asyncio.sleep(0.005)
         return self.process.poll()
 
-    async def gauges(self) -> dict[str, float]:
-        """/metrics, each series by its name, those that differ in labels alone added up."""
-        return gauges((await self.client.get("/metrics")).body.decode())
+    async def metrics(self) -> dict[str, float]:
+        """The series of /metrics by name, those that differ in labels alone added up."""
+        return parse_metrics((await self.client.get("/metrics")).body.decode())
+
+    async def model(self) -> dict[str, Any]:
+        """The entry of its model in /v1/models."""
+        return (await self.client.get("/v1/models")).json()["data"][0]
+
+    def resident_bytes(self) -> int:
+        """Bytes of memory the process holds at this moment, where there is /proc; else 0."""
+        try:
+            with open(f"/proc/{self.process.pid}/statm", encoding="ascii") as file:
+                return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        except OSError:
+            return 0
 
 
-def gauges(text: str) -> dict[str, float]:
-    """Prometheus' text format, summed over labels; the parts of histograms are left out but for their sums and counts."""
-    found: dict[str, float] = {}
+def parse_metrics(text: str) -> dict[str, float]:
+    """Prometheus' text format summed over labels; of histograms only the sums and counts."""
+    values: dict[str, float] = {}
     for name, labels, value in re.findall(r"^([a-zA-Z_:][\w:]*)(\{.*\})? (\S+)", text, re.M):
         if 'le="' not in labels:
-            found[name] = found.get(name, 0.0) + float(value)
-    return found
+            values[name] = values.get(name, 0.0) + float(value)
+    return values
 
 
 def free_port() -> int:
@@ -103,12 +115,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def resident(process: subprocess.Popen[Any]) -> int:
-    """Bytes of memory a process holds at this moment, where there is /proc; else 0."""
-    try:
-        with open(f"/proc/{process.pid}/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0

@@ -1,4 +1,4 @@
-"""A pretended server for the tests of bench.serving: HTTP/1.1 over asyncio, its answers made by a function of the request."""
+"""A stand-in for the server: HTTP/1.1 over asyncio, its responses made by a function of the request."""
 
 import asyncio
 import contextlib
@@ -6,12 +6,12 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-Make = Callable[[str, str, dict[str, str], bytes], tuple[int, Any]]
+Respond = Callable[[str, str, dict[str, str], bytes], tuple[int, Any]]
 
 
 @contextlib.asynccontextmanager
-async def pretended(make: Make, *, delay: float = 0.0):
-    """The port of a server that answers `make(method, path, headers, body) -> (status, JSON or text of events)`."""
+async def fake_server(respond: Respond, *, delay: float = 0.0):
+    """The port of a server that answers `respond(method, path, headers, body) -> (status, JSON or text of events)`."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -22,9 +22,9 @@ async def pretended(make: Make, *, delay: float = 0.0):
                 headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)}
                 body = await reader.readexactly(int(headers.get("content-length", 0)))
                 await asyncio.sleep(delay)
-                status, said = make(method, path, headers, body)
-                kind = "text/event-stream" if isinstance(said, str) else "application/json"
-                data = said.encode() if isinstance(said, str) else json.dumps(said).encode()
+                status, content = respond(method, path, headers, body)
+                kind = "text/event-stream" if isinstance(content, str) else "application/json"
+                data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
                 writer.write(
                     f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data
                 )
@@ -37,16 +37,17 @@ async def pretended(make: Make, *, delay: float = 0.0):
         server.close()
 
 
-def completed(text: str, body: dict[str, Any], logprobs: list[float] | None = None) -> tuple[int, Any]:
+def fake_completion(text: str, body: dict[str, Any], logprobs: list[float] | None = None) -> tuple[int, Any]:
     """A completion or a chat of one token a letter, whole or as the events of a stream, as `body` asks."""
     usage = {"prompt_tokens": 3, "completion_tokens": len(text), "total_tokens": 3 + len(text)}
     chat = "messages" in body
 
-    def choice(piece: str, whole: bool, finished: str | None) -> dict[str, Any]:
-        said = {"message" if whole else "delta": {"content": piece}} if chat else {"text": piece}
+    def choice(piece: str, whole: bool, finish_reason: str | None) -> dict[str, Any]:
+        content = {"message" if whole else "delta": {"content": piece}} if chat else {"text": piece}
         values = logprobs or [-0.5] * len(text)
-        found = {"content": [{"logprob": x} for x in values]} if chat else {"token_logprobs": values}
-        return said | {"index": 0, "finish_reason": finished, "logprobs": found if finished and body.get("logprobs") else None}
+        listed = {"content": [{"logprob": x} for x in values]} if chat else {"token_logprobs": values}
+        shown = listed if finish_reason and body.get("logprobs") else None
+        return content | {"index": 0, "finish_reason": finish_reason, "logprobs": shown}
 
     if not body.get("stream"):
         return 200, {"choices": [choice(text, True, "length")], "usage": usage}

@@ -1,10 +1,10 @@
-"""Requests that nobody should send, and a few that somebody would: random damage to sound ones, the same for one seed."""
+"""Makes requests that nobody should send, and a few that somebody would: sound ones damaged at random."""
 
 import json
 import random
 from typing import Any, NamedTuple
 
-from bench.serving.load import chat, completion, words
+from bench.serving.completions import chat_request, completion_request, random_text
 
 NUMBERS = (
     -1,
@@ -47,7 +47,7 @@ PATHS = (
 ).split()
 
 
-class Fuzzed(NamedTuple):
+class FuzzedRequest(NamedTuple):
     """A request: its body is bytes as they go out. `method` and `path` are ones a client could send."""
 
     method: str
@@ -56,43 +56,41 @@ class Fuzzed(NamedTuple):
     headers: dict[str, str]
 
 
-def fuzzed(rng: random.Random) -> Fuzzed:
+def fuzzed_request(rng: random.Random) -> FuzzedRequest:
     """One request, damaged in one way or several; one of eight is sound and small."""
     kind = rng.randrange(16)
     if kind < 2:
-        return _sent(_sound(rng))
+        return _as_post(_sound_request(rng))
     if kind < 9:
-        body = _sound(rng)
+        body = _sound_request(rng)
         for _ in range(rng.randint(1, 3)):
             _damage(body, rng)
-        return _sent(body)
+        return _as_post(body)
     if kind == 9:
-        return Fuzzed(rng.choice(METHODS), rng.choice(PATHS), rng.choice((None, b"{}", b"")), {})
+        return FuzzedRequest(rng.choice(METHODS), rng.choice(PATHS), rng.choice((None, b"{}", b"")), {})
     if kind == 10:
-        return Fuzzed("POST", rng.choice(PATHS[:6]), _bytes(rng), {})
+        return FuzzedRequest("POST", rng.choice(PATHS[:6]), _bad_bytes(rng), {})
     if kind == 11:
-        return Fuzzed("POST", rng.choice(("/tokenize", "/detokenize")), json.dumps(_small(rng)).encode(), {})
+        return FuzzedRequest("POST", rng.choice(("/tokenize", "/detokenize")), json.dumps(_tokenize_request(rng)).encode(), {})
     if kind == 12:
-        return Fuzzed("POST", rng.choice(PATHS[:2]), _nested(rng), {})
+        return FuzzedRequest("POST", rng.choice(PATHS[:2]), _nested_prompt(rng), {})
     if kind == 13:
         kinds = ("text/plain", "application/xml", "multipart/form-data; boundary=x", "", "application/json; charset=utf-16")
-        return _sent(_sound(rng))._replace(headers={"content-type": rng.choice(kinds)})
+        return _as_post(_sound_request(rng))._replace(headers={"content-type": rng.choice(kinds)})
     if kind == 14:
         fields = {f"x-{n}": "v" * rng.randint(0, 300) for n in range(rng.randint(1, 40))}
-        return _sent(_sound(rng))._replace(headers=fields | {"accept": rng.choice(("*/*", "image/png", "\xff"))})
-    text = json.dumps(_sound(rng), ensure_ascii=False).encode()
-    return Fuzzed("POST", rng.choice(PATHS[:2]), text[: rng.randrange(len(text))], {})
+        return _as_post(_sound_request(rng))._replace(headers=fields | {"accept": rng.choice(("*/*", "image/png", "\xff"))})
+    text = json.dumps(_sound_request(rng), ensure_ascii=False).encode()
+    return FuzzedRequest("POST", rng.choice(PATHS[:2]), text[: rng.randrange(len(text))], {})
 
 
-def _sound(rng: random.Random) -> dict[str, Any]:
+def _sound_request(rng: random.Random) -> dict[str, Any]:
     tokens, stream = rng.randint(1, 3), rng.random() < 0.5
     if rng.random() < 0.5:
-        return chat(
-            words(rng, rng.randint(1, 20)), tokens, stream=stream, seed=rng.randrange(99), temperature=rng.choice((0, 1))
-        )
-    return completion(
-        words(rng, rng.randint(1, 60)), tokens, stream=stream, logprobs=rng.choice((None, 2)), stop=rng.choice((None, "a"))
-    )
+        text = random_text(rng, rng.randint(1, 20))
+        return chat_request(text, tokens, stream=stream, seed=rng.randrange(99), temperature=rng.choice((0, 1)))
+    logprobs, stop = rng.choice((None, 2)), rng.choice((None, "a"))
+    return completion_request(random_text(rng, rng.randint(1, 60)), tokens, stream=stream, logprobs=logprobs, stop=stop)
 
 
 def _damage(body: dict[str, Any], rng: random.Random) -> None:
@@ -101,14 +99,14 @@ def _damage(body: dict[str, Any], rng: random.Random) -> None:
     if way == 0:
         body.pop(rng.choice(list(body)), None)
     elif way == 1 and "messages" in body:
-        body["messages"] = _messages(rng)
+        body["messages"] = _random_messages(rng)
     else:
         body[rng.choice(FIELDS) if way < 3 else rng.choice(list(body) or ["prompt"])] = rng.choice(VALUES)
     if body.get("max_tokens", 0) is None or "max_tokens" not in body:
         body.setdefault("max_tokens", 2)  # a request that is sound all the same stays a small one
 
 
-def _messages(rng: random.Random) -> Any:
+def _random_messages(rng: random.Random) -> Any:
     roles = ("user", "assistant", "system", "tool", "developer", "root", "", None, 3)
     contents: tuple[Any, ...] = (
         "hello",
@@ -125,13 +123,13 @@ def _messages(rng: random.Random) -> Any:
     return [{"role": rng.choice(roles), "content": rng.choice(contents)} for _ in range(rng.randint(0, 4))]
 
 
-def _small(rng: random.Random) -> dict[str, Any]:
-    body = {"model": "default", "prompt": words(rng, 5), "tokens": [rng.randrange(60000) for _ in range(4)]}
+def _tokenize_request(rng: random.Random) -> dict[str, Any]:
+    body = {"model": "default", "prompt": random_text(rng, 5), "tokens": [rng.randrange(60000) for _ in range(4)]}
     _damage(body, rng)
     return body
 
 
-def _bytes(rng: random.Random) -> bytes:
+def _bad_bytes(rng: random.Random) -> bytes:
     lone = b'{"model":"default","prompt":"\\ud800 \\udfff","max_tokens":1}'
     bare = (
         b"",
@@ -151,13 +149,13 @@ def _bytes(rng: random.Random) -> bytes:
     return rng.choice((*bare, huge, twice, rng.randbytes(rng.randint(0, 400))))
 
 
-def _nested(rng: random.Random) -> bytes:
+def _nested_prompt(rng: random.Random) -> bytes:
     depth = rng.choice((30, 300, 3000, 30000))
     left, right = rng.choice((("[", "]"), ('{"a":', "}")))
     middle = "1" if left != "[" else ""
     return ('{"model":"default","max_tokens":1,"prompt":' + left * depth + middle + right * depth + "}").encode()
 
 
-def _sent(body: dict[str, Any]) -> Fuzzed:
+def _as_post(body: dict[str, Any]) -> FuzzedRequest:
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
-    return Fuzzed("POST", path, json.dumps(body).encode(), {})
+    return FuzzedRequest("POST", path, json.dumps(body).encode(), {})

@@ -1,0 +1,113 @@
+"""Requests for completions, and what their responses say: text, token counts, time to first token, log-probabilities."""
+
+import dataclasses
+import math
+import random
+from typing import Any
+
+from bench.serving.http_client import Client, Response
+
+
+def completion_request(prompt: str | list[int], max_tokens: int, **fields: Any) -> dict[str, Any]:
+    """The body of a streamed, greedy /v1/completions, unless `fields` say otherwise."""
+    body = {"model": "default", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
+    body |= {"stream_options": {"include_usage": True}} | fields
+    return body if body["stream"] else {name: value for name, value in body.items() if name != "stream_options"}
+
+
+def chat_request(text: str, max_tokens: int, **fields: Any) -> dict[str, Any]:
+    """The same as a /v1/chat/completions of one message."""
+    body = completion_request("", max_tokens, **fields)
+    del body["prompt"]
+    body["max_completion_tokens"] = body.pop("max_tokens")
+    return body | {"messages": [{"role": "user", "content": text}]}
+
+
+async def send(client: Client, body: dict[str, Any], **options: Any) -> Response:
+    """Posts a completion request to the path its body is for; the response as it came."""
+    return await client.post("/v1/chat/completions" if "messages" in body else "/v1/completions", body, **options)
+
+
+async def complete(client: Client, body: dict[str, Any], **options: Any) -> "Completion":
+    """Posts a completion request; the completion that came back."""
+    return read_completion(await send(client, body, **options))
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One completion. Seconds count from the request: `ttft` to the first token, `latency` to the last."""
+
+    status: int
+    text: str
+    completion_tokens: int
+    prompt_tokens: int
+    finish_reason: str | None
+    ttft: float
+    latency: float
+    logprobs: tuple[float, ...] = ()
+    error: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether it came to its end."""
+        return self.status == 200 and self.error is None and self.finish_reason in ("stop", "length")
+
+    @property
+    def inter_token_latency(self) -> float:
+        """Mean seconds from one token to the next; NaN with fewer than two."""
+        tokens = self.completion_tokens
+        return (self.latency - self.ttft) / (tokens - 1) if tokens > 1 else math.nan
+
+
+def read_completion(response: Response) -> Completion:
+    """Reads a completion, streamed or not, chat or plain."""
+    if response.error or response.status != 200:
+        error = response.error or _error_message(response)
+        return Completion(response.status, "", 0, 0, None, math.nan, response.seconds, error=error)
+    if not response.headers.get("content-type", "").startswith("text/event-stream"):
+        events = [(response.ended_at, response.json())]
+    else:
+        events = response.events()
+    pieces, logprobs, usage, finish_reason, error = [], [], {"completion_tokens": 0, "prompt_tokens": 0}, None, None
+    first = last = math.nan
+    for moment, event in events:
+        error = event["error"]["message"] if "error" in event else error
+        usage = event.get("usage") or usage
+        for choice in event.get("choices", ()):
+            text = choice["text"] if "text" in choice else (choice.get("delta") or choice["message"]).get("content")
+            logprobs += _logprobs(choice)
+            finish_reason = choice.get("finish_reason") or finish_reason
+            if text:
+                pieces.append(text)
+                first, last = (moment if math.isnan(first) else first), moment
+    return Completion(
+        200, "".join(pieces), usage["completion_tokens"], usage["prompt_tokens"], finish_reason, first - response.sent_at,
+        last - response.sent_at, tuple(logprobs), error,
+    )  # fmt: skip
+
+
+def _error_message(response: Response) -> str:
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return response.body[:200].decode("utf-8", "replace") or f"status {response.status}"
+
+
+def _logprobs(choice: dict[str, Any]) -> list[float]:
+    logprobs = choice.get("logprobs") or {}
+    if "content" in logprobs:
+        return [entry["logprob"] for entry in logprobs["content"] or ()]
+    return list(logprobs.get("token_logprobs") or ())
+
+
+def random_text(rng: random.Random, words: int) -> str:
+    """A text of so many short common words, about as many tokens: no two prompts are likely to begin alike."""
+    return " ".join(rng.choices(COMMON_WORDS, k=words))
+
+
+COMMON_WORDS = (
+    "the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he", "but",
+    "at", "are", "this", "have", "from", "or", "had", "an", "they", "which", "you", "were", "all", "her", "would", "their",
+    "we", "him", "been", "has", "when", "who", "will", "more", "if", "out", "so", "up", "what", "about", "into", "them",
+    "can", "only", "time", "new", "some", "could", "two", "may", "first", "then", "do", "any", "like", "now", "over", "man",
+)  # fmt: skip

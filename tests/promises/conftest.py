@@ -1,0 +1,168 @@
+"""The promises of serving (S1 to S11, X2 to X5): pytest's options, the server they are tried on, and the table at the end.
+
+    pytest tests/promises -m promises -n 0                    each promise tried: half an hour on two cores
+    pytest tests/promises -m promises -n 0 --quick            fewer repetitions
+    pytest tests/promises -m promises -n 0 --promise S4,X3    some of them
+
+Each promise is tried on the project's own server, a process of its own, over its own loopback; a promise that could not be
+tried is not kept. Without `-n 0` the workers disturb each other's timing. `--junitxml FILE` writes the figures to a file.
+The tests in this folder without the mark run by default: they show that a promise that is broken is noticed.
+"""
+
+import dataclasses
+import io
+import random
+import signal
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from figures import Figure
+
+from bench.serving.http_client import Client
+from bench.serving.server import Server
+from engine.errors import nearest
+
+ROWS: dict[str, dict[str, Any]] = {}  # of the table, by the promise's name
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("promises", "the promises of serving")
+    group.addoption("--promise", default="", help="names of promises, such as S4,X3; by default all")
+    group.addoption("--quick", action="store_true", help="few repetitions of each promise")
+    group.addoption(
+        "--promises-model", default="smollm2-135m-instruct", help="a run folder, a Hugging Face folder, a .gguf file or a name"
+    )
+    group.addoption("--promises-slots", type=int, default=8, help="requests the server answers at the same time")
+    group.addoption("--promises-capacity", help="tokens of prompt and completion together; by default what the server chooses")
+    group.addoption("--promises-weights", default="int8", help="int8, bfloat16 or float32")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Notes which promise a test is of, for its report; keeps the promises that `--promise` names."""
+    names = {item: mark.args[0] for item in items if (mark := item.get_closest_marker("promises"))}
+    for item in names:
+        item.user_properties.append(("promise", item.get_closest_marker("promises").args))
+    wanted = {name.strip().upper() for name in config.getoption("--promise").split(",") if name.strip()}
+    if not wanted:
+        return
+    known = sorted(set(names.values()), key=_place)
+    for name in wanted - {*known}:
+        raise pytest.UsageError(f"There is no promise {name}; there are {', '.join(known)}.{nearest(name, known)}")
+    config.hook.pytest_deselected(items=[item for item in items if names.get(item) not in wanted])
+    items[:] = [item for item in items if names.get(item) in wanted]
+
+
+# Options and the server
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def quick(pytestconfig: pytest.Config) -> bool:
+    return pytestconfig.getoption("--quick")
+
+
+@pytest.fixture(scope="session")
+def slots(pytestconfig: pytest.Config) -> int:
+    return pytestconfig.getoption("--promises-slots")
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    return random.Random(0)
+
+
+@pytest.fixture(scope="session")
+def make_server(pytestconfig: pytest.Config, slots: int) -> Callable[..., Server]:
+    """Makes another server of the same model: `make_server(*flags, key=..., preamble=...)`, to be entered with `async with`."""
+    capacity = pytestconfig.getoption("--promises-capacity")
+    flags = ["--slots", str(slots), "--weights", pytestconfig.getoption("--promises-weights")]
+    flags += ["--capacity", capacity] if capacity else []
+    model = pytestconfig.getoption("--promises-model")
+    return lambda *more, **options: Server(model, [*flags, *more], **options)
+
+
+@pytest.fixture(scope="session")
+async def server(anyio_backend: str, make_server: Callable[..., Server]) -> AsyncIterator[Server]:
+    """The server that most promises are tried on, so that S3 finds it after everything else."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # however this ends, its servers end too
+    async with make_server() as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: Server) -> Client:
+    return server.client
+
+
+# The table
+
+
+@pytest.fixture
+def expect(record_property: Callable[[str, Any], None]) -> Callable[..., None]:
+    """Records figures for the table and fails when one misses its bar: `expect(*figures, over="how many of what")`."""
+
+    def expect(*figures: Figure, over: str = "") -> None:
+        for figure in figures:
+            record_property("figure", dataclasses.asdict(figure))
+        record_property("over", over)
+        missed = [f"{figure}, wanted {figure.wanted}" for figure in figures if not figure.met]
+        assert not missed, "; ".join(missed) + f" ({over})"
+
+    return expect
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Gathers what a test found of its promise; with xdist the reports come from the workers."""
+    names = [value for key, value in report.user_properties if key == "promise"]
+    if not names or (report.when != "call" and report.passed):
+        return
+    name, statement = names[0]
+    row = ROWS.setdefault(name, {"statement": statement, "figures": [], "over": [], "tests": 0, "failures": []})
+    figures = [Figure(**value) for key, value in report.user_properties if key == "figure"]
+    row["figures"] += figures
+    row["over"] += [value for key, value in report.user_properties if key == "over" and value]
+    row["tests"] += 1
+    if not report.passed:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        message = (crash.message if crash else str(report.longrepr)).strip().splitlines()[0][:200]
+        row["failures"].append("" if figures else f"{report.nodeid.rpartition('::')[2]}: {message}")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if ROWS:
+        kept = sum(not row["failures"] for row in ROWS.values())
+        few = " With --quick, so over few repetitions." if config.getoption("--quick") else ""
+        terminalreporter.write_line(f"{format_table(ROWS)}\n{kept} of {len(ROWS)} promises kept.{few}")
+
+
+def format_table(rows: dict[str, dict[str, Any]]) -> str:
+    """The table: promise, figure wanted, figure measured, kept or not; in the order of the promises' names."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in ("", "promise", "figure wanted", "figure measured", "kept?"):
+        table.add_column(head, no_wrap=head in ("", "kept?"))
+    for name in sorted(rows, key=_place):
+        row = rows[name]
+        wanted = [figure.wanted for figure in row["figures"]]
+        measured = [*map(str, row["figures"]), *filter(None, row["failures"])]
+        if row["tests"] > 1:
+            wanted.append("every test passes")
+            measured.append(f"{row['tests'] - len(row['failures'])} of {row['tests']} pass")
+        over = f" ({'; '.join(row['over'])})" if row["over"] else ""
+        kept = "NO" if row["failures"] else "yes"
+        table.add_row(name, row["statement"], "; ".join(wanted) or "-", "; ".join(measured) + over, kept)
+    text = io.StringIO()
+    Console(file=text, width=160, highlight=False, markup=False).print(table)
+    return text.getvalue()
+
+
+def _place(name: str) -> tuple[str, int]:
+    return name[0], int(name[1:])

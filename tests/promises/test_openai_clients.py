@@ -1,0 +1,182 @@
+"""S10: OpenAI clients just work: the official one, sync, async and streaming, and schema fuzzing of our own OpenAPI."""
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from figures import exactly
+
+from bench.serving.server import Server
+
+pytestmark = [pytest.mark.anyio, pytest.mark.promises("S10", "OpenAI clients just work")]
+
+MESSAGES = [{"role": "user", "content": "Name three colours."}]
+CHAT: dict[str, Any] = {"model": "default", "messages": MESSAGES, "max_completion_tokens": 8, "temperature": 0}
+SMALL_CAPACITY = 80  # tokens where schemas are fuzzed: sound requests without a limit run until it is full
+FUZZING_SECONDS = 1200  # in which schemathesis is to end
+
+
+@pytest.fixture
+def ai(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="any", max_retries=0, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def async_ai(server: Server) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="any", max_retries=0, timeout=60)
+
+
+def _text(reply: Any) -> str:
+    return reply.choices[0].message.content
+
+
+def test_chat(ai):
+    reply = ai.chat.completions.create(**CHAT)
+    assert _text(reply)
+    assert reply.usage.completion_tokens <= 8
+    assert reply.object == "chat.completion"
+    assert reply.choices[0].message.role == "assistant"
+
+
+def test_chat_stream(ai):
+    chunks = list(ai.chat.completions.create(**CHAT, stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == _text(ai.chat.completions.create(**CHAT))
+    assert chunks[-1].usage is not None
+    assert not chunks[-1].choices
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_stream_helper(ai):
+    with ai.chat.completions.stream(**CHAT, stop=["e", "a"]) as stream:
+        text = "".join(event.delta for event in stream if event.type == "content.delta")
+        assert _text(stream.get_final_completion()) == text
+
+
+async def test_async_requests_at_once(async_ai):
+    async with async_ai as client:
+        replies = await asyncio.gather(*(client.chat.completions.create(**CHAT) for _ in range(4)))
+    assert len({_text(reply) for reply in replies}) == 1
+
+
+async def test_async_stream(ai, async_ai):
+    async with async_ai as client:
+        stream = await client.chat.completions.create(**CHAT, stream=True)
+        text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices])
+    assert text == _text(ai.chat.completions.create(**CHAT))
+
+
+def test_completion(ai):
+    reply = ai.completions.create(model="default", prompt="Once upon a time", max_tokens=5, logprobs=2, temperature=0)
+    logprobs = reply.choices[0].logprobs
+    assert len(logprobs.token_logprobs) == len(logprobs.tokens) == reply.usage.completion_tokens
+    assert all(len(top) >= 2 for top in logprobs.top_logprobs)
+
+
+def test_completion_stream(ai):
+    chunks = ai.completions.create(model="default", prompt="One, two,", max_tokens=5, stream=True, temperature=0)
+    assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices)
+
+
+def test_several_prompts(ai):
+    reply = ai.completions.create(model="default", prompt=["One, two,", "A, B,"], max_tokens=3, temperature=0)
+    assert [choice.index for choice in reply.choices] == [0, 1]
+
+
+def test_log_probabilities(ai):
+    content = ai.chat.completions.create(**CHAT, logprobs=True, top_logprobs=3).choices[0].logprobs.content
+    assert all(len(token.top_logprobs) == 3 and token.logprob <= 0 for token in content)
+
+
+def test_several_choices(ai):
+    reply = ai.chat.completions.create(**CHAT | {"temperature": 1}, n=3, seed=5)
+    assert [choice.index for choice in reply.choices] == [0, 1, 2]
+    assert len({choice.message.content for choice in reply.choices}) > 1
+
+
+def test_seed(ai):
+    assert len({_text(ai.chat.completions.create(**CHAT | {"temperature": 1}, seed=9)) for _ in range(3)}) == 1
+
+
+def test_stop_string(ai):
+    reply = ai.completions.create(model="default", prompt="1, 2, 3, 4, 5,", max_tokens=20, stop=[","], temperature=0)
+    assert reply.choices[0].finish_reason == "stop"
+    assert "," not in reply.choices[0].text
+
+
+def test_penalties_and_logit_bias(ai):
+    fields = {"frequency_penalty": 1, "presence_penalty": 0.5, "logit_bias": {"100": -100}, "user": "me"}
+    assert _text(ai.chat.completions.create(**CHAT, **fields))
+
+
+def test_system_message_and_content_parts(ai):
+    parts = [{"type": "text", "text": "Say "}, {"type": "text", "text": "hello."}]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]
+    assert _text(ai.chat.completions.create(**CHAT | {"messages": messages}))
+
+
+def test_models(ai):
+    names = [model.id for model in ai.models.list()]
+    assert names
+    assert ai.models.retrieve(names[0]).id == names[0]
+
+
+def test_unknown_model(ai):
+    with pytest.raises(openai.NotFoundError) as caught:
+        ai.chat.completions.create(**CHAT | {"model": "gpt-none"})
+    assert any(model.id in str(caught.value) for model in ai.models.list())
+
+
+def test_wrong_field(ai):
+    with pytest.raises(openai.BadRequestError) as caught:
+        ai.chat.completions.create(**CHAT | {"temperature": 9})
+    assert caught.value.param == "temperature"
+
+
+def test_prompt_too_long(ai):
+    with pytest.raises(openai.BadRequestError) as caught:
+        ai.completions.create(model="default", prompt=[5] * 200_000, max_tokens=5)
+    assert "200000" in str(caught.value).replace(",", "")
+
+
+def test_unsupported_field(ai):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    with pytest.raises(openai.BadRequestError):
+        ai.chat.completions.create(**CHAT, tools=[tool])
+
+
+def test_request_id(ai):
+    assert ai.chat.completions.with_raw_response.create(**CHAT).headers.get("x-request-id")
+
+
+async def test_schema_fuzzing(make_server, quick, tmp_path, expect):
+    """Sound and unsound requests that schemathesis makes of our OpenAPI.
+
+    That a sound request is answered is not among its checks: a prompt that does not fit is refused, which no schema can
+    say. `--quick` leaves out its walk over every boundary of every field.
+    """
+    async with make_server("--capacity", str(SMALL_CAPACITY)) as server:
+        code, summary = await asyncio.to_thread(_run_schemathesis, server.port, quick, tmp_path)
+    expect(exactly("exit code of schema fuzzing", code, 0), over=f"openai {openai.__version__}; schemathesis: {summary}")
+
+
+def _run_schemathesis(port: int, quick: bool, folder: Path) -> tuple[int, str]:
+    """Its exit code and its own summary; 1 when it does not end in FUZZING_SECONDS."""
+    command = [
+        sys.executable, "-m", "schemathesis.cli", "run", f"http://127.0.0.1:{port}/openapi.json", "--mode", "all",
+        "--max-examples", "4" if quick else "30", "--request-timeout", "30", "--seed", "1", "--no-color", "--workers", "4",
+        "--phases", "fuzzing" if quick else "coverage,fuzzing", "--exclude-checks", "positive_data_acceptance",
+    ]  # fmt: skip
+    try:
+        run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=FUZZING_SECONDS)
+    except subprocess.TimeoutExpired:
+        return 1, f"did not end in {FUZZING_SECONDS} s"
+    output = run.stdout + run.stderr
+    lines = [line.strip("= ") for line in output.splitlines() if "generated" in line or "No issues" in line]
+    return run.returncode, ", ".join(lines) or output[-300:]

@@ -1,0 +1,81 @@
+"""The table of promises: a figure that misses its bar shows, and so does a promise that could not be tried."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "text"))
+
+from chat_models import chat_tokenizer
+from figures import at_least, at_most, exactly, milliseconds
+from tiny import lively_params, tiny_config
+
+from engine.storage.huggingface import folder
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("figure", "met", "wanted", "measured"),
+    [
+        (at_most("a", 1, 1), True, "a ≤ 1", "a 1"),
+        (at_least("b", 0.94, 0.95), False, "b ≥ 0.95", "b 0.94"),
+        (exactly("code", -15, 0), False, "code = 0", "code -15"),
+        (exactly("code", None, 0), False, "code = 0", "code none"),
+        (milliseconds("p99", 0.0501, 100), True, "p99 ≤ 100 ms", "p99 50.1 ms"),
+        (at_most("c", math.nan, 1), False, "c ≤ 1", "c none"),
+        (at_least("d", math.inf, 1, " s"), True, "d ≥ 1 s", "d inf s"),
+    ],
+)
+def test_a_figure_meets_its_bar_or_not(figure, met, wanted, measured):
+    assert (figure.met, figure.wanted, str(figure)) == (met, wanted, measured)
+
+
+@pytest.fixture
+def tiny_folder(tmp_path):
+    """A model that `--model` takes: the tiny one, with a tokenizer that has ChatML's control tokens."""
+    tokenizer = chat_tokenizer()
+    cfg = tiny_config(vocab=tokenizer.vocab)
+    folder.save_folder(tmp_path, cfg, lively_params(cfg), {"eos_token_id": tokenizer.end}, dtype="float32")
+    tokenizer.save(tmp_path)
+    return tmp_path
+
+
+def run_promises(model, *options):
+    """Exit code and output of `pytest -m promises` in a process of its own."""
+    command = [sys.executable, "-m", "pytest", "tests/promises", "-m", "promises", "--quick", "--promises-slots", "2"]
+    names = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    run = subprocess.run(
+        [*command, "--promises-model", model, "-p", "no:cacheprovider", *options],
+        cwd=ROOT,
+        env=names,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return run.returncode, run.stdout + run.stderr
+
+
+def test_promises_of_a_real_server(tiny_folder):
+    code, output = run_promises(str(tiny_folder), "-n", "0", "--promise", "x4,S3")
+    assert code == 0, output
+    assert "2 of 2 promises kept. With --quick" in output
+    rows = [line.split() for line in output.splitlines() if line.rstrip().endswith(" yes")]
+    assert [row[0] for row in rows] == ["S3", "X4"], output
+
+
+def test_a_promise_that_cannot_be_tried_is_not_kept_whichever_worker_tries_it():
+    code, output = run_promises("no-such-model", "-n", "1", "--promise", "S1,S8")
+    assert code == 1, output
+    assert "0 of 2 promises kept" in output
+    assert "There is no model at no-such-model" in output
+
+
+def test_a_promise_is_chosen_by_its_name():
+    code, output = run_promises("no-such-model", "-n", "0", "--promise", "S99")
+    assert code == 4, output
+    assert "There is no promise S99; there are S1, S2, S3, S4, S5, S6, S7, S8, S9, S10, S11, X2, X3, X4, X5." in output
