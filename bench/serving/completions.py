@@ -62,13 +62,13 @@ class Completion:
 def read_completion(response: Response) -> Completion:
     """Reads a completion, streamed or not, chat or plain."""
     if response.error or response.status != 200:
-        error = response.error or _error_message(response)
-        return Completion(response.status, "", 0, 0, None, math.nan, response.seconds, error=error)
-    if not response.headers.get("content-type", "").startswith("text/event-stream"):
-        events = [(response.ended_at, response.json())]
-    else:
-        events = response.events()
-    pieces, logprobs, usage, finish_reason, error = [], [], {"completion_tokens": 0, "prompt_tokens": 0}, None, None
+        why = response.error or _error_message(response)
+        return Completion(response.status, "", 0, 0, None, math.nan, response.seconds, error=why)
+    is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
+    events = response.events() if is_stream else [(response.ended_at, response.json())]
+    pieces: list[str] = []
+    logprobs: list[float] = []
+    usage, finish_reason, error = {"completion_tokens": 0, "prompt_tokens": 0}, None, None
     first = last = math.nan
     for moment, event in events:
         error = event["error"]["message"] if "error" in event else error

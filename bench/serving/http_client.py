@@ -96,7 +96,7 @@ class Client:
         fields |= {name.lower(): value for name, value in headers.items()}
         protocol = h11.Connection(h11.CLIENT)
         request = h11.Request(
-            method=method, target=path, headers=[(name, value.encode("latin-1")) for name, value in fields.items()]
+            method=method, target=path, headers=[(name.encode(), value.encode("latin-1")) for name, value in fields.items()]
         )
         parts = [protocol.send(event) for event in (request, h11.Data(data=data), h11.EndOfMessage())]
         return protocol, b"".join(part for part in parts if part)
