@@ -2,7 +2,7 @@
 
     python -m bench                                    one model, one run, about two minutes on two cores
     python -m bench --out report                       also writes report.html, with plots, and stages.svg and .md
-    python -m bench --model smollm2-135m-instruct      a model of your own instead of a shape with drawn weights
+    python -m bench --model smollm2-135m-instruct      a model of your own instead of a shape with random weights
     python -m bench --quick --json                     fewer rounds; nothing but the JSON document on stdout
     python -m bench --list                             the other measurements
 
@@ -12,34 +12,29 @@ formula, by walking the traced program, by XLA. The last line of stdout is one J
 
 import ast
 import dataclasses
+import shlex
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from bench.cli import run
+from bench.cli import run_bench
+from engine.device import start_jax
 from engine.errors import UserError
 
 
-def dollars(text: str) -> float:
-    """A price on the command line. Raises UserError for what is no number; what the number may be is checked later."""
-    try:
-        return float(text)
-    except ValueError:
-        raise UserError(f"--price must be a number above 0, in dollars an hour, such as 0.10; got {text!r}.") from None
-
-
 @dataclasses.dataclass(frozen=True)
-class Flags:
+class StageTableFlags:
     """What is measured, and at what price."""
 
     preset: str = "nano"
-    """A shape, with weights drawn at random."""
+    """A shape, with random weights."""
     model: Annotated[str | None, tyro.conf.arg(help_behavior_hint="(default: the preset)")] = None
     """A run folder, a step folder in it, a Hugging Face folder, a .gguf file or smollm2-135m-instruct."""
     batch: int = 8
-    """Sequences a training step sees, and prompts that are read together."""
+    """Sequences a training step sees, and prompts that are prefilled together."""
     context: int = 256
     """Tokens of each, and of the caches that decoding reads."""
     price: Annotated[str, tyro.conf.arg(metavar="DOLLARS")] = "0.10"
@@ -56,43 +51,89 @@ class Flags:
     """Name the other measurements and stop."""
 
 
+def measure(flags: StageTableFlags) -> dict[str, Any]:
+    """Returns the document of the stage table, or with --list the names of the other measurements."""
+    if flags.list:
+        names = measurements()
+        width = max(map(len, names))
+        for name, line in names.items():
+            print(f"  python -m bench.{name:<{width}}  {line}")
+        return {"measurements": names}
+    price = checked_price(flags)
+    start_jax()
+    # JAX is imported from here on: help is quick without it, and the allocator is told before it starts.
+    from bench.report.page import write_report
+    from bench.table.measure import stage_table
+    from bench.table.terminal import print_table
+
+    document = stage_table(
+        flags.preset, flags.model, batch=flags.batch, context=flags.context, price=price, max_time=flags.max_time,
+        quick=flags.quick,
+    )  # fmt: skip
+    document["command"] = command(flags, price)
+    if not flags.json:
+        print_table(document)
+    if flags.out:
+        print(f"the report: {write_report(flags.out, document)}", file=sys.stderr)
+    return document
+
+
+def checked_price(flags: StageTableFlags) -> float:
+    """Returns the price in dollars an hour. Raises UserError for it and for every other flag that cannot be measured."""
+    try:
+        price = float(flags.price)
+    except ValueError:
+        raise UserError(f"--price must be a number above 0, in dollars an hour, such as 0.10; got {flags.price!r}.") from None
+    for name, value, least in (("batch", flags.batch, 2), ("context", flags.context, 64)):
+        if value < least:
+            raise UserError(f"--{name} must be at least {least}, not {value}.")
+    if flags.batch % 2 or flags.context % 64:
+        raise UserError(
+            f"--batch must be even, for preferences come in pairs, and --context a multiple of 64, the tokens of a prefill: "
+            f"got {flags.batch} and {flags.context}."
+        )
+    for name, number in (("price", price), ("max-time", flags.max_time)):
+        if not 0 < number < float("inf"):
+            raise UserError(f"--{name} must be a number above 0, not {number:g}.")
+    if flags.out is not None:
+        try:
+            flags.out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=flags.out).close()
+        except OSError as error:
+            raise UserError(f"--out {flags.out} cannot be written: {error.strerror}. Choose another folder.") from None
+    return price
+
+
+def command(flags: StageTableFlags, price: float) -> str:
+    """Returns the command that measures the same again: the flags that differ from their defaults."""
+    default = StageTableFlags()
+    words = ["python", "-m", "bench"]
+    if flags.model or flags.preset != default.preset:
+        words += ["--model", flags.model] if flags.model else ["--preset", flags.preset]
+    for name, value, usual in (
+        ("batch", flags.batch, default.batch), ("context", flags.context, default.context),
+        ("price", price, float(default.price)),
+    ):  # fmt: skip
+        if value != usual:
+            words += [f"--{name}", f"{value:g}"]
+    return shlex.join(words + ["--quick"] * flags.quick)
+
+
 def measurements() -> dict[str, str]:
-    """Every measurement with the first line of its docstring, read without importing it."""
-    found = {}
+    """Returns every other measurement with the first line of its docstring, read without importing it."""
+    names = {}
     here = Path(__file__).parent
     for path in [*here.glob("*.py"), *here.glob("*/__main__.py")]:
         source = path.read_text(encoding="utf-8")
         name = path.stem if path.parent == here else path.parent.name
         if "\nif __name__ ==" in source and path != Path(__file__):
-            found[name] = (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
-    return dict(sorted(found.items()))
-
-
-def measured(flags: Flags) -> dict[str, Any]:
-    """The document of the stage table, or with --list the names of the other measurements."""
-    if flags.list:
-        found = measurements()
-        width = max(map(len, found))
-        for name, line in found.items():
-            print(f"  python -m bench.{name:<{width}}  {line}")
-        return {"measurements": found}
-    from bench.table.measure import Asked, stage_table
-    from bench.table.print import show
-
-    names = (field.name for field in dataclasses.fields(Asked))
-    document = stage_table(Asked(**{name: getattr(flags, name) for name in names} | {"price": dollars(flags.price)}))
-    if not flags.json:
-        show(document)
-    if flags.out:
-        from bench.report.page import write_report
-
-        print(f"the report: {write_report(flags.out, document)}", file=sys.stderr)
-    return document
+            names[name] = (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
+    return dict(sorted(names.items()))
 
 
 def main(args: list[str] | None = None) -> int:
     """Measures and prints; returns the exit code."""
-    return run("bench", __doc__, Flags, measured, args)
+    return run_bench("bench", __doc__, StageTableFlags, measure, args)
 
 
 if __name__ == "__main__":

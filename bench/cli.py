@@ -1,6 +1,8 @@
-"""What every measurement does around its work: flags in, JSON as the last line out, a person's mistakes in a sentence."""
+"""The command line of every measurement: flags in, JSON as the last line out, a person's mistakes in a sentence."""
 
+import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,23 +10,24 @@ from typing import Any
 from engine.errors import UserError
 
 MISTAKE = 2
+PIPED_WIDTH = 140  # a pipe has no width of its own; the widest table fits in this
 
 
-def run[Flags](
-    name: str, about: str | None, flags: type[Flags], measured: Callable[[Flags], dict[str, Any]], args: Sequence[str] | None
+def run_bench[Flags](
+    name: str, about: str | None, flags: type[Flags], measure: Callable[[Flags], dict[str, Any]], args: Sequence[str] | None
 ) -> int:
-    """Parses `args` (the command line's when None), measures, prints what `measured` returns as the last line of stdout.
+    """Parses `args` (the command line's when None), measures, prints what `measure` returns as the last line of stdout.
 
     Returns 0, or 2 for what a person can mend: said in a sentence on stderr. `name` is what follows `python -m`.
     """
     import tyro
 
     try:
-        given = tyro.cli(
+        options = tyro.cli(
             flags, prog=f"python -m {name}", description=about, args=args,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )  # fmt: skip
-        document = measured(given)
+        document = measure(options)
     except SystemExit as leaving:  # tyro has shown the help, or what is wrong with a flag
         return int(leaving.code or 0)
     except KeyboardInterrupt:
@@ -35,3 +38,38 @@ def run[Flags](
         return MISTAKE
     print(json.dumps(document), flush=True)
     return 0
+
+
+def progress(text: str, replace: bool = False) -> None:
+    """Prints a line of progress on stderr; on a terminal, lines with `replace` take each other's place."""
+    terminal = sys.stderr.isatty()
+    end = "\r" if replace and terminal else "\n"
+    print(f"\x1b[2K{text}" if terminal else text, end=end, file=sys.stderr, flush=True)
+
+
+def console() -> Any:
+    """Returns a rich console on stdout; where no one looks, a plain one that is wide enough for the tables."""
+    from rich.console import Console
+
+    terminal = sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+    return Console(highlight=False, width=None if terminal else PIPED_WIDTH, force_terminal=terminal)
+
+
+def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Any:
+    """Returns a rich table: the first `left` columns lie to the left, the others to the right."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, title_style="bold")
+    for place, head in enumerate(heads):
+        made.add_column(head, justify="left" if place < left else "right", no_wrap=True)
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def quick[Flags](flags: Flags, values: dict[str, Any]) -> Flags:
+    """Returns the flags with these values where none was given."""
+    default = type(flags)()
+    changed = {name: value for name, value in values.items() if getattr(flags, name) == getattr(default, name)}
+    return dataclasses.replace(flags, **changed)  # type: ignore[type-var]

@@ -11,17 +11,16 @@ its program. The last line is JSON.
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from bench import steps
-from bench.cli import run
+from bench.cli import run_bench
+from bench.shape import check_rounds, parse_shape
 from engine.device import start_jax
-from engine.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags:
+class FinetuningFlags:
     """What is measured."""
 
     shape: str = "6x512x256x8"
@@ -38,90 +37,22 @@ class Flags:
     """Interleaved rounds, at least 3; the median of the ratios within each counts."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Way:
-    """One way to train: a step, how many numbers learn, operations of a step, bytes the optimizer holds."""
-
-    step: Callable[[], Any]
-    numbers: int
-    operations: int
-    optimizer_bytes: int
-
-
-def measured(flags: Flags) -> dict[str, Any]:
+def measure_finetuning(flags: FinetuningFlags) -> dict[str, Any]:
     """Measures, prints the table and returns the document."""
-    shape = steps.shape(flags.shape)
-    if shape is None or flags.rounds < 3:
-        raise UserError("a shape is LAYERSxWIDTHxTOKENSxBATCH with a width in 64s, such as 6x512x256x8; rounds >= 3.")
+    shape = parse_shape("--shape", flags.shape)
+    check_rounds(flags.rounds)
     start_jax()
+    # JAX is imported from here on: help is quick without it, and the allocator is told before it starts.
+    from bench.finetuning_steps import measure_model, measure_shape
+
     if flags.model:
-        from bench.adapting import adapting
-
-        return adapting(flags.model, tokens=flags.tokens, batch=flags.batch, rank=flags.rank, rounds=flags.rounds)
-    import jax
-
-    from bench.timing import measure, noise, ratio
-
-    ways = _ways(shape, flags.rank)
-    timings = measure({name: way.step for name, way in ways.items()}, rounds=flags.rounds, warmups=2)
-    print(f"{shape}, rank {flags.rank}, {jax.devices()[0].device_kind}")
-    print(f"{'what learns':>12} {'numbers':>11} {'ms a step':>10} {'time':>12} {'operations':>11} {'optimizer MB':>13}")
-    rows = []
-    for name, way in ways.items():
-        taken, share = timings[name].median * 1e3, ratio(timings[name], timings["everything"])
-        work = way.operations / ways["everything"].operations
-        print(f"{name:>12} {way.numbers:11,} {taken:10.1f} {share!s:>12} {work:11.2f} {way.optimizer_bytes / 1e6:13.2f}")
-        rows.append({
-            "name": name, "trainable": way.numbers, "ms_per_step": taken, "over_full": share.value, "spread": share.spread,
-            "flops": way.operations, "flops_over_full": work, "optimizer_bytes": way.optimizer_bytes,
-        })  # fmt: skip
-    print(noise(timings))
-    return {"shape": str(shape), "rank": flags.rank, "rows": rows}
-
-
-def _ways(shape: steps.Shape, rank: int) -> dict[str, Way]:
-    """Name -> way, on one draw of weights and random bytes."""
-    import jax
-    import jax.numpy as jnp
-
-    from engine.counting.walk import count
-    from engine.model.config import LoraConfig
-    from engine.model.weights.matmul import cast_matrices
-    from engine.training.freeze import select_trainable, split
-    from engine.training.lora import add_lora
-    from engine.training.optimizer import OptimizerConfig, make_optimizer
-    from engine.training.step import init_state, loss_and_gradient, train_step
-
-    work, tx = steps.work(shape, "bfloat16"), make_optimizer(OptimizerConfig())
-    cfg, params, batch = work.cfg, work.params, work.batch
-
-    def way(trainable: Any, frozen: Any) -> Way:
-        held = [init_state(tx, jax.tree.map(jnp.copy, trainable))]  # the step takes its state
-
-        def step() -> Any:
-            held[0], metrics = train_step(cfg, tx, held[0], frozen, batch, jnp.float32(0.5))
-            return metrics.loss
-
-        operations = count(lambda t, f, b: loss_and_gradient(cfg, t, f, b), trainable, frozen, batch).matmul
-        moments = jax.tree.leaves(held[0].opt_state)
-        numbers = sum(leaf.size for leaf in jax.tree.leaves(trainable))
-        return Way(step, numbers, operations, sum(leaf.nbytes for leaf in moments))
-
-    frozen = cast_matrices(params, cfg.dtype)
-    upper = select_trainable(cfg, freeze=[f"bottom:{max(cfg.layers // 2, 1)}"]).trainable_paths
-    adapters = {
-        name: add_lora(cfg, params, jax.random.key(0), LoraConfig(rank, targets=targets))
-        for name, targets in (("LoRA q,v", ("q", "v")), ("LoRA all", ("all",)))
-    }
-    return {
-        "everything": way(params, {}),
-        "upper half": way(split(params, upper)[0], split(frozen, upper)[1]),
-        **{name: way(tree, frozen) for name, tree in adapters.items()},
-    }
+        return measure_model(flags.model, tokens=flags.tokens, batch=flags.batch, rank=flags.rank, rounds=flags.rounds)
+    return measure_shape(shape, flags.rank, flags.rounds)
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    return run("bench.finetuning", __doc__, Flags, measured, args)
+    """Measures, prints the table and, last, one line of JSON."""
+    return run_bench("bench.finetuning", __doc__, FinetuningFlags, measure_finetuning, args)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,23 @@
-"""Which model is measured: a preset with drawn weights, or one that is on disk or has a name."""
+"""The model that is measured: a preset with random weights, or one that `--model` names; and tokens to measure it with."""
 
 import dataclasses
+from pydoc_data.topics import topics  # chapters of Python's reference, on every machine
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from engine.errors import UserError
 from engine.model.config import ModelConfig
+from engine.model.paths import leaf_paths, unflatten
+from engine.model.transformer import init_params
+from engine.storage.find import load_model, locate
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
-    """A model to measure: float32 weights, what to call it, and its tokenizer; None for drawn weights."""
+class BenchModel:
+    """A model to measure: its name, float32 weights, and its tokenizer; None for random weights."""
 
     name: str
     cfg: ModelConfig
@@ -19,31 +25,27 @@ class Measured:
     tokenizer: Any = None
 
 
-def drawn(name: str, cfg: ModelConfig) -> Measured:
-    """A preset whose matrices are all drawn at random, those that training starts at zero too: a model whose blocks do
+def random_model(name: str, cfg: ModelConfig) -> BenchModel:
+    """Returns a preset with random matrices and biases, those that training starts at zero too: a model whose blocks add
     nothing would hide every difference between one way of running it and another."""
-    import jax
-    import jax.numpy as jnp
 
-    from engine.model.paths import leaf_paths, unflatten
-    from engine.model.transformer import init_params
-
-    def draw(key: Any) -> Any:
+    def init(key: Any) -> Any:
         leaves = leaf_paths(init_params(cfg, key))
-        keys = jax.random.split(key, len(leaves))
-        return unflatten({
-            path: jax.random.normal(one, leaf.shape, jnp.float32) * leaf.shape[0 if path != "embed" else 1] ** -0.5
-            if leaf.ndim == 2 else leaf
-            for one, (path, leaf) in zip(keys, leaves.items())
-        })  # fmt: skip
+        return unflatten(
+            {path: leaf_of(path, leaf, jax.random.fold_in(key, n)) for n, (path, leaf) in enumerate(leaves.items())}
+        )
 
-    return Measured(name, cfg, jax.jit(draw)(jax.random.key(0)))
+    def leaf_of(path: str, leaf: Any, key: Any) -> Any:
+        if path.endswith("norm"):
+            return leaf
+        inputs = leaf.shape[1 if path == "embed" else 0]
+        return jax.random.normal(key, leaf.shape, jnp.float32) * (inputs**-0.5 if leaf.ndim == 2 else 0.05)
+
+    return BenchModel(name, cfg, jax.jit(init)(jax.random.key(0)))
 
 
-def loaded(name: str) -> Measured:
+def load(name: str) -> BenchModel:
     """Loads the model `--model` names, in float32. Raises UserError when there is none, or it is an adapter for another."""
-    from engine.storage.find import load_model, locate
-
     location = locate(name)
     if location.form == "adapter":
         raise UserError(
@@ -51,15 +53,12 @@ def loaded(name: str) -> Measured:
             f"--model {location.run} --out FOLDER, and give --model FOLDER."
         )
     model = load_model(name, dtype="float32")
-    return Measured(model.name, model.cfg, model.params, model.tokenizer)
+    return BenchModel(model.name, model.cfg, model.params, model.tokenizer)
 
 
-def tokens_for(model: Measured, rows: int, length: int) -> np.ndarray:
-    """tokens (rows, length) int32 to measure with: English, for a model that reads; drawn ones for drawn weights."""
+def tokens_for(model: BenchModel, rows: int, length: int) -> np.ndarray:
+    """Returns tokens (rows, length) int32 to measure with: English, for a model with a tokenizer, else random ones."""
     if model.tokenizer is None:
         return np.random.default_rng(0).integers(0, model.cfg.vocab, (rows, length), dtype=np.int32)
-    from pydoc_data.topics import topics  # chapters of Python's reference, on every machine
-
-    count = rows * length
-    read = model.tokenizer.encode("\n".join(topics.values())[: 16 * count])
-    return np.resize(read, (rows, length)).astype(np.int32)
+    tokens = model.tokenizer.encode("\n".join(topics.values())[: 16 * rows * length])
+    return np.resize(tokens, (rows, length)).astype(np.int32)

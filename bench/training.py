@@ -10,17 +10,15 @@ clipping, AdamW, and the guard against non-finite steps. The model reads bytes. 
 """
 
 import dataclasses
-import json
 import sys
-from typing import Literal
+from typing import Any, Literal
 
-import tyro
-
-from bench import steps
+from bench.cli import progress, run_bench
+from bench.shape import check_rounds, parse_shape
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags:
+class TrainingFlags:
     """What is measured."""
 
     shapes: tuple[str, ...] = ("4x256x256x16", "6x384x256x16", "6x512x256x16", "8x768x256x8")
@@ -32,60 +30,56 @@ class Flags:
     allocator: Literal["keep", "default"] = "keep"
 
 
-def main(args: list[str] | None = None) -> int:
-    """Measures, prints the table and, last, one line of JSON."""
-    flags = tyro.cli(Flags, prog="python -m bench.training", description=__doc__, args=args)
-    shapes = [steps.shape(text) for text in flags.shapes]
-    if shapes.count(None) or flags.rounds < 1:
-        print(
-            "error: a shape is LAYERSxWIDTHxTOKENSxBATCH with a width in 64s, such as 6x384x256x16; rounds >= 1.",
-            file=sys.stderr,
-        )
-        return 2
+def measure_training(flags: TrainingFlags) -> dict[str, Any]:
+    """Measures a step of each shape, prints the table and returns the document."""
+    shapes = [parse_shape("a shape of --shapes", text) for text in flags.shapes]
+    check_rounds(flags.rounds, 1)
     if flags.allocator == "keep":
         from engine.allocator import keep_freed_memory
 
         keep_freed_memory()
-    from bench.timing import measure, noise
+    # JAX is imported from here on: help is quick without it, and the allocator is told before it starts.
+    from bench.timing import best_ceilings, measure, noise
+    from bench.training_step import make_step, make_work
     from engine.counting.flops import step_flops
     from engine.counting.hardware import measure_ceilings
     from engine.counting.params import count_params
+    from engine.training.optimizer import OptimizerConfig, make_optimizer
 
-    ceiling = measure_ceilings()
-    print(f"{ceiling.device}, {ceiling.cores} cores, jax {ceiling.jax}")
+    ceilings = measure_ceilings()
+    print(f"{ceilings.device}, {ceilings.cores} cores, jax {ceilings.jax}")
     print(f"{'shape':>16} {'params':>9} {'ms a step':>10} {'GFLOP/s':>9} {'of ceiling':>11} {'tokens/s':>9}", flush=True)
-    rows, timings = [], {}
-    for shape in filter(None, shapes):
-        layers, width, tokens, batch = shape
-        print(f"measuring {shape} ...", file=sys.stderr, flush=True)
-        work = steps.work(shape, flags.dtype)
-        cfg, run = work.cfg, steps.stepper(work, flags.optimizer)
-        timing = measure({"step": run}, rounds=flags.rounds, warmups=2)["step"]
-        # The ceiling again beside each shape: on a shared machine it moves, and the best of all counts for all.
-        again = measure_ceilings()
-        rates = {
-            name: max(getattr(ceiling, name), getattr(again, name)) for name in ("bf16_gflops", "f32_gflops", "int8_gflops")
-        }
-        ceiling = dataclasses.replace(ceiling, **rates)
-        name = str(shape)
-        timings[name] = timing
-        rows.append((name, cfg, layers, width, tokens, batch, timing.median, step_flops(cfg, batch, tokens)))
-    top = ceiling.bf16_gflops if flags.dtype == "bfloat16" else ceiling.f32_gflops
-    found = []
-    for name, cfg, layers, width, tokens, batch, seconds, flops in rows:
-        rate = flops / seconds / 1e9
-        params = count_params(cfg).total
-        speed = batch * tokens / seconds
-        print(f"{name:>16} {params / 1e6:8.2f}M {seconds * 1e3:10.1f} {rate:9.0f} {rate / top:11.2f} {speed:9.0f}")
-        found.append({
-            "layers": layers, "width": width, "seq": tokens, "batch": batch, "ms_per_step": seconds * 1e3,
-            "gflops": rate, f"fraction_of_{'bf16' if flags.dtype == 'bfloat16' else 'f32'}_ceiling": rate / top,
+    timings, configs = {}, {}
+    for shape in shapes:
+        progress(f"measuring {shape} ...")
+        work = make_work(shape, flags.dtype)
+        step = make_step(work.cfg, make_optimizer(OptimizerConfig(kind=flags.optimizer)), work.params, {}, work.batch)
+        timings[shape] = measure({"step": step}, rounds=flags.rounds, warmups=2)["step"]
+        configs[shape] = work.cfg
+        # The ceilings again beside each shape: on a shared machine they move, and the best of all counts for all.
+        ceilings = best_ceilings(ceilings, measure_ceilings())
+    kind, top = ("bf16", ceilings.bf16_gflops) if flags.dtype == "bfloat16" else ("f32", ceilings.f32_gflops)
+    rows = []
+    for shape, timing in timings.items():
+        seconds, cfg = timing.median, configs[shape]
+        rate = step_flops(cfg, shape.batch, shape.tokens) / seconds / 1e9
+        print(
+            f"{shape!s:>16} {count_params(cfg).total / 1e6:8.2f}M {seconds * 1e3:10.1f} {rate:9.0f} {rate / top:11.2f} "
+            f"{shape.batch * shape.tokens / seconds:9.0f}"
+        )
+        rows.append({
+            "layers": shape.layers, "width": shape.width, "seq": shape.tokens, "batch": shape.batch,
+            "ms_per_step": seconds * 1e3, "gflops": rate, f"fraction_of_{kind}_ceiling": rate / top,
         })  # fmt: skip
-    both = {"bf16": ceiling.bf16_gflops, "f32": ceiling.f32_gflops, "int8": ceiling.int8_gflops}
-    print("ceilings, matmul 2048, GFLOP/s: " + ", ".join(f"{name} {rate:.0f}" for name, rate in both.items()))
-    print(noise(timings))
-    print(json.dumps({"ceiling_gflops": both, "shapes": found}))
-    return 0
+    rates = {"bf16": ceilings.bf16_gflops, "f32": ceilings.f32_gflops, "int8": ceilings.int8_gflops}
+    print("ceilings, matmul 2048, GFLOP/s: " + ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items()))
+    print(noise({str(shape): timing for shape, timing in timings.items()}))
+    return {"ceiling_gflops": rates, "shapes": rows}
+
+
+def main(args: list[str] | None = None) -> int:
+    """Measures, prints the table and, last, one line of JSON."""
+    return run_bench("bench.training", __doc__, TrainingFlags, measure_training, args)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ UBATCH = 512  # tokens a call, its own default
 
 
 def make(spec: dict[str, Any]) -> Run:
-    """Reads each row's prompt, then says `new` tokens of each. `spec`: file, threads, prompts (lists of ids), new.
+    """Returns a run that prefills each row's prompt, then decodes `new` tokens of each. `spec`: file, threads, prompts (lists
+    of ids), new.
 
-    What a run returns: seconds of reading and of saying apart, and the tokens of each row.
+    A run returns the seconds of prefill and of decoding apart, and the tokens of each row.
     """
     import llama_cpp as llama
 
@@ -30,11 +31,11 @@ def make(spec: dict[str, Any]) -> Run:
     model = llama.llama_model_load_from_file(spec["file"].encode(), settings)
     if not model:
         raise ValueError(f"llama.cpp cannot read {spec['file']}")
-    asked = llama.llama_context_default_params()
-    asked.n_ctx, asked.n_seq_max = rows * (length + new + 8), rows
-    asked.n_batch, asked.n_ubatch = max(UBATCH, rows), UBATCH
-    asked.n_threads = asked.n_threads_batch = spec["threads"]
-    context = llama.llama_init_from_model(model, asked)
+    options = llama.llama_context_default_params()
+    options.n_ctx, options.n_seq_max = rows * (length + new + 8), rows
+    options.n_batch, options.n_ubatch = max(UBATCH, rows), UBATCH
+    options.n_threads = options.n_threads_batch = spec["threads"]
+    context = llama.llama_init_from_model(model, options)
     batch = llama.llama_batch_init(max(UBATCH, rows), 0, 1)
     vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
     memory = llama.llama_get_memory(context)
@@ -64,13 +65,13 @@ def make(spec: dict[str, Any]) -> Run:
                 piece = prompt[start : start + UBATCH]
                 feed([(token, start + i, row, start + i == length - 1) for i, token in enumerate(piece)])
             last.append(best(batch.n_tokens - 1))
-        read = time.perf_counter()
-        said = [[token] for token in last]
+        prefilled = time.perf_counter()
+        output = [[token] for token in last]
         for step in range(new - 1):
-            feed([(said[row][-1], length + step, row, True) for row in range(rows)])
+            feed([(output[row][-1], length + step, row, True) for row in range(rows)])
             for row in range(rows):
-                said[row].append(best(row))
-        return {"read_seconds": read - begin, "say_seconds": time.perf_counter() - read, "tokens": said}
+                output[row].append(best(row))
+        return {"prefill_seconds": prefilled - begin, "decode_seconds": time.perf_counter() - prefilled, "tokens": output}
 
     return run
 

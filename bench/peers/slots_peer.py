@@ -18,14 +18,14 @@ def make(spec: dict[str, Any]) -> Any:
     from engine.device import start_jax
 
     start_jax(decodes=True)
-    from bench.models import loaded
+    from bench.models import load
     from engine.inference.decode import for_inference
     from engine.inference.quantize import quantize
     from engine.inference.request import Request
     from engine.inference.sampling_params import SamplingParams
     from engine.inference.slots import Slots
 
-    model = loaded(spec["model"])
+    model = load(spec["model"])
     params = quantize(model.params) if spec["weights"] == "int8" else model.params
     slots = Slots(
         model.cfg, for_inference(model.cfg, params), slots=spec["slots"], capacity=spec["capacity"], prefixes=spec["prefixes"]

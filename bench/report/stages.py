@@ -50,8 +50,8 @@ def lines_and_notes(rows: Sequence[Row]) -> tuple[list[list[Line]], list[Note]]:
     for index, row in enumerate(rows):
         seconds, predicted = number(row.get("seconds_per_token")), number(row.get("predicted_seconds_per_token"))
         off = seconds / predicted - 1 if seconds and predicted else None
-        first = note(row, deviation(off) if off is not None else "", row.get("why"))
-        line = Line(row, off, off is not None and abs(off) > DEVIATION, first, note(row, "peak", row.get("why_peak")))
+        first = note(row, deviation(off) if off is not None else "", row.get("explanation"))
+        line = Line(row, off, off is not None and abs(off) > DEVIATION, first, note(row, "peak", row.get("peak_explanation")))
         if not index or row.get("stage") != rows[index - 1].get("stage"):
             groups.append([])
         groups[-1].append(line)

@@ -14,7 +14,7 @@ import signal
 import sys
 from typing import Any
 
-from bench.cli import run
+from bench.cli import run_bench
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _note(line: str) -> None:
 
 def main(args: list[str] | None = None) -> int:
     """Measures and prints; returns the exit code."""
-    return run("bench.serving", __doc__, Flags, measure, args)
+    return run_bench("bench.serving", __doc__, Flags, measure, args)
 
 
 if __name__ == "__main__":

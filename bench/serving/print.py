@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from bench.table.print import console
+from bench.cli import console, table
 from engine.format import money, si
 
 
@@ -38,12 +38,4 @@ def _unmet(met: bool) -> str:
 
 
 def _print_table(title: str, heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, title_style="bold")
-    for place, head in enumerate(heads):
-        table.add_column(head, justify="right" if place else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console().print(table)
+    console().print(table(title, heads, rows))

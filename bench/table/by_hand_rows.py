@@ -18,33 +18,37 @@ from engine.text.batch import Batch
 
 
 def by_hand_rows(cfg: ModelConfig, params: Any, batch: Batch) -> list[Row]:
-    """Forward alone, and forward and backward, of a batch. NumPy computes whole attention squares, and every gradient."""
+    """Returns the rows of a batch, forward alone, and forward and backward: NumPy computes whole attention squares, and every
+    gradient."""
     B, T = batch.tokens.shape
     plain = dataclasses.replace(cfg, dtype="float32", remat="none")
     weights = arrays(params)
     tokens, targets, mask = (np.asarray(part) for part in (batch.tokens, batch.targets, batch.mask))
-    ahead = lambda: forward(plain, weights, tokens)
-    both = lambda: loss_and_gradient(plain, weights, tokens, targets, mask)[0]
-    held = inference_memory(plain, B, 0, tokens=T, every_logit=True)
-    kept = training_memory(plain, B, T)
+    forward_pass = lambda: forward(plain, weights, tokens)
+    backward_pass = lambda: loss_and_gradient(plain, weights, tokens, targets, mask)[0]
+    inference = inference_memory(plain, B, 0, tokens=T, every_logit=True)
+    training = training_memory(plain, B, T)
     return [
         Row(
-            "by hand: forward", "by hand", ahead, lambda: weights, tokens=B * T,
-            formula=forward_flops(plain, T, attention="full") * (B * T), peak_bytes=_peak(ahead, held.params),
-            memory={"params": held.params, "activations": held.working + held.logits},
+            "by hand: forward", "by hand", forward_pass, lambda: weights, tokens=B * T,
+            formula=forward_flops(plain, T, attention="full") * (B * T), peak_bytes=_peak(forward_pass, inference.params),
+            memory={"params": inference.params, "activations": inference.working + inference.logits},
             moved=forward_bytes(plain, B, T).total, dtype="float32",
         ),
         Row(
-            "by hand: forward and backward", "by hand", both, lambda: weights, tokens=B * T,
-            formula=train_flops(plain, T, attention="full") * (B * T), peak_bytes=_peak(both, held.params),
-            memory={"params": kept.params, "gradients": kept.gradients, "activations": kept.passes - kept.gradients},
+            "by hand: forward and backward", "by hand", backward_pass, lambda: weights, tokens=B * T,
+            formula=train_flops(plain, T, attention="full") * (B * T), peak_bytes=_peak(backward_pass, inference.params),
+            memory={
+                "params": training.params, "gradients": training.gradients,
+                "activations": training.passes - training.gradients,
+            },
             moved=train_bytes(plain, B, T).total, dtype="float32",
         ),
     ]  # fmt: skip
 
 
 def _peak(call: Callable[[], Any], weights: int) -> int:
-    """The most bytes NumPy holds during a call, weights included."""
+    """Returns the most bytes NumPy holds during a call, weights included."""
     tracemalloc.start()
     try:
         call()

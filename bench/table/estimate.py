@@ -1,5 +1,6 @@
-"""What the stage table will take, in bytes and in seconds, before it takes it."""
+"""Estimates the bytes and the seconds of the stage table before it is measured."""
 
+from bench.table.training_rows import training_kinds
 from engine.counting.flops import forward_flops, train_flops
 from engine.counting.hardware import Ceilings, memory_limit_bytes
 from engine.counting.memory import inference_memory, training_memory
@@ -34,10 +35,8 @@ def _parameters(name: str) -> int:
 
 
 def table_bytes(cfg: ModelConfig, batch: int, context: int) -> int:
-    """Predicted bytes of the whole table: each row keeps what it learns, and the largest step comes on top."""
-    from bench.table.training_rows import learners
-
-    steps = [training_memory(cfg, batch, context, trainable=learner.trainable_paths) for learner in learners(cfg)]
+    """Predicts the bytes of the whole table: each row keeps its trainable state, and the largest step comes on top."""
+    steps = [training_memory(cfg, batch, context, trainable=kind.trainable_paths) for kind in training_kinds(cfg)]
     held = sum(step.gradients + step.optimizer for step in steps)
     served = inference_memory(cfg, 32, context)
     working = max(step.total - step.params - step.optimizer for step in steps)
@@ -45,22 +44,20 @@ def table_bytes(cfg: ModelConfig, batch: int, context: int) -> int:
     return held + steps[0].params * 2 + 2 * served.params + served.cache * 2 + working
 
 
-def takes_long(cfg: ModelConfig, batch: int, context: int, seconds: float, rounds: int, ceilings: Ceilings) -> str | None:
-    """A sentence where warming up and `rounds` rounds will take longer than `seconds`, with a shape that will not."""
-    foreseen = lambda batch, context: (1 + rounds) * round_seconds(cfg, batch, context, ceilings)
-    if foreseen(batch, context) <= seconds:
+def too_long(cfg: ModelConfig, batch: int, context: int, seconds: float, rounds: int, ceilings: Ceilings) -> str | None:
+    """Returns a sentence where warming up and `rounds` rounds will take longer than `seconds`, with a shape that will not."""
+    predicted = lambda batch, context: (1 + rounds) * round_seconds(cfg, batch, context, ceilings)
+    if predicted(batch, context) <= seconds:
         return None
     shapes = [(fewer, size) for size in (context, 128, 64) for fewer in (8, 4, 2) if fewer * size < batch * context]
-    smaller = next((shape for shape in shapes if foreseen(*shape) <= seconds), shapes[-1] if shapes else None)
-    remedy = "" if smaller is None else f"; --batch {smaller[0]} --context {smaller[1]} takes {_minutes(foreseen(*smaller))}"
-    return f"this model takes {_minutes(foreseen(batch, context))} for {rounds} rounds, and compiling comes on top{remedy}"
+    smaller = next((shape for shape in shapes if predicted(*shape) <= seconds), shapes[-1] if shapes else None)
+    remedy = "" if smaller is None else f"; --batch {smaller[0]} --context {smaller[1]} takes {_minutes(predicted(*smaller))}"
+    return f"this model takes {_minutes(predicted(batch, context))} for {rounds} rounds, and compiling comes on top{remedy}"
 
 
 def round_seconds(cfg: ModelConfig, batch: int, context: int, ceilings: Ceilings) -> float:
-    """Predicted seconds of a round, roughly: what is multiplied and moved, at SUSTAINED of this machine's ceilings."""
-    from bench.table.training_rows import learners
-
-    ways = [learner.trainable_paths for learner in learners(cfg)]
+    """Predicts the seconds of a round, roughly: products and bytes moved, at SUSTAINED of this machine's ceilings."""
+    ways = [kind.trainable_paths for kind in training_kinds(cfg)]
     steps = sum(gradient_program(cfg, batch, context, trainable=trainable_paths).total for trainable_paths in ways)
     learning = sum(training_memory(cfg, batch, context, trainable=trainable_paths).gradients for trainable_paths in ways)
     # Evaluation, prefill, and of one sequence a prompt for a slot and a token without a cache.

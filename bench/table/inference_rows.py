@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.table.products import products_alone
-from bench.table.row import Row
+from bench.table.row import Row, repeated
 from engine.counting.memory import InferenceMemory, inference_memory
 from engine.counting.programs import decode_program, prefill_program, score_program
 from engine.counting.traffic import decode_bytes, forward_bytes, prefill_bytes
 from engine.counting.walk import count
-from engine.counting.xla import XlaCost, xla_cost, xla_memory
+from engine.counting.xla import xla_cost, xla_memory
 from engine.inference.decode import CHUNK, MIN_ROWS, STEPS, decode_steps, prefill
 from engine.inference.sampling import sampling_arrays
 from engine.inference.sampling_params import SamplingParams
@@ -21,12 +21,13 @@ from engine.inference.score import score
 from engine.model.cache.contiguous import KVCache, make_cache
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
+from engine.model.transformer import hidden_states, logits_of
 from engine.model.weights.int8 import Int8
 from engine.text.batch import Batch
 
 
 def evaluation_row(cfg: ModelConfig, params: Any, batch: Batch) -> Row:
-    """Scoring a batch: the forward pass that all ratios are to."""
+    """Returns the row that scores a batch: the forward pass that all ratios are to."""
     B, T = batch.tokens.shape
     program = score.lower(cfg, params, batch).compile()
     return Row(
@@ -39,7 +40,7 @@ def evaluation_row(cfg: ModelConfig, params: Any, batch: Batch) -> Row:
 
 
 def prefill_row(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Row:
-    """Reading a batch of prompts, tokens (B, T) int32, into a cache, CHUNK at a time."""
+    """Returns the row that prefills a batch of prompts, tokens (B, T) int32, CHUNK tokens at a time."""
     B, T = tokens.shape
     T -= T % CHUNK
     pieces = [jnp.asarray(tokens[:, start : start + CHUNK]) for start in range(0, T, CHUNK)]
@@ -56,19 +57,18 @@ def prefill_row(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Row:
 
     chunks = len(pieces)
     walker = count(functools.partial(prefill, cfg), params, pieces[0], lengths, held[0])
-    cost = xla_cost(program)
     return Row(
         "prefill", "inference", run, lambda: params, tokens=B * T,
         formula=prefill_program(cfg, B, CHUNK, T) * chunks, peak_bytes=xla_memory(program).peak,
         memory=_memory(inference_memory(cfg, B, T, tokens=CHUNK)), moved=prefill_bytes(cfg, B, CHUNK, T).total * chunks,
-        walker=walker * chunks, xla=_times(cost, chunks), dtype=cfg.dtype,
+        walker=walker * chunks, xla=repeated(xla_cost(program), chunks), dtype=cfg.dtype,
     )  # fmt: skip
 
 
 def decode_row(
     cfg: ModelConfig, params: Any, requests: int, length: int, *, name: str, series: str | None = None, weights: Any = None
 ) -> Row:
-    """Drawing greedy tokens for `requests` streams behind caches of `length` places, STEPS a dispatch.
+    """Returns the row that decodes greedily for `requests` streams behind caches of `length` places, STEPS a dispatch.
 
     A lone request runs in a program of two rows, as it does when it is served. `weights` is what matrices are stored in
     ("int8"), by default the config's dtype.
@@ -86,49 +86,42 @@ def decode_row(
         tokens, held[0] = program(params, token, fresh, sampling)
         return tokens
 
-    # A loop's body counts once in XLA's analysis: what it says of a dispatch is one step, and the little around the loop.
-    one = xla_cost(program)
+    # A loop's body counts once in XLA's analysis: its cost of a dispatch is that of one step, and of the little around it.
     return Row(
         name, "decode", run, lambda: params, tokens=requests * STEPS,
         formula=decode_program(cfg, rows, capacity, two_digits=two_digits(params)) * STEPS,
         peak_bytes=xla_memory(program).peak, memory=_memory(inference_memory(cfg, rows, capacity, weights=weights)),
         moved=decode_bytes(cfg, rows, capacity, weights=weights).total * STEPS,
         walker=count(lambda params, token, cache: decode_steps(cfg, params, token, cache, sampling), params, token, cache),
-        xla=_times(one, STEPS), slots=requests, series=series, dtype=weights or cfg.dtype,
+        xla=repeated(xla_cost(program), STEPS), slots=requests, series=series, dtype=weights or cfg.dtype,
         products=products_alone(cfg, params, rows),
     )  # fmt: skip
 
 
 def two_digits(params: Any) -> set[str]:
-    """Names of the matrices whose input is multiplied in two digits."""
+    """Returns the names of the matrices whose input is multiplied in two digits."""
     leaves = leaf_paths(params).items()
     return {path.rpartition("/")[2] for path, leaf in leaves if isinstance(leaf, Int8) and leaf.activations == "int16"}
 
 
 def uncached(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Any:
-    """A call that yields one more token behind tokens (T,) the way it is done without a cache: all of them again."""
-    from engine.model.transformer import hidden_states, logits_of
+    """Returns a call that makes one more token behind tokens (T,) without a cache: by reading all of them again."""
 
-    def last(params: Any, tokens: Any) -> Any:
+    def next_token(params: Any, tokens: Any) -> Any:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         hidden, _ = hidden_states(cfg, params, tokens, positions)
         return logits_of(cfg, params, hidden[:, -1:]).argmax(-1)
 
     rows = jnp.asarray(tokens)[None]
-    program = jax.jit(last).lower(params, rows).compile()
+    program = jax.jit(next_token).lower(params, rows).compile()
     return lambda: program(params, rows)
 
 
 def _filled(cfg: ModelConfig, rows: int, length: int) -> KVCache:
-    """A cache of `length` read tokens and room for a dispatch: what it holds does not matter to its cost."""
+    """Returns a cache of `length` tokens with room for a dispatch: its contents do not matter to its cost."""
     cache = make_cache(cfg, rows, length + STEPS)
-    noise = lambda i, x: jax.random.normal(jax.random.key(i), x.shape, x.dtype)
-    k, v = (tuple(noise(i, x) for i, x in enumerate(part)) for part in (cache.k, cache.v))
-    return KVCache(k, v, jnp.full((rows,), length, jnp.int32))
-
-
-def _times(cost: XlaCost, times: int) -> XlaCost:
-    return XlaCost(cost.flops * times, cost.transcendentals * times, cost.bytes_accessed * times)
+    noise = lambda part: tuple(jax.random.normal(jax.random.key(i), x.shape, x.dtype) for i, x in enumerate(part))
+    return KVCache(noise(cache.k), noise(cache.v), jnp.full((rows,), length, jnp.int32))
 
 
 def _memory(predicted: InferenceMemory) -> dict[str, int]:

@@ -1,188 +1,161 @@
 """One model through every row of the stage table: compiled, run in turns, its weights compared, and made a document."""
 
-import dataclasses
-import shlex
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from engine.errors import UserError
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench.cli import progress
+from bench.models import load, random_model, tokens_for
+from bench.table.by_hand_rows import by_hand_rows
+from bench.table.claims import Evidence, claims
+from bench.table.estimate import check_memory, too_long
+from bench.table.explain import ceiling, explain_peak, explain_time
+from bench.table.inference_rows import decode_row, evaluation_row, prefill_row, uncached
+from bench.table.invariants import check_invariants, model_state
+from bench.table.row import Row
+from bench.table.slot_rows import served_rows
+from bench.table.training_rows import training_kinds, training_row
+from bench.timing import RATES, Ratio, Timing, best_ceilings, measure, noise, ratio_or_none
+from engine.counting.hardware import Ceilings, clock, measure_ceilings
+from engine.counting.params import count_params
+from engine.inference.decode import for_inference
+from engine.inference.quantize import quantize
+from engine.model.config import ModelConfig, preset
+from engine.storage.digest import digest
+from engine.storage.find import read_config
+from engine.text.batch import Batch
 
 FEWEST, MOST = 3, 15  # rounds
-AFTERWARDS = 12.0  # seconds kept for digests, observations and the second look at the ceilings
+AFTERWARDS = 12.0  # seconds kept for digests, invariants and the second look at the ceilings
+FORWARD = "evaluation forward"  # the row that all ratios are to
+# Name, slots, the type that matrices are stored in where it is not the model's own, and the series of the row.
+DECODES: tuple[tuple[str, int, str | None, str | None], ...] = (
+    ("decode alone", 1, None, None),
+    ("decode with 8 slots", 8, None, None),
+    ("decode with 32 slots", 32, None, None),
+    ("decode with 8, int8 weights", 8, "int8", "int8 weights"),
+    ("decode with 32, int8 weights", 32, "int8", "int8 weights"),
+)
 
 
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    """What to measure: sizes, the price in dollars an hour, seconds the whole may take, a folder to be written to."""
+def stage_table(
+    preset_name: str, model_name: str | None, *, batch: int, context: int, price: float, max_time: float, quick: bool
+) -> dict[str, Any]:
+    """Measures the table and returns its document: of the model named, else of a preset with random weights.
 
-    preset: str
-    model: str | None
-    batch: int
-    context: int
-    price: float
-    max_time: float
-    quick: bool
-    out: Path | None
-
-
-def stage_table(asked: Asked) -> dict[str, Any]:
-    """Measures the table and returns its document. Progress goes to stderr. Raises UserError for what cannot be done."""
-    from engine.counting.hardware import clock
-
+    `price` is in dollars an hour, `max_time` the seconds the whole may take; `quick`: no more rounds than show a spread.
+    Progress goes to stderr. Raises UserError for what does not fit or is not there.
+    """
     begin = clock()
-    _check(asked)
-    from bench.models import drawn, loaded
-    from bench.table.estimate import check_memory, takes_long
-    from engine.device import start_jax
-    from engine.model.config import preset
-    from engine.storage.find import read_config
-
-    check_memory(read_config(asked.model) if asked.model else preset(asked.preset), asked.batch, asked.context)
-    start_jax()
-    import jax
-
-    from bench.timing import each, measure, noise, told_apart
-    from engine.counting.hardware import measure_ceilings
-    from engine.counting.params import count_params
-    from engine.storage.digest import digest
-
-    _say("measuring what this machine can do ...")
+    check_memory(read_config(model_name) if model_name else preset(preset_name), batch, context)
+    progress("measuring what this machine can do ...")
     ceilings = measure_ceilings()
-    model = loaded(asked.model) if asked.model else drawn(asked.preset, preset(asked.preset))
-    long = takes_long(model.cfg, asked.batch, asked.context, asked.max_time - AFTERWARDS, FEWEST, ceilings)
-    if long:
-        _say(long)
-    built = list(_built(model, asked))
-    rows = [row for row, _ in built]
-    extra = {name: call for _, more in built for name, call in more.items()}
-    by_name = {row.name: row for row in rows}
-    forward = by_name["evaluation forward"]
-    before = {row.name: _leaf_digests(row.weights()) for row in rows}
-    from bench.table.invariants import loss_of, observe
+    model = load(model_name) if model_name else random_model(preset_name, preset(preset_name))
+    cfg = model.cfg
+    if warning := too_long(cfg, batch, context, max_time - AFTERWARDS, FEWEST, ceilings):
+        progress(warning)
+    text = tokens_for(model, batch, context + 1)
+    positions = np.broadcast_to(np.arange(context, dtype=np.int32), (batch, context))
+    mask = np.ones((batch, context), bool)
+    data: Batch = jax.tree.map(jnp.asarray, Batch(text[:, :-1], text[:, 1:], mask, positions, None))
+    frozen = for_inference(cfg, model.params)
+    int8 = quantize(frozen)
+    rows = {row.name: row for row in _rows(cfg, model.params, frozen, int8, data, text[:, :-1])}
+    weights_before = {row.name: _leaf_digests(row.weights()) for row in rows.values()}
+    state_before = model_state(cfg, frozen, data)
+    products = {_products_of(row): row for row in rows.values() if row.products}
+    calls = {name: row.run for name, row in rows.items()}
+    calls |= {name: row.products for name, row in products.items() if row.products}
+    calls["uncached"] = uncached(cfg, frozen, text[0, :-1])
 
-    frozen, batch, int8 = extra.pop("frozen"), extra.pop("batch"), extra.pop("int8")
-    model_before = (loss_of(model.cfg, frozen, batch), digest(frozen))
-    alone = {f"{row.name}: products": row for row in rows if row.products}
-    runs = {row.name: row.run for row in rows} | {name: row.products for name, row in alone.items()} | extra
-    _say("warming up ...")
+    progress("warming up ...")
     started = clock()
-    for call in runs.values():
+    for call in calls.values():
         jax.block_until_ready(call())
-    warm = clock() - started
-    left = asked.max_time - AFTERWARDS - (clock() - begin)
-    rounds = FEWEST if asked.quick else max(FEWEST, min(MOST, int(left / warm)))
-    report = lambda done, total: _say(f"round {done} of {total}", same=True)
-    timings = measure(runs, rounds=rounds, warmups=0, report=report)
+    left = max_time - AFTERWARDS - (clock() - begin)
+    rounds = FEWEST if quick else max(FEWEST, min(MOST, int(left / (clock() - started))))
+    report = lambda done, total: progress(f"round {done} of {total}", replace=True)
+    timings = measure(calls, rounds=rounds, warmups=0, report=report)
     # From here on seconds are those of a token: rows differ in how many a call has.
-    tokens = {name: row.tokens for name, row in (by_name | alone).items()} | dict.fromkeys(extra, 1)
-    timings = {name: each(timing, tokens[name]) for name, timing in timings.items()}
-    over = lambda name, other: told_apart(timings[name], timings[other])
-    value = lambda name, other: ratio.value if (ratio := over(name, other)) else None
-    _say("comparing weights and answers ...")
-    again = measure_ceilings()
-    rates = ("bf16_gflops", "f32_gflops", "int8_gflops", "read_gbs", "update_gbs")
-    ceilings = dataclasses.replace(ceilings, **{rate: max(getattr(ceilings, rate), getattr(again, rate)) for rate in rates})
-    changed = {row.name: _changed(before[row.name], _leaf_digests(row.weights())) for row in rows}
+    tokens = {name: row.tokens for name, row in (rows | products).items()}
+    timings = {name: timing.scaled(1 / tokens.get(name, 1)) for name, timing in timings.items()}
 
-    found = {
-        row.name: _document(
-            row, timings, over(row.name, forward.name), forward, ceilings, changed[row.name], asked.price
-        )
-        for row in rows
-    }  # fmt: skip
-    drawn_tokens = sum(row.tokens for row in rows if row.stage == "decode") * (rounds + 1)
-    seen = observe(
-        model.cfg, frozen, batch, count=count_params(model.cfg).total, length=asked.context, before=model_before,
-        generated=drawn_tokens, uncached=(timings["uncached"].median, asked.context), int8=int8,
+    progress("comparing weights and answers ...")
+    ceilings = best_ceilings(ceilings, measure_ceilings())
+    changed = {row.name: _changed(weights_before[row.name], _leaf_digests(row.weights())) for row in rows.values()}
+    document_rows = {
+        row.name: _document(row, rows[FORWARD], timings, ceilings, changed[row.name], price) for row in rows.values()
+    }
+    generated = sum(row.tokens for row in rows.values() if row.stage == "decode") * (rounds + 1)
+    params = count_params(cfg).total
+    evidence = Evidence(
+        document_rows, lambda a, b: ratio.value if (ratio := ratio_or_none(timings[a], timings[b])) else None,
+        check_invariants(cfg, frozen, int8, data, length=context, before=state_before, generated=generated),
+        params=params, price=price, uncached=(timings["uncached"].median, context), weight_bytes=jnp.dtype(cfg.dtype).itemsize,
     )  # fmt: skip
-    from bench.table.claims import claims
-
-    words = ["python", "-m", "bench", *_words(asked)]
     return {
         "machine": {"device": ceilings.device, "cores": ceilings.cores, "jax": ceilings.jax, "backend": ceilings.backend},
         "model": {
-            "name": model.name, "params": count_params(model.cfg).total, "layers": model.cfg.layers, "width": model.cfg.width,
-            "dtype": model.cfg.dtype, "batch": asked.batch, "context": asked.context,
+            "name": model.name, "params": params, "layers": cfg.layers, "width": cfg.width, "dtype": cfg.dtype,
+            "batch": batch, "context": context,
         },
-        "ceilings": {rate: getattr(ceilings, rate) for rate in rates},
-        "rows": list(found.values()),
-        "claims": claims(found, seen, asked.price, value),
-        "price_per_hour": asked.price,
+        "ceilings": {rate: getattr(ceilings, rate) for rate in RATES},
+        "rows": list(document_rows.values()),
+        "claims": claims(evidence),
+        "price_per_hour": price,
         "rounds": rounds,
         "seconds": clock() - begin,
-        "noise": noise({row.name: timings[row.name] for row in rows}),
-        "command": shlex.join(words),
+        "noise": noise({name: timings[name] for name in rows}),
     }  # fmt: skip
 
 
-def _built(model: Any, asked: Asked) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """(row, what else its maker has to give) for every row of the table, each compiled as it is asked for."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
+def _rows(cfg: ModelConfig, params: Any, frozen: Any, int8: Any, batch: Batch, tokens: np.ndarray) -> Iterator[Row]:
+    """Yields every row of the table, each compiled when its turn comes. `frozen` and `int8` are what inference reads."""
+    kinds = training_kinds(cfg)
+    total, done = len(kinds) + len(DECODES) + 4, 0
 
-    from bench.models import tokens_for
-    from bench.table.by_hand_rows import by_hand_rows
-    from bench.table.inference_rows import decode_row, evaluation_row, prefill_row, uncached
-    from bench.table.slot_rows import served_rows
-    from bench.table.training_rows import learners, training_row
-    from engine.inference.decode import for_inference
-    from engine.inference.quantize import quantize
-    from engine.text.batch import Batch
+    def compiling(name: str) -> None:
+        nonlocal done
+        done += 1
+        progress(f"compiling {done} of {total}: {name}", replace=True)
 
-    cfg, params = model.cfg, model.params
-    B, T = asked.batch, asked.context
-    text = tokens_for(model, B, T + 1)
-    positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
-    batch = jax.tree.map(jnp.asarray, Batch(text[:, :-1], text[:, 1:], np.ones((B, T), bool), positions, None))
-    frozen = for_inference(cfg, params)
-    int8 = quantize(frozen)
-    ways = learners(cfg)
-    total = len(ways) + 9
-    for number, learner in enumerate(ways, 1):
-        _say(f"compiling {number} of {total}: {learner.name}", same=True)
-        yield training_row(cfg, params, learner, batch), {}
-    said = lambda number, name: _say(f"compiling {len(ways) + number} of {total}: {name}", same=True)
-    said(1, "evaluation forward")
-    yield evaluation_row(cfg, frozen, batch), {"frozen": frozen, "batch": batch, "int8": int8}
-    said(2, "prefill")
-    yield prefill_row(cfg, frozen, text[:, :-1]), {"uncached": uncached(cfg, frozen, text[0, :-1])}
-    said(3, "a prompt as it is served")
-    for row in served_rows(cfg, frozen, text[0, :-1]):
-        yield row, {}
-    decodes: list[tuple[int, str, Any, str | None]] = [
-        (1, "decode alone", frozen, None),
-        (8, "decode with 8 slots", frozen, None),
-        (32, "decode with 32 slots", frozen, None),
-        (8, "decode with 8, int8 weights", int8, "int8"),
-        (32, "decode with 32, int8 weights", int8, "int8"),
-    ]
-    for number, (slots, name, weights, kind) in enumerate(decodes, 4):
-        said(number, name)
-        series = "int8 weights" if kind else None
-        yield decode_row(cfg, weights, slots, T, name=name, series=series, weights=kind), {}
-    few = jax.tree.map(lambda x: x[:1], batch)
-    said(9, "by hand")
-    for row in by_hand_rows(cfg, params, few):
-        yield row, {}
+    for kind in kinds:
+        compiling(kind.name)
+        yield training_row(cfg, params, kind, batch)
+    compiling(FORWARD)
+    yield evaluation_row(cfg, frozen, batch)
+    compiling("prefill")
+    yield prefill_row(cfg, frozen, tokens)
+    compiling("a prompt as it is served")
+    yield from served_rows(cfg, frozen, tokens[0])
+    for name, slots, weights, series in DECODES:
+        compiling(name)
+        yield decode_row(cfg, int8 if weights else frozen, slots, tokens.shape[1], name=name, series=series, weights=weights)
+    compiling("by hand")
+    yield from by_hand_rows(cfg, params, jax.tree.map(lambda x: x[:1], batch))
+
+
+def _products_of(row: Row) -> str:
+    """Names the timing of a row's products alone."""
+    return f"{row.name}: products"
 
 
 def _document(
-    row: Any, timings: dict[str, Any], times: Any, forward: Any, ceilings: Any, changed: str, price: float
+    row: Row, forward: Row, timings: dict[str, Timing], ceilings: Ceilings, changed: str, price: float
 ) -> dict[str, Any]:
-    """A row as the JSON document has it: everything a token."""
-    from bench.table.explain import ceiling, why, why_peak
-
-    timing, ahead, alone = timings[row.name], timings[forward.name].median, timings.get(f"{row.name}: products")
-    took = timing.median
-    per = lambda number: None if number is None else number / row.tokens
+    """Returns a row as the JSON document has it: everything a token."""
+    timing, forward_seconds, products = timings[row.name], timings[forward.name].median, timings.get(_products_of(row))
+    times: Ratio | None = ratio_or_none(timing, timings[forward.name])
+    seconds = timing.median
+    per = lambda number: number / row.tokens
     flops = row.formula
     relative = per(flops.total) / (forward.formula.total / forward.tokens)
-    used = per(row.moved) / took / (1e9 * ceilings.read_gbs)
+    used = per(row.moved) / seconds / (1e9 * ceilings.read_gbs)
     if row.bound == "MFU":
-        used = per(flops.total) / took / ceiling(row, ceilings)
+        used = per(flops.total) / seconds / ceiling(row, ceilings)
     return {
         "name": row.name, "stage": row.stage, "weights": changed,
         "flops_per_token": {
@@ -191,66 +164,24 @@ def _document(
             "xla": per(row.xla.flops) if row.xla else None, "forward": per(flops.forward + flops.recompute),
             "dx": per(flops.dx), "dw": per(flops.dw), "optimizer": per(row.update),
         },
-        "flop_ratio_to_forward": relative, "seconds_per_token": took, "spread": timing.spread,
+        "flop_ratio_to_forward": relative, "seconds_per_token": seconds, "spread": timing.spread,
         "time_ratio_to_forward": times.value if times else None,
         "time_ratio_spread": times.spread if times and row is not forward else None,
-        "predicted_seconds_per_token": relative * ahead,
+        "predicted_seconds_per_token": relative * forward_seconds,
         "peak_bytes": row.peak_bytes, "predicted_peak_bytes": sum(row.memory.values()), "memory": row.memory,
         "bytes_per_token": per(row.moved), "utilisation": used, "utilisation_of": row.bound,
-        "usd_per_million_tokens": took * 1e6 / 3600 * price, "tokens_per_call": row.tokens, "slots": row.slots,
-        "series": row.series, "why": why(row, took, forward, ahead, ceilings, alone.median if alone else None),
-        "why_peak": why_peak(row),
+        "usd_per_million_tokens": seconds * 1e6 / 3600 * price, "tokens_per_call": row.tokens, "slots": row.slots,
+        "series": row.series, "peak_explanation": explain_peak(row),
+        "explanation": explain_time(row, seconds, forward, forward_seconds, ceilings, products.median if products else None),
     }  # fmt: skip
 
 
 def _leaf_digests(weights: Any) -> list[str]:
-    """A digest for each leaf, in the tree's order."""
-    import jax
-
-    from engine.storage.digest import digest
-
+    """Returns a digest for each leaf, in the tree's order."""
     return [digest({"leaf": leaf}) for leaf in jax.tree.leaves(weights)]
 
 
 def _changed(before: list[str], after: list[str]) -> str:
-    """Whether all leaves have other bits than before, some, or none."""
-    moved = sum(one != other for one, other in zip(before, after))
+    """Says whether all leaves have other bits than before, part of them, or none."""
+    moved = sum(old != new for old, new in zip(before, after))
     return "identical" if not moved else "changed" if moved == len(before) else "partly"
-
-
-def _check(asked: Asked) -> None:
-    for name, least in (("batch", 2), ("context", 64)):
-        if getattr(asked, name) < least:
-            raise UserError(f"--{name} must be at least {least}, not {getattr(asked, name)}.")
-    if asked.batch % 2 or asked.context % 64:
-        raise UserError(
-            f"--batch must be even, for preferences come in pairs, and --context a multiple of 64, the tokens of a prefill: "
-            f"got {asked.batch} and {asked.context}."
-        )
-    for name in ("price", "max_time"):
-        if not 0 < getattr(asked, name) < float("inf"):
-            raise UserError(f"--{name.replace('_', '-')} must be a number above 0, not {getattr(asked, name):g}.")
-    if asked.out is not None:
-        import tempfile
-
-        try:
-            asked.out.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=asked.out).close()
-        except OSError as error:
-            raise UserError(f"--out {asked.out} cannot be written: {error.strerror}. Choose another folder.") from None
-
-
-def _words(asked: Asked) -> list[str]:
-    """The flags that differ from what is measured when none is given."""
-    words = ["--model", asked.model] if asked.model else ["--preset", asked.preset] if asked.preset != "nano" else []
-    for name, usual in (("batch", 8), ("context", 256), ("price", 0.10)):
-        if getattr(asked, name) != usual:
-            words += [f"--{name}", f"{getattr(asked, name):g}"]
-    return words + ["--quick"] * asked.quick
-
-
-def _say(text: str, same: bool = False) -> None:
-    """A line of progress on stderr; on a terminal those of one task take each other's place."""
-    terminal = sys.stderr.isatty()
-    end = "\r" if same and terminal else "\n"
-    print(f"\x1b[2K{text}" if terminal else text, end=end, file=sys.stderr, flush=True)

@@ -19,7 +19,7 @@ from engine.model.weights.matmul import project, project_two
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def products(cfg: ModelConfig, params: Params, x: Array) -> Array:
-    """x (B, 1, D) multiplied by every matrix of the model in turn, STEPS times as in a dispatch of decoding."""
+    """Multiplies x (B, 1, D) by every matrix of the model in turn, STEPS times as in a dispatch of decoding."""
     dtype = jnp.dtype(cfg.dtype)
 
     def step(x: Array, _: None) -> tuple[Array, None]:
@@ -35,7 +35,7 @@ def products(cfg: ModelConfig, params: Params, x: Array) -> Array:
 
 
 def products_alone(cfg: ModelConfig, params: Params, rows: int) -> Callable[[], Array]:
-    """A call of it for `rows` rows, compiled."""
+    """Returns a call of `products` for `rows` rows, compiled."""
     x = jax.random.normal(jax.random.key(0), (rows, 1, cfg.width), jnp.dtype(cfg.dtype))
     program = products.lower(cfg, params, x).compile()
     return lambda: program(params, x)

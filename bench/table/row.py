@@ -9,6 +9,11 @@ from engine.counting.walk import Work
 from engine.counting.xla import XlaCost
 
 
+def repeated(cost: XlaCost, times: int) -> XlaCost:
+    """Returns the cost of so many calls."""
+    return XlaCost(cost.flops * times, cost.transcendentals * times, cost.bytes_accessed * times)
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """Everything about a row but its time. Work, bytes and operations are those of one call, for `tokens` tokens.
@@ -36,5 +41,5 @@ class Row:
 
     @property
     def bound(self) -> str:
-        """What a call's ceiling is: how fast this machine multiplies, or how fast it reads."""
+        """Names a call's ceiling: how fast this machine multiplies (MFU), or how fast it reads (MBU)."""
         return "MBU" if self.stage == "decode" or not self.formula.total else "MFU"

@@ -1,4 +1,4 @@
-"""The rows of a prompt as it is served: read into a slot chunk by chunk, and put there because it was read before."""
+"""The rows of a prompt as it is served: prefilled into a slot chunk by chunk, and copied there from the prefix cache."""
 
 import functools
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.table.row import Row
+from bench.table.row import Row, repeated
 from engine.counting.flops import Flops, Part, prefill_flops
 from engine.counting.memory import inference_memory
 from engine.counting.traffic import prefill_bytes
@@ -20,11 +20,12 @@ from engine.model.cache.segmented import make_spans
 from engine.model.config import ModelConfig
 
 SLOTS = 8
+CHUNKED_PREFILL, PREFIX_CACHE_HIT = "chunked prefill into a slot", "prefix-cache hit"
 
 
 def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[Row]:
-    """A prompt, tokens (T,) int32 with T a multiple of 64, in one slot of a server of SLOTS: without and with its chunks
-    among those that are kept. Neither draws a token."""
+    """Yields the rows of a prompt, tokens (T,) int32 with T a multiple of 64, in one slot of a server of SLOTS: computed,
+    and copied from the prefix cache. Neither samples a token."""
     (T,) = tokens.shape
     size = CHUNK if T % CHUNK == 0 else 64
     starts = range(0, T, size)
@@ -33,13 +34,13 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
     slot = np.int32(SLOTS - 1)
     held = [make_spans(cfg, SLOTS, T, size, "float32" if cfg.dtype == "float32" else "bfloat16")]
     S = held[0].edges[-1]
-    kept_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(held[0])) // SLOTS * T // S  # of one prompt
+    prompt_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(held[0])) // SLOTS * T // S
 
-    read_program = read_chunk.lower(cfg, params, held[0], pieces[0], slot, at[0]).compile()
+    prefill_program = read_chunk.lower(cfg, params, held[0], pieces[0], slot, at[0]).compile()
 
-    def read() -> Any:
+    def prefill() -> Any:
         for piece, start in zip(pieces, at):
-            held[0] = read_program(params, held[0], piece, slot, start)
+            held[0] = prefill_program(params, held[0], piece, slot, start)
         return held[0]
 
     # A chunk meets every place of its slot. Only keys and values are wanted, so the last layer ends with them.
@@ -48,27 +49,26 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
     formula = Flops(blocks | {"qkv": parts["qkv"], "head": Part()})
     predicted = inference_memory(cfg, SLOTS, S, tokens=size)
     chunks = len(pieces)
-    cost = xla_cost(read_program)
     yield Row(
-        "prompt read for a slot", "inference", read, lambda: params, tokens=T,
+        CHUNKED_PREFILL, "inference", prefill, lambda: params, tokens=T,
         formula=formula * chunks,
-        peak_bytes=xla_memory(read_program).peak,
+        peak_bytes=xla_memory(prefill_program).peak,
         memory={"params": predicted.params, "cache": predicted.cache, "activations": predicted.working // SLOTS},
         moved=prefill_bytes(cfg, 1, size, S).total * chunks,
         walker=count(functools.partial(read_chunk, cfg), params, held[0], pieces[0], slot, at[0]) * chunks,
-        xla=type(cost)(*(value * chunks for value in (cost.flops, cost.transcendentals, cost.bytes_accessed))), dtype=cfg.dtype,
+        xla=repeated(xla_cost(prefill_program), chunks), dtype=cfg.dtype,
     )  # fmt: skip
 
-    kept = [take_chunk(held[0], slot, start, size) for start in at]
-    give_program = give_chunk.lower(held[0], kept[0], slot, at[0]).compile()
+    cached = [take_chunk(held[0], slot, start, size) for start in at]
+    copy_program = give_chunk.lower(held[0], cached[0], slot, at[0]).compile()
 
-    def give() -> Any:
-        for chunk, start in zip(kept, at):
-            held[0] = give_program(held[0], chunk, slot, start)
+    def copy() -> Any:
+        for chunk, start in zip(cached, at):
+            held[0] = copy_program(held[0], chunk, slot, start)
         return held[0]
 
     yield Row(
-        "prompt found computed", "inference", give, lambda: params, tokens=T, formula=Flops({}),
-        peak_bytes=xla_memory(give_program).peak, memory={"cache": predicted.cache + kept_bytes // chunks},
-        moved=2 * kept_bytes, walker=count(give_chunk, held[0], kept[0], slot, at[0]) * chunks, dtype=cfg.dtype,
+        PREFIX_CACHE_HIT, "inference", copy, lambda: params, tokens=T, formula=Flops({}),
+        peak_bytes=xla_memory(copy_program).peak, memory={"cache": predicted.cache + prompt_bytes // chunks},
+        moved=2 * prompt_bytes, walker=count(give_chunk, held[0], cached[0], slot, at[0]) * chunks, dtype=cfg.dtype,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The rows that run forward and backward: one model, and what of it learns."""
+"""The rows that run forward and backward: one model, and the ways of training it."""
 
 import dataclasses
 import functools
@@ -29,47 +29,47 @@ ADAPTER = LoraConfig(rank=8, targets=("q", "v"))
 
 
 @dataclasses.dataclass(frozen=True)
-class Learner:
-    """A way of training: its name, its stage, and what learns."""
+class TrainingKind:
+    """A way of training: its name, its stage, and the parameters that train."""
 
     name: str
     stage: str
     trainable_paths: TrainablePaths
-    answers: bool = False  # whether only the second half of each row counts, as the answers of a conversation do
+    completions: bool = False  # whether only the second half of each row counts, as the completions of a conversation do
     preference: bool = False
 
 
-def learners(cfg: ModelConfig) -> list[Learner]:
-    """The ways of training a model of `cfg` that the table compares; half a model needs two layers."""
+def training_kinds(cfg: ModelConfig) -> list[TrainingKind]:
+    """Returns the ways of training a model of `cfg` that the table compares; half a model needs two layers."""
     half = cfg.layers // 2
-    some = [
-        Learner("bottom half frozen", "fine-tuning", bottom_frozen(cfg, half), True),
-        Learner("top half frozen", "fine-tuning", top_frozen(cfg, half), True),
-        Learner("last layer", "fine-tuning", last_layer(cfg), True),
+    halves = [
+        TrainingKind("bottom half frozen", "fine-tuning", bottom_frozen(cfg, half), True),
+        TrainingKind("top half frozen", "fine-tuning", top_frozen(cfg, half), True),
+        TrainingKind("last layer", "fine-tuning", last_layer(cfg), True),
     ]
     return [
-        Learner("pre-training step", "training", all_trainable(cfg)),
-        Learner("full fine-tuning", "fine-tuning", all_trainable(cfg), True),
-        *(some if half else []),
-        Learner("head only", "fine-tuning", head_only(cfg), True),
-        Learner(f"LoRA rank {ADAPTER.rank} on q and v", "fine-tuning", lora_only(cfg, ADAPTER), True),
-        Learner("preference with that LoRA", "fine-tuning", lora_only(cfg, ADAPTER), True, True),
+        TrainingKind("pre-training step", "training", all_trainable(cfg)),
+        TrainingKind("full fine-tuning", "fine-tuning", all_trainable(cfg), True),
+        *(halves if half else []),
+        TrainingKind("head only", "fine-tuning", head_only(cfg), True),
+        TrainingKind(f"LoRA rank {ADAPTER.rank} on q and v", "fine-tuning", lora_only(cfg, ADAPTER), True),
+        TrainingKind("preference with that LoRA", "fine-tuning", lora_only(cfg, ADAPTER), True, True),
     ]
 
 
 def last_layer(cfg: ModelConfig) -> TrainablePaths:
-    """The last block alone learns: no norm above it, no head."""
+    """Returns the paths of the last block alone: no norm above it, no head."""
     top = f"blocks/{cfg.layers - 1}/"
     return TrainablePaths(frozenset(path for path in all_trainable(cfg).weights if path.startswith(top)))
 
 
-def training_row(cfg: ModelConfig, params: Any, learner: Learner, batch: Batch) -> Row:
-    """Compiles a step of `learner` on the batch; `params` are copied where they learn and only read where they do not.
+def training_row(cfg: ModelConfig, params: Any, kind: TrainingKind, batch: Batch) -> Row:
+    """Compiles a step of `kind` on the batch; `params` are copied where they train and only read where they do not.
 
     Frozen matrices are kept in the compute type, as fine-tuning keeps them.
     """
     B, T = batch.tokens.shape
-    paths = learner.trainable_paths
+    paths = kind.trainable_paths
     tx = make_optimizer(OptimizerConfig(learning_rate=1e-4))
     if paths.adapted:
         trainable = add_lora(cfg, params, jax.random.key(1), ADAPTER)
@@ -77,11 +77,11 @@ def training_row(cfg: ModelConfig, params: Any, learner: Learner, batch: Batch) 
     else:
         learning, rest = split(params, paths)
         trainable, frozen = jax.tree.map(jnp.copy, learning), cast_matrices(rest, cfg.dtype)
-    if learner.answers:
+    if kind.completions:
         batch = batch._replace(mask=batch.mask & (jnp.arange(T) >= T // 2))
     data: Any = batch
     objective: Objective = NEXT_TOKEN
-    if learner.preference:
+    if kind.preference:
         objective = dpo(0.1)
         chosen, rejected = (jax.tree.map(lambda x, part=part: x[part::2], batch) for part in (0, 1))
         pairs = Preferences(chosen, rejected)
@@ -105,7 +105,7 @@ def training_row(cfg: ModelConfig, params: Any, learner: Learner, batch: Batch) 
         return merge(held[0].trainable, frozen) if paths.weights else (frozen, held[0].trainable)
 
     return Row(
-        learner.name, learner.stage, run, weights,
+        kind.name, kind.stage, run, weights,
         tokens=B * T, formula=formula, peak_bytes=xla_memory(program).peak,
         memory={
             "params": predicted.params, "gradients": predicted.gradients, "optimizer": predicted.optimizer,

@@ -54,7 +54,7 @@ def _row(
         "peak_bytes": int(1.06e6 * sum(memory)), "memory": {name: int(1e6 * size) for name, size in zip(HOLDS, memory)},
         "bytes_per_token": 1e6 * sum(memory) / 4096, "tokens_per_call": 4096, "slots": None, "series": None,
         "utilisation": total / seconds / RATE, "utilisation_of": "MFU",
-        "usd_per_million_tokens": seconds * 1e6 / 3600, "why": why,
+        "usd_per_million_tokens": seconds * 1e6 / 3600, "explanation": why,
     }  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def _decode(slots: int, seconds: float, why: str | None, series: str | None = No
         "memory": {"params": shared, "cache": 520_000 * slots, "activations": 200_000},
         "bytes_per_token": moved, "tokens_per_call": 32 * slots, "slots": slots, "series": series,
         "utilisation": moved / seconds / READ, "utilisation_of": "MBU",
-        "usd_per_million_tokens": seconds * 1e6 / 3600, "why": why,
+        "usd_per_million_tokens": seconds * 1e6 / 3600, "explanation": why,
     }  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def _by_hand(name: str, backward: float, seconds: float) -> dict[str, Any]:
         "predicted_seconds_per_token": FORWARD_SECONDS * (1 + backward), "time_ratio_to_forward": seconds / FORWARD_SECONDS,
         "time_ratio_spread": None, "peak_bytes": None, "memory": {}, "bytes_per_token": None, "tokens_per_call": 256,
         "slots": None, "utilisation": FORWARD * (1 + backward) / seconds / 209e9, "utilisation_of": "MFU",
-        "usd_per_million_tokens": seconds * 1e6 / 3600, "why": "NumPy multiplies in float32, at half the rate.",
+        "usd_per_million_tokens": seconds * 1e6 / 3600, "explanation": "NumPy multiplies in float32, at half the rate.",
     }  # fmt: skip
 
 

@@ -2,11 +2,11 @@
 
 import dataclasses
 
-from bench.table.claims import Observed, claims
+from bench.table.claims import Evidence, Invariants, claims
 
-SEEN = Observed(
-    params=10**6, neighbours=7, same_bits=True, generated=100, bits_before="0x1p+0", bits_after="0x1p+0", digest_before="ab",
-    digest_after="ab", uncached_seconds=0.1, uncached_tokens=64, bytes_a_weight=2, int8_worst=0.01,
+CHECKS = Invariants(
+    neighbours=7, same_bits=True, generated=100, bits_before="0x1p+0", bits_after="0x1p+0", digest_before="ab",
+    digest_after="ab", int8_error=0.01,
 )  # fmt: skip
 
 
@@ -26,8 +26,8 @@ ROWS = [
     row("top half frozen", "fine-tuning", "partly", 100, 100, 50, 2.5e-5),
     row("LoRA rank 8 on q and v", "fine-tuning", "partly", 101, 100, 1, 2e-5),
     row("evaluation forward", "inference", "identical", 100, 0, 0, 1e-5),
-    row("prompt read for a slot", "inference", "identical", 90, 0, 0, 1e-5),
-    row("prompt found computed", "inference", "identical", 0, 0, 0, 1e-7),
+    row("chunked prefill into a slot", "inference", "identical", 90, 0, 0, 1e-5),
+    row("prefix-cache hit", "inference", "identical", 0, 0, 0, 1e-7),
     row("decode alone", "decode", "identical", 200, 0, 0, 5e-5),
     row("decode with 8 slots", "decode", "identical", 100, 0, 0, 2e-5),
     row("decode with 32 slots", "decode", "identical", 100, 0, 0, 1e-5),
@@ -35,11 +35,12 @@ ROWS = [
 ]
 
 
-def verdicts(rows=ROWS, seen=SEEN, noisy=None):
+def verdicts(rows=ROWS, checks=CHECKS, noisy=None, uncached=0.1):
     named = {row["name"]: row for row in rows}
-    seconds = {name: row["seconds_per_token"] for name, row in named.items()} | {"uncached": seen.uncached_seconds}
+    seconds = {name: row["seconds_per_token"] for name, row in named.items()} | {"uncached": uncached}
     over = lambda name, other: None if noisy in (name, other) else seconds[name] / seconds[other]
-    return {claim["claim"]: claim["verdict"] for claim in claims(named, seen, 0.1, over)}
+    evidence = Evidence(named, over, checks, params=10**6, price=0.1, uncached=(uncached, 64), weight_bytes=2)
+    return {claim["claim"]: claim["verdict"] for claim in claims(evidence)}
 
 
 def test_the_usual_numbers_give_the_usual_verdicts():
@@ -49,13 +50,13 @@ def test_the_usual_numbers_give_the_usual_verdicts():
     assert found["The backward pass costs about twice the forward pass."] == "true"
     assert found["Half is right for one kind of training: a LoRA step."] == "true"
     assert found["A token is cheaper to generate than to train on."] == "false for a lone request"
-    assert found["Caching decides what serving costs."] == "true"
-    assert found["So does keeping what prompts have in common."] == "true"
+    assert found["The KV cache decides what serving costs."] == "true"
+    assert found["The prefix cache decides what serving costs."] == "true"
     assert found["Quantisation decides what serving costs."] == "true"
 
 
 def test_bits_that_differ_are_said_to_be_a_defect():
-    found = verdicts(seen=dataclasses.replace(SEEN, same_bits=False, digest_after="cd"))
+    found = verdicts(checks=dataclasses.replace(CHECKS, same_bits=False, digest_after="cd"))
     assert found["Requests do not affect one another."].startswith("false here, which is a defect")
     assert found["The model improves as you use it."].startswith("true here, which is a defect")
 
@@ -68,9 +69,9 @@ def test_weights_that_moved_in_inference_are_said_to_be_a_defect():
 
 def test_a_fast_lone_stream_and_a_useless_cache_turn_the_verdicts():
     quick = [dict(entry, seconds_per_token=1e-6) if entry["name"] == "decode alone" else entry for entry in ROWS]
-    found = verdicts(quick, dataclasses.replace(SEEN, uncached_seconds=1e-6))
+    found = verdicts(quick, uncached=1e-6)
     assert found["A token is cheaper to generate than to train on."] == "true here"
-    assert found["Caching decides what serving costs."].startswith("false")
+    assert found["The KV cache decides what serving costs."].startswith("false")
     assert found["Batching decides what serving costs."].startswith("false")
 
 

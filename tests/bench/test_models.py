@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import lively_params, tiny_config
 
-from bench.models import Measured, drawn, loaded, tokens_for
+from bench.models import BenchModel, load, random_model, tokens_for
 from engine.counting.params import count_params
 from engine.errors import UserError
 from engine.storage import checkpoint
@@ -35,7 +35,7 @@ def run(tmp_path_factory):
 
 def test_a_run_folder_is_its_newest_step_and_a_step_folder_that_step(run):
     for place, step in ((run, 2), (run / "checkpoints" / "1", 1)):
-        found = loaded(str(place))
+        found = load(str(place))
         assert (found.name, found.cfg) == ("mine", CFG)
         assert digest(found.params) == digest(lively_params(CFG, step))
 
@@ -57,21 +57,21 @@ def test_a_run_that_holds_an_adapter_or_is_damaged_says_so(run, tmp_path):
     shutil.copytree(run, copy)
     (copy / "run.json").write_text('{"learns": "rank=8,alpha=16,targets=all"}')
     with pytest.raises(UserError, match="holds an adapter for another model"):
-        loaded(str(copy))
+        load(str(copy))
     for name in ("run.json", "config.json"):
         (copy / name).write_text("[")
         with pytest.raises(UserError, match="is damaged"):
-            loaded(str(copy))
+            load(str(copy))
         (copy / name).write_text("{}")
 
 
 def test_a_model_that_reads_is_measured_with_english():
-    read = Measured("a", CFG, {}, byte_tokenizer())
+    read = BenchModel("a", CFG, {}, byte_tokenizer())
     tokens = tokens_for(read, 2, 9)
     assert tokens.shape == (2, 9)
     assert bytes(tokens.reshape(-1).tolist()).decode().startswith('The "assert" state')
     assert tokens_for(read, 3, 200_000).shape == (3, 200_000), "a long text begins again"
-    assert len(np.unique(tokens_for(Measured("a", CFG, {}), 2, 500))) > 200
+    assert len(np.unique(tokens_for(BenchModel("a", CFG, {}), 2, 500))) > 200
 
 
 def test_what_is_no_model_is_named(run):
@@ -81,11 +81,11 @@ def test_what_is_no_model_is_named(run):
         ("tinny", "There is no model at"),
     ):
         with pytest.raises(UserError, match=message):
-            loaded(str(place))
+            load(str(place))
     with pytest.raises(UserError, match="is a text, not a model"):
-        loaded("python")
+        load("python")
 
 
-def test_drawn_weights_leave_no_block_without_a_say():
-    leaves = jax.tree.leaves(drawn("tiny", CFG).params)
+def test_random_weights_leave_no_block_without_a_say():
+    leaves = jax.tree.leaves(random_model("tiny", CFG).params)
     assert all(np.abs(leaf).max() > 0 for leaf in leaves)

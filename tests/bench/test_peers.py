@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from bench import steps
+from bench import training_step
 from bench.peers import __main__ as peers
+from bench.peers import inference, rows
 from bench.peers import process as module
 from bench.peers.process import Peer, PeerError, started
+from bench.shape import Shape, parse_shape
+from bench.timing import Timing
 from engine.errors import UserError
+from engine.training.optimizer import OptimizerConfig, make_optimizer
 
 BENCH = Path(module.__file__).parent
 THIS = Path(sys.executable)
@@ -165,10 +169,10 @@ def test_flags_that_cannot_be_measured_are_refused_before_anything_starts(flags,
 
 
 def test_a_model_too_large_for_this_machine_is_refused(monkeypatch):
-    monkeypatch.setattr("engine.counting.hardware.memory_limit_bytes", lambda: 10**9)
+    monkeypatch.setattr(inference, "memory_limit_bytes", lambda: 10**9)
     with pytest.raises(UserError, match="twice in memory needs about 2 GB, and there are 1; give a smaller one"):
-        peers.check(peers.Flags())
-    peers.check(peers.Flags(only="training"))
+        inference.check_preset("smollm2-135m", 256, 33, runs=True)
+    inference.check_preset("smollm2-135m", 256, 33, runs=False)
 
 
 # The table
@@ -179,11 +183,11 @@ def test_training_beside_a_pretended_peer_that_computes_something_else(scripts, 
     flags = ["--only", "training", "--shape", "1x64x8x2", "--dtypes", "float32", "--rounds", "3"]
     assert peers.main([*flags, "--peer-python", str(THIS)]) == 0
     out = capsys.readouterr().out
-    rows = last_line(out)["rows"]
-    assert [(row["name"], row["peer"]) for row in rows] == [
+    table = last_line(out)["rows"]
+    assert [(row["name"], row["peer"]) for row in table] == [
         ("train_1x64x8x2_float32", "torch compiled"), ("train_1x64x8x2_float32", "torch eager")
     ]  # fmt: skip
-    for row in rows:
+    for row in table:
         assert row["ours_seconds"] > 0
         assert row["ratio"] is None or row["ratio"] > 0
         assert (row["peer_loss"], row["same"]) == (1.0, False)
@@ -202,34 +206,32 @@ def test_a_compiler_that_is_not_there_leaves_the_other_rows(scripts, capsys):
 
 
 def test_inference_counts_the_tokens_that_are_the_same(scripts, monkeypatch, capsys):
-    monkeypatch.setattr(peers, "SHORT", 8)
-    monkeypatch.setattr(peers, "greedy", lambda cfg, weights, prompts, new, said: lambda: said.update(
+    monkeypatch.setattr(inference, "SHORT", 8)
+    monkeypatch.setattr(inference, "greedy", lambda cfg, weights, prompts, new, said: lambda: said.update(
         ours=[[0] * (new - 1) + [7]] * len(prompts)
     ))  # fmt: skip
     scripts("transformers_peer.py", make=GENERATED)
     flags = ["--only", "inference", "--preset", "tiny", "--prompt", "8", "--new", "4", "--dtypes", "float32", "--rounds", "3"]
     assert peers.main(flags) == 0
-    rows = last_line(capsys.readouterr().out)["rows"]
-    assert [(row["name"], row["same_tokens"]) for row in rows] == [
+    table = last_line(capsys.readouterr().out)["rows"]
+    assert [(row["name"], row["same_tokens"]) for row in table] == [
         ("prefill_1_float32", 0.0), ("prefill_8_float32", 0.0), ("decode_1_float32", 0.75), ("decode_8_float32", 0.75)
     ]  # fmt: skip
 
 
 def test_ours_continues_every_prompt_by_as_many_tokens(cfg, params):
     said = {}
-    peers.greedy(cfg, params, [[1, 2, 3], [4, 5, 6]], 3, said)()
-    assert [len(text) for text in said[peers.OURS]] == [3, 3]
+    inference.greedy(cfg, params, [[1, 2, 3], [4, 5, 6]], 3, said)()
+    assert [len(text) for text in said[rows.OURS]] == [3, 3]
 
 
 def test_a_ratio_that_noise_has_eaten_is_not_printed(capsys):
-    from bench.timing import Timing
-
     timings = {"ours": Timing("ours", (0.1, 1.0, 9.0, 9.0, 1.0)), "them": Timing("them", (1.0,) * 5)}
-    row = peers.compared("row", "them", timings, 10)
+    row = rows.comparison("row", "them", timings, 10)
     assert row["ratio"] is None
     assert "less than its own spread" in row["noisy"]
     assert row["best_ratio"] == pytest.approx(0.1)
-    peers.show([], row, "")
+    rows.add_row([], row, "")
     assert "lost in noise" in capsys.readouterr().out
 
 
@@ -246,14 +248,15 @@ def test_a_peer_script_needs_nothing_of_ours_and_runs_in_an_older_python(script)
 
 
 def test_a_shape_is_read_and_written_the_same_way():
-    assert str(steps.shape("2x128x64x8")) == "2x128x64x8"
+    assert str(parse_shape("--shape", "2x128x64x8")) == "2x128x64x8"
     for wrong in ("2x128x64", "2x100x64x8", "0x64x8x2", "ax64x8x2", "2x64x8x-2"):
-        assert steps.shape(wrong) is None
+        with pytest.raises(UserError, match=f"--shape is LAYERSxWIDTHxTOKENSxBATCH .* not '{wrong}'"):
+            parse_shape("--shape", wrong)
 
 
-def test_two_steppers_of_one_work_take_the_same_steps():
-    work = steps.work(steps.Shape(1, 64, 8, 2), "float32")
-    one, two = steps.stepper(work), steps.stepper(work)
-    first = [float(one()) for _ in range(3)]
-    assert first == [float(two()) for _ in range(3)]
+def test_two_calls_of_one_work_take_the_same_steps():
+    work, tx = training_step.make_work(Shape(1, 64, 8, 2), "float32"), make_optimizer(OptimizerConfig())
+    step, again = (training_step.make_step(work.cfg, tx, work.params, {}, work.batch) for _ in range(2))
+    first = [float(step()) for _ in range(3)]
+    assert first == [float(again()) for _ in range(3)]
     assert len(set(first)) == 3

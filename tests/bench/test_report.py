@@ -87,8 +87,8 @@ def test_every_row_claim_note_and_command_is_said():
     said = read.said()
     for row in made["rows"]:
         assert row["name"] in said
-        if row["why"]:
-            assert row["why"] in said
+        if row["explanation"]:
+            assert row["explanation"] in said
     for claim in made["claims"]:
         assert claim["claim"] in said
         assert claim["verdict"] in said
@@ -109,14 +109,16 @@ def test_every_number_of_a_row_stands_in_its_line():
         assert said in line, said
 
 
-@pytest.mark.parametrize("place", ["row", "claim", "verdict", "value", "why", "model", "device", "command", "memory", "series"])
+@pytest.mark.parametrize(
+    "place", ["row", "claim", "verdict", "value", "explanation", "model", "device", "command", "memory", "series"]
+)
 def test_text_from_outside_stays_text(place):
     made, nasty = document(), "<b onclick='x'>\"&amp;</title></svg>"
     rows = made["rows"]
     match place:
         case "row":
             rows[0]["name"] = rows[10]["name"] = nasty
-        case "why" | "series":
+        case "explanation" | "series":
             rows[10][place] = nasty
         case "memory":
             rows[0]["memory"][nasty] = 5e7

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from bench.__main__ import main, measurements
-from bench.table.estimate import round_seconds, table_bytes, takes_long
+from bench.table.estimate import round_seconds, table_bytes, too_long
 from engine.counting.hardware import Ceilings
 from engine.model.config import PRESETS
 from engine.storage.huggingface.config import config_to
@@ -86,18 +86,18 @@ def test_a_time_ratio_is_of_times_for_a_token_however_many_a_call_has(table):
             assert 0.4 < row["time_ratio_to_forward"] / of_medians < 2.5, row["name"]
 
 
-def test_a_prompt_that_was_read_before_costs_no_products(table):
+def test_a_prefix_cache_hit_costs_no_products(table):
     rows = rows_of(table)
-    assert rows["prompt found computed"]["flops_per_token"]["walker"] == 0
-    assert rows["prompt read for a slot"]["flops_per_token"]["walker"] > 0
-    assert "nothing is multiplied" in rows["prompt found computed"]["why"]
+    assert rows["prefix-cache hit"]["flops_per_token"]["walker"] == 0
+    assert rows["chunked prefill into a slot"]["flops_per_token"]["walker"] > 0
+    assert "nothing is multiplied" in rows["prefix-cache hit"]["explanation"]
 
 
 def test_every_time_that_is_off_is_explained(table):
     for row in rows_of(table).values():
         predicted = row["predicted_seconds_per_token"]
         off = abs(row["seconds_per_token"] / predicted - 1) if predicted else 1
-        assert bool(row["why"]) == (off > 0.15), row["name"]
+        assert bool(row["explanation"]) == (off > 0.15), row["name"]
 
 
 def test_money_is_time(table):
@@ -163,16 +163,16 @@ def test_a_larger_table_is_predicted_to_take_more():
     assert table_bytes(PRESETS["tiny"], 2, 64) < table_bytes(PRESETS["tiny"], 4, 64) < table_bytes(PRESETS["demo"], 4, 64)
 
 
-def test_a_model_that_takes_longer_than_was_asked_for_is_said_to_with_a_shape_that_does_not():
+def test_a_model_that_too_longer_than_was_asked_for_is_said_to_with_a_shape_that_does_not():
     ceilings = Ceilings("", "cpu", 2, "0", bf16_gflops=400, f32_gflops=200, int8_gflops=800, read_gbs=30, update_gbs=60)
     small, large = PRESETS["nano"], PRESETS["smollm2-135m"]
-    assert takes_long(small, 8, 256, 100, 3, ceilings) is None
-    said = takes_long(large, 8, 256, 100, 3, ceilings)
+    assert too_long(small, 8, 256, 100, 3, ceilings) is None
+    said = too_long(large, 8, 256, 100, 3, ceilings)
     assert said.startswith("this model takes about 4 minutes for 3 rounds"), said
     batch, context = (int(word) for word in re.search(r"--batch (\d+) --context (\d+)", said).groups())
     assert batch * context < 8 * 256
-    assert takes_long(large, batch, context, 100, 3, ceilings) is None
-    assert "--batch" not in takes_long(large, 2, 64, 1, 3, ceilings), "nothing smaller can be measured"
+    assert too_long(large, batch, context, 100, 3, ceilings) is None
+    assert "--batch" not in too_long(large, 2, 64, 1, 3, ceilings), "nothing smaller can be measured"
     assert (
         round_seconds(large, 4, 64, ceilings) < round_seconds(large, 8, 64, ceilings) < round_seconds(large, 8, 128, ceilings)
     )
@@ -181,6 +181,6 @@ def test_a_model_that_takes_longer_than_was_asked_for_is_said_to_with_a_shape_th
 def test_a_model_that_cannot_fit_is_refused_before_its_weights_are_read(tmp_path, capsys, monkeypatch):
     huge = dataclasses.replace(PRESETS["llama-2-7b"], layers=400)
     (tmp_path / "config.json").write_text(json.dumps(config_to(huge, "bfloat16", {})))
-    monkeypatch.setattr("bench.models.loaded", None)
+    monkeypatch.setattr("bench.table.measure.load", None)
     assert main(["--model", str(tmp_path)]) == 2
     assert "GB are there; --preset" in capsys.readouterr().err

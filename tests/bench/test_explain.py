@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from bench.table.explain import ceiling, why, why_peak
+from bench.table.explain import ceiling, explain_peak, explain_time
 from bench.table.row import Row
 from engine.counting.flops import Flops, Part
 from engine.counting.hardware import Ceilings
@@ -20,20 +20,20 @@ STEP = dataclasses.replace(
 
 
 def test_what_takes_the_time_its_flops_say_needs_no_words():
-    assert why(STEP, 3e-4, FORWARD, 1e-4, HERE) is None
-    assert why(FORWARD, 1e-4, FORWARD, 1e-4, HERE) is None
+    assert explain_time(STEP, 3e-4, FORWARD, 1e-4, HERE) is None
+    assert explain_time(FORWARD, 1e-4, FORWARD, 1e-4, HERE) is None
 
 
 def test_a_deviation_of_sixteen_percent_is_explained_and_of_fourteen_not():
-    assert why(STEP, 3e-4 * 1.14, FORWARD, 1e-4, HERE) is None
-    found = why(STEP, 3e-4 * 1.16, FORWARD, 1e-4, HERE).replace("\u202f", " ")
-    assert "28 bytes a weight that learns, 1.40 ms of 34.8 ms" in found, "1 M weights at 28 bytes and 20 GB/s are 1.4 ms"
+    assert explain_time(STEP, 3e-4 * 1.14, FORWARD, 1e-4, HERE) is None
+    found = explain_time(STEP, 3e-4 * 1.16, FORWARD, 1e-4, HERE).replace("\u202f", " ")
+    assert "28 bytes a trainable weight, 1.40 ms of 34.8 ms" in found, "1 M weights at 28 bytes and 20 GB/s are 1.4 ms"
     assert "at 9% of what this machine multiplies, the forward pass's at 10%" in found
 
 
 def test_decoding_is_said_to_be_bound_by_what_takes_half_of_its_time():
     decode = dataclasses.replace(FORWARD, stage="decode", slots=8, tokens=8, walker=Work(matmul=10**7), moved=10**7)
-    words = lambda step, alone: why(decode, step / 8, FORWARD, 1e-4, HERE, alone / 8)  # reading takes 1 ms
+    words = lambda step, alone: explain_time(decode, step / 8, FORWARD, 1e-4, HERE, alone / 8)  # reading takes 1 ms
     assert "bound by memory" in words(0.0012, 0.0011)
     assert "bound by products of few rows" in words(0.02, 0.011)
     assert "bound by its caches" in words(0.02, 0.009)
@@ -43,13 +43,19 @@ def test_decoding_is_said_to_be_bound_by_what_takes_half_of_its_time():
 
 def test_what_multiplies_nothing_is_said_to_copy():
     found = dataclasses.replace(FORWARD, formula=Flops({}), walker=Work(), moved=100 * 2048)
-    assert why(found, 1e-6, FORWARD, 1e-4, HERE).replace("\u202f", " ").startswith("nothing is multiplied: 2.05 kB a token")
+    assert (
+        explain_time(found, 1e-6, FORWARD, 1e-4, HERE)
+        .replace("\u202f", " ")
+        .startswith("nothing is multiplied: 2.05 kB a token")
+    )
     assert found.bound == "MBU"
 
 
 def test_plain_numpy_is_held_to_its_own_type():
     plain = dataclasses.replace(STEP, stage="by hand", walker=None, dtype="float32")
-    assert "at 250 GFLOP/s at most here against 1000 in bfloat16, and reaches 20%" in why(plain, 6e-4, FORWARD, 1e-4, HERE)
+    assert "at 250 GFLOP/s at most here against 1000 in bfloat16, and reaches 20%" in explain_time(
+        plain, 6e-4, FORWARD, 1e-4, HERE
+    )
 
 
 def test_a_row_is_held_to_the_ceiling_of_its_own_type():
@@ -60,7 +66,7 @@ def test_a_row_is_held_to_the_ceiling_of_its_own_type():
 
 def test_a_peak_that_is_off_is_explained_either_way():
     row = dataclasses.replace(FORWARD, memory={"params": 80, "activations": 20}, peak_bytes=114)
-    assert why_peak(row) is None
-    assert why_peak(dataclasses.replace(row, peak_bytes=120)).replace("\u202f", " ").startswith("20.0 B more")
-    assert why_peak(dataclasses.replace(row, peak_bytes=80)).replace("\u202f", " ").startswith("20.0 B less")
-    assert why_peak(dataclasses.replace(row, peak_bytes=None)) is None
+    assert explain_peak(row) is None
+    assert explain_peak(dataclasses.replace(row, peak_bytes=120)).replace("\u202f", " ").startswith("20.0 B more")
+    assert explain_peak(dataclasses.replace(row, peak_bytes=80)).replace("\u202f", " ").startswith("20.0 B less")
+    assert explain_peak(dataclasses.replace(row, peak_bytes=None)) is None

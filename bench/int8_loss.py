@@ -1,0 +1,118 @@
+"""Bits per byte of a text under int8 weights and under an int8 KV cache, and the error of int8's round trip."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench.models import load
+from engine.errors import UserError
+from engine.inference.decode import for_inference
+from engine.inference.quantize import every_product, quantize, round_trips
+from engine.inference.score import score
+from engine.model.cache.segmented import Kind, Rows, make_spans, span_cache
+from engine.model.config import ModelConfig
+from engine.model.transformer import forward
+from engine.storage.assets import fetch
+from engine.text.batches import evaluation_windows
+
+CHUNK = 128  # tokens read at once where there is a KV cache
+ALLOWED = 0.01  # of the bits per byte
+CACHES: tuple[Kind, ...] = ("float32", "bfloat16", "int8")
+
+
+def measure_int8(model_name: str, text_file: Path | None, *, size: int, window: int, rows: int, leaves: bool) -> dict[str, Any]:
+    """Measures, prints the tables and returns the document; the flags of `bench.quantisation` say what each value is."""
+    model = load(model_name)
+    cfg, params = model.cfg, model.params
+    file = text_file or fetch("shakespeare")["validation"]
+    text = file.read_bytes()[: size or None].decode("utf-8", "ignore")
+    tokens, size = model.tokenizer.encode(text), len(text.encode())
+    seq = min(window, cfg.context) // CHUNK * CHUNK
+    if len(tokens) < 2 or seq == 0:
+        raise UserError(f"{file} is too short to be read, or the model's context of {cfg.context} is.")
+    print(f"{model.name}: {size:,} bytes of {file.name}, {len(tokens):,} tokens, windows of {seq}")
+    batches = list(evaluation_windows(tokens, seq, seq, rows))
+    int8 = quantize(params)
+    ways = {cfg.dtype: params, "int8 weights, int8 activations": int8}
+    ways["int8 weights only"] = quantize(params, every_product(params, "full"))
+    if leaves:
+        for kind in ("qkv", "out", "gate_up", "down", "head"):
+            pattern = rf"blocks/\d+/{kind}" if kind != "head" else "embed" if cfg.tied else "head"
+            ways[f"only {kind} in int8"] = quantize(params, [(pattern, "int8")])
+    lines: list[dict[str, Any]] = []
+
+    def add(name: str, nats: float, error: float | None = None) -> None:
+        """Adds a row and prints it; the first one is what the others are over."""
+        bits = float(nats / np.log(2) / size)
+        over = bits / lines[0]["bits_per_byte"] - 1 if lines else 0.0
+        lines.append({"name": name, "bits_per_byte": bits, "over": over, "within": over <= ALLOWED})
+        tail = "" if error is None else f"   logits {error:.4f} off, of their spread"
+        if error is not None:
+            lines[-1]["logits_error"] = error
+        print(f"{name:>46} {bits:8.4f} bits/byte {over:+8.2%}{tail}", flush=True)
+
+    for name, weights in ways.items():
+        ready = for_inference(cfg, weights)
+        add(name, sum(float(score(cfg, ready, batch)) for batch in batches))
+    for name, (nats, error) in _cached_nats(cfg, for_inference(cfg, params), batches, seq).items():
+        add(f"keys and values in {name}", nats, error)
+    nats, _ = _cached_nats(cfg, for_inference(cfg, int8), batches, seq)["int8"]
+    add("int8 weights, activations, keys and values", nats)
+    errors = round_trips(params, int8)
+    _print_round_trips(errors)
+    return {
+        "model": model.name, "text": file.name, "bytes": size, "tokens": len(tokens), "window": seq, "allowed": ALLOWED,
+        "rows": lines, "round_trip": {path: error._asdict() for path, error in errors.items()},
+    }  # fmt: skip
+
+
+def _cached_nats(cfg: ModelConfig, params: Any, batches: Sequence[Any], seq: int) -> dict[str, tuple[float, float]]:
+    """Returns {kind of cache: (summed nats, error of the logits)}, read CHUNK by CHUNK through a KV cache of each kind.
+
+    The error is against a cache in float32: root mean square, over that of the logits around their mean.
+    """
+    empty = [make_spans(cfg, len(batches[0].tokens), seq, CHUNK, kind) for kind in CACHES]
+
+    @jax.jit
+    def read(params: Any, caches: Any, batch: Any, start: Any) -> Any:
+        cut = lambda field: jax.lax.dynamic_slice_in_dim(field, start, CHUNK, 1)
+        tokens, targets, mask = cut(batch.tokens), cut(batch.targets), cut(batch.mask)
+        own = jnp.arange(len(tokens))
+        rows = Rows(jnp.full(len(tokens), start), own, own)
+        positions = start + jnp.broadcast_to(jnp.arange(CHUNK), tokens.shape)
+        after: list[Any] = []
+        sums: list[Any] = []
+        exact = jnp.zeros(())
+        for spans in caches:
+            logits, cache = forward(cfg, params, tokens, positions, span_cache(spans, rows))
+            exact = exact if sums else logits
+            logprob = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
+            off = jnp.where(mask, ((logits - exact) ** 2).sum(-1), 0).sum()
+            after.append(cache.spans)
+            sums.append(jnp.stack([-jnp.where(mask, logprob, 0).sum(), off]))
+        spread = ((exact - exact.mean(-1, keepdims=True)) ** 2).sum(-1)
+        return after, jnp.stack(sums), jnp.where(mask, spread, 0).sum()
+
+    total, spread = np.zeros((len(CACHES), 2)), 0.0
+    for batch in batches:
+        caches: Any = empty
+        for start in range(0, seq, CHUNK):
+            caches, sums, more = read(params, caches, batch, jnp.int32(start))
+            total, spread = total + np.asarray(sums, np.float64), spread + float(more)
+    return {kind: (float(nats), float(np.sqrt(off / spread))) for kind, (nats, off) in zip(CACHES, total)}
+
+
+def _print_round_trips(errors: dict[str, Any]) -> None:
+    """Prints the mean error of each kind of matrix, and its worst leaf."""
+    print(f"{'round trip of':>46} {'error, rms of rms':>18} {'worst leaf':>30}")
+    kinds: dict[str, dict[str, Any]] = {}
+    for path, error in errors.items():
+        kinds.setdefault(path.rpartition("/")[2], {})[path] = error
+    for kind, leaves in kinds.items():
+        worst = max(leaves, key=lambda path: leaves[path].relative)
+        mean = np.mean([error.relative for error in leaves.values()])
+        print(f"{kind:>46} {mean:18.4f} {worst:>20} {leaves[worst].relative:.4f}")

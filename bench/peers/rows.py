@@ -1,0 +1,36 @@
+"""A comparison with a peer as a row: of the JSON document, and printed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.timing import Timing, ratio_fields
+
+OURS = "ours"
+SHORT = 64  # tokens of a prompt where decoding is measured
+
+
+def comparison(name: str, peer: str, timings: Mapping[str, Timing], tokens: int) -> dict[str, Any]:
+    """Returns the row of one comparison; `ratio` is None, with `noisy` telling why, when the rounds do not carry one."""
+    ours, theirs = timings[OURS], timings[peer]
+    return {
+        "name": name, "peer": peer, "ours_seconds": ours.median, "peer_seconds": theirs.median,
+        "best_ratio": ours.best / theirs.best,
+        "tokens_per_second": tokens / ours.median, "peer_tokens_per_second": tokens / theirs.median,
+    } | ratio_fields(ours, theirs)  # fmt: skip
+
+
+def add_row(rows: list[dict[str, Any]], row: dict[str, Any], note: str) -> None:
+    """Adds a row and prints it."""
+    rows.append(row)
+    ratio = f"{row['ratio']:5.2f} ± {row['spread']:.2f}" if row["ratio"] else "lost in noise"
+    ours, theirs = row["tokens_per_second"], row["peer_tokens_per_second"]
+    print(f"{row['name']:<27} {ours:7.0f} tokens/s, {row['peer']:<14} {theirs:7.0f}; ratio {ratio:<13} {note}", flush=True)
+
+
+def save_arrays(file: Path, leaves: dict[str, Any], **arrays: Any) -> None:
+    """Saves weights in float32 under `params/PATH`, and what else the peer reads, as one .npz."""
+    weights: dict[str, Any] = {f"params/{path}": np.asarray(leaf, np.float32) for path, leaf in leaves.items()}
+    np.savez(file, **weights, **arrays)

@@ -1,0 +1,54 @@
+"""The stage table on a terminal: the operations of each row, its cost here, and what follows from them."""
+
+from typing import Any
+
+from bench.cli import console, table
+from engine.format import money, percent, si, times
+
+
+def print_table(document: dict[str, Any]) -> None:
+    """Prints the two tables, the deviations in words, and the claims."""
+    out = console()
+    rows = document["rows"]
+    counted = ("", "weights", "formula", "walker", "elementwise", "XLA", "of forward")
+    out.print(table("Counted: operations a token, by three counters", counted, list(map(_counted, rows)), left=2))
+    measured = ("", "a token takes", "× forward", "by FLOPs", "peak", "predicted", "moved a token", "of ceiling", "$ a million")
+    title = f"Measured: the same rows on this machine, at {money(document['price_per_hour'])} an hour"
+    out.print(table(title, measured, list(map(_measured, rows))))
+    for row in rows:
+        if row["explanation"]:
+            out.print(f"[bold]{row['name']}[/], {_off(row)}: {row['explanation']}")
+        if row["peak_explanation"]:
+            out.print(f"[bold]{row['name']}[/], peak: {row['peak_explanation']}")
+    out.print()
+    for claim in document["claims"]:
+        out.print(f"[bold]{claim['claim']}[/]\n  [cyan]{claim['verdict']}[/]: {claim['value']}")
+    out.print(f"\n{document['noise']}", markup=False)
+
+
+def _off(row: dict[str, Any]) -> str:
+    predicted = row["predicted_seconds_per_token"]
+    if not predicted:
+        return "no FLOPs at all"
+    return f"{percent(row['seconds_per_token'] / predicted - 1, signed=True)} against its FLOPs"
+
+
+def _counted(row: dict[str, Any]) -> list[str]:
+    flops = row["flops_per_token"]
+    walker, others = flops["walker"], flops["walker_elementwise"]
+    return [
+        row["name"], row["weights"], si(flops["formula"], ""),
+        "-" if walker is None else "= formula" if walker == flops["formula"] else si(walker, ""),
+        si(others and round(others), ""), si(flops["xla"], ""), times(row["flop_ratio_to_forward"]),
+    ]  # fmt: skip
+
+
+def _measured(row: dict[str, Any]) -> list[str]:
+    ratio = times(row["time_ratio_to_forward"]) if row["time_ratio_to_forward"] is not None else "noisy"
+    share = row["utilisation"]
+    return [
+        row["name"], f"{si(row['seconds_per_token'], 's')} ±{row['spread'] / row['seconds_per_token']:.0%}", ratio,
+        times(row["flop_ratio_to_forward"]), si(row["peak_bytes"], "B"), si(row["predicted_peak_bytes"], "B"),
+        si(row["bytes_per_token"], "B"), "-" if share is None else f"{percent(share)} {row['utilisation_of']}",
+        money(row["usd_per_million_tokens"]),
+    ]  # fmt: skip
