@@ -24,7 +24,8 @@ storage
 training inference
 """
 # Above it stages and bench, which do not know each other:
-#   stages: cli <- runs <- STAGE/flags <- STAGE/pieces <- STAGE/run <- STAGE/__main__; no stage imports another
+#   stages: cli <- runs <- STAGE/flags <- STAGE/pieces <- STAGE/run <- STAGE/__main__; no stage imports another, and
+#           only run and __main__ import flags: pieces take plain values
 #   bench:  cli, timing <- pieces <- __main__
 GROUND = {"stages.cli": 0, "stages.runs": 1, "bench.cli": 0, "bench.timing": 0}
 FLAGS, PIECE, RUN, MAIN = 20, 30, 40, 50
@@ -34,12 +35,6 @@ EMPTY = {"engine", "engine.model", "engine.model.cache", "engine.model.weights",
 
 # Violations that are still being mended. An entry that is no longer needed fails the test, so that this can only shrink.
 OPEN: set[str] = {
-    "bench.promises is in a circle",
-    "bench.promises_door is in a circle",
-    "bench.promises_input is in a circle",
-    "bench.promises_life is in a circle",
-    "bench.promises_load is in a circle",
-    "bench.promises_same is in a circle",
     "stages.finetune.flags imports stages.train.flags",
     "stages.finetune.report imports stages.finetune.run",
     "stages.finetune.report is in a circle",
@@ -55,6 +50,7 @@ OPEN: set[str] = {
     "stages.runs.kept imports stages.reinforce.flags",
     "stages.runs.trainable imports stages.finetune.flags",
     "stages.runs.trainable imports stages.reinforce.flags",
+    "stages.train.by_hand imports stages.train.flags",
     "stages.train.by_hand imports stages.train.run",
     "stages.train.report imports stages.train.run",
     "stages.train.report is in a circle",
@@ -89,6 +85,8 @@ def is_right(module: str, target: str) -> bool:
     if package_of(module) != package_of(target):
         return package_of(target) == "engine"
     rank, below = rank_of(module), rank_of(target)
+    if below == FLAGS:
+        return rank >= RUN and room_of(module) == room_of(target)
     if room_of(module) == room_of(target):
         return below < rank or below == rank != MAIN
     return below < rank and (package_of(module) != "stages" or room_of(target) in GROUND)
@@ -183,6 +181,7 @@ def test_no_import_breaks_the_law():
         ("stages.made_up.flags", "from stages.made_up import data"),
         ("stages.made_up.data", "from stages.made_up.run import run"),
         ("stages.made_up.run", "from stages.made_up.__main__ import main"),
+        ("stages.made_up.data", "from stages.made_up.flags import MadeUp"),
         ("stages.runs.made_up", "from stages.train.flags import Train"),
         ("stages.cli.made_up", "def f():\n    from stages.runs import folder"),
         ("bench.made_up", "import stages.cli"),
