@@ -1,15 +1,14 @@
 """The engine thread, which alone touches the slots: requests go in through a queue, events come out on the event loop.
 
-Everything the event loop may read of it is a plain value that the thread replaces whole: whether it is ready, when it
-last went round, how many requests there are.
+The event loop may read counts of the slots while the thread changes them; a count may then be one round old.
 """
 
 import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 from engine.inference.request import Event, Request
 from engine.inference.slots import Slots
@@ -17,16 +16,6 @@ from stages.cli.compile_counter import CompileCounter
 
 IDLE = 0.25  # seconds after which it goes round with nothing to do, to show that it can
 Listener = Callable[[Event], None]
-Post = Callable[..., Any]
-Report = Callable[[int, int], None]
-
-
-class Load(NamedTuple):
-    """Requests that have a slot, requests that wait for one, and the share of the KV cache that is filled."""
-
-    running: int = 0
-    waiting: int = 0
-    cache_use: float = 0.0
 
 
 class Engine:
@@ -38,13 +27,12 @@ class Engine:
         self.ready = False
         self.failed: BaseException | None = None
         self.ticked = time.monotonic()
+        self.cache_use = 0.0  # the share of the KV cache that is filled
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._listeners: dict[int, Listener] = {}  # by the slots' id of a request
         self._thread: threading.Thread | None = None
-        self._post: Post = lambda function, *arguments: None
+        self._post: Callable[..., Any] = lambda function, *arguments: None
         self._stopping = False
-        self._submitted = self._received = 0  # requests; the event loop counts the first, the thread the second
-        self._counts = 0, 0, 0.0  # running, waiting less all that were received, cache use
 
     @property
     def compiled(self) -> int:
@@ -52,21 +40,28 @@ class Engine:
         return self._compiles.count if self.ready else 0
 
     @property
-    def load(self) -> Load:
-        """As of its last round, and of the requests it has not yet received."""
-        running, waiting, cache_use = self._counts
-        return Load(running, waiting + self._submitted, cache_use)
+    def running(self) -> int:
+        """Requests that have a slot."""
+        return self.slots.running
 
-    def start(
-        self, post: Post, changed: Callable[[], None], report: Report | None = None, ahead: Iterable[tuple[str, int]] = ()
-    ) -> None:
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a slot, with what the thread has not taken from its queue."""
+        return len(self.slots.waiting) + self._work.qsize()
+
+    @property
+    def idle_seconds(self) -> float:
+        """How long the thread has not gone round."""
+        return time.monotonic() - self.ticked
+
+    def start(self, post: Callable[..., Any], changed: Callable[[], None], *warm: Any) -> None:
         """Compiles every program and then serves, in a thread.
 
         `post(function, *arguments)` must run the function on the event loop, from any thread. `changed` is posted when
-        the engine is `ready` or has `failed`. `report` and `ahead` are those of `Slots.warm`.
+        the engine is `ready`, and when it has `failed`. `warm`: the arguments of `Slots.warm`.
         """
         self._post = post
-        self._thread = threading.Thread(target=self._run, args=(changed, report, ahead), daemon=True, name="engine")
+        self._thread = threading.Thread(target=self._run, args=(changed, warm), daemon=True, name="engine")
         self._thread.start()
 
     def submit(self, request: Request, listener: Listener) -> Callable[[], None]:
@@ -75,7 +70,6 @@ class Engine:
         `listener` is called on the event loop with each of its events, and may be once more after it was cancelled.
         """
         ids: list[int] = []
-        self._submitted += 1
         self._work.put(lambda: self._receive(request, listener, ids))
         return lambda: self._work.put(lambda: self._cancel(ids))
 
@@ -83,21 +77,21 @@ class Engine:
         """Ends the thread after the step it is in."""
         self._stopping = True
         self._work.put(lambda: None)
-        if self._thread and self._thread.is_alive():
+        if self._thread:
             self._thread.join(seconds)
 
-    def _run(self, changed: Callable[[], None], report: Report | None, ahead: Iterable[tuple[str, int]]) -> None:
+    def _run(self, changed: Callable[[], None], warm: tuple[Any, ...]) -> None:
         try:
-            self.slots.warm(report, ahead)
+            self.slots.warm(*warm)
             self._compiles.reset()
             self.ready, self.ticked = True, time.monotonic()
             self._tell(changed)
             while not self._stopping:
                 self._take_work()
-                self._tick()  # a cancelled request is gone now, not after the step
+                self.ticked = time.monotonic()
+                self.cache_use = self.slots.held / (self.slots.slots * self.capacity)
                 if self.slots.busy:
                     self._deliver(self.slots.step())
-                self._tick()
         except BaseException as error:
             self.failed = error
             self._tell(changed)
@@ -114,7 +108,6 @@ class Engine:
                 self._work.get_nowait()()
 
     def _receive(self, request: Request, listener: Listener, ids: list[int]) -> None:
-        self._received += 1
         if self.failed:
             self._tell(listener, Event(0, [], [], "error", 0))
             return
@@ -134,12 +127,6 @@ class Engine:
                 self._listeners.pop(event.id, None)
         if addressed:
             self._tell(_call_listeners, addressed)
-
-    def _tick(self) -> None:
-        self.ticked = time.monotonic()
-        slots = self.slots
-        cache_use = slots.held / (slots.slots * slots.capacity)
-        self._counts = slots.running, len(slots.waiting) - self._received, cache_use
 
     def _tell(self, function: Callable[..., None], *arguments: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more

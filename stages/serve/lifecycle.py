@@ -32,7 +32,11 @@ async def serve(
     server.listen(bound)
     http = server.make_server(app)
     serving = asyncio.create_task(http.serve([bound]))
-    await warm(state, ahead, console)
+    changed = asyncio.Event()
+    await warm(state, ahead, changed, console)
+    changed.clear()
+    if state.engine.failed:  # already, and posted before the line above
+        changed.set()
 
     async def drain() -> None:
         state.admission.draining = True
@@ -47,7 +51,7 @@ async def serve(
     draining: list[asyncio.Task[None]] = []
     console.print(f"ready after {duration(time.perf_counter() - process_start())}{ready}")
     with signals.deferred("Finishing what is under way; another signal ends it at once.", on_signal):
-        failing = asyncio.create_task(_engine_failure(state))
+        failing = asyncio.create_task(changed.wait())
         await asyncio.wait((serving, failing), return_when=asyncio.FIRST_COMPLETED)
         http.should_exit = True
         await serving
@@ -55,22 +59,19 @@ async def serve(
         return _close(state, console)
 
 
-async def warm(state: ServerState, ahead: CompileAhead, console: Console) -> None:
-    """Compiles what is not compiled `ahead`, and runs it all once. Raises the error that ended it."""
-    done = asyncio.Event()
+async def warm(state: ServerState, ahead: CompileAhead, changed: asyncio.Event, console: Console) -> None:
+    """Compiles what is not compiled `ahead`, and runs it all once. Raises the error that ended it.
+
+    `changed` is set now, and again should the engine fail.
+    """
     with console.task("compiling", always=True) as report:
-        state.engine.start(asyncio.get_running_loop().call_soon_threadsafe, done.set, report, ahead)
-        await done.wait()
+        state.engine.start(asyncio.get_running_loop().call_soon_threadsafe, changed.set, report, ahead)
+        await changed.wait()
     if state.engine.failed:
         await asyncio.to_thread(ahead.stop)
         if "RESOURCE_EXHAUSTED" in str(state.engine.failed):
             raise UserError(f"There is not enough memory to answer in so many slots. {REMEDY}")
         raise state.engine.failed
-
-
-async def _engine_failure(state: ServerState) -> None:
-    while not state.engine.failed:
-        await asyncio.sleep(0.5)
 
 
 def _close(state: ServerState, console: Console) -> int:

@@ -1,7 +1,6 @@
 """Metrics for Prometheus under the names that vLLM's users know, and how many programs were compiled after start-up."""
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from prometheus_client import (
     CollectorRegistry,
@@ -29,37 +28,44 @@ class Metrics:
     """Counts in a registry of its own, so that two servers in one process do not share counts."""
 
     def __init__(self, model: str, engine: Engine) -> None:
-        self.registry = CollectorRegistry()
-        self._model = model
-        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Tokens of prompts.")
-        self._generation_tokens = self._counter("vllm:generation_tokens", "Tokens that were generated.")
-        self._cache_queries = self._counter(
-            "vllm:prefix_cache_queries", "Tokens of prompts that were looked up in the prefix cache."
+        self._registry = registry = CollectorRegistry()
+        counter = lambda name, about: Counter(name, about, ["model_name"], registry=registry).labels(model)
+        histogram = lambda name, about, buckets: Histogram(
+            name, about, ["model_name"], registry=registry, buckets=buckets
+        ).labels(model)
+        self._prompt_tokens = counter("vllm:prompt_tokens", "Tokens of prompts.")
+        self._generation_tokens = counter("vllm:generation_tokens", "Tokens that were generated.")
+        self._cache_queries = counter("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache.")
+        self._cache_hits = counter("vllm:prefix_cache_hits", "Tokens of prompts that the prefix cache held.")
+        self.first_token = histogram("vllm:time_to_first_token_seconds", "From request to first token.", FIRST_TOKEN)
+        self._per_token = histogram("vllm:time_per_output_token_seconds", "Between tokens, a request.", PER_TOKEN)
+        self._latency = histogram("vllm:e2e_request_latency_seconds", "From request to last token.", LATENCY)
+        self._prompt_size = histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", SIZES)
+        self._completion_size = histogram("vllm:request_generation_tokens", "Tokens generated for a request.", SIZES)
+        success = Counter(
+            "vllm:request_success", "Completions by why they ended.", ["model_name", "finished_reason"], registry=registry
         )
-        self._cache_hits = self._counter("vllm:prefix_cache_hits", "Tokens of prompts that the prefix cache held.")
-        self.first_token = self._histogram("vllm:time_to_first_token_seconds", "From request to first token.", FIRST_TOKEN)
-        self._per_token = self._histogram("vllm:time_per_output_token_seconds", "Between tokens, a request.", PER_TOKEN)
-        self._latency = self._histogram("vllm:e2e_request_latency_seconds", "From request to last token.", LATENCY)
-        self._prompt_size = self._histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", SIZES)
-        self._completion_size = self._histogram("vllm:request_generation_tokens", "Tokens generated for a request.", SIZES)
-        self._success = Counter(
-            "vllm:request_success", "Completions by why they ended.", ["model_name", "finished_reason"], registry=self.registry
-        )
-        for reason in ("stop", "length", "abort", "error"):
-            self._success.labels(model, reason)
-        self.responses = Counter("thrice_responses", "HTTP responses by status.", ["status"], registry=self.registry)
-        self._gauge("vllm:num_requests_running", "Requests that have a slot.", lambda: engine.load.running)
-        self._gauge("vllm:num_requests_waiting", "Requests that wait for a slot.", lambda: engine.load.waiting)
-        for name in ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"):  # the second is what it was called before
-            self._gauge(name, "Share of all slots' positions that is filled, 1 is all.", lambda: engine.load.cache_use)
-        self.registry.register(_Compiles(engine))
-        since = lambda: time.monotonic() - engine.ticked
-        self._gauge("thrice_seconds_since_engine_tick", "How long the engine has not gone round.", since)
-        ProcessCollector(registry=self.registry)
+        self._success = {reason: success.labels(model, reason) for reason in ("stop", "length", "abort", "error")}
+        self._responses = Counter("thrice_responses", "HTTP responses by status.", ["status"], registry=registry)
+        cache_use = "Share of all slots' positions that is filled, 1 is all.", lambda: engine.cache_use
+        for name, about, value in (
+            ("vllm:num_requests_running", "Requests that have a slot.", lambda: engine.running),
+            ("vllm:num_requests_waiting", "Requests that wait for a slot.", lambda: engine.waiting),
+            ("vllm:kv_cache_usage_perc", *cache_use),
+            ("vllm:gpu_cache_usage_perc", *cache_use),  # its older name
+            ("thrice_seconds_since_engine_tick", "How long the engine has not gone round.", lambda: engine.idle_seconds),
+        ):
+            Gauge(name, about, ["model_name"], registry=registry).labels(model).set_function(value)
+        registry.register(_Compiles(engine))
+        ProcessCollector(registry=registry)
+
+    def response(self, status: int) -> None:
+        """Counts an HTTP response."""
+        self._responses.labels(str(status)).inc()
 
     def ended(self, reason: str) -> None:
         """Counts a completion that ended: "stop", "length", "abort" or "error"."""
-        self._success.labels(self._model, reason).inc()
+        self._success[reason].inc()
 
     def completed(self, prompt: int, cached: int, written: int, seconds: float, decoding: float) -> None:
         """Counts the tokens of a whole completion, and its seconds in all and from first token to last."""
@@ -75,17 +81,7 @@ class Metrics:
 
     def text(self) -> bytes:
         """Returns all of it in Prometheus' text format."""
-        return generate_latest(self.registry)
-
-    def _counter(self, name: str, about: str) -> Counter:
-        return Counter(name, about, ["model_name"], registry=self.registry).labels(self._model)
-
-    def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, about, ["model_name"], registry=self.registry, buckets=buckets).labels(self._model)
-
-    def _gauge(self, name: str, about: str, value: Callable[[], float]) -> None:
-        gauge = Gauge(name, about, ["model_name"], registry=self.registry)
-        gauge.labels(self._model).set_function(value)
+        return generate_latest(self._registry)
 
 
 class _Compiles(Collector):

@@ -34,26 +34,16 @@ def is_local(host: str) -> bool:
 
 def bind(host: str, port: int) -> socket.socket:
     """Returns a socket at the address, which `listen` opens to clients. Raises UserError."""
-    family, address = _address(host)
+    try:
+        numbers = "127.0.0.1" if host == "localhost" else host
+        family, _, _, _, address = socket.getaddrinfo(numbers, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"There is no address {host!r} to listen on: {error}.") from None
     bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     with _explained(bound, host, port):
-        bound.bind((address, port))
+        bound.bind(address)
     return bound
-
-
-def _address(host: str) -> tuple[socket.AddressFamily, str]:
-    """Returns the address as numbers. Looks up none that is written in numbers, nor this machine's own."""
-    try:
-        number = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
-        return socket.AF_INET if number.version == 4 else socket.AF_INET6, str(number)
-    except ValueError:
-        pass
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"There is no address {host!r} to listen on: {error}.") from None
-    return family, str(address[0])
 
 
 def listen(bound: socket.socket) -> None:

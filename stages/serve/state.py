@@ -57,17 +57,13 @@ class ServerState:
         self.admission.check()
 
     @property
-    def seconds_since_tick(self) -> float:
-        return time.monotonic() - self.engine.ticked
-
-    @property
     def status(self) -> Status:
         """Whether requests are answered at this moment, or why not."""
         if self.engine.failed:
             return "failed"
         if not self.engine.ready:
             return "warming"
-        if self.seconds_since_tick > STUCK:
+        if self.engine.idle_seconds > STUCK:
             return "stuck"
         return "draining" if self.admission.draining else "ok"
 

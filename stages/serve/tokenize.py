@@ -61,7 +61,7 @@ class TokenizerPool:
         self, tokenizer: Tokenizer, chat: Chat, make_chat: Callable[[], Chat], start: tuple[int, ...], capacity: int
     ) -> None:
         self.tokenizer, self.start, self.capacity = tokenizer, start, capacity
-        self.chat_end = chat.end
+        self.chat_ends = frozenset() if chat.end is None else frozenset({chat.end})
         self.strips_space = chat.source == PLAIN  # a reply then begins behind a name, with a space
         self._short, self._long = _Worker("short", lambda: chat), _Worker("long", make_chat)
 

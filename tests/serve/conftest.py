@@ -4,12 +4,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "text"))
 
-from tiny_server import TinyServer
+from tiny_server import Client, TinyServer
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +18,6 @@ def tiny_server() -> Iterator[TinyServer]:
 
 
 @pytest.fixture
-def client(tiny_server: TinyServer) -> Iterator[httpx.Client]:
+def client(tiny_server: TinyServer) -> Iterator[Client]:
     with tiny_server.client() as client:
         yield client

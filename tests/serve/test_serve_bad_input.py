@@ -2,17 +2,17 @@
 
 import json
 import socket
-import time
-from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_server import CAPACITY, TinyServer, ask, say
+from tiny_server import CAPACITY, Client, TinyServer, ask, good, post_head, read_all, say, until
 
+from stages.serve import server
 from stages.serve.api import body
+from stages.serve.api.routes import ROUTES
 
 
 def refused(reply: httpx.Response, status: int = 400) -> dict[str, Any]:
@@ -54,7 +54,7 @@ LARGE = b"9" * 5000
         ({"x" * 1000: 1}, "x" * 80 + "..."),
     ],
 )  # fmt: skip
-def test_a_field_of_a_completion(client: httpx.Client, change: dict[str, Any], param: str) -> None:
+def test_a_field_of_a_completion(client: Client, change: dict[str, Any], param: str) -> None:
     assert refused(client.post("/v1/completions", json=ask() | change))["param"] == param
 
 
@@ -81,20 +81,20 @@ def test_a_field_of_a_completion(client: httpx.Client, change: dict[str, Any], p
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation", "is added"),
     ],
 )  # fmt: skip
-def test_a_field_of_a_chat(client: httpx.Client, change: dict[str, Any], param: str, words: str) -> None:
+def test_a_field_of_a_chat(client: Client, change: dict[str, Any], param: str, words: str) -> None:
     problem = refused(client.post("/v1/chat/completions", json=say() | change))
     assert problem["param"].startswith(param.replace("[...]", "[")[: param.find("[") + 1] if "[...]" in param else param)
     assert words in problem["message"]
 
 
-def test_special_tokens_of_a_conversation_are_its_templates(client: httpx.Client) -> None:
+def test_special_tokens_of_a_conversation_are_its_templates(client: Client) -> None:
     asked = {"messages": say()["messages"]}
     for wish in (True, False):
         assert refused(client.post("/tokenize", json=asked | {"add_special_tokens": wish}))["param"] == "add_special_tokens"
     assert client.post("/tokenize", json=asked).status_code == 200
 
 
-def test_what_changes_no_answer_is_taken(client: httpx.Client) -> None:
+def test_what_changes_no_answer_is_taken(client: Client) -> None:
     neutral = {
         "user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "parallel_tool_calls": True, "tools": [],
         "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"], "safety_identifier": "x",
@@ -102,7 +102,7 @@ def test_what_changes_no_answer_is_taken(client: httpx.Client) -> None:
         "top_k": None,
     }  # fmt: skip
     assert client.post("/v1/chat/completions", json=say() | neutral).status_code == 200
-    assert client.post("/v1/completions", json=ask(echo=False, suffix="", best_of=1, logprobs=None)).status_code == 200
+    assert client.complete(echo=False, suffix="", best_of=1, logprobs=None).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
@@ -117,8 +117,8 @@ def test_what_changes_no_answer_is_taken(client: httpx.Client) -> None:
         b'{"prompt":"a\n"}',
     ],
 )  # fmt: skip
-def test_bodies_that_are_none(client: httpx.Client, path: str, content: bytes) -> None:
-    refused(client.post(path, content=content, headers={"Content-Type": "application/json"}))
+def test_bodies_that_are_none(client: Client, path: str, content: bytes) -> None:
+    refused(client.post_bytes(path, content))
 
 
 @pytest.mark.parametrize(
@@ -141,49 +141,45 @@ def test_bodies_that_are_none(client: httpx.Client, path: str, content: bytes) -
         ("completions", b'{"prompt":"\\ud800","user":"' + b"a" * body.SEARCHED + b'"}', None),
     ],
 )  # fmt: skip
-def test_what_json_cannot_say_is_named(client: httpx.Client, path: str, content: bytes, param: str | None) -> None:
-    reply = client.post(f"/v1/{path}", content=content, headers={"Content-Type": "application/json"})
+def test_what_json_cannot_say_is_named(client: Client, path: str, content: bytes, param: str | None) -> None:
+    reply = client.post_bytes(f"/v1/{path}", content)
     assert refused(reply)["param"] == param
 
 
-def test_whole_numbers_in_any_spelling(client: httpx.Client) -> None:
-    kind = {"Content-Type": "application/json"}
-    told = client.post("/v1/completions", content=b'{"prompt":[5.0,6e0],"max_tokens":2.0,"temperature":0}', headers=kind).json()
-    assert told["choices"] == client.post("/v1/completions", json=ask([5, 6], 2)).json()["choices"]  # type: ignore[arg-type]
-    refused(client.post("/v1/completions", content=b'{"prompt":[5.5]}', headers=kind))
+def test_whole_numbers_in_any_spelling(client: Client) -> None:
+    told = client.post_bytes("/v1/completions", b'{"prompt":[5.0,6e0],"max_tokens":2.0,"temperature":0}').json()
+    assert told["choices"] == client.complete([5, 6], 2).json()["choices"]
+    refused(client.post_bytes("/v1/completions", b'{"prompt":[5.5]}'))
 
 
-def test_the_same_field_twice_is_the_last(client: httpx.Client) -> None:
-    reply = client.post(
-        "/v1/completions", content=b'{"prompt":"a","prompt":"b","max_tokens":1}', headers={"Content-Type": "application/json"}
-    )
-    assert reply.status_code == 200
+def test_the_same_field_twice_is_the_last(client: Client) -> None:
+    good(client.post_bytes("/v1/completions", b'{"prompt":"a","prompt":"b","max_tokens":1}'))
 
 
-def test_what_does_not_fit_is_refused_with_both_counts(client: httpx.Client) -> None:
+def test_what_does_not_fit_is_refused_with_both_counts(client: Client) -> None:
     text = "Hello there " * 100
     count = client.post("/tokenize", json={"prompt": text}).json()["count"]
-    problem = refused(client.post("/v1/completions", json=ask(text)))
+    problem = refused(client.complete(text))
     assert (problem["code"], problem["param"]) == ("context_length_exceeded", "prompt")
     assert f"{count:,}" in problem["message"]
     assert f"{CAPACITY:,}" in problem["message"]
-    problem = refused(client.post("/v1/completions", json=ask("a", CAPACITY)))
+    problem = refused(client.complete("a", CAPACITY))
     assert f"{CAPACITY:,} more were asked for" in problem["message"]
     problem = refused(client.post("/v1/chat/completions", json=say(text) | {"max_tokens": None}))
     assert (problem["code"], problem["param"]) == ("context_length_exceeded", "messages")
-    assert client.post("/v1/completions", json=ask([5] * (CAPACITY - 1), 1)).status_code == 200  # type: ignore[arg-type]
-    refused(client.post("/v1/completions", json=ask([5] * CAPACITY, 1)))  # type: ignore[arg-type]
-    refused(client.post("/v1/completions", json=ask([5] * 400_000, 1)))  # type: ignore[arg-type]
+    assert client.complete([5] * (CAPACITY - 1), 1).status_code == 200
+    refused(client.complete([5] * CAPACITY, 1))
+    refused(client.complete([5] * 400_000, 1))
 
 
-def test_a_long_conversation_is_counted_before_it_is_rendered(client: httpx.Client) -> None:
+def test_a_long_conversation_is_counted_before_it_is_rendered(client: Client) -> None:
     """A template is given a conversation once for each of its answers; for this one that would take minutes."""
     turns = [{"role": ("user", "assistant")[n % 2], "content": "Hello there, how are you? " * 150} for n in range(801)]
     problem = refused(client.post("/v1/chat/completions", json=say() | {"messages": turns}, timeout=20))
     assert problem["code"] == "context_length_exceeded"
 
 
-def test_an_unknown_model_is_told_what_is_served(client: httpx.Client) -> None:
+def test_an_unknown_model_is_told_what_is_served(client: Client) -> None:
     for path, asked in (("/v1/completions", ask()), ("/v1/chat/completions", say()), ("/tokenize", {"prompt": "a"})):
         problem = refused(client.post(path, json=asked | {"model": "gpt-5" * 50}), 404)
         assert problem["code"] == "model_not_found"
@@ -192,14 +188,12 @@ def test_an_unknown_model_is_told_what_is_served(client: httpx.Client) -> None:
         assert client.post(path, json=asked | {"model": "default"}).status_code == 200
 
 
-def test_more_at_once_than_can_ever_be(client: httpx.Client) -> None:
-    assert "8 completions" in refused(client.post("/v1/completions", json=ask(n=8)))["message"]
+def test_more_at_once_than_can_ever_be(client: Client) -> None:
+    assert "8 completions" in refused(client.complete(n=8))["message"]
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "PATCH", "DELETE", "TRACE", "OPTIONS", "POST", "HEAD"])
-def test_methods_that_a_route_has_not(client: httpx.Client, method: str) -> None:
-    from stages.serve.api.routes import ROUTES
-
+def test_methods_that_a_route_has_not(client: Client, method: str) -> None:
     for route in ROUTES:
         if method == route.method or (method, route.method) == ("HEAD", "GET"):
             continue
@@ -210,86 +204,60 @@ def test_methods_that_a_route_has_not(client: httpx.Client, method: str) -> None
             refused(reply, 405)
 
 
-def test_routes_that_there_are_not(client: httpx.Client) -> None:
-    for path in (
-        "/v1",
-        "/v1/",
-        "/v1/embeddings",
-        "/favicon.ico",
-        "/v1/completions/",
-        "/v1/models/",
-        "/docs",
-        "/static/x",
-        "/update_weights",
-    ):
+def test_routes_that_there_are_not(client: Client) -> None:
+    for path in ("/v1", "/v1/", "/v1/embeddings", "/favicon.ico", "/v1/completions/", "/v1/models/", "/docs", "/static/x",
+                 "/update_weights"):  # fmt: skip
         assert refused(client.get(path), 404)["code"] in ("not_found", "model_not_found")
 
 
-def test_a_body_that_is_too_large(client: httpx.Client, tiny_server: TinyServer) -> None:
+def test_a_body_that_is_too_large(client: Client, tiny_server: TinyServer) -> None:
     large = b'{"prompt":"' + b"a" * body.MAX_BYTES + b'"}'
-    kind = {"Content-Type": "application/json"}
-    refused(client.post("/v1/completions", content=large, headers=kind), 413)
-    refused(
-        client.post("/v1/completions", content=iter([large[: 1 << 20]] * 6), headers=kind), 413
-    )  # in chunks, of unknown length
+    refused(client.post_bytes("/v1/completions", large), 413)
+    refused(client.post_bytes("/v1/completions", iter([large[: 1 << 20]] * 6)), 413)  # in chunks, of unknown length
     # Only told of: nothing of it is read before it is refused.
-    with socket.create_connection(("127.0.0.1", tiny_server.port), 10) as connection:
-        head = "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        connection.sendall(head.encode() + b"Content-Length: 99999999999\r\n\r\n")
+    with tiny_server.connect() as connection:
+        connection.sendall(post_head("/tokenize", 99999999999))
         assert b" 413 " in connection.recv(1000)
 
 
 def test_bodies_of_all_requests_together_are_bounded(
-    client: httpx.Client, tiny_server: TinyServer, monkeypatch: pytest.MonkeyPatch
+    client: Client, tiny_server: TinyServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By what has come, not by what is told of; and however a request ends, its bytes are given back."""
     bodies = tiny_server.state.body_budget
     monkeypatch.setattr(bodies, "limit", 1000)
-    head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n"
-    kind = {"Content-Type": "application/json"}
     sound = b'{"prompt":"' + b"a" * 388 + b'"}'
-    with socket.create_connection(("127.0.0.1", tiny_server.port), 10) as first:
-        first.sendall(head + b" " * 600)
-        wait_until(lambda: bodies.held == 600)
-        assert client.post("/tokenize", content=sound[:-3] + b'"}', headers=kind).status_code == 200
-        with socket.create_connection(("127.0.0.1", tiny_server.port), 10) as second:
-            second.sendall(head + b" " * 300)
-            wait_until(lambda: bodies.held == 900)
+    with tiny_server.connect() as first:
+        first.sendall(post_head("/tokenize", 10**5) + b" " * 600)
+        assert until(lambda: bodies.held == 600)
+        assert client.post_bytes("/tokenize", sound[:-3] + b'"}').status_code == 200
+        with tiny_server.connect() as second:
+            second.sendall(post_head("/tokenize", 10**5) + b" " * 300)
+            assert until(lambda: bodies.held == 900)
             second.sendall(b" " * 101)
-            reply = b""
-            while part := second.recv(65536):  # until it is hung up
-                reply += part
+            reply = read_all(second)
         assert reply.startswith(b"HTTP/1.1 429 ")
         assert b"\r\nretry-after: 1\r\n" in reply.lower()
         assert b"\r\nconnection: close\r\n" in reply.lower()
         assert json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["code"] == "rate_limit_exceeded"
-        wait_until(lambda: bodies.held == 600)
-        assert refused(client.post("/tokenize", content=sound, headers=kind), 429)["type"] == "rate_limit_error"
-    wait_until(lambda: bodies.held == 0)  # the first has left
-    assert client.post("/tokenize", content=sound, headers=kind).status_code == 200
-    refused(client.post("/tokenize", content=sound[1:], headers=kind))
+        assert until(lambda: bodies.held == 600)
+        assert refused(client.post_bytes("/tokenize", sound), 429)["type"] == "rate_limit_error"
+    assert until(lambda: bodies.held == 0)  # the first has left
+    assert client.post_bytes("/tokenize", sound).status_code == 200
+    refused(client.post_bytes("/tokenize", sound[1:]))
     monkeypatch.setattr(body, "MAX_BYTES", 500)
-    refused(client.post("/tokenize", content=iter([sound, sound]), headers=kind), 413)
+    refused(client.post_bytes("/tokenize", iter([sound, sound])), 413)
     monkeypatch.setattr(body, "SECONDS", 0.2)
-    with socket.create_connection(("127.0.0.1", tiny_server.port), 10) as slow:
-        slow.sendall(head.replace(b"100000", b"50") + b" " * 40)
+    with tiny_server.connect() as slow:
+        slow.sendall(post_head("/tokenize", 50) + b" " * 40)
         assert b" 408 " in slow.recv(65536)
-    wait_until(lambda: bodies.held == 0)
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.005)
+    assert until(lambda: bodies.held == 0)
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "br", "deflate, gzip"])
-def test_a_compressed_body(client: httpx.Client, encoding: str) -> None:
-    headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
-    refused(client.post("/v1/completions", content=b"{}", headers=headers), 415)
-    headers = {"Content-Type": "application/json; charset=utf-16"}
-    refused(client.post("/v1/completions", content=b"{}", headers=headers), 415)
+def test_a_compressed_body(client: Client, encoding: str) -> None:
+    refused(client.post_bytes("/v1/completions", b"{}", **{"Content-Encoding": encoding}), 415)
+    refused(client.post_bytes("/v1/completions", b"{}", **{"Content-Type": "application/json; charset=utf-16"}), 415)
 
 
 @pytest.mark.parametrize(
@@ -307,12 +275,10 @@ def test_a_compressed_body(client: httpx.Client, encoding: str) -> None:
     ],
 )  # fmt: skip
 def test_what_is_not_http(tiny_server: TinyServer, request_: bytes) -> None:
-    with socket.create_connection(("127.0.0.1", tiny_server.port), 10) as connection:
+    with tiny_server.connect() as connection:
         connection.sendall(request_)
         connection.shutdown(socket.SHUT_WR)
-        answer = b""
-        while part := connection.recv(65536):
-            answer += part
+        answer = read_all(connection)
     if answer:
         head, _, rest = answer.partition(b"\r\n\r\n")
         assert head.split()[1] in (b"400", b"415"), answer
@@ -320,18 +286,16 @@ def test_what_is_not_http(tiny_server: TinyServer, request_: bytes) -> None:
 
 
 def test_a_client_that_is_slow(tiny_server: TinyServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stages.serve import server
-
     monkeypatch.setattr(body, "SECONDS", 0.3)
     monkeypatch.setattr(server, "HEAD_SECONDS", 0.3)
-    head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 20\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", tiny_server.port), 10) as connection:
+    head = post_head("/tokenize", 20)
+    with tiny_server.connect() as connection:
         connection.sendall(head + b'{"prompt"')
         assert b" 408 " in connection.recv(65536)
-    with socket.create_connection(("127.0.0.1", tiny_server.port), 10) as connection:
+    with tiny_server.connect() as connection:
         connection.sendall(head[:40])
         assert hung_up(connection)
-    with socket.create_connection(("127.0.0.1", tiny_server.port), 10) as connection:
+    with tiny_server.connect() as connection:
         assert hung_up(connection)
 
 
@@ -361,7 +325,7 @@ def test_fields_at_random(tiny_server: TinyServer, path: str, change: dict[str, 
     start = {"/v1/completions": ask(most=2), "/v1/chat/completions": say(most=2)}.get(path, {"prompt": "a"}) if sound else {}
     with tiny_server.client(timeout=20) as client:
         content = json.dumps(start | change).encode()
-        reply = client.post(path, content=content, headers={"Content-Type": "application/json"})
+        reply = client.post_bytes(path, content)
         if reply.status_code == 200:
             return
         assert reply.status_code in (400, 404, 429)
@@ -375,4 +339,4 @@ def test_fields_at_random(tiny_server: TinyServer, path: str, change: dict[str, 
 )
 def test_bytes_at_random(tiny_server: TinyServer, content: bytes, path: str) -> None:
     with tiny_server.client(timeout=20) as client:
-        refused(client.post(path, content=content, headers={"Content-Type": "application/json"}))
+        refused(client.post_bytes(path, content))

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import pytest
 from tiny import lively_params, tiny_config
-from tiny_server import ask, tiny_model
+from tiny_server import ask, tiny_model, until
 
 from engine.counting import hardware
 from engine.device import start_jax
@@ -106,11 +106,8 @@ def in_background(work: Any) -> threading.Thread:
     return thread
 
 
-def wait_for_running(server: Started, count: int) -> None:
-    end = time.monotonic() + 20
-    while server.client.get("/health").json()["running"] < count:
-        assert time.monotonic() < end
-        time.sleep(0.01)
+def running(server: Started, count: int) -> bool:
+    return until(lambda: server.client.get("/health").json()["running"] >= count, 20)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -121,10 +118,10 @@ def test_a_signal_lets_what_is_under_way_end(folder: Path, number: signal.Signal
         whole: list[httpx.Response] = []
         body = ask("Hello " * 20, 100, ignore_eos=True, model="sea", logprobs=2, presence_penalty=0.5) | {"temperature": 1}
         threads = [
-            in_background(lambda more=more: whole.append(server.client.post("/v1/completions", json=body | more)))  # type: ignore[misc]
+            in_background(lambda more=more: whole.append(server.client.post("/v1/completions", json=body | more)))
             for more in ({"stream": True}, {})
         ]
-        wait_for_running(server, 2)
+        assert running(server, 2)
         server.process.send_signal(number)
         time.sleep(0.1)
         late = server.client.post("/v1/completions", json=ask(model="sea"))
@@ -150,7 +147,7 @@ def test_a_second_signal_ends_it_at_once(folder: Path) -> None:
                 server.client.post("/v1/completions", json=ask(most=100, ignore_eos=True, model="default"))
 
         thread = in_background(asks)
-        wait_for_running(server, 1)
+        assert running(server, 1)
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
         begin = time.monotonic()
@@ -285,7 +282,7 @@ def test_too_many_slots_for_memory_is_a_sentence_and_ends_what_compiles_ahead() 
     slots: Any = SimpleNamespace(cfg=None, capacity=8, warm=out_of_memory)
     state: Any = SimpleNamespace(engine=Engine(slots, CompileCounter()))
     with pytest.raises(UserError, match="Give fewer --slots, a smaller --capacity"):
-        asyncio.run(lifecycle.warm(state, ahead, Console()))
+        asyncio.run(lifecycle.warm(state, ahead, asyncio.Event(), Console()))
     state.engine.stop()
     assert stopped == [True]
 

@@ -1,14 +1,15 @@
 """Who is let through: with a key set nothing but /live is open (X3), and no page elsewhere drives the server (X4)."""
 
 import base64
-import socket
 from collections.abc import Iterator
 
 import httpx
 import pytest
-from tiny_server import TinyServer, ask
+from tiny_server import TinyServer, ask, good
 
+from stages.serve.api import guard
 from stages.serve.api.routes import ROUTES
+from stages.serve.errors import ApiError
 
 KEYS = ("first-key", "second-kéy-…")
 
@@ -18,16 +19,6 @@ def locked() -> Iterator[TinyServer]:
     """A server with two keys, whose engine is not even warm: nobody gets that far."""
     with TinyServer(keys=KEYS, warm=False) as server:
         yield server
-
-
-def raw(port: int, *lines: str, body: bytes = b"") -> tuple[int, bytes]:
-    """The status and the rest of what is answered to a request written by hand."""
-    with socket.create_connection(("127.0.0.1", port), 10) as connection:
-        connection.sendall("\r\n".join([*lines, "Connection: close", "", ""]).encode("latin-1") + body)
-        answer = b""
-        while part := connection.recv(65536):
-            answer += part
-    return int(answer.split()[1]), answer
 
 
 def every_route() -> list[tuple[str, str]]:
@@ -46,8 +37,7 @@ def test_without_a_key_nothing_is_open(locked: TinyServer, method: str) -> None:
     for _, path in every_route():
         for spelling in SPELLINGS:
             target = spelling.format(path)
-            lines = [f"{method} {target} HTTP/1.1", "Host: localhost", "Content-Length: 0"]
-            status, answer = raw(locked.port, *lines)
+            status, answer = locked.raw(f"{method} {target} HTTP/1.1", "Host: localhost", "Content-Length: 0")
             statuses.add(status)
             assert status in (401, 400, 404), (method, target, answer)
             assert b"tiny" not in answer.partition(b"\r\n\r\n")[2]
@@ -73,7 +63,7 @@ def test_wrong_keys(locked: TinyServer, given: str) -> None:
 
 def test_two_authorizations_are_none(locked: TinyServer) -> None:
     lines = ["GET /v1/models HTTP/1.1", "Host: localhost", "Authorization: Bearer first-key", "Authorization: Bearer first-key"]
-    assert raw(locked.port, *lines)[0] == 401
+    assert locked.raw(*lines)[0] == 401
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -92,13 +82,10 @@ def test_live_alone_needs_no_key(locked: TinyServer) -> None:
 
 def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """All keys, whole, by hmac.compare_digest, whether or not one has matched."""
-    from stages.serve.api import guard
-    from stages.serve.errors import ApiError
-
     compared: list[tuple[bytes, bytes]] = []
     real = guard.hmac.compare_digest
-    monkeypatch.setattr(guard.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or real(a, b))  # type: ignore[func-returns-value]
-    guarded = guard.Guard(lambda *_: None, keys=["a", "b", "c"], hosts=None)  # type: ignore[arg-type, return-value]
+    monkeypatch.setattr(guard.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or real(a, b))
+    guarded = guard.Guard(lambda *_: None, keys=["a", "b", "c"], hosts=None)
     assert guarded._check_key(["Bearer a"], "/v1/models")
     with pytest.raises(ApiError):
         guarded._check_key(["Bearer d"], "/v1/models")
@@ -107,9 +94,7 @@ def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_each_key_has_a_namespace_of_its_own(locked: TinyServer) -> None:
-    from stages.serve.api.guard import Guard
-
-    guarded = Guard(lambda *_: None, keys=KEYS, hosts=None)  # type: ignore[arg-type, return-value]
+    guarded = guard.Guard(lambda *_: None, keys=KEYS, hosts=None)
     first, second = (guarded._check_key([f"Bearer {key}".encode().decode("latin-1")], "/") for key in KEYS)
     assert first != second
     assert KEYS[0] not in first
@@ -117,13 +102,8 @@ def test_each_key_has_a_namespace_of_its_own(locked: TinyServer) -> None:
 
 FOREIGN = ("http://evil.example", "https://evil.example", "null", "http://127.0.0.1", "http://localhost:1", "file://", "", "https://{}",
            "http://{}.evil.example", "http://evil@{}", "http://{}/")  # fmt: skip
-SIMPLE = (
-    "text/plain",
-    "application/x-www-form-urlencoded",
-    "multipart/form-data; boundary=x",
-    "",
-    "text/plain; application/json",
-)
+SIMPLE = ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "",
+          "text/plain; application/json")  # fmt: skip
 
 
 @pytest.mark.parametrize("origin", FOREIGN)
@@ -148,14 +128,14 @@ def test_pages_of_other_origins(tiny_server: TinyServer, origin: str) -> None:
 def test_names_that_are_not_ours(tiny_server: TinyServer, host: str) -> None:
     """A page whose name was pointed at 127.0.0.1 after it was loaded."""
     for line in ("GET / HTTP/1.1", "GET /v1/models HTTP/1.1", "GET /live HTTP/1.1"):
-        assert raw(tiny_server.port, line, f"Host: {host}")[0] in (400, 403)
+        assert tiny_server.raw(line, f"Host: {host}")[0] in (400, 403)
 
 
 def test_names_that_are_ours(tiny_server: TinyServer) -> None:
     for host in ("localhost", "LOCALHOST:1234", "127.0.0.1", f"127.0.0.1:{tiny_server.port}", "[::1]:8000", "localhost."):
-        assert raw(tiny_server.port, "GET /v1/models HTTP/1.1", f"Host: {host}")[0] == 200
-    assert raw(tiny_server.port, "GET /v1/models HTTP/1.0")[0] == 400  # none at all
-    assert raw(tiny_server.port, "GET /v1/models HTTP/1.1", "Host: localhost", "Host: localhost")[0] == 400
+        assert tiny_server.raw("GET /v1/models HTTP/1.1", f"Host: {host}")[0] == 200
+    assert tiny_server.raw("GET /v1/models HTTP/1.0")[0] == 400  # none at all
+    assert tiny_server.raw("GET /v1/models HTTP/1.1", "Host: localhost", "Host: localhost")[0] == 400
 
 
 @pytest.mark.parametrize("kind", SIMPLE)
@@ -166,30 +146,27 @@ def test_a_simple_post_whose_origin_was_lost(tiny_server: TinyServer, kind: str)
 
 
 def test_what_browsers_say_of_where_a_request_is_from(tiny_server: TinyServer) -> None:
-    status = lambda path, **headers: (
-        httpx.get(
-            tiny_server.url + path, headers={name.replace("_", "-"): value for name, value in headers.items()}
-        ).status_code
-    )
+    def status(path: str, site: str, mode: str) -> int:
+        return httpx.get(tiny_server.url + path, headers={"Sec-Fetch-Site": site, "Sec-Fetch-Mode": mode}).status_code
+
     for site in ("cross-site", "same-site"):
-        assert status("/v1/models", sec_fetch_site=site, sec_fetch_mode="no-cors") == 403
-        assert status("/v1/attestation", sec_fetch_site=site, sec_fetch_mode="navigate") == 403
-        assert status("/", sec_fetch_site=site, sec_fetch_mode="no-cors") == 403
-        assert status("/", sec_fetch_site=site, sec_fetch_mode="navigate") == 200  # a link to the page
-    assert status("/v1/models", sec_fetch_site="same-origin", sec_fetch_mode="cors") == 200
-    assert status("/", sec_fetch_site="none", sec_fetch_mode="navigate") == 200
+        assert status("/v1/models", site, "no-cors") == 403
+        assert status("/v1/attestation", site, "navigate") == 403
+        assert status("/", site, "no-cors") == 403
+        assert status("/", site, "navigate") == 200  # a link to the page
+    assert status("/v1/models", "same-origin", "cors") == 200
+    assert status("/", "none", "navigate") == 200
 
 
 def test_its_own_page_may_use_it(tiny_server: TinyServer) -> None:
-    reply = httpx.post(f"{tiny_server.url}/v1/completions", headers={"Origin": tiny_server.url}, json=ask())
-    assert reply.status_code == 200
+    good(httpx.post(f"{tiny_server.url}/v1/completions", headers={"Origin": tiny_server.url}, json=ask()))
 
 
 def test_other_spellings_of_a_path_are_no_route(tiny_server: TinyServer) -> None:
     for target in ("//v1/models", "/v1//models", "/./v1/models", "/x/../v1/models", "/v1/%6dodels", "/v1/models%2f",
                    "/v1\\models", "http://localhost/v1/models", "*", "/v1/models/../models", "/v1/models;x", "/%"):  # fmt: skip
-        assert raw(tiny_server.port, f"GET {target} HTTP/1.1", "Host: localhost")[0] in (400, 404), target
-    assert raw(tiny_server.port, "GET /v1/models?x=%00&x HTTP/1.1", "Host: localhost")[0] == 200
+        assert tiny_server.raw(f"GET {target} HTTP/1.1", "Host: localhost")[0] in (400, 404), target
+    assert tiny_server.raw("GET /v1/models?x=%00&x HTTP/1.1", "Host: localhost")[0] == 200
 
 
 def test_every_reply_says_how_it_may_be_used(tiny_server: TinyServer) -> None:

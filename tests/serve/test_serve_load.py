@@ -4,7 +4,6 @@ has the same bits whatever else is asked (S1), and shutting down lets what is un
 import asyncio
 import json
 import random
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,9 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
-from tiny_server import QUEUE, SLOTS, TinyServer, ask, say
+from tiny_server import QUEUE, SLOTS, TinyServer, ask, post_head, say, until
 
 from stages.serve import state
+from stages.serve.api import event_stream
+from stages.serve.api.generation import Generation
 
 LONG = 130  # tokens
 
@@ -36,15 +37,8 @@ def slowed(tiny_server: TinyServer, monkeypatch: pytest.MonkeyPatch) -> Iterator
     assert until(lambda: tiny_server.load == (0, 0, 0))
 
 
-def until(true: Callable[[], bool], seconds: float = 10.0) -> bool:
-    end = time.monotonic() + seconds
-    while not true() and time.monotonic() < end:
-        time.sleep(0.002)
-    return true()
-
-
 def running(server: TinyServer) -> int:
-    return server.state.engine.load.running
+    return server.state.engine.running
 
 
 def test_who_leaves_frees_the_slot(tiny_server: TinyServer, slowed: Callable[[float], None]) -> None:
@@ -78,12 +72,9 @@ def test_how_soon_a_slot_is_free(tiny_server: TinyServer, slowed: Callable[[floa
     slowed(0.02)
     taken = []
     for _ in range(5):
-        connection = socket.create_connection(("127.0.0.1", tiny_server.port), 10)
+        connection = tiny_server.connect()
         body = json.dumps(ask(most=LONG, ignore_eos=True, stream=stream)).encode()
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        )
-        connection.sendall(head.encode() + b"\r\n\r\n" + body)
+        connection.sendall(post_head("/v1/completions", len(body)) + body)
         assert until(lambda: running(tiny_server) == 1)
         connection.close()
         left = time.monotonic()
@@ -93,19 +84,11 @@ def test_how_soon_a_slot_is_free(tiny_server: TinyServer, slowed: Callable[[floa
 
 
 def test_who_reads_no_more_frees_the_slot(tiny_server: TinyServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stages.serve.api import event_stream as stream
-
-    monkeypatch.setattr(stream, "UNREAD", 0.2)
+    monkeypatch.setattr(event_stream, "UNREAD", 0.2)
     body = json.dumps(ask(most=LONG, ignore_eos=True, stream=True)).encode()
     headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": "/v1/completions",
-        "headers": headers,
-        "query_string": b"",
-        "scheme": "http",
-    }
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b"",
+             "scheme": "http"}  # fmt: skip
     sent: list[Any] = []
 
     async def ask_and_read_nothing() -> None:
@@ -155,20 +138,19 @@ def test_too_many_are_told_at_once(tiny_server: TinyServer, slowed: Callable[[fl
 def test_who_is_too_many_is_told_before_its_body_is_read(tiny_server: TinyServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny_server.state.admission, "reserved", SLOTS + QUEUE)
     for path in ("/v1/completions", "/v1/chat/completions"):
-        with socket.create_connection(("127.0.0.1", tiny_server.port), 5) as connection:
-            head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
-            connection.sendall(head.encode())
+        with tiny_server.connect() as connection:
+            connection.sendall(post_head(path, 99))
             assert connection.recv(1000).startswith(b"HTTP/1.1 429 ")
 
 
 def test_n_takes_n_places_or_none(tiny_server: TinyServer, slowed: Callable[[float], None]) -> None:
     slowed(0.02)
     with tiny_server.client() as client:
-        thread = threading.Thread(target=lambda: client.post("/v1/completions", json=ask(most=40, ignore_eos=True, n=5)))
+        thread = threading.Thread(target=lambda: client.complete(most=40, ignore_eos=True, n=5))
         thread.start()
         assert until(lambda: tiny_server.state.admission.reserved == 5)
-        assert client.post("/v1/completions", json=ask(n=3)).status_code == 429
-        assert client.post("/v1/completions", json=ask(n=2)).status_code == 200
+        assert client.complete(n=3).status_code == 429
+        assert client.complete(n=2).status_code == 200
         thread.join()
 
 
@@ -185,7 +167,7 @@ def test_health_tells_that_the_engine_is_stuck(tiny_server: TinyServer, monkeypa
         assert client.get("/live").status_code == 200
         freed.set()
         assert until(lambda: client.get("/health").status_code == 200, 5)
-        assert client.post("/v1/completions", json=ask()).status_code == 200
+        assert client.complete().status_code == 200
 
 
 def test_stuck_is_noticed_within_what_is_promised() -> None:
@@ -206,7 +188,7 @@ def test_health_before_and_after_its_time() -> None:
         server.state.engine.start(server.loop.call_soon_threadsafe, changed.set)
         assert changed.wait(10)
         assert client.get("/health").json()["status"] == "failed"
-        assert client.post("/v1/completions", json=ask()).json()["error"]["code"] == "failed"
+        assert client.complete().json()["error"]["code"] == "failed"
 
 
 def test_an_engine_that_breaks_leaves_nobody_waiting() -> None:
@@ -219,7 +201,7 @@ def test_an_engine_that_breaks_leaves_nobody_waiting() -> None:
             return step() if calls[0] < 3 else 1 / 0
 
         server.slots.step = breaks
-        reply = client.post("/v1/completions", json=ask(most=100, ignore_eos=True, n=4))
+        reply = client.complete(most=100, ignore_eos=True, n=4)
         assert reply.status_code == 503
         assert "failed" in reply.json()["error"]["message"]
         assert client.get("/health").json()["status"] == "failed"
@@ -230,10 +212,10 @@ def test_numbers_that_are_none_are_an_error_of_the_server(tiny_server: TinyServe
     step = slots.step
     monkeypatch.setattr(slots, "step", lambda: [event._replace(finished="error") for event in step()])
     with tiny_server.client() as client:
-        reply = client.post("/v1/completions", json=ask(most=1))
+        reply = client.complete(most=1)
         assert reply.status_code == 500
         assert reply.json()["error"]["type"] == "server_error"
-        streamed = client.post("/v1/completions", json=ask(most=1, stream=True))
+        streamed = client.complete(most=1, stream=True)
         assert '"type":"server_error"' in streamed.text
         assert streamed.text.endswith("data: [DONE]\n\n")
 
@@ -242,11 +224,9 @@ def test_numbers_that_are_none_are_an_error_of_the_server(tiny_server: TinyServe
 def test_a_mistake_of_ours_is_told_and_printed(
     tiny_server: TinyServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], stream: bool
 ) -> None:
-    from stages.serve.api.generation import Generation
-
     monkeypatch.setattr(Generation, "_piece", lambda *_: {}["a mistake"])
     with tiny_server.client() as client:
-        reply = client.post("/v1/completions", json=ask(most=3, stream=stream))
+        reply = client.complete(most=3, stream=stream)
     assert reply.status_code == (200 if stream else 500)
     assert '"type":"server_error"' in reply.text
     assert "a mistake" not in reply.text
@@ -354,7 +334,7 @@ def test_what_is_under_way_ends_and_nobody_new_is_let_in(tiny_server: TinyServer
         whole: list[httpx.Response] = []
         body = ask(most=60, ignore_eos=True)
         threads = [
-            threading.Thread(target=lambda more=more: whole.append(client.post("/v1/completions", json=body | more)))  # type: ignore[misc]
+            threading.Thread(target=lambda more=more: whole.append(client.post("/v1/completions", json=body | more)))
             for more in ({}, {"stream": True})
         ]
         for thread in threads:
@@ -382,6 +362,6 @@ def test_prefixes_are_not_shared_between_keys() -> None:
         cached = []
         for key in ("one", "two", "two", "one"):
             with server.client(headers={"Authorization": f"Bearer {key}"}) as client:
-                usage = client.post("/v1/completions", json=ask(text)).json()["usage"]
+                usage = client.complete(text).json()["usage"]
             cached.append(usage["prompt_tokens_details"]["cached_tokens"] > 0)
         assert cached == [False, False, True, True]

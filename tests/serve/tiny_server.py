@@ -2,7 +2,10 @@
 
 import asyncio
 import functools
+import socket
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -61,11 +64,20 @@ class TinyServer:
     @property
     def load(self) -> tuple[int, int, int]:
         """Requests that run, that wait, and places that are reserved."""
-        return (*self.state.engine.load[:2], self.state.admission.reserved)
+        return self.state.engine.running, self.state.engine.waiting, self.state.admission.reserved
 
-    def client(self, **options: Any) -> httpx.Client:
-        headers = {"Authorization": f"Bearer {self.keys[0]}"} if self.keys else {}
-        return httpx.Client(**{"base_url": self.url, "timeout": 60, "headers": headers, **options})
+    def client(self, **options: Any) -> "Client":
+        return Client(**{"base_url": self.url, "timeout": 60, **options})
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), 10)
+
+    def raw(self, *lines: str, body: bytes = b"") -> tuple[int, bytes]:
+        """The status and all of the reply to a request written by hand."""
+        with self.connect() as connection:
+            connection.sendall("\r\n".join([*lines, "Connection: close", "", ""]).encode("latin-1") + body)
+            reply = read_all(connection)
+        return int(reply.split()[1]), reply
 
     async def listen(self, keys: tuple[str, ...] = ()) -> tuple[Any, int, "asyncio.Task[None]"]:
         """Opens a port to the state, which needs one of the keys: uvicorn's server, the port, and the task to wait for."""
@@ -93,6 +105,19 @@ class TinyServer:
         await serving
 
 
+class Client(httpx.Client):
+    """Sends what `ask` and `say` make, and bytes as JSON."""
+
+    def complete(self, *arguments: Any, **more: Any) -> httpx.Response:
+        return self.post("/v1/completions", json=ask(*arguments, **more))
+
+    def chat(self, *arguments: Any, **more: Any) -> httpx.Response:
+        return self.post("/v1/chat/completions", json=say(*arguments, **more))
+
+    def post_bytes(self, path: str, content: Any, **headers: str) -> httpx.Response:
+        return self.post(path, content=content, headers={"Content-Type": "application/json"} | headers)
+
+
 def ask(text: str = "Hello there", most: int = 5, **more: Any) -> dict[str, Any]:
     """The body of a completion."""
     return {"model": "tiny", "prompt": text, "max_tokens": most, "temperature": 0, **more}
@@ -101,3 +126,31 @@ def ask(text: str = "Hello there", most: int = 5, **more: Any) -> dict[str, Any]
 def say(text: str = "Hello there", most: int = 5, **more: Any) -> dict[str, Any]:
     """The body of a chat completion."""
     return {"model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": most, "temperature": 0, **more}
+
+
+def good(reply: httpx.Response) -> Any:
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+def post_head(path: str, length: int) -> bytes:
+    """The head of a POST with a JSON body of that length."""
+    return (
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+    ).encode()
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """What comes until the server hangs up."""
+    content = b""
+    while part := connection.recv(65536):
+        content += part
+    return content
+
+
+def until(true: Callable[[], Any], seconds: float = 10.0) -> bool:
+    """Waits until it is true, and says whether it came to be."""
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        time.sleep(0.002)
+    return bool(true())

@@ -10,7 +10,7 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 
 from stages.serve.admission import BodyBudget
-from stages.serve.api.request_schema import UNSUPPORTED, ModelRequest
+from stages.serve.api.requests import UNSUPPORTED, ModelRequest
 from stages.serve.errors import ApiError, ClientGone
 from stages.serve.state import ServerState
 

@@ -1,6 +1,5 @@
 """POST /v1/chat/completions: answers a conversation."""
 
-import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -9,22 +8,11 @@ from starlette.requests import Request
 
 from engine.inference.request import LogProb
 from engine.text.tokenizer import Tokenizer
+from stages.serve.api import replies
 from stages.serve.api.body import read_body
 from stages.serve.api.event_stream import QUIET
 from stages.serve.api.generation import Generation, Piece, generate
-from stages.serve.api.reply_schema import (
-    ChatChoice,
-    ChatChunk,
-    ChatChunkChoice,
-    ChatLogProbs,
-    ChatReply,
-    Delta,
-    ReplyMessage,
-    TokenLogProb,
-    TopLogProb,
-    Usage,
-)
-from stages.serve.api.request_schema import ChatRequest, Message
+from stages.serve.api.requests import ChatRequest, Message
 from stages.serve.errors import ApiError
 from stages.serve.state import ServerState
 from stages.serve.tokenize import token_text
@@ -32,7 +20,6 @@ from stages.serve.tokenize import token_text
 
 async def chat_completions(http: Request) -> Any:
     state: ServerState = http.app.state.server
-    arrived = time.monotonic()
     state.check_ready()
     body = await read_body(http, ChatRequest)
     if body.top_logprobs is not None and not body.logprobs:
@@ -41,15 +28,13 @@ async def chat_completions(http: Request) -> Any:
         raise ApiError(
             400, "max_completion_tokens is given beside max_tokens, its older name; one says it.", param="max_completion_tokens"
         )
-    end = state.tokenizer.chat_end
 
     async def encode() -> list[list[int]]:
         return [await state.tokenizer.encode_chat(template_messages(body.messages))]
 
     return await generate(
-        http, body, ChatWriter(state, body), encode, choices=body.n or 1, prompt_field="messages", arrived=arrived,
-        max_tokens=body.max_completion_tokens or body.max_tokens, logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        stop_token_ids=state.stop_token_ids if end is None else state.stop_token_ids | {end},
+        http, body, ChatWriter(state, body), body.n or 1, "messages", encode, body.max_completion_tokens or body.max_tokens,
+        (body.top_logprobs or 0) if body.logprobs else None, state.stop_token_ids | state.tokenizer.chat_ends,
     )  # fmt: skip
 
 
@@ -69,17 +54,17 @@ class ChatWriter:
         self._wants_usage = bool(body.stream_options and body.stream_options.include_usage)
         self._head = state.reply_head("chatcmpl")
 
-    def reply(self, choices: Sequence[Piece], usage: Usage) -> ChatReply:
+    def reply(self, choices: Sequence[Piece], usage: replies.Usage) -> replies.ChatReply:
         written = [
-            ChatChoice(index, ReplyMessage(self._stripped(text)), reason, self._logprobs(logprobs))  # type: ignore[arg-type]
+            replies.ChatChoice(index, replies.ReplyMessage(self._stripped(text)), reason, self._logprobs(logprobs))  # type: ignore[arg-type]
             for index, text, logprobs, reason in choices
         ]
-        return ChatReply(**self._head, choices=written, usage=usage)
+        return replies.ChatReply(**self._head, choices=written, usage=usage)
 
-    async def chunks(self, generation: Generation) -> AsyncIterator[ChatChunk | None]:
+    async def chunks(self, generation: Generation) -> AsyncIterator[replies.ChatChunk | None]:
         begun: set[int] = set()  # choices that have text
         for index in range(self._n):
-            yield self._chunk(ChatChunkChoice(index, Delta("assistant", "")))
+            yield self._chunk(replies.ChatChunkChoice(index, replies.Delta("assistant", "")))
         async for piece in generation.pieces(QUIET):
             if piece is None:
                 yield None
@@ -88,29 +73,31 @@ class ChatWriter:
             if piece.text:
                 begun.add(piece.choice)
             if text or piece.logprobs:
-                delta = Delta(content=text) if text else Delta()
-                yield self._chunk(ChatChunkChoice(piece.choice, delta, None, self._logprobs(piece.logprobs)))
+                delta = replies.Delta(content=text) if text else replies.Delta()
+                yield self._chunk(replies.ChatChunkChoice(piece.choice, delta, None, self._logprobs(piece.logprobs)))
             if piece.reason:
-                yield self._chunk(ChatChunkChoice(piece.choice, Delta(), piece.reason))
+                yield self._chunk(replies.ChatChunkChoice(piece.choice, replies.Delta(), piece.reason))
         if self._wants_usage:
             yield self._chunk(usage=generation.usage)
 
-    def _chunk(self, *choices: ChatChunkChoice, usage: Usage | None = None) -> ChatChunk:
-        return ChatChunk(**self._head, choices=list(choices), usage=usage if self._wants_usage else UNSET)
+    def _chunk(self, *choices: replies.ChatChunkChoice, usage: replies.Usage | None = None) -> replies.ChatChunk:
+        return replies.ChatChunk(**self._head, choices=list(choices), usage=usage if self._wants_usage else UNSET)
 
     def _stripped(self, text: str) -> str:
         """Returns the beginning of a text without the space that follows the name a plain template ends with."""
         return text.removeprefix(" ") if self._strips_space else text
 
-    def _logprobs(self, logprobs: list[LogProb]) -> ChatLogProbs | None:
-        return ChatLogProbs([token_logprob(self._tokenizer, each) for each in logprobs]) if self._wants_logprobs else None
+    def _logprobs(self, logprobs: list[LogProb]) -> replies.ChatLogProbs | None:
+        return (
+            replies.ChatLogProbs([token_logprob(self._tokenizer, each) for each in logprobs]) if self._wants_logprobs else None
+        )
 
 
-def token_logprob(tokenizer: Tokenizer, logprob: LogProb) -> TokenLogProb:
+def token_logprob(tokenizer: Tokenizer, logprob: LogProb) -> replies.TokenLogProb:
     """Returns a token's log-probability, and those of the most probable tokens in its place, in OpenAI's form."""
     text, value = token_text(tokenizer, logprob.token)
     top = []
     for token, nats in logprob.top:
         top_text, top_bytes = token_text(tokenizer, token)
-        top.append(TopLogProb(top_text, nats, list(top_bytes)))
-    return TokenLogProb(text, logprob.logprob, list(value), top)
+        top.append(replies.TopLogProb(top_text, nats, list(top_bytes)))
+    return replies.TokenLogProb(text, logprob.logprob, list(value), top)

@@ -1,6 +1,5 @@
 """POST /v1/completions: continues texts or token ids."""
 
-import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -11,8 +10,8 @@ from engine.inference.request import LogProb
 from stages.serve.api.body import read_body
 from stages.serve.api.event_stream import QUIET
 from stages.serve.api.generation import Generation, Piece, generate
-from stages.serve.api.reply_schema import TextChoice, TextLogProbs, TextReply, Usage
-from stages.serve.api.request_schema import MAX_PROMPTS, CompletionRequest
+from stages.serve.api.replies import TextChoice, TextLogProbs, TextReply, Usage
+from stages.serve.api.requests import MAX_PROMPTS, CompletionRequest
 from stages.serve.errors import ApiError
 from stages.serve.state import ServerState
 from stages.serve.tokenize import token_text
@@ -23,7 +22,6 @@ DEFAULT_MAX_TOKENS = 16  # as OpenAI has it
 async def completions(http: Request) -> Any:
     """Continues each prompt `n` times; the choices of a prompt follow each other."""
     state: ServerState = http.app.state.server
-    arrived = time.monotonic()
     state.check_ready()
     body = await read_body(http, CompletionRequest)
     texts, ids = split_prompt(body.prompt)
@@ -36,8 +34,8 @@ async def completions(http: Request) -> Any:
         return ids or await state.tokenizer.encode(texts)
 
     return await generate(
-        http, body, TextWriter(state, body, choices), encode, choices=choices, max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS,
-        logprobs=body.logprobs, stop_token_ids=state.stop_token_ids, prompt_field="prompt", arrived=arrived,
+        http, body, TextWriter(state, body, choices), choices, "prompt", encode, body.max_tokens or DEFAULT_MAX_TOKENS,
+        body.logprobs, state.stop_token_ids,
     )  # fmt: skip
 
 

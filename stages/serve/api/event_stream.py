@@ -1,8 +1,8 @@
 """EventStream: a generation as server-sent events, which ends at once when the client leaves or no longer reads."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -19,22 +19,22 @@ HEADERS = [
 ]
 
 
-class Watched(Protocol):
-    """A generation, as far as a stream needs it: `watch` makes its chunks raise ClientGone when the client has left."""
-
-    def watch(self, receive: Receive) -> Awaitable[None]: ...
-
-    def close(self) -> None: ...
-
-
 class EventStream:
-    """A response: sends the `chunks` (a comment for None), then `[DONE]`, and closes the generation in any case."""
+    """A response: sends the `chunks` (a comment for None), then `[DONE]`, and calls `close` in any case.
 
-    def __init__(self, generation: Watched, chunks: AsyncIterator[Any | None]) -> None:
-        self._generation, self._chunks = generation, chunks
+    `watch` is to make the chunks raise ClientGone when the client has left.
+    """
+
+    def __init__(
+        self,
+        chunks: AsyncIterator[Any | None],
+        watch: Callable[[Receive], Coroutine[Any, Any, None]],
+        close: Callable[[], None],
+    ) -> None:
+        self._chunks, self._watch, self._close = chunks, watch, close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        watch = asyncio.ensure_future(self._generation.watch(receive))
+        watch = asyncio.create_task(self._watch(receive))
 
         async def write(data: bytes, more: bool = True) -> None:
             async with asyncio.timeout(UNREAD):
@@ -56,7 +56,7 @@ class EventStream:
             pass  # nobody reads it
         finally:
             watch.cancel()
-            self._generation.close()
+            self._close()
 
 
 def _data(json: bytes) -> bytes:

@@ -15,8 +15,8 @@ from engine.inference.request import Event, LogProb, Request, check
 from engine.inference.sampling_params import SEEDS, SamplingParams
 from engine.inference.stop_strings import Completion
 from stages.serve.api.event_stream import EventStream
-from stages.serve.api.reply_schema import CachedTokens, Reason, Usage
-from stages.serve.api.request_schema import CompletionFields
+from stages.serve.api.replies import CachedTokens, Reason, Usage
+from stages.serve.api.requests import CompletionFields
 from stages.serve.errors import ApiError, ClientGone, json_reply
 from stages.serve.state import ServerState
 from stages.serve.tokenize import context_overflow
@@ -152,60 +152,45 @@ class Writer(Protocol):
 
 
 async def generate(
-    http: starlette.requests.Request, body: CompletionFields, writer: Writer,
-    encode: Callable[[], Awaitable[list[list[int]]]], *, choices: int, max_tokens: int | None, logprobs: int | None,
-    stop_token_ids: frozenset[int], prompt_field: str, arrived: float,
+    http: starlette.requests.Request, body: CompletionFields, writer: Writer, choices: int, prompt_field: str,
+    encode: Callable[[], Awaitable[list[list[int]]]], max_tokens: int | None, logprobs: int | None, ends: frozenset[int],
 ) -> Any:  # fmt: skip
     """Returns the response to a request for `choices` completions of the prompts that `encode` gives.
 
-    Places are reserved before the prompts become tokens. Whatever happens, they are given back and nothing is left in
-    the engine. Raises ApiError, and ClientGone when the client leaves.
+    They have at most `max_tokens` (all that fit when None), and one of `ends` ends them. Places are reserved before the
+    prompts become tokens; whatever happens, they are given back and nothing is left in the engine. Raises ApiError, about
+    `prompt_field` for a prompt that does not fit, and ClientGone when the client leaves.
     """
     state: ServerState = http.app.state.server
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options is given without stream being true.", param="stream_options")
     state.admission.reserve(choices)
     try:
-        prompts = await encode()
-        stop_token_ids = frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else stop_token_ids)
-        namespace = http.scope["state"].get("namespace", "")
-        requests = engine_requests(state, body, prompts, max_tokens, logprobs, stop_token_ids, namespace, prompt_field)
-        generation = Generation(state, requests, body.stops, body.n or 1, arrived)
-    except BaseException:
+        prompts, requests = await encode(), list[Request]()
+        seed = int.from_bytes(os.urandom(4)) if body.seed is None else body.seed
+        options = {name: value for name in SAMPLING if (value := getattr(body, name)) is not None}
+        options |= {
+            "top_k": max(0, body.top_k or 0), "logprobs": logprobs,  # -1 is another way to say all
+            "logit_bias": {int(token): value for token, value in (body.logit_bias or {}).items() if value},
+            "stop_token_ids": frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else ends),
+        }  # fmt: skip
+        for prompt in prompts:
+            room = state.engine.capacity - len(prompt)
+            if room < (max_tokens or 1):
+                raise context_overflow(len(prompt), max_tokens, state.engine.capacity, prompt_field)
+            for _ in range(body.n or 1):  # each draws by a seed of its own
+                params = SamplingParams(max_tokens=max_tokens or room, seed=(seed + len(requests)) % SEEDS, **options)
+                requests.append(Request(tuple(prompt), params, http.state.namespace))
+                check(requests[-1], state.engine.cfg.vocab, state.engine.capacity)
+        generation = Generation(state, requests, body.stops, body.n or 1, http.state.arrived)
+    except BaseException as error:
         state.admission.release(choices)
+        if isinstance(error, InvalidField):
+            raise ApiError(400, str(error), param=error.field) from None
         raise
     if body.stream:
-        return EventStream(generation, writer.chunks(generation))
+        return EventStream(writer.chunks(generation), generation.watch, generation.close)
     try:
         return json_reply(writer.reply(await generation.whole(http.receive), generation.usage))
     finally:
         generation.close()
-
-
-def engine_requests(
-    state: ServerState, body: CompletionFields, prompts: Sequence[list[int]], max_tokens: int | None, logprobs: int | None,
-    stop_token_ids: frozenset[int], namespace: str, prompt_field: str,
-) -> list[Request]:  # fmt: skip
-    """Returns `n` requests for each prompt, of at most `max_tokens` (all that fit when None). Raises ApiError.
-
-    Each draws by a seed of its own, counted up from the one that was given, else from a random one.
-    """
-    seed = int.from_bytes(os.urandom(4)) if body.seed is None else body.seed
-    sampling = {name: value for name in SAMPLING if (value := getattr(body, name)) is not None}
-    requests: list[Request] = []
-    for prompt in prompts:
-        room = state.engine.capacity - len(prompt)
-        if room < (max_tokens or 1):
-            raise context_overflow(len(prompt), max_tokens, state.engine.capacity, prompt_field)
-        try:
-            for _ in range(body.n or 1):
-                params = SamplingParams(
-                    max_tokens=max_tokens or room, top_k=max(0, body.top_k or 0),  # -1 is another way to say all
-                    seed=(seed + len(requests)) % SEEDS, logprobs=logprobs, stop_token_ids=stop_token_ids,
-                    logit_bias={int(token): value for token, value in (body.logit_bias or {}).items() if value}, **sampling,
-                )  # fmt: skip
-                requests.append(Request(tuple(prompt), params, namespace))
-                check(requests[-1], state.engine.cfg.vocab, state.engine.capacity)
-        except InvalidField as error:
-            raise ApiError(400, str(error), param=error.field) from None
-    return requests

@@ -12,14 +12,17 @@ import hashlib
 import hmac
 import re
 import secrets
+import time
 from collections.abc import Callable, Sequence
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stages.serve.errors import ApiError
 
 OPEN = "/live"  # answered without a key
 PAGE = "/"
+NO_ROUTE = "There is no such route; /openapi.json lists them all."
 PATH = re.compile(r"/|(?:/[A-Za-z0-9_.~:@!$&'()*+,;=-]+)+/?")
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
@@ -52,6 +55,8 @@ class Guard:
                 await self._app(scope, receive, send)
             return
 
+        arrived = time.monotonic()
+
         async def send_secured(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self._count(message["status"])
@@ -67,23 +72,21 @@ class Guard:
         except ApiError as error:
             await error.reply()(scope, receive, send_secured)
             return
-        scope.setdefault("state", {})["namespace"] = namespace
+        scope.setdefault("state", {}).update(namespace=namespace, arrived=arrived)
         await self._app(scope, receive, send_secured)
 
     def _check(self, scope: Scope) -> str:
         """Returns the caller's namespace, a name for their key. Raises ApiError."""
         path = scope.get("raw_path", scope["path"].encode()).decode("latin-1")
-        headers: dict[str, list[str]] = {}
-        for name, value in scope["headers"]:
-            headers.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
+        headers = Headers(scope=scope)
         self._check_caller(scope, headers, path)
-        namespace = self._check_key(headers.get("authorization", []), path) if self._keys and path != OPEN else ""
+        namespace = self._check_key(headers.getlist("authorization"), path) if self._keys and path != OPEN else ""
         if not PATH.fullmatch(path):
-            raise ApiError(404, "There is no such route; /openapi.json lists them all.", code="not_found")
+            raise ApiError(404, NO_ROUTE, code="not_found")
         return namespace
 
-    def _check_caller(self, scope: Scope, headers: dict[str, list[str]], path: str) -> None:
-        hosts = headers.get("host", [])
+    def _check_caller(self, scope: Scope, headers: Headers, path: str) -> None:
+        hosts = headers.getlist("host")
         if len(hosts) != 1:
             raise ApiError(400, "The request must name one Host.", code="bad_host")
         host = hosts[0].lower()
@@ -92,11 +95,11 @@ class Guard:
                 403, "This server is not called by that Host; it can be told to be with --allow-host.", code="bad_host"
             )
         allowed = self._origins | {f"{scope.get('scheme', 'http')}://{host}"}
-        if any(origin.lower() not in allowed for origin in headers.get("origin", [])):
+        if any(origin.lower() not in allowed for origin in headers.getlist("origin")):
             raise ApiError(403, "Pages of another origin may not use this server.", code="bad_origin")
-        sites, modes = headers.get("sec-fetch-site", []), headers.get("sec-fetch-mode", [])
-        elsewhere = any(site.lower() in ("cross-site", "same-site") for site in sites)
-        if elsewhere and "origin" not in headers and not (path == PAGE and modes == ["navigate"] and scope["method"] == "GET"):
+        elsewhere = any(site.lower() in ("cross-site", "same-site") for site in headers.getlist("sec-fetch-site"))
+        link = path == PAGE and headers.getlist("sec-fetch-mode") == ["navigate"] and scope["method"] == "GET"
+        if elsewhere and "origin" not in headers and not link:
             raise ApiError(403, "Pages of another site may not use this server.", code="bad_origin")
 
     def _check_key(self, authorizations: list[str], path: str) -> str:

@@ -5,8 +5,8 @@ from typing import Any
 
 import msgspec
 
-from stages.serve.api.reply_schema import ChatChunk
-from stages.serve.api.request_schema import MAX_PROMPTS
+from stages.serve.api.replies import ChatChunk
+from stages.serve.api.requests import MAX_PROMPTS
 from stages.serve.api.routes import ROUTES, Route
 from stages.serve.errors import ErrorReply
 

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 from stages.serve.api import utility_routes as utility
 from stages.serve.api.chat import chat_completions
 from stages.serve.api.completions import completions
-from stages.serve.api.reply_schema import Attestation, ChatReply, Health, Live, ModelCard, ModelList, Text, TextReply, Tokens
-from stages.serve.api.request_schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from stages.serve.api.replies import Attestation, ChatReply, Health, Live, ModelCard, ModelList, Text, TextReply, Tokens
+from stages.serve.api.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 BODY = (400, 404, 408, 413, 415, 429, 503)
 

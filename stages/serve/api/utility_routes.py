@@ -8,8 +8,8 @@ from starlette.responses import Response
 
 from stages.serve.api.body import read_body
 from stages.serve.api.chat import template_messages
-from stages.serve.api.reply_schema import Attestation, Health, Live, ModelCard, ModelList, Text, Tokens
-from stages.serve.api.request_schema import DetokenizeRequest, TokenizeRequest
+from stages.serve.api.replies import Attestation, Health, Live, ModelCard, ModelList, Text, Tokens
+from stages.serve.api.requests import DetokenizeRequest, TokenizeRequest
 from stages.serve.errors import ApiError, json_reply
 from stages.serve.state import ServerState
 
@@ -61,8 +61,8 @@ async def detokenize(http: Request) -> Response:
 
 async def health(http: Request) -> Response:
     state = _state(http)
-    status, load = state.status, state.engine.load
-    reply = Health(status, load.running, load.waiting, state.engine.compiled, round(state.seconds_since_tick, 3))
+    status, engine = state.status, state.engine
+    reply = Health(status, engine.running, engine.waiting, engine.compiled, round(engine.idle_seconds, 3))
     return json_reply(reply, 200 if status == "ok" else 503)
 
 
