@@ -1,94 +1,188 @@
-"""An adapter on disk: what was learnt about one model, as a file of its own that knows which model that was.
+"""A LoRA adapter on disk: PEFT's layout, with the digest of the weights it was trained on and a checksum.
 
-FOLDER/adapter.safetensors    PATH.a and PATH.b of every adapted matrix, float32
-       adapter.json           the base's digest; each matrix's scale and columns; what else the caller noted
+    FOLDER/adapter_config.json         rank, alpha, adapted modules and the name of the base, as PEFT reads them
+           adapter_model.safetensors   lora_A (R, in) and lora_B (out, R) of every adapted part, float32; its metadata:
+                                       thrice.base, SHA-256 of the base's params; thrice.checksum, over all numbers
+
+An adapter that PEFT wrote has no such metadata; it is read too, and nothing vouches for its base but the shapes.
 """
 
-import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 import numpy as np
 
 from engine.errors import UserError
-from engine.files import whole_folder
+from engine.files import whole_folder, write_json
+from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths, unflatten
 from engine.model.weights.lora import LoRA
-from engine.storage.huggingface.safetensors import read_header, read_rows, write_file
+from engine.storage.digest import digest
+from engine.storage.huggingface import safetensors
+from engine.storage.reading import read_object, shown
 
-WEIGHTS, ABOUT = "adapter.safetensors", "adapter.json"
-VERSION = 1
+CONFIG, WEIGHTS, FORMER = "adapter_config.json", "adapter_model.safetensors", "adapter.json"
+BASE, CHECKSUM = "thrice.base", "thrice.checksum"
+PREFIX = "base_model.model.model.layers."
+MODULES = {
+    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "out": "self_attn.o_proj",
+    "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+}  # fmt: skip
+SMALL = 2**20  # bytes of a config
+# Fields of PEFT that change what an adapter computes or where it lies; none of them is built here.
+UNBUILT = (
+    "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias",
+    "layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "use_qalora",
+)  # fmt: skip
 
 
 class Adapter(NamedTuple):
-    """A tree of LoRA leaves without a base, the digest of the base they were learnt about, and the caller's notes."""
+    """A tree of LoRA leaves without a base; the digest of the base they were trained on, if the file says it, and its name."""
 
-    adapters: dict[str, Any]
-    base: str
-    about: dict[str, Any]
+    params: dict[str, Any]
+    base: str | None
+    base_name: str
 
 
-def save_adapter(folder: Path, adapters: dict[str, Any], *, base: str, about: dict[str, Any] | None = None) -> Path:
-    """Writes the folder, whole or not at all, in place of one that is there; returns it.
+def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base: str, base_name: str) -> Path:
+    """Writes the LoRA leaves of params, on their base or alone, in place of a folder that is there; returns the folder.
 
-    `base` is the digest of the params as they were loaded. Raises ValueError for leaves that are not adapters.
+    It appears whole or not at all. `base` is the digest of the base's params as they are loaded. Raises UserError when there
+    is no LoRA leaf, one lies on another, or they differ in rank or scale, for which the layout has no place.
     """
-    leaves = leaf_paths(adapters)
-    others = [path for path, leaf in leaves.items() if not isinstance(leaf, LoRA)]
-    if others or not leaves:
-        raise ValueError(f"An adapter holds LoRA leaves only; {others or 'nothing'} came.")
-    arrays = {f"{path}.{side}": np.asarray(getattr(leaf, side), np.float32) for path, leaf in leaves.items() for side in "ab"}
-    described = {path: {"scale": leaf.scale, "columns": leaf.columns} for path, leaf in leaves.items()}
+    leaves = {path: leaf for path, leaf in leaf_paths(params).items() if isinstance(leaf, LoRA)}
+    if not leaves:
+        raise UserError("This model has no LoRA adapters to write; leave --adapter out to write all of it.")
+    if any(isinstance(leaf.base, LoRA) for leaf in leaves.values()):
+        raise UserError("This model has several adapters on one base, and PEFT's layout holds one; export it folded instead.")
+    sizes = {(leaf.rank, leaf.scale) for leaf in leaves.values()}
+    if len(sizes) > 1:
+        raise UserError("The adapters differ in rank or scale, and PEFT's layout has one of each; export it folded instead.")
+    rank, scale = sizes.pop()
+    arrays: dict[str, np.ndarray] = {}
+    modules, layers = set(), set()
+    for path, leaf in leaves.items():
+        _, layer, name = path.split("/")
+        names = {columns: part for part, columns in cfg.parts[name].items()}
+        for start, stop, a, b in leaf.parts():
+            module = MODULES[names[start, stop]]
+            arrays[f"{PREFIX}{layer}.{module}.lora_A.weight"] = np.asarray(a, np.float32).T
+            arrays[f"{PREFIX}{layer}.{module}.lora_B.weight"] = np.asarray(b, np.float32).T
+            modules.add(module.split(".")[1])
+            layers.add(int(layer))
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": rank,
+        "lora_alpha": _alpha(rank, scale),
+        "lora_dropout": 0.0,
+        "target_modules": sorted(modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "layers_to_transform": None if layers == set(range(cfg.layers)) else sorted(layers),
+    }
+    shapes = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+    metadata = {BASE: base, CHECKSUM: _checksum(arrays, scale)}
     with whole_folder(folder) as building:
-        announced = {name: (array.shape, array.dtype) for name, array in arrays.items()}
-        write_file(building / WEIGHTS, announced, arrays.__getitem__)
-        text = json.dumps({"version": VERSION, "base": base, "leaves": described, "about": about or {}}, indent=1)
-        (building / ABOUT).write_text(text, encoding="utf-8")
+        write_json(building / CONFIG, config)
+        safetensors.write_file(building / WEIGHTS, shapes, arrays.__getitem__, metadata)
     return folder
 
 
-def load_adapter(folder: Path, *, base: str | None = None) -> Adapter:
-    """What `save_adapter` wrote; with `base`, only if it was learnt about the model of that digest.
+def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> Adapter:
+    """Reads the adapter in a folder, for a model of this architecture whose params have the digest `base`.
 
-    Raises UserError when there is none, it is damaged, or it belongs to another model.
+    Raises UserError when there is none, it was trained on other weights, its checksum does not hold, it is of a kind that is
+    not built here, or its tensors do not fit the model.
     """
-    if not (folder / ABOUT).is_file() or not (folder / WEIGHTS).is_file():
-        raise UserError(f"There is no adapter at {folder}: it has no {ABOUT} and {WEIGHTS}.")
-    try:
-        said = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        learnt_about, described, about, version = said["base"], said["leaves"], said["about"], said["version"]
-        if not (isinstance(learnt_about, str) and isinstance(described, dict) and isinstance(about, dict)):
-            raise TypeError("its base, leaves and about are not a text and two objects")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / ABOUT} is damaged: {error!r}. Restore it, or learn it again.") from None
-    if version != VERSION:
-        raise UserError(f"{folder / ABOUT} is of version {version}; this is {VERSION}.")
-    if base is not None and learnt_about != base:
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        if (folder / FORMER).is_file():
+            raise UserError(
+                f"{folder} holds an adapter in the format of an earlier version ({FORMER}), which is read no more: "
+                f"run its fine-tuning again with --overwrite, or take one in PEFT's layout ({CONFIG})."
+            )
+        raise UserError(f"There is no adapter at {folder}: it has no {CONFIG} and {WEIGHTS}.")
+    fields = read_object(folder / CONFIG, SMALL)
+    rank, scale = _rank_and_scale(fields, folder / CONFIG)
+    metadata = safetensors.read_metadata(folder / WEIGHTS)
+    trained_on, name = metadata.get(BASE), fields.get("base_model_name_or_path")
+    if base is not None and trained_on not in (None, base):
         raise UserError(
-            f"The adapter {folder} was learnt about another model: its base has the digest {learnt_about[:16]}, "
-            f"this one {base[:16]}. It was {about.get('model', 'not named')}."
+            f"The adapter {folder} was trained on another model: its base has the digest {shown(trained_on[:16])}, this one "
+            f"{base[:16]!r}. It was trained on {shown(name)}."
         )
-    stored = read_header(folder / WEIGHTS)
-    try:
-        leaves = {path: _leaf(stored, path, entry) for path, entry in described.items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder} is damaged: its two files do not fit each other ({error!r}).") from None
-    if len(stored) != 2 * len(leaves) or not leaves:
-        raise UserError(f"{folder} is damaged: {len(stored)} tensors are there for {len(leaves)} adapted matrices.")
-    return Adapter(unflatten(leaves), learnt_about, about)
+    arrays = _read_arrays(folder / WEIGHTS, rank)
+    if BASE in metadata and metadata.get(CHECKSUM) != _checksum(arrays, scale):
+        raise UserError(f"The adapter {folder} is damaged: its checksum does not hold. Restore it, or train it again.")
+    leaves: dict[str, Any] = {}
+    unused = set(arrays)
+    for layer in range(cfg.layers):
+        for leaf, parts in cfg.parts.items():
+            pairs: dict[tuple[int, int], list[np.ndarray]] = {}
+            for part, columns in sorted(parts.items(), key=lambda item: item[1]):
+                names = [f"{PREFIX}{layer}.{MODULES[part]}.lora_{side}.weight" for side in "AB"]
+                if unused.isdisjoint(names):
+                    continue
+                if missing := set(names) - unused:
+                    raise UserError(f"{folder / WEIGHTS} has no tensor {min(missing)!r}, the other half of a pair.")
+                unused -= set(names)
+                a, b = (arrays[name].T for name in names)
+                if b.shape[1] != columns[1] - columns[0]:
+                    raise UserError(f"{folder / WEIGHTS}: the tensor {names[1]!r} has {b.shape[1]} rows, and not {columns}.")
+                pairs[columns] = [a, b]
+            if pairs:
+                if len({a.shape for a, _ in pairs.values()}) > 1:
+                    raise UserError(f"{folder / WEIGHTS}: the lora_A of layer {layer} read inputs of different widths.")
+                left, right = (jnp.asarray(np.concatenate(side, axis=1)) for side in zip(*pairs.values()))
+                leaves[f"blocks/{layer}/{leaf}"] = LoRA(None, left, right, scale, tuple(pairs))
+    if unused:
+        raise UserError(f"{folder / WEIGHTS} has a tensor {shown(min(unused))}, which has no place in this architecture.")
+    if not leaves:
+        raise UserError(f"{folder} is damaged: it holds no adapter of any matrix.")
+    return Adapter(unflatten(leaves), trained_on, str(name))
 
 
-def _leaf(stored: dict[str, Any], path: str, entry: dict[str, Any]) -> LoRA:
-    a, b = (read_rows(one, 0, one.shape[0]) for one in (stored[f"{path}.a"], stored[f"{path}.b"]))
-    columns = tuple((int(start), int(stop)) for start, stop in entry["columns"])
-    edges = [edge for span in columns for edge in span]
-    if not columns or edges != sorted(edges) or edges[0] < 0 or not all(start < stop for start, stop in columns):
-        raise ValueError(f"{path} has columns {columns}")
-    if not (math.isfinite(entry["scale"]) and np.isfinite(a).all() and np.isfinite(b).all()):
-        raise ValueError(f"{path} has a number that is not finite")
-    width = sum(stop - start for start, stop in columns)
-    if a.ndim != 2 or b.ndim != 2 or b.shape[1] != width or a.shape[1] != b.shape[0] * len(columns):
-        raise ValueError(f"{path} has a of {a.shape} and b of {b.shape} for columns {columns}")
-    return LoRA(None, jnp.asarray(a), jnp.asarray(b), float(entry["scale"]), columns)
+def without_adapters(params: dict[str, Any]) -> dict[str, Any]:
+    """Returns params with every LoRA leaf replaced by what it lies on."""
+    return unflatten({path: leaf.base if isinstance(leaf, LoRA) else leaf for path, leaf in leaf_paths(params).items()})
+
+
+def _rank_and_scale(fields: dict[str, Any], path: Path) -> tuple[int, float]:
+    other = next((name for name in UNBUILT if fields.get(name)), None)
+    other = other or next((name for name, only in (("peft_type", "LORA"), ("bias", "none")) if fields.get(name) != only), None)
+    if other:
+        raise UserError(f"{path} describes another kind of adapter ({other}) than plain LoRA, which is all that is read here.")
+    rank, alpha = (cast(Any, fields.get(name)) for name in ("r", "lora_alpha"))
+    if type(rank) is not int or type(alpha) not in (int, float) or not (0 < rank < 2**20 and abs(alpha) < 2**40):
+        raise UserError(f"{path}: r and lora_alpha should be numbers, and are {shown(rank)} and {shown(alpha)}.")
+    return rank, alpha / rank
+
+
+def _alpha(rank: int, scale: float) -> float:
+    """Returns the lora_alpha that, divided by rank, is scale to the bit: scale * rank itself may round to a neighbour."""
+    alpha = scale * rank
+    close = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    return next((one for one in close if one / rank == scale), alpha)
+
+
+def _read_arrays(path: Path, rank: int) -> dict[str, np.ndarray]:
+    """Returns every tensor of the file in float32, once it is sure that each can be half of a pair of this rank."""
+    arrays = {}
+    for name, tensor in safetensors.read_header(path).items():
+        side = 1 if name.endswith(".lora_B.weight") else 0
+        if len(tensor.shape) != 2 or tensor.shape[side] != rank or tensor.dtype not in safetensors.DTYPES:
+            raise UserError(f"{path}: the tensor {shown(name)} is {tensor.dtype} {list(tensor.shape)}, and its rank {rank}.")
+        arrays[name] = safetensors.read_rows(tensor, 0, tensor.shape[0]).astype(np.float32, copy=False)
+        if not np.isfinite(arrays[name]).all():
+            raise UserError(f"{path} is damaged: the tensor {shown(name)} holds a number that is not finite.")
+    return arrays
+
+
+def _checksum(arrays: dict[str, np.ndarray], scale: float) -> str:
+    """Returns the SHA-256 over the names, shapes and bits of all tensors, and the factor they are added with."""
+    return digest({name: np.ascontiguousarray(array) for name, array in arrays.items()} | {"scale": np.float64(scale)})

@@ -9,7 +9,7 @@ from engine.counting.hardware import check_room
 from engine.counting.params import count_params
 from engine.errors import UserError, nearest
 from engine.model.config import ModelConfig
-from engine.model.paths import leaf_paths, merge
+from engine.model.paths import merge
 from engine.storage import checkpoint, run_folder
 from engine.storage.adapter import load_adapter
 from engine.storage.assets import ASSETS, MODELS, fetch
@@ -125,26 +125,23 @@ def _load_adapted(run: Path, on_config: OnConfig) -> LoadedModel:
         raise UserError(f"{run} adapts {record['base']['model']}, which cannot be read: {error}") from None
     tokenizer, ends = run_folder.read_tokenizer(run)
     return dataclasses.replace(
-        base, name=run.name, params=with_adapters(base.params, [run]), tokenizer=tokenizer, ends=ends,
+        base, name=run.name, params=with_adapters(base.cfg, base.params, [run]), tokenizer=tokenizer, ends=ends,
         checkpoint=run / run_folder.ADAPTER, run=run,
     )  # fmt: skip
 
 
-def with_adapters(params: Any, folders: Sequence[Path]) -> Any:
-    """Returns params with the adapters in `folders` on them, each an adapter's own folder or a LoRA run's.
+def with_adapters(cfg: ModelConfig, params: Any, folders: Sequence[Path]) -> Any:
+    """Returns params with the adapters in `folders` on them, each a folder in PEFT's layout or a LoRA run's.
 
     params stay as they are; what several adapters add is added up. Raises UserError when an adapter is missing, is
-    damaged, or was trained for other weights (their digest differs).
+    damaged, or was trained on other weights (their digest differs).
     """
     adapted, base = params, digest(params) if folders else None
     for folder in folders:
         place = folder / run_folder.ADAPTER if (folder / run_folder.ADAPTER).is_dir() else folder
-        adapters = load_adapter(place, base=base).adapters
-        unknown = leaf_paths(adapters).keys() - leaf_paths(adapted).keys()
-        if unknown:
-            raise UserError(f"{place} is damaged: it adapts {min(unknown)}, which this model does not have.")
+        adapter = load_adapter(place, cfg, base=base)
         try:
-            adapted = merge(adapters, adapted)
+            adapted = merge(adapter.params, adapted)
         except ValueError as error:
             raise UserError(f"{place} is damaged: {error}") from None
     return adapted

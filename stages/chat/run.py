@@ -29,7 +29,7 @@ def run(flags: flags.Chat, device: Device) -> int:
     with notes.task(f"loading {flags.model or 'the newest run'}") as report:
         model = load_model(flags.model, report=report)
     notes.warn_damaged(model.damaged, model.checkpoint)
-    params = for_inference(model.cfg, with_adapters(model.params, flags.adapter))
+    params = for_inference(model.cfg, with_adapters(model.cfg, model.params, flags.adapter))
     chat = Chat(model.tokenizer, template, now=datetime.datetime.now().isoformat(timespec="seconds"))
     conversation = Conversation(model.cfg, params, chat, model.ends, flags.sampling.params(), flags.system or "")
     before = digest(params)

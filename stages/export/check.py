@@ -16,8 +16,8 @@ from engine.model.paths import leaf_paths, map_paths, merge, unflatten
 from engine.model.transformer import forward
 from engine.model.weights.lora import LoRA
 from engine.model.weights.matmul import dense
+from engine.storage.adapter import load_adapter, without_adapters
 from engine.storage.find import load_model
-from engine.storage.huggingface.peft import load_peft
 from engine.storage.loaded_model import LoadedModel
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -56,7 +56,7 @@ def compare_adapter(model: LoadedModel, out: Path) -> Report:
     """As `compare`, of adapters in PEFT's layout: the pairs to the bit, and the logits of the base with them on it."""
     leaves = leaf_paths(model.params)
     wanted = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, LoRA)}
-    adapters = leaf_paths(load_peft(out, model.cfg))
+    adapters = leaf_paths(load_adapter(out, model.cfg).params)
     faults = _tokenizer_faults(model.tokenizer, load_tokenizer(out))
     faults += [f"whether {path} is adapted" for path in sorted(wanted.keys() ^ adapters.keys())]
     for path in sorted(wanted.keys() & adapters.keys()):
@@ -68,7 +68,7 @@ def compare_adapter(model: LoadedModel, out: Path) -> Report:
     if faults:
         return rows, faults
     cfg = dataclasses.replace(model.cfg, dtype="float32")
-    base = unflatten({path: getattr(leaf, "base", leaf) for path, leaf in leaves.items()})
+    base = without_adapters(model.params)
     apart = np.abs(_logits(cfg, model.params) - _logits(cfg, merge(unflatten(adapters), base))).max()
     rows.append(("logits", f"{apart:.1e} apart, on the base"))
     return rows, [] if apart == 0 else ["the logits"]

@@ -8,11 +8,12 @@ from engine.files import whole_folder
 from engine.format import size
 from engine.model.weights.matmul import dense
 from engine.storage import run_folder
+from engine.storage.adapter import save_adapter, without_adapters
+from engine.storage.digest import digest
 from engine.storage.find import load_model
 from engine.storage.gguf.save import save_gguf
 from engine.storage.gguf.tokenizer_metadata import NEAREST, words_to
 from engine.storage.huggingface.folder import save_folder
-from engine.storage.huggingface.peft import save_peft
 from engine.storage.loaded_model import LoadedModel
 from stages.cli.command import command_line
 from stages.cli.console import Console, ReportProgress
@@ -91,7 +92,8 @@ def _write_folder(out: Path, model: LoadedModel, dtype: str, adapter: bool, repo
     with whole_folder(out) as building:
         if adapter:
             record = run_folder.read_json(model.run / "run.json") if model.run else {}
-            save_peft(building, model.cfg, model.params, record.get("base", {}).get("model") or model.name)
+            base, name = digest(without_adapters(model.params)), record.get("base", {}).get("model") or model.name
+            save_adapter(building, model.cfg, model.params, base=base, base_name=name)
         else:
             tokens = {"eos_token_id": list(model.ends) if len(model.ends) > 1 else model.ends[0]}
             for name in ("bos_token", "pad_token"):

@@ -85,7 +85,9 @@ def close(run: "Tuned", state: Any, loop: Loop, was: Look) -> int:
     if not frozen_same:
         raise RuntimeError(f"Frozen weights changed: their SHA-256 was {run.base}.")
     if run.learner.trainable_paths.adapted:
-        place = save_adapter(folder / ADAPTER, state.trainable, base=run.base, about=_about(run))
+        place = save_adapter(
+            folder / ADAPTER, run.plan.cfg, state.trainable, base=run.base, base_name=run.facts()["base"]["model"]
+        )
     else:
         place = folder / "checkpoints" / str(past.step)
     speed = past.step * run.plan.step_tokens / max(past.seconds, 1e-9)
@@ -99,10 +101,6 @@ def close(run: "Tuned", state: Any, loop: Loop, was: Look) -> int:
     _say(run, result, was, now, Path(str(place)))
     run.chat.close()
     return 0
-
-
-def _about(run: "Tuned") -> dict[str, Any]:
-    return {"model": run.facts()["base"]["model"], "lora": str(run.given.adapter), "data": run.given.examples.data}
 
 
 def _say(run: "Tuned", result: dict[str, Any], was: Look, now: Look, place: Path) -> None:

@@ -28,8 +28,8 @@ def close(run: "Reinforced", state: Any, rounds: "Rounds", was: "Draw") -> int:
     if run.learner.trainable_paths.adapted:
         if digest(run.model.params) != run.base:
             raise RuntimeError(f"Frozen weights changed: their SHA-256 was {run.base}.")
-        about = {"model": kept.lasting(run.given.model), "lora": str(run.given.adapter), "task": run.given.asked.task}
-        place = save_adapter(folder / ADAPTER, state.trainable, base=run.base, about=about)
+        name = kept.lasting(run.given.model)
+        place = save_adapter(folder / ADAPTER, run.plan.cfg, state.trainable, base=run.base, base_name=name)
     else:
         place = folder / "checkpoints" / str(past.step)
     drawing = sum(one.draw.seconds for one in rounds.done)

@@ -117,7 +117,7 @@ def make_state(
 def _laid_out(model: LoadedModel, adapter: Path | None, layout: Layout, speculation: bool) -> Slots:
     """Returns slots around the model's weights, with an adapter on them if there is one."""
     cfg = layout.config(model.cfg)
-    params = with_adapters(model.params, [adapter]) if adapter else model.params
+    params = with_adapters(model.cfg, model.params, [adapter]) if adapter else model.params
     params = jax.block_until_ready(layout.params(cfg, params))
     try:
         return Slots(cfg, params, guesses=speculation, **layout.slot_options(cfg))

@@ -151,7 +151,8 @@ def test_an_adapter_is_merged_or_written_alone(
     data = bytearray((alone / "adapter_model.safetensors").read_bytes())
     data[-3] ^= 1
     (alone / "adapter_model.safetensors").write_bytes(data)
-    assert [fault[:14] for fault in check.compare_adapter(tuned, alone)[1]] == ["the adapter of"]
+    with pytest.raises(UserError, match="checksum does not hold"):
+        check.compare_adapter(tuned, alone)
     (alone / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     with pytest.raises(UserError, match="another kind of adapter"):
         check.compare_adapter(tuned, alone)

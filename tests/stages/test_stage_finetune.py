@@ -156,7 +156,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     monkeypatch.setattr(conversation_data.PackedBatches, "at", at)
     assert finetune.main(given) == 0
     assert re.search(r"resumed at step [67]", capsys.readouterr().out)
-    for name in ("adapter.safetensors", "adapter.json"):
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
         whole, resumed = (run / "adapter" / name for run in (adapted[0], folder))
         assert whole.read_bytes() == resumed.read_bytes()
     assert finetune.main(given) == 0
@@ -292,7 +292,7 @@ def test_an_adapter_for_another_base_is_refused(
     folder = tmp_path / "other"
     assert finetune.main(args(trained, chats, folder, "--train", "blocks/1/qkv", "--steps", 2)) == 0
     told = failing(chat.main, ["--model", str(folder), "--adapter", str(adapted[0])])
-    assert "was learnt about another model" in told
+    assert "was trained on another model" in told
     assert str(trained) in told
     told = failing(chat.main, ["--model", str(trained), "--adapter", str(trained)])
     assert "There is no adapter at" in told
@@ -301,21 +301,23 @@ def test_an_adapter_for_another_base_is_refused(
     shutil.copytree(adapted[0], twin)
     about = json.loads((twin / "run.json").read_text())
     (twin / "run.json").write_text(json.dumps(about | {"base": about["base"] | {"model": str(folder)}}))
-    assert "was learnt about another model" in failing(generate.main, ["--model", str(twin)])
+    assert "was trained on another model" in failing(generate.main, ["--model", str(twin)])
 
 
 def test_an_adapter_that_does_not_fit_its_model_is_damaged(adapted: tuple[Path, str], trained: Path, tmp_path: Path) -> None:
     """It names the right base, so only what is in it can tell."""
-    found = load_adapter(adapted[0] / "adapter")
-    leaf = found.adapters["blocks"]["0"]["qkv"]
-    for wrong, told in (
-        ({"9": {"qkv": leaf}}, "adapts blocks/9/qkv, which this model does not have"),
+    model = load_model(str(trained))
+    found = load_adapter(adapted[0] / "adapter", model.cfg)
+    assert found.base is not None
+    leaf = found.params["blocks"]["0"]["qkv"]
+    larger = dataclasses.replace(model.cfg, layers=10)
+    for wrong, message in (
+        ({"9": {"qkv": leaf}}, r"layers\.9\..*', which has no place in this architecture"),
         ({"0": {"qkv": dataclasses.replace(leaf, a=leaf.a[:-2])}}, "is damaged: An adapter of"),
-        ({"0": {"attn_norm": leaf}}, "is damaged: An adapter of"),
     ):
-        folder = save_adapter(tmp_path / "wrong", {"blocks": wrong}, base=found.base)
-        with pytest.raises(UserError, match=told):
-            with_adapters(load_model(str(trained)).params, [folder])
+        folder = save_adapter(tmp_path / "wrong", larger, {"blocks": wrong}, base=found.base, base_name="sea")
+        with pytest.raises(UserError, match=message):
+            with_adapters(model.cfg, model.params, [folder])
 
 
 def test_not_enough_memory_is_predicted(

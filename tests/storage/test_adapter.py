@@ -1,121 +1,207 @@
-"""Adapters are files of their own: they come back as they were, and go on no other base."""
+"""Adapters are files in PEFT's layout: they come back as they were, and go on no other base."""
 
 import dataclasses
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from tiny import lively_params, tiny_config
 
 from engine.errors import UserError
 from engine.model.paths import leaf_paths, unflatten
 from engine.model.weights.lora import LoRA, make_adapter
-from engine.storage.adapter import load_adapter, save_adapter
+from engine.storage.adapter import load_adapter, save_adapter, without_adapters
 from engine.storage.digest import digest
 
 CFG = tiny_config()
 BASE = "0123456789abcdef" * 4
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model.model.layers.0.self_attn."
 
 
-def adapters():
+def adapters(alpha: float = 12.0, layers: tuple[int, ...] = (0, 1)) -> Any:
     parts = CFG.parts["qkv"]
     found = {}
-    for layer in range(2):
-        made = make_adapter(jax.random.key(layer), 20, [parts["q"], parts["v"]], 3, 12.0)
+    for layer in layers:
+        made = make_adapter(jax.random.key(layer), 20, [parts["q"], parts["v"]], 3, alpha)
         found[f"blocks/{layer}/qkv"] = dataclasses.replace(made, b=jnp.full(made.b.shape, 0.1 + layer))
+        found[f"blocks/{layer}/down"] = make_adapter(jax.random.key(9), 28, [CFG.parts["down"]["down"]], 3, alpha)
     return unflatten(found)
 
 
-def test_it_comes_back_to_the_bit(tmp_path):
-    mine = adapters()
-    folder = save_adapter(tmp_path / "mine", mine, base=BASE, about={"model": "tiny"})
+def saved(folder: Path, params: Any = None) -> Path:
+    return save_adapter(folder / "mine", CFG, params or adapters(), base=BASE, base_name="tiny")
+
+
+def test_it_comes_back_to_the_bit(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
     for base in (BASE, None):
-        loaded = load_adapter(folder, base=base)
-        assert jax.tree.structure(loaded.adapters) == jax.tree.structure(mine)
-        assert digest(loaded.adapters) == digest(mine)
-        assert (loaded.base, loaded.about) == (BASE, {"model": "tiny"})
-    assert sorted(entry.name for entry in folder.iterdir()) == ["adapter.json", "adapter.safetensors"]
+        loaded = load_adapter(folder, CFG, base=base)
+        assert jax.tree.structure(loaded.params) == jax.tree.structure(adapters())  # scale and columns are in it
+        assert digest(loaded.params) == digest(adapters())
+        assert (loaded.base, loaded.base_name) == (BASE, "tiny")
+    assert sorted(entry.name for entry in folder.iterdir()) == [CONFIG, WEIGHTS]
 
 
-def test_saving_again_replaces_it(tmp_path):
-    save_adapter(tmp_path / "mine", adapters(), base=BASE)
+@given(rank=st.integers(1, 4096), alpha=st.floats(2**-20, 2**20))
+def test_every_scale_comes_back_to_the_bit(rank: int, alpha: float) -> None:
+    from engine.storage.adapter import _alpha
+
+    assert _alpha(rank, alpha / rank) / rank == alpha / rank
+
+
+def test_others_find_what_the_layout_promises(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    config, tensors = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
+    assert (config["peft_type"], config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (
+        "LORA",
+        3,
+        12.0,
+        "tiny",
+    )
+    assert config["target_modules"] == ["down_proj", "q_proj", "v_proj"]
+    assert config["layers_to_transform"] is None
+    leaf = leaf_paths(adapters())["blocks/0/qkv"]
+    np.testing.assert_array_equal(tensors[f"{PREFIX}q_proj.lora_A.weight"], np.asarray(leaf.a)[:, :3].T)
+    np.testing.assert_array_equal(tensors[f"{PREFIX}v_proj.lora_B.weight"], np.asarray(leaf.b)[:, -12:].T)
+    assert len(tensors) == 2 * 2 * 3
+    with safe_open(folder / WEIGHTS, framework="numpy") as file:
+        assert file.metadata()["format"] == "pt"
+        assert file.metadata()["thrice.base"] == BASE
+    only = json.loads((saved(tmp_path, adapters(layers=(1,))) / CONFIG).read_text())
+    assert only["layers_to_transform"] == [1]
+
+
+def test_an_adapter_of_another_library_is_read(tmp_path: Path) -> None:
+    """It has no digest of its base and no checksum, may be in half precision, and goes on whatever it fits."""
+    folder = saved(tmp_path)
+    halved = {name: value.astype(ml_dtypes.bfloat16) for name, value in load_file(folder / WEIGHTS).items()}
+    save_file(halved, folder / WEIGHTS)
+    loaded = load_adapter(folder, CFG, base="f" * 64)
+    assert loaded.base is None
+    for path, leaf in leaf_paths(adapters()).items():
+        theirs = leaf_paths(loaded.params)[path]
+        assert theirs.columns == leaf.columns
+        assert theirs.a.dtype == jnp.float32
+        np.testing.assert_array_equal(theirs.a, leaf.a.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+def test_saving_again_replaces_it(tmp_path: Path) -> None:
+    saved(tmp_path)
     other = jax.tree.map(lambda leaf: leaf + 1, adapters())
-    save_adapter(tmp_path / "mine", other, base=BASE)
-    assert digest(load_adapter(tmp_path / "mine").adapters) == digest(other)
+    assert digest(load_adapter(saved(tmp_path, other), CFG).params) == digest(other)
     assert [entry.name for entry in tmp_path.iterdir()] == ["mine"]
 
 
-def test_a_base_it_was_not_learnt_about_is_refused(tmp_path):
-    folder = save_adapter(tmp_path / "mine", adapters(), base=BASE, about={"model": "tiny"})
-    params = lively_params(CFG)
-    with pytest.raises(UserError, match=r"another model.*0123456789abcdef.*It was tiny"):
-        load_adapter(folder, base=digest(params))
+def test_another_base_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    with pytest.raises(UserError, match=r"another model.*0123456789abcdef.*trained on 'tiny'"):
+        load_adapter(folder, CFG, base=digest(lively_params(CFG)))
 
 
-def test_only_adapters_are_saved(tmp_path):
-    for wrong in ({}, lively_params(CFG)):
-        with pytest.raises(ValueError, match="LoRA leaves only"):
-            save_adapter(tmp_path / "mine", wrong, base=BASE)
+def test_the_former_format_is_named(tmp_path: Path) -> None:
+    for name in ("adapter.json", "adapter.safetensors"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"earlier version \(adapter.json\).*run its fine-tuning again"):
+        load_adapter(tmp_path, CFG)
+
+
+def test_only_what_the_layout_can_say_is_saved(tmp_path: Path) -> None:
+    several = leaf_paths(adapters())
+    base = jnp.zeros((20, 48))
+    for wrong, message in (
+        (lively_params(CFG), "no LoRA adapters"),
+        (unflatten(several | leaf_paths(adapters(alpha=6.0, layers=(1,)))), "differ in rank or scale"),
+        (unflatten({"blocks/0/qkv": several["blocks/0/qkv"].on(several["blocks/0/qkv"].on(base))}), "several adapters"),
+    ):
+        with pytest.raises(UserError, match=message):
+            saved(tmp_path, wrong)
     assert not list(tmp_path.iterdir())
 
 
-def rewritten(**changes):
-    def change(folder):
-        said = json.loads((folder / "adapter.json").read_text())
-        (folder / "adapter.json").write_text(json.dumps(said | changes))
-
-    return change
-
-
-def of_leaf(**changes):
-    def change(folder):
-        said = json.loads((folder / "adapter.json").read_text())
-        said["leaves"]["blocks/0/qkv"] |= changes
-        (folder / "adapter.json").write_text(json.dumps(said))
-
-    return change
+def test_a_tree_on_its_base_is_saved_without_it(tmp_path: Path) -> None:
+    """Only the pair is written, wherever it lies."""
+    alone = leaf_paths(adapters())
+    on = {path: leaf.on(jnp.ones((leaf.a.shape[0], 48))) for path, leaf in alone.items()}
+    loaded = leaf_paths(load_adapter(saved(tmp_path, unflatten(on)), CFG).params)
+    assert all(isinstance(leaf, LoRA) and leaf.base is None for leaf in loaded.values())
+    np.testing.assert_array_equal(loaded["blocks/1/qkv"].b, alone["blocks/1/qkv"].b)
+    bare = leaf_paths(without_adapters(unflatten(on)))
+    assert all((bare[path] == 1).all() for path in alone)
 
 
-DAMAGE = {
-    "no description": lambda folder: (folder / "adapter.json").unlink(),
-    "no weights": lambda folder: (folder / "adapter.safetensors").unlink(),
-    "cut description": lambda folder: (folder / "adapter.json").write_text('{"base": "01'),
-    "another kind of description": lambda folder: (folder / "adapter.json").write_text("[]"),
-    "bytes that are no text": lambda folder: (folder / "adapter.json").write_bytes(b"\xff\xfe\x00{"),
-    "cut weights": lambda folder: (folder / "adapter.safetensors").write_bytes(
-        (folder / "adapter.safetensors").read_bytes()[:-5]
+Change = Callable[[Path], object]
+
+
+def rewritten(**changes: Any) -> Change:
+    """Changes fields of the config; checksum and tensors stay."""
+    return lambda folder: (folder / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | changes))
+
+
+def of_bytes(name: str, change: Callable[[bytes], bytes]) -> Change:
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+def of_tensors(change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> Change:
+    """Writes other tensors, as another library would: without metadata."""
+    return lambda folder: save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS)
+
+
+Q_A, Q_B = (f"{PREFIX}q_proj.lora_{side}.weight" for side in "AB")
+DAMAGE: dict[str, tuple[Change, str]] = {
+    "no config": (lambda folder: (folder / CONFIG).unlink(), "There is no adapter at"),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "There is no adapter at"),
+    "cut config": (of_bytes(CONFIG, lambda data: data[:20]), "damaged"),
+    "a list for a config": (of_bytes(CONFIG, lambda data: b"[]"), "one JSON object"),
+    "bytes that are no text": (of_bytes(CONFIG, lambda data: b"\xff\xfe\x00{"), "damaged"),
+    "cut weights": (of_bytes(WEIGHTS, lambda data: data[:-5]), "too soon"),
+    "a flipped bit": (of_bytes(WEIGHTS, lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]), "checksum does not hold"),
+    "a weight that is no number": (of_bytes(WEIGHTS, lambda data: data[:-4] + b"\x00\x00\xc0\x7f"), "not finite"),
+    "no checksum": (of_bytes(WEIGHTS, lambda data: data.replace(b"thrice.checksum", b"thrice.checksun")), "checksum"),
+    "metadata that are no texts": (
+        of_bytes(WEIGHTS, lambda data: data.replace(b'"format":"pt"', b'"format":1234')),
+        "metadata",
     ),
-    "version": rewritten(version=7),
-    "no leaves": rewritten(leaves={}),
-    "leaves as a list": rewritten(leaves=[1]),
-    "about as text": rewritten(about="tiny", base="f" * 64),
-    "base as a number": rewritten(base=5),
-    "a leaf too many": rewritten(leaves={"blocks/7/qkv": {"scale": 1.0, "columns": [[0, 24]]}}),
-    "columns of another width": of_leaf(columns=[[0, 24], [36, 47]]),
-    "columns that overlap": of_leaf(columns=[[0, 24], [20, 32]]),
-    "columns below 0": of_leaf(columns=[[-24, 0], [36, 48]]),
-    "columns without an end": of_leaf(columns=[[0], [36, 48]]),
-    "a weight that is no number": lambda folder: (folder / "adapter.safetensors").write_bytes(
-        (folder / "adapter.safetensors").read_bytes()[:-4] + b"\x00\x00\xc0\x7f"
+    "another scale": (rewritten(lora_alpha=13), "checksum does not hold"),
+    "another rank": (rewritten(r=4), "and its rank 4"),
+    "no rank": (rewritten(r=None), "should be numbers"),
+    "scale as text": (rewritten(lora_alpha="much"), "should be numbers"),
+    "scale not finite": (rewritten(lora_alpha=float("nan")), "should be numbers"),
+    "a giant scale": (rewritten(lora_alpha=10**400), "should be numbers"),
+    "another type": (rewritten(peft_type="IA3"), r"another kind of adapter \(peft_type\)"),
+    "a bias": (rewritten(bias="all"), r"\(bias\)"),
+    "DoRA": (rewritten(use_dora=True), r"\(use_dora\)"),
+    "ranks by pattern": (rewritten(rank_pattern={"q_proj": 2}), r"\(rank_pattern\)"),
+    "whole modules": (rewritten(modules_to_save=["lm_head"]), r"\(modules_to_save\)"),
+    "half a pair": (
+        of_tensors(lambda all: {name: value for name, value in all.items() if name != Q_B}),
+        "other half of a pair",
     ),
-    "scale as text": of_leaf(scale="much"),
-    "scale not finite": of_leaf(scale=float("nan")),
+    "a layer too many": (of_tensors(lambda all: all | {Q_B.replace("0", "7", 1): all[Q_B]}), "no place in this architecture"),
+    "another width": (of_tensors(lambda all: all | {Q_B: all[Q_B][:-1].copy()}), "has 23 rows"),
+    "another input": (
+        of_tensors(lambda all: all | {n: all[n][:, 1:].copy() for n in [Q_B.replace("_B", "_A")]}),
+        "different widths",
+    ),
+    "integers": (of_tensors(lambda all: all | {Q_B: all[Q_B].astype(np.int32)}), "is I32"),
+    "nothing": (of_tensors(lambda all: {}), "no adapter of any matrix"),
 }
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_damage_is_named(tmp_path, how):
-    folder = save_adapter(tmp_path / "mine", adapters(), base=BASE)
-    DAMAGE[how](folder)
-    with pytest.raises(UserError):
-        load_adapter(folder, base=BASE)
-
-
-def test_a_tree_on_its_base_is_saved_without_it(tmp_path):
-    """Only the pair is written, wherever it lies."""
-    on = {path: leaf.on(jnp.zeros((20, 48))) for path, leaf in leaf_paths(adapters()).items()}
-    loaded = load_adapter(save_adapter(tmp_path / "mine", unflatten(on), base=BASE))
-    assert all(isinstance(leaf, LoRA) and leaf.base is None for leaf in leaf_paths(loaded.adapters).values())
-    np.testing.assert_array_equal(leaf_paths(loaded.adapters)["blocks/1/qkv"].b, leaf_paths(adapters())["blocks/1/qkv"].b)
+def test_damage_is_named(how: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    change, message = DAMAGE[how]
+    change(folder)
+    with pytest.raises(UserError, match=message):
+        load_adapter(folder, CFG, base=BASE)

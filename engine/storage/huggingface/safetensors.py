@@ -40,12 +40,8 @@ class Stored(NamedTuple):
 def read_header(path: Path) -> dict[str, Stored]:
     """{name: Stored} of a file. Raises UserError when anything in the header cannot be so."""
     with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(0)
-        length = int.from_bytes(exactly(file, 8, path), "little")
-        if length > HEADER:
-            raise UserError(f"{path} has a header of {length:,} bytes by its own account; {HEADER:,} are read at most.")
-        header = object_of(exactly(file, length, path), path)
+        header = _read_object(file, path)
+        begin, size = file.tell(), file.seek(0, 2)
     header.pop("__metadata__", None)
     spans = {name: _span(path, name, entry) for name, entry in header.items()}
     end = 0
@@ -54,12 +50,28 @@ def read_header(path: Path) -> dict[str, Stored]:
             fault = "overlaps the one before it" if start < end else "leaves a gap before it"
             raise UserError(f"{path} is damaged: the tensor {shown(name)} {fault}.")
         end = stop
-    begin = 8 + length
     if begin + end > size:
         raise cut_short(path, begin + end - size)
     if begin + end < size:
         raise UserError(f"{path} is damaged: {size - begin - end:,} bytes at its end belong to no tensor.")
     return {name: Stored(path, dtype, shape, begin + start) for name, (start, _, dtype, shape) in spans.items()}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Returns the texts that a file's header carries beside its tensors."""
+    with path.open("rb") as file:
+        metadata = _read_object(file, path).get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise UserError(f"{path} is damaged: the metadata in its header are no texts.")
+    return metadata
+
+
+def _read_object(file: BinaryIO, path: Path) -> dict[str, Any]:
+    """Returns the header's JSON object; the file then stands where the tensors begin."""
+    length = int.from_bytes(exactly(file, 8, path), "little")
+    if length > HEADER:
+        raise UserError(f"{path} has a header of {length:,} bytes by its own account; {HEADER:,} are read at most.")
+    return object_of(exactly(file, length, path), path)
 
 
 def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str, tuple[int, ...]]:
@@ -98,12 +110,17 @@ def _fill(file: Any, into: np.ndarray, path: Path) -> None:
         done += count
 
 
-def write_file(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]], value: Callable[[str], np.ndarray]) -> None:
-    """A file of the named tensors, {name: (shape, dtype)}; `value` is asked for one at a time, in that order.
+def write_file(
+    path: Path,
+    tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+    value: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a file of the named tensors, {name: (shape, dtype)}; `value` is asked for one at a time, in that order.
 
     The file appears at `path` complete or not at all.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}  # transformers asks for it
     at = 0
     for name, (shape, dtype) in tensors.items():
         size = math.prod(shape) * dtype.itemsize
