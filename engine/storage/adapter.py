@@ -114,7 +114,7 @@ def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> 
     if base is not None and trained_on not in (None, base):
         raise UserError(
             f"The adapter {folder} was trained on another model: its base has the digest {shown(trained_on[:16])}, this one "
-            f"{base[:16]!r}. It was trained on {shown(name)}."
+            f"{base[:16]!r}. It was trained on {ascii(name)[:300]}."
         )
     arrays = _read_arrays(folder / WEIGHTS, rank)
     if BASE in metadata and metadata.get(CHECKSUM) != _checksum(arrays, scale):

@@ -312,7 +312,7 @@ def test_an_adapter_that_does_not_fit_its_model_is_damaged(adapted: tuple[Path, 
     leaf = found.params["blocks"]["0"]["qkv"]
     larger = dataclasses.replace(model.cfg, layers=10)
     for wrong, message in (
-        ({"9": {"qkv": leaf}}, r"layers\.9\..*', which has no place in this architecture"),
+        ({"9": {"qkv": leaf}}, r"layers\.9\..*, which has no place in this architecture"),
         ({"0": {"qkv": dataclasses.replace(leaf, a=leaf.a[:-2])}}, "is damaged: An adapter of"),
     ):
         folder = save_adapter(tmp_path / "wrong", larger, {"blocks": wrong}, base=found.base, base_name="sea")
