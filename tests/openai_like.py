@@ -43,7 +43,8 @@ def fake_completion(text: str, body: dict[str, Any], logprobs: list[float] | Non
     chat = "messages" in body
 
     def choice(piece: str, whole: bool, finish_reason: str | None) -> dict[str, Any]:
-        content = {"message" if whole else "delta": {"content": piece}} if chat else {"text": piece}
+        message = {"content": piece} if piece else {}  # the last event of a chat has an empty delta
+        content = {"message" if whole else "delta": message} if chat else {"text": piece}
         values = logprobs or [-0.5] * len(text)
         listed = {"content": [{"logprob": x} for x in values]} if chat else {"token_logprobs": values}
         shown = listed if finish_reason and body.get("logprobs") else None

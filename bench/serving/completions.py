@@ -74,7 +74,8 @@ def read_completion(response: Response) -> Completion:
         error = event["error"]["message"] if "error" in event else error
         usage = event.get("usage") or usage
         for choice in event.get("choices", ()):
-            text = choice["text"] if "text" in choice else (choice.get("delta") or choice["message"]).get("content")
+            message = choice.get("delta", choice.get("message", {}))
+            text = choice["text"] if "text" in choice else message.get("content")
             logprobs += _logprobs(choice)
             finish_reason = choice.get("finish_reason") or finish_reason
             if text:

@@ -13,14 +13,15 @@ from engine.counting.hardware import clock
 
 pytestmark = pytest.mark.anyio
 
-# The step of the real engine stands still while a file is there. The product has no such hook: this is code that runs
-# before it, in the process of this one test.
+# While a file is there, the real engine stands still after a step that has made some tokens of an answer, not all. The product
+# has no such hook: this is code that runs before it, in the process of this one test.
 FREEZE = """
 import os, time, engine.inference.slots as slots
 whole = slots.Slots.step
 def frozen(self):
-    while os.path.exists({flag!r}): time.sleep(0.01)
-    return whole(self)
+    events = whole(self)
+    while events and self.busy and os.path.exists({flag!r}): time.sleep(0.01)
+    return events
 slots.Slots.step = frozen
 """
 
@@ -72,9 +73,8 @@ async def test_a_frozen_engine_is_unhealthy(make_server, rng, tmp_path, expect):
     """The engine's thread stands still in the middle of an answer, and goes on later; what /health and /live say."""
     flag = tmp_path / "frozen"
     async with make_server(preamble=FREEZE.format(flag=str(flag))) as server:
-        stream = asyncio.create_task(complete(server.client, _request(100, rng)))
-        await asyncio.sleep(0.3)
         flag.touch()
+        stream = asyncio.create_task(complete(server.client, _request(100, rng)))
         unhealthy = await _seconds_until_health(server, 503)
         alive = (await server.client.get("/live", timeout=2)).status
         flag.unlink()
