@@ -2,10 +2,8 @@
 
 import contextlib
 import datetime
-import gc
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,22 +29,6 @@ from stages.serve.layout import REMEDY, Layout
 from stages.serve.metrics import Metrics
 from stages.serve.state import ServerState
 from stages.serve.tokenize import TokenizerPool
-
-SWITCH_SECONDS = 0.0005  # for which one thread may hold Python's lock while weights are read beside what compiles
-GC_THRESHOLD = 100_000  # objects more before Python looks for garbage: tracing makes many, nearly all of which stay
-
-
-@contextlib.contextmanager
-def quick_threads() -> Iterator[None]:
-    """Lets threads take turns sooner, and collects less garbage, for as long as the block lasts."""
-    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
-    sys.setswitchinterval(SWITCH_SECONDS)
-    gc.set_threshold(GC_THRESHOLD, *thresholds[1:])
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(interval)
-        gc.set_threshold(*thresholds)
 
 
 def load_state(
@@ -109,7 +91,7 @@ def make_state(
     engine = Engine(slots, compiles)
     return ServerState(
         name=name, engine=engine, digest=sha256, price=price, stop_token_ids=frozenset(model.ends),
-        tokenizer=TokenizerPool(model.tokenizer, chat, make_chat, model.tokenizer.start, slots.capacity),
+        tokenizer=TokenizerPool(model.tokenizer, chat, make_chat, slots.capacity),
         admission=Admission(slots.slots, queue), metrics=Metrics(name, engine),
     )  # fmt: skip
 

@@ -34,7 +34,7 @@ class ServerState:
     _hashing: "asyncio.Task[str] | None" = None
 
     def reply_head(self, kind: str) -> dict[str, Any]:
-        """Returns what every reply with completions begins with: an id, the time, the model and its weights' fingerprint."""
+        """Returns the fields of a CompletionReply: an id, the time, the model and its weights' fingerprint."""
         return {
             "id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name,
             "system_fingerprint": f"fp_{self.digest[:16]}",

@@ -54,20 +54,18 @@ class _Worker:
 class TokenizerPool:
     """A model's tokenizer and chat template on two workers.
 
-    `make_chat` starts the second worker's chat; `start`: ids before a plain text; `capacity`: tokens that a slot can hold.
+    `make_chat` starts the second worker's chat; `capacity`: tokens that a slot can hold.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, chat: Chat, make_chat: Callable[[], Chat], start: tuple[int, ...], capacity: int
-    ) -> None:
-        self.tokenizer, self.start, self.capacity = tokenizer, start, capacity
+    def __init__(self, tokenizer: Tokenizer, chat: Chat, make_chat: Callable[[], Chat], capacity: int) -> None:
+        self.tokenizer, self.capacity = tokenizer, capacity
         self.chat_ends = frozenset() if chat.end is None else frozenset({chat.end})
         self.strips_space = chat.source == PLAIN  # a reply then begins behind a name, with a space
         self._short, self._long = _Worker("short", lambda: chat), _Worker("long", make_chat)
 
     async def encode(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
         """Returns the tokens of each text, as a model reads it when it is to be continued. Raises ApiError."""
-        start = self.start if special else ()
+        start = self.tokenizer.start if special else ()
         encode = lambda: [[*start, *self.tokenizer.encode(text).tolist()] for text in texts]
         return await self._worker(sum(map(len, texts))).run(_translated, encode, "prompt")
 
@@ -100,16 +98,12 @@ class TokenizerPool:
 
 def context_overflow(count: int, max_tokens: int | None, capacity: int, param: str) -> ApiError:
     """Returns the error for a prompt of `count` tokens that leaves no room for `max_tokens` more, or for any."""
-    wanted = (
-        f"and {max_tokens:,} more were asked for, {count + max_tokens:,} in all"
-        if max_tokens
-        else "which leaves none for an answer"
-    )
-    return ApiError(
-        400, f"This model's context holds {capacity:,} tokens here. The prompt has {count:,}, {wanted}. Nothing was left out: "
-        "shorten the prompt" + (", or ask for fewer tokens." if max_tokens else "."), param=param,
-        code="context_length_exceeded",
-    )  # fmt: skip
+    wanted, remedy = "which leaves none for an answer", "shorten the prompt."
+    if max_tokens:
+        wanted = f"and {max_tokens:,} more were asked for, {count + max_tokens:,} in all"
+        remedy = "shorten the prompt, or ask for fewer tokens."
+    message = f"This model's context holds {capacity:,} tokens here. The prompt has {count:,}, {wanted}. "
+    return ApiError(400, f"{message}Nothing was left out: {remedy}", param=param, code="context_length_exceeded")
 
 
 def _translated[T](work: Callable[[], T], param: str) -> T:

@@ -1,1 +1,17 @@
-"""The HTTP API: OpenAI's routes between the guard and the engine."""
+"""The HTTP API: OpenAI's routes between the guard and the engine.
+
+The path of one chat request, from the socket to the compiled program and back:
+
+1.  server.HttpProtocol          bytes -> ASGI (uvicorn and h11; ours are the time limits)
+2.  guard.Guard                  Host, Origin, key -> namespace; starlette finds the route
+3.  chat.chat_completions
+4.  body.read_body               bytes -> ChatRequest
+5.  generation.generate          reserves places; below it:
+6.  tokenize.TokenizerPool       messages -> token ids, in a worker thread
+7.  engine.Engine.submit         Request with SamplingParams -> the engine thread
+8.  inference.slots.Slots.step   -> the compiled programs -> Event
+9.  engine.Engine._deliver       Event -> the event loop
+10. generation.Generation.pieces Event -> Completion (stop strings) -> Piece
+11. chat.ChatWriter              Piece -> ChatReply, or ChatChunk
+12. event_stream.EventStream     ChatChunk -> bytes (or errors.json_reply, ChatReply -> bytes)
+"""

@@ -10,6 +10,15 @@ from stages.serve.state import Status
 Reason = Literal["stop", "length"]
 
 
+class CompletionReply(msgspec.Struct, kw_only=True):
+    """The fields that every reply with completions has."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+
 class CachedTokens(msgspec.Struct):
     """Tokens of the prompt that the prefix cache held."""
 
@@ -59,14 +68,10 @@ class ChatChoice(msgspec.Struct):
     logprobs: ChatLogProbs | None = None
 
 
-class ChatReply(msgspec.Struct, kw_only=True):
+class ChatReply(CompletionReply, kw_only=True):
     """The reply of POST /v1/chat/completions."""
 
-    id: str
     object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
 
@@ -85,14 +90,10 @@ class ChatChunkChoice(msgspec.Struct):
     logprobs: ChatLogProbs | None = None
 
 
-class ChatChunk(msgspec.Struct, kw_only=True):
+class ChatChunk(CompletionReply, kw_only=True):
     """One `data:` of a streamed POST /v1/chat/completions."""
 
-    id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
 
@@ -113,14 +114,10 @@ class TextChoice(msgspec.Struct):
     logprobs: TextLogProbs | None = None
 
 
-class TextReply(msgspec.Struct, kw_only=True):
+class TextReply(CompletionReply, kw_only=True):
     """The reply of POST /v1/completions, and one `data:` of a streamed one."""
 
-    id: str
     object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[TextChoice]
     usage: Usage | UnsetType | None = UNSET
 

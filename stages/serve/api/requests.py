@@ -65,7 +65,7 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ModelRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """What every body names: the model that is asked."""
+    """A body, which names the model that is asked."""
 
     model: str = "default"
 
@@ -106,7 +106,7 @@ class CompletionRequest(CompletionFields, kw_only=True):
     suffix: Literal[""] | None = None
 
 
-class TextPart(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class TextPart(msgspec.Struct, forbid_unknown_fields=True):
     """A part of a message. Only text is supported."""
 
     type: Literal["text"]
