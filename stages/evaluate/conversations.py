@@ -19,10 +19,10 @@ from engine.text.examples import Pair
 from engine.text.packing import evaluation_pairs
 from engine.training.preference import Preferences, margins
 from stages.cli.console import Console, ReportProgress
+from stages.evaluate.text import WINDOW
 from stages.runs import conversation_data, forgetting, text_data, validation
 
 FILES = (".jsonl", ".json")
-WINDOW = 1024  # tokens of an example that are read, unless asked for
 Rows = list[tuple[str, str]]
 
 

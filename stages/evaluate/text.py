@@ -52,16 +52,16 @@ def evaluate(
 def _find_text(model: LoadedModel, data: str | None, console: Console) -> tuple[TokenFile, str]:
     """Returns the tokens to score and the text's name: of `data`, or of what the model's run was validated on."""
     if data:
-        source = text_data.evaluation_source(data, console)
-        return text_data.encode_text(source, model.tokenizer, console), text_data.source_name(source)
-    if model.run is None:
+        source: text_data.Source | None = text_data.evaluation_source(data, console)
+    elif model.run is None:
         raise UserError(f"{model.name} does not say what it was validated on; give --data.")
-    record = run_folder.read_json(model.run / "run.json")
-    text = record.get("text", {})
-    if not text.get("data") or "asked" in record:
-        raise UserError(f"{model.run / 'run.json'} does not say what the run was validated on; give --data.")
-    validation_path = Path(text["validation"]) if text.get("validation") else None
-    held_out = text_data.find_sources(text["data"], validation_path, console)[1]
-    if held_out is None:
+    else:
+        record = run_folder.read_json(model.run / "run.json")
+        text = record.get("text", {})
+        if not text.get("data") or "asked" in record:
+            raise UserError(f"{model.run / 'run.json'} does not say what the run was validated on; give --data.")
+        validation_path = Path(text["validation"]) if text.get("validation") else None
+        source = text_data.find_sources(text["data"], validation_path, console)[1]
+    if source is None:
         raise UserError("The run was validated on the end of a .bin; give a text with --data.")
-    return text_data.encode_text(held_out, model.tokenizer, console), text_data.source_name(held_out)
+    return text_data.encode_text(source, model.tokenizer, console), text_data.source_name(source)
