@@ -58,7 +58,7 @@ def _find_text(model: LoadedModel, data: str | None, console: Console) -> tuple[
     else:
         record = run_folder.read_json(model.run / "run.json")
         text = record.get("text", {})
-        if not text.get("data") or "asked" in record:
+        if not text.get("data") or record.get("stage") == "reinforce":
             raise UserError(f"{model.run / 'run.json'} does not say what the run was validated on; give --data.")
         validation_path = Path(text["validation"]) if text.get("validation") else None
         source = text_data.find_sources(text["data"], validation_path, console)[1]
