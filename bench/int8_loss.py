@@ -13,7 +13,7 @@ from engine.errors import UserError
 from engine.inference.decode import for_inference
 from engine.inference.quantize import every_product, quantize, round_trips
 from engine.inference.score import score
-from engine.model.cache.segmented import Kind, Rows, make_spans, span_cache
+from engine.model.cache.segmented import KVDtype, Rows, make_kv_segments, segmented_cache
 from engine.model.config import ModelConfig
 from engine.model.transformer import forward
 from engine.storage.assets import fetch
@@ -21,7 +21,7 @@ from engine.text.batches import evaluation_windows
 
 CHUNK = 128  # tokens read at once where there is a KV cache
 ALLOWED = 0.01  # of the bits per byte
-CACHES: tuple[Kind, ...] = ("float32", "bfloat16", "int8")
+CACHES: tuple[KVDtype, ...] = ("float32", "bfloat16", "int8")
 
 
 def measure_int8(model_name: str, text_file: Path | None, *, size: int, window: int, rows: int, leaves: bool) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def _cached_nats(cfg: ModelConfig, params: Any, batches: Sequence[Any], seq: int
 
     The error is against a cache in float32: root mean square, over that of the logits around their mean.
     """
-    empty = [make_spans(cfg, len(batches[0].tokens), seq, CHUNK, kind) for kind in CACHES]
+    empty = [make_kv_segments(cfg, len(batches[0].tokens), seq, CHUNK, kind) for kind in CACHES]
 
     @jax.jit
     def read(params: Any, caches: Any, batch: Any, start: Any) -> Any:
@@ -88,11 +88,11 @@ def _cached_nats(cfg: ModelConfig, params: Any, batches: Sequence[Any], seq: int
         sums: list[Any] = []
         exact = jnp.zeros(())
         for spans in caches:
-            logits, cache = forward(cfg, params, tokens, positions, span_cache(spans, rows))
+            logits, cache = forward(cfg, params, tokens, positions, segmented_cache(spans, rows))
             exact = exact if sums else logits
             logprob = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
             off = jnp.where(mask, ((logits - exact) ** 2).sum(-1), 0).sum()
-            after.append(cache.spans)
+            after.append(cache.segments)
             sums.append(jnp.stack([-jnp.where(mask, logprob, 0).sum(), off]))
         spread = ((exact - exact.mean(-1, keepdims=True)) ** 2).sum(-1)
         return after, jnp.stack(sums), jnp.where(mask, spread, 0).sum()

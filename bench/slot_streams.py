@@ -14,7 +14,8 @@ from engine.inference.decode import for_inference
 from engine.inference.quantize import quantize
 from engine.inference.request import Request
 from engine.inference.sampling_params import SamplingParams
-from engine.inference.slots import GROUP, MIN_SLOTS, Slots
+from engine.inference.scheduler import DRAFT_ROWS
+from engine.inference.slots import MIN_SLOTS, Slots
 from engine.storage.assets import fetch
 from engine.storage.find import locate
 from engine.storage.gguf.load import load_gguf
@@ -82,10 +83,10 @@ def measure_streams(
     }  # fmt: skip
 
 
-def _ours(cfg: Any, weights: Any, prompts: list[list[int]], new: int, drafts: bool, kind: Any) -> Callable[[], Result]:
+def _ours(cfg: Any, weights: Any, prompts: list[list[int]], new: int, drafts: bool, kv_dtype: Any) -> Callable[[], Result]:
     """Returns a call of `Slots` with a slot for each stream, at least as many as a lone one has a use for; it has run once."""
-    least = GROUP if drafts else MIN_SLOTS
-    slots = Slots(cfg, weights, slots=max(len(prompts), least), capacity=CAPACITY, kind=kind, guesses=drafts)
+    least = 1 + DRAFT_ROWS if drafts else MIN_SLOTS
+    slots = Slots(cfg, weights, slots=max(len(prompts), least), capacity=CAPACITY, kv_dtype=kv_dtype, speculate=drafts)
     slots.warm()
 
     def run() -> Result:
@@ -114,8 +115,8 @@ def _step_until(slots: Any, output: dict[int, list[int]], least: int) -> None:
     while min(map(len, output.values())) < least:
         for event in slots.step():
             output[event.id] += event.tokens
-            if event.finished:
-                raise ValueError(f"a stream ended ({event.finished}) after {len(output[event.id])} tokens")
+            if event.finish_reason:
+                raise ValueError(f"a stream ended ({event.finish_reason}) after {len(output[event.id])} tokens")
 
 
 def _theirs(peer: Peer, file: Path, prompts: list[list[int]], new: int) -> Callable[[], Result]:

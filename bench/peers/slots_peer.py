@@ -28,7 +28,11 @@ def make(spec: dict[str, Any]) -> Any:
     model = load(spec["model"])
     params = quantize(model.params) if spec["weights"] == "int8" else model.params
     slots = Slots(
-        model.cfg, for_inference(model.cfg, params), slots=spec["slots"], capacity=spec["capacity"], prefixes=spec["prefixes"]
+        model.cfg,
+        for_inference(model.cfg, params),
+        slots=spec["slots"],
+        capacity=spec["capacity"],
+        prefix_cache_bytes=spec["prefixes"],
     )
     slots.warm()
     requests = [Request(tuple(prompt), SamplingParams(max_tokens=spec["new"], temperature=0.0)) for prompt in spec["prompts"]]

@@ -14,9 +14,9 @@ from engine.counting.memory import inference_memory
 from engine.counting.traffic import prefill_bytes
 from engine.counting.walk import count
 from engine.counting.xla import xla_cost, xla_memory
-from engine.inference.programs import give_chunk, read_chunk, take_chunk
+from engine.inference.programs import prefill_chunk, read_chunk, write_chunk
 from engine.inference.slots import CHUNK
-from engine.model.cache.segmented import make_spans
+from engine.model.cache.segmented import make_kv_segments
 from engine.model.config import ModelConfig
 
 SLOTS = 8
@@ -32,11 +32,11 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
     pieces = [jnp.asarray(tokens[None, start : start + size]) for start in starts]
     at = [np.int32(start) for start in starts]
     slot = np.int32(SLOTS - 1)
-    held = [make_spans(cfg, SLOTS, T, size, "float32" if cfg.dtype == "float32" else "bfloat16")]
+    held = [make_kv_segments(cfg, SLOTS, T, size, "float32" if cfg.dtype == "float32" else "bfloat16")]
     S = held[0].edges[-1]
     prompt_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(held[0])) // SLOTS * T // S
 
-    prefill_program = read_chunk.lower(cfg, params, held[0], pieces[0], slot, at[0]).compile()
+    prefill_program = prefill_chunk.lower(cfg, params, held[0], pieces[0], slot, at[0]).compile()
 
     def prefill() -> Any:
         for piece, start in zip(pieces, at):
@@ -55,12 +55,12 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
         peak_bytes=xla_memory(prefill_program).peak,
         memory={"params": predicted.params, "cache": predicted.cache, "activations": predicted.working // SLOTS},
         moved=prefill_bytes(cfg, 1, size, S).total * chunks,
-        walker=count(functools.partial(read_chunk, cfg), params, held[0], pieces[0], slot, at[0]) * chunks,
+        walker=count(functools.partial(prefill_chunk, cfg), params, held[0], pieces[0], slot, at[0]) * chunks,
         xla=repeated(xla_cost(prefill_program), chunks), dtype=cfg.dtype,
     )  # fmt: skip
 
-    cached = [take_chunk(held[0], slot, start, size) for start in at]
-    copy_program = give_chunk.lower(held[0], cached[0], slot, at[0]).compile()
+    cached = [read_chunk(held[0], slot, start, size) for start in at]
+    copy_program = write_chunk.lower(held[0], cached[0], slot, at[0]).compile()
 
     def copy() -> Any:
         for chunk, start in zip(cached, at):
@@ -70,5 +70,5 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
     yield Row(
         PREFIX_CACHE_HIT, "inference", copy, lambda: params, tokens=T, formula=Flops({}),
         peak_bytes=xla_memory(copy_program).peak, memory={"cache": predicted.cache + prompt_bytes // chunks},
-        moved=2 * prompt_bytes, walker=count(give_chunk, held[0], cached[0], slot, at[0]) * chunks, dtype=cfg.dtype,
+        moved=2 * prompt_bytes, walker=count(write_chunk, held[0], cached[0], slot, at[0]) * chunks, dtype=cfg.dtype,
     )  # fmt: skip

@@ -1,12 +1,13 @@
-"""Prefill and decode: prompts in by chunks of one shape, tokens out several steps a dispatch, weights only ever read.
+"""Prefill and decode for rows that start together: weights are only ever read.
 
-Three compiled programs serve every request: one for a chunk of prompts, one for a few steps of decoding, one to draw the
-first token. Their shapes depend on the number of rows, the capacity and the vocabulary, never on what is asked, so
-nothing is compiled while text is being generated. They donate the cache, which is the request's own, and no parameter.
+Three compiled programs serve every call of `generate`: one for a chunk of prompts, one for a few steps of decoding, one to
+sample the first token. Their shapes depend on the number of rows, the capacity and the vocabulary, never on what is asked,
+so nothing is compiled while text is being generated. They donate the cache, which is the call's own, and no parameter.
 """
 
+import dataclasses
 import functools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +16,10 @@ import numpy as np
 from jax import Array
 
 from engine.errors import UserError
+from engine.inference.request import FinishReason, Request
 from engine.inference.sampling import SamplingArrays, sample, sampling_arrays
 from engine.inference.sampling_params import SamplingParams
+from engine.inference.sequence import STEPS, Sequence
 from engine.model.backend import on_cpu
 from engine.model.cache.contiguous import KVCache, make_cache
 from engine.model.config import ModelConfig
@@ -27,23 +30,22 @@ from engine.model.weights.lora import LoRA
 from engine.model.weights.matmul import cast_matrices, dense
 
 CHUNK = 64  # prompt tokens a prefill call; every prompt is padded to a multiple
-STEPS = 8  # tokens a decode call: one dispatch and one read-back for this many steps
 MIN_ROWS = 2  # a product with a single row takes a different and slower path on a CPU
 
 
 def for_inference(cfg: ModelConfig, params: Params) -> Params:
-    """Weights as they are served, once: matrices in the compute dtype and adapters folded into what they adapt.
+    """Lays weights out for inference, once: matrices in the compute dtype, adapters folded into what they adapt.
 
-    Gains, biases and Int8 leaves stay; a CPU gets whole numbers as it multiplies them fastest. A folded matrix gives the
-    logits of base and adapter up to rounding.
+    Gains, biases and Int8 leaves stay; a CPU gets integers in the layout in which it multiplies them fastest. A folded
+    matrix gives the logits of base and adapter up to rounding.
     """
 
-    def laid_out(_: str, leaf: Any) -> Any:
+    def lay_out(_: str, leaf: Any) -> Any:
         # Narrow at once: folded over int8 the matrices are float32, and all of them together four times the base.
         leaf = dense(leaf).astype(cfg.dtype) if isinstance(leaf, LoRA) else leaf
         return stored_transposed(leaf) if isinstance(leaf, Int8) and leaf.activations != "full" and on_cpu() else leaf
 
-    return cast_matrices(map_paths(laid_out, params), cfg.dtype)
+    return cast_matrices(map_paths(lay_out, params), cfg.dtype)
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="cache")
@@ -77,7 +79,7 @@ def decode_steps(
 ) -> tuple[Array, KVCache]:
     """token (B,) int32 -> the `steps` tokens that follow it, (B, steps) int32, and the cache with token and all but the last.
 
-    Each token is drawn from the logits of the one before; row by row that equals `decode_step` and `sample` in turn.
+    Each token is sampled from the logits of the one before; row by row that equals `decode_step` and `sample` in turn.
     """
 
     def step(carry: tuple[Array, KVCache], _: None) -> tuple[tuple[Array, KVCache], Array]:
@@ -94,34 +96,30 @@ _sample = jax.jit(sample)
 
 
 class Generated(NamedTuple):
-    """New tokens of one prompt: `prompt` its place among them, `tokens` in order, `finished` None, 'stop' or 'length'."""
+    """New tokens of one prompt: its index, the tokens in order, and why it is finished ('stop' or 'length'), or None."""
 
     prompt: int
     tokens: list[int]
-    finished: str | None
+    finish_reason: FinishReason | None
 
 
 def generate(
-    cfg: ModelConfig,
-    params: Params,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sequence[SamplingParams],
-    *,
-    capacity: int | None = None,
-) -> Iterator[Generated]:
+    cfg: ModelConfig, params: Params, prompts: Collection[list[int]], sampling: Collection[SamplingParams],
+    *, capacity: int | None = None,
+) -> Iterator[Generated]:  # fmt: skip
     """Continues each prompt, yielding tokens as they come: after the prefill one, then up to STEPS at a time.
 
-    `params` are read as given: pass them through `for_inference` first. `sampling`: one for each prompt. A prompt ends
-    with 'stop' when it draws one of its `stop_token_ids` (which is not yielded), else with 'length' at `max_tokens` or when
-    `capacity` tokens (by default the model's context) are full. Raises UserError for an empty prompt, one that leaves no
-    room, a token outside the vocabulary, sampling parameters that are not as many as the prompts, or such as only
+    `params` are read as they are: pass them through `for_inference` first. `sampling`: one for each prompt. A prompt ends
+    with 'stop' when it samples one of its `stop_token_ids` (which is not yielded), else with 'length' at `max_tokens` or
+    when `capacity` tokens (by default the model's context) are full. Raises UserError for an empty prompt, one that leaves
+    no room, a token outside the vocabulary, sampling parameters that are not as many as the prompts, or such as only
     `slots.Slots` knows: penalties, `logit_bias` and `logprobs`.
     """
     capacity = cfg.context if capacity is None else capacity
     if not prompts or len(sampling) != len(prompts):
         raise UserError(f"generate needs a prompt and sampling parameters for each: {len(prompts)} and {len(sampling)} came.")
     if any(row.adjusts_logits or row.logprobs is not None for row in sampling):
-        raise UserError("generate draws without penalties, logit_bias and logprobs; ask slots.Slots for them.")
+        raise UserError("generate samples without penalties, logit_bias and logprobs; ask slots.Slots for them.")
     for index, prompt in enumerate(prompts):
         if not 0 < len(prompt) < capacity:
             raise UserError(
@@ -130,52 +128,41 @@ def generate(
             )
         if not 0 <= min(prompt) <= max(prompt) < cfg.vocab:
             raise UserError(f"Prompt {index} holds a token outside the vocabulary of {cfg.vocab}.")
-    rows = max(len(prompts), MIN_ROWS)
-    arrays = jax.device_put(sampling_arrays([*sampling, *[sampling[0]] * (rows - len(prompts))]))
+    fits = [dataclasses.replace(row, max_tokens=min(row.max_tokens, capacity - len(p))) for p, row in zip(prompts, sampling)]
+    running = [Sequence(index, Request(tuple(prompt), row)) for index, (prompt, row) in enumerate(zip(prompts, fits))]
 
+    rows = max(len(prompts), MIN_ROWS)
+    arrays = jax.device_put(sampling_arrays([*fits, *[fits[0]] * (rows - len(prompts))]))
     # Room for a last chunk's padding and a last dispatch's surplus: what lies there is never read.
     cache = make_cache(cfg, len(prompts), -(-capacity // CHUNK) * CHUNK + CHUNK)
     logits, cache = _with_rows(_prefill_all(cfg, params, prompts, cache), rows)
     token = _sample(logits, cache.length, arrays)
-
-    counts = [0] * len(prompts)
-    running = set(range(len(prompts)))
-    room = [min(row.max_tokens, capacity - len(prompt)) for prompt, row in zip(prompts, sampling)]
     fresh = np.asarray(token)[:, None]
     while running:
-        for index in sorted(running):
-            new, finished = _take(fresh[index].tolist(), room[index] - counts[index], sampling[index].stop_token_ids)
-            counts[index] += len(new)
-            if finished:
-                running.discard(index)
-            if new or finished:
-                yield Generated(index, new, finished)
+        for sequence in running.copy():
+            tokens, reason = sequence.accept(fresh[sequence.id].tolist())
+            if reason:
+                running.remove(sequence)
+            if tokens or reason:
+                yield Generated(sequence.id, tokens, reason)
         if running:
-            tokens, cache = decode_steps(cfg, params, token, cache, arrays)
-            token, fresh = tokens[:, -1], np.asarray(tokens)
+            sampled, cache = decode_steps(cfg, params, token, cache, arrays)
+            token, fresh = sampled[:, -1], np.asarray(sampled)
 
 
 @functools.partial(jax.jit, static_argnames="rows")
 def _with_rows(read: tuple[Array, KVCache], rows: int) -> tuple[Array, KVCache]:
-    """Logits and cache with empty rows up to `rows`: a lone prompt is read alone, for a chunk has rows of its own."""
+    """Pads logits and cache with empty rows up to `rows`: a lone prompt is prefilled alone, for a chunk has enough rows."""
     return jax.tree.map(lambda x: jnp.pad(x, ((0, rows - len(x)), *((0, 0),) * (x.ndim - 1))), read)
 
 
-def _prefill_all(cfg: ModelConfig, params: Params, prompts: Sequence[Sequence[int]], cache: KVCache) -> tuple[Array, KVCache]:
-    """All prompts, CHUNK tokens at a time; the logits after each prompt's own last token."""
+def _prefill_all(cfg: ModelConfig, params: Params, prompts: Collection[list[int]], cache: KVCache) -> tuple[Array, KVCache]:
+    """Prefills all prompts, CHUNK tokens at a time -> the logits after each prompt's own last token, and the cache."""
     after = jnp.zeros((len(prompts), cfg.vocab), jnp.float32)
     for start in range(0, max(map(len, prompts)), CHUNK):
-        pieces = [list(prompt[start : start + CHUNK]) for prompt in prompts]
+        pieces = [prompt[start : start + CHUNK] for prompt in prompts]
         lengths = np.array([len(piece) for piece in pieces], np.int32)
         tokens = np.array([piece + [0] * (CHUNK - len(piece)) for piece in pieces], np.int32)
         logits, cache = prefill(cfg, params, tokens, lengths, cache)
         after = jnp.where((lengths > 0)[:, None], logits, after)
     return after, cache
-
-
-def _take(tokens: list[int], room: int, ends: Collection[int]) -> tuple[list[int], str | None]:
-    """Of newly drawn tokens those that count, and why the row is finished if it is."""
-    for place, token in enumerate(tokens[:room]):
-        if token in ends:
-            return tokens[:place], "stop"
-    return tokens[:room], "length" if len(tokens) >= room else None

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 from engine.errors import InvalidField
 from engine.inference.sampling_params import SamplingParams, token_ids
 
-Finish = Literal["stop", "length", "error"]
+FinishReason = Literal["stop", "length", "error"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +38,14 @@ class Event(NamedTuple):
     """News of a request: new tokens in order, their log-probabilities if it asked, and why it is finished, or None.
 
     'stop': an end token was drawn, which is not among the tokens. 'length': max_tokens are there. 'error': the model
-    gave no numbers to draw from. `cached`: tokens of the prompt that had been computed before.
+    gave no numbers to draw from. `cached_tokens`: tokens of the prompt that had been computed before.
     """
 
     id: int
     tokens: list[int]
     logprobs: list[LogProb]
-    finished: Finish | None
-    cached: int
+    finish_reason: FinishReason | None
+    cached_tokens: int
 
 
 def check(request: Request, vocab: int, capacity: int) -> None:

@@ -6,18 +6,15 @@
     while slots.busy:
         for event in slots.step(): ...
 
-A request waits until a slot is free; from then on it has all the memory it can come to need. Its prompt is read chunk by
-chunk, one chunk of one prompt a step, so that a long prompt holds up neither those who are being answered nor short
-prompts behind it. All who have been read draw their next tokens together. What a request is answered depends on itself
-alone, to the bit: chunks begin at fixed positions, everybody draws in one program whose rows do not see one another, and
-keys come from a request's own seed and positions.
+The scheduler decides what a step does; this file does it on the device. A request waits until a slot is free; from then
+on it has all the memory it can come to need. Its prompt is prefilled chunk by chunk, one chunk of one prompt a step. All
+sequences that are prefilled decode together. What a request is answered depends on itself alone, to the bit: chunks begin
+at fixed positions, everybody decodes in one program whose rows do not see one another, and keys come from a request's own
+seed and positions.
 """
 
 import contextlib
-import dataclasses
-import functools
 import itertools
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, get_args
 
@@ -26,89 +23,51 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.inference import programs
-from engine.inference.prefix_cache import Key, Prefixes, first_key, next_key
-from engine.inference.programs import STEPS
-from engine.inference.request import Event, Finish, LogProb, Request, check
+from engine.inference.penalties import TokenCounts, count_prompt, make_token_counts, penalty_arrays
+from engine.inference.prefix_cache import PrefixCache, first_key, next_key
+from engine.inference.request import Event, LogProb, Request, check
 from engine.inference.sampling import sampling_arrays
 from engine.inference.sampling_params import SamplingParams
-from engine.inference.speculation import Guesser
-from engine.model.cache.segmented import Kind, Rows, make_spans
+from engine.inference.scheduler import DRAFT_ROWS, Decode, Prefill, Scheduler
+from engine.inference.sequence import Sequence
+from engine.model.cache.segmented import KVDtype, KVSegments, Rows, make_kv_segments
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
 
 CHUNK, TAIL = 128, 32  # prompt tokens a call: whole chunks, and a shorter program for a last part that fits it
-AT_ONCE = 16  # chunks that are found computed and put back in one step
-AT_A_TIME, LEAST = 32, 4  # slots times tokens of a dispatch, about, and its tokens at least: who leaves waits for its end
-FEW = 2  # tokens a dispatch while somebody's prompt is being read
-PATIENCE = 4  # every so many chunks, one goes to who has waited longest and not to who needs least
-GROUP = 4  # rows that a lone stream may use, its own and three for guesses
-IDLE = SamplingParams(temperature=0.0)  # of rows that nobody uses: greedy, so that they ask for no draw
+HITS_AT_ONCE = 16  # chunks that a step copies from the prefix cache at most, before the one that it computes
+IDLE = SamplingParams(temperature=0.0)  # of rows that nobody uses: greedy, so that they ask for no sampling
 MIN_SLOTS = 2  # a product with a single row takes a different and slower path on a CPU
 
 
-@dataclasses.dataclass
-class _Stream:
-    """A request under way: its slot, what of its prompt has been read, and what has been drawn."""
-
-    id: int
-    request: Request
-    slot: int
-    key: Key
-    guesser: Guesser | None = None
-    read: int = 0
-    cached: int = 0
-    said: list[int] = dataclasses.field(default_factory=list)
-
-    @property
-    def unread(self) -> int:
-        """Tokens of the prompt to read. The last one is not read but drawn from, with everybody's."""
-        return len(self.request.prompt) - 1 - self.read
-
-    @property
-    def token(self) -> int:
-        """The last token, which has not been through the model yet."""
-        return self.said[-1] if self.said else self.request.prompt[-1]
-
-    @property
-    def position(self) -> int:
-        """Where that token stands."""
-        return len(self.request.prompt) - 1 + len(self.said)
-
-    @property
-    def left(self) -> int:
-        return self.request.sampling.max_tokens - len(self.said)
-
-    @property
-    def reach(self) -> int:
-        """How many positions it may come to hold, the surplus of a last dispatch among them."""
-        return len(self.request.prompt) + self.request.sampling.max_tokens + STEPS
-
-
 def compile_ahead(
-    cfg: ModelConfig, params: Any, *, slots: int, capacity: int, kind: Kind, prefixes: int, chunk: int = CHUNK, tail: int = TAIL
-) -> Iterator[tuple[str, int]]:
+    cfg: ModelConfig, params: Any, *, slots: int, capacity: int, kv_dtype: KVDtype, prefix_cache_bytes: int,
+    chunk: int = CHUNK, tail: int = TAIL,
+) -> Iterator[tuple[str, int]]:  # fmt: skip
     """Compiles what `Slots.warm` of the same options will ask for, from the shapes of `params` alone, as it is iterated.
 
-    For while weights are read. A program that turns out to be another one is compiled when it is wanted, as without this.
+    For the time in which weights are read. A program that turns out to be another one is compiled when it is needed.
     """
-    room = lambda: (make_spans(cfg, slots, capacity, chunk, kind), programs.make_tally(cfg, slots))
-    held = programs.described((params, *jax.eval_shape(room)))
-    return programs.compiled(cfg, *held, chunks={chunk, tail}, kept=chunk if prefixes else None, group=GROUP)
+    state = lambda: (make_kv_segments(cfg, slots, capacity, chunk, kv_dtype), make_token_counts(cfg, slots))
+    shapes = programs.shapes_of((params, *jax.eval_shape(state)))
+    cached_chunk = chunk if prefix_cache_bytes else None
+    return programs.compile_programs(programs.idle_calls(cfg, *shapes, chunks={chunk, tail}, cached_chunk=cached_chunk))
 
 
 class Slots:
     """The state of all requests to one model. `params` as `decode.for_inference` lays them out; they are only read.
 
     `slots`: requests answered at once, which is fixed because a program's shape may touch its bits. `capacity`: tokens
-    of prompt and completion together, by default the model's context. `kind`: what keys and values are kept as.
-    `prefixes`: bytes of computed chunks to keep for prompts that begin alike; 0 keeps none. `guesses`: whether a lone
-    stream uses idle rows to be faster. What is answered depends on the model, on `kind` and on the shapes of programs
-    (`slots`, `capacity`, `chunk`, `tail`); not on `prefixes`, not on `guesses`, and on no other request.
+    of prompt and completion together, by default the model's context. `kv_dtype`: the type of the KV cache.
+    `prefix_cache_bytes`: bytes of computed chunks to keep for prompts that begin alike; 0 keeps none. `speculate`:
+    whether a lone sequence uses idle rows to be faster. What is answered depends on the model, on `kv_dtype` and on the
+    shapes of programs (`slots`, `capacity`, `chunk`, `tail`); not on `prefix_cache_bytes`, not on `speculate`, and on no
+    other request.
     """
 
     def __init__(
-        self, cfg: ModelConfig, params: Params, *, slots: int = 8, capacity: int | None = None, kind: Kind = "bfloat16",
-        prefixes: int = 0, guesses: bool = True, chunk: int = CHUNK, tail: int = TAIL,
+        self, cfg: ModelConfig, params: Params, *, slots: int = 8, capacity: int | None = None, kv_dtype: KVDtype = "bfloat16",
+        prefix_cache_bytes: int = 0, speculate: bool = True, chunk: int = CHUNK, tail: int = TAIL,
     ) -> None:  # fmt: skip
         capacity = cfg.context if capacity is None else capacity
         if slots < MIN_SLOTS:
@@ -117,281 +76,176 @@ class Slots:
             raise UserError(f"The capacity must lie between 2 and the model's context of {cfg.context}, not {capacity}.")
         if not 0 < tail <= chunk:
             raise UserError(f"The tail must lie between 1 and the chunk of {chunk}, not {tail}.")
-        if prefixes < 0:
-            raise UserError(f"The bytes for prefixes must be 0 (none are kept) or more, not {prefixes}.")
-        if kind not in get_args(Kind):
-            raise UserError(f"kind must be one of {', '.join(get_args(Kind))}, not {kind!r}.")
-        self.cfg, self.capacity = cfg, capacity
-        self.slots, self.chunk, self.tail, self.guesses = slots, chunk, tail, guesses
-        self.prefixes = Prefixes(prefixes)
-        self.waiting: deque[tuple[int, Request]] = deque()
-        # All on a device that is said: a program is compiled once more for what comes from one that is not.
-        held = params, make_spans(cfg, slots, capacity, chunk, kind), programs.make_tally(cfg, slots)
-        self.params, self._spans, self._tally = jax.device_put(held, jax.devices()[0])
-        self._free = list(range(slots))
-        self._reading: list[_Stream] = []
-        self._drawing: list[_Stream] = []
-        self._mirrors: list[int] = []  # slots that hold the lone stream's text once more
-        self._count = self._turns = 0
-        self._has_read = False  # whether the last step read, so that the next one draws
+        if prefix_cache_bytes < 0:
+            raise UserError(f"prefix_cache_bytes must be 0 (no prefix cache) or more, not {prefix_cache_bytes}.")
+        if kv_dtype not in get_args(KVDtype):
+            raise UserError(f"kv_dtype must be one of {', '.join(get_args(KVDtype))}, not {kv_dtype!r}.")
+        self.cfg, self.slots, self.capacity, self.chunk, self.tail = cfg, slots, capacity, chunk, tail
+        self.scheduler = Scheduler(slots, speculate)
+        self.prefix_cache = PrefixCache(prefix_cache_bytes)
+        # All on a named device: a program is compiled once more for arguments whose device is not named.
+        state = params, make_kv_segments(cfg, slots, capacity, chunk, kv_dtype), make_token_counts(cfg, slots)
+        self.params, self._segments, self._counts = jax.device_put(state, jax.devices()[0])
 
     @property
     def busy(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self.waiting or self._reading or self._drawing)
+        return bool(self.waiting or self.running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return len(self.scheduler.waiting)
 
     @property
     def running(self) -> int:
         """Requests that have a slot."""
-        return len(self._reading) + len(self._drawing)
+        return len(self.scheduler.running)
 
     @property
-    def held(self) -> int:
-        """Positions that requests have been given and filled, of all slots' capacity."""
-        return sum(stream.read for stream in self._reading) + sum(stream.position for stream in self._drawing)
+    def used_positions(self) -> int:
+        """Positions of the KV cache that requests have filled, of `slots` times `capacity`."""
+        scheduler = self.scheduler
+        return sum(s.prefilled for s in scheduler.prefilling) + sum(s.position for s in scheduler.decoding)
 
     @property
-    def bytes(self) -> int:
-        """Of keys and values, whether filled or not."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._spans))
+    def cache_bytes(self) -> int:
+        """Bytes of the KV cache, whether filled or not."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._segments))
 
     def submit(self, request: Request) -> int:
-        """Takes a request in and returns its id. Raises UserError when it cannot be served to its end."""
+        """Queues a request and returns its id. Raises InvalidField when it cannot be served to its end."""
         check(request, self.cfg.vocab, self.capacity)
-        self._count += 1
-        self.waiting.append((self._count, request))
-        return self._count
+        return self.scheduler.submit(request).id
 
     def cancel(self, id: int) -> bool:
         """Ends a request wherever it is; no event of it follows. False when there is none of that id."""
-        for place, (waiting, _) in enumerate(self.waiting):
-            if waiting == id:
-                del self.waiting[place]
-                return True
-        for stream in (*self._reading, *self._drawing):
-            if stream.id == id:
-                self._release(stream)
-                return True
-        return False
+        return self.scheduler.cancel(id)
 
     def step(self) -> list[Event]:
-        """Lets who waits in, and reads a chunk of a prompt or draws a few tokens for everyone whose prompt is read, in turns.
+        """Admits waiting requests, then prefills a chunk of one prompt or decodes a few tokens for everyone, in turns.
 
-        One of the two, and it has been done when this returns: who leaves in between waits for no more than that.
+        The device is done when this returns: a request that is cancelled in between waits for one step at most.
         """
-        while self.waiting and (self._free or self._mirrors):
-            self._admit(*self.waiting.popleft())
-        self._has_read = bool(self._reading) and not (self._drawing and self._has_read)
-        if not self._has_read:
-            return self._draw() if self._drawing else []
-        self._read(self._next_to_read())
-        jax.block_until_ready(self._spans)
+        for sequence in self.scheduler.admit():
+            self._start(sequence)
+        match self.scheduler.schedule():
+            case Prefill(sequence):
+                self._prefill(sequence)
+                jax.block_until_ready(self._segments)
+            case Decode() as batch:
+                return self._decode(batch)
         return []
 
     def warm(self, report: Callable[[int, int], None] | None = None, ahead: Iterable[tuple[str, int]] = ()) -> None:
-        """Compiles every program, and runs each once on nobody's behalf. Nothing is compiled after it.
+        """Compiles every program, and runs each once for nobody. Nothing is compiled after it.
 
-        `ahead` is what `compile_ahead` tells: a program that it has compiled is run while the next one is compiled.
-        `report` is told how many programs are ready, of how many. Raises ValueError while requests are under way.
+        `ahead` is what `compile_ahead` yields: a program that it has compiled is run while the next one is compiled.
+        `report(ready, total)` counts programs. Raises ValueError while requests are under way.
         """
         if self.busy:
             raise ValueError("warm is for slots that nobody uses yet")
-        chunks, kept = {self.chunk, self.tail}, self.chunk if self.prefixes.limit else None
-        nowhere, start = np.int32(self._spans.slots), np.int32(0)  # a slot that is none: nothing is written
-        runs: dict[str, Callable[[], Any]] = {
-            "clear": lambda: self._set(programs.clear_slot(self._spans, nowhere, np.int32(1))),
-            **{f"read {n}": functools.partial(self._read_tokens, (0,) * n, nowhere, 0) for n in chunks},
-            "draw": lambda: self._dispatch({}, 1, False, []),
-            "mirror": lambda: self._mirror(nowhere, [], 1),
-            "tell": lambda: self._tell(int(nowhere), {}, np.zeros(self.cfg.vocab, np.int32)),
-        }
-        if kept:
-            shapes = programs.chunk_of(self._spans, kept)
-            nothing = lambda: jax.device_put(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes), jax.devices()[0])
-            runs["take"] = lambda: programs.take_chunk(self._spans, start, start, kept)
-            runs["give"] = lambda: self._set(programs.give_chunk(self._spans, nothing(), nowhere, start))
-        # By their shapes, for a program that is run gives away arrays while others are still being compiled.
-        held = programs.described((self.params, self._spans, self._tally))
-        with contextlib.closing(programs.compiled(self.cfg, *held, chunks=chunks, kept=kept, group=GROUP)) as here:
-            for name, count in itertools.chain(ahead, here):
-                if run := runs.pop(name, None):
-                    jax.block_until_ready((run(), self._spans))
+        # Compiled from shapes, for a program that is run donates arrays while others are still being compiled.
+        calls = self._idle_calls(*programs.shapes_of((self.params, self._segments, self._counts)))
+        pending = set(calls)
+        with contextlib.closing(programs.compile_programs(calls)) as compiled:
+            for name, count in itertools.chain(ahead, compiled):
+                if name in pending:
+                    pending.remove(name)
+                    self._run_idle(name)
                     if report:
-                        report(count - len(runs), count)
-                if not runs:
+                        report(count - len(pending), count)
+                if not pending:
                     break
 
-    # Who gets a slot, and who leaves one.
+    def _idle_calls(self, *state: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+        cached_chunk = self.chunk if self.prefix_cache.limit else None
+        return programs.idle_calls(self.cfg, *state, chunks={self.chunk, self.tail}, cached_chunk=cached_chunk)
 
-    def _admit(self, id: int, request: Request) -> None:
-        self._dissolve()
-        stream = _Stream(id, request, self._free.pop(0), first_key(request.namespace))
-        self._set(programs.clear_slot(self._spans, np.int32(stream.slot), np.int32(stream.reach)))
+    def _run_idle(self, name: str) -> None:
+        program, arguments = self._idle_calls(self.params, self._segments, self._counts)[name]
+        zeros = lambda x: jax.device_put(np.zeros(x.shape, x.dtype), jax.devices()[0])
+        real = lambda x: zeros(x) if isinstance(x, jax.ShapeDtypeStruct) else x
+        results = program(*jax.tree.map(real, arguments))
+        for result in (results,) if hasattr(results, "_fields") else results:
+            if isinstance(result, KVSegments):
+                self._segments = result
+            elif isinstance(result, TokenCounts):
+                self._counts = result
+        jax.block_until_ready((results, self._segments))
+
+    def _start(self, sequence: Sequence) -> None:
+        """Prepares the slot of a sequence that has just been admitted."""
+        slot, request = np.int32(sequence.slot), sequence.request
+        sequence.prefix_key = first_key(request.namespace)
+        self._segments = programs.clear_slot(self._segments, slot, np.int32(sequence.reach))
         if request.sampling.adjusts_logits:
-            said = np.bincount(request.prompt, minlength=self.cfg.vocab).astype(np.int32)
-            self._tell(stream.slot, request.sampling.logit_bias, np.where(said > 0, programs.IN_PROMPT, 0).astype(np.int32))
-        (self._reading if stream.unread else self._drawing).append(stream)
+            start = count_prompt(request.prompt, request.sampling.logit_bias, self.cfg.vocab)
+            self._counts = programs.set_token_counts(self._counts, slot, *start)
 
-    def _release(self, stream: _Stream) -> None:
-        """Its slot and mirrors are free again; what lies in them is cleared when somebody comes."""
-        (self._reading if stream in self._reading else self._drawing).remove(stream)
-        self._free.append(stream.slot)
-        self._dissolve()
-
-    def _dissolve(self) -> None:
-        self._free += self._mirrors
-        self._mirrors = []
-
-    # Reading prompts.
-
-    def _next_to_read(self) -> _Stream:
-        """Who needs least goes first, but every so often who came first does."""
-        self._turns += 1
-        return self._reading[0] if self._turns % PATIENCE == 0 else min(self._reading, key=lambda stream: stream.unread)
-
-    def _read(self, stream: _Stream) -> None:
-        """Reads one chunk of a prompt, behind up to AT_ONCE that are found computed."""
-        for _ in range(AT_ONCE):
-            tokens = stream.request.prompt[stream.read : stream.read + min(self.chunk, stream.unread)]
-            whole = len(tokens) == self.chunk and self.prefixes.limit > 0
-            key = next_key(stream.key, tokens) if whole else b""
-            found = self.prefixes.find(key) if whole else None
-            at = np.int32(stream.slot), np.int32(stream.read)
-            if found is None:
-                self._read_tokens(tokens, *at)
-                if whole:
-                    chunk = programs.take_chunk(self._spans, *at, self.chunk)
-                    self.prefixes.keep(key, chunk, stream.key if stream.read else None)
+    def _prefill(self, sequence: Sequence) -> None:
+        """Computes one chunk of a prompt, behind up to HITS_AT_ONCE that are in the prefix cache."""
+        for _ in range(HITS_AT_ONCE):
+            tokens = sequence.next_chunk(self.chunk)
+            cacheable = len(tokens) == self.chunk and self.prefix_cache.limit > 0
+            key = next_key(sequence.prefix_key, tokens) if cacheable else b""
+            chunk = self.prefix_cache.get(key) if cacheable else None
+            place = np.int32(sequence.slot), np.int32(sequence.prefilled)
+            if chunk is not None:
+                self._segments = programs.write_chunk(self._segments, chunk, *place)
+                sequence.cached_tokens += self.chunk
             else:
-                self._set(programs.give_chunk(self._spans, found, *at))
-                stream.cached += self.chunk
-            stream.key = key
-            stream.read += len(tokens)
-            if not stream.unread:
-                self._reading.remove(stream)
-                self._drawing.append(stream)
-            if found is None or not stream.unread:
+                size = self.tail if len(tokens) <= self.tail else self.chunk
+                padded: Any = np.zeros((1, size), np.int32)
+                padded[0, : len(tokens)] = tokens
+                self._segments = programs.prefill_chunk(self.cfg, self.params, self._segments, padded, *place)
+                if cacheable:
+                    computed = programs.read_chunk(self._segments, *place, self.chunk)
+                    self.prefix_cache.put(key, computed, sequence.prefix_key if sequence.prefilled else None)
+            sequence.prefix_key = key
+            self.scheduler.prefilled(sequence, len(tokens))
+            if chunk is None or not sequence.to_prefill:
                 return
 
-    def _read_tokens(self, tokens: tuple[int, ...], slot: Any, start: Any) -> None:
-        size = self.tail if len(tokens) <= self.tail else self.chunk
-        padded = np.zeros((1, size), np.int32)
-        padded[0, : len(tokens)] = tokens
-        self._set(programs.read_chunk(self.cfg, self.params, self._spans, padded, np.int32(slot), np.int32(start)))
-
-    # Drawing tokens.
-
-    def _draw(self) -> list[Event]:
-        lone = self._drawing[0] if len(self._drawing) == 1 and not self._reading and not self.waiting else None
-        guessed = self._guess(lone) if lone else []
-        steps = 1 if guessed else self._steps()
-        streams = {stream.slot: stream for stream in self._drawing}
-        logprobs = any(stream.request.sampling.logprobs is not None for stream in self._drawing)
-        drawn = self._dispatch(streams, steps, logprobs, guessed)
-        return [self._take(stream, drawn, steps, guessed) for stream in list(self._drawing)]
-
-    def _steps(self) -> int:
-        """Few where somebody would wait for them: for a first token, or for a prompt to be read."""
-        if any(not stream.said for stream in self._drawing):
-            return 1
-        most = FEW if self._reading else min(STEPS, max(LEAST, AT_A_TIME // self.slots))
-        return min(most, max(stream.left for stream in self._drawing))
-
-    def _guess(self, stream: _Stream) -> list[int]:
-        """What may follow the lone stream's last token, where checking that pays; its mirrors are made when first needed."""
-        most = min(GROUP - 1, len(self._free) + len(self._mirrors), stream.left - 1)
-        if not self.guesses or stream.request.sampling.adjusts_logits or not stream.said or most < 1:
-            return []
-        stream.guesser = stream.guesser or Guesser((*stream.request.prompt, *stream.said))
-        if not stream.guesser.pays:
-            return []
-        guessed = stream.guesser.guess(most)
-        if guessed and not self._mirrors:
-            mirrors = self._free[: GROUP - 1]
-            self._mirror(np.int32(stream.slot), mirrors, stream.reach)
-            self._mirrors, self._free = mirrors, self._free[len(mirrors) :]
-        return guessed
-
-    def _dispatch(self, streams: dict[int, _Stream], steps: int, logprobs: bool, guessed: list[int]) -> programs.Drawn:
-        """Draws for the streams by slot. Row r is slot r; a guessed token gets a mirror's row, one position further on."""
-        R = self._spans.slots
-        rows = {slot: (stream, stream.token, stream.position) for slot, stream in streams.items()}
-        for place, (slot, token) in enumerate(zip(self._mirrors, guessed)):
-            (stream,) = streams.values()
-            rows[slot] = (stream, token, stream.position + 1 + place)
-        tokens: Any = np.zeros(R, np.int32)
+    def _decode(self, batch: Decode) -> list[Event]:
+        """Decodes a batch in one dispatch, in which row r stands for slot r."""
+        R, lone = self.slots, batch.sequences[0]
+        if batch.copies_are_new:
+            targets = np.array([*batch.copies, *[R] * (DRAFT_ROWS - len(batch.copies))], np.int32)
+            self._segments = programs.copy_slot(self._segments, np.int32(lone.slot), targets, np.int32(lone.reach))
+        token: Any = np.zeros(R, np.int32)
         position: Any = np.full(R, -1, np.int32)
         sampling = [IDLE] * R
-        for row, (stream, last, at) in rows.items():
-            tokens[row], position[row], sampling[row] = last, at, stream.request.sampling
-        source: Any = np.arange(R + GROUP * (GROUP - 1), dtype=np.int32) % R
-        target: Any = np.full_like(source, R)
+        for row in batch.rows:
+            token[row.slot], position[row.slot], sampling[row.slot] = row.token, row.position, row.sequence.request.sampling
+        target: Any = np.full(programs.count_writes(R), R, np.int32)
+        source: Any = np.arange(len(target), dtype=np.int32) % R
         target[:R] = np.arange(R)
-        if self._mirrors:  # everything the lone stream says is written wherever its text is held
-            (home,) = streams
-            group = [home, *self._mirrors]
-            extra = [(row, slot) for row in group if row in rows for slot in group if slot != row]
-            source[R : R + len(extra)] = [row for row, _ in extra]
-            target[R : R + len(extra)] = [slot for _, slot in extra]
-        drawn, self._spans, self._tally = programs.draw(
-            self.cfg, self.params, self._spans, self._tally, tokens, Rows(position, source, target),
-            sampling_arrays(sampling), programs.penalty_arrays(sampling), np.int32(steps), np.bool_(logprobs),
+        for write, (row_slot, slot) in enumerate(batch.copied_writes, R):
+            source[write], target[write] = row_slot, slot
+        wants_logprobs = any(sequence.request.sampling.logprobs is not None for sequence in batch.sequences)
+        sampled, self._segments, self._counts = programs.decode_steps(
+            self.cfg, self.params, self._segments, self._counts, token, Rows(position, source, target),
+            sampling_arrays(sampling), penalty_arrays(sampling), np.int32(batch.steps), np.bool_(wants_logprobs),
         )  # fmt: skip
         # Read as NumPy's, for to take a number out of an array of JAX's is a program of its own.
-        wanted = drawn if logprobs else drawn[:2]
-        return drawn._replace(**dict(zip(drawn._fields, jax.device_get(wanted))))
+        fetched = jax.device_get(sampled if wants_logprobs else sampled[:2])
+        sampled = sampled._replace(**dict(zip(sampled._fields, fetched)))
+        return [self._event(sequence, batch, sampled) for sequence in batch.sequences]
 
-    def _take(self, stream: _Stream, drawn: programs.Drawn, steps: int, guessed: list[int]) -> Event:
-        """What was drawn for a stream becomes its own, as far as it counts; who is finished leaves."""
-        slots = [stream.slot, *self._mirrors[: len(guessed)]] if guessed else [stream.slot]
-        places = [(0, slot) for slot in slots] if guessed else [(step, stream.slot) for step in range(steps)]
-        expected = guessed or (stream.guesser.guess(steps) if stream.guesser else [])
-        new: list[int] = []
-        finished: Finish | None = None
-        logprobs: list[LogProb] = []
-        for place in places:
-            token = int(drawn.token[place])
-            if not drawn.sound[place]:
-                finished = "error"
-            elif token in stream.request.sampling.stop_token_ids:
-                finished = "stop"
-            if finished:
-                break
-            new.append(token)
-            if stream.request.sampling.logprobs is not None:
-                logprobs.append(self._logprob(drawn, place, stream.request.sampling.logprobs))
-            if len(new) == stream.left:
-                finished = "length"
-                break
-            if guessed and (len(new) > len(guessed) or token != guessed[len(new) - 1]):
-                break
-        if stream.guesser:
-            if expected and new:
-                right = next((n for n, (a, b) in enumerate(zip(expected, new)) if a != b), min(len(expected), len(new)))
-                stream.guesser.note(min(len(expected), len(new)), right)
-            stream.guesser.extend(new)
-        stream.said += new
-        if finished:
-            self._release(stream)
-        return Event(stream.id, new, logprobs, finished, stream.cached)
+    def _event(self, sequence: Sequence, batch: Decode, sampled: programs.SampledTokens) -> Event:
+        """Appends to a sequence the tokens that were sampled for it, as far as they count, and tells what became of it."""
+        rows = [row.slot for row in batch.rows if row.sequence is sequence]
+        places = [(step, row) for row in rows for step in range(batch.steps)]
+        values = (int(sampled.token[place]) if sampled.finite[place] else None for place in places)
+        tokens, reason = sequence.accept(values, batch.drafts)
+        count = sequence.request.sampling.logprobs
+        logprobs = [] if count is None else [_logprob(sampled, place, count) for place, _ in zip(places, tokens)]
+        if reason:
+            self.scheduler.finish(sequence)
+        return Event(sequence.id, tokens, logprobs, reason, sequence.cached_tokens)
 
-    @staticmethod
-    def _logprob(drawn: programs.Drawn, place: tuple[int, int], count: int) -> LogProb:
-        tokens, values = (array[place][:count].tolist() for array in (drawn.top_tokens, drawn.top))
-        return LogProb(int(drawn.token[place]), float(drawn.logprob[place]), tuple(zip(tokens, values)))
 
-    # What lies on the device.
-
-    def _set(self, spans: Any) -> None:
-        self._spans = spans
-
-    def _mirror(self, slot: Any, targets: list[int], reach: int) -> None:
-        nowhere = self._spans.slots
-        padded = np.array([*targets, *[nowhere] * (GROUP - 1 - len(targets))], np.int32)
-        self._set(programs.mirror_slot(self._spans, np.int32(slot), padded, np.int32(reach)))
-
-    def _tell(self, slot: int, bias: Any, said: np.ndarray) -> None:
-        row = np.zeros(self.cfg.vocab, np.float32)
-        for token, value in bias.items():
-            row[token] = value
-        self._tally = programs.set_tally(self._tally, np.int32(slot), row, said)
+def _logprob(sampled: programs.SampledTokens, place: tuple[int, int], count: int) -> LogProb:
+    tokens, values = (array[place][:count].tolist() for array in (sampled.top_tokens, sampled.top_logprobs))
+    return LogProb(int(sampled.token[place]), float(sampled.logprob[place]), tuple(zip(tokens, values)))

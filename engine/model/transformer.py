@@ -15,7 +15,7 @@ from jax import Array
 
 from engine.model import backward, layers
 from engine.model.backend import on_cpu
-from engine.model.cache import segmented as spans
+from engine.model.cache import segmented
 from engine.model.cache.contiguous import KVCache, write
 from engine.model.config import ModelConfig
 from engine.model.paths import stack
@@ -80,8 +80,8 @@ class Block(nn.Module):
             # The rotation reads each number twice; without the barrier XLA would compute the norm twice as well.
             qk = jax.lax.optimization_barrier(math.unit_norm(qk, cfg.eps, dtype))
         q, k = jnp.split(math.rope(qk, self.head_gains(), *rotary, dtype), [cfg.heads], axis=2)
-        if isinstance(cached, spans.SpanLayer):
-            return spans.attention(q, k, v, cached)
+        if isinstance(cached, segmented.SegmentedLayer):
+            return segmented.attention(q, k, v, cached)
         if cached is not None:
             return self.cached_attention(q, k, v, cached)
         if on_cpu():

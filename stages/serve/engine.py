@@ -47,7 +47,7 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Requests that wait for a slot, with what the thread has not taken from its queue."""
-        return len(self.slots.waiting) + self._work.qsize()
+        return self.slots.waiting + self._work.qsize()
 
     @property
     def idle_seconds(self) -> float:
@@ -89,7 +89,7 @@ class Engine:
             while not self._stopping:
                 self._take_work()
                 self.ticked = time.monotonic()
-                self.cache_use = self.slots.held / (self.slots.slots * self.capacity)
+                self.cache_use = self.slots.used_positions / (self.slots.slots * self.capacity)
                 if self.slots.busy:
                     self._deliver(self.slots.step())
         except BaseException as error:
@@ -123,7 +123,7 @@ class Engine:
         """Posts each event to its listener, all of one step at once."""
         addressed = [(self._listeners[event.id], event) for event in events if event.id in self._listeners]
         for event in events:
-            if event.finished:
+            if event.finish_reason:
                 self._listeners.pop(event.id, None)
         if addressed:
             self._tell(_call_listeners, addressed)

@@ -10,7 +10,7 @@ from engine.counting.params import count_params
 from engine.inference import decode
 from engine.inference.quantize import quantize
 from engine.inference.slots import CHUNK
-from engine.model.cache.segmented import Kind, make_spans
+from engine.model.cache.segmented import KVDtype, make_kv_segments
 from engine.model.config import ModelConfig
 from engine.model.paths import map_paths
 from engine.model.weights.lora import LoRA
@@ -33,7 +33,7 @@ class Layout:
     weights: str
     slots: int = 8
     capacity: int | None = None
-    cache_dtype: Kind = "bfloat16"
+    cache_dtype: KVDtype = "bfloat16"
     prefix_cache: int = 0
 
     def config(self, cfg: ModelConfig) -> ModelConfig:
@@ -51,14 +51,14 @@ class Layout:
         """Returns the options of `Slots` that shape its programs."""
         return {
             "slots": self.slots, "capacity": self.capacity or min(cfg.context, MAX_DEFAULT_CAPACITY),
-            "kind": self.cache_dtype, "prefixes": self.prefix_cache,
+            "kv_dtype": self.cache_dtype, "prefix_cache_bytes": self.prefix_cache,
         }  # fmt: skip
 
     def check_room(self, cfg: ModelConfig) -> None:
         """Raises UserError, before anything is allocated, when weights and slots are more than a CPU's memory holds."""
         options = self.slot_options(cfg)
         slots, capacity = options["slots"], options["capacity"]
-        cache = jax.eval_shape(lambda: make_spans(cfg, slots, capacity, CHUNK, self.cache_dtype))
+        cache = jax.eval_shape(lambda: make_kv_segments(cfg, slots, capacity, CHUNK, self.cache_dtype))
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) + self.prefix_cache
         size += count_params(cfg).total * {"int8": 1, "bfloat16": 2, "float32": 4}[self.weights]
         hardware.check_room(f"The weights and {slots:,} slots of {capacity:,} tokens", size, remedy=REMEDY)

@@ -76,7 +76,7 @@ def load_state(
         ("model", f"{name}: {model.checkpoint}" + (f" with {adapter}" if adapter else "")),
         ("device", str(device)),
         ("weights", f"{layout.weights}, {weights}, SHA-256 {sha256[:16]}"),
-        ("slots", f"{layout.slots} of {slots.capacity:,} tokens, KV cache in {layout.cache_dtype}, {size(slots.bytes)}"),
+        ("slots", f"{layout.slots} of {slots.capacity:,} tokens, KV cache in {layout.cache_dtype}, {size(slots.cache_bytes)}"),
         ("queue", f"{queue} more wait; prefix cache of {layout.prefix_cache / 1e6:g} MB"),
         ("template", chat.named),
     ])  # fmt: skip
@@ -102,7 +102,7 @@ def _laid_out(model: LoadedModel, adapter: Path | None, layout: Layout, speculat
     params = with_adapters(model.cfg, model.params, [adapter]) if adapter else model.params
     params = jax.block_until_ready(layout.params(cfg, params))
     try:
-        return Slots(cfg, params, guesses=speculation, **layout.slot_options(cfg))
+        return Slots(cfg, params, speculate=speculation, **layout.slot_options(cfg))
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

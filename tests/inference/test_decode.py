@@ -36,9 +36,9 @@ def told(cfg, params, prompts, capacity=CAPACITY, **sampling) -> tuple[list[list
     rows = SamplingParams(**{"max_tokens": 20, "temperature": 0.0, **sampling}).per_row(len(prompts))
     for part in generate(cfg, params, prompts, rows, capacity=capacity):
         assert why[part.prompt] is None, "nothing comes after the end"
-        assert part.tokens or part.finished
+        assert part.tokens or part.finish_reason
         out[part.prompt] += part.tokens
-        why[part.prompt] = part.finished
+        why[part.prompt] = part.finish_reason
     assert None not in why
     return out, why
 

@@ -11,10 +11,11 @@ from tiny import lively_params, positions_of, sampling_of, tiny_config, tokens_o
 
 from engine.errors import UserError
 from engine.inference.decode import decode_step, decode_steps, for_inference, prefill
-from engine.inference.programs import PenaltyArrays, draw, make_tally
+from engine.inference.penalties import PenaltyArrays, make_token_counts
+from engine.inference.programs import decode_steps as decode_slots
 from engine.inference.quantize import every_product, quantize, round_trips
 from engine.model.cache.contiguous import make_cache
-from engine.model.cache.segmented import Rows, make_spans
+from engine.model.cache.segmented import Rows, make_kv_segments
 from engine.model.paths import leaf_paths, map_paths
 from engine.model.transformer import forward
 from engine.model.weights.int8 import Int8
@@ -122,5 +123,11 @@ def test_neither_does_drawing_for_slots_few_or_many(slots, tied):
     cfg, params = wider(tied, "int8")
     token = jnp.zeros(slots, jnp.int32)
     asked = sampling_of(slots), PenaltyArrays(token > 0, *[jnp.zeros(slots)] * 3)
-    arguments = make_spans(cfg, slots, CAPACITY, 16), make_tally(cfg, slots), token, Rows(token, token, token), *asked
-    assert made_of_a_weights_size(params, draw.lower(cfg, params, *arguments, jnp.int32(2), jnp.bool_(True))) == []
+    arguments = (
+        make_kv_segments(cfg, slots, CAPACITY, 16),
+        make_token_counts(cfg, slots),
+        token,
+        Rows(token, token, token),
+        *asked,
+    )
+    assert made_of_a_weights_size(params, decode_slots.lower(cfg, params, *arguments, jnp.int32(2), jnp.bool_(True))) == []

@@ -13,14 +13,14 @@ from tiny import lively_params, request_of, sampling_of, tiny_config, tokens_of
 
 from engine.inference import programs as slot_programs
 from engine.inference.decode import decode_step, decode_steps, for_inference, generate, prefill
-from engine.inference.programs import PenaltyArrays, make_tally
+from engine.inference.penalties import PenaltyArrays, make_token_counts
 from engine.inference.quantize import quantize
 from engine.inference.sampling import sampling_arrays
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.score import score
 from engine.inference.slots import Slots
 from engine.model.cache.contiguous import KVCache, make_cache
-from engine.model.cache.segmented import Rows, make_spans
+from engine.model.cache.segmented import Rows, make_kv_segments
 from engine.storage.digest import digest
 from engine.text.batch import Batch
 
@@ -71,7 +71,7 @@ def test_serving_many_changes_no_weight_and_remembers_no_request():
     cfg, params = served("bfloat16")
     params = for_inference(cfg, quantize(params))
     before, answers = digest(params), []
-    slots = Slots(cfg, params, slots=3, capacity=32, kind="int8", chunk=16, tail=4, prefixes=10**6)
+    slots = Slots(cfg, params, slots=3, capacity=32, kv_dtype="int8", chunk=16, tail=4, prefix_cache_bytes=10**6)
     for _ in range(2):
         ids = [
             slots.submit(request_of(
@@ -89,7 +89,7 @@ def test_serving_many_changes_no_weight_and_remembers_no_request():
         answers.append([(tokens[id], logprobs[id]) for id in ids if id != ids[1]])
     assert answers[0] == answers[1]
     assert [len(tokens) for tokens, _ in answers[0]] == [MAX_TOKENS] * 4 + [20]
-    assert len(slots.prefixes) > 0
+    assert slots.prefix_cache.bytes > 0
     assert digest(params) == digest(slots.params) == before
 
 
@@ -98,16 +98,17 @@ def programs(cfg, params) -> dict[str, tuple]:
     cache = make_cache(cfg, ROWS, CAPACITY)
     token, tokens = jnp.zeros(ROWS, jnp.int32), jnp.zeros((ROWS, CHUNK), jnp.int32)
     batch = Batch(tokens, tokens, tokens == 0, tokens, tokens)
-    spans, slot = make_spans(cfg, ROWS, CAPACITY, CHUNK), jnp.int32(1)
+    segments, slot = make_kv_segments(cfg, ROWS, CAPACITY, CHUNK), jnp.int32(1)
     rows = Rows(token, token, token)
+    counts = make_token_counts(cfg, ROWS)
     sampling = sampling_of(ROWS), PenaltyArrays(token > 0, *[jnp.zeros(ROWS)] * 3)
     return {
         "prefill": (prefill, (cfg, params, tokens, token, cache)),
         "decode_step": (decode_step, (cfg, params, token, cache)),
         "decode_steps": (decode_steps, (cfg, params, token, cache, sampling_of(ROWS))),
         "score": (score, (cfg, params, batch)),
-        "read_chunk": (slot_programs.read_chunk, (cfg, params, spans, tokens[:1], slot, slot)),
-        "draw": (slot_programs.draw, (cfg, params, spans, make_tally(cfg, ROWS), token, rows, *sampling, slot, slot > 0)),
+        "prefill_chunk": (slot_programs.prefill_chunk, (cfg, params, segments, tokens[:1], slot, slot)),
+        "decode_slots": (slot_programs.decode_steps, (cfg, params, segments, counts, token, rows, *sampling, slot, slot > 0)),
     }
 
 
@@ -136,7 +137,7 @@ def broken_promises(function, arguments) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", ["prefill", "decode_step", "decode_steps", "score", "read_chunk", "draw"])
+@pytest.mark.parametrize("name", ["prefill", "decode_step", "decode_steps", "score", "prefill_chunk", "decode_slots"])
 def test_no_program_donates_overwrites_or_returns_a_weight(name):
     cfg, params = served("float32")
     function, arguments = programs(cfg, params)[name]

@@ -14,8 +14,8 @@ ENGINE = """
 errors format
 files allocator model.config model.paths model.backend
 device model.layers model.cache.contiguous by_hand
-model.backward model.weights.int8 model.cache.segmented
-model.weights.lora model.chunked_cross_entropy
+model.backward model.weights.int8
+model.weights.lora model.chunked_cross_entropy model.cache.segmented
 model.weights.lora_matmul
 model.weights.matmul
 model.transformer

@@ -41,7 +41,8 @@ class TinyServer:
         self.keys, self._warm = keys, warm
         self.model = model = tiny_model()
         params = decode.for_inference(model.cfg, model.params)
-        options = {"slots": SLOTS, "capacity": CAPACITY, "kind": "float32", "prefixes": 10**7, "chunk": CHUNK, "tail": TAIL}
+        options = {"slots": SLOTS, "capacity": CAPACITY, "kv_dtype": "float32", "prefix_cache_bytes": 10**7}
+        options |= {"chunk": CHUNK, "tail": TAIL}
         self.slots = slots = Slots(model.cfg, params, **{**options, **changes})
         make_chat = lambda: Chat(model.tokenizer, None, FIXED_DAY)
         self.state = make_state(

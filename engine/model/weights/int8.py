@@ -128,23 +128,36 @@ def quantize_leaves(
 _quantize_jitted = jax.jit(quantize_matrix, static_argnums=(1, 2))
 
 
-def rounded_rows(x: Array) -> tuple[Array, Array]:
-    """x (M, D) -> values (M, D) int8, scale (M, 1) float32: each row's largest magnitude becomes 127.
+def round_rows(x: Array) -> tuple[Array, Array]:
+    """x (..., M, D) -> values (..., M, D) int8, scale (..., M, 1) float32: each row's largest magnitude becomes 127.
 
     A row with a NaN or an infinity has such a scale, and so spoils its own products and no other's.
     """
     x = x.astype(jnp.float32)
-    scale = jnp.abs(x).max(axis=-1, keepdims=True) / LARGEST
-    scale = jnp.where(scale == 0, 1, scale)
+    scale = _row_scale(x)
     return jnp.round(x / scale).astype(jnp.int8), scale
 
 
-def two_digits(x: Array) -> tuple[Array, Array]:
-    """x (M, D) -> values (2 M, D) int8, scale (M, 1) float32: each row in steps, as in `rounded_rows`, then what is left of
-    each number in steps FINE times smaller."""
-    whole, scale = rounded_rows(x)
-    rest = jnp.round((x.astype(jnp.float32) / scale - whole.astype(jnp.float32)) * FINE)
-    return jnp.concatenate([whole, rest.astype(jnp.int8)]), scale
+def two_digit_rows(x: Array) -> tuple[Array, Array]:
+    """x (..., M, D) -> values (..., 2 M, D) int8, scale (..., M, 1) float32: the rows in steps, as in `round_rows`, then what
+    is left of each number in steps FINE times smaller. A product reads its other side once for both."""
+    x = x.astype(jnp.float32)
+    scale = _row_scale(x)
+    steps = x / scale
+    first = jnp.round(steps)
+    second = jnp.round((steps - first) * FINE)
+    return jnp.concatenate([first, second], axis=-2).astype(jnp.int8), scale
+
+
+def join_digits(products: Array) -> Array:
+    """products (..., 2 M, X) of rows in two digits -> (..., M, X) float32, to be multiplied by the rows' scale."""
+    first, second = jnp.split(products.astype(jnp.float32), 2, axis=-2)
+    return first + second / FINE
+
+
+def _row_scale(x: Array) -> Array:
+    scale = jnp.abs(x).max(axis=-1, keepdims=True) / LARGEST
+    return jnp.where(scale == 0, 1, scale)
 
 
 def int8_matmul(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
@@ -163,16 +176,14 @@ def _contract(x: Array, values: Array, summed: int, **options: Any) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _whole_numbers(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
     fine = weight.activations == "int16"
-    rows, row_scale = two_digits(x) if fine else rounded_rows(x)
+    rows, row_scale = two_digit_rows(x) if fine else round_rows(x)
     if weight.summed == 1 and len(rows) <= FEW and len(weight.values) <= MANY:
         # The weight on the left is read as it lies, on the right it would be packed first; XLA would swap them back.
         product = jax.lax.dot_general(weight.values, rows, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
         product = jax.lax.optimization_barrier(product).T
     else:
         product = _contract(rows, weight.values, weight.summed, preferred_element_type=jnp.int32)
-    product = product.astype(jnp.float32)
-    if fine:
-        product = product[: len(x)] + product[len(x) :] / FINE
+    product = join_digits(product) if fine else product.astype(jnp.float32)
     return (product * row_scale * weight.scale).astype(dtype)
 
 

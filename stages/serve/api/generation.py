@@ -13,7 +13,7 @@ from starlette.types import Receive
 from engine.errors import InvalidField
 from engine.inference.request import Event, LogProb, Request, check
 from engine.inference.sampling_params import SEEDS, SamplingParams
-from engine.inference.stop_strings import Completion
+from engine.inference.stop_strings import CompletionText
 from stages.serve.api.event_stream import EventStream
 from stages.serve.api.replies import CachedTokens, Reason, Usage
 from stages.serve.api.requests import CompletionFields
@@ -45,7 +45,7 @@ class Generation:
     ) -> None:
         self._state, self._repeats, self._arrived = state, repeats, arrived
         self._events: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
-        self._completions = [Completion(state.tokenizer.tokenizer.stream(), stops) for _ in requests]
+        self._completions = [CompletionText(state.tokenizer.tokenizer.stream(), stops) for _ in requests]
         self._first: list[float] = [0.0] * len(requests)  # when the first token came
         self._cached = [0] * len(requests)
         self._prompts = [len(request.prompt) for request in requests]
@@ -118,21 +118,21 @@ class Generation:
         if event.tokens and not self._first[index]:
             self._first[index] = now
             metrics.first_token.observe(now - self._arrived)
-        self._cached[index] = event.cached
-        if event.finished == "error":
+        self._cached[index] = event.cached_tokens
+        if event.finish_reason == "error":
             self._open.discard(index)
             metrics.ended("error")
             raise self._engine_error()
-        if event.finished and completion.stopped is None:
+        if event.finish_reason and completion.stopped is None:
             text += completion.close()
-        reason: Reason | None = "stop" if completion.stopped is not None else event.finished
+        reason: Reason | None = "stop" if completion.stopped is not None else event.finish_reason
         if reason:
             self._open.discard(index)
-            if not event.finished:
+            if not event.finish_reason:
                 self._cancels[index]()
             metrics.ended(reason)
             metrics.completed(
-                self._prompts[index], event.cached, completion.tokens, now - self._arrived, now - self._first[index]
+                self._prompts[index], event.cached_tokens, completion.tokens, now - self._arrived, now - self._first[index]
             )
             self._state.admission.record(now - self._arrived)
         return Piece(index, text, event.logprobs[: completion.tokens - before], reason)

@@ -1,10 +1,10 @@
-"""Completion: the text up to the stop string that is complete first, whatever tokens it comes in, and no later than certain."""
+"""CompletionText: the text up to the first complete stop string, whatever tokens it comes in, no later than it is certain."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.inference.stop_strings import Completion
+from engine.inference.stop_strings import CompletionText
 from engine.text.tokenizer import TextStream
 
 LETTERS = "abé😀"
@@ -35,7 +35,7 @@ def undecided(text: str, stops: list[str]) -> int:
 @given(tokens_, stops_, st.integers(1, 5))
 def test_the_text_ends_before_the_first_stop_string(tokens, stops, together):
     whole = b"".join(TABLE[token] for token in tokens).decode("utf-8", "replace")
-    completion, said = Completion(TextStream(TABLE), stops), ""
+    completion, said = CompletionText(TextStream(TABLE), stops), ""
     for start in range(0, len(tokens), together):
         said += completion.push(tokens[start : start + together])
     taken = completion.tokens
@@ -54,7 +54,7 @@ def test_the_text_ends_before_the_first_stop_string(tokens, stops, together):
 @settings(max_examples=200)
 @given(tokens_, stops_)
 def test_text_leaves_as_soon_as_it_is_certain(tokens, stops):
-    stream, completion, read, said = TextStream(TABLE), Completion(TextStream(TABLE), stops), "", ""
+    stream, completion, read, said = TextStream(TABLE), CompletionText(TextStream(TABLE), stops), "", ""
     for token in tokens:
         read += stream.push(token)
         said += completion.push([token])
@@ -64,7 +64,7 @@ def test_text_leaves_as_soon_as_it_is_certain(tokens, stops):
 
 
 def test_without_stop_strings_nothing_is_held_back():
-    completion = Completion(TextStream(TABLE), ["", ""])
+    completion = CompletionText(TextStream(TABLE), ["", ""])
     assert [completion.push([token]) for token in (0, 5, 3)] == ["a", "é", "ba"]
     assert completion.stopped is None
 
@@ -84,7 +84,7 @@ def test_without_stop_strings_nothing_is_held_back():
 def test_some_of_them_by_hand(text, stops, said, stopped):
     table = {ord(letter): letter.encode() for letter in text}
     for size in (1, 2, 99):
-        completion, found = Completion(TextStream(table), stops), ""
+        completion, found = CompletionText(TextStream(table), stops), ""
         for start in range(0, len(text), size):
             found += completion.push([ord(letter) for letter in text[start : start + size]])
         assert (found + completion.close(), completion.stopped) == (said, stopped)

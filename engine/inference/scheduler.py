@@ -1,0 +1,162 @@
+"""Scheduler: who gets a slot, whose prompt is prefilled next, and how many tokens the others decode. Imports no jax.
+
+Plain Python over `Sequence`s: `slots.Slots` asks `schedule` for the next step, carries it out on the device, and reports
+back with `prefilled` and `finish`. Slots are numbers here; a free one may hold any rubbish.
+"""
+
+from collections import deque
+from typing import NamedTuple
+
+from engine.inference.request import Request
+from engine.inference.sequence import STEPS, Sequence
+
+TOKENS_PER_DISPATCH = 32  # about, over all slots
+MIN_STEPS = 4  # of a dispatch, however many slots. A cancelled request waits for the dispatch to end
+STEPS_BESIDE_PREFILL = 2  # of a dispatch while a prompt is being prefilled
+PATIENCE = 4  # of so many chunks one goes to the prompt that came first, the others to the one that needs fewest
+DRAFT_ROWS = 3  # rows, beside its own, in which a lone sequence may check draft tokens
+
+
+class Prefill(NamedTuple):
+    """The step that computes the next chunk of one sequence's prompt."""
+
+    sequence: Sequence
+
+
+class Row(NamedTuple):
+    """A row of a dispatch: the slot it reads, and the token and position of a sequence behind which it samples."""
+
+    slot: int
+    sequence: Sequence
+    token: int
+    position: int
+
+
+class Decode(NamedTuple):
+    """The step that decodes `steps` tokens in each row, in one dispatch.
+
+    `copies` are slots that hold a lone sequence's text as well; `copies_are_new` before it has been copied there. With
+    `drafts` it is a single step, in which the row of each draft token's copy samples behind it.
+    """
+
+    rows: list[Row]
+    steps: int
+    drafts: list[int]
+    copies: list[int]
+    copies_are_new: bool
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """The sequences of the rows, each once."""
+        return [row.sequence for row in self.rows if row.slot == row.sequence.slot]
+
+    @property
+    def copied_writes(self) -> list[tuple[int, int]]:
+        """(row, slot) of each write beside the rows' own: a lone sequence and its copies hold the same text."""
+        slots = [self.rows[0].slot, *self.copies]
+        return [(row.slot, slot) for row in self.rows for slot in slots if self.copies and slot != row.slot]
+
+
+class Scheduler:
+    """Sequences in three stages (waiting, prefilling, decoding), and the slots that are free."""
+
+    def __init__(self, slots: int, speculate: bool) -> None:
+        self.slots, self.speculate = slots, speculate
+        self.waiting: deque[Sequence] = deque()
+        self.prefilling: list[Sequence] = []
+        self.decoding: list[Sequence] = []
+        self.free = list(range(slots))
+        self.copies: list[int] = []
+        self._submitted = self._chunks = 0
+        self._last_was_prefill = False
+
+    @property
+    def running(self) -> list[Sequence]:
+        """The sequences that have a slot."""
+        return [*self.prefilling, *self.decoding]
+
+    def submit(self, request: Request) -> Sequence:
+        """Puts a request at the end of the queue."""
+        self._submitted += 1
+        self.waiting.append(Sequence(self._submitted, request))
+        return self.waiting[-1]
+
+    def admit(self) -> list[Sequence]:
+        """Gives free slots to the sequences that wait, in their order, and returns these."""
+        admitted = []
+        while self.waiting and (self.free or self.copies):
+            self._free_copies()
+            sequence = self.waiting.popleft()
+            sequence.slot = self.free.pop(0)
+            (self.prefilling if sequence.to_prefill else self.decoding).append(sequence)
+            admitted.append(sequence)
+        return admitted
+
+    def schedule(self) -> Prefill | Decode | None:
+        """Chooses the next step: prefill and decode take turns where there is work for both; None when there is none."""
+        # prefill: one chunk of one prompt, so that a long prompt holds up neither the others' tokens nor shorter prompts
+        if self.prefilling and not (self.decoding and self._last_was_prefill):
+            self._last_was_prefill = True
+            self._chunks += 1
+            oldest = self._chunks % PATIENCE == 0
+            return Prefill(self.prefilling[0] if oldest else min(self.prefilling, key=lambda sequence: sequence.to_prefill))
+
+        # decode: a few tokens for everyone whose prompt is prefilled
+        self._last_was_prefill = False
+        if not self.decoding:
+            return None
+        rows = [Row(sequence.slot, sequence, sequence.last_token, sequence.position) for sequence in self.decoding]
+        if drafts := self._draft_tokens():
+            copies_are_new = not self.copies
+            if copies_are_new:
+                self.copies, self.free = self.free[:DRAFT_ROWS], self.free[DRAFT_ROWS:]
+            _, sequence, _, position = rows[0]
+            rows += [Row(slot, sequence, token, position + n) for n, (slot, token) in enumerate(zip(self.copies, drafts), 1)]
+            return Decode(rows, 1, drafts, self.copies, copies_are_new)
+        if any(not sequence.output_tokens for sequence in self.decoding):
+            steps = 1  # a first token is waited for
+        elif self.prefilling:
+            steps = STEPS_BESIDE_PREFILL
+        else:
+            steps = min(STEPS, max(MIN_STEPS, TOKENS_PER_DISPATCH // self.slots))
+        steps = min(steps, max(sequence.remaining for sequence in self.decoding))
+        return Decode(rows, steps, [], self.copies, False)
+
+    def prefilled(self, sequence: Sequence, count: int) -> None:
+        """Notes that `count` more tokens of a prompt are in its slot."""
+        sequence.prefilled += count
+        if not sequence.to_prefill:
+            self.prefilling.remove(sequence)
+            self.decoding.append(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Frees the slot of a sequence that ends, and its copies."""
+        (self.prefilling if sequence in self.prefilling else self.decoding).remove(sequence)
+        self.free.append(sequence.slot)
+        self._free_copies()
+
+    def cancel(self, id: int) -> bool:
+        """Ends a sequence wherever it is. False when there is none of that id."""
+        for sequence in self.waiting:
+            if sequence.id == id:
+                self.waiting.remove(sequence)
+                return True
+        for sequence in self.running:
+            if sequence.id == id:
+                self.finish(sequence)
+                return True
+        return False
+
+    def _draft_tokens(self) -> list[int]:
+        """What may follow the last token of a sequence that is alone, as many tokens as there are rows to check them."""
+        if not self.speculate or len(self.decoding) > 1 or self.prefilling or self.waiting:
+            return []
+        (sequence,) = self.decoding
+        count = min(DRAFT_ROWS, len(self.free) + len(self.copies), sequence.remaining - 1)
+        if sequence.request.sampling.adjusts_logits or not sequence.output_tokens or count < 1:
+            return []
+        return sequence.draft_tokens(count)
+
+    def _free_copies(self) -> None:
+        self.free += self.copies
+        self.copies = []

@@ -1,0 +1,83 @@
+"""Sequence: one request on its way from the queue to its last token. Imports no jax."""
+
+import dataclasses
+from collections.abc import Iterable
+
+from engine.inference.request import FinishReason, Request
+from engine.inference.speculation import Drafter
+
+STEPS = 8  # tokens that one dispatch adds to a sequence at most
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """A request, the slot it has (-1 while it waits for one), how far its prompt is prefilled, and its output so far.
+
+    `prefix_key` names the prefilled chunks in the prefix cache, and `cached_tokens` counts those that came from there.
+    """
+
+    id: int
+    request: Request
+    slot: int = -1
+    prefilled: int = 0
+    cached_tokens: int = 0
+    prefix_key: bytes = b""
+    output_tokens: list[int] = dataclasses.field(default_factory=list)
+    drafter: Drafter | None = None
+
+    @property
+    def to_prefill(self) -> int:
+        """Tokens of the prompt that are left to prefill. The last one is left to decode, with everybody's last token."""
+        return len(self.request.prompt) - 1 - self.prefilled
+
+    @property
+    def last_token(self) -> int:
+        """The last token of prompt and output, which has not been through the model yet."""
+        return self.output_tokens[-1] if self.output_tokens else self.request.prompt[-1]
+
+    @property
+    def position(self) -> int:
+        """The position of the last token."""
+        return len(self.request.prompt) - 1 + len(self.output_tokens)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens until the output has `max_tokens`."""
+        return self.request.sampling.max_tokens - len(self.output_tokens)
+
+    @property
+    def reach(self) -> int:
+        """Positions of its slot that may come to be written, the surplus of the last dispatch among them."""
+        return len(self.request.prompt) + self.request.sampling.max_tokens + STEPS
+
+    def next_chunk(self, size: int) -> tuple[int, ...]:
+        """Returns the next tokens to prefill, at most `size`."""
+        return self.request.prompt[self.prefilled : self.prefilled + min(size, self.to_prefill)]
+
+    def draft_tokens(self, count: int) -> list[int]:
+        """Returns up to `count` tokens that may follow, none where checking drafts has not paid lately."""
+        self.drafter = self.drafter or Drafter((*self.request.prompt, *self.output_tokens))
+        return self.drafter.draft(count) if self.drafter.pays else []
+
+    def accept(self, sampled: Iterable[int | None], drafts: list[int] | None = None) -> tuple[list[int], FinishReason | None]:
+        """Appends the sampled tokens that count, and returns them with the reason if the sequence ends here.
+
+        None stands for a token whose logits were no numbers. With `drafts`, each token but the first was sampled behind
+        one of them, and counts only if all drafts up to that one came true.
+        """
+        sampled, accepted = list(sampled), []
+        reason: FinishReason | None = None
+        for place, token in enumerate(sampled):
+            if token is None or token in self.request.sampling.stop_token_ids:
+                reason = "error" if token is None else "stop"
+                break
+            accepted.append(token)
+            if len(accepted) == self.remaining:
+                reason = "length"
+                break
+            if drafts and drafts[place : place + 1] != [token]:
+                break
+        if self.drafter:
+            self.drafter.extend(accepted, drafts or self.drafter.draft(len(sampled)))
+        self.output_tokens += accepted
+        return accepted, reason

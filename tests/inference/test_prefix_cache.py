@@ -1,0 +1,89 @@
+"""PrefixCache: within its bound the last used stay, of a prompt the last chunk leaves first, and namespaces never meet."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.inference.prefix_cache import PrefixCache, first_key, next_key
+
+SIZE = 24  # bytes of every chunk here
+
+
+def chunk(value: float) -> dict[str, np.ndarray]:
+    return {"k": np.full(4, value, np.float32), "v": np.full(2, value, np.float32)}
+
+
+def names(prompt: str, namespace: str = "") -> list[bytes]:
+    """The names of a prompt's chunks, a letter each."""
+    keys = [first_key(namespace)]
+    for letter in prompt:
+        keys.append(next_key(keys[-1], (ord(letter),)))
+    return keys[1:]
+
+
+def prefill(cache: PrefixCache, prompt: str, namespace: str = "") -> str:
+    """Prefills a prompt as slots do, puts what was not in the cache there, and returns the letters that were."""
+    hits, before = "", None
+    for letter, key in zip(prompt, names(prompt, namespace)):
+        cached = cache.get(key)
+        if cached is None:
+            cache.put(key, chunk(ord(letter)), before)
+        else:
+            assert cached["v"].tolist() == [ord(letter)] * 2
+            hits += letter
+        before = key
+    return hits
+
+
+def test_a_prompt_is_found_as_far_as_it_is_the_same_from_its_start():
+    cache = PrefixCache(100 * SIZE)
+    assert [prefill(cache, prompt) for prompt in ("abc", "abc", "abd", "bc", "abdx")] == ["", "abc", "ab", "", "abd"]
+
+
+def test_the_name_of_a_chunk_says_everything_before_it_and_where_chunks_end():
+    keys = {
+        "ab|c": next_key(next_key(first_key(""), (1, 2)), (3,)), "a|bc": next_key(next_key(first_key(""), (1,)), (2, 3)),
+        "abc": next_key(first_key(""), (1, 2, 3)), "abc of k": next_key(first_key("k"), (1, 2, 3)),
+        "0abc": next_key(first_key(""), (0, 1, 2, 3)), "none": first_key(""), "none of k": first_key("k"),
+        "half a character": first_key("\ud800"),
+    }  # fmt: skip
+    assert len(set(keys.values())) == len(keys)
+
+
+@given(st.lists(st.tuples(st.text("abc", min_size=1, max_size=5), st.sampled_from(["", "k", "kk"])), max_size=30))
+def test_namespaces_never_meet(prompts):
+    cache, alone = PrefixCache(10**6), {}
+    for prompt, namespace in prompts:
+        own = alone.setdefault(namespace, PrefixCache(10**6))
+        assert prefill(cache, prompt, namespace) == prefill(own, prompt, namespace)
+
+
+@given(st.lists(st.text("abc", min_size=1, max_size=6), max_size=40), st.integers(0, 7 * SIZE))
+def test_it_never_holds_more_than_it_may_and_nothing_that_cannot_be_found(prompts, limit):
+    cache = PrefixCache(limit)
+    for prompt in prompts:
+        prefill(cache, prompt)
+        assert cache.bytes <= limit
+        again = len(prefill(cache, prompt))
+        assert again == min(len(prompt), limit // SIZE), "what was read last is kept, as much of it as there is room for"
+    for before, key in ((None, names("z")[0]), (b"unknown", names("zz")[1])):
+        cache.put(key, chunk(0), before)
+    assert cache.get(names("zz")[1]) is None
+    reachable = {key for prompt in prompts for key in names(prompt)} | set(names("z"))
+    assert SIZE * sum(cache.get(key) is not None for key in reachable) == cache.bytes
+
+
+def test_what_was_used_longest_ago_leaves_first():
+    cache = PrefixCache(4 * SIZE)
+    assert [prefill(cache, prompt) for prompt in ("ab", "xy", "ab", "q", "ab", "xy")] == ["", "", "ab", "", "ab", "x"]
+    assert cache.bytes == 4 * SIZE
+
+
+def test_a_chunk_larger_than_all_there_is_room_for_is_not_kept_and_drives_no_other_out():
+    cache = PrefixCache(SIZE)
+    prefill(cache, "a")
+    cache.put(b"large", np.zeros(100), None)
+    assert prefill(cache, "a") == "a"
+    nothing = PrefixCache(0)
+    prefill(nothing, "a")
+    assert nothing.bytes == 0

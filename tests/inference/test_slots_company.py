@@ -1,0 +1,94 @@
+"""Slots: whatever requests come and go, whenever, each completion has the bits that it has alone."""
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
+from slot_requests import AS_SERVED, CAPACITY, SLOTS, Log, complete_alone, make_slots, poison, requests
+from test_scheduler import check_slots
+from tiny import request_of
+
+from engine.errors import InvalidField
+from engine.inference.request import Request
+
+
+class Company(RuleBasedStateMachine):
+    """Any requests come and any are cancelled, at any moment, while free slots are filled with rubbish; each that is let
+    finish has the completion that it has alone."""
+
+    ids = Bundle("ids")
+    dtype = "float32"
+
+    @initialize(cache=st.sampled_from([0, 20_000, 10**6]), speculate=st.booleans())
+    def begin(self, cache: int, speculate: bool) -> None:
+        self.slots = make_slots(self.dtype, prefix_cache_bytes=cache, speculate=speculate)
+        self.log, self.submitted, self.cancelled = Log(self.slots), {}, set()
+
+    @rule(target=ids, request=requests)
+    def submit(self, request: Request) -> int:
+        id = self.log.submit(request)
+        self.submitted[id] = request
+        return id
+
+    @rule(request=requests)
+    def submit_too_much(self, request: Request) -> None:
+        before = self.slots.busy, len(self.slots.scheduler.waiting)
+        with pytest.raises(InvalidField, match=f"at most {CAPACITY} fit"):
+            self.slots.submit(request_of(request.prompt, CAPACITY + 1 - len(request.prompt)))
+        assert (self.slots.busy, len(self.slots.scheduler.waiting)) == before
+
+    @rule(id=consumes(ids))
+    def cancel(self, id: int) -> None:
+        unfinished = id not in self.log.finished
+        assert self.slots.cancel(id) == unfinished
+        assert not self.slots.cancel(id)
+        if unfinished:
+            self.cancelled.add(id)
+
+    @rule(count=st.integers(1, 4))
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            self.log.step()
+
+    @precondition(lambda self: len(self.slots.scheduler.free) > 0)
+    @rule(rubbish=st.sampled_from([np.nan, np.inf, -np.inf]))
+    def spoil(self, rubbish: float) -> None:
+        poison(self.slots, rubbish)
+
+    @invariant()
+    def bounds_hold(self) -> None:
+        if hasattr(self, "slots"):
+            check_slots(self.slots.scheduler)
+            assert not (set(self.log.finished) & self.cancelled)
+            assert 0 <= self.slots.used_positions <= SLOTS * CAPACITY
+            assert self.slots.prefix_cache.bytes <= self.slots.prefix_cache.limit
+
+    def teardown(self) -> None:
+        if not hasattr(self, "slots"):
+            return
+        self.log.drain()
+        assert self.slots.used_positions == 0
+        assert set(self.log.finished) == set(self.submitted) - self.cancelled
+        for id in self.log.finished:
+            assert self.log.completion(id) == complete_alone(self.dtype, self.submitted[id])
+
+
+class CompanyOfInt8(Company):
+    dtype = "int8"
+
+
+class CompanyAsServed(Company):
+    dtype = AS_SERVED
+
+
+SOME = settings(max_examples=25, stateful_step_count=30, deadline=None)
+Company.TestCase.settings = CompanyOfInt8.TestCase.settings = CompanyAsServed.TestCase.settings = SOME
+TestCompany, TestCompanyOfInt8, TestCompanyAsServed = Company.TestCase, CompanyOfInt8.TestCase, CompanyAsServed.TestCase
+
+
+def test_the_defaults_of_a_server_are_those_of_the_machine_as_served():
+    from stages.serve.flags import ServeFlags
+    from stages.serve.layout import default_weights
+
+    assert f"{default_weights('cpu')}/{ServeFlags().keys_values}" == AS_SERVED
