@@ -18,7 +18,7 @@ from engine.inference.scheduler import DRAFT_ROWS
 from engine.inference.slots import MIN_SLOTS, Slots
 from engine.storage.assets import fetch
 from engine.storage.find import locate
-from engine.storage.gguf.load import load_gguf
+from engine.storage.gguf.file import load_gguf
 
 
 class StreamRow(NamedTuple):

@@ -21,7 +21,7 @@ from engine.model.paths import leaf_paths, unflatten
 from engine.model.weights.lora import LoRA
 from engine.storage.digest import digest
 from engine.storage.huggingface import safetensors
-from engine.storage.reading import read_object, shown
+from engine.storage.untrusted import quote, read_json_object
 
 CONFIG, WEIGHTS, FORMER = "adapter_config.json", "adapter_model.safetensors", "adapter.json"
 BASE, CHECKSUM = "thrice.base", "thrice.checksum"
@@ -107,13 +107,13 @@ def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> 
                 f"run its fine-tuning again with --overwrite, or take one in PEFT's layout ({CONFIG})."
             )
         raise UserError(f"There is no adapter at {folder}: it has no {CONFIG} and {WEIGHTS}.")
-    fields = read_object(folder / CONFIG, SMALL)
+    fields = read_json_object(folder / CONFIG, SMALL)
     rank, scale = _rank_and_scale(fields, folder / CONFIG)
     metadata = safetensors.read_metadata(folder / WEIGHTS)
     trained_on, name = metadata.get(BASE), fields.get("base_model_name_or_path")
     if base is not None and trained_on not in (None, base):
         raise UserError(
-            f"The adapter {folder} was trained on another model: its base has the digest {shown(trained_on[:16])}, this one "
+            f"The adapter {folder} was trained on another model: its base has the digest {quote(trained_on[:16])}, this one "
             f"{base[:16]!r}. It was trained on {ascii(name)[:300]}."
         )
     arrays = _read_arrays(folder / WEIGHTS, rank)
@@ -141,7 +141,7 @@ def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> 
                 left, right = (jnp.asarray(np.concatenate(side, axis=1)) for side in zip(*pairs.values()))
                 leaves[f"blocks/{layer}/{leaf}"] = LoRA(None, left, right, scale, tuple(pairs))
     if unused:
-        raise UserError(f"{folder / WEIGHTS} has a tensor {shown(min(unused))}, which has no place in this architecture.")
+        raise UserError(f"{folder / WEIGHTS} has a tensor {quote(min(unused))}, which has no place in this architecture.")
     if not leaves:
         raise UserError(f"{folder} is damaged: it holds no adapter of any matrix.")
     return Adapter(unflatten(leaves), trained_on, str(name))
@@ -159,7 +159,7 @@ def _rank_and_scale(fields: dict[str, Any], path: Path) -> tuple[int, float]:
         raise UserError(f"{path} describes another kind of adapter ({other}) than plain LoRA, which is all that is read here.")
     rank, alpha = (cast(Any, fields.get(name)) for name in ("r", "lora_alpha"))
     if type(rank) is not int or type(alpha) not in (int, float) or not (0 < rank < 2**20 and abs(alpha) < 2**40):
-        raise UserError(f"{path}: r and lora_alpha should be numbers, and are {shown(rank)} and {shown(alpha)}.")
+        raise UserError(f"{path}: r and lora_alpha should be numbers, and are {quote(rank)} and {quote(alpha)}.")
     return rank, alpha / rank
 
 
@@ -176,10 +176,10 @@ def _read_arrays(path: Path, rank: int) -> dict[str, np.ndarray]:
     for name, tensor in safetensors.read_header(path).items():
         side = 1 if name.endswith(".lora_B.weight") else 0
         if len(tensor.shape) != 2 or tensor.shape[side] != rank or tensor.dtype not in safetensors.DTYPES:
-            raise UserError(f"{path}: the tensor {shown(name)} is {tensor.dtype} {list(tensor.shape)}, and its rank {rank}.")
+            raise UserError(f"{path}: the tensor {quote(name)} is {tensor.dtype} {list(tensor.shape)}, and its rank {rank}.")
         arrays[name] = safetensors.read_rows(tensor, 0, tensor.shape[0]).astype(np.float32, copy=False)
         if not np.isfinite(arrays[name]).all():
-            raise UserError(f"{path} is damaged: the tensor {shown(name)} holds a number that is not finite.")
+            raise UserError(f"{path} is damaged: the tensor {quote(name)} holds a number that is not finite.")
     return arrays
 
 

@@ -14,7 +14,7 @@ from engine.storage import checkpoint, run_folder
 from engine.storage.adapter import load_adapter
 from engine.storage.assets import ASSETS, MODELS, fetch
 from engine.storage.digest import digest
-from engine.storage.gguf import load as gguf
+from engine.storage.gguf import file as gguf
 from engine.storage.huggingface import folder as huggingface
 from engine.storage.loaded_model import LoadedModel
 

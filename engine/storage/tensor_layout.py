@@ -17,7 +17,7 @@ import numpy as np
 from engine.errors import UserError, nearest
 from engine.model.config import ModelConfig
 from engine.model.paths import unflatten
-from engine.storage.reading import shown
+from engine.storage.untrusted import quote
 
 AT_ONCE = 2**20  # numbers read and converted at a time
 
@@ -35,20 +35,20 @@ class Leaf(NamedTuple):
 
     path: str
     parts: tuple[Part, ...]
-    turned: bool
+    transposed: bool
 
     @property
     def shape(self) -> tuple[int, ...]:
         rows = sum(part.shape[0] for part in self.parts)
         shape = (rows, *self.parts[0].shape[1:])
-        return shape[::-1] if self.turned else shape
+        return shape[::-1] if self.transposed else shape
 
 
-def leaves_of(cfg: ModelConfig, names: Mapping[str, str]) -> Iterator[Leaf]:
+def layout_of(cfg: ModelConfig, names: Mapping[str, str]) -> Iterator[Leaf]:
     """Every leaf of the architecture. `names` says what the file calls each matrix, `{}` standing for the layer."""
     D, F, V = cfg.width, cfg.ff, cfg.vocab
     q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
-    yield Leaf("embed", (Part(names["embed"], (V, D)),), turned=False)
+    yield Leaf("embed", (Part(names["embed"], (V, D)),), transposed=False)
     for i in range(cfg.layers):
         part = lambda name, *shape, heads=0, i=i: Part(names[name].format(i), shape, heads)
         fused = lambda suffix, *inner, part=part: (
@@ -56,23 +56,23 @@ def leaves_of(cfg: ModelConfig, names: Mapping[str, str]) -> Iterator[Leaf]:
             part("k" + suffix, kv, *inner, heads=cfg.kv_heads),
             part("v" + suffix, kv, *inner),
         )
-        yield Leaf(f"blocks/{i}/attn_norm", (part("attn_norm", D),), turned=False)
-        yield Leaf(f"blocks/{i}/qkv", fused("", D), turned=True)
+        yield Leaf(f"blocks/{i}/attn_norm", (part("attn_norm", D),), transposed=False)
+        yield Leaf(f"blocks/{i}/qkv", fused("", D), transposed=True)
         if cfg.qkv_bias:
-            yield Leaf(f"blocks/{i}/qkv_bias", fused("_bias"), turned=False)
+            yield Leaf(f"blocks/{i}/qkv_bias", fused("_bias"), transposed=False)
         if cfg.qk_norm:
-            yield Leaf(f"blocks/{i}/q_norm", (part("q_norm", cfg.head_dim),), turned=False)
-            yield Leaf(f"blocks/{i}/k_norm", (part("k_norm", cfg.head_dim),), turned=False)
-        yield Leaf(f"blocks/{i}/out", (part("out", D, q),), turned=True)
-        yield Leaf(f"blocks/{i}/mlp_norm", (part("mlp_norm", D),), turned=False)
-        yield Leaf(f"blocks/{i}/gate_up", (part("gate", F, D), part("up", F, D)), turned=True)
-        yield Leaf(f"blocks/{i}/down", (part("down", D, F),), turned=True)
-    yield Leaf("norm", (Part(names["norm"], (D,)),), turned=False)
+            yield Leaf(f"blocks/{i}/q_norm", (part("q_norm", cfg.head_dim),), transposed=False)
+            yield Leaf(f"blocks/{i}/k_norm", (part("k_norm", cfg.head_dim),), transposed=False)
+        yield Leaf(f"blocks/{i}/out", (part("out", D, q),), transposed=True)
+        yield Leaf(f"blocks/{i}/mlp_norm", (part("mlp_norm", D),), transposed=False)
+        yield Leaf(f"blocks/{i}/gate_up", (part("gate", F, D), part("up", F, D)), transposed=True)
+        yield Leaf(f"blocks/{i}/down", (part("down", D, F),), transposed=True)
+    yield Leaf("norm", (Part(names["norm"], (D,)),), transposed=False)
     if not cfg.tied:
-        yield Leaf("head", (Part(names["head"], (V, D)),), turned=True)
+        yield Leaf("head", (Part(names["head"], (V, D)),), transposed=True)
 
 
-def checked(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]], path: Path) -> list[Leaf]:
+def check_tensors(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]], path: Path) -> list[Leaf]:
     """The leaves, once it is sure that the file has all their parts and nothing else.
 
     Raises UserError for a tensor that is missing, of another shape, or of no use; at the first one missing, however many
@@ -91,7 +91,7 @@ def checked(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]], path:
         found.append(leaf)
     for name in shapes:
         if name not in wanted:
-            raise UserError(f"{path} has a tensor {shown(name)}, which has no place in this architecture.")
+            raise UserError(f"{path} has a tensor {quote(name)}, which has no place in this architecture.")
     return found
 
 
@@ -108,7 +108,7 @@ def read_params(leaves: list[Leaf], rows: Rows, dtype: str, report: Callable[[in
     for leaf in leaves:
         matrix = len(leaf.shape) == 2
         made = np.empty(leaf.shape, jnp.dtype(dtype) if matrix else np.float32)
-        into, at = made.T if leaf.turned else made, 0
+        into, at = made.T if leaf.transposed else made, 0
         for part in leaf.parts:
             unit = part.shape[0] // part.heads if part.heads else 1  # a head's rows belong together
             step = max(1, AT_ONCE // math.prod(part.shape[1:]) // unit) * unit
@@ -127,9 +127,9 @@ def read_params(leaves: list[Leaf], rows: Rows, dtype: str, report: Callable[[in
     return unflatten(found)
 
 
-def split(leaf: Leaf, value: Any) -> dict[str, np.ndarray]:
+def split_leaf(leaf: Leaf, value: Any) -> dict[str, np.ndarray]:
     """{name: array} of the file's tensors that a leaf's value is made of: what `read_params` put together."""
     whole = np.asarray(value)
-    whole = whole.T if leaf.turned else whole
+    whole = whole.T if leaf.transposed else whole
     ends = np.cumsum([part.shape[0] for part in leaf.parts])[:-1]
     return dict(zip((part.name for part in leaf.parts), np.split(whole, ends)))

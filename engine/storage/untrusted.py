@@ -1,50 +1,56 @@
-"""What every reader of somebody else's file begins with: sizes checked before anything is allocated, names said briefly."""
+"""Reading files that somebody else made: sizes are checked before anything is allocated, and their words are quoted briefly.
+
+Tokenizers are built by the tokenizers library, which is never trusted to fail gracefully.
+"""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import tokenizers
 
 from engine.errors import UserError
 
 LONGEST = 48  # characters of a file's own words that an error repeats
 
 
-def shown(value: Any) -> str:
+def quote(value: Any) -> str:
     """A value from a file as an error may repeat it: quoted, printable, and short."""
     text = ascii(value if isinstance(value, str | int | float | bool | None) else type(value).__name__)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
-def exactly(file: BinaryIO, count: int, path: Path) -> bytes:
+def read_exactly(file: BinaryIO, count: int, path: Path) -> bytes:
     """The next `count` bytes. Raises UserError when the file ends before."""
     data = file.read(count)
     if len(data) != count:
-        raise cut_short(path, count - len(data))
+        raise truncation_error(path, count - len(data))
     return data
 
 
-def cut_short(path: Path, missing: int) -> UserError:
+def truncation_error(path: Path, missing: int) -> UserError:
     return UserError(f"{path} ends {missing:,} bytes too soon: it was not copied or downloaded whole. Fetch it again.")
 
 
-def read_object(path: Path, limit: int) -> dict[str, Any]:
+def read_json_object(path: Path, limit: int) -> dict[str, Any]:
     """The object in a JSON file of at most `limit` bytes. Raises UserError when there is none, or it is something else."""
     try:
         size = path.stat().st_size
         if size > limit:
             raise UserError(f"{path} has {size:,} bytes; {limit:,} are the most that is read of such a file.")
         with path.open("rb") as file:
-            return object_of(file.read(limit), path)
+            return parse_json_object(file.read(limit), path)
     except FileNotFoundError:
         raise UserError(f"There is no {path}.") from None
 
 
-def object_of(data: bytes, path: Path) -> dict[str, Any]:
+def parse_json_object(data: bytes, path: Path) -> dict[str, Any]:
     """The JSON object in some bytes of `path`. A name given twice is an error: readers differ in which one they take."""
     try:
         value = json.loads(data, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {shown(str(error))} in its JSON.") from None
+        raise UserError(f"{path} is damaged: {quote(str(error))} in its JSON.") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} should hold one JSON object, not a {type(value).__name__}.")
     return value
@@ -57,3 +63,22 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"{name} is given twice")
         found[name] = value
     return found
+
+
+def parse_tokenizer(data: bytes, path: Path) -> tokenizers.Tokenizer:
+    """The tokenizer a tokenizer.json describes. Raises UserError for one that the library cannot read."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is damaged: it is not UTF-8 text.") from None
+    return build_tokenizer(lambda: tokenizers.Tokenizer.from_str(text), path)
+
+
+def build_tokenizer[T](make: Callable[[], T], path: Path) -> T:
+    """What `make` returns. The library raises bare Exception for what it cannot read, and a panic is no Exception at all."""
+    try:
+        return make()
+    except (KeyboardInterrupt, SystemExit, MemoryError, UserError):
+        raise
+    except BaseException as error:
+        raise UserError(f"{path} does not hold a tokenizer that can be read: {quote(str(error))}.") from None

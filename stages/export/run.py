@@ -11,8 +11,8 @@ from engine.storage import run_folder
 from engine.storage.adapter import save_adapter, without_adapters
 from engine.storage.digest import digest
 from engine.storage.find import load_model
-from engine.storage.gguf.save import save_gguf
-from engine.storage.gguf.tokenizer_metadata import NEAREST, words_to
+from engine.storage.gguf.file import save_gguf
+from engine.storage.gguf.tokenizer import NEAREST_SPLIT, tokenizer_metadata
 from engine.storage.huggingface.folder import save_folder
 from engine.storage.loaded_model import LoadedModel
 from stages.cli.command import command_line
@@ -77,12 +77,12 @@ def _check_free(out: Path, overwrite: bool) -> None:
 def _write_gguf(out: Path, model: LoadedModel, dtype: str, report: ReportProgress) -> str:
     """Writes a .gguf file; returns what a person should know of it, if anything."""
     tokenizer = model.tokenizer
-    metadata = words_to(tokenizer.to_json(), tokenizer.config, model.ends, tokenizer.start, model.cfg.vocab)
+    metadata = tokenizer_metadata(tokenizer.to_json(), tokenizer.config, model.ends, tokenizer.start, model.cfg.vocab)
     save_gguf(out, model.cfg, model.params, metadata, name=model.name, dtype=dtype, report=report)
     if "tokenizer.huggingface.json" not in metadata:
         return ""
     return (
-        f"llama.cpp has no name for how this tokenizer splits a text and is told {NEAREST}: numbers and long words may "
+        f"llama.cpp has no name for how this tokenizer splits a text and is told {NEAREST_SPLIT}: numbers and long words may "
         "become other tokens there. Thrice reads the tokenizer.json that is in the file too."
     )
 

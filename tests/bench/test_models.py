@@ -14,7 +14,7 @@ from engine.errors import UserError
 from engine.storage import checkpoint
 from engine.storage.digest import digest
 from engine.storage.find import read_config
-from engine.storage.gguf.save import save_gguf
+from engine.storage.gguf.file import save_gguf
 from engine.storage.huggingface import folder as huggingface
 from engine.text.tokenizer import byte_tokenizer
 
@@ -47,7 +47,7 @@ def test_the_architecture_is_known_before_a_weight_is_read(run, tmp_path, monkey
     save_gguf(gguf, CFG, lively_params(CFG), {}, name="tiny", dtype="float32")
     monkeypatch.setattr(checkpoint, "load_params", None)
     monkeypatch.setattr("engine.storage.huggingface.folder.read_params", None)
-    monkeypatch.setattr("engine.storage.gguf.load.read_params", None)
+    monkeypatch.setattr("engine.storage.gguf.file.read_params", None)
     for place in (run, run / "checkpoints" / "1", hugging_face, gguf):
         assert count_params(read_config(str(place))) == count_params(CFG)
 

@@ -23,7 +23,7 @@ from test_huggingface import CONFIG, WEIGHTS  # noqa: E402
 
 from engine.allocator import return_freed_memory  # noqa: E402
 from engine.errors import UserError  # noqa: E402
-from engine.storage.gguf.load import load_gguf  # noqa: E402
+from engine.storage.gguf.file import load_gguf  # noqa: E402
 from engine.storage.huggingface.folder import load_folder  # noqa: E402
 
 ALLOWED = 64 * 2**20

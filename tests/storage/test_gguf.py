@@ -13,8 +13,7 @@ from engine.errors import UserError
 from engine.model.config import RopeScaling
 from engine.model.paths import leaf_paths
 from engine.storage.gguf.config import plain
-from engine.storage.gguf.load import NAMES, load_gguf, paired, unpaired
-from engine.storage.gguf.save import KINDS, save_gguf
+from engine.storage.gguf.file import KINDS, NAMES, load_gguf, paired, save_gguf, unpaired
 from engine.text.tokenizer import train_bpe
 
 KINDS_READ = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]

@@ -10,8 +10,7 @@ import tokenizers
 from gguf_files import MERGES, SYMBOLS, TOKENS, tiny_gguf, weights
 
 from engine.storage.gguf.header import read_header
-from engine.storage.gguf.tokenizer import SPLITS, tokenizer_from
-from engine.storage.gguf.tokenizer_metadata import NEAREST, words_to
+from engine.storage.gguf.tokenizer import NEAREST_SPLIT, SPLITS, tokenizer_from, tokenizer_metadata
 from engine.text.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 
 VOCAB = len(TOKENS)
@@ -151,7 +150,7 @@ def test_a_saved_sentencepiece_vocabulary_is_loaded(sentencepiece: Tokenizer, tm
 def round_trip(
     tokenizer: Tokenizer, vocab: int, tmp_path: Path, ends: tuple[int, ...] = ()
 ) -> tuple[Tokenizer, tuple[int, ...]]:
-    said = words_to(tokenizer.to_json(), tokenizer.config, ends or (tokenizer.end,), tokenizer.start, vocab)
+    said = tokenizer_metadata(tokenizer.to_json(), tokenizer.config, ends or (tokenizer.end,), tokenizer.start, vocab)
     table = {"token_embd.weight": np.zeros((vocab, 64), np.float32)}
     own = {key.removeprefix("tokenizer.ggml."): value for key, value in said.items() if key.startswith("tokenizer.ggml.")}
     absent = dict.fromkeys(("merges", "bos_token_id"))
@@ -181,7 +180,7 @@ def test_a_named_split_comes_back_without_its_json(tmp_path: Path) -> None:
 def test_our_own_split_has_no_name_and_travels_whole(tmp_path: Path) -> None:
     tokenizer = train_bpe(["the king of the sea, 1234 and 12 the the"] * 3, 280)
     again, said = round_trip(tokenizer, 300, tmp_path)
-    assert said["tokenizer.ggml.pre"] == NEAREST
+    assert said["tokenizer.ggml.pre"] == NEAREST_SPLIT
     assert again.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
     assert again.end == tokenizer.end
 
@@ -189,4 +188,4 @@ def test_our_own_split_has_no_name_and_travels_whole(tmp_path: Path) -> None:
 def test_bytes_alone_have_no_place_in_a_gguf() -> None:
     tokenizer = byte_tokenizer()
     with pytest.raises(ValueError, match="without merges"):
-        words_to(tokenizer.to_json(), tokenizer.config, (256,), (), 257)
+        tokenizer_metadata(tokenizer.to_json(), tokenizer.config, (256,), (), 257)

@@ -244,7 +244,7 @@ def test_what_is_written_comes_back(family: str, dtype: str, tmp_path: Path) -> 
 
 
 def test_a_panic_of_the_library_is_a_sentence(folder: Path) -> None:
-    from engine.storage.vocabulary import built
+    from engine.storage.untrusted import build_tokenizer
 
     class PanicException(BaseException):
         pass
@@ -253,14 +253,14 @@ def test_a_panic_of_the_library_is_a_sentence(folder: Path) -> None:
         raise PanicException("called `Option::unwrap()` on a `None` value")
 
     with pytest.raises(UserError, match="does not hold a tokenizer"):
-        built(panic, folder)
+        build_tokenizer(panic, folder)
 
 
 AUDIT = """
 import os, sys
 from pathlib import Path
 from engine.storage.huggingface.folder import load_folder
-from engine.storage.gguf.load import load_gguf
+from engine.storage.gguf.file import load_gguf
 folder, file = Path(sys.argv[1]), Path(sys.argv[2])
 load_folder(folder), load_gguf(file)  # whatever is imported late is imported now
 seen = set()

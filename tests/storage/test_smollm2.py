@@ -12,7 +12,7 @@ from tiny import positions_of
 
 from engine.model.transformer import forward
 from engine.storage.assets import SMOLLM2_FILE
-from engine.storage.gguf.load import load_gguf
+from engine.storage.gguf.file import load_gguf
 from engine.storage.loaded_model import LoadedModel
 
 GOLDEN = [json.loads(line) for line in (Path(__file__).parent / "golden" / "llama_cpp.txt").read_text().splitlines()]

@@ -7,7 +7,7 @@ import numpy as np
 from engine.errors import UserError, nearest
 from engine.model.config import ModelConfig, RopeScaling
 from engine.storage.gguf.header import Header, Span
-from engine.storage.reading import shown
+from engine.storage.untrusted import quote
 
 # architecture -> (qkv_bias, qk_norm, q and k rows in pairs)
 ARCHITECTURES = {"llama": (False, False, True), "qwen2": (True, False, False), "qwen3": (False, True, False)}
@@ -45,24 +45,24 @@ def config_from(header: Header, factors: np.ndarray | None) -> ModelConfig:
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         close = nearest(str(kind), list(ARCHITECTURES))
-        raise UserError(f"{path}: the architecture {shown(kind)} is not known here; {known} are.{close}")
+        raise UserError(f"{path}: the architecture {quote(kind)} is not known here; {known} are.{close}")
     own = {key.removeprefix(kind + "."): value for key, value in metadata.items() if key.startswith(kind + ".")}
     for key, value in own.items():
         if key in ONLY and value not in ONLY[key]:
-            raise UserError(f"{path}: {kind}.{key} is {shown(value)}, and only {ONLY[key][0]} can be computed here.")
+            raise UserError(f"{path}: {kind}.{key} is {quote(value)}, and only {ONLY[key][0]} can be computed here.")
         if key not in ONLY and key not in USED and key not in IGNORED:
-            raise UserError(f"{path}: the key {shown(f'{kind}.{key}')} is not known here.{nearest(key, sorted(USED))}")
+            raise UserError(f"{path}: the key {quote(f'{kind}.{key}')} is not known here.{nearest(key, sorted(USED))}")
     for key in metadata:
         if not key.startswith((kind + ".", *OTHER_KEYS)):
             part = "one of several parts: merge them first" if key.startswith("split.") else "not known here"
-            raise UserError(f"{path}: the key {shown(key)} is {part}.")
+            raise UserError(f"{path}: the key {quote(key)} is {part}.")
 
     def number(key: str, default: float | None = None) -> Any:
         value = own.get(key, default)
         if value is None:
             raise UserError(f"{path} does not say {kind}.{key}.")
         if isinstance(value, bool | str | Span) or not 0 <= value < 2**40:
-            raise UserError(f"{path}: {kind}.{key} should be one number of ordinary size, not {shown(value)}.")
+            raise UserError(f"{path}: {kind}.{key} should be one number of ordinary size, not {quote(value)}.")
         return value
 
     table = header.tensors.get("token_embd.weight")

@@ -1,21 +1,31 @@
-"""GGUF files, llama.cpp's format, read: weights of any quantisation, architecture, tokenizer, chat template."""
+"""GGUF files, llama.cpp's format: read with weights of any quantisation, written in F32, BF16, F16 or Q8_0.
 
+Weights go both ways through the gguf library's quantisation; its own reader is not used (see `header.py`).
+"""
+
+import math
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from gguf import GGUFWriter, LlamaFileType
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
+from gguf.quants import dequantize, quantize
 
 from engine.errors import UserError
+from engine.files import sync_folder
 from engine.model.config import ModelConfig
-from engine.storage.assemble import checked, leaves_of, read_params
-from engine.storage.gguf.config import ARCHITECTURES, FREQUENCIES, config_from
+from engine.model.paths import leaf_paths
+from engine.model.weights.matmul import dense
+from engine.storage.gguf.config import ARCHITECTURES, FREQUENCIES, architecture_of, config_from, metadata_of, scaling_factors
 from engine.storage.gguf.header import Header, read_header
 from engine.storage.gguf.tokenizer import tokenizer_from
 from engine.storage.loaded_model import LoadedModel
-from engine.storage.reading import exactly, shown
-from engine.storage.vocabulary import built
+from engine.storage.tensor_layout import check_tensors, layout_of, read_params, split_leaf
+from engine.storage.untrusted import build_tokenizer, quote, read_exactly
 from engine.text.tokenizer import Tokenizer
 
 _LAYER = "blk.{}."
@@ -51,10 +61,10 @@ def load_gguf(
     header = read_header(path)
     for name, tensor in header.tensors.items():
         if tensor.kind.name not in READABLE:
-            raise UserError(f"{path}: the tensor {shown(name)} is {tensor.kind.name}, which cannot be read here.")
+            raise UserError(f"{path}: the tensor {quote(name)} is {tensor.kind.name}, which cannot be read here.")
     cfg = _config(header)
     shapes = {name: tensor.shape for name, tensor in header.tensors.items() if name != FREQUENCIES}
-    leaves = checked(leaves_of(cfg, NAMES), shapes, path)
+    leaves = check_tensors(layout_of(cfg, NAMES), shapes, path)
     tokenizer, tokenizer_config, ends = tokenizer_from(header, cfg.vocab)
     turned = ARCHITECTURES[header.metadata["general.architecture"]][2]
     heads = {part.name: part.heads for leaf in leaves for part in leaf.parts if part.heads and turned}
@@ -67,7 +77,7 @@ def load_gguf(
             flat = len(tensor.shape) == 1  # a row of its own
             file.seek(tensor.offset + (0 if flat else start * tensor.row))
             count = 1 if flat else stop - start
-            data = np.frombuffer(exactly(file, count * tensor.row, path), np.uint8)
+            data = np.frombuffer(read_exactly(file, count * tensor.row, path), np.uint8)
             if flat:
                 return dequantize(data, tensor.kind)[start:stop]
             values = _dequantized(data, tensor.kind).reshape(count, -1)
@@ -76,7 +86,7 @@ def load_gguf(
         params = read_params(leaves, rows, dtype or cfg.dtype, report)
     title = header.metadata.get("general.name")
     name = title if isinstance(title, str) else path.stem
-    return LoadedModel(name, cfg, params, built(lambda: Tokenizer(tokenizer, tokenizer_config), path), ends, path)
+    return LoadedModel(name, cfg, params, build_tokenizer(lambda: Tokenizer(tokenizer, tokenizer_config), path), ends, path)
 
 
 def _dequantized(data: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
@@ -102,7 +112,7 @@ def _factors(header: Header) -> np.ndarray:
         raise UserError(f"{header.path}: {FREQUENCIES} should be a short row of float32.")
     with header.path.open("rb") as file:
         file.seek(tensor.offset)
-        return np.frombuffer(exactly(file, tensor.size, header.path), "<f4")
+        return np.frombuffer(read_exactly(file, tensor.size, header.path), "<f4")
 
 
 def paired(rows: np.ndarray, head_dim: int) -> np.ndarray:
@@ -115,3 +125,99 @@ def unpaired(rows: np.ndarray, head_dim: int) -> np.ndarray:
     """What `paired` was given."""
     heads = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
     return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(rows.shape)
+
+
+KINDS = {
+    "float32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "bfloat16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    "float16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+}
+
+
+def save_gguf(
+    path: Path,
+    cfg: ModelConfig,
+    params: dict[str, Any],
+    metadata: dict[str, Any],
+    *,
+    name: str,
+    dtype: str,
+    report: Callable[[int, int], None] | None = None,
+) -> None:
+    """Writes the model to `path`, complete or not at all; matrices in `dtype`, gains and biases in float32.
+
+    params: Arrays, or Int8 and LoRA leaves, which are made plain one at a time. A matrix whose rows are no whole number
+    of Q8_0's blocks of 32 is written as F16. `report`: numbers written and in all. Raises UserError for an architecture
+    that GGUF has no name for.
+    """
+    kind = architecture_of(cfg)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as place:
+        building = Path(place) / path.name
+        writer = GGUFWriter(building, kind)
+        writer.add_name(name)
+        writer.add_file_type(KINDS[dtype][1])
+        writer.add_quantization_version(2)
+        for key, value in metadata_of(cfg).items():
+            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{kind}.{key}", value)
+        for key, value in metadata.items():
+            _add(writer, key, value)
+        _write_tensors(writer, cfg, params, KINDS[dtype][0], ARCHITECTURES[kind][2], report)
+        writer.close()
+        with building.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(building, path)
+    sync_folder(path.parent)
+
+
+def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+    match value:
+        case bool():
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case str():
+            writer.add_string(key, value)
+        case _:
+            writer.add_array(key, value)
+
+
+def _write_tensors(
+    writer: GGUFWriter,
+    cfg: ModelConfig,
+    params: dict[str, Any],
+    wanted: GGMLQuantizationType,
+    turned: bool,
+    report: Callable[[int, int], None] | None,
+) -> None:
+    leaves = list(layout_of(cfg, NAMES))
+    F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
+    kinds = {}
+    for leaf in leaves:
+        for part in leaf.parts:
+            kind = wanted if len(part.shape) == 2 else F32
+            kind = F16 if part.shape[-1] % GGML_QUANT_SIZES[kind][0] else kind
+            kinds[part.name] = kind
+            block, width = GGML_QUANT_SIZES[kind]
+            size = math.prod(part.shape) // block * width
+            writer.add_tensor_info(part.name, part.shape, np.dtype(np.float32), size, kind)
+    if cfg.rope_scaling:
+        factors = scaling_factors(cfg.rope_scaling, cfg.rope_theta, cfg.head_dim)
+        writer.add_tensor_info(FREQUENCIES, factors.shape, factors.dtype, factors.nbytes, F32)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    values = leaf_paths(params)
+    total, done = sum(math.prod(leaf.shape) for leaf in leaves), 0
+    for leaf in leaves:
+        parts = split_leaf(leaf, dense(values[leaf.path]))
+        for part in leaf.parts:
+            rows = parts[part.name].astype(np.float32)
+            rows = paired(rows, cfg.head_dim) if part.heads and turned else np.ascontiguousarray(rows)
+            writer.write_tensor_data(quantize(rows, kinds[part.name]))
+            done += rows.size
+            if report:
+                report(done, total)
+    if cfg.rope_scaling:
+        writer.write_tensor_data(factors)

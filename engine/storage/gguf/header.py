@@ -14,7 +14,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from engine.errors import UserError
-from engine.storage.reading import cut_short, exactly, shown
+from engine.storage.untrusted import quote, read_exactly, truncation_error
 
 KEYS, TENSORS, NAME = 4096, 16384, 1024  # more than any model has: keys, tensors, bytes of a name
 TEXT = 16 * 2**20  # bytes of text that all keys together may hold outside of arrays
@@ -56,9 +56,9 @@ def read_header(path: Path) -> Header:
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(0)
-        if exactly(file, 4, path) != b"GGUF":
+        if read_exactly(file, 4, path) != b"GGUF":
             raise UserError(f"{path} is not a GGUF file: it does not begin with GGUF.")
-        version, tensors, keys = struct.unpack("<IQQ", exactly(file, 20, path))
+        version, tensors, keys = struct.unpack("<IQQ", read_exactly(file, 20, path))
         if version not in (2, 3):
             order = "big-endian" if version & 0xFFFF == 0 else f"of version {version}"
             raise UserError(f"{path} is a GGUF file {order}; little-endian files of versions 2 and 3 are read.")
@@ -69,12 +69,12 @@ def read_header(path: Path) -> Header:
         for _ in range(keys):
             key = reader.name("key")
             if key in metadata:
-                raise UserError(f"{path} is damaged: the key {shown(key)} is there twice.")
+                raise UserError(f"{path} is damaged: the key {quote(key)} is there twice.")
             metadata[key] = reader.value(key)
         infos = [reader.info() for _ in range(tensors)]
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
-            raise UserError(f"{path} is damaged: general.alignment is {shown(alignment)}, and should be a power of two.")
+            raise UserError(f"{path} is damaged: general.alignment is {quote(alignment)}, and should be a power of two.")
         return Header(path, metadata, _placed(path, infos, alignment, file.tell(), size))
 
 
@@ -86,20 +86,20 @@ class _Reader:
 
     def number(self, kind: int) -> Any:
         scalar = SCALARS[kind]
-        return scalar.unpack(exactly(self.file, scalar.size, self.path))[0]
+        return scalar.unpack(read_exactly(self.file, scalar.size, self.path))[0]
 
     def left(self, wanted: int) -> int:
         """`wanted`, if as many bytes are left."""
         left = self.size - self.file.tell()
         if wanted > left:
-            raise cut_short(self.path, wanted - left)
+            raise truncation_error(self.path, wanted - left)
         return wanted
 
     def name(self, what: str) -> str:
         length = self.number(10)
         if length > NAME:
             raise UserError(f"{self.path} is damaged: a {what} has {length:,} bytes, and {NAME:,} are the most.")
-        return self.decoded(exactly(self.file, length, self.path), what)
+        return self.decoded(read_exactly(self.file, length, self.path), what)
 
     def decoded(self, data: bytes, what: str) -> str:
         try:
@@ -116,10 +116,10 @@ class _Reader:
             length = self.left(self.number(10))
             self.text_left -= length
             if self.text_left < 0:
-                raise UserError(f"{self.path} holds more than {TEXT:,} bytes of text in its keys, at {shown(key)}.")
-            return self.decoded(exactly(self.file, length, self.path), f"value of {shown(key)}")
+                raise UserError(f"{self.path} holds more than {TEXT:,} bytes of text in its keys, at {quote(key)}.")
+            return self.decoded(read_exactly(self.file, length, self.path), f"value of {quote(key)}")
         if kind != ARRAY:
-            raise UserError(f"{self.path} is damaged: the key {shown(key)} has a value of the unknown type {kind}.")
+            raise UserError(f"{self.path} is damaged: the key {quote(key)} has a value of the unknown type {kind}.")
         inner, count = self.number(4), self.number(10)
         span = Span(inner, count, self.file.tell())
         if inner in SCALARS:
@@ -129,14 +129,14 @@ class _Reader:
             for _ in range(count):
                 self.file.seek(self.left(self.number(10)), 1)
         else:
-            raise UserError(f"{self.path}: the key {shown(key)} is an array of the type {inner}, which no model has.")
+            raise UserError(f"{self.path}: the key {quote(key)} is an array of the type {inner}, which no model has.")
         return span
 
     def info(self) -> tuple[str, list[int], int, int]:
         """Name, dimensions as written, type and offset of a tensor."""
         name, count = self.name("tensor's name"), self.number(4)
         if not 1 <= count <= 4:
-            raise UserError(f"{self.path} is damaged: the tensor {shown(name)} has {count:,} dimensions.")
+            raise UserError(f"{self.path} is damaged: the tensor {quote(name)} has {count:,} dimensions.")
         return name, [self.number(10) for _ in range(count)], self.number(4), self.number(10)
 
 
@@ -147,18 +147,18 @@ def _placed(path: Path, infos: list[tuple[str, list[int], int, int]], alignment:
     expected = 0
     for name, dims, kind, offset in sorted(infos, key=lambda info: info[3]):
         if kind not in GGML_QUANT_SIZES:
-            raise UserError(f"{path}: the tensor {shown(name)} has the type {kind}, which is not known here.")
+            raise UserError(f"{path}: the tensor {quote(name)} has the type {kind}, which is not known here.")
         block, width = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         if dims[0] % block or not 0 < math.prod(dims) < 2**48:
-            raise UserError(f"{path} is damaged: the tensor {shown(name)} cannot have the shape {dims[::-1]}.")
+            raise UserError(f"{path} is damaged: the tensor {quote(name)} cannot have the shape {dims[::-1]}.")
         if name in found:
-            raise UserError(f"{path} is damaged: the tensor {shown(name)} is there twice.")
+            raise UserError(f"{path} is damaged: the tensor {quote(name)} is there twice.")
         if offset != expected:
             fault = "overlaps the one before it" if offset < expected else "leaves a gap before it"
-            raise UserError(f"{path} is damaged: the tensor {shown(name)} {fault}.")
+            raise UserError(f"{path} is damaged: the tensor {quote(name)} {fault}.")
         nbytes = math.prod(dims) // block * width
         if begin + offset + nbytes > size:
-            raise cut_short(path, begin + offset + nbytes - size)
+            raise truncation_error(path, begin + offset + nbytes - size)
         found[name] = Tensor(GGMLQuantizationType(kind), tuple(dims[::-1]), begin + offset, nbytes)
         expected = offset + -(-nbytes // alignment) * alignment
     return found
@@ -186,4 +186,4 @@ def read_numbers(path: Path, span: Span) -> np.ndarray:
     dtype = np.dtype("<" + NUMBERS[span.kind]) if NUMBERS[span.kind] != "?" else np.dtype(bool)
     with path.open("rb") as file:
         file.seek(span.offset)
-        return np.frombuffer(exactly(file, span.length * dtype.itemsize, path), dtype)
+        return np.frombuffer(read_exactly(file, span.length * dtype.itemsize, path), dtype)

@@ -1,5 +1,7 @@
-"""The tokenizer in a GGUF file's metadata, built anew with the tokenizers library."""
+"""The tokenizer in a GGUF file's metadata: built with the tokenizers library, and described for a file to be written."""
 
+import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +11,11 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from engine.errors import UserError, nearest
 from engine.storage.gguf.header import SCALARS, STRING, Header, Span, read_numbers, read_strings
-from engine.storage.reading import shown
-from engine.storage.vocabulary import built, from_json
+from engine.storage.untrusted import build_tokenizer, parse_tokenizer, quote
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ggml's kinds of tokens
 LONGEST = 1024  # bytes of a token
+NEAREST_SPLIT = "llama-bpe"  # the split that llama.cpp is told of where it has no name for the true one
 SPACE = "▁"  # what stands for a space in a sentencepiece vocabulary
 
 CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -65,7 +67,7 @@ def tokenizer_from(header: Header, vocab: int) -> tuple[tokenizers.Tokenizer, di
     elif model == "llama":
         tokenizer = _sentencepiece(header, tokens, kinds)
     else:
-        raise UserError(f"{path}: the tokenizer model {shown(model)} is not known here; gpt2 and llama are.")
+        raise UserError(f"{path}: the tokenizer model {quote(model)} is not known here; gpt2 and llama are.")
     if "tokenizer.huggingface.json" not in metadata:
         for kind, special in ((CONTROL, True), (UNKNOWN, True), (USER_DEFINED, False)):
             named = [AddedToken(tokens[i], special=special, normalized=False) for i in np.flatnonzero(kinds == kind)]
@@ -84,7 +86,7 @@ def tokenizer_from(header: Header, vocab: int) -> tuple[tokenizers.Tokenizer, di
     add_bos = (model == "llama" or pre in LLAMA3) if add_bos is None else add_bos
     if add_bos is True and (place := ids["bos"]) is not None:
         first = tokens[place]
-        built(lambda: _begin_with(tokenizer, first, place), path)
+        build_tokenizer(lambda: _begin_with(tokenizer, first, place), path)
     ends = tuple(dict.fromkeys(place for name in ("eos", "eot", "eom") if (place := ids[name]) is not None))
     return tokenizer, config, ends
 
@@ -122,7 +124,7 @@ def _numbers(header: Header, name: str, count: int) -> np.ndarray:
 def _id(header: Header, name: str, vocab: int) -> int | None:
     value = header.metadata.get(f"tokenizer.ggml.{name}")
     if value is not None and not (type(value) is int and 0 <= value < vocab):
-        raise UserError(f"{header.path}: tokenizer.ggml.{name} is {shown(value)}, and the vocabulary has {vocab:,} tokens.")
+        raise UserError(f"{header.path}: tokenizer.ggml.{name} is {quote(value)}, and the vocabulary has {vocab:,} tokens.")
     return value
 
 
@@ -131,7 +133,7 @@ def _whole(header: Header, tokens: list[str]) -> tokenizers.Tokenizer:
     text = header.metadata["tokenizer.huggingface.json"]
     if not isinstance(text, str):
         raise UserError(f"{header.path}: tokenizer.huggingface.json should be text.")
-    tokenizer = from_json(text.encode(), header.path)
+    tokenizer = parse_tokenizer(text.encode(), header.path)
     known = tokenizer.get_vocab(with_added_tokens=True)
     if any(known.get(token, place) != place for place, token in enumerate(tokens)) or len(known) > len(tokens):
         raise UserError(f"{header.path}: its tokenizer.json and its list of tokens do not say the same.")
@@ -141,7 +143,7 @@ def _whole(header: Header, tokens: list[str]) -> tokenizers.Tokenizer:
 def _byte_level(header: Header, tokens: list[str], pre: Any) -> tokenizers.Tokenizer:
     if not isinstance(pre, str) or pre not in SPLITS:
         close = nearest(str(pre), list(SPLITS))
-        raise UserError(f"{header.path}: the pre-tokenizer {shown(pre)} is not known here; {', '.join(SPLITS)} are.{close}")
+        raise UserError(f"{header.path}: the pre-tokenizer {quote(pre)} is not known here; {', '.join(SPLITS)} are.{close}")
     parts = [merge.partition(" ") for merge in _texts(header, "merges")]
     if not all(left and right for left, _, right in parts):
         raise UserError(f"{header.path} is damaged: one of tokenizer.ggml.merges is not two tokens.")
@@ -155,7 +157,7 @@ def _byte_level(header: Header, tokens: list[str], pre: Any) -> tokenizers.Token
         tokenizer.decoder = decoders.ByteLevel()
         return tokenizer
 
-    return built(make, header.path)
+    return build_tokenizer(make, header.path)
 
 
 def _sentencepiece(header: Header, tokens: list[str], kinds: np.ndarray) -> tokenizers.Tokenizer:
@@ -184,4 +186,53 @@ def _sentencepiece(header: Header, tokens: list[str], kinds: np.ndarray) -> toke
         tokenizer.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)] if prefixed else parts)
         return tokenizer
 
-    return built(make, header.path)
+    return build_tokenizer(make, header.path)
+
+
+def tokenizer_metadata(
+    tokenizer: dict[str, Any], config: dict[str, Any], ends: tuple[int, ...], start: tuple[int, ...], vocab: int
+) -> dict[str, Any]:
+    """The metadata that says what a tokenizer.json and its tokenizer_config.json do, for a model of `vocab` tokens.
+
+    Where llama.cpp has no name for how a text is split, it is told the nearest, and the tokenizer.json goes along whole.
+    Raises UserError for a tokenizer that is no BPE, or one without merges, which llama.cpp cannot read.
+    """
+    model = tokenizer["model"]
+    if model["type"] != "BPE" or not model["merges"]:
+        kind = "without merges" if model["type"] == "BPE" else f"of the kind {model['type']}"
+        raise UserError(f"A tokenizer {kind} has no place in a GGUF file; write a Hugging Face folder instead.")
+    tokens = [f"[PAD{place}]" for place in range(vocab)]
+    kinds = [UNUSED] * vocab
+    for token, place in model["vocab"].items():
+        tokens[place] = token
+        kinds[place] = BYTE if model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", token) else NORMAL
+    for added in tokenizer["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ", 1)) for merge in model["merges"]]
+    fields: dict[str, Any] = {"tokens": tokens, "token_type": kinds, "eos_token_id": ends[0], "add_bos_token": bool(start)}
+    ids = {token: place for place, token in enumerate(tokens)}
+    for key, name in (("bos_token_id", "bos_token"), ("padding_token_id", "pad_token"), ("unknown_token_id", "unk_token")):
+        fields |= {key: ids[config[name]]} if config.get(name) in ids else {}
+    fields |= {"eot_token_id": ends[1]} if len(ends) > 1 else {}
+    whole = {}
+    if model.get("byte_fallback"):
+        ranks: dict[str, int] = {}
+        for rank, pair in enumerate(merges):
+            ranks.setdefault("".join(pair), rank)
+        fields |= {"model": "llama", "pre": "default", "scores": [float(-ranks.get(token, len(merges))) for token in tokens]}
+    else:
+        pre = next((name for name in SPLITS if _same_split(tokenizer, name)), None)
+        whole = {} if pre else {"tokenizer.huggingface.json": json.dumps(tokenizer, ensure_ascii=False)}
+        fields |= {"model": "gpt2", "pre": pre or NEAREST_SPLIT, "merges": [" ".join(pair) for pair in merges]}
+    template = {"tokenizer.chat_template": config["chat_template"]} if config.get("chat_template") else {}
+    return {f"tokenizer.ggml.{key}": value for key, value in fields.items()} | template | whole
+
+
+def _same_split(tokenizer: dict[str, Any], pre: str) -> bool:
+    """Whether a tokenizer.json splits texts as llama.cpp does under this name."""
+    like = tokenizers.Tokenizer(models.BPE())
+    like.pre_tokenizer = SPLITS[pre]()
+    like.normalizer = normalizers.NFC() if pre == "qwen2" else None
+    written = json.loads(like.to_str())
+    return all(tokenizer[part] == written[part] for part in ("pre_tokenizer", "normalizer"))

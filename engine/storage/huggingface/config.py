@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from engine.errors import UserError, nearest
 from engine.model.config import ModelConfig, RopeScaling
-from engine.storage.reading import shown
+from engine.storage.untrusted import quote
 
 
 class Family(NamedTuple):
@@ -70,14 +70,14 @@ def config_from(fields: dict[str, Any], path: Path) -> ModelConfig:
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         close = nearest(str(kind), list(FAMILIES))
-        raise UserError(f"{path}: model_type {shown(kind)} is not known here; {', '.join(FAMILIES)} are.{close}")
+        raise UserError(f"{path}: model_type {quote(kind)} is not known here; {', '.join(FAMILIES)} are.{close}")
     family = FAMILIES[kind]
     for name, value in fields.items():
         if name in ONLY and value not in ONLY[name]:
-            raise UserError(f"{path}: {name} is {shown(value)}, and only {ONLY[name][0]} can be computed here.")
+            raise UserError(f"{path}: {name} is {quote(value)}, and only {ONLY[name][0]} can be computed here.")
         if name not in ONLY and name not in USED and name not in IGNORED:
             close = nearest(name, sorted(USED))
-            raise UserError(f"{path}: the field {shown(name)} is not known here, and what it changes would be missing.{close}")
+            raise UserError(f"{path}: the field {quote(name)} is not known here, and what it changes would be missing.{close}")
     context = _number(fields, "max_position_embeddings", path, int)
     _check_window(fields, kind, context, path)
     theta, scaling = _rope(fields, path)
@@ -108,14 +108,14 @@ def _number(fields: dict[str, Any], name: str, path: Path, kind: type, default: 
     if value is None:
         raise UserError(f"{path} does not say {name}.")
     if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float) or not 0 <= value < 2**40:
-        raise UserError(f"{path}: {name} should be a number of ordinary size, not {shown(value)}.")
+        raise UserError(f"{path}: {name} should be a number of ordinary size, not {quote(value)}.")
     return kind(value)
 
 
 def _flag(fields: dict[str, Any], name: str, path: Path) -> bool:
     value = fields.get(name, False)
     if not isinstance(value, bool):
-        raise UserError(f"{path}: {name} should be true or false, not {shown(value)}.")
+        raise UserError(f"{path}: {name} should be true or false, not {quote(value)}.")
     return value
 
 
@@ -125,13 +125,13 @@ def _check_window(fields: dict[str, Any], kind: str, context: int, path: Path) -
     used = _flag(fields, "use_sliding_window", path) if kind != "mistral" else window is not None
     if used and (type(window) is not int or window < context):
         raise UserError(
-            f"{path}: sliding_window is {shown(window)} with a context of {context:,}, and attention in windows is not built "
+            f"{path}: sliding_window is {quote(window)} with a context of {context:,}, and attention in windows is not built "
             "here. Lower max_position_embeddings to the window to use the model within it."
         )
     layers = fields.get("layer_types")
     if layers is not None and (not isinstance(layers, list) or any(layer != "full_attention" for layer in layers)):
         other = next((layer for layer in layers if layer != "full_attention"), layers) if isinstance(layers, list) else layers
-        raise UserError(f"{path}: layer_types has {shown(other)}, and only full_attention is built here.")
+        raise UserError(f"{path}: layer_types has {quote(other)}, and only full_attention is built here.")
 
 
 def _rope(fields: dict[str, Any], path: Path) -> tuple[float, RopeScaling | None]:
@@ -140,15 +140,15 @@ def _rope(fields: dict[str, Any], path: Path) -> tuple[float, RopeScaling | None
     for name in ("rope_scaling", "rope_parameters"):
         value = fields.get(name)
         if value is not None and not isinstance(value, dict):
-            raise UserError(f"{path}: {name} should be an object or null, not {shown(value)}.")
+            raise UserError(f"{path}: {name} should be an object or null, not {quote(value)}.")
         given |= value or {}
     theta = _number(given | {"rope_theta": given.get("rope_theta", fields.get("rope_theta"))}, "rope_theta", path, float, 1e4)
     kind = given.get("rope_type", given.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_FIELDS:
-        raise UserError(f"{path}: rope_type {shown(kind)} is not built here; {' and '.join(ROPE_FIELDS)} are.")
+        raise UserError(f"{path}: rope_type {quote(kind)} is not built here; {' and '.join(ROPE_FIELDS)} are.")
     for name, value in given.items():
         if name not in ROPE_FIELDS[kind] and not (name == "partial_rotary_factor" and value == 1):
-            raise UserError(f"{path}: the rope scaling {kind!r} has a field {shown(name)} that is not known here.")
+            raise UserError(f"{path}: the rope scaling {kind!r} has a field {quote(name)} that is not known here.")
     if kind == "default":
         return theta, None
     low, high = _number(given, "low_freq_factor", path, float), _number(given, "high_freq_factor", path, float)

@@ -9,19 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
 
 from engine.errors import UserError
 from engine.files import write_json
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
 from engine.model.weights.matmul import dense
-from engine.storage.assemble import checked, leaves_of, read_params, split
 from engine.storage.huggingface import safetensors
 from engine.storage.huggingface.config import config_from, config_to
+from engine.storage.huggingface.tokenizer import SMALL, read_tokenizer
 from engine.storage.loaded_model import LoadedModel
-from engine.storage.reading import read_object, shown
-from engine.storage.vocabulary import built, from_json
+from engine.storage.tensor_layout import check_tensors, layout_of, read_params, split_leaf
+from engine.storage.untrusted import build_tokenizer, quote, read_json_object
 from engine.text.tokenizer import Tokenizer
 
 Report = Callable[[int, int], None] | None
@@ -37,9 +36,6 @@ NAMES = {
     **{part: f"{_LAYER}mlp.{part}_proj.weight" for part in ("gate", "up", "down")},
 }  # fmt: skip
 
-SMALL = 2 * 2**20  # bytes of a config
-TOKENIZER = 64 * 2**20  # bytes of a tokenizer.json; the largest of these families has 17 million
-
 
 def load_folder(
     path: Path, *, dtype: str | None = None, report: Report = None, on_config: Callable[[ModelConfig], None] = lambda cfg: None
@@ -49,29 +45,29 @@ def load_folder(
     `report`: numbers read and in all. `on_config` gets the architecture before the first weight is read. Raises UserError,
     in a sentence, for whatever is missing, damaged, unknown, or does not fit the rest; all of that is found before that.
     """
-    fields = read_object(path / "config.json", SMALL)
+    fields = read_json_object(path / "config.json", SMALL)
     cfg = config_from(fields, path / "config.json")
     stored = {name: tensor for name, tensor in safetensors.in_folder(path).items() if not name.endswith(".rotary_emb.inv_freq")}
     tied_twice = cfg.tied and NAMES["head"] in stored
     head = stored.pop(NAMES["head"]) if tied_twice else None
-    leaves = checked(leaves_of(cfg, NAMES), {name: tensor.shape for name, tensor in stored.items()}, path)
+    leaves = check_tensors(layout_of(cfg, NAMES), {name: tensor.shape for name, tensor in stored.items()}, path)
     for name, tensor in stored.items():
         if tensor.dtype not in safetensors.DTYPES:
             readable = ", ".join(safetensors.DTYPES)
-            raise UserError(f"{tensor.path}: the tensor {shown(name)} is {tensor.dtype}; weights are read as {readable}.")
+            raise UserError(f"{tensor.path}: the tensor {quote(name)} is {tensor.dtype}; weights are read as {readable}.")
     if head is not None:
         _check_same(head, stored[NAMES["embed"]], path)
-    tokenizer, tokenizer_config, ends = _read_tokenizer(path, fields, cfg)
+    tokenizer, tokenizer_config, ends = read_tokenizer(path, fields, cfg)
     on_config(cfg)
     rows = lambda name, start, stop: safetensors.read_rows(stored[name], start, stop)
     params = read_params(leaves, rows, dtype or cfg.dtype, report)
-    words = built(lambda: Tokenizer(tokenizer, tokenizer_config), path / "tokenizer.json")
+    words = build_tokenizer(lambda: Tokenizer(tokenizer, tokenizer_config), path / "tokenizer.json")
     return LoadedModel(path.resolve().name, cfg, params, words, ends, path)
 
 
 def read_config(path: Path) -> ModelConfig:
     """The architecture of the model in a folder, from its config alone; raises UserError as `load_folder` does."""
-    return config_from(read_object(path / "config.json", SMALL), path / "config.json")
+    return config_from(read_json_object(path / "config.json", SMALL), path / "config.json")
 
 
 def _check_same(head: safetensors.Stored, embed: safetensors.Stored, path: Path) -> None:
@@ -86,68 +82,6 @@ def _check_same(head: safetensors.Stored, embed: safetensors.Stored, path: Path)
         raise UserError(f"{path} says tie_word_embeddings but has a lm_head.weight that differs from its embedding.")
 
 
-def _read_tokenizer(
-    path: Path, fields: dict[str, Any], cfg: ModelConfig
-) -> tuple[tokenizers.Tokenizer, dict[str, Any], tuple[int, ...]]:
-    """Returns the tokenizer of a folder, its config, and the ids of which any ends a completion, the tokenizer's own first."""
-    source = path / "tokenizer.json"
-    if not source.is_file():
-        other = next((name for name in ("tokenizer.model", "vocab.json") if (path / name).exists()), None)
-        instead = f", only {other}: save the model's fast tokenizer, which writes one" if other else ""
-        raise UserError(f"{path} has no tokenizer.json{instead}.")
-    if source.stat().st_size > TOKENIZER:
-        raise UserError(f"{source} has {source.stat().st_size:,} bytes, more than any known tokenizer; it is not read.")
-    tokenizer = from_json(source.read_bytes(), source)
-    config = read_object(path / "tokenizer_config.json", SMALL) if (path / "tokenizer_config.json").exists() else {}
-    config |= {"chat_template": _template(path, config)}
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        if isinstance(config.get(name), dict):
-            config[name] = config[name].get("content")
-    generation = path / "generation_config.json"
-    said = read_object(generation, SMALL) if generation.exists() else {}
-    ends = _ids(said.get("eos_token_id", fields.get("eos_token_id")), "eos_token_id", path, cfg)
-    if config.get("eos_token") is None:
-        config["eos_token"] = tokenizer.id_to_token(ends[0]) if ends else None
-        if config["eos_token"] is None:
-            raise UserError(f"{path} does not say which token ends a text: neither eos_token nor eos_token_id is given.")
-    own = tokenizer.token_to_id(config["eos_token"]) if isinstance(config["eos_token"], str) else None
-    if own is None:
-        raise UserError(f"{path}: the tokenizer has no token {shown(config['eos_token'])}, its own eos_token.")
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
-    if largest >= cfg.vocab:
-        raise UserError(f"{source} has a token {largest:,} and the model only {cfg.vocab:,}: they do not belong together.")
-    config = {name: value for name, value in config.items() if value is not None}
-    return tokenizer, config, tuple(dict.fromkeys((own, *ends)))
-
-
-def _template(path: Path, config: dict[str, Any]) -> str | None:
-    """The chat template: in a file of its own, or in tokenizer_config.json, alone or as the one called default."""
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        if file.stat().st_size > SMALL:
-            raise UserError(f"{file} has {file.stat().st_size:,} bytes, more than a chat template may have.")
-        try:
-            return file.read_bytes().decode()
-        except UnicodeDecodeError:
-            raise UserError(f"{file} is not UTF-8 text.") from None
-    given = config.get("chat_template")
-    if isinstance(given, list):
-        named = {item.get("name"): item.get("template") for item in given if isinstance(item, dict)}
-        given = named.get("default")
-    if given is not None and not isinstance(given, str):
-        raise UserError(f"{path / 'tokenizer_config.json'}: chat_template should be text.")
-    return given
-
-
-def _ids(value: Any, name: str, path: Path, cfg: ModelConfig) -> tuple[int, ...]:
-    """A token id, or a list of them, or none."""
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    for item in ids[:64]:
-        if type(item) is not int or not 0 <= item < cfg.vocab:
-            raise UserError(f"{path}: {name} should be ids below {cfg.vocab:,}, not {shown(item)}.")
-    return tuple(ids[:64])
-
-
 def save_folder(
     folder: Path, cfg: ModelConfig, params: dict[str, Any], tokens: dict[str, Any], *, dtype: str, report: Report = None
 ) -> None:
@@ -157,7 +91,7 @@ def save_folder(
     pad_token_id, where there are such. `report`: numbers written and in all. Raises UserError for an architecture that no
     family has.
     """
-    named = {part.name: (leaf, part.shape) for leaf in leaves_of(cfg, NAMES) for part in leaf.parts}
+    named = {part.name: (leaf, part.shape) for leaf in layout_of(cfg, NAMES) for part in leaf.parts}
     kind = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
     write_json(folder / "config.json", config_to(cfg, dtype, tokens))
     write_json(folder / "generation_config.json", tokens)
@@ -169,7 +103,7 @@ def save_folder(
         nonlocal parts, done
         if name not in parts:  # the parts of a leaf follow one another
             leaf = named[name][0]
-            parts = split(leaf, dense(values[leaf.path]))
+            parts = split_leaf(leaf, dense(values[leaf.path]))
         done += parts[name].size
         if report:
             report(done, total)

@@ -15,7 +15,7 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.files import whole_file
-from engine.storage.reading import cut_short, exactly, object_of, read_object, shown
+from engine.storage.untrusted import parse_json_object, quote, read_exactly, read_json_object, truncation_error
 
 HEADER = 2 * 2**20  # bytes of header a file may have: ten thousand tensors, and 40 MB once it is parsed
 DTYPES: dict[str, np.dtype] = {
@@ -48,10 +48,10 @@ def read_header(path: Path) -> dict[str, Stored]:
     for name, (start, stop, _, _) in sorted(spans.items(), key=lambda item: item[1][:2]):
         if start != end:
             fault = "overlaps the one before it" if start < end else "leaves a gap before it"
-            raise UserError(f"{path} is damaged: the tensor {shown(name)} {fault}.")
+            raise UserError(f"{path} is damaged: the tensor {quote(name)} {fault}.")
         end = stop
     if begin + end > size:
-        raise cut_short(path, begin + end - size)
+        raise truncation_error(path, begin + end - size)
     if begin + end < size:
         raise UserError(f"{path} is damaged: {size - begin - end:,} bytes at its end belong to no tensor.")
     return {name: Stored(path, dtype, shape, begin + start) for name, (start, _, dtype, shape) in spans.items()}
@@ -68,10 +68,10 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def _read_object(file: BinaryIO, path: Path) -> dict[str, Any]:
     """Returns the header's JSON object; the file then stands where the tensors begin."""
-    length = int.from_bytes(exactly(file, 8, path), "little")
+    length = int.from_bytes(read_exactly(file, 8, path), "little")
     if length > HEADER:
         raise UserError(f"{path} has a header of {length:,} bytes by its own account; {HEADER:,} are read at most.")
-    return object_of(exactly(file, length, path), path)
+    return parse_json_object(read_exactly(file, length, path), path)
 
 
 def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str, tuple[int, ...]]:
@@ -85,8 +85,8 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str, tuple[int, 
             if stop - start == wanted:
                 return start, stop, dtype, tuple(shape)
             came = f"{dtype} {list(shape)} should have {wanted:,} bytes and has {stop - start:,}"
-            raise UserError(f"{path} is damaged: the tensor {shown(name)}, {came}.")
-    raise UserError(f"{path} is damaged: its header does not say what the tensor {shown(name)} is.")
+            raise UserError(f"{path} is damaged: the tensor {quote(name)}, {came}.")
+    raise UserError(f"{path} is damaged: its header does not say what the tensor {quote(name)} is.")
 
 
 def read_rows(stored: Stored, start: int, stop: int) -> np.ndarray:
@@ -106,7 +106,7 @@ def _fill(file: Any, into: np.ndarray, path: Path) -> None:
     while done < len(view):
         count = file.readinto(view[done:])
         if not count:
-            raise cut_short(path, len(view) - done)
+            raise truncation_error(path, len(view) - done)
         done += count
 
 
@@ -153,20 +153,20 @@ def in_folder(folder: Path) -> dict[str, Stored]:
         return read_header(whole)
     if not index.is_file():
         raise _no_weights(folder)
-    placed = read_object(index, 16 * HEADER).get("weight_map")
+    placed = read_json_object(index, 16 * HEADER).get("weight_map")
     if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
         raise UserError(f"{index} is damaged: it has no weight_map of tensors to files.")
     found: dict[str, Stored] = {}
     for name in sorted(set(placed.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise UserError(f"{index} names {shown(name)}, which is not a .safetensors file in its own folder.")
+            raise UserError(f"{index} names {quote(name)}, which is not a .safetensors file in its own folder.")
         if not (folder / name).is_file():
-            raise UserError(f"{index} names {shown(name)}, and it is not there: the model was not copied or downloaded whole.")
+            raise UserError(f"{index} names {quote(name)}, and it is not there: the model was not copied or downloaded whole.")
         header = read_header(folder / name)
         wanted = {tensor for tensor, file in placed.items() if file == name}
         for tensor in sorted(wanted ^ set(header)):
             there = "has no" if tensor in wanted else "has a"
-            raise UserError(f"{folder / name} {there} tensor {shown(tensor)}, unlike what {index.name} says.")
+            raise UserError(f"{folder / name} {there} tensor {quote(tensor)}, unlike what {index.name} says.")
         found |= header
     return found
 

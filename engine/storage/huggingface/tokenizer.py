@@ -1,0 +1,75 @@
+"""The tokenizer of a Hugging Face folder: tokenizer.json, its config, the chat template, and what ends a completion."""
+
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from engine.errors import UserError
+from engine.model.config import ModelConfig
+from engine.storage.untrusted import parse_tokenizer, quote, read_json_object
+
+SMALL = 2 * 2**20  # bytes of a config
+LARGEST = 64 * 2**20  # bytes of a tokenizer.json; the largest of these families has 17 million
+
+
+def read_tokenizer(
+    path: Path, fields: dict[str, Any], cfg: ModelConfig
+) -> tuple[tokenizers.Tokenizer, dict[str, Any], tuple[int, ...]]:
+    """Returns the tokenizer of a folder, its config, and the ids of which any ends a completion, the tokenizer's own first."""
+    source = path / "tokenizer.json"
+    if not source.is_file():
+        other = next((name for name in ("tokenizer.model", "vocab.json") if (path / name).exists()), None)
+        instead = f", only {other}: save the model's fast tokenizer, which writes one" if other else ""
+        raise UserError(f"{path} has no tokenizer.json{instead}.")
+    if source.stat().st_size > LARGEST:
+        raise UserError(f"{source} has {source.stat().st_size:,} bytes, more than any known tokenizer; it is not read.")
+    tokenizer = parse_tokenizer(source.read_bytes(), source)
+    config = read_json_object(path / "tokenizer_config.json", SMALL) if (path / "tokenizer_config.json").exists() else {}
+    config |= {"chat_template": _template(path, config)}
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        if isinstance(config.get(name), dict):
+            config[name] = config[name].get("content")
+    generation = path / "generation_config.json"
+    said = read_json_object(generation, SMALL) if generation.exists() else {}
+    ends = _ids(said.get("eos_token_id", fields.get("eos_token_id")), "eos_token_id", path, cfg)
+    if config.get("eos_token") is None:
+        config["eos_token"] = tokenizer.id_to_token(ends[0]) if ends else None
+        if config["eos_token"] is None:
+            raise UserError(f"{path} does not say which token ends a text: neither eos_token nor eos_token_id is given.")
+    own = tokenizer.token_to_id(config["eos_token"]) if isinstance(config["eos_token"], str) else None
+    if own is None:
+        raise UserError(f"{path}: the tokenizer has no token {quote(config['eos_token'])}, its own eos_token.")
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    if largest >= cfg.vocab:
+        raise UserError(f"{source} has a token {largest:,} and the model only {cfg.vocab:,}: they do not belong together.")
+    config = {name: value for name, value in config.items() if value is not None}
+    return tokenizer, config, tuple(dict.fromkeys((own, *ends)))
+
+
+def _template(path: Path, config: dict[str, Any]) -> str | None:
+    """The chat template: in a file of its own, or in tokenizer_config.json, alone or as the one called default."""
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        if file.stat().st_size > SMALL:
+            raise UserError(f"{file} has {file.stat().st_size:,} bytes, more than a chat template may have.")
+        try:
+            return file.read_bytes().decode()
+        except UnicodeDecodeError:
+            raise UserError(f"{file} is not UTF-8 text.") from None
+    given = config.get("chat_template")
+    if isinstance(given, list):
+        named = {item.get("name"): item.get("template") for item in given if isinstance(item, dict)}
+        given = named.get("default")
+    if given is not None and not isinstance(given, str):
+        raise UserError(f"{path / 'tokenizer_config.json'}: chat_template should be text.")
+    return given
+
+
+def _ids(value: Any, name: str, path: Path, cfg: ModelConfig) -> tuple[int, ...]:
+    """A token id, or a list of them, or none."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for item in ids[:64]:
+        if type(item) is not int or not 0 <= item < cfg.vocab:
+            raise UserError(f"{path}: {name} should be ids below {cfg.vocab:,}, not {quote(item)}.")
+    return tuple(ids[:64])
