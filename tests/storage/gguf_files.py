@@ -7,7 +7,7 @@ import numpy as np
 from gguf import GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import quantize
-from golden.drawn import draw
+from golden.random_weights import draw
 
 from engine.text.tokenizer import SYMBOLS
 

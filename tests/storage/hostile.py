@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
 from gguf_files import tiny_gguf  # noqa: E402
-from test_huggingface import CONFIG, WEIGHTS  # noqa: E402
+from hf_folders import CONFIG, WEIGHTS, write_folder  # noqa: E402
 
 from engine.allocator import return_freed_memory  # noqa: E402
 from engine.errors import UserError  # noqa: E402
@@ -76,8 +76,6 @@ def limited() -> None:
 
 def main(seed: int, count: int) -> int:
     with tempfile.TemporaryDirectory() as place:
-        from hf_folders import write_folder
-
         folder, file = write_folder(Path(place) / "model", CONFIG, WEIGHTS), tiny_gguf(Path(place) / "model.gguf", kind="Q8_0")
         files: list[tuple[Path, Callable[[], object], int]] = [
             (file, lambda: load_gguf(file), 8000),

@@ -4,7 +4,7 @@
     peers/bin/python tests/storage/golden/ask_transformers.py
 
 torch is no part of this project, so the answers are kept: a config as transformers writes it, tokens, and logits. The
-weights are drawn by name and are not kept; `drawn.py` draws them again for the test.
+weights are drawn by name and are not kept; `random_weights.py` draws them again for the test.
 """
 
 import json
@@ -18,7 +18,7 @@ import transformers
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from drawn import SEED, draw  # noqa: E402
+from random_weights import SEED, draw  # noqa: E402
 
 SIZES = {
     "vocab_size": 37, "hidden_size": 30, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 6,

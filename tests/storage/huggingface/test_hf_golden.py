@@ -7,14 +7,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from golden.drawn import draw
+from golden.random_weights import draw
 from hf_folders import write_folder
 from tiny import positions_of
 
 from engine.model.transformer import forward
 from engine.storage.huggingface.folder import load_folder
 
-GOLDEN = {path.stem: json.loads(path.read_text()) for path in sorted((Path(__file__).parent / "golden").glob("*.json"))}
+GOLDEN = {path.stem: json.loads(path.read_text()) for path in sorted((Path(__file__).parents[1] / "golden").glob("*.json"))}
 
 
 def test_there_is_a_golden_file_for_every_family() -> None:

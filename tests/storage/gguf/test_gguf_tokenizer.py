@@ -83,7 +83,7 @@ def test_the_template_is_taken_along(tmp_path: Path) -> None:
     assert tokenizer.config["eos_token"] == "<|end|>"
 
 
-GOLDEN = [json.loads(line) for line in (Path(__file__).parent / "golden" / "sentencepiece.txt").read_text().splitlines()]
+GOLDEN = [json.loads(line) for line in (Path(__file__).parents[1] / "golden" / "sentencepiece.txt").read_text().splitlines()]
 
 
 def listed_by(listed: dict[str, Any], folder: Path) -> Tokenizer:

@@ -11,29 +11,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from golden.drawn import draw
-from hf_folders import tiny_tokenizer, write_folder
+from golden.random_weights import draw
+from hf_folders import CONFIG, WEIGHTS, tiny_tokenizer, write_folder
 from tiny import lively_params, tiny_config
 
 from engine.errors import UserError
 from engine.model.paths import leaf_paths
 from engine.storage.huggingface.folder import load_folder, save_folder
-
-CONFIG = {
-    "model_type": "llama", "vocab_size": 41, "hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": 2,
-    "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
-    "rope_theta": 1e4, "tie_word_embeddings": True, "torch_dtype": "float32",
-}  # fmt: skip
-SHAPES = {"model.embed_tokens.weight": (41, 20), "model.norm.weight": (20,)} | {
-    f"model.layers.{layer}.{name}.weight": shape
-    for layer in range(2)
-    for name, shape in {
-        "input_layernorm": (20,), "post_attention_layernorm": (20,), "self_attn.q_proj": (24, 20), "self_attn.k_proj": (12, 20),
-        "self_attn.v_proj": (12, 20), "self_attn.o_proj": (20, 24), "mlp.gate_proj": (28, 20), "mlp.up_proj": (28, 20),
-        "mlp.down_proj": (20, 28),
-    }.items()
-}  # fmt: skip
-WEIGHTS = draw(SHAPES)
 
 
 @pytest.fixture
@@ -292,7 +276,7 @@ def test_loading_runs_nothing_opens_no_connection_and_writes_no_file(folder: Pat
 
     file = tiny_gguf(tmp_path / "x.gguf")
     done = subprocess.run(
-        [sys.executable, "-c", AUDIT, str(folder), str(file)], cwd=Path(__file__).parents[2], capture_output=True, text=True
+        [sys.executable, "-c", AUDIT, str(folder), str(file)], cwd=Path(__file__).parents[3], capture_output=True, text=True
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[] os.fork os.posix_spawn os.system pickle.find_class subprocess.Popen"
