@@ -109,6 +109,4 @@ def random_text(rng: random.Random, words: int) -> str:
 COMMON_WORDS = (
     "the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he", "but",
     "at", "are", "this", "have", "from", "or", "had", "an", "they", "which", "you", "were", "all", "her", "would", "their",
-    "we", "him", "been", "has", "when", "who", "will", "more", "if", "out", "so", "up", "what", "about", "into", "them",
-    "can", "only", "time", "new", "some", "could", "two", "may", "first", "then", "do", "any", "like", "now", "over", "man",
 )  # fmt: skip

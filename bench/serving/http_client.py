@@ -17,7 +17,7 @@ import h11
 
 from engine.counting.hardware import clock
 
-READ_BYTES = 1 << 16
+HOST, READ_BYTES = "127.0.0.1", 1 << 16
 Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
@@ -43,27 +43,20 @@ class Response:
         return json.loads(self.body)
 
     def events(self) -> list[tuple[float, Any]]:
-        """(moment, JSON) of each server-sent event, without the closing [DONE]."""
-        events: list[tuple[float, Any]] = []
-        start, sizes = 0, [size for _, size in self.arrivals]
-        while True:
-            marks = [(at, len(mark)) for mark in (b"\r\n\r\n", b"\n\n") if (at := self.body.find(mark, start)) >= 0]
-            if not marks:
-                return events
-            stop, size = min(marks)
-            lines = self.body[start:stop].splitlines()
-            data = b"\n".join(line[5:].lstrip() for line in lines if line.startswith(b"data:"))
-            start = stop + size
-            if data and data != b"[DONE]":
-                moment = self.arrivals[min(bisect_left(sizes, start), len(sizes) - 1)][0]
-                events.append((moment, json.loads(data)))
+        """(moment, JSON) of each server-sent event that is whole, without comments and the closing [DONE]."""
+        events, end, sizes = [], 0, [size for _, size in self.arrivals]
+        for block in self.body.split(b"\n\n")[:-1]:
+            end += len(block) + 2
+            if block.startswith(b"data: {"):
+                events.append((self.arrivals[bisect_left(sizes, end)][0], json.loads(block[6:])))
+        return events
 
 
 class Client:
-    """Persistent connections to one server. `key`: the API key that goes with every request."""
+    """Persistent connections to one server on this machine. `key`: the API key that goes with every request."""
 
-    def __init__(self, port: int, host: str = "127.0.0.1", key: str | None = None) -> None:
-        self.host, self.port, self.key = host, port, key
+    def __init__(self, port: int, key: str | None = None) -> None:
+        self.port, self.key = port, key
         self._idle: list[Stream] = []
 
     async def request(
@@ -75,9 +68,7 @@ class Client:
         A response that breaks off, or takes longer than `timeout` seconds, says so in `error`; nothing is raised for it.
         """
         protocol, data = self.encode(method, path, body, headers or {})
-        return await _timed(
-            Response(clock() if sent_at is None else sent_at), lambda response: self._send(response, protocol, data), timeout
-        )
+        return await self._exchange(Response(clock() if sent_at is None else sent_at), protocol, data, timeout)
 
     async def get(self, path: str, **options: Any) -> Response:
         return await self.request("GET", path, **options)
@@ -85,38 +76,59 @@ class Client:
     async def post(self, path: str, body: Any, **options: Any) -> Response:
         return await self.request("POST", path, body, **options)
 
+    async def send_raw(self, data: bytes, method: str = "GET", timeout: float = 10.0) -> Response:
+        """The response to bytes that no client would send; `method` is how it must be read."""
+        return await self._exchange(Response(clock()), self.encode(method, "/", None, {})[0], data, timeout)
+
     def encode(self, method: str, path: str, body: Any, headers: Mapping[str, str]) -> tuple[h11.Connection, bytes]:
         """The state of a connection that has sent this request, and the request's bytes."""
         data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-        fields = {"host": f"{self.host}:{self.port}"}
+        fields = {"host": f"{HOST}:{self.port}"}
         if self.key:
             fields["authorization"] = f"Bearer {self.key}"
         if body is not None:
             fields |= {"content-type": "application/json", "content-length": str(len(data))}
         fields |= {name.lower(): value for name, value in headers.items()}
+        encoded = [(name.encode(), value.encode("latin-1")) for name, value in fields.items()]
         protocol = h11.Connection(h11.CLIENT)
-        request = h11.Request(
-            method=method, target=path, headers=[(name.encode(), value.encode("latin-1")) for name, value in fields.items()]
-        )
-        parts = [protocol.send(event) for event in (request, h11.Data(data=data), h11.EndOfMessage())]
-        return protocol, b"".join(part for part in parts if part)
+        events = (h11.Request(method=method, target=path, headers=encoded), h11.Data(data=data), h11.EndOfMessage())
+        return protocol, b"".join(protocol.send(event) or b"" for event in events)
 
     def close(self) -> None:
         """Closes the idle connections."""
         while self._idle:
             self._idle.pop()[1].close()
 
-    async def _send(self, response: Response, protocol: h11.Connection, data: bytes) -> None:
+    async def _exchange(self, response: Response, protocol: h11.Connection, data: bytes, timeout: float) -> Response:
+        """Sends `data` and fills in the response, or why there is none."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._receive(response, protocol, data)
+        except (OSError, h11.ProtocolError) as error:  # a TimeoutError is an OSError
+            response.error = f"{type(error).__name__}: {error}".removesuffix(": ")
+        response.ended_at = clock()
+        return response
+
+    async def _receive(self, response: Response, protocol: h11.Connection, data: bytes) -> None:
         reused = bool(self._idle)
-        reader, writer = self._idle.pop() if reused else await connect(self.host, self.port)
+        reader, writer = self._idle.pop() if reused else await connect(self.port)
         try:
             writer.write(data)
             received = await reader.read(READ_BYTES)
             if reused and not received:  # closed by the server while it was idle: it never saw the request
-                reader, writer = await connect(self.host, self.port)
+                reader, writer = await connect(self.port)
                 writer.write(data)
                 received = await reader.read(READ_BYTES)
-            await _receive(response, protocol, reader, received)
+            protocol.receive_data(received)
+            while not isinstance(event := protocol.next_event(), h11.EndOfMessage):
+                if event is h11.NEED_DATA:
+                    protocol.receive_data(await reader.read(READ_BYTES))
+                elif isinstance(event, h11.Data):
+                    response.body += event.data
+                    response.arrivals.append((clock(), len(response.body)))
+                elif isinstance(event, h11.Response):
+                    response.status = event.status_code
+                    response.headers = {name.decode(): value.decode("latin-1") for name, value in event.headers}
         except BaseException:
             writer.transport.abort()
             raise
@@ -126,53 +138,8 @@ class Client:
             writer.close()
 
 
-async def connect(host: str, port: int) -> Stream:
+async def connect(port: int) -> Stream:
     """A connection that sends without delay (TCP_NODELAY)."""
-    reader, writer = await asyncio.open_connection(host, port)
+    reader, writer = await asyncio.open_connection(HOST, port)
     writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return reader, writer
-
-
-async def send_raw(host: str, port: int, data: bytes, method: str = "GET", timeout: float = 10.0) -> Response:
-    """The response to bytes that no client would send, on a connection of their own."""
-    protocol = h11.Connection(h11.CLIENT)
-    protocol.send(h11.Request(method=method, target="/", headers=[("host", host)]))
-    protocol.send(h11.EndOfMessage())
-
-    async def exchange(response: Response) -> None:
-        reader, writer = await connect(host, port)
-        try:
-            writer.write(data)
-            await _receive(response, protocol, reader, await reader.read(READ_BYTES))
-        finally:
-            writer.transport.abort()
-
-    return await _timed(Response(clock()), exchange, timeout)
-
-
-async def _timed(response: Response, exchange: Any, timeout: float) -> Response:
-    """The response once `exchange` has filled it in, or once that failed or took too long."""
-    try:
-        async with asyncio.timeout(timeout):
-            await exchange(response)
-    except (OSError, h11.ProtocolError) as error:  # a TimeoutError is an OSError
-        response.error = f"{type(error).__name__}: {error}".removesuffix(": ")
-    response.ended_at = clock()
-    return response
-
-
-async def _receive(response: Response, protocol: h11.Connection, reader: asyncio.StreamReader, received: bytes) -> None:
-    """Reads the response to its end. Raises h11.RemoteProtocolError for what is not HTTP or ends too soon."""
-    protocol.receive_data(received)
-    while True:
-        event = protocol.next_event()
-        if event is h11.NEED_DATA:
-            protocol.receive_data(await reader.read(READ_BYTES))
-        elif isinstance(event, h11.Data):
-            response.body += event.data
-            response.arrivals.append((clock(), len(response.body)))
-        elif isinstance(event, h11.Response):
-            response.status = event.status_code
-            response.headers = {name.decode(): value.decode("latin-1") for name, value in event.headers}
-        elif isinstance(event, h11.EndOfMessage):
-            return

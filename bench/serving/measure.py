@@ -13,7 +13,7 @@ from bench.peers.process import Peer
 from bench.serving.completions import complete, completion_request, random_text
 from bench.serving.load import closed_loop, open_loop, percentile
 from bench.serving.server import Server
-from bench.timing import Timing, TooNoisyError, ratio
+from bench.timing import Timing, ratio_or_none
 from engine.counting.hardware import clock
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 64  # of each request whose throughput is measured
@@ -30,6 +30,20 @@ def _requests(prompts: list[list[int]]) -> list[dict[str, Any]]:
     return [completion_request(prompt, NEW_TOKENS, ignore_eos=True) for prompt in prompts]
 
 
+async def in_turns[A, B](
+    first: Callable[[], Awaitable[A]], second: Callable[[], Awaitable[B]], rounds: int
+) -> tuple[list[A], list[B]]:
+    """What both return, round after round; which of them begins alternates."""
+    firsts, seconds = [], []
+    for turn in range(rounds):
+        if turn % 2:
+            firsts.append(await first())
+        seconds.append(await second())
+        if not turn % 2:
+            firsts.append(await first())
+    return firsts, seconds
+
+
 async def throughput(server: Server, streams: int, count: int, seed: int) -> float:
     """Tokens a second over `count` greedy completions in a closed loop of `streams`."""
     completions, seconds = await closed_loop(server.client, _requests(random_prompts(count, seed)), streams)
@@ -41,9 +55,8 @@ async def compare_with_engine(
 ) -> dict[str, Any]:
     """Compares the server with its own engine without a server: as many streams as slots, in turns, round after round.
 
-    `ratio` is the server's throughput over the engine's, the median of each round's own; `spread` is NaN, with a note on
-    stderr, when there is too much noise to know it. `same_text`: whether the server streamed, every round, what the
-    engine's tokens say.
+    `ratio` is the server's throughput over the engine's, the median of each round's own; `spread` is NaN when there
+    is too much noise to know it. `same_text`: whether the server streamed, every round, what the engine's tokens say.
     """
     prompts = random_prompts(slots, 1)
     spec = {
@@ -51,33 +64,26 @@ async def compare_with_engine(
         "prefixes": 0,
     }  # fmt: skip
     engine_rounds: list[dict[str, Any]] = []
-    server_seconds: list[float] = []
-    texts = set()
     with contextlib.closing(Peer(Path(sys.executable), "slots_peer.py")) as peer:
         peer.read()
         run_engine = peer.prepare("slots", spec, engine_rounds.append)
-        engine_rounds.clear()  # that was its warm-up
-        await closed_loop(server.client, _requests(prompts), slots)
-        for turn in range(rounds):
-            for side in ("engine", "server") if turn % 2 else ("server", "engine"):
-                if side == "engine":
-                    run_engine()
-                else:
-                    completions, seconds = await closed_loop(server.client, _requests(prompts), slots)
-                    server_seconds.append(seconds)
-                    texts.add(tuple(completion.text for completion in completions))
+
+        async def engine_seconds() -> float:
+            run_engine()
+            return engine_rounds[-1]["seconds"]
+
+        run_server = lambda: closed_loop(server.client, _requests(prompts), slots)
+        await run_server()
+        engine, server_rounds = await in_turns(engine_seconds, run_server, rounds)
         detokenized = await server.client.post("/detokenize", {"tokens": engine_rounds[-1]["tokens"][0]})
-    engine_seconds = [round_["seconds"] for round_ in engine_rounds]
-    try:
-        found = ratio(Timing("engine", tuple(engine_seconds)), Timing("server", tuple(server_seconds)))
-        share, spread = found.value, found.spread
-    except TooNoisyError as error:
-        print(f"  {error}", file=sys.stderr)
-        share, spread = statistics.median(a / b for a, b in zip(engine_seconds, server_seconds)), math.nan
+    served = [seconds for _, seconds in server_rounds]
+    texts = {tuple(completion.text for completion in completions) for completions, _ in server_rounds}
+    known = ratio_or_none(Timing("engine", tuple(engine)), Timing("server", tuple(served)))
     tokens = slots * NEW_TOKENS
     return {
-        "name": f"server_against_offline_{slots}", "tokens_per_second": tokens / statistics.median(server_seconds),
-        "peer_tokens_per_second": tokens / statistics.median(engine_seconds), "ratio": share, "spread": spread,
+        "name": f"server_against_offline_{slots}", "tokens_per_second": tokens / statistics.median(served),
+        "peer_tokens_per_second": tokens / statistics.median(engine), "spread": known.spread if known else math.nan,
+        "ratio": statistics.median(a / b for a, b in zip(engine, served)),
         "same_text": len(texts) == 1 and next(iter(texts))[0] == detokenized.json()["prompt"],
     }  # fmt: skip
 
@@ -111,7 +117,7 @@ async def latency_under_load(server: Server, load: float, peak_rate: float, seco
 
 
 async def prefix_ttft(server: Server) -> float:
-    """Seconds to the first token of a prompt that begins with the same SHARED_TOKENS as one before it."""
+    """Seconds to the first token of a prompt that begins with the same SHARED_TOKENS as the one before it."""
     rng = random.Random(3)
     shared = [rng.randrange(100, 1100) for _ in range(SHARED_TOKENS)]
     prompts = [[*shared, *random_prompts(1, 100 + turn)[0][:8]] for turn in range(2)]
@@ -119,37 +125,7 @@ async def prefix_ttft(server: Server) -> float:
 
 
 async def repetitive_throughput(server: Server) -> float:
-    """Tokens a second of one stream that repeats its prompt, which suits draft tokens; after one stream to warm up."""
+    """Tokens a second of one stream that repeats its prompt, which suits draft tokens; the second of two streams."""
     line = "The quick brown fox jumps over the lazy dog and runs into the dark green forest.\n"
     body = completion_request(line * 6, NEW_TOKENS, ignore_eos=True)
     return 1 / [(await complete(server.client, body)).inter_token_latency for _ in range(2)][1]
-
-
-async def compare(
-    measure: Callable[[Server], Awaitable[float]], first: Server, second: Server, rounds: int
-) -> tuple[float, float, float]:
-    """The medians of `measure` on both servers, in turns, and the median of the ratios of the first to the second."""
-    pairs = []
-    for turn in range(rounds):
-        order = (first, second) if turn % 2 else (second, first)
-        values = {server.port: await measure(server) for server in order}
-        pairs.append((values[first.port], values[second.port]))
-    return _summary(pairs)
-
-
-async def batching_gain(server: Server, slots: int, rounds: int) -> tuple[float, float, float]:
-    """The median throughput of as many streams as slots and of one stream, and the median of their ratios."""
-    pairs = [
-        (await throughput(server, slots, slots, 70 + turn), await throughput(server, 1, 1, 50 + turn)) for turn in range(rounds)
-    ]
-    return _summary(pairs)
-
-
-def _summary(pairs: list[tuple[float, float]]) -> tuple[float, float, float]:
-    first, second = zip(*pairs)
-    return statistics.median(first), statistics.median(second), statistics.median(a / b for a, b in pairs)
-
-
-def usd_per_million_tokens(tokens_per_second: float, usd_per_hour: float) -> float:
-    """What a million tokens cost on a machine at that price; NaN without tokens."""
-    return usd_per_hour / 3600 / tokens_per_second * 1e6 if tokens_per_second > 0 else math.nan

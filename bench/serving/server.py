@@ -9,9 +9,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Self
 
-from bench.serving.http_client import Client
+from bench.serving.http_client import HOST, Client
 from engine.counting.hardware import clock
 from engine.errors import UserError
 
@@ -94,11 +95,8 @@ class Server:
 
     def resident_bytes(self) -> int:
         """Bytes of memory the process holds at this moment, where there is /proc; else 0."""
-        try:
-            with open(f"/proc/{self.process.pid}/statm", encoding="ascii") as file:
-                return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        except OSError:
-            return 0
+        statm = Path(f"/proc/{self.process.pid}/statm")
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
 def parse_metrics(text: str) -> dict[str, float]:
@@ -113,5 +111,5 @@ def parse_metrics(text: str) -> dict[str, float]:
 def free_port() -> int:
     """A port that nobody listens on."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((HOST, 0))
         return probe.getsockname()[1]

@@ -9,7 +9,7 @@ import pytest
 from figures import at_least, at_most, exactly
 
 from bench.serving.completions import completion_request
-from bench.serving.http_client import Response, send_raw
+from bench.serving.http_client import Client, Response
 from engine.errors import UserError
 
 pytestmark = pytest.mark.anyio
@@ -36,7 +36,7 @@ async def _attempt(port: int, method: str, target: str, headers: dict[str, str])
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     body = json.dumps(REQUEST).encode() if method == "POST" else b""
     head = f"{method} {target} HTTP/1.1\r\n{lines}content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-    return await send_raw("127.0.0.1", port, head.encode("latin-1") + body, method)
+    return await Client(port).send_raw(head.encode("latin-1") + body, method)
 
 
 @pytest.mark.promises("X3", "with a key set, every route but liveness needs it")

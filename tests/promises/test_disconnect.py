@@ -71,7 +71,7 @@ async def _open(client: Client, rng: random.Random) -> Any:
     """The connection of a request, streaming or not, that goes on for longer than anybody waits."""
     prompt = random_text(rng, rng.choice((8, 60, 200)))
     body = completion_request(prompt, 400, ignore_eos=True, stream=rng.random() < 0.6)
-    _, writer = await connect("127.0.0.1", client.port)
+    _, writer = await connect(client.port)
     writer.write(client.encode("POST", "/v1/completions", body, {})[1])
     return writer
 
