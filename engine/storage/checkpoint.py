@@ -1,4 +1,4 @@
-"""Checkpoints: what a run needs to go on, bit for bit. The only file that knows Orbax.
+"""Checkpoints: weights, optimizer state and settings with which a run goes on bit for bit. Only this file knows Orbax.
 
     FOLDER/checkpoints/STEP/params/         an Orbax v1 pytree; inference reads this alone
                             optimizer/      another
@@ -32,14 +32,14 @@ import numpy as np
 from engine.errors import UserError
 from engine.files import whole_folder
 from engine.storage.digest import leaves_by_path
-from engine.storage.manifest import faults, write_manifest
+from engine.storage.manifest import find_faults, write_manifest
 
 PARTS = ("params", "optimizer")
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
-    """What a checkpoint held. `damaged` names, a line a file, what was passed over on the way to this sound one."""
+class LoadedCheckpoint:
+    """The contents of a checkpoint. `damaged` names, a line a file, what was passed over on the way to this sound one."""
 
     path: Path
     step: int
@@ -85,8 +85,8 @@ def save(folder: Path, step: int, params: Any, optimizer: Any, state: dict[str, 
     return target
 
 
-def load(folder: Path, step: int | None, params_like: Any, optimizer_like: Any) -> Loaded:
-    """The newest sound checkpoint of a run folder, or checkpoint `step`, to train on from.
+def load(folder: Path, step: int | None, params_like: Any, optimizer_like: Any) -> LoadedCheckpoint:
+    """Loads the newest sound checkpoint of a run folder, or checkpoint `step`, to train on from.
 
     params_like, optimizer_like: trees of arrays or `jax.ShapeDtypeStruct` (`jax.eval_shape`) that say which structure,
     shapes and dtypes are wanted. A leaf with a sharding is placed by it; the others go, uncommitted, to the default
@@ -106,13 +106,13 @@ def load(folder: Path, step: int | None, params_like: Any, optimizer_like: Any) 
             f"numbers. Set the former in the environment ({', '.join(name.upper() for name in record['prng'])})."
         )
     params, optimizer = (_read_arrays(found, part, like) for part, like in zip(PARTS, (params_like, optimizer_like)))
-    return Loaded(found, record["step"], params, optimizer, record["state"], damaged)
+    return LoadedCheckpoint(found, record["step"], params, optimizer, record["state"], damaged)
 
 
-def load_params(path: Path, like: Any = None) -> Loaded:
-    """The weights alone, for inference: from a run folder (its newest sound checkpoint) or from one checkpoint.
+def load_params(path: Path, like: Any = None) -> LoadedCheckpoint:
+    """Loads the weights alone, for inference: from a run folder (its newest sound checkpoint) or from one checkpoint.
 
-    Reads and checks everything but the optimizer, which may be damaged or gone; `Loaded.optimizer` is None. Without
+    Reads and checks everything but the optimizer, which may be damaged or gone; `LoadedCheckpoint.optimizer` is None. Without
     `like` the structure is that on disk: dicts, and lists for tuples. Nothing on disk is changed.
 
     Raises UserError as `load` does, but not for PRNG settings, which weights do not depend on.
@@ -127,11 +127,11 @@ def load_params(path: Path, like: Any = None) -> Loaded:
     else:
         raise UserError(f"There is no checkpoint at {path}.")
     record = json.loads((found / "state.json").read_text(encoding="utf-8"))
-    return Loaded(found, record["step"], _read_arrays(found, "params", like), None, record["state"], damaged)
+    return LoadedCheckpoint(found, record["step"], _read_arrays(found, "params", like), None, record["state"], damaged)
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps of which a run folder has a checkpoint, sound or not, oldest first; empty when there is none."""
+    """Returns the steps of which a run folder has a checkpoint, sound or not, oldest first; empty when there is none."""
     root = _root(folder)
     if not root.is_dir():
         return []
@@ -140,12 +140,12 @@ def steps(folder: Path) -> list[int]:
 
 
 def verify(step_folder: Path, part: str | None = None) -> list[str]:
-    """Each damaged, missing or extra file of one checkpoint, a line each; empty when it is sound.
+    """Returns each damaged, missing or extra file of one checkpoint, a line each; empty when it is sound.
 
     With a `part` ("params" or "optimizer") the arrays of the other part are not looked at.
     """
     skip = tuple(other for other in PARTS if part is not None and other != part)
-    return faults(Path(step_folder).absolute(), skip)
+    return find_faults(Path(step_folder).absolute(), skip)
 
 
 def set_aside(folder: Path, after: int) -> list[Path]:
@@ -184,7 +184,7 @@ def _newest_sound(folder: Path, skip: tuple[str, ...], step: int | None) -> tupl
     damaged: list[str] = []
     for candidate in reversed(there) if step is None else [step]:
         path = _root(folder) / str(candidate)
-        if not (lines := faults(path, skip)):
+        if not (lines := find_faults(path, skip)):
             return path, damaged
         damaged += lines
     others = [str(other) for other in there if other != step] if step is not None else []
@@ -197,7 +197,7 @@ def _newest_sound(folder: Path, skip: tuple[str, ...], step: int | None) -> tupl
 
 
 def _checked(part: str, tree: Any) -> Any:
-    """`tree` with NumPy scalars as 0-d arrays, when Orbax can bring every leaf of it back."""
+    """Returns `tree` with NumPy scalars as 0-d arrays, once it is sure that Orbax can bring every leaf back."""
     names: dict[str, str] = {}
     for path, leaf in leaves_by_path(tree).items():
         name = f"{part}/{'/'.join(path)}"
@@ -217,7 +217,7 @@ def _checked(part: str, tree: Any) -> Any:
 
 
 def _undisturbed[T](work: Callable[[ModuleType], T]) -> T:
-    """`work(ocp)`, in a thread of its own, with Orbax under our options; imported only now, since that takes 0.4 s.
+    """Runs `work(ocp)` in a thread of its own, with Orbax under our options; imported only now: that takes 0.4 s.
 
     Ctrl-C is raised in the main thread, which waits here. In the middle of Orbax it would leave closed event loops with
     callbacks still to come, and pages of traceback; so a first Ctrl-C waits until the arrays are moved.
@@ -281,7 +281,7 @@ def _kinds(tree: Any) -> dict[tuple[str, ...], str]:
 
 
 def _as_abstract(leaf: Any) -> Any:
-    """What tells Orbax how to restore a leaf: by its sharding, or into host memory (twice as fast on one device)."""
+    """Returns what tells Orbax how to restore a leaf: by its sharding, or into host memory (twice as fast on one device)."""
     sharding = getattr(leaf, "sharding", None)
     if sharding is not None and getattr(leaf, "committed", True):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -289,7 +289,7 @@ def _as_abstract(leaf: Any) -> Any:
 
 
 def _refuse_difference(where: Path, wanted: dict, came: dict) -> None:
-    """Orbax casts another dtype in silence and reports another shape as a missing handler, so we compare beforehand."""
+    """Raises UserError for other paths, shapes or dtypes: Orbax casts dtypes in silence and blames shapes on a handler."""
     differing = sorted(path for path in wanted.keys() | came.keys() if wanted.get(path) != came.get(path))
     if not differing:
         return
@@ -303,7 +303,7 @@ def _refuse_difference(where: Path, wanted: dict, came: dict) -> None:
 
 
 def _prng_settings() -> dict[str, Any]:
-    """The settings by which the same key gives the same numbers."""
+    """Returns the settings by which the same key gives the same numbers."""
     names = ("jax_default_prng_impl", "jax_threefry_partitionable")
     return {name: getattr(jax.config, name) for name in names}
 
@@ -340,7 +340,7 @@ def _sweep(root: Path) -> None:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Out of sight by one rename, then removed: a kill in between leaves nothing that looks like a checkpoint."""
+    """Hides a checkpoint by one rename, then removes it: a kill in between leaves nothing that looks like one."""
     doomed = checkpoint.with_name(f".{checkpoint.name}.gone")
     with contextlib.suppress(OSError):  # the new one is safe, and the next save tries again
         os.replace(checkpoint, doomed)

@@ -9,7 +9,7 @@ import numpy as np
 
 
 def leaves_by_path(tree: Any) -> dict[tuple[str, ...], Any]:
-    """Every leaf under the names that lead to it, in path order: `{("layers", "0", "q"): leaf, ...}`.
+    """Returns every leaf under the names that lead to it, in path order: `{("layers", "0", "q"): leaf, ...}`.
 
     Names are those of dict keys, fields and positions alike, so a tree read back from disk as plain dicts and lists has
     the paths of the dataclasses and tuples it was saved from. Raises ValueError when two leaves share a path.
@@ -25,7 +25,7 @@ def leaves_by_path(tree: Any) -> dict[tuple[str, ...], Any]:
 
 
 def digest(params: Any) -> str:
-    """SHA-256, in hex, over every leaf's path, dtype, shape and bytes, in path order.
+    """Returns the SHA-256, in hex, over every leaf's path, dtype, shape and bytes, in path order.
 
     params: any pytree of JAX or NumPy arrays; NumPy and CPU arrays are hashed where they lie (about 1.7 GB/s), arrays
     on a device are fetched leaf by leaf. Two trees have one digest exactly when they hold the same bits under the same

@@ -28,5 +28,5 @@ class LoadedModel:
 
     @property
     def chat_template(self) -> str | None:
-        """The template that came with the model."""
+        """Returns the template that came with the model."""
         return self.tokenizer.config.get("chat_template")

@@ -17,8 +17,8 @@ def write_manifest(folder: Path) -> None:
     (folder / NAME).write_bytes(_render(found))
 
 
-def faults(folder: Path, skip: tuple[str, ...] = ()) -> list[str]:
-    """What differs from the manifest, a line a file: `PATH is missing`, empty when every file is as it was written.
+def find_faults(folder: Path, skip: tuple[str, ...] = ()) -> list[str]:
+    """Returns what differs from the manifest, a line a file: `PATH is missing`, empty when every file is as it was written.
 
     Folders directly below `folder` whose names are in `skip` are not looked at. The manifest guards itself too: it
     holds its own SHA-256 and must be, byte for byte, what `write_manifest` writes.
@@ -58,7 +58,7 @@ def faults(folder: Path, skip: tuple[str, ...] = ()) -> list[str]:
 
 
 def _files(folder: Path) -> list[str]:
-    """Paths of all files below `folder`, relative to it and sorted, the manifest itself left out."""
+    """Returns the paths of all files below `folder`, relative to it and sorted, the manifest itself left out."""
     below = (Path(root, name) for root, _, names in os.walk(folder) for name in names)
     names = (path.relative_to(folder).as_posix() for path in below)
     return sorted(name for name in names if name != NAME)

@@ -53,7 +53,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def is_lora(record: dict[str, Any]) -> bool:
-    """Whether a run.json is that of a run that trains a LoRA adapter and leaves its base as it is."""
+    """Returns whether a run.json is that of a run that trains a LoRA adapter and leaves its base as it is."""
     return str(record.get("learns", "")).startswith("rank=")
 
 

@@ -1,4 +1,4 @@
-"""A params tree from a file's matrices: which of them make up each leaf, and how they lie in it.
+"""The layout of a model's tensors: which matrices of a file make up each leaf of the params tree, and how they lie in it.
 
 Files keep a matrix as (out, in), one for each of q, k, v, gate and up; the tree keeps (in, out), with [q | k | v] and
 [gate | up] side by side in one leaf. Everything is checked before the first weight is read, and no more than a few
@@ -31,7 +31,7 @@ class Part(NamedTuple):
 
 
 class Leaf(NamedTuple):
-    """A leaf of the tree: its parts, side by side. `turned`: the leaf is (in, out) where its parts are (out, in)."""
+    """A leaf of the tree: its parts, side by side. `transposed`: the leaf is (in, out) where its parts are (out, in)."""
 
     path: str
     parts: tuple[Part, ...]
@@ -45,7 +45,7 @@ class Leaf(NamedTuple):
 
 
 def layout_of(cfg: ModelConfig, names: Mapping[str, str]) -> Iterator[Leaf]:
-    """Every leaf of the architecture. `names` says what the file calls each matrix, `{}` standing for the layer."""
+    """Yields every leaf of the architecture. `names` says what the file calls each matrix, `{}` standing for the layer."""
     D, F, V = cfg.width, cfg.ff, cfg.vocab
     q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
     yield Leaf("embed", (Part(names["embed"], (V, D)),), transposed=False)
@@ -73,7 +73,7 @@ def layout_of(cfg: ModelConfig, names: Mapping[str, str]) -> Iterator[Leaf]:
 
 
 def check_tensors(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]], path: Path) -> list[Leaf]:
-    """The leaves, once it is sure that the file has all their parts and nothing else.
+    """Returns the leaves, once it is sure that the file has all their parts and nothing else.
 
     Raises UserError for a tensor that is missing, of another shape, or of no use; at the first one missing, however many
     layers a config may claim.
@@ -99,7 +99,7 @@ Rows = Callable[[str, int, int], np.ndarray]  # (tensor, start, stop) -> those r
 
 
 def read_params(leaves: list[Leaf], rows: Rows, dtype: str, report: Callable[[int, int], None] | None = None) -> dict[str, Any]:
-    """The tree: matrices in `dtype`, gains and biases in float32. `report`: numbers read and in all.
+    """Reads the tree: matrices in `dtype`, gains and biases in float32. `report`: numbers read and in all.
 
     Raises UserError for a weight that is not a number, or infinite: a model that holds one can say nothing.
     """
@@ -118,7 +118,7 @@ def read_params(leaves: list[Leaf], rows: Rows, dtype: str, report: Callable[[in
                     values = rows(part.name, start, stop).astype(made.dtype, copy=False)
                 if not np.isfinite(values).all():
                     raise UserError(f"The tensor {part.name!r} holds weights that are not finite numbers: it is damaged.")
-                into[at + start : at + stop] = values  # after the cast: what is turned is then half as wide
+                into[at + start : at + stop] = values  # after the cast: what is transposed is then half as wide
             at += part.shape[0]
         found[leaf.path] = jax.device_put(made)
         done += made.size
@@ -128,7 +128,7 @@ def read_params(leaves: list[Leaf], rows: Rows, dtype: str, report: Callable[[in
 
 
 def split_leaf(leaf: Leaf, value: Any) -> dict[str, np.ndarray]:
-    """{name: array} of the file's tensors that a leaf's value is made of: what `read_params` put together."""
+    """Returns {name: array} of the file's tensors that `read_params` put together to a leaf's value."""
     whole = np.asarray(value)
     whole = whole.T if leaf.transposed else whole
     ends = np.cumsum([part.shape[0] for part in leaf.parts])[:-1]

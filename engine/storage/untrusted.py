@@ -16,13 +16,13 @@ LONGEST = 48  # characters of a file's own words that an error repeats
 
 
 def quote(value: Any) -> str:
-    """A value from a file as an error may repeat it: quoted, printable, and short."""
+    """Returns a value from a file as an error may repeat it: quoted, printable, and short."""
     text = ascii(value if isinstance(value, str | int | float | bool | None) else type(value).__name__)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def read_exactly(file: BinaryIO, count: int, path: Path) -> bytes:
-    """The next `count` bytes. Raises UserError when the file ends before."""
+    """Reads the next `count` bytes. Raises UserError when the file ends before."""
     data = file.read(count)
     if len(data) != count:
         raise truncation_error(path, count - len(data))
@@ -34,7 +34,7 @@ def truncation_error(path: Path, missing: int) -> UserError:
 
 
 def read_json_object(path: Path, limit: int) -> dict[str, Any]:
-    """The object in a JSON file of at most `limit` bytes. Raises UserError when there is none, or it is something else."""
+    """Reads the object in a JSON file of at most `limit` bytes. Raises UserError when there is no such."""
     try:
         size = path.stat().st_size
         if size > limit:
@@ -46,7 +46,7 @@ def read_json_object(path: Path, limit: int) -> dict[str, Any]:
 
 
 def parse_json_object(data: bytes, path: Path) -> dict[str, Any]:
-    """The JSON object in some bytes of `path`. A name given twice is an error: readers differ in which one they take."""
+    """Returns the JSON object in some bytes of `path`. A name given twice is an error: readers differ on it."""
     try:
         value = json.loads(data, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
@@ -66,7 +66,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_tokenizer(data: bytes, path: Path) -> tokenizers.Tokenizer:
-    """The tokenizer a tokenizer.json describes. Raises UserError for one that the library cannot read."""
+    """Returns the tokenizer that a tokenizer.json describes. Raises UserError for one that the library cannot read."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
@@ -75,7 +75,7 @@ def parse_tokenizer(data: bytes, path: Path) -> tokenizers.Tokenizer:
 
 
 def build_tokenizer[T](make: Callable[[], T], path: Path) -> T:
-    """What `make` returns. The library raises bare Exception for what it cannot read, and a panic is no Exception at all."""
+    """Calls `make`: the library raises bare Exception for what it cannot read, and a panic is no Exception at all."""
     try:
         return make()
     except (KeyboardInterrupt, SystemExit, MemoryError, UserError):

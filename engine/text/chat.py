@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.errors import UserError
-from engine.text.template import FIXED_DAY, Message, Refused, Template
+from engine.text.template import FIXED_DAY, Message, Refusal, Template
 from engine.text.tokenizer import Tokenizer
 
 # For a model that has these control tokens and no template of its own (the format of Qwen and SmolLM).
@@ -39,11 +39,11 @@ class Example(NamedTuple):
 
 
 class Chat:
-    """A tokenizer and a chat template: what turns a conversation into the tokens a model reads and should write.
+    """Turns conversations into the tokens that a model reads and should write, by a tokenizer and a chat template.
 
     `source` is the template, by default the tokenizer's own (`chat_template` in its config), else CHATML or PLAIN by what
-    control tokens there are; `named` says which. `end` is the control token that closes the assistant's turns, None when
-    the template closes them with none. `now` is what the template is told of the time.
+    control tokens there are; `template_name` says which. `end` is the control token that closes the assistant's
+    turns, None when the template closes them with none. `now` is what the template is told of the time.
 
     How text becomes tokens: a template's control tokens become their ids, and everything between two of them is encoded
     as plain text. Where an assistant's turn begins and ends, text is also cut, so that the tokens before an answer are
@@ -55,7 +55,7 @@ class Chat:
 
     def __init__(self, tokenizer: Tokenizer, source: str | None = None, now: str = FIXED_DAY) -> None:
         self.tokenizer = tokenizer
-        self.source, self.named = chosen_template(tokenizer, source)
+        self.source, self.template_name = choose_template(tokenizer, source)
         self._ids = {added.content: token for token, added in tokenizer.controls.items()}
         self._controls = _pattern(tokenizer)
         self._beginnings = {name[:size] for name in self._ids for size in range(1, len(name))}
@@ -74,26 +74,26 @@ class Chat:
         self.template.close()
 
     def prompt(self, messages: Sequence[Message]) -> np.ndarray:
-        """messages -> (T,) int32: the conversation so far and the beginning of the assistant's turn.
+        """Returns messages as tokens (T,) int32: the conversation so far and the beginning of the assistant's turn.
 
-        Raises UserError for messages that are not `check`ed, and as `Template.render`.
+        Raises UserError for messages that are not checked (`check_messages`), and as `Template.render`.
         """
-        check(messages)
+        check_messages(messages)
         text, cuts, marks = self._rendered(messages, prompt=True)
         return np.concatenate(self._pieces(text, cuts, marks))
 
     def examples(self, messages: Sequence[Message], where: str = "") -> list[Example]:
-        """messages -> what can be learnt from them: the assistant's turns, each with the token that ends it.
+        """Returns the training examples in messages: the assistant's turns, each with the token that ends it.
 
         Usually one example in which every turn of the assistant counts. Where the template writes a turn otherwise once
         it is history (it may leave out what was thought), each turn is an example of its own, as the model meets it.
-        Messages after the last turn of the assistant are left out. Raises Refused when there is no such turn or nothing
+        Messages after the last turn of the assistant are left out. Raises Refusal when there is no such turn or nothing
         before it, UserError when the template begins the assistant's turn otherwise than it writes it, and as `prompt`.
         """
-        check(messages)
+        check_messages(messages)
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if not answers or answers[0] == 0:
-            raise Refused("there is no turn of the assistant" if not answers else "it begins with the assistant's turn")
+            raise Refusal("there is no turn of the assistant" if not answers else "it begins with the assistant's turn")
         text, cuts, marks = self._rendered(messages[: answers[-1] + 1], prompt=False)
         if len(cuts) == len(answers):
             return [self._example(text, cuts, marks, range(len(cuts)), where)]
@@ -101,15 +101,15 @@ class Chat:
         return [self._example(text, cuts, marks, [len(cuts) - 1], where) for text, cuts, marks in found]
 
     def answer(self, messages: Sequence[Message], where: str = "") -> Example:
-        """messages that end with the assistant's turn -> an example in which that turn alone counts. Raises as `examples`."""
-        check(messages)
+        """Returns messages that end with the assistant's turn as an example in which it alone counts. Raises as `examples`."""
+        check_messages(messages)
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise Refused("it does not end with an answer of the assistant to something")
+            raise Refusal("it does not end with an answer of the assistant to something")
         text, cuts, marks = self._rendered(messages, prompt=False)
         return self._example(text, cuts, marks, [len(cuts) - 1], where)
 
-    def shown(self, example: Example) -> Iterator[tuple[str, bool]]:
-        """The example for a person to read: pieces of text, control tokens by their names, and whether each counts."""
+    def marked_pieces(self, example: Example) -> Iterator[tuple[str, bool]]:
+        """Yields the example for a person to read: pieces of text, control tokens by their names, and whether each counts."""
         start = 0
         for end in range(1, len(example.tokens) + 1):
             if end < len(example.tokens) and example.mask[end] == example.mask[start]:
@@ -126,7 +126,7 @@ class Chat:
             start = end
 
     def _rendered(self, messages: Sequence[Message], prompt: bool) -> tuple[str, list[tuple[int, int]], dict[str, str]]:
-        """The text, the (start, stop) of the assistant's turns in it, and which characters stand for others."""
+        """Returns the text, the (start, stop) of the assistant's turns in it, and which characters stand for others."""
         messages, marks = self._marked(messages)
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         jobs = [job for index in answers for job in ((messages[:index], True), (messages[: index + 1], False))]
@@ -154,9 +154,9 @@ class Chat:
         return Example(np.concatenate(pieces), np.concatenate(mask), where)
 
     def _said(self, tokens: np.ndarray) -> int:
-        """How many of a turn's tokens the model is to say: up to the control token that ends it, without what follows that.
+        """Returns how many of a turn's tokens the model is to say: up to the control token that ends it.
 
-        A template may write a line end there, or a second control token that ends the whole text.
+        A template may write a line end after that, or a second control token that ends the whole text.
         """
         said = len(tokens)
         for at in range(len(tokens) - 1, -1, -1):
@@ -167,7 +167,7 @@ class Chat:
         return said
 
     def _pieces(self, text: str, cuts: list[tuple[int, int]], marks: dict[str, str]) -> list[np.ndarray]:
-        """Tokens before, in, and after each turn of the assistant: 2 len(cuts) + 1 pieces."""
+        """Returns the tokens before, in, and after each turn of the assistant: 2 len(cuts) + 1 pieces."""
         edges = [0, *(edge for cut in cuts for edge in cut), len(text)]
         pieces: list[np.ndarray] = []
         plain = False  # whether what came before ended within plain text
@@ -178,7 +178,7 @@ class Chat:
         return pieces
 
     def _encode(self, text: str, marks: dict[str, str], continued: bool) -> np.ndarray:
-        """A template's text: its control tokens as ids, what lies between as plain text, marked characters as they were."""
+        """Encodes a template's text: control tokens as ids, the rest as plain text, marked characters as they were."""
         parts: list[np.ndarray] = []
         meant = str.maketrans(marks)
         at = 0
@@ -194,7 +194,7 @@ class Chat:
         return self._ids[name] if name in self._ids else self._ids[name.strip()]
 
     def _marked(self, messages: Sequence[Message]) -> tuple[list[dict[str, str]], dict[str, str]]:
-        """Messages in which no control token can be read, and what the characters put into them stand for.
+        """Returns messages in which no control token can be read, and what the characters put into them stand for.
 
         One character of every control token written in a message, whole or cut off by its edge, is exchanged for one of
         private use. The template then handles the text as it would any other (trims it, looks into it), and afterwards
@@ -215,7 +215,7 @@ class Chat:
         return marked, {put: meant for meant, put in stand_in.items()}
 
     def _places(self, text: str) -> Iterator[int]:
-        """Where to break what is, or could with text before or after it become, a control token."""
+        """Yields where to break what is, or could with text before or after it become, a control token."""
         at = 0
         while match := self._controls.search(text, at) if self._ids else None:
             name = match[0] if match[0] in self._ids else match[0].strip()
@@ -232,7 +232,7 @@ class Chat:
             yield first
 
 
-def check(messages: Sequence[Message]) -> None:
+def check_messages(messages: Sequence[Message]) -> None:
     """Raises UserError unless there are messages and each has a role of ROLES and a text for content."""
     if not messages:
         raise UserError("there are no messages")
@@ -244,8 +244,8 @@ def check(messages: Sequence[Message]) -> None:
             raise UserError(f"message {number} has no text as its content")
 
 
-def chosen_template(tokenizer: Tokenizer, source: str | None = None) -> tuple[str, str]:
-    """(template, what it is called): the one given, else the tokenizer's own, else one of ours that it has the tokens for."""
+def choose_template(tokenizer: Tokenizer, source: str | None = None) -> tuple[str, str]:
+    """Returns (template, its name): `source`, else the tokenizer's own, else one of ours that it has the tokens for."""
     if source is not None:
         return source, "the template given"
     own = tokenizer.config.get("chat_template")
@@ -261,7 +261,7 @@ def chosen_template(tokenizer: Tokenizer, source: str | None = None) -> tuple[st
 
 
 def _special_names(tokenizer: Tokenizer) -> dict[str, str]:
-    """bos_token, eos_token and the like of a tokenizer_config.json, as text."""
+    """Returns bos_token, eos_token and the like of a tokenizer_config.json, as text."""
     end = tokenizer.controls.get(tokenizer.end)
     found = {"eos_token": end.content} if end else {}
     for name, value in tokenizer.config.items():
@@ -272,7 +272,7 @@ def _special_names(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def _pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
-    """Finds control tokens, the longest first, with the white space that some of them take in.
+    """Returns what finds control tokens, the longest first, with the white space that some of them take in.
 
     A run of white space is looked at from its beginning alone: from every place in it, a long one would take for ever.
     """

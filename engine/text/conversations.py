@@ -44,7 +44,7 @@ class Conversation(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A text of which everything is to be learnt."""
+    """A text to train on, all of it."""
 
     text: str
     where: str
@@ -75,7 +75,7 @@ class Conversations:
 
 
 def read_conversations(source: Path | str) -> Conversations:
-    """The data set in a file, or one that is shipped by its name (`voice`, `voice-held-out`, `voice-preferences`).
+    """Opens the data set in a file, or one that is shipped by its name (`voice`, `voice-held-out`, `voice-preferences`).
 
     Raises UserError when there is none, its first row is of no known kind, or its bytes are no text.
     """
@@ -138,7 +138,7 @@ def _understood(kind: str, row: dict[str, Any], where: str) -> Conversation | Te
 
 
 def _choice(row: dict[str, Any], where: str) -> Preference:
-    """Answers may be text or messages; messages may repeat the prompt, which then need not be given by itself."""
+    """Reads a preference: answers are text or messages, which may repeat the prompt; it then need not stand by itself."""
     before, chosen = _answer(row["chosen"], "chosen", where)
     other, rejected = _answer(row["rejected"], "rejected", where)
     if before != other:
@@ -151,7 +151,7 @@ def _choice(row: dict[str, Any], where: str) -> Preference:
 
 
 def _answer(value: Any, name: str, where: str) -> tuple[tuple[Message, ...], str]:
-    """(the messages before, the text) of an answer given as text, as a message, or as messages that end with it."""
+    """Returns (the messages before, the text) of an answer given as text, as a message, or as messages that end with it."""
     if isinstance(value, str):
         return (), _text(value, name, where)
     messages = _messages([value] if isinstance(value, dict) else value, name, where, "role", "content")

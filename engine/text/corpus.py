@@ -27,7 +27,7 @@ class Corpus:
 
 
 def read_corpus(path: Path | str) -> Corpus:
-    """The documents at `path`: a .txt or .md file (one document), .jsonl or .parquet (one a row), or a folder.
+    """Opens the documents at `path`: a .txt or .md file (one document), .jsonl or .parquet (one a row), or a folder.
 
     A folder is read recursively in sorted order: every file that is text, without hidden and binary files. Text is
     taken as it is, line ends too; empty documents are left out. Raises UserError for a missing or empty path and for a
@@ -52,7 +52,7 @@ def read_corpus(path: Path | str) -> Corpus:
 
 
 def hold_out(corpus: Corpus, fraction: float = 0.05) -> tuple[Corpus, Corpus]:
-    """(training, validation): the last `fraction` of the documents, or of the text when there are too few to divide.
+    """Returns (training, validation): the last `fraction` of the documents, or of the text when there are too few to divide.
 
     A text is cut at the start of a line where one is near. Raises UserError when there is too little to cut in two.
     """

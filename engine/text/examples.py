@@ -1,4 +1,4 @@
-"""From conversations to examples that fit into a row of a batch, with an account of what was cut and what was left out."""
+"""Training examples from conversations: tokens that fit into a row of a batch, and an account of what was cut or dropped."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 from engine.errors import UserError
 from engine.text.chat import Chat, Example
 from engine.text.conversations import Conversation, Preference, Text
-from engine.text.template import Message, Refused
+from engine.text.template import Message, Refusal
 
 CUT = "longer than {seq} tokens, so its end is cut off"
 NO_ROOM = "nothing that is to be learnt lies in its first {seq} tokens"
@@ -57,7 +57,7 @@ def make_examples(
     start: Sequence[int] = (),
     report: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Example], DatasetSummary]:
-    """What can be learnt, in order, each of at most seq + 1 tokens: seq that are read, and for each the one that follows.
+    """Returns the training examples in order, each of at most seq + 1 tokens: seq are read, and the one after each predicted.
 
     A conversation that is longer loses its end, and is left out when no answer begins early enough. A plain text is cut
     into pieces that are all learnt, `start` (what the model has before any text) at its beginning and the end of text at
@@ -71,7 +71,7 @@ def make_examples(
         summary.rows += 1
         try:
             parts = _examples(row, chat, seq, start)
-        except Refused as refused:
+        except Refusal as refused:
             summary.dropped.append((row.where, str(refused)))
             continue
         except UserError as error:
@@ -95,7 +95,7 @@ def make_examples(
 def make_pairs(
     choices: Iterable[Conversation | Text | Preference], chat: Chat, seq: int, report: Callable[[int, int], None] | None = None
 ) -> tuple[list[Pair], DatasetSummary]:
-    """Pairs of examples of at most seq + 1 tokens, in which only the answers count. What is longer is left out.
+    """Returns pairs of examples of at most seq + 1 tokens, in which only the answers count. What is longer is left out.
 
     Raises UserError as `make_examples`, and for rows without a choice.
     """
@@ -108,11 +108,11 @@ def make_pairs(
         summary.rows += 1
         try:
             if row.chosen == row.rejected:
-                raise Refused(SAME)
+                raise Refusal(SAME)
             pair = Pair(*(_answered(row.prompt, text, chat, row.where) for text in (row.chosen, row.rejected)))
             if max(len(pair.chosen.tokens), len(pair.rejected.tokens)) > seq + 1:
-                raise Refused(TOO_LONG.format(seq=seq))
-        except Refused as refused:
+                raise Refusal(TOO_LONG.format(seq=seq))
+        except Refusal as refused:
             summary.dropped.append((row.where, str(refused)))
             continue
         except UserError as error:
@@ -135,18 +135,18 @@ def _examples(row: Conversation | Text | Preference, chat: Chat, seq: int, start
         pieces = (tokens[at : at + seq + 1] for at in range(0, max(1, len(tokens) - 1), seq))
         return [Example(piece, np.ones(len(piece), bool), row.where) for piece in pieces]
     if any(message["role"] == "assistant" and not message["content"].strip() for message in row.messages):
-        raise Refused(SILENT)
+        raise Refusal(SILENT)
     return chat.examples(row.messages, row.where)
 
 
 def _answered(prompt: Sequence[Message], answer: str, chat: Chat, where: str) -> Example:
     if not answer.strip():
-        raise Refused(SILENT)
+        raise Refusal(SILENT)
     return chat.answer([*prompt, {"role": "assistant", "content": answer}], where)
 
 
 def _fitted(example: Example, seq: int) -> Example | None:
-    """At most seq + 1 tokens of it; None when none of them is both to be learnt and preceded by another."""
+    """Returns at most seq + 1 tokens of it; None when none of them is both a target and preceded by another."""
     tokens, mask = example.tokens[: seq + 1], example.mask[: seq + 1]
     return Example(tokens, mask, example.where) if mask[1:].any() else None
 

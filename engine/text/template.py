@@ -37,8 +37,8 @@ def read_template(path: Path | None) -> str | None:
         raise UserError(f"The template {path} cannot be read: {reason}.") from error
 
 
-class Refused(UserError):
-    """This conversation cannot be used, for example as the template does not take it (`raise_exception`); others may."""
+class Refusal(UserError):
+    """A conversation that cannot be used, for example as the template does not take it (`raise_exception`); others may."""
 
 
 class Template:
@@ -57,15 +57,15 @@ class Template:
         self._lock = threading.Lock()
 
     def render(self, messages: Sequence[Message], prompt: bool = False) -> str:
-        """The text of a conversation; with `prompt`, the beginning of the assistant's next turn after it.
+        """Returns the text of a conversation; with `prompt`, the beginning of the assistant's next turn after it.
 
-        Raises Refused when the template refuses the messages, UserError when it cannot be compiled, fails, or goes over
+        Raises Refusal when the template refuses the messages, UserError when it cannot be compiled, fails, or goes over
         its limits of time, memory and output.
         """
         return self.render_all([(messages, prompt)])[0]
 
     def render_all(self, jobs: Sequence[tuple[Sequence[Message], bool]]) -> list[str]:
-        """Several conversations, as `render` each; quicker, as most of the time of one is the way there and back."""
+        """Renders several conversations, as `render` each; quicker, as most of the time of one is the way there and back."""
         texts: list[str] = []
         with self._lock:
             for first in range(0, len(jobs), TOGETHER):
@@ -104,7 +104,7 @@ class Template:
 
 
 class Worker:
-    """The process, and the two pipes to it."""
+    """The process of a template, and the two pipes to it."""
 
     def __init__(self) -> None:
         theirs_in, ours_out = os.pipe()
@@ -120,13 +120,13 @@ class Worker:
         self.unread = bytearray()
 
     def send(self, request: Any) -> None:
-        """One line to it. That it is gone shows when it does not reply."""
+        """Writes one line to the process. That it is gone shows when it does not reply."""
         with contextlib.suppress(BrokenPipeError):
             self.requests.write(json.dumps(request).encode() + b"\n")
             self.requests.flush()
 
     def reply(self, seconds: float, longest: int) -> dict[str, Any]:
-        """Its next line, at most `longest` bytes. The time runs anew with each part that arrives. Raises UserError."""
+        """Returns its next line, at most `longest` bytes. The time runs anew with each part that arrives. Raises UserError."""
         poll = select.poll()
         poll.register(self.replies, select.POLLIN)
         while b"\n" not in self.unread:
@@ -139,7 +139,7 @@ class Worker:
         return json.loads(line)
 
     def end(self) -> None:
-        """Whatever it does at the moment."""
+        """Ends the process, whatever it does at the moment."""
         self.process.kill()
         self.process.wait()
         for pipe in (self.requests, self.replies):
@@ -149,13 +149,13 @@ class Worker:
 
 def _checked(reply: dict[str, Any]) -> dict[str, Any]:
     if "refused" in reply:
-        raise Refused(f"The chat template refuses it: {_shown(reply['refused'])}")
+        raise Refusal(f"The chat template refuses it: {_shown(reply['refused'])}")
     if "failed" in reply:
         raise UserError(f"The chat template {_shown(reply['failed'])}")
     return reply
 
 
 def _shown(message: str) -> str:
-    """A template's words, without what would steer a terminal."""
+    """Returns a template's words, without what would steer a terminal."""
     text = "".join(letter if letter.isprintable() else " " for letter in message)
     return text.rstrip(".") + "."

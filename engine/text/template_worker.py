@@ -34,7 +34,7 @@ class TooLong(Exception):
 
 
 def limit() -> None:
-    """Memory, files and core dumps are bounded by the kernel; the time of each answer is by `timed`."""
+    """Has the kernel bound memory, files and core dumps; the time of each answer is bounded in `answer`."""
     import resource
 
     for name, value in (("RLIMIT_AS", MEMORY), ("RLIMIT_FSIZE", 0), ("RLIMIT_CORE", 0)):
@@ -45,7 +45,7 @@ def limit() -> None:
 
 
 def lock() -> None:
-    """From here on this process opens, imports, compiles and starts nothing more."""
+    """Forbids this process to open, import, compile or start anything from here on."""
 
     def watch(event: str, _: Any) -> None:
         if event.startswith(FORBIDDEN):
@@ -55,7 +55,7 @@ def lock() -> None:
 
 
 def compiled(source: str, variables: dict[str, Any], now: str) -> Callable[[list, bool], str]:
-    """The template as a function of messages and of whether an answer is to be begun."""
+    """Compiles the template to a function of messages and of whether an answer is to be begun."""
     import jinja2.ext
     import jinja2.nodes
     import jinja2.sandbox
@@ -99,7 +99,7 @@ def compiled(source: str, variables: dict[str, Any], now: str) -> Callable[[list
 
 
 def answer(work: Callable[[], dict[str, Any]]) -> bytes:
-    """What `work` gives, or what went wrong in it, as one line; ended by the kernel after SECONDS of computing."""
+    """Returns what `work` gives, or what went wrong in it, as one line; ended by the kernel after SECONDS of computing."""
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         reply = work()
@@ -121,7 +121,7 @@ def answer(work: Callable[[], dict[str, Any]]) -> bytes:
 
 
 def rendered(render: Callable[[list, bool], str], jobs: list) -> dict[str, Any]:
-    """The texts of several (messages, whether an answer is to be begun)."""
+    """Renders several (messages, whether an answer is to be begun)."""
     return {"texts": [render(messages, prompt) for messages, prompt in jobs]}
 
 

@@ -1,4 +1,4 @@
-"""Text to token ids and back: byte-level BPE, exact both ways for every Unicode string."""
+"""The tokenizer: text to token ids and back by byte-level BPE, exact both ways for every Unicode string."""
 
 import codecs
 import hashlib
@@ -41,7 +41,7 @@ LOOKAHEAD = 256  # more than the pattern can look at from the start of a token
 
 
 def _byte_symbols() -> list[str]:
-    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
+    """Returns the printable character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = (byte for byte in range(256) if byte not in printable)
     shifted = {byte: chr(256 + index) for index, byte in enumerate(others)}
@@ -60,11 +60,11 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """The text that this token completes; often empty inside a character of several bytes."""
+        """Returns the text that this token completes; often empty inside a character of several bytes."""
         return self._decoder.decode(self._table.get(int(token), b""))
 
     def close(self) -> str:
-        """What was still open, as replacement characters; usually empty."""
+        """Returns what was still open, as replacement characters; usually empty."""
         return self._decoder.decode(b"", final=True)
 
 
@@ -103,7 +103,7 @@ class Tokenizer:
         self.start = _starts_with(inner)
 
     def encode(self, text: str, continued: bool = False) -> np.ndarray:
-        """text -> (T,) int32, in time linear in its length. Raises UserError for a lone surrogate.
+        """Returns text as tokens (T,) int32, in time linear in its length. Raises UserError for a lone surrogate.
 
         `continued`: the text goes on from another, so nothing is put before its first word. (Sentencepiece's tokenizers
         put a space at the beginning of a text.)
@@ -112,7 +112,7 @@ class Tokenizer:
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
     def encode_parts(self, text: str, continued: bool = False) -> Iterator[np.ndarray]:
-        """The same tokens a megabyte of text at a time, so that memory stays bounded however long the text."""
+        """Yields the same tokens a megabyte of text at a time, so that memory stays bounded however long the text."""
         _check_unicode(text)
         inner = (self._later or self._inner) if continued else self._inner
         for pieces in itertools.batched(self._pieces(text), TOGETHER if self._later is None else 1):
@@ -121,29 +121,29 @@ class Tokenizer:
             yield np.fromiter(itertools.chain.from_iterable(piece.ids for piece in encoded), np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """ids -> text. Bytes that are not UTF-8 become U+FFFD; control tokens and unknown ids stand for nothing."""
+        """Returns ids as text. Bytes that are not UTF-8 become U+FFFD; control tokens and unknown ids stand for nothing."""
         text = b"".join(self._table.get(int(token), b"") for token in ids).decode("utf-8", "replace")
         return text.removeprefix(" ") if self._later else text
 
     def bytes_of(self, token: int) -> bytes:
-        """What one token stands for; nothing for a control token."""
+        """Returns the bytes one token stands for; none for a control token."""
         return self._table.get(int(token), b"")
 
     def token_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
-        """How many bytes of UTF-8 these tokens stand for, exactly, whole characters or not; 0 for control tokens."""
+        """Counts the bytes of UTF-8 these tokens stand for, exactly, whole characters or not; 0 for control tokens."""
         known = np.asarray(ids, np.int64)
         return int(self._lengths[known[(known >= 0) & (known < self.vocab)]].sum())
 
     def stream(self) -> TextStream:
-        """A decoder for tokens that come one by one."""
+        """Returns a decoder for tokens that come one by one."""
         return TextStream(self._table)
 
     def id_of(self, token: Any) -> int | None:
-        """The id of a token by its name; None for one that there is not."""
+        """Returns the id of a token by its name; None for one that there is not."""
         return self._inner.token_to_id(token) if isinstance(token, str) else None
 
     def to_json(self) -> dict[str, Any]:
-        """What `tokenizer.json` holds."""
+        """Returns what `tokenizer.json` holds."""
         return json.loads(self._inner.to_str())
 
     def save(self, folder: Path) -> None:
@@ -153,7 +153,7 @@ class Tokenizer:
         write_json(folder / "tokenizer_config.json", self.config)
 
     def _pieces(self, text: str) -> Iterator[str]:
-        """The text cut between tokens into pieces of about PIECE characters; more where no token ends sooner."""
+        """Yields the text cut between tokens into pieces of about PIECE characters; more where no token ends sooner."""
         start, size = 0, PIECE
         while self._cuts and len(text) - start > size:
             cut = self._cut(text, start, start + size)
@@ -166,7 +166,7 @@ class Tokenizer:
             yield text[start:]
 
     def _cut(self, text: str, start: int, stop: int) -> int | None:
-        """A place before `stop` where a token surely ends, given that one starts at `start`; None if there is none."""
+        """Returns a place before `stop` where a token surely ends, given that one starts at `start`; None if there is none."""
         words = list(WORD_END.finditer(text, max(start, stop - 2 * LOOKAHEAD), stop))
         if words:
             return words[-1].end()
@@ -179,7 +179,7 @@ class Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
-    """A vocabulary of `vocab` tokens learnt from the texts: 256 bytes, the merges found, and the end of text last.
+    """Trains a vocabulary of `vocab` tokens on the texts: 256 bytes, the merges found, and the end of text last.
 
     Fewer than `vocab` when the texts are too short to find so many. The same texts give the same vocabulary. Raises
     UserError below 257, or for a text with a lone surrogate.
@@ -194,14 +194,14 @@ def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Every byte a token, its id the byte; the end of text is 256. The baseline that needs no training text."""
+    """Makes every byte a token, its id the byte; the end of text is 256. The baseline that needs no training text."""
     inner = tokenizers.Tokenizer(models.BPE(vocab=BYTES, merges=[]))
     _make_byte_level(inner)
     return _with_end(inner)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer that `save`, or a Hugging Face export, put into `folder`.
+    """Loads the tokenizer that `save`, or a Hugging Face export, put into `folder`.
 
     Raises UserError when a file is missing or damaged, or when the tokenizer is not a BPE that knows every byte.
     """
@@ -243,7 +243,7 @@ def _with_end(inner: tokenizers.Tokenizer) -> Tokenizer:
 
 
 def _training_parts(texts: Iterable[str]) -> Iterator[str]:
-    """Parts short enough to be counted on every core; a word cut in two here and there changes nothing that matters."""
+    """Yields parts short enough to be counted on every core; a word cut in two here and there changes nothing that matters."""
     for text in texts:
         _check_unicode(text)
         for start in range(0, len(text), 4 * PIECE):
@@ -251,7 +251,7 @@ def _training_parts(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The steps of a part of a tokenizer.json, which is one step, a sequence of them, or null."""
+    """Returns the steps of a part of a tokenizer.json, which is one step, a sequence of them, or null."""
     if part is None:
         return []
     if part["type"] != "Sequence":
@@ -265,7 +265,7 @@ def _is_byte_level(written: str) -> bool:
 
 
 def _without_first_space(written: str) -> tokenizers.Tokenizer | None:
-    """The same tokenizer for what comes later in a text, if it puts a space before the first word; else None."""
+    """Returns the same tokenizer for what comes later in a text, if it puts a space before the first word; else None."""
     fields = json.loads(written)
     steps = _steps(fields["normalizer"])
     kept = [step for step in steps if step["type"] != "Prepend"]
@@ -283,7 +283,7 @@ def _without_first_space(written: str) -> tokenizers.Tokenizer | None:
 
 
 def _starts_with(inner: tokenizers.Tokenizer) -> tuple[int, ...]:
-    """The ids its post-processor puts before a text."""
+    """Returns the ids its post-processor puts before a text."""
     plain = inner.encode("a", add_special_tokens=False).ids
     whole = inner.encode("a", add_special_tokens=True).ids
     places = (n for n in range(len(whole) - len(plain) + 1) if whole[n : n + len(plain)] == plain)
@@ -291,7 +291,7 @@ def _starts_with(inner: tokenizers.Tokenizer) -> tuple[int, ...]:
 
 
 def _byte_table(inner: tokenizers.Tokenizer, byte_level: bool) -> dict[int, bytes]:
-    """The bytes each id stands for."""
+    """Returns the bytes that each id stands for."""
     table = {}
     for name, token in inner.get_vocab(with_added_tokens=False).items():
         if not byte_level:

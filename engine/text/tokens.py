@@ -31,7 +31,7 @@ class TokenFile:
 
 
 def token_file(documents: Iterable[str], tokenizer: Tokenizer, report: Callable[[int, int], None] | None = None) -> TokenFile:
-    """The documents as tokens, an end of text between each two; from the cache when text and tokenizer are unchanged.
+    """Returns the documents as tokens, an end of text between each two; from the cache when text and tokenizer are unchanged.
 
     `documents` is read twice, first to know whether it changed, so an iterator is held in memory and a Corpus is not.
     `report` is called with bytes of UTF-8 done and in all, only while encoding. A damaged cached file is made anew.
@@ -59,7 +59,7 @@ def token_file(documents: Iterable[str], tokenizer: Tokenizer, report: Callable[
 
 
 def open_bin(path: Path, tokenizer: Tokenizer) -> TokenFile:
-    """A file of nothing but little-endian uint16 token ids, as nanoGPT's data scripts write, made with `tokenizer`.
+    """Opens a file of nothing but little-endian uint16 token ids, as nanoGPT's data scripts write, made with `tokenizer`.
 
     Raises UserError when it is missing, empty, of an odd length, or holds an id the tokenizer does not have.
     """
@@ -86,7 +86,7 @@ def open_bin(path: Path, tokenizer: Tokenizer) -> TokenFile:
 
 
 def _digest(documents: Iterable[str]) -> tuple[str, int, int]:
-    """(SHA-256 of the text and where its documents end, bytes of UTF-8, documents)."""
+    """Returns (SHA-256 of the text and where its documents end, bytes of UTF-8, documents)."""
     digest = hashlib.sha256()
     size, count = 0, 0
     for document in documents:
@@ -126,7 +126,7 @@ def _write(
 
 
 def _open(folder: Path) -> TokenFile | None:
-    """The token file in `folder` if it is there and every byte is as written."""
+    """Returns the token file in `folder` if it is there and every byte is as written."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         facts = json.loads((folder / "tokens.json").read_bytes())
         data = folder / "tokens.bin"

@@ -38,7 +38,7 @@ def run(flags: flags.Chat, device: Device) -> int:
         notes.print_rows([
             ("model", f"{model.name} ({model.checkpoint}){adapters}"),
             ("device", str(device)),
-            ("template", chat.named),
+            ("template", chat.template_name),
             ("weights", f"SHA-256 {before[:16]}, context {model.cfg.context:,} tokens"),
         ])  # fmt: skip
     with notes.task("compiling", always=terminal):

@@ -53,7 +53,7 @@ def evaluate(model: LoadedModel, data: Conversations | None, context: int | None
             text["data"], text["validation"], record["objective"], seq, model, chat, console
         )
         examples, name, lines = split.held_out, split.held_out_name, []
-    console.print_rows([("data", name), *(("", line) for line in lines), ("template", chat.named)])
+    console.print_rows([("data", name), *(("", line) for line in lines), ("template", chat.template_name)])
     begin = time.perf_counter()
     with console.task("evaluating", always=True) as report:
         measure = _measure_pairs if isinstance(examples[0], Pair) else _measure_completions

@@ -141,7 +141,7 @@ class Tuned:
             ("data", f"{lessons.name} ({lessons.kind}): {lessons.summary.describe()[0]}"),
             *(("", line) for line in lessons.summary.describe()[1:]),
             ("validation", f"{lessons.held_out_name}: {len(lessons.held_out):,} examples"),
-            ("template", self.chat.named),
+            ("template", self.chat.template_name),
             ("step", f"{plan.recipe.batch} x {plan.recipe.context} tokens, adamw, {plan.recipe.optimizer.learning_rate:g}"),
             ("length", f"{limit}; about {steps:,} steps, {long}"),
             ("folder", str(self.folder)),
@@ -152,7 +152,7 @@ class Tuned:
         self.console.print_rows(self.rows())
         self.console.print()
         self.console.print("the first example; what is learnt of it is marked", style="bold")
-        self.console.print_marked(list(self.chat.shown(self.lessons.first)))
+        self.console.print_marked(list(self.chat.marked_pieces(self.lessons.first)))
         self.console.print()
 
     def go(self) -> int:

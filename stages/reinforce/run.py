@@ -158,7 +158,7 @@ class Reinforced:
             *self.matched,
             ("task", f"{asked.task} ({TASKS[asked.task.partition(':')[0]].partition(', ')[2]})"),
             ("prompts", f"{len(self.prompts.learnt):,} of {self.prompts.name}; {len(self.prompts.held_out):,} held out"),
-            ("template", self.chat.named),
+            ("template", self.chat.template_name),
             ("a round", f"{asked.prompts} prompts, {asked.group} answers each, of at most {self.max_tokens} tokens, at "
                         f"temperature {asked.temperature:g}"),
             ("inference", f"draws them: up to {words.count(drawing)}FLOPs, forward only"),

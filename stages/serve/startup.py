@@ -78,7 +78,7 @@ def load_state(
         ("weights", f"{layout.weights}, {weights}, SHA-256 {sha256[:16]}"),
         ("slots", f"{layout.slots} of {slots.capacity:,} tokens, KV cache in {layout.cache_dtype}, {size(slots.cache_bytes)}"),
         ("queue", f"{queue} more wait; prefix cache of {layout.prefix_cache / 1e6:g} MB"),
-        ("template", chat.named),
+        ("template", chat.template_name),
     ])  # fmt: skip
     return make_state(model, name, slots, sha256, chat, make_chat, compiles, queue, price), ahead
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import UserError
-from engine.text.chat import PLAIN, Chat, Example, chosen_template
-from engine.text.template import Refused
+from engine.text.chat import PLAIN, Chat, Example, choose_template
+from engine.text.template import Refusal
 from engine.text.tokenizer import byte_tokenizer
 
 TOKENIZER = chat_tokenizer()
@@ -32,7 +32,7 @@ def chats():
 
 def shown(chat: Chat, example: Example) -> str:
     """The example as text, what counts in brackets."""
-    return "".join(f"[{text}]" if counts else text for text, counts in chat.shown(example))
+    return "".join(f"[{text}]" if counts else text for text, counts in chat.marked_pieces(example))
 
 
 def test_only_answers_and_their_ends_count(chats) -> None:
@@ -74,7 +74,7 @@ def test_an_answer_alone_can_be_what_counts(chats) -> None:
     example = chats["chatml"].answer(TALK)
     assert shown(chats["chatml"], example).count("[") == 1
     assert shown(chats["chatml"], example).endswith("[The user asks.<|im_end|>]\n")
-    with pytest.raises(Refused, match="does not end with an answer"):
+    with pytest.raises(Refusal, match="does not end with an answer"):
         chats["chatml"].answer(TALK[:-1])
 
 
@@ -156,13 +156,13 @@ def test_private_characters_in_a_text_stay(chats) -> None:
 
 
 def test_the_template_is_the_models_own_or_one_that_fits() -> None:
-    assert chosen_template(TOKENIZER) == (CHATML, "ChatML")
-    assert chosen_template(byte_tokenizer())[0] == PLAIN
-    assert chosen_template(chat_tokenizer(BRACKETS)) == (BRACKETS, "the model's own template")
-    assert chosen_template(chat_tokenizer(BRACKETS), "mine")[0] == "mine"
+    assert choose_template(TOKENIZER) == (CHATML, "ChatML")
+    assert choose_template(byte_tokenizer())[0] == PLAIN
+    assert choose_template(chat_tokenizer(BRACKETS)) == (BRACKETS, "the model's own template")
+    assert choose_template(chat_tokenizer(BRACKETS), "mine")[0] == "mine"
     named = chat_tokenizer()
     named.config["chat_template"] = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
-    assert chosen_template(named)[0] == "d"
+    assert choose_template(named)[0] == "d"
     del named.config["chat_template"]
 
 
@@ -198,11 +198,11 @@ def test_messages_of_no_use(chats, messages, words: str) -> None:
 
 
 def test_conversations_that_cannot_be_learnt(chats) -> None:
-    with pytest.raises(Refused, match="no turn of the assistant"):
+    with pytest.raises(Refusal, match="no turn of the assistant"):
         chats["chatml"].examples(said("a"))
-    with pytest.raises(Refused, match="begins with the assistant"):
+    with pytest.raises(Refusal, match="begins with the assistant"):
         chats["chatml"].examples(said("", "b")[1:])
-    with pytest.raises(Refused, match="Only user and assistant"):
+    with pytest.raises(Refusal, match="Only user and assistant"):
         chats["brackets"].examples(TALK)
     broken = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
     with pytest.raises(UserError, match="begins the assistant's turn otherwise"):

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from engine.errors import UserError
-from engine.text.template import WORKER, Refused, Template
+from engine.text.template import WORKER, Refusal, Template
 
 ASKED = [{"role": "user", "content": "hi"}]
 
@@ -146,7 +146,7 @@ for attempt in ("open('/etc/passwd')", "__import__('antigravity')", "__import__(
 def test_what_the_template_itself_refuses() -> None:
     template = Template("{% if messages | length > 1 %}{{ raise_exception('one\x1b[31m only') }}{% endif %}ok")
     assert template.render(ASKED) == "ok"
-    with pytest.raises(Refused, match=r"refuses it: one \[31m only"):
+    with pytest.raises(Refusal, match=r"refuses it: one \[31m only"):
         template.render(ASKED * 2)
     assert template.render(ASKED) == "ok"  # the process is still there
     template.close()
@@ -163,7 +163,7 @@ def test_what_the_template_itself_refuses() -> None:
 def test_what_is_wrong_is_said(source: str, words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         Template(source).render(ASKED)
-    assert not isinstance(caught.value, Refused)
+    assert not isinstance(caught.value, Refusal)
     for word in words:
         assert word in str(caught.value)
 

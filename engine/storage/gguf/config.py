@@ -1,4 +1,4 @@
-"""The architecture that a GGUF file's metadata describes, and the metadata that describes an architecture."""
+"""A GGUF file's metadata and our ModelConfig, both ways."""
 
 from typing import Any
 
@@ -30,13 +30,13 @@ FREQUENCIES = "rope_freqs.weight"
 KNOWN_SCALINGS = [RopeScaling(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0)]
 
 
-def plain(value: float) -> float:
-    """The shortest decimal number that is this float32: 1e-05 and not 9.999999747378752e-06."""
+def shortest_decimal(value: float) -> float:
+    """Returns the shortest decimal number that is this float32: 1e-05 and not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
 def config_from(header: Header, factors: np.ndarray | None) -> ModelConfig:
-    """The file's architecture. `factors` (H / 2,): what each rotary frequency is divided by, if the file says so.
+    """Returns the file's architecture. `factors` (H / 2,): what each rotary frequency is divided by, if the file says so.
 
     Raises UserError naming a key that is missing, unknown, or asks for something that is not built here.
     """
@@ -76,6 +76,7 @@ def config_from(header: Header, factors: np.ndarray | None) -> ModelConfig:
                 f"{path}: {kind}.{key} is {number(key)} and not {head_dim}, a head's width; that is not built here."
             )
     context = number("context_length")
+    theta = shortest_decimal(number("rope.freq_base", 10000.0))
     if 0 < number("attention.sliding_window", 0) < context:
         raise UserError(f"{path}: {kind}.attention.sliding_window is shorter than the context; windows are not built here.")
     qkv_bias, qk_norm, _ = ARCHITECTURES[kind]
@@ -88,9 +89,9 @@ def config_from(header: Header, factors: np.ndarray | None) -> ModelConfig:
         head_dim=head_dim,
         ff=number("feed_forward_length"),
         context=context,
-        rope_theta=plain(number("rope.freq_base", 10000.0)),
-        rope_scaling=None if factors is None else _scaling_of(factors, plain(number("rope.freq_base", 10000.0)), header),
-        eps=plain(number("attention.layer_norm_rms_epsilon")),
+        rope_theta=theta,
+        rope_scaling=None if factors is None else _scaling_of(factors, theta, header),
+        eps=shortest_decimal(number("attention.layer_norm_rms_epsilon")),
         tied="output.weight" not in header.tensors,
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
@@ -98,7 +99,7 @@ def config_from(header: Header, factors: np.ndarray | None) -> ModelConfig:
 
 
 def scaling_factors(scaling: RopeScaling, theta: float, head_dim: int) -> np.ndarray:
-    """(H / 2,) float32: what Llama 3's scaling divides each frequency by (The Llama 3 Herd of Models, section 3.4.1)."""
+    """Returns (H / 2,) float32: what Llama 3's scaling divides each frequency by (The Llama 3 Herd of Models, 3.4.1)."""
     frequencies = theta ** (-np.arange(head_dim // 2) * 2 / head_dim)
     turns = scaling.original_context * frequencies / (2 * np.pi)
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
@@ -116,7 +117,7 @@ def _scaling_of(factors: np.ndarray, theta: float, header: Header) -> RopeScalin
 
 
 def architecture_of(cfg: ModelConfig) -> str:
-    """The GGUF architecture whose block this is. Raises UserError when none has it."""
+    """Returns the GGUF architecture whose block this is. Raises UserError when none has it."""
     for kind, (qkv_bias, qk_norm, _) in ARCHITECTURES.items():
         if (qkv_bias, qk_norm) == (cfg.qkv_bias, cfg.qk_norm):
             return kind
@@ -124,7 +125,7 @@ def architecture_of(cfg: ModelConfig) -> str:
 
 
 def metadata_of(cfg: ModelConfig) -> dict[str, Any]:
-    """{key: int | float} of an architecture, without its prefix; floats are to be written as float32."""
+    """Returns {key: int | float} of an architecture, without its prefix; floats are to be written as float32."""
     return {
         "block_count": cfg.layers,
         "context_length": cfg.context,

@@ -53,7 +53,7 @@ def load_gguf(
     report: Callable[[int, int], None] | None = None,
     on_config: Callable[[ModelConfig], None] = lambda cfg: None,
 ) -> LoadedModel:
-    """The model in a GGUF file; matrices in `dtype`, bfloat16 by default.
+    """Loads the model in a GGUF file; matrices in `dtype`, bfloat16 by default.
 
     `report`: numbers read and in all. `on_config` gets the architecture before the first weight is read. Raises UserError,
     in a sentence, for whatever is damaged, unknown, or does not fit the rest; all of that is found before that.
@@ -81,7 +81,7 @@ def load_gguf(
             if flat:
                 return dequantize(data, tensor.kind)[start:stop]
             values = _dequantized(data, tensor.kind).reshape(count, -1)
-            return unpaired(values, cfg.head_dim) if name in heads else values
+            return unpair_rows(values, cfg.head_dim) if name in heads else values
 
         params = read_params(leaves, rows, dtype or cfg.dtype, report)
     title = header.metadata.get("general.name")
@@ -90,7 +90,7 @@ def load_gguf(
 
 
 def _dequantized(data: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
-    """The numbers of whole blocks, in whatever shape. The library goes by 16 rows: of short ones that takes as long to call
+    """Returns the numbers of whole blocks. The library goes by 16 rows: of short ones that takes as long to call
     as to compute, so that they are laid in line to fewer."""
     blocks = data.size // GGML_QUANT_SIZES[kind][1]
     lines = next(lines for lines in range(min(LINES, blocks), 0, -1) if blocks % lines == 0)
@@ -98,7 +98,7 @@ def _dequantized(data: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The architecture of the model in a GGUF file, from its header alone; raises UserError as `load_gguf` does."""
+    """Reads the architecture of the model in a GGUF file, from its header alone; raises UserError as `load_gguf` does."""
     return _config(read_header(path))
 
 
@@ -115,14 +115,14 @@ def _factors(header: Header) -> np.ndarray:
         return np.frombuffer(read_exactly(file, tensor.size, header.path), "<f4")
 
 
-def paired(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """(N * H, ...) whose rotary pairs are (i, i + H / 2) -> the same, pairs side by side, as `llama` files keep q and k."""
+def pair_rows(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Reorders rows (N * H, ...) so that RoPE's pairs, (i, i + H / 2), lie side by side, as in `llama` files' q and k."""
     heads = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
     return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(rows.shape)
 
 
-def unpaired(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """What `paired` was given."""
+def unpair_rows(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Undoes `pair_rows`."""
     heads = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
     return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(rows.shape)
 
@@ -214,7 +214,7 @@ def _write_tensors(
         parts = split_leaf(leaf, dense(values[leaf.path]))
         for part in leaf.parts:
             rows = parts[part.name].astype(np.float32)
-            rows = paired(rows, cfg.head_dim) if part.heads and turned else np.ascontiguousarray(rows)
+            rows = pair_rows(rows, cfg.head_dim) if part.heads and turned else np.ascontiguousarray(rows)
             writer.write_tensor_data(quantize(rows, kinds[part.name]))
             done += rows.size
             if report:

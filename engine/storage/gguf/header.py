@@ -41,7 +41,7 @@ class Tensor(NamedTuple):
 
     @property
     def row(self) -> int:
-        """Bytes a row."""
+        """Returns the bytes of a row."""
         return self.size // (self.shape[0] if len(self.shape) > 1 else 1)
 
 
@@ -52,7 +52,7 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path) -> Header:
-    """What a GGUF file says of itself. Raises UserError for whatever cannot be so; reads no tensor."""
+    """Reads a file's metadata and tensor table, and no tensor. Raises UserError for whatever cannot be so."""
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(0)
@@ -79,7 +79,7 @@ def read_header(path: Path) -> Header:
 
 
 class _Reader:
-    """Values one after another, each checked against what is left of the file."""
+    """Reads values one after another, each checked against what is left of the file."""
 
     def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
         self.file, self.path, self.size, self.text_left = file, path, size, TEXT
@@ -89,7 +89,7 @@ class _Reader:
         return scalar.unpack(read_exactly(self.file, scalar.size, self.path))[0]
 
     def left(self, wanted: int) -> int:
-        """`wanted`, if as many bytes are left."""
+        """Returns `wanted`, if as many bytes are left."""
         left = self.size - self.file.tell()
         if wanted > left:
             raise truncation_error(self.path, wanted - left)
@@ -108,7 +108,7 @@ class _Reader:
             raise UserError(f"{self.path} is damaged: a {what} is not UTF-8 text.") from None
 
     def value(self, key: str) -> Any:
-        """A number, a flag, a text, or the Span of an array."""
+        """Reads a number, a flag, a text, or the Span of an array."""
         kind = self.number(4)
         if kind in SCALARS:
             return self.number(kind)
@@ -133,7 +133,7 @@ class _Reader:
         return span
 
     def info(self) -> tuple[str, list[int], int, int]:
-        """Name, dimensions as written, type and offset of a tensor."""
+        """Reads name, dimensions as written, type and offset of a tensor."""
         name, count = self.name("tensor's name"), self.number(4)
         if not 1 <= count <= 4:
             raise UserError(f"{self.path} is damaged: the tensor {quote(name)} has {count:,} dimensions.")
@@ -141,7 +141,7 @@ class _Reader:
 
 
 def _placed(path: Path, infos: list[tuple[str, list[int], int, int]], alignment: int, end: int, size: int) -> dict[str, Tensor]:
-    """The tensors, once it is sure that each has the size it should have and that they lie one behind another."""
+    """Returns the tensors, once it is sure that each has the size it should have and that they lie one behind another."""
     begin = -(-end // alignment) * alignment
     found: dict[str, Tensor] = {}
     expected = 0
@@ -165,7 +165,7 @@ def _placed(path: Path, infos: list[tuple[str, list[int], int, int]], alignment:
 
 
 def read_strings(path: Path, span: Span, longest: int) -> list[str]:
-    """The texts of an array. Raises UserError when one is longer than `longest` bytes or is not UTF-8."""
+    """Reads the texts of an array. Raises UserError when one is longer than `longest` bytes or is not UTF-8."""
     found = []
     with path.open("rb") as file:
         file.seek(span.offset)
@@ -182,7 +182,7 @@ def read_strings(path: Path, span: Span, longest: int) -> list[str]:
 
 
 def read_numbers(path: Path, span: Span) -> np.ndarray:
-    """The numbers of an array (count,)."""
+    """Reads the numbers of an array (count,)."""
     dtype = np.dtype("<" + NUMBERS[span.kind]) if NUMBERS[span.kind] != "?" else np.dtype(bool)
     with path.open("rb") as file:
         file.seek(span.offset)

@@ -22,7 +22,7 @@ CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 
 
 def _split(digits: str) -> pre_tokenizers.PreTokenizer:
-    """The pattern of Llama 3 and Qwen 2, which differ only in how many digits may stand together."""
+    """Returns the split of Llama 3 and Qwen 2, which differ only in how many digits may stand together."""
     pattern = rf"{CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -129,7 +129,7 @@ def _id(header: Header, name: str, vocab: int) -> int | None:
 
 
 def _whole(header: Header, tokens: list[str]) -> tokenizers.Tokenizer:
-    """The tokenizer.json that some files carry beside the lists, if it says the same as they do."""
+    """Returns the tokenizer.json that some files carry beside the lists, if it says the same as they do."""
     text = header.metadata["tokenizer.huggingface.json"]
     if not isinstance(text, str):
         raise UserError(f"{header.path}: tokenizer.huggingface.json should be text.")
@@ -161,7 +161,7 @@ def _byte_level(header: Header, tokens: list[str], pre: Any) -> tokenizers.Token
 
 
 def _sentencepiece(header: Header, tokens: list[str], kinds: np.ndarray) -> tokenizers.Tokenizer:
-    """BPE over characters, what is not in the vocabulary as bytes; pairs merge in the order of what they make's score."""
+    """Builds BPE over characters, unknown ones as bytes; pairs merge in the order of their product's score."""
     scores = _numbers(header, "scores", len(tokens)).tolist()
     vocab = {token: place for place, token in enumerate(tokens)}
     pairs = [
@@ -192,7 +192,7 @@ def _sentencepiece(header: Header, tokens: list[str], kinds: np.ndarray) -> toke
 def tokenizer_metadata(
     tokenizer: dict[str, Any], config: dict[str, Any], ends: tuple[int, ...], start: tuple[int, ...], vocab: int
 ) -> dict[str, Any]:
-    """The metadata that says what a tokenizer.json and its tokenizer_config.json do, for a model of `vocab` tokens.
+    """Returns the metadata that say what a tokenizer.json and its tokenizer_config.json do, for a model of `vocab` tokens.
 
     Where llama.cpp has no name for how a text is split, it is told the nearest, and the tokenizer.json goes along whole.
     Raises UserError for a tokenizer that is no BPE, or one without merges, which llama.cpp cannot read.

@@ -9,7 +9,7 @@ from engine.storage.untrusted import quote
 
 
 class Family(NamedTuple):
-    """What a model_type means beyond the fields of its config."""
+    """The architecture that a model_type implies beyond the fields of its config."""
 
     architecture: str
     qkv_bias: bool = False
@@ -63,7 +63,7 @@ ROPE_FIELDS = {
 
 
 def config_from(fields: dict[str, Any], path: Path) -> ModelConfig:
-    """The architecture that a config.json describes; `path` is what an error calls it.
+    """Returns the architecture that a config.json describes; `path` is what an error calls it.
 
     Raises UserError naming a field that is missing, unknown, or asks for something that is not built here.
     """
@@ -120,7 +120,7 @@ def _flag(fields: dict[str, Any], name: str, path: Path) -> bool:
 
 
 def _check_window(fields: dict[str, Any], kind: str, context: int, path: Path) -> None:
-    """A window of attention that some token would reach beyond is not built here."""
+    """Raises UserError for a window of attention that some token would reach beyond: that is not built here."""
     window = fields.get("sliding_window")
     used = _flag(fields, "use_sliding_window", path) if kind != "mistral" else window is not None
     if used and (type(window) is not int or window < context):
@@ -135,7 +135,7 @@ def _check_window(fields: dict[str, Any], kind: str, context: int, path: Path) -
 
 
 def _rope(fields: dict[str, Any], path: Path) -> tuple[float, RopeScaling | None]:
-    """theta and scaling, as `rope_theta` and `rope_scaling` or, since transformers 5, together in `rope_parameters`."""
+    """Returns theta and scaling: `rope_theta` and `rope_scaling` or, since transformers 5, `rope_parameters`."""
     given: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
         value = fields.get(name)
@@ -160,7 +160,7 @@ def _rope(fields: dict[str, Any], path: Path) -> tuple[float, RopeScaling | None
 
 
 def family_of(cfg: ModelConfig) -> str:
-    """The model_type whose block this is. Raises UserError when no published one has it."""
+    """Returns the model_type whose block this is. Raises UserError when no published one has it."""
     for kind in ("llama", "qwen2", "qwen3"):
         if (FAMILIES[kind].qkv_bias, FAMILIES[kind].qk_norm) == (cfg.qkv_bias, cfg.qk_norm):
             return kind
@@ -168,7 +168,7 @@ def family_of(cfg: ModelConfig) -> str:
 
 
 def config_to(cfg: ModelConfig, dtype: str, tokens: dict[str, Any]) -> dict[str, Any]:
-    """The config.json that transformers 4 and 5 read as this architecture; `tokens` adds bos_token_id and the like."""
+    """Returns the config.json that transformers 4 and 5 read as this architecture; `tokens` adds bos_token_id and the like."""
     kind = family_of(cfg)
     scaling = cfg.rope_scaling and {
         "rope_type": "llama3",

@@ -40,14 +40,16 @@ NAMES = {
 def load_folder(
     path: Path, *, dtype: str | None = None, report: Report = None, on_config: Callable[[ModelConfig], None] = lambda cfg: None
 ) -> LoadedModel:
-    """The model in a Hugging Face folder; matrices in `dtype`, by default the config's own compute dtype.
+    """Loads the model in a Hugging Face folder; matrices in `dtype`, by default the config's own compute dtype.
 
     `report`: numbers read and in all. `on_config` gets the architecture before the first weight is read. Raises UserError,
     in a sentence, for whatever is missing, damaged, unknown, or does not fit the rest; all of that is found before that.
     """
     fields = read_json_object(path / "config.json", SMALL)
     cfg = config_from(fields, path / "config.json")
-    stored = {name: tensor for name, tensor in safetensors.in_folder(path).items() if not name.endswith(".rotary_emb.inv_freq")}
+    stored = {
+        name: tensor for name, tensor in safetensors.read_folder(path).items() if not name.endswith(".rotary_emb.inv_freq")
+    }
     tied_twice = cfg.tied and NAMES["head"] in stored
     head = stored.pop(NAMES["head"]) if tied_twice else None
     leaves = check_tensors(layout_of(cfg, NAMES), {name: tensor.shape for name, tensor in stored.items()}, path)
@@ -66,12 +68,12 @@ def load_folder(
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The architecture of the model in a folder, from its config alone; raises UserError as `load_folder` does."""
+    """Reads the architecture of the model in a folder, from its config alone; raises UserError as `load_folder` does."""
     return config_from(read_json_object(path / "config.json", SMALL), path / "config.json")
 
 
-def _check_same(head: safetensors.Stored, embed: safetensors.Stored, path: Path) -> None:
-    """Some tied models carry their table twice; which of two different ones would be meant cannot be known."""
+def _check_same(head: safetensors.StoredTensor, embed: safetensors.StoredTensor, path: Path) -> None:
+    """Raises UserError when a tied model carries its table twice and the two differ: which is meant cannot be known."""
     same = head.shape == embed.shape and head.dtype == embed.dtype
     step = 4096
     for start in range(0, head.shape[0] if same else 0, step):

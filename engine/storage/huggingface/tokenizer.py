@@ -48,7 +48,7 @@ def read_tokenizer(
 
 
 def _template(path: Path, config: dict[str, Any]) -> str | None:
-    """The chat template: in a file of its own, or in tokenizer_config.json, alone or as the one called default."""
+    """Returns the chat template: in a file of its own, or in tokenizer_config.json, alone or as the one called default."""
     file = path / "chat_template.jinja"
     if file.is_file():
         if file.stat().st_size > SMALL:
@@ -67,7 +67,7 @@ def _template(path: Path, config: dict[str, Any]) -> str | None:
 
 
 def _ids(value: Any, name: str, path: Path, cfg: ModelConfig) -> tuple[int, ...]:
-    """A token id, or a list of them, or none."""
+    """Returns the token ids in a value that is one, a list of them, or None."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for item in ids[:64]:
         if type(item) is not int or not 0 <= item < cfg.vocab:

@@ -12,8 +12,8 @@ from tiny import lively_params, tiny_config
 from engine.errors import UserError
 from engine.model.config import RopeScaling
 from engine.model.paths import leaf_paths
-from engine.storage.gguf.config import plain
-from engine.storage.gguf.file import KINDS, NAMES, load_gguf, paired, save_gguf, unpaired
+from engine.storage.gguf.config import shortest_decimal
+from engine.storage.gguf.file import KINDS, NAMES, load_gguf, pair_rows, save_gguf, unpair_rows
 from engine.text.tokenizer import train_bpe
 
 KINDS_READ = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
@@ -88,8 +88,8 @@ def test_llama_files_keep_rotary_pairs_side_by_side(tmp_path: Path) -> None:
     np.testing.assert_array_equal(qkv[48:72].reshape(3, 2, 4, 64), k.transpose(0, 2, 1, 3))
     np.testing.assert_array_equal(qkv[72:], stored["blk.0.attn_v.weight"])
     rows = np.arange(48.0).reshape(24, 2)
-    np.testing.assert_array_equal(unpaired(paired(rows, 8), 8), rows)
-    assert paired(rows, 8)[:4, 0].tolist() == [0, 8, 2, 10]
+    np.testing.assert_array_equal(unpair_rows(pair_rows(rows, 8), 8), rows)
+    assert pair_rows(rows, 8)[:4, 0].tolist() == [0, 8, 2, 10]
 
 
 def test_qwen2_has_biases_and_plain_rows(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_what_the_metadata_says_is_the_architecture(tmp_path: Path) -> None:
     assert (cfg.rope_theta, cfg.eps, cfg.tied, cfg.context, cfg.dtype) == (100000.0, 1e-5, False, 128, "bfloat16")
     assert model.name == "Small"
     assert model.params["head"].dtype == "bfloat16"
-    assert plain(9.999999747378752e-06) == 1e-5
+    assert shortest_decimal(9.999999747378752e-06) == 1e-5
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from engine.errors import UserError
-from engine.storage.huggingface.safetensors import DTYPES, HEADER, in_folder, read_header, read_rows, write_file
+from engine.storage.huggingface.safetensors import DTYPES, HEADER, read_folder, read_header, read_rows, write_file
 
 TENSORS = {"a": ((3, 5), "F32"), "b": ((7,), "F16"), "c": ((2, 4), "BF16"), "none": ((0, 5), "F32")}
 
@@ -174,14 +174,14 @@ def test_an_index_must_tell_what_the_shards_do(index: Any, words: str, tmp_path:
     save_file({name: np.zeros(2, np.float32) for name in "ab"}, tmp_path / "one.safetensors")
     (tmp_path / INDEX).write_text(json.dumps(index))
     with pytest.raises(UserError) as error:
-        in_folder(tmp_path)
+        read_folder(tmp_path)
     assert words in str(error.value)
 
 
 def test_a_pickle_is_named_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     with pytest.raises(UserError, match=r"pytorch_model.bin, a pickle"):
-        in_folder(tmp_path)
+        read_folder(tmp_path)
     (tmp_path / "pytorch_model.bin").unlink()
     with pytest.raises(UserError, match="holds no weights"):
-        in_folder(tmp_path)
+        read_folder(tmp_path)
