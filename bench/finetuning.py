@@ -2,11 +2,11 @@
 
     python -m bench.finetuning                          6 layers, 512 wide, 256 tokens, batch 8
     python -m bench.finetuning --shape 8x768x256x8      layers x width x tokens x batch
-    python -m bench.finetuning --model smollm2-135m-instruct    LoRA of a real model, beside full and the best product
+    python -m bench.finetuning --model smollm2-135m-instruct    a real model
 
-Four ways to train one model, in turns: everything, the upper half, LoRA on q and v, LoRA on all seven. What is frozen
-lies in the compute type. The step is the project's own `train_step` with AdamW and clipping; operations are read from
-its program. The last line is JSON.
+Ways to train one model, in turns beside the machine's best product: everything, the upper half, LoRA on q and v, LoRA on
+all seven matrices, and that over an int8 base, whole and row by row. Frozen matrices are stored in the compute type. The
+step is the project's own `train_step` with AdamW and clipping. The last line is JSON.
 """
 
 import dataclasses
@@ -43,11 +43,15 @@ def measure_finetuning(flags: FinetuningFlags) -> dict[str, Any]:
     check_rounds(flags.rounds)
     start_jax()
     # JAX is imported from here on: help is quick without it, and the allocator is told before it starts.
-    from bench.finetuning_steps import measure_model, measure_shape
+    from bench.finetuning_steps import measure_steps
+    from bench.models import load
+    from bench.training_step import make_work
 
     if flags.model:
-        return measure_model(flags.model, tokens=flags.tokens, batch=flags.batch, rank=flags.rank, rounds=flags.rounds)
-    return measure_shape(shape, flags.rank, flags.rounds)
+        model = load(flags.model)
+        return measure_steps(model.name, model.cfg, model.params, flags.batch, flags.tokens, flags.rank, flags.rounds)
+    work = make_work(shape, "bfloat16")
+    return measure_steps(str(shape), work.cfg, work.params, shape.batch, shape.tokens, flags.rank, flags.rounds)
 
 
 def main(args: Sequence[str] | None = None) -> int:

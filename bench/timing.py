@@ -7,7 +7,7 @@ turns, round after round, and a ratio is taken inside each round, where the drif
 import dataclasses
 import statistics
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.counting.hardware import Ceilings, clock
 
@@ -46,12 +46,9 @@ class Timing:
         return Timing(self.name, tuple(seconds * factor for seconds in self.seconds))
 
 
-@dataclasses.dataclass(frozen=True)
-class Ratio:
-    """`name` over `over`: the median of the ratios within each round, and their spread."""
+class Ratio(NamedTuple):
+    """The median of the ratios within each round, and their spread."""
 
-    name: str
-    over: str
     value: float
     spread: float
 
@@ -103,7 +100,7 @@ def ratio(a: Timing, b: Timing) -> Ratio:
     if min(b.seconds) <= 0:
         raise TooNoisyError(f"{a.name} / {b.name}: {b.name} is too short for the clock; repeat it inside one call.")
     each = [x / y for x, y in zip(a.seconds, b.seconds)]
-    result = Ratio(a.name, b.name, statistics.median(each), _interquartile(each))
+    result = Ratio(statistics.median(each), _interquartile(each))
     if result.spread > result.value:
         raise TooNoisyError(
             f"{a.name} / {b.name}: the ratio {result} is less than its own spread over {len(each)} rounds; "
