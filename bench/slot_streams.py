@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from bench.cli import progress
 from bench.peers.process import Peer, PeerError, started
-from bench.timing import Timing, ratio_fields
+from bench.timing import measure, ratio_fields
 from engine.counting.hardware import clock
 from engine.device import cores, device_name
 from engine.errors import UserError
@@ -84,7 +84,7 @@ def measure_streams(
 
 
 def _ours(cfg: Any, weights: Any, prompts: list[list[int]], new: int, drafts: bool, kv_dtype: Any) -> Callable[[], Result]:
-    """Returns a call of `Slots` with a slot for each stream, at least as many as a lone one has a use for; it has run once."""
+    """Returns a call of `Slots` with a slot for each stream, at least as many as a lone one has a use for."""
     least = 1 + DRAFT_ROWS if drafts else MIN_SLOTS
     slots = Slots(cfg, weights, slots=max(len(prompts), least), capacity=CAPACITY, kv_dtype=kv_dtype, speculate=drafts)
     slots.warm()
@@ -106,7 +106,6 @@ def _ours(cfg: Any, weights: Any, prompts: list[list[int]], new: int, drafts: bo
             slots.cancel(id)
         return Result(prefilled - begin, decode, [tokens[:new] for tokens in output.values()])
 
-    run()
     return run
 
 
@@ -120,7 +119,7 @@ def _step_until(slots: Any, output: dict[int, list[int]], least: int) -> None:
 
 
 def _theirs(peer: Peer, file: Path, prompts: list[list[int]], new: int) -> Callable[[], Result]:
-    """Returns a call that has the peer prefill and decode; it has run once. Raises UserError when the peer cannot."""
+    """Returns a call that has the peer prefill and decode. Raises UserError when the peer cannot."""
     try:
         peer.ask(make="llama", spec={"file": str(file), "threads": cores(), "prompts": prompts, "new": new})
     except PeerError as error:
@@ -130,23 +129,18 @@ def _theirs(peer: Peer, file: Path, prompts: list[list[int]], new: int) -> Calla
         reply = peer.ask(run="llama")
         return Result(reply["prefill_seconds"], reply["decode_seconds"], reply["tokens"])
 
-    run()
     return run
 
 
 def _measure_row(row: StreamRow, calls: dict[str, Callable[[], Result]], new: int, rounds: int, price: float) -> dict[str, Any]:
     """Runs both in turns; a prefill row counts the prefill, a decode row the decoding."""
     prefill = row.name.startswith("prefill")
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    tokens: dict[str, list[list[int]]] = {}
-    for turn in range(rounds):
-        for name in list(calls)[:: -1 if turn % 2 else 1]:
-            result = calls[name]()
-            tokens[name] = result.tokens
-            seconds[name].append(result.prefill if prefill else result.decode)
-        progress(f"{row.name}: round {turn + 1} of {rounds}")
+    tokens = {name: call().tokens for name, call in calls.items()}
+    timings = measure(
+        calls, rounds=rounds, warmups=0, seconds_of=lambda result: result.prefill if prefill else result.decode,
+        report=lambda done, total: progress(f"{row.name}: round {done} of {total}"),
+    )  # fmt: skip
     count = row.prompt if prefill else (new - 1) * row.streams
-    timings = {name: Timing(name, tuple(each)) for name, each in seconds.items()}
     rate = count / timings["ours"].median
     fields: dict[str, Any] = {
         "name": row.name, "streams": row.streams, "tokens_per_second": rate, "peer_tokens_per_second": None, "ratio": None,

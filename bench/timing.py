@@ -9,12 +9,15 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+
 from engine.counting.hardware import Ceilings, clock
+from engine.errors import UserError
 
 RATES = ("bf16_gflops", "f32_gflops", "int8_gflops", "read_gbs", "update_gbs")  # of Ceilings
 
 
-class TooNoisyError(RuntimeError):
+class TooNoisyError(UserError):
     """The measurements do not carry this number; the message says which and why."""
 
 
@@ -63,15 +66,14 @@ def measure(
     warmups: int = 1,
     report: Callable[[int, int], None] | None = None,
     now: Callable[[], float] = clock,
+    seconds_of: Callable[[Any], float] | None = None,
 ) -> dict[str, Timing]:
     """Returns name -> Timing of calls run in turns for `rounds` rounds, after `warmups` runs of each that do not count.
 
     The result of a call is waited for, so a JAX program's whole work is inside its time. Each round begins with another
-    call: none always meets the cache its neighbour left. `report(done, total)` counts rounds. Raises
-    ValueError without callables or rounds.
+    call: none always meets the cache its neighbour left. `report(done, total)` counts rounds. `seconds_of` takes
+    the seconds from the result of calls that time a part of themselves. Raises ValueError without calls or rounds.
     """
-    import jax
-
     if not calls or rounds < 1:
         raise ValueError(f"measure needs a callable and a round: got {len(calls)} callables and {rounds} rounds")
     for call in calls.values():
@@ -83,8 +85,8 @@ def measure(
         turn = done % len(names)
         for name in names[turn:] + names[:turn]:
             begin = now()
-            jax.block_until_ready(calls[name]())
-            seconds[name].append(now() - begin)
+            result = jax.block_until_ready(calls[name]())
+            seconds[name].append(seconds_of(result) if seconds_of else now() - begin)
         if report:
             report(done + 1, rounds)
     return {name: Timing(name, tuple(each)) for name, each in seconds.items()}
