@@ -13,7 +13,6 @@ BYTES = {"the product": 1_000_000, "the tests": 830_000}  # of Python
 
 # Violations that are still being mended. An entry that is no longer needed fails the test, so that this can only shrink.
 OPEN: set[str] = {
-    "tests/storage/ has over 15 files",
     "tests/storage/test_checkpoint.py has over 400 lines",
     "the product has over 1,000,000 bytes",
     "the tests has over 830,000 bytes",
