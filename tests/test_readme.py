@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 # Flags that are added so that a command takes seconds. A command that is not named here is run as it stands.
 SHORT = {
@@ -75,8 +73,15 @@ def test_every_command_of_the_readme(tmp_path):
         assert run.stdout, command
 
 
-@pytest.mark.parametrize("line", (ROOT / "README.md").read_text().split("## The tree")[1].splitlines())
-def test_the_tree_is_the_tree(line):
-    for name in re.findall(r"^\s*((?:\w+\.py ?)+|\w+/)", line):
-        for part in name.split():
-            assert any(".venv" not in path.parts for path in ROOT.rglob(part.rstrip("/"))), part
+def test_the_tree_is_the_tree():
+    """Every line names what lies below the last line with less indentation, and no folder of Python files is left out."""
+    above, named = [""], set()
+    for line in (ROOT / "README.md").read_text().split("## The tree")[1].splitlines():
+        if names := re.match(r"( *)((?:\w+\.py ?|\w+/ ?)+)", line):
+            above = above[: len(names[1]) // 2 + 1]
+            paths = [f"{above[-1]}{name.rstrip('/')}" for name in names[2].split()]
+            assert [path for path in paths if not (ROOT / path).exists()] == []
+            named |= {*paths}
+            above.append(f"{paths[-1]}/")
+    folders = {path.parent for folder in ("engine", "stages", "bench") for path in (ROOT / folder).rglob("*.py")}
+    assert {str(folder.relative_to(ROOT)) for folder in folders} <= named
