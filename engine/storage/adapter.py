@@ -167,7 +167,7 @@ def _alpha(rank: int, scale: float) -> float:
     """Returns the lora_alpha that, divided by rank, is scale to the bit: scale * rank itself may round to a neighbour."""
     alpha = scale * rank
     close = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    return next((one for one in close if one / rank == scale), alpha)
+    return next((candidate for candidate in close if candidate / rank == scale), alpha)
 
 
 def _read_arrays(path: Path, rank: int) -> dict[str, np.ndarray]:

@@ -230,9 +230,9 @@ def _uv() -> str | None:
 def _run(command: list[str], name: str, wheel: Wheel, scratch: Path, report: Report) -> None:
     """Runs pip or uv to its end, reporting what has arrived. Raises UserError with its reason when it fails."""
     environment = os.environ | {"TMPDIR": str(scratch), "UV_HTTP_RETRIES": "2", "UV_HTTP_TIMEOUT": "20"}
-    said = scratch / "said.txt"
+    output_file = scratch / "output.txt"
     with (
-        said.open("wb") as output,
+        output_file.open("wb") as output,
         subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output) as process,
     ):
         try:
@@ -245,10 +245,10 @@ def _run(command: list[str], name: str, wheel: Wheel, scratch: Path, report: Rep
             process.kill()
             raise
     if process.returncode:
-        words = said.read_text("utf-8", "replace")
-        if "hash mismatch" in words.lower():
+        text = output_file.read_text("utf-8", "replace")
+        if "hash mismatch" in text.lower():
             raise _not_the_wheel(wheel)
-        last = next((line.strip() for line in reversed(words.splitlines()) if line.strip()), "no reason was given")
+        last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no reason was given")
         reason = re.sub(r"(?i)^(error|cause|hint): ", "", last).rstrip(".")
         raise UserError(
             f"Could not fetch {name!r} ({wheel.project} {wheel.version}) from the Python package index: {reason}. "

@@ -96,17 +96,17 @@ def load(folder: Path, step: int | None, params_like: Any, optimizer_like: Any) 
     shape or dtype, or the keys would be drawn by other PRNG settings than those the checkpoint was trained with.
     """
     sweep(folder)
-    found, damaged = _newest_sound(folder, skip=(), step=step)
-    record = json.loads((found / "state.json").read_text(encoding="utf-8"))
+    newest, damaged = _newest_sound(folder, skip=(), step=step)
+    record = json.loads((newest / "state.json").read_text(encoding="utf-8"))
     if record["prng"] != _prng_settings():
         changed = ", ".join(f"{name}={value}" for name, value in record["prng"].items())
         raise UserError(
-            f"{found} was trained with {changed}; with the settings of now, "
+            f"{newest} was trained with {changed}; with the settings of now, "
             f"{', '.join(f'{name}={value}' for name, value in _prng_settings().items())}, its keys would draw other "
             f"numbers. Set the former in the environment ({', '.join(name.upper() for name in record['prng'])})."
         )
-    params, optimizer = (_read_arrays(found, part, like) for part, like in zip(PARTS, (params_like, optimizer_like)))
-    return LoadedCheckpoint(found, record["step"], params, optimizer, record["state"], damaged)
+    params, optimizer = (_read_arrays(newest, part, like) for part, like in zip(PARTS, (params_like, optimizer_like)))
+    return LoadedCheckpoint(newest, record["step"], params, optimizer, record["state"], damaged)
 
 
 def load_params(path: Path, like: Any = None) -> LoadedCheckpoint:
@@ -119,15 +119,15 @@ def load_params(path: Path, like: Any = None) -> LoadedCheckpoint:
     """
     path = Path(path)
     if _root(path).is_dir():
-        found, damaged = _newest_sound(path, skip=("optimizer",), step=None)
+        newest, damaged = _newest_sound(path, skip=("optimizer",), step=None)
     elif (path / "params").is_dir():
-        found, damaged = path.absolute(), []
+        newest, damaged = path.absolute(), []
         if lines := verify(path, "params"):
             raise UserError(f"Checkpoint {path} is damaged: {'; '.join(lines)}. Use another checkpoint of the run.")
     else:
         raise UserError(f"There is no checkpoint at {path}.")
-    record = json.loads((found / "state.json").read_text(encoding="utf-8"))
-    return LoadedCheckpoint(found, record["step"], _read_arrays(found, "params", like), None, record["state"], damaged)
+    record = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+    return LoadedCheckpoint(newest, record["step"], _read_arrays(newest, "params", like), None, record["state"], damaged)
 
 
 def steps(folder: Path) -> list[int]:
@@ -176,19 +176,19 @@ def _root(folder: Path) -> Path:
 
 
 def _newest_sound(folder: Path, skip: tuple[str, ...], step: int | None) -> tuple[Path, list[str]]:
-    there = steps(folder)
-    if not there:
+    saved_steps = steps(folder)
+    if not saved_steps:
         raise UserError(f"{folder} has no checkpoint.")
-    if step is not None and step not in there:
-        raise UserError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, there))}.")
+    if step is not None and step not in saved_steps:
+        raise UserError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, saved_steps))}.")
     damaged: list[str] = []
-    for candidate in reversed(there) if step is None else [step]:
+    for candidate in reversed(saved_steps) if step is None else [step]:
         path = _root(folder) / str(candidate)
         if not (lines := find_faults(path, skip)):
             return path, damaged
         damaged += lines
-    others = [str(other) for other in there if other != step] if step is not None else []
-    hint = f"Try one of steps {', '.join(others)}." if others else "Train anew, or restore the files from a copy."
+    alternatives = [str(other) for other in saved_steps if other != step] if step is not None else []
+    hint = f"Try one of steps {', '.join(alternatives)}." if alternatives else "Train anew, or restore the files from a copy."
     raise UserError(f"{folder} has no sound checkpoint{'' if step is None else f' of step {step}'}: "
                     f"{'; '.join(damaged)}. {hint}")  # fmt: skip
 
@@ -331,12 +331,12 @@ def _alone_in(root: Path, wait: bool = True) -> Iterator[None]:
 
 
 def _sweep(root: Path) -> None:
-    for left in [entry for entry in root.iterdir() if re.match(r"\.\d+\.", entry.name)]:
-        step = left.name.split(".")[1]
+    for leftover in [entry for entry in root.iterdir() if re.match(r"\.\d+\.", entry.name)]:
+        step = leftover.name.split(".")[1]
         # A kill while one checkpoint replaced another of the same step: the old one is whole, and has no place yet.
-        if (left / step).is_dir() and not (root / step).exists():
-            os.replace(left / step, root / step)
-        shutil.rmtree(left, ignore_errors=True)
+        if (leftover / step).is_dir() and not (root / step).exists():
+            os.replace(leftover / step, root / step)
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _remove(checkpoint: Path) -> None:

@@ -18,10 +18,10 @@ def leaves_by_path(tree: Any) -> dict[tuple[str, ...], Any]:
         (tuple(jax.tree_util.keystr((key,), simple=True) for key in keys), leaf)
         for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
     ]
-    found = dict(sorted(named, key=lambda pair: pair[0]))
-    if len(found) < len(named):
+    by_path = dict(sorted(named, key=lambda pair: pair[0]))
+    if len(by_path) < len(named):
         raise ValueError("Two leaves of the tree have the same path: a dict has both a number and its text as keys.")
-    return found
+    return by_path
 
 
 def digest(params: Any) -> str:

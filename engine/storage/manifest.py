@@ -13,8 +13,8 @@ NAME = "manifest.json"
 def write_manifest(folder: Path) -> None:
     """Writes `folder/manifest.json` over all files that are below `folder` now. Syncs nothing."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        found = dict(zip(names := _files(folder), pool.map(_describe, (folder / name for name in names))))
-    (folder / NAME).write_bytes(_render(found))
+        entries = dict(zip(names := _files(folder), pool.map(_describe, (folder / name for name in names))))
+    (folder / NAME).write_bytes(_render(entries))
 
 
 def find_faults(folder: Path, skip: tuple[str, ...] = ()) -> list[str]:
@@ -37,8 +37,8 @@ def find_faults(folder: Path, skip: tuple[str, ...] = ()) -> list[str]:
         return [f"{listing} is damaged"]
 
     wanted = {name: entry for name, entry in wanted.items() if name.split("/")[0] not in skip}
-    found = [name for name in _files(folder) if name.split("/")[0] not in skip]
-    both = [name for name in found if name in wanted]
+    present = [name for name in _files(folder) if name.split("/")[0] not in skip]
+    both = [name for name in present if name in wanted]
 
     def fault(name: str) -> str | None:
         path = folder / name
@@ -52,8 +52,8 @@ def find_faults(folder: Path, skip: tuple[str, ...] = ()) -> list[str]:
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         damaged = [line for line in pool.map(fault, both) if line]
-    missing = [f"{folder / name} is missing" for name in sorted(wanted.keys() - set(found))]
-    extra = [f"{folder / name} does not belong there" for name in found if name not in wanted]
+    missing = [f"{folder / name} is missing" for name in sorted(wanted.keys() - set(present))]
+    extra = [f"{folder / name} does not belong there" for name in present if name not in wanted]
     return damaged + missing + extra
 
 

@@ -78,7 +78,7 @@ def check_tensors(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]],
     Raises UserError for a tensor that is missing, of another shape, or of no use; at the first one missing, however many
     layers a config may claim.
     """
-    found, wanted = [], set()
+    complete, known = [], set()
     for leaf in leaves:
         for part in leaf.parts:
             if part.name not in shapes:
@@ -87,12 +87,12 @@ def check_tensors(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]],
             if shapes[part.name] != part.shape:
                 came = list(shapes[part.name])
                 raise UserError(f"{path}: the tensor {part.name!r} should be {list(part.shape)} and is {came}.")
-            wanted.add(part.name)
-        found.append(leaf)
+            known.add(part.name)
+        complete.append(leaf)
     for name in shapes:
-        if name not in wanted:
+        if name not in known:
             raise UserError(f"{path} has a tensor {quote(name)}, which has no place in this architecture.")
-    return found
+    return complete
 
 
 Rows = Callable[[str, int, int], np.ndarray]  # (tensor, start, stop) -> those rows of it, in any float dtype
@@ -104,27 +104,27 @@ def read_params(leaves: list[Leaf], rows: Rows, dtype: str, report: Callable[[in
     Raises UserError for a weight that is not a number, or infinite: a model that holds one can say nothing.
     """
     total, done = sum(math.prod(leaf.shape) for leaf in leaves), 0
-    found: dict[str, Any] = {}
+    params: dict[str, Any] = {}
     for leaf in leaves:
         matrix = len(leaf.shape) == 2
-        made = np.empty(leaf.shape, jnp.dtype(dtype) if matrix else np.float32)
-        into, at = made.T if leaf.transposed else made, 0
+        value = np.empty(leaf.shape, jnp.dtype(dtype) if matrix else np.float32)
+        view, at = value.T if leaf.transposed else value, 0
         for part in leaf.parts:
             unit = part.shape[0] // part.heads if part.heads else 1  # a head's rows belong together
             step = max(1, AT_ONCE // math.prod(part.shape[1:]) // unit) * unit
             for start in range(0, part.shape[0], step):
                 stop = min(start + step, part.shape[0])
                 with np.errstate(all="ignore"):  # what is not finite is named below
-                    values = rows(part.name, start, stop).astype(made.dtype, copy=False)
+                    values = rows(part.name, start, stop).astype(value.dtype, copy=False)
                 if not np.isfinite(values).all():
                     raise UserError(f"The tensor {part.name!r} holds weights that are not finite numbers: it is damaged.")
-                into[at + start : at + stop] = values  # after the cast: what is transposed is then half as wide
+                view[at + start : at + stop] = values  # after the cast: what is transposed is then half as wide
             at += part.shape[0]
-        found[leaf.path] = jax.device_put(made)
-        done += made.size
+        params[leaf.path] = jax.device_put(value)
+        done += value.size
         if report:
             report(done, total)
-    return unflatten(found)
+    return unflatten(params)
 
 
 def split_leaf(leaf: Leaf, value: Any) -> dict[str, np.ndarray]:

@@ -57,12 +57,12 @@ def parse_json_object(data: bytes, path: Path) -> dict[str, Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
+        if name in fields:
             raise ValueError(f"{name} is given twice")
-        found[name] = value
-    return found
+        fields[name] = value
+    return fields
 
 
 def parse_tokenizer(data: bytes, path: Path) -> tokenizers.Tokenizer:

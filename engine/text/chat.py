@@ -63,10 +63,10 @@ class Chat:
         self._longest = max(map(len, self._ids), default=0)
         self.template = Template(self.source, _special_names(tokenizer), now)
         probe = self.examples([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[0]
-        said = probe.tokens[probe.mask]
-        if not len(said):
+        answer = probe.tokens[probe.mask]
+        if not len(answer):
             raise UserError("The chat template writes nothing of what the assistant says: give another with --template.")
-        last = int(said[-1])
+        last = int(answer[-1])
         self.end = last if last in tokenizer.controls else None
 
     def close(self) -> None:
@@ -97,8 +97,8 @@ class Chat:
         text, cuts, marks = self._rendered(messages[: answers[-1] + 1], prompt=False)
         if len(cuts) == len(answers):
             return [self._example(text, cuts, marks, range(len(cuts)), where)]
-        found = [self._rendered(messages[: last + 1], prompt=False) for last in answers]
-        return [self._example(text, cuts, marks, [len(cuts) - 1], where) for text, cuts, marks in found]
+        renderings = [self._rendered(messages[: last + 1], prompt=False) for last in answers]
+        return [self._example(text, cuts, marks, [len(cuts) - 1], where) for text, cuts, marks in renderings]
 
     def answer(self, messages: Sequence[Message], where: str = "") -> Example:
         """Returns messages that end with the assistant's turn as an example in which it alone counts. Raises as `examples`."""
@@ -149,22 +149,22 @@ class Chat:
         pieces = self._pieces(text, cuts, marks)
         mask = [np.zeros(len(piece), bool) for piece in pieces]
         for index in counted:
-            said = pieces[2 * index + 1]
-            mask[2 * index + 1][: self._said(said)] = True
+            turn = pieces[2 * index + 1]
+            mask[2 * index + 1][: self._answer_length(turn)] = True
         return Example(np.concatenate(pieces), np.concatenate(mask), where)
 
-    def _said(self, tokens: np.ndarray) -> int:
+    def _answer_length(self, tokens: np.ndarray) -> int:
         """Returns how many of a turn's tokens the model is to say: up to the control token that ends it.
 
         A template may write a line end after that, or a second control token that ends the whole text.
         """
-        said = len(tokens)
+        length = len(tokens)
         for at in range(len(tokens) - 1, -1, -1):
             if int(tokens[at]) in self.tokenizer.controls:
-                said = at + 1
+                length = at + 1
             elif self.tokenizer.decode(tokens[at : at + 1]).strip():
                 break
-        return said
+        return length
 
     def _pieces(self, text: str, cuts: list[tuple[int, int]], marks: dict[str, str]) -> list[np.ndarray]:
         """Returns the tokens before, in, and after each turn of the assistant: 2 len(cuts) + 1 pieces."""
@@ -263,12 +263,12 @@ def choose_template(tokenizer: Tokenizer, source: str | None = None) -> tuple[st
 def _special_names(tokenizer: Tokenizer) -> dict[str, str]:
     """Returns bos_token, eos_token and the like of a tokenizer_config.json, as text."""
     end = tokenizer.controls.get(tokenizer.end)
-    found = {"eos_token": end.content} if end else {}
+    names = {"eos_token": end.content} if end else {}
     for name, value in tokenizer.config.items():
         value = value.get("content") if isinstance(value, dict) else value
         if name.endswith("_token") and isinstance(value, str):
-            found[name] = value
-    return found
+            names[name] = value
+    return names
 
 
 def _pattern(tokenizer: Tokenizer) -> re.Pattern[str]:

@@ -112,8 +112,8 @@ def _kind(row: dict[str, Any], where: str) -> str:
         for kind, names in KINDS.items():
             if fits(name in row for name in names):
                 return kind
-    found = _quoted(list(row)[:8]) or "nothing"
-    raise UserError(f"{where} has {found}, by which no kind of data is known; wanted {FORMS}.")
+    names_there = _quoted(list(row)[:8]) or "nothing"
+    raise UserError(f"{where} has {names_there}, by which no kind of data is known; wanted {FORMS}.")
 
 
 def _understood(kind: str, row: dict[str, Any], where: str) -> Conversation | Text | Preference:
@@ -127,9 +127,9 @@ def _understood(kind: str, row: dict[str, Any], where: str) -> Conversation | Te
         key, value = ("from", "value") if _has(row["conversations"], "from") else ("role", "content")
         return Conversation(_messages(row["conversations"], "conversations", where, key, value), where)
     if kind == "Alpaca":
-        asked = _text(row["instruction"], "instruction", where)
-        given = _text(row.get("input") or "", "input", where)
-        prompt = _prompt(f"{asked}\n\n{given}" if given.strip() else asked, "instruction", where)
+        instruction = _text(row["instruction"], "instruction", where)
+        more = _text(row.get("input") or "", "input", where)
+        prompt = _prompt(f"{instruction}\n\n{more}" if more.strip() else instruction, "instruction", where)
         if row.get("system"):
             prompt = (_message("system", _text(row["system"], "system", where)), *prompt)
         return Conversation((*prompt, _message("assistant", _text(row["output"], "output", where))), where)
@@ -171,7 +171,7 @@ def _prompt(value: Any, name: str, where: str) -> tuple[Message, ...]:
 def _messages(value: Any, name: str, where: str, role: str, content: str) -> tuple[Message, ...]:
     if not isinstance(value, list):
         raise UserError(f"{where}: `{name}` should be a list of messages, not {json_type(value)}.")
-    found = []
+    parsed = []
     for number, message in enumerate(value, 1):
         at = f"{where}: message {number} of `{name}`"
         if not isinstance(message, dict):
@@ -187,8 +187,8 @@ def _messages(value: Any, name: str, where: str, role: str, content: str) -> tup
         text = message[content]
         if isinstance(text, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in text):
             text = "".join(part["text"] for part in text)
-        found.append(_message(speaker, _text(text, content, at)))
-    return tuple(found)
+        parsed.append(_message(speaker, _text(text, content, at)))
+    return tuple(parsed)
 
 
 def _message(role: str, content: str) -> Message:

@@ -98,16 +98,16 @@ def _cut_text(documents: list[str], fraction: float, name: str) -> tuple[list[st
 
 
 def _documents(path: Path, files: list[Path]) -> Iterator[str]:
-    found = False
+    any_text = False
     for file in files:
         try:
             for text in READERS.get(file.suffix.lower(), _read_text)(file):
                 if text:
-                    found = True
+                    any_text = True
                     yield text
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror or error}.") from error
-    if not found:
+    if not any_text:
         raise UserError(f"{path} is empty; there is nothing to learn from.")
 
 

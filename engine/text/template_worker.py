@@ -138,16 +138,16 @@ def main() -> None:
 
         reply(b"{}\n")
         limit()
-        made: list[Callable[[list, bool], str]] = []
+        renders: list[Callable[[list, bool], str]] = []
 
         def make() -> dict[str, Any]:
-            made.append(compiled(start["source"], start["variables"], start["now"]))
+            renders.append(compiled(start["source"], start["variables"], start["now"]))
             return {}
 
         reply(answer(make))
         lock()
         for line in requests:
-            reply(answer(functools.partial(rendered, made[0], json.loads(line))))
+            reply(answer(functools.partial(rendered, renders[0], json.loads(line))))
 
 
 if __name__ == "__main__":

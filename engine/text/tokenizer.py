@@ -43,8 +43,8 @@ LOOKAHEAD = 256  # more than the pattern can look at from the start of a token
 def _byte_symbols() -> list[str]:
     """Returns the printable character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = (byte for byte in range(256) if byte not in printable)
-    shifted = {byte: chr(256 + index) for index, byte in enumerate(others)}
+    unprintable = (byte for byte in range(256) if byte not in printable)
+    shifted = {byte: chr(256 + index) for index, byte in enumerate(unprintable)}
     return [shifted.get(byte, chr(byte)) for byte in range(256)]
 
 
@@ -167,9 +167,9 @@ class Tokenizer:
 
     def _cut(self, text: str, start: int, stop: int) -> int | None:
         """Returns a place before `stop` where a token surely ends, given that one starts at `start`; None if there is none."""
-        words = list(WORD_END.finditer(text, max(start, stop - 2 * LOOKAHEAD), stop))
-        if words:
-            return words[-1].end()
+        word_ends = list(WORD_END.finditer(text, max(start, stop - 2 * LOOKAHEAD), stop))
+        if word_ends:
+            return word_ends[-1].end()
         if self._inner.pre_tokenizer is None:
             return None
         spans = self._inner.pre_tokenizer.pre_tokenize_str(text[start:stop])
@@ -214,8 +214,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception for whatever it cannot read
         raise UserError(f"{source} is damaged or not a tokenizer: {error}.") from error
     if not {"ByteLevel", "ByteFallback"} & {step["type"] for step in decoder}:
-        found = ", ".join(step["type"] for step in decoder) or "nothing"
-        raise UserError(f"{source} decodes with {found}; only tokenizers that know every byte are understood here.")
+        names = ", ".join(step["type"] for step in decoder) or "nothing"
+        raise UserError(f"{source} decodes with {names}; only tokenizers that know every byte are understood here.")
     try:
         config = json.loads(beside.read_bytes()) if beside.exists() else {}
     except ValueError as error:
@@ -268,11 +268,11 @@ def _without_first_space(written: str) -> tokenizers.Tokenizer | None:
     """Returns the same tokenizer for what comes later in a text, if it puts a space before the first word; else None."""
     fields = json.loads(written)
     steps = _steps(fields["normalizer"])
-    kept = [step for step in steps if step["type"] != "Prepend"]
+    rest = [step for step in steps if step["type"] != "Prepend"]
     spaces = [step for step in _steps(fields["pre_tokenizer"]) if step.get("prepend_scheme", "never") != "never"]
-    if len(kept) == len(steps) and not spaces:
+    if len(rest) == len(steps) and not spaces:
         return None
-    fields["normalizer"] = {"type": "Sequence", "normalizers": kept}
+    fields["normalizer"] = {"type": "Sequence", "normalizers": rest}
     for step in spaces:
         step["prepend_scheme"] = "never"
     later = tokenizers.Tokenizer.from_str(json.dumps(fields))

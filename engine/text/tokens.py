@@ -42,20 +42,20 @@ def token_file(documents: Iterable[str], tokenizer: Tokenizer, report: Callable[
     digest, size, count = _digest(documents)
     key = hashlib.sha256(f"{digest} {tokenizer.digest}".encode()).hexdigest()[:32]
     folder = cache_folder("tokens") / key
-    found = _open(folder)
-    if found is None:
+    cached = _open(folder)
+    if cached is None:
         try:
             with whole_folder(folder) as building:
                 _write(building, documents, tokenizer, size, count, report)
         except OSError:
             # Several processes of one run may build the same file; whoever comes second uses the first one's.
-            found = _open(folder)
-            if found is None:
+            cached = _open(folder)
+            if cached is None:
                 raise
-        found = found or _open(folder)
-        if found is None:
+        cached = cached or _open(folder)
+        if cached is None:
             raise UserError(f"The tokens written to {folder} do not read back as they were written; check the disk.")
-    return found
+    return cached
 
 
 def open_bin(path: Path, tokenizer: Tokenizer) -> TokenFile:

@@ -88,11 +88,11 @@ class _Reader:
         scalar = SCALARS[kind]
         return scalar.unpack(read_exactly(self.file, scalar.size, self.path))[0]
 
-    def left(self, wanted: int) -> int:
+    def require(self, wanted: int) -> int:
         """Returns `wanted`, if as many bytes are left."""
-        left = self.size - self.file.tell()
-        if wanted > left:
-            raise truncation_error(self.path, wanted - left)
+        remaining = self.size - self.file.tell()
+        if wanted > remaining:
+            raise truncation_error(self.path, wanted - remaining)
         return wanted
 
     def name(self, what: str) -> str:
@@ -113,7 +113,7 @@ class _Reader:
         if kind in SCALARS:
             return self.number(kind)
         if kind == STRING:
-            length = self.left(self.number(10))
+            length = self.require(self.number(10))
             self.text_left -= length
             if self.text_left < 0:
                 raise UserError(f"{self.path} holds more than {TEXT:,} bytes of text in its keys, at {quote(key)}.")
@@ -123,11 +123,11 @@ class _Reader:
         inner, count = self.number(4), self.number(10)
         span = Span(inner, count, self.file.tell())
         if inner in SCALARS:
-            self.file.seek(self.left(count * SCALARS[inner].size), 1)
+            self.file.seek(self.require(count * SCALARS[inner].size), 1)
         elif inner == STRING:
-            self.left(8 * count)
+            self.require(8 * count)
             for _ in range(count):
-                self.file.seek(self.left(self.number(10)), 1)
+                self.file.seek(self.require(self.number(10)), 1)
         else:
             raise UserError(f"{self.path}: the key {quote(key)} is an array of the type {inner}, which no model has.")
         return span
@@ -143,7 +143,7 @@ class _Reader:
 def _placed(path: Path, infos: list[tuple[str, list[int], int, int]], alignment: int, end: int, size: int) -> dict[str, Tensor]:
     """Returns the tensors, once it is sure that each has the size it should have and that they lie one behind another."""
     begin = -(-end // alignment) * alignment
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     expected = 0
     for name, dims, kind, offset in sorted(infos, key=lambda info: info[3]):
         if kind not in GGML_QUANT_SIZES:
@@ -151,7 +151,7 @@ def _placed(path: Path, infos: list[tuple[str, list[int], int, int]], alignment:
         block, width = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         if dims[0] % block or not 0 < math.prod(dims) < 2**48:
             raise UserError(f"{path} is damaged: the tensor {quote(name)} cannot have the shape {dims[::-1]}.")
-        if name in found:
+        if name in tensors:
             raise UserError(f"{path} is damaged: the tensor {quote(name)} is there twice.")
         if offset != expected:
             fault = "overlaps the one before it" if offset < expected else "leaves a gap before it"
@@ -159,14 +159,14 @@ def _placed(path: Path, infos: list[tuple[str, list[int], int, int]], alignment:
         nbytes = math.prod(dims) // block * width
         if begin + offset + nbytes > size:
             raise truncation_error(path, begin + offset + nbytes - size)
-        found[name] = Tensor(GGMLQuantizationType(kind), tuple(dims[::-1]), begin + offset, nbytes)
+        tensors[name] = Tensor(GGMLQuantizationType(kind), tuple(dims[::-1]), begin + offset, nbytes)
         expected = offset + -(-nbytes // alignment) * alignment
-    return found
+    return tensors
 
 
 def read_strings(path: Path, span: Span, longest: int) -> list[str]:
     """Reads the texts of an array. Raises UserError when one is longer than `longest` bytes or is not UTF-8."""
-    found = []
+    texts = []
     with path.open("rb") as file:
         file.seek(span.offset)
         read, decode = file.read, int.from_bytes
@@ -175,10 +175,10 @@ def read_strings(path: Path, span: Span, longest: int) -> list[str]:
                 length = decode(read(8), "little")
                 if length > longest:
                     raise UserError(f"{path} is damaged: a text in one of its arrays has {length:,} bytes.")
-                found.append(read(length).decode())
+                texts.append(read(length).decode())
         except UnicodeDecodeError:
-            raise UserError(f"{path} is damaged: text {len(found):,} of one of its arrays is not UTF-8.") from None
-    return found
+            raise UserError(f"{path} is damaged: text {len(texts):,} of one of its arrays is not UTF-8.") from None
+    return texts
 
 
 def read_numbers(path: Path, span: Span) -> np.ndarray:

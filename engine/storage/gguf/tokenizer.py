@@ -54,12 +54,12 @@ def tokenizer_from(header: Header, vocab: int) -> tuple[tokenizers.Tokenizer, di
     Raises UserError for a vocabulary that is not `vocab` tokens long, or that is split in a way not known here.
     """
     path, metadata = header.path, header.metadata
-    say = lambda name: metadata.get(f"tokenizer.ggml.{name}")
+    field = lambda name: metadata.get(f"tokenizer.ggml.{name}")
     tokens = _texts(header, "tokens", vocab)
     if len(set(tokens)) < len(tokens):
         raise UserError(f"{path} is damaged: a token is twice in its vocabulary.")
     kinds = _numbers(header, "token_type", vocab)
-    model, pre = say("model"), say("pre")
+    model, pre = field("model"), field("pre")
     if "tokenizer.huggingface.json" in metadata:
         tokenizer = _whole(header, tokens)
     elif model == "gpt2":
@@ -82,7 +82,7 @@ def tokenizer_from(header: Header, vocab: int) -> tuple[tokenizers.Tokenizer, di
     for name, key in (("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token")):
         config |= {} if (place := ids[name]) is None else {key: tokens[place]}
     config |= {} if template is None else {"chat_template": template}
-    add_bos = say("add_bos_token")
+    add_bos = field("add_bos_token")
     add_bos = (model == "llama" or pre in LLAMA3) if add_bos is None else add_bos
     if add_bos is True and (place := ids["bos"]) is not None:
         first = tokens[place]

@@ -136,24 +136,24 @@ def _check_window(fields: dict[str, Any], kind: str, context: int, path: Path) -
 
 def _rope(fields: dict[str, Any], path: Path) -> tuple[float, RopeScaling | None]:
     """Returns theta and scaling: `rope_theta` and `rope_scaling` or, since transformers 5, `rope_parameters`."""
-    given: dict[str, Any] = {}
+    rope: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
         value = fields.get(name)
         if value is not None and not isinstance(value, dict):
             raise UserError(f"{path}: {name} should be an object or null, not {quote(value)}.")
-        given |= value or {}
-    theta = _number(given | {"rope_theta": given.get("rope_theta", fields.get("rope_theta"))}, "rope_theta", path, float, 1e4)
-    kind = given.get("rope_type", given.get("type", "default"))
+        rope |= value or {}
+    theta = _number(rope | {"rope_theta": rope.get("rope_theta", fields.get("rope_theta"))}, "rope_theta", path, float, 1e4)
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_FIELDS:
         raise UserError(f"{path}: rope_type {quote(kind)} is not built here; {' and '.join(ROPE_FIELDS)} are.")
-    for name, value in given.items():
+    for name, value in rope.items():
         if name not in ROPE_FIELDS[kind] and not (name == "partial_rotary_factor" and value == 1):
             raise UserError(f"{path}: the rope scaling {kind!r} has a field {quote(name)} that is not known here.")
     if kind == "default":
         return theta, None
-    low, high = _number(given, "low_freq_factor", path, float), _number(given, "high_freq_factor", path, float)
-    factor = _number(given, "factor", path, float)
-    original = _number(given, "original_max_position_embeddings", path, int)
+    low, high = _number(rope, "low_freq_factor", path, float), _number(rope, "high_freq_factor", path, float)
+    factor = _number(rope, "factor", path, float)
+    original = _number(rope, "original_max_position_embeddings", path, int)
     if not (low < high and factor > 0 and original > 0):
         raise UserError(f"{path}: the rope scaling needs low_freq_factor below high_freq_factor, and sizes above 0.")
     return theta, RopeScaling(factor, low, high, original)

@@ -158,7 +158,7 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
     placed = read_json_object(index, 16 * HEADER).get("weight_map")
     if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
         raise UserError(f"{index} is damaged: it has no weight_map of tensors to files.")
-    found: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for name in sorted(set(placed.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise UserError(f"{index} names {quote(name)}, which is not a .safetensors file in its own folder.")
@@ -169,8 +169,8 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
         for tensor in sorted(wanted ^ set(header)):
             there = "has no" if tensor in wanted else "has a"
             raise UserError(f"{folder / name} {there} tensor {quote(tensor)}, unlike what {index.name} says.")
-        found |= header
-    return found
+        tensors |= header
+    return tensors
 
 
 def _no_weights(folder: Path) -> UserError:

@@ -31,8 +31,8 @@ def read_tokenizer(
         if isinstance(config.get(name), dict):
             config[name] = config[name].get("content")
     generation = path / "generation_config.json"
-    said = read_json_object(generation, SMALL) if generation.exists() else {}
-    ends = _ids(said.get("eos_token_id", fields.get("eos_token_id")), "eos_token_id", path, cfg)
+    generation_config = read_json_object(generation, SMALL) if generation.exists() else {}
+    ends = _ids(generation_config.get("eos_token_id", fields.get("eos_token_id")), "eos_token_id", path, cfg)
     if config.get("eos_token") is None:
         config["eos_token"] = tokenizer.id_to_token(ends[0]) if ends else None
         if config["eos_token"] is None:
@@ -57,13 +57,13 @@ def _template(path: Path, config: dict[str, Any]) -> str | None:
             return file.read_bytes().decode()
         except UnicodeDecodeError:
             raise UserError(f"{file} is not UTF-8 text.") from None
-    given = config.get("chat_template")
-    if isinstance(given, list):
-        named = {item.get("name"): item.get("template") for item in given if isinstance(item, dict)}
-        given = named.get("default")
-    if given is not None and not isinstance(given, str):
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
         raise UserError(f"{path / 'tokenizer_config.json'}: chat_template should be text.")
-    return given
+    return template
 
 
 def _ids(value: Any, name: str, path: Path, cfg: ModelConfig) -> tuple[int, ...]:
