@@ -17,6 +17,9 @@ TOO_LONG = "longer than {seq} tokens"
 SILENT = "the assistant says nothing in one of its turns"
 SAME = "both answers are the same"
 
+Row = Conversation | Text | Preference
+Report = Callable[[int, int], None] | None
+
 
 class Pair(NamedTuple):
     """Two answers to one prompt, the first to be preferred. Only the answers count."""
@@ -50,12 +53,7 @@ class DatasetSummary:
 
 
 def make_examples(
-    conversations: Iterable[Conversation | Text | Preference],
-    chat: Chat,
-    seq: int,
-    *,
-    start: Sequence[int] = (),
-    report: Callable[[int, int], None] | None = None,
+    rows: Iterable[Row], chat: Chat, seq: int, *, start: Sequence[int] = (), report: Report = None
 ) -> tuple[list[Example], DatasetSummary]:
     """Returns the training examples in order, each of at most seq + 1 tokens: seq are read, and the one after each predicted.
 
@@ -64,68 +62,67 @@ def make_examples(
     its end. What the template refuses is left out. Raises UserError, with file:line, when the template fails, when
     nothing is left, and for a choice between answers.
     """
-    examples: list[Example] = []
-    summary = DatasetSummary()
-    rows = list(conversations)
-    for done, row in enumerate(rows):
-        summary.rows += 1
-        try:
-            parts = _examples(row, chat, seq, start)
-        except Refusal as refused:
-            summary.dropped.append((row.where, str(refused)))
-            continue
-        except UserError as error:
-            raise UserError(f"{row.where}: {error}") from None
-        fitting = [_fitted(example, seq) for example in parts]
-        useful = [example for example in fitting if example is not None]
-        if not useful:
-            summary.dropped.append((row.where, NO_ROOM.format(seq=seq)))
-            continue
-        summary.used += 1
-        if any(part is None or len(part.tokens) < len(whole.tokens) for whole, part in zip(parts, fitting)):
-            summary.truncated.append((row.where, CUT.format(seq=seq)))
-        examples += useful
-        if report:
-            report(done + 1, len(rows))
-    summary.examples = len(examples)
-    _refuse_nothing(examples, summary)
-    return examples, summary
+
+    def build(row: Row) -> tuple[list[Example], bool]:
+        examples = _examples(row, chat, seq, start)
+        fitted = [part for example in examples if (part := _fitted(example, seq)) is not None]
+        if not fitted:
+            raise Refusal(NO_ROOM.format(seq=seq))
+        return fitted, sum(len(part.tokens) for part in fitted) < sum(len(example.tokens) for example in examples)
+
+    return _build_all(rows, build, seq, report)
 
 
-def make_pairs(
-    choices: Iterable[Conversation | Text | Preference], chat: Chat, seq: int, report: Callable[[int, int], None] | None = None
-) -> tuple[list[Pair], DatasetSummary]:
+def make_pairs(rows: Iterable[Row], chat: Chat, seq: int, report: Report = None) -> tuple[list[Pair], DatasetSummary]:
     """Returns pairs of examples of at most seq + 1 tokens, in which only the answers count. What is longer is left out.
 
     Raises UserError as `make_examples`, and for rows without a choice.
     """
-    pairs: list[Pair] = []
-    summary = DatasetSummary()
-    rows = list(choices)
-    for done, row in enumerate(rows):
+
+    def build(row: Row) -> tuple[list[Pair], bool]:
         if not isinstance(row, Preference):
-            raise UserError(f"{row.where} holds no pair of answers; preferences need `prompt`, `chosen` and `rejected`.")
+            raise UserError("it holds no pair of answers; preferences need `prompt`, `chosen` and `rejected`.")
+        if row.chosen == row.rejected:
+            raise Refusal(SAME)
+        pair = Pair(*(_answered(row.prompt, text, chat, row.where) for text in (row.chosen, row.rejected)))
+        if max(len(pair.chosen.tokens), len(pair.rejected.tokens)) > seq + 1:
+            raise Refusal(TOO_LONG.format(seq=seq))
+        return [pair], False
+
+    return _build_all(rows, build, seq, report)
+
+
+def _build_all[T](
+    rows: Iterable[Row], build: Callable[[Row], tuple[list[T], bool]], seq: int, report: Report
+) -> tuple[list[T], DatasetSummary]:
+    """Returns what `build` makes of the rows, and their account; it says too whether a row lost its end."""
+    results: list[T] = []
+    summary, rows = DatasetSummary(), list(rows)
+    for row in rows:
         summary.rows += 1
         try:
-            if row.chosen == row.rejected:
-                raise Refusal(SAME)
-            pair = Pair(*(_answered(row.prompt, text, chat, row.where) for text in (row.chosen, row.rejected)))
-            if max(len(pair.chosen.tokens), len(pair.rejected.tokens)) > seq + 1:
-                raise Refusal(TOO_LONG.format(seq=seq))
-        except Refusal as refused:
-            summary.dropped.append((row.where, str(refused)))
+            parts, cut = build(row)
+        except Refusal as refusal:
+            summary.dropped.append((row.where, str(refusal)))
             continue
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from None
-        pairs.append(pair)
+        summary.used += 1
+        if cut:
+            summary.truncated.append((row.where, CUT.format(seq=seq)))
+        results += parts
         if report:
-            report(done + 1, len(rows))
-    summary.used = summary.examples = len(pairs)
-    _refuse_nothing(pairs, summary)
-    return pairs, summary
+            report(summary.rows, len(rows))
+    summary.examples = len(results)
+    if not results:
+        if not summary.dropped:
+            raise UserError("There is nothing in it to learn from.")
+        where, reason = summary.dropped[0]
+        raise UserError(f"None of {summary.rows:,} rows can be learnt from; the first, {where}: {reason.rstrip('.')}.")
+    return results, summary
 
 
-def _examples(row: Conversation | Text | Preference, chat: Chat, seq: int, start: Sequence[int]) -> list[Example]:
+def _examples(row: Row, chat: Chat, seq: int, start: Sequence[int]) -> list[Example]:
     if isinstance(row, Preference):
         raise UserError("it holds two answers to choose between; that is data for preferences, not for examples.")
     if isinstance(row, Text):
@@ -149,12 +146,3 @@ def _fitted(example: Example, seq: int) -> Example | None:
     """Returns at most seq + 1 tokens of it; None when none of them is both a target and preceded by another."""
     tokens, mask = example.tokens[: seq + 1], example.mask[: seq + 1]
     return Example(tokens, mask, example.where) if mask[1:].any() else None
-
-
-def _refuse_nothing(examples: Sequence[object], summary: DatasetSummary) -> None:
-    if examples:
-        return
-    if not summary.dropped:
-        raise UserError("There is nothing in it to learn from.")
-    where, reason = summary.dropped[0]
-    raise UserError(f"None of {summary.rows:,} rows can be learnt from; the first, {where}: {reason.rstrip('.')}.")

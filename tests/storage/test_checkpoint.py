@@ -74,7 +74,7 @@ def put(folder: Path, step: int, **options) -> Path:
     return save(folder, step, *tiny(step), {"at": step}, **options)
 
 
-def get(folder: Path, step: int | None = None) -> checkpoint.Loaded:
+def get(folder: Path, step: int | None = None) -> checkpoint.LoadedCheckpoint:
     return load(folder, step, *jax.eval_shape(lambda: tiny(0)))
 
 
@@ -82,7 +82,7 @@ def same_bits(one, other) -> bool:
     return jax.tree.structure(one) == jax.tree.structure(other) and digest(one) == digest(other)
 
 
-def is_step(loaded: checkpoint.Loaded, step: int) -> bool:
+def is_step(loaded: checkpoint.LoadedCheckpoint, step: int) -> bool:
     """`loaded` is, in all its parts, what `put` wrote for `step`."""
     whole = same_bits((loaded.params, loaded.optimizer), tiny(step))
     return whole and loaded.step == loaded.state["at"] == int(loaded.path.name) == step

@@ -89,7 +89,7 @@ def test_pairs(chat: Chat) -> None:
 
 
 def test_data_of_the_other_sort_is_refused(chat: Chat) -> None:
-    with pytest.raises(UserError, match="f:1 holds no pair of answers"):
+    with pytest.raises(UserError, match="f:1: it holds no pair of answers"):
         make_pairs([Text("a", "f:1")], chat, 60)
     with pytest.raises(UserError, match="f:1: it holds two answers"):
         make_examples([Preference(tuple(said("a")), "b", "c", "f:1")], chat, 60)

@@ -132,17 +132,11 @@ def write_file(
     text += b" " * (-len(text) % 8)
     with whole_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        _write_all(file, tensors, value)
-
-
-def _write_all(
-    file: BinaryIO, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]], value: Callable[[str], np.ndarray]
-) -> None:
-    for name, (shape, dtype) in tensors.items():
-        array = np.ascontiguousarray(value(name), dtype)
-        if array.shape != shape:
-            raise ValueError(f"{name} has shape {array.shape} and was announced as {shape}.")
-        file.write(memoryview(array.reshape(-1).view(np.uint8)))
+        for name, (shape, dtype) in tensors.items():
+            array = np.ascontiguousarray(value(name), dtype)
+            if array.shape != shape:
+                raise ValueError(f"{name} has shape {array.shape} and was announced as {shape}.")
+            file.write(memoryview(array.reshape(-1).view(np.uint8)))
 
 
 def read_folder(folder: Path) -> dict[str, StoredTensor]:
