@@ -1,1 +1,1 @@
-"""Bytes to batches: tokenizer, corpus and token file; conversations, chat templates and packing; orders by (seed, step)."""
+"""From bytes to batches: tokenizer, corpus, token files; conversations, chat templates, packing; the order of training data."""

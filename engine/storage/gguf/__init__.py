@@ -1,1 +1,1 @@
-"""GGUF files, read and written."""
+"""GGUF files, read and written: header, config, tokenizer, weights."""

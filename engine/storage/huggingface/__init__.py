@@ -1,1 +1,1 @@
-"""Hugging Face folders and PEFT adapters, read and written."""
+"""Hugging Face folders, read and written: config, safetensors, tokenizer."""
