@@ -1,6 +1,7 @@
 """The project's own source, parsed: what each module imports, and which names it uses."""
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,14 +18,22 @@ def read(*folders: str) -> Trees:
     return {name(file): ast.parse(file.read_text(), str(file)) for file in files}
 
 
+@functools.cache
+def import_nodes(tree: ast.Module) -> list[ast.Import | ast.ImportFrom]:
+    """Returns every import statement of a module."""
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
 def imported(module: str, tree: ast.Module, known: Trees) -> Iterator[str]:
     """Yields the modules that a module imports, also inside functions and under TYPE_CHECKING; relative ones made absolute."""
-    is_package = any(name.startswith(module + ".") for name in known)
-    for node in ast.walk(tree):
+    for node in import_nodes(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parts = module.split(".")[: len(module.split(".")) - node.level + is_package] if node.level else []
+        else:
+            parts = module.split(".") if node.level else []
+            if node.level:
+                is_package = any(name.startswith(module + ".") for name in known)
+                parts = parts[: len(parts) - node.level + is_package]
             base = ".".join([*parts, *filter(None, [node.module])])
             for alias in node.names:  # `from package import module` names a module, `from module import thing` does not
                 yield whole if (whole := f"{base}.{alias.name}") in known else base

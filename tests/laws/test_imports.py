@@ -7,7 +7,7 @@ import ast
 import functools
 
 import pytest
-from source_tree import PACKAGES, SOURCES, Trees, imported, package_of, read
+from source_tree import PACKAGES, SOURCES, Trees, import_nodes, imported, package_of, read
 
 # The engine from the ground up. A room (a file or a folder) imports itself and rooms of higher lines, none beside it.
 ENGINE = """
@@ -134,10 +134,10 @@ def missing(trees: Trees, known: Trees) -> set[str]:
     bound = functools.cache(lambda module: names_of(known[module]))
     faults = set()
     for module, tree in trees.items():
-        for node in ast.walk(tree):
+        for node in import_nodes(tree):
             if isinstance(node, ast.Import):
                 targets = [alias.name for alias in node.names if alias.name not in known]
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            elif node.module and not node.level:
                 base, names = node.module, [alias.name for alias in node.names]
                 names = [
                     name for name in names if f"{base}.{name}" not in known and (base not in known or name not in bound(base))
