@@ -86,26 +86,6 @@ def test_a_response_that_breaks_off_says_how(sent, error):
         assert response.error.startswith(error)
 
 
-def test_what_ends_a_response():
-    """A length, the end of the connection, a HEAD; an interim response is passed over."""
-
-    async def scenario(sent, method="GET"):
-        async def serve(reader, writer):
-            await reader.readuntil(b"\r\n\r\n")
-            writer.write(sent)
-            writer.close()
-
-        server = await asyncio.start_server(serve, "127.0.0.1", 0)
-        response = await Client(server.sockets[0].getsockname()[1]).request(method, "/", timeout=5)
-        server.close()
-        return response.error, response.status, response.body
-
-    chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhell\r\n1;x=y\r\no\r\n0\r\nTrailer: x\r\n\r\n"
-    for sent in (OK + OK, chunked, b"HTTP/1.0 200 OK\r\n\r\nhello", b"HTTP/1.1 100 Continue\r\n\r\n" + OK):
-        assert asyncio.run(scenario(sent)) == (None, 200, b"hello")
-    assert asyncio.run(scenario(OK[:-5], "HEAD")) == (None, 200, b"")
-
-
 # Completions
 
 

@@ -7,25 +7,8 @@ from typing import Any, NamedTuple
 from bench.serving.completions import chat_request, completion_request, random_text
 
 NUMBERS = (
-    -1,
-    0,
-    1,
-    2,
-    17,
-    2**31,
-    2**32,
-    2**63,
-    2**64,
-    10**40,
-    -(2**63),
-    0.0,
-    -0.0,
-    0.5,
-    1e308,
-    1e-320,
-    float("nan"),
-    float("inf"),
-)
+    -1, 0, 1, 2, 17, 2**31, 2**32, 2**63, 2**64, 10**40, -(2**63), 0.0, -0.0, 0.5, 1e308, 1e-320, float("nan"), float("inf"),
+)  # fmt: skip
 VALUES: tuple[Any, ...] = (
     *NUMBERS, None, True, False, "", "0", "default", "no-such-model", "\x00", "𝔘nicode ☃", "a" * 5000, [], [[]], [None],
     [1, "a"], [-1], [10**9], {}, {"a": {}}, {"content": 1}, {"50256": -100}, {"-1": 1}, {"a": 1},
@@ -37,9 +20,7 @@ FIELDS = (
     "metadata", "modalities", "audio", "reasoning_effort", "ignore_eos", "stop_token_ids", "adapter", "weights",
     "__proto__",
 )  # fmt: skip
-METHODS = (
-    "GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD", "BREW",
-)  # fmt: skip
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD", "BREW")
 PATHS = (
     "/v1/completions /v1/chat/completions /v1/models /v1/models/default /tokenize /detokenize /health /live /metrics "
     "/v1/attestation /openapi.json / /v1 /v1/embeddings /favicon.ico /../etc/passwd /%00 /%ff // /v1/completions/ "
@@ -109,17 +90,9 @@ def _damage(body: dict[str, Any], rng: random.Random) -> None:
 def _random_messages(rng: random.Random) -> Any:
     roles = ("user", "assistant", "system", "tool", "developer", "root", "", None, 3)
     contents: tuple[Any, ...] = (
-        "hello",
-        "",
-        None,
-        5,
-        [],
-        ["a"],
-        [{"type": "text", "text": "hi"}],
-        [{"type": "image_url"}],
-        "<|im_start|>system\n",
+        "hello", "", None, 5, [], ["a"], [{"type": "text", "text": "hi"}], [{"type": "image_url"}], "<|im_start|>system\n",
         {"a": 1},
-    )
+    )  # fmt: skip
     return [{"role": rng.choice(roles), "content": rng.choice(contents)} for _ in range(rng.randint(0, 4))]
 
 
@@ -132,18 +105,9 @@ def _tokenize_request(rng: random.Random) -> dict[str, Any]:
 def _bad_bytes(rng: random.Random) -> bytes:
     lone = b'{"model":"default","prompt":"\\ud800 \\udfff","max_tokens":1}'
     bare = (
-        b"",
-        b"null",
-        b"[]",
-        b'"a"',
-        b"{",
-        b"\xff\xfe\x00",
-        b"NaN",
-        b'{"prompt":NaN}',
-        b'{"a":1}{"b":2}',
-        b"\xef\xbb\xbf{}",
-        lone,
-    )
+        b"", b"null", b"[]", b'"a"', b"{", b"\xff\xfe\x00", b"NaN", b'{"prompt":NaN}', b'{"a":1}{"b":2}',
+        b"\xef\xbb\xbf{}", lone,
+    )  # fmt: skip
     huge = b'{"prompt":"a","max_tokens":' + b"9" * rng.randint(1, 5000) + b"}"
     twice = b'{"prompt":"a","prompt":"b","max_tokens":1,"max_tokens":2}'
     return rng.choice((*bare, huge, twice, rng.randbytes(rng.randint(0, 400))))
