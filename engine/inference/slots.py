@@ -167,7 +167,8 @@ class Slots:
         zeros = lambda x: jax.device_put(np.zeros(x.shape, x.dtype), jax.devices()[0])
         real = lambda x: zeros(x) if isinstance(x, jax.ShapeDtypeStruct) else x
         results = program(*jax.tree.map(real, arguments))
-        for result in (results,) if hasattr(results, "_fields") else results:
+        # Only tuples are looked into: to take an array of JAX's apart is a program of its own.
+        for result in results if type(results) is tuple else (results,):
             if isinstance(result, KVSegments):
                 self._segments = result
             elif isinstance(result, TokenCounts):

@@ -58,13 +58,13 @@ class BodyBudget:
     """Bounds the bytes of request bodies, of all requests together, that have come and are not decoded yet."""
 
     limit: int = 64 * 2**20
-    held: int = 0
+    size: int = 0
 
     def add(self, size: int) -> None:
         """Counts `size` more bytes. Raises ApiError, and counts nothing, when they are too many."""
-        if self.held + size > self.limit:
+        if self.size + size > self.limit:
             raise ApiError(
-                429, f"Bodies of {self.held:,} bytes are coming in, and no more are taken in at once. Try again in 1 s.",
+                429, f"Bodies of {self.size:,} bytes are coming in, and no more are taken in at once. Try again in 1 s.",
                 code="rate_limit_exceeded", headers={"Retry-After": "1", "Connection": "close"},
             )  # fmt: skip
-        self.held += size
+        self.size += size

@@ -51,7 +51,7 @@ class Engine:
 
     @property
     def idle_seconds(self) -> float:
-        """How long the thread has not gone round."""
+        """Seconds since the thread last went round."""
         return time.monotonic() - self.ticked
 
     def start(self, post: Callable[..., Any], changed: Callable[[], None], *warm: Any) -> None:

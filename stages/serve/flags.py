@@ -46,7 +46,7 @@ class ServeFlags:
     no_guesses: Annotated[bool, default("off")] = False
     """No speculative decoding for a lone request. Draft tokens change how fast an answer comes, never which."""
     price: Annotated[float | None, parser(number(0), "X"), default("unknown")] = None
-    """What this machine costs, in dollars an hour; the page shows what a conversation costs."""
+    """The price of this machine, in dollars an hour; the page shows what a conversation costs."""
     device: DeviceFlag = "auto"
     """auto, cpu, gpu or tpu."""
     verbose: VerboseFlag = False

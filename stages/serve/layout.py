@@ -28,13 +28,13 @@ def default_weights(backend: str) -> str:
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """`weights`: int8, bfloat16 or float32. `capacity`: tokens of a slot; None is the model's context, at most 2048.
-    `cache_dtype`: of the KV cache. `prefix_cache`: its bytes, 0 for none."""
+    `kv_dtype`: of the KV cache. `prefix_cache_bytes`: 0 for none."""
 
     weights: str
     slots: int = 8
     capacity: int | None = None
-    cache_dtype: KVDtype = "bfloat16"
-    prefix_cache: int = 0
+    kv_dtype: KVDtype = "bfloat16"
+    prefix_cache_bytes: int = 0
 
     def config(self, cfg: ModelConfig) -> ModelConfig:
         """Returns the config that computes with weights of this type."""
@@ -51,14 +51,14 @@ class Layout:
         """Returns the options of `Slots` that shape its programs."""
         return {
             "slots": self.slots, "capacity": self.capacity or min(cfg.context, MAX_DEFAULT_CAPACITY),
-            "kv_dtype": self.cache_dtype, "prefix_cache_bytes": self.prefix_cache,
+            "kv_dtype": self.kv_dtype, "prefix_cache_bytes": self.prefix_cache_bytes,
         }  # fmt: skip
 
     def check_room(self, cfg: ModelConfig) -> None:
         """Raises UserError, before anything is allocated, when weights and slots are more than a CPU's memory holds."""
         options = self.slot_options(cfg)
         slots, capacity = options["slots"], options["capacity"]
-        cache = jax.eval_shape(lambda: make_kv_segments(cfg, slots, capacity, CHUNK, self.cache_dtype))
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) + self.prefix_cache
+        cache = jax.eval_shape(lambda: make_kv_segments(cfg, slots, capacity, CHUNK, self.kv_dtype))
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) + self.prefix_cache_bytes
         size += count_params(cfg).total * {"int8": 1, "bfloat16": 2, "float32": 4}[self.weights]
         hardware.check_room(f"The weights and {slots:,} slots of {capacity:,} tokens", size, remedy=REMEDY)

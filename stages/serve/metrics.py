@@ -2,21 +2,13 @@
 
 from collections.abc import Iterator
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    ProcessCollector,
-    disable_created_metrics,
-    generate_latest,
-)
+import prometheus_client as prometheus
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from stages.serve.engine import Engine
 
-disable_created_metrics()  # no series for the time at which each began
+prometheus.disable_created_metrics()  # no series for the time at which each began
 
 FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
@@ -28,9 +20,9 @@ class Metrics:
     """Counts in a registry of its own, so that two servers in one process do not share counts."""
 
     def __init__(self, model: str, engine: Engine) -> None:
-        self._registry = registry = CollectorRegistry()
-        counter = lambda name, about: Counter(name, about, ["model_name"], registry=registry).labels(model)
-        histogram = lambda name, about, buckets: Histogram(
+        self._registry = registry = prometheus.CollectorRegistry()
+        counter = lambda name, about: prometheus.Counter(name, about, ["model_name"], registry=registry).labels(model)
+        histogram = lambda name, about, buckets: prometheus.Histogram(
             name, about, ["model_name"], registry=registry, buckets=buckets
         ).labels(model)
         self._prompt_tokens = counter("vllm:prompt_tokens", "Tokens of prompts.")
@@ -42,11 +34,11 @@ class Metrics:
         self._latency = histogram("vllm:e2e_request_latency_seconds", "From request to last token.", LATENCY)
         self._prompt_size = histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", SIZES)
         self._completion_size = histogram("vllm:request_generation_tokens", "Tokens generated for a request.", SIZES)
-        success = Counter(
+        success = prometheus.Counter(
             "vllm:request_success", "Completions by why they ended.", ["model_name", "finished_reason"], registry=registry
         )
         self._success = {reason: success.labels(model, reason) for reason in ("stop", "length", "abort", "error")}
-        self._responses = Counter("thrice_responses", "HTTP responses by status.", ["status"], registry=registry)
+        self._responses = prometheus.Counter("thrice_responses", "HTTP responses by status.", ["status"], registry=registry)
         cache_use = "Share of all slots' positions that is filled, 1 is all.", lambda: engine.cache_use
         for name, about, value in (
             ("vllm:num_requests_running", "Requests that have a slot.", lambda: engine.running),
@@ -55,9 +47,9 @@ class Metrics:
             ("vllm:gpu_cache_usage_perc", *cache_use),  # its older name
             ("thrice_seconds_since_engine_tick", "How long the engine has not gone round.", lambda: engine.idle_seconds),
         ):
-            Gauge(name, about, ["model_name"], registry=registry).labels(model).set_function(value)
+            prometheus.Gauge(name, about, ["model_name"], registry=registry).labels(model).set_function(value)
         registry.register(_Compiles(engine))
-        ProcessCollector(registry=registry)
+        prometheus.ProcessCollector(registry=registry)
 
     def response(self, status: int) -> None:
         """Counts an HTTP response."""
@@ -81,7 +73,7 @@ class Metrics:
 
     def text(self) -> bytes:
         """Returns all of it in Prometheus' text format."""
-        return generate_latest(self._registry)
+        return prometheus.generate_latest(self._registry)
 
 
 class _Compiles(Collector):

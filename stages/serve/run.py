@@ -58,7 +58,7 @@ def run(flags: ServeFlags) -> int:
 
             layout = Layout(
                 weights=flags.weights or default_weights(device.backend), slots=flags.slots,
-                capacity=flags.capacity, cache_dtype=flags.keys_values, prefix_cache=flags.prefix_cache * 10**6,  # type: ignore[arg-type]
+                capacity=flags.capacity, kv_dtype=flags.keys_values, prefix_cache_bytes=flags.prefix_cache * 10**6,  # type: ignore[arg-type]
             )  # fmt: skip
             state, ahead = startup.load_state(
                 flags.model, layout, device, console, adapter=flags.adapter, template=flags.template, name=flags.name,

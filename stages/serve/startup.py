@@ -76,8 +76,8 @@ def load_state(
         ("model", f"{name}: {model.checkpoint}" + (f" with {adapter}" if adapter else "")),
         ("device", str(device)),
         ("weights", f"{layout.weights}, {weights}, SHA-256 {sha256[:16]}"),
-        ("slots", f"{layout.slots} of {slots.capacity:,} tokens, KV cache in {layout.cache_dtype}, {size(slots.cache_bytes)}"),
-        ("queue", f"{queue} more wait; prefix cache of {layout.prefix_cache / 1e6:g} MB"),
+        ("slots", f"{layout.slots} of {slots.capacity:,} tokens, KV cache in {layout.kv_dtype}, {size(slots.cache_bytes)}"),
+        ("queue", f"{queue} more wait; prefix cache of {layout.prefix_cache_bytes / 1e6:g} MB"),
         ("template", chat.template_name),
     ])  # fmt: skip
     return make_state(model, name, slots, sha256, chat, make_chat, compiles, queue, price), ahead

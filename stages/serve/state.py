@@ -43,9 +43,9 @@ class ServerState:
     def check_model(self, name: str) -> None:
         """Raises ApiError unless the name is that of the model, or `default`."""
         if name not in (self.name, "default"):
-            shown = name if len(name) <= 100 else name[:100] + "..."
+            short = name if len(name) <= 100 else name[:100] + "..."
             raise ApiError(
-                404, f"There is no model {shown!r} here; {self.name!r} is served, also as 'default'.", param="model",
+                404, f"There is no model {short!r} here; {self.name!r} is served, also as 'default'.", param="model",
                 code="model_not_found",
             )  # fmt: skip
 

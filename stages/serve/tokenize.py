@@ -98,11 +98,11 @@ class TokenizerPool:
 
 def context_overflow(count: int, max_tokens: int | None, capacity: int, param: str) -> ApiError:
     """Returns the error for a prompt of `count` tokens that leaves no room for `max_tokens` more, or for any."""
-    wanted, remedy = "which leaves none for an answer", "shorten the prompt."
+    why, remedy = "which leaves none for an answer", "shorten the prompt."
     if max_tokens:
-        wanted = f"and {max_tokens:,} more were asked for, {count + max_tokens:,} in all"
+        why = f"and {max_tokens:,} more were asked for, {count + max_tokens:,} in all"
         remedy = "shorten the prompt, or ask for fewer tokens."
-    message = f"This model's context holds {capacity:,} tokens here. The prompt has {count:,}, {wanted}. "
+    message = f"This model's context holds {capacity:,} tokens here. The prompt has {count:,}, {why}. "
     return ApiError(400, f"{message}Nothing was left out: {remedy}", param=param, code="context_length_exceeded")
 
 

@@ -17,18 +17,9 @@ def make_browser(chromium: str, driver: str, folder: Path) -> Chrome:
     """A browser that speaks with nobody but the server, fetches nothing, and keeps what it keeps in `folder`."""
     options = ChromeOptions()
     options.binary_location = chromium
-    for flag in (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--no-first-run",
-        "--window-size=1200,800",
-        f"--user-data-dir={folder}",
-    ):
-        options.add_argument(flag)
+    flags = "headless no-sandbox disable-gpu disable-dev-shm-usage disable-background-networking disable-component-update"
+    for flag in (*flags.split(), "no-first-run", "window-size=1200,800", f"user-data-dir={folder}"):
+        options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     return Chrome(options, Service(driver))
 
@@ -87,7 +78,7 @@ class Visit:
         self.type(text, Keys.ENTER)
         return self.until(lambda: self.answering and self.text("article.assistant .said").strip())
 
-    def asked(self) -> list[dict[str, Any]]:
+    def requests(self) -> list[dict[str, Any]]:
         """The bodies of the requests for answers since `listen`."""
         return [json.loads(body) for body in self.chrome.execute_script("return window.asked")]
 

@@ -47,7 +47,7 @@ def visit(browser: Chrome, line: Line) -> Visit:
     return Visit(browser, line)
 
 
-def test_an_answer_streams_and_says_what_it_cost(visit: Visit) -> None:
+def test_an_answer_streams_and_says_what_it_cost(visit):
     assert visit.text("#digest") != ""
     assert visit.text("#weights") == "✓ unchanged since start"
     visit.set("price", "3.6")
@@ -77,23 +77,23 @@ def test_an_answer_streams_and_says_what_it_cost(visit: Visit) -> None:
     assert [url for url in loaded if not url.startswith((visit.line.address, "data:"))] == []
 
 
-def test_stop_keeps_what_had_come_and_the_conversation_goes_on(visit: Visit) -> None:
+def test_stop_keeps_what_had_come_and_the_conversation_goes_on(visit):
     visit.listen()
     part = visit.partly(LONG)
     visit.click("#stop")
     visit.line.pace = 0
     visit.finished()
-    said = visit.text("article.assistant .said")
-    assert said.startswith(part.split("\n")[0])
+    text = visit.text("article.assistant .said")
+    assert text.startswith(part.split("\n")[0])
     assert visit.text(".under p").startswith("stopped · ")
     assert int(visit.text("#context").split(" of ")[0].replace(",", "")) > 0
 
     visit.ask("Go on.")
-    assert [message["role"] for message in visit.asked()[-1]["messages"]] == ["user", "assistant", "user"]
-    assert visit.asked()[-1]["messages"][1]["content"].startswith(part.split("\n")[0])
+    assert [message["role"] for message in visit.requests()[-1]["messages"]] == ["user", "assistant", "user"]
+    assert visit.requests()[-1]["messages"][1]["content"].startswith(part.split("\n")[0])
 
 
-def test_an_error_keeps_what_had_come_and_can_be_tried_again(visit: Visit) -> None:
+def test_an_error_keeps_what_had_come_and_can_be_tried_again(visit):
     visit.listen()
     part = visit.partly(LONG)
     visit.line.cut()
@@ -106,13 +106,13 @@ def test_an_error_keeps_what_had_come_and_can_be_tried_again(visit: Visit) -> No
     visit.line.mend()
     visit.click(".again")
     visit.until(lambda: len(visit.texts(".under")) == 2)
-    first, second = visit.asked()
+    first, second = visit.requests()
     assert first == second
     visit.until(lambda: visit.text("#weights") == "✓ unchanged since start")
     assert [who.endswith("set aside") for who in visit.texts(".who")] == [True, False]
 
 
-def test_a_refusal_is_told_in_the_servers_words(visit: Visit) -> None:
+def test_a_refusal_is_told_in_the_servers_words(visit):
     visit.listen()
     visit.paste("word " * 4000)
     visit.ask("")
@@ -120,31 +120,25 @@ def test_a_refusal_is_told_in_the_servers_words(visit: Visit) -> None:
     assert int(visit.text("#context").split(" of ")[1].replace(",", "")) in counts
     visit.set("max_tokens", "3")
     visit.ask("Another.")
-    assert [message["content"] for message in visit.asked()[-1]["messages"]] == ["Another."]
+    assert [message["content"] for message in visit.requests()[-1]["messages"]] == ["Another."]
     assert "ended by the limit of tokens" in visit.text(".under")
 
 
-def test_settings_are_sent_and_a_wrong_one_is_not(visit: Visit) -> None:
+def test_settings_are_sent_and_a_wrong_one_is_not(visit):
     visit.listen()
     for name, value in {"system": "Be brief.", "temperature": "0.5", "top_p": "0.25", "max_tokens": "4", "seed": "7"}.items():
         visit.set(name, value)
     visit.ask("Hello.")
-    (asked,) = visit.asked()
-    assert asked["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello."}]
-    assert {name: asked[name] for name in ("temperature", "top_p", "max_tokens", "seed", "stream")} == {
-        "temperature": 0.5,
-        "top_p": 0.25,
-        "max_tokens": 4,
-        "seed": 7,
-        "stream": True,
-    }
+    (request,) = visit.requests()
+    assert request["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello."}]
+    assert request.items() >= {"temperature": 0.5, "top_p": 0.25, "max_tokens": 4, "seed": 7, "stream": True}.items()
     visit.set("top_p", "2")
     visit.type("Hello again.", Keys.ENTER)
-    assert len(visit.asked()) == 1
+    assert len(visit.requests()) == 1
     assert visit.chrome.switch_to.active_element.get_attribute("name") == "top_p"
 
 
-def test_the_keyboard_is_enough(visit: Visit) -> None:
+def test_the_keyboard_is_enough(visit):
     assert visit.chrome.switch_to.active_element.get_attribute("id") == "ask"
     visit.type("one", Keys.SHIFT + Keys.ENTER, Keys.NULL, "two")
     assert visit.chrome.find_element("id", "ask").get_attribute("value") == "one\ntwo"
@@ -160,7 +154,7 @@ def test_the_keyboard_is_enough(visit: Visit) -> None:
     assert visit.chrome.switch_to.active_element.get_attribute("id") == "ask"
 
 
-def test_a_key_is_asked_for_once_by_the_browser_itself(browser: Chrome, tiny_server: TinyServer) -> None:
+def test_a_key_is_asked_for_once_by_the_browser_itself(browser, tiny_server):
     with locked(tiny_server, "secret") as port:
         browser.get(f"http://127.0.0.1:{port}/")
         assert browser.find_elements("id", "ask") == []
@@ -168,7 +162,7 @@ def test_a_key_is_asked_for_once_by_the_browser_itself(browser: Chrome, tiny_ser
         WebDriverWait(browser, 30).until(lambda _: browser.find_element("id", "weights").text == "✓ unchanged since start")
 
 
-def test_changed_weights_are_loud(visit: Visit) -> None:
+def test_changed_weights_are_loud(visit):
     visit.chrome.execute_script(
         "const real = window.fetch; window.fetch = async (url, how) => `${url}`.endsWith('/attestation')"
         " ? Response.json({...await (await real(url, how)).json(), digest: 'f'.repeat(64)}) : real(url, how)"
@@ -180,7 +174,7 @@ def test_changed_weights_are_loud(visit: Visit) -> None:
     assert visit.text("#weights") == "✗ CHANGED since start"
 
 
-def test_what_the_model_says_is_text(visit: Visit) -> None:
+def test_what_the_model_says_is_text(visit):
     text = "<img src=x onerror=f()> **bold** `a<b>` [link](javascript:f())\n\n- one\n- two\n\n```html\n<script>\n```\nend"
     html = visit.chrome.execute_script(
         "const said = document.createElement('div'); show({text: arguments[0], drawn: [], said}); return said.innerHTML", text
@@ -194,7 +188,7 @@ def test_what_the_model_says_is_text(visit: Visit) -> None:
 
 
 @pytest.mark.parametrize("width", [320, 375, 1200])
-def test_it_fits_its_screen(visit: Visit, width: int) -> None:
+def test_it_fits_its_screen(visit, width):
     size = {"width": width, "height": 760, "deviceScaleFactor": 1, "mobile": width < 500}
     visit.chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     visit.ask("A" * 200)

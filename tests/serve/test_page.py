@@ -18,22 +18,22 @@ FOLDER = Path(package.__file__).parent
 class Tree(HTMLParser):
     """Notes what opens and closes; raises at the first end tag that closes something else."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text):
         super().__init__()
         self.open: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.feed(text)
         self.close()
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
         if tag not in VOID:
             self.open.append(tag)
 
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_startendtag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
 
-    def handle_endtag(self, tag: str) -> None:
+    def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
 
@@ -47,23 +47,23 @@ def tree(html: str) -> Tree:
     return Tree(html)
 
 
-def test_it_is_one_small_document_whose_tags_match(html: str, tree: Tree) -> None:
+def test_it_is_one_small_document_whose_tags_match(html, tree):
     assert tree.open == []
     assert len(html.encode()) < 60_000
     names = [attrs["id"] for _, attrs in tree.tags if "id" in attrs]
     assert len(names) == len(set(names))
 
 
-def test_it_asks_for_nothing_outside_itself(html: str, tree: Tree) -> None:
+def test_it_asks_for_nothing_outside_itself(html, tree):
     assert re.findall(r"https?://[^\s'\"]*", html) == ["http://www.w3.org/2000/svg"]  # a name, not a place
     links = [attrs[name] for _, attrs in tree.tags for name in ("src", "href", "action", "srcset", "data") if name in attrs]
     assert [link for link in links if not str(link).startswith("data:image/svg+xml,")] == []
     assert not re.search(r"@import|url\(|\bimport\(|//cdn", html)
-    asked = set(re.findall(r"(?:at|post)\('([^']+)'", html))
-    assert asked == {"/v1/chat/completions", "/v1/models", "/v1/attestation", "/tokenize"}
+    routes = set(re.findall(r"(?:at|post)\('([^']+)'", html))
+    assert routes == {"/v1/chat/completions", "/v1/models", "/v1/attestation", "/tokenize"}
 
 
-def test_the_policy_allows_exactly_the_parts_inside_it(html: str) -> None:
+def test_the_policy_allows_exactly_the_parts_inside_it(html):
     policy = dict(part.split(" ", 1) for part in page().policy.split("; "))
     assert policy["default-src"] == "'none'"
     assert policy["connect-src"] == "'self'"
@@ -74,14 +74,14 @@ def test_the_policy_allows_exactly_the_parts_inside_it(html: str) -> None:
         assert policy[f"{tag}-src"].split() == [f"'sha256-{each}'" for each in hashes]
 
 
-def test_no_text_can_become_html_and_no_handler_or_style_is_an_attribute(html: str, tree: Tree) -> None:
+def test_no_text_can_become_html_and_no_handler_or_style_is_an_attribute(html, tree):
     assert not re.search(
         r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|DOMParser|Fragment", html
     )
     assert not [name for _, attrs in tree.tags for name in attrs if name == "style" or name.startswith("on")]
 
 
-def test_every_field_and_button_has_a_name(html: str, tree: Tree) -> None:
+def test_every_field_and_button_has_a_name(html, tree):
     labelled = {attrs["for"] for tag, attrs in tree.tags if tag == "label" and "for" in attrs}
     wrapped = re.findall(r"<label>\w[^<]*<(?:input|textarea) name=\"(\w+)\"", html)
     for tag, attrs in tree.tags:
@@ -98,7 +98,7 @@ def _luminance(colour: str) -> float:
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_text_stands_out_from_what_is_behind_it(theme: str) -> None:
+def test_text_stands_out_from_what_is_behind_it(theme):
     style = (FOLDER / "page.css").read_text()
     light, dark = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
     colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", light if theme == "light" else dark))

@@ -2,27 +2,17 @@
 
 import json
 import socket
-from typing import Any
 
-import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_server import CAPACITY, Client, TinyServer, ask, good, post_head, read_all, say, until
+from tiny_server import CAPACITY, ask, good, post_head, read_all, refused, say, until
 
 from stages.serve import server
 from stages.serve.api import body
 from stages.serve.api.routes import ROUTES
 
-
-def refused(reply: httpx.Response, status: int = 400) -> dict[str, Any]:
-    assert reply.status_code == status, reply.text
-    problem = reply.json()["error"]
-    assert set(problem) == {"message", "type", "param", "code"}
-    assert problem["message"]
-    return problem
-
-
+PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
 DEEP = b"[" * 100_000
 LARGE = b"9" * 5000
 
@@ -54,7 +44,7 @@ LARGE = b"9" * 5000
         ({"x" * 1000: 1}, "x" * 80 + "..."),
     ],
 )  # fmt: skip
-def test_a_field_of_a_completion(client: Client, change: dict[str, Any], param: str) -> None:
+def test_a_field_of_a_completion(client, change, param):
     assert refused(client.post("/v1/completions", json=ask() | change))["param"] == param
 
 
@@ -81,20 +71,20 @@ def test_a_field_of_a_completion(client: Client, change: dict[str, Any], param: 
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation", "is added"),
     ],
 )  # fmt: skip
-def test_a_field_of_a_chat(client: Client, change: dict[str, Any], param: str, words: str) -> None:
+def test_a_field_of_a_chat(client, change, param, words):
     problem = refused(client.post("/v1/chat/completions", json=say() | change))
     assert problem["param"].startswith(param.replace("[...]", "[")[: param.find("[") + 1] if "[...]" in param else param)
     assert words in problem["message"]
 
 
-def test_special_tokens_of_a_conversation_are_its_templates(client: Client) -> None:
-    asked = {"messages": say()["messages"]}
+def test_special_tokens_of_a_conversation_are_its_templates(client):
+    fields = {"messages": say()["messages"]}
     for wish in (True, False):
-        assert refused(client.post("/tokenize", json=asked | {"add_special_tokens": wish}))["param"] == "add_special_tokens"
-    assert client.post("/tokenize", json=asked).status_code == 200
+        assert refused(client.post("/tokenize", json=fields | {"add_special_tokens": wish}))["param"] == "add_special_tokens"
+    assert client.post("/tokenize", json=fields).status_code == 200
 
 
-def test_what_changes_no_answer_is_taken(client: Client) -> None:
+def test_what_changes_no_answer_is_taken(client):
     neutral = {
         "user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "parallel_tool_calls": True, "tools": [],
         "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"], "safety_identifier": "x",
@@ -105,7 +95,7 @@ def test_what_changes_no_answer_is_taken(client: Client) -> None:
     assert client.complete(echo=False, suffix="", best_of=1, logprobs=None).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     "content",
     [
@@ -117,7 +107,7 @@ def test_what_changes_no_answer_is_taken(client: Client) -> None:
         b'{"prompt":"a\n"}',
     ],
 )  # fmt: skip
-def test_bodies_that_are_none(client: Client, path: str, content: bytes) -> None:
+def test_bodies_that_are_none(client, path, content):
     refused(client.post_bytes(path, content))
 
 
@@ -141,22 +131,22 @@ def test_bodies_that_are_none(client: Client, path: str, content: bytes) -> None
         ("completions", b'{"prompt":"\\ud800","user":"' + b"a" * body.SEARCHED + b'"}', None),
     ],
 )  # fmt: skip
-def test_what_json_cannot_say_is_named(client: Client, path: str, content: bytes, param: str | None) -> None:
+def test_what_json_cannot_say_is_named(client, path, content, param):
     reply = client.post_bytes(f"/v1/{path}", content)
     assert refused(reply)["param"] == param
 
 
-def test_whole_numbers_in_any_spelling(client: Client) -> None:
-    told = client.post_bytes("/v1/completions", b'{"prompt":[5.0,6e0],"max_tokens":2.0,"temperature":0}').json()
-    assert told["choices"] == client.complete([5, 6], 2).json()["choices"]
+def test_whole_numbers_in_any_spelling(client):
+    result = client.post_bytes("/v1/completions", b'{"prompt":[5.0,6e0],"max_tokens":2.0,"temperature":0}').json()
+    assert result["choices"] == client.complete([5, 6], 2).json()["choices"]
     refused(client.post_bytes("/v1/completions", b'{"prompt":[5.5]}'))
 
 
-def test_the_same_field_twice_is_the_last(client: Client) -> None:
+def test_the_same_field_twice_is_the_last(client):
     good(client.post_bytes("/v1/completions", b'{"prompt":"a","prompt":"b","max_tokens":1}'))
 
 
-def test_what_does_not_fit_is_refused_with_both_counts(client: Client) -> None:
+def test_what_does_not_fit_is_refused_with_both_counts(client):
     text = "Hello there " * 100
     count = client.post("/tokenize", json={"prompt": text}).json()["count"]
     problem = refused(client.complete(text))
@@ -172,28 +162,28 @@ def test_what_does_not_fit_is_refused_with_both_counts(client: Client) -> None:
     refused(client.complete([5] * 400_000, 1))
 
 
-def test_a_long_conversation_is_counted_before_it_is_rendered(client: Client) -> None:
+def test_a_long_conversation_is_counted_before_it_is_rendered(client):
     """A template is given a conversation once for each of its answers; for this one that would take minutes."""
     turns = [{"role": ("user", "assistant")[n % 2], "content": "Hello there, how are you? " * 150} for n in range(801)]
     problem = refused(client.post("/v1/chat/completions", json=say() | {"messages": turns}, timeout=20))
     assert problem["code"] == "context_length_exceeded"
 
 
-def test_an_unknown_model_is_told_what_is_served(client: Client) -> None:
-    for path, asked in (("/v1/completions", ask()), ("/v1/chat/completions", say()), ("/tokenize", {"prompt": "a"})):
-        problem = refused(client.post(path, json=asked | {"model": "gpt-5" * 50}), 404)
+def test_an_unknown_model_is_told_what_is_served(client):
+    for path, fields in (("/v1/completions", ask()), ("/v1/chat/completions", say()), ("/tokenize", {"prompt": "a"})):
+        problem = refused(client.post(path, json=fields | {"model": "gpt-5" * 50}), 404)
         assert problem["code"] == "model_not_found"
         assert problem["param"] == "model"
         assert "'tiny'" in problem["message"]
-        assert client.post(path, json=asked | {"model": "default"}).status_code == 200
+        assert client.post(path, json=fields | {"model": "default"}).status_code == 200
 
 
-def test_more_at_once_than_can_ever_be(client: Client) -> None:
+def test_more_at_once_than_can_ever_be(client):
     assert "8 completions" in refused(client.complete(n=8))["message"]
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "PATCH", "DELETE", "TRACE", "OPTIONS", "POST", "HEAD"])
-def test_methods_that_a_route_has_not(client: Client, method: str) -> None:
+def test_methods_that_a_route_has_not(client, method):
     for route in ROUTES:
         if method == route.method or (method, route.method) == ("HEAD", "GET"):
             continue
@@ -204,13 +194,13 @@ def test_methods_that_a_route_has_not(client: Client, method: str) -> None:
             refused(reply, 405)
 
 
-def test_routes_that_there_are_not(client: Client) -> None:
+def test_routes_that_there_are_not(client):
     for path in ("/v1", "/v1/", "/v1/embeddings", "/favicon.ico", "/v1/completions/", "/v1/models/", "/docs", "/static/x",
                  "/update_weights"):  # fmt: skip
         assert refused(client.get(path), 404)["code"] in ("not_found", "model_not_found")
 
 
-def test_a_body_that_is_too_large(client: Client, tiny_server: TinyServer) -> None:
+def test_a_body_that_is_too_large(client, tiny_server):
     large = b'{"prompt":"' + b"a" * body.MAX_BYTES + b'"}'
     refused(client.post_bytes("/v1/completions", large), 413)
     refused(client.post_bytes("/v1/completions", iter([large[: 1 << 20]] * 6)), 413)  # in chunks, of unknown length
@@ -220,29 +210,27 @@ def test_a_body_that_is_too_large(client: Client, tiny_server: TinyServer) -> No
         assert b" 413 " in connection.recv(1000)
 
 
-def test_bodies_of_all_requests_together_are_bounded(
-    client: Client, tiny_server: TinyServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bodies_of_all_requests_together_are_bounded(client, tiny_server, monkeypatch):
     """By what has come, not by what is told of; and however a request ends, its bytes are given back."""
     bodies = tiny_server.state.body_budget
     monkeypatch.setattr(bodies, "limit", 1000)
     sound = b'{"prompt":"' + b"a" * 388 + b'"}'
     with tiny_server.connect() as first:
         first.sendall(post_head("/tokenize", 10**5) + b" " * 600)
-        assert until(lambda: bodies.held == 600)
+        assert until(lambda: bodies.size == 600)
         assert client.post_bytes("/tokenize", sound[:-3] + b'"}').status_code == 200
         with tiny_server.connect() as second:
             second.sendall(post_head("/tokenize", 10**5) + b" " * 300)
-            assert until(lambda: bodies.held == 900)
+            assert until(lambda: bodies.size == 900)
             second.sendall(b" " * 101)
             reply = read_all(second)
         assert reply.startswith(b"HTTP/1.1 429 ")
         assert b"\r\nretry-after: 1\r\n" in reply.lower()
         assert b"\r\nconnection: close\r\n" in reply.lower()
         assert json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["code"] == "rate_limit_exceeded"
-        assert until(lambda: bodies.held == 600)
+        assert until(lambda: bodies.size == 600)
         assert refused(client.post_bytes("/tokenize", sound), 429)["type"] == "rate_limit_error"
-    assert until(lambda: bodies.held == 0)  # the first has left
+    assert until(lambda: bodies.size == 0)  # the first has left
     assert client.post_bytes("/tokenize", sound).status_code == 200
     refused(client.post_bytes("/tokenize", sound[1:]))
     monkeypatch.setattr(body, "MAX_BYTES", 500)
@@ -251,11 +239,11 @@ def test_bodies_of_all_requests_together_are_bounded(
     with tiny_server.connect() as slow:
         slow.sendall(post_head("/tokenize", 50) + b" " * 40)
         assert b" 408 " in slow.recv(65536)
-    assert until(lambda: bodies.held == 0)
+    assert until(lambda: bodies.size == 0)
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "br", "deflate, gzip"])
-def test_a_compressed_body(client: Client, encoding: str) -> None:
+def test_a_compressed_body(client, encoding):
     refused(client.post_bytes("/v1/completions", b"{}", **{"Content-Encoding": encoding}), 415)
     refused(client.post_bytes("/v1/completions", b"{}", **{"Content-Type": "application/json; charset=utf-16"}), 415)
 
@@ -274,7 +262,7 @@ def test_a_compressed_body(client: Client, encoding: str) -> None:
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\r\n\r\n\r\n\x00",
     ],
 )  # fmt: skip
-def test_what_is_not_http(tiny_server: TinyServer, request_: bytes) -> None:
+def test_what_is_not_http(tiny_server, request_):
     with tiny_server.connect() as connection:
         connection.sendall(request_)
         connection.shutdown(socket.SHUT_WR)
@@ -285,7 +273,7 @@ def test_what_is_not_http(tiny_server: TinyServer, request_: bytes) -> None:
         assert json.JSONDecoder().raw_decode(rest.decode())[0]["error"]["message"]
 
 
-def test_a_client_that_is_slow(tiny_server: TinyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_is_slow(tiny_server, monkeypatch):
     monkeypatch.setattr(body, "SECONDS", 0.3)
     monkeypatch.setattr(server, "HEAD_SECONDS", 0.3)
     head = post_head("/tokenize", 20)
@@ -318,10 +306,10 @@ FIELDS = st.sampled_from(
 
 @settings(max_examples=150)
 @given(
-    path=st.sampled_from(["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]),
+    path=st.sampled_from(PATHS),
     change=st.dictionaries(FIELDS, JSON, max_size=4), sound=st.booleans(),
 )  # fmt: skip
-def test_fields_at_random(tiny_server: TinyServer, path: str, change: dict[str, Any], sound: bool) -> None:
+def test_fields_at_random(tiny_server, path, change, sound):
     start = {"/v1/completions": ask(most=2), "/v1/chat/completions": say(most=2)}.get(path, {"prompt": "a"}) if sound else {}
     with tiny_server.client(timeout=20) as client:
         content = json.dumps(start | change).encode()
@@ -335,8 +323,8 @@ def test_fields_at_random(tiny_server: TinyServer, path: str, change: dict[str, 
 @settings(max_examples=100)
 @given(
     content=st.binary(max_size=200),
-    path=st.sampled_from(["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]),
+    path=st.sampled_from(PATHS),
 )
-def test_bytes_at_random(tiny_server: TinyServer, content: bytes, path: str) -> None:
+def test_bytes_at_random(tiny_server, content, path):
     with tiny_server.client(timeout=20) as client:
         refused(client.post_bytes(path, content))

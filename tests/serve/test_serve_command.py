@@ -66,37 +66,35 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Started:
     """A server in a process of its own, whose steps are slow, ready when it is made."""
 
-    def __init__(self, folder: Path, *flags: object, env: dict[str, str] | None = None, key: str = "") -> None:
+    def __init__(self, folder, *flags: object, env=None, key=""):
         words = ["--model", folder, "--port", 0, "--slots", 2, *flags]
         self.process = subprocess.Popen(
             [sys.executable, "-c", SLOW, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, env=os.environ | (env or {}),
         )  # fmt: skip
-        self.said = ""
-        assert self.process.stdout is not None
-        while "Ctrl-C" not in self.said:
+        self.output = ""
+        while "Ctrl-C" not in self.output:
             line = self.process.stdout.readline()
-            assert line, self.said
-            self.said += line
-        self.url = re.findall(r"page +(\S+)", self.said)[0]
+            assert line, self.output
+            self.output += line
+        self.url = re.findall(r"page +(\S+)", self.output)[0]
         self.client = httpx.Client(base_url=self.url, timeout=60, headers={"Authorization": f"Bearer {key}"} if key else {})
 
-    def ends(self, seconds: float = 20) -> int:
+    def ends(self, seconds=20):
         more, _ = self.process.communicate(timeout=seconds)
-        self.said += more
+        self.output += more
         return self.process.returncode
 
 
 @contextlib.contextmanager
-def started(*given: Any, **options: Any) -> Iterator[Started]:
-    server = Started(*given, **options)
+def started(*flags: Any, **options: Any) -> Iterator[Started]:
+    server = Started(*flags, **options)
     try:
         yield server
     finally:
         server.process.kill()
         server.process.wait()
         server.client.close()
-        assert server.process.stdout is not None
         server.process.stdout.close()
 
 
@@ -111,10 +109,10 @@ def running(server: Started, count: int) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_what_is_under_way_end(folder: Path, number: signal.Signals) -> None:
+def test_a_signal_lets_what_is_under_way_end(folder, number):
     with started(folder, "--name", "sea") as server:
-        assert "weights   int8" in server.said
-        assert re.search(r"compiling \.\.\. \d", server.said)
+        assert "weights   int8" in server.output
+        assert re.search(r"compiling \.\.\. \d", server.output)
         whole: list[httpx.Response] = []
         body = ask("Hello " * 20, 100, ignore_eos=True, model="sea", logprobs=2, presence_penalty=0.5) | {"temperature": 1}
         threads = [
@@ -124,25 +122,28 @@ def test_a_signal_lets_what_is_under_way_end(folder: Path, number: signal.Signal
         assert running(server, 2)
         server.process.send_signal(number)
         time.sleep(0.1)
-        late = server.client.post("/v1/completions", json=ask(model="sea"))
-        assert late.status_code == 503
+        for path in ("/v1/completions", "/v1/chat/completions", "/tokenize"):
+            late = server.client.post(path, json=ask(model="sea"))
+            assert (late.status_code, late.json()["error"]["code"]) == (503, "draining")
+            assert late.headers["retry-after"]
+        assert server.client.get("/health").json()["status"] == "draining"
         for thread in threads:
             thread.join()
         assert server.ends() == 0
         assert {reply.status_code for reply in whole} == {200}
         assert sum(reply.text.count("[DONE]") for reply in whole) == 1
         assert sum('"completion_tokens":100' in reply.text for reply in whole) == 1
-        assert "Finishing what is under way" in server.said
-        assert re.search(r"Weights unchanged: SHA-256 [0-9a-f]{16}; 0 programs compiled after the start", server.said)
-        assert "Traceback" not in server.said
+        assert "Finishing what is under way" in server.output
+        assert re.search(r"Weights unchanged: SHA-256 [0-9a-f]{16}; 0 programs compiled after the start", server.output)
+        assert "Traceback" not in server.output
 
 
-def test_a_second_signal_ends_it_at_once(folder: Path) -> None:
+def test_a_second_signal_ends_it_at_once(folder):
     with started(folder, env={"THRICE_API_KEY": "one,two"}, key="two") as server:
-        assert "2 API keys" in server.said
+        assert "2 API keys" in server.output
         assert httpx.get(f"{server.url}/v1/models").status_code == 401
 
-        def asks() -> None:
+        def asks():
             with contextlib.suppress(httpx.HTTPError):
                 server.client.post("/v1/completions", json=ask(most=100, ignore_eos=True, model="default"))
 
@@ -157,59 +158,56 @@ def test_a_second_signal_ends_it_at_once(folder: Path) -> None:
         thread.join()
 
 
-def test_ctrl_c_while_it_compiles(folder: Path) -> None:
+def test_ctrl_c_while_it_compiles(folder):
     slow = "import time, engine.inference.slots as s; s.Slots.warm = lambda *_: time.sleep(60)\n" + SLOW
     process = subprocess.Popen(
         [sys.executable, "-c", slow, "--model", str(folder), "--port", "0"], cwd=ROOT, stdout=subprocess.PIPE, text=True,
         stderr=subprocess.STDOUT,
     )  # fmt: skip
-    assert process.stdout is not None
     try:
         while "template" not in process.stdout.readline():
             assert process.poll() is None
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=10)
+        output, _ = process.communicate(timeout=10)
     finally:
         process.kill()
         process.wait()
         process.stdout.close()
     assert process.returncode == 130
-    assert "Stopped before it was ready." in said
-    assert "Traceback" not in said
+    assert "Stopped before it was ready." in output
+    assert "Traceback" not in output
 
 
 def refuses(capsys: pytest.CaptureFixture[str], *flags: object) -> str:
     assert main(list(map(str, flags))) == 2
-    said = capsys.readouterr()
-    assert "Traceback" not in said.err
-    assert len(said.err.splitlines()) == 1
-    return said.err
+    output = capsys.readouterr()
+    assert "Traceback" not in output.err
+    assert len(output.err.splitlines()) == 1
+    return output.err
 
 
-def test_a_port_that_is_taken(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
+def test_a_port_that_is_taken(folder, capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
         assert f"Port {port} of 127.0.0.1 is in use" in refuses(capsys, "--model", folder, "--port", port)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.7.7", "example.org"])
-def test_an_address_others_can_reach_needs_a_key(
-    host: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_address_others_can_reach_needs_a_key(host, capsys, monkeypatch):
     for empty in ("", " , "):
         monkeypatch.setenv("THRICE_API_KEY", empty)
         assert "give --api-key" in refuses(capsys, "--host", host, "--port", 0)
 
 
-def test_addresses_of_this_machine_alone() -> None:
+def test_addresses_of_this_machine_alone():
     assert all(map(server.is_local, ("127.0.0.1", "127.8.9.1", "localhost", "::1")))
     assert not any(map(server.is_local, ("0.0.0.0", "::", "10.0.0.1", "example.org", "localhost.example.org", "")))
 
 
-def test_what_else_cannot_be(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_else_cannot_be(folder, tmp_path, capsys):
     quick = ("--port", 0)
     assert "There is no model at" in refuses(capsys, *quick, "--model", tmp_path / "none")
     assert "There is no address" in refuses(capsys, *quick, "--host", "127.0.0.1.1", "--api-key", "a")
@@ -223,7 +221,7 @@ def test_what_else_cannot_be(folder: Path, tmp_path: Path, capsys: pytest.Captur
         assert flag in capsys.readouterr().err
 
 
-def test_without_its_extra_it_says_how_to_get_it(folder: Path) -> None:
+def test_without_its_extra_it_says_how_to_get_it(folder):
     program = (
         "import importlib.util as u, sys; find = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name in ('starlette', 'uvicorn') else find(name, *a)\n"
@@ -241,10 +239,8 @@ def load_state(folder: Path, **layout: Any) -> tuple[ServerState, CompileAhead]:
 
 
 @pytest.mark.parametrize("weights", ["int8", "bfloat16", "float32"])
-def test_the_type_of_the_weights(
-    folder: Path, weights: str, capsys: pytest.CaptureFixture[str], count_compiles: list[str]
-) -> None:
-    state, ahead = load_state(folder, weights=weights, slots=2, prefix_cache=10**6)
+def test_the_type_of_the_weights(folder, weights, capsys, count_compiles):
+    state, ahead = load_state(folder, weights=weights, slots=2, prefix_cache_bytes=10**6)
     state.tokenizer.close()
     assert re.search(rf"weights +{weights}, [\d.]+ kB, SHA-256 {state.digest[:16]}", capsys.readouterr().out)
     assert (state.engine.capacity, state.name) == (150, "sea")
@@ -257,7 +253,7 @@ def test_the_type_of_the_weights(
 
 
 @pytest.mark.parametrize("weights", ["int8", "float32"])
-def test_an_adapter_is_merged_into_what_is_served(weights: str) -> None:
+def test_an_adapter_is_merged_into_what_is_served(weights):
     """Integers are made of what base and adapter come to, and no gradient is ever asked of them."""
     cfg = tiny_config()
     base = lively_params(cfg)
@@ -276,7 +272,7 @@ def out_of_memory(*_: Any, **__: Any) -> None:
     raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 377487360 bytes.")
 
 
-def test_too_many_slots_for_memory_is_a_sentence_and_ends_what_compiles_ahead() -> None:
+def test_too_many_slots_for_memory_is_a_sentence_and_ends_what_compiles_ahead():
     stopped: list[bool] = []
     ahead: Any = SimpleNamespace(stop=lambda: stopped.append(True))
     slots: Any = SimpleNamespace(cfg=None, capacity=8, warm=out_of_memory)
@@ -288,9 +284,7 @@ def test_too_many_slots_for_memory_is_a_sentence_and_ends_what_compiles_ahead() 
 
 
 @pytest.mark.parametrize("foreseen", [True, False])
-def test_slots_beyond_memory_are_refused_with_flags_of_this_stage(
-    folder: Path, foreseen: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slots_beyond_memory_are_refused_with_flags_of_this_stage(folder, foreseen, monkeypatch):
     if foreseen:
         monkeypatch.setattr(hardware, "memory_limit_bytes", lambda: 10**6)
     else:

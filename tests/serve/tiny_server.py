@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import json
 import socket
 import threading
 import time
@@ -13,7 +14,7 @@ import httpx
 from chat_models import chat_tokenizer
 from tiny import lively_params, tiny_config
 
-SLOTS, QUEUE, CAPACITY, CHUNK, TAIL = 3, 4, 150, 16, 8
+SLOTS, QUEUE, CAPACITY = 3, 4, 150
 
 
 @functools.cache
@@ -27,9 +28,9 @@ def tiny_model() -> Any:
 
 
 class TinyServer:
-    """Listens while its block lasts. `state` is what its routes share, `url` where they are; `changes` are Slots' options."""
+    """Listens while its block lasts. `state` is what its routes share, `url` where they are."""
 
-    def __init__(self, *, keys: tuple[str, ...] = (), warm: bool = True, queue: int = QUEUE, **changes: Any) -> None:
+    def __init__(self, *, keys: tuple[str, ...] = (), warm: bool = True) -> None:
         from engine.inference import decode
         from engine.inference.slots import Slots
         from engine.storage.digest import digest
@@ -41,12 +42,12 @@ class TinyServer:
         self.keys, self._warm = keys, warm
         self.model = model = tiny_model()
         params = decode.for_inference(model.cfg, model.params)
-        options = {"slots": SLOTS, "capacity": CAPACITY, "kv_dtype": "float32", "prefix_cache_bytes": 10**7}
-        options |= {"chunk": CHUNK, "tail": TAIL}
-        self.slots = slots = Slots(model.cfg, params, **{**options, **changes})
+        self.slots = slots = Slots(
+            model.cfg, params, slots=SLOTS, capacity=CAPACITY, kv_dtype="float32", prefix_cache_bytes=10**7, chunk=16, tail=8
+        )
         make_chat = lambda: Chat(model.tokenizer, None, FIXED_DAY)
         self.state = make_state(
-            model, "tiny", slots, digest(params), make_chat(), make_chat, CompileCounter(), queue, price=0.25
+            model, "tiny", slots, digest(params), make_chat(), make_chat, CompileCounter(), QUEUE, price=0.25
         )
         self._started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
@@ -87,15 +88,16 @@ class TinyServer:
         from stages.serve.api.guard import LOCAL_HOSTS
         from stages.serve.page import page
 
-        self.app = make_app(self.state, page(), keys=keys, hosts=LOCAL_HOSTS, version="1.2.3")
+        app = make_app(self.state, page(), keys=keys, hosts=LOCAL_HOSTS, version="1.2.3")
         bound = server.bind("127.0.0.1", 0)
         server.listen(bound)
-        http = server.make_server(self.app)
+        http = server.make_server(app)
         return http, bound.getsockname()[1], asyncio.create_task(http.serve([bound]))
 
     async def _run(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.server, self.port, serving = await self.listen(self.keys)
+        self.app = self.server.config.app
         self.url = f"http://127.0.0.1:{self.port}"
         if self._warm:
             ready = asyncio.Event()
@@ -115,6 +117,9 @@ class Client(httpx.Client):
     def chat(self, *arguments: Any, **more: Any) -> httpx.Response:
         return self.post("/v1/chat/completions", json=say(*arguments, **more))
 
+    def tokens(self, prompt: str | None = None, **more: Any) -> list[int]:
+        return good(self.post("/tokenize", json={"prompt": prompt} if prompt else more))["tokens"]
+
     def post_bytes(self, path: str, content: Any, **headers: str) -> httpx.Response:
         return self.post(path, content=content, headers={"Content-Type": "application/json"} | headers)
 
@@ -132,6 +137,22 @@ def say(text: str = "Hello there", most: int = 5, **more: Any) -> dict[str, Any]
 def good(reply: httpx.Response) -> Any:
     assert reply.status_code == 200, reply.text
     return reply.json()
+
+
+def refused(reply: httpx.Response, status: int = 400) -> dict[str, Any]:
+    """The error object of a reply of that status."""
+    assert reply.status_code == status, reply.text
+    problem = reply.json()["error"]
+    assert set(problem) == {"message", "type", "param", "code"}
+    assert problem["message"]
+    return problem
+
+
+def events(text: str) -> list[Any]:
+    """What a stream of server-sent events holds, `[DONE]` left out but required."""
+    parts = [line.removeprefix("data: ") for line in text.split("\n\n") if line.startswith("data: ")]
+    assert parts.pop() == "[DONE]"
+    return [json.loads(part) for part in parts]
 
 
 def post_head(path: str, length: int) -> bytes:

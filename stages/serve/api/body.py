@@ -36,7 +36,7 @@ async def read_body[T: ModelRequest](http: Request, kind: type[T]) -> T:
         await _receive(http, content, state.body_budget)
         body = decode(content, kind) if len(content) <= DECODED_AT_ONCE else await asyncio.to_thread(decode, content, kind)
     finally:
-        state.body_budget.held -= len(content)
+        state.body_budget.size -= len(content)
     state.check_model(body.model)
     return body
 

@@ -75,8 +75,8 @@ class ChatWriter:
             if text or piece.logprobs:
                 delta = replies.Delta(content=text) if text else replies.Delta()
                 yield self._chunk(replies.ChatChunkChoice(piece.choice, delta, None, self._logprobs(piece.logprobs)))
-            if piece.reason:
-                yield self._chunk(replies.ChatChunkChoice(piece.choice, replies.Delta(), piece.reason))
+            if piece.finish_reason:
+                yield self._chunk(replies.ChatChunkChoice(piece.choice, replies.Delta(), piece.finish_reason))
         if self._wants_usage:
             yield self._chunk(usage=generation.usage)
 

@@ -69,14 +69,14 @@ class TextWriter:
         async for piece in generation.pieces(QUIET):
             if piece is None:
                 yield None
-            elif piece.text or piece.logprobs or piece.reason:
+            elif piece.text or piece.logprobs or piece.finish_reason:
                 usage = None if self._wants_usage else UNSET
                 yield TextReply(**self._head, choices=[self._choice(piece)], usage=usage)
         if self._wants_usage:
             yield self.reply([], generation.usage)
 
     def _choice(self, piece: Piece) -> TextChoice:
-        return TextChoice(piece.choice, piece.text, piece.reason, self._logprobs(piece.choice, piece.logprobs))
+        return TextChoice(piece.choice, piece.text, piece.finish_reason, self._logprobs(piece.choice, piece.logprobs))
 
     def _logprobs(self, index: int, logprobs: list[LogProb]) -> TextLogProbs | None:
         if self._top_logprobs is None:

@@ -31,7 +31,7 @@ class Piece(NamedTuple):
     choice: int
     text: str
     logprobs: list[LogProb]
-    reason: Reason | None
+    finish_reason: Reason | None
 
 
 class Generation:
@@ -85,7 +85,7 @@ class Generation:
                 if piece:
                     texts[piece.choice].append(piece.text)
                     logprobs[piece.choice] += piece.logprobs
-                    reasons[piece.choice] = piece.reason
+                    reasons[piece.choice] = piece.finish_reason
         finally:
             watch.cancel()
         return [Piece(index, "".join(texts[index]), logprobs[index], reasons[index]) for index in range(count)]

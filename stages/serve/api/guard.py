@@ -50,21 +50,15 @@ class Guard:
         self._keys = [_hash(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            if scope["type"] == "lifespan":
-                await self._app(scope, receive, send)
+        if scope["type"] != "http":  # there are no web sockets
             return
-
         arrived = time.monotonic()
 
         async def send_secured(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self._count(message["status"])
-                message["headers"] = [
-                    *message.get("headers", ()),
-                    *SECURITY_HEADERS,
-                    (b"x-request-id", b"req_" + secrets.token_hex(12).encode()),
-                ]
+                request_id = b"x-request-id", b"req_" + secrets.token_hex(12).encode()
+                message["headers"] = [*message.get("headers", ()), *SECURITY_HEADERS, request_id]
             await send(message)
 
         try:

@@ -18,15 +18,9 @@ STATUSES = {
     429: "All places are taken; Retry-After says how long to wait.", 500: "The server is at fault.",
     503: "Requests are not answered at the moment.",
 }  # fmt: skip
-TEXTS_OR_IDS = {
-    "anyOf": [
-        {"type": "string", "minLength": 1},
-        {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS, "items": {"type": "string", "minLength": 1}},
-        {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/TokenId"}},
-        {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS, "items": {
-            "type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/TokenId"}}},
-    ]
-}  # fmt: skip
+TEXT, ID = {"type": "string", "minLength": 1}, {"$ref": "#/components/schemas/TokenId"}
+array = lambda items, **bounds: {"type": "array", "minItems": 1, "items": items, **bounds}
+TEXTS_OR_IDS = {"anyOf": [TEXT, array(TEXT, maxItems=MAX_PROMPTS), array(ID), array(array(ID), maxItems=MAX_PROMPTS)]}
 # top_logprobs is a number only where logprobs is true.
 LOGPROBS = {
     "if": {"properties": {"top_logprobs": {"type": "integer"}}, "required": ["top_logprobs"]},
@@ -42,14 +36,14 @@ def document(vocab: int, capacity: int, version: str) -> bytes:
     components["CompletionRequest"]["properties"]["prompt"] = TEXTS_OR_IDS
     components["ChatRequest"] |= LOGPROBS
     components["TokenizeRequest"] |= {"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]}
-    ids, count = {"$ref": "#/components/schemas/TokenId"}, {"type": "integer", "minimum": 1, "maximum": capacity - 1}
+    count = {"type": "integer", "minimum": 1, "maximum": capacity - 1}
     for name in ("CompletionRequest", "ChatRequest"):
         properties = components[name]["properties"]
-        properties["stop_token_ids"]["anyOf"][0]["items"] = ids
+        properties["stop_token_ids"]["anyOf"][0]["items"] = ID
         for field in ("max_tokens", "max_completion_tokens"):
             if field in properties:
                 properties[field]["anyOf"] = [count, {"type": "null"}]
-    components["DetokenizeRequest"]["properties"]["tokens"]["items"] = ids
+    components["DetokenizeRequest"]["properties"]["tokens"]["items"] = ID
     paths: dict[str, Any] = {}
     for route in ROUTES:
         paths.setdefault(route.path.replace(":path", ""), {})[route.method.lower()] = _operation(route)

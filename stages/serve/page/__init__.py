@@ -21,13 +21,13 @@ class Page(NamedTuple):
 
 
 def page() -> Page:
-    """The page with its parts inside, each allowed by its SHA-256 alone."""
+    """Returns the page with its parts inside, each allowed by its SHA-256 alone."""
     folder = Path(__file__).parent
     allowed: dict[str, list[str]] = {"style": [], "script": []}
 
-    def inside(found: re.Match[str]) -> str:
-        tag = "style" if found[1] else "script"
-        text = "\n" + (folder / (found[1] or found[2])).read_text("utf-8")
+    def inside(match: re.Match[str]) -> str:
+        tag = "style" if match[1] else "script"
+        text = "\n" + (folder / (match[1] or match[2])).read_text("utf-8")
         allowed[tag].append(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'")
         return f"<{tag}>{text}</{tag}>"
 

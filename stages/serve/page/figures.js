@@ -18,7 +18,7 @@ function under(turn) {
     turn.speed && pace(turn.speed),
     turn.first && `first after ${took(turn.wait)}`,
     turn.resent && `this turn re-sent ${some(turn.resent, 'token')}`,
-    turn.cached && `${count(turn.cached)} of the prompt were still computed`,
+    turn.cached && `${count(turn.cached)} of the prompt from the prefix cache`,
   ].filter(Boolean).flatMap((text) => [' · ', make('span', {}, text)]).slice(1);
   const copy = turn.text ? [copier(() => turn.text)] : [];
   const retry = make('button', {type: 'button', className: 'again', textContent: 'Try again', onclick: () => again(turn)});
