@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,9 @@ def page(document: Document) -> str:
     template = _environment().get_template("page.html.j2")
     return template.render(
         document=document, machine=document.get("machine") or {}, model=model, ceilings=ceilings, claims=claims,
-        command=document.get("command"), style=_style(), glance=_glance(rows, claims), figures=figures(rows, ceilings, model),
+        command=document.get("command"), style=_style(), figures=figures(rows, ceilings, model), trained=training(rows) or {},
+        served=sorted((row for row in decoding(rows) if format.number(row.get("slots"))), key=lambda row: row["slots"]),
+        lone=next((claim.get("numbers") or {} for claim in claims if claim.get("claim") == GENERATED_CHEAPER), {}).get("time"),
         groups=groups, notes=notes, columns=columns(rows), agreement=agreement(rows), limit=DEVIATION,
         json=json.dumps(document, indent=1, ensure_ascii=False, default=str),
     )  # fmt: skip
@@ -73,10 +75,11 @@ def _environment() -> jinja2.Environment:
     engine/format.py."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=lambda name: not (name or "").endswith(".md.j2"),
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=plain,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=plain, undefined=jinja2.ChainableUndefined,
     )  # fmt: skip
     names = ("number", "si", "in_words", "money", "times", "percent")
     environment.filters |= {name: getattr(format, name) for name in names} | {"deviation": deviation, "kind": _kind}
+    environment.tests["measured"] = lambda value: bool(format.number(value))
     return environment
 
 
@@ -87,26 +90,3 @@ def _style() -> str:
 def _kind(verdict: Any) -> str:
     """Returns which of the four a verdict in words is, by its first word."""
     return KINDS.get(re.split(r"\W+", str(verdict).strip().lower(), maxsplit=1)[0], "partly")
-
-
-def _glance(rows: Sequence[Document], claims: Sequence[Document]) -> list[tuple[str, str]]:
-    """Returns the few figures that the table is read for, each with its words."""
-    figures: list[tuple[str, str]] = []
-    trained = training(rows) or {}
-    if format.number(trained.get("flop_ratio_to_forward")):
-        words = f"the operations of a forward pass: {trained['name']}"
-        figures.append((format.times(trained["flop_ratio_to_forward"]), words))
-    if format.number(trained.get("time_ratio_to_forward")):
-        words = "the time of a forward pass, optimizer included"
-        figures.append((format.times(trained["time_ratio_to_forward"]), words))
-    served = sorted((row for row in decoding(rows) if format.number(row.get("slots"))), key=lambda row: row["slots"])
-    decided = (claim.get("numbers") or {} for claim in claims if claim.get("claim") == GENERATED_CHEAPER)
-    lone = next(decided, {}).get("time")
-    if served and format.number(lone):
-        figures.append((format.times(lone), f"the time of a token trained on: {served[0]['name']}"))
-    priced = [row for row in served if format.number(row.get("usd_per_million_tokens"))]
-    if len(priced) > 1:
-        least, most = (format.money(row["usd_per_million_tokens"]) for row in (priced[-1], priced[0]))
-        words = f"a million tokens: {priced[-1]['name']}, or {priced[0]['name']}"
-        figures.append((f"{least}–{most.removeprefix('$')}", words))
-    return figures

@@ -1,6 +1,5 @@
 """The rows that run forward only: evaluation, prefill, and decoding for one, for eight and for thirty-two."""
 
-import functools
 from typing import Any
 
 import jax
@@ -8,12 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.table.products import products_alone
-from bench.table.row import Row, repeated
+from bench.table.row import Row, compiled
 from engine.counting.memory import InferenceMemory, inference_memory
 from engine.counting.programs import decode_program, prefill_program, score_program
 from engine.counting.traffic import decode_bytes, forward_bytes, prefill_bytes
-from engine.counting.walk import count
-from engine.counting.xla import xla_cost, xla_memory
 from engine.inference.decode import CHUNK, MIN_ROWS, STEPS, decode_steps, prefill
 from engine.inference.sampling import sampling_arrays
 from engine.inference.sampling_params import SamplingParams
@@ -29,13 +26,11 @@ from engine.text.batch import Batch
 def evaluation_row(cfg: ModelConfig, params: Any, batch: Batch) -> Row:
     """Returns the row that scores a batch: the forward pass that all ratios are to."""
     B, T = batch.tokens.shape
-    program = score.lower(cfg, params, batch).compile()
+    program, cost = compiled(score, (cfg,), params, batch)
     return Row(
         "evaluation forward", "inference", lambda: program(params, batch), lambda: params, tokens=B * T,
-        formula=score_program(cfg, B, T),
-        peak_bytes=xla_memory(program).peak, memory=_memory(inference_memory(cfg, B, 0, tokens=T, every_logit=True)),
-        moved=forward_bytes(cfg, B, T).total, walker=count(functools.partial(score, cfg), params, batch),
-        xla=xla_cost(program), dtype=cfg.dtype,
+        formula=score_program(cfg, B, T), memory=_memory(inference_memory(cfg, B, 0, tokens=T, every_logit=True)),
+        moved=forward_bytes(cfg, B, T).total, dtype=cfg.dtype, **cost,
     )  # fmt: skip
 
 
@@ -46,7 +41,8 @@ def prefill_row(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Row:
     pieces = [jnp.asarray(tokens[:, start : start + CHUNK]) for start in range(0, T, CHUNK)]
     lengths = jnp.full((B,), CHUNK, jnp.int32)
     held = [make_cache(cfg, B, T)]
-    program = prefill.lower(cfg, params, pieces[0], lengths, held[0]).compile()
+    chunks = len(pieces)
+    program, cost = compiled(prefill, (cfg,), params, pieces[0], lengths, held[0], calls=chunks)
 
     def run() -> Any:
         cache = held[0]._replace(length=jnp.zeros((B,), jnp.int32))
@@ -55,13 +51,10 @@ def prefill_row(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Row:
         held[0] = cache
         return logits
 
-    chunks = len(pieces)
-    walker = count(functools.partial(prefill, cfg), params, pieces[0], lengths, held[0])
     return Row(
         "prefill", "inference", run, lambda: params, tokens=B * T,
-        formula=prefill_program(cfg, B, CHUNK, T) * chunks, peak_bytes=xla_memory(program).peak,
-        memory=_memory(inference_memory(cfg, B, T, tokens=CHUNK)), moved=prefill_bytes(cfg, B, CHUNK, T).total * chunks,
-        walker=walker * chunks, xla=repeated(xla_cost(program), chunks), dtype=cfg.dtype,
+        formula=prefill_program(cfg, B, CHUNK, T) * chunks, memory=_memory(inference_memory(cfg, B, T, tokens=CHUNK)),
+        moved=prefill_bytes(cfg, B, CHUNK, T).total * chunks, dtype=cfg.dtype, **cost,
     )  # fmt: skip
 
 
@@ -79,22 +72,19 @@ def decode_row(
     token = jnp.zeros((rows,), jnp.int32)
     capacity = cache.capacity
     held = [cache]
-    program = decode_steps.lower(cfg, params, token, cache, sampling).compile()
+    program, cost = compiled(decode_steps, (cfg,), params, token, cache, sampling, steps=STEPS)
 
     def run() -> Any:
         fresh = held[0]._replace(length=jnp.full((rows,), length, jnp.int32))
         tokens, held[0] = program(params, token, fresh, sampling)
         return tokens
 
-    # A loop's body counts once in XLA's analysis: its cost of a dispatch is that of one step, and of the little around it.
     return Row(
         name, "decode", run, lambda: params, tokens=requests * STEPS,
         formula=decode_program(cfg, rows, capacity, two_digits=two_digits(params)) * STEPS,
-        peak_bytes=xla_memory(program).peak, memory=_memory(inference_memory(cfg, rows, capacity, weights=weights)),
+        memory=_memory(inference_memory(cfg, rows, capacity, weights=weights)),
         moved=decode_bytes(cfg, rows, capacity, weights=weights).total * STEPS,
-        walker=count(lambda params, token, cache: decode_steps(cfg, params, token, cache, sampling), params, token, cache),
-        xla=repeated(xla_cost(program), STEPS), slots=requests, series=series, dtype=weights or cfg.dtype,
-        products=products_alone(cfg, params, rows),
+        slots=requests, series=series, dtype=weights or cfg.dtype, products=products_alone(cfg, params, rows), **cost,
     )  # fmt: skip
 
 

@@ -1,17 +1,13 @@
 """A row of the stage table: one program, what it is expected to cost, and how to run it once."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from engine.counting.flops import Flops
-from engine.counting.walk import Work
-from engine.counting.xla import XlaCost
-
-
-def repeated(cost: XlaCost, times: int) -> XlaCost:
-    """Returns the cost of so many calls."""
-    return XlaCost(cost.flops * times, cost.transcendentals * times, cost.bytes_accessed * times)
+from engine.counting.walk import Work, count
+from engine.counting.xla import XlaCost, xla_cost, xla_memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,3 +39,17 @@ class Row:
     def bound(self) -> str:
         """Names a call's ceiling: how fast this machine multiplies (MFU), or how fast it reads (MBU)."""
         return "MBU" if self.stage == "decode" or not self.formula.total else "MFU"
+
+
+def compiled(function: Any, static: tuple[Any, ...], *args: Any, calls: int = 1, steps: int = 1) -> tuple[Any, dict[str, Any]]:
+    """Returns a jitted function compiled for its arguments, and the fields of a Row that its cost is, of so many calls.
+
+    `static` are its first, static arguments. `steps`: those of its loop, whose body XLA's analysis counts once.
+    """
+    program = function.lower(*static, *args).compile()
+    cost = xla_cost(program)
+    return program, {
+        "peak_bytes": xla_memory(program).peak,
+        "walker": count(functools.partial(function, *static), *args) * calls,
+        "xla": XlaCost(*(calls * steps * each for each in (cost.flops, cost.transcendentals, cost.bytes_accessed))),
+    }

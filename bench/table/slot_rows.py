@@ -1,6 +1,5 @@
 """The rows of a prompt as it is served: prefilled into a slot chunk by chunk, and copied there from the prefix cache."""
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,12 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.table.row import Row, repeated
+from bench.table.row import Row, compiled
 from engine.counting.flops import Flops, Part, prefill_flops
 from engine.counting.memory import inference_memory
 from engine.counting.traffic import prefill_bytes
-from engine.counting.walk import count
-from engine.counting.xla import xla_cost, xla_memory
 from engine.inference.programs import prefill_chunk, read_chunk, write_chunk
 from engine.inference.slots import CHUNK
 from engine.model.cache.segmented import make_kv_segments
@@ -36,7 +33,8 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
     S = held[0].edges[-1]
     prompt_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(held[0])) // SLOTS * T // S
 
-    prefill_program = prefill_chunk.lower(cfg, params, held[0], pieces[0], slot, at[0]).compile()
+    chunks = len(pieces)
+    prefill_program, cost = compiled(prefill_chunk, (cfg,), params, held[0], pieces[0], slot, at[0], calls=chunks)
 
     def prefill() -> Any:
         for piece, start in zip(pieces, at):
@@ -48,19 +46,15 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
     blocks = {name: Part(part.forward // cfg.layers * (cfg.layers - 1)) for name, part in parts.items()}
     formula = Flops(blocks | {"qkv": parts["qkv"], "head": Part()})
     predicted = inference_memory(cfg, SLOTS, S, tokens=size)
-    chunks = len(pieces)
     yield Row(
         CHUNKED_PREFILL, "inference", prefill, lambda: params, tokens=T,
-        formula=formula * chunks,
-        peak_bytes=xla_memory(prefill_program).peak,
+        formula=formula * chunks, dtype=cfg.dtype, **cost,
         memory={"params": predicted.params, "cache": predicted.cache, "activations": predicted.working // SLOTS},
         moved=prefill_bytes(cfg, 1, size, S).total * chunks,
-        walker=count(functools.partial(prefill_chunk, cfg), params, held[0], pieces[0], slot, at[0]) * chunks,
-        xla=repeated(xla_cost(prefill_program), chunks), dtype=cfg.dtype,
     )  # fmt: skip
 
     cached = [read_chunk(held[0], slot, start, size) for start in at]
-    copy_program = write_chunk.lower(held[0], cached[0], slot, at[0]).compile()
+    copy_program, cost = compiled(write_chunk, (), held[0], cached[0], slot, at[0], calls=chunks)
 
     def copy() -> Any:
         for chunk, start in zip(cached, at):
@@ -69,6 +63,5 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
 
     yield Row(
         PREFIX_CACHE_HIT, "inference", copy, lambda: params, tokens=T, formula=Flops({}),
-        peak_bytes=xla_memory(copy_program).peak, memory={"cache": predicted.cache + prompt_bytes // chunks},
-        moved=2 * prompt_bytes, walker=count(write_chunk, held[0], cached[0], slot, at[0]) * chunks, dtype=cfg.dtype,
+        memory={"cache": predicted.cache + prompt_bytes // chunks}, moved=2 * prompt_bytes, dtype=cfg.dtype, **cost,
     )  # fmt: skip

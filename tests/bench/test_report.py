@@ -1,21 +1,29 @@
 import builtins
 import itertools
+import json
 import os
 import re
 import stat
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
-from report_document import document
 
 from bench.report.charts import apart, decade_ticks, even_ticks, logarithmic
 from bench.report.page import page, write_report
 from engine.errors import UserError
 from engine.format import in_words
 
+# A made-up stage table with every kind of row: the shape of what `python -m bench` measures, not a measurement.
+TABLE = (Path(__file__).parent / "stage_table.json").read_text(encoding="utf-8")
 SVG = "{http://www.w3.org/2000/svg}"
 VOID = {"meta", "br"}
+
+
+def document():
+    """A new document each time, so that a test may change it."""
+    return json.loads(TABLE)
 
 
 class Reader(HTMLParser):
@@ -282,13 +290,15 @@ def test_any_one_number_may_be_missing(missing):
 
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), 0, -1.0, "much", True])
-def test_odd_numbers_do_not_break_the_page(odd):
+@pytest.mark.parametrize(
+    "name", ["seconds_per_token", "usd_per_million_tokens", "peak_bytes", "slots", "flop_ratio_to_forward", "spread"]
+)
+def test_odd_numbers_do_not_break_the_page(name, odd):
     made = document()
-    for name in ("seconds_per_token", "usd_per_million_tokens", "peak_bytes", "slots", "flop_ratio_to_forward", "spread"):
-        for row in made["rows"]:
-            made_row = made | {"rows": [each | ({name: odd} if each is row else {}) for each in made["rows"]]}
-        assert Reader(page(made_row)).faults == []
-        assert Reader(page(made | {"rows": [row | {name: odd} for row in made["rows"]]})).faults == []
+    for rows in (made["rows"][-1:], made["rows"]):
+        for row in rows:
+            row[name] = odd
+        assert Reader(page(made)).faults == []
 
 
 @pytest.mark.parametrize("kept", [1, 2, 16])
