@@ -27,7 +27,7 @@ from engine.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class StageTableFlags:
-    """What is measured, and at what price."""
+    """The flags of `python -m bench`."""
 
     preset: str = "nano"
     """A shape, with random weights."""

@@ -60,12 +60,12 @@ def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], *, le
     from rich import box
     from rich.table import Table
 
-    made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, title_style="bold")
+    grid = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, title_style="bold")
     for place, head in enumerate(heads):
-        made.add_column(head, justify="left" if place < left else "right", no_wrap=True)
+        grid.add_column(head, justify="left" if place < left else "right", no_wrap=True)
     for row in rows:
-        made.add_row(*row)
-    return made
+        grid.add_row(*row)
+    return grid
 
 
 def quick[Flags](flags: Flags, values: dict[str, Any]) -> Flags:

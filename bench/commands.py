@@ -25,16 +25,16 @@ from engine.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class CommandsFlags:
-    """What is measured."""
+    """The flags of `python -m bench.commands`."""
 
     of: Literal["training", "finetuning", "reinforcing"] = "training"
     """Which commands."""
     max_time: str | None = None
     """Training time of each run; by default 3m of training, 30s of fine-tuning, 2m of learning from a reward."""
     data: str = "shakespeare"
-    """What is trained on."""
+    """The corpus of the training run."""
     model: str = "smollm2-135m-instruct"
-    """What is fine-tuned."""
+    """The model that is fine-tuned, or learns from a reward."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a fine-tuning step costs beside a full one: in time, in operations, in memory for the optimizer.
+"""Measures a fine-tuning step beside a full one: in time, in operations, in memory for the optimizer.
 
     python -m bench.finetuning                          6 layers, 512 wide, 256 tokens, batch 8
     python -m bench.finetuning --shape 8x768x256x8      layers x width x tokens x batch
@@ -21,7 +21,7 @@ from engine.device import start_jax
 
 @dataclasses.dataclass(frozen=True)
 class FinetuningFlags:
-    """What is measured."""
+    """The flags of `python -m bench.finetuning`."""
 
     shape: str = "6x512x256x8"
     """LAYERSxWIDTHxTOKENSxBATCH; heads are 64 wide."""

@@ -29,7 +29,7 @@ QUICK = {"new": 33, "rounds": 3}
 
 @dataclasses.dataclass(frozen=True)
 class InferenceFlags:
-    """What is measured."""
+    """The flags of `python -m bench.inference`."""
 
     model: str = "smollm2-135m-instruct"
     """A .gguf file, or that named model."""

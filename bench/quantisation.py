@@ -1,11 +1,11 @@
-"""What int8 costs a model: bits per byte of a text with int8 weights, and with int8 keys and values.
+"""Measures int8's cost in quality: bits per byte of a text with int8 weights, and with int8 keys and values.
 
     python -m bench.quantisation                        smollm2-135m-instruct on 48 kB of held-out plays
     python -m bench.quantisation --model runs/NAME --size 0       a run of your own, on all of them
     python -m bench.quantisation --leaves               each kind of matrix alone as well: which ones cost most
 
 All ways read the same windows of the same text, so a difference between them is theirs and not the text's. The error of
-the round trip is told for each kind of matrix, and for each path in the last line, which is JSON.
+the round trip is given for each kind of matrix, and for each path in the last line, which is JSON.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ LEAST_WINDOW = 128  # tokens
 
 @dataclasses.dataclass(frozen=True)
 class QuantisationFlags:
-    """What is measured, and on which text."""
+    """The flags of `python -m bench.quantisation`."""
 
     model: str = "smollm2-135m-instruct"
     """A run folder, a Hugging Face folder, a .gguf file or smollm2-135m-instruct."""

@@ -19,7 +19,7 @@ from bench.shape import check_rounds, parse_shape
 
 @dataclasses.dataclass(frozen=True)
 class TrainingFlags:
-    """What is measured."""
+    """The flags of `python -m bench.training`."""
 
     shapes: tuple[str, ...] = ("4x256x256x16", "6x384x256x16", "6x512x256x16", "8x768x256x8")
     """Each as LAYERSxWIDTHxTOKENSxBATCH; heads are 64 wide."""

@@ -25,7 +25,7 @@ from engine.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class PeersFlags:
-    """What is measured."""
+    """The flags of `python -m bench.peers`."""
 
     peer_python: Path | None = None
     """The Python that has the peers, when it is not this one."""

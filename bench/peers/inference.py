@@ -10,7 +10,7 @@ import numpy as np
 from bench.cli import progress
 from bench.models import random_model
 from bench.peers.process import Peer, PeerError, note_absent
-from bench.peers.rows import OURS, SHORT, add_row, comparison, save_arrays
+from bench.peers.rows import OURS, SHORT, add_row, comparison
 from bench.timing import Timing, measure, noise
 from engine.counting.hardware import memory_limit_bytes
 from engine.counting.params import count_params
@@ -19,7 +19,7 @@ from engine.errors import UserError
 from engine.inference.decode import for_inference, generate
 from engine.inference.sampling_params import SamplingParams
 from engine.model.config import ModelConfig, preset
-from engine.model.paths import leaf_paths
+from engine.storage.huggingface.folder import save_folder
 
 
 def check_preset(preset_name: str, prompt: int, new: int, *, runs: bool) -> None:
@@ -49,20 +49,17 @@ def measure_inference(
     cfg = dataclasses.replace(preset(preset_name), dtype=dtype)
     params = random_model(preset_name, cfg).params
     prompts = np.random.default_rng(1).integers(0, cfg.vocab, (8, max(prompt, SHORT)), np.int32)
-    file = folder / "inference.npz"
-    save_arrays(file, leaf_paths(params), tokens=prompts)
+    save_folder(folder / "model", cfg, params, {}, dtype="float32")
     weights = for_inference(cfg, params)
     every: dict[str, Timing] = {}
     for name, batch, length, tokens in (
         ("prefill_1", 1, prompt, 1), ("prefill_8", 8, prompt, 1), ("decode_1", 1, SHORT, new), ("decode_8", 8, SHORT, new),
     ):  # fmt: skip
         progress(f"preparing {name}, {dtype}")
-        spec = {
-            "config": cfg.to_json(), "file": str(file), "dtype": dtype, "threads": cores(), "rows": batch, "prompt": length,
-            "new": tokens,
-        }  # fmt: skip
+        texts = prompts[:batch, :length].tolist()
+        spec = {"folder": str(folder / "model"), "dtype": dtype, "threads": cores(), "prompts": texts, "new": tokens}
         output: dict[str, Any] = {}
-        ours = greedy(cfg, weights, prompts[:batch, :length].tolist(), tokens, output)
+        ours = greedy(cfg, weights, texts, tokens, output)
         try:
             theirs = peer.prepare("generate", spec, output.update)
         except PeerError as error:

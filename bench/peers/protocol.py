@@ -41,17 +41,17 @@ def serve(needs: list[str], make: Callable[[dict[str, Any]], Run]) -> None:
             say({"error": _sentence(error)})
 
 
-def _answer(asked: dict[str, Any], jobs: dict[str, Run], make: Callable[[dict[str, Any]], Run]) -> dict[str, Any]:
-    if "make" in asked:
-        jobs[asked["make"]] = make(asked["spec"])
+def _answer(question: dict[str, Any], jobs: dict[str, Run], make: Callable[[dict[str, Any]], Run]) -> dict[str, Any]:
+    if "make" in question:
+        jobs[question["make"]] = make(question["spec"])
         return {}
-    if "drop" in asked:
-        jobs.pop(asked["drop"], None)
+    if "drop" in question:
+        jobs.pop(question["drop"], None)
         return {}
-    run = jobs[asked["run"]]
+    run = jobs[question["run"]]
     begin = time.perf_counter()
-    found = run()
-    return {"seconds": time.perf_counter() - begin, **found}
+    result = run()
+    return {"seconds": time.perf_counter() - begin, **result}
 
 
 def _sentence(error: Exception) -> str:

@@ -1,10 +1,7 @@
 """A comparison with a peer as a row: of the JSON document, and printed."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from bench.timing import Timing, ratio_fields
 
@@ -28,9 +25,3 @@ def add_row(rows: list[dict[str, Any]], row: dict[str, Any], note: str) -> None:
     ratio = f"{row['ratio']:5.2f} ± {row['spread']:.2f}" if row["ratio"] else "lost in noise"
     ours, theirs = row["tokens_per_second"], row["peer_tokens_per_second"]
     print(f"{row['name']:<27} {ours:7.0f} tokens/s, {row['peer']:<14} {theirs:7.0f}; ratio {ratio:<13} {note}", flush=True)
-
-
-def save_arrays(file: Path, leaves: dict[str, Any], **arrays: Any) -> None:
-    """Saves weights in float32 under `params/PATH`, and what else the peer reads, as one .npz."""
-    weights: dict[str, Any] = {f"params/{path}": np.asarray(leaf, np.float32) for path, leaf in leaves.items()}
-    np.savez(file, **weights, **arrays)

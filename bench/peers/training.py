@@ -11,7 +11,7 @@ import numpy as np
 
 from bench.cli import progress
 from bench.peers.process import Peer, PeerError, note_absent
-from bench.peers.rows import OURS, add_row, comparison, save_arrays
+from bench.peers.rows import OURS, add_row, comparison
 from bench.shape import Shape
 from bench.timing import measure, noise
 from bench.training_step import make_step, make_work
@@ -32,7 +32,8 @@ def measure_training(
     peer reads."""
     work = make_work(shape, dtype)
     file = folder / "training.npz"
-    save_arrays(file, leaf_paths(work.params), tokens=work.batch.tokens, targets=work.batch.targets)
+    weights: dict[str, Any] = {f"params/{path}": np.asarray(leaf) for path, leaf in leaf_paths(work.params).items()}
+    np.savez(file, **weights, tokens=work.batch.tokens, targets=work.batch.targets)
     optimizer = OptimizerConfig()
     spec = {
         "config": work.cfg.to_json(), "file": str(file), "dtype": dtype, "threads": cores(),

@@ -1,7 +1,7 @@
 """The four figures of the report: operations by stage, time by batch, memory by stage, and cost over a model's life.
 
 Each is laid out twice, for a page and for a phone, and the style sheet shows the one that fits: text keeps its size. A
-figure that the document has no numbers for is None. What stands below a figure is in `page.html.j2`.
+figure that the document has no numbers for is None. Captions are in `page.html.j2`.
 """
 
 import dataclasses

@@ -37,11 +37,11 @@ def _parameters(name: str) -> int:
 def table_bytes(cfg: ModelConfig, batch: int, context: int) -> int:
     """Predicts the bytes of the whole table: each row keeps its trainable state, and the largest step comes on top."""
     steps = [training_memory(cfg, batch, context, trainable=kind.trainable_paths) for kind in training_kinds(cfg)]
-    held = sum(step.gradients + step.optimizer for step in steps)
+    states = sum(step.gradients + step.optimizer for step in steps)
     served = inference_memory(cfg, 32, context)
     working = max(step.total - step.params - step.optimizer for step in steps)
     # The float32 weights, the frozen halves in the compute type (as much again), the served copies in two bytes and one.
-    return held + steps[0].params * 2 + 2 * served.params + served.cache * 2 + working
+    return states + steps[0].params * 2 + 2 * served.params + served.cache * 2 + working
 
 
 def too_long(cfg: ModelConfig, batch: int, context: int, seconds: float, rounds: int, ceilings: Ceilings) -> str | None:

@@ -40,15 +40,15 @@ def prefill_row(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Row:
     T -= T % CHUNK
     pieces = [jnp.asarray(tokens[:, start : start + CHUNK]) for start in range(0, T, CHUNK)]
     lengths = jnp.full((B,), CHUNK, jnp.int32)
-    held = [make_cache(cfg, B, T)]
+    cache = make_cache(cfg, B, T)
     chunks = len(pieces)
-    program, cost = compiled(prefill, (cfg,), params, pieces[0], lengths, held[0], calls=chunks)
+    program, cost = compiled(prefill, (cfg,), params, pieces[0], lengths, cache, calls=chunks)
 
     def run() -> Any:
-        cache = held[0]._replace(length=jnp.zeros((B,), jnp.int32))
+        nonlocal cache
+        cache = cache._replace(length=jnp.zeros((B,), jnp.int32))
         for piece in pieces:
             logits, cache = program(params, piece, lengths, cache)
-        held[0] = cache
         return logits
 
     return Row(
@@ -71,12 +71,12 @@ def decode_row(
     sampling = jax.device_put(sampling_arrays(SamplingParams(temperature=0.0).per_row(rows)))
     token = jnp.zeros((rows,), jnp.int32)
     capacity = cache.capacity
-    held = [cache]
     program, cost = compiled(decode_steps, (cfg,), params, token, cache, sampling, steps=STEPS)
 
     def run() -> Any:
-        fresh = held[0]._replace(length=jnp.full((rows,), length, jnp.int32))
-        tokens, held[0] = program(params, token, fresh, sampling)
+        nonlocal cache
+        fresh = cache._replace(length=jnp.full((rows,), length, jnp.int32))
+        tokens, cache = program(params, token, fresh, sampling)
         return tokens
 
     return Row(

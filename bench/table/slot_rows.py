@@ -29,17 +29,18 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
     pieces = [jnp.asarray(tokens[None, start : start + size]) for start in starts]
     at = [np.int32(start) for start in starts]
     slot = np.int32(SLOTS - 1)
-    held = [make_kv_segments(cfg, SLOTS, T, size, "float32" if cfg.dtype == "float32" else "bfloat16")]
-    S = held[0].edges[-1]
-    prompt_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(held[0])) // SLOTS * T // S
+    cache = make_kv_segments(cfg, SLOTS, T, size, "float32" if cfg.dtype == "float32" else "bfloat16")
+    S = cache.edges[-1]
+    prompt_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache)) // SLOTS * T // S
 
     chunks = len(pieces)
-    prefill_program, cost = compiled(prefill_chunk, (cfg,), params, held[0], pieces[0], slot, at[0], calls=chunks)
+    prefill_program, cost = compiled(prefill_chunk, (cfg,), params, cache, pieces[0], slot, at[0], calls=chunks)
 
     def prefill() -> Any:
+        nonlocal cache
         for piece, start in zip(pieces, at):
-            held[0] = prefill_program(params, held[0], piece, slot, start)
-        return held[0]
+            cache = prefill_program(params, cache, piece, slot, start)
+        return cache
 
     # A chunk meets every place of its slot. Only keys and values are wanted, so the last layer ends with them.
     parts = prefill_flops(cfg, size, attention="full", cached=S - size).parts
@@ -53,13 +54,14 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
         moved=prefill_bytes(cfg, 1, size, S).total * chunks,
     )  # fmt: skip
 
-    cached = [read_chunk(held[0], slot, start, size) for start in at]
-    copy_program, cost = compiled(write_chunk, (), held[0], cached[0], slot, at[0], calls=chunks)
+    cached = [read_chunk(cache, slot, start, size) for start in at]
+    copy_program, cost = compiled(write_chunk, (), cache, cached[0], slot, at[0], calls=chunks)
 
     def copy() -> Any:
+        nonlocal cache
         for chunk, start in zip(cached, at):
-            held[0] = copy_program(held[0], chunk, slot, start)
-        return held[0]
+            cache = copy_program(cache, chunk, slot, start)
+        return cache
 
     yield Row(
         PREFIX_CACHE_HIT, "inference", copy, lambda: params, tokens=T, formula=Flops({}),

@@ -35,11 +35,11 @@ def _off(row: dict[str, Any]) -> str:
 
 def _counted(row: dict[str, Any]) -> list[str]:
     flops = row["flops_per_token"]
-    walker, others = flops["walker"], flops["walker_elementwise"]
+    walker, elementwise = flops["walker"], flops["walker_elementwise"]
     return [
         row["name"], row["weights"], si(flops["formula"], ""),
         "-" if walker is None else "= formula" if walker == flops["formula"] else si(walker, ""),
-        si(others and round(others), ""), si(flops["xla"], ""), times(row["flop_ratio_to_forward"]),
+        si(elementwise and round(elementwise), ""), si(flops["xla"], ""), times(row["flop_ratio_to_forward"]),
     ]  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def last_layer(cfg: ModelConfig) -> TrainablePaths:
 def training_row(cfg: ModelConfig, params: Any, kind: TrainingKind, batch: Batch) -> Row:
     """Compiles a step of `kind` on the batch; `params` are copied where they train and only read where they do not.
 
-    Frozen matrices are kept in the compute type, as fine-tuning keeps them.
+    Frozen matrices are stored in the compute type, as in fine-tuning.
     """
     B, T = batch.tokens.shape
     paths = kind.trainable_paths
@@ -75,8 +75,8 @@ def training_row(cfg: ModelConfig, params: Any, kind: TrainingKind, batch: Batch
         trainable = add_lora(cfg, params, jax.random.key(1), ADAPTER)
         frozen = cast_matrices(params, cfg.dtype)
     else:
-        learning, rest = split(params, paths)
-        trainable, frozen = jax.tree.map(jnp.copy, learning), cast_matrices(rest, cfg.dtype)
+        trainable_leaves, rest = split(params, paths)
+        trainable, frozen = jax.tree.map(jnp.copy, trainable_leaves), cast_matrices(rest, cfg.dtype)
     if kind.completions:
         batch = batch._replace(mask=batch.mask & (jnp.arange(T) >= T // 2))
     data: Any = batch
@@ -95,14 +95,14 @@ def training_row(cfg: ModelConfig, params: Any, kind: TrainingKind, batch: Batch
     chunked = 4 * B * T * cfg.vocab > LOGITS_LIMIT
     formula = gradient_program(cfg, B, T, trainable=paths, loss_chunk=CHUNK if chunked else None)
     predicted = training_memory(cfg, B, T, trainable=paths)
-    held = [state]
 
     def run() -> Any:
-        held[0], metrics = program(held[0], frozen, data, progress)
+        nonlocal state
+        state, metrics = program(state, frozen, data, progress)
         return metrics.loss
 
     def weights() -> Any:
-        return merge(held[0].trainable, frozen) if paths.weights else (frozen, held[0].trainable)
+        return merge(state.trainable, frozen) if paths.weights else (frozen, state.trainable)
 
     return Row(
         kind.name, kind.stage, run, weights,

@@ -44,46 +44,46 @@ def verdicts(rows=ROWS, checks=CHECKS, noisy=None, uncached=0.1):
 
 
 def test_the_usual_numbers_give_the_usual_verdicts():
-    found = verdicts()
-    assert len(found) == 13
-    assert found["Inference is only half the computation of training."] == "false: a third"
-    assert found["The backward pass costs about twice the forward pass."] == "true"
-    assert found["Half is right for one kind of training: a LoRA step."] == "true"
-    assert found["A token is cheaper to generate than to train on."] == "false for a lone request"
-    assert found["The KV cache decides what serving costs."] == "true"
-    assert found["The prefix cache decides what serving costs."] == "true"
-    assert found["Quantisation decides what serving costs."] == "true"
+    result = verdicts()
+    assert len(result) == 13
+    assert result["Inference is only half the computation of training."] == "false: a third"
+    assert result["The backward pass costs about twice the forward pass."] == "true"
+    assert result["Half is right for one kind of training: a LoRA step."] == "true"
+    assert result["A token is cheaper to generate than to train on."] == "false for a lone request"
+    assert result["The KV cache decides what serving costs."] == "true"
+    assert result["The prefix cache decides what serving costs."] == "true"
+    assert result["Quantisation decides what serving costs."] == "true"
 
 
 def test_bits_that_differ_are_said_to_be_a_defect():
-    found = verdicts(checks=dataclasses.replace(CHECKS, same_bits=False, digest_after="cd"))
-    assert found["Requests do not affect one another."].startswith("false here, which is a defect")
-    assert found["The model improves as you use it."].startswith("true here, which is a defect")
+    result = verdicts(checks=dataclasses.replace(CHECKS, same_bits=False, digest_after="cd"))
+    assert result["Requests do not affect one another."].startswith("false here, which is a defect")
+    assert result["The model improves as you use it."].startswith("true here, which is a defect")
 
 
 def test_weights_that_moved_in_inference_are_said_to_be_a_defect():
     moved = [dict(entry, weights="partly") if entry["name"] == "decode with 8 slots" else entry for entry in ROWS]
-    found = verdicts(moved)
-    assert found["Weights change in training, partly in fine-tuning, never in inference."].startswith("false")
+    result = verdicts(moved)
+    assert result["Weights change in training, partly in fine-tuning, never in inference."].startswith("false")
 
 
 def test_a_fast_lone_stream_and_a_useless_cache_turn_the_verdicts():
     quick = [dict(entry, seconds_per_token=1e-6) if entry["name"] == "decode alone" else entry for entry in ROWS]
-    found = verdicts(quick, uncached=1e-6)
-    assert found["A token is cheaper to generate than to train on."] == "true here"
-    assert found["The KV cache decides what serving costs."].startswith("false")
-    assert found["Batching decides what serving costs."].startswith("false")
+    result = verdicts(quick, uncached=1e-6)
+    assert result["A token is cheaper to generate than to train on."] == "true here"
+    assert result["The KV cache decides what serving costs."].startswith("false")
+    assert result["Batching decides what serving costs."].startswith("false")
 
 
 def test_a_time_that_is_lost_in_noise_decides_nothing():
-    found = verdicts(noisy="decode alone")
-    assert found["Batching decides what serving costs."].startswith("open")
-    assert found["A token is cheaper to generate than to train on."].startswith("open")
-    assert found["Quantisation decides what serving costs."] == "true", "its rows are others"
+    result = verdicts(noisy="decode alone")
+    assert result["Batching decides what serving costs."].startswith("open")
+    assert result["A token is cheaper to generate than to train on."].startswith("open")
+    assert result["Quantisation decides what serving costs."] == "true", "its rows are others"
 
 
 def test_a_claim_whose_rows_are_missing_is_left_out():
     few = [entry for entry in ROWS if not entry["name"].startswith(("LoRA", "decode"))]
-    found = verdicts(few)
-    assert "Batching decides what serving costs." not in found
-    assert "The backward pass costs about twice the forward pass." in found
+    result = verdicts(few)
+    assert "Batching decides what serving costs." not in result
+    assert "The backward pass costs about twice the forward pass." in result

@@ -26,9 +26,9 @@ def test_what_takes_the_time_its_flops_say_needs_no_words():
 
 def test_a_deviation_of_sixteen_percent_is_explained_and_of_fourteen_not():
     assert explain_time(STEP, 3e-4 * 1.14, FORWARD, 1e-4, HERE) is None
-    found = explain_time(STEP, 3e-4 * 1.16, FORWARD, 1e-4, HERE).replace("\u202f", " ")
-    assert "28 bytes a trainable weight, 1.40 ms of 34.8 ms" in found, "1 M weights at 28 bytes and 20 GB/s are 1.4 ms"
-    assert "at 9% of what this machine multiplies, the forward pass's at 10%" in found
+    result = explain_time(STEP, 3e-4 * 1.16, FORWARD, 1e-4, HERE).replace("\u202f", " ")
+    assert "28 bytes a trainable weight, 1.40 ms of 34.8 ms" in result, "1 M weights at 28 bytes and 20 GB/s are 1.4 ms"
+    assert "at 9% of what this machine multiplies, the forward pass's at 10%" in result
 
 
 def test_decoding_is_said_to_be_bound_by_what_takes_half_of_its_time():
@@ -42,13 +42,13 @@ def test_decoding_is_said_to_be_bound_by_what_takes_half_of_its_time():
 
 
 def test_what_multiplies_nothing_is_said_to_copy():
-    found = dataclasses.replace(FORWARD, formula=Flops({}), walker=Work(), moved=100 * 2048)
+    result = dataclasses.replace(FORWARD, formula=Flops({}), walker=Work(), moved=100 * 2048)
     assert (
-        explain_time(found, 1e-6, FORWARD, 1e-4, HERE)
+        explain_time(result, 1e-6, FORWARD, 1e-4, HERE)
         .replace("\u202f", " ")
         .startswith("nothing is multiplied: 2.05 kB a token")
     )
-    assert found.bound == "MBU"
+    assert result.bound == "MBU"
 
 
 def test_plain_numpy_is_held_to_its_own_type():

@@ -35,9 +35,9 @@ def run(tmp_path_factory):
 
 def test_a_run_folder_is_its_newest_step_and_a_step_folder_that_step(run):
     for place, step in ((run, 2), (run / "checkpoints" / "1", 1)):
-        found = load(str(place))
-        assert (found.name, found.cfg) == ("mine", CFG)
-        assert digest(found.params) == digest(lively_params(CFG, step))
+        result = load(str(place))
+        assert (result.name, result.cfg) == ("mine", CFG)
+        assert digest(result.params) == digest(lively_params(CFG, step))
 
 
 def test_the_architecture_is_known_before_a_weight_is_read(run, tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from engine.training.optimizer import OptimizerConfig, make_optimizer
 BENCH = Path(module.__file__).parent
 THIS = Path(sys.executable)
 TRAINED = "lambda spec: lambda: {'loss': 1.0}"
-GENERATED = "lambda spec: lambda: {'tokens': [[0] * spec['new']] * spec['rows']}"
+GENERATED = "lambda spec: lambda: {'tokens': [[0] * spec['new']] * len(spec['prompts'])}"
 
 
 @pytest.fixture
@@ -48,8 +48,8 @@ def talk(scripts):
         return open_peers[-1]
 
     yield start
-    for one in open_peers:
-        one.close()
+    for entry in open_peers:
+        entry.close()
 
 
 def last_line(text):
@@ -113,9 +113,9 @@ def test_an_absent_library_is_named_with_what_installs_it_and_that_is_no_failure
     out = capsys.readouterr().out
     document = last_line(out)
     assert document["rows"] == []
-    assert [one["name"] for one in document["absent"]] == ["torch_that_nobody_has", "transformers_that_nobody_has"]
-    assert all(one["install"] == "pip install -e '.[peers]'" for one in document["absent"])
-    assert all("ModuleNotFoundError" in one["reason"] for one in document["absent"])
+    assert [entry["name"] for entry in document["absent"]] == ["torch_that_nobody_has", "transformers_that_nobody_has"]
+    assert all(entry["install"] == "pip install -e '.[peers]'" for entry in document["absent"])
+    assert all("ModuleNotFoundError" in entry["reason"] for entry in document["absent"])
     assert out.count("to have it: pip install -e '.[peers]'") == 2
 
 
@@ -131,9 +131,9 @@ def test_a_named_python_must_have_torch(scripts, tmp_path, capsys):
     scripts("torch_peer.py", needs="torch")
     (tmp_path / "torch.py").write_text("raise OSError('libtorch is not here')")
     assert peers.main(["--peer-python", str(THIS)]) == 2
-    said = capsys.readouterr().err
-    assert f"--peer-python {THIS} has no torch (OSError: libtorch is not here); make one that has: python3 -m venv" in said
-    assert "Traceback" not in said
+    page_text = capsys.readouterr().err
+    assert f"--peer-python {THIS} has no torch (OSError: libtorch is not here); make one that has: python3 -m venv" in page_text
+    assert "Traceback" not in page_text
 
 
 @pytest.mark.parametrize(
@@ -142,10 +142,10 @@ def test_a_named_python_must_have_torch(scripts, tmp_path, capsys):
 )
 def test_what_is_no_python_is_refused_in_a_sentence(python, words, capsys):
     assert peers.main(["--peer-python", python]) == 2
-    said = capsys.readouterr().err
-    assert words in said
-    assert python in said
-    assert "Traceback" not in said
+    page_text = capsys.readouterr().err
+    assert words in page_text
+    assert python in page_text
+    assert "Traceback" not in page_text
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_compiler_that_is_not_there_leaves_the_other_rows(scripts, capsys):
 
 def test_inference_counts_the_tokens_that_are_the_same(scripts, monkeypatch, capsys):
     monkeypatch.setattr(inference, "SHORT", 8)
-    monkeypatch.setattr(inference, "greedy", lambda cfg, weights, prompts, new, said: lambda: said.update(
+    monkeypatch.setattr(inference, "greedy", lambda cfg, weights, prompts, new, page_text: lambda: page_text.update(
         ours=[[0] * (new - 1) + [7]] * len(prompts)
     ))  # fmt: skip
     scripts("transformers_peer.py", make=GENERATED)
@@ -220,9 +220,9 @@ def test_inference_counts_the_tokens_that_are_the_same(scripts, monkeypatch, cap
 
 
 def test_ours_continues_every_prompt_by_as_many_tokens(cfg, params):
-    said = {}
-    inference.greedy(cfg, params, [[1, 2, 3], [4, 5, 6]], 3, said)()
-    assert [len(text) for text in said[rows.OURS]] == [3, 3]
+    page_text = {}
+    inference.greedy(cfg, params, [[1, 2, 3], [4, 5, 6]], 3, page_text)()
+    assert [len(text) for text in page_text[rows.OURS]] == [3, 3]
 
 
 def test_a_ratio_that_noise_has_eaten_is_not_printed(capsys):
@@ -241,9 +241,9 @@ def test_a_ratio_that_noise_has_eaten_is_not_printed(capsys):
 @pytest.mark.parametrize("script", ["protocol.py", "torch_peer.py", "transformers_peer.py"])
 def test_a_peer_script_needs_nothing_of_ours_and_runs_in_an_older_python(script):
     tree = ast.parse((BENCH / script).read_text(), feature_version=(3, 10))
-    found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    found |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    roots = {name.split(".")[0] for name in found} - set(sys.stdlib_module_names)
+    result = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    result |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    roots = {name.split(".")[0] for name in result} - set(sys.stdlib_module_names)
     assert roots <= {"protocol", "torch", "numpy", "transformers"}
 
 

@@ -23,6 +23,6 @@ def test_they_are_the_step_without_attention(changes):
         expected = STEPS * sum(part.forward for name, part in parts.items() if name != "attention")
         assert count(lambda params, x: products(cfg, params, x), weights, x).matmul == expected
         # And the compiler leaves none of them out, though nobody reads the logits. It counts the loop's body once.
-        made = xla_cost(products.lower(cfg, weights, x).compile()).flops
-        assert expected / STEPS <= made < 1.5 * expected / STEPS
+        doc = xla_cost(products.lower(cfg, weights, x).compile()).flops
+        assert expected / STEPS <= doc < 1.5 * expected / STEPS
     assert jnp.isfinite(jax.block_until_ready(products(cfg, params, x))).all()

@@ -50,12 +50,12 @@ class Reader(HTMLParser):
         if not {"style", "title", "pre"} & set(self.open):
             self.text.append(data)
 
-    def said(self):
+    def page_text(self):
         return " ".join(" ".join(self.text).split())
 
 
 def drawings(source):
-    return [ET.fromstring(found) for found in re.findall(r"<svg .*?</svg>", source, flags=re.DOTALL)]
+    return [ET.fromstring(result) for result in re.findall(r"<svg .*?</svg>", source, flags=re.DOTALL)]
 
 
 def words(root):
@@ -90,39 +90,39 @@ def test_a_phone_and_a_dark_screen_are_thought_of():
 
 
 def test_every_row_claim_note_and_command_is_said():
-    made = document()
-    read = Reader(page(made))
-    said = read.said()
-    for row in made["rows"]:
-        assert row["name"] in said
+    doc = document()
+    read = Reader(page(doc))
+    page_text = read.page_text()
+    for row in doc["rows"]:
+        assert row["name"] in page_text
         if row["explanation"]:
-            assert row["explanation"] in said
-    for claim in made["claims"]:
-        assert claim["claim"] in said
-        assert claim["verdict"] in said
-        assert claim["value"] is None or str(claim["value"]) in said
-    assert said.count(f"Regenerate: {made['command']}") == 2 + 4 + 1  # table and claims, four figures, method
-    assert made["noise"] in said
+            assert row["explanation"] in page_text
+    for claim in doc["claims"]:
+        assert claim["claim"] in page_text
+        assert claim["verdict"] in page_text
+        assert claim["value"] is None or str(claim["value"]) in page_text
+    assert page_text.count(f"Regenerate: {doc['command']}") == 2 + 4 + 1  # table and claims, four figures, method
+    assert doc["noise"] in page_text
 
 
 def test_every_number_of_a_row_stands_in_its_line():
     row = document()["rows"][0]
-    made = document() | {"rows": [row]}
-    line = re.search(r"<tbody>(.*?)</tbody>", page(made), flags=re.DOTALL).group(1)
+    doc = document() | {"rows": [row]}
+    line = re.search(r"<tbody>(.*?)</tbody>", page(doc), flags=re.DOTALL).group(1)
     exact = re.findall(r'<data value="([^"]*)"', line)
     counted = row["flops_per_token"]
     expected = [counted[name] for name in ("formula", "walker", "walker_elementwise", "xla")]
     assert [float(value) for value in exact] == pytest.approx([*expected, row["peak_bytes"], row["bytes_per_token"]])
-    for said in ("98.0", "±2.9", "94.2", "+4%", "3.12×", "±0.09", "3.00×", "58%", "0.027", "changed", "MFU"):
-        assert said in line, said
+    for page_text in ("98.0", "±2.9", "94.2", "+4%", "3.12×", "±0.09", "3.00×", "58%", "0.027", "changed", "MFU"):
+        assert page_text in line, page_text
 
 
 @pytest.mark.parametrize(
     "place", ["row", "claim", "verdict", "value", "explanation", "model", "device", "command", "memory", "series"]
 )
 def test_text_from_outside_stays_text(place):
-    made, nasty = document(), "<b onclick='x'>\"&amp;</title></svg>"
-    rows = made["rows"]
+    doc, nasty = document(), "<b onclick='x'>\"&amp;</title></svg>"
+    rows = doc["rows"]
     match place:
         case "row":
             rows[0]["name"] = rows[10]["name"] = nasty
@@ -131,18 +131,18 @@ def test_text_from_outside_stays_text(place):
         case "memory":
             rows[0]["memory"][nasty] = 5e7
         case "model":
-            made["model"]["name"] = nasty
+            doc["model"]["name"] = nasty
         case "device":
-            made["machine"]["device"] = nasty
+            doc["machine"]["device"] = nasty
         case "command":
-            made["command"] = nasty
+            doc["command"] = nasty
         case _:
-            made["claims"][0][place] = nasty
-    read = Reader(page(made))
+            doc["claims"][0][place] = nasty
+    read = Reader(page(doc))
     assert read.faults == []
     assert not any(tag == "b" and attributes for tag, attributes in read.tags)
-    assert nasty in read.said() or place in ("memory", "series", "command")
-    assert nasty in "".join("".join(root.itertext()) for root in drawings(page(made))) or place not in (
+    assert nasty in read.page_text() or place in ("memory", "series", "command")
+    assert nasty in "".join("".join(root.itertext()) for root in drawings(page(doc))) or place not in (
         "row",
         "memory",
         "series",
@@ -150,9 +150,9 @@ def test_text_from_outside_stays_text(place):
 
 
 def test_each_drawing_is_xml_that_names_and_describes_itself():
-    found = drawings(page(document()))
-    assert len(found) == 8
-    for root in found:
+    result = drawings(page(document()))
+    assert len(result) == 8
+    for root in result:
         title, description = root[0], root[1]
         assert (title.tag, description.tag) == (f"{SVG}title", f"{SVG}desc")
         assert root.get("aria-labelledby") == f"{title.get('id')} {description.get('id')}"
@@ -175,12 +175,12 @@ def test_a_drawing_stays_within_its_frame():
 
 def bar_widths(root):
     """Name of a row -> {colour: width}."""
-    found = {}
+    result = {}
     for group in root.iter(f"{SVG}g"):
         rectangles, texts = group.findall(f"{SVG}rect"), group.findall(f"{SVG}text")
         if rectangles and len(texts) == 3:
-            found[texts[0].text] = {each.get("class"): float(each.get("width")) for each in rectangles}
-    return found
+            result[texts[0].text] = {each.get("class"): float(each.get("width")) for each in rectangles}
+    return result
 
 
 def test_bars_are_as_long_as_their_numbers():
@@ -209,10 +209,10 @@ def test_memory_bars_and_peaks_share_one_scale():
 
 def test_ceilings_lie_where_bytes_and_operations_put_them():
     """A machine on which 8 slots take exactly what reading takes: dot and line meet."""
-    made = document()
-    row = next(row for row in made["rows"] if row["slots"] == 8)
-    row["seconds_per_token"] = row["bytes_per_token"] / (made["ceilings"]["read_gbs"] * 1e9)
-    root = drawings(page(made))[2]
+    doc = document()
+    row = next(row for row in doc["rows"] if row["slots"] == 8)
+    row["seconds_per_token"] = row["bytes_per_token"] / (doc["ceilings"]["read_gbs"] * 1e9)
+    root = drawings(page(doc))[2]
     dots = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in root.iter(f"{SVG}circle") if dot.get("class") == "dot way0"]
     (line,) = [path for path in root.iter(f"{SVG}path") if path.get("class") == "line memory"]
     points = [tuple(map(float, pair.split())) for pair in re.split("[ML]", line.get("d")) if pair]
@@ -222,20 +222,20 @@ def test_ceilings_lie_where_bytes_and_operations_put_them():
 
 
 def test_a_dot_below_the_ceilings_is_owned_up_to():
-    said = Reader(page(document())).said()
-    assert "faster than this machine allows" in said
-    made = document()
-    next(row for row in made["rows"] if row["slots"] == 8)["seconds_per_token"] = 1e-6
-    said = Reader(page(made)).said()
-    assert "faster than this machine allows" not in said
-    assert "processor's cache" in said
+    page_text = Reader(page(document())).page_text()
+    assert "faster than this machine allows" in page_text
+    doc = document()
+    next(row for row in doc["rows"] if row["slots"] == 8)["seconds_per_token"] = 1e-6
+    page_text = Reader(page(doc)).page_text()
+    assert "faster than this machine allows" not in page_text
+    assert "processor's cache" in page_text
 
 
 def test_lines_of_a_life_cross_where_the_costs_are_equal():
-    made = document()
-    root = drawings(page(made))[6]
-    trained, alone = made["rows"][0], next(row for row in made["rows"] if row["slots"] == 1)
-    tokens = 20 * made["model"]["params"]
+    doc = document()
+    root = drawings(page(doc))[6]
+    trained, alone = doc["rows"][0], next(row for row in doc["rows"] if row["slots"] == 1)
+    tokens = 20 * doc["model"]["params"]
     crossing = tokens * trained["usd_per_million_tokens"] / alone["usd_per_million_tokens"]
     assert f"meets it at {in_words(crossing)} tokens" in words(root)
     (paid,) = [path for path in root.iter(f"{SVG}path") if path.get("class") == "line paid"]
@@ -243,7 +243,7 @@ def test_lines_of_a_life_cross_where_the_costs_are_equal():
     rings = [ring for ring in root.iter(f"{SVG}circle") if ring.get("class") == "ring"]
     assert len(rings) == 4
     assert all(float(ring.get("cy")) == level for ring in rings)
-    assert f"here for {in_words(tokens)} tokens" in page(made)
+    assert f"here for {in_words(tokens)} tokens" in page(doc)
 
 
 def emptied(value):
@@ -266,27 +266,27 @@ def keys(value):
 
 
 def test_a_lone_token_takes_at_a_glance_what_the_claim_says():
-    made = document()
-    assert re.search(r"the time of a token trained on: [\w ,]+ 6\.30×", Reader(page(made)).said())
-    made["claims"] = [claim for claim in made["claims"] if "numbers" not in claim]
-    assert "the time of a token trained on" not in Reader(page(made)).said()
+    doc = document()
+    assert re.search(r"the time of a token trained on: [\w ,]+ 6\.30×", Reader(page(doc)).page_text())
+    doc["claims"] = [claim for claim in doc["claims"] if "numbers" not in claim]
+    assert "the time of a token trained on" not in Reader(page(doc)).page_text()
 
 
 def test_what_is_missing_is_a_dash_or_left_out():
-    for made in ({}, {"rows": []}, emptied(document())):
-        read = Reader(page(made))
+    for doc in ({}, {"rows": []}, emptied(document())):
+        read = Reader(page(doc))
         assert (read.faults, read.open) == ([], [])
-        assert not drawings(page(made))
-        assert "None" not in read.said()
-        assert "nan" not in read.said()
-    assert "pre-training step" in read.said()
+        assert not drawings(page(doc))
+        assert "None" not in read.page_text()
+        assert "nan" not in read.page_text()
+    assert "pre-training step" in read.page_text()
 
 
 @pytest.mark.parametrize("missing", sorted(keys(document()) - {"name", "claim", "verdict"}))
 def test_any_one_number_may_be_missing(missing):
     read = Reader(page(without(document(), missing)))
     assert (read.faults, read.open) == ([], [])
-    assert "None" not in read.said()
+    assert "None" not in read.page_text()
 
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), 0, -1.0, "much", True])
@@ -294,19 +294,19 @@ def test_any_one_number_may_be_missing(missing):
     "name", ["seconds_per_token", "usd_per_million_tokens", "peak_bytes", "slots", "flop_ratio_to_forward", "spread"]
 )
 def test_odd_numbers_do_not_break_the_page(name, odd):
-    made = document()
-    for rows in (made["rows"][-1:], made["rows"]):
+    doc = document()
+    for rows in (doc["rows"][-1:], doc["rows"]):
         for row in rows:
             row[name] = odd
-        assert Reader(page(made)).faults == []
+        assert Reader(page(doc)).faults == []
 
 
 @pytest.mark.parametrize("kept", [1, 2, 16])
 def test_few_decoding_rows_are_enough(kept):
-    made = document()
-    made["rows"] = [row for row in made["rows"] if row["slots"]][:kept]
-    assert Reader(page(made)).faults == []
-    assert len(drawings(page(made))) >= 4
+    doc = document()
+    doc["rows"] = [row for row in doc["rows"] if row["slots"]][:kept]
+    assert Reader(page(doc)).faults == []
+    assert len(drawings(page(doc))) >= 4
 
 
 @pytest.mark.parametrize(
@@ -388,11 +388,11 @@ def test_the_first_figure_is_a_picture_of_its_own(tmp_path):
 
 
 def test_the_table_in_markdown_has_a_line_for_every_row_and_claim(tmp_path):
-    given = document()
-    write_report(tmp_path, given)
+    doc = document()
+    write_report(tmp_path, doc)
     lines = (tmp_path / "stages.md").read_text(encoding="utf-8").splitlines()
     table = [line for line in lines if line.startswith("|")]
-    assert len(table) == 2 + len(given["rows"])
+    assert len(table) == 2 + len(doc["rows"])
     assert {line.count("|") for line in table} == {13}
-    assert sum(line.startswith("- **") for line in lines) == len(given["claims"])
-    assert f"`uv run {given['command']}`" in lines[0]
+    assert sum(line.startswith("- **") for line in lines) == len(doc["claims"])
+    assert f"`uv run {doc['command']}`" in lines[0]

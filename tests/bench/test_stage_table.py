@@ -106,12 +106,12 @@ def test_money_is_time(table):
 
 
 def test_the_claims_are_decided(table):
-    found = {claim["claim"]: claim for claim in table[0]["claims"]}
-    assert len(found) == 13
-    assert found["Requests do not affect one another."]["verdict"] == "true"
-    assert found["The model improves as you use it."]["verdict"] == "false"
-    assert found["Inference is only half the computation of training."]["verdict"].startswith("false: a third")
-    assert all(claim["value"] for claim in found.values())
+    result = {claim["claim"]: claim for claim in table[0]["claims"]}
+    assert len(result) == 13
+    assert result["Requests do not affect one another."]["verdict"] == "true"
+    assert result["The model improves as you use it."]["verdict"] == "false"
+    assert result["Inference is only half the computation of training."]["verdict"].startswith("false: a third")
+    assert all(claim["value"] for claim in result.values())
 
 
 def test_the_report_holds_every_row_and_claim(table):
@@ -142,10 +142,10 @@ def test_the_other_measurements_are_named(capsys):
         (["--price", "cheap"], "--price must be a number above 0, in dollars an hour, such as 0.10; got 'cheap'."),
     ],
 )
-def test_a_mistake_is_one_sentence(words, said, capsys):
+def test_a_mistake_is_one_sentence(words, page_text, capsys):
     assert main(words) == 2
     error = capsys.readouterr().err
-    assert said in error
+    assert page_text in error
     assert "Traceback" not in error
     last = error.splitlines()[-1]
     assert last.startswith("error: ")
@@ -167,9 +167,9 @@ def test_a_model_that_too_longer_than_was_asked_for_is_said_to_with_a_shape_that
     ceilings = Ceilings("", "cpu", 2, "0", bf16_gflops=400, f32_gflops=200, int8_gflops=800, read_gbs=30, update_gbs=60)
     small, large = PRESETS["nano"], PRESETS["smollm2-135m"]
     assert too_long(small, 8, 256, 100, 3, ceilings) is None
-    said = too_long(large, 8, 256, 100, 3, ceilings)
-    assert said.startswith("this model takes about 4 minutes for 3 rounds"), said
-    batch, context = (int(word) for word in re.search(r"--batch (\d+) --context (\d+)", said).groups())
+    page_text = too_long(large, 8, 256, 100, 3, ceilings)
+    assert page_text.startswith("this model takes about 4 minutes for 3 rounds"), page_text
+    batch, context = (int(word) for word in re.search(r"--batch (\d+) --context (\d+)", page_text).groups())
     assert batch * context < 8 * 256
     assert too_long(large, batch, context, 100, 3, ceilings) is None
     assert "--batch" not in too_long(large, 2, 64, 1, 3, ceilings), "nothing smaller can be measured"

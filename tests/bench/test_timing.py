@@ -31,11 +31,11 @@ def test_rounds_interleave_start_elsewhere_each_time_and_skip_the_warm_up():
     clock = Clock()
     runs = {"a": clock.takes("a", 100.0, 1.0), "b": clock.takes("b", 200.0, 2.0)}
     seen = []
-    found = measure(runs, rounds=3, report=lambda done, total: seen.append((done, total)), now=clock)
+    result = measure(runs, rounds=3, report=lambda done, total: seen.append((done, total)), now=clock)
     assert clock.order == ["a", "b", "a", "b", "b", "a", "a", "b"]
-    assert found["a"].seconds == (1.0, 1.0, 1.0)
-    assert found["b"].seconds == (2.0, 2.0, 2.0)
-    assert list(found) == ["a", "b"]
+    assert result["a"].seconds == (1.0, 1.0, 1.0)
+    assert result["b"].seconds == (2.0, 2.0, 2.0)
+    assert list(result) == ["a", "b"]
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -61,9 +61,9 @@ def test_median_best_and_spread():
 
 @given(st.lists(st.floats(0.5, 50), min_size=3, max_size=15))
 def test_a_drift_common_to_both_leaves_the_ratio_exact(drift):
-    found = ratio(Timing("a", tuple(3 * x for x in drift)), Timing("b", tuple(drift)))
-    assert found.value == pytest.approx(3)
-    assert found.spread == pytest.approx(0, abs=1e-9)
+    result = ratio(Timing("a", tuple(3 * x for x in drift)), Timing("b", tuple(drift)))
+    assert result.value == pytest.approx(3)
+    assert result.spread == pytest.approx(0, abs=1e-9)
 
 
 def test_a_ratio_smaller_than_its_spread_is_refused_with_both_numbers():
