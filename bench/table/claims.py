@@ -198,37 +198,28 @@ def _money(evidence: Evidence) -> Claim:
 
 def _caching(evidence: Evidence) -> Claim:
     lone, (seconds, tokens) = evidence["decode alone"], evidence.uncached
-    ratio = evidence.over("uncached", lone["name"])
-    return _claim(
-        f"The KV cache {SERVING}",
-        _verdict(ratio),
-        f"one more token behind {tokens} takes {si(seconds, 's')} without a cache and {_seconds(lone)} with one: "
-        f"{times(ratio)}.",
-        off_over_on=ratio,
-    )
+    text = f"one more token behind {tokens} takes {si(seconds, 's')} without a cache and {_seconds(lone)} with one"
+    return _serving("The KV cache", evidence.over("uncached", lone["name"]), text)
 
 
 def _prefix_cache(evidence: Evidence) -> Claim:
     prefill, hit = evidence["chunked prefill"], evidence["prefix-cache hit"]
-    ratio = evidence.over(prefill["name"], hit["name"])
-    return _claim(
-        f"The prefix cache {SERVING}",
-        _verdict(ratio),
+    text = (
         f"a prompt's token takes {_seconds(prefill)} to prefill, and {_seconds(hit)} to copy into its slot where a prompt that "
-        f"began alike was read before: {times(ratio)}.",
-        off_over_on=ratio,
+        "began alike was read before"
     )
+    return _serving("The prefix cache", evidence.over(prefill["name"], hit["name"]), text)
 
 
 def _batching(evidence: Evidence) -> Claim:
     lone, eight, many = (evidence[f"decode {how}"] for how in ("alone", "with 8 slots", "with 32 slots"))
-    ratio = evidence.over(lone["name"], many["name"])
-    return _claim(
-        f"Batching {SERVING}",
-        _verdict(ratio),
-        f"a token takes {_seconds(lone)} alone, {_seconds(eight)} among 8 and {_seconds(many)} among 32: {times(ratio)}.",
-        off_over_on=ratio,
-    )
+    text = f"a token takes {_seconds(lone)} alone, {_seconds(eight)} among 8 and {_seconds(many)} among 32"
+    return _serving("Batching", evidence.over(lone["name"], many["name"]), text)
+
+
+def _serving(part: str, ratio: float | None, text: str) -> Claim:
+    """Returns the claim on a part of serving by its time without the part over its time with it."""
+    return _claim(f"{part} {SERVING}", _verdict(ratio), f"{text}: {times(ratio)}.", off_over_on=ratio)
 
 
 def _quantisation(evidence: Evidence) -> Claim:
