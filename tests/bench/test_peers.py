@@ -131,9 +131,9 @@ def test_a_named_python_must_have_torch(scripts, tmp_path, capsys):
     scripts("torch_peer.py", needs="torch")
     (tmp_path / "torch.py").write_text("raise OSError('libtorch is not here')")
     assert peers.main(["--peer-python", str(THIS)]) == 2
-    page_text = capsys.readouterr().err
-    assert f"--peer-python {THIS} has no torch (OSError: libtorch is not here); make one that has: python3 -m venv" in page_text
-    assert "Traceback" not in page_text
+    message = capsys.readouterr().err
+    assert f"--peer-python {THIS} has no torch (OSError: libtorch is not here); make one that has: python3 -m venv" in message
+    assert "Traceback" not in message
 
 
 @pytest.mark.parametrize(
@@ -142,10 +142,10 @@ def test_a_named_python_must_have_torch(scripts, tmp_path, capsys):
 )
 def test_what_is_no_python_is_refused_in_a_sentence(python, words, capsys):
     assert peers.main(["--peer-python", python]) == 2
-    page_text = capsys.readouterr().err
-    assert words in page_text
-    assert python in page_text
-    assert "Traceback" not in page_text
+    message = capsys.readouterr().err
+    assert words in message
+    assert python in message
+    assert "Traceback" not in message
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_compiler_that_is_not_there_leaves_the_other_rows(scripts, capsys):
 
 def test_inference_counts_the_tokens_that_are_the_same(scripts, monkeypatch, capsys):
     monkeypatch.setattr(inference, "SHORT", 8)
-    monkeypatch.setattr(inference, "greedy", lambda cfg, weights, prompts, new, page_text: lambda: page_text.update(
+    monkeypatch.setattr(inference, "greedy", lambda cfg, weights, prompts, new, message: lambda: message.update(
         ours=[[0] * (new - 1) + [7]] * len(prompts)
     ))  # fmt: skip
     scripts("transformers_peer.py", make=GENERATED)
@@ -220,9 +220,9 @@ def test_inference_counts_the_tokens_that_are_the_same(scripts, monkeypatch, cap
 
 
 def test_ours_continues_every_prompt_by_as_many_tokens(cfg, params):
-    page_text = {}
-    inference.greedy(cfg, params, [[1, 2, 3], [4, 5, 6]], 3, page_text)()
-    assert [len(text) for text in page_text[rows.OURS]] == [3, 3]
+    message = {}
+    inference.greedy(cfg, params, [[1, 2, 3], [4, 5, 6]], 3, message)()
+    assert [len(text) for text in message[rows.OURS]] == [3, 3]
 
 
 def test_a_ratio_that_noise_has_eaten_is_not_printed(capsys):

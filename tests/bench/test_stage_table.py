@@ -129,7 +129,7 @@ def test_the_other_measurements_are_named(capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "sentence"),
     [
         (["--preset", "tinny"], "Did you mean 'tiny'"),
         (["--price", "-1"], "--price must be a number above 0"),
@@ -142,10 +142,10 @@ def test_the_other_measurements_are_named(capsys):
         (["--price", "cheap"], "--price must be a number above 0, in dollars an hour, such as 0.10; got 'cheap'."),
     ],
 )
-def test_a_mistake_is_one_sentence(words, page_text, capsys):
+def test_a_mistake_is_one_sentence(words, sentence, capsys):
     assert main(words) == 2
     error = capsys.readouterr().err
-    assert page_text in error
+    assert sentence in error
     assert "Traceback" not in error
     last = error.splitlines()[-1]
     assert last.startswith("error: ")
@@ -167,9 +167,9 @@ def test_a_model_that_too_longer_than_was_asked_for_is_said_to_with_a_shape_that
     ceilings = Ceilings("", "cpu", 2, "0", bf16_gflops=400, f32_gflops=200, int8_gflops=800, read_gbs=30, update_gbs=60)
     small, large = PRESETS["nano"], PRESETS["smollm2-135m"]
     assert too_long(small, 8, 256, 100, 3, ceilings) is None
-    page_text = too_long(large, 8, 256, 100, 3, ceilings)
-    assert page_text.startswith("this model takes about 4 minutes for 3 rounds"), page_text
-    batch, context = (int(word) for word in re.search(r"--batch (\d+) --context (\d+)", page_text).groups())
+    sentence = too_long(large, 8, 256, 100, 3, ceilings)
+    assert sentence.startswith("this model takes about 4 minutes for 3 rounds"), sentence
+    batch, context = (int(word) for word in re.search(r"--batch (\d+) --context (\d+)", sentence).groups())
     assert batch * context < 8 * 256
     assert too_long(large, batch, context, 100, 3, ceilings) is None
     assert "--batch" not in too_long(large, 2, 64, 1, 3, ceilings), "nothing smaller can be measured"
