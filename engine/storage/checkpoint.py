@@ -64,14 +64,14 @@ def save(folder: Path, step: int, params: Any, optimizer: Any, state: dict[str, 
         raise ValueError(f"save: step must be at least 0 and keep at least 1, not {step} and {keep}.")
     if jax.process_count() > 1:
         raise UserError(f"Checkpoints are written by one process, and this run has {jax.process_count()}.")
-    trees = {part: _checked(part, tree) for part, tree in zip(PARTS, (params, optimizer))}
+    trees = {part: _check_leaves(part, tree) for part, tree in zip(PARTS, (params, optimizer))}
     record = json.dumps({"step": step, "prng": _prng_settings(), "state": state}, indent=1, allow_nan=False)
     root = _root(folder)
     target = root / str(step)
     wanted = sum(leaf.nbytes for tree in trees.values() for leaf in jax.tree.leaves(tree))
-    with _refusals_named(target, wanted):
+    with _name_refusals(target, wanted):
         root.mkdir(parents=True, exist_ok=True)
-        with _alone_in(root):
+        with _lock(root):
             _sweep(root)
             disk = shutil.disk_usage(root)
             if disk.total > 0 and disk.free < wanted:  # some network file systems know neither
@@ -167,7 +167,7 @@ def set_aside(folder: Path, after: int) -> list[Path]:
 def sweep(folder: Path) -> None:
     """Removes what killed saves left below a run folder; leaves all as it is while another process saves there."""
     root = _root(folder)
-    with contextlib.suppress(OSError), _alone_in(root, wait=False):
+    with contextlib.suppress(OSError), _lock(root, wait=False):
         _sweep(root)
 
 
@@ -196,7 +196,7 @@ def _newest_sound(folder: Path, skip: tuple[str, ...], step: int | None) -> tupl
 # Arrays, by Orbax
 
 
-def _checked(part: str, tree: Any) -> Any:
+def _check_leaves(part: str, tree: Any) -> Any:
     """Returns `tree` with NumPy scalars as 0-d arrays, once it is sure that Orbax can bring every leaf back."""
     names: dict[str, str] = {}
     for path, leaf in leaves_by_path(tree).items():
@@ -216,7 +216,7 @@ def _checked(part: str, tree: Any) -> Any:
     return jax.tree.map(lambda leaf: np.asarray(leaf) if isinstance(leaf, np.generic) else leaf, tree)
 
 
-def _undisturbed[T](work: Callable[[ModuleType], T]) -> T:
+def _run_orbax[T](work: Callable[[ModuleType], T]) -> T:
     """Runs `work(ocp)` in a thread of its own, with Orbax under our options; imported only now: that takes 0.4 s.
 
     Ctrl-C is raised in the main thread, which waits here. In the middle of Orbax it would leave closed event loops with
@@ -251,7 +251,7 @@ def _write_arrays(building: Path, trees: dict[str, Any]) -> None:
     if not filled:
         return
     inner = building / "orbax"  # Orbax wants to make the folder itself
-    _undisturbed(lambda ocp: ocp.save_checkpointables(inner, filled))
+    _run_orbax(lambda ocp: ocp.save_checkpointables(inner, filled))
     (inner / "commit_success.txt").unlink(missing_ok=True)  # says only where it was built
     for entry in list(inner.iterdir()):
         entry.rename(building / entry.name)
@@ -270,7 +270,7 @@ def _read_arrays(checkpoint: Path, part: str, like: Any) -> Any:
             return target, wanted
         return ocp.load(checkpoint, jax.tree.map(_as_abstract, target), checkpointable_name=part), wanted
 
-    tree, wanted = _undisturbed(read)
+    tree, wanted = _run_orbax(read)
     tree = jax.tree.map(lambda leaf: jax.device_put(leaf) if isinstance(leaf, np.ndarray) else leaf, tree)
     _refuse_difference(checkpoint / part, wanted, _kinds(tree))  # without x64, JAX makes 32 bits of 64 in silence
     return tree
@@ -312,7 +312,7 @@ def _prng_settings() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _alone_in(root: Path, wait: bool = True) -> Iterator[None]:
+def _lock(root: Path, wait: bool = True) -> Iterator[None]:
     """Holds the lock of `root`. A killed process lets go of it, so a hidden folder seen under the lock is nobody's.
 
     Raises BlockingIOError when another process holds it and `wait` is False. On a file system without locks it is free.
@@ -348,7 +348,7 @@ def _remove(checkpoint: Path) -> None:
 
 
 @contextlib.contextmanager
-def _refusals_named(target: Path, wanted: int) -> Iterator[None]:
+def _name_refusals(target: Path, wanted: int) -> Iterator[None]:
     try:
         yield
     except UserError:

@@ -79,8 +79,8 @@ class Chat:
         Raises UserError for messages that are not checked (`check_messages`), and as `Template.render`.
         """
         check_messages(messages)
-        text, cuts, marks = self._rendered(messages, prompt=True)
-        return np.concatenate(self._pieces(text, cuts, marks))
+        text, turns, marks = self._render(messages, prompt=True)
+        return np.concatenate(self._pieces(text, turns, marks))
 
     def examples(self, messages: Sequence[Message], where: str = "") -> list[Example]:
         """Returns the training examples in messages: the assistant's turns, each with the token that ends it.
@@ -94,19 +94,19 @@ class Chat:
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if not answers or answers[0] == 0:
             raise Refusal("there is no turn of the assistant" if not answers else "it begins with the assistant's turn")
-        text, cuts, marks = self._rendered(messages[: answers[-1] + 1], prompt=False)
-        if len(cuts) == len(answers):
-            return [self._example(text, cuts, marks, range(len(cuts)), where)]
-        renderings = [self._rendered(messages[: last + 1], prompt=False) for last in answers]
-        return [self._example(text, cuts, marks, [len(cuts) - 1], where) for text, cuts, marks in renderings]
+        text, turns, marks = self._render(messages[: answers[-1] + 1], prompt=False)
+        if len(turns) == len(answers):
+            return [self._example(text, turns, marks, range(len(turns)), where)]
+        renderings = [self._render(messages[: last + 1], prompt=False) for last in answers]
+        return [self._example(text, turns, marks, [len(turns) - 1], where) for text, turns, marks in renderings]
 
     def answer(self, messages: Sequence[Message], where: str = "") -> Example:
         """Returns messages that end with the assistant's turn as an example in which it alone counts. Raises as `examples`."""
         check_messages(messages)
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise Refusal("it does not end with an answer of the assistant to something")
-        text, cuts, marks = self._rendered(messages, prompt=False)
-        return self._example(text, cuts, marks, [len(cuts) - 1], where)
+        text, turns, marks = self._render(messages, prompt=False)
+        return self._example(text, turns, marks, [len(turns) - 1], where)
 
     def marked_pieces(self, example: Example) -> Iterator[tuple[str, bool]]:
         """Yields the example for a person to read: pieces of text, control tokens by their names, and whether each counts."""
@@ -125,28 +125,28 @@ class Chat:
             yield "".join([*parts, self.tokenizer.decode(plain)]), bool(example.mask[start])
             start = end
 
-    def _rendered(self, messages: Sequence[Message], prompt: bool) -> tuple[str, list[tuple[int, int]], dict[str, str]]:
+    def _render(self, messages: Sequence[Message], prompt: bool) -> tuple[str, list[tuple[int, int]], dict[str, str]]:
         """Returns the text, the (start, stop) of the assistant's turns in it, and which characters stand for others."""
-        messages, marks = self._marked(messages)
+        messages, marks = self._mask_controls(messages)
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         jobs = [job for index in answers for job in ((messages[:index], True), (messages[: index + 1], False))]
         texts = self.template.render_all([*jobs, (messages, True)] if prompt else jobs)
         text = texts[-1]
-        cuts: list[tuple[int, int]] = []
+        turns: list[tuple[int, int]] = []
         for before, after in zip(texts[: len(jobs) : 2], texts[1 : len(jobs) : 2]):
-            if text.startswith(after) and after.startswith(before) and len(before) >= (cuts[-1][1] if cuts else 0):
-                cuts.append((len(before), len(after)))
-        if not prompt and (not cuts or cuts[-1][1] < len(text)):
+            if text.startswith(after) and after.startswith(before) and len(before) >= (turns[-1][1] if turns else 0):
+                turns.append((len(before), len(after)))
+        if not prompt and (not turns or turns[-1][1] < len(text)):
             raise UserError(
                 "The chat template begins the assistant's turn otherwise than it writes one that is complete, so what is "
                 "learnt would not be what is asked for later: give another with --template."
             )
-        return text, cuts, marks
+        return text, turns, marks
 
     def _example(
-        self, text: str, cuts: list[tuple[int, int]], marks: dict[str, str], counted: Sequence[int], where: str
+        self, text: str, turns: list[tuple[int, int]], marks: dict[str, str], counted: Sequence[int], where: str
     ) -> Example:
-        pieces = self._pieces(text, cuts, marks)
+        pieces = self._pieces(text, turns, marks)
         mask = [np.zeros(len(piece), bool) for piece in pieces]
         for index in counted:
             turn = pieces[2 * index + 1]
@@ -166,9 +166,9 @@ class Chat:
                 break
         return length
 
-    def _pieces(self, text: str, cuts: list[tuple[int, int]], marks: dict[str, str]) -> list[np.ndarray]:
-        """Returns the tokens before, in, and after each turn of the assistant: 2 len(cuts) + 1 pieces."""
-        edges = [0, *(edge for cut in cuts for edge in cut), len(text)]
+    def _pieces(self, text: str, turns: list[tuple[int, int]], marks: dict[str, str]) -> list[np.ndarray]:
+        """Returns the tokens before, in, and after each turn of the assistant: 2 len(turns) + 1 pieces."""
+        edges = [0, *(edge for turn in turns for edge in turn), len(text)]
         pieces: list[np.ndarray] = []
         plain = False  # whether what came before ended within plain text
         for start, stop in itertools.pairwise(edges):
@@ -180,20 +180,20 @@ class Chat:
     def _encode(self, text: str, marks: dict[str, str], continued: bool) -> np.ndarray:
         """Encodes a template's text: control tokens as ids, the rest as plain text, marked characters as they were."""
         parts: list[np.ndarray] = []
-        meant = str.maketrans(marks)
+        original = str.maketrans(marks)
         at = 0
         for match in self._controls.finditer(text) if self._ids else ():
-            between = self.tokenizer.encode(text[at : match.start()].translate(meant), continued)
+            between = self.tokenizer.encode(text[at : match.start()].translate(original), continued)
             parts += [between, np.array([self._id(match)], np.int32)]
             at, continued = match.end(), False
-        parts.append(self.tokenizer.encode(text[at:].translate(meant), continued))
+        parts.append(self.tokenizer.encode(text[at:].translate(original), continued))
         return np.concatenate(parts)
 
     def _id(self, match: re.Match[str]) -> int:
         name = match[0]
         return self._ids[name] if name in self._ids else self._ids[name.strip()]
 
-    def _marked(self, messages: Sequence[Message]) -> tuple[list[dict[str, str]], dict[str, str]]:
+    def _mask_controls(self, messages: Sequence[Message]) -> tuple[list[dict[str, str]], dict[str, str]]:
         """Returns messages in which no control token can be read, and what the characters put into them stand for.
 
         One character of every control token written in a message, whole or cut off by its edge, is exchanged for one of
@@ -212,7 +212,7 @@ class Chat:
                     stand_in[content[at]] = next(unused)
                 text[at] = stand_in[content[at]]
             marked.append({**message, "content": "".join(text)})
-        return marked, {put: meant for meant, put in stand_in.items()}
+        return marked, {put: original for original, put in stand_in.items()}
 
     def _places(self, text: str) -> Iterator[int]:
         """Yields where to break what is, or could with text before or after it become, a control token."""

@@ -101,10 +101,10 @@ def _read(path: Path) -> Iterator[Conversation | Text | Preference]:
             raise UserError(f"{where} is of the kind {this}, and {begun} was {kind}; keep each kind in a file of its own.")
         for name in KINDS[this]:
             if row.get(name) is None:
-                raise UserError(f"{where}: `{name}` is missing; {this} rows need {_quoted(KINDS[this])}.")
+                raise UserError(f"{where}: `{name}` is missing; {this} rows need {_quote_names(KINDS[this])}.")
         if not kind:
             kind, begun = this, where
-        yield _understood(this, row, where)
+        yield _parse_row(this, row, where)
 
 
 def _kind(row: dict[str, Any], where: str) -> str:
@@ -112,15 +112,15 @@ def _kind(row: dict[str, Any], where: str) -> str:
         for kind, names in KINDS.items():
             if fits(name in row for name in names):
                 return kind
-    names_there = _quoted(list(row)[:8]) or "nothing"
+    names_there = _quote_names(list(row)[:8]) or "nothing"
     raise UserError(f"{where} has {names_there}, by which no kind of data is known; wanted {FORMS}.")
 
 
-def _understood(kind: str, row: dict[str, Any], where: str) -> Conversation | Text | Preference:
+def _parse_row(kind: str, row: dict[str, Any], where: str) -> Conversation | Text | Preference:
     if kind == "text":
         return Text(_text(row["text"], "text", where), where)
     if kind == "preference":
-        return _choice(row, where)
+        return _parse_preference(row, where)
     if kind == "messages":
         return Conversation(_messages(row["messages"], "messages", where, "role", "content"), where)
     if kind == "ShareGPT":
@@ -137,7 +137,7 @@ def _understood(kind: str, row: dict[str, Any], where: str) -> Conversation | Te
     return Conversation((*prompt, _message("assistant", _answer(row["completion"], "completion", where)[1])), where)
 
 
-def _choice(row: dict[str, Any], where: str) -> Preference:
+def _parse_preference(row: dict[str, Any], where: str) -> Preference:
     """Reads a preference: answers are text or messages, which may repeat the prompt; it then need not stand by itself."""
     before, chosen = _answer(row["chosen"], "chosen", where)
     other, rejected = _answer(row["rejected"], "rejected", where)
@@ -209,5 +209,5 @@ def _has(messages: Any, key: str) -> bool:
     return isinstance(messages, list) and any(isinstance(message, dict) and key in message for message in messages)
 
 
-def _quoted(names: Any) -> str:
+def _quote_names(names: Any) -> str:
     return ", ".join(f"`{name}`" for name in names)

@@ -65,7 +65,7 @@ def make_examples(
 
     def build(row: Row) -> tuple[list[Example], bool]:
         examples = _examples(row, chat, seq, start)
-        fitted = [part for example in examples if (part := _fitted(example, seq)) is not None]
+        fitted = [part for example in examples if (part := _fit(example, seq)) is not None]
         if not fitted:
             raise Refusal(NO_ROOM.format(seq=seq))
         return fitted, sum(len(part.tokens) for part in fitted) < sum(len(example.tokens) for example in examples)
@@ -84,7 +84,7 @@ def make_pairs(rows: Iterable[Row], chat: Chat, seq: int, report: Report = None)
             raise UserError("it holds no pair of answers; preferences need `prompt`, `chosen` and `rejected`.")
         if row.chosen == row.rejected:
             raise Refusal(SAME)
-        pair = Pair(*(_answered(row.prompt, text, chat, row.where) for text in (row.chosen, row.rejected)))
+        pair = Pair(*(_answer_example(row.prompt, text, chat, row.where) for text in (row.chosen, row.rejected)))
         if max(len(pair.chosen.tokens), len(pair.rejected.tokens)) > seq + 1:
             raise Refusal(TOO_LONG.format(seq=seq))
         return [pair], False
@@ -136,13 +136,13 @@ def _examples(row: Row, chat: Chat, seq: int, start: Sequence[int]) -> list[Exam
     return chat.examples(row.messages, row.where)
 
 
-def _answered(prompt: Sequence[Message], answer: str, chat: Chat, where: str) -> Example:
+def _answer_example(prompt: Sequence[Message], answer: str, chat: Chat, where: str) -> Example:
     if not answer.strip():
         raise Refusal(SILENT)
     return chat.answer([*prompt, {"role": "assistant", "content": answer}], where)
 
 
-def _fitted(example: Example, seq: int) -> Example | None:
+def _fit(example: Example, seq: int) -> Example | None:
     """Returns at most seq + 1 tokens of it; None when none of them is both a target and preceded by another."""
     tokens, mask = example.tokens[: seq + 1], example.mask[: seq + 1]
     return Example(tokens, mask, example.where) if mask[1:].any() else None

@@ -43,26 +43,26 @@ class EpochOrder:
         """Returns the items that the rows of `step` >= 0 take: (batch,) int64."""
         place = (step * self.batch + np.arange(self.batch)) % self.count
         epochs = self.epochs_at(step)
-        parts = [permuted(place[epochs == epoch], self.count, (self._seed + int(epoch)) & WORD) for epoch in np.unique(epochs)]
+        parts = [permute(place[epochs == epoch], self.count, (self._seed + int(epoch)) & WORD) for epoch in np.unique(epochs)]
         return np.concatenate(parts)
 
 
-def permuted(index: np.ndarray, count: int, seed: int) -> np.ndarray:
+def permute(index: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Returns where a random permutation of range(count) puts each index (n,) int64."""
     if count <= 2**SMALLEST:
         return _small_permutation(count, seed)[index]
     bits = (count - 1).bit_length()
     keys = _round_keys(seed)
-    values = _encrypted(index, bits + bits % 2, keys)
+    values = _encrypt(index, bits + bits % 2, keys)
     while (outside := values >= count).any():
-        values[outside] = _encrypted(values[outside], bits + bits % 2, keys)
+        values[outside] = _encrypt(values[outside], bits + bits % 2, keys)
     return values
 
 
 @functools.lru_cache(4)
 def _small_permutation(count: int, seed: int) -> np.ndarray:
     """Returns all of a small permutation: walking its long cycles one index at a time would take up to 65,536 rounds."""
-    first = _encrypted(np.arange(2**SMALLEST), SMALLEST, _round_keys(seed))
+    first = _encrypt(np.arange(2**SMALLEST), SMALLEST, _round_keys(seed))
     walk = first.copy()
     walk[:count] = np.arange(count)  # an index in range has arrived
     for _ in range(SMALLEST):
@@ -70,7 +70,7 @@ def _small_permutation(count: int, seed: int) -> np.ndarray:
     return walk[first[:count]]
 
 
-def _encrypted(value: np.ndarray, bits: int, keys: list[int]) -> np.ndarray:
+def _encrypt(value: np.ndarray, bits: int, keys: list[int]) -> np.ndarray:
     """Applies the cipher's rounds to blocks of an even number of bits."""
     width = bits // 2
     mask = (1 << width) - 1
@@ -85,15 +85,15 @@ def _encrypted(value: np.ndarray, bits: int, keys: list[int]) -> np.ndarray:
 def _round_keys(seed: int) -> list[int]:
     """Returns the four words that C++'s std::seed_seq makes of one (ISO C++, [rand.util.seedseq], for n = 4 and s = 1)."""
     words = [0x8B8B8B8B] * 4
-    scramble = lambda word: word ^ (word >> 27)
+    scramble = lambda value: value ^ (value >> 27)
     for k in range(4):
-        mixed = 1664525 * scramble(words[k] ^ words[(k + 1) % 4] ^ words[k - 1]) & WORD
-        more = (mixed + (1 if k == 0 else 1 + seed if k == 1 else k)) & WORD
+        word = 1664525 * scramble(words[k] ^ words[(k + 1) % 4] ^ words[k - 1]) & WORD
+        more = (word + (1 if k == 0 else 1 + seed if k == 1 else k)) & WORD
         words[(k + 1) % 4], words[(k + 2) % 4], words[k] = (
-            (words[(k + 1) % 4] + mixed) & WORD, (words[(k + 2) % 4] + more) & WORD, more,
+            (words[(k + 1) % 4] + word) & WORD, (words[(k + 2) % 4] + more) & WORD, more,
         )  # fmt: skip
     for k in range(4):
-        mixed = 1566083941 * scramble((words[k] + words[(k + 1) % 4] + words[k - 1]) & WORD) & WORD
-        less = (mixed - k) & WORD
-        words[(k + 1) % 4], words[(k + 2) % 4], words[k] = words[(k + 1) % 4] ^ mixed, words[(k + 2) % 4] ^ less, less
+        word = 1566083941 * scramble((words[k] + words[(k + 1) % 4] + words[k - 1]) & WORD) & WORD
+        less = (word - k) & WORD
+        words[(k + 1) % 4], words[(k + 2) % 4], words[k] = words[(k + 1) % 4] ^ word, words[(k + 2) % 4] ^ less, less
     return words

@@ -53,7 +53,7 @@ class Template:
     def __init__(self, source: str, variables: Mapping[str, Any] | None = None, now: str = FIXED_DAY) -> None:
         self.source = source
         self._start = {"source": source, "variables": dict(variables or {}), "now": now}
-        self._worker: Worker | None = None
+        self._process: TemplateProcess | None = None
         self._lock = threading.Lock()
 
     def render(self, messages: Sequence[Message], prompt: bool = False) -> str:
@@ -75,35 +75,35 @@ class Template:
 
     def close(self) -> None:
         """Ends the process; a later rendering starts another."""
-        if self._worker is not None:
-            self._worker.end()
-            self._worker = None
+        if self._process is not None:
+            self._process.end()
+            self._process = None
 
     def _ask(self, request: Any) -> dict[str, Any]:
-        if self._worker is None:
-            self._worker = self._started()
+        if self._process is None:
+            self._process = self._start_process()
         try:
-            self._worker.send(request)
-            reply = self._worker.reply(ANSWER, LONGEST * TOGETHER)
+            self._process.send(request)
+            reply = self._process.reply(ANSWER, LONGEST * TOGETHER)
         except BaseException:
             self.close()  # whatever it still answers would be taken for the next answer
             raise
-        return _checked(reply)
+        return _check_reply(reply)
 
-    def _started(self) -> "Worker":
-        worker = Worker()
-        weakref.finalize(self, worker.end)
+    def _start_process(self) -> "TemplateProcess":
+        process = TemplateProcess()
+        weakref.finalize(self, process.end)
         try:
-            worker.send(self._start | {"path": [entry for entry in sys.path if entry]})
-            worker.reply(START, 1000)
-            _checked(worker.reply(ANSWER, 10_000))
+            process.send(self._start | {"path": [entry for entry in sys.path if entry]})
+            process.reply(START, 1000)
+            _check_reply(process.reply(ANSWER, 10_000))
         except BaseException:
-            worker.end()
+            process.end()
             raise
-        return worker
+        return process
 
 
-class Worker:
+class TemplateProcess:
     """The process of a template, and the two pipes to it."""
 
     def __init__(self) -> None:
@@ -147,15 +147,15 @@ class Worker:
                 pipe.close()
 
 
-def _checked(reply: dict[str, Any]) -> dict[str, Any]:
+def _check_reply(reply: dict[str, Any]) -> dict[str, Any]:
     if "refused" in reply:
-        raise Refusal(f"The chat template refuses it: {_shown(reply['refused'])}")
+        raise Refusal(f"The chat template refuses it: {_printable(reply['refused'])}")
     if "failed" in reply:
-        raise UserError(f"The chat template {_shown(reply['failed'])}")
+        raise UserError(f"The chat template {_printable(reply['failed'])}")
     return reply
 
 
-def _shown(message: str) -> str:
+def _printable(message: str) -> str:
     """Returns a template's words, without what would steer a terminal."""
     text = "".join(letter if letter.isprintable() else " " for letter in message)
     return text.rstrip(".") + "."

@@ -54,7 +54,7 @@ def lock() -> None:
     sys.addaudithook(watch)
 
 
-def compiled(source: str, variables: dict[str, Any], now: str) -> Callable[[list, bool], str]:
+def compile_template(source: str, variables: dict[str, Any], now: str) -> Callable[[list, bool], str]:
     """Compiles the template to a function of messages and of whether an answer is to be begun."""
     import jinja2.ext
     import jinja2.nodes
@@ -120,7 +120,7 @@ def answer(work: Callable[[], dict[str, Any]]) -> bytes:
     return json.dumps(reply).encode() + b"\n"
 
 
-def rendered(render: Callable[[list, bool], str], jobs: list) -> dict[str, Any]:
+def render_jobs(render: Callable[[list, bool], str], jobs: list) -> dict[str, Any]:
     """Renders several (messages, whether an answer is to be begun)."""
     return {"texts": [render(messages, prompt) for messages, prompt in jobs]}
 
@@ -141,13 +141,13 @@ def main() -> None:
         renders: list[Callable[[list, bool], str]] = []
 
         def make() -> dict[str, Any]:
-            renders.append(compiled(start["source"], start["variables"], start["now"]))
+            renders.append(compile_template(start["source"], start["variables"], start["now"]))
             return {}
 
         reply(answer(make))
         lock()
         for line in requests:
-            reply(answer(functools.partial(rendered, renders[0], json.loads(line))))
+            reply(answer(functools.partial(render_jobs, renders[0], json.loads(line))))
 
 
 if __name__ == "__main__":

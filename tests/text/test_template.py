@@ -179,8 +179,8 @@ def test_after_a_stalled_one_the_next_is_answered() -> None:
 def test_processes_end_with_their_template() -> None:
     template = Template("ok")
     template.render(ASKED)
-    assert template._worker is not None
-    process = template._worker.process
+    assert template._process is not None
+    process = template._process.process
     assert process.poll() is None
     del template
     gc.collect()
@@ -204,8 +204,8 @@ def test_the_environment_of_the_user_is_not_the_templates(monkeypatch: pytest.Mo
     monkeypatch.setenv("SECRET_KEY", "abc")
     template = Template("ok")
     template.render(ASKED)
-    assert template._worker is not None
-    if os.path.exists(f"/proc/{template._worker.process.pid}/environ"):
-        with open(f"/proc/{template._worker.process.pid}/environ", "rb") as file:
+    assert template._process is not None
+    if os.path.exists(f"/proc/{template._process.process.pid}/environ"):
+        with open(f"/proc/{template._process.process.pid}/environ", "rb") as file:
             assert b"SECRET_KEY" not in file.read()
     template.close()

@@ -66,8 +66,8 @@ def load_gguf(
     shapes = {name: tensor.shape for name, tensor in header.tensors.items() if name != FREQUENCIES}
     leaves = check_tensors(layout_of(cfg, NAMES), shapes, path)
     tokenizer, tokenizer_config, ends = tokenizer_from(header, cfg.vocab)
-    turned = ARCHITECTURES[header.metadata["general.architecture"]][2]
-    heads = {part.name: part.heads for leaf in leaves for part in leaf.parts if part.heads and turned}
+    rows_in_pairs = ARCHITECTURES[header.metadata["general.architecture"]][2]
+    heads = {part.name: part.heads for leaf in leaves for part in leaf.parts if part.heads and rows_in_pairs}
 
     on_config(cfg)
     with path.open("rb", buffering=0) as file:
@@ -80,7 +80,7 @@ def load_gguf(
             data = np.frombuffer(read_exactly(file, count * tensor.row, path), np.uint8)
             if flat:
                 return dequantize(data, tensor.kind)[start:stop]
-            values = _dequantized(data, tensor.kind).reshape(count, -1)
+            values = _dequantize_blocks(data, tensor.kind).reshape(count, -1)
             return unpair_rows(values, cfg.head_dim) if name in heads else values
 
         params = read_params(leaves, rows, dtype or cfg.dtype, report)
@@ -89,7 +89,7 @@ def load_gguf(
     return LoadedModel(name, cfg, params, build_tokenizer(lambda: Tokenizer(tokenizer, tokenizer_config), path), ends, path)
 
 
-def _dequantized(data: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+def _dequantize_blocks(data: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
     """Returns the numbers of whole blocks. The library goes by 16 rows: of short ones that takes as long to call
     as to compute, so that they are laid in line to fewer."""
     blocks = data.size // GGML_QUANT_SIZES[kind][1]
@@ -188,7 +188,7 @@ def _write_tensors(
     cfg: ModelConfig,
     params: dict[str, Any],
     wanted: GGMLQuantizationType,
-    turned: bool,
+    rows_in_pairs: bool,
     report: Callable[[int, int], None] | None,
 ) -> None:
     leaves = list(layout_of(cfg, NAMES))
@@ -214,7 +214,7 @@ def _write_tensors(
         parts = split_leaf(leaf, dense(values[leaf.path]))
         for part in leaf.parts:
             rows = parts[part.name].astype(np.float32)
-            rows = pair_rows(rows, cfg.head_dim) if part.heads and turned else np.ascontiguousarray(rows)
+            rows = pair_rows(rows, cfg.head_dim) if part.heads and rows_in_pairs else np.ascontiguousarray(rows)
             writer.write_tensor_data(quantize(rows, kinds[part.name]))
             done += rows.size
             if report:

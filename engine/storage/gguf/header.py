@@ -75,7 +75,7 @@ def read_header(path: Path) -> Header:
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
             raise UserError(f"{path} is damaged: general.alignment is {quote(alignment)}, and should be a power of two.")
-        return Header(path, metadata, _placed(path, infos, alignment, file.tell(), size))
+        return Header(path, metadata, _place_tensors(path, infos, alignment, file.tell(), size))
 
 
 class _Reader:
@@ -140,7 +140,9 @@ class _Reader:
         return name, [self.number(10) for _ in range(count)], self.number(4), self.number(10)
 
 
-def _placed(path: Path, infos: list[tuple[str, list[int], int, int]], alignment: int, end: int, size: int) -> dict[str, Tensor]:
+def _place_tensors(
+    path: Path, infos: list[tuple[str, list[int], int, int]], alignment: int, end: int, size: int
+) -> dict[str, Tensor]:
     """Returns the tensors, once it is sure that each has the size it should have and that they lie one behind another."""
     begin = -(-end // alignment) * alignment
     tensors: dict[str, Tensor] = {}
