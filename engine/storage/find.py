@@ -55,8 +55,9 @@ def _run_of(path: Path, name: str) -> Path:
     """Returns the run folder that a path lies in."""
     if (path / "checkpoints").is_dir() and (path / "run.json").exists():
         return path
-    if (path / "params").is_dir() and path.absolute().parent.name == "checkpoints":
-        return path.absolute().parents[1]
+    for step in (path, path.absolute()):
+        if (step / "params").is_dir() and step.parent.name == "checkpoints":
+            return step.parents[1]
     if (path / "run.json").exists():
         raise UserError(f"{path} has no checkpoint yet: its run was stopped before the first one was saved.")
     if name in ASSETS:

@@ -7,17 +7,18 @@ runs/NAME/config.json      the architecture
           checkpoints/STEP/
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
 from engine.files import write_json
 from engine.model.config import ModelConfig
+from engine.storage.untrusted import read_json_object
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path("runs")
 ADAPTER = "adapter"
+LARGEST = 16 * 2**20  # bytes of a JSON file
 REMEDY = "Restore it from a copy, or train anew with --overwrite."
 
 
@@ -34,14 +35,9 @@ def newest(root: Path = ROOT) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file. Raises UserError when it is missing or damaged."""
     try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"There is no {path}.") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}. {REMEDY}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} should hold one JSON object. {REMEDY}")
-    return value
+        return read_json_object(path, LARGEST)
+    except UserError as error:
+        raise UserError(f"{error} {REMEDY}") from None
 
 
 def read_config(folder: Path) -> ModelConfig:
