@@ -1,6 +1,7 @@
 """Files are written whole or not at all, and what the project keeps for the user lies in one folder of theirs."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -81,6 +82,25 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(building, ignore_errors=True)
         raise
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Holds the lock of a folder; a killed process lets go of it. On a file system without locks it is free.
+
+    Raises BlockingIOError when another process holds it and `wait` is False.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:

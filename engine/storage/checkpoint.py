@@ -15,7 +15,6 @@ Nothing is loaded before its SHA-256 has been checked: damage is named, and the 
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import json
 import logging
 import os
@@ -30,7 +29,7 @@ import jax
 import numpy as np
 
 from engine.errors import UserError
-from engine.files import whole_folder
+from engine.files import folder_lock, whole_folder
 from engine.storage.digest import leaves_by_path
 from engine.storage.manifest import find_faults, write_manifest
 
@@ -71,7 +70,7 @@ def save(folder: Path, step: int, params: Any, optimizer: Any, state: dict[str, 
     wanted = sum(leaf.nbytes for tree in trees.values() for leaf in jax.tree.leaves(tree))
     with _name_refusals(target, wanted):
         root.mkdir(parents=True, exist_ok=True)
-        with _lock(root):
+        with folder_lock(root):
             _sweep(root)
             disk = shutil.disk_usage(root)
             if disk.total > 0 and disk.free < wanted:  # some network file systems know neither
@@ -167,7 +166,7 @@ def set_aside(folder: Path, after: int) -> list[Path]:
 def sweep(folder: Path) -> None:
     """Removes what killed saves left below a run folder; leaves all as it is while another process saves there."""
     root = _root(folder)
-    with contextlib.suppress(OSError), _lock(root, wait=False):
+    with contextlib.suppress(OSError), folder_lock(root, wait=False):
         _sweep(root)
 
 
@@ -311,26 +310,8 @@ def _prng_settings() -> dict[str, Any]:
 # Folders
 
 
-@contextlib.contextmanager
-def _lock(root: Path, wait: bool = True) -> Iterator[None]:
-    """Holds the lock of `root`. A killed process lets go of it, so a hidden folder seen under the lock is nobody's.
-
-    Raises BlockingIOError when another process holds it and `wait` is False. On a file system without locks it is free.
-    """
-    handle = os.open(root, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise
-        except OSError:
-            pass
-        yield
-    finally:
-        os.close(handle)
-
-
 def _sweep(root: Path) -> None:
+    """Removes hidden folders, which are nobody's under the lock: a killed process has let go of it."""
     for leftover in [entry for entry in root.iterdir() if re.match(r"\.\d+\.", entry.name)]:
         step = leftover.name.split(".")[1]
         # A kill while one checkpoint replaced another of the same step: the old one is whole, and has no place yet.

@@ -11,7 +11,6 @@ A folder that holds anything else is never written to.
 """
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
-from engine.files import whole_file, write_json
+from engine.files import folder_lock, whole_file, write_json
 from engine.storage.run_folder import ADAPTER, ROOT
 
 OURS = ("config.json", "metrics.jsonl", "tokenizer", "checkpoints", "samples", ADAPTER, "run.json")
@@ -64,17 +63,14 @@ def clear_run(folder: Path) -> None:
 def lock_folder(folder: Path) -> Iterator[None]:
     """Holds the run for this process. Raises UserError when another one trains in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"Another process trains in {folder}. Wait for it, or give another --out-dir.") from None
-        except OSError:
-            pass  # a file system without locks
-        yield
+        with contextlib.ExitStack() as lock:
+            try:
+                lock.enter_context(folder_lock(folder, wait=False))
+            except BlockingIOError:
+                raise UserError(f"Another process trains in {folder}. Wait for it, or give another --out-dir.") from None
+            yield
     finally:
-        os.close(handle)
         with contextlib.suppress(OSError):
             folder.rmdir()  # stopped before anything was written
 

@@ -18,6 +18,7 @@ import pytest
 from tiny_checkpoints import get, hidden, is_step, put, put_model
 
 from engine.errors import UserError
+from engine.files import folder_lock
 from engine.storage import checkpoint
 from engine.storage.checkpoint import steps, sweep, verify
 
@@ -130,7 +131,7 @@ def test_what_another_process_is_writing_is_not_swept(tmp_path):
     put(tmp_path, 1)
     building = tmp_path / "checkpoints" / ".2.abcdefgh"
     building.mkdir()
-    with checkpoint._lock(tmp_path / "checkpoints"):
+    with folder_lock(tmp_path / "checkpoints"):
         sweep(tmp_path)
         assert building.exists()
         assert get(tmp_path).step == 1
