@@ -1,4 +1,4 @@
-"""Int8 weights for inference: which leaves, by rules on their paths, and how far each then is from what it was."""
+"""Quantization of weights to int8 for inference: which leaves, by rules on their paths, and the error of each."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,17 +14,17 @@ Rule = tuple[str, Activations | None]
 
 
 class RoundTrip(NamedTuple):
-    """What rounding did to a leaf: root mean square of the change over that of the weights, and the largest change in
-    steps of its column, which is never above 0.5."""
+    """The rounding error of a leaf: root mean square of the change over that of the weights, and the largest change in steps
+    of its column, which is never above 0.5."""
 
     relative: float
     worst: float
 
 
 def every_product(params: Params, activations: Activations = "int8") -> tuple[Rule, ...]:
-    """Rules for all that is multiplied by: the blocks' matrices and the head, which in a tied model is the embedding.
+    """Returns rules for every matrix of a product: those of the blocks and the head, which in a tied model is the embedding.
 
-    A lookup table of its own stays: of it one row a token is read, whatever its size. What `down` multiplies has a few
+    A lookup table of its own stays: one row of it is read a token, whatever its size. The input of `down` has a few
     numbers far above the rest, so with "int8" it gets two digits: SmolLM2 then loses 0.6% in bits per byte, not 1.1%.
     """
     return (
@@ -35,16 +35,16 @@ def every_product(params: Params, activations: Activations = "int8") -> tuple[Ru
 
 
 def quantize(params: Params, rules: Sequence[Rule] | None = None, report: Callable[[int, int], None] | None = None) -> Params:
-    """params with Int8 leaves where a rule says so (by default `every_product`); first match wins. params stay as they are.
+    """Returns params with Int8 leaves where a rule says so (by default `every_product`); the first match wins.
 
-    A rule is (pattern on the path, "int8" | "int16" | "full" | None); see `model/int8.py` for the kinds. Adapters are folded
+    A rule is (pattern on the path, "int8" | "int16" | "full" | None); see `weights/int8.py`. Adapters are folded
     before. `report(done, total)` counts leaves. Raises UserError for a rule that matches nothing or no matrix.
     """
     return quantize_leaves(params, every_product(params) if rules is None else rules, report)
 
 
 def round_trips(before: Params, after: Params) -> dict[str, RoundTrip]:
-    """The error of each Int8 leaf of `after` against the same leaf of `before`."""
+    """Measures the error of each Int8 leaf of `after` against the same leaf of `before`."""
     wide = leaf_paths(before)
     return {path: _round_trip(wide[path], leaf) for path, leaf in leaf_paths(after).items() if isinstance(leaf, Int8)}
 

@@ -27,7 +27,7 @@ class Request:
 
 
 class LogProb(NamedTuple):
-    """Of one token that was drawn: its log-probability, nats, and the most probable tokens with theirs, best first."""
+    """The log-probability of a sampled token, nats, and the most probable tokens with theirs, best first."""
 
     token: int
     logprob: float
@@ -37,8 +37,8 @@ class LogProb(NamedTuple):
 class Event(NamedTuple):
     """News of a request: new tokens in order, their log-probabilities if it asked, and why it is finished, or None.
 
-    'stop': an end token was drawn, which is not among the tokens. 'length': max_tokens are there. 'error': the model
-    gave no numbers to draw from. `cached_tokens`: tokens of the prompt that had been computed before.
+    'stop': a stop token was sampled, which is not among the tokens. 'length': max_tokens are there. 'error': the logits
+    were no numbers. `cached_tokens`: tokens of the prompt that came from the prefix cache.
     """
 
     id: int

@@ -1,7 +1,7 @@
-"""From logits to a token: greedy, or drawn after temperature, top-k, top-p and min-p, each row by its own settings.
+"""Sampling: from logits to a token, greedy or after temperature, top-k, top-p and min-p, each row by its own parameters.
 
-A row's draw depends on its logits, its seed and its position alone. The key is fold_in(key(seed), position), so a
-request draws the same tokens whatever slot it sits in, whoever sits beside it, and however often it is interrupted.
+A row's token depends on its logits, its seed and its position alone. The key is fold_in(key(seed), position), so a
+request samples the same tokens in whatever slot and company, and however often it is interrupted.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from jax import Array
 
 from engine.inference.sampling_params import SamplingParams
 
-CANDIDATES = 256  # of the largest logits, among which the last one kept is looked for first
-BLOCK = 128  # tokens summed together on the way to the one that is drawn
+CANDIDATES = 256  # of the largest logits, among which the threshold is looked for first
+BLOCK = 128  # tokens summed together on the way to the one that is sampled
 
 
 class SamplingArrays(NamedTuple):
@@ -42,8 +42,8 @@ def columns(rows: Sequence[SamplingParams], names: Sequence[str], dtypes: Sequen
 def sample(logits: Array, positions: Array, sampling: SamplingArrays) -> Array:
     """logits (B, V) float32, positions (B,) int32 of the tokens to come -> tokens (B,) int32."""
     best = most_probable(logits)
-    drawn = lambda: jnp.where(sampling.temperature > 0, _draw(logits, positions, sampling, best), best)
-    return jax.lax.cond(jnp.any(sampling.temperature > 0), drawn, lambda: best)
+    sampled = lambda: jnp.where(sampling.temperature > 0, _sample(logits, positions, sampling, best), best)
+    return jax.lax.cond(jnp.any(sampling.temperature > 0), sampled, lambda: best)
 
 
 def most_probable(logits: Array) -> Array:
@@ -53,20 +53,20 @@ def most_probable(logits: Array) -> Array:
     return jnp.where(first < V, first, 0)  # no number equals NaN
 
 
-def _draw(logits: Array, positions: Array, sampling: SamplingArrays, best: Array) -> Array:
+def _sample(logits: Array, positions: Array, sampling: SamplingArrays, best: Array) -> Array:
     scaled = logits / jnp.maximum(sampling.temperature, 1e-6)[:, None]
     top = scaled.max(-1)
     cut = (sampling.top_k > 0) | (sampling.top_p < 1)
     lowest = jax.lax.cond(jnp.any(cut), lambda: _threshold(scaled, sampling), lambda: jnp.full(cut.shape, -jnp.inf))
     lowest = jnp.maximum(jnp.where(cut, lowest, -jnp.inf), top + jnp.log(sampling.min_p))
     weights = jnp.where(scaled >= lowest[:, None], jnp.exp(scaled - top[:, None]), 0.0)
-    return _where_falls(weights, _uniform(sampling.seed, positions), best)
+    return _pick(weights, _uniform(sampling.seed, positions), best)
 
 
 def _threshold(scaled: Array, sampling: SamplingArrays) -> Array:
     """(B, V) -> (B,): the lowest scaled logit that top-k, then top-p of what is left, lets through.
 
-    It is among the CANDIDATES largest nearly always. Where it is not it is searched for, bit by bit; nothing is sorted.
+    It is among the CANDIDATES largest nearly always, else found by bisection; nothing is sorted.
     """
     V = scaled.shape[-1]
     weights = jnp.exp(scaled - scaled.max(-1, keepdims=True))
@@ -78,13 +78,13 @@ def _threshold(scaled: Array, sampling: SamplingArrays) -> Array:
     goal = sampling.top_p * jnp.where(k < V, share.sum(-1), weights.sum(-1))
     count = jnp.sum((jnp.cumsum(share, -1) - share < goal[:, None]) & (share > 0), axis=-1)
     lowest = jnp.take_along_axis(ranked, jnp.maximum(count - 1, 0)[:, None], axis=-1)[:, 0]
-    found = (k <= size) | ((k == V) & (count < size))
-    search = lambda: jnp.where(found, lowest, _searched(scaled, weights, k, sampling.top_p))
-    return jax.lax.cond(jnp.all(found), lambda: lowest, search)
+    enough = (k <= size) | ((k == V) & (count < size))
+    search = lambda: jnp.where(enough, lowest, _search(scaled, weights, k, sampling.top_p))
+    return jax.lax.cond(jnp.all(enough), lambda: lowest, search)
 
 
-def _searched(scaled: Array, weights: Array, k: Array, top_p: Array) -> Array:
-    """The same threshold by halving: the largest number that k logits reach, then the largest that a mass of p reaches."""
+def _search(scaled: Array, weights: Array, k: Array, top_p: Array) -> Array:
+    """The same threshold by bisection: the largest number that k logits reach, then the largest that a mass of p reaches."""
     kth = _largest(scaled, jnp.ones_like(scaled), k.astype(jnp.float32))
     among_k = jnp.where(scaled >= kth[:, None], weights, 0.0)
     return _largest(scaled, among_k, top_p * among_k.sum(-1))
@@ -93,24 +93,24 @@ def _searched(scaled: Array, weights: Array, k: Array, top_p: Array) -> Array:
 def _largest(x: Array, weights: Array, goal: Array) -> Array:
     """x, weights (B, V), goal (B,) -> the largest t (B,) for which the weights of x >= t sum to the goal; -inf if none.
 
-    The bits of a float32, with those below the sign turned where it is negative, are whole numbers in the same order.
+    The bits of a float32, with those below the sign flipped where it is negative, are integers in the same order.
     """
-    turned = lambda bits: jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
-    keys = turned(jax.lax.bitcast_convert_type(x, jnp.int32))
+    in_order = lambda bits: jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+    keys = in_order(jax.lax.bitcast_convert_type(x, jnp.int32))
 
-    def halved(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def bisect(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = (low >> 1) + (high >> 1) + ((low | high) & 1)  # (low + high + 1) / 2 without the sum
         enough = jnp.where(keys >= middle[:, None], weights, 0.0).sum(-1) >= goal
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
 
-    least = turned(jax.lax.bitcast_convert_type(jnp.float32(-jnp.inf), jnp.int32))
-    low, _ = jax.lax.fori_loop(0, 32, halved, (jnp.full_like(goal, least, jnp.int32), keys.max(-1)))
-    return jax.lax.bitcast_convert_type(turned(low), jnp.float32)
+    least = in_order(jax.lax.bitcast_convert_type(jnp.float32(-jnp.inf), jnp.int32))
+    low, _ = jax.lax.fori_loop(0, 32, bisect, (jnp.full_like(goal, least, jnp.int32), keys.max(-1)))
+    return jax.lax.bitcast_convert_type(in_order(low), jnp.float32)
 
 
-def _where_falls(weights: Array, u: Array, otherwise: Array) -> Array:
-    """weights (B, V), u (B,) in [0, 1) -> (B,) int32: the token in whose part of the whole u lies, by two running sums.
+def _pick(weights: Array, u: Array, otherwise: Array) -> Array:
+    """weights (B, V), u (B,) in [0, 1) -> (B,) int32: the token in whose share of the sum u lies, by two running sums.
 
     A sum in float32 may end a hair short of u's place; `otherwise` (B,) is taken then.
     """

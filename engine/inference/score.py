@@ -1,4 +1,4 @@
-"""How probable a text is under the model: the forward pass read as log-probabilities, for evaluation."""
+"""Scoring: the log-probability of a text under the model, for evaluation."""
 
 import functools
 
@@ -16,7 +16,7 @@ LOGITS_LIMIT = 64 * 2**20  # bytes of float32 logits beyond which they are made 
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def score(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
-    """The summed negative log-probability of the masked-in targets, () float32 nats. Bits are nats / ln 2."""
+    """Sums the negative log-probability of the masked-in targets, () float32 nats. Bits are nats / ln 2."""
     targets = jnp.where(batch.mask, batch.targets, 0)
     size = LOGITS_LIMIT // (4 * cfg.vocab)
     if targets.size <= size:

@@ -1,4 +1,4 @@
-"""KVCache: what a request has been read as so far. An argument and a result of the forward pass, never hidden state."""
+"""KVCache: the keys and values of rows that start together, an argument and a result of the forward pass."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,26 +22,26 @@ class KVCache(NamedTuple):
 
     @property
     def capacity(self) -> int:
-        """S: tokens a row can hold."""
+        """S, the tokens a row can hold."""
         return self.k[0].shape[2]
 
     def layer(self, i: int) -> tuple[Array, Array, Array]:
-        """What layer i reads and writes: its k and v (B, K, S, H), and length."""
+        """Returns what layer i reads and writes: its k and v (B, K, S, H), and length."""
         return self.k[i], self.v[i], self.length
 
     def with_layers(self, layers: Sequence[tuple[Array, Array, Array]]) -> "KVCache":
-        """The same with every layer replaced."""
+        """Returns the same with every layer replaced."""
         return KVCache(tuple(k for k, _, _ in layers), tuple(v for _, v, _ in layers), self.length)
 
 
 def make_cache(cfg: ModelConfig, batch: int, capacity: int) -> KVCache:
-    """An empty cache for `batch` rows of up to `capacity` tokens each, in the compute dtype."""
+    """Makes an empty cache for `batch` rows of up to `capacity` tokens each, in the compute dtype."""
     shape = (batch, cfg.kv_heads, capacity, cfg.head_dim)
     empty = lambda: tuple(jnp.zeros(shape, jnp.dtype(cfg.dtype)) for _ in range(cfg.layers))
     return KVCache(empty(), empty(), jnp.zeros((batch,), jnp.int32))
 
 
 def write(cached: Array, new: Array, start: Array) -> Array:
-    """cached (B, K, S, H) with new (B, K, T, H) written at start (B,), row by row."""
+    """Writes new (B, K, T, H) into cached (B, K, S, H) at start (B,), row by row."""
     place = lambda row, value, at: jax.lax.dynamic_update_slice(row, value, (0, at, 0))
     return jax.vmap(place)(cached, new.astype(cached.dtype), start)
