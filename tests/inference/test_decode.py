@@ -30,20 +30,20 @@ def texts(*lengths: int, seed: int = 0) -> list[list[int]]:
     return [tokens_of(seed + n, length).tolist() for n, length in enumerate(lengths)]
 
 
-def told(cfg, params, prompts, capacity=CAPACITY, **sampling) -> tuple[list[list[int]], list[str | None]]:
-    """(tokens, why it ended) for each prompt; every part but the last says that it is not."""
-    out, why = [[] for _ in prompts], [None for _ in prompts]
+def continuations(cfg, params, prompts, capacity=CAPACITY, **sampling) -> tuple[list[list[int]], list[str | None]]:
+    """(tokens, why they end) of each prompt; nothing comes after the end."""
+    outputs, reasons = [[] for _ in prompts], [None for _ in prompts]
     rows = SamplingParams(**{"max_tokens": 20, "temperature": 0.0, **sampling}).per_row(len(prompts))
     for part in generate(cfg, params, prompts, rows, capacity=capacity):
-        assert why[part.prompt] is None, "nothing comes after the end"
+        assert reasons[part.prompt] is None, "nothing comes after the end"
         assert part.tokens or part.finish_reason
-        out[part.prompt] += part.tokens
-        why[part.prompt] = part.finish_reason
-    assert None not in why
-    return out, why
+        outputs[part.prompt] += part.tokens
+        reasons[part.prompt] = part.finish_reason
+    assert None not in reasons
+    return outputs, reasons
 
 
-def most_probable(cfg, params, prompts, count: int) -> list[list[int]]:
+def read_anew(cfg, params, prompts, count: int) -> list[list[int]]:
     """The greedy continuations by reading each text anew, whole and without a cache, for each of its tokens."""
     read = [list(prompt) for prompt in [*prompts, [0], [0]][:ROWS]]
     for _ in range(count):
@@ -56,10 +56,10 @@ def most_probable(cfg, params, prompts, count: int) -> list[list[int]]:
 def test_generating_is_reading_the_whole_text_anew_for_every_token(cfg, params):
     """Prompts of one token, of a chunk to the token, and of more than two chunks."""
     prompts = texts(1, CHUNK, 2 * CHUNK + 3)
-    out, why = told(cfg, params, prompts, max_tokens=19)
-    assert out == most_probable(cfg, params, prompts, 19)
-    assert why == ["length"] * 3
-    assert len({tuple(answer) for answer in out}) == 3
+    outputs, reasons = continuations(cfg, params, prompts, max_tokens=19)
+    assert outputs == read_anew(cfg, params, prompts, 19)
+    assert reasons == ["length"] * 3
+    assert len({tuple(output) for output in outputs}) == 3
 
 
 def test_a_prompt_in_pieces_is_the_prompt_at_once(cfg, params):
@@ -80,7 +80,7 @@ def test_a_prompt_in_pieces_is_the_prompt_at_once(cfg, params):
             np.testing.assert_allclose(one[row, :, :length], other[row, :, :length], rtol=0, atol=1e-5)
 
 
-def test_a_row_given_nothing_is_left_as_it_was(cfg, params):
+def test_a_row_without_tokens_is_left_as_it_was(cfg, params):
     cache = make_cache(cfg, ROWS, 20)
     _, cache = prefill(cfg, params, padded(texts(5, 5, 5), 5), np.array([5, 5, 5], np.int32), cache)
     before = jax.tree.map(np.asarray, cache)
@@ -113,46 +113,46 @@ def test_several_steps_at_once_are_one_step_after_another(cfg, params, temperatu
 
 def test_a_completion_ends_before_its_end_token(cfg, params):
     prompts = texts(1, CHUNK, 9)
-    free, _ = told(cfg, params, prompts)
-    for place in (0, 3, 11):  # drawn from the prefill, in the middle of a dispatch, in the second one
+    free, _ = continuations(cfg, params, prompts)
+    for place in (0, 3, 11):  # sampled from the prefill, in the middle of a dispatch, in the second one
         end = free[1][place]
-        out, why = told(cfg, params, prompts, stop_token_ids={end})
-        for answer, unbounded, reason in zip(out, free, why):
+        outputs, reasons = continuations(cfg, params, prompts, stop_token_ids={end})
+        for output, unbounded, reason in zip(outputs, free, reasons):
             stops = end in unbounded
-            assert answer == (unbounded[: unbounded.index(end)] if stops else unbounded)
+            assert output == (unbounded[: unbounded.index(end)] if stops else unbounded)
             assert reason == ("stop" if stops else "length")
-        assert why[1] == "stop"
+        assert reasons[1] == "stop"
     several = {free[1][11], free[1][3], 41}
-    out, why = told(cfg, params, prompts, stop_token_ids=several)
-    assert out[1] == free[1][: min(free[1].index(end) for end in several if end in free[1])]
-    assert why[1] == "stop"
+    outputs, reasons = continuations(cfg, params, prompts, stop_token_ids=several)
+    assert outputs[1] == free[1][: min(free[1].index(end) for end in several if end in free[1])]
+    assert reasons[1] == "stop"
 
 
 def test_a_completion_ends_at_its_length(cfg, params):
     prompts = texts(5, 2, 9)
-    free, _ = told(cfg, params, prompts, max_tokens=30)
+    free, _ = continuations(cfg, params, prompts, max_tokens=30)
     for length in (1, STEPS, STEPS + 1, STEPS + 2):
-        out, why = told(cfg, params, prompts, max_tokens=length)
-        assert out == [answer[:length] for answer in free]
-        assert why == ["length"] * 3
+        outputs, reasons = continuations(cfg, params, prompts, max_tokens=length)
+        assert outputs == [output[:length] for output in free]
+        assert reasons == ["length"] * 3
     end = free[0][-1]
     first = free[0].index(end)
-    assert told(cfg, params, prompts, max_tokens=first, stop_token_ids={end})[1][0] == "length", "the end lies beyond"
-    assert told(cfg, params, prompts, max_tokens=first + 1, stop_token_ids={end})[1][0] == "stop"
+    assert continuations(cfg, params, prompts, max_tokens=first, stop_token_ids={end})[1][0] == "length", "the end lies beyond"
+    assert continuations(cfg, params, prompts, max_tokens=first + 1, stop_token_ids={end})[1][0] == "stop"
 
 
 def test_a_completion_ends_where_the_context_is_full(cfg, params):
     """Each row at its own place; and its last tokens are the ones it would have with room to spare."""
     prompts = texts(140, 149, 3)
-    out, why = told(cfg, params, prompts, max_tokens=30)
-    assert [len(answer) for answer in out] == [10, 1, 30]
-    assert why == ["length"] * 3
-    roomy, _ = told(cfg, params, prompts, max_tokens=30, capacity=190)
-    assert out == [answer[:length] for answer, length in zip(roomy, (10, 1, 30))]
-    assert told(cfg, params, prompts, max_tokens=30, capacity=None)[0] == out, "by default it is the model's"
+    outputs, reasons = continuations(cfg, params, prompts, max_tokens=30)
+    assert [len(output) for output in outputs] == [10, 1, 30]
+    assert reasons == ["length"] * 3
+    roomy, _ = continuations(cfg, params, prompts, max_tokens=30, capacity=190)
+    assert outputs == [output[:length] for output, length in zip(roomy, (10, 1, 30))]
+    assert continuations(cfg, params, prompts, max_tokens=30, capacity=None)[0] == outputs, "by default it is the model's"
 
 
-def test_tokens_come_as_they_are_drawn(cfg, params):
+def test_tokens_come_as_they_are_sampled(cfg, params):
     """The first one from the prefill, the others STEPS at a time: nobody waits for the whole."""
     prompts, sampling = texts(5, 2, 9), SamplingParams(max_tokens=STEPS + 4, temperature=0.0).per_row(3)
     parts = list(generate(cfg, params, prompts, sampling, capacity=CAPACITY))
@@ -161,40 +161,40 @@ def test_tokens_come_as_they_are_drawn(cfg, params):
     ]  # fmt: skip
 
 
-def test_one_prompt_alone_is_answered(cfg, params):
-    """It is run as two rows, of which nobody sees the other."""
+def test_one_prompt_alone_is_continued(cfg, params):
+    """It runs as two rows, which do not see each other."""
     prompt = texts(9)
-    out, _ = told(cfg, params, prompt, temperature=1.0, seed=8)
-    assert len(out) == 1
-    assert out == told(cfg, params, [prompt[0], [3]], temperature=1.0, seed=8)[0][:1]
-    assert told(cfg, params, prompt)[0] == most_probable(cfg, params, prompt, 20)
+    outputs, _ = continuations(cfg, params, prompt, temperature=1.0, seed=8)
+    assert len(outputs) == 1
+    assert outputs == continuations(cfg, params, [prompt[0], [3]], temperature=1.0, seed=8)[0][:1]
+    assert continuations(cfg, params, prompt)[0] == read_anew(cfg, params, prompt, 20)
 
 
-def test_a_lone_prompt_is_read_alone_and_written_beside_an_empty_row(cfg, params, monkeypatch):
+def test_a_lone_prompt_is_prefilled_alone_and_decoded_beside_an_empty_row(cfg, params, monkeypatch):
     rows = {"prefill": set(), "decode_steps": set()}
     for name, program in (("prefill", prefill), ("decode_steps", decode_steps)):
         note = lambda cfg, params, tokens, *rest, name=name, program=program: (
             rows[name].add(len(tokens)) or program(cfg, params, tokens, *rest)
         )
         monkeypatch.setattr(decode, name, note)
-    told(cfg, params, texts(CHUNK + 3))
+    continuations(cfg, params, texts(CHUNK + 3))
     assert rows == {"prefill": {1}, "decode_steps": {2}}
 
 
-def test_after_the_first_answer_nothing_is_compiled(cfg, params, count_compiles):
-    """Whatever is asked: lengths of one chunk or three, any settings, any end. (No other test asks four at once.)"""
+def test_after_the_first_call_nothing_is_compiled(cfg, params, count_compiles):
+    """Lengths of one chunk or three, any sampling, any stop token. (No other test asks four at once.)"""
     sampling, others = {"temperature": 1.0}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.01, "seed": 99}
-    told(cfg, params, texts(3, 2, 4, 1), max_tokens=12, **sampling)
+    continuations(cfg, params, texts(3, 2, 4, 1), max_tokens=12, **sampling)
     before = len(count_compiles)
     assert before > 2, "the count counts"
     for prompts in (texts(1, 1, 1, 1), texts(CHUNK, 3, 5, 1), texts(2 * CHUNK + 9, 1, CHUNK + 1, 7)):
         for settings in (sampling, others):
-            told(cfg, params, prompts, max_tokens=30, stop_token_ids=[7], **settings)
+            continuations(cfg, params, prompts, max_tokens=30, stop_token_ids=[7], **settings)
     assert len(count_compiles) == before
 
 
 @pytest.mark.parametrize(
-    ("prompts", "said"),
+    ("prompts", "message"),
     [
         ([[1], [], [2]], "Prompt 1 has 0 tokens"),
         ([[1], [2], [3] * 150], "Prompt 2 has 150 tokens; from 1 to 149 fit"),
@@ -202,8 +202,8 @@ def test_after_the_first_answer_nothing_is_compiled(cfg, params, count_compiles)
         ([[-1], [1], [3]], "Prompt 0 holds a token outside"),
     ],
 )
-def test_a_prompt_that_cannot_be_continued_is_refused(cfg, params, prompts, said):
-    with pytest.raises(UserError, match=said):
+def test_a_prompt_that_cannot_be_continued_is_refused(cfg, params, prompts, message):
+    with pytest.raises(UserError, match=message):
         next(generate(cfg, params, prompts, SamplingParams().per_row(3)))
 
 

@@ -69,23 +69,6 @@ def test_the_same_in_every_slot_alone_or_in_company_to_the_bit(dtype):
 
 
 @EVERY_DTYPE
-def test_the_order_of_arrival_does_not_matter(dtype):
-    requests = REQUESTS[:12]
-    for seed in range(3):
-        order = np.random.default_rng(seed).permutation(len(requests))
-        slots = make_slots(dtype, prefix_cache_bytes=10**6 * (seed % 2))
-        log = Log(slots)
-        ids = {}
-        for place in order:
-            ids[place] = log.submit(requests[place])
-            for _ in range(seed):
-                log.step()
-        log.drain()
-        for place, request in enumerate(requests):
-            assert log.completion(ids[place]) == complete_alone(dtype, request)
-
-
-@EVERY_DTYPE
 def test_a_prefix_cache_hit_changes_no_bit(dtype):
     slots = make_slots(dtype, prefix_cache_bytes=10**7)
     log = Log(slots)

@@ -14,7 +14,7 @@ from tiny import lively_params, request_of, sampling_of, tiny_config, tokens_of
 from engine.inference import programs as slot_programs
 from engine.inference.decode import decode_step, decode_steps, for_inference, generate, prefill
 from engine.inference.penalties import PenaltyArrays, make_token_counts
-from engine.inference.quantize import quantize
+from engine.inference.quantize import every_product, quantize
 from engine.inference.sampling import sampling_arrays
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.score import score
@@ -29,10 +29,12 @@ BOTH = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 
 @functools.cache
-def served(dtype: str):
-    """(cfg, params) as they are served."""
-    cfg = tiny_config(dtype=dtype)
-    return cfg, for_inference(cfg, lively_params(cfg))
+def served(weights: str, tied: bool = False):
+    """(cfg, params) as they are served; with weights in "int8" (W8A8) or "full" (int8 weights alone) in bfloat16."""
+    quantized = weights in ("int8", "full")
+    cfg = tiny_config(dtype="bfloat16" if quantized else weights, tied=tied)
+    params = lively_params(cfg)
+    return cfg, for_inference(cfg, quantize(params, every_product(params, weights)) if quantized else params)
 
 
 def samplings(rows: int, **fixed) -> st.SearchStrategy[list[SamplingParams]]:
@@ -189,11 +191,16 @@ def run_rows(cfg, params, prompts, sampling, seed: int):
     return after, np.asarray(sampled)
 
 
-@BOTH
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_neighbours_padding_and_slot_do_not_matter_to_the_bit(dtype, temperature):
+@pytest.mark.parametrize(
+    ("weights", "tied", "temperature"),
+    [
+        ("float32", False, 0.0), ("float32", False, 1.0), ("bfloat16", False, 0.0), ("bfloat16", False, 1.0),
+        ("int8", False, 0.0), ("int8", True, 0.0), ("full", False, 0.0), ("full", True, 0.0),
+    ],
+)  # fmt: skip
+def test_neighbours_padding_and_slot_do_not_matter_to_the_bit(weights, tied, temperature):
     """One program of fixed shape: a request's logits and tokens are the same alone, in company, and in any slot."""
-    cfg, params = served(dtype)
+    cfg, params = served(weights, tied)
     prompt = tokens_of(0, 10).tolist()
 
     def run(slot: int, seed: int, alone: bool):
