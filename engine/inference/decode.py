@@ -1,7 +1,7 @@
 """Prefill and decode for rows that start together: weights are only ever read.
 
 Three compiled programs serve every call of `generate`: one for a chunk of prompts, one for a few steps of decoding, one to
-sample the first token. Their shapes depend on the number of rows, the capacity and the vocabulary, never on what is asked,
+sample the first token. Their shapes depend on the number of rows, the capacity and the vocabulary, never on a request,
 so nothing is compiled while text is being generated. They donate the cache, which is the call's own, and no parameter.
 """
 

@@ -62,7 +62,7 @@ def decode_steps(
     """token (R,) int32, each standing at its row's position -> the `steps` tokens that follow, at most STEPS.
 
     Each is sampled from the logits of the one before. One program does one step or several, for one row or all: a row's
-    numbers are the same to the bit. `logprobs` () bool: whether anybody asked for log-probabilities, else they are 0.
+    numbers are the same to the bit. `logprobs` () bool: whether log-probabilities are computed, else they are 0.
     """
     R, X = len(token), min(MAX_LOGPROBS, cfg.vocab)
     own = jnp.arange(R, dtype=jnp.int32)

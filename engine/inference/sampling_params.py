@@ -1,4 +1,4 @@
-"""SamplingParams: how one completion is drawn, with the one range check. Imports no jax, so that flags can read RANGES."""
+"""SamplingParams: how one completion is sampled, with the one range check. Imports no jax, so that flags can read RANGES."""
 
 import dataclasses
 import operator
@@ -54,11 +54,11 @@ RANGES = {
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How the tokens of one completion are drawn, and when it ends. Fields are named as in vLLM, and have its defaults.
+    """How the tokens of one completion are sampled, and when it ends. Fields are named as in vLLM, and have its defaults.
 
     Temperature 0 is greedy. top_k keeps the k most probable tokens (0: all), top_p the smallest set whose probability
     reaches p (Holtzman et al. 2019, 1904.09751), min_p those at least min_p times as probable as the best (Nguyen et al.
-    2024, 2407.01082); tokens that tie with the last one kept stay too. A seed and a position give one draw. Penalties are
+    2024, 2407.01082); tokens that tie with the last one kept stay too. A seed and a position give one token. Penalties are
     subtracted from logits before temperature: `presence_penalty` once from every token already in the completion,
     `frequency_penalty` once for each time it is there; `repetition_penalty` divides the positive logits of tokens of
     prompt and completion and multiplies the negative ones (Keskar et al. 2019, 1909.05858). `logit_bias` is added to the
@@ -96,7 +96,7 @@ class SamplingParams:
 
     @property
     def adjusts_logits(self) -> bool:
-        """Whether a penalty or a bias changes the logits before a token is drawn."""
+        """Whether a penalty or a bias changes the logits before a token is sampled."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1 or self.logit_bias)
 
     def per_row(self, rows: int) -> list["SamplingParams"]:

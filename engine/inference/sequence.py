@@ -27,7 +27,7 @@ class Sequence:
 
     @property
     def to_prefill(self) -> int:
-        """Tokens of the prompt that are left to prefill. The last one is left to decode, with everybody's last token."""
+        """Tokens of the prompt that are left to prefill. The last one is left to decode."""
         return len(self.request.prompt) - 1 - self.prefilled
 
     @property

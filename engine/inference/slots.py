@@ -8,9 +8,8 @@
 
 The scheduler decides what a step does; this file does it on the device. A request waits until a slot is free; from then
 on it has all the memory it can come to need. Its prompt is prefilled chunk by chunk, one chunk of one prompt a step. All
-sequences that are prefilled decode together. What a request is answered depends on itself alone, to the bit: chunks begin
-at fixed positions, everybody decodes in one program whose rows do not see one another, and keys come from a request's own
-seed and positions.
+sequences that are prefilled decode together. A completion depends on its request alone, to the bit: chunks begin at fixed
+positions, all rows decode in one program and do not see one another, and keys come from a request's own seed and positions.
 """
 
 import contextlib
@@ -36,7 +35,7 @@ from engine.model.transformer import Params
 
 CHUNK, TAIL = 128, 32  # prompt tokens a call: whole chunks, and a shorter program for a last part that fits it
 HITS_AT_ONCE = 16  # chunks that a step copies from the prefix cache at most, before the one that it computes
-IDLE = SamplingParams(temperature=0.0)  # of rows that nobody uses: greedy, so that they ask for no sampling
+IDLE = SamplingParams(temperature=0.0)  # of rows that are not in use: greedy, so that they cost no sampling
 MIN_SLOTS = 2  # a product with a single row takes a different and slower path on a CPU
 
 
@@ -57,12 +56,11 @@ def compile_ahead(
 class Slots:
     """The state of all requests to one model. `params` as `decode.for_inference` lays them out; they are only read.
 
-    `slots`: requests answered at once, which is fixed because a program's shape may touch its bits. `capacity`: tokens
+    `slots`: requests under way at once, which is fixed because a program's shape may touch its bits. `capacity`: tokens
     of prompt and completion together, by default the model's context. `kv_dtype`: the type of the KV cache.
     `prefix_cache_bytes`: bytes of computed chunks to keep for prompts that begin alike; 0 keeps none. `speculate`:
-    whether a lone sequence uses idle rows to be faster. What is answered depends on the model, on `kv_dtype` and on the
-    shapes of programs (`slots`, `capacity`, `chunk`, `tail`); not on `prefix_cache_bytes`, not on `speculate`, and on no
-    other request.
+    whether a lone sequence uses idle rows to be faster. Completions depend on the model, on `kv_dtype` and on the shapes of
+    programs (`slots`, `capacity`, `chunk`, `tail`); not on `prefix_cache_bytes`, not on `speculate`, and on no other request.
     """
 
     def __init__(
@@ -138,13 +136,13 @@ class Slots:
         return []
 
     def warm(self, report: Callable[[int, int], None] | None = None, ahead: Iterable[tuple[str, int]] = ()) -> None:
-        """Compiles every program, and runs each once for nobody. Nothing is compiled after it.
+        """Compiles every program, and runs each once with no row in use. Nothing is compiled after it.
 
         `ahead` is what `compile_ahead` yields: a program that it has compiled is run while the next one is compiled.
         `report(ready, total)` counts programs. Raises ValueError while requests are under way.
         """
         if self.busy:
-            raise ValueError("warm is for slots that nobody uses yet")
+            raise ValueError("warm is for slots without requests")
         # Compiled from shapes, for a program that is run donates arrays while others are still being compiled.
         calls = self._idle_calls(*programs.shapes_of((self.params, self._segments, self._counts)))
         pending = set(calls)

@@ -1,6 +1,6 @@
-"""Speculative decoding: draft tokens taken from the text itself, checked by rows of the program that nobody uses.
+"""Speculative decoding: draft tokens taken from the text itself, checked by rows of the program that are not in use.
 
-A text often repeats what it, or its prompt, said before. So the tokens that followed the last place where the text read
+A text often repeats itself, or its prompt. So the tokens that followed the last place where the text read
 as it reads now are a draft of what follows (prompt lookup decoding: Saxena 2023; after Leviathan et al. 2023, 2211.17192).
 Each idle row samples the token behind one draft token, with the key of its own position. Those samples are exactly the
 tokens that decoding one by one would give, greedy or not, as long as the drafts before them came true; the first wrong

@@ -1,4 +1,4 @@
-"""Sampling: which tokens may be drawn, how often, and that a draw is a function of its own row, seed and position alone."""
+"""Sampling: which tokens are sampled, how often, and that a token depends on its own row, seed and position alone."""
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +10,16 @@ from tiny import sampling_of
 
 from engine.inference.sampling import SamplingArrays, sample
 
-V, DRAWS = 41, 256
-draw = jax.jit(sample)
+V, COUNT = 41, 256
+sample_ = jax.jit(sample)
 
 
 def logits_of(seed: int, rows: int = 1, spread: float = 2.0) -> np.ndarray:
     return (spread * np.random.default_rng(seed).standard_normal((rows, V))).astype(np.float32)
 
 
-def kept(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> set[int]:
-    """The tokens of one row that may be drawn, with the plainest code that says so."""
+def plain_candidates(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> set[int]:
+    """The tokens of one row that may be sampled, with the plainest code that says so."""
     probability = np.exp((logits - logits.max()).astype(float) / temperature)
     order = np.argsort(-probability, kind="stable")
     among_k = order[: top_k or V]
@@ -31,9 +31,9 @@ def kept(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p
 
 @given(st.integers(0, 999), st.integers(0, 2**31 - 1))
 def test_temperature_zero_is_the_most_probable_token(seed, position):
-    logits = logits_of(seed, DRAWS)
-    cold = sampling_of(DRAWS, temperature=0.0, top_k=3, top_p=0.5, seed=seed)
-    np.testing.assert_array_equal(draw(logits, np.full(DRAWS, position, np.int32), cold), logits.argmax(-1))
+    logits = logits_of(seed, COUNT)
+    cold = sampling_of(COUNT, temperature=0.0, top_k=3, top_p=0.5, seed=seed)
+    np.testing.assert_array_equal(sample_(logits, np.full(COUNT, position, np.int32), cold), logits.argmax(-1))
 
 
 @settings(max_examples=60)
@@ -41,27 +41,27 @@ def test_temperature_zero_is_the_most_probable_token(seed, position):
     st.integers(0, 999), st.sampled_from([0.3, 1.0, 2.0]), st.sampled_from([0, 1, 2, 7, 41, 99]),
     st.floats(0.01, 1.0) | st.just(1.0), st.floats(0.0, 1.0) | st.just(0.0),
 )  # fmt: skip
-def test_only_and_all_of_the_right_tokens_are_drawn(seed, temperature, top_k, top_p, min_p):
+def test_only_and_all_of_the_right_tokens_are_sampled(seed, temperature, top_k, top_p, min_p):
     logits = logits_of(seed)
-    settings_ = sampling_of(1, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    rows = SamplingArrays(*(field.repeat(DRAWS) for field in settings_))
-    drawn = set(np.asarray(draw(logits.repeat(DRAWS, 0), np.arange(DRAWS, dtype=np.int32), rows)).tolist())
+    row = sampling_of(1, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    rows = SamplingArrays(*(field.repeat(COUNT) for field in row))
+    sampled = set(np.asarray(sample_(logits.repeat(COUNT, 0), np.arange(COUNT, dtype=np.int32), rows)).tolist())
     # Sums in float32 may put a token that lies on the border on either side of it.
-    few = kept(logits[0], temperature, top_k, max(top_p - 1e-5, 1e-9), min(min_p + 1e-5, 1.0))
-    many = kept(logits[0], temperature, top_k, top_p + 1e-5 if top_p < 1 else 9.0, max(min_p - 1e-5, 0.0))
-    assert drawn <= many
+    few = plain_candidates(logits[0], temperature, top_k, max(top_p - 1e-5, 1e-9), min(min_p + 1e-5, 1.0))
+    many = plain_candidates(logits[0], temperature, top_k, top_p + 1e-5 if top_p < 1 else 9.0, max(min_p - 1e-5, 0.0))
+    assert sampled <= many
     probability = {token: float(np.exp(logits[0, token] / temperature)) for token in many}
     total = sum(probability.values())
-    assert {token for token in few if probability[token] / total > 0.1} <= drawn  # missed by chance once in 10^11
+    assert {token for token in few if probability[token] / total > 0.1} <= sampled  # missed by chance once in 10^11
 
 
 def test_tokens_that_tie_with_the_last_one_kept_stay():
     logits = np.full((1, V), -3.0, np.float32)
     logits[0, [4, 9, 30]] = [2.0, 1.0, 1.0]
     for limit in ({"top_k": 2}, {"top_p": 0.7}):
-        rows = SamplingArrays(*(field.repeat(DRAWS) for field in sampling_of(1, **limit)))
-        drawn = draw(logits.repeat(DRAWS, 0), np.arange(DRAWS, dtype=np.int32), rows)
-        assert set(np.asarray(drawn).tolist()) == {4, 9, 30}
+        rows = SamplingArrays(*(field.repeat(COUNT) for field in sampling_of(1, **limit)))
+        sampled = sample_(logits.repeat(COUNT, 0), np.arange(COUNT, dtype=np.int32), rows)
+        assert set(np.asarray(sampled).tolist()) == {4, 9, 30}
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -70,20 +70,20 @@ def test_tokens_come_as_often_as_the_softmax_says(temperature):
     count = 20_000
     logits = logits_of(3, spread=0.7)
     rows = SamplingArrays(*(field.repeat(count) for field in sampling_of(1, temperature=temperature, seed=11)))
-    drawn = draw(logits.repeat(count, 0), np.arange(count, dtype=np.int32), rows)
+    sampled = sample_(logits.repeat(count, 0), np.arange(count, dtype=np.int32), rows)
     probability = np.exp(logits[0] / temperature)
     expected = count * probability / probability.sum()
-    by_position = ((np.bincount(drawn, minlength=V) - expected) ** 2 / expected).sum()
+    by_position = ((np.bincount(sampled, minlength=V) - expected) ** 2 / expected).sum()
     rows = rows._replace(seed=jnp.arange(count, dtype=jnp.uint32), temperature=rows.temperature)
-    drawn = draw(logits.repeat(count, 0), np.full(count, 17, np.int32), rows)
-    by_seed = ((np.bincount(drawn, minlength=V) - expected) ** 2 / expected).sum()
+    sampled = sample_(logits.repeat(count, 0), np.full(count, 17, np.int32), rows)
+    by_seed = ((np.bincount(sampled, minlength=V) - expected) ** 2 / expected).sum()
     assert 10 < by_position < 95
     assert 10 < by_seed < 95
     flat = np.full(V, count / V)
-    assert ((np.bincount(drawn, minlength=V) - flat) ** 2 / flat).sum() > 1000, "the bound can be broken"
+    assert ((np.bincount(sampled, minlength=V) - flat) ** 2 / flat).sum() > 1000, "the bound can be broken"
 
 
-def test_a_draw_is_its_rows_own_whatever_the_batch():
+def test_a_token_is_its_rows_own_whatever_the_batch():
     """Each row keeps its token when rows are re-ordered, repeated, or set among others with other settings."""
     logits, positions = logits_of(0, 7), np.arange(100, 107, dtype=np.int32)
     sampling = SamplingArrays(
@@ -93,19 +93,19 @@ def test_a_draw_is_its_rows_own_whatever_the_batch():
             ([1, 2, 3, 4, 5, 6, 7], "uint32"),
         ))
     )  # fmt: skip
-    together = np.asarray(draw(logits, positions, sampling))
+    together = np.asarray(sample_(logits, positions, sampling))
     for order in ([6, 5, 4, 3, 2, 1, 0], [2, 2, 2, 2, 2, 2, 2], [0, 1], [1, 1], [5, 5], [4, 0], [3, 6]):
-        some = draw(logits[order], positions[order], SamplingArrays(*(field[np.array(order)] for field in sampling)))
-        np.testing.assert_array_equal(some, together[order])
+        part = sample_(logits[order], positions[order], SamplingArrays(*(field[np.array(order)] for field in sampling)))
+        np.testing.assert_array_equal(part, together[order])
 
 
-def test_another_seed_or_position_is_another_draw():
-    logits = np.zeros((DRAWS, V), np.float32)
-    rows = sampling_of(DRAWS, seed=0)
-    one = np.asarray(draw(logits, np.zeros(DRAWS, np.int32), rows))
-    assert len(set(one.tolist())) > V // 2, "seeds differ from row to row"
-    same = rows._replace(seed=jnp.zeros(DRAWS, jnp.uint32))
-    assert len(set(np.asarray(draw(logits, np.arange(DRAWS, dtype=np.int32), same)).tolist())) > V // 2
-    assert len(set(np.asarray(draw(logits, np.zeros(DRAWS, np.int32), same)).tolist())) == 1
+def test_another_seed_or_position_is_another_sample_():
+    logits = np.zeros((COUNT, V), np.float32)
+    rows = sampling_of(COUNT, seed=0)
+    first = np.asarray(sample_(logits, np.zeros(COUNT, np.int32), rows))
+    assert len(set(first.tolist())) > V // 2, "seeds differ from row to row"
+    same = rows._replace(seed=jnp.zeros(COUNT, jnp.uint32))
+    assert len(set(np.asarray(sample_(logits, np.arange(COUNT, dtype=np.int32), same)).tolist())) > V // 2
+    assert len(set(np.asarray(sample_(logits, np.zeros(COUNT, np.int32), same)).tolist())) == 1
     last = sampling_of(1, seed=2**32 - 1)
     assert int(last.seed[0]) == 2**32 - 1

@@ -1,4 +1,4 @@
-"""Scheduler: in plain Python, without a model: every slot has one owner, everybody is served, and nobody waits for ever."""
+"""Scheduler: in plain Python, without a model: every slot has one owner, and every request is served in time."""
 
 import subprocess
 import sys

@@ -50,14 +50,14 @@ def test_completions_are_those_of_the_plain_generator(sampling):
 @EVERY_DTYPE
 def test_the_same_in_every_slot_alone_or_in_company_to_the_bit(dtype):
     """Greedy, seeded, and with penalties; a short text and one of four chunks; log-probabilities too."""
-    mine = [
+    requests = [
         request_of(text(3, 20), 12, temperature=0.0, logprobs=3), request_of(text(4, 50), 12, seed=9, logprobs=20),
         request_of(
             text(6, 33), 12, temperature=0.7, frequency_penalty=0.5, repetition_penalty=1.3, logit_bias={3: 2.0}, seed=1,
             logprobs=0,
         ),
     ]  # fmt: skip
-    for request in mine:
+    for request in requests:
         seen = {complete_alone(dtype, request)}
         for slot in range(SLOTS):
             for company in (0, SLOTS + 2):
@@ -235,7 +235,7 @@ def test_a_model_that_gives_no_numbers_ends_requests_and_touches_no_other():
 
 
 def reference(cfg, params, request: Request, count: int) -> tuple[list[int], list[np.ndarray]]:
-    """Greedy tokens with penalties and bias, and the plain log-probabilities (V,) each was drawn beside, in NumPy."""
+    """Greedy tokens with penalties and bias, and the plain log-probabilities (V,) at each, in NumPy."""
     tokens, logprobs, sampling = list(request.prompt), [], request.sampling
     for _ in range(count):
         padded = np.array([tokens + [0] * (CAPACITY - len(tokens))] * 2, np.int32)
@@ -314,5 +314,5 @@ def test_nothing_of_a_request_is_left_when_it_has_gone():
     assert size() == before
     assert not any((slots.busy, slots.scheduler.copies, slots.used_positions, slots.cancel(1)))
     slots.submit(REQUESTS[0])
-    with pytest.raises(ValueError, match="nobody uses"):
+    with pytest.raises(ValueError, match="without requests"):
         slots.warm()

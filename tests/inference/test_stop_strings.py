@@ -35,12 +35,12 @@ def undecided(text: str, stops: list[str]) -> int:
 @given(tokens_, stops_, st.integers(1, 5))
 def test_the_text_ends_before_the_first_stop_string(tokens, stops, together):
     whole = b"".join(TABLE[token] for token in tokens).decode("utf-8", "replace")
-    completion, said = CompletionText(TextStream(TABLE), stops), ""
+    completion, output = CompletionText(TextStream(TABLE), stops), ""
     for start in range(0, len(tokens), together):
-        said += completion.push(tokens[start : start + together])
+        output += completion.push(tokens[start : start + together])
     taken = completion.tokens
-    said += completion.close()
-    assert (said, completion.stopped) == plainly(whole, stops)
+    output += completion.close()
+    assert (output, completion.stopped) == plainly(whole, stops)
     assert completion.close() == "" or completion.stopped is None
     if completion.stopped is None:
         assert taken == len(tokens)
@@ -54,13 +54,13 @@ def test_the_text_ends_before_the_first_stop_string(tokens, stops, together):
 @settings(max_examples=200)
 @given(tokens_, stops_)
 def test_text_leaves_as_soon_as_it_is_certain(tokens, stops):
-    stream, completion, read, said = TextStream(TABLE), CompletionText(TextStream(TABLE), stops), "", ""
+    stream, completion, read, output = TextStream(TABLE), CompletionText(TextStream(TABLE), stops), "", ""
     for token in tokens:
         read += stream.push(token)
-        said += completion.push([token])
+        output += completion.push([token])
         if completion.stopped is not None:
             return
-        assert said == read[: len(read) - undecided(read, stops)]
+        assert output == read[: len(read) - undecided(read, stops)]
 
 
 def test_without_stop_strings_nothing_is_held_back():
@@ -70,7 +70,7 @@ def test_without_stop_strings_nothing_is_held_back():
 
 
 @pytest.mark.parametrize(
-    ("text", "stops", "said", "stopped"),
+    ("text", "stops", "expected", "stopped"),
     [
         ("one\n\ntwo", ["\n\n"], "one", "\n\n"),
         ("abcabd", ["abd"], "abc", "abd"),
@@ -81,10 +81,10 @@ def test_without_stop_strings_nothing_is_held_back():
         ("sto", ["stop"], "sto", None),
     ],
 )
-def test_some_of_them_by_hand(text, stops, said, stopped):
+def test_some_of_them_by_hand(text, stops, expected, stopped):
     table = {ord(letter): letter.encode() for letter in text}
     for size in (1, 2, 99):
-        completion, found = CompletionText(TextStream(table), stops), ""
+        completion, output = CompletionText(TextStream(table), stops), ""
         for start in range(0, len(text), size):
-            found += completion.push([ord(letter) for letter in text[start : start + size]])
-        assert (found + completion.close(), completion.stopped) == (said, stopped)
+            output += completion.push([ord(letter) for letter in text[start : start + size]])
+        assert (output + completion.close(), completion.stopped) == (expected, stopped)

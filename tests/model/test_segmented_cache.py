@@ -26,7 +26,7 @@ N, K, H = CFG.heads, CFG.kv_heads, CFG.head_dim
 SLOTS, CAPACITY, FIRST = 5, 70, 8
 EDGES = (0, 8, 16, 32, 64, 72)
 DTYPES = ("float32", "bfloat16", "int8")
-# Furthest from attention over the very keys and values that are kept, of numbers near 1: bfloat16 rounds the weights of
+# Furthest from attention over the very stored keys and values, of numbers near 1: bfloat16 rounds the weights of
 # the softmax to 8 bits, int8 keeps them to 15.
 NEAR = {"float32": 2e-6, "bfloat16": 1e-2, "int8": 3e-4}
 attention = jax.jit(segmented.attention)
@@ -38,8 +38,8 @@ def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 def whole(layer) -> np.ndarray:
     """A layer's segments side by side, (B, K, S, H) float64, as the numbers they stand for."""
-    wide = lambda kept: kept.values * kept.scale[..., None] if isinstance(kept, QuantizedKV) else kept
-    return np.concatenate([np.asarray(wide(kept), np.float64) for kept in layer], axis=2)
+    wide = lambda segment: segment.values * segment.scale[..., None] if isinstance(segment, QuantizedKV) else segment
+    return np.concatenate([np.asarray(wide(segment), np.float64) for segment in layer], axis=2)
 
 
 def plain(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -143,13 +143,13 @@ def test_a_row_is_the_same_to_the_bit_however_far_the_others_are(dtype):
             move = lambda array, slot=slot: jnp.roll(array, slot, axis=0)
             here = jax.tree.map(move, (segments.k[0], segments.v[0]))
             for others, rubbish in ((-1, np.nan), (0, np.inf), (71, np.nan), (7, 1.0)):
-                mine = np.arange(SLOTS) == slot
-                spoil = lambda array, mine=mine, rubbish=rubbish: (
-                    array if array.dtype == jnp.int8 else jnp.where(mine.reshape(-1, *[1] * (array.ndim - 1)), array, rubbish)
+                own = np.arange(SLOTS) == slot
+                spoil = lambda array, own=own, rubbish=rubbish: (
+                    array if array.dtype == jnp.int8 else jnp.where(own.reshape(-1, *[1] * (array.ndim - 1)), array, rubbish)
                 )
                 keys, values = jax.tree.map(spoil, here)
-                rows = rows_of(np.where(mine, length, others), range(SLOTS))
-                company = [np.where(mine.reshape(-1, 1, 1, 1), x, normal(rng, SLOTS, *x.shape[1:])) for x in (q, k, v)]
+                rows = rows_of(np.where(own, length, others), range(SLOTS))
+                company = [np.where(own.reshape(-1, 1, 1, 1), x, normal(rng, SLOTS, *x.shape[1:])) for x in (q, k, v)]
                 out, layer = attention(*company, layer_at(keys, values, rows))
                 bits = [np.asarray(leaf)[slot].tobytes() for leaf in jax.tree.leaves((layer.k, layer.v))]
                 seen.add((np.asarray(out)[slot].tobytes(), *bits))
@@ -170,7 +170,7 @@ def test_what_a_row_may_not_see_does_not_matter(dtype):
         return jnp.where(beyond, (3 * array).astype(array.dtype), array)
 
     other = [
-        tuple(jax.tree.map(functools.partial(changed, start=start), kept) for kept, start in zip(layer, EDGES))
+        tuple(jax.tree.map(functools.partial(changed, start=start), segment) for segment, start in zip(layer, EDGES))
         for layer in (segments.k[0], segments.v[0])
     ]
     one, _ = attention(*new, layer_at(segments.k[0], segments.v[0], rows))
@@ -195,7 +195,7 @@ def test_rows_are_written_where_they_are_sent_and_nowhere_else():
 
 def all_arrays(segments: KVSegments) -> list[np.ndarray]:
     """All that lies in segments: for each of the 2 L layers, and of keys' numbers and scales, (B, K, S, ...)."""
-    layers = [jax.tree.leaves(kept) for layer in (*segments.k, *segments.v) for kept in layer]
+    layers = [jax.tree.leaves(segment) for layer in (*segments.k, *segments.v) for segment in layer]
     parts = len(layers[0])
     by_layer = [layers[start : start + len(EDGES) - 1] for start in range(0, len(layers), len(EDGES) - 1)]
     return [np.concatenate([np.asarray(span[p]) for span in layer], axis=2) for layer in by_layer for p in range(parts)]

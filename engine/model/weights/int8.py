@@ -146,7 +146,7 @@ def two_digit_rows(x: Array) -> tuple[Array, Array]:
     steps = x / scale
     first = jnp.round(steps)
     second = jnp.round((steps - first) * FINE)
-    return jnp.concatenate([first, second], axis=-2).astype(jnp.int8), scale
+    return jnp.concatenate([first.astype(jnp.int8), second.astype(jnp.int8)], axis=-2), scale
 
 
 def join_digits(products: Array) -> Array:
@@ -156,8 +156,8 @@ def join_digits(products: Array) -> Array:
 
 
 def _row_scale(x: Array) -> Array:
-    scale = jnp.abs(x).max(axis=-1, keepdims=True) / LARGEST
-    return jnp.where(scale == 0, 1, scale)
+    scale = jnp.abs(x).max(axis=-1) / LARGEST
+    return jnp.where(scale == 0, 1, scale)[..., None]
 
 
 def int8_matmul(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
