@@ -3,6 +3,13 @@
 Three compiled programs serve every call of `generate`: one for a chunk of prompts, one for a few steps of decoding, one to
 sample the first token. Their shapes depend on the number of rows, the capacity and the vocabulary, never on a request,
 so nothing is compiled while text is being generated. They donate the cache, which is the call's own, and no parameter.
+
+This is the simple one of two decode stacks; `slots.Slots` is the other, for requests that come and go. They stay two because
+neither can take the other's place. Rollouts, `generate` and reports start all rows at once, in one contiguous cache of just
+their size. On 2 CPU cores (6 layers of width 384, bfloat16 cache, prompts of 64 tokens, 40 new ones, best of 28 interleaved
+rounds) Slots takes 1.10 times as long for eight rows, though 0.84 times for one, and 1.4 times the CPU seconds to compile.
+Both sample the same tokens in float32; in bfloat16 they sum in another order, and 6 of 8 greedy texts of 33 tokens agreed: one
+stack in place of the other would change the texts that seeds give.
 """
 
 import dataclasses
