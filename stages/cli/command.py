@@ -100,3 +100,8 @@ def command_line(stage: str, *words: object) -> str:
 def typed_arguments() -> list[str]:
     """What the command in progress was called with, to be typed again."""
     return _arguments
+
+
+def same_command(stage: str) -> str:
+    """Returns the command line to type to go on with the run of the command in progress."""
+    return command_line(stage, *(word for word in _arguments if word != "--overwrite"))

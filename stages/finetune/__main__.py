@@ -2,31 +2,37 @@
 
     python -m stages.finetune                                      LoRA of SmolLM2-135M-Instruct on the house voice
     python -m stages.finetune --data chats.jsonl --lora rank=16,alpha=32,targets=q,v
-    python -m stages.finetune --freeze bottom:20                   the top third learns, and the head if it is not tied
-    python -m stages.finetune --train 'blocks/(28|29)/.*'          two blocks learn
+    python -m stages.finetune --freeze bottom:20                   trains the top third, and the head if it is not tied
+    python -m stages.finetune --train 'blocks/(28|29)/.*'          trains two blocks
     python -m stages.finetune --base int8                          LoRA over a base in int8 (QLoRA)
     python -m stages.finetune --objective preference --data voice-preferences
     python -m stages.finetune --model runs/demo-shakespeare        the same on a model of your own
     python -m stages.finetune --dry-run                            what matches, what it would cost, and stop
 
-What does not learn is never differentiated and stays as it is, to the bit. The same command run again goes on where it
+Frozen parameters are never differentiated and stay as they are, to the bit. The same command run again goes on where it
 stopped.
 """
 
 import sys
 from collections.abc import Sequence
 
+from engine.device import start_jax
+from stages.cli import signals
 from stages.cli.command import run_command
 from stages.finetune.flags import Finetune
 
 
-def finetune(given: Finetune) -> int:
-    from stages.finetune import run as tuning
+def finetune(flags: Finetune) -> int:
+    """Starts JAX and fine-tunes as the flags say. Returns the exit code."""
+    signals.set_phase("before anything was trained.")
+    device = start_jax(flags.device)
+    from stages.finetune.run import run  # imports JAX: only after the flags are parsed, and JAX is started
 
-    return tuning.run(given)
+    return run(flags, device)
 
 
 def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command. Returns its exit code."""
     return run_command("finetune", __doc__, Finetune, finetune, args)
 
 

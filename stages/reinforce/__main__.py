@@ -6,25 +6,31 @@
     python -m stages.reinforce --model runs/tiny-python --train all --task length:4
     python -m stages.reinforce --dry-run                           what a round would take, and stop
 
-Each round has two halves, and the screen shows both: in the first, inference draws several answers to each prompt and
-changes no weight; in the second, training reads those answers and does (GRPO). Between them lies a reward that a rule
-can verify. The same command run again goes on where it stopped.
+Each round has two halves, and the screen shows both: in the first, inference samples several completions of each prompt
+and changes no weight; in the second, training reads those completions and does (GRPO). Between them lies a reward that a
+rule can verify. The same command run again goes on where it stopped.
 """
 
 import sys
 from collections.abc import Sequence
 
+from engine.device import start_jax
+from stages.cli import signals
 from stages.cli.command import run_command
 from stages.reinforce.flags import Reinforce
 
 
-def reinforce(given: Reinforce) -> int:
-    from stages.reinforce import run as reinforcing
+def reinforce(flags: Reinforce) -> int:
+    """Starts JAX and trains as the flags say. Returns the exit code."""
+    signals.set_phase("before anything was trained.")
+    device = start_jax(flags.device)
+    from stages.reinforce.run import run  # imports JAX: only after the flags are parsed, and JAX is started
 
-    return reinforcing.run(given)
+    return run(flags, device)
 
 
 def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command. Returns its exit code."""
     return run_command("reinforce", __doc__, Reinforce, reinforce, args)
 
 

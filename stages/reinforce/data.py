@@ -1,4 +1,4 @@
-"""What is asked in a round of learning from rewards: prompts that come with a task, or those of a file."""
+"""Prompts for learning from rewards: those that come with a task, or those of a file."""
 
 import hashlib
 import json
@@ -15,61 +15,61 @@ THINGS = (
     "a map", "stone", "the sun", "a school", "wool", "thunder", "a hill", "milk", "a lamp", "ice", "a song", "dust",
 )  # fmt: skip
 QUESTIONS = ("What is {}?", "Describe {}.", "Why do we need {}?", "Tell me of {}.")
-APART = 4  # one prompt of so many is never learnt from
+HELD_OUT = 4  # one prompt of so many is never trained on
 SUMS = 400
 
 
 class Prompt(NamedTuple):
-    """What is said to the model, and the right number where there is one."""
+    """A user's message, and the right number where there is one."""
 
     text: str
     answer: int | None = None
 
 
 class Prompts(NamedTuple):
-    """Those that are learnt from, those that are only measured on, and what they are called."""
+    """Prompts to train on, prompts to measure on, and what they are called."""
 
-    learnt: tuple[Prompt, ...]
+    train: tuple[Prompt, ...]
     held_out: tuple[Prompt, ...]
     name: str
 
     @property
     def digest(self) -> str:
         """SHA-256 of all of them."""
-        return hashlib.sha256(json.dumps([self.learnt, self.held_out]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.train, self.held_out]).encode()).hexdigest()
 
 
 def prompts_for(task: str, data: Path | None, seed: int) -> Prompts:
-    """The prompts of a file, else those that come with the task, in an order that follows from the seed.
+    """Returns the prompts of a file, else those that come with the task, in an order that follows from the seed.
 
     Raises UserError, with file and line, for a row without a prompt or, where the task is `sum`, without an answer.
     """
     if data:
-        found, name = _read(data, task), str(data)
+        prompts, name = _read(data, task), str(data)
     elif task == "sum":
         pairs = random.Random(seed).choices([(a, b) for a in range(10) for b in range(10)], k=SUMS)
-        found, name = [Prompt(f"What is {a} + {b}?", a + b) for a, b in dict.fromkeys(pairs)], "sums of two digits"
+        prompts, name = [Prompt(f"What is {a} + {b}?", a + b) for a, b in dict.fromkeys(pairs)], "sums of two digits"
     else:
-        found = [Prompt(question.format(thing)) for question in QUESTIONS for thing in THINGS]
-        name = f"{len(found)} short questions"
-    if len(found) < 2:
-        raise UserError(f"{name} has {len(found)} prompts, too few to hold any out; at least 2 are needed.")
-    random.Random(seed).shuffle(found)
-    apart = max(1, len(found) // APART)
-    return Prompts(tuple(found[apart:]), tuple(found[:apart]), name)
+        prompts = [Prompt(question.format(thing)) for question in QUESTIONS for thing in THINGS]
+        name = f"{len(prompts)} short questions"
+    if len(prompts) < 2:
+        raise UserError(f"{name} has {len(prompts)} prompts, too few to hold any out; at least 2 are needed.")
+    random.Random(seed).shuffle(prompts)
+    held_out = max(1, len(prompts) // HELD_OUT)
+    return Prompts(tuple(prompts[held_out:]), tuple(prompts[:held_out]), name)
 
 
 def _read(path: Path, task: str) -> list[Prompt]:
     if not path.is_file():
         raise UserError(f'There is no file {path}; --data takes a .jsonl of {{"prompt": "...", "answer": 7}}.')
-    found = []
+    prompts = []
     for row, where in read_rows(path):
         prompt, answer = row.get("prompt"), row.get("answer")
         if not isinstance(prompt, str) or not prompt.strip():
-            came = f"is {json_type(prompt)}" if not isinstance(prompt, str) and "prompt" in row else "is missing or empty"
-            raise UserError(f"{where}: `prompt` should be text and {came}.")
+            problem = f"is {json_type(prompt)}" if not isinstance(prompt, str) and "prompt" in row else "is missing or empty"
+            raise UserError(f"{where}: `prompt` should be text and {problem}.")
         if task == "sum" and (not isinstance(answer, int) or isinstance(answer, bool)):
-            came = f"is {json_type(answer)}" if "answer" in row else "is missing"
-            raise UserError(f"{where}: `answer` should be an integer and {came}.")
-        found.append(Prompt(prompt, answer if task == "sum" else None))
-    return found
+            problem = f"is {json_type(answer)}" if "answer" in row else "is missing"
+            raise UserError(f"{where}: `answer` should be an integer and {problem}.")
+        prompts.append(Prompt(prompt, answer if task == "sum" else None))
+    return prompts

@@ -1,4 +1,4 @@
-"""A run folder: everything one training run leaves behind, and what says whether another may go on in it.
+"""A run folder: everything one training run leaves behind, and the lock that holds it for one process.
 
     runs/NAME/config.json      the architecture
               run.json         how it was trained, and at last the result
@@ -27,10 +27,10 @@ from engine.storage.run_folder import ADAPTER, ROOT
 OURS = ("config.json", "metrics.jsonl", "tokenizer", "checkpoints", "samples", ADAPTER, "run.json")
 
 
-def default_folder(preset: str, data: str) -> Path:
-    """runs/PRESET-DATA, DATA being the asset's name or the file's."""
+def default_folder(model: str, data: str) -> Path:
+    """Returns runs/MODEL-DATA, DATA being the asset's name or the file's."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(data).stem).strip("-.") or "text"
-    return ROOT / f"{preset}-{name}"
+    return ROOT / f"{model}-{name}"
 
 
 def holds_run(folder: Path) -> bool:
@@ -75,35 +75,34 @@ def lock_folder(folder: Path) -> Iterator[None]:
             folder.rmdir()  # stopped before anything was written
 
 
-def write_run_json(folder: Path, run: dict[str, Any], result: dict[str, Any] | None = None) -> None:
-    """run.json, whole or not at all; the result, when there is one, is its last entry."""
-    described = {name: value for name, value in run.items() if name != "result"}
-    write_json(folder / "run.json", described | ({"result": result} if result else {}))
+def write_run_json(folder: Path, facts: dict[str, Any], result: dict[str, Any] | None = None) -> None:
+    """Writes run.json, whole or not at all; the result, when there is one, is its last entry."""
+    write_json(folder / "run.json", facts | ({"result": result} if result else {}))
 
 
 def as_json(value: Any) -> Any:
-    """The same, with words for the floats that JSON has not: a clip of infinity is 'inf'."""
+    """Returns the same, with words for the floats that JSON has not: a clip of infinity is 'inf'."""
     if isinstance(value, dict):
         return {name: as_json(inner) for name, inner in value.items()}
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class MetricsLog:
-    """metrics.jsonl: opened at a step, it forgets what a part of the run that is not gone on from had written."""
+    """metrics.jsonl: opened at a step, it drops lines of later steps, from which the run does not go on."""
 
     def __init__(self, folder: Path, step: int) -> None:
         self._path = folder / "metrics.jsonl"
-        kept = []
+        lines = []
         if self._path.exists():
             for line in self._path.read_bytes().splitlines():
                 with contextlib.suppress(ValueError, KeyError, TypeError):  # a line half written when it was killed
                     if json.loads(line)["step"] <= step:
-                        kept.append(line + b"\n")
+                        lines.append(line + b"\n")
         with whole_file(self._path) as file:
-            file.writelines(kept)
+            file.writelines(lines)
 
     def add(self, **fields: Any) -> None:
-        """One line. Numbers that are not finite become null, which JSON has."""
+        """Adds a line. Numbers that are not finite become null, which JSON has."""
         clean = {name: value if math.isfinite(value) else None for name, value in fields.items()}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean) + "\n")

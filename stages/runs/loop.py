@@ -1,4 +1,4 @@
-"""The training loop: one step in flight, the next batch cut meanwhile, all else outside the training time."""
+"""The loop of every run: steps until the plan is done or a signal comes; saving, logging and evaluating between them."""
 
 import collections
 import contextlib
@@ -9,274 +9,234 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax
-import numpy as np
-
-from engine import format as words
-from engine.allocator import has_room, return_freed_memory
-from engine.counting.hardware import peak_rss_bytes
+from engine.allocator import return_freed_memory
 from engine.errors import UserError
 from engine.storage import checkpoint
-from engine.training.optimizer import make_schedule
 from engine.training.step import TrainState
 from stages.cli import signals
 from stages.cli.console import Console
-from stages.runs.estimate import Plan
+from stages.cli.process import process_start
+from stages.runs.estimate import RunPlan
 from stages.runs.folder import MetricsLog
 
 REFUSED_IN_A_ROW = 10
 RECENT = 20  # steps over which speed is averaged
 EVALUATING = 0.04  # of the time at most, unless --eval-every says otherwise
+STAYS = 5.0  # seconds between lines that stay on a terminal
 
 
 @dataclasses.dataclass
 class LoopState:
-    """What a run remembers from one part to the next, beside weights and optimizer: state.json."""
+    """Where a run stands, beside weights and optimizer: it is saved in a checkpoint's state.json."""
 
     step: int = 0
     seconds: float = 0.0  # of training: without compiling, evaluating and saving
     refused: int = 0
-    best: float | None = None  # quick bits per byte
-    first_step_seconds: float | None = None
+    best: float | None = None  # the lowest quick validation, or the highest mean reward
+    first_step_seconds: float | None = None  # after the start of the process
 
 
 @dataclasses.dataclass(frozen=True)
 class Intervals:
-    """How often things are done: int is steps, float is seconds."""
+    """How often things are done, int for steps and float for seconds; and how many checkpoints are kept.
 
-    evaluate: int | float | None
+    `evaluate` None: a tenth of the run, or more where an evaluation takes longer than EVALUATING of the time.
+    """
+
     save: int | float
-    log: int
     keep: int
-
-
-class Source(Protocol):
-    """Where batches come from, by random access."""
-
-    def at(self, step: int) -> Any: ...
-    def epoch(self, step: int) -> float: ...
-
-
-class Evaluator(Protocol):
-    """A quick evaluation while training: its number, and what that is called on screen and in metrics.jsonl."""
-
-    @property
-    def unit(self) -> str: ...
-    @property
-    def key(self) -> str: ...
-    def measure(self, cfg: Any, trainable: Any, watch: Any = None) -> float | None: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class LoopConfig:
-    """All that a loop needs and does not change."""
-
-    plan: Plan
-    folder: Path
-    batches: Source
-    quick: Evaluator
-    often: Intervals
-    ceiling: float  # FLOP/s
-    started: float  # the clock when the process began
-    facts: dict[str, Any]  # what goes into state.json beside LoopState
-    kept: Callable[[Any], Any] = lambda trainable: trainable  # what a checkpoint holds of what learns
-    buffer: int = 0  # bytes a step takes while it runs, where they must not be held twice; 0 where that does not matter
+    log: int = 1
+    evaluate: int | float | None = None
 
 
 class Interval:
     """Whether it is time again, in steps or in seconds of training."""
 
-    def __init__(self, interval: int | float, past: LoopState) -> None:
-        self.interval = interval
-        self.step, self.seconds = past.step, past.seconds
+    def __init__(self, length: int | float, state: LoopState) -> None:
+        self.length = length
+        self.step, self.seconds = state.step, state.seconds
 
-    def now(self, past: LoopState) -> bool:
-        counted = isinstance(self.interval, int)
-        due = past.step - self.step >= self.interval if counted else past.seconds - self.seconds >= self.interval
+    def is_due(self, state: LoopState) -> bool:
+        """Whether the interval is over; the next one then begins."""
+        counted = isinstance(self.length, int)
+        due = state.step - self.step >= self.length if counted else state.seconds - self.seconds >= self.length
         if due:
-            self.step, self.seconds = past.step, past.seconds
+            self.step, self.seconds = state.step, state.seconds
         return due
+
+
+class StepTimer:
+    """Seconds of the recent steps, and of all but the first, which touches its memory for the first time."""
+
+    def __init__(self) -> None:
+        self.recent: collections.deque[float] = collections.deque(maxlen=RECENT)
+        self.count, self.warm_seconds = 0, 0.0
+
+    def add(self, seconds: float) -> None:
+        """Counts a step."""
+        self.count += 1
+        if self.count == 2:
+            self.recent.clear()
+        if self.count > 1:
+            self.warm_seconds += seconds
+        self.recent.append(seconds)
+
+    def mean(self) -> float:
+        """Returns the seconds of a recent step."""
+        return max(sum(self.recent) / max(len(self.recent), 1), 1e-9)
+
+    def warm_rate(self) -> float | None:
+        """Returns steps a second over all but the first; None before there are any."""
+        return (self.count - 1) / self.warm_seconds if self.count > 1 else None
+
+
+class Evaluator(Protocol):
+    """A quick evaluation: its number, and what that is called on screen (`unit`) and in metrics.jsonl (`key`)."""
+
+    @property
+    def unit(self) -> str: ...
+    @property
+    def key(self) -> str: ...
+    def evaluate(self, trainable: Any, stopped: Callable[[], bool]) -> float | None:
+        """Returns the number; None when it was `stopped` in between."""
+
+
+class Steps(Protocol):
+    """The work that a loop repeats: a batch through a compiled program, or a round of rollouts and updates."""
+
+    noun: str  # "step" or "round"
+    advice: str  # the end of "Lower --learning-rate ...", for updates that are not finite
+    evaluator: Evaluator | None
+    buffer: int  # bytes a step takes while it runs, where they must not be held twice; 0 where that does not matter
+    lines_stay: bool  # whether every STAYS seconds a line stays on a terminal
+
+    def run(self, state: TrainState, loop_state: LoopState) -> tuple[TrainState, list[bool]]:
+        """Returns the next state, which may take the place of `state` in memory, and for each update whether it was refused."""
+
+    def metrics(self, loop_state: LoopState, timer: StepTimer) -> dict[str, float]:
+        """Returns the fields of a line of metrics.jsonl, about the steps since the last one."""
+
+    def fields(self, loop_state: LoopState, timer: StepTimer, evaluation: str) -> list[str]:
+        """Returns the live line. `evaluation` is the newest one in words."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """The settings of a loop. `record` goes into state.json beside LoopState; `to_saved` gives a checkpoint's params."""
+
+    plan: RunPlan
+    folder: Path
+    intervals: Intervals
+    record: dict[str, Any]
+    to_saved: Callable[[Any], Any]
 
 
 class Loop:
     """One part of a run, from where it stands to its end or to a signal."""
 
-    def __init__(self, job: LoopConfig, past: LoopState, console: Console) -> None:
-        self.job, self.past, self.console = job, past, console
-        self.recent: collections.deque[float] = collections.deque(maxlen=RECENT)
-        self.schedule = jax.jit(make_schedule(job.plan.recipe.optimizer))
-        self.val: float | None = None
-        self.warm_steps, self.warm_seconds = 0, 0.0  # without the first, which touches its memory for the first time
-        self.loss = self.grad_norm = float("nan")
-        self.in_a_row = 0
-        self.begun = past.step
-        self.log = MetricsLog(job.folder, past.step)
+    def __init__(self, config: LoopConfig, loop_state: LoopState, console: Console) -> None:
+        self.config, self.loop_state, self.console = config, loop_state, console
+        self.timer = StepTimer()
+        self.log = MetricsLog(config.folder, loop_state.step)
+        self.evaluation = "val -"
+        self.refused_in_a_row = 0
 
-    def run(self, step_program: Callable[..., Any], state: TrainState) -> tuple[TrainState, int | None]:
+    def run(self, steps: Steps, state: TrainState) -> tuple[TrainState, int | None]:
         """Trains to the end of the plan, or until a signal. -> the last state, saved, and the signal's number if any.
 
-        Raises UserError after too many refused steps in a row; the last checkpoint then stays as it is.
+        Raises UserError after too many refused updates in a row; the last checkpoint then stays as it is.
         """
-        past, plan = self.past, self.job.plan
-        often = self.job.often
-        save, log = Interval(often.save, past), Interval(often.log, past)
-        evaluate = Interval(often.evaluate or self._first_evaluation(), past)
-        saved = past.step
-        losses: list[float] = []
-        answer = "Finishing this step, then saving (once more: stop at once)."
-        with signals.deferred(answer, self.console.print) as watch:
-            batch = self.job.batches.at(past.step)
+        loop_state, plan, intervals = self.loop_state, self.config.plan, self.config.intervals
+        save, log, stay = (Interval(length, loop_state) for length in (intervals.save, intervals.log, STAYS))
+        evaluate = Interval(intervals.evaluate or plan.share_of(10), loop_state)
+        saved = logged = loop_state.step
+        done = lambda: plan.progress(loop_state.step, loop_state.seconds) >= 1
+        answer = f"Finishing this {steps.noun}, then saving (once more: stop at once)."
+        with signals.deferred(answer, self.console.print) as signal_state:
             begin = time.perf_counter()
             try:
-                while plan.done(past.step, past.seconds) < 1 and not watch.received:
-                    progress = np.float32(plan.done(past.step, past.seconds))
-                    # While a step runs its buffer is the last thing in memory: what is made then lies behind it, and stays.
-                    following = self.job.batches.at(past.step + 1) if self.job.buffer else None
-                    state, metrics = step_program(state, {}, batch, progress)
-                    batch = following or self.job.batches.at(past.step + 1)
-                    # Waited for before the next is dispatched: two steps in flight would take twice the memory.
-                    metrics = jax.device_get(metrics)
+                while not done() and not signal_state.received:
+                    state, refused = steps.run(state, loop_state)
                     end = time.perf_counter()
-                    self._count(metrics, end - begin)
-                    if self.job.buffer and not has_room(self.job.buffer):
-                        return_freed_memory()  # or the next step's buffer would lie beside this one's
+                    self._count(steps, refused, end - begin)
                     begin = end
-                    losses.append(self.loss)
-                    self.console.show_live(self.fields)
-                    if log.now(past):
-                        self._log(losses)
-                        losses = []
-                    if evaluate.now(past) and plan.done(past.step, past.seconds) < 1:
-                        with self._aside():
-                            evaluate.interval = self._evaluate(state, evaluate.interval, watch)
+                    important = steps.lines_stay and (stay.is_due(loop_state) or self.timer.count == 1 or done())
+                    self.console.show_live(lambda: steps.fields(loop_state, self.timer, self.evaluation), important)
+                    if log.is_due(loop_state):
+                        self._log(steps)
+                        logged = loop_state.step
+                    if steps.evaluator and evaluate.is_due(loop_state) and not done():
+                        with _apart_from_steps(steps.buffer):
+                            evaluate.length = self._evaluate(steps, state, evaluate.length, signal_state)
                         begin = time.perf_counter()
-                    if save.now(past):
-                        with self._aside():
+                    if save.is_due(loop_state):
+                        with _apart_from_steps(steps.buffer):
                             self.save(state)
-                        saved = past.step
+                        saved = loop_state.step
                         begin = time.perf_counter()
             except BrokenPipeError:
                 self.save(state)  # nobody reads on, but nothing is lost
                 raise
-            if losses:
-                self._log(losses)
-            if saved != past.step:
+            if logged != loop_state.step:
+                self._log(steps)
+            if saved != loop_state.step:
                 self.save(state)
-            return state, watch.received
+            return state, signal_state.received
 
-    @contextlib.contextmanager
-    def _aside(self) -> Iterator[None]:
-        """Other work between two steps: where memory matters, not beside a step's freed buffer, nor left in its place."""
-        if self.job.buffer:
-            return_freed_memory()
-        yield
-        if self.job.buffer:
-            return_freed_memory()
+    def save(self, state: TrainState) -> None:
+        """Saves a checkpoint of now."""
+        config, step = self.config, self.loop_state.step
+        record = dataclasses.asdict(self.loop_state) | config.record
+        saved = config.to_saved(state.trainable)
+        checkpoint.save(config.folder, step, saved, state.opt_state, record, keep=config.intervals.keep)
 
-    def save(self, state: TrainState) -> Path:
-        """A checkpoint of now."""
-        record = dataclasses.asdict(self.past) | self.job.facts
-        keep = self.job.often.keep
-        kept = self.job.kept(state.trainable)
-        return checkpoint.save(self.job.folder, self.past.step, kept, state.opt_state, record, keep=keep)
+    def _count(self, steps: Steps, refused: list[bool], seconds: float) -> None:
+        loop_state = self.loop_state
+        loop_state.step += 1
+        loop_state.seconds += seconds
+        self.timer.add(seconds)
+        if loop_state.first_step_seconds is None:
+            loop_state.first_step_seconds = time.perf_counter() - process_start()
+        for update_refused in refused:
+            loop_state.refused += update_refused
+            self.refused_in_a_row = self.refused_in_a_row + 1 if update_refused else 0
+            if self.refused_in_a_row >= REFUSED_IN_A_ROW:
+                saved = checkpoint.steps(self.config.folder)
+                safe = f"the checkpoint of {steps.noun} {saved[-1]} is as it was" if saved else "nothing had been saved yet"
+                raise UserError(
+                    f"{self.refused_in_a_row} steps in a row had a loss or gradient that is not a number; {safe}. "
+                    f"Lower {steps.advice}."
+                )
 
-    def _count(self, metrics: Any, seconds: float) -> None:
-        past = self.past
-        past.step += 1
-        past.seconds += seconds
-        if past.step - self.begun == 2:
-            self.recent.clear()
-        if past.step - self.begun > 1:
-            self.warm_steps, self.warm_seconds = self.warm_steps + 1, self.warm_seconds + seconds
-        self.recent.append(seconds)
-        self.loss, self.grad_norm = float(metrics.loss), float(metrics.grad_norm)
-        if past.first_step_seconds is None:
-            past.first_step_seconds = time.perf_counter() - self.job.started
-        if not metrics.refused:
-            self.in_a_row = 0
-            return
-        past.refused += 1
-        self.in_a_row += 1
-        if self.in_a_row >= REFUSED_IN_A_ROW:
-            there = checkpoint.steps(self.job.folder)
-            kept = f"the checkpoint of step {there[-1]} is as it was" if there else "nothing had been saved yet"
-            raise UserError(
-                f"{self.in_a_row} steps in a row had a loss or gradient that is not a number; {kept}. Lower "
-                "--learning-rate or --matrix-learning-rate, warm up longer with --warmup, or try --dtype float32."
-            )
+    def _log(self, steps: Steps) -> None:
+        loop_state = self.loop_state
+        self.log.add(step=loop_state.step, seconds=loop_state.seconds, **steps.metrics(loop_state, self.timer))
 
-    def _log(self, losses: list[float]) -> None:
-        past = self.past
-        self.log.add(
-            step=past.step, seconds=past.seconds, loss=sum(losses) / len(losses), grad_norm=self.grad_norm,
-            learning_rate_factor=self.factor(), tokens_per_second=self.speed(), refused=past.refused,
-        )  # fmt: skip
-
-    def _first_evaluation(self) -> int | float:
-        """A tenth of the run."""
-        plan = self.job.plan
-        return plan.seconds / 10 if plan.seconds else max(1, (plan.steps or 10) // 10)
-
-    def _evaluate(self, state: TrainState, interval: int | float, watch: signals.SignalState) -> int | float:
-        """The quick evaluation. Returns the interval to the next, longer than before when this one took too long."""
-        begin = time.perf_counter()
-        value = self.job.quick.measure(self.job.plan.cfg, state.trainable, watch)
+    def _evaluate(
+        self, steps: Steps, state: TrainState, interval: int | float, signal_state: signals.SignalState
+    ) -> int | float:
+        """Evaluates quickly. Returns the interval to the next, longer than before when this one took too long."""
+        begin, loop_state, evaluator = time.perf_counter(), self.loop_state, steps.evaluator
+        assert evaluator is not None
+        value = evaluator.evaluate(state.trainable, lambda: signal_state.received is not None)
         if value is None:
             return interval
-        first, self.val = self.val is None, value
-        past = self.past
-        past.best = value if past.best is None else min(past.best, value)
-        self.log.add(step=past.step, seconds=past.seconds, **{self.job.quick.key: value})
-        self.console.show_live(self.fields, important=True)
-        taken = time.perf_counter() - begin
-        if self.job.often.evaluate or first:  # as often as asked for; the first one also compiled
+        first = self.evaluation == "val -"
+        self.evaluation = f"val {value:.3f} {evaluator.unit}"
+        loop_state.best = value if loop_state.best is None else min(loop_state.best, value)
+        self.log.add(step=loop_state.step, seconds=loop_state.seconds, **{evaluator.key: value})
+        self.console.show_live(lambda: steps.fields(loop_state, self.timer, self.evaluation), important=True)
+        if self.config.intervals.evaluate or first:  # as often as asked for; the first one also compiled
             return interval
-        least = taken / EVALUATING
-        return max(interval, math.ceil(least / self.mean()) if isinstance(interval, int) else least)
+        least = (time.perf_counter() - begin) / EVALUATING
+        return max(interval, math.ceil(least / self.timer.mean()) if isinstance(interval, int) else least)
 
-    def mean(self) -> float:
-        """Seconds of a step, of late."""
-        return sum(self.recent) / max(len(self.recent), 1)
 
-    def speed(self) -> float:
-        """Tokens a second, of late."""
-        return self.job.plan.step_tokens / max(self.mean(), 1e-9)
-
-    def share(self) -> float | None:
-        """The share of the ceiling over all steps of this part but its first; None before there are any."""
-        if not self.warm_steps:
-            return None
-        return self.warm_steps * self.job.plan.step_flops / self.warm_seconds / self.job.ceiling
-
-    def mfu(self) -> float:
-        """The share of the ceiling, of late."""
-        return self.job.plan.step_flops / max(self.mean(), 1e-9) / self.job.ceiling
-
-    def factor(self) -> float:
-        """On the learning rate, at this point of the schedule."""
-        return float(self.schedule(np.float32(self.job.plan.done(self.past.step, self.past.seconds))))
-
-    def left(self) -> float:
-        """Seconds of training to come."""
-        plan, past = self.job.plan, self.past
-        ends = [plan.seconds - past.seconds] if plan.seconds else []
-        ends += [(plan.steps - past.step) * self.mean()] if plan.steps else []
-        return min(ends)
-
-    def fields(self) -> list[str]:
-        """The live line."""
-        past, plan = self.past, self.job.plan
-        epoch = self.job.batches.epoch(past.step)
-        shown = [
-            f"step {past.step:,}" + (f"/{plan.steps:,}" if plan.steps else ""),
-            f"loss {self.loss:.3f}",
-            f"val {self.val:.3f} {self.job.quick.unit}" if self.val is not None else "val -",
-            f"lr {self.factor():.0%}",
-            f"grad {self.grad_norm:.2f}",
-            f"{self.speed():,.0f} tokens/s",
-            f"MFU {self.mfu():.0%}",
-            words.size(peak_rss_bytes()),
-            f"epoch {epoch:.2f}" if epoch < 10 else f"epoch {epoch:,.0f}",
-            f"{words.clock(past.seconds)} done, {words.clock(self.left())} left",
-        ]
-        return [*shown, f"{past.refused} steps refused"] if past.refused else shown
+@contextlib.contextmanager
+def _apart_from_steps(buffer: int) -> Iterator[None]:
+    """Keeps work between two steps, where memory matters, from lying beside a step's freed buffer or in its place."""
+    if buffer:
+        return_freed_memory()
+    yield
+    if buffer:
+        return_freed_memory()

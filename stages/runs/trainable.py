@@ -1,139 +1,139 @@
-"""What of a model learns, from flags to two trees; what that matches, and what it costs beside training all of it."""
+"""Which parameters of a model train: from rules or a LoRA to two trees, what is saved of them, and what that costs."""
 
+import copy
 import dataclasses
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
 
-from engine.counting.flops import train_flops
-from engine.counting.memory import training_memory
 from engine.counting.params import count_params
-from engine.counting.trainable import TrainablePaths, all_trainable, lora_only
+from engine.counting.trainable import TrainablePaths, lora_only
 from engine.inference.quantize import every_product, quantize
-from engine.model.config import ModelConfig
+from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import merge
 from engine.model.transformer import init_params
 from engine.model.weights.matmul import cast_matrices
+from engine.storage.adapter import save_adapter
+from engine.storage.digest import digest
+from engine.storage.loaded_model import LoadedModel
+from engine.storage.run_folder import ADAPTER
+from engine.text.chat import Chat
+from engine.text.tokenizer import Tokenizer
 from engine.training.freeze import select_trainable, split
 from engine.training.lora import add_lora, merge_lora
-from engine.training.loss import loss_chunks
-from engine.training.optimizer import OptimizerConfig
-from stages.runs.estimate import Plan
+from stages.runs.estimate import RunPlan
 
-if TYPE_CHECKING:
-    from stages.finetune.flags import Finetune
-    from stages.reinforce.flags import Reinforce
+Rows = tuple[tuple[str, str], ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class TuningPlan(Plan):
-    """A plan in which `trainable_paths` learn."""
+class TrainableParts:
+    """The two trees a run begins with.
 
-    trainable_paths: TrainablePaths
-    base: Literal["float", "int8"] = "float"
-
-    @property
-    def step_flops(self) -> int:
-        """FLOPs that a step needs: no products for the weights of what is frozen, none below all that learns."""
-        flops = train_flops(self.cfg, self.recipe.context, attention="full", trainable=self.trainable_paths, remat="none")
-        return flops.total * self.step_tokens
-
-    @property
-    def memory(self) -> int:
-        """Predicted bytes at the fullest moment of a step."""
-        part = self.recipe.batch // self.recipe.accumulate
-        return training_memory(
-            self.cfg, part, self.recipe.context, optimizer=self.recipe.optimizer.kind, trainable=self.trainable_paths,
-            loss_chunks=loss_chunks(self.cfg, part * self.recipe.context, self.head_is_frozen),
-            microbatches=self.recipe.accumulate, base=self.base,
-        ).total  # fmt: skip
-
-    @property
-    def head_is_frozen(self) -> bool:
-        """Whether the head is frozen, and so kept in the compute type or int8."""
-        rests = ("embed" if self.cfg.tied else "head") not in self.trainable_paths.weights
-        return rests and (self.base == "int8" or self.cfg.dtype != "float32")
-
-    def beside_full(self) -> dict[str, float]:
-        """FLOPs and memory as shares of those of a step in which everything learns, and the time if it follows FLOPs."""
-        whole = dataclasses.replace(self, trainable_paths=all_trainable(self.cfg), base="float")
-        flops = self.step_flops / whole.step_flops
-        return {"FLOPs": flops, "memory": self.memory / whole.memory, "time": flops}
-
-
-@dataclasses.dataclass(frozen=True)
-class Learner:
-    """The two trees a run begins with, and what learns as the counting rooms read it.
-
-    `frozen` is what steps read, in the compute type; `rest` is the same as it was loaded, for that is what is saved.
+    `frozen` is what steps read, in the compute type or int8; `unchanged` is the same as it was loaded, for that is what
+    is saved (None where only an adapter is saved). `paths` says what trains; None: all, and there is one tree.
     """
 
-    trainable: Any
-    frozen: Any
-    rest: Any
-    trainable_paths: TrainablePaths
+    trainable: Any = None
+    frozen: Any = dataclasses.field(default_factory=dict)
+    unchanged: Any = None
+    paths: TrainablePaths | None = None
 
-    def kept(self, trainable: Any) -> Any:
-        """What a checkpoint holds: an adapter on its own, or the whole model."""
-        return trainable if self.trainable_paths.adapted else merge(trainable, self.rest)
+    @property
+    def is_adapter(self) -> bool:
+        """Whether an adapter trains, and the model under it stays as it is."""
+        return bool(self.paths and self.paths.adapted)
 
-    def of(self, kept: Any) -> Any:
-        """The trainable tree of what a checkpoint held."""
-        return kept if self.trainable_paths.adapted else split(kept, self.trainable_paths)[0]
+    def to_saved(self, trainable: Any) -> Any:
+        """Returns the params of a checkpoint: an adapter on its own, or the whole model."""
+        return trainable if self.paths is None or self.is_adapter else merge(trainable, self.unchanged)
+
+    def from_saved(self, params: Any) -> Any:
+        """Returns the trainable tree of a checkpoint's params."""
+        return params if self.paths is None or self.is_adapter else split(params, self.paths)[0]
+
+    def base(self) -> Any:
+        """Returns the params before training. An untrained adapter is no change, to the bit."""
+        return self.frozen if self.is_adapter else merge(self.trainable, self.frozen)
 
 
-def what_learns(given: "Finetune | Reinforce", cfg: ModelConfig) -> tuple[TrainablePaths, tuple[tuple[str, str], ...]]:
-    """What learns and what each rule matched, in words. Raises UserError for a rule that matches nothing."""
+def choose_trainable(
+    cfg: ModelConfig, lora: LoraConfig | None, train: Sequence[str], freeze: Sequence[str]
+) -> tuple[TrainablePaths, Rows]:
+    """Returns what trains, and rows that say what each rule matched. Raises UserError for a rule that matches nothing."""
     total = count_params(cfg).total
-    adapter = given.adapter
-    if adapter:
-        key = jax.random.key(given.seed)
+    if lora:
+        key = jax.random.key(0)
         # Shapes alone: nothing is drawn before it is known whether there is room for it.
-        shapes = jax.eval_shape(lambda key: add_lora(cfg, init_params(cfg, key), key, adapter), key)
-        learning = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-        return lora_only(cfg, adapter), (
-            ("adapts", f"{', '.join(adapter.adapted)} of {cfg.layers} layers, rank {adapter.rank}"),
-            ("learns", f"{learning:,} new numbers beside {total:,} frozen ones ({learning / total:.1%})"),
+        shapes = jax.eval_shape(lambda key: add_lora(cfg, init_params(cfg, key), key, lora), key)
+        count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+        return lora_only(cfg, lora), (
+            ("LoRA", f"{', '.join(lora.adapted)} of {cfg.layers} layers, rank {lora.rank}"),
+            ("trainable", f"{count:,} new numbers beside {total:,} frozen ones ({count / total:.1%})"),
         )
-    chosen = select_trainable(cfg, [] if given.learns.train == ("all",) else given.learns.train, given.learns.freeze)
-    rows = tuple(
-        (match.rule, f"{match.leaves} {'leaf' if match.leaves == 1 else 'leaves'}, {match.numbers:,} numbers")
-        for match in chosen.matches
-    )
-    return chosen.trainable_paths, (*rows, ("learns", f"{chosen.trainable_count:,} of {total:,} ({chosen.trainable_count / total:.1%})"))
-
-
-def make_learner(given: "Finetune | Reinforce", cfg: ModelConfig, params: Any, trainable_paths: TrainablePaths) -> Learner:
-    """The trees. What is frozen is kept in the compute type, or in int8 where the flags say so; params stay as they are."""
-    adapter = given.adapter
-    if adapter:
-        return Learner(add_lora(cfg, params, jax.random.key(given.seed), adapter), in_memory(given, cfg, params), None, trainable_paths)
-    trainable, rest = split(merge_lora(params), trainable_paths)
-    return Learner(cast_matrices(trainable, "float32"), cast_matrices(rest, cfg.dtype), rest, trainable_paths)
-
-
-def in_memory(given: "Finetune | Reinforce", cfg: ModelConfig, params: Any) -> Any:
-    """The frozen base: its matrices in the compute type, or in int8 with a scale for each column."""
-    if given.learns.base == "float":
-        return cast_matrices(params, cfg.dtype)
-    return cast_matrices(quantize(params, every_product(params, "full")), cfg.dtype)
-
-
-def optimizer(given: "Finetune") -> OptimizerConfig:
-    """AdamW with a warm-up and a cosine."""
-    tuning = given.tuning
-    usual = 2e-3 if given.adapter else 2e-5
-    if given.tuning.objective == "preference":
-        usual = usual / 10
-    return OptimizerConfig(
-        kind="adamw", learning_rate=tuning.learning_rate or usual, schedule="cosine", warmup=tuning.warmup,
-        beta2=0.99, weight_decay=tuning.weight_decay, clip=tuning.clip,
+    selection = select_trainable(cfg, [] if train == ("all",) else train, freeze)
+    count = selection.trainable_count
+    return selection.trainable_paths, (
+        *((match.rule, f"{match.leaves} {'leaf' if match.leaves == 1 else 'leaves'}, {match.numbers:,} numbers")
+          for match in selection.matches),
+        ("trainable", f"{count:,} of {total:,} numbers ({count / total:.1%})"),
     )  # fmt: skip
 
 
-def shares(plan: TuningPlan) -> str:
-    """What the predicted costs are beside training everything."""
-    found = plan.beside_full()
-    return (
-        ", ".join(f"{name} {share:.0%}" for name, share in found.items()) + " of a step in which everything learns (predicted)"
-    )
+def split_params(
+    cfg: ModelConfig, params: Any, paths: TrainablePaths, lora: LoraConfig | None, base: Literal["float", "int8"], seed: int
+) -> TrainableParts:
+    """Returns the trees: what trains in float32, what is frozen in the compute type or in int8; params stay as they are."""
+    if not lora:
+        trainable, unchanged = split(merge_lora(params), paths)
+        return TrainableParts(cast_matrices(trainable, "float32"), cast_matrices(unchanged, cfg.dtype), unchanged, paths)
+    adapter = add_lora(cfg, params, jax.random.key(seed), lora)
+    frozen = params if base == "float" else quantize(params, every_product(params, "full"))
+    return TrainableParts(adapter, cast_matrices(frozen, cfg.dtype), None, paths)
+
+
+def trainable_in_words(lora: LoraConfig | None, train: Sequence[str], freeze: Sequence[str], base: str) -> str:
+    """Returns what trains in words that say whether a run may go on: `learns` in run.json."""
+    if lora:
+        return f"{lora}{' over int8' if base == 'int8' else ''}"
+    return f"train {' '.join(train) or 'all'} freeze {' '.join(freeze)}".strip()
+
+
+def base_facts(name: str, base_digest: str, model: LoadedModel) -> dict[str, Any]:
+    """Returns run.json's entries about the model that a run changes. A path is written from the root, to be found again."""
+    path = Path(name).expanduser()
+    found = str(path.absolute()) if path.exists() else name
+    return {
+        "base": {"model": found, "digest": base_digest, "name": model.name},
+        "tokenizer": {"kind": "the model's", "digest": model.tokenizer.digest},
+    }
+
+
+def model_row(plan: RunPlan) -> tuple[str, str]:
+    """Returns the banner's row about a model that is changed."""
+    cfg, total = plan.cfg, count_params(plan.cfg).total
+    kept_as = {"float": cfg.dtype, "int8": "int8"}[plan.base]
+    return "model", f"{plan.name}: {cfg.layers} layers, width {cfg.width}, {total:,} numbers, {kept_as}"
+
+
+def with_chat(model: LoadedModel, chat: Chat) -> tuple[Tokenizer, tuple[int, ...]]:
+    """Returns the model's tokenizer with the chat's template, and all ids that end a completion: what a run saves."""
+    tokenizer = copy.copy(model.tokenizer)
+    tokenizer.config = tokenizer.config | {"chat_template": chat.source}
+    return tokenizer, model.ends if chat.end is None else tuple(dict.fromkeys((*model.ends, chat.end)))
+
+
+def save_trained(
+    folder: Path, step: int, cfg: ModelConfig, parts: TrainableParts, trainable: Any, params: Any, base: dict[str, str]
+) -> Path:
+    """Saves an adapter beside the checkpoints, if one was trained. Returns the path of what was trained.
+
+    `base` is run.json's. `params` are the base's as loaded, None where they are gone: their digest must still be its digest.
+    """
+    if not parts.is_adapter:
+        return folder / "checkpoints" / str(step)
+    if params is not None and digest(params) != base["digest"]:
+        raise RuntimeError(f"Frozen weights changed: their SHA-256 was {base['digest']}.")
+    return save_adapter(folder / ADAPTER, cfg, trainable, base=base["digest"], base_name=base["model"])

@@ -14,19 +14,18 @@ from engine.text.batch import Batch
 from engine.text.batches import evaluation_count, evaluation_windows
 from engine.text.tokenizer import Tokenizer
 from engine.text.tokens import TokenFile
-from stages.cli.signals import SignalState
 
 QUICK_WINDOWS = 32
 LOGITS = 64 * 2**20  # bytes of float32 logits an evaluation makes at once
 
 
 def rows_for(cfg: ModelConfig, seq: int) -> int:
-    """Windows that are scored together."""
+    """Returns how many windows are scored together."""
     return max(2, min(16, LOGITS // (4 * seq * cfg.vocab)))
 
 
 def bits_per_byte(nats: float, size: int) -> float:
-    """Summed nats over a text of `size` bytes -> bits per byte."""
+    """Returns bits per byte from the summed nats over a text of `size` bytes."""
     return nats / math.log(2) / size
 
 
@@ -39,7 +38,7 @@ def score_text(
     rows: int,
     report: Callable[[int, int], None] | None = None,
 ) -> float:
-    """Summed nats of every token of the text but the first, each seen behind seq - stride tokens or more."""
+    """Returns the summed nats of every token of the text but the first, each seen behind seq - stride tokens or more."""
     total, waiting = 0.0, jnp.zeros(())
     count = evaluation_count(len(text.tokens), seq, stride)
     for number, batch in enumerate(evaluation_windows(text.tokens, seq, stride, rows)):
@@ -53,16 +52,18 @@ def score_text(
 
 
 class TextEvaluator:
-    """A fixed few windows, spread over the validation text: comparable with itself, not with the whole text.
+    """Evaluates on a fixed few windows, spread over the validation text: comparable with itself, not with the whole text.
 
-    `nats_of` (cfg, params, batch) sums a batch's nats.
+    `nats_of` (cfg, params, batch) sums a batch's nats; `rows` windows of `seq` tokens are scored together.
     """
 
     unit = "bits/byte (quick)"
     key = "quick_val_bits_per_byte"
 
-    def __init__(self, text: TokenFile, tokenizer: Tokenizer, seq: int, rows: int, nats_of: Callable[..., Any] = score) -> None:
-        self.nats_of = nats_of
+    def __init__(
+        self, cfg: ModelConfig, text: TokenFile, tokenizer: Tokenizer, seq: int, rows: int, nats_of: Callable[..., Any] = score
+    ) -> None:
+        self.cfg, self.nats_of = cfg, nats_of
         shape = next(evaluation_windows(text.tokens, seq, seq, rows))
         last = len(text.tokens) - 1 - seq
         self.batches: list[Batch] = [shape]
@@ -78,11 +79,11 @@ class TextEvaluator:
         tokens, targets = text.tokens[at].astype(np.int32), text.tokens[at + 1].astype(np.int32)
         return shape._replace(tokens=tokens, targets=targets, mask=np.ones(at.shape, bool))
 
-    def measure(self, cfg: ModelConfig, params: Params, watch: SignalState | None = None) -> float | None:
-        """Bits per byte; None when a signal came in between."""
+    def evaluate(self, params: Params, stopped: Callable[[], bool] = lambda: False) -> float | None:
+        """Returns bits per byte; None when it was `stopped` in between."""
         nats = 0.0
         for batch in self.batches:
-            if watch and watch.received:
+            if stopped():
                 return None
-            nats += float(self.nats_of(cfg, params, batch))
+            nats += float(self.nats_of(self.cfg, params, batch))
         return bits_per_byte(nats, max(self.size, 1))

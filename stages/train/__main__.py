@@ -11,28 +11,28 @@ The same command run again goes on where it stopped.
 import sys
 from collections.abc import Sequence
 
+from engine.device import start_jax
 from engine.model.config import PRESETS
+from stages.cli import process, signals
 from stages.cli.command import run_command
 from stages.train.flags import Train
 
 NARROW = 256  # products of a narrower model are over before a second thread has woken up
 
 
-def train(given: Train) -> int:
-    if not given.by_hand:
-        from stages.train import run as training
-
-        return training.run(given)
-    from stages.cli import process
-
-    if PRESETS[given.preset].width < NARROW:
+def train(flags: Train) -> int:
+    """Starts JAX and trains as the flags say. Returns the exit code."""
+    signals.set_phase("before anything was trained.")
+    if flags.by_hand and PRESETS[flags.preset].width < NARROW:
         process.use_one_numpy_thread()
-    from stages.train import by_hand
+    device = start_jax("cpu" if flags.by_hand else flags.device)
+    from stages.train.run import run  # imports JAX: only after the flags are parsed, and JAX is started
 
-    return by_hand.run(given)
+    return run(flags, device)
 
 
 def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command. Returns its exit code."""
     return run_command("train", __doc__, Train, train, args)
 
 

@@ -1,4 +1,4 @@
-"""Flags of `python -m stages.train`: a run from random weights."""
+"""Flags of `python -m stages.train`: training a model from random weights."""
 
 import dataclasses
 from pathlib import Path
@@ -7,32 +7,23 @@ from typing import Annotated
 import tyro
 
 from engine.errors import UserError
-from engine.model.config import PRESETS
-from stages.cli.flags import DeviceFlag, VerboseFlag, default, integer, interval, number, one_of, parser, path, seconds
+from engine.model.config import PRESETS, preset
+from stages.cli.flags import DeviceFlag, VerboseFlag, default, integer, interval, number, one_of, parser, path
+from stages.runs.flags import Length, RunFolder, SeedFlag
 
 RECIPE = default("the preset's recipe")
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """What is learnt."""
+    """What is trained on."""
 
     data: Annotated[str, parser(str, "TEXT")] = "shakespeare"
     """A named text (shakespeare, python), a file (.txt, .md, .jsonl, .parquet, .bin), or a folder of them."""
     validation: Annotated[Path | None, parser(path, "FILE"), default("the asset's own, else the text's last 5%")] = None
     """A text that is never trained on."""
     tokenizer: Annotated[str | None, parser(str, "KIND"), RECIPE] = None
-    """`bpe:2048` (learnt from the text), `bytes`, or a folder with a tokenizer.json."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Length:
-    """How long. When both are given, whichever ends first."""
-
-    max_time: Annotated[float | None, parser(seconds, "TIME"), default("3m when no --steps are given")] = None
-    """Training time, such as 90s, 3m, 1h; compiling, evaluating and saving are not counted."""
-    steps: Annotated[int | None, parser(integer(1), "N"), default("as many as fit into the time")] = None
-    """Batches to learn from."""
+    """`bpe:2048` (trained on the text), `bytes`, or a folder with a tokenizer.json."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +41,7 @@ class Step:
     scan: Annotated[bool, default("off for small presets")] = False
     """Compile one layer and loop over it."""
     remat: Annotated[bool, default("off for small presets")] = False
-    """Recompute each layer in the backward pass instead of keeping it: less memory, a third more work."""
+    """Gradient checkpointing: recompute each layer in the backward pass. Less memory, a third more work."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,51 +67,57 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Folder:
-    """What is kept, and how often."""
+class Monitoring:
+    """What is measured meanwhile, and how often."""
 
-    out_dir: Annotated[Path | None, parser(path, "FOLDER"), default("runs/PRESET-TEXT")] = None
-    """The run folder. A run that is already there is continued."""
-    overwrite: Annotated[bool, default("off")] = False
-    """Begin anew in a folder that holds a run."""
     eval_every: Annotated[int | float | None, parser(interval, "N|TIME"), default("a tenth of the run")] = None
-    """Steps (200) or training time (30s) between quick looks at the validation text."""
-    save_every: Annotated[int | float, parser(interval, "N|TIME"), default("60s")] = 60.0
-    """Steps or training time between checkpoints."""
+    """Steps (200) or training time (30s) between quick evaluations on the validation text."""
     log_every: Annotated[int, parser(integer(1), "N")] = 10
     """Steps between lines of metrics.jsonl."""
-    keep: Annotated[int, parser(integer(1), "N")] = 2
-    """Checkpoints to keep."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """All that can be said about a run; what is left out is the preset's recipe (stages/runs/recipes.py)."""
+    """All flags of a training run; what is left out is the preset's recipe (stages/runs/recipes.py)."""
 
     text: Text
     length: Length
     step: Step
     optimizer: Optimizer
-    folder: Folder
+    monitoring: Monitoring
+    folder: RunFolder
     preset: Annotated[tyro.conf.Positional[str], parser(str, "PRESET"), default("demo, or tiny with --by-hand")] = ""
     """The architecture: demo, nano, tiny, or a published one such as smollm2-135m."""
     by_hand: Annotated[bool, default("off")] = False
     """Train with the NumPy model of engine/by_hand instead: its own backward pass and AdamW, in float32."""
-    seed: Annotated[int, parser(integer(0, 2**31 - 1), "N")] = 0
+    seed: SeedFlag = 0
     """Of the first weights and of the order of the text."""
     device: DeviceFlag = "auto"
-    """auto, cpu, gpu or tpu."""
     dry_run: Annotated[bool, default("off")] = False
     """Print the plan and stop."""
     verbose: VerboseFlag = False
-    """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
         if not self.preset:
             object.__setattr__(self, "preset", "tiny" if self.by_hand else "demo")
         if self.preset not in PRESETS:
-            from engine.model.config import preset
-
-            preset(self.preset)
+            preset(self.preset)  # raises, with the nearest name
         if self.step.batch and self.step.accumulate and self.step.batch % self.step.accumulate:
             raise UserError(f"A batch of {self.step.batch} cannot be read in {self.step.accumulate} equal parts.")
+        if self.by_hand:
+            self._check_by_hand()
+
+    def _check_by_hand(self) -> None:
+        """Raises UserError for flags that only the JAX step knows."""
+        unknown = [
+            (self.step.scan, "--scan", "there is no compiler, and so nothing to lay out for it"),
+            (self.step.remat, "--remat", "it keeps what the backward pass needs, to show what that is"),
+            (self.step.accumulate not in (None, 1), "--accumulate", "it reads a batch as a whole"),
+            (self.step.dtype == "bfloat16", "--dtype bfloat16", "NumPy has no such type; it is float32"),
+            (self.optimizer.optimizer == "muon", "--optimizer muon", "its optimizer is AdamW"),
+            (self.optimizer.matrix_learning_rate is not None, "--matrix-learning-rate", "its optimizer is AdamW, not Muon"),
+            (self.device not in ("auto", "cpu"), f"--device {self.device}", "NumPy computes on the CPU"),
+        ]
+        for is_set, flag, reason in unknown:
+            if is_set:
+                raise UserError(f"--by-hand does not go with {flag}: {reason}. Leave one of them out.")

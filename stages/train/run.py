@@ -1,235 +1,139 @@
-"""A training run from flags to result, in the order in which it happens."""
+"""A training run: from flags to plain values, and the stage that trains them in JAX."""
 
 import dataclasses
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from engine import format as words
-from engine.device import Device, start_jax
-from stages.cli import process, signals
-from stages.cli.command import command_line, typed_arguments
+import jax
+import numpy as np
+
+from engine.counting.hardware import Ceilings
+from engine.device import Device
+from engine.model.config import ModelConfig, preset
+from engine.model.transformer import init_params
+from engine.text.batches import TextBatches
+from engine.training.optimizer import make_optimizer
+from engine.training.step import TrainState, init_state, train_step
 from stages.cli.console import Console
+from stages.runs.estimate import RunPlan, ceiling, measured_ceilings
+from stages.runs.folder import default_folder
+from stages.runs.loop import Intervals, Loop, LoopState
+from stages.runs.recipes import Recipe, recipe
+from stages.runs.run import RunOptions, RunReport, Stage, execute
+from stages.runs.text_data import TextData, prepare_text
+from stages.runs.trainable import TrainableParts
+from stages.runs.training_steps import TrainingSteps
+from stages.runs.validation import TextEvaluator, rows_for
+from stages.train.banner import banner, check_memory, text_facts
+from stages.train.by_hand import TrainingByHand
+from stages.train.flags import Train
+from stages.train.report import sample_text, training_report
 
-if TYPE_CHECKING:
-    from stages.train.flags import Train
-
-# JAX is started, with its allocator and its device, before anything that imports it.
-
-
-def run(given: "Train") -> int:
-    """Prepares, trains, evaluates, reports. Returns the exit code."""
-    return carry_out(given, Run)
-
-
-def carry_out(given: "Train", kind: "type[Run]") -> int:
-    """As `run`, by another kind of run."""
-    signals.set_phase("before anything was trained.")
-    device = start_jax(given.device)
-    from stages.runs import folder as run_folder
-
-    folder = given.folder.out_dir or run_folder.default_folder(given.preset, given.text.data)
-    with Console() as console:
-        if given.dry_run:
-            kind(given, device, folder, console).show_plan()
-            console.print("A dry run: nothing was trained.")
-            return 0
-        run_folder.holds_run(folder)  # a folder that cannot be used is said before minutes of preparation
-        with run_folder.lock_folder(folder):
-            return kind(given, device, folder, console).go()
+SECONDS, SECONDS_BY_HAND = 180.0, 60.0  # of a run when nobody asks for a length
+ADVICE = "--learning-rate or --matrix-learning-rate, warm up longer with --warmup, or try --dtype float32"
 
 
-class Run:
-    """What the stages of one run hand on to each other."""
+def run(flags: Train, device: Device) -> int:
+    """Trains as the flags say. Returns the exit code."""
+    text, length = flags.text, flags.length
+    chosen = chosen_recipe(flags)
+    if flags.by_hand:
+        device = dataclasses.replace(device, name=f"{device.name}, by NumPy {np.__version__}")
+    folder = flags.folder.out_dir or default_folder(flags.preset + "-by-hand" * flags.by_hand, text.data)
+    seconds = SECONDS_BY_HAND if flags.by_hand else SECONDS
+    intervals = Intervals(flags.folder.save_every, flags.folder.keep, flags.monitoring.log_every, flags.monitoring.eval_every)
 
-    def __init__(self, given: "Train", device: Device, folder: Path, console: Console) -> None:
-        from engine.text.batches import TextBatches
-        from stages.runs import estimate as plan
-        from stages.runs import text_data
+    def make_stage(console: Console) -> Stage:
+        data = prepare_text(text.data, text.validation, chosen.tokenizer, console)
+        cfg = model_config(flags.preset, chosen, data.tokenizer.vocab, "float32" if flags.by_hand else flags.step.dtype)
+        limit = length.max_time or (None if length.steps else seconds)
+        plan = RunPlan(flags.preset, cfg, chosen, flags.seed, length.steps, limit)
+        ceilings = measured_ceilings(console)
+        rows = banner(plan, data, ceilings, device, folder, default_length=not (length.max_time or length.steps))
+        facts = text_facts(plan, data, text.data, text.validation)
+        stage = TrainingByHand if flags.by_hand else Training
+        return stage(plan, data, ceilings, rows, facts, console)
 
-        self.given, self.device, self.folder, self.console = given, device, folder, console
-        self.recipe = chosen_recipe(given)
-        self.data = text_data.prepare_text(given.text.data, given.text.validation, self.recipe.tokenizer, console)
-        length = given.length
-        chosen = bool(length.max_time or length.steps)
-        cfg = model_config(given, self.recipe, self.data.tokenizer.vocab)
-        seconds = length.max_time if chosen else 180.0
-        self.plan = plan.Plan(given.preset, cfg, self.recipe, given.seed, length.steps, seconds, chosen)
-        self.batches = TextBatches(self.data.train.tokens, self.recipe.context, self.recipe.batch, given.seed)
-        self.ceilings = plan.measured_ceilings(console)
-
-    def rows(self) -> list[tuple[str, str]]:
-        """The banner."""
-        from stages.runs import estimate as plan
-
-        return plan.rows(self.plan, self.device, self.data, self.ceilings, self.folder)
-
-    def show_plan(self) -> None:
-        self.console.print_rows(self.rows())
-
-    def check_memory(self) -> None:
-        """Raises UserError when there is not enough for this run."""
-        from stages.runs import estimate as plan
-
-        plan.check_memory(self.plan)
-
-    def go(self) -> int:
-        """Trains what is left to train, then evaluates."""
-        from stages.runs import state as resume
-        from stages.runs.loop import Loop
-        from stages.train import report as closing
-
-        self.check_memory()
-        before = resume.find_previous_run(self.folder, self.facts(), self.plan.cfg, self.given.folder.overwrite)
-        self.show_plan()
-        if before and before.finished(self.plan) and before.run.get("result") and before.sound():
-            return self.already_finished(before)
-        state, past = self.restore(before)
-        resume.begin(self.folder, self.plan.cfg, self.data.tokenizer, self.facts(), fresh=before is None)
-        loop = Loop(self.job(), past, self.console)
-        if self.plan.done(past.step, past.seconds) < 1:
-            step_program = self.compile(state, past.step)
-            state, signal = loop.run(step_program, state)
-            self.console.close_live()
-            if signal:
-                return self.stopped(past, signal)
-        return closing.close(self, state, loop)
-
-    def restore(self, before: Any) -> tuple[Any, Any]:
-        """The state to train from, and what the run remembers."""
-        from engine.training.optimizer import make_optimizer
-        from engine.training.step import init_state
-        from stages.runs import state as resume
-
-        tx = make_optimizer(self.recipe.optimizer)
-        return resume.restore(before, self.plan, lambda params: init_state(tx, params), self.facts(), self.console)
-
-    def facts(self) -> dict[str, Any]:
-        """run.json: everything that says how this run is trained."""
-        import jax
-
-        from stages.runs import folder as run_folder
-
-        given = self.given
-        return {
-            "command": self.same_command(),
-            "preset": given.preset,
-            "text": {
-                "data": given.text.data,
-                "validation": str(given.text.validation) if given.text.validation else None,
-                "digest": self.data.digest,
-                "bytes": self.data.train.bytes,
-                "tokens": len(self.data.train.tokens),
-            },
-            "tokenizer": {"kind": self.recipe.tokenizer, "digest": self.data.tokenizer.digest},
-            "recipe": run_folder.as_json(dataclasses.asdict(self.recipe)),
-            "seed": given.seed,
-            "steps": self.plan.steps,
-            "max_seconds": self.plan.seconds,
-            "device": str(self.device),
-            "versions": {"python": sys.version.split()[0], "jax": jax.__version__},
-        }
-
-    def same_command(self) -> str:
-        """What to type to go on."""
-        return command_line("train", *(word for word in typed_arguments() if word != "--overwrite"))
-
-    def compile(self, state: Any, step: int) -> Any:
-        """The step's program for these shapes; `compiled(state, frozen, batch, progress)`."""
-        import numpy as np
-
-        from engine.training.optimizer import make_optimizer
-        from engine.training.step import train_step
-
-        tx = make_optimizer(self.recipe.optimizer)
-        kept = f"the run is saved up to step {step:,}" if step else "nothing was trained yet"
-        signals.set_phase(f"while compiling; {kept}. To begin again: {self.same_command()}")
-        with self.console.task("compiling", always=True):
-            lowered = train_step.lower(
-                self.plan.cfg, tx, state, {}, self.batches.at(0), np.float32(0), microbatches=self.recipe.accumulate
-            )
-            return lowered.compile()
-
-    def job(self) -> Any:
-        from stages.runs import estimate as plan
-        from stages.runs import loop
-
-        given = self.given.folder
-        digests = {"text": self.data.digest, "tokenizer": self.data.tokenizer.digest}
-        return loop.LoopConfig(
-            plan=self.plan,
-            folder=self.folder,
-            batches=self.batches,
-            quick=self.quick(),
-            often=loop.Intervals(given.eval_every, given.save_every, given.log_every, given.keep),
-            ceiling=plan.ceiling(self.plan.cfg, self.ceilings),
-            started=process.process_start(),
-            facts={"seed": self.given.seed, "digests": digests},
-        )
-
-    def quick(self, **how: Any) -> Any:
-        """The quick evaluation."""
-        from stages.runs.validation import TextEvaluator, rows_for
-
-        cfg = self.plan.cfg
-        return TextEvaluator(self.data.validation, self.data.tokenizer, cfg.context, rows_for(cfg, cfg.context), **how)
-
-    def sample(self, state: Any) -> str:
-        """What the trained model writes."""
-        from stages.train import report as closing
-
-        return closing.sample(self, state)
-
-    def remarks(self, state: Any) -> list[tuple[str, str]]:
-        """What else the last screen says."""
-        return []
-
-    def stopped(self, past: Any, signal: int) -> int:
-        """What a signal is answered with once all is saved."""
-        self.console.print(
-            f"Stopped at step {past.step:,}, {words.duration(past.seconds)} into training; saved in "
-            f"{self.folder / 'checkpoints' / str(past.step)}.\nTo go on: {self.same_command()}"
-        )
-        return 128 + signal
-
-    def already_finished(self, before: Any) -> int:
-        result = before.run["result"]
-        self.console.print(
-            f"This run is finished: {before.past.step:,} steps in {words.duration(before.past.seconds)}, "
-            f"{result['val_bits_per_byte']:.3f} bits per byte. To train it further give more --steps or --max-time; "
-            "to begin anew, --overwrite."
-        )
-        return 0
+    return execute(RunOptions("train", device, folder, flags.folder.overwrite, flags.dry_run, intervals), make_stage)
 
 
-def chosen_recipe(given: "Train") -> Any:
-    """The preset's recipe with what the flags say instead."""
-    from engine.model.config import preset
-    from stages.runs.recipes import recipe
-
-    base = recipe(given.preset, preset(given.preset).vocab)
-    step, moves = given.step, given.optimizer
-    optimizer = _changed(
-        base.optimizer, kind=moves.optimizer, learning_rate=moves.learning_rate,
-        matrix_learning_rate=moves.matrix_learning_rate, schedule=moves.schedule, warmup=moves.warmup,
-        decay=moves.decay, weight_decay=moves.weight_decay, clip=moves.clip,
+def chosen_recipe(flags: Train) -> Recipe:
+    """Returns the preset's recipe with what the flags say instead."""
+    base = recipe(flags.preset, preset(flags.preset).vocab)
+    step, optimizer = flags.step, dataclasses.asdict(flags.optimizer)
+    kind = optimizer.pop("optimizer")
+    return _replace(
+        base, tokenizer=flags.text.tokenizer, context=step.context, batch=step.batch,
+        accumulate=1 if flags.by_hand else step.accumulate, scan=step.scan or None, remat=step.remat or None,
+        optimizer=_replace(base.optimizer, kind="adamw" if flags.by_hand else kind, **optimizer),
     )  # fmt: skip
-    changed = _changed(
-        base, tokenizer=given.text.tokenizer, context=step.context, batch=step.batch, accumulate=step.accumulate,
-        scan=step.scan or None, remat=step.remat or None,
-    )  # fmt: skip
-    return dataclasses.replace(changed, optimizer=optimizer)
 
 
-def _changed(config: Any, **values: Any) -> Any:
+def model_config(name: str, recipe: Recipe, vocab: int, dtype: str | None) -> ModelConfig:
+    """Returns the preset with this vocabulary, compute type (None: its own) and the recipe's context."""
+    remat = "block" if recipe.remat else "none"
+    return _replace(preset(name), vocab=vocab, context=recipe.context, dtype=dtype, scan=recipe.scan, remat=remat)
+
+
+def _replace(config: Any, **values: Any) -> Any:
     return dataclasses.replace(config, **{name: value for name, value in values.items() if value is not None})
 
 
-def model_config(given: "Train", recipe: Any, vocab: int) -> Any:
-    """The preset with this vocabulary and context."""
-    from engine.model.config import preset
+class Training:
+    """Training from random weights in JAX: a Stage."""
 
-    return _changed(
-        preset(given.preset), vocab=vocab, context=recipe.context, dtype=given.step.dtype, scan=recipe.scan,
-        remat="block" if recipe.remat else "none",
-    )  # fmt: skip
+    noun = "step"
+    parts = TrainableParts()
+
+    def __init__(
+        self, plan: RunPlan, data: TextData, ceilings: Ceilings, rows: dict[str, str], facts: dict[str, Any], console: Console
+    ) -> None:
+        self.plan, self.data, self.rows, self.console = plan, data, rows, console
+        self.top = ceiling(plan.cfg, ceilings)
+        self.tokenizer = data.tokenizer
+        self.ends: tuple[int, ...] = (data.tokenizer.end,)
+        self.batches = TextBatches(data.train.tokens, plan.recipe.context, plan.recipe.batch, plan.seed)
+        self.optimizer = make_optimizer(plan.recipe.optimizer)
+        self._facts = facts
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the entries of run.json about the text."""
+        return self._facts
+
+    def load_weights(self) -> None:
+        """Checks that there is room; weights begin random."""
+        check_memory(self.plan)
+
+    def print_plan(self) -> None:
+        """Prints the banner."""
+        self.console.print_rows(list(self.rows.items()))
+
+    def initial_state(self) -> TrainState:
+        """Returns random weights and the optimizer's first state."""
+        cfg, seed = self.plan.cfg, self.plan.seed
+        return jax.jit(lambda: init_state(self.optimizer, init_params(cfg, jax.random.key(seed))))()
+
+    def measure_before(self) -> None:
+        """Measures nothing: random weights know nothing."""
+
+    def prepare_steps(self, state: TrainState, loop_state: LoopState) -> TrainingSteps:
+        """Compiles the step for these shapes."""
+        plan, cfg = self.plan, self.plan.cfg
+        with self.console.task("compiling", always=True):
+            compiled = train_step.lower(
+                cfg, self.optimizer, state, {}, self.batches.at(0), np.float32(0), microbatches=plan.recipe.accumulate
+            ).compile()
+        evaluator = TextEvaluator(cfg, self.data.validation, self.tokenizer, cfg.context, rows_for(cfg, cfg.context))
+        program = lambda state, batch, progress: compiled(state, {}, batch, progress)
+        return TrainingSteps(program, self.batches, evaluator, plan, loop_state.step, self.top, ADVICE)
+
+    def report(self, state: TrainState, loop: Loop) -> RunReport:
+        """Evaluates on the whole validation text and writes a sample."""
+        plan, params, epoch = self.plan, state.trainable, self.batches.epoch(loop.loop_state.step)
+        sample = lambda: sample_text(plan.cfg, params, self.tokenizer, plan.seed)
+        return training_report(
+            plan, self.data, params, loop.loop_state, epoch, loop.config.folder, self.console, sample, remarks=[]
+        )
+
+    def summary(self, result: dict[str, Any]) -> str:
+        """Returns the result in words."""
+        return f"{result['val_bits_per_byte']:.3f} bits per byte"

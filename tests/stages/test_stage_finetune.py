@@ -23,11 +23,11 @@ from engine.storage import checkpoint
 from engine.storage.adapter import load_adapter, save_adapter
 from engine.storage.digest import digest
 from engine.storage.find import load_model, with_adapters
+from engine.text.packing import PackedBatches
 from stages import generate
 from stages.chat import __main__ as chat
 from stages.evaluate import __main__ as evaluate
 from stages.finetune import __main__ as finetune
-from stages.runs import conversation_data
 
 WORD = WORDS.split()
 STEPS = 30
@@ -77,15 +77,15 @@ def adapted(trained: Path, chats: Path, text: Path, tmp_path_factory: pytest.Tem
 def test_a_lora_run_says_what_it_does(adapted: tuple[Path, str], trained: Path) -> None:
     folder, printed = adapted
     total = sum(leaf.size for leaf in leaf_paths(load_model(str(trained)).params).values())
-    assert "adapts      q, v, gate, up, down of 2 layers, rank 4" in printed
+    assert "LoRA        q, v, gate, up, down of 2 layers, rank 4" in printed
     assert f"beside {total:,} frozen ones" in printed
-    assert re.search(r"FLOPs \d+%, memory \d+%, time \d+% of a step in which everything learns", printed)
+    assert re.search(r"FLOPs \d+%, memory \d+%, time \d+% of a step in which everything is trained", printed)
     assert f"{len(WORD)} of {len(WORD)} kept, 0 of them truncated; 0 dropped" in printed
     assert re.search(r"User: the \w+\nAssistant:\[\[ red sails\.(\]\]\[\[)?<\|endoftext\|>\]\]", printed)  # the end is learnt
     found = result(folder)
     assert found["after"]["held_out"] < found["before"]["held_out"] - 0.5
     assert found["before"]["general"] > 0
-    assert f"learnt     {found['before']['held_out']:.3f} -> {found['after']['held_out']:.3f} nats/token" in printed
+    assert f"held out   {found['before']['held_out']:.3f} -> {found['after']['held_out']:.3f} nats/token" in printed
     assert f"{found['before']['general']:.3f} -> {found['after']['general']:.3f} bits per byte" in printed
     assert f"python -m stages.chat --model {folder}" in printed
 
@@ -141,19 +141,19 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 ) -> None:  # fmt: skip
     folder = tmp_path / "stopped"
     given = args(trained, chats, folder, "--lora", LORA)
-    at = conversation_data.PackedBatches.at
+    at = PackedBatches.at
 
     def stopping(self: Any, step: int) -> Any:
         if step == 6:
             os.kill(os.getpid(), signal.SIGINT)
         return at(self, step)
 
-    monkeypatch.setattr(conversation_data.PackedBatches, "at", stopping)
+    monkeypatch.setattr(PackedBatches, "at", stopping)
     assert finetune.main(given) == 128 + signal.SIGINT
-    assert re.search(r"Stopped at step [67]; saved in", capsys.readouterr().out)
+    assert re.search(r"Stopped at step [67], .* into training; saved in", capsys.readouterr().out)
     with pytest.raises(UserError, match="no adapter yet: its fine-tuning was stopped"):
         load_model(str(folder))
-    monkeypatch.setattr(conversation_data.PackedBatches, "at", at)
+    monkeypatch.setattr(PackedBatches, "at", at)
     assert finetune.main(given) == 0
     assert re.search(r"resumed at step [67]", capsys.readouterr().out)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -164,7 +164,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     for changed in (("--lora", "rank=3"), ("--seed", "1"), ("--train", "head")):
         other = [*args(trained, chats, folder), *changed]
         assert finetune.main(other) == 2
-        assert re.search(r"another (choice of what learns|seed)", capsys.readouterr().err)
+        assert re.search(r"another (choice of trainable parameters|seed)", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_what_is_frozen_stays_to_the_bit(
     moved = {path for path in before if digest({"": before[path]}) != digest({"": after[path]})}
     assert moved == {path for path in before if re.fullmatch(learning, path)}
     numbers = sum(before[path].size for path in moved)
-    assert re.search(rf"learns +{numbers:,} of", printed)
+    assert re.search(rf"trainable +{numbers:,} of", printed)
     assert (folder / "tokenizer" / "generation_config.json").exists()
 
 
@@ -230,7 +230,7 @@ def test_a_dry_run_leaves_nothing(trained: Path, chats: Path, tmp_path: Path, ca
     assert finetune.main([*args(trained, chats, folder, "--lora", LORA), "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "nothing was trained" in printed
-    assert re.search(r"learns +[\d,]+ new numbers beside", printed)
+    assert re.search(r"trainable +[\d,]+ new numbers beside", printed)
     assert not folder.exists()
 
 

@@ -113,9 +113,9 @@ def test_quick_look_is_at_the_text_itself(text: Path) -> None:
     tokenizer = byte_tokenizer()
     tokens = token_file([text.read_text()[:1000]], tokenizer)
     counted = lambda cfg, params, batch: float(np.asarray(batch.mask).sum())
-    quick = validation.TextEvaluator(tokens, tokenizer, 32, 4, counted)
+    quick = validation.TextEvaluator(None, tokens, tokenizer, 32, 4, counted)
     for batch in quick.batches:
         for row, target in zip(np.asarray(batch.tokens), np.asarray(batch.targets)):
             assert bytes(row[1:].tolist()) == bytes(target[:-1].tolist())
             assert bytes(row.tolist()) in text.read_bytes()
-    assert quick.measure(None, None) == pytest.approx(1 / np.log(2))  # type: ignore[arg-type]
+    assert quick.evaluate(None) == pytest.approx(1 / np.log(2))  # type: ignore[arg-type]

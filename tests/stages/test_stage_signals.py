@@ -76,7 +76,7 @@ def test_a_signal_before_training_ends_promptly(
     # Minutes in a library that does not let Python's handlers run, as compiling does.
     program = (
         "import hashlib, sys, stages.train.run as t; "
-        "t.Run.compile = lambda *_: print('busy', flush=True) or hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9); "
+        "t.Training.prepare_steps = lambda *_: print('busy', flush=True) or hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9); "
         "from stages.train import __main__ as train; sys.exit(train.main(sys.argv[1:]))"
     )
     process = start(started, [sys.executable, "-c", program, *tiny(text, tmp_path / "run", "--steps", 5)])

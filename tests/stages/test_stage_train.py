@@ -18,6 +18,7 @@ from engine.storage.run_folder import read_config, read_json
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state
 from stages.runs import loop
+from stages.runs.training_steps import TrainingSteps
 from stages.train import __main__ as train
 
 RESULT = ("val_bits_per_byte", "train_seconds", "first_step_seconds", "peak_rss_bytes", "tokens_per_second", "mfu")
@@ -73,9 +74,9 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> 
     """The process sends itself a signal in the middle of the loop."""
     count = loop.Loop._count
 
-    def counting(self: loop.Loop, metrics: Any, seconds: float) -> None:
-        count(self, metrics, seconds)
-        if self.past.step == step:
+    def counting(self: loop.Loop, *args: Any) -> None:
+        count(self, *args)
+        if self.loop_state.step == step:
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(loop.Loop, "_count", counting)
@@ -164,16 +165,8 @@ def test_steps_that_are_not_finite_end_the_run_and_keep_the_checkpoint(
     folder = tmp_path / "run"
     assert train.main(tiny(text, folder, "--steps", 2)) == 0
     before = state_digest(folder)
-    run = loop.Loop.run
-
-    def poisoned(self: loop.Loop, program: Any, state: Any) -> Any:
-        def step(*given: Any) -> Any:
-            state, metrics = program(*given)
-            return state, metrics._replace(refused=metrics.refused + 1)
-
-        return run(self, step, state)
-
-    monkeypatch.setattr(loop.Loop, "run", poisoned)
+    run = TrainingSteps.run
+    monkeypatch.setattr(TrainingSteps, "run", lambda self, *args: (run(self, *args)[0], [True]))
     said = failing(train.main, tiny(text, folder, "--steps", 50, "--save-every", 100))
     assert "10 steps in a row" in said
     assert "--learning-rate" in said
