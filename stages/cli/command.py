@@ -1,4 +1,4 @@
-"""From the command line to a command and back: flags in, an exit code out, and every mistake in a sentence."""
+"""Runs a command: parses its flags, returns its exit code, and prints a sentence for every mistake."""
 
 import contextlib
 import errno
@@ -30,13 +30,13 @@ def run_command[Flags](
     _arguments[:] = sys.argv[1:] if args is None else args
     verbose = False
     try:
-        given = tyro.cli(
+        options = tyro.cli(
             flags, prog=f"python -m stages.{name}", description=about, args=args,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )  # fmt: skip
-        verbose = bool(getattr(given, "verbose", False))
+        verbose = bool(getattr(options, "verbose", False))
         with signals.handle_signals():
-            return command(given) or 0
+            return command(options) or 0
     except SystemExit as leaving:  # tyro has shown the help, or what is wrong with a flag
         return int(leaving.code or 0)
     except signals.Stopped as stopped:
@@ -54,11 +54,12 @@ def run_command[Flags](
             import traceback
 
             traceback.print_exc()
-        return _say(sentence)
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        return MISTAKE
 
 
 def explain_error(error: BaseException) -> str | None:
-    """The sentence for an error that a person can mend, None for one that is ours."""
+    """Returns the sentence for an error that a person can mend, None for one that is ours."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno is not None:
@@ -66,7 +67,7 @@ def explain_error(error: BaseException) -> str | None:
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return (
             "There is not enough memory for this. Give a smaller --batch or --context, read the batch in parts with "
-            "--accumulate, or keep less for the backward pass with --remat."
+            "--accumulate, or use gradient checkpointing with --remat."
         )
     return None
 
@@ -86,11 +87,6 @@ def _system(error: OSError) -> str:
     return f"{at}{error.strerror or error}."
 
 
-def _say(sentence: str) -> int:
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
-    return MISTAKE
-
-
 def command_line(stage: str, *words: object) -> str:
     """Returns the command to type for a stage: through `uv run` when that is how we were started."""
     started = "uv run " if os.environ.get("UV") else ""
@@ -98,7 +94,7 @@ def command_line(stage: str, *words: object) -> str:
 
 
 def typed_arguments() -> list[str]:
-    """What the command in progress was called with, to be typed again."""
+    """Returns the arguments of the command in progress, to be typed again."""
     return _arguments
 
 

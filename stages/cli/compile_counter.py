@@ -8,9 +8,9 @@ class CompileCounter:
 
     def __init__(self) -> None:
         self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
+        jax.monitoring.register_event_duration_secs_listener(self._count)
 
-    def _heard(self, event: str, duration_secs: float, **_: str | int) -> None:
+    def _count(self, event: str, duration_secs: float, **_: str | int) -> None:
         self.count += event == "/jax/core/compile/backend_compile_duration"
 
     def reset(self) -> None:

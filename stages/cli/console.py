@@ -1,4 +1,4 @@
-"""What a command prints: a banner, tasks that take a while, one live line, a summary.
+"""Prints the output of a command: a banner, tasks that take a while, one live line, a summary.
 
 On a terminal the live line stays in place and fits its width; elsewhere it becomes a plain line every few seconds, with
 no escape codes. Nothing else in the project prints while training.
@@ -43,7 +43,7 @@ class Console:
         self.close_live()
 
     def print(self, text: str = "", style: str | None = None) -> None:
-        """A line, or several, that stay. A long line is left to the terminal to wrap."""
+        """Prints a line, or several, that stay. A long line is left to the terminal to wrap."""
         if self._rich:
             self._rich.print(text, style=style, markup=False, soft_wrap=True)
         else:
@@ -55,7 +55,7 @@ class Console:
             self.print(line, style="yellow")
 
     def print_rows(self, rows: Sequence[tuple[str, str]]) -> None:
-        """Labels beside what they say; long values go on below themselves."""
+        """Prints labels beside their values; long values go on below themselves."""
         width = max(len(label) for label, _ in rows)
         if not self._rich:
             for label, value in rows:
@@ -72,7 +72,7 @@ class Console:
         self._rich.print(table)
 
     def print_marked(self, pieces: Sequence[tuple[str, bool]]) -> None:
-        """A text in which some pieces are marked: by colour on a terminal, elsewhere by brackets."""
+        """Prints a text in which some pieces are marked: by colour on a terminal, elsewhere by brackets."""
         if not self._rich:
             groups = itertools.groupby(pieces, key=lambda pair: pair[1])
             whole = [("".join(piece for piece, _ in group), mark) for mark, group in groups]
@@ -87,18 +87,18 @@ class Console:
 
     @contextlib.contextmanager
     def task(self, label: str, always: bool = False) -> Iterator[ReportProgress]:
-        """`label ... 4.1 s`, with the share that is done meanwhile.
+        """Prints `label ... 4.1 s` around a task, with the share that is done meanwhile.
 
         The line stays when `always` is set or something was reported, else only if it took long.
         """
         begin = time.perf_counter()
-        said = False
+        printed = False
 
         def start() -> None:
-            nonlocal said
-            if not said and not self.terminal:
+            nonlocal printed
+            if not printed and not self.terminal:
                 print(f"{label} ...", end=" ", file=self.stream, flush=True)
-            said = True
+            printed = True
 
         def report(done: int, total: int) -> None:
             start()
@@ -112,19 +112,19 @@ class Console:
         try:
             yield report
         except BaseException:
-            if said and not self.terminal:
+            if printed and not self.terminal:
                 self.print()
             raise
         finally:
             self.close_live()
         taken = time.perf_counter() - begin
-        if said and not self.terminal:
+        if printed and not self.terminal:
             self.print(duration(taken))
-        elif said or taken > SILENT:
+        elif printed or taken > SILENT:
             self.print(f"{label} ... {duration(taken)}")
 
     def show_live(self, fields: Callable[[], Sequence[str]], important: bool = False) -> None:
-        """Shows what `fields` gives, when it is time to. An `important` state is shown at any time, and stays."""
+        """Shows the fields in the live line, when it is time to. An `important` state is shown at any time, and stays."""
         if not (important or self._due(BETWEEN_FRAMES if self.terminal else BETWEEN_LINES)):
             return
         self._last = time.perf_counter()
@@ -139,7 +139,7 @@ class Console:
             self._draw(frame)
 
     def close_live(self) -> None:
-        """Takes the live line away; what is said next stands in its place."""
+        """Takes the live line away; the next output stands in its place."""
         if self._live:
             self._live.stop()
             self._live = None
@@ -163,7 +163,7 @@ class Console:
 
 
 def wrap(fields: Sequence[str], width: int) -> list[str]:
-    """Fields side by side, two spaces apart, in lines of at most `width`; none is cut unless it alone is wider."""
+    """Returns fields side by side, two spaces apart, in lines of at most `width`; none is cut unless it alone is wider."""
     lines: list[str] = []
     for field in fields:
         if lines and len(lines[-1]) + 2 + len(field) <= width:

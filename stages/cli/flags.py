@@ -1,4 +1,4 @@
-"""Kinds of flags: how each is written on the command line, and what is said when it is written wrongly."""
+"""Parsers of flags, with the sentence for a wrong value, and the flags that several commands share."""
 
 import dataclasses
 import re
@@ -15,7 +15,7 @@ UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d
 
 
 def seconds(text: str) -> float:
-    """'90s', '3m', '1h30m' or plain seconds, '45' -> seconds. Raises ValueError for anything else, and for 0."""
+    """Parses a duration: '90s', '3m', '1h30m', or plain seconds '45'. Raises ValueError for anything else, and for 0."""
     parts = re.fullmatch(r"(?:\d+(?:\.\d+)?(?:ms|s|min|m|h|d))+|\d+(?:\.\d+)?", text.strip().lower())
     if not parts:
         raise ValueError(f"wanted a duration such as 90s, 3m or 1h30m (a plain number is seconds), got {text!r}")
@@ -42,7 +42,7 @@ def integer(low: int, high: float = float("inf")) -> Callable[[str], int]:
 
 
 def number(low: float, high: float = float("inf"), above: bool = False) -> Callable[[str], float]:
-    """A parser of numbers from `low` (or above it) to `high`."""
+    """Returns a parser of numbers from `low` (or above it) to `high`."""
 
     def parse(text: str) -> float:
         try:
@@ -57,7 +57,7 @@ def number(low: float, high: float = float("inf"), above: bool = False) -> Calla
 
 
 def in_range(allowed: Range) -> Callable[[str], Any]:
-    """A parser of the numbers of a range."""
+    """Returns a parser of the numbers of a range."""
     if allowed.integer:
         return integer(int(allowed.least), int(allowed.most))
     return number(allowed.least, allowed.most, allowed.above)
@@ -70,7 +70,7 @@ def _span(low: float, high: float, above: bool = False) -> str:
 
 
 def interval(text: str) -> int | float:
-    """'200' -> 200 steps, '30s' -> 30.0 seconds."""
+    """Parses an interval: '200' -> 200 steps (int), '30s' -> 30.0 seconds (float)."""
     if text.strip().isdigit():
         return integer(1)(text)
     try:
@@ -80,7 +80,7 @@ def interval(text: str) -> int | float:
 
 
 def parser(parse: Callable[[str], Any], metavar: str) -> Any:
-    """Goes into `Annotated`: this flag is read by `parse`, whose ValueError is shown."""
+    """Returns what goes into `Annotated`: `parse` reads this flag, and its ValueError is shown."""
     return PrimitiveConstructorSpec(
         nargs=1, metavar=metavar, instance_from_str=lambda words: parse(words[0]), is_instance=lambda _: True,
         str_from_instance=lambda value: [str(value)],
@@ -88,12 +88,12 @@ def parser(parse: Callable[[str], Any], metavar: str) -> Any:
 
 
 def default(meaning: str, help: str | None = None) -> Any:
-    """Goes into `Annotated`: what the help says of leaving this flag out; `help` stands in for a docstring below the field."""
+    """Returns what goes into `Annotated`: the default that the help shows; `help` stands in for a docstring below the field."""
     return tyro.conf.arg(help=help, help_behavior_hint=f"(default: {meaning})")
 
 
 def one_of(*names: str) -> Callable[[str], str]:
-    """A parser of one of the names; a wrong one is answered with the nearest."""
+    """Returns a parser of one of the names; the error for a wrong one names the nearest."""
 
     def parse(text: str) -> str:
         if text not in names:

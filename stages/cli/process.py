@@ -1,4 +1,4 @@
-"""This process: when it began, so that "from the command to the first step" includes Python's own start; its threads."""
+"""Tells when this process began, for "from the command to the first step"; and keeps NumPy to one thread."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ _IMPORTED = time.perf_counter()
 
 
 def process_start() -> float:
-    """The moment this process began, by `time.perf_counter`; where there is no /proc, the import of this file."""
+    """Returns the moment this process began, by `time.perf_counter`; where there is no /proc, the import of this file."""
     with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
         # Field 22 of stat, in ticks since boot (proc(5)); the command's name before it may hold spaces.
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
@@ -19,5 +19,5 @@ def process_start() -> float:
 
 
 def use_one_numpy_thread() -> None:
-    """NumPy's products then run in the thread that asks for them. Works until NumPy is imported; JAX is not concerned."""
+    """Makes NumPy's products run in the calling thread. Works until NumPy is imported; JAX is not concerned."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

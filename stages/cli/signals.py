@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM at any moment: work that must be finished is finished, everything else stops at once.
+"""Handles Ctrl-C and SIGTERM at any moment: work that must be finished is finished, everything else stops at once.
 
 Python runs a signal's handler only when the main thread comes back from a library, and compiling or a long step can
 keep it for minutes. A second thread therefore reads the signals as they arrive: it says what will happen, ends the
@@ -18,8 +18,8 @@ SHOW_CURSOR = "\x1b[?25h"
 NUDGE, PATIENCE = 0.1, 1.0  # seconds for the main thread to hear of a signal, and then to leave by itself
 
 
-def _tell(sentence: str) -> None:
-    """Straight to the terminal: the main thread may be in the middle of printing."""
+def _print(sentence: str) -> None:
+    """Writes straight to the terminal: the main thread may be in the middle of printing."""
     with contextlib.suppress(OSError):
         os.write(2, f"\n{sentence}\n".encode())
 
@@ -33,19 +33,22 @@ class Stopped(KeyboardInterrupt):
 
 
 class SignalState:
-    """What is going on: `guarded` is what a signal is answered with while work is finished first, else None."""
+    """The signals of one block: `answer` is printed for the first one while work is finished, None where none is.
+
+    `phase` goes after "Stopped"; `received` is the first signal, `seen` whether the main thread knows of it.
+    """
 
     def __init__(self) -> None:
-        self.guarded: str | None = None
-        self.tell: Callable[[str], None] = _tell
+        self.answer: str | None = None
+        self.print: Callable[[str], None] = _print
         self.received: int | None = None
-        self.heard = False  # by the main thread
-        self.sentence = ""
+        self.seen = False
+        self.phase = ""
 
     def handle(self, number: int, _: object) -> None:
         self.received = self.received or number
-        again, self.heard = self.heard, True
-        if self.guarded is None and not again:  # a second signal is for the second thread, which ends the process
+        again, self.seen = self.seen, True
+        if self.answer is None and not again:  # a second signal is for the second thread, which ends the process
             raise Stopped(number)
 
     def listen(self, signals: int) -> None:
@@ -56,8 +59,8 @@ class SignalState:
             if not select.select([signals], [], [], waits[0] if waits else None)[0]:
                 waits.pop(0)
                 if not waits:
-                    self.end_now(self.sentence)
-                elif not self.heard:  # it was about to sleep in a library when the signal came, and sleeps through it
+                    self.end_now(self.phase)
+                elif not self.seen:  # it was about to sleep in a library when the signal came, and sleeps through it
                     echo = True
                     signal.pthread_kill(threading.main_thread().ident or 0, self.received or signal.SIGINT)
                 continue
@@ -73,13 +76,13 @@ class SignalState:
                 self.end_now("at once; what was saved before is untouched.")
             answered = True
             self.received = self.received or number
-            if self.guarded:
-                self.tell(self.guarded)
+            if self.answer:
+                self.print(self.answer)
             else:
                 waits = [NUDGE, PATIENCE]
 
     def end_now(self, sentence: str) -> None:
-        _tell(f"{SHOW_CURSOR if os.isatty(2) else ''}Stopped {sentence}")
+        _print(f"{SHOW_CURSOR if os.isatty(2) else ''}Stopped {sentence}")
         os._exit(128 + (self.received or signal.SIGINT))
 
 
@@ -88,16 +91,16 @@ _now = SignalState()
 
 @contextlib.contextmanager
 def handle_signals() -> Iterator[None]:
-    """Signals are handled as told here for as long as the block lasts. Does nothing outside the main thread.
+    """Handles signals for as long as the block lasts. Does nothing outside the main thread.
 
-    A block inside another has a watch of its own: a signal that it was ended by does not end the outer one.
+    A block inside another has a state of its own: a signal that it was ended by does not end the outer one.
     """
     global _now
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     outer, _now = _now, SignalState()
-    _now.sentence = outer.sentence
+    _now.phase = outer.phase
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     before = [(number, signal.signal(number, _now.handle)) for number in SIGNALS]
@@ -117,24 +120,23 @@ def handle_signals() -> Iterator[None]:
         _now = outer
 
 
-def set_phase(sentence: str) -> None:
-    """What to say of a stop from now on, after the word "Stopped"."""
-    _now.sentence = sentence
+def set_phase(phase: str) -> None:
+    """Sets what is printed after the word "Stopped" when a signal comes from now on."""
+    _now.phase = phase
 
 
 @contextlib.contextmanager
-def deferred(answer: str, tell: Callable[[str], None]) -> Iterator[SignalState]:
-    """In the block a first signal is answered with `answer`, said through `tell` by another thread, and noted in
-    `received`; the block is to end soon after."""
-    _now.tell = tell
-    _now.guarded = answer
+def deferred(answer: str, print: Callable[[str], None]) -> Iterator[SignalState]:
+    """Defers a first signal to the end of the block: another thread prints `answer`, and `received` tells the block to end."""
+    _now.print = print
+    _now.answer = answer
     try:
         yield _now
     finally:
-        _now.guarded = None
+        _now.answer = None
 
 
 def report_stop(stopped: Stopped) -> int:
-    """Says that the command was stopped; its exit code."""
-    print(f"\nStopped {_now.sentence}", file=sys.stderr, flush=True)
+    """Prints that the command was stopped. Returns its exit code."""
+    print(f"\nStopped {_now.phase}", file=sys.stderr, flush=True)
     return 128 + stopped.number

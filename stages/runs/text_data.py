@@ -1,4 +1,4 @@
-"""From what `--data`, `--validation` and `--tokenizer` say to tokens on disk."""
+"""Text data: from the names that `--data`, `--validation` and `--tokenizer` take to tokens on disk."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ from engine.text.tokenizer import SPLIT, Tokenizer, byte_tokenizer, load_tokeniz
 from engine.text.tokens import TokenFile, open_bin, token_file
 from stages.cli.console import Console
 
-LEARNT_FROM = 64_000_000  # characters of text a tokenizer is learnt from at most
+TOKENIZER_TEXT = 64_000_000  # characters that a tokenizer is trained on at most
 HELD_OUT = 0.05
 TEXTS = ("shakespeare", "python")
 
@@ -23,7 +23,7 @@ Source = Corpus | Path  # documents, or a .bin of token ids
 
 @dataclasses.dataclass(frozen=True)
 class TextData:
-    """What a run learns from and is measured on."""
+    """The texts that a run is trained and validated on, as tokens."""
 
     train: TokenFile
     validation: TokenFile
@@ -34,7 +34,7 @@ class TextData:
 
 
 def find_sources(data: str, validation: Path | None, console: Console) -> tuple[Source, Source | None]:
-    """The training text and the validation text; None for the latter when it is to be cut from a .bin."""
+    """Returns the training text and the validation text; None for the latter when it is to be cut from a .bin."""
     check_text_name(data)
     if data in TEXTS:
         with console.task(f"fetching {data}") as report:
@@ -51,7 +51,7 @@ def find_sources(data: str, validation: Path | None, console: Console) -> tuple[
 
 
 def check_text_name(data: str) -> None:
-    """Raises UserError for what names no text, before anything is fetched or read."""
+    """Raises UserError for a name of no text, before anything is fetched or read."""
     if data in assets.ASSETS and data not in TEXTS:
         raise UserError(f"{data} is a model, not a text; --data takes {', '.join(TEXTS)}, a file or a folder.")
     if data not in TEXTS and not Path(data).exists():
@@ -60,7 +60,7 @@ def check_text_name(data: str) -> None:
 
 
 def evaluation_source(data: str, console: Console) -> Source:
-    """What `--data` of an evaluation names: an asset's held-out text, or all of a file or folder."""
+    """Returns the source that `--data` of an evaluation names: an asset's held-out text, or all of a file or folder."""
     if data in assets.ASSETS or not Path(data).exists():
         found = find_sources(data, None, console)[1]
         assert found is not None
@@ -77,21 +77,21 @@ def _source(path: Path) -> Source:
 
 
 def prepare_text(data: str, validation: Path | None, spec: str, console: Console) -> TextData:
-    """Everything a run reads, encoded and mapped; made the first time and found again after that."""
+    """Encodes and maps all texts of a run; what was encoded before is found in the cache."""
     train_source, validation_source = find_sources(data, validation, console)
     tokenizer = make_tokenizer(spec, train_source, console)
     train = encode_text(train_source, tokenizer, console)
     if validation_source is None:
-        train, held_out = _cut(train, tokenizer)
+        train, held_out = _split(train, tokenizer)
     else:
         held_out = encode_text(validation_source, tokenizer, console)
     digest = hashlib.sha256(f"{_digest(train)} {len(train.tokens)}".encode()).hexdigest()
-    named = f"the last {HELD_OUT:.0%} of {data}" if validation_source is None else source_name(validation_source)
-    return TextData(train, held_out, tokenizer, digest, source_name(train_source), named)
+    name = f"the last {HELD_OUT:.0%} of {data}" if validation_source is None else source_name(validation_source)
+    return TextData(train, held_out, tokenizer, digest, source_name(train_source), name)
 
 
 def encode_text(source: Source, tokenizer: Tokenizer, console: Console) -> TokenFile:
-    """The tokens of a text, from the cache when it was encoded before."""
+    """Returns the tokens of a text, from the cache when it was encoded before."""
     if isinstance(source, Path):
         with console.task(f"checking {source}"):
             return open_bin(source, tokenizer)
@@ -100,7 +100,7 @@ def encode_text(source: Source, tokenizer: Tokenizer, console: Console) -> Token
 
 
 def make_tokenizer(spec: str, source: Source, console: Console) -> Tokenizer:
-    """`bytes`, `bpe:N` learnt from the training text and kept by its digest, or a folder with a tokenizer.json."""
+    """Returns the tokenizer of `bytes`, `bpe:N` (trained on the text, and cached by its digest), or a tokenizer folder."""
     if spec == "bytes":
         return byte_tokenizer()
     if not spec.startswith("bpe:"):
@@ -111,7 +111,7 @@ def make_tokenizer(spec: str, source: Source, console: Console) -> Tokenizer:
     if not spec[4:].isdigit() or not 257 <= int(spec[4:]) <= 1_000_000:
         raise UserError(f"--tokenizer bpe:N wants a vocabulary of 257 to 1,000,000 tokens, not {spec[4:]!r}.")
     if isinstance(source, Path):
-        raise UserError(f"{source} holds token ids: give the tokenizer it was made with, --tokenizer FOLDER.")
+        raise UserError(f"{source} holds token ids: give the tokenizer that made them, --tokenizer FOLDER.")
     digest = hashlib.sha256(f"{SPLIT} {spec}".encode())
     for text in _beginning(source):
         digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
@@ -126,7 +126,7 @@ def make_tokenizer(spec: str, source: Source, console: Console) -> Tokenizer:
 
 
 def _beginning(corpus: Corpus) -> Iterator[str]:
-    left = LEARNT_FROM
+    left = TOKENIZER_TEXT
     for document in corpus:
         yield document[:left]
         left -= len(document)
@@ -134,8 +134,8 @@ def _beginning(corpus: Corpus) -> Iterator[str]:
             return
 
 
-def _cut(whole: TokenFile, tokenizer: Tokenizer) -> tuple[TokenFile, TokenFile]:
-    """A .bin without its end, and its end."""
+def _split(whole: TokenFile, tokenizer: Tokenizer) -> tuple[TokenFile, TokenFile]:
+    """Splits a .bin into its beginning and its held-out end."""
     at = round(len(whole.tokens) * (1 - HELD_OUT))
     parts = []
     for tokens in (whole.tokens[:at], whole.tokens[at:]):
@@ -153,5 +153,5 @@ def _digest(text: TokenFile) -> str:
 
 
 def source_name(source: Source) -> str:
-    """What a text is called."""
+    """Returns the name of a text."""
     return str(source) if isinstance(source, Path) else source.name
