@@ -148,14 +148,14 @@ class FineTuning:
             ("data", f"{dataset.name} ({dataset.kind}): {dataset.summary.describe()[0]}"),
             *(("", line) for line in dataset.summary.describe()[1:]),
             ("validation", f"{dataset.held_out_name}: {len(dataset.held_out):,} examples"),
-            ("template", self.chat.named),
+            ("template", self.chat.template_name),
             ("step", f"{plan.recipe.batch} x {plan.recipe.context} tokens, adamw, {optimizer.learning_rate:g}"),
             ("length", f"{limit}; about {steps:,} steps, {long}"),
             ("folder", str(self.options.folder)),
         ])  # fmt: skip
         console.print()
         console.print("the first example; what is trained on is marked", style="bold")
-        console.print_marked(list(self.chat.shown(dataset.first)))
+        console.print_marked(list(self.chat.marked_pieces(dataset.first)))
         console.print()
 
     def initial_state(self) -> TrainState:

@@ -129,7 +129,7 @@ class LearningFromRewards:
             *self.matches,
             ("task", f"{self.task} ({TASKS[self.task.partition(':')[0]].partition(', ')[2]})"),
             ("prompts", f"{len(self.prompts.train):,} of {self.prompts.name}; {len(self.prompts.held_out):,} held out"),
-            ("template", self.chat.named),
+            ("template", self.chat.template_name),
             ("a round", f"{self.prompts_each} prompts, {self.group} completions each, of at most {self.sampler.max_tokens} "
                         f"tokens, at temperature {self.sampler.temperature:g}"),
             ("inference", f"samples them: up to {count(inference)}FLOPs, forward only"),
