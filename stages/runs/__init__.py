@@ -1,0 +1,1 @@
+"""Shared by every training run: flags, folder, state, estimate, loop, and the scaffold that carries it out."""

@@ -1,0 +1,79 @@
+"""Flags that training, fine-tuning and learning from rewards share."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+from engine.errors import UserError
+from engine.model.config import LoraConfig
+from stages.cli.flags import default, integer, interval, number, one_of, parser, path, seconds
+
+TARGETS = "q, k, v, out, gate, up, down, or all"
+SeedFlag = Annotated[int, parser(integer(0, 2**31 - 1), "N")]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """The run folder, and how often it is written."""
+
+    out_dir: Annotated[Path | None, parser(path, "FOLDER"), default("runs/MODEL-DATA")] = None
+    """The run folder. A run that is already there is continued."""
+    overwrite: Annotated[bool, default("off")] = False
+    """Begin anew in a folder that holds a run."""
+    save_every: Annotated[int | float, parser(interval, "N|TIME"), default("60s")] = 60.0
+    """Steps (or rounds) or training time between checkpoints."""
+    keep: Annotated[int, parser(integer(1), "N")] = 2
+    """Checkpoints to keep."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Length:
+    """How long. When both are given, whichever ends first."""
+
+    max_time: Annotated[float | None, parser(seconds, "TIME"), default("3m when no --steps are given")] = None
+    """Training time, such as 90s, 3m, 1h; compiling, evaluating and saving are not counted."""
+    steps: Annotated[int | None, parser(integer(1), "N"), default("as many as fit into the time")] = None
+    """Batches to train on."""
+
+
+def parse_lora(text: str) -> LoraConfig:
+    """'rank=8,alpha=16,targets=q,v' -> LoraConfig; each of the three may be left out. Raises ValueError for anything else."""
+    fields: dict[str, list[str]] = {}
+    name = ""
+    for word in filter(None, text.replace(" ", "").split(",")):
+        left, equals, value = word.partition("=")
+        name, value = (left, value) if equals else (name, word)
+        fields.setdefault(name, []).append(value)
+    if not fields.keys() <= {"rank", "alpha", "targets"}:
+        raise ValueError(f"wanted rank=8,alpha=16,targets=q,v (targets: {TARGETS}), got {text!r}")
+    for known in ("rank", "alpha"):
+        if len(fields.get(known, ())) > 1:
+            raise ValueError(f"wanted one {known}, got {text!r}")
+    rank = integer(1, 4096)(fields["rank"][0]) if "rank" in fields else 8
+    alpha = number(0, above=True)(fields["alpha"][0]) if "alpha" in fields else 2.0 * rank
+    return LoraConfig(rank, alpha, tuple(fields.get("targets", ("all",))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainable:
+    """Which parameters are trainable; without any of these, a LoRA on all matrices."""
+
+    train: Annotated[tuple[str, ...], default("nothing but the adapter")] = ()
+    """Patterns of paths ('blocks/(28|29)/.*'), `head`, or `all`."""
+    freeze: Annotated[tuple[str, ...], default("nothing")] = ()
+    """`bottom:N`, `top:N`, or patterns: all else is trained."""
+    lora: Annotated[LoraConfig | None, parser(parse_lora, "SIZE"), default("rank=8,alpha=16,targets=all")] = None
+    """rank=8,alpha=16,targets=q,v: an adapter beside a frozen model."""
+    base: Annotated[Literal["float", "int8"], parser(one_of("float", "int8"), "TYPE")] = "float"
+    """The type of the frozen model under an adapter: `int8` takes half the memory."""
+
+    def __post_init__(self) -> None:
+        if self.lora and (self.train or self.freeze):
+            raise UserError("--lora leaves the whole model frozen: it does not go with --train or --freeze.")
+        if self.base == "int8" and (self.train or self.freeze):
+            raise UserError("--base int8 is for what stays frozen under a LoRA: it does not go with --train or --freeze.")
+
+    @property
+    def adapter(self) -> LoraConfig | None:
+        """The LoRA to train; None when weights of the model itself are trained."""
+        return None if self.train or self.freeze else self.lora or LoraConfig()

@@ -1,0 +1,173 @@
+"""The scaffold of every run, in the order in which it happens: from a locked folder to the commands to type next."""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from engine.device import Device
+from engine.files import write_json
+from engine.format import duration
+from engine.storage.run_folder import save_tokenizer
+from engine.text.tokenizer import Tokenizer
+from engine.training.step import TrainState
+from stages.cli import signals
+from stages.cli.command import same_command
+from stages.cli.console import Console
+from stages.runs.estimate import RunPlan
+from stages.runs.folder import as_json, clear_run, holds_run, lock_folder, write_run_json
+from stages.runs.loop import Intervals, Loop, LoopConfig, LoopState, Steps
+from stages.runs.state import PreviousRun, find_previous_run, restore
+from stages.runs.trainable import TrainableParts
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """Where and how a run is carried out. `stage` is the command's name."""
+
+    stage: str
+    device: Device
+    folder: Path
+    overwrite: bool
+    dry_run: bool
+    intervals: Intervals
+
+
+class RunReport(NamedTuple):
+    """The end of a run: run.json's result, and the last screen: texts under headings, rows, and commands to type next."""
+
+    result: dict[str, Any]
+    texts: list[tuple[str, list[str]]]
+    rows: list[tuple[str, str]]
+    next_commands: list[str]
+
+
+class Stage(Protocol):
+    """One way to train: from random weights in JAX or in NumPy, fine-tuning, or learning from rewards."""
+
+    noun: str  # of what the loop counts: "step" or "round"
+    plan: RunPlan
+    parts: TrainableParts  # valid after `load_weights`
+    tokenizer: Tokenizer
+    ends: tuple[int, ...]  # ids that end a completion
+
+    def load_weights(self) -> None:
+        """Makes `parts`. Raises UserError when there is no room for a run."""
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the entries of run.json that are the stage's own."""
+
+    def print_plan(self) -> None:
+        """Prints the banner."""
+
+    def initial_state(self) -> TrainState:
+        """Returns the state before the first step; can be traced."""
+
+    def measure_before(self) -> None:
+        """Measures what will be compared with the end of the run."""
+
+    def prepare_steps(self, state: TrainState, loop_state: LoopState) -> Steps:
+        """Compiles the steps of the loop."""
+
+    def report(self, state: TrainState, loop: Loop) -> RunReport:
+        """Measures and saves the result."""
+
+    def summary(self, result: dict[str, Any]) -> str:
+        """Returns a few words for a run that is finished already."""
+
+
+def execute(options: RunOptions, make_stage: Callable[[Console], Stage]) -> int:
+    """Carries out a run, or goes on with the one in the folder. Returns the exit code."""
+    with Console() as console:
+        if options.dry_run:
+            make_stage(console).print_plan()
+            console.print("A dry run: nothing was trained.")
+            return 0
+        holds_run(options.folder)  # a folder that cannot be used is said before minutes of preparation
+        with lock_folder(options.folder):
+            return _execute(options, make_stage(console), console)
+
+
+def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
+    stage.load_weights()
+    folder, plan, noun = options.folder, stage.plan, stage.noun
+    facts = _common_facts(options, plan) | stage.facts()
+    previous = find_previous_run(folder, facts, plan.cfg, options.overwrite)
+    stage.print_plan()
+    if previous and previous.is_finished(plan):
+        console.print(_finished(previous, stage))
+        return 0
+    if previous:
+        state, loop_state = restore(previous, facts, stage.initial_state, stage.parts, console)
+    else:
+        with console.task("initialising"):
+            state, loop_state = stage.initial_state(), LoopState()
+    _write_description(folder, stage, facts, fresh=previous is None)
+    stage.measure_before()
+    digests = {name: facts[name]["digest"] for name in ("text", "tokenizer", "base") if name in facts}
+    record = {"seed": plan.seed, "digests": digests}
+    loop = Loop(LoopConfig(plan, folder, options.intervals, record, stage.parts.to_saved), loop_state, console)
+    if plan.progress(loop_state.step, loop_state.seconds) < 1:
+        saved = f"the run is saved up to {noun} {loop_state.step:,}" if loop_state.step else "nothing was trained yet"
+        signals.set_phase(f"while compiling; {saved}. To begin again: {same_command(options.stage)}")
+        state, signal = loop.run(stage.prepare_steps(state, loop_state), state)
+        console.close_live()
+        if signal:
+            console.print(
+                f"Stopped at {noun} {loop_state.step:,}, {duration(loop_state.seconds)} into training; saved in "
+                f"{folder / 'checkpoints' / str(loop_state.step)}.\nTo go on: {same_command(options.stage)}"
+            )
+            return 128 + signal
+    signals.set_phase(f"before the last measurement; the trained model is in {folder}, and the same command measures it.")
+    report = stage.report(state, loop)
+    write_run_json(folder, facts, report.result)
+    _print_report(report, console)
+    return 0
+
+
+def _common_facts(options: RunOptions, plan: RunPlan) -> dict[str, Any]:
+    """What run.json says of every run."""
+    return {
+        "command": same_command(options.stage),
+        "stage": options.stage,
+        "recipe": as_json(dataclasses.asdict(plan.recipe)),
+        "seed": plan.seed,
+        "steps": plan.steps,
+        "max_seconds": plan.seconds,
+        "device": str(options.device),
+        "versions": {"python": sys.version.split()[0], "jax": jax.__version__},
+    }
+
+
+def _finished(previous: PreviousRun, stage: Stage) -> str:
+    state = previous.loop_state
+    return (
+        f"This run is finished: {state.step:,} {stage.noun}s in {duration(state.seconds)}, "
+        f"{stage.summary(previous.record['result'])}. To train it further give more --{stage.noun}s or --max-time; "
+        "to begin anew, --overwrite."
+    )
+
+
+def _write_description(folder: Path, stage: Stage, facts: dict[str, Any], fresh: bool) -> None:
+    """Writes what describes the run, before its first step."""
+    if fresh:
+        clear_run(folder)
+    save_tokenizer(folder, stage.tokenizer, stage.ends)
+    write_json(folder / "config.json", stage.plan.cfg.to_json())
+    write_run_json(folder, facts)
+
+
+def _print_report(report: RunReport, console: Console) -> None:
+    for heading, lines in report.texts:
+        console.print()
+        console.print(heading, style="bold")
+        console.print("\n".join(f"  {line}" for line in lines))
+    console.print()
+    console.print_rows(report.rows)
+    console.print()
+    console.print("next", style="bold")
+    for command in report.next_commands:
+        console.print(f"  {command}")

@@ -1,0 +1,98 @@
+"""The steps of training on batches: one in flight, the next batch cut meanwhile."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from engine.allocator import has_room, return_freed_memory
+from engine.counting.hardware import peak_rss_bytes
+from engine.format import clock, size
+from engine.training.optimizer import make_schedule
+from engine.training.step import TrainState
+from stages.runs.estimate import RunPlan
+from stages.runs.loop import Evaluator, LoopState, StepTimer
+
+StepProgram = Callable[[TrainState, Any, Any], tuple[TrainState, Any]]
+
+
+class Batches(Protocol):
+    """Where batches come from, by random access."""
+
+    def at(self, step: int) -> Any:
+        """Returns the batch of a step."""
+
+    def epoch(self, step: int) -> float:
+        """Returns how often all data was read before `step`."""
+
+
+class TrainingSteps:
+    """Runs a program (state, batch, progress) -> (state, metrics) on one batch after another, from `step` on.
+
+    `top`: this machine's ceiling in FLOP/s. `buffer`: the bytes the program takes while it runs, where memory matters.
+    """
+
+    noun = "step"
+    lines_stay = False
+
+    def __init__(
+        self, program: StepProgram, batches: Batches, evaluator: Evaluator, plan: RunPlan, step: int, top: float,
+        advice: str, buffer: int = 0,
+    ) -> None:  # fmt: skip
+        self.program, self.batches, self.plan = program, batches, plan
+        self.evaluator: Evaluator | None = evaluator
+        self.top, self.advice, self.buffer = top, advice, buffer
+        self.schedule = jax.jit(make_schedule(plan.recipe.optimizer))
+        self.batch = batches.at(step)
+        self.losses: list[float] = []
+        self.loss = self.grad_norm = float("nan")
+
+    def run(self, state: TrainState, loop_state: LoopState) -> tuple[TrainState, list[bool]]:
+        """Returns the next state and whether the update was refused."""
+        step, progress = loop_state.step, np.float32(self.plan.progress(loop_state.step, loop_state.seconds))
+        # Memory allocated during a step ends up above the step's buffer and fragments the heap: cut the batch before it.
+        following = self.batches.at(step + 1) if self.buffer else None
+        state, metrics = self.program(state, self.batch, progress)
+        self.batch = following or self.batches.at(step + 1)
+        # Waited for before the next is dispatched: two steps in flight would take twice the memory.
+        metrics = jax.device_get(metrics)
+        if self.buffer and not has_room(self.buffer):
+            return_freed_memory()  # or the next step's buffer would lie beside this one's
+        self.loss, self.grad_norm = float(metrics.loss), float(metrics.grad_norm)
+        self.losses.append(self.loss)
+        return state, [bool(metrics.refused)]
+
+    def metrics(self, loop_state: LoopState, timer: StepTimer) -> dict[str, float]:
+        """Returns the mean loss since the last call, and how training stands."""
+        loss = sum(self.losses) / len(self.losses)
+        self.losses = []
+        return {
+            "loss": loss, "grad_norm": self.grad_norm, "learning_rate_factor": self._factor(loop_state),
+            "tokens_per_second": self.plan.step_tokens / timer.mean(), "refused": loop_state.refused,
+        }  # fmt: skip
+
+    def fields(self, loop_state: LoopState, timer: StepTimer, evaluation: str) -> list[str]:
+        """Returns the live line."""
+        plan, step, mean = self.plan, loop_state.step, timer.mean()
+        epoch = self.batches.epoch(step)
+        left = [plan.seconds - loop_state.seconds] if plan.seconds else []
+        left += [(plan.steps - step) * mean] if plan.steps else []
+        refused = [f"{loop_state.refused} steps refused"] if loop_state.refused else []
+        return [
+            f"step {step:,}" + (f"/{plan.steps:,}" if plan.steps else ""),
+            f"loss {self.loss:.3f}",
+            evaluation,
+            f"lr {self._factor(loop_state):.0%}",
+            f"grad {self.grad_norm:.2f}",
+            f"{plan.step_tokens / mean:,.0f} tokens/s",
+            f"MFU {plan.step_flops / mean / self.top:.0%}",
+            size(peak_rss_bytes()),
+            f"epoch {epoch:.2f}" if epoch < 10 else f"epoch {epoch:,.0f}",
+            f"{clock(loop_state.seconds)} done, {clock(min(left))} left",
+            *refused,
+        ]
+
+    def _factor(self, loop_state: LoopState) -> float:
+        """On the learning rate, at this point of the schedule."""
+        return float(self.schedule(np.float32(self.plan.progress(loop_state.step, loop_state.seconds))))
