@@ -13,7 +13,6 @@ A folder that holds anything else is never written to.
 import contextlib
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterator
