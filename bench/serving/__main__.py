@@ -47,25 +47,25 @@ def measure_serving(flags: ServingFlags) -> dict[str, Any]:
     from bench.serving.print import print_tables
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # however this ends, its servers end too
-    serve = ["--slots", str(flags.slots), "--weights", flags.weights]
-    serve += ["--capacity", str(flags.capacity)] if flags.capacity else []
-    document = asyncio.run(_measure(flags.model, serve, flags.weights, flags.slots, flags.price, flags.quick))
+    server_flags = ["--slots", str(flags.slots), "--weights", flags.weights]
+    server_flags += ["--capacity", str(flags.capacity)] if flags.capacity else []
+    document = asyncio.run(_measure(flags.model, server_flags, flags.weights, flags.slots, flags.price, flags.quick))
     print_tables(document)
     return document
 
 
-async def _measure(model: str, serve: list[str], weights: str, slots: int, price: float, quick: bool) -> dict[str, Any]:
-    """The document. `serve`: the flags the server is started with; `price`: dollars an hour."""
+async def _measure(model: str, server_flags: list[str], weights: str, slots: int, price: float, quick: bool) -> dict[str, Any]:
+    """The document. `server_flags`: the flags the server is started with; `price`: dollars an hour."""
     from bench.serving import measure  # JAX comes with it, and help is quick without
     from bench.serving.server import Server
     from engine.device import device_name
 
     rounds = 3 if quick else 7
     progress(f"starting stages.serve with {model} ...")
-    async with Server(model, serve) as server:
+    async with Server(model, server_flags) as server:
         first = server.ready_seconds
     progress(f"  ready after {first:.1f} s; once more, with what was compiled")
-    async with Server(model, serve) as server:
+    async with Server(model, server_flags) as server:
         entry, ready = await server.model(), server.ready_seconds
         document: dict[str, Any] = {
             "model": entry["id"], "device": device_name(), "weights": weights, "slots": slots,
@@ -85,11 +85,11 @@ async def _measure(model: str, serve: list[str], weights: str, slots: int, price
         document["saturated"] = {"requests_per_second": peak, "tokens_per_second": tokens}
         document["load"] = [await measure.latency_under_load(server, load, peak, 12.0 if quick else 40.0) for load in LOADS]
         document["resident_bytes"] = server.resident_bytes()
-        document["parts"] = await _parts(server, model, serve, slots, rounds)
+        document["parts"] = await _parts(server, model, server_flags, slots, rounds)
     return document
 
 
-async def _parts(server: Any, model: str, serve: list[str], slots: int, rounds: int) -> list[dict[str, Any]]:
+async def _parts(server: Any, model: str, server_flags: list[str], slots: int, rounds: int) -> list[dict[str, Any]]:
     """The gain from batching, and from each part that a flag switches off, in turns with a server without it."""
     from bench.serving.measure import SHARED_TOKENS, in_turns, prefix_ttft, repetitive_throughput, throughput
     from bench.serving.server import Server
@@ -101,13 +101,13 @@ async def _parts(server: Any, model: str, serve: list[str], slots: int, rounds: 
         ("speculative decoding", ["--no-guesses"], "one stream that repeats itself, tokens/s", repetitive_throughput),
         ("int8 weights", ["--weights", "bfloat16"], "all slots, tokens/s", lambda server: throughput(server, slots, slots, 30)),
     )
-    many, one = await in_turns(
+    all_slots, single = await in_turns(
         lambda: throughput(server, slots, slots, next(seeds)), lambda: throughput(server, 1, 1, next(seeds)), rounds
     )
-    rows = [_part("batching", f"{slots} streams at once, tokens/s", many, one)]
+    rows = [_part("batching", f"{slots} streams at once, tokens/s", all_slots, single)]
     for part, flags, figure, measure in parts:
         progress(f"with and without {part}")
-        async with Server(model, [*serve, *flags]) as other:
+        async with Server(model, [*server_flags, *flags]) as other:
             on, off = await in_turns(lambda: measure(server), lambda: measure(other), rounds)  # noqa: B023
         rows.append(_part(part, figure, on, off))
     return rows

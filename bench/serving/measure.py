@@ -78,11 +78,11 @@ async def compare_with_engine(
         detokenized = await server.client.post("/detokenize", {"tokens": engine_rounds[-1]["tokens"][0]})
     served = [seconds for _, seconds in server_rounds]
     texts = {tuple(completion.text for completion in completions) for completions, _ in server_rounds}
-    known = ratio_or_none(Timing("engine", tuple(engine)), Timing("server", tuple(served)))
+    result = ratio_or_none(Timing("engine", tuple(engine)), Timing("server", tuple(served)))
     tokens = slots * NEW_TOKENS
     return {
         "name": f"server_against_offline_{slots}", "tokens_per_second": tokens / statistics.median(served),
-        "peer_tokens_per_second": tokens / statistics.median(engine), "spread": known.spread if known else math.nan,
+        "peer_tokens_per_second": tokens / statistics.median(engine), "spread": result.spread if result else math.nan,
         "ratio": statistics.median(a / b for a, b in zip(engine, served)),
         "same_text": len(texts) == 1 and next(iter(texts))[0] == detokenized.json()["prompt"],
     }  # fmt: skip
