@@ -117,11 +117,11 @@ class Console:
             raise
         finally:
             self.close_live()
-        taken = time.perf_counter() - begin
+        elapsed = time.perf_counter() - begin
         if printed and not self.terminal:
-            self.print(duration(taken))
-        elif printed or taken > SILENT:
-            self.print(f"{label} ... {duration(taken)}")
+            self.print(duration(elapsed))
+        elif printed or elapsed > SILENT:
+            self.print(f"{label} ... {duration(elapsed)}")
 
     def show_live(self, fields: Callable[[], Sequence[str]], important: bool = False) -> None:
         """Shows the fields in the live line, when it is time to. An `important` state is shown at any time, and stays."""

@@ -55,12 +55,12 @@ class HeldOutEvaluator:
 
     @property
     def unit(self) -> str:
-        """What the number is called on screen."""
+        """Its unit on screen."""
         return "nats/token" if self.objective is NEXT_TOKEN else "preference loss"
 
     @property
     def key(self) -> str:
-        """What the number is called in metrics.jsonl."""
+        """Its name in metrics.jsonl."""
         return "val_nats_per_token" if self.objective is NEXT_TOKEN else "val_preference_loss"
 
     def evaluate(self, trainable: Any, stopped: Callable[[], bool] = lambda: False) -> float | None:

@@ -11,7 +11,7 @@ from stages.runs.flags import Length, RunFolder, SeedFlag, Trainable
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """What is trained on."""
+    """The training data."""
 
     data: Annotated[str, parser(str, "DATA")] = "voice"
     """A .jsonl of messages, prompt/completion, Alpaca, ShareGPT or text; or `voice`, which comes with this project."""

@@ -62,9 +62,9 @@ def check_text_name(data: str) -> None:
 def evaluation_source(data: str, console: Console) -> Source:
     """Returns the source that `--data` of an evaluation names: an asset's held-out text, or all of a file or folder."""
     if data in assets.ASSETS or not Path(data).exists():
-        found = find_sources(data, None, console)[1]
-        assert found is not None
-        return found
+        held_out = find_sources(data, None, console)[1]
+        assert held_out is not None
+        return held_out
     return _source(Path(data))
 
 

@@ -104,9 +104,9 @@ def trainable_in_words(lora: LoraConfig | None, train: Sequence[str], freeze: Se
 def base_facts(name: str, base_digest: str, model: LoadedModel) -> dict[str, Any]:
     """Returns run.json's entries about the model that a run changes. A path is written from the root, to be found again."""
     path = Path(name).expanduser()
-    found = str(path.absolute()) if path.exists() else name
+    source = str(path.absolute()) if path.exists() else name
     return {
-        "base": {"model": found, "digest": base_digest, "name": model.name},
+        "base": {"model": source, "digest": base_digest, "name": model.name},
         "tokenizer": {"kind": "the model's", "digest": model.tokenizer.digest},
     }
 

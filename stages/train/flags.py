@@ -16,7 +16,7 @@ RECIPE = default("the preset's recipe")
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """What is trained on."""
+    """The training text."""
 
     data: Annotated[str, parser(str, "TEXT")] = "shakespeare"
     """A named text (shakespeare, python), a file (.txt, .md, .jsonl, .parquet, .bin), or a folder of them."""
@@ -28,7 +28,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What a step reads and how it is computed."""
+    """The batch of a step, and how it is computed."""
 
     batch: Annotated[int | None, parser(integer(1), "N"), RECIPE] = None
     """Windows of text a step."""
@@ -37,7 +37,7 @@ class Step:
     context: Annotated[int | None, parser(integer(2), "N"), RECIPE] = None
     """Tokens a window."""
     dtype: Annotated[str | None, parser(one_of("bfloat16", "float32"), "TYPE"), default("bfloat16")] = None
-    """What products are computed in; weights are float32 in any case."""
+    """The type of products; weights are float32 in any case."""
     scan: Annotated[bool, default("off for small presets")] = False
     """Compile one layer and loop over it."""
     remat: Annotated[bool, default("off for small presets")] = False
@@ -68,7 +68,7 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Monitoring:
-    """What is measured meanwhile, and how often."""
+    """Evaluating and logging meanwhile, and how often."""
 
     eval_every: Annotated[int | float | None, parser(interval, "N|TIME"), default("a tenth of the run")] = None
     """Steps (200) or training time (30s) between quick evaluations on the validation text."""
