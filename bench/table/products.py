@@ -26,7 +26,7 @@ def products(cfg: ModelConfig, params: Params, x: Array) -> Array:
         for layer in range(cfg.layers):
             leaf = params["blocks"][str(layer)]
             mixed = project(x, leaf["qkv"], dtype)[..., : cfg.heads * cfg.head_dim]
-            gate, up = project_two(project(mixed, leaf["out"], dtype), leaf["gate_up"], dtype, leaf["mlp_norm"])
+            gate, up = project_two(project(mixed, leaf["out"], dtype), leaf["gate_up"], dtype)
             x = project(gate + up, leaf["down"], dtype)
         # The next step waits for these logits, else nobody would make them.
         return x + 0 * logits_of(cfg, params, x).max().astype(dtype), None

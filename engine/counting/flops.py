@@ -9,20 +9,19 @@ Conventions, the same for every function here:
   "12 L D T"), `causal` (half the square: what the answer needs), or a number: blocks of so many queries, each against
   the keys up to its own end, as `model/backward.py` computes it (the whole square where the number does not divide T).
   The caller says which; there is no default.
-- Backward is what reverse-mode differentiation really needs: dW = xᵀ g where the weight learns, dX = g Wᵀ only above
-  the lowest thing that learns. "6 N" is the case where everything does (Kaplan et al., 2001.08361, section 2.1).
+- Backward is what reverse-mode differentiation really needs: dW = xᵀ g where the weight trains, dX = g Wᵀ only above
+  the lowest thing that trains. "6 N" is the case where everything does (Kaplan et al., 2001.08361, section 2.1).
 """
 
 import dataclasses
 from typing import Literal
 
-from engine.counting.params import MATRICES, leaf_shapes
+from engine.counting.params import MATRICES
 from engine.counting.trainable import NONE_TRAINABLE, TrainablePaths, all_trainable, check_paths
 from engine.model.config import ModelConfig
 
 Attention = Literal["causal", "full"] | int
 Remat = Literal["none", "block", "full"]
-Gains = Literal["tokens", "weights"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,20 +85,15 @@ def train_flops(
     attention: Attention,
     trainable: TrainablePaths | None = None,
     remat: Remat | None = None,
-    gains: Gains = "tokens",
-    loss_chunk: int | None = None,
 ) -> Flops:
     """Operations of a training step **per token**, at sequences of `tokens`.
 
-    `trainable` is what learns (default: everything), `remat` defaults to the config's. With `block`, the forward of each
-    block that has a backward runs again, except its last product, `down`, whose result no gradient reads; with `full`
-    the whole forward pass does, as soon as anything learns. `gains` says what a norm's gain scales in the program: the
-    `tokens`, so that its gradient needs dX, or the next product's `weights`, so that it comes with dW; it matters only
-    in the lowest block that learns. `loss_chunk` is the columns of the vocabulary whose logits exist at once: each
-    chunk is made again on the way back, and the last is filled up. A LoRA pair is multiplied beside its base.
+    By default everything trains, and `remat` is the config's. With `block`, the forward of each block that has a
+    backward runs again, except its last product, `down`, whose result no gradient reads; with `full` the whole forward
+    pass does, as soon as anything trains. A LoRA pair is multiplied beside its base.
     Raises UserError when a path of `trainable` is not in the model.
     """
-    return pass_flops(cfg, tokens, 1, attention=attention, trainable=trainable, remat=remat, gains=gains, loss_chunk=loss_chunk)
+    return pass_flops(cfg, tokens, 1, attention=attention, trainable=trainable, remat=remat)
 
 
 def pass_flops(
@@ -108,19 +102,18 @@ def pass_flops(
     rows: int,
     *,
     attention: Attention,
-    trainable: TrainablePaths | None,
-    remat: Remat | None,
-    gains: Gains | Literal["fewer"],
-    loss_chunk: int | None,
+    trainable: TrainablePaths | None = None,
+    remat: Remat | None = None,
+    loss_chunk: int | None = None,
     merges_lora: bool = False,
     scan: bool = False,
 ) -> Flops:
-    """Operations of a forward and backward pass over `rows` tokens at once, in sequences of `tokens`.
+    """Operations of a forward and backward pass over `rows` tokens at once, in sequences of `tokens`; see `train_flops`.
 
-    As `train_flops`, and what depends on the rows: with `gains` "fewer" a gain scales the weights where these have fewer
-    columns than there are rows, else the tokens; with `merges_lora` a LoRA pair is folded into its base where that is smaller
-    than what goes in and comes out, at R operations a weight each time and none a row (`model/leaves.py`). With `scan`
-    all blocks are one program run L times, so what one of them needs is done in each: a few frozen blocks save nothing.
+    `loss_chunk` is the columns of the vocabulary whose logits exist at once: each chunk is made again on the way back,
+    and the last is filled up. With `merges_lora` a LoRA pair is merged into its base where that is smaller than what goes
+    in and comes out, at R operations a weight each time and none a row (`model/weights/lora_matmul.py`). With `scan` all
+    blocks are one program run L times, so what one of them needs is done in each: a few frozen blocks save nothing.
     """
     trainable = all_trainable(cfg) if trainable is None else trainable
     check_paths(cfg, trainable)
@@ -128,7 +121,7 @@ def pass_flops(
     if scan:
         trainable = _in_every_block(cfg, trainable)
     square = 2 * rows * cfg.heads * cfg.head_dim * keys_twice(tokens, attention)
-    walk = _Walk(cfg, trainable, remat or cfg.remat, gains, square, rows, merges_lora)
+    walk = _Walk(cfg, trainable, remat or cfg.remat, square, rows, merges_lora)
     walk.live = walk.live or (scan and in_blocks)
     for layer in range(cfg.layers):
         walk.block(f"blocks/{layer}/")
@@ -148,48 +141,37 @@ def _in_every_block(cfg: ModelConfig, trainable: TrainablePaths) -> TrainablePat
 
 
 class _Walk:
-    """The model from the bottom up. `live`: does anything so far learn? Then a gradient must come back to here."""
+    """Goes through the model from the bottom up. `live`: something below trains, so a gradient must come back to here."""
 
     def __init__(
-        self,
-        cfg: ModelConfig,
-        trainable: TrainablePaths,
-        remat: Remat,
-        gains: Gains | Literal["fewer"],
-        square: int,
-        rows: int,
-        merges_lora: bool,
+        self, cfg: ModelConfig, trainable: TrainablePaths, remat: Remat, square: int, rows: int, merges_lora: bool
     ) -> None:
-        self.cfg, self.trainable, self.remat, self.gains, self.square = cfg, trainable, remat, gains, square
+        self.cfg, self.trainable, self.remat, self.square = cfg, trainable, remat, square
         self.rows, self.merges_lora = rows, merges_lora
         self.tally = dict.fromkeys((*MATRICES, "attention", "head", "lora"), Part())
-        self.live = self.learns("embed")
+        self.live = self.trains("embed")
 
-    def learns(self, path: str) -> bool:
+    def trains(self, path: str) -> bool:
         return path in self.trainable.weights
 
-    def multiply(self, name: str, inputs: int, columns: int, path: str, gain: str = "", on_weights: bool = False) -> None:
-        """One product with the weight at `path`, after a norm with the gain at `gain`."""
-        gained = self.learns(gain)
-        on_weights = on_weights or self.gains == "weights" or (self.gains == "fewer" and self.rows > columns)
+    def multiply(self, name: str, inputs: int, columns: int, path: str) -> None:
+        """Adds one product with the weight at `path`."""
         size = 2 * self.rows * inputs * columns
-        dx = size if self.live or (gained and not on_weights) else 0
-        dw = size if self.learns(path) or (gained and on_weights) else 0
-        self.tally[name] += Part(forward=size, dx=dx, dw=dw)
+        self.tally[name] += Part(forward=size, dx=size if self.live else 0, dw=size if self.trains(path) else 0)
         adapted = self.adapted(path)
         if adapted:
-            self.tally["lora"] += self.pairs(inputs, columns, adapted, dx > 0)
-        self.live = self.live or gained or self.learns(path) or bool(adapted)
+            self.tally["lora"] += self.pairs(inputs, columns, adapted)
+        self.live = self.live or self.trains(path) or bool(adapted)
 
-    def pairs(self, inputs: int, columns: int, adapted: list[int], dx: bool) -> Part:
+    def pairs(self, inputs: int, columns: int, adapted: list[int]) -> Part:
         """The LoRA pairs of one matrix. g bᵀ is needed for da even where no gradient goes further down."""
         down = 2 * self.rows * inputs * self.trainable.rank * len(adapted)
         up = 2 * self.rows * self.trainable.rank * sum(adapted)
         if not self.is_merged(inputs, columns):
-            return Part(forward=down + up, dx=up + (down if dx else 0), dw=down + up)
-        fold = 2 * inputs * self.trainable.rank * sum(adapted)
-        # On the way back x a is made, for db, and the weight that dX goes through is folded again.
-        return Part(forward=fold, recompute=fold if dx else 0, dx=up, dw=2 * down + up)
+            return Part(forward=down + up, dx=up + (down if self.live else 0), dw=down + up)
+        merge = 2 * inputs * self.trainable.rank * sum(adapted)
+        # On the way back x a is made, for db, and the weight that dX goes through is merged again.
+        return Part(forward=merge, recompute=merge if self.live else 0, dx=up, dw=2 * down + up)
 
     def is_merged(self, inputs: int, columns: int) -> bool:
         return self.merges_lora and self.rows * (inputs + columns) > inputs * columns
@@ -202,15 +184,16 @@ class _Walk:
 
     def block(self, prefix: str) -> None:
         cfg, before = self.cfg, dict(self.tally)
-        query = cfg.heads * cfg.head_dim
-        self.multiply("qkv", cfg.width, cfg.qkv_width, prefix + "qkv", prefix + "attn_norm")
-        values = self.live or self.learns(prefix + "qkv_bias")
-        queries, keys = values or self.learns(prefix + "q_norm"), values or self.learns(prefix + "k_norm")
+        self.live = self.live or self.trains(prefix + "attn_norm")
+        self.multiply("qkv", cfg.width, cfg.qkv_width, prefix + "qkv")
+        values = self.live or self.trains(prefix + "qkv_bias")
+        queries, keys = values or self.trains(prefix + "q_norm"), values or self.trains(prefix + "k_norm")
         self.live = queries or keys
         # Four products, each half of the forward: dV; the probabilities' gradient, on which dQ and dK stand.
         self.tally["attention"] += Part(self.square, dx=self.square // 2 * sum((values, self.live, queries, keys)))
-        self.multiply("out", query, cfg.width, prefix + "out")
-        self.multiply("gate_up", cfg.width, 2 * cfg.ff, prefix + "gate_up", prefix + "mlp_norm")
+        self.multiply("out", cfg.heads * cfg.head_dim, cfg.width, prefix + "out")
+        self.live = self.live or self.trains(prefix + "mlp_norm")
+        self.multiply("gate_up", cfg.width, 2 * cfg.ff, prefix + "gate_up")
         self.multiply("down", cfg.ff, cfg.width, prefix + "down")
         if self.remat != "block" or not self.live:
             return
@@ -224,13 +207,13 @@ class _Walk:
 
     def head(self, loss_chunk: int | None) -> None:
         columns = self.cfg.vocab if loss_chunk is None else -(-self.cfg.vocab // loss_chunk) * loss_chunk
-        path = "embed" if self.cfg.tied else "head"
-        self.multiply("head", self.cfg.width, columns, path, "norm", on_weights=loss_chunk is not None)
+        self.live = self.live or self.trains("norm")
+        self.multiply("head", self.cfg.width, columns, "embed" if self.cfg.tied else "head")
         if loss_chunk and self.live:
             self.tally["head"] += Part(recompute=self.tally["head"].forward)
 
     def repeat(self) -> None:
-        """All of the forward pass once more."""
+        """Adds all of the forward pass once more."""
         for name, part in self.tally.items():
             self.tally[name] += Part(recompute=part.forward)
 
@@ -263,22 +246,6 @@ def prefill_flops(cfg: ModelConfig, tokens: int, *, attention: Attention, cached
 def decode_flops(cfg: ModelConfig, length: int) -> Flops:
     """Operations to decode **one token** that meets `length` cached positions, its own included."""
     return forward_flops(cfg, length, attention="full")
-
-
-def muon_flops(cfg: ModelConfig, trainable: TrainablePaths | None = None) -> int:
-    """Operations in the products of Muon's **step**: 5 iterations on each matrix that learns (`training/muon.py`).
-
-    With m the shorter and n the longer side, an iteration multiplies (m, n) by (n, m), (m, m) by (m, m) and (m, m) by
-    (m, n). AdamW has no products.
-    """
-    trainable = all_trainable(cfg) if trainable is None else trainable
-    check_paths(cfg, trainable)
-    total = 0
-    for path, shape in leaf_shapes(cfg).items():
-        if path in trainable.weights and path.rpartition("/")[2] in MATRICES:
-            m, n = sorted(shape)
-            total += 5 * (4 * m * m * n + 2 * m**3)
-    return total
 
 
 def step_flops(cfg: ModelConfig, batch: int, seq: int) -> int:

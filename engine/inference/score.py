@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from engine.model.chunked_cross_entropy import chunked_cross_entropy, head_of
+from engine.model.chunked_cross_entropy import chunked_cross_entropy, head_weight
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params, forward, hidden_states
 from engine.text.batch import Batch
@@ -26,7 +26,7 @@ def score(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
     else:
         hidden, _ = hidden_states(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
         nats = chunked_cross_entropy(
-            head_of(cfg, params), hidden.reshape(-1, cfg.width), targets.reshape(-1), cfg.tied, max(2, size)
+            head_weight(cfg, params), hidden.reshape(-1, cfg.width), targets.reshape(-1), cfg.tied, max(2, size)
         )
         nats = nats.reshape(targets.shape)
     return jnp.where(batch.mask, nats, 0.0).sum()

@@ -22,16 +22,9 @@ from engine.model.weights.int8 import Int8
 COLUMNS = 8192  # of an int8 head that are wide at once
 
 
-class Head(NamedTuple):
-    """weight: (D, V), or (V, D) where the head is `tied` to the lookup table; gain (D,) is the last norm's."""
-
-    weight: Array | Int8
-    gain: Array
-
-
-def head_of(cfg: ModelConfig, params: Mapping[str, Any]) -> Head:
-    """The head of a model with these params."""
-    return Head(params["embed" if cfg.tied else "head"], params["norm"])
+def head_weight(cfg: ModelConfig, params: Mapping[str, Any]) -> Array | Int8:
+    """Returns the matrix of the head: (D, V), or the lookup table (V, D) where the two are tied."""
+    return params["embed" if cfg.tied else "head"]
 
 
 class Piece(NamedTuple):
@@ -42,10 +35,10 @@ class Piece(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def chunked_cross_entropy(head: Head, hidden: Array, targets: Array, tied: bool, size: int) -> Array:
+def chunked_cross_entropy(weight: Array | Int8, hidden: Array, targets: Array, tied: bool, size: int) -> Array:
     """hidden (M, D), targets (M,) int32 -> (M,) float32 nats, holding the logits of `size` rows at a time."""
     return jnp.concatenate([
-        _normalizer(pieces := _logits(head, rows, tied)) - _picked(pieces, some)
+        _normalizer(pieces := _logits(weight, rows, tied)) - _picked(pieces, some)
         for rows, some in _parts(size, hidden, targets)
     ])  # fmt: skip
 
@@ -67,8 +60,7 @@ def _picked(pieces: list[Piece], targets: Array) -> Array:
     return found
 
 
-def _logits(head: Head, rows: Array, tied: bool) -> list[Piece]:
-    x, weight = rows * head.gain.astype(rows.dtype), head.weight
+def _logits(weight: Any, x: Array, tied: bool) -> list[Piece]:
     if not isinstance(weight, Int8):
         return [Piece(0, (backward.matmul_rows if tied else backward.matmul)(x, weight, jnp.float32))]
     found: list[Piece] = []
@@ -86,12 +78,12 @@ def _slope(pieces: list[Piece], targets: Array) -> list[Piece]:
     return [Piece(piece.start, jnp.exp(piece.values - whole) - hit(piece)) for piece in pieces]
 
 
-def _back(head: Head, rows: Array, gs: list[Piece], tied: bool) -> tuple[Array, Array | None]:
-    """(what comes back to gain * rows, the weight's gradient)."""
-    if not isinstance(head.weight, Int8):
+def _back(weight: Any, rows: Array, gs: list[Piece], tied: bool) -> tuple[Array, Array | None]:
+    """Returns the gradients of rows and weight for the gradient of the logits."""
+    if not isinstance(weight, Int8):
         rule = backward._matmul_rows_backward if tied else backward._matmul_backward
-        return rule(jnp.float32, (rows * head.gain.astype(rows.dtype), head.weight), gs[0].values)
-    total, weight = jnp.zeros(rows.shape), head.weight
+        return rule(jnp.float32, (rows, weight), gs[0].values)
+    total = jnp.zeros(rows.shape)
     for start, g in gs:
         weight, total = jax.lax.optimization_barrier((weight, total))
         some = int8.slice_columns(weight, start, start + COLUMNS)
@@ -99,29 +91,27 @@ def _back(head: Head, rows: Array, gs: list[Piece], tied: bool) -> tuple[Array, 
     return total.astype(rows.dtype), None
 
 
-def _forward(head: Head, hidden: Array, targets: Array, tied: bool, size: int):
+def _forward(weight: Array | Int8, hidden: Array, targets: Array, tied: bool, size: int):
     losses: list[Array] = []
     slopes: list[Array] = []
     for rows, some in _parts(size, hidden, targets):
         if slopes:  # one part after the other, or all logits might exist at once
             rows = jax.lax.optimization_barrier((rows, slopes[-1]))[0]
-        pieces = _logits(head, rows, tied)
+        pieces = _logits(weight, rows, tied)
         losses.append(_normalizer(pieces) - _picked(pieces, some))
-        slopes.append(_back(head, rows, _slope(pieces, some), tied)[0])
-    return jnp.concatenate(losses), (head, hidden, targets, jnp.concatenate(slopes))
+        slopes.append(_back(weight, rows, _slope(pieces, some), tied)[0])
+    return jnp.concatenate(losses), (weight, hidden, targets, jnp.concatenate(slopes))
 
 
-def _backward(tied: bool, size: int, kept: tuple[Head, Array, Array, Array], g: Array):
-    head, hidden, targets, slope = kept
-    slope = slope.astype(jnp.float32) * g[:, None]
+def _backward(tied: bool, size: int, residuals: tuple[Array | Int8, Array, Array, Array], g: Array):
+    weight, hidden, targets, slope = residuals
     # Dead code unless the head learns.
-    weight: Array | None = None
+    dweight: Array | None = None
     for rows, some, count in _parts(size, hidden, targets, g):
-        counted = [Piece(start, values * count[:, None]) for start, values in _slope(_logits(head, rows, tied), some)]
-        grown = _back(head, rows, counted, tied)[1]
-        weight = grown if weight is None or grown is None else weight + grown
-    gain = jnp.sum(hidden.astype(jnp.float32) * slope, axis=0).astype(head.gain.dtype)
-    return Head(weight, gain), (slope * head.gain).astype(hidden.dtype), None  # type: ignore[arg-type]
+        counted = [Piece(start, values * count[:, None]) for start, values in _slope(_logits(weight, rows, tied), some)]
+        part = _back(weight, rows, counted, tied)[1]
+        dweight = part if dweight is None or part is None else dweight + part
+    return dweight, (slope.astype(jnp.float32) * g[:, None]).astype(hidden.dtype), None
 
 
 chunked_cross_entropy.defvjp(_forward, _backward)

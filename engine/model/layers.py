@@ -16,10 +16,30 @@ from engine.model.config import ModelConfig, RopeScaling
 MASKED = -1e30  # a score no softmax sees; finite, so that a row without any key gives numbers and not NaN
 
 
-def unit_norm(x: Array, eps: float, dtype: DTypeLike) -> Array:
-    """x (..., D) -> x / rms(x) in `dtype` (Zhang & Sennrich 2019, equation 4). The gain belongs to whoever reads it."""
+def matmul(x: Array, w: Array, dtype: DTypeLike) -> Array:
+    """x (M, D), w (D, F) -> (M, F) in `dtype`; multiplied in x's dtype."""
+    return jnp.dot(x, w.astype(x.dtype), preferred_element_type=dtype)
+
+
+def matmul_two(x: Array, w: Array, dtype: DTypeLike) -> list[Array]:
+    """x (M, D), w (D, 2F) -> the product's left and right half, (M, F) each in `dtype`."""
+    return jnp.split(matmul(x, w, dtype), 2, axis=-1)
+
+
+def matmul_rows(x: Array, w: Array, dtype: DTypeLike) -> Array:
+    """x (M, D), w (V, D) -> (M, V) in `dtype`: the same product with a weight stored the other way, as a tied head is."""
+    return jnp.einsum("md,vd->mv", x, w.astype(x.dtype), preferred_element_type=dtype)
+
+
+def lookup(embed: Array, tokens: Array) -> Array:
+    """embed (V, D), tokens (...) -> (..., D)."""
+    return embed[tokens]
+
+
+def rms_norm(x: Array, gain: Array, eps: float, dtype: DTypeLike) -> Array:
+    """x (..., D), gain (..., D) -> gain * x / rms(x) in `dtype` (Zhang & Sennrich 2019, equation 4)."""
     x = x.astype(jnp.float32)
-    return (x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)).astype(dtype)
+    return (x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * gain.astype(jnp.float32)).astype(dtype)
 
 
 def rope_frequencies(cfg: ModelConfig) -> Array:
@@ -43,12 +63,12 @@ def rope_tables(cfg: ModelConfig, positions: Array) -> tuple[Array, Array]:
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rope(x: Array, gain: Array, cos: Array, sin: Array, dtype: DTypeLike) -> Array:
-    """x (B, T, N, H), gain (N, H), cos and sin (B, T, H / 2) -> gain * x turned by its position, in `dtype`.
+def rope(x: Array, scale: Array, cos: Array, sin: Array, dtype: DTypeLike) -> Array:
+    """x (B, T, N, H), scale (N,), cos and sin (B, T, H / 2) -> scale * x rotated by its position, in `dtype`.
 
     Pairs are (i, i + H / 2), as in Hugging Face's files.
     """
-    first, second = jnp.split(x.astype(jnp.float32) * gain, 2, axis=-1)
+    first, second = jnp.split(x.astype(jnp.float32) * scale[:, None], 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(dtype)
 
@@ -66,6 +86,12 @@ def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
     weights = jax.nn.softmax(jnp.where(jnp.tile(mask, (1, G, 1))[:, None], scores, MASKED), axis=-1)
     out = jnp.einsum("bkrs,bksh->bkrh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N * H).astype(v.dtype)
+
+
+def causal_attention(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
+    """q (B, T, N, H) scaled by H ** -0.5, k and v (B, T, K, H), segments (B, T) or None -> (B, T, N * H)."""
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    return attention(q, k, v, causal_mask(q.shape[1], segments))
 
 
 def causal_mask(T: int, segments: Array | None = None) -> Array:

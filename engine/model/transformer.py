@@ -5,7 +5,6 @@ is the only file that imports flax.
 """
 
 import functools
-from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
@@ -13,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from engine.model import backward, layers
-from engine.model.backend import on_cpu
+from engine.model import layers
 from engine.model.cache import segmented
 from engine.model.cache.contiguous import KVCache, write
 from engine.model.config import ModelConfig
+from engine.model.ops import ops
 from engine.model.paths import stack
 from engine.model.weights.matmul import lookup, project, project_two, unembed
 
@@ -27,11 +26,6 @@ Params = dict[str, Any]
 TIED_STD, EMBED_STD = 0.02, 0.5
 Rotary = tuple[Array, Array]
 Cached = tuple[Array, Array, Array]  # one layer's k and v (B, K, S, H), and each row's length (B,)
-
-
-def layer_math() -> ModuleType:
-    """Returns the layers to use here: shaped by hand for a CPU, as on paper elsewhere."""
-    return backward if on_cpu() else layers
 
 
 def matrix(module: nn.Module, name: str, init: Any, shape: tuple[int, int]) -> Any:
@@ -54,48 +48,42 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, rotary: Rotary, segments: Array | None, cached: Cached | None):
-        cfg, math, dtype = self.cfg, layer_math(), jnp.dtype(self.cfg.dtype)
+        cfg, math, dtype = self.cfg, ops(), jnp.dtype(self.cfg.dtype)
         with jax.named_scope("attention"):
-            h = math.unit_norm(x, cfg.eps, dtype)
-            mixed, cached = self.attention(h, self.gain("attn_norm", cfg.width), rotary, segments, cached)
+            h = math.rms_norm(x, self.gain("attn_norm", cfg.width), cfg.eps, dtype)
+            mixed, cached = self.attention(h, rotary, segments, cached)
             x = x + project(mixed, self.weight("out", cfg.heads * cfg.head_dim, cfg.width, scale=0.0), jnp.float32)
         with jax.named_scope("mlp"):
-            h = math.unit_norm(x, cfg.eps, dtype)
-            gate_up = self.weight("gate_up", cfg.width, 2 * cfg.ff)
-            gate, up = project_two(h, gate_up, dtype, self.gain("mlp_norm", cfg.width))
+            h = math.rms_norm(x, self.gain("mlp_norm", cfg.width), cfg.eps, dtype)
+            gate, up = project_two(h, self.weight("gate_up", cfg.width, 2 * cfg.ff), dtype)
             hidden = math.swiglu(gate, up, dtype)
             x = x + project(hidden, self.weight("down", cfg.ff, cfg.width, scale=0.0), jnp.float32)
         return x, cached
 
-    def attention(self, h: Array, gain: Array, rotary: Rotary, segments: Array | None, cached: Cached | None):
-        """h (B, T, D), its norm's gain (D,) -> (B, T, N * H), and the layer's cache with this call's keys and values."""
-        cfg, math, dtype = self.cfg, layer_math(), jnp.dtype(self.cfg.dtype)
+    def attention(self, h: Array, rotary: Rotary, segments: Array | None, cached: Cached | None):
+        """h (B, T, D) -> (B, T, N * H), and the layer's cache with this call's keys and values."""
+        cfg, math, dtype = self.cfg, ops(), jnp.dtype(self.cfg.dtype)
         B, T, _ = h.shape
-        qkv = project(h, self.weight("qkv", cfg.width, cfg.qkv_width), dtype, gain)
+        qkv = project(h, self.weight("qkv", cfg.width, cfg.qkv_width), dtype)
         if cfg.qkv_bias:
             qkv = qkv + self.param("qkv_bias", nn.initializers.zeros, (cfg.qkv_width,)).astype(dtype)
         qkv = qkv.reshape(B, T, cfg.heads + 2 * cfg.kv_heads, cfg.head_dim)
         qk, v = jnp.split(qkv, [cfg.heads + cfg.kv_heads], axis=2)
         if cfg.qk_norm:
             # The rotation reads each number twice; without the barrier XLA would compute the norm twice as well.
-            qk = jax.lax.optimization_barrier(math.unit_norm(qk, cfg.eps, dtype))
-        q, k = jnp.split(math.rope(qk, self.head_gains(), *rotary, dtype), [cfg.heads], axis=2)
+            qk = jax.lax.optimization_barrier(math.rms_norm(qk, self.head_gains(), cfg.eps, dtype))
+        scale = jnp.where(jnp.arange(qk.shape[2]) < cfg.heads, cfg.head_dim**-0.5, 1.0)  # the scores' factor, on the queries
+        q, k = jnp.split(math.rope(qk, scale, *rotary, dtype), [cfg.heads], axis=2)
         if isinstance(cached, segmented.SegmentedLayer):
             return segmented.attention(q, k, v, cached)
         if cached is not None:
             return self.cached_attention(q, k, v, cached)
-        if on_cpu():
-            return backward.causal_attention(q, k, v, segments), None
-        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-        return layers.attention(q, k, v, layers.causal_mask(T, segments)), None
+        return math.causal_attention(q, k, v, segments), None
 
     def head_gains(self) -> Array:
-        """(N + K, H): what the query and key heads are multiplied by, with the scores' factor H ** -0.5 on the queries."""
+        """The gains of the query and the key norm, once for each head: (N + K, H)."""
         cfg = self.cfg
-        q = k = jnp.ones((cfg.head_dim,))
-        if cfg.qk_norm:
-            q, k = self.gain("q_norm", cfg.head_dim), self.gain("k_norm", cfg.head_dim)
-        q, k = q.astype(jnp.float32) * cfg.head_dim**-0.5, k.astype(jnp.float32)
+        q, k = self.gain("q_norm", cfg.head_dim), self.gain("k_norm", cfg.head_dim)
         return jnp.concatenate([jnp.tile(q, (cfg.heads, 1)), jnp.tile(k, (cfg.kv_heads, 1))])
 
     def cached_attention(self, q: Array, k: Array, v: Array, cached: Cached):
@@ -107,7 +95,7 @@ class Block(nn.Module):
         mask = jnp.arange(keys.shape[2]) <= last[:, :, None]
         # A weight of 0 does not silence a stale NaN, so what no query of this call may see is cleared first.
         seen = mask[:, -1, None, :, None]
-        return layer_math().attention(q, keys, jnp.where(seen, values, 0), mask), (keys, values, length)
+        return ops().attention(q, keys, jnp.where(seen, values, 0), mask), (keys, values, length)
 
     def gain(self, name: str, size: int) -> Array:
         return self.param(name, nn.initializers.ones, (size,))
@@ -166,14 +154,13 @@ class Transformer(nn.Module):
         with jax.named_scope("embed"):
             x = lookup(embed, tokens)
         x, cache = Blocks(cfg, name="blocks")(x, layers.rope_tables(cfg, positions), segments, cache)
-        gain = self.param("norm", nn.initializers.ones, (cfg.width,))
-        x = layer_math().unit_norm(x, cfg.eps, dtype)
+        x = ops().rms_norm(x, self.param("norm", nn.initializers.ones, (cfg.width,)), cfg.eps, dtype)
         if not cfg.tied:
             weight = matrix(self, "head", nn.initializers.zeros, (cfg.width, cfg.vocab))
         if not head:
             return x, cache
         with jax.named_scope("head"):
-            logits = unembed(x, embed, jnp.float32, gain) if cfg.tied else project(x, weight, jnp.float32, gain)
+            logits = unembed(x, embed, jnp.float32) if cfg.tied else project(x, weight, jnp.float32)
         return logits, cache
 
 
@@ -208,5 +195,5 @@ def hidden_states(
 def logits_of(cfg: ModelConfig, params: Params, hidden: Array) -> Array:
     """hidden (..., D) -> logits (..., V) float32: the head alone, tied or not."""
     if cfg.tied:
-        return unembed(hidden, params["embed"], jnp.float32, params["norm"])
-    return project(hidden, params["head"], jnp.float32, params["norm"])
+        return unembed(hidden, params["embed"], jnp.float32)
+    return project(hidden, params["head"], jnp.float32)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from engine.model.chunked_cross_entropy import chunked_cross_entropy, head_of
+from engine.model.chunked_cross_entropy import chunked_cross_entropy, head_weight
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params, forward, hidden_states
 from engine.model.weights.int8 import Int8
@@ -47,7 +47,7 @@ def target_losses(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
     if head_is_frozen(cfg, params) and 4 * B * T * cfg.vocab > ROWS_LIMIT:
         hidden, _ = hidden_states(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
         size = max(2, ROWS_LIMIT // (4 * cfg.vocab))
-        losses = chunked_cross_entropy(head_of(cfg, params), hidden.reshape(B * T, -1), targets.reshape(-1), cfg.tied, size)
+        losses = chunked_cross_entropy(head_weight(cfg, params), hidden.reshape(B * T, -1), targets.reshape(-1), cfg.tied, size)
         losses = losses.reshape(B, T)
     elif 4 * B * T * cfg.vocab <= LOGITS_LIMIT:
         logits, _ = forward(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
@@ -72,7 +72,6 @@ def chunked_losses(cfg: ModelConfig, params: Params, hidden: Array, targets: Arr
     B, T, D = hidden.shape
     hidden, targets = hidden.reshape(-1, D), targets.reshape(-1)
     columns = dense(params["embed"]).T if cfg.tied else dense(params["head"])
-    columns = columns * params["norm"][:, None]
     count = -(-cfg.vocab // chunk)
     columns = jnp.pad(columns, ((0, 0), (0, count * chunk - cfg.vocab)))
     chunks = columns.reshape(D, count, chunk).transpose(1, 0, 2).astype(hidden.dtype)
@@ -105,5 +104,5 @@ def loss_chunks(cfg: ModelConfig, rows: int, head_is_frozen: bool) -> int:
 
 def head_is_frozen(cfg: ModelConfig, params: Params) -> bool:
     """Whether the head is of a kind that nothing trains: weights that learn are float32."""
-    matrix = head_of(cfg, params).weight
+    matrix = head_weight(cfg, params)
     return isinstance(matrix, Int8) or matrix.dtype != jnp.float32

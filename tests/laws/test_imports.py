@@ -15,7 +15,7 @@ errors format
 files allocator model.config model.paths model.backend
 device model.layers model.cache.contiguous by_hand
 model.backward model.weights.int8
-model.weights.lora model.chunked_cross_entropy model.cache.segmented
+model.ops model.weights.lora model.chunked_cross_entropy model.cache.segmented
 model.weights.lora_matmul
 model.weights.matmul
 model.transformer

@@ -42,12 +42,12 @@ def explicit(leaf: LoRA, base: jax.Array) -> jax.Array:
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize(("rows", "columns"), [((1, 1), BOTH), (FEW, ((5, 9), (9, 50))), (MANY, BOTH), (MANY, BOTH[:1])])
 def test_at_first_it_changes_no_bit(dtype, rows, columns):
-    x, base, gain = drawn(0, *rows, D, dtype=dtype), drawn(1, D, 2 * F).at[3, 4].set(-0.0), 1 + drawn(2, D) / 3
+    x, base = drawn(0, *rows, D, dtype=dtype), drawn(1, D, 2 * F).at[3, 4].set(-0.0)
     leaf = make_adapter(jax.random.key(0), D, columns, 3, 7.0).on(base)
     assert leaf.a.any()
     assert not leaf.b.any()
     for multiply in (project, project_two):
-        results = jax.jit(lambda leaf, multiply=multiply: multiply(x, leaf, dtype, gain))
+        results = jax.jit(lambda leaf, multiply=multiply: multiply(x, leaf, dtype))
         for plain, adapted in zip(results(base), results(leaf), strict=True):
             assert np.asarray(plain).tobytes() == np.asarray(adapted).tobytes()
     assert np.asarray(merge_weight(leaf)).tobytes() == np.asarray(base).tobytes()
@@ -87,15 +87,15 @@ SUMS = [("array", FEW, project_two), ("array", MANY, project), ("int8", MANY, pr
 
 @pytest.mark.parametrize(("kind", "rows", "multiply"), SUMS)
 def test_it_is_its_base_and_what_it_adds(kind, rows, multiply):
-    x, gain, base = drawn(0, *rows, D), 1 + drawn(2, D) / 3, drawn(1, D, 2 * F)
+    x, base = drawn(0, *rows, D), drawn(1, D, 2 * F)
     under = base if kind == "array" else quantize_matrix(base, kind)
     leaf = adapter(BOTH[1:] if multiply is project else BOTH).on(under)
-    out = jax.jit(lambda leaf: multiply(x, leaf, F32, gain))(leaf)
+    out = jax.jit(lambda leaf: multiply(x, leaf, F32))(leaf)
     out = jnp.concatenate(out, -1) if multiply is project_two else out
     if kind == "int8":
-        expected = project(x, under, F32, gain) + (x * gain) @ explicit(leaf, jnp.zeros_like(base))
+        expected = project(x, under, F32) + x @ explicit(leaf, jnp.zeros_like(base))
     else:
-        expected = (x * gain) @ explicit(leaf, base if kind == "array" else dequantize(under))
+        expected = x @ explicit(leaf, base if kind == "array" else dequantize(under))
     np.testing.assert_allclose(out, expected, atol=1e-4)
 
 
@@ -109,21 +109,21 @@ GRADIENTS = [  # way to multiply, dtype, rows, kind of base, adapted columns
 
 @pytest.mark.parametrize(("multiply", "dtype", "rows", "kind", "columns"), GRADIENTS)
 def test_its_gradient_is_that_of_the_weight_it_stands_for(multiply, dtype, rows, kind, columns):
-    x, gain, base = drawn(0, *rows, D, dtype=dtype), 1 + drawn(2, D) / 3, drawn(1, D, 2 * F)
+    x, base = drawn(0, *rows, D, dtype=dtype), drawn(1, D, 2 * F)
     under = base if kind == "array" else quantize_matrix(base, "full")
     wide = base if kind == "array" else dequantize(under)
     g = drawn(5, *rows, 2 * F)
 
-    def ours(alone, x, gain):
-        out = multiply(x, alone.on(under), dtype, gain)
+    def ours(alone, x):
+        out = multiply(x, alone.on(under), dtype)
         return (jnp.concatenate(out, -1) if multiply is project_two else out).astype(F32)
 
-    def reference(alone, x, gain):
-        return (x.astype(F32) * gain) @ explicit(alone, wide)
+    def reference(alone, x):
+        return x.astype(F32) @ explicit(alone, wide)
 
     results = []
     for function in (ours, reference):
-        out, pull = jax.vjp(jax.jit(function), adapter(columns), x, gain)
+        out, pull = jax.vjp(jax.jit(function), adapter(columns), x)
         results.append((out, pull(g)))
     for mine, expected in zip(*map(jax.tree.leaves, results), strict=True):
         mine, expected = np.asarray(mine, np.float32), np.asarray(expected, np.float32)
@@ -143,12 +143,12 @@ def test_what_lies_under_an_adapter_is_frozen(rows):
 
 @pytest.mark.parametrize("rows", [FEW, MANY])
 def test_adapters_on_one_base_add_up(rows):
-    x, gain, base = drawn(0, *rows, D), 1 + drawn(2, D) / 3, drawn(1, D, 2 * F)
+    x, base = drawn(0, *rows, D), drawn(1, D, 2 * F)
     first, second = adapter(BOTH[:1], seed=1), adapter(BOTH, rank=2, seed=2)
     expected = explicit(second, explicit(first, base))
     both = merge({"w": second}, merge({"w": first}, {"w": base}))["w"]
     assert both.shape == base.shape
-    np.testing.assert_allclose(project(x, both, F32, gain), (x * gain) @ expected, atol=1e-4)
+    np.testing.assert_allclose(project(x, both, F32), x @ expected, atol=1e-4)
     np.testing.assert_allclose(dense(both), expected, atol=1e-5)
 
 

@@ -44,39 +44,29 @@ def assert_alike(ours, reference, arguments, dtype) -> None:
 
 
 # Few rows and many, which take different ways; a weight wider than tall, and taller than wide; one row alone.
-PROJECTIONS = [  # dtype, rows, with a gain, columns
-    (F32, (B, T), True, F), (F32, (9, T), True, F), (F32, (9, T), False, 5), (F32, (1, 1), True, F), (BF16, (9, T), True, F),
-    (BF16, (1, 1), False, 5),
+PROJECTIONS = [  # dtype, rows, columns
+    (F32, (B, T), F), (F32, (9, T), F), (F32, (9, T), 5), (F32, (1, 1), F), (BF16, (9, T), F), (BF16, (1, 1), 5),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("dtype", "rows", "gained", "out"), PROJECTIONS)
-def test_project(dtype, rows, gained, out):
-    x, w, gain = drawn(0, *rows, D, dtype=dtype), drawn(1, D, out), drawn(2, D)
-    if gained:
-        ours = lambda x, w, gain: leaves.project(x, w, dtype, gain)
-        assert_alike(ours, lambda x, w, gain: (x * gain) @ w, (x, w, gain), dtype)
-    else:
-        assert_alike(lambda x, w: leaves.project(x, w, dtype), lambda x, w: x @ w, (x, w), dtype)
+@pytest.mark.parametrize(("dtype", "rows", "out"), PROJECTIONS)
+def test_project(dtype, rows, out):
+    x, w = drawn(0, *rows, D, dtype=dtype), drawn(1, D, out)
+    assert_alike(lambda x, w: leaves.project(x, w, dtype), lambda x, w: x @ w, (x, w), dtype)
 
 
 @DTYPES
 @pytest.mark.parametrize("rows", [(B, T), (19, T)])
 def test_project_two(dtype, rows):
-    x, w, gain = drawn(0, *rows, D, dtype=dtype), drawn(1, D, 2 * F), drawn(2, D)
-
-    def reference(x, w, gain):
-        return (x * gain) @ w[:, :F], (x * gain) @ w[:, F:]
-
-    assert_alike(lambda x, w, gain: leaves.project_two(x, w, dtype, gain), reference, (x, w, gain), dtype)
+    x, w = drawn(0, *rows, D, dtype=dtype), drawn(1, D, 2 * F)
+    assert_alike(lambda x, w: leaves.project_two(x, w, dtype), lambda x, w: (x @ w[:, :F], x @ w[:, F:]), (x, w), dtype)
 
 
 @DTYPES
 @pytest.mark.parametrize("rows", [(B, T), (9, T)])
 def test_unembed(dtype, rows):
-    x, embed, gain = drawn(0, *rows, D, dtype=dtype), drawn(1, V, D), drawn(2, D)
-    ours = lambda x, embed, gain: leaves.unembed(x, embed, F32, gain)
-    assert_alike(ours, lambda x, embed, gain: (x * gain) @ embed.T, (x, embed, gain), dtype)
+    x, embed = drawn(0, *rows, D, dtype=dtype), drawn(1, V, D)
+    assert_alike(lambda x, embed: leaves.unembed(x, embed, F32), lambda x, embed: x @ embed.T, (x, embed), dtype)
 
 
 @DTYPES
@@ -87,11 +77,12 @@ def test_lookup_adds_up_the_gradients_of_a_token_that_comes_twice(dtype):
 
 
 @DTYPES
-def test_unit_norm(dtype):
+@pytest.mark.parametrize("shape", [(B, T, D), (B, T, N, H)])
+def test_rms_norm(dtype, shape):
     eps = 0.1  # large enough to be felt
-    ours = functools.partial(backward.unit_norm, eps=eps, dtype=dtype)
-    reference = functools.partial(layers.unit_norm, eps=eps, dtype=F32)
-    assert_alike(lambda x: ours(x), lambda x: reference(x), (drawn(0, B, T, D, dtype=dtype),), dtype)
+    ours = lambda x, gain: backward.rms_norm(x, gain, eps, dtype)
+    reference = lambda x, gain: layers.rms_norm(x, gain, eps, F32)
+    assert_alike(ours, reference, (drawn(0, *shape, dtype=dtype), drawn(1, *shape[2:])), dtype)
 
 
 @DTYPES
@@ -104,11 +95,10 @@ def test_swiglu(dtype):
 
 @DTYPES
 def test_rope(dtype):
-    x, gain = drawn(0, B, T, N, H, dtype=dtype), drawn(1, N, H)
-    angles = 3 * drawn(2, B, T, H // 2)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    ours = lambda x, gain: backward.rope(x, gain, cos, sin, dtype)
-    assert_alike(ours, lambda x, gain: layers.rope(x, gain, cos, sin, F32), (x, gain), dtype)
+    x, scale, angles = drawn(0, B, T, N, H, dtype=dtype), drawn(1, N), 3 * drawn(2, B, T, H // 2)
+    tables = jnp.cos(angles), jnp.sin(angles)
+    ours = lambda x: backward.rope(x, scale, *tables, dtype)
+    assert_alike(ours, lambda x: layers.rope(x, scale, *tables, F32), (x,), dtype)
 
 
 BLOCK = backward.QUERY_BLOCK

@@ -20,13 +20,13 @@ def drawn(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def test_unit_norm_gives_unit_root_mean_square():
-    x = 7 * drawn(0, B, T, 20)
-    y = layers.unit_norm(x, 1e-5, F32)
-    np.testing.assert_allclose(y, x / np.sqrt((x.astype(float) ** 2).mean(-1, keepdims=True) + 1e-5), rtol=1e-5)
-    np.testing.assert_allclose((np.asarray(y) ** 2).mean(-1), 1, rtol=1e-5)
-    assert not np.asarray(layers.unit_norm(0 * x, 1e-5, F32)).any()
-    assert layers.unit_norm(x, 1e-5, jnp.bfloat16).dtype == jnp.bfloat16
+def test_rms_norm_gives_unit_root_mean_square_times_the_gain():
+    x, gain = 7 * drawn(0, B, T, 20), drawn(1, 20)
+    y = np.asarray(layers.rms_norm(x, gain, 1e-5, F32))
+    np.testing.assert_allclose(y, gain * x / np.sqrt((x.astype(float) ** 2).mean(-1, keepdims=True) + 1e-5), rtol=1e-5)
+    np.testing.assert_allclose(((y / gain) ** 2).mean(-1), 1, rtol=1e-5)
+    assert not np.asarray(layers.rms_norm(0 * x, gain, 1e-5, F32)).any()
+    assert layers.rms_norm(x, gain, 1e-5, jnp.bfloat16).dtype == jnp.bfloat16
 
 
 def test_swiglu_is_silu_times_up():
@@ -34,32 +34,32 @@ def test_swiglu_is_silu_times_up():
     np.testing.assert_allclose(layers.swiglu(gate, up, F32), gate / (1 + np.exp(-gate)) * up, rtol=1e-5, atol=1e-6)
 
 
-def turned(x: np.ndarray, gain: np.ndarray, positions: np.ndarray, cfg=None) -> np.ndarray:
+def rotated(x: np.ndarray, scale: np.ndarray, positions: np.ndarray, cfg=None) -> np.ndarray:
     cos, sin = layers.rope_tables(cfg or tiny_config(), jnp.asarray(positions))
-    return np.asarray(layers.rope(jnp.asarray(x), jnp.asarray(gain), cos, sin, F32))
+    return np.asarray(layers.rope(jnp.asarray(x), jnp.asarray(scale), cos, sin, F32))
 
 
-def test_rope_turns_each_pair_as_a_complex_number():
-    x, gain = drawn(0, B, T, N, H), drawn(1, N, H)
+def test_rope_rotates_each_pair_as_a_complex_number():
+    x, scale = drawn(0, B, T, N, H), drawn(1, N)
     positions = positions_of(B, T) + np.array([[0], [9]], np.int32)
     angle = positions[..., None] * 10_000.0 ** (-np.arange(H // 2) / (H // 2))  # (B, T, H / 2)
-    pairs = (x * gain)[..., : H // 2] + 1j * (x * gain)[..., H // 2 :]
+    pairs = (x[..., : H // 2] + 1j * x[..., H // 2 :]) * scale[:, None]
     pairs = pairs * np.exp(1j * angle)[:, :, None]
-    np.testing.assert_allclose(turned(x, gain, positions), np.concatenate([pairs.real, pairs.imag], -1), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(rotated(x, scale, positions), np.concatenate([pairs.real, pairs.imag], -1), rtol=1e-4, atol=1e-5)
 
 
 @given(st.integers(0, 2000), st.integers(0, 2000), st.integers(0, 2000), st.integers(0, 99))
 def test_rope_scores_depend_on_the_distance_alone(at, other, shift, seed):
-    q, k, ones = drawn(seed, 1, 1, N, H), drawn(seed + 1, 1, 1, N, H), np.ones((N, H), np.float32)
-    score = lambda p, s: (turned(q, ones, np.array([[p]])) * turned(k, ones, np.array([[s]]))).sum(-1)
+    q, k, ones = drawn(seed, 1, 1, N, H), drawn(seed + 1, 1, 1, N, H), np.ones(N, np.float32)
+    score = lambda p, s: (rotated(q, ones, np.array([[p]])) * rotated(k, ones, np.array([[s]]))).sum(-1)
     np.testing.assert_allclose(score(at, other), score(at + shift, other + shift), atol=5e-3)
-    lengths = np.linalg.norm(turned(q, ones, np.array([[at]])), axis=-1)
+    lengths = np.linalg.norm(rotated(q, ones, np.array([[at]])), axis=-1)
     np.testing.assert_allclose(lengths, np.linalg.norm(q, axis=-1), rtol=1e-5)
 
 
-def test_rope_at_position_zero_is_the_gain_alone():
-    x, gain = drawn(0, B, T, N, H), drawn(1, N, H)
-    np.testing.assert_array_equal(turned(x, gain, np.zeros((B, T), np.int32)), x * gain)
+def test_rope_at_position_zero_is_the_scale_alone():
+    x, scale = drawn(0, B, T, N, H), drawn(1, N)
+    np.testing.assert_array_equal(rotated(x, scale, np.zeros((B, T), np.int32)), x * scale[:, None])
 
 
 def stretched(frequencies: np.ndarray, scaling: RopeScaling) -> list[float]:
