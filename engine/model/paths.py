@@ -88,11 +88,3 @@ def stack(trees: Sequence[dict[str, Any]]) -> dict[str, Any]:
     import jax.numpy as jnp
 
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-
-
-def unstack(tree: dict[str, Any]) -> list[dict[str, Any]]:
-    """The trees that `stack` put together."""
-    import jax
-
-    count = jax.tree.leaves(tree)[0].shape[0]
-    return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(count)]
