@@ -25,17 +25,6 @@ def token_losses(logits: Array, targets: Array) -> Array:
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
-def next_token_loss(logits: Array, targets: Array, mask: Array) -> tuple[Array, dict[str, Array]]:
-    """logits (B, T, V), targets (B, T) int32, mask (B, T) bool -> mean nats over masked-in targets, and what it is of.
-
-    Targets where mask is False do not matter, to the bit. metrics: `tokens` counted and `correct` of them by argmax.
-    """
-    losses = jnp.where(mask, token_losses(logits, jnp.where(mask, targets, 0)), 0.0)
-    count = jnp.maximum(mask.sum(), 1)
-    correct = (mask & (logits.argmax(-1) == targets)).sum()
-    return losses.sum() / count, {"tokens": mask.sum(), "correct": correct}
-
-
 def target_losses(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
     """(B, T) float32 nats of the batch's masked-in targets, 0 where the mask is False.
 
