@@ -131,22 +131,6 @@ def residual_count(cfg: ModelConfig, B: int, T: int) -> int:
     return B * T * (cfg.layers * (attention + swiglu) + 2 * cfg.width)
 
 
-def kept_bytes(kept: Any) -> int:
-    """Bytes of the arrays in a Kept, or a part of it; what several of them are views of counts once."""
-    owners: dict[int, ndarray] = {}
-
-    def visit(part: Any) -> None:
-        if isinstance(part, ndarray):
-            owner = part if part.base is None else part.base
-            owners[id(owner)] = owner
-        elif part is not None:
-            for inner in part:
-                visit(inner)
-
-    visit(kept)
-    return sum(owner.nbytes for owner in owners.values())
-
-
 def _head(cfg: ModelConfig, params: Params) -> ndarray:
     """(D, V): a matrix of its own, or the embedding's other side."""
     return params["embed"].T if cfg.tied else params["head"]
