@@ -32,7 +32,7 @@ def test_help_imports_nothing_heavy(stage: str) -> None:
 
 def test_every_stage_is_listed_with_what_it_does() -> None:
     found = stages()
-    assert list(found)[:4] == ["train", "finetune", "evaluate", "generate"]
+    assert list(found)[:4] == ["train", "finetune", "reinforce", "evaluate"]
     assert all(line.endswith(".") for line in found.values())
     said = command("").stdout.decode()
     assert all(line in said for line in found.values())
