@@ -16,7 +16,8 @@ import statistics
 import sys
 from typing import Any
 
-from bench.cli import progress, run_bench
+from bench.cli import console, progress, run_bench, table
+from engine.format import money, si
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +45,6 @@ LOADS = (0.5, 0.8)
 
 def measure_serving(flags: ServingFlags) -> dict[str, Any]:
     """Measures everything, prints the tables and returns the document. Raises UserError."""
-    from bench.serving.print import print_tables
-
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # however this ends, its servers end too
     server_flags = ["--slots", str(flags.slots), "--weights", flags.weights]
     server_flags += ["--capacity", str(flags.capacity)] if flags.capacity else []
@@ -55,7 +54,6 @@ def measure_serving(flags: ServingFlags) -> dict[str, Any]:
 
 
 async def _measure(model: str, server_flags: list[str], weights: str, slots: int, price: float, quick: bool) -> dict[str, Any]:
-    """The document. `server_flags`: the flags the server is started with; `price`: dollars an hour."""
     from bench.serving import measure  # JAX comes with it, and help is quick without
     from bench.serving.server import Server
     from engine.device import device_name
@@ -90,7 +88,10 @@ async def _measure(model: str, server_flags: list[str], weights: str, slots: int
 
 
 async def _parts(server: Any, model: str, server_flags: list[str], slots: int, rounds: int) -> list[dict[str, Any]]:
-    """The gain from batching, and from each part that a flag switches off, in turns with a server without it."""
+    """The gain from batching, and from each part that a flag switches off, in turns with a server without it.
+
+    `gain` is the median of each round's own; of times in seconds, fewer are better.
+    """
     from bench.serving.measure import SHARED_TOKENS, in_turns, prefix_ttft, repetitive_throughput, throughput
     from bench.serving.server import Server
 
@@ -101,26 +102,58 @@ async def _parts(server: Any, model: str, server_flags: list[str], slots: int, r
         ("speculative decoding", ["--no-guesses"], "one stream that repeats itself, tokens/s", repetitive_throughput),
         ("int8 weights", ["--weights", "bfloat16"], "all slots, tokens/s", lambda server: throughput(server, slots, slots, 30)),
     )
-    all_slots, single = await in_turns(
-        lambda: throughput(server, slots, slots, next(seeds)), lambda: throughput(server, 1, 1, next(seeds)), rounds
-    )
-    rows = [_part("batching", f"{slots} streams at once, tokens/s", all_slots, single)]
+    in_all, in_single = (lambda: throughput(server, slots, slots, next(seeds))), (lambda: throughput(server, 1, 1, next(seeds)))
+    found = [("batching", f"{slots} streams at once, tokens/s", *await in_turns(in_all, in_single, rounds))]
     for part, flags, figure, measure in parts:
         progress(f"with and without {part}")
         async with Server(model, [*server_flags, *flags]) as other:
-            on, off = await in_turns(lambda: measure(server), lambda: measure(other), rounds)  # noqa: B023
-        rows.append(_part(part, figure, on, off))
-    return rows
+            turns = await in_turns(lambda: measure(server), lambda: measure(other), rounds)  # noqa: B023
+        found.append((part, figure, *turns))
+    return [
+        {
+            "part": part, "measured": figure, "on": statistics.median(on), "off": statistics.median(off),
+            "gain": statistics.median(b / a if figure.endswith(", s") else a / b for a, b in zip(on, off)),
+        }
+        for part, figure, on, off in found
+    ]  # fmt: skip
 
 
-def _part(part: str, figure: str, on: list[float], off: list[float]) -> dict[str, Any]:
-    """A row: the medians with and without the part, and the median of each round's gain."""
-    gain = statistics.median(b / a if figure.endswith(", s") else a / b for a, b in zip(on, off))  # fewer seconds are better
-    return {"part": part, "measured": figure, "on": statistics.median(on), "off": statistics.median(off), "gain": gain}
+def print_tables(document: dict[str, Any]) -> None:
+    """Prints the document as tables; a bar that is not met says so."""
+    unmet = lambda met: "" if met else "   ** not met **"
+    print(f"{document['model']}, {document['weights']} weights, {document['slots']} slots, on {document['device']}")
+    print(
+        f"ready after {document['ready_seconds']:.1f} s, at most {document['ready_bar']:g}{unmet(document['ready_met'])}; "
+        f"the first time after {document['first_ready_seconds']:.1f} s; {si(document['resident_bytes'], 'B')} of memory\n"
+    )
+    rate = document["saturated"]["requests_per_second"]
+    times = ("ttft_p50", "ttft_p99", "token_p50", "token_p99")
+    tables: list[tuple[str, str, Any]] = [
+        ("Throughput in a closed loop", "streams|tokens/s|$ a million", (
+            (str(row["streams"]), f"{row['tokens_per_second']:.0f}", money(row["usd_per_million_tokens"]))
+            for row in document["throughput"]
+        )),
+        ("The server against its own engine", "|server, tokens/s|engine, tokens/s|share|at least", (
+            (row["name"], f"{row['tokens_per_second']:.0f}", f"{row['peer_tokens_per_second']:.0f}",
+             f"{row['ratio']:.2f} ± {row['spread']:.2f}", f"{row['bar']}{unmet(row['met'])}")
+            for row in document["rows"]
+        )),
+        (f"Latency in an open loop (Poisson arrivals); saturated at {rate:.1f} requests/s of the mix",
+         "load|answered|tokens/s|TTFT p50|p99|inter-token p50|p99", (
+            (f"{row['load']:.0%}", f"{row['answered']} of {row['requests']}", f"{row['tokens_per_second']:.0f}",
+             *(si(row[name], "s") for name in times))
+            for row in document["load"]
+        )),
+        ("What each part brings", "|measured|on|off|gain", (
+            (row["part"], row["measured"], f"{row['on']:.3g}", f"{row['off']:.3g}", f"{row['gain']:.2f}x")
+            for row in document["parts"]
+        )),
+    ]  # fmt: skip
+    for title, heads, rows in tables:
+        console().print(table(title, heads.split("|"), list(rows)))
 
 
 def main(args: list[str] | None = None) -> int:
-    """Measures and prints; returns the exit code."""
     return run_bench("bench.serving", __doc__, ServingFlags, measure_serving, args)
 
 

@@ -17,10 +17,9 @@ def completion_request(prompt: str | list[int], max_tokens: int, **fields: Any) 
 
 def chat_request(text: str, max_tokens: int, **fields: Any) -> dict[str, Any]:
     """The same as a /v1/chat/completions of one message."""
-    body = completion_request("", max_tokens, **fields)
-    del body["prompt"]
-    body["max_completion_tokens"] = body.pop("max_tokens")
-    return body | {"messages": [{"role": "user", "content": text}]}
+    body = completion_request(text, max_tokens, **fields)
+    messages = [{"role": "user", "content": body.pop("prompt")}]
+    return body | {"messages": messages, "max_completion_tokens": body.pop("max_tokens")}
 
 
 async def send(client: Client, body: dict[str, Any], **options: Any) -> Response:
@@ -49,7 +48,6 @@ class Completion:
 
     @property
     def finished(self) -> bool:
-        """Whether it came to its end."""
         return self.status == 200 and self.error is None and self.finish_reason in ("stop", "length")
 
     @property
@@ -76,7 +74,8 @@ def read_completion(response: Response) -> Completion:
         for choice in event.get("choices", ()):
             message = choice.get("delta", choice.get("message", {}))
             text = choice["text"] if "text" in choice else message.get("content")
-            logprobs += _logprobs(choice)
+            values = choice.get("logprobs") or {}
+            logprobs += [entry["logprob"] for entry in values.get("content") or ()] or values.get("token_logprobs") or ()
             finish_reason = choice.get("finish_reason") or finish_reason
             if text:
                 pieces.append(text)
@@ -92,13 +91,6 @@ def _error_message(response: Response) -> str:
         return str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return response.body[:200].decode("utf-8", "replace") or f"status {response.status}"
-
-
-def _logprobs(choice: dict[str, Any]) -> list[float]:
-    logprobs = choice.get("logprobs") or {}
-    if "content" in logprobs:
-        return [entry["logprob"] for entry in logprobs["content"] or ()]
-    return list(logprobs.get("token_logprobs") or ())
 
 
 def random_text(rng: random.Random, words: int) -> str:

@@ -35,11 +35,9 @@ class Response:
 
     @property
     def seconds(self) -> float:
-        """The time from sending the request to the end of the response."""
         return self.ended_at - self.sent_at
 
     def json(self) -> Any:
-        """The body as JSON. Raises ValueError."""
         return json.loads(self.body)
 
     def events(self) -> list[tuple[float, Any]]:
@@ -83,11 +81,8 @@ class Client:
     def encode(self, method: str, path: str, body: Any, headers: Mapping[str, str]) -> tuple[h11.Connection, bytes]:
         """The state of a connection that has sent this request, and the request's bytes."""
         data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-        fields = {"host": f"{HOST}:{self.port}"}
-        if self.key:
-            fields["authorization"] = f"Bearer {self.key}"
-        if body is not None:
-            fields |= {"content-type": "application/json", "content-length": str(len(data))}
+        fields = {"host": f"{HOST}:{self.port}"} | ({"authorization": f"Bearer {self.key}"} if self.key else {})
+        fields |= {} if body is None else {"content-type": "application/json", "content-length": str(len(data))}
         fields |= {name.lower(): value for name, value in headers.items()}
         encoded = [(name.encode(), value.encode("latin-1")) for name, value in fields.items()]
         protocol = h11.Connection(h11.CLIENT)
@@ -95,7 +90,6 @@ class Client:
         return protocol, b"".join(protocol.send(event) or b"" for event in events)
 
     def close(self) -> None:
-        """Closes the idle connections."""
         while self._idle:
             self._idle.pop()[1].close()
 
@@ -110,8 +104,7 @@ class Client:
         return response
 
     async def _receive(self, response: Response, protocol: h11.Connection, data: bytes) -> None:
-        reused = bool(self._idle)
-        reader, writer = self._idle.pop() if reused else await connect(self.port)
+        reader, writer = self._idle.pop() if (reused := bool(self._idle)) else await connect(self.port)
         try:
             writer.write(data)
             received = await reader.read(READ_BYTES)

@@ -1,17 +1,18 @@
-"""Measurements of a running server: throughput, its share of its own engine's, latency under load, what each part brings."""
+"""Load on a server, and what it shows: throughput, its share of its own engine's, latency, what each part brings."""
 
+import asyncio
 import contextlib
 import math
 import random
 import statistics
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.peers.process import Peer
-from bench.serving.completions import complete, completion_request, random_text
-from bench.serving.load import closed_loop, open_loop, percentile
+from bench.serving.completions import Completion, complete, completion_request, random_text, read_completion, send
+from bench.serving.http_client import Client, Response
 from bench.serving.server import Server
 from bench.timing import Timing, ratio_or_none
 from engine.counting.hardware import clock
@@ -20,14 +21,52 @@ PROMPT_TOKENS, NEW_TOKENS = 32, 64  # of each request whose throughput is measur
 SHARED_TOKENS = 512  # that prompts have in common where the prefix cache is measured
 
 
-def random_prompts(count: int, seed: int) -> list[list[int]]:
-    """Prompts of PROMPT_TOKENS token ids, no two of which begin alike."""
-    rng = random.Random(seed)
-    return [[rng.randrange(100, 1100) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least `share` of them do not exceed (nearest rank); NaN of none."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan
 
 
-def _requests(prompts: list[list[int]]) -> list[dict[str, Any]]:
-    return [completion_request(prompt, NEW_TOKENS, ignore_eos=True) for prompt in prompts]
+async def closed_loop(client: Client, bodies: Sequence[dict[str, Any]], streams: int) -> tuple[list[Completion], float]:
+    """Sends all bodies, `streams` at a time -> their completions in order, and the seconds all took.
+
+    The next request is sent when the last is answered: what a server can do.
+    """
+    responses: list[Any] = [None] * len(bodies)
+    places = iter(range(len(bodies)))
+
+    async def stream() -> None:
+        for place in places:
+            responses[place] = await send(client, bodies[place])
+
+    begin = clock()
+    await asyncio.gather(*(stream() for _ in range(streams)))
+    seconds = clock() - begin
+    return [read_completion(response) for response in responses], seconds
+
+
+async def open_loop(
+    client: Client, draw: Callable[[random.Random], dict[str, Any]], rate: float, seconds: float, rng: random.Random
+) -> list[Response]:
+    """Poisson arrivals of what `draw` returns, `rate` a second for `seconds` -> all responses, once all are there.
+
+    It sends when it is time and counts latency from then: what people see, a full server's queue included.
+    """
+    begin, at, requests = clock(), 0.0, []
+    while (at := at + rng.expovariate(rate)) < seconds:
+        body = draw(rng)
+        await asyncio.sleep(max(0.0, begin + at - clock()))
+        requests.append(asyncio.create_task(send(client, body, sent_at=begin + at)))
+    return await asyncio.gather(*requests)
+
+
+def _random_tokens(rng: random.Random, count: int) -> list[int]:
+    """Token ids of a prompt: no two prompts are likely to begin alike."""
+    return [rng.randrange(100, 1100) for _ in range(count)]
+
+
+def _request(prompt: str | list[int], max_tokens: int = NEW_TOKENS) -> dict[str, Any]:
+    return completion_request(prompt, max_tokens, ignore_eos=True)
 
 
 async def in_turns[A, B](
@@ -46,7 +85,9 @@ async def in_turns[A, B](
 
 async def throughput(server: Server, streams: int, count: int, seed: int) -> float:
     """Tokens a second over `count` greedy completions in a closed loop of `streams`."""
-    completions, seconds = await closed_loop(server.client, _requests(random_prompts(count, seed)), streams)
+    rng = random.Random(seed)
+    bodies = [_request(_random_tokens(rng, PROMPT_TOKENS)) for _ in range(count)]
+    completions, seconds = await closed_loop(server.client, bodies, streams)
     return sum(completion.completion_tokens for completion in completions) / seconds
 
 
@@ -58,7 +99,8 @@ async def compare_with_engine(
     `ratio` is the server's throughput over the engine's, the median of each round's own; `spread` is NaN when there
     is too much noise to know it. `same_text`: whether the server streamed, every round, what the engine's tokens say.
     """
-    prompts = random_prompts(slots, 1)
+    rng = random.Random(1)
+    prompts = [_random_tokens(rng, PROMPT_TOKENS) for _ in range(slots)]
     spec = {
         "model": model, "weights": weights, "slots": slots, "capacity": capacity, "prompts": prompts, "new": NEW_TOKENS,
         "prefixes": 0,
@@ -72,7 +114,7 @@ async def compare_with_engine(
             run_engine()
             return engine_rounds[-1]["seconds"]
 
-        run_server = lambda: closed_loop(server.client, _requests(prompts), slots)
+        run_server = lambda: closed_loop(server.client, [*map(_request, prompts)], slots)
         await run_server()
         engine, server_rounds = await in_turns(engine_seconds, run_server, rounds)
         detokenized = await server.client.post("/detokenize", {"tokens": engine_rounds[-1]["tokens"][0]})
@@ -88,28 +130,28 @@ async def compare_with_engine(
     }  # fmt: skip
 
 
-def mixed_request(rng: random.Random) -> dict[str, Any]:
+def _mixed_request(rng: random.Random) -> dict[str, Any]:
     """A request of the mix that open loops send: 10 to 120 words in, 16 to 64 tokens out."""
-    return completion_request(random_text(rng, rng.randint(10, 120)), rng.randint(16, 64), ignore_eos=True)
+    return _request(random_text(rng, rng.randint(10, 120)), rng.randint(16, 64))
 
 
 async def saturated_throughput(server: Server, slots: int, count: int) -> tuple[float, float]:
     """Requests and tokens a second of the mix when every slot is always in use."""
     rng = random.Random(2)
-    completions, seconds = await closed_loop(server.client, [mixed_request(rng) for _ in range(count)], slots + 2)
+    completions, seconds = await closed_loop(server.client, [_mixed_request(rng) for _ in range(count)], slots + 2)
     return count / seconds, sum(completion.completion_tokens for completion in completions) / seconds
 
 
 async def latency_under_load(server: Server, load: float, peak_rate: float, seconds: float) -> dict[str, Any]:
     """Time to first token and inter-token latency under Poisson arrivals at `load` times `peak_rate` requests a second."""
     begin = clock()
-    completions = await open_loop(server.client, mixed_request, load * peak_rate, seconds)
+    responses = await open_loop(server.client, _mixed_request, load * peak_rate, seconds, random.Random(0))
     took = clock() - begin
-    finished = [completion for completion in completions if completion.finished]
+    finished = [completion for completion in map(read_completion, responses) if completion.finished]
     ttft = [completion.ttft for completion in finished]
     gaps = [completion.inter_token_latency for completion in finished if completion.completion_tokens > 1]
     return {
-        "load": load, "requests": len(completions), "answered": len(finished), "requests_per_second": load * peak_rate,
+        "load": load, "requests": len(responses), "answered": len(finished), "requests_per_second": load * peak_rate,
         "tokens_per_second": sum(completion.completion_tokens for completion in finished) / took,
         "ttft_p50": percentile(ttft, 0.5), "ttft_p99": percentile(ttft, 0.99),
         "token_p50": percentile(gaps, 0.5), "token_p99": percentile(gaps, 0.99),
@@ -119,13 +161,13 @@ async def latency_under_load(server: Server, load: float, peak_rate: float, seco
 async def prefix_ttft(server: Server) -> float:
     """Seconds to the first token of a prompt that begins with the same SHARED_TOKENS as the one before it."""
     rng = random.Random(3)
-    shared = [rng.randrange(100, 1100) for _ in range(SHARED_TOKENS)]
-    prompts = [[*shared, *random_prompts(1, 100 + turn)[0][:8]] for turn in range(2)]
-    return [(await complete(server.client, completion_request(prompt, 2, ignore_eos=True))).ttft for prompt in prompts][1]
+    shared = _random_tokens(rng, SHARED_TOKENS)
+    bodies = [_request([*shared, *_random_tokens(rng, 8)], 2) for _ in range(2)]
+    return [(await complete(server.client, body)).ttft for body in bodies][1]
 
 
 async def repetitive_throughput(server: Server) -> float:
     """Tokens a second of one stream that repeats its prompt, which suits draft tokens; the second of two streams."""
     line = "The quick brown fox jumps over the lazy dog and runs into the dark green forest.\n"
-    body = completion_request(line * 6, NEW_TOKENS, ignore_eos=True)
+    body = _request(line * 6)
     return 1 / [(await complete(server.client, body)).inter_token_latency for _ in range(2)][1]

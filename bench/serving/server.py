@@ -32,10 +32,10 @@ class Server:
     """
 
     def __init__(self, model: str, flags: Sequence[str] = (), *, key: str | None = None, preamble: str | None = None) -> None:
-        self.port = free_port()
-        self.key = key
-        self.client = Client(self.port, key=key)
-        self.ready_seconds = 0.0
+        with socket.socket() as probe:  # finds a port that nobody listens on
+            probe.bind((HOST, 0))
+            self.port: int = probe.getsockname()[1]
+        self.key, self.client, self.ready_seconds = key, Client(self.port, key=key), 0.0
         start = ["-m", "stages.serve"] if preamble is None else ["-c", LAUNCH.format(lines=preamble), "stages.serve"]
         self.command = [sys.executable, *start, "--model", model, "--port", str(self.port), *flags]
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
@@ -48,10 +48,10 @@ class Server:
         )
         try:
             while (await self.client.get("/health", timeout=5)).status != 200:
-                if self.process.poll() is not None:
-                    raise UserError(f"stages.serve ended with {self.process.returncode}: {self.output()[-600:]}")
-                if clock() - begin > START_SECONDS:
-                    raise UserError(f"stages.serve was not ready after {START_SECONDS:.0f} s: {self.output()[-600:]}")
+                ended, late = self.process.poll(), clock() - begin > START_SECONDS
+                if late or ended is not None:
+                    why = f"was not ready after {START_SECONDS:.0f} s" if ended is None else f"ended with {ended}"
+                    raise UserError(f"stages.serve {why}: {self.output()[-600:]}")
                 await asyncio.sleep(0.02)
         except BaseException:
             await self.__aexit__()
@@ -72,8 +72,8 @@ class Server:
 
     def output(self) -> str:
         """Everything it has written to its terminal."""
-        written = os.pread(self._output.fileno(), 1 << 20, 0)  # a seek would move where the process writes
-        return written.decode(errors="replace").strip()
+        # A seek would move where the process writes.
+        return os.pread(self._output.fileno(), 1 << 20, 0).decode(errors="replace").strip()
 
     def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
         self.process.send_signal(number)
@@ -106,10 +106,3 @@ def parse_metrics(text: str) -> dict[str, float]:
         if 'le="' not in labels:
             values[name] = values.get(name, 0.0) + float(value)
     return values
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return probe.getsockname()[1]

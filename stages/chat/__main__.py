@@ -18,10 +18,9 @@ from stages.cli.command import run_command
 
 
 def chat(flags: Chat) -> int:
-    """Starts JAX, then the conversation."""
     signals.set_phase("before a turn was begun.")
     device = start_jax(flags.device, decodes=True)
-    from stages.chat.run import run  # imports jax, which must not load before --help is answered and the device is chosen
+    from stages.chat.run import run  # imports jax: not before --help is answered and the device chosen
 
     return run(flags, device)
 

@@ -19,10 +19,9 @@ from stages.evaluate.flags import Evaluate
 
 
 def evaluate(flags: Evaluate) -> None:
-    """Starts JAX, then the evaluation."""
     signals.set_phase("before the evaluation was done.")
     device = start_jax(flags.device)
-    from stages.evaluate.run import run  # imports jax, which must not load before --help is answered and the device is chosen
+    from stages.evaluate.run import run  # imports jax: not before --help is answered and the device chosen
 
     run(flags, device)
 

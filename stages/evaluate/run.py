@@ -1,31 +1,190 @@
-"""One evaluation: loads the model and scores a text or conversations, and checks that this changed no weight."""
+"""One evaluation: how probable a model finds a text, by a window that slides over it, or what an assistant says."""
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from engine.device import Device
 from engine.errors import UserError
+from engine.format import count
+from engine.inference.score import score
+from engine.storage import run_folder
 from engine.storage.digest import digest
 from engine.storage.find import load_model
-from stages.cli.console import Console
-from stages.evaluate import conversations, text
+from engine.storage.loaded_model import LoadedModel
+from engine.text.chat import Chat, Example
+from engine.text.conversations import NAMED, Conversations
+from engine.text.examples import Pair
+from engine.text.packing import evaluation_pairs
+from engine.training.preference import Preferences, margins
+from stages.cli.console import Console, ReportProgress
 from stages.evaluate.flags import Evaluate
+from stages.runs import conversation_data, forgetting, text_data, validation
+
+WINDOW = 1024  # tokens, unless asked for: more look back tells little more and takes much longer
+Rows = list[tuple[str, str]]  # to print
 
 
 def run(flags: Evaluate, device: Device) -> None:
     """Loads, scores, prints. Raises RuntimeError when scoring changed a weight."""
     with Console() as console:
-        data = conversations.read(flags.data)
+        data = _read_conversations(flags.data) if flags.data else None
         with console.task("loading"):
             model = load_model(flags.model)
         console.warn_damaged(model.damaged, model.checkpoint)
         console.print_rows([("device", str(device)), ("model", str(model.checkpoint))])
         before = digest(model.params)
-        if data or (flags.data is None and conversations.finetuned(model)):
+        record = run_folder.read_json(model.run / "run.json") if model.run else {}
+        if data or (flags.data is None and record.get("stage") == "finetune"):
             if flags.stride or flags.batch:
                 raise UserError("--stride and --batch are for texts; conversations are read one by one.")
-            rows = conversations.evaluate(model, data, flags.context, console)
+            rows = evaluate_conversations(model, data, record, flags.context, console)
         else:
-            rows = text.evaluate(model, flags.data, flags.context, flags.stride, flags.batch, console)
+            rows = evaluate_text(model, flags.data, record, flags.context, flags.stride, flags.batch, console)
         after = digest(model.params)
-        same = f"{'unchanged' if before == after else 'CHANGED'}, SHA-256 {after[:16]} before and after"
-        console.print_rows([*rows, ("weights", same)])
+        same = "unchanged" if before == after else "CHANGED"
+        console.print_rows([*rows, ("weights", f"{same}, SHA-256 {after[:16]} before and after")])
         if before != after:
             raise RuntimeError(f"Evaluation changed the weights: their SHA-256 was {before} and is {after}.")
+
+
+def _read_conversations(data: str) -> Conversations | None:
+    """Reads what `--data` names; None for a text. Raises UserError, with file and line, for what is neither."""
+    if data in NAMED or (Path(data).suffix.lower() in (".jsonl", ".json") and Path(data).is_file()):
+        conversations = conversation_data.read_named(data)
+        return None if conversations.kind == "text" else conversations
+    return None
+
+
+def _likelihood(nats: float, tokens: int) -> tuple[str, str]:
+    """Returns nats per token and perplexity."""
+    return f"{nats / tokens:.4f}", f"{math.exp(min(nats / tokens, 700)):.3f}"
+
+
+# Texts
+
+
+def evaluate_text(
+    model: LoadedModel, data: str | None, record: dict[str, Any], context: int | None, stride: int | None, batch: int | None,
+    console: Console,
+) -> Rows:  # fmt: skip
+    """Scores every token of a text but the first, each behind context - stride tokens or more.
+
+    Raises UserError for a stride above the window, which would leave tokens out, and when there is no text.
+    """
+    source = text_data.evaluation_source(data, console) if data else _validation_source(model, record, console)
+    text, cfg = text_data.encode_text(source, model.tokenizer, console), model.cfg
+    # A window longer than the text holds nothing more.
+    seq = min(context or min(cfg.context, WINDOW), max(2, len(text.tokens) - 1))
+    stride = stride or max(1, seq // 2)
+    if stride > seq:
+        raise UserError(f"--stride {stride:,} would leave tokens out: it is at most the window of {seq:,} tokens.")
+    beyond = f" (the model was trained on {cfg.context:,})" if seq > cfg.context else ""
+    batch = batch or validation.rows_for(cfg, seq)
+    window = f"{seq:,} tokens{beyond}, moved on by {stride:,}; {batch} at a time"
+    console.print_rows([("text", text_data.source_name(source)), ("window", window)])
+    begin = time.perf_counter()
+    with console.task("evaluating", always=True) as report:
+        nats = validation.score_text(cfg, model.params, text, seq, stride, batch, report)
+    seconds = time.perf_counter() - begin
+    scored = len(text.tokens) - 1
+    per_token, perplexity = _likelihood(nats, scored)
+    return [
+        ("tokens", f"{len(text.tokens):,}"),
+        ("bytes", f"{text.bytes:,}"),
+        ("nats per token", per_token),
+        ("perplexity per token", perplexity),
+        ("bits per byte", f"{validation.bits_per_byte(nats, text.bytes):.4f}"),
+        ("seconds", f"{seconds:.1f} ({count(scored / seconds)} tokens/s)"),
+    ]
+
+
+def _validation_source(model: LoadedModel, record: dict[str, Any], console: Console) -> text_data.Source:
+    """Returns what the model's run was validated on."""
+    if model.run is None:
+        raise UserError(f"{model.name} does not say what it was validated on; give --data.")
+    text = record.get("text", {})
+    if not text.get("data") or record.get("stage") == "reinforce":
+        raise UserError(f"{model.run / 'run.json'} does not say what the run was validated on; give --data.")
+    held_out = Path(text["validation"]) if text.get("validation") else None
+    source = text_data.find_sources(text["data"], held_out, console)[1]
+    if source is None:
+        raise UserError("The run was validated on the end of a .bin; give a text with --data.")
+    return source
+
+
+# Conversations
+
+
+def evaluate_conversations(
+    model: LoadedModel, data: Conversations | None, record: dict[str, Any], context: int | None, console: Console
+) -> Rows:
+    """Scores `data`, or else the held-out set of the model's fine-tuning, `record`, beside its scores before."""
+    record = record if record.get("stage") == "finetune" else {}
+    chat = Chat(model.tokenizer)
+    seq = min(context or record.get("recipe", {}).get("context") or WINDOW, model.cfg.context)
+    if data:
+        examples, outcome = conversation_data.tokenize_examples(data, model, chat, seq)
+        name, lines = f"{data.name} ({data.kind})", outcome.describe()
+    else:
+        text = record["text"]
+        split = conversation_data.prepare_conversations(
+            text["data"], text["validation"], record["objective"], seq, model, chat, console
+        )
+        examples, name, lines = split.held_out, split.held_out_name, []
+    console.print_rows([("data", name), *(("", line) for line in lines), ("template", chat.template_name)])
+    begin = time.perf_counter()
+    with console.task("evaluating", always=True) as report:
+        measure = _score_pairs if isinstance(examples[0], Pair) else _score_answers
+        rows = measure(model, examples, seq, report)
+        seconds = time.perf_counter() - begin
+        rows += [] if data or context else _before_finetuning(model, record, console)
+    chat.close()
+    return [*rows, ("seconds", f"{seconds:.1f}")]
+
+
+def _score_answers(model: LoadedModel, examples: Sequence[Example], seq: int, report: ReportProgress) -> Rows:
+    batches = conversation_data.batch_examples(examples, seq)
+    nats, tokens = 0.0, 0
+    for number, batch in enumerate(batches, 1):
+        nats += float(score(model.cfg, model.params, batch))
+        tokens += int(batch.mask.sum())
+        report(number, len(batches))
+    if not tokens:
+        raise UserError("None of the tokens read are an answer's.")
+    per_token, perplexity = _likelihood(nats, tokens)
+    return [
+        ("examples", f"{len(examples):,}"),
+        ("answer tokens", f"{tokens:,}"),
+        ("nats per token", f"{per_token} of what the assistant says, the end of each answer included"),
+        ("perplexity", perplexity),
+    ]
+
+
+def _score_pairs(model: LoadedModel, pairs: Sequence[Pair], seq: int, report: ReportProgress) -> Rows:
+    margin = np.empty(0)
+    for part in evaluation_pairs(pairs, seq, conversation_data.ROWS):
+        batch = np.asarray(margins(model.cfg, model.params, Preferences(part.chosen, part.rejected)))
+        margin = np.append(margin, batch[part.pair >= 0])
+        report(len(margin), len(pairs))
+    return [
+        ("pairs", f"{len(margin):,}"),
+        ("preferred", f"the chosen answer is the more probable one in {count(100 * float((margin > 0).mean()))}% of them"),
+        ("margin", f"{margin.mean():.3f} nats on average"),
+    ]
+
+
+def _before_finetuning(model: LoadedModel, record: dict[str, Any], console: Console) -> Rows:
+    """Returns rows of what the model knew before fine-tuning and knows now, of its held-out set and of a general text."""
+    result = record.get("result") or {}
+    before, text = result.get("before") or {}, str(result.get("general"))
+    rows = [("before", f"{before['held_out']:.4f} {result['unit']} on the held-out set, before fine-tuning")] if before else []
+    if before.get("general") is None or not (text in text_data.TEXTS or Path(text).exists()):
+        return rows
+    context = record["recipe"]["context"]
+    now = forgetting.general_bits_per_byte(model.cfg, model.params, model.tokenizer, text, context, console)
+    return [*rows, ("forgotten", f"{before['general']:.3f} -> {now:.3f} bits per byte on {text}")]

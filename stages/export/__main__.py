@@ -17,10 +17,9 @@ from stages.export.flags import Export
 
 
 def export(flags: Export) -> int:
-    """Starts JAX, then the export."""
     signals.set_phase("before the model was written.")
     device = start_jax(flags.device)
-    from stages.export.run import run  # imports jax, which must not load before --help is answered and the device is chosen
+    from stages.export.run import run  # imports jax: not before --help is answered and the device chosen
 
     return run(flags, device)
 

@@ -25,13 +25,12 @@ TEXTS = (
     "The quick brown fox jumps over the lazy dog.", "  two spaces\tand a tab\n\n\nand lines", "In 1969, 12345 people; 3.14159!",
     "naïve café, 日本語, Ελληνικά, 🙂", "def f(x):\n    return x ** 2  # <|endoftext|> <|im_end|> is text", "don't I'LL we've",
 )  # fmt: skip
-ROWS, LENGTH = 2, 64  # tokens whose logits are compared
 CLOSE = 1e-3  # of the largest logit: what the order of float32 sums may change
-Report = tuple[list[tuple[str, str]], list[str]]
+Report = tuple[list[tuple[str, str]], list[str]]  # rows to print, and what differs
 
 
 def compare(model: LoadedModel, out: Path, dtype: str) -> Report:
-    """Returns (rows to print, differences with a sentence each) of the export at `out` of `model`."""
+    """Compares the export at `out` with `model`, its weights rounded as in the export."""
     export = load_model(str(out), dtype="float32")
     faults = [f"{name} of the architecture" for name in model.cfg.same_architecture(export.cfg)]
     faults += _tokenizer_faults(model.tokenizer, export.tokenizer)
@@ -43,7 +42,7 @@ def compare(model: LoadedModel, out: Path, dtype: str) -> Report:
     ]
     if faults:
         return rows, faults
-    cfg = dataclasses.replace(model.cfg, dtype="float32", context=export.cfg.context)
+    cfg = dataclasses.replace(model.cfg, context=export.cfg.context)
     wanted = _logits(cfg, map_paths(lambda path, leaf: _rounded(path, leaf, dtype, out), model.params))
     logits = _logits(cfg, export.params)
     apart = float(np.abs(wanted - logits).max() / max(1e-30, np.abs(wanted).max()))
@@ -54,24 +53,25 @@ def compare(model: LoadedModel, out: Path, dtype: str) -> Report:
 
 def compare_adapter(model: LoadedModel, out: Path) -> Report:
     """As `compare`, of adapters in PEFT's layout: the pairs to the bit, and the logits of the base with them on it."""
-    leaves = leaf_paths(model.params)
-    wanted = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, LoRA)}
-    adapters = leaf_paths(load_adapter(out, model.cfg).params)
+    ours = {path: leaf for path, leaf in leaf_paths(model.params).items() if isinstance(leaf, LoRA)}
+    theirs = leaf_paths(load_adapter(out, model.cfg).params)
     faults = _tokenizer_faults(model.tokenizer, load_tokenizer(out))
-    faults += [f"whether {path} is adapted" for path in sorted(wanted.keys() ^ adapters.keys())]
-    for path in sorted(wanted.keys() & adapters.keys()):
-        ours, theirs = wanted[path], adapters[path]
-        same = ours.columns == theirs.columns and math.isclose(ours.scale, theirs.scale)
-        if not (same and np.array_equal(ours.a, theirs.a) and np.array_equal(ours.b, theirs.b)):
-            faults.append(f"the adapter of {path}")
-    rows = [("adapters", f"of {len(adapters)} matrices, to the bit"), ("tokens", f"{len(TEXTS)} texts, and the chat template")]
+    faults += [f"whether {path} is adapted" for path in sorted(ours.keys() ^ theirs.keys())]
+    faults += [
+        f"the adapter of {path}" for path in sorted(ours.keys() & theirs.keys()) if not _is_same(ours[path], theirs[path])
+    ]
+    rows = [("adapters", f"of {len(theirs)} matrices, to the bit"), ("tokens", f"{len(TEXTS)} texts, and the chat template")]
     if faults:
         return rows, faults
-    cfg = dataclasses.replace(model.cfg, dtype="float32")
-    base = without_adapters(model.params)
-    apart = np.abs(_logits(cfg, model.params) - _logits(cfg, merge(unflatten(adapters), base))).max()
+    on_base = merge(unflatten(theirs), without_adapters(model.params))
+    apart = np.abs(_logits(model.cfg, model.params) - _logits(model.cfg, on_base)).max()
     rows.append(("logits", f"{apart:.1e} apart, on the base"))
     return rows, [] if apart == 0 else ["the logits"]
+
+
+def _is_same(a: LoRA, b: LoRA) -> bool:
+    same = a.columns == b.columns and math.isclose(a.scale, b.scale)
+    return same and np.array_equal(a.a, b.a) and np.array_equal(a.b, b.b)
 
 
 def _tokenizer_faults(ours: Tokenizer, theirs: Tokenizer) -> list[str]:
@@ -83,23 +83,22 @@ def _tokenizer_faults(ours: Tokenizer, theirs: Tokenizer) -> list[str]:
 def _rounded(path: str, leaf: Any, dtype: str, out: Path) -> Any:
     """Returns a weight as the export holds it, in float32."""
     plain = dense(leaf)
-    if dtype == "q8_0":
-        return _round_to_blocks(plain if path == "embed" else plain.T, path != "embed") if plain.ndim == 2 else plain
-    return plain if out.suffix == ".gguf" and plain.ndim < 2 else plain.astype(dtype).astype(jnp.float32)
-
-
-def _round_to_blocks(rows: Any, transposed: bool) -> Any:
-    """Returns a matrix (out, in) rounded to Q8_0, or to float16 where its rows are no whole blocks; `transposed`: (in, out)."""
+    if plain.ndim < 2 and out.suffix == ".gguf":
+        return plain
+    if dtype != "q8_0":
+        return plain.astype(dtype).astype(jnp.float32)
     kind = GGMLQuantizationType.Q8_0
-    if rows.shape[1] % GGML_QUANT_SIZES[kind][0]:
-        rounded = np.asarray(rows, np.float16).astype(np.float32)
+    rows = np.asarray(plain if path == "embed" else plain.T, np.float32)  # (out, in)
+    if rows.shape[1] % GGML_QUANT_SIZES[kind][0]:  # no whole blocks
+        rounded = rows.astype(np.float16).astype(np.float32)
     else:
-        rounded = quants.dequantize(quants.quantize(np.asarray(rows, np.float32), kind), kind)
-    return jnp.asarray(rounded.T if transposed else rounded)
+        rounded = quants.dequantize(quants.quantize(rows, kind), kind)
+    return jnp.asarray(rounded if path == "embed" else rounded.T)
 
 
 def _logits(cfg: ModelConfig, params: Any) -> np.ndarray:
-    """Logits (B, T, V) of the same random tokens each time."""
-    tokens = np.random.default_rng(0).integers(0, cfg.vocab, (ROWS, min(LENGTH, cfg.context)), np.int32)
+    """Logits (B, T, V) in float32 of the same random tokens each time."""
+    cfg = dataclasses.replace(cfg, dtype="float32")
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab, (2, min(64, cfg.context)), np.int32)
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     return np.asarray(jax.jit(forward, static_argnums=0)(cfg, params, tokens, positions)[0])

@@ -24,6 +24,10 @@ WRITTEN = {
     "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     "adapter_config.json", "adapter_model.safetensors",
 }  # fmt: skip
+NOTE = (
+    f"llama.cpp has no name for how this tokenizer splits a text and is told {NEAREST_SPLIT}: numbers and long words may "
+    "become other tokens there. Thrice reads the tokenizer.json that is in the file too."
+)
 
 
 def run(flags: Export, device: Device) -> int:
@@ -33,7 +37,7 @@ def run(flags: Export, device: Device) -> int:
         raise UserError("--adapter writes a folder in PEFT's layout, in float32: it goes with neither a .gguf nor --dtype.")
     if flags.dtype == "q8_0" and not to_gguf:
         raise UserError("--dtype q8_0 is of GGUF: give an --out that ends in .gguf, or another type.")
-    _check_free(out, flags.overwrite)
+    _check_free(out, to_gguf, flags.overwrite)
     with Console() as console:
         with console.task("loading") as report:
             model = load_model(flags.model, report=report)
@@ -41,13 +45,15 @@ def run(flags: Export, device: Device) -> int:
         dtype = flags.dtype or ("float16" if to_gguf else str(dense(model.params["embed"]).dtype))
         dtype = "float32" if flags.adapter else dtype
         console.print_rows([("device", str(device)), ("model", str(model.checkpoint)), ("writes", f"{out}, {dtype}")])
+        note = ""
         with console.task("writing", always=True) as report:
-            note = _write_gguf(out, model, dtype, report) if to_gguf else ""
-            if not to_gguf:
+            if to_gguf:
+                note = _write_gguf(out, model, dtype, report)
+            else:
                 _write_folder(out, model, dtype, flags.adapter, report)
         if note:
             console.print(note)
-        files = out.iterdir() if out.is_dir() else [out]
+        files = [out] if to_gguf else out.iterdir()
         console.print_rows([("written", f"{out}, {size(sum(file.stat().st_size for file in files))}")])
         if not flags.check:
             return 0
@@ -61,16 +67,17 @@ def run(flags: Export, device: Device) -> int:
     return 1 if faults else 0
 
 
-def _check_free(out: Path, overwrite: bool) -> None:
+def _check_free(out: Path, to_gguf: bool, overwrite: bool) -> None:
     """Raises UserError when something lies where the export goes, unless it is an earlier one and may be replaced."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir()) and out.suffix != ".gguf"):
+    if not out.exists():
         return
-    strangers = sorted({entry.name for entry in out.iterdir()} - WRITTEN) if out.is_dir() else []
-    if out.is_dir() == (out.suffix == ".gguf"):
-        raise UserError(f"{out} is a {'folder' if out.is_dir() else 'file'}; give another --out.")
+    if out.is_dir() == to_gguf:
+        raise UserError(f"{out} is a {'folder' if to_gguf else 'file'}; give another --out.")
+    names = {entry.name for entry in out.iterdir()} if out.is_dir() else {out.name}
+    strangers = [] if to_gguf else sorted(names - WRITTEN)
     if strangers:
         raise UserError(f"{out} holds {strangers[0]}, which no export wrote; give another --out.")
-    if not overwrite:
+    if names and not overwrite:
         raise UserError(f"{out} is there already; give another --out, or --overwrite.")
 
 
@@ -79,12 +86,7 @@ def _write_gguf(out: Path, model: LoadedModel, dtype: str, report: ReportProgres
     tokenizer = model.tokenizer
     metadata = tokenizer_metadata(tokenizer.to_json(), tokenizer.config, model.ends, tokenizer.start, model.cfg.vocab)
     save_gguf(out, model.cfg, model.params, metadata, name=model.name, dtype=dtype, report=report)
-    if "tokenizer.huggingface.json" not in metadata:
-        return ""
-    return (
-        f"llama.cpp has no name for how this tokenizer splits a text and is told {NEAREST_SPLIT}: numbers and long words may "
-        "become other tokens there. Thrice reads the tokenizer.json that is in the file too."
-    )
+    return NOTE if "tokenizer.huggingface.json" in metadata else ""
 
 
 def _write_folder(out: Path, model: LoadedModel, dtype: str, adapter: bool, report: ReportProgress) -> None:

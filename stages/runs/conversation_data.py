@@ -95,6 +95,6 @@ def tokenize_examples(
     return make_examples(conversations, chat, seq, start=model.tokenizer.start, report=report)
 
 
-def batch_examples(examples: Sequence[Example], seq: int, rows: int = ROWS) -> list[Batch]:
+def batch_examples(examples: Sequence[Example], seq: int) -> list[Batch]:
     """Returns every example once, in batches of one shape."""
-    return list(evaluation_batches(examples, seq, rows))
+    return list(evaluation_batches(examples, seq, ROWS))

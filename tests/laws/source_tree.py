@@ -2,6 +2,8 @@
 
 import ast
 import functools
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,32 +13,47 @@ Trees = dict[str, ast.Module]
 package_of = lambda module: module.split(".")[0]
 
 
+def files(*folders: str) -> list[Path]:
+    """Every file in these folders, relative to the checkout, but those that git ignores; all of them where there is no git."""
+    if not shutil.which("git") or not (ROOT / ".git").exists():
+        return [file.relative_to(ROOT) for folder in folders for file in (ROOT / folder).rglob("*") if file.is_file()]
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *folders]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    return [Path(name) for name in sorted({*listed}) if (ROOT / name).is_file()]
+
+
 def read(*folders: str) -> Trees:
-    """{module name: syntax tree} of every Python file in these folders of the checkout."""
-    files = [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
-    name = lambda file: ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-    return {name(file): ast.parse(file.read_text(), str(file)) for file in files}
+    """{module name: syntax tree} of every Python file in these folders."""
+    name = lambda file: ".".join(file.with_suffix("").parts).removesuffix(".__init__")
+    return {name(file): ast.parse((ROOT / file).read_text(), str(file)) for file in files(*folders) if file.suffix == ".py"}
+
+
+def imports(module: str, tree: ast.Module, known: Trees) -> Iterator[tuple[str, str]]:
+    """Yields (module, name) of each import, also inside functions and under TYPE_CHECKING; the name of `import module` is "".
+
+    Relative imports are made absolute.
+    """
+    for node in _import_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+            continue
+        parts = module.split(".") if node.level else []
+        if node.level:
+            is_package = any(name.startswith(module + ".") for name in known)
+            parts = parts[: len(parts) - node.level + is_package]
+        base = ".".join([*parts, *filter(None, [node.module])])
+        yield from ((base, alias.name) for alias in node.names)
 
 
 @functools.cache
-def import_nodes(tree: ast.Module) -> list[ast.Import | ast.ImportFrom]:
-    """Returns every import statement of a module."""
+def _import_nodes(tree: ast.Module) -> list[ast.Import | ast.ImportFrom]:
     return [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
 
 
 def imported(module: str, tree: ast.Module, known: Trees) -> Iterator[str]:
-    """Yields the modules that a module imports, also inside functions and under TYPE_CHECKING; relative ones made absolute."""
-    for node in import_nodes(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        else:
-            parts = module.split(".") if node.level else []
-            if node.level:
-                is_package = any(name.startswith(module + ".") for name in known)
-                parts = parts[: len(parts) - node.level + is_package]
-            base = ".".join([*parts, *filter(None, [node.module])])
-            for alias in node.names:  # `from package import module` names a module, `from module import thing` does not
-                yield whole if (whole := f"{base}.{alias.name}") in known else base
+    """Yields the modules that a module imports: of `from package import name` the name, if that is a module."""
+    for base, name in imports(module, tree, known):
+        yield whole if (whole := f"{base}.{name}") in known else base
 
 
 def mentions(tree: ast.Module, names: set[str]) -> list[str]:
@@ -52,11 +69,8 @@ def mentions(tree: ast.Module, names: set[str]) -> list[str]:
 
 def importers(library: str, trees: Trees) -> set[str]:
     """The modules that import a library, or anything inside it."""
-    return {
-        module
-        for module, tree in trees.items()
-        if any(package_of(target) == library for target in imported(module, tree, trees))
-    }
+    uses = lambda module, tree: any(package_of(target) == library for target in imported(module, tree, trees))
+    return {module for module, tree in trees.items() if uses(module, tree)}
 
 
 SOURCES = read(*PACKAGES)

@@ -7,7 +7,7 @@ import sys
 import tomllib
 from collections import Counter
 
-from source_tree import PACKAGES, ROOT, SOURCES, Trees, imported, package_of, read
+from source_tree import PACKAGES, ROOT, SOURCES, Trees, files, imported, package_of, read
 
 LINES, FILES = 400, 15  # of a file; beside each other in a folder, `__init__.py` not counted
 BYTES = {"the product": 1_000_000, "the tests": 830_000}  # of Python
@@ -22,15 +22,14 @@ OPEN: set[str] = {
 
 def too_large() -> set[str]:
     """Each file of too many lines, each folder of too many files, and which half of the project weighs too much."""
-    files = [file for folder in (*PACKAGES, "tests") for file in (ROOT / folder).rglob("*")]
-    files = [file.relative_to(ROOT) for file in files if file.suffix in (".py", ".js", ".css", ".html")]
-    beside = Counter(file.parent for file in files if file.name != "__init__.py")
+    sources = [file for file in files(*PACKAGES, "tests") if file.suffix in (".py", ".js", ".css", ".html")]
+    beside = Counter(file.parent for file in sources if file.name != "__init__.py")
     size: Counter[str] = Counter()
-    for file in files:
+    for file in sources:
         half = "the tests" if file.parts[0] == "tests" else "the product"
         size[half] += (ROOT / file).stat().st_size * (file.suffix == ".py")
     return {
-        *(f"{file} has over {LINES} lines" for file in files if (ROOT / file).read_text().count("\n") > LINES),
+        *(f"{file} has over {LINES} lines" for file in sources if (ROOT / file).read_text().count("\n") > LINES),
         *(f"{folder}/ has over {FILES} files" for folder, count in beside.items() if count > FILES),
         *(f"{half} has over {most:,} bytes" for half, most in BYTES.items() if size[half] > most),
     }

@@ -25,7 +25,6 @@ from engine.storage.digest import digest
 from engine.text.batch import Batch
 
 ROWS, CAPACITY, CHUNK, MAX_TOKENS = 5, 64, 7, 11
-BOTH = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 
 @functools.cache
@@ -57,15 +56,6 @@ def completions(cfg, params, prompts, sampling) -> list[list[int]]:
     for part in generate(cfg, params, prompts, sampling, capacity=CAPACITY):
         out[part.prompt] += part.tokens
     return out
-
-
-@settings(max_examples=12)
-@given(prompts(3, CAPACITY - 1), samplings(3, stop_token_ids=st.sets(st.integers(0, 40), max_size=1)))
-def test_generating_changes_no_weight(prompts, sampling):
-    cfg, params = served("bfloat16")
-    before = digest(params)
-    completions(cfg, params, prompts, sampling)
-    assert digest(params) == before
 
 
 def test_serving_many_changes_no_weight_and_remembers_no_request():
@@ -139,17 +129,14 @@ def broken_promises(function, arguments) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", ["prefill", "decode_step", "decode_steps", "score", "prefill_chunk", "decode_slots"])
-def test_no_program_donates_overwrites_or_returns_a_weight(name):
-    cfg, params = served("float32")
-    function, arguments = programs(cfg, params)[name]
-    assert broken_promises(function, arguments) == []
+def test_no_program_donates_overwrites_or_returns_a_weight():
+    for function, arguments in programs(*served("float32")).values():
+        assert broken_promises(function, arguments) == [], function
 
 
 @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
 def test_the_check_sees_a_weight_given_away():
-    cfg, params = served("float32")
-    arguments = programs(cfg, params)["decode_step"][1]
+    arguments = programs(*served("float32"))["decode_step"][1]
     plain = decode_step.__wrapped__
     donating = jax.jit(plain, static_argnames="cfg", donate_argnames=("params", "cache"))
     assert "donates a weight" in broken_promises(donating, arguments)
@@ -216,7 +203,7 @@ def test_neighbours_padding_and_slot_do_not_matter_to_the_bit(weights, tied, tem
     assert len(results) == 1
 
 
-@BOTH
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_request_is_answered_alike_whoever_asks_beside_it(dtype):
     cfg, params = served(dtype)
     prompt = tokens_of(0, 10).tolist()
@@ -230,11 +217,16 @@ def test_a_request_is_answered_alike_whoever_asks_beside_it(dtype):
     assert len(answers.pop()) == MAX_TOKENS
 
 
-@settings(max_examples=8)
-@given(prompts(3, CAPACITY - MAX_TOKENS), prompts(3, CAPACITY - 1), samplings(3), samplings(3))
-def test_nothing_is_remembered(request_, between, sampling, other):
+@settings(max_examples=12)
+@given(
+    prompts(3, CAPACITY - MAX_TOKENS), prompts(3, CAPACITY - 1), samplings(3),
+    samplings(3, stop_token_ids=st.sets(st.integers(0, 40), max_size=1)),
+)  # fmt: skip
+def test_generating_changes_no_weight_and_remembers_nothing(request_, between, sampling, other):
     cfg, params = served("bfloat16")
+    before = digest(params)
     first = completions(cfg, params, request_, sampling)
     completions(cfg, params, between, other)
     assert completions(cfg, params, request_, sampling) == first
     assert all(len(answer) == MAX_TOKENS for answer in first)
+    assert digest(params) == before

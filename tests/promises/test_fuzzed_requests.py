@@ -10,7 +10,7 @@ from fuzz import fuzzed_request
 from openai_like import fake_server
 
 from bench.serving.http_client import Client, Response
-from bench.serving.load import percentile
+from bench.serving.measure import percentile
 from engine.counting.hardware import clock
 
 pytestmark = pytest.mark.anyio

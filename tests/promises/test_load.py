@@ -9,8 +9,8 @@ import pytest
 from figures import at_least, at_most, milliseconds
 
 from bench.serving.completions import complete, completion_request, random_text, send
-from bench.serving.http_client import Client, Response
-from bench.serving.load import percentile
+from bench.serving.http_client import Client
+from bench.serving.measure import open_loop, percentile
 from bench.serving.server import Server
 from engine.counting.hardware import clock
 from engine.inference.slots import CHUNK
@@ -27,7 +27,9 @@ async def test_overload_is_refused(server, slots, quick, rng, expect):
     seconds = 6.0 if quick else 16.0
     before = await _peak_throughput(server, slots, seconds / 2, rng)
     rate = OVERLOAD * before / MEAN_TOKENS
-    responses, throughput = await _flood(server, rate, seconds, rng)
+    counting = asyncio.create_task(_generated_per_second(server, 1, seconds - 1.5))
+    responses = await open_loop(server.client, _medium_request, rate, seconds, rng)
+    throughput = await counting
     peak = (before + await _peak_throughput(server, slots, seconds / 2, rng)) / 2
     refused = [response for response in responses if response.status == 429]
     accepted = sum(response.status == 200 for response in responses)
@@ -54,17 +56,6 @@ async def _peak_throughput(server: Server, slots: int, seconds: float, rng: rand
     throughput = await _generated_per_second(server, 1, seconds - 0.5)
     await asyncio.gather(*streams)
     return throughput
-
-
-async def _flood(server: Server, rate: float, seconds: float, rng: random.Random) -> tuple[list[Response], float]:
-    """Poisson arrivals at `rate` -> their responses, and tokens a second from one second after the start on."""
-    begin, at, requests = clock(), 0.0, []
-    throughput = asyncio.create_task(_generated_per_second(server, 1, seconds - 1.5))
-    while (at := at + rng.expovariate(rate)) < seconds:
-        if (wait := begin + at - clock()) > 0:
-            await asyncio.sleep(wait)
-        requests.append(asyncio.create_task(send(server.client, _medium_request(rng))))
-    return list(await asyncio.gather(*requests)), await throughput
 
 
 async def _generated_per_second(server: Server, delay: float, seconds: float) -> float:

@@ -11,15 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_runs import command
+from tiny import positions_of
 
 from engine.errors import UserError
 from engine.model.paths import leaf_paths, merge, unflatten
 from engine.model.transformer import forward
 from engine.model.weights.lora import make_adapter
-from engine.model.weights.matmul import dense
 from engine.storage.find import load_model
-from engine.storage.huggingface import safetensors
 from engine.storage.loaded_model import LoadedModel
 from engine.storage.run_folder import save_tokenizer
 from stages import generate
@@ -66,21 +64,19 @@ def test_a_folder_holds_what_others_look_for(trained: Path, tmp_path: Path) -> N
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     config = json.loads((out / "config.json").read_text())
-    assert config["architectures"] == ["Qwen3ForCausalLM"]
-    assert config["torch_dtype"] == "float32"
+    assert (config["architectures"], config["torch_dtype"]) == (["Qwen3ForCausalLM"], "float32")
     assert config["eos_token_id"] == json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 299
     assert load_file(out / "model.safetensors")["model.embed_tokens.weight"].shape == (300, 32)
     halved = exported(trained, tmp_path / "half", "--dtype", "bfloat16", "--check")
-    stored = safetensors.read_header(halved / "model.safetensors")
-    assert {tensor.dtype for tensor in stored.values()} == {"BF16"}
+    assert {leaf.dtype.name for leaf in load_file(halved / "model.safetensors").values()} == {"bfloat16"}
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "q8_0"])
 def test_gguf_files_hold_smaller_weights(dtype: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = exported(trained, tmp_path / "file.gguf", "--dtype", dtype, "--check")
     output = capsys.readouterr().out
-    assert "llama.cpp has no name" in output
-    assert f"--model {out}" in output
+    for words in ("writing ... ", "file.gguf, ", "llama.cpp has no name", f"--model {out}"):
+        assert words in output
     assert out.stat().st_size < (trained / "checkpoints" / "20" / "params").stat().st_size + 200_000
 
 
@@ -97,28 +93,27 @@ def test_an_export_that_was_damaged_is_seen(trained: Path, tmp_path: Path) -> No
     assert check.compare(model, out, "float32")[1] == ["what ends a completion"]
 
 
-def with_adapter(model: LoadedModel) -> tuple[LoadedModel, dict[str, Any]]:
-    """The model with an adapter that does something on q, v and down."""
-    parts, key = model.cfg.parts, jax.random.key(0)
-    adapters = {}
+def with_adapter(model: LoadedModel) -> LoadedModel:
+    """The model with an adapter that does something on q, v and down (how PEFT lays it out: tests/storage/test_adapter.py)."""
+    key, adapters = jax.random.key(0), {}
     for layer in range(model.cfg.layers):
-        for name, chosen in (("qkv", ("q", "v")), ("down", ("down",))):
-            rows = leaf_paths(model.params)[f"blocks/{layer}/{name}"].shape[0]
-            leaf = make_adapter(key, rows, [parts[name][part] for part in chosen], 3, 6.0)
+        for name, parts in (("qkv", ("q", "v")), ("down", ("down",))):
+            path = f"blocks/{layer}/{name}"
+            rows, columns = leaf_paths(model.params)[path].shape[0], [model.cfg.parts[name][part] for part in parts]
+            leaf = make_adapter(key, rows, columns, 3, 6.0)
             b = 0.2 * jax.random.normal(jax.random.fold_in(key, layer), leaf.b.shape)
-            adapters[f"blocks/{layer}/{name}"] = dataclasses.replace(leaf, b=b)
-    return dataclasses.replace(model, params=merge(unflatten(adapters), model.params)), adapters
+            adapters[path] = dataclasses.replace(leaf, b=b)
+    return dataclasses.replace(model, params=merge(unflatten(adapters), model.params))
 
 
 def test_an_adapter_is_merged_or_written_alone(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = load_model(str(trained))
-    tuned, adapters = with_adapter(plain)
+    tuned = with_adapter(plain)
     monkeypatch.setattr("stages.export.run.load_model", lambda name, **_: tuned)
     merged = exported(trained, tmp_path / "merged", "--check")
-    tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
-    positions = np.broadcast_to(np.arange(12, dtype=np.int32), (2, 12))
+    tokens, positions = np.arange(24, dtype=np.int32).reshape(2, 12), positions_of(2, 12)
     cfg = dataclasses.replace(plain.cfg, dtype="float32")
     logits = lambda params: np.asarray(jax.jit(forward, static_argnums=0)(cfg, params, tokens, positions)[0])
     read = load_model(str(merged), dtype="float32").params
@@ -129,59 +124,35 @@ def test_an_adapter_is_merged_or_written_alone(
     alone = exported(trained, tmp_path / "alone", "--adapter", "--check")
     assert "of 4 matrices, to the bit" in capsys.readouterr().out
     config = json.loads((alone / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["peft_type"]) == (3, 6.0, "LORA")
     assert config["target_modules"] == ["down_proj", "q_proj", "v_proj"]
-    stored = load_file(alone / "adapter_model.safetensors")
-    assert len(stored) == plain.cfg.layers * 3 * 2
-    prefix = "base_model.model.model.layers.1."
-    delta = lambda module: (
-        config["lora_alpha"]
-        / config["r"]
-        * stored[f"{prefix}{module}.lora_B.weight"]
-        @ stored[f"{prefix}{module}.lora_A.weight"]
-    )
-    before, after = leaf_paths(plain.params), {path: dense(leaf) for path, leaf in leaf_paths(tuned.params).items()}
-    added = np.asarray(after["blocks/1/qkv"] - before["blocks/1/qkv"])
-    for part, module in (("q", "self_attn.q_proj"), ("v", "self_attn.v_proj")):
-        start, stop = plain.cfg.parts["qkv"][part]
-        np.testing.assert_allclose(delta(module).T, added[:, start:stop], atol=1e-6)
-    np.testing.assert_allclose(delta("mlp.down_proj").T, after["blocks/1/down"] - before["blocks/1/down"], atol=1e-6)
-    assert set(adapters) == {f"blocks/{i}/{name}" for i in range(2) for name in ("qkv", "down")}
-
     data = bytearray((alone / "adapter_model.safetensors").read_bytes())
     data[-3] ^= 1
     (alone / "adapter_model.safetensors").write_bytes(data)
     with pytest.raises(UserError, match="checksum does not hold"):
-        check.compare_adapter(tuned, alone)
-    (alone / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
-    with pytest.raises(UserError, match="another kind of adapter"):
         check.compare_adapter(tuned, alone)
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--out", "full"], ["full is there already", "--overwrite"]),
-        (["--out", "strange"], ["strange holds mine.txt, which no export wrote"]),
-        (["--out", "strange", "--overwrite"], ["strange holds mine.txt"]),
-        (["--out", "file"], ["file is a file"]),
-        (["--out", "folder.gguf"], ["folder.gguf is a folder"]),
-        (["--out", "new", "--dtype", "q8_0"], ["q8_0 is of GGUF"]),
-        (["--out", "new", "--dtype", "int8"], ["wanted one of float32"]),
-        (["--out", "new.gguf", "--adapter"], ["goes with neither"]),
-        (["--out", "new", "--adapter", "--dtype", "float16"], ["goes with neither"]),
-        (["--out", "new", "--adapter"], ["no LoRA adapters"]),
-        (["--out", "new", "--model", "nowhere"], ["There is no model at nowhere"]),
-        (["--out", "new", "--model", "smollm2"], ["Did you mean 'smollm2-135m-instruct'"]),
-        (["--out", "new", "--model", "shakespeare"], ["shakespeare is a text, not a model"]),
-        (["--out", "new", "--model", "strange"], ["strange holds no model"]),
-        (["--out", "new", "--model", "bad.gguf"], ["does not begin with GGUF"]),
-        (["--out", "new", "--model", "theirs"], ["model_type 'mamba'"]),
-        ([], ["--out"]),
+        ("--out full", ["full is there already", "--overwrite"]),
+        ("--out strange", ["strange holds mine.txt, which no export wrote"]),
+        ("--out strange --overwrite", ["strange holds mine.txt"]),
+        ("--out file", ["file is a file"]),
+        ("--out folder.gguf", ["folder.gguf is a folder"]),
+        ("--out new --dtype q8_0", ["q8_0 is of GGUF"]),
+        ("--out new --dtype int8", ["wanted one of float32"]),
+        ("--out new.gguf --adapter", ["goes with neither"]),
+        ("--out new --adapter --dtype float16", ["goes with neither"]),
+        ("--out new --adapter", ["no LoRA adapters"]),
+        ("--out new --model smollm2", ["Did you mean 'smollm2-135m-instruct'"]),
+        ("--out new --model bad.gguf", ["does not begin with GGUF"]),
+        ("--out new --model theirs", ["model_type 'mamba'"]),
+        ("", ["--out"]),
     ],
 )
 def test_what_cannot_be_exported_is_an_error(
-    flags: list[str], words: list[str], trained: Path, tmp_path: Path, failing: Any, monkeypatch: pytest.MonkeyPatch
+    flags: str, words: list[str], trained: Path, tmp_path: Path, failing: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("full", "strange", "folder.gguf", "theirs"):
@@ -191,10 +162,9 @@ def test_what_cannot_be_exported_is_an_error(
     Path("theirs", "config.json").write_text('{"model_type": "mamba"}')
     Path("file").write_text("")
     Path("bad.gguf").write_bytes(b"PK\x03\x04 is another kind of file")
-    output = failing(export.main, flags if "--model" in flags else ["--model", str(trained), *flags])
+    output = failing(export.main, ["--model", trained, *flags.split()])  # the last --model counts
     plain = " ".join(output.replace("│", " ").split())
-    for word in words:
-        assert word in plain
+    assert all(word in plain for word in words), plain
     assert Path("strange", "mine.txt").read_text() == "mine"
     assert not Path("new").exists()
     assert not Path("new.gguf").exists()
@@ -207,13 +177,6 @@ def test_an_earlier_export_is_replaced_when_asked(trained: Path, tmp_path: Path)
     file = exported(trained, tmp_path / "x.gguf")
     file.write_bytes(b"")
     exported(trained, file, "--overwrite", "--check")
-
-
-def test_the_command_says_what_it_wrote(trained: Path, tmp_path: Path) -> None:
-    done = command("export", "--model", trained, "--out", tmp_path / "out.gguf", "--dtype", "q8_0")
-    assert done.returncode == 0, done.stderr
-    assert b"writing ... " in done.stdout
-    assert b"out.gguf, " in done.stdout
 
 
 def test_words_survive_in_a_run(trained: Path, tmp_path: Path) -> None:
