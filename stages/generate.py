@@ -10,7 +10,7 @@ Text goes to standard output, everything else to standard error.
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from engine.device import start_jax
@@ -70,21 +70,22 @@ def generate(flags: Generate) -> None:
     capacity = min(model.cfg.context, -(-(len(prompt) + sampling.max_tokens) // CAPACITY) * CAPACITY)
     stream = decode.generate(model.cfg, params, [prompt] * flags.count, sampling.per_row(flags.count), capacity=capacity)
     first = settled = last = begin
-    early = 0
+    early, full = 0, False
     for index, tokens, finish_reason in stream:
         last = time.perf_counter()
-        if not writer.total:
-            first = last
+        first = last if first == begin else first
         writer.write(index, tokens, finish_reason)
-        if settled == begin and writer.total > flags.count:
+        length, total = writer.lengths[index], sum(writer.lengths)
+        full |= finish_reason == "length" and length < sampling.max_tokens and len(prompt) + length >= model.cfg.context
+        if settled == begin and total > flags.count:
             # Prefill, the first draw and a dispatch of decoding have each run once: from here on nothing may compile.
-            settled, early = last, writer.total
+            settled, early = last, total
             compiles.reset()
-    speed = f"{(writer.total - early) / (last - settled):,.0f} tokens/s, " if last > settled else ""
-    full = writer.is_cut(len(prompt), sampling.max_tokens, model.cfg.context)
+    total = sum(writer.lengths)
+    speed = f"{(total - early) / (last - settled):,.0f} tokens/s, " if last > settled else ""
     cut = f"; the context of {model.cfg.context} tokens is full" if full else ""
     notes.print(
-        f"\n{writer.total:,} tokens, the first {duration(first - begin)} after the prompt and "
+        f"\n{total:,} tokens, the first {duration(first - begin)} after the prompt and "
         f"{duration(first - process.process_start())} after the command, {speed}{compiles.count} recompiles{cut}"
     )
     if before:
@@ -106,44 +107,30 @@ def _read_prompt(text: str | None, tokenizer: "Tokenizer") -> list[int]:
 
 
 class Writer:
-    """Prints one continuation as it comes and holds back those behind it until it is complete."""
+    """Prints one continuation as it comes, in whole characters, and holds back those behind it until it is complete."""
 
     def __init__(self, tokenizer: "Tokenizer", count: int) -> None:
         self.streams = [tokenizer.stream() for _ in range(count)]
         self.waiting = [""] * count
-        self.lengths = [0] * count
-        self.finish_reasons: list[str | None] = [None] * count
+        self.lengths = [0] * count  # in tokens
+        self.is_complete = [False] * count
         self.current = 0
 
-    @property
-    def total(self) -> int:
-        """Tokens of all continuations."""
-        return sum(self.lengths)
-
     def write(self, index: int, tokens: Sequence[int], finish_reason: str | None) -> None:
-        """Takes new tokens of one continuation; prints the whole characters that are next."""
+        """Takes new tokens of one continuation; prints what is next."""
         self.lengths[index] += len(tokens)
-        stream = self.streams[index]
+        stream, count = self.streams[index], len(self.streams)
         self.waiting[index] += "".join(map(stream.push, tokens)) + (stream.close() if finish_reason else "")
-        self.finish_reasons[index] = finish_reason
-        print("".join(self._ready()), end="", flush=True)
-
-    def _ready(self) -> Iterator[str]:
-        count = len(self.waiting)
+        self.is_complete[index] = finish_reason is not None
+        text = ""
         while self.current < count:
-            yield self.waiting[self.current]
+            text += self.waiting[self.current]
             self.waiting[self.current] = ""
-            if not self.finish_reasons[self.current]:
-                return
+            if not self.is_complete[self.current]:
+                break
             self.current += 1
-            yield "\n" if self.current == count else f"\n\n--- {self.current + 1} of {count}\n"
-
-    def is_cut(self, prompt: int, max_tokens: int, context: int) -> bool:
-        """Whether one ended because the context was full, before it had all its tokens."""
-        return any(
-            reason == "length" and length < max_tokens and prompt + length >= context
-            for reason, length in zip(self.finish_reasons, self.lengths)
-        )
+            text += "\n" if self.current == count else f"\n\n--- {self.current + 1} of {count}\n"
+        print(text, end="", flush=True)
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -10,9 +10,7 @@ server and its engine without a server run in turns. The last line of stdout is 
 
 import asyncio
 import dataclasses
-import itertools
 import signal
-import statistics
 import sys
 from typing import Any
 
@@ -83,39 +81,8 @@ async def _measure(model: str, server_flags: list[str], weights: str, slots: int
         document["saturated"] = {"requests_per_second": peak, "tokens_per_second": tokens}
         document["load"] = [await measure.latency_under_load(server, load, peak, 12.0 if quick else 40.0) for load in LOADS]
         document["resident_bytes"] = server.resident_bytes()
-        document["parts"] = await _parts(server, model, server_flags, slots, rounds)
+        document["parts"] = await measure.gains(server, model, server_flags, slots, rounds)
     return document
-
-
-async def _parts(server: Any, model: str, server_flags: list[str], slots: int, rounds: int) -> list[dict[str, Any]]:
-    """The gain from batching, and from each part that a flag switches off, in turns with a server without it.
-
-    `gain` is the median of each round's own; of times in seconds, fewer are better.
-    """
-    from bench.serving.measure import SHARED_TOKENS, in_turns, prefix_ttft, repetitive_throughput, throughput
-    from bench.serving.server import Server
-
-    seeds = itertools.count(50)
-    # (part, flags that switch it off, figure, how it is measured)
-    parts: tuple[tuple[str, list[str], str, Any], ...] = (
-        ("prefix cache", ["--prefix-cache", "0"], f"first token behind {SHARED_TOKENS} shared tokens, s", prefix_ttft),
-        ("speculative decoding", ["--no-guesses"], "one stream that repeats itself, tokens/s", repetitive_throughput),
-        ("int8 weights", ["--weights", "bfloat16"], "all slots, tokens/s", lambda server: throughput(server, slots, slots, 30)),
-    )
-    in_all, in_single = (lambda: throughput(server, slots, slots, next(seeds))), (lambda: throughput(server, 1, 1, next(seeds)))
-    found = [("batching", f"{slots} streams at once, tokens/s", *await in_turns(in_all, in_single, rounds))]
-    for part, flags, figure, measure in parts:
-        progress(f"with and without {part}")
-        async with Server(model, [*server_flags, *flags]) as other:
-            turns = await in_turns(lambda: measure(server), lambda: measure(other), rounds)  # noqa: B023
-        found.append((part, figure, *turns))
-    return [
-        {
-            "part": part, "measured": figure, "on": statistics.median(on), "off": statistics.median(off),
-            "gain": statistics.median(b / a if figure.endswith(", s") else a / b for a, b in zip(on, off)),
-        }
-        for part, figure, on, off in found
-    ]  # fmt: skip
 
 
 def print_tables(document: dict[str, Any]) -> None:

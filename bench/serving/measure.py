@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import math
 import random
 import statistics
@@ -10,6 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.cli import progress
 from bench.peers.process import Peer
 from bench.serving.completions import Completion, complete, completion_request, random_text, read_completion, send
 from bench.serving.http_client import Client, Response
@@ -171,3 +173,32 @@ async def repetitive_throughput(server: Server) -> float:
     line = "The quick brown fox jumps over the lazy dog and runs into the dark green forest.\n"
     body = _request(line * 6)
     return 1 / [(await complete(server.client, body)).inter_token_latency for _ in range(2)][1]
+
+
+async def gains(server: Server, model: str, flags: list[str], slots: int, rounds: int) -> list[dict[str, Any]]:
+    """The gain from batching, and from each part that a flag switches off, in turns with a server without it.
+
+    `gain` is the median of each round's own; of times in seconds, fewer are better.
+    """
+    seeds = itertools.count(50)
+    streams = lambda count: throughput(server, count, count, next(seeds))
+    on, off = await in_turns(lambda: streams(slots), lambda: streams(1), rounds)
+    pairs = [("batching", f"{slots} streams at once, tokens/s", on, off)]
+    # (part, flags that switch it off, figure, how it is measured)
+    parts: tuple[tuple[str, list[str], str, Callable[[Server], Awaitable[float]]], ...] = (
+        ("prefix cache", ["--prefix-cache", "0"], f"first token behind {SHARED_TOKENS} shared tokens, s", prefix_ttft),
+        ("speculative decoding", ["--no-guesses"], "one stream that repeats itself, tokens/s", repetitive_throughput),
+        ("int8 weights", ["--weights", "bfloat16"], "all slots, tokens/s", lambda server: throughput(server, slots, slots, 30)),
+    )
+    for part, more, figure, measure in parts:
+        progress(f"with and without {part}")
+        async with Server(model, [*flags, *more]) as other:
+            on, off = await in_turns(lambda: measure(server), lambda: measure(other), rounds)  # noqa: B023
+        pairs.append((part, figure, on, off))
+    return [
+        {
+            "part": part, "measured": figure, "on": statistics.median(on), "off": statistics.median(off),
+            "gain": statistics.median(b / a if figure.endswith(", s") else a / b for a, b in zip(on, off)),
+        }
+        for part, figure, on, off in pairs
+    ]  # fmt: skip

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -74,9 +73,6 @@ class Server:
         """Everything it has written to its terminal."""
         # A seek would move where the process writes.
         return os.pread(self._output.fileno(), 1 << 20, 0).decode(errors="replace").strip()
-
-    def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
-        self.process.send_signal(number)
 
     async def wait(self, timeout: float) -> int | None:
         """Its exit code once it has ended; None when it still runs after `timeout` seconds."""

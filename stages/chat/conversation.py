@@ -1,4 +1,4 @@
-"""A conversation with a model, all of which the model reads again at every turn."""
+"""A conversation with a model, which reads all of it again at every turn."""
 
 import dataclasses
 import time
@@ -33,7 +33,7 @@ class TooLong(UserError):
 
 @dataclasses.dataclass
 class Turn:
-    """One message and its completion, and what they cost. Seconds count from the message."""
+    """A message, its completion, and their cost. Seconds count from the message."""
 
     message: str
     completion: str = ""
@@ -44,15 +44,17 @@ class Turn:
     finish_reason: str = ""  # stop, length, or interrupted
 
 
+@dataclasses.dataclass
 class Conversation:
-    """The turns so far, and the way to continue them. Weights are only read; between turns only this text is kept."""
+    """The turns so far. Weights are only read; between turns only this text is kept."""
 
-    def __init__(
-        self, cfg: ModelConfig, params: Any, chat: Chat, ends: Collection[int], sampling: SamplingParams, system: str = ""
-    ) -> None:
-        self.cfg, self.params, self.chat, self.sampling, self.system = cfg, params, chat, sampling, system
-        self.ends = {*ends, *([] if chat.end is None else [chat.end])}
-        self.turns: list[Turn] = []
+    cfg: ModelConfig
+    params: Any
+    chat: Chat
+    ends: Collection[int]  # any of which ends a completion, as does `chat.end`
+    sampling: SamplingParams
+    system: str = ""
+    turns: list[Turn] = dataclasses.field(default_factory=list)
 
     def messages(self, message: str, skip: int = 0) -> list[dict[str, str]]:
         """Returns the conversation that the model reads to answer `message`, without the first `skip` turns."""
@@ -63,22 +65,22 @@ class Conversation:
 
     def prompt(self, message: str) -> list[int]:
         """Returns its tokens. Raises TooLong, naming the turns that would have to go, when they leave no room to answer."""
-        prompt = self.chat.prompt(self.messages(message)).tolist()
-        context = self.cfg.context
-        if len(prompt) < context:
-            return prompt
-        for skip in range(1, len(self.turns) + 1):
+        context, prompt = self.cfg.context, self.chat.prompt(self.messages(message)).tolist()
+        skip, left = 0, len(prompt)
+        while left >= context and skip < len(self.turns):
+            skip += 1
             left = len(self.chat.prompt(self.messages(message, skip)))
-            if left < context:
-                turns = "turn 1 no longer fits" if skip == 1 else f"turns 1 to {skip} no longer fit"
-                raise TooLong(
-                    f"The conversation has {len(prompt):,} tokens and the model's context {context:,}: {turns} "
-                    f"({len(prompt) - left:,} tokens). /forget {skip} drops them, /clear drops everything."
-                )
-        raise TooLong(
-            f"This message alone makes {len(self.chat.prompt(self.messages(message, len(self.turns)))):,} tokens and the "
-            f"model's context holds {context:,}; say it in fewer words."
-        )
+        if left >= context:
+            raise TooLong(
+                f"This message alone makes {left:,} tokens and the model's context holds {context:,}; say it in fewer words."
+            )
+        if skip:
+            turns = "turn 1 no longer fits" if skip == 1 else f"turns 1 to {skip} no longer fit"
+            raise TooLong(
+                f"The conversation has {len(prompt):,} tokens and the model's context {context:,}: {turns} "
+                f"({len(prompt) - left:,} tokens). /forget {skip} drops them, /clear drops everything."
+            )
+        return prompt
 
     def reply(self, message: str, is_stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Yields the completion as it comes, in pieces of whole characters; adds the turn at its end, or once `is_stopped`.
@@ -89,7 +91,8 @@ class Conversation:
         turn = Turn(message, prompt_tokens=len(prompt))
         begin = time.perf_counter()
         stream = self.chat.tokenizer.stream()
-        for _, tokens, finish_reason in self._generate(prompt, dataclasses.replace(self.sampling, stop_token_ids=self.ends)):
+        ends = {*self.ends, *([] if self.chat.end is None else [self.chat.end])}
+        for _, tokens, finish_reason in self._generate(prompt, dataclasses.replace(self.sampling, stop_token_ids=ends)):
             turn.first_token_seconds = turn.first_token_seconds or time.perf_counter() - begin
             turn.completion_tokens += len(tokens)
             text = "".join(map(stream.push, tokens)) + (stream.close() if finish_reason else "")

@@ -19,68 +19,65 @@ from bench.serving.server import parse_metrics
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
 
 
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
+
 def test_events_have_the_moment_at_which_they_were_whole():
     body = b'data: {"a": 1}\n\n: waiting\n\ndata: {"a": 2}\n\ndata: [DONE]\n\ndata: {"a": 3}'
     response = Response(0.0, body=bytearray(body), arrivals=[(1.0, 5), (2.0, 20), (3.0, 40), (4.0, 43), (5.0, len(body))])
     assert response.events() == [(2.0, {"a": 1}), (4.0, {"a": 2})]
 
 
-def test_a_connection_is_reused_and_one_that_was_closed_meanwhile_is_made_anew():
-    async def scenario():
-        connections = []
+@pytest.mark.anyio
+async def test_a_connection_is_reused_and_one_that_was_closed_meanwhile_is_made_anew():
+    connections, responses = [], []
 
-        async def serve(reader, writer):
-            connections.append(writer)
-            while await reader.readuntil(b"\r\n\r\n"):
-                writer.write(OK)
-                if len(connections) == 1 and len(responses) == 1:
-                    writer.close()  # after the second answer of the first connection, without a word
-                    return
+    async def serve(reader, writer):
+        connections.append(writer)
+        while await reader.readuntil(b"\r\n\r\n"):
+            writer.write(OK)
+            if len(connections) == 1 and len(responses) == 1:
+                writer.close()  # after the second answer of the first connection, without a word
+                return
 
-        server = await asyncio.start_server(serve, "127.0.0.1", 0)
-        client, responses = Client(server.sockets[0].getsockname()[1], key="k"), []
-        for _ in range(4):
-            response = await client.get("/")
-            responses.append((response.status, response.body, response.error))
-            await asyncio.sleep(0.01)
-        client.close()
-        server.close()
-        return len(connections), responses
-
-    connections, responses = asyncio.run(scenario())
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    client = Client(server.sockets[0].getsockname()[1], key="k")
+    for _ in range(4):
+        response = await client.get("/")
+        responses.append((response.status, response.body, response.error))
+        await asyncio.sleep(0.01)
+    client.close()
+    server.close()
     assert responses == [(200, b"hello", None)] * 4
-    assert connections == 2
+    assert len(connections) == 2
 
 
+@pytest.mark.anyio
 @pytest.mark.parametrize("sent", [b"", OK[:-1], b"x\r\n\r\n", None])
-def test_a_response_that_breaks_off_says_how(sent):
-    async def scenario():
-        async def serve(reader, writer):
-            await reader.readuntil(b"\r\n\r\n")
-            if sent is None:
-                await asyncio.sleep(1)
-            writer.write(sent or b"")
-            writer.close()
+async def test_a_response_that_breaks_off_says_how(sent):
+    async def serve(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        if sent is None:
+            await asyncio.sleep(1)
+        writer.write(sent or b"")
+        writer.close()
 
-        server = await asyncio.start_server(serve, "127.0.0.1", 0)
-        port = server.sockets[0].getsockname()[1]
-        client = Client(port)
-        responses = [await client.get("/", timeout=0.1), await client.send_raw(b"GET / HTTP/1.1\r\n\r\n", timeout=0.1)]
-        server.close()
-        return responses
-
-    for response in asyncio.run(scenario()):
-        assert response.error.startswith("TimeoutError" if sent is None else "RemoteProtocolError")
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    client = Client(server.sockets[0].getsockname()[1])
+    error = "TimeoutError" if sent is None else "RemoteProtocolError"
+    assert (await client.get("/", timeout=0.1)).error.startswith(error)
+    assert (await client.send_raw(b"GET / HTTP/1.1\r\n\r\n", timeout=0.1)).error.startswith(error)
+    server.close()
 
 
+@pytest.mark.anyio
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("body", [completion_request("a", 9, logprobs=1), chat_request("a", 9, logprobs=True)])
-def test_a_completion_is_read_streamed_or_whole(body, stream):
-    async def scenario():
-        async with fake_server(lambda *_: fake_completion("hello", body | {"stream": stream})) as port:
-            return await complete(Client(port), body | {"stream": stream})
-
-    completion = asyncio.run(scenario())
+async def test_a_completion_is_read_streamed_or_whole(body, stream):
+    async with fake_server(lambda *_: fake_completion("hello", body | {"stream": stream})) as port:
+        completion = await complete(Client(port), body | {"stream": stream})
     assert (completion.text, completion.completion_tokens, completion.prompt_tokens) == ("hello", 5, 3)
     assert (completion.finish_reason, completion.finished) == ("length", True)
     assert completion.logprobs == (-0.5,) * 5
@@ -113,44 +110,39 @@ def test_a_percentile_is_the_least_value_that_enough_do_not_exceed(values, share
     assert math.isnan(percentile([], share))
 
 
-def test_a_closed_loop_keeps_so_many_under_way_and_gives_answers_in_order():
-    under_way = []
+@pytest.mark.anyio
+async def test_a_closed_loop_keeps_so_many_under_way_and_gives_answers_in_order():
+    under_way = [0]
 
     class Counting(Client):
         async def request(self, *args, **options):
-            under_way.append(under_way[-1] + 1 if under_way else 1)
+            under_way.append(under_way[-1] + 1)
             response = await super().request(*args, **options)
             under_way.append(under_way[-1] - 1)
             return response
 
-    async def scenario():
-        respond = lambda method, path, headers, body: fake_completion(json.loads(body)["prompt"], json.loads(body))
-        async with fake_server(respond, delay=0.01) as port:
-            return await closed_loop(Counting(port), [completion_request(f"p{n}", 2) for n in range(9)], 3)
-
-    completions, seconds = asyncio.run(scenario())
+    respond = lambda method, path, headers, body: fake_completion(json.loads(body)["prompt"], json.loads(body))
+    async with fake_server(respond, delay=0.01) as port:
+        completions, seconds = await closed_loop(Counting(port), [completion_request(f"p{n}", 2) for n in range(9)], 3)
     assert [completion.text for completion in completions] == [f"p{n}" for n in range(9)]
     assert max(under_way) == 3
     assert seconds >= 0.03
 
 
-def test_an_open_loop_sends_when_it_is_time_and_counts_the_wait_from_then():
-    async def scenario():
-        lock = asyncio.Lock()
+@pytest.mark.anyio
+async def test_an_open_loop_sends_when_it_is_time_and_counts_the_wait_from_then():
+    lock = asyncio.Lock()
 
-        class OneAtATime(Client):
-            async def request(self, *args, **options):
-                async with lock:
-                    return await super().request(*args, **options)
+    class OneAtATime(Client):
+        async def request(self, *args, **options):
+            async with lock:
+                return await super().request(*args, **options)
 
-        respond = lambda method, path, headers, body: fake_completion("ab", json.loads(body))
-        async with fake_server(respond, delay=0.05) as port:
-            draw = lambda rng: completion_request(random_text(rng, 2), 2)
-            return await open_loop(OneAtATime(port), draw, rate=100, seconds=0.2, rng=random.Random(1))
-
-    completions = [read_completion(response) for response in asyncio.run(scenario())]
-    assert 10 <= len(completions) <= 30
-    assert completions[-1].ttft > 0.3, "the last waits for all those before it"
+    async with fake_server(lambda *request: fake_completion("ab", json.loads(request[-1])), delay=0.05) as port:
+        draw = lambda rng: completion_request(random_text(rng, 2), 2)
+        responses = await open_loop(OneAtATime(port), draw, rate=100, seconds=0.2, rng=random.Random(1))
+    assert 10 <= len(responses) <= 30
+    assert read_completion(responses[-1]).ttft > 0.3, "the last waits for all those before it"
 
 
 def test_metrics_add_up_what_differs_in_labels_alone():

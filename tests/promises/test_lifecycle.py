@@ -33,17 +33,17 @@ async def test_sigterm_drains(make_server, slots, quick, rng, expect):
     tokens = 60 if quick else 200
     async with make_server() as server:
         streams = await _fill(server, slots, tokens, rng)
-        server.signal()
+        server.process.terminate()
         await asyncio.sleep(0.1)
         late = await complete(server.client, _request(2, rng), timeout=10)
         completions = await asyncio.gather(*streams)
         code = await server.wait(20)
     async with make_server() as server:  # a second signal ends it at once
         streams = await _fill(server, slots, 400, rng)
-        server.signal()
+        server.process.terminate()
         await asyncio.sleep(0.2)
         begin = clock()
-        server.signal()
+        server.process.terminate()
         abort_code = await server.wait(20)
         abort_seconds = clock() - begin
         await asyncio.gather(*streams)

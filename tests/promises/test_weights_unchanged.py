@@ -31,7 +31,7 @@ async def test_the_digest_is_that_of_load(server, client, slots, quick, rng, exp
     accepted = await accepted_updates(client)
     responses = (await server.metrics())["thrice_responses_total"]
     attestation = (await client.get("/v1/attestation")).json()
-    server.signal()
+    server.process.terminate()
     code = await server.wait(20)
     expect(
         exactly("digests at load, on demand and at shutdown", distinct_digests(attestation, server.output()), 1),

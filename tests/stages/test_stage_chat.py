@@ -18,7 +18,7 @@ from engine.inference.sampling_params import SamplingParams
 from engine.storage.find import load_model
 from stages.chat import __main__ as chat
 from stages.chat.conversation import Conversation, TooLong, with_setting
-from stages.chat.repl import Repl
+from stages.chat.run import Repl
 from stages.cli.console import Console
 
 QUICK = ("--temperature", "0", "--max-tokens", "6")
@@ -47,7 +47,7 @@ def piped(model: Path, text: str, *flags: object) -> subprocess.CompletedProcess
     return command("chat", "--model", model, *QUICK, *flags, stdin=text.encode())
 
 
-def test_piped_lines_are_turns(trained: Path) -> None:
+def test_piped_lines_are_turns(trained):
     done = piped(trained, "the king\n\nthe sea\n")
     assert done.returncode == 0, done.stderr
     assert b"\x1b" not in done.stdout + done.stderr
@@ -65,7 +65,7 @@ def test_piped_lines_are_turns(trained: Path) -> None:
         assert re.search(words, output)
 
 
-def test_each_turn_reads_the_whole_conversation(fresh: Conversation) -> None:
+def test_each_turn_reads_the_whole_conversation(fresh):
     first = "".join(fresh.reply("the king"))
     second = "".join(fresh.reply("the sea"))
     assert [turn.completion for turn in fresh.turns] == [first.rstrip(), second.rstrip()]
@@ -78,7 +78,7 @@ def test_each_turn_reads_the_whole_conversation(fresh: Conversation) -> None:
     assert "".join(fresh.reply("the sea")) == second
 
 
-def test_what_no_longer_fits_is_named_and_nothing_is_generated(fresh: Conversation) -> None:
+def test_what_no_longer_fits_is_named_and_nothing_is_generated(fresh):
     with pytest.raises(TooLong, match=r"This message alone makes \d+ tokens and the model's context holds 64"):
         next(fresh.reply("the king and queen of a far land " * 9))
     assert fresh.turns == []
@@ -96,7 +96,7 @@ def test_what_no_longer_fits_is_named_and_nothing_is_generated(fresh: Conversati
     assert fresh.prompt("the king and queen")
 
 
-def test_stopped_in_the_middle_keeps_what_was_generated(fresh: Conversation) -> None:
+def test_stopped_in_the_middle_keeps_what_was_generated(fresh):
     fresh.sampling = with_setting(fresh.sampling, "max_tokens", "40")
     whole = "".join(fresh.reply("the king"))
     fresh.turns.clear()
@@ -115,14 +115,14 @@ def test_stopped_in_the_middle_keeps_what_was_generated(fresh: Conversation) -> 
         (b"caf\xe9", b"Line 2 of the input is not UTF-8: byte 0xE9"),
     ],
 )
-def test_a_line_that_cannot_be_answered_ends_a_pipe(second: bytes, words: bytes, trained: Path) -> None:
+def test_a_line_that_cannot_be_answered_ends_a_pipe(second, words, trained):
     done = command("chat", "--model", trained, *QUICK, stdin=b"the king\n" + second + b"\nthe sea\n")
     assert done.returncode == 2
     assert words in done.stderr
     assert b"Traceback" not in done.stderr
 
 
-def test_commands(fresh: Conversation, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands(fresh, capsys):
     from engine.storage.digest import digest
 
     repl = Repl(fresh, Console(sys.stderr), digest(fresh.params), chatty=True)
@@ -159,7 +159,7 @@ def test_commands(fresh: Conversation, capsys: pytest.CaptureFixture[str]) -> No
     assert repl.is_over
 
 
-def test_bad_flags(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_flags(trained, tmp_path, capsys):
     broken = tmp_path / "broken.jinja"
     broken.write_text("{% if %}")
     for flags, words in (
@@ -213,15 +213,15 @@ class Terminal:
 def open_terminal(request: pytest.FixtureRequest) -> Callable[..., Terminal]:
     """Opens a Terminal that does not outlive the test."""
 
-    def opened(*program: object) -> Terminal:
+    def open_one(*program: object) -> Terminal:
         terminal = Terminal(*program)
         request.addfinalizer(terminal.process.kill)
         return terminal
 
-    return opened
+    return open_one
 
 
-def test_a_person_at_a_terminal(trained: Path, open_terminal: Callable[..., Terminal]) -> None:
+def test_a_person_at_a_terminal(trained, open_terminal):
     terminal = open_terminal("-m", "stages.chat", "--model", trained, "--max-tokens", 20)
     opening = terminal.wait_for("\r\n> ")
     assert "/help" in opening
@@ -243,9 +243,7 @@ def test_a_person_at_a_terminal(trained: Path, open_terminal: Callable[..., Term
     assert terminal.close() == 0
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_chat(
-    trained: Path, tmp_path: Path, open_terminal: Callable[..., Terminal]
-) -> None:
+def test_ctrl_c_stops_the_answer_and_not_the_chat(trained, tmp_path, open_terminal):
     slow = tmp_path / "slow.py"
     slow.write_text(
         "import sys, time\n"

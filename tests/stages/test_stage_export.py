@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ from engine.storage.run_folder import save_tokenizer
 from stages import generate
 from stages.evaluate import __main__ as evaluate
 from stages.export import __main__ as export
-from stages.export import check
+from stages.export.run import compare, compare_adapter
 
 
 def exported(model: Path, out: Path, *flags: object) -> Path:
@@ -38,9 +37,7 @@ def generated(capsys: pytest.CaptureFixture[str], model: Path) -> str:
 
 
 @pytest.mark.parametrize("name", ["folder", "file.gguf"])
-def test_an_export_in_float32_is_the_same_model(
-    name: str, trained: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_export_in_float32_is_the_same_model(name, trained, text, tmp_path, capsys):
     out = exported(trained, tmp_path / name, "--dtype", "float32", "--check")
     assert "0.0e+00 of the largest apart" in capsys.readouterr().out
     source, read = load_model(str(trained)), load_model(str(out))
@@ -58,7 +55,7 @@ def test_an_export_in_float32_is_the_same_model(
     assert "give --data" in capsys.readouterr().err
 
 
-def test_a_folder_holds_what_others_look_for(trained: Path, tmp_path: Path) -> None:
+def test_a_folder_holds_what_others_look_for(trained, tmp_path):
     out = exported(trained, tmp_path / "folder")
     assert {file.name for file in out.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -72,7 +69,7 @@ def test_a_folder_holds_what_others_look_for(trained: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "q8_0"])
-def test_gguf_files_hold_smaller_weights(dtype: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gguf_files_hold_smaller_weights(dtype, trained, tmp_path, capsys):
     out = exported(trained, tmp_path / "file.gguf", "--dtype", dtype, "--check")
     output = capsys.readouterr().out
     for words in ("writing ... ", "file.gguf, ", "llama.cpp has no name", f"--model {out}"):
@@ -80,17 +77,17 @@ def test_gguf_files_hold_smaller_weights(dtype: str, trained: Path, tmp_path: Pa
     assert out.stat().st_size < (trained / "checkpoints" / "20" / "params").stat().st_size + 200_000
 
 
-def test_an_export_that_was_damaged_is_seen(trained: Path, tmp_path: Path) -> None:
+def test_an_export_that_was_damaged_is_seen(trained, tmp_path):
     model = load_model(str(trained))
     out = exported(trained, tmp_path / "folder")
-    assert check.compare(model, out, "float32")[1] == []
+    assert compare(model, out, "float32")[1] == []
     data = bytearray((out / "model.safetensors").read_bytes())
     data[-3000:] = bytes(3000)
     (out / "model.safetensors").write_bytes(data)
-    assert check.compare(model, out, "float32")[1] == ["the logits"]
+    assert compare(model, out, "float32")[1] == ["the logits"]
     generation = json.loads((out / "generation_config.json").read_text())
     (out / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [299, 5]}))
-    assert check.compare(model, out, "float32")[1] == ["what ends a completion"]
+    assert compare(model, out, "float32")[1] == ["what ends a completion"]
 
 
 def with_adapter(model: LoadedModel) -> LoadedModel:
@@ -106,12 +103,11 @@ def with_adapter(model: LoadedModel) -> LoadedModel:
     return dataclasses.replace(model, params=merge(unflatten(adapters), model.params))
 
 
-def test_an_adapter_is_merged_or_written_alone(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_adapter_is_merged_or_written_alone(trained, tmp_path, monkeypatch, capsys):
     plain = load_model(str(trained))
     tuned = with_adapter(plain)
-    monkeypatch.setattr("stages.export.run.load_model", lambda name, **_: tuned)
+    load = lambda name, **options: tuned if name == str(trained) else load_model(name, **options)
+    monkeypatch.setattr("stages.export.run.load_model", load)
     merged = exported(trained, tmp_path / "merged", "--check")
     tokens, positions = np.arange(24, dtype=np.int32).reshape(2, 12), positions_of(2, 12)
     cfg = dataclasses.replace(plain.cfg, dtype="float32")
@@ -129,7 +125,7 @@ def test_an_adapter_is_merged_or_written_alone(
     data[-3] ^= 1
     (alone / "adapter_model.safetensors").write_bytes(data)
     with pytest.raises(UserError, match="checksum does not hold"):
-        check.compare_adapter(tuned, alone)
+        compare_adapter(tuned, alone)
 
 
 @pytest.mark.parametrize(
@@ -151,9 +147,7 @@ def test_an_adapter_is_merged_or_written_alone(
         ("", ["--out"]),
     ],
 )
-def test_what_cannot_be_exported_is_an_error(
-    flags: str, words: list[str], trained: Path, tmp_path: Path, failing: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_exported_is_an_error(flags, words, trained, tmp_path, failing, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("full", "strange", "folder.gguf", "theirs"):
         Path(name).mkdir()
@@ -170,7 +164,7 @@ def test_what_cannot_be_exported_is_an_error(
     assert not Path("new.gguf").exists()
 
 
-def test_an_earlier_export_is_replaced_when_asked(trained: Path, tmp_path: Path) -> None:
+def test_an_earlier_export_is_replaced_when_asked(trained, tmp_path):
     out = exported(trained, tmp_path / "folder")
     (out / "config.json").write_text("{}")
     exported(trained, out, "--overwrite", "--check")
@@ -179,7 +173,7 @@ def test_an_earlier_export_is_replaced_when_asked(trained: Path, tmp_path: Path)
     exported(trained, file, "--overwrite", "--check")
 
 
-def test_words_survive_in_a_run(trained: Path, tmp_path: Path) -> None:
+def test_words_survive_in_a_run(trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     model = dataclasses.replace(load_model(str(trained)), ends=(299, 7))
