@@ -14,43 +14,32 @@ class Admission:
         self.draining = False
         self._seconds = 1.0  # that a completion takes: a moving average
 
-    def check(self) -> None:
-        """Raises ApiError when not even one more completion can be admitted."""
-        self.check_open()
-        if self.reserved >= self.limit:
-            raise self._full()
-
     def check_open(self) -> None:
         """Raises ApiError when the server is shutting down."""
         if self.draining:
             raise ApiError(503, "The server is shutting down.", code="draining", headers={"Retry-After": "5"})
 
+    def check(self, count: int = 1) -> None:
+        """Raises ApiError when `count` more completions cannot be admitted."""
+        self.check_open()
+        if self.reserved + count > self.limit:
+            wait = min(60, max(1, round(self._seconds * max(1, self.reserved - self.slots) / self.slots)))
+            message = f"{self.reserved} requests are being answered or wait, which is all that is taken in."
+            raise ApiError(
+                429, f"{message} Try again in {wait} s.", code="rate_limit_exceeded", headers={"Retry-After": str(wait)}
+            )
+
     def reserve(self, count: int) -> None:
         """Reserves places for `count` completions, all or none. Raises ApiError."""
         if count > self.limit:
-            raise ApiError(
-                400,
-                f"{count} completions were asked for at once, prompts times n; at most {self.limit} are made at once.",
-                param="n",
-            )
-        self.check()
-        if self.reserved + count > self.limit:
-            raise self._full()
+            message = f"{count} completions were asked for at once, prompts times n; at most {self.limit} are made at once."
+            raise ApiError(400, message, param="n")
+        self.check(count)
         self.reserved += count
-
-    def release(self, count: int) -> None:
-        self.reserved -= count
 
     def record(self, seconds: float) -> None:
         """Takes the duration of a completion into the average that Retry-After is estimated from."""
         self._seconds = 0.9 * self._seconds + 0.1 * seconds
-
-    def _full(self) -> ApiError:
-        wait = min(60, max(1, round(self._seconds * max(1, self.reserved - self.slots) / self.slots)))
-        return ApiError(
-            429, f"{self.reserved} requests are being answered or wait, which is all that is taken in. Try again in {wait} s.",
-            code="rate_limit_exceeded", headers={"Retry-After": str(wait)},
-        )  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -63,8 +52,6 @@ class BodyBudget:
     def add(self, size: int) -> None:
         """Counts `size` more bytes. Raises ApiError, and counts nothing, when they are too many."""
         if self.size + size > self.limit:
-            raise ApiError(
-                429, f"Bodies of {self.size:,} bytes are coming in, and no more are taken in at once. Try again in 1 s.",
-                code="rate_limit_exceeded", headers={"Retry-After": "1", "Connection": "close"},
-            )  # fmt: skip
+            message = f"Bodies of {self.size:,} bytes are coming in, and no more are taken in at once. Try again in 1 s."
+            raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1", "Connection": "close"})
         self.size += size

@@ -3,6 +3,7 @@
 The event loop may read counts of the slots while the thread changes them; a count may then be one round old.
 """
 
+import asyncio
 import contextlib
 import queue
 import threading
@@ -31,18 +32,12 @@ class Engine:
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._listeners: dict[int, Listener] = {}  # by the slots' id of a request
         self._thread: threading.Thread | None = None
-        self._post: Callable[..., Any] = lambda function, *arguments: None
         self._stopping = False
 
     @property
     def compiled(self) -> int:
         """Programs compiled since it is ready. There should be none."""
         return self._compiles.count if self.ready else 0
-
-    @property
-    def running(self) -> int:
-        """Requests that have a slot."""
-        return self.slots.running
 
     @property
     def waiting(self) -> int:
@@ -54,13 +49,12 @@ class Engine:
         """Seconds since the thread last went round."""
         return time.monotonic() - self.ticked
 
-    def start(self, post: Callable[..., Any], changed: Callable[[], None], *warm: Any) -> None:
-        """Compiles every program and then serves, in a thread.
+    def start(self, changed: Callable[[], None], *warm: Any) -> None:
+        """Compiles every program and then serves, in a thread. To be called on the event loop.
 
-        `post(function, *arguments)` must run the function on the event loop, from any thread. `changed` is posted when
-        the engine is `ready`, and when it has `failed`. `warm`: the arguments of `Slots.warm`.
+        `changed` is called there when the engine is `ready`, and when it has `failed`. `warm`: the arguments of `Slots.warm`.
         """
-        self._post = post
+        self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, args=(changed, warm), daemon=True, name="engine")
         self._thread.start()
 
@@ -70,8 +64,21 @@ class Engine:
         `listener` is called on the event loop with each of its events, and may be once more after it was cancelled.
         """
         ids: list[int] = []
-        self._work.put(lambda: self._receive(request, listener, ids))
-        return lambda: self._work.put(lambda: self._cancel(ids))
+
+        def receive() -> None:
+            if self.failed:
+                self._post(listener, Event(0, [], [], "error", 0))
+            else:
+                ids.append(self.slots.submit(request))
+                self._listeners[ids[0]] = listener
+
+        def cancel() -> None:
+            if ids and ids[0] in self._listeners:
+                del self._listeners[ids[0]]
+                self.slots.cancel(ids[0])
+
+        self._work.put(receive)
+        return lambda: self._work.put(cancel)
 
     def stop(self, seconds: float = 10.0) -> None:
         """Ends the thread after the step it is in."""
@@ -85,7 +92,7 @@ class Engine:
             self.slots.warm(*warm)
             self._compiles.reset()
             self.ready, self.ticked = True, time.monotonic()
-            self._tell(changed)
+            self._post(changed)
             while not self._stopping:
                 self._take_work()
                 self.ticked = time.monotonic()
@@ -94,7 +101,7 @@ class Engine:
                     self._deliver(self.slots.step())
         except BaseException as error:
             self.failed = error
-            self._tell(changed)
+            self._post(changed)
             self._deliver([Event(id, [], [], "error", 0) for id in self._listeners])
             while not self._stopping:  # later requests get the same event
                 self._work.get()()
@@ -107,32 +114,20 @@ class Engine:
             while True:
                 self._work.get_nowait()()
 
-    def _receive(self, request: Request, listener: Listener, ids: list[int]) -> None:
-        if self.failed:
-            self._tell(listener, Event(0, [], [], "error", 0))
-            return
-        ids.append(self.slots.submit(request))
-        self._listeners[ids[0]] = listener
-
-    def _cancel(self, ids: list[int]) -> None:
-        if ids and ids[0] in self._listeners and not self.failed:
-            del self._listeners[ids[0]]
-            self.slots.cancel(ids[0])
-
     def _deliver(self, events: list[Event]) -> None:
         """Posts each event to its listener, all of one step at once."""
         addressed = [(self._listeners[event.id], event) for event in events if event.id in self._listeners]
         for event in events:
             if event.finish_reason:
                 self._listeners.pop(event.id, None)
+
+        def call_listeners() -> None:
+            for listener, event in addressed:
+                listener(event)
+
         if addressed:
-            self._tell(_call_listeners, addressed)
+            self._post(call_listeners)
 
-    def _tell(self, function: Callable[..., None], *arguments: Any) -> None:
+    def _post(self, function: Callable[..., None], *arguments: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-            self._post(function, *arguments)
-
-
-def _call_listeners(events: list[tuple[Listener, Event]]) -> None:
-    for listener, event in events:
-        listener(event)
+            self._loop.call_soon_threadsafe(function, *arguments)

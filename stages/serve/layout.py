@@ -1,18 +1,22 @@
-"""Layout: how a model is laid out to be served, which is the type of its matrices and the shape of the slots around it."""
+"""Layout: how a model is laid out to be served, which is all that compiling its programs ahead of its weights takes."""
 
+import contextlib
 import dataclasses
+import queue
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
 from engine.counting import hardware
-from engine.counting.params import count_params
+from engine.counting.params import count_params, leaf_shapes
 from engine.inference import decode
 from engine.inference.quantize import quantize
-from engine.inference.slots import CHUNK
+from engine.inference.slots import CHUNK, compile_ahead
 from engine.model.cache.segmented import KVDtype, make_kv_segments
 from engine.model.config import ModelConfig
-from engine.model.paths import map_paths
+from engine.model.paths import map_paths, unflatten
 from engine.model.weights.lora import LoRA
 from engine.model.weights.matmul import dense
 
@@ -56,9 +60,46 @@ class Layout:
 
     def check_room(self, cfg: ModelConfig) -> None:
         """Raises UserError, before anything is allocated, when weights and slots are more than a CPU's memory holds."""
-        options = self.slot_options(cfg)
-        slots, capacity = options["slots"], options["capacity"]
-        cache = jax.eval_shape(lambda: make_kv_segments(cfg, slots, capacity, CHUNK, self.kv_dtype))
+        capacity = self.slot_options(cfg)["capacity"]
+        cache = jax.eval_shape(lambda: make_kv_segments(cfg, self.slots, capacity, CHUNK, self.kv_dtype))
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) + self.prefix_cache_bytes
         size += count_params(cfg).total * {"int8": 1, "bfloat16": 2, "float32": 4}[self.weights]
-        hardware.check_room(f"The weights and {slots:,} slots of {capacity:,} tokens", size, remedy=REMEDY)
+        hardware.check_room(f"The weights and {self.slots:,} slots of {capacity:,} tokens", size, remedy=REMEDY)
+
+
+class CompileAhead:
+    """Compiles the serving programs in a thread, from the architecture alone, while another core reads the weights.
+
+    Iterated, once, it yields what `compile_ahead` does, as that comes. Nothing depends on it: what it gets wrong or cannot
+    do is done, or becomes an error, when the programs are wanted.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._compiled: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
+
+    def begin(self, cfg: ModelConfig) -> None:
+        self._thread = threading.Thread(target=self._run, args=(self._layout.config(cfg),), daemon=True, name="ahead")
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        while self._thread and (program := self._compiled.get()):
+            yield program
+
+    def stop(self) -> None:
+        """Waits for the program that is being compiled, and compiles no other."""
+        self._stop.set()
+        if self._thread:
+            self._thread.join()
+
+    def _run(self, cfg: ModelConfig) -> None:
+        with contextlib.suppress(Exception):
+            loaded = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in leaf_shapes(cfg).items()}
+            shapes = jax.eval_shape(lambda params: self._layout.params(cfg, params), unflatten(loaded))
+            for program in compile_ahead(cfg, shapes, **self._layout.slot_options(cfg)):
+                self._compiled.put(program)
+                if self._stop.is_set():
+                    break
+        self._compiled.put(None)

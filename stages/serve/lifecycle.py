@@ -15,32 +15,30 @@ from stages.cli import signals
 from stages.cli.console import Console
 from stages.cli.process import process_start
 from stages.serve import server
-from stages.serve.compile_ahead import CompileAhead
-from stages.serve.layout import REMEDY
+from stages.serve.layout import REMEDY, CompileAhead
 from stages.serve.state import ServerState
 
 
 async def serve(
-    state: ServerState, app: ASGIApp, bound: socket.socket, console: Console, *, ahead: CompileAhead, ready: str
+    state: ServerState, app: ASGIApp, bound: socket.socket, console: Console, ahead: CompileAhead, ready: str
 ) -> int:
     """Serves on the socket until a signal; prints `ready` when clients can be answered.
 
     Returns 0 when it was stopped and every request had its reply, 1 when the engine or the weights broke. `ahead`: the
     programs that are compiled already.
     """
-    loop = asyncio.get_running_loop()
+    loop, engine, changed = asyncio.get_running_loop(), state.engine, asyncio.Event()
     server.listen(bound)
     http = server.make_server(app)
     serving = asyncio.create_task(http.serve([bound]))
-    changed = asyncio.Event()
     await warm(state, ahead, changed, console)
     changed.clear()
-    if state.engine.failed:  # already, and posted before the line above
+    if engine.failed:  # already, and posted before the line above
         changed.set()
 
     async def drain() -> None:
         state.admission.draining = True
-        while state.admission.reserved and not state.engine.failed:
+        while state.admission.reserved and not engine.failed:
             await asyncio.sleep(0.01)
         http.should_exit = True
 
@@ -56,7 +54,13 @@ async def serve(
         http.should_exit = True
         await serving
         failing.cancel()
-        return _close(state, console)
+        engine.stop()
+        now = digest(engine.slots.params)
+        same = "unchanged" if now == state.digest else f"CHANGED from {state.digest[:16]}"
+        console.print(f"Stopped. Weights {same}: SHA-256 {now[:16]}; {engine.compiled} programs compiled after the start.")
+        if engine.failed:
+            traceback.print_exception(engine.failed, file=sys.stderr)
+        return int(bool(engine.failed) or now != state.digest)
 
 
 async def warm(state: ServerState, ahead: CompileAhead, changed: asyncio.Event, console: Console) -> None:
@@ -65,21 +69,10 @@ async def warm(state: ServerState, ahead: CompileAhead, changed: asyncio.Event, 
     `changed` is set now, and again should the engine fail.
     """
     with console.task("compiling", always=True) as report:
-        state.engine.start(asyncio.get_running_loop().call_soon_threadsafe, changed.set, report, ahead)
+        state.engine.start(changed.set, report, ahead)
         await changed.wait()
-    if state.engine.failed:
+    if error := state.engine.failed:
         await asyncio.to_thread(ahead.stop)
-        if "RESOURCE_EXHAUSTED" in str(state.engine.failed):
+        if "RESOURCE_EXHAUSTED" in str(error):
             raise UserError(f"There is not enough memory to answer in so many slots. {REMEDY}")
-        raise state.engine.failed
-
-
-def _close(state: ServerState, console: Console) -> int:
-    """Stops the engine, prints whether the weights are unchanged, and returns 1 when engine or weights broke."""
-    state.engine.stop()
-    now = digest(state.engine.slots.params)
-    same = "unchanged" if now == state.digest else f"CHANGED from {state.digest[:16]}"
-    console.print(f"Stopped. Weights {same}: SHA-256 {now[:16]}; {state.engine.compiled} programs compiled after the start.")
-    if state.engine.failed:
-        traceback.print_exception(state.engine.failed, file=sys.stderr)
-    return int(bool(state.engine.failed) or now != state.digest)
+        raise error

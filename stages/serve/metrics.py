@@ -1,7 +1,5 @@
 """Metrics for Prometheus under the names that vLLM's users know, and how many programs were compiled after start-up."""
 
-from collections.abc import Iterator
-
 import prometheus_client as prometheus
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
@@ -16,24 +14,29 @@ LATENCY = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 12
 SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 
 
-class Metrics:
+class Metrics(Collector):
     """Counts in a registry of its own, so that two servers in one process do not share counts."""
 
     def __init__(self, model: str, engine: Engine) -> None:
+        self._engine = engine
         self._registry = registry = prometheus.CollectorRegistry()
         counter = lambda name, about: prometheus.Counter(name, about, ["model_name"], registry=registry).labels(model)
         histogram = lambda name, about, buckets: prometheus.Histogram(
             name, about, ["model_name"], registry=registry, buckets=buckets
         ).labels(model)
-        self._prompt_tokens = counter("vllm:prompt_tokens", "Tokens of prompts.")
-        self._generation_tokens = counter("vllm:generation_tokens", "Tokens that were generated.")
-        self._cache_queries = counter("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache.")
-        self._cache_hits = counter("vllm:prefix_cache_hits", "Tokens of prompts that the prefix cache held.")
+        self._counters = (
+            counter("vllm:prompt_tokens", "Tokens of prompts."),
+            counter("vllm:generation_tokens", "Tokens that were generated."),
+            counter("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache."),
+            counter("vllm:prefix_cache_hits", "Tokens of prompts that the prefix cache held."),
+        )
+        self._histograms = (
+            histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", SIZES),
+            histogram("vllm:request_generation_tokens", "Tokens generated for a request.", SIZES),
+            histogram("vllm:e2e_request_latency_seconds", "From request to last token.", LATENCY),
+        )
         self.first_token = histogram("vllm:time_to_first_token_seconds", "From request to first token.", FIRST_TOKEN)
         self._per_token = histogram("vllm:time_per_output_token_seconds", "Between tokens, a request.", PER_TOKEN)
-        self._latency = histogram("vllm:e2e_request_latency_seconds", "From request to last token.", LATENCY)
-        self._prompt_size = histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", SIZES)
-        self._completion_size = histogram("vllm:request_generation_tokens", "Tokens generated for a request.", SIZES)
         success = prometheus.Counter(
             "vllm:request_success", "Completions by why they ended.", ["model_name", "finished_reason"], registry=registry
         )
@@ -41,15 +44,19 @@ class Metrics:
         self._responses = prometheus.Counter("thrice_responses", "HTTP responses by status.", ["status"], registry=registry)
         cache_use = "Share of all slots' positions that is filled, 1 is all.", lambda: engine.cache_use
         for name, about, value in (
-            ("vllm:num_requests_running", "Requests that have a slot.", lambda: engine.running),
+            ("vllm:num_requests_running", "Requests that have a slot.", lambda: engine.slots.running),
             ("vllm:num_requests_waiting", "Requests that wait for a slot.", lambda: engine.waiting),
             ("vllm:kv_cache_usage_perc", *cache_use),
             ("vllm:gpu_cache_usage_perc", *cache_use),  # its older name
             ("thrice_seconds_since_engine_tick", "How long the engine has not gone round.", lambda: engine.idle_seconds),
         ):
             prometheus.Gauge(name, about, ["model_name"], registry=registry).labels(model).set_function(value)
-        registry.register(_Compiles(engine))
+        registry.register(self)
         prometheus.ProcessCollector(registry=registry)
+
+    def collect(self) -> list[CounterMetricFamily]:
+        about = "Programs compiled since the server was ready."
+        return [CounterMetricFamily("thrice_compiles_after_ready", about, value=self._engine.compiled)]
 
     def response(self, status: int) -> None:
         """Counts an HTTP response."""
@@ -61,28 +68,13 @@ class Metrics:
 
     def completed(self, prompt: int, cached: int, written: int, seconds: float, decoding: float) -> None:
         """Counts the tokens of a whole completion, and its seconds in all and from first token to last."""
-        self._prompt_tokens.inc(prompt)
-        self._generation_tokens.inc(written)
-        self._cache_queries.inc(prompt)
-        self._cache_hits.inc(cached)
-        self._prompt_size.observe(prompt)
-        self._completion_size.observe(written)
-        self._latency.observe(seconds)
+        for counter, count in zip(self._counters, (prompt, written, prompt, cached)):
+            counter.inc(count)
+        for histogram, value in zip(self._histograms, (prompt, written, seconds)):
+            histogram.observe(value)
         if written > 1:
             self._per_token.observe(decoding / (written - 1))
 
     def text(self) -> bytes:
         """Returns all of it in Prometheus' text format."""
         return prometheus.generate_latest(self._registry)
-
-
-class _Compiles(Collector):
-    """Reads the engine's count of compiled programs when /metrics is asked for."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def collect(self) -> Iterator[CounterMetricFamily]:
-        yield CounterMetricFamily(
-            "thrice_compiles_after_ready", "Programs compiled since the server was ready.", value=self._engine.compiled
-        )

@@ -5,7 +5,6 @@ import contextlib
 import gc
 import importlib.metadata
 import os
-import socket
 import sys
 from collections.abc import Iterator
 
@@ -46,6 +45,7 @@ def run(flags: ServeFlags) -> int:
     names = {host.lower() for host in _split(flags.allow_host)}
     names |= {origin.partition("://")[2].partition(":")[0] for origin in origins}
     with server.bind(flags.host, flags.port) as bound, Console() as console:
+        address, port = bound.getsockname()[:2]
         signals.set_phase("before it was ready.")
         with _quick_threads():
             device = start_jax(flags.device, decodes=True)
@@ -64,10 +64,12 @@ def run(flags: ServeFlags) -> int:
                 flags.model, layout, device, console, adapter=flags.adapter, template=flags.template, name=flags.name,
                 queue=flags.queue, speculation=not flags.no_guesses, price=flags.price,
             )  # fmt: skip
-        hosts = _hosts(flags.host, bound, names) if local or names else None  # any, where a key protects it
-        app = make_app(state, page(), keys=keys, hosts=hosts, origins=origins, version=importlib.metadata.version("thrice"))
+        hosts = None  # any, where a key protects it
+        if local or names:
+            hosts = LOCAL_HOSTS | names | {flags.host.lower(), f"[{address}]" if ":" in address else address}
+        app = make_app(state, page(), keys, hosts, origins, importlib.metadata.version("thrice"))
         try:
-            return asyncio.run(serve(state, app, bound, console, ahead=ahead, ready=_ready(flags.host, bound, keys)))
+            return asyncio.run(serve(state, app, bound, console, ahead, _ready(flags.host, port, len(keys))))
         except signals.Stopped as stopped:  # while it compiled, which nothing can end but the end of the process
             code = signals.report_stop(stopped)
             console.close_live()
@@ -76,17 +78,10 @@ def run(flags: ServeFlags) -> int:
             state.tokenizer.close()
 
 
-def _hosts(host: str, bound: socket.socket, names: set[str]) -> frozenset[str]:
-    """Returns the names by which clients may call the server."""
-    address = bound.getsockname()[0]
-    return LOCAL_HOSTS | names | {host.lower(), f"[{address}]" if ":" in address else address}
-
-
-def _ready(host: str, bound: socket.socket, keys: list[str]) -> str:
-    """Returns the lines that say where the server is."""
+def _ready(host: str, port: int, keys: int) -> str:
     host = f"[{host}]" if ":" in host else host
-    url = f"http://{'localhost' if host in ('0.0.0.0', '[::]') else host}:{bound.getsockname()[1]}"
-    locked = f"; {len(keys)} API key{'s' * (len(keys) != 1)}, one of which every request needs" if keys else ""
+    url = f"http://{'localhost' if host in ('0.0.0.0', '[::]') else host}:{port}"
+    locked = f"; {keys} API key{'s' * (keys != 1)}, one of which every request needs" if keys else ""
     return f"{locked}\n\npage    {url}\nclients {url}/v1\n\nCtrl-C ends it."
 
 

@@ -24,10 +24,8 @@ BACKLOG = 1024
 
 def is_local(host: str) -> bool:
     """Returns whether only this machine can reach the address."""
-    if host == "localhost":
-        return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 

@@ -23,9 +23,8 @@ from engine.text.template import read_template
 from stages.cli.compile_counter import CompileCounter
 from stages.cli.console import Console
 from stages.serve.admission import Admission
-from stages.serve.compile_ahead import CompileAhead
 from stages.serve.engine import Engine
-from stages.serve.layout import REMEDY, Layout
+from stages.serve.layout import REMEDY, CompileAhead, Layout
 from stages.serve.metrics import Metrics
 from stages.serve.state import ServerState
 from stages.serve.tokenize import TokenizerPool
@@ -70,7 +69,8 @@ def load_state(
     except BaseException:
         ahead.stop()
         raise
-    name = name or (model_name if model_name in MODELS else _path_name(model.name)) or "model"
+    own_name = re.sub(r"[^A-Za-z0-9_.:-]+", "-", model.name).strip("-")  # as a path spells it, for /v1/models/NAME
+    name = name or (model_name if model_name in MODELS else own_name) or "model"
     weights = size(sum(leaf.nbytes for leaf in jax.tree.leaves(slots.params)))
     console.print_rows([
         ("model", f"{name}: {model.checkpoint}" + (f" with {adapter}" if adapter else "")),
@@ -85,19 +85,17 @@ def load_state(
 
 def make_state(
     model: LoadedModel, name: str, slots: Slots, sha256: str, chat: Chat, make_chat: Callable[[], Chat],
-    compiles: CompileCounter, queue: int, price: float | None = None,
+    compiles: CompileCounter, queue: int, price: float | None,
 ) -> ServerState:  # fmt: skip
     """Returns what the routes serve, around slots of the model. `make_chat` makes a chat beside `chat`, in another process."""
     engine = Engine(slots, compiles)
     return ServerState(
-        name=name, engine=engine, digest=sha256, price=price, stop_token_ids=frozenset(model.ends),
-        tokenizer=TokenizerPool(model.tokenizer, chat, make_chat, slots.capacity),
-        admission=Admission(slots.slots, queue), metrics=Metrics(name, engine),
+        name, engine, TokenizerPool(model.tokenizer, chat, make_chat, slots.capacity), frozenset(model.ends),
+        Admission(slots.slots, queue), Metrics(name, engine), sha256, price,
     )  # fmt: skip
 
 
 def _laid_out(model: LoadedModel, adapter: Path | None, layout: Layout, speculation: bool) -> Slots:
-    """Returns slots around the model's weights, with an adapter on them if there is one."""
     cfg = layout.config(model.cfg)
     params = with_adapters(model.cfg, model.params, [adapter]) if adapter else model.params
     params = jax.block_until_ready(layout.params(cfg, params))
@@ -107,8 +105,3 @@ def _laid_out(model: LoadedModel, adapter: Path | None, layout: Layout, speculat
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(f"There is not enough memory for {layout.slots} slots. {REMEDY}") from error
-
-
-def _path_name(name: str) -> str:
-    """Returns a model's own name as a path can spell it, for clients ask for /v1/models/NAME."""
-    return re.sub(r"[^A-Za-z0-9_.:-]+", "-", name).strip("-")

@@ -44,10 +44,8 @@ class ServerState:
         """Raises ApiError unless the name is that of the model, or `default`."""
         if name not in (self.name, "default"):
             short = name if len(name) <= 100 else name[:100] + "..."
-            raise ApiError(
-                404, f"There is no model {short!r} here; {self.name!r} is served, also as 'default'.", param="model",
-                code="model_not_found",
-            )  # fmt: skip
+            message = f"There is no model {short!r} here; {self.name!r} is served, also as 'default'."
+            raise ApiError(404, message, param="model", code="model_not_found")
 
     def check_ready(self) -> None:
         """Raises ApiError while no completion can be admitted."""
@@ -59,10 +57,8 @@ class ServerState:
     @property
     def status(self) -> Status:
         """Whether requests are answered at this moment, or why not."""
-        if self.engine.failed:
-            return "failed"
-        if not self.engine.ready:
-            return "warming"
+        if self.engine.failed or not self.engine.ready:
+            return "failed" if self.engine.failed else "warming"
         if self.engine.idle_seconds > STUCK:
             return "stuck"
         return "draining" if self.admission.draining else "ok"

@@ -5,9 +5,9 @@ lock, and a template in its own process, so the event loop goes on meanwhile.
 """
 
 import asyncio
+import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from engine.errors import UserError
 from engine.text.chat import PLAIN, Chat
@@ -20,54 +20,54 @@ COUNTED_FIRST = 4_000_000  # characters rendered by a template, above which the 
 
 
 class _Worker:
-    """A thread that tokenizes one text after the other."""
+    """A thread that tokenizes one text after the other, with a chat that is made when it is first needed."""
 
-    def __init__(self, name: str, make_chat: Callable[[], Chat]) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
-        self._make_chat = make_chat
-        self._chat: Chat | None = None
-        self._waiting = 0
+    def __init__(self, make_chat: Callable[[], Chat]) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        self._make_chat, self._waiting = make_chat, 0
 
-    @property
+    @functools.cached_property
     def chat(self) -> Chat:
-        """The worker's own chat template. To be used in its thread."""
-        if self._chat is None:
-            self._chat = self._make_chat()
-        return self._chat
+        return self._make_chat()
 
-    async def run[T](self, work: Callable[..., T], *arguments: Any) -> T:
+    async def run[T](self, param: str, work: Callable[[], T]) -> T:
+        """Returns what `work` does, in the thread. Raises ApiError, about the field `param` when it is a UserError there."""
         if self._waiting >= MAX_WAITING:
             message = "Too many texts wait to become tokens."
             raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1"})
         self._waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except UserError as error:
+            message = str(error)
+            raise ApiError(400, message[0].upper() + message[1:].rstrip(".") + ".", param=param) from None
         finally:
             self._waiting -= 1
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
-        if self._chat is not None:
-            self._chat.close()
+        if "chat" in vars(self):
+            self.chat.close()
 
 
 class TokenizerPool:
-    """A model's tokenizer and chat template on two workers.
+    """A model's tokenizer and chat template on two workers, of which the second one's chat is made by `make_chat`.
 
-    `make_chat` starts the second worker's chat; `capacity`: tokens that a slot can hold.
+    `capacity`: tokens that a slot can hold.
     """
 
     def __init__(self, tokenizer: Tokenizer, chat: Chat, make_chat: Callable[[], Chat], capacity: int) -> None:
-        self.tokenizer, self.capacity = tokenizer, capacity
+        self.tokenizer, self._capacity = tokenizer, capacity
         self.chat_ends = frozenset() if chat.end is None else frozenset({chat.end})
         self.strips_space = chat.source == PLAIN  # a reply then begins behind a name, with a space
-        self._short, self._long = _Worker("short", lambda: chat), _Worker("long", make_chat)
+        self._short, self._long = _Worker(make_chat), _Worker(make_chat)
+        self._short.chat = chat
 
     async def encode(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
         """Returns the tokens of each text, as a model reads it when it is to be continued. Raises ApiError."""
         start = self.tokenizer.start if special else ()
         encode = lambda: [[*start, *self.tokenizer.encode(text).tolist()] for text in texts]
-        return await self._worker(sum(map(len, texts))).run(_translated, encode, "prompt")
+        return await self._worker(sum(map(len, texts))).run("prompt", encode)
 
     async def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Returns the tokens of a conversation up to where the assistant is to answer. Raises ApiError."""
@@ -79,14 +79,14 @@ class TokenizerPool:
         def encode() -> list[int]:
             if size > COUNTED_FIRST:  # too long a text is refused before a template renders it many times over
                 count = sum(len(self.tokenizer.encode(message["content"])) for message in messages)
-                if count >= self.capacity:
-                    raise context_overflow(count, None, self.capacity, "messages")
+                if count >= self._capacity:
+                    raise context_overflow(count, None, self._capacity, "messages")
             return worker.chat.prompt(messages).tolist()
 
-        return await worker.run(_translated, encode, "messages")
+        return await worker.run("messages", encode)
 
     async def decode(self, tokens: list[int]) -> str:
-        return await self._worker(len(tokens)).run(self.tokenizer.decode, tokens)
+        return await self._worker(len(tokens)).run("tokens", lambda: self.tokenizer.decode(tokens))
 
     def close(self) -> None:
         self._short.close()
@@ -104,15 +104,6 @@ def context_overflow(count: int, max_tokens: int | None, capacity: int, param: s
         remedy = "shorten the prompt, or ask for fewer tokens."
     message = f"This model's context holds {capacity:,} tokens here. The prompt has {count:,}, {why}. "
     return ApiError(400, f"{message}Nothing was left out: {remedy}", param=param, code="context_length_exceeded")
-
-
-def _translated[T](work: Callable[[], T], param: str) -> T:
-    """Runs `work`, with the engine's UserError as an ApiError about the field `param`."""
-    try:
-        return work()
-    except UserError as error:
-        message = str(error)
-        raise ApiError(400, message[0].upper() + message[1:].rstrip(".") + ".", param=param) from None
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, bytes]:

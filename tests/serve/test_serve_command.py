@@ -36,9 +36,8 @@ from stages.cli.compile_counter import CompileCounter
 from stages.cli.console import Console
 from stages.serve import lifecycle, server, startup
 from stages.serve.__main__ import main
-from stages.serve.compile_ahead import CompileAhead
 from stages.serve.engine import Engine
-from stages.serve.layout import Layout
+from stages.serve.layout import CompileAhead, Layout
 from stages.serve.state import ServerState
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -84,7 +84,7 @@ def test_keys_are_compared_in_constant_time(monkeypatch):
     compared: list[tuple[bytes, bytes]] = []
     real = guard.hmac.compare_digest
     monkeypatch.setattr(guard.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or real(a, b))
-    guarded = guard.Guard(lambda *_: None, keys=["a", "b", "c"], hosts=None)
+    guarded = guard.Guard(lambda *_: None, ["a", "b", "c"], None, frozenset(), lambda _: None)
     namespaces = [guarded._check_key([f"Bearer {key}"], "/v1/models") for key in ("a", "b")]
     with pytest.raises(ApiError):
         guarded._check_key(["Bearer d"], "/v1/models")

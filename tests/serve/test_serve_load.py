@@ -172,7 +172,7 @@ def test_health_before_and_after_its_time():
         assert client.post("/tokenize", json={"prompt": "a"}).status_code == 200
         server.slots.warm = lambda: 1 / 0
         changed = threading.Event()
-        server.state.engine.start(server.loop.call_soon_threadsafe, changed.set)
+        server.loop.call_soon_threadsafe(server.state.engine.start, changed.set)
         assert changed.wait(10)
         assert client.get("/health").json()["status"] == "failed"
         assert refused(client.complete(), 503)["code"] == "failed"

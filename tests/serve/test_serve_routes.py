@@ -1,6 +1,8 @@
 """Every route as a client sees it, on a server of this process."""
 
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tiny_server import CAPACITY, ask, events, good, say
@@ -9,6 +11,8 @@ from engine.inference.request import LogProb
 from engine.storage.digest import digest
 from engine.text.tokenizer import byte_tokenizer
 from stages.serve.api.completions import TextWriter
+from stages.serve.api.generation import Piece
+from stages.serve.api.requests import CompletionRequest
 from stages.serve.api.routes import ROUTES
 
 
@@ -85,11 +89,11 @@ def test_a_stream_says_the_same(client, path):
 
 def test_offsets_are_places_in_the_text_whatever_parts_its_characters_come_in():
     tokenizer, text = byte_tokenizer(), "a😀bé"
-    writer = TextWriter.__new__(TextWriter)
-    writer._tokenizer, writer._top_logprobs, writer._offsets, writer._streams = tokenizer, 0, [0], [tokenizer.stream()]
-    result = writer._logprobs(0, [LogProb(int(token), -1.0, ()) for token in tokenizer.encode(text)])
-    assert result
-    assert result.text_offset == [0, 1, 1, 1, 1, 2, 3, 3]
+    state: Any = SimpleNamespace(tokenizer=SimpleNamespace(tokenizer=tokenizer), reply_head=lambda kind: {})
+    writer = TextWriter(state, CompletionRequest(prompt="", logprobs=0), 1)
+    choice = writer.choice(Piece(0, text, [LogProb(int(token), -1.0, ()) for token in tokenizer.encode(text)], None))
+    assert choice.logprobs
+    assert choice.logprobs.text_offset == [0, 1, 1, 1, 1, 2, 3, 3]
 
 
 def test_log_probabilities(client):

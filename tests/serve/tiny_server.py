@@ -46,9 +46,7 @@ class TinyServer:
             model.cfg, params, slots=SLOTS, capacity=CAPACITY, kv_dtype="float32", prefix_cache_bytes=10**7, chunk=16, tail=8
         )
         make_chat = lambda: Chat(model.tokenizer, None, FIXED_DAY)
-        self.state = make_state(
-            model, "tiny", slots, digest(params), make_chat(), make_chat, CompileCounter(), QUEUE, price=0.25
-        )
+        self.state = make_state(model, "tiny", slots, digest(params), make_chat(), make_chat, CompileCounter(), QUEUE, 0.25)
         self._started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
 
@@ -66,7 +64,7 @@ class TinyServer:
     @property
     def load(self) -> tuple[int, int, int]:
         """Requests that run, that wait, and places that are reserved."""
-        return self.state.engine.running, self.state.engine.waiting, self.state.admission.reserved
+        return self.slots.running, self.state.engine.waiting, self.state.admission.reserved
 
     def client(self, **options: Any) -> "Client":
         return Client(**{"base_url": self.url, "timeout": 60, **options})
@@ -88,7 +86,7 @@ class TinyServer:
         from stages.serve.api.guard import LOCAL_HOSTS
         from stages.serve.page import page
 
-        app = make_app(self.state, page(), keys=keys, hosts=LOCAL_HOSTS, version="1.2.3")
+        app = make_app(self.state, page(), keys, LOCAL_HOSTS, frozenset(), "1.2.3")
         bound = server.bind("127.0.0.1", 0)
         server.listen(bound)
         http = server.make_server(app)
@@ -101,7 +99,7 @@ class TinyServer:
         self.url = f"http://127.0.0.1:{self.port}"
         if self._warm:
             ready = asyncio.Event()
-            self.state.engine.start(self.loop.call_soon_threadsafe, ready.set)
+            self.state.engine.start(ready.set)
             await ready.wait()
             assert self.state.engine.failed is None, self.state.engine.failed
         self._started.set()

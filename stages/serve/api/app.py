@@ -17,8 +17,8 @@ from stages.serve.state import ServerState
 
 
 def make_app(
-    state: ServerState, page: tuple[bytes, str], *, keys: Sequence[str] = (), hosts: frozenset[str] | None,
-    origins: frozenset[str] = frozenset(), version: str = "0",
+    state: ServerState, page: tuple[bytes, str], keys: Sequence[str], hosts: frozenset[str] | None, origins: frozenset[str],
+    version: str,
 ) -> ASGIApp:  # fmt: skip
     """Returns the application that uvicorn runs.
 
@@ -31,7 +31,7 @@ def make_app(
     app.router.redirect_slashes = False
     app.state.server, app.state.page = state, page
     app.state.openapi = openapi.document(state.engine.cfg.vocab, state.engine.capacity, version)
-    return Guard(app, keys=keys, hosts=hosts, origins=origins, count=state.metrics.response)
+    return Guard(app, keys, hosts, origins, state.metrics.response)
 
 
 async def _error_reply(http: Request, error: Exception) -> Response:
@@ -43,7 +43,6 @@ async def _error_reply(http: Request, error: Exception) -> Response:
             message = NO_ROUTE
         elif error.status_code == 405:
             allowed = (error.headers or {}).get("Allow", "")
-            message = f"{http.url.path} is not asked for with {http.method}, but with {allowed}."
-            code = "method_not_allowed"
+            message, code = f"{http.url.path} is not asked for with {http.method}, but with {allowed}.", "method_not_allowed"
         error = ApiError(error.status_code, message, code=code, headers=error.headers)
     return (error if isinstance(error, ApiError) else internal_error(error)).reply()

@@ -9,7 +9,6 @@ from typing import Any
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 
-from stages.serve.admission import BodyBudget
 from stages.serve.api.requests import UNSUPPORTED, ModelRequest
 from stages.serve.errors import ApiError, ClientGone
 from stages.serve.state import ServerState
@@ -19,10 +18,6 @@ DECODED_AT_ONCE = 65_536  # bytes that are decoded in the event loop itself
 SECONDS = 20.0  # in which a body must have come
 SEARCHED = 2**20  # bytes of a body that is no JSON in which the place is looked for
 
-PLACE = re.compile(r" - at (?:`key` in )?`\$(.*?)`$")
-UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.S)
-MISSING = re.compile(r"Object missing required field `(.*)`", re.S)
-
 
 async def read_body[T: ModelRequest](http: Request, kind: type[T]) -> T:
     """Returns the JSON body as `kind`, for the model that is served.
@@ -31,18 +26,7 @@ async def read_body[T: ModelRequest](http: Request, kind: type[T]) -> T:
     """
     state: ServerState = http.app.state.server
     _check_headers(http)
-    content = bytearray()
-    try:
-        await _receive(http, content, state.body_budget)
-        body = decode(content, kind) if len(content) <= DECODED_AT_ONCE else await asyncio.to_thread(decode, content, kind)
-    finally:
-        state.body_budget.size -= len(content)
-    state.check_model(body.model)
-    return body
-
-
-async def _receive(http: Request, content: bytearray, budget: BodyBudget) -> None:
-    """Appends what comes to `content`, all of it counted in `budget`. Promises of a Content-Length count for nothing."""
+    content, budget = bytearray(), state.body_budget  # which counts what has come: what Content-Length promises is nothing yet
     try:
         async with asyncio.timeout(SECONDS):
             async for part in http.stream():
@@ -50,14 +34,18 @@ async def _receive(http: Request, content: bytearray, budget: BodyBudget) -> Non
                     raise _too_large()
                 budget.add(len(part))
                 content += part
+        body = _decode(content, kind) if len(content) <= DECODED_AT_ONCE else await asyncio.to_thread(_decode, content, kind)
     except TimeoutError:
         raise ApiError(408, f"The body did not come within {SECONDS:.0f} s.", headers={"Connection": "close"}) from None
     except ClientDisconnect:
         raise ClientGone from None
+    finally:
+        budget.size -= len(content)
+    state.check_model(body.model)
+    return body
 
 
-def decode[T: msgspec.Struct](content: bytes | bytearray, kind: type[T]) -> T:
-    """Returns a body that has been read as `kind`. Raises ApiError."""
+def _decode[T: msgspec.Struct](content: bytearray, kind: type[T]) -> T:
     try:
         try:
             return msgspec.json.decode(content, type=kind)
@@ -78,7 +66,7 @@ def decode[T: msgspec.Struct](content: bytes | bytearray, kind: type[T]) -> T:
         raise ApiError(400, f"The body is not JSON: {error}.") from None
 
 
-def _not_json(content: bytes | bytearray) -> str:
+def _not_json(content: bytearray) -> str:
     """Returns the first field that holds what Python's parser reads but JSON has not; empty when something else is wrong."""
     if len(content) > SEARCHED:
         return ""
@@ -91,10 +79,11 @@ def _not_json(content: bytes | bytearray) -> str:
 
 def _place(value: Any) -> str | None:
     """Returns the path of the first number that is not finite or text with half of a surrogate pair, as msgspec spells it."""
-    if isinstance(value, float | str):
-        valid = math.isfinite(value) if isinstance(value, float) else _is_text(value)
-        return None if valid else ""
     steps: Any = ()
+    if isinstance(value, float):
+        return None if math.isfinite(value) else ""
+    if isinstance(value, str):
+        return None if _is_text(value) else ""
     if isinstance(value, dict):
         if not all(map(_is_text, value)):
             return ""
@@ -122,7 +111,7 @@ def _check_headers(http: Request) -> None:
     charset = re.search(r"charset\s*=\s*\"?([^\s;\"]+)", parameters.lower())
     if kind.strip().lower() != "application/json" or (charset and charset[1] not in ("utf-8", "utf8", "us-ascii")):
         raise ApiError(415, "The body must be JSON in UTF-8, sent with the header `Content-Type: application/json`.")
-    if http.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+    if http.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
         raise ApiError(415, "The body must not be compressed: send it without a Content-Encoding.")
     length = http.headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > MAX_BYTES:
@@ -135,21 +124,20 @@ def _too_large() -> ApiError:
 
 def _invalid(text: str) -> ApiError:
     """Returns msgspec's error as ours: `Expected `int`, got `str` - at `$.n`` is about the field n."""
-    match = PLACE.search(text)
+    match = re.search(r" - at (?:`key` in )?`\$(.*?)`$", text)
     place = match[1].lstrip(".") if match else ""
     problem = text[: match.start()] if match else text
     inside = lambda name: f"{place}.{name}" if place else name
-    if unknown := UNKNOWN.fullmatch(problem):
+    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", problem, re.S):
         name, why = _short(unknown[1]), UNSUPPORTED.get(unknown[1])
         message = f"{why}: leave {name} out." if why else f"There is no field {name!r}."
         return ApiError(400, message, param=_short(inside(unknown[1])), code="unknown_parameter")
-    if missing := MISSING.fullmatch(problem):
+    if missing := re.fullmatch(r"Object missing required field `(.*)`", problem, re.S):
         name = inside(missing[1])
         return ApiError(400, f"{name} is missing.", param=name, code="missing_required_parameter")
     why = next((f" {UNSUPPORTED[name]}." for name in re.findall(r"\w+", place) if name in UNSUPPORTED), "")
-    return ApiError(
-        400, f"{place or 'The body'}: {_short(problem, 300)}.{why}", param=place or None, code="invalid_value"
-    )  # fmt: skip
+    message = f"{place or 'The body'}: {_short(problem, 300)}.{why}"
+    return ApiError(400, message, param=place or None, code="invalid_value")
 
 
 def _short(text: str, length: int = 80) -> str:

@@ -1,16 +1,12 @@
 """POST /v1/completions: continues texts or token ids."""
 
-from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from msgspec import UNSET
 from starlette.requests import Request
 
-from engine.inference.request import LogProb
 from stages.serve.api.body import read_body
-from stages.serve.api.event_stream import QUIET
-from stages.serve.api.generation import Generation, Piece, generate
-from stages.serve.api.replies import TextChoice, TextLogProbs, TextReply, Usage
+from stages.serve.api.generation import Piece, Writer, generate
+from stages.serve.api.replies import TextChoice, TextLogProbs, TextReply
 from stages.serve.api.requests import MAX_PROMPTS, CompletionRequest
 from stages.serve.errors import ApiError
 from stages.serve.state import ServerState
@@ -28,63 +24,49 @@ async def completions(http: Request) -> Any:
     count = len(texts) + len(ids)
     if count > MAX_PROMPTS:
         raise ApiError(400, f"prompt holds {count} prompts; at most {MAX_PROMPTS} are taken at once.", param="prompt")
-    choices = count * (body.n or 1)
 
     async def encode() -> list[list[int]]:
         return ids or await state.tokenizer.encode(texts)
 
     return await generate(
-        http, body, TextWriter(state, body, choices), choices, "prompt", encode, body.max_tokens or DEFAULT_MAX_TOKENS,
-        body.logprobs, state.stop_token_ids,
+        http, TextWriter(state, body, count * (body.n or 1)), encode, max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS,
+        logprobs=body.logprobs, ends=state.stop_token_ids,
     )  # fmt: skip
 
 
 def split_prompt(prompt: Any) -> tuple[list[str], list[list[int]]]:
     """Returns a prompt in any of its forms as texts or as lists of token ids; one of the two is empty. Raises ApiError."""
     parts = prompt if isinstance(prompt, list) else [prompt]
-    if all(isinstance(part, str) for part in parts):
-        return parts, []
-    if all(isinstance(part, int) for part in parts):
-        return [], [parts]
-    if all(isinstance(part, list) for part in parts):
-        return [], parts
-    raise ApiError(400, "prompt must hold only texts, only token ids, or only lists of token ids.", param="prompt")
+    kinds = set(map(type, parts))
+    if len(kinds) > 1:
+        raise ApiError(400, "prompt must hold only texts, only token ids, or only lists of token ids.", param="prompt")
+    return (parts, []) if kinds == {str} else ([], [parts] if kinds == {int} else parts)
 
 
-class TextWriter:
-    """Writes a generation of `choices` completions as text completions in OpenAI's form."""
+class TextWriter(Writer):
+    """Writes text completions."""
+
+    prompt_field, reply_type, chunk_type = "prompt", TextReply, TextReply
 
     def __init__(self, state: ServerState, body: CompletionRequest, choices: int) -> None:
-        self._tokenizer = state.tokenizer.tokenizer
+        super().__init__(state, body, choices, "cmpl")
         self._top_logprobs = body.logprobs
-        self._wants_usage = bool(body.stream_options and body.stream_options.include_usage)
         self._offsets = [0] * choices
-        self._streams = [self._tokenizer.stream() for _ in range(choices)]
-        self._head = state.reply_head("cmpl")
+        self._streams = [self.tokenizer.stream() for _ in range(choices)]
 
-    def reply(self, choices: Sequence[Piece], usage: Usage) -> TextReply:
-        return TextReply(**self._head, choices=[self._choice(piece) for piece in choices], usage=usage)
+    def choice(self, piece: Piece) -> TextChoice:
+        return TextChoice(piece.choice, piece.text, piece.finish_reason, self._logprobs(piece))
 
-    async def chunks(self, generation: Generation) -> AsyncIterator[TextReply | None]:
-        async for piece in generation.pieces(QUIET):
-            if piece is None:
-                yield None
-            elif piece.text or piece.logprobs or piece.finish_reason:
-                usage = None if self._wants_usage else UNSET
-                yield TextReply(**self._head, choices=[self._choice(piece)], usage=usage)
-        if self._wants_usage:
-            yield self.reply([], generation.usage)
+    def chunk_choices(self, piece: Piece) -> list[TextChoice]:
+        return [self.choice(piece)] if piece.text or piece.logprobs or piece.finish_reason else []
 
-    def _choice(self, piece: Piece) -> TextChoice:
-        return TextChoice(piece.choice, piece.text, piece.finish_reason, self._logprobs(piece.choice, piece.logprobs))
-
-    def _logprobs(self, index: int, logprobs: list[LogProb]) -> TextLogProbs | None:
+    def _logprobs(self, piece: Piece) -> TextLogProbs | None:
         if self._top_logprobs is None:
             return None
-        offsets = []
+        offsets, logprobs = [], piece.logprobs
         for each in logprobs:
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(self._streams[index].push(each.token))  # a part of a character stands where that will
-        name = lambda token: token_text(self._tokenizer, token)[0]
+            offsets.append(self._offsets[piece.choice])  # a part of a character stands where that will
+            self._offsets[piece.choice] += len(self._streams[piece.choice].push(each.token))
+        name = lambda token: token_text(self.tokenizer, token)[0]
         top = [{name(token): nats for token, nats in each.top} for each in logprobs] if self._top_logprobs else None
         return TextLogProbs([name(each.token) for each in logprobs], [each.logprob for each in logprobs], top, offsets)

@@ -1,20 +1,21 @@
 """Generation: the completions of one HTTP request, from its prompts to the pieces of text that its reply is written from."""
 
 import asyncio
-import functools
+import dataclasses
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import starlette.requests
+from msgspec import UNSET
 from starlette.types import Receive
 
 from engine.errors import InvalidField
 from engine.inference.request import Event, LogProb, Request, check
 from engine.inference.sampling_params import SEEDS, SamplingParams
 from engine.inference.stop_strings import CompletionText
-from stages.serve.api.event_stream import EventStream
+from stages.serve.api.event_stream import QUIET, EventStream
 from stages.serve.api.replies import CachedTokens, Reason, Usage
 from stages.serve.api.requests import CompletionFields
 from stages.serve.errors import ApiError, ClientGone, json_reply
@@ -34,8 +35,20 @@ class Piece(NamedTuple):
     finish_reason: Reason | None
 
 
+@dataclasses.dataclass(eq=False)
+class Choice:
+    """One completion. `first_token`: when it came, by time.monotonic; `cached`: tokens of its prompt from the prefix cache."""
+
+    index: int
+    request: Request
+    completion: CompletionText
+    cancel: Callable[[], None] = lambda: None
+    first_token: float = 0.0
+    cached: int = 0
+
+
 class Generation:
-    """The completions that one HTTP request has in the engine, in places that are reserved. `close` must be called.
+    """The completions that one HTTP request has in the engine, in places that are reserved. `close` must be called, once.
 
     `repeats`: so many requests in a row have the same prompt, which is counted once. `arrived`: by time.monotonic.
     """
@@ -44,17 +57,13 @@ class Generation:
         self, state: ServerState, requests: Sequence[Request], stops: Sequence[str], repeats: int, arrived: float
     ) -> None:
         self._state, self._repeats, self._arrived = state, repeats, arrived
-        self._events: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
-        self._completions = [CompletionText(state.tokenizer.tokenizer.stream(), stops) for _ in requests]
-        self._first: list[float] = [0.0] * len(requests)  # when the first token came
-        self._cached = [0] * len(requests)
-        self._prompts = [len(request.prompt) for request in requests]
-        self._open = set(range(len(requests)))
-        listeners = [functools.partial(self._on_event, index) for index in self._open]
-        self._cancels = [state.engine.submit(request, listener) for request, listener in zip(requests, listeners)]
-
-    def _on_event(self, index: int, event: Event) -> None:
-        self._events.put_nowait((index, event))
+        self._events: asyncio.Queue[tuple[Choice, Event] | None] = asyncio.Queue()
+        completion = lambda: CompletionText(state.tokenizer.tokenizer.stream(), stops)
+        self._choices = [Choice(index, request, completion()) for index, request in enumerate(requests)]
+        self._open = set(self._choices)
+        for choice in self._choices:
+            listener = lambda event, choice=choice: self._events.put_nowait((choice, event))
+            choice.cancel = state.engine.submit(choice.request, listener)
 
     async def pieces(self, patience: float | None = None) -> AsyncIterator[Piece | None]:
         """Yields the pieces of all completions as they come; None after `patience` seconds without one.
@@ -70,25 +79,23 @@ class Generation:
                 continue
             if item is None:
                 raise ClientGone
-            index, event = item
-            if index in self._open:
-                yield self._piece(index, event)
+            if item[0] in self._open:
+                yield self._piece(*item)
 
     async def whole(self, receive: Receive) -> list[Piece]:
         """Returns one piece for each completion, with all of it. Raises as `pieces` does."""
-        count = len(self._completions)
-        texts, logprobs = [[""] for _ in range(count)], [list[LogProb]() for _ in range(count)]
-        reasons: list[Reason | None] = [None] * count
+        parts: list[list[Piece]] = [[] for _ in self._choices]
         watch = asyncio.create_task(self.watch(receive))
         try:
             async for piece in self.pieces():
                 if piece:
-                    texts[piece.choice].append(piece.text)
-                    logprobs[piece.choice] += piece.logprobs
-                    reasons[piece.choice] = piece.finish_reason
+                    parts[piece.choice].append(piece)
         finally:
             watch.cancel()
-        return [Piece(index, "".join(texts[index]), logprobs[index], reasons[index]) for index in range(count)]
+        return [
+            Piece(index, "".join(part.text for part in own), [each for part in own for each in part.logprobs], own[-1][-1])
+            for index, own in enumerate(parts)
+        ]
 
     async def watch(self, receive: Receive) -> None:
         """Returns when the client has left, having made `pieces` raise."""
@@ -97,74 +104,97 @@ class Generation:
         self._events.put_nowait(None)
 
     def close(self) -> None:
-        """Cancels what is not finished, and gives the reserved places back, once."""
-        for index in self._open:
-            self._cancels[index]()
+        """Cancels what is not finished, and gives the reserved places back."""
+        for choice in self._open:
+            choice.cancel()
             self._state.metrics.ended("abort")
         self._open.clear()
-        self._state.admission.release(len(self._cancels))
-        self._cancels = []
+        self._state.admission.reserved -= len(self._choices)
 
     @property
     def usage(self) -> Usage:
-        prompt = sum(self._prompts[:: self._repeats])
-        written = sum(completion.tokens for completion in self._completions)
-        return Usage(prompt, written, prompt + written, CachedTokens(sum(self._cached[:: self._repeats])))
+        prompts = self._choices[:: self._repeats]
+        prompt = sum(len(choice.request.prompt) for choice in prompts)
+        written = sum(choice.completion.tokens for choice in self._choices)
+        return Usage(prompt, written, prompt + written, CachedTokens(sum(choice.cached for choice in prompts)))
 
-    def _piece(self, index: int, event: Event) -> Piece:
-        completion, now, metrics = self._completions[index], time.monotonic(), self._state.metrics
+    def _piece(self, choice: Choice, event: Event) -> Piece:
+        completion, now, metrics = choice.completion, time.monotonic(), self._state.metrics
         before = completion.tokens
         text = completion.push(event.tokens)
-        if event.tokens and not self._first[index]:
-            self._first[index] = now
+        if event.tokens and not choice.first_token:
+            choice.first_token = now
             metrics.first_token.observe(now - self._arrived)
-        self._cached[index] = event.cached_tokens
+        choice.cached = event.cached_tokens
         if event.finish_reason == "error":
-            self._open.discard(index)
+            self._open.discard(choice)
             metrics.ended("error")
-            raise self._engine_error()
+            if self._state.engine.failed:
+                message = "The engine has failed and answers nothing any more; the server has to be started again."
+                raise ApiError(503, message)
+            raise ApiError(500, "The model gave no numbers to draw a token from: its weights are damaged or overflow.")
         if event.finish_reason and completion.stopped is None:
             text += completion.close()
         reason: Reason | None = "stop" if completion.stopped is not None else event.finish_reason
         if reason:
-            self._open.discard(index)
+            self._open.discard(choice)
             if not event.finish_reason:
-                self._cancels[index]()
+                choice.cancel()
+            seconds, prompt = now - self._arrived, len(choice.request.prompt)
             metrics.ended(reason)
-            metrics.completed(
-                self._prompts[index], event.cached_tokens, completion.tokens, now - self._arrived, now - self._first[index]
-            )
-            self._state.admission.record(now - self._arrived)
-        return Piece(index, text, event.logprobs[: completion.tokens - before], reason)
-
-    def _engine_error(self) -> ApiError:
-        if self._state.engine.failed:
-            return ApiError(503, "The engine has failed and answers nothing any more; the server has to be started again.")
-        return ApiError(500, "The model gave no numbers to draw a token from: its weights are damaged or overflow.")
+            metrics.completed(prompt, choice.cached, completion.tokens, seconds, now - choice.first_token)
+            self._state.admission.record(seconds)
+        return Piece(choice.index, text, event.logprobs[: completion.tokens - before], reason)
 
 
-class Writer(Protocol):
-    """Writes a generation in OpenAI's form: as one reply, or as chunks of which None says that there is nothing new."""
+class Writer:
+    """Writes `choices` completions in OpenAI's form, as one reply or as chunks; each of the two routes has its own.
 
-    def reply(self, choices: list[Piece], usage: Usage) -> Any: ...
+    `prompt_field`: what an error about a prompt names. `choice`: writes a whole completion. `chunk_choices`: writes a
+    piece as choices, each of which is sent in a chunk of its own.
+    """
 
-    def chunks(self, generation: Generation) -> AsyncIterator[Any]: ...
+    prompt_field: str
+    reply_type: Any
+    chunk_type: Any
+    choice: Callable[[Piece], Any]
+    chunk_choices: Callable[[Piece], Iterable[Any]]
+
+    def __init__(self, state: ServerState, body: CompletionFields, choices: int, kind: str) -> None:
+        self.body, self.choices, self.tokenizer = body, choices, state.tokenizer.tokenizer
+        self._wants_usage = bool(body.stream_options and body.stream_options.include_usage)
+        self._head = state.reply_head(kind)
+
+    def reply(self, pieces: list[Piece], usage: Usage) -> Any:
+        return self.reply_type(**self._head, choices=list(map(self.choice, pieces)), usage=usage)
+
+    def chunk(self, *choices: Any, usage: Usage | None = None) -> Any:
+        return self.chunk_type(**self._head, choices=list(choices), usage=usage if self._wants_usage else UNSET)
+
+    async def chunks(self, generation: Generation) -> AsyncIterator[Any]:
+        """Yields the chunks of a stream, and None when there is nothing new."""
+        async for piece in generation.pieces(QUIET):
+            for choice in self.chunk_choices(piece) if piece else [None]:
+                yield choice and self.chunk(choice)
+        if self._wants_usage:
+            yield self.chunk(usage=generation.usage)
 
 
 async def generate(
-    http: starlette.requests.Request, body: CompletionFields, writer: Writer, choices: int, prompt_field: str,
-    encode: Callable[[], Awaitable[list[list[int]]]], max_tokens: int | None, logprobs: int | None, ends: frozenset[int],
+    http: starlette.requests.Request, writer: Writer, encode: Callable[[], Awaitable[list[list[int]]]],
+    *, max_tokens: int | None, logprobs: int | None, ends: frozenset[int],
 ) -> Any:  # fmt: skip
-    """Returns the response to a request for `choices` completions of the prompts that `encode` gives.
+    """Returns the response to a request for completions of the prompts that `encode` gives.
 
     They have at most `max_tokens` (all that fit when None), and one of `ends` ends them. Places are reserved before the
-    prompts become tokens; whatever happens, they are given back and nothing is left in the engine. Raises ApiError, about
-    `prompt_field` for a prompt that does not fit, and ClientGone when the client leaves.
+    prompts become tokens; whatever happens, they are given back and nothing is left in the engine. Raises ApiError, and
+    ClientGone when the client leaves.
     """
     state: ServerState = http.app.state.server
+    body, capacity = writer.body, state.engine.capacity
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options is given without stream being true.", param="stream_options")
-    state.admission.reserve(choices)
+    state.admission.reserve(writer.choices)
     try:
         prompts, requests = await encode(), list[Request]()
         seed = int.from_bytes(os.urandom(4)) if body.seed is None else body.seed
@@ -175,16 +205,16 @@ async def generate(
             "stop_token_ids": frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else ends),
         }  # fmt: skip
         for prompt in prompts:
-            room = state.engine.capacity - len(prompt)
+            room = capacity - len(prompt)
             if room < (max_tokens or 1):
-                raise context_overflow(len(prompt), max_tokens, state.engine.capacity, prompt_field)
+                raise context_overflow(len(prompt), max_tokens, capacity, writer.prompt_field)
             for _ in range(body.n or 1):  # each draws by a seed of its own
                 params = SamplingParams(max_tokens=max_tokens or room, seed=(seed + len(requests)) % SEEDS, **options)
                 requests.append(Request(tuple(prompt), params, http.state.namespace))
-                check(requests[-1], state.engine.cfg.vocab, state.engine.capacity)
+                check(requests[-1], state.engine.cfg.vocab, capacity)
         generation = Generation(state, requests, body.stops, body.n or 1, http.state.arrived)
     except BaseException as error:
-        state.admission.release(choices)
+        state.admission.reserved -= writer.choices
         if isinstance(error, InvalidField):
             raise ApiError(400, str(error), param=error.field) from None
         raise

@@ -7,7 +7,7 @@ is no second spelling of a path that a check could miss.
 """
 
 import base64
-import binascii
+import contextlib
 import hashlib
 import hmac
 import re
@@ -24,15 +24,13 @@ OPEN = "/live"  # answered without a key
 PAGE = "/"
 NO_ROUTE = "There is no such route; /openapi.json lists them all."
 PATH = re.compile(r"/|(?:/[A-Za-z0-9_.~:@!$&'()*+,;=-]+)+/?")
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::\d{1,5})?")  # a name, and perhaps a port
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 SECURITY_HEADERS = [
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"cross-origin-resource-policy", b"same-origin"),
-    (b"cross-origin-opener-policy", b"same-origin"),
-    (b"x-frame-options", b"DENY"),
-]
+    (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"x-frame-options", b"DENY"),
+    (b"cross-origin-resource-policy", b"same-origin"), (b"cross-origin-opener-policy", b"same-origin"),
+]  # fmt: skip
 
 
 class Guard:
@@ -43,8 +41,8 @@ class Guard:
     """
 
     def __init__(
-        self, app: ASGIApp, *, keys: Sequence[str], hosts: frozenset[str] | None, origins: frozenset[str] = frozenset(),
-        count: Callable[[int], None] = lambda _: None,
+        self, app: ASGIApp, keys: Sequence[str], hosts: frozenset[str] | None, origins: frozenset[str],
+        count: Callable[[int], None],
     ) -> None:  # fmt: skip
         self._app, self._hosts, self._origins, self._count = app, hosts, origins, count
         self._keys = [_hash(key.encode()) for key in keys]
@@ -73,18 +71,12 @@ class Guard:
         """Returns the caller's namespace, a name for their key. Raises ApiError."""
         path = scope.get("raw_path", scope["path"].encode()).decode("latin-1")
         headers = Headers(scope=scope)
-        self._check_caller(scope, headers, path)
-        namespace = self._check_key(headers.getlist("authorization"), path) if self._keys and path != OPEN else ""
-        if not PATH.fullmatch(path):
-            raise ApiError(404, NO_ROUTE, code="not_found")
-        return namespace
-
-    def _check_caller(self, scope: Scope, headers: Headers, path: str) -> None:
         hosts = headers.getlist("host")
         if len(hosts) != 1:
             raise ApiError(400, "The request must name one Host.", code="bad_host")
         host = hosts[0].lower()
-        if self._hosts is not None and _name(host) not in self._hosts:
+        name = HOST.fullmatch(host)
+        if self._hosts is not None and not (name and name[1].rstrip(".") in self._hosts):
             raise ApiError(
                 403, "This server is not called by that Host; it can be told to be with --allow-host.", code="bad_host"
             )
@@ -95,13 +87,18 @@ class Guard:
         link = path == PAGE and headers.getlist("sec-fetch-mode") == ["navigate"] and scope["method"] == "GET"
         if elsewhere and "origin" not in headers and not link:
             raise ApiError(403, "Pages of another site may not use this server.", code="bad_origin")
+        namespace = self._check_key(headers.getlist("authorization"), path) if self._keys and path != OPEN else ""
+        if not PATH.fullmatch(path):
+            raise ApiError(404, NO_ROUTE, code="not_found")
+        return namespace
 
     def _check_key(self, authorizations: list[str], path: str) -> str:
         """Compares with every key, each in constant time, so that the time taken tells nothing."""
         scheme, _, value = (authorizations[0] if len(authorizations) == 1 else "").partition(" ")
         key = value.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
-        if scheme.lower() == "basic":
-            key = _password(value)
+        if scheme.lower() == "basic":  # the password; the name before it may be anything
+            with contextlib.suppress(ValueError):
+                key = base64.b64decode(value.strip(), validate=True).partition(b":")[2]
         hashed = _hash(key)
         matches = [hmac.compare_digest(hashed, known) for known in self._keys]
         if not any(matches):
@@ -113,17 +110,3 @@ class Guard:
 
 def _hash(key: bytes) -> bytes:
     return hashlib.sha256(b"thrice:" + key).digest()
-
-
-def _name(host: str) -> str:
-    """Returns a Host without its port."""
-    match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::\d{1,5})?", host)
-    return match[1].rstrip(".") if match else ""
-
-
-def _password(value: str) -> bytes:
-    """Returns the password of a Basic authorization; the name before it may be anything."""
-    try:
-        return base64.b64decode(value.strip(), validate=True).partition(b":")[2]
-    except (binascii.Error, ValueError):
-        return b""

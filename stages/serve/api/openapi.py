@@ -7,7 +7,7 @@ import msgspec
 
 from stages.serve.api.replies import ChatChunk
 from stages.serve.api.requests import MAX_PROMPTS
-from stages.serve.api.routes import ROUTES, Route
+from stages.serve.api.routes import ROUTES
 from stages.serve.errors import ErrorReply
 
 DESCRIPTION = "What a client may ask of this server. Fields follow OpenAI's API, and vLLM's for what OpenAI's has no name for."
@@ -20,62 +20,47 @@ STATUSES = {
 }  # fmt: skip
 TEXT, ID = {"type": "string", "minLength": 1}, {"$ref": "#/components/schemas/TokenId"}
 array = lambda items, **bounds: {"type": "array", "minItems": 1, "items": items, **bounds}
-TEXTS_OR_IDS = {"anyOf": [TEXT, array(TEXT, maxItems=MAX_PROMPTS), array(ID), array(array(ID), maxItems=MAX_PROMPTS)]}
-# top_logprobs is a number only where logprobs is true.
-LOGPROBS = {
-    "if": {"properties": {"top_logprobs": {"type": "integer"}}, "required": ["top_logprobs"]},
-    "then": {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
-}
+json_body = lambda kind: {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
 
 
 def document(vocab: int, capacity: int, version: str) -> bytes:
     """Returns OpenAPI 3.1 as JSON. Token ids are below `vocab`; prompt and completion have at most `capacity` tokens."""
     types = [kind for route in ROUTES for kind in (route.body, route.reply) if kind] + [ErrorReply, ChatChunk]
     _, components = msgspec.json.schema_components(dict.fromkeys(types), ref_template="#/components/schemas/{name}")
-    components["TokenId"] = {"type": "integer", "minimum": 0, "exclusiveMaximum": vocab}
-    components["CompletionRequest"]["properties"]["prompt"] = TEXTS_OR_IDS
-    components["ChatRequest"] |= LOGPROBS
-    components["TokenizeRequest"] |= {"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]}
     count = {"type": "integer", "minimum": 1, "maximum": capacity - 1}
+    components["TokenId"] = {"type": "integer", "minimum": 0, "exclusiveMaximum": vocab}
+    components["CompletionRequest"]["properties"]["prompt"] = {
+        "anyOf": [TEXT, array(TEXT, maxItems=MAX_PROMPTS), array(ID), array(array(ID), maxItems=MAX_PROMPTS)]
+    }
+    components["ChatRequest"] |= {  # top_logprobs is a number only where logprobs is true
+        "if": {"properties": {"top_logprobs": {"type": "integer"}}, "required": ["top_logprobs"]},
+        "then": {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
+    }
+    components["TokenizeRequest"] |= {"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]}
     for name in ("CompletionRequest", "ChatRequest"):
         properties = components[name]["properties"]
         properties["stop_token_ids"]["anyOf"][0]["items"] = ID
-        for field in ("max_tokens", "max_completion_tokens"):
-            if field in properties:
-                properties[field]["anyOf"] = [count, {"type": "null"}]
+        for field in {"max_tokens", "max_completion_tokens"} & set(properties):
+            properties[field]["anyOf"] = [count, {"type": "null"}]
     components["DetokenizeRequest"]["properties"]["tokens"]["items"] = ID
     paths: dict[str, Any] = {}
     for route in ROUTES:
-        paths.setdefault(route.path.replace(":path", ""), {})[route.method.lower()] = _operation(route)
+        success = json_body(route.reply) if route.reply else {route.media: {"schema": {"type": "string"}}}
+        if route.streams:
+            success["text/event-stream"] = {}  # `data:` lines of JSON, the last one `[DONE]`
+        responses: dict[str, Any] = {"200": {"description": "Success.", "content": success}}
+        for status in (*route.errors, 401, 403):
+            content = success if (route.path, status) == ("/health", 503) else json_body(ErrorReply)
+            responses[str(status)] = {"description": STATUSES[status], "content": content}
+        operation: dict[str, Any] = {"operationId": route.name, "summary": route.summary, "responses": responses}
+        if route.body:
+            operation["requestBody"] = {"required": True, "content": json_body(route.body)}
+        if "{model" in route.path:
+            operation["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": TEXT}]
+        paths.setdefault(route.path.replace(":path", ""), {})[route.method.lower()] = operation
     keys = {"key": {"type": "http", "scheme": "bearer"}, "password": {"type": "http", "scheme": "basic"}}
     openapi = {
-        "openapi": "3.1.0",
-        "info": {"title": "Thrice", "version": version, "description": DESCRIPTION},
-        "paths": paths,
-        "components": {"schemas": components, "securitySchemes": keys},
-        "security": [{}, {"key": []}, {"password": []}],
-    }
+        "openapi": "3.1.0", "info": {"title": "Thrice", "version": version, "description": DESCRIPTION}, "paths": paths,
+        "components": {"schemas": components, "securitySchemes": keys}, "security": [{}, {"key": []}, {"password": []}],
+    }  # fmt: skip
     return json.dumps(openapi, ensure_ascii=False).encode()
-
-
-def _operation(route: Route) -> dict[str, Any]:
-    success: dict[str, Any] = {route.media: {"schema": _ref(route.reply) if route.reply else {"type": "string"}}}
-    if route.streams:
-        success["text/event-stream"] = {}  # `data:` lines of JSON, the last one `[DONE]`
-    failure = {"application/json": {"schema": _ref(ErrorReply)}}
-    responses: dict[str, Any] = {"200": {"description": "Success.", "content": success}}
-    for status in (*route.errors, 401, 403):
-        content = success if route.reply and route.path == "/health" and status == 503 else failure
-        responses[str(status)] = {"description": STATUSES[status], "content": content}
-    operation: dict[str, Any] = {"operationId": route.name, "summary": route.summary, "responses": responses}
-    if route.body:
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(route.body)}}}
-    if "{model" in route.path:
-        operation["parameters"] = [
-            {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-        ]
-    return operation
-
-
-def _ref(kind: Any) -> dict[str, str]:
-    return {"$ref": f"#/components/schemas/{kind.__name__}"}

@@ -1,13 +1,99 @@
-"""ROUTES: one table of all routes, from which the application and its OpenAPI document are made."""
+"""ROUTES: one table of all routes, from which the application and its OpenAPI document are made; and the short handlers."""
 
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from stages.serve.api import utility_routes as utility
-from stages.serve.api.chat import chat_completions
+from msgspec import UNSET
+from starlette.requests import Request
+from starlette.responses import Response
+
+from stages.serve.api.body import read_body
+from stages.serve.api.chat import chat_completions, template_messages
 from stages.serve.api.completions import completions
 from stages.serve.api.replies import Attestation, ChatReply, Health, Live, ModelCard, ModelList, Text, TextReply, Tokens
 from stages.serve.api.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from stages.serve.errors import ApiError, json_reply
+from stages.serve.state import ServerState
+
+
+def _state(http: Request) -> ServerState:
+    return http.app.state.server
+
+
+async def models(http: Request) -> Response:
+    return json_reply(ModelList([_card(_state(http))]))
+
+
+async def model(http: Request) -> Response:
+    state = _state(http)
+    state.check_model(http.path_params["model"])
+    return json_reply(_card(state))
+
+
+def _card(state: ServerState) -> ModelCard:
+    return ModelCard(
+        id=state.name, created=state.loaded_at, root=state.name, max_model_len=state.engine.capacity, price_per_hour=state.price
+    )
+
+
+async def tokenize(http: Request) -> Response:
+    state = _state(http)
+    state.admission.check_open()
+    body = await read_body(http, TokenizeRequest)
+    if (body.prompt is UNSET) == (body.messages is UNSET):
+        raise ApiError(400, "Either prompt or messages is to be given.", param="prompt")
+    if isinstance(body.messages, list):
+        if body.add_special_tokens is not UNSET:
+            message = "add_special_tokens is about a prompt; the special tokens of messages are those of the chat template."
+            raise ApiError(400, message, param="add_special_tokens")
+        tokens = await state.tokenizer.encode_chat(template_messages(body.messages))
+    else:
+        (tokens,) = await state.tokenizer.encode([str(body.prompt)], special=body.add_special_tokens is not False)
+    return json_reply(Tokens(len(tokens), state.engine.capacity, tokens))
+
+
+async def detokenize(http: Request) -> Response:
+    state = _state(http)
+    state.admission.check_open()
+    body = await read_body(http, DetokenizeRequest)
+    if body.tokens and max(body.tokens) >= state.engine.cfg.vocab:
+        raise ApiError(400, f"tokens holds an id outside the vocabulary of {state.engine.cfg.vocab:,}.", param="tokens")
+    return json_reply(Text(await state.tokenizer.decode(body.tokens)))
+
+
+async def health(http: Request) -> Response:
+    status, engine = _state(http).status, _state(http).engine
+    reply = Health(status, engine.slots.running, engine.waiting, engine.compiled, round(engine.idle_seconds, 3))
+    return json_reply(reply, 200 if status == "ok" else 503)
+
+
+async def live(_: Request) -> Response:
+    return json_reply(Live())
+
+
+async def metrics(http: Request) -> Response:
+    return Response(_state(http).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def attestation(http: Request) -> Response:
+    state, now = _state(http), await _state(http).hash_weights()
+    return json_reply(
+        Attestation(
+            digest=now, digest_at_load=state.digest, unchanged=now == state.digest, loaded_at=state.loaded_at,
+            checked_at=int(time.time()),
+        )
+    )  # fmt: skip
+
+
+async def openapi(http: Request) -> Response:
+    return Response(http.app.state.openapi, media_type="application/json")
+
+
+async def page(http: Request) -> Response:
+    html, policy = http.app.state.page
+    return Response(html, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": policy})
+
 
 BODY = (400, 404, 408, 413, 415, 429, 503)
 
@@ -32,17 +118,15 @@ ROUTES = [
           ChatRequest, ChatReply, (*BODY, 500), True),
     Route("POST", "/v1/completions", "createCompletion", "Continues texts.", completions, CompletionRequest, TextReply,
           (*BODY, 500), True),
-    Route("GET", "/v1/models", "listModels", "The model that is served.", utility.models, reply=ModelList),
-    Route("GET", "/v1/models/{model:path}", "retrieveModel", "The model of that name.", utility.model, reply=ModelCard,
-          errors=(404,)),
-    Route("POST", "/tokenize", "tokenize", "The tokens of a text, or of a conversation.", utility.tokenize, TokenizeRequest,
-          Tokens, BODY),
-    Route("POST", "/detokenize", "detokenize", "The text of tokens.", utility.detokenize, DetokenizeRequest, Text, BODY),
-    Route("GET", "/health", "health", "Whether requests are answered.", utility.health, reply=Health, errors=(503,)),
-    Route("GET", "/live", "live", "That the process runs.", utility.live, reply=Live),
-    Route("GET", "/metrics", "metrics", "Counts and times, for Prometheus.", utility.metrics, media="text/plain"),
-    Route("GET", "/v1/attestation", "attest", "The digest of the weights, at load and now.", utility.attestation,
-          reply=Attestation),
-    Route("GET", "/openapi.json", "openapi", "This document.", utility.openapi, media="application/json"),
-    Route("GET", "/", "page", "A page to talk to the model.", utility.page, media="text/html"),
+    Route("GET", "/v1/models", "listModels", "The model that is served.", models, reply=ModelList),
+    Route("GET", "/v1/models/{model:path}", "retrieveModel", "The model of that name.", model, reply=ModelCard, errors=(404,)),
+    Route("POST", "/tokenize", "tokenize", "The tokens of a text, or of a conversation.", tokenize, TokenizeRequest, Tokens,
+          BODY),
+    Route("POST", "/detokenize", "detokenize", "The text of tokens.", detokenize, DetokenizeRequest, Text, BODY),
+    Route("GET", "/health", "health", "Whether requests are answered.", health, reply=Health, errors=(503,)),
+    Route("GET", "/live", "live", "That the process runs.", live, reply=Live),
+    Route("GET", "/metrics", "metrics", "Counts and times, for Prometheus.", metrics, media="text/plain"),
+    Route("GET", "/v1/attestation", "attest", "The digest of the weights, at load and now.", attestation, reply=Attestation),
+    Route("GET", "/openapi.json", "openapi", "This document.", openapi, media="application/json"),
+    Route("GET", "/", "page", "A page to talk to the model.", page, media="text/html"),
 ]  # fmt: skip
