@@ -66,22 +66,15 @@ def _explained(bound: socket.socket, host: str, port: int) -> Iterator[None]:
         raise UserError(f"{host} port {port} cannot be listened on: {error.strerror or error}.") from None
 
 
-class Server(uvicorn.Server):
-    """uvicorn, which leaves signals to the command."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def make_server(app: ASGIApp) -> Server:
-    return Server(
-        uvicorn.Config(
-            app, http=HttpProtocol, ws="none", lifespan="off", loop="asyncio", log_config=None, log_level="critical",
-            access_log=False, server_header=False, h11_max_incomplete_event_size=HEAD_BYTES, timeout_keep_alive=IDLE_SECONDS,
-            proxy_headers=False, timeout_graceful_shutdown=5, backlog=BACKLOG,
-        )
-    )  # fmt: skip
+def make_server(app: ASGIApp) -> uvicorn.Server:
+    """Returns uvicorn for the application. It leaves signals to the command."""
+    server = uvicorn.Server(uvicorn.Config(
+        app, http=HttpProtocol, ws="none", lifespan="off", loop="asyncio", log_config=None, log_level="critical",
+        access_log=False, server_header=False, h11_max_incomplete_event_size=HEAD_BYTES, timeout_keep_alive=IDLE_SECONDS,
+        proxy_headers=False, timeout_graceful_shutdown=5, backlog=BACKLOG,
+    ))  # fmt: skip
+    server.capture_signals = contextlib.nullcontext  # type: ignore[assignment,method-assign]
+    return server
 
 
 class HttpProtocol(H11Protocol):

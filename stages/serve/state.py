@@ -3,8 +3,7 @@
 import asyncio
 import dataclasses
 import time
-import uuid
-from typing import Any, Literal
+from typing import Literal
 
 from engine.storage.digest import digest
 from stages.serve.admission import Admission, BodyBudget
@@ -33,13 +32,6 @@ class ServerState:
     body_budget: BodyBudget = dataclasses.field(default_factory=BodyBudget)
     _hashing: "asyncio.Task[str] | None" = None
 
-    def reply_head(self, kind: str) -> dict[str, Any]:
-        """Returns the fields of a CompletionReply: an id, the time, the model and its weights' fingerprint."""
-        return {
-            "id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name,
-            "system_fingerprint": f"fp_{self.digest[:16]}",
-        }  # fmt: skip
-
     def check_model(self, name: str) -> None:
         """Raises ApiError unless the name is that of the model, or `default`."""
         if name not in (self.name, "default"):
@@ -49,8 +41,8 @@ class ServerState:
 
     def check_ready(self) -> None:
         """Raises ApiError while no completion can be admitted."""
-        if (status := self.status) in ("warming", "failed"):
-            message = "The server is not ready yet." if status == "warming" else "The engine has failed."
+        messages = {"warming": "The server is not ready yet.", "failed": "The engine has failed."}
+        if message := messages.get(status := self.status):
             raise ApiError(503, message, code=status, headers={"Retry-After": "2"})
         self.admission.check()
 

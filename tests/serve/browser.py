@@ -64,19 +64,19 @@ class Visit:
         return self.chrome.find_element("id", "stop").is_displayed()
 
     def finished(self) -> None:
-        self.until(lambda: not self.answering and self.texts(".under"))
+        self.until(lambda: not self.answering and self.texts(".summary"))
 
     def ask(self, text: str) -> None:
         """Asks, and waits until the answer has ended and its figures stand below it."""
-        before = len(self.texts(".under"))
+        before = len(self.texts(".summary"))
         self.type(text, Keys.ENTER)
-        self.until(lambda: len(self.texts(".under")) > before)
+        self.until(lambda: len(self.texts(".summary")) > before)
 
     def partly(self, text: str) -> str:
         """Asks over a slow line, and returns what can be read while the answer is still coming."""
         self.line.pace = SLOW
         self.type(text, Keys.ENTER)
-        return self.until(lambda: self.answering and self.text("article.assistant .said").strip())
+        return self.until(lambda: self.answering and self.text("article.assistant .text").strip())
 
     def requests(self) -> list[dict[str, Any]]:
         """The bodies of the requests for answers since `listen`."""

@@ -52,22 +52,22 @@ def test_an_answer_streams_and_says_what_it_cost(visit):
     assert visit.text("#weights") == "✓ unchanged since start"
     visit.set("price", "3.6")
     part = visit.partly(LONG)
-    more = visit.until(lambda: len(visit.text("article.assistant .said")) > len(part))
+    more = visit.until(lambda: len(visit.text("article.assistant .text")) > len(part))
     assert more
     assert visit.answering
     visit.line.pace = 0
     visit.finished()
-    assert "first after" in visit.text(".under")
+    assert "first after" in visit.text(".summary")
     used, context = (int(number.replace(",", "")) for number in visit.text("#context").split(" of "))
     assert 0 < used <= context
-    worked = float(visit.text("#worked").split()[0])
+    worked = float(visit.text("#time").split()[0])
     assert float(visit.text("#cost").removeprefix("$")) == pytest.approx(worked * 3.6 / 3600, rel=0.1)
     visit.until(lambda: "2 times" in visit.text("#checked"))
     assert visit.text("#weights") == "✓ unchanged since start"
-    assert "re-sent" not in visit.text(".under")
+    assert "re-sent" not in visit.text(".summary")
 
     visit.ask("And then?")
-    assert f"this turn re-sent {used:,} tokens" in visit.text(".under")
+    assert f"this turn re-sent {used:,} tokens" in visit.text(".summary")
     assert int(visit.text("#context").split(" of ")[0].replace(",", "")) > used
     assert float(visit.chrome.find_element("id", "meter").get_attribute("aria-valuenow") or 0) > 0
 
@@ -83,9 +83,9 @@ def test_stop_keeps_what_had_come_and_the_conversation_goes_on(visit):
     visit.click("#stop")
     visit.line.pace = 0
     visit.finished()
-    text = visit.text("article.assistant .said")
+    text = visit.text("article.assistant .text")
     assert text.startswith(part.split("\n")[0])
-    assert visit.text(".under p").startswith("stopped · ")
+    assert visit.text(".summary p").startswith("stopped · ")
     assert int(visit.text("#context").split(" of ")[0].replace(",", "")) > 0
 
     visit.ask("Go on.")
@@ -97,31 +97,31 @@ def test_an_error_keeps_what_had_come_and_can_be_tried_again(visit):
     visit.listen()
     part = visit.partly(LONG)
     visit.line.cut()
-    visit.until(lambda: visit.text(".trouble"))
-    assert visit.text(".trouble").startswith("The connection ")
-    assert visit.text(".trouble").endswith(" What had come is kept.")
-    assert visit.text("article.assistant .said").startswith(part.split("\n")[0])
+    visit.until(lambda: visit.text(".error"))
+    assert visit.text(".error").startswith("The connection ")
+    assert visit.text(".error").endswith(" What had come is kept.")
+    assert visit.text("article.assistant .text").startswith(part.split("\n")[0])
     visit.until(lambda: visit.text("#weights") == "could not be checked")
 
     visit.line.mend()
     visit.click(".again")
-    visit.until(lambda: len(visit.texts(".under")) == 2)
+    visit.until(lambda: len(visit.texts(".summary")) == 2)
     first, second = visit.requests()
     assert first == second
     visit.until(lambda: visit.text("#weights") == "✓ unchanged since start")
     assert [who.endswith("set aside") for who in visit.texts(".who")] == [True, False]
 
 
-def test_a_refusal_is_told_in_the_servers_words(visit):
+def test_a_refusal_shows_the_servers_sentence(visit):
     visit.listen()
     visit.paste("word " * 4000)
     visit.ask("")
-    counts = [int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", visit.text(".trouble"))]
+    counts = [int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", visit.text(".error"))]
     assert int(visit.text("#context").split(" of ")[1].replace(",", "")) in counts
     visit.set("max_tokens", "3")
     visit.ask("Another.")
     assert [message["content"] for message in visit.requests()[-1]["messages"]] == ["Another."]
-    assert "ended by the limit of tokens" in visit.text(".under")
+    assert "ended by the limit of tokens" in visit.text(".summary")
 
 
 def test_settings_are_sent_and_a_wrong_one_is_not(visit):
@@ -143,10 +143,10 @@ def test_the_keyboard_is_enough(visit):
     visit.type("one", Keys.SHIFT + Keys.ENTER, Keys.NULL, "two")
     assert visit.chrome.find_element("id", "ask").get_attribute("value") == "one\ntwo"
     visit.partly("")
-    assert visit.text("article.user .said") == "one\ntwo"
+    assert visit.text("article.user .text") == "one\ntwo"
     visit.type(Keys.ESCAPE)
     visit.finished()
-    assert "stopped" in visit.text(".under")
+    assert "stopped" in visit.text(".summary")
     visit.line.pace = 0
     visit.click("#new")
     assert visit.texts("article") == []
@@ -169,15 +169,15 @@ def test_changed_weights_are_loud(visit):
     )
     visit.set("max_tokens", "2")
     visit.ask("Hello.")
-    visit.until(lambda: visit.text("#loud"))
-    assert "The weights have changed" in visit.text("#loud")
+    visit.until(lambda: visit.text("#alert"))
+    assert "The weights have changed" in visit.text("#alert")
     assert visit.text("#weights") == "✗ CHANGED since start"
 
 
-def test_what_the_model_says_is_text(visit):
+def test_markdown_is_rendered_as_text(visit):
     text = "<img src=x onerror=f()> **bold** `a<b>` [link](javascript:f())\n\n- one\n- two\n\n```html\n<script>\n```\nend"
     html = visit.chrome.execute_script(
-        "const said = document.createElement('div'); show({text: arguments[0], drawn: [], said}); return said.innerHTML", text
+        "const body = document.createElement('div'); show({text: arguments[0], blocks: [], body}); return body.innerHTML", text
     )
     assert "&lt;img src=x onerror=f()&gt; <strong>bold</strong> <code>a&lt;b&gt;</code> [link](javascript:f())" in html
     assert "<ul><li>one</li><li>two</li></ul>" in html

@@ -1,4 +1,4 @@
-"""The command itself, as its own process: what it says, what it refuses, and how it ends (S8)."""
+"""The command as its own process: its output, its refusals and its end (S8)."""
 
 import asyncio
 import contextlib
@@ -186,7 +186,7 @@ def refuses(capsys: pytest.CaptureFixture[str], *flags: object) -> str:
     return output.err
 
 
-def test_a_port_that_is_taken(folder, capsys):
+def test_a_port_in_use(folder, capsys):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -206,7 +206,7 @@ def test_addresses_of_this_machine_alone():
     assert not any(map(server.is_local, ("0.0.0.0", "::", "10.0.0.1", "example.org", "localhost.example.org", "")))
 
 
-def test_what_else_cannot_be(folder, tmp_path, capsys):
+def test_bad_flags(folder, tmp_path, capsys):
     quick = ("--port", 0)
     assert "There is no model at" in refuses(capsys, *quick, "--model", tmp_path / "none")
     assert "There is no address" in refuses(capsys, *quick, "--host", "127.0.0.1.1", "--api-key", "a")

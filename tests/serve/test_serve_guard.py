@@ -1,4 +1,4 @@
-"""Who is let through: with a key set nothing but /live is open (X3), and no page elsewhere drives the server (X4)."""
+"""The guard: with a key set nothing but /live is open (X3), and no page elsewhere drives the server (X4)."""
 
 import base64
 from collections.abc import Iterator
@@ -118,13 +118,13 @@ def test_pages_of_other_origins(tiny_server, origin):
     ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example", "169.254.169.254", "0.0.0.0",
      "[::2]", "127.0.0.1@evil.example", "evil.example#127.0.0.1", "127.0.0.1:80:80", "localhost:port", "127.0.0.1 evil", ""],
 )  # fmt: skip
-def test_names_that_are_not_ours(tiny_server, host):
+def test_foreign_hosts(tiny_server, host):
     """A page whose name was pointed at 127.0.0.1 after it was loaded."""
     for line in ("GET / HTTP/1.1", "GET /v1/models HTTP/1.1", "GET /live HTTP/1.1"):
         assert tiny_server.raw(line, f"Host: {host}")[0] in (400, 403)
 
 
-def test_names_that_are_ours(tiny_server):
+def test_own_hosts(tiny_server):
     for host in ("localhost", "LOCALHOST:1234", "127.0.0.1", f"127.0.0.1:{tiny_server.port}", "[::1]:8000", "localhost."):
         assert tiny_server.raw("GET /v1/models HTTP/1.1", f"Host: {host}")[0] == 200
     assert tiny_server.raw("GET /v1/models HTTP/1.0")[0] == 400  # none at all
@@ -132,13 +132,13 @@ def test_names_that_are_ours(tiny_server):
 
 
 @pytest.mark.parametrize("kind", SIMPLE)
-def test_a_simple_post_whose_origin_was_lost(tiny_server, kind):
+def test_a_simple_post_without_an_origin(tiny_server, kind):
     for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
         reply = httpx.post(tiny_server.url + path, headers={"Content-Type": kind}, content=b'{"prompt":"a"}')
         assert reply.status_code == 415
 
 
-def test_what_browsers_say_of_where_a_request_is_from(tiny_server):
+def test_sec_fetch_headers(tiny_server):
     def status(path, site, mode):
         return httpx.get(tiny_server.url + path, headers={"Sec-Fetch-Site": site, "Sec-Fetch-Mode": mode}).status_code
 
@@ -162,7 +162,7 @@ def test_other_spellings_of_a_path_are_no_route(tiny_server):
     assert tiny_server.raw("GET /v1/models?x=%00&x HTTP/1.1", "Host: localhost")[0] == 200
 
 
-def test_every_reply_says_how_it_may_be_used(tiny_server):
+def test_every_reply_has_security_headers(tiny_server):
     page = httpx.get(tiny_server.url)
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     assert "default-src 'none'" in page.headers["content-security-policy"]

@@ -55,7 +55,7 @@ def test_a_chat(client):
     assert longer["usage"]["prompt_tokens"] > result["usage"]["prompt_tokens"]
 
 
-def test_max_completion_tokens_and_what_fits(client):
+def test_max_completion_tokens_and_the_default(client):
     body = say(ignore_eos=True) | {"max_tokens": None, "max_completion_tokens": 3}
     assert good(client.post("/v1/chat/completions", json=body))["usage"]["completion_tokens"] == 3
     whole = good(client.post("/v1/chat/completions", json=say(ignore_eos=True) | {"max_tokens": None}))
@@ -64,7 +64,7 @@ def test_max_completion_tokens_and_what_fits(client):
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_a_stream_says_the_same(client, path):
+def test_a_stream_equals_the_whole_reply(client, path):
     body = (say if "chat" in path else ask)(most=20, n=2, temperature=1, seed=5, logprobs=True if "chat" in path else 2)
     whole = good(client.post(path, json=body))
     reply = client.post(path, json=body | {"stream": True, "stream_options": {"include_usage": True}})
@@ -89,7 +89,7 @@ def test_a_stream_says_the_same(client, path):
 
 def test_offsets_are_places_in_the_text_whatever_parts_its_characters_come_in():
     tokenizer, text = byte_tokenizer(), "a😀bé"
-    state: Any = SimpleNamespace(tokenizer=SimpleNamespace(tokenizer=tokenizer), reply_head=lambda kind: {})
+    state: Any = SimpleNamespace(tokenizer=SimpleNamespace(tokenizer=tokenizer), name="", digest="")
     writer = TextWriter(state, CompletionRequest(prompt="", logprobs=0), 1)
     choice = writer.choice(Piece(0, text, [LogProb(int(token), -1.0, ()) for token in tokenizer.encode(text)], None))
     assert choice.logprobs
@@ -121,7 +121,7 @@ def test_stop_strings_end_a_text_before_them(client):
     assert text == whole[: whole.index(stop)]
 
 
-def test_what_changes_the_draw(client):
+def test_sampling_parameters(client):
     text = lambda **more: good(client.complete(most=12, ignore_eos=True, **more))["choices"][0]["text"]
     greedy = text()
     biased = good(client.complete(most=4, logit_bias={"72": 100}, logprobs=0))
@@ -134,7 +134,7 @@ def test_what_changes_the_draw(client):
     assert len(set(penalised["choices"][0]["logprobs"]["tokens"])) >= 29
 
 
-def test_the_end_of_a_text_is_not_said(client, tiny_server):
+def test_stop_tokens_are_not_part_of_the_text(client, tiny_server):
     end = tiny_server.model.tokenizer.end
     result = good(client.complete(most=4, logit_bias={str(end): 100}))
     assert result["choices"][0] == {"index": 0, "text": "", "finish_reason": "stop", "logprobs": None}

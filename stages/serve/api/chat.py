@@ -48,7 +48,7 @@ class ChatWriter(Writer):
 
     def __init__(self, state: ServerState, body: ChatRequest) -> None:
         super().__init__(state, body, body.n or 1, "chatcmpl")
-        self._strips_space, self._wants_logprobs = state.tokenizer.strips_space, bool(body.logprobs)
+        self._strips_space, self._wants_logprobs = state.tokenizer.strips_space, body.logprobs
         self._begun: set[int] = set()  # choices that have text
 
     def choice(self, piece: Piece) -> replies.ChatChoice:

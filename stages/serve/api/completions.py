@@ -20,27 +20,22 @@ async def completions(http: Request) -> Any:
     state: ServerState = http.app.state.server
     state.check_ready()
     body = await read_body(http, CompletionRequest)
-    texts, ids = split_prompt(body.prompt)
-    count = len(texts) + len(ids)
-    if count > MAX_PROMPTS:
+    prompts: Any = body.prompt if isinstance(body.prompt, list) else [body.prompt]
+    kinds = {type(prompt) for prompt in prompts}
+    if len(kinds) > 1:
+        raise ApiError(400, "prompt must hold only texts, only token ids, or only lists of token ids.", param="prompt")
+    if kinds == {int}:
+        prompts = [prompts]
+    if (count := len(prompts)) > MAX_PROMPTS:
         raise ApiError(400, f"prompt holds {count} prompts; at most {MAX_PROMPTS} are taken at once.", param="prompt")
 
     async def encode() -> list[list[int]]:
-        return ids or await state.tokenizer.encode(texts)
+        return await state.tokenizer.encode(prompts) if kinds == {str} else prompts
 
     return await generate(
         http, TextWriter(state, body, count * (body.n or 1)), encode, max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS,
         logprobs=body.logprobs, ends=state.stop_token_ids,
     )  # fmt: skip
-
-
-def split_prompt(prompt: Any) -> tuple[list[str], list[list[int]]]:
-    """Returns a prompt in any of its forms as texts or as lists of token ids; one of the two is empty. Raises ApiError."""
-    parts = prompt if isinstance(prompt, list) else [prompt]
-    kinds = set(map(type, parts))
-    if len(kinds) > 1:
-        raise ApiError(400, "prompt must hold only texts, only token ids, or only lists of token ids.", param="prompt")
-    return (parts, []) if kinds == {str} else ([], [parts] if kinds == {int} else parts)
 
 
 class TextWriter(Writer):

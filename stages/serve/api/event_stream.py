@@ -13,10 +13,8 @@ QUIET = 10.0  # seconds without news after which a comment is sent, so that no p
 UNREAD = 60.0  # seconds a client may leave what it was sent unread
 
 HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
+    (b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"),
+]  # fmt: skip
 
 
 class EventStream:
@@ -26,10 +24,7 @@ class EventStream:
     """
 
     def __init__(
-        self,
-        chunks: AsyncIterator[Any | None],
-        watch: Callable[[Receive], Coroutine[Any, Any, None]],
-        close: Callable[[], None],
+        self, chunks: AsyncIterator[Any], watch: Callable[[Receive], Coroutine[Any, Any, None]], close: Callable[[], None]
     ) -> None:
         self._chunks, self._watch, self._close = chunks, watch, close
 

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import os
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -65,14 +66,14 @@ class Generation:
             listener = lambda event, choice=choice: self._events.put_nowait((choice, event))
             choice.cancel = state.engine.submit(choice.request, listener)
 
-    async def pieces(self, patience: float | None = None) -> AsyncIterator[Piece | None]:
-        """Yields the pieces of all completions as they come; None after `patience` seconds without one.
+    async def pieces(self) -> AsyncIterator[Piece | None]:
+        """Yields the pieces of all completions as they come; None after QUIET seconds without one.
 
         Raises ClientGone when the client has left (see `watch`), ApiError when the engine has failed.
         """
         while self._open:
             try:
-                async with asyncio.timeout(patience):
+                async with asyncio.timeout(QUIET):
                     item = await self._events.get()
             except TimeoutError:
                 yield None
@@ -130,8 +131,7 @@ class Generation:
             self._open.discard(choice)
             metrics.ended("error")
             if self._state.engine.failed:
-                message = "The engine has failed and answers nothing any more; the server has to be started again."
-                raise ApiError(503, message)
+                raise ApiError(503, "The engine has failed and answers nothing any more; the server has to be started again.")
             raise ApiError(500, "The model gave no numbers to draw a token from: its weights are damaged or overflow.")
         if event.finish_reason and completion.stopped is None:
             text += completion.close()
@@ -163,7 +163,10 @@ class Writer:
     def __init__(self, state: ServerState, body: CompletionFields, choices: int, kind: str) -> None:
         self.body, self.choices, self.tokenizer = body, choices, state.tokenizer.tokenizer
         self._wants_usage = bool(body.stream_options and body.stream_options.include_usage)
-        self._head = state.reply_head(kind)
+        self._head = {
+            "id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": state.name,
+            "system_fingerprint": f"fp_{state.digest[:16]}",
+        }  # fmt: skip
 
     def reply(self, pieces: list[Piece], usage: Usage) -> Any:
         return self.reply_type(**self._head, choices=list(map(self.choice, pieces)), usage=usage)
@@ -173,7 +176,7 @@ class Writer:
 
     async def chunks(self, generation: Generation) -> AsyncIterator[Any]:
         """Yields the chunks of a stream, and None when there is nothing new."""
-        async for piece in generation.pieces(QUIET):
+        async for piece in generation.pieces():
             for choice in self.chunk_choices(piece) if piece else [None]:
                 yield choice and self.chunk(choice)
         if self._wants_usage:

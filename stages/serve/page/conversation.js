@@ -8,25 +8,25 @@ const post = (path, body, signal) => fetch(at(path), {
   method: 'POST', headers: {'Content-Type': 'application/json'}, body: JSON.stringify(body), signal,
 });
 const settings = $('settings').elements;
-const served = {model: null, context: null};
-let turns = [];  // {role, text, aside, ...}: all that is kept of the conversation, anywhere
+const server = {model: null, context: null};
+let turns = [];  // {role, text, aside, ...}: the conversation, which is stored nowhere else
 let running = null;  // what stops the answer under way
 let spent = 0;  // ms the server worked for it
 
 // A turn set aside stays to be read but is not sent again.
-const kept = () => turns.filter((turn) => !turn.aside);
-const used = () => kept().reduce((found, turn) => turn.prompt ? turn.prompt + (turn.tokens ?? 0) : found, 0);
+const activeTurns = () => turns.filter((turn) => !turn.aside);
+const contextTokens = () => activeTurns().reduce((sum, turn) => turn.prompt ? turn.prompt + (turn.tokens ?? 0) : sum, 0);
 
 function history() {
   const system = settings.system.value.trim();
-  return [...(system ? [{role: 'system', content: system}] : []), ...kept().map(({role, text}) => ({role, content: text}))];
+  return [...(system ? [{role: 'system', content: system}] : []), ...activeTurns().map(({role, text}) => ({role, content: text}))];
 }
 
-function begin(role, text) {
-  const turn = {role, text, drawn: [], chunks: 0, said: make('div', {className: 'said'})};
-  const who = role === 'user' ? make('p', {className: 'away'}, 'You') : make('p', {className: 'who'}, served.model);
-  turn.node = make('article', {className: role}, who, turn.said);
-  turn.said.textContent = text;
+function addTurn(role, text) {
+  const turn = {role, text, blocks: [], chunks: 0, body: make('div', {className: 'text'})};
+  const who = role === 'user' ? make('p', {className: 'unseen'}, 'You') : make('p', {className: 'who'}, server.model);
+  turn.node = make('article', {className: role}, who, turn.body);
+  turn.body.textContent = text;
   turns.push(turn);
   $('log').append(turn.node);
   $('empty').hidden = true;
@@ -40,21 +40,21 @@ function setAside(turn) {
 }
 
 function send(text) {
-  if (running || !served.model || !text.trim()) return;
+  if (running || !server.model || !text.trim()) return;
   if (!$('settings').checkValidity()) {
     rail(true);
     $('settings').reportValidity();
     return;
   }
   // After a question that got no answer another one would be the second in a row, which templates refuse.
-  if (kept().at(-1)?.role === 'user') setAside(kept().at(-1));
-  begin('user', text);
+  if (activeTurns().at(-1)?.role === 'user') setAside(activeTurns().at(-1));
+  addTurn('user', text);
   $('ask').value = '';
   fit();
-  answer(used());
+  answer(contextTokens());
 }
 
-function again(turn) {
+function retry(turn) {
   if (running) return;
   setAside(turn);
   answer(Infinity);
@@ -64,29 +64,29 @@ function again(turn) {
 async function answer(before) {
   document.querySelectorAll('.again').forEach((button) => button.remove());
   const messages = history();
-  const asked = {
-    model: served.model, messages, stream: true, stream_options: {include_usage: true},
+  const request = {
+    model: server.model, messages, stream: true, stream_options: {include_usage: true},
     temperature: settings.temperature.valueAsNumber, top_p: settings.top_p.valueAsNumber,
     max_tokens: settings.max_tokens.valueAsNumber, ...(settings.seed.value && {seed: settings.seed.valueAsNumber}),
   };
-  const turn = begin('assistant', '');
+  const turn = addTurn('assistant', '');
   const stop = running = new AbortController();
   busy(turn, true);
   pin();
-  turn.prompt = await counted({messages}, stop.signal);
+  turn.prompt = await countTokens({messages}, stop.signal);
   figures();
   // What does not fit the server refuses, so that nothing is cut unsaid; here the limit is a person's, and means at most.
-  if (turn.prompt < served.context) asked.max_tokens = Math.min(asked.max_tokens, served.context - turn.prompt);
+  if (turn.prompt < server.context) request.max_tokens = Math.min(request.max_tokens, server.context - turn.prompt);
   turn.began = performance.now();
   try {
-    const reply = await post('/v1/chat/completions', asked, stop.signal);
+    const reply = await post('/v1/chat/completions', request, stop.signal);
     if (!reply.ok) throw new Error(await reason(reply));
-    turn.taken = true;
-    for await (const event of events(reply.body)) take(turn, event);
+    turn.started = true;
+    for await (const event of events(reply.body)) addChunk(turn, event);
     if (!turn.finish) throw new Error('The connection ended before the answer was complete.');
   } catch (error) {
     if (stop.signal.aborted) turn.finish = 'stopped';
-    else turn.trouble = error instanceof TypeError ? 'The connection to the server is gone.' : error.message;
+    else turn.error = error instanceof TypeError ? 'The connection to the server is gone.' : error.message;
   }
   if (!turns.includes(turn)) return;  // a new conversation has begun meanwhile
   const low = isLow();
@@ -95,14 +95,14 @@ async function answer(before) {
   show(turn);
   busy(turn, false);
   if (!turn.text) setAside(turn);
-  if (turn.taken) await measure(turn, before);
-  under(turn);
+  if (turn.started) await measure(turn, before);
+  showSummary(turn);
   figures();
   if (low) pin();
   await attest();
 }
 
-function take(turn, event) {
+function addChunk(turn, event) {
   if (event.error) throw new Error(event.error.message);
   const choice = event.choices?.[0];
   turn.usage = event.usage ?? turn.usage;
@@ -125,19 +125,19 @@ function take(turn, event) {
 }
 
 async function reason(reply) {
-  const told = await reply.json().catch(() => null);
+  const body = await reply.json().catch(() => null);
   const wait = reply.headers.get('Retry-After');
-  return (told?.error?.message ?? `The server answered ${reply.status}.`) + (wait ? ` Try again in ${wait} s.` : '');
+  return (body?.error?.message ?? `The server answered ${reply.status}.`) + (wait ? ` Try again in ${wait} s.` : '');
 }
 
 // Server-sent events -> the JSON of each, up to [DONE].
 async function* events(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
-  for (let held = ''; ;) {
+  for (let partial = ''; ;) {
     const {done, value} = await reader.read();
     if (done) return;
-    const lines = (held + value).split(/\r?\n/);
-    held = lines.pop();
+    const lines = (partial + value).split(/\r?\n/);
+    partial = lines.pop();
     for (const line of lines.filter((line) => line.startsWith('data:'))) {
       if (line.slice(5).trim() === '[DONE]') return;
       yield JSON.parse(line.slice(5));
@@ -147,9 +147,9 @@ async function* events(stream) {
 
 // Of an answer that was cut short the server sent no figures.
 async function measure(turn, before) {
-  const said = {prompt: turn.text, add_special_tokens: false};
+  const text = {prompt: turn.text, add_special_tokens: false};
   turn.prompt = turn.usage?.prompt_tokens ?? turn.prompt;
-  turn.tokens = turn.usage?.completion_tokens ?? (turn.text && await counted(said));
+  turn.tokens = turn.usage?.completion_tokens ?? (turn.text && await countTokens(text));
   turn.resent = Math.min(before, turn.prompt);
   turn.cached = turn.usage?.prompt_tokens_details?.cached_tokens ?? 0;
   // The first piece comes when the clock starts, so its tokens are not counted: pieces hold about equally many.
@@ -158,7 +158,7 @@ async function measure(turn, before) {
 }
 
 // How many tokens a text or a conversation is; 0 when the server does not say.
-async function counted(body, signal) {
-  const reply = await post('/tokenize', {model: served.model, ...body}, signal).catch(() => null);
+async function countTokens(body, signal) {
+  const reply = await post('/tokenize', {model: server.model, ...body}, signal).catch(() => null);
   return reply?.ok ? (await reply.json()).count : 0;
 }

@@ -10,10 +10,10 @@ const make = (tag, set, ...inside) => {
 function inline(text) {
   const nodes = [];
   let end = 0;
-  for (const found of text.matchAll(/`([^`\n]+)`|\*\*([^*\n]+)\*\*|\*([^*\s][^*\n]*)\*/g)) {
-    const tag = found[1] ? 'code' : found[2] ? 'strong' : 'em';
-    nodes.push(text.slice(end, found.index), make(tag, {}, found[1] ?? found[2] ?? found[3]));
-    end = found.index + found[0].length;
+  for (const match of text.matchAll(/`([^`\n]+)`|\*\*([^*\n]+)\*\*|\*([^*\s][^*\n]*)\*/g)) {
+    const tag = match[1] ? 'code' : match[2] ? 'strong' : 'em';
+    nodes.push(text.slice(end, match.index), make(tag, {}, match[1] ?? match[2] ?? match[3]));
+    end = match.index + match[0].length;
   }
   return [...nodes, text.slice(end)];
 }
@@ -22,9 +22,9 @@ const MARKS = {ul: /^\s*[-*+]\s+(?=\S)/, ol: /^\s*\d{1,9}[.)]\s+(?=\S)/, blockqu
 
 // text -> [{tag, lines, ...}]. A fence that is not closed yet is a block of code already, as it is while it streams.
 function blocks(text) {
-  const found = [];
+  const result = [];
   let open = null;
-  const push = (block) => found.push(open = block);
+  const push = (block) => result.push(open = block);
   for (const line of text.split('\n')) {
     const fence = /^\s*(`{3,}|~{3,})\s*([^\s`]*)/.exec(line);
     const tag = Object.keys(MARKS).find((tag) => MARKS[tag].test(line));
@@ -38,10 +38,10 @@ function blocks(text) {
     else if (open && open.tag !== 'h3') open.lines.push(`${open.lines.pop()}\n${line}`);
     else push({tag: 'p', lines: [line]});
   }
-  return found;
+  return result;
 }
 
-function drawn({tag, name, lines, from}) {
+function render({tag, name, lines, from}) {
   const text = lines.join('\n');
   if (tag === 'pre') {
     const head = make('figcaption', {}, name || 'code', copier(() => text));
@@ -51,15 +51,15 @@ function drawn({tag, name, lines, from}) {
   return make(tag, tag === 'ol' ? {start: from} : {}, ...lines.map((line) => make('li', {}, ...inline(line))));
 }
 
-// Draws anew only from the first block that has changed, while an answer streams the last one.
+// Renders only from the first block that has changed, while an answer streams the last one.
 function show(turn) {
   const fresh = blocks(turn.text);
   const texts = fresh.map((block) => JSON.stringify(block));
-  const changed = texts.findIndex((text, place) => text !== turn.drawn[place]);
+  const changed = texts.findIndex((text, place) => text !== turn.blocks[place]);
   const from = changed < 0 ? texts.length : changed;
-  while (turn.said.children.length > from) turn.said.lastChild.remove();
-  turn.said.append(...fresh.slice(from).map(drawn));
-  turn.drawn = texts;
+  while (turn.body.children.length > from) turn.body.lastChild.remove();
+  turn.body.append(...fresh.slice(from).map(render));
+  turn.blocks = texts;
 }
 
 function copier(text) {
@@ -68,11 +68,11 @@ function copier(text) {
     try {
       await navigator.clipboard.writeText(text());
     } catch {  // there is no such clipboard over plain http from another machine
-      const spare = make('textarea', {value: text(), className: 'away'});
-      document.body.append(spare);
-      spare.select();
+      const area = make('textarea', {value: text(), className: 'unseen'});
+      document.body.append(area);
+      area.select();
       document.execCommand('copy');
-      spare.remove();
+      area.remove();
     }
     button.textContent = 'Copied';
     setTimeout(() => { button.textContent = 'Copy'; }, 1500);

@@ -27,7 +27,7 @@ function rail(open) {
   $('open').ariaExpanded = open;
 }
 
-function anew() {
+function newConversation() {
   running?.abort();
   running = null;
   turns = [];
@@ -47,17 +47,17 @@ async function connect() {
     const reply = await fetch(at('/v1/models'));
     if (!reply.ok) throw new Error(await reason(reply));
     const [model] = (await reply.json()).data;
-    Object.assign(served, {model: model.id, context: model.max_model_len});
+    Object.assign(server, {model: model.id, context: model.max_model_len});
     settings.price.value ||= model.price_per_hour ?? '';
-    settings.max_tokens.value = Math.min(settings.max_tokens.value, Math.floor(served.context / 2));
+    settings.max_tokens.value = Math.min(settings.max_tokens.value, Math.floor(server.context / 2));
   } catch (error) {
-    loud(`The server is not ready. ${error instanceof TypeError ? 'It does not answer.' : error.message} Trying again…`);
+    warn(`The server is not ready. ${error instanceof TypeError ? 'It does not answer.' : error.message} Trying again…`);
     setTimeout(connect, 2000);
     return;
   }
-  loud('');
-  $('model').textContent = $('model').title = served.model;
-  document.title = `${served.model} · Thrice`;
+  warn('');
+  $('model').textContent = $('model').title = server.model;
+  document.title = `${server.model} · Thrice`;
   $('send').disabled = false;
   figures();
   await attest();
@@ -74,7 +74,7 @@ $('stop').onclick = () => {
   running?.abort();
   $('ask').focus();
 };
-$('new').onclick = anew;
+$('new').onclick = newConversation;
 $('open').onclick = () => rail(!document.body.classList.contains('settings'));
 $('ask').oninput = fit;
 $('ask').onkeydown = (event) => {
