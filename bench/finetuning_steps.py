@@ -15,8 +15,8 @@ from engine.counting.memory import training_memory
 from engine.counting.trainable import all_trainable, bottom_frozen, lora_only
 from engine.counting.xla import xla_memory
 from engine.device import device_name
-from engine.inference.quantize import every_product, quantize
 from engine.model.config import LoraConfig, ModelConfig
+from engine.model.weights.int8 import every_product, quantize
 from engine.model.weights.matmul import cast_matrices
 from engine.text.batch import Batch
 from engine.training.freeze import split

@@ -11,11 +11,12 @@ import numpy as np
 from bench.models import load
 from engine.errors import UserError
 from engine.inference.decode import for_inference
-from engine.inference.quantize import every_product, quantize, round_trips
 from engine.inference.score import score
 from engine.model.cache.segmented import KVDtype, Rows, make_kv_segments, segmented_cache
 from engine.model.config import ModelConfig
+from engine.model.paths import leaf_paths
 from engine.model.transformer import forward
+from engine.model.weights.int8 import Int8, dequantize, every_product, quantize
 from engine.storage.assets import fetch
 from engine.text.batches import evaluation_windows
 
@@ -62,11 +63,12 @@ def measure_int8(model_name: str, text_file: Path | None, *, size: int, window: 
         add(f"keys and values in {name}", nats, error)
     nats, _ = _cached_nats(cfg, for_inference(cfg, int8), batches, seq)["int8"]
     add("int8 weights, activations, keys and values", nats)
-    errors = round_trips(params, int8)
+    wide = leaf_paths(params)
+    errors = {path: round_trip(wide[path], leaf) for path, leaf in leaf_paths(int8).items() if isinstance(leaf, Int8)}
     _print_round_trips(errors)
     return {
         "model": model.name, "text": file.name, "bytes": size, "tokens": len(tokens), "window": seq, "allowed": ALLOWED,
-        "rows": lines, "round_trip": {path: error._asdict() for path, error in errors.items()},
+        "rows": lines, "round_trip": {path: {"relative": off, "worst": worst} for path, (off, worst) in errors.items()},
     }  # fmt: skip
 
 
@@ -106,13 +108,22 @@ def _cached_nats(cfg: ModelConfig, params: Any, batches: Sequence[Any], seq: int
     return {kind: (float(nats), float(np.sqrt(off / spread))) for kind, (nats, off) in zip(CACHES, total)}
 
 
-def _print_round_trips(errors: dict[str, Any]) -> None:
+def round_trip(weight: Any, leaf: Int8) -> tuple[float, float]:
+    """Returns the rounding error of a leaf: root mean square of the change over that of the weights, and the largest change
+    in steps of its column, which is never above 0.5."""
+    weight = weight.astype(jnp.float32)
+    change = jnp.abs(dequantize(leaf) - weight)
+    steps = change / jnp.expand_dims(jnp.where(leaf.scale == 0, 1, leaf.scale), 1 - leaf.axis)
+    size = jnp.sqrt((weight**2).mean())
+    return float(jnp.sqrt((change**2).mean()) / jnp.where(size == 0, 1, size)), float(steps.max())
+
+
+def _print_round_trips(errors: dict[str, tuple[float, float]]) -> None:
     """Prints the mean error of each kind of matrix, and its worst leaf."""
     print(f"{'round trip of':>46} {'error, rms of rms':>18} {'worst leaf':>30}")
-    kinds: dict[str, dict[str, Any]] = {}
-    for path, error in errors.items():
+    kinds: dict[str, dict[str, float]] = {}
+    for path, (error, _) in errors.items():
         kinds.setdefault(path.rpartition("/")[2], {})[path] = error
     for kind, leaves in kinds.items():
-        worst = max(leaves, key=lambda path: leaves[path].relative)
-        mean = np.mean([error.relative for error in leaves.values()])
-        print(f"{kind:>46} {mean:18.4f} {worst:>20} {leaves[worst].relative:.4f}")
+        worst = max(leaves, key=leaves.__getitem__)
+        print(f"{kind:>46} {np.mean([*leaves.values()]):18.4f} {worst:>20} {leaves[worst]:.4f}")

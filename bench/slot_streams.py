@@ -11,11 +11,11 @@ from engine.counting.hardware import clock
 from engine.device import cores, device_name
 from engine.errors import UserError
 from engine.inference.decode import for_inference
-from engine.inference.quantize import quantize
 from engine.inference.request import Request
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.scheduler import DRAFT_ROWS
 from engine.inference.slots import MIN_SLOTS, Slots
+from engine.model.weights.int8 import quantize
 from engine.storage.assets import fetch
 from engine.storage.find import locate
 from engine.storage.gguf.file import load_gguf

@@ -20,10 +20,10 @@ def make(spec: dict[str, Any]) -> Any:
     start_jax(decodes=True)
     from bench.models import load
     from engine.inference.decode import for_inference
-    from engine.inference.quantize import quantize
     from engine.inference.request import Request
     from engine.inference.sampling_params import SamplingParams
     from engine.inference.slots import Slots
+    from engine.model.weights.int8 import quantize
 
     model = load(spec["model"])
     params = quantize(model.params) if spec["weights"] == "int8" else model.params

@@ -70,7 +70,7 @@ def decode_row(
     cache = _filled(cfg, rows, length)
     sampling = jax.device_put(sampling_arrays(SamplingParams(temperature=0.0).per_row(rows)))
     token = jnp.zeros((rows,), jnp.int32)
-    capacity = cache.capacity
+    capacity = cache.k[0].shape[2]
     program, cost = compiled(decode_steps, (cfg,), params, token, cache, sampling, steps=STEPS)
 
     def run() -> Any:

@@ -22,8 +22,8 @@ from bench.timing import RATES, Ratio, Timing, best_ceilings, measure, noise, ra
 from engine.counting.hardware import Ceilings, clock, measure_ceilings
 from engine.counting.params import count_params
 from engine.inference.decode import for_inference
-from engine.inference.quantize import quantize
 from engine.model.config import ModelConfig, preset
+from engine.model.weights.int8 import quantize
 from engine.storage.digest import digest
 from engine.storage.find import read_config
 from engine.text.batch import Batch

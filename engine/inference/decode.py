@@ -1,15 +1,14 @@
 """Prefill and decode for rows that start together: weights are only ever read.
 
-Three compiled programs serve every call of `generate`: one for a chunk of prompts, one for a few steps of decoding, one to
-sample the first token. Their shapes depend on the number of rows, the capacity and the vocabulary, never on a request,
-so nothing is compiled while text is being generated. They donate the cache, which is the call's own, and no parameter.
+The compiled programs behind `generate` have shapes that depend on the number of rows, the capacity and the vocabulary,
+never on a request, so nothing is compiled while text is being generated. They donate the cache, and no parameter.
 
-This is the simple one of two decode stacks; `slots.Slots` is the other, for requests that come and go. They stay two because
-neither can take the other's place. Rollouts, `generate` and reports start all rows at once, in one contiguous cache of just
-their size. On 2 CPU cores (6 layers of width 384, bfloat16 cache, prompts of 64 tokens, 40 new ones, best of 28 interleaved
-rounds) Slots takes 1.10 times as long for eight rows, though 0.84 times for one, and 1.4 times the CPU seconds to compile.
-Both sample the same tokens in float32; in bfloat16 they sum in another order, and 6 of 8 greedy texts of 33 tokens agreed: one
-stack in place of the other would change the texts that seeds give.
+This is the simple one of two decode stacks; `slots.Slots` is the other, for requests that come and go. Rollouts, `generate`
+and reports start all rows at once, in one contiguous cache of just their size. On 2 CPU cores (6 layers of width 384,
+bfloat16 cache, prompts of 64 tokens, 40 new ones, best of 28 interleaved rounds) Slots takes 1.10 times as long for eight
+rows, though 0.84 times for one, and 1.4 times the CPU seconds to compile. Both sample the same tokens in float32; in
+bfloat16 they sum in another order, and 6 of 8 greedy texts of 33 tokens agreed: one stack in place of the other would
+change the texts that seeds give.
 """
 
 import dataclasses
@@ -48,7 +47,7 @@ def for_inference(cfg: ModelConfig, params: Params) -> Params:
     """
 
     def lay_out(_: str, leaf: Any) -> Any:
-        # Narrow at once: folded over int8 the matrices are float32, and all of them together four times the base.
+        # Cast at once: folded over int8 the matrices are float32, and all of them together four times the base.
         leaf = dense(leaf).astype(cfg.dtype) if isinstance(leaf, LoRA) else leaf
         return stored_transposed(leaf) if isinstance(leaf, Int8) and leaf.activations != "full" and on_cpu() else leaf
 
@@ -70,14 +69,12 @@ def prefill(cfg: ModelConfig, params: Params, tokens: Array, lengths: Array, cac
 
 
 def _decode_step(cfg: ModelConfig, params: Params, token: Array, cache: KVCache) -> tuple[Array, KVCache]:
+    """token (B,) int32 -> logits (B, V) float32 of the token after it, and the cache with it written."""
     logits, cache = forward(cfg, params, token[:, None], cache.length[:, None], cache)
     return logits[:, 0], cache._replace(length=cache.length + 1)
 
 
-@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="cache")
-def decode_step(cfg: ModelConfig, params: Params, token: Array, cache: KVCache) -> tuple[Array, KVCache]:
-    """token (B,) int32 -> logits (B, V) float32 of the token after it, and the cache with it written."""
-    return _decode_step(cfg, params, token, cache)
+decode_step = jax.jit(_decode_step, static_argnames="cfg", donate_argnames="cache")
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "steps"), donate_argnames="cache")
@@ -86,7 +83,7 @@ def decode_steps(
 ) -> tuple[Array, KVCache]:
     """token (B,) int32 -> the `steps` tokens that follow it, (B, steps) int32, and the cache with token and all but the last.
 
-    Each token is sampled from the logits of the one before; row by row that equals `decode_step` and `sample` in turn.
+    Row by row that equals `decode_step` and `sample` in turn.
     """
 
     def step(carry: tuple[Array, KVCache], _: None) -> tuple[tuple[Array, KVCache], Array]:
@@ -102,8 +99,14 @@ def decode_steps(
 _sample = jax.jit(sample)
 
 
+@functools.partial(jax.jit, static_argnames="rows")
+def _pad_rows(state: tuple[Array, KVCache], rows: int) -> tuple[Array, KVCache]:
+    """Pads logits and cache with empty rows: a lone prompt is prefilled alone, for a chunk has enough rows."""
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, rows - len(x)), *((0, 0),) * (x.ndim - 1))), state)
+
+
 class Generated(NamedTuple):
-    """New tokens of one prompt: its index, the tokens in order, and why it is finished ('stop' or 'length'), or None."""
+    """New tokens of the prompt with this index, and why it is finished ('stop' or 'length'), or None."""
 
     prompt: int
     tokens: list[int]
@@ -116,11 +119,11 @@ def generate(
 ) -> Iterator[Generated]:  # fmt: skip
     """Continues each prompt, yielding tokens as they come: after the prefill one, then up to STEPS at a time.
 
-    `params` are read as they are: pass them through `for_inference` first. `sampling`: one for each prompt. A prompt ends
-    with 'stop' when it samples one of its `stop_token_ids` (which is not yielded), else with 'length' at `max_tokens` or
-    when `capacity` tokens (by default the model's context) are full. Raises UserError for an empty prompt, one that leaves
-    no room, a token outside the vocabulary, sampling parameters that are not as many as the prompts, or such as only
-    `slots.Slots` knows: penalties, `logit_bias` and `logprobs`.
+    `params` as `for_inference` lays them out; `sampling` one for each prompt. A prompt ends with 'stop' when it samples one
+    of its `stop_token_ids` (which is not yielded), else with 'length' at `max_tokens` or when `capacity` tokens (by default
+    the model's context) are full. Raises UserError for an empty prompt, one that leaves no room, a token outside the
+    vocabulary, sampling parameters that are not as many as the prompts, or such as only `slots.Slots` knows: penalties,
+    `logit_bias` and `logprobs`.
     """
     capacity = cfg.context if capacity is None else capacity
     if not prompts or len(sampling) != len(prompts):
@@ -142,7 +145,7 @@ def generate(
     arrays = jax.device_put(sampling_arrays([*fits, *[fits[0]] * (rows - len(prompts))]))
     # Room for a last chunk's padding and a last dispatch's surplus: what lies there is never read.
     cache = make_cache(cfg, len(prompts), -(-capacity // CHUNK) * CHUNK + CHUNK)
-    logits, cache = _with_rows(_prefill_all(cfg, params, prompts, cache), rows)
+    logits, cache = _pad_rows(_prefill_all(cfg, params, prompts, cache), rows)
     token = _sample(logits, cache.length, arrays)
     fresh = np.asarray(token)[:, None]
     while running:
@@ -157,19 +160,13 @@ def generate(
             token, fresh = sampled[:, -1], np.asarray(sampled)
 
 
-@functools.partial(jax.jit, static_argnames="rows")
-def _with_rows(read: tuple[Array, KVCache], rows: int) -> tuple[Array, KVCache]:
-    """Pads logits and cache with empty rows up to `rows`: a lone prompt is prefilled alone, for a chunk has enough rows."""
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, rows - len(x)), *((0, 0),) * (x.ndim - 1))), read)
-
-
 def _prefill_all(cfg: ModelConfig, params: Params, prompts: Collection[list[int]], cache: KVCache) -> tuple[Array, KVCache]:
-    """Prefills all prompts, CHUNK tokens at a time -> the logits after each prompt's own last token, and the cache."""
+    """Returns the logits after each prompt's own last token, and the cache."""
     after = jnp.zeros((len(prompts), cfg.vocab), jnp.float32)
     for start in range(0, max(map(len, prompts)), CHUNK):
-        pieces = [prompt[start : start + CHUNK] for prompt in prompts]
-        lengths = np.array([len(piece) for piece in pieces], np.int32)
-        tokens = np.array([piece + [0] * (CHUNK - len(piece)) for piece in pieces], np.int32)
+        chunks = [prompt[start : start + CHUNK] for prompt in prompts]
+        lengths = np.array([len(chunk) for chunk in chunks], np.int32)
+        tokens = np.array([chunk + [0] * (CHUNK - len(chunk)) for chunk in chunks], np.int32)
         logits, cache = prefill(cfg, params, tokens, lengths, cache)
         after = jnp.where((lengths > 0)[:, None], logits, after)
     return after, cache

@@ -1,9 +1,8 @@
 """PrefixCache: computed chunks of prompts, for later prompts that begin the same way, within a bound on memory.
 
-Chunks start at fixed positions and are computed by one program from what is before them, so a cached chunk has the bits
-that it would be given anew: a hit is faster and otherwise cannot be told from a miss. Its key is a hash of everything up
-to its end, tokens and namespace, so that chunks of different prompts or namespaces never meet. A chunk is of no use
-without those before it, so of one prompt the last leaves first.
+Chunks start at fixed positions and are computed by one program from what is before them, so a hit has the bits of a
+miss. A chunk's key is a hash of everything up to its end, tokens and namespace, so that chunks of different prompts or
+namespaces never meet. It is of no use without those before it, so of one prompt the last leaves first.
 """
 
 import hashlib
@@ -13,15 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 
-Key = bytes
 
-
-def first_key(namespace: str) -> Key:
-    """Returns what the key of a prompt's first chunk is made from."""
+def first_key(namespace: str) -> bytes:
+    """Returns the key of a prompt's start, behind which its first chunk comes."""
     return hashlib.sha256(namespace.encode("utf-8", "surrogatepass")).digest()
 
 
-def next_key(key: Key, tokens: tuple[int, ...]) -> Key:
+def next_key(key: bytes, tokens: tuple[int, ...]) -> bytes:
     """Returns the key of the chunk with these tokens behind the chunk (or start) of `key`."""
     return hashlib.sha256(key + np.asarray(tokens, np.int32).tobytes()).digest()
 
@@ -32,20 +29,21 @@ class PrefixCache:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.bytes = 0
-        self._chunks: OrderedDict[Key, tuple[Any, int, Key | None]] = OrderedDict()  # chunk, its bytes, the key before it
+        self._chunks: OrderedDict[bytes, tuple[Any, int, bytes | None]] = OrderedDict()  # chunk, its bytes, the key before it
 
-    def get(self, key: Key) -> Any | None:
+    def get(self, key: bytes) -> Any | None:
         """Returns the chunk, or None. It and those before it count as used now."""
-        hit = self._chunks.get(key)
-        used: Key | None = key if hit else None
+        if key not in self._chunks:
+            return None
+        used: bytes | None = key
         while used is not None:
             self._chunks.move_to_end(used)
             used = self._chunks[used][2]
-        return hit[0] if hit else None
+        return self._chunks[key][0]
 
-    def put(self, key: Key, chunk: Any, before: Key | None) -> None:
-        """Adds a chunk (any tree of arrays), and drops others until all fit. `before` is the key of the one before it, None
-        at the start of a prompt; where that one is not here, this one is left out."""
+    def put(self, key: bytes, chunk: Any, before: bytes | None) -> None:
+        """Adds a chunk (any tree of arrays), and drops others until all fit. Where the one of key `before`, which is None at
+        the start of a prompt, is not here, this one is left out."""
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(chunk))
         if key in self._chunks or size > self.limit or (before is not None and before not in self._chunks):
             return

@@ -1,11 +1,11 @@
 """The compiled programs behind `slots.Slots`: prefill a chunk of one prompt, decode a few tokens for everyone, move chunks.
 
-Their shapes depend on the model, the slots and the capacity, never on a request, so that all of them can be compiled
-before the first one. They donate the KV cache and the token counts, which belong to requests, and no parameter.
+Their shapes depend on the model, the slots and the capacity, never on a request, so all of them can be compiled before the
+first one. They donate the KV cache and the token counts, which belong to requests, and no parameter.
 """
 
 import functools
-from collections.abc import Collection, Generator
+from collections.abc import Collection, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
 
@@ -14,8 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from engine.inference.penalties import PenaltyArrays, TokenCounts, adjust_logits, count_prompt, penalty_arrays, set_token_counts
-from engine.inference.sampling import SamplingArrays, sample, sampling_arrays
+from engine.inference.sampling import (
+    PenaltyArrays,
+    SamplingArrays,
+    TokenCounts,
+    adjust_logits,
+    count_prompt,
+    penalty_arrays,
+    sample,
+    sampling_arrays,
+    set_token_counts,
+)
 from engine.inference.sampling_params import MAX_LOGPROBS, SamplingParams
 from engine.inference.scheduler import DRAFT_ROWS
 from engine.inference.sequence import STEPS
@@ -33,15 +42,13 @@ write_chunk = jax.jit(segmented.write_chunk, donate_argnames="segments")
 
 
 class SampledTokens(NamedTuple):
-    """For each step and row: the token, whether the logits it was sampled from were numbers, its log-probability, and the
-    X most probable tokens with theirs. token (STEPS, R) int32, finite bool, logprob float32, top_tokens and top_logprobs
-    (STEPS, R, X), where X is MAX_LOGPROBS or the whole of a smaller vocabulary."""
+    """The samples of each step and row; X is MAX_LOGPROBS, or the whole of a smaller vocabulary."""
 
-    token: Array
-    finite: Array
-    logprob: Array
-    top_tokens: Array
-    top_logprobs: Array
+    token: Array  # (STEPS, R) int32
+    finite: Array  # (STEPS, R) bool: whether the logits it was sampled from were numbers
+    logprob: Array  # (STEPS, R) float32
+    top_tokens: Array  # (STEPS, R, X) int32: the most probable ones
+    top_logprobs: Array  # (STEPS, R, X) float32
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="segments")
@@ -55,20 +62,19 @@ def prefill_chunk(
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames=("segments", "counts"))
-def decode_steps(
+def decode_slots(
     cfg: ModelConfig, params: Params, segments: KVSegments, counts: TokenCounts, token: Array, rows: Rows,
     sampling: SamplingArrays, penalties: PenaltyArrays, steps: Array, logprobs: Array,
 ) -> tuple[SampledTokens, KVSegments, TokenCounts]:  # fmt: skip
     """token (R,) int32, each standing at its row's position -> the `steps` tokens that follow, at most STEPS.
 
-    Each is sampled from the logits of the one before. One program does one step or several, for one row or all: a row's
-    numbers are the same to the bit. `logprobs` () bool: whether log-probabilities are computed, else they are 0.
+    One program does one step or several, for one row or all: a row's numbers are the same to the bit. `logprobs` () bool:
+    whether log-probabilities are computed, else they are 0.
     """
     R, X = len(token), min(MAX_LOGPROBS, cfg.vocab)
     own = jnp.arange(R, dtype=jnp.int32)
-    Carry = tuple[Array, KVSegments, TokenCounts, SampledTokens]
 
-    def step(i: Array, carry: Carry) -> Carry:
+    def step(i: Array, carry: Any) -> Any:
         token, segments, counts, sampled = carry
         position = jnp.where(rows.position < 0, -1, rows.position + i)
         cache = segmented_cache(segments, rows._replace(position=position))
@@ -94,7 +100,7 @@ def _log_probabilities(logits: Array, token: Array, X: int, wanted: Array) -> tu
     """logits (R, V), token (R,) -> the token's log-probability (R,), the X most probable tokens (R, X), and theirs."""
     R = len(token)
 
-    def computed() -> tuple[Array, Array, Array]:
+    def computed():
         total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         best, tokens = jax.lax.top_k(logits, X)
         return (jnp.take_along_axis(logits, token[:, None], axis=-1) - total)[:, 0], tokens, best - total
@@ -112,22 +118,22 @@ def idle_calls(
     `cached_chunk`: the length of the prefix cache's chunks, None without one.
     """
     R = segments.slots
-    start, nowhere = np.int32(0), np.int32(R)
-    ints, idle = np.zeros(R, np.int32), [SamplingParams()] * R
-    target: Any = np.full(count_writes(R), R, np.int32)
-    source: Any = np.arange(len(target), dtype=np.int32) % R
-    rows = Rows(np.full(R, -1, np.int32), source, target)  # type: ignore[arg-type]
-    flags = np.int32(1), np.bool_(False)
-    decode = cfg, params, segments, counts, ints, rows, sampling_arrays(idle), penalty_arrays(idle), *flags
+    start, step, nowhere = np.int32(0), np.int32(1), np.int32(R)
+    rows, idle = make_rows(np.full(R, -1, np.int32)), [SamplingParams()] * R
+    sampling = sampling_arrays(idle), penalty_arrays(idle)
     prompts = {size: np.zeros((1, size), np.int32) for size in chunks}
-    prefill = {size: (cfg, params, segments, tokens, nowhere, start) for size, tokens in prompts.items()}
     calls: dict[str, tuple[Any, tuple[Any, ...]]] = {
-        "decode_steps": (decode_steps, decode),
-        **{f"prefill_chunk {size}": (prefill_chunk, arguments) for size, arguments in prefill.items()},
-        "clear_slot": (clear_slot, (segments, nowhere, np.int32(1))),
-        "copy_slot": (copy_slot, (segments, nowhere, np.full(DRAFT_ROWS, R, np.int32), np.int32(1))),
+        "decode_slots": (
+            decode_slots, (cfg, params, segments, counts, np.zeros(R, np.int32), rows, *sampling, step, np.bool_(False))
+        ),
+        **{
+            f"prefill_chunk {size}": (prefill_chunk, (cfg, params, segments, tokens, nowhere, start))
+            for size, tokens in prompts.items()
+        },
+        "clear_slot": (clear_slot, (segments, nowhere, step)),
+        "copy_slot": (copy_slot, (segments, nowhere, np.full(DRAFT_ROWS, R, np.int32), step)),
         "set_token_counts": (set_token_counts, (counts, nowhere, *count_prompt((), {}, cfg.vocab))),
-    }
+    }  # fmt: skip
     if cached_chunk is not None:
         chunk = shapes_of(read_chunk.eval_shape(segments, start, start, cached_chunk))
         calls["read_chunk"] = read_chunk, (segments, start, start, cached_chunk)
@@ -136,12 +142,10 @@ def idle_calls(
 
 
 def compile_programs(calls: dict[str, tuple[Any, tuple[Any, ...]]]) -> Generator[tuple[str, int]]:
-    """Compiles what `idle_calls` returns, or fetches it from the compilation cache, several programs at a time.
-
-    Yields each one's name as it is ready, and how many there are.
-    """
-    compiled = lambda program, arguments: program.lower(*arguments).compile()
+    """Compiles `idle_calls`, several at a time, or fetches them from the compilation cache; yields each one's name as it is
+    ready, and how many there are."""
     pool = ThreadPoolExecutor(COMPILED_AT_ONCE)
+    compiled = lambda program, arguments: program.lower(*arguments).compile()
     try:
         futures = {pool.submit(compiled, *call): name for name, call in calls.items()}
         for future in as_completed(futures):
@@ -151,10 +155,19 @@ def compile_programs(calls: dict[str, tuple[Any, tuple[Any, ...]]]) -> Generator
         pool.shutdown(cancel_futures=True)
 
 
-def count_writes(slots: int) -> int:
-    """Returns how many writes a dispatch has room for: each row into its own slot, and every row of a lone sequence and its
-    copies into the slots of all the others."""
-    return slots + (1 + DRAFT_ROWS) * DRAFT_ROWS
+def make_rows(position: Any, copied_writes: Iterable[tuple[int, int]] = ()) -> Rows:
+    """Makes the Rows of R slots, of which row r stands at position[r] (R,) int32 in slot r and is written there.
+
+    Beside that each (row, slot) of `copied_writes` is written; there is always room for every row of a lone sequence and its
+    copies in the slots of all the others.
+    """
+    R = len(position)
+    target: Any = np.full(R + (1 + DRAFT_ROWS) * DRAFT_ROWS, R, np.int32)
+    source: Any = np.arange(len(target), dtype=np.int32) % R
+    target[:R] = np.arange(R)
+    for write, (row, slot) in enumerate(copied_writes, R):
+        source[write], target[write] = row, slot
+    return Rows(position, source, target)
 
 
 def shapes_of(tree: Any) -> Any:

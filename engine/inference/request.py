@@ -1,4 +1,4 @@
-"""Request: one prompt to continue, and how; Event: news of it. Both plain data that check themselves."""
+"""Request: one prompt to continue, and how; Event: news of it."""
 
 import dataclasses
 from typing import Literal, NamedTuple
@@ -11,9 +11,9 @@ FinishReason = Literal["stop", "length", "error"]
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt (T,) of token ids, and how it is to be continued.
+    """A prompt (T,) of token ids, and how to continue it. Raises InvalidField.
 
-    Prompts of one `namespace` share computed chunks in the prefix cache, others never. Raises InvalidField.
+    Prompts of one `namespace` share computed chunks in the prefix cache, others never.
     """
 
     prompt: tuple[int, ...]
@@ -35,7 +35,7 @@ class LogProb(NamedTuple):
 
 
 class Event(NamedTuple):
-    """News of a request: new tokens in order, their log-probabilities if it asked, and why it is finished, or None.
+    """New tokens of a request, their log-probabilities if it asked, and why it is finished, or None.
 
     'stop': a stop token was sampled, which is not among the tokens. 'length': max_tokens are there. 'error': the logits
     were no numbers. `cached_tokens`: tokens of the prompt that came from the prefix cache.
@@ -53,9 +53,8 @@ def check(request: Request, vocab: int, capacity: int) -> None:
     prompt, sampling = request.prompt, request.sampling
     if not prompt:
         raise InvalidField("prompt", "The prompt has no tokens; give at least one.")
-    for name, tokens in (
-        ("prompt", prompt), ("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids),
-    ):  # fmt: skip
+    fields = {"prompt": prompt, "logit_bias": sampling.logit_bias, "stop_token_ids": sampling.stop_token_ids}
+    for name, tokens in fields.items():
         if tokens and not 0 <= min(tokens) <= max(tokens) < vocab:
             raise InvalidField(name, f"The {name} holds a token outside the vocabulary of {vocab}.")
     if len(prompt) + sampling.max_tokens > capacity:

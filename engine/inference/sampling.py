@@ -1,10 +1,12 @@
-"""Sampling: from logits to a token, greedy or after temperature, top-k, top-p and min-p, each row by its own parameters.
+"""Sampling: from logits to a token, greedy or after temperature, top-k, top-p and min-p, each row by its own parameters;
+before that, penalties and a bias adjust logits by the tokens that a request has so far.
 
 A row's token depends on its logits, its seed and its position alone. The key is fold_in(key(seed), position), so a
 request samples the same tokens in whatever slot and company, and however often it is interrupted.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +15,12 @@ import numpy as np
 from jax import Array
 
 from engine.inference.sampling_params import SamplingParams
+from engine.model.config import ModelConfig
 
 CANDIDATES = 256  # of the largest logits, among which the threshold is looked for first
 BLOCK = 128  # tokens summed together on the way to the one that is sampled
+IN_PROMPT = 1 << 20  # what a token of the prompt counts in `TokenCounts.counts`, above any count of the output's
+DTYPES = {"top_k": np.int32, "seed": np.uint32, "adjusts_logits": np.bool_}  # of columns, else float32
 
 
 class SamplingArrays(NamedTuple):
@@ -28,15 +33,61 @@ class SamplingArrays(NamedTuple):
     seed: Array  # uint32
 
 
+class PenaltyArrays(NamedTuple):
+    """Of R rows: whether their logits are adjusted (R,) bool, and by which penalties (R,) float32."""
+
+    adjusts_logits: Array
+    presence_penalty: Array
+    frequency_penalty: Array
+    repetition_penalty: Array
+
+
+class TokenCounts(NamedTuple):
+    """Of each slot: bias (B, V) float32, and counts (B, V) int32, how often its output has each token (see IN_PROMPT)."""
+
+    bias: Array
+    counts: Array
+
+
 def sampling_arrays(rows: Sequence[SamplingParams]) -> SamplingArrays:
-    """Gathers the SamplingParams of B rows into NumPy arrays (B,)."""
-    dtypes = (np.float32, np.int32, np.float32, np.float32, np.uint32)
-    return SamplingArrays(*columns(rows, SamplingArrays._fields, dtypes))
+    """Gathers the SamplingParams of B rows into NumPy arrays."""
+    return SamplingArrays(*_columns(rows, SamplingArrays._fields))
 
 
-def columns(rows: Sequence[SamplingParams], names: Sequence[str], dtypes: Sequence[type]) -> list[Any]:
-    """One NumPy array (B,) for each of the named fields."""
-    return [np.array([getattr(row, name) for row in rows], dtype) for name, dtype in zip(names, dtypes)]
+def penalty_arrays(rows: Sequence[SamplingParams]) -> PenaltyArrays:
+    return PenaltyArrays(*_columns(rows, PenaltyArrays._fields))
+
+
+def _columns(rows: Sequence[SamplingParams], names: Sequence[str]) -> list[Any]:
+    return [np.array([getattr(row, name) for row in rows], DTYPES.get(name, np.float32)) for name in names]
+
+
+def make_token_counts(cfg: ModelConfig, slots: int) -> TokenCounts:
+    return TokenCounts(jnp.zeros((slots, cfg.vocab)), jnp.zeros((slots, cfg.vocab), jnp.int32))
+
+
+def count_prompt(prompt: Sequence[int], logit_bias: Mapping[int, float], vocab: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the bias (V,) float32 and the counts (V,) int32 of a request that has no output yet."""
+    bias, counts = np.zeros(vocab, np.float32), np.zeros(vocab, np.int32)
+    bias[[*logit_bias]] = [*logit_bias.values()]
+    counts[[*prompt]] = IN_PROMPT
+    return bias, counts
+
+
+@functools.partial(jax.jit, donate_argnames="counts")
+def set_token_counts(counts: TokenCounts, slot: Array, bias: Array, new: Array) -> TokenCounts:
+    """Replaces the slot's bias and counts by bias and new (V,)."""
+    return TokenCounts(counts.bias.at[slot].set(bias), counts.counts.at[slot].set(new))
+
+
+def adjust_logits(logits: Array, counts: TokenCounts, penalties: PenaltyArrays) -> Array:
+    """logits (R, V) after bias and penalties, in rows that have any; to the bit as they were in the others."""
+    in_output = counts.counts & (IN_PROMPT - 1)
+    adjusts, presence, frequency, repetition = (values[:, None] for values in penalties)
+    repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    adjusted = jnp.where(counts.counts > 0, repeated, logits) + counts.bias
+    adjusted = adjusted - frequency * in_output - jnp.where(in_output > 0, presence, 0)
+    return jnp.where(adjusts, adjusted, logits)
 
 
 def sample(logits: Array, positions: Array, sampling: SamplingArrays) -> Array:
@@ -60,7 +111,9 @@ def _sample(logits: Array, positions: Array, sampling: SamplingArrays, best: Arr
     lowest = jax.lax.cond(jnp.any(cut), lambda: _threshold(scaled, sampling), lambda: jnp.full(cut.shape, -jnp.inf))
     lowest = jnp.maximum(jnp.where(cut, lowest, -jnp.inf), top + jnp.log(sampling.min_p))
     weights = jnp.where(scaled >= lowest[:, None], jnp.exp(scaled - top[:, None]), 0.0)
-    return _pick(weights, _uniform(sampling.seed, positions), best)
+    key = lambda seed, position: jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
+    uniform = jax.vmap(lambda seed, position: jax.random.uniform(key(seed, position)))(sampling.seed, positions)
+    return _pick(weights, uniform, best)
 
 
 def _threshold(scaled: Array, sampling: SamplingArrays) -> Array:
@@ -79,15 +132,13 @@ def _threshold(scaled: Array, sampling: SamplingArrays) -> Array:
     count = jnp.sum((jnp.cumsum(share, -1) - share < goal[:, None]) & (share > 0), axis=-1)
     lowest = jnp.take_along_axis(ranked, jnp.maximum(count - 1, 0)[:, None], axis=-1)[:, 0]
     enough = (k <= size) | ((k == V) & (count < size))
-    search = lambda: jnp.where(enough, lowest, _search(scaled, weights, k, sampling.top_p))
+
+    def search() -> Array:
+        kth = _largest(scaled, jnp.ones_like(scaled), k.astype(jnp.float32))
+        among_k = jnp.where(scaled >= kth[:, None], weights, 0.0)
+        return jnp.where(enough, lowest, _largest(scaled, among_k, sampling.top_p * among_k.sum(-1)))
+
     return jax.lax.cond(jnp.all(enough), lambda: lowest, search)
-
-
-def _search(scaled: Array, weights: Array, k: Array, top_p: Array) -> Array:
-    """The same threshold by bisection: the largest number that k logits reach, then the largest that a mass of p reaches."""
-    kth = _largest(scaled, jnp.ones_like(scaled), k.astype(jnp.float32))
-    among_k = jnp.where(scaled >= kth[:, None], weights, 0.0)
-    return _largest(scaled, among_k, top_p * among_k.sum(-1))
 
 
 def _largest(x: Array, weights: Array, goal: Array) -> Array:
@@ -124,12 +175,3 @@ def _pick(weights: Array, u: Array, otherwise: Array) -> Array:
     within = jnp.minimum(jnp.sum(jnp.cumsum(inner, axis=-1) <= (place - before)[:, None], axis=-1), BLOCK - 1)
     weight = jnp.take_along_axis(inner, within[:, None], axis=-1)[:, 0]
     return jnp.where(weight > 0, block * BLOCK + within, otherwise).astype(jnp.int32)
-
-
-def _uniform(seeds: Array, positions: Array) -> Array:
-    """(B,) float32 in [0, 1), each a function of its seed and position."""
-
-    def row(seed: Array, position: Array) -> Array:
-        return jax.random.uniform(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position))
-
-    return jax.vmap(row)(seeds, positions)

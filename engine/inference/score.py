@@ -25,8 +25,6 @@ def score(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
         nats = jax.nn.logsumexp(logits, axis=-1) - picked
     else:
         hidden, _ = hidden_states(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
-        nats = chunked_cross_entropy(
-            head_weight(cfg, params), hidden.reshape(-1, cfg.width), targets.reshape(-1), cfg.tied, max(2, size)
-        )
-        nats = nats.reshape(targets.shape)
+        rows = hidden.reshape(-1, cfg.width), targets.reshape(-1)
+        nats = chunked_cross_entropy(head_weight(cfg, params), *rows, cfg.tied, max(2, size)).reshape(targets.shape)
     return jnp.where(batch.mask, nats, 0.0).sum()

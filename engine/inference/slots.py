@@ -6,10 +6,9 @@
     while slots.busy:
         for event in slots.step(): ...
 
-The scheduler decides what a step does; this file does it on the device. A request waits until a slot is free; from then
-on it has all the memory it can come to need. Its prompt is prefilled chunk by chunk, one chunk of one prompt a step. All
-sequences that are prefilled decode together. A completion depends on its request alone, to the bit: chunks begin at fixed
-positions, all rows decode in one program and do not see one another, and keys come from a request's own seed and positions.
+The scheduler decides what a step does; this file does it on the device. A request that has a slot has all the memory it can
+come to need. A completion depends on its request alone, to the bit: chunks of prompts begin at fixed positions, all rows
+decode in one program and do not see one another, and keys come from a request's own seed and positions.
 """
 
 import contextlib
@@ -22,14 +21,13 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.inference import programs
-from engine.inference.penalties import TokenCounts, count_prompt, make_token_counts, penalty_arrays
 from engine.inference.prefix_cache import PrefixCache, first_key, next_key
 from engine.inference.request import Event, LogProb, Request, check
-from engine.inference.sampling import sampling_arrays
+from engine.inference.sampling import TokenCounts, count_prompt, make_token_counts, penalty_arrays, sampling_arrays
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.scheduler import DRAFT_ROWS, Decode, Prefill, Scheduler
 from engine.inference.sequence import Sequence
-from engine.model.cache.segmented import KVDtype, KVSegments, Rows, make_kv_segments
+from engine.model.cache.segmented import KVDtype, KVSegments, make_kv_segments
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
 
@@ -45,7 +43,7 @@ def compile_ahead(
 ) -> Iterator[tuple[str, int]]:  # fmt: skip
     """Compiles what `Slots.warm` of the same options will ask for, from the shapes of `params` alone, as it is iterated.
 
-    For the time in which weights are read. A program that turns out to be another one is compiled when it is needed.
+    For the time in which weights are read: a program that turns out to be another one is compiled when it is needed.
     """
     state = lambda: (make_kv_segments(cfg, slots, capacity, chunk, kv_dtype), make_token_counts(cfg, slots))
     shapes = programs.shapes_of((params, *jax.eval_shape(state)))
@@ -56,11 +54,10 @@ def compile_ahead(
 class Slots:
     """The state of all requests to one model. `params` as `decode.for_inference` lays them out; they are only read.
 
-    `slots`: requests under way at once, which is fixed because a program's shape may touch its bits. `capacity`: tokens
-    of prompt and completion together, by default the model's context. `kv_dtype`: the type of the KV cache.
-    `prefix_cache_bytes`: bytes of computed chunks to keep for prompts that begin alike; 0 keeps none. `speculate`:
-    whether a lone sequence uses idle rows to be faster. Completions depend on the model, on `kv_dtype` and on the shapes of
-    programs (`slots`, `capacity`, `chunk`, `tail`); not on `prefix_cache_bytes`, not on `speculate`, and on no other request.
+    `slots`: requests under way at once. `capacity`: tokens of prompt and completion together, by default the model's
+    context. `kv_dtype`: the type of the KV cache. `prefix_cache_bytes`: bytes of computed chunks to keep for prompts that
+    begin alike, 0 for none. `speculate`: whether a lone sequence uses idle rows to be faster. Completions depend on the
+    model, on `kv_dtype` and on the shapes of programs (`slots`, `capacity`, `chunk`, `tail`), and on nothing else.
     """
 
     def __init__(
@@ -87,7 +84,7 @@ class Slots:
 
     @property
     def busy(self) -> bool:
-        """Whether a step would do anything."""
+        """Whether there are requests."""
         return bool(self.waiting or self.running)
 
     @property
@@ -103,12 +100,11 @@ class Slots:
     @property
     def used_positions(self) -> int:
         """Positions of the KV cache that requests have filled, of `slots` times `capacity`."""
-        scheduler = self.scheduler
-        return sum(s.prefilled for s in scheduler.prefilling) + sum(s.position for s in scheduler.decoding)
+        return sum(s.prefilled if s.to_prefill else s.position for s in self.scheduler.running)
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the KV cache, whether filled or not."""
+        """Bytes of the KV cache, filled or not."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self._segments))
 
     def submit(self, request: Request) -> int:
@@ -126,7 +122,12 @@ class Slots:
         The device is done when this returns: a request that is cancelled in between waits for one step at most.
         """
         for sequence in self.scheduler.admit():
-            self._start(sequence)
+            slot, request = np.int32(sequence.slot), sequence.request
+            sequence.prefix_key = first_key(request.namespace)
+            self._segments = programs.clear_slot(self._segments, slot, np.int32(sequence.reach))
+            if request.sampling.adjusts_logits:
+                counts = count_prompt(request.prompt, request.sampling.logit_bias, self.cfg.vocab)
+                self._counts = programs.set_token_counts(self._counts, slot, *counts)
         match self.scheduler.schedule():
             case Prefill(sequence):
                 self._prefill(sequence)
@@ -144,27 +145,25 @@ class Slots:
         if self.busy:
             raise ValueError("warm is for slots without requests")
         # Compiled from shapes, for a program that is run donates arrays while others are still being compiled.
-        calls = self._idle_calls(*programs.shapes_of((self.params, self._segments, self._counts)))
+        shapes = programs.shapes_of((self.params, self._segments, self._counts))
+        cached_chunk = self.chunk if self.prefix_cache.limit else None
+        calls = programs.idle_calls(self.cfg, *shapes, chunks={self.chunk, self.tail}, cached_chunk=cached_chunk)
         pending = set(calls)
         with contextlib.closing(programs.compile_programs(calls)) as compiled:
             for name, count in itertools.chain(ahead, compiled):
                 if name in pending:
                     pending.remove(name)
-                    self._run_idle(name)
+                    self._run_idle(*calls[name])
                     if report:
                         report(count - len(pending), count)
                 if not pending:
                     break
 
-    def _idle_calls(self, *state: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-        cached_chunk = self.chunk if self.prefix_cache.limit else None
-        return programs.idle_calls(self.cfg, *state, chunks={self.chunk, self.tail}, cached_chunk=cached_chunk)
-
-    def _run_idle(self, name: str) -> None:
-        program, arguments = self._idle_calls(self.params, self._segments, self._counts)[name]
+    def _run_idle(self, program: Any, arguments: tuple[Any, ...]) -> None:
+        state = {dict: self.params, KVSegments: self._segments, TokenCounts: self._counts}
         zeros = lambda x: jax.device_put(np.zeros(x.shape, x.dtype), jax.devices()[0])
         real = lambda x: zeros(x) if isinstance(x, jax.ShapeDtypeStruct) else x
-        results = program(*jax.tree.map(real, arguments))
+        results = program(*(state.get(type(value)) or jax.tree.map(real, value) for value in arguments))
         # Only tuples are looked into: to take an array of JAX's apart is a program of its own.
         for result in results if type(results) is tuple else (results,):
             if isinstance(result, KVSegments):
@@ -172,15 +171,6 @@ class Slots:
             elif isinstance(result, TokenCounts):
                 self._counts = result
         jax.block_until_ready((results, self._segments))
-
-    def _start(self, sequence: Sequence) -> None:
-        """Prepares the slot of a sequence that has just been admitted."""
-        slot, request = np.int32(sequence.slot), sequence.request
-        sequence.prefix_key = first_key(request.namespace)
-        self._segments = programs.clear_slot(self._segments, slot, np.int32(sequence.reach))
-        if request.sampling.adjusts_logits:
-            start = count_prompt(request.prompt, request.sampling.logit_bias, self.cfg.vocab)
-            self._counts = programs.set_token_counts(self._counts, slot, *start)
 
     def _prefill(self, sequence: Sequence) -> None:
         """Computes one chunk of a prompt, behind up to HITS_AT_ONCE that are in the prefix cache."""
@@ -217,14 +207,9 @@ class Slots:
         sampling = [IDLE] * R
         for row in batch.rows:
             token[row.slot], position[row.slot], sampling[row.slot] = row.token, row.position, row.sequence.request.sampling
-        target: Any = np.full(programs.count_writes(R), R, np.int32)
-        source: Any = np.arange(len(target), dtype=np.int32) % R
-        target[:R] = np.arange(R)
-        for write, (row_slot, slot) in enumerate(batch.copied_writes, R):
-            source[write], target[write] = row_slot, slot
         wants_logprobs = any(sequence.request.sampling.logprobs is not None for sequence in batch.sequences)
-        sampled, self._segments, self._counts = programs.decode_steps(
-            self.cfg, self.params, self._segments, self._counts, token, Rows(position, source, target),
+        sampled, self._segments, self._counts = programs.decode_slots(
+            self.cfg, self.params, self._segments, self._counts, token, programs.make_rows(position, batch.copied_writes),
             sampling_arrays(sampling), penalty_arrays(sampling), np.int32(batch.steps), np.bool_(wants_logprobs),
         )  # fmt: skip
         # Read as NumPy's, for to take a number out of an array of JAX's is a program of its own.
@@ -233,18 +218,16 @@ class Slots:
         return [self._event(sequence, batch, sampled) for sequence in batch.sequences]
 
     def _event(self, sequence: Sequence, batch: Decode, sampled: programs.SampledTokens) -> Event:
-        """Appends to a sequence the tokens that were sampled for it, as far as they count, and tells what became of it."""
+        """Appends to a sequence the tokens that were sampled for it, as far as they count."""
         rows = [row.slot for row in batch.rows if row.sequence is sequence]
         places = [(step, row) for row in rows for step in range(batch.steps)]
         values = (int(sampled.token[place]) if sampled.finite[place] else None for place in places)
         tokens, reason = sequence.accept(values, batch.drafts)
         count = sequence.request.sampling.logprobs
-        logprobs = [] if count is None else [_logprob(sampled, place, count) for place, _ in zip(places, tokens)]
+        logprobs = []
+        for place in places[: len(tokens)] if count is not None else ():
+            top = (array[place][:count].tolist() for array in (sampled.top_tokens, sampled.top_logprobs))
+            logprobs.append(LogProb(int(sampled.token[place]), float(sampled.logprob[place]), tuple(zip(*top))))
         if reason:
             self.scheduler.finish(sequence)
         return Event(sequence.id, tokens, logprobs, reason, sequence.cached_tokens)
-
-
-def _logprob(sampled: programs.SampledTokens, place: tuple[int, int], count: int) -> LogProb:
-    tokens, values = (array[place][:count].tolist() for array in (sampled.top_tokens, sampled.top_logprobs))
-    return LogProb(int(sampled.token[place]), float(sampled.logprob[place]), tuple(zip(tokens, values)))

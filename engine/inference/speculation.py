@@ -1,10 +1,9 @@
 """Speculative decoding: draft tokens taken from the text itself, checked by rows of the program that are not in use.
 
-A text often repeats itself, or its prompt. So the tokens that followed the last place where the text read
-as it reads now are a draft of what follows (prompt lookup decoding: Saxena 2023; after Leviathan et al. 2023, 2211.17192).
-Each idle row samples the token behind one draft token, with the key of its own position. Those samples are exactly the
-tokens that decoding one by one would give, greedy or not, as long as the drafts before them came true; the first wrong
-draft ends what counts. So a draft changes how soon a token comes, never which.
+A text often repeats itself. So the tokens that followed the last place where the text read as it reads now are a draft of
+what follows (prompt lookup decoding: Saxena 2023; after Leviathan et al. 2023, 2211.17192). Each idle row samples the
+token behind one draft token, with the key of its own position. As long as the drafts before them came true, those samples
+are exactly the tokens that decoding one by one would give, greedy or not: a draft changes how soon a token comes, never which.
 """
 
 from collections.abc import Sequence
@@ -36,11 +35,9 @@ class Drafter:
 
     def draft(self, count: int) -> list[int]:
         """Returns up to `count` tokens that may come next; none where the text has not read so before."""
-        for length in LENGTHS:
-            place = self._next.get(tuple(self._text[-length:])) if len(self._text) >= length else None
-            if place is not None:
-                return self._text[place : place + count]
-        return []
+        places = (self._next.get(tuple(self._text[-length:])) for length in LENGTHS)
+        place = next((place for place in places if place is not None), len(self._text))
+        return self._text[place : place + count]
 
     @property
     def pays(self) -> bool:

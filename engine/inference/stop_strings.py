@@ -33,9 +33,8 @@ class CompletionText:
         """Returns the rest, for no token follows; empty behind a stop string."""
         if self.stopped is not None:
             return ""
-        certain = self._append(self._stream.close())
-        if self.stopped is None:
-            certain, self._uncertain = certain + self._uncertain, ""
+        certain = self._append(self._stream.close()) + self._uncertain
+        self._uncertain = ""
         return certain
 
     def _append(self, text: str) -> str:

@@ -10,7 +10,7 @@ import jax
 
 from engine.counting.params import count_params
 from engine.counting.trainable import TrainablePaths, lora_only
-from engine.inference.quantize import every_product, quantize
+from engine.model.weights.int8 import every_product, quantize
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import merge
 from engine.model.transformer import init_params

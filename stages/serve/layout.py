@@ -12,11 +12,11 @@ import jax
 from engine.counting import hardware
 from engine.counting.params import count_params, leaf_shapes
 from engine.inference import decode
-from engine.inference.quantize import quantize
 from engine.inference.slots import CHUNK, compile_ahead
 from engine.model.cache.segmented import KVDtype, make_kv_segments
 from engine.model.config import ModelConfig
 from engine.model.paths import map_paths, unflatten
+from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import LoRA
 from engine.model.weights.matmul import dense
 

@@ -11,7 +11,7 @@ from engine.counting.programs import decode_program
 from engine.counting.walk import count
 from engine.counting.xla import xla_cost
 from engine.inference.decode import STEPS
-from engine.inference.quantize import quantize
+from engine.model.weights.int8 import quantize
 
 
 @pytest.mark.parametrize("changes", [{}, {"tied": True, "qk_norm": False}])

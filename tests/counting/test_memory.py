@@ -10,11 +10,11 @@ import pytest
 from engine.counting.memory import inference_memory, training_memory
 from engine.counting.params import count_params
 from engine.counting.trainable import TrainablePaths, all_trainable, bottom_frozen, head_only, lora_only, top_frozen
-from engine.inference.quantize import every_product, quantize
 from engine.model.cache.contiguous import make_cache
 from engine.model.config import LoraConfig, ModelConfig, preset
 from engine.model.paths import split
 from engine.model.transformer import forward, init_params
+from engine.model.weights.int8 import every_product, quantize
 from engine.model.weights.matmul import cast_matrices
 from engine.training.lora import add_lora
 from engine.training.optimizer import OptimizerConfig, make_optimizer

@@ -20,7 +20,7 @@ from engine.model.cache.contiguous import make_cache
 from engine.model.config import LoraConfig
 from engine.model.paths import split, unflatten
 from engine.model.transformer import init_params
-from engine.model.weights.int8 import quantize_leaves
+from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import make_adapter
 from engine.text.batch import Batch
 from engine.training import loss
@@ -185,7 +185,7 @@ def test_whatever_the_weights_are_stored_in(backend):
     cfg = KINDS["untied"]
     matrices = r"blocks/.*/(qkv|out|gate_up|down)"
     stored = lambda how: jax.eval_shape(
-        functools.partial(quantize_leaves, rules=[(matrices, how), ("head", how)]), trees(cfg, all_trainable(cfg))[0]
+        functools.partial(quantize, rules=[(matrices, how), ("head", how)]), trees(cfg, all_trainable(cfg))[0]
     )
     cache = jax.eval_shape(lambda: make_cache(cfg, 5, 23))
     counted = count(functools.partial(decode.decode_step.__wrapped__, cfg), stored("int8"), shaped(5), cache)

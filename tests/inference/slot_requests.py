@@ -6,13 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import strategies as st
 from tiny import lively_params, request_of, tiny_config, tokens_of
 
 from engine.inference.decode import for_inference
-from engine.inference.quantize import quantize
-from engine.inference.request import Request
+from engine.inference.request import Event, Request
 from engine.inference.slots import Slots
+from engine.model.weights.int8 import quantize
 
 SLOTS, CAPACITY, CHUNK, TAIL = 5, 62, 16, 4
 DTYPES = ("float32", "bfloat16", "int8")  # of weights, and of the KV cache
@@ -38,8 +37,8 @@ def served(dtype: str) -> tuple[Any, Any]:
 
 def make_slots(dtype: str, **options: Any) -> Slots:
     cfg, params = served(dtype)
-    shape = {"slots": SLOTS, "capacity": CAPACITY, "chunk": CHUNK, "tail": TAIL}
-    return Slots(cfg, params, **{**shape, "kv_dtype": dtype.rpartition("/")[2], **options})
+    shape = {"params": params, "slots": SLOTS, "capacity": CAPACITY, "chunk": CHUNK, "tail": TAIL}
+    return Slots(cfg, **{**shape, "kv_dtype": dtype.rpartition("/")[2], **options})
 
 
 class Log:
@@ -47,36 +46,38 @@ class Log:
 
     def __init__(self, slots: Slots) -> None:
         self.slots = slots
-        self.tokens: dict[int, list[int]] = {}
-        self.logprobs: dict[int, list[Any]] = {}
-        self.finished: dict[int, str] = {}
-        self.cached: dict[int, int] = {}
+        self.requests: dict[int, Request] = {}
+        self.events: dict[int, list[Event]] = {}
+
+    @property
+    def finished(self) -> dict[int, str]:
+        return {id: events[-1].finish_reason for id, events in self.events.items() if events and events[-1].finish_reason}
 
     def submit(self, request: Request) -> int:
         id = self.slots.submit(request)
-        assert id not in self.tokens
-        self.tokens[id], self.logprobs[id] = [], []
+        assert id not in self.events
+        self.requests[id], self.events[id] = request, []
         return id
 
     def step(self) -> None:
         for event in self.slots.step():
             assert event.id not in self.finished, "nothing comes behind the end"
             assert event.tokens or event.finish_reason
-            self.tokens[event.id] += event.tokens
-            self.logprobs[event.id] += [
-                (token, np.float32(logprob).tobytes(), tuple((other, np.float32(value).tobytes()) for other, value in top))
-                for token, logprob, top in event.logprobs
-            ]
-            self.cached[event.id] = event.cached_tokens
-            if event.finish_reason:
-                self.finished[event.id] = event.finish_reason
+            assert len(event.logprobs) == (0 if self.requests[event.id].sampling.logprobs is None else len(event.tokens))
+            self.events[event.id].append(event)
 
     def drain(self) -> None:
         while self.slots.busy:
             self.step()
 
     def completion(self, id: int) -> Completion:
-        return Completion(tuple(self.tokens[id]), tuple(self.logprobs[id]), self.finished[id])
+        bits = lambda value: np.float32(value).tobytes()
+        tokens = tuple(token for event in self.events[id] for token in event.tokens)
+        logprobs = tuple(
+            (token, bits(logprob), tuple((other, bits(value)) for other, value in top))
+            for event in self.events[id] for token, logprob, top in event.logprobs
+        )  # fmt: skip
+        return Completion(tokens, logprobs, self.finished[id])
 
 
 def complete(slots: Slots, requests: list[Request]) -> list[Completion]:
@@ -87,18 +88,16 @@ def complete(slots: Slots, requests: list[Request]) -> list[Completion]:
     return [log.completion(id) for id in ids]
 
 
-@functools.cache
-def _complete_alone(dtype: str, number: int) -> Completion:
-    (completion,) = complete(make_slots(dtype, speculate=False), [REQUESTS[number]])
-    assert completion.finish_reason != "error", "no numbers at all would be the same in any company"
-    return completion
-
-
 def complete_alone(dtype: str, request: Request) -> Completion:
     """The completion when there never was another request: no draft tokens, no cached chunks, clean slots."""
-    if request not in REQUESTS:
-        REQUESTS.append(request)
-    return _complete_alone(dtype, REQUESTS.index(request))
+    key = dtype, repr(request)
+    if key not in _alone:
+        (_alone[key],) = complete(make_slots(dtype, speculate=False), [request])
+        assert _alone[key].finish_reason != "error", "no numbers at all would be the same in any company"
+    return _alone[key]
+
+
+_alone: dict[tuple[str, str], Completion] = {}
 
 
 def text(seed: int, length: int) -> list[int]:
@@ -133,7 +132,7 @@ def _requests() -> list[Request]:
 
 
 REQUESTS = _requests()
-requests = st.sampled_from(list(REQUESTS))
+REPEATING = (text(2, 9) * 4)[:33]
 
 
 def poison(slots: Slots, rubbish: float) -> None:

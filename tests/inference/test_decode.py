@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import lively_params, positions_of, sampling_of, tiny_config, tokens_of
+from tiny import positions_of, sampling_of, tiny_config, tokens_of
 
 from engine.errors import UserError
 from engine.inference import decode
@@ -26,8 +26,8 @@ def padded(prompts: list[list[int]], width: int) -> np.ndarray:
     return np.array([prompt + [0] * (width - len(prompt)) for prompt in prompts], np.int32)
 
 
-def texts(*lengths: int, seed: int = 0) -> list[list[int]]:
-    return [tokens_of(seed + n, length).tolist() for n, length in enumerate(lengths)]
+def texts(*lengths: int) -> list[list[int]]:
+    return [tokens_of(n, length).tolist() for n, length in enumerate(lengths)]
 
 
 def continuations(cfg, params, prompts, capacity=CAPACITY, **sampling) -> tuple[list[list[int]], list[str | None]]:
@@ -62,32 +62,25 @@ def test_generating_is_reading_the_whole_text_anew_for_every_token(cfg, params):
     assert len({tuple(output) for output in outputs}) == 3
 
 
-def test_a_prompt_in_pieces_is_the_prompt_at_once(cfg, params):
-    prompts = texts(10, 4, 7)
-    lengths = np.array([10, 4, 7], np.int32)
+def cached(cache) -> list[np.ndarray]:
+    return [np.asarray(layer) for layer in (*cache.k, *cache.v)]
+
+
+def test_a_prompt_in_pieces_is_the_prompt_at_once_and_a_row_without_tokens_stays(cfg, params):
+    prompts, lengths = texts(10, 5, 7), np.array([10, 5, 7], np.int32)
     whole, cache = prefill(cfg, params, padded(prompts, 10), lengths, make_cache(cfg, ROWS, 20))
-    assert cache.length.tolist() == lengths.tolist()
     pieces = make_cache(cfg, ROWS, 20)
     for start in (0, 5):
-        some = [prompt[start : start + 5] for prompt in prompts]
-        counts = np.array([len(piece) for piece in some], np.int32)
-        logits, pieces = prefill(cfg, params, padded(some, 5), counts, pieces)
+        before = cached(pieces)
+        counts = np.clip(lengths - start, 0, 5)
+        logits, pieces = prefill(cfg, params, padded(prompts, 10)[:, start : start + 5], counts, pieces)
         for row in np.flatnonzero(counts + start == lengths):
             np.testing.assert_allclose(logits[row], whole[row], rtol=0, atol=1e-5)
-    assert pieces.length.tolist() == lengths.tolist()
-    for one, other in zip((*cache.k, *cache.v), (*pieces.k, *pieces.v), strict=True):
+    assert cache.length.tolist() == pieces.length.tolist() == lengths.tolist()
+    for at_once, read, earlier in zip(cached(cache), cached(pieces), before, strict=True):
+        np.testing.assert_array_equal(read[1, :, :5], earlier[1, :, :5])
         for row, length in enumerate(lengths):
-            np.testing.assert_allclose(one[row, :, :length], other[row, :, :length], rtol=0, atol=1e-5)
-
-
-def test_a_row_without_tokens_is_left_as_it_was(cfg, params):
-    cache = make_cache(cfg, ROWS, 20)
-    _, cache = prefill(cfg, params, padded(texts(5, 5, 5), 5), np.array([5, 5, 5], np.int32), cache)
-    before = jax.tree.map(np.asarray, cache)
-    _, cache = prefill(cfg, params, padded(texts(5, 5, 5, seed=9), 5), np.array([5, 0, 2], np.int32), cache)
-    assert cache.length.tolist() == [10, 5, 7]
-    for one, other in zip((*before.k, *before.v), (*cache.k, *cache.v), strict=True):
-        np.testing.assert_array_equal(one[1, :, :5], other[1, :, :5])
+            np.testing.assert_allclose(read[row, :, :length], at_once[row, :, :length], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -107,38 +100,27 @@ def test_several_steps_at_once_are_one_step_after_another(cfg, params, temperatu
         token = jax.jit(sample)(logits, cache.length, sampling)
         np.testing.assert_array_equal(at_once[:, step], token)
     assert last.length.tolist() == cache.length.tolist() == (lengths + STEPS).tolist()
-    for one, other in zip((*last.k, *last.v), (*cache.k, *cache.v), strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+    for ours, expected in zip(cached(last), cached(cache), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
 
 
-def test_a_completion_ends_before_its_end_token(cfg, params):
+def test_a_completion_ends_before_its_end_token_or_at_its_length(cfg, params):
     prompts = texts(1, CHUNK, 9)
     free, _ = continuations(cfg, params, prompts)
-    for place in (0, 3, 11):  # sampled from the prefill, in the middle of a dispatch, in the second one
-        end = free[1][place]
-        outputs, reasons = continuations(cfg, params, prompts, stop_token_ids={end})
+    # sampled from the prefill, in the middle of a dispatch, in the second one; and several at once
+    for ends in (*({free[1][place]} for place in (0, 3, 11)), {free[1][11], free[1][3], 41}):
+        outputs, reasons = continuations(cfg, params, prompts, stop_token_ids=ends)
         for output, unbounded, reason in zip(outputs, free, reasons):
-            stops = end in unbounded
-            assert output == (unbounded[: unbounded.index(end)] if stops else unbounded)
-            assert reason == ("stop" if stops else "length")
+            place = min((unbounded.index(end) for end in ends if end in unbounded), default=None)
+            assert (output, reason) == (unbounded[:place], "length" if place is None else "stop")
         assert reasons[1] == "stop"
-    several = {free[1][11], free[1][3], 41}
-    outputs, reasons = continuations(cfg, params, prompts, stop_token_ids=several)
-    assert outputs[1] == free[1][: min(free[1].index(end) for end in several if end in free[1])]
-    assert reasons[1] == "stop"
-
-
-def test_a_completion_ends_at_its_length(cfg, params):
-    prompts = texts(5, 2, 9)
-    free, _ = continuations(cfg, params, prompts, max_tokens=30)
     for length in (1, STEPS, STEPS + 1, STEPS + 2):
         outputs, reasons = continuations(cfg, params, prompts, max_tokens=length)
-        assert outputs == [output[:length] for output in free]
-        assert reasons == ["length"] * 3
+        assert (outputs, reasons) == ([output[:length] for output in free], ["length"] * 3)
     end = free[0][-1]
-    first = free[0].index(end)
-    assert continuations(cfg, params, prompts, max_tokens=first, stop_token_ids={end})[1][0] == "length", "the end lies beyond"
-    assert continuations(cfg, params, prompts, max_tokens=first + 1, stop_token_ids={end})[1][0] == "stop"
+    for beyond, reason in ((0, "length"), (1, "stop")):
+        length = free[0].index(end) + beyond
+        assert continuations(cfg, params, prompts, max_tokens=length, stop_token_ids={end})[1][0] == reason
 
 
 def test_a_completion_ends_where_the_context_is_full(cfg, params):
@@ -161,23 +143,18 @@ def test_tokens_come_as_they_are_sampled(cfg, params):
     ]  # fmt: skip
 
 
-def test_one_prompt_alone_is_continued(cfg, params):
-    """It runs as two rows, which do not see each other."""
-    prompt = texts(9)
-    outputs, _ = continuations(cfg, params, prompt, temperature=1.0, seed=8)
-    assert len(outputs) == 1
-    assert outputs == continuations(cfg, params, [prompt[0], [3]], temperature=1.0, seed=8)[0][:1]
-    assert continuations(cfg, params, prompt)[0] == read_anew(cfg, params, prompt, 20)
-
-
 def test_a_lone_prompt_is_prefilled_alone_and_decoded_beside_an_empty_row(cfg, params, monkeypatch):
+    """The two rows do not see each other."""
+    prompts = texts(CHUNK + 3)
+    beside = continuations(cfg, params, [*prompts, [3]], temperature=1.0, seed=8)[0]
     rows = {"prefill": set(), "decode_steps": set()}
     for name, program in (("prefill", prefill), ("decode_steps", decode_steps)):
         note = lambda cfg, params, tokens, *rest, name=name, program=program: (
             rows[name].add(len(tokens)) or program(cfg, params, tokens, *rest)
         )
         monkeypatch.setattr(decode, name, note)
-    continuations(cfg, params, texts(CHUNK + 3))
+    assert continuations(cfg, params, prompts, temperature=1.0, seed=8)[0] == beside[:1]
+    assert continuations(cfg, params, prompts)[0] == read_anew(cfg, params, prompts, 20)
     assert rows == {"prefill": {1}, "decode_steps": {2}}
 
 
@@ -194,17 +171,21 @@ def test_after_the_first_call_nothing_is_compiled(cfg, params, count_compiles):
 
 
 @pytest.mark.parametrize(
-    ("prompts", "message"),
+    ("prompts", "rows", "fields", "message"),
     [
-        ([[1], [], [2]], "Prompt 1 has 0 tokens"),
-        ([[1], [2], [3] * 150], "Prompt 2 has 150 tokens; from 1 to 149 fit"),
-        ([[1], [41], [3]], "Prompt 1 holds a token outside the vocabulary of 41"),
-        ([[-1], [1], [3]], "Prompt 0 holds a token outside"),
+        ([[1], [], [2]], 3, {}, "Prompt 1 has 0 tokens"),
+        ([[1], [2], [3] * 150], 3, {}, "Prompt 2 has 150 tokens; from 1 to 149 fit"),
+        ([[1], [41], [3]], 3, {}, "Prompt 1 holds a token outside the vocabulary of 41"),
+        ([[-1], [1], [3]], 3, {}, "Prompt 0 holds a token outside"),
+        ([], 0, {}, "0 and 0 came"),
+        ([[1], [2], [3]], 2, {}, "3 and 2 came"),
+        ([[1]], 1, {"logprobs": 0}, "Slots"), ([[1]], 1, {"presence_penalty": 0.1}, "Slots"),
+        ([[1]], 1, {"logit_bias": {1: 1.0}}, "Slots"),
     ],
-)
-def test_a_prompt_that_cannot_be_continued_is_refused(cfg, params, prompts, message):
+)  # fmt: skip
+def test_prompts_that_cannot_be_continued_are_refused(cfg, params, prompts, rows, fields, message):
     with pytest.raises(UserError, match=message):
-        next(generate(cfg, params, prompts, SamplingParams().per_row(3)))
+        next(generate(cfg, params, prompts, SamplingParams(**fields).per_row(rows)))
 
 
 def test_weights_are_cast_once_and_gains_stay(params):
@@ -214,7 +195,9 @@ def test_weights_are_cast_once_and_gains_stay(params):
         np.testing.assert_array_equal(one, other.astype(one.dtype))
 
 
-def test_a_text_is_scored_in_the_bits_that_its_tokens_take(cfg, params):
+def test_a_text_is_scored_in_the_bits_that_its_tokens_take_which_training_minimises(cfg, params):
+    from engine.training.loss import summed_loss
+
     B, T = 2, 7
     mask = np.array([[1, 1, 0, 1, 0, 1, 1], [0, 1, 1, 1, 1, 1, 0]], bool)
     segments = np.array([[0, 0, 0, 1, 1, 1, 1], [0] * 7], np.int32)
@@ -223,24 +206,7 @@ def test_a_text_is_scored_in_the_bits_that_its_tokens_take(cfg, params):
     probability = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     bits = -np.log2(np.take_along_axis(probability, batch.targets[..., None], -1)[..., 0])
     np.testing.assert_allclose(score(cfg, params, batch) / np.log(2), bits[mask].sum(), rtol=1e-5)
-    junk = batch._replace(targets=np.where(mask, batch.targets, -1).astype(np.int32))
-    assert float(score(cfg, params, junk)) == float(score(cfg, params, batch))
-
-
-def test_a_score_is_a_summed_loss(cfg):
-    """What training minimises and what evaluation reports are one number."""
-    from engine.training.loss import summed_loss
-
-    params = lively_params(cfg, 1)
-    batch = Batch(tokens_of(0, 2, 7), tokens_of(1, 2, 7), np.ones((2, 7), bool), positions_of(2, 7), None)
     loss = jax.jit(functools.partial(summed_loss, cfg))(params, batch)
     np.testing.assert_allclose(score(cfg, params, batch), loss, rtol=1e-6)
-
-
-def test_prompts_and_rows_of_sampling_go_together(cfg, params):
-    for prompts, rows in (([], 0), ([[1], [2], [3]], 2)):
-        with pytest.raises(UserError, match=f"{len(prompts)} and {rows} came"):
-            list(generate(cfg, params, prompts, SamplingParams().per_row(rows)))
-    for fields in ({"logprobs": 0}, {"presence_penalty": 0.1}, {"logit_bias": {1: 1.0}}):
-        with pytest.raises(UserError, match="Slots"):
-            list(generate(cfg, params, [[1]], [SamplingParams(**fields)]))
+    junk = batch._replace(targets=np.where(mask, batch.targets, -1).astype(np.int32))
+    assert float(score(cfg, params, junk)) == float(score(cfg, params, batch))

@@ -9,64 +9,45 @@ import numpy as np
 import pytest
 from tiny import lively_params, positions_of, sampling_of, tiny_config, tokens_of
 
-from engine.errors import UserError
 from engine.inference.decode import decode_step, for_inference
-from engine.inference.penalties import PenaltyArrays, make_token_counts
-from engine.inference.programs import decode_steps as decode_slots
-from engine.inference.quantize import every_product, quantize, round_trips
+from engine.inference.programs import decode_slots
+from engine.inference.sampling import PenaltyArrays, make_token_counts
 from engine.model.cache.contiguous import make_cache
 from engine.model.cache.segmented import Rows, make_kv_segments
 from engine.model.paths import leaf_paths, map_paths
 from engine.model.transformer import forward
-from engine.model.weights.int8 import Int8
+from engine.model.weights.int8 import Int8, every_product, quantize
 from engine.model.weights.matmul import dense
 from engine.storage.digest import digest
 
-ROWS, CAPACITY, CHUNK = 5, 32, 7
-
-
-def served(tied: bool, kind: str = "int8", dtype: str = "bfloat16"):
-    cfg = tiny_config(tied=tied, dtype=dtype)
-    return cfg, quantize(for_inference(cfg, lively_params(cfg)), every_product(lively_params(cfg), kind))
+ROWS, CAPACITY = 5, 32
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_all_that_is_multiplied_by_is_int8_and_nothing_else(tied):
     cfg = tiny_config(tied=tied)
-    params, seen = lively_params(cfg), []
+    params = lively_params(cfg)
     before = digest(params)
-    small = quantize(params, report=lambda done, total: seen.append((done, total)))
-    kinds = {path for path, leaf in leaf_paths(small).items() if isinstance(leaf, Int8)}
-    head = "embed" if tied else "head"
-    assert kinds == {f"blocks/{layer}/{name}" for layer in (0, 1) for name in ("qkv", "out", "gate_up", "down")} | {head}
-    assert seen == [(n, 9) for n in range(1, 10)]
+    for layout in (quantize(params), for_inference(cfg, quantize(params))):
+        kinds = {path: leaf.values.dtype for path, leaf in leaf_paths(layout).items() if isinstance(leaf, Int8)}
+        matrices = [f"blocks/{layer}/{name}" for layer in (0, 1) for name in ("qkv", "out", "gate_up", "down")]
+        assert kinds == dict.fromkeys([*matrices, "embed" if tied else "head"], jnp.int8)
     assert digest(params) == before
-    again = for_inference(cfg, small)
-    assert all(leaf.values.dtype == jnp.int8 for leaf in leaf_paths(again).values() if isinstance(leaf, Int8))
-    with pytest.raises(UserError, match="matches no parameter"):
-        quantize(params, [("haed", "int8")])
-
-
-def test_the_error_of_each_leaf_is_reported():
-    params = lively_params(tiny_config())
-    errors = round_trips(params, quantize(params))
-    assert len(errors) == 9
-    assert all(0.001 < error.relative < 0.01 and 0.4 < error.worst <= 0.5001 for error in errors.values())
-    wrong = {**params, "head": params["head"] * 1.1}
-    assert round_trips(wrong, quantize(params))["head"].worst > 1
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", ["int8", "full"])
 def test_logits_stay_near(tied, kind):
-    cfg, small = served(tied, kind, "float32")
+    cfg = tiny_config(tied=tied)
+    params = lively_params(cfg)
+    small = quantize(for_inference(cfg, params), every_product(params, kind))
     tokens, positions = tokens_of(0, 3, 11), positions_of(3, 11)
     run = jax.jit(lambda params: forward(cfg, params, tokens, positions)[0])
-    plain, rounded = run(lively_params(cfg)), run(small)
+    plain, rounded = run(params), run(small)
     error = np.sqrt(((plain - rounded) ** 2).mean() / (plain**2).mean())
     assert 0 < error < 0.05
-    written_out = run(map_paths(lambda _, leaf: dense(leaf), small))
     if kind == "full":
+        written_out = run(map_paths(lambda _, leaf: dense(leaf), small))
         np.testing.assert_allclose(rounded, written_out, atol=1e-4 * np.abs(written_out).max())
 
 

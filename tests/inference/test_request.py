@@ -63,16 +63,13 @@ def test_any_fields_make_a_request_or_one_of_them_is_named(fields):
 def test_what_a_model_cannot_serve_is_refused_with_both_counts():
     check(request_of((1, 40), 68), 41, 70)
     outside = "holds a token outside"
-    cases = [
-        (request_of((), 5), "prompt", "The prompt has no tokens"),
-        (request_of((1, 41), 5), "prompt", outside),
-        (request_of((-1,), 5), "prompt", outside),
-        (request_of((2**70,), 5), "prompt", outside),
+    for request, field, sentence in (
+        (request_of((), 5), "prompt", "The prompt has no tokens"), (request_of((1, 41), 5), "prompt", outside),
+        (request_of((-1,), 5), "prompt", outside), (request_of((2**70,), 5), "prompt", outside),
         (request_of((1,), 5, stop_token_ids=(41,)), "stop_token_ids", outside),
         (request_of((1,), 5, logit_bias={-1: 1.0}), "logit_bias", outside),
         (request_of((1, 2), 69), "prompt", "2 tokens and max_tokens is 69; together at most 70 fit"),
-    ]
-    for request, field, sentence in cases:
+    ):  # fmt: skip
         with pytest.raises(InvalidField, match=sentence) as caught:
             check(request, 41, 70)
         assert caught.value.field == field
@@ -85,15 +82,11 @@ def test_a_request_keeps_its_values_even_if_the_caller_changes_them():
     assert (request.prompt, request.sampling.logit_bias, request.sampling.stop_token_ids) == ((1, 2), {3: 1.0}, {4})
 
 
-@pytest.mark.parametrize(
-    ("fields", "adjusts"),
-    [
-        ({}, False), ({"presence_penalty": 0.1}, True), ({"frequency_penalty": -1}, True),
-        ({"repetition_penalty": 1.1}, True), ({"logit_bias": {1: 1}}, True),
-    ],
-)  # fmt: skip
-def test_only_penalties_and_a_bias_change_logits(fields, adjusts):
-    assert SamplingParams(temperature=0.3, top_k=3, **fields).adjusts_logits == adjusts
+def test_only_penalties_and_a_bias_change_logits():
+    rest = {"temperature": 0.3, "top_k": 3}
+    assert not SamplingParams(**rest).adjusts_logits
+    penalties = {"presence_penalty": 0.1, "frequency_penalty": -1, "repetition_penalty": 1.1, "logit_bias": {1: 1}}
+    assert all(SamplingParams(**rest, **{name: value}).adjusts_logits for name, value in penalties.items())
 
 
 def test_rows_differ_in_their_seeds_alone():

@@ -11,11 +11,18 @@ from tiny import sampling_of
 from engine.inference.sampling import SamplingArrays, sample
 
 V, COUNT = 41, 256
+EVERY_POSITION = np.arange(COUNT)
 sample_ = jax.jit(sample)
 
 
 def logits_of(seed: int, rows: int = 1, spread: float = 2.0) -> np.ndarray:
     return (spread * np.random.default_rng(seed).standard_normal((rows, V))).astype(np.float32)
+
+
+def samples(logits: np.ndarray, row: SamplingArrays, positions=EVERY_POSITION, **fields) -> np.ndarray:
+    """The tokens that logits (1, V) and one row's parameters give at each of the positions; `fields` are its own there."""
+    rows = SamplingArrays(*(field.repeat(len(positions)) for field in row))._replace(**fields)
+    return np.asarray(sample_(logits.repeat(len(positions), 0), positions.astype(np.int32), rows))
 
 
 def plain_candidates(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> set[int]:
@@ -44,8 +51,7 @@ def test_temperature_zero_is_the_most_probable_token(seed, position):
 def test_only_and_all_of_the_right_tokens_are_sampled(seed, temperature, top_k, top_p, min_p):
     logits = logits_of(seed)
     row = sampling_of(1, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    rows = SamplingArrays(*(field.repeat(COUNT) for field in row))
-    sampled = set(np.asarray(sample_(logits.repeat(COUNT, 0), np.arange(COUNT, dtype=np.int32), rows)).tolist())
+    sampled = set(samples(logits, row).tolist())
     # Sums in float32 may put a token that lies on the border on either side of it.
     few = plain_candidates(logits[0], temperature, top_k, max(top_p - 1e-5, 1e-9), min(min_p + 1e-5, 1.0))
     many = plain_candidates(logits[0], temperature, top_k, top_p + 1e-5 if top_p < 1 else 9.0, max(min_p - 1e-5, 0.0))
@@ -59,28 +65,21 @@ def test_tokens_that_tie_with_the_last_one_kept_stay():
     logits = np.full((1, V), -3.0, np.float32)
     logits[0, [4, 9, 30]] = [2.0, 1.0, 1.0]
     for limit in ({"top_k": 2}, {"top_p": 0.7}):
-        rows = SamplingArrays(*(field.repeat(COUNT) for field in sampling_of(1, **limit)))
-        sampled = sample_(logits.repeat(COUNT, 0), np.arange(COUNT, dtype=np.int32), rows)
-        assert set(np.asarray(sampled).tolist()) == {4, 9, 30}
+        assert set(samples(logits, sampling_of(1, **limit)).tolist()) == {4, 9, 30}
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_tokens_come_as_often_as_the_softmax_says(temperature):
     """Chi-square with 40 degrees of freedom: 95 is passed by chance once in 400,000 times, and the seeds are fixed."""
-    count = 20_000
-    logits = logits_of(3, spread=0.7)
-    rows = SamplingArrays(*(field.repeat(count) for field in sampling_of(1, temperature=temperature, seed=11)))
-    sampled = sample_(logits.repeat(count, 0), np.arange(count, dtype=np.int32), rows)
+    count, logits = 20_000, logits_of(3, spread=0.7)
+    row = sampling_of(1, temperature=temperature, seed=11)
+    by_position = samples(logits, row, np.arange(count))
+    by_seed = samples(logits, row, np.full(count, 17), seed=jnp.arange(count, dtype=jnp.uint32))
     probability = np.exp(logits[0] / temperature)
-    expected = count * probability / probability.sum()
-    by_position = ((np.bincount(sampled, minlength=V) - expected) ** 2 / expected).sum()
-    rows = rows._replace(seed=jnp.arange(count, dtype=jnp.uint32), temperature=rows.temperature)
-    sampled = sample_(logits.repeat(count, 0), np.full(count, 17, np.int32), rows)
-    by_seed = ((np.bincount(sampled, minlength=V) - expected) ** 2 / expected).sum()
-    assert 10 < by_position < 95
-    assert 10 < by_seed < 95
-    flat = np.full(V, count / V)
-    assert ((np.bincount(sampled, minlength=V) - flat) ** 2 / flat).sum() > 1000, "the bound can be broken"
+    off = lambda tokens, share: ((np.bincount(tokens, minlength=V) - count * share) ** 2 / (count * share)).sum()
+    assert 10 < off(by_position, probability / probability.sum()) < 95
+    assert 10 < off(by_seed, probability / probability.sum()) < 95
+    assert off(by_seed, np.full(V, 1 / V)) > 1000, "the bound can be broken"
 
 
 def test_a_token_is_its_rows_own_whatever_the_batch():
@@ -99,13 +98,9 @@ def test_a_token_is_its_rows_own_whatever_the_batch():
         np.testing.assert_array_equal(part, together[order])
 
 
-def test_another_seed_or_position_is_another_sample_():
-    logits = np.zeros((COUNT, V), np.float32)
-    rows = sampling_of(COUNT, seed=0)
-    first = np.asarray(sample_(logits, np.zeros(COUNT, np.int32), rows))
-    assert len(set(first.tolist())) > V // 2, "seeds differ from row to row"
-    same = rows._replace(seed=jnp.zeros(COUNT, jnp.uint32))
-    assert len(set(np.asarray(sample_(logits, np.arange(COUNT, dtype=np.int32), same)).tolist())) > V // 2
-    assert len(set(np.asarray(sample_(logits, np.zeros(COUNT, np.int32), same)).tolist())) == 1
-    last = sampling_of(1, seed=2**32 - 1)
-    assert int(last.seed[0]) == 2**32 - 1
+def test_another_seed_or_position_is_another_sample():
+    logits, row, same = np.zeros((1, V), np.float32), sampling_of(1, seed=0), np.zeros(COUNT)
+    assert len({*samples(logits, row, same, seed=sampling_of(COUNT, seed=0).seed).tolist()}) > V // 2
+    assert len({*samples(logits, row).tolist()}) > V // 2
+    assert len({*samples(logits, row, same).tolist()}) == 1
+    assert int(sampling_of(1, seed=2**32 - 1).seed[0]) == 2**32 - 1

@@ -9,6 +9,7 @@ from slot_requests import (
     CAPACITY,
     CHUNK,
     DTYPES,
+    REPEATING,
     REQUESTS,
     SLOTS,
     Log,
@@ -35,16 +36,22 @@ EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES)
 forward_ = jax.jit(forward, static_argnums=0)
 
 
-@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9, "seed": 5}])
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 0.0, "stop_token_ids": (3, 7)}, {"temperature": 0.8, "top_p": 0.9, "seed": 5}]
+)
 def test_completions_are_those_of_the_plain_generator(sampling):
     cfg, params = served("float32")
     prompts = [text(seed, length) for seed, length in enumerate((1, 2, 16, 17, 18, 33, 50))]
     rows = SamplingParams(max_tokens=12, **sampling).per_row(len(prompts))
-    expected = [[] for _ in prompts]
+    expected, reasons = [[] for _ in prompts], {}
     for part in generate(cfg, params, prompts, rows):
         expected[part.prompt] += part.tokens
+        reasons[part.prompt] = part.finish_reason
     completions = complete(make_slots("float32"), [Request(prompt, row) for prompt, row in zip(prompts, rows)])
-    assert [list(completion.tokens) for completion in completions] == expected
+    assert [(list(completion.tokens), completion.finish_reason) for completion in completions] == [
+        (tokens, reasons[prompt]) for prompt, tokens in enumerate(expected)
+    ]
+    assert ("stop" in reasons.values()) == ("stop_token_ids" in sampling)
 
 
 @EVERY_DTYPE
@@ -78,77 +85,59 @@ def test_a_prefix_cache_hit_changes_no_bit(dtype):
     again = [log.submit(request) for _ in range(3)]
     other = log.submit(request_of(text(1, 52), 10, seed=3, logprobs=20, namespace="key"))
     log.drain()
-    assert log.cached[first] == log.cached[other] == 0
-    assert all(log.cached[id] == 3 * CHUNK for id in again)
+    assert [log.events[id][-1].cached_tokens for id in (first, other, *again)] == [0, 0, *[3 * CHUNK] * 3]
     assert {log.completion(id) for id in (first, other, *again)} == {complete_alone(dtype, request)}
     assert slots.prefix_cache.bytes <= slots.prefix_cache.limit
-
-
-def test_a_cache_too_small_for_a_prompt_keeps_its_beginning():
-    size = make_slots("float32", prefix_cache_bytes=10**7)
-    complete(size, [request_of(text(1, CHUNK + 1), 1)])
-    slots = make_slots("float32", prefix_cache_bytes=2 * size.prefix_cache.bytes)
-    request = request_of(text(1, 52), 10, seed=3)
-    log = Log(slots)
-    for _ in range(2):
-        last = log.submit(request)
-        log.drain()
-    assert log.cached[last] == 2 * CHUNK
-    assert slots.prefix_cache.bytes == slots.prefix_cache.limit
 
 
 @EVERY_DTYPE
 @pytest.mark.parametrize("temperature", [0.0, 0.3])
 def test_drafts_change_when_tokens_come_and_not_which(dtype, temperature, monkeypatch):
     """A text that repeats itself, and one whose every draft is wrong."""
-    request = request_of((text(2, 9) * 4)[:33], 29, temperature=temperature, seed=2, logprobs=3)
+    request = request_of(REPEATING, 29, temperature=temperature, seed=2, logprobs=3)
     expected, checked = complete_alone(dtype, request), []
     right = [*request.prompt, *expected.tokens]
     schedule = Scheduler.schedule
 
     def noted(self):
         step = schedule(self)
-        checked.append(len(step.drafts) if isinstance(step, Decode) else 0)
+        checked.append(isinstance(step, Decode) and len(step.drafts) > 0)
         return step
 
+    def dispatches_with_drafts(change=None) -> int:
+        """Completes the request, with each right draft token `change`d by its place."""
+        checked.clear()
+        if change:
+            changed = lambda self, count: [change(n, token) for n, token in enumerate(right[len(self._text) :][:count])]
+            monkeypatch.setattr(Drafter, "draft", changed)
+        assert complete(make_slots(dtype), [request]) == [expected]
+        return sum(checked)
+
     monkeypatch.setattr(Scheduler, "schedule", noted)
-    assert complete(make_slots(dtype), [request]) == [expected]
-    monkeypatch.setattr(Drafter, "draft", lambda self, count: right[len(self._text) :][:count])
-    checked.clear()
-    assert complete(make_slots(dtype), [request]) == [expected]
-    assert sum(map(bool, checked)) <= -(-28 // 4), "three drafts and a token of its own come true each time"
-    monkeypatch.setattr(Drafter, "draft", lambda self, count: [(t + 1) % 41 for t in right[len(self._text) :][:count]])
-    checked.clear()
-    assert complete(make_slots(dtype), [request]) == [expected]
-    assert 0 < sum(map(bool, checked)) < 10, "wrong drafts are given up"
-    half = lambda self, count: [t if i % 2 == 0 else 0 for i, t in enumerate(right[len(self._text) :][:count])]
-    monkeypatch.setattr(Drafter, "draft", half)
-    assert complete(make_slots(dtype), [request]) == [expected]
+    dispatches_with_drafts()
+    assert 0 < dispatches_with_drafts(lambda n, token: token) <= -(-28 // 4), "three drafts and a token of its own come true"
+    assert 0 < dispatches_with_drafts(lambda n, token: (token + 1) % 41) < 10, "wrong drafts are given up"
+    dispatches_with_drafts(lambda n, token: 0 if n % 2 else token)
 
 
 def test_a_request_that_comes_while_drafts_are_checked_finds_a_clean_slot_and_spoils_no_text():
-    one, two = request_of((text(2, 9) * 4)[:33], 29, temperature=0.0), REQUESTS[5]
+    requests = request_of(REPEATING, 29, temperature=0.0), REQUESTS[5]
     for steps in range(1, 9):
         log = Log(make_slots("float32"))
-        first = log.submit(one)
+        ids = [log.submit(requests[0])]
         for _ in range(steps):
             log.step()
-        second = log.submit(two)
+        ids.append(log.submit(requests[1]))
         log.drain()
-        assert (log.completion(first), log.completion(second)) == (
-            complete_alone("float32", one),
-            complete_alone("float32", two),
-        )
+        assert [log.completion(id) for id in ids] == [complete_alone("float32", request) for request in requests]
 
 
 def test_nothing_is_compiled_after_warm(count_compiles):
     """Slots of a shape no other test has, with one row for drafts, not three; weights on a device that is not named, and on
     one that is."""
-    cfg, params = served("float32")
+    params = served("float32")[1]
     for weights in (params, jax.device_put(params, jax.devices()[0])):
-        slots = Slots(
-            cfg, weights, slots=2, capacity=CAPACITY, kv_dtype="float32", chunk=CHUNK, tail=4, prefix_cache_bytes=10**6
-        )
+        slots = make_slots("float32", params=weights, slots=2, prefix_cache_bytes=10**6)
         count_compiles.clear()
         slots.warm()
         assert weights is not params or len(count_compiles) >= 8, "the count counts"
@@ -159,7 +148,7 @@ def test_nothing_is_compiled_after_warm(count_compiles):
             log.step()
         slots.cancel(ids[1]), slots.cancel(ids[-1])
         log.drain()
-        request = request_of((text(2, 9) * 4)[:33], 29, temperature=0.0, logprobs=20)
+        request = request_of(REPEATING, 29, temperature=0.0, logprobs=20)
         (completion,) = complete(slots, [request])
         slots.scheduler.speculate = False
         assert complete(slots, [request]) == [completion]
@@ -204,29 +193,14 @@ def test_every_size_that_fits_is_served_to_its_end(dtype):
     assert [(len(each.tokens), each.finish_reason) for each in completions] == [(count, "length") for _, count in sizes]
 
 
-def test_a_completion_ends_before_the_first_of_its_stop_tokens():
-    request = request_of(text(3, 20), 20, temperature=0.0, logprobs=0)
-    whole = complete_alone("float32", request).tokens
-    for place in range(len(whole)):
-        if whole[place] in whole[:place]:
-            continue
-        ends = whole[place], 0
-        stopping = request_of(request.prompt, 20, stop_token_ids=ends, temperature=0.0, logprobs=0)
-        (completion,) = complete(make_slots("float32"), [stopping])
-        cut = next(n for n, token in enumerate(whole) if token in ends)
-        assert (completion.tokens, completion.finish_reason) == (whole[:cut], "stop")
-        assert len(completion.logprobs) == cut
-
-
 def test_a_model_that_gives_no_numbers_ends_requests_and_touches_no_other():
     """A token whose embedding is NaN: a request with it gets an error, those beside and after it their completions."""
-    cfg, params = served("float32")
+    params = served("float32")[1]
     bad = {**params, "embed": params["embed"].at[40].set(np.nan)}
-    shape = {"slots": SLOTS, "capacity": CAPACITY, "kv_dtype": "float32", "chunk": CHUNK, "tail": 4}
-    slots = Slots(cfg, bad, **shape)
+    slots = make_slots("float32", params=bad)
     good = request_of([token % 40 for token in text(4, 30)], 10, temperature=0.0, logit_bias={40: -100.0}, logprobs=2)
     spoilt = request_of([40, *text(1, 20)], 10)
-    (expected,) = complete(Slots(cfg, bad, **shape), [good])
+    (expected,) = complete(make_slots("float32", params=bad), [good])
     assert expected.finish_reason == "length"
     for _ in range(3):
         requests = [spoilt, good, spoilt, spoilt, good, spoilt, good]
@@ -272,14 +246,13 @@ def test_penalties_bias_and_log_probabilities_are_those_of_plain_numpy(changes):
     log.step(), log.step()
     id = log.submit(request)
     log.drain()
-    assert log.tokens[id] == tokens
-    for (token, logprob, top), sampled, expected in zip(log.logprobs[id], tokens, logprobs, strict=True):
-        assert token == sampled
-        np.testing.assert_allclose(np.frombuffer(logprob, np.float32), expected[token], rtol=0, atol=2e-5)
-        assert [other for other, _ in top] == np.argsort(-expected, kind="stable")[:5].tolist()
-        np.testing.assert_allclose(
-            np.concatenate([np.frombuffer(value, np.float32) for _, value in top]), np.sort(expected)[:-6:-1], rtol=0, atol=2e-5
-        )
+    assert [*log.completion(id).tokens] == tokens
+    ours = [logprob for event in log.events[id] for logprob in event.logprobs]
+    for (token, logprob, top), sampled, expected in zip(ours, tokens, logprobs, strict=True):
+        best = np.argsort(-expected, kind="stable")[:5].tolist()
+        assert (token, [other for other, _ in top]) == (sampled, best)
+        values = [logprob, *(value for _, value in top)]
+        np.testing.assert_allclose(values, expected[[token, *best]], rtol=0, atol=2e-5)
 
 
 def test_log_probabilities_of_a_small_vocabulary_are_of_all_of_it():

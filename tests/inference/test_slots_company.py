@@ -5,12 +5,14 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
-from slot_requests import AS_SERVED, CAPACITY, SLOTS, Log, complete_alone, make_slots, poison, requests
+from slot_requests import AS_SERVED, CAPACITY, REQUESTS, SLOTS, Log, complete_alone, make_slots, poison
 from test_scheduler import check_slots
 from tiny import request_of
 
 from engine.errors import InvalidField
 from engine.inference.request import Request
+
+requests = st.sampled_from(REQUESTS)
 
 
 class Company(RuleBasedStateMachine):
@@ -23,13 +25,11 @@ class Company(RuleBasedStateMachine):
     @initialize(cache=st.sampled_from([0, 20_000, 10**6]), speculate=st.booleans())
     def begin(self, cache: int, speculate: bool) -> None:
         self.slots = make_slots(self.dtype, prefix_cache_bytes=cache, speculate=speculate)
-        self.log, self.submitted, self.cancelled = Log(self.slots), {}, set()
+        self.log, self.cancelled = Log(self.slots), set()
 
     @rule(target=ids, request=requests)
     def submit(self, request: Request) -> int:
-        id = self.log.submit(request)
-        self.submitted[id] = request
-        return id
+        return self.log.submit(request)
 
     @rule(request=requests)
     def submit_too_much(self, request: Request) -> None:
@@ -69,9 +69,9 @@ class Company(RuleBasedStateMachine):
             return
         self.log.drain()
         assert self.slots.used_positions == 0
-        assert set(self.log.finished) == set(self.submitted) - self.cancelled
+        assert set(self.log.finished) == set(self.log.requests) - self.cancelled
         for id in self.log.finished:
-            assert self.log.completion(id) == complete_alone(self.dtype, self.submitted[id])
+            assert self.log.completion(id) == complete_alone(self.dtype, self.log.requests[id])
 
 
 class CompanyOfInt8(Company):

@@ -72,19 +72,10 @@ def test_without_stop_strings_nothing_is_held_back():
 @pytest.mark.parametrize(
     ("text", "stops", "expected", "stopped"),
     [
-        ("one\n\ntwo", ["\n\n"], "one", "\n\n"),
-        ("abcabd", ["abd"], "abc", "abd"),
-        ("aaab", ["aab"], "a", "aab"),
-        ("xabcx", ["abc", "b"], "xa", "b"),
-        ("xabcx", ["bc", "abc"], "x", "abc"),
-        ("stop", ["stop"], "", "stop"),
+        ("one\n\ntwo", ["\n\n"], "one", "\n\n"), ("abcabd", ["abd"], "abc", "abd"), ("aaab", ["aab"], "a", "aab"),
+        ("xabcx", ["abc", "b"], "xa", "b"), ("xabcx", ["bc", "abc"], "x", "abc"), ("stop", ["stop"], "", "stop"),
         ("sto", ["stop"], "sto", None),
     ],
-)
-def test_some_of_them_by_hand(text, stops, expected, stopped):
-    table = {ord(letter): letter.encode() for letter in text}
-    for size in (1, 2, 99):
-        completion, output = CompletionText(TextStream(table), stops), ""
-        for start in range(0, len(text), size):
-            output += completion.push([ord(letter) for letter in text[start : start + size]])
-        assert (output + completion.close(), completion.stopped) == (expected, stopped)
+)  # fmt: skip
+def test_the_plain_rule_itself_by_hand(text, stops, expected, stopped):
+    assert plainly(text, stops) == (expected, stopped)

@@ -13,14 +13,13 @@ from tiny import lively_params, request_of, sampling_of, tiny_config, tokens_of
 
 from engine.inference import programs as slot_programs
 from engine.inference.decode import decode_step, decode_steps, for_inference, generate, prefill
-from engine.inference.penalties import PenaltyArrays, make_token_counts
-from engine.inference.quantize import every_product, quantize
-from engine.inference.sampling import sampling_arrays
+from engine.inference.sampling import PenaltyArrays, make_token_counts, sampling_arrays
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.score import score
 from engine.inference.slots import Slots
 from engine.model.cache.contiguous import KVCache, make_cache
 from engine.model.cache.segmented import Rows, make_kv_segments
+from engine.model.weights.int8 import every_product, quantize
 from engine.storage.digest import digest
 from engine.text.batch import Batch
 
@@ -100,7 +99,7 @@ def programs(cfg, params) -> dict[str, tuple]:
         "decode_steps": (decode_steps, (cfg, params, token, cache, sampling_of(ROWS))),
         "score": (score, (cfg, params, batch)),
         "prefill_chunk": (slot_programs.prefill_chunk, (cfg, params, segments, tokens[:1], slot, slot)),
-        "decode_slots": (slot_programs.decode_steps, (cfg, params, segments, counts, token, rows, *sampling, slot, slot > 0)),
+        "decode_slots": (slot_programs.decode_slots, (cfg, params, segments, counts, token, rows, *sampling, slot, slot > 0)),
     }
 
 

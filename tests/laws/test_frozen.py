@@ -9,7 +9,7 @@ from tiny import lively_params, positions_of, tiny_config, tokens_of
 from engine.counting.walk import count
 from engine.model.config import LoraConfig
 from engine.model.paths import leaf_paths, merge
-from engine.model.weights.int8 import quantize_leaves
+from engine.model.weights.int8 import quantize
 from engine.model.weights.matmul import cast_matrices
 from engine.storage.digest import digest
 from engine.text.batch import Batch
@@ -37,7 +37,7 @@ def halves():
 
 def adapters(kind: str):
     base = lively_params(CFG)
-    base = quantize_leaves(base, [(MATRICES, "full")]) if kind == "int8" else cast_matrices(base, "bfloat16")
+    base = quantize(base, [(MATRICES, "full")]) if kind == "int8" else cast_matrices(base, "bfloat16")
     return add_lora(CFG, base, jax.random.key(0), LoraConfig(2, targets=("all",))), base
 
 

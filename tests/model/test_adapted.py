@@ -11,7 +11,7 @@ from tiny import lively_params, positions_of, tiny_config, tokens_of
 
 from engine.model.paths import leaf_paths, map_paths, merge, unflatten
 from engine.model.transformer import forward
-from engine.model.weights.int8 import dequantize, quantize_leaves, quantize_matrix
+from engine.model.weights.int8 import dequantize, quantize, quantize_matrix
 from engine.model.weights.lora import LoRA, make_adapter, merge_weight
 from engine.model.weights.matmul import cast_matrices, dense, project, project_two
 
@@ -186,7 +186,7 @@ def test_a_frozen_model_in_int8_differentiates_as_the_model_it_stands_for():
     cfg = tiny_config()
     params = lively_params(cfg)
     rules = [(r"blocks/\d+/(qkv|out|gate_up|down)|head|embed", "full")]
-    small = quantize_leaves(params, rules)
+    small = quantize(params, rules)
     wide = map_paths(lambda _, leaf: dense(leaf), small)
     tokens = tokens_of(0, 9, 7)
 

@@ -13,7 +13,7 @@ from tiny import lively_params, tiny_config
 
 from engine.errors import UserError
 from engine.model.paths import leaf_paths
-from engine.model.weights.int8 import Int8, dequantize, int8_matmul, quantize_leaves, quantize_matrix, stored_transposed
+from engine.model.weights.int8 import Int8, dequantize, int8_matmul, quantize, quantize_matrix, stored_transposed
 from engine.model.weights.matmul import cast_matrices, lookup, project, project_two, unembed
 
 D, F, V = 20, 28, 41
@@ -132,7 +132,7 @@ def test_every_way_to_use_a_weight_knows_int8(kind):
 
 def test_rules_say_which_leaves_and_how():
     params = lively_params(tiny_config())
-    small = leaf_paths(quantize_leaves(params, [("blocks/0/.*_up", None), (BLOCKS, "int8"), ("embed", "full")]))
+    small = leaf_paths(quantize(params, [("blocks/0/.*_up", None), (BLOCKS, "int8"), ("embed", "full")]))
     kinds = {path: leaf.activations for path, leaf in small.items() if isinstance(leaf, Int8)}
     assert kinds["blocks/1/gate_up"] == kinds["blocks/0/qkv"] == "int8"
     assert kinds["embed"] == "full"
@@ -142,15 +142,15 @@ def test_rules_say_which_leaves_and_how():
     assert small["blocks/0/qkv"].scale.shape == (48,)
     assert small["head"] is params["head"]
     with pytest.raises(UserError, match="matches no parameter"):
-        quantize_leaves(params, [("blocks/7/qkv", "int8")])
+        quantize(params, [("blocks/7/qkv", "int8")])
     with pytest.raises(UserError, match="attn_norm is not one"):
-        quantize_leaves(params, [(r"blocks/\d+/.*", "int8")])
+        quantize(params, [(r"blocks/\d+/.*", "int8")])
     with pytest.raises(UserError, match=r"blocks/0/\w+ is not one"):
-        quantize_leaves(quantize_leaves(params, [(BLOCKS, "int8")]), [(BLOCKS, "int8")])
+        quantize(quantize(params, [(BLOCKS, "int8")]), [(BLOCKS, "int8")])
 
 
 def test_casting_leaves_int8_and_gains_alone():
-    params = quantize_leaves(lively_params(tiny_config()), [(BLOCKS, "int8")])
+    params = quantize(lively_params(tiny_config()), [(BLOCKS, "int8")])
     cast = leaf_paths(cast_matrices(params, "bfloat16"))
     assert cast["blocks/0/qkv"].values.dtype == jnp.int8
     assert cast["blocks/0/qkv"].scale.dtype == jnp.float32

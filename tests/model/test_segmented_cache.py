@@ -11,15 +11,7 @@ from hypothesis import strategies as st
 from tiny import tiny_config
 
 from engine.model.cache import segmented
-from engine.model.cache.segmented import (
-    KVArray,
-    KVSegments,
-    QuantizedKV,
-    Rows,
-    SegmentedLayer,
-    make_kv_segments,
-    segmented_cache,
-)
+from engine.model.cache.segmented import KVSegments, QuantizedKV, Rows, SegmentedLayer, make_kv_segments, segmented_cache
 
 CFG = tiny_config(layers=2)
 N, K, H = CFG.heads, CFG.kv_heads, CFG.head_dim
@@ -29,11 +21,16 @@ DTYPES = ("float32", "bfloat16", "int8")
 # Furthest from attention over the very stored keys and values, of numbers near 1: bfloat16 rounds the weights of
 # the softmax to 8 bits, int8 keeps them to 15.
 NEAR = {"float32": 2e-6, "bfloat16": 1e-2, "int8": 3e-4}
+EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES)
 attention = jax.jit(segmented.attention)
 
 
 def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.standard_normal(shape, np.float32)
+
+
+def new_qkv(rng: np.random.Generator, rows: int, tokens: int = 1) -> list[np.ndarray]:
+    return [normal(rng, rows, tokens, heads, H) for heads in (N, K, K)]
 
 
 def whole(layer) -> np.ndarray:
@@ -58,8 +55,8 @@ def rows_of(position, target, source=None) -> Rows:
     return Rows(*(jnp.asarray(field, jnp.int32) for field in (position, source, target)))
 
 
-def layer_at(keys: tuple[KVArray, ...], values: tuple[KVArray, ...], rows: Rows) -> SegmentedLayer:
-    return segmented_cache(KVSegments((keys,), (values,)), rows).layer(0)
+def layer_at(segments: KVSegments, rows: Rows) -> SegmentedLayer:
+    return segmented_cache(segments, rows).layer(0)
 
 
 @functools.cache
@@ -67,16 +64,15 @@ def filled(dtype: str) -> tuple[KVSegments, list[np.ndarray]]:
     """KVSegments in which every slot holds CAPACITY tokens, read 8 at a time, and the keys and values that were put in."""
     rng, segments = np.random.default_rng(0), make_kv_segments(CFG, SLOTS, CAPACITY, FIRST, dtype)
     numbers = [normal(rng, SLOTS, EDGES[-1], K, H) for _ in range(2)]
-    keys, values = segments.k[0], segments.v[0]
     for slot in range(SLOTS):
         for start in range(0, EDGES[-1], FIRST):
             k, v = (side[slot : slot + 1, start : start + FIRST] for side in numbers)
-            _, layer = attention(normal(rng, 1, FIRST, N, H), k, v, layer_at(keys, values, rows_of([start], [slot])))
-            keys, values = layer.k, layer.v
-    return KVSegments((keys,) * 2, (values,) * 2), numbers
+            _, layer = attention(normal(rng, 1, FIRST, N, H), k, v, layer_at(segments, rows_of([start], [slot])))
+            segments = KVSegments((layer.k,) * 2, (layer.v,) * 2)
+    return segments, numbers
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@EVERY_DTYPE
 def test_segments_double_up_to_the_capacity_and_hold_what_is_written(dtype):
     segments, (k, v) = filled(dtype)
     assert segments.edges == EDGES
@@ -89,104 +85,89 @@ def test_segments_double_up_to_the_capacity_and_hold_what_is_written(dtype):
         assert (np.abs(whole(layer) - numbers.transpose(0, 2, 1, 3)) <= exact * largest).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_step_sees_what_plain_attention_sees_at_every_length(dtype):
+def check_attention(dtype: str, segments: KVSegments, q, k, v, starts, slots) -> None:
+    """Each row's tokens see in its slot what plain attention sees over the very keys and values that are stored."""
+    out, layer = attention(q, k, v, layer_at(segments, rows_of(starts, slots)))
+    rounded = np.asarray(jnp.asarray(q, "bfloat16") if dtype == "bfloat16" else q, np.float64)
+    keys, values = whole(layer.k), whole(layer.v)
+    for row, (start, slot) in enumerate(zip(starts, slots)):
+        expected = plain(rounded[row], keys[slot], values[slot], start + np.arange(q.shape[1]))
+        np.testing.assert_allclose(out[row], expected, rtol=0, atol=NEAR[dtype])
+
+
+@EVERY_DTYPE
+def test_a_step_and_a_chunk_see_what_plain_attention_sees_at_every_length_in_every_slot(dtype):
     """Rows stand at different lengths: all from 1 to the capacity, the ones around every edge among them."""
-    segments, _ = filled(dtype)
-    rng = np.random.default_rng(1)
+    (segments, _), rng = filled(dtype), np.random.default_rng(1)
     for lengths in np.stack([np.roll(np.arange(EDGES[-1]), 31 * row) for row in range(SLOTS)], 1):
-        q, k, v = normal(rng, SLOTS, 1, N, H), normal(rng, SLOTS, 1, K, H), normal(rng, SLOTS, 1, K, H)
-        out, layer = attention(q, k, v, layer_at(segments.k[0], segments.v[0], rows_of(lengths, range(SLOTS))))
-        rounded = np.asarray(jnp.asarray(q, "bfloat16"), np.float64) if dtype == "bfloat16" else q.astype(np.float64)
-        keys, values = whole(layer.k), whole(layer.v)
-        for row, length in enumerate(lengths):
-            expected = plain(rounded[row], keys[row], values[row], [length])
-            np.testing.assert_allclose(out[row], expected, rtol=0, atol=NEAR[dtype])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_chunk_sees_what_plain_attention_sees_in_every_slot(dtype):
-    segments, _ = filled(dtype)
-    rng = np.random.default_rng(2)
+        check_attention(dtype, segments, *new_qkv(rng, SLOTS), lengths, range(SLOTS))
     for start in range(0, EDGES[-1], FIRST):
-        slot = start // FIRST % SLOTS
-        q, k, v = normal(rng, 1, FIRST, N, H), normal(rng, 1, FIRST, K, H), normal(rng, 1, FIRST, K, H)
-        out, layer = attention(q, k, v, layer_at(segments.k[0], segments.v[0], rows_of([start], [slot])))
-        rounded = np.asarray(jnp.asarray(q, "bfloat16"), np.float64) if dtype == "bfloat16" else q.astype(np.float64)
-        expected = plain(rounded[0], whole(layer.k)[slot], whole(layer.v)[slot], np.arange(start, start + FIRST))
-        np.testing.assert_allclose(out[0], expected, rtol=0, atol=NEAR[dtype])
+        check_attention(dtype, segments, *new_qkv(rng, 1, FIRST), [start], [start // FIRST % SLOTS])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@EVERY_DTYPE
 def test_int8_keys_and_values_are_near_the_ones_that_came(dtype):
     """Against the numbers before they were rounded: what a type costs, root mean square, of outputs near 0.3."""
     segments, (k, v) = filled(dtype)
     q = normal(np.random.default_rng(3), SLOTS, 1, N, H)
     at = np.full(SLOTS, EDGES[-1] - 1)
-    last = [side[:, -1:] for side in (k, v)]
-    out, _ = attention(q, *last, layer_at(segments.k[0], segments.v[0], rows_of(at, range(SLOTS))))
-    wide = lambda row: (q[row], k[row].swapaxes(0, 1), v[row].swapaxes(0, 1))
-    expected = [plain(*(x.astype(np.float64) for x in wide(row)), at[:1]) for row in range(SLOTS)]
-    error = np.sqrt(((np.asarray(out) - expected) ** 2).mean() / (np.asarray(expected) ** 2).mean())
+    out, _ = attention(q, k[:, -1:], v[:, -1:], layer_at(segments, rows_of(at, range(SLOTS))))
+    wide = lambda row: (x.astype(np.float64) for x in (q[row], k[row].swapaxes(0, 1), v[row].swapaxes(0, 1)))
+    expected = np.array([plain(*wide(row), at[:1]) for row in range(SLOTS)])
+    error = np.sqrt(((np.asarray(out) - expected) ** 2).mean() / (expected**2).mean())
     assert error < {"float32": 1e-6, "bfloat16": 6e-3, "int8": 1e-2}[dtype]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@EVERY_DTYPE
 def test_a_row_is_the_same_to_the_bit_however_far_the_others_are(dtype):
     """Alone among rows that are not in use, and beside rows that reach further, whose slots hold NaN and infinity."""
-    segments, _ = filled(dtype)
-    rng = np.random.default_rng(4)
-    q, k, v = normal(rng, 1, 1, N, H), normal(rng, 1, 1, K, H), normal(rng, 1, 1, K, H)
+    (segments, _), rng = filled(dtype), np.random.default_rng(4)
+    qkv = new_qkv(rng, 1)
     for length in (0, 7, 8, 15, 16, 40, 63, 64, 71):
         seen = set()
         for slot in range(SLOTS):
-            move = lambda array, slot=slot: jnp.roll(array, slot, axis=0)
-            here = jax.tree.map(move, (segments.k[0], segments.v[0]))
+            own = np.arange(SLOTS) == slot
             for others, rubbish in ((-1, np.nan), (0, np.inf), (71, np.nan), (7, 1.0)):
-                own = np.arange(SLOTS) == slot
-                spoil = lambda array, own=own, rubbish=rubbish: (
-                    array if array.dtype == jnp.int8 else jnp.where(own.reshape(-1, *[1] * (array.ndim - 1)), array, rubbish)
-                )
-                keys, values = jax.tree.map(spoil, here)
+
+                def place(array, slot=slot, own=own, rubbish=rubbish):
+                    array = jnp.roll(array, slot, axis=0)
+                    keep = own.reshape(-1, *[1] * (array.ndim - 1))
+                    return array if array.dtype == jnp.int8 else jnp.where(keep, array, rubbish)
+
                 rows = rows_of(np.where(own, length, others), range(SLOTS))
-                company = [np.where(own.reshape(-1, 1, 1, 1), x, normal(rng, SLOTS, *x.shape[1:])) for x in (q, k, v)]
-                out, layer = attention(*company, layer_at(keys, values, rows))
+                company = [np.where(own.reshape(-1, 1, 1, 1), x, normal(rng, SLOTS, *x.shape[1:])) for x in qkv]
+                out, layer = attention(*company, layer_at(jax.tree.map(place, segments), rows))
                 bits = [np.asarray(leaf)[slot].tobytes() for leaf in jax.tree.leaves((layer.k, layer.v))]
                 seen.add((np.asarray(out)[slot].tobytes(), *bits))
         assert len(seen) == 1, length
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@EVERY_DTYPE
 def test_what_a_row_may_not_see_does_not_matter(dtype):
     """Behind its own position other numbers, in its own slot: the same bits. (Cleared slots hold no NaN there.)"""
     segments, _ = filled(dtype)
-    rng = np.random.default_rng(5)
-    new = normal(rng, SLOTS, 1, N, H), normal(rng, SLOTS, 1, K, H), normal(rng, SLOTS, 1, K, H)
-    rows = rows_of([3, 15, 16, 33, 70], range(SLOTS))
+    new, rows = new_qkv(np.random.default_rng(5), SLOTS), rows_of([3, 15, 16, 33, 70], range(SLOTS))
 
     def changed(array, start: int):
         beyond = (start + np.arange(array.shape[2])) > np.asarray(rows.position)[:, None]
         beyond = beyond.reshape(SLOTS, 1, -1, *[1] * (array.ndim - 3))
         return jnp.where(beyond, (3 * array).astype(array.dtype), array)
 
-    other = [
-        tuple(jax.tree.map(functools.partial(changed, start=start), segment) for segment, start in zip(layer, EDGES))
-        for layer in (segments.k[0], segments.v[0])
-    ]
-    one, _ = attention(*new, layer_at(segments.k[0], segments.v[0], rows))
-    two, _ = attention(*new, layer_at(*other, rows))
-    assert np.asarray(one).tobytes() == np.asarray(two).tobytes()
+    change = lambda layer: tuple(
+        jax.tree.map(functools.partial(changed, start=start), segment) for segment, start in zip(layer, EDGES)
+    )
+    other = KVSegments((change(segments.k[0]),), (change(segments.v[0]),))
+    ours, expected = (attention(*new, layer_at(each, rows))[0] for each in (other, segments))
+    assert np.asarray(ours).tobytes() == np.asarray(expected).tobytes()
 
 
 def test_rows_are_written_where_they_are_sent_and_nowhere_else():
-    """Twice, once, not at all; never beyond the last span or before the first."""
+    """Twice, once, not at all; never beyond the last segment or before the first."""
     segments, _ = filled("float32")
     rng = np.random.default_rng(6)
     k = normal(rng, SLOTS, 1, K, H)
     position, source, target = [5, 72, -1, 16, 71], [0, 1, 2, 3, 4, 0, 3, 3], [0, 1, 2, 3, 4, 1, 0, SLOTS]
-    _, layer = attention(
-        normal(rng, SLOTS, 1, N, H), k, k, layer_at(segments.k[0], segments.v[0], rows_of(position, target, source))
-    )
+    _, layer = attention(normal(rng, SLOTS, 1, N, H), k, k, layer_at(segments, rows_of(position, target, source)))
     expected = whole(segments.k[0])
     for slot, at, row in ((0, 5, 0), (1, 5, 0), (3, 16, 3), (0, 16, 3), (4, 71, 4)):
         expected[slot, :, at] = k[row, 0]
@@ -194,55 +175,51 @@ def test_rows_are_written_where_they_are_sent_and_nowhere_else():
 
 
 def all_arrays(segments: KVSegments) -> list[np.ndarray]:
-    """All that lies in segments: for each of the 2 L layers, and of keys' numbers and scales, (B, K, S, ...)."""
-    layers = [jax.tree.leaves(segment) for layer in (*segments.k, *segments.v) for segment in layer]
-    parts = len(layers[0])
-    by_layer = [layers[start : start + len(EDGES) - 1] for start in range(0, len(layers), len(EDGES) - 1)]
-    return [np.concatenate([np.asarray(span[p]) for span in layer], axis=2) for layer in by_layer for p in range(parts)]
+    """A writable copy of all that lies in segments: of the 2 L layers, the numbers (and the scales), (B, K, S, ...)."""
+    layers = [zip(*map(jax.tree.leaves, layer)) for layer in (*segments.k, *segments.v)]
+    return [np.concatenate([np.asarray(array) for array in arrays], axis=2) for layer in layers for arrays in layer]
 
 
-def same(one: list[np.ndarray], other: list[np.ndarray]) -> bool:
-    return all(a.tobytes() == b.tobytes() and a.dtype == b.dtype for a, b in zip(one, other, strict=True))
+def check_same(segments: KVSegments, expected: list[np.ndarray]) -> None:
+    for ours, array in zip(all_arrays(segments), expected, strict=True):
+        assert (ours.tobytes(), ours.dtype) == (array.tobytes(), array.dtype)
+
+
+def reached(reach: int) -> int:
+    """The end of the last segment that holds a position below `reach`."""
+    return min(edge for edge in EDGES if edge >= min(reach, EDGES[-1]))
 
 
 read, write = jax.jit(segmented.read_chunk, static_argnums=3), jax.jit(segmented.write_chunk)
 clear, copy = jax.jit(segmented.clear_slot), jax.jit(segmented.copy_slot)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@EVERY_DTYPE
 def test_a_chunk_that_is_read_and_written_arrives_and_touches_nothing_else(dtype):
     segments, _ = filled(dtype)
     for start in range(0, EDGES[-1], FIRST):
         chunk = read(segments, np.int32(2), np.int32(start), FIRST)
         for slot in (0, 4, SLOTS):
-            expected = [array.copy() for array in all_arrays(segments)]
+            expected = all_arrays(segments)
             for array in expected:
                 array[slot : slot + 1, :, start : start + FIRST] = array[2, :, start : start + FIRST]
-            assert same(all_arrays(write(segments, chunk, np.int32(slot), np.int32(start))), expected)
+            check_same(write(segments, chunk, np.int32(slot), np.int32(start)), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=15)
-@given(st.integers(0, SLOTS), st.integers(0, EDGES[-1] + 9))
-def test_a_cleared_slot_is_zero_as_far_as_it_will_be_read_and_others_stay(dtype, slot, reach):
-    segments, _ = filled(dtype)
-    spoilt = jax.tree.map(lambda array: array if array.dtype == jnp.int8 else array.at[slot].set(np.nan), segments)
-    expected, far = all_arrays(spoilt), min(edge for edge in (*EDGES, 99) if edge >= min(reach, EDGES[-1]))
-    expected = [array.copy() for array in expected]
-    for array in expected:
-        array[slot : slot + 1, :, :far] = 0
-    assert same(all_arrays(clear(spoilt, np.int32(slot), np.int32(reach))), expected)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
+@EVERY_DTYPE
 @settings(max_examples=15)
 @given(st.permutations(range(SLOTS)), st.integers(0, 3), st.integers(0, EDGES[-1] + 9))
-def test_a_copy_holds_the_slot_as_far_as_it_will_be_read_and_others_stay(dtype, order, count, reach):
+def test_a_slot_is_cleared_and_copied_as_far_as_it_will_be_read_and_others_stay(dtype, order, count, reach):
     segments, _ = filled(dtype)
     slot, targets = order[0], [*order[1 : 1 + count], *[SLOTS] * (3 - count)]
-    far = min(edge for edge in EDGES if edge >= min(reach, EDGES[-1]))
-    expected = [array.copy() for array in all_arrays(segments)]
+    expected = all_arrays(segments)
     for array in expected:
-        array[targets[:count], :, :far] = array[slot, :, :far]
-    copied = all_arrays(copy(segments, np.int32(slot), np.array(targets, np.int32), np.int32(reach)))
-    assert same(copied, expected)
+        array[targets[:count], :, : reached(reach)] = array[slot, :, : reached(reach)]
+    check_same(copy(segments, np.int32(slot), np.array(targets, np.int32), np.int32(reach)), expected)
+
+    spoilt = jax.tree.map(lambda array: array if array.dtype == jnp.int8 else array.at[slot].set(np.nan), segments)
+    for cleared in (slot, SLOTS):
+        expected = all_arrays(spoilt)
+        for array in expected:
+            array[cleared : cleared + 1, :, : reached(reach)] = 0
+        check_same(clear(spoilt, np.int32(cleared), np.int32(reach)), expected)

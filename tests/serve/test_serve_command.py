@@ -26,9 +26,9 @@ from engine.counting import hardware
 from engine.device import start_jax
 from engine.errors import UserError
 from engine.inference.decode import for_inference
-from engine.inference.quantize import quantize
 from engine.model.config import LoraConfig
 from engine.model.paths import leaf_paths, map_paths, merge
+from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import LoRA
 from engine.model.weights.matmul import dense
 from engine.training.lora import add_lora

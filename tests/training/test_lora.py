@@ -15,7 +15,7 @@ from engine.errors import UserError
 from engine.model.config import LoraConfig
 from engine.model.paths import leaf_paths, merge
 from engine.model.transformer import forward
-from engine.model.weights.int8 import quantize_leaves
+from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import LoRA
 from engine.model.weights.matmul import cast_matrices
 from engine.storage.digest import digest
@@ -59,7 +59,7 @@ def test_adapters_hold_what_was_asked_for(params):
 
 @pytest.mark.parametrize("kind", ["array", "full"])
 def test_folding_gives_the_same_logits_and_leaves_the_base_alone(params, kind):
-    base = params if kind == "array" else quantize_leaves(params, [(MATRICES, "full")])
+    base = params if kind == "array" else quantize(params, [(MATRICES, "full")])
     before = digest(base)
     adapted = merge(learned(add_lora(CFG, base, KEY, LoraConfig(3, targets=("all",)))), base)
     folded = merge_lora(adapted)
@@ -123,7 +123,7 @@ def test_a_learned_adapter_decays_towards_the_base(params):
 @pytest.mark.parametrize("rows", [1, 9])
 @pytest.mark.parametrize("kind", ["array", "full"])
 def test_the_gradient_of_a_step_is_that_of_the_folded_model(params, rows, kind):
-    base = params if kind == "array" else quantize_leaves(params, [(MATRICES, "full")])
+    base = params if kind == "array" else quantize(params, [(MATRICES, "full")])
     adapters = learned(add_lora(CFG, base, KEY, LoraConfig(3, targets=("q", "v", "up", "down"))))
     batch = batch_of(0, rows)
     loss, gradient = jax.jit(loss_and_gradient, static_argnums=0)(CFG, adapters, base, batch)
@@ -166,7 +166,7 @@ def gradients_of_whole_matrices(params, adapters, base) -> list:
 def test_no_product_is_spent_on_the_gradient_of_a_frozen_matrix(params):
     adapters = add_lora(CFG, params, KEY, LoraConfig(3, targets=("q", "v", "down")))
     assert gradients_of_whole_matrices(params, adapters, params) == []
-    assert gradients_of_whole_matrices(params, adapters, quantize_leaves(params, [(MATRICES, "full")])) == []
+    assert gradients_of_whole_matrices(params, adapters, quantize(params, [(MATRICES, "full")])) == []
     assert gradients_of_whole_matrices(params, params, {}), "the check sees none even where there are some"
 
 

@@ -20,13 +20,8 @@ class KVCache(NamedTuple):
     v: tuple[Array, ...]
     length: Array
 
-    @property
-    def capacity(self) -> int:
-        """S, the tokens a row can hold."""
-        return self.k[0].shape[2]
-
     def layer(self, i: int) -> tuple[Array, Array, Array]:
-        """Returns what layer i reads and writes: its k and v (B, K, S, H), and length."""
+        """Returns what layer i reads and writes: its k and v, and length."""
         return self.k[i], self.v[i], self.length
 
     def with_layers(self, layers: Sequence[tuple[Array, Array, Array]]) -> "KVCache":
@@ -42,6 +37,6 @@ def make_cache(cfg: ModelConfig, batch: int, capacity: int) -> KVCache:
 
 
 def write(cached: Array, new: Array, start: Array) -> Array:
-    """Writes new (B, K, T, H) into cached (B, K, S, H) at start (B,), row by row."""
+    """Writes new (B, K, T, H) into cached (B, K, S, H) at start (B,)."""
     place = lambda row, value, at: jax.lax.dynamic_update_slice(row, value, (0, at, 0))
     return jax.vmap(place)(cached, new.astype(cached.dtype), start)

@@ -1,12 +1,13 @@
 """KVSegments: the keys and values of many slots, cut by position, so that a call multiplies only what a row has reached.
 
-A slot is room for one text. Its positions 0 .. S - 1 are cut into segments, each twice as long as all before it but the
-second, and each segment of all slots is one array: a matrix product on a CPU reads a whole array in place, while a part
-of one would be copied first. Attention goes segment by segment with a running softmax (Milakov & Gimelshein 2018,
-1805.02867) and skips the segments that no row has reached. A segment's contribution to a row that has not reached it is
-discarded by selection, so a row's numbers depend on its own length alone and not, to the bit, on the other rows.
+A slot is room for one text. Its positions 0 .. S - 1 are cut into segments that double in length from the second on, and
+each segment of all slots is one array: a matrix product on a CPU reads a whole array in place, while a part of one would be
+copied first. Attention goes segment by segment with a running softmax (Milakov & Gimelshein 2018, 1805.02867) and skips
+the segments that no row has reached. A segment's contribution to a row that has not reached it is discarded by selection,
+so a row's numbers depend, to the bit, on its own length alone.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -23,14 +24,14 @@ KVDtype = Literal["bfloat16", "float32", "int8"]
 
 
 class QuantizedKV(NamedTuple):
-    """Keys or values as integers: values (B, K, C, H) int8, scale (B, K, C) float32, one for each key or value."""
+    """Keys or values as integers: values (B, K, C, H) int8, scale (B, K, C) float32."""
 
     values: Array
     scale: Array
 
 
 KVArray = Array | QuantizedKV
-LayerSegments = tuple[KVArray, ...]  # the keys or the values of one layer, segment by segment
+LayerSegments = tuple[KVArray, ...]  # the keys or the values of one layer
 
 
 class KVSegments(NamedTuple):
@@ -47,7 +48,7 @@ class KVSegments(NamedTuple):
     @property
     def edges(self) -> tuple[int, ...]:
         """Where segments start, and S at the end."""
-        return _edges(self.k[0])
+        return edges_of(self.k[0])
 
 
 class Rows(NamedTuple):
@@ -63,24 +64,24 @@ class Rows(NamedTuple):
     target: Array
 
 
-Destinations = tuple[Array, ...]  # for each segment, (U, 2) int32: the slot and the position in the segment of each write
-
-
 class SegmentedLayer(NamedTuple):
     """One layer of a SegmentedCache."""
 
     k: LayerSegments
     v: LayerSegments
     rows: Rows
-    destinations: Destinations
+    destinations: tuple[Array, ...]
 
 
 class SegmentedCache(NamedTuple):
-    """The cache of one call of `forward`, which returns it with the call's keys and values written."""
+    """The cache of one call of `forward`, which returns it with the call's keys and values written.
+
+    `destinations`: for each segment, (U, 2) int32, the slot and the position in the segment of each write.
+    """
 
     segments: KVSegments
     rows: Rows
-    destinations: Destinations
+    destinations: tuple[Array, ...]
 
     def layer(self, i: int) -> SegmentedLayer:
         """Returns what layer i reads and writes."""
@@ -88,7 +89,8 @@ class SegmentedCache(NamedTuple):
 
     def with_layers(self, layers: Sequence[SegmentedLayer]) -> "SegmentedCache":
         """Returns the same with every layer replaced."""
-        return self._replace(segments=KVSegments(tuple(layer.k for layer in layers), tuple(layer.v for layer in layers)))
+        k, v, *_ = zip(*layers)
+        return self._replace(segments=KVSegments(k, v))
 
 
 def segmented_cache(segments: KVSegments, rows: Rows) -> SegmentedCache:
@@ -119,26 +121,24 @@ def read_chunk(segments: KVSegments, slot: Array, start: Array, length: int) -> 
     """Copies out the keys, then the values, of `length` positions of a slot from `start` on: (2 L, K, length, H)."""
     edges = segments.edges
 
-    def part(segment: int) -> KVArray:
+    def read(segment: int) -> KVArray:
         def cut(array: Array) -> Array:
             sizes = (1, array.shape[1], length, *array.shape[3:])
             return jax.lax.dynamic_slice(array, (slot, 0, start - edges[segment], *[0] * (array.ndim - 3)), sizes)[0]
 
-        parts = [jax.tree.map(cut, layer[segment]) for layer in (*segments.k, *segments.v)]
-        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *parts)
+        layers = (layer[segment] for layer in (*segments.k, *segments.v))
+        return jax.tree.map(lambda *arrays: jnp.stack([cut(array) for array in arrays]), *layers)
 
     which = jnp.sum(start >= jnp.array(edges[1:-1], jnp.int32))
-    return jax.lax.switch(which, [lambda segment=segment: part(segment) for segment in range(len(edges) - 1)])
+    return jax.lax.switch(which, [functools.partial(read, segment) for segment in range(len(edges) - 1)])
 
 
 def write_chunk(segments: KVSegments, chunk: KVArray, slot: Array, start: Array) -> KVSegments:
     """Writes a chunk that `read_chunk` copied out into a slot from `start` on."""
-    destinations = _destinations(segments.edges, slot[None], start[None])
-    layers = [
-        _write_layer(layer, jax.tree.map(lambda array, i=i: array[i][None], chunk), destinations)
-        for i, layer in enumerate((*segments.k, *segments.v))
-    ]
-    return KVSegments(tuple(layers[: len(segments.k)]), tuple(layers[len(segments.k) :]))
+    destinations, L = _destinations(segments.edges, slot[None], start[None]), len(segments.k)
+    of_layer = lambda i: jax.tree.map(lambda array: array[i][None], chunk)
+    layers = [_write(layer, of_layer(i), destinations) for i, layer in enumerate((*segments.k, *segments.v))]
+    return KVSegments(tuple(layers[:L]), tuple(layers[L:]))
 
 
 def clear_slot(segments: KVSegments, slot: Array, reach: Array) -> KVSegments:
@@ -148,10 +148,8 @@ def clear_slot(segments: KVSegments, slot: Array, reach: Array) -> KVSegments:
 
 def copy_slot(segments: KVSegments, slot: Array, targets: Array, reach: Array) -> KVSegments:
     """Copies a slot's content below `reach` into the slots targets (X,); a target that is no slot is left out."""
-
-    def copies(array: Array) -> Array:
-        return jnp.broadcast_to(jax.lax.dynamic_index_in_dim(array, slot, 0), (len(targets), *array.shape[1:]))
-
+    content = lambda array: jax.lax.dynamic_index_in_dim(array, slot, 0)
+    copies = lambda array: jnp.broadcast_to(content(array), (len(targets), *array.shape[1:]))
     return _set_slots(segments, targets, reach, copies)
 
 
@@ -167,10 +165,13 @@ def attention(q: Array, k: Array, v: Array, layer: SegmentedLayer) -> tuple[Arra
 
     def write(side: LayerSegments, new: Array) -> LayerSegments:
         new = new.transpose(0, 2, 1, 3)[rows.source]
-        return _write_layer(side, _quantize(new) if isinstance(stored, QuantizedKV) else new, layer.destinations)
+        if isinstance(stored, Array):
+            return _write(side, new, layer.destinations)
+        values, scale = round_rows(new)
+        return _write(side, QuantizedKV(values, scale[..., 0]), layer.destinations)
 
     layer = layer._replace(k=write(layer.k, k), v=write(layer.v, v))
-    queries = q if isinstance(stored, QuantizedKV) else q.astype(stored.dtype)
+    queries = q.astype(stored.dtype) if isinstance(stored, Array) else q
     queries = queries.reshape(R, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(R, K, G * T, H)
     positions = jnp.where(rows.position[:, None] < 0, -1, rows.position[:, None] + jnp.arange(T))
     out = _attend(queries, jnp.tile(positions, (1, G)), layer)
@@ -184,7 +185,7 @@ def _attend(q: Array, positions: Array, layer: SegmentedLayer) -> Array:
         return _attend(jnp.concatenate([q, q], axis=2), jnp.concatenate([positions] * 2, axis=1), layer)[:, :, :1]
     lone = R == 1
     pick = lambda side: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer.rows.target[0], 0), side) if lone else side
-    edges, longest = _edges(layer.k), positions.max()
+    edges, longest = edges_of(layer.k), positions.max()
     state = (jnp.full((R, K, M), MASKED), jnp.zeros((R, K, M)), jnp.zeros((R, K, M, H)))
     queries = two_digit_rows(q) if isinstance(layer.k[0], QuantizedKV) else q
     for keys, values, start, stop in zip(layer.k, layer.v, edges, edges[1:]):
@@ -228,46 +229,34 @@ def _mix(weights: Array, values: KVArray, mask: Array) -> Array:
     return join_digits(products) * scale
 
 
-def _quantize(x: Array) -> QuantizedKV:
-    """x (..., H) -> int8 and a scale for each vector: the largest magnitude becomes 127."""
-    values, scale = round_rows(x)
-    return QuantizedKV(values, scale[..., 0])
-
-
-def _edges(layer: LayerSegments) -> tuple[int, ...]:
+def edges_of(layer: LayerSegments) -> tuple[int, ...]:
+    """Returns where segments start, and S at the end."""
     return tuple(itertools.accumulate((jax.tree.leaves(segment)[0].shape[2] for segment in layer), initial=0))
 
 
-def _destinations(edges: tuple[int, ...], slots: Array, positions: Array) -> Destinations:
+def _destinations(edges: tuple[int, ...], slots: Array, positions: Array) -> tuple[Array, ...]:
     """Where writes to slots (U,) from positions (U,) on go: past a segment's end in every segment but the one they lie in."""
-
-    def within(start: int, stop: int) -> Array:
-        at = jnp.where((positions >= start) & (positions < stop), positions - start, stop - start)
-        return jnp.stack([slots, at], axis=1)
-
-    return tuple(within(start, stop) for start, stop in itertools.pairwise(edges))
+    inside = lambda start, stop: (positions >= start) & (positions < stop)
+    at = lambda start, stop: jnp.where(inside(start, stop), positions - start, stop - start)
+    return tuple(jnp.stack([slots, at(*ends)], axis=1) for ends in itertools.pairwise(edges))
 
 
-def _write_layer(layer: LayerSegments, new: KVArray, destinations: Destinations) -> LayerSegments:
+def _write(layer: LayerSegments, new: KVArray, destinations: tuple[Array, ...]) -> LayerSegments:
     """Writes new (U, K, T, H), quantized where the layer is, at its destinations; T tokens lie in one segment."""
-    return tuple(
-        jax.tree.map(lambda array, part, at=at: _scatter(array, part.astype(array.dtype), at), segment, new)
-        for segment, at in zip(layer, destinations)
-    )
+    scatter = lambda at: lambda array, part: _scatter(array, part.astype(array.dtype), at)
+    return tuple(jax.tree.map(scatter(at), segment, new) for segment, at in zip(layer, destinations))
 
 
 def _set_slots(segments: KVSegments, slots: Array, reach: Array, content: Callable[[Array], Array]) -> KVSegments:
     """Replaces slots (X,) by content(array) (X, K, C, ...) in all segments that hold a position below `reach`."""
 
-    def segment_set(segment: KVArray, start: int) -> KVArray:
+    def set_segment(segment: KVArray, start: int) -> KVArray:
         to = jnp.where(start < reach, slots, segments.slots)
         at = jnp.stack([to, jnp.zeros_like(to)], axis=1)
         return jax.tree.map(lambda array: _scatter(array, content(array), at), segment)
 
-    set_layers = lambda layers: tuple(
-        tuple(segment_set(segment, start) for segment, start in zip(layer, segments.edges)) for layer in layers
-    )
-    return KVSegments(set_layers(segments.k), set_layers(segments.v))
+    set_layer = lambda layer: tuple(map(set_segment, layer, segments.edges))
+    return KVSegments(*(tuple(map(set_layer, layers)) for layers in segments))
 
 
 def _scatter(array: Array, new: Array, at: Array) -> Array:

@@ -11,7 +11,7 @@ by the leaf, so that whoever multiplies need not know.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -23,6 +23,7 @@ from engine.errors import UserError
 from engine.model.paths import first_match, leaf_paths, map_paths
 
 Activations = Literal["int8", "int16", "full"]
+Rule = tuple[str, Activations | None]
 FINE = 254  # steps of x's second digit in one of the first
 FEW = 16  # rows, up to which a product takes as long as reading the weight
 MANY = 8192  # columns, beyond which turning the result back costs more than packing the weight: a head
@@ -96,31 +97,33 @@ def slice_columns(leaf: Int8, start: int, stop: int) -> Int8:
     return dataclasses.replace(leaf, values=values, scale=leaf.scale[start:stop])
 
 
-def quantize_leaves(
-    params: dict[str, Any],
-    rules: Sequence[tuple[str, Activations | None]],
-    report: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """params with the leaves that rules name as Int8; a rule is (pattern on the path, activations, or None to leave be).
+def every_product(params: dict[str, Any], activations: Activations = "int8") -> tuple[Rule, ...]:
+    """Returns rules for every matrix of a product: those of the blocks and the head, which in a tied model is the embedding.
 
-    First match wins. `report(done, total)` counts the leaves. Raises UserError for a rule that matches nothing, or that
-    would quantise what is not a plain matrix.
+    A lookup table of its own stays: one row of it is read a token, whatever its size. The input of `down` has a few
+    numbers far above the rest, so with "int8" it gets two digits: SmolLM2 then loses 0.6% in bits per byte, not 1.1%.
     """
-    wanted = {path: kind for path, kind in leaf_paths(first_match(rules, params, None)).items() if kind is not None}
+    return (
+        (r"blocks/\d+/down", "int16" if activations == "int8" else activations),
+        (r"blocks/\d+/(qkv|out|gate_up)", activations),
+        ("head" if "head" in params else "embed", activations),
+    )
+
+
+def quantize(params: dict[str, Any], rules: Sequence[Rule] | None = None) -> dict[str, Any]:
+    """Returns params with the leaves that rules name (by default `every_product`) as Int8; the first match wins.
+
+    A rule is (pattern on the path, activations, or None to leave be). Adapters are folded before. Raises UserError for a
+    rule that matches nothing, or that would quantise what is not a plain matrix.
+    """
+    matches = first_match(every_product(params) if rules is None else rules, params, None)
+    wanted = {path: kind for path, kind in leaf_paths(matches).items() if kind is not None}
     for path in wanted:
         if getattr(leaf_paths(params)[path], "ndim", 0) != 2:
             raise UserError(f"Only plain matrices can be quantised, and {path} is not one. Leave it out of the rules.")
-    done = 0
 
     def leaf_of(path: str, leaf: Any) -> Any:
-        nonlocal done
-        if path not in wanted:
-            return leaf
-        small = _quantize_jitted(leaf, wanted[path], 0 if path == "embed" else 1)
-        done += 1
-        if report:
-            report(done, len(wanted))
-        return small
+        return _quantize_jitted(leaf, wanted[path], 0 if path == "embed" else 1) if path in wanted else leaf
 
     return map_paths(leaf_of, params)
 
