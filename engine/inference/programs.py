@@ -5,7 +5,7 @@ first one. They donate the KV cache and the token counts, which belong to reques
 """
 
 import functools
-from collections.abc import Collection, Generator, Iterable
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from engine.model.cache.segmented import KVSegments, Rows, segmented_cache
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params, forward, hidden_states
 
+Call = tuple[Any, tuple[Any, ...]]  # a program and its arguments
 COMPILED_AT_ONCE = 2  # tracing holds Python's lock, what follows does not
 
 clear_slot = jax.jit(segmented.clear_slot, donate_argnames="segments")
@@ -109,39 +110,35 @@ def _log_probabilities(logits: Array, token: Array, X: int, wanted: Array) -> tu
 
 
 def idle_calls(
-    cfg: ModelConfig, params: Params, segments: KVSegments, counts: TokenCounts, *, chunks: Collection[int],
-    cached_chunk: int | None,
-) -> dict[str, tuple[Any, tuple[Any, ...]]]:  # fmt: skip
+    cfg: ModelConfig, params: Params, segments: KVSegments, counts: TokenCounts, chunk: int, tail: int, prefix_cache: bool
+) -> dict[str, Call]:
     """Returns each program by name, with the arguments of a call that changes nothing: no row and no slot is in use.
 
-    `params`, `segments` and `counts` may be shapes alone. `chunks`: the lengths that prompts are prefilled by;
-    `cached_chunk`: the length of the prefix cache's chunks, None without one.
+    Of `params`, `segments` and `counts` these are the shapes alone, and may be no more. Prompts are prefilled by `chunk` and
+    `tail` tokens.
     """
+    params, segments, counts = shapes_of((params, segments, counts))
     R = segments.slots
     start, step, nowhere = np.int32(0), np.int32(1), np.int32(R)
     rows, idle = make_rows(np.full(R, -1, np.int32)), [SamplingParams()] * R
     sampling = sampling_arrays(idle), penalty_arrays(idle)
-    prompts = {size: np.zeros((1, size), np.int32) for size in chunks}
-    calls: dict[str, tuple[Any, tuple[Any, ...]]] = {
-        "decode_slots": (
-            decode_slots, (cfg, params, segments, counts, np.zeros(R, np.int32), rows, *sampling, step, np.bool_(False))
-        ),
-        **{
-            f"prefill_chunk {size}": (prefill_chunk, (cfg, params, segments, tokens, nowhere, start))
-            for size, tokens in prompts.items()
-        },
-        "clear_slot": (clear_slot, (segments, nowhere, step)),
-        "copy_slot": (copy_slot, (segments, nowhere, np.full(DRAFT_ROWS, R, np.int32), step)),
-        "set_token_counts": (set_token_counts, (counts, nowhere, *count_prompt((), {}, cfg.vocab))),
-    }  # fmt: skip
-    if cached_chunk is not None:
-        chunk = shapes_of(read_chunk.eval_shape(segments, start, start, cached_chunk))
-        calls["read_chunk"] = read_chunk, (segments, start, start, cached_chunk)
-        calls["write_chunk"] = write_chunk, (segments, chunk, nowhere, start)
+    state = cfg, params, segments
+    calls: dict[str, Call] = {
+        "decode_slots": (decode_slots, (*state, counts, np.zeros(R, np.int32), rows, *sampling, step, np.bool_(False)))
+    }
+    for size in {chunk, tail}:
+        calls[f"prefill_chunk {size}"] = prefill_chunk, (*state, np.zeros((1, size), np.int32), nowhere, start)
+    calls["clear_slot"] = clear_slot, (segments, nowhere, step)
+    calls["copy_slot"] = copy_slot, (segments, nowhere, np.full(DRAFT_ROWS, R, np.int32), step)
+    calls["set_token_counts"] = set_token_counts, (counts, nowhere, *count_prompt((), {}, cfg.vocab))
+    if prefix_cache:
+        computed = shapes_of(read_chunk.eval_shape(segments, start, start, chunk))
+        calls["read_chunk"] = read_chunk, (segments, start, start, chunk)
+        calls["write_chunk"] = write_chunk, (segments, computed, nowhere, start)
     return calls
 
 
-def compile_programs(calls: dict[str, tuple[Any, tuple[Any, ...]]]) -> Generator[tuple[str, int]]:
+def compile_programs(calls: dict[str, Call]) -> Generator[tuple[str, int]]:
     """Compiles `idle_calls`, several at a time, or fetches them from the compilation cache; yields each one's name as it is
     ready, and how many there are."""
     pool = ThreadPoolExecutor(COMPILED_AT_ONCE)

@@ -92,16 +92,12 @@ def adjust_logits(logits: Array, counts: TokenCounts, penalties: PenaltyArrays) 
 
 def sample(logits: Array, positions: Array, sampling: SamplingArrays) -> Array:
     """logits (B, V) float32, positions (B,) int32 of the tokens to come -> tokens (B,) int32."""
-    best = most_probable(logits)
+    # The first of the largest by two plain passes, which a CPU does 4 times as fast as argmax. No number equals NaN.
+    V = logits.shape[-1]
+    best = jnp.min(jnp.where(logits == logits.max(-1, keepdims=True), jnp.arange(V), V), axis=-1)
+    best = jnp.where(best < V, best, 0)
     sampled = lambda: jnp.where(sampling.temperature > 0, _sample(logits, positions, sampling, best), best)
     return jax.lax.cond(jnp.any(sampling.temperature > 0), sampled, lambda: best)
-
-
-def most_probable(logits: Array) -> Array:
-    """logits (B, V) -> (B,) int32: the first of the largest. Two plain passes, which a CPU does 4 times as fast as argmax."""
-    V = logits.shape[-1]
-    first = jnp.min(jnp.where(logits == logits.max(-1, keepdims=True), jnp.arange(V), V), axis=-1)
-    return jnp.where(first < V, first, 0)  # no number equals NaN
 
 
 def _sample(logits: Array, positions: Array, sampling: SamplingArrays, best: Array) -> Array:

@@ -12,7 +12,7 @@ SEEDS = 2**32
 
 
 class Range(NamedTuple):
-    """The values that a field may have: from `least` (or above it) to `most`. `note` explains the bound that does nothing."""
+    """A field's values: from `least` (or above it) to `most`. `note` explains the bound that does nothing."""
 
     least: float
     most: float
@@ -58,14 +58,12 @@ class SamplingParams:
 
     Temperature 0 is greedy. top_k keeps the k most probable tokens (0: all), top_p the smallest set whose probability
     reaches p (Holtzman et al. 2019, 1904.09751), min_p those at least min_p times as probable as the best (Nguyen et al.
-    2024, 2407.01082); tokens that tie with the last one kept stay too. A seed and a position give one token. Penalties are
-    subtracted from logits before temperature: `presence_penalty` once from every token already in the completion,
-    `frequency_penalty` once for each time it is there; `repetition_penalty` divides the positive logits of tokens of
-    prompt and completion and multiplies the negative ones (Keskar et al. 2019, 1909.05858). `logit_bias` is added to the
-    logits of tokens. `logprobs`: None, or for each token its log-probability and those of so many of the most probable
-    ones, as the model has them before any of this. A token of `stop_token_ids` ends the completion and is not part of it.
-
-    Raises InvalidField for a value out of RANGES.
+    2024, 2407.01082); tokens that tie with the last one stay too. Penalties are subtracted from logits before temperature:
+    `presence_penalty` once from every token already in the completion, `frequency_penalty` once for each time it is there;
+    `repetition_penalty` divides the positive logits of tokens of prompt and completion and multiplies the negative ones
+    (Keskar et al. 2019, 1909.05858). `logit_bias` is added to logits. `logprobs`: None, or for each token its
+    log-probability and those of so many of the most probable ones, as the model has them before any of this. A token of
+    `stop_token_ids` ends the completion and is not part of it. Raises InvalidField for a value out of RANGES.
     """
 
     max_tokens: int = 16

@@ -18,13 +18,13 @@ DRAFT_ROWS = 3  # rows, beside its own, in which a lone sequence may check draft
 
 
 class Prefill(NamedTuple):
-    """The step that computes the next chunk of one sequence's prompt."""
+    """The step that computes the next chunk of a prompt."""
 
     sequence: Sequence
 
 
 class Row(NamedTuple):
-    """A row of a dispatch: the slot it reads, and the token and position of a sequence behind which it samples."""
+    """A row of a dispatch: its slot, and the token and position of a sequence behind which it samples."""
 
     slot: int
     sequence: Sequence
@@ -148,7 +148,7 @@ class Scheduler:
         return False
 
     def _draft_tokens(self) -> list[int]:
-        """What may follow the last token of a sequence that is alone, as many tokens as there are rows to check them."""
+        """Returns what may follow a lone sequence, as many tokens as there are rows to check them."""
         if not self.speculate or len(self.decoding) > 1 or self.prefilling or self.waiting:
             return []
         (sequence,) = self.decoding

@@ -46,9 +46,8 @@ def compile_ahead(
     For the time in which weights are read: a program that turns out to be another one is compiled when it is needed.
     """
     state = lambda: (make_kv_segments(cfg, slots, capacity, chunk, kv_dtype), make_token_counts(cfg, slots))
-    shapes = programs.shapes_of((params, *jax.eval_shape(state)))
-    cached_chunk = chunk if prefix_cache_bytes else None
-    return programs.compile_programs(programs.idle_calls(cfg, *shapes, chunks={chunk, tail}, cached_chunk=cached_chunk))
+    calls = programs.idle_calls(cfg, params, *jax.eval_shape(state), chunk, tail, prefix_cache_bytes > 0)
+    return programs.compile_programs(calls)
 
 
 class Slots:
@@ -89,12 +88,12 @@ class Slots:
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for a slot."""
+        """Requests without a slot."""
         return len(self.scheduler.waiting)
 
     @property
     def running(self) -> int:
-        """Requests that have a slot."""
+        """Requests with a slot."""
         return len(self.scheduler.running)
 
     @property
@@ -145,9 +144,9 @@ class Slots:
         if self.busy:
             raise ValueError("warm is for slots without requests")
         # Compiled from shapes, for a program that is run donates arrays while others are still being compiled.
-        shapes = programs.shapes_of((self.params, self._segments, self._counts))
-        cached_chunk = self.chunk if self.prefix_cache.limit else None
-        calls = programs.idle_calls(self.cfg, *shapes, chunks={self.chunk, self.tail}, cached_chunk=cached_chunk)
+        calls = programs.idle_calls(
+            self.cfg, self.params, self._segments, self._counts, self.chunk, self.tail, self.prefix_cache.limit > 0
+        )
         pending = set(calls)
         with contextlib.closing(programs.compile_programs(calls)) as compiled:
             for name, count in itertools.chain(ahead, compiled):

@@ -10,10 +10,10 @@ import jax
 
 from engine.counting.params import count_params
 from engine.counting.trainable import TrainablePaths, lora_only
-from engine.model.weights.int8 import every_product, quantize
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import merge
 from engine.model.transformer import init_params
+from engine.model.weights.int8 import every_product, quantize
 from engine.model.weights.matmul import cast_matrices
 from engine.storage.adapter import save_adapter
 from engine.storage.digest import digest

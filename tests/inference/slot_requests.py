@@ -112,23 +112,22 @@ def _requests() -> list[Request]:
     """Fifty of them, fixed, so that the completion of each alone is computed once."""
     rng = np.random.default_rng(0)
     lengths = [1, 2, 3, 4, 5, 6, 16, 17, 18, 20, 21, 32, 33, 34, 40, 48, 50, 55]
-    sampling = [
-        {"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.4, "top_p": 0.9}, {"temperature": 1.3, "top_k": 5},
-        {"temperature": 0.9, "min_p": 0.1, "top_k": 9, "top_p": 0.8},
+    options = [
+        [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.4, "top_p": 0.9}, {"temperature": 1.3, "top_k": 5},
+         {"temperature": 0.9, "min_p": 0.1, "top_k": 9, "top_p": 0.8}],
+        [{}, {}, {}, {"presence_penalty": 0.7}, {"frequency_penalty": 0.4, "repetition_penalty": 1.2},
+         {"logit_bias": {3: 4.0, 5: -100.0}}],
+        [{}, {}, {"stop_token_ids": (3,)}, {"stop_token_ids": (1, 2, 9)}],
+        [{"logprobs": None}, {"logprobs": 0}, {"logprobs": 3}, {"logprobs": 20}],
+        [{}, {}, {"namespace": "key"}],
     ]  # fmt: skip
-    penalties = [
-        {}, {}, {}, {"presence_penalty": 0.7}, {"frequency_penalty": 0.4, "repetition_penalty": 1.2},
-        {"logit_bias": {3: 4.0, 5: -100.0}},
-    ]  # fmt: skip
-    pick = lambda options: options[rng.integers(len(options))]
-    return [
-        request_of(
-            text(number, length), min(pick([1, 2, 7, 12, 20, 99]), CAPACITY - length),
-            stop_token_ids=pick([(), (), (3,), (1, 2, 9)]), seed=int(rng.integers(2**32)), logprobs=pick([None, 0, 3, 20]),
-            namespace=pick(["", "", "key"]), **pick(sampling), **pick(penalties),
-        )
-        for number in range(50) for length in [lengths[number % len(lengths)]]
-    ]  # fmt: skip
+    requests = []
+    for number in range(50):
+        length = lengths[number % len(lengths)]
+        fields = {name: value for choices in options for name, value in choices[rng.integers(len(choices))].items()}
+        max_tokens = min([1, 2, 7, 12, 20, 99][rng.integers(6)], CAPACITY - length)
+        requests.append(request_of(text(number, length), max_tokens, seed=int(rng.integers(2**32)), **fields))
+    return requests
 
 
 REQUESTS = _requests()

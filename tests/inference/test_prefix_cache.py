@@ -66,6 +66,9 @@ def test_it_never_holds_more_than_it_may_and_nothing_that_cannot_be_found(prompt
         assert cache.bytes <= limit
         again = len(prefill(cache, prompt))
         assert again == min(len(prompt), limit // SIZE), "what was read last is kept, as much of it as there is room for"
+    held = cache.bytes
+    cache.put(b"larger than all there is room for", np.zeros(100), None)
+    assert cache.bytes == held, "it is not kept, and drives no other out"
     for before, key in ((None, names("z")[0]), (b"unknown", names("zz")[1])):
         cache.put(key, chunk(0), before)
     assert cache.get(names("zz")[1]) is None
@@ -77,13 +80,3 @@ def test_what_was_used_longest_ago_leaves_first():
     cache = PrefixCache(4 * SIZE)
     assert [prefill(cache, prompt) for prompt in ("ab", "xy", "ab", "q", "ab", "xy")] == ["", "", "ab", "", "ab", "x"]
     assert cache.bytes == 4 * SIZE
-
-
-def test_a_chunk_larger_than_all_there_is_room_for_is_not_kept_and_drives_no_other_out():
-    cache = PrefixCache(SIZE)
-    prefill(cache, "a")
-    cache.put(b"large", np.zeros(100), None)
-    assert prefill(cache, "a") == "a"
-    nothing = PrefixCache(0)
-    prefill(nothing, "a")
-    assert nothing.bytes == 0

@@ -144,6 +144,8 @@ def test_nothing_is_compiled_after_warm(count_compiles):
         count_compiles.clear()
         log = Log(slots)
         ids = [log.submit(request) for request in REQUESTS[:20]]
+        with pytest.raises(ValueError, match="without requests"):
+            slots.warm()
         for _ in range(6):
             log.step()
         slots.cancel(ids[1]), slots.cancel(ids[-1])
@@ -210,21 +212,17 @@ def test_a_model_that_gives_no_numbers_ends_requests_and_touches_no_other():
 
 def reference(cfg, params, request: Request, count: int) -> tuple[list[int], list[np.ndarray]]:
     """Greedy tokens with penalties and bias, and the plain log-probabilities (V,) at each, in NumPy."""
-    tokens, logprobs, sampling = list(request.prompt), [], request.sampling
+    tokens, logprobs, sampling, prompt = list(request.prompt), [], request.sampling, len(request.prompt)
+    bias = np.array([sampling.logit_bias.get(token, 0.0) for token in range(cfg.vocab)])
     for _ in range(count):
         padded = np.array([tokens + [0] * (CAPACITY - len(tokens))] * 2, np.int32)
         logits = np.asarray(forward_(cfg, params, padded, positions_of(2, CAPACITY))[0][0, len(tokens) - 1], np.float64)
         logprobs.append(logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max())
-        for token in set(tokens):
-            logits[token] *= sampling.repetition_penalty ** -np.sign(logits[token])
-        for token, value in sampling.logit_bias.items():
-            logits[token] += value
-        for token in tokens[len(request.prompt) :]:
-            logits[token] -= sampling.frequency_penalty
-        for token in set(tokens[len(request.prompt) :]):
-            logits[token] -= sampling.presence_penalty
+        everywhere, in_output = (np.bincount(part, minlength=cfg.vocab) for part in (tokens, np.array(tokens[prompt:], int)))
+        logits *= np.where(everywhere, sampling.repetition_penalty ** -np.sign(logits), 1)
+        logits += bias - sampling.frequency_penalty * in_output - sampling.presence_penalty * (in_output > 0)
         tokens.append(int(logits.argmax()))
-    return tokens[len(request.prompt) :], logprobs
+    return tokens[prompt:], logprobs
 
 
 @pytest.mark.parametrize(
@@ -275,17 +273,3 @@ def test_log_probabilities_of_a_small_vocabulary_are_of_all_of_it():
 def test_slots_that_cannot_be_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         make_slots("float32", **options)
-
-
-def test_nothing_of_a_request_is_left_when_it_has_gone():
-    """Its state, in Python and on the device, is as large as before."""
-    slots = make_slots("float32")
-    slots.warm()
-    size = lambda: jax.tree.map(np.shape, (slots._segments, slots._counts))
-    before = size()
-    complete(slots, REQUESTS[:9])
-    assert size() == before
-    assert not any((slots.busy, slots.scheduler.copies, slots.used_positions, slots.cancel(1)))
-    slots.submit(REQUESTS[0])
-    with pytest.raises(ValueError, match="without requests"):
-        slots.warm()

@@ -68,7 +68,8 @@ class Company(RuleBasedStateMachine):
         if not hasattr(self, "slots"):
             return
         self.log.drain()
-        assert self.slots.used_positions == 0
+        scheduler = self.slots.scheduler
+        assert (self.slots.used_positions, scheduler.copies, sorted(scheduler.free)) == (0, [], [*range(SLOTS)])
         assert set(self.log.finished) == set(self.log.requests) - self.cancelled
         for id in self.log.finished:
             assert self.log.completion(id) == complete_alone(self.dtype, self.log.requests[id])

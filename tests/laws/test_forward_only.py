@@ -45,16 +45,33 @@ def samplings(rows: int, **fixed) -> st.SearchStrategy[list[SamplingParams]]:
     return st.lists(row, min_size=rows, max_size=rows)
 
 
+STOPS = st.sets(st.integers(0, 40), max_size=1)
+
+
 def prompts(rows: int, longest: int) -> st.SearchStrategy[list[list[int]]]:
     return st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=longest), min_size=rows, max_size=rows)
 
 
 def completions(cfg, params, prompts, sampling) -> list[list[int]]:
-    """What each prompt is continued with."""
     out = [[] for _ in prompts]
     for part in generate(cfg, params, prompts, sampling, capacity=CAPACITY):
         out[part.prompt] += part.tokens
     return out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@settings(max_examples=10)
+@given(prompts(3, CAPACITY - MAX_TOKENS), prompts(3, CAPACITY - 1), samplings(3), samplings(3, stop_token_ids=STOPS))
+def test_generating_changes_no_weight_remembers_nothing_and_gives_each_prompt_its_own_completion(
+    dtype, request_, between, sampling, other
+):
+    cfg, params = served(dtype)
+    before = digest(params)
+    first = completions(cfg, params, request_, sampling)
+    assert completions(cfg, params, [request_[0], *between[1:]], [sampling[0], *other[1:]])[0] == first[0]
+    assert completions(cfg, params, request_, sampling) == first
+    assert all(len(completion) == MAX_TOKENS for completion in first)
+    assert digest(params) == before
 
 
 def test_serving_many_changes_no_weight_and_remembers_no_request():
@@ -200,32 +217,3 @@ def test_neighbours_padding_and_slot_do_not_matter_to_the_bit(weights, tied, tem
 
     results = {run(slot, 100 * slot + alone, alone) for slot in range(ROWS) for alone in (True, False)}
     assert len(results) == 1
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_request_is_answered_alike_whoever_asks_beside_it(dtype):
-    cfg, params = served(dtype)
-    prompt = tokens_of(0, 10).tolist()
-    fields = {"temperature": 1.0, "seed": 5}, {"temperature": 0.0}, {"top_k": 2, "seed": 9}
-    sampling = [SamplingParams(max_tokens=MAX_TOKENS, **row) for row in fields]
-    answers = {
-        tuple(completions(cfg, params, [prompt, *neighbours], sampling)[0])
-        for neighbours in ([[1], [2]], [tokens_of(1, 40).tolist(), [3]], [tokens_of(2, 9).tolist(), tokens_of(3, 63).tolist()])
-    }
-    assert len(answers) == 1
-    assert len(answers.pop()) == MAX_TOKENS
-
-
-@settings(max_examples=12)
-@given(
-    prompts(3, CAPACITY - MAX_TOKENS), prompts(3, CAPACITY - 1), samplings(3),
-    samplings(3, stop_token_ids=st.sets(st.integers(0, 40), max_size=1)),
-)  # fmt: skip
-def test_generating_changes_no_weight_and_remembers_nothing(request_, between, sampling, other):
-    cfg, params = served("bfloat16")
-    before = digest(params)
-    first = completions(cfg, params, request_, sampling)
-    completions(cfg, params, between, other)
-    assert completions(cfg, params, request_, sampling) == first
-    assert all(len(answer) == MAX_TOKENS for answer in first)
-    assert digest(params) == before

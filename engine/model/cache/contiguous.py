@@ -26,7 +26,8 @@ class KVCache(NamedTuple):
 
     def with_layers(self, layers: Sequence[tuple[Array, Array, Array]]) -> "KVCache":
         """Returns the same with every layer replaced."""
-        return KVCache(tuple(k for k, _, _ in layers), tuple(v for _, v, _ in layers), self.length)
+        k, v, _ = zip(*layers)
+        return KVCache(k, v, self.length)
 
 
 def make_cache(cfg: ModelConfig, batch: int, capacity: int) -> KVCache:

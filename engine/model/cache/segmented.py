@@ -48,7 +48,7 @@ class KVSegments(NamedTuple):
     @property
     def edges(self) -> tuple[int, ...]:
         """Where segments start, and S at the end."""
-        return edges_of(self.k[0])
+        return _edges(self.k[0])
 
 
 class Rows(NamedTuple):
@@ -185,7 +185,7 @@ def _attend(q: Array, positions: Array, layer: SegmentedLayer) -> Array:
         return _attend(jnp.concatenate([q, q], axis=2), jnp.concatenate([positions] * 2, axis=1), layer)[:, :, :1]
     lone = R == 1
     pick = lambda side: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer.rows.target[0], 0), side) if lone else side
-    edges, longest = edges_of(layer.k), positions.max()
+    edges, longest = _edges(layer.k), positions.max()
     state = (jnp.full((R, K, M), MASKED), jnp.zeros((R, K, M)), jnp.zeros((R, K, M, H)))
     queries = two_digit_rows(q) if isinstance(layer.k[0], QuantizedKV) else q
     for keys, values, start, stop in zip(layer.k, layer.v, edges, edges[1:]):
@@ -229,8 +229,7 @@ def _mix(weights: Array, values: KVArray, mask: Array) -> Array:
     return join_digits(products) * scale
 
 
-def edges_of(layer: LayerSegments) -> tuple[int, ...]:
-    """Returns where segments start, and S at the end."""
+def _edges(layer: LayerSegments) -> tuple[int, ...]:
     return tuple(itertools.accumulate((jax.tree.leaves(segment)[0].shape[2] for segment in layer), initial=0))
 
 
