@@ -46,7 +46,8 @@ def compile_ahead(
     For the time in which weights are read: a program that turns out to be another one is compiled when it is needed.
     """
     state = lambda: (make_kv_segments(cfg, slots, capacity, chunk, kv_dtype), make_token_counts(cfg, slots))
-    calls = programs.idle_calls(cfg, params, *jax.eval_shape(state), chunk, tail, prefix_cache_bytes > 0)
+    segments, counts = jax.eval_shape(state)
+    calls = programs.idle_calls(cfg, params, segments, counts, chunk, tail, prefix_cache_bytes > 0)
     return programs.compile_programs(calls)
 
 
