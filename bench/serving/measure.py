@@ -71,18 +71,13 @@ def _request(prompt: str | list[int], max_tokens: int = NEW_TOKENS) -> dict[str,
     return completion_request(prompt, max_tokens, ignore_eos=True)
 
 
-async def in_turns[A, B](
-    first: Callable[[], Awaitable[A]], second: Callable[[], Awaitable[B]], rounds: int
-) -> tuple[list[A], list[B]]:
+async def in_turns(first: Callable[[], Awaitable[Any]], second: Callable[[], Awaitable[Any]], rounds: int) -> list[list[Any]]:
     """What both return, round after round; which of them begins alternates."""
-    firsts, seconds = [], []
+    results: list[list[Any]] = [[], []]
     for turn in range(rounds):
-        if turn % 2:
-            firsts.append(await first())
-        seconds.append(await second())
-        if not turn % 2:
-            firsts.append(await first())
-    return firsts, seconds
+        for place in (0, 1) if turn % 2 else (1, 0):
+            results[place].append(await (first, second)[place]())
+    return results
 
 
 async def throughput(server: Server, streams: int, count: int, seed: int) -> float:
@@ -182,10 +177,10 @@ async def gains(server: Server, model: str, flags: list[str], slots: int, rounds
     """
     seeds = itertools.count(50)
     streams = lambda count: throughput(server, count, count, next(seeds))
-    on, off = await in_turns(lambda: streams(slots), lambda: streams(1), rounds)
-    pairs = [("batching", f"{slots} streams at once, tokens/s", on, off)]
+    turns = await in_turns(lambda: streams(slots), lambda: streams(1), rounds)
+    rows = [_gain("batching", f"{slots} streams at once, tokens/s", *turns)]
     # (part, flags that switch it off, figure, how it is measured)
-    parts: tuple[tuple[str, list[str], str, Callable[[Server], Awaitable[float]]], ...] = (
+    parts: tuple[tuple[str, list[str], str, Any], ...] = (
         ("prefix cache", ["--prefix-cache", "0"], f"first token behind {SHARED_TOKENS} shared tokens, s", prefix_ttft),
         ("speculative decoding", ["--no-guesses"], "one stream that repeats itself, tokens/s", repetitive_throughput),
         ("int8 weights", ["--weights", "bfloat16"], "all slots, tokens/s", lambda server: throughput(server, slots, slots, 30)),
@@ -193,12 +188,11 @@ async def gains(server: Server, model: str, flags: list[str], slots: int, rounds
     for part, more, figure, measure in parts:
         progress(f"with and without {part}")
         async with Server(model, [*flags, *more]) as other:
-            on, off = await in_turns(lambda: measure(server), lambda: measure(other), rounds)  # noqa: B023
-        pairs.append((part, figure, on, off))
-    return [
-        {
-            "part": part, "measured": figure, "on": statistics.median(on), "off": statistics.median(off),
-            "gain": statistics.median(b / a if figure.endswith(", s") else a / b for a, b in zip(on, off)),
-        }
-        for part, figure, on, off in pairs
-    ]  # fmt: skip
+            turns = await in_turns(lambda: measure(server), lambda: measure(other), rounds)  # noqa: B023
+        rows.append(_gain(part, figure, *turns))
+    return rows
+
+
+def _gain(part: str, figure: str, on: list[float], off: list[float]) -> dict[str, Any]:
+    gain = statistics.median(b / a if figure.endswith(", s") else a / b for a, b in zip(on, off))
+    return {"part": part, "measured": figure, "on": statistics.median(on), "off": statistics.median(off), "gain": gain}

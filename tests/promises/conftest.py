@@ -13,20 +13,18 @@ import dataclasses
 import io
 import random
 import signal
-from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 from figures import Figure
 
-from bench.serving.http_client import Client
 from bench.serving.server import Server
 from engine.errors import nearest
 
 ROWS: dict[str, dict[str, Any]] = {}  # of the table, by the promise's name
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser):
     group = parser.getgroup("promises", "the promises of serving")
     group.addoption("--promise", default="", help="names of promises, such as S4,X3; by default all")
     group.addoption("--quick", action="store_true", help="few repetitions of each promise")
@@ -38,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--promises-weights", default="int8", help="int8, bfloat16 or float32")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config, items):
     """Notes which promise a test is of, for its report; keeps the promises that `--promise` names."""
     names = {item: mark.args[0] for item in items if (mark := item.get_closest_marker("promises"))}
     for item in names:
@@ -57,27 +55,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def anyio_backend() -> str:
+def anyio_backend():
     return "asyncio"
 
 
 @pytest.fixture(scope="session")
-def quick(pytestconfig: pytest.Config) -> bool:
+def quick(pytestconfig):
     return pytestconfig.getoption("--quick")
 
 
 @pytest.fixture(scope="session")
-def slots(pytestconfig: pytest.Config) -> int:
+def slots(pytestconfig):
     return pytestconfig.getoption("--promises-slots")
 
 
 @pytest.fixture
-def rng() -> random.Random:
+def rng():
     return random.Random(0)
 
 
 @pytest.fixture(scope="session")
-def make_server(pytestconfig: pytest.Config, slots: int) -> Callable[..., Server]:
+def make_server(pytestconfig, slots):
     """Makes another server of the same model: `make_server(*flags, key=..., preamble=...)`, to be entered with `async with`."""
     capacity = pytestconfig.getoption("--promises-capacity")
     flags = ["--slots", str(slots), "--weights", pytestconfig.getoption("--promises-weights")]
@@ -87,7 +85,7 @@ def make_server(pytestconfig: pytest.Config, slots: int) -> Callable[..., Server
 
 
 @pytest.fixture(scope="session")
-async def server(anyio_backend: str, make_server: Callable[..., Server]) -> AsyncIterator[Server]:
+async def server(anyio_backend, make_server):
     """The server that most promises are tried on, so that S3 finds it after everything else."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # however this ends, its servers end too
     async with make_server() as server:
@@ -95,7 +93,7 @@ async def server(anyio_backend: str, make_server: Callable[..., Server]) -> Asyn
 
 
 @pytest.fixture
-def client(server: Server) -> Client:
+def client(server):
     return server.client
 
 
@@ -103,7 +101,7 @@ def client(server: Server) -> Client:
 
 
 @pytest.fixture
-def expect(record_property: Callable[[str, Any], None]) -> Callable[..., None]:
+def expect(record_property):
     """Records figures for the table and fails when one misses its bar: `expect(*figures, over="how many of what")`."""
 
     def expect(*figures: Figure, over: str = "") -> None:
@@ -116,7 +114,7 @@ def expect(record_property: Callable[[str, Any], None]) -> Callable[..., None]:
     return expect
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+def pytest_runtest_logreport(report):
     """Gathers what a test found of its promise; with xdist the reports come from the workers."""
     names = [value for key, value in report.user_properties if key == "promise"]
     if not names or (report.when != "call" and report.passed):
@@ -133,7 +131,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         row["failures"].append("" if figures else f"{report.nodeid.rpartition('::')[2]}: {message}")
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter, config):
     if ROWS:
         kept = sum(not row["failures"] for row in ROWS.values())
         few = " With --quick, so over few repetitions." if config.getoption("--quick") else ""

@@ -29,22 +29,14 @@ class Figure:
         return f"{self.name} {_number(self.value)}{self.unit}"
 
 
-def at_most(name: str, value: float, bar: float, unit: str = "") -> Figure:
-    return Figure(name, value, "≤", bar, unit)
-
-
-def at_least(name: str, value: float, bar: float, unit: str = "") -> Figure:
-    return Figure(name, value, "≥", bar, unit)
+at_most = lambda name, value, bar, unit="": Figure(name, value, "≤", bar, unit)
+at_least = lambda name, value, bar, unit="": Figure(name, value, "≥", bar, unit)
+milliseconds = lambda name, seconds, bar: Figure(name, 1e3 * seconds, "≤", bar, " ms")  # bar in milliseconds
 
 
 def exactly(name: str, value: float | None, bar: float) -> Figure:
     """A count or a code that must be `bar`; None, for one that never came, is not."""
     return Figure(name, math.nan if value is None else value, "=", bar)
-
-
-def milliseconds(name: str, seconds: float, bar: float) -> Figure:
-    """A time in seconds, held to at most `bar` milliseconds."""
-    return Figure(name, 1e3 * seconds, "≤", bar, " ms")
 
 
 def _number(value: float) -> str:

@@ -4,7 +4,6 @@ import asyncio
 import functools
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ def _options(server: Server) -> dict[str, Any]:
 
 
 @pytest.fixture
-def ai(server: Server) -> Iterator[openai.OpenAI]:
+def ai(server):
     with openai.OpenAI(**_options(server)) as client:
         yield client
 

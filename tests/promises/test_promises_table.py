@@ -48,15 +48,9 @@ def tiny_folder(tmp_path):
 def run_promises(model, *options):
     """Exit code and output of `pytest -m promises` in a process of its own."""
     command = [sys.executable, "-m", "pytest", "tests/promises", "-m", "promises", "--quick", "--promises-slots", "2"]
-    names = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    run = subprocess.run(
-        [*command, "--promises-model", model, "-p", "no:cacheprovider", *options],
-        cwd=ROOT,
-        env=names,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command += ["--promises-model", model, "-p", "no:cacheprovider", *options]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     return run.returncode, run.stdout + run.stderr
 
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,11 +20,12 @@ from stages.chat.conversation import Conversation, TooLong, with_setting
 from stages.chat.run import Repl
 from stages.cli.console import Console
 
+PROMPT = "\r\n> "
 QUICK = ("--temperature", "0", "--max-tokens", "6")
 
 
 @pytest.fixture(scope="module")
-def conversation(trained: Path) -> Iterator[Conversation]:
+def conversation(trained):
     from engine.inference import decode
     from engine.text.chat import Chat
 
@@ -37,7 +37,7 @@ def conversation(trained: Path) -> Iterator[Conversation]:
 
 
 @pytest.fixture
-def fresh(conversation: Conversation) -> Conversation:
+def fresh(conversation):
     conversation.turns.clear()
     conversation.system = ""
     return conversation
@@ -173,7 +173,7 @@ def test_bad_flags(trained, tmp_path, capsys):
 
 
 class Terminal:
-    """A chat in a terminal of its own; `program` is what Python runs."""
+    """A chat in a terminal of its own, gone with its block; `program` is what Python runs."""
 
     def __init__(self, *program: object) -> None:
         self.master, slave = pty.openpty()
@@ -184,86 +184,68 @@ class Terminal:
         os.close(slave)
         self.unread = ""
 
-    def wait_for(self, words: str, seconds: float = 60) -> str:
-        """What is on the screen up to and with these words, beginning after what was waited for last."""
-        until = time.monotonic() + seconds
-        while words not in self.unread:
-            assert time.monotonic() < until, self.unread
-            if select.select([self.master], [], [], 0.1)[0]:
-                self.unread += os.read(self.master, 65536).decode(errors="replace")
-        before, words, self.unread = self.unread.partition(words)
-        return before + words
+    def __enter__(self) -> "Terminal":
+        return self
 
-    def type(self, text: str) -> None:
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+
+    def wait_for(self, *phrases: str, seconds: float = 60) -> str:
+        """What is on the screen from one wait to the next, up to and with the last of these phrases, in this order."""
+        until, shown = time.monotonic() + seconds, ""
+        for phrase in phrases:
+            while phrase not in self.unread:
+                assert time.monotonic() < until, self.unread
+                if select.select([self.master], [], [], 0.1)[0]:
+                    self.unread += os.read(self.master, 65536).decode(errors="replace")
+            before, _, self.unread = self.unread.partition(phrase)
+            shown += before + phrase
+        return shown
+
+    def type(self, text: str, *phrases: str) -> str:
+        """Types a text and waits for what it brings."""
         os.write(self.master, text.encode())
+        return self.wait_for(*phrases)
 
     def interrupt(self) -> None:
         os.kill(self.process.pid, signal.SIGINT)
 
-    def close(self) -> int:
-        try:
-            return self.process.wait(timeout=20)
-        finally:
-            self.process.kill()
-            self.process.wait()
-            os.close(self.master)
+
+def test_a_person_at_a_terminal(trained):
+    with Terminal("-m", "stages.chat", "--model", trained, "--max-tokens", 20) as terminal:
+        opening = terminal.wait_for(PROMPT)
+        assert "/help" in opening
+        assert "compiling" in opening
+        terminal.type("the king\n", "[turn 1:", PROMPT)
+        for _ in range(2):
+            terminal.interrupt()  # with nothing being written
+            terminal.wait_for("Ctrl-D leaves", PROMPT)
+        terminal.type("/clear\n", "forgotten")
+        terminal.type("the sea\\\nof red sails\n", "[turn 1:", PROMPT)
+        assert "turns" in terminal.type("\x04", "unchanged: SHA-256")
+        assert terminal.process.wait(timeout=20) == 0
 
 
-@pytest.fixture
-def open_terminal(request: pytest.FixtureRequest) -> Callable[..., Terminal]:
-    """Opens a Terminal that does not outlive the test."""
-
-    def open_one(*program: object) -> Terminal:
-        terminal = Terminal(*program)
-        request.addfinalizer(terminal.process.kill)
-        return terminal
-
-    return open_one
+SLOW = """
+import sys, time
+from engine.inference import decode
+steps = decode.decode_steps
+decode.decode_steps = lambda *a: (time.sleep(0.5), steps(*a))[1]
+from stages.chat.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
 
 
-def test_a_person_at_a_terminal(trained, open_terminal):
-    terminal = open_terminal("-m", "stages.chat", "--model", trained, "--max-tokens", 20)
-    opening = terminal.wait_for("\r\n> ")
-    assert "/help" in opening
-    assert "compiling" in opening
-    terminal.type("the king\n")
-    terminal.wait_for("[turn 1:")
-    terminal.wait_for("\r\n> ")
-    for _ in range(2):
-        terminal.interrupt()  # with nothing being written
-        terminal.wait_for("Ctrl-D leaves")
-        terminal.wait_for("\r\n> ")
-    terminal.type("/clear\n")
-    terminal.wait_for("forgotten")
-    terminal.type("the sea\\\nof red sails\n")
-    terminal.wait_for("[turn 1:")
-    terminal.wait_for("\r\n> ")
-    terminal.type("\x04")
-    assert "turns" in terminal.wait_for("unchanged: SHA-256")
-    assert terminal.close() == 0
-
-
-def test_ctrl_c_stops_the_answer_and_not_the_chat(trained, tmp_path, open_terminal):
-    slow = tmp_path / "slow.py"
-    slow.write_text(
-        "import sys, time\n"
-        "from engine.inference import decode\n"
-        "steps = decode.decode_steps\n"
-        "decode.decode_steps = lambda *a: (time.sleep(0.5), steps(*a))[1]\n"
-        "from stages.chat.__main__ import main\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    terminal = open_terminal(slow, "--model", trained, "--temperature", 1, "--max-tokens", 50, "--seed", 3)
-    terminal.wait_for("\r\n> ")
-    for _ in range(2):
-        terminal.type("the king\n")
-        terminal.wait_for("the king\r\n")
-        time.sleep(0.7)
-        terminal.interrupt()
-        terminal.wait_for("[stopped]", seconds=10)
-        terminal.type("/clear\n")
-        terminal.wait_for("forgotten")
-        terminal.wait_for("\r\n> ")
-    terminal.type("/quit\n")
-    terminal.wait_for("unchanged")
-    assert terminal.close() == 0
+def test_ctrl_c_stops_the_answer_and_not_the_chat(trained):
+    with Terminal("-c", SLOW, "--model", trained, "--temperature", 1, "--max-tokens", 50, "--seed", 3) as terminal:
+        terminal.wait_for(PROMPT)
+        for _ in range(2):
+            terminal.type("the king\n", "the king\r\n")
+            time.sleep(0.7)
+            terminal.interrupt()
+            terminal.wait_for("[stopped]", seconds=10)
+            terminal.type("/clear\n", "forgotten", PROMPT)
+        terminal.type("/quit\n", "unchanged")
+        assert terminal.process.wait(timeout=20) == 0
