@@ -3,17 +3,13 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable
-from typing import Any
-
-Respond = Callable[[str, str, dict[str, str], bytes], tuple[int, Any]]
 
 
 @contextlib.asynccontextmanager
-async def fake_server(respond: Respond, *, delay: float = 0.0):
+async def fake_server(respond, *, delay=0.0):
     """The port of a server that answers `respond(method, path, headers, body) -> (status, JSON or text of events)`."""
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve(reader, writer):
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
@@ -23,11 +19,11 @@ async def fake_server(respond: Respond, *, delay: float = 0.0):
                 body = await reader.readexactly(int(headers.get("content-length", 0)))
                 await asyncio.sleep(delay)
                 status, content = respond(method, path, headers, body)
-                kind = "text/event-stream" if isinstance(content, str) else "application/json"
-                data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
-                writer.write(
-                    f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data
-                )
+                is_stream = isinstance(content, str)
+                kind = "text/event-stream" if is_stream else "application/json"
+                data = (content if is_stream else json.dumps(content)).encode()
+                head = f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {len(data)}\r\n\r\n"
+                writer.write(head.encode() + data)
         writer.close()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
@@ -37,16 +33,16 @@ async def fake_server(respond: Respond, *, delay: float = 0.0):
         server.close()
 
 
-def fake_completion(text: str, body: dict[str, Any], logprobs: list[float] | None = None) -> tuple[int, Any]:
+def fake_completion(text, body, logprobs=None):
     """A completion or a chat of one token a letter, whole or as the events of a stream, as `body` asks."""
     usage = {"prompt_tokens": 3, "completion_tokens": len(text), "total_tokens": 3 + len(text)}
     chat = "messages" in body
 
-    def choice(piece: str, whole: bool, finish_reason: str | None) -> dict[str, Any]:
+    def choice(piece, whole, finish_reason):
         message = {"content": piece} if piece else {}  # the last event of a chat has an empty delta
         content = {"message" if whole else "delta": message} if chat else {"text": piece}
         values = logprobs or [-0.5] * len(text)
-        listed = {"content": [{"logprob": x} for x in values]} if chat else {"token_logprobs": values}
+        listed = {"content": [{"logprob": value} for value in values]} if chat else {"token_logprobs": values}
         shown = listed if finish_reason and body.get("logprobs") else None
         return content | {"index": 0, "finish_reason": finish_reason, "logprobs": shown}
 
