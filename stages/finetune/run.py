@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from engine.allocator import return_freed_memory
@@ -14,14 +13,11 @@ from engine.errors import UserError
 from engine.format import duration, size
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths, merge
-from engine.storage.digest import digest
-from engine.storage.find import load_model
-from engine.text.chat import Chat
 from engine.text.packing import PackedBatches
 from engine.text.template import read_template
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.preference import dpo
-from engine.training.step import NARROW, NEXT_TOKEN, TrainState, init_state, train_step
+from engine.training.step import NARROW, NEXT_TOKEN, TrainState, train_step
 from stages.cli.console import Console
 from stages.finetune.data import PreferenceBatches, held_out_evaluator
 from stages.finetune.flags import Finetune
@@ -32,18 +28,11 @@ from stages.runs.estimate import RunPlan, ceiling, measured_ceilings, memory_lim
 from stages.runs.folder import default_folder
 from stages.runs.forgetting import general_bits_per_byte
 from stages.runs.loop import Intervals, Loop, LoopState
+from stages.runs.model_stage import ModelStage
 from stages.runs.recipes import Recipe
 from stages.runs.run import RunOptions, RunReport, execute
 from stages.runs.text_data import check_text_name
-from stages.runs.trainable import (
-    base_facts,
-    choose_trainable,
-    model_row,
-    save_trained,
-    split_params,
-    trainable_in_words,
-    with_chat,
-)  # fmt: skip
+from stages.runs.trainable import choose_trainable, trainable_in_words
 from stages.runs.training_steps import TrainingSteps
 
 SECONDS = 180.0  # of a run when nobody asks for a length
@@ -63,35 +52,24 @@ def run(flags: Finetune, device: Device) -> int:
     return execute(options, lambda console: FineTuning(flags, seconds, options, console))
 
 
-def optimizer_config(flags: Finetune) -> OptimizerConfig:
-    """Returns AdamW with a warm-up and a cosine."""
-    tuning = flags.tuning
-    learning_rate = (2e-3 if flags.trainable.adapter else 2e-5) / (10 if tuning.objective == "preference" else 1)
-    return OptimizerConfig(
-        kind="adamw", learning_rate=tuning.learning_rate or learning_rate, schedule="cosine", warmup=tuning.warmup,
-        beta2=0.99, weight_decay=tuning.weight_decay, clip=tuning.clip,
-    )  # fmt: skip
-
-
-class FineTuning:
+class FineTuning(ModelStage):
     """Fine-tuning: a Stage. The constructor is the last to read the flags."""
 
     noun = "step"
 
     def __init__(self, flags: Finetune, seconds: float | None, options: RunOptions, console: Console) -> None:
         examples, tuning, trainable = flags.examples, flags.tuning, flags.trainable
-        self.console, self.options, self.name, self.lora = console, options, flags.model, trainable.adapter
+        lora, self.device = trainable.adapter, options.device
         self.general, self.pack, self.batch = examples.general, examples.pack, tuning.batch
-        self.objective = dpo(tuning.beta) if tuning.objective == "preference" else NEXT_TOKEN
-        self.own_facts = {
-            "learns": trainable_in_words(self.lora, trainable.train, trainable.freeze, trainable.base),
-            "objective": tuning.objective,
-        }
-        sides = 2 if tuning.objective == "preference" else 1  # rows of tokens for each of the batch
-        optimizer = optimizer_config(flags)
-        recipe = Recipe(
-            "the model's", tuning.context, tuning.batch * sides, optimizer, flags.microbatches, tuning.scan, tuning.remat
-        )
+        is_preference = tuning.objective == "preference"
+        self.objective = dpo(tuning.beta) if is_preference else NEXT_TOKEN
+        rate = (2e-3 if lora else 2e-5) / (10 if is_preference else 1)
+        optimizer = OptimizerConfig(
+            kind="adamw", learning_rate=tuning.learning_rate or rate, schedule="cosine", warmup=tuning.warmup,
+            beta2=0.99, weight_decay=tuning.weight_decay, clip=tuning.clip,
+        )  # fmt: skip
+        rows = tuning.batch * (2 if is_preference else 1)  # of tokens
+        recipe = Recipe("the model's", tuning.context, rows, optimizer, flags.microbatches, tuning.scan, tuning.remat)
 
         def make_plan(cfg: ModelConfig) -> None:
             """From the architecture alone. Raises UserError, before a weight is read, for what cannot be done."""
@@ -100,38 +78,23 @@ class FineTuning:
                     f"--context {tuning.context:,} is more than the {cfg.context:,} tokens {flags.model} was made for."
                 )
             cfg = dataclasses.replace(cfg, scan=tuning.scan, remat="block" if tuning.remat else "none")
-            paths, self.matches = choose_trainable(cfg, self.lora, trainable.train, trainable.freeze)
+            paths, self.matches = choose_trainable(cfg, lora, trainable.train, trainable.freeze)
             self.plan = RunPlan(flags.model, cfg, recipe, flags.seed, flags.length.steps, seconds, paths, trainable.base)
-            check_memory(self.plan, tuning.batch, is_lora=self.lora is not None)
+            check_memory(self.plan, tuning.batch, is_lora=lora is not None)
 
-        template = read_template(examples.template)
-        dtype = None if self.lora else "float32"
-        with console.task(f"loading {flags.model}") as report:
-            self.model = load_model(flags.model, dtype=dtype, report=report, on_config=make_plan)
-        console.warn_damaged(self.model.damaged, self.model.checkpoint)
-        self.plan = dataclasses.replace(self.plan, name=self.model.name)
         if examples.general != "none":
             check_text_name(examples.general)
-        self.chat = Chat(self.model.tokenizer, template)
-        self.tokenizer, self.ends = with_chat(self.model, self.chat)
+        super().__init__(flags.model, lora, options.folder, console, read_template(examples.template), make_plan)
+        self.plan = dataclasses.replace(self.plan, name=self.model.name)
         self.dataset = prepare_conversations(
             examples.data, examples.validation, tuning.objective, tuning.context, self.model, self.chat, console
         )
-        self.text_facts = {"data": examples.data, "validation": examples.validation, "digest": self.dataset.digest}
+        self.facts = {
+            "learns": trainable_in_words(lora, trainable.train, trainable.freeze, trainable.base),
+            "objective": tuning.objective,
+            "text": {"data": examples.data, "validation": examples.validation, "digest": self.dataset.digest},
+        }
         self.top = ceiling(self.plan.cfg, measured_ceilings(console))
-
-    def load_weights(self) -> None:
-        """Makes the two trees, and the digest of the base that no step may change."""
-        params, plan = self.model.params, self.plan
-        assert plan.trainable is not None
-        self.parts = split_params(plan.cfg, params, plan.trainable, self.lora, plan.base, plan.seed)
-        self.base_digest = digest(params)
-        if plan.base == "int8":
-            self.model = dataclasses.replace(self.model, params=None)  # the wide weights need not stay in memory
-
-    def facts(self) -> dict[str, Any]:
-        """Returns the entries of run.json about base, data and what is trained."""
-        return base_facts(self.name, self.base_digest, self.model) | self.own_facts | {"text": self.text_facts}
 
     def print_plan(self) -> None:
         """Prints the banner, and the first example with what is trained on marked."""
@@ -140,8 +103,8 @@ class FineTuning:
         limit = f"{plan.steps:,} steps" if plan.steps else f"{duration(plan.seconds or 0)} of training time"
         optimizer = plan.recipe.optimizer
         console.print_rows([
-            ("device", str(self.options.device)),
-            model_row(plan),
+            ("device", str(self.device)),
+            self.model_row(),
             *self.matches,
             ("predicted", beside_full(plan)),
             ("memory", f"about {size(plan.memory)} of {size(memory_limit())} that are left for a step"),
@@ -151,16 +114,12 @@ class FineTuning:
             ("template", self.chat.template_name),
             ("step", f"{plan.recipe.batch} x {plan.recipe.context} tokens, adamw, {optimizer.learning_rate:g}"),
             ("length", f"{limit}; about {steps:,} steps, {long}"),
-            ("folder", str(self.options.folder)),
+            ("folder", str(self.folder)),
         ])  # fmt: skip
         console.print()
         console.print("the first example; what is trained on is marked", style="bold")
         console.print_marked(list(self.chat.marked_pieces(dataset.first)))
         console.print()
-
-    def initial_state(self) -> TrainState:
-        """Returns the state before the first step. A copy: steps donate it, and the start stays to be compared with."""
-        return init_state(make_optimizer(self.plan.recipe.optimizer), jax.tree.map(jnp.copy, self.parts.trainable))
 
     def measure_before(self) -> None:
         """Measures the model as it is before the first step."""
@@ -186,15 +145,13 @@ class FineTuning:
 
     def report(self, state: TrainState, loop: Loop) -> RunReport:
         """Measures again, and saves the adapter."""
-        after, plan, loop_state, folder = self._measure(state.trainable), self.plan, loop.loop_state, self.options.folder
-        base = self.facts()["base"]
-        place = save_trained(folder, loop_state.step, plan.cfg, self.parts, state.trainable, self.model.params, base)
+        after, plan, loop_state = self._measure(state.trainable), self.plan, loop.loop_state
+        place = self.save_trained(loop_state.step, state.trainable)
         rate = loop.timer.warm_rate() or loop_state.step / max(loop_state.seconds, 1e-9)
         numbers = sum(leaf.size for part in leaf_paths(state.trainable).values() for leaf in jax.tree.leaves(part))
-        self.chat.close()
         return finetuning_report(
             plan, loop_state, self.before, after, self._evaluator(1).unit, self.dataset.held_out_name, self.general,
-            rate * plan.step_flops / self.top, place, numbers, folder,
+            rate * plan.step_flops / self.top, place, numbers, self.folder,
         )  # fmt: skip
 
     def summary(self, result: dict[str, Any]) -> str:

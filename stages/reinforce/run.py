@@ -4,41 +4,28 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from engine.counting.flops import decode_flops, forward_flops, prefill_flops
 from engine.counting.memory import inference_memory
 from engine.device import Device
 from engine.errors import UserError
 from engine.format import count, duration, size
-from engine.storage.digest import digest
-from engine.storage.find import load_model
-from engine.text.chat import Chat
-from engine.training.optimizer import OptimizerConfig, make_optimizer
+from engine.training.optimizer import OptimizerConfig
 from engine.training.reinforce import grpo
 from engine.training.rewards import TASKS, make_reward
-from engine.training.step import TrainState, init_state
+from engine.training.step import TrainState
 from stages.cli.console import Console
 from stages.reinforce.data import prompts_for
 from stages.reinforce.flags import Reinforce
 from stages.reinforce.report import rewards_report
 from stages.reinforce.rollouts import Rollout, Sampler, prompt_tokens
 from stages.reinforce.rounds import Rounds, first_seed, inference_params
-from stages.runs.estimate import RunPlan, memory_limit
+from stages.runs.estimate import RunPlan, memory_limit, require_memory
 from stages.runs.folder import as_json, default_folder
 from stages.runs.loop import Intervals, Loop, LoopState
+from stages.runs.model_stage import ModelStage
 from stages.runs.recipes import Recipe
 from stages.runs.run import RunOptions, RunReport, execute
-from stages.runs.trainable import (
-    base_facts,
-    choose_trainable,
-    model_row,
-    save_trained,
-    split_params,
-    trainable_in_words,
-    with_chat,
-)
+from stages.runs.trainable import choose_trainable, trainable_in_words
 
 SECONDS = 120.0  # of a run when nobody asks for a length
 TOKENS = 48  # of a completion, where the context has room for them
@@ -55,40 +42,37 @@ def run(flags: Reinforce, device: Device) -> int:
     return execute(options, lambda console: LearningFromRewards(flags, options, console))
 
 
-class LearningFromRewards:
+class LearningFromRewards(ModelStage):
     """Learning from rewards: a Stage. The constructor is the last to read the flags."""
 
     noun = "round"
 
     def __init__(self, flags: Reinforce, options: RunOptions, console: Console) -> None:
         rollout, update, trainable, length = flags.rollout, flags.update, flags.trainable, flags.length
-        self.console, self.options, self.name, self.lora = console, options, flags.model, trainable.adapter
+        lora, self.device = trainable.adapter, options.device
         self.task, self.group, self.prompts_each = rollout.task, rollout.group, rollout.prompts
         self.updates, self.clip, self.kl = update.updates, update.clip, update.kl
         self.prompts = prompts_for(rollout.task, rollout.data, flags.seed)
         reward = make_reward(rollout.task)
-        with console.task(f"loading {flags.model}") as report:
-            self.model = load_model(flags.model, dtype=None if self.lora else "float32", report=report)
-        console.warn_damaged(self.model.damaged, self.model.checkpoint)
-        cfg, self.chat = self.model.cfg, Chat(self.model.tokenizer)
-        self.tokenizer, self.ends = with_chat(self.model, self.chat)
+        super().__init__(flags.model, lora, options.folder, console)
+        cfg = self.model.cfg
         self.longest = max(len(prompt_tokens(self.chat, prompt)) for prompt in (*self.prompts.train, *self.prompts.held_out))
         max_tokens = completion_length(rollout.max_tokens, self.longest, cfg.context)
         capacity = self.longest + max_tokens
         self.sampler = Sampler(cfg, self.chat, frozenset(self.ends), reward, rollout.temperature, max_tokens, capacity)
         # A constant rate, so that a run that goes on is the run that was not stopped.
         optimizer = OptimizerConfig(
-            kind="adamw", learning_rate=update.learning_rate or (5e-4 if self.lora else 2e-5), schedule="wsd", warmup=0,
+            kind="adamw", learning_rate=update.learning_rate or (5e-4 if lora else 2e-5), schedule="wsd", warmup=0,
             decay=0, beta2=0.99, weight_decay=0,
         )  # fmt: skip
         rows, seq = rollout.prompts * rollout.group, -(-(capacity - 1) // ROUNDED) * ROUNDED
         parts = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n * seq <= max(PART, seq))
-        paths, self.matches = choose_trainable(cfg, self.lora, trainable.train, trainable.freeze)
+        paths, self.matches = choose_trainable(cfg, lora, trainable.train, trainable.freeze)
         seconds = length.max_time or (None if length.rounds else SECONDS)
         recipe = Recipe("the model's", seq, rows, optimizer, parts)
         self.plan = RunPlan(self.model.name, cfg, recipe, flags.seed, length.rounds, seconds, paths, trainable.base)
-        self.own_facts = {
-            "learns": trainable_in_words(self.lora, trainable.train, trainable.freeze, trainable.base),
+        self.facts = {
+            "learns": trainable_in_words(lora, trainable.train, trainable.freeze, trainable.base),
             "text": {
                 "data": f"{rollout.task} on {self.prompts.name}",
                 "digest": f"{rollout.task} {self.prompts.digest}",
@@ -99,22 +83,10 @@ class LearningFromRewards:
         # A step's memory, or the weights that are trained beside those that sample, and their cache.
         inference = inference_memory(cfg, rows, capacity)
         self.memory = self.plan.memory + inference.params + inference.cache
-        if self.memory > memory_limit():
-            raise UserError(
-                f"A round would need about {size(self.memory)}, and {size(memory_limit())} are left for it; "
-                "give fewer --prompts, a smaller --group, fewer --max-tokens, or a smaller model."
-            )
-
-    def load_weights(self) -> None:
-        """Makes the two trees, and the digest of the base that no step may change."""
-        plan = self.plan
-        assert plan.trainable is not None
-        self.parts = split_params(plan.cfg, self.model.params, plan.trainable, self.lora, plan.base, plan.seed)
-        self.base_digest = digest(self.model.params)
-
-    def facts(self) -> dict[str, Any]:
-        """Returns the entries of run.json about base, task and what is trained."""
-        return base_facts(self.name, self.base_digest, self.model) | self.own_facts
+        require_memory(
+            self.memory, f"A round would need about {size(self.memory)}",
+            "give fewer --prompts, a smaller --group, fewer --max-tokens, or a smaller model.",
+        )  # fmt: skip
 
     def print_plan(self) -> None:
         """Prints the banner."""
@@ -124,8 +96,8 @@ class LearningFromRewards:
         inference, training = self._flops()
         rate = plan.recipe.optimizer.learning_rate
         self.console.print_rows([
-            ("device", str(self.options.device)),
-            model_row(plan),
+            ("device", str(self.device)),
+            self.model_row(),
             *self.matches,
             ("task", f"{self.task} ({TASKS[self.task.partition(':')[0]].partition(', ')[2]})"),
             ("prompts", f"{len(self.prompts.train):,} of {self.prompts.name}; {len(self.prompts.held_out):,} held out"),
@@ -137,12 +109,8 @@ class LearningFromRewards:
                          f"KL {self.kl:g}, adamw {rate:g}"),
             ("memory", f"about {size(self.memory)} of {size(memory_limit())} that are left for a round"),
             ("length", " or ".join(limits)),
-            ("folder", str(self.options.folder)),
+            ("folder", str(self.folder)),
         ])  # fmt: skip
-
-    def initial_state(self) -> TrainState:
-        """Returns the state before the first round. A copy: steps donate it, and the start stays to be compared with."""
-        return init_state(make_optimizer(self.plan.recipe.optimizer), jax.tree.map(jnp.copy, self.parts.trainable))
 
     def measure_before(self) -> None:
         """Samples completions of held-out prompts before the first round."""
@@ -160,12 +128,10 @@ class LearningFromRewards:
 
     def report(self, state: TrainState, loop: Loop) -> RunReport:
         """Measures again, and saves the adapter."""
-        after, folder = self._measure(state.trainable, "measuring what it does now"), self.options.folder
-        cfg, base = self.plan.cfg, self.facts()["base"]
-        place = save_trained(folder, loop.loop_state.step, cfg, self.parts, state.trainable, self.model.params, base)
-        self.chat.close()
+        after = self._measure(state.trainable, "measuring what it does now")
+        place = self.save_trained(loop.loop_state.step, state.trainable)
         rounds = self.rounds.rounds if self.rounds else []
-        return rewards_report(loop.loop_state, rounds, self.prompts.held_out, self.before, after, place, folder)
+        return rewards_report(loop.loop_state, rounds, self.prompts.held_out, self.before, after, place, self.folder)
 
     def summary(self, result: dict[str, Any]) -> str:
         """Returns the result in words."""

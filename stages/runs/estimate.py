@@ -11,8 +11,9 @@ from engine.counting.flops import train_flops
 from engine.counting.hardware import Ceilings, ceilings, memory_limit_bytes
 from engine.counting.memory import training_memory
 from engine.counting.trainable import TrainablePaths
+from engine.errors import UserError
 from engine.files import cache_folder
-from engine.format import duration
+from engine.format import duration, size
 from engine.model.config import ModelConfig
 from engine.training.loss import loss_chunks
 from stages.cli.console import Console
@@ -109,3 +110,10 @@ def memory_limit() -> int:
     """Returns the bytes that a step may hold: those of the accelerator when there is one, else the host's less OWN."""
     stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
     return (stats or {}).get("bytes_limit") or max(memory_limit_bytes() - OWN, 0)
+
+
+def require_memory(needed: int, sentence: str, remedy: str) -> None:
+    """Raises UserError when more than `memory_limit` is needed, which `sentence` says, and that `remedy` would help."""
+    limit = memory_limit()
+    if needed > limit:
+        raise UserError(f"{sentence}, and {size(limit)} are left for it; {remedy}")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
-from engine.files import folder_lock, whole_file, write_json
+from engine.files import folder_lock, whole_file
 from engine.storage.run_folder import ADAPTER, ROOT
 
 OURS = ("config.json", "metrics.jsonl", "tokenizer", "checkpoints", "samples", ADAPTER, "run.json")
@@ -72,11 +72,6 @@ def lock_folder(folder: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             folder.rmdir()  # stopped before anything was written
-
-
-def write_run_json(folder: Path, facts: dict[str, Any], result: dict[str, Any] | None = None) -> None:
-    """Writes run.json, whole or not at all; the result, when there is one, is its last entry."""
-    write_json(folder / "run.json", facts | ({"result": result} if result else {}))
 
 
 def as_json(value: Any) -> Any:

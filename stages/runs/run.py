@@ -18,9 +18,9 @@ from stages.cli import signals
 from stages.cli.command import same_command
 from stages.cli.console import Console
 from stages.runs.estimate import RunPlan
-from stages.runs.folder import as_json, clear_run, holds_run, lock_folder, write_run_json
+from stages.runs.folder import as_json, clear_run, holds_run, lock_folder
 from stages.runs.loop import Intervals, Loop, LoopConfig, LoopState, Steps
-from stages.runs.state import PreviousRun, find_previous_run, restore
+from stages.runs.state import find_previous_run, restore
 from stages.runs.trainable import TrainableParts
 
 
@@ -51,14 +51,12 @@ class Stage(Protocol):
     noun: str  # of what the loop counts: "step" or "round"
     plan: RunPlan
     parts: TrainableParts  # valid after `load_weights`
+    facts: dict[str, Any]  # the entries of run.json that are the stage's own; valid after `load_weights`
     tokenizer: Tokenizer
     ends: tuple[int, ...]  # ids that end a completion
 
     def load_weights(self) -> None:
-        """Makes `parts`. Raises UserError when there is no room for a run."""
-
-    def facts(self) -> dict[str, Any]:
-        """Returns the entries of run.json that are the stage's own."""
+        """Makes `parts` and `facts`. Raises UserError when there is no room for a run."""
 
     def print_plan(self) -> None:
         """Prints the banner."""
@@ -94,18 +92,31 @@ def execute(options: RunOptions, make_stage: Callable[[Console], Stage]) -> int:
 def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     stage.load_weights()
     folder, plan, noun = options.folder, stage.plan, stage.noun
-    facts = _common_facts(options, plan) | stage.facts()
+    facts = {
+        "command": same_command(options.stage), "stage": options.stage, "recipe": as_json(dataclasses.asdict(plan.recipe)),
+        "seed": plan.seed, "steps": plan.steps, "max_seconds": plan.seconds, "device": str(options.device),
+        "versions": {"python": sys.version.split()[0], "jax": jax.__version__}, **stage.facts,
+    }  # fmt: skip
     previous = find_previous_run(folder, facts, plan.cfg, options.overwrite)
     stage.print_plan()
     if previous and previous.is_finished(plan):
-        console.print(_finished(previous, stage))
+        done = previous.loop_state
+        console.print(
+            f"This run is finished: {done.step:,} {noun}s in {duration(done.seconds)}, "
+            f"{stage.summary(previous.record['result'])}. To train it further give more --{noun}s or --max-time; "
+            "to begin anew, --overwrite."
+        )
         return 0
     if previous:
         state, loop_state = restore(previous, facts, stage.initial_state, stage.parts, console)
     else:
         with console.task("initialising"):
             state, loop_state = stage.initial_state(), LoopState()
-    _write_description(folder, stage, facts, fresh=previous is None)
+    if not previous:
+        clear_run(folder)
+    save_tokenizer(folder, stage.tokenizer, stage.ends)
+    write_json(folder / "config.json", plan.cfg.to_json())
+    write_json(folder / "run.json", facts)
     stage.measure_before()
     digests = {name: facts[name]["digest"] for name in ("text", "tokenizer", "base") if name in facts}
     record = {"seed": plan.seed, "digests": digests}
@@ -123,41 +134,9 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
             return 128 + signal
     signals.set_phase(f"before the last measurement; the trained model is in {folder}, and the same command measures it.")
     report = stage.report(state, loop)
-    write_run_json(folder, facts, report.result)
+    write_json(folder / "run.json", facts | {"result": report.result})
     _print_report(report, console)
     return 0
-
-
-def _common_facts(options: RunOptions, plan: RunPlan) -> dict[str, Any]:
-    """What run.json says of every run."""
-    return {
-        "command": same_command(options.stage),
-        "stage": options.stage,
-        "recipe": as_json(dataclasses.asdict(plan.recipe)),
-        "seed": plan.seed,
-        "steps": plan.steps,
-        "max_seconds": plan.seconds,
-        "device": str(options.device),
-        "versions": {"python": sys.version.split()[0], "jax": jax.__version__},
-    }
-
-
-def _finished(previous: PreviousRun, stage: Stage) -> str:
-    state = previous.loop_state
-    return (
-        f"This run is finished: {state.step:,} {stage.noun}s in {duration(state.seconds)}, "
-        f"{stage.summary(previous.record['result'])}. To train it further give more --{stage.noun}s or --max-time; "
-        "to begin anew, --overwrite."
-    )
-
-
-def _write_description(folder: Path, stage: Stage, facts: dict[str, Any], fresh: bool) -> None:
-    """Writes what describes the run, before its first step."""
-    if fresh:
-        clear_run(folder)
-    save_tokenizer(folder, stage.tokenizer, stage.ends)
-    write_json(folder / "config.json", stage.plan.cfg.to_json())
-    write_run_json(folder, facts)
 
 
 def _print_report(report: RunReport, console: Console) -> None:

@@ -1,9 +1,7 @@
 """Which parameters of a model train: from rules or a LoRA to two trees, what is saved of them, and what that costs."""
 
-import copy
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -15,15 +13,8 @@ from engine.model.paths import merge
 from engine.model.transformer import init_params
 from engine.model.weights.int8 import every_product, quantize
 from engine.model.weights.matmul import cast_matrices
-from engine.storage.adapter import save_adapter
-from engine.storage.digest import digest
-from engine.storage.loaded_model import LoadedModel
-from engine.storage.run_folder import ADAPTER
-from engine.text.chat import Chat
-from engine.text.tokenizer import Tokenizer
 from engine.training.freeze import select_trainable, split
 from engine.training.lora import add_lora, merge_lora
-from stages.runs.estimate import RunPlan
 
 Rows = tuple[tuple[str, str], ...]
 
@@ -99,41 +90,3 @@ def trainable_in_words(lora: LoraConfig | None, train: Sequence[str], freeze: Se
     if lora:
         return f"{lora}{' over int8' if base == 'int8' else ''}"
     return f"train {' '.join(train) or 'all'} freeze {' '.join(freeze)}".strip()
-
-
-def base_facts(name: str, base_digest: str, model: LoadedModel) -> dict[str, Any]:
-    """Returns run.json's entries about the model that a run changes. A path is written from the root, to be found again."""
-    path = Path(name).expanduser()
-    source = str(path.absolute()) if path.exists() else name
-    return {
-        "base": {"model": source, "digest": base_digest, "name": model.name},
-        "tokenizer": {"kind": "the model's", "digest": model.tokenizer.digest},
-    }
-
-
-def model_row(plan: RunPlan) -> tuple[str, str]:
-    """Returns the banner's row about a model that is changed."""
-    cfg, total = plan.cfg, count_params(plan.cfg).total
-    kept_as = {"float": cfg.dtype, "int8": "int8"}[plan.base]
-    return "model", f"{plan.name}: {cfg.layers} layers, width {cfg.width}, {total:,} numbers, {kept_as}"
-
-
-def with_chat(model: LoadedModel, chat: Chat) -> tuple[Tokenizer, tuple[int, ...]]:
-    """Returns the model's tokenizer with the chat's template, and all ids that end a completion: what a run saves."""
-    tokenizer = copy.copy(model.tokenizer)
-    tokenizer.config = tokenizer.config | {"chat_template": chat.source}
-    return tokenizer, model.ends if chat.end is None else tuple(dict.fromkeys((*model.ends, chat.end)))
-
-
-def save_trained(
-    folder: Path, step: int, cfg: ModelConfig, parts: TrainableParts, trainable: Any, params: Any, base: dict[str, str]
-) -> Path:
-    """Saves an adapter beside the checkpoints, if one was trained. Returns the path of what was trained.
-
-    `base` is run.json's. `params` are the base's as loaded, None where they are gone: their digest must still be its digest.
-    """
-    if not parts.is_adapter:
-        return folder / "checkpoints" / str(step)
-    if params is not None and digest(params) != base["digest"]:
-        raise RuntimeError(f"Frozen weights changed: their SHA-256 was {base['digest']}.")
-    return save_adapter(folder / ADAPTER, cfg, trainable, base=base["digest"], base_name=base["model"])

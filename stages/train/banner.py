@@ -1,17 +1,14 @@
-"""The banner of a training run, and the entries of its run.json about the text."""
+"""The banner of a training run."""
 
 from pathlib import Path
-from typing import Any
 
 from engine.counting.flops import train_flops
 from engine.counting.hardware import Ceilings
 from engine.counting.params import count_params
 from engine.device import Device
-from engine.errors import UserError
 from engine.format import count, duration, size
 from engine.text.tokens import TokenFile
-from stages.runs import estimate
-from stages.runs.estimate import RunPlan, ceiling
+from stages.runs.estimate import RunPlan, ceiling, memory_limit
 from stages.runs.text_data import TextData
 
 # What a step is predicted to take: its products at this share of the ceiling, the optimizer's traffic, its dispatch.
@@ -27,7 +24,7 @@ def banner(plan: RunPlan, data: TextData, best: Ceilings, device: Device, folder
     flops = train_flops(cfg, recipe.context, attention="full", remat="none").total
     top = ceiling(cfg, best)
     step_seconds = plan.step_flops / (EXPECTED * top) + UPDATE * params.total / (1e9 * best.update_gbs) + FIXED
-    limit = estimate.memory_limit()
+    limit = memory_limit()
     heads = f"{cfg.heads} heads" + (f" ({cfg.kv_heads} key/value)" if cfg.kv_heads != cfg.heads else "")
     accumulated = f", {recipe.accumulate} parts at a time" if recipe.accumulate > 1 else ""
     tight = "  ** more than there is: smaller --batch, --accumulate or --remat **" if plan.memory > limit else ""
@@ -47,32 +44,6 @@ def banner(plan: RunPlan, data: TextData, best: Ceilings, device: Device, folder
         f"in {cfg.dtype}",
         "folder": str(folder),
     }
-
-
-def text_facts(plan: RunPlan, data: TextData, name: str, validation: Path | None) -> dict[str, Any]:
-    """Returns the entries of run.json about the text called `name` and the model."""
-    return {
-        "preset": plan.name,
-        "text": {
-            "data": name,
-            "validation": str(validation) if validation else None,
-            "digest": data.digest,
-            "bytes": data.train.bytes,
-            "tokens": len(data.train.tokens),
-        },
-        "tokenizer": {"kind": plan.recipe.tokenizer, "digest": data.tokenizer.digest},
-    }
-
-
-def check_memory(plan: RunPlan) -> None:
-    """Raises UserError when weights, gradients and optimizer alone are more than there is memory."""
-    least = count_params(plan.cfg).total * (16 if plan.recipe.optimizer.kind == "adamw" else 12)
-    limit = estimate.memory_limit()
-    if least > limit:
-        raise UserError(
-            f"Training {plan.name} needs at least {size(least)} for weights, gradients and optimizer, and "
-            f"{size(limit)} are left for it. Choose a smaller preset."
-        )
 
 
 def _length(plan: RunPlan, default_length: bool) -> str:

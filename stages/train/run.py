@@ -1,35 +1,25 @@
-"""A training run: from flags to plain values, and the stage that trains them in JAX."""
+"""A training run: from flags to plain values."""
 
 import dataclasses
 from typing import Any
 
-import jax
 import numpy as np
 
-from engine.counting.hardware import Ceilings
 from engine.device import Device
-from engine.model.config import ModelConfig, preset
-from engine.model.transformer import init_params
-from engine.text.batches import TextBatches
-from engine.training.optimizer import make_optimizer
-from engine.training.step import TrainState, init_state, train_step
+from engine.model.config import preset
 from stages.cli.console import Console
-from stages.runs.estimate import RunPlan, ceiling, measured_ceilings
+from stages.runs.estimate import RunPlan, measured_ceilings
 from stages.runs.folder import default_folder
-from stages.runs.loop import Intervals, Loop, LoopState
+from stages.runs.loop import Intervals
 from stages.runs.recipes import Recipe, recipe
-from stages.runs.run import RunOptions, RunReport, Stage, execute
-from stages.runs.text_data import TextData, prepare_text
-from stages.runs.trainable import TrainableParts
-from stages.runs.training_steps import TrainingSteps
-from stages.runs.validation import TextEvaluator, rows_for
-from stages.train.banner import banner, check_memory, text_facts
+from stages.runs.run import RunOptions, Stage, execute
+from stages.runs.text_data import prepare_text
+from stages.train.banner import banner
 from stages.train.by_hand import TrainingByHand
 from stages.train.flags import Train
-from stages.train.report import sample_text, training_report
+from stages.train.training import Training
 
 SECONDS, SECONDS_BY_HAND = 180.0, 60.0  # of a run when nobody asks for a length
-ADVICE = "--learning-rate or --matrix-learning-rate, warm up longer with --warmup, or try --dtype float32"
 
 
 def run(flags: Train, device: Device) -> int:
@@ -44,12 +34,22 @@ def run(flags: Train, device: Device) -> int:
 
     def make_stage(console: Console) -> Stage:
         data = prepare_text(text.data, text.validation, chosen.tokenizer, console)
-        cfg = model_config(flags.preset, chosen, data.tokenizer.vocab, "float32" if flags.by_hand else flags.step.dtype)
+        cfg = _replace(
+            preset(flags.preset), vocab=data.tokenizer.vocab, context=chosen.context, scan=chosen.scan,
+            remat="block" if chosen.remat else "none", dtype="float32" if flags.by_hand else flags.step.dtype,
+        )  # fmt: skip
         limit = length.max_time or (None if length.steps else seconds)
         plan = RunPlan(flags.preset, cfg, chosen, flags.seed, length.steps, limit)
         ceilings = measured_ceilings(console)
         rows = banner(plan, data, ceilings, device, folder, default_length=not (length.max_time or length.steps))
-        facts = text_facts(plan, data, text.data, text.validation)
+        facts = {
+            "preset": plan.name,
+            "text": {
+                "data": text.data, "validation": str(text.validation) if text.validation else None, "digest": data.digest,
+                "bytes": data.train.bytes, "tokens": len(data.train.tokens),
+            },
+            "tokenizer": {"kind": chosen.tokenizer, "digest": data.tokenizer.digest},
+        }  # fmt: skip
         stage = TrainingByHand if flags.by_hand else Training
         return stage(plan, data, ceilings, rows, facts, console)
 
@@ -68,72 +68,6 @@ def chosen_recipe(flags: Train) -> Recipe:
     )  # fmt: skip
 
 
-def model_config(name: str, recipe: Recipe, vocab: int, dtype: str | None) -> ModelConfig:
-    """Returns the preset with this vocabulary, compute type (None: its own) and the recipe's context."""
-    remat = "block" if recipe.remat else "none"
-    return _replace(preset(name), vocab=vocab, context=recipe.context, dtype=dtype, scan=recipe.scan, remat=remat)
-
-
 def _replace(config: Any, **values: Any) -> Any:
+    """Returns the config with those values that are not None."""
     return dataclasses.replace(config, **{name: value for name, value in values.items() if value is not None})
-
-
-class Training:
-    """Training from random weights in JAX: a Stage."""
-
-    noun = "step"
-    parts = TrainableParts()
-
-    def __init__(
-        self, plan: RunPlan, data: TextData, ceilings: Ceilings, rows: dict[str, str], facts: dict[str, Any], console: Console
-    ) -> None:
-        self.plan, self.data, self.rows, self.console = plan, data, rows, console
-        self.top = ceiling(plan.cfg, ceilings)
-        self.tokenizer = data.tokenizer
-        self.ends: tuple[int, ...] = (data.tokenizer.end,)
-        self.batches = TextBatches(data.train.tokens, plan.recipe.context, plan.recipe.batch, plan.seed)
-        self.optimizer = make_optimizer(plan.recipe.optimizer)
-        self._facts = facts
-
-    def facts(self) -> dict[str, Any]:
-        """Returns the entries of run.json about the text."""
-        return self._facts
-
-    def load_weights(self) -> None:
-        """Checks that there is room; weights begin random."""
-        check_memory(self.plan)
-
-    def print_plan(self) -> None:
-        """Prints the banner."""
-        self.console.print_rows(list(self.rows.items()))
-
-    def initial_state(self) -> TrainState:
-        """Returns random weights and the optimizer's first state."""
-        cfg, seed = self.plan.cfg, self.plan.seed
-        return jax.jit(lambda: init_state(self.optimizer, init_params(cfg, jax.random.key(seed))))()
-
-    def measure_before(self) -> None:
-        """Measures nothing: random weights know nothing."""
-
-    def prepare_steps(self, state: TrainState, loop_state: LoopState) -> TrainingSteps:
-        """Compiles the step for these shapes."""
-        plan, cfg = self.plan, self.plan.cfg
-        with self.console.task("compiling", always=True):
-            compiled = train_step.lower(
-                cfg, self.optimizer, state, {}, self.batches.at(0), np.float32(0), microbatches=plan.recipe.accumulate
-            ).compile()
-        evaluator = TextEvaluator(cfg, self.data.validation, self.tokenizer, cfg.context, rows_for(cfg, cfg.context))
-        program = lambda state, batch, progress: compiled(state, {}, batch, progress)
-        return TrainingSteps(program, self.batches, evaluator, plan, loop_state.step, self.top, ADVICE)
-
-    def report(self, state: TrainState, loop: Loop) -> RunReport:
-        """Evaluates on the whole validation text and writes a sample."""
-        plan, params, epoch = self.plan, state.trainable, self.batches.epoch(loop.loop_state.step)
-        sample = lambda: sample_text(plan.cfg, params, self.tokenizer, plan.seed)
-        return training_report(
-            plan, self.data, params, loop.loop_state, epoch, loop.config.folder, self.console, sample, remarks=[]
-        )
-
-    def summary(self, result: dict[str, Any]) -> str:
-        """Returns the result in words."""
-        return f"{result['val_bits_per_byte']:.3f} bits per byte"

@@ -75,7 +75,7 @@ def test_a_signal_before_training_ends_promptly(
 ) -> None:
     # Minutes in a library that does not let Python's handlers run, as compiling does.
     program = (
-        "import hashlib, sys, stages.train.run as t; "
+        "import hashlib, sys, stages.train.training as t; "
         "t.Training.prepare_steps = lambda *_: print('busy', flush=True) or hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9); "
         "from stages.train import __main__ as train; sys.exit(train.main(sys.argv[1:]))"
     )

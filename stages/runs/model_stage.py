@@ -1,0 +1,84 @@
+"""The half of a Stage that fine-tuning and learning from rewards share: a model that is read, and what is saved of it."""
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from engine.counting.params import count_params
+from engine.model.config import LoraConfig, ModelConfig
+from engine.storage.adapter import save_adapter
+from engine.storage.digest import digest
+from engine.storage.find import load_model
+from engine.storage.run_folder import ADAPTER
+from engine.text.chat import Chat
+from engine.training.optimizer import make_optimizer
+from engine.training.step import TrainState, init_state
+from stages.cli.console import Console
+from stages.runs.estimate import RunPlan
+from stages.runs.trainable import TrainableParts, split_params
+
+
+class ModelStage:
+    """Reads a model. The stage sets `plan`, and `facts` to the entries of run.json that are its own; `folder` is the run's."""
+
+    plan: RunPlan
+    parts: TrainableParts
+    facts: dict[str, Any]
+
+    def __init__(
+        self, name: str, lora: LoraConfig | None, folder: Path, console: Console, template: str | None = None,
+        on_config: Callable[[ModelConfig], None] = lambda cfg: None,
+    ) -> None:  # fmt: skip
+        self.name, self.lora, self.folder, self.console = name, lora, folder, console
+        with console.task(f"loading {name}") as report:
+            self.model = load_model(name, dtype=None if lora else "float32", report=report, on_config=on_config)
+        console.warn_damaged(self.model.damaged, self.model.checkpoint)
+        # Saved with the run: the chat's template, and all ids that end a completion.
+        self.chat = Chat(self.model.tokenizer, template)
+        self.tokenizer = copy.copy(self.model.tokenizer)
+        self.tokenizer.config = self.tokenizer.config | {"chat_template": self.chat.source}
+        ends = () if self.chat.end is None else (self.chat.end,)
+        self.ends = tuple(dict.fromkeys((*self.model.ends, *ends)))
+
+    def load_weights(self) -> None:
+        """Makes the two trees, and the digest of the base that no step may change."""
+        params, plan = self.model.params, self.plan
+        assert plan.trainable is not None
+        self.parts = split_params(plan.cfg, params, plan.trainable, self.lora, plan.base, plan.seed)
+        path = Path(self.name).expanduser()  # written from the root, to be found again
+        source = str(path.absolute()) if path.exists() else self.name
+        self.facts = {
+            "base": {"model": source, "digest": digest(params), "name": self.model.name},
+            "tokenizer": {"kind": "the model's", "digest": self.model.tokenizer.digest},
+            **self.facts,
+        }
+        if plan.base == "int8":
+            self.model = dataclasses.replace(self.model, params=None)  # the wide weights need not stay in memory
+
+    def initial_state(self) -> TrainState:
+        """Returns the state before the first step. A copy: steps donate it, and the start stays to be compared with."""
+        return init_state(make_optimizer(self.plan.recipe.optimizer), jax.tree.map(jnp.copy, self.parts.trainable))
+
+    def model_row(self) -> tuple[str, str]:
+        """Returns the banner's row about the model."""
+        cfg, dtype = self.plan.cfg, self.plan.base if self.plan.base == "int8" else self.plan.cfg.dtype
+        numbers = f"{count_params(cfg).total:,} numbers, {dtype}"
+        return "model", f"{self.plan.name}: {cfg.layers} layers, width {cfg.width}, {numbers}"
+
+    def save_trained(self, step: int, trainable: Any) -> Path:
+        """Saves an adapter beside the checkpoints, if one was trained. Returns the path of what was trained.
+
+        The base as it was loaded, unless it is gone, must still have its digest.
+        """
+        self.chat.close()
+        if not self.parts.is_adapter:
+            return self.folder / "checkpoints" / str(step)
+        base, params = self.facts["base"], self.model.params
+        if params is not None and digest(params) != base["digest"]:
+            raise RuntimeError(f"Frozen weights changed: their SHA-256 was {base['digest']}.")
+        return save_adapter(self.folder / ADAPTER, self.plan.cfg, trainable, base=base["digest"], base_name=base["model"])
