@@ -8,11 +8,14 @@ import jax
 import numpy as np
 
 from engine.allocator import return_freed_memory
+from engine.counting.hardware import peak_rss_bytes
 from engine.device import Device
 from engine.errors import UserError
 from engine.format import duration, size
+from engine.inference.decode import for_inference, generate
+from engine.inference.sampling_params import SamplingParams
 from engine.model.config import ModelConfig
-from engine.model.paths import leaf_paths, merge
+from engine.model.paths import merge
 from engine.text.packing import PackedBatches
 from engine.text.template import read_template
 from engine.training.optimizer import OptimizerConfig, make_optimizer
@@ -22,7 +25,6 @@ from stages.cli.console import Console
 from stages.finetune.data import PreferenceBatches, held_out_evaluator
 from stages.finetune.flags import Finetune
 from stages.finetune.memory import beside_full, check_memory
-from stages.finetune.report import Measurement, answer_question, finetuning_report
 from stages.runs.conversation_data import prepare_conversations
 from stages.runs.estimate import RunPlan, ceiling, measured_ceilings, memory_limit
 from stages.runs.folder import default_folder
@@ -30,7 +32,7 @@ from stages.runs.forgetting import general_bits_per_byte
 from stages.runs.loop import Intervals, Loop, LoopState
 from stages.runs.model_stage import ModelStage
 from stages.runs.recipes import Recipe
-from stages.runs.run import RunOptions, RunReport, execute
+from stages.runs.run import RunOptions, RunReport, execute, next_commands
 from stages.runs.text_data import check_text_name
 from stages.runs.trainable import choose_trainable, trainable_in_words
 from stages.runs.training_steps import TrainingSteps
@@ -38,6 +40,8 @@ from stages.runs.training_steps import TrainingSteps
 SECONDS = 180.0  # of a run when nobody asks for a length
 EXPECTED = 0.4  # of the ceiling
 QUICK = 64  # held-out examples of a quick evaluation
+SAMPLE = 90  # tokens
+QUESTION = "What should I do when I cannot sleep?"
 ADVICE = "--learning-rate, or warm up longer with --warmup"
 
 
@@ -50,6 +54,15 @@ def run(flags: Finetune, device: Device) -> int:
     intervals = Intervals(flags.folder.save_every, flags.folder.keep, evaluate=flags.tuning.eval_every or fifth)
     options = RunOptions("finetune", device, folder, flags.folder.overwrite, flags.dry_run, intervals)
     return execute(options, lambda console: FineTuning(flags, seconds, options, console))
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """How a model does on the held-out set and general text (bits per byte, None without one); its answer to QUESTION."""
+
+    held_out: float
+    general: float | None
+    answer: str
 
 
 class FineTuning(ModelStage):
@@ -147,15 +160,35 @@ class FineTuning(ModelStage):
         """Measures again, and saves the adapter."""
         after, plan, loop_state = self._measure(state.trainable), self.plan, loop.loop_state
         place = self.save_trained(loop_state.step, state.trainable)
-        rate = loop.timer.warm_rate() or loop_state.step / max(loop_state.seconds, 1e-9)
-        numbers = sum(leaf.size for part in leaf_paths(state.trainable).values() for leaf in jax.tree.leaves(part))
-        return finetuning_report(
-            plan, loop_state, self.before, after, self._evaluator(1).unit, self.dataset.held_out_name, self.general,
-            rate * plan.step_flops / self.top, place, numbers, self.folder,
-        )  # fmt: skip
+        before, seconds = self.before, loop_state.seconds
+        rate, speed = (loop_state.step * amount / max(seconds, 1e-9) for amount in (1, plan.step_tokens))
+        share_of_ceiling = (loop.timer.warm_rate() or rate) * plan.step_flops / self.top
+        numbers = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
+        unit, peak = self._evaluator(1).unit, peak_rss_bytes()
+        result = {
+            "before": dataclasses.asdict(before), "after": dataclasses.asdict(after), "unit": unit, "steps": loop_state.step,
+            "train_seconds": seconds, "tokens_per_second": speed, "peak_rss_bytes": peak,
+            "flops_share_of_ceiling": share_of_ceiling, "refused_steps": loop_state.refused, "general": self.general,
+        }  # fmt: skip
+        forgotten = "not measured"
+        if before.general is not None and after.general is not None:
+            forgotten = f"{before.general:.3f} -> {after.general:.3f} bits per byte on {self.general}"
+        refused = f", {loop_state.refused} refused" if loop_state.refused else ""
+        rows = [
+            ("held out", f"{before.held_out:.3f} -> {after.held_out:.3f} {unit} on {self.dataset.held_out_name}"),
+            ("forgotten", forgotten),
+            ("trained", f"{loop_state.step:,} steps, {duration(seconds)}{refused}"),
+            ("speed", f"{speed:,.0f} tokens/s, {share_of_ceiling:.0%} of the ceiling"),
+            ("memory", f"{size(peak)} at most"),
+            ("saved", f"{place} ({numbers:,} numbers)"),
+        ]
+        texts = [
+            (f"{title}: {QUESTION}", [f"| {line}" for line in measurement.answer.strip().split("\n")])
+            for title, measurement in (("before", before), ("after", after))
+        ]
+        return RunReport(result, texts, rows, next_commands("chat", "evaluate", "export", model=self.folder))
 
     def summary(self, result: dict[str, Any]) -> str:
-        """Returns the result in words."""
         before, after = (result[moment]["held_out"] for moment in ("before", "after"))
         return f"{before:.3f} -> {after:.3f} {result['unit']}"
 
@@ -185,7 +218,12 @@ class FineTuning(ModelStage):
                 seq = self.plan.recipe.context
                 general = general_bits_per_byte(cfg, params, self.tokenizer, self.general, seq, self.console)
             _clear_programs()  # the programs that scored are as large as a small model, and are not run again soon
-            return Measurement(held_out, general, answer_question(cfg, params, self.chat, self.ends))
+            prompt = self.chat.prompt([{"role": "user", "content": QUESTION}])
+            sampling = SamplingParams(max_tokens=SAMPLE, temperature=0.0, stop_token_ids=self.ends)
+            room = min(cfg.context, len(prompt) + SAMPLE)
+            pieces = generate(cfg, for_inference(cfg, params), [prompt.tolist()], [sampling], capacity=room)
+            answer = self.chat.tokenizer.decode([token for piece in pieces for token in piece.tokens])
+            return Measurement(held_out, general, answer)
 
 
 def _clear_programs() -> None:

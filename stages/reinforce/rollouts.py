@@ -24,18 +24,11 @@ from stages.reinforce.data import Prompt
 PATIENCE = 2.0  # seconds for the rewards of a round
 
 
-class Completion(NamedTuple):
-    """The tokens that were sampled, the one that ended them among them, and whether one did."""
-
-    tokens: list[int]
-    ended: bool
-
-
 class Rollout(NamedTuple):
-    """Prompts as tokens, a completion of each, its text, its reward, and how long inference took."""
+    """Prompts as tokens, the tokens sampled for each (the one that ended them too), texts, rewards, seconds of inference."""
 
     prompts: list[list[int]]
-    completions: list[Completion]
+    completions: list[list[int]]
     texts: list[str]
     rewards: list[float]
     seconds: float
@@ -43,11 +36,10 @@ class Rollout(NamedTuple):
     @property
     def tokens(self) -> int:
         """Tokens that were sampled."""
-        return sum(len(completion.tokens) for completion in self.completions)
+        return sum(map(len, self.completions))
 
     @property
     def mean_reward(self) -> float:
-        """The mean reward."""
         return sum(self.rewards) / len(self.rewards)
 
 
@@ -64,16 +56,38 @@ class Sampler:
     capacity: int
 
     def rollout(self, params: Params, prompts: Sequence[Prompt], seed: int) -> Rollout:
-        """Returns a completion of each prompt with its reward. Rows have the seeds seed, seed + 1, ..."""
+        """Returns a completion of each prompt with its reward. Rows have the seeds seed, seed + 1, ...
+
+        Raises UserError as `decode.generate`, and when rewards take longer than PATIENCE, as some patterns do.
+        """
         tokens = [prompt_tokens(self.chat, prompt) for prompt in prompts]
-        sampling = SamplingParams(max_tokens=self.max_tokens, temperature=self.temperature, seed=seed).per_row(len(prompts))
         begin = time.perf_counter()
-        completions = sample_completions(self.cfg, params, tokens, sampling, ends=self.ends, capacity=self.capacity)
+        completions = self._completions(params, tokens, seed)
         seconds = time.perf_counter() - begin
-        decoded = self.chat.tokenizer.decode
-        texts = [decoded(tokens[: len(tokens) - ended]).strip() for tokens, ended in completions]
-        rewards = rewards_of(self.reward, texts, [prompt.answer for prompt in prompts])
+        texts = []
+        for completion in completions:
+            ended = bool(completion) and completion[-1] in self.ends
+            texts.append(self.chat.tokenizer.decode(completion[: len(completion) - ended]).strip())
+        with _time_limit("The task's pattern takes too long on an answer: write it so that it has one way to match a text."):
+            rewards = [self.reward(text, prompt.answer) for text, prompt in zip(texts, prompts)]
         return Rollout(tokens, completions, texts, rewards, seconds)
+
+    def _completions(self, params: Params, prompts: Sequence[list[int]], seed: int) -> list[list[int]]:
+        # The end of a completion is a token like any other: it was sampled, and when to end is trained too. So it is kept
+        # here, where `decode.generate` would leave it out and not say which of several it was.
+        sampling = SamplingParams(max_tokens=self.max_tokens, temperature=self.temperature, seed=seed).per_row(len(prompts))
+        completions: list[list[int]] = [[] for _ in prompts]
+        running = set(range(len(prompts)))
+        for row, new, finished in decode.generate(self.cfg, params, prompts, sampling, capacity=self.capacity):
+            if row not in running:
+                continue
+            end = next((at for at, token in enumerate(new, 1) if token in self.ends), None)
+            completions[row] += new[:end]
+            if end or finished:
+                running.discard(row)
+            if not running:
+                break
+        return completions
 
 
 def prompt_tokens(chat: Chat, prompt: Prompt) -> list[int]:
@@ -81,50 +95,13 @@ def prompt_tokens(chat: Chat, prompt: Prompt) -> list[int]:
     return chat.prompt([{"role": "user", "content": prompt.text}]).tolist()
 
 
-def sample_completions(
-    cfg: ModelConfig,
-    params: Params,
-    prompts: Sequence[list[int]],
-    sampling: Sequence[SamplingParams],
-    *,
-    ends: Collection[int],
-    capacity: int,
-) -> list[Completion]:
-    """Returns a completion of each prompt. Raises UserError as `decode.generate`.
-
-    The end of a completion is a token like any other: it was sampled, and when to end is trained too. So it is kept here,
-    where `decode.generate` would leave it out and not say which of several it was.
-    """
-    tokens: list[list[int]] = [[] for _ in prompts]
-    ended, running = [False] * len(prompts), set(range(len(prompts)))
-    for row, new, finished in decode.generate(cfg, params, prompts, sampling, capacity=capacity):
-        if row not in running:
-            continue
-        for token in new:
-            tokens[row].append(token)
-            if token in ends:
-                ended[row] = True
-                break
-        if ended[row] or finished:
-            running.discard(row)
-        if not running:
-            break
-    return [Completion(*pair) for pair in zip(tokens, ended)]
-
-
-def rollout_batch(prompts: Sequence[list[int]], completions: Sequence[Completion], seq: int) -> Batch:
+def rollout_batch(prompts: Sequence[list[int]], completions: Sequence[list[int]], seq: int) -> Batch:
     """Returns prompts followed by their completions, a row of `seq` places each, in which the completions' tokens count."""
-    examples = []
-    for prompt, completion in zip(prompts, completions):
-        mask = np.arange(len(prompt) + len(completion.tokens)) >= len(prompt)
-        examples.append(Example(np.array([*prompt, *completion.tokens], np.int32), mask, ""))
+    examples = [
+        Example(np.array(prompt + completion, np.int32), np.arange(len(prompt) + len(completion)) >= len(prompt), "")
+        for prompt, completion in zip(prompts, completions)
+    ]
     return next(evaluation_batches(examples, seq, len(examples), pack=False))
-
-
-def rewards_of(reward: Reward, texts: Sequence[str], right: Sequence[int | None], patience: float = PATIENCE) -> list[float]:
-    """Returns the reward of each text. Raises UserError when that takes longer than `patience` s, as some patterns do."""
-    with _within(patience, "The task's pattern takes too long on an answer: write it so that it has one way to match a text."):
-        return [reward(text, number) for text, number in zip(texts, right)]
 
 
 class _Late(BaseException):
@@ -132,8 +109,8 @@ class _Late(BaseException):
 
 
 @contextlib.contextmanager
-def _within(seconds: float, sentence: str) -> Iterator[None]:
-    """Raises UserError(sentence) after so many seconds in the block, where signals come: in the main thread."""
+def _time_limit(sentence: str) -> Iterator[None]:
+    """Raises UserError(sentence) after PATIENCE in the block, where signals come: in the main thread."""
 
     def ring(number: int, frame: object) -> None:
         raise _Late
@@ -142,11 +119,11 @@ def _within(seconds: float, sentence: str) -> Iterator[None]:
         yield
         return
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
     try:
         yield
     except _Late:
-        raise UserError(f"{sentence} ({seconds:g} s were not enough.)") from None
+        raise UserError(f"{sentence} ({PATIENCE:g} s were not enough.)") from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

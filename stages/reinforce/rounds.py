@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from engine.training.optimizer import make_optimizer
 from engine.training.reinforce import Rollouts, group_advantages, log_probabilities
 from engine.training.step import Objective, TrainState, train_step
 from stages.reinforce.data import Prompt
-from stages.reinforce.rollouts import Completion, Rollout, Sampler, rollout_batch
+from stages.reinforce.rollouts import Rollout, Sampler, rollout_batch
 from stages.runs.estimate import RunPlan
 from stages.runs.loop import Evaluator, LoopState, StepTimer
 from stages.runs.trainable import TrainableParts
@@ -28,7 +28,7 @@ from stages.runs.trainable import TrainableParts
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """The result of one round. `before` is the digest of the weights when it began, `after` when it was over."""
+    """The result of a round. `before` and `after` are digests of the weights."""
 
     number: int
     rollout: Rollout
@@ -61,8 +61,8 @@ class Rounds:
         self.order = EpochOrder(len(prompts), prompts_each, plan.seed)
         self.rounds: list[Round] = []
         rows = prompts_each * group
-        batch = rollout_batch([[0]] * rows, [Completion([0], False)] * rows, plan.recipe.context)
-        self.program: Callable[..., Any] = train_step.lower(
+        batch = rollout_batch([[0]] * rows, [[0]] * rows, plan.recipe.context)
+        self.program: Any = train_step.lower(
             plan.cfg, make_optimizer(plan.recipe.optimizer), state, parts.frozen,
             self._rollouts(state, batch, self._advantages([0.0] * rows)), np.float32(0),
             microbatches=plan.recipe.accumulate, objective=objective,
@@ -71,7 +71,6 @@ class Rounds:
         self.digest = digest(self.params)
 
     def run(self, state: TrainState, loop_state: LoopState) -> tuple[TrainState, list[bool]]:
-        """Plays a round. Returns the next state, and for each update whether it was refused."""
         number, plan = loop_state.step, self.plan
         prompts = [self.prompts[index] for index in self.order.at(number) for _ in range(self.group)]
         rollout = self.sampler.rollout(self.params, prompts, first_seed(plan, number))
@@ -84,7 +83,9 @@ class Rounds:
         if advantages.any() or self.kl:
             batch = rollout_batch(rollout.prompts, rollout.completions, plan.recipe.context)
             rollouts = self._rollouts(state, batch, advantages)
-            kl = _divergence(rollouts)
+            if self.kl:  # how far the model is from the untrained one, in nats a token of what it sampled
+                behind = np.where(batch.mask, rollouts.reference - rollouts.old, 0)
+                kl = float((np.exp(behind) - behind - 1).sum() / max(batch.mask.sum(), 1))
             for _ in range(self.updates):
                 state, metrics = self.program(state, self.parts.frozen, rollouts, np.float32(0))
                 norm = float(metrics.grad_norm)
@@ -98,7 +99,6 @@ class Rounds:
         return state, refused
 
     def metrics(self, loop_state: LoopState, timer: StepTimer) -> dict[str, float]:
-        """Returns the numbers of the last round."""
         last = self.rounds[-1]
         return {
             "reward": last.rollout.mean_reward, "answer_tokens": last.rollout.tokens,
@@ -107,16 +107,14 @@ class Rounds:
         }  # fmt: skip
 
     def fields(self, loop_state: LoopState, timer: StepTimer, evaluation: str) -> list[str]:
-        """Returns the line of the last round."""
         last, total = self.rounds[-1], self.plan.steps
         pull = "" if last.kl is None else f", KL {last.kl:.4f}"
-        changed = (
-            "all alike, nothing to train on" if last.after == last.before else f"weights {last.before[:8]} -> {last.after[:8]}"
-        )
+        weights = f"weights {last.before[:8]}"
+        changed = "all alike, nothing to train on" if last.after == last.before else f"{weights} -> {last.after[:8]}"
         return [
             f"round {last.number:,}" + (f"/{total:,}" if total else ""),
             f"reward {last.rollout.mean_reward:.3f}",
-            f"| inference {last.rollout.seconds:.2f} s, {last.rollout.tokens:,} tokens, weights {last.before[:8]} unchanged",
+            f"| inference {last.rollout.seconds:.2f} s, {last.rollout.tokens:,} tokens, {weights} unchanged",
             f"| training {last.training_seconds:.2f} s, {changed}{pull}",
             f"| {size(peak_rss_bytes())}",
             f"{clock(loop_state.seconds)} done",
@@ -152,11 +150,3 @@ def inference_params(cfg: ModelConfig, parts: TrainableParts, trainable: Any, ba
     """Returns params for inference: adapters merged into their matrices, which decoding then reads once and not twice."""
     params = merge(trainable, parts.frozen)
     return for_inference(cfg, params if base == "int8" else merge_lora(params))
-
-
-def _divergence(rollouts: Rollouts) -> float | None:
-    """How far the model is from the untrained one, in nats a token of what it sampled; None without a reference."""
-    if rollouts.reference is None or rollouts.old is None:
-        return None
-    behind = np.where(rollouts.batch.mask, rollouts.reference - rollouts.old, 0)
-    return float((np.exp(behind) - behind - 1).sum() / max(rollouts.batch.mask.sum(), 1))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.counting.flops import decode_flops, forward_flops, prefill_flops
+from engine.counting.hardware import peak_rss_bytes
 from engine.counting.memory import inference_memory
 from engine.device import Device
 from engine.errors import UserError
@@ -16,7 +17,6 @@ from engine.training.step import TrainState
 from stages.cli.console import Console
 from stages.reinforce.data import prompts_for
 from stages.reinforce.flags import Reinforce
-from stages.reinforce.report import rewards_report
 from stages.reinforce.rollouts import Rollout, Sampler, prompt_tokens
 from stages.reinforce.rounds import Rounds, first_seed, inference_params
 from stages.runs.estimate import RunPlan, memory_limit, require_memory
@@ -24,12 +24,14 @@ from stages.runs.folder import as_json, default_folder
 from stages.runs.loop import Intervals, Loop, LoopState
 from stages.runs.model_stage import ModelStage
 from stages.runs.recipes import Recipe
-from stages.runs.run import RunOptions, RunReport, execute
+from stages.runs.run import RunOptions, RunReport, execute, next_commands
 from stages.runs.trainable import choose_trainable, trainable_in_words
 
 SECONDS = 120.0  # of a run when nobody asks for a length
 TOKENS = 48  # of a completion, where the context has room for them
 ROUNDED = 32  # places a row is a multiple of
+SHOWN = 3  # held-out prompts whose completions are shown
+WIDE = 100  # characters of a completion that are
 PART = 1024  # places of the rows that a step reads at once: more hold more logits and are no faster
 
 
@@ -89,7 +91,6 @@ class LearningFromRewards(ModelStage):
         )  # fmt: skip
 
     def print_plan(self) -> None:
-        """Prints the banner."""
         plan, updates = self.plan, self.updates
         limits = [f"{plan.steps:,} rounds"] if plan.steps else []
         limits += [duration(plan.seconds)] if plan.seconds else []
@@ -131,10 +132,34 @@ class LearningFromRewards(ModelStage):
         after = self._measure(state.trainable, "measuring what it does now")
         place = self.save_trained(loop.loop_state.step, state.trainable)
         rounds = self.rounds.rounds if self.rounds else []
-        return rewards_report(loop.loop_state, rounds, self.prompts.held_out, self.before, after, place, self.folder)
+        before, loop_state, peak = self.before, loop.loop_state, peak_rss_bytes()
+        inference, training = sum(r.rollout.seconds for r in rounds), sum(r.training_seconds for r in rounds)
+        result = {
+            "held_out_reward_before": before.mean_reward, "held_out_reward_after": after.mean_reward,
+            "best_round": loop_state.best, "rounds": loop_state.step, "seconds": loop_state.seconds,
+            "refused_steps": loop_state.refused, "inference_seconds": inference, "training_seconds": training,
+            "answer_tokens": sum(r.rollout.tokens for r in rounds), "peak_rss_bytes": peak,
+        }  # fmt: skip
+        texts = []
+        for row, prompt in enumerate(self.prompts.held_out[: min(SHOWN, len(before.texts))]):
+            lines = []
+            for title, rollout in (("before", before), ("after", after)):
+                text = " ".join(rollout.texts[row].split())
+                cut = text if len(text) <= WIDE else text[:WIDE] + "..."
+                lines.append(f"{title:<6} {rollout.rewards[row]:.2f} | {cut}")
+            texts.append((prompt.text, lines))
+        both = inference + training
+        shares = f"; inference {inference / both:.0%} of it, training {training / both:.0%}" if both else ""
+        refused = f"; {loop_state.refused} steps refused" if loop_state.refused else ""
+        rows = [
+            ("reward", f"{before.mean_reward:.3f} -> {after.mean_reward:.3f} on held-out prompts"),
+            ("rounds", f"{loop_state.step:,} in {duration(loop_state.seconds)}{shares}{refused}"),
+            ("memory", f"{size(peak)} at most"),
+            ("saved", str(place)),
+        ]
+        return RunReport(result, texts, rows, next_commands("chat", "export", model=self.folder))
 
     def summary(self, result: dict[str, Any]) -> str:
-        """Returns the result in words."""
         return f"reward {result['held_out_reward_before']:.3f} -> {result['held_out_reward_after']:.3f}"
 
     def _measure(self, trainable: Any, label: str) -> Rollout:

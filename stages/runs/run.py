@@ -15,7 +15,7 @@ from engine.storage.run_folder import save_tokenizer
 from engine.text.tokenizer import Tokenizer
 from engine.training.step import TrainState
 from stages.cli import signals
-from stages.cli.command import same_command
+from stages.cli.command import command_line, same_command
 from stages.cli.console import Console
 from stages.runs.estimate import RunPlan
 from stages.runs.folder import as_json, clear_run, holds_run, lock_folder
@@ -43,6 +43,12 @@ class RunReport(NamedTuple):
     texts: list[tuple[str, list[str]]]
     rows: list[tuple[str, str]]
     next_commands: list[str]
+
+
+def next_commands(*stages: str, model: Path) -> list[str]:
+    """Returns commands that take the model of a run folder."""
+    out = {"export": ("--out", model / "hugging-face")}
+    return [command_line(stage, "--model", model, *out.get(stage, ())) for stage in stages]
 
 
 class Stage(Protocol):
