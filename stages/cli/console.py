@@ -51,8 +51,10 @@ class Console:
 
     def warn_damaged(self, damaged: Sequence[str], used: object) -> None:
         """Names the files that were passed over on the way to a sound checkpoint, and the one used instead."""
-        for line in [*(f"damaged: {line}" for line in damaged), *([f"using {used} instead"] if damaged else [])]:
-            self.print(line, style="yellow")
+        for line in damaged:
+            self.print(f"damaged: {line}", style="yellow")
+        if damaged:
+            self.print(f"using {used} instead", style="yellow")
 
     def print_rows(self, rows: Sequence[tuple[str, str]]) -> None:
         """Prints labels beside their values; long values go on below themselves."""
@@ -74,9 +76,10 @@ class Console:
     def print_marked(self, pieces: Sequence[tuple[str, bool]]) -> None:
         """Prints a text in which some pieces are marked: by colour on a terminal, elsewhere by brackets."""
         if not self._rich:
-            groups = itertools.groupby(pieces, key=lambda pair: pair[1])
-            whole = [("".join(piece for piece, _ in group), mark) for mark, group in groups]
-            self.print("".join(f"[[{text}]]" if mark else text for text, mark in whole))
+            for mark, group in itertools.groupby(pieces, key=lambda pair: pair[1]):
+                joined = "".join(piece for piece, _ in group)
+                print(f"[[{joined}]]" if mark else joined, end="", file=self.stream)
+            self.print()
             return
         from rich.text import Text
 

@@ -1,5 +1,6 @@
 """Parsers of flags, with the sentence for a wrong value, and the flags that several commands share."""
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Callable
@@ -30,13 +31,11 @@ def integer(low: int, high: float = float("inf")) -> Callable[[str], int]:
     """Returns a parser of integers from `low` to `high`; 1_000 and 1e6 are integers too."""
 
     def parse(text: str) -> int:
-        try:
+        with contextlib.suppress(ValueError, OverflowError):
             value = float(text) if re.fullmatch(r"\d+(\.\d+)?e\d+", text.lower()) else int(text)
-        except ValueError:
-            value = float("nan")
-        if value != value or value != int(value) or not low <= value <= high:
-            raise ValueError(f"wanted an integer {_span(low, high)}, got {text!r}")
-        return int(value)
+            if value == int(value) and low <= value <= high:
+                return int(value)
+        raise ValueError(f"wanted an integer {_span(low, high)}, got {text!r}")
 
     return parse
 
@@ -45,13 +44,11 @@ def number(low: float, high: float = float("inf"), above: bool = False) -> Calla
     """Returns a parser of numbers from `low` (or above it) to `high`."""
 
     def parse(text: str) -> float:
-        try:
+        with contextlib.suppress(ValueError):
             value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high or (above and value == low):
-            raise ValueError(f"wanted a number {_span(low, high, above)}, got {text!r}")
-        return value
+            if low <= value <= high and not (above and value == low):
+                return value
+        raise ValueError(f"wanted a number {_span(low, high, above)}, got {text!r}")
 
     return parse
 

@@ -19,7 +19,7 @@ from engine.storage.loaded_model import LoadedModel
 from engine.text.chat import Chat, Example
 from engine.text.conversations import NAMED, Conversations
 from engine.text.examples import Pair
-from engine.text.packing import evaluation_pairs
+from engine.text.packing import evaluation_batches, evaluation_pairs
 from engine.training.preference import Preferences, margins
 from stages.cli.console import Console, ReportProgress
 from stages.evaluate.flags import Evaluate
@@ -148,7 +148,7 @@ def evaluate_conversations(
 
 
 def _score_answers(model: LoadedModel, examples: Sequence[Example], seq: int, report: ReportProgress) -> Rows:
-    batches = conversation_data.batch_examples(examples, seq)
+    batches = list(evaluation_batches(examples, seq, conversation_data.ROWS))
     nats, tokens = 0.0, 0
     for number, batch in enumerate(batches, 1):
         nats += float(score(model.cfg, model.params, batch))

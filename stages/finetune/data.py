@@ -12,10 +12,10 @@ from engine.inference.score import score
 from engine.model.config import ModelConfig
 from engine.model.paths import merge
 from engine.text.examples import Pair
-from engine.text.packing import PairBatches, evaluation_pairs
+from engine.text.packing import PairBatches, evaluation_batches, evaluation_pairs
 from engine.training.preference import Preferences, margins
 from engine.training.step import NEXT_TOKEN, Objective
-from stages.runs.conversation_data import ROWS, batch_examples
+from stages.runs.conversation_data import ROWS
 
 
 class PreferenceBatches:
@@ -31,11 +31,9 @@ class PreferenceBatches:
             self._reference[part.pair[real]] = np.asarray(reference)[real]
 
     def epoch(self, step: int) -> float:
-        """Returns the epochs completed before `step`."""
         return self._batches.epoch(step)
 
     def at(self, step: int) -> Preferences:
-        """Returns the pairs of a step."""
         part = self._batches.at(step)
         return Preferences(part.chosen, part.rejected, self._reference[part.pair])
 
@@ -55,23 +53,21 @@ class HeldOutEvaluator:
 
     @property
     def unit(self) -> str:
-        """Its unit on screen."""
         return "nats/token" if self.objective is NEXT_TOKEN else "preference loss"
 
     @property
     def key(self) -> str:
-        """Its name in metrics.jsonl."""
         return "val_nats_per_token" if self.objective is NEXT_TOKEN else "val_preference_loss"
 
     def evaluate(self, trainable: Any, stopped: Callable[[], bool] = lambda: False) -> float | None:
         """Returns the mean over all held-out targets (or pairs); None when it was `stopped` in between."""
         cfg, params = self.cfg, merge(trainable, self.frozen)
+        summed = score if self.objective is NEXT_TOKEN else functools.partial(_summed, self.objective)
         total = count = 0.0
         for batch in self.batches:
             if stopped():
                 return None
-            answers = self.objective is NEXT_TOKEN
-            total += float(score(cfg, params, batch) if answers else _summed(self.objective, cfg, params, batch))
+            total += float(summed(cfg, params, batch))
             count += float(self.objective.count(batch))
         return total / max(count, 1)
 
@@ -86,6 +82,6 @@ def held_out_evaluator(
 ) -> HeldOutEvaluator:
     """Returns the evaluator of the objective on these held-out examples or pairs; `base` are the untrained params."""
     if objective is NEXT_TOKEN:
-        return HeldOutEvaluator(cfg, frozen, batch_examples(examples, seq), objective)
+        return HeldOutEvaluator(cfg, frozen, list(evaluation_batches(examples, seq, ROWS)), objective)
     pairs = PreferenceBatches(cfg, base, examples, seq, min(ROWS, len(examples)), seed)
     return HeldOutEvaluator(cfg, frozen, pairs.once(), objective)

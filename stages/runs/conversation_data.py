@@ -10,11 +10,9 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.storage.loaded_model import LoadedModel
-from engine.text.batch import Batch
 from engine.text.chat import Chat, Example
 from engine.text.conversations import NAMED, Conversations, read_conversations
 from engine.text.examples import DatasetSummary, Pair, make_examples, make_pairs
-from engine.text.packing import evaluation_batches
 from stages.cli.console import Console, ReportProgress
 
 HELD_OUT = 0.1
@@ -70,14 +68,13 @@ def prepare_conversations(
 
 def _read(data: str, objective: str) -> Conversations:
     conversations = read_named(data)
-    if (conversations.kind == "preference") != (objective == "preference"):
-        wanted = "pairs of a chosen and a rejected answer" if objective == "preference" else "conversations or texts"
-        other = "answers" if objective == "preference" else "preference"
-        instead = ", or give other --data such as voice-preferences" if objective == "preference" else ""
-        raise UserError(
-            f"{data} holds {conversations.kind} data, and this objective trains on {wanted}; --objective {other} fits it"
-            f"{instead}."
-        )
+    is_preference = objective == "preference"
+    if (conversations.kind == "preference") != is_preference:
+        wanted, remedy = (
+            ("pairs of a chosen and a rejected answer", "answers fits it, or give other --data such as voice-preferences")
+            if is_preference else ("conversations or texts", "preference fits it")
+        )  # fmt: skip
+        raise UserError(f"{data} holds {conversations.kind} data, and this objective trains on {wanted}; --objective {remedy}.")
     return conversations
 
 
@@ -93,8 +90,3 @@ def tokenize_examples(
     if conversations.kind == "preference":
         return make_pairs(conversations, chat, seq, report=report)
     return make_examples(conversations, chat, seq, start=model.tokenizer.start, report=report)
-
-
-def batch_examples(examples: Sequence[Example], seq: int) -> list[Batch]:
-    """Returns every example once, in batches of one shape."""
-    return list(evaluation_batches(examples, seq, ROWS))

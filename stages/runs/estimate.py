@@ -50,7 +50,6 @@ class RunPlan:
 
     @property
     def step_tokens(self) -> int:
-        """Tokens that a step reads."""
         return self.recipe.batch * self.recipe.context
 
     @property
@@ -82,9 +81,9 @@ class RunPlan:
 
     def predict(self, step_seconds: float) -> tuple[int, str]:
         """Returns (steps, how long they take in words) when one takes `step_seconds`."""
-        limits = [self.steps] if self.steps else []
-        limits += [max(1, round(self.seconds / step_seconds))] if self.seconds else []
-        return min(limits), duration(min(limits) * step_seconds)
+        by_time = max(1, round(self.seconds / step_seconds)) if self.seconds else float("inf")
+        steps = int(min(self.steps or by_time, by_time))
+        return steps, duration(steps * step_seconds)
 
 
 def ceiling(cfg: ModelConfig, best: Ceilings) -> float:
@@ -95,8 +94,8 @@ def ceiling(cfg: ModelConfig, best: Ceilings) -> float:
 def measured_ceilings(console: Console, again: bool = False) -> Ceilings:
     """Returns this machine's ceilings: the best ever measured here, kept in the user's cache.
 
-    They are measured when the cache has none, or `again`: what was measured in a noisy moment is then raised, and a
-    share of it is not flattered. On a CPU another process measures, whose arrays are not this run's memory.
+    They are measured when the cache has none, or `again`, which raises what was measured in a noisy moment. On a CPU
+    another process measures, whose arrays are not this run's memory.
     """
     with console.task("measuring this machine's ceilings") as report:
         on_cpu = jax.default_backend() == "cpu"

@@ -62,8 +62,9 @@ def clear_run(folder: Path) -> None:
 def lock_folder(folder: Path) -> Iterator[None]:
     """Holds the run for this process. Raises UserError when another one trains in it."""
     folder.mkdir(parents=True, exist_ok=True)
+    lock = contextlib.ExitStack()
     try:
-        with contextlib.ExitStack() as lock:
+        with lock:
             try:
                 lock.enter_context(folder_lock(folder, wait=False))
             except BlockingIOError:

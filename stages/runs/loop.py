@@ -58,11 +58,10 @@ class Interval:
 
     def is_due(self, state: LoopState) -> bool:
         """Whether the interval is over; the next one then begins."""
-        counted = isinstance(self.length, int)
-        due = state.step - self.step >= self.length if counted else state.seconds - self.seconds >= self.length
-        if due:
+        past = state.step - self.step if isinstance(self.length, int) else state.seconds - self.seconds
+        if past >= self.length:
             self.step, self.seconds = state.step, state.seconds
-        return due
+        return past >= self.length
 
 
 class StepTimer:
@@ -73,7 +72,6 @@ class StepTimer:
         self.count, self.warm_seconds = 0, 0.0
 
     def add(self, seconds: float) -> None:
-        """Counts a step."""
         self.count += 1
         if self.count == 2:
             self.recent.clear()
@@ -91,7 +89,7 @@ class StepTimer:
 
 
 class Evaluator(Protocol):
-    """A quick evaluation: its number, and what that is called on screen (`unit`) and in metrics.jsonl (`key`)."""
+    """A quick evaluation, and what its number is called on screen (`unit`) and in metrics.jsonl (`key`)."""
 
     @property
     def unit(self) -> str: ...
@@ -120,24 +118,20 @@ class Steps(Protocol):
         """Returns the live line. `evaluation` is the newest one in words."""
 
 
-@dataclasses.dataclass(frozen=True)
-class LoopConfig:
-    """The settings of a loop. `record` goes into state.json beside LoopState; `to_saved` gives a checkpoint's params."""
-
-    plan: RunPlan
-    folder: Path
-    intervals: Intervals
-    record: dict[str, Any]
-    to_saved: Callable[[Any], Any]
-
-
 class Loop:
-    """One part of a run, from where it stands to its end or to a signal."""
+    """One part of a run, from where it stands to its end or to a signal.
 
-    def __init__(self, config: LoopConfig, loop_state: LoopState, console: Console) -> None:
-        self.config, self.loop_state, self.console = config, loop_state, console
+    `record` goes into state.json beside LoopState; `to_saved` gives a checkpoint's params.
+    """
+
+    def __init__(
+        self, plan: RunPlan, folder: Path, intervals: Intervals, record: dict[str, Any], to_saved: Callable[[Any], Any],
+        loop_state: LoopState, console: Console,
+    ) -> None:  # fmt: skip
+        self.plan, self.folder, self.intervals, self.record, self.to_saved = plan, folder, intervals, record, to_saved
+        self.loop_state, self.console = loop_state, console
         self.timer = StepTimer()
-        self.log = MetricsLog(config.folder, loop_state.step)
+        self.log = MetricsLog(folder, loop_state.step)
         self.evaluation = "val -"
         self.refused_in_a_row = 0
 
@@ -146,7 +140,7 @@ class Loop:
 
         Raises UserError after too many refused updates in a row; the last checkpoint then stays as it is.
         """
-        loop_state, plan, intervals = self.loop_state, self.config.plan, self.config.intervals
+        loop_state, plan, intervals = self.loop_state, self.plan, self.intervals
         save, log, stay = (Interval(length, loop_state) for length in (intervals.save, intervals.log, STAYS))
         evaluate = Interval(intervals.evaluate or plan.share_of(10), loop_state)
         saved = logged = loop_state.step
@@ -184,11 +178,9 @@ class Loop:
             return state, signal_state.received
 
     def save(self, state: TrainState) -> None:
-        """Saves a checkpoint of now."""
-        config, step = self.config, self.loop_state.step
-        record = dataclasses.asdict(self.loop_state) | config.record
-        saved = config.to_saved(state.trainable)
-        checkpoint.save(config.folder, step, saved, state.opt_state, record, keep=config.intervals.keep)
+        record = dataclasses.asdict(self.loop_state) | self.record
+        params, step = self.to_saved(state.trainable), self.loop_state.step
+        checkpoint.save(self.folder, step, params, state.opt_state, record, keep=self.intervals.keep)
 
     def _count(self, steps: Steps, refused: list[bool], seconds: float) -> None:
         loop_state = self.loop_state
@@ -201,7 +193,7 @@ class Loop:
             loop_state.refused += update_refused
             self.refused_in_a_row = self.refused_in_a_row + 1 if update_refused else 0
             if self.refused_in_a_row >= REFUSED_IN_A_ROW:
-                saved = checkpoint.steps(self.config.folder)
+                saved = checkpoint.steps(self.folder)
                 safe = f"the checkpoint of {steps.noun} {saved[-1]} is as it was" if saved else "nothing had been saved yet"
                 raise UserError(
                     f"{self.refused_in_a_row} steps in a row had a loss or gradient that is not a number; {safe}. "
@@ -209,8 +201,8 @@ class Loop:
                 )
 
     def _log(self, steps: Steps) -> None:
-        loop_state = self.loop_state
-        self.log.add(step=loop_state.step, seconds=loop_state.seconds, **steps.metrics(loop_state, self.timer))
+        now = self.loop_state
+        self.log.add(step=now.step, seconds=now.seconds, **steps.metrics(now, self.timer))
 
     def _evaluate(
         self, steps: Steps, state: TrainState, interval: int | float, signal_state: signals.SignalState
@@ -226,7 +218,7 @@ class Loop:
         loop_state.best = value if loop_state.best is None else min(loop_state.best, value)
         self.log.add(step=loop_state.step, seconds=loop_state.seconds, **{evaluator.key: value})
         self.console.show_live(lambda: steps.fields(loop_state, self.timer, self.evaluation), important=True)
-        if self.config.intervals.evaluate or first:  # as often as asked for; the first one also compiled
+        if self.intervals.evaluate or first:  # as often as asked for; the first one also compiled
             return interval
         least = (time.perf_counter() - begin) / EVALUATING
         return max(interval, math.ceil(least / self.timer.mean()) if isinstance(interval, int) else least)

@@ -19,7 +19,7 @@ from stages.cli.command import command_line, same_command
 from stages.cli.console import Console
 from stages.runs.estimate import RunPlan
 from stages.runs.folder import as_json, clear_run, holds_run, lock_folder
-from stages.runs.loop import Intervals, Loop, LoopConfig, LoopState, Steps
+from stages.runs.loop import Intervals, Loop, LoopState, Steps
 from stages.runs.state import find_previous_run, restore
 from stages.runs.trainable import TrainableParts
 
@@ -126,7 +126,7 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     stage.measure_before()
     digests = {name: facts[name]["digest"] for name in ("text", "tokenizer", "base") if name in facts}
     record = {"seed": plan.seed, "digests": digests}
-    loop = Loop(LoopConfig(plan, folder, options.intervals, record, stage.parts.to_saved), loop_state, console)
+    loop = Loop(plan, folder, options.intervals, record, stage.parts.to_saved, loop_state, console)
     if plan.progress(loop_state.step, loop_state.seconds) < 1:
         saved = f"the run is saved up to {noun} {loop_state.step:,}" if loop_state.step else "nothing was trained yet"
         signals.set_phase(f"while compiling; {saved}. To begin again: {same_command(options.stage)}")

@@ -32,9 +32,8 @@ class PreviousRun:
     def is_finished(self, plan: RunPlan) -> bool:
         """Whether nothing is left to do: it ran to the plan's end, has a result, and its newest checkpoint is sound."""
         state = self.loop_state
-        if plan.progress(state.step, state.seconds) < 1 or not self.record.get("result"):
-            return False
-        return not checkpoint.verify(self.folder / "checkpoints" / str(state.step))
+        done = plan.progress(state.step, state.seconds) >= 1 and self.record.get("result")
+        return bool(done) and not checkpoint.verify(self.folder / "checkpoints" / str(state.step))
 
 
 def find_previous_run(folder: Path, facts: dict[str, Any], cfg: ModelConfig, overwrite: bool) -> PreviousRun | None:
@@ -61,52 +60,45 @@ def find_previous_run(folder: Path, facts: dict[str, Any], cfg: ModelConfig, ove
     return PreviousRun(folder, record, loop_state)
 
 
+# What must be the same for a run to go on, and where run.json says it.
+SAME = {
+    "text": "text.digest", "tokenizer": "tokenizer.digest", "seed": "seed", "batch": "recipe.batch",
+    "context": "recipe.context", "optimizer": "recipe.optimizer.kind", "base": "base.digest",
+    "choice of trainable parameters": "learns", "objective": "objective",
+}  # fmt: skip
+OPTIONAL = {"base.digest", "learns", "objective"}
+
+
 def differences(old: dict[str, Any], new: dict[str, Any], old_cfg: ModelConfig, cfg: ModelConfig) -> list[str]:
     """Returns what must be the same for a run to go on, and is not: `width (256 there, 384 now)`."""
-    differing = [_differing(name, getattr(old_cfg, name), getattr(cfg, name)) for name in old_cfg.same_architecture(cfg)]
-    try:
-        pairs = {
-            "text": (old["text"]["digest"], new["text"]["digest"]),
-            "tokenizer": (old["tokenizer"]["digest"], new["tokenizer"]["digest"]),
-            "seed": (old["seed"], new["seed"]),
-            "batch": (old["recipe"]["batch"], new["recipe"]["batch"]),
-            "context": (old["recipe"]["context"], new["recipe"]["context"]),
-            "optimizer": (old["recipe"]["optimizer"]["kind"], new["recipe"]["optimizer"]["kind"]),
-            "base": (old.get("base", {}).get("digest"), new.get("base", {}).get("digest")),
-            "choice of trainable parameters": (old.get("learns"), new.get("learns")),
-            "objective": (old.get("objective"), new.get("objective")),
-        }
-    except (KeyError, TypeError, AttributeError):
-        raise UserError("run.json there is damaged. Give another --out-dir, or --overwrite to begin anew.") from None
-    for name, (there, now) in pairs.items():
-        if there != now:
-            if name in ("text", "tokenizer", "base"):
-                there, now = (_source_name(record.get(name, {})) for record in (old, new))
-            differing.append(_differing(name, there, now))
-    return differing
+    there, now = _flat(old), _flat(new)
+    if {*SAME.values()} - OPTIONAL - there.keys():
+        raise UserError("run.json there is damaged. Give another --out-dir, or --overwrite to begin anew.")
+    pairs = [(name, getattr(old_cfg, name), getattr(cfg, name)) for name in old_cfg.same_architecture(cfg)]
+    for name, key in SAME.items():
+        if there.get(key) == now.get(key):
+            continue
+        if key.endswith(".digest"):
+            names = (f"{name}.{part}" for part in ("data", "kind", "model"))
+            key = next((other for other in names if there.get(other) or now.get(other)), key)
+        pairs.append((name, there.get(key), now.get(key)))
+    return [f"{name} ({before} there, {after} now)" if before != after else name for name, before, after in pairs]
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Returns what may differ in a run that goes on, such as the learning rate, and does: `learning_rate: 0.003 -> 0.01`."""
-    there, now = (
-        _flat({"recipe": record.get("recipe"), "validation": record["text"].get("validation")}) for record in (old, new)
-    )
-    return [f"{name}: {there.get(name)} -> {now.get(name)}" for name in now if there.get(name) != now.get(name)]
+    there, now = _flat(old), _flat(new)
+    names = [name for name in now if name.startswith("recipe.") or name == "text.validation"]
+    differing = [name for name in names if there.get(name) != now[name]]
+    return [f"{name.rpartition('.')[2]}: {there.get(name)} -> {now[name]}" for name in differing]
 
 
-def _flat(value: dict[str, Any]) -> dict[str, Any]:
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the leaves by their paths: `recipe.optimizer.kind`."""
     leaves: dict[str, Any] = {}
     for name, item in value.items():
-        leaves |= _flat(item) if isinstance(item, dict) else {name: item}
+        leaves |= _flat(item, f"{prefix}{name}.") if isinstance(item, dict) else {prefix + name: item}
     return leaves
-
-
-def _differing(name: str, there: object, now: object) -> str:
-    return f"{name} ({there} there, {now} now)" if there != now else name
-
-
-def _source_name(source: dict[str, Any]) -> str:
-    return str(source.get("data") or source.get("kind") or source.get("model"))
 
 
 def _loop_state(record: dict[str, Any]) -> LoopState:
@@ -124,13 +116,10 @@ def restore(
     with console.task("loading the checkpoint"):
         loaded = checkpoint.load(previous.folder, None, jax.eval_shape(parts.to_saved, like.trainable), like.opt_state)
     loop_state = _loop_state(loaded.state)
-    for line in loaded.damaged:
-        console.print(f"damaged: {line}", style="yellow")
-    if loaded.damaged:
-        for path in checkpoint.set_aside(previous.folder, loop_state.step):
-            console.print(f"set aside: {path}", style="yellow")
-    for line in changes(previous.record, facts):
-        console.print(f"changed: {line}", style="yellow")
+    aside = checkpoint.set_aside(previous.folder, loop_state.step) if loaded.damaged else []
+    lines = [f"damaged: {line}" for line in loaded.damaged] + [f"set aside: {path}" for path in aside]
+    for line in lines + [f"changed: {line}" for line in changes(previous.record, facts)]:
+        console.print(line, style="yellow")
     instead = " (the newest that is sound)" if loaded.damaged else ""
     console.print(f"resumed at step {loop_state.step:,}{instead}, {duration(loop_state.seconds)} into training")
     return TrainState(jnp.int32(loop_state.step), parts.from_saved(loaded.params), loaded.optimizer), loop_state

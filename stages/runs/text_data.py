@@ -45,9 +45,7 @@ def find_sources(data: str, validation: Path | None, console: Console) -> tuple[
     train = _source(Path(data))
     if validation:
         return train, _source(validation)
-    if isinstance(train, Path):
-        return train, None
-    return hold_out(train, HELD_OUT)
+    return (train, None) if isinstance(train, Path) else hold_out(train, HELD_OUT)
 
 
 def check_text_name(data: str) -> None:
@@ -135,7 +133,6 @@ def _beginning(corpus: Corpus) -> Iterator[str]:
 
 
 def _split(whole: TokenFile, tokenizer: Tokenizer) -> tuple[TokenFile, TokenFile]:
-    """Splits a .bin into its beginning and its held-out end."""
     at = round(len(whole.tokens) * (1 - HELD_OUT))
     parts = []
     for tokens in (whole.tokens[:at], whole.tokens[at:]):

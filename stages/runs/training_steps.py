@@ -14,17 +14,12 @@ from engine.training.step import TrainState
 from stages.runs.estimate import RunPlan
 from stages.runs.loop import Evaluator, LoopState, StepTimer
 
-StepProgram = Callable[[TrainState, Any, Any], tuple[TrainState, Any]]
-
 
 class Batches(Protocol):
-    """Where batches come from, by random access."""
+    """Batches by random access; `epoch` is how often all data was read before a step."""
 
-    def at(self, step: int) -> Any:
-        """Returns the batch of a step."""
-
-    def epoch(self, step: int) -> float:
-        """Returns how often all data was read before `step`."""
+    def at(self, step: int) -> Any: ...
+    def epoch(self, step: int) -> float: ...
 
 
 class TrainingSteps:
@@ -37,8 +32,8 @@ class TrainingSteps:
     lines_stay = False
 
     def __init__(
-        self, program: StepProgram, batches: Batches, evaluator: Evaluator, plan: RunPlan, step: int, top: float,
-        advice: str, buffer: int = 0,
+        self, program: Callable[[TrainState, Any, Any], tuple[TrainState, Any]], batches: Batches, evaluator: Evaluator,
+        plan: RunPlan, step: int, top: float, advice: str, buffer: int = 0,
     ) -> None:  # fmt: skip
         self.program, self.batches, self.plan = program, batches, plan
         self.evaluator: Evaluator | None = evaluator
@@ -49,7 +44,6 @@ class TrainingSteps:
         self.loss = self.grad_norm = float("nan")
 
     def run(self, state: TrainState, loop_state: LoopState) -> tuple[TrainState, list[bool]]:
-        """Returns the next state and whether the update was refused."""
         step, progress = loop_state.step, np.float32(self.plan.progress(loop_state.step, loop_state.seconds))
         # Memory allocated during a step ends up above the step's buffer and fragments the heap: cut the batch before it.
         following = self.batches.at(step + 1) if self.buffer else None
@@ -73,7 +67,6 @@ class TrainingSteps:
         }  # fmt: skip
 
     def fields(self, loop_state: LoopState, timer: StepTimer, evaluation: str) -> list[str]:
-        """Returns the live line."""
         plan, step, mean = self.plan, loop_state.step, timer.mean()
         epoch = self.batches.epoch(step)
         left = [plan.seconds - loop_state.seconds] if plan.seconds else []

@@ -91,7 +91,7 @@ class Training:
     def report(self, state: TrainState, loop: Loop) -> RunReport:
         """Evaluates on the whole validation text and writes a sample."""
         plan, cfg, data, params = self.plan, self.plan.cfg, self.data, state.trainable
-        loop_state, folder = loop.loop_state, loop.config.folder
+        loop_state, folder = loop.loop_state, loop.folder
         step, seconds = loop_state.step, loop_state.seconds
         with self.console.task("evaluating on the whole validation text", always=True) as report:
             rows, stride = rows_for(cfg, cfg.context), max(1, cfg.context // 2)
