@@ -62,41 +62,27 @@ def test_flags(flags: list[str], words: list[str], text: Path, tmp_path: Path, f
     assert not (tmp_path / "run").exists()
 
 
-def corpus(kind: str, folder: Path) -> Path:
-    """A text that cannot be learnt from."""
-    path = folder / "text.txt"
-    if kind == "empty":
-        path.write_text("")
-    elif kind == "short":
-        path.write_text("To be.\nOr not.\n")
-    elif kind == "not UTF-8":
-        path.write_bytes(b"caf\xe9 " * 500)
-    elif kind == "empty folder":
-        path.mkdir()
-    elif kind == "unknown":
-        path = folder / "text.pdf"
-        path.write_text("%PDF")
-    elif kind == "ids":
-        path = folder / "ids.bin"
-        path.write_bytes(bytes(2000))
-    return path
-
-
 @pytest.mark.parametrize(
-    ("kind", "words"),
+    ("name", "content", "words"),
     [
-        ("missing", ["There is no text at"]),
-        ("empty", ["is empty"]),
-        ("empty folder", ["holds no text files"]),
-        ("short", ["shorter context"]),
-        ("not UTF-8", ["not UTF-8", "0xE9 at position 3"]),
-        ("unknown", [".pdf", ".jsonl"]),
-        ("ids", ["--tokenizer FOLDER"]),
+        ("missing.txt", None, ["There is no text at"]),
+        ("empty.txt", b"", ["is empty"]),
+        ("folder/", None, ["holds no text files"]),
+        ("short.txt", b"To be.\nOr not.\n", ["shorter context"]),
+        ("latin.txt", b"caf\xe9 " * 500, ["not UTF-8", "0xE9 at position 3"]),
+        ("text.pdf", b"%PDF", [".pdf", ".jsonl"]),
+        ("ids.bin", bytes(2000), ["--tokenizer FOLDER"]),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_corpus(kind: str, words: list[str], tmp_path: Path, failing: Failing) -> None:
-    more = ["--tokenizer", "bpe:300"] if kind == "ids" else []
-    said = failing(train.main, tiny(corpus(kind, tmp_path), tmp_path / "run", "--steps", 2, *more))
+def test_corpus(name: str, content: bytes | None, words: list[str], tmp_path: Path, failing: Failing) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    elif name.endswith("/"):
+        path.mkdir()
+    more = ["--tokenizer", "bpe:300"] if name == "ids.bin" else []
+    said = failing(train.main, tiny(path, tmp_path / "run", "--steps", 2, *more))
     for word in words:
         assert word in said
     assert not (tmp_path / "run").exists()
@@ -130,6 +116,7 @@ def test_folder_that_is_no_run_is_left_alone(text: Path, tmp_path: Path, failing
         assert "not a run folder" in failing(train.main, tiny(text, tmp_path, "--steps", 1, *more))
     assert (tmp_path / "config.json").read_text() == "{}"
     assert "is a file" in failing(train.main, tiny(text, text, "--steps", 1))
+    assert "/proc/thrice" in failing(train.main, tiny(text, Path("/proc/thrice"), "--steps", 1))  # may not be written
 
 
 def test_no_sound_checkpoint(trained: Path, text: Path, tmp_path: Path, failing: Failing) -> None:
@@ -191,11 +178,6 @@ def test_full_disk_keeps_what_was_saved(text: Path, tmp_path: Path, monkeypatch:
         said = failing(train.main, tiny(text, folder, "--steps", 30, "--save-every", 3))
     assert "could not be written" in said
     assert checkpoint.verify(folder / "checkpoints" / "2") == []
-
-
-def test_folder_that_may_not_be_written(text: Path, tmp_path: Path, failing: Failing) -> None:
-    said = failing(train.main, tiny(text, Path("/proc/thrice"), "--steps", 1))
-    assert "/proc/thrice" in said
 
 
 def test_device_that_is_not_there(text: Path, tmp_path: Path, failing: Failing) -> None:

@@ -1,12 +1,12 @@
 """Learning from rewards from the command line: a stopped run goes on to the same bits, and is a model like any other."""
 
-import json
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_runs import metrics
 
 from engine.storage import checkpoint
 from engine.storage.digest import digest
@@ -32,8 +32,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     printed = capsys.readouterr().out
     assert "round 2/2  reward" in printed
     assert f"python -m stages.chat --model {whole}" in printed
-    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2]
+    assert [line["step"] for line in metrics(whole)] == [1, 2]
     run = Rounds.run
 
     def stopping(self: Rounds, *state: Any) -> Any:

@@ -34,6 +34,21 @@ def start(started: list[subprocess.Popen], words: list[str]) -> subprocess.Popen
     return started[-1]
 
 
+def start_with(started: list[subprocess.Popen], patch: str, text: Path, folder: Path) -> subprocess.Popen:
+    """Training after a patch of its code that prints "busy" and then keeps the process; returns when it is busy."""
+    run = "from stages.train import __main__ as train; sys.exit(train.main(sys.argv[1:]))"
+    words = [sys.executable, "-c", f"import sys; {patch}; {run}", *tiny(text, folder, "--steps", 5)]
+    process = start(started, words)
+    wait_for_line(process, "busy")
+    return process
+
+
+def wait_for_line(process: subprocess.Popen, words: str) -> None:
+    assert process.stdout is not None
+    while words not in (line := process.stdout.readline()):
+        assert line
+
+
 def wait_for_checkpoint(process: subprocess.Popen, folder: Path) -> None:
     until = time.monotonic() + 90
     while len(checkpoint.steps(folder)) < 2:
@@ -74,15 +89,11 @@ def test_a_signal_before_training_ends_promptly(
     started: list[subprocess.Popen], text: Path, tmp_path: Path, number: int, code: int
 ) -> None:
     # Minutes in a library that does not let Python's handlers run, as compiling does.
-    program = (
-        "import hashlib, sys, stages.train.training as t; "
-        "t.Training.prepare_steps = lambda *_: print('busy', flush=True) or hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9); "
-        "from stages.train import __main__ as train; sys.exit(train.main(sys.argv[1:]))"
+    patch = (
+        "import hashlib, stages.train.training as t; "
+        "t.Training.prepare_steps = lambda *_: print('busy', flush=True) or hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
     )
-    process = start(started, [sys.executable, "-c", program, *tiny(text, tmp_path / "run", "--steps", 5)])
-    assert process.stdout is not None
-    while "busy" not in (line := process.stdout.readline()):
-        assert line
+    process = start_with(started, patch, text, tmp_path / "run")
     begin = time.monotonic()
     process.send_signal(number)
     said, _ = process.communicate(timeout=20)
@@ -93,18 +104,10 @@ def test_a_signal_before_training_ends_promptly(
 
 
 def test_a_second_signal_is_immediate(started: list[subprocess.Popen], text: Path, tmp_path: Path) -> None:
-    program = (
-        "import sys, time, stages.runs.loop as l; "
-        "l.Loop._count = lambda *_: print('busy', flush=True) or time.sleep(60); "
-        "from stages.train import __main__ as train; sys.exit(train.main(sys.argv[1:]))"
-    )
-    process = start(started, [sys.executable, "-c", program, *tiny(text, tmp_path / "run", "--steps", 5)])
-    assert process.stdout is not None
-    while "busy" not in (line := process.stdout.readline()):
-        assert line
+    patch = "import time, stages.runs.loop as l; l.Loop._count = lambda *_: print('busy', flush=True) or time.sleep(60)"
+    process = start_with(started, patch, text, tmp_path / "run")
     process.send_signal(signal.SIGINT)
-    while "Finishing this step" not in (line := process.stdout.readline()):
-        assert line
+    wait_for_line(process, "Finishing this step")
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=5) == 130
 

@@ -1,6 +1,5 @@
 """Training from the command line: plan, run, result, and going on to the bit."""
 
-import json
 import os
 import shutil
 import signal
@@ -9,7 +8,7 @@ from typing import Any
 
 import jax
 import pytest
-from tiny_runs import tiny
+from tiny_runs import metrics, tiny
 
 from engine.model.transformer import init_params
 from engine.storage import checkpoint
@@ -40,10 +39,10 @@ def test_run_leaves_what_it_says(trained: Path) -> None:
     assert all(isinstance(run["result"][name], int | float) and run["result"][name] > 0 for name in RESULT)
     assert run["result"]["val_bits_per_byte"] < 7
     assert checkpoint.steps(trained) == [20]
-    assert json.loads((trained / "config.json").read_text())["vocab"] == 300
+    assert read_config(trained).vocab == 300
     assert (trained / "tokenizer" / "tokenizer.json").exists()
     assert (trained / "samples" / "20.txt").exists()
-    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(trained)
     assert [line["step"] for line in lines if "loss" in line] == [10, 20]
     assert any("quick_val_bits_per_byte" in line for line in lines)
 
@@ -103,8 +102,7 @@ def test_finished_run_says_so_and_goes_on_with_more_steps(
     assert read_json(folder / "run.json")["result"]["steps"] == 23
     assert train.main([*same, "--steps", "2", "--overwrite"]) == 0
     assert checkpoint.steps(folder) == [2]
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert {line["step"] for line in lines} <= {1, 2}
+    assert {line["step"] for line in metrics(folder)} <= {1, 2}
 
 
 def test_damaged_checkpoint_is_named_and_the_one_before_is_used(
@@ -130,14 +128,8 @@ def test_time_boxed_run_counts_training_only(text: Path, tmp_path: Path, capsys:
     assert train.main(tiny(text, tmp_path / "run", "--max-time", "1s", "--eval-every", "20")) == 0
     result = read_json(tmp_path / "run" / "run.json")["result"]
     assert 1 <= result["train_seconds"] < 2
-    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["learning_rate_factor"] < 0.1  # the schedule follows the time
+    assert metrics(tmp_path / "run")[-1]["learning_rate_factor"] < 0.1  # the schedule follows the time
     assert "epoch" in capsys.readouterr().out
-
-
-def test_either_limit_ends_a_run(text: Path, tmp_path: Path) -> None:
-    assert train.main(tiny(text, tmp_path / "run", "--max-time", "1h", "--steps", 2)) == 0
-    assert checkpoint.steps(tmp_path / "run") == [2]
 
 
 def test_dry_run_prints_the_plan_and_leaves_nothing(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,8 +142,9 @@ def test_dry_run_prints_the_plan_and_leaves_nothing(text: Path, tmp_path: Path, 
 
 def test_flags_change_the_recipe(text: Path, tmp_path: Path) -> None:
     more = ["--optimizer", "adamw", "--learning_rate", "0.002", "--schedule", "cosine", "--dtype", "float32"]
-    more += ["--accumulate", "2", "--scan", "--remat", "--clip", "inf", "--steps", "2", "--seed", "7"]
+    more += ["--accumulate", "2", "--scan", "--remat", "--clip", "inf", "--seed", "7", "--steps", "2", "--max-time", "1h"]
     assert train.main(tiny(text, tmp_path / "run", *more)) == 0
+    assert checkpoint.steps(tmp_path / "run") == [2]  # whichever limit comes first ends a run
     run, config = (read_json(tmp_path / "run" / name) for name in ("run.json", "config.json"))
     optimizer = run["recipe"]["optimizer"]
     assert (optimizer["kind"], optimizer["learning_rate"], optimizer["schedule"]) == ("adamw", 0.002, "cosine")

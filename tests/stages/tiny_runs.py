@@ -1,10 +1,12 @@
 """A small text and the arguments of a run that learns it in a second."""
 
+import json
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = "the king and queen of a far land went down to sea where ships with red sails lay at anchor all day"
@@ -30,6 +32,11 @@ def command(
     return subprocess.run(
         typed(stage, *args), cwd=ROOT, input=stdin, capture_output=True, env=os.environ | (env or {}), timeout=120
     )
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def typed(stage: str, *args: object) -> list[str]:
