@@ -63,7 +63,7 @@ def explain_error(error: BaseException) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno is not None:
-        return _system(error)
+        return _explain_system_error(error)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return (
             "There is not enough memory for this. Give a smaller --batch or --context, read the batch in parts with "
@@ -72,7 +72,7 @@ def explain_error(error: BaseException) -> str | None:
     return None
 
 
-def _system(error: OSError) -> str:
+def _explain_system_error(error: OSError) -> str:
     at = f"{error.filename}: " if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = ""

@@ -137,6 +137,5 @@ def deferred(answer: str, print: Callable[[str], None]) -> Iterator[SignalState]
 
 
 def report_stop(stopped: Stopped) -> int:
-    """Prints that the command was stopped. Returns its exit code."""
     print(f"\nStopped {_now.phase}", file=sys.stderr, flush=True)
     return 128 + stopped.number

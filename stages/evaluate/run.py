@@ -23,7 +23,7 @@ from engine.text.packing import evaluation_batches, evaluation_pairs
 from engine.training.preference import Preferences, margins
 from stages.cli.console import Console, ReportProgress
 from stages.evaluate.flags import Evaluate
-from stages.runs import conversation_data, forgetting, text_data, validation
+from stages.runs import conversation_data, text_data, validation
 
 WINDOW = 1024  # tokens, unless asked for: more look back tells little more and takes much longer
 Rows = list[tuple[str, str]]  # to print
@@ -186,5 +186,5 @@ def _before_finetuning(model: LoadedModel, record: dict[str, Any], console: Cons
     if before.get("general") is None or not (text in text_data.TEXTS or Path(text).exists()):
         return rows
     context = record["recipe"]["context"]
-    now = forgetting.general_bits_per_byte(model.cfg, model.params, model.tokenizer, text, context, console)
+    now = validation.general_bits_per_byte(model.cfg, model.params, model.tokenizer, text, context, console)
     return [*rows, ("forgotten", f"{before['general']:.3f} -> {now:.3f} bits per byte on {text}")]

@@ -32,7 +32,6 @@ def finetune(flags: Finetune) -> int:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs the command. Returns its exit code."""
     return run_command("finetune", __doc__, Finetune, finetune, args)
 
 

@@ -28,14 +28,14 @@ from stages.finetune.memory import beside_full, check_memory
 from stages.runs.conversation_data import prepare_conversations
 from stages.runs.estimate import RunPlan, ceiling, measured_ceilings, memory_limit
 from stages.runs.folder import default_folder
-from stages.runs.forgetting import general_bits_per_byte
 from stages.runs.loop import Intervals, Loop, LoopState
 from stages.runs.model_stage import ModelStage
 from stages.runs.recipes import Recipe
 from stages.runs.run import RunOptions, RunReport, execute, next_commands
 from stages.runs.text_data import check_text_name
-from stages.runs.trainable import choose_trainable, trainable_in_words
+from stages.runs.trainable import choose_trainable
 from stages.runs.training_steps import TrainingSteps
+from stages.runs.validation import general_bits_per_byte
 
 SECONDS = 180.0  # of a run when nobody asks for a length
 EXPECTED = 0.4  # of the ceiling
@@ -103,7 +103,7 @@ class FineTuning(ModelStage):
             examples.data, examples.validation, tuning.objective, tuning.context, self.model, self.chat, console
         )
         self.facts = {
-            "learns": trainable_in_words(lora, trainable.train, trainable.freeze, trainable.base),
+            "learns": trainable.describe(),
             "objective": tuning.objective,
             "text": {"data": examples.data, "validation": examples.validation, "digest": self.dataset.digest},
         }
@@ -135,11 +135,9 @@ class FineTuning(ModelStage):
         console.print()
 
     def measure_before(self) -> None:
-        """Measures the model as it is before the first step."""
         self.before = self._measure(self.parts.trainable)
 
     def prepare_steps(self, state: TrainState, loop_state: LoopState) -> TrainingSteps:
-        """Compiles the step for these shapes."""
         plan, frozen = self.plan, self.parts.frozen
         # Programs that measured are read from the cache when they are wanted again; until then their memory is the step's.
         _clear_programs()
@@ -157,7 +155,6 @@ class FineTuning(ModelStage):
         )  # fmt: skip
 
     def report(self, state: TrainState, loop: Loop) -> RunReport:
-        """Measures again, and saves the adapter."""
         after, plan, loop_state = self._measure(state.trainable), self.plan, loop.loop_state
         place = self.save_trained(loop_state.step, state.trainable)
         before, seconds = self.before, loop_state.seconds
@@ -200,7 +197,6 @@ class FineTuning(ModelStage):
             return PreferenceBatches(plan.cfg, self.parts.base(), train, seq, self.batch, plan.seed)
 
     def _evaluator(self, most: int | None = None) -> Any:
-        """Evaluates on at most so many held-out examples."""
         plan, parts = self.plan, self.parts
         examples = self.dataset.held_out[:most]
         return held_out_evaluator(

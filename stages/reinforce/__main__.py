@@ -30,7 +30,6 @@ def reinforce(flags: Reinforce) -> int:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs the command. Returns its exit code."""
     return run_command("reinforce", __doc__, Reinforce, reinforce, args)
 
 

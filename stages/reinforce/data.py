@@ -35,7 +35,6 @@ class Prompts(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all of them."""
         return hashlib.sha256(json.dumps([self.train, self.held_out]).encode()).hexdigest()
 
 

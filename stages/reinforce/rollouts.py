@@ -91,7 +91,6 @@ class Sampler:
 
 
 def prompt_tokens(chat: Chat, prompt: Prompt) -> list[int]:
-    """Returns the tokens that the model reads of a prompt."""
     return chat.prompt([{"role": "user", "content": prompt.text}]).tolist()
 
 

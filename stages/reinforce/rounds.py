@@ -134,7 +134,6 @@ class Rounds:
         return Rollouts(batch, advantages, old, reference)
 
     def _log_probabilities(self, params: Any, batch: Any) -> np.ndarray:
-        """Of as many rows at once as a step reads."""
         recipe = self.plan.recipe
         rows = recipe.batch // recipe.accumulate
         parts = [jax.tree.map(lambda x, at=at: x[at : at + rows], batch) for at in range(0, recipe.batch, rows)]

@@ -25,7 +25,7 @@ from stages.runs.loop import Intervals, Loop, LoopState
 from stages.runs.model_stage import ModelStage
 from stages.runs.recipes import Recipe
 from stages.runs.run import RunOptions, RunReport, execute, next_commands
-from stages.runs.trainable import choose_trainable, trainable_in_words
+from stages.runs.trainable import choose_trainable
 
 SECONDS = 120.0  # of a run when nobody asks for a length
 TOKENS = 48  # of a completion, where the context has room for them
@@ -74,7 +74,7 @@ class LearningFromRewards(ModelStage):
         recipe = Recipe("the model's", seq, rows, optimizer, parts)
         self.plan = RunPlan(self.model.name, cfg, recipe, flags.seed, length.rounds, seconds, paths, trainable.base)
         self.facts = {
-            "learns": trainable_in_words(lora, trainable.train, trainable.freeze, trainable.base),
+            "learns": trainable.describe(),
             "text": {
                 "data": f"{rollout.task} on {self.prompts.name}",
                 "digest": f"{rollout.task} {self.prompts.digest}",
@@ -114,7 +114,6 @@ class LearningFromRewards(ModelStage):
         ])  # fmt: skip
 
     def measure_before(self) -> None:
-        """Samples completions of held-out prompts before the first round."""
         self.before = self._measure(self.parts.trainable, "measuring what it does, which compiles inference")
         self.rounds: Rounds | None = None
 
@@ -128,7 +127,6 @@ class LearningFromRewards(ModelStage):
         return self.rounds
 
     def report(self, state: TrainState, loop: Loop) -> RunReport:
-        """Measures again, and saves the adapter."""
         after = self._measure(state.trainable, "measuring what it does now")
         place = self.save_trained(loop.loop_state.step, state.trainable)
         rounds = self.rounds.rounds if self.rounds else []

@@ -34,9 +34,10 @@ class ConversationData:
     def digest(self) -> str:
         """SHA-256 of every token that is trained on and of every mask."""
         hasher = hashlib.sha256()
-        for example in (part for item in self.train for part in (item if isinstance(item, Pair) else (item,))):
-            hasher.update(len(example.tokens).to_bytes(8, "little"))
-            hasher.update(np.asarray(example.tokens, "<i4").tobytes() + np.asarray(example.mask, bool).tobytes())
+        for item in self.train:
+            for example in item if isinstance(item, Pair) else (item,):
+                hasher.update(len(example.tokens).to_bytes(8, "little"))
+                hasher.update(np.asarray(example.tokens, "<i4").tobytes() + np.asarray(example.mask, bool).tobytes())
         return hasher.hexdigest()
 
     @property

@@ -77,3 +77,9 @@ class Trainable:
     def adapter(self) -> LoraConfig | None:
         """The LoRA to train; None when weights of the model itself are trained."""
         return None if self.train or self.freeze else self.lora or LoraConfig()
+
+    def describe(self) -> str:
+        """Returns what trains in words that say whether a run may go on: `learns` in run.json."""
+        if self.adapter:
+            return f"{self.adapter}{' over int8' if self.base == 'int8' else ''}"
+        return f"train {' '.join(self.train) or 'all'} freeze {' '.join(self.freeze)}".strip()

@@ -50,7 +50,7 @@ class Intervals:
 
 
 class Interval:
-    """Whether it is time again, in steps or in seconds of training."""
+    """Tells whether it is time again, in steps or in seconds of training."""
 
     def __init__(self, length: int | float, state: LoopState) -> None:
         self.length = length
@@ -80,7 +80,6 @@ class StepTimer:
         self.recent.append(seconds)
 
     def mean(self) -> float:
-        """Returns the seconds of a recent step."""
         return max(sum(self.recent) / max(len(self.recent), 1), 1e-9)
 
     def warm_rate(self) -> float | None:
@@ -109,7 +108,7 @@ class Steps(Protocol):
     lines_stay: bool  # whether every STAYS seconds a line stays on a terminal
 
     def run(self, state: TrainState, loop_state: LoopState) -> tuple[TrainState, list[bool]]:
-        """Returns the next state, which may take the place of `state` in memory, and for each update whether it was refused."""
+        """Returns the next state, which may take `state`'s place in memory, and for each update whether it was refused."""
 
     def metrics(self, loop_state: LoopState, timer: StepTimer) -> dict[str, float]:
         """Returns the fields of a line of metrics.jsonl, about the steps since the last one."""

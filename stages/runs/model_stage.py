@@ -65,7 +65,6 @@ class ModelStage:
         return init_state(make_optimizer(self.plan.recipe.optimizer), jax.tree.map(jnp.copy, self.parts.trainable))
 
     def model_row(self) -> tuple[str, str]:
-        """Returns the banner's row about the model."""
         cfg, dtype = self.plan.cfg, self.plan.base if self.plan.base == "int8" else self.plan.cfg.dtype
         numbers = f"{count_params(cfg).total:,} numbers, {dtype}"
         return "model", f"{self.plan.name}: {cfg.layers} layers, width {cfg.width}, {numbers}"

@@ -150,5 +150,4 @@ def _digest(text: TokenFile) -> str:
 
 
 def source_name(source: Source) -> str:
-    """Returns the name of a text."""
     return str(source) if isinstance(source, Path) else source.name

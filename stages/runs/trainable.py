@@ -34,7 +34,6 @@ class TrainableParts:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether an adapter trains, and the model under it stays as it is."""
         return bool(self.paths and self.paths.adapted)
 
     def to_saved(self, trainable: Any) -> Any:
@@ -42,7 +41,6 @@ class TrainableParts:
         return trainable if self.paths is None or self.is_adapter else merge(trainable, self.unchanged)
 
     def from_saved(self, params: Any) -> Any:
-        """Returns the trainable tree of a checkpoint's params."""
         return params if self.paths is None or self.is_adapter else split(params, self.paths)[0]
 
     def base(self) -> Any:
@@ -83,10 +81,3 @@ def split_params(
     adapter = add_lora(cfg, params, jax.random.key(seed), lora)
     frozen = params if base == "float" else quantize(params, every_product(params, "full"))
     return TrainableParts(adapter, cast_matrices(frozen, cfg.dtype), None, paths)
-
-
-def trainable_in_words(lora: LoraConfig | None, train: Sequence[str], freeze: Sequence[str], base: str) -> str:
-    """Returns what trains in words that say whether a run may go on: `learns` in run.json."""
-    if lora:
-        return f"{lora}{' over int8' if base == 'int8' else ''}"
-    return f"train {' '.join(train) or 'all'} freeze {' '.join(freeze)}".strip()

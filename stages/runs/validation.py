@@ -1,5 +1,9 @@
-"""Bits per byte of a text: quickly on a few windows while training, and on the whole of it by a sliding window."""
+"""Bits per byte of a text: on a few windows while training, on all of it by a sliding window, or of a general text.
 
+The last measures forgetting: bits per byte on a general text before and after fine-tuning.
+"""
+
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +18,16 @@ from engine.text.batch import Batch
 from engine.text.batches import evaluation_count, evaluation_windows
 from engine.text.tokenizer import Tokenizer
 from engine.text.tokens import TokenFile
+from stages.cli.console import Console
+from stages.runs.conversation_data import ROWS
+from stages.runs.text_data import encode_text, evaluation_source
 
 QUICK_WINDOWS = 32
+GENERAL_WINDOW, GENERAL_TOKENS = 256, 8192  # tokens of a general text: scored at once, and in all
 LOGITS = 64 * 2**20  # bytes of float32 logits an evaluation makes at once
 
 
 def rows_for(cfg: ModelConfig, seq: int) -> int:
-    """Returns how many windows are scored together."""
     return max(2, min(16, LOGITS // (4 * seq * cfg.vocab)))
 
 
@@ -49,6 +56,18 @@ def score_text(
         if report:
             report(min(number * rows, count), count)
     return total + float(waiting)
+
+
+def general_bits_per_byte(
+    cfg: ModelConfig, params: Params, tokenizer: Tokenizer, text: str, context: int, console: Console
+) -> float:
+    """Returns the bits per byte of the beginning of a named text, in windows of at most `context` tokens."""
+    file = encode_text(evaluation_source(text, console), tokenizer, console)
+    tokens = file.tokens[: GENERAL_TOKENS + 1]
+    size = tokenizer.token_bytes(tokens[1:])
+    part = dataclasses.replace(file, tokens=tokens, bytes=size)
+    seq = min(GENERAL_WINDOW, context, max(2, len(tokens) - 1))
+    return bits_per_byte(score_text(cfg, params, part, seq, seq, ROWS), size)
 
 
 class TextEvaluator:

@@ -32,7 +32,6 @@ def train(flags: Train) -> int:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs the command. Returns its exit code."""
     return run_command("train", __doc__, Train, train, args)
 
 

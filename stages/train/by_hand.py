@@ -74,7 +74,6 @@ class TrainingByHand(Training):
         return jax.jit(make)()
 
     def prepare_steps(self, state: TrainState, loop_state: LoopState) -> TrainingSteps:
-        """Returns the steps; nothing has to be compiled."""
         cfg, optimizer = self.plan.cfg, self.plan.recipe.optimizer
         schedule = jax.jit(make_schedule(optimizer))
         settings = adamw.Settings(

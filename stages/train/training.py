@@ -85,11 +85,9 @@ class Training:
         return self.tokenizer.decode([token for piece in pieces for token in piece.tokens])
 
     def remarks(self, params: Any) -> list[tuple[str, str]]:
-        """Returns more rows of the last screen."""
         return []
 
     def report(self, state: TrainState, loop: Loop) -> RunReport:
-        """Evaluates on the whole validation text and writes a sample."""
         plan, cfg, data, params = self.plan, self.plan.cfg, self.data, state.trainable
         loop_state, folder = loop.loop_state, loop.folder
         step, seconds = loop_state.step, loop_state.seconds
