@@ -44,16 +44,18 @@ class TrainingByHand(Training):
         # At the fullest moment of a step: weights and moments, old and new, gradient, logits three times.
         logits = plan.step_tokens * plan.cfg.vocab
         self.memory = self.residuals + FLOAT32 * (7 * count_params(plan.cfg).total + 3 * logits)
-        steps, long = plan.predict(plan.step_flops / (EXPECTED * self.top))
-        self.rows |= {
-            "memory": f"about {size(self.memory)} of {size(memory_limit())} that are left for a step; each forward pass "
-            f"keeps {size(self.residuals)} for its backward pass",
-            "predicted": f"{steps:,} steps, {long}, at {EXPECTED:.0%} of what this machine multiplies in float32",
-        }
         # Its optimizer has a name of its own, so that no run of JAX's tries to go on from its state.
         recipe = dataclasses.asdict(plan.recipe)
         recipe["optimizer"]["kind"] = "adamw by hand"
         self.facts |= {"recipe": as_json(recipe)}
+
+    def banner(self) -> dict[str, str]:
+        steps, long = self.plan.predict(self.plan.step_flops / (EXPECTED * self.top))
+        return super().banner() | {
+            "memory": f"about {size(self.memory)} of {size(memory_limit())} that are left for a step; each forward pass "
+            f"keeps {size(self.residuals)} for its backward pass",
+            "predicted": f"{steps:,} steps, {long}, at {EXPECTED:.0%} of what this machine multiplies in float32",
+        }
 
     def load_weights(self) -> None:
         """Checks that there is room for a step; weights begin random."""

@@ -8,13 +8,12 @@ import numpy as np
 from engine.device import Device
 from engine.model.config import preset
 from stages.cli.console import Console
-from stages.runs.estimate import RunPlan, measured_ceilings
+from stages.runs.estimate import RunPlan
 from stages.runs.folder import default_folder
 from stages.runs.loop import Intervals
 from stages.runs.recipes import Recipe, recipe
 from stages.runs.run import RunOptions, Stage, execute
 from stages.runs.text_data import prepare_text
-from stages.train.banner import banner
 from stages.train.by_hand import TrainingByHand
 from stages.train.flags import Train
 from stages.train.training import Training
@@ -40,8 +39,6 @@ def run(flags: Train, device: Device) -> int:
         )  # fmt: skip
         limit = length.max_time or (None if length.steps else seconds)
         plan = RunPlan(flags.preset, cfg, chosen, flags.seed, length.steps, limit)
-        ceilings = measured_ceilings(console)
-        rows = banner(plan, data, ceilings, device, folder, default_length=not (length.max_time or length.steps))
         facts = {
             "preset": plan.name,
             "text": {
@@ -51,7 +48,8 @@ def run(flags: Train, device: Device) -> int:
             "tokenizer": {"kind": chosen.tokenizer, "digest": data.tokenizer.digest},
         }  # fmt: skip
         stage = TrainingByHand if flags.by_hand else Training
-        return stage(plan, data, ceilings, rows, facts, console)
+        default_length = not (length.max_time or length.steps)
+        return stage(plan, data, facts, device, folder, default_length, console)
 
     return execute(RunOptions("train", device, folder, flags.folder.overwrite, flags.dry_run, intervals), make_stage)
 
