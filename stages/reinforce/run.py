@@ -59,7 +59,13 @@ class LearningFromRewards(ModelStage):
         super().__init__(flags.model, lora, options.folder, console)
         cfg = self.model.cfg
         self.longest = max(len(prompt_tokens(self.chat, prompt)) for prompt in (*self.prompts.train, *self.prompts.held_out))
-        max_tokens = completion_length(rollout.max_tokens, self.longest, cfg.context)
+        left = cfg.context - self.longest
+        if left < (rollout.max_tokens or 1):
+            raise UserError(
+                f"The longest prompt has {self.longest:,} tokens, which leaves {max(0, left):,} of the model's context of "
+                f"{cfg.context:,} for an answer; give {'a lower --max-tokens or ' if left > 0 else ''}shorter prompts."
+            )
+        max_tokens = rollout.max_tokens or min(TOKENS, left)
         capacity = self.longest + max_tokens
         self.sampler = Sampler(cfg, self.chat, frozenset(self.ends), reward, rollout.temperature, max_tokens, capacity)
         # A constant rate, so that a run that goes on is the run that was not stopped.
@@ -176,14 +182,3 @@ class LearningFromRewards(ModelStage):
         passes = (self.updates > 1) + (self.kl > 0)  # that give log-probabilities
         scoring = passes * plan.step_tokens * forward_flops(cfg, plan.recipe.context, attention="full").total
         return plan.recipe.batch * (prefill + decode), self.updates * plan.step_flops + scoring
-
-
-def completion_length(wanted: int | None, longest: int, context: int) -> int:
-    """Returns the tokens of a completion. Raises UserError when the context has no room for them behind the longest prompt."""
-    left = context - longest
-    if left < 1 or (wanted and wanted > left):
-        raise UserError(
-            f"The longest prompt has {longest:,} tokens, which leaves {max(0, left):,} of the model's context of "
-            f"{context:,} for an answer; give {'a lower --max-tokens or ' if left > 0 else ''}shorter prompts."
-        )
-    return wanted or min(TOKENS, left)

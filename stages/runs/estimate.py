@@ -112,7 +112,7 @@ def memory_limit() -> int:
 
 
 def require_memory(needed: int, sentence: str, remedy: str) -> None:
-    """Raises UserError when more than `memory_limit` is needed, which `sentence` says, and that `remedy` would help."""
+    """Raises UserError when more than `memory_limit` is needed: `sentence` says how much and for what, `remedy` what to do."""
     limit = memory_limit()
     if needed > limit:
         raise UserError(f"{sentence}, and {size(limit)} are left for it; {remedy}")

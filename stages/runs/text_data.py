@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from engine.errors import UserError, nearest
 from engine.files import cache_folder, whole_folder
 from engine.storage import assets
@@ -36,16 +38,14 @@ class TextData:
 def find_sources(data: str, validation: Path | None, console: Console) -> tuple[Source, Source | None]:
     """Returns the training text and the validation text; None for the latter when it is to be cut from a .bin."""
     check_text_name(data)
+    held_out = _source(validation) if validation else None
     if data in TEXTS:
         with console.task(f"fetching {data}") as report:
             files = assets.fetch(data, report)
-        train: Source = dataclasses.replace(read_corpus(files["train"]), name=data)
-        held_out: Source | None = dataclasses.replace(read_corpus(files["validation"]), name=f"{data}, held out")
-        return train, _source(validation) if validation else held_out
-    train = _source(Path(data))
-    if validation:
-        return train, _source(validation)
-    return (train, None) if isinstance(train, Path) else hold_out(train, HELD_OUT)
+        train = dataclasses.replace(read_corpus(files["train"]), name=data)
+        return train, held_out or dataclasses.replace(read_corpus(files["validation"]), name=f"{data}, held out")
+    source = _source(Path(data))
+    return (source, held_out) if held_out or isinstance(source, Path) else hold_out(source, HELD_OUT)
 
 
 def check_text_name(data: str) -> None:
@@ -79,12 +79,13 @@ def prepare_text(data: str, validation: Path | None, spec: str, console: Console
     train_source, validation_source = find_sources(data, validation, console)
     tokenizer = make_tokenizer(spec, train_source, console)
     train = encode_text(train_source, tokenizer, console)
-    if validation_source is None:
-        train, held_out = _split(train, tokenizer)
+    if validation_source is None:  # a .bin: its beginning, and its held-out end
+        at, whole = round(len(train.tokens) * (1 - HELD_OUT)), train
+        train, held_out = (_part(whole, tokens, tokenizer) for tokens in (whole.tokens[:at], whole.tokens[at:]))
+        name = f"the last {HELD_OUT:.0%} of {data}"
     else:
-        held_out = encode_text(validation_source, tokenizer, console)
+        held_out, name = encode_text(validation_source, tokenizer, console), source_name(validation_source)
     digest = hashlib.sha256(f"{_digest(train)} {len(train.tokens)}".encode()).hexdigest()
-    name = f"the last {HELD_OUT:.0%} of {data}" if validation_source is None else source_name(validation_source)
     return TextData(train, held_out, tokenizer, digest, source_name(train_source), name)
 
 
@@ -132,13 +133,9 @@ def _beginning(corpus: Corpus) -> Iterator[str]:
             return
 
 
-def _split(whole: TokenFile, tokenizer: Tokenizer) -> tuple[TokenFile, TokenFile]:
-    at = round(len(whole.tokens) * (1 - HELD_OUT))
-    parts = []
-    for tokens in (whole.tokens[:at], whole.tokens[at:]):
-        size = sum(tokenizer.token_bytes(tokens[start : start + 2**20]) for start in range(0, len(tokens), 2**20))
-        parts.append(dataclasses.replace(whole, tokens=tokens, bytes=size))
-    return parts[0], parts[1]
+def _part(whole: TokenFile, tokens: np.ndarray, tokenizer: Tokenizer) -> TokenFile:
+    size = sum(tokenizer.token_bytes(tokens[start : start + 2**20]) for start in range(0, len(tokens), 2**20))
+    return dataclasses.replace(whole, tokens=tokens, bytes=size)
 
 
 def _digest(text: TokenFile) -> str:

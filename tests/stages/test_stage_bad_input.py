@@ -45,6 +45,7 @@ Failing = Callable[..., str]
         (["--tokenizer", "bpe:12"], ["bpe:N", "257"]),
         (["--tokenizer", "nowhere"], ["--tokenizer", "tokenizer.json", "nowhere"]),
         (["--data", "shakespear"], ["shakespear", "Did you mean 'shakespeare'"]),
+        (["--validation", "nowhere.txt"], ["nowhere.txt"]),
         (["--data", "smollm2-135m-instruct"], ["is a model, not a text"]),
         (["--context", "100000"], ["shorter context"]),
         (["--batch", "100000000", "--dry-run"], []),
@@ -86,10 +87,6 @@ def test_corpus(name: str, content: bytes | None, words: list[str], tmp_path: Pa
     for word in words:
         assert word in said
     assert not (tmp_path / "run").exists()
-
-
-def test_validation_text_that_is_missing(text: Path, tmp_path: Path, failing: Failing) -> None:
-    assert "nowhere.txt" in failing(train.main, tiny(text, tmp_path / "run", "--validation", tmp_path / "nowhere.txt"))
 
 
 def test_run_of_another_kind_is_left_alone(trained: Path, text: Path, tmp_path: Path, failing: Failing) -> None:

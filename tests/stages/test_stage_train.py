@@ -62,8 +62,13 @@ def test_resumed_is_uninterrupted_to_the_bit(
     assert f"To go on: python -m stages.train tiny --data {text}" in said
     assert checkpoint.steps(parts) == [3]
     assert "result" not in read_json(parts / "run.json")
-    assert train.main(tiny(text, parts, *steps)) == 0
+    with monkeypatch.context() as stopping:
+        interrupt_after(stopping, 5, signal.SIGTERM)
+        assert train.main(tiny(text, parts, *steps)) == 143
     assert "resumed at step 3" in capsys.readouterr().out
+    assert checkpoint.steps(parts)[-1] == 5
+    assert train.main(tiny(text, parts, *steps)) == 0
+    assert "resumed at step 5" in capsys.readouterr().out
     assert state_digest(parts) == state_digest(tmp_path / "whole")
     whole, part = (read_json(folder / "run.json")["result"] for folder in (tmp_path / "whole", parts))
     assert whole["val_bits_per_byte"] == part["val_bits_per_byte"]
@@ -79,12 +84,6 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> 
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(loop.Loop, "_count", counting)
-
-
-def test_sigterm_saves_too(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupt_after(monkeypatch, 2, signal.SIGTERM)
-    assert train.main(tiny(text, tmp_path / "run", "--steps", 50)) == 143
-    assert checkpoint.steps(tmp_path / "run") == [2]
 
 
 def test_finished_run_says_so_and_goes_on_with_more_steps(
