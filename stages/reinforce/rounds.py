@@ -134,9 +134,8 @@ class Rounds:
         return Rollouts(batch, advantages, old, reference)
 
     def _log_probabilities(self, params: Any, batch: Any) -> np.ndarray:
-        recipe = self.plan.recipe
-        rows = recipe.batch // recipe.accumulate
-        parts = [jax.tree.map(lambda x, at=at: x[at : at + rows], batch) for at in range(0, recipe.batch, rows)]
+        rows = self.plan.recipe.batch // self.plan.recipe.accumulate  # as a step reads at once
+        parts = [jax.tree.map(lambda x, at=at: x[at : at + rows], batch) for at in range(0, len(batch.tokens), rows)]
         return np.concatenate([np.asarray(log_probabilities(self.plan.cfg, params, part)) for part in parts])
 
 

@@ -118,7 +118,6 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     else:
         with console.task("initialising"):
             state, loop_state = stage.initial_state(), LoopState()
-    if not previous:
         clear_run(folder)
     save_tokenizer(folder, stage.tokenizer, stage.ends)
     write_json(folder / "config.json", plan.cfg.to_json())

@@ -87,5 +87,4 @@ class TrainingSteps:
         ]
 
     def _factor(self, loop_state: LoopState) -> float:
-        """On the learning rate, at this point of the schedule."""
         return float(self.schedule(np.float32(self.plan.progress(loop_state.step, loop_state.seconds))))
