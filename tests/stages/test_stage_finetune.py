@@ -30,7 +30,7 @@ from stages.evaluate import __main__ as evaluate
 from stages.finetune import __main__ as finetune
 
 WORD = WORDS.split()
-STEPS = 30
+STEPS = 45
 LORA = "rank=4,alpha=16,targets=q,v,gate,up,down"
 
 
