@@ -27,8 +27,6 @@ from engine.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class StageTableFlags:
-    """The flags of `python -m bench`."""
-
     preset: str = "nano"
     """A shape, with random weights."""
     model: Annotated[str | None, tyro.conf.arg(help_behavior_hint="(default: the preset)")] = None
@@ -55,24 +53,23 @@ def measure(flags: StageTableFlags) -> dict[str, Any]:
     """Returns the document of the stage table, or with --list the names of the other measurements."""
     if flags.list:
         names = measurements()
-        width = max(map(len, names))
         for name, line in names.items():
-            print(f"  python -m bench.{name:<{width}}  {line}")
+            print(f"  python -m bench.{name:<{max(map(len, names))}}  {line}")
         return {"measurements": names}
     price = checked_price(flags)
     start_jax()
-    # JAX is imported from here on: help is quick without it, and the allocator is told before it starts.
+    # JAX is imported from here on: --help needs none, and the allocator is set before it starts.
     from bench.report.page import write_report
     from bench.table.measure import stage_table
-    from bench.table.terminal import print_table
+    from bench.table.terminal import print_stages
 
     document = stage_table(
         flags.preset, flags.model, batch=flags.batch, context=flags.context, price=price, max_time=flags.max_time,
         quick=flags.quick,
     )  # fmt: skip
-    document["command"] = command(flags, price)
+    document["command"] = command(flags)
     if not flags.json:
-        print_table(document)
+        print_stages(document)
     if flags.out:
         print(f"the report: {write_report(flags.out, document)}", file=sys.stderr)
     return document
@@ -104,17 +101,13 @@ def checked_price(flags: StageTableFlags) -> float:
     return price
 
 
-def command(flags: StageTableFlags, price: float) -> str:
+def command(flags: StageTableFlags) -> str:
     """Returns the command that measures the same again: the flags that differ from their defaults."""
-    default = StageTableFlags()
-    words = ["python", "-m", "bench"]
+    default, words = StageTableFlags(), ["python", "-m", "bench"]
     if flags.model or flags.preset != default.preset:
         words += ["--model", flags.model] if flags.model else ["--preset", flags.preset]
-    for name, value, usual in (
-        ("batch", flags.batch, default.batch), ("context", flags.context, default.context),
-        ("price", price, float(default.price)),
-    ):  # fmt: skip
-        if value != usual:
+    for name in ("batch", "context", "price"):
+        if (value := float(getattr(flags, name))) != float(getattr(default, name)):
             words += [f"--{name}", f"{value:g}"]
     return shlex.join(words + ["--quick"] * flags.quick)
 
@@ -123,16 +116,15 @@ def measurements() -> dict[str, str]:
     """Returns every other measurement with the first line of its docstring, read without importing it."""
     names = {}
     here = Path(__file__).parent
-    for path in [*here.glob("*.py"), *here.glob("*/__main__.py")]:
+    for path in {*here.glob("*.py"), *here.glob("*/__main__.py")} - {Path(__file__)}:
         source = path.read_text(encoding="utf-8")
-        name = path.stem if path.parent == here else path.parent.name
-        if "\nif __name__ ==" in source and path != Path(__file__):
+        if "\nif __name__ ==" in source:
+            name = path.stem if path.parent == here else path.parent.name
             names[name] = (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
     return dict(sorted(names.items()))
 
 
 def main(args: list[str] | None = None) -> int:
-    """Measures and prints; returns the exit code."""
     return run_bench("bench", __doc__, StageTableFlags, measure, args)
 
 

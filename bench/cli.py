@@ -1,11 +1,14 @@
-"""The command line of every measurement: flags in, JSON as the last line out, a person's mistakes in a sentence."""
+"""The command line of every measurement: flags in, JSON as the last line out, a person's mistakes in a sentence.
+
+Shapes of a model and its batch are written LAYERSxWIDTHxTOKENSxBATCH.
+"""
 
 import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 from engine.errors import UserError
 
@@ -13,9 +16,22 @@ MISTAKE = 2
 PIPED_WIDTH = 140  # a pipe has no width of its own; the widest table fits in this
 
 
+class Shape(NamedTuple):
+    """A model and its batch; heads are 64 wide."""
+
+    layers: int
+    width: int
+    tokens: int
+    batch: int
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self))
+
+
 def run_bench[Flags](
-    name: str, about: str | None, flags: type[Flags], measure: Callable[[Flags], dict[str, Any]], args: Sequence[str] | None
-) -> int:
+    name: str, about: str | None, flags: type[Flags], measure: Callable[[Flags], dict[str, Any]],
+    args: Sequence[str] | None = None,
+) -> int:  # fmt: skip
     """Parses `args` (the command line's when None), measures, prints what `measure` returns as the last line of stdout.
 
     Returns 0, or 2 for what a person can mend: said in a sentence on stderr. `name` is what follows `python -m`.
@@ -40,11 +56,25 @@ def run_bench[Flags](
     return 0
 
 
+def parse_shape(flag: str, text: str) -> Shape:
+    """'6x384x256x16' -> Shape(6, 384, 256, 16). Raises UserError, naming the flag, when it is not one, or its width not a
+    multiple of a head's 64."""
+    parts = text.split("x")
+    if len(parts) != 4 or not all(part.isdigit() and int(part) > 0 for part in parts) or int(parts[1]) % 64:
+        raise UserError(f"{flag} is LAYERSxWIDTHxTOKENSxBATCH with a width in 64s, such as 6x384x256x16, not {text!r}.")
+    return Shape(*map(int, parts))
+
+
+def check_rounds(rounds: int, least: int = 3) -> None:
+    """Raises UserError for fewer rounds than show a spread."""
+    if rounds < least:
+        raise UserError(f"--rounds must be at least {least}, not {rounds}.")
+
+
 def progress(text: str, replace: bool = False) -> None:
     """Prints a line of progress on stderr; on a terminal, lines with `replace` take each other's place."""
     terminal = sys.stderr.isatty()
-    end = "\r" if replace and terminal else "\n"
-    print(f"\x1b[2K{text}" if terminal else text, end=end, file=sys.stderr, flush=True)
+    print("\x1b[2K" * terminal + text, end="\r" if replace and terminal else "\n", file=sys.stderr, flush=True)
 
 
 def console() -> Any:
@@ -55,8 +85,8 @@ def console() -> Any:
     return Console(highlight=False, width=None if terminal else PIPED_WIDTH, force_terminal=terminal)
 
 
-def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Any:
-    """Returns a rich table: the first `left` columns lie to the left, the others to the right."""
+def print_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> None:
+    """Prints a table: the first `left` columns lie to the left, the others to the right."""
     from rich import box
     from rich.table import Table
 
@@ -65,7 +95,7 @@ def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], *, le
         grid.add_column(head, justify="left" if place < left else "right", no_wrap=True)
     for row in rows:
         grid.add_row(*row)
-    return grid
+    console().print(grid)
 
 
 def quick[Flags](flags: Flags, values: dict[str, Any]) -> Flags:

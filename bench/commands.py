@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from bench.cli import run_bench
 from engine.errors import UserError
@@ -25,8 +25,6 @@ from engine.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class CommandsFlags:
-    """The flags of `python -m bench.commands`."""
-
     of: Literal["training", "finetuning", "reinforcing"] = "training"
     """Which commands."""
     max_time: str | None = None
@@ -37,8 +35,7 @@ class CommandsFlags:
     """The model that is fine-tuned, or learns from a reward."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Figure:
+class Figure(NamedTuple):
     """One measured number and the most it may be; with `least`, the least."""
 
     name: str
@@ -46,11 +43,6 @@ class Figure:
     unit: str
     bar: float
     least: bool = False
-
-    @property
-    def met(self) -> bool:
-        """Whether the number keeps to its bar."""
-        return self.value >= self.bar if self.least else self.value <= self.bar
 
 
 Figures = tuple[list[Figure], dict[str, Any]]  # and what else the document tells
@@ -60,16 +52,18 @@ def measure_commands(flags: CommandsFlags) -> dict[str, Any]:
     """Runs the commands, prints the table and returns the document. Raises UserError for a command that fails."""
     with tempfile.TemporaryDirectory() as folder:
         if flags.of == "training":
-            figures, about = training(Path(folder), flags.data, flags.max_time or "3m")
+            figures, document = training(Path(folder), flags.data, flags.max_time or "3m")
         elif flags.of == "finetuning":
-            figures, about = finetuning(Path(folder), flags.model, flags.max_time or "30s")
+            figures, document = finetuning(Path(folder), flags.model, flags.max_time or "30s")
         else:
-            figures, about = reinforcing(Path(folder), flags.model, flags.max_time or "2m")
+            figures, document = reinforcing(Path(folder), flags.model, flags.max_time or "2m")
+    document["figures"] = []
     for figure in figures:
-        verdict = "" if figure.met else "   ** not met **"
-        bar = f"at {'least' if figure.least else 'most'} {figure.bar:g}"
-        print(f"{figure.name:<30} {figure.value:8.3f} {figure.unit:<9}  {bar}{verdict}")
-    return about | {"figures": [dataclasses.asdict(figure) | {"met": figure.met} for figure in figures]}
+        met = figure.value >= figure.bar if figure.least else figure.value <= figure.bar
+        bar = f"at {'least' if figure.least else 'most'} {figure.bar:g}{'' if met else '   ** not met **'}"
+        print(f"{figure.name:<30} {figure.value:8.3f} {figure.unit:<9}  {bar}")
+        document["figures"].append(figure._asdict() | {"met": met})
+    return document
 
 
 def training(folder: Path, data: str, max_time: str) -> Figures:
@@ -79,13 +73,12 @@ def training(folder: Path, data: str, max_time: str) -> Figures:
     result = _result([*train, max_time], folder / "run")
     _first_output(str(folder / "run"), "ROMEO:")
     first, messages = _first_output(str(folder / "run"), "ROMEO:")
-    help_seconds = min(_run(["stages.train", "--help"]) for _ in range(5))
     recompiles = re.search(r"(\d+) recompiles", messages)
     return [
         Figure("validation, whole text", result["val_bits_per_byte"], "bits/byte", 2.12),
         Figure("command to first trained step", result["first_step_seconds"], "s", 15),
         Figure("peak memory of training", result["peak_rss_bytes"] / 1e9, "GB", 2),
-        Figure("--help", help_seconds, "s", 0.3),
+        Figure("--help", min(_run(["stages.train", "--help"]) for _ in range(5)), "s", 0.3),
         Figure("command to first token", first, "s", 3),
         Figure("recompiles while generating", float(recompiles[1]) if recompiles else float("inf"), "", 0),
     ], {"max_time": max_time, "train_result": result}
@@ -147,10 +140,5 @@ def _first_output(model: str, prompt: str) -> tuple[float, str]:
     return seconds, messages
 
 
-def main(args: list[str] | None = None) -> int:
-    """Runs the commands, prints the table and, last, one line of JSON."""
-    return run_bench("bench.commands", __doc__, CommandsFlags, measure_commands, args)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_bench("bench.commands", __doc__, CommandsFlags, measure_commands))

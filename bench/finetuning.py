@@ -11,18 +11,14 @@ step is the project's own `train_step` with AdamW and clipping. The last line is
 
 import dataclasses
 import sys
-from collections.abc import Sequence
 from typing import Any
 
-from bench.cli import run_bench
-from bench.shape import check_rounds, parse_shape
+from bench.cli import check_rounds, parse_shape, run_bench
 from engine.device import start_jax
 
 
 @dataclasses.dataclass(frozen=True)
 class FinetuningFlags:
-    """The flags of `python -m bench.finetuning`."""
-
     shape: str = "6x512x256x8"
     """LAYERSxWIDTHxTOKENSxBATCH; heads are 64 wide."""
     model: str | None = None
@@ -38,14 +34,12 @@ class FinetuningFlags:
 
 
 def measure_finetuning(flags: FinetuningFlags) -> dict[str, Any]:
-    """Measures, prints the table and returns the document."""
     shape = parse_shape("--shape", flags.shape)
     check_rounds(flags.rounds)
     start_jax()
-    # JAX is imported from here on: help is quick without it, and the allocator is told before it starts.
+    # JAX is imported from here on: --help needs none, and the allocator is set before it starts.
     from bench.finetuning_steps import measure_steps
-    from bench.models import load
-    from bench.training_step import make_work
+    from bench.models import load, make_work
 
     if flags.model:
         model = load(flags.model)
@@ -54,10 +48,5 @@ def measure_finetuning(flags: FinetuningFlags) -> dict[str, Any]:
     return measure_steps(str(shape), work.cfg, work.params, shape.batch, shape.tokens, flags.rank, flags.rounds)
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Measures, prints the table and, last, one line of JSON."""
-    return run_bench("bench.finetuning", __doc__, FinetuningFlags, measure_finetuning, args)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_bench("bench.finetuning", __doc__, FinetuningFlags, measure_finetuning))

@@ -1,6 +1,5 @@
 """Fine-tuning steps beside a full one and the machine's best product, in turns: their time, operations and memory."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.cli import console, table
-from bench.timing import measure, noise, ratio_or_none
+from bench.cli import print_table
+from bench.timing import measure, noise, ratio
 from engine.counting.flops import train_flops
 from engine.counting.memory import training_memory
 from engine.counting.trainable import all_trainable, bottom_frozen, lora_only
@@ -29,19 +28,14 @@ SIDE = 2048  # of the product that is the ceiling
 PRODUCTS = 24  # of them a round, so that the clock and the launch do not count
 PRODUCT_FLOPS = PRODUCTS * 2 * SIDE**3
 FULL = "everything"  # trains, from float32 weights
+HEADS = (
+    "trainable", "numbers", "ms a step", "over full", "FLOPs", "tokens/s", "of ceiling", "optimizer MB", "predicted GB",
+    "XLA GB",
+)  # fmt: skip
 
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """A call of a compiled step: trainable numbers, operations by formula, bytes of optimizer state, as predicted in all and
-    as XLA lays them out."""
-
-    run: Callable[[], Any]
-    trainable: int
-    flops: int
-    optimizer_bytes: int
-    predicted_bytes: int
-    xla_bytes: int
+# A call of a compiled step, and of its row: trainable numbers, operations by formula, bytes of optimizer state, as predicted
+# in all and as XLA lays them out.
+Step = tuple[Callable[[], Any], dict[str, int]]
 
 
 def measure_steps(name: str, cfg: ModelConfig, params: Any, batch: int, tokens: int, rank: int, rounds: int) -> dict[str, Any]:
@@ -51,42 +45,31 @@ def measure_steps(name: str, cfg: ModelConfig, params: Any, batch: int, tokens: 
     attention, of which the causal half is counted. Steps and product take turns, and ratios are taken in each round.
     """
     steps = _steps(cfg, params, batch, tokens, rank)
-    timings = measure({"product": _products()} | {name: step.run for name, step in steps.items()}, rounds=rounds, warmups=2)
+    a = jax.random.normal(jax.random.key(0), (SIDE, SIDE), jnp.bfloat16)
+    multiply = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.bfloat16))
+    calls = {"product": lambda: [multiply(a, a) for _ in range(PRODUCTS)]} | {way: run for way, (run, _) in steps.items()}
+    timings = measure(calls, rounds=rounds, warmups=2)
     product = timings["product"]
-    ceiling = PRODUCT_FLOPS / product.median
+    ceiling = PRODUCT_FLOPS / product.median / 1e9
     rows, lines = [], []
-    for way, step in steps.items():
+    for way, (_, step) in steps.items():
         timing = timings[way]
-        over = ratio_or_none(timing, timings[FULL])
-        share = ratio_or_none(product.scaled(step.flops / PRODUCT_FLOPS), timing)
-        flops, speed = step.flops / steps[FULL].flops, batch * tokens / timing.median
+        over = ratio(timing, timings[FULL])
+        share = ratio(product.scaled(step["flops"] / PRODUCT_FLOPS), timing)
+        flops, speed = step["flops"] / steps[FULL][1]["flops"], batch * tokens / timing.median
         lines.append([
-            way, f"{step.trainable:,}", f"{timing.median * 1e3:.1f}", str(over or "noisy"), f"{flops:.2f}", f"{speed:,.0f}",
-            str(share or "noisy"), f"{step.optimizer_bytes / 1e6:.2f}", f"{step.predicted_bytes / 1e9:.2f}",
-            f"{step.xla_bytes / 1e9:.2f}",
+            way, f"{step['trainable']:,}", f"{timing.median * 1e3:.1f}", str(over), f"{flops:.2f}",
+            f"{speed:,.0f}", str(share), f"{step['optimizer_bytes'] / 1e6:.2f}",
+            f"{step['predicted_bytes'] / 1e9:.2f}", f"{step['xla_bytes'] / 1e9:.2f}",
         ])  # fmt: skip
         rows.append({
-            "name": way, "trainable": step.trainable, "ms_per_step": timing.median * 1e3,
-            "over_full": over and over.value, "spread": over and over.spread, "flops": step.flops, "flops_over_full": flops,
-            "tokens_per_second": speed, "fraction_of_bf16_ceiling": share and share.value,
-            "optimizer_bytes": step.optimizer_bytes, "predicted_bytes": step.predicted_bytes, "xla_bytes": step.xla_bytes,
+            "name": way, "ms_per_step": timing.median * 1e3, "over_full": over.ratio, "spread": over.spread,
+            "flops_over_full": flops, "tokens_per_second": speed, "fraction_of_bf16_ceiling": share.ratio, **step,
         })  # fmt: skip
-    title = f"{name}, rank {rank}, {batch} x {tokens} tokens, {device_name()}; the ceiling is {ceiling / 1e9:,.0f} GFLOP/s"
-    heads = (
-        "trainable",
-        "numbers",
-        "ms a step",
-        "over full",
-        "FLOPs",
-        "tokens/s",
-        "of ceiling",
-        "optimizer MB",
-        "predicted GB",
-    )
-    console().print(table(title, [*heads, "XLA GB"], lines))
+    title = f"{name}, rank {rank}, {batch} x {tokens} tokens, {device_name()}; the ceiling is {ceiling:,.0f} GFLOP/s"
+    print_table(title, HEADS, lines)
     print(noise(timings))
-    about = {"model": name, "tokens": tokens, "batch": batch, "rank": rank}
-    return about | {"ceiling_gflops": ceiling / 1e9, "rows": rows}
+    return {"model": name, "tokens": tokens, "batch": batch, "rank": rank, "ceiling_gflops": ceiling, "rows": rows}
 
 
 def _steps(cfg: ModelConfig, params: Any, batch: int, tokens: int, rank: int) -> dict[str, Step]:
@@ -111,11 +94,12 @@ def _steps(cfg: ModelConfig, params: Any, batch: int, tokens: int, rank: int) ->
             state, metrics = program(state, frozen, data, progress)
             return metrics.loss
 
-        return Step(
-            run, sum(leaf.size for leaf in jax.tree.leaves(trainable)),
-            train_flops(cfg, tokens, attention="causal", trainable=paths, remat="none").total * batch * tokens,
-            sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)), predicted.total, xla_memory(program).peak or 0,
-        )  # fmt: skip
+        return run, {
+            "trainable": sum(leaf.size for leaf in jax.tree.leaves(trainable)),
+            "flops": train_flops(cfg, tokens, attention="causal", trainable=paths, remat="none").total * batch * tokens,
+            "optimizer_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)),
+            "predicted_bytes": predicted.total, "xla_bytes": xla_memory(program).peak or 0,
+        }  # fmt: skip
 
     frozen, upper = cast_matrices(params, cfg.dtype), bottom_frozen(cfg, max(cfg.layers // 2, 1))
     queries, every = LoraConfig(rank, targets=("q", "v")), LoraConfig(rank)
@@ -129,10 +113,3 @@ def _steps(cfg: ModelConfig, params: Any, batch: int, tokens: int, rank: int) ->
         "LoRA all, int8": step(lora_only(cfg, every), pairs, int8, int8=True),
         "LoRA all, int8, by rows": step(lora_only(cfg, every), pairs, int8, int8=True, microbatches=batch),
     }
-
-
-def _products() -> Callable[[], Any]:
-    """Returns a call of PRODUCTS products of SIDE in bfloat16."""
-    a = jax.random.normal(jax.random.key(0), (SIDE, SIDE), jnp.bfloat16)
-    multiply = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.bfloat16))
-    return lambda: [multiply(a, a) for _ in range(PRODUCTS)]

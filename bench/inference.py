@@ -14,12 +14,10 @@ streams are being answered. The last line is JSON.
 
 import dataclasses
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from bench.cli import quick, run_bench
-from bench.shape import check_rounds
+from bench.cli import check_rounds, quick, run_bench
 from engine.device import start_jax
 from engine.errors import UserError
 
@@ -29,8 +27,6 @@ QUICK = {"new": 33, "rounds": 3}
 
 @dataclasses.dataclass(frozen=True)
 class InferenceFlags:
-    """The flags of `python -m bench.inference`."""
-
     model: str = "smollm2-135m-instruct"
     """A .gguf file, or that named model."""
     peer_python: Path | None = None
@@ -55,7 +51,7 @@ def measure_inference(flags: InferenceFlags) -> dict[str, Any]:
         raise UserError(f"--new must lie between 2 and {MOST}, not {flags.new}.")
     check_rounds(flags.rounds)
     start_jax(decodes=True)
-    # JAX is imported from here on: help is quick without it, and the allocator is told before it starts.
+    # JAX is imported from here on: --help needs none, and the allocator is set before it starts.
     from bench.slot_streams import measure_streams
 
     return measure_streams(
@@ -63,10 +59,5 @@ def measure_inference(flags: InferenceFlags) -> dict[str, Any]:
     )
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Measures, prints the rows and, last, one line of JSON."""
-    return run_bench("bench.inference", __doc__, InferenceFlags, measure_inference, args)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_bench("bench.inference", __doc__, InferenceFlags, measure_inference))

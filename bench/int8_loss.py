@@ -26,7 +26,7 @@ CACHES: tuple[KVDtype, ...] = ("float32", "bfloat16", "int8")
 
 
 def measure_int8(model_name: str, text_file: Path | None, *, size: int, window: int, rows: int, leaves: bool) -> dict[str, Any]:
-    """Measures, prints the tables and returns the document; the flags of `bench.quantisation` say what each value is."""
+    """Measures and prints the tables; the flags of `bench.quantisation` say what each value is."""
     model = load(model_name)
     cfg, params = model.cfg, model.params
     file = text_file or fetch("shakespeare")["validation"]
@@ -47,25 +47,32 @@ def measure_int8(model_name: str, text_file: Path | None, *, size: int, window: 
     lines: list[dict[str, Any]] = []
 
     def add(name: str, nats: float, error: float | None = None) -> None:
-        """Adds a row and prints it; the first one is what the others are over."""
+        """Adds a row, over the first one, and prints it."""
         bits = float(nats / np.log(2) / size)
         over = bits / lines[0]["bits_per_byte"] - 1 if lines else 0.0
         lines.append({"name": name, "bits_per_byte": bits, "over": over, "within": over <= ALLOWED})
-        tail = "" if error is None else f"   logits {error:.4f} off, of their spread"
+        tail = ""
         if error is not None:
             lines[-1]["logits_error"] = error
+            tail = f"   logits {error:.4f} off, of their spread"
         print(f"{name:>46} {bits:8.4f} bits/byte {over:+8.2%}{tail}", flush=True)
 
     for name, weights in ways.items():
         ready = for_inference(cfg, weights)
         add(name, sum(float(score(cfg, ready, batch)) for batch in batches))
-    for name, (nats, error) in _cached_nats(cfg, for_inference(cfg, params), batches, seq).items():
-        add(f"keys and values in {name}", nats, error)
+    for name, (nats, logits_error) in _cached_nats(cfg, for_inference(cfg, params), batches, seq).items():
+        add(f"keys and values in {name}", nats, logits_error)
     nats, _ = _cached_nats(cfg, for_inference(cfg, int8), batches, seq)["int8"]
     add("int8 weights, activations, keys and values", nats)
     wide = leaf_paths(params)
     errors = {path: round_trip(wide[path], leaf) for path, leaf in leaf_paths(int8).items() if isinstance(leaf, Int8)}
-    _print_round_trips(errors)
+    print(f"{'round trip of':>46} {'error, rms of rms':>18} {'worst leaf':>30}")
+    by_kind: dict[str, dict[str, float]] = {}
+    for path, (off, _) in errors.items():
+        by_kind.setdefault(path.rpartition("/")[2], {})[path] = off
+    for kind, each in by_kind.items():
+        worst_leaf = max(each, key=each.__getitem__)
+        print(f"{kind:>46} {np.mean(list(each.values())):18.4f} {worst_leaf:>20} {each[worst_leaf]:.4f}")
     return {
         "model": model.name, "text": file.name, "bytes": size, "tokens": len(tokens), "window": seq, "allowed": ALLOWED,
         "rows": lines, "round_trip": {path: {"relative": off, "worst": worst} for path, (off, worst) in errors.items()},
@@ -116,14 +123,3 @@ def round_trip(weight: Any, leaf: Int8) -> tuple[float, float]:
     steps = change / jnp.expand_dims(jnp.where(leaf.scale == 0, 1, leaf.scale), 1 - leaf.axis)
     size = jnp.sqrt((weight**2).mean())
     return float(jnp.sqrt((change**2).mean()) / jnp.where(size == 0, 1, size)), float(steps.max())
-
-
-def _print_round_trips(errors: dict[str, tuple[float, float]]) -> None:
-    """Prints the mean error of each kind of matrix, and its worst leaf."""
-    print(f"{'round trip of':>46} {'error, rms of rms':>18} {'worst leaf':>30}")
-    kinds: dict[str, dict[str, float]] = {}
-    for path, (error, _) in errors.items():
-        kinds.setdefault(path.rpartition("/")[2], {})[path] = error
-    for kind, leaves in kinds.items():
-        worst = max(leaves, key=leaves.__getitem__)
-        print(f"{kind:>46} {np.mean([*leaves.values()]):18.4f} {worst:>20} {leaves[worst]:.4f}")

@@ -1,18 +1,27 @@
-"""The model that is measured: a preset with random weights, or one that `--model` names; and tokens to measure it with."""
+"""The model that is measured: a preset with random weights, or one that `--model` names; and tokens to measure it with.
+
+A training step by itself is measured on a model and a batch of a given shape.
+"""
 
 import dataclasses
+from collections.abc import Callable
 from pydoc_data.topics import topics  # chapters of Python's reference, on every machine
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench.cli import Shape
 from engine.errors import UserError
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths, unflatten
 from engine.model.transformer import init_params
 from engine.storage.find import load_model, locate
+from engine.text.batch import Batch
+from engine.training.step import init_state, train_step
+
+PROGRESS = 0.5  # through a run, at which the learning rate is taken
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,15 +40,11 @@ def random_model(name: str, cfg: ModelConfig) -> BenchModel:
 
     def init(key: Any) -> Any:
         leaves = leaf_paths(init_params(cfg, key))
-        return unflatten(
-            {path: leaf_of(path, leaf, jax.random.fold_in(key, n)) for n, (path, leaf) in enumerate(leaves.items())}
-        )
-
-    def leaf_of(path: str, leaf: Any, key: Any) -> Any:
-        if path.endswith("norm"):
-            return leaf
-        inputs = leaf.shape[1 if path == "embed" else 0]
-        return jax.random.normal(key, leaf.shape, jnp.float32) * (inputs**-0.5 if leaf.ndim == 2 else 0.05)
+        for n, (path, leaf) in enumerate(leaves.items()):
+            if not path.endswith("norm"):
+                scale = leaf.shape[1 if path == "embed" else 0] ** -0.5 if leaf.ndim == 2 else 0.05
+                leaves[path] = jax.random.normal(jax.random.fold_in(key, n), leaf.shape, jnp.float32) * scale
+        return unflatten(leaves)
 
     return BenchModel(name, cfg, jax.jit(init)(jax.random.key(0)))
 
@@ -62,3 +67,37 @@ def tokens_for(model: BenchModel, rows: int, length: int) -> np.ndarray:
         return np.random.default_rng(0).integers(0, model.cfg.vocab, (rows, length), dtype=np.int32)
     tokens = model.tokenizer.encode("\n".join(topics.values())[: 16 * rows * length])
     return np.resize(tokens, (rows, length)).astype(np.int32)
+
+
+class Work(NamedTuple):
+    """The inputs of a training step: the model, its first weights, and the batch it sees at every step."""
+
+    cfg: ModelConfig
+    params: Any
+    batch: Batch
+
+
+def make_work(shape: Shape, dtype: Literal["bfloat16", "float32"]) -> Work:
+    """Returns a model of bytes: heads 64 wide, q/k norm, SwiGLU, head of its own; weights and text are random, the same each
+    time."""
+    ff = -(-shape.width * 8 // 3 // 64) * 64
+    cfg = ModelConfig(
+        vocab=257, width=shape.width, layers=shape.layers, heads=shape.width // 64, ff=ff, context=shape.tokens, qk_norm=True,
+        dtype=dtype,
+    )  # fmt: skip
+    params = jax.jit(lambda key: init_params(cfg, key))(jax.random.key(0))
+    text = jax.random.randint(jax.random.key(1), (shape.batch, shape.tokens + 1), 0, cfg.vocab)
+    positions = jnp.tile(jnp.arange(shape.tokens), (shape.batch, 1))
+    return Work(cfg, params, Batch(text[:, :-1], text[:, 1:], jnp.ones((shape.batch, shape.tokens), bool), positions, None))
+
+
+def make_step(work: Work, tx: Any) -> Callable[[], Any]:
+    """Returns a call that takes the next training step and returns its loss; the weights of `work` stay as they are."""
+    state = init_state(tx, jax.tree.map(jnp.copy, work.params))
+
+    def step() -> Any:
+        nonlocal state
+        state, metrics = train_step(work.cfg, tx, state, {}, work.batch, jnp.float32(PROGRESS))
+        return metrics.loss
+
+    return step

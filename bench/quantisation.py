@@ -10,7 +10,6 @@ the round trip is given for each kind of matrix, and for each path in the last l
 
 import dataclasses
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,6 @@ LEAST_WINDOW = 128  # tokens
 
 @dataclasses.dataclass(frozen=True)
 class QuantisationFlags:
-    """The flags of `python -m bench.quantisation`."""
-
     model: str = "smollm2-135m-instruct"
     """A run folder, a Hugging Face folder, a .gguf file or smollm2-135m-instruct."""
     text: Path | None = None
@@ -40,20 +37,14 @@ class QuantisationFlags:
 
 
 def measure_quantisation(flags: QuantisationFlags) -> dict[str, Any]:
-    """Measures, prints the tables and returns the document."""
     if flags.window < LEAST_WINDOW or flags.rows < 2 or flags.size < 0:
         raise UserError(f"--window must be at least {LEAST_WINDOW}, --rows at least 2, and --size 0 or more.")
     start_jax()
-    # JAX is imported from here on: help is quick without it, and the allocator is told before it starts.
+    # JAX is imported from here on: --help needs none, and the allocator is set before it starts.
     from bench.int8_loss import measure_int8
 
     return measure_int8(flags.model, flags.text, size=flags.size, window=flags.window, rows=flags.rows, leaves=flags.leaves)
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Measures, prints the tables and, last, one line of JSON."""
-    return run_bench("bench.quantisation", __doc__, QuantisationFlags, measure_quantisation, args)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_bench("bench.quantisation", __doc__, QuantisationFlags, measure_quantisation))

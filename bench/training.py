@@ -13,14 +13,11 @@ import dataclasses
 import sys
 from typing import Any, Literal
 
-from bench.cli import progress, run_bench
-from bench.shape import check_rounds, parse_shape
+from bench.cli import check_rounds, parse_shape, progress, run_bench
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingFlags:
-    """The flags of `python -m bench.training`."""
-
     shapes: tuple[str, ...] = ("4x256x256x16", "6x384x256x16", "6x512x256x16", "8x768x256x8")
     """Each as LAYERSxWIDTHxTOKENSxBATCH; heads are 64 wide."""
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -31,16 +28,15 @@ class TrainingFlags:
 
 
 def measure_training(flags: TrainingFlags) -> dict[str, Any]:
-    """Measures a step of each shape, prints the table and returns the document."""
     shapes = [parse_shape("a shape of --shapes", text) for text in flags.shapes]
     check_rounds(flags.rounds, 1)
     if flags.allocator == "keep":
         from engine.allocator import keep_freed_memory
 
         keep_freed_memory()
-    # JAX is imported from here on: help is quick without it, and the allocator is told before it starts.
+    # JAX is imported from here on: --help needs none, and the allocator is set before it starts.
+    from bench.models import make_step, make_work
     from bench.timing import best_ceilings, measure, noise
-    from bench.training_step import make_step, make_work
     from engine.counting.flops import step_flops
     from engine.counting.hardware import measure_ceilings
     from engine.counting.params import count_params
@@ -53,7 +49,7 @@ def measure_training(flags: TrainingFlags) -> dict[str, Any]:
     for shape in shapes:
         progress(f"measuring {shape} ...")
         work = make_work(shape, flags.dtype)
-        step = make_step(work.cfg, make_optimizer(OptimizerConfig(kind=flags.optimizer)), work.params, {}, work.batch)
+        step = make_step(work, make_optimizer(OptimizerConfig(kind=flags.optimizer)))
         timings[shape] = measure({"step": step}, rounds=flags.rounds, warmups=2)["step"]
         configs[shape] = work.cfg
         # The ceilings again beside each shape: on a shared machine they move, and the best of all counts for all.
@@ -77,10 +73,5 @@ def measure_training(flags: TrainingFlags) -> dict[str, Any]:
     return {"ceiling_gflops": rates, "shapes": rows}
 
 
-def main(args: list[str] | None = None) -> int:
-    """Measures, prints the table and, last, one line of JSON."""
-    return run_bench("bench.training", __doc__, TrainingFlags, measure_training, args)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_bench("bench.training", __doc__, TrainingFlags, measure_training))

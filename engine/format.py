@@ -108,24 +108,22 @@ def significant(value: float) -> str:
     """Three significant digits without an exponent, thousands apart: `0.0417`, `7.11`, `1,240`."""
     if value == 0:
         return "0"
-    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
-    text = f"{value:,.{decimals}f}"
-    return f"{value:,.{max(0, decimals - 1)}f}" if sum(map(str.isdigit, text.lstrip("-0."))) > 3 and decimals else text
+    decimals = max(0, 2 - math.floor(math.log10(abs(float(f"{value:.3g}")))))
+    return f"{value:,.{decimals}f}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """How the numbers of one column are written: over 10^power, with the same decimals, so that they compare by eye."""
+    """How a column's unit and its cells are written: over 10^power, with the same decimals, so that they compare by eye; a
+    dash for what is absent."""
 
     power: int
     decimals: int
 
     def unit(self, unit: str) -> str:
-        """Returns the unit with the column's prefix, for its heading."""
         return f"{_PREFIXES[self.power]}{unit}"
 
     def text(self, value: Any) -> str:
-        """Writes one cell; a dash for what is absent."""
         return ABSENT if (value := number(value)) is None else f"{value / 10.0**self.power:,.{self.decimals}f}"
 
 

@@ -10,23 +10,21 @@ over the peer's: below 1, Thrice takes less. The last line is JSON.
 """
 
 import dataclasses
+import functools
 import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from bench.cli import quick, run_bench
+from bench.cli import check_rounds, parse_shape, quick, run_bench
 from bench.peers.process import started
-from bench.shape import check_rounds, parse_shape
 from engine.device import cores, device_name, start_jax
 from engine.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class PeersFlags:
-    """The flags of `python -m bench.peers`."""
-
     peer_python: Path | None = None
     """The Python that has the peers, when it is not this one."""
     only: Literal["all", "training", "inference"] = "all"
@@ -49,7 +47,7 @@ QUICK: dict[str, Any] = {"shape": "2x128x64x8", "preset": "demo", "prompt": 64, 
 
 
 def measure_peers(flags: PeersFlags) -> dict[str, Any]:
-    """Measures all rows, prints them as they come, and returns the document."""
+    """Measures all rows and prints them as they come."""
     if flags.quick:
         flags = quick(flags, QUICK)
     shape = parse_shape("--shape", flags.shape)
@@ -60,7 +58,7 @@ def measure_peers(flags: PeersFlags) -> dict[str, Any]:
     if not flags.dtypes:
         raise UserError("--dtypes needs bfloat16, float32 or both.")
     start_jax()
-    # JAX is imported from here on: help is quick without it, and the allocator is told before it starts.
+    # JAX is imported from here on: --help needs none, and the allocator is set before it starts.
     from bench.peers import inference, training
 
     inference.check_preset(flags.preset, flags.prompt, flags.new, runs=flags.only != "training")
@@ -71,26 +69,21 @@ def measure_peers(flags: PeersFlags) -> dict[str, Any]:
         print(f"others are at work on this machine (load {load:.1f}): that costs PyTorch more than us and flatters the ratios")
     rows: list[dict[str, Any]] = []
     absent: list[dict[str, str]] = []
+    stages = {
+        "training": ("torch_peer.py", functools.partial(training.measure_training, shape)),
+        "inference": (
+            "transformers_peer.py", functools.partial(inference.measure_inference, flags.preset, flags.prompt, flags.new)
+        ),
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        if flags.only != "inference":
-            with started(flags.peer_python, "torch_peer.py", absent) as peer:
-                for dtype in flags.dtypes:
-                    if peer is None:
-                        break
-                    training.measure_training(shape, dtype, flags.rounds, peer, Path(folder), rows, absent)
-        if flags.only != "training":
-            with started(flags.peer_python, "transformers_peer.py", absent) as peer:
-                for dtype in flags.dtypes:
-                    if peer is None:
-                        break
-                    inference.measure_inference(
-                        flags.preset, dtype, flags.prompt, flags.new, flags.rounds, peer, Path(folder), rows, absent
-                    )
+        for script, measure in (stages[stage] for stage in stages if flags.only in ("all", stage)):
+            with started(flags.peer_python, script, absent) as peer:
+                for dtype in flags.dtypes if peer else ():
+                    measure(dtype, flags.rounds, peer, Path(folder), rows, absent)
     return {"device": device_name(), "cores": cores(), "rounds": flags.rounds, "rows": rows, "absent": absent}
 
 
 def main(args: list[str] | None = None) -> int:
-    """Measures, prints the table and, last, one line of JSON."""
     return run_bench("bench.peers", __doc__, PeersFlags, measure_peers, args)
 
 

@@ -38,7 +38,7 @@ def check_preset(preset_name: str, prompt: int, new: int, *, runs: bool) -> None
 
 
 def measure_inference(
-    preset_name: str, dtype: Literal["bfloat16", "float32"], prompt: int, new: int, rounds: int, peer: Peer, folder: Path,
+    preset_name: str, prompt: int, new: int, dtype: Literal["bfloat16", "float32"], rounds: int, peer: Peer, folder: Path,
     rows: list[dict[str, Any]], absent: list[dict[str, str]],
 ) -> None:  # fmt: skip
     """Adds the rows of a number type to `rows`, or says in `absent` why there are none.
@@ -69,7 +69,7 @@ def measure_inference(
             break
         report = lambda done, total, name=name: progress(f"{name}, {dtype}: round {done} of {total}")
         timings = measure({OURS: ours, "transformers": theirs}, rounds=rounds, report=report)
-        every |= {f"{name} {who}": timing for who, timing in timings.items()}
+        every |= {f"{name} {way}": timing for way, timing in timings.items()}
         row = comparison(f"{name}_{dtype}", "transformers", timings, batch * (length if tokens == 1 else tokens))
         same = float(np.mean(np.array(output[OURS]) == np.array(output["tokens"])))
         add_row(rows, row | {"preset": preset_name, "same_tokens": same}, f"{same:.0%} of the tokens are the same")

@@ -14,10 +14,9 @@ UBATCH = 512  # tokens a call, its own default
 
 
 def make(spec: dict[str, Any]) -> Run:
-    """Returns a run that prefills each row's prompt, then decodes `new` tokens of each. `spec`: file, threads, prompts (lists
-    of ids), new.
+    """Returns a run that prefills each row's prompt, then decodes `new` tokens of each: seconds of both, tokens of each row.
 
-    A run returns the seconds of prefill and of decoding apart, and the tokens of each row.
+    `spec`: file, threads, prompts (lists of ids), new.
     """
     import llama_cpp as llama
 
@@ -71,7 +70,7 @@ def make(spec: dict[str, Any]) -> Run:
             feed([(output[row][-1], length + step, row, True) for row in range(rows)])
             for row in range(rows):
                 output[row].append(best(row))
-        return {"prefill_seconds": prefilled - begin, "decode_seconds": time.perf_counter() - prefilled, "tokens": output}
+        return {"prefill": prefilled - begin, "decode": time.perf_counter() - prefilled, "tokens": output}
 
     return run
 

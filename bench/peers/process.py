@@ -32,7 +32,7 @@ class Peer:
     def __init__(self, python: Path, script: str):
         """Raises OSError when `python` cannot be run."""
         # What leads this Python to its modules would mislead that one.
-        outside = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+        outside = {name: os.environ[name] for name in os.environ.keys() - {"PYTHONPATH", "PYTHONHOME"}}
         self.words = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             [python, HERE / script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.words, text=True,
@@ -40,7 +40,7 @@ class Peer:
         )  # fmt: skip
 
     def read(self) -> dict[str, Any]:
-        """Its next answer. Raises PeerError with what it says went wrong, or with its last words."""
+        """Returns its next answer. Raises PeerError with what it says went wrong, or with its last words."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         try:
@@ -49,14 +49,14 @@ class Peer:
             self.process.kill()
             self.process.wait()
             self.words.seek(0)
-            last = self.words.read().decode(errors="replace").strip().splitlines()[-1:] or [line.strip() or "not a word"]
-            raise PeerError(f"it is gone; its last words: {last[0][:300]}") from None
+            words = self.words.read().decode(errors="replace").strip() or line.strip() or "not a word"
+            raise PeerError(f"it is gone; its last words: {words.splitlines()[-1][:300]}") from None
         if "error" in reply:
             raise PeerError(reply["error"])
         return reply
 
     def ask(self, **question: Any) -> dict[str, Any]:
-        """The answer to one question. Raises PeerError."""
+        """Returns the answer to one question. Raises PeerError."""
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # the missing answer says more
             self.process.stdin.write(json.dumps(question) + "\n")
@@ -64,10 +64,8 @@ class Peer:
         return self.read()
 
     def prepare(self, job: str, spec: dict[str, Any], keep: Callable[[dict[str, Any]], Any]) -> Callable[[], None]:
-        """A callable that has the job run once and hands the answer to `keep`; it has run once, hence is compiled.
-
-        Raises PeerError when the peer cannot do it.
-        """
+        """Returns a call that has the job run once and hands the answer to `keep`; it has run once, hence is compiled.
+        Raises PeerError when the peer cannot do it."""
         self.ask(make=job, spec=spec)
         run = lambda: keep(self.ask(run=job))
         run()
@@ -89,7 +87,7 @@ class Peer:
 def started(
     python: Path | None, script: str, absent: list[dict[str, str]], needs: str = "torch", elsewhere: str = ELSEWHERE
 ) -> Iterator[Peer | None]:
-    """The peer of a script in `python` (None: this one), or None, with an entry in `absent`, when its library is not there.
+    """Starts the peer of a script in `python` (None: this one); None, with an entry in `absent`, where its library is not.
 
     `elsewhere` makes an environment that has it. Raises UserError when a Python that was named cannot be run or has no
     `needs`.
@@ -119,6 +117,6 @@ def started(
 
 
 def note_absent(absent: list[dict[str, str]], name: str, reason: str, install: str) -> None:
-    """Keeps and says that a peer is not compared with, why, and what would bring it."""
+    """Notes and prints that a peer is not compared with, why, and what would bring it."""
     absent.append({"name": name, "reason": reason, "install": install})
     print(f"absent: {name} ({reason})\n        to have it: {install}", flush=True)

@@ -36,22 +36,18 @@ def serve(needs: list[str], make: Callable[[dict[str, Any]], Run]) -> None:
     jobs: dict[str, Run] = {}
     for line in sys.stdin:
         try:
-            say(_answer(json.loads(line), jobs, make))
+            question, reply = json.loads(line), {}
+            if "make" in question:
+                jobs[question["make"]] = make(question["spec"])
+            elif "drop" in question:
+                jobs.pop(question["drop"], None)
+            else:
+                run, begin = jobs[question["run"]], time.perf_counter()
+                reply = run()
+                reply["seconds"] = time.perf_counter() - begin
+            say(reply)
         except Exception as error:
             say({"error": _sentence(error)})
-
-
-def _answer(question: dict[str, Any], jobs: dict[str, Run], make: Callable[[dict[str, Any]], Run]) -> dict[str, Any]:
-    if "make" in question:
-        jobs[question["make"]] = make(question["spec"])
-        return {}
-    if "drop" in question:
-        jobs.pop(question["drop"], None)
-        return {}
-    run = jobs[question["run"]]
-    begin = time.perf_counter()
-    result = run()
-    return {"seconds": time.perf_counter() - begin, **result}
 
 
 def _sentence(error: Exception) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from bench.timing import Timing, ratio_fields
+from bench.timing import Timing, ratio
 
 OURS = "ours"
 SHORT = 64  # tokens of a prompt where decoding is measured
@@ -14,9 +14,9 @@ def comparison(name: str, peer: str, timings: Mapping[str, Timing], tokens: int)
     ours, theirs = timings[OURS], timings[peer]
     return {
         "name": name, "peer": peer, "ours_seconds": ours.median, "peer_seconds": theirs.median,
-        "best_ratio": ours.best / theirs.best,
+        "best_ratio": min(ours.seconds) / min(theirs.seconds),
         "tokens_per_second": tokens / ours.median, "peer_tokens_per_second": tokens / theirs.median,
-    } | ratio_fields(ours, theirs)  # fmt: skip
+    } | ratio(ours, theirs).fields()  # fmt: skip
 
 
 def add_row(rows: list[dict[str, Any]], row: dict[str, Any], note: str) -> None:

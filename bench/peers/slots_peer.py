@@ -12,8 +12,8 @@ from typing import Any
 def make(spec: dict[str, Any]) -> Any:
     """Prepares a run of many prompts at once to their last token.
 
-    `spec`: model, weights, slots, capacity, prompts, new (tokens). The run returns the output tokens, in
-    the order of the prompts.
+    `spec`: model, weights, slots, capacity, prompts, new (tokens). The run returns the output tokens, in the order of the
+    prompts.
     """
     from engine.device import start_jax
 
@@ -28,11 +28,7 @@ def make(spec: dict[str, Any]) -> Any:
     model = load(spec["model"])
     params = quantize(model.params) if spec["weights"] == "int8" else model.params
     slots = Slots(
-        model.cfg,
-        for_inference(model.cfg, params),
-        slots=spec["slots"],
-        capacity=spec["capacity"],
-        prefix_cache_bytes=spec["prefixes"],
+        model.cfg, for_inference(model.cfg, params), slots=spec["slots"], capacity=spec["capacity"], prefix_cache_bytes=0
     )
     slots.warm()
     requests = [Request(tuple(prompt), SamplingParams(max_tokens=spec["new"], temperature=0.0)) for prompt in spec["prompts"]]

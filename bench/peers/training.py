@@ -9,19 +9,16 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from bench.cli import progress
+from bench.cli import Shape, progress
+from bench.models import PROGRESS, make_step, make_work
 from bench.peers.process import Peer, PeerError, note_absent
 from bench.peers.rows import OURS, add_row, comparison
-from bench.shape import Shape
 from bench.timing import measure, noise
-from bench.training_step import make_step, make_work
 from engine.counting.flops import step_flops
 from engine.device import cores
 from engine.errors import UserError
 from engine.model.paths import leaf_paths
 from engine.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
-
-PROGRESS = 0.5
 
 
 def measure_training(
@@ -41,7 +38,7 @@ def measure_training(
         "beta1": optimizer.beta1, "beta2": optimizer.beta2, "weight_decay": optimizer.weight_decay, "clip": optimizer.clip,
     }  # fmt: skip
     losses: dict[str, float] = {}
-    step = make_step(work.cfg, make_optimizer(optimizer), work.params, {}, work.batch, PROGRESS)
+    step = make_step(work, make_optimizer(optimizer))
     calls: dict[str, Callable[[], Any]] = {OURS: lambda: losses.update({OURS: float(step())})}
     calls[OURS]()
     for name, compiled in (("torch compiled", True), ("torch eager", False)):

@@ -9,10 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from engine.format import percent
-
 Point = tuple[float, float]
-Scale = Callable[[float], float]
 
 PAGE, PHONE = 1000.0, 360.0  # widths
 LETTER = 6.7  # an average letter's width at 13 units
@@ -23,27 +20,25 @@ class Bar:
     """One row of stacked bars: (colour, name, size) from left to right, two figures at its end, perhaps a mark."""
 
     name: str
-    group: str
+    group: str | None
     parts: tuple[tuple[str, str, float], ...]
     figures: tuple[str, str]
     mark: float | None = None
 
     @property
     def length(self) -> float:
-        """The sum of the parts."""
         return sum(size for _, _, size in self.parts)
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One line, (x, y) in data units, and the two lines of words beside it; `dots` are measurements with their spreads,
-    whose figures stand above them or `below`."""
+    """One line, (x, y) in data units, and the two lines of words beside it; points with `spreads` are measurements, drawn
+    as dots whose figures stand above them or `below`."""
 
     points: tuple[Point, ...]
     style: str
     name: str
     note: str = ""
-    dots: bool = False
     spreads: tuple[float, ...] = ()
     below: bool = False
 
@@ -82,17 +77,13 @@ def stacked_bars(
         rows.append({
             "bar": bar, "y": at, "top": at + drop, "name": shortened(bar.name, room), "mark": bar.mark and x(bar.mark),
             "parts": [
-                {"colour": colour, "title": f"{name}: {percent(size / bar.length)} of {bar.figures[0]}",
-                 "x": x(start), "width": max(0.6, x(start + size) - x(start))}
+                (colour, name, size / bar.length, x(start), max(0.6, x(start + size) - x(start)))
                 for start, (colour, name, size) in zip(starts, bar.parts) if size > 0
             ],
         })  # fmt: skip
         at += step
-    ticks = [
-        {"x": x(value), "line": value > 0, "text": tick(value),
-         "anchor": "middle" if wide or 0 < value < top * 0.93 else "end" if value else "start"}
-        for value in even_ticks(top, 6 if wide else 4)
-    ]  # fmt: skip
+    anchor = lambda value: "middle" if wide or 0 < value < top * 0.93 else "end" if value else "start"
+    ticks = [(value, x(value), tick(value), anchor(value)) for value in even_ticks(top, 6 if wide else 4)]
     return {
         "kind": "bars", "wide": wide, "width": width, "height": at + 4, "left": left, "right": right, "top": begin,
         "bottom": at, "thick": thick, "legend": legend, "rows": rows, "ticks": ticks,
@@ -100,7 +91,6 @@ def stacked_bars(
 
 
 def _legend(key: Sequence[tuple[str, str]], left: float, width: float) -> list[dict[str, Any]]:
-    """Places the colours and their names, in as many lines as they need."""
     x, y, places = left, 10.0, []
     for colour, name in key:
         needs = 18 + LETTER * len(name)
@@ -121,38 +111,40 @@ def curves(
     """
     width = PAGE if wide else PHONE
     room = min(290.0, LETTER * max(max(len(line.name), len(line.note)) for line in lines))
-    top = 28.0 if wide else 26.0 + sum(36 if line.note else 20 for line in lines) + 16
+    rises = [36 if line.note else 20 for line in lines]
+    top = 28.0 if wide else 42.0 + sum(rises)
     left, right = (72.0, width - room - 34) if wide else (58.0, width - 4)
     bottom = top + (380 if wide else 300)
     x, y = logarithmic(across.low, across.high, left, right), logarithmic(up.low, up.high, bottom, top)
     place = lambda points: [(x(a), y(b)) for a, b in points]
-    drawn: list[dict[str, Any]] = [
-        {"line": line, "path": path(place(line.points)), "end": place(line.points)[-1], "dots": [
-            {"x": x(a), "y": y(b), "label": y(b) + (18 if line.below else -9), "text": up.write(b),
-             "whisker": (y(b - spread / 2), y(b + spread / 2)) if 0 < spread < 2 * b else None}
-            for (a, b), spread in zip(line.points, line.spreads)
-        ] if line.dots else []}
-        for line in lines
-    ]  # fmt: skip
+    ends = [place(line.points[-1:])[0] for line in lines]
     if wide:  # each line's words right of its end, as near to it as the others allow, with a thin line that leads there
-        gap = 38.0 if any(line.note for line in lines) else 20.0
-        for each, at in zip(drawn, apart([each["end"][1] for each in drawn], gap, top + 4, bottom - 16)):
-            end_x, end_y = each["end"]
-            start = (end_x + (7 if each["line"].dots else 1), end_y)
-            each |= {"at": at, "leader": path([start, (right + 8, end_y), (right + 18, at), (right + 24, at)])}
+        heights = apart([end[1] for end in ends], 38.0 if 36 in rises else 20.0, top + 4, bottom - 16)
+        leaders = [
+            [(end[0] + (7 if line.spreads else 1), end[1]), (right + 8, end[1]), (right + 18, at), (right + 24, at)]
+            for line, end, at in zip(lines, ends, heights)
+        ]
     else:
-        for each, at in zip(drawn, itertools.accumulate((36 if line.note else 20 for line in lines), initial=10.0)):
-            each |= {"at": at, "leader": path([(0, at), (26, at)])}
+        heights = list(itertools.accumulate(rises[:-1], initial=10.0))
+        leaders = [[(0.0, at), (26.0, at)] for at in heights]
     name_room, note_room = (room, room) if wide else (width - 36, (width - 36) * LETTER / 6.2)
-    for each in drawn:
-        each |= {"name": shortened(each["line"].name, name_room), "note": shortened(each["line"].note, note_room)}
     anchor = lambda at: "end" if not wide and at > right - 12 else "middle"
     return {
         "kind": "curves", "wide": wide, "width": width, "height": bottom + 50, "left": left, "right": right, "top": top,
-        "bottom": bottom, "lines": drawn, "across": across.name, "up": up.name, "rings": place(rings),
-        "levels": [{"y": y(value), "text": up.write(value)} for value in up.ticks or decade_ticks(up.low, up.high, 8)],
+        "bottom": bottom, "across": across.name, "up": up.name, "rings": place(rings), "lines": [
+            {
+                "line": line, "path": path(place(line.points)), "at": at, "leader": path(leader),
+                "name": shortened(line.name, name_room), "note": shortened(line.note, note_room), "dots": [
+                    {"x": x(a), "y": y(b), "text": up.write(b),
+                     "whisker": (y(b - spread / 2), y(b + spread / 2)) if 0 < spread < 2 * b else None}
+                    for (a, b), spread in zip(line.points, line.spreads)
+                ],
+            }
+            for line, at, leader in zip(lines, heights, leaders)
+        ],
+        "levels": [(y(value), up.write(value)) for value in up.ticks or decade_ticks(up.low, up.high, 8)],
         "ticks": [
-            {"x": x(value), "text": across.write(value), "anchor": anchor(x(value))}
+            (x(value), across.write(value), anchor(x(value)))
             for value in across.ticks or decade_ticks(across.low, across.high, 9 if wide else 4)
         ],
         "shade": shade and path([*place(shade), (right, bottom), (left, bottom)]) + "Z", "shade_name": shade_name,
@@ -169,12 +161,12 @@ def plain(value: Any) -> Any:
     return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
 
 
-def linear(low: float, high: float, start: float, end: float) -> Scale:
+def linear(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
     """Maps low..high onto start..end; a single point lies at the start."""
     return lambda value: start + (value - low) / ((high - low) or 1) * (end - start)
 
 
-def logarithmic(low: float, high: float, start: float, end: float) -> Scale:
+def logarithmic(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
     """Maps positive values by their logarithms, as `linear` does."""
     inner = linear(math.log10(low), math.log10(high), start, end)
     return lambda value: inner(math.log10(value))
@@ -201,16 +193,15 @@ def decade_ticks(low: float, high: float, most: int) -> list[float]:
 
 def apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Moves labels that want to be at `wanted`: in the same order, `gap` apart, within low..high as long as they fit."""
-    order = sorted(range(len(wanted)), key=wanted.__getitem__)
-    places = dict.fromkeys(range(len(wanted)), 0.0)
-    floor, limit = low, high
+    places = list(wanted)
+    order = sorted(range(len(places)), key=wanted.__getitem__)
     for index in order:
-        places[index] = max(wanted[index], floor)
-        floor = places[index] + gap
+        places[index] = low = max(places[index], low)
+        low += gap
     for index in reversed(order):
-        places[index] = min(places[index], limit)
-        limit = places[index] - gap
-    return list(places.values())
+        places[index] = high = min(places[index], high)
+        high -= gap
+    return places
 
 
 def shortened(text: str, room: float) -> str:

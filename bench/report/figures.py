@@ -10,20 +10,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bench.report.charts import Axis, Bar, Line, curves, stacked_bars
+from bench.table.claims import TOKENS_PER_PARAMETER
 from engine.format import in_words, money, positive, si, times
 
-TOKENS_PER_PARAMETER = 20  # of a compute-optimal training, Hoffmann et al. 2022, section 3
-
 _PARTS = (
-    ("forward", "forward", "blue"),
-    ("dx", "backward, dX", "amber"),
-    ("dw", "backward, dW", "rust"),
+    ("forward", "forward", "blue"), ("dx", "backward, dX", "amber"), ("dw", "backward, dW", "rust"),
     ("optimizer", "optimizer", "grey"),
-)
+)  # fmt: skip
 _MEMORY = {"params": "blue", "gradients": "rust", "optimizer": "grey", "activations": "amber", "cache": "teal"}
 _CEILING_OF = {"float32": "f32_gflops", "int8": "int8_gflops"}  # any other number type meets the bfloat16 one
+_BOTH = (True, False)  # wide and narrow
 
-Rows = Sequence[Mapping[str, Any]]
+Row = Mapping[str, Any]
+Rows = Sequence[Row]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +30,12 @@ class Figure:
     """A chart laid out for the page and for a phone; `numbers` are those that its caption needs."""
 
     id: str
-    title: str
-    description: str
+    numbers: dict[str, Any]
     wide: dict[str, Any]
     narrow: dict[str, Any]
-    numbers: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def figures(rows: Rows, ceilings: Mapping[str, Any], model: Mapping[str, Any]) -> list[Figure]:
+def figures(rows: Rows, ceilings: Row, model: Row) -> list[Figure]:
     """Returns the figures that the rows have numbers for."""
     return list(filter(None, [flops(rows), decode(rows, ceilings, model), memory(rows), life(rows, model)]))
 
@@ -47,72 +44,66 @@ def flops(rows: Rows) -> Figure | None:
     """FLOPs per token of each stage in forward passes, stacked forward, dX, dW, optimizer."""
     bars = []
     for row in rows:
-        counted, unit = row.get("flops_per_token") or {}, _forward_pass(row)
-        if unit:
-            parts = tuple((colour, name, (positive(counted.get(key)) or 0.0) / unit) for key, name, colour in _PARTS)
+        whole, ratio = _flops(row, "formula"), positive(row.get("flop_ratio_to_forward"))
+        # The forward pass that the row's ratio is to; without a ratio, the row's own.
+        if unit := whole / ratio if whole and ratio else _flops(row, "forward"):
+            parts = tuple((colour, name, (_flops(row, key) or 0.0) / unit) for key, name, colour in _PARTS)
             if products := sum(size for _, _, size in parts[:3]):
-                bars.append(Bar(row["name"], row.get("stage") or "", parts, (times(products), si(products * unit, "FLOP"))))
-    if not bars:
-        return None
-    longest = max(bars, key=lambda bar: bar.length)
-    description = f"Stacked bars, one a stage, in forward passes. The longest: {longest.name}, {longest.figures[0]} forward."
-    key = [(colour, name) for _, name, colour in _PARTS]
-    wide, narrow = (stacked_bars(bars, key, lambda value: f"{value:g}×", wide) for wide in (True, False))
-    return Figure("flops", "Computation by stage", description, wide, narrow)
+                bars.append(Bar(row["name"], row.get("stage"), parts, (times(products), si(products * unit, "FLOP"))))
+    return _stacked("flops", bars, [(colour, name) for _, name, colour in _PARTS], lambda value: f"{value:g}×")
 
 
 def memory(rows: Rows) -> Figure | None:
     """Bytes by stage, stacked by what they hold, with the peak as a mark."""
     bars, colours = [], dict(_MEMORY)
     for row in rows:
-        sizes = {name: size for name, value in (row.get("memory") or {}).items() if (size := positive(value))}
-        if sizes:
+        if sizes := {name: size for name, value in (row.get("memory") or {}).items() if (size := positive(value))}:
             colours |= {name: "violet" for name in sizes if name not in colours}
             peak = positive(row.get("peak_bytes"))
             parts = tuple((colour, name, sizes[name]) for name, colour in colours.items() if name in sizes)
             words = (si(sum(sizes.values()), "B"), f"peak {si(peak, 'B')}" if peak else "")
-            bars.append(Bar(row["name"], row.get("stage") or "", parts, words, peak))
-    if not bars:
-        return None
+            bars.append(Bar(row["name"], row.get("stage"), parts, words, peak))
     shown = {name for bar in bars for _, name, _ in bar.parts}
     key = [(colour, name) for name, colour in colours.items() if name in shown]
     key += [("mark", "peak, as compiled")] if any(bar.mark for bar in bars) else []
-    largest = max(bars, key=lambda bar: bar.length)
-    description = f"Stacked bars, one a stage, in bytes. The largest: {largest.name}, {largest.figures[0]}."
-    wide, narrow = (stacked_bars(bars, key, lambda value: si(value, "B", short=True), wide) for wide in (True, False))
-    return Figure("memory", "Memory by stage", description, wide, narrow)
+    return _stacked("memory", bars, key, lambda value: si(value, "B", short=True))
 
 
-def decode(rows: Rows, ceilings: Mapping[str, Any], model: Mapping[str, Any]) -> Figure | None:
+def _stacked(id: str, bars: list[Bar], key: list[tuple[str, str]], tick: Callable[[float], str]) -> Figure | None:
+    if not bars:
+        return None
+    longest = max(bars, key=lambda bar: bar.length)
+    return Figure(id, {"longest": longest}, *(stacked_bars(bars, key, tick, wide) for wide in _BOTH))
+
+
+def decode(rows: Rows, ceilings: Row, model: Row) -> Figure | None:
     """Time per token against slots, both logarithmic, above the two times that this machine cannot beat."""
     served = [row for row in decoding(rows) if positive(row.get("slots")) and positive(row.get("seconds_per_token"))]
     if not served:
         return None
-    slots = sorted({float(row["slots"]) for row in served})
-    series: dict[str, list[Mapping[str, Any]]] = {}
-    for row in sorted(served, key=lambda row: row["slots"]):
+    series: dict[str, list[Row]] = {}
+    for row in served:
         series.setdefault(row.get("series") or "decode", []).append(row)
-    order = list(dict.fromkeys(row.get("series") or "decode" for row in served))
     lines = []
-    for rank, name in enumerate(order):
-        points = tuple((float(row["slots"]), float(row["seconds_per_token"])) for row in series[name])
-        spreads = tuple(positive(row.get("spread")) or 0.0 for row in series[name])
-        lines.append(Line(points, f"way{min(rank, 4)}", f"{name}, measured", dots=True, spreads=spreads, below=rank > 0))
-    (few, slow), (many, fast) = lines[0].points[0], lines[0].points[-1]
-    plain = series[order[0]]
+    for rank, (name, ways) in enumerate(series.items()):
+        ways.sort(key=lambda row: row["slots"])
+        points = tuple((float(row["slots"]), float(row["seconds_per_token"])) for row in ways)
+        spreads = tuple(positive(row.get("spread")) or 0.0 for row in ways)
+        lines.append(Line(points, f"way{min(rank, 4)}", f"{name}, measured", spreads=spreads, below=rank > 0))
+    plain = next(iter(series.values()))
     reading, computing = _memory_floor(plain, ceilings), _compute_floor(plain, ceilings, model)
     trained = training(rows) or {}
-    trained_seconds = positive(trained.get("seconds_per_token"))
     lowest = lambda slots: max(reading(slots) if reading else 0.0, computing[0] if computing else 0.0)
     beaten = any(seconds < lowest(slots) for line in lines for slots, seconds in line.points)
+    slots = sorted({float(row["slots"]) for row in served})
 
     def chart(wide: bool) -> dict[str, Any]:
         low, high = slots[0] / 1.15, slots[-1] * (1.2 if wide else 1.9)  # a phone has no margin for the last dot's figure
         steps = [low * (high / low) ** (index / 32) for index in range(33)]
         level = lambda seconds: ((low, seconds), (high, seconds))
         every = list(lines)
-        if trained_seconds:
-            every.append(Line(level(trained_seconds), "reference", trained["name"], f"{si(trained_seconds, 's')} a token"))
+        if seconds := positive(trained.get("seconds_per_token")):
+            every.append(Line(level(seconds), "reference", trained["name"], f"{si(seconds, 's')} a token"))
         if reading:
             note = f"its bytes at {ceilings['read_gbs']:.3g} GB/s"
             every.append(Line(tuple((x, reading(x)) for x in steps), "memory", "memory ceiling", note))
@@ -126,17 +117,14 @@ def decode(rows: Rows, ceilings: Mapping[str, Any], model: Mapping[str, Any]) ->
         shade_name = f"faster than {'main memory' if beaten else 'this machine'} allows"
         return curves(every, across, up, wide, shade=floor, shade_name=shade_name)
 
-    description = f"Both axes logarithmic. A token takes {si(slow, 's')} with {few:g} slots and {si(fast, 's')} with {many:g}."
-    return Figure("decode", "Decoding against batch", description, chart(True), chart(False), {"beaten": beaten})
+    return Figure("decode", {"beaten": beaten, "few": lines[0].points[0], "many": lines[0].points[-1]}, *map(chart, _BOTH))
 
 
-def life(rows: Rows, model: Mapping[str, Any]) -> Figure | None:
+def life(rows: Rows, model: Row) -> Figure | None:
     """Dollars against tokens served, both logarithmic: training paid once, and each way of serving; rings where they cross."""
     trained = training(rows) or {}
-    tokens, price = (
-        TOKENS_PER_PARAMETER * (positive(model.get("params")) or 0.0),
-        positive(trained.get("usd_per_million_tokens")),
-    )
+    tokens = TOKENS_PER_PARAMETER * (positive(model.get("params")) or 0.0)
+    price = positive(trained.get("usd_per_million_tokens"))
     served = [row for row in decoding(rows) if positive(row.get("usd_per_million_tokens"))]
     if not tokens or not price or not served:
         return None
@@ -152,32 +140,26 @@ def life(rows: Rows, model: Mapping[str, Any]) -> Figure | None:
     heights = [y for line in lines for _, y in line.points]
     across = Axis("tokens served", low, high, lambda value: in_words(value, short=True))
     up = Axis("cost, dollars", min(heights) / 1.3, max(heights) * 1.3, lambda value: f"${value:,.10g}")
-    wide, narrow = (curves(lines, across, up, wide, rings=[(x, once) for x in meet]) for wide in (True, False))
-    span = f"{in_words(min(meet))} to {in_words(max(meet))}"
-    description = f"Both axes logarithmic. Serving has cost as much as training after {span} tokens."
-    share = times(meet[0] / tokens).rstrip("×")
-    numbers = {"tokens": tokens, "per_parameter": TOKENS_PER_PARAMETER, "first": served[0]["name"], "share": share}
-    return Figure("life", "Cost over a model's life", description, wide, narrow, numbers)
+    charts = (curves(lines, across, up, wide, rings=[(x, once) for x in meet]) for wide in _BOTH)
+    numbers = {"tokens": tokens, "per_parameter": TOKENS_PER_PARAMETER, "first": served[0]["name"], "meet": meet}
+    return Figure("life", numbers, *charts)
 
 
-def decoding(rows: Rows) -> list[Mapping[str, Any]]:
+def decoding(rows: Rows) -> list[Row]:
     """Returns the rows that decode."""
     return [row for row in rows if row.get("stage") == "decode"]
 
 
-def training(rows: Rows) -> Mapping[str, Any] | None:
+def training(rows: Rows) -> Row | None:
     """Returns the first row that computes gradients of weights."""
-    return next((row for row in rows if positive((row.get("flops_per_token") or {}).get("dw"))), None)
+    return next((row for row in rows if _flops(row, "dw")), None)
 
 
-def _forward_pass(row: Mapping[str, Any]) -> float | None:
-    """Returns the FLOPs a token of the forward pass that the row's ratio is to; without a ratio, of the row's own."""
-    counted = row.get("flops_per_token") or {}
-    whole, ratio = positive(counted.get("formula")), positive(row.get("flop_ratio_to_forward"))
-    return whole / ratio if whole and ratio else positive(counted.get("forward"))
+def _flops(row: Row, counter: str) -> float | None:
+    return positive((row.get("flops_per_token") or {}).get(counter))
 
 
-def _memory_floor(rows: Rows, ceilings: Mapping[str, Any]) -> Callable[[float], float] | None:
+def _memory_floor(rows: Rows, ceilings: Row) -> Callable[[float], float] | None:
     """Returns slots -> seconds that reading takes: bytes a token = shared / slots + own, from the fewest and the most slots."""
     rate = positive(ceilings.get("read_gbs"))
     moved = sorted((float(row["slots"]), float(row["bytes_per_token"])) for row in rows if positive(row.get("bytes_per_token")))
@@ -189,8 +171,8 @@ def _memory_floor(rows: Rows, ceilings: Mapping[str, Any]) -> Callable[[float], 
     return lambda slots: (shared / slots + own) / (rate * 1e9)
 
 
-def _compute_floor(rows: Rows, ceilings: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[float, float] | None:
+def _compute_floor(rows: Rows, ceilings: Row, model: Row) -> tuple[float, float] | None:
     """Returns the seconds of a token's products at the ceiling of the model's number type, and that ceiling in GFLOP/s."""
     rate = positive(ceilings.get(_CEILING_OF.get(str(model.get("dtype")), "bf16_gflops")))
-    work = [flops for row in rows if (flops := positive((row.get("flops_per_token") or {}).get("formula")))]
+    work = [flops for row in rows if (flops := _flops(row, "formula"))]
     return (min(work) / (rate * 1e9), rate) if rate and work else None

@@ -19,7 +19,7 @@ from engine.files import whole_file
 Document = Mapping[str, Any]
 HERE = Path(__file__).parent
 
-KINDS = {"true": "holds", "false": "fails", "open": "open"}  # of a verdict, by its first word
+KINDS = {"true": "holds", "false": "fails", "open": "open"}  # of a verdict, by its first word; any other is "partly"
 
 
 def write_report(folder: Path, document: Document) -> Path:
@@ -88,5 +88,4 @@ def _style() -> str:
 
 
 def _kind(verdict: Any) -> str:
-    """Returns which of the four a verdict in words is, by its first word."""
     return KINDS.get(re.split(r"\W+", str(verdict).strip().lower(), maxsplit=1)[0], "partly")

@@ -1,6 +1,6 @@
 """The lines of the stage table as the page shows them: one prefix a column, and numbered notes for what is explained."""
 
-import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,26 +9,7 @@ from engine.format import Column, column, number, percent, times
 DEVIATION = 0.15  # beyond which a measured time is explained in words
 
 Row = Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Note:
-    """A numbered remark below the table: the row's name, what of it is off, and why."""
-
-    name: str
-    of: str
-    why: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """One row: `off` is its time over the predicted one, less 1; `note` and `peak_note` number its remarks, 0 for none."""
-
-    row: Row
-    off: float | None
-    loud: bool
-    note: int
-    peak_note: int
+Note = tuple[str, str, str]  # a remark below the table: the row's name, what of it is off, and why
 
 
 def deviation(off: float | None) -> str:
@@ -36,26 +17,27 @@ def deviation(off: float | None) -> str:
     return percent(off, signed=True) if off is None or off < 2 else times(off + 1, 1)
 
 
-def lines_and_notes(rows: Sequence[Row]) -> tuple[list[list[Line]], list[Note]]:
-    """Returns the lines, a list for each run of rows of one stage, and their notes in order."""
-    groups: list[list[Line]] = []
+def lines_and_notes(rows: Sequence[Row]) -> tuple[list[list[dict[str, Any]]], list[Note]]:
+    """Returns the lines, a list for each run of rows of one stage, and their notes in order.
+
+    A line has its row, `off`, its time over the predicted one, less 1, and the numbers of its notes, 0 for none.
+    """
+    lines: list[dict[str, Any]] = []
     notes: list[Note] = []
 
     def note(row: Row, of: str, why: Any) -> int:
-        """Adds a note where there is something to say, and returns its number."""
         if why:
-            notes.append(Note(row["name"], of, why))
+            notes.append((row["name"], of, why))
         return len(notes) if why else 0
 
-    for index, row in enumerate(rows):
+    for row in rows:
         seconds, predicted = number(row.get("seconds_per_token")), number(row.get("predicted_seconds_per_token"))
         off = seconds / predicted - 1 if seconds and predicted else None
-        first = note(row, deviation(off) if off is not None else "", row.get("explanation"))
-        line = Line(row, off, off is not None and abs(off) > DEVIATION, first, note(row, "peak", row.get("peak_explanation")))
-        if not index or row.get("stage") != rows[index - 1].get("stage"):
-            groups.append([])
-        groups[-1].append(line)
-    return groups, notes
+        lines.append({
+            "row": row, "off": off, "note": note(row, "" if off is None else deviation(off), row.get("explanation")),
+            "peak_note": note(row, "peak", row.get("peak_explanation")),
+        })  # fmt: skip
+    return [list(group) for _, group in itertools.groupby(lines, key=lambda line: line["row"].get("stage"))], notes
 
 
 def columns(rows: Sequence[Row]) -> dict[str, Column]:

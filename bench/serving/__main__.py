@@ -14,7 +14,7 @@ import signal
 import sys
 from typing import Any
 
-from bench.cli import console, progress, run_bench, table
+from bench.cli import print_table, progress, run_bench
 from engine.format import money, si
 
 
@@ -117,7 +117,7 @@ def print_tables(document: dict[str, Any]) -> None:
         )),
     ]  # fmt: skip
     for title, heads, rows in tables:
-        console().print(table(title, heads.split("|"), list(rows)))
+        print_table(title, heads.split("|"), rows)
 
 
 def main(args: list[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from bench.peers.process import Peer
 from bench.serving.completions import Completion, complete, completion_request, random_text, read_completion, send
 from bench.serving.http_client import Client, Response
 from bench.serving.server import Server
-from bench.timing import Timing, ratio_or_none
+from bench.timing import Timing, ratio
 from engine.counting.hardware import clock
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 64  # of each request whose throughput is measured
@@ -100,7 +100,6 @@ async def compare_with_engine(
     prompts = [_random_tokens(rng, PROMPT_TOKENS) for _ in range(slots)]
     spec = {
         "model": model, "weights": weights, "slots": slots, "capacity": capacity, "prompts": prompts, "new": NEW_TOKENS,
-        "prefixes": 0,
     }  # fmt: skip
     engine_rounds: list[dict[str, Any]] = []
     with contextlib.closing(Peer(Path(sys.executable), "slots_peer.py")) as peer:
@@ -117,11 +116,11 @@ async def compare_with_engine(
         detokenized = await server.client.post("/detokenize", {"tokens": engine_rounds[-1]["tokens"][0]})
     served = [seconds for _, seconds in server_rounds]
     texts = {tuple(completion.text for completion in completions) for completions, _ in server_rounds}
-    result = ratio_or_none(Timing("engine", tuple(engine)), Timing("server", tuple(served)))
+    spread = ratio(Timing("engine", tuple(engine)), Timing("server", tuple(served))).spread
     tokens = slots * NEW_TOKENS
     return {
         "name": f"server_against_offline_{slots}", "tokens_per_second": tokens / statistics.median(served),
-        "peer_tokens_per_second": tokens / statistics.median(engine), "spread": result.spread if result else math.nan,
+        "peer_tokens_per_second": tokens / statistics.median(engine), "spread": math.nan if spread is None else spread,
         "ratio": statistics.median(a / b for a, b in zip(engine, served)),
         "same_text": len(texts) == 1 and next(iter(texts))[0] == detokenized.json()["prompt"],
     }  # fmt: skip

@@ -24,26 +24,21 @@ def by_hand_rows(cfg: ModelConfig, params: Any, batch: Batch) -> list[Row]:
     plain = dataclasses.replace(cfg, dtype="float32", remat="none")
     weights = arrays(params)
     tokens, targets, mask = (np.asarray(part) for part in (batch.tokens, batch.targets, batch.mask))
-    forward_pass = lambda: forward(plain, weights, tokens)
-    backward_pass = lambda: loss_and_gradient(plain, weights, tokens, targets, mask)[0]
-    inference = inference_memory(plain, B, 0, tokens=T, every_logit=True)
-    training = training_memory(plain, B, T)
+    inference, training = inference_memory(plain, B, 0, tokens=T, every_logit=True), training_memory(plain, B, T)
+    passes = training.passes - training.gradients
+    ways: list[tuple[str, Callable[[], Any], Any, Any, dict[str, int]]] = [
+        ("forward", lambda: forward(plain, weights, tokens), forward_flops, forward_bytes,
+         {"params": inference.params, "activations": inference.working + inference.logits}),
+        ("forward and backward", lambda: loss_and_gradient(plain, weights, tokens, targets, mask)[0], train_flops, train_bytes,
+         {"params": training.params, "gradients": training.gradients, "activations": passes}),
+    ]  # fmt: skip
     return [
         Row(
-            "by hand: forward", "by hand", forward_pass, lambda: weights, tokens=B * T,
-            formula=forward_flops(plain, T, attention="full") * (B * T), peak_bytes=_peak(forward_pass, inference.params),
-            memory={"params": inference.params, "activations": inference.working + inference.logits},
-            moved=forward_bytes(plain, B, T).total, dtype="float32",
-        ),
-        Row(
-            "by hand: forward and backward", "by hand", backward_pass, lambda: weights, tokens=B * T,
-            formula=train_flops(plain, T, attention="full") * (B * T), peak_bytes=_peak(backward_pass, inference.params),
-            memory={
-                "params": training.params, "gradients": training.gradients,
-                "activations": training.passes - training.gradients,
-            },
-            moved=train_bytes(plain, B, T).total, dtype="float32",
-        ),
+            f"by hand: {name}", "by hand", call, lambda: weights, tokens=B * T, memory=memory, dtype="float32",
+            formula=flops(plain, T, attention="full") * (B * T), peak_bytes=_peak(call, inference.params),
+            moved=moved(plain, B, T).total,
+        )
+        for name, call, flops, moved, memory in ways
     ]  # fmt: skip
 
 

@@ -16,22 +16,18 @@ SUSTAINED = 0.55  # of the ceilings, over a round
 
 def check_memory(cfg: ModelConfig, batch: int, context: int) -> None:
     """Raises UserError, naming what would fit, for a table that does not fit into this machine's memory."""
-    limit = memory_limit_bytes()
-    needed = table_bytes(cfg, batch, context)
+    limit, needed = memory_limit_bytes(), table_bytes(cfg, batch, context)
     if needed <= limit:
         return
     fits = lambda cfg, batch, context: table_bytes(cfg, batch, context) <= limit
     batches = [fewer for fewer in range(2, batch, 2) if fits(cfg, fewer, context)]
     contexts = [size for part in range(1, 40) if (size := context >> part >> 6 << 6) and fits(cfg, 2, size)]
     smaller = [name for name, other in PRESETS.items() if fits(other, batch, context)]
-    remedy = f"--preset {max(smaller, key=_parameters)} fits" if smaller else "a smaller model is needed"
+    parameters = lambda name: count_params(PRESETS[name]).total
+    remedy = f"--preset {max(smaller, key=parameters)} fits" if smaller else "a smaller model is needed"
     if batches or contexts:
         remedy = f"--batch {batches[-1]} fits" if batches else f"--batch 2 --context {contexts[0]} fits"
     raise UserError(f"The stage table would need {needed / 1e9:.1f} GB and {limit / 1e9:.1f} GB are there; {remedy}.")
-
-
-def _parameters(name: str) -> int:
-    return count_params(PRESETS[name]).total
 
 
 def table_bytes(cfg: ModelConfig, batch: int, context: int) -> int:
@@ -58,8 +54,8 @@ def too_long(cfg: ModelConfig, batch: int, context: int, seconds: float, rounds:
 def round_seconds(cfg: ModelConfig, batch: int, context: int, ceilings: Ceilings) -> float:
     """Predicts the seconds of a round, roughly: products and bytes moved, at SUSTAINED of this machine's ceilings."""
     ways = [kind.trainable_paths for kind in training_kinds(cfg)]
-    steps = sum(gradient_program(cfg, batch, context, trainable=trainable_paths).total for trainable_paths in ways)
-    learning = sum(training_memory(cfg, batch, context, trainable=trainable_paths).gradients for trainable_paths in ways)
+    steps = sum(gradient_program(cfg, batch, context, trainable=paths).total for paths in ways)
+    learning = sum(training_memory(cfg, batch, context, trainable=paths).gradients for paths in ways)
     # Evaluation, prefill, and of one sequence a prompt for a slot and a token without a cache.
     reading = (2 + 2 / batch) * score_program(cfg, batch, context).total
     by_hand = sum(work(cfg, context, attention="full").total for work in (forward_flops, train_flops)) * context

@@ -29,8 +29,7 @@ def explain_time(
     flops = product_flops(row) / row.tokens / (product_flops(forward) / forward.tokens)
     if not flops:
         return f"nothing is multiplied: {si(row.moved / row.tokens, 'B')} a token that were computed before are copied."
-    off = seconds / forward_seconds / flops - 1
-    if abs(off) <= TOLERATED:
+    if abs(seconds / forward_seconds / flops - 1) <= TOLERATED:
         return None
     if row.stage == "decode":
         return _decode(row, seconds, ceilings, alone or 0.0)
@@ -55,11 +54,9 @@ def _decode(row: Row, seconds: float, ceilings: Ceilings, alone: float) -> str:
     steps, step, multiplying = row.tokens // slots, seconds * slots, alone * slots
     least = row.moved / steps
     reading, ideal = least / (1e9 * ceilings.read_gbs), product_flops(row) / steps / ceiling(row, ceilings)
-    bound = "its caches and all that lies between products"
+    bound = "products of few rows" if multiplying >= step / 2 else "its caches and all that lies between products"
     if reading >= step / 2:
         bound = "memory"
-    elif multiplying >= step / 2:
-        bound = "products of few rows"
     share = f"take {si(multiplying, 's')} of {si(step, 's')}, the rest {si(step - multiplying, 's')}"
     if multiplying >= step:
         share = f"take as long: {si(multiplying, 's')} against {si(step, 's')}"

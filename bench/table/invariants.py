@@ -25,11 +25,9 @@ def check_invariants(
     cfg: ModelConfig, params: Any, int8: Any, batch: Batch, *, length: int, before: tuple[str, str], generated: int
 ) -> Invariants:
     """Returns the checks after `generated` tokens; `before` is `model_state` from before, `length` that of the caches."""
-    (bits_before, digest_before), (bits_after, digest_after) = before, model_state(cfg, params, batch)
     return Invariants(
-        neighbours=SLOTS - 1, same_bits=same_alone_and_beside(cfg, params, length), generated=generated,
-        bits_before=bits_before, bits_after=bits_after, digest_before=digest_before, digest_after=digest_after,
-        int8_error=logits_error(cfg, params, int8, batch),
+        neighbours=SLOTS - 1, same_bits=same_alone_and_beside(cfg, params, length), generated=generated, before=before,
+        after=model_state(cfg, params, batch), int8_error=logits_error(cfg, params, int8, batch),
     )  # fmt: skip
 
 

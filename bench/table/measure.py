@@ -1,5 +1,6 @@
 """One model through every row of the stage table: compiled, run in turns, its weights compared, and made a document."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,12 +14,11 @@ from bench.table.by_hand_rows import by_hand_rows
 from bench.table.claims import Evidence, claims
 from bench.table.estimate import check_memory, too_long
 from bench.table.explain import ceiling, explain_peak, explain_time
-from bench.table.inference_rows import decode_row, evaluation_row, prefill_row, uncached
+from bench.table.inference_rows import decode_row, evaluation_row, prefill_row, served_rows, uncached
 from bench.table.invariants import check_invariants, model_state
 from bench.table.row import Row
-from bench.table.slot_rows import served_rows
 from bench.table.training_rows import training_kinds, training_row
-from bench.timing import RATES, Ratio, Timing, best_ceilings, measure, noise, ratio_or_none
+from bench.timing import RATES, Timing, best_ceilings, measure, noise, ratio
 from engine.counting.hardware import Ceilings, clock, measure_ceilings
 from engine.counting.params import count_params
 from engine.inference.decode import for_inference
@@ -31,14 +31,12 @@ from engine.text.batch import Batch
 FEWEST, MOST = 3, 15  # rounds
 AFTERWARDS = 12.0  # seconds kept for digests, invariants and the second look at the ceilings
 FORWARD = "evaluation forward"  # the row that all ratios are to
-# Name, slots, the type that matrices are stored in where it is not the model's own, and the series of the row.
-DECODES: tuple[tuple[str, int, str | None, str | None], ...] = (
-    ("decode alone", 1, None, None),
-    ("decode with 8 slots", 8, None, None),
-    ("decode with 32 slots", 32, None, None),
-    ("decode with 8, int8 weights", 8, "int8", "int8 weights"),
-    ("decode with 32, int8 weights", 32, "int8", "int8 weights"),
-)
+PRODUCTS = ": products"  # behind the name of a row: the timing of its products alone
+# Name, slots, and the type that matrices are stored in where it is not the model's own.
+DECODES: tuple[tuple[str, int, str | None], ...] = (
+    ("decode alone", 1, None), ("decode with 8 slots", 8, None), ("decode with 32 slots", 32, None),
+    ("decode with 8, int8 weights", 8, "int8"), ("decode with 32, int8 weights", 32, "int8"),
+)  # fmt: skip
 
 
 def stage_table(
@@ -64,11 +62,11 @@ def stage_table(
     frozen = for_inference(cfg, model.params)
     int8 = quantize(frozen)
     rows = {row.name: row for row in _rows(cfg, model.params, frozen, int8, data, text[:, :-1])}
-    weights_before = {row.name: _leaf_digests(row.weights()) for row in rows.values()}
+    digests = lambda row: [digest({"leaf": leaf}) for leaf in jax.tree.leaves(row.weights())]
+    weights_before = {name: digests(row) for name, row in rows.items()}
     state_before = model_state(cfg, frozen, data)
-    products = {_products_of(row): row for row in rows.values() if row.products}
     calls = {name: row.run for name, row in rows.items()}
-    calls |= {name: row.products for name, row in products.items() if row.products}
+    calls |= {name + PRODUCTS: row.products for name, row in rows.items() if row.products}
     calls["uncached"] = uncached(cfg, frozen, text[0, :-1])
 
     progress("warming up ...")
@@ -80,19 +78,20 @@ def stage_table(
     report = lambda done, total: progress(f"round {done} of {total}", replace=True)
     timings = measure(calls, rounds=rounds, warmups=0, report=report)
     # From here on seconds are those of a token: rows differ in how many a call has.
-    tokens = {name: row.tokens for name, row in (rows | products).items()}
+    tokens = {name + part: row.tokens for name, row in rows.items() for part in ("", PRODUCTS)}
     timings = {name: timing.scaled(1 / tokens.get(name, 1)) for name, timing in timings.items()}
 
     progress("comparing weights and answers ...")
     ceilings = best_ceilings(ceilings, measure_ceilings())
-    changed = {row.name: _changed(weights_before[row.name], _leaf_digests(row.weights())) for row in rows.values()}
-    document_rows = {
-        row.name: _document(row, rows[FORWARD], timings, ceilings, changed[row.name], price) for row in rows.values()
-    }
+    document_rows = {}
+    for name, row in rows.items():
+        moved = [old != new for old, new in zip(weights_before[name], digests(row))]
+        changed = "identical" if not any(moved) else "changed" if all(moved) else "partly"
+        document_rows[name] = _document(row, rows[FORWARD], timings, ceilings, changed, price)
     generated = sum(row.tokens for row in rows.values() if row.stage == "decode") * (rounds + 1)
     params = count_params(cfg).total
     evidence = Evidence(
-        document_rows, lambda a, b: ratio.value if (ratio := ratio_or_none(timings[a], timings[b])) else None,
+        document_rows, lambda a, b: ratio(timings[a], timings[b]).ratio,
         check_invariants(cfg, frozen, int8, data, length=context, before=state_before, generated=generated),
         params=params, price=price, uncached=(timings["uncached"].median, context), weight_bytes=jnp.dtype(cfg.dtype).itemsize,
     )  # fmt: skip
@@ -114,14 +113,9 @@ def stage_table(
 
 def _rows(cfg: ModelConfig, params: Any, frozen: Any, int8: Any, batch: Batch, tokens: np.ndarray) -> Iterator[Row]:
     """Yields every row of the table, each compiled when its turn comes. `frozen` and `int8` are what inference reads."""
-    kinds = training_kinds(cfg)
-    total, done = len(kinds) + len(DECODES) + 4, 0
-
-    def compiling(name: str) -> None:
-        nonlocal done
-        done += 1
-        progress(f"compiling {done} of {total}: {name}", replace=True)
-
+    kinds, done = training_kinds(cfg), itertools.count(1)
+    total = len(kinds) + len(DECODES) + 4
+    compiling = lambda name: progress(f"compiling {next(done)} of {total}: {name}", replace=True)
     for kind in kinds:
         compiling(kind.name)
         yield training_row(cfg, params, kind, batch)
@@ -131,27 +125,22 @@ def _rows(cfg: ModelConfig, params: Any, frozen: Any, int8: Any, batch: Batch, t
     yield prefill_row(cfg, frozen, tokens)
     compiling("a prompt as it is served")
     yield from served_rows(cfg, frozen, tokens[0])
-    for name, slots, weights, series in DECODES:
+    for name, slots, weights in DECODES:
         compiling(name)
-        yield decode_row(cfg, int8 if weights else frozen, slots, tokens.shape[1], name=name, series=series, weights=weights)
+        yield decode_row(cfg, int8 if weights else frozen, slots, tokens.shape[1], name=name, weights=weights)
     compiling("by hand")
     yield from by_hand_rows(cfg, params, jax.tree.map(lambda x: x[:1], batch))
-
-
-def _products_of(row: Row) -> str:
-    """Names the timing of a row's products alone."""
-    return f"{row.name}: products"
 
 
 def _document(
     row: Row, forward: Row, timings: dict[str, Timing], ceilings: Ceilings, changed: str, price: float
 ) -> dict[str, Any]:
     """Returns a row as the JSON document has it: everything a token."""
-    timing, forward_seconds, products = timings[row.name], timings[forward.name].median, timings.get(_products_of(row))
-    times: Ratio | None = ratio_or_none(timing, timings[forward.name])
-    seconds = timing.median
+    timing, forward_seconds = timings[row.name], timings[forward.name].median
+    alone = timings[row.name + PRODUCTS].median if row.products else None
+    times = ratio(timing, timings[forward.name])
+    seconds, flops = timing.median, row.formula
     per = lambda number: number / row.tokens
-    flops = row.formula
     relative = per(flops.total) / (forward.formula.total / forward.tokens)
     used = per(row.moved) / seconds / (1e9 * ceilings.read_gbs)
     if row.bound == "MFU":
@@ -165,23 +154,12 @@ def _document(
             "dx": per(flops.dx), "dw": per(flops.dw), "optimizer": per(row.update),
         },
         "flop_ratio_to_forward": relative, "seconds_per_token": seconds, "spread": timing.spread,
-        "time_ratio_to_forward": times.value if times else None,
-        "time_ratio_spread": times.spread if times and row is not forward else None,
+        "time_ratio_to_forward": times.ratio,
+        "time_ratio_spread": None if row is forward else times.spread,
         "predicted_seconds_per_token": relative * forward_seconds,
         "peak_bytes": row.peak_bytes, "predicted_peak_bytes": sum(row.memory.values()), "memory": row.memory,
         "bytes_per_token": per(row.moved), "utilisation": used, "utilisation_of": row.bound,
         "usd_per_million_tokens": seconds * 1e6 / 3600 * price, "tokens_per_call": row.tokens, "slots": row.slots,
         "series": row.series, "peak_explanation": explain_peak(row),
-        "explanation": explain_time(row, seconds, forward, forward_seconds, ceilings, products.median if products else None),
+        "explanation": explain_time(row, seconds, forward, forward_seconds, ceilings, alone),
     }  # fmt: skip
-
-
-def _leaf_digests(weights: Any) -> list[str]:
-    """Returns a digest for each leaf, in the tree's order."""
-    return [digest({"leaf": leaf}) for leaf in jax.tree.leaves(weights)]
-
-
-def _changed(before: list[str], after: list[str]) -> str:
-    """Says whether all leaves have other bits than before, part of them, or none."""
-    moved = sum(old != new for old, new in zip(before, after))
-    return "identical" if not moved else "changed" if moved == len(before) else "partly"

@@ -14,8 +14,8 @@ from engine.counting.xla import XlaCost, xla_cost, xla_memory
 class Row:
     """Everything about a row but its time. Work, bytes and operations are those of one call, for `tokens` tokens.
 
-    `run` does the call and returns what to wait for; `weights` are all of the model's weights as they are now, by which
-    it is seen whether running changed them. A number that cannot be known is None.
+    `run` does the call and returns what to wait for; `weights` are the model's as they are now, by which it is seen whether
+    running changed them. A number that cannot be known is None.
     """
 
     name: str

@@ -2,35 +2,29 @@
 
 from typing import Any
 
-from bench.cli import console, table
+from bench.cli import console, print_table
 from engine.format import money, percent, si, times
 
 
-def print_table(document: dict[str, Any]) -> None:
+def print_stages(document: dict[str, Any]) -> None:
     """Prints the two tables, the deviations in words, and the claims."""
-    out = console()
-    rows = document["rows"]
+    out, rows = console(), document["rows"]
     counted = ("", "weights", "formula", "walker", "elementwise", "XLA", "of forward")
-    out.print(table("Counted: operations a token, by three counters", counted, list(map(_counted, rows)), left=2))
+    print_table("Counted: operations a token, by three counters", counted, map(_counted, rows), left=2)
     measured = ("", "a token takes", "× forward", "by FLOPs", "peak", "predicted", "moved a token", "of ceiling", "$ a million")
     title = f"Measured: the same rows on this machine, at {money(document['price_per_hour'])} an hour"
-    out.print(table(title, measured, list(map(_measured, rows))))
+    print_table(title, measured, map(_measured, rows))
     for row in rows:
         if row["explanation"]:
-            out.print(f"[bold]{row['name']}[/], {_off(row)}: {row['explanation']}")
+            predicted = row["predicted_seconds_per_token"]
+            off = predicted and f"{percent(row['seconds_per_token'] / predicted - 1, signed=True)} against its FLOPs"
+            out.print(f"[bold]{row['name']}[/], {off or 'no FLOPs at all'}: {row['explanation']}")
         if row["peak_explanation"]:
             out.print(f"[bold]{row['name']}[/], peak: {row['peak_explanation']}")
     out.print()
     for claim in document["claims"]:
         out.print(f"[bold]{claim['claim']}[/]\n  [cyan]{claim['verdict']}[/]: {claim['value']}")
     out.print(f"\n{document['noise']}", markup=False)
-
-
-def _off(row: dict[str, Any]) -> str:
-    predicted = row["predicted_seconds_per_token"]
-    if not predicted:
-        return "no FLOPs at all"
-    return f"{percent(row['seconds_per_token'] / predicted - 1, signed=True)} against its FLOPs"
 
 
 def _counted(row: dict[str, Any]) -> list[str]:

@@ -35,38 +35,31 @@ class TrainingKind:
     name: str
     stage: str
     trainable_paths: TrainablePaths
-    completions: bool = False  # whether only the second half of each row counts, as the completions of a conversation do
     preference: bool = False
 
 
 def training_kinds(cfg: ModelConfig) -> list[TrainingKind]:
     """Returns the ways of training a model of `cfg` that the table compares; half a model needs two layers."""
-    half = cfg.layers // 2
-    halves = [
-        TrainingKind("bottom half frozen", "fine-tuning", bottom_frozen(cfg, half), True),
-        TrainingKind("top half frozen", "fine-tuning", top_frozen(cfg, half), True),
-        TrainingKind("last layer", "fine-tuning", last_layer(cfg), True),
-    ]
+    half, every, lora = cfg.layers // 2, all_trainable(cfg), lora_only(cfg, ADAPTER)
+    # The last block alone: no norm above it, no head.
+    last = TrainablePaths(frozenset(path for path in every.weights if path.startswith(f"blocks/{cfg.layers - 1}/")))
+    halves = {"bottom half frozen": bottom_frozen(cfg, half), "top half frozen": top_frozen(cfg, half), "last layer": last}
+    tuned = {
+        "full fine-tuning": every, **(halves if half else {}), "head only": head_only(cfg),
+        f"LoRA rank {ADAPTER.rank} on q and v": lora,
+    }  # fmt: skip
     return [
-        TrainingKind("pre-training step", "training", all_trainable(cfg)),
-        TrainingKind("full fine-tuning", "fine-tuning", all_trainable(cfg), True),
-        *(halves if half else []),
-        TrainingKind("head only", "fine-tuning", head_only(cfg), True),
-        TrainingKind(f"LoRA rank {ADAPTER.rank} on q and v", "fine-tuning", lora_only(cfg, ADAPTER), True),
-        TrainingKind("preference with that LoRA", "fine-tuning", lora_only(cfg, ADAPTER), True, True),
+        TrainingKind("pre-training step", "training", every),
+        *(TrainingKind(name, "fine-tuning", paths) for name, paths in tuned.items()),
+        TrainingKind("preference with that LoRA", "fine-tuning", lora, preference=True),
     ]
-
-
-def last_layer(cfg: ModelConfig) -> TrainablePaths:
-    """Returns the paths of the last block alone: no norm above it, no head."""
-    top = f"blocks/{cfg.layers - 1}/"
-    return TrainablePaths(frozenset(path for path in all_trainable(cfg).weights if path.startswith(top)))
 
 
 def training_row(cfg: ModelConfig, params: Any, kind: TrainingKind, batch: Batch) -> Row:
     """Compiles a step of `kind` on the batch; `params` are copied where they train and only read where they do not.
 
-    Frozen matrices are stored in the compute type, as in fine-tuning.
+    Frozen matrices are stored in the compute type, as in fine-tuning, where only the second half of each row counts, as the
+    completions of a conversation do.
     """
     B, T = batch.tokens.shape
     paths = kind.trainable_paths
@@ -77,7 +70,7 @@ def training_row(cfg: ModelConfig, params: Any, kind: TrainingKind, batch: Batch
     else:
         trainable_leaves, rest = split(params, paths)
         trainable, frozen = jax.tree.map(jnp.copy, trainable_leaves), cast_matrices(rest, cfg.dtype)
-    if kind.completions:
+    if kind.stage == "fine-tuning":
         batch = batch._replace(mask=batch.mask & (jnp.arange(T) >= T // 2))
     data: Any = batch
     objective: Objective = NEXT_TOKEN

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from bench.table.explain import ceiling, explain_peak, explain_time
+from bench.table import explain
+from bench.table.explain import ceiling
 from bench.table.row import Row
 from engine.counting.flops import Flops, Part
 from engine.counting.hardware import Ceilings
@@ -19,6 +20,18 @@ STEP = dataclasses.replace(
 )  # fmt: skip
 
 
+def plain(words):
+    return words and words.replace("\u202f", " ")
+
+
+def explain_time(*numbers):
+    return plain(explain.explain_time(*numbers))
+
+
+def explain_peak(row):
+    return plain(explain.explain_peak(row))
+
+
 def test_what_takes_the_time_its_flops_say_needs_no_words():
     assert explain_time(STEP, 3e-4, FORWARD, 1e-4, HERE) is None
     assert explain_time(FORWARD, 1e-4, FORWARD, 1e-4, HERE) is None
@@ -26,7 +39,7 @@ def test_what_takes_the_time_its_flops_say_needs_no_words():
 
 def test_a_deviation_of_sixteen_percent_is_explained_and_of_fourteen_not():
     assert explain_time(STEP, 3e-4 * 1.14, FORWARD, 1e-4, HERE) is None
-    result = explain_time(STEP, 3e-4 * 1.16, FORWARD, 1e-4, HERE).replace("\u202f", " ")
+    result = explain_time(STEP, 3e-4 * 1.16, FORWARD, 1e-4, HERE)
     assert "28 bytes a trainable weight, 1.40 ms of 34.8 ms" in result, "1 M weights at 28 bytes and 20 GB/s are 1.4 ms"
     assert "at 9% of what this machine multiplies, the forward pass's at 10%" in result
 
@@ -37,17 +50,13 @@ def test_decoding_is_said_to_be_bound_by_what_takes_half_of_its_time():
     assert "bound by memory" in words(0.0012, 0.0011)
     assert "bound by products of few rows" in words(0.02, 0.011)
     assert "bound by its caches" in words(0.02, 0.009)
-    assert "the rest 11.0 ms" in words(0.02, 0.009).replace("\u202f", " ")
+    assert "the rest 11.0 ms" in words(0.02, 0.009)
     assert "take as long" in words(0.02, 0.021)
 
 
 def test_what_multiplies_nothing_is_said_to_copy():
     result = dataclasses.replace(FORWARD, formula=Flops({}), walker=Work(), moved=100 * 2048)
-    assert (
-        explain_time(result, 1e-6, FORWARD, 1e-4, HERE)
-        .replace("\u202f", " ")
-        .startswith("nothing is multiplied: 2.05 kB a token")
-    )
+    assert explain_time(result, 1e-6, FORWARD, 1e-4, HERE).startswith("nothing is multiplied: 2.05 kB a token")
     assert result.bound == "MBU"
 
 
@@ -67,6 +76,6 @@ def test_a_row_is_held_to_the_ceiling_of_its_own_type():
 def test_a_peak_that_is_off_is_explained_either_way():
     row = dataclasses.replace(FORWARD, memory={"params": 80, "activations": 20}, peak_bytes=114)
     assert explain_peak(row) is None
-    assert explain_peak(dataclasses.replace(row, peak_bytes=120)).replace("\u202f", " ").startswith("20.0 B more")
-    assert explain_peak(dataclasses.replace(row, peak_bytes=80)).replace("\u202f", " ").startswith("20.0 B less")
+    assert explain_peak(dataclasses.replace(row, peak_bytes=120)).startswith("20.0 B more")
+    assert explain_peak(dataclasses.replace(row, peak_bytes=80)).startswith("20.0 B less")
     assert explain_peak(dataclasses.replace(row, peak_bytes=None)) is None

@@ -6,12 +6,21 @@ import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
+from tiny import lively_params, tiny_config
 
 from bench.__main__ import main, measurements
 from bench.table.estimate import round_seconds, table_bytes, too_long
+from bench.table.inference_rows import products, two_digits
 from engine.counting.hardware import Ceilings
+from engine.counting.programs import decode_program
+from engine.counting.walk import count
+from engine.counting.xla import xla_cost
+from engine.inference.decode import STEPS
 from engine.model.config import PRESETS
+from engine.model.weights.int8 import quantize
 from engine.storage.huggingface.config import config_to
 
 SMALL = ["--preset", "tiny", "--batch", "2", "--context", "64", "--quick"]
@@ -42,6 +51,7 @@ def test_every_row_has_what_scripts_read(table):
         assert row["weights"] in ("changed", "partly", "identical")
         assert row["flops_per_token"].keys() >= {"formula", "walker", "walker_elementwise", "xla"}
         assert row["seconds_per_token"] > 0
+        assert row["usd_per_million_tokens"] == pytest.approx(row["seconds_per_token"] * 1e6 * 3.6 / 3600)
 
 
 def test_formula_and_walker_agree_exactly_in_every_row_that_is_traced(table):
@@ -51,27 +61,20 @@ def test_formula_and_walker_agree_exactly_in_every_row_that_is_traced(table):
         assert row["flops_per_token"]["walker"] == row["flops_per_token"]["formula"], row["name"]
 
 
-def test_a_training_step_is_three_forward_passes(table):
+def test_a_training_step_is_three_forward_passes_and_freezing_the_bottom_saves_most(table):
     rows = rows_of(table)
-    assert rows["pre-training step"]["flop_ratio_to_forward"] == pytest.approx(3.0, rel=0.01)
-    assert rows["full fine-tuning"]["flop_ratio_to_forward"] == pytest.approx(3.0, rel=0.01)
-    assert rows["evaluation forward"]["flop_ratio_to_forward"] == 1.0
-
-
-def test_freezing_the_bottom_saves_more_than_freezing_the_top(table):
-    rows = rows_of(table)
-    cost = lambda name: rows[name]["flops_per_token"]["formula"]
-    assert cost("bottom half frozen") < cost("top half frozen") < cost("full fine-tuning")
+    ratio = lambda name: rows[name]["flop_ratio_to_forward"]
+    assert ratio("pre-training step") == pytest.approx(3.0, rel=0.01)
+    assert ratio("full fine-tuning") == pytest.approx(3.0, rel=0.01)
+    assert 1.0 == ratio("evaluation forward") < ratio("bottom half frozen") < ratio("top half frozen")
+    assert ratio("top half frozen") < ratio("full fine-tuning")
 
 
 def test_weights_move_in_training_partly_in_fine_tuning_never_in_inference(table):
     for row in rows_of(table).values():
-        if row["stage"] in ("inference", "decode", "by hand"):
-            assert row["weights"] == "identical", row["name"]
-        elif row["name"] in ("pre-training step", "full fine-tuning"):
-            assert row["weights"] == "changed", row["name"]
-        else:
-            assert row["weights"] == "partly", row["name"]
+        whole = row["name"] in ("pre-training step", "full fine-tuning")
+        expected = "identical" if row["stage"] in ("inference", "decode", "by hand") else "changed" if whole else "partly"
+        assert row["weights"] == expected, row["name"]
 
 
 def test_a_time_ratio_is_of_times_for_a_token_however_many_a_call_has(table):
@@ -100,24 +103,14 @@ def test_every_time_that_is_off_is_explained(table):
         assert bool(row["explanation"]) == (off > 0.15), row["name"]
 
 
-def test_money_is_time(table):
-    for row in rows_of(table).values():
-        assert row["usd_per_million_tokens"] == pytest.approx(row["seconds_per_token"] * 1e6 * 3.6 / 3600)
-
-
-def test_the_claims_are_decided(table):
-    result = {claim["claim"]: claim for claim in table[0]["claims"]}
-    assert len(result) == 13
-    assert result["Requests do not affect one another."]["verdict"] == "true"
-    assert result["The model improves as you use it."]["verdict"] == "false"
-    assert result["Inference is only half the computation of training."]["verdict"].startswith("false: a third")
-    assert all(claim["value"] for claim in result.values())
-
-
-def test_the_report_holds_every_row_and_claim(table):
+def test_the_claims_are_decided_and_the_report_holds_every_row(table):
     document, page = table
-    for row in document["rows"]:
-        assert row["name"] in page
+    result = {claim["claim"]: claim["verdict"] for claim in document["claims"] if claim["value"]}
+    assert len(result) == 13
+    assert result["Requests do not affect one another."] == "true"
+    assert result["The model improves as you use it."] == "false"
+    assert result["Inference is only half the computation of training."].startswith("false: a third")
+    assert all(row["name"] in page for row in document["rows"])
     assert page.count("<svg") >= 4
 
 
@@ -184,3 +177,17 @@ def test_a_model_that_cannot_fit_is_refused_before_its_weights_are_read(tmp_path
     monkeypatch.setattr("bench.table.measure.load", None)
     assert main(["--model", str(tmp_path)]) == 2
     assert "GB are there; --preset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changes", [{}, {"tied": True, "qk_norm": False}])
+def test_the_products_timed_alone_are_a_decoding_step_without_attention(changes):
+    cfg = tiny_config(**changes)
+    params, x = lively_params(cfg), jnp.ones((3, 1, cfg.width))
+    for weights in (params, quantize(params)):
+        parts = decode_program(cfg, 3, 16, two_digits=two_digits(weights)).parts
+        expected = STEPS * sum(part.forward for name, part in parts.items() if name != "attention")
+        assert count(lambda params, x: products(cfg, params, x), weights, x).matmul == expected
+        # And the compiler leaves none of them out, though nobody reads the logits. It counts the loop's body once.
+        doc = xla_cost(products.lower(cfg, weights, x).compile()).flops
+        assert expected / STEPS <= doc < 1.5 * expected / STEPS
+    assert jnp.isfinite(jax.block_until_ready(products(cfg, params, x))).all()
