@@ -1,17 +1,19 @@
 """Admission control: replies 429 when slots and queue are full. Decided by counting, before any other work."""
 
-import dataclasses
-
 from stages.serve.errors import ApiError
 
 
 class Admission:
-    """Counts the completions that have a slot or wait for one: `slots` and `queue` at most, and none once `draining` is set."""
+    """Counts the completions that have a slot or wait for one: `slots` and `queue` at most, and none once `draining` is set.
+
+    Counts too the bytes of bodies, of all requests together, that have come and are not decoded yet.
+    """
 
     def __init__(self, slots: int, queue: int) -> None:
         self.slots, self.limit = slots, slots + queue
         self.reserved = 0
         self.draining = False
+        self.body_bytes, self.max_body_bytes = 0, 64 * 2**20
         self._seconds = 1.0  # that a completion takes: a moving average
 
     def check_open(self) -> None:
@@ -41,17 +43,9 @@ class Admission:
         """Takes the duration of a completion into the average that Retry-After is estimated from."""
         self._seconds = 0.9 * self._seconds + 0.1 * seconds
 
-
-@dataclasses.dataclass
-class BodyBudget:
-    """Bounds the bytes of request bodies, of all requests together, that have come and are not decoded yet."""
-
-    limit: int = 64 * 2**20
-    size: int = 0
-
-    def add(self, size: int) -> None:
-        """Counts `size` more bytes. Raises ApiError, and counts nothing, when they are too many."""
-        if self.size + size > self.limit:
-            message = f"Bodies of {self.size:,} bytes are coming in, and no more are taken in at once. Try again in 1 s."
+    def add_bytes(self, count: int) -> None:
+        """Counts bytes of a body that have come. Raises ApiError, and counts nothing, when they are too many."""
+        if self.body_bytes + count > self.max_body_bytes:
+            message = f"Bodies of {self.body_bytes:,} bytes are coming in, and no more are taken in at once. Try again in 1 s."
             raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1", "Connection": "close"})
-        self.size += size
+        self.body_bytes += count

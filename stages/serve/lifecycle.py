@@ -44,9 +44,8 @@ async def serve(
 
     def on_signal(sentence: str) -> None:
         console.print(sentence)
-        loop.call_soon_threadsafe(lambda: draining.append(loop.create_task(drain())))
+        asyncio.run_coroutine_threadsafe(drain(), loop)
 
-    draining: list[asyncio.Task[None]] = []
     console.print(f"ready after {duration(time.perf_counter() - process_start())}{ready}")
     with signals.deferred("Finishing what is under way; another signal ends it at once.", on_signal):
         failing = asyncio.create_task(changed.wait())

@@ -1,5 +1,7 @@
 """Metrics for Prometheus under the names that vLLM's users know, and how many programs were compiled after start-up."""
 
+from typing import Any
+
 import prometheus_client as prometheus
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
@@ -20,10 +22,9 @@ class Metrics(Collector):
     def __init__(self, model: str, engine: Engine) -> None:
         self._engine = engine
         self._registry = registry = prometheus.CollectorRegistry()
-        counter = lambda name, about: prometheus.Counter(name, about, ["model_name"], registry=registry).labels(model)
-        histogram = lambda name, about, buckets: prometheus.Histogram(
-            name, about, ["model_name"], registry=registry, buckets=buckets
-        ).labels(model)
+        of_model: dict[str, Any] = {"labelnames": ["model_name"], "registry": registry}
+        counter = lambda name, about: prometheus.Counter(name, about, **of_model).labels(model)
+        histogram = lambda name, about, buckets: prometheus.Histogram(name, about, buckets=buckets, **of_model).labels(model)
         self._counters = (
             counter("vllm:prompt_tokens", "Tokens of prompts."),
             counter("vllm:generation_tokens", "Tokens that were generated."),
@@ -50,7 +51,7 @@ class Metrics(Collector):
             ("vllm:gpu_cache_usage_perc", *cache_use),  # its older name
             ("thrice_seconds_since_engine_tick", "How long the engine has not gone round.", lambda: engine.idle_seconds),
         ):
-            prometheus.Gauge(name, about, ["model_name"], registry=registry).labels(model).set_function(value)
+            prometheus.Gauge(name, about, **of_model).labels(model).set_function(value)
         registry.register(self)
         prometheus.ProcessCollector(registry=registry)
 

@@ -6,7 +6,7 @@ import time
 from typing import Literal
 
 from engine.storage.digest import digest
-from stages.serve.admission import Admission, BodyBudget
+from stages.serve.admission import Admission
 from stages.serve.engine import Engine
 from stages.serve.errors import ApiError
 from stages.serve.metrics import Metrics
@@ -29,7 +29,6 @@ class ServerState:
     digest: str
     price: float | None = None
     loaded_at: int = dataclasses.field(default_factory=lambda: int(time.time()))
-    body_budget: BodyBudget = dataclasses.field(default_factory=BodyBudget)
     _hashing: "asyncio.Task[str] | None" = None
 
     def check_model(self, name: str) -> None:

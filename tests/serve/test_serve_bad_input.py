@@ -106,28 +106,28 @@ def test_invalid_json(client, path, content):
 
 
 @pytest.mark.parametrize(
-    ("path", "content", "param"),
+    ("content", "param"),
     [
-        ("completions", b'{"prompt":NaN}', "prompt"), ("completions", b'{"prompt":"a","temperature":-Infinity}', "temperature"),
-        ("completions", b'{"prompt":["a","\\ud800"],"top_p":NaN}', "prompt[1]"),
-        ("completions", b'{"prompt":"\\ud83d\\ude00","logit_bias":{"7":NaN}}', "logit_bias[...]"),
-        ("completions", b'{"prompt":"a","max_tokens":' + b"1" * 5000 + b',"user":"\\udfffx"}', "max_tokens"),
-        ("completions", b'{"prompt":"a","user":"\\udfffx","n":' + b"1" * 5000 + b"}", "user"),
-        ("chat/completions", b'{"messages":[{"role":"user","content":"\\ud800"}]}', "messages[0].content"),
-        ("chat/completions", b'{"messages":[{"role":"user","content":[{"type":"text","text":"\\ud800"}]}]}',
+        (b'{"prompt":NaN}', "prompt"), (b'{"prompt":"a","temperature":-Infinity}', "temperature"),
+        (b'{"prompt":["a","\\ud800"],"top_p":NaN}', "prompt[1]"),
+        (b'{"prompt":"\\ud83d\\ude00","logit_bias":{"7":NaN}}', "logit_bias[...]"),
+        (b'{"prompt":"a","max_tokens":' + b"1" * 5000 + b',"user":"\\udfffx"}', "max_tokens"),
+        (b'{"prompt":"a","user":"\\udfffx","n":' + b"1" * 5000 + b"}", "user"),
+        (b'{"messages":[{"role":"user","content":"\\ud800"}]}', "messages[0].content"),
+        (b'{"messages":[{"role":"user","content":[{"type":"text","text":"\\ud800"}]}]}',
          "messages[0].content[0].text"),
-        ("chat/completions", b'{"messages":[{"role":"user","content":"a"}],"metadata":{"\\ud800":"a"}}', "metadata"),
-        ("completions", b'{"prompt":"a","\\ud800":1}', None), ("completions", b'{"prompt":NaN', None),
-        ("completions", b"NaN", None), ("completions", b'{"prompt":"a",}', None),
-        ("completions", b'{"prompt":NaN,"user":' + DEEP, None),
-        ("completions", b'{"prompt":NaN,"user":' + b"[" * 5000 + b"]" * 5000 + b"}", "prompt"),
-        ("completions", b'{"prompt":NaN,"prompt":' + b"[" * 5000 + b"]" * 5000 + b"}", None),
-        ("completions", b'{"prompt":"\\ud800","user":"' + b"a" * body.SEARCHED + b'"}', None),
+        (b'{"messages":[{"role":"user","content":"a"}],"metadata":{"\\ud800":"a"}}', "metadata"),
+        (b'{"prompt":"a","\\ud800":1}', None), (b'{"prompt":NaN', None),
+        (b"NaN", None), (b'{"prompt":"a",}', None),
+        (b'{"prompt":NaN,"user":' + DEEP, None),
+        (b'{"prompt":NaN,"user":' + b"[" * 5000 + b"]" * 5000 + b"}", "prompt"),
+        (b'{"prompt":NaN,"prompt":' + b"[" * 5000 + b"]" * 5000 + b"}", None),
+        (b'{"prompt":"\\ud800","user":"' + b"a" * body.SEARCHED + b'"}', None),
     ],
 )  # fmt: skip
-def test_fields_with_values_that_json_lacks_are_named(client, path, content, param):
-    reply = client.post_bytes(f"/v1/{path}", content)
-    assert refused(reply)["param"] == param
+def test_fields_with_values_that_json_lacks_are_named(client, content, param):
+    path = "/v1/chat/completions" if b"messages" in content else "/v1/completions"
+    assert refused(client.post_bytes(path, content))["param"] == param
 
 
 def test_integers_in_any_spelling(client):
@@ -206,25 +206,25 @@ def test_a_body_that_is_too_large(client, tiny_server):
 
 def test_bodies_of_all_requests_together_are_bounded(client, tiny_server, monkeypatch):
     """By what has come, not by what is told of; and however a request ends, its bytes are given back."""
-    bodies = tiny_server.state.body_budget
-    monkeypatch.setattr(bodies, "limit", 1000)
+    admission = tiny_server.state.admission
+    monkeypatch.setattr(admission, "max_body_bytes", 1000)
     sound = b'{"prompt":"' + b"a" * 388 + b'"}'
     with tiny_server.connect() as first:
         first.sendall(post_head("/tokenize", 10**5) + b" " * 600)
-        assert until(lambda: bodies.size == 600)
+        assert until(lambda: admission.body_bytes == 600)
         assert client.post_bytes("/tokenize", sound[:-3] + b'"}').status_code == 200
         with tiny_server.connect() as second:
             second.sendall(post_head("/tokenize", 10**5) + b" " * 300)
-            assert until(lambda: bodies.size == 900)
+            assert until(lambda: admission.body_bytes == 900)
             second.sendall(b" " * 101)
             reply = read_all(second)
         assert reply.startswith(b"HTTP/1.1 429 ")
         assert b"\r\nretry-after: 1\r\n" in reply.lower()
         assert b"\r\nconnection: close\r\n" in reply.lower()
         assert json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["code"] == "rate_limit_exceeded"
-        assert until(lambda: bodies.size == 600)
+        assert until(lambda: admission.body_bytes == 600)
         assert refused(client.post_bytes("/tokenize", sound), 429)["type"] == "rate_limit_error"
-    assert until(lambda: bodies.size == 0)  # the first has left
+    assert until(lambda: admission.body_bytes == 0)  # the first has left
     assert client.post_bytes("/tokenize", sound).status_code == 200
     refused(client.post_bytes("/tokenize", sound[1:]))
     monkeypatch.setattr(body, "MAX_BYTES", 500)
@@ -233,7 +233,7 @@ def test_bodies_of_all_requests_together_are_bounded(client, tiny_server, monkey
     with tiny_server.connect() as slow:
         slow.sendall(post_head("/tokenize", 50) + b" " * 40)
         assert b" 408 " in slow.recv(65536)
-    assert until(lambda: bodies.size == 0)
+    assert until(lambda: admission.body_bytes == 0)
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "br", "deflate, gzip"])

@@ -10,10 +10,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import jax
@@ -63,9 +62,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Started:
-    """A server in a process of its own, whose steps are slow, ready when it is made."""
+    """A server in a process of its own, whose steps are slow, ready when the block begins."""
 
-    def __init__(self, folder, *flags: object, env=None, key=""):
+    def __init__(self, folder: Path, *flags: object, env: Any = None, key: str = "") -> None:
         words = ["--model", folder, "--port", 0, "--slots", 2, *flags]
         self.process = subprocess.Popen(
             [sys.executable, "-c", SLOW, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -79,22 +78,18 @@ class Started:
         self.url = re.findall(r"page +(\S+)", self.output)[0]
         self.client = httpx.Client(base_url=self.url, timeout=60, headers={"Authorization": f"Bearer {key}"} if key else {})
 
-    def ends(self, seconds=20):
-        more, _ = self.process.communicate(timeout=seconds)
-        self.output += more
+    def ends(self):
+        self.output += self.process.communicate(timeout=20)[0]
         return self.process.returncode
 
+    def __enter__(self) -> Self:
+        return self
 
-@contextlib.contextmanager
-def started(*flags: Any, **options: Any) -> Iterator[Started]:
-    server = Started(*flags, **options)
-    try:
-        yield server
-    finally:
-        server.process.kill()
-        server.process.wait()
-        server.client.close()
-        server.process.stdout.close()
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.client.close()
+        self.process.stdout.close()
 
 
 def in_background(work: Any) -> threading.Thread:
@@ -109,7 +104,7 @@ def running(server: Started, count: int) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_what_is_under_way_end(folder, number):
-    with started(folder, "--name", "sea") as server:
+    with Started(folder, "--name", "sea") as server:
         assert "weights   int8" in server.output
         assert re.search(r"compiling \.\.\. \d", server.output)
         whole: list[httpx.Response] = []
@@ -138,7 +133,7 @@ def test_a_signal_lets_what_is_under_way_end(folder, number):
 
 
 def test_a_second_signal_ends_it_at_once(folder):
-    with started(folder, env={"THRICE_API_KEY": "one,two"}, key="two") as server:
+    with Started(folder, env={"THRICE_API_KEY": "one,two"}, key="two") as server:
         assert "2 API keys" in server.output
         assert httpx.get(f"{server.url}/v1/models").status_code == 401
 

@@ -148,7 +148,7 @@ def test_health_tells_that_the_engine_is_stuck(client, tiny_server, monkeypatch)
     assert state.STUCK + 0.5 < 5  # seconds, as promised
     monkeypatch.setattr(state, "STUCK", 0.4)
     freed = threading.Event()
-    assert client.get("/health").status_code == 200
+    assert client.get("/health").json()["status"] == "ok"
     tiny_server.state.engine._work.put(lambda: freed.wait(30) and None)
     begin = time.monotonic()
     assert until(lambda: client.get("/health").status_code == 503, 5)
@@ -288,12 +288,13 @@ def test_the_loop_answers_while_long_texts_become_tokens(tiny_server):
     assert sorted(durations)[len(durations) // 2] < 0.1
 
 
-def test_prefixes_are_not_shared_between_keys():
+def test_the_prefix_cache_is_not_shared_between_keys_and_changes_no_bit():
     text = "The assistant answers what the user asks; the system says how. 1234 "
     with TinyServer(keys=("one", "two")) as server:
-        cached = []
+        replies = []
         for key in ("one", "two", "two", "one"):
             with server.client(headers={"Authorization": f"Bearer {key}"}) as client:
-                usage = client.complete(text).json()["usage"]
-            cached.append(usage["prompt_tokens_details"]["cached_tokens"] > 0)
-        assert cached == [False, False, True, True]
+                replies.append(good(client.complete(text, logprobs=1)))
+    cached = [reply["usage"]["prompt_tokens_details"]["cached_tokens"] > 0 for reply in replies]
+    assert cached == [False, False, True, True]
+    assert all(reply["choices"] == replies[0]["choices"] for reply in replies)

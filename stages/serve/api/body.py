@@ -26,13 +26,13 @@ async def read_body[T: ModelRequest](http: Request, kind: type[T]) -> T:
     """
     state: ServerState = http.app.state.server
     _check_headers(http)
-    content, budget = bytearray(), state.body_budget  # which counts what has come: what Content-Length promises is nothing yet
+    content = bytearray()  # counted as it comes: what Content-Length promises is nothing yet
     try:
         async with asyncio.timeout(SECONDS):
             async for part in http.stream():
                 if len(content) + len(part) > MAX_BYTES:
                     raise _too_large()
-                budget.add(len(part))
+                state.admission.add_bytes(len(part))
                 content += part
         body = _decode(content, kind) if len(content) <= DECODED_AT_ONCE else await asyncio.to_thread(_decode, content, kind)
     except TimeoutError:
@@ -40,7 +40,7 @@ async def read_body[T: ModelRequest](http: Request, kind: type[T]) -> T:
     except ClientDisconnect:
         raise ClientGone from None
     finally:
-        budget.size -= len(content)
+        state.admission.body_bytes -= len(content)
     state.check_model(body.model)
     return body
 
@@ -70,9 +70,8 @@ def _not_json(content: bytearray) -> str:
     """Returns the first field that holds what Python's parser reads but JSON has not; empty when something else is wrong."""
     if len(content) > SEARCHED:
         return ""
-    try:
-        place = _place(json.loads(content.decode(), parse_int=len))  # digits are not at fault, however many there are
-        return (place or "").lstrip(".")
+    try:  # digits are not at fault, however many there are
+        return (_place(json.loads(content.decode(), parse_int=len)) or "").lstrip(".")
     except (ValueError, RecursionError):
         return ""
 

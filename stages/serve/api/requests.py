@@ -19,12 +19,10 @@ MAX_BIASES = 1024
 MAX_IDS = 2**18  # more than any context holds; what does not fit is refused by the route
 
 
-def _in_range(name: str, least: float | None = None) -> Meta:
-    """Returns the engine's own bounds of a sampling parameter, or others from `least` on."""
+def _in_range(name: str) -> Meta:
+    """Returns the engine's own bounds of a sampling parameter."""
     bounds = RANGES[name]
-    if bounds.above:
-        return Meta(gt=bounds.least, le=bounds.most)
-    return Meta(ge=bounds.least if least is None else least, le=bounds.most)
+    return Meta(gt=bounds.least, le=bounds.most) if bounds.above else Meta(ge=bounds.least, le=bounds.most)
 
 
 Penalty = Annotated[float, Meta(ge=-2, le=2)]  # as OpenAI has it; the engine takes more
@@ -76,7 +74,7 @@ class CompletionFields(ModelRequest, kw_only=True):
     max_tokens: Count | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, _in_range("top_p")] | None = None
-    top_k: Annotated[int, _in_range("top_k", -1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=RANGES["top_k"].most)] | None = None
     min_p: Annotated[float, _in_range("min_p")] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
