@@ -11,9 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from engine.counting.hardware import Ceilings, clock
-
-RATES = ("bf16_gflops", "f32_gflops", "int8_gflops", "read_gbs", "update_gbs")  # of Ceilings
+from engine.counting.hardware import clock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +98,6 @@ def ratio(a: Timing, b: Timing) -> Ratio:
             "or for more rounds"
         )
     return Ratio(result, spread)
-
-
-def best_ceilings(first: Ceilings, second: Ceilings) -> Ceilings:
-    """Returns the higher of each rate: on a shared machine they move, and the best counts."""
-    return dataclasses.replace(first, **{rate: max(getattr(first, rate), getattr(second, rate)) for rate in RATES})
 
 
 def noise(timings: Mapping[str, Timing]) -> str:

@@ -36,9 +36,9 @@ def measure_training(flags: TrainingFlags) -> dict[str, Any]:
         keep_freed_memory()
     # JAX is imported from here on: --help needs none, and the allocator is set before it starts.
     from bench.models import make_step, make_work
-    from bench.timing import best_ceilings, measure, noise
+    from bench.timing import measure, noise
     from engine.counting.flops import step_flops
-    from engine.counting.hardware import measure_ceilings
+    from engine.counting.hardware import best_ceilings, measure_ceilings
     from engine.counting.params import count_params
     from engine.training.optimizer import OptimizerConfig, make_optimizer
 

@@ -18,8 +18,8 @@ from bench.table.inference_rows import decode_row, evaluation_row, prefill_row, 
 from bench.table.invariants import check_invariants, model_state
 from bench.table.row import Row
 from bench.table.training_rows import training_kinds, training_row
-from bench.timing import RATES, Timing, best_ceilings, measure, noise, ratio
-from engine.counting.hardware import Ceilings, clock, measure_ceilings
+from bench.timing import Timing, measure, noise, ratio
+from engine.counting.hardware import RATES, Ceilings, best_ceilings, clock, measure_ceilings
 from engine.counting.params import count_params
 from engine.inference.decode import for_inference
 from engine.model.config import ModelConfig, preset

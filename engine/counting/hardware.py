@@ -60,7 +60,7 @@ class Ceilings:
     update_gbs: float
 
 
-_RATES = ("bf16_gflops", "f32_gflops", "int8_gflops", "read_gbs", "update_gbs")
+RATES = ("bf16_gflops", "f32_gflops", "int8_gflops", "read_gbs", "update_gbs")
 
 
 def _identity() -> dict[str, Any]:
@@ -104,7 +104,7 @@ def measure_ceilings(report: Callable[[int, int], None] | None = None) -> Ceilin
             best[name] = min(best[name], (clock() - begin) / calls)
         if report:
             report(done + 1, _ENOUGH_ROUNDS)
-    rates = {name: work[name] / best[name] / 1e9 if name in best else 0.0 for name in _RATES}
+    rates = {name: work[name] / best[name] / 1e9 if name in best else 0.0 for name in RATES}
     return Ceilings(device_name(), device.platform, cores(), jax.__version__, **rates)
 
 
@@ -148,6 +148,11 @@ def _streams(numbers: int) -> dict[str, Callable[[int], None]]:
     return {"read_gbs": read, "update_gbs": update}
 
 
+def best_ceilings(first: Ceilings, second: Ceilings) -> Ceilings:
+    """Returns the higher of each rate: on a shared machine they move, and the best counts."""
+    return dataclasses.replace(first, **{rate: max(getattr(first, rate), getattr(second, rate)) for rate in RATES})
+
+
 def ceilings(refresh: bool = False, report: Callable[[int, int], None] | None = None) -> Ceilings:
     """The ceilings of this machine: from the user's cache when they were measured before, else measured and kept.
 
@@ -161,8 +166,7 @@ def ceilings(refresh: bool = False, report: Callable[[int, int], None] | None = 
         return kept
     measured = measure_ceilings(report)
     if kept:
-        best = {rate: max(getattr(kept, rate), getattr(measured, rate)) for rate in _RATES}
-        measured = dataclasses.replace(measured, **best)
+        measured = best_ceilings(measured, kept)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs a few seconds next time, no more
         write_json(cache_folder("hardware") / name, {"identity": identity, "ceilings": dataclasses.asdict(measured)})
     return measured
@@ -171,7 +175,7 @@ def ceilings(refresh: bool = False, report: Callable[[int, int], None] | None = 
 def _kept(name: str, identity: dict[str, Any]) -> Ceilings | None:
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         kept = json.loads((cache_folder("hardware") / name).read_text())
-        rates = [kept["ceilings"][rate] for rate in _RATES]
+        rates = [kept["ceilings"][rate] for rate in RATES]
         if kept["identity"] == identity and all(math.isfinite(rate) and rate >= 0 for rate in rates):
             return Ceilings(**kept["ceilings"])
     return None
