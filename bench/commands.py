@@ -50,13 +50,12 @@ Figures = tuple[list[Figure], dict[str, Any]]  # and what else the document tell
 
 def measure_commands(flags: CommandsFlags) -> dict[str, Any]:
     """Runs the commands, prints the table and returns the document. Raises UserError for a command that fails."""
+    measure, subject, usual_time = {
+        "training": (training, flags.data, "3m"), "finetuning": (finetuning, flags.model, "30s"),
+        "reinforcing": (reinforcing, flags.model, "2m"),
+    }[flags.of]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        if flags.of == "training":
-            figures, document = training(Path(folder), flags.data, flags.max_time or "3m")
-        elif flags.of == "finetuning":
-            figures, document = finetuning(Path(folder), flags.model, flags.max_time or "30s")
-        else:
-            figures, document = reinforcing(Path(folder), flags.model, flags.max_time or "2m")
+        figures, document = measure(Path(folder), subject, flags.max_time or usual_time)
     document["figures"] = []
     for figure in figures:
         met = figure.value >= figure.bar if figure.least else figure.value <= figure.bar
@@ -67,12 +66,10 @@ def measure_commands(flags: CommandsFlags) -> dict[str, Any]:
 
 
 def training(folder: Path, data: str, max_time: str) -> Figures:
-    """Measures the default run, and the commands that need no other."""
     train = ["stages.train", "--data", data, "--max-time"]
     _run([*train, "1s", "--out-dir", str(folder / "warm")])
     result = _result([*train, max_time], folder / "run")
-    _first_output(str(folder / "run"), "ROMEO:")
-    first, messages = _first_output(str(folder / "run"), "ROMEO:")
+    first, messages = [_first_output(str(folder / "run"), "ROMEO:") for _ in range(2)][1]
     recompiles = re.search(r"(\d+) recompiles", messages)
     return [
         Figure("validation, whole text", result["val_bits_per_byte"], "bits/byte", 2.12),
@@ -86,8 +83,7 @@ def training(folder: Path, data: str, max_time: str) -> Figures:
 
 def finetuning(folder: Path, model: str, max_time: str) -> Figures:
     """Measures a pre-trained model from its file to a first token, and adapted to the house voice over two kinds of base."""
-    _first_output(model, "The sea is")
-    first, _ = _first_output(model, "The sea is")
+    first, _ = [_first_output(model, "The sea is") for _ in range(2)][1]
     adapt = ["stages.finetune", "--model", model, "--general", "none", "--max-time", max_time]
     lora, int8 = (_result([*adapt, "--base", base], folder / base) for base in ("float", "int8"))
     better = [result["before"]["held_out"] - result["after"]["held_out"] for result in (lora, int8)]
