@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -41,14 +42,12 @@ class Example(NamedTuple):
 class Chat:
     """Turns conversations into the tokens that a model reads and should write, by a tokenizer and a chat template.
 
-    `source` is the template, by default the tokenizer's own (`chat_template` in its config), else CHATML or PLAIN by what
-    control tokens there are; `template_name` says which. `end` is the control token that closes the assistant's
-    turns, None when the template closes them with none. `now` is what the template is told of the time.
+    `source` is the template (see `choose_template`), `template_name` says which it is, and `now` is the time it is told.
+    `end` is the control token that closes the assistant's turns, None when the template closes them with none.
 
-    How text becomes tokens: a template's control tokens become their ids, and everything between two of them is encoded
-    as plain text. Where an assistant's turn begins and ends, text is also cut, so that the tokens before an answer are
-    the same whether the answer is to be learnt or yet to be made. A control token that is written in a message is text
-    like any other: it is encoded as its letters.
+    A template's control tokens become their ids, and everything between two of them is encoded as plain text. Text is
+    also cut where an assistant's turn begins and ends, so that the tokens before an answer are the same whether it is to
+    be learnt or yet to be made. A control token written in a message is text like any other: it is encoded as its letters.
 
     Raises UserError when the template cannot be compiled or run.
     """
@@ -60,7 +59,6 @@ class Chat:
         self._controls = _pattern(tokenizer)
         self._beginnings = {name[:size] for name in self._ids for size in range(1, len(name))}
         self._endings = {name[-size:] for name in self._ids for size in range(1, len(name))}
-        self._longest = max(map(len, self._ids), default=0)
         self.template = Template(self.source, _special_names(tokenizer), now)
         probe = self.examples([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[0]
         answer = probe.tokens[probe.mask]
@@ -76,11 +74,10 @@ class Chat:
     def prompt(self, messages: Sequence[Message]) -> np.ndarray:
         """Returns messages as tokens (T,) int32: the conversation so far and the beginning of the assistant's turn.
 
-        Raises UserError for messages that are not checked (`check_messages`), and as `Template.render`.
+        Raises UserError as `check_messages` and `Template.render`.
         """
         check_messages(messages)
-        text, turns, marks = self._render(messages, prompt=True)
-        return np.concatenate(self._pieces(text, turns, marks))
+        return np.concatenate(self._pieces(*self._render(messages, prompt=True)))
 
     def examples(self, messages: Sequence[Message], where: str = "") -> list[Example]:
         """Returns the training examples in messages: the assistant's turns, each with the token that ends it.
@@ -91,67 +88,56 @@ class Chat:
         before it, UserError when the template begins the assistant's turn otherwise than it writes it, and as `prompt`.
         """
         check_messages(messages)
-        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        answers = _answers(messages)
         if not answers or answers[0] == 0:
             raise Refusal("there is no turn of the assistant" if not answers else "it begins with the assistant's turn")
-        text, turns, marks = self._render(messages[: answers[-1] + 1], prompt=False)
+        text, turns, marks = self._render(messages[: answers[-1] + 1])
         if len(turns) == len(answers):
-            return [self._example(text, turns, marks, range(len(turns)), where)]
-        renderings = [self._render(messages[: last + 1], prompt=False) for last in answers]
-        return [self._example(text, turns, marks, [len(turns) - 1], where) for text, turns, marks in renderings]
+            return [self._example(text, turns, marks, 0, where)]
+        return [self._example(*self._render(messages[: last + 1]), -1, where) for last in answers]
 
     def answer(self, messages: Sequence[Message], where: str = "") -> Example:
         """Returns messages that end with the assistant's turn as an example in which it alone counts. Raises as `examples`."""
         check_messages(messages)
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise Refusal("it does not end with an answer of the assistant to something")
-        text, turns, marks = self._render(messages, prompt=False)
-        return self._example(text, turns, marks, [len(turns) - 1], where)
+        return self._example(*self._render(messages), -1, where)
 
     def marked_pieces(self, example: Example) -> Iterator[tuple[str, bool]]:
         """Yields the example for a person to read: pieces of text, control tokens by their names, and whether each counts."""
-        start = 0
-        for end in range(1, len(example.tokens) + 1):
-            if end < len(example.tokens) and example.mask[end] == example.mask[start]:
-                continue
-            parts: list[str] = []
-            plain: list[int] = []
-            for token in example.tokens[start:end].tolist():
-                if token in self.tokenizer.controls:
-                    parts += [self.tokenizer.decode(plain), self.tokenizer.controls[token].content]
-                    plain = []
-                else:
-                    plain.append(token)
-            yield "".join([*parts, self.tokenizer.decode(plain)]), bool(example.mask[start])
-            start = end
+        controls, decode = self.tokenizer.controls, self.tokenizer.decode
+        for counts, piece in itertools.groupby(zip(example.tokens.tolist(), example.mask.tolist()), itemgetter(1)):
+            text = ""
+            for named, run in itertools.groupby((token for token, _ in piece), controls.__contains__):
+                tokens = [*run]
+                text += "".join(controls[token].content for token in tokens) if named else decode(tokens)
+            yield text, counts
 
-    def _render(self, messages: Sequence[Message], prompt: bool) -> tuple[str, list[tuple[int, int]], dict[str, str]]:
+    def _render(self, messages: Sequence[Message], prompt: bool = False) -> tuple[str, list[tuple[int, int]], dict[str, str]]:
         """Returns the text, the (start, stop) of the assistant's turns in it, and which characters stand for others."""
         messages, marks = self._mask_controls(messages)
-        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        jobs = [job for index in answers for job in ((messages[:index], True), (messages[: index + 1], False))]
+        jobs = [job for index in _answers(messages) for job in ((messages[:index], True), (messages[: index + 1], False))]
         texts = self.template.render_all([*jobs, (messages, True)] if prompt else jobs)
-        text = texts[-1]
+        text, end = texts[-1], 0
         turns: list[tuple[int, int]] = []
-        for before, after in zip(texts[: len(jobs) : 2], texts[1 : len(jobs) : 2]):
-            if text.startswith(after) and after.startswith(before) and len(before) >= (turns[-1][1] if turns else 0):
-                turns.append((len(before), len(after)))
-        if not prompt and (not turns or turns[-1][1] < len(text)):
+        for before, after in itertools.batched(texts[: len(jobs)], 2):
+            if text.startswith(after) and after.startswith(before) and len(before) >= end:
+                end = len(after)
+                turns.append((len(before), end))
+        if not prompt and (not turns or end < len(text)):
             raise UserError(
                 "The chat template begins the assistant's turn otherwise than it writes one that is complete, so what is "
                 "learnt would not be what is asked for later: give another with --template."
             )
         return text, turns, marks
 
-    def _example(
-        self, text: str, turns: list[tuple[int, int]], marks: dict[str, str], counted: Sequence[int], where: str
-    ) -> Example:
+    def _example(self, text: str, turns: list[tuple[int, int]], marks: dict[str, str], first: int, where: str) -> Example:
+        """Returns the example in which the turns from number `first` on count."""
         pieces = self._pieces(text, turns, marks)
-        mask = [np.zeros(len(piece), bool) for piece in pieces]
-        for index in counted:
-            turn = pieces[2 * index + 1]
-            mask[2 * index + 1][: self._answer_length(turn)] = True
-        return Example(np.concatenate(pieces), np.concatenate(mask), where)
+        masks = [np.zeros(len(piece), bool) for piece in pieces]
+        for turn, mask in [*zip(pieces, masks)][1::2][first:]:
+            mask[: self._answer_length(turn)] = True
+        return Example(np.concatenate(pieces), np.concatenate(masks), where)
 
     def _answer_length(self, tokens: np.ndarray) -> int:
         """Returns how many of a turn's tokens the model is to say: up to the control token that ends it.
@@ -159,39 +145,34 @@ class Chat:
         A template may write a line end after that, or a second control token that ends the whole text.
         """
         length = len(tokens)
-        for at in range(len(tokens) - 1, -1, -1):
-            if int(tokens[at]) in self.tokenizer.controls:
+        for at, token in reversed([*enumerate(tokens.tolist())]):
+            if token in self.tokenizer.controls:
                 length = at + 1
-            elif self.tokenizer.decode(tokens[at : at + 1]).strip():
+            elif self.tokenizer.decode([token]).strip():
                 break
         return length
 
     def _pieces(self, text: str, turns: list[tuple[int, int]], marks: dict[str, str]) -> list[np.ndarray]:
-        """Returns the tokens before, in, and after each turn of the assistant: 2 len(turns) + 1 pieces."""
-        edges = [0, *(edge for turn in turns for edge in turn), len(text)]
+        """Returns the tokens before, in, and after each turn of the assistant: 2 len(turns) + 1 pieces.
+
+        Control tokens become ids, the rest is encoded as plain text, with the marked characters as they were.
+        """
+        original = str.maketrans(marks)
         pieces: list[np.ndarray] = []
-        plain = False  # whether what came before ended within plain text
-        for start, stop in itertools.pairwise(edges):
-            pieces.append(self._encode(text[start:stop], marks, plain))
-            if len(pieces[-1]):
-                plain = int(pieces[-1][-1]) not in self.tokenizer.controls
+        continued = False  # whether what came before ended within plain text
+        for start, stop in itertools.pairwise([0, *itertools.chain(*turns), len(text)]):
+            parts = []
+            for number, part in enumerate(self._controls.split(text[start:stop])):
+                named = number % 2 == 1
+                plain = part.translate(original)
+                ids = np.array([self._ids[self._name(part)]], np.int32) if named else self.tokenizer.encode(plain, continued)
+                continued = not named if len(ids) else continued
+                parts.append(ids)
+            pieces.append(np.concatenate(parts))
         return pieces
 
-    def _encode(self, text: str, marks: dict[str, str], continued: bool) -> np.ndarray:
-        """Encodes a template's text: control tokens as ids, the rest as plain text, marked characters as they were."""
-        parts: list[np.ndarray] = []
-        original = str.maketrans(marks)
-        at = 0
-        for match in self._controls.finditer(text) if self._ids else ():
-            between = self.tokenizer.encode(text[at : match.start()].translate(original), continued)
-            parts += [between, np.array([self._id(match)], np.int32)]
-            at, continued = match.end(), False
-        parts.append(self.tokenizer.encode(text[at:].translate(original), continued))
-        return np.concatenate(parts)
-
-    def _id(self, match: re.Match[str]) -> int:
-        name = match[0]
-        return self._ids[name] if name in self._ids else self._ids[name.strip()]
+    def _name(self, match: str) -> str:
+        return match if match in self._ids else match.strip()
 
     def _mask_controls(self, messages: Sequence[Message]) -> tuple[list[dict[str, str]], dict[str, str]]:
         """Returns messages in which no control token can be read, and what the characters put into them stand for.
@@ -200,36 +181,39 @@ class Chat:
         private use. The template then handles the text as it would any other (trims it, looks into it), and afterwards
         the character is put back into what is by then known to be plain text.
         """
-        contents = [message["content"] for message in messages]
-        unused = (chr(code) for code in PRIVATE if not any(chr(code) in text for text in [*contents, self.source]))
-        stand_in: dict[str, str] = {}
+        used = {*self.source}.union(*(message["content"] for message in messages))
+        unused = (chr(code) for code in PRIVATE if chr(code) not in used)
+        stand_ins: dict[str, str] = {}
         marked = []
         for message in messages:
-            content = message["content"]
-            text = list(content)
-            for at in self._places(content):
-                if content[at] not in stand_in:
-                    stand_in[content[at]] = next(unused)
-                text[at] = stand_in[content[at]]
+            text = list(message["content"])
+            for at in {*self._places(message["content"])}:
+                if text[at] not in stand_ins:
+                    stand_ins[text[at]] = next(unused)
+                text[at] = stand_ins[text[at]]
             marked.append({**message, "content": "".join(text)})
-        return marked, {put: original for original, put in stand_in.items()}
+        return marked, {put: original for original, put in stand_ins.items()}
 
     def _places(self, text: str) -> Iterator[int]:
         """Yields where to break what is, or could with text before or after it become, a control token."""
         at = 0
-        while match := self._controls.search(text, at) if self._ids else None:
-            name = match[0] if match[0] in self._ids else match[0].strip()
-            at = match.start() + match[0].index(name)
+        while match := self._controls.search(text, at):
+            at = match.start() + match[0].index(self._name(match[0]))
             yield at
             at += 1  # another may begin inside it
         first, last = len(text) - len(text.lstrip()), len(text.rstrip())
-        for size in range(1, min(self._longest, last - first + 1)):
+        longest = max(map(len, self._ids), default=0)
+        for size in range(1, min(longest, last - first + 1)):
             if text[first : first + size] in self._endings:
                 yield first
             if text[last - size : last] in self._beginnings:
                 yield last - size
-        if 0 < last - first < self._longest and any(text[first:last] in name for name in self._ids):
+        if 0 < last - first < longest and any(text[first:last] in name for name in self._ids):
             yield first
+
+
+def _answers(messages: Sequence[Message]) -> list[int]:
+    return [index for index, message in enumerate(messages) if message["role"] == "assistant"]
 
 
 def check_messages(messages: Sequence[Message]) -> None:
@@ -250,12 +234,10 @@ def choose_template(tokenizer: Tokenizer, source: str | None = None) -> tuple[st
         return source, "the template given"
     own = tokenizer.config.get("chat_template")
     if isinstance(own, list):  # several by name, as Hugging Face's files may have them
-        named = {entry.get("name"): entry.get("template") for entry in own if isinstance(entry, dict)}
-        own = named.get("default")
+        own = {entry.get("name"): entry.get("template") for entry in own if isinstance(entry, dict)}.get("default")
     if isinstance(own, str) and own:
         return own, "the model's own template"
-    controls = {added.content for added in tokenizer.controls.values()}
-    if {"<|im_start|>", "<|im_end|>"} <= controls:
+    if {"<|im_start|>", "<|im_end|>"} <= {added.content for added in tokenizer.controls.values()}:
         return CHATML, "ChatML"
     return PLAIN, "a plain template (User:, Assistant:), as the model brings none"
 
@@ -272,10 +254,11 @@ def _special_names(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def _pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
-    """Returns what finds control tokens, the longest first, with the white space that some of them take in.
+    """Returns what finds control tokens, the longest first, with the white space that some of them take in, as one group.
 
     A run of white space is looked at from its beginning alone: from every place in it, a long one would take for ever.
     """
     names = sorted(tokenizer.controls.values(), key=lambda added: -len(added.content))
     before = r"(?:(?<!\s)\s++)?"
-    return re.compile("|".join(before * added.lstrip + re.escape(added.content) + r"\s*" * added.rstrip for added in names))
+    any_name = "|".join(before * added.lstrip + re.escape(added.content) + r"\s*" * added.rstrip for added in names)
+    return re.compile(f"({any_name or '(?!)'})")  # (?!) is found nowhere

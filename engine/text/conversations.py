@@ -1,7 +1,7 @@
 """Fine-tuning data from files: conversations in any of the usual forms, plain text, and pairs of answers to prefer between."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,8 +102,7 @@ def _read(path: Path) -> Iterator[Conversation | Text | Preference]:
         for name in KINDS[this]:
             if row.get(name) is None:
                 raise UserError(f"{where}: `{name}` is missing; {this} rows need {_quote_names(KINDS[this])}.")
-        if not kind:
-            kind, begun = this, where
+        kind, begun = this, begun or where
         yield _parse_row(this, row, where)
 
 
@@ -121,20 +120,18 @@ def _parse_row(kind: str, row: dict[str, Any], where: str) -> Conversation | Tex
         return Text(_text(row["text"], "text", where), where)
     if kind == "preference":
         return _parse_preference(row, where)
-    if kind == "messages":
-        return Conversation(_messages(row["messages"], "messages", where, "role", "content"), where)
-    if kind == "ShareGPT":
-        key, value = ("from", "value") if _has(row["conversations"], "from") else ("role", "content")
-        return Conversation(_messages(row["conversations"], "conversations", where, key, value), where)
+    if kind in ("messages", "ShareGPT"):
+        name = KINDS[kind][0]
+        return Conversation(_messages(row[name], name, where, share_gpt=kind == "ShareGPT"), where)
     if kind == "Alpaca":
-        instruction = _text(row["instruction"], "instruction", where)
-        more = _text(row.get("input") or "", "input", where)
-        prompt = _prompt(f"{instruction}\n\n{more}" if more.strip() else instruction, "instruction", where)
-        if row.get("system"):
-            prompt = (_message("system", _text(row["system"], "system", where)), *prompt)
-        return Conversation((*prompt, _message("assistant", _text(row["output"], "output", where))), where)
-    prompt = _prompt(row["prompt"], "prompt", where)
-    return Conversation((*prompt, _message("assistant", _answer(row["completion"], "completion", where)[1])), where)
+        instruction, more = _text(row["instruction"], "instruction", where), _text(row.get("input") or "", "input", where)
+        system = [{"role": "system", "content": _text(row["system"], "system", where)}] if row.get("system") else []
+        user = {"role": "user", "content": f"{instruction}\n\n{more}" if more.strip() else instruction}
+        prompt: tuple[Message, ...] = (*system, user)
+        answer = _text(row["output"], "output", where)
+    else:
+        prompt, answer = _prompt(row["prompt"], "prompt", where), _answer(row["completion"], "completion", where)[1]
+    return Conversation((*prompt, {"role": "assistant", "content": answer}), where)
 
 
 def _parse_preference(row: dict[str, Any], where: str) -> Preference:
@@ -144,9 +141,11 @@ def _parse_preference(row: dict[str, Any], where: str) -> Preference:
     if before != other:
         raise UserError(f"{where}: `chosen` and `rejected` answer different prompts.")
     name = "messages" if row.get("prompt") is None else "prompt"
-    if not before or row.get(name) is not None:
-        prompt = _prompt(row.get(name), name, where)
+    if row.get(name) is not None:
+        prompt = _prompt(row[name], name, where)
         before = prompt if before in ((), prompt[-len(before) :]) else before
+    elif not before:
+        raise UserError(f"{where}: `prompt` is missing, the text or messages that both answers are for.")
     return Preference(before, chosen, rejected, where)
 
 
@@ -154,24 +153,22 @@ def _answer(value: Any, name: str, where: str) -> tuple[tuple[Message, ...], str
     """Returns (the messages before, the text) of an answer given as text, as a message, or as messages that end with it."""
     if isinstance(value, str):
         return (), _text(value, name, where)
-    messages = _messages([value] if isinstance(value, dict) else value, name, where, "role", "content")
+    messages = _messages([value] if isinstance(value, dict) else value, name, where)
     if not messages or messages[-1]["role"] != "assistant":
         raise UserError(f"{where}: `{name}` does not end with the assistant's answer.")
     return messages[:-1], messages[-1]["content"]
 
 
 def _prompt(value: Any, name: str, where: str) -> tuple[Message, ...]:
-    if value is None:
-        raise UserError(f"{where}: `prompt` is missing, the text or messages that both answers are for.")
-    if isinstance(value, str):
-        return (_message("user", _text(value, name, where)),)
-    return _messages(value, name, where, "role", "content")
+    return _messages([{"role": "user", "content": value}] if isinstance(value, str) else value, name, where)
 
 
-def _messages(value: Any, name: str, where: str, role: str, content: str) -> tuple[Message, ...]:
+def _messages(value: Any, name: str, where: str, share_gpt: bool = False) -> tuple[Message, ...]:
     if not isinstance(value, list):
         raise UserError(f"{where}: `{name}` should be a list of messages, not {json_type(value)}.")
-    parsed = []
+    share_gpt = share_gpt and any(isinstance(message, dict) and "from" in message for message in value)
+    role, content = ("from", "value") if share_gpt else ("role", "content")
+    messages = []
     for number, message in enumerate(value, 1):
         at = f"{where}: message {number} of `{name}`"
         if not isinstance(message, dict):
@@ -181,18 +178,14 @@ def _messages(value: Any, name: str, where: str, role: str, content: str) -> tup
                 raise UserError(f"{at} has no `{key}`.")
         speaker = message[role] if message[role] in ROLES else SPEAKERS.get(str(message[role]).lower())
         if speaker is None:
-            known = [*SPEAKERS] if role == "from" else [*ROLES]
+            known = [*SPEAKERS] if share_gpt else [*ROLES]
             hint = nearest(str(message[role]), known)
             raise UserError(f"{at} has the {role} {message[role]!r}; wanted one of {', '.join(known)}.{hint}")
         text = message[content]
         if isinstance(text, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in text):
             text = "".join(part["text"] for part in text)
-        parsed.append(_message(speaker, _text(text, content, at)))
-    return tuple(parsed)
-
-
-def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
+        messages.append({"role": speaker, "content": _text(text, content, at)})
+    return tuple(messages)
 
 
 def _text(value: Any, name: str, where: str) -> str:
@@ -205,9 +198,5 @@ def _text(value: Any, name: str, where: str) -> str:
     return value
 
 
-def _has(messages: Any, key: str) -> bool:
-    return isinstance(messages, list) and any(isinstance(message, dict) and key in message for message in messages)
-
-
-def _quote_names(names: Any) -> str:
+def _quote_names(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)

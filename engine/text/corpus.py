@@ -59,12 +59,9 @@ def hold_out(corpus: Corpus, fraction: float = 0.05) -> tuple[Corpus, Corpus]:
     if not 0 < fraction < 1:
         raise UserError(f"The part held out must be more than 0 and less than 1, not {fraction}.")
     many = math.ceil(1 / fraction)
-    first: list[str] = []
-    count = 0
-    for document in corpus:
-        count += 1
-        if count <= many:
-            first.append(document)
+    documents = iter(corpus)
+    first = [*itertools.islice(documents, many)]
+    count = len(first) + sum(1 for _ in documents)
     if count >= many:
         cut = max(1, count - round(count * fraction))
         return (

@@ -9,13 +9,9 @@ import numpy as np
 from engine.errors import UserError
 from engine.text.chat import Chat, Example
 from engine.text.conversations import Conversation, Preference, Text
-from engine.text.template import Message, Refusal
+from engine.text.template import Refusal
 
-CUT = "longer than {seq} tokens, so its end is cut off"
-NO_ROOM = "nothing that is to be learnt lies in its first {seq} tokens"
-TOO_LONG = "longer than {seq} tokens"
 SILENT = "the assistant says nothing in one of its turns"
-SAME = "both answers are the same"
 
 Row = Conversation | Text | Preference
 Report = Callable[[int, int], None] | None
@@ -34,16 +30,13 @@ class DatasetSummary:
 
     rows: int = 0
     used: int = 0  # of the rows; those whose end was cut off are among them
-    examples: int = 0
     truncated: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     dropped: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
     def describe(self) -> list[str]:
         """Returns lines for people: how many were kept, cut and left out, and for each reason where it first was one."""
-        counts = (
-            f"{self.used:,} of {self.rows:,} kept, {len(self.truncated):,} of them truncated; {len(self.dropped):,} dropped"
-        )
-        lines = [counts]
+        kept = f"{self.used:,} of {self.rows:,} kept, {len(self.truncated):,} of them truncated"
+        lines = [f"{kept}; {len(self.dropped):,} dropped"]
         for verb, rows in (("truncated", self.truncated), ("dropped", self.dropped)):
             reasons: dict[str, list[str]] = {}
             for where, reason in rows:
@@ -64,11 +57,22 @@ def make_examples(
     """
 
     def build(row: Row) -> tuple[list[Example], bool]:
-        examples = _examples(row, chat, seq, start)
-        fitted = [part for example in examples if (part := _fit(example, seq)) is not None]
+        if isinstance(row, Preference):
+            raise UserError("it holds two answers to choose between; that is data for preferences, not for examples.")
+        if isinstance(row, Text):
+            text = chat.tokenizer.encode(row.text)
+            tokens = np.concatenate((start, text, [chat.tokenizer.end]), dtype=np.int32, casting="unsafe")
+            pieces = (tokens[at : at + seq + 1] for at in range(0, max(1, len(tokens) - 1), seq))
+            examples = [Example(piece, np.ones(len(piece), bool), row.where) for piece in pieces]
+        elif any(message["role"] == "assistant" and not message["content"].strip() for message in row.messages):
+            raise Refusal(SILENT)
+        else:
+            examples = chat.examples(row.messages, row.where)
+        fitted = [Example(tokens[: seq + 1], mask[: seq + 1], where) for tokens, mask, where in examples]
+        fitted = [example for example in fitted if example.mask[1:].any()]  # a target with a token before it
         if not fitted:
-            raise Refusal(NO_ROOM.format(seq=seq))
-        return fitted, sum(len(part.tokens) for part in fitted) < sum(len(example.tokens) for example in examples)
+            raise Refusal(f"nothing that is to be learnt lies in its first {seq} tokens")
+        return fitted, sum(len(example.tokens) for example in fitted) < sum(len(example.tokens) for example in examples)
 
     return _build_all(rows, build, seq, report)
 
@@ -82,11 +86,14 @@ def make_pairs(rows: Iterable[Row], chat: Chat, seq: int, report: Report = None)
     def build(row: Row) -> tuple[list[Pair], bool]:
         if not isinstance(row, Preference):
             raise UserError("it holds no pair of answers; preferences need `prompt`, `chosen` and `rejected`.")
+        answers = row.chosen, row.rejected
         if row.chosen == row.rejected:
-            raise Refusal(SAME)
-        pair = Pair(*(_answer_example(row.prompt, text, chat, row.where) for text in (row.chosen, row.rejected)))
-        if max(len(pair.chosen.tokens), len(pair.rejected.tokens)) > seq + 1:
-            raise Refusal(TOO_LONG.format(seq=seq))
+            raise Refusal("both answers are the same")
+        if not all(answer.strip() for answer in answers):
+            raise Refusal(SILENT)
+        pair = Pair(*(chat.answer([*row.prompt, {"role": "assistant", "content": answer}], row.where) for answer in answers))
+        if any(len(example.tokens) > seq + 1 for example in pair):
+            raise Refusal(f"longer than {seq} tokens")
         return [pair], False
 
     return _build_all(rows, build, seq, report)
@@ -109,40 +116,13 @@ def _build_all[T](
             raise UserError(f"{row.where}: {error}") from None
         summary.used += 1
         if cut:
-            summary.truncated.append((row.where, CUT.format(seq=seq)))
+            summary.truncated.append((row.where, f"longer than {seq} tokens, so its end is cut off"))
         results += parts
         if report:
             report(summary.rows, len(rows))
-    summary.examples = len(results)
     if not results:
         if not summary.dropped:
             raise UserError("There is nothing in it to learn from.")
         where, reason = summary.dropped[0]
         raise UserError(f"None of {summary.rows:,} rows can be learnt from; the first, {where}: {reason.rstrip('.')}.")
     return results, summary
-
-
-def _examples(row: Row, chat: Chat, seq: int, start: Sequence[int]) -> list[Example]:
-    if isinstance(row, Preference):
-        raise UserError("it holds two answers to choose between; that is data for preferences, not for examples.")
-    if isinstance(row, Text):
-        tokens = np.concatenate([np.array(start, np.int32), chat.tokenizer.encode(row.text), [chat.tokenizer.end]]).astype(
-            np.int32
-        )
-        pieces = (tokens[at : at + seq + 1] for at in range(0, max(1, len(tokens) - 1), seq))
-        return [Example(piece, np.ones(len(piece), bool), row.where) for piece in pieces]
-    if any(message["role"] == "assistant" and not message["content"].strip() for message in row.messages):
-        raise Refusal(SILENT)
-    return chat.examples(row.messages, row.where)
-
-
-def _answer_example(prompt: Sequence[Message], answer: str, chat: Chat, where: str) -> Example:
-    if not answer.strip():
-        raise Refusal(SILENT)
-    return chat.answer([*prompt, {"role": "assistant", "content": answer}], where)
-
-
-def _fit(example: Example, seq: int) -> Example | None:
-    """Returns at most seq + 1 tokens of it; None when none of them is both a target and preceded by another."""
-    tokens, mask = example.tokens[: seq + 1], example.mask[: seq + 1]
-    return Example(tokens, mask, example.where) if mask[1:].any() else None

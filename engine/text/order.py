@@ -1,8 +1,8 @@
 """The order of training data: a shuffle of each epoch that any step can look up, as a function of (seed, epoch) alone.
 
 The permutation is a block cipher over the indices (Simon: Beaulieu et al. 2013, eprint 2013/404; four rounds), applied again
-where it leaves the range (cycle walking: Black and Rogaway 2002). Nothing is stored, so the number of items does not matter,
-and the order is that of grain's `MapDataset.range(count).seed(seed).shuffle()`, by which earlier runs were trained.
+where it leaves the range (cycle walking: Black and Rogaway 2002). Nothing is stored, so the number of items does not matter.
+The order is that of grain's `MapDataset.range(count).seed(seed).shuffle()`, by which earlier runs were trained.
 """
 
 import functools
@@ -41,8 +41,8 @@ class EpochOrder:
 
     def at(self, step: int) -> np.ndarray:
         """Returns the items that the rows of `step` >= 0 take: (batch,) int64."""
-        place = (step * self.batch + np.arange(self.batch)) % self.count
         epochs = self.epochs_at(step)
+        place = step * self.batch + np.arange(self.batch) - epochs * self.count
         parts = [permute(place[epochs == epoch], self.count, (self._seed + int(epoch)) & WORD) for epoch in np.unique(epochs)]
         return np.concatenate(parts)
 

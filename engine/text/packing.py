@@ -17,10 +17,9 @@ from engine.text.order import EpochOrder
 class PackedBatches:
     """Training batches out of examples, by random access: `at(step)` needs no earlier step.
 
-    Examples are laid into rows once, the longest first and each where it leaves least room; every epoch sees every row
-    once, in a fresh order that follows from the seed. In a row each example is a segment with positions from 0, so
-    that it gets the loss it has alone. With `pack` False each example has a row for itself. Batches run on across the
-    ends of epochs.
+    Examples are laid into rows once (`rows_of`); every epoch sees every row once, in a fresh order that follows from the
+    seed, and batches run on across the ends of epochs. In a row each example is a segment with positions from 0, so that
+    it gets the loss it has alone. With `pack` False each example has a row for itself.
 
     Raises UserError for no examples, one of more than seq + 1 tokens, no rows, or a seed that is not one of 32 bits.
     """
@@ -53,29 +52,6 @@ class PairBatch(NamedTuple):
     pair: np.ndarray  # (B,) int32
 
 
-@dataclasses.dataclass
-class PairBatches:
-    """Batches of pairs, by random access and in an order that follows from the seed, as `PackedBatches`; one pair a row."""
-
-    pairs: Sequence[Pair]
-    seq: int
-    batch: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        for pair in self.pairs:
-            rows_of(pair, self.seq, pack=False)  # checks lengths
-        self._order = EpochOrder(len(self.pairs), self.batch, self.seed)
-
-    def epoch(self, step: int) -> float:
-        """Returns the epochs completed before `step`: 0.0 at step 0."""
-        return self._order.epoch(step)
-
-    def at(self, step: int) -> PairBatch:
-        """Returns the batch of `step` >= 0."""
-        return _pair_batch(self.pairs, self._order.at(step).tolist(), self.seq)
-
-
 def evaluation_batches(examples: Sequence[Example], seq: int, batch: int, pack: bool = True) -> Iterator[Batch]:
     """Yields batches (batch, seq) in which each example is seen exactly once; rows that only fill up have mask False."""
     rows = rows_of(examples, seq, pack)
@@ -87,8 +63,17 @@ def evaluation_batches(examples: Sequence[Example], seq: int, batch: int, pack: 
 def evaluation_pairs(pairs: Sequence[Pair], seq: int, batch: int) -> Iterator[PairBatch]:
     """Yields batches in which each pair is seen once, in order; rows that only fill up have `pair` -1 and mask False."""
     for first in range(0, len(pairs), batch):
-        index = [*range(first, min(first + batch, len(pairs)))]
-        yield _pair_batch(pairs, index + [-1] * (batch - len(index)), seq)
+        index = np.arange(first, first + batch)
+        yield pair_batch(pairs, np.where(index < len(pairs), index, -1), seq)
+
+
+def pair_batch(pairs: Sequence[Pair], index: np.ndarray, seq: int) -> PairBatch:
+    """Returns the batch of the pairs `index` (B,), -1 for none. Raises UserError for an answer of more than seq + 1 tokens."""
+    sides = [[[pairs[at][side]] if at >= 0 else [] for at in index] for side in (0, 1)]
+    for rows in sides:
+        rows_of([example for row in rows for example in row], seq, pack=False)  # checks lengths
+    chosen, rejected = (_batch(rows, seq, pack=False) for rows in sides)
+    return PairBatch(chosen, rejected, index.astype(np.int32))
 
 
 def rows_of(examples: Sequence[Example], seq: int, pack: bool) -> list[list[int]]:
@@ -125,22 +110,14 @@ def rows_of(examples: Sequence[Example], seq: int, pack: bool) -> list[list[int]
 
 def _batch(rows: Sequence[Sequence[Example]], seq: int, pack: bool) -> Batch:
     """Lays rows of examples side by side. Places after the last one are segment 0, which counts nowhere."""
-    shape = len(rows), seq
-    tokens, targets, positions, segments = (np.zeros(shape, np.int32) for _ in range(4))
-    mask = np.zeros(shape, bool)
+    tokens, targets, positions, segments = np.zeros((4, len(rows), seq), np.int32)
+    mask = np.zeros((len(rows), seq), bool)
     for row, examples in enumerate(rows):
         at = 0
         for number, example in enumerate(examples, 1):
             size = len(example.tokens) - 1
             place = row, slice(at, at + size)
-            tokens[place], targets[place] = example.tokens[:-1], example.tokens[1:]
-            mask[place] = example.mask[1:]
+            tokens[place], targets[place], mask[place] = example.tokens[:-1], example.tokens[1:], example.mask[1:]
             positions[place], segments[place] = np.arange(size), number
             at += size
     return Batch(tokens, targets, mask, positions, segments if pack else None)
-
-
-def _pair_batch(pairs: Sequence[Pair], index: Sequence[int], seq: int) -> PairBatch:
-    sides = [[[pairs[at][side]] if at >= 0 else [] for at in index] for side in (0, 1)]
-    chosen, rejected = (_batch(rows, seq, pack=False) for rows in sides)
-    return PairBatch(chosen, rejected, np.array(index, np.int32))

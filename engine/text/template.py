@@ -1,6 +1,7 @@
 """Chat templates: messages in, text out, by a program that came with the model and is not trusted."""
 
 import contextlib
+import itertools
 import json
 import os
 import select
@@ -28,10 +29,8 @@ Message = Mapping[str, str]  # role: system, user, assistant or tool; content: t
 
 def read_template(path: Path | None) -> str | None:
     """Returns the chat template in a file; None for no file. Raises UserError when it cannot be read."""
-    if path is None:
-        return None
     try:
-        return path.read_text(encoding="utf-8")
+        return None if path is None else path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"The template {path} cannot be read: {reason}.") from error
@@ -51,7 +50,6 @@ class Template:
     """
 
     def __init__(self, source: str, variables: Mapping[str, Any] | None = None, now: str = FIXED_DAY) -> None:
-        self.source = source
         self._start = {"source": source, "variables": dict(variables or {}), "now": now}
         self._process: TemplateProcess | None = None
         self._lock = threading.Lock()
@@ -68,9 +66,17 @@ class Template:
         """Renders several conversations, as `render` each; quicker, as most of the time of one is the way there and back."""
         texts: list[str] = []
         with self._lock:
-            for first in range(0, len(jobs), TOGETHER):
-                part = jobs[first : first + TOGETHER]
-                texts += self._ask([([*map(dict, messages)], prompt) for messages, prompt in part])["texts"]
+            for part in itertools.batched(jobs, TOGETHER):
+                if self._process is None:
+                    self._process = TemplateProcess(self._start)
+                    weakref.finalize(self, self._process.end)
+                try:
+                    self._process.send([([*map(dict, messages)], prompt) for messages, prompt in part])
+                    reply = self._process.reply(ANSWER, LONGEST * TOGETHER)
+                except BaseException:
+                    self.close()  # whatever it still answers would be taken for the next answer
+                    raise
+                texts += _check_reply(reply)["texts"]
         return texts
 
     def close(self) -> None:
@@ -79,45 +85,27 @@ class Template:
             self._process.end()
             self._process = None
 
-    def _ask(self, request: Any) -> dict[str, Any]:
-        if self._process is None:
-            self._process = self._start_process()
-        try:
-            self._process.send(request)
-            reply = self._process.reply(ANSWER, LONGEST * TOGETHER)
-        except BaseException:
-            self.close()  # whatever it still answers would be taken for the next answer
-            raise
-        return _check_reply(reply)
-
-    def _start_process(self) -> "TemplateProcess":
-        process = TemplateProcess()
-        weakref.finalize(self, process.end)
-        try:
-            process.send(self._start | {"path": [entry for entry in sys.path if entry]})
-            process.reply(START, 1000)
-            _check_reply(process.reply(ANSWER, 10_000))
-        except BaseException:
-            process.end()
-            raise
-        return process
-
 
 class TemplateProcess:
-    """The process of a template, and the two pipes to it."""
+    """The process of a template, and the two pipes to it. Raises UserError when the template cannot be compiled."""
 
-    def __init__(self) -> None:
-        theirs_in, ours_out = os.pipe()
-        ours_in, theirs_out = os.pipe()
+    def __init__(self, start: Mapping[str, Any]) -> None:
         # -I -S: nothing of the user's environment or start-up files runs there. Its own session: Ctrl-C is not for it.
         self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", str(WORKER)], stdin=theirs_in, stdout=theirs_out,
+            [sys.executable, "-I", "-S", "-B", str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, start_new_session=True, env={},
         )  # fmt: skip
-        os.close(theirs_in)
-        os.close(theirs_out)
-        self.requests, self.replies = os.fdopen(ours_out, "wb"), os.fdopen(ours_in, "rb", buffering=0)
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.requests, self.replies = self.process.stdin, self.process.stdout.fileno()
         self.unread = bytearray()
+        try:
+            self.send({**start, "path": [entry for entry in sys.path if entry]})
+            self.reply(START, 1000)
+            _check_reply(self.reply(ANSWER, 10_000))
+        except BaseException:
+            self.end()
+            raise
 
     def send(self, request: Any) -> None:
         """Writes one line to the process. That it is gone shows when it does not reply."""
@@ -130,32 +118,22 @@ class TemplateProcess:
         poll = select.poll()
         poll.register(self.replies, select.POLLIN)
         while b"\n" not in self.unread:
-            part = os.read(self.replies.fileno(), 1 << 20) if poll.poll(1000 * seconds) else b""
+            part = os.read(self.replies, 1 << 20) if poll.poll(1000 * seconds) else b""
             self.unread += part
             if not part or len(self.unread) > longest:
                 raise UserError("The chat template ran for more than a second, or out of memory, and was stopped.")
-        line, _, rest = self.unread.partition(b"\n")
-        self.unread = bytearray(rest)
+        line, _, self.unread = self.unread.partition(b"\n")
         return json.loads(line)
 
     def end(self) -> None:
         """Ends the process, whatever it does at the moment."""
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.requests, self.replies):
-            with contextlib.suppress(OSError):
-                pipe.close()
+        with contextlib.suppress(OSError), self.process:  # which closes the pipes and waits
+            self.process.kill()
 
 
 def _check_reply(reply: dict[str, Any]) -> dict[str, Any]:
-    if "refused" in reply:
-        raise Refusal(f"The chat template refuses it: {_printable(reply['refused'])}")
-    if "failed" in reply:
-        raise UserError(f"The chat template {_printable(reply['failed'])}")
+    for kind, error, opening in (("refused", Refusal, "refuses it: "), ("failed", UserError, "")):
+        if kind in reply:  # without what would steer a terminal
+            words = "".join(letter if letter.isprintable() else " " for letter in reply[kind])
+            raise error(f"The chat template {opening}{words.rstrip('.')}.")
     return reply
-
-
-def _printable(message: str) -> str:
-    """Returns a template's words, without what would steer a terminal."""
-    text = "".join(letter if letter.isprintable() else " " for letter in message)
-    return text.rstrip(".") + "."

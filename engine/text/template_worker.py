@@ -2,12 +2,11 @@
 
 A template comes with a model and is somebody else's program. The sandbox keeps it away from Python's insides, but a
 single expression can still keep a library busy for hours or fill the memory, where no exception reaches it. A process
-of its own can be ended whatever it does. It is started by `template.py`, by path, and knows nothing else of the project:
-it reads a JSON document a line from descriptor 0 and answers each on descriptor 1.
+of its own can be ended whatever it does. `template.py` starts it by path; it knows nothing else of the project, reads
+a JSON document a line and answers each with one.
 """
 
 import datetime
-import functools
 import json
 import signal
 import sys
@@ -34,7 +33,7 @@ class TooLong(Exception):
 
 
 def limit() -> None:
-    """Has the kernel bound memory, files and core dumps; the time of each answer is bounded in `answer`."""
+    """Has the kernel bound memory, files and core dumps; `reply` bounds the time of each answer."""
     import resource
 
     for name, value in (("RLIMIT_AS", MEMORY), ("RLIMIT_FSIZE", 0), ("RLIMIT_CORE", 0)):
@@ -72,21 +71,17 @@ def compile_template(source: str, variables: dict[str, Any], now: str) -> Callab
     def refuse(message: object) -> None:
         raise Refused(str(message))
 
-    def as_json(value: Any, **options: Any) -> str:
-        return json.dumps(value, **{"ensure_ascii": False} | options)
-
-    moment = datetime.datetime.fromisoformat(now)
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
-    environment.filters["tojson"] = as_json
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False} | options)
     environment.globals.pop("lipsum")
-    environment.globals.update(raise_exception=refuse, strftime_now=moment.strftime)
+    environment.globals.update(raise_exception=refuse, strftime_now=datetime.datetime.fromisoformat(now).strftime)
     template = environment.from_string(source)
-    variables = {"tools": None, "documents": None, **variables}
 
     def render(messages: list, prompt: bool) -> str:
-        context = template.new_context({**variables, "messages": messages, "add_generation_prompt": prompt})
+        inputs = {"messages": messages, "add_generation_prompt": prompt}
+        context = template.new_context({"tools": None, "documents": None, **variables, **inputs})
         parts, size = [], 0
         for part in template.root_render_func(context):
             size += len(part.encode("utf-8", "surrogatepass"))
@@ -98,56 +93,48 @@ def compile_template(source: str, variables: dict[str, Any], now: str) -> Callab
     return render
 
 
-def answer(work: Callable[[], dict[str, Any]]) -> bytes:
-    """Returns what `work` gives, or what went wrong in it, as one line; ended by the kernel after SECONDS of computing."""
+def reply(work: Callable[..., dict[str, Any]], *args: Any) -> None:
+    """Writes what `work` returns, or what went wrong in it, as one line; ended by the kernel after SECONDS of computing."""
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
-        reply = work()
+        outcome = work(*args)
     except Refused as error:
-        reply = {"refused": str(error)[:300]}
+        outcome = {"refused": str(error)[:300]}
     except TooLong:
-        reply = {"failed": f"wrote more than {OUTPUT:,} bytes"}
+        outcome = {"failed": f"wrote more than {OUTPUT:,} bytes"}
     except MemoryError:
-        reply = {"failed": "needed too much memory"}
+        outcome = {"failed": "needed too much memory"}
     except RecursionError:
-        reply = {"failed": "calls itself without end"}
+        outcome = {"failed": "calls itself without end"}
     except Exception as error:
         line = getattr(error, "lineno", None)
         at = f" (line {line} of the template)" if line else ""
-        reply = {"failed": f"failed with {type(error).__name__}: {str(error)[:300]}{at}"}
+        outcome = {"failed": f"failed with {type(error).__name__}: {str(error)[:300]}{at}"}
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-    return json.dumps(reply).encode() + b"\n"
-
-
-def render_jobs(render: Callable[[list, bool], str], jobs: list) -> dict[str, Any]:
-    """Renders several (messages, whether an answer is to be begun)."""
-    return {"texts": [render(messages, prompt) for messages, prompt in jobs]}
+    print(json.dumps(outcome), flush=True)
 
 
 def main() -> None:
-    with open(0, "rb") as requests, open(1, "wb") as replies:
+    start = json.loads(sys.stdin.readline())
+    sys.path[:] = start.pop("path")
+    import jinja2.sandbox  # noqa: F401  before the limits: imports open files and take time
 
-        def reply(line: bytes) -> None:
-            replies.write(line)
-            replies.flush()
+    templates: list[Callable[[list, bool], str]] = []
 
-        start = json.loads(requests.readline())
-        sys.path[:] = start["path"]
-        import jinja2.sandbox  # noqa: F401  before the limits: imports open files and take time
+    def prepare() -> dict[str, Any]:
+        templates.append(compile_template(**start))
+        return {}
 
-        reply(b"{}\n")
-        limit()
-        renders: list[Callable[[list, bool], str]] = []
+    def render(jobs: list) -> dict[str, Any]:
+        return {"texts": [templates[0](*job) for job in jobs]}
 
-        def make() -> dict[str, Any]:
-            renders.append(compile_template(start["source"], start["variables"], start["now"]))
-            return {}
-
-        reply(answer(make))
-        lock()
-        for line in requests:
-            reply(answer(functools.partial(render_jobs, renders[0], json.loads(line))))
+    reply(dict)
+    limit()
+    reply(prepare)
+    lock()
+    for line in sys.stdin:
+        reply(render, json.loads(line))
 
 
 if __name__ == "__main__":

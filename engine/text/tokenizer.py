@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +40,10 @@ TOGETHER = 64  # pieces handed over in one call, which it spreads over the cores
 LOOKAHEAD = 256  # more than the pattern can look at from the start of a token
 
 
-def _byte_symbols() -> list[str]:
-    """Returns the printable character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    unprintable = (byte for byte in range(256) if byte not in printable)
-    shifted = {byte: chr(256 + index) for index, byte in enumerate(unprintable)}
-    return [shifted.get(byte, chr(byte)) for byte in range(256)]
-
-
-SYMBOLS = _byte_symbols()
-BYTES = {symbol: byte for byte, symbol in enumerate(SYMBOLS)}
+# The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table).
+PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+BYTES = dict(zip(map(chr, [*PRINTABLE, *range(256, 324)]), [*PRINTABLE, *sorted({*range(256)} - {*PRINTABLE})]))
+SYMBOLS = sorted(BYTES, key=BYTES.__getitem__)
 
 
 class TextStream:
@@ -71,29 +65,24 @@ class TextStream:
 class Tokenizer:
     """A BPE vocabulary, byte-level or sentencepiece's. `encode` and `decode` are inverse on every string UTF-8 can carry.
 
-    Control tokens (`<|endoftext|>` and a chat template's) are never made from text and stand for no text: whoever wants
-    one puts its id in. `vocab` is the number of ids, `end` the id that ends a document, `controls` the control tokens by
-    id, `digest` the SHA-256 of the vocabulary, merges and split; `config` is what `tokenizer_config.json` holds. `start`
-    are the ids that its model wants before a text, (bos,) or (); `encode` leaves them to whoever begins one.
+    Control tokens (`<|endoftext|>` and a chat template's) are never made from text and stand for no text: put their ids
+    in. `vocab` is the number of ids, `end` the id that ends a document, `controls` the control tokens by id, `digest` the
+    SHA-256 of the vocabulary, merges and split, `config` the contents of `tokenizer_config.json`. `start` are the ids that
+    the model wants before a text, (bos,) or (), which `encode` leaves to the caller.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
-        inner.encode_special_tokens = True  # a control token written out in a text is text
-        inner.no_truncation()
-        inner.no_padding()
-        self._inner = inner
-        self.config = config
+        self._inner, self.config = _whole_texts(inner), config
         written = inner.to_str()
-        byte_level = _is_byte_level(written)
+        fields = json.loads(written)
+        byte_level = any(step["type"] == "ByteLevel" for step in _steps(fields["decoder"]))
         self._table = _byte_table(inner, byte_level)
-        self._later = None if byte_level else _without_first_space(written)
+        self._later = None if byte_level else _without_first_space(fields)
         # Where a token reaches beyond what a word ends with, a text is encoded in one piece.
         self._cuts = byte_level or not any(WORD_END.search(value.decode("utf-8", "ignore")) for value in self._table.values())
         self.controls = {token: added for token, added in inner.get_added_tokens_decoder().items() if added.special}
         self.vocab = max(self._table) + 1
-        self._lengths = np.zeros(self.vocab, np.int64)
-        for token, value in self._table.items():
-            self._lengths[token] = len(value)
+        self._lengths = np.array([len(self.bytes_of(token)) for token in range(self.vocab)])
         self.digest = hashlib.sha256(written.encode()).hexdigest()
         named = config.get("eos_token") or END
         end = inner.token_to_id(named["content"] if isinstance(named, dict) else named)
@@ -105,11 +94,9 @@ class Tokenizer:
     def encode(self, text: str, continued: bool = False) -> np.ndarray:
         """Returns text as tokens (T,) int32, in time linear in its length. Raises UserError for a lone surrogate.
 
-        `continued`: the text goes on from another, so nothing is put before its first word. (Sentencepiece's tokenizers
-        put a space at the beginning of a text.)
+        `continued` text goes on from another: sentencepiece's tokenizers put no space before its first word.
         """
-        parts = list(self.encode_parts(text, continued))
-        return np.concatenate(parts) if parts else np.empty(0, np.int32)
+        return np.concatenate([np.empty(0, np.int32), *self.encode_parts(text, continued)])
 
     def encode_parts(self, text: str, continued: bool = False) -> Iterator[np.ndarray]:
         """Yields the same tokens a megabyte of text at a time, so that memory stays bounded however long the text."""
@@ -122,7 +109,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Returns ids as text. Bytes that are not UTF-8 become U+FFFD; control tokens and unknown ids stand for nothing."""
-        text = b"".join(self._table.get(int(token), b"") for token in ids).decode("utf-8", "replace")
+        text = b"".join(map(self.bytes_of, ids)).decode("utf-8", "replace")
         return text.removeprefix(" ") if self._later else text
 
     def bytes_of(self, token: int) -> bytes:
@@ -156,19 +143,17 @@ class Tokenizer:
         """Yields the text cut between tokens into pieces of about PIECE characters; more where no token ends sooner."""
         start, size = 0, PIECE
         while self._cuts and len(text) - start > size:
-            cut = self._cut(text, start, start + size)
-            if cut is None:
+            if cut := self._cut(text, start, start + size):
+                yield text[start:cut]
+                start, size = cut, PIECE
+            else:
                 size *= 2
-                continue
-            yield text[start:cut]
-            start, size = cut, PIECE
         if start < len(text):
             yield text[start:]
 
     def _cut(self, text: str, start: int, stop: int) -> int | None:
         """Returns a place before `stop` where a token surely ends, given that one starts at `start`; None if there is none."""
-        word_ends = list(WORD_END.finditer(text, max(start, stop - 2 * LOOKAHEAD), stop))
-        if word_ends:
+        if word_ends := [*WORD_END.finditer(text, max(start, stop - 2 * LOOKAHEAD), stop)]:
             return word_ends[-1].end()
         if self._inner.pre_tokenizer is None:
             return None
@@ -186,18 +171,13 @@ def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
     """
     if vocab < 257:
         raise UserError(f"A vocabulary needs at least 257 tokens (256 bytes and the end of a text), not {vocab}.")
-    inner = tokenizers.Tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(vocab_size=vocab - 1, initial_alphabet=SYMBOLS, show_progress=False)
-    _make_byte_level(inner)
-    inner.train_from_iterator(_training_parts(texts), trainer)
-    return _with_end(inner)
+    return _byte_level(models.BPE(), lambda inner: inner.train_from_iterator(_training_parts(texts), trainer))
 
 
 def byte_tokenizer() -> Tokenizer:
     """Makes every byte a token, its id the byte; the end of text is 256. The baseline that needs no training text."""
-    inner = tokenizers.Tokenizer(models.BPE(vocab=BYTES, merges=[]))
-    _make_byte_level(inner)
-    return _with_end(inner)
+    return _byte_level(models.BPE(vocab=BYTES, merges=[]))
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -225,25 +205,20 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer(inner, config)
 
 
-def _make_byte_level(inner: tokenizers.Tokenizer) -> None:
+def _byte_level(model: models.BPE, train: Callable[[tokenizers.Tokenizer], object] = lambda inner: None) -> Tokenizer:
+    """Returns the tokenizer of `model`, trained when its split into words is set, and with the end of text as last token."""
+    inner = tokenizers.Tokenizer(model)
     split = pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated")
     inner.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     inner.decoder = decoders.ByteLevel()
-
-
-def _with_end(inner: tokenizers.Tokenizer) -> Tokenizer:
+    train(inner)
     inner.add_special_tokens([END])
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": END,
-        "pad_token": END,
-        "clean_up_tokenization_spaces": False,
-    }
-    return Tokenizer(inner, config)
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END}
+    return Tokenizer(inner, {**names, "clean_up_tokenization_spaces": False})
 
 
 def _training_parts(texts: Iterable[str]) -> Iterator[str]:
-    """Yields parts short enough to be counted on every core; a word cut in two here and there changes nothing that matters."""
+    """Yields parts short enough to be counted on every core; a word cut in two here and there does not matter."""
     for text in texts:
         _check_unicode(text)
         for start in range(0, len(text), 4 * PIECE):
@@ -251,7 +226,7 @@ def _training_parts(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Returns the steps of a part of a tokenizer.json, which is one step, a sequence of them, or null."""
+    """Returns the steps of a part of a tokenizer.json: of one step, a sequence, or null."""
     if part is None:
         return []
     if part["type"] != "Sequence":
@@ -260,13 +235,16 @@ def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [step for each in inner for step in _steps(each)]
 
 
-def _is_byte_level(written: str) -> bool:
-    return any(step["type"] == "ByteLevel" for step in _steps(json.loads(written)["decoder"]))
+def _whole_texts(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Returns `inner`, set to encode all of a text, and a control token written out in it as text."""
+    inner.encode_special_tokens = True
+    inner.no_truncation()
+    inner.no_padding()
+    return inner
 
 
-def _without_first_space(written: str) -> tokenizers.Tokenizer | None:
+def _without_first_space(fields: dict[str, Any]) -> tokenizers.Tokenizer | None:
     """Returns the same tokenizer for what comes later in a text, if it puts a space before the first word; else None."""
-    fields = json.loads(written)
     steps = _steps(fields["normalizer"])
     rest = [step for step in steps if step["type"] != "Prepend"]
     spaces = [step for step in _steps(fields["pre_tokenizer"]) if step.get("prepend_scheme", "never") != "never"]
@@ -275,32 +253,25 @@ def _without_first_space(written: str) -> tokenizers.Tokenizer | None:
     fields["normalizer"] = {"type": "Sequence", "normalizers": rest}
     for step in spaces:
         step["prepend_scheme"] = "never"
-    later = tokenizers.Tokenizer.from_str(json.dumps(fields))
-    later.encode_special_tokens = True
-    later.no_truncation()
-    later.no_padding()
-    return later
+    return _whole_texts(tokenizers.Tokenizer.from_str(json.dumps(fields)))
 
 
 def _starts_with(inner: tokenizers.Tokenizer) -> tuple[int, ...]:
     """Returns the ids its post-processor puts before a text."""
-    plain = inner.encode("a", add_special_tokens=False).ids
-    whole = inner.encode("a", add_special_tokens=True).ids
+    plain, whole = (inner.encode("a", add_special_tokens=special).ids for special in (False, True))
     places = (n for n in range(len(whole) - len(plain) + 1) if whole[n : n + len(plain)] == plain)
     return tuple(whole[: next(places, 0)])
 
 
 def _byte_table(inner: tokenizers.Tokenizer, byte_level: bool) -> dict[int, bytes]:
-    """Returns the bytes that each id stands for."""
     table = {}
     for name, token in inner.get_vocab(with_added_tokens=False).items():
         if not byte_level:
             byte = re.fullmatch("<0x([0-9A-F]{2})>", name)
             table[token] = bytes.fromhex(byte[1]) if byte else name.replace("▁", " ").encode()
-            continue
-        try:
+        elif BYTES.keys() >= {*name}:
             table[token] = bytes(BYTES[symbol] for symbol in name)
-        except KeyError:  # not written in the byte alphabet: a token added by its plain name
+        else:  # not written in the byte alphabet: a token added by its plain name
             table[token] = name.encode()
     for token, added in inner.get_added_tokens_decoder().items():
         table[token] = b"" if added.special else added.content.encode()

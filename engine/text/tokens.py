@@ -15,6 +15,7 @@ from engine.files import cache_folder, whole_folder
 from engine.text.tokenizer import Tokenizer
 
 BLOCK = 1 << 20  # ids looked at in one go
+Report = Callable[[int, int], None] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +27,10 @@ class TokenFile:
 
     tokens: np.ndarray  # (tokens,) uint16 or uint32, read-only
     bytes: int
-    documents: int
     path: Path
 
 
-def token_file(documents: Iterable[str], tokenizer: Tokenizer, report: Callable[[int, int], None] | None = None) -> TokenFile:
+def token_file(documents: Iterable[str], tokenizer: Tokenizer, report: Report = None) -> TokenFile:
     """Returns the documents as tokens, an end of text between each two; from the cache when text and tokenizer are unchanged.
 
     `documents` is read twice, first to know whether it changed, so an iterator is held in memory and a Corpus is not.
@@ -39,22 +39,22 @@ def token_file(documents: Iterable[str], tokenizer: Tokenizer, report: Callable[
     """
     if iter(documents) is documents:
         documents = list(documents)
-    digest, size, count = _digest(documents)
+    digest, size = _digest(documents)
     key = hashlib.sha256(f"{digest} {tokenizer.digest}".encode()).hexdigest()[:32]
     folder = cache_folder("tokens") / key
     cached = _open(folder)
     if cached is None:
         try:
             with whole_folder(folder) as building:
-                _write(building, documents, tokenizer, size, count, report)
+                _write(building, documents, tokenizer, size, report)
         except OSError:
             # Several processes of one run may build the same file; whoever comes second uses the first one's.
             cached = _open(folder)
             if cached is None:
                 raise
         cached = cached or _open(folder)
-        if cached is None:
-            raise UserError(f"The tokens written to {folder} do not read back as they were written; check the disk.")
+    if cached is None:
+        raise UserError(f"The tokens written to {folder} do not read back as they were written; check the disk.")
     return cached
 
 
@@ -70,7 +70,7 @@ def open_bin(path: Path, tokenizer: Tokenizer) -> TokenFile:
     if size == 0 or size % 2:
         raise UserError(f"{path} has {size} bytes; a file of uint16 token ids has an even number, and more than none.")
     tokens = np.memmap(path, "<u2", "r")
-    count, ends = 0, 0
+    count = 0
     for start in range(0, len(tokens), BLOCK):
         block = tokens[start : start + BLOCK]
         wrong = np.flatnonzero(block >= tokenizer.vocab)
@@ -80,33 +80,22 @@ def open_bin(path: Path, tokenizer: Tokenizer) -> TokenFile:
                 f"{tokenizer.vocab} ids: give the tokenizer that the file was made with."
             )
         count += tokenizer.token_bytes(block)
-        ends += int((block == tokenizer.end).sum())
-    last_is_end = int(tokens[-1]) == tokenizer.end
-    return TokenFile(tokens, count, ends + (not last_is_end), path)
+    return TokenFile(tokens, count, path)
 
 
-def _digest(documents: Iterable[str]) -> tuple[str, int, int]:
-    """Returns (SHA-256 of the text and where its documents end, bytes of UTF-8, documents)."""
-    digest = hashlib.sha256()
-    size, count = 0, 0
+def _digest(documents: Iterable[str]) -> tuple[str, int]:
+    """Returns (SHA-256 of the text and where its documents end, bytes of UTF-8)."""
+    digest, size = hashlib.sha256(), 0
     for document in documents:
         # Half a character gets as far as the tokenizer, whose error says where it is.
         data = document.encode("utf-8", "surrogatepass")
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
         size += len(data)
-        count += 1
-    return digest.hexdigest(), size, count
+    return digest.hexdigest(), size
 
 
-def _write(
-    folder: Path,
-    documents: Iterable[str],
-    tokenizer: Tokenizer,
-    size: int,
-    count: int,
-    report: Callable[[int, int], None] | None,
-) -> None:
+def _write(folder: Path, documents: Iterable[str], tokenizer: Tokenizer, size: int, report: Report) -> None:
     dtype = np.dtype("<u2" if tokenizer.vocab <= 1 << 16 else "<u4")
     digest = hashlib.sha256()
     done, tokens = 0, 0
@@ -121,7 +110,7 @@ def _write(
                 done += tokenizer.token_bytes(part)
                 if report:
                     report(min(done, size), size)
-    facts = {"tokens": tokens, "dtype": dtype.str, "bytes": size, "documents": count, "sha256": digest.hexdigest()}
+    facts = {"tokens": tokens, "dtype": dtype.str, "bytes": size, "sha256": digest.hexdigest()}
     (folder / "tokens.json").write_text(json.dumps(facts))
 
 
@@ -134,5 +123,5 @@ def _open(folder: Path) -> TokenFile | None:
         with data.open("rb") as file:
             same = hashlib.file_digest(file, "sha256").hexdigest() == facts["sha256"]
         if same and len(tokens) == facts["tokens"]:
-            return TokenFile(tokens, int(facts["bytes"]), int(facts["documents"]), data)
+            return TokenFile(tokens, int(facts["bytes"]), data)
     return None

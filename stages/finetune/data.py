@@ -12,7 +12,8 @@ from engine.inference.score import score
 from engine.model.config import ModelConfig
 from engine.model.paths import merge
 from engine.text.examples import Pair
-from engine.text.packing import PairBatches, evaluation_batches, evaluation_pairs
+from engine.text.order import EpochOrder
+from engine.text.packing import evaluation_batches, evaluation_pairs, pair_batch
 from engine.training.preference import Preferences, margins
 from engine.training.step import NEXT_TOKEN, Objective
 from stages.runs.conversation_data import ROWS
@@ -22,8 +23,7 @@ class PreferenceBatches:
     """Batches of pairs with the margins that the untrained model (`base` params) has for them."""
 
     def __init__(self, cfg: ModelConfig, base: Any, pairs: Sequence[Pair], seq: int, batch: int, seed: int) -> None:
-        self.pairs = pairs
-        self._batches = PairBatches(pairs, seq, batch, seed)
+        self.pairs, self.seq, self.order = pairs, seq, EpochOrder(len(pairs), batch, seed)
         self._reference = np.zeros(len(pairs), np.float32)
         for part in evaluation_pairs(pairs, seq, batch):
             real = part.pair >= 0
@@ -31,15 +31,15 @@ class PreferenceBatches:
             self._reference[part.pair[real]] = np.asarray(reference)[real]
 
     def epoch(self, step: int) -> float:
-        return self._batches.epoch(step)
+        return self.order.epoch(step)
 
     def at(self, step: int) -> Preferences:
-        part = self._batches.at(step)
+        part = pair_batch(self.pairs, self.order.at(step), self.seq)
         return Preferences(part.chosen, part.rejected, self._reference[part.pair])
 
     def once(self) -> list[Preferences]:
         """Returns every pair, once, as far as they fill whole batches; at least one batch."""
-        return [self.at(step) for step in range(max(1, len(self.pairs) // self._batches.batch))]
+        return [self.at(step) for step in range(max(1, len(self.pairs) // self.order.batch))]
 
 
 @dataclasses.dataclass(frozen=True)

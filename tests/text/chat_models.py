@@ -6,7 +6,6 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from engine.text.chat import CHATML
 from engine.text.tokenizer import Tokenizer, train_bpe
 
 PROSE = "Hello there, how are you? I am well. The assistant answers what the user asks; the system says how. 1234 " * 5
@@ -51,6 +50,3 @@ def plainly(tokenizer: Tokenizer, text: str) -> list[int]:
     inner = tokenizers.Tokenizer.from_str(tokenizer._inner.to_str())
     inner.encode_special_tokens = False
     return inner.encode(text, add_special_tokens=False).ids
-
-
-__all__ = ["BRACKETS", "CHATML", "END", "START", "THINKING", "chat_tokenizer", "plainly", "said"]

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from chat_models import BRACKETS, CHATML, END, START, THINKING, chat_tokenizer, plainly, said
+from chat_models import BRACKETS, END, START, THINKING, chat_tokenizer, plainly, said
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import UserError
-from engine.text.chat import PLAIN, Chat, Example, choose_template
+from engine.text.chat import CHATML, PLAIN, Chat, Example, choose_template
 from engine.text.template import Refusal
 from engine.text.tokenizer import byte_tokenizer
 

@@ -88,32 +88,20 @@ GOOD = {"messages": [USER, ANSWER]}
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ('{"messages": [', ["data.jsonl:2 is not JSON", "character"]),
-        ("[1]\n", ["data.jsonl:2 should be an object, not a list"]),
-        ({"prompt": "q"}, ["data.jsonl:2 is of the kind prompt/completion", "data.jsonl:1 was messages"]),
-        ({"foo": 1, "bar": 2}, ["data.jsonl:2 has `foo`, `bar`", "messages"]),
-        ({}, ["data.jsonl:2 has nothing"]),
-        ({"messages": None}, ["data.jsonl:2: `messages` is missing"]),
-        ({"messages": "hello"}, ["data.jsonl:2: `messages` should be a list of messages, not text"]),
-        ({"messages": [USER, "x"]}, ["data.jsonl:2: message 2 of `messages` should be an object"]),
-        ({"messages": [USER, {"role": "assistant"}]}, ["data.jsonl:2: message 2 of `messages` has no `content`"]),
-        ({"messages": [USER, {"content": "a"}]}, ["data.jsonl:2: message 2 of `messages` has no `role`"]),
+        ('{"messages": [', ["is not JSON", "character"]),
+        ("[1]\n", ["should be an object, not a list"]),
+        ({"prompt": "q"}, ["is of the kind prompt/completion", "data.jsonl:1 was messages"]),
+        ({"foo": 1, "bar": 2}, ["has `foo`, `bar`", "messages"]),
+        ({}, ["has nothing"]),
+        ({"messages": None}, ["`messages` is missing"]),
+        ({"messages": "hello"}, ["`messages` should be a list of messages, not text"]),
+        ({"messages": [USER, "x"]}, ["message 2 of `messages` should be an object"]),
+        ({"messages": [USER, {"role": "assistant"}]}, ["message 2 of `messages` has no `content`"]),
+        ({"messages": [USER, {"content": "a"}]}, ["message 2 of `messages` has no `role`"]),
         ({"messages": [{"role": "usr", "content": "q"}]}, ["role 'usr'", "Did you mean 'user'"]),
         ({"messages": [{"role": "user", "content": 3}]}, ["message 1 of `messages`: `content` should be text, not a number"]),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}\n', ["data.jsonl:2", "half a character"]),
-        ({"text": "t"}, ["data.jsonl:2 is of the kind text"]),
-    ],
-)
-def test_broken_lines(row: Any, words: list[str], tmp_path: Path) -> None:
-    with pytest.raises(UserError) as caught:
-        list(read_conversations(write(tmp_path / "data.jsonl", GOOD, row)))
-    for word in words:
-        assert word in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("row", "words"),
-    [
+        ({"text": "t"}, ["is of the kind text"]),
         ({"prompt": "q"}, "`completion` is missing; prompt/completion rows need `prompt`, `completion`"),
         ({"instruction": "q", "response": "a"}, "`output` is missing"),
         ({"prompt": "q", "chosen": "a"}, "`rejected` is missing"),
@@ -127,10 +115,13 @@ def test_broken_lines(row: Any, words: list[str], tmp_path: Path) -> None:
         ({"text": False}, "`text` should be text, not true or false"),
     ],
 )
-def test_what_is_missing_is_named(row: dict, words: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.jsonl:1") as caught:
-        list(read_conversations(write(tmp_path / "data.jsonl", row)))
-    assert words in str(caught.value)
+def test_what_is_wrong_with_a_line_is_said_with_its_place(row: Any, words: str | list[str], tmp_path: Path) -> None:
+    """Alone in its file, or (where the words are a list) after a good line."""
+    rows = [row] if isinstance(words, str) else [GOOD, row]
+    with pytest.raises(UserError, match=rf"data\.jsonl:{len(rows)}") as caught:
+        list(read_conversations(write(tmp_path / "data.jsonl", *rows)))
+    for word in [words] if isinstance(words, str) else words:
+        assert word in str(caught.value)
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

@@ -82,18 +82,13 @@ def test_missing_empty_and_unknown(tmp_path) -> None:
         read_corpus(tmp_path / "missing.txt")
     with pytest.raises(UserError, match="holds no text files"):
         read_corpus(tmp_path)
-    (tmp_path / "a.docx").write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"cannot be read \(\.docx\); wanted"):
-        read_corpus(tmp_path / "a.docx")
-    (tmp_path / "a.bin").write_bytes(b"\0\0")
-    with pytest.raises(UserError, match="token ids"):
-        read_corpus(tmp_path / "a.bin")
-    (tmp_path / "a.txt").touch()
-    with pytest.raises(UserError, match=r"a\.txt is empty"):
-        read_corpus(tmp_path / "a.txt")
-    (tmp_path / "a.jsonl").write_text('\n{"text": ""}\n')
-    with pytest.raises(UserError, match=r"a\.jsonl is empty"):
-        list(read_corpus(tmp_path / "a.jsonl"))
+    for name, data, words in (
+        ("a.docx", b"PK", r"cannot be read \(\.docx\); wanted"), ("a.bin", b"\0\0", "token ids"),
+        ("a.txt", b"", r"a\.txt is empty"), ("a.jsonl", b'\n{"text": ""}\n', r"a\.jsonl is empty"),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match=words):
+            list(read_corpus(tmp_path / name))
 
 
 def test_a_file_that_goes_away_is_named(tmp_path) -> None:
@@ -156,9 +151,7 @@ def test_one_text_is_cut_at_the_start_of_a_line() -> None:
     assert train.endswith("\n")
     assert validation.startswith("line 9")
     assert 0.045 < len(validation) / len(text) < 0.055
-
-
-def test_a_text_without_lines_is_cut_all_the_same() -> None:
+    # Also one without lines.
     (train,), (validation,) = (list(part) for part in hold_out(corpus_of(["title\n" + "a" * 1000])))
     assert (len(train), len(validation)) == (955, 51)
 

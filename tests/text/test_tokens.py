@@ -1,7 +1,7 @@
 """A token file holds the text's tokens, is made once, and is never believed when damaged."""
 
-import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -29,14 +29,9 @@ def test_ends_stand_between_documents_and_bytes_are_the_text_s() -> None:
     assert isinstance(file.tokens, np.memmap)
     assert not file.tokens.flags.writeable
     assert file.bytes == sum(len(text.encode()) for text in DOCUMENTS) == BPE.token_bytes(file.tokens)
-    assert file.documents == 3
     assert file.path.is_file()
-
-
-def test_one_document_has_no_end_and_any_iterable_will_do() -> None:
-    file = token_file(iter(["one text"]), byte_tokenizer())
-    assert file.tokens.tolist() == list(b"one text")
-    assert file.documents == 1
+    single = token_file(iter(["one text"]), byte_tokenizer())  # any iterable will do
+    assert single.tokens.tolist() == list(b"one text")
 
 
 def test_made_once_for_the_same_text_and_tokenizer(cache) -> None:
@@ -73,7 +68,7 @@ def test_a_damaged_file_is_made_anew(name: str, damage: str) -> None:
     again = token_file(DOCUMENTS, BPE, lambda *of: calls.append(of))
     assert calls
     assert again.tokens.tolist() == wanted
-    assert (again.bytes, again.documents) == (file.bytes, file.documents)
+    assert again.bytes == file.bytes
 
 
 @pytest.mark.parametrize("facts", ["[]", "{}", '{"tokens": "x", "dtype": "nonsense", "sha256": ""}'])
@@ -84,11 +79,8 @@ def test_nonsense_beside_the_tokens_is_damage(facts: str) -> None:
 
 
 def test_an_error_on_the_way_leaves_nothing(cache) -> None:
-    def fails(done: int, total: int) -> None:
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        token_file(DOCUMENTS, BPE, fails)
+        token_file(DOCUMENTS, BPE, Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(UserError, match="surrogate"):
         token_file(["a", "b\ud800"], BPE)
     assert list((cache / "tokens").iterdir()) == []
@@ -106,15 +98,12 @@ def test_the_slower_of_two_processes_uses_the_other_s_file(monkeypatch) -> None:
         return real(folder)
 
     monkeypatch.setattr(tokens_module, "whole_folder", beaten)
-    assert token_file(DOCUMENTS, BPE).documents == 3
+    assert token_file(DOCUMENTS, BPE).bytes == len("".join(DOCUMENTS).encode())
     assert meanwhile
 
 
 def test_a_disk_that_fails_is_said(monkeypatch) -> None:
-    def full(folder: Path):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(tokens_module, "whole_folder", full)
+    monkeypatch.setattr(tokens_module, "whole_folder", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         token_file(DOCUMENTS, BPE)
 
@@ -144,12 +133,11 @@ def test_long_documents_go_in_parts(monkeypatch) -> None:
 def test_nanogpt_bin(tmp_path) -> None:
     path = tmp_path / "train.bin"
     ids = [*BPE.encode("one é"), BPE.end, *BPE.encode("two")]
-    for ending, documents in (([], 2), ([BPE.end], 2)):
-        np.array([*ids, *ending], "<u2").tofile(path)
-        file = open_bin(path, BPE)
-        assert file.tokens.tolist() == [*ids, *ending]
-        assert file.bytes == len("one étwo".encode())
-        assert (file.documents, file.path) == (documents, path)
+    np.array(ids, "<u2").tofile(path)
+    file = open_bin(path, BPE)
+    assert file.tokens.tolist() == ids
+    assert file.bytes == len("one étwo".encode())
+    assert file.path == path
 
 
 def test_nanogpt_bin_that_is_wrong(tmp_path) -> None:
@@ -163,10 +151,3 @@ def test_nanogpt_bin_that_is_wrong(tmp_path) -> None:
     np.array([1, 2, 280, 3], "<u2").tofile(path)
     with pytest.raises(UserError, match="id 280 at token 2, and the tokenizer has 280 ids"):
         open_bin(path, BPE)
-
-
-def test_the_note_beside_the_tokens_is_readable() -> None:
-    file = token_file(DOCUMENTS, BPE)
-    facts = json.loads((file.path.parent / "tokens.json").read_text())
-    assert facts["tokens"] == len(file.tokens)
-    assert facts["documents"] == 3
