@@ -181,8 +181,8 @@ class Chat:
         private use. The template then handles the text as it would any other (trims it, looks into it), and afterwards
         the character is put back into what is by then known to be plain text.
         """
-        used = {*self.source}.union(*(message["content"] for message in messages))
-        unused = (chr(code) for code in PRIVATE if chr(code) not in used)
+        texts = [self.source, *(message["content"] for message in messages)]
+        unused = (mark for mark in map(chr, PRIVATE) if not any(mark in text for text in texts))
         stand_ins: dict[str, str] = {}
         marked = []
         for message in messages:

@@ -22,12 +22,8 @@ texts = st.text(alphabet=" \nab<|>_imstartend/s</>é😀", max_size=30) | st.sam
 
 @pytest.fixture(scope="module")
 def chats():
-    made = {name: Chat(TOKENIZER, source) for name, source in (
-        ("chatml", CHATML), ("plain", PLAIN), ("thinking", THINKING), ("brackets", BRACKETS)
-    )}  # fmt: skip
-    yield made
-    for chat in made.values():
-        chat.close()
+    sources = {"chatml": CHATML, "plain": PLAIN, "thinking": THINKING, "brackets": BRACKETS}
+    return {name: Chat(TOKENIZER, source) for name, source in sources.items()}
 
 
 def shown(chat: Chat, example: Example) -> str:
@@ -67,7 +63,6 @@ def test_a_second_token_that_ends_the_whole_does_not_count() -> None:
     assert [shown(chat, example).count("]") for example in examples] == [1, 1]
     assert shown(chat, examples[0]).endswith("[I am well.<|im_end|>]\n</s>")
     assert chat.end == CONTROLS[END]
-    chat.close()
 
 
 def test_an_answer_alone_can_be_what_counts(chats) -> None:
@@ -121,7 +116,6 @@ def test_text_and_template_make_no_control_token_together(content: str) -> None:
     tokens = chat.prompt(said("x", "y", content)).tolist()
     assert [token for token in tokens if token in TOKENIZER.controls] == [CONTROLS[END]]
     assert TOKENIZER.decode(tokens) == f"<x><y><{content.strip()}>"
-    chat.close()
 
 
 def test_control_tokens_in_an_answer_are_text_too(chats) -> None:
@@ -173,13 +167,11 @@ def test_a_model_that_never_saw_a_chat_gets_its_own_end() -> None:
     example = chat.examples(said("Hi", "Yes"))[0]
     assert chat.tokenizer.decode(example.tokens) == "User: Hi\nAssistant: Yes\n"
     assert example.tokens[example.mask].tolist() == [*b" Yes", 256]
-    chat.close()
 
 
 def test_a_template_without_an_end_is_told_apart() -> None:
     chat = Chat(TOKENIZER, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     assert chat.end is None
-    chat.close()
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import pytest
 from engine.errors import UserError
 from engine.text.conversations import KINDS, NAMED, Conversation, Preference, Text, read_conversations
 
-USER, ANSWER, SYSTEM = (
-    {"role": role, "content": content} for role, content in (("user", "q"), ("assistant", "a"), ("system", "s"))
+USER, ANSWER, OTHER, SYSTEM = (
+    {"role": role, "content": content}
+    for role, content in (("user", "q"), ("assistant", "a"), ("assistant", "b"), ("system", "s"))
 )
 
 
@@ -49,14 +50,11 @@ def test_conversations(row: dict, kind: str, messages: list[dict], tmp_path: Pat
     ("row", "prompt"),
     [
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, [USER]),
-        ({"prompt": [SYSTEM, USER], "chosen": ANSWER, "rejected": [{"role": "assistant", "content": "b"}]}, [SYSTEM, USER]),
+        ({"prompt": [SYSTEM, USER], "chosen": ANSWER, "rejected": [OTHER]}, [SYSTEM, USER]),
         ({"messages": [USER], "chosen": "a", "rejected": "b"}, [USER]),
-        (
-            {"prompt": [SYSTEM, USER], "chosen": [USER, ANSWER], "rejected": [USER, {"role": "assistant", "content": "b"}]},
-            [SYSTEM, USER],
-        ),
-        ({"prompt": "q", "chosen": [USER, ANSWER], "rejected": [USER, {"role": "assistant", "content": "b"}]}, [USER]),
-        ({"chosen": [USER, ANSWER], "rejected": [USER, {"role": "assistant", "content": "b"}]}, [USER]),
+        ({"prompt": [SYSTEM, USER], "chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, [SYSTEM, USER]),
+        ({"prompt": "q", "chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, [USER]),
+        ({"chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, [USER]),
     ],
 )
 def test_preferences(row: dict, prompt: list[dict], tmp_path: Path) -> None:

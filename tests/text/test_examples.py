@@ -10,13 +10,12 @@ from engine.text.conversations import Conversation, Preference, Text
 from engine.text.examples import make_examples, make_pairs
 
 TOKENIZER = chat_tokenizer()
+CONTROL = next(token for token, added in TOKENIZER.controls.items() if added.content == "<s>")
 
 
 @pytest.fixture(scope="module")
 def chat():
-    made = Chat(TOKENIZER, CHATML)
-    yield made
-    made.close()
+    return Chat(TOKENIZER, CHATML)
 
 
 def test_an_account_of_every_row(chat: Chat) -> None:
@@ -54,7 +53,6 @@ def test_what_the_template_refuses_is_left_out() -> None:
     assert "Only user and assistant" in summary.dropped[0][1]
     with pytest.raises(UserError, match=r"None of 1 rows can be learnt from; the first, f:1: The chat template refuses"):
         make_examples(rows[:1], chat, 40)
-    chat.close()
 
 
 def test_all_of_a_text_is_learnt_once(chat: Chat) -> None:
@@ -67,9 +65,6 @@ def test_all_of_a_text_is_learnt_once(chat: Chat) -> None:
     assert targets.tolist() == tokens[1:]
     assert summary.truncated == summary.dropped == []
     assert examples[-1].tokens.tolist() == [CONTROL, TOKENIZER.end]
-
-
-CONTROL = next(token for token, added in TOKENIZER.controls.items() if added.content == "<s>")
 
 
 def test_pairs(chat: Chat) -> None:

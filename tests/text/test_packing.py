@@ -18,6 +18,9 @@ def example(*tokens: int, counts: bool = True) -> Example:
     return Example(np.array(tokens, np.int32), np.array([False] + [counts] * (len(tokens) - 1)), f"f:{tokens[0]}")
 
 
+EXAMPLES = [example(*range(start, start + 2 + start % 5)) for start in range(1, 34)]
+
+
 def drawn(sizes: list[int], seed: int = 0) -> list[Example]:
     """Examples of sizes + 1 tokens, of which about half count."""
     rng = np.random.default_rng(seed)
@@ -70,7 +73,7 @@ def test_every_example_lies_whole_in_one_row(sizes: list[int], pack: bool) -> No
 
 @pytest.mark.parametrize("pack", [True, False])
 def test_an_epoch_sees_every_example_once_in_a_new_order(pack: bool) -> None:
-    examples = [example(*range(start, start + 2 + start % 5)) for start in range(1, 34)]
+    examples = EXAMPLES
     packed = PackedBatches(examples, seq=8, batch=3, seed=5, pack=pack)
     epochs = []
     rows = len(rows_of(examples, 8, pack))
@@ -88,13 +91,12 @@ def test_an_epoch_sees_every_example_once_in_a_new_order(pack: bool) -> None:
 
 def test_the_order_does_not_change_between_versions() -> None:
     """A run resumed after an update goes on in the same order. If this fails, old runs cannot be resumed exactly."""
-    examples = [example(*range(start, start + 2 + start % 5)) for start in range(1, 34)]
-    assert PackedBatches(examples, 8, 5, seed=3).at(123).tokens[:, 0].tolist() == [14, 21, 19, 23, 9]
+    assert PackedBatches(EXAMPLES, 8, 5, seed=3).at(123).tokens[:, 0].tolist() == [14, 21, 19, 23, 9]
 
 
 @pytest.mark.parametrize("pack", [True, False])
 def test_once_is_once(pack: bool) -> None:
-    examples = [example(*range(start, start + 2 + start % 5)) for start in range(1, 24)]
+    examples = EXAMPLES[:23]
     batches = list(evaluation_batches(examples, 8, 4, pack))
     assert {batch.tokens.shape for batch in batches} == {(4, 8)}
     assert sum(int(batch.mask.sum()) for batch in batches) == sum(len(e.tokens) - 1 for e in examples)
