@@ -160,7 +160,9 @@ def _answer(value: Any, name: str, where: str) -> tuple[tuple[Message, ...], str
 
 
 def _prompt(value: Any, name: str, where: str) -> tuple[Message, ...]:
-    return _messages([{"role": "user", "content": value}] if isinstance(value, str) else value, name, where)
+    if isinstance(value, str):
+        return ({"role": "user", "content": _text(value, name, where)},)
+    return _messages(value, name, where)
 
 
 def _messages(value: Any, name: str, where: str, share_gpt: bool = False) -> tuple[Message, ...]:
