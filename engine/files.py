@@ -41,8 +41,9 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Opens a binary file that appears at `path`, complete and on disk, when the block ends; after an error nothing changed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(name, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

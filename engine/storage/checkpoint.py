@@ -15,12 +15,13 @@ Nothing is loaded before its SHA-256 has been checked: damage is named, and the 
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,7 +32,7 @@ import numpy as np
 from engine.errors import UserError
 from engine.files import folder_lock, whole_folder
 from engine.storage.digest import leaves_by_path
-from engine.storage.manifest import find_faults, write_manifest
+from engine.storage.manifest import verify, write_manifest
 
 PARTS = ("params", "optimizer")
 
@@ -68,19 +69,31 @@ def save(folder: Path, step: int, params: Any, optimizer: Any, state: dict[str, 
     root = _root(folder)
     target = root / str(step)
     wanted = sum(leaf.nbytes for tree in trees.values() for leaf in jax.tree.leaves(tree))
-    with _name_refusals(target, wanted):
+    try:
         root.mkdir(parents=True, exist_ok=True)
         with folder_lock(root):
             _sweep(root)
             disk = shutil.disk_usage(root)
             if disk.total > 0 and disk.free < wanted:  # some network file systems know neither
-                raise UserError(_refusal(target, wanted, f"{disk.free / 1e6:,.1f} MB are free"))
+                raise OSError(errno.ENOSPC, f"{disk.free / 1e6:,.1f} MB are free")
             with whole_folder(target) as building:
                 _write_arrays(building, trees)
                 (building / "state.json").write_text(record + "\n", encoding="utf-8")
                 write_manifest(building)
             for old in [earlier for earlier in steps(folder) if earlier <= step][:-keep]:
-                _remove(root / str(old))
+                # Hidden by one rename, then removed: a kill in between leaves nothing that looks like a checkpoint.
+                with contextlib.suppress(OSError):  # the new one is safe, and the next save tries again
+                    shutil.rmtree((root / str(old)).rename(root / f".{old}.gone"), ignore_errors=True)
+    except (OSError, ValueError) as error:
+        # TensorStore passes on by a ValueError what the operating system said.
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if not code and not isinstance(error, OSError):
+            raise
+        reason = os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"Checkpoint {target} could not be written ({wanted / 1e6:,.1f} MB wanted): {reason}. Earlier checkpoints are "
+            "untouched; make room, or choose another folder."
+        ) from error
     return target
 
 
@@ -96,13 +109,12 @@ def load(folder: Path, step: int | None, params_like: Any, optimizer_like: Any) 
     """
     sweep(folder)
     newest, damaged = _newest_sound(folder, skip=(), step=step)
-    record = json.loads((newest / "state.json").read_text(encoding="utf-8"))
-    if record["prng"] != _prng_settings():
-        changed = ", ".join(f"{name}={value}" for name, value in record["prng"].items())
+    record, settings = _read_state(newest), _prng_settings()
+    if record["prng"] != settings:
+        former, now = (", ".join(f"{name}={value}" for name, value in of.items()) for of in (record["prng"], settings))
         raise UserError(
-            f"{newest} was trained with {changed}; with the settings of now, "
-            f"{', '.join(f'{name}={value}' for name, value in _prng_settings().items())}, its keys would draw other "
-            f"numbers. Set the former in the environment ({', '.join(name.upper() for name in record['prng'])})."
+            f"{newest} was trained with {former}; with the settings of now, {now}, its keys would draw other numbers. "
+            f"Set the former in the environment ({', '.join(name.upper() for name in record['prng'])})."
         )
     params, optimizer = (_read_arrays(newest, part, like) for part, like in zip(PARTS, (params_like, optimizer_like)))
     return LoadedCheckpoint(newest, record["step"], params, optimizer, record["state"], damaged)
@@ -116,17 +128,19 @@ def load_params(path: Path, like: Any = None) -> LoadedCheckpoint:
 
     Raises UserError as `load` does, but not for PRNG settings, which weights do not depend on.
     """
-    path = Path(path)
-    if _root(path).is_dir():
-        newest, damaged = _newest_sound(path, skip=("optimizer",), step=None)
-    elif (path / "params").is_dir():
-        newest, damaged = path.absolute(), []
-        if lines := verify(path, "params"):
-            raise UserError(f"Checkpoint {path} is damaged: {'; '.join(lines)}. Use another checkpoint of the run.")
-    else:
+    newest, damaged = Path(path).absolute(), list[str]()
+    if _root(newest).is_dir():
+        newest, damaged = _newest_sound(newest, skip=("optimizer",), step=None)
+    elif not (newest / "params").is_dir():
         raise UserError(f"There is no checkpoint at {path}.")
-    record = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+    elif lines := verify(newest, skip=("optimizer",)):
+        raise UserError(f"Checkpoint {path} is damaged: {'; '.join(lines)}. Use another checkpoint of the run.")
+    record = _read_state(newest)
     return LoadedCheckpoint(newest, record["step"], _read_arrays(newest, "params", like), None, record["state"], damaged)
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
 
 
 def steps(folder: Path) -> list[int]:
@@ -138,15 +152,6 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(entry.name) for entry in named if entry.is_dir())
 
 
-def verify(step_folder: Path, part: str | None = None) -> list[str]:
-    """Returns each damaged, missing or extra file of one checkpoint, a line each; empty when it is sound.
-
-    With a `part` ("params" or "optimizer") the arrays of the other part are not looked at.
-    """
-    skip = tuple(other for other in PARTS if part is not None and other != part)
-    return find_faults(Path(step_folder).absolute(), skip)
-
-
 def set_aside(folder: Path, after: int) -> list[Path]:
     """Renames every checkpoint of a step beyond `after` to `damaged-STEP`, and returns the new paths.
 
@@ -154,12 +159,11 @@ def set_aside(folder: Path, after: int) -> list[Path]:
     """
     root = _root(folder)
     moved = []
-    for step in steps(folder):
-        if step > after:
-            target = root / f"damaged-{step}"
-            if target.exists():
-                shutil.rmtree(target)
-            moved.append((root / str(step)).rename(target))
+    for step in [step for step in steps(folder) if step > after]:
+        target = root / f"damaged-{step}"
+        if target.exists():
+            shutil.rmtree(target)
+        moved.append((root / str(step)).rename(target))
     return moved
 
 
@@ -175,21 +179,21 @@ def _root(folder: Path) -> Path:
 
 
 def _newest_sound(folder: Path, skip: tuple[str, ...], step: int | None) -> tuple[Path, list[str]]:
+    """Returns the newest sound checkpoint, or that of `step`, and what is wrong with newer ones."""
     saved_steps = steps(folder)
     if not saved_steps:
         raise UserError(f"{folder} has no checkpoint.")
-    if step is not None and step not in saved_steps:
+    if step not in (None, *saved_steps):
         raise UserError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, saved_steps))}.")
     damaged: list[str] = []
     for candidate in reversed(saved_steps) if step is None else [step]:
         path = _root(folder) / str(candidate)
-        if not (lines := find_faults(path, skip)):
+        if not (lines := verify(path, skip)):
             return path, damaged
         damaged += lines
-    alternatives = [str(other) for other in saved_steps if other != step] if step is not None else []
-    hint = f"Try one of steps {', '.join(alternatives)}." if alternatives else "Train anew, or restore the files from a copy."
-    raise UserError(f"{folder} has no sound checkpoint{'' if step is None else f' of step {step}'}: "
-                    f"{'; '.join(damaged)}. {hint}")  # fmt: skip
+    where, others = ("", []) if step is None else (f" of step {step}", [str(other) for other in saved_steps if other != step])
+    hint = f"Try one of steps {', '.join(others)}." if others else "Train anew, or restore the files from a copy."
+    raise UserError(f"{folder} has no sound checkpoint{where}: {'; '.join(damaged)}. {hint}")
 
 
 # Arrays, by Orbax
@@ -226,12 +230,10 @@ def _run_orbax[T](work: Callable[[ModuleType], T]) -> T:
         from orbax.checkpoint import v1 as ocp
 
         context = ocp.Context()
-        # Weights do not compress: zstd doubles the time and saves 8%.
-        context.array.saving.use_compression = False
+        context.array.saving.use_compression = False  # weights do not compress: zstd doubles the time and saves 8%
         # Else a folder that cannot be made is only noticed by a timeout in another thread, after twenty minutes.
         context.asynchronous.create_directories_asynchronously = False
-        # We wait for the save, so nobody changes an array under it.
-        context.memory.deepcopy_host_arrays = False
+        context.memory.deepcopy_host_arrays = False  # we wait for the save, so nobody changes an array under it
         logger = logging.getLogger("absl")
         level = logger.level
         logger.setLevel(logging.CRITICAL)  # what Orbax logs as an error it also raises
@@ -281,30 +283,27 @@ def _kinds(tree: Any) -> dict[tuple[str, ...], str]:
 
 def _as_abstract(leaf: Any) -> Any:
     """Returns what tells Orbax how to restore a leaf: by its sharding, or into host memory (twice as fast on one device)."""
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is not None and getattr(leaf, "committed", True):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    if getattr(leaf, "sharding", None) is not None and getattr(leaf, "committed", True):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
     return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)  # a shape and a dtype without the memory
 
 
 def _refuse_difference(where: Path, wanted: dict, came: dict) -> None:
     """Raises UserError for other paths, shapes or dtypes: Orbax casts dtypes in silence and blames shapes on a handler."""
     differing = sorted(path for path in wanted.keys() | came.keys() if wanted.get(path) != came.get(path))
-    if not differing:
-        return
-    nothing = "no such array"
-    first = differing[0]
-    more = f" ({len(differing) - 1} more arrays differ)" if len(differing) > 1 else ""
-    raise UserError(
-        f"{where} is of another model: at {'/'.join(first)} {wanted.get(first, nothing)} was wanted and "
-        f"{came.get(first, nothing)} came{more}. Use the config it was trained with, or another folder."
-    )
+    if differing:
+        first = differing[0]
+        more = f" ({len(differing) - 1} more arrays differ)" if len(differing) > 1 else ""
+        expected, found = (kinds.get(first, "no such array") for kinds in (wanted, came))
+        raise UserError(
+            f"{where} is of another model: at {'/'.join(first)} {expected} was wanted and {found} came{more}. "
+            "Use the config it was trained with, or another folder."
+        )
 
 
 def _prng_settings() -> dict[str, Any]:
     """Returns the settings by which the same key gives the same numbers."""
-    names = ("jax_default_prng_impl", "jax_threefry_partitionable")
-    return {name: getattr(jax.config, name) for name in names}
+    return {name: getattr(jax.config, name) for name in ("jax_default_prng_impl", "jax_threefry_partitionable")}
 
 
 # Folders
@@ -318,34 +317,3 @@ def _sweep(root: Path) -> None:
         if (leftover / step).is_dir() and not (root / step).exists():
             os.replace(leftover / step, root / step)
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _remove(checkpoint: Path) -> None:
-    """Hides a checkpoint by one rename, then removes it: a kill in between leaves nothing that looks like one."""
-    doomed = checkpoint.with_name(f".{checkpoint.name}.gone")
-    with contextlib.suppress(OSError):  # the new one is safe, and the next save tries again
-        os.replace(checkpoint, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _name_refusals(target: Path, wanted: int) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(_refusal(target, wanted, error.strerror or str(error))) from error
-    except ValueError as error:
-        # TensorStore's own way to pass on what the operating system said.
-        code = re.search(r"os_error_code='(\d+)'", str(error))
-        if code is None:
-            raise
-        raise UserError(_refusal(target, wanted, os.strerror(int(code[1])))) from error
-
-
-def _refusal(target: Path, wanted: int, reason: str) -> str:
-    return (
-        f"Checkpoint {target} could not be written ({wanted / 1e6:,.1f} MB wanted): {reason}. Earlier checkpoints are "
-        "untouched; make room, or choose another folder."
-    )

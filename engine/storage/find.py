@@ -1,7 +1,7 @@
 """The model finder: from the name or path that `--model` takes to a model, its architecture, or adapters on it."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,14 +16,12 @@ from engine.storage.assets import ASSETS, MODELS, fetch
 from engine.storage.digest import digest
 from engine.storage.gguf import file as gguf
 from engine.storage.huggingface import folder as huggingface
-from engine.storage.loaded_model import LoadedModel
+from engine.storage.loaded_model import LoadedModel, OnConfig, Report
 
 FORMS = (
     "a run folder, a step folder in it (runs/NAME/checkpoints/STEP), a Hugging Face folder, a .gguf file, or "
     + " or ".join(MODELS)
 )
-Report = Callable[[int, int], None] | None
-OnConfig = Callable[[ModelConfig], None]
 
 
 class Location(NamedTuple):
@@ -93,42 +91,36 @@ def load_model(
         check_room(f"The weights of {location.run.name if location.run else name}", size, f"in {matrices}")
 
     location = locate(name, report)
+    if not location.run:
+        load = gguf.load_gguf if location.form == "gguf" else huggingface.load_folder
+        return load(location.path, dtype=dtype, report=report, on_config=prepare)
+    run = location.run
     if location.form == "adapter":
-        return _load_adapted(location.run, on_config)  # type: ignore[arg-type]
-    if location.form == "run":
-        return _load_run(location.path, location.run, prepare)  # type: ignore[arg-type]
-    load = gguf.load_gguf if location.form == "gguf" else huggingface.load_folder
-    return load(location.path, dtype=dtype, report=report, on_config=prepare)
-
-
-def _load_run(path: Path, run: Path, on_config: OnConfig) -> LoadedModel:
+        return _load_adapted(run, on_config)
     cfg = run_folder.read_config(run)
     tokenizer, ends = run_folder.read_tokenizer(run)
     if tokenizer.vocab > cfg.vocab:
-        raise UserError(
-            f"{run / 'tokenizer'} has {tokenizer.vocab:,} tokens and the model {cfg.vocab:,}: one of them was replaced."
-        )
-    on_config(cfg)
-    loaded = checkpoint.load_params(path)
+        sizes = f"{tokenizer.vocab:,} tokens and the model {cfg.vocab:,}"
+        raise UserError(f"{run / 'tokenizer'} has {sizes}: one of them was replaced.")
+    prepare(cfg)
+    loaded = checkpoint.load_params(location.path)
     return LoadedModel(run.name, cfg, loaded.params, tokenizer, ends, loaded.path, run, tuple(loaded.damaged))
 
 
 def _load_adapted(run: Path, on_config: OnConfig) -> LoadedModel:
     """Loads the base of a LoRA run, with the run's adapter on it and the run's own tokenizer."""
-    record = run_folder.read_json(run / "run.json")
-    if not (run / run_folder.ADAPTER).is_dir():
-        raise UserError(
-            f"{run} has no adapter yet: its fine-tuning was stopped. The same command goes on: {record.get('command')}"
-        )
+    record, adapter = run_folder.read_json(run / "run.json"), run / run_folder.ADAPTER
+    if not adapter.is_dir():
+        stopped = "its fine-tuning was stopped. The same command goes on"
+        raise UserError(f"{run} has no adapter yet: {stopped}: {record.get('command')}")
     try:
         base = load_model(record["base"]["model"], on_config=on_config)
     except UserError as error:
         raise UserError(f"{run} adapts {record['base']['model']}, which cannot be read: {error}") from None
     tokenizer, ends = run_folder.read_tokenizer(run)
-    return dataclasses.replace(
-        base, name=run.name, params=with_adapters(base.cfg, base.params, [run]), tokenizer=tokenizer, ends=ends,
-        checkpoint=run / run_folder.ADAPTER, run=run,
-    )  # fmt: skip
+    params = with_adapters(base.cfg, base.params, [run])
+    changes = {"name": run.name, "params": params, "tokenizer": tokenizer, "ends": ends, "checkpoint": adapter, "run": run}
+    return dataclasses.replace(base, **changes)
 
 
 def with_adapters(cfg: ModelConfig, params: Any, folders: Sequence[Path]) -> Any:
@@ -142,7 +134,7 @@ def with_adapters(cfg: ModelConfig, params: Any, folders: Sequence[Path]) -> Any
         place = folder / run_folder.ADAPTER if (folder / run_folder.ADAPTER).is_dir() else folder
         adapter = load_adapter(place, cfg, base=base)
         try:
-            adapted = merge(adapter.params, adapted)
+            adapted = merge(adapter, adapted)
         except ValueError as error:
             raise UserError(f"{place} is damaged: {error}") from None
     return adapted

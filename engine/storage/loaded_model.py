@@ -1,11 +1,15 @@
 """LoadedModel: a model as it was read from disk, whatever kind of file it came from."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from engine.model.config import ModelConfig
 from engine.text.tokenizer import Tokenizer
+
+Report = Callable[[int, int], None] | None  # is told how much is done, and of how much
+OnConfig = Callable[[ModelConfig], None]  # gets the architecture before the first weight is read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +29,3 @@ class LoadedModel:
     checkpoint: Path
     run: Path | None = None
     damaged: tuple[str, ...] = ()
-
-    @property
-    def chat_template(self) -> str | None:
-        """Returns the template that came with the model."""
-        return self.tokenizer.config.get("chat_template")

@@ -17,8 +17,8 @@ def write_manifest(folder: Path) -> None:
     (folder / NAME).write_bytes(_render(entries))
 
 
-def find_faults(folder: Path, skip: tuple[str, ...] = ()) -> list[str]:
-    """Returns what differs from the manifest, a line a file: `PATH is missing`, empty when every file is as it was written.
+def verify(folder: Path, skip: tuple[str, ...] = ()) -> list[str]:
+    """Returns each damaged, missing or extra file, a line each; empty when every file is as it was written.
 
     Folders directly below `folder` whose names are in `skip` are not looked at. The manifest guards itself too: it
     holds its own SHA-256 and must be, byte for byte, what `write_manifest` writes.
@@ -38,7 +38,6 @@ def find_faults(folder: Path, skip: tuple[str, ...] = ()) -> list[str]:
 
     wanted = {name: entry for name, entry in wanted.items() if name.split("/")[0] not in skip}
     present = [name for name in _files(folder) if name.split("/")[0] not in skip]
-    both = [name for name in present if name in wanted]
 
     def fault(name: str) -> str | None:
         path = folder / name
@@ -51,7 +50,7 @@ def find_faults(folder: Path, skip: tuple[str, ...] = ()) -> list[str]:
             return f"{path} cannot be read: {error.strerror}"
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        damaged = [line for line in pool.map(fault, both) if line]
+        damaged = [line for line in pool.map(fault, [name for name in present if name in wanted]) if line]
     missing = [f"{folder / name} is missing" for name in sorted(wanted.keys() - set(present))]
     extra = [f"{folder / name} does not belong there" for name in present if name not in wanted]
     return damaged + missing + extra
@@ -59,14 +58,18 @@ def find_faults(folder: Path, skip: tuple[str, ...] = ()) -> list[str]:
 
 def _files(folder: Path) -> list[str]:
     """Returns the paths of all files below `folder`, relative to it and sorted, the manifest itself left out."""
-    below = (Path(root, name) for root, _, names in os.walk(folder) for name in names)
-    names = (path.relative_to(folder).as_posix() for path in below)
-    return sorted(name for name in names if name != NAME)
+    below = (Path(root, name).relative_to(folder).as_posix() for root, _, names in os.walk(folder) for name in names)
+    return sorted(name for name in below if name != NAME)
 
 
 def _describe(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def sha256_of(path: Path) -> str:
+    """Returns the SHA-256 of a file, in hex."""
     with open(path, "rb") as file:
-        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _render(files: dict[str, Any]) -> bytes:

@@ -6,7 +6,7 @@ million numbers exist beside the tree itself.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,60 +16,65 @@ import numpy as np
 
 from engine.errors import UserError, nearest
 from engine.model.config import ModelConfig
-from engine.model.paths import unflatten
+from engine.model.paths import leaf_paths, unflatten
+from engine.model.weights.matmul import dense
+from engine.storage.loaded_model import Report
 from engine.storage.untrusted import quote
 
 AT_ONCE = 2**20  # numbers read and converted at a time
 
 
 class Part(NamedTuple):
-    """A tensor of the file, its shape there, and for q and k the heads whose rows some files keep in pairs."""
+    """A tensor of the file and its shape there. q and k have rows of `paired` to a head, which some files keep in pairs."""
 
     name: str
     shape: tuple[int, ...]
-    heads: int = 0
+    paired: int = 0
 
 
 class Leaf(NamedTuple):
-    """A leaf of the tree: its parts, side by side. `transposed`: the leaf is (in, out) where its parts are (out, in)."""
+    """A leaf of the tree: its parts, side by side."""
 
     path: str
     parts: tuple[Part, ...]
-    transposed: bool
+
+    @property
+    def transposed(self) -> bool:
+        """Returns whether the leaf is (in, out) where its parts are (out, in)."""
+        return len(self.parts[0].shape) == 2 and self.path != "embed"
 
     @property
     def shape(self) -> tuple[int, ...]:
-        rows = sum(part.shape[0] for part in self.parts)
-        shape = (rows, *self.parts[0].shape[1:])
+        shape = (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
         return shape[::-1] if self.transposed else shape
 
 
 def layout_of(cfg: ModelConfig, names: Mapping[str, str]) -> Iterator[Leaf]:
     """Yields every leaf of the architecture. `names` says what the file calls each matrix, `{}` standing for the layer."""
-    D, F, V = cfg.width, cfg.ff, cfg.vocab
-    q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
-    yield Leaf("embed", (Part(names["embed"], (V, D)),), transposed=False)
-    for i in range(cfg.layers):
-        part = lambda name, *shape, heads=0, i=i: Part(names[name].format(i), shape, heads)
-        fused = lambda suffix, *inner, part=part: (
-            part("q" + suffix, q, *inner, heads=cfg.heads),
-            part("k" + suffix, kv, *inner, heads=cfg.kv_heads),
-            part("v" + suffix, kv, *inner),
-        )
-        yield Leaf(f"blocks/{i}/attn_norm", (part("attn_norm", D),), transposed=False)
-        yield Leaf(f"blocks/{i}/qkv", fused("", D), transposed=True)
-        if cfg.qkv_bias:
-            yield Leaf(f"blocks/{i}/qkv_bias", fused("_bias"), transposed=False)
-        if cfg.qk_norm:
-            yield Leaf(f"blocks/{i}/q_norm", (part("q_norm", cfg.head_dim),), transposed=False)
-            yield Leaf(f"blocks/{i}/k_norm", (part("k_norm", cfg.head_dim),), transposed=False)
-        yield Leaf(f"blocks/{i}/out", (part("out", D, q),), transposed=True)
-        yield Leaf(f"blocks/{i}/mlp_norm", (part("mlp_norm", D),), transposed=False)
-        yield Leaf(f"blocks/{i}/gate_up", (part("gate", F, D), part("up", F, D)), transposed=True)
-        yield Leaf(f"blocks/{i}/down", (part("down", D, F),), transposed=True)
-    yield Leaf("norm", (Part(names["norm"], (D,)),), transposed=False)
+    D, F, V, H = cfg.width, cfg.ff, cfg.vocab, cfg.head_dim
+    q, kv = cfg.heads * H, cfg.kv_heads * H
+    qkv = lambda end, *inner: [Part("q" + end, (q, *inner), H), Part("k" + end, (kv, *inner), H), Part("v" + end, (kv, *inner))]
+    block = {
+        "attn_norm": [Part("attn_norm", (D,))],
+        "qkv": qkv("", D),
+        **({"qkv_bias": qkv("_bias")} if cfg.qkv_bias else {}),
+        **({name: [Part(name, (H,))] for name in ("q_norm", "k_norm")} if cfg.qk_norm else {}),
+        "out": [Part("out", (D, q))],
+        "mlp_norm": [Part("mlp_norm", (D,))],
+        "gate_up": [Part("gate", (F, D)), Part("up", (F, D))],
+        "down": [Part("down", (D, F))],
+    }
+
+    def leaf(path: str, parts: Sequence[Part], layer: int = 0) -> Leaf:
+        return Leaf(path, tuple(part._replace(name=names[part.name].format(layer)) for part in parts))
+
+    yield leaf("embed", [Part("embed", (V, D))])
+    for layer in range(cfg.layers):
+        for path, parts in block.items():
+            yield leaf(f"blocks/{layer}/{path}", parts, layer)
+    yield leaf("norm", [Part("norm", (D,))])
     if not cfg.tied:
-        yield Leaf("head", (Part(names["head"], (V, D)),), transposed=True)
+        yield leaf("head", [Part("head", (V, D))])
 
 
 def check_tensors(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]], path: Path) -> list[Leaf]:
@@ -80,14 +85,13 @@ def check_tensors(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]],
     """
     complete, known = [], set()
     for leaf in leaves:
-        for part in leaf.parts:
-            if part.name not in shapes:
-                close = nearest(part.name, sorted(shapes)[:999])
-                raise UserError(f"{path} has no tensor {part.name!r}, which this architecture needs.{close}")
-            if shapes[part.name] != part.shape:
-                came = list(shapes[part.name])
-                raise UserError(f"{path}: the tensor {part.name!r} should be {list(part.shape)} and is {came}.")
-            known.add(part.name)
+        for name, shape, _ in leaf.parts:
+            if name not in shapes:
+                close = nearest(name, sorted(shapes)[:999])
+                raise UserError(f"{path} has no tensor {name!r}, which this architecture needs.{close}")
+            if shapes[name] != shape:
+                raise UserError(f"{path}: the tensor {name!r} should be {list(shape)} and is {list(shapes[name])}.")
+            known.add(name)
         complete.append(leaf)
     for name in shapes:
         if name not in known:
@@ -98,7 +102,7 @@ def check_tensors(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]],
 Rows = Callable[[str, int, int], np.ndarray]  # (tensor, start, stop) -> those rows of it, in any float dtype
 
 
-def read_params(leaves: list[Leaf], rows: Rows, dtype: str, report: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+def read_params(leaves: list[Leaf], rows: Rows, dtype: str, report: Report = None) -> dict[str, Any]:
     """Reads the tree: matrices in `dtype`, gains and biases in float32. `report`: numbers read and in all.
 
     Raises UserError for a weight that is not a number, or infinite: a model that holds one can say nothing.
@@ -106,11 +110,10 @@ def read_params(leaves: list[Leaf], rows: Rows, dtype: str, report: Callable[[in
     total, done = sum(math.prod(leaf.shape) for leaf in leaves), 0
     params: dict[str, Any] = {}
     for leaf in leaves:
-        matrix = len(leaf.shape) == 2
-        value = np.empty(leaf.shape, jnp.dtype(dtype) if matrix else np.float32)
+        value = np.empty(leaf.shape, jnp.dtype(dtype) if len(leaf.shape) == 2 else np.float32)
         view, at = value.T if leaf.transposed else value, 0
         for part in leaf.parts:
-            unit = part.shape[0] // part.heads if part.heads else 1  # a head's rows belong together
+            unit = part.paired or 1  # a head's rows belong together
             step = max(1, AT_ONCE // math.prod(part.shape[1:]) // unit) * unit
             for start in range(0, part.shape[0], step):
                 stop = min(start + step, part.shape[0])
@@ -127,9 +130,16 @@ def read_params(leaves: list[Leaf], rows: Rows, dtype: str, report: Callable[[in
     return unflatten(params)
 
 
-def split_leaf(leaf: Leaf, value: Any) -> dict[str, np.ndarray]:
-    """Returns {name: array} of the file's tensors that `read_params` put together to a leaf's value."""
-    whole = np.asarray(value)
-    whole = whole.T if leaf.transposed else whole
-    ends = np.cumsum([part.shape[0] for part in leaf.parts])[:-1]
-    return dict(zip((part.name for part in leaf.parts), np.split(whole, ends)))
+def split_params(leaves: list[Leaf], params: dict[str, Any], report: Report) -> Iterator[tuple[Part, np.ndarray]]:
+    """Yields the parts that `read_params` put together, in order. Int8 and LoRA leaves are made plain one at a time."""
+    values = leaf_paths(params)
+    total, done = sum(math.prod(leaf.shape) for leaf in leaves), 0
+    for leaf in leaves:
+        whole = np.asarray(dense(values[leaf.path]))
+        whole, at = whole.T if leaf.transposed else whole, 0
+        for part in leaf.parts:
+            yield part, whole[at : at + part.shape[0]]
+            at += part.shape[0]
+            done += math.prod(part.shape)
+            if report:
+                report(done, total)

@@ -4,13 +4,13 @@ Tokenizers are built by the tokenizers library, which is never trusted to fail g
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import tokenizers
+import numpy as np
 
-from engine.errors import UserError
+from engine.errors import UserError, nearest
 
 LONGEST = 48  # characters of a file's own words that an error repeats
 
@@ -21,6 +21,14 @@ def quote(value: Any) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
+def known_name(value: Any, known: Collection[str], what: str, path: Path) -> str:
+    """Returns a name from a file, or raises UserError when it is not among the `known`; `what` is what it names."""
+    if isinstance(value, str) and value in known:
+        return value
+    close = nearest(str(value), list(known))
+    raise UserError(f"{path}: {what} {quote(value)} is not known here; {', '.join(known)} are.{close}")
+
+
 def read_exactly(file: BinaryIO, count: int, path: Path) -> bytes:
     """Reads the next `count` bytes. Raises UserError when the file ends before."""
     data = file.read(count)
@@ -29,20 +37,51 @@ def read_exactly(file: BinaryIO, count: int, path: Path) -> bytes:
     return data
 
 
+def read_at(path: Path, offset: int, count: int) -> np.ndarray:
+    """Reads (count,) uint8 at an offset, and maps nothing: a mapped file that is cut meanwhile ends the process.
+
+    Raises UserError when the file ends before.
+    """
+    data = np.fromfile(path, np.uint8, count, offset=offset)
+    if len(data) < count:
+        raise truncation_error(path, count - len(data))
+    return data
+
+
 def truncation_error(path: Path, missing: int) -> UserError:
     return UserError(f"{path} ends {missing:,} bytes too soon: it was not copied or downloaded whole. Fetch it again.")
 
 
-def read_json_object(path: Path, limit: int) -> dict[str, Any]:
-    """Reads the object in a JSON file of at most `limit` bytes. Raises UserError when there is no such."""
+def check_adjacent(path: Path, name: str, offset: int, end: int) -> None:
+    """Raises UserError when a tensor does not begin where the one before it ends."""
+    if offset != end:
+        fault = "overlaps the one before it" if offset < end else "leaves a gap before it"
+        raise UserError(f"{path} is damaged: the tensor {quote(name)} {fault}.")
+
+
+def read_limited(path: Path, limit: int) -> bytes:
+    """Reads a file of at most `limit` bytes. Raises UserError when it is missing or larger."""
     try:
         size = path.stat().st_size
         if size > limit:
             raise UserError(f"{path} has {size:,} bytes; {limit:,} are the most that is read of such a file.")
         with path.open("rb") as file:
-            return parse_json_object(file.read(limit), path)
+            return file.read(limit)
     except FileNotFoundError:
         raise UserError(f"There is no {path}.") from None
+
+
+def read_text(path: Path, limit: int) -> str:
+    """Reads a text of at most `limit` bytes of UTF-8. Raises UserError when there is no such."""
+    try:
+        return read_limited(path, limit).decode()
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is damaged: it is not UTF-8 text.") from None
+
+
+def read_json_object(path: Path, limit: int) -> dict[str, Any]:
+    """Reads the object in a JSON file of at most `limit` bytes. Raises UserError when there is no such."""
+    return parse_json_object(read_limited(path, limit), path)
 
 
 def parse_json_object(data: bytes, path: Path) -> dict[str, Any]:
@@ -63,15 +102,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"{name} is given twice")
         fields[name] = value
     return fields
-
-
-def parse_tokenizer(data: bytes, path: Path) -> tokenizers.Tokenizer:
-    """Returns the tokenizer that a tokenizer.json describes. Raises UserError for one that the library cannot read."""
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is damaged: it is not UTF-8 text.") from None
-    return build_tokenizer(lambda: tokenizers.Tokenizer.from_str(text), path)
 
 
 def build_tokenizer[T](make: Callable[[], T], path: Path) -> T:

@@ -134,9 +134,10 @@ def compare(model: LoadedModel, out: Path, dtype: str) -> Report:
     faults += _tokenizer_faults(model.tokenizer, export.tokenizer)
     faults += ["what ends a completion"] if model.ends != export.ends else []
     faults += ["what is put before a text"] if model.tokenizer.start != export.tokenizer.start else []
+    template = "kept" if export.tokenizer.config.get("chat_template") else "absent"
     rows = [
         ("tokens", f"{len(TEXTS)} texts, of every script and with control tokens in them"),
-        ("ends", f"{', '.join(map(str, export.ends))} and template {'kept' if export.chat_template else 'absent'}"),
+        ("ends", f"{', '.join(map(str, export.ends))} and template {template}"),
     ]
     if faults:
         return rows, faults
@@ -152,7 +153,7 @@ def compare(model: LoadedModel, out: Path, dtype: str) -> Report:
 def compare_adapter(model: LoadedModel, out: Path) -> Report:
     """As `compare`, of adapters in PEFT's layout: the pairs to the bit, and the logits of the base with them on it."""
     ours = {path: leaf for path, leaf in leaf_paths(model.params).items() if isinstance(leaf, LoRA)}
-    theirs = leaf_paths(load_adapter(out, model.cfg).params)
+    theirs = leaf_paths(load_adapter(out, model.cfg))
     faults = _tokenizer_faults(model.tokenizer, load_tokenizer(out))
     faults += [f"whether {path} is adapted" for path in sorted(ours.keys() ^ theirs.keys())]
     faults += [

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from engine.errors import UserError
 from engine.format import duration, listed
 from engine.model.config import ModelConfig
-from engine.storage import checkpoint
+from engine.storage import checkpoint, manifest
 from engine.storage.run_folder import read_config, read_json
 from engine.training.step import TrainState
 from stages.cli.console import Console
@@ -33,7 +33,7 @@ class PreviousRun:
         """Whether nothing is left to do: it ran to the plan's end, has a result, and its newest checkpoint is sound."""
         state = self.loop_state
         done = plan.progress(state.step, state.seconds) >= 1 and self.record.get("result")
-        return bool(done) and not checkpoint.verify(self.folder / "checkpoints" / str(state.step))
+        return bool(done) and not manifest.verify(self.folder / "checkpoints" / str(state.step))
 
 
 def find_previous_run(folder: Path, facts: dict[str, Any], cfg: ModelConfig, overwrite: bool) -> PreviousRun | None:

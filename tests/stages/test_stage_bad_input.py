@@ -13,7 +13,7 @@ import pytest
 from tiny_runs import command, tiny, write_text
 
 from engine.counting import hardware
-from engine.storage import checkpoint
+from engine.storage import manifest
 from stages import generate
 from stages.cli.command import explain_error
 from stages.evaluate import __main__ as evaluate
@@ -174,7 +174,7 @@ def test_full_disk_keeps_what_was_saved(text: Path, tmp_path: Path, monkeypatch:
         disk.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
         said = failing(train.main, tiny(text, folder, "--steps", 30, "--save-every", 3))
     assert "could not be written" in said
-    assert checkpoint.verify(folder / "checkpoints" / "2") == []
+    assert manifest.verify(folder / "checkpoints" / "2") == []
 
 
 def test_device_that_is_not_there(text: Path, tmp_path: Path, failing: Failing) -> None:

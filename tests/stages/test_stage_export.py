@@ -181,7 +181,7 @@ def test_words_survive_in_a_run(trained, tmp_path):
     save_tokenizer(run, model.tokenizer, model.ends)
     again = load_model(str(run))
     assert again.ends == (299, 7)
-    assert again.chat_template == "{{ messages }}"
+    assert again.tokenizer.config["chat_template"] == "{{ messages }}"
     out = exported(run, tmp_path / "out", "--check")
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [299, 7]
     assert json.loads((out / "tokenizer_config.json").read_text())["chat_template"] == "{{ messages }}"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import ROOT, tiny, typed
 
-from engine.storage import checkpoint
+from engine.storage import checkpoint, manifest
 from stages.train import __main__ as train
 
 LONG = ("--steps", 1_000_000, "--save-every", 5, "--eval-every", 1_000_000)
@@ -68,7 +68,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(started: list[subprocess.Popen], tex
     assert str(tmp_path / "run" / "checkpoints" / str(step)) in said
     assert "To go on: python -m stages.train tiny" in said
     assert "Traceback" not in said
-    assert checkpoint.verify(tmp_path / "run" / "checkpoints" / str(step)) == []
+    assert manifest.verify(tmp_path / "run" / "checkpoints" / str(step)) == []
 
 
 def test_kill_leaves_a_run_that_goes_on(
@@ -123,7 +123,7 @@ def test_nobody_reading_saves_and_ends_quietly(started: list[subprocess.Popen], 
     _, complaint = process.communicate(timeout=30)
     assert process.returncode == 141
     assert complaint == ""
-    assert checkpoint.verify(tmp_path / "run" / "checkpoints" / str(checkpoint.steps(tmp_path / "run")[-1])) == []
+    assert manifest.verify(tmp_path / "run" / "checkpoints" / str(checkpoint.steps(tmp_path / "run")[-1])) == []
 
 
 def test_a_signal_that_the_main_thread_sleeps_through_reaches_it_all_the_same(started: list[subprocess.Popen]) -> None:

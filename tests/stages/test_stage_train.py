@@ -11,7 +11,7 @@ import pytest
 from tiny_runs import metrics, tiny
 
 from engine.model.transformer import init_params
-from engine.storage import checkpoint
+from engine.storage import checkpoint, manifest
 from engine.storage.digest import digest
 from engine.storage.run_folder import read_config, read_json
 from engine.training.optimizer import OptimizerConfig, make_optimizer
@@ -120,7 +120,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert "resumed at step 2 (the newest that is sound)" in said
     assert "changed: learning_rate: 0.003 -> 0.001" in said
     assert (folder / "checkpoints" / "damaged-4").exists()
-    assert checkpoint.verify(folder / "checkpoints" / "4") == []
+    assert manifest.verify(folder / "checkpoints" / "4") == []
 
 
 def test_time_boxed_run_counts_training_only(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 from gguf import GGUFWriter
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import quantize
 from golden.random_weights import draw
 
@@ -22,6 +22,7 @@ SHAPES = {"token_embd.weight": (262, 64), "output_norm.weight": (64,)} | {
 SIZES = {
     "block_count": 2, "context_length": 128, "embedding_length": 64, "feed_forward_length": 96, "attention.head_count": 6,
     "attention.head_count_kv": 3, "attention.key_length": 8, "attention.value_length": 8, "rope.dimension_count": 8,
+    "attention.layer_norm_rms_epsilon": 1e-5,
 }  # fmt: skip
 MERGES = ["t h", "th e", "Ġ the", "1 2", "12 3"]
 TOKENS = [*SYMBOLS, "th", "the", "Ġthe", "12", "123", "<|end|>"]
@@ -45,38 +46,25 @@ def tiny_gguf(
     other: dict[str, Any] | None = None,
     tensors: dict[str, np.ndarray] | None = None,
 ) -> Path:
-    """A model of `SHAPES`; None in sizes, words or other leaves a key out. Matrices in `kind` where its blocks fit."""
+    """A model of `SHAPES`; None in sizes, words or other leaves a key out. Matrices in `kind` where its blocks fit.
+
+    Tensors of bytes are blocks of `kind` already.
+    """
     writer = GGUFWriter(path, arch)
-    for key, value in (SIZES | (sizes or {})).items():
-        add(writer, f"{arch}.{key}", value)
-    add(writer, f"{arch}.attention.layer_norm_rms_epsilon", 1e-5)
-    for key, value in (WORDS | (words or {})).items():
-        add(writer, f"tokenizer.ggml.{key}", value)
-    for key, value in (other or {}).items():
-        add(writer, key, value)
+    sizes = {f"{arch}.{key}": value for key, value in (SIZES | (sizes or {})).items()}
+    words = {f"tokenizer.ggml.{key}": value for key, value in (WORDS | (words or {})).items()}
+    for key, value in (sizes | words | (other or {})).items():
+        if value is not None:
+            kind_of_value = GGUFValueType.get_type(value)
+            unsigned = kind_of_value == GGUFValueType.INT32
+            writer.add_key_value(key, value, GGUFValueType.UINT32 if unsigned else kind_of_value)
     for name, value in (tensors or weights()).items():
         wanted = GGMLQuantizationType[kind]
-        fits = value.ndim == 2 and value.shape[-1] % GGML_QUANT_SIZES[wanted][0] == 0
+        fits = value.dtype == np.uint8 or (value.ndim == 2 and value.shape[-1] % GGML_QUANT_SIZES[wanted][0] == 0)
         wanted = wanted if fits else GGMLQuantizationType.F32
-        writer.add_tensor(name, quantize(value, wanted), raw_dtype=wanted)
+        writer.add_tensor(name, value if value.dtype == np.uint8 else quantize(value, wanted), raw_dtype=wanted)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def add(writer: GGUFWriter, key: str, value: Any) -> None:
-    match value:
-        case None:
-            pass
-        case bool():
-            writer.add_bool(key, value)
-        case int():
-            writer.add_uint32(key, value)
-        case float():
-            writer.add_float32(key, value)
-        case str():
-            writer.add_string(key, value)
-        case _:
-            writer.add_array(key, value)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from refusals import refusal
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tiny import lively_params, tiny_config
@@ -20,7 +21,7 @@ from tiny import lively_params, tiny_config
 from engine.errors import UserError
 from engine.model.paths import leaf_paths, unflatten
 from engine.model.weights.lora import LoRA, make_adapter
-from engine.storage.adapter import load_adapter, save_adapter, without_adapters
+from engine.storage.adapter import _alpha, load_adapter, save_adapter, without_adapters
 from engine.storage.digest import digest
 
 CFG = tiny_config()
@@ -43,34 +44,26 @@ def saved(folder: Path, params: Any = None) -> Path:
     return save_adapter(folder / "mine", CFG, params or adapters(), base=BASE, base_name="tiny")
 
 
-def test_it_comes_back_to_the_bit(tmp_path: Path) -> None:
+def test_it_comes_back_to_the_bit(tmp_path):
     folder = saved(tmp_path)
     for base in (BASE, None):
         loaded = load_adapter(folder, CFG, base=base)
-        assert jax.tree.structure(loaded.params) == jax.tree.structure(adapters())  # scale and columns are in it
-        assert digest(loaded.params) == digest(adapters())
-        assert (loaded.base, loaded.base_name) == (BASE, "tiny")
+        assert jax.tree.structure(loaded) == jax.tree.structure(adapters())  # scale and columns are in it
+        assert digest(loaded) == digest(adapters())
     assert sorted(entry.name for entry in folder.iterdir()) == [CONFIG, WEIGHTS]
 
 
 @given(rank=st.integers(1, 4096), alpha=st.floats(2**-20, 2**20))
-def test_every_scale_comes_back_to_the_bit(rank: int, alpha: float) -> None:
-    from engine.storage.adapter import _alpha
-
+def test_every_scale_comes_back_to_the_bit(rank, alpha):
     assert _alpha(rank, alpha / rank) / rank == alpha / rank
 
 
-def test_others_find_what_the_layout_promises(tmp_path: Path) -> None:
+def test_others_find_what_the_layout_promises(tmp_path):
     folder = saved(tmp_path)
     config, tensors = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
-    assert (config["peft_type"], config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (
-        "LORA",
-        3,
-        12.0,
-        "tiny",
-    )
+    wanted = {"peft_type": "LORA", "r": 3, "lora_alpha": 12.0, "base_model_name_or_path": "tiny", "layers_to_transform": None}
+    assert config | wanted == config
     assert config["target_modules"] == ["down_proj", "q_proj", "v_proj"]
-    assert config["layers_to_transform"] is None
     leaf = leaf_paths(adapters())["blocks/0/qkv"]
     np.testing.assert_array_equal(tensors[f"{PREFIX}q_proj.lora_A.weight"], np.asarray(leaf.a)[:, :3].T)
     np.testing.assert_array_equal(tensors[f"{PREFIX}v_proj.lora_B.weight"], np.asarray(leaf.b)[:, -12:].T)
@@ -82,41 +75,27 @@ def test_others_find_what_the_layout_promises(tmp_path: Path) -> None:
     assert only["layers_to_transform"] == [1]
 
 
-def test_an_adapter_of_another_library_is_read(tmp_path: Path) -> None:
+def test_an_adapter_of_another_library_is_read(tmp_path):
     """It has no digest of its base and no checksum, may be in half precision, and goes on whatever it fits."""
     folder = saved(tmp_path)
     halved = {name: value.astype(ml_dtypes.bfloat16) for name, value in load_file(folder / WEIGHTS).items()}
     save_file(halved, folder / WEIGHTS)
     loaded = load_adapter(folder, CFG, base="f" * 64)
-    assert loaded.base is None
     for path, leaf in leaf_paths(adapters()).items():
-        theirs = leaf_paths(loaded.params)[path]
+        theirs = leaf_paths(loaded)[path]
         assert theirs.columns == leaf.columns
         assert theirs.a.dtype == jnp.float32
         np.testing.assert_array_equal(theirs.a, leaf.a.astype(jnp.bfloat16).astype(jnp.float32))
 
 
-def test_saving_again_replaces_it(tmp_path: Path) -> None:
+def test_saving_again_replaces_it(tmp_path):
     saved(tmp_path)
     other = jax.tree.map(lambda leaf: leaf + 1, adapters())
-    assert digest(load_adapter(saved(tmp_path, other), CFG).params) == digest(other)
+    assert digest(load_adapter(saved(tmp_path, other), CFG)) == digest(other)
     assert [entry.name for entry in tmp_path.iterdir()] == ["mine"]
 
 
-def test_another_base_is_refused(tmp_path: Path) -> None:
-    folder = saved(tmp_path)
-    with pytest.raises(UserError, match=r"another model.*0123456789abcdef.*trained on 'tiny'"):
-        load_adapter(folder, CFG, base=digest(lively_params(CFG)))
-
-
-def test_the_former_format_is_named(tmp_path: Path) -> None:
-    for name in ("adapter.json", "adapter.safetensors"):
-        (tmp_path / name).touch()
-    with pytest.raises(UserError, match=r"earlier version \(adapter.json\).*run its fine-tuning again"):
-        load_adapter(tmp_path, CFG)
-
-
-def test_only_what_the_layout_can_say_is_saved(tmp_path: Path) -> None:
+def test_only_what_the_layout_can_say_is_saved(tmp_path):
     several = leaf_paths(adapters())
     base = jnp.zeros((20, 48))
     for wrong, message in (
@@ -129,38 +108,40 @@ def test_only_what_the_layout_can_say_is_saved(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_tree_on_its_base_is_saved_without_it(tmp_path: Path) -> None:
+def test_a_tree_on_its_base_is_saved_without_it(tmp_path):
     """Only the pair is written, wherever it lies."""
     alone = leaf_paths(adapters())
     on = {path: leaf.on(jnp.ones((leaf.a.shape[0], 48))) for path, leaf in alone.items()}
-    loaded = leaf_paths(load_adapter(saved(tmp_path, unflatten(on)), CFG).params)
+    loaded = leaf_paths(load_adapter(saved(tmp_path, unflatten(on)), CFG))
     assert all(isinstance(leaf, LoRA) and leaf.base is None for leaf in loaded.values())
     np.testing.assert_array_equal(loaded["blocks/1/qkv"].b, alone["blocks/1/qkv"].b)
     bare = leaf_paths(without_adapters(unflatten(on)))
     assert all((bare[path] == 1).all() for path in alone)
 
 
-Change = Callable[[Path], object]
-
-
-def rewritten(**changes: Any) -> Change:
+def rewritten(**changes):
     """Changes fields of the config; checksum and tensors stay."""
     return lambda folder: (folder / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | changes))
 
 
-def of_bytes(name: str, change: Callable[[bytes], bytes]) -> Change:
+def of_bytes(name, change):
     return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
 
 
-def of_tensors(change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> Change:
+def of_tensors(change):
     """Writes other tensors, as another library would: without metadata."""
     return lambda folder: save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS)
 
 
+def former_format(folder):
+    (folder / CONFIG).rename(folder / "adapter.json")
+
+
 Q_A, Q_B = (f"{PREFIX}q_proj.lora_{side}.weight" for side in "AB")
-DAMAGE: dict[str, tuple[Change, str]] = {
+DAMAGE = {
     "no config": (lambda folder: (folder / CONFIG).unlink(), "There is no adapter at"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "There is no adapter at"),
+    "the former format": (former_format, r"earlier version \(adapter.json\).*run its fine-tuning again"),
     "cut config": (of_bytes(CONFIG, lambda data: data[:20]), "damaged"),
     "a list for a config": (of_bytes(CONFIG, lambda data: b"[]"), "one JSON object"),
     "bytes that are no text": (of_bytes(CONFIG, lambda data: b"\xff\xfe\x00{"), "damaged"),
@@ -168,9 +149,10 @@ DAMAGE: dict[str, tuple[Change, str]] = {
     "a flipped bit": (of_bytes(WEIGHTS, lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]), "checksum does not hold"),
     "a weight that is no number": (of_bytes(WEIGHTS, lambda data: data[:-4] + b"\x00\x00\xc0\x7f"), "not finite"),
     "no checksum": (of_bytes(WEIGHTS, lambda data: data.replace(b"thrice.checksum", b"thrice.checksun")), "checksum"),
-    "metadata that are no texts": (
-        of_bytes(WEIGHTS, lambda data: data.replace(b'"format":"pt"', b'"format":1234')),
-        "metadata",
+    "metadata of numbers": (of_bytes(WEIGHTS, lambda data: data.replace(b'"format":"pt"', b'"format":1234')), "metadata"),
+    "another base": (
+        of_bytes(WEIGHTS, lambda data: data.replace(BASE.encode(), b"f" * 64)),
+        "another model.*ffff.*0123456789abcdef.*trained on 'tiny'",
     ),
     "another scale": (rewritten(lora_alpha=13), "checksum does not hold"),
     "another rank": (rewritten(r=4), "and its rank 4"),
@@ -183,25 +165,18 @@ DAMAGE: dict[str, tuple[Change, str]] = {
     "DoRA": (rewritten(use_dora=True), r"\(use_dora\)"),
     "ranks by pattern": (rewritten(rank_pattern={"q_proj": 2}), r"\(rank_pattern\)"),
     "whole modules": (rewritten(modules_to_save=["lm_head"]), r"\(modules_to_save\)"),
-    "half a pair": (
-        of_tensors(lambda all: {name: value for name, value in all.items() if name != Q_B}),
-        "other half of a pair",
-    ),
+    "half a pair": (of_tensors(lambda all: {name: all[name] for name in all if name != Q_B}), "other half of a pair"),
     "a layer too many": (of_tensors(lambda all: all | {Q_B.replace("0", "7", 1): all[Q_B]}), "no place in this architecture"),
     "another width": (of_tensors(lambda all: all | {Q_B: all[Q_B][:-1].copy()}), "has 23 rows"),
-    "another input": (
-        of_tensors(lambda all: all | {n: all[n][:, 1:].copy() for n in [Q_B.replace("_B", "_A")]}),
-        "different widths",
-    ),
+    "another input": (of_tensors(lambda all: all | {Q_A: all[Q_A][:, 1:].copy()}), "different widths"),
     "integers": (of_tensors(lambda all: all | {Q_B: all[Q_B].astype(np.int32)}), "is I32"),
     "nothing": (of_tensors(lambda all: {}), "no adapter of any matrix"),
 }
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_damage_is_named(how: str, tmp_path: Path) -> None:
+def test_damage_is_named(how, tmp_path):
     folder = saved(tmp_path)
     change, message = DAMAGE[how]
     change(folder)
-    with pytest.raises(UserError, match=message):
-        load_adapter(folder, CFG, base=BASE)
+    assert re.search(message, refusal(lambda: load_adapter(folder, CFG, base=BASE)))

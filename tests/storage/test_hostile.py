@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 
-def test_no_damage_escapes() -> None:
+def test_no_damage_escapes():
     script = Path(__file__).with_name("hostile.py")
     done = subprocess.run([sys.executable, script, "0", "400"], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -3,20 +3,23 @@
 from typing import Any
 
 import numpy as np
+from gguf.constants import GGMLQuantizationType
 
-from engine.errors import UserError, nearest
+from engine.errors import UserError
 from engine.model.config import ModelConfig, RopeScaling
-from engine.storage.gguf.header import Header, Span
-from engine.storage.untrusted import quote
+from engine.storage.fields import BLOCKS, Fields
+from engine.storage.gguf.header import Header
+from engine.storage.untrusted import known_name, quote, read_at
 
-# architecture -> (qkv_bias, qk_norm, q and k rows in pairs)
-ARCHITECTURES = {"llama": (False, False, True), "qwen2": (True, False, False), "qwen3": (False, True, False)}
-
-USED = {
-    "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
-    "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
-    "rope.freq_base", "rope.dimension_count", "vocab_size", "attention.sliding_window",
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+# Our name of a size -> theirs.
+SIZES = {
+    "width": "embedding_length", "layers": "block_count", "heads": "attention.head_count", "ff": "feed_forward_length",
+    "kv_heads": "attention.head_count_kv", "head_dim": "attention.key_length", "context": "context_length",
 }  # fmt: skip
+HEAD_WIDTHS = ("attention.value_length", "rope.dimension_count")
+EPS, THETA, WINDOW = "attention.layer_norm_rms_epsilon", "rope.freq_base", "attention.sliding_window"
+USED = {*SIZES.values(), *HEAD_WIDTHS, EPS, THETA, WINDOW, "vocab_size"}
 IGNORED = {"rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout"}
 ONLY: dict[str, tuple[Any, ...]] = {
     "rope.scaling.type": ("none",), "rope.scaling.factor": (1.0, 0.0), "rope.scale_linear": (1.0,), "expert_count": (0,),
@@ -35,63 +38,40 @@ def shortest_decimal(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def config_from(header: Header, factors: np.ndarray | None) -> ModelConfig:
-    """Returns the file's architecture. `factors` (H / 2,): what each rotary frequency is divided by, if the file says so.
+def config_from(header: Header) -> ModelConfig:
+    """Returns the file's architecture.
 
     Raises UserError naming a key that is missing, unknown, or asks for something that is not built here.
     """
     path, metadata = header.path, header.metadata
-    kind = metadata.get("general.architecture")
-    if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        close = nearest(str(kind), list(ARCHITECTURES))
-        raise UserError(f"{path}: the architecture {quote(kind)} is not known here; {known} are.{close}")
+    kind = known_name(metadata.get("general.architecture"), ARCHITECTURES, "general.architecture", path)
     own = {key.removeprefix(kind + "."): value for key, value in metadata.items() if key.startswith(kind + ".")}
-    for key, value in own.items():
-        if key in ONLY and value not in ONLY[key]:
-            raise UserError(f"{path}: {kind}.{key} is {quote(value)}, and only {ONLY[key][0]} can be computed here.")
-        if key not in ONLY and key not in USED and key not in IGNORED:
-            raise UserError(f"{path}: the key {quote(f'{kind}.{key}')} is not known here.{nearest(key, sorted(USED))}")
+    fields = Fields(own, path, kind + ".")
+    fields.check(USED, ONLY, IGNORED)
     for key in metadata:
         if not key.startswith((kind + ".", *OTHER_KEYS)):
             part = "one of several parts: merge them first" if key.startswith("split.") else "not known here"
             raise UserError(f"{path}: the key {quote(key)} is {part}.")
-
-    def number(key: str, default: float | None = None) -> Any:
-        value = own.get(key, default)
-        if value is None:
-            raise UserError(f"{path} does not say {kind}.{key}.")
-        if isinstance(value, bool | str | Span) or not 0 <= value < 2**40:
-            raise UserError(f"{path}: {kind}.{key} should be one number of ordinary size, not {quote(value)}.")
-        return value
-
     table = header.tensors.get("token_embd.weight")
     if table is None or len(table.shape) != 2:
         raise UserError(f"{path} has no embedding, token_embd.weight, or not one of two dimensions.")
-    heads, width = number("attention.head_count"), number("embedding_length")
-    head_dim = number("attention.key_length", width // heads if heads else 0)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if number(key, head_dim) != head_dim:
-            raise UserError(
-                f"{path}: {kind}.{key} is {number(key)} and not {head_dim}, a head's width; that is not built here."
-            )
-    context = number("context_length")
-    theta = shortest_decimal(number("rope.freq_base", 10000.0))
-    if 0 < number("attention.sliding_window", 0) < context:
-        raise UserError(f"{path}: {kind}.attention.sliding_window is shorter than the context; windows are not built here.")
-    qkv_bias, qk_norm, _ = ARCHITECTURES[kind]
+    heads, width = (fields.number(SIZES[name], int) for name in ("heads", "width"))
+    defaults = {"kv_heads": heads, "head_dim": width // heads if heads else 0}
+    sizes: dict[str, Any] = {ours: fields.number(theirs, int, defaults.get(ours)) for ours, theirs in SIZES.items()}
+    for key in HEAD_WIDTHS:
+        if (value := fields.number(key, int, sizes["head_dim"])) != sizes["head_dim"]:
+            wanted = f"{sizes['head_dim']}, a head's width"
+            raise UserError(f"{path}: {kind}.{key} is {value} and not {wanted}; that is not built here.")
+    theta = shortest_decimal(fields.number(THETA, float, 10000.0))
+    if 0 < fields.number(WINDOW, int, 0) < sizes["context"]:
+        raise UserError(f"{path}: {kind}.{WINDOW} is shorter than the context; windows are not built here.")
+    qkv_bias, qk_norm = BLOCKS[kind]
     return ModelConfig(
+        **sizes,
         vocab=table.shape[0],
-        width=width,
-        layers=number("block_count"),
-        heads=heads,
-        kv_heads=number("attention.head_count_kv", heads),
-        head_dim=head_dim,
-        ff=number("feed_forward_length"),
-        context=context,
         rope_theta=theta,
-        rope_scaling=None if factors is None else _scaling_of(factors, theta, header),
-        eps=shortest_decimal(number("attention.layer_norm_rms_epsilon")),
+        rope_scaling=_read_scaling(header, theta),
+        eps=shortest_decimal(fields.number(EPS, float)),
         tied="output.weight" not in header.tensors,
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
@@ -107,8 +87,15 @@ def scaling_factors(scaling: RopeScaling, theta: float, head_dim: int) -> np.nda
     return (1 / (blend + (1 - blend) / scaling.factor)).astype(np.float32)
 
 
-def _scaling_of(factors: np.ndarray, theta: float, header: Header) -> RopeScaling | None:
-    if np.array_equal(factors, np.ones_like(factors)):
+def _read_scaling(header: Header, theta: float) -> RopeScaling | None:
+    """Returns the scaling whose factors (H / 2,), what each frequency is divided by, are in the file; None without any."""
+    tensor = header.tensors.get(FREQUENCIES)
+    if tensor is None:
+        return None
+    if tensor.kind != GGMLQuantizationType.F32 or len(tensor.shape) != 1 or tensor.shape[0] > 4096:
+        raise UserError(f"{header.path}: {FREQUENCIES} should be a short row of float32.")
+    factors = read_at(header.path, tensor.offset, tensor.size).view("<f4")
+    if (factors == 1).all():
         return None
     for scaling in KNOWN_SCALINGS:
         if np.allclose(scaling_factors(scaling, theta, 2 * len(factors)), factors, rtol=1e-3):
@@ -116,27 +103,7 @@ def _scaling_of(factors: np.ndarray, theta: float, header: Header) -> RopeScalin
     raise UserError(f"{header.path}: {FREQUENCIES} is none of the scalings that Llama 3.1 and 3.2 were published with.")
 
 
-def architecture_of(cfg: ModelConfig) -> str:
-    """Returns the GGUF architecture whose block this is. Raises UserError when none has it."""
-    for kind, (qkv_bias, qk_norm, _) in ARCHITECTURES.items():
-        if (qkv_bias, qk_norm) == (cfg.qkv_bias, cfg.qk_norm):
-            return kind
-    raise UserError("No published architecture has both qkv_bias and qk_norm, so this model cannot be written for others.")
-
-
 def metadata_of(cfg: ModelConfig) -> dict[str, Any]:
     """Returns {key: int | float} of an architecture, without its prefix; floats are to be written as float32."""
-    return {
-        "block_count": cfg.layers,
-        "context_length": cfg.context,
-        "embedding_length": cfg.width,
-        "feed_forward_length": cfg.ff,
-        "attention.head_count": cfg.heads,
-        "attention.head_count_kv": cfg.kv_heads,
-        "attention.key_length": cfg.head_dim,
-        "attention.value_length": cfg.head_dim,
-        "attention.layer_norm_rms_epsilon": cfg.eps,
-        "rope.freq_base": cfg.rope_theta,
-        "rope.dimension_count": cfg.head_dim,
-        "vocab_size": cfg.vocab,
-    }
+    sizes = {theirs: getattr(cfg, ours) for ours, theirs in SIZES.items()} | dict.fromkeys(HEAD_WIDTHS, cfg.head_dim)
+    return sizes | {EPS: cfg.eps, THETA: cfg.rope_theta, "vocab_size": cfg.vocab}

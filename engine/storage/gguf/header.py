@@ -14,7 +14,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from engine.errors import UserError
-from engine.storage.untrusted import quote, read_exactly, truncation_error
+from engine.storage.untrusted import check_adjacent, quote, read_at, read_exactly, truncation_error
 
 KEYS, TENSORS, NAME = 4096, 16384, 1024  # more than any model has: keys, tensors, bytes of a name
 TEXT = 16 * 2**20  # bytes of text that all keys together may hold outside of arrays
@@ -39,11 +39,6 @@ class Tensor(NamedTuple):
     offset: int
     size: int
 
-    @property
-    def row(self) -> int:
-        """Returns the bytes of a row."""
-        return self.size // (self.shape[0] if len(self.shape) > 1 else 1)
-
 
 class Header(NamedTuple):
     path: Path
@@ -58,12 +53,12 @@ def read_header(path: Path) -> Header:
         file.seek(0)
         if read_exactly(file, 4, path) != b"GGUF":
             raise UserError(f"{path} is not a GGUF file: it does not begin with GGUF.")
-        version, tensors, keys = struct.unpack("<IQQ", read_exactly(file, 20, path))
+        version, count, keys = struct.unpack("<IQQ", read_exactly(file, 20, path))
         if version not in (2, 3):
             order = "big-endian" if version & 0xFFFF == 0 else f"of version {version}"
             raise UserError(f"{path} is a GGUF file {order}; little-endian files of versions 2 and 3 are read.")
-        if keys > KEYS or tensors > TENSORS:
-            raise UserError(f"{path} claims {keys:,} keys and {tensors:,} tensors, more than any model has; it is damaged.")
+        if keys > KEYS or count > TENSORS:
+            raise UserError(f"{path} claims {keys:,} keys and {count:,} tensors, more than any model has; it is damaged.")
         reader = _Reader(file, path, size)
         metadata: dict[str, Any] = {}
         for _ in range(keys):
@@ -71,11 +66,29 @@ def read_header(path: Path) -> Header:
             if key in metadata:
                 raise UserError(f"{path} is damaged: the key {quote(key)} is there twice.")
             metadata[key] = reader.value(key)
-        infos = [reader.info() for _ in range(tensors)]
+        infos = [reader.info() for _ in range(count)]
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
             raise UserError(f"{path} is damaged: general.alignment is {quote(alignment)}, and should be a power of two.")
-        return Header(path, metadata, _place_tensors(path, infos, alignment, file.tell(), size))
+        # Each must have the size that its type and shape make, and they must lie one behind another.
+        begin = -(-file.tell() // alignment) * alignment
+        tensors: dict[str, Tensor] = {}
+        expected = 0
+        for name, dims, kind, offset in sorted(infos, key=lambda info: info[3]):
+            if kind not in GGML_QUANT_SIZES:
+                raise UserError(f"{path}: the tensor {quote(name)} has the type {kind}, which is not known here.")
+            block, width = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+            if dims[0] % block or not 0 < math.prod(dims) < 2**48:
+                raise UserError(f"{path} is damaged: the tensor {quote(name)} cannot have the shape {dims[::-1]}.")
+            if name in tensors:
+                raise UserError(f"{path} is damaged: the tensor {quote(name)} is there twice.")
+            check_adjacent(path, name, offset, expected)
+            nbytes = math.prod(dims) // block * width
+            if begin + offset + nbytes > size:
+                raise truncation_error(path, begin + offset + nbytes - size)
+            tensors[name] = Tensor(GGMLQuantizationType(kind), tuple(dims[::-1]), begin + offset, nbytes)
+            expected = offset + -(-nbytes // alignment) * alignment
+        return Header(path, metadata, tensors)
 
 
 class _Reader:
@@ -140,32 +153,6 @@ class _Reader:
         return name, [self.number(10) for _ in range(count)], self.number(4), self.number(10)
 
 
-def _place_tensors(
-    path: Path, infos: list[tuple[str, list[int], int, int]], alignment: int, end: int, size: int
-) -> dict[str, Tensor]:
-    """Returns the tensors, once it is sure that each has the size it should have and that they lie one behind another."""
-    begin = -(-end // alignment) * alignment
-    tensors: dict[str, Tensor] = {}
-    expected = 0
-    for name, dims, kind, offset in sorted(infos, key=lambda info: info[3]):
-        if kind not in GGML_QUANT_SIZES:
-            raise UserError(f"{path}: the tensor {quote(name)} has the type {kind}, which is not known here.")
-        block, width = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-        if dims[0] % block or not 0 < math.prod(dims) < 2**48:
-            raise UserError(f"{path} is damaged: the tensor {quote(name)} cannot have the shape {dims[::-1]}.")
-        if name in tensors:
-            raise UserError(f"{path} is damaged: the tensor {quote(name)} is there twice.")
-        if offset != expected:
-            fault = "overlaps the one before it" if offset < expected else "leaves a gap before it"
-            raise UserError(f"{path} is damaged: the tensor {quote(name)} {fault}.")
-        nbytes = math.prod(dims) // block * width
-        if begin + offset + nbytes > size:
-            raise truncation_error(path, begin + offset + nbytes - size)
-        tensors[name] = Tensor(GGMLQuantizationType(kind), tuple(dims[::-1]), begin + offset, nbytes)
-        expected = offset + -(-nbytes // alignment) * alignment
-    return tensors
-
-
 def read_strings(path: Path, span: Span, longest: int) -> list[str]:
     """Reads the texts of an array. Raises UserError when one is longer than `longest` bytes or is not UTF-8."""
     texts = []
@@ -185,7 +172,5 @@ def read_strings(path: Path, span: Span, longest: int) -> list[str]:
 
 def read_numbers(path: Path, span: Span) -> np.ndarray:
     """Reads the numbers of an array (count,)."""
-    dtype = np.dtype("<" + NUMBERS[span.kind]) if NUMBERS[span.kind] != "?" else np.dtype(bool)
-    with path.open("rb") as file:
-        file.seek(span.offset)
-        return np.frombuffer(read_exactly(file, span.length * dtype.itemsize, path), dtype)
+    dtype = np.dtype(bool if NUMBERS[span.kind] == "?" else "<" + NUMBERS[span.kind])
+    return read_at(path, span.offset, span.length * dtype.itemsize).view(dtype)

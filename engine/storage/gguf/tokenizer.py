@@ -2,50 +2,41 @@
 
 import json
 import re
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-from engine.errors import UserError, nearest
-from engine.storage.gguf.header import SCALARS, STRING, Header, Span, read_numbers, read_strings
-from engine.storage.untrusted import build_tokenizer, parse_tokenizer, quote
+from engine.errors import UserError
+from engine.storage.gguf.header import STRING, Header, Span, read_numbers, read_strings
+from engine.storage.untrusted import build_tokenizer, known_name, quote
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ggml's kinds of tokens
 LONGEST = 1024  # bytes of a token
-NEAREST_SPLIT = "llama-bpe"  # the split that llama.cpp is told of where it has no name for the true one
 SPACE = "▁"  # what stands for a space in a sentencepiece vocabulary
-
-CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-
-
-def _split(digits: str) -> pre_tokenizers.PreTokenizer:
-    """Returns the split of Llama 3 and Qwen 2, which differ only in how many digits may stand together."""
-    pattern = rf"{CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-def _smollm() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
-
-
-def _gpt2() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-def _llama3() -> pre_tokenizers.PreTokenizer:
-    return _split(r"\p{N}{1,3}")
-
-
-# How a text is split before merging, by the names that llama.cpp gives to it.
-SPLITS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    "gpt-2": _gpt2, "smollm": _smollm, "llama-bpe": _llama3, "llama3": _llama3, "llama-v3": _llama3,
-    "qwen2": lambda: _split(r"\p{N}"),
-}  # fmt: skip
 LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
+SPLITS = ("gpt-2", "smollm", *LLAMA3, "qwen2")  # how a text is split before merging, by the names that llama.cpp gives to it
+NEAREST_SPLIT = "llama-bpe"  # the split that llama.cpp is told of where it has no name for the true one
+
+
+def set_split(tokenizer: tokenizers.Tokenizer, name: str) -> None:
+    """Makes a tokenizer split texts before merging as llama.cpp does under this name."""
+    tokenizer.normalizer = normalizers.NFC() if name == "qwen2" else None
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if name == "gpt-2":
+        tokenizer.pre_tokenizer = gpt2
+    elif name == "smollm":
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
+    else:  # Llama 3 and Qwen 2 differ only in how many digits may stand together
+        pattern = (
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+            rf"|\p{{N}}{'' if name == 'qwen2' else '{1,3}'}"
+            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )
+        split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+        bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_alone])
 
 
 def tokenizer_from(header: Header, vocab: int) -> tuple[tokenizers.Tokenizer, dict[str, Any], tuple[int, ...]]:
@@ -55,77 +46,57 @@ def tokenizer_from(header: Header, vocab: int) -> tuple[tokenizers.Tokenizer, di
     """
     path, metadata = header.path, header.metadata
     field = lambda name: metadata.get(f"tokenizer.ggml.{name}")
-    tokens = _texts(header, "tokens", vocab)
+    tokens = _read_list(header, "tokens", vocab)
     if len(set(tokens)) < len(tokens):
         raise UserError(f"{path} is damaged: a token is twice in its vocabulary.")
-    kinds = _numbers(header, "token_type", vocab)
+    kinds = _read_list(header, "token_type", vocab)
     model, pre = field("model"), field("pre")
     if "tokenizer.huggingface.json" in metadata:
         tokenizer = _whole(header, tokens)
-    elif model == "gpt2":
-        tokenizer = _byte_level(header, tokens, pre)
-    elif model == "llama":
-        tokenizer = _sentencepiece(header, tokens, kinds)
     else:
-        raise UserError(f"{path}: the tokenizer model {quote(model)} is not known here; gpt2 and llama are.")
-    if "tokenizer.huggingface.json" not in metadata:
+        known_name(model, ("gpt2", "llama"), "the tokenizer model", path)
+        make = lambda: _byte_level(header, tokens, pre) if model == "gpt2" else _sentencepiece(header, tokens, kinds)
+        tokenizer = build_tokenizer(make, path)
         for kind, special in ((CONTROL, True), (UNKNOWN, True), (USER_DEFINED, False)):
             named = [AddedToken(tokens[i], special=special, normalized=False) for i in np.flatnonzero(kinds == kind)]
             (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(named)
-    ids = {name: _id(header, f"{name}_token_id", vocab) for name in ("bos", "eos", "padding", "eot", "eom")}
-    if ids["eos"] is None:
+    ids: dict[str, int] = {}
+    for name in ("bos", "eos", "padding", "eot", "eom"):
+        if (value := field(f"{name}_token_id")) is not None:
+            if type(value) is not int or not 0 <= value < vocab:
+                raise UserError(f"{path}: tokenizer.ggml.{name}_token_id is {quote(value)}, and there are {vocab:,} tokens.")
+            ids[name] = value
+    if "eos" not in ids:
         raise UserError(f"{path} does not say tokenizer.ggml.eos_token_id, which token ends a text.")
     template = metadata.get("tokenizer.chat_template")
-    if template is not None and not isinstance(template, str):
+    if not isinstance(template, str | None):
         raise UserError(f"{path}: tokenizer.chat_template should be text.")
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    for name, key in (("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token")):
-        config |= {} if (place := ids[name]) is None else {key: tokens[place]}
+    named_tokens = (("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token"))
+    config |= {key: tokens[ids[name]] for name, key in named_tokens if name in ids}
     config |= {} if template is None else {"chat_template": template}
     add_bos = field("add_bos_token")
     add_bos = (model == "llama" or pre in LLAMA3) if add_bos is None else add_bos
-    if add_bos is True and (place := ids["bos"]) is not None:
-        first = tokens[place]
-        build_tokenizer(lambda: _begin_with(tokenizer, first, place), path)
-    ends = tuple(dict.fromkeys(place for name in ("eos", "eot", "eom") if (place := ids[name]) is not None))
-    return tokenizer, config, ends
+    if add_bos is True and "bos" in ids:
+        token, first = (tokens[ids["bos"]], ids["bos"]), f"{tokens[ids['bos']]}:0"
+        begin = lambda: processors.TemplateProcessing(
+            single=[first, "$A:0"], pair=[first, "$A:0", "$B:1"], special_tokens=[token]
+        )
+        tokenizer.post_processor = build_tokenizer(begin, path)
+    return tokenizer, config, tuple(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if name in ids))
 
 
-def _begin_with(tokenizer: tokenizers.Tokenizer, token: str, place: int) -> tokenizers.Tokenizer:
-    first, whole = f"{token}:0", ["$A:0"]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=[first, *whole], pair=[first, *whole, "$B:1"], special_tokens=[(token, place)]
-    )
-    return tokenizer
-
-
-def _span(header: Header, name: str) -> Span:
+def _read_list(header: Header, name: str, count: int | None = None) -> Any:
+    """Returns tokens and merges as list[str], anything else as an array of numbers."""
     span = header.metadata.get(f"tokenizer.ggml.{name}")
     if not isinstance(span, Span):
         raise UserError(f"{header.path} has no list tokenizer.ggml.{name}, so its tokenizer cannot be built.")
-    return span
-
-
-def _texts(header: Header, name: str, count: int | None = None) -> list[str]:
-    span = _span(header, name)
-    if span.kind != STRING or (count is not None and span.length != count):
-        wanted = "texts" if count is None else f"{count:,} texts, a row of the embedding each"
+    texts = name in ("tokens", "merges")
+    if texts != (span.kind == STRING) or count not in (None, span.length):
+        kind = "texts" if texts else "numbers"
+        wanted = kind if count is None else f"{count:,} {kind}, a row of the embedding each"
         raise UserError(f"{header.path}: tokenizer.ggml.{name} should be {wanted}, and has {span.length:,} entries.")
-    return read_strings(header.path, span, 2 * LONGEST + 1)
-
-
-def _numbers(header: Header, name: str, count: int) -> np.ndarray:
-    span = _span(header, name)
-    if span.kind not in SCALARS or span.length != count:
-        raise UserError(f"{header.path}: tokenizer.ggml.{name} should be {count:,} numbers, and has {span.length:,} entries.")
-    return read_numbers(header.path, span)
-
-
-def _id(header: Header, name: str, vocab: int) -> int | None:
-    value = header.metadata.get(f"tokenizer.ggml.{name}")
-    if value is not None and not (type(value) is int and 0 <= value < vocab):
-        raise UserError(f"{header.path}: tokenizer.ggml.{name} is {quote(value)}, and the vocabulary has {vocab:,} tokens.")
-    return value
+    return read_strings(header.path, span, 2 * LONGEST + 1) if texts else read_numbers(header.path, span)
 
 
 def _whole(header: Header, tokens: list[str]) -> tokenizers.Tokenizer:
@@ -133,7 +104,7 @@ def _whole(header: Header, tokens: list[str]) -> tokenizers.Tokenizer:
     text = header.metadata["tokenizer.huggingface.json"]
     if not isinstance(text, str):
         raise UserError(f"{header.path}: tokenizer.huggingface.json should be text.")
-    tokenizer = parse_tokenizer(text.encode(), header.path)
+    tokenizer = build_tokenizer(lambda: tokenizers.Tokenizer.from_str(text), header.path)
     known = tokenizer.get_vocab(with_added_tokens=True)
     if any(known.get(token, place) != place for place, token in enumerate(tokens)) or len(known) > len(tokens):
         raise UserError(f"{header.path}: its tokenizer.json and its list of tokens do not say the same.")
@@ -141,28 +112,21 @@ def _whole(header: Header, tokens: list[str]) -> tokenizers.Tokenizer:
 
 
 def _byte_level(header: Header, tokens: list[str], pre: Any) -> tokenizers.Tokenizer:
-    if not isinstance(pre, str) or pre not in SPLITS:
-        close = nearest(str(pre), list(SPLITS))
-        raise UserError(f"{header.path}: the pre-tokenizer {quote(pre)} is not known here; {', '.join(SPLITS)} are.{close}")
-    parts = [merge.partition(" ") for merge in _texts(header, "merges")]
+    name = known_name(pre, SPLITS, "the pre-tokenizer", header.path)
+    parts = [merge.partition(" ") for merge in _read_list(header, "merges")]
     if not all(left and right for left, _, right in parts):
         raise UserError(f"{header.path} is damaged: one of tokenizer.ggml.merges is not two tokens.")
-    merges = [(left, right) for left, _, right in parts]
     vocab = {token: place for place, token in enumerate(tokens)}
-
-    def make() -> tokenizers.Tokenizer:
-        tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in LLAMA3))
-        tokenizer.normalizer = normalizers.NFC() if pre == "qwen2" else None
-        tokenizer.pre_tokenizer = SPLITS[pre]()
-        tokenizer.decoder = decoders.ByteLevel()
-        return tokenizer
-
-    return build_tokenizer(make, header.path)
+    merges = [(left, right) for left, _, right in parts]
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=name in LLAMA3))
+    set_split(tokenizer, name)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def _sentencepiece(header: Header, tokens: list[str], kinds: np.ndarray) -> tokenizers.Tokenizer:
     """Builds BPE over characters, unknown ones as bytes; pairs merge in the order of their product's score."""
-    scores = _numbers(header, "scores", len(tokens)).tolist()
+    scores = _read_list(header, "scores", len(tokens)).tolist()
     vocab = {token: place for place, token in enumerate(tokens)}
     pairs = [
         (-scores[place], -cut, token[:cut], token[cut:])
@@ -174,19 +138,14 @@ def _sentencepiece(header: Header, tokens: list[str], kinds: np.ndarray) -> toke
     pairs.sort(key=lambda pair: pair[:2])
     unknown = next((tokens[i] for i in np.flatnonzero(kinds == UNKNOWN)), None)
     prefixed = header.metadata.get("tokenizer.ggml.add_space_prefix", True) is True
-
-    def make() -> tokenizers.Tokenizer:
-        model = models.BPE(
-            vocab=vocab, merges=[pair[2:] for pair in pairs], unk_token=unknown, fuse_unk=True, byte_fallback=True
-        )  # fmt: skip
-        tokenizer = tokenizers.Tokenizer(model)
-        spaces = normalizers.Replace(" ", SPACE)
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefixed else spaces
-        parts = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-        tokenizer.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)] if prefixed else parts)
-        return tokenizer
-
-    return build_tokenizer(make, header.path)
+    merges = [pair[2:] for pair in pairs]
+    model = models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    tokenizer = tokenizers.Tokenizer(model)
+    spaces = normalizers.Replace(" ", SPACE)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefixed else spaces
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefixed else steps)
+    return tokenizer
 
 
 def tokenizer_metadata(
@@ -229,10 +188,9 @@ def tokenizer_metadata(
     return {f"tokenizer.ggml.{key}": value for key, value in fields.items()} | template | whole
 
 
-def _same_split(tokenizer: dict[str, Any], pre: str) -> bool:
-    """Whether a tokenizer.json splits texts as llama.cpp does under this name."""
+def _same_split(tokenizer: dict[str, Any], name: str) -> bool:
+    """Returns whether a tokenizer.json splits texts as llama.cpp does under this name."""
     like = tokenizers.Tokenizer(models.BPE())
-    like.pre_tokenizer = SPLITS[pre]()
-    like.normalizer = normalizers.NFC() if pre == "qwen2" else None
+    set_split(like, name)
     written = json.loads(like.to_str())
     return all(tokenizer[part] == written[part] for part in ("pre_tokenizer", "normalizer"))

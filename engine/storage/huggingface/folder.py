@@ -3,27 +3,19 @@
 Nothing in a folder is ever run: no pickle is opened, no code of the folder's is imported, nothing is fetched.
 """
 
-import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from engine.errors import UserError
 from engine.files import write_json
 from engine.model.config import ModelConfig
-from engine.model.paths import leaf_paths
-from engine.model.weights.matmul import dense
 from engine.storage.huggingface import safetensors
 from engine.storage.huggingface.config import config_from, config_to
 from engine.storage.huggingface.tokenizer import SMALL, read_tokenizer
-from engine.storage.loaded_model import LoadedModel
-from engine.storage.tensor_layout import check_tensors, layout_of, read_params, split_leaf
+from engine.storage.loaded_model import LoadedModel, OnConfig, Report
+from engine.storage.tensor_layout import check_tensors, layout_of, read_params, split_params
 from engine.storage.untrusted import build_tokenizer, quote, read_json_object
 from engine.text.tokenizer import Tokenizer
-
-Report = Callable[[int, int], None] | None
 
 _LAYER = "model.layers.{}."
 NAMES = {
@@ -38,27 +30,26 @@ NAMES = {
 
 
 def load_folder(
-    path: Path, *, dtype: str | None = None, report: Report = None, on_config: Callable[[ModelConfig], None] = lambda cfg: None
+    path: Path, *, dtype: str | None = None, report: Report = None, on_config: OnConfig = lambda cfg: None
 ) -> LoadedModel:
     """Loads the model in a Hugging Face folder; matrices in `dtype`, by default the config's own compute dtype.
 
-    `report`: numbers read and in all. `on_config` gets the architecture before the first weight is read. Raises UserError,
-    in a sentence, for whatever is missing, damaged, unknown, or does not fit the rest; all of that is found before that.
+    `report`: numbers read and in all. Raises UserError, in a sentence, for whatever is missing, damaged, unknown, or does
+    not fit the rest; all of that is found before `on_config` gets the architecture and the first weight is read.
     """
     fields = read_json_object(path / "config.json", SMALL)
     cfg = config_from(fields, path / "config.json")
     stored = {
         name: tensor for name, tensor in safetensors.read_folder(path).items() if not name.endswith(".rotary_emb.inv_freq")
     }
-    tied_twice = cfg.tied and NAMES["head"] in stored
-    head = stored.pop(NAMES["head"]) if tied_twice else None
+    head = stored.pop(NAMES["head"], None) if cfg.tied else None
     leaves = check_tensors(layout_of(cfg, NAMES), {name: tensor.shape for name, tensor in stored.items()}, path)
     for name, tensor in stored.items():
         if tensor.dtype not in safetensors.DTYPES:
             readable = ", ".join(safetensors.DTYPES)
             raise UserError(f"{tensor.path}: the tensor {quote(name)} is {tensor.dtype}; weights are read as {readable}.")
-    if head is not None:
-        _check_same(head, stored[NAMES["embed"]], path)
+    if head and not _hold_the_same(head, stored[NAMES["embed"]]):  # which of the two is meant cannot be known
+        raise UserError(f"{path} says tie_word_embeddings but has a lm_head.weight that differs from its embedding.")
     tokenizer, tokenizer_config, ends = read_tokenizer(path, fields, cfg)
     on_config(cfg)
     rows = lambda name, start, stop: safetensors.read_rows(stored[name], start, stop)
@@ -72,16 +63,12 @@ def read_config(path: Path) -> ModelConfig:
     return config_from(read_json_object(path / "config.json", SMALL), path / "config.json")
 
 
-def _check_same(head: safetensors.StoredTensor, embed: safetensors.StoredTensor, path: Path) -> None:
-    """Raises UserError when a tied model carries its table twice and the two differ: which is meant cannot be known."""
-    same = head.shape == embed.shape and head.dtype == embed.dtype
-    step = 4096
-    for start in range(0, head.shape[0] if same else 0, step):
-        stop = min(start + step, head.shape[0])
-        pair = (safetensors.read_rows(tensor, start, stop).tobytes() for tensor in (head, embed))
-        same = same and next(pair) == next(pair)
-    if not same:
-        raise UserError(f"{path} says tie_word_embeddings but has a lm_head.weight that differs from its embedding.")
+def _hold_the_same(one: safetensors.StoredTensor, other: safetensors.StoredTensor) -> bool:
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    chunks = [(start, min(start + 4096, one.shape[0])) for start in range(0, one.shape[0], 4096)]
+    read = safetensors.read_rows
+    return all(read(one, *chunk).tobytes() == read(other, *chunk).tobytes() for chunk in chunks)
 
 
 def save_folder(
@@ -93,23 +80,10 @@ def save_folder(
     pad_token_id, where there are such. `report`: numbers written and in all. Raises UserError for an architecture that no
     family has.
     """
-    named = {part.name: (leaf, part.shape) for leaf in layout_of(cfg, NAMES) for part in leaf.parts}
-    kind = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
     write_json(folder / "config.json", config_to(cfg, dtype, tokens))
     write_json(folder / "generation_config.json", tokens)
-    values = leaf_paths(params)
-    total, done = sum(math.prod(shape) for _, shape in named.values()), 0
-    parts: dict[str, np.ndarray] = {}
-
-    def value(name: str) -> np.ndarray:
-        nonlocal parts, done
-        if name not in parts:  # the parts of a leaf follow one another
-            leaf = named[name][0]
-            parts = split_leaf(leaf, dense(values[leaf.path]))
-        done += parts[name].size
-        if report:
-            report(done, total)
-        return parts[name]
-
-    tensors = {name: (shape, safetensors.DTYPES[kind]) for name, (_, shape) in named.items()}
-    safetensors.write_file(folder / "model.safetensors", tensors, value)
+    leaves = list(layout_of(cfg, NAMES))
+    shapes = {part.name: part.shape for leaf in leaves for part in leaf.parts}
+    kind = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
+    arrays = (array for _, array in split_params(leaves, params, report))
+    safetensors.write_file(folder / "model.safetensors", shapes, kind, arrays)

@@ -8,26 +8,31 @@ header of 35 MB into 400 MB; and it takes a name given twice and fields that it 
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from engine.errors import UserError
 from engine.files import whole_file
-from engine.storage.untrusted import parse_json_object, quote, read_exactly, read_json_object, truncation_error
+from engine.storage.untrusted import (
+    check_adjacent,
+    parse_json_object,
+    quote,
+    read_at,
+    read_exactly,
+    read_json_object,
+    truncation_error,
+)
 
 HEADER = 2 * 2**20  # bytes of header a file may have: ten thousand tensors, and 40 MB once it is parsed
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
 }  # fmt: skip
-BITS = {
-    "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16, "I8": 8,
-    "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8,
-}  # fmt: skip
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NUMBERS = {8: "F64 I64 U64", 4: "F32 I32 U32", 2: "F16 BF16 I16 U16", 1: "I8 U8 BOOL F8_E4M3 F8_E5M2"}
+BYTES = {name: size for size, names in NUMBERS.items() for name in names.split()}  # of a number of each dtype
 
 
 class StoredTensor(NamedTuple):
@@ -39,41 +44,28 @@ class StoredTensor(NamedTuple):
     offset: int
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Returns {name: StoredTensor} of a file. Raises UserError when anything in the header cannot be so."""
+def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Returns a file's tensors by name, and the texts beside them. Raises UserError when anything in it cannot be so."""
     with path.open("rb") as file:
-        header = _read_object(file, path)
+        length = int.from_bytes(read_exactly(file, 8, path), "little")
+        if length > HEADER:
+            raise UserError(f"{path} has a header of {length:,} bytes by its own account; {HEADER:,} are read at most.")
+        header = parse_json_object(read_exactly(file, length, path), path)
         begin, size = file.tell(), file.seek(0, 2)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise UserError(f"{path} is damaged: the metadata in its header are no texts.")
     spans = {name: _span(path, name, entry) for name, entry in header.items()}
     end = 0
     for name, (start, stop, _, _) in sorted(spans.items(), key=lambda item: item[1][:2]):
-        if start != end:
-            fault = "overlaps the one before it" if start < end else "leaves a gap before it"
-            raise UserError(f"{path} is damaged: the tensor {quote(name)} {fault}.")
+        check_adjacent(path, name, start, end)
         end = stop
     if begin + end > size:
         raise truncation_error(path, begin + end - size)
     if begin + end < size:
         raise UserError(f"{path} is damaged: {size - begin - end:,} bytes at its end belong to no tensor.")
-    return {name: StoredTensor(path, dtype, shape, begin + start) for name, (start, _, dtype, shape) in spans.items()}
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """Returns the texts that a file's header carries beside its tensors."""
-    with path.open("rb") as file:
-        metadata = _read_object(file, path).get("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise UserError(f"{path} is damaged: the metadata in its header are no texts.")
-    return metadata
-
-
-def _read_object(file: BinaryIO, path: Path) -> dict[str, Any]:
-    """Returns the header's JSON object; the file then stands where the tensors begin."""
-    length = int.from_bytes(read_exactly(file, 8, path), "little")
-    if length > HEADER:
-        raise UserError(f"{path} has a header of {length:,} bytes by its own account; {HEADER:,} are read at most.")
-    return parse_json_object(read_exactly(file, length, path), path)
+    tensors = {name: StoredTensor(path, dtype, shape, begin + start) for name, (start, _, dtype, shape) in spans.items()}
+    return tensors, metadata
 
 
 def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str, tuple[int, ...]]:
@@ -81,9 +73,9 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str, tuple[int, 
     whole = lambda value: type(value) is int and 0 <= value < 2**63
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop]} if (
-            len(entry) == 3 and dtype in BITS and len(shape) <= 8 and all(map(whole, [*shape, start, stop]))
+            len(entry) == 3 and dtype in BYTES and len(shape) <= 8 and all(map(whole, [*shape, start, stop]))
         ):
-            wanted = math.prod(shape) * BITS[dtype] // 8
+            wanted = math.prod(shape) * BYTES[dtype]
             if stop - start == wanted:
                 return start, stop, dtype, tuple(shape)
             came = f"{dtype} {list(shape)} should have {wanted:,} bytes and has {stop - start:,}"
@@ -93,50 +85,36 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str, tuple[int, 
 
 def read_rows(stored: StoredTensor, start: int, stop: int) -> np.ndarray:
     """Reads rows start to stop (first axis) of a tensor, in the file's own dtype. Raises UserError if the file is shorter."""
-    dtype = DTYPES[stored.dtype]
-    row = math.prod(stored.shape[1:])
-    rows = np.empty((stop - start, *stored.shape[1:]), dtype)
-    with stored.path.open("rb", buffering=0) as file:
-        file.seek(stored.offset + start * row * dtype.itemsize)
-        _fill(file, rows.reshape(-1).view(np.uint8), stored.path)
-    return rows
-
-
-def _fill(file: Any, into: np.ndarray, path: Path) -> None:
-    """Fills an array by reading: a mapped file that somebody shortens meanwhile takes the whole process down."""
-    view, done = memoryview(into), 0
-    while done < len(view):
-        count = file.readinto(view[done:])
-        if not count:
-            raise truncation_error(path, len(view) - done)
-        done += count
+    dtype, row = DTYPES[stored.dtype], stored.shape[1:]
+    width = math.prod(row) * dtype.itemsize
+    return read_at(stored.path, stored.offset + start * width, (stop - start) * width).view(dtype).reshape(stop - start, *row)
 
 
 def write_file(
     path: Path,
-    tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]],
-    value: Callable[[str], np.ndarray],
-    metadata: Mapping[str, str] | None = None,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: str,
+    arrays: Iterable[np.ndarray],
+    metadata: Mapping[str, str] = {},
 ) -> None:
-    """Writes a file of the named tensors, {name: (shape, dtype)}; `value` is asked for one at a time, in that order.
+    """Writes a file of tensors {name: shape}, all of one dtype, whose arrays come one at a time, in that order.
 
     The file appears at `path` complete or not at all.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}  # transformers asks for it
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}  # transformers asks for it
     at = 0
-    for name, (shape, dtype) in tensors.items():
-        size = math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
+    for name, shape in shapes.items():
+        size = math.prod(shape) * BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with whole_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, (shape, dtype) in tensors.items():
-            array = np.ascontiguousarray(value(name), dtype)
+        for (name, shape), array in zip(shapes.items(), arrays, strict=True):
             if array.shape != shape:
                 raise ValueError(f"{name} has shape {array.shape} and was announced as {shape}.")
-            file.write(memoryview(array.reshape(-1).view(np.uint8)))
+            file.write(memoryview(np.ascontiguousarray(array, DTYPES[dtype]).reshape(-1).view(np.uint8)))
 
 
 def read_folder(folder: Path) -> dict[str, StoredTensor]:
@@ -146,9 +124,15 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
     """
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file():
-        return read_header(whole)
+        return read_header(whole)[0]
     if not index.is_file():
-        raise _no_weights(folder)
+        pickled = [name for name in ("pytorch_model.bin", "pytorch_model.bin.index.json") if (folder / name).exists()]
+        raise UserError(
+            f"{folder} has its weights in {pickled[0]}, a pickle, which can run code when it is opened, so it is never read. "
+            "Take the model's safetensors files, or convert it where it is trusted."
+            if pickled
+            else f"{folder} has neither model.safetensors nor model.safetensors.index.json, so it holds no weights."
+        )
     placed = read_json_object(index, 16 * HEADER).get("weight_map")
     if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
         raise UserError(f"{index} is damaged: it has no weight_map of tensors to files.")
@@ -158,20 +142,10 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
             raise UserError(f"{index} names {quote(name)}, which is not a .safetensors file in its own folder.")
         if not (folder / name).is_file():
             raise UserError(f"{index} names {quote(name)}, and it is not there: the model was not copied or downloaded whole.")
-        header = read_header(folder / name)
+        header, _ = read_header(folder / name)
         wanted = {tensor for tensor, file in placed.items() if file == name}
         for tensor in sorted(wanted ^ set(header)):
             there = "has no" if tensor in wanted else "has a"
             raise UserError(f"{folder / name} {there} tensor {quote(tensor)}, unlike what {index.name} says.")
         tensors |= header
     return tensors
-
-
-def _no_weights(folder: Path) -> UserError:
-    pickled = next((name for name in ("pytorch_model.bin", "pytorch_model.bin.index.json") if (folder / name).exists()), None)
-    if pickled:
-        return UserError(
-            f"{folder} has its weights in {pickled}, a pickle, which can run code when it is opened, so it is never read. "
-            "Take the model's safetensors files, or convert it where it is trusted."
-        )
-    return UserError(f"{folder} has neither model.safetensors nor model.safetensors.index.json, so it holds no weights.")

@@ -7,7 +7,7 @@ import tokenizers
 
 from engine.errors import UserError
 from engine.model.config import ModelConfig
-from engine.storage.untrusted import parse_tokenizer, quote, read_json_object
+from engine.storage.untrusted import build_tokenizer, quote, read_json_object, read_text
 
 SMALL = 2 * 2**20  # bytes of a config
 LARGEST = 64 * 2**20  # bytes of a tokenizer.json; the largest of these families has 17 million
@@ -22,17 +22,21 @@ def read_tokenizer(
         other = next((name for name in ("tokenizer.model", "vocab.json") if (path / name).exists()), None)
         instead = f", only {other}: save the model's fast tokenizer, which writes one" if other else ""
         raise UserError(f"{path} has no tokenizer.json{instead}.")
-    if source.stat().st_size > LARGEST:
-        raise UserError(f"{source} has {source.stat().st_size:,} bytes, more than any known tokenizer; it is not read.")
-    tokenizer = parse_tokenizer(source.read_bytes(), source)
-    config = read_json_object(path / "tokenizer_config.json", SMALL) if (path / "tokenizer_config.json").exists() else {}
+    text = read_text(source, LARGEST)
+    tokenizer = build_tokenizer(lambda: tokenizers.Tokenizer.from_str(text), source)
+    config, generation = (
+        read_json_object(path / name, SMALL) if (path / name).exists() else {}
+        for name in ("tokenizer_config.json", "generation_config.json")
+    )
     config |= {"chat_template": _template(path, config)}
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
         if isinstance(config.get(name), dict):
             config[name] = config[name].get("content")
-    generation = path / "generation_config.json"
-    generation_config = read_json_object(generation, SMALL) if generation.exists() else {}
-    ends = _ids(generation_config.get("eos_token_id", fields.get("eos_token_id")), "eos_token_id", path, cfg)
+    end = generation.get("eos_token_id", fields.get("eos_token_id"))
+    ends = end[:64] if isinstance(end, list) else [] if end is None else [end]
+    for token in ends:
+        if type(token) is not int or not 0 <= token < cfg.vocab:
+            raise UserError(f"{path}: eos_token_id should be ids below {cfg.vocab:,}, not {quote(token)}.")
     if config.get("eos_token") is None:
         config["eos_token"] = tokenizer.id_to_token(ends[0]) if ends else None
         if config["eos_token"] is None:
@@ -51,25 +55,11 @@ def _template(path: Path, config: dict[str, Any]) -> str | None:
     """Returns the chat template: in a file of its own, or in tokenizer_config.json, alone or as the one called default."""
     file = path / "chat_template.jinja"
     if file.is_file():
-        if file.stat().st_size > SMALL:
-            raise UserError(f"{file} has {file.stat().st_size:,} bytes, more than a chat template may have.")
-        try:
-            return file.read_bytes().decode()
-        except UnicodeDecodeError:
-            raise UserError(f"{file} is not UTF-8 text.") from None
+        return read_text(file, SMALL)
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
         template = named.get("default")
-    if template is not None and not isinstance(template, str):
+    if not isinstance(template, str | None):
         raise UserError(f"{path / 'tokenizer_config.json'}: chat_template should be text.")
     return template
-
-
-def _ids(value: Any, name: str, path: Path, cfg: ModelConfig) -> tuple[int, ...]:
-    """Returns the token ids in a value that is one, a list of them, or None."""
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    for item in ids[:64]:
-        if type(item) is not int or not 0 <= item < cfg.vocab:
-            raise UserError(f"{path}: {name} should be ids below {cfg.vocab:,}, not {quote(item)}.")
-    return tuple(ids[:64])

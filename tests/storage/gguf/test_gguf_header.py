@@ -2,13 +2,12 @@
 
 import struct
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from gguf_files import tiny_gguf, weights
+from refusals import refusal
 
-from engine.errors import UserError
 from engine.storage.gguf.header import KEYS, TENSORS, TEXT, Span, read_header, read_numbers, read_strings
 
 u32, u64 = (lambda value: struct.pack("<I", value)), (lambda value: struct.pack("<Q", value))
@@ -30,65 +29,60 @@ def made(keys: list[bytes] = [], infos: list[bytes] = [], data: int = 0, version
 
 
 A, B = info(b"a", [4], offset=0), info(b"b", [4], offset=32)
-MALFORMED: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "too soon"),
-    "another kind of file": (b"PK\x03\x04" + bytes(40), "does not begin with GGUF"),
-    "no counts": (b"GGUF" + u32(3), "too soon"),
-    "version 1": (made(version=1), "of version 1"),
-    "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
-    "many tensors": (made(count=TENSORS + 1), "more than any model has"),
-    "giant count": (made(count=2**64 - 1), "more than any model has"),
-    "many keys": (b"GGUF" + u32(3) + u64(0) + u64(KEYS + 1), "more than any model has"),
-    "keys that are not there": (b"GGUF" + u32(3) + u64(0) + u64(9), "too soon"),
-    "tensors that are not there": (b"GGUF" + u32(3) + u64(9) + u64(0), "too soon"),
-    "long key": (made([key(b"k" * 2000, 4, u32(1))]), "a key has 2,000 bytes"),
-    "giant key": (made([u64(2**63)]), "a key has"),
-    "key of no text": (made([key(b"\xff", 4, u32(1))]), "not UTF-8"),
-    "key twice": (made([key(b"k", 4, u32(1))] * 2), "'k' is there twice"),
-    "unknown type": (made([key(b"k", 13, u32(1))]), "unknown type 13"),
-    "giant text": (made([key(b"k", 8, u64(2**62))]), "too soon"),
-    "text of no text": (made([key(b"k", 8, text(b"\xff\xfe"))]), "'k' is not UTF-8"),
-    "much text": (made([key(b"%d" % i, 8, text(bytes(TEXT // 2))) for i in range(3)]), f"more than {TEXT:,} bytes of text"),
-    "array of arrays": (made([key(b"k", 9, u32(9) + u64(1) + u32(9) + u64(1))]), "array of the type 9"),
-    "array of nothing known": (made([key(b"k", 9, u32(77) + u64(1))]), "array of the type 77"),
-    "giant array of numbers": (made([key(b"k", 9, u32(5) + u64(2**62))]), "too soon"),
-    "giant array of texts": (made([key(b"k", 9, u32(8) + u64(2**62))]), "too soon"),
-    "array of a giant text": (made([key(b"k", 9, u32(8) + u64(1) + u64(2**64 - 1))]), "too soon"),
-    "alignment 0": (made([key(b"general.alignment", 4, u32(0))]), "power of two"),
-    "alignment 24": (made([key(b"general.alignment", 4, u32(24))]), "power of two"),
-    "alignment of text": (made([key(b"general.alignment", 8, text(b"32"))]), "power of two"),
-    "giant alignment": (made([key(b"general.alignment", 4, u32(2**31))]), "power of two"),
-    "no axes": (made([], [info(b"a", [])]), "has 0 dimensions"),
-    "many axes": (made([], [info(b"a", [1] * 5)]), "has 5 dimensions"),
-    "giant axes": (made([], [text(b"a") + u32(2**32 - 1)]), "4,294,967,295 dimensions"),
-    "empty tensor": (made([], [info(b"a", [0])]), "cannot have the shape"),
-    "overflowing tensor": (made([], [info(b"a", [2**32, 2**32, 2**32])]), "cannot have the shape"),
-    "half a block": (made([], [info(b"a", [33], kind=8)], 64), "cannot have the shape"),
-    "unknown tensor type": (made([], [info(b"a", [32], kind=99)], 256), "type 99"),
-    "tensor twice": (made([], [A, info(b"a", [4], offset=32)], 64), "'a' is there twice"),
-    "overlap": (made([], [A, info(b"b", [4], offset=0)], 64), "overlaps"),
-    "gap": (made([], [A, info(b"b", [4], offset=64)], 128), "gap"),
-    "unaligned": (made([], [A, info(b"b", [4], offset=16)], 64), "overlaps"),
-    "giant offset": (made([], [info(b"a", [4], offset=2**63)], 64), "gap"),
-    "cut": (made([], [A, B], 47), "1 bytes too soon"),
-    "long tensor name": (made([], [info(b"n" * 5000, [4])]), "a tensor's name has 5,000"),
-    "control characters": (made([], [info(b"\x1b[2J", [0])]), "'\\x1b[2J'"),
-}
+MALFORMED = [
+    (b"", "too soon"),
+    (b"PK\x03\x04" + bytes(40), "does not begin with GGUF"),
+    (b"GGUF" + u32(3), "too soon"),
+    (made(version=1), "of version 1"),
+    (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
+    (made(count=TENSORS + 1), "more than any model has"),
+    (made(count=2**64 - 1), "more than any model has"),
+    (b"GGUF" + u32(3) + u64(0) + u64(KEYS + 1), "more than any model has"),
+    (b"GGUF" + u32(3) + u64(0) + u64(9), "too soon"),
+    (b"GGUF" + u32(3) + u64(9) + u64(0), "too soon"),
+    (made([key(b"k" * 2000, 4, u32(1))]), "a key has 2,000 bytes"),
+    (made([u64(2**63)]), "a key has"),
+    (made([key(b"\xff", 4, u32(1))]), "not UTF-8"),
+    (made([key(b"k", 4, u32(1))] * 2), "'k' is there twice"),
+    (made([key(b"k", 13, u32(1))]), "unknown type 13"),
+    (made([key(b"k", 8, u64(2**62))]), "too soon"),
+    (made([key(b"k", 8, text(b"\xff\xfe"))]), "'k' is not UTF-8"),
+    (made([key(b"%d" % i, 8, text(bytes(TEXT // 2))) for i in range(3)]), f"more than {TEXT:,} bytes of text"),
+    (made([key(b"k", 9, u32(9) + u64(1) + u32(9) + u64(1))]), "array of the type 9"),
+    (made([key(b"k", 9, u32(77) + u64(1))]), "array of the type 77"),
+    (made([key(b"k", 9, u32(5) + u64(2**62))]), "too soon"),
+    (made([key(b"k", 9, u32(8) + u64(2**62))]), "too soon"),
+    (made([key(b"k", 9, u32(8) + u64(1) + u64(2**64 - 1))]), "too soon"),
+    (made([key(b"general.alignment", 4, u32(0))]), "power of two"),
+    (made([key(b"general.alignment", 4, u32(24))]), "power of two"),
+    (made([key(b"general.alignment", 8, text(b"32"))]), "power of two"),
+    (made([key(b"general.alignment", 4, u32(2**31))]), "power of two"),
+    (made([], [info(b"a", [])]), "has 0 dimensions"),
+    (made([], [info(b"a", [1] * 5)]), "has 5 dimensions"),
+    (made([], [text(b"a") + u32(2**32 - 1)]), "4,294,967,295 dimensions"),
+    (made([], [info(b"a", [0])]), "cannot have the shape"),
+    (made([], [info(b"a", [2**32, 2**32, 2**32])]), "cannot have the shape"),
+    (made([], [info(b"a", [33], kind=8)], 64), "cannot have the shape"),
+    (made([], [info(b"a", [32], kind=99)], 256), "type 99"),
+    (made([], [A, info(b"a", [4], offset=32)], 64), "'a' is there twice"),
+    (made([], [A, info(b"b", [4], offset=0)], 64), "overlaps"),
+    (made([], [A, info(b"b", [4], offset=64)], 128), "gap"),
+    (made([], [A, info(b"b", [4], offset=16)], 64), "overlaps"),
+    (made([], [info(b"a", [4], offset=2**63)], 64), "gap"),
+    (made([], [A, B], 47), "1 bytes too soon"),
+    (made([], [info(b"n" * 5000, [4])]), "a tensor's name has 5,000"),
+    (made([], [info(b"\x1b[2J", [0])]), "'\\x1b[2J'"),
+]
 
 
-@pytest.mark.parametrize("case", MALFORMED)
-def test_what_cannot_be_so_is_refused_in_a_line(case: str, tmp_path: Path) -> None:
-    data, words = MALFORMED[case]
+@pytest.mark.parametrize(("data", "words"), MALFORMED, ids=[words for _, words in MALFORMED])
+def test_what_cannot_be_so_is_refused_in_a_line(data, words, tmp_path):
     path = tmp_path / "x.gguf"
     path.write_bytes(data)
-    with pytest.raises(UserError) as error:
-        read_header(path)
-    assert words in str(error.value)
-    assert len(str(error.value)) < 300
-    assert str(error.value).isprintable()
+    assert words in refusal(read_header, path)
 
 
-def test_a_sound_header_is_read(tmp_path: Path) -> None:
+def test_a_sound_header_is_read(tmp_path):
     keys = [
         key(b"a", 0, b"\xff"), key(b"b", 1, b"\xff"), key(b"c", 7, b"\x01"), key(b"d", 6, struct.pack("<f", 0.5)),
         key(b"e", 10, u64(2**40)), key(b"f", 8, text("é".encode())), key(b"g", 9, u32(5) + u64(2) + struct.pack("<ii", -1, 7)),
@@ -103,18 +97,17 @@ def test_a_sound_header_is_read(tmp_path: Path) -> None:
     assert read_strings(path, header.metadata["h"], 9) == ["x", ""]
     assert header.tensors["c"].shape == (3, 64)
     assert header.tensors["b"].offset == header.tensors["a"].offset + 32
-    assert header.tensors["c"].row == 68
+    assert header.tensors["c"].size == 3 * 68
 
 
-def test_every_cut_of_a_header_is_refused(tmp_path: Path) -> None:
+def test_every_cut_of_a_header_is_refused(tmp_path):
     data = made([key(b"f", 8, text(b"word")), key(b"h", 9, u32(8) + u64(2) + text(b"x") + text(b""))], [A, B], 48)
     for length in range(len(data)):
         (tmp_path / "x.gguf").write_bytes(data[:length])
-        with pytest.raises(UserError):
-            read_header(tmp_path / "x.gguf")
+        refusal(read_header, tmp_path / "x.gguf")
 
 
-def test_a_vocabulary_of_fifty_thousand_is_read_at_once(tmp_path: Path) -> None:
+def test_a_vocabulary_of_fifty_thousand_is_read_at_once(tmp_path):
     """The library's reader takes more than a second for it."""
     tokens = [f"t{i}" for i in range(50_000)]
     table = {"token_embd.weight": np.zeros((50_000, 64), np.float32)}

@@ -3,7 +3,6 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +12,6 @@ from tiny import positions_of
 from engine.model.transformer import forward
 from engine.storage.assets import SMOLLM2_FILE
 from engine.storage.gguf.file import load_gguf
-from engine.storage.loaded_model import LoadedModel
 
 GOLDEN = [json.loads(line) for line in (Path(__file__).parents[1] / "golden" / "llama_cpp.txt").read_text().splitlines()]
 NEAR = 0.25  # a lead that llama.cpp's rounding of activations to 8 bits may turn round; the largest seen is 0.15
@@ -27,12 +25,12 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def model() -> LoadedModel:
+def model():
     return load_gguf(FILE)
 
 
 @pytest.fixture(scope="module")
-def logits(model: LoadedModel) -> Any:
+def logits(model):
     """(prompt, place, V): after each token of a prompt and of what llama.cpp wrote behind it."""
     longest = max(len(case["tokens"] + case["written"]) for case in GOLDEN)
     tokens = np.zeros((len(GOLDEN), longest), np.int32)
@@ -41,7 +39,7 @@ def logits(model: LoadedModel) -> Any:
     return jax.jit(forward, static_argnums=0)(model.cfg, model.params, tokens, positions_of(*tokens.shape))[0]
 
 
-def test_prompts_become_the_same_tokens(model: LoadedModel) -> None:
+def test_prompts_become_the_same_tokens(model):
     tokenizer = model.tokenizer
     plain = [case for case in GOLDEN if "<|im_start|>" not in case["prompt"]]
     assert len(plain) >= 5
@@ -50,7 +48,7 @@ def test_prompts_become_the_same_tokens(model: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize("place", range(len(GOLDEN)), ids=[case["prompt"][-24:] for case in GOLDEN])
-def test_the_most_probable_token_is_the_same(place: int, logits: Any) -> None:
+def test_the_most_probable_token_is_the_same(place, logits):
     case = GOLDEN[place]
     first = len(case["tokens"]) - 1
     found = np.asarray(logits[place, first : first + len(case["written"])]).argmax(-1)
@@ -59,7 +57,7 @@ def test_the_most_probable_token_is_the_same(place: int, logits: Any) -> None:
     np.testing.assert_array_equal(found[clear], np.asarray(case["written"])[clear])
 
 
-def test_the_stop_is_said(model: LoadedModel, logits: Any) -> None:
+def test_the_stop_is_said(model, logits):
     ended = [case for case in GOLDEN if case["written"][-1] in model.ends]
     assert ended
     assert model.ends == (2,)

@@ -4,138 +4,132 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from refusals import refusal
 
-from engine.errors import UserError
 from engine.model.config import PRESETS, ModelConfig, preset
 from engine.storage.huggingface.config import config_from, config_to
 
 PATH = Path("config.json")
 COMMON = {
-    "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02, "use_cache": True, "torch_dtype": "bfloat16",
-    "transformers_version": "4.46.0",
+    "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+    "initializer_range": 0.02, "mlp_bias": False, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None,
+    "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.46.0", "use_cache": True,
 }  # fmt: skip
-SMOLLM2 = COMMON | {
-    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "bos_token_id": 1, "eos_token_id": 2, "hidden_size": 576,
-    "intermediate_size": 1536, "is_llama_config": True, "max_position_embeddings": 8192, "mlp_bias": False,
-    "model_type": "llama", "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3, "pad_token_id": 2,
-    "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000,
-    "tie_word_embeddings": True, "transformers.js_config": {"dtype": "q4"}, "vocab_size": 49152,
+LLAMA = COMMON | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+SMOLLM2 = LLAMA | {
+    "hidden_size": 576, "intermediate_size": 1536, "is_llama_config": True, "max_position_embeddings": 8192,
+    "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3, "pad_token_id": 2, "rope_interleaved": False,
+    "rope_theta": 100000, "transformers.js_config": {"dtype": "q4"}, "vocab_size": 49152,
 }  # fmt: skip
 PUBLISHED: dict[str, dict[str, Any]] = {
     "smollm2-135m": SMOLLM2,
-    "tinyllama-1.1b": COMMON | {
-        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "bos_token_id": 1, "eos_token_id": 2,
-        "hidden_size": 2048, "intermediate_size": 5632, "max_position_embeddings": 2048, "model_type": "llama",
-        "num_attention_heads": 32, "num_hidden_layers": 22, "num_key_value_heads": 4, "pretraining_tp": 1,
-        "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000.0, "tie_word_embeddings": False, "vocab_size": 32000,
+    "tinyllama-1.1b": LLAMA | {
+        "hidden_size": 2048, "intermediate_size": 5632, "max_position_embeddings": 2048, "num_attention_heads": 32,
+        "num_hidden_layers": 22, "num_key_value_heads": 4, "rope_theta": 10000.0, "tie_word_embeddings": False,
+        "vocab_size": 32000,
     },
-    "llama-3.2-1b": COMMON | {
-        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "bos_token_id": 128000, "eos_token_id": [128001],
-        "head_dim": 64, "hidden_size": 2048, "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False,
-        "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8,
-        "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "tie_word_embeddings": True, "vocab_size": 128256,
+    "llama-3.2-1b": LLAMA | {
+        "bos_token_id": 128000, "eos_token_id": [128001], "head_dim": 64, "hidden_size": 2048, "intermediate_size": 8192,
+        "max_position_embeddings": 131072, "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8,
+        "rope_theta": 500000.0, "vocab_size": 128256,
         "rope_scaling": {
             "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
             "rope_type": "llama3",
         },
     },
     "mistral-7b-v0.3": COMMON | {
-        "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_size": 4096,
-        "intermediate_size": 14336, "max_position_embeddings": 32768, "model_type": "mistral", "num_attention_heads": 32,
-        "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0,
-        "sliding_window": None, "tie_word_embeddings": False, "vocab_size": 32768,
+        "architectures": ["MistralForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
+        "max_position_embeddings": 32768, "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 8, "rope_theta": 1000000.0, "sliding_window": None, "tie_word_embeddings": False,
+        "vocab_size": 32768,
     },
     "qwen2.5-0.5b": COMMON | {
         "architectures": ["Qwen2ForCausalLM"], "bos_token_id": 151643, "eos_token_id": 151645, "hidden_size": 896,
         "intermediate_size": 4864, "max_position_embeddings": 32768, "max_window_layers": 21, "model_type": "qwen2",
         "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06,
-        "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": True, "use_sliding_window": False,
-        "vocab_size": 151936,
+        "rope_theta": 1000000.0, "sliding_window": 32768, "use_sliding_window": False, "vocab_size": 151936,
     },
     "qwen3-0.6b": COMMON | {
-        "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "bos_token_id": 151643, "eos_token_id": 151645,
-        "head_dim": 128, "hidden_size": 1024, "intermediate_size": 3072, "max_position_embeddings": 40960,
-        "max_window_layers": 28, "model_type": "qwen3", "num_attention_heads": 16, "num_hidden_layers": 28,
-        "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None,
-        "tie_word_embeddings": True, "use_sliding_window": False, "vocab_size": 151936,
+        "architectures": ["Qwen3ForCausalLM"], "head_dim": 128, "hidden_size": 1024, "intermediate_size": 3072,
+        "max_position_embeddings": 40960, "max_window_layers": 28, "model_type": "qwen3", "num_attention_heads": 16,
+        "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_theta": 1000000,
+        "sliding_window": None, "use_sliding_window": False, "vocab_size": 151936,
     },
 }  # fmt: skip
 
 
+MISTRAL = PUBLISHED["mistral-7b-v0.3"]
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_configs_are_their_presets(name: str) -> None:
+def test_published_configs_are_their_presets(name):
     assert config_from(PUBLISHED[name], PATH) == preset(name)
 
 
 @pytest.mark.parametrize("cfg", PRESETS.values(), ids=PRESETS)
-def test_what_is_written_is_read_as_the_same(cfg: ModelConfig) -> None:
+def test_what_is_written_is_read_as_the_same(cfg):
     written = config_to(cfg, cfg.dtype, {"eos_token_id": 2})
     assert config_from(written, PATH) == cfg
     assert written["eos_token_id"] == 2
 
 
-def test_float32_files_are_computed_in_float32() -> None:
+def test_float32_files_are_computed_in_float32():
     assert config_from(SMOLLM2 | {"torch_dtype": "float32"}, PATH).dtype == "float32"
     assert config_from(SMOLLM2 | {"torch_dtype": None, "dtype": "float32"}, PATH).dtype == "float32"
     assert config_from(SMOLLM2 | {"torch_dtype": "float16"}, PATH).dtype == "bfloat16"
 
 
-def test_a_window_no_token_can_leave_is_no_window() -> None:
-    mistral = PUBLISHED["mistral-7b-v0.3"]
-    assert config_from(mistral | {"sliding_window": 32768}, PATH) == preset("mistral-7b-v0.3")
+def test_a_window_no_token_can_leave_is_no_window():
+    assert config_from(MISTRAL | {"sliding_window": 32768}, PATH) == preset("mistral-7b-v0.3")
 
 
-def scaled(**changes: Any) -> dict[str, Any]:
+def scaled(**changes):
     llama = PUBLISHED["llama-3.2-1b"]
     return llama | {"rope_scaling": llama["rope_scaling"] | changes}
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("changes", "words"),
     [
-        (SMOLLM2 | {"model_type": "gemma2"}, ["model_type", "'gemma2'", "llama, mistral, qwen2, qwen3"]),
-        (SMOLLM2 | {"model_type": "qwen"}, ["Did you mean 'qwen"]),
-        (SMOLLM2 | {"model_type": ["llama"]}, ["model_type"]),
-        ({}, ["model_type None"]),
-        (SMOLLM2 | {"logit_softcapping": 30.0}, ["'logit_softcapping'", "not known here"]),
-        (SMOLLM2 | {"num_key_value_head": 3}, ["Did you mean 'num_key_value_heads'"]),
-        (SMOLLM2 | {"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "silu"]),
-        (SMOLLM2 | {"attention_bias": True}, ["attention_bias"]),
-        (SMOLLM2 | {"mlp_bias": True}, ["mlp_bias"]),
-        (SMOLLM2 | {"rope_interleaved": True}, ["rope_interleaved"]),
-        (SMOLLM2 | {"attention_dropout": 0.1}, ["attention_dropout"]),
-        (SMOLLM2 | {"auto_map": {"AutoModel": "model.Mine"}}, ["auto_map"]),
-        (SMOLLM2 | {"quantization_config": {"bits": 4}}, ["quantization_config"]),
-        (SMOLLM2 | {"hidden_size": None}, ["hidden_size"]),
-        (SMOLLM2 | {"hidden_size": "576"}, ["hidden_size", "'576'"]),
-        (SMOLLM2 | {"hidden_size": True}, ["hidden_size"]),
-        (SMOLLM2 | {"hidden_size": 2**60}, ["hidden_size"]),
-        (SMOLLM2 | {"hidden_size": -576}, ["hidden_size"]),
-        (SMOLLM2 | {"num_hidden_layers": 2.5}, ["num_hidden_layers"]),
-        (SMOLLM2 | {"rms_norm_eps": float("nan")}, ["rms_norm_eps"]),
-        (SMOLLM2 | {"tie_word_embeddings": "yes"}, ["tie_word_embeddings"]),
-        (SMOLLM2 | {"num_attention_heads": 10}, ["not a multiple of heads 10"]),
-        (SMOLLM2 | {"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_type", "'linear'"]),
-        (SMOLLM2 | {"rope_scaling": {"rope_type": ["yarn"]}}, ["rope_type"]),
-        (SMOLLM2 | {"rope_scaling": "llama3"}, ["rope_scaling"]),
+        ({"model_type": "gemma2"}, ["model_type", "'gemma2'", "llama, mistral, qwen2, qwen3"]),
+        ({"model_type": "qwen"}, ["Did you mean 'qwen"]),
+        ({"model_type": ["llama"]}, ["model_type"]),
+        ({"model_type": None}, ["model_type None"]),
+        ({"logit_softcapping": 30.0}, ["'logit_softcapping'", "not known here"]),
+        ({"num_key_value_head": 3}, ["Did you mean 'num_key_value_heads'"]),
+        ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "silu"]),
+        ({"attention_bias": True}, ["attention_bias"]),
+        ({"mlp_bias": True}, ["mlp_bias"]),
+        ({"rope_interleaved": True}, ["rope_interleaved"]),
+        ({"attention_dropout": 0.1}, ["attention_dropout"]),
+        ({"auto_map": {"AutoModel": "model.Mine"}}, ["auto_map"]),
+        ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
+        ({"hidden_size": None}, ["hidden_size"]),
+        ({"hidden_size": "576"}, ["hidden_size", "'576'"]),
+        ({"hidden_size": True}, ["hidden_size"]),
+        ({"hidden_size": 2**60}, ["hidden_size"]),
+        ({"hidden_size": -576}, ["hidden_size"]),
+        ({"num_hidden_layers": 2.5}, ["num_hidden_layers"]),
+        ({"rms_norm_eps": float("nan")}, ["rms_norm_eps"]),
+        ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings"]),
+        ({"num_attention_heads": 10}, ["not a multiple of heads 10"]),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_type", "'linear'"]),
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, ["rope_type"]),
+        ({"rope_scaling": "llama3"}, ["rope_scaling"]),
         (scaled(beta_fast=32), ["'beta_fast'"]),
         (scaled(factor=None), ["factor"]),
         (scaled(low_freq_factor=4.0), ["low_freq_factor below high_freq_factor"]),
-        (PUBLISHED["mistral-7b-v0.3"] | {"sliding_window": 4096}, ["sliding_window is 4096", "32,768"]),
+        (MISTRAL | {"sliding_window": 4096}, ["sliding_window is 4096", "32,768"]),
         (PUBLISHED["qwen2.5-0.5b"] | {"use_sliding_window": True, "sliding_window": 100}, ["sliding_window is 100"]),
         (PUBLISHED["qwen3-0.6b"] | {"layer_types": ["sliding_attention"]}, ["layer_types", "'sliding_attention'"]),
         (PUBLISHED["qwen3-0.6b"] | {"layer_types": 3}, ["layer_types"]),
     ],
 )  # fmt: skip
-def test_what_is_not_understood_is_refused_by_name(fields: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises(UserError) as error:
-        config_from(fields, PATH)
-    for word in words:
-        assert word in str(error.value)
-    assert "\n" not in str(error.value)
+def test_what_is_not_understood_is_refused_by_name(changes, words):
+    sentence = refusal(config_from, SMOLLM2 | changes, PATH)
+    assert all(word in sentence for word in words), sentence
 
 
-def test_a_block_that_nobody_has_cannot_be_written() -> None:
+def test_a_block_that_nobody_has_cannot_be_written():
     both = ModelConfig(vocab=41, width=20, layers=2, heads=6, head_dim=4, ff=28, context=9, qk_norm=True, qkv_bias=True)
-    with pytest.raises(UserError, match="both qkv_bias and qk_norm"):
-        config_to(both, "float32", {})
+    assert "both qkv_bias and qk_norm" in refusal(config_to, both, "float32", {})

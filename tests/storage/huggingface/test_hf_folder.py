@@ -11,17 +11,19 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from gguf_files import tiny_gguf
 from golden.random_weights import draw
 from hf_folders import CONFIG, WEIGHTS, tiny_tokenizer, write_folder
+from refusals import refusal
 from tiny import lively_params, tiny_config
 
-from engine.errors import UserError
 from engine.model.paths import leaf_paths
 from engine.storage.huggingface.folder import load_folder, save_folder
+from engine.storage.untrusted import build_tokenizer
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     return write_folder(tmp_path / "model", CONFIG, WEIGHTS)
 
 
@@ -32,7 +34,7 @@ def same(one: Any, other: Any) -> bool:
     )
 
 
-def test_every_weight_is_in_its_place(folder: Path) -> None:
+def test_every_weight_is_in_its_place(folder):
     model = load_folder(folder)
     block = model.params["blocks"]["1"]
     part = lambda name: WEIGHTS[f"model.layers.1.{name}.weight"]
@@ -48,13 +50,13 @@ def test_every_weight_is_in_its_place(folder: Path) -> None:
     assert model.ends == (40,)
 
 
-def test_shards_hold_the_same_model(folder: Path, tmp_path: Path) -> None:
+def test_shards_hold_the_same_model(folder, tmp_path):
     sharded = write_folder(tmp_path / "sharded", CONFIG, WEIGHTS, shards=3)
     assert same(load_folder(sharded).params, load_folder(folder).params)
 
 
 @pytest.mark.parametrize("kind", [np.float16, ml_dtypes.bfloat16])
-def test_half_precision_is_read_exactly(kind: Any, tmp_path: Path) -> None:
+def test_half_precision_is_read_exactly(kind, tmp_path):
     halved = {name: value.astype(kind) for name, value in WEIGHTS.items()}
     folder = write_folder(tmp_path / "half", CONFIG | {"torch_dtype": "bfloat16"}, halved)
     wide = {name: value.astype(np.float32) for name, value in halved.items()}
@@ -66,23 +68,22 @@ def test_half_precision_is_read_exactly(kind: Any, tmp_path: Path) -> None:
     assert np.array_equal(native["embed"], exact["embed"].astype(jnp.bfloat16))
 
 
-def test_progress_is_reported_to_the_end(folder: Path) -> None:
+def test_progress_is_reported_to_the_end(folder):
     seen: list[tuple[int, int]] = []
     load_folder(folder, report=lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] == sum(value.size for value in WEIGHTS.values())
     assert seen == sorted(seen)
 
 
-def test_a_table_kept_twice_is_read_once_if_both_are_the_same(tmp_path: Path) -> None:
+def test_a_table_kept_twice_is_read_once_if_both_are_the_same(tmp_path):
     twice = WEIGHTS | {"lm_head.weight": WEIGHTS["model.embed_tokens.weight"].copy()}
     extra = twice | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
     assert "head" not in load_folder(write_folder(tmp_path / "twice", CONFIG, extra)).params
     twice["lm_head.weight"][40, 19] += 1
-    with pytest.raises(UserError, match=r"lm_head.weight that differs"):
-        load_folder(write_folder(tmp_path / "other", CONFIG, twice))
+    assert "lm_head.weight that differs" in refusal(load_folder, write_folder(tmp_path / "other", CONFIG, twice))
 
 
-def test_an_untied_head_is_a_leaf(tmp_path: Path) -> None:
+def test_an_untied_head_is_a_leaf(tmp_path):
     head = draw({"lm_head.weight": (41, 20)})
     model = load_folder(write_folder(tmp_path / "untied", CONFIG | {"tie_word_embeddings": False}, WEIGHTS | head))
     np.testing.assert_array_equal(model.params["head"], head["lm_head.weight"].T)
@@ -112,15 +113,9 @@ Q = "model.layers.1.self_attn.q_proj.weight"
         ({"logit_cap": 3}, WEIGHTS, ["'logit_cap'"]),
     ],
 )
-def test_a_folder_is_taken_whole_or_not_at_all(
-    changes: dict[str, Any], weights: dict[str, np.ndarray], words: list[str], tmp_path: Path
-) -> None:
-    folder = write_folder(tmp_path / "model", CONFIG | changes, weights)
-    with pytest.raises(UserError) as error:
-        load_folder(folder)
-    for word in words:
-        assert word in str(error.value)
-    assert str(error.value).isprintable()
+def test_a_folder_is_taken_whole_or_not_at_all(changes, weights, words, tmp_path):
+    sentence = refusal(load_folder, write_folder(tmp_path / "model", CONFIG | changes, weights))
+    assert all(word in sentence for word in words), sentence
 
 
 def replace(folder: Path, name: str, data: bytes | str | dict[str, Any] | None) -> None:
@@ -149,34 +144,28 @@ def replace(folder: Path, name: str, data: bytes | str | dict[str, Any] | None) 
         ("tokenizer_config.json", {}, "which token ends a text"),
         ("tokenizer_config.json", {"eos_token": "<|endoftext|>", "chat_template": 3}, "chat_template"),
         ("chat_template.jinja", b"\xff", "not UTF-8"),
-        ("chat_template.jinja", b" " * (3 * 2**20), "chat template may have"),
+        ("chat_template.jinja", b" " * (3 * 2**20), "are the most that is read"),
         ("generation_config.json", {"eos_token_id": 41}, "ids below 41"),
         ("generation_config.json", {"eos_token_id": [1, "2"]}, "ids below 41"),
         ("model.safetensors", b"", "too soon"),
         ("model.safetensors", None, "no weights"),
     ],
 )
-def test_a_damaged_file_is_named(name: str, data: Any, words: str, folder: Path) -> None:
+def test_a_damaged_file_is_named(name, data, words, folder):
     replace(folder, name, data)
-    with pytest.raises(UserError) as error:
-        load_folder(folder)
-    assert words in str(error.value)
-    assert str(folder) in str(error.value)
+    sentence = refusal(load_folder, folder)
+    assert words in sentence
+    assert str(folder) in sentence
 
 
-def test_a_vocabulary_larger_than_the_model_is_refused(folder: Path) -> None:
+def test_a_tokenizer_that_is_not_the_models_is_refused(folder):
     tiny_tokenizer(folder, 43)
-    with pytest.raises(UserError, match="do not belong together"):
-        load_folder(folder)
-
-
-def test_a_slow_tokenizer_alone_is_named(folder: Path) -> None:
+    assert "do not belong together" in refusal(load_folder, folder)
     shutil.move(folder / "tokenizer.json", folder / "tokenizer.model")
-    with pytest.raises(UserError, match=r"only tokenizer.model: save the model's fast tokenizer"):
-        load_folder(folder)
+    assert "only tokenizer.model: save the model's fast tokenizer" in refusal(load_folder, folder)
 
 
-def test_every_end_is_known_and_the_tokenizers_own_comes_first(folder: Path) -> None:
+def test_every_end_is_known_and_the_tokenizers_own_comes_first(folder):
     replace(folder, "config.json", CONFIG | {"eos_token_id": 7})
     assert load_folder(folder).ends == (40, 7)
     replace(folder, "generation_config.json", {"eos_token_id": [3, 40, 5], "temperature": 0.7})
@@ -186,13 +175,13 @@ def test_every_end_is_known_and_the_tokenizers_own_comes_first(folder: Path) -> 
     assert model.ends == (model.tokenizer.id_of("%"), 3, 40, 5)
 
 
-def test_an_end_that_only_the_config_knows_is_taken_by_its_id(folder: Path) -> None:
+def test_an_end_that_only_the_config_knows_is_taken_by_its_id(folder):
     replace(folder, "tokenizer_config.json", None)
     replace(folder, "config.json", CONFIG | {"eos_token_id": 40})
     assert load_folder(folder).tokenizer.config["eos_token"] == "<|endoftext|>"
 
 
-def test_the_chat_template_is_found_wherever_it_is_kept(folder: Path) -> None:
+def test_the_chat_template_is_found_wherever_it_is_kept(folder):
     template = lambda: load_folder(folder).tokenizer.config.get("chat_template")
     assert template() is None
     end = {"eos_token": "<|endoftext|>"}
@@ -212,7 +201,7 @@ SIZES = {
 
 @pytest.mark.parametrize("family", SIZES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_what_is_written_comes_back(family: str, dtype: str, tmp_path: Path) -> None:
+def test_what_is_written_comes_back(family, dtype, tmp_path):
     cfg = tiny_config(**SIZES[family])
     params = lively_params(cfg)
     save_folder(tmp_path, cfg, params, {"eos_token_id": 40}, dtype=dtype)
@@ -227,17 +216,14 @@ def test_what_is_written_comes_back(family: str, dtype: str, tmp_path: Path) -> 
     assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": 40}
 
 
-def test_a_panic_of_the_library_is_a_sentence(folder: Path) -> None:
-    from engine.storage.untrusted import build_tokenizer
-
+def test_a_panic_of_the_library_is_a_sentence(folder):
     class PanicException(BaseException):
         pass
 
-    def panic() -> Any:
+    def panic():
         raise PanicException("called `Option::unwrap()` on a `None` value")
 
-    with pytest.raises(UserError, match="does not hold a tokenizer"):
-        build_tokenizer(panic, folder)
+    assert "does not hold a tokenizer" in refusal(build_tokenizer, panic, folder)
 
 
 AUDIT = """
@@ -271,9 +257,7 @@ print(found, *sorted(event for event in dict(seen) if event.startswith((*STARTS,
 """
 
 
-def test_loading_runs_nothing_opens_no_connection_and_writes_no_file(folder: Path, tmp_path: Path) -> None:
-    from gguf_files import tiny_gguf
-
+def test_loading_runs_nothing_opens_no_connection_and_writes_no_file(folder, tmp_path):
     file = tiny_gguf(tmp_path / "x.gguf")
     done = subprocess.run(
         [sys.executable, "-c", AUDIT, str(folder), str(file)], cwd=Path(__file__).parents[3], capture_output=True, text=True

@@ -1,0 +1,56 @@
+"""Fields that describe an architecture, in a config.json or a GGUF file. What is not understood is refused, never ignored."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from engine.errors import UserError, nearest
+from engine.model.config import ModelConfig
+from engine.storage.untrusted import quote
+
+# The name of an architecture -> (qkv_bias, qk_norm), which its fields leave unsaid. Mistral's block is Llama's.
+BLOCKS = {"llama": (False, False), "mistral": (False, False), "qwen2": (True, False), "qwen3": (False, True)}
+
+
+def architecture_of(cfg: ModelConfig) -> str:
+    """Returns the name of the architecture whose block this is. Raises UserError when no published one has it."""
+    name = next((name for name, block in BLOCKS.items() if block == (cfg.qkv_bias, cfg.qk_norm)), None)
+    if name is None:
+        raise UserError("No published architecture has both qkv_bias and qk_norm, so this model cannot be written for others.")
+    return name
+
+
+class Fields(NamedTuple):
+    """The fields of a file by name; an error calls them `prefix` and name."""
+
+    values: dict[str, Any]
+    path: Path
+    prefix: str = ""
+
+    def check(self, used: Collection[str], only: dict[str, tuple[Any, ...]], ignored: Collection[str]) -> None:
+        """Raises UserError for a field that is unknown, or has none of the `only` values that can be computed here."""
+        for name, value in self.values.items():
+            called = self.prefix + name
+            if name in only and value not in only[name]:
+                raise UserError(f"{self.path}: {called} is {quote(value)}, and only {only[name][0]} can be computed here.")
+            if name not in only and name not in used and name not in ignored:
+                missing = f"is not known here, and what it changes would be missing.{nearest(name, sorted(used))}"
+                raise UserError(f"{self.path}: the field {quote(called)} {missing}")
+
+    def number[T: (int, float)](self, name: str, kind: type[T], default: T | None = None) -> T:
+        """Returns a number; raises UserError for one that is missing (or null) without a `default`, negative or giant."""
+        value = self.values.get(name)
+        value = default if value is None else value
+        called = self.prefix + name
+        if value is None:
+            raise UserError(f"{self.path} does not say {called}.")
+        if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float) or not 0 <= value < 2**40:
+            raise UserError(f"{self.path}: {called} should be one number of ordinary size, not {quote(value)}.")
+        return kind(value)
+
+    def flag(self, name: str) -> bool:
+        """Returns true or false, the latter by default; raises UserError for anything else."""
+        value = self.values.get(name, False)
+        if not isinstance(value, bool):
+            raise UserError(f"{self.path}: {name} should be true or false, not {quote(value)}.")
+        return value
