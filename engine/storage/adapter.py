@@ -17,7 +17,7 @@ import numpy as np
 from engine.errors import UserError
 from engine.files import whole_folder, write_json
 from engine.model.config import ModelConfig
-from engine.model.paths import leaf_paths, unflatten
+from engine.model.paths import leaf_paths, map_paths, unflatten
 from engine.model.weights.lora import LoRA
 from engine.storage.digest import digest
 from engine.storage.huggingface import safetensors
@@ -146,7 +146,7 @@ def _tensor_names(layer: int, part: str) -> list[str]:
 
 def without_adapters(params: dict[str, Any]) -> dict[str, Any]:
     """Returns params with every LoRA leaf replaced by what it lies on."""
-    return unflatten({path: leaf.base if isinstance(leaf, LoRA) else leaf for path, leaf in leaf_paths(params).items()})
+    return map_paths(lambda _, leaf: leaf.base if isinstance(leaf, LoRA) else leaf, params)
 
 
 def _alpha(rank: int, scale: float) -> float:

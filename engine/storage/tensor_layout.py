@@ -22,6 +22,7 @@ from engine.storage.loaded_model import Report
 from engine.storage.untrusted import quote
 
 AT_ONCE = 2**20  # numbers read and converted at a time
+KINDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}  # what files call the dtypes of weights
 
 
 class Part(NamedTuple):

@@ -68,3 +68,12 @@ def tiny_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def words_of(vocab: int) -> dict[str, Any]:
+    """Metadata of a tokenizer of `vocab` tokens, of which most mean nothing."""
+    return {
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.eos_token_id": vocab - 1,
+        "tokenizer.ggml.tokens": [*"abc", "ab", *(f"[PAD{i}]" for i in range(4, vocab))],
+        "tokenizer.ggml.token_type": [1] * 4 + [5] * (vocab - 4), "tokenizer.ggml.merges": ["a b"],
+    }  # fmt: skip

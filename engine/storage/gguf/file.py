@@ -20,7 +20,7 @@ from engine.storage.gguf.config import FREQUENCIES, config_from, metadata_of, sc
 from engine.storage.gguf.header import read_header
 from engine.storage.gguf.tokenizer import tokenizer_from
 from engine.storage.loaded_model import LoadedModel, OnConfig, Report
-from engine.storage.tensor_layout import check_tensors, layout_of, read_params, split_params
+from engine.storage.tensor_layout import KINDS, check_tensors, layout_of, read_params, split_params
 from engine.storage.untrusted import build_tokenizer, quote, read_at
 from engine.text.tokenizer import Tokenizer
 
@@ -94,14 +94,6 @@ def regroup_rows(rows: np.ndarray, outer: int, inner: int) -> np.ndarray:
     return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(rows.shape)
 
 
-KINDS = {
-    "float32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
-    "bfloat16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
-    "float16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
-    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-}
-
-
 def save_gguf(
     path: Path,
     cfg: ModelConfig,
@@ -119,8 +111,8 @@ def save_gguf(
     that GGUF has no name for.
     """
     architecture = architecture_of(cfg)
-    wanted, file_type = KINDS[dtype]
-    F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
+    F32, F16, wanted = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType[KINDS[dtype]]
+    file_type = LlamaFileType.ALL_F32 if wanted == F32 else LlamaFileType[f"MOSTLY_{KINDS[dtype]}"]
     leaves, kinds = list(layout_of(cfg, NAMES)), {}
     with whole_file(path) as file:
         writer = GGUFWriter(file.name, architecture)

@@ -13,7 +13,7 @@ from engine.storage.huggingface import safetensors
 from engine.storage.huggingface.config import config_from, config_to
 from engine.storage.huggingface.tokenizer import SMALL, read_tokenizer
 from engine.storage.loaded_model import LoadedModel, OnConfig, Report
-from engine.storage.tensor_layout import check_tensors, layout_of, read_params, split_params
+from engine.storage.tensor_layout import KINDS, check_tensors, layout_of, read_params, split_params
 from engine.storage.untrusted import build_tokenizer, quote, read_json_object
 from engine.text.tokenizer import Tokenizer
 
@@ -84,6 +84,5 @@ def save_folder(
     write_json(folder / "generation_config.json", tokens)
     leaves = list(layout_of(cfg, NAMES))
     shapes = {part.name: part.shape for leaf in leaves for part in leaf.parts}
-    kind = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
     arrays = (array for _, array in split_params(leaves, params, report))
-    safetensors.write_file(folder / "model.safetensors", shapes, kind, arrays)
+    safetensors.write_file(folder / "model.safetensors", shapes, KINDS[dtype], arrays)

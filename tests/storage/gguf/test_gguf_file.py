@@ -1,19 +1,17 @@
 """GGUF files: every quantisation, the rows of q and k put back, and the same model as the Hugging Face folder it came from."""
 
 import json
-from typing import Any
 
 import gguf
 import numpy as np
 import pytest
-from gguf_files import SHAPES, tiny_gguf, weights
+from gguf_files import SHAPES, tiny_gguf, weights, words_of
 from refusals import refusal
 from tiny import lively_params, tiny_config
 
 from engine.model.config import RopeScaling
-from engine.model.paths import leaf_paths
 from engine.storage.gguf.config import shortest_decimal
-from engine.storage.gguf.file import KINDS, load_gguf, regroup_rows, save_gguf
+from engine.storage.gguf.file import load_gguf, regroup_rows, save_gguf
 from engine.text.tokenizer import train_bpe
 
 KINDS_READ = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
@@ -102,40 +100,6 @@ def test_the_scalings_of_llama_3_are_recognised_by_what_they_make(tmp_path):
             assert "none of the scalings" in refusal(load_gguf, tmp_path / "x.gguf")
         else:
             assert load_gguf(tmp_path / "x.gguf").cfg.rope_scaling == scaling
-
-
-def words_of(vocab: int) -> dict[str, Any]:
-    """Metadata of a tokenizer of `vocab` tokens, of which most mean nothing."""
-    return {
-        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.eos_token_id": vocab - 1,
-        "tokenizer.ggml.tokens": [*"abc", "ab", *(f"[PAD{i}]" for i in range(4, vocab))],
-        "tokenizer.ggml.token_type": [1] * 4 + [5] * (vocab - 4), "tokenizer.ggml.merges": ["a b"],
-    }  # fmt: skip
-
-
-FAMILIES = {"llama": {"qk_norm": False}, "qwen2": {"qk_norm": False, "qkv_bias": True, "tied": True}, "qwen3": {}}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", KINDS)
-def test_what_is_written_comes_back(family, dtype, tmp_path):
-    cfg = tiny_config(width=32, ff=64, **FAMILIES[family])
-    params = lively_params(cfg)
-    seen: list[tuple[int, int]] = []
-    save_gguf(tmp_path / "x.gguf", cfg, params, words_of(41), name="x", dtype=dtype, report=lambda *counts: seen.append(counts))
-    assert seen[-1][0] == seen[-1][1] == sum(leaf.size for leaf in leaf_paths(params).values())
-    model = load_gguf(tmp_path / "x.gguf", dtype="float32")
-    assert model.cfg.same_architecture(cfg) == []
-    found = leaf_paths(model.params)
-    for path, leaf in leaf_paths(params).items():
-        if leaf.ndim == 1 or dtype == "float32":
-            np.testing.assert_array_equal(found[path], leaf)
-        elif dtype == "q8_0":
-            bound = np.abs(leaf).max() / 127 if path != "blocks/0/out" else 0.02
-            assert np.abs(found[path] - leaf).max() <= bound
-        else:
-            np.testing.assert_array_equal(found[path], leaf.astype(dtype).astype("float32"))
-    assert [file.name for file in tmp_path.iterdir()] == ["x.gguf"]
 
 
 def with_fault(value):

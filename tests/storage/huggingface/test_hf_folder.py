@@ -15,10 +15,9 @@ from gguf_files import tiny_gguf
 from golden.random_weights import draw
 from hf_folders import CONFIG, WEIGHTS, tiny_tokenizer, write_folder
 from refusals import refusal
-from tiny import lively_params, tiny_config
 
 from engine.model.paths import leaf_paths
-from engine.storage.huggingface.folder import load_folder, save_folder
+from engine.storage.huggingface.folder import load_folder
 from engine.storage.untrusted import build_tokenizer
 
 
@@ -192,28 +191,6 @@ def test_the_chat_template_is_found_wherever_it_is_kept(folder):
     assert template() == "two"
     replace(folder, "chat_template.jinja", "three")
     assert template() == "three"
-
-
-SIZES = {
-    "llama": {"qk_norm": False}, "qwen3, tied": {"tied": True}, "qwen2": {"qk_norm": False, "qkv_bias": True},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("family", SIZES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_what_is_written_comes_back(family, dtype, tmp_path):
-    cfg = tiny_config(**SIZES[family])
-    params = lively_params(cfg)
-    save_folder(tmp_path, cfg, params, {"eos_token_id": 40}, dtype=dtype)
-    tiny_tokenizer(tmp_path, 41)
-    model = load_folder(tmp_path, dtype="float32")
-    assert model.cfg.same_architecture(cfg) == []
-    rounded = leaf_paths(params)
-    rounded = {path: leaf.astype(dtype).astype("float32") for path, leaf in rounded.items()}
-    found = leaf_paths(model.params)
-    assert found.keys() == rounded.keys()
-    assert all(np.array_equal(found[path], rounded[path]) for path in found)
-    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": 40}
 
 
 def test_a_panic_of_the_library_is_a_sentence(folder):

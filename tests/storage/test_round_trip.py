@@ -1,0 +1,49 @@
+"""A model comes back from either kind of file as it was written, up to the rounding of the type it was written in."""
+
+import json
+
+import numpy as np
+import pytest
+from gguf_files import words_of
+from hf_folders import tiny_tokenizer
+from tiny import lively_params, tiny_config
+
+from engine.model.paths import leaf_paths
+from engine.storage.gguf.file import load_gguf, save_gguf
+from engine.storage.huggingface.folder import load_folder, save_folder
+from engine.storage.tensor_layout import KINDS
+
+FLOATS = [dtype for dtype in KINDS if dtype != "q8_0"]
+FAMILIES = {
+    "llama": {"qk_norm": False}, "qwen2": {"qk_norm": False, "qkv_bias": True, "tied": True},
+    "qwen2, untied": {"qk_norm": False, "qkv_bias": True}, "qwen3": {}, "qwen3, tied": {"tied": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("form", "dtype"), [*(("gguf", dtype) for dtype in KINDS), *(("folder", dtype) for dtype in FLOATS)])
+def test_what_is_written_comes_back(form, dtype, family, tmp_path):
+    cfg = tiny_config(width=32, ff=64, **FAMILIES[family])
+    params = lively_params(cfg)
+    seen = []
+    report = lambda *counts: seen.append(counts)
+    if form == "gguf":
+        save_gguf(tmp_path / "x.gguf", cfg, params, words_of(41), name="x", dtype=dtype, report=report)
+        assert [file.name for file in tmp_path.iterdir()] == ["x.gguf"]
+        model = load_gguf(tmp_path / "x.gguf", dtype="float32")
+    else:
+        save_folder(tmp_path, cfg, params, {"eos_token_id": 40}, dtype=dtype, report=report)
+        assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": 40}
+        tiny_tokenizer(tmp_path, 41)
+        model = load_folder(tmp_path, dtype="float32")
+    assert seen[-1][0] == seen[-1][1] == sum(leaf.size for leaf in leaf_paths(params).values())
+    assert model.cfg.same_architecture(cfg) == []
+    found = leaf_paths(model.params)
+    assert found.keys() == leaf_paths(params).keys()
+    for path, leaf in leaf_paths(params).items():
+        if dtype == "q8_0" and leaf.ndim == 2:
+            bound = np.abs(leaf).max() / 127 if path != "blocks/0/out" else 0.02
+            assert np.abs(found[path] - leaf).max() <= bound
+        else:
+            plain = form == "gguf" and leaf.ndim == 1
+            np.testing.assert_array_equal(found[path], leaf if plain else leaf.astype(dtype).astype("float32"))
