@@ -139,7 +139,7 @@ def _document(
     timing, forward_seconds = timings[row.name], timings[forward.name].median
     alone = timings[row.name + PRODUCTS].median if row.products else None
     times = ratio(timing, timings[forward.name])
-    seconds, flops = timing.median, row.formula
+    seconds, flops = timing.median, row.formula.whole
     per = lambda number: number / row.tokens
     relative = per(flops.total) / (forward.formula.total / forward.tokens)
     used = per(row.moved) / seconds / (1e9 * ceilings.read_gbs)

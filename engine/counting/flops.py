@@ -14,14 +14,15 @@ Conventions, the same for every function here:
 """
 
 import dataclasses
+import operator
+import re
 from typing import Literal
 
 from engine.counting.params import MATRICES
-from engine.counting.trainable import NONE_TRAINABLE, TrainablePaths, all_trainable, check_paths
+from engine.counting.trainable import NONE_TRAINABLE, TrainablePaths, all_trainable, check_paths, lowest_gradient
 from engine.model.config import ModelConfig
 
 Attention = Literal["causal", "full"] | int
-Remat = Literal["none", "block", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +34,20 @@ class Part:
     dx: int = 0
     dw: int = 0
 
+    @property
+    def backward(self) -> int:
+        """dX, dW and what remat computes again on the way."""
+        return self.recompute + self.dx + self.dw
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.backward
+
     def __add__(self, other: "Part") -> "Part":
-        return Part(self.forward + other.forward, self.recompute + other.recompute, self.dx + other.dx, self.dw + other.dw)
+        return Part(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
 
     def __mul__(self, times: int) -> "Part":
-        return Part(self.forward * times, self.recompute * times, self.dx * times, self.dw * times)
+        return Part(*(flops * times for flops in dataclasses.astuple(self)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,29 +60,13 @@ class Flops:
     parts: dict[str, Part]
 
     @property
-    def forward(self) -> int:
-        return sum(part.forward for part in self.parts.values())
-
-    @property
-    def recompute(self) -> int:
-        return sum(part.recompute for part in self.parts.values())
-
-    @property
-    def dx(self) -> int:
-        return sum(part.dx for part in self.parts.values())
-
-    @property
-    def dw(self) -> int:
-        return sum(part.dw for part in self.parts.values())
-
-    @property
-    def backward(self) -> int:
-        """dX, dW and what remat computes again on the way."""
-        return self.recompute + self.dx + self.dw
+    def whole(self) -> Part:
+        """All components together."""
+        return sum(self.parts.values(), Part())
 
     @property
     def total(self) -> int:
-        return self.forward + self.backward
+        return self.whole.total
 
     def __mul__(self, times: int) -> "Flops":
         return Flops({name: part * times for name, part in self.parts.items()})
@@ -83,95 +77,76 @@ def train_flops(
     tokens: int,
     *,
     attention: Attention,
+    rows: int = 1,
     trainable: TrainablePaths | None = None,
-    remat: Remat | None = None,
-) -> Flops:
-    """Operations of a training step **per token**, at sequences of `tokens`.
-
-    By default everything trains, and `remat` is the config's. With `block`, the forward of each block that has a
-    backward runs again, except its last product, `down`, whose result no gradient reads; with `full` the whole forward
-    pass does, as soon as anything trains. A LoRA pair is multiplied beside its base.
-    Raises UserError when a path of `trainable` is not in the model.
-    """
-    return pass_flops(cfg, tokens, 1, attention=attention, trainable=trainable, remat=remat)
-
-
-def pass_flops(
-    cfg: ModelConfig,
-    tokens: int,
-    rows: int,
-    *,
-    attention: Attention,
-    trainable: TrainablePaths | None = None,
-    remat: Remat | None = None,
+    remat: Literal["none", "block", "full"] | None = None,
     loss_chunk: int | None = None,
     merges_lora: bool = False,
     scan: bool = False,
 ) -> Flops:
-    """Operations of a forward and backward pass over `rows` tokens at once, in sequences of `tokens`; see `train_flops`.
+    """Operations of a training step **per token**, at sequences of `tokens`; or for `rows` tokens at once.
+
+    By default everything trains, and `remat` is the config's. With `block`, the forward of each block that has a
+    backward runs again, except its last product, `down`, whose result no gradient reads; with `full` the whole forward
+    pass does, as soon as anything trains. A LoRA pair is multiplied beside its base.
 
     `loss_chunk` is the columns of the vocabulary whose logits exist at once: each chunk is made again on the way back,
     and the last is filled up. With `merges_lora` a LoRA pair is merged into its base where that is smaller than what goes
     in and comes out, at R operations a weight each time and none a row (`model/weights/lora_matmul.py`). With `scan` all
     blocks are one program run L times, so what one of them needs is done in each: a few frozen blocks save nothing.
+    Raises UserError when a path of `trainable` is not in the model.
     """
     trainable = all_trainable(cfg) if trainable is None else trainable
     check_paths(cfg, trainable)
-    in_blocks = any(path.startswith("blocks/") for path in trainable.weights | trainable.adapted)
     if scan:
-        trainable = _in_every_block(cfg, trainable)
+        spread = lambda paths: frozenset(
+            re.sub(r"^blocks/\d+/", f"blocks/{layer}/", path) for path in paths for layer in range(cfg.layers)
+        )
+        trainable = TrainablePaths(spread(trainable.weights), spread(trainable.adapted), trainable.rank)
+    live = "embed" in trainable.weights or (scan and lowest_gradient(cfg, trainable) == 0)
+    walk = _Walk(cfg, trainable, rows, merges_lora, live)
     square = 2 * rows * cfg.heads * cfg.head_dim * keys_twice(tokens, attention)
-    walk = _Walk(cfg, trainable, remat or cfg.remat, square, rows, merges_lora)
-    walk.live = walk.live or (scan and in_blocks)
+    remat = remat or cfg.remat
     for layer in range(cfg.layers):
-        walk.block(f"blocks/{layer}/")
+        walk.block(f"blocks/{layer}/", square, remat == "block")
     walk.head(loss_chunk)
-    if walk.live and walk.remat == "full":
-        walk.repeat()
+    if walk.live and remat == "full":
+        walk.tally = {name: part + Part(recompute=part.forward) for name, part in walk.tally.items()}
     return Flops(walk.tally)
 
 
-def _in_every_block(cfg: ModelConfig, trainable: TrainablePaths) -> TrainablePaths:
-    spread = lambda paths: frozenset(
-        f"blocks/{layer}/{path.split('/')[2]}" if path.startswith("blocks/") else path
-        for path in paths
-        for layer in range(cfg.layers)
-    )
-    return TrainablePaths(spread(trainable.weights), spread(trainable.adapted), trainable.rank)
-
-
+@dataclasses.dataclass
 class _Walk:
-    """Goes through the model from the bottom up. `live`: something below trains, so a gradient must come back to here."""
+    """Goes through the model from the bottom up."""
 
-    def __init__(
-        self, cfg: ModelConfig, trainable: TrainablePaths, remat: Remat, square: int, rows: int, merges_lora: bool
-    ) -> None:
-        self.cfg, self.trainable, self.remat, self.square = cfg, trainable, remat, square
-        self.rows, self.merges_lora = rows, merges_lora
-        self.tally = dict.fromkeys((*MATRICES, "attention", "head", "lora"), Part())
-        self.live = self.trains("embed")
+    cfg: ModelConfig
+    trainable: TrainablePaths
+    rows: int
+    merges_lora: bool
+    live: bool  # something below trains, so a gradient must come back to here
+    tally: dict[str, Part] = dataclasses.field(
+        default_factory=lambda: dict.fromkeys((*MATRICES, "attention", "head", "lora"), Part())
+    )
 
-    def trains(self, path: str) -> bool:
-        return path in self.trainable.weights
+    def passes(self, path: str) -> None:
+        """Goes past a gain."""
+        self.live = self.live or path in self.trainable.weights
 
     def multiply(self, name: str, inputs: int, columns: int, path: str) -> None:
         """Adds one product with the weight at `path`."""
-        size = 2 * self.rows * inputs * columns
-        self.tally[name] += Part(forward=size, dx=size if self.live else 0, dw=size if self.trains(path) else 0)
+        size, trains = 2 * self.rows * inputs * columns, path in self.trainable.weights
+        self.tally[name] += Part(forward=size, dx=size * self.live, dw=size * trains)
         adapted = self.adapted(path)
         if adapted:
-            self.tally["lora"] += self.pairs(inputs, columns, adapted)
-        self.live = self.live or self.trains(path) or bool(adapted)
-
-    def pairs(self, inputs: int, columns: int, adapted: list[int]) -> Part:
-        """The LoRA pairs of one matrix. g bᵀ is needed for da even where no gradient goes further down."""
-        down = 2 * self.rows * inputs * self.trainable.rank * len(adapted)
-        up = 2 * self.rows * self.trainable.rank * sum(adapted)
-        if not self.is_merged(inputs, columns):
-            return Part(forward=down + up, dx=up + (down if self.live else 0), dw=down + up)
-        merge = 2 * inputs * self.trainable.rank * sum(adapted)
-        # On the way back x a is made, for db, and the weight that dX goes through is merged again.
-        return Part(forward=merge, recompute=merge if self.live else 0, dx=up, dw=2 * down + up)
+            # g bᵀ is needed for da even where no gradient goes further down.
+            down, up = (2 * self.rows * self.trainable.rank * side for side in (inputs * len(adapted), sum(adapted)))
+            pairs = Part(forward=down + up, dx=up + down * self.live, dw=down + up)
+            if self.is_merged(inputs, columns):
+                # On the way back x a is made, for db, and the weight that dX goes through is merged again.
+                merge = 2 * inputs * self.trainable.rank * sum(adapted)
+                pairs = Part(forward=merge, recompute=merge * self.live, dx=up, dw=2 * down + up)
+            self.tally["lora"] += pairs
+        self.live = self.live or trains or bool(adapted)
 
     def is_merged(self, inputs: int, columns: int) -> bool:
         return self.merges_lora and self.rows * (inputs + columns) > inputs * columns
@@ -182,20 +157,20 @@ class _Walk:
         parts = self.cfg.parts.get(matrix, {})
         return [stop - start for part, (start, stop) in parts.items() if f"{folder}/{part}" in self.trainable.adapted]
 
-    def block(self, prefix: str) -> None:
-        cfg, before = self.cfg, dict(self.tally)
-        self.live = self.live or self.trains(prefix + "attn_norm")
+    def block(self, prefix: str, square: int, remat: bool) -> None:
+        cfg, before, weights = self.cfg, dict(self.tally), self.trainable.weights
+        self.passes(prefix + "attn_norm")
         self.multiply("qkv", cfg.width, cfg.qkv_width, prefix + "qkv")
-        values = self.live or self.trains(prefix + "qkv_bias")
-        queries, keys = values or self.trains(prefix + "q_norm"), values or self.trains(prefix + "k_norm")
+        values = self.live or prefix + "qkv_bias" in weights
+        queries, keys = (values or prefix + gain in weights for gain in ("q_norm", "k_norm"))
         self.live = queries or keys
         # Four products, each half of the forward: dV; the probabilities' gradient, on which dQ and dK stand.
-        self.tally["attention"] += Part(self.square, dx=self.square // 2 * sum((values, self.live, queries, keys)))
+        self.tally["attention"] += Part(square, dx=square // 2 * sum((values, self.live, queries, keys)))
         self.multiply("out", cfg.heads * cfg.head_dim, cfg.width, prefix + "out")
-        self.live = self.live or self.trains(prefix + "mlp_norm")
+        self.passes(prefix + "mlp_norm")
         self.multiply("gate_up", cfg.width, 2 * cfg.ff, prefix + "gate_up")
         self.multiply("down", cfg.ff, cfg.width, prefix + "down")
-        if self.remat != "block" or not self.live:
+        if not (remat and self.live):
             return
         unread = {"down": 2 * self.rows * cfg.ff * cfg.width}
         if self.adapted(prefix + "down"):
@@ -207,15 +182,10 @@ class _Walk:
 
     def head(self, loss_chunk: int | None) -> None:
         columns = self.cfg.vocab if loss_chunk is None else -(-self.cfg.vocab // loss_chunk) * loss_chunk
-        self.live = self.live or self.trains("norm")
+        self.passes("norm")
         self.multiply("head", self.cfg.width, columns, "embed" if self.cfg.tied else "head")
         if loss_chunk and self.live:
             self.tally["head"] += Part(recompute=self.tally["head"].forward)
-
-    def repeat(self) -> None:
-        """Adds all of the forward pass once more."""
-        for name, part in self.tally.items():
-            self.tally[name] += Part(recompute=part.forward)
 
 
 def keys_twice(tokens: int, attention: Attention) -> int:

@@ -8,16 +8,15 @@ Input tokens are too few to count.
 """
 
 import dataclasses
+import math
 from typing import Literal
 
-from engine.counting.flops import Attention, Remat, keys_twice
+from engine.counting.flops import keys_twice
 from engine.counting.params import leaf_shapes
 from engine.counting.trainable import TrainablePaths, all_trainable, lowest_gradient, target_shapes
 from engine.model.backward import QUERY_BLOCK
 from engine.model.chunked_cross_entropy import COLUMNS
 from engine.model.config import ModelConfig
-
-Optimizer = Literal["adamw", "muon"]
 
 _FLOAT32 = 4
 
@@ -33,14 +32,14 @@ class TrainingMemory:
     residuals: int  # by the forward pass for the backward pass: every block's values, or with remat every block's input
     block: int  # one block's values: the last to be dropped, and with remat the most that exists at once
     logits: int  # and their gradient, for the chunk in hand
-    remat: Remat
+    remat: bool  # of each block: its values are made again from its input
     accumulated: int  # sums of gradients over microbatches; 0 with one
 
     @property
     def passes(self) -> int:
         """The most that forward and backward hold beside weights and optimizer. What is kept shrinks through the
         backward pass while gradients grow, so the most is at one of its ends."""
-        start = self.residuals + max(self.logits, self.block if self.remat == "block" else 0)
+        start = self.residuals + max(self.logits, self.block if self.remat else 0)
         return self.copies + self.accumulated + max(start, self.gradients + self.block)
 
     @property
@@ -75,63 +74,55 @@ def training_memory(
     batch: int,
     tokens: int,
     *,
-    optimizer: Optimizer = "adamw",
+    optimizer: Literal["adamw", "muon"] = "adamw",
     trainable: TrainablePaths | None = None,
-    remat: Remat | None = None,
     loss_chunks: int = 1,
     microbatches: int = 1,
     base: Literal["float", "int8"] = "float",
-    attention: Attention | None = QUERY_BLOCK,
 ) -> TrainingMemory:
-    """Predicted bytes of a step on `batch` sequences of `tokens` at a time.
+    """Predicted bytes of a step on `batch` sequences of `tokens` at a time, with the attention that the CPU's layers do.
 
-    With `microbatches` above 1, `batch` is the size of one of them. `remat` defaults to the config's. `loss_chunks`
-    says in how many pieces the logits are made. `attention` is as in `flops`, by default what the CPU's layers do; None
-    for a kernel that stores no weights of attention, such as cuDNN's. `base` is what frozen matrices that multiply are
-    kept in: `int8` has a byte a number and a float32 scale a column.
+    With `microbatches` above 1, `batch` is the size of one of them. `loss_chunks` says in how many pieces the logits are
+    made. `base` is what frozen matrices that multiply are kept in: `int8` has a byte a number and a float32 scale a column.
     """
     trainable = all_trainable(cfg) if trainable is None else trainable
-    remat = remat or cfg.remat
-    shapes = leaf_shapes(cfg)
-    sizes = {path: _size(shape) for path, shape in shapes.items()}
-    matrices = sum(sizes[path] for path in trainable.weights if path.startswith("blocks/") and len(shapes[path]) == 2)
-    targets = target_shapes(cfg)
-    adapters = sum(trainable.rank * sum(targets[path]) for path in trainable.adapted)
-    learning = sum(sizes[path] for path in trainable.weights) + adapters
-    width = number_bytes(cfg)
-    rows = batch * tokens
+    shapes, targets = leaf_shapes(cfg), target_shapes(cfg)
+    sizes = {path: math.prod(shape) for path, shape in shapes.items()}
     matrix = [path for path, shape in shapes.items() if len(shape) == 2]
     multiplies = [path for path in matrix if cfg.tied or path != "embed"]
     frozen = [path for path in matrix if path not in trainable.weights]
+    adapters = sum(trainable.rank * sum(targets[path]) for path in trainable.adapted)
+    learning = sum(sizes[path] for path in trainable.weights) + adapters
+    by_muon = adapters + sum(sizes[path] for path in trainable.weights if path.startswith("blocks/") and path in matrix)
+    width, rows = number_bytes(cfg), batch * tokens
     saved = sum(sizes[path] * (_FLOAT32 - width) for path in frozen)
+    products = sum(sizes[path] for path in multiplies if path in trainable.weights)
+    wide = 0
     if base == "int8":
         columns = lambda path: shapes[path][0 if path == "embed" else 1]
         saved += sum(sizes[path] * (width - 1) - _FLOAT32 * columns(path) for path in frozen if path in multiplies)
-    products = sum(sizes[path] for path in multiplies if path in trainable.weights)
-    if microbatches > 1 and base == "float":  # folded once for all of them; else when its turn comes, and again going back
-        products += sum(sizes[path] for path in _folded(cfg, trainable, shapes, rows))
-    wide = (1 + width) * min(COLUMNS, cfg.vocab) * cfg.width if base == "int8" else 0  # the head's columns as they multiply
+        wide = (1 + width) * min(COLUMNS, cfg.vocab) * cfg.width  # the head's columns as they multiply
+    elif microbatches > 1:
+        # LoRA is merged once for all of them (else when its turn comes, and again going back), into the matrices where
+        # that is smaller than `rows` of what goes in and comes out (see `model/weights/lora_matmul.py`).
+        adapted = TrainablePaths(frozenset(), trainable.adapted)
+        paths = [f"blocks/{layer}/{name}" for layer in range(cfg.layers) for name in _learning(cfg, adapted, layer)]
+        products += sum(sizes[path] for path in paths if rows * sum(shapes[path]) > sizes[path])
     lowest = lowest_gradient(cfg, trainable)
-    blocks = [rows * _kept_per_token(cfg, tokens, attention, _learning(cfg, trainable, i)) for i in range(lowest, cfg.layers)]
+    blocks = [rows * _kept_per_token(cfg, tokens, _learning(cfg, trainable, i)) for i in range(lowest, cfg.layers)]
+    remat = cfg.remat == "block"
     return TrainingMemory(
         params=_FLOAT32 * (sum(sizes.values()) + adapters) - saved,
         # AdamW holds two moments a number; Muon one, on the matrices of the blocks, with AdamW on all else.
-        optimizer=_FLOAT32 * (2 * learning - (matrices + adapters if optimizer == "muon" else 0)),
+        optimizer=_FLOAT32 * (2 * learning - (by_muon if optimizer == "muon" else 0)),
         copies=(0 if width == _FLOAT32 else width * products) + wide,
         gradients=_FLOAT32 * learning,
-        residuals=len(blocks) * rows * _FLOAT32 * cfg.width if remat == "block" else sum(blocks),
+        residuals=len(blocks) * rows * _FLOAT32 * cfg.width if remat else sum(blocks),
         block=max(blocks, default=0),
         logits=round(rows * cfg.vocab * (width + _FLOAT32) / loss_chunks),
         remat=remat,
         accumulated=_FLOAT32 * learning if microbatches > 1 else 0,
     )
-
-
-def _folded(cfg: ModelConfig, trainable: TrainablePaths, shapes: dict[str, tuple[int, ...]], rows: int) -> list[str]:
-    """The matrices into which an adapter is folded before they multiply `rows` (see `model/leaves.py`)."""
-    adapted = TrainablePaths(frozenset(), trainable.adapted)
-    found = [f"blocks/{layer}/{name}" for layer in range(cfg.layers) for name in _learning(cfg, adapted, layer)]
-    return [path for path in found if rows * sum(shapes[path]) > _size(shapes[path])]
 
 
 def _learning(cfg: ModelConfig, trainable: TrainablePaths, layer: int) -> set[str]:
@@ -141,26 +132,25 @@ def _learning(cfg: ModelConfig, trainable: TrainablePaths, layer: int) -> set[st
     return adapted | {path.removeprefix(prefix) for path in trainable.weights if path.startswith(prefix)}
 
 
-def _kept_per_token(cfg: ModelConfig, tokens: int, attention: Attention | None, learning: set[str]) -> int:
+def _kept_per_token(cfg: ModelConfig, tokens: int, learning: set[str]) -> int:
     """Bytes one block keeps for each token of a sequence of `tokens`, when those of its leaves learn.
 
     What is read only by the gradient of a weight is kept only where that weight learns.
     """
     query, key = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
-    norms = [bool(learning & {"attn_norm", "qkv"}), bool(learning & {"mlp_norm", "gate_up"})]
-    gains = [name in learning for name in ("attn_norm", "mlp_norm")]
-    operands = sum(norms) * cfg.width  # both norms' results
+    norms = bool(learning & {"attn_norm", "qkv"}) + bool(learning & {"mlp_norm", "gate_up"})
+    gains = len(learning & {"attn_norm", "mlp_norm"})
+    operands = norms * cfg.width  # both norms' results
     operands += query + 2 * key  # q, k, v as the product gives them
     operands += 3 * query  # rotated, k and v once for each query head
     operands += query + 2 * cfg.ff  # attention's result; gate and up
     operands += cfg.ff if "down" in learning else 0
+    operands += cfg.heads * keys_twice(tokens, QUERY_BLOCK) // 2  # attention's weights: N numbers for each key met
     elementwise = 2 * cfg.width  # the residual stream at both norms
-    elementwise += 2 * sum(gains) * cfg.width  # each norm's normalised input, and its gain spread over the tokens
+    elementwise += 2 * gains * cfg.width  # each norm's normalised input, and its gain spread over the tokens
     if cfg.qk_norm:
         elementwise += 2 * (query + key)  # the norm's input and result
         elementwise += 2 * (query + key) if learning & {"q_norm", "k_norm"} else 0  # both sides of the rotation
-    # Attention's weights: N numbers for each key met.
-    operands += 0 if attention is None else cfg.heads * keys_twice(tokens, attention) // 2
     return operands * number_bytes(cfg) + elementwise * _FLOAT32
 
 
@@ -186,10 +176,10 @@ def inference_memory(
         if len(shape) == 1:
             params += _FLOAT32 * shape[0]
         elif path == "embed" and not cfg.tied and weights == "int8":
-            params += width * _size(shape)
+            params += width * math.prod(shape)
         else:
             columns = cfg.vocab if path == "embed" else shape[1]
-            params += per_weight * _size(shape) + (_FLOAT32 * columns if weights == "int8" else 0)
+            params += per_weight * math.prod(shape) + (_FLOAT32 * columns if weights == "int8" else 0)
     rows = slots * tokens
     # Attention's values and the MLP's take turns; scores exist in float32 and as weights.
     attending = cfg.qkv_width * width + cfg.heads * max(length, tokens) * (_FLOAT32 + width)
@@ -205,7 +195,3 @@ def inference_memory(
 def number_bytes(cfg: ModelConfig) -> int:
     """Of one number in the type that products are computed in."""
     return 2 if cfg.dtype == "bfloat16" else _FLOAT32
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    return shape[0] * shape[1] if len(shape) == 2 else shape[0]

@@ -7,7 +7,7 @@ base for many rows, and looks at all of a cache, masked or not. The programs are
 
 from collections.abc import Collection
 
-from engine.counting.flops import Attention, Flops, decode_flops, forward_flops, pass_flops, prefill_flops
+from engine.counting.flops import Attention, Flops, decode_flops, forward_flops, prefill_flops, train_flops
 from engine.counting.trainable import TrainablePaths
 from engine.model import backend
 from engine.model.backward import QUERY_BLOCK
@@ -21,9 +21,9 @@ def _attention() -> Attention:
 def gradient_program(
     cfg: ModelConfig, batch: int, tokens: int, *, trainable: TrainablePaths | None = None, loss_chunk: int | None = None
 ) -> Flops:
-    """A loss and its gradient over `batch` sequences of `tokens`, without the optimizer; arguments as `pass_flops`."""
-    return pass_flops(
-        cfg, tokens, batch * tokens, attention=_attention(), trainable=trainable, loss_chunk=loss_chunk,
+    """A loss and its gradient over `batch` sequences of `tokens`, without the optimizer; arguments as `train_flops`."""
+    return train_flops(
+        cfg, tokens, rows=batch * tokens, attention=_attention(), trainable=trainable, loss_chunk=loss_chunk,
         merges_lora=True, scan=cfg.scan,
     )  # fmt: skip
 

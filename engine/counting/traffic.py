@@ -8,11 +8,10 @@ not fit a fused loop) is not here, so most programs move more, and one whose dat
 import dataclasses
 from typing import Literal
 
-from engine.counting.flops import Attention, Remat, train_flops
-from engine.counting.memory import Optimizer, inference_memory, number_bytes, training_memory
+from engine.counting.flops import train_flops
+from engine.counting.memory import inference_memory, number_bytes, training_memory
 from engine.counting.params import MATRICES
 from engine.counting.trainable import TrainablePaths, lowest_gradient
-from engine.model.backward import QUERY_BLOCK
 from engine.model.config import ModelConfig
 
 Weights = Literal["float32", "bfloat16", "int8"] | None  # what matrices are stored in; None: the config's dtype
@@ -36,50 +35,29 @@ class Traffic:
         return sum(dataclasses.astuple(self))
 
 
-def train_bytes(
-    cfg: ModelConfig,
-    batch: int,
-    tokens: int,
-    *,
-    optimizer: Optimizer = "adamw",
-    trainable: TrainablePaths | None = None,
-    remat: Remat | None = None,
-    microbatches: int = 1,
-    attention: Attention | None = QUERY_BLOCK,
-) -> Traffic:
-    """Bytes of **a step** on `microbatches` times `batch` sequences of `tokens`; arguments as in `training_memory`.
+def train_bytes(cfg: ModelConfig, batch: int, tokens: int, *, trainable: TrainablePaths | None = None) -> Traffic:
+    """Bytes of **a step** of AdamW on `batch` sequences of `tokens`; everything trains unless `trainable` says otherwise.
 
     AdamW reads the gradient, the weight and two moments and writes the last three, in float32: 28 bytes a parameter that
-    learns. Muon has one moment less on the matrices of blocks. Weights are read once forward, once for dX where there
-    is one, once more where remat runs the forward again; the last two never happen below what learns.
+    learns. Weights are read once forward, once for dX where there is one, once more where remat runs the forward again;
+    the last two never happen below what learns.
     """
-    held = training_memory(
-        cfg,
-        batch,
-        tokens,
-        optimizer=optimizer,
-        trainable=trainable,
-        remat=remat,
-        microbatches=microbatches,
-        attention=attention,
-    )
-    parts = train_flops(cfg, 1, attention="full", trainable=trainable, remat=remat).parts
+    held = training_memory(cfg, batch, tokens, trainable=trainable)
+    parts = train_flops(cfg, 1, attention="full", trainable=trainable).parts
     met = sum(parts[name].forward + parts[name].recompute + parts[name].dx for name in (*MATRICES, "head", "lora")) // 2
     width = number_bytes(cfg)
     # held.copies is the matrices that learn, in the compute type: read in float32, written in the other.
     converted = held.copies // width * (_FLOAT32 + width)
-    block = training_memory(cfg, batch, tokens, attention=attention).block
+    block = training_memory(cfg, batch, tokens).block
     reached = cfg.layers - (lowest_gradient(cfg, trainable) if trainable else 0)
-    again = {"none": 0, "block": reached, "full": cfg.layers if reached else 0}[held.remat]
-    learning = held.gradients
+    again = {"none": 0, "block": reached, "full": cfg.layers if reached else 0}[cfg.remat]
     return Traffic(
-        weights=microbatches * (width * met + converted),
-        activations=microbatches * block * (2 * (cfg.layers + again) + reached),
-        logits=microbatches * 2 * held.logits,
-        # Written once; with microbatches each is also read, added to what was read, and written again.
-        gradients=learning * (1 if microbatches == 1 else 4 * microbatches),
+        weights=width * met + converted,
+        activations=block * (2 * (cfg.layers + again) + reached),
+        logits=2 * held.logits,
+        gradients=held.gradients,
         # Gradient, weight in and out, each moment in and out.
-        optimizer=3 * learning + 2 * held.optimizer,
+        optimizer=3 * held.gradients + 2 * held.optimizer,
     )
 
 

@@ -32,11 +32,7 @@ def bottom_frozen(cfg: ModelConfig, blocks: int) -> TrainablePaths:
 
     A tied table belongs to the bottom, so it stays as well. Raises UserError when there are not so many blocks.
     """
-    _check_blocks(cfg, blocks)
-    if blocks == 0:
-        return all_trainable(cfg)
-    kept = ("embed", *(f"blocks/{layer}/" for layer in range(blocks)))
-    return TrainablePaths(frozenset(path for path in leaf_shapes(cfg) if not path.startswith(kept)))
+    return _all_but(cfg, blocks, ("embed",), range(blocks))
 
 
 def top_frozen(cfg: ModelConfig, blocks: int) -> TrainablePaths:
@@ -44,11 +40,14 @@ def top_frozen(cfg: ModelConfig, blocks: int) -> TrainablePaths:
 
     A tied table belongs to the bottom, so it learns. Raises UserError when there are not so many blocks.
     """
-    _check_blocks(cfg, blocks)
-    if blocks == 0:
-        return all_trainable(cfg)
-    kept = ("norm", "head", *(f"blocks/{layer}/" for layer in range(cfg.layers - blocks, cfg.layers)))
-    return TrainablePaths(frozenset(path for path in leaf_shapes(cfg) if not path.startswith(kept)))
+    return _all_but(cfg, blocks, ("norm", "head"), range(cfg.layers - blocks, cfg.layers))
+
+
+def _all_but(cfg: ModelConfig, blocks: int, ends: tuple[str, ...], layers: range) -> TrainablePaths:
+    if not 0 <= blocks <= cfg.layers:
+        raise UserError(f"Cannot freeze {blocks} blocks: the model has {cfg.layers}; give a number from 0 to that.")
+    frozen = (*ends, *(f"blocks/{layer}/" for layer in layers)) if blocks else ()
+    return TrainablePaths(frozenset(path for path in leaf_shapes(cfg) if not path.startswith(frozen)))
 
 
 def head_only(cfg: ModelConfig) -> TrainablePaths:
@@ -87,8 +86,3 @@ def lowest_gradient(cfg: ModelConfig, trainable: TrainablePaths) -> int:
     if "embed" in paths:
         return 0
     return min((int(path.split("/")[1]) for path in paths if path.startswith("blocks/")), default=cfg.layers)
-
-
-def _check_blocks(cfg: ModelConfig, blocks: int) -> None:
-    if not 0 <= blocks <= cfg.layers:
-        raise UserError(f"Cannot freeze {blocks} blocks: the model has {cfg.layers}; give a number from 0 to that.")

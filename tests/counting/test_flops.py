@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_model import count_step, logits, shapes
 
-from engine.counting.flops import decode_flops, forward_flops, pass_flops, prefill_flops, step_flops, train_flops
+from engine.counting.flops import decode_flops, forward_flops, prefill_flops, step_flops, train_flops
 from engine.counting.params import MATRICES, count_params, leaf_shapes
 from engine.counting.trainable import (
     NONE_TRAINABLE,
@@ -156,9 +156,9 @@ def test_forward_formula_equals_the_products_of_the_plain_model():
 @settings(deadline=None, max_examples=40)
 def test_forward_is_a_third_of_training_and_half_of_backward(cfg, tokens, attention):
     work = train_flops(cfg, tokens, attention=attention)
-    assert 3 * work.forward == work.total
-    assert 2 * work.forward == work.backward
-    assert work.forward == forward_flops(cfg, tokens, attention=attention).total
+    assert 3 * work.whole.forward == work.total
+    assert 2 * work.whole.forward == work.whole.backward
+    assert work.whole.forward == forward_flops(cfg, tokens, attention=attention).total
     for name in (*MATRICES, "head"):
         assert work.parts[name].forward == work.parts[name].dx == work.parts[name].dw
 
@@ -187,11 +187,11 @@ def test_a_step_by_the_mfu_convention_is_6n_and_12ldt(cfg, seq, batch):
 @settings(deadline=None, max_examples=40)
 def test_remat_adds_the_forward_of_every_block_but_its_last_product(cfg, tokens):
     kept, again = (train_flops(cfg, tokens, attention="full", remat=remat) for remat in ("none", "block"))
-    blocks = kept.forward - kept.parts["head"].forward
-    assert again.recompute == blocks - kept.parts["down"].forward
-    assert again.total == kept.total + again.recompute
+    blocks = kept.whole.forward - kept.parts["head"].forward
+    assert again.whole.recompute == blocks - kept.parts["down"].forward
+    assert again.total == kept.total + again.whole.recompute
     whole = train_flops(cfg, tokens, attention="full", remat="full")
-    assert 4 * whole.forward == 4 * whole.recompute == whole.total  # the 8 N of full recomputation
+    assert 4 * whole.whole.forward == 4 * whole.whole.recompute == whole.total  # the 8 N of full recomputation
 
 
 @given(configs(), st.integers(1, 50), st.data())
@@ -202,7 +202,7 @@ def test_training_the_last_k_of_l_blocks_is_2n_and_4n_k_over_l(cfg, tokens, data
     full = train_flops(cfg, tokens, attention="full")
     work = train_flops(cfg, tokens, attention="full", trainable=bottom_frozen(cfg, cfg.layers - k))
     head = full.parts["head"].forward
-    blocks = full.forward - head
+    blocks = full.whole.forward - head
     products = 2 if cfg.tied and k < cfg.layers else 3
     assert cfg.layers * (work.total - products * head) == blocks * (cfg.layers + 2 * k)
 
@@ -220,13 +220,13 @@ def test_what_freezing_saves(cfg, tokens, data):
 
     below = train_flops(cfg, tokens, attention="full", trainable=bottom_frozen(cfg, frozen))
     head_backward = head if cfg.tied else 2 * head  # a tied table is frozen with the bottom
-    assert below.backward == upper * (2 * blocks + 2 * attention) + head_backward
+    assert below.whole.backward == upper * (2 * blocks + 2 * attention) + head_backward
 
     above = train_flops(cfg, tokens, attention="full", trainable=top_frozen(cfg, frozen))
     saved = frozen * blocks + (0 if cfg.tied else head)
     trained_bottom = full.total - saved
     assert above.total == trained_bottom
-    assert above.dx == full.dx
+    assert above.whole.dx == full.whole.dx
 
 
 def test_a_lora_step_is_about_two_forwards_and_has_no_dw_on_the_base():
@@ -235,21 +235,21 @@ def test_a_lora_step_is_about_two_forwards_and_has_no_dw_on_the_base():
     assert all(work.parts[name].dw == 0 for name in (*MATRICES, "head"))
     assert work.parts["lora"].dw > 0
     base = forward_flops(cfg, 512, attention="full").total
-    assert work.forward == base + work.parts["lora"].forward
+    assert work.whole.forward == base + work.parts["lora"].forward
     assert 1.9 < work.total / base < 2.15
 
 
 def test_the_head_alone_costs_about_a_forward_unless_it_is_tied():
     untied, tied = KINDS["plain"], KINDS["tied"]
     work = train_flops(untied, TOKENS, attention="full", trainable=head_only(untied))
-    assert work.total == work.forward + 2 * untied.width * untied.vocab
+    assert work.total == work.whole.forward + 2 * untied.width * untied.vocab
     full = train_flops(tied, TOKENS, attention="full")
-    assert train_flops(tied, TOKENS, attention="full", trainable=head_only(tied)).dx == full.dx
+    assert train_flops(tied, TOKENS, attention="full", trainable=head_only(tied)).whole.dx == full.whole.dx
 
 
 def test_a_chunked_loss_makes_the_logits_twice_and_fills_the_last_chunk():
     whole = train_flops(SMALL, TOKENS, attention="full")
-    chunked = pass_flops(SMALL, TOKENS, 1, attention="full", loss_chunk=8)
+    chunked = train_flops(SMALL, TOKENS, attention="full", loss_chunk=8)
     column = 2 * SMALL.width
     assert whole.parts["head"].forward == 19 * column
     assert chunked.parts["head"].forward == chunked.parts["head"].recompute == 24 * column
@@ -264,7 +264,7 @@ def test_reading_a_prompt_is_decoding_its_tokens_with_one_head(cfg, tokens, cach
     decoded = decode_flops(cfg, cached + tokens)
     head = decoded.parts["head"].forward
     assert read.total == tokens * (decoded.total - head) + head
-    assert read.backward == 0
+    assert read.whole.backward == 0
     one_block = prefill_flops(cfg, tokens, attention="causal")
     assert 2 * one_block.parts["attention"].forward == prefill_flops(cfg, tokens, attention="full").parts["attention"].forward
 

@@ -95,11 +95,9 @@ def test_weights_and_optimizer_are_those_of_a_real_run(name, tied):
 def test_what_saves_memory_saves_it():
     cfg = preset("nano")
     plain = training_memory(cfg, 16, 256)
-    assert training_memory(cfg, 16, 256, remat="block").total < plain.total / 2
+    assert training_memory(dataclasses.replace(cfg, remat="block"), 16, 256).total < plain.total / 2
     assert training_memory(cfg, 16, 256, loss_chunks=4).logits == plain.logits // 4
     assert training_memory(cfg, 4, 256, microbatches=4).total < plain.total / 2
-    assert training_memory(cfg, 16, 256, attention=None).residuals < plain.residuals
-    assert training_memory(cfg, 16, 256, attention="full").residuals > plain.residuals
     assert training_memory(cfg, 32, 256).residuals == 2 * plain.residuals
 
 
