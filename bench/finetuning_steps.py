@@ -12,7 +12,7 @@ from bench.timing import measure, noise, ratio
 from engine.counting.flops import train_flops
 from engine.counting.memory import training_memory
 from engine.counting.trainable import all_trainable, bottom_frozen, lora_only
-from engine.counting.xla import xla_memory
+from engine.counting.xla import xla_peak
 from engine.device import device_name
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.weights.int8 import every_product, quantize
@@ -98,7 +98,7 @@ def _steps(cfg: ModelConfig, params: Any, batch: int, tokens: int, rank: int) ->
             "trainable": sum(leaf.size for leaf in jax.tree.leaves(trainable)),
             "flops": train_flops(cfg, tokens, attention="causal", trainable=paths, remat="none").total * batch * tokens,
             "optimizer_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)),
-            "predicted_bytes": predicted.total, "xla_bytes": xla_memory(program).peak or 0,
+            "predicted_bytes": predicted.total, "xla_bytes": xla_peak(program),
         }  # fmt: skip
 
     frozen, upper = cast_matrices(params, cfg.dtype), bottom_frozen(cfg, max(cfg.layers // 2, 1))

@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.counting.flops import Flops
 from engine.counting.walk import Work, count
-from engine.counting.xla import XlaCost, xla_cost, xla_memory
+from engine.counting.xla import XlaCost, xla_cost, xla_peak
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ def compiled(function: Any, static: tuple[Any, ...], *args: Any, calls: int = 1,
     program = function.lower(*static, *args).compile()
     cost = xla_cost(program)
     return program, {
-        "peak_bytes": xla_memory(program).peak,
+        "peak_bytes": xla_peak(program),
         "walker": count(functools.partial(function, *static), *args) * calls,
         "xla": XlaCost(*(calls * steps * each for each in (cost.flops, cost.transcendentals, cost.bytes_accessed))),
     }

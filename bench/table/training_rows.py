@@ -13,7 +13,7 @@ from engine.counting.programs import gradient_program
 from engine.counting.traffic import train_bytes
 from engine.counting.trainable import TrainablePaths, all_trainable, bottom_frozen, head_only, lora_only, top_frozen
 from engine.counting.walk import count
-from engine.counting.xla import xla_cost, xla_memory
+from engine.counting.xla import xla_cost, xla_peak
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import merge
 from engine.model.weights.matmul import cast_matrices
@@ -99,7 +99,7 @@ def training_row(cfg: ModelConfig, params: Any, kind: TrainingKind, batch: Batch
 
     return Row(
         kind.name, kind.stage, run, weights,
-        tokens=B * T, formula=formula, peak_bytes=xla_memory(program).peak,
+        tokens=B * T, formula=formula, peak_bytes=xla_peak(program),
         memory={
             "params": predicted.params, "gradients": predicted.gradients, "optimizer": predicted.optimizer,
             "activations": max(0, predicted.total - predicted.params - predicted.gradients - predicted.optimizer),

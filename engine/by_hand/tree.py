@@ -9,7 +9,6 @@ from numpy import ndarray
 from engine.errors import UserError
 
 Params = dict[str, Any]
-DTYPES = ("float32", "float64")
 
 
 def arrays(params: Any, dtype: str | None = None) -> Params:
@@ -19,7 +18,9 @@ def arrays(params: Any, dtype: str | None = None) -> Params:
     all float64.
     """
 
-    def plain(path: str, leaf: Any) -> ndarray:
+    def plain(path: str, leaf: Any) -> Any:
+        if isinstance(leaf, dict):
+            return {name: plain(f"{path}/{name}" if path else name, value) for name, value in leaf.items()}
         if isinstance(leaf, tuple) or not hasattr(leaf, "dtype"):
             raise UserError(
                 f"{path} is a {type(leaf).__name__}; the by-hand model reads plain arrays. Fold adapters and give weights "
@@ -27,30 +28,20 @@ def arrays(params: Any, dtype: str | None = None) -> Params:
             )
         return np.asarray(leaf, dtype)
 
-    tree = _with_paths(plain, params, "")
+    tree = plain("", params)
     kinds = sorted({leaf.dtype.name for leaf in leaves(tree)})
-    if len(kinds) != 1 or kinds[0] not in DTYPES:
+    if kinds not in (["float32"], ["float64"]):
         raise UserError(f"The by-hand model computes in float32 or in float64, and these weights are {' and '.join(kinds)}.")
     return tree
 
 
-def mapped(f: Callable[..., Any], *trees: Params) -> Params:
+def mapped(f: Callable[..., Any], *trees: Any) -> Any:
     """The tree of f(leaf of the first, leaf of the second, ...), all having one shape."""
-    first, *others = trees
-    return {
-        name: mapped(f, value, *(other[name] for other in others))
-        if isinstance(value, dict)
-        else f(value, *(other[name] for other in others))
-        for name, value in first.items()
-    }
+    if not isinstance(trees[0], dict):
+        return f(*trees)
+    return {name: mapped(f, *(tree[name] for tree in trees)) for name in trees[0]}
 
 
-def leaves(tree: Params) -> list[ndarray]:
+def leaves(tree: Any) -> list[ndarray]:
     """All arrays of a tree."""
-    return [leaf for value in tree.values() for leaf in (leaves(value) if isinstance(value, dict) else [value])]
-
-
-def _with_paths(f: Callable[[str, Any], Any], tree: Any, prefix: str) -> Any:
-    if not isinstance(tree, dict):
-        return f(prefix.rstrip("/"), tree)
-    return {name: _with_paths(f, value, f"{prefix}{name}/") for name, value in tree.items()}
+    return [leaf for value in tree.values() for leaf in leaves(value)] if isinstance(tree, dict) else [tree]

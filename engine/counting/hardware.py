@@ -7,6 +7,7 @@ kernels, and a transposed or one-row operand would measure the slow fallback ins
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -29,14 +30,12 @@ from engine.format import size
 
 _CPU_SIDE = 2048  # of the matrices
 _CPU_NUMBERS = 2**26  # float32: 256 MiB, beyond the caches
-_ENOUGH_ROUNDS = 12
-_FEWEST_ROUNDS = 3
+_FEWEST_ROUNDS, _ENOUGH_ROUNDS = 3, 12
 _SECONDS = 2.0  # of measuring, when the fewest rounds fit in it; compiling comes on top
+_DTYPES = {"bf16_gflops": jnp.bfloat16, "f32_gflops": jnp.float32, "int8_gflops": jnp.int8}
+RATES = (*_DTYPES, "read_gbs", "update_gbs")
 
-
-def clock() -> float:
-    """Seconds from an arbitrary start, never going back."""
-    return time.perf_counter()
+clock = time.perf_counter  # seconds from an arbitrary start, never going back
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +57,6 @@ class Ceilings:
     int8_gflops: float
     read_gbs: float
     update_gbs: float
-
-
-RATES = ("bf16_gflops", "f32_gflops", "int8_gflops", "read_gbs", "update_gbs")
 
 
 def _identity() -> dict[str, Any]:
@@ -86,21 +82,22 @@ def measure_ceilings(report: Callable[[int, int], None] | None = None) -> Ceilin
     on_cpu = device.platform == "cpu"
     side, numbers = (_CPU_SIDE, _CPU_NUMBERS) if on_cpu else (8192, 2**28)
     calls = 1 if on_cpu else 16  # queued back to back, so that a launch hides behind the one before it
-    runs = {name: _product(side, dtype) for name, dtype in _DTYPES.items()} | _streams(numbers)
+    programs = {name: _product(side, dtype) for name, dtype in _DTYPES.items()} | _streams(numbers)
     work = dict.fromkeys(_DTYPES, 2.0 * side**3) | {"read_gbs": 4.0 * numbers, "update_gbs": 8.0 * numbers}
-    for name in list(runs):
-        try:
-            runs[name](1)
-        except jax.errors.JaxRuntimeError:
-            del runs[name]
-    best = dict.fromkeys(runs, math.inf)
+    best = {}
+    for name, program in programs.items():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            jax.block_until_ready(program())
+            best[name] = math.inf
     start = clock()
     for done in range(_ENOUGH_ROUNDS):
         if done >= _FEWEST_ROUNDS and clock() - start > _SECONDS:
             break
-        for name, run in runs.items():
+        for name in best:
             begin = clock()
-            run(calls)
+            for _ in range(calls):
+                result = programs[name]()
+            jax.block_until_ready(result)
             best[name] = min(best[name], (clock() - begin) / calls)
         if report:
             report(done + 1, _ENOUGH_ROUNDS)
@@ -108,10 +105,7 @@ def measure_ceilings(report: Callable[[int, int], None] | None = None) -> Ceilin
     return Ceilings(device_name(), device.platform, cores(), jax.__version__, **rates)
 
 
-_DTYPES = {"f32_gflops": jnp.float32, "bf16_gflops": jnp.bfloat16, "int8_gflops": jnp.int8}
-
-
-def _product(side: int, dtype: Any) -> Callable[[int], None]:
+def _product(side: int, dtype: Any) -> Callable[[], Any]:
     # Numbers of a model's kind, repeated to size: a chip that saves power on zeros or ones must not look faster.
     tile = np.random.default_rng(0).standard_normal((512, 512))
     if dtype == jnp.int8:
@@ -119,33 +113,21 @@ def _product(side: int, dtype: Any) -> Callable[[int], None]:
     left = jnp.asarray(np.tile(tile, (side // 512, side // 512)), dtype)
     right = left + jnp.ones((), dtype)
     result = jnp.int32 if dtype == jnp.int8 else dtype
-    multiply = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=result))
-
-    def run(calls: int) -> None:
-        for _ in range(calls):
-            product = multiply(left, right)
-        product.block_until_ready()
-
-    return run
+    return functools.partial(jax.jit(functools.partial(jnp.dot, preferred_element_type=result)), left, right)
 
 
-def _streams(numbers: int) -> dict[str, Callable[[int], None]]:
-    held = [jnp.ones((numbers // 1024, 1024), jnp.float32)]
+def _streams(numbers: int) -> dict[str, Callable[[], Any]]:
+    array = jnp.ones((numbers // 1024, 1024), jnp.float32)
     # Rows in a few blocks, so that every core gets some; one grand total would be summed by one core.
     total = jax.jit(lambda x: x.reshape(64, -1).sum(1))
     scale = jax.jit(lambda x: x * 0.5 + 0.5, donate_argnums=0)
 
-    def read(calls: int) -> None:
-        for _ in range(calls):
-            sums = total(held[0])
-        sums.block_until_ready()
+    def update() -> Any:
+        nonlocal array
+        array = scale(array)
+        return array
 
-    def update(calls: int) -> None:
-        for _ in range(calls):
-            held[0] = scale(held[0])
-        held[0].block_until_ready()
-
-    return {"read_gbs": read, "update_gbs": update}
+    return {"read_gbs": lambda: total(array), "update_gbs": update}
 
 
 def best_ceilings(first: Ceilings, second: Ceilings) -> Ceilings:
@@ -161,7 +143,12 @@ def ceilings(refresh: bool = False, report: Callable[[int, int], None] | None = 
     """
     identity = _identity()
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16] + ".json"
-    kept = _kept(name, identity)
+    kept = None
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        saved = json.loads((cache_folder("hardware") / name).read_text())
+        rates = [saved["ceilings"][rate] for rate in RATES]
+        if saved["identity"] == identity and all(math.isfinite(rate) and rate >= 0 for rate in rates):
+            kept = Ceilings(**saved["ceilings"])
     if kept and not refresh:
         return kept
     measured = measure_ceilings(report)
@@ -170,15 +157,6 @@ def ceilings(refresh: bool = False, report: Callable[[int, int], None] | None = 
     with contextlib.suppress(OSError):  # a cache that cannot be written costs a few seconds next time, no more
         write_json(cache_folder("hardware") / name, {"identity": identity, "ceilings": dataclasses.asdict(measured)})
     return measured
-
-
-def _kept(name: str, identity: dict[str, Any]) -> Ceilings | None:
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        kept = json.loads((cache_folder("hardware") / name).read_text())
-        rates = [kept["ceilings"][rate] for rate in RATES]
-        if kept["identity"] == identity and all(math.isfinite(rate) and rate >= 0 for rate in rates):
-            return Ceilings(**kept["ceilings"])
-    return None
 
 
 def peak_rss_bytes() -> int:

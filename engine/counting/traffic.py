@@ -61,14 +61,9 @@ def train_bytes(cfg: ModelConfig, batch: int, tokens: int, *, trainable: Trainab
     )
 
 
-def forward_bytes(cfg: ModelConfig, batch: int, tokens: int, *, weights: Weights = None) -> Traffic:
+def forward_bytes(cfg: ModelConfig, batch: int, tokens: int) -> Traffic:
     """Bytes of evaluating `batch` sequences of `tokens`: forward only, logits at every position."""
-    return _call(cfg, batch, 0, tokens, weights, every_logit=True)
-
-
-def prefill_bytes(cfg: ModelConfig, slots: int, tokens: int, length: int, *, weights: Weights = None) -> Traffic:
-    """Bytes of **a call** that reads `tokens` of each of `slots` prompts, against a cache of `length` places."""
-    return _call(cfg, slots, length, tokens, weights, every_logit=False)
+    return prefill_bytes(cfg, batch, tokens, 0, every_logit=True)
 
 
 def decode_bytes(cfg: ModelConfig, slots: int, length: int, *, weights: Weights = None) -> Traffic:
@@ -76,10 +71,13 @@ def decode_bytes(cfg: ModelConfig, slots: int, length: int, *, weights: Weights 
 
     The weights are read once whatever the slots, which is why they share a step so well.
     """
-    return _call(cfg, slots, length, 1, weights, every_logit=False)
+    return prefill_bytes(cfg, slots, 1, length, weights=weights)
 
 
-def _call(cfg: ModelConfig, slots: int, length: int, tokens: int, weights: Weights, every_logit: bool) -> Traffic:
+def prefill_bytes(
+    cfg: ModelConfig, slots: int, tokens: int, length: int, *, weights: Weights = None, every_logit: bool = False
+) -> Traffic:
+    """Bytes of **a call** that reads `tokens` of each of `slots` prompts, against a cache of `length` places."""
     held = inference_memory(cfg, slots, length, tokens=tokens, weights=weights, every_logit=every_logit)
     table = {"float32": _FLOAT32, "bfloat16": 2}.get(weights or cfg.dtype, number_bytes(cfg))  # a lookup table is never int8
     unread = 0 if cfg.tied else max(0, cfg.vocab - slots * tokens) * cfg.width * table

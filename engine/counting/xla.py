@@ -26,32 +26,16 @@ class XlaCost:
     bytes_accessed: int
 
 
-@dataclasses.dataclass(frozen=True)
-class XlaMemory:
-    """Bytes that a compiled program takes while it runs."""
-
-    temp: int
-    argument: int
-    output: int
-    alias: int  # of the output, what takes the place of a donated argument
-
-    @property
-    def peak(self) -> int:
-        """All of it at once."""
-        return self.temp + self.argument + self.output - self.alias
-
-
 def xla_cost(program: jax.stages.Lowered | jax.stages.Compiled) -> XlaCost:
     """The cost analysis of a lowered program (what was asked for) or a compiled one (what will run)."""
     found = program.cost_analysis() or {}
     return XlaCost(*(round(found.get(name, 0)) for name in ("flops", "transcendentals", "bytes accessed")))
 
 
-def xla_memory(program: jax.stages.Compiled) -> XlaMemory:
-    """The memory analysis of a compiled program. Raises RuntimeError on a backend that has none."""
-    found = program.memory_analysis()
-    if found is None:
+def xla_peak(program: jax.stages.Compiled) -> int:
+    """The most bytes a compiled program takes while it runs. Raises RuntimeError on a backend that does not say."""
+    memory = program.memory_analysis()
+    if memory is None:
         raise RuntimeError(f"The {jax.default_backend()} backend does not say what memory a program takes.")
-    return XlaMemory(
-        found.temp_size_in_bytes, found.argument_size_in_bytes, found.output_size_in_bytes, found.alias_size_in_bytes
-    )
+    held = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return held - memory.alias_size_in_bytes  # of the output, what takes the place of a donated argument

@@ -55,7 +55,7 @@ def test_a_call_writes_and_reads_its_values_and_logits_and_touches_no_gradient(s
     number = 4 if weights == "float32" else 2  # of the lookup table, which is never int8
     looked_up = number * CFG.width * min(slots * tokens, CFG.vocab)
     assert call.weights == held.params - number * COUNT.embed + looked_up
-    evaluated = forward_bytes(CFG, slots, tokens, weights=weights)
+    evaluated = forward_bytes(CFG, slots, tokens)
     assert (evaluated.logits, evaluated.cache) == (tokens * call.logits, 0)
     if tokens == 1:
         assert decode_bytes(CFG, slots, length, weights=weights) == call
