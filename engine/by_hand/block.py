@@ -47,7 +47,7 @@ class AttentionKept(NamedTuple):
 
     x: ndarray  # (B, T, D)         the norm's dx and dgain
     h: ndarray  # (B, T, D)         dweight of qkv
-    raw: tuple[ndarray, ndarray] | None  # q and k before their norms, if any: those norms' dx and dgain
+    raw: list[ndarray] | None  # q and k before their norms, if any: those norms' dx and dgain
     q: ndarray  # (B, K, G T, H)    dk
     k: ndarray  # (B, K, T, H)      dq
     v: ndarray  # (B, K, T, H)      the derivative by the attention weights
@@ -67,11 +67,7 @@ class SwigluKept(NamedTuple):
 
 def attention(cfg: ModelConfig, w: Weights, x: ndarray, place: Place) -> ndarray:
     """x (B, T, D) -> (B, T, D). Forward alone."""
-    q, k, v = split_heads(cfg, _qkv(cfg, w, rms_norm(x, w["attn_norm"], cfg.eps)))
-    if cfg.qk_norm:
-        q, k = rms_norm(q, w["q_norm"], cfg.eps), rms_norm(k, w["k_norm"], cfg.eps)
-    q, k = rope(q, place.cos, place.sin), rope(k, place.cos, place.sin)
-    q, k, v = (by_key_head(heads, cfg.kv_heads) for heads in (q, k, v))
+    q, k, v = _rotate(cfg, w, split_heads(cfg, _qkv(cfg, w, rms_norm(x, w["attn_norm"], cfg.eps))), place)
     mixed = mix(attention_weights(q, k, place.mask), v)
     return x + project(join_heads(by_token(mixed, x.shape[1])), w["out"])
 
@@ -79,16 +75,11 @@ def attention(cfg: ModelConfig, w: Weights, x: ndarray, place: Place) -> ndarray
 def attention_and_keep(cfg: ModelConfig, w: Weights, x: ndarray, place: Place) -> tuple[ndarray, AttentionKept]:
     """The same, and what `attention_backward` needs of it."""
     h = rms_norm(x, w["attn_norm"], cfg.eps)
-    q, k, v = split_heads(cfg, _qkv(cfg, w, h))
-    raw = None
-    if cfg.qk_norm:
-        raw = q, k
-        q, k = rms_norm(q, w["q_norm"], cfg.eps), rms_norm(k, w["k_norm"], cfg.eps)
-    q, k = rope(q, place.cos, place.sin), rope(k, place.cos, place.sin)
-    q, k, v = (by_key_head(heads, cfg.kv_heads) for heads in (q, k, v))
+    raw = split_heads(cfg, _qkv(cfg, w, h))
+    q, k, v = _rotate(cfg, w, raw, place)
     weights = attention_weights(q, k, place.mask)
     mixed = join_heads(by_token(mix(weights, v), x.shape[1]))
-    return x + project(mixed, w["out"]), AttentionKept(x, h, raw, q, k, v, weights, mixed)
+    return x + project(mixed, w["out"]), AttentionKept(x, h, raw[:2] if cfg.qk_norm else None, q, k, v, weights, mixed)
 
 
 def attention_backward(cfg: ModelConfig, w: Weights, kept: AttentionKept, dy: ndarray, place: Place) -> tuple[ndarray, Weights]:
@@ -150,3 +141,12 @@ def join_heads(heads: ndarray) -> ndarray:
 def _qkv(cfg: ModelConfig, w: Weights, h: ndarray) -> ndarray:
     qkv = project(h, w["qkv"])
     return qkv + w["qkv_bias"] if cfg.qkv_bias else qkv
+
+
+def _rotate(cfg: ModelConfig, w: Weights, heads: list[ndarray], place: Place) -> list[ndarray]:
+    """q (B, T, N, H), k and v (B, T, K, H) -> q (B, K, G T, H), k and v (B, K, T, H): q and k normed, if so, and turned."""
+    q, k, v = heads
+    if cfg.qk_norm:
+        q, k = rms_norm(q, w["q_norm"], cfg.eps), rms_norm(k, w["k_norm"], cfg.eps)
+    q, k = rope(q, place.cos, place.sin), rope(k, place.cos, place.sin)
+    return [by_key_head(x, cfg.kv_heads) for x in (q, k, v)]

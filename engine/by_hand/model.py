@@ -52,7 +52,7 @@ def forward(
     Raises UserError for weights that are not plain arrays of one float dtype, or tokens outside the vocabulary.
     """
     params = arrays(params)
-    place = _place(cfg, params, _checked(cfg, tokens), positions, segments)
+    place = _place(cfg, params, tokens, positions, segments)
     x = lookup(params["embed"], tokens)
     for i in range(cfg.layers):
         x = attention(cfg, params["blocks"][str(i)], x, place)
@@ -65,7 +65,7 @@ def forward_and_keep(
 ) -> tuple[ndarray, Kept]:
     """The same logits, and all that `backward` needs."""
     params = arrays(params)
-    place = _place(cfg, params, _checked(cfg, tokens), positions, segments)
+    place = _place(cfg, params, tokens, positions, segments)
     x = lookup(params["embed"], tokens)
     blocks = []
     for i in range(cfg.layers):
@@ -137,17 +137,13 @@ def _head(cfg: ModelConfig, params: Params) -> ndarray:
 
 
 def _place(cfg: ModelConfig, params: Params, tokens: ndarray, positions: ndarray | None, segments: ndarray | None) -> Place:
-    T = tokens.shape[1]
-    positions = np.arange(T)[None] if positions is None else positions
-    return Place(*rope_tables(cfg, positions, params["embed"].dtype), causal_mask(segments, T))
-
-
-def _checked(cfg: ModelConfig, tokens: ndarray) -> ndarray:
-    """NumPy would read a negative token from the table's end, in silence."""
     if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
         raise UserError(f"tokens must be whole numbers (B, T), not {tokens.dtype} {tokens.shape}.")
+    # NumPy would read a negative token from the table's end, in silence.
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < cfg.vocab:
         raise UserError(
             f"Tokens lie between {tokens.min()} and {tokens.max()}; this model's vocabulary is 0 to {cfg.vocab - 1}."
         )
-    return tokens
+    T = tokens.shape[1]
+    positions = np.arange(T)[None] if positions is None else positions
+    return Place(*rope_tables(cfg, positions, params["embed"].dtype), causal_mask(segments, T))

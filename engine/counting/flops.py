@@ -81,8 +81,7 @@ def train_flops(
     trainable: TrainablePaths | None = None,
     remat: Literal["none", "block", "full"] | None = None,
     loss_chunk: int | None = None,
-    merges_lora: bool = False,
-    scan: bool = False,
+    as_run: bool = False,
 ) -> Flops:
     """Operations of a training step **per token**, at sequences of `tokens`; or for `rows` tokens at once.
 
@@ -91,20 +90,21 @@ def train_flops(
     pass does, as soon as anything trains. A LoRA pair is multiplied beside its base.
 
     `loss_chunk` is the columns of the vocabulary whose logits exist at once: each chunk is made again on the way back,
-    and the last is filled up. With `merges_lora` a LoRA pair is merged into its base where that is smaller than what goes
-    in and comes out, at R operations a weight each time and none a row (`model/weights/lora_matmul.py`). With `scan` all
-    blocks are one program run L times, so what one of them needs is done in each: a few frozen blocks save nothing.
+    and the last is filled up. With `as_run`, as this engine's program does it: a LoRA pair is merged into its base where
+    that is smaller than what goes in and comes out, at R operations a weight each time and none a row
+    (`model/weights/lora_matmul.py`); and if the config scans over the blocks they are one program run L times, so what one
+    of them needs is done in each: a few frozen blocks save nothing.
     Raises UserError when a path of `trainable` is not in the model.
     """
     trainable = all_trainable(cfg) if trainable is None else trainable
     check_paths(cfg, trainable)
-    if scan:
+    if scan := as_run and cfg.scan:
         spread = lambda paths: frozenset(
             re.sub(r"^blocks/\d+/", f"blocks/{layer}/", path) for path in paths for layer in range(cfg.layers)
         )
         trainable = TrainablePaths(spread(trainable.weights), spread(trainable.adapted), trainable.rank)
     live = "embed" in trainable.weights or (scan and lowest_gradient(cfg, trainable) == 0)
-    walk = _Walk(cfg, trainable, rows, merges_lora, live)
+    walk = _Walk(cfg, trainable, rows, as_run, live)
     square = 2 * rows * cfg.heads * cfg.head_dim * keys_twice(tokens, attention)
     remat = remat or cfg.remat
     for layer in range(cfg.layers):

@@ -1,6 +1,7 @@
 """How many numbers a model holds, from its config alone: the shape of every leaf, and counts by component."""
 
 import dataclasses
+import math
 
 from engine.model.config import ModelConfig
 
@@ -9,13 +10,12 @@ MATRICES = ("qkv", "out", "gate_up", "down")  # of a block, in the order of the 
 
 def leaf_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every parameter, bottom first. A tied model has no `head`: its table is `embed`."""
-    query = cfg.heads * cfg.head_dim
     block: dict[str, tuple[int, ...]] = {"attn_norm": (cfg.width,), "qkv": (cfg.width, cfg.qkv_width)}
     if cfg.qkv_bias:
         block["qkv_bias"] = (cfg.qkv_width,)
     if cfg.qk_norm:
         block |= {"q_norm": (cfg.head_dim,), "k_norm": (cfg.head_dim,)}
-    block |= {"out": (query, cfg.width), "mlp_norm": (cfg.width,)}
+    block |= {"out": (cfg.heads * cfg.head_dim, cfg.width), "mlp_norm": (cfg.width,)}
     block |= {"gate_up": (cfg.width, 2 * cfg.ff), "down": (cfg.ff, cfg.width)}
     shapes: dict[str, tuple[int, ...]] = {"embed": (cfg.vocab, cfg.width)}
     shapes |= {f"blocks/{layer}/{name}": shape for layer in range(cfg.layers) for name, shape in block.items()}
@@ -41,7 +41,6 @@ class ParamCount:
 
     @property
     def total(self) -> int:
-        """Every parameter, each once."""
         return self.matmul + self.norms + self.biases + (0 if self.tied else self.embed)
 
     @property
@@ -57,10 +56,9 @@ class ParamCount:
 
 
 def count_params(cfg: ModelConfig) -> ParamCount:
-    """The parameters of a model, by component."""
     sizes = dict.fromkeys(("embed", *MATRICES, "head", "norms", "biases"), 0)
     for path, shape in leaf_shapes(cfg).items():
         name = path.rpartition("/")[2]
         kind = name if name in sizes else "biases" if name.endswith("bias") else "norms"
-        sizes[kind] += shape[0] * shape[1] if len(shape) == 2 else shape[0]
+        sizes[kind] += math.prod(shape)
     return ParamCount(**sizes, tied=cfg.tied)

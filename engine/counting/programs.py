@@ -23,9 +23,8 @@ def gradient_program(
 ) -> Flops:
     """A loss and its gradient over `batch` sequences of `tokens`, without the optimizer; arguments as `train_flops`."""
     return train_flops(
-        cfg, tokens, rows=batch * tokens, attention=_attention(), trainable=trainable, loss_chunk=loss_chunk,
-        merges_lora=True, scan=cfg.scan,
-    )  # fmt: skip
+        cfg, tokens, rows=batch * tokens, attention=_attention(), trainable=trainable, loss_chunk=loss_chunk, as_run=True
+    )
 
 
 def score_program(cfg: ModelConfig, batch: int, tokens: int) -> Flops:

@@ -12,13 +12,13 @@ Conventions:
   third way, one each, because how many operations they are is a matter of the chip.
 - A scan counts its body times its length, a `cond` its dearest branch. A `while` does not say how often it runs, and a
   kernel hides its work from the trace: both are refused, for a silent 0 would be believed.
-- A product with a lone row counts as the program does it: on a CPU, twice (`leaves.project` pads it to two rows).
+- A product with a lone row counts as the program does it: on a CPU, twice (`model/weights/matmul.py` pads it to two rows).
 """
 
 import dataclasses
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -81,12 +81,9 @@ def _program(jaxpr: Jaxpr) -> Work:
 
 def _step(equation: JaxprEqn) -> Work:
     name = equation.primitive.name
-    if name == "while":
-        raise UserError("The walker cannot count 'while': it does not say how often it runs. Count a scan instead.")
-    if name in _OPAQUE or name.startswith("dot_product_attention"):
-        raise UserError(
-            f"The walker cannot count {name!r}: its work is hidden in a kernel. Count the program that does without."
-        )
+    if name == "while" or name in _OPAQUE or name.startswith("dot_product_attention"):
+        hidden = "how often it runs is unknown" if name == "while" else "its work is hidden in a kernel"
+        raise UserError(f"The walker cannot count {name!r}: {hidden}. Count the program that does without.")
     if name in _PRODUCTS:
         return Work(matmul=_PRODUCTS[name](equation))
     if name == "cond":
@@ -98,18 +95,10 @@ def _step(equation: JaxprEqn) -> Work:
 
 
 def _dot(equation: Any) -> int:
-    (contracted, _), _ = equation.params["dimension_numbers"]
-    return _over(equation, contracted)
-
-
-def _ragged_dot(equation: Any) -> int:
-    """Each row meets the one matrix of its group, whatever a backend without such a kernel makes of it."""
-    (contracted, _), _ = equation.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
-    return _over(equation, contracted)
-
-
-def _over(equation: Any, contracted: Sequence[int]) -> int:
-    """2 for each number that comes out and each that it is summed over."""
+    """2 for each number that comes out and each that it is summed over. In a ragged product each row meets the one matrix of
+    its group, whatever a backend without such a kernel makes of it."""
+    numbers = equation.params.get("dimension_numbers")
+    (contracted, _), _ = numbers or equation.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
     left, result = equation.invars[0].aval, equation.outvars[0].aval
     return 2 * result.size * math.prod(left.shape[axis] for axis in contracted)
 
@@ -120,7 +109,7 @@ def _convolution(equation: Any) -> int:
     return 2 * equation.outvars[0].aval.size * kernel.size // kernel.shape[features]
 
 
-_PRODUCTS = {"dot_general": _dot, "ragged_dot_general": _ragged_dot, "conv_general_dilated": _convolution}
+_PRODUCTS = {"dot_general": _dot, "ragged_dot_general": _dot, "conv_general_dilated": _convolution}
 _REDUCTIONS = frozenset({
     "reduce_sum", "reduce_prod", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "reduce_xor", "argmax", "argmin",
     "reduce", "top_k",

@@ -18,20 +18,16 @@ NOISE = 40_000  # bytes of Python's own objects
 OPTIONS = pytest.mark.parametrize("options", [{}, {"qk_norm": False, "qkv_bias": True, "tied": True}], ids=str)
 
 
+def arrays_in(part: Any) -> list[np.ndarray]:
+    if part is None or isinstance(part, np.ndarray):
+        return [] if part is None else [part]
+    return [array for inner in part for array in arrays_in(inner)]
+
+
 def array_bytes(residuals: Any) -> int:
     """Bytes of the arrays in the residuals, or in a part of them; what several of them are views of counts once."""
-    owners: dict[int, np.ndarray] = {}
-
-    def visit(part: Any) -> None:
-        if isinstance(part, np.ndarray):
-            owner = part if part.base is None else part.base
-            owners[id(owner)] = owner
-        elif part is not None:
-            for inner in part:
-                visit(inner)
-
-    visit(residuals)
-    return sum(owner.nbytes for owner in owners.values())
+    owners = [array if array.base is None else array.base for array in arrays_in(residuals)]
+    return sum({id(owner): owner.nbytes for owner in owners}.values())
 
 
 def weighed(cfg: Any, function: Callable) -> tuple[Any, int, int]:
@@ -103,19 +99,11 @@ def test_everything_that_is_kept_is_needed():
     _, kept = model.forward_and_keep(cfg, params, tokens)
     dlogits = np.random.default_rng(0).standard_normal((B, T, V))
     expected = model.backward(cfg, params, kept, dlogits)
-    seen = 0
-    for array in arrays_in((kept.blocks, kept.x, kept.h, kept.place.cos, kept.place.sin)):
+    arrays = arrays_in((kept.blocks, kept.x, kept.h, kept.place.cos, kept.place.sin))
+    assert len(arrays) == 2 * (9 + 5) + 4
+    for array in arrays:
         before = array.copy()
         array[...] = 1.7
         spoilt = model.backward(cfg, params, kept, dlogits)
         array[...] = before
-        same = [np.array_equal(a, b) for a, b in zip(leaves(spoilt), leaves(expected))]
-        assert not all(same)
-        seen += 1
-    assert seen == 2 * (9 + 5) + 4
-
-
-def arrays_in(part: Any) -> list[np.ndarray]:
-    if isinstance(part, np.ndarray):
-        return [part]
-    return [array for inner in part for array in arrays_in(inner)]
+        assert not all(np.array_equal(a, b) for a, b in zip(leaves(spoilt), leaves(expected)))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import B, T, lively_params, positions_of, tiny_config, tokens_of
-from wide import FAMILY, QWEN3, assert_trees_close, float64_engine, in_float64, weights
+from wide import FAMILY, QWEN3, assert_trees_close, batch_of, float64_engine, in_float64, weights
 
 from engine import by_hand
 from engine.by_hand import model
@@ -19,7 +19,6 @@ from engine.model.transformer import forward
 from engine.text.batch import Batch
 from engine.training.step import loss_and_gradient
 
-SEGMENTS = np.array([[0, 0, 0, 1, 1, 1, 1], [2, 2, 5, 5, 5, 6, 6]], np.int32)
 SEEDS = st.integers(0, 2**32 - 1)
 BY_NAME = pytest.mark.parametrize("name", FAMILY)
 
@@ -29,15 +28,6 @@ def engine(cfg, params, batch):
     """What the engine makes of a batch: logits, loss, gradient."""
     logits, _ = forward(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
     return logits, *loss_and_gradient(cfg, params, {}, batch)
-
-
-def batch_of(seed: int) -> Batch:
-    """Two rows of packed texts at places of their own, of which not all targets count."""
-    rng = np.random.default_rng(seed)
-    positions = positions_of(B, T) + rng.integers(0, 90, (B, 1)).astype(np.int32)
-    mask = rng.random((B, T)) < 0.7
-    mask[0, 0] = True
-    return Batch(tokens_of(seed, B, T), tokens_of(seed + 1, B, T), mask, positions, SEGMENTS)
 
 
 def all_by_hand(cfg, params, batch: Batch):

@@ -6,13 +6,12 @@ import jax
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import T, lively_params, positions_of, tokens_of
-from wide import QWEN2, QWEN3, assert_trees_close, float64_engine, in_float64, weights
+from tiny import lively_params
+from wide import QWEN2, QWEN3, assert_trees_close, batch_of, float64_engine, in_float64, weights
 
 from engine import by_hand
 from engine.by_hand import adamw
 from engine.by_hand.tree import arrays, leaves, mapped
-from engine.text.batch import Batch
 from engine.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from engine.training.step import init_state, train_step
 
@@ -66,21 +65,14 @@ def test_norm_is_that_of_one_long_vector():
     np.testing.assert_allclose(adamw.norm(params), np.linalg.norm(np.concatenate([x.ravel() for x in leaves(params)])))
 
 
-B = 4
 FACTOR = 0.5  # of the cosine, half way and without a warm-up
-
-
-def batch_of(seed: int) -> Batch:
-    mask = np.random.default_rng(seed).random((B, T)) < 0.8
-    segments = np.repeat([[0, 0, 0, 1, 1, 1, 1]], B, axis=0).astype(np.int32)
-    return Batch(tokens_of(seed, B, T), tokens_of(seed + 1, B, T), mask, positions_of(B, T), segments)
 
 
 def ten_steps_by_hand(cfg, params):
     """(losses, params): the batches go round, so that the losses fall."""
     moments, losses = adamw.init_moments(params), []
     for step in range(10):
-        tokens, targets, mask, positions, segments = batch_of(step % 3)
+        tokens, targets, mask, positions, segments = batch_of(step % 3, 4)
         loss, gradient = by_hand.loss_and_gradient(cfg, params, tokens, targets, mask, positions, segments)
         params, moments = adamw.step(SETTINGS[0], params, gradient, moments, FACTOR)
         losses.append(loss)
@@ -91,7 +83,7 @@ def ten_steps_by_jax(cfg, params, progress):
     tx = make_optimizer(optimizer(SETTINGS[0], warmup=0.0))
     state, losses = init_state(tx, jax.tree.map(jax.numpy.array, params)), []
     for step in range(10):
-        state, metrics = train_step(cfg, tx, state, {}, batch_of(step % 3), progress)
+        state, metrics = train_step(cfg, tx, state, {}, batch_of(step % 3, 4), progress)
         losses.append(float(metrics.loss))
     return losses, jax.device_get(state.trainable)
 

@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tiny import lively_params, tiny_config
+from tiny import T, lively_params, positions_of, tiny_config, tokens_of
 
 from engine.by_hand.tree import arrays
 from engine.model.config import ModelConfig, RopeScaling
+from engine.text.batch import Batch
 
 # The family's members, and all that is said about a block once so and once otherwise: Qwen3's, Llama 3's with its
 # stretched rotation, Qwen2's with as many key heads as query heads, and one with a single key head and no option at all.
@@ -21,6 +22,16 @@ LLAMA3 = tiny_config(qk_norm=False, tied=True, rope_theta=100.0, rope_scaling=Ro
 QWEN2 = tiny_config(qk_norm=False, tied=True, qkv_bias=True, kv_heads=6, eps=1e-2)
 PLAIN = tiny_config(qk_norm=False, kv_heads=1, layers=3)
 FAMILY = {"qwen3": QWEN3, "llama3": LLAMA3, "qwen2": QWEN2, "plain": PLAIN}
+
+
+def batch_of(seed: int, rows: int = 2) -> Batch:
+    """Pairs of rows of packed texts at places of their own, of which not all targets count."""
+    rng = np.random.default_rng(seed)
+    positions = positions_of(rows, T) + rng.integers(0, 90, (rows, 1)).astype(np.int32)
+    mask = rng.random((rows, T)) < 0.7
+    mask[0, 0] = True
+    segments = np.tile(np.array([[0, 0, 0, 1, 1, 1, 1], [2, 2, 5, 5, 5, 6, 6]], np.int32), (rows // 2, 1))
+    return Batch(tokens_of(seed, rows, T), tokens_of(seed + 1, rows, T), mask, positions, segments)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
 """The model written as plainly as it can be, and the products in its gradient as the walker counts them.
 
-An oracle for the formulas: nothing here knows them.
+An oracle for the formulas: nothing here knows them. And the shapes on which programs are traced.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +11,37 @@ import jax.numpy as jnp
 from engine.counting.params import leaf_shapes
 from engine.counting.trainable import TrainablePaths, target_shapes
 from engine.counting.walk import count
+from engine.model.cache.contiguous import make_cache
 from engine.model.config import ModelConfig
+from engine.model.transformer import init_params
+from engine.text.batch import Batch
+
+
+def shaped(*shape, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def params_of(cfg):
+    return jax.eval_shape(functools.partial(init_params, cfg), jax.random.key(0))
+
+
+def batch_of(rows, tokens):
+    numbers = shaped(rows, tokens)
+    return Batch(numbers, numbers, shaped(rows, tokens, dtype=bool), numbers)
+
+
+def cache_of(cfg, slots, capacity):
+    return jax.eval_shape(lambda: make_cache(cfg, slots, capacity))
 
 
 def shapes(cfg: ModelConfig, paths: TrainablePaths) -> tuple[dict, dict]:
     """(learning, resting) leaves by path, as shapes; the LoRA pair of a target is `target.a` and `target.b`."""
-    leaves = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in leaf_shapes(cfg).items()}
+    leaves = {path: shaped(*shape, dtype=jnp.float32) for path, shape in leaf_shapes(cfg).items()}
     learning = {path: leaf for path, leaf in leaves.items() if path in paths.weights}
     for path in paths.adapted:
         rows, columns = target_shapes(cfg)[path]
-        learning[path + ".a"] = jax.ShapeDtypeStruct((rows, paths.rank), jnp.float32)
-        learning[path + ".b"] = jax.ShapeDtypeStruct((paths.rank, columns), jnp.float32)
+        learning[path + ".a"] = shaped(rows, paths.rank, dtype=jnp.float32)
+        learning[path + ".b"] = shaped(paths.rank, columns, dtype=jnp.float32)
     return learning, {path: leaf for path, leaf in leaves.items() if path not in paths.weights}
 
 
@@ -69,7 +91,7 @@ def logits(cfg, params, tokens, remat="none"):
 
 def count_step(cfg: ModelConfig, paths: TrainablePaths, batch: int, tokens: int, remat: str) -> int:
     """Operations in the products of a loss and its gradient by what learns."""
-    data = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
+    data = shaped(batch, tokens)
 
     def loss(learning, resting, data):
         table = jax.nn.log_softmax(logits(cfg, learning | resting, data, remat))

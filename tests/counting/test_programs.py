@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from plain_model import batch_of, cache_of, params_of, shaped
 from tiny import B, T, tiny_config
 
 from engine.counting.params import leaf_shapes
@@ -16,18 +17,15 @@ from engine.inference import decode
 from engine.inference.sampling import SamplingArrays
 from engine.inference.score import score
 from engine.model.backward import QUERY_BLOCK
-from engine.model.cache.contiguous import make_cache
 from engine.model.config import LoraConfig
 from engine.model.paths import split, unflatten
-from engine.model.transformer import init_params
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import make_adapter
-from engine.text.batch import Batch
 from engine.training import loss
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state, loss_and_gradient, train_step
 
-LAYERS = 3
+LAYERS, CAPACITY = 3, 23
 KINDS = {
     "untied": tiny_config(layers=LAYERS),
     "tied": tiny_config(layers=LAYERS, tied=True, qk_norm=False),
@@ -58,18 +56,9 @@ def modes(cfg):
     }
 
 
-def shaped(*shape, dtype=jnp.int32):
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def batch_of(rows, tokens):
-    numbers = shaped(rows, tokens)
-    return Batch(numbers, numbers, shaped(rows, tokens, dtype=bool), numbers)
-
-
 def trees(cfg, paths):
     """(trainable, frozen) as shapes, the way a run makes them."""
-    params = jax.eval_shape(functools.partial(init_params, cfg), jax.random.key(0))
+    params = params_of(cfg)
     if not paths.adapted:
         return split(params, paths.weights)
     adapters = {}
@@ -83,18 +72,15 @@ def trees(cfg, paths):
     return unflatten(adapters), params
 
 
-def disagreements(cfg, rows, tokens, some=None, microbatches=1, **options):
-    """{mode: (counted, formula)} where they differ."""
-    wrong = {}
+def assert_agreement(cfg, rows, tokens, some=None, microbatches=1, **options):
+    """The formula is the walker in some ways of training, or in all."""
     for name, paths in modes(cfg).items():
         if some and name not in some:
             continue
         gradient = functools.partial(loss_and_gradient, cfg, microbatches=microbatches)
         counted = count(gradient, *trees(cfg, paths), batch_of(rows, tokens)).matmul
         formula = gradient_program(cfg, rows // microbatches, tokens, trainable=paths, **options).total * microbatches
-        if counted != formula:
-            wrong[name] = (counted, formula)
-    return wrong
+        assert counted == formula, name
 
 
 # ---- training
@@ -105,22 +91,22 @@ FEW, MANY = 2, 10  # sequences of 7: fewer rows than any matrix has columns, and
 
 @pytest.mark.parametrize("rows", [FEW, MANY])
 def test_the_formula_is_the_walker_in_every_way_of_training(rows, backend):
-    assert not disagreements(KINDS["untied"], rows, T)
+    assert_agreement(KINDS["untied"], rows, T)
 
 
 @pytest.mark.parametrize("kind", ["tied", "biased"])
 def test_the_formula_is_the_walker_for_every_kind_of_model(kind, backend):
-    assert not disagreements(KINDS[kind], MANY, T, ["everything", "bottom frozen", "head only", "lora"])
+    assert_agreement(KINDS[kind], MANY, T, ["everything", "bottom frozen", "head only", "lora"])
 
 
 @pytest.mark.parametrize("layout", [{"remat": "block"}, {"remat": "full"}, {"scan": True}, {"scan": True, "remat": "block"}])
 def test_however_the_program_is_laid_out(layout, backend):
     cfg = dataclasses.replace(KINDS["untied"], **layout)
-    assert not disagreements(cfg, MANY, T, ["everything", "last layer", "lora on v and down", "lora on down"])
+    assert_agreement(cfg, MANY, T, ["everything", "last layer", "lora on v and down", "lora on down"])
 
 
 def test_in_microbatches(backend):
-    assert not disagreements(KINDS["biased"], 8, T, ["everything", "lora on gate"], microbatches=4)
+    assert_agreement(KINDS["biased"], 8, T, ["everything", "lora on gate"], microbatches=4)
 
 
 def test_a_scan_over_the_blocks_undoes_what_freezing_some_of_them_saves():
@@ -133,7 +119,7 @@ def test_a_scan_over_the_blocks_undoes_what_freezing_some_of_them_saves():
 
 
 def test_in_blocks_of_queries(backend):
-    assert not disagreements(KINDS["tied"], 1, 2 * QUERY_BLOCK, ["everything", "bottom frozen"])
+    assert_agreement(KINDS["tied"], 1, 2 * QUERY_BLOCK, ["everything", "bottom frozen"])
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
@@ -142,12 +128,11 @@ def test_with_the_loss_in_chunks(kind, remat, backend, monkeypatch):
     monkeypatch.setattr(loss, "LOGITS_LIMIT", 0)
     monkeypatch.setattr(loss, "CHUNK", 16)
     cfg = dataclasses.replace(KINDS[kind], remat=remat)
-    assert not disagreements(cfg, B, T, ["everything", "last block alone", "norms"], loss_chunk=16)
+    assert_agreement(cfg, B, T, ["everything", "last block alone", "norms"], loss_chunk=16)
 
 
 def test_adamw_has_no_products():
-    cfg = KINDS["untied"]
-    tx = make_optimizer(OptimizerConfig())
+    cfg, tx = KINDS["untied"], make_optimizer(OptimizerConfig())
     paths = bottom_frozen(cfg, 1)
     trainable, frozen = trees(cfg, paths)
     state = jax.eval_shape(functools.partial(init_state, tx), trainable)
@@ -169,15 +154,14 @@ def test_evaluation(kind, tokens, backend):
 @pytest.mark.parametrize("slots", [1, 2, 5])
 @pytest.mark.parametrize("kind", KINDS)
 def test_reading_and_writing_against_a_cache(kind, slots, backend):
-    cfg, capacity = KINDS[kind], 23
-    params, _ = trees(cfg, all_trainable(cfg))
-    cache = jax.eval_shape(lambda: make_cache(cfg, slots, capacity))
+    cfg = KINDS[kind]
+    params, cache = trees(cfg, all_trainable(cfg))[0], cache_of(cfg, slots, CAPACITY)
     read = functools.partial(decode.prefill.__wrapped__, cfg)
     counted = count(read, params, shaped(slots, T), shaped(slots), cache)
-    assert counted.matmul == prefill_program(cfg, slots, T, capacity).total
+    assert counted.matmul == prefill_program(cfg, slots, T, CAPACITY).total
     write = functools.partial(decode.decode_step.__wrapped__, cfg)
     counted = count(write, params, shaped(slots), cache)
-    assert counted.matmul == decode_program(cfg, slots, capacity).total
+    assert counted.matmul == decode_program(cfg, slots, CAPACITY).total
 
 
 def test_whatever_the_weights_are_stored_in(backend):
@@ -187,9 +171,10 @@ def test_whatever_the_weights_are_stored_in(backend):
     stored = lambda how: jax.eval_shape(
         functools.partial(quantize, rules=[(matrices, how), ("head", how)]), trees(cfg, all_trainable(cfg))[0]
     )
-    cache = jax.eval_shape(lambda: make_cache(cfg, 5, 23))
-    counted = count(functools.partial(decode.decode_step.__wrapped__, cfg), stored("int8"), shaped(5), cache)
-    assert counted.matmul == decode_program(cfg, 5, 23).total
+    counted = count(
+        functools.partial(decode.decode_step.__wrapped__, cfg), stored("int8"), shaped(5), cache_of(cfg, 5, CAPACITY)
+    )
+    assert counted.matmul == decode_program(cfg, 5, CAPACITY).total
     paths = lora_only(cfg, LoraConfig(2, targets=("q", "up")))
     adapters, _ = trees(cfg, paths)
     for rows in (FEW, MANY):
@@ -198,10 +183,9 @@ def test_whatever_the_weights_are_stored_in(backend):
 
 
 def test_several_steps_of_decoding_are_as_many_times_one():
-    cfg, slots, capacity, steps = KINDS["untied"], 5, 23, 4
-    params, _ = trees(cfg, all_trainable(cfg))
-    cache = jax.eval_shape(lambda: make_cache(cfg, slots, capacity))
+    cfg, slots, steps = KINDS["untied"], 5, 4
+    params, cache = trees(cfg, all_trainable(cfg))[0], cache_of(cfg, slots, CAPACITY)
     sampling = jax.eval_shape(lambda: SamplingArrays(*(jnp.zeros(slots, d) for d in ("f4", "i4", "f4", "f4", "u4"))))
     several = functools.partial(decode.decode_steps, cfg, steps=steps)
     counted = count(several, params, shaped(slots), cache, sampling)
-    assert counted.matmul == steps * decode_program(cfg, slots, capacity).total
+    assert counted.matmul == steps * decode_program(cfg, slots, CAPACITY).total

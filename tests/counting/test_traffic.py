@@ -2,16 +2,15 @@
 
 import dataclasses
 
-import jax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plain_model import cache_of
 
 from engine.counting.memory import inference_memory, training_memory
 from engine.counting.params import count_params
 from engine.counting.traffic import decode_bytes, forward_bytes, prefill_bytes, train_bytes
 from engine.counting.trainable import bottom_frozen, head_only, lora_only
-from engine.model.cache.contiguous import make_cache
 from engine.model.config import LoraConfig, ModelConfig, preset
 
 CFG = ModelConfig(vocab=19, width=12, layers=3, heads=6, kv_heads=3, head_dim=4, ff=10, context=64)
@@ -79,7 +78,7 @@ def test_slots_share_the_weights_and_nothing_else(slots):
 
 
 def test_decoding_reads_the_cache_and_writes_one_token_to_it():
-    cache = jax.eval_shape(lambda: make_cache(CFG, 5, 11))
+    cache = cache_of(CFG, 5, 11)
     held = sum(array.size * array.dtype.itemsize for array in (*cache.k, *cache.v))
     assert decode_bytes(CFG, 5, 11).cache == held * 12 // 11
     assert prefill_bytes(CFG, 5, 7, 11).cache == held * 18 // 11

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from plain_model import batch_of, cache_of, params_of, shaped
 
 from engine.counting.params import count_params
 from engine.counting.programs import gradient_program, score_program
@@ -14,11 +15,8 @@ from engine.counting.walk import count
 from engine.counting.xla import xla_cost, xla_peak
 from engine.inference.decode import decode_step, prefill
 from engine.inference.score import score
-from engine.model.cache.contiguous import make_cache
 from engine.model.config import ModelConfig
 from engine.model.paths import split
-from engine.model.transformer import init_params
-from engine.text.batch import Batch
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state, loss_and_gradient, train_step
 
@@ -26,16 +24,7 @@ CFG = ModelConfig(vocab=512, width=256, layers=2, heads=4, kv_heads=2, ff=704, c
 B, T, CAPACITY = 2, 64, 96
 
 
-def shaped(*shape, dtype=jnp.int32):
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def params_of(cfg):
-    return jax.eval_shape(functools.partial(init_params, cfg), jax.random.key(0))
-
-
-NUMBERS = shaped(B, T)
-BATCH = Batch(NUMBERS, NUMBERS, shaped(B, T, dtype=bool), NUMBERS)
+BATCH = batch_of(B, T)
 
 
 def gradient(cfg, paths=None):
@@ -45,14 +34,12 @@ def gradient(cfg, paths=None):
 
 
 def programs():
-    cache = jax.eval_shape(lambda: make_cache(CFG, 8, CAPACITY))
-    prompts = jax.eval_shape(lambda: make_cache(CFG, B, CAPACITY))
     return {
         "gradient": gradient(CFG),
         "gradient of the top, with remat": gradient(dataclasses.replace(CFG, remat="block"), bottom_frozen(CFG, 1)),
         "evaluation": (functools.partial(score, CFG), (params_of(CFG), BATCH)),
-        "prefill": (functools.partial(prefill, CFG), (params_of(CFG), NUMBERS, shaped(B), prompts)),
-        "decode": (functools.partial(decode_step, CFG), (params_of(CFG), shaped(8), cache)),
+        "prefill": (functools.partial(prefill, CFG), (params_of(CFG), BATCH.tokens, shaped(B), cache_of(CFG, B, CAPACITY))),
+        "decode": (functools.partial(decode_step, CFG), (params_of(CFG), shaped(8), cache_of(CFG, 8, CAPACITY))),
     }
 
 
@@ -139,7 +126,7 @@ def test_zeroing_the_gradients_of_what_is_frozen_saves_nothing():
 
 
 def test_peak_memory_is_what_is_held_less_what_is_donated():
-    cache = jax.eval_shape(lambda: make_cache(CFG, 8, CAPACITY))
+    cache = cache_of(CFG, 8, CAPACITY)
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     weights = 4 * count_params(CFG).total
     program = decode_step.lower(CFG, params_of(CFG), shaped(8), cache).compile()
