@@ -139,8 +139,8 @@ def decode_row(cfg: ModelConfig, params: Any, requests: int, length: int, *, nam
     return Row(
         name, "decode", run, lambda: params, tokens=requests * STEPS,
         formula=decode_program(cfg, rows, capacity, two_digits=two_digits(params)) * STEPS,
-        memory=_memory(inference_memory(cfg, rows, capacity, weights=weights)),
-        moved=decode_bytes(cfg, rows, capacity, weights=weights).total * STEPS,
+        memory=_memory(inference_memory(cfg, rows, capacity, int8=bool(weights))),
+        moved=decode_bytes(cfg, rows, capacity, int8=bool(weights)).total * STEPS,
         slots=requests, series=weights and f"{weights} weights", dtype=weights or cfg.dtype,
         products=lambda: alone(params, x), **cost,
     )  # fmt: skip

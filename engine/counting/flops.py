@@ -18,8 +18,9 @@ import operator
 import re
 from typing import Literal
 
-from engine.counting.params import MATRICES
-from engine.counting.trainable import NONE_TRAINABLE, TrainablePaths, all_trainable, check_paths, lowest_gradient
+from engine.counting.params import MATRICES, leaf_shapes
+from engine.counting.trainable import NONE_TRAINABLE, TrainablePaths, all_trainable, lowest_gradient, target_shapes
+from engine.errors import UserError, nearest
 from engine.model.config import ModelConfig
 
 Attention = Literal["causal", "full"] | int
@@ -97,7 +98,9 @@ def train_flops(
     Raises UserError when a path of `trainable` is not in the model.
     """
     trainable = all_trainable(cfg) if trainable is None else trainable
-    check_paths(cfg, trainable)
+    for paths, known in ((trainable.weights, leaf_shapes(cfg)), (trainable.adapted, target_shapes(cfg))):
+        if unknown := sorted(paths - known.keys()):
+            raise UserError(f"The model has no parameter {unknown[0]!r}.{nearest(unknown[0], list(known))}")
     if scan := as_run and cfg.scan:
         spread = lambda paths: frozenset(
             re.sub(r"^blocks/\d+/", f"blocks/{layer}/", path) for path in paths for layer in range(cfg.layers)

@@ -138,48 +138,37 @@ def _kept_per_token(cfg: ModelConfig, tokens: int, learning: set[str]) -> int:
     What is read only by the gradient of a weight is kept only where that weight learns.
     """
     query, key = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
-    norms = bool(learning & {"attn_norm", "qkv"}) + bool(learning & {"mlp_norm", "gate_up"})
-    gains = len(learning & {"attn_norm", "mlp_norm"})
-    operands = norms * cfg.width  # both norms' results
+    operands = cfg.width * len(learning & {"qkv", "gate_up"})  # both norms' results
     operands += query + 2 * key  # q, k, v as the product gives them
     operands += 3 * query  # rotated, k and v once for each query head
     operands += query + 2 * cfg.ff  # attention's result; gate and up
     operands += cfg.ff if "down" in learning else 0
     operands += cfg.heads * keys_twice(tokens, QUERY_BLOCK) // 2  # attention's weights: N numbers for each key met
     elementwise = 2 * cfg.width  # the residual stream at both norms
-    elementwise += 2 * gains * cfg.width  # each norm's normalised input, and its gain spread over the tokens
-    if cfg.qk_norm:
-        elementwise += 2 * (query + key)  # the norm's input and result
-        elementwise += 2 * (query + key) if learning & {"q_norm", "k_norm"} else 0  # both sides of the rotation
+    if cfg.qk_norm:  # the norm's input, and its result
+        elementwise += query + key
+        operands += query + key
     return operands * number_bytes(cfg) + elementwise * _FLOAT32
 
 
 def inference_memory(
-    cfg: ModelConfig,
-    slots: int,
-    length: int,
-    *,
-    tokens: int = 1,
-    weights: Literal["float32", "bfloat16", "int8"] | None = None,
-    every_logit: bool = False,
+    cfg: ModelConfig, slots: int, length: int, *, tokens: int = 1, int8: bool = False, every_logit: bool = False
 ) -> InferenceMemory:
     """Predicted bytes of `slots` requests with a cache of `length` places each, `tokens` of them a call.
 
-    Without a cache, as in evaluation, `length` is 0. `weights` is what matrices are stored in (default `cfg.dtype`);
-    with int8 each column has a float32 scale and an untied lookup table stays in `cfg.dtype`. `every_logit` says that
-    logits are wanted at each token, not only at the last of a call.
+    Without a cache, as in evaluation, `length` is 0. Matrices are stored in `cfg.dtype`, or in int8 with a float32 scale a
+    column, all but an untied lookup table. `every_logit` says that logits are wanted at each token, not only at the last
+    of a call.
     """
     width = number_bytes(cfg)
-    per_weight = {"float32": 4, "bfloat16": 2, "int8": 1, None: width}[weights]
     params = 0
     for path, shape in leaf_shapes(cfg).items():
         if len(shape) == 1:
             params += _FLOAT32 * shape[0]
-        elif path == "embed" and not cfg.tied and weights == "int8":
-            params += width * math.prod(shape)
+        elif int8 and (cfg.tied or path != "embed"):
+            params += math.prod(shape) + _FLOAT32 * (cfg.vocab if path == "embed" else shape[1])
         else:
-            columns = cfg.vocab if path == "embed" else shape[1]
-            params += per_weight * math.prod(shape) + (_FLOAT32 * columns if weights == "int8" else 0)
+            params += width * math.prod(shape)
     rows = slots * tokens
     # Attention's values and the MLP's take turns; scores exist in float32 and as weights.
     attending = cfg.qkv_width * width + cfg.heads * max(length, tokens) * (_FLOAT32 + width)

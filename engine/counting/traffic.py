@@ -6,15 +6,12 @@ not fit a fused loop) is not here, so most programs move more, and one whose dat
 """
 
 import dataclasses
-from typing import Literal
 
 from engine.counting.flops import train_flops
 from engine.counting.memory import inference_memory, number_bytes, training_memory
 from engine.counting.params import MATRICES
 from engine.counting.trainable import TrainablePaths, lowest_gradient
 from engine.model.config import ModelConfig
-
-Weights = Literal["float32", "bfloat16", "int8"] | None  # what matrices are stored in; None: the config's dtype
 
 _FLOAT32 = 4
 
@@ -66,21 +63,22 @@ def forward_bytes(cfg: ModelConfig, batch: int, tokens: int) -> Traffic:
     return prefill_bytes(cfg, batch, tokens, 0, every_logit=True)
 
 
-def decode_bytes(cfg: ModelConfig, slots: int, length: int, *, weights: Weights = None) -> Traffic:
+def decode_bytes(cfg: ModelConfig, slots: int, length: int, *, int8: bool = False) -> Traffic:
     """Bytes of **a step** that decodes one token for each of `slots`, against a cache of `length` places.
 
     The weights are read once whatever the slots, which is why they share a step so well.
     """
-    return prefill_bytes(cfg, slots, 1, length, weights=weights)
+    return prefill_bytes(cfg, slots, 1, length, int8=int8)
 
 
 def prefill_bytes(
-    cfg: ModelConfig, slots: int, tokens: int, length: int, *, weights: Weights = None, every_logit: bool = False
+    cfg: ModelConfig, slots: int, tokens: int, length: int, *, int8: bool = False, every_logit: bool = False
 ) -> Traffic:
     """Bytes of **a call** that reads `tokens` of each of `slots` prompts, against a cache of `length` places."""
-    held = inference_memory(cfg, slots, length, tokens=tokens, weights=weights, every_logit=every_logit)
-    table = {"float32": _FLOAT32, "bfloat16": 2}.get(weights or cfg.dtype, number_bytes(cfg))  # a lookup table is never int8
-    unread = 0 if cfg.tied else max(0, cfg.vocab - slots * tokens) * cfg.width * table
+    held = inference_memory(cfg, slots, length, tokens=tokens, int8=int8, every_logit=every_logit)
+    unread = (
+        0 if cfg.tied else max(0, cfg.vocab - slots * tokens) * cfg.width * number_bytes(cfg)
+    )  # a lookup table is never int8
     row = 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * number_bytes(cfg)  # one token's keys and values
     return Traffic(
         weights=held.params - unread,

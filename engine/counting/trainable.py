@@ -3,7 +3,7 @@
 import dataclasses
 
 from engine.counting.params import leaf_shapes
-from engine.errors import UserError, nearest
+from engine.errors import UserError
 from engine.model.config import LoraConfig, ModelConfig
 
 
@@ -70,14 +70,6 @@ def target_shapes(cfg: ModelConfig) -> dict[str, tuple[int, int]]:
         for matrix, parts in cfg.parts.items()
         for target, (start, stop) in parts.items()
     }
-
-
-def check_paths(cfg: ModelConfig, trainable: TrainablePaths) -> None:
-    """Raises UserError when what is said to learn is not in the model."""
-    for paths, known in ((trainable.weights, leaf_shapes(cfg)), (trainable.adapted, target_shapes(cfg))):
-        for path in paths:
-            if path not in known:
-                raise UserError(f"The model has no parameter {path!r}.{nearest(path, list(known))}")
 
 
 def lowest_gradient(cfg: ModelConfig, trainable: TrainablePaths) -> int:

@@ -138,7 +138,7 @@ def test_served_weights_and_cache_are_exact():
 def test_int8_weights_are_one_byte_and_a_scale_a_column():
     count = count_params(CFG)
     columns = 3 * (48 + 12 + 20 + 12) + 19
-    memory = inference_memory(CFG, 1, 11, weights="int8")
+    memory = inference_memory(CFG, 1, 11, int8=True)
     assert memory.params == count.matmul + 2 * count.embed + 4 * (columns + count.norms)
     tied = dataclasses.replace(CFG, tied=True)
-    assert inference_memory(tied, 1, 11, weights="int8").params == memory.params - 2 * count.embed
+    assert inference_memory(tied, 1, 11, int8=True).params == memory.params - 2 * count.embed

@@ -43,21 +43,20 @@ def test_a_block_is_written_and_read_going_up_and_where_it_is_made_again_and_rea
     assert steps[0].total > steps[1].total > steps[2].total
 
 
-@given(st.integers(1, 9), st.integers(1, 30), st.integers(0, 50), st.sampled_from([None, "float32", "bfloat16", "int8"]))
-def test_a_call_writes_and_reads_its_values_and_logits_and_touches_no_gradient(slots, tokens, length, weights):
-    held = inference_memory(CFG, slots, length, tokens=tokens, weights=weights)
-    call = prefill_bytes(CFG, slots, tokens, length, weights=weights)
+@given(st.integers(1, 9), st.integers(1, 30), st.integers(0, 50), st.booleans())
+def test_a_call_writes_and_reads_its_values_and_logits_and_touches_no_gradient(slots, tokens, length, int8):
+    held = inference_memory(CFG, slots, length, tokens=tokens, int8=int8)
+    call = prefill_bytes(CFG, slots, tokens, length, int8=int8)
     assert call.activations == 2 * CFG.layers * held.working
     assert call.logits == 2 * 4 * slots * CFG.vocab, "of the last token alone"
     assert (call.gradients, call.optimizer) == (0, 0)
     assert call.total == call.weights + call.activations + call.logits + call.cache
-    number = 4 if weights == "float32" else 2  # of the lookup table, which is never int8
-    looked_up = number * CFG.width * min(slots * tokens, CFG.vocab)
-    assert call.weights == held.params - number * COUNT.embed + looked_up
+    looked_up = 2 * CFG.width * min(slots * tokens, CFG.vocab)  # of the lookup table, which is never int8
+    assert call.weights == held.params - 2 * COUNT.embed + looked_up
     evaluated = forward_bytes(CFG, slots, tokens)
     assert (evaluated.logits, evaluated.cache) == (tokens * call.logits, 0)
     if tokens == 1:
-        assert decode_bytes(CFG, slots, length, weights=weights) == call
+        assert decode_bytes(CFG, slots, length, int8=int8) == call
 
 
 def test_a_step_makes_its_logits_and_their_gradient():
@@ -94,6 +93,6 @@ def test_a_lookup_reads_the_rows_it_needs_and_a_tied_head_all():
 
 def test_int8_halves_what_a_lone_slot_moves():
     cfg = preset("smollm2-135m")
-    wide, narrow = decode_bytes(cfg, 1, 256), decode_bytes(cfg, 1, 256, weights="int8")
+    wide, narrow = decode_bytes(cfg, 1, 256), decode_bytes(cfg, 1, 256, int8=True)
     assert 1.9 < wide.total / narrow.total < 2.0
     assert decode_bytes(cfg, 32, 256).total / 32 < wide.total / 16
