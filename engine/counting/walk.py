@@ -34,7 +34,7 @@ _MOVES = frozenset({
     "device_put", "random_wrap", "random_unwrap", "random_seed", "real", "imag", "name",
 })  # fmt: skip
 _TRANSCENDENTAL = frozenset({
-    "exp", "exp2", "expm1", "log", "log1p", "logistic", "pow", "sqrt", "rsqrt", "cbrt", "tanh", "sin", "cos", "tan",
+    "exp", "exp2", "expm1", "log", "log1p", "pow", "sqrt", "rsqrt", "cbrt", "tanh", "sin", "cos", "tan",
     "sinh", "cosh", "asin", "acos", "atan", "atan2", "asinh", "acosh", "atanh", "erf", "erfc", "erf_inv", "lgamma",
     "digamma",
 })  # fmt: skip
