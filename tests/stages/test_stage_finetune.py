@@ -112,10 +112,13 @@ def test_chat_generate_and_evaluate_take_the_run(
     folder, _ = adapted
     assert generate.main(["--model", str(folder), "--prompt", "the", "--max-tokens", "4", "--verbose"]) == 0
     assert "weights unchanged" in capsys.readouterr().err
-    for model in (("--model", folder), ("--model", trained, "--adapter", folder)):
+    replies = []
+    for model in (("--model", folder), ("--model", trained, "--adapter", folder), ("--model", trained)):
         done = command("chat", *model, "--temperature", 0, "--max-tokens", 8, stdin=b"the far\n")
         assert done.returncode == 0, done.stderr
-        assert b"red sails." in done.stdout
+        replies.append(done.stdout)
+    assert replies[0] == replies[1] != replies[2], "the run and its adapter speak alike, and not as the base does"
+    assert replies[0].startswith(b"red ")
     assert evaluate.main(["--model", str(folder)]) == 0
     printed = capsys.readouterr().out
     measured = float(re.findall(r"nats per token +(\S+)", printed)[0])

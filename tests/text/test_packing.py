@@ -89,6 +89,14 @@ def test_an_epoch_sees_every_example_once_in_a_new_order(pack: bool) -> None:
         assert {*seen} == {e.tokens[0] for e in examples}
 
 
+def test_the_order_is_a_function_of_seed_and_step() -> None:
+    one, again, other = (PackedBatches(drawn([3, 5, 8, 2, 6, 7, 1, 4, 4, 9]), 9, 2, seed) for seed in (1, 1, 2))
+    batches = {step: one.at(step) for step in (0, 1, 7, 400)}
+    for step in reversed(batches):
+        assert all(np.array_equal(a, b) for a, b in zip(again.at(step), batches[step]))
+    assert any(not np.array_equal(other.at(step).tokens, batch.tokens) for step, batch in batches.items())
+
+
 def test_the_order_does_not_change_between_versions() -> None:
     """A run resumed after an update goes on in the same order. If this fails, old runs cannot be resumed exactly."""
     assert PackedBatches(EXAMPLES, 8, 5, seed=3).at(123).tokens[:, 0].tolist() == [14, 21, 19, 23, 9]
@@ -132,6 +140,9 @@ def test_packed_is_unpacked() -> None:
     first = float(loss(params, Batch(*map(jnp.asarray, batch)))[0])
     blurred = batch._replace(segments=(batch.segments > 0).astype(np.int32))
     assert float(loss(params, Batch(*map(jnp.asarray, blurred)))[0]) != pytest.approx(first, rel=1e-4)
+    # Rotations are relative: a shift of all positions of a segment changes nothing.
+    shifted = batch._replace(positions=np.tile(np.arange(16, dtype=np.int32), (4, 1)))
+    assert float(loss(params, Batch(*map(jnp.asarray, shifted)))[0]) == pytest.approx(first, rel=1e-4)
 
 
 def test_pairs_stand_row_by_row() -> None:
