@@ -52,7 +52,7 @@ def next_commands(*stages: str, model: Path) -> list[str]:
 
 
 class Stage(Protocol):
-    """One way to train: from random weights in JAX or in NumPy, fine-tuning, or learning from rewards."""
+    """One way to train: from random weights, fine-tuning, or learning from rewards."""
 
     noun: str  # of what the loop counts: "step" or "round"
     plan: RunPlan

@@ -22,8 +22,11 @@ class Batches(Protocol):
     def epoch(self, step: int) -> float: ...
 
 
+Program = Callable[[TrainState, Any, Any], tuple[TrainState, Any]]  # (state, batch, progress) -> (state, metrics)
+
+
 class TrainingSteps:
-    """Runs a program (state, batch, progress) -> (state, metrics) on one batch after another, from `step` on.
+    """Runs a program on one batch after another, from `step` on.
 
     `top`: this machine's ceiling in FLOP/s. `buffer`: the bytes the program takes while it runs, where memory matters.
     """
@@ -32,8 +35,8 @@ class TrainingSteps:
     lines_stay = False
 
     def __init__(
-        self, program: Callable[[TrainState, Any, Any], tuple[TrainState, Any]], batches: Batches, evaluator: Evaluator,
-        plan: RunPlan, step: int, top: float, advice: str, buffer: int = 0,
+        self, program: Program, batches: Batches, evaluator: Evaluator, plan: RunPlan, step: int, top: float, advice: str,
+        buffer: int = 0,
     ) -> None:  # fmt: skip
         self.program, self.batches, self.plan = program, batches, plan
         self.evaluator: Evaluator | None = evaluator

@@ -20,7 +20,7 @@ from engine.text.tokenizer import Tokenizer
 from engine.text.tokens import TokenFile
 from stages.cli.console import Console
 from stages.runs.conversation_data import ROWS
-from stages.runs.text_data import encode_text, evaluation_source
+from stages.runs.text_data import TextData, encode_text, evaluation_source
 
 QUICK_WINDOWS = 32
 GENERAL_WINDOW, GENERAL_TOKENS = 256, 8192  # tokens of a general text: scored at once, and in all
@@ -80,7 +80,7 @@ class TextEvaluator:
     key = "quick_val_bits_per_byte"
 
     def __init__(
-        self, cfg: ModelConfig, text: TokenFile, tokenizer: Tokenizer, seq: int, rows: int, nats_of: Callable[..., Any] = score
+        self, cfg: ModelConfig, text: TokenFile, tokenizer: Tokenizer, seq: int, rows: int, nats_of: Callable[..., Any]
     ) -> None:
         self.cfg, self.nats_of = cfg, nats_of
         shape = next(evaluation_windows(text.tokens, seq, seq, rows))
@@ -106,3 +106,8 @@ class TextEvaluator:
                 return None
             nats += float(self.nats_of(self.cfg, params, batch))
         return bits_per_byte(nats, max(self.size, 1))
+
+
+def quick_evaluator(cfg: ModelConfig, data: TextData, nats_of: Callable[..., Any]) -> TextEvaluator:
+    """Returns the evaluator on a run's validation text, in windows of its context."""
+    return TextEvaluator(cfg, data.validation, data.tokenizer, cfg.context, rows_for(cfg, cfg.context), nats_of)

@@ -14,8 +14,9 @@ from stages.runs.loop import Intervals
 from stages.runs.recipes import Recipe, recipe
 from stages.runs.run import RunOptions, Stage, execute
 from stages.runs.text_data import prepare_text
-from stages.train.by_hand import TrainingByHand
+from stages.train.by_hand import ByHand
 from stages.train.flags import Train
+from stages.train.in_jax import InJax
 from stages.train.training import Training
 
 SECONDS, SECONDS_BY_HAND = 180.0, 60.0  # of a run when nobody asks for a length
@@ -47,9 +48,9 @@ def run(flags: Train, device: Device) -> int:
             },
             "tokenizer": {"kind": chosen.tokenizer, "digest": data.tokenizer.digest},
         }  # fmt: skip
-        stage = TrainingByHand if flags.by_hand else Training
+        implementation = ByHand(plan, data) if flags.by_hand else InJax(plan, data)
         default_length = not (length.max_time or length.steps)
-        return stage(plan, data, facts, device, folder, default_length, console)
+        return Training(implementation, plan, data, facts, device, folder, default_length, console)
 
     return execute(RunOptions("train", device, folder, flags.folder.overwrite, flags.dry_run, intervals), make_stage)
 
