@@ -56,7 +56,7 @@ def measure(flags: StageTableFlags) -> dict[str, Any]:
         for name, line in names.items():
             print(f"  python -m bench.{name:<{max(map(len, names))}}  {line}")
         return {"measurements": names}
-    price = checked_price(flags)
+    price = check_flags(flags)
     start_jax()
     # JAX is imported from here on: --help needs none, and the allocator is set before it starts.
     from bench.report.page import write_report
@@ -75,8 +75,8 @@ def measure(flags: StageTableFlags) -> dict[str, Any]:
     return document
 
 
-def checked_price(flags: StageTableFlags) -> float:
-    """Returns the price in dollars an hour. Raises UserError for it and for every other flag that cannot be measured."""
+def check_flags(flags: StageTableFlags) -> float:
+    """Returns the price in dollars an hour and makes the folder of --out. Raises UserError for a flag out of range."""
     try:
         price = float(flags.price)
     except ValueError:

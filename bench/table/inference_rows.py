@@ -138,7 +138,7 @@ def decode_row(cfg: ModelConfig, params: Any, requests: int, length: int, *, nam
 
     return Row(
         name, "decode", run, lambda: params, tokens=requests * STEPS,
-        formula=decode_program(cfg, rows, capacity, two_digits=two_digits(params)) * STEPS,
+        formula=decode_program(cfg, rows, capacity, int16_activations=int16_activation_matrices(params)) * STEPS,
         memory=_memory(inference_memory(cfg, rows, capacity, int8=bool(weights))),
         moved=decode_bytes(cfg, rows, capacity, int8=bool(weights)).total * STEPS,
         slots=requests, series=weights and f"{weights} weights", dtype=weights or cfg.dtype,
@@ -168,8 +168,8 @@ def products(cfg: ModelConfig, params: Params, x: Array) -> Array:
     return jax.lax.scan(step, x, length=STEPS)[0]
 
 
-def two_digits(params: Any) -> set[str]:
-    """Returns the names of the matrices whose input is multiplied in two digits."""
+def int16_activation_matrices(params: Any) -> set[str]:
+    """Returns the names of the Int8 matrices whose activations are 16 bits wide, multiplied as two int8 digits."""
     leaves = leaf_paths(params).items()
     return {path.rpartition("/")[2] for path, leaf in leaves if isinstance(leaf, Int8) and leaf.activations == "int16"}
 

@@ -26,7 +26,7 @@ def check_invariants(
 ) -> Invariants:
     """Returns the checks after `generated` tokens; `before` is `model_state` from before, `length` that of the caches."""
     return Invariants(
-        neighbours=SLOTS - 1, same_bits=same_alone_and_beside(cfg, params, length), generated=generated, before=before,
+        neighbours=SLOTS - 1, same_bits=is_batch_invariant(cfg, params, length), generated=generated, before=before,
         after=model_state(cfg, params, batch), int8_error=logits_error(cfg, params, int8, batch),
     )  # fmt: skip
 
@@ -36,7 +36,7 @@ def model_state(cfg: ModelConfig, params: Any, batch: Batch) -> tuple[str, str]:
     return (float(score(cfg, params, batch)) / batch.tokens.size).hex(), digest(params)
 
 
-def same_alone_and_beside(cfg: ModelConfig, params: Any, length: int) -> bool:
+def is_batch_invariant(cfg: ModelConfig, params: Any, length: int) -> bool:
     """Whether a prompt's log-probabilities and greedy tokens are the same bits in each of SLOTS slots, alone and beside
     other requests of any length, in caches of `length` places that others have used."""
     rng = np.random.default_rng(0)

@@ -27,11 +27,6 @@ class Moments(NamedTuple):
     second: Params  # running mean of its square
 
 
-def init_moments(params: Params) -> Moments:
-    """Before the first step."""
-    return Moments(np.zeros((), np.int32), mapped(np.zeros_like, params), mapped(np.zeros_like, params))
-
-
 def norm(tree: Params) -> float:
     """The length of a tree taken as one long vector."""
     return sum(float(np.vdot(leaf, leaf)) for leaf in leaves(tree)) ** 0.5

@@ -42,7 +42,7 @@ class Place(NamedTuple):
     mask: ndarray  # (1 or B, 1, 1, T, T)
 
 
-class AttentionKept(NamedTuple):
+class AttentionResiduals(NamedTuple):
     """What attention's forward pass keeps, and for what."""
 
     x: ndarray  # (B, T, D)         the norm's dx and dgain
@@ -55,7 +55,7 @@ class AttentionKept(NamedTuple):
     mixed: ndarray  # (B, T, N H)   dweight of out
 
 
-class SwigluKept(NamedTuple):
+class SwigluResiduals(NamedTuple):
     """What the feed-forward half keeps, and for what."""
 
     x: ndarray  # (B, T, D)       the norm's dx and dgain
@@ -72,17 +72,19 @@ def attention(cfg: ModelConfig, w: Weights, x: ndarray, place: Place) -> ndarray
     return x + project(join_heads(by_token(mixed, x.shape[1])), w["out"])
 
 
-def attention_and_keep(cfg: ModelConfig, w: Weights, x: ndarray, place: Place) -> tuple[ndarray, AttentionKept]:
+def attention_and_keep(cfg: ModelConfig, w: Weights, x: ndarray, place: Place) -> tuple[ndarray, AttentionResiduals]:
     """The same, and what `attention_backward` needs of it."""
     h = rms_norm(x, w["attn_norm"], cfg.eps)
     raw = split_heads(cfg, _qkv(cfg, w, h))
     q, k, v = _rotate(cfg, w, raw, place)
     weights = attention_weights(q, k, place.mask)
     mixed = join_heads(by_token(mix(weights, v), x.shape[1]))
-    return x + project(mixed, w["out"]), AttentionKept(x, h, raw[:2] if cfg.qk_norm else None, q, k, v, weights, mixed)
+    return x + project(mixed, w["out"]), AttentionResiduals(x, h, raw[:2] if cfg.qk_norm else None, q, k, v, weights, mixed)
 
 
-def attention_backward(cfg: ModelConfig, w: Weights, kept: AttentionKept, dy: ndarray, place: Place) -> tuple[ndarray, Weights]:
+def attention_backward(
+    cfg: ModelConfig, w: Weights, kept: AttentionResiduals, dy: ndarray, place: Place
+) -> tuple[ndarray, Weights]:
     """dy (B, T, D) -> dx (B, T, D), and the derivatives by this half's weights: the lines above, from the last to the first."""
     T = dy.shape[1]
     d: Weights = {}
@@ -109,15 +111,15 @@ def feed_forward(cfg: ModelConfig, w: Weights, x: ndarray) -> ndarray:
     return x + project(swiglu(gate, up), w["down"])
 
 
-def feed_forward_and_keep(cfg: ModelConfig, w: Weights, x: ndarray) -> tuple[ndarray, SwigluKept]:
+def feed_forward_and_keep(cfg: ModelConfig, w: Weights, x: ndarray) -> tuple[ndarray, SwigluResiduals]:
     """The same, and what `feed_forward_backward` needs of it."""
     h = rms_norm(x, w["mlp_norm"], cfg.eps)
     gate, up = np.split(project(h, w["gate_up"]), 2, axis=-1)
     hidden = swiglu(gate, up)
-    return x + project(hidden, w["down"]), SwigluKept(x, h, gate, up, hidden)
+    return x + project(hidden, w["down"]), SwigluResiduals(x, h, gate, up, hidden)
 
 
-def feed_forward_backward(cfg: ModelConfig, w: Weights, kept: SwigluKept, dy: ndarray) -> tuple[ndarray, Weights]:
+def feed_forward_backward(cfg: ModelConfig, w: Weights, kept: SwigluResiduals, dy: ndarray) -> tuple[ndarray, Weights]:
     """dy (B, T, D) -> dx (B, T, D), and the derivatives by this half's weights."""
     d: Weights = {}
     dhidden, d["down"] = project_backward(dy, kept.hidden, w["down"])

@@ -6,9 +6,9 @@ import numpy as np
 from numpy import ndarray
 
 from engine.by_hand.block import (
-    AttentionKept,
+    AttentionResiduals,
     Place,
-    SwigluKept,
+    SwigluResiduals,
     attention,
     attention_and_keep,
     attention_backward,
@@ -33,12 +33,12 @@ from engine.errors import UserError
 from engine.model.config import ModelConfig
 
 
-class Kept(NamedTuple):
-    """What a whole forward pass keeps for its backward pass. It grows with every block; forward alone keeps nothing."""
+class Residuals(NamedTuple):
+    """What a whole forward pass keeps for its backward pass, more with every block; forward alone keeps nothing."""
 
     tokens: ndarray  # (B, T)   which rows of the embedding get a derivative
     place: Place  # the angles by which dq and dk are turned back
-    blocks: list[tuple[AttentionKept, SwigluKept]]  # L of them
+    blocks: list[tuple[AttentionResiduals, SwigluResiduals]]  # L of them
     x: ndarray  # (B, T, D)   the last norm's dx and dgain
     h: ndarray  # (B, T, D)   dweight of the head
 
@@ -62,7 +62,7 @@ def forward(
 
 def forward_and_keep(
     cfg: ModelConfig, params: Any, tokens: ndarray, positions: ndarray | None = None, segments: ndarray | None = None
-) -> tuple[ndarray, Kept]:
+) -> tuple[ndarray, Residuals]:
     """The same logits, and all that `backward` needs."""
     params = arrays(params)
     place = _place(cfg, params, tokens, positions, segments)
@@ -73,10 +73,10 @@ def forward_and_keep(
         x, swiglu_kept = feed_forward_and_keep(cfg, params["blocks"][str(i)], x)
         blocks.append((attention_kept, swiglu_kept))
     h = rms_norm(x, params["norm"], cfg.eps)
-    return project(h, _head(cfg, params)), Kept(tokens, place, blocks, x, h)
+    return project(h, _head(cfg, params)), Residuals(tokens, place, blocks, x, h)
 
 
-def backward(cfg: ModelConfig, params: Any, kept: Kept, dlogits: ndarray) -> Params:
+def backward(cfg: ModelConfig, params: Any, kept: Residuals, dlogits: ndarray) -> Params:
     """dlogits (B, T, V) -> the loss's derivative by every weight, a tree like params: `forward_and_keep` in reverse."""
     params = arrays(params)
     dx, dhead = project_backward(dlogits, kept.h, _head(cfg, params))

@@ -41,15 +41,15 @@ def prefill_program(cfg: ModelConfig, slots: int, tokens: int, capacity: int) ->
     return Flops(parts | {"head": parts["head"] * (2 if slots == 1 else 1)}) * slots
 
 
-def decode_program(cfg: ModelConfig, slots: int, capacity: int, *, two_digits: Collection[str] = ()) -> Flops:
+def decode_program(cfg: ModelConfig, slots: int, capacity: int, *, int16_activations: Collection[str] = ()) -> Flops:
     """One token for each of `slots`, against a cache of `capacity` places.
 
-    A lone slot's products with weights are made twice. So are those of `two_digits` (names of matrices, such as "down"),
+    A lone slot's products with weights are made twice. So are those of `int16_activations` (names of matrices, such as "down"),
     whose input is multiplied digit by digit (`model/weights/int8.py`), and on a CPU all attention in which each key head
     has but one query head, whatever the slots: there each row has a matrix of its own.
     """
     parts = decode_flops(cfg, capacity).parts
     queries = 2 if backend.on_cpu() and cfg.groups == 1 else 1
     rows = 2 if slots == 1 else 1
-    times = lambda name: queries if name == "attention" else rows * (2 if name in two_digits else 1)
+    times = lambda name: queries if name == "attention" else rows * (2 if name in int16_activations else 1)
     return Flops({name: part * times(name) for name, part in parts.items()}) * slots

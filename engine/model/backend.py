@@ -1,4 +1,4 @@
-"""The one place that decides what differs by device: everything else asks here."""
+"""Whether JAX computes on a CPU, by which `ops` chooses `backward.py` or `layers.py`."""
 
 import jax
 

@@ -1,4 +1,4 @@
-"""The same layers with their backward rules written by hand, in the shapes a CPU's matrix units can use.
+"""The functions of `layers.py` with backward rules written by hand (custom_vjp), in the shapes a CPU's matrix units can use.
 
 XLA on the CPU hands a product to its fast library only when the left operand lies in memory with the summed axis last.
 The transpose rule of `jax.grad` never yields that for a weight's gradient, and the fallback is ten times slower. So each
@@ -199,7 +199,7 @@ rope.defvjp(_rope_forward, _rope_backward)
 
 
 def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """As `layers.attention`, for cached keys: forward only, and never a product with a single row (see `leaves`)."""
+    """As `layers.attention`, for cached keys: forward only, and never a product with a single row, which is slow on a CPU."""
     if q.shape[1] * q.shape[2] > k.shape[1]:
         return layers.attention(q, k, v, mask)
     return layers.attention(jnp.concatenate([q, q], axis=1), k, v, jnp.concatenate([mask, mask], axis=1))[:, :1]

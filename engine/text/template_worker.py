@@ -8,6 +8,7 @@ a JSON document a line and answers each with one.
 
 import datetime
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -112,7 +113,9 @@ def reply(work: Callable[..., dict[str, Any]], *args: Any) -> None:
         outcome = {"failed": f"failed with {type(error).__name__}: {str(error)[:300]}{at}"}
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-    print(json.dumps(outcome), flush=True)
+    line = json.dumps(outcome).encode() + b"\n"
+    while line:
+        line = line[os.write(1, line) :]
 
 
 def main() -> None:

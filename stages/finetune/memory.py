@@ -33,7 +33,7 @@ def check_memory(plan: RunPlan, batch: int, is_lora: bool) -> None:
     raise UserError(f"A step would need about {size(plan.memory)}, and {size(limit)} are left for it; {remedy} would fit.")
 
 
-def beside_full(plan: RunPlan) -> str:
+def cost_relative_to_full(plan: RunPlan) -> str:
     """Returns the predicted FLOPs, memory and time (if it follows FLOPs) as shares of those of training everything."""
     full = dataclasses.replace(plan, trainable=all_trainable(plan.cfg), base="float")
     flops, memory = plan.step_flops / full.step_flops, plan.memory / full.memory

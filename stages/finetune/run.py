@@ -24,7 +24,7 @@ from engine.training.step import NARROW, NEXT_TOKEN, TrainState, train_step
 from stages.cli.console import Console
 from stages.finetune.data import PreferenceBatches, held_out_evaluator
 from stages.finetune.flags import Finetune
-from stages.finetune.memory import beside_full, check_memory
+from stages.finetune.memory import check_memory, cost_relative_to_full
 from stages.runs.conversation_data import prepare_conversations
 from stages.runs.estimate import RunPlan, ceiling, measured_ceilings, memory_limit
 from stages.runs.folder import default_folder
@@ -119,7 +119,7 @@ class FineTuning(ModelStage):
             ("device", str(self.device)),
             self.model_row(),
             *self.matches,
-            ("predicted", beside_full(plan)),
+            ("predicted", cost_relative_to_full(plan)),
             ("memory", f"about {size(plan.memory)} of {size(memory_limit())} that are left for a step"),
             ("data", f"{dataset.name} ({dataset.kind}): {dataset.summary.describe()[0]}"),
             *(("", line) for line in dataset.summary.describe()[1:]),

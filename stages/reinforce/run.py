@@ -20,7 +20,7 @@ from stages.reinforce.flags import Reinforce
 from stages.reinforce.rollouts import Rollout, Sampler, prompt_tokens
 from stages.reinforce.rounds import Rounds, first_seed, inference_params
 from stages.runs.estimate import RunPlan, memory_limit, require_memory
-from stages.runs.folder import as_json, default_folder
+from stages.runs.folder import default_folder, nonfinite_as_text
 from stages.runs.loop import Intervals, Loop, LoopState
 from stages.runs.model_stage import ModelStage
 from stages.runs.recipes import Recipe
@@ -85,7 +85,7 @@ class LearningFromRewards(ModelStage):
                 "data": f"{rollout.task} on {self.prompts.name}",
                 "digest": f"{rollout.task} {self.prompts.digest}",
             },
-            "rollout": as_json(dataclasses.asdict(rollout) | {"data": str(rollout.data or "")}),
+            "rollout": nonfinite_as_text(dataclasses.asdict(rollout) | {"data": str(rollout.data or "")}),
             "update": dataclasses.asdict(update),
         }
         # A step's memory, or the weights that are trained beside those that sample, and their cache.

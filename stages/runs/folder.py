@@ -7,7 +7,7 @@
               checkpoints/STEP/
               samples/STEP.txt
 
-A folder that holds anything else is never written to.
+A folder with files but no run.json is never written to.
 """
 
 import contextlib
@@ -59,8 +59,8 @@ def clear_run(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Holds the run for this process. Raises UserError when another one trains in it."""
+def lock_run(folder: Path) -> Iterator[None]:
+    """Makes the run folder and holds it for this process; removed again if nothing was written. Raises UserError when held."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = contextlib.ExitStack()
     try:
@@ -75,10 +75,10 @@ def lock_folder(folder: Path) -> Iterator[None]:
             folder.rmdir()  # stopped before anything was written
 
 
-def as_json(value: Any) -> Any:
+def nonfinite_as_text(value: Any) -> Any:
     """Returns the same, with words for the floats that JSON has not: a clip of infinity is 'inf'."""
     if isinstance(value, dict):
-        return {name: as_json(inner) for name, inner in value.items()}
+        return {name: nonfinite_as_text(inner) for name, inner in value.items()}
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -18,7 +18,7 @@ from stages.cli import signals
 from stages.cli.command import command_line, same_command
 from stages.cli.console import Console
 from stages.runs.estimate import RunPlan
-from stages.runs.folder import as_json, clear_run, holds_run, lock_folder
+from stages.runs.folder import clear_run, holds_run, lock_run, nonfinite_as_text
 from stages.runs.loop import Intervals, Loop, LoopState, Steps
 from stages.runs.state import find_previous_run, restore
 from stages.runs.trainable import TrainableParts
@@ -91,7 +91,7 @@ def execute(options: RunOptions, make_stage: Callable[[Console], Stage]) -> int:
             console.print("A dry run: nothing was trained.")
             return 0
         holds_run(options.folder)  # a folder that cannot be used is said before minutes of preparation
-        with lock_folder(options.folder):
+        with lock_run(options.folder):
             return _execute(options, make_stage(console), console)
 
 
@@ -99,7 +99,8 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     stage.load_weights()
     folder, plan, noun = options.folder, stage.plan, stage.noun
     facts = {
-        "command": same_command(options.stage), "stage": options.stage, "recipe": as_json(dataclasses.asdict(plan.recipe)),
+        "command": same_command(options.stage), "stage": options.stage,
+        "recipe": nonfinite_as_text(dataclasses.asdict(plan.recipe)),
         "seed": plan.seed, "steps": plan.steps, "max_seconds": plan.seconds, "device": str(options.device),
         "versions": {"python": sys.version.split()[0], "jax": jax.__version__}, **stage.facts,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which parameters of a model train: from rules or a LoRA to two trees, what is saved of them, and what that costs."""
+"""Which parameters of a model train: by rules or LoRA to a trainable and a frozen tree, and back for checkpoints."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -15,7 +15,7 @@ from engine.training.step import TrainState
 from stages.cli.command import command_line
 from stages.cli.console import Console
 from stages.runs.estimate import RunPlan, ceiling, measured_ceilings
-from stages.runs.folder import as_json
+from stages.runs.folder import nonfinite_as_text
 from stages.runs.loop import Loop, LoopState
 from stages.runs.run import RunReport
 from stages.runs.text_data import TextData
@@ -69,7 +69,7 @@ class Training:
         self.folder, self.default_length, self.console = folder, default_length, console
         recipe = dataclasses.asdict(plan.recipe)
         recipe["optimizer"]["kind"] = implementation.optimizer_name
-        self.facts = facts | {"recipe": as_json(recipe)}
+        self.facts = facts | {"recipe": nonfinite_as_text(recipe)}
         self.ceilings = measured_ceilings(console)
         self.top = ceiling(plan.cfg, self.ceilings)
         self.tokenizer = data.tokenizer

@@ -23,6 +23,10 @@ SETTINGS = [
 ]
 
 
+def zero_moments(params) -> adamw.Moments:
+    return adamw.Moments(np.zeros((), np.int32), mapped(np.zeros_like, params), mapped(np.zeros_like, params))
+
+
 def optimizer(by_hand: adamw.Settings, **more) -> OptimizerConfig:
     return OptimizerConfig(**{k: v for k, v in by_hand._asdict().items() if k != "eps"}, **more)
 
@@ -45,7 +49,7 @@ def test_adamw(chosen, seed, scale, progress):
     with float64_engine():
         factor = float(make_schedule(optimizer(chosen))(np.float64(progress)))
         expected = jax.device_get(optax_steps(optimizer(chosen), params, gradients, np.float64(progress)))
-    moments = adamw.init_moments(params)
+    moments = zero_moments(params)
     got = params
     for gradient in gradients:
         got, moments = adamw.step(chosen, got, gradient, moments, factor)
@@ -56,7 +60,7 @@ def test_adamw(chosen, seed, scale, progress):
 
 def test_adamw_keeps_float32():
     params = weights(QWEN3, dtype="float32")
-    got, moments = adamw.step(adamw.Settings(), params, params, adamw.init_moments(params), np.float64(0.5))
+    got, moments = adamw.step(adamw.Settings(), params, params, zero_moments(params), np.float64(0.5))
     assert {leaf.dtype.name for tree in (got, moments.first, moments.second) for leaf in leaves(tree)} == {"float32"}
 
 
@@ -70,7 +74,7 @@ FACTOR = 0.5  # of the cosine, half way and without a warm-up
 
 def ten_steps_by_hand(cfg, params):
     """(losses, params): the batches go round, so that the losses fall."""
-    moments, losses = adamw.init_moments(params), []
+    moments, losses = zero_moments(params), []
     for step in range(10):
         tokens, targets, mask, positions, segments = batch_of(step % 3, 4)
         loss, gradient = by_hand.loss_and_gradient(cfg, params, tokens, targets, mask, positions, segments)

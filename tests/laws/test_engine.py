@@ -13,9 +13,12 @@ GRADIENTS = {"grad", "value_and_grad", "vjp", "jvp", "linearize", "jacrev", "jac
 
 
 def console_use(tree: ast.Module) -> list[str]:
-    """Where code would print to a terminal or read a command line."""
+    """Where code would print to a terminal or read a command line. The pipes of another process are no terminal."""
+    pipes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n.value) != "sys"]
+    piped = {f"{node.lineno}: {node.attr}" for node in pipes if node.attr in ("stdout", "stderr")}
     libraries = [name for name in imported("", tree, {}) if name in ("argparse", "tyro", "rich")]
-    return mentions(tree, {"print", "pprint", "input", "stdout", "stderr", "argv"}) + libraries
+    spoken = mentions(tree, {"print", "pprint", "input", "stdout", "stderr", "argv"})
+    return [line for line in spoken if line not in piped] + libraries
 
 
 def test_only_the_transformer_imports_flax():
