@@ -63,7 +63,7 @@ def regex_reward(pattern: str) -> Reward:
 
 
 def sum_reward(answer: str, right: int | None) -> float:
-    """1 where the last whole number in an answer is the right one, else 0. Commas between thousands are read over."""
+    """1 where the last integer in an answer is the right one, else 0. Commas between thousands are read over."""
     text = re.sub(r"(?<=\d),(?=\d{3})", "", answer[-LONGEST:])
     found = re.findall(r"(?:(?<!\w)-)?\d+", text)  # a dash behind a word or a number is no sign
     return float(bool(found) and right is not None and int(found[-1]) == right)

@@ -1,4 +1,4 @@
-"""Int8 weights: near the weights they stand for, exact in whole numbers, and each row on its own."""
+"""Int8 weights: near the weights they stand for, exact in integers, and each row on its own."""
 
 import dataclasses
 import re

@@ -1,6 +1,6 @@
-"""Int8: a weight as whole numbers from -127 to 127 and one scale a column, and the ways to multiply by it.
+"""Int8: a weight as integers from -127 to 127 and one scale a column, and the ways to multiply by it.
 
-`activations="int8"` (W8A8) rounds each row of x to int8 as well and multiplies whole numbers, exactly, in int32: a fourth
+`activations="int8"` (W8A8) rounds each row of x to int8 as well and multiplies integers, exactly, in int32: a fourth
 of the bytes of float32 are read and nothing of the weight's size is ever converted. It has no gradient. Where a row has a
 few numbers far larger than the rest, a step of 1/127 of the largest is too coarse for the rest: `activations="int16"` tells
 x in two such digits, 15 bits, for twice the products and the same reading of the weight. With
@@ -81,7 +81,7 @@ def dequantize(leaf: Int8, dtype: DTypeLike = jnp.float32) -> Array:
 
 
 def stored_transposed(leaf: Int8) -> Int8:
-    """The same leaf with each column's numbers beside one another, which is how a CPU multiplies whole numbers fastest.
+    """The same leaf with each column's numbers beside one another, which is how a CPU multiplies integers fastest.
 
     For a few rows of x, which is decoding, it takes half the time: the units then read the weight as it lies.
     """
@@ -166,7 +166,7 @@ def _row_scale(x: Array) -> Array:
 def int8_matmul(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
     """x (M, in) times the weight, (M, out) in `dtype`; with `axis` 0 times its other side, x (M, D) -> (M, V).
 
-    Raises UserError when a gradient is taken through a leaf whose activations are whole numbers too.
+    Raises UserError when a gradient is taken through a leaf whose activations are integers too.
     """
     product = _converted if weight.activations == "full" else _whole_numbers
     return product(x, weight, dtype)

@@ -60,7 +60,7 @@ def lookup(embed: Array | Int8, tokens: Array) -> Array:
 
 
 def dense(weight: Weight) -> Array:
-    """The one matrix that a leaf stands for: a pair folded into its base, whole numbers times their scale."""
+    """Returns the one matrix that a leaf stands for: adapters merged into their base, integers times their scale."""
     if isinstance(weight, LoRA):
         return merge_weight(weight)
     return dequantize(weight) if isinstance(weight, Int8) else weight
