@@ -11,7 +11,7 @@ from bench.cli import print_table
 from bench.timing import measure, noise, ratio
 from engine.counting.flops import train_flops
 from engine.counting.memory import training_memory
-from engine.counting.trainable import all_trainable, bottom_frozen, lora_only
+from engine.counting.trainable_paths import all_trainable, bottom_frozen, lora_only
 from engine.counting.xla import xla_peak
 from engine.device import device_name
 from engine.model.config import LoraConfig, ModelConfig

@@ -11,7 +11,7 @@ _SPACE = "\u202f"  # narrow, and never the end of a line
 ABSENT = "–"
 
 
-def clock(seconds: float) -> str:
+def clock_time(seconds: float) -> str:
     """65 -> '1:05', 3725 -> '1:02:05'."""
     whole = max(0, round(seconds))
     hours, minutes = whole // 3600, whole // 60 % 60

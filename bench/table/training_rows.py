@@ -11,7 +11,7 @@ from bench.table.row import Row
 from engine.counting.memory import training_memory
 from engine.counting.programs import gradient_program
 from engine.counting.traffic import train_bytes
-from engine.counting.trainable import TrainablePaths, all_trainable, bottom_frozen, head_only, lora_only, top_frozen
+from engine.counting.trainable_paths import TrainablePaths, all_trainable, bottom_frozen, head_only, lora_only, top_frozen
 from engine.counting.walk import count
 from engine.counting.xla import xla_cost, xla_peak
 from engine.model.config import LoraConfig, ModelConfig

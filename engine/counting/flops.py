@@ -19,7 +19,7 @@ import re
 from typing import Literal
 
 from engine.counting.params import MATRICES, leaf_shapes
-from engine.counting.trainable import NONE_TRAINABLE, TrainablePaths, all_trainable, lowest_gradient, target_shapes
+from engine.counting.trainable_paths import NONE_TRAINABLE, TrainablePaths, all_trainable, lowest_gradient, target_shapes
 from engine.errors import UserError, nearest
 from engine.model.config import ModelConfig
 
@@ -108,7 +108,7 @@ def train_flops(
         trainable = TrainablePaths(spread(trainable.weights), spread(trainable.adapted), trainable.rank)
     live = "embed" in trainable.weights or (scan and lowest_gradient(cfg, trainable) == 0)
     walk = _Walk(cfg, trainable, rows, as_run, live)
-    square = 2 * rows * cfg.heads * cfg.head_dim * keys_twice(tokens, attention)
+    square = 2 * rows * cfg.heads * cfg.head_dim * twice_mean_keys(tokens, attention)
     remat = remat or cfg.remat
     for layer in range(cfg.layers):
         walk.block(f"blocks/{layer}/", square, remat == "block")
@@ -191,7 +191,7 @@ class _Walk:
             self.tally["head"] += Part(recompute=self.tally["head"].forward)
 
 
-def keys_twice(tokens: int, attention: Attention) -> int:
+def twice_mean_keys(tokens: int, attention: Attention) -> int:
     """Twice the keys a token meets on average: T + the size of a block of queries, 0 of them for the exact half."""
     if attention == "causal":
         return tokens
@@ -211,7 +211,7 @@ def prefill_flops(cfg: ModelConfig, tokens: int, *, attention: Attention, cached
     """
     one = forward_flops(cfg, 1, attention="full").parts
     parts = {name: Part(part.forward * tokens) for name, part in one.items()}
-    pairs_twice = tokens * (2 * cached + keys_twice(tokens, attention))
+    pairs_twice = tokens * (2 * cached + twice_mean_keys(tokens, attention))
     parts["attention"] = Part(2 * cfg.layers * cfg.heads * cfg.head_dim * pairs_twice)
     return Flops(parts | {"head": one["head"]})
 

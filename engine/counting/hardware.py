@@ -196,7 +196,7 @@ def memory_limit_bytes(root: Path = Path("/")) -> int:
     return min(limits)
 
 
-def check_room(what: str, wanted: int, detail: str = "", remedy: str = "") -> None:
+def check_host_memory(what: str, wanted: int, detail: str = "", remedy: str = "") -> None:
     """Raises UserError when `what` (plural) takes more bytes than this process may use, instead of being killed over it.
 
     `detail` says what the size is of, `remedy` what to do.

@@ -11,9 +11,9 @@ import dataclasses
 import math
 from typing import Literal
 
-from engine.counting.flops import keys_twice
+from engine.counting.flops import twice_mean_keys
 from engine.counting.params import leaf_shapes
-from engine.counting.trainable import TrainablePaths, all_trainable, lowest_gradient, target_shapes
+from engine.counting.trainable_paths import TrainablePaths, all_trainable, lowest_gradient, target_shapes
 from engine.model.backward import QUERY_BLOCK
 from engine.model.chunked_cross_entropy import COLUMNS
 from engine.model.config import ModelConfig
@@ -94,7 +94,7 @@ def training_memory(
     adapters = sum(trainable.rank * sum(targets[path]) for path in trainable.adapted)
     learning = sum(sizes[path] for path in trainable.weights) + adapters
     by_muon = adapters + sum(sizes[path] for path in trainable.weights if path.startswith("blocks/") and path in matrix)
-    width, rows = number_bytes(cfg), batch * tokens
+    width, rows = dtype_bytes(cfg), batch * tokens
     saved = sum(sizes[path] * (_FLOAT32 - width) for path in frozen)
     products = sum(sizes[path] for path in multiplies if path in trainable.weights)
     wide = 0
@@ -143,12 +143,12 @@ def _kept_per_token(cfg: ModelConfig, tokens: int, learning: set[str]) -> int:
     operands += 3 * query  # rotated, k and v once for each query head
     operands += query + 2 * cfg.ff  # attention's result; gate and up
     operands += cfg.ff if "down" in learning else 0
-    operands += cfg.heads * keys_twice(tokens, QUERY_BLOCK) // 2  # attention's weights: N numbers for each key met
+    operands += cfg.heads * twice_mean_keys(tokens, QUERY_BLOCK) // 2  # attention's weights: N numbers for each key met
     elementwise = 2 * cfg.width  # the residual stream at both norms
     if cfg.qk_norm:  # the norm's input, and its result
         elementwise += query + key
         operands += query + key
-    return operands * number_bytes(cfg) + elementwise * _FLOAT32
+    return operands * dtype_bytes(cfg) + elementwise * _FLOAT32
 
 
 def inference_memory(
@@ -160,7 +160,7 @@ def inference_memory(
     column, all but an untied lookup table. `every_logit` says that logits are wanted at each token, not only at the last
     of a call.
     """
-    width = number_bytes(cfg)
+    width = dtype_bytes(cfg)
     params = 0
     for path, shape in leaf_shapes(cfg).items():
         if len(shape) == 1:
@@ -181,6 +181,6 @@ def inference_memory(
     )
 
 
-def number_bytes(cfg: ModelConfig) -> int:
+def dtype_bytes(cfg: ModelConfig) -> int:
     """Of one number in the type that products are computed in."""
     return 2 if cfg.dtype == "bfloat16" else _FLOAT32

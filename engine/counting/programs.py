@@ -8,7 +8,7 @@ base for many rows, and looks at all of a cache, masked or not. The programs are
 from collections.abc import Collection
 
 from engine.counting.flops import Attention, Flops, decode_flops, forward_flops, prefill_flops, train_flops
-from engine.counting.trainable import TrainablePaths
+from engine.counting.trainable_paths import TrainablePaths
 from engine.model import backend
 from engine.model.backward import QUERY_BLOCK
 from engine.model.config import ModelConfig

@@ -8,9 +8,9 @@ not fit a fused loop) is not here, so most programs move more, and one whose dat
 import dataclasses
 
 from engine.counting.flops import train_flops
-from engine.counting.memory import inference_memory, number_bytes, training_memory
+from engine.counting.memory import dtype_bytes, inference_memory, training_memory
 from engine.counting.params import MATRICES
-from engine.counting.trainable import TrainablePaths, lowest_gradient
+from engine.counting.trainable_paths import TrainablePaths, lowest_gradient
 from engine.model.config import ModelConfig
 
 _FLOAT32 = 4
@@ -42,7 +42,7 @@ def train_bytes(cfg: ModelConfig, batch: int, tokens: int, *, trainable: Trainab
     held = training_memory(cfg, batch, tokens, trainable=trainable)
     parts = train_flops(cfg, 1, attention="full", trainable=trainable).parts
     met = sum(parts[name].forward + parts[name].recompute + parts[name].dx for name in (*MATRICES, "head", "lora")) // 2
-    width = number_bytes(cfg)
+    width = dtype_bytes(cfg)
     # held.copies is the matrices that learn, in the compute type: read in float32, written in the other.
     converted = held.copies // width * (_FLOAT32 + width)
     block = training_memory(cfg, batch, tokens).block
@@ -77,9 +77,9 @@ def prefill_bytes(
     """Bytes of **a call** that reads `tokens` of each of `slots` prompts, against a cache of `length` places."""
     held = inference_memory(cfg, slots, length, tokens=tokens, int8=int8, every_logit=every_logit)
     unread = (
-        0 if cfg.tied else max(0, cfg.vocab - slots * tokens) * cfg.width * number_bytes(cfg)
+        0 if cfg.tied else max(0, cfg.vocab - slots * tokens) * cfg.width * dtype_bytes(cfg)
     )  # a lookup table is never int8
-    row = 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * number_bytes(cfg)  # one token's keys and values
+    row = 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * dtype_bytes(cfg)  # one token's keys and values
     return Traffic(
         weights=held.params - unread,
         activations=2 * cfg.layers * held.working,

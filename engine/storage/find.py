@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from engine.counting.hardware import check_room
+from engine.counting.hardware import check_host_memory
 from engine.counting.params import count_params
 from engine.errors import UserError, nearest
 from engine.model.config import ModelConfig
@@ -88,7 +88,7 @@ def load_model(
         on_config(cfg)
         matrices = "float32" if location.run else dtype or cfg.dtype
         size = count_params(cfg).total * (4 if matrices == "float32" else 2)
-        check_room(f"The weights of {location.run.name if location.run else name}", size, f"in {matrices}")
+        check_host_memory(f"The weights of {location.run.name if location.run else name}", size, f"in {matrices}")
 
     location = locate(name, report)
     if not location.run:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from engine.counting.params import leaf_shapes
-from engine.counting.trainable import TrainablePaths, all_trainable, bottom_frozen, head_only, top_frozen
+from engine.counting.trainable_paths import TrainablePaths, all_trainable, bottom_frozen, head_only, top_frozen
 from engine.errors import UserError, nearest
 from engine.model import paths
 from engine.model.config import ModelConfig

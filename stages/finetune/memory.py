@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from engine.counting.trainable import all_trainable, lora_only
+from engine.counting.trainable_paths import all_trainable, lora_only
 from engine.errors import UserError
 from engine.format import size
 from engine.model.config import LoraConfig

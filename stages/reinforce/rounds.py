@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from engine.counting.hardware import peak_rss_bytes
-from engine.format import clock, size
+from engine.format import clock_time, size
 from engine.inference.decode import for_inference
 from engine.model.config import ModelConfig
 from engine.model.paths import merge
@@ -117,7 +117,7 @@ class Rounds:
             f"| inference {last.rollout.seconds:.2f} s, {last.rollout.tokens:,} tokens, {weights} unchanged",
             f"| training {last.training_seconds:.2f} s, {changed}{pull}",
             f"| {size(peak_rss_bytes())}",
-            f"{clock(loop_state.seconds)} done",
+            f"{clock_time(loop_state.seconds)} done",
         ]
 
     def _advantages(self, rewards: Sequence[float]) -> np.ndarray:

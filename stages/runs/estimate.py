@@ -10,7 +10,7 @@ import jax
 from engine.counting.flops import train_flops
 from engine.counting.hardware import Ceilings, ceilings, memory_limit_bytes
 from engine.counting.memory import training_memory
-from engine.counting.trainable import TrainablePaths
+from engine.counting.trainable_paths import TrainablePaths
 from engine.errors import UserError
 from engine.files import cache_folder
 from engine.format import duration, size

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 
 from engine.counting.params import count_params
-from engine.counting.trainable import TrainablePaths, lora_only
+from engine.counting.trainable_paths import TrainablePaths, lora_only
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import merge
 from engine.model.transformer import init_params

@@ -8,7 +8,7 @@ import numpy as np
 
 from engine.allocator import has_room, return_freed_memory
 from engine.counting.hardware import peak_rss_bytes
-from engine.format import clock, size
+from engine.format import clock_time, size
 from engine.training.optimizer import make_schedule
 from engine.training.step import TrainState
 from stages.runs.estimate import RunPlan
@@ -85,7 +85,7 @@ class TrainingSteps:
             f"MFU {plan.step_flops / mean / self.top:.0%}",
             size(peak_rss_bytes()),
             f"epoch {epoch:.2f}" if epoch < 10 else f"epoch {epoch:,.0f}",
-            f"{clock(loop_state.seconds)} done, {clock(min(left))} left",
+            f"{clock_time(loop_state.seconds)} done, {clock_time(min(left))} left",
             *refused,
         ]
 

@@ -64,7 +64,7 @@ class Layout:
         cache = jax.eval_shape(lambda: make_kv_segments(cfg, self.slots, capacity, CHUNK, self.kv_dtype))
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) + self.prefix_cache_bytes
         size += count_params(cfg).total * {"int8": 1, "bfloat16": 2, "float32": 4}[self.weights]
-        hardware.check_room(f"The weights and {self.slots:,} slots of {capacity:,} tokens", size, remedy=REMEDY)
+        hardware.check_host_memory(f"The weights and {self.slots:,} slots of {capacity:,} tokens", size, remedy=REMEDY)
 
 
 class CompileAhead:

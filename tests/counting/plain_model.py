@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from engine.counting.params import leaf_shapes
-from engine.counting.trainable import TrainablePaths, target_shapes
+from engine.counting.trainable_paths import TrainablePaths, target_shapes
 from engine.counting.walk import count
 from engine.model.cache.contiguous import make_cache
 from engine.model.config import ModelConfig

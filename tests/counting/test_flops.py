@@ -10,7 +10,7 @@ from plain_model import count_step, logits, params_of, shaped, shapes
 
 from engine.counting.flops import decode_flops, forward_flops, prefill_flops, step_flops, train_flops
 from engine.counting.params import MATRICES, count_params, leaf_shapes
-from engine.counting.trainable import (
+from engine.counting.trainable_paths import (
     NONE_TRAINABLE,
     TrainablePaths,
     all_trainable,

@@ -9,7 +9,7 @@ from plain_model import batch_of, cache_of, params_of, shaped
 
 from engine.counting.memory import inference_memory, training_memory
 from engine.counting.params import count_params
-from engine.counting.trainable import TrainablePaths, all_trainable, bottom_frozen, head_only, lora_only, top_frozen
+from engine.counting.trainable_paths import TrainablePaths, all_trainable, bottom_frozen, head_only, lora_only, top_frozen
 from engine.counting.xla import xla_peak
 from engine.model.config import LoraConfig, ModelConfig, preset
 from engine.model.paths import split

@@ -11,7 +11,7 @@ from tiny import B, T, tiny_config
 
 from engine.counting.params import leaf_shapes
 from engine.counting.programs import decode_program, gradient_program, prefill_program, score_program
-from engine.counting.trainable import TrainablePaths, all_trainable, bottom_frozen, head_only, lora_only, top_frozen
+from engine.counting.trainable_paths import TrainablePaths, all_trainable, bottom_frozen, head_only, lora_only, top_frozen
 from engine.counting.walk import count
 from engine.inference import decode
 from engine.inference.sampling import SamplingArrays

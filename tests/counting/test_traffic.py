@@ -10,7 +10,7 @@ from plain_model import cache_of
 from engine.counting.memory import inference_memory, training_memory
 from engine.counting.params import count_params
 from engine.counting.traffic import decode_bytes, forward_bytes, prefill_bytes, train_bytes
-from engine.counting.trainable import bottom_frozen, head_only, lora_only
+from engine.counting.trainable_paths import bottom_frozen, head_only, lora_only
 from engine.model.config import LoraConfig, ModelConfig, preset
 
 CFG = ModelConfig(vocab=19, width=12, layers=3, heads=6, kv_heads=3, head_dim=4, ff=10, context=64)

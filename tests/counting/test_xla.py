@@ -10,7 +10,7 @@ from plain_model import batch_of, cache_of, params_of, shaped
 
 from engine.counting.params import count_params
 from engine.counting.programs import gradient_program, score_program
-from engine.counting.trainable import bottom_frozen, head_only
+from engine.counting.trainable_paths import bottom_frozen, head_only
 from engine.counting.walk import count
 from engine.counting.xla import xla_cost, xla_peak
 from engine.inference.decode import decode_step, prefill

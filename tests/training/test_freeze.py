@@ -5,7 +5,7 @@ import pytest
 from tiny import lively_params, tiny_config
 
 from engine.counting.params import count_params, leaf_shapes
-from engine.counting.trainable import TrainablePaths, all_trainable, bottom_frozen, head_only, top_frozen
+from engine.counting.trainable_paths import TrainablePaths, all_trainable, bottom_frozen, head_only, top_frozen
 from engine.errors import UserError
 from engine.model.paths import leaf_paths, merge
 from engine.training.freeze import Match, select_trainable, split

@@ -9,7 +9,7 @@ import optax
 import pytest
 from tiny import positions_of, tiny_config, tokens_of
 
-from engine.counting.trainable import lora_only
+from engine.counting.trainable_paths import lora_only
 from engine.counting.walk import count
 from engine.errors import UserError
 from engine.model.config import LoraConfig

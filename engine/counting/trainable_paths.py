@@ -1,4 +1,4 @@
-"""What learns in a run, said in paths: everything, the top, the bottom, the head, or LoRA pairs beside the weights."""
+"""The paths of the parameters that train: all, those above or below frozen blocks, the head, or LoRA pairs."""
 
 import dataclasses
 
