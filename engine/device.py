@@ -1,6 +1,6 @@
-"""Starts JAX, the one way: memory, device, compilation cache and quiet logs are decided once, before its first program.
+"""Starts JAX: sets the memory allocator, the device, the compilation cache and quiet logs before the first program.
 
-This module loads without JAX, and must: glibc's allocator has to be told before JAX starts its threads.
+This module must load without JAX, for glibc's allocator is set before JAX starts its threads.
 """
 
 import contextlib
@@ -34,10 +34,8 @@ class Device:
 def start_jax(choice: str = "auto", *, decodes: bool = False) -> Device:
     """Imports and starts JAX on the wanted device. Raises UserError when `choice` names one that is not there.
 
-    `decodes`: whether it is for many small steps rather than for large ones, see `keep_freed_memory`.
-
-    Compiled programs are kept in the user's cache folder (or where JAX_COMPILATION_CACHE_DIR says), so that a second
-    start compiles nothing.
+    `decodes`: for many small steps rather than large ones, see `keep_freed_memory`. Compiled programs are cached in the
+    user's cache folder (or where JAX_COMPILATION_CACHE_DIR says), so that a second start compiles nothing.
     """
     keep_freed_memory(one_arena=not decodes)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's remarks; what fails also raises
@@ -84,7 +82,7 @@ def device_name() -> str:
 
 
 def processor() -> tuple[str, str]:
-    """Returns (model name, instruction-set flags) of the processor; flags are empty where the system does not list them."""
+    """Returns (model name, instruction-set flags) of the processor; no flags where the system does not list them."""
     facts: dict[str, str] = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
@@ -117,5 +115,4 @@ def _with_extra(extra: str) -> str:
 
 
 def _has_nvidia_driver() -> bool:
-    """Whether this machine has an NVIDIA driver, whatever JAX was installed with."""
     return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None

@@ -1,12 +1,12 @@
-"""The exceptions that a person can mend: bad input, told in one or two sentences."""
+"""Exceptions for bad input, which a person can mend."""
 
 
 class UserError(ValueError):
-    """Says what was wanted, what came, and what to do. Commands print its text and exit with code 2; no traceback."""
+    """Says in one or two sentences what was wanted, what came, and what to do. Commands print them and exit with code 2."""
 
 
 class InvalidField(UserError):
-    """Says which `field` of a request or of an options object is wrong, beside the sentence for the person."""
+    """A UserError that also names the wrong `field` of a request or of an options object."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(field, message)
@@ -17,7 +17,7 @@ class InvalidField(UserError):
 
 
 def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
-    """Returns ` Did you mean 'demo'?`, naming the closest of the known names, for the end of an error; else an empty string."""
+    """Returns ` Did you mean 'demo'?`, with the closest of the known names, to end an error with; or an empty string."""
     import difflib
 
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)

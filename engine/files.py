@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and what the project keeps for the user lies in one folder of theirs."""
+"""Writes files and folders whole or not at all, locks folders, and finds the user's cache folder."""
 
 import contextlib
 import fcntl
@@ -14,8 +14,7 @@ from typing import Any, BinaryIO
 def cache_folder(*parts: str) -> Path:
     """Returns a folder below the user's cache (`$THRICE_CACHE`, else `$XDG_CACHE_HOME/thrice`, else `~/.cache/thrice`).
 
-    Compiled programs and downloaded weights are trusted when they are read back, so nobody else may write there:
-    it is made private (mode 0700).
+    Compiled programs and weights read from there are trusted, so it is made private (mode 0700).
     """
     root = os.environ.get("THRICE_CACHE")
     base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thrice"
@@ -58,10 +57,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Makes a folder that appears at `path` with all its files when the block ends; an error leaves nothing behind.
-
-    A folder already at `path` is replaced. The files inside are synced by this function, so a caller only writes them.
-    """
+    """Makes a folder that appears at `path`, or replaces one, when the block ends, its files synced; on an error, nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
@@ -72,13 +68,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
                     os.fsync(file.fileno())
             sync_folder(Path(root))
         os.chmod(building, 0o755)
-        if path.exists():
-            doomed = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-            os.replace(path, doomed / path.name)
-            os.replace(building, path)
-            shutil.rmtree(doomed, ignore_errors=True)
-        else:
-            os.replace(building, path)
+        if replaced := path.exists():
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+            os.replace(path, old / path.name)
+        os.replace(building, path)
+        if replaced:
+            shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
@@ -87,7 +82,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def folder_lock(folder: Path, wait: bool = True) -> Iterator[None]:
-    """Holds the lock of a folder; a killed process lets go of it. On a file system without locks it is free.
+    """Holds the lock of a folder until the block or the process ends; does nothing on a file system without locks.
 
     Raises BlockingIOError when another process holds it and `wait` is False.
     """

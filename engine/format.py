@@ -1,4 +1,4 @@
-"""Numbers as a person reads them: durations, counts, bytes, money, ratios; one prefix for a whole column of a table."""
+"""Formats numbers for people: durations, counts, bytes, money, ratios, columns of tables. An absent number is a dash."""
 
 import dataclasses
 import math
@@ -13,9 +13,9 @@ ABSENT = "–"
 
 def clock_time(seconds: float) -> str:
     """65 -> '1:05', 3725 -> '1:02:05'."""
-    whole = max(0, round(seconds))
-    hours, minutes = whole // 3600, whole // 60 % 60
-    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+    minutes, seconds = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def duration(seconds: float) -> str:
@@ -57,12 +57,12 @@ def number(value: Any) -> float | None:
 
 
 def positive(value: Any) -> float | None:
-    """Returns the value as a finite float above zero, or None: a bar or a logarithmic axis can show nothing else."""
+    """Returns the value as a finite float above zero, as a bar or a logarithmic axis needs it, or None."""
     return finite if (finite := number(value)) is not None and finite > 0 else None
 
 
 def si(value: Any, unit: str, *, short: bool = False) -> str:
-    """`21.3 MFLOP`, `612 µs`; a dash for what is absent. `short`: as few digits as a round value on an axis needs."""
+    """`21.3 MFLOP`, `612 µs`. `short`: only the digits that a round value on an axis needs."""
     if (value := number(value)) is None:
         return ABSENT
     if short and not value:
@@ -73,7 +73,7 @@ def si(value: Any, unit: str, *, short: bool = False) -> str:
 
 
 def in_words(value: Any, *, short: bool = False) -> str:
-    """A count: `96.2 million`, `1.92 billion`, `640`; a dash for what is absent. `short`: `10 million`, for an axis."""
+    """A count: `96.2 million`, `1.92 billion`, `640`. `short`: `10 million`, for an axis."""
     if (value := number(value)) is None:
         return ABSENT
     power = max(0, min(_power(value), 12))
@@ -82,7 +82,7 @@ def in_words(value: Any, *, short: bool = False) -> str:
 
 
 def money(value: Any) -> str:
-    """`$0.0417`, `$0.10`, `$12.50`, `$1,240`; a dash for what is absent."""
+    """`$0.0417`, `$0.10`, `$12.50`, `$1,240`."""
     if (value := number(value)) is None:
         return ABSENT
     cents = 1 <= abs(value) < 100 or (0.01 <= abs(value) < 1 and value == round(value, 2))
@@ -90,18 +90,18 @@ def money(value: Any) -> str:
 
 
 def times(value: Any, digits: int = 2) -> str:
-    """`3.00×`, or `14.2×` from ten up; a dash for what is absent."""
+    """`3.00×`, or `14.2×` from ten up."""
     if (value := number(value)) is None:
         return ABSENT
     return f"{value:,.{digits if abs(value) < 9.95 else max(0, digits - 1)}f}×"
 
 
 def percent(value: Any, *, signed: bool = False) -> str:
-    """A share as `59%`, or a deviation as `+12%` and `−4%`; a dash for what is absent."""
+    """A share as `59%`, or a signed deviation as `+12%` and `−4%`."""
     if (value := number(value)) is None:
         return ABSENT
     whole = round(100 * value)
-    return f"{whole:+}%".replace("-", "−") if signed and whole else f"{whole}%".replace("-", "−")
+    return f"{whole:{'+' if signed and whole else ''}}%".replace("-", "−")
 
 
 def significant(value: float) -> str:
@@ -114,8 +114,7 @@ def significant(value: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """How a column's unit and its cells are written: over 10^power, with the same decimals, so that they compare by eye; a
-    dash for what is absent."""
+    """Formats all numbers of a column over one power of ten and with the same decimals, so that they compare by eye."""
 
     power: int
     decimals: int
@@ -128,8 +127,10 @@ class Column:
 
 
 def column(values: Iterable[Any], *, digits: int = 3, prefixed: bool = True) -> Column:
-    """Chooses the prefix of the middle value, and decimals that show `digits` digits of the smallest number: at most as
-    many decimals, and none beside numbers of a thousand and more. Without prefixes the smallest keeps its digits."""
+    """Chooses the prefix of the middle value, and decimals that show `digits` digits of the smallest number.
+
+    With prefixes there are at most `digits` decimals, and none beside numbers of a thousand and more.
+    """
     sizes = sorted(abs(value) for value in map(number, values) if value)
     if not sizes:
         return Column(0, 0)
@@ -139,8 +140,7 @@ def column(values: Iterable[Any], *, digits: int = 3, prefixed: bool = True) -> 
 
 
 def _power(value: float) -> int:
-    """Returns the power of 1000 below a value, as a power of ten that has a prefix; a value that would round up to 1000
-    counts as 1000."""
+    """Returns the power of ten of a value's prefix; a value that would round up to 1000 counts as 1000."""
     if value == 0:
         return 0
     return min(max(3 * math.floor(math.log10(abs(value) * 1.0005) / 3), min(_PREFIXES)), max(_PREFIXES))
