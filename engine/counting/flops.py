@@ -1,16 +1,13 @@
-"""Floating-point operations by formula: each matrix product of the model, forward and backward, from its config alone.
+"""FLOPs by formula: every matrix product of the model, forward and backward, from its config alone.
 
-Conventions, the same for every function here:
-
-- A multiply and its add are 2 operations. Only matrix products count; norms, RoPE, softmax, activations and the
-  optimizer are a few percent and are left to a counter that reads the program.
+- A multiply and its add are 2 operations. Only matrix products count: norms, RoPE, softmax, activations and the optimizer
+  are a few percent, which `walk.py` counts in the program.
 - The embedding lookup costs 0, the unembedding 2 V D, whether or not the two share a table.
-- Attention is `full` (each token meets all T keys: the square that a plain einsum computes, and the square inside
-  "12 L D T"), `causal` (half the square: what the answer needs), or a number: blocks of so many queries, each against
-  the keys up to its own end, as `model/backward.py` computes it (the whole square where the number does not divide T).
-  The caller says which; there is no default.
-- Backward is what reverse-mode differentiation really needs: dW = xᵀ g where the weight trains, dX = g Wᵀ only above
-  the lowest thing that trains. "6 N" is the case where everything does (Kaplan et al., 2001.08361, section 2.1).
+- Attention is `full` (each query meets all T keys, as in a plain einsum and in "12 L D T"), `causal` (half of that), or
+  the size of the query blocks of `model/backward.py`, each against the keys up to its own end (full where the size does
+  not divide T).
+- Backward is what reverse-mode differentiation needs: dW = xᵀ g where the weight trains, dX = g Wᵀ above the lowest
+  parameter that trains. "6 N" is the case where all train (Kaplan et al., 2001.08361, section 2.1).
 """
 
 import dataclasses
@@ -28,7 +25,7 @@ Attention = Literal["causal", "full"] | int
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Operations of one component. `recompute` is forward work done a second time because of remat."""
+    """Operations of one component; `recompute` is what remat computes a second time."""
 
     forward: int = 0
     recompute: int = 0
@@ -37,7 +34,6 @@ class Part:
 
     @property
     def backward(self) -> int:
-        """dX, dW and what remat computes again on the way."""
         return self.recompute + self.dx + self.dw
 
     @property
@@ -53,16 +49,15 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """Operations by component: the four block matrices and `attention`, each over all layers, `head`, and `lora`.
+    """Operations by component: the four block matrices and `attention`, over all layers, `head`, and `lora`.
 
-    Attention has no weights: its whole backward (dQ, dK, dV and the scores' gradient) is `dx`.
+    Attention has no weights, so its whole backward pass is `dx`.
     """
 
     parts: dict[str, Part]
 
     @property
     def whole(self) -> Part:
-        """All components together."""
         return sum(self.parts.values(), Part())
 
     @property
@@ -84,18 +79,17 @@ def train_flops(
     loss_chunk: int | None = None,
     as_run: bool = False,
 ) -> Flops:
-    """Operations of a training step **per token**, at sequences of `tokens`; or for `rows` tokens at once.
+    """Operations of a training step **per token** (or for `rows` tokens) of sequences of `tokens`.
 
-    By default everything trains, and `remat` is the config's. With `block`, the forward of each block that has a
-    backward runs again, except its last product, `down`, whose result no gradient reads; with `full` the whole forward
-    pass does, as soon as anything trains. A LoRA pair is multiplied beside its base.
+    By default everything trains and `remat` is the config's: `block` repeats the forward pass of each block that has a
+    backward pass, except its last product, `down`, whose result no gradient reads; `full` repeats all of it once anything
+    trains. `loss_chunk`: the columns of the logits that exist at once; each chunk is computed again going back, the last
+    one padded.
 
-    `loss_chunk` is the columns of the vocabulary whose logits exist at once: each chunk is made again on the way back,
-    and the last is filled up. With `as_run`, as this engine's program does it: a LoRA pair is merged into its base where
-    that is smaller than what goes in and comes out, at R operations a weight each time and none a row
-    (`model/weights/lora_matmul.py`); and if the config scans over the blocks they are one program run L times, so what one
-    of them needs is done in each: a few frozen blocks save nothing.
-    Raises UserError when a path of `trainable` is not in the model.
+    `as_run` counts what this engine's program does. It merges a LoRA pair into its base, at R operations a weight and none
+    a row, where the base is smaller than its inputs and outputs (`model/weights/lora_matmul.py`); else the pair is
+    multiplied beside its base. With `cfg.scan` one program runs for all blocks, so frozen blocks save nothing. Raises
+    UserError when a path of `trainable` is not in the model.
     """
     trainable = all_trainable(cfg) if trainable is None else trainable
     for paths, known in ((trainable.weights, leaf_shapes(cfg)), (trainable.adapted, target_shapes(cfg))):
@@ -120,32 +114,30 @@ def train_flops(
 
 @dataclasses.dataclass
 class _Walk:
-    """Goes through the model from the bottom up."""
+    """Adds up the products of the model from the bottom up."""
 
     cfg: ModelConfig
     trainable: TrainablePaths
     rows: int
     merges_lora: bool
-    live: bool  # something below trains, so a gradient must come back to here
+    live: bool  # something below trains, so the gradient must reach here
     tally: dict[str, Part] = dataclasses.field(
         default_factory=lambda: dict.fromkeys((*MATRICES, "attention", "head", "lora"), Part())
     )
 
     def passes(self, path: str) -> None:
-        """Goes past a gain."""
         self.live = self.live or path in self.trainable.weights
 
     def multiply(self, name: str, inputs: int, columns: int, path: str) -> None:
-        """Adds one product with the weight at `path`."""
         size, trains = 2 * self.rows * inputs * columns, path in self.trainable.weights
         self.tally[name] += Part(forward=size, dx=size * self.live, dw=size * trains)
         adapted = self.adapted(path)
         if adapted:
-            # g bᵀ is needed for da even where no gradient goes further down.
+            # da needs g bᵀ even where no gradient goes further down.
             down, up = (2 * self.rows * self.trainable.rank * side for side in (inputs * len(adapted), sum(adapted)))
             pairs = Part(forward=down + up, dx=up + down * self.live, dw=down + up)
             if self.is_merged(inputs, columns):
-                # On the way back x a is made, for db, and the weight that dX goes through is merged again.
+                # The backward pass computes x a for db, and merges again the weight that dX goes through.
                 merge = 2 * inputs * self.trainable.rank * sum(adapted)
                 pairs = Part(forward=merge, recompute=merge * self.live, dx=up, dw=2 * down + up)
             self.tally["lora"] += pairs
@@ -155,7 +147,7 @@ class _Walk:
         return self.merges_lora and self.rows * (inputs + columns) > inputs * columns
 
     def adapted(self, path: str) -> list[int]:
-        """The columns of each part of the matrix at `path` that has a LoRA pair."""
+        """The column counts of the parts of the matrix at `path` that have a LoRA pair."""
         folder, _, matrix = path.rpartition("/")
         parts = self.cfg.parts.get(matrix, {})
         return [stop - start for part, (start, stop) in parts.items() if f"{folder}/{part}" in self.trainable.adapted]
@@ -167,7 +159,7 @@ class _Walk:
         values = self.live or prefix + "qkv_bias" in weights
         queries, keys = (values or prefix + gain in weights for gain in ("q_norm", "k_norm"))
         self.live = queries or keys
-        # Four products, each half of the forward: dV; the probabilities' gradient, on which dQ and dK stand.
+        # Each half of the forward: dV, dP (on which dQ and dK depend), dQ, dK.
         self.tally["attention"] += Part(square, dx=square // 2 * sum((values, self.live, queries, keys)))
         self.multiply("out", cfg.heads * cfg.head_dim, cfg.width, prefix + "out")
         self.passes(prefix + "mlp_norm")
@@ -192,22 +184,21 @@ class _Walk:
 
 
 def twice_mean_keys(tokens: int, attention: Attention) -> int:
-    """Twice the keys a token meets on average: T + the size of a block of queries, 0 of them for the exact half."""
+    """Returns twice the mean number of keys that a query meets: an integer for `causal` attention too."""
     if attention == "causal":
         return tokens
     return tokens + (tokens if attention == "full" or tokens % attention else attention)
 
 
 def forward_flops(cfg: ModelConfig, tokens: int, *, attention: Attention) -> Flops:
-    """Operations of evaluation **per token**, at sequences of `tokens`: forward only, logits at every position."""
+    """Operations **per token** of evaluating sequences of `tokens`: logits at every position."""
     return train_flops(cfg, tokens, attention=attention, trainable=NONE_TRAINABLE, remat="none")
 
 
 def prefill_flops(cfg: ModelConfig, tokens: int, *, attention: Attention, cached: int = 0) -> Flops:
-    """Operations to read **a whole prompt** of `tokens` (not per token) behind `cached` earlier ones.
+    """Operations to prefill **a whole prompt** of `tokens` behind `cached` earlier ones; logits at the last position only.
 
-    Logits are wanted at the last position only, so the head counts once. A program that looks at all of a cache of S
-    places, masked or not, is `attention="full", cached=S - tokens`.
+    A program that attends to all S places of a cache, masked or not, is `attention="full", cached=S - tokens`.
     """
     one = forward_flops(cfg, 1, attention="full").parts
     parts = {name: Part(part.forward * tokens) for name, part in one.items()}
@@ -217,15 +208,14 @@ def prefill_flops(cfg: ModelConfig, tokens: int, *, attention: Attention, cached
 
 
 def decode_flops(cfg: ModelConfig, length: int) -> Flops:
-    """Operations to decode **one token** that meets `length` cached positions, its own included."""
+    """Operations to decode **one token** that attends to `length` positions, its own included."""
     return forward_flops(cfg, length, attention="full")
 
 
 def step_flops(cfg: ModelConfig, batch: int, seq: int) -> int:
-    """Model FLOPs of one training step of `batch` sequences of `seq` tokens: batch · seq · (6 N + 12 L D T).
+    """Model FLOPs of a training step, the numerator of MFU (PaLM, 2204.02311, appendix B): batch · seq · (6 N + 12 L D T).
 
-    The numerator of MFU (PaLM, 2204.02311, appendix B). N is `count_params(cfg).matmul`; D stands for heads · head_dim,
-    which is the width in most models; attention is the full square whatever the program skips, and remat adds nothing,
-    so that two programs for one model are compared by time alone.
+    N is `count_params(cfg).matmul`, D heads · head_dim. Attention is `full` whatever the program skips, and remat adds
+    nothing, so that two programs for one model are compared by time alone.
     """
     return batch * seq * train_flops(cfg, seq, attention="full", remat="none").total

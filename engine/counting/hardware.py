@@ -1,8 +1,7 @@
-"""What this machine can do at best, measured; how much memory it has and we hold. The engine's only clock lives here.
+"""Measures this machine's best rates through JAX (same machine, same compiler); its memory; the engine's only clock.
 
-A share of a ceiling is honest only when the ceiling was reached on the same machine by the same compiler, so these are
-measured through JAX. Products are square with row-major operands: on a CPU XLA passes exactly those to its fast
-kernels, and a transposed or one-row operand would measure the slow fallback instead.
+Products are square with row-major operands: on a CPU XLA passes exactly those to its fast kernels, and a transposed or
+one-row operand would measure the slow fallback.
 """
 
 import contextlib
@@ -30,22 +29,22 @@ from engine.format import size
 
 _CPU_SIDE = 2048  # of the matrices
 _CPU_NUMBERS = 2**26  # float32: 256 MiB, beyond the caches
-_FEWEST_ROUNDS, _ENOUGH_ROUNDS = 3, 12
-_SECONDS = 2.0  # of measuring, when the fewest rounds fit in it; compiling comes on top
+_MIN_ROUNDS, _MAX_ROUNDS = 3, 12
+_SECONDS = 2.0  # after which no round begins beyond the fewest
 _DTYPES = {"bf16_gflops": jnp.bfloat16, "f32_gflops": jnp.float32, "int8_gflops": jnp.int8}
 RATES = (*_DTYPES, "read_gbs", "update_gbs")
 
-clock = time.perf_counter  # seconds from an arbitrary start, never going back
+clock = time.perf_counter
 
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
     """The best rates seen on this machine.
 
-    Products are n x n x n: n = 2048 on a CPU, 8192 on an accelerator; `f32` is float32 at JAX's default precision (on
-    recent GPUs that is TF32), `int8` is int8 x int8 -> int32. `read_gbs` sums a large array: the ceiling of decoding,
-    which reads each weight once. `update_gbs` scales it in place, counting the read and the write: the ceiling of an
-    optimizer. G is 10^9. A rate is 0 where the backend refuses the operation.
+    Products are n x n x n, n = 2048 on a CPU, 8192 on an accelerator; `f32` is float32 at JAX's default precision (TF32 on
+    recent GPUs), `int8` is int8 x int8 -> int32. `read_gbs` sums a large array, as decoding reads each weight once;
+    `update_gbs` scales it in place, counting read and write, as an optimizer does. G is 10^9. A rate is 0 where the
+    backend refuses the operation.
     """
 
     device: str
@@ -60,7 +59,7 @@ class Ceilings:
 
 
 def _identity() -> dict[str, Any]:
-    """Everything on which the ceilings depend: another machine may find the same cache folder."""
+    """Returns all on which the ceilings depend: another machine may use the same cache folder."""
     model, flags = processor()
     device = jax.devices()[0]
     return {
@@ -74,14 +73,14 @@ def _identity() -> dict[str, Any]:
 
 
 def measure_ceilings(report: Callable[[int, int], None] | None = None) -> Ceilings:
-    """Measures all five rates, in two to five seconds. The best of interleaved rounds: noise only ever slows.
+    """Measures all five rates in two to five seconds: the best of interleaved rounds, for noise only ever slows.
 
     `report(done, total)` counts rounds; a slow machine stops early.
     """
     device = jax.devices()[0]
     on_cpu = device.platform == "cpu"
     side, numbers = (_CPU_SIDE, _CPU_NUMBERS) if on_cpu else (8192, 2**28)
-    calls = 1 if on_cpu else 16  # queued back to back, so that a launch hides behind the one before it
+    calls = 1 if on_cpu else 16  # queued, so that a launch hides behind the call before it
     programs = {name: _product(side, dtype) for name, dtype in _DTYPES.items()} | _streams(numbers)
     work = dict.fromkeys(_DTYPES, 2.0 * side**3) | {"read_gbs": 4.0 * numbers, "update_gbs": 8.0 * numbers}
     best = {}
@@ -90,8 +89,8 @@ def measure_ceilings(report: Callable[[int, int], None] | None = None) -> Ceilin
             jax.block_until_ready(program())
             best[name] = math.inf
     start = clock()
-    for done in range(_ENOUGH_ROUNDS):
-        if done >= _FEWEST_ROUNDS and clock() - start > _SECONDS:
+    for done in range(_MAX_ROUNDS):
+        if done >= _MIN_ROUNDS and clock() - start > _SECONDS:
             break
         for name in best:
             begin = clock()
@@ -100,13 +99,13 @@ def measure_ceilings(report: Callable[[int, int], None] | None = None) -> Ceilin
             jax.block_until_ready(result)
             best[name] = min(best[name], (clock() - begin) / calls)
         if report:
-            report(done + 1, _ENOUGH_ROUNDS)
+            report(done + 1, _MAX_ROUNDS)
     rates = {name: work[name] / best[name] / 1e9 if name in best else 0.0 for name in RATES}
     return Ceilings(device_name(), device.platform, cores(), jax.__version__, **rates)
 
 
 def _product(side: int, dtype: Any) -> Callable[[], Any]:
-    # Numbers of a model's kind, repeated to size: a chip that saves power on zeros or ones must not look faster.
+    # Random numbers, repeated to size: a chip that saves power on zeros or ones must not look faster.
     tile = np.random.default_rng(0).standard_normal((512, 512))
     if dtype == jnp.int8:
         tile = (32 * tile).clip(-127, 126)
@@ -118,7 +117,7 @@ def _product(side: int, dtype: Any) -> Callable[[], Any]:
 
 def _streams(numbers: int) -> dict[str, Callable[[], Any]]:
     array = jnp.ones((numbers // 1024, 1024), jnp.float32)
-    # Rows in a few blocks, so that every core gets some; one grand total would be summed by one core.
+    # In blocks, so that every core gets some; one core would sum one grand total.
     total = jax.jit(lambda x: x.reshape(64, -1).sum(1))
     scale = jax.jit(lambda x: x * 0.5 + 0.5, donate_argnums=0)
 
@@ -131,37 +130,37 @@ def _streams(numbers: int) -> dict[str, Callable[[], Any]]:
 
 
 def best_ceilings(first: Ceilings, second: Ceilings) -> Ceilings:
-    """Returns the higher of each rate: on a shared machine they move, and the best counts."""
+    """Returns the higher of each rate: on a shared machine they vary, and the best counts."""
     return dataclasses.replace(first, **{rate: max(getattr(first, rate), getattr(second, rate)) for rate in RATES})
 
 
 def ceilings(refresh: bool = False, report: Callable[[int, int], None] | None = None) -> Ceilings:
-    """The ceilings of this machine: from the user's cache when they were measured before, else measured and kept.
+    """Returns this machine's ceilings from the user's cache, or measures and caches them.
 
-    With `refresh` they are measured in any case and the better of each is kept: a ceiling first measured in a noisy
-    moment rises, one measured again in such a moment does not fall. A damaged cache counts as none.
+    `refresh` measures them in any case and keeps the better of each, so a noisy moment lowers none. A damaged cache counts
+    as none.
     """
     identity = _identity()
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16] + ".json"
-    kept = None
+    cached = None
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         saved = json.loads((cache_folder("hardware") / name).read_text())
         rates = [saved["ceilings"][rate] for rate in RATES]
         if saved["identity"] == identity and all(math.isfinite(rate) and rate >= 0 for rate in rates):
-            kept = Ceilings(**saved["ceilings"])
-    if kept and not refresh:
-        return kept
+            cached = Ceilings(**saved["ceilings"])
+    if cached and not refresh:
+        return cached
     measured = measure_ceilings(report)
-    if kept:
-        measured = best_ceilings(measured, kept)
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs a few seconds next time, no more
+    if cached:
+        measured = best_ceilings(measured, cached)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs only a few seconds next time
         write_json(cache_folder("hardware") / name, {"identity": identity, "ceilings": dataclasses.asdict(measured)})
     return measured
 
 
 def peak_rss_bytes() -> int:
-    """The most physical memory this process has held so far."""
-    # Linux lets a program inherit the peak of the one that started it in getrusage, but not here.
+    """Returns the most physical memory this process has held so far."""
+    # On Linux getrusage also counts the peak of the program that started this one; this file does not.
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -171,9 +170,9 @@ def peak_rss_bytes() -> int:
 
 
 def memory_limit_bytes(root: Path = Path("/")) -> int:
-    """The most host memory this process may use: the machine's, or less where a control group (v1 or v2) says so.
+    """Returns the host memory this process may use: the machine's, or less in a control group (v1 or v2).
 
-    `root` is where /proc and /sys are looked for.
+    `root` holds /proc and /sys.
     """
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     with contextlib.suppress(OSError):
@@ -185,8 +184,7 @@ def memory_limit_bytes(root: Path = Path("/")) -> int:
                 top, file = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
             else:
                 continue
-            # A group is bound by every group around it; in a container the path may also be the host's, and the
-            # limit then lies at the top.
+            # Every group around a group binds it. In a container the path may be the host's, with the limit at the top.
             folder = top / place.strip("/")
             for group in [folder, *folder.parents]:
                 with contextlib.suppress(OSError, ValueError):  # absent, or "max"
@@ -197,9 +195,9 @@ def memory_limit_bytes(root: Path = Path("/")) -> int:
 
 
 def check_host_memory(what: str, wanted: int, detail: str = "", remedy: str = "") -> None:
-    """Raises UserError when `what` (plural) takes more bytes than this process may use, instead of being killed over it.
+    """Raises UserError when `what` (plural) takes more bytes than this process may use, before the kernel kills it.
 
-    `detail` says what the size is of, `remedy` what to do.
+    `detail` is put behind the size, `remedy` says what to do.
     """
     limit = memory_limit_bytes()
     if wanted > limit:

@@ -1,4 +1,4 @@
-"""How many numbers a model holds, from its config alone: the shape of every leaf, and counts by component."""
+"""Parameter shapes and counts of a model, from its config alone."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ MATRICES = ("qkv", "out", "gate_up", "down")  # of a block, in the order of the 
 
 
 def leaf_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of every parameter, bottom first. A tied model has no `head`: its table is `embed`."""
+    """Returns path -> shape of every parameter, bottom first. A tied model has no `head`."""
     block: dict[str, tuple[int, ...]] = {"attn_norm": (cfg.width,), "qkv": (cfg.width, cfg.qkv_width)}
     if cfg.qkv_bias:
         block["qkv_bias"] = (cfg.qkv_width,)
@@ -27,14 +27,14 @@ def leaf_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 @dataclasses.dataclass(frozen=True)
 class ParamCount:
-    """How many numbers a model holds, by component, all layers together."""
+    """Parameters of a model by component, over all layers."""
 
     embed: int
     qkv: int
     out: int
     gate_up: int
     down: int
-    head: int  # 0 when the head is the embedding table
+    head: int  # 0 when tied
     norms: int
     biases: int
     tied: bool
@@ -45,13 +45,12 @@ class ParamCount:
 
     @property
     def blocks(self) -> int:
-        """The matrices of all blocks."""
+        """Parameters in the matrices of all blocks."""
         return self.qkv + self.out + self.gate_up + self.down
 
     @property
     def matmul(self) -> int:
-        """The N of "6 N": weights that meet each token in a product. All block matrices and the unembedding (the tied
-        table counts here, once); not the lookup, the norms or the biases."""
+        """The N of "6 N": the block matrices and the unembedding, which is the table of a tied model."""
         return self.blocks + (self.embed if self.tied else self.head)
 
 

@@ -1,8 +1,8 @@
-"""Operations of this engine's own programs, a whole call at a time: what the walker must find in them, to the last one.
+"""FLOPs of this engine's own programs, of a whole call: exactly what `walk.py` must count in them.
 
-`flops` says what a model needs; a program may do more. On a CPU this engine pads a product with a single row to two
-(`model/weights/matmul.py`, `model/backward.py`) and computes causal attention in blocks; anywhere it merges LoRA into the
-base for many rows, and looks at all of a cache, masked or not. The programs are those of the backend that JAX computes on.
+`flops.py` says what a model needs; a program may do more. On a CPU this engine pads a product with one row to two
+(`model/weights/matmul.py`, `model/backward.py`) and computes causal attention in blocks; on any backend it merges LoRA
+into the base for many rows and attends to a whole cache, masked or not. The backend is the one JAX computes on.
 """
 
 from collections.abc import Collection
@@ -21,32 +21,32 @@ def _attention() -> Attention:
 def gradient_program(
     cfg: ModelConfig, batch: int, tokens: int, *, trainable: TrainablePaths | None = None, loss_chunk: int | None = None
 ) -> Flops:
-    """A loss and its gradient over `batch` sequences of `tokens`, without the optimizer; arguments as `train_flops`."""
+    """FLOPs of a loss and its gradient over `batch` sequences of `tokens`; arguments as of `train_flops`."""
     return train_flops(
         cfg, tokens, rows=batch * tokens, attention=_attention(), trainable=trainable, loss_chunk=loss_chunk, as_run=True
     )
 
 
 def score_program(cfg: ModelConfig, batch: int, tokens: int) -> Flops:
-    """Evaluation of `batch` sequences of `tokens`: forward only, logits at every position."""
+    """FLOPs of evaluating `batch` sequences of `tokens`: logits at every position."""
     return forward_flops(cfg, tokens, attention=_attention()) * (batch * tokens)
 
 
 def prefill_program(cfg: ModelConfig, slots: int, tokens: int, capacity: int) -> Flops:
-    """One chunk of `tokens` (above 1) for each of `slots` prompts, against a cache of `capacity` places.
+    """FLOPs of prefilling `tokens` (above 1) of each of `slots` prompts, with a cache of `capacity` places.
 
-    Logits are made at each prompt's last position; a lone prompt's are made twice.
+    Logits are computed at each prompt's last position; a lone prompt's twice.
     """
     parts = prefill_flops(cfg, tokens, attention="full", cached=capacity - tokens).parts
     return Flops(parts | {"head": parts["head"] * (2 if slots == 1 else 1)}) * slots
 
 
 def decode_program(cfg: ModelConfig, slots: int, capacity: int, *, int16_activations: Collection[str] = ()) -> Flops:
-    """One token for each of `slots`, against a cache of `capacity` places.
+    """FLOPs of decoding one token for each of `slots`, with a cache of `capacity` places.
 
-    A lone slot's products with weights are made twice. So are those of `int16_activations` (names of matrices, such as "down"),
-    whose input is multiplied digit by digit (`model/weights/int8.py`), and on a CPU all attention in which each key head
-    has but one query head, whatever the slots: there each row has a matrix of its own.
+    Computed twice: a lone slot's products with weights; those of `int16_activations` (names of matrices, such as "down"),
+    whose input is multiplied as two int8 digits (`model/weights/int8.py`); and on a CPU attention with one query head a
+    key head, where every product has one row.
     """
     parts = decode_flops(cfg, capacity).parts
     queries = 2 if backend.on_cpu() and cfg.groups == 1 else 1

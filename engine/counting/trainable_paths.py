@@ -9,9 +9,9 @@ from engine.model.config import LoraConfig, ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class TrainablePaths:
-    """What learns: `weights` are paths of leaves that change, `adapted` those of targets with a LoRA pair of `rank`.
+    """The paths of the leaves that train (`weights`), and of the targets that get a LoRA pair of `rank` (`adapted`).
 
-    A target is a part of a matrix, such as `blocks/3/q`: the columns of `blocks/3/qkv` that make the queries.
+    A target is a part of a matrix: `blocks/3/q` is the columns of `blocks/3/qkv` that compute the queries.
     """
 
     weights: frozenset[str]
@@ -23,22 +23,22 @@ NONE_TRAINABLE = TrainablePaths(frozenset())
 
 
 def all_trainable(cfg: ModelConfig) -> TrainablePaths:
-    """Pre-training and full fine-tuning."""
+    """Trains every leaf: pre-training and full fine-tuning."""
     return TrainablePaths(frozenset(leaf_shapes(cfg)))
 
 
 def bottom_frozen(cfg: ModelConfig, blocks: int) -> TrainablePaths:
-    """The embedding and the lowest `blocks` blocks stay; all above learns. With 0, nothing is frozen.
+    """Freezes the embedding (a tied one too) and the lowest `blocks` blocks; with 0, nothing.
 
-    A tied table belongs to the bottom, so it stays as well. Raises UserError when there are not so many blocks.
+    Raises UserError when there are not so many blocks.
     """
     return _all_but(cfg, blocks, ("embed",), range(blocks))
 
 
 def top_frozen(cfg: ModelConfig, blocks: int) -> TrainablePaths:
-    """The highest `blocks` blocks, the last norm and the head stay; all below learns. With 0, nothing is frozen.
+    """Freezes the highest `blocks` blocks, the last norm and the head (not a tied table); with 0, nothing.
 
-    A tied table belongs to the bottom, so it learns. Raises UserError when there are not so many blocks.
+    Raises UserError when there are not so many blocks.
     """
     return _all_but(cfg, blocks, ("norm", "head"), range(cfg.layers - blocks, cfg.layers))
 
@@ -51,18 +51,18 @@ def _all_but(cfg: ModelConfig, blocks: int, ends: tuple[str, ...], layers: range
 
 
 def head_only(cfg: ModelConfig) -> TrainablePaths:
-    """Only the unembedding learns. In a tied model that table also feeds the bottom, so the saving is only in dW."""
+    """Trains only the unembedding. A tied table also feeds the lowest block, so training it saves only dW."""
     return TrainablePaths(frozenset({"embed" if cfg.tied else "head"}))
 
 
 def lora_only(cfg: ModelConfig, adapter: LoraConfig) -> TrainablePaths:
-    """A LoRA pair on the targets of every block; nothing else learns (Hu et al., 2106.09685)."""
+    """Trains only a LoRA pair on each target of every block (Hu et al., 2106.09685)."""
     paths = frozenset(f"blocks/{layer}/{name}" for layer in range(cfg.layers) for name in adapter.adapted)
     return TrainablePaths(frozenset(), paths, adapter.rank)
 
 
 def target_shapes(cfg: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Path -> (rows, columns) of everything that LoRA can go on."""
+    """Returns path -> (rows, columns) of every possible LoRA target."""
     leaves = leaf_shapes(cfg)
     return {
         f"blocks/{layer}/{target}": (leaves[f"blocks/{layer}/{matrix}"][0], stop - start)
@@ -73,7 +73,7 @@ def target_shapes(cfg: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def lowest_gradient(cfg: ModelConfig, trainable: TrainablePaths) -> int:
-    """The lowest block that the backward pass enters: those below keep nothing for it. L when it enters none."""
+    """Returns the lowest block that the backward pass enters, or L; blocks below keep no residuals."""
     paths = trainable.weights | trainable.adapted
     if "embed" in paths:
         return 0

@@ -1,18 +1,15 @@
-"""Operations by reading the program: trace a function, drop what no result needs, and add up what is left.
+"""Counts the operations of a program by walking its jaxpr, without the equations that no result needs.
 
-The function is traced on shapes, so nothing is allocated, compiled or run. What the trace holds is the program as JAX
-hands it to the compiler, after differentiation: frozen weights, LoRA and remat show up by themselves.
-
-Conventions:
+The function is traced on shapes: nothing is allocated, compiled or run. The trace is the program that JAX gives to the
+compiler, after differentiation, so frozen weights, LoRA and remat show up by themselves.
 
 - Matrix products (`dot_general`, `ragged_dot_general`, convolutions) count 2 for each multiply and add.
-- All other arithmetic is counted apart, as XLA's own cost analysis prices it: one operation for each number an
-  elementwise step yields, comparisons, selections and conversions of type included; a sum or maximum over n numbers is
-  n - 1. What only moves numbers (reshapes, slices, gathers, transposes) is free. Transcendental functions are counted a
-  third way, one each, because how many operations they are is a matter of the chip.
-- A scan counts its body times its length, a `cond` its dearest branch. A `while` does not say how often it runs, and a
-  kernel hides its work from the trace: both are refused, for a silent 0 would be believed.
-- A product with a lone row counts as the program does it: on a CPU, twice (`model/weights/matmul.py` pads it to two rows).
+- Other arithmetic counts as in XLA's cost analysis: one operation for each number of an elementwise result (comparisons,
+  selections and type conversions too), n - 1 for a reduction of n numbers, 0 for what only moves numbers. Transcendental
+  functions count apart, one each, for how many operations they are depends on the chip.
+- A scan is its body times its length, a `cond` its most expensive branch. A `while`, whose trips are unknown, and a
+  kernel, whose work is hidden, are refused: a silent 0 would be believed.
+- A product with one row counts as the program computes it: on a CPU, twice (`model/weights/matmul.py` pads it).
 """
 
 import dataclasses
@@ -38,7 +35,7 @@ _TRANSCENDENTAL = frozenset({
     "sinh", "cosh", "asin", "acos", "atan", "atan2", "asinh", "acosh", "atanh", "erf", "erfc", "erf_inv", "lgamma",
     "digamma",
 })  # fmt: skip
-# Kernels from outside, and programs for one device of many.
+# Kernels, and programs for one device of many.
 _OPAQUE = frozenset({
     "pure_callback", "io_callback", "ffi_call", "custom_call", "pallas_call", "mpmd_map", "shard_map",
     "triton_kernel_call",
@@ -55,7 +52,7 @@ class Work:
 
     @property
     def flops(self) -> int:
-        """Products and other arithmetic together: what XLA calls `flops`."""
+        """What XLA calls `flops`."""
         return self.matmul + self.elementwise
 
     def __add__(self, other: "Work") -> "Work":
@@ -66,10 +63,9 @@ class Work:
 
 
 def count(f: Callable[..., Any], *args: Any) -> Work:
-    """The work of `f(*args)`. `args` are trees of arrays or of `jax.ShapeDtypeStruct`; bind what is static beforehand.
+    """Returns the work of `f(*args)`, trees of arrays or `jax.ShapeDtypeStruct`; bind static arguments beforehand.
 
-    Differentiation is the caller's: pass the function that does it. Raises UserError for a `while` loop, and for a kernel
-    that hides its work.
+    To count a backward pass, pass a function that differentiates. Raises UserError for a `while` loop or a kernel.
     """
     closed = jax.make_jaxpr(f)(*args)
     return _program(partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[0])
@@ -95,8 +91,7 @@ def _step(equation: JaxprEqn) -> Work:
 
 
 def _dot(equation: Any) -> int:
-    """2 for each number that comes out and each that it is summed over. In a ragged product each row meets the one matrix of
-    its group, whatever a backend without such a kernel makes of it."""
+    """2 for each number of the result and each that it sums over. In a ragged product each row meets its group's matrix."""
     numbers = equation.params.get("dimension_numbers")
     (contracted, _), _ = numbers or equation.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
     left, result = equation.invars[0].aval, equation.outvars[0].aval
@@ -104,7 +99,7 @@ def _dot(equation: Any) -> int:
 
 
 def _convolution(equation: Any) -> int:
-    """Each result meets the kernel once, the padding included."""
+    """2 for each number of the result and each of its feature's kernel, padding included."""
     kernel, features = equation.invars[1].aval, equation.params["dimension_numbers"].rhs_spec[0]  # the axis of outputs
     return 2 * equation.outvars[0].aval.size * kernel.size // kernel.shape[features]
 
@@ -114,7 +109,7 @@ _REDUCTIONS = frozenset({
     "reduce_sum", "reduce_prod", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "reduce_xor", "argmax", "argmin",
     "reduce", "top_k",
 })  # fmt: skip
-# Their inner program says how two numbers are combined, not what is done once.
+# Their inner program combines two numbers, however often.
 _ATOMS = frozenset({"scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max", "scatter", "reduce", "sort"})
 
 

@@ -89,7 +89,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(measured, tmp_path, monkeypa
 
 
 def test_measuring_fills_every_rate_and_reports_rounds(monkeypatch):
-    monkeypatch.setattr(hardware, "_ENOUGH_ROUNDS", 1)
+    monkeypatch.setattr(hardware, "_MAX_ROUNDS", 1)
     monkeypatch.setattr(hardware, "_CPU_SIDE", 512)
     monkeypatch.setattr(hardware, "_CPU_NUMBERS", 2**20)
     seen = []
@@ -106,7 +106,7 @@ def test_an_operation_the_backend_refuses_has_rate_0(monkeypatch):
     def refuse():
         raise hardware.jax.errors.JaxRuntimeError("UNIMPLEMENTED")
 
-    monkeypatch.setattr(hardware, "_ENOUGH_ROUNDS", 1)
+    monkeypatch.setattr(hardware, "_MAX_ROUNDS", 1)
     monkeypatch.setattr(hardware, "_product", lambda side, dtype: refuse)
     monkeypatch.setattr(hardware, "_streams", lambda numbers: {"read_gbs": int, "update_gbs": int})
     found = measure_ceilings()
