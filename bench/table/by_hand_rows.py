@@ -9,7 +9,7 @@ import numpy as np
 
 from bench.table.row import Row
 from engine.by_hand.model import forward, loss_and_gradient
-from engine.by_hand.tree import arrays
+from engine.by_hand.tree import to_numpy
 from engine.counting.flops import forward_flops, train_flops
 from engine.counting.memory import inference_memory, training_memory
 from engine.counting.traffic import forward_bytes, train_bytes
@@ -22,7 +22,7 @@ def by_hand_rows(cfg: ModelConfig, params: Any, batch: Batch) -> list[Row]:
     gradient."""
     B, T = batch.tokens.shape
     plain = dataclasses.replace(cfg, dtype="float32", remat="none")
-    weights = arrays(params)
+    weights = to_numpy(params)
     tokens, targets, mask = (np.asarray(part) for part in (batch.tokens, batch.targets, batch.mask))
     inference, training = inference_memory(plain, B, 0, tokens=T, every_logit=True), training_memory(plain, B, T)
     passes = training.passes - training.gradients

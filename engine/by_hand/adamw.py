@@ -5,22 +5,22 @@ from typing import NamedTuple
 import numpy as np
 from numpy import ndarray
 
-from engine.by_hand.tree import Params, leaves, mapped
+from engine.by_hand.tree import Params, leaves, tree_map
 
 
-class Settings(NamedTuple):
-    """How weights move. The names and defaults are those of `training.optimizer`."""
+class AdamWConfig(NamedTuple):
+    """The names and defaults are those of `training.optimizer`."""
 
     learning_rate: float = 1e-3
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
-    clip: float = 1.0  # largest norm of the whole gradient; inf for no clipping
+    clip: float = 1.0  # largest norm of the gradient; inf for no clipping
 
 
 class Moments(NamedTuple):
-    """What is remembered from step to step: two more numbers for every weight."""
+    """The optimizer state: two numbers for every weight."""
 
     taken: ndarray  # () int32, steps
     first: Params  # running mean of the gradient
@@ -28,29 +28,29 @@ class Moments(NamedTuple):
 
 
 def norm(tree: Params) -> float:
-    """The length of a tree taken as one long vector."""
+    """Returns the length of a tree as one vector."""
     return sum(float(np.vdot(leaf, leaf)) for leaf in leaves(tree)) ** 0.5
 
 
-def step(settings: Settings, params: Params, gradient: Params, moments: Moments, factor: float = 1.0) -> tuple[Params, Moments]:
-    """New params and moments; what is given stays as it is. `factor` is the schedule's, on the learning rate.
+def step(cfg: AdamWConfig, params: Params, gradient: Params, moments: Moments, factor: float = 1.0) -> tuple[Params, Moments]:
+    """Returns new params and moments. `factor` is the schedule's, on the learning rate.
 
-    A weight moves against its mean gradient, divided by that gradient's usual size: so each moves about a learning rate
-    a step, whatever its gradient's scale. Both means begin at zero and are too small by 1 - beta^count, which is put
-    right. Decay pulls matrices towards zero apart from the gradient; gains and biases, which are vectors, it leaves.
+    A weight moves against its mean gradient over that gradient's usual size: about a learning rate a step, whatever the
+    gradient's scale. Both means begin at zero, which the division by 1 - beta^count corrects. Decay pulls matrices towards
+    zero apart from the gradient; it leaves gains and biases, which are vectors.
     """
     length = norm(gradient)
-    shrink = settings.clip / length if length > settings.clip else 1.0
+    shrink = cfg.clip / length if length > cfg.clip else 1.0
     count = int(moments.taken) + 1
-    right1, right2 = 1 - settings.beta1**count, 1 - settings.beta2**count
-    rate = settings.learning_rate * float(factor)
+    correction1, correction2 = 1 - cfg.beta1**count, 1 - cfg.beta2**count
+    rate = cfg.learning_rate * float(factor)
 
-    first = mapped(lambda m, g: settings.beta1 * m + (1 - settings.beta1) * shrink * g, moments.first, gradient)
-    second = mapped(lambda v, g: settings.beta2 * v + (1 - settings.beta2) * (shrink * g) ** 2, moments.second, gradient)
+    first = tree_map(lambda m, g: cfg.beta1 * m + (1 - cfg.beta1) * shrink * g, moments.first, gradient)
+    second = tree_map(lambda v, g: cfg.beta2 * v + (1 - cfg.beta2) * (shrink * g) ** 2, moments.second, gradient)
 
-    def moved(p: ndarray, m: ndarray, v: ndarray) -> ndarray:
-        direction = (m / right1) / (np.sqrt(v / right2) + settings.eps)
-        decay = settings.weight_decay if p.ndim > 1 else 0.0
+    def update(p: ndarray, m: ndarray, v: ndarray) -> ndarray:
+        direction = (m / correction1) / (np.sqrt(v / correction2) + cfg.eps)
+        decay = cfg.weight_decay if p.ndim > 1 else 0.0
         return p - rate * (direction + decay * p)
 
-    return mapped(moved, params, first, second), Moments(np.array(count, np.int32), first, second)
+    return tree_map(update, params, first, second), Moments(np.array(count, np.int32), first, second)

@@ -1,8 +1,8 @@
-"""A block's two halves, each three times: forward alone, forward that keeps, backward.
+"""A block's two halves, each three times: forward alone, forward with residuals, backward.
 
-The first two compute the same numbers, to the bit. Forward alone, which is all that inference runs, lets every
-intermediate go as soon as the next line has read it. Forward that keeps, which training runs, leaves one of the tuples
-below for each half of each block; backward takes it up, last block first. A field's comment says what needs it.
+Both forwards compute the same bits. Forward alone, which is all that inference runs, frees every intermediate as soon as
+the next line has read it. In training each half of each block keeps one of the tuples below for the backward pass, which
+starts at the last block.
 
 A half adds to the stream it reads, y = x + f(x), so backward adds too: dx = dy + (what comes back through f).
 """
@@ -35,7 +35,7 @@ Weights = dict[str, ndarray]  # of one block
 
 
 class Place(NamedTuple):
-    """What depends on where a token stands, the same in all blocks."""
+    """What depends on a token's position, the same in all blocks."""
 
     cos: ndarray  # (B, T, 1, H / 2)
     sin: ndarray
@@ -43,20 +43,20 @@ class Place(NamedTuple):
 
 
 class AttentionResiduals(NamedTuple):
-    """What attention's forward pass keeps, and for what."""
+    """What attention keeps for its backward pass, and for what."""
 
     x: ndarray  # (B, T, D)         the norm's dx and dgain
     h: ndarray  # (B, T, D)         dweight of qkv
-    raw: list[ndarray] | None  # q and k before their norms, if any: those norms' dx and dgain
+    raw: list[ndarray] | None  # q and k before their norms, if any, for those norms' dx and dgain
     q: ndarray  # (B, K, G T, H)    dk
     k: ndarray  # (B, K, T, H)      dq
     v: ndarray  # (B, K, T, H)      the derivative by the attention weights
-    weights: ndarray  # (B, K, G T, T)   the softmax's ds, and dv; the largest of all, once T is large
+    weights: ndarray  # (B, K, G T, T)   the softmax's ds, and dv; the largest of all where T is large
     mixed: ndarray  # (B, T, N H)   dweight of out
 
 
 class SwigluResiduals(NamedTuple):
-    """What the feed-forward half keeps, and for what."""
+    """What the feed-forward half keeps for its backward pass, and for what."""
 
     x: ndarray  # (B, T, D)       the norm's dx and dgain
     h: ndarray  # (B, T, D)       dweight of gate_up
@@ -66,14 +66,14 @@ class SwigluResiduals(NamedTuple):
 
 
 def attention(cfg: ModelConfig, w: Weights, x: ndarray, place: Place) -> ndarray:
-    """x (B, T, D) -> (B, T, D). Forward alone."""
+    """x (B, T, D) -> (B, T, D)."""
     q, k, v = _rotate(cfg, w, split_heads(cfg, _qkv(cfg, w, rms_norm(x, w["attn_norm"], cfg.eps))), place)
     mixed = mix(attention_weights(q, k, place.mask), v)
     return x + project(join_heads(by_token(mixed, x.shape[1])), w["out"])
 
 
-def attention_and_keep(cfg: ModelConfig, w: Weights, x: ndarray, place: Place) -> tuple[ndarray, AttentionResiduals]:
-    """The same, and what `attention_backward` needs of it."""
+def attention_with_residuals(cfg: ModelConfig, w: Weights, x: ndarray, place: Place) -> tuple[ndarray, AttentionResiduals]:
+    """Returns the same, and what `attention_backward` needs."""
     h = rms_norm(x, w["attn_norm"], cfg.eps)
     raw = split_heads(cfg, _qkv(cfg, w, h))
     q, k, v = _rotate(cfg, w, raw, place)
@@ -83,54 +83,54 @@ def attention_and_keep(cfg: ModelConfig, w: Weights, x: ndarray, place: Place) -
 
 
 def attention_backward(
-    cfg: ModelConfig, w: Weights, kept: AttentionResiduals, dy: ndarray, place: Place
+    cfg: ModelConfig, w: Weights, residuals: AttentionResiduals, dy: ndarray, place: Place
 ) -> tuple[ndarray, Weights]:
-    """dy (B, T, D) -> dx (B, T, D), and the derivatives by this half's weights: the lines above, from the last to the first."""
+    """dy (B, T, D) -> dx (B, T, D), and the derivatives by this half's weights: the lines above in reverse."""
     T = dy.shape[1]
     d: Weights = {}
-    dmixed, d["out"] = project_backward(dy, kept.mixed, w["out"])
+    dmixed, d["out"] = project_backward(dy, residuals.mixed, w["out"])
     dmixed = by_key_head(dmixed.reshape(*dy.shape[:2], cfg.heads, cfg.head_dim), cfg.kv_heads)
-    dweights, dv = mix_backward(dmixed, kept.weights, kept.v)
-    dq, dk = attention_weights_backward(dweights, kept.weights, kept.q, kept.k)
+    dweights, dv = mix_backward(dmixed, residuals.weights, residuals.v)
+    dq, dk = attention_weights_backward(dweights, residuals.weights, residuals.q, residuals.k)
     dq, dk, dv = by_token(dq, T), by_token(dk, T), by_token(dv, T)
     dq, dk = rope_backward(dq, place.cos, place.sin), rope_backward(dk, place.cos, place.sin)
-    if kept.raw is not None:
-        dq, d["q_norm"] = rms_norm_backward(dq, kept.raw[0], w["q_norm"], cfg.eps)
-        dk, d["k_norm"] = rms_norm_backward(dk, kept.raw[1], w["k_norm"], cfg.eps)
+    if residuals.raw is not None:
+        dq, d["q_norm"] = rms_norm_backward(dq, residuals.raw[0], w["q_norm"], cfg.eps)
+        dk, d["k_norm"] = rms_norm_backward(dk, residuals.raw[1], w["k_norm"], cfg.eps)
     dqkv = join_heads(np.concatenate([dq, dk, dv], axis=2))
     if cfg.qkv_bias:
         d["qkv_bias"] = bias_backward(dqkv)
-    dh, d["qkv"] = project_backward(dqkv, kept.h, w["qkv"])
-    dx, d["attn_norm"] = rms_norm_backward(dh, kept.x, w["attn_norm"], cfg.eps)
+    dh, d["qkv"] = project_backward(dqkv, residuals.h, w["qkv"])
+    dx, d["attn_norm"] = rms_norm_backward(dh, residuals.x, w["attn_norm"], cfg.eps)
     return dy + dx, d
 
 
 def feed_forward(cfg: ModelConfig, w: Weights, x: ndarray) -> ndarray:
-    """x (B, T, D) -> (B, T, D). Forward alone."""
+    """x (B, T, D) -> (B, T, D)."""
     gate, up = np.split(project(rms_norm(x, w["mlp_norm"], cfg.eps), w["gate_up"]), 2, axis=-1)
     return x + project(swiglu(gate, up), w["down"])
 
 
-def feed_forward_and_keep(cfg: ModelConfig, w: Weights, x: ndarray) -> tuple[ndarray, SwigluResiduals]:
-    """The same, and what `feed_forward_backward` needs of it."""
+def feed_forward_with_residuals(cfg: ModelConfig, w: Weights, x: ndarray) -> tuple[ndarray, SwigluResiduals]:
+    """Returns the same, and what `feed_forward_backward` needs."""
     h = rms_norm(x, w["mlp_norm"], cfg.eps)
     gate, up = np.split(project(h, w["gate_up"]), 2, axis=-1)
     hidden = swiglu(gate, up)
     return x + project(hidden, w["down"]), SwigluResiduals(x, h, gate, up, hidden)
 
 
-def feed_forward_backward(cfg: ModelConfig, w: Weights, kept: SwigluResiduals, dy: ndarray) -> tuple[ndarray, Weights]:
+def feed_forward_backward(cfg: ModelConfig, w: Weights, residuals: SwigluResiduals, dy: ndarray) -> tuple[ndarray, Weights]:
     """dy (B, T, D) -> dx (B, T, D), and the derivatives by this half's weights."""
     d: Weights = {}
-    dhidden, d["down"] = project_backward(dy, kept.hidden, w["down"])
-    dgate_up = np.concatenate(swiglu_backward(dhidden, kept.gate, kept.up), axis=-1)
-    dh, d["gate_up"] = project_backward(dgate_up, kept.h, w["gate_up"])
-    dx, d["mlp_norm"] = rms_norm_backward(dh, kept.x, w["mlp_norm"], cfg.eps)
+    dhidden, d["down"] = project_backward(dy, residuals.hidden, w["down"])
+    dgate_up = np.concatenate(swiglu_backward(dhidden, residuals.gate, residuals.up), axis=-1)
+    dh, d["gate_up"] = project_backward(dgate_up, residuals.h, w["gate_up"])
+    dx, d["mlp_norm"] = rms_norm_backward(dh, residuals.x, w["mlp_norm"], cfg.eps)
     return dy + dx, d
 
 
 def split_heads(cfg: ModelConfig, qkv: ndarray) -> list[ndarray]:
-    """qkv (B, T, (N + 2K) H) -> q (B, T, N, H), k and v (B, T, K, H): the order of the fused matrix's columns."""
+    """qkv (B, T, (N + 2K) H) -> q (B, T, N, H), k and v (B, T, K, H)."""
     heads = qkv.reshape(*qkv.shape[:2], -1, cfg.head_dim)
     return np.split(heads, [cfg.heads, cfg.heads + cfg.kv_heads], axis=2)
 
@@ -146,7 +146,7 @@ def _qkv(cfg: ModelConfig, w: Weights, h: ndarray) -> ndarray:
 
 
 def _rotate(cfg: ModelConfig, w: Weights, heads: list[ndarray], place: Place) -> list[ndarray]:
-    """q (B, T, N, H), k and v (B, T, K, H) -> q (B, K, G T, H), k and v (B, K, T, H): q and k normed, if so, and turned."""
+    """q (B, T, N, H), k and v (B, T, K, H) -> q (B, K, G T, H), k and v (B, K, T, H): q and k normed and rotated."""
     q, k, v = heads
     if cfg.qk_norm:
         q, k = rms_norm(q, w["q_norm"], cfg.eps), rms_norm(k, w["k_norm"], cfg.eps)

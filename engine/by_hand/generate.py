@@ -1,4 +1,4 @@
-"""Greedy generation: the forward pass alone, again and again. No gradient, no change to any weight, nothing remembered."""
+"""Greedy generation: the forward pass alone, repeated. No gradient, no weight changes, nothing is remembered."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,11 +11,10 @@ from engine.model.config import ModelConfig
 
 
 def generate(cfg: ModelConfig, params: Any, prompt: Sequence[int], *, max_tokens: int, end: int | None = None) -> Iterator[int]:
-    """The tokens after the prompt, each the most probable one, until `end`, `max_tokens`, or a full context.
+    """Yields the most probable tokens after the prompt until `end`, `max_tokens`, or a full context.
 
-    The whole text is read again for each token. All but the last row of that work was done before, and giving it up is
-    what a cache of keys and values avoids: see `inference/decode.py`. Raises UserError for a prompt that is empty or
-    leaves no room.
+    Each token computes the whole text again; a KV cache would keep all but the last row of that work (see
+    `inference/decode.py`). Raises UserError for a prompt that is empty or leaves no room.
     """
     if not 0 < len(prompt) < cfg.context:
         raise UserError(f"The prompt has {len(prompt)} tokens; from 1 to {cfg.context - 1} fit a context of {cfg.context}.")

@@ -1,11 +1,10 @@
-"""Each layer forward and, below it, backward.
+"""Each layer forward and backward.
 
-The chain rule is all there is to it. Where y = f(x) and the loss depends on x only through y,
+Where y = f(x) and the loss depends on x only through y, the chain rule says
 
     dx[j] = sum over i of dy[i] * (derivative of y[i] by x[j]),
 
-and each docstring works that sum out for one f. Forward functions return their result and nothing else; a backward
-function's arguments after dy are what the forward pass has to keep for it.
+and each docstring works that sum out for one f. A backward function's arguments after dy are its residuals.
 """
 
 import math
@@ -19,15 +18,14 @@ from engine.model.config import ModelConfig
 
 
 def lookup(embed: ndarray, tokens: ndarray) -> ndarray:
-    """embed (V, D), tokens (B, T) -> (B, T, D): row `tokens[b, t]` of the table."""
+    """embed (V, D), tokens (B, T) -> (B, T, D): rows of the table."""
     return embed[tokens]
 
 
 def lookup_backward(dy: ndarray, tokens: ndarray, V: int) -> ndarray:
     """dy (B, T, D) -> dembed (V, D).
 
-    y[b, t] is a copy of one row, so that row's derivative is dy[b, t]; a row that was copied n times gets the sum of n,
-    and one that was never read gets zero. The token ids are no numbers to move: they get no derivative.
+    y[b, t] is a copy of one row, whose derivative is the sum of dy over its copies; zero for a row never read.
     """
     dembed = np.zeros((V, dy.shape[-1]), dy.dtype)
     np.add.at(dembed, tokens, dy)
@@ -38,7 +36,7 @@ def lookup_backward(dy: ndarray, tokens: ndarray, V: int) -> ndarray:
 
 
 def project(x: ndarray, weight: ndarray) -> ndarray:
-    """x (..., in), weight (in, out) -> (..., out): y[m, f] = sum over d of x[m, d] weight[d, f]."""
+    """x (..., in), weight (in, out) -> y (..., out): y[m, f] = sum over d of x[m, d] weight[d, f]."""
     return (_rows(x) @ weight).reshape(*x.shape[:-1], -1)
 
 
@@ -48,8 +46,8 @@ def project_backward(dy: ndarray, x: ndarray, weight: ndarray) -> tuple[ndarray,
     x[m, d] enters y[m, f] times weight[d, f], for every f:     dx[m, d]      = sum over f of dy[m, f] weight[d, f]
     weight[d, f] enters y[m, f] times x[m, d], for every row m: dweight[d, f] = sum over m of x[m, d] dy[m, f]
 
-    Two products, each as large as the one of the forward pass: here is the factor of three. Whoever needs no dweight,
-    because the weight is frozen, saves one of them, and need not keep x.
+    Two products, each as large as the forward one: here is the factor of three. A frozen weight needs no dweight: that
+    saves one product, and x need not be kept.
     """
     dx = (_rows(dy) @ weight.T).reshape(x.shape)
     dweight = _rows(x).T @ _rows(dy)
@@ -57,12 +55,12 @@ def project_backward(dy: ndarray, x: ndarray, weight: ndarray) -> tuple[ndarray,
 
 
 def bias_backward(dy: ndarray) -> ndarray:
-    """dy (..., out) -> dbias (out,). y = x + bias adds the bias to every row, so its derivative is the sum of theirs."""
+    """dy (..., out) -> dbias (out,). y = x + bias adds the bias to every row, so dbias is the sum of dy over rows."""
     return _rows(dy).sum(0)
 
 
 def _rows(x: ndarray) -> ndarray:
-    """(..., D) -> (M, D): all leading axes as rows, so that a product is one product."""
+    """(..., D) -> (M, D): all leading axes as rows of one matrix."""
     return x.reshape(-1, x.shape[-1])
 
 
@@ -70,19 +68,19 @@ def _rows(x: ndarray) -> ndarray:
 
 
 def rms_norm(x: ndarray, gain: ndarray, eps: float) -> ndarray:
-    """x (..., D), gain (D,) -> gain * x * r (..., D), where r = 1 / sqrt(mean(x^2) + eps), one r a row."""
+    """x (..., D), gain (D,) -> gain * x * r (..., D), where r = 1 / sqrt(mean(x^2) + eps) of each row."""
     return gain * (x * _inverse_rms(x, eps))
 
 
 def rms_norm_backward(dy: ndarray, x: ndarray, gain: ndarray, eps: float) -> tuple[ndarray, ndarray]:
     """dy (..., D) -> dx (..., D), dgain (D,).
 
-    Write u = x r, so y = gain u. The gain is shared by all rows: dgain = sum over rows of dy u. And du = dy gain.
-    x reaches u twice, directly and through r. The derivative of r by x[j] is -r^3 x[j] / D, therefore
+    Write u = x r, so y = gain u, dgain = sum over rows of dy u, and du = dy gain. x reaches u directly and through r,
+    whose derivative by x[j] is -r^3 x[j] / D, therefore
 
         dx[j] = du[j] r - sum over i of du[i] x[i] r^3 x[j] / D = r (du[j] - u[j] mean(du u)).
 
-    The second term takes away what du has along x: a longer x changes nothing in y.
+    The second term removes du's part along x: a longer x changes nothing in y.
     """
     r = _inverse_rms(x, eps)
     u, du = x * r, dy * gain
@@ -98,11 +96,11 @@ def _inverse_rms(x: ndarray, eps: float) -> ndarray:
 
 
 def rope_tables(cfg: ModelConfig, positions: ndarray, dtype: np.dtype) -> tuple[ndarray, ndarray]:
-    """positions (B, T) -> cos, sin (B, T, 1, H / 2) of the angle by which each pair of a head is turned there.
+    """positions (B, T) -> cos, sin (B, T, 1, H / 2) of the angle by which each pair of a head turns.
 
     Pair i turns by theta ** (-2 i / H) a position. Llama 3 stretches this to a longer context (2407.21783, section
-    3.4.1): pairs that turn seldom within the original context turn `factor` times slower, fast ones stay as they are,
-    and those between are blended. Positions are given, not learnt: nothing here has a derivative.
+    3.4.1): slow pairs turn `factor` times slower, pairs that turn often within the original context stay as they are, and
+    those between are blended.
     """
     half = cfg.head_dim // 2
     speed = cfg.rope_theta ** (-np.arange(half, dtype=dtype) / half)
@@ -116,7 +114,7 @@ def rope_tables(cfg: ModelConfig, positions: ndarray, dtype: np.dtype) -> tuple[
 
 
 def rope(x: ndarray, cos: ndarray, sin: ndarray) -> ndarray:
-    """x (B, T, N, H) -> the same, each pair (x[i], x[i + H / 2]) turned by its angle, as in Hugging Face's files."""
+    """x (B, T, N, H) -> (B, T, N, H), each pair (x[i], x[i + H / 2]) turned by its angle, as in Hugging Face's files."""
     one, two = np.split(x, 2, axis=-1)
     return np.concatenate([one * cos - two * sin, two * cos + one * sin], axis=-1)
 
@@ -124,40 +122,38 @@ def rope(x: ndarray, cos: ndarray, sin: ndarray) -> ndarray:
 def rope_backward(dy: ndarray, cos: ndarray, sin: ndarray) -> ndarray:
     """dy (B, T, N, H) -> dx (B, T, N, H).
 
-    For a pair, y = R x with R = [[cos, -sin], [sin, cos]], so dx = R^T dy; and R^T is R with the angle's sign changed.
-    Backward turns the other way. What was turned is not needed.
+    For a pair, y = R x with R = [[cos, -sin], [sin, cos]], so dx = R^T dy, and R^T turns the other way.
     """
     return rope(dy, cos, -sin)
 
 
-# Grouped-query attention. G = N / K query heads read one key head. They stand as G * T rows in front of its keys, so one
-# product serves all of them, and the sum over the group that dk and dv need happens inside a product too.
+# Grouped-query attention. The G = N / K query heads of one key head are G * T rows of one product, which in the backward
+# pass also sums over the group for dk and dv.
 
 
 def by_key_head(x: ndarray, K: int) -> ndarray:
-    """x (B, T, N, H) -> (B, K, G T, H), and keys or values (B, T, K, H) -> (B, K, T, H): there G is 1."""
+    """x (B, T, N, H) -> (B, K, G T, H); for keys and values (B, T, K, H) -> (B, K, T, H), as G is 1."""
     B, T, N, H = x.shape
     moved = x.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     return np.ascontiguousarray(moved).reshape(B, K, N // K * T, H)  # a copy of its own, whatever G is
 
 
 def by_token(x: ndarray, T: int) -> ndarray:
-    """(B, K, G T, H) -> (B, T, N, H). This and `by_key_head` only move numbers: each is the other's backward."""
+    """(B, K, G T, H) -> (B, T, N, H): the inverse of `by_key_head`, and its backward."""
     B, K, rows, H = x.shape
     return x.reshape(B, K, rows // T, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, K * (rows // T), H)
 
 
 def causal_mask(segments: ndarray | None, T: int) -> ndarray:
-    """(1 or B, 1, 1, T, T), True where query t may look at key s: back or at itself, within its own segment (B, T)."""
+    """Returns (1 or B, 1, 1, T, T), True where query t may attend to key s: s <= t, in the same of `segments` (B, T)."""
     causal = np.tri(T, dtype=bool)[None, None, None]
     return causal if segments is None else causal & (segments[:, :, None] == segments[:, None])[:, None, None]
 
 
 def attention_weights(q: ndarray, k: ndarray, mask: ndarray) -> ndarray:
-    """q (B, K, G T, H), k (B, K, T, H) -> P (B, K, G T, T), each row the softmax of S = q k^T / sqrt(H) where it may look.
+    """q (B, K, G T, H), k (B, K, T, H) -> P (B, K, G T, T), each row the softmax of S = q k^T / sqrt(H) within the mask.
 
-    Outside the mask a score is minus infinity, whose exponential is 0. A row's largest score is taken from all of them
-    before the exponential: the quotient is the same and cannot overflow.
+    Outside the mask a score is minus infinity, whose exponential is 0.
     """
     scores = q @ k.swapaxes(-1, -2)
     scores *= q.shape[-1] ** -0.5
@@ -169,13 +165,13 @@ def attention_weights(q: ndarray, k: ndarray, mask: ndarray) -> ndarray:
 def attention_weights_backward(dp: ndarray, p: ndarray, q: ndarray, k: ndarray) -> tuple[ndarray, ndarray]:
     """dp (B, K, G T, T) -> dq (B, K, G T, H), dk (B, K, T, H).
 
-    The softmax of a row, P[i] = exp(S[i]) / sum over j of exp(S[j]): S[i] raises P[i] and lowers all others, since they
-    share one sum. The derivative of P[j] by S[i] is P[j] ([i = j] - P[i]), therefore
+    The softmax of a row is P[i] = exp(S[i]) / sum over j of exp(S[j]). The derivative of P[j] by S[i] is
+    P[j] ([i = j] - P[i]), as raising S[i] raises P[i] and lowers all others, therefore
 
         dS[i] = sum over j of dP[j] P[j] ([i = j] - P[i]) = P[i] (dP[i] - sum over j of P[j] dP[j]).
 
-    It needs P and not S. Where the mask said no, P is 0, and so is dS: the mask itself need not be kept. Then S is a
-    product, with its two backward products: dq = dS k / sqrt(H), dk = dS^T q / sqrt(H).
+    It needs P and not S, and no mask: outside it P is 0, and so is dS. The product S has two backward products:
+    dq = dS k / sqrt(H), dk = dS^T q / sqrt(H).
     """
     ds = p * (dp - np.vecdot(p, dp)[..., None])
     ds *= q.shape[-1] ** -0.5
@@ -183,17 +179,17 @@ def attention_weights_backward(dp: ndarray, p: ndarray, q: ndarray, k: ndarray) 
 
 
 def mix(p: ndarray, v: ndarray) -> ndarray:
-    """P (B, K, G T, T), v (B, K, T, H) -> (B, K, G T, H): the values, each as much as it is looked at."""
+    """P (B, K, G T, T), v (B, K, T, H) -> (B, K, G T, H): the values, weighted."""
     return p @ v
 
 
 def mix_backward(dy: ndarray, p: ndarray, v: ndarray) -> tuple[ndarray, ndarray]:
-    """dy (B, K, G T, H) -> dp (B, K, G T, T), dv (B, K, T, H). A product's two: dp = dy v^T, dv = P^T dy."""
+    """dy (B, K, G T, H) -> dp (B, K, G T, T), dv (B, K, T, H): dp = dy v^T, dv = P^T dy."""
     return dy @ v.swapaxes(-1, -2), p.swapaxes(-1, -2) @ dy
 
 
 def _softmax(x: ndarray) -> ndarray:
-    """In place, along the last axis."""
+    """In place, along the last axis. Less a row's largest, no exponential overflows, and the quotient is the same."""
     x -= x.max(axis=-1, keepdims=True)
     np.exp(x, out=x)
     x /= x.sum(axis=-1, keepdims=True)
@@ -211,7 +207,7 @@ def swiglu(gate: ndarray, up: ndarray) -> ndarray:
 def swiglu_backward(dy: ndarray, gate: ndarray, up: ndarray) -> tuple[ndarray, ndarray]:
     """dy (..., F) -> dgate, dup (..., F).
 
-    Number by number. With s = sigmoid(gate), whose derivative is s (1 - s), that of gate s is s + gate s (1 - s):
+    With s = sigmoid(gate), whose derivative is s (1 - s), that of gate s is s + gate s (1 - s):
 
         dgate = dy up s (1 + gate (1 - s)),  dup = dy gate s.
     """
@@ -239,13 +235,13 @@ def cross_entropy(logits: ndarray, targets: ndarray, mask: ndarray) -> float:
 
 
 def cross_entropy_backward(logits: ndarray, targets: ndarray, mask: ndarray) -> ndarray:
-    """-> dlogits (B, T, V). Nothing comes from above: this is the loss, whose derivative by itself is 1.
+    """-> dlogits (B, T, V). The backward pass starts here, so there is no dy.
 
     The derivative of log sum exp(z) by z[i] is exp(z[i]) / sum exp(z), the softmax; that of -z[target] is -1 at the target:
 
-        dlogits = (softmax(logits) - [i = target]) / number that count,  and 0 where the mask is False.
+        dlogits = (softmax(logits) - [i = target]) / number of targets that count,  and 0 where the mask is False:
 
-    What the model said minus what was so. Everything the backward pass does is to hand this on.
+    what the model predicted less what is true.
     """
     dlogits = np.zeros_like(logits)
     p = _softmax(logits[mask])

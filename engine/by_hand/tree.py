@@ -1,4 +1,4 @@
-"""Params as a nested dict of NumPy arrays: taken in from anywhere, and mapped over."""
+"""Params as a nested dict of NumPy arrays: conversion, map, leaves."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,16 +11,16 @@ from engine.errors import UserError
 Params = dict[str, Any]
 
 
-def arrays(params: Any, dtype: str | None = None) -> Params:
-    """The same tree with NumPy arrays as leaves; those already in memory are not copied. `dtype` casts them.
+def to_numpy(params: Any, dtype: str | None = None) -> Params:
+    """Returns the tree with NumPy arrays as leaves, of `dtype` if given; arrays in host memory are not copied.
 
     Raises UserError for a leaf that is not a plain array (an Int8 or a LoRA), or when the leaves are not all float32 or
     all float64.
     """
 
-    def plain(path: str, leaf: Any) -> Any:
+    def convert(path: str, leaf: Any) -> Any:
         if isinstance(leaf, dict):
-            return {name: plain(f"{path}/{name}" if path else name, value) for name, value in leaf.items()}
+            return {name: convert(f"{path}/{name}" if path else name, value) for name, value in leaf.items()}
         if isinstance(leaf, tuple) or not hasattr(leaf, "dtype"):
             raise UserError(
                 f"{path} is a {type(leaf).__name__}; the by-hand model reads plain arrays. Fold adapters and give weights "
@@ -28,20 +28,19 @@ def arrays(params: Any, dtype: str | None = None) -> Params:
             )
         return np.asarray(leaf, dtype)
 
-    tree = plain("", params)
+    tree = convert("", params)
     kinds = sorted({leaf.dtype.name for leaf in leaves(tree)})
     if kinds not in (["float32"], ["float64"]):
         raise UserError(f"The by-hand model computes in float32 or in float64, and these weights are {' and '.join(kinds)}.")
     return tree
 
 
-def mapped(f: Callable[..., Any], *trees: Any) -> Any:
-    """The tree of f(leaf of the first, leaf of the second, ...), all having one shape."""
+def tree_map(f: Callable[..., Any], *trees: Any) -> Any:
+    """Returns the tree of f(leaf of the first, leaf of the second, ...)."""
     if not isinstance(trees[0], dict):
         return f(*trees)
-    return {name: mapped(f, *(tree[name] for tree in trees)) for name in trees[0]}
+    return {name: tree_map(f, *(tree[name] for tree in trees)) for name in trees[0]}
 
 
 def leaves(tree: Any) -> list[ndarray]:
-    """All arrays of a tree."""
     return [leaf for value in tree.values() for leaf in leaves(value)] if isinstance(tree, dict) else [tree]

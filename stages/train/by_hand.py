@@ -82,7 +82,7 @@ class ByHand:
     def make_program(self, state: TrainState, batch: Any, console: Console) -> Program:
         cfg, optimizer = self.plan.cfg, self.plan.recipe.optimizer
         schedule = jax.jit(make_schedule(optimizer))
-        settings = adamw.Settings(
+        settings = adamw.AdamWConfig(
             optimizer.learning_rate, optimizer.beta1, optimizer.beta2, weight_decay=optimizer.weight_decay, clip=optimizer.clip
         )
 

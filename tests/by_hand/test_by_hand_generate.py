@@ -9,7 +9,7 @@ from wide import FAMILY, QWEN3, weights
 
 from engine.by_hand import generate as module
 from engine.by_hand.generate import generate
-from engine.by_hand.tree import arrays, mapped
+from engine.by_hand.tree import to_numpy, tree_map
 from engine.errors import UserError
 from engine.inference import decode
 from engine.inference.sampling_params import SamplingParams
@@ -26,10 +26,10 @@ def test_greedy_tokens_are_the_engines(name, prompt, seed):
     expected = []
     for new in decode.generate(cfg, params, [prompt], [SamplingParams(max_tokens=13, temperature=0.0)]):
         expected += new.tokens
-    held = arrays(params)
-    before = mapped(np.copy, held)
+    held = to_numpy(params)
+    before = tree_map(np.copy, held)
     assert list(generate(cfg, held, prompt, max_tokens=13)) == expected
-    mapped(np.testing.assert_array_equal, held, before)
+    tree_map(np.testing.assert_array_equal, held, before)
 
 
 def test_end_and_context_stop_it():

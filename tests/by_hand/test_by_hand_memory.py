@@ -62,7 +62,7 @@ def test_forward_alone_allocates_for_no_backward(options):
     """At its fullest moment it holds the scores of one block, once, and what they are made of: less than one block keeps."""
     cfg = tiny_config(layers=8, **options)
     _, _, most = weighed(cfg, model.forward)
-    _, kept = model.forward_and_keep(cfg, weights(cfg), tokens_of(0, B, T))
+    _, kept = model.forward_with_residuals(cfg, weights(cfg), tokens_of(0, B, T))
     scores = 8 * B * cfg.heads * T * T
     stream, heads = 8 * B * T * cfg.width, 8 * B * T * cfg.qkv_width
     assert scores < most < scores + stream + heads + scores // 8 + NOISE
@@ -71,14 +71,14 @@ def test_forward_alone_allocates_for_no_backward(options):
 
 def test_the_check_sees_a_forward_that_keeps():
     with pytest.raises(AssertionError):
-        assert_keeps_nothing(lambda *given: model.forward_and_keep(*given)[0], {})
+        assert_keeps_nothing(lambda *given: model.forward_with_residuals(*given)[0], {})
 
 
 @OPTIONS
 def test_what_training_keeps_grows_with_every_block(options):
     left = {}
     for layers in (2, 5):
-        (logits, kept), left[layers], _ = weighed(tiny_config(layers=layers, **options), model.forward_and_keep)
+        (logits, kept), left[layers], _ = weighed(tiny_config(layers=layers, **options), model.forward_with_residuals)
         assert abs(left[layers] - logits.nbytes - array_bytes(kept)) < NOISE
     block = array_bytes(kept.blocks[1])
     assert block > 8 * B * T * 6 * T, "the attention weights alone"
@@ -88,7 +88,7 @@ def test_what_training_keeps_grows_with_every_block(options):
 @pytest.mark.parametrize("name", FAMILY)
 def test_what_is_kept_is_what_the_formula_says(name):
     cfg = FAMILY[name]
-    _, kept = model.forward_and_keep(cfg, weights(cfg), tokens_of(0, B, T))
+    _, kept = model.forward_with_residuals(cfg, weights(cfg), tokens_of(0, B, T))
     assert array_bytes((kept.blocks, kept.x, kept.h)) == 8 * model.residual_count(cfg, B, T)
 
 
@@ -96,7 +96,7 @@ def test_everything_that_is_kept_is_needed():
     """Backward goes wrong, or stops, without any one of the kept arrays: nothing is kept for nothing."""
     cfg = tiny_config()
     params, tokens = weights(cfg), tokens_of(0, B, T)
-    _, kept = model.forward_and_keep(cfg, params, tokens)
+    _, kept = model.forward_with_residuals(cfg, params, tokens)
     dlogits = np.random.default_rng(0).standard_normal((B, T, V))
     expected = model.backward(cfg, params, kept, dlogits)
     arrays = arrays_in((kept.blocks, kept.x, kept.h, kept.place.cos, kept.place.sin))

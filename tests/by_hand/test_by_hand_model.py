@@ -12,7 +12,7 @@ from wide import FAMILY, QWEN3, assert_trees_close, batch_of, float64_engine, in
 
 from engine import by_hand
 from engine.by_hand import model
-from engine.by_hand.tree import arrays, leaves, mapped
+from engine.by_hand.tree import leaves, to_numpy, tree_map
 from engine.errors import UserError
 from engine.inference.decode import for_inference
 from engine.model.transformer import forward
@@ -62,8 +62,8 @@ def test_float32(name):
     expected = engine(cfg, params, batch)
     np.testing.assert_allclose(logits, expected[0], rtol=0, atol=1e-5)
     np.testing.assert_allclose(loss, expected[1], rtol=1e-6)
-    limits = mapped(lambda leaf: 1e-5 * np.abs(leaf).max(), arrays(expected[2]))
-    mapped(lambda a, b, limit: np.testing.assert_allclose(a, b, rtol=0, atol=limit), gradient, arrays(expected[2]), limits)
+    limits = tree_map(lambda leaf: 1e-5 * np.abs(leaf).max(), to_numpy(expected[2]))
+    tree_map(lambda a, b, limit: np.testing.assert_allclose(a, b, rtol=0, atol=limit), gradient, to_numpy(expected[2]), limits)
 
 
 @BY_NAME
@@ -87,7 +87,7 @@ def test_gradient_is_the_slope_of_the_loss(name, seed):
         leaf[...] = before
         np.testing.assert_allclose(np.sum(slope * along), (above - below) / (2 * size), rtol=1e-5, atol=1e-8)
 
-    mapped(compare, params, gradient)
+    tree_map(compare, params, gradient)
 
 
 @BY_NAME
@@ -95,18 +95,18 @@ def test_forward_alone_is_forward_that_keeps(name):
     cfg = FAMILY[name]
     params, tokens = weights(cfg), tokens_of(0, B, T)
     alone = by_hand.forward(cfg, params, tokens)
-    np.testing.assert_array_equal(alone, model.forward_and_keep(cfg, params, tokens)[0])
+    np.testing.assert_array_equal(alone, model.forward_with_residuals(cfg, params, tokens)[0])
     np.testing.assert_array_equal(alone, by_hand.forward(cfg, params, tokens, positions_of(B, T), np.zeros((B, T), int)))
 
 
 def test_nothing_given_is_changed():
     params, batch = weights(QWEN3), batch_of(3)
-    before = mapped(np.copy, params)
-    _, kept = model.forward_and_keep(QWEN3, params, batch.tokens)
+    before = tree_map(np.copy, params)
+    _, kept = model.forward_with_residuals(QWEN3, params, batch.tokens)
     dlogits = np.random.default_rng(0).standard_normal((B, T, 41))
     first, second = (model.backward(QWEN3, params, kept, dlogits) for _ in range(2))
-    mapped(np.testing.assert_array_equal, first, second)
-    mapped(np.testing.assert_array_equal, params, before)
+    tree_map(np.testing.assert_array_equal, first, second)
+    tree_map(np.testing.assert_array_equal, params, before)
 
 
 @pytest.mark.parametrize(

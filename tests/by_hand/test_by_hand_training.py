@@ -11,23 +11,23 @@ from wide import QWEN2, QWEN3, assert_trees_close, batch_of, float64_engine, in_
 
 from engine import by_hand
 from engine.by_hand import adamw
-from engine.by_hand.tree import arrays, leaves, mapped
+from engine.by_hand.tree import leaves, to_numpy, tree_map
 from engine.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from engine.training.step import init_state, train_step
 
 # Clipping that bites and that does not; with decay and without; other means than the usual.
 SETTINGS = [
-    adamw.Settings(learning_rate=0.02, weight_decay=0.3),
-    adamw.Settings(learning_rate=0.1, beta1=0.5, beta2=0.999, weight_decay=0.0, clip=float("inf")),
-    adamw.Settings(learning_rate=0.01, beta1=0.0, weight_decay=2.0, clip=50.0),
+    adamw.AdamWConfig(learning_rate=0.02, weight_decay=0.3),
+    adamw.AdamWConfig(learning_rate=0.1, beta1=0.5, beta2=0.999, weight_decay=0.0, clip=float("inf")),
+    adamw.AdamWConfig(learning_rate=0.01, beta1=0.0, weight_decay=2.0, clip=50.0),
 ]
 
 
 def zero_moments(params) -> adamw.Moments:
-    return adamw.Moments(np.zeros((), np.int32), mapped(np.zeros_like, params), mapped(np.zeros_like, params))
+    return adamw.Moments(np.zeros((), np.int32), tree_map(np.zeros_like, params), tree_map(np.zeros_like, params))
 
 
-def optimizer(by_hand: adamw.Settings, **more) -> OptimizerConfig:
+def optimizer(by_hand: adamw.AdamWConfig, **more) -> OptimizerConfig:
     return OptimizerConfig(**{k: v for k, v in by_hand._asdict().items() if k != "eps"}, **more)
 
 
@@ -45,7 +45,7 @@ def optax_steps(cfg: OptimizerConfig, params, gradients, progress):
 @given(st.sampled_from(SETTINGS), st.integers(0, 2**32 - 1), st.sampled_from([1e-3, 1.0, 30.0]), st.floats(0.05, 0.95))
 def test_adamw(chosen, seed, scale, progress):
     params, rng = weights(QWEN2), np.random.default_rng(seed)
-    gradients = [mapped(lambda p: scale * rng.standard_normal(p.shape), params) for _ in range(3)]
+    gradients = [tree_map(lambda p: scale * rng.standard_normal(p.shape), params) for _ in range(3)]
     with float64_engine():
         factor = float(make_schedule(optimizer(chosen))(np.float64(progress)))
         expected = jax.device_get(optax_steps(optimizer(chosen), params, gradients, np.float64(progress)))
@@ -55,12 +55,12 @@ def test_adamw(chosen, seed, scale, progress):
         got, moments = adamw.step(chosen, got, gradient, moments, factor)
     assert_trees_close(got, expected, rtol=1e-9)
     assert int(moments.taken) == 3
-    mapped(np.testing.assert_array_equal, params, weights(QWEN2))  # what was given stays as it was
+    tree_map(np.testing.assert_array_equal, params, weights(QWEN2))  # what was given stays as it was
 
 
 def test_adamw_keeps_float32():
     params = weights(QWEN3, dtype="float32")
-    got, moments = adamw.step(adamw.Settings(), params, params, zero_moments(params), np.float64(0.5))
+    got, moments = adamw.step(adamw.AdamWConfig(), params, params, zero_moments(params), np.float64(0.5))
     assert {leaf.dtype.name for tree in (got, moments.first, moments.second) for leaf in leaves(tree)} == {"float32"}
 
 
@@ -103,5 +103,5 @@ def test_ten_steps():
 
 def test_ten_steps_in_float32():
     params = lively_params(QWEN3)
-    losses, _ = ten_steps_by_hand(QWEN3, arrays(params))
+    losses, _ = ten_steps_by_hand(QWEN3, to_numpy(params))
     np.testing.assert_allclose(losses, ten_steps_by_jax(QWEN3, params, np.float32(0.5))[0], rtol=1e-4)
