@@ -2,14 +2,14 @@
 
     FOLDER/checkpoints/STEP/params/         an Orbax v1 pytree; inference reads this alone
                             optimizer/      another
-                            state.json      step, PRNG settings, and whatever the caller must remember
+                            state.json      step, PRNG settings, and the caller's state
                             manifest.json   SHA-256 of every file above
 
-STEP is also an Orbax v1 checkpoint of its own, with items `params` and `optimizer`.
+STEP is an Orbax v1 checkpoint too, with items `params` and `optimizer`.
 
-Orbax commits by a rename without fsync and without a checksum, so the promises are kept here. A checkpoint is built in
-a hidden folder, synced, and appears by one rename: a kill at any instant leaves the older ones and no partial one.
-Nothing is loaded before its SHA-256 has been checked: damage is named, and the newest sound checkpoint is used.
+Orbax commits by a rename without fsync or checksum. So a checkpoint is built in a hidden folder, synced, and appears by
+one rename: a kill at any instant leaves the older ones and no partial one. Nothing is loaded before its SHA-256 is
+checked: damage is named, and the newest sound checkpoint is used.
 """
 
 import concurrent.futures
@@ -34,12 +34,10 @@ from engine.files import folder_lock, whole_folder
 from engine.storage.digest import leaves_by_path
 from engine.storage.manifest import verify, write_manifest
 
-PARTS = ("params", "optimizer")
-
 
 @dataclasses.dataclass(frozen=True)
 class LoadedCheckpoint:
-    """The contents of a checkpoint. `damaged` names, a line a file, what was passed over on the way to this sound one."""
+    """The contents of a checkpoint. `damaged` names, a line a file, the damage in newer ones."""
 
     path: Path
     step: int
@@ -52,19 +50,18 @@ class LoadedCheckpoint:
 def save(folder: Path, step: int, params: Any, optimizer: Any, state: dict[str, Any], *, keep: int = 3) -> Path:
     """Writes `folder/checkpoints/STEP` and returns its path once it is durable; then removes all but the newest `keep`.
 
-    params, optimizer: pytrees of JAX or NumPy arrays. state: what JSON can hold (tuples come back as lists, keys as
-    text). A checkpoint of the same step is replaced. Only steps up to `step` count towards `keep`: later ones belong to
-    a future that this run has gone back from, and are neither counted nor removed.
+    params, optimizer: pytrees of JAX or NumPy arrays. state: JSON (tuples come back as lists, keys as text). A checkpoint
+    of the same step is replaced; later steps, from which this run has gone back, are neither counted nor removed.
 
-    Raises UserError, naming the path and the bytes wanted, when the disk is full or refuses; older checkpoints are then
-    as they were, as they are after a KeyboardInterrupt or a kill. Raises TypeError or ValueError, before anything is
-    written, for a leaf that could not be brought back or a state that is not JSON.
+    Raises UserError, naming the path and the bytes wanted, when the disk is full or refuses; older checkpoints then stay as
+    they were, as after a KeyboardInterrupt or a kill. Raises TypeError or ValueError, before anything is written, for a leaf
+    that could not be restored or a state that is not JSON.
     """
     if step < 0 or keep < 1:
         raise ValueError(f"save: step must be at least 0 and keep at least 1, not {step} and {keep}.")
     if jax.process_count() > 1:
         raise UserError(f"Checkpoints are written by one process, and this run has {jax.process_count()}.")
-    trees = {part: _check_leaves(part, tree) for part, tree in zip(PARTS, (params, optimizer))}
+    trees = {"params": _check_leaves("params", params), "optimizer": _check_leaves("optimizer", optimizer)}
     record = json.dumps({"step": step, "prng": _prng_settings(), "state": state}, indent=1, allow_nan=False)
     root = _root(folder)
     target = root / str(step)
@@ -82,10 +79,10 @@ def save(folder: Path, step: int, params: Any, optimizer: Any, state: dict[str, 
                 write_manifest(building)
             for old in [earlier for earlier in steps(folder) if earlier <= step][:-keep]:
                 # Hidden by one rename, then removed: a kill in between leaves nothing that looks like a checkpoint.
-                with contextlib.suppress(OSError):  # the new one is safe, and the next save tries again
+                with contextlib.suppress(OSError):  # the next save tries again
                     shutil.rmtree((root / str(old)).rename(root / f".{old}.gone"), ignore_errors=True)
     except (OSError, ValueError) as error:
-        # TensorStore passes on by a ValueError what the operating system said.
+        # TensorStore tells the operating system's error in a ValueError.
         code = re.search(r"os_error_code='(\d+)'", str(error))
         if not code and not isinstance(error, OSError):
             raise
@@ -97,18 +94,17 @@ def save(folder: Path, step: int, params: Any, optimizer: Any, state: dict[str, 
     return target
 
 
-def load(folder: Path, step: int | None, params_like: Any, optimizer_like: Any) -> LoadedCheckpoint:
-    """Loads the newest sound checkpoint of a run folder, or checkpoint `step`, to train on from.
+def load(folder: Path, params_like: Any, optimizer_like: Any) -> LoadedCheckpoint:
+    """Loads the newest sound checkpoint of a run folder to train on from, once what killed saves left is swept away.
 
-    params_like, optimizer_like: trees of arrays or `jax.ShapeDtypeStruct` (`jax.eval_shape`) that say which structure,
-    shapes and dtypes are wanted. A leaf with a sharding is placed by it; the others go, uncommitted, to the default
-    device. What killed saves left behind is swept away first.
+    params_like, optimizer_like: trees of arrays or `jax.ShapeDtypeStruct` (`jax.eval_shape`) with the structure, shapes and
+    dtypes wanted. A leaf with a sharding is placed by it; the others go, uncommitted, to the default device.
 
     Raises UserError when there is no checkpoint, none is sound (each damaged file is named), a leaf differs in path,
-    shape or dtype, or the keys would be drawn by other PRNG settings than those the checkpoint was trained with.
+    shape or dtype, or it was trained with other PRNG settings, by which its keys would draw other numbers.
     """
     sweep(folder)
-    newest, damaged = _newest_sound(folder, skip=(), step=step)
+    newest, damaged = _newest_sound(folder)
     record, settings = _read_state(newest), _prng_settings()
     if record["prng"] != settings:
         former, now = (", ".join(f"{name}={value}" for name, value in of.items()) for of in (record["prng"], settings))
@@ -116,27 +112,27 @@ def load(folder: Path, step: int | None, params_like: Any, optimizer_like: Any) 
             f"{newest} was trained with {former}; with the settings of now, {now}, its keys would draw other numbers. "
             f"Set the former in the environment ({', '.join(name.upper() for name in record['prng'])})."
         )
-    params, optimizer = (_read_arrays(newest, part, like) for part, like in zip(PARTS, (params_like, optimizer_like)))
+    params, optimizer = _read_arrays(newest, "params", params_like), _read_arrays(newest, "optimizer", optimizer_like)
     return LoadedCheckpoint(newest, record["step"], params, optimizer, record["state"], damaged)
 
 
-def load_params(path: Path, like: Any = None) -> LoadedCheckpoint:
+def load_params(path: Path) -> LoadedCheckpoint:
     """Loads the weights alone, for inference: from a run folder (its newest sound checkpoint) or from one checkpoint.
 
-    Reads and checks everything but the optimizer, which may be damaged or gone; `LoadedCheckpoint.optimizer` is None. Without
-    `like` the structure is that on disk: dicts, and lists for tuples. Nothing on disk is changed.
+    Checks everything but the optimizer, which may be damaged or gone; `LoadedCheckpoint.optimizer` is None. The tree is that
+    on disk: dicts, and lists for tuples. Changes nothing on disk.
 
-    Raises UserError as `load` does, but not for PRNG settings, which weights do not depend on.
+    Raises UserError as `load` does, but not for PRNG settings.
     """
     newest, damaged = Path(path).absolute(), list[str]()
     if _root(newest).is_dir():
-        newest, damaged = _newest_sound(newest, skip=("optimizer",), step=None)
+        newest, damaged = _newest_sound(newest, skip=("optimizer",))
     elif not (newest / "params").is_dir():
         raise UserError(f"There is no checkpoint at {path}.")
     elif lines := verify(newest, skip=("optimizer",)):
         raise UserError(f"Checkpoint {path} is damaged: {'; '.join(lines)}. Use another checkpoint of the run.")
     record = _read_state(newest)
-    return LoadedCheckpoint(newest, record["step"], _read_arrays(newest, "params", like), None, record["state"], damaged)
+    return LoadedCheckpoint(newest, record["step"], _read_arrays(newest, "params"), None, record["state"], damaged)
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
@@ -144,63 +140,63 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def steps(folder: Path) -> list[int]:
-    """Returns the steps of which a run folder has a checkpoint, sound or not, oldest first; empty when there is none."""
-    root = _root(folder)
-    if not root.is_dir():
-        return []
-    named = (entry for entry in root.iterdir() if re.fullmatch(r"0|[1-9][0-9]*", entry.name))
-    return sorted(int(entry.name) for entry in named if entry.is_dir())
+    """Returns the steps of which a run folder has a checkpoint, sound or not, oldest first."""
+    folders = (entry for entry in _root(folder).glob("*") if entry.is_dir())
+    return sorted(int(entry.name) for entry in folders if re.fullmatch(r"0|[1-9][0-9]*", entry.name))
 
 
 def set_aside(folder: Path, after: int) -> list[Path]:
-    """Renames every checkpoint of a step beyond `after` to `damaged-STEP`, and returns the new paths.
+    """Renames every checkpoint beyond step `after` to `damaged-STEP`, and returns the new paths.
 
-    For a run that goes back to an older checkpoint: what it left behind must not pass for its newest later on.
+    A run that goes back to an older checkpoint must not take them for its newest later on.
     """
     root = _root(folder)
     moved = []
     for step in [step for step in steps(folder) if step > after]:
-        target = root / f"damaged-{step}"
-        if target.exists():
-            shutil.rmtree(target)
+        shutil.rmtree(target := root / f"damaged-{step}", ignore_errors=True)
         moved.append((root / str(step)).rename(target))
     return moved
 
 
 def sweep(folder: Path) -> None:
-    """Removes what killed saves left below a run folder; leaves all as it is while another process saves there."""
+    """Removes what killed saves left below a run folder, unless another process saves there."""
     root = _root(folder)
     with contextlib.suppress(OSError), folder_lock(root, wait=False):
         _sweep(root)
+
+
+def _sweep(root: Path) -> None:
+    """Removes hidden folders, which are nobody's while the lock is held."""
+    for leftover in [entry for entry in root.iterdir() if re.match(r"\.\d+\.", entry.name)]:
+        step = leftover.name.split(".")[1]
+        # A kill while a step was replaced: the old checkpoint in here is whole.
+        if (leftover / step).is_dir() and not (root / step).exists():
+            os.replace(leftover / step, root / step)
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _root(folder: Path) -> Path:
     return Path(folder).absolute() / "checkpoints"  # Orbax refuses relative paths
 
 
-def _newest_sound(folder: Path, skip: tuple[str, ...], step: int | None) -> tuple[Path, list[str]]:
-    """Returns the newest sound checkpoint, or that of `step`, and what is wrong with newer ones."""
-    saved_steps = steps(folder)
-    if not saved_steps:
-        raise UserError(f"{folder} has no checkpoint.")
-    if step not in (None, *saved_steps):
-        raise UserError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, saved_steps))}.")
+def _newest_sound(folder: Path, skip: tuple[str, ...] = ()) -> tuple[Path, list[str]]:
+    """Returns the newest sound checkpoint, and what is wrong with newer ones."""
     damaged: list[str] = []
-    for candidate in reversed(saved_steps) if step is None else [step]:
-        path = _root(folder) / str(candidate)
+    for step in reversed(steps(folder)):
+        path = _root(folder) / str(step)
         if not (lines := verify(path, skip)):
             return path, damaged
         damaged += lines
-    where, others = ("", []) if step is None else (f" of step {step}", [str(other) for other in saved_steps if other != step])
-    hint = f"Try one of steps {', '.join(others)}." if others else "Train anew, or restore the files from a copy."
-    raise UserError(f"{folder} has no sound checkpoint{where}: {'; '.join(damaged)}. {hint}")
+    if not damaged:
+        raise UserError(f"{folder} has no checkpoint.")
+    raise UserError(f"{folder} has no sound checkpoint: {'; '.join(damaged)}. Train anew, or restore the files from a copy.")
 
 
 # Arrays, by Orbax
 
 
 def _check_leaves(part: str, tree: Any) -> Any:
-    """Returns `tree` with NumPy scalars as 0-d arrays, once it is sure that Orbax can bring every leaf back."""
+    """Returns `tree` with NumPy scalars as 0-d arrays. Raises for a leaf that Orbax could not restore."""
     names: dict[str, str] = {}
     for path, leaf in leaves_by_path(tree).items():
         name = f"{part}/{'/'.join(path)}"
@@ -220,10 +216,10 @@ def _check_leaves(part: str, tree: Any) -> Any:
 
 
 def _run_orbax[T](work: Callable[[ModuleType], T]) -> T:
-    """Runs `work(ocp)` in a thread of its own, with Orbax under our options; imported only now: that takes 0.4 s.
+    """Runs `work(ocp)` in a thread, with Orbax under our options; imported only now: that takes 0.4 s.
 
-    Ctrl-C is raised in the main thread, which waits here. In the middle of Orbax it would leave closed event loops with
-    callbacks still to come, and pages of traceback; so a first Ctrl-C waits until the arrays are moved.
+    Ctrl-C is raised in the main thread, which waits here until the arrays are moved. In the middle of Orbax it would leave
+    closed event loops with callbacks still to come, and pages of traceback.
     """
 
     def run() -> T:
@@ -231,12 +227,12 @@ def _run_orbax[T](work: Callable[[ModuleType], T]) -> T:
 
         context = ocp.Context()
         context.array.saving.use_compression = False  # weights do not compress: zstd doubles the time and saves 8%
-        # Else a folder that cannot be made is only noticed by a timeout in another thread, after twenty minutes.
+        # Else a folder that cannot be made is only noticed by a timeout, after twenty minutes.
         context.asynchronous.create_directories_asynchronously = False
-        context.memory.deepcopy_host_arrays = False  # we wait for the save, so nobody changes an array under it
+        context.memory.deepcopy_host_arrays = False  # nobody changes an array while we wait
         logger = logging.getLogger("absl")
         level = logger.level
-        logger.setLevel(logging.CRITICAL)  # what Orbax logs as an error it also raises
+        logger.setLevel(logging.CRITICAL)  # Orbax raises each error that it logs
         try:
             with context:
                 return work(ocp)
@@ -254,22 +250,21 @@ def _write_arrays(building: Path, trees: dict[str, Any]) -> None:
     inner = building / "orbax"  # Orbax wants to make the folder itself
     _run_orbax(lambda ocp: ocp.save_checkpointables(inner, filled))
     (inner / "commit_success.txt").unlink(missing_ok=True)  # says only where it was built
-    for entry in list(inner.iterdir()):
+    for entry in [*inner.iterdir()]:
         entry.rename(building / entry.name)
     inner.rmdir()
 
 
-def _read_arrays(checkpoint: Path, part: str, like: Any) -> Any:
+def _read_arrays(checkpoint: Path, part: str, like: Any = None) -> Any:
     def read(ocp: ModuleType) -> tuple[Any, dict]:
         stored = ocp.metadata(checkpoint, part).metadata if (checkpoint / part).is_dir() else {}
-        # Without the shardings that Orbax noted: the devices of then need not exist now.
+        # Without the shardings that Orbax noted: those devices need not exist now.
         bare = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
         target = bare if like is None else like
         wanted = _kinds(target)
         _refuse_difference(checkpoint / part, wanted, _kinds(stored))
-        if not wanted:
-            return target, wanted
-        return ocp.load(checkpoint, jax.tree.map(_as_abstract, target), checkpointable_name=part), wanted
+        abstract = jax.tree.map(_as_abstract, target)
+        return ocp.load(checkpoint, abstract, checkpointable_name=part) if wanted else target, wanted
 
     tree, wanted = _run_orbax(read)
     tree = jax.tree.map(lambda leaf: jax.device_put(leaf) if isinstance(leaf, np.ndarray) else leaf, tree)
@@ -282,7 +277,7 @@ def _kinds(tree: Any) -> dict[tuple[str, ...], str]:
 
 
 def _as_abstract(leaf: Any) -> Any:
-    """Returns what tells Orbax how to restore a leaf: by its sharding, or into host memory (twice as fast on one device)."""
+    """Returns a leaf for Orbax to restore by its sharding, or into host memory (twice as fast on one device)."""
     if getattr(leaf, "sharding", None) is not None and getattr(leaf, "committed", True):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
     return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)  # a shape and a dtype without the memory
@@ -290,13 +285,11 @@ def _as_abstract(leaf: Any) -> Any:
 
 def _refuse_difference(where: Path, wanted: dict, came: dict) -> None:
     """Raises UserError for other paths, shapes or dtypes: Orbax casts dtypes in silence and blames shapes on a handler."""
-    differing = sorted(path for path in wanted.keys() | came.keys() if wanted.get(path) != came.get(path))
-    if differing:
-        first = differing[0]
+    if differing := sorted({path for path, _ in wanted.items() ^ came.items()}):
+        expected, found = (kinds.get(differing[0], "no such array") for kinds in (wanted, came))
         more = f" ({len(differing) - 1} more arrays differ)" if len(differing) > 1 else ""
-        expected, found = (kinds.get(first, "no such array") for kinds in (wanted, came))
         raise UserError(
-            f"{where} is of another model: at {'/'.join(first)} {expected} was wanted and {found} came{more}. "
+            f"{where} is of another model: at {'/'.join(differing[0])} {expected} was wanted and {found} came{more}. "
             "Use the config it was trained with, or another folder."
         )
 
@@ -304,16 +297,3 @@ def _refuse_difference(where: Path, wanted: dict, came: dict) -> None:
 def _prng_settings() -> dict[str, Any]:
     """Returns the settings by which the same key gives the same numbers."""
     return {name: getattr(jax.config, name) for name in ("jax_default_prng_impl", "jax_threefry_partitionable")}
-
-
-# Folders
-
-
-def _sweep(root: Path) -> None:
-    """Removes hidden folders, which are nobody's under the lock: a killed process has let go of it."""
-    for leftover in [entry for entry in root.iterdir() if re.match(r"\.\d+\.", entry.name)]:
-        step = leftover.name.split(".")[1]
-        # A kill while one checkpoint replaced another of the same step: the old one is whole, and has no place yet.
-        if (leftover / step).is_dir() and not (root / step).exists():
-            os.replace(leftover / step, root / step)
-        shutil.rmtree(leftover, ignore_errors=True)

@@ -28,7 +28,7 @@ def state_digest(folder: Path) -> str:
     cfg = read_config(folder)
     tx = make_optimizer(OptimizerConfig(**read_json(folder / "run.json")["recipe"]["optimizer"]))
     like = jax.eval_shape(lambda: init_state(tx, init_params(cfg, jax.random.key(0))))
-    loaded = checkpoint.load(folder, None, like.trainable, like.opt_state)
+    loaded = checkpoint.load(folder, like.trainable, like.opt_state)
     assert not loaded.damaged
     return f"{loaded.step} {digest(loaded.params)} {digest(loaded.optimizer)}"
 

@@ -27,7 +27,7 @@ from engine.storage.manifest import verify
 def test_everything_comes_back_bit_for_bit(tmp_path):
     path = put_model(tmp_path, 7)
     assert path == tmp_path / "checkpoints" / "7"
-    loaded = load(tmp_path, None, *MODEL)
+    loaded = load(tmp_path, *MODEL)
     assert same_bits(loaded.params, make_params(7))
     assert same_bits(loaded.optimizer, make_optimizer(7))
     assert (loaded.path, loaded.step, loaded.state, loaded.damaged) == (path, 7, STATE, [])
@@ -39,7 +39,7 @@ def test_everything_comes_back_bit_for_bit(tmp_path):
 
 def test_restored_arrays_behave_like_fresh_ones(tmp_path):
     put_model(tmp_path, 1)
-    weights = load(tmp_path, None, *MODEL).params["layers"]
+    weights = load(tmp_path, *MODEL).params["layers"]
     assert not any(leaf.committed for leaf in jax.tree.leaves(weights))
     step = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)
     assert same_bits(step(weights), step(make_params(1)["layers"]))
@@ -49,7 +49,7 @@ def test_restored_arrays_behave_like_fresh_ones(tmp_path):
 def test_host_arrays_scalars_and_strides_come_back(tmp_path):
     host = {"turned": np.arange(6, dtype=np.float32).reshape(2, 3).T, "one": np.float32(-0.0), "flag": np.bool_(True)}
     save(tmp_path, 0, host, {}, {})
-    back = load(tmp_path, 0, host, {})
+    back = load(tmp_path, host, {})
     assert digest(back.params) == digest(host)
     assert back.optimizer == {}
 
@@ -58,7 +58,7 @@ def test_a_sharding_that_is_asked_for_is_used(tmp_path):
     put_model(tmp_path, 1)
     sharding = jax.sharding.NamedSharding(jax.make_mesh((1,), ("data",)), jax.sharding.PartitionSpec())
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), MODEL[0])
-    params = load_params(tmp_path, like).params
+    params = load(tmp_path, like, MODEL[1]).params
     assert same_bits(params, make_params(1))
     assert {leaf.sharding for leaf in jax.tree.leaves(params)} == {sharding}
 
@@ -67,14 +67,12 @@ def test_params_load_alone(tmp_path):
     path = put_model(tmp_path, 3)
     shutil.rmtree(path / "optimizer")
     for where in (tmp_path, path, os.path.relpath(path)):
-        loaded = load_params(where, MODEL[0])
-        assert same_bits(loaded.params, make_params(3))
+        loaded = load_params(where)
+        assert digest(loaded.params) == digest(make_params(3))
+        assert loaded.params["quantized"].keys() == {"values", "scale"}
         assert (loaded.path.resolve(), loaded.optimizer, loaded.state) == (path, None, STATE)
     assert verify(path, skip=("optimizer",)) == []
     assert verify(path) != []
-    params = load_params(tmp_path).params  # without a tree like it
-    assert digest(params) == digest(make_params(3))
-    assert params["quantized"].keys() == {"values", "scale"}
 
 
 def test_orbax_itself_reads_a_step_folder(tmp_path):
@@ -121,14 +119,13 @@ def test_what_could_not_come_back_is_refused_before_anything_is_written(tmp_path
 def test_another_model_is_named(tmp_path, changed, said):
     put_model(tmp_path, 1)
     like = MODEL[0] | jax.eval_shape(lambda: changed)
-    for sentence in (refusal(load, tmp_path, None, like, MODEL[1]), refusal(load_params, tmp_path, like)):
-        assert re.search(f"checkpoints/1/params is of another model: at {said}", sentence)
+    assert re.search(f"checkpoints/1/params is of another model: at {said}", refusal(load, tmp_path, like, MODEL[1]))
 
 
 def test_another_optimizer_is_named(tmp_path):
     put_model(tmp_path, 1)
     like = jax.eval_shape(lambda: optax.sgd(0.1, momentum=0.9).init({"w": jnp.ones((4, 3))}))
-    assert "checkpoints/1/optimizer is of another model" in refusal(load, tmp_path, None, MODEL[0], like)
+    assert "checkpoints/1/optimizer is of another model" in refusal(load, tmp_path, MODEL[0], like)
 
 
 def test_64_bits_are_not_halved_in_silence(tmp_path):
@@ -187,7 +184,6 @@ def test_every_damage_to_every_file_is_named_and_passed_over(tmp_path, way):
             fallen_back = load_params(tmp_path)
             assert (fallen_back.step, fallen_back.damaged) == (1, loaded.damaged)
             assert str(file) in refusal(load_params, newest)
-        assert re.search(re.escape(str(file)) + r".*Try one of steps 1\.", refusal(get, tmp_path, 2))
         shutil.copy(whole / file.relative_to(newest), file)
     assert is_step(get(tmp_path), 2)
 
@@ -222,8 +218,6 @@ def test_when_none_is_sound_all_damage_is_named(tmp_path):
 def test_no_checkpoint_is_said(tmp_path):
     for read, folder in ((get, tmp_path), (load_params, tmp_path), (load_params, tmp_path / "none")):
         assert "no checkpoint" in refusal(read, folder)
-    put(tmp_path, 4)
-    assert "no checkpoint of step 5; it has 4" in refusal(get, tmp_path, 5)
 
 
 # Which are kept
@@ -241,7 +235,7 @@ def test_going_back_removes_no_future_and_is_not_removed_by_it(tmp_path):
         put(tmp_path, step)
     put(tmp_path, 15, keep=1)
     assert steps(tmp_path) == [15, 20, 30]
-    assert is_step(get(tmp_path, 15), 15)
+    assert load_params(tmp_path / "checkpoints" / "15").step == 15
 
 
 def test_a_step_is_replaced_whole(tmp_path):

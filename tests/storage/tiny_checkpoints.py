@@ -59,8 +59,8 @@ def put(folder: Path, step: int, **options) -> Path:
     return save(folder, step, *tiny(step), {"at": step}, **options)
 
 
-def get(folder: Path, step: int | None = None) -> LoadedCheckpoint:
-    return load(folder, step, *jax.eval_shape(lambda: tiny(0)))
+def get(folder: Path) -> LoadedCheckpoint:
+    return load(folder, *jax.eval_shape(lambda: tiny(0)))
 
 
 def same_bits(one, other) -> bool:
