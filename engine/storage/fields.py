@@ -1,4 +1,4 @@
-"""Fields that describe an architecture, in a config.json or a GGUF file. What is not understood is refused, never ignored."""
+"""Reads the fields that describe an architecture in a config.json or a GGUF file; refuses each that is not understood."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -8,16 +8,16 @@ from engine.errors import UserError, nearest
 from engine.model.config import ModelConfig
 from engine.storage.untrusted import quote
 
-# The name of an architecture -> (qkv_bias, qk_norm), which its fields leave unsaid. Mistral's block is Llama's.
+# Architecture -> (qkv_bias, qk_norm), which its fields leave unsaid. Mistral's block is Llama's.
 BLOCKS = {"llama": (False, False), "mistral": (False, False), "qwen2": (True, False), "qwen3": (False, True)}
 
 
 def architecture_of(cfg: ModelConfig) -> str:
-    """Returns the name of the architecture whose block this is. Raises UserError when no published one has it."""
-    name = next((name for name, block in BLOCKS.items() if block == (cfg.qkv_bias, cfg.qk_norm)), None)
-    if name is None:
-        raise UserError("No published architecture has both qkv_bias and qk_norm, so this model cannot be written for others.")
-    return name
+    """Returns the name of the architecture with this block. Raises UserError when no published one has it."""
+    for name, block in BLOCKS.items():
+        if block == (cfg.qkv_bias, cfg.qk_norm):
+            return name
+    raise UserError("No published architecture has both qkv_bias and qk_norm, so this model cannot be written for others.")
 
 
 class Fields(NamedTuple):
@@ -41,16 +41,15 @@ class Fields(NamedTuple):
         """Returns a number; raises UserError for one that is missing (or null) without a `default`, negative or giant."""
         value = self.values.get(name)
         value = default if value is None else value
-        called = self.prefix + name
         if value is None:
-            raise UserError(f"{self.path} does not say {called}.")
-        if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float) or not 0 <= value < 2**40:
-            raise UserError(f"{self.path}: {called} should be one number of ordinary size, not {quote(value)}.")
+            raise UserError(f"{self.path} does not say {self.prefix}{name}.")
+        if type(value) not in (int, kind) or not 0 <= value < 2**40:
+            raise UserError(f"{self.path}: {self.prefix}{name} should be one number of ordinary size, not {quote(value)}.")
         return kind(value)
 
     def flag(self, name: str) -> bool:
-        """Returns true or false, the latter by default; raises UserError for anything else."""
+        """Returns true or false (the default); raises UserError for anything else."""
         value = self.values.get(name, False)
         if not isinstance(value, bool):
-            raise UserError(f"{self.path}: {name} should be true or false, not {quote(value)}.")
+            raise UserError(f"{self.path}: {self.prefix}{name} should be true or false, not {quote(value)}.")
         return value

@@ -1,6 +1,5 @@
-"""The model finder: from the name or path that `--model` takes to a model, its architecture, or adapters on it."""
+"""Finds and loads the model that `--model` names: by its name or path, with or without adapters on it."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,7 +24,7 @@ FORMS = (
 
 
 class Location(NamedTuple):
-    """Where a model lies and in which form: `path` is what to read, `run` the run folder of a run (`adapter`: a LoRA run)."""
+    """Where a model lies and in which form (`adapter`: a LoRA run): `path` is read, `run` is the run folder of a run."""
 
     form: Literal["gguf", "hugging face", "run", "adapter"]
     path: Path
@@ -33,9 +32,9 @@ class Location(NamedTuple):
 
 
 def locate(name: str | None, report: Report = None) -> Location:
-    """Returns where the model `--model` names lies, by default the run that was saved to last; a named one is fetched.
+    """Returns where the model `--model` names lies, by default the run that was saved to last.
 
-    `report`: bytes fetched and in all. Raises UserError when there is no model.
+    A named asset is fetched (`report`: bytes done and in all). Raises UserError when there is no model.
     """
     if name in MODELS:
         return Location("gguf", fetch(name, report)["model"])
@@ -45,19 +44,19 @@ def locate(name: str | None, report: Report = None) -> Location:
     if (path / "config.json").is_file() and not (path / "run.json").exists():  # a run of ours has a run.json beside it
         return Location("hugging face", path)
     run = _run_of(path, name or str(path))
-    lora = run_folder.is_lora(run_folder.read_json(run / "run.json"))
-    return Location("adapter" if lora else "run", path, run)
+    trained = str(run_folder.read_json(run / "run.json").get("learns", ""))
+    return Location("adapter" if trained.startswith("rank=") else "run", path, run)
 
 
 def _run_of(path: Path, name: str) -> Path:
     """Returns the run folder that a path lies in."""
-    if (path / "checkpoints").is_dir() and (path / "run.json").exists():
-        return path
+    if (path / "run.json").exists():
+        if (path / "checkpoints").is_dir():
+            return path
+        raise UserError(f"{path} has no checkpoint yet: its run was stopped before the first one was saved.")
     for step in (path, path.absolute()):
         if (step / "params").is_dir() and step.parent.name == "checkpoints":
             return step.parents[1]
-    if (path / "run.json").exists():
-        raise UserError(f"{path} has no checkpoint yet: its run was stopped before the first one was saved.")
     if name in ASSETS:
         raise UserError(f"{name} is a text, not a model; --model takes {FORMS}.")
     if path.exists():
@@ -66,7 +65,7 @@ def _run_of(path: Path, name: str) -> Path:
 
 
 def read_config(name: str | None) -> ModelConfig:
-    """Returns the architecture of the model `--model` names, before any of its weights is read; raises as `load_model`."""
+    """Reads the architecture of the model `--model` names, and none of its weights; raises as `load_model` does."""
     location = locate(name)
     if location.run:
         return run_folder.read_config(location.run)
@@ -78,10 +77,9 @@ def load_model(
 ) -> LoadedModel:
     """Loads the model `--model` names, by default the run that was saved to last; a LoRA run with its adapter on its base.
 
-    `dtype` is that of the matrices of a model that is not a run of ours, by default its own compute dtype. `report`: bytes
-    or numbers done and in all, while fetching and reading. `on_config` gets the architecture before weights are read.
-    Raises UserError when there is none, it is damaged, it is of a form that is not known here, or its weights alone are
-    more than the memory there is.
+    `dtype`: of the matrices of a model that is no run of ours, by default its own compute dtype. `report`: bytes or numbers
+    done and in all, while fetching and reading. `on_config` gets the architecture before weights are read. Raises UserError
+    when there is none, it is damaged or of an unknown form, or its weights alone exceed the memory.
     """
 
     def prepare(cfg: ModelConfig) -> None:
@@ -99,9 +97,8 @@ def load_model(
         return _load_adapted(run, on_config)
     cfg = run_folder.read_config(run)
     tokenizer, ends = run_folder.read_tokenizer(run)
-    if tokenizer.vocab > cfg.vocab:
-        sizes = f"{tokenizer.vocab:,} tokens and the model {cfg.vocab:,}"
-        raise UserError(f"{run / 'tokenizer'} has {sizes}: one of them was replaced.")
+    if (own := tokenizer.vocab) > cfg.vocab:
+        raise UserError(f"{run / 'tokenizer'} has {own:,} tokens and the model {cfg.vocab:,}: one of them was replaced.")
     prepare(cfg)
     loaded = checkpoint.load_params(location.path)
     return LoadedModel(run.name, cfg, loaded.params, tokenizer, ends, loaded.path, run, tuple(loaded.damaged))
@@ -113,25 +110,25 @@ def _load_adapted(run: Path, on_config: OnConfig) -> LoadedModel:
     if not adapter.is_dir():
         stopped = "its fine-tuning was stopped. The same command goes on"
         raise UserError(f"{run} has no adapter yet: {stopped}: {record.get('command')}")
+    base_name = record["base"]["model"]
     try:
-        base = load_model(record["base"]["model"], on_config=on_config)
+        base = load_model(base_name, on_config=on_config)
     except UserError as error:
-        raise UserError(f"{run} adapts {record['base']['model']}, which cannot be read: {error}") from None
-    tokenizer, ends = run_folder.read_tokenizer(run)
+        raise UserError(f"{run} adapts {base_name}, which cannot be read: {error}") from None
     params = with_adapters(base.cfg, base.params, [run])
-    changes = {"name": run.name, "params": params, "tokenizer": tokenizer, "ends": ends, "checkpoint": adapter, "run": run}
-    return dataclasses.replace(base, **changes)
+    return LoadedModel(run.name, base.cfg, params, *run_folder.read_tokenizer(run), adapter, run, base.damaged)
 
 
 def with_adapters(cfg: ModelConfig, params: Any, folders: Sequence[Path]) -> Any:
     """Returns params with the adapters in `folders` on them, each a folder in PEFT's layout or a LoRA run's.
 
-    params stay as they are; what several adapters add is added up. Raises UserError when an adapter is missing, is
-    damaged, or was trained on other weights (their digest differs).
+    params stay as they are; several adapters add up. Raises UserError when an adapter is missing, is damaged, or was trained
+    on other weights (their digest differs).
     """
     adapted, base = params, digest(params) if folders else None
     for folder in folders:
-        place = folder / run_folder.ADAPTER if (folder / run_folder.ADAPTER).is_dir() else folder
+        inner = folder / run_folder.ADAPTER
+        place = inner if inner.is_dir() else folder
         adapter = load_adapter(place, cfg, base=base)
         try:
             adapted = merge(adapter, adapted)

@@ -18,7 +18,7 @@ class LoadedModel:
 
     params: matrices in the dtype asked for (float32 for a run of ours), gains and biases float32. Any of `ends` ends a
     completion, the tokenizer's own first. `checkpoint` is the file or folder that was read, `run` the run folder it lies
-    in, if it is a run's. `damaged` names, a line a file, what was passed over on the way to a sound checkpoint.
+    in, if any. `damaged` names, a line a file, the damage in newer checkpoints.
     """
 
     name: str

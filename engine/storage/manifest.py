@@ -3,7 +3,6 @@
 import concurrent.futures
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,15 @@ NAME = "manifest.json"
 def write_manifest(folder: Path) -> None:
     """Writes `folder/manifest.json` over all files that are below `folder` now. Syncs nothing."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        entries = dict(zip(names := _files(folder), pool.map(_describe, (folder / name for name in names))))
-    (folder / NAME).write_bytes(_render(entries))
+        entries = {name: pool.submit(_describe, folder / name) for name in _files(folder)}
+        (folder / NAME).write_bytes(_render({name: entry.result() for name, entry in entries.items()}))
 
 
 def verify(folder: Path, skip: tuple[str, ...] = ()) -> list[str]:
     """Returns each damaged, missing or extra file, a line each; empty when every file is as it was written.
 
-    Folders directly below `folder` whose names are in `skip` are not looked at. The manifest guards itself too: it
-    holds its own SHA-256 and must be, byte for byte, what `write_manifest` writes.
+    Folders directly below `folder` named in `skip` are left out. The manifest guards itself too: it holds its own SHA-256
+    and must be, byte for byte, as `write_manifest` writes it.
     """
     listing = folder / NAME
     try:
@@ -36,11 +35,14 @@ def verify(folder: Path, skip: tuple[str, ...] = ()) -> list[str]:
     except (ValueError, KeyError, TypeError):
         return [f"{listing} is damaged"]
 
-    wanted = {name: entry for name, entry in wanted.items() if name.split("/")[0] not in skip}
-    present = [name for name in _files(folder) if name.split("/")[0] not in skip]
+    present = _files(folder)
 
     def fault(name: str) -> str | None:
         path = folder / name
+        if name not in present:
+            return f"{path} is missing"
+        if name not in wanted:
+            return f"{path} does not belong there"
         try:
             size = path.stat().st_size
             if size != wanted[name]["bytes"]:
@@ -49,17 +51,14 @@ def verify(folder: Path, skip: tuple[str, ...] = ()) -> list[str]:
         except OSError as error:
             return f"{path} cannot be read: {error.strerror}"
 
+    names = sorted(name for name in wanted.keys() | present if name.split("/")[0] not in skip)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        damaged = [line for line in pool.map(fault, [name for name in present if name in wanted]) if line]
-    missing = [f"{folder / name} is missing" for name in sorted(wanted.keys() - set(present))]
-    extra = [f"{folder / name} does not belong there" for name in present if name not in wanted]
-    return damaged + missing + extra
+        return [line for line in pool.map(fault, names) if line]
 
 
-def _files(folder: Path) -> list[str]:
-    """Returns the paths of all files below `folder`, relative to it and sorted, the manifest itself left out."""
-    below = (Path(root, name).relative_to(folder).as_posix() for root, _, names in os.walk(folder) for name in names)
-    return sorted(name for name in below if name != NAME)
+def _files(folder: Path) -> set[str]:
+    """Returns the relative paths of all files below `folder` but the manifest itself."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()} - {NAME}
 
 
 def _describe(path: Path) -> dict[str, Any]:

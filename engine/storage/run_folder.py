@@ -1,9 +1,9 @@
-"""A run folder as its readers see it: the newest one, its JSON files, its tokenizer.
+"""A run folder's files: finds the newest run, reads its JSON files, reads and writes its tokenizer.
 
 runs/NAME/config.json      the architecture
           run.json         how it was trained, and at last the result
-          tokenizer/       tokenizer.json as Hugging Face's libraries read it; generation_config.json: what ends a text
-          adapter/         what a LoRA run trained
+          tokenizer/       as Hugging Face's libraries read it; generation_config.json: which tokens end a text
+          adapter/         the adapter that a LoRA run trained
           checkpoints/STEP/
 """
 
@@ -48,11 +48,6 @@ def read_config(folder: Path) -> ModelConfig:
         raise UserError(f"{folder / 'config.json'} does not describe a model: {error}.") from None
 
 
-def is_lora(record: dict[str, Any]) -> bool:
-    """Returns whether a run.json is that of a run that trains a LoRA adapter and leaves its base as it is."""
-    return str(record.get("learns", "")).startswith("rank=")
-
-
 def read_tokenizer(folder: Path) -> tuple[Tokenizer, tuple[int, ...]]:
     """Returns a run's tokenizer and the ids of which any ends a completion, the tokenizer's own first."""
     tokenizer = load_tokenizer(folder / "tokenizer")
@@ -62,6 +57,6 @@ def read_tokenizer(folder: Path) -> tuple[Tokenizer, tuple[int, ...]]:
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer, ends: tuple[int, ...]) -> None:
-    """Writes into a run its tokenizer, chat template, and the ids that end a completion: what `read_tokenizer` reads."""
+    """Writes a run's tokenizer, chat template, and the ids that end a completion."""
     tokenizer.save(folder / "tokenizer")
     write_json(folder / "tokenizer" / "generation_config.json", {"eos_token_id": list(ends)})

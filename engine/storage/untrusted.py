@@ -1,7 +1,4 @@
-"""Reading files that somebody else made: sizes are checked before anything is allocated, and their words are quoted briefly.
-
-Tokenizers are built by the tokenizers library, which is never trusted to fail gracefully.
-"""
+"""Reads files that somebody else made: checks sizes before anything is allocated, and quotes the files' words briefly."""
 
 import json
 from collections.abc import Callable, Collection
@@ -16,13 +13,13 @@ LONGEST = 48  # characters of a file's own words that an error repeats
 
 
 def quote(value: Any) -> str:
-    """Returns a value from a file as an error may repeat it: quoted, printable, and short."""
+    """Returns a file's value as an error may repeat it: quoted, printable, and short."""
     text = ascii(value if isinstance(value, str | int | float | bool | None) else type(value).__name__)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def known_name(value: Any, known: Collection[str], what: str, path: Path) -> str:
-    """Returns a name from a file, or raises UserError when it is not among the `known`; `what` is what it names."""
+    """Returns a name from a file. Raises UserError when it is not among the `known`; `what` is what it names."""
     if isinstance(value, str) and value in known:
         return value
     close = nearest(str(value), list(known))
@@ -72,7 +69,7 @@ def read_limited(path: Path, limit: int) -> bytes:
 
 
 def read_text(path: Path, limit: int) -> str:
-    """Reads a text of at most `limit` bytes of UTF-8. Raises UserError when there is no such."""
+    """Reads UTF-8 text of at most `limit` bytes. Raises UserError when there is none."""
     try:
         return read_limited(path, limit).decode()
     except UnicodeDecodeError:
@@ -80,14 +77,14 @@ def read_text(path: Path, limit: int) -> str:
 
 
 def read_json_object(path: Path, limit: int) -> dict[str, Any]:
-    """Reads the object in a JSON file of at most `limit` bytes. Raises UserError when there is no such."""
+    """Reads the object in a JSON file of at most `limit` bytes. Raises UserError when there is none."""
     return parse_json_object(read_limited(path, limit), path)
 
 
 def parse_json_object(data: bytes, path: Path) -> dict[str, Any]:
     """Returns the JSON object in some bytes of `path`. A name given twice is an error: readers differ on it."""
     try:
-        value = json.loads(data, object_pairs_hook=_once)
+        value = json.loads(data, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {quote(str(error))} in its JSON.") from None
     if not isinstance(value, dict):
@@ -95,7 +92,7 @@ def parse_json_object(data: bytes, path: Path) -> dict[str, Any]:
     return value
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in fields:
@@ -105,7 +102,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def build_tokenizer[T](make: Callable[[], T], path: Path) -> T:
-    """Calls `make`: the library raises bare Exception for what it cannot read, and a panic is no Exception at all."""
+    """Calls `make`. Raises UserError for whatever the tokenizers library raises: bare Exception, or a panic, which is none."""
     try:
         return make()
     except (KeyboardInterrupt, SystemExit, MemoryError, UserError):

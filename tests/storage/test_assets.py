@@ -108,7 +108,7 @@ def tool(request, monkeypatch):
         monkeypatch.setattr(assets, "_pip", lambda: None)
     elif assets._pip() is None:
         # An environment that uv made: pip is run through uv, with the same arguments.
-        pip = ["env", "-u", "UV_CONFIG_FILE", str(assets._uv()), "tool", "run", f"--python={sys.executable}", "pip"]
+        pip = ["env", "-u", "UV_CONFIG_FILE", assets._uv()[0], "tool", "run", f"--python={sys.executable}", "pip"]
         if subprocess.run([*pip, "--version"], capture_output=True, check=False).returncode:
             pytest.skip("pip can not be had")
         monkeypatch.setattr(assets, "_pip", lambda: pip)
