@@ -8,14 +8,15 @@ from engine.errors import UserError, nearest
 from engine.model.config import ModelConfig
 from engine.storage.untrusted import quote
 
-# Architecture -> (qkv_bias, qk_norm), which its fields leave unsaid. Mistral's block is Llama's.
-BLOCKS = {"llama": (False, False), "mistral": (False, False), "qwen2": (True, False), "qwen3": (False, True)}
+# Architecture -> the options of its block, which its fields leave unsaid. Mistral's block is Llama's.
+BLOCKS: dict[str, dict[str, Any]] = {"llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
 
 
 def architecture_of(cfg: ModelConfig) -> str:
     """Returns the name of the architecture with this block. Raises UserError when no published one has it."""
+    options = {option: True for option in ("qkv_bias", "qk_norm") if getattr(cfg, option)}
     for name, block in BLOCKS.items():
-        if block == (cfg.qkv_bias, cfg.qk_norm):
+        if block == options:
             return name
     raise UserError("No published architecture has both qkv_bias and qk_norm, so this model cannot be written for others.")
 

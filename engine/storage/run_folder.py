@@ -19,16 +19,13 @@ from engine.text.tokenizer import Tokenizer, load_tokenizer
 ROOT = Path("runs")
 ADAPTER = "adapter"
 LARGEST = 16 * 2**20  # bytes of a JSON file
-REMEDY = "Restore it from a copy, or train anew with --overwrite."
 
 
-def newest(root: Path = ROOT) -> Path:
+def newest() -> Path:
     """Returns the run that was saved to last. Raises UserError when there is none."""
-    runs = [path.parent.parent for path in root.glob("*/checkpoints/*/") if path.name.isdigit()]
+    runs = [path.parent.parent for path in ROOT.glob("*/checkpoints/*/") if path.name.isdigit()]
     if not runs:
-        raise UserError(
-            f"There is no trained model in {root}/ yet: run `python -m stages.train` first, or give --model FOLDER."
-        )
+        raise UserError(f"There is no trained model in {ROOT}/: run `python -m stages.train` first, or give --model FOLDER.")
     return max(runs, key=lambda run: max(step.stat().st_mtime for step in (run / "checkpoints").iterdir()))
 
 
@@ -37,7 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return read_json_object(path, LARGEST)
     except UserError as error:
-        raise UserError(f"{error} {REMEDY}") from None
+        raise UserError(f"{error} Restore it from a copy, or train anew with --overwrite.") from None
 
 
 def read_config(folder: Path) -> ModelConfig:

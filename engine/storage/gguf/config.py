@@ -1,4 +1,4 @@
-"""A GGUF file's metadata and our ModelConfig, both ways."""
+"""Reads ModelConfig from a GGUF file's metadata, and writes it."""
 
 from typing import Any
 
@@ -29,20 +29,17 @@ ONLY: dict[str, tuple[Any, ...]] = {
 OTHER_KEYS = ("general.", "tokenizer.", "quantize.", "mradermacher.")
 FREQUENCIES = "rope_freqs.weight"
 
-# The scalings that Llama 3.1 and 3.2 were published with; a file holds only what they make of each frequency.
+# Llama 3.1's and 3.2's; a file holds only what they make of each frequency.
 KNOWN_SCALINGS = [RopeScaling(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0)]
 
 
 def shortest_decimal(value: float) -> float:
-    """Returns the shortest decimal number that is this float32: 1e-05 and not 9.999999747378752e-06."""
+    """Returns the shortest decimal of a float32: 1e-05 and not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
 def config_from(header: Header) -> ModelConfig:
-    """Returns the file's architecture.
-
-    Raises UserError naming a key that is missing, unknown, or asks for something that is not built here.
-    """
+    """Returns the file's architecture. Raises UserError naming a key that is missing, unknown, or of a model not built here."""
     path, metadata = header.path, header.metadata
     kind = known_name(metadata.get("general.architecture"), ARCHITECTURES, "general.architecture", path)
     own = {key.removeprefix(kind + "."): value for key, value in metadata.items() if key.startswith(kind + ".")}
@@ -59,13 +56,11 @@ def config_from(header: Header) -> ModelConfig:
     defaults = {"kv_heads": heads, "head_dim": width // heads if heads else 0}
     sizes: dict[str, Any] = {ours: fields.number(theirs, int, defaults.get(ours)) for ours, theirs in SIZES.items()}
     for key in HEAD_WIDTHS:
-        if (value := fields.number(key, int, sizes["head_dim"])) != sizes["head_dim"]:
-            wanted = f"{sizes['head_dim']}, a head's width"
-            raise UserError(f"{path}: {kind}.{key} is {value} and not {wanted}; that is not built here.")
+        if (value := fields.number(key, int, wanted := sizes["head_dim"])) != wanted:
+            raise UserError(f"{path}: {kind}.{key} is {value} and not {wanted}, a head's width; that is not built here.")
     theta = shortest_decimal(fields.number(THETA, float, 10000.0))
     if 0 < fields.number(WINDOW, int, 0) < sizes["context"]:
         raise UserError(f"{path}: {kind}.{WINDOW} is shorter than the context; windows are not built here.")
-    qkv_bias, qk_norm = BLOCKS[kind]
     return ModelConfig(
         **sizes,
         vocab=table.shape[0],
@@ -73,22 +68,20 @@ def config_from(header: Header) -> ModelConfig:
         rope_scaling=_read_scaling(header, theta),
         eps=shortest_decimal(fields.number(EPS, float)),
         tied="output.weight" not in header.tensors,
-        qkv_bias=qkv_bias,
-        qk_norm=qk_norm,
+        **BLOCKS[kind],
     )
 
 
 def scaling_factors(scaling: RopeScaling, theta: float, head_dim: int) -> np.ndarray:
-    """Returns (H / 2,) float32: what Llama 3's scaling divides each frequency by (The Llama 3 Herd of Models, 3.4.1)."""
+    """Returns the divisor of each frequency (H / 2,) float32 in Llama 3's scaling (The Llama 3 Herd of Models, 3.4.1)."""
     frequencies = theta ** (-np.arange(head_dim // 2) * 2 / head_dim)
     turns = scaling.original_context * frequencies / (2 * np.pi)
-    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = np.clip(blend, 0.0, 1.0)
+    blend = np.clip((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0.0, 1.0)
     return (1 / (blend + (1 - blend) / scaling.factor)).astype(np.float32)
 
 
 def _read_scaling(header: Header, theta: float) -> RopeScaling | None:
-    """Returns the scaling whose factors (H / 2,), what each frequency is divided by, are in the file; None without any."""
+    """Returns the scaling whose factors (H / 2,) are in the file, if any."""
     tensor = header.tensors.get(FREQUENCIES)
     if tensor is None:
         return None

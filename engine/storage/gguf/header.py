@@ -1,8 +1,8 @@
-"""The header of a GGUF file: its metadata and where its tensors lie, with nothing in it believed.
+"""Reads the header of a GGUF file: its metadata and where its tensors lie, with nothing in it believed.
 
 Layout (ggml's docs/gguf.md): magic, version, counts, then keys with typed values, then name, shape, type and offset of each
-tensor, then the tensors, each aligned. The gguf library's own reader takes lengths as they come and keeps an object for
-every string; this one checks each length against the file, and leaves long arrays where they are until they are wanted.
+tensor, then the tensors, each aligned. The gguf library's reader takes lengths as they come and keeps an object for every
+string; this one checks each length against the file, and leaves arrays in it until they are wanted.
 """
 
 import math
@@ -18,13 +18,13 @@ from engine.storage.untrusted import check_adjacent, quote, read_at, read_exactl
 
 KEYS, TENSORS, NAME = 4096, 16384, 1024  # more than any model has: keys, tensors, bytes of a name
 TEXT = 16 * 2**20  # bytes of text that all keys together may hold outside of arrays
-NUMBERS = dict(enumerate("BbHhIif?", 0)) | {10: "Q", 11: "q", 12: "d"}  # value type -> struct's letter
-STRING, ARRAY = 8, 9
+NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # value type -> struct's letter
+UINT32, STRING, ARRAY, UINT64 = 4, 8, 9, 10
 SCALARS = {kind: struct.Struct("<" + letter) for kind, letter in NUMBERS.items()}
 
 
 class Span(NamedTuple):
-    """An array that is left in the file: what its elements are, how many, and where they begin."""
+    """An array that is left in the file: the type of its elements, their number, and where they begin."""
 
     kind: int
     length: int
@@ -32,7 +32,7 @@ class Span(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """shape (out, in) or (n,): GGUF writes the fastest axis first, so it is turned round here. offset is in the file."""
+    """A tensor in the file. shape (out, in) or (n,), while GGUF writes the fastest axis first; offset and size in bytes."""
 
     kind: GGMLQuantizationType
     shape: tuple[int, ...]
@@ -47,7 +47,7 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path) -> Header:
-    """Reads a file's metadata and tensor table, and no tensor. Raises UserError for whatever cannot be so."""
+    """Reads a file's metadata and tensor table, and no tensor. Raises UserError for whatever is impossible."""
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(0)
@@ -59,8 +59,7 @@ def read_header(path: Path) -> Header:
             raise UserError(f"{path} is a GGUF file {order}; little-endian files of versions 2 and 3 are read.")
         if keys > KEYS or count > TENSORS:
             raise UserError(f"{path} claims {keys:,} keys and {count:,} tensors, more than any model has; it is damaged.")
-        reader = _Reader(file, path, size)
-        metadata: dict[str, Any] = {}
+        reader, metadata = _Reader(file, path, size), dict[str, Any]()
         for _ in range(keys):
             key = reader.name("key")
             if key in metadata:
@@ -70,10 +69,10 @@ def read_header(path: Path) -> Header:
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
             raise UserError(f"{path} is damaged: general.alignment is {quote(alignment)}, and should be a power of two.")
-        # Each must have the size that its type and shape make, and they must lie one behind another.
+        # Each must have the size of its type and shape, and begin where the one before it ends.
         begin = -(-file.tell() // alignment) * alignment
         tensors: dict[str, Tensor] = {}
-        expected = 0
+        end = 0
         for name, dims, kind, offset in sorted(infos, key=lambda info: info[3]):
             if kind not in GGML_QUANT_SIZES:
                 raise UserError(f"{path}: the tensor {quote(name)} has the type {kind}, which is not known here.")
@@ -82,12 +81,12 @@ def read_header(path: Path) -> Header:
                 raise UserError(f"{path} is damaged: the tensor {quote(name)} cannot have the shape {dims[::-1]}.")
             if name in tensors:
                 raise UserError(f"{path} is damaged: the tensor {quote(name)} is there twice.")
-            check_adjacent(path, name, offset, expected)
+            check_adjacent(path, name, offset, -(-end // alignment) * alignment)
             nbytes = math.prod(dims) // block * width
-            if begin + offset + nbytes > size:
-                raise truncation_error(path, begin + offset + nbytes - size)
             tensors[name] = Tensor(GGMLQuantizationType(kind), tuple(dims[::-1]), begin + offset, nbytes)
-            expected = offset + -(-nbytes // alignment) * alignment
+            end = offset + nbytes
+        if tensors and begin + end > size:
+            raise truncation_error(path, begin + end - size)
         return Header(path, metadata, tensors)
 
 
@@ -109,48 +108,48 @@ class _Reader:
         return wanted
 
     def name(self, what: str) -> str:
-        length = self.number(10)
+        length = self.number(UINT64)
         if length > NAME:
             raise UserError(f"{self.path} is damaged: a {what} has {length:,} bytes, and {NAME:,} are the most.")
-        return self.decoded(read_exactly(self.file, length, self.path), what)
+        return self.text(length, what)
 
-    def decoded(self, data: bytes, what: str) -> str:
+    def text(self, length: int, what: str) -> str:
         try:
-            return data.decode()
+            return read_exactly(self.file, length, self.path).decode()
         except UnicodeDecodeError:
             raise UserError(f"{self.path} is damaged: a {what} is not UTF-8 text.") from None
 
     def value(self, key: str) -> Any:
         """Reads a number, a flag, a text, or the Span of an array."""
-        kind = self.number(4)
+        kind = self.number(UINT32)
         if kind in SCALARS:
             return self.number(kind)
         if kind == STRING:
-            length = self.require(self.number(10))
+            length = self.require(self.number(UINT64))
             self.text_left -= length
             if self.text_left < 0:
                 raise UserError(f"{self.path} holds more than {TEXT:,} bytes of text in its keys, at {quote(key)}.")
-            return self.decoded(read_exactly(self.file, length, self.path), f"value of {quote(key)}")
+            return self.text(length, f"value of {quote(key)}")
         if kind != ARRAY:
             raise UserError(f"{self.path} is damaged: the key {quote(key)} has a value of the unknown type {kind}.")
-        inner, count = self.number(4), self.number(10)
+        inner, count = self.number(UINT32), self.number(UINT64)
         span = Span(inner, count, self.file.tell())
         if inner in SCALARS:
             self.file.seek(self.require(count * SCALARS[inner].size), 1)
         elif inner == STRING:
             self.require(8 * count)
             for _ in range(count):
-                self.file.seek(self.require(self.number(10)), 1)
+                self.file.seek(self.require(self.number(UINT64)), 1)
         else:
             raise UserError(f"{self.path}: the key {quote(key)} is an array of the type {inner}, which no model has.")
         return span
 
     def info(self) -> tuple[str, list[int], int, int]:
         """Reads name, dimensions as written, type and offset of a tensor."""
-        name, count = self.name("tensor's name"), self.number(4)
+        name, count = self.name("tensor's name"), self.number(UINT32)
         if not 1 <= count <= 4:
             raise UserError(f"{self.path} is damaged: the tensor {quote(name)} has {count:,} dimensions.")
-        return name, [self.number(10) for _ in range(count)], self.number(4), self.number(10)
+        return name, [self.number(UINT64) for _ in range(count)], self.number(UINT32), self.number(UINT64)
 
 
 def read_strings(path: Path, span: Span, longest: int) -> list[str]:

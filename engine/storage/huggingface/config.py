@@ -1,5 +1,6 @@
-"""A Hugging Face config.json and our ModelConfig, both ways."""
+"""Reads ModelConfig from a Hugging Face config.json, and writes it."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from engine.model.config import ModelConfig, RopeScaling
 from engine.storage.fields import BLOCKS, Fields, architecture_of
 from engine.storage.untrusted import known_name, quote
 
-# Fields that describe a part of the model which is not built here: they must say that it is absent.
+# Fields of a part that is not built here, and their values without it.
 ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "pretraining_tp": (1,),
     "rope_interleaved": (False,), "partial_rotary_factor": (1, 1.0), "attention_dropout": (0, 0.0), "resid_pdrop": (0, 0.0),
@@ -42,38 +43,36 @@ USED = {
     "use_sliding_window", "layer_types",
 }  # fmt: skip
 
-LLAMA3_FIELDS = ("low_freq_factor", "high_freq_factor", "factor", "original_max_position_embeddings")
+LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 ROPE_FIELDS: dict[str, tuple[str, ...]] = {"default": (), "llama3": LLAMA3_FIELDS}
 
 
 def config_from(values: dict[str, Any], path: Path) -> ModelConfig:
-    """Returns the architecture that a config.json describes; `path` is what an error calls it.
+    """Returns the architecture that the config.json at `path` describes.
 
-    Raises UserError naming a field that is missing, unknown, or asks for something that is not built here.
+    Raises UserError naming a field that is missing, unknown, or of a model not built here.
     """
     fields = Fields(values, path)
     kind = known_name(values.get("model_type"), BLOCKS, "model_type", path)
     fields.check(USED, ONLY, IGNORED)
-    # Without head_dim it is 128 in Qwen 3, else width / heads, which ModelConfig makes of 0.
+    # Without head_dim it is 128 in Qwen 3, else width / heads, ModelConfig's meaning of 0.
     defaults = {"kv_heads": fields.number(SIZES["heads"], int), "head_dim": 128 if kind == "qwen3" else 0}
     sizes: dict[str, Any] = {ours: fields.number(theirs, int, defaults.get(ours)) for ours, theirs in SIZES.items()}
     _check_window(fields, kind, sizes["context"])
     theta, scaling = _rope(fields)
-    qkv_bias, qk_norm = BLOCKS[kind]
     return ModelConfig(
         **sizes,
         rope_theta=theta,
         rope_scaling=scaling,
         eps=fields.number("rms_norm_eps", float, 1e-6),
         tied=fields.flag("tie_word_embeddings"),
-        qkv_bias=qkv_bias,
-        qk_norm=qk_norm,
+        **BLOCKS[kind],
         dtype="float32" if "float32" in (values.get("dtype"), values.get("torch_dtype")) else "bfloat16",
     )
 
 
 def _check_window(fields: Fields, kind: str, context: int) -> None:
-    """Raises UserError for a window of attention that some token would reach beyond: that is not built here."""
+    """Raises UserError for an attention window shorter than the context: that is not built here."""
     window, layers = fields.values.get("sliding_window"), fields.values.get("layer_types")
     used = fields.flag("use_sliding_window") if kind != "mistral" else window is not None
     if used and (type(window) is not int or window < context):
@@ -87,7 +86,7 @@ def _check_window(fields: Fields, kind: str, context: int) -> None:
 
 
 def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
-    """Returns theta and scaling: `rope_theta` and `rope_scaling` or, since transformers 5, `rope_parameters`."""
+    """Returns theta and scaling, from `rope_theta` and `rope_scaling` or, since transformers 5, from `rope_parameters`."""
     path = fields.path
     values = {"rope_theta": fields.values.get("rope_theta")}
     for name in ("rope_scaling", "rope_parameters"):
@@ -104,7 +103,7 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
             raise UserError(f"{path}: the rope scaling {kind!r} has a field {quote(name)} that is not known here.")
     if kind == "default":
         return theta, None
-    low, high, factor = (rope.number(name, float) for name in LLAMA3_FIELDS[:3])
+    factor, low, high = (rope.number(name, float) for name in LLAMA3_FIELDS[:3])
     original = rope.number(LLAMA3_FIELDS[3], int)
     if not (low < high and factor > 0 and original > 0):
         raise UserError(f"{path}: the rope scaling needs low_freq_factor below high_freq_factor, and sizes above 0.")
@@ -112,10 +111,9 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
 
 
 def config_to(cfg: ModelConfig, dtype: str, tokens: dict[str, Any]) -> dict[str, Any]:
-    """Returns the config.json that transformers 4 and 5 read as this architecture; `tokens` adds bos_token_id and the like."""
+    """Returns the config.json of this architecture for transformers 4 and 5; `tokens` adds bos_token_id and the like."""
     kind = architecture_of(cfg)
-    scaling = cfg.rope_scaling
-    numbers = scaling and (scaling.low_freq_factor, scaling.high_freq_factor, scaling.factor, scaling.original_context)
+    scaling = cfg.rope_scaling and dict(zip(LLAMA3_FIELDS, dataclasses.astuple(cfg.rope_scaling)))
     return {
         "architectures": [f"{kind.capitalize()}ForCausalLM"],
         "model_type": kind,
@@ -123,7 +121,7 @@ def config_to(cfg: ModelConfig, dtype: str, tokens: dict[str, Any]) -> dict[str,
         "hidden_act": "silu",
         "rms_norm_eps": cfg.eps,
         "rope_theta": cfg.rope_theta,
-        "rope_scaling": numbers and {"rope_type": "llama3", **dict(zip(LLAMA3_FIELDS, numbers))},
+        "rope_scaling": scaling and {"rope_type": "llama3", **scaling},
         "tie_word_embeddings": cfg.tied,
         **({"attention_bias": False} if kind != "qwen2" else {}),
         "attention_dropout": 0.0,
