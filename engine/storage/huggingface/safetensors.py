@@ -1,4 +1,4 @@
-"""Safetensors files: read with nothing in them believed, written tensor by tensor.
+"""Reads safetensors files, with nothing in them believed, and writes them tensor by tensor.
 
 A file is the length of its header (8 bytes), the header, a JSON object {name: {dtype, shape, data_offsets}}, and the
 tensors' bytes, which must cover the rest without a gap or an overlap (github.com/huggingface/safetensors, "Format"). The
@@ -36,7 +36,7 @@ BYTES = {name: size for size, names in NUMBERS.items() for name in names.split()
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a file: its dtype by name, its shape, and where its bytes begin."""
+    """A tensor in a file; `offset` is where its bytes begin."""
 
     path: Path
     dtype: str
@@ -45,7 +45,7 @@ class StoredTensor(NamedTuple):
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Returns a file's tensors by name, and the texts beside them. Raises UserError when anything in it cannot be so."""
+    """Returns a file's tensors by name, and its metadata. Raises UserError when anything in it is impossible."""
     with path.open("rb") as file:
         length = int.from_bytes(read_exactly(file, 8, path), "little")
         if length > HEADER:
@@ -56,20 +56,19 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"{path} is damaged: the metadata in its header are no texts.")
     spans = {name: _span(path, name, entry) for name, entry in header.items()}
-    end = 0
-    for name, (start, stop, _, _) in sorted(spans.items(), key=lambda item: item[1][:2]):
+    tensors, end = {}, 0
+    for name, (start, stop, dtype, shape) in sorted(spans.items(), key=lambda item: item[1][:2]):
         check_adjacent(path, name, start, end)
-        end = stop
+        tensors[name], end = StoredTensor(path, dtype, shape, begin + start), stop
     if begin + end > size:
         raise truncation_error(path, begin + end - size)
     if begin + end < size:
         raise UserError(f"{path} is damaged: {size - begin - end:,} bytes at its end belong to no tensor.")
-    tensors = {name: StoredTensor(path, dtype, shape, begin + start) for name, (start, _, dtype, shape) in spans.items()}
     return tensors, metadata
 
 
 def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str, tuple[int, ...]]:
-    """Returns (start, stop, dtype, shape) of one entry of the header, if they agree with one another."""
+    """Returns (start, stop, dtype, shape) of an entry of the header. Raises UserError unless they agree."""
     whole = lambda value: type(value) is int and 0 <= value < 2**63
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop]} if (
@@ -84,7 +83,7 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str, tuple[int, 
 
 
 def read_rows(stored: StoredTensor, start: int, stop: int) -> np.ndarray:
-    """Reads rows start to stop (first axis) of a tensor, in the file's own dtype. Raises UserError if the file is shorter."""
+    """Reads rows start to stop of a tensor, in the file's dtype. Raises UserError if the file is shorter."""
     dtype, row = DTYPES[stored.dtype], stored.shape[1:]
     width = math.prod(row) * dtype.itemsize
     return read_at(stored.path, stored.offset + start * width, (stop - start) * width).view(dtype).reshape(stop - start, *row)
@@ -97,10 +96,7 @@ def write_file(
     arrays: Iterable[np.ndarray],
     metadata: Mapping[str, str] = {},
 ) -> None:
-    """Writes a file of tensors {name: shape}, all of one dtype, whose arrays come one at a time, in that order.
-
-    The file appears at `path` complete or not at all.
-    """
+    """Writes a file of tensors {name: shape}, all of one dtype, complete or not at all; `arrays` come one by one, in order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}  # transformers asks for it
     at = 0
     for name, shape in shapes.items():
@@ -120,7 +116,7 @@ def write_file(
 def read_folder(folder: Path) -> dict[str, StoredTensor]:
     """Returns every tensor of a folder's model.safetensors, or of the shards its index names.
 
-    Raises UserError when there is neither, or when the index and the shards do not tell the same.
+    Raises UserError when there is neither, or index and shards differ.
     """
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file():
@@ -142,10 +138,10 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
             raise UserError(f"{index} names {quote(name)}, which is not a .safetensors file in its own folder.")
         if not (folder / name).is_file():
             raise UserError(f"{index} names {quote(name)}, and it is not there: the model was not copied or downloaded whole.")
-        header, _ = read_header(folder / name)
+        shard, _ = read_header(folder / name)
         wanted = {tensor for tensor, file in placed.items() if file == name}
-        for tensor in sorted(wanted ^ set(header)):
+        for tensor in sorted(wanted ^ shard.keys()):
             there = "has no" if tensor in wanted else "has a"
             raise UserError(f"{folder / name} {there} tensor {quote(tensor)}, unlike what {index.name} says.")
-        tensors |= header
+        tensors |= shard
     return tensors
