@@ -19,8 +19,7 @@ from engine.inference.scheduler import DRAFT_ROWS
 from engine.inference.slots import MIN_SLOTS, Slots
 from engine.model.weights.int8 import quantize
 from engine.storage.assets import fetch
-from engine.storage.find import locate
-from engine.storage.gguf.file import load_gguf
+from engine.storage.find import load_model, locate
 
 
 class StreamRow(NamedTuple):
@@ -52,7 +51,7 @@ def measure_streams(
     form, file, _ = locate(model_name)
     if form != "gguf":
         raise UserError(f"There is no .gguf file at {model_name}; give one, or smollm2-135m-instruct.")
-    model = load_gguf(file)
+    model = load_model(model_name)
     weights = for_inference(model.cfg, quantize(model.params))
     # 32 passages of 512 tokens, each from another place of the held-out plays.
     text = fetch("shakespeare")["validation"].read_text(encoding="utf-8")

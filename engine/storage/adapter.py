@@ -26,7 +26,6 @@ from engine.storage.untrusted import quote, read_json_object
 
 CONFIG, WEIGHTS, FORMER = "adapter_config.json", "adapter_model.safetensors", "adapter.json"
 BASE, CHECKSUM = "thrice.base", "thrice.checksum"
-SMALL = 2**20  # bytes of a config
 # Fields of PEFT that change what an adapter computes or where it lies; not built here.
 UNBUILT = (
     "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias",
@@ -86,7 +85,7 @@ def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> 
                 f"run its fine-tuning again with --overwrite, or take one in PEFT's layout ({CONFIG})."
             )
         raise UserError(f"There is no adapter at {folder}: it has no {CONFIG} and {WEIGHTS}.")
-    fields = read_json_object(folder / CONFIG, SMALL)
+    fields = read_json_object(folder / CONFIG)
     other = [field for field in UNBUILT if fields.get(field)]
     other += [field for field, only in (("peft_type", "LORA"), ("bias", "none")) if fields.get(field) != only]
     if other:

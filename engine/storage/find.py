@@ -1,6 +1,6 @@
 """Finds and loads the model that `--model` names: by its name or path, with or without adapters on it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +15,10 @@ from engine.storage.assets import ASSETS, MODELS, fetch
 from engine.storage.digest import digest
 from engine.storage.gguf import file as gguf
 from engine.storage.huggingface import folder as huggingface
-from engine.storage.loaded_model import LoadedModel, OnConfig, Report
+from engine.storage.loaded_model import LoadedModel, Report
+from engine.storage.tensor_layout import read_params
+from engine.storage.untrusted import build_tokenizer
+from engine.text.tokenizer import Tokenizer
 
 FORMS = (
     "a run folder, a step folder in it (runs/NAME/checkpoints/STEP), a Hugging Face folder, a .gguf file, or "
@@ -72,6 +75,9 @@ def read_config(name: str | None) -> ModelConfig:
     return (gguf if location.form == "gguf" else huggingface).read_config(location.path)
 
 
+OnConfig = Callable[[ModelConfig], None]
+
+
 def load_model(
     name: str | None, *, dtype: str | None = None, report: Report = None, on_config: OnConfig = lambda cfg: None
 ) -> LoadedModel:
@@ -90,8 +96,11 @@ def load_model(
 
     location = locate(name, report)
     if not location.run:
-        load = gguf.load_gguf if location.form == "gguf" else huggingface.load_folder
-        return load(location.path, dtype=dtype, report=report, on_config=prepare)
+        stored = (gguf.open_gguf if location.form == "gguf" else huggingface.open_folder)(location.path)
+        prepare(stored.cfg)
+        params = read_params(stored, dtype or stored.cfg.dtype, report)
+        tokenizer = build_tokenizer(lambda: Tokenizer(stored.tokenizer, stored.tokenizer_config), location.path)
+        return LoadedModel(stored.name, stored.cfg, params, tokenizer, stored.ends, location.path)
     run = location.run
     if location.form == "adapter":
         return _load_adapted(run, on_config)

@@ -9,7 +9,6 @@ from engine.model.config import ModelConfig
 from engine.text.tokenizer import Tokenizer
 
 Report = Callable[[int, int], None] | None  # called with how much is done, and of how much
-OnConfig = Callable[[ModelConfig], None]  # gets the architecture before the first weight is read
 
 
 @dataclasses.dataclass(frozen=True)

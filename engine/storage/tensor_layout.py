@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 
 from engine.errors import UserError, nearest
 from engine.model.config import ModelConfig
@@ -100,17 +101,29 @@ def check_tensors(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]],
     return complete
 
 
-Rows = Callable[[str, int, int], np.ndarray]  # (tensor, start, stop) -> those rows of it, in any float dtype
+class StoredModel(NamedTuple):
+    """A model in a file of another library's format, read and checked but for its weights.
+
+    rows: (tensor, start, stop) -> those rows of it, in any float dtype. Any of `ends` ends a completion.
+    """
+
+    name: str
+    cfg: ModelConfig
+    leaves: list[Leaf]
+    rows: Callable[[str, int, int], np.ndarray]
+    tokenizer: tokenizers.Tokenizer
+    tokenizer_config: dict[str, Any]
+    ends: tuple[int, ...]
 
 
-def read_params(leaves: list[Leaf], rows: Rows, dtype: str, report: Report = None) -> dict[str, Any]:
+def read_params(model: StoredModel, dtype: str, report: Report = None) -> dict[str, Any]:
     """Reads the tree: matrices in `dtype`, gains and biases in float32. `report`: numbers read and in all.
 
     Raises UserError for a weight that is not a number, or infinite.
     """
-    total, done = sum(math.prod(leaf.shape) for leaf in leaves), 0
+    total, done = sum(math.prod(leaf.shape) for leaf in model.leaves), 0
     params: dict[str, Any] = {}
-    for leaf in leaves:
+    for leaf in model.leaves:
         value = np.empty(leaf.shape, jnp.dtype(dtype) if len(leaf.shape) == 2 else np.float32)
         view, at = value.T if leaf.transposed else value, 0
         for part in leaf.parts:
@@ -119,7 +132,7 @@ def read_params(leaves: list[Leaf], rows: Rows, dtype: str, report: Report = Non
             for start in range(0, part.shape[0], step):
                 stop = min(start + step, part.shape[0])
                 with np.errstate(all="ignore"):  # what is not finite is named below
-                    values = rows(part.name, start, stop).astype(value.dtype, copy=False)
+                    values = model.rows(part.name, start, stop).astype(value.dtype, copy=False)
                 if not np.isfinite(values).all():
                     raise UserError(f"The tensor {part.name!r} holds weights that are not finite numbers: it is damaged.")
                 view[at + start : at + stop] = values  # after the cast: what is transposed is then half as wide

@@ -1,4 +1,7 @@
-"""Reads files that somebody else made: checks sizes before anything is allocated, and quotes the files' words briefly."""
+"""Reads files that somebody else made: checks sizes before anything is allocated, and quotes the files' words briefly.
+
+Each function raises UserError for what it cannot read.
+"""
 
 import json
 from collections.abc import Callable, Collection
@@ -10,6 +13,7 @@ import numpy as np
 from engine.errors import UserError, nearest
 
 LONGEST = 48  # characters of a file's own words that an error repeats
+SMALL = 2 * 2**20  # bytes of a config
 
 
 def quote(value: Any) -> str:
@@ -19,7 +23,7 @@ def quote(value: Any) -> str:
 
 
 def known_name(value: Any, known: Collection[str], what: str, path: Path) -> str:
-    """Returns a name from a file. Raises UserError when it is not among the `known`; `what` is what it names."""
+    """Returns a name from a file, if it is among the `known`; `what` says of what."""
     if isinstance(value, str) and value in known:
         return value
     close = nearest(str(value), list(known))
@@ -27,7 +31,7 @@ def known_name(value: Any, known: Collection[str], what: str, path: Path) -> str
 
 
 def read_exactly(file: BinaryIO, count: int, path: Path) -> bytes:
-    """Reads the next `count` bytes. Raises UserError when the file ends before."""
+    """Reads the next `count` bytes."""
     data = file.read(count)
     if len(data) != count:
         raise truncation_error(path, count - len(data))
@@ -35,10 +39,7 @@ def read_exactly(file: BinaryIO, count: int, path: Path) -> bytes:
 
 
 def read_at(path: Path, offset: int, count: int) -> np.ndarray:
-    """Reads (count,) uint8 at an offset, and maps nothing: a mapped file that is cut meanwhile ends the process.
-
-    Raises UserError when the file ends before.
-    """
+    """Reads (count,) uint8 at an offset, and maps nothing: a mapped file that is cut meanwhile ends the process."""
     data = np.fromfile(path, np.uint8, count, offset=offset)
     if len(data) < count:
         raise truncation_error(path, count - len(data))
@@ -50,14 +51,14 @@ def truncation_error(path: Path, missing: int) -> UserError:
 
 
 def check_adjacent(path: Path, name: str, offset: int, end: int) -> None:
-    """Raises UserError when a tensor does not begin where the one before it ends."""
+    """Checks that a tensor begins where the one before it ends."""
     if offset != end:
         fault = "overlaps the one before it" if offset < end else "leaves a gap before it"
         raise UserError(f"{path} is damaged: the tensor {quote(name)} {fault}.")
 
 
 def read_limited(path: Path, limit: int) -> bytes:
-    """Reads a file of at most `limit` bytes. Raises UserError when it is missing or larger."""
+    """Reads a file of at most `limit` bytes."""
     try:
         size = path.stat().st_size
         if size > limit:
@@ -68,21 +69,21 @@ def read_limited(path: Path, limit: int) -> bytes:
         raise UserError(f"There is no {path}.") from None
 
 
-def read_text(path: Path, limit: int) -> str:
-    """Reads UTF-8 text of at most `limit` bytes. Raises UserError when there is none."""
+def read_text(path: Path, limit: int = SMALL) -> str:
+    """Reads UTF-8 text of at most `limit` bytes."""
     try:
         return read_limited(path, limit).decode()
     except UnicodeDecodeError:
         raise UserError(f"{path} is damaged: it is not UTF-8 text.") from None
 
 
-def read_json_object(path: Path, limit: int) -> dict[str, Any]:
-    """Reads the object in a JSON file of at most `limit` bytes. Raises UserError when there is none."""
+def read_json_object(path: Path, limit: int = SMALL) -> dict[str, Any]:
+    """Reads the object in a JSON file of at most `limit` bytes."""
     return parse_json_object(read_limited(path, limit), path)
 
 
 def parse_json_object(data: bytes, path: Path) -> dict[str, Any]:
-    """Returns the JSON object in some bytes of `path`. A name given twice is an error: readers differ on it."""
+    """Returns the JSON object in bytes of `path`. A name given twice is refused: readers differ on it."""
     try:
         value = json.loads(data, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -102,7 +103,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def build_tokenizer[T](make: Callable[[], T], path: Path) -> T:
-    """Calls `make`. Raises UserError for whatever the tokenizers library raises: bare Exception, or a panic, which is none."""
+    """Calls `make` of the tokenizers library, which raises bare Exception, or panics, which is no Exception at all."""
     try:
         return make()
     except (KeyboardInterrupt, SystemExit, MemoryError, UserError):

@@ -46,8 +46,7 @@ def test_the_architecture_is_known_before_a_weight_is_read(run, tmp_path, monkey
     huggingface.save_folder(hugging_face, CFG, lively_params(CFG), {"eos_token_id": 256}, dtype="float32")
     save_gguf(gguf, CFG, lively_params(CFG), {}, name="tiny", dtype="float32")
     monkeypatch.setattr(checkpoint, "load_params", None)
-    monkeypatch.setattr("engine.storage.huggingface.folder.read_params", None)
-    monkeypatch.setattr("engine.storage.gguf.file.read_params", None)
+    monkeypatch.setattr("engine.storage.find.read_params", None)
     for place in (run, run / "checkpoints" / "1", hugging_face, gguf):
         assert count_params(read_config(str(place))) == count_params(CFG)
 

@@ -23,8 +23,7 @@ from hf_folders import CONFIG, WEIGHTS, write_folder  # noqa: E402
 
 from engine.allocator import return_freed_memory  # noqa: E402
 from engine.errors import UserError  # noqa: E402
-from engine.storage.gguf.file import load_gguf  # noqa: E402
-from engine.storage.huggingface.folder import load_folder  # noqa: E402
+from engine.storage.find import load_model  # noqa: E402
 
 ALLOWED = 64 * 2**20
 LONGEST = 1.0  # seconds of computing
@@ -78,11 +77,11 @@ def main(seed: int, count: int) -> int:
     with tempfile.TemporaryDirectory() as place:
         folder, file = write_folder(Path(place) / "model", CONFIG, WEIGHTS), tiny_gguf(Path(place) / "model.gguf", kind="Q8_0")
         files: list[tuple[Path, Callable[[], object], int]] = [
-            (file, lambda: load_gguf(file), 8000),
-            (folder / "model.safetensors", lambda: load_folder(folder), 3000),
-            (folder / "config.json", lambda: load_folder(folder), 10**6),
-            (folder / "tokenizer.json", lambda: load_folder(folder), 10**6),
-            (folder / "tokenizer_config.json", lambda: load_folder(folder), 10**6),
+            (file, lambda: load_model(file), 8000),
+            (folder / "model.safetensors", lambda: load_model(folder), 3000),
+            (folder / "config.json", lambda: load_model(folder), 10**6),
+            (folder / "tokenizer.json", lambda: load_model(folder), 10**6),
+            (folder / "tokenizer_config.json", lambda: load_model(folder), 10**6),
         ]
         sound = {path: path.read_bytes() for path, _, _ in files}
         for path, load, head in files:

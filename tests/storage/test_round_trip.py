@@ -9,8 +9,9 @@ from hf_folders import tiny_tokenizer
 from tiny import lively_params, tiny_config
 
 from engine.model.paths import leaf_paths
-from engine.storage.gguf.file import load_gguf, save_gguf
-from engine.storage.huggingface.folder import load_folder, save_folder
+from engine.storage.find import load_model
+from engine.storage.gguf.file import save_gguf
+from engine.storage.huggingface.folder import save_folder
 from engine.storage.tensor_layout import KINDS
 
 FLOATS = [dtype for dtype in KINDS if dtype != "q8_0"]
@@ -30,12 +31,12 @@ def test_what_is_written_comes_back(form, dtype, family, tmp_path):
     if form == "gguf":
         save_gguf(tmp_path / "x.gguf", cfg, params, words_of(41), name="x", dtype=dtype, report=report)
         assert [file.name for file in tmp_path.iterdir()] == ["x.gguf"]
-        model = load_gguf(tmp_path / "x.gguf", dtype="float32")
+        model = load_model(tmp_path / "x.gguf", dtype="float32")
     else:
         save_folder(tmp_path, cfg, params, {"eos_token_id": 40}, dtype=dtype, report=report)
         assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": 40}
         tiny_tokenizer(tmp_path, 41)
-        model = load_folder(tmp_path, dtype="float32")
+        model = load_model(tmp_path, dtype="float32")
     assert seen[-1][0] == seen[-1][1] == sum(leaf.size for leaf in leaf_paths(params).values())
     assert model.cfg.same_architecture(cfg) == []
     found = leaf_paths(model.params)

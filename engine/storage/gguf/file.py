@@ -1,6 +1,6 @@
-"""GGUF files, llama.cpp's format: read with weights of any quantisation, written in F32, BF16, F16 or Q8_0.
+"""Opens the model in a GGUF file, llama.cpp's format, of any quantisation; writes one in F32, BF16, F16 or Q8_0.
 
-Weights go both ways through the gguf library's quantisation; its own reader is not used (see `header.py`).
+The gguf library quantises and dequantises; its reader is not used (see `header.py`).
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from gguf import GGUFWriter, LlamaFileType
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
-from gguf.quants import dequantize, quantize
+from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 
 from engine.errors import UserError
 from engine.files import whole_file
@@ -19,10 +19,9 @@ from engine.storage.fields import architecture_of
 from engine.storage.gguf.config import FREQUENCIES, config_from, metadata_of, scaling_factors
 from engine.storage.gguf.header import read_header
 from engine.storage.gguf.tokenizer import tokenizer_from
-from engine.storage.loaded_model import LoadedModel, OnConfig, Report
-from engine.storage.tensor_layout import KINDS, check_tensors, layout_of, read_params, split_params
-from engine.storage.untrusted import build_tokenizer, quote, read_at
-from engine.text.tokenizer import Tokenizer
+from engine.storage.loaded_model import Report
+from engine.storage.tensor_layout import KINDS, StoredModel, check_tensors, layout_of, split_params
+from engine.storage.untrusted import quote, read_at
 
 _LAYER = "blk.{}."
 NAMES = {
@@ -42,14 +41,8 @@ READABLE = {
 LINES = 256  # of the numbers read at a time
 
 
-def load_gguf(
-    path: Path, *, dtype: str | None = None, report: Report = None, on_config: OnConfig = lambda cfg: None
-) -> LoadedModel:
-    """Loads the model in a GGUF file; matrices in `dtype`, bfloat16 by default.
-
-    `report`: numbers read and in all. Raises UserError, in a sentence, for whatever is damaged, unknown, or does not fit
-    the rest; all of that is found before `on_config` gets the architecture and the first weight is read.
-    """
+def open_gguf(path: Path) -> StoredModel:
+    """Reads and checks all of a file but its weights. Raises UserError for whatever is damaged, unknown, or does not fit."""
     header = read_header(path)
     for name, tensor in header.tensors.items():
         if tensor.kind.name not in READABLE:
@@ -57,7 +50,6 @@ def load_gguf(
     cfg = config_from(header)
     shapes = {name: tensor.shape for name, tensor in header.tensors.items() if name != FREQUENCIES}
     leaves = check_tensors(layout_of(cfg, NAMES), shapes, path)
-    tokenizer, tokenizer_config, ends = tokenizer_from(header, cfg.vocab)
     in_pairs = header.metadata["general.architecture"] == "llama"
     paired = {part.name for leaf in leaves for part in leaf.parts if part.paired and in_pairs}
 
@@ -67,21 +59,19 @@ def load_gguf(
             return dequantize(read_at(path, tensor.offset, tensor.size), tensor.kind)[start:stop]
         row = tensor.size // tensor.shape[0]
         data = read_at(path, tensor.offset + start * row, (stop - start) * row)
-        # The library goes by 16 rows: of short ones that takes as long to call as to compute, so they are laid in line.
+        # The library goes by 16 rows: for short ones the calls take as long as the computing, so they are laid in line.
         blocks = data.size // GGML_QUANT_SIZES[tensor.kind][1]
         lines = next(lines for lines in range(min(LINES, blocks), 0, -1) if blocks % lines == 0)
         values = dequantize(data.reshape(lines, -1), tensor.kind).reshape(stop - start, -1)
         return regroup_rows(values, cfg.head_dim // 2, 2) if name in paired else values
 
-    on_config(cfg)
-    params = read_params(leaves, rows, dtype or cfg.dtype, report)
     title = header.metadata.get("general.name")
     name = title if isinstance(title, str) else path.stem
-    return LoadedModel(name, cfg, params, build_tokenizer(lambda: Tokenizer(tokenizer, tokenizer_config), path), ends, path)
+    return StoredModel(name, cfg, leaves, rows, *tokenizer_from(header, cfg.vocab))
 
 
 def read_config(path: Path) -> ModelConfig:
-    """Reads the architecture of the model in a GGUF file, from its header alone; raises UserError as `load_gguf` does."""
+    """Reads the architecture from a file's header alone; raises UserError as `open_gguf` does."""
     return config_from(read_header(path))
 
 
@@ -107,8 +97,8 @@ def save_gguf(
     """Writes the model to `path`, complete or not at all; matrices in `dtype`, gains and biases in float32.
 
     params: Arrays, or Int8 and LoRA leaves, which are made plain one at a time. A matrix whose rows are no whole number
-    of Q8_0's blocks of 32 is written as F16. `report`: numbers written and in all. Raises UserError for an architecture
-    that GGUF has no name for.
+    of Q8_0's blocks of 32 becomes F16. `report`: numbers written and in all. Raises UserError for an architecture without
+    a name in GGUF.
     """
     architecture = architecture_of(cfg)
     F32, F16, wanted = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType[KINDS[dtype]]
@@ -120,15 +110,13 @@ def save_gguf(
         writer.add_file_type(file_type)
         writer.add_quantization_version(2)
         for key, value in ({f"{architecture}.{key}": value for key, value in metadata_of(cfg).items()} | metadata).items():
-            kind = GGUFValueType.get_type(value)
-            writer.add_key_value(key, value, GGUFValueType.UINT32 if kind == GGUFValueType.INT32 else kind)
+            value_type = GGUFValueType.get_type(value)
+            writer.add_key_value(key, value, GGUFValueType.UINT32 if value_type == GGUFValueType.INT32 else value_type)
         for part in (part for leaf in leaves for part in leaf.parts):
-            quantisation = wanted if len(part.shape) == 2 else F32
-            quantisation = F16 if part.shape[-1] % GGML_QUANT_SIZES[quantisation][0] else quantisation
-            kinds[part.name] = quantisation
-            block, width = GGML_QUANT_SIZES[quantisation]
-            size = math.prod(part.shape) // block * width
-            writer.add_tensor_info(part.name, part.shape, np.dtype(np.float32), size, quantisation)
+            kind = wanted if len(part.shape) == 2 else F32
+            kinds[part.name] = kind = F16 if part.shape[-1] % GGML_QUANT_SIZES[kind][0] else kind
+            size = math.prod(quant_shape_to_byte_shape(part.shape, kind))
+            writer.add_tensor_info(part.name, part.shape, np.dtype(np.float32), size, kind)
         if cfg.rope_scaling:
             factors = scaling_factors(cfg.rope_scaling, cfg.rope_theta, cfg.head_dim)
             writer.add_tensor_info(FREQUENCIES, factors.shape, factors.dtype, factors.nbytes, F32)

@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face folder: tokenizer.json, its config, the chat template, and what ends a completion."""
+"""Reads the tokenizer of a Hugging Face folder: tokenizer.json, its config, the chat template, and the ends of completions."""
 
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,13 @@ from engine.errors import UserError
 from engine.model.config import ModelConfig
 from engine.storage.untrusted import build_tokenizer, quote, read_json_object, read_text
 
-SMALL = 2 * 2**20  # bytes of a config
 LARGEST = 64 * 2**20  # bytes of a tokenizer.json; the largest of these families has 17 million
 
 
 def read_tokenizer(
     path: Path, fields: dict[str, Any], cfg: ModelConfig
 ) -> tuple[tokenizers.Tokenizer, dict[str, Any], tuple[int, ...]]:
-    """Returns the tokenizer of a folder, its config, and the ids of which any ends a completion, the tokenizer's own first."""
+    """Returns a folder's tokenizer, its config, and the ids of which any ends a completion, the tokenizer's own first."""
     source = path / "tokenizer.json"
     if not source.is_file():
         other = next((name for name in ("tokenizer.model", "vocab.json") if (path / name).exists()), None)
@@ -25,7 +24,7 @@ def read_tokenizer(
     text = read_text(source, LARGEST)
     tokenizer = build_tokenizer(lambda: tokenizers.Tokenizer.from_str(text), source)
     config, generation = (
-        read_json_object(path / name, SMALL) if (path / name).exists() else {}
+        read_json_object(path / name) if (path / name).exists() else {}
         for name in ("tokenizer_config.json", "generation_config.json")
     )
     config |= {"chat_template": _template(path, config)}
@@ -47,15 +46,15 @@ def read_tokenizer(
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
     if largest >= cfg.vocab:
         raise UserError(f"{source} has a token {largest:,} and the model only {cfg.vocab:,}: they do not belong together.")
-    config = {name: value for name, value in config.items() if value is not None}
-    return tokenizer, config, tuple(dict.fromkeys((own, *ends)))
+    known = {name: value for name, value in config.items() if value is not None}
+    return tokenizer, known, tuple(dict.fromkeys((own, *ends)))
 
 
 def _template(path: Path, config: dict[str, Any]) -> str | None:
-    """Returns the chat template: in a file of its own, or in tokenizer_config.json, alone or as the one called default."""
+    """Returns the chat template: from its own file, or from tokenizer_config.json, alone or as the one called default."""
     file = path / "chat_template.jinja"
     if file.is_file():
-        return read_text(file, SMALL)
+        return read_text(file)
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}

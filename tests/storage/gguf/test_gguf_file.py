@@ -10,8 +10,9 @@ from refusals import refusal
 from tiny import lively_params, tiny_config
 
 from engine.model.config import RopeScaling
+from engine.storage.find import load_model
 from engine.storage.gguf.config import shortest_decimal
-from engine.storage.gguf.file import load_gguf, regroup_rows, save_gguf
+from engine.storage.gguf.file import regroup_rows, save_gguf
 from engine.text.tokenizer import train_bpe
 
 KINDS_READ = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
@@ -20,7 +21,7 @@ KINDS_READ = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
 @pytest.mark.parametrize("kind", KINDS_READ)
 def test_every_quantisation_is_read_as_the_library_reads_it(kind, tmp_path):
     path = tiny_gguf(tmp_path / "x.gguf", kind=kind, arch="qwen3", tensors=weights(QWEN3))
-    params = load_gguf(path, dtype="float32").params
+    params = load_model(path, dtype="float32").params
     stored = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in gguf.GGUFReader(path).tensors}
     block = params["blocks"]["1"]
     part = lambda name: stored[f"blk.1.{name}.weight"]
@@ -45,7 +46,7 @@ def test_k_quants_are_read(kind, tmp_path):
     wide = {f"blk.{i}.ffn_{part}.weight": (256, 64) for i in range(2) for part in ("gate", "up")}
     stored = weights(SHAPES | wide) | {f"blk.{i}.ffn_down.weight": raw for i in range(2)}
     path = tiny_gguf(tmp_path / "k.gguf", kind=kind, sizes={"feed_forward_length": 256}, tensors=stored)
-    down = load_gguf(path, dtype="float32").params["blocks"]["0"]["down"]
+    down = load_model(path, dtype="float32").params["blocks"]["0"]["down"]
     expected = gguf.dequantize(raw, gguf.GGMLQuantizationType[kind])
     assert np.isfinite(expected).all()
     assert expected.std() > 0
@@ -54,7 +55,7 @@ def test_k_quants_are_read(kind, tmp_path):
 
 def test_llama_files_keep_rotary_pairs_side_by_side(tmp_path):
     stored = weights()
-    model = load_gguf(tiny_gguf(tmp_path / "llama.gguf"), dtype="float32")
+    model = load_model(tiny_gguf(tmp_path / "llama.gguf"), dtype="float32")
     qkv = np.asarray(model.params["blocks"]["0"]["qkv"]).T
     q = stored["blk.0.attn_q.weight"].reshape(6, 4, 2, 64)  # head, pair, side
     np.testing.assert_array_equal(qkv[:48].reshape(6, 2, 4, 64), q.transpose(0, 2, 1, 3))
@@ -68,7 +69,7 @@ def test_llama_files_keep_rotary_pairs_side_by_side(tmp_path):
 
 def test_qwen2_has_biases_and_plain_rows(tmp_path):
     stored = weights(QWEN2)
-    model = load_gguf(tiny_gguf(tmp_path / "qwen2.gguf", arch="qwen2", tensors=stored), dtype="float32")
+    model = load_model(tiny_gguf(tmp_path / "qwen2.gguf", arch="qwen2", tensors=stored), dtype="float32")
     assert model.cfg.qkv_bias
     block = model.params["blocks"]["1"]
     biases = [stored[f"blk.1.attn_{part}.bias"] for part in "qkv"]
@@ -82,7 +83,7 @@ def test_what_the_metadata_says_is_the_architecture(tmp_path):
     stored = {name: value[:48] if name.endswith(("output.weight", "down.weight")) else value for name, value in stored.items()}
     head = {"output.weight": weights()["token_embd.weight"][:, :48] * 2}
     path = tiny_gguf(tmp_path / "x.gguf", sizes=sizes, tensors=stored | head, other={"general.name": "Small"})
-    model = load_gguf(path)
+    model = load_model(path)
     cfg = model.cfg
     assert (cfg.vocab, cfg.width, cfg.layers, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.ff) == (262, 48, 2, 6, 3, 8, 96)
     assert (cfg.rope_theta, cfg.eps, cfg.tied, cfg.context, cfg.dtype) == (100000.0, 1e-5, False, 128, "bfloat16")
@@ -97,9 +98,9 @@ def test_the_scalings_of_llama_3_are_recognised_by_what_they_make(tmp_path):
         cfg = tiny_config(qk_norm=False, head_dim=16, rope_theta=500_000.0, rope_scaling=scaling)
         save_gguf(tmp_path / "x.gguf", cfg, lively_params(cfg), words_of(cfg.vocab), name="x", dtype="float32")
         if factor == 5:
-            assert "none of the scalings" in refusal(load_gguf, tmp_path / "x.gguf")
+            assert "none of the scalings" in refusal(load_model, tmp_path / "x.gguf")
         else:
-            assert load_gguf(tmp_path / "x.gguf").cfg.rope_scaling == scaling
+            assert load_model(tmp_path / "x.gguf").cfg.rope_scaling == scaling
 
 
 def with_fault(value):
@@ -156,5 +157,5 @@ OTHER_TOKENIZER = json.dumps(train_bpe(["the other text"], 262).to_json())
     ],
 )
 def test_what_is_not_understood_is_refused_by_name(changes, words, tmp_path):
-    sentence = refusal(load_gguf, tiny_gguf(tmp_path / "x.gguf", **changes))
+    sentence = refusal(load_model, tiny_gguf(tmp_path / "x.gguf", **changes))
     assert all(word in sentence for word in words), sentence

@@ -11,7 +11,7 @@ from tiny import positions_of
 
 from engine.model.transformer import forward
 from engine.storage.assets import SMOLLM2_FILE
-from engine.storage.gguf.file import load_gguf
+from engine.storage.find import load_model
 
 GOLDEN = [json.loads(line) for line in (Path(__file__).parents[1] / "golden" / "llama_cpp.txt").read_text().splitlines()]
 NEAR = 0.25  # a lead that llama.cpp's rounding of activations to 8 bits may turn round; the largest seen is 0.15
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def model():
-    return load_gguf(FILE)
+    return load_model(FILE)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from hf_folders import CONFIG, WEIGHTS, tiny_tokenizer, write_folder
 from refusals import refusal
 
 from engine.model.paths import leaf_paths
-from engine.storage.huggingface.folder import load_folder
+from engine.storage.find import load_model
 from engine.storage.untrusted import build_tokenizer
 
 
@@ -34,7 +34,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def test_every_weight_is_in_its_place(folder):
-    model = load_folder(folder)
+    model = load_model(folder)
     block = model.params["blocks"]["1"]
     part = lambda name: WEIGHTS[f"model.layers.1.{name}.weight"]
     attention = [part(f"self_attn.{name}_proj") for name in "qkv"]
@@ -51,7 +51,7 @@ def test_every_weight_is_in_its_place(folder):
 
 def test_shards_hold_the_same_model(folder, tmp_path):
     sharded = write_folder(tmp_path / "sharded", CONFIG, WEIGHTS, shards=3)
-    assert same(load_folder(sharded).params, load_folder(folder).params)
+    assert same(load_model(sharded).params, load_model(folder).params)
 
 
 @pytest.mark.parametrize("kind", [np.float16, ml_dtypes.bfloat16])
@@ -59,9 +59,9 @@ def test_half_precision_is_read_exactly(kind, tmp_path):
     halved = {name: value.astype(kind) for name, value in WEIGHTS.items()}
     folder = write_folder(tmp_path / "half", CONFIG | {"torch_dtype": "bfloat16"}, halved)
     wide = {name: value.astype(np.float32) for name, value in halved.items()}
-    exact = load_folder(write_folder(tmp_path / "wide", CONFIG, wide)).params
-    assert same(load_folder(folder, dtype="float32").params, exact)
-    native = load_folder(folder).params
+    exact = load_model(write_folder(tmp_path / "wide", CONFIG, wide)).params
+    assert same(load_model(folder, dtype="float32").params, exact)
+    native = load_model(folder).params
     assert native["embed"].dtype == native["blocks"]["0"]["qkv"].dtype == jnp.bfloat16
     assert native["norm"].dtype == native["blocks"]["0"]["attn_norm"].dtype == jnp.float32
     assert np.array_equal(native["embed"], exact["embed"].astype(jnp.bfloat16))
@@ -69,7 +69,7 @@ def test_half_precision_is_read_exactly(kind, tmp_path):
 
 def test_progress_is_reported_to_the_end(folder):
     seen: list[tuple[int, int]] = []
-    load_folder(folder, report=lambda done, total: seen.append((done, total)))
+    load_model(folder, report=lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] == sum(value.size for value in WEIGHTS.values())
     assert seen == sorted(seen)
 
@@ -77,14 +77,14 @@ def test_progress_is_reported_to_the_end(folder):
 def test_a_table_kept_twice_is_read_once_if_both_are_the_same(tmp_path):
     twice = WEIGHTS | {"lm_head.weight": WEIGHTS["model.embed_tokens.weight"].copy()}
     extra = twice | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
-    assert "head" not in load_folder(write_folder(tmp_path / "twice", CONFIG, extra)).params
+    assert "head" not in load_model(write_folder(tmp_path / "twice", CONFIG, extra)).params
     twice["lm_head.weight"][40, 19] += 1
-    assert "lm_head.weight that differs" in refusal(load_folder, write_folder(tmp_path / "other", CONFIG, twice))
+    assert "lm_head.weight that differs" in refusal(load_model, write_folder(tmp_path / "other", CONFIG, twice))
 
 
 def test_an_untied_head_is_a_leaf(tmp_path):
     head = draw({"lm_head.weight": (41, 20)})
-    model = load_folder(write_folder(tmp_path / "untied", CONFIG | {"tie_word_embeddings": False}, WEIGHTS | head))
+    model = load_model(write_folder(tmp_path / "untied", CONFIG | {"tie_word_embeddings": False}, WEIGHTS | head))
     np.testing.assert_array_equal(model.params["head"], head["lm_head.weight"].T)
 
 
@@ -113,7 +113,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
     ],
 )
 def test_a_folder_is_taken_whole_or_not_at_all(changes, weights, words, tmp_path):
-    sentence = refusal(load_folder, write_folder(tmp_path / "model", CONFIG | changes, weights))
+    sentence = refusal(load_model, write_folder(tmp_path / "model", CONFIG | changes, weights))
     assert all(word in sentence for word in words), sentence
 
 
@@ -152,36 +152,36 @@ def replace(folder: Path, name: str, data: bytes | str | dict[str, Any] | None) 
 )
 def test_a_damaged_file_is_named(name, data, words, folder):
     replace(folder, name, data)
-    sentence = refusal(load_folder, folder)
+    sentence = refusal(load_model, folder)
     assert words in sentence
     assert str(folder) in sentence
 
 
 def test_a_tokenizer_that_is_not_the_models_is_refused(folder):
     tiny_tokenizer(folder, 43)
-    assert "do not belong together" in refusal(load_folder, folder)
+    assert "do not belong together" in refusal(load_model, folder)
     shutil.move(folder / "tokenizer.json", folder / "tokenizer.model")
-    assert "only tokenizer.model: save the model's fast tokenizer" in refusal(load_folder, folder)
+    assert "only tokenizer.model: save the model's fast tokenizer" in refusal(load_model, folder)
 
 
 def test_every_end_is_known_and_the_tokenizers_own_comes_first(folder):
     replace(folder, "config.json", CONFIG | {"eos_token_id": 7})
-    assert load_folder(folder).ends == (40, 7)
+    assert load_model(folder).ends == (40, 7)
     replace(folder, "generation_config.json", {"eos_token_id": [3, 40, 5], "temperature": 0.7})
-    assert load_folder(folder).ends == (40, 3, 5)
+    assert load_model(folder).ends == (40, 3, 5)
     replace(folder, "tokenizer_config.json", {"eos_token": {"content": "%", "__type": "AddedToken"}})
-    model = load_folder(folder)
+    model = load_model(folder)
     assert model.ends == (model.tokenizer.id_of("%"), 3, 40, 5)
 
 
 def test_an_end_that_only_the_config_knows_is_taken_by_its_id(folder):
     replace(folder, "tokenizer_config.json", None)
     replace(folder, "config.json", CONFIG | {"eos_token_id": 40})
-    assert load_folder(folder).tokenizer.config["eos_token"] == "<|endoftext|>"
+    assert load_model(folder).tokenizer.config["eos_token"] == "<|endoftext|>"
 
 
 def test_the_chat_template_is_found_wherever_it_is_kept(folder):
-    template = lambda: load_folder(folder).tokenizer.config.get("chat_template")
+    template = lambda: load_model(folder).tokenizer.config.get("chat_template")
     assert template() is None
     end = {"eos_token": "<|endoftext|>"}
     replace(folder, "tokenizer_config.json", end | {"chat_template": "one"})
@@ -206,10 +206,9 @@ def test_a_panic_of_the_library_is_a_sentence(folder):
 AUDIT = """
 import os, sys
 from pathlib import Path
-from engine.storage.huggingface.folder import load_folder
-from engine.storage.gguf.file import load_gguf
+from engine.storage.find import load_model
 folder, file = Path(sys.argv[1]), Path(sys.argv[2])
-load_folder(folder), load_gguf(file)  # whatever is imported late is imported now
+load_model(folder), load_model(file)  # whatever is imported late is imported now
 seen = set()
 KINDS = "pickle marshal socket subprocess pty shutil urllib http ctypes import exec compile".split()
 STARTS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.startfile")
@@ -222,7 +221,7 @@ def note(event, args):
     elif event.split(".")[0] in KINDS or event.startswith(EVENTS):
         seen.add((event, str(args)[:200]))
 sys.addaudithook(note)
-load_folder(folder), load_gguf(file)
+load_model(folder), load_model(file)
 found = sorted(seen)
 import pickle, subprocess  # the hook sees what it should
 pickle.loads(pickle.dumps(Path)), subprocess.run(["true"]), os.system("true")

@@ -13,7 +13,7 @@ from tiny import positions_of
 
 from engine.model.transformer import forward
 from engine.storage.fields import BLOCKS
-from engine.storage.huggingface.folder import load_folder
+from engine.storage.find import load_model
 
 GOLDEN = {path.stem: json.loads(path.read_text()) for path in sorted((Path(__file__).parents[1] / "golden").glob("*.json"))}
 
@@ -36,11 +36,11 @@ def test_logits_equal_those_of_transformers(family, tmp_path):
     golden = GOLDEN[family]
     weights = draw(golden["shapes"])
     folder = write_folder(tmp_path / "new", golden["config"], weights)
-    model = load_folder(folder)
+    model = load_model(folder)
     tokens = np.asarray(golden["tokens"], np.int32)
     logits, _ = jax.jit(forward, static_argnums=0)(model.cfg, model.params, tokens, positions_of(*tokens.shape))
     wanted = np.asarray(golden["logits"], np.float32)
     assert np.abs(wanted).max() > 1  # lively enough to tell one model from another
     np.testing.assert_allclose(np.asarray(logits)[:, golden["positions"]], wanted, atol=1e-4, rtol=0)
-    older = load_folder(write_folder(tmp_path / "old", as_transformers_4(golden["config"]), weights))
+    older = load_model(write_folder(tmp_path / "old", as_transformers_4(golden["config"]), weights))
     assert older.cfg == model.cfg
