@@ -130,7 +130,7 @@ class Repl:
         with signals.handle_signals():
             signals.set_phase("while an answer was written.")
             before = len(turns)
-            with signals.deferred("", lambda _: None) as state:
+            with signals.defer_signals("", lambda _: None) as state:
                 for text in self.conversation.reply(message, is_stopped=lambda: state.received is not None):
                     print(text, end="", flush=True)
         print(flush=True)

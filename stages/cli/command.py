@@ -11,7 +11,7 @@ from pathlib import Path
 from engine.errors import UserError
 from stages.cli import signals
 
-MISTAKE = 2
+MISTAKE = 2  # the exit code
 _arguments: list[str] = []
 
 
@@ -20,25 +20,22 @@ def run_command[Flags](
 ) -> int:
     """Parses `args` (the command line's when None) into `flags`, runs the command, returns its exit code.
 
-    `name` is that of the stage; `about` heads its help.
-
-    0 when it is done, 2 for what a person can mend (said in a sentence on stderr, with the traceback under --verbose),
-    128 + the signal when it was stopped, 141 when nobody reads the output any more.
+    `name` is the stage's; `about` heads its help. The code is MISTAKE for one that a person can mend (a sentence on stderr,
+    with the traceback under --verbose), 128 + the signal when stopped, 141 when nobody reads the output any more.
     """
     import tyro
 
     _arguments[:] = sys.argv[1:] if args is None else args
-    verbose = False
+    options = None
     try:
         options = tyro.cli(
             flags, prog=f"python -m stages.{name}", description=about, args=args,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )  # fmt: skip
-        verbose = bool(getattr(options, "verbose", False))
         with signals.handle_signals():
             return command(options) or 0
-    except SystemExit as leaving:  # tyro has shown the help, or what is wrong with a flag
-        return int(leaving.code or 0)
+    except SystemExit as exit:  # tyro has printed the help, or the mistake in a flag
+        return int(exit.code or 0)
     except signals.Stopped as stopped:
         return signals.report_stop(stopped)
     except BrokenPipeError:
@@ -50,7 +47,7 @@ def run_command[Flags](
         sentence = explain_error(error)
         if sentence is None:
             raise
-        if verbose:
+        if getattr(options, "verbose", False):
             import traceback
 
             traceback.print_exc()
@@ -73,31 +70,32 @@ def explain_error(error: BaseException) -> str | None:
 
 
 def _explain_system_error(error: OSError) -> str:
-    at = f"{error.filename}: " if error.filename else ""
+    name = f"{error.filename}: " if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = ""
         with contextlib.suppress(OSError, TypeError, ValueError):
             import shutil
 
-            place = next(p for p in [Path(error.filename), *Path(error.filename).absolute().parents] if p.exists())
-            free = f" ({shutil.disk_usage(place).free / 1e6:,.1f} MB are free there)"
-        return f"{at}the disk is full{free}. What was saved before is untouched; make room, or choose another folder."
+            path = Path(error.filename).absolute()
+            path = next(folder for folder in (path, *path.parents) if folder.exists())
+            free = f" ({shutil.disk_usage(path).free / 1e6:,.1f} MB are free there)"
+        return f"{name}the disk is full{free}. What was saved before is untouched; make room, or choose another folder."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{at}{os.strerror(error.errno)}: this user may not write or read there. Choose another folder or file."
-    return f"{at}{error.strerror or error}."
+        return f"{name}{os.strerror(error.errno)}: this user may not write or read there. Choose another folder or file."
+    return f"{name}{error.strerror or error}."
 
 
 def command_line(stage: str, *words: object) -> str:
     """Returns the command to type for a stage: through `uv run` when that is how we were started."""
-    started = "uv run " if os.environ.get("UV") else ""
-    return f"{started}python -m stages.{stage} {shlex.join(map(str, words))}".rstrip()
+    prefix = "uv run " if os.environ.get("UV") else ""
+    return f"{prefix}python -m stages.{stage} {shlex.join(map(str, words))}".rstrip()
 
 
 def typed_arguments() -> list[str]:
-    """Returns the arguments of the command in progress, to be typed again."""
+    """Returns the arguments of the command in progress."""
     return _arguments
 
 
-def same_command(stage: str) -> str:
-    """Returns the command line to type to go on with the run of the command in progress."""
+def resume_command(stage: str) -> str:
+    """Returns the command to type to go on with the run in progress."""
     return command_line(stage, *(word for word in _arguments if word != "--overwrite"))

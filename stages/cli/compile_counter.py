@@ -1,10 +1,10 @@
-"""Counts the programs that JAX compiles, so that "nothing is compiled while it works" is a number."""
+"""Counts the programs that JAX compiles. The one file here that imports JAX: import it once JAX is started."""
 
 import jax
 
 
 class CompileCounter:
-    """`count` grows by one with each program compiled, or fetched from the compilation cache, since `reset`."""
+    """Counts programs compiled, or fetched from the compilation cache, since `reset`."""
 
     def __init__(self) -> None:
         self.count = 0

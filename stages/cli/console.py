@@ -1,7 +1,6 @@
 """Prints the output of a command: a banner, tasks that take a while, one live line, a summary.
 
-On a terminal the live line stays in place and fits its width; elsewhere it becomes a plain line every few seconds, with
-no escape codes. Nothing else in the project prints while training.
+On a terminal the live line stays in place and fits its width; elsewhere it becomes a plain line every few seconds.
 """
 
 import contextlib
@@ -10,7 +9,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
 from typing import Any, TextIO
 
 from engine.format import duration
@@ -19,11 +17,11 @@ ReportProgress = Callable[[int, int], None]
 
 BETWEEN_LINES = 5.0  # seconds, where lines stay
 BETWEEN_FRAMES = 0.15  # seconds, on a terminal
-SILENT = 2.0  # seconds below which a task that reports nothing is not worth a line
+SILENT = 2.0  # seconds: a task that takes less and reports nothing gets no line
 
 
-class Console:
-    """Prints to `stream`. To be used as a context: whatever happens, the terminal is left as it was."""
+class Console(contextlib.AbstractContextManager["Console"]):
+    """Prints to `stream`. As a context it leaves the terminal as it was, whatever happens."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stdout
@@ -36,28 +34,25 @@ class Console:
 
             self._rich = rich.console.Console(file=self.stream, highlight=False)
 
-    def __enter__(self) -> "Console":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close_live()
 
     def print(self, text: str = "", style: str | None = None) -> None:
-        """Prints a line, or several, that stay. A long line is left to the terminal to wrap."""
+        """Prints lines that stay; the terminal wraps long ones."""
         if self._rich:
             self._rich.print(text, style=style, markup=False, soft_wrap=True)
         else:
             print(text, file=self.stream, flush=True)
 
     def warn_damaged(self, damaged: Sequence[str], used: object) -> None:
-        """Names the files that were passed over on the way to a sound checkpoint, and the one used instead."""
+        """Names damaged checkpoint files, if there are any, and the checkpoint used instead."""
         for line in damaged:
             self.print(f"damaged: {line}", style="yellow")
         if damaged:
             self.print(f"using {used} instead", style="yellow")
 
     def print_rows(self, rows: Sequence[tuple[str, str]]) -> None:
-        """Prints labels beside their values; long values go on below themselves."""
+        """Prints labels beside their values; a terminal wraps long values below themselves."""
         width = max(len(label) for label, _ in rows)
         if not self._rich:
             for label, value in rows:
@@ -74,7 +69,7 @@ class Console:
         self._rich.print(table)
 
     def print_marked(self, pieces: Sequence[tuple[str, bool]]) -> None:
-        """Prints a text in which some pieces are marked: by colour on a terminal, elsewhere by brackets."""
+        """Prints a text, with its marked pieces in colour on a terminal, elsewhere in brackets."""
         if not self._rich:
             for mark, group in itertools.groupby(pieces, key=lambda pair: pair[1]):
                 joined = "".join(piece for piece, _ in group)
@@ -90,9 +85,9 @@ class Console:
 
     @contextlib.contextmanager
     def task(self, label: str, always: bool = False) -> Iterator[ReportProgress]:
-        """Prints `label ... 4.1 s` around a task, with the share that is done meanwhile.
+        """Prints `label ... 4.1 s` around a task, and meanwhile the share that is done.
 
-        The line stays when `always` is set or something was reported, else only if it took long.
+        The line stays if `always`, if something was reported, or if it took long.
         """
         begin = time.perf_counter()
         printed = False
@@ -127,7 +122,7 @@ class Console:
             self.print(f"{label} ... {duration(elapsed)}")
 
     def show_live(self, fields: Callable[[], Sequence[str]], important: bool = False) -> None:
-        """Shows the fields in the live line, when it is time to. An `important` state is shown at any time, and stays."""
+        """Shows the fields in the live line when a new one is due. An `important` line is always shown, and stays."""
         if not (important or self._due(BETWEEN_FRAMES if self.terminal else BETWEEN_LINES)):
             return
         self._last = time.perf_counter()
@@ -142,7 +137,7 @@ class Console:
             self._draw(frame)
 
     def close_live(self) -> None:
-        """Takes the live line away; the next output stands in its place."""
+        """Removes the live line; the next output stands in its place."""
         if self._live:
             self._live.stop()
             self._live = None
@@ -166,7 +161,7 @@ class Console:
 
 
 def wrap(fields: Sequence[str], width: int) -> list[str]:
-    """Returns fields side by side, two spaces apart, in lines of at most `width`; none is cut unless it alone is wider."""
+    """Joins fields by two spaces in lines of at most `width`, and cuts those that alone are wider."""
     lines: list[str] = []
     for field in fields:
         if lines and len(lines[-1]) + 2 + len(field) <= width:

@@ -1,4 +1,4 @@
-"""Parsers of flags, with the sentence for a wrong value, and the flags that several commands share."""
+"""Parsers of flags, whose ValueError is the sentence for a wrong value, and the flags that several commands share."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d
 
 
 def seconds(text: str) -> float:
-    """Parses a duration: '90s', '3m', '1h30m', or plain seconds '45'. Raises ValueError for anything else, and for 0."""
+    """Parses a duration above 0: '90s', '3m', '1h30m', or plain seconds '45'."""
     parts = re.fullmatch(r"(?:\d+(?:\.\d+)?(?:ms|s|min|m|h|d))+|\d+(?:\.\d+)?", text.strip().lower())
     if not parts:
         raise ValueError(f"wanted a duration such as 90s, 3m or 1h30m (a plain number is seconds), got {text!r}")
@@ -28,46 +28,36 @@ def seconds(text: str) -> float:
 
 
 def integer(low: int, high: float = float("inf")) -> Callable[[str], int]:
-    """Returns a parser of integers from `low` to `high`; 1_000 and 1e6 are integers too."""
-
-    def parse(text: str) -> int:
-        with contextlib.suppress(ValueError, OverflowError):
-            value = float(text) if re.fullmatch(r"\d+(\.\d+)?e\d+", text.lower()) else int(text)
-            if value == int(value) and low <= value <= high:
-                return int(value)
-        raise ValueError(f"wanted an integer {_span(low, high)}, got {text!r}")
-
-    return parse
+    """Returns a parser of integers from `low` to `high`, such as 1_000 and 1e6."""
+    return in_range(Range(low, high, integer=True))
 
 
 def number(low: float, high: float = float("inf"), above: bool = False) -> Callable[[str], float]:
-    """Returns a parser of numbers from `low` (or above it) to `high`."""
-
-    def parse(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            value = float(text)
-            if low <= value <= high and not (above and value == low):
-                return value
-        raise ValueError(f"wanted a number {_span(low, high, above)}, got {text!r}")
-
-    return parse
+    """Returns a parser of numbers from `low`, or `above` it, to `high`."""
+    return in_range(Range(low, high, above=above))
 
 
 def in_range(allowed: Range) -> Callable[[str], Any]:
     """Returns a parser of the numbers of a range."""
-    if allowed.integer:
-        return integer(int(allowed.least), int(allowed.most))
-    return number(allowed.least, allowed.most, allowed.above)
-
-
-def _span(low: float, high: float, above: bool = False) -> str:
+    low, high, integer, above, _ = allowed
+    lower = f"above {low:g}" if above else f"from {low:g}"
     if high == float("inf"):
-        return f"above {low:g}" if above else f"of at least {low:g}"
-    return f"above {low:g} and up to {high:.12g}" if above else f"from {low:g} to {high:.12g}"
+        span = lower.replace("from", "of at least")
+    else:
+        span = f"{lower}{' and up' * above} to {high:.12g}"
+
+    def parse(text: str) -> int | float:
+        with contextlib.suppress(ValueError, OverflowError):
+            value = int(text) if integer and "e" not in text.lower() else float(text)
+            if low <= value <= high and not (above and value == low) and (not integer or value == int(value)):
+                return int(value) if integer else value
+        raise ValueError(f"wanted {'an integer' if integer else 'a number'} {span}, got {text!r}")
+
+    return parse
 
 
 def interval(text: str) -> int | float:
-    """Parses an interval: '200' -> 200 steps (int), '30s' -> 30.0 seconds (float)."""
+    """Parses an interval: '200' -> 200 (steps), '30s' -> 30.0 (seconds)."""
     if text.strip().isdigit():
         return integer(1)(text)
     try:
@@ -77,20 +67,28 @@ def interval(text: str) -> int | float:
 
 
 def parser(parse: Callable[[str], Any], metavar: str) -> Any:
-    """Returns what goes into `Annotated`: `parse` reads this flag, and its ValueError is shown."""
+    """Returns what goes into `Annotated`: `parse` reads this flag."""
     return PrimitiveConstructorSpec(
         nargs=1, metavar=metavar, instance_from_str=lambda words: parse(words[0]), is_instance=lambda _: True,
         str_from_instance=lambda value: [str(value)],
     )  # fmt: skip
 
 
+COUNT = parser(integer(1), "N")
+
+
+def positive(high: float = float("inf")) -> Any:
+    """Returns what goes into `Annotated` for a number above 0, up to `high`."""
+    return parser(number(0, high, above=True), "X")
+
+
 def default(meaning: str, help: str | None = None) -> Any:
-    """Returns what goes into `Annotated`: the default that the help shows; `help` stands in for a docstring below the field."""
+    """Returns what goes into `Annotated`: the default that the help shows, and `help` in place of a field's docstring."""
     return tyro.conf.arg(help=help, help_behavior_hint=f"(default: {meaning})")
 
 
 def one_of(*names: str) -> Callable[[str], str]:
-    """Returns a parser of one of the names; the error for a wrong one names the nearest."""
+    """Returns a parser of one of the names; its error names the nearest."""
 
     def parse(text: str) -> str:
         if text not in names:
@@ -138,5 +136,5 @@ class SamplingFlags:
     """The same seed samples the same text."""
 
     def params(self, **others: Any) -> SamplingParams:
-        """Returns them as the engine takes them, with `others` of its fields."""
+        """Returns the engine's SamplingParams, with `others` of its fields."""
         return SamplingParams(**dataclasses.asdict(self), **others)

@@ -1,11 +1,12 @@
-"""Handles Ctrl-C and SIGTERM at any moment: work that must be finished is finished, everything else stops at once.
+"""Handles Ctrl-C and SIGTERM at any moment: finishes work that must be finished, and stops all else at once.
 
-Python runs a signal's handler only when the main thread comes back from a library, and compiling or a long step can
-keep it for minutes. A second thread therefore reads the signals as they arrive: it says what will happen, ends the
-process if the main thread does not get round to it, and ends it at once on a second signal.
+Python runs a signal's handler only when the main thread comes back from a library, where compiling or a long step can
+keep it for minutes. So a second thread reads the signals as they arrive: it prints what will happen, ends the process if
+the main thread does not get round to it, and ends it at once on a second signal.
 """
 
 import contextlib
+import dataclasses
 import os
 import select
 import signal
@@ -19,40 +20,40 @@ NUDGE, PATIENCE = 0.1, 1.0  # seconds for the main thread to hear of a signal, a
 
 
 def _print(sentence: str) -> None:
-    """Writes straight to the terminal: the main thread may be in the middle of printing."""
+    """Writes past `print`: the main thread may be in the middle of one."""
     with contextlib.suppress(OSError):
         os.write(2, f"\n{sentence}\n".encode())
 
 
 class Stopped(KeyboardInterrupt):
-    """Raised in the main thread where nothing has to be finished first."""
+    """Ends the main thread where nothing has to be finished first."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.number = number
 
 
+@dataclasses.dataclass
 class SignalState:
-    """The signals of one block: `answer` is printed for the first one while work is finished, None where none is.
+    """The signals of one block. `answer` is printed for the first one while work is finished, None where none is.
 
-    `phase` goes after "Stopped"; `received` is the first signal, `seen` whether the main thread knows of it.
+    `phase` is printed after "Stopped"; `received`: the first signal; `seen`: whether the main thread knows of it.
     """
 
-    def __init__(self) -> None:
-        self.answer: str | None = None
-        self.print: Callable[[str], None] = _print
-        self.received: int | None = None
-        self.seen = False
-        self.phase = ""
+    answer: str | None = None
+    print: Callable[[str], None] = _print
+    received: int | None = None
+    seen: bool = False
+    phase: str = ""
 
     def handle(self, number: int, _: object) -> None:
         self.received = self.received or number
         again, self.seen = self.seen, True
-        if self.answer is None and not again:  # a second signal is for the second thread, which ends the process
+        if self.answer is None and not again:  # at a second signal the second thread ends the process
             raise Stopped(number)
 
     def listen(self, signals: int) -> None:
-        """The second thread. Ends when a zero byte arrives."""
+        """Reads signals in the second thread, until a zero byte arrives."""
         answered = echo = False
         waits: list[float] = []  # before the main thread is nudged, and before the process is ended
         while True:
@@ -91,16 +92,15 @@ _now = SignalState()
 
 @contextlib.contextmanager
 def handle_signals() -> Iterator[None]:
-    """Handles signals for as long as the block lasts. Does nothing outside the main thread.
+    """Handles signals in the block; does nothing outside the main thread.
 
-    A block inside another has a state of its own: a signal that it was ended by does not end the outer one.
+    A block inside another has its own state: a signal that ended it does not end the outer one.
     """
     global _now
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    outer, _now = _now, SignalState()
-    _now.phase = outer.phase
+    outer, _now = _now, SignalState(phase=_now.phase)
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     before = [(number, signal.signal(number, _now.handle)) for number in SIGNALS]
@@ -121,15 +121,14 @@ def handle_signals() -> Iterator[None]:
 
 
 def set_phase(phase: str) -> None:
-    """Sets what is printed after the word "Stopped" when a signal comes from now on."""
+    """Sets what is printed after "Stopped" when a signal comes from now on."""
     _now.phase = phase
 
 
 @contextlib.contextmanager
-def deferred(answer: str, print: Callable[[str], None]) -> Iterator[SignalState]:
-    """Defers a first signal to the end of the block: another thread prints `answer`, and `received` tells the block to end."""
-    _now.print = print
-    _now.answer = answer
+def defer_signals(answer: str, print: Callable[[str], None]) -> Iterator[SignalState]:
+    """Defers a first signal to the end of the block: `answer` is printed at once, and `received` tells the block to end."""
+    _now.print, _now.answer = print, answer
     try:
         yield _now
     finally:

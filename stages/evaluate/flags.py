@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Annotated
 
-from stages.cli.flags import DeviceFlag, ModelFlag, VerboseFlag, default, integer, parser
+from stages.cli.flags import COUNT, DeviceFlag, ModelFlag, VerboseFlag, default, integer, parser
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,9 +15,9 @@ class Evaluate:
     """A text (a name, whose held-out part is meant, a file or a folder), or conversations as `finetune` takes them."""
     context: Annotated[int | None, parser(integer(2), "N"), default("the model's context, at most 1,024")] = None
     """Tokens a window."""
-    stride: Annotated[int | None, parser(integer(1), "N"), default("half the window")] = None
+    stride: Annotated[int | None, COUNT, default("half the window")] = None
     """Tokens between windows of a text: each token is predicted from at least context - stride before it."""
-    batch: Annotated[int | None, parser(integer(1), "N"), default("as many as suit the memory")] = None
+    batch: Annotated[int | None, COUNT, default("as many as suit the memory")] = None
     """Windows of a text read together."""
     device: DeviceFlag = "auto"
     verbose: VerboseFlag = False

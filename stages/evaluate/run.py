@@ -84,7 +84,7 @@ def evaluate_text(
     if stride > seq:
         raise UserError(f"--stride {stride:,} would leave tokens out: it is at most the window of {seq:,} tokens.")
     beyond = f" (the model was trained on {cfg.context:,})" if seq > cfg.context else ""
-    batch = batch or validation.rows_for(cfg, seq)
+    batch = batch or validation.rows_in_memory(cfg, seq)
     window = f"{seq:,} tokens{beyond}, moved on by {stride:,}; {batch} at a time"
     console.print_rows([("text", text_data.source_name(source)), ("window", window)])
     begin = time.perf_counter()
@@ -148,7 +148,7 @@ def evaluate_conversations(
 
 
 def _score_answers(model: LoadedModel, examples: Sequence[Example], seq: int, report: ReportProgress) -> Rows:
-    batches = list(evaluation_batches(examples, seq, conversation_data.ROWS))
+    batches = list(evaluation_batches(examples, seq, conversation_data.EVALUATION_ROWS))
     nats, tokens = 0.0, 0
     for number, batch in enumerate(batches, 1):
         nats += float(score(model.cfg, model.params, batch))
@@ -167,7 +167,7 @@ def _score_answers(model: LoadedModel, examples: Sequence[Example], seq: int, re
 
 def _score_pairs(model: LoadedModel, pairs: Sequence[Pair], seq: int, report: ReportProgress) -> Rows:
     margin = np.empty(0)
-    for part in evaluation_pairs(pairs, seq, conversation_data.ROWS):
+    for part in evaluation_pairs(pairs, seq, conversation_data.EVALUATION_ROWS):
         batch = np.asarray(margins(model.cfg, model.params, Preferences(part.chosen, part.rejected)))
         margin = np.append(margin, batch[part.pair >= 0])
         report(len(margin), len(pairs))

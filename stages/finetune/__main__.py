@@ -19,20 +19,19 @@ from collections.abc import Sequence
 from engine.device import start_jax
 from stages.cli import signals
 from stages.cli.command import run_command
-from stages.finetune.flags import Finetune
+from stages.finetune.flags import FinetuneFlags
 
 
-def finetune(flags: Finetune) -> int:
-    """Starts JAX and fine-tunes as the flags say. Returns the exit code."""
+def finetune(flags: FinetuneFlags) -> int:
     signals.set_phase("before anything was trained.")
     device = start_jax(flags.device)
-    from stages.finetune.run import run  # imports JAX: only after the flags are parsed, and JAX is started
+    from stages.finetune.run import run  # imports JAX, which must be started first
 
     return run(flags, device)
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    return run_command("finetune", __doc__, Finetune, finetune, args)
+    return run_command("finetune", __doc__, FinetuneFlags, finetune, args)
 
 
 if __name__ == "__main__":

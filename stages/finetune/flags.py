@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Annotated
 
 from engine.errors import UserError
-from stages.cli.flags import DeviceFlag, VerboseFlag, default, integer, interval, number, one_of, parser, path
-from stages.runs.flags import Length, RunFolder, SeedFlag, Trainable
+from stages.cli.flags import COUNT, default, integer, interval, number, one_of, parser, path, positive
+from stages.runs.flags import FolderFlags, LengthFlags, ModelRunFlags, TrainableFlags
 
 
 @dataclasses.dataclass(frozen=True)
-class Examples:
+class ExampleFlags:
     """The training data."""
 
     data: Annotated[str, parser(str, "DATA")] = "voice"
@@ -26,28 +26,26 @@ class Examples:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tuning:
+class TuningFlags:
     """The objective, what a step reads, and how weights move."""
 
     objective: Annotated[str, parser(one_of("answers", "preference"), "NAME")] = "answers"
     """`answers`: what the assistant says. `preference`: the chosen answer over the rejected one (DPO)."""
-    beta: Annotated[float, parser(number(0, 10, above=True), "X")] = 0.1
+    beta: Annotated[float, positive(10)] = 0.1
     """Of preference: how far the model may move away from where it began."""
-    batch: Annotated[int, parser(integer(1), "N")] = 2
+    batch: Annotated[int, COUNT] = 2
     """Rows a step (pairs, for preference)."""
-    accumulate: Annotated[int | None, parser(integer(1), "N"), default("1; with --base int8 as many as the batch has rows")] = (
-        None
-    )
+    accumulate: Annotated[int | None, COUNT, default("1; with --base int8 as many as the batch has rows")] = None
     """Parts the batch is read in, one after another: less memory, the same step."""
     context: Annotated[int, parser(integer(16), "N")] = 256
     """Tokens a row."""
-    learning_rate: Annotated[float | None, parser(number(0, 1, above=True), "X"), default("2e-3, or 2e-5 without LoRA")] = None
+    learning_rate: Annotated[float | None, positive(1), default("2e-3, or 2e-5 without LoRA")] = None
     """AdamW's."""
     warmup: Annotated[float, parser(number(0, 1), "SHARE")] = 0.05
     """Share of the run in which the learning rate rises; then it falls by a cosine."""
     weight_decay: Annotated[float, parser(number(0, 10), "X")] = 0.0
     """Pull of what is trained towards zero."""
-    clip: Annotated[float, parser(number(0, above=True), "X")] = 1.0
+    clip: Annotated[float, positive()] = 1.0
     """Largest norm of the gradient."""
     scan: Annotated[bool, default("off")] = False
     """Compile one layer and loop over it: sooner compiled, slower steps."""
@@ -58,22 +56,14 @@ class Tuning:
 
 
 @dataclasses.dataclass(frozen=True)
-class Finetune:
+class FinetuneFlags(ModelRunFlags):
     """A model, what it is trained on, which of its parameters are trained, and how."""
 
-    examples: Examples
-    trainable: Trainable
-    tuning: Tuning
-    length: Length
-    folder: RunFolder
-    model: Annotated[str, parser(str, "MODEL")] = "smollm2-135m-instruct"
-    """A run or step folder, a Hugging Face folder, a .gguf file, or a named model."""
-    seed: SeedFlag = 0
-    """Of the adapter's first weights and of the order of the examples."""
-    device: DeviceFlag = "auto"
-    dry_run: Annotated[bool, default("off")] = False
-    """Print what matches and what it would cost, and stop."""
-    verbose: VerboseFlag = False
+    examples: ExampleFlags
+    trainable: TrainableFlags
+    tuning: TuningFlags
+    length: LengthFlags
+    folder: FolderFlags
 
     def __post_init__(self) -> None:
         if self.tuning.scan and self.trainable.adapter is None:

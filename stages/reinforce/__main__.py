@@ -17,20 +17,19 @@ from collections.abc import Sequence
 from engine.device import start_jax
 from stages.cli import signals
 from stages.cli.command import run_command
-from stages.reinforce.flags import Reinforce
+from stages.reinforce.flags import ReinforceFlags
 
 
-def reinforce(flags: Reinforce) -> int:
-    """Starts JAX and trains as the flags say. Returns the exit code."""
+def reinforce(flags: ReinforceFlags) -> int:
     signals.set_phase("before anything was trained.")
     device = start_jax(flags.device)
-    from stages.reinforce.run import run  # imports JAX: only after the flags are parsed, and JAX is started
+    from stages.reinforce.run import run  # imports JAX, which must be started first
 
     return run(flags, device)
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    return run_command("reinforce", __doc__, Reinforce, reinforce, args)
+    return run_command("reinforce", __doc__, ReinforceFlags, reinforce, args)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Prompts for learning from rewards: those that come with a task, or those of a file."""
+"""Prompts for reinforcement learning: those that come with a task, or those of a file."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ class Prompt(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """Prompts to train on, prompts to measure on, and what they are called."""
+    """Training prompts, held-out prompts, and what they are called."""
 
     train: tuple[Prompt, ...]
     held_out: tuple[Prompt, ...]
@@ -39,9 +39,9 @@ class Prompts(NamedTuple):
 
 
 def prompts_for(task: str, data: Path | None, seed: int) -> Prompts:
-    """Returns the prompts of a file, else those that come with the task, in an order that follows from the seed.
+    """Returns the prompts of a file, or those that come with the task, in an order that follows from the seed.
 
-    Raises UserError, with file and line, for a row without a prompt or, where the task is `sum`, without an answer.
+    Raises UserError, with file and line, for a row without a prompt or, for the task `sum`, without an answer.
     """
     if data:
         prompts, name = _read(data, task), str(data)
@@ -65,7 +65,7 @@ def _read(path: Path, task: str) -> list[Prompt]:
     for row, where in read_rows(path):
         prompt, answer = row.get("prompt"), row.get("answer")
         if not isinstance(prompt, str) or not prompt.strip():
-            problem = f"is {json_type(prompt)}" if not isinstance(prompt, str) and "prompt" in row else "is missing or empty"
+            problem = "is missing or empty" if isinstance(row.get("prompt", ""), str) else f"is {json_type(prompt)}"
             raise UserError(f"{where}: `prompt` should be text and {problem}.")
         if task == "sum" and (not isinstance(answer, int) or isinstance(answer, bool)):
             problem = f"is {json_type(answer)}" if "answer" in row else "is missing"

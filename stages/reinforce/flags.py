@@ -1,15 +1,15 @@
-"""Flags of `python -m stages.reinforce`: learning from rewards."""
+"""Flags of `python -m stages.reinforce`: reinforcement learning."""
 
 import dataclasses
 from pathlib import Path
 from typing import Annotated
 
-from stages.cli.flags import DeviceFlag, VerboseFlag, default, integer, number, parser, path, seconds
-from stages.runs.flags import RunFolder, SeedFlag, Trainable
+from stages.cli.flags import COUNT, default, integer, number, parser, path, positive, seconds
+from stages.runs.flags import FolderFlags, ModelRunFlags, TrainableFlags
 
 
 @dataclasses.dataclass(frozen=True)
-class Rollout:
+class RolloutFlags:
     """The prompts, and how completions are sampled."""
 
     task: Annotated[str, parser(str, "TASK")] = "length:12"
@@ -20,50 +20,42 @@ class Rollout:
     """Prompts a round."""
     group: Annotated[int, parser(integer(2, 256), "N")] = 8
     """Completions of each prompt, which are compared with one another."""
-    max_tokens: Annotated[int | None, parser(integer(1), "N"), default("48, or what the context has room for")] = None
+    max_tokens: Annotated[int | None, COUNT, default("48, or what the context has room for")] = None
     """Tokens of a completion at most."""
-    temperature: Annotated[float, parser(number(0, 100, above=True), "X")] = 1.0
+    temperature: Annotated[float, positive(100)] = 1.0
     """At 1 completions are sampled as the trained model would give them; else from a flatter or sharper distribution."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Update:
+class UpdateFlags:
     """How weights move."""
 
-    learning_rate: Annotated[float | None, parser(number(0, 1, above=True), "X"), default("5e-4, or 2e-5 without LoRA")] = None
+    learning_rate: Annotated[float | None, positive(1), default("5e-4, or 2e-5 without LoRA")] = None
     """AdamW's."""
     updates: Annotated[int, parser(integer(1, 64), "N")] = 1
     """Steps on each round's completions."""
-    clip: Annotated[float, parser(number(0, 10, above=True), "X")] = 0.2
+    clip: Annotated[float, positive(10)] = 0.2
     """How far a token's probability may move within a round before it gains nothing more: 0.2 is from 0.8 to 1.2 times."""
     kl: Annotated[float, parser(number(0, 10), "X")] = 0.0
     """Pull towards the model it was at first, a weight on their divergence."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Rounds:
+class DurationFlags:
     """How long. When both are given, whichever ends first."""
 
     max_time: Annotated[float | None, parser(seconds, "TIME"), default("2m when no --rounds are given")] = None
     """Time in rounds, such as 90s, 3m; compiling and measuring are not counted."""
-    rounds: Annotated[int | None, parser(integer(1), "N"), default("as many as fit into the time")] = None
+    rounds: Annotated[int | None, COUNT, default("as many as fit into the time")] = None
     """Times that completions are sampled and trained on."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Reinforce:
+class ReinforceFlags(ModelRunFlags):
     """A model, a task, and which parameters are trained."""
 
-    rollout: Rollout
-    trainable: Trainable
-    update: Update
-    length: Rounds
-    folder: RunFolder
-    model: Annotated[str, parser(str, "MODEL")] = "smollm2-135m-instruct"
-    """A run or step folder, a Hugging Face folder, a .gguf file, or a named model."""
-    seed: SeedFlag = 0
-    """Of the adapter's first weights, of the order of the prompts, and of sampling."""
-    device: DeviceFlag = "auto"
-    dry_run: Annotated[bool, default("off")] = False
-    """Print what a round would take, and stop."""
-    verbose: VerboseFlag = False
+    rollout: RolloutFlags
+    trainable: TrainableFlags
+    update: UpdateFlags
+    length: DurationFlags
+    folder: FolderFlags

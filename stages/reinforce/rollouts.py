@@ -1,4 +1,4 @@
-"""The inference half of a round: completions sampled from a model that is only read, and the reward of each."""
+"""The inference half of a round: samples completions from a model that is only read, and rewards each."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ PATIENCE = 2.0  # seconds for the rewards of a round
 
 
 class Rollout(NamedTuple):
-    """Prompts as tokens, the tokens sampled for each (the one that ended them too), texts, rewards, seconds of inference."""
+    """Prompts as tokens, completions as tokens (with the one that ended them) and as texts, rewards, seconds of inference."""
 
     prompts: list[list[int]]
     completions: list[list[int]]
@@ -35,7 +35,6 @@ class Rollout(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Tokens that were sampled."""
         return sum(map(len, self.completions))
 
     @property
@@ -45,7 +44,7 @@ class Rollout(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """Samples completions of at most `max_tokens` and rewards them. Caches have `capacity` places; `ends` end a completion."""
+    """Samples completions of at most `max_tokens` in caches of `capacity`, and rewards them. `ends`: the ids that end one."""
 
     cfg: ModelConfig
     chat: Chat
@@ -56,9 +55,9 @@ class Sampler:
     capacity: int
 
     def rollout(self, params: Params, prompts: Sequence[Prompt], seed: int) -> Rollout:
-        """Returns a completion of each prompt with its reward. Rows have the seeds seed, seed + 1, ...
+        """Samples a completion of each prompt, with seeds seed, seed + 1, ...
 
-        Raises UserError as `decode.generate`, and when rewards take longer than PATIENCE, as some patterns do.
+        Raises UserError as `decode.generate`, and when the rewards take longer than PATIENCE, as some patterns do.
         """
         tokens = [prompt_tokens(self.chat, prompt) for prompt in prompts]
         begin = time.perf_counter()
@@ -73,8 +72,7 @@ class Sampler:
         return Rollout(tokens, completions, texts, rewards, seconds)
 
     def _completions(self, params: Params, prompts: Sequence[list[int]], seed: int) -> list[list[int]]:
-        # The end of a completion is a token like any other: it was sampled, and when to end is trained too. So it is kept
-        # here, where `decode.generate` would leave it out and not say which of several it was.
+        # The end is kept, for when to end is trained too; `decode.generate` would leave it out.
         sampling = SamplingParams(max_tokens=self.max_tokens, temperature=self.temperature, seed=seed).per_row(len(prompts))
         completions: list[list[int]] = [[] for _ in prompts]
         running = set(range(len(prompts)))
@@ -103,16 +101,12 @@ def rollout_batch(prompts: Sequence[list[int]], completions: Sequence[list[int]]
     return next(evaluation_batches(examples, seq, len(examples), pack=False))
 
 
-class _Late(BaseException):
-    """The alarm rang; nothing in between is to take this for an error of its own."""
-
-
 @contextlib.contextmanager
 def _time_limit(sentence: str) -> Iterator[None]:
-    """Raises UserError(sentence) after PATIENCE in the block, where signals come: in the main thread."""
+    """Raises UserError(sentence) after PATIENCE in the block. Only in the main thread, to which signals come."""
 
     def ring(number: int, frame: object) -> None:
-        raise _Late
+        raise UserError(f"{sentence} ({PATIENCE:g} s were not enough.)")
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -121,8 +115,6 @@ def _time_limit(sentence: str) -> Iterator[None]:
     signal.setitimer(signal.ITIMER_REAL, PATIENCE)
     try:
         yield
-    except _Late:
-        raise UserError(f"{sentence} ({PATIENCE:g} s were not enough.)") from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

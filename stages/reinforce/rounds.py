@@ -1,9 +1,8 @@
-"""Rounds: inference samples completions and changes no weight, a rule rewards them, training reads them and does."""
+"""Rounds of reinforcement learning: inference samples completions, a rule rewards them, training updates the weights."""
 
-import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,26 +10,22 @@ import numpy as np
 from engine.counting.hardware import peak_rss_bytes
 from engine.format import clock_time, size
 from engine.inference.decode import for_inference
-from engine.model.config import ModelConfig
 from engine.model.paths import merge
 from engine.storage.digest import digest
 from engine.text.order import EpochOrder
-from engine.training.lora import merge_lora
-from engine.training.optimizer import make_optimizer
 from engine.training.reinforce import Rollouts, group_advantages, log_probabilities
-from engine.training.step import Objective, TrainState, train_step
+from engine.training.step import Objective, TrainState
 from stages.reinforce.data import Prompt
 from stages.reinforce.rollouts import Rollout, Sampler, rollout_batch
 from stages.runs.estimate import RunPlan
 from stages.runs.loop import Evaluator, LoopState, StepTimer
 from stages.runs.trainable import TrainableParts
+from stages.runs.training_steps import compile_step
 
 
-@dataclasses.dataclass(frozen=True)
-class Round:
-    """The result of a round. `before` and `after` are digests of the weights."""
+class Round(NamedTuple):
+    """The result of a round. `before`, `after`: digests of the weights."""
 
-    number: int
     rollout: Rollout
     training_seconds: float
     before: str
@@ -40,13 +35,12 @@ class Round:
 
 
 class Rounds:
-    """Plays one round after another: the Steps of learning from rewards.
+    """Runs one round after another: the Steps of reinforcement learning.
 
     A round samples `group` completions of each of `prompts_each` prompts, and takes `updates` steps on them. `kl`: the
-    weight of the divergence from the untrained model, which then has to score each completion.
+    weight of the divergence from the untrained model, which then scores each completion too.
     """
 
-    noun = "round"
     advice = "--learning-rate"
     evaluator: Evaluator | None = None
     buffer = 0
@@ -62,19 +56,15 @@ class Rounds:
         self.rounds: list[Round] = []
         rows = prompts_each * group
         batch = rollout_batch([[0]] * rows, [[0]] * rows, plan.recipe.context)
-        self.program: Any = train_step.lower(
-            plan.cfg, make_optimizer(plan.recipe.optimizer), state, parts.frozen,
-            self._rollouts(state, batch, self._advantages([0.0] * rows)), np.float32(0),
-            microbatches=plan.recipe.accumulate, objective=objective,
-        ).compile()  # fmt: skip
-        self.params = inference_params(plan.cfg, parts, state.trainable, plan.base)
+        rollouts = self._rollouts(state, batch, self._advantages([0.0] * rows))
+        self.program = compile_step(plan, state, parts.frozen, rollouts, objective)
+        self.params = for_inference(plan.cfg, merge(state.trainable, parts.frozen))
         self.digest = digest(self.params)
 
     def run(self, state: TrainState, loop_state: LoopState) -> tuple[TrainState, list[bool]]:
-        number, plan = loop_state.step, self.plan
-        prompts = [self.prompts[index] for index in self.order.at(number) for _ in range(self.group)]
-        rollout = self.sampler.rollout(self.params, prompts, first_seed(plan, number))
-        before = self.digest
+        plan, before = self.plan, self.digest
+        prompts = [self.prompts[index] for index in self.order.at(loop_state.step) for _ in range(self.group)]
+        rollout = self.sampler.rollout(self.params, prompts, first_seed(plan, loop_state.step))
         if digest(self.params) != before:
             raise RuntimeError("Inference changed the weights.")
         begin = time.perf_counter()
@@ -83,7 +73,7 @@ class Rounds:
         if advantages.any() or self.kl:
             batch = rollout_batch(rollout.prompts, rollout.completions, plan.recipe.context)
             rollouts = self._rollouts(state, batch, advantages)
-            if self.kl:  # how far the model is from the untrained one, in nats a token of what it sampled
+            if self.kl:  # the divergence from the untrained model, in nats a sampled token
                 behind = np.where(batch.mask, rollouts.reference - rollouts.old, 0)
                 kl = float((np.exp(behind) - behind - 1).sum() / max(batch.mask.sum(), 1))
             for _ in range(self.updates):
@@ -91,9 +81,9 @@ class Rounds:
                 norm = float(metrics.grad_norm)
                 refused.append(bool(metrics.refused))
         training = time.perf_counter() - begin
-        self.params = inference_params(plan.cfg, self.parts, state.trainable, plan.base)
+        self.params = for_inference(plan.cfg, merge(state.trainable, self.parts.frozen))
         self.digest = digest(self.params)
-        self.rounds.append(Round(number + 1, rollout, training, before, self.digest, norm, kl))
+        self.rounds.append(Round(rollout, training, before, self.digest, norm, kl))
         reward = rollout.mean_reward
         loop_state.best = reward if loop_state.best is None else max(loop_state.best, reward)
         return state, refused
@@ -112,7 +102,7 @@ class Rounds:
         weights = f"weights {last.before[:8]}"
         changed = "all alike, nothing to train on" if last.after == last.before else f"{weights} -> {last.after[:8]}"
         return [
-            f"round {last.number:,}" + (f"/{total:,}" if total else ""),
+            f"round {loop_state.step:,}" + (f"/{total:,}" if total else ""),
             f"reward {last.rollout.mean_reward:.3f}",
             f"| inference {last.rollout.seconds:.2f} s, {last.rollout.tokens:,} tokens, {weights} unchanged",
             f"| training {last.training_seconds:.2f} s, {changed}{pull}",
@@ -124,27 +114,21 @@ class Rounds:
         return np.asarray(group_advantages(np.reshape(rewards, (-1, self.group)))).reshape(-1)
 
     def _rollouts(self, state: TrainState, batch: Any, advantages: np.ndarray) -> Rollouts:
-        """With log-probabilities that the objective needs: of the model as it sampled, and of the untrained model."""
+        """Adds the log-probabilities that the objective needs: by the model that sampled, and by the untrained one."""
         old = reference = None
         if self.updates > 1 or self.kl:
             old = self._log_probabilities(merge(state.trainable, self.parts.frozen), batch)
         if self.kl:
-            # An untrained adapter is no change, to the bit, and makes it the same program as above.
+            # An untrained adapter changes nothing, to the bit, and makes it the same program as above.
             reference = self._log_probabilities(merge(self.parts.trainable, self.parts.frozen), batch)
         return Rollouts(batch, advantages, old, reference)
 
     def _log_probabilities(self, params: Any, batch: Any) -> np.ndarray:
-        rows = self.plan.recipe.batch // self.plan.recipe.accumulate  # as a step reads at once
+        rows = self.plan.recipe.batch // self.plan.recipe.accumulate  # that a step reads at once
         parts = [jax.tree.map(lambda x, at=at: x[at : at + rows], batch) for at in range(0, len(batch.tokens), rows)]
         return np.concatenate([np.asarray(log_probabilities(self.plan.cfg, params, part)) for part in parts])
 
 
 def first_seed(plan: RunPlan, number: int) -> int:
-    """Returns the seed of a round's first row, such that no two rows of a run have one; round -1 is held-out prompts'."""
+    """Returns the seed of a round's first row, such that no two rows of a run share one; -1: that of held-out prompts."""
     return (plan.seed * 1_000_003 + (number + 1) * plan.recipe.batch) % 2**32
-
-
-def inference_params(cfg: ModelConfig, parts: TrainableParts, trainable: Any, base: str) -> Any:
-    """Returns params for inference: adapters merged into their matrices, which decoding then reads once and not twice."""
-    params = merge(trainable, parts.frozen)
-    return for_inference(cfg, params if base == "int8" else merge_lora(params))

@@ -1,57 +1,58 @@
-"""A run of learning from rewards: from flags to plain values, and the stage that trains with them."""
+"""A reinforcement learning run: from flags to plain values, and the stage that trains with them."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 from engine.counting.flops import decode_flops, forward_flops, prefill_flops
-from engine.counting.hardware import peak_rss_bytes
 from engine.counting.memory import inference_memory
 from engine.device import Device
 from engine.errors import UserError
 from engine.format import count, duration, size
+from engine.inference.decode import for_inference
+from engine.model.paths import merge
 from engine.training.optimizer import OptimizerConfig
 from engine.training.reinforce import grpo
 from engine.training.rewards import TASKS, make_reward
 from engine.training.step import TrainState
 from stages.cli.console import Console
 from stages.reinforce.data import prompts_for
-from stages.reinforce.flags import Reinforce
+from stages.reinforce.flags import ReinforceFlags
 from stages.reinforce.rollouts import Rollout, Sampler, prompt_tokens
-from stages.reinforce.rounds import Rounds, first_seed, inference_params
-from stages.runs.estimate import RunPlan, memory_limit, require_memory
+from stages.reinforce.rounds import Rounds, first_seed
+from stages.runs.estimate import RunPlan, memory_estimate, require_memory
 from stages.runs.folder import default_folder, nonfinite_as_text
-from stages.runs.loop import Intervals, Loop, LoopState
+from stages.runs.loop import Loop, LoopState, RunOptions
 from stages.runs.model_stage import ModelStage
 from stages.runs.recipes import Recipe
-from stages.runs.run import RunOptions, RunReport, execute, next_commands
+from stages.runs.run import RunReport, execute
 from stages.runs.trainable import choose_trainable
 
 SECONDS = 120.0  # of a run when nobody asks for a length
 TOKENS = 48  # of a completion, where the context has room for them
-ROUNDED = 32  # places a row is a multiple of
+MULTIPLE = 32  # tokens: a row's length is rounded up to it
 SHOWN = 3  # held-out prompts whose completions are shown
-WIDE = 100  # characters of a completion that are
-PART = 1024  # places of the rows that a step reads at once: more hold more logits and are no faster
+WIDE = 100  # characters of a completion that are shown
+PART = 1024  # tokens that a step reads at once: more hold more logits and are no faster
 
 
-def run(flags: Reinforce, device: Device) -> int:
+def run(flags: ReinforceFlags, device: Device) -> int:
     """Trains as the flags say. Returns the exit code."""
     task = flags.rollout.task.partition(":")[0]
-    folder = flags.folder.out_dir or default_folder(Path(flags.model).stem or "model", task)
-    intervals = Intervals(flags.folder.save_every, flags.folder.keep)
-    options = RunOptions("reinforce", device, folder, flags.folder.overwrite, flags.dry_run, intervals)
-    return execute(options, lambda console: LearningFromRewards(flags, options, console))
+    intervals = dataclasses.asdict(flags.folder)
+    folder = intervals.pop("out_dir") or default_folder(Path(flags.model).stem or "model", task)
+    options = RunOptions("reinforce", device, folder, flags.dry_run, **intervals)
+    return execute(options, lambda console: ReinforcementLearning(flags, options, console))
 
 
-class LearningFromRewards(ModelStage):
-    """Learning from rewards: a Stage. The constructor is the last to read the flags."""
+class ReinforcementLearning(ModelStage):
+    """Reinforcement learning: a Stage. The constructor is the last to read the flags."""
 
-    noun = "round"
+    rounds: Rounds | None = None
 
-    def __init__(self, flags: Reinforce, options: RunOptions, console: Console) -> None:
+    def __init__(self, flags: ReinforceFlags, options: RunOptions, console: Console) -> None:
         rollout, update, trainable, length = flags.rollout, flags.update, flags.trainable, flags.length
-        lora, self.device = trainable.adapter, options.device
+        lora = trainable.adapter
         self.task, self.group, self.prompts_each = rollout.task, rollout.group, rollout.prompts
         self.updates, self.clip, self.kl = update.updates, update.clip, update.kl
         self.prompts = prompts_for(rollout.task, rollout.data, flags.seed)
@@ -73,22 +74,20 @@ class LearningFromRewards(ModelStage):
             kind="adamw", learning_rate=update.learning_rate or (5e-4 if lora else 2e-5), schedule="wsd", warmup=0,
             decay=0, beta2=0.99, weight_decay=0,
         )  # fmt: skip
-        rows, seq = rollout.prompts * rollout.group, -(-(capacity - 1) // ROUNDED) * ROUNDED
+        rows, seq = rollout.prompts * rollout.group, -(-(capacity - 1) // MULTIPLE) * MULTIPLE
         parts = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n * seq <= max(PART, seq))
         paths, self.matches = choose_trainable(cfg, lora, trainable.train, trainable.freeze)
         seconds = length.max_time or (None if length.rounds else SECONDS)
         recipe = Recipe("the model's", seq, rows, optimizer, parts)
-        self.plan = RunPlan(self.model.name, cfg, recipe, flags.seed, length.rounds, seconds, paths, trainable.base)
+        self.plan = RunPlan(self.model.name, cfg, recipe, flags.seed, length.rounds, seconds, paths, trainable.base, "round")
+        task = rollout.task
         self.facts = {
             "learns": trainable.describe(),
-            "text": {
-                "data": f"{rollout.task} on {self.prompts.name}",
-                "digest": f"{rollout.task} {self.prompts.digest}",
-            },
+            "text": {"data": f"{task} on {self.prompts.name}", "digest": f"{task} {self.prompts.digest}"},
             "rollout": nonfinite_as_text(dataclasses.asdict(rollout) | {"data": str(rollout.data or "")}),
             "update": dataclasses.asdict(update),
         }
-        # A step's memory, or the weights that are trained beside those that sample, and their cache.
+        # A step, beside the weights that sample and their cache.
         inference = inference_memory(cfg, rows, capacity)
         self.memory = self.plan.memory + inference.params + inference.cache
         require_memory(
@@ -96,35 +95,29 @@ class LearningFromRewards(ModelStage):
             "give fewer --prompts, a smaller --group, fewer --max-tokens, or a smaller model.",
         )  # fmt: skip
 
-    def print_plan(self) -> None:
-        plan, updates = self.plan, self.updates
-        limits = [f"{plan.steps:,} rounds"] if plan.steps else []
-        limits += [duration(plan.seconds)] if plan.seconds else []
+    def plan_rows(self) -> list[tuple[str, str]]:
+        plan, updates, prompts = self.plan, self.updates, self.prompts
         inference, training = self._flops()
         rate = plan.recipe.optimizer.learning_rate
-        self.console.print_rows([
-            ("device", str(self.device)),
+        return [
             self.model_row(),
             *self.matches,
             ("task", f"{self.task} ({TASKS[self.task.partition(':')[0]].partition(', ')[2]})"),
-            ("prompts", f"{len(self.prompts.train):,} of {self.prompts.name}; {len(self.prompts.held_out):,} held out"),
+            ("prompts", f"{len(prompts.train):,} of {prompts.name}; {len(prompts.held_out):,} held out"),
             ("template", self.chat.template_name),
             ("a round", f"{self.prompts_each} prompts, {self.group} completions each, of at most {self.sampler.max_tokens} "
                         f"tokens, at temperature {self.sampler.temperature:g}"),
             ("inference", f"samples them: up to {count(inference)}FLOPs, forward only"),
             ("training", f"{updates} step{'s' * (updates > 1)} on them: up to {count(training)}FLOPs; clip {self.clip:g}, "
                          f"KL {self.kl:g}, adamw {rate:g}"),
-            ("memory", f"about {size(self.memory)} of {size(memory_limit())} that are left for a round"),
-            ("length", " or ".join(limits)),
-            ("folder", str(self.folder)),
-        ])  # fmt: skip
+            ("memory", memory_estimate(self.memory, "round")),
+            ("length", plan.length()),
+        ]  # fmt: skip
 
     def measure_before(self) -> None:
-        self.before = self._measure(self.parts.trainable, "measuring what it does, which compiles inference")
-        self.rounds: Rounds | None = None
+        self.before = self._measure(self.parts.trainable)  # which compiles inference
 
     def prepare_steps(self, state: TrainState, loop_state: LoopState) -> Rounds:
-        """Compiles the programs of training; those of inference were compiled by the first measurement."""
         with self.console.task("compiling training", always=True):
             self.rounds = Rounds(
                 self.plan, self.parts, self.sampler, grpo(self.clip, self.kl), self.prompts.train, self.prompts_each,
@@ -133,45 +126,35 @@ class LearningFromRewards(ModelStage):
         return self.rounds
 
     def report(self, state: TrainState, loop: Loop) -> RunReport:
-        after = self._measure(state.trainable, "measuring what it does now")
-        place = self.save_trained(loop.loop_state.step, state.trainable)
+        after = self._measure(state.trainable)
+        before, loop_state = self.before, loop.loop_state
+        path = self.save_trained(loop_state.step, state.trainable)
         rounds = self.rounds.rounds if self.rounds else []
-        before, loop_state, peak = self.before, loop.loop_state, peak_rss_bytes()
         inference, training = sum(r.rollout.seconds for r in rounds), sum(r.training_seconds for r in rounds)
         result = {
             "held_out_reward_before": before.mean_reward, "held_out_reward_after": after.mean_reward,
-            "best_round": loop_state.best, "rounds": loop_state.step, "seconds": loop_state.seconds,
-            "refused_steps": loop_state.refused, "inference_seconds": inference, "training_seconds": training,
-            "answer_tokens": sum(r.rollout.tokens for r in rounds), "peak_rss_bytes": peak,
+            "best_round": loop_state.best, "seconds": loop_state.seconds, "inference_seconds": inference,
+            "training_seconds": training, "answer_tokens": sum(r.rollout.tokens for r in rounds),
         }  # fmt: skip
         texts = []
-        for row, prompt in enumerate(self.prompts.held_out[: min(SHOWN, len(before.texts))]):
+        for row, prompt in zip(range(min(SHOWN, len(before.texts))), self.prompts.held_out):
             lines = []
             for title, rollout in (("before", before), ("after", after)):
                 text = " ".join(rollout.texts[row].split())
-                cut = text if len(text) <= WIDE else text[:WIDE] + "..."
-                lines.append(f"{title:<6} {rollout.rewards[row]:.2f} | {cut}")
+                lines.append(f"{title:<6} {rollout.rewards[row]:.2f} | {text[:WIDE]}{'...' * (len(text) > WIDE)}")
             texts.append((prompt.text, lines))
-        both = inference + training
-        shares = f"; inference {inference / both:.0%} of it, training {training / both:.0%}" if both else ""
-        refused = f"; {loop_state.refused} steps refused" if loop_state.refused else ""
         rows = [
             ("reward", f"{before.mean_reward:.3f} -> {after.mean_reward:.3f} on held-out prompts"),
-            ("rounds", f"{loop_state.step:,} in {duration(loop_state.seconds)}{shares}{refused}"),
-            ("memory", f"{size(peak)} at most"),
-            ("saved", str(place)),
+            ("time", f"{duration(inference)} of inference, {duration(training)} of training"),
         ]
-        return RunReport(result, texts, rows, next_commands("chat", "export", model=self.folder))
+        return RunReport(result, texts, rows, str(path), ["chat", "export"])
 
-    def summary(self, result: dict[str, Any]) -> str:
-        return f"reward {result['held_out_reward_before']:.3f} -> {result['held_out_reward_after']:.3f}"
-
-    def _measure(self, trainable: Any, label: str) -> Rollout:
+    def _measure(self, trainable: Any) -> Rollout:
         """Samples completions of as many held-out prompts as a round has rows, always with the same seeds."""
         plan, held_out = self.plan, self.prompts.held_out
         prompts = [held_out[row % len(held_out)] for row in range(plan.recipe.batch)]
-        with self.console.task(label, always=True):
-            params = inference_params(plan.cfg, self.parts, trainable, plan.base)
+        with self.console.task("measuring what it does", always=True):
+            params = for_inference(plan.cfg, merge(trainable, self.parts.frozen))
             return self.sampler.rollout(params, prompts, first_seed(plan, -1))
 
     def _flops(self) -> tuple[int, int]:

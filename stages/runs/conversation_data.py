@@ -1,4 +1,4 @@
-"""Conversation data: from the name that `--data` takes to examples to train on, and examples held out."""
+"""Conversation data: from what `--data` and `--validation` name to examples to train on, and examples held out."""
 
 import dataclasses
 import hashlib
@@ -16,12 +16,12 @@ from engine.text.examples import DatasetSummary, Pair, make_examples, make_pairs
 from stages.cli.console import Console, ReportProgress
 
 HELD_OUT = 0.1
-ROWS = 2  # that an evaluation scores together
+EVALUATION_ROWS = 2  # scored together
 
 
 @dataclasses.dataclass(frozen=True)
 class ConversationData:
-    """Examples (or pairs) to train on, and those held out; what became of each row of the data; what both are called."""
+    """Examples (or pairs) to train on and held-out ones, their names, and a summary of what became of the data's rows."""
 
     train: Sequence[Any]
     held_out: Sequence[Any]
@@ -32,7 +32,7 @@ class ConversationData:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of every token that is trained on and of every mask."""
+        """SHA-256 of all training tokens and masks."""
         hasher = hashlib.sha256()
         for item in self.train:
             for example in item if isinstance(item, Pair) else (item,):
@@ -42,7 +42,7 @@ class ConversationData:
 
     @property
     def first(self) -> Example:
-        """The first example, or the chosen answer of the first pair."""
+        """The first example, or the first pair's chosen one."""
         item = self.train[0]
         return item.chosen if isinstance(item, Pair) else item
 
@@ -50,21 +50,19 @@ class ConversationData:
 def prepare_conversations(
     data: str, validation: str | None, objective: str, seq: int, model: LoadedModel, chat: Chat, console: Console
 ) -> ConversationData:
-    """Reads, renders and cuts all examples. Raises UserError for data of another kind than the objective needs."""
+    """Returns examples of at most `seq` tokens. Raises UserError for data of another kind than the objective needs."""
     conversations = _read(data, objective)
     with console.task(f"reading {data}") as report:
         train, summary = tokenize_examples(conversations, model, chat, seq, report)
     validation = validation or (f"{data}-held-out" if f"{data}-held-out" in NAMED else None)
     if validation:
         held_out = tokenize_examples(_read(validation, objective), model, chat, seq)[0]
-        return ConversationData(train, held_out, summary, conversations.kind, data, validation)
-    count = max(1, round(HELD_OUT * len(train)))
-    if len(train) - count < 1:
-        raise UserError(
-            f"{data} has {len(train)} usable examples, too few to hold any out; give some of another file with --validation."
-        )
-    held_out_name = f"the last {count} of {data}"
-    return ConversationData(train[:-count], train[-count:], summary, conversations.kind, data, held_out_name)
+    else:
+        count = max(1, round(HELD_OUT * len(train)))
+        if len(train) <= count:
+            raise UserError(f"{data} has {len(train)} usable examples, too few to hold any out; give others with --validation.")
+        train, held_out, validation = train[:-count], train[-count:], f"the last {count} of {data}"
+    return ConversationData(train, held_out, summary, conversations.kind, data, validation)
 
 
 def _read(data: str, objective: str) -> Conversations:
@@ -87,7 +85,7 @@ def read_named(data: str) -> Conversations:
 def tokenize_examples(
     conversations: Conversations, model: LoadedModel, chat: Chat, seq: int, report: ReportProgress | None = None
 ) -> tuple[Sequence[Any], DatasetSummary]:
-    """Returns examples, or pairs of them, and what became of each row. Raises UserError when none is left."""
+    """Returns examples or pairs, and what became of each row. Raises UserError when none is left."""
     if conversations.kind == "preference":
         return make_pairs(conversations, chat, seq, report=report)
     return make_examples(conversations, chat, seq, start=model.tokenizer.start, report=report)

@@ -1,6 +1,7 @@
 """Estimates what a run will take, by formula, before it starts: FLOPs, memory and time; and this machine's ceilings."""
 
 import dataclasses
+import math
 import subprocess
 import sys
 from typing import Literal
@@ -10,11 +11,11 @@ import jax
 from engine.counting.flops import train_flops
 from engine.counting.hardware import Ceilings, ceilings, memory_limit_bytes
 from engine.counting.memory import training_memory
-from engine.counting.trainable_paths import TrainablePaths
+from engine.counting.trainable_paths import TrainablePaths, all_trainable, lora_only
 from engine.errors import UserError
 from engine.files import cache_folder
 from engine.format import duration, size
-from engine.model.config import ModelConfig
+from engine.model.config import LoraConfig, ModelConfig
 from engine.training.loss import loss_chunks
 from stages.cli.console import Console
 from stages.runs.recipes import Recipe
@@ -23,14 +24,14 @@ MEASURE = (
     "from engine.allocator import keep_freed_memory; keep_freed_memory(); "
     "from engine.counting.hardware import ceilings; ceilings(refresh=True)"
 )
-OWN = 700_000_000  # bytes that Python, JAX and what was compiled hold beside a step: between 0.3 and 1 GB were seen
+OWN = 700_000_000  # bytes that Python, JAX and the programs hold beside a step: between 0.3 and 1 GB were seen
 
 
 @dataclasses.dataclass(frozen=True)
 class RunPlan:
-    """One run: the model (`name`), how it is trained, for how many `steps` (or rounds) or `seconds` of training.
+    """One run: the model (`name`), how it is trained, for how many `steps` (or rounds, see `noun`) or `seconds` of training.
 
-    `trainable`: the parameters that train, None for all of them. `base`: the type of frozen matrices, see `TrainableParts`.
+    `trainable`: the parameters that train, None for all. `base`: the type of frozen matrices, see `TrainableParts`.
     """
 
     name: str
@@ -41,10 +42,11 @@ class RunPlan:
     seconds: float | None
     trainable: TrainablePaths | None = None
     base: Literal["float", "int8"] = "float"
+    noun: Literal["step", "round"] = "step"
 
     @property
     def step_flops(self) -> int:
-        """FLOPs of a step, 6N + 12LDT a token: no products for frozen weights' gradients, none below all that trains."""
+        """FLOPs of a step, 6N + 12LDT a token, less the products for gradients that no trainable parameter needs."""
         flops = train_flops(self.cfg, self.recipe.context, attention="full", trainable=self.trainable, remat="none")
         return flops.total * self.step_tokens
 
@@ -70,20 +72,25 @@ class RunPlan:
         return self.base == "int8" or self.cfg.dtype != "float32"
 
     def progress(self, step: int, elapsed: float) -> float:
-        """Returns the share of the run that is done, 1 at its end: of the steps or of the time, whichever is further."""
-        by_steps = step / self.steps if self.steps else 0.0
-        by_time = elapsed / self.seconds if self.seconds else 0.0
-        return min(1.0, max(by_steps, by_time))
+        """Returns the share of the run that is done, 1 at its end: of the steps or of the time, whichever is larger."""
+        return min(1.0, max(step / (self.steps or math.inf), elapsed / (self.seconds or math.inf)))
 
-    def share_of(self, parts: int) -> int | float:
-        """Returns an interval of one of so many equal parts of the run: seconds (float) if it has any, else steps (int)."""
-        return self.seconds / parts if self.seconds else max(1, (self.steps or parts) // parts)
+    def length(self) -> str:
+        """Returns where the run ends, in words."""
+        lengths = [f"{self.steps:,} {self.noun}s"] if self.steps else []
+        lengths += [f"{duration(self.seconds)} of training time"] if self.seconds else []
+        return " or ".join(lengths) + ", whichever ends first" * (len(lengths) == 2)
 
     def predict(self, step_seconds: float) -> tuple[int, str]:
         """Returns (steps, how long they take in words) when one takes `step_seconds`."""
-        by_time = max(1, round(self.seconds / step_seconds)) if self.seconds else float("inf")
+        by_time = max(1, round(self.seconds / step_seconds)) if self.seconds else math.inf
         steps = int(min(self.steps or by_time, by_time))
         return steps, duration(steps * step_seconds)
+
+
+def share_of(parts: int, steps: int | None, seconds: float | None) -> int | float:
+    """Returns one of so many equal parts of a run: seconds (float) if it has any, else steps (int)."""
+    return seconds / parts if seconds else max(1, (steps or parts) // parts)
 
 
 def ceiling(cfg: ModelConfig, best: Ceilings) -> float:
@@ -92,27 +99,58 @@ def ceiling(cfg: ModelConfig, best: Ceilings) -> float:
 
 
 def measured_ceilings(console: Console, again: bool = False) -> Ceilings:
-    """Returns this machine's ceilings: the best ever measured here, kept in the user's cache.
+    """Returns this machine's ceilings, the best ever measured here: from the user's cache, or measured when it has none.
 
-    They are measured when the cache has none, or `again`, which raises what was measured in a noisy moment. On a CPU
-    another process measures, whose arrays are not this run's memory.
+    `again` measures anyway, which raises what was measured in a noisy moment. On a CPU another process measures: its arrays
+    are not this run's memory.
     """
     with console.task("measuring this machine's ceilings") as report:
         on_cpu = jax.default_backend() == "cpu"
         if on_cpu and (again or not any(cache_folder("hardware").glob("*.json"))):
-            nowhere = subprocess.DEVNULL
-            subprocess.run([sys.executable, "-c", MEASURE], stdin=nowhere, stdout=nowhere, stderr=nowhere, check=False)
+            subprocess.run([sys.executable, "-c", MEASURE], stdin=subprocess.DEVNULL, capture_output=True, check=False)
         return ceilings(refresh=again and not on_cpu, report=report)
 
 
 def memory_limit() -> int:
-    """Returns the bytes that a step may hold: those of the accelerator when there is one, else the host's less OWN."""
+    """Returns the bytes that a step may hold: the accelerator's, or the host's less OWN."""
     stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
     return (stats or {}).get("bytes_limit") or max(memory_limit_bytes() - OWN, 0)
 
 
+def memory_estimate(needed: int, noun: str) -> str:
+    """Returns in words how much memory a step or round needs, and how much there is."""
+    return f"about {size(needed)} of {size(memory_limit())} that are left for a {noun}"
+
+
 def require_memory(needed: int, sentence: str, remedy: str) -> None:
-    """Raises UserError when more than `memory_limit` is needed: `sentence` says how much and for what, `remedy` what to do."""
+    """Raises UserError when more than `memory_limit` is needed. `sentence`: how much, and for what; `remedy`: what to do."""
     limit = memory_limit()
     if needed > limit:
         raise UserError(f"{sentence}, and {size(limit)} are left for it; {remedy}")
+
+
+def require_step_memory(plan: RunPlan, batch: int, is_lora: bool) -> None:
+    """Raises UserError when a fine-tuning step would not fit, naming flags with which it would. `batch`: rows, or pairs."""
+    if plan.memory <= memory_limit():
+        return
+    flags = f"--accumulate {batch}"
+    by_rows = dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, accumulate=batch))
+    with_remat = dataclasses.replace(by_rows, cfg=dataclasses.replace(plan.cfg, remat="block"))
+    plans = {f"{flags}, a row at a time,": by_rows, f"{flags} --remat": with_remat}
+    if is_lora:
+        plans[f"--base int8 {flags} --remat"] = dataclasses.replace(with_remat, base="int8")
+    else:
+        lora = lora_only(plan.cfg, LoraConfig())
+        plans |= {
+            f"a LoRA (no --train, no --freeze) with {name}": dataclasses.replace(lighter, trainable=lora)
+            for name, lighter in plans.items()
+        }
+    remedy = next((name for name, lighter in plans.items() if lighter.memory <= memory_limit()), "only a smaller model")
+    require_memory(plan.memory, f"A step would need about {size(plan.memory)}", f"{remedy} would fit.")
+
+
+def cost_relative_to_full(plan: RunPlan) -> str:
+    """Returns predicted FLOPs, memory and time (taken to follow FLOPs) as shares of those of training everything."""
+    full = dataclasses.replace(plan, trainable=all_trainable(plan.cfg), base="float")
+    flops, memory = plan.step_flops / full.step_flops, plan.memory / full.memory
+    return f"FLOPs {flops:.0%}, memory {memory:.0%}, time {flops:.0%} of a step in which everything is trained (predicted)"

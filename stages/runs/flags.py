@@ -1,19 +1,19 @@
-"""Flags that training, fine-tuning and learning from rewards share."""
+"""Flags that training, fine-tuning and reinforcement learning share."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 from engine.errors import UserError
 from engine.model.config import LoraConfig
-from stages.cli.flags import default, integer, interval, number, one_of, parser, path, seconds
+from stages.cli.flags import COUNT, DeviceFlag, VerboseFlag, default, integer, interval, number, one_of, parser, path, seconds
 
 TARGETS = "q, k, v, out, gate, up, down, or all"
-SeedFlag = Annotated[int, parser(integer(0, 2**31 - 1), "N")]
 
 
 @dataclasses.dataclass(frozen=True)
-class RunFolder:
+class FolderFlags:
     """The run folder, and how often it is written."""
 
     out_dir: Annotated[Path | None, parser(path, "FOLDER"), default("runs/MODEL-DATA")] = None
@@ -22,40 +22,33 @@ class RunFolder:
     """Begin anew in a folder that holds a run."""
     save_every: Annotated[int | float, parser(interval, "N|TIME"), default("60s")] = 60.0
     """Steps (or rounds) or training time between checkpoints."""
-    keep: Annotated[int, parser(integer(1), "N")] = 2
+    keep: Annotated[int, COUNT] = 2
     """Checkpoints to keep."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Length:
+class LengthFlags:
     """How long. When both are given, whichever ends first."""
 
     max_time: Annotated[float | None, parser(seconds, "TIME"), default("3m when no --steps are given")] = None
     """Training time, such as 90s, 3m, 1h; compiling, evaluating and saving are not counted."""
-    steps: Annotated[int | None, parser(integer(1), "N"), default("as many as fit into the time")] = None
+    steps: Annotated[int | None, COUNT, default("as many as fit into the time")] = None
     """Batches to train on."""
 
 
 def parse_lora(text: str) -> LoraConfig:
-    """'rank=8,alpha=16,targets=q,v' -> LoraConfig; each of the three may be left out. Raises ValueError for anything else."""
-    fields: dict[str, list[str]] = {}
-    name = ""
-    for word in filter(None, text.replace(" ", "").split(",")):
-        left, equals, value = word.partition("=")
-        name, value = (left, value) if equals else (name, word)
-        fields.setdefault(name, []).append(value)
-    if not fields.keys() <= {"rank", "alpha", "targets"}:
-        raise ValueError(f"wanted rank=8,alpha=16,targets=q,v (targets: {TARGETS}), got {text!r}")
-    for known in ("rank", "alpha"):
-        if len(fields.get(known, ())) > 1:
-            raise ValueError(f"wanted one {known}, got {text!r}")
-    rank = integer(1, 4096)(fields["rank"][0]) if "rank" in fields else 8
-    alpha = number(0, above=True)(fields["alpha"][0]) if "alpha" in fields else 2.0 * rank
-    return LoraConfig(rank, alpha, tuple(fields.get("targets", ("all",))))
+    """Parses 'rank=8,alpha=16,targets=q,v', in which each of the three may be left out."""
+    pairs = [part.partition("=") for part in re.split(r",(?=\w*=)", text.replace(" ", "").strip(",")) if part]
+    fields = {name: value for name, _, value in pairs}
+    if not fields.keys() <= {"rank", "alpha", "targets"} or len(fields) < len(pairs):
+        raise ValueError(f"wanted rank=8,alpha=16,targets=q,v, each once (targets: {TARGETS}), got {text!r}")
+    rank = integer(1, 4096)(fields.get("rank", "8"))
+    alpha = number(0, above=True)(fields["alpha"]) if "alpha" in fields else 2.0 * rank
+    return LoraConfig(rank, alpha, tuple(fields.get("targets", "all").split(",")))
 
 
 @dataclasses.dataclass(frozen=True)
-class Trainable:
+class TrainableFlags:
     """Which parameters are trainable; without any of these, a LoRA on all matrices."""
 
     train: Annotated[tuple[str, ...], default("nothing but the adapter")] = ()
@@ -75,11 +68,31 @@ class Trainable:
 
     @property
     def adapter(self) -> LoraConfig | None:
-        """The LoRA to train; None when weights of the model itself are trained."""
+        """The LoRA to train; None when parameters of the model itself are trained."""
         return None if self.train or self.freeze else self.lora or LoraConfig()
 
     def describe(self) -> str:
-        """Returns what trains in words that say whether a run may go on: `learns` in run.json."""
+        """Returns what trains, in words that must be the same for a run to go on: `learns` in run.json."""
         if self.adapter:
             return f"{self.adapter}{' over int8' if self.base == 'int8' else ''}"
         return f"train {' '.join(self.train) or 'all'} freeze {' '.join(self.freeze)}".strip()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunFlags:
+    """Flags of every run."""
+
+    seed: Annotated[int, parser(integer(0, 2**31 - 1), "N")] = 0
+    """Of the first weights, of the order of the data, and of sampling."""
+    device: DeviceFlag = "auto"
+    dry_run: Annotated[bool, default("off")] = False
+    """Print the plan, with what it would cost, and stop."""
+    verbose: VerboseFlag = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelRunFlags(RunFlags):
+    """Flags of a run that trains a model further."""
+
+    model: Annotated[str, parser(str, "MODEL")] = "smollm2-135m-instruct"
+    """A run or step folder, a Hugging Face folder, a .gguf file, or a named model."""

@@ -1,4 +1,4 @@
-"""A run folder: everything one training run leaves behind, and the lock that holds it for one process.
+"""A run folder: the files of one training run, and the lock that holds it for one process.
 
     runs/NAME/config.json      the architecture
               run.json         how it was trained, and at last the result
@@ -33,10 +33,7 @@ def default_folder(model: str, data: str) -> Path:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether there is a run in the folder; False when it does not exist or is empty.
-
-    Raises UserError when it is a file, or holds something else than a run.
-    """
+    """Whether there is a run in the folder. Raises UserError when it is a file, or holds something else than a run."""
     if not folder.exists():
         return False
     if not folder.is_dir():
@@ -49,7 +46,7 @@ def holds_run(folder: Path) -> bool:
 
 
 def clear_run(folder: Path) -> None:
-    """Removes a run's files and nothing else, run.json last, so that a kill in between leaves a run folder."""
+    """Removes a run's files and nothing else; run.json last, so that a kill in between leaves a run folder."""
     for name in OURS:
         path = folder / name
         if path.is_dir() and not path.is_symlink():
@@ -60,11 +57,10 @@ def clear_run(folder: Path) -> None:
 
 @contextlib.contextmanager
 def lock_run(folder: Path) -> Iterator[None]:
-    """Makes the run folder and holds it for this process; removed again if nothing was written. Raises UserError when held."""
+    """Makes the run folder and holds it for this process; removes it if nothing was written. Raises UserError when held."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = contextlib.ExitStack()
     try:
-        with lock:
+        with contextlib.ExitStack() as lock:
             try:
                 lock.enter_context(folder_lock(folder, wait=False))
             except BlockingIOError:
@@ -72,18 +68,18 @@ def lock_run(folder: Path) -> Iterator[None]:
             yield
     finally:
         with contextlib.suppress(OSError):
-            folder.rmdir()  # stopped before anything was written
+            folder.rmdir()  # where it is empty
 
 
 def nonfinite_as_text(value: Any) -> Any:
-    """Returns the same, with words for the floats that JSON has not: a clip of infinity is 'inf'."""
+    """Returns the same with floats that JSON lacks as text: a clip of infinity is 'inf'."""
     if isinstance(value, dict):
         return {name: nonfinite_as_text(inner) for name, inner in value.items()}
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class MetricsLog:
-    """metrics.jsonl: opened at a step, it drops lines of later steps, from which the run does not go on."""
+    """Writes metrics.jsonl. Opened at a step, it drops the lines of later steps, which the run takes again."""
 
     def __init__(self, folder: Path, step: int) -> None:
         self._path = folder / "metrics.jsonl"
@@ -97,7 +93,7 @@ class MetricsLog:
             file.writelines(lines)
 
     def add(self, **fields: Any) -> None:
-        """Adds a line. Numbers that are not finite become null, which JSON has."""
+        """Adds a line, with null for numbers that are not finite."""
         clean = {name: value if math.isfinite(value) else None for name, value in fields.items()}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean) + "\n")

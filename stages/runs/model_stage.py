@@ -1,4 +1,4 @@
-"""The half of a Stage that fine-tuning and learning from rewards share: a model that is read, and what is saved of it."""
+"""The part of a Stage that fine-tuning and reinforcement learning share: loading a model, and saving what was trained."""
 
 import copy
 import dataclasses
@@ -19,15 +19,13 @@ from engine.text.chat import Chat
 from engine.training.optimizer import make_optimizer
 from engine.training.step import TrainState, init_state
 from stages.cli.console import Console
-from stages.runs.estimate import RunPlan
-from stages.runs.trainable import TrainableParts, split_params
+from stages.runs.run import Stage
+from stages.runs.trainable import split_params
 
 
-class ModelStage:
-    """Reads a model. The stage sets `plan`, and `facts` to the entries of run.json that are its own; `folder` is the run's."""
+class ModelStage(Stage):
+    """Loads a model. The subclass sets `plan`, and `facts` to its own entries of run.json; `folder` is the run's."""
 
-    plan: RunPlan
-    parts: TrainableParts
     facts: dict[str, Any]
 
     def __init__(
@@ -46,7 +44,7 @@ class ModelStage:
         self.ends = tuple(dict.fromkeys((*self.model.ends, *ends)))
 
     def load_weights(self) -> None:
-        """Makes the two trees, and the digest of the base that no step may change."""
+        """Splits the parameters, and adds to the facts the digest of the base, which no step may change."""
         params, plan = self.model.params, self.plan
         assert plan.trainable is not None
         self.parts = split_params(plan.cfg, params, plan.trainable, self.lora, plan.base, plan.seed)
@@ -61,18 +59,18 @@ class ModelStage:
             self.model = dataclasses.replace(self.model, params=None)  # the wide weights need not stay in memory
 
     def initial_state(self) -> TrainState:
-        """Returns the state before the first step. A copy: steps donate it, and the start stays to be compared with."""
+        """Returns the state before the first step. A copy: steps donate it, and the report compares with the start."""
         return init_state(make_optimizer(self.plan.recipe.optimizer), jax.tree.map(jnp.copy, self.parts.trainable))
 
     def model_row(self) -> tuple[str, str]:
-        cfg, dtype = self.plan.cfg, self.plan.base if self.plan.base == "int8" else self.plan.cfg.dtype
-        numbers = f"{count_params(cfg).total:,} numbers, {dtype}"
-        return "model", f"{self.plan.name}: {cfg.layers} layers, width {cfg.width}, {numbers}"
+        plan, cfg = self.plan, self.plan.cfg
+        numbers = f"{count_params(cfg).total:,} numbers, {'int8' if plan.base == 'int8' else cfg.dtype}"
+        return "model", f"{plan.name}: {cfg.layers} layers, width {cfg.width}, {numbers}"
 
     def save_trained(self, step: int, trainable: Any) -> Path:
-        """Saves an adapter beside the checkpoints, if one was trained. Returns the path of what was trained.
+        """Saves an adapter, if one was trained, beside the checkpoints. Returns where the trained parameters are.
 
-        The base as it was loaded, unless it is gone, must still have its digest.
+        Raises RuntimeError when the digest of the base has changed; one in int8 is gone by now and not checked.
         """
         self.chat.close()
         if not self.parts.is_adapter:

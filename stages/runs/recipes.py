@@ -32,7 +32,7 @@ RECIPES = {
 
 def recipe(preset: str, vocab: int) -> Recipe:
     """Returns the preset's own recipe, or what suits a large model of a published architecture, with its vocabulary size."""
-    large = dataclasses.replace(_MUON, learning_rate=6e-4, decay=0.2, weight_decay=0.1)
+    large = dataclasses.replace(_MUON, learning_rate=6e-4, decay=0.2)
     return RECIPES.get(preset) or Recipe(
         f"bpe:{vocab}", context=1024, batch=32, optimizer=large, accumulate=8, scan=True, remat=True
     )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from engine.errors import UserError
 from engine.format import duration, listed
 from engine.model.config import ModelConfig
+from engine.model.paths import leaf_paths
 from engine.storage import checkpoint, manifest
 from engine.storage.run_folder import read_config, read_json
 from engine.training.step import TrainState
@@ -23,82 +24,72 @@ from stages.runs.trainable import TrainableParts
 
 @dataclasses.dataclass(frozen=True)
 class PreviousRun:
-    """The run that is in a folder: its run.json, and where its newest checkpoint stands."""
+    """The run in a folder: its run.json, and where its newest checkpoint stands."""
 
     folder: Path
     record: dict[str, Any]
     loop_state: LoopState
 
     def is_finished(self, plan: RunPlan) -> bool:
-        """Whether nothing is left to do: it ran to the plan's end, has a result, and its newest checkpoint is sound."""
+        """Whether it ran to the plan's end, has a result, and its newest checkpoint is sound."""
         state = self.loop_state
         done = plan.progress(state.step, state.seconds) >= 1 and self.record.get("result")
         return bool(done) and not manifest.verify(self.folder / "checkpoints" / str(state.step))
 
 
 def find_previous_run(folder: Path, facts: dict[str, Any], cfg: ModelConfig, overwrite: bool) -> PreviousRun | None:
-    """Returns the run in the folder that is to go on; None when there is none, or `overwrite` says to forget it.
+    """Returns the run in the folder that is to go on; None when there is none, or `overwrite`.
 
     Raises UserError when the one there trains something else, naming what differs.
     """
     if overwrite or not holds_run(folder):
         return None
-    record = read_json(folder / "run.json")
-    if not checkpoint.steps(folder):
+    record, steps = read_json(folder / "run.json"), checkpoint.steps(folder)
+    if not steps:
         return None  # it was stopped before it had saved anything
-    differing = differences(record, facts, read_config(folder), cfg)
-    if differing:
+    if differing := _differences(record, facts, read_config(folder), cfg):
         raise UserError(
             f"{folder} holds a run with another {listed(differing)}. Give another --out-dir, or --overwrite to "
             "begin anew there."
         )
-    newest = checkpoint.steps(folder)[-1]
     try:
-        loop_state = _loop_state(read_json(folder / "checkpoints" / str(newest) / "state.json")["state"])
+        loop_state = _loop_state(read_json(folder / "checkpoints" / str(steps[-1]) / "state.json")["state"])
     except (UserError, KeyError, TypeError):
-        loop_state = LoopState()  # damaged: loading will say so, and find the one before
+        loop_state = LoopState()  # damaged: `restore` says so, and finds the one before
     return PreviousRun(folder, record, loop_state)
 
 
 # What must be the same for a run to go on, and where run.json says it.
 SAME = {
-    "text": "text.digest", "tokenizer": "tokenizer.digest", "seed": "seed", "batch": "recipe.batch",
-    "context": "recipe.context", "optimizer": "recipe.optimizer.kind", "base": "base.digest",
+    "text": "text/digest", "tokenizer": "tokenizer/digest", "seed": "seed", "batch": "recipe/batch",
+    "context": "recipe/context", "optimizer": "recipe/optimizer/kind", "base": "base/digest",
     "choice of trainable parameters": "learns", "objective": "objective",
 }  # fmt: skip
-OPTIONAL = {"base.digest", "learns", "objective"}
+OPTIONAL = {"base/digest", "learns", "objective"}
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], old_cfg: ModelConfig, cfg: ModelConfig) -> list[str]:
-    """Returns what must be the same for a run to go on, and is not: `width (256 there, 384 now)`."""
-    there, now = _flat(old), _flat(new)
+def _differences(old: dict[str, Any], new: dict[str, Any], old_cfg: ModelConfig, cfg: ModelConfig) -> list[str]:
+    """Returns what differs and must not: `width (256 there, 384 now)`."""
+    there, now = leaf_paths(old), leaf_paths(new)
     if {*SAME.values()} - OPTIONAL - there.keys():
         raise UserError("run.json there is damaged. Give another --out-dir, or --overwrite to begin anew.")
     pairs = [(name, getattr(old_cfg, name), getattr(cfg, name)) for name in old_cfg.same_architecture(cfg)]
     for name, key in SAME.items():
         if there.get(key) == now.get(key):
             continue
-        if key.endswith(".digest"):
-            names = (f"{name}.{part}" for part in ("data", "kind", "model"))
+        if key.endswith("/digest"):
+            names = (f"{name}/{part}" for part in ("data", "kind", "model"))
             key = next((other for other in names if there.get(other) or now.get(other)), key)
         pairs.append((name, there.get(key), now.get(key)))
     return [f"{name} ({before} there, {after} now)" if before != after else name for name, before, after in pairs]
 
 
-def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Returns what may differ in a run that goes on, such as the learning rate, and does: `learning_rate: 0.003 -> 0.01`."""
-    there, now = _flat(old), _flat(new)
-    names = [name for name in now if name.startswith("recipe.") or name == "text.validation"]
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Returns what differs and may: `changed: learning_rate: 0.003 -> 0.01`."""
+    there, now = leaf_paths(old), leaf_paths(new)
+    names = [name for name in now if name.startswith("recipe/") or name == "text/validation"]
     differing = [name for name in names if there.get(name) != now[name]]
-    return [f"{name.rpartition('.')[2]}: {there.get(name)} -> {now[name]}" for name in differing]
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns the leaves by their paths: `recipe.optimizer.kind`."""
-    leaves: dict[str, Any] = {}
-    for name, item in value.items():
-        leaves |= _flat(item, f"{prefix}{name}.") if isinstance(item, dict) else {prefix + name: item}
-    return leaves
+    return [f"changed: {name.rpartition('/')[2]}: {there.get(name)} -> {now[name]}" for name in differing]
 
 
 def _loop_state(record: dict[str, Any]) -> LoopState:
@@ -110,7 +101,7 @@ def restore(
 ) -> tuple[TrainState, LoopState]:
     """Returns the state of the newest sound checkpoint and where the run stands; prints what was damaged or changed.
 
-    `make_state` makes the state before the first step; only its shapes are asked for.
+    `make_state` makes the state before the first step, of which only the shapes are used.
     """
     like = jax.eval_shape(make_state)
     with console.task("loading the checkpoint"):
@@ -118,7 +109,7 @@ def restore(
     loop_state = _loop_state(loaded.state)
     aside = checkpoint.set_aside(previous.folder, loop_state.step) if loaded.damaged else []
     lines = [f"damaged: {line}" for line in loaded.damaged] + [f"set aside: {path}" for path in aside]
-    for line in lines + [f"changed: {line}" for line in changes(previous.record, facts)]:
+    for line in lines + _changes(previous.record, facts):
         console.print(line, style="yellow")
     instead = " (the newest that is sound)" if loaded.damaged else ""
     console.print(f"resumed at step {loop_state.step:,}{instead}, {duration(loop_state.seconds)} into training")

@@ -1,4 +1,4 @@
-"""Text data: from the names that `--data`, `--validation` and `--tokenizer` take to tokens on disk."""
+"""Text data: from what `--data`, `--validation` and `--tokenizer` name to tokens on disk."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ Source = Corpus | Path  # documents, or a .bin of token ids
 
 @dataclasses.dataclass(frozen=True)
 class TextData:
-    """The texts that a run is trained and validated on, as tokens."""
+    """A run's training and validation text, as tokens."""
 
     train: TokenFile
     validation: TokenFile
@@ -36,7 +36,7 @@ class TextData:
 
 
 def find_sources(data: str, validation: Path | None, console: Console) -> tuple[Source, Source | None]:
-    """Returns the training text and the validation text; None for the latter when it is to be cut from a .bin."""
+    """Returns the training and the validation text; None for the latter when it is to be cut from a .bin."""
     check_text_name(data)
     held_out = _source(validation) if validation else None
     if data in TEXTS:
@@ -49,7 +49,7 @@ def find_sources(data: str, validation: Path | None, console: Console) -> tuple[
 
 
 def check_text_name(data: str) -> None:
-    """Raises UserError for a name of no text, before anything is fetched or read."""
+    """Raises UserError for what names no text."""
     if data in assets.MODELS:
         raise UserError(f"{data} is a model, not a text; --data takes {', '.join(TEXTS)}, a file or a folder.")
     if data not in TEXTS and not Path(data).exists():
@@ -58,7 +58,7 @@ def check_text_name(data: str) -> None:
 
 
 def evaluation_source(data: str, console: Console) -> Source:
-    """Returns the source that `--data` of an evaluation names: an asset's held-out text, or all of a file or folder."""
+    """Returns what `--data` of an evaluation names: an asset's held-out text, or all of a file or folder."""
     if data in assets.ASSETS or not Path(data).exists():
         held_out = find_sources(data, None, console)[1]
         assert held_out is not None
@@ -75,7 +75,7 @@ def _source(path: Path) -> Source:
 
 
 def prepare_text(data: str, validation: Path | None, spec: str, console: Console) -> TextData:
-    """Encodes and maps all texts of a run; what was encoded before is found in the cache."""
+    """Returns a run's texts. `spec`: its tokenizer, see `make_tokenizer`."""
     train_source, validation_source = find_sources(data, validation, console)
     tokenizer = make_tokenizer(spec, train_source, console)
     train = encode_text(train_source, tokenizer, console)
@@ -90,7 +90,7 @@ def prepare_text(data: str, validation: Path | None, spec: str, console: Console
 
 
 def encode_text(source: Source, tokenizer: Tokenizer, console: Console) -> TokenFile:
-    """Returns the tokens of a text, from the cache when it was encoded before."""
+    """Returns the tokens of a text, from the user's cache when it was encoded before."""
     if isinstance(source, Path):
         with console.task(f"checking {source}"):
             return open_bin(source, tokenizer)
@@ -99,7 +99,7 @@ def encode_text(source: Source, tokenizer: Tokenizer, console: Console) -> Token
 
 
 def make_tokenizer(spec: str, source: Source, console: Console) -> Tokenizer:
-    """Returns the tokenizer of `bytes`, `bpe:N` (trained on the text, and cached by its digest), or a tokenizer folder."""
+    """Returns the tokenizer that `bytes`, `bpe:N` (trained on the text, and cached by its digest), or a folder names."""
     if spec == "bytes":
         return byte_tokenizer()
     if not spec.startswith("bpe:"):
@@ -139,7 +139,7 @@ def _part(whole: TokenFile, tokens: np.ndarray, tokenizer: Tokenizer) -> TokenFi
 
 
 def _digest(text: TokenFile) -> str:
-    # The cache names a folder by the digest of text and tokenizer, and checks what it holds each time it is opened.
+    # The cache names a folder by the digest of text and tokenizer, and checks it whenever it is opened.
     if text.path.is_relative_to(cache_folder("tokens")):
         return text.path.parent.name
     with text.path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Which parameters of a model train: by rules or LoRA to a trainable and a frozen tree, and back for checkpoints."""
+"""Which parameters of a model train: splits them by rules or LoRA into a trainable and a frozen tree, and merges them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ Rows = tuple[tuple[str, str], ...]
 
 @dataclasses.dataclass(frozen=True)
 class TrainableParts:
-    """The two trees a run begins with.
+    """The two trees a run begins with. `paths`: the parameters that train; None: all of them, and there is one tree.
 
-    `frozen` is what steps read, in the compute type or int8; `unchanged` is the same as it was loaded, for that is what
-    is saved (None where only an adapter is saved). `paths` says what trains; None: all, and there is one tree.
+    `frozen` is in the compute type or int8, as steps read it; `unchanged` is the same as loaded, to be saved (None where
+    only an adapter is saved).
     """
 
     trainable: Any = None
@@ -43,19 +43,19 @@ class TrainableParts:
     def from_saved(self, params: Any) -> Any:
         return params if self.paths is None or self.is_adapter else split(params, self.paths)[0]
 
-    def base(self) -> Any:
-        """Returns the params before training. An untrained adapter is no change, to the bit."""
+    def initial_params(self) -> Any:
+        """Returns the params before training. An untrained adapter changes nothing, to the bit."""
         return self.frozen if self.is_adapter else merge(self.trainable, self.frozen)
 
 
 def choose_trainable(
     cfg: ModelConfig, lora: LoraConfig | None, train: Sequence[str], freeze: Sequence[str]
 ) -> tuple[TrainablePaths, Rows]:
-    """Returns what trains, and rows that say what each rule matched. Raises UserError for a rule that matches nothing."""
+    """Returns what trains, and rows with what each rule matched. Raises UserError for a rule that matches nothing."""
     total = count_params(cfg).total
     if lora:
         key = jax.random.key(0)
-        # Shapes alone: nothing is drawn before it is known whether there is room for it.
+        # Shapes alone: nothing is made before it is known whether there is room for it.
         shapes = jax.eval_shape(lambda key: add_lora(cfg, init_params(cfg, key), key, lora), key)
         count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
         return lora_only(cfg, lora), (
@@ -74,7 +74,7 @@ def choose_trainable(
 def split_params(
     cfg: ModelConfig, params: Any, paths: TrainablePaths, lora: LoraConfig | None, base: Literal["float", "int8"], seed: int
 ) -> TrainableParts:
-    """Returns the trees: what trains in float32, what is frozen in the compute type or in int8; params stay as they are."""
+    """Returns what trains in float32, and what is frozen in the compute type or int8; `params` stay as they are."""
     if not lora:
         trainable, unchanged = split(merge_lora(params), paths)
         return TrainableParts(cast_matrices(trainable, "float32"), cast_matrices(unchanged, cfg.dtype), unchanged, paths)

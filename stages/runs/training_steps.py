@@ -1,22 +1,23 @@
-"""The steps of training on batches: one in flight, the next batch cut meanwhile."""
+"""Steps of training on batches: compiling them, and running one at a time while the next batch is cut."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.stages import Compiled
 
 from engine.allocator import has_room, return_freed_memory
 from engine.counting.hardware import peak_rss_bytes
 from engine.format import clock_time, size
-from engine.training.optimizer import make_schedule
-from engine.training.step import TrainState
+from engine.training.optimizer import make_optimizer, make_schedule
+from engine.training.step import NEXT_TOKEN, Objective, TrainState, train_step
 from stages.runs.estimate import RunPlan
 from stages.runs.loop import Evaluator, LoopState, StepTimer
 
 
 class Batches(Protocol):
-    """Batches by random access; `epoch` is how often all data was read before a step."""
+    """Batches by number; `epoch` is how often all data was read before a step."""
 
     def at(self, step: int) -> Any: ...
     def epoch(self, step: int) -> float: ...
@@ -25,22 +26,33 @@ class Batches(Protocol):
 Program = Callable[[TrainState, Any, Any], tuple[TrainState, Any]]  # (state, batch, progress) -> (state, metrics)
 
 
-class TrainingSteps:
-    """Runs a program on one batch after another, from `step` on.
+def compile_step(
+    plan: RunPlan, state: TrainState, frozen: Any, batch: Any, objective: Objective = NEXT_TOKEN,
+    options: dict[str, str] | None = None,
+) -> Compiled:  # fmt: skip
+    """Compiles `train_step` to (state, frozen, batch, progress) -> (state, metrics); `options` are XLA's."""
+    optimizer, parts = make_optimizer(plan.recipe.optimizer), plan.recipe.accumulate
+    lowered = train_step.lower(
+        plan.cfg, optimizer, state, frozen, batch, np.float32(0), microbatches=parts, objective=objective
+    )  # fmt: skip
+    return lowered.compile(options)
 
-    `top`: this machine's ceiling in FLOP/s. `buffer`: the bytes the program takes while it runs, where memory matters.
+
+class TrainingSteps:
+    """Runs a program on one batch after another, from `step` on: the Steps of training and fine-tuning.
+
+    `top`: this machine's ceiling in FLOP/s. `buffer`: bytes of the program's temporary buffer, where memory matters.
     """
 
-    noun = "step"
     lines_stay = False
 
     def __init__(
         self, program: Program, batches: Batches, evaluator: Evaluator, plan: RunPlan, step: int, top: float, advice: str,
         buffer: int = 0,
     ) -> None:  # fmt: skip
-        self.program, self.batches, self.plan = program, batches, plan
+        self.program, self.batches, self.plan, self.buffer = program, batches, plan, buffer
         self.evaluator: Evaluator | None = evaluator
-        self.top, self.advice, self.buffer = top, advice, buffer
+        self.top, self.advice = top, advice
         self.schedule = jax.jit(make_schedule(plan.recipe.optimizer))
         self.batch = batches.at(step)
         self.losses: list[float] = []
@@ -61,8 +73,7 @@ class TrainingSteps:
         return state, [bool(metrics.refused)]
 
     def metrics(self, loop_state: LoopState, timer: StepTimer) -> dict[str, float]:
-        """Returns the mean loss since the last call, and how training stands."""
-        loss = sum(self.losses) / len(self.losses)
+        loss = sum(self.losses) / len(self.losses)  # the mean since the last line
         self.losses = []
         return {
             "loss": loss, "grad_norm": self.grad_norm, "learning_rate_factor": self._factor(loop_state),

@@ -47,7 +47,7 @@ async def serve(
         asyncio.run_coroutine_threadsafe(drain(), loop)
 
     console.print(f"ready after {duration(time.perf_counter() - process_start())}{ready}")
-    with signals.deferred("Finishing what is under way; another signal ends it at once.", on_signal):
+    with signals.defer_signals("Finishing what is under way; another signal ends it at once.", on_signal):
         failing = asyncio.create_task(changed.wait())
         await asyncio.wait((serving, failing), return_when=asyncio.FIRST_COMPLETED)
         http.should_exit = True

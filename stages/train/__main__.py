@@ -8,31 +8,31 @@
 The same command run again goes on where it stopped.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
 from engine.device import start_jax
 from engine.model.config import PRESETS
-from stages.cli import process, signals
+from stages.cli import signals
 from stages.cli.command import run_command
-from stages.train.flags import Train
+from stages.train.flags import TrainFlags
 
 NARROW = 256  # products of a narrower model are over before a second thread has woken up
 
 
-def train(flags: Train) -> int:
-    """Starts JAX and trains as the flags say. Returns the exit code."""
+def train(flags: TrainFlags) -> int:
     signals.set_phase("before anything was trained.")
     if flags.by_hand and PRESETS[flags.preset].width < NARROW:
-        process.use_one_numpy_thread()
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy is imported; JAX is not concerned
     device = start_jax("cpu" if flags.by_hand else flags.device)
-    from stages.train.run import run  # imports JAX: only after the flags are parsed, and JAX is started
+    from stages.train.run import run  # imports JAX, which must be started first
 
     return run(flags, device)
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    return run_command("train", __doc__, Train, train, args)
+    return run_command("train", __doc__, TrainFlags, train, args)
 
 
 if __name__ == "__main__":

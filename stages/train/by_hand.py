@@ -1,8 +1,7 @@
-"""`stages.train --by-hand`: an `Implementation` in NumPy, its backward pass written out in engine/by_hand.
+"""Training from random weights in NumPy, by the backward pass written out in engine/by_hand.
 
-Text, batches, first weights, loop and checkpoints are those of any run, so every other command can read the result. JAX
-draws the first weights, gives the schedule's factor, and at the end scores the whole validation text; forward, backward
-and update are NumPy's.
+All else is as in any run, so every other command can read the result: JAX makes the first weights, gives the schedule's
+factor, and at the end scores the whole validation text.
 """
 
 import math
@@ -25,17 +24,17 @@ from engine.training.optimizer import make_schedule
 from engine.training.step import Metrics, TrainState
 from stages.cli.command import command_line
 from stages.cli.console import Console
-from stages.runs.estimate import RunPlan, ceiling, memory_limit, require_memory
+from stages.runs.estimate import RunPlan, ceiling, memory_estimate, require_memory
 from stages.runs.text_data import TextData
 from stages.runs.training_steps import Program
 from stages.runs.validation import quick_evaluator
 
 FLOAT32 = 4  # bytes
-EXPECTED = 0.15  # of the float32 ceiling, as measured with the tiny preset, whose products are small
+EXPECTED = 0.15  # of the float32 ceiling, measured with the tiny preset, whose products are small
 
 
 class ByHand:
-    """Trains with the NumPy model and its own AdamW, in float32."""
+    """Trains with the NumPy model and its own AdamW, in float32. The methods are those of `InJax`."""
 
     optimizer_name = "adamw by hand"
     advice = "--learning-rate, or warm up longer with --warmup"
@@ -45,33 +44,26 @@ class ByHand:
         self.prompt: list[int] = data.validation.tokens[: max(1, plan.cfg.context // 4)].tolist()
         self.residuals = FLOAT32 * residual_count(plan.cfg, plan.recipe.batch, plan.recipe.context)
         # At the fullest moment of a step: weights and moments, old and new, gradient, logits three times.
-        logits = plan.step_tokens * plan.cfg.vocab
-        self.memory = self.residuals + FLOAT32 * (7 * count_params(plan.cfg).total + 3 * logits)
+        numbers = 7 * count_params(plan.cfg).total + 3 * plan.step_tokens * plan.cfg.vocab
+        self.memory = self.residuals + FLOAT32 * numbers
 
     def estimates(self, best: Ceilings) -> tuple[str, str]:
         steps, long = self.plan.predict(self.plan.step_flops / (EXPECTED * ceiling(self.plan.cfg, best)))
         return (
-            f"about {size(self.memory)} of {size(memory_limit())} that are left for a step; each forward pass "
-            f"keeps {size(self.residuals)} for its backward pass",
+            f"{memory_estimate(self.memory, 'step')}; each forward pass keeps {size(self.residuals)} for its backward pass",
             f"{steps:,} steps, {long}, at {EXPECTED:.0%} of what this machine multiplies in float32",
         )
 
     @staticmethod
     def nats(cfg: Any, params: Any, batch: Any) -> float:
-        """Returns the summed nats of a batch's targets, in NumPy."""
-        mean = by_hand.loss(cfg, params, batch.tokens, batch.targets, batch.mask, batch.positions, batch.segments)
-        return mean * int(batch.mask.sum())
+        return by_hand.loss(cfg, params, *batch) * int(batch.mask.sum())
 
     def check_memory(self) -> None:
-        needed = (
-            f"Training {self.plan.name} by hand needs about {size(self.memory)}, of which {size(self.residuals)} are kept "
-            "by the forward pass for the backward pass"
-        )
+        needed = f"Training {self.plan.name} by hand needs about {size(self.memory)}, of which {size(self.residuals)} are kept"
+        needed += " by the forward pass for the backward pass"
         require_memory(self.memory, needed, "give a smaller --batch or --context, or a smaller preset.")
 
     def initial_state(self) -> TrainState:
-        """Returns JAX's random weights, and moments of zero."""
-
         def make() -> TrainState:
             params = init_params(self.plan.cfg, jax.random.key(self.plan.seed))
             zeros, none = jax.tree.map(jnp.zeros_like, params), jnp.int32(0)
@@ -88,10 +80,8 @@ class ByHand:
 
         def step(state: Any, batch: Any, progress: Any) -> tuple[TrainState, Metrics]:
             state = jax.tree.map(np.asarray, state)  # the first one comes from JAX
-            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below, and counted
-                loss, gradient = by_hand.loss_and_gradient(
-                    cfg, state.trainable, batch.tokens, batch.targets, batch.mask, batch.positions, batch.segments
-                )
+            with np.errstate(over="ignore", invalid="ignore"):  # a step that is not finite is refused below
+                loss, gradient = by_hand.loss_and_gradient(cfg, state.trainable, *batch)
                 norm = adamw.norm(gradient)
                 params, moments = adamw.step(settings, state.trainable, gradient, state.opt_state, float(schedule(progress)))
             sound = math.isfinite(loss) and math.isfinite(norm)
@@ -108,9 +98,11 @@ class ByHand:
         return tokenizer.decode(self.prompt + list(tokens))
 
     def remarks(self, params: Any) -> list[tuple[str, str]]:
-        """Returns rows on the sample, on NumPy beside JAX, and on the same run in JAX."""
-        params, cfg, data = jax.tree.map(np.asarray, params), self.plan.cfg, self.data
-        in_numpy, in_jax = (quick_evaluator(cfg, data, nats_of).evaluate(params) for nats_of in (self.nats, score))
+        params, data = jax.tree.map(np.asarray, params), self.data
+        in_numpy, in_jax = (
+            quick_evaluator(self.plan.cfg, data.validation, data.tokenizer, nats_of).evaluate(params)
+            for nats_of in (self.nats, score)
+        )
         tokens = f"the first {len(self.prompt)} tokens are {data.validation_name}'s"
         rows = [
             ("sample", f"{tokens}, each after that the most probable"),

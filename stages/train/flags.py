@@ -8,14 +8,14 @@ import tyro
 
 from engine.errors import UserError
 from engine.model.config import PRESETS, preset
-from stages.cli.flags import DeviceFlag, VerboseFlag, default, integer, interval, number, one_of, parser, path
-from stages.runs.flags import Length, RunFolder, SeedFlag
+from stages.cli.flags import COUNT, default, integer, interval, number, one_of, parser, path, positive
+from stages.runs.flags import FolderFlags, LengthFlags, RunFlags
 
 RECIPE = default("the preset's recipe")
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
+class TextFlags:
     """The training text."""
 
     data: Annotated[str, parser(str, "TEXT")] = "shakespeare"
@@ -27,12 +27,12 @@ class Text:
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class StepFlags:
     """The batch of a step, and how it is computed."""
 
-    batch: Annotated[int | None, parser(integer(1), "N"), RECIPE] = None
+    batch: Annotated[int | None, COUNT, RECIPE] = None
     """Windows of text a step."""
-    accumulate: Annotated[int | None, parser(integer(1), "N"), RECIPE] = None
+    accumulate: Annotated[int | None, COUNT, RECIPE] = None
     """Parts the batch is read in, one after another: less memory, the same step."""
     context: Annotated[int | None, parser(integer(2), "N"), RECIPE] = None
     """Tokens a window."""
@@ -45,14 +45,14 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
-class Optimizer:
+class OptimizerFlags:
     """How weights move."""
 
     optimizer: Annotated[str | None, parser(one_of("muon", "adamw"), "NAME"), RECIPE] = None
     """`muon` (on the matrices inside blocks, AdamW on the rest) or `adamw`."""
-    learning_rate: Annotated[float | None, parser(number(0, 10, above=True), "X"), RECIPE] = None
+    learning_rate: Annotated[float | None, positive(10), RECIPE] = None
     """AdamW's."""
-    matrix_learning_rate: Annotated[float | None, parser(number(0, 10, above=True), "X"), RECIPE] = None
+    matrix_learning_rate: Annotated[float | None, positive(10), RECIPE] = None
     """Muon's."""
     schedule: Annotated[str | None, parser(one_of("cosine", "wsd"), "NAME"), RECIPE] = None
     """`cosine`, or `wsd`: warm up, stay, decay."""
@@ -62,40 +62,34 @@ class Optimizer:
     """Share of the run in which it falls, with wsd."""
     weight_decay: Annotated[float | None, parser(number(0, 10), "X"), RECIPE] = None
     """Pull of the weights towards zero."""
-    clip: Annotated[float | None, parser(number(0, above=True), "X"), RECIPE] = None
+    clip: Annotated[float | None, positive(), RECIPE] = None
     """Largest norm of the gradient; inf for no clipping."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Monitoring:
+class MonitoringFlags:
     """Evaluating and logging meanwhile, and how often."""
 
     eval_every: Annotated[int | float | None, parser(interval, "N|TIME"), default("a tenth of the run")] = None
     """Steps (200) or training time (30s) between quick evaluations on the validation text."""
-    log_every: Annotated[int, parser(integer(1), "N")] = 10
+    log_every: Annotated[int, COUNT] = 10
     """Steps between lines of metrics.jsonl."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Train:
+class TrainFlags(RunFlags):
     """All flags of a training run; what is left out is the preset's recipe (stages/runs/recipes.py)."""
 
-    text: Text
-    length: Length
-    step: Step
-    optimizer: Optimizer
-    monitoring: Monitoring
-    folder: RunFolder
+    text: TextFlags
+    length: LengthFlags
+    step: StepFlags
+    optimizer: OptimizerFlags
+    monitoring: MonitoringFlags
+    folder: FolderFlags
     preset: Annotated[tyro.conf.Positional[str], parser(str, "PRESET"), default("demo, or tiny with --by-hand")] = ""
     """The architecture: demo, nano, tiny, or a published one such as smollm2-135m."""
     by_hand: Annotated[bool, default("off")] = False
     """Train with the NumPy model of engine/by_hand instead: its own backward pass and AdamW, in float32."""
-    seed: SeedFlag = 0
-    """Of the first weights and of the order of the text."""
-    device: DeviceFlag = "auto"
-    dry_run: Annotated[bool, default("off")] = False
-    """Print the plan and stop."""
-    verbose: VerboseFlag = False
 
     def __post_init__(self) -> None:
         if not self.preset:

@@ -1,9 +1,8 @@
-"""Training from random weights in JAX: an `Implementation`."""
+"""Training from random weights in JAX. `by_hand.ByHand` has the same methods in NumPy."""
 
 from typing import Any
 
 import jax
-import numpy as np
 
 from engine.counting.hardware import Ceilings
 from engine.counting.params import count_params
@@ -13,28 +12,27 @@ from engine.inference.sampling_params import SamplingParams
 from engine.inference.score import score
 from engine.model.transformer import init_params
 from engine.training.optimizer import make_optimizer
-from engine.training.step import TrainState, init_state, train_step
+from engine.training.step import TrainState, init_state
 from stages.cli.console import Console
-from stages.runs.estimate import RunPlan, ceiling, memory_limit, require_memory
+from stages.runs.estimate import RunPlan, ceiling, memory_estimate, memory_limit, require_memory
 from stages.runs.text_data import TextData
-from stages.runs.training_steps import Program
+from stages.runs.training_steps import Program, compile_step
 
-# A step is predicted to take its products at this share of the ceiling, the optimizer's traffic, and its dispatch.
+# The predicted time of a step: its products at this share of the ceiling, the optimizer's traffic, and its dispatch.
 EXPECTED = 0.5
 UPDATE = 28  # bytes a parameter
 FIXED = 0.002  # seconds
 
 
 class InJax:
-    """Trains by `train_step`, with any of its optimizers, in float32 or bfloat16."""
+    """Trains by `train_step`, in float32 or bfloat16, with the optimizer that its name in run.json says."""
 
     advice = "--learning-rate or --matrix-learning-rate, warm up longer with --warmup, or try --dtype float32"
-    nats = staticmethod(score)
+    nats: Any = staticmethod(score)  # (cfg, params, batch) -> the summed nats of the batch's targets
 
     def __init__(self, plan: RunPlan, data: TextData) -> None:
         self.plan, self.data = plan, data
         self.optimizer_name: str = plan.recipe.optimizer.kind
-        self.optimizer = make_optimizer(plan.recipe.optimizer)
 
     def check_memory(self) -> None:
         """Raises UserError when there is no room for weights, gradients and optimizer."""
@@ -43,26 +41,26 @@ class InJax:
         require_memory(least, needed, "choose a smaller preset.")
 
     def estimates(self, best: Ceilings) -> tuple[str, str]:
-        plan, top, limit = self.plan, ceiling(self.plan.cfg, best), memory_limit()
+        """Returns in words the memory of a step, and how long the run is predicted to take."""
+        plan, top = self.plan, ceiling(self.plan.cfg, best)
         update = UPDATE * count_params(plan.cfg).total / (1e9 * best.update_gbs)
         steps, long = plan.predict(plan.step_flops / (EXPECTED * top) + update + FIXED)
         epochs = steps * plan.step_tokens / (len(self.data.train.tokens) - 1)
-        tight = "  ** more than there is: smaller --batch, --accumulate or --remat **" if plan.memory > limit else ""
+        tight = "  ** more than there is: smaller --batch, --accumulate or --remat **" * (plan.memory > memory_limit())
         return (
-            f"about {size(plan.memory)} of {size(limit)} that are left for a step{tight}",
+            f"{memory_estimate(plan.memory, 'step')}{tight}",
             f"{steps:,} steps, {epochs:.2g} epochs, {long} at half of this machine's {count(top)}FLOP/s in {plan.cfg.dtype}",
         )
 
     def initial_state(self) -> TrainState:
-        cfg, seed = self.plan.cfg, self.plan.seed
-        return jax.jit(lambda: init_state(self.optimizer, init_params(cfg, jax.random.key(seed))))()
+        """Returns random weights and the optimizer's state before the first step; can be traced."""
+        plan, optimizer = self.plan, make_optimizer(self.plan.recipe.optimizer)
+        return jax.jit(lambda: init_state(optimizer, init_params(plan.cfg, jax.random.key(plan.seed))))()
 
     def make_program(self, state: TrainState, batch: Any, console: Console) -> Program:
-        plan = self.plan
+        """Returns the program of a step, for states and batches of these shapes."""
         with console.task("compiling", always=True):
-            compiled = train_step.lower(
-                plan.cfg, self.optimizer, state, {}, batch, np.float32(0), microbatches=plan.recipe.accumulate
-            ).compile()
+            compiled = compile_step(self.plan, state, {}, batch)
         return lambda state, batch, progress: compiled(state, {}, batch, progress)
 
     def sample(self, params: Any, max_tokens: int) -> str:
@@ -73,4 +71,5 @@ class InJax:
         return tokenizer.decode([token for piece in pieces for token in piece.tokens])
 
     def remarks(self, params: Any) -> list[tuple[str, str]]:
+        """Returns more rows for the last screen."""
         return []

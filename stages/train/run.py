@@ -1,61 +1,48 @@
-"""A training run: from flags to plain values."""
+"""A training run: from flags to plain values, and the stage that trains from random weights, in JAX or by hand in NumPy."""
 
 import dataclasses
 from typing import Any
 
 import numpy as np
 
+from engine.counting.flops import train_flops
+from engine.counting.params import count_params
 from engine.device import Device
+from engine.files import whole_file
+from engine.format import count, duration, size
 from engine.model.config import preset
+from engine.text.batches import TextBatches
+from engine.training.step import TrainState
 from stages.cli.console import Console
-from stages.runs.estimate import RunPlan
-from stages.runs.folder import default_folder
-from stages.runs.loop import Intervals
+from stages.runs.estimate import RunPlan, ceiling, measured_ceilings
+from stages.runs.folder import default_folder, nonfinite_as_text
+from stages.runs.loop import Loop, LoopState, RunOptions
 from stages.runs.recipes import Recipe, recipe
-from stages.runs.run import RunOptions, Stage, execute
+from stages.runs.run import RunReport, Stage, execute
 from stages.runs.text_data import prepare_text
+from stages.runs.trainable import TrainableParts
+from stages.runs.training_steps import TrainingSteps
+from stages.runs.validation import bits_per_byte, quick_evaluator, rows_in_memory, score_text
 from stages.train.by_hand import ByHand
-from stages.train.flags import Train
+from stages.train.flags import TrainFlags
 from stages.train.in_jax import InJax
-from stages.train.training import Training
 
 SECONDS, SECONDS_BY_HAND = 180.0, 60.0  # of a run when nobody asks for a length
+SAMPLE = 160  # tokens
+LONG = 60.0  # seconds of training
 
 
-def run(flags: Train, device: Device) -> int:
+def run(flags: TrainFlags, device: Device) -> int:
     """Trains as the flags say. Returns the exit code."""
-    text, length = flags.text, flags.length
-    chosen = chosen_recipe(flags)
     if flags.by_hand:
         device = dataclasses.replace(device, name=f"{device.name}, by NumPy {np.__version__}")
-    folder = flags.folder.out_dir or default_folder(flags.preset + "-by-hand" * flags.by_hand, text.data)
-    seconds = SECONDS_BY_HAND if flags.by_hand else SECONDS
-    intervals = Intervals(flags.folder.save_every, flags.folder.keep, flags.monitoring.log_every, flags.monitoring.eval_every)
-
-    def make_stage(console: Console) -> Stage:
-        data = prepare_text(text.data, text.validation, chosen.tokenizer, console)
-        cfg = _replace(
-            preset(flags.preset), vocab=data.tokenizer.vocab, context=chosen.context, scan=chosen.scan,
-            remat="block" if chosen.remat else "none", dtype="float32" if flags.by_hand else flags.step.dtype,
-        )  # fmt: skip
-        limit = length.max_time or (None if length.steps else seconds)
-        plan = RunPlan(flags.preset, cfg, chosen, flags.seed, length.steps, limit)
-        facts = {
-            "preset": plan.name,
-            "text": {
-                "data": text.data, "validation": str(text.validation) if text.validation else None, "digest": data.digest,
-                "bytes": data.train.bytes, "tokens": len(data.train.tokens),
-            },
-            "tokenizer": {"kind": chosen.tokenizer, "digest": data.tokenizer.digest},
-        }  # fmt: skip
-        implementation = ByHand(plan, data) if flags.by_hand else InJax(plan, data)
-        default_length = not (length.max_time or length.steps)
-        return Training(implementation, plan, data, facts, device, folder, default_length, console)
-
-    return execute(RunOptions("train", device, folder, flags.folder.overwrite, flags.dry_run, intervals), make_stage)
+    intervals = dataclasses.asdict(flags.folder) | dataclasses.asdict(flags.monitoring)
+    folder = intervals.pop("out_dir") or default_folder(flags.preset + "-by-hand" * flags.by_hand, flags.text.data)
+    options = RunOptions("train", device, folder, flags.dry_run, **intervals)
+    return execute(options, lambda console: Training(flags, options, console))
 
 
-def chosen_recipe(flags: Train) -> Recipe:
+def chosen_recipe(flags: TrainFlags) -> Recipe:
     """Returns the preset's recipe with what the flags say instead."""
     base = recipe(flags.preset, preset(flags.preset).vocab)
     step, optimizer = flags.step, dataclasses.asdict(flags.optimizer)
@@ -70,3 +57,101 @@ def chosen_recipe(flags: Train) -> Recipe:
 def _replace(config: Any, **values: Any) -> Any:
     """Returns the config with those values that are not None."""
     return dataclasses.replace(config, **{name: value for name, value in values.items() if value is not None})
+
+
+class Training(Stage):
+    """Training from random weights: a Stage. The constructor is the last to read the flags."""
+
+    parts = TrainableParts()
+
+    def __init__(self, flags: TrainFlags, options: RunOptions, console: Console) -> None:
+        text, length, recipe = flags.text, flags.length, chosen_recipe(flags)
+        self.folder, self.console = options.folder, console
+        self.data = data = prepare_text(text.data, text.validation, recipe.tokenizer, console)
+        cfg = _replace(
+            preset(flags.preset), vocab=data.tokenizer.vocab, context=recipe.context, scan=recipe.scan,
+            remat="block" if recipe.remat else "none", dtype="float32" if flags.by_hand else flags.step.dtype,
+        )  # fmt: skip
+        self.default_length = not (length.max_time or length.steps)
+        default = SECONDS_BY_HAND if flags.by_hand else SECONDS
+        seconds = default if self.default_length else length.max_time
+        self.plan = plan = RunPlan(flags.preset, cfg, recipe, flags.seed, length.steps, seconds)
+        self.implementation = ByHand(plan, data) if flags.by_hand else InJax(plan, data)
+        recipe_facts = dataclasses.asdict(recipe)
+        recipe_facts["optimizer"]["kind"] = self.implementation.optimizer_name
+        self.facts = {
+            "preset": plan.name,
+            "text": {
+                "data": text.data, "validation": str(text.validation) if text.validation else None, "digest": data.digest,
+                "bytes": data.train.bytes, "tokens": len(data.train.tokens),
+            },
+            "tokenizer": {"kind": recipe.tokenizer, "digest": data.tokenizer.digest},
+            "recipe": nonfinite_as_text(recipe_facts),
+        }  # fmt: skip
+        self.ceilings = measured_ceilings(console)
+        self.tokenizer, self.ends = data.tokenizer, (data.tokenizer.end,)
+        self.batches = TextBatches(data.train.tokens, recipe.context, recipe.batch, plan.seed)
+
+    def load_weights(self) -> None:
+        """Checks that there is room for a step; weights begin random."""
+        self.implementation.check_memory()
+
+    def plan_rows(self) -> list[tuple[str, str]]:
+        plan, data, cfg, recipe = self.plan, self.data, self.plan.cfg, self.plan.recipe
+        params, flops = count_params(cfg), train_flops(cfg, recipe.context, attention="full", remat="none").total
+        memory, predicted = self.implementation.estimates(self.ceilings)
+        heads = f"{cfg.heads} heads" + (f" ({cfg.kv_heads} key/value)" if cfg.kv_heads != cfg.heads else "")
+        accumulated = f", {recipe.accumulate} parts at a time" if recipe.accumulate > 1 else ""
+        train, validation = (f"{size(text.bytes)}, {len(text.tokens):,} tokens" for text in (data.train, data.validation))
+        default = ": the default run is time-boxed (--max-time 1h, --steps 5000 change it)" if self.default_length else ""
+        optimizer = f"{recipe.optimizer.kind}, {recipe.optimizer.schedule}"
+        return [
+            ("text", f"{data.name}: {train}"),
+            ("validation", f"{data.validation_name}: {validation}"),
+            ("model", f"{plan.name}: {cfg.layers} layers, width {cfg.width}, {heads}, {cfg.vocab:,} tokens, {cfg.dtype}"),
+            ("parameters", f"{params.total:,} ({params.total:,} trainable, 0 frozen)"),
+            ("FLOPs", f"{count(flops)} a token trained (6N + 12LDT, N = {count(params.matmul)})"),
+            ("step", f"{recipe.batch} x {recipe.context} tokens{accumulated}, {optimizer}"),
+            ("memory", memory),
+            ("length", f"{plan.length()}{default}"),
+            ("predicted", predicted),
+        ]
+
+    def initial_state(self) -> TrainState:
+        return self.implementation.initial_state()
+
+    def prepare_steps(self, state: TrainState, loop_state: LoopState) -> TrainingSteps:
+        cfg, data, implementation = self.plan.cfg, self.data, self.implementation
+        program = implementation.make_program(state, self.batches.at(0), self.console)
+        evaluator = quick_evaluator(cfg, data.validation, data.tokenizer, implementation.nats)
+        top, advice = ceiling(cfg, self.ceilings), implementation.advice
+        return TrainingSteps(program, self.batches, evaluator, self.plan, loop_state.step, top, advice)
+
+    def report(self, state: TrainState, loop: Loop) -> RunReport:
+        plan, cfg, data, params = self.plan, self.plan.cfg, self.data, state.trainable
+        loop_state, folder = loop.loop_state, self.folder
+        step, seconds = loop_state.step, loop_state.seconds
+        with self.console.task("evaluating on the whole validation text", always=True) as report:
+            seq, batch = cfg.context, rows_in_memory(cfg, cfg.context)
+            nats = score_text(cfg, params, data.validation, seq, max(1, seq // 2), batch, report)
+        with self.console.task("writing a sample"):
+            text = self.implementation.sample(params, SAMPLE)
+        with whole_file(folder / "samples" / f"{step}.txt") as file:
+            file.write(text.encode())
+        # Measuring takes seconds: a run that is hardly longer itself takes the ceilings as they are.
+        top = ceiling(cfg, measured_ceilings(self.console, again=seconds >= LONG))
+        result = {
+            "val_bits_per_byte": bits_per_byte(nats, data.validation.bytes), "train_seconds": seconds,
+            "first_step_seconds": loop_state.first_step_seconds, "tokens_per_second": step * plan.step_tokens / seconds,
+            "mfu": step * plan.step_flops / seconds / top,
+        }  # fmt: skip
+        first = f"first step {duration(loop_state.first_step_seconds or 0)} after the start"
+        rows = [
+            ("validation", f"{result['val_bits_per_byte']:.4f} bits per byte on all of {data.validation_name}"),
+            ("text", f"read {self.batches.epoch(step):.2f} times"),
+            ("speed", f"{result['tokens_per_second']:,.0f} tokens/s, MFU {result['mfu']:.0%}; {first}"),
+            *self.implementation.remarks(params),
+        ]
+        sample = [f"| {line}" for line in text.strip("\n").split("\n")]
+        saved = f"{folder}: config.json, run.json, metrics.jsonl, tokenizer, checkpoints, samples"
+        return RunReport(result, [("what it writes", sample)], rows, saved, ["generate", "evaluate"])

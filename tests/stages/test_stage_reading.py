@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny_runs import command
 
-from engine.storage.run_folder import read_json
+from engine.storage.run_folder import read_config, read_json
 from engine.text.tokenizer import byte_tokenizer
 from engine.text.tokens import token_file
 from stages import generate
@@ -102,13 +102,13 @@ def test_a_model_without_a_result_or_optimizer_is_still_read(trained, tmp_path, 
     assert capsys.readouterr().out
 
 
-def test_quick_look_is_at_the_text_itself(text):
-    from stages.runs import validation
+def test_quick_look_is_at_the_text_itself(text, trained):
+    from stages.runs.validation import quick_evaluator
 
     tokenizer = byte_tokenizer()
     tokens = token_file([text.read_text()[:1000]], tokenizer)
     counted = lambda cfg, params, batch: float(np.asarray(batch.mask).sum())
-    quick = validation.TextEvaluator(None, tokens, tokenizer, 32, 4, counted)
+    quick = quick_evaluator(read_config(trained), tokens, tokenizer, counted)
     for batch in quick.batches:
         for row, target in zip(np.asarray(batch.tokens), np.asarray(batch.targets)):
             assert bytes(row[1:].tolist()) == bytes(target[:-1].tolist())

@@ -90,7 +90,7 @@ def test_a_signal_before_training_ends_promptly(
 ) -> None:
     # Minutes in a library that does not let Python's handlers run, as compiling does.
     patch = (
-        "import hashlib, stages.train.training as t; "
+        "import hashlib, stages.train.run as t; "
         "t.Training.prepare_steps = lambda *_: print('busy', flush=True) or hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
     )
     process = start_with(started, patch, text, tmp_path / "run")
