@@ -14,15 +14,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from engine.device import start_jax
-from engine.errors import UserError
 from engine.format import duration
+from engine.text.jsonl import decode_utf8
 from stages.cli import process, signals
 from stages.cli.command import run_command
 from stages.cli.console import Console
 from stages.cli.flags import DeviceFlag, ModelFlag, SamplingFlags, default, integer, parser
 
 if TYPE_CHECKING:
-    from engine.text.tokenizer import Tokenizer
+    from engine.inference.stop_strings import CompletionText
 
 SAMPLING = SamplingFlags(max_tokens=200, temperature=0.8)
 CAPACITY = 256  # tokens of which a KV cache's capacity is a multiple
@@ -44,11 +44,12 @@ class Generate:
 
 
 def generate(flags: Generate) -> None:
-    """Writes text to stdout as it comes, everything else to stderr."""
+    """Continues the prompt on stdout as tokens are sampled; prints everything else on stderr."""
     signals.set_phase("before the text was complete.")
     device = start_jax(flags.device, decodes=True)
     # These import jax, which must not load before --help is answered and the device is chosen.
     from engine.inference import decode
+    from engine.inference.stop_strings import CompletionText
     from engine.storage.digest import digest
     from engine.storage.find import load_model
     from stages.cli.compile_counter import CompileCounter
@@ -56,7 +57,8 @@ def generate(flags: Generate) -> None:
     notes = Console(sys.stderr)
     model = load_model(flags.model)
     notes.warn_damaged(model.damaged, model.checkpoint)
-    prompt = [*model.tokenizer.start, *_read_prompt(flags.prompt, model.tokenizer)]
+    text = decode_utf8(sys.stdin.buffer.read(), "The prompt on standard input") if flags.prompt == "-" else flags.prompt
+    prompt = [*model.tokenizer.start, *model.tokenizer.encode(text or "\n").tolist()]
     params = decode.for_inference(model.cfg, model.params)
     sampling = flags.sampling.params(stop_token_ids=model.ends)
     before = digest(params) if flags.verbose else ""
@@ -65,25 +67,25 @@ def generate(flags: Generate) -> None:
 
     begin = time.perf_counter()
     compiles = CompileCounter()
-    writer = Writer(model.tokenizer, flags.count)
+    writer = Writer([CompletionText(model.tokenizer.stream()) for _ in range(flags.count)])
     # Each step reads all of the cache. Its capacity is one of few, so that another prompt compiles nothing.
     capacity = min(model.cfg.context, -(-(len(prompt) + sampling.max_tokens) // CAPACITY) * CAPACITY)
     stream = decode.generate(model.cfg, params, [prompt] * flags.count, sampling.per_row(flags.count), capacity=capacity)
     first = settled = last = begin
-    early, full = 0, False
+    early = total = 0
+    cut = ""
     for index, tokens, finish_reason in stream:
         last = time.perf_counter()
         first = last if first == begin else first
-        writer.write(index, tokens, finish_reason)
-        length, total = writer.lengths[index], sum(writer.lengths)
-        full |= finish_reason == "length" and length < sampling.max_tokens and len(prompt) + length >= model.cfg.context
+        length = writer.write(index, tokens, finish_reason)
+        total += len(tokens)
+        if finish_reason == "length" and length < sampling.max_tokens and len(prompt) + length >= model.cfg.context:
+            cut = f"; the context of {model.cfg.context} tokens is full"
         if settled == begin and total > flags.count:
-            # Prefill, the first draw and a dispatch of decoding have each run once: from here on nothing may compile.
+            # Prefill, the first sampling and a dispatch of decoding have each run once: from here on nothing may compile.
             settled, early = last, total
             compiles.reset()
-    total = sum(writer.lengths)
     speed = f"{(total - early) / (last - settled):,.0f} tokens/s, " if last > settled else ""
-    cut = f"; the context of {model.cfg.context} tokens is full" if full else ""
     notes.print(
         f"\n{total:,} tokens, the first {duration(first - begin)} after the prompt and "
         f"{duration(first - process.process_start())} after the command, {speed}{compiles.count} recompiles{cut}"
@@ -93,34 +95,19 @@ def generate(flags: Generate) -> None:
         notes.print(f"weights {'unchanged' if before == after else 'CHANGED'}: SHA-256 {after[:16]} before and after")
 
 
-def _read_prompt(text: str | None, tokenizer: "Tokenizer") -> list[int]:
-    """Returns the tokens to go on from. A model without a prompt begins after a line end, where texts begin."""
-    if text == "-":
-        data = sys.stdin.buffer.read()
-        try:
-            text = data.decode()
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"The prompt on standard input is not UTF-8: byte 0x{data[error.start]:02X} at position {error.start}."
-            ) from None
-    return tokenizer.encode(text or "\n").tolist()
-
-
 class Writer:
-    """Prints one continuation as it comes, in whole characters, and holds back those behind it until it is complete."""
+    """Prints continuations in order: one as it comes, those behind it once it is complete."""
 
-    def __init__(self, tokenizer: "Tokenizer", count: int) -> None:
-        self.streams = [tokenizer.stream() for _ in range(count)]
-        self.waiting = [""] * count
-        self.lengths = [0] * count  # in tokens
-        self.is_complete = [False] * count
+    def __init__(self, completions: Sequence["CompletionText"]) -> None:
+        self.completions = completions
+        self.waiting = [""] * len(completions)
+        self.is_complete = [False] * len(completions)
         self.current = 0
 
-    def write(self, index: int, tokens: Sequence[int], finish_reason: str | None) -> None:
-        """Takes new tokens of one continuation; prints what is next."""
-        self.lengths[index] += len(tokens)
-        stream, count = self.streams[index], len(self.streams)
-        self.waiting[index] += "".join(map(stream.push, tokens)) + (stream.close() if finish_reason else "")
+    def write(self, index: int, tokens: Sequence[int], finish_reason: str | None) -> int:
+        """Takes new tokens of one continuation, prints the text that is next, and returns how many tokens it has."""
+        completion, count = self.completions[index], len(self.completions)
+        self.waiting[index] += completion.push(tokens) + (completion.close() if finish_reason else "")
         self.is_complete[index] = finish_reason is not None
         text = ""
         while self.current < count:
@@ -131,6 +118,7 @@ class Writer:
             self.current += 1
             text += "\n" if self.current == count else f"\n\n--- {self.current + 1} of {count}\n"
         print(text, end="", flush=True)
+        return completion.tokens
 
 
 def main(args: Sequence[str] | None = None) -> int:

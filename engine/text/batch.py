@@ -1,4 +1,4 @@
-"""Batch: what one step of training or evaluation reads."""
+"""Batch: the tokens that one step of training or evaluation reads."""
 
 from typing import Any, NamedTuple
 
@@ -14,4 +14,4 @@ class Batch(NamedTuple):
     targets: Any  # (B, T) int32
     mask: Any  # (B, T) bool
     positions: Any  # (B, T) int32
-    segments: Any = None  # (B, T) int32
+    segments: Any = None  # (B, T) int32 or None

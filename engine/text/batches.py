@@ -1,4 +1,4 @@
-"""Windows of one long text: shuffled batches to train on, by (seed, step); and the windows that an evaluation walks over."""
+"""Windows of one long text: shuffled batches to train on, by (seed, step), and the windows that an evaluation scores."""
 
 import dataclasses
 import hashlib
@@ -15,11 +15,9 @@ from engine.text.order import EpochOrder
 class TextBatches:
     """Training batches out of one long text, by random access: `at(step)` needs no earlier step.
 
-    An epoch is a fresh shuffle of windows of `seq` targets, laid end to end from a place that is drawn anew for the
-    epoch, the text being a ring: every token is a target once, except fewer than `seq` that do not fill a window.
-    Batches run on across the ends of epochs, so all have `batch` rows.
-
-    Raises UserError when the text is shorter than one window, for sizes below 1, or when the seed is not one of 32 bits.
+    An epoch is a fresh shuffle of windows of `seq` targets, laid end to end from a place drawn anew for the epoch, the text
+    being a ring: every token is a target once, except fewer than `seq` that do not fill a window. Batches run on across the
+    ends of epochs. Raises UserError for a text shorter than one window, for sizes below 1, or a seed not of 32 bits.
     """
 
     tokens: np.ndarray  # (tokens,) any integer dtype, memory-mapped or not
@@ -37,16 +35,13 @@ class TextBatches:
             )
         self._ring = len(self.tokens) - 1  # targets
         self._order = EpochOrder(self._ring // self.seq, self.batch, self.seed)
-
-    def epoch(self, step: int) -> float:
-        """Returns the epochs completed before `step`: 0.0 at step 0."""
-        return self._order.epoch(step)
+        self.epoch = self._order.epoch  # completed before a step
 
     def at(self, step: int) -> Batch:
         """Returns the batch (batch, seq) of `step` >= 0."""
         offsets = np.array([self._offset(int(epoch)) for epoch in self._order.epochs_at(step)])
         at = ((offsets + self._order.at(step) * self.seq)[:, None] + np.arange(self.seq)) % self._ring
-        return _batch(self.tokens[at], self.tokens[at + 1], np.ones(at.shape, bool))
+        return _batch(self.tokens, at, np.ones(at.shape, bool))
 
     def _offset(self, epoch: int) -> int:
         """Returns where the windows of an epoch start: a hash, as NumPy's generators may change between parts of a run."""
@@ -59,7 +54,7 @@ def evaluation_windows(tokens: np.ndarray, seq: int, stride: int, batch: int) ->
 
     Windows start `stride` apart and score only what the one before did not, so each token is predicted from more than
     `seq - stride` tokens before it (fewer only at the start of the text) and at most `seq`. The last window is moved
-    back to end with the text. What only fills up, a row of the last batch or the rest of a short text, has mask False.
+    back to end with the text. Padding, a row of the last batch or the rest of a short text, has mask False.
     Raises UserError for a stride outside 1..seq or fewer than two tokens.
     """
     if not 1 <= stride <= seq:
@@ -70,15 +65,13 @@ def evaluation_windows(tokens: np.ndarray, seq: int, stride: int, batch: int) ->
         raise UserError(f"The text has {len(tokens)} tokens; to score one, at least 2 are needed.")
     targets = len(tokens) - 1
     last = max(0, targets - seq)
-    windows = evaluation_count(len(tokens), seq, stride)
-    for first in range(0, windows, batch):
+    for first in range(0, evaluation_count(len(tokens), seq, stride), batch):
         number = np.arange(first, first + batch)
         start = np.minimum(number * stride, last)
         scored = np.where(number == 0, 0, np.minimum((number - 1) * stride + seq, targets))  # by the windows before
         at = start[:, None] + np.arange(seq)
         mask = (at >= scored[:, None]) & (at < targets)
-        at = np.minimum(at, targets - 1)
-        yield _batch(tokens[at], tokens[at + 1], mask)
+        yield _batch(tokens, np.minimum(at, targets - 1), mask)
 
 
 def evaluation_count(tokens: int, seq: int, stride: int) -> int:
@@ -86,6 +79,6 @@ def evaluation_count(tokens: int, seq: int, stride: int) -> int:
     return 1 + max(0, -(-(tokens - 1 - seq) // stride))
 
 
-def _batch(tokens: np.ndarray, targets: np.ndarray, mask: np.ndarray) -> Batch:
-    positions = np.ascontiguousarray(np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape))
-    return Batch(tokens.astype(np.int32), targets.astype(np.int32), mask, positions, None)
+def _batch(tokens: np.ndarray, at: np.ndarray, mask: np.ndarray) -> Batch:
+    positions = np.ascontiguousarray(np.broadcast_to(np.arange(at.shape[1], dtype=np.int32), at.shape))
+    return Batch(tokens[at].astype(np.int32), tokens[at + 1].astype(np.int32), mask, positions)

@@ -1,4 +1,4 @@
-"""Documents from files: text, folders of it, JSON lines, parquet; and a part held out when there is no other."""
+"""Reads the documents of text files, folders, JSON lines and parquet; and holds a part of them out for validation."""
 
 import dataclasses
 import itertools
@@ -7,52 +7,47 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from engine.errors import UserError
-from engine.text.jsonl import decode_utf8, read_rows
+from engine.text.jsonl import check_text, decode_utf8, read_rows
 
 KINDS = "a .txt or .md file, a folder of text files, .jsonl or .parquet with a `text` column, or a .bin of token ids"
 
 
 @dataclasses.dataclass(frozen=True)
-class Corpus:
-    """Documents that can be read again and again, one file in memory at a time. Iterating gives each as a str.
+class Corpus[T]:
+    """Documents (or conversations) that can be read again and again, one file in memory at a time.
 
-    Iterating raises UserError where a file turns out to be unreadable, and at the end when there was no text at all.
+    Iterating raises UserError, with file and line or position, at what cannot be read, and when there was nothing at all.
     """
 
     name: str
-    read: Callable[[], Iterator[str]]
+    read: Callable[[], Iterator[T]]
+    kind: str = "text"
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[T]:
         return self.read()
 
 
-def read_corpus(path: Path | str) -> Corpus:
+def read_corpus(path: Path | str) -> Corpus[str]:
     """Opens the documents at `path`: a .txt or .md file (one document), .jsonl or .parquet (one a row), or a folder.
 
-    A folder is read recursively in sorted order: every file that is text, without hidden and binary files. Text is
-    taken as it is, line ends too; empty documents are left out. Raises UserError for a missing or empty path and for a
-    kind that cannot be read; wrong bytes are named by file and position, wrong lines by file and line.
+    A folder is read recursively in sorted order, without hidden and binary files. Text is kept as it is, line ends too;
+    empty documents are left out. Raises UserError for a missing or empty path and for a kind that cannot be read.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(f"There is no text at {path}; wanted {KINDS}.")
-    if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if _is_text(file, path)]
-        if not files:
-            raise UserError(f"The folder {path} holds no text files.")
-    else:
-        files = [path]
-        if path.suffix.lower() == ".bin":
-            raise UserError(f"{path} holds token ids, not text: it needs the tokenizer it was made with.")
-        if path.suffix.lower() not in (".txt", ".md", *READERS):
-            raise UserError(f"{path} is of a kind that cannot be read ({path.suffix or 'no suffix'}); wanted {KINDS}.")
+    files = [file for file in sorted(path.rglob("*")) if _is_text(file, path)] if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"The folder {path} holds no text files.")
+    if not path.is_dir() and path.suffix.lower() not in (".txt", ".md", *READERS):
+        raise UserError(f"{path} is of a kind that cannot be read ({path.suffix or 'no suffix'}); wanted {KINDS}.")
     if not any(file.stat().st_size for file in files):
         raise UserError(f"{path} is empty; there is nothing to learn from.")
     return Corpus(str(path), lambda: _documents(path, files))
 
 
-def hold_out(corpus: Corpus, fraction: float = 0.05) -> tuple[Corpus, Corpus]:
-    """Returns (training, validation): the last `fraction` of the documents, or of the text when there are too few to divide.
+def hold_out(corpus: Corpus[str], fraction: float = 0.05) -> tuple[Corpus[str], Corpus[str]]:
+    """Splits into (training, validation): the last `fraction` of the documents, or of the text when there are too few.
 
     A text is cut at the start of a line where one is near. Raises UserError when there is too little to cut in two.
     """
@@ -62,18 +57,14 @@ def hold_out(corpus: Corpus, fraction: float = 0.05) -> tuple[Corpus, Corpus]:
     documents = iter(corpus)
     first = [*itertools.islice(documents, many)]
     count = len(first) + sum(1 for _ in documents)
+    part = lambda name, read: Corpus(f"{corpus.name}, {name}", read)
     if count >= many:
         cut = max(1, count - round(count * fraction))
-        return (
-            Corpus(f"{corpus.name}, the first {cut} documents", lambda: itertools.islice(corpus, cut)),
-            Corpus(f"{corpus.name}, the last {count - cut} documents", lambda: itertools.islice(corpus, cut, None)),
-        )
+        train = part(f"the first {cut} documents", lambda: itertools.islice(corpus, cut))
+        return train, part(f"the last {count - cut} documents", lambda: itertools.islice(corpus, cut, None))
     before, after = _cut_text(first, fraction, corpus.name)
-    percent = f"{100 * fraction:g}%"
-    return (
-        Corpus(f"{corpus.name} without its last {percent}", lambda: iter(before)),
-        Corpus(f"{corpus.name}, the last {percent}", lambda: iter(after)),
-    )
+    percent = f"the last {100 * fraction:g}%"
+    return part(f"all but {percent}", lambda: iter(before)), part(percent, lambda: iter(after))
 
 
 def _cut_text(documents: list[str], fraction: float, name: str) -> tuple[list[str], list[str]]:
@@ -89,9 +80,7 @@ def _cut_text(documents: list[str], fraction: float, name: str) -> tuple[list[st
     text = documents[index]
     lines = [text.rfind("\n", 0, at) + 1, text.find("\n", at) + 1]
     at = min((line for line in lines if abs(line - at) <= near), key=lambda line: abs(line - at), default=at)
-    before = [*documents[:index], text[:at]]
-    after = [text[at:], *documents[index + 1 :]]
-    return [part for part in before if part], [part for part in after if part]
+    return [*filter(None, [*documents[:index], text[:at]])], [*filter(None, [text[at:], *documents[index + 1 :]])]
 
 
 def _documents(path: Path, files: list[Path]) -> Iterator[str]:
@@ -111,11 +100,9 @@ def _documents(path: Path, files: list[Path]) -> Iterator[str]:
 def _is_text(file: Path, root: Path) -> bool:
     if not file.is_file() or any(part.startswith(".") for part in file.relative_to(root).parts):
         return False
-    if file.suffix.lower() in READERS:
-        return True
     try:
         with file.open("rb") as opened:
-            return b"\0" not in opened.read(8192)
+            return file.suffix.lower() in READERS or b"\0" not in opened.read(8192)
     except OSError:
         return True  # reading it will say what is wrong
 
@@ -126,14 +113,7 @@ def _read_text(file: Path) -> Iterator[str]:
 
 def _read_jsonl(file: Path) -> Iterator[str]:
     for row, where in read_rows(file):
-        text = row.get("text")
-        if not isinstance(text, str):
-            raise UserError(f"{where} should be an object with a string `text`.")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{where} has half a character (a lone surrogate) in `text`.") from None
-        yield text
+        yield check_text(row.get("text"), "text", where)
 
 
 def _read_parquet(file: Path) -> Iterator[str]:

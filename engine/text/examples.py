@@ -1,6 +1,7 @@
-"""Training examples from conversations: tokens that fit into a row of a batch, and an account of what was cut or dropped."""
+"""Training examples from conversations: tokens that fit into a row of a batch, and a summary of what was cut or dropped."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -8,12 +9,11 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.text.chat import Chat, Example
-from engine.text.conversations import Conversation, Preference, Text
+from engine.text.conversations import Preference, Row, Text
 from engine.text.template import Refusal
 
 SILENT = "the assistant says nothing in one of its turns"
 
-Row = Conversation | Text | Preference
 Report = Callable[[int, int], None] | None
 
 
@@ -26,34 +26,31 @@ class Pair(NamedTuple):
 
 @dataclasses.dataclass
 class DatasetSummary:
-    """The account of a data set: how many rows were used, cut and dropped, and why. Lists are of (file:line, reason)."""
+    """How many rows of a data set were used, cut and dropped, and why."""
 
     rows: int = 0
-    used: int = 0  # of the rows; those whose end was cut off are among them
-    truncated: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    used: int = 0  # those whose end was cut off are among them
+    truncated: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # (file:line, reason)
     dropped: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
     def describe(self) -> list[str]:
-        """Returns lines for people: how many were kept, cut and left out, and for each reason where it first was one."""
+        """Returns lines for people: the counts, and for each reason the first row it was given for."""
         kept = f"{self.used:,} of {self.rows:,} kept, {len(self.truncated):,} of them truncated"
         lines = [f"{kept}; {len(self.dropped):,} dropped"]
         for verb, rows in (("truncated", self.truncated), ("dropped", self.dropped)):
-            reasons: dict[str, list[str]] = {}
-            for where, reason in rows:
-                reasons.setdefault(reason, []).append(where)
-            lines += [f"{len(places):,} {verb}: {reason} ({places[0]} first)" for reason, places in reasons.items()]
+            counts, first = Counter(reason for _, reason in rows), {reason: where for where, reason in reversed(rows)}
+            lines += [f"{count:,} {verb}: {reason} ({first[reason]} first)" for reason, count in counts.items()]
         return lines
 
 
 def make_examples(
     rows: Iterable[Row], chat: Chat, seq: int, *, start: Sequence[int] = (), report: Report = None
 ) -> tuple[list[Example], DatasetSummary]:
-    """Returns the training examples in order, each of at most seq + 1 tokens: seq are read, and the one after each predicted.
+    """Makes training examples of at most seq + 1 tokens: seq are read, and the one after each predicted.
 
-    A conversation that is longer loses its end, and is left out when no answer begins early enough. A plain text is cut
-    into pieces that are all learnt, `start` (what the model has before any text) at its beginning and the end of text at
-    its end. What the template refuses is left out. Raises UserError, with file:line, when the template fails, when
-    nothing is left, and for a choice between answers.
+    A conversation that is longer loses its end, and is dropped when no answer begins early enough, or when the template
+    refuses it. A plain text is cut into pieces that are all learnt, from `start` (the ids before any text) to the end of
+    text. Raises UserError, with file:line, when the template fails, when nothing is left, and for a preference.
     """
 
     def build(row: Row) -> tuple[list[Example], bool]:
@@ -78,20 +75,20 @@ def make_examples(
 
 
 def make_pairs(rows: Iterable[Row], chat: Chat, seq: int, report: Report = None) -> tuple[list[Pair], DatasetSummary]:
-    """Returns pairs of examples of at most seq + 1 tokens, in which only the answers count. What is longer is left out.
+    """Makes pairs of examples of at most seq + 1 tokens, in which only the answers count; drops longer ones.
 
-    Raises UserError as `make_examples`, and for rows without a choice.
+    Raises UserError as `make_examples`, and for rows that are no preference.
     """
 
     def build(row: Row) -> tuple[list[Pair], bool]:
         if not isinstance(row, Preference):
             raise UserError("it holds no pair of answers; preferences need `prompt`, `chosen` and `rejected`.")
-        answers = row.chosen, row.rejected
         if row.chosen == row.rejected:
             raise Refusal("both answers are the same")
-        if not all(answer.strip() for answer in answers):
+        if not (row.chosen.strip() and row.rejected.strip()):
             raise Refusal(SILENT)
-        pair = Pair(*(chat.answer([*row.prompt, {"role": "assistant", "content": answer}], row.where) for answer in answers))
+        turns = ({"role": "assistant", "content": answer} for answer in (row.chosen, row.rejected))
+        pair = Pair(*(chat.answer([*row.prompt, turn], row.where) for turn in turns))
         if any(len(example.tokens) > seq + 1 for example in pair):
             raise Refusal(f"longer than {seq} tokens")
         return [pair], False
@@ -102,7 +99,7 @@ def make_pairs(rows: Iterable[Row], chat: Chat, seq: int, report: Report = None)
 def _build_all[T](
     rows: Iterable[Row], build: Callable[[Row], tuple[list[T], bool]], seq: int, report: Report
 ) -> tuple[list[T], DatasetSummary]:
-    """Returns what `build` makes of the rows, and their account; it says too whether a row lost its end."""
+    """Returns the items that `build` makes of the rows, and a summary; `build` also tells whether it cut a row's end off."""
     results: list[T] = []
     summary, rows = DatasetSummary(), list(rows)
     for row in rows:

@@ -1,6 +1,7 @@
-"""The reader of JSON data files: objects, a line each or in an array, each with the line it begins on."""
+"""Reads JSON data files: objects, a line each or in an array, each with the line it begins on; and checks what they hold."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,10 @@ from engine.errors import UserError
 def read_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     """Yields (row, file:line) of each object: a line each in .jsonl; one after the other, or in an array, in .json.
 
-    Raises UserError at what is not JSON, not an object, or not UTF-8.
+    Raises UserError for what is not JSON, not an object, or not UTF-8.
     """
     try:
-        read = _lines(path) if path.suffix.lower() == ".jsonl" else _values(path)
-        for row, line in read:
+        for row, line in _lines(path) if path.suffix.lower() == ".jsonl" else _values(path):
             if not isinstance(row, dict):
                 raise UserError(f"{path}:{line} should be an object, not {json_type(row)}.")
             yield row, f"{path}:{line}"
@@ -34,8 +34,19 @@ def decode_utf8(data: bytes, where: object) -> str:
         ) from None
 
 
+def check_text(value: Any, name: str, where: str) -> str:
+    """Returns the field `name` of a row, `value`. Raises UserError unless it is text that UTF-8 can carry."""
+    if not isinstance(value, str):
+        raise UserError(f"{where}: `{name}` should be text, not {json_type(value)}.")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: `{name}` has half a character (a lone surrogate).") from None
+    return value
+
+
 def json_type(value: Any) -> str:
-    """Returns the type of a JSON value, for an error: `a list`, `text`, `null`."""
+    """Names the type of a JSON value, for an error: `a list`, `text`, `null`."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 
@@ -43,22 +54,17 @@ def json_type(value: Any) -> str:
 def _lines(path: Path) -> Iterator[tuple[Any, int]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            text = decode_utf8(line, f"{path}:{number}").strip()
-            if text:
+            if text := decode_utf8(line, f"{path}:{number}").strip():
                 yield _parsed(json.loads, text, where=f"{path}:{number}"), number
 
 
 def _values(path: Path) -> Iterator[tuple[Any, int]]:
     text = decode_utf8(path.read_bytes(), path)
     decoder, at, line = json.JSONDecoder(), 0, 1
-    between = "[,]" if text.lstrip().startswith("[") else ""
-    while True:
-        start = at
-        while start < len(text) and (text[start].isspace() or text[start] in between):
-            start += 1
+    beginning = re.compile(r"[^\s\[,\]]" if text.lstrip().startswith("[") else r"\S")
+    while match := beginning.search(text, at):
+        start = match.start()
         line += text.count("\n", at, start)
-        if start == len(text):
-            return
         value, at = _parsed(decoder.raw_decode, text, start, where=f"{path}:{line}")
         yield value, line
         line += text.count("\n", start, at)
@@ -67,7 +73,5 @@ def _values(path: Path) -> Iterator[tuple[Any, int]]:
 def _parsed(parse: Callable[..., Any], *args: Any, where: str) -> Any:
     try:
         return parse(*args)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON: {error.msg} at line {error.lineno}, character {error.colno}.") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {error}.") from None

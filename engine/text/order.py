@@ -1,7 +1,7 @@
 """The order of training data: a shuffle of each epoch that any step can look up, as a function of (seed, epoch) alone.
 
 The permutation is a block cipher over the indices (Simon: Beaulieu et al. 2013, eprint 2013/404; four rounds), applied again
-where it leaves the range (cycle walking: Black and Rogaway 2002). Nothing is stored, so the number of items does not matter.
+where it leaves the range (cycle walking: Black and Rogaway 2002), so nothing is stored, however many items there are.
 The order is that of grain's `MapDataset.range(count).seed(seed).shuffle()`, by which earlier runs were trained.
 """
 
@@ -16,7 +16,7 @@ WORD = 2**32 - 1
 
 
 class EpochOrder:
-    """The indices of `count` items that each step of `batch` rows reads, by random access: every item once an epoch.
+    """The indices of `count` items that each step of `batch` rows reads: every item once an epoch.
 
     Batches run on across the ends of epochs. Raises UserError for no items, no rows, or a seed that is not one of 32 bits.
     """
@@ -40,7 +40,7 @@ class EpochOrder:
         return (step * self.batch + np.arange(self.batch)) // self.count
 
     def at(self, step: int) -> np.ndarray:
-        """Returns the items that the rows of `step` >= 0 take: (batch,) int64."""
+        """Returns the item that each row of `step` >= 0 reads: (batch,) int64."""
         epochs = self.epochs_at(step)
         place = step * self.batch + np.arange(self.batch) - epochs * self.count
         parts = [permute(place[epochs == epoch], self.count, (self._seed + int(epoch)) & WORD) for epoch in np.unique(epochs)]
@@ -71,7 +71,6 @@ def _small_permutation(count: int, seed: int) -> np.ndarray:
 
 
 def _encrypt(value: np.ndarray, bits: int, keys: list[int]) -> np.ndarray:
-    """Applies the cipher's rounds to blocks of an even number of bits."""
     width = bits // 2
     mask = (1 << width) - 1
     turn = lambda word, by: ((word << by) | (word >> (width - by))) & mask
@@ -86,9 +85,9 @@ def _round_keys(seed: int) -> list[int]:
     """Returns the four words that C++'s std::seed_seq makes of one (ISO C++, [rand.util.seedseq], for n = 4 and s = 1)."""
     words = [0x8B8B8B8B] * 4
     scramble = lambda value: value ^ (value >> 27)
-    for k in range(4):
+    for k, add in enumerate((1, 1 + seed, 2, 3)):
         word = 1664525 * scramble(words[k] ^ words[(k + 1) % 4] ^ words[k - 1]) & WORD
-        more = (word + (1 if k == 0 else 1 + seed if k == 1 else k)) & WORD
+        more = (word + add) & WORD
         words[(k + 1) % 4], words[(k + 2) % 4], words[k] = (
             (words[(k + 1) % 4] + word) & WORD, (words[(k + 2) % 4] + more) & WORD, more,
         )  # fmt: skip

@@ -17,9 +17,9 @@ from engine.text.order import EpochOrder
 class PackedBatches:
     """Training batches out of examples, by random access: `at(step)` needs no earlier step.
 
-    Examples are laid into rows once (`rows_of`); every epoch sees every row once, in a fresh order that follows from the
-    seed, and batches run on across the ends of epochs. In a row each example is a segment with positions from 0, so that
-    it gets the loss it has alone. With `pack` False each example has a row for itself.
+    Examples are laid into rows once (`rows_of`); every epoch sees every row once, in a fresh order by the seed, and batches
+    run on across the ends of epochs. In a row each example is a segment with positions from 0, so that it gets the loss it
+    has alone. With `pack` False each example has a row for itself.
 
     Raises UserError for no examples, one of more than seq + 1 tokens, no rows, or a seed that is not one of 32 bits.
     """
@@ -33,10 +33,7 @@ class PackedBatches:
     def __post_init__(self) -> None:
         self._rows = rows_of(self.examples, self.seq, self.pack)
         self._order = EpochOrder(len(self._rows), self.batch, self.seed)
-
-    def epoch(self, step: int) -> float:
-        """Returns the epochs completed before `step`: 0.0 at step 0."""
-        return self._order.epoch(step)
+        self.epoch = self._order.epoch  # completed before a step
 
     def at(self, step: int) -> Batch:
         """Returns the batch (batch, seq) of `step` >= 0."""
@@ -45,7 +42,7 @@ class PackedBatches:
 
 
 class PairBatch(NamedTuple):
-    """B chosen answers and the B rejected ones, row by row, and which pair each row is; -1 for a row that only fills up."""
+    """B chosen answers and the B rejected ones, row by row, and which pair each row is; -1 for a row of padding."""
 
     chosen: Batch
     rejected: Batch
@@ -53,7 +50,7 @@ class PairBatch(NamedTuple):
 
 
 def evaluation_batches(examples: Sequence[Example], seq: int, batch: int, pack: bool = True) -> Iterator[Batch]:
-    """Yields batches (batch, seq) in which each example is seen exactly once; rows that only fill up have mask False."""
+    """Yields batches (batch, seq) in which each example is seen exactly once; rows of padding have mask False."""
     rows = rows_of(examples, seq, pack)
     for first in range(0, len(rows), batch):
         part = [[examples[index] for index in row] for row in rows[first : first + batch]]
@@ -61,7 +58,7 @@ def evaluation_batches(examples: Sequence[Example], seq: int, batch: int, pack: 
 
 
 def evaluation_pairs(pairs: Sequence[Pair], seq: int, batch: int) -> Iterator[PairBatch]:
-    """Yields batches in which each pair is seen once, in order; rows that only fill up have `pair` -1 and mask False."""
+    """Yields batches in which each pair is seen once, in order; rows of padding have `pair` -1 and mask False."""
     for first in range(0, len(pairs), batch):
         index = np.arange(first, first + batch)
         yield pair_batch(pairs, np.where(index < len(pairs), index, -1), seq)
@@ -69,10 +66,8 @@ def evaluation_pairs(pairs: Sequence[Pair], seq: int, batch: int) -> Iterator[Pa
 
 def pair_batch(pairs: Sequence[Pair], index: np.ndarray, seq: int) -> PairBatch:
     """Returns the batch of the pairs `index` (B,), -1 for none. Raises UserError for an answer of more than seq + 1 tokens."""
-    sides = [[[pairs[at][side]] if at >= 0 else [] for at in index] for side in (0, 1)]
-    for rows in sides:
-        rows_of([example for row in rows for example in row], seq, pack=False)  # checks lengths
-    chosen, rejected = (_batch(rows, seq, pack=False) for rows in sides)
+    rows = lambda side: [[pairs[at][side]] if at >= 0 else [] for at in index]
+    chosen, rejected = (_batch(rows(side), seq, pack=False) for side in (0, 1))
     return PairBatch(chosen, rejected, index.astype(np.int32))
 
 
@@ -80,12 +75,9 @@ def rows_of(examples: Sequence[Example], seq: int, pack: bool) -> list[list[int]
     """Returns which examples lie in each row of `seq` places: the longest first, each into the row where it leaves least room.
 
     That is best-fit decreasing, never more than 11/9 of the fewest rows there could be (Johnson 1974), and in practice
-    a few percent. An example of n tokens takes n - 1 places, as its last token is only a target.
+    a few percent.
     """
-    sizes = [len(example.tokens) - 1 for example in examples]
-    for example, size in zip(examples, sizes):
-        if not 0 < size <= seq:
-            raise UserError(f"{example.where or 'An example'} has {size + 1} tokens; a row of {seq} takes 2 to {seq + 1}.")
+    sizes = [_places(example, seq) for example in examples]
     if not pack:
         return [[index] for index in range(len(examples))]
     rows: list[list[int]] = []
@@ -108,6 +100,14 @@ def rows_of(examples: Sequence[Example], seq: int, pack: bool) -> list[list[int]
     return rows
 
 
+def _places(example: Example, seq: int) -> int:
+    """Returns how many places of a row an example takes: one fewer than its tokens, as the last is only a target."""
+    size = len(example.tokens) - 1
+    if not 0 < size <= seq:
+        raise UserError(f"{example.where or 'An example'} has {size + 1} tokens; a row of {seq} takes 2 to {seq + 1}.")
+    return size
+
+
 def _batch(rows: Sequence[Sequence[Example]], seq: int, pack: bool) -> Batch:
     """Lays rows of examples side by side. Places after the last one are segment 0, which counts nowhere."""
     tokens, targets, positions, segments = np.zeros((4, len(rows), seq), np.int32)
@@ -115,7 +115,7 @@ def _batch(rows: Sequence[Sequence[Example]], seq: int, pack: bool) -> Batch:
     for row, examples in enumerate(rows):
         at = 0
         for number, example in enumerate(examples, 1):
-            size = len(example.tokens) - 1
+            size = _places(example, seq)
             place = row, slice(at, at + size)
             tokens[place], targets[place], mask[place] = example.tokens[:-1], example.tokens[1:], example.mask[1:]
             positions[place], segments[place] = np.arange(size), number

@@ -18,11 +18,9 @@ from engine.errors import UserError
 WORKER = Path(__file__).with_name("template_worker.py")
 START = 60.0  # seconds for a process to start and import, on a busy machine
 ANSWER = 5.0  # seconds of waiting; 0.7 of computing are allowed, which the kernel counts (see `template_worker.py`)
-TOGETHER = 32  # renderings asked for in one go
+TOGETHER = 32  # renderings requested in one go
 LONGEST = 8_000_000  # bytes of reply a rendering can have at most, everything escaped
-
-# Templates may print the date. The same data are to make the same tokens tomorrow, so it is a fixed one unless given.
-FIXED_DAY = "2026-01-01T00:00:00"
+FIXED_DAY = "2026-01-01T00:00:00"  # that templates print, so that the same data make the same tokens tomorrow
 
 Message = Mapping[str, str]  # role: system, user, assistant or tool; content: text
 
@@ -37,16 +35,16 @@ def read_template(path: Path | None) -> str | None:
 
 
 class Refusal(UserError):
-    """A conversation that cannot be used, for example as the template does not take it (`raise_exception`); others may."""
+    """A conversation cannot be used, for example as the template refuses it (`raise_exception`); others may."""
 
 
 class Template:
-    """A compiled chat template (Jinja), run in a sandbox in a process of its own that may compute for 0.7 seconds,
-    write 1 MB and use 512 MB, and may not open, import or start anything.
+    """A chat template (Jinja), run in a sandbox in a process of its own that may compute for 0.7 seconds, write 1 MB and use
+    512 MB, and may not open, import or start anything.
 
-    `variables` are the names it can use besides `messages` and `add_generation_prompt`: bos_token, eos_token, ... `now` is
-    the moment, in ISO format, that `strftime_now` tells. The process starts with the first rendering and ends with
-    `close`, or when nothing refers to the template any more.
+    `variables` are its names besides `messages` and `add_generation_prompt`: bos_token, eos_token, ... `now` is the time of
+    `strftime_now`, in ISO format. The process starts with the first rendering and ends with `close`, or when nothing refers
+    to the template any more.
     """
 
     def __init__(self, source: str, variables: Mapping[str, Any] | None = None, now: str = FIXED_DAY) -> None:
@@ -54,16 +52,12 @@ class Template:
         self._process: TemplateProcess | None = None
         self._lock = threading.Lock()
 
-    def render(self, messages: Sequence[Message], prompt: bool = False) -> str:
-        """Returns the text of a conversation; with `prompt`, the beginning of the assistant's next turn after it.
+    def render(self, jobs: Sequence[tuple[Sequence[Message], bool]]) -> list[str]:
+        """Renders (messages, prompt) each: the text of a conversation; with `prompt`, the assistant's next turn begun after it.
 
-        Raises Refusal when the template refuses the messages, UserError when it cannot be compiled, fails, or goes over
-        its limits of time, memory and output.
+        Several in one call are quicker, as most of the time of one is the way there and back. Raises Refusal when the template
+        refuses the messages, UserError when it cannot be compiled, fails, or exceeds its limits of time, memory and output.
         """
-        return self.render_all([(messages, prompt)])[0]
-
-    def render_all(self, jobs: Sequence[tuple[Sequence[Message], bool]]) -> list[str]:
-        """Renders several conversations, as `render` each; quicker, as most of the time of one is the way there and back."""
         texts: list[str] = []
         with self._lock:
             for part in itertools.batched(jobs, TOGETHER):
@@ -74,30 +68,25 @@ class Template:
                     self._process.send([([*map(dict, messages)], prompt) for messages, prompt in part])
                     reply = self._process.reply(ANSWER, LONGEST * TOGETHER)
                 except BaseException:
-                    self.close()  # whatever it still answers would be taken for the next answer
+                    self.close()  # a late reply would be taken for the next one
                     raise
                 texts += _check_reply(reply)["texts"]
         return texts
 
     def close(self) -> None:
         """Ends the process; a later rendering starts another."""
-        if self._process is not None:
+        if self._process:
             self._process.end()
             self._process = None
 
 
-class TemplateProcess:
-    """The process of a template, and the two pipes to it. Raises UserError when the template cannot be compiled."""
+class TemplateProcess(subprocess.Popen[bytes]):
+    """A template's process, and the two pipes to it. Raises UserError when the template cannot be compiled."""
 
     def __init__(self, start: Mapping[str, Any]) -> None:
         # -I -S: nothing of the user's environment or start-up files runs there. Its own session: Ctrl-C is not for it.
-        self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, start_new_session=True, env={},
-        )  # fmt: skip
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.requests, self.replies = self.process.stdin, self.process.stdout.fileno()
+        pipe, command = subprocess.PIPE, [sys.executable, "-I", "-S", "-B", str(WORKER)]
+        super().__init__(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True, env={})
         self.unread = bytearray()
         try:
             self.send({**start, "path": [entry for entry in sys.path if entry]})
@@ -108,17 +97,19 @@ class TemplateProcess:
             raise
 
     def send(self, request: Any) -> None:
-        """Writes one line to the process. That it is gone shows when it does not reply."""
+        """Writes one line to the process; if it is gone, `reply` raises."""
+        assert self.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self.requests.write(json.dumps(request).encode() + b"\n")
-            self.requests.flush()
+            self.stdin.write(json.dumps(request).encode() + b"\n")
+            self.stdin.flush()
 
     def reply(self, seconds: float, longest: int) -> dict[str, Any]:
-        """Returns its next line, at most `longest` bytes. The time runs anew with each part that arrives. Raises UserError."""
+        """Reads its next line, at most `longest` bytes; the time runs anew with each part. Raises UserError."""
+        assert self.stdout is not None
         poll = select.poll()
-        poll.register(self.replies, select.POLLIN)
+        poll.register(self.stdout, select.POLLIN)
         while b"\n" not in self.unread:
-            part = os.read(self.replies, 1 << 20) if poll.poll(1000 * seconds) else b""
+            part = os.read(self.stdout.fileno(), 1 << 20) if poll.poll(1000 * seconds) else b""
             self.unread += part
             if not part or len(self.unread) > longest:
                 raise UserError("The chat template ran for more than a second, or out of memory, and was stopped.")
@@ -126,9 +117,8 @@ class TemplateProcess:
         return json.loads(line)
 
     def end(self) -> None:
-        """Ends the process, whatever it does at the moment."""
-        with contextlib.suppress(OSError), self.process:  # which closes the pipes and waits
-            self.process.kill()
+        with contextlib.suppress(OSError), self:  # closes the pipes and waits
+            self.kill()
 
 
 def _check_reply(reply: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""The process in which a chat template runs: sandboxed, limited in time and memory, and locked once it is compiled.
+"""Runs a chat template in a process: sandboxed, limited in time and memory, and locked once it is compiled.
 
-A template comes with a model and is somebody else's program. The sandbox keeps it away from Python's insides, but a
-single expression can still keep a library busy for hours or fill the memory, where no exception reaches it. A process
-of its own can be ended whatever it does. `template.py` starts it by path; it knows nothing else of the project, reads
-a JSON document a line and answers each with one.
+A template is somebody else's program. The sandbox keeps it away from Python's insides, but a single expression can keep a
+library busy for hours or fill the memory, where no exception reaches it; a process can be ended whatever it does.
+`template.py` starts this file by path; it imports nothing of the project, and replies to each line of JSON with one.
 """
 
 import datetime
@@ -26,7 +25,7 @@ FORBIDDEN = (
 
 
 class Refused(Exception):
-    """The template called `raise_exception`: it does not want this conversation."""
+    """The template called `raise_exception`: it does not take this conversation."""
 
 
 class TooLong(Exception):
@@ -34,7 +33,7 @@ class TooLong(Exception):
 
 
 def limit() -> None:
-    """Has the kernel bound memory, files and core dumps; `reply` bounds the time of each answer."""
+    """Limits memory, files and core dumps through the kernel; `reply` limits the time of each answer."""
     import resource
 
     for name, value in (("RLIMIT_AS", MEMORY), ("RLIMIT_FSIZE", 0), ("RLIMIT_CORE", 0)):
@@ -55,13 +54,13 @@ def lock() -> None:
 
 
 def compile_template(source: str, variables: dict[str, Any], now: str) -> Callable[[list, bool], str]:
-    """Compiles the template to a function of messages and of whether an answer is to be begun."""
+    """Compiles the template to a function of (messages, prompt)."""
     import jinja2.ext
     import jinja2.nodes
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """`{% generation %}`, by which some templates mark what the model says: here it is its contents."""
+        """`{% generation %}`, by which some templates mark what the model says: renders its contents."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -95,7 +94,7 @@ def compile_template(source: str, variables: dict[str, Any], now: str) -> Callab
 
 
 def reply(work: Callable[..., dict[str, Any]], *args: Any) -> None:
-    """Writes what `work` returns, or what went wrong in it, as one line; ended by the kernel after SECONDS of computing."""
+    """Writes what `work` returns, or its failure, as one line. The kernel ends the process after SECONDS of computing."""
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         outcome = work(*args)

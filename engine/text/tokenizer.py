@@ -1,11 +1,11 @@
-"""The tokenizer: text to token ids and back by byte-level BPE, exact both ways for every Unicode string."""
+"""BPE tokenizers, byte-level or sentencepiece's: train, load and save them; text to tokens and back, exact both ways."""
 
 import codecs
 import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from engine.files import whole_file, write_json
 
 END = "<|endoftext|>"
 
-# Where a merge may never reach across, after GPT-4's pattern (tiktoken, cl100k_base): contractions; a word with the one
-# sign before it; digits in pairs; signs; line ends; spaces. Marks belong to their letters. Every run ends after 64
-# characters, so that one long run of anything costs what ordinary text costs.
+# The words that merges stay inside, after GPT-4's pattern (tiktoken, cl100k_base): contractions; a word with the one sign
+# before it; digits in pairs; signs; line ends; spaces. Marks belong to their letters. Every run ends after 64 characters,
+# so that one long run of anything costs what ordinary text costs.
 SPLIT = (
     r"'(?i:[sdmt]|ll|ve|re)"
     r"|[^\r\n\p{L}\p{N}]?+[\p{L}\p{M}]{1,64}"
@@ -31,14 +31,13 @@ SPLIT = (
     r"|\s{1,64}"
 )
 
-# A letter or digit before a space, or a letter before a digit: no token of this pattern, nor of the patterns of GPT-2,
-# Llama 3 and Qwen, contains such a pair, so a text may be cut there and its tokens stay the same.
+# A letter or digit before a space, or a letter before a digit: no token of this pattern, nor of those of GPT-2, Llama 3
+# and Qwen, contains such a pair, so a text cut there keeps its tokens.
 WORD_END = re.compile(r"[^\W_](?=\s)|[A-Za-z](?=\d)")
 
 PIECE = 16_384  # characters encoded at a time: small pieces keep the library's records in cache
 TOGETHER = 64  # pieces handed over in one call, which it spreads over the cores
 LOOKAHEAD = 256  # more than the pattern can look at from the start of a token
-
 
 # The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table).
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -47,28 +46,28 @@ SYMBOLS = sorted(BYTES, key=BYTES.__getitem__)
 
 
 class TextStream:
-    """Tokens in, text out as early as it is certain: only whole characters leave, and they join to `decode(ids)`."""
+    """Decodes tokens one by one into whole characters, which join to `decode(ids)`."""
 
     def __init__(self, table: dict[int, bytes]) -> None:
         self._table = table
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """Returns the text that this token completes; often empty inside a character of several bytes."""
+        """Returns the characters that this token completes."""
         return self._decoder.decode(self._table.get(int(token), b""))
 
     def close(self) -> str:
-        """Returns what was still open, as replacement characters; usually empty."""
+        """Returns U+FFFD for a character that was not completed."""
         return self._decoder.decode(b"", final=True)
 
 
 class Tokenizer:
-    """A BPE vocabulary, byte-level or sentencepiece's. `encode` and `decode` are inverse on every string UTF-8 can carry.
+    """A BPE tokenizer. `encode` and `decode` are inverse on every string UTF-8 can carry.
 
     Control tokens (`<|endoftext|>` and a chat template's) are never made from text and stand for no text: put their ids
     in. `vocab` is the number of ids, `end` the id that ends a document, `controls` the control tokens by id, `digest` the
-    SHA-256 of the vocabulary, merges and split, `config` the contents of `tokenizer_config.json`. `start` are the ids that
-    the model wants before a text, (bos,) or (), which `encode` leaves to the caller.
+    SHA-256 of the vocabulary, merges and split, `config` the contents of `tokenizer_config.json`, `start` the ids that the
+    model wants before a text, (bos,) or (), which `encode` leaves to the caller.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
@@ -78,7 +77,7 @@ class Tokenizer:
         byte_level = any(step["type"] == "ByteLevel" for step in _steps(fields["decoder"]))
         self._table = _byte_table(inner, byte_level)
         self._later = None if byte_level else _without_first_space(fields)
-        # Where a token reaches beyond what a word ends with, a text is encoded in one piece.
+        # Where a token reaches across the end of a word, a text is encoded in one piece.
         self._cuts = byte_level or not any(WORD_END.search(value.decode("utf-8", "ignore")) for value in self._table.values())
         self.controls = {token: added for token, added in inner.get_added_tokens_decoder().items() if added.special}
         self.vocab = max(self._table) + 1
@@ -92,14 +91,14 @@ class Tokenizer:
         self.start = _starts_with(inner)
 
     def encode(self, text: str, continued: bool = False) -> np.ndarray:
-        """Returns text as tokens (T,) int32, in time linear in its length. Raises UserError for a lone surrogate.
+        """Encodes text as tokens (T,) int32, in time linear in its length. Raises UserError for a lone surrogate.
 
         `continued` text goes on from another: sentencepiece's tokenizers put no space before its first word.
         """
         return np.concatenate([np.empty(0, np.int32), *self.encode_parts(text, continued)])
 
     def encode_parts(self, text: str, continued: bool = False) -> Iterator[np.ndarray]:
-        """Yields the same tokens a megabyte of text at a time, so that memory stays bounded however long the text."""
+        """Yields the same tokens a megabyte of text at a time, so that memory stays bounded."""
         _check_unicode(text)
         inner = (self._later or self._inner) if continued else self._inner
         for pieces in itertools.batched(self._pieces(text), TOGETHER if self._later is None else 1):
@@ -108,16 +107,16 @@ class Tokenizer:
             yield np.fromiter(itertools.chain.from_iterable(piece.ids for piece in encoded), np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Returns ids as text. Bytes that are not UTF-8 become U+FFFD; control tokens and unknown ids stand for nothing."""
+        """Decodes ids to text. Bytes that are not UTF-8 become U+FFFD; control tokens and unknown ids are left out."""
         text = b"".join(map(self.bytes_of, ids)).decode("utf-8", "replace")
         return text.removeprefix(" ") if self._later else text
 
     def bytes_of(self, token: int) -> bytes:
-        """Returns the bytes one token stands for; none for a control token."""
+        """Returns the bytes of a token; none for a control token."""
         return self._table.get(int(token), b"")
 
     def token_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
-        """Counts the bytes of UTF-8 these tokens stand for, exactly, whole characters or not; 0 for control tokens."""
+        """Counts the bytes of tokens, in whole characters or not; 0 for control tokens."""
         known = np.asarray(ids, np.int64)
         return int(self._lengths[known[(known >= 0) & (known < self.vocab)]].sum())
 
@@ -126,7 +125,7 @@ class Tokenizer:
         return TextStream(self._table)
 
     def id_of(self, token: Any) -> int | None:
-        """Returns the id of a token by its name; None for one that there is not."""
+        """Returns the id of a token by its name, or None."""
         return self._inner.token_to_id(token) if isinstance(token, str) else None
 
     def to_json(self) -> dict[str, Any]:
@@ -152,31 +151,30 @@ class Tokenizer:
             yield text[start:]
 
     def _cut(self, text: str, start: int, stop: int) -> int | None:
-        """Returns a place before `stop` where a token surely ends, given that one starts at `start`; None if there is none."""
+        """Returns a place before `stop` where a token surely ends, given that one starts at `start`, or None."""
         if word_ends := [*WORD_END.finditer(text, max(start, stop - 2 * LOOKAHEAD), stop)]:
             return word_ends[-1].end()
         if self._inner.pre_tokenizer is None:
             return None
         spans = self._inner.pre_tokenizer.pre_tokenize_str(text[start:stop])
-        limit = stop - start - LOOKAHEAD  # beyond it a token may turn out otherwise once the text goes on
+        limit = stop - start - LOOKAHEAD  # beyond it a token may change once the text goes on
         ends = [end for _, (_, end) in spans if 0 < end <= limit]
         return start + ends[-1] if ends else None
 
 
 def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
-    """Trains a vocabulary of `vocab` tokens on the texts: 256 bytes, the merges found, and the end of text last.
+    """Trains a vocabulary of `vocab` tokens on the texts: 256 bytes, merges, and the end of text last.
 
-    Fewer than `vocab` when the texts are too short to find so many. The same texts give the same vocabulary. Raises
-    UserError below 257, or for a text with a lone surrogate.
+    Fewer when the texts are too short. The same texts give the same vocabulary. Raises UserError below 257, or for a text
+    with a lone surrogate.
     """
     if vocab < 257:
         raise UserError(f"A vocabulary needs at least 257 tokens (256 bytes and the end of a text), not {vocab}.")
-    trainer = trainers.BpeTrainer(vocab_size=vocab - 1, initial_alphabet=SYMBOLS, show_progress=False)
-    return _byte_level(models.BPE(), lambda inner: inner.train_from_iterator(_training_parts(texts), trainer))
+    return _byte_level(models.BPE(), texts, vocab)
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Makes every byte a token, its id the byte; the end of text is 256. The baseline that needs no training text."""
+    """Returns the tokenizer in which every byte is a token, its id the byte; the end of text is 256."""
     return _byte_level(models.BPE(vocab=BYTES, merges=[]))
 
 
@@ -185,7 +183,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
     Raises UserError when a file is missing or damaged, or when the tokenizer is not a BPE that knows every byte.
     """
-    source, beside = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer_config.json"
+    source, beside = folder / "tokenizer.json", folder / "tokenizer_config.json"
     if not source.is_file():
         raise UserError(f"No tokenizer at {source}: give a folder that holds a tokenizer.json.")
     try:
@@ -205,20 +203,22 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer(inner, config)
 
 
-def _byte_level(model: models.BPE, train: Callable[[tokenizers.Tokenizer], object] = lambda inner: None) -> Tokenizer:
-    """Returns the tokenizer of `model`, trained when its split into words is set, and with the end of text as last token."""
+def _byte_level(model: models.BPE, texts: Iterable[str] = (), vocab: int = 0) -> Tokenizer:
+    """Makes the tokenizer of `model`, trained to `vocab` tokens unless that is 0; the end of text is the last token."""
     inner = tokenizers.Tokenizer(model)
     split = pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated")
     inner.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     inner.decoder = decoders.ByteLevel()
-    train(inner)
+    if vocab:
+        trainer = trainers.BpeTrainer(vocab_size=vocab - 1, initial_alphabet=SYMBOLS, show_progress=False)
+        inner.train_from_iterator(_training_parts(texts), trainer)
     inner.add_special_tokens([END])
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END}
     return Tokenizer(inner, {**names, "clean_up_tokenization_spaces": False})
 
 
 def _training_parts(texts: Iterable[str]) -> Iterator[str]:
-    """Yields parts short enough to be counted on every core; a word cut in two here and there does not matter."""
+    """Yields parts short enough to be counted on every core; a few words cut in two do not matter."""
     for text in texts:
         _check_unicode(text)
         for start in range(0, len(text), 4 * PIECE):
@@ -226,7 +226,7 @@ def _training_parts(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Returns the steps of a part of a tokenizer.json: of one step, a sequence, or null."""
+    """Returns the steps of a part of a tokenizer.json: none, one, or a sequence."""
     if part is None:
         return []
     if part["type"] != "Sequence":
@@ -236,7 +236,7 @@ def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _whole_texts(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Returns `inner`, set to encode all of a text, and a control token written out in it as text."""
+    """Returns `inner`, set to encode all of a text, and control tokens in it as text."""
     inner.encode_special_tokens = True
     inner.no_truncation()
     inner.no_padding()
@@ -244,7 +244,7 @@ def _whole_texts(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def _without_first_space(fields: dict[str, Any]) -> tokenizers.Tokenizer | None:
-    """Returns the same tokenizer for what comes later in a text, if it puts a space before the first word; else None."""
+    """Returns the same tokenizer for the rest of a text, if it puts a space before the first word; else None."""
     steps = _steps(fields["normalizer"])
     rest = [step for step in steps if step["type"] != "Prepend"]
     spaces = [step for step in _steps(fields["pre_tokenizer"]) if step.get("prepend_scheme", "never") != "never"]
@@ -271,7 +271,7 @@ def _byte_table(inner: tokenizers.Tokenizer, byte_level: bool) -> dict[int, byte
             table[token] = bytes.fromhex(byte[1]) if byte else name.replace("▁", " ").encode()
         elif BYTES.keys() >= {*name}:
             table[token] = bytes(BYTES[symbol] for symbol in name)
-        else:  # not written in the byte alphabet: a token added by its plain name
+        else:  # a token added by its plain name
             table[token] = name.encode()
     for token, added in inner.get_added_tokens_decoder().items():
         table[token] = b"" if added.special else added.content.encode()

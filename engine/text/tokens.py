@@ -1,4 +1,4 @@
-"""Tokens on disk: a text is encoded once, kept in the user's cache, and mapped into memory from then on."""
+"""Token files: a text is encoded once, kept in the user's cache, and mapped into memory from then on."""
 
 import contextlib
 import dataclasses
@@ -20,18 +20,15 @@ Report = Callable[[int, int], None] | None
 
 @dataclasses.dataclass(frozen=True)
 class TokenFile:
-    """A text as tokens, mapped from a file and not read until used.
-
-    `bytes` is the size of the text in UTF-8, without the ends of documents: what bits per byte divides by.
-    """
+    """A text as tokens, mapped from a file and not read until used."""
 
     tokens: np.ndarray  # (tokens,) uint16 or uint32, read-only
-    bytes: int
+    bytes: int  # of the text in UTF-8, without the ends of documents: what bits per byte divides by
     path: Path
 
 
 def token_file(documents: Iterable[str], tokenizer: Tokenizer, report: Report = None) -> TokenFile:
-    """Returns the documents as tokens, an end of text between each two; from the cache when text and tokenizer are unchanged.
+    """Encodes documents, an end of text between each two; or opens them from the cache when text and tokenizer are unchanged.
 
     `documents` is read twice, first to know whether it changed, so an iterator is held in memory and a Corpus is not.
     `report` is called with bytes of UTF-8 done and in all, only while encoding. A damaged cached file is made anew.
@@ -42,28 +39,24 @@ def token_file(documents: Iterable[str], tokenizer: Tokenizer, report: Report = 
     digest, size = _digest(documents)
     key = hashlib.sha256(f"{digest} {tokenizer.digest}".encode()).hexdigest()[:32]
     folder = cache_folder("tokens") / key
-    cached = _open(folder)
-    if cached is None:
-        try:
-            with whole_folder(folder) as building:
-                _write(building, documents, tokenizer, size, report)
-        except OSError:
-            # Several processes of one run may build the same file; whoever comes second uses the first one's.
-            cached = _open(folder)
-            if cached is None:
-                raise
-        cached = cached or _open(folder)
-    if cached is None:
-        raise UserError(f"The tokens written to {folder} do not read back as they were written; check the disk.")
-    return cached
+    if cached := _open(folder):
+        return cached
+    failure: Exception = UserError(f"The tokens written to {folder} do not read back as they were written; check the disk.")
+    try:
+        with whole_folder(folder) as building:
+            _write(building, documents, tokenizer, size, report)
+    except OSError as error:  # several processes of one run may build the same file: the second uses the first one's
+        failure = error
+    if written := _open(folder):
+        return written
+    raise failure
 
 
 def open_bin(path: Path, tokenizer: Tokenizer) -> TokenFile:
-    """Opens a file of nothing but little-endian uint16 token ids, as nanoGPT's data scripts write, made with `tokenizer`.
+    """Opens a file of little-endian uint16 token ids, as nanoGPT's data scripts write, made with `tokenizer`.
 
     Raises UserError when it is missing, empty, of an odd length, or holds an id the tokenizer does not have.
     """
-    path = Path(path)
     if not path.is_file():
         raise UserError(f"There is no token file at {path}.")
     size = path.stat().st_size
@@ -87,8 +80,7 @@ def _digest(documents: Iterable[str]) -> tuple[str, int]:
     """Returns (SHA-256 of the text and where its documents end, bytes of UTF-8)."""
     digest, size = hashlib.sha256(), 0
     for document in documents:
-        # Half a character gets as far as the tokenizer, whose error says where it is.
-        data = document.encode("utf-8", "surrogatepass")
+        data = document.encode("utf-8", "surrogatepass")  # the tokenizer's error says where half a character is
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
         size += len(data)
@@ -97,8 +89,7 @@ def _digest(documents: Iterable[str]) -> tuple[str, int]:
 
 def _write(folder: Path, documents: Iterable[str], tokenizer: Tokenizer, size: int, report: Report) -> None:
     dtype = np.dtype("<u2" if tokenizer.vocab <= 1 << 16 else "<u4")
-    digest = hashlib.sha256()
-    done, tokens = 0, 0
+    digest, done = hashlib.sha256(), 0
     with (folder / "tokens.bin").open("wb") as file:
         for index, document in enumerate(documents):
             between = [np.array([tokenizer.end])] if index else []
@@ -106,16 +97,16 @@ def _write(folder: Path, documents: Iterable[str], tokenizer: Tokenizer, size: i
                 data = part.astype(dtype).tobytes()
                 file.write(data)
                 digest.update(data)
-                tokens += len(part)
                 done += tokenizer.token_bytes(part)
                 if report:
                     report(min(done, size), size)
+        tokens = file.tell() // dtype.itemsize
     facts = {"tokens": tokens, "dtype": dtype.str, "bytes": size, "sha256": digest.hexdigest()}
     (folder / "tokens.json").write_text(json.dumps(facts))
 
 
 def _open(folder: Path) -> TokenFile | None:
-    """Returns the token file in `folder` if it is there and every byte is as written."""
+    """Opens the token file in `folder` if it is there and every byte is as written."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         facts = json.loads((folder / "tokens.json").read_bytes())
         data = folder / "tokens.bin"

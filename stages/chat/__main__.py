@@ -20,7 +20,7 @@ from stages.cli.command import run_command
 def chat(flags: Chat) -> int:
     signals.set_phase("before a turn was begun.")
     device = start_jax(flags.device, decodes=True)
-    from stages.chat.run import run  # imports jax: not before --help is answered and the device chosen
+    from stages.chat.run import run  # imports JAX: only once the device is chosen
 
     return run(flags, device)
 

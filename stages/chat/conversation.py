@@ -1,4 +1,4 @@
-"""A conversation with a model, which reads all of it again at every turn."""
+"""Holds a conversation with a model, which reads all of it again at every turn."""
 
 import dataclasses
 import time
@@ -8,16 +8,17 @@ from typing import Any
 from engine.errors import UserError, nearest
 from engine.inference import decode
 from engine.inference.sampling_params import RANGES, SamplingParams
+from engine.inference.stop_strings import CompletionText
 from engine.model.config import ModelConfig
 from engine.text.chat import Chat
 from stages.cli.flags import SamplingFlags, in_range
 
 SETTINGS = tuple(field.name for field in dataclasses.fields(SamplingFlags))  # that can be changed between turns
-SMALLEST = 512  # places of the smallest KV cache; each larger one has twice as many, so that few programs are compiled
+SMALLEST = 512  # capacity of the smallest KV cache; each larger one doubles it, so that few programs are compiled
 
 
 def with_setting(sampling: SamplingParams, name: str, text: str) -> SamplingParams:
-    """Returns `sampling` with one of SETTINGS read from text. Raises UserError for an unknown name or a value out of range."""
+    """Returns `sampling` with one of SETTINGS parsed from text. Raises UserError for an unknown name or a bad value."""
     name = name.replace("-", "_")
     if name not in SETTINGS:
         raise UserError(f"There is no setting {name!r}; there are {', '.join(SETTINGS)}.{nearest(name, SETTINGS)}")
@@ -25,10 +26,6 @@ def with_setting(sampling: SamplingParams, name: str, text: str) -> SamplingPara
         return dataclasses.replace(sampling, **{name: in_range(RANGES[name])(text)})
     except ValueError as error:
         raise UserError(f"{name}: {error}.") from None
-
-
-class TooLong(UserError):
-    """The conversation does not fit into the model's context. Nothing was left out; the person decides what goes."""
 
 
 @dataclasses.dataclass
@@ -46,37 +43,37 @@ class Turn:
 
 @dataclasses.dataclass
 class Conversation:
-    """The turns so far. Weights are only read; between turns only this text is kept."""
+    """The turns so far: all that is kept between turns."""
 
     cfg: ModelConfig
     params: Any
     chat: Chat
-    ends: Collection[int]  # any of which ends a completion, as does `chat.end`
+    ends: Collection[int]  # tokens that end a completion, as does `chat.end`
     sampling: SamplingParams
     system: str = ""
     turns: list[Turn] = dataclasses.field(default_factory=list)
 
     def messages(self, message: str, skip: int = 0) -> list[dict[str, str]]:
-        """Returns the conversation that the model reads to answer `message`, without the first `skip` turns."""
+        """Returns the messages that the model reads to answer `message`, without the first `skip` turns."""
         messages = [{"role": "system", "content": self.system}] if self.system else []
         for turn in self.turns[skip:]:
             messages += [{"role": "user", "content": turn.message}, {"role": "assistant", "content": turn.completion}]
         return [*messages, {"role": "user", "content": message}]
 
     def prompt(self, message: str) -> list[int]:
-        """Returns its tokens. Raises TooLong, naming the turns that would have to go, when they leave no room to answer."""
+        """Returns their tokens. Raises UserError when they leave no room to answer: the person decides which turns go."""
         context, prompt = self.cfg.context, self.chat.prompt(self.messages(message)).tolist()
         skip, left = 0, len(prompt)
         while left >= context and skip < len(self.turns):
             skip += 1
             left = len(self.chat.prompt(self.messages(message, skip)))
         if left >= context:
-            raise TooLong(
+            raise UserError(
                 f"This message alone makes {left:,} tokens and the model's context holds {context:,}; say it in fewer words."
             )
         if skip:
             turns = "turn 1 no longer fits" if skip == 1 else f"turns 1 to {skip} no longer fit"
-            raise TooLong(
+            raise UserError(
                 f"The conversation has {len(prompt):,} tokens and the model's context {context:,}: {turns} "
                 f"({len(prompt) - left:,} tokens). /forget {skip} drops them, /clear drops everything."
             )
@@ -85,30 +82,28 @@ class Conversation:
     def reply(self, message: str, is_stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Yields the completion as it comes, in pieces of whole characters; adds the turn at its end, or once `is_stopped`.
 
-        Raises TooLong before anything is generated.
+        Raises UserError as `prompt`, before anything is generated.
         """
         prompt = self.prompt(message)
-        turn = Turn(message, prompt_tokens=len(prompt))
+        turn, completion = Turn(message, prompt_tokens=len(prompt)), CompletionText(self.chat.tokenizer.stream())
         begin = time.perf_counter()
-        stream = self.chat.tokenizer.stream()
         ends = {*self.ends, *([] if self.chat.end is None else [self.chat.end])}
         for _, tokens, finish_reason in self._generate(prompt, dataclasses.replace(self.sampling, stop_token_ids=ends)):
             turn.first_token_seconds = turn.first_token_seconds or time.perf_counter() - begin
-            turn.completion_tokens += len(tokens)
-            text = "".join(map(stream.push, tokens)) + (stream.close() if finish_reason else "")
+            text = completion.push(tokens) + (completion.close() if finish_reason else "")
             text = text if turn.completion else text.lstrip()  # after templates that end with a name a space comes first
             turn.completion += text
             yield text
             turn.finish_reason = finish_reason or ("interrupted" if is_stopped() else "")
             if turn.finish_reason:
                 break
-        turn.seconds = time.perf_counter() - begin
+        turn.seconds, turn.completion_tokens = time.perf_counter() - begin, completion.tokens
         turn.completion = turn.completion.rstrip()
         if turn.completion:
             self.turns.append(turn)
 
     def warm(self) -> None:
-        """Compiles, or fetches, the programs that turns run."""
+        """Compiles the programs that turns run, or fetches them from the cache."""
         prompt = self.chat.prompt(self.messages("a")).tolist()
         if len(prompt) < self.cfg.context - 1:
             for _ in self._generate(prompt, SamplingParams(max_tokens=2)):

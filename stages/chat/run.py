@@ -1,6 +1,7 @@
-"""One chat: loads the model, then replies to lines, or carries out their commands, until they end."""
+"""Runs a chat: loads the model, then replies to lines, or carries out their commands, until they end."""
 
 import contextlib
+import dataclasses
 import datetime
 import signal
 import sys
@@ -13,6 +14,7 @@ from engine.inference.decode import for_inference
 from engine.storage.digest import digest
 from engine.storage.find import load_model, with_adapters
 from engine.text.chat import Chat
+from engine.text.jsonl import decode_utf8
 from engine.text.template import read_template
 from stages.chat import flags
 from stages.chat.conversation import SETTINGS, Conversation, Turn, with_setting
@@ -32,8 +34,9 @@ COMMANDS = {
 
 
 def run(flags: flags.Chat, device: Device) -> int:
-    """Answers until the input ends. 0, or 2 when a turn that was piped in did not fit."""
+    """Answers until the input ends. Returns 0, or 2 when a turn that was piped in did not fit."""
     notes, terminal = Console(sys.stderr), sys.stdin.isatty()
+    chatty = terminal or flags.verbose
     template = read_template(flags.template)
     with notes.task(f"loading {flags.model or 'the newest run'}") as report:
         model = load_model(flags.model, report=report)
@@ -42,7 +45,7 @@ def run(flags: flags.Chat, device: Device) -> int:
     chat = Chat(model.tokenizer, template, now=datetime.datetime.now().isoformat(timespec="seconds"))
     conversation = Conversation(model.cfg, params, chat, model.ends, flags.sampling.params(), flags.system or "")
     before = digest(params)
-    if terminal or flags.verbose:
+    if chatty:
         adapters = f" with {listed([*map(str, flags.adapter)])}" if flags.adapter else ""
         notes.print_rows([
             ("model", f"{model.name} ({model.checkpoint}){adapters}"),
@@ -54,7 +57,7 @@ def run(flags: flags.Chat, device: Device) -> int:
         conversation.warm()
     if terminal:
         notes.print("Type to talk; /help lists what else there is. The model sees this conversation and nothing else.\n", "dim")
-    repl = Repl(conversation, notes, before, chatty=terminal or flags.verbose)
+    repl = Repl(conversation, notes, before, chatty)
     try:
         for line in _typed_lines(notes) if terminal else _piped_lines():
             if not repl.handle(line) and not terminal:
@@ -63,15 +66,15 @@ def run(flags: flags.Chat, device: Device) -> int:
                 break
     finally:
         chat.close()
-    if terminal or flags.verbose:
+    if chatty:
         repl.print_stats()
     return 0
 
 
 def _typed_lines(notes: Console) -> Iterator[str]:
-    """Yields lines from a person. Ctrl-C drops the line, Ctrl-D ends; a line that ends with a backslash goes on in the next."""
+    """Yields lines from a person. Ctrl-C drops a line, Ctrl-D ends; after a backslash a line goes on in the next."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  gives input() its editing and its memory of lines
+        import readline  # noqa: F401  gives input() editing and history
     begun = ""
     while True:
         try:
@@ -91,34 +94,34 @@ def _typed_lines(notes: Console) -> Iterator[str]:
             continue
         if line.endswith("\\"):
             begun += line[:-1] + "\n"
-            continue
-        yield begun + line
-        begun = ""
+        else:
+            yield begun + line
+            begun = ""
 
 
 def _piped_lines() -> Iterator[str]:
     """Yields lines from a pipe or a file. Raises UserError, naming the line, for one that is not UTF-8."""
     for number, line in enumerate(sys.stdin.buffer, 1):
-        try:
-            yield line.decode("utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise UserError(f"Line {number} of the input is not UTF-8: byte 0x{line[error.start]:02X}.") from None
+        yield decode_utf8(line, f"Line {number} of the input").rstrip("\r\n")
 
 
+@dataclasses.dataclass
 class Repl:
-    """Replies to lines. `weights` is the digest of the params when the chat began; `chatty` prints what each turn cost."""
+    """Replies to lines and carries out commands."""
 
-    def __init__(self, conversation: Conversation, notes: Console, weights: str, chatty: bool) -> None:
-        self.conversation, self.notes, self.weights, self.chatty = conversation, notes, weights, chatty
-        self.is_over = False
+    conversation: Conversation
+    notes: Console
+    weights: str  # digest of the params at the start
+    chatty: bool  # prints what each turn cost
+    is_over: bool = False
 
     def handle(self, line: str) -> bool:
-        """Takes one line, a turn or a command (`//` begins a turn with a slash). False after printing why it failed."""
+        """Takes a line, a turn or a command (`//` begins a turn with a slash). Returns False after printing why it failed."""
         try:
             if line.startswith("/") and not line.startswith("//"):
-                self.run_command(*line[1:].split(maxsplit=1))
+                self.execute(*line[1:].split(maxsplit=1))
             elif line.strip():
-                self.reply(line[1:] if line.startswith("//") else line)
+                self.reply(line.removeprefix("/"))
         except UserError as error:
             self.notes.print(f"error: {error}", "red")
             return False
@@ -127,9 +130,9 @@ class Repl:
     def reply(self, message: str) -> None:
         """Prints the completion as it comes. A first Ctrl-C ends it, a second one the command."""
         turns = self.conversation.turns
+        before = len(turns)
         with signals.handle_signals():
             signals.set_phase("while an answer was written.")
-            before = len(turns)
             with signals.defer_signals("", lambda _: None) as state:
                 for text in self.conversation.reply(message, is_stopped=lambda: state.received is not None):
                     print(text, end="", flush=True)
@@ -142,27 +145,24 @@ class Repl:
             self._print_turn(turns[-1])
 
     def _print_turn(self, turn: Turn) -> None:
-        """Prints what a turn cost, and why its completion ended if that was not by itself."""
         turns = self.conversation.turns
+        prompt, completion = turn.prompt_tokens, turn.completion_tokens
         if self.chatty:
             known = sum(earlier.prompt_tokens + earlier.completion_tokens for earlier in turns[-2:-1])
-            again = f", {min(known, turn.prompt_tokens):,} of them again" if known else ""
+            again = f", {min(known, prompt):,} of them again" if known else ""
             rest = turn.seconds - turn.first_token_seconds
-            speed = f", {(turn.completion_tokens - 1) / rest:,.0f} tokens/s" if turn.completion_tokens > 1 and rest > 0 else ""
-            self.notes.print(
-                f"[turn {len(turns)}: {turn.prompt_tokens:,} tokens read{again}; {turn.completion_tokens:,} written, the first "
-                f"after {duration(turn.first_token_seconds)}{speed}]",
-                "dim",
-            )
+            speed = f", {(completion - 1) / rest:,.0f} tokens/s" if completion > 1 and rest > 0 else ""
+            first = f"the first after {duration(turn.first_token_seconds)}{speed}"
+            self.notes.print(f"[turn {len(turns)}: {prompt:,} tokens read{again}; {completion:,} written, {first}]", "dim")
         if turn.finish_reason == "interrupted":
             self.notes.print("[stopped]", "dim")
         if turn.finish_reason == "length":
-            full = turn.prompt_tokens + turn.completion_tokens >= self.conversation.cfg.context
+            full = prompt + completion >= self.conversation.cfg.context
             reason = "the context is full" if full else f"max_tokens is {self.conversation.sampling.max_tokens:,}"
             self.notes.print(f"[cut off: {reason}]", "yellow")
 
-    def run_command(self, name: str = "", rest: str = "") -> None:
-        """Carries out a command, its name without the slash. Raises UserError when there is no such command."""
+    def execute(self, name: str = "", rest: str = "") -> None:
+        """Carries out a command, given without its slash. Raises UserError for one that does not exist."""
         conversation, turns = self.conversation, self.conversation.turns
         if name in ("quit", "exit"):
             self.is_over = True
@@ -192,7 +192,7 @@ class Repl:
             raise UserError(f"There is no command /{name}; /help lists them.{nearest(name, known)}")
 
     def print_stats(self) -> None:
-        """Prints what the conversation has cost, and whether the weights are as they were."""
+        """Prints what the conversation has cost, and whether the weights are unchanged."""
         turns = self.conversation.turns
         now = digest(self.conversation.params)
         same = "unchanged" if now == self.weights else f"CHANGED from {self.weights[:16]}"

@@ -21,7 +21,7 @@ from stages.evaluate.flags import Evaluate
 def evaluate(flags: Evaluate) -> None:
     signals.set_phase("before the evaluation was done.")
     device = start_jax(flags.device)
-    from stages.evaluate.run import run  # imports jax: not before --help is answered and the device chosen
+    from stages.evaluate.run import run  # imports JAX: only once the device is chosen
 
     run(flags, device)
 

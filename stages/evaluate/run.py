@@ -1,4 +1,4 @@
-"""One evaluation: how probable a model finds a text, by a window that slides over it, or what an assistant says."""
+"""Evaluates a model: how probable it finds a text, by a window that slides over it, or the answers of conversations."""
 
 import math
 import time
@@ -17,7 +17,7 @@ from engine.storage.digest import digest
 from engine.storage.find import load_model
 from engine.storage.loaded_model import LoadedModel
 from engine.text.chat import Chat, Example
-from engine.text.conversations import NAMED, Conversations
+from engine.text.conversations import NAMED, Conversations, read_conversations
 from engine.text.examples import Pair
 from engine.text.packing import evaluation_batches, evaluation_pairs
 from engine.training.preference import Preferences, margins
@@ -25,12 +25,12 @@ from stages.cli.console import Console, ReportProgress
 from stages.evaluate.flags import Evaluate
 from stages.runs import conversation_data, text_data, validation
 
-WINDOW = 1024  # tokens, unless asked for: more look back tells little more and takes much longer
+WINDOW = 1024  # tokens by default: more context tells little more and takes much longer
 Rows = list[tuple[str, str]]  # to print
 
 
 def run(flags: Evaluate, device: Device) -> None:
-    """Loads, scores, prints. Raises RuntimeError when scoring changed a weight."""
+    """Loads the model, scores the data, prints. Raises RuntimeError when scoring changed a weight."""
     with Console() as console:
         data = _read_conversations(flags.data) if flags.data else None
         with console.task("loading"):
@@ -53,19 +53,15 @@ def run(flags: Evaluate, device: Device) -> None:
 
 
 def _read_conversations(data: str) -> Conversations | None:
-    """Reads what `--data` names; None for a text. Raises UserError, with file and line, for what is neither."""
-    if data in NAMED or (Path(data).suffix.lower() in (".jsonl", ".json") and Path(data).is_file()):
-        conversations = conversation_data.read_named(data)
-        return None if conversations.kind == "text" else conversations
-    return None
+    """Opens the conversations that `--data` names; None for a text. Raises UserError for a file that is neither."""
+    is_file = Path(data).suffix.lower() in (".jsonl", ".json") and Path(data).is_file()
+    conversations = read_conversations(data) if is_file or data in NAMED else None
+    return conversations if conversations and conversations.kind != "text" else None
 
 
 def _likelihood(nats: float, tokens: int) -> tuple[str, str]:
     """Returns nats per token and perplexity."""
     return f"{nats / tokens:.4f}", f"{math.exp(min(nats / tokens, 700)):.3f}"
-
-
-# Texts
 
 
 def evaluate_text(
@@ -78,7 +74,6 @@ def evaluate_text(
     """
     source = text_data.evaluation_source(data, console) if data else _validation_source(model, record, console)
     text, cfg = text_data.encode_text(source, model.tokenizer, console), model.cfg
-    # A window longer than the text holds nothing more.
     seq = min(context or min(cfg.context, WINDOW), max(2, len(text.tokens) - 1))
     stride = stride or max(1, seq // 2)
     if stride > seq:
@@ -104,26 +99,20 @@ def evaluate_text(
 
 
 def _validation_source(model: LoadedModel, record: dict[str, Any], console: Console) -> text_data.Source:
-    """Returns what the model's run was validated on."""
-    if model.run is None:
-        raise UserError(f"{model.name} does not say what it was validated on; give --data.")
+    """Returns the text that the model's run was validated on."""
     text = record.get("text", {})
     if not text.get("data") or record.get("stage") == "reinforce":
-        raise UserError(f"{model.run / 'run.json'} does not say what the run was validated on; give --data.")
+        raise UserError(f"{model.run or model.name} does not say what it was validated on; give --data.")
     held_out = Path(text["validation"]) if text.get("validation") else None
-    source = text_data.find_sources(text["data"], held_out, console)[1]
-    if source is None:
+    if (source := text_data.find_sources(text["data"], held_out, console)[1]) is None:
         raise UserError("The run was validated on the end of a .bin; give a text with --data.")
     return source
-
-
-# Conversations
 
 
 def evaluate_conversations(
     model: LoadedModel, data: Conversations | None, record: dict[str, Any], context: int | None, console: Console
 ) -> Rows:
-    """Scores `data`, or else the held-out set of the model's fine-tuning, `record`, beside its scores before."""
+    """Scores `data`, or the held-out set of the fine-tuning `record` beside its scores from before fine-tuning."""
     record = record if record.get("stage") == "finetune" else {}
     chat = Chat(model.tokenizer)
     seq = min(context or record.get("recipe", {}).get("context") or WINDOW, model.cfg.context)
@@ -131,10 +120,8 @@ def evaluate_conversations(
         examples, outcome = conversation_data.tokenize_examples(data, model, chat, seq)
         name, lines = f"{data.name} ({data.kind})", outcome.describe()
     else:
-        text = record["text"]
-        split = conversation_data.prepare_conversations(
-            text["data"], text["validation"], record["objective"], seq, model, chat, console
-        )
+        names, objective = (record["text"]["data"], record["text"]["validation"]), record["objective"]
+        split = conversation_data.prepare_conversations(*names, objective, seq, model, chat, console)
         examples, name, lines = split.held_out, split.held_out_name, []
     console.print_rows([("data", name), *(("", line) for line in lines), ("template", chat.template_name)])
     begin = time.perf_counter()
@@ -149,13 +136,11 @@ def evaluate_conversations(
 
 def _score_answers(model: LoadedModel, examples: Sequence[Example], seq: int, report: ReportProgress) -> Rows:
     batches = list(evaluation_batches(examples, seq, conversation_data.EVALUATION_ROWS))
-    nats, tokens = 0.0, 0
+    nats = 0.0
     for number, batch in enumerate(batches, 1):
         nats += float(score(model.cfg, model.params, batch))
-        tokens += int(batch.mask.sum())
         report(number, len(batches))
-    if not tokens:
-        raise UserError("None of the tokens read are an answer's.")
+    tokens = sum(int(batch.mask.sum()) for batch in batches)
     per_token, perplexity = _likelihood(nats, tokens)
     return [
         ("examples", f"{len(examples):,}"),
@@ -179,12 +164,12 @@ def _score_pairs(model: LoadedModel, pairs: Sequence[Pair], seq: int, report: Re
 
 
 def _before_finetuning(model: LoadedModel, record: dict[str, Any], console: Console) -> Rows:
-    """Returns rows of what the model knew before fine-tuning and knows now, of its held-out set and of a general text."""
+    """Returns rows of its score before fine-tuning on the held-out set, and before and now on a general text."""
     result = record.get("result") or {}
     before, text = result.get("before") or {}, str(result.get("general"))
     rows = [("before", f"{before['held_out']:.4f} {result['unit']} on the held-out set, before fine-tuning")] if before else []
     if before.get("general") is None or not (text in text_data.TEXTS or Path(text).exists()):
         return rows
-    context = record["recipe"]["context"]
-    now = validation.general_bits_per_byte(model.cfg, model.params, model.tokenizer, text, context, console)
+    cfg, params, context = model.cfg, model.params, record["recipe"]["context"]
+    now = validation.general_bits_per_byte(cfg, params, model.tokenizer, text, context, console)
     return [*rows, ("forgotten", f"{before['general']:.3f} -> {now:.3f} bits per byte on {text}")]

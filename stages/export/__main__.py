@@ -19,7 +19,7 @@ from stages.export.flags import Export
 def export(flags: Export) -> int:
     signals.set_phase("before the model was written.")
     device = start_jax(flags.device)
-    from stages.export.run import run  # imports jax: not before --help is answered and the device chosen
+    from stages.export.run import run  # imports JAX: only once the device is chosen
 
     return run(flags, device)
 

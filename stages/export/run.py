@@ -1,4 +1,4 @@
-"""One export: loads the model, writes it whole or not at all, and with --check reads it again."""
+"""Exports a model: writes it whole or not at all, and with --check reads it again and compares."""
 
 import dataclasses
 import math
@@ -8,8 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gguf import quants
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGMLQuantizationType, quants
 
 from engine.device import Device
 from engine.errors import UserError
@@ -50,7 +49,7 @@ Report = tuple[list[tuple[str, str]], list[str]]  # rows to print, and what diff
 
 
 def run(flags: Export, device: Device) -> int:
-    """Loads, writes, and with --check reads again. 1 when what was read is not what was written."""
+    """Loads, writes, and with --check reads again. Returns 1 when the export differs from the model."""
     out, to_gguf = flags.out, flags.out.suffix == ".gguf"
     if flags.adapter and (to_gguf or flags.dtype):
         raise UserError("--adapter writes a folder in PEFT's layout, in float32: it goes with neither a .gguf nor --dtype.")
@@ -64,12 +63,8 @@ def run(flags: Export, device: Device) -> int:
         dtype = flags.dtype or ("float16" if to_gguf else str(dense(model.params["embed"]).dtype))
         dtype = "float32" if flags.adapter else dtype
         console.print_rows([("device", str(device)), ("model", str(model.checkpoint)), ("writes", f"{out}, {dtype}")])
-        note = ""
         with console.task("writing", always=True) as report:
-            if to_gguf:
-                note = _write_gguf(out, model, dtype, report)
-            else:
-                _write_folder(out, model, dtype, flags.adapter, report)
+            note = _write(out, model, dtype, flags.adapter, report)
         if note:
             console.print(note)
         files = [out] if to_gguf else out.iterdir()
@@ -83,7 +78,7 @@ def run(flags: Export, device: Device) -> int:
             console.print(f"DIFFERS: {fault}", style="red")
         if not faults and not flags.adapter:
             console.print(f"next: {command_line('generate', '--model', out)}")
-    return 1 if faults else 0
+    return int(bool(faults))
 
 
 def _check_free(out: Path, to_gguf: bool, overwrite: bool) -> None:
@@ -92,48 +87,42 @@ def _check_free(out: Path, to_gguf: bool, overwrite: bool) -> None:
         return
     if out.is_dir() == to_gguf:
         raise UserError(f"{out} is a {'folder' if to_gguf else 'file'}; give another --out.")
-    names = {entry.name for entry in out.iterdir()} if out.is_dir() else {out.name}
-    strangers = [] if to_gguf else sorted(names - WRITTEN)
-    if strangers:
+    names = {out.name} if to_gguf else {entry.name for entry in out.iterdir()}
+    if not to_gguf and (strangers := sorted(names - WRITTEN)):
         raise UserError(f"{out} holds {strangers[0]}, which no export wrote; give another --out.")
     if names and not overwrite:
         raise UserError(f"{out} is there already; give another --out, or --overwrite.")
 
 
-def _write_gguf(out: Path, model: LoadedModel, dtype: str, report: ReportProgress) -> str:
-    """Writes a .gguf file; returns what a person should know of it, if anything."""
-    tokenizer = model.tokenizer
-    metadata = tokenizer_metadata(tokenizer.to_json(), tokenizer.config, model.ends, tokenizer.start, model.cfg.vocab)
-    save_gguf(out, model.cfg, model.params, metadata, name=model.name, dtype=dtype, report=report)
-    return NOTE if "tokenizer.huggingface.json" in metadata else ""
-
-
-def _write_folder(out: Path, model: LoadedModel, dtype: str, adapter: bool, report: ReportProgress) -> None:
-    """Writes a Hugging Face folder, or one with the LoRA adapters alone."""
+def _write(out: Path, model: LoadedModel, dtype: str, adapter: bool, report: ReportProgress) -> str:
+    """Writes a .gguf file, a Hugging Face folder, or one with the LoRA adapters alone; returns a note to print, if any."""
+    cfg, params, tokenizer = model.cfg, model.params, model.tokenizer
+    if out.suffix == ".gguf":
+        metadata = tokenizer_metadata(tokenizer.to_json(), tokenizer.config, model.ends, tokenizer.start, cfg.vocab)
+        save_gguf(out, cfg, params, metadata, name=model.name, dtype=dtype, report=report)
+        return NOTE if "tokenizer.huggingface.json" in metadata else ""
     with whole_folder(out) as building:
         if adapter:
             record = run_folder.read_json(model.run / "run.json") if model.run else {}
-            base, name = digest(without_adapters(model.params)), record.get("base", {}).get("model") or model.name
-            save_adapter(building, model.cfg, model.params, base=base, base_name=name)
+            base_name = record.get("base", {}).get("model") or model.name
+            save_adapter(building, cfg, params, base=digest(without_adapters(params)), base_name=base_name)
         else:
             tokens = {"eos_token_id": list(model.ends) if len(model.ends) > 1 else model.ends[0]}
             for name in ("bos_token", "pad_token"):
-                token = model.tokenizer.id_of(model.tokenizer.config.get(name))
+                token = tokenizer.id_of(tokenizer.config.get(name))
                 tokens |= {} if token is None else {f"{name}_id": token}
-            save_folder(building, model.cfg, model.params, tokens, dtype=dtype, report=report)
-        model.tokenizer.save(building)
-
-
-# What was written, read again: logits, tokens, and what ends a completion
+            save_folder(building, cfg, params, tokens, dtype=dtype, report=report)
+        tokenizer.save(building)
+    return ""
 
 
 def compare(model: LoadedModel, out: Path, dtype: str) -> Report:
-    """Compares the export at `out` with `model`, its weights rounded as in the export."""
+    """Compares the export at `out` with `model`, its weights rounded as in the export: tokens, ends, and logits."""
     export = load_model(str(out), dtype="float32")
     faults = [f"{name} of the architecture" for name in model.cfg.same_architecture(export.cfg)]
     faults += _tokenizer_faults(model.tokenizer, export.tokenizer)
-    faults += ["what ends a completion"] if model.ends != export.ends else []
-    faults += ["what is put before a text"] if model.tokenizer.start != export.tokenizer.start else []
+    faults += ["what ends a completion"] * (model.ends != export.ends)
+    faults += ["what is put before a text"] * (model.tokenizer.start != export.tokenizer.start)
     template = "kept" if export.tokenizer.config.get("chat_template") else "absent"
     rows = [
         ("tokens", f"{len(TEXTS)} texts, of every script and with control tokens in them"),
@@ -156,9 +145,8 @@ def compare_adapter(model: LoadedModel, out: Path) -> Report:
     theirs = leaf_paths(load_adapter(out, model.cfg))
     faults = _tokenizer_faults(model.tokenizer, load_tokenizer(out))
     faults += [f"whether {path} is adapted" for path in sorted(ours.keys() ^ theirs.keys())]
-    faults += [
-        f"the adapter of {path}" for path in sorted(ours.keys() & theirs.keys()) if not _is_same(ours[path], theirs[path])
-    ]
+    both = sorted(ours.keys() & theirs.keys())
+    faults += [f"the adapter of {path}" for path in both if not _is_same(ours[path], theirs[path])]
     rows = [("adapters", f"of {len(theirs)} matrices, to the bit"), ("tokens", f"{len(TEXTS)} texts, and the chat template")]
     if faults:
         return rows, faults
@@ -175,8 +163,7 @@ def _is_same(a: LoRA, b: LoRA) -> bool:
 
 def _tokenizer_faults(ours: Tokenizer, theirs: Tokenizer) -> list[str]:
     faults = [f"the tokens of {text!r}" for text in TEXTS if not np.array_equal(ours.encode(text), theirs.encode(text))]
-    same = ours.config.get("chat_template") == theirs.config.get("chat_template")
-    return faults if same else [*faults, "the chat template"]
+    return faults + ["the chat template"] * (ours.config.get("chat_template") != theirs.config.get("chat_template"))
 
 
 def _rounded(path: str, leaf: Any, dtype: str, out: Path) -> Any:
@@ -186,17 +173,14 @@ def _rounded(path: str, leaf: Any, dtype: str, out: Path) -> Any:
         return plain
     if dtype != "q8_0":
         return plain.astype(dtype).astype(jnp.float32)
-    kind = GGMLQuantizationType.Q8_0
     rows = np.asarray(plain if path == "embed" else plain.T, np.float32)  # (out, in)
-    if rows.shape[1] % GGML_QUANT_SIZES[kind][0]:  # no whole blocks
-        rounded = rows.astype(np.float16).astype(np.float32)
-    else:
-        rounded = quants.dequantize(quants.quantize(rows, kind), kind)
+    kind = GGMLQuantizationType.F16 if rows.shape[1] % 32 else GGMLQuantizationType.Q8_0  # whose blocks hold 32
+    rounded = quants.dequantize(quants.quantize(rows, kind), kind)
     return jnp.asarray(rounded if path == "embed" else rounded.T)
 
 
 def _logits(cfg: ModelConfig, params: Any) -> np.ndarray:
-    """Logits (B, T, V) in float32 of the same random tokens each time."""
+    """Returns logits (B, T, V) in float32, of the same random tokens each time."""
     cfg = dataclasses.replace(cfg, dtype="float32")
     tokens = np.random.default_rng(0).integers(0, cfg.vocab, (2, min(64, cfg.context)), np.int32)
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)

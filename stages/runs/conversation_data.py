@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,7 +65,7 @@ def prepare_conversations(
 
 
 def _read(data: str, objective: str) -> Conversations:
-    conversations = read_named(data)
+    conversations = read_conversations(data)
     is_preference = objective == "preference"
     if (conversations.kind == "preference") != is_preference:
         wanted, remedy = (
@@ -75,11 +74,6 @@ def _read(data: str, objective: str) -> Conversations:
         )  # fmt: skip
         raise UserError(f"{data} holds {conversations.kind} data, and this objective trains on {wanted}; --objective {remedy}.")
     return conversations
-
-
-def read_named(data: str) -> Conversations:
-    """Reads the conversations that `--data` names. Raises UserError as `read_conversations`."""
-    return read_conversations(data if data in NAMED else Path(data).expanduser())
 
 
 def tokenize_examples(

@@ -20,7 +20,7 @@ from stages.cli.console import Console
 TOKENIZER_TEXT = 64_000_000  # characters that a tokenizer is trained on at most
 HELD_OUT = 0.05
 
-Source = Corpus | Path  # documents, or a .bin of token ids
+Source = Corpus[str] | Path  # documents, or a .bin of token ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +67,7 @@ def evaluation_source(data: str, console: Console) -> Source:
 
 
 def _source(path: Path) -> Source:
-    if path.suffix.lower() != ".bin":
-        return read_corpus(path)
-    if not path.is_file():
-        raise UserError(f"There is no token file at {path}.")
-    return path
+    return path if path.suffix.lower() == ".bin" else read_corpus(path)
 
 
 def prepare_text(data: str, validation: Path | None, spec: str, console: Console) -> TextData:
@@ -124,7 +120,7 @@ def make_tokenizer(spec: str, source: Source, console: Console) -> Tokenizer:
     return tokenizer
 
 
-def _beginning(corpus: Corpus) -> Iterator[str]:
+def _beginning(corpus: Corpus[str]) -> Iterator[str]:
     left = TOKENIZER_TEXT
     for document in corpus:
         yield document[:left]

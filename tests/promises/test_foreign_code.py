@@ -67,9 +67,9 @@ def _render(source: str) -> tuple[float, str]:
     template = Template("{% if messages|length > 1 %}" + source + "{% endif %}")
     begin = 0.0
     try:
-        template.render([{"role": "user", "content": "a"}])
+        template.render([([], False)])
         begin = clock()
-        return clock() - begin, template.render([{"role": "user", "content": "a"}] * 2)
+        return clock() - begin, template.render([([{"role": "user", "content": "a"}] * 2, False)])[0]
     except UserError:
         return clock() - begin if begin else 0.0, ""
     finally:
@@ -137,7 +137,7 @@ async def test_a_start_runs_nothing_foreign(make_server, rng, tmp_path, expect):
 STARTS_PROGRAMS = """
 import os, socket, subprocess
 from engine.text.template import Template
-Template("{{ messages[0].content }}").render([{"role": "user", "content": "a"}])
+Template("{{ messages[0].content }}").render([([{"role": "user", "content": "a"}], False)])
 socket.getaddrinfo("127.0.0.1", 0)
 print("own", flush=True), input()
 subprocess.run(["true"]), os.system("true"), os.waitpid(os.posix_spawnp("true", ["true"], {}), 0)

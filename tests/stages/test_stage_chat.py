@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from tiny_runs import ROOT, command
 
+from engine.errors import UserError
 from engine.inference.sampling_params import SamplingParams
 from engine.storage.find import load_model
 from stages.chat import __main__ as chat
-from stages.chat.conversation import Conversation, TooLong, with_setting
+from stages.chat.conversation import Conversation, with_setting
 from stages.chat.run import Repl
 from stages.cli.console import Console
 
@@ -79,18 +80,18 @@ def test_each_turn_reads_the_whole_conversation(fresh):
 
 
 def test_what_no_longer_fits_is_named_and_nothing_is_generated(fresh):
-    with pytest.raises(TooLong, match=r"This message alone makes \d+ tokens and the model's context holds 64"):
+    with pytest.raises(UserError, match=r"This message alone makes \d+ tokens and the model's context holds 64"):
         next(fresh.reply("the king and queen of a far land " * 9))
     assert fresh.turns == []
     while len(fresh.chat.prompt(fresh.messages("the king and queen"))) < fresh.cfg.context:
         list(fresh.reply("the king and queen"))
     turns = len(fresh.turns)
-    with pytest.raises(TooLong, match=r"tokens and the model's context 64: (turn 1 no longer fits|turns 1 to \d)") as caught:
+    with pytest.raises(UserError, match=r"tokens and the model's context 64: (turn 1 no longer fits|turns 1 to \d)") as caught:
         next(fresh.reply("the king and queen"))
     assert len(fresh.turns) == turns
     forget = int(re.findall(r"/forget (\d+)", str(caught.value))[0])
     del fresh.turns[: forget - 1]
-    with pytest.raises(TooLong):  # one fewer would not do
+    with pytest.raises(UserError, match="no longer fit"):  # one fewer would not do
         fresh.prompt("the king and queen")
     del fresh.turns[:1]
     assert fresh.prompt("the king and queen")

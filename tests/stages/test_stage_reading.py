@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from tiny_runs import command
 
+from engine.inference.stop_strings import CompletionText
 from engine.storage.run_folder import read_config, read_json
 from engine.text.tokenizer import byte_tokenizer
 from engine.text.tokens import token_file
@@ -60,17 +61,17 @@ def test_a_window_is_no_longer_than_the_text(trained, text, capsys):
 
 
 def test_only_whole_characters_are_written(capsys):
-    writer = generate.Writer(byte_tokenizer(), 2)
+    writer = generate.Writer([CompletionText(byte_tokenizer().stream()) for _ in range(2)])
     euro, other = "€".encode(), b"ab"
     shown = []
     for index, byte, finished in (
         (0, euro[0], None), (1, other[0], None), (0, euro[1], None), (0, euro[2], None), (1, other[1], "length"),
         (0, ord("!"), "stop"),
     ):  # fmt: skip
-        writer.write(index, [byte], finished)
+        length = writer.write(index, [byte], finished)
         shown.append(capsys.readouterr().out)
     assert shown == ["", "", "", "€", "", "!\n\n--- 2 of 2\nab\n"]
-    assert writer.lengths == [4, 2]
+    assert length == 4
 
 
 def test_evaluation_agrees_with_the_run_and_changes_nothing(trained, capsys):

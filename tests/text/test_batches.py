@@ -60,12 +60,10 @@ def test_the_target_is_the_next_token(step: int, seed: int) -> None:
 
 def test_order_is_a_function_of_seed_and_step() -> None:
     first, again = TextBatches(PLACES, 7, 5, seed=3), TextBatches(PLACES.astype(np.int64), 7, 5, seed=3)
-    steps = [0, 1, 27, 28, 29, 500]
-    forward = {step: first.at(step) for step in steps}
-    for step in reversed(steps):
-        assert same(again.at(step), forward[step])
+    forward = {step: first.at(step) for step in (0, 1, 27, 28, 29, 500)}
+    assert all(same(again.at(step), forward[step]) for step in reversed(forward))
     other = TextBatches(PLACES, 7, 5, seed=4)
-    assert not any(same(other.at(step), forward[step]) for step in steps)
+    assert not any(same(other.at(step), batch) for step, batch in forward.items())
 
 
 def test_the_order_does_not_change_between_versions() -> None:
@@ -101,8 +99,7 @@ def test_what_makes_no_batches() -> None:
 def test_evaluation_scores_every_token_but_the_first_once(length: int, seq: int, stride: int, batch: int) -> None:
     if stride > seq:
         return
-    scored = []
-    windows = 0
+    scored, windows = [], 0
     for part in evaluation_windows(PLACES[:length], seq, stride, batch):
         assert {field.shape for field in part[:4]} == {(batch, seq)}
         windows += int(np.any(part.mask, axis=1).sum())

@@ -1,5 +1,7 @@
 """Conversations as tokens: what is learnt is what is asked for later, and a user's text is never a control token."""
 
+import itertools
+
 import numpy as np
 import pytest
 from chat_models import BRACKETS, END, START, THINKING, chat_tokenizer, plainly, said
@@ -28,7 +30,8 @@ def chats():
 
 def shown(chat: Chat, example: Example) -> str:
     """The example as text, what counts in brackets."""
-    return "".join(f"[{text}]" if counts else text for text, counts in chat.marked_pieces(example))
+    runs = itertools.groupby(chat.marked_pieces(example), lambda piece: piece[1])
+    return "".join("[" * counts + "".join(text for text, _ in run) + "]" * counts for counts, run in runs)
 
 
 def test_only_answers_and_their_ends_count(chats) -> None:
@@ -84,8 +87,7 @@ def test_what_is_learnt_begins_as_what_is_asked(chats, name: str, turns: list[st
     last = examples[-1]
     prompt = chat.prompt(messages[:-1])
     np.testing.assert_array_equal(last.tokens[: len(prompt)], prompt)
-    begin = len(prompt)
-    assert last.mask[begin:].any()
+    assert last.mask[len(prompt) :].any()
     assert last.tokens[last.mask][-1] == chat.end
     assert sum(int(example.mask.sum()) for example in examples) >= len(messages) // 2
     for example in examples:
@@ -129,11 +131,10 @@ def test_harmless_text_gets_the_tokens_of_any_other_library(chats, turns: list[s
     """Users' turns are cut nowhere. An answer is cut from the line end before it, where only white space could join it."""
     messages = [{"role": ("user", "system")[i % 2], "content": turn} for i, turn in enumerate(turns)]
     chat = chats["chatml"]
-    rendered = "".join(f"{START}{m['role']}\n{m['content']}{END}\n" for m in messages)
-    assert chat.prompt(messages).tolist() == plainly(TOKENIZER, f"{rendered}{START}assistant\n")
     answers = said(*(f"a{turn}" for turn in turns), "ok", "ok")[: 2 * len(turns)]
-    rendered = "".join(f"{START}{m['role']}\n{m['content']}{END}\n" for m in [*answers, *said("b")])
-    assert chat.prompt([*answers, *said("b")]).tolist() == plainly(TOKENIZER, f"{rendered}{START}assistant\n")
+    for talk in (messages, [*answers, *said("b")]):
+        rendered = "".join(f"{START}{m['role']}\n{m['content']}{END}\n" for m in talk)
+        assert chat.prompt(talk).tolist() == plainly(TOKENIZER, f"{rendered}{START}assistant\n")
 
 
 def test_templates_still_see_the_text_they_look_into(chats) -> None:

@@ -86,7 +86,7 @@ GOOD = {"messages": [USER, ANSWER]}
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ('{"messages": [', ["is not JSON", "character"]),
+        ('{"messages": [', ["is not JSON", "column"]),
         ("[1]\n", ["should be an object, not a list"]),
         ({"prompt": "q"}, ["is of the kind prompt/completion", "data.jsonl:1 was messages"]),
         ({"foo": 1, "bar": 2}, ["has `foo`, `bar`", "messages"]),

@@ -73,20 +73,17 @@ def test_every_example_lies_whole_in_one_row(sizes: list[int], pack: bool) -> No
 
 @pytest.mark.parametrize("pack", [True, False])
 def test_an_epoch_sees_every_example_once_in_a_new_order(pack: bool) -> None:
-    examples = EXAMPLES
-    packed = PackedBatches(examples, seq=8, batch=3, seed=5, pack=pack)
+    packed = PackedBatches(EXAMPLES, seq=8, batch=3, seed=5, pack=pack)
     epochs = []
-    rows = len(rows_of(examples, 8, pack))
+    rows = len(rows_of(EXAMPLES, 8, pack))
     for epoch in range(3):
-        wanted = range(epoch * rows, (epoch + 1) * rows)
-        tokens = [tuple(packed.at(row // 3).tokens[row % 3]) for row in wanted]
-        assert len(set(tokens)) == rows
-        epochs.append(tokens)
+        epochs.append([tuple(packed.at(row // 3).tokens[row % 3]) for row in range(epoch * rows, (epoch + 1) * rows)])
+        assert len(set(epochs[-1])) == rows
     assert epochs[0] != epochs[1] != epochs[2]
     assert {*epochs[0]} == {*epochs[1]} == {*epochs[2]}
     if pack:
         seen = sorted(first for step in range(-(-rows // 3)) for first, *_ in taken(packed.at(step)))
-        assert {*seen} == {e.tokens[0] for e in examples}
+        assert {*seen} == {e.tokens[0] for e in EXAMPLES}
 
 
 def test_the_order_is_a_function_of_seed_and_step() -> None:

@@ -15,6 +15,10 @@ from engine.text.template import WORKER, Refusal, Template
 ASKED = [{"role": "user", "content": "hi"}]
 
 
+def render(template: Template, messages: list[dict[str, str]] = ASKED, prompt: bool = False) -> str:
+    return template.render([(messages, prompt)])[0]
+
+
 @pytest.fixture(scope="module")
 def chatml():
     source = "{% for m in messages %}<{{ m.role }}>{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
@@ -22,15 +26,15 @@ def chatml():
 
 
 def test_messages_and_variables(chatml: Template) -> None:
-    assert chatml.render(ASKED) == "<user>hi</s>\n"
-    assert chatml.render(ASKED, prompt=True) == "<user>hi</s>\n<assistant>"
+    assert render(chatml) == "<user>hi</s>\n"
+    assert render(chatml, prompt=True) == "<user>hi</s>\n<assistant>"
     odd = "a\ud7ff\U0001f600\x00\u2028\n\"'\\ {{ 7 * 7 }}{% raw %}"
-    assert chatml.render([{"role": "user", "content": odd}]) == f"<user>{odd}</s>\n"
+    assert render(chatml, [{"role": "user", "content": odd}]) == f"<user>{odd}</s>\n"
 
 
 def test_many_at_once_are_each_alone(chatml: Template) -> None:
     jobs = [([{"role": "user", "content": str(n)}], n % 2 == 0) for n in range(70)]
-    assert chatml.render_all(jobs) == [chatml.render(*job) for job in jobs]
+    assert chatml.render(jobs) == [render(chatml, *job) for job in jobs]
 
 
 @pytest.mark.parametrize(
@@ -47,8 +51,7 @@ def test_many_at_once_are_each_alone(chatml: Template) -> None:
     ],
 )
 def test_what_templates_rely_on(source: str, text: str) -> None:
-    template = Template(source)
-    assert template.render(ASKED) == text
+    assert render(Template(source)) == text
 
 
 GROW = "{% set ns = namespace(x='a' * 1000) %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}"
@@ -80,7 +83,7 @@ def test_no_template_stalls_or_fills_the_memory(source: str) -> None:
     template = Template(source)
     begin = time.monotonic()
     with pytest.raises(UserError, match=r"The chat template (ran|failed|needed|wrote|calls)"):
-        template.render(ASKED)
+        render(template)
     assert time.monotonic() - begin < 5
 
 
@@ -107,16 +110,15 @@ def test_no_template_stalls_or_fills_the_memory(source: str) -> None:
     ],
 )
 def test_no_template_runs_code(source: str) -> None:
-    template = Template(source)
     with pytest.raises(UserError):
-        template.render(ASKED)
+        render(Template(source))
 
 
 def test_memory_is_bounded_by_the_kernel_and_not_by_what_there_is() -> None:
     template = Template("{{ ('a' * (10**9 if messages else 1)) | length }}")
-    assert template.render([]) == "1"
+    assert render(template, []) == "1"
     with pytest.raises(UserError, match="The chat template needed too much memory"):
-        template.render(ASKED)
+        render(template)
 
 
 def test_a_template_that_got_out_of_the_sandbox_could_still_open_nothing() -> None:
@@ -138,10 +140,10 @@ for attempt in compiled:
 
 def test_what_the_template_itself_refuses() -> None:
     template = Template("{% if messages | length > 1 %}{{ raise_exception('one\x1b[31m only') }}{% endif %}ok")
-    assert template.render(ASKED) == "ok"
+    assert render(template) == "ok"
     with pytest.raises(Refusal, match=r"refuses it: one \[31m only"):
-        template.render(ASKED * 2)
-    assert template.render(ASKED) == "ok"  # the process is still there
+        render(template, ASKED * 2)
+    assert render(template) == "ok"  # the process is still there
 
 
 @pytest.mark.parametrize(
@@ -154,7 +156,7 @@ def test_what_the_template_itself_refuses() -> None:
 )
 def test_what_is_wrong_is_said(source: str, words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        Template(source).render(ASKED)
+        render(Template(source))
     assert not isinstance(caught.value, Refusal)
     for word in words:
         assert word in str(caught.value)
@@ -163,15 +165,15 @@ def test_what_is_wrong_is_said(source: str, words: list[str]) -> None:
 def test_after_a_stalled_one_the_next_is_answered() -> None:
     template = Template("{% if messages | length > 1 %}" + LOOPS + "{% endif %}ok")
     with pytest.raises(UserError, match="more than a second"):
-        template.render(ASKED * 2)
-    assert template.render(ASKED) == "ok"
+        render(template, ASKED * 2)
+    assert render(template) == "ok"
 
 
 def test_processes_end_with_their_template() -> None:
     template = Template("ok")
-    template.render(ASKED)
-    assert template._process is not None
-    process = template._process.process
+    render(template)
+    process = template._process
+    assert process is not None
     assert process.poll() is None
     del template
     gc.collect()
@@ -194,9 +196,9 @@ def test_the_environment_of_the_user_is_not_the_templates(monkeypatch: pytest.Mo
     monkeypatch.setenv("PYTHONSTARTUP", "/nonexistent")
     monkeypatch.setenv("SECRET_KEY", "abc")
     template = Template("ok")
-    template.render(ASKED)
+    render(template)
     assert template._process is not None
-    if os.path.exists(f"/proc/{template._process.process.pid}/environ"):
-        with open(f"/proc/{template._process.process.pid}/environ", "rb") as file:
+    if os.path.exists(f"/proc/{template._process.pid}/environ"):
+        with open(f"/proc/{template._process.pid}/environ", "rb") as file:
             assert b"SECRET_KEY" not in file.read()
     template.close()
