@@ -1,4 +1,4 @@
-"""Windows of one long text: shuffled batches to train on, by (seed, step), and the windows that an evaluation scores."""
+"""Cuts one long text into windows: shuffled batches to train on, by (seed, step), and the windows that an evaluation scores."""
 
 import dataclasses
 import hashlib
@@ -16,8 +16,8 @@ class TextBatches:
     """Training batches out of one long text, by random access: `at(step)` needs no earlier step.
 
     An epoch is a fresh shuffle of windows of `seq` targets, laid end to end from a place drawn anew for the epoch, the text
-    being a ring: every token is a target once, except fewer than `seq` that do not fill a window. Batches run on across the
-    ends of epochs. Raises UserError for a text shorter than one window, for sizes below 1, or a seed not of 32 bits.
+    being a ring: every token is a target once, except fewer than `seq` that do not fill a window. Raises UserError as
+    `EpochOrder`, and for a text shorter than one window.
     """
 
     tokens: np.ndarray  # (tokens,) any integer dtype, memory-mapped or not
@@ -53,9 +53,8 @@ def evaluation_windows(tokens: np.ndarray, seq: int, stride: int, batch: int) ->
     """Yields batches (batch, seq) in which every token but the first is a target with mask True exactly once.
 
     Windows start `stride` apart and score only what the one before did not, so each token is predicted from more than
-    `seq - stride` tokens before it (fewer only at the start of the text) and at most `seq`. The last window is moved
-    back to end with the text. Padding, a row of the last batch or the rest of a short text, has mask False.
-    Raises UserError for a stride outside 1..seq or fewer than two tokens.
+    `seq - stride` tokens (fewer only at the start of the text) and at most `seq`. The last window is moved back to end with
+    the text. Padding has mask False. Raises UserError for a stride outside 1..seq or fewer than two tokens.
     """
     if not 1 <= stride <= seq:
         raise UserError(f"The stride must be between 1 and the window's {seq} tokens, not {stride}.")
@@ -75,7 +74,7 @@ def evaluation_windows(tokens: np.ndarray, seq: int, stride: int, batch: int) ->
 
 
 def evaluation_count(tokens: int, seq: int, stride: int) -> int:
-    """Returns how many windows `evaluation_windows` makes of a text of `tokens` tokens."""
+    """Counts the windows that `evaluation_windows` makes of a text of `tokens` tokens."""
     return 1 + max(0, -(-(tokens - 1 - seq) // stride))
 
 

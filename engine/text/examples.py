@@ -1,4 +1,4 @@
-"""Training examples from conversations: tokens that fit into a row of a batch, and a summary of what was cut or dropped."""
+"""Makes training examples of conversations: tokens that fit into a row of a batch, and a summary of what was cut or dropped."""
 
 import dataclasses
 from collections import Counter
@@ -18,7 +18,7 @@ Report = Callable[[int, int], None] | None
 
 
 class Pair(NamedTuple):
-    """Two answers to one prompt, the first to be preferred. Only the answers count."""
+    """The answer to prefer and another, each with its prompt. Only the answers count."""
 
     chosen: Example
     rejected: Example

@@ -1,4 +1,4 @@
-"""Examples of any length in rows of one length: several a row, which do not see one another, or one a row."""
+"""Packs examples into rows of one length: several a row, which do not see one another, or one a row."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -15,13 +15,11 @@ from engine.text.order import EpochOrder
 
 @dataclasses.dataclass
 class PackedBatches:
-    """Training batches out of examples, by random access: `at(step)` needs no earlier step.
+    """Training batches of packed examples, by random access: `at(step)` needs no earlier step.
 
-    Examples are laid into rows once (`rows_of`); every epoch sees every row once, in a fresh order by the seed, and batches
-    run on across the ends of epochs. In a row each example is a segment with positions from 0, so that it gets the loss it
-    has alone. With `pack` False each example has a row for itself.
-
-    Raises UserError for no examples, one of more than seq + 1 tokens, no rows, or a seed that is not one of 32 bits.
+    Examples are packed into rows once (`rows_of`), which each epoch shuffles anew (`EpochOrder`). In a row each example is a
+    segment with positions from 0, so that it gets the loss it has alone. With `pack` False each example has a row for itself.
+    Raises UserError as `EpochOrder`, and for an example of more than seq + 1 tokens.
     """
 
     examples: Sequence[Example]
@@ -74,8 +72,7 @@ def pair_batch(pairs: Sequence[Pair], index: np.ndarray, seq: int) -> PairBatch:
 def rows_of(examples: Sequence[Example], seq: int, pack: bool) -> list[list[int]]:
     """Returns which examples lie in each row of `seq` places: the longest first, each into the row where it leaves least room.
 
-    That is best-fit decreasing, never more than 11/9 of the fewest rows there could be (Johnson 1974), and in practice
-    a few percent.
+    That is best-fit decreasing: at most 11/9 of the fewest rows possible (Johnson 1974), in practice a few percent more.
     """
     sizes = [_places(example, seq) for example in examples]
     if not pack:
@@ -109,7 +106,7 @@ def _places(example: Example, seq: int) -> int:
 
 
 def _batch(rows: Sequence[Sequence[Example]], seq: int, pack: bool) -> Batch:
-    """Lays rows of examples side by side. Places after the last one are segment 0, which counts nowhere."""
+    """Lays each row's examples side by side. Padding behind them is segment 0, with mask False."""
     tokens, targets, positions, segments = np.zeros((4, len(rows), seq), np.int32)
     mask = np.zeros((len(rows), seq), bool)
     for row, examples in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Chat templates: messages in, text out, by a program that came with the model and is not trusted."""
+"""Renders messages as text by a chat template: a program that came with the model and is not trusted."""
 
 import contextlib
 import itertools
@@ -55,8 +55,8 @@ class Template:
     def render(self, jobs: Sequence[tuple[Sequence[Message], bool]]) -> list[str]:
         """Renders (messages, prompt) each: the text of a conversation; with `prompt`, the assistant's next turn begun after it.
 
-        Several in one call are quicker, as most of the time of one is the way there and back. Raises Refusal when the template
-        refuses the messages, UserError when it cannot be compiled, fails, or exceeds its limits of time, memory and output.
+        Several in one call are quicker: most of the time is the way there and back. Raises Refusal when the template refuses
+        the messages, UserError when it cannot be compiled, fails, or exceeds its limits of time, memory and output.
         """
         texts: list[str] = []
         with self._lock:
