@@ -49,7 +49,7 @@ class Chat:
         self._controls = _pattern(tokenizer)
         self._beginnings = {name[:size] for name in self._ids for size in range(1, len(name))}
         self._endings = {name[-size:] for name in self._ids for size in range(1, len(name))}
-        self.template = Template(self.source, _special_names(tokenizer), now)
+        self.template = Template(self.source, tokenizer.special_names, now)
         probe = self.examples([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[0]
         answer = probe.tokens[probe.mask]
         if not len(answer):
@@ -221,16 +221,6 @@ def choose_template(tokenizer: Tokenizer, source: str | None = None) -> tuple[st
         return CHATML, "ChatML"
     return PLAIN, "a plain template (User:, Assistant:), as the model brings none"
 
-
-def _special_names(tokenizer: Tokenizer) -> dict[str, str]:
-    """Returns bos_token, eos_token and the like, as text."""
-    end = tokenizer.controls.get(tokenizer.end)
-    names = {"eos_token": end.content} if end else {}
-    for name, value in tokenizer.config.items():
-        value = value.get("content") if isinstance(value, dict) else value
-        if name.endswith("_token") and isinstance(value, str):
-            names[name] = value
-    return names
 
 
 def _pattern(tokenizer: Tokenizer) -> re.Pattern[str]:

@@ -65,9 +65,9 @@ class Tokenizer:
     """A BPE tokenizer. `encode` and `decode` are inverse on every string UTF-8 can carry.
 
     Control tokens (`<|endoftext|>` and a chat template's) are never made from text and stand for no text: put their ids
-    in. `vocab` is the number of ids, `end` the id that ends a document, `controls` the control tokens by id, `digest` the
-    SHA-256 of the vocabulary, merges and split, `config` the contents of `tokenizer_config.json`, `start` the ids that the
-    model wants before a text, (bos,) or (), which `encode` leaves to the caller.
+    in. `vocab` is the number of ids, `end` the id that ends a document, `controls` the control tokens by id, `special_names`
+    the texts of bos_token, eos_token and the like, `digest` the SHA-256 of the vocabulary, merges and split, `config` the
+    contents of `tokenizer_config.json`, `start` the ids before a text, (bos,) or (), which `encode` leaves to the caller.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
@@ -83,10 +83,14 @@ class Tokenizer:
         self.vocab = max(self._table) + 1
         self._lengths = np.array([len(self.bytes_of(token)) for token in range(self.vocab)])
         self.digest = hashlib.sha256(written.encode()).hexdigest()
-        named = config.get("eos_token") or END
-        end = inner.token_to_id(named["content"] if isinstance(named, dict) else named)
-        if end is None:
-            raise UserError(f"The tokenizer has no token {named!r}, which should end a text; name it as eos_token.")
+        self.special_names = {"eos_token": END}
+        for name, value in config.items():
+            value = value.get("content") if isinstance(value, dict) else value
+            if name.endswith("_token") and isinstance(value, str):
+                self.special_names[name] = value
+        eos = self.special_names["eos_token"] or END
+        if (end := inner.token_to_id(eos)) is None:
+            raise UserError(f"The tokenizer has no token {eos!r}, which should end a text; name it as eos_token.")
         self.end: int = end
         self.start = _starts_with(inner)
 
@@ -124,9 +128,9 @@ class Tokenizer:
         """Returns a decoder for tokens that come one by one."""
         return TextStream(self._table)
 
-    def id_of(self, token: Any) -> int | None:
-        """Returns the id of a token by its name, or None."""
-        return self._inner.token_to_id(token) if isinstance(token, str) else None
+    def id_of(self, token: str) -> int | None:
+        """Returns the id of a token by its text, or None."""
+        return self._inner.token_to_id(token)
 
     def to_json(self) -> dict[str, Any]:
         """Returns what `tokenizer.json` holds."""

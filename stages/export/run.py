@@ -109,7 +109,7 @@ def _write(out: Path, model: LoadedModel, dtype: str, adapter: bool, report: Rep
         else:
             tokens = {"eos_token_id": list(model.ends) if len(model.ends) > 1 else model.ends[0]}
             for name in ("bos_token", "pad_token"):
-                token = tokenizer.id_of(tokenizer.config.get(name))
+                token = tokenizer.id_of(tokenizer.special_names.get(name, ""))
                 tokens |= {} if token is None else {f"{name}_id": token}
             save_folder(building, cfg, params, tokens, dtype=dtype, report=report)
         tokenizer.save(building)
