@@ -44,7 +44,7 @@ def size(bytes: float) -> str:
     return f"{bytes:.0f} B"
 
 
-def listed(words: Sequence[str]) -> str:
+def join_words(words: Sequence[str]) -> str:
     """['a', 'b', 'c'] -> 'a, b and c'."""
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
 

@@ -1,6 +1,19 @@
 """Numbers as a person reads them."""
 
-from engine.format import clock_time, column, count, duration, in_words, listed, money, percent, si, significant, size, times
+from engine.format import (
+    clock_time,
+    column,
+    count,
+    duration,
+    in_words,
+    join_words,
+    money,
+    percent,
+    si,
+    significant,
+    size,
+    times,
+)
 
 
 def test_durations_counts_and_sizes_read_well():
@@ -9,7 +22,7 @@ def test_durations_counts_and_sizes_read_well():
     assert {seconds: duration(seconds) for seconds in written} == written
     assert [count(n) for n in (950, 4_204_800, 25.6e6, 729e9)] == ["950", "4.20 M", "25.6 M", "729 G"]
     assert [size(n) for n in (12, 1.5e9, 216e3)] == ["12 B", "1.5 GB", "216 kB"]
-    assert listed(["a", "b", "c"]) == "a, b and c"
+    assert join_words(["a", "b", "c"]) == "a, b and c"
 
 
 def test_quantities_read_well():

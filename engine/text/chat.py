@@ -222,7 +222,6 @@ def choose_template(tokenizer: Tokenizer, source: str | None = None) -> tuple[st
     return PLAIN, "a plain template (User:, Assistant:), as the model brings none"
 
 
-
 def _pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
     """Returns the pattern of control tokens, the longest first, with the white space that some take in, as one group. It
     looks at a run of white space from its beginning alone: from every place in it, a long one would take for ever."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from engine.device import Device
 from engine.errors import UserError, nearest
-from engine.format import duration, listed
+from engine.format import duration, join_words
 from engine.inference.decode import for_inference
 from engine.storage.digest import digest
 from engine.storage.find import load_model, with_adapters
@@ -46,7 +46,7 @@ def run(flags: flags.Chat, device: Device) -> int:
     conversation = Conversation(model.cfg, params, chat, model.ends, flags.sampling.params(), flags.system or "")
     before = digest(params)
     if chatty:
-        adapters = f" with {listed([*map(str, flags.adapter)])}" if flags.adapter else ""
+        adapters = f" with {join_words([*map(str, flags.adapter)])}" if flags.adapter else ""
         notes.print_rows([
             ("model", f"{model.name} ({model.checkpoint}){adapters}"),
             ("device", str(device)),

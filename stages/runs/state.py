@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from engine.errors import UserError
-from engine.format import duration, listed
+from engine.format import duration, join_words
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
 from engine.storage import checkpoint, manifest
@@ -49,7 +49,7 @@ def find_previous_run(folder: Path, facts: dict[str, Any], cfg: ModelConfig, ove
         return None  # it was stopped before it had saved anything
     if differing := _differences(record, facts, read_config(folder), cfg):
         raise UserError(
-            f"{folder} holds a run with another {listed(differing)}. Give another --out-dir, or --overwrite to "
+            f"{folder} holds a run with another {join_words(differing)}. Give another --out-dir, or --overwrite to "
             "begin anew there."
         )
     try:
