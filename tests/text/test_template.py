@@ -2,10 +2,10 @@
 
 import gc
 import json
-import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -198,7 +198,6 @@ def test_the_environment_of_the_user_is_not_the_templates(monkeypatch: pytest.Mo
     template = Template("ok")
     render(template)
     assert template._process is not None
-    if os.path.exists(f"/proc/{template._process.pid}/environ"):
-        with open(f"/proc/{template._process.pid}/environ", "rb") as file:
-            assert b"SECRET_KEY" not in file.read()
+    environment = Path(f"/proc/{template._process.pid}/environ")
+    assert not environment.exists() or b"SECRET_KEY" not in environment.read_bytes()
     template.close()

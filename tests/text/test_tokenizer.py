@@ -165,8 +165,7 @@ def test_saved_and_loaded(tokenizer: Tokenizer, tmp_path) -> None:
 def test_another_end_is_taken_from_the_config(tmp_path) -> None:
     BPE.save(tmp_path)
     source = json.loads((tmp_path / "tokenizer.json").read_text())
-    added = dict(source["added_tokens"][0], id=320, content="<|im_end|>")
-    source["added_tokens"].append(added)
+    source["added_tokens"].append(dict(source["added_tokens"][0], id=320, content="<|im_end|>"))
     source["truncation"] = {"max_length": 3, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
     (tmp_path / "tokenizer.json").write_text(json.dumps(source))
     for named in ("<|im_end|>", {"content": "<|im_end|>"}):
