@@ -98,7 +98,7 @@ def _write(out: Path, model: LoadedModel, dtype: str, adapter: bool, report: Rep
     """Writes a .gguf file, a Hugging Face folder, or one with the LoRA adapters alone; returns a note to print, if any."""
     cfg, params, tokenizer = model.cfg, model.params, model.tokenizer
     if out.suffix == ".gguf":
-        metadata = tokenizer_metadata(tokenizer.to_json(), tokenizer.config, model.ends, tokenizer.start, cfg.vocab)
+        metadata = tokenizer_metadata(tokenizer, model.ends, cfg.vocab)
         save_gguf(out, cfg, params, metadata, name=model.name, dtype=dtype, report=report)
         return NOTE if "tokenizer.huggingface.json" in metadata else ""
     with whole_folder(out) as building:

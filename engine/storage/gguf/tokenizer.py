@@ -1,4 +1,4 @@
-"""The tokenizer in a GGUF file's metadata: built with the tokenizers library, and described for a file to be written."""
+"""Builds the tokenizer that a GGUF file's metadata describe, and describes one for a file to be written."""
 
 import json
 import re
@@ -11,24 +11,23 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from engine.errors import UserError
 from engine.storage.gguf.header import STRING, Header, Span, read_numbers, read_strings
 from engine.storage.untrusted import build_tokenizer, known_name, quote
+from engine.text.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ggml's kinds of tokens
 LONGEST = 1024  # bytes of a token
-SPACE = "▁"  # what stands for a space in a sentencepiece vocabulary
+SPACE = "▁"  # stands for a space in a sentencepiece vocabulary
 LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
-SPLITS = ("gpt-2", "smollm", *LLAMA3, "qwen2")  # how a text is split before merging, by the names that llama.cpp gives to it
-NEAREST_SPLIT = "llama-bpe"  # the split that llama.cpp is told of where it has no name for the true one
+SPLITS = ("gpt-2", "smollm", *LLAMA3, "qwen2")  # llama.cpp's names for how a text is split before merging
+NEAREST_SPLIT = "llama-bpe"  # said where llama.cpp has no name for the true one
 
 
 def set_split(tokenizer: tokenizers.Tokenizer, name: str) -> None:
     """Makes a tokenizer split texts before merging as llama.cpp does under this name."""
     tokenizer.normalizer = normalizers.NFC() if name == "qwen2" else None
-    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if name == "gpt-2":
-        tokenizer.pre_tokenizer = gpt2
-    elif name == "smollm":
+    tokenizer.pre_tokenizer = gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if name == "smollm":
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
-    else:  # Llama 3 and Qwen 2 differ only in how many digits may stand together
+    elif name != "gpt-2":  # Llama 3 and Qwen 2 differ only in how many digits may stand together
         pattern = (
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
             rf"|\p{{N}}{'' if name == 'qwen2' else '{1,3}'}"
@@ -40,16 +39,15 @@ def set_split(tokenizer: tokenizers.Tokenizer, name: str) -> None:
 
 
 def tokenizer_from(header: Header, vocab: int) -> tuple[tokenizers.Tokenizer, dict[str, Any], tuple[int, ...]]:
-    """Returns the tokenizer of a file, its tokenizer_config.json, and the ids of which any ends a completion.
+    """Returns a file's tokenizer, its tokenizer_config.json, and the ids of which any ends a completion.
 
-    Raises UserError for a vocabulary that is not `vocab` tokens long, or that is split in a way not known here.
+    Raises UserError for a vocabulary not of `vocab` tokens, or of a split not known here.
     """
     path, metadata = header.path, header.metadata
     field = lambda name: metadata.get(f"tokenizer.ggml.{name}")
-    tokens = _read_list(header, "tokens", vocab)
+    tokens, kinds = _read_list(header, "tokens", vocab), _read_list(header, "token_type", vocab)
     if len(set(tokens)) < len(tokens):
         raise UserError(f"{path} is damaged: a token is twice in its vocabulary.")
-    kinds = _read_list(header, "token_type", vocab)
     model, pre = field("model"), field("pre")
     if "tokenizer.huggingface.json" in metadata:
         tokenizer = _whole(header, tokens)
@@ -58,8 +56,8 @@ def tokenizer_from(header: Header, vocab: int) -> tuple[tokenizers.Tokenizer, di
         make = lambda: _byte_level(header, tokens, pre) if model == "gpt2" else _sentencepiece(header, tokens, kinds)
         tokenizer = build_tokenizer(make, path)
         for kind, special in ((CONTROL, True), (UNKNOWN, True), (USER_DEFINED, False)):
-            named = [AddedToken(tokens[i], special=special, normalized=False) for i in np.flatnonzero(kinds == kind)]
-            (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(named)
+            places = np.flatnonzero(kinds == kind)
+            tokenizer.add_tokens([AddedToken(tokens[i], special=special, normalized=False) for i in places])
     ids: dict[str, int] = {}
     for name in ("bos", "eos", "padding", "eot", "eom"):
         if (value := field(f"{name}_token_id")) is not None:
@@ -87,7 +85,7 @@ def tokenizer_from(header: Header, vocab: int) -> tuple[tokenizers.Tokenizer, di
 
 
 def _read_list(header: Header, name: str, count: int | None = None) -> Any:
-    """Returns tokens and merges as list[str], anything else as an array of numbers."""
+    """Returns list[str] for tokens and merges, else an array of numbers."""
     span = header.metadata.get(f"tokenizer.ggml.{name}")
     if not isinstance(span, Span):
         raise UserError(f"{header.path} has no list tokenizer.ggml.{name}, so its tokenizer cannot be built.")
@@ -100,7 +98,7 @@ def _read_list(header: Header, name: str, count: int | None = None) -> Any:
 
 
 def _whole(header: Header, tokens: list[str]) -> tokenizers.Tokenizer:
-    """Returns the tokenizer.json that some files carry beside the lists, if it says the same as they do."""
+    """Returns the tokenizer.json that some files carry beside the lists, if it agrees with them."""
     text = header.metadata["tokenizer.huggingface.json"]
     if not isinstance(text, str):
         raise UserError(f"{header.path}: tokenizer.huggingface.json should be text.")
@@ -113,11 +111,10 @@ def _whole(header: Header, tokens: list[str]) -> tokenizers.Tokenizer:
 
 def _byte_level(header: Header, tokens: list[str], pre: Any) -> tokenizers.Tokenizer:
     name = known_name(pre, SPLITS, "the pre-tokenizer", header.path)
-    parts = [merge.partition(" ") for merge in _read_list(header, "merges")]
-    if not all(left and right for left, _, right in parts):
+    merges = [merge.partition(" ")[::2] for merge in _read_list(header, "merges")]
+    if not all(left and right for left, right in merges):
         raise UserError(f"{header.path} is damaged: one of tokenizer.ggml.merges is not two tokens.")
     vocab = {token: place for place, token in enumerate(tokens)}
-    merges = [(left, right) for left, _, right in parts]
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=name in LLAMA3))
     set_split(tokenizer, name)
     tokenizer.decoder = decoders.ByteLevel()
@@ -125,7 +122,7 @@ def _byte_level(header: Header, tokens: list[str], pre: Any) -> tokenizers.Token
 
 
 def _sentencepiece(header: Header, tokens: list[str], kinds: np.ndarray) -> tokenizers.Tokenizer:
-    """Builds BPE over characters, unknown ones as bytes; pairs merge in the order of their product's score."""
+    """Builds BPE over characters, unknown ones as bytes; pairs merge in the order of their token's score."""
     scores = _read_list(header, "scores", len(tokens)).tolist()
     vocab = {token: place for place, token in enumerate(tokens)}
     pairs = [
@@ -135,10 +132,9 @@ def _sentencepiece(header: Header, tokens: list[str], kinds: np.ndarray) -> toke
         for cut in range(1, len(token))
         if token[:cut] in vocab and token[cut:] in vocab
     ]
-    pairs.sort(key=lambda pair: pair[:2])
+    merges = [pair[2:] for pair in sorted(pairs, key=lambda pair: pair[:2])]
     unknown = next((tokens[i] for i in np.flatnonzero(kinds == UNKNOWN)), None)
     prefixed = header.metadata.get("tokenizer.ggml.add_space_prefix", True) is True
-    merges = [pair[2:] for pair in pairs]
     model = models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = tokenizers.Tokenizer(model)
     spaces = normalizers.Replace(" ", SPACE)
@@ -148,48 +144,44 @@ def _sentencepiece(header: Header, tokens: list[str], kinds: np.ndarray) -> toke
     return tokenizer
 
 
-def tokenizer_metadata(
-    tokenizer: dict[str, Any], config: dict[str, Any], ends: tuple[int, ...], start: tuple[int, ...], vocab: int
-) -> dict[str, Any]:
-    """Returns the metadata that say what a tokenizer.json and its tokenizer_config.json do, for a model of `vocab` tokens.
+def tokenizer_metadata(tokenizer: Tokenizer, ends: tuple[int, ...], vocab: int) -> dict[str, Any]:
+    """Returns the metadata of a tokenizer, for a model of `vocab` tokens.
 
-    Where llama.cpp has no name for how a text is split, it is told the nearest, and the tokenizer.json goes along whole.
-    Raises UserError for a tokenizer that is no BPE, or one without merges, which llama.cpp cannot read.
+    Where llama.cpp has no name for its split, it is told the nearest, and the tokenizer.json goes along whole. Raises
+    UserError for a tokenizer that is no BPE, or one without merges, which llama.cpp cannot read.
     """
-    model = tokenizer["model"]
+    written, config = tokenizer.to_json(), tokenizer.config
+    model = written["model"]
     if model["type"] != "BPE" or not model["merges"]:
         kind = "without merges" if model["type"] == "BPE" else f"of the kind {model['type']}"
         raise UserError(f"A tokenizer {kind} has no place in a GGUF file; write a Hugging Face folder instead.")
-    tokens = [f"[PAD{place}]" for place in range(vocab)]
-    kinds = [UNUSED] * vocab
+    tokens, kinds = [f"[PAD{place}]" for place in range(vocab)], [UNUSED] * vocab
     for token, place in model["vocab"].items():
         tokens[place] = token
         kinds[place] = BYTE if model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", token) else NORMAL
-    for added in tokenizer["added_tokens"]:
+    for added in written["added_tokens"]:
         tokens[added["id"]] = added["content"]
         kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
-    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ", 1)) for merge in model["merges"]]
-    fields: dict[str, Any] = {"tokens": tokens, "token_type": kinds, "eos_token_id": ends[0], "add_bos_token": bool(start)}
+    merges = [merge if isinstance(merge, list) else merge.split(" ", 1) for merge in model["merges"]]
+    fields: dict[str, Any] = {"tokens": tokens, "token_type": kinds, "add_bos_token": bool(tokenizer.start)}
+    fields |= dict(zip(("eos_token_id", "eot_token_id"), ends))
     ids = {token: place for place, token in enumerate(tokens)}
     for key, name in (("bos_token_id", "bos_token"), ("padding_token_id", "pad_token"), ("unknown_token_id", "unk_token")):
         fields |= {key: ids[config[name]]} if config.get(name) in ids else {}
-    fields |= {"eot_token_id": ends[1]} if len(ends) > 1 else {}
-    whole = {}
+    others = {"tokenizer.chat_template": config["chat_template"]} if config.get("chat_template") else {}
     if model.get("byte_fallback"):
         ranks: dict[str, int] = {}
         for rank, pair in enumerate(merges):
             ranks.setdefault("".join(pair), rank)
         fields |= {"model": "llama", "pre": "default", "scores": [float(-ranks.get(token, len(merges))) for token in tokens]}
     else:
-        pre = next((name for name in SPLITS if _same_split(tokenizer, name)), None)
-        whole = {} if pre else {"tokenizer.huggingface.json": json.dumps(tokenizer, ensure_ascii=False)}
+        pre = next((name for name in SPLITS if _same_split(written, name)), None)
+        others |= {} if pre else {"tokenizer.huggingface.json": json.dumps(written, ensure_ascii=False)}
         fields |= {"model": "gpt2", "pre": pre or NEAREST_SPLIT, "merges": [" ".join(pair) for pair in merges]}
-    template = {"tokenizer.chat_template": config["chat_template"]} if config.get("chat_template") else {}
-    return {f"tokenizer.ggml.{key}": value for key, value in fields.items()} | template | whole
+    return {f"tokenizer.ggml.{key}": value for key, value in fields.items()} | others
 
 
 def _same_split(tokenizer: dict[str, Any], name: str) -> bool:
-    """Returns whether a tokenizer.json splits texts as llama.cpp does under this name."""
     like = tokenizers.Tokenizer(models.BPE())
     set_split(like, name)
     written = json.loads(like.to_str())

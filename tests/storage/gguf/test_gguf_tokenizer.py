@@ -149,7 +149,7 @@ def test_a_saved_sentencepiece_vocabulary_is_loaded(sentencepiece, tmp_path):
 
 
 def round_trip(tokenizer, vocab, tmp_path, ends=()):
-    metadata = tokenizer_metadata(tokenizer.to_json(), tokenizer.config, ends or (tokenizer.end,), tokenizer.start, vocab)
+    metadata = tokenizer_metadata(tokenizer, ends or (tokenizer.end,), vocab)
     table = {"token_embd.weight": np.zeros((vocab, 64), np.float32)}
     absent = dict.fromkeys(("merges", "bos_token_id"))
     return read(tmp_path, vocab, words=absent, other=metadata, tensors=weights() | table)[0], metadata
@@ -182,6 +182,5 @@ def test_our_own_split_has_no_name_and_travels_whole(tmp_path):
 
 
 def test_bytes_alone_have_no_place_in_a_gguf():
-    tokenizer = byte_tokenizer()
     with pytest.raises(ValueError, match="without merges"):
-        tokenizer_metadata(tokenizer.to_json(), tokenizer.config, (256,), (), 257)
+        tokenizer_metadata(byte_tokenizer(), (256,), 257)
