@@ -1,11 +1,10 @@
-"""Checkpoints: weights, optimizer state and settings with which a run goes on bit for bit. Only this file knows Orbax.
+"""Saves and loads checkpoints, from which a run goes on bit for bit. Only this file knows Orbax.
 
-    FOLDER/checkpoints/STEP/params/         an Orbax v1 pytree; inference reads this alone
+    FOLDER/checkpoints/STEP/                an Orbax v1 checkpoint of two items:
+                            params/         a pytree; inference reads this alone
                             optimizer/      another
                             state.json      step, PRNG settings, and the caller's state
                             manifest.json   SHA-256 of every file above
-
-STEP is an Orbax v1 checkpoint too, with items `params` and `optimizer`.
 
 Orbax commits by a rename without fsync or checksum. So a checkpoint is built in a hidden folder, synced, and appears by
 one rename: a kill at any instant leaves the older ones and no partial one. Nothing is loaded before its SHA-256 is
@@ -14,7 +13,6 @@ checked: damage is named, and the newest sound checkpoint is used.
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import errno
 import json
 import logging
@@ -24,7 +22,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -35,8 +33,7 @@ from engine.storage.digest import leaves_by_path
 from engine.storage.manifest import verify, write_manifest
 
 
-@dataclasses.dataclass(frozen=True)
-class LoadedCheckpoint:
+class LoadedCheckpoint(NamedTuple):
     """The contents of a checkpoint. `damaged` names, a line a file, the damage in newer ones."""
 
     path: Path
@@ -48,14 +45,14 @@ class LoadedCheckpoint:
 
 
 def save(folder: Path, step: int, params: Any, optimizer: Any, state: dict[str, Any], *, keep: int = 3) -> Path:
-    """Writes `folder/checkpoints/STEP` and returns its path once it is durable; then removes all but the newest `keep`.
+    """Writes `folder/checkpoints/STEP` durably, then removes all but the newest `keep`; returns the path.
 
     params, optimizer: pytrees of JAX or NumPy arrays. state: JSON (tuples come back as lists, keys as text). A checkpoint
-    of the same step is replaced; later steps, from which this run has gone back, are neither counted nor removed.
+    of the same step is replaced; later ones, from which this run has gone back, are neither counted nor removed.
 
-    Raises UserError, naming the path and the bytes wanted, when the disk is full or refuses; older checkpoints then stay as
-    they were, as after a KeyboardInterrupt or a kill. Raises TypeError or ValueError, before anything is written, for a leaf
-    that could not be restored or a state that is not JSON.
+    Raises UserError, naming the path and the bytes wanted, when the disk refuses; older checkpoints then stay as they were,
+    as after a KeyboardInterrupt or a kill. Raises TypeError or ValueError, before anything is written, for a leaf that could
+    not be restored or a state that is not JSON.
     """
     if step < 0 or keep < 1:
         raise ValueError(f"save: step must be at least 0 and keep at least 1, not {step} and {keep}.")
@@ -78,7 +75,7 @@ def save(folder: Path, step: int, params: Any, optimizer: Any, state: dict[str, 
                 (building / "state.json").write_text(record + "\n", encoding="utf-8")
                 write_manifest(building)
             for old in [earlier for earlier in steps(folder) if earlier <= step][:-keep]:
-                # Hidden by one rename, then removed: a kill in between leaves nothing that looks like a checkpoint.
+                # Hidden by one rename, so that a kill leaves nothing that looks like a checkpoint.
                 with contextlib.suppress(OSError):  # the next save tries again
                     shutil.rmtree((root / str(old)).rename(root / f".{old}.gone"), ignore_errors=True)
     except (OSError, ValueError) as error:
@@ -95,13 +92,13 @@ def save(folder: Path, step: int, params: Any, optimizer: Any, state: dict[str, 
 
 
 def load(folder: Path, params_like: Any, optimizer_like: Any) -> LoadedCheckpoint:
-    """Loads the newest sound checkpoint of a run folder to train on from, once what killed saves left is swept away.
+    """Loads the newest sound checkpoint of a run folder to train on from; sweeps away what killed saves left.
 
-    params_like, optimizer_like: trees of arrays or `jax.ShapeDtypeStruct` (`jax.eval_shape`) with the structure, shapes and
-    dtypes wanted. A leaf with a sharding is placed by it; the others go, uncommitted, to the default device.
+    params_like, optimizer_like: trees of arrays or `jax.ShapeDtypeStruct` with the structure, shapes and dtypes wanted. A
+    leaf with a sharding is placed by it; the others go, uncommitted, to the default device.
 
     Raises UserError when there is no checkpoint, none is sound (each damaged file is named), a leaf differs in path,
-    shape or dtype, or it was trained with other PRNG settings, by which its keys would draw other numbers.
+    shape or dtype, or PRNG settings differ, by which keys would draw other numbers.
     """
     sweep(folder)
     newest, damaged = _newest_sound(folder)
@@ -117,12 +114,10 @@ def load(folder: Path, params_like: Any, optimizer_like: Any) -> LoadedCheckpoin
 
 
 def load_params(path: Path) -> LoadedCheckpoint:
-    """Loads the weights alone, for inference: from a run folder (its newest sound checkpoint) or from one checkpoint.
+    """Loads the weights alone, for inference, from a run folder (its newest sound checkpoint) or from one checkpoint.
 
-    Checks everything but the optimizer, which may be damaged or gone; `LoadedCheckpoint.optimizer` is None. The tree is that
-    on disk: dicts, and lists for tuples. Changes nothing on disk.
-
-    Raises UserError as `load` does, but not for PRNG settings.
+    The optimizer may be damaged or gone; `LoadedCheckpoint.optimizer` is None. params are dicts, and lists for tuples.
+    Changes nothing on disk. Raises UserError as `load` does, but not for PRNG settings.
     """
     newest, damaged = Path(path).absolute(), list[str]()
     if _root(newest).is_dir():
@@ -146,10 +141,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def set_aside(folder: Path, after: int) -> list[Path]:
-    """Renames every checkpoint beyond step `after` to `damaged-STEP`, and returns the new paths.
-
-    A run that goes back to an older checkpoint must not take them for its newest later on.
-    """
+    """Renames every checkpoint beyond step `after`, to which a run goes back, to `damaged-STEP`; returns the new paths."""
     root = _root(folder)
     moved = []
     for step in [step for step in steps(folder) if step > after]:
@@ -166,7 +158,7 @@ def sweep(folder: Path) -> None:
 
 
 def _sweep(root: Path) -> None:
-    """Removes hidden folders, which are nobody's while the lock is held."""
+    """Removes hidden folders, which are nobody's under the lock."""
     for leftover in [entry for entry in root.iterdir() if re.match(r"\.\d+\.", entry.name)]:
         step = leftover.name.split(".")[1]
         # A kill while a step was replaced: the old checkpoint in here is whole.
@@ -196,7 +188,7 @@ def _newest_sound(folder: Path, skip: tuple[str, ...] = ()) -> tuple[Path, list[
 
 
 def _check_leaves(part: str, tree: Any) -> Any:
-    """Returns `tree` with NumPy scalars as 0-d arrays. Raises for a leaf that Orbax could not restore."""
+    """Returns `tree` with NumPy scalars as 0-d arrays; raises for a leaf that Orbax could not restore."""
     names: dict[str, str] = {}
     for path, leaf in leaves_by_path(tree).items():
         name = f"{part}/{'/'.join(path)}"
@@ -208,18 +200,17 @@ def _check_leaves(part: str, tree: Any) -> Any:
             raise TypeError(f"save: {name} is {leaf.dtype}, of which JAX would keep 32 bits when it is loaded.")
         if leaf.size == 0:
             raise ValueError(f"save: {name} has shape {leaf.shape}; Orbax cannot save an array without elements.")
-        # Orbax joins names with dots and would let the second of two equal ones overwrite the first in silence.
-        other = names.setdefault(".".join(path), name)
-        if other != name:
+        # Orbax joins names with dots, and would overwrite the first of two equal ones in silence.
+        if (other := names.setdefault(".".join(path), name)) != name:
             raise ValueError(f"save: {other} and {name} would have one name on disk.")
     return jax.tree.map(lambda leaf: np.asarray(leaf) if isinstance(leaf, np.generic) else leaf, tree)
 
 
 def _run_orbax[T](work: Callable[[ModuleType], T]) -> T:
-    """Runs `work(ocp)` in a thread, with Orbax under our options; imported only now: that takes 0.4 s.
+    """Runs `work(ocp)` with Orbax under our options; imported only now: that takes 0.4 s.
 
-    Ctrl-C is raised in the main thread, which waits here until the arrays are moved. In the middle of Orbax it would leave
-    closed event loops with callbacks still to come, and pages of traceback.
+    In a thread: Ctrl-C is raised in the main one, which waits until the arrays are moved. In the middle of Orbax it would
+    leave closed event loops with callbacks still to come, and pages of traceback.
     """
 
     def run() -> T:
@@ -244,15 +235,13 @@ def _run_orbax[T](work: Callable[[ModuleType], T]) -> T:
 
 
 def _write_arrays(building: Path, trees: dict[str, Any]) -> None:
-    filled = {part: tree for part, tree in trees.items() if jax.tree.leaves(tree)}
-    if not filled:
-        return
     inner = building / "orbax"  # Orbax wants to make the folder itself
-    _run_orbax(lambda ocp: ocp.save_checkpointables(inner, filled))
-    (inner / "commit_success.txt").unlink(missing_ok=True)  # says only where it was built
-    for entry in [*inner.iterdir()]:
-        entry.rename(building / entry.name)
-    inner.rmdir()
+    if filled := {part: tree for part, tree in trees.items() if jax.tree.leaves(tree)}:
+        _run_orbax(lambda ocp: ocp.save_checkpointables(inner, filled))
+        (inner / "commit_success.txt").unlink(missing_ok=True)  # says only where it was built
+        for entry in [*inner.iterdir()]:
+            entry.rename(building / entry.name)
+        inner.rmdir()
 
 
 def _read_arrays(checkpoint: Path, part: str, like: Any = None) -> Any:
@@ -295,5 +284,5 @@ def _refuse_difference(where: Path, wanted: dict, came: dict) -> None:
 
 
 def _prng_settings() -> dict[str, Any]:
-    """Returns the settings by which the same key gives the same numbers."""
+    """Returns the settings by which a key gives its numbers."""
     return {name: getattr(jax.config, name) for name in ("jax_default_prng_impl", "jax_threefry_partitionable")}

@@ -6,7 +6,7 @@ million numbers exist beside the tree itself.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,16 +67,14 @@ def layout_of(cfg: ModelConfig, names: Mapping[str, str]) -> Iterator[Leaf]:
         "down": [Part("down", (D, F))],
     }
 
-    def leaf(path: str, parts: Sequence[Part], layer: int = 0) -> Leaf:
-        return Leaf(path, tuple(part._replace(name=names[part.name].format(layer)) for part in parts))
-
-    yield leaf("embed", [Part("embed", (V, D))])
+    yield Leaf("embed", (Part(names["embed"], (V, D)),))
     for layer in range(cfg.layers):
         for path, parts in block.items():
-            yield leaf(f"blocks/{layer}/{path}", parts, layer)
-    yield leaf("norm", [Part("norm", (D,))])
+            named = (part._replace(name=names[part.name].format(layer)) for part in parts)
+            yield Leaf(f"blocks/{layer}/{path}", tuple(named))
+    yield Leaf("norm", (Part(names["norm"], (D,)),))
     if not cfg.tied:
-        yield leaf("head", [Part("head", (V, D))])
+        yield Leaf("head", (Part(names["head"], (V, D)),))
 
 
 def check_tensors(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]], path: Path) -> list[Leaf]:

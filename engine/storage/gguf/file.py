@@ -78,7 +78,7 @@ def read_config(path: Path) -> ModelConfig:
 def regroup_rows(rows: np.ndarray, outer: int, inner: int) -> np.ndarray:
     """Reorders the rows of each head, `outer` groups of `inner`, to `inner` groups of `outer`.
 
-    By (2, H / 2) RoPE's pairs, (i, i + H / 2), come to lie side by side, as in `llama` files' q and k; (H / 2, 2) undoes it.
+    (2, H / 2) lays RoPE's pairs (i, i + H / 2) side by side, as in `llama` files' q and k; (H / 2, 2) undoes it.
     """
     heads = rows.reshape(-1, outer, inner, *rows.shape[1:])
     return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(rows.shape)
@@ -102,12 +102,11 @@ def save_gguf(
     """
     architecture = architecture_of(cfg)
     F32, F16, wanted = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType[KINDS[dtype]]
-    file_type = LlamaFileType.ALL_F32 if wanted == F32 else LlamaFileType[f"MOSTLY_{KINDS[dtype]}"]
     leaves, kinds = list(layout_of(cfg, NAMES)), {}
     with whole_file(path) as file:
         writer = GGUFWriter(file.name, architecture)
         writer.add_name(name)
-        writer.add_file_type(file_type)
+        writer.add_file_type(LlamaFileType.ALL_F32 if wanted == F32 else LlamaFileType[f"MOSTLY_{wanted.name}"])
         writer.add_quantization_version(2)
         for key, value in ({f"{architecture}.{key}": value for key, value in metadata_of(cfg).items()} | metadata).items():
             value_type = GGUFValueType.get_type(value)
@@ -125,7 +124,8 @@ def save_gguf(
         writer.write_ti_data_to_file()
         for part, array in split_params(leaves, params, report):
             rows = np.ascontiguousarray(array, np.float32)
-            rows = regroup_rows(rows, 2, cfg.head_dim // 2) if part.paired and architecture == "llama" else rows
+            if part.paired and architecture == "llama":
+                rows = regroup_rows(rows, 2, cfg.head_dim // 2)
             writer.write_tensor_data(quantize(rows, kinds[part.name]))
         if cfg.rope_scaling:
             writer.write_tensor_data(factors)

@@ -1,8 +1,8 @@
 """Reads the header of a GGUF file: its metadata and where its tensors lie, with nothing in it believed.
 
-Layout (ggml's docs/gguf.md): magic, version, counts, then keys with typed values, then name, shape, type and offset of each
-tensor, then the tensors, each aligned. The gguf library's reader takes lengths as they come and keeps an object for every
-string; this one checks each length against the file, and leaves arrays in it until they are wanted.
+Layout (ggml's docs/gguf.md): magic, version, counts, keys with typed values, name, shape, type and offset of each tensor,
+the tensors, each aligned. The gguf library's reader takes lengths as they come and keeps an object for every string; this
+one checks each length against the file, and leaves arrays in it until they are wanted.
 """
 
 import math
@@ -69,10 +69,9 @@ def read_header(path: Path) -> Header:
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
             raise UserError(f"{path} is damaged: general.alignment is {quote(alignment)}, and should be a power of two.")
-        # Each must have the size of its type and shape, and begin where the one before it ends.
-        begin = -(-file.tell() // alignment) * alignment
+        end = file.tell()
+        begin = -(-end // alignment) * alignment
         tensors: dict[str, Tensor] = {}
-        end = 0
         for name, dims, kind, offset in sorted(infos, key=lambda info: info[3]):
             if kind not in GGML_QUANT_SIZES:
                 raise UserError(f"{path}: the tensor {quote(name)} has the type {kind}, which is not known here.")
@@ -81,17 +80,17 @@ def read_header(path: Path) -> Header:
                 raise UserError(f"{path} is damaged: the tensor {quote(name)} cannot have the shape {dims[::-1]}.")
             if name in tensors:
                 raise UserError(f"{path} is damaged: the tensor {quote(name)} is there twice.")
-            check_adjacent(path, name, offset, -(-end // alignment) * alignment)
+            check_adjacent(path, name, begin + offset, -(-end // alignment) * alignment)
             nbytes = math.prod(dims) // block * width
             tensors[name] = Tensor(GGMLQuantizationType(kind), tuple(dims[::-1]), begin + offset, nbytes)
-            end = offset + nbytes
-        if tensors and begin + end > size:
-            raise truncation_error(path, begin + end - size)
+            end = begin + offset + nbytes
+        if end > size:
+            raise truncation_error(path, end - size)
         return Header(path, metadata, tensors)
 
 
 class _Reader:
-    """Reads values one after another, each checked against what is left of the file."""
+    """Reads values one by one, each checked against what is left of the file."""
 
     def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
         self.file, self.path, self.size, self.text_left = file, path, size, TEXT
@@ -153,17 +152,16 @@ class _Reader:
 
 
 def read_strings(path: Path, span: Span, longest: int) -> list[str]:
-    """Reads the texts of an array. Raises UserError when one is longer than `longest` bytes or is not UTF-8."""
+    """Reads the texts of an array. Raises UserError for one longer than `longest` bytes or not UTF-8."""
     texts = []
     with path.open("rb") as file:
         file.seek(span.offset)
-        read, decode = file.read, int.from_bytes
         try:
             for _ in range(span.length):
-                length = decode(read(8), "little")
+                length = int.from_bytes(file.read(8), "little")
                 if length > longest:
                     raise UserError(f"{path} is damaged: a text in one of its arrays has {length:,} bytes.")
-                texts.append(read(length).decode())
+                texts.append(file.read(length).decode())
         except UnicodeDecodeError:
             raise UserError(f"{path} is damaged: text {len(texts):,} of one of its arrays is not UTF-8.") from None
     return texts

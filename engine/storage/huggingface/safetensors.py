@@ -36,12 +36,16 @@ BYTES = {name: size for size, names in NUMBERS.items() for name in names.split()
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a file; `offset` is where its bytes begin."""
+    """A tensor in a file, whose bytes begin at `offset`."""
 
     path: Path
     dtype: str
     shape: tuple[int, ...]
     offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * BYTES[self.dtype]
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -51,33 +55,32 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         if length > HEADER:
             raise UserError(f"{path} has a header of {length:,} bytes by its own account; {HEADER:,} are read at most.")
         header = parse_json_object(read_exactly(file, length, path), path)
-        begin, size = file.tell(), file.seek(0, 2)
+        end, size = file.tell(), file.seek(0, 2)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"{path} is damaged: the metadata in its header are no texts.")
-    spans = {name: _span(path, name, entry) for name, entry in header.items()}
-    tensors, end = {}, 0
-    for name, (start, stop, dtype, shape) in sorted(spans.items(), key=lambda item: item[1][:2]):
-        check_adjacent(path, name, start, end)
-        tensors[name], end = StoredTensor(path, dtype, shape, begin + start), stop
-    if begin + end > size:
-        raise truncation_error(path, begin + end - size)
-    if begin + end < size:
-        raise UserError(f"{path} is damaged: {size - begin - end:,} bytes at its end belong to no tensor.")
+    tensors = {name: _tensor(path, name, entry, end) for name, entry in header.items()}
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        check_adjacent(path, name, tensor.offset, end)
+        end += tensor.nbytes
+    if end > size:
+        raise truncation_error(path, end - size)
+    if end < size:
+        raise UserError(f"{path} is damaged: {size - end:,} bytes at its end belong to no tensor.")
     return tensors, metadata
 
 
-def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str, tuple[int, ...]]:
-    """Returns (start, stop, dtype, shape) of an entry of the header. Raises UserError unless they agree."""
+def _tensor(path: Path, name: str, entry: Any, begin: int) -> StoredTensor:
+    """Returns the tensor of an entry of the header. Raises UserError unless dtype, shape and size agree."""
     whole = lambda value: type(value) is int and 0 <= value < 2**63
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop]} if (
             len(entry) == 3 and dtype in BYTES and len(shape) <= 8 and all(map(whole, [*shape, start, stop]))
         ):
-            wanted = math.prod(shape) * BYTES[dtype]
-            if stop - start == wanted:
-                return start, stop, dtype, tuple(shape)
-            came = f"{dtype} {list(shape)} should have {wanted:,} bytes and has {stop - start:,}"
+            tensor = StoredTensor(path, dtype, tuple(shape), begin + start)
+            if stop - start == tensor.nbytes:
+                return tensor
+            came = f"{dtype} {list(shape)} should have {tensor.nbytes:,} bytes and has {stop - start:,}"
             raise UserError(f"{path} is damaged: the tensor {quote(name)}, {came}.")
     raise UserError(f"{path} is damaged: its header does not say what the tensor {quote(name)} is.")
 
@@ -98,11 +101,10 @@ def write_file(
 ) -> None:
     """Writes a file of tensors {name: shape}, all of one dtype, complete or not at all; `arrays` come one by one, in order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}  # transformers asks for it
-    at = 0
+    end = 0
     for name, shape in shapes.items():
-        size = math.prod(shape) * BYTES[dtype]
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
+        start, end = end, end + math.prod(shape) * BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with whole_file(path) as file:
