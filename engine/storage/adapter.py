@@ -154,5 +154,4 @@ def _alpha(rank: int, scale: float) -> float:
 
 
 def _checksum(arrays: dict[str, np.ndarray], scale: float) -> str:
-    """Returns the SHA-256 over the names, shapes and bits of all tensors, and their scale."""
     return digest({name: np.ascontiguousarray(array) for name, array in arrays.items()} | {"scale": np.float64(scale)})

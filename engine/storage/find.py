@@ -52,7 +52,6 @@ def locate(name: str | None, report: Report = None) -> Location:
 
 
 def _run_of(path: Path, name: str) -> Path:
-    """Returns the run folder that a path lies in."""
     if (path / "run.json").exists():
         if (path / "checkpoints").is_dir():
             return path
@@ -114,7 +113,7 @@ def load_model(
 
 
 def _load_adapted(run: Path, on_config: OnConfig) -> LoadedModel:
-    """Loads the base of a LoRA run, with the run's adapter on it and the run's own tokenizer."""
+    """Loads the base of a LoRA run, with the run's adapter and tokenizer."""
     record, adapter = run_folder.read_json(run / "run.json"), run / run_folder.ADAPTER
     if not adapter.is_dir():
         stopped = "its fine-tuning was stopped. The same command goes on"

@@ -51,8 +51,14 @@ class Leaf(NamedTuple):
         return shape[::-1] if self.transposed else shape
 
 
+def tensor_names(layer: str, stems: dict[str, str]) -> dict[str, str]:
+    """Returns the names of a format's tensors by part; `layer` begins those of a layer, with `{}` for its number."""
+    names = {part: f"{'' if part in ('embed', 'norm', 'head') else layer}{stem}.weight" for part, stem in stems.items()}
+    return names | {f"{part}_bias": names[part].removesuffix("weight") + "bias" for part in "qkv"}
+
+
 def layout_of(cfg: ModelConfig, names: Mapping[str, str]) -> Iterator[Leaf]:
-    """Yields every leaf of the architecture. `names`: part -> its name in the file, with `{}` for the layer."""
+    """Yields every leaf of the architecture; `names` as of `tensor_names`."""
     D, F, V, H = cfg.width, cfg.ff, cfg.vocab, cfg.head_dim
     q, kv = cfg.heads * H, cfg.kv_heads * H
     qkv = lambda end, *inner: [Part("q" + end, (q, *inner), H), Part("k" + end, (kv, *inner), H), Part("v" + end, (kv, *inner))]

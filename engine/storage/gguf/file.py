@@ -20,19 +20,14 @@ from engine.storage.gguf.config import FREQUENCIES, config_from, metadata_of, sc
 from engine.storage.gguf.header import read_header
 from engine.storage.gguf.tokenizer import tokenizer_from
 from engine.storage.loaded_model import Report
-from engine.storage.tensor_layout import KINDS, StoredModel, check_tensors, layout_of, split_params
+from engine.storage.tensor_layout import KINDS, StoredModel, check_tensors, layout_of, split_params, tensor_names
 from engine.storage.untrusted import quote, read_at
 
-_LAYER = "blk.{}."
-NAMES = {
-    "embed": "token_embd.weight", "norm": "output_norm.weight", "head": "output.weight",
-    "attn_norm": _LAYER + "attn_norm.weight", "mlp_norm": _LAYER + "ffn_norm.weight",
-    **{part: f"{_LAYER}attn_{part}.weight" for part in "qkv"},
-    **{f"{part}_bias": f"{_LAYER}attn_{part}.bias" for part in "qkv"},
-    "q_norm": _LAYER + "attn_q_norm.weight", "k_norm": _LAYER + "attn_k_norm.weight",
-    "out": _LAYER + "attn_output.weight",
-    **{part: f"{_LAYER}ffn_{part}.weight" for part in ("gate", "up", "down")},
-}  # fmt: skip
+NAMES = tensor_names("blk.{}.", {
+    "embed": "token_embd", "norm": "output_norm", "head": "output", "attn_norm": "attn_norm", "mlp_norm": "ffn_norm",
+    "q": "attn_q", "k": "attn_k", "v": "attn_v", "q_norm": "attn_q_norm", "k_norm": "attn_k_norm", "out": "attn_output",
+    "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
+})  # fmt: skip
 
 READABLE = {
     "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS",

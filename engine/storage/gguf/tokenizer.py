@@ -98,13 +98,13 @@ def _read_list(header: Header, name: str, count: int | None = None) -> Any:
 
 
 def _whole(header: Header, tokens: list[str]) -> tokenizers.Tokenizer:
-    """Returns the tokenizer.json that some files carry beside the lists, if it agrees with them."""
+    """Builds the tokenizer.json that some files carry beside their lists, if they agree."""
     text = header.metadata["tokenizer.huggingface.json"]
     if not isinstance(text, str):
         raise UserError(f"{header.path}: tokenizer.huggingface.json should be text.")
     tokenizer = build_tokenizer(lambda: tokenizers.Tokenizer.from_str(text), header.path)
     known = tokenizer.get_vocab(with_added_tokens=True)
-    if any(known.get(token, place) != place for place, token in enumerate(tokens)) or len(known) > len(tokens):
+    if len(known) > len(tokens) or any(known.get(token, place) != place for place, token in enumerate(tokens)):
         raise UserError(f"{header.path}: its tokenizer.json and its list of tokens do not say the same.")
     return tokenizer
 

@@ -12,8 +12,8 @@ from engine.storage.untrusted import known_name, quote
 # Fields of a part that is not built here, and their values without it.
 ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "pretraining_tp": (1,),
-    "rope_interleaved": (False,), "partial_rotary_factor": (1, 1.0), "attention_dropout": (0, 0.0), "resid_pdrop": (0, 0.0),
-    "embd_pdrop": (0, 0.0), "hidden_dropout": (0, 0.0), "is_encoder_decoder": (False,), "is_decoder": (False, True),
+    "rope_interleaved": (False,), "partial_rotary_factor": (1,), "attention_dropout": (0,), "resid_pdrop": (0,),
+    "embd_pdrop": (0,), "hidden_dropout": (0,), "is_encoder_decoder": (False,), "is_decoder": (False, True),
     "add_cross_attention": (False,), "chunk_size_feed_forward": (0,), "quantization_config": (None,), "auto_map": (None,),
     "cross_attention_hidden_size": (None,), "pruned_heads": (None, {}), "tie_encoder_decoder": (False,),
     "logits_to_keep": (0,),
@@ -55,7 +55,7 @@ def config_from(values: dict[str, Any], path: Path) -> ModelConfig:
     fields = Fields(values, path)
     kind = known_name(values.get("model_type"), BLOCKS, "model_type", path)
     fields.check(USED, ONLY, IGNORED)
-    # Without head_dim it is 128 in Qwen 3, else width / heads, ModelConfig's meaning of 0.
+    # Without head_dim it is 128 in Qwen 3, else width / heads: 0 in ModelConfig.
     defaults = {"kv_heads": fields.number(SIZES["heads"], int), "head_dim": 128 if kind == "qwen3" else 0}
     sizes: dict[str, Any] = {ours: fields.number(theirs, int, defaults.get(ours)) for ours, theirs in SIZES.items()}
     _check_window(fields, kind, sizes["context"])
@@ -74,7 +74,7 @@ def config_from(values: dict[str, Any], path: Path) -> ModelConfig:
 def _check_window(fields: Fields, kind: str, context: int) -> None:
     """Raises UserError for an attention window shorter than the context: that is not built here."""
     window, layers = fields.values.get("sliding_window"), fields.values.get("layer_types")
-    used = fields.flag("use_sliding_window") if kind != "mistral" else window is not None
+    used = window is not None if kind == "mistral" else fields.flag("use_sliding_window")
     if used and (type(window) is not int or window < context):
         raise UserError(
             f"{fields.path}: sliding_window is {quote(window)} with a context of {context:,}, and attention in windows is not "

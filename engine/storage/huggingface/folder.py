@@ -13,19 +13,15 @@ from engine.storage.huggingface import safetensors
 from engine.storage.huggingface.config import config_from, config_to
 from engine.storage.huggingface.tokenizer import read_tokenizer
 from engine.storage.loaded_model import Report
-from engine.storage.tensor_layout import KINDS, StoredModel, check_tensors, layout_of, split_params
+from engine.storage.tensor_layout import KINDS, StoredModel, check_tensors, layout_of, split_params, tensor_names
 from engine.storage.untrusted import quote, read_json_object
 
-_LAYER = "model.layers.{}."
-NAMES = {
-    "embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight",
-    "attn_norm": _LAYER + "input_layernorm.weight", "mlp_norm": _LAYER + "post_attention_layernorm.weight",
-    **{part: f"{_LAYER}self_attn.{part}_proj.weight" for part in "qkv"},
-    **{f"{part}_bias": f"{_LAYER}self_attn.{part}_proj.bias" for part in "qkv"},
-    "q_norm": _LAYER + "self_attn.q_norm.weight", "k_norm": _LAYER + "self_attn.k_norm.weight",
-    "out": _LAYER + "self_attn.o_proj.weight",
-    **{part: f"{_LAYER}mlp.{part}_proj.weight" for part in ("gate", "up", "down")},
-}  # fmt: skip
+NAMES = tensor_names("model.layers.{}.", {
+    "embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head", "attn_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm", "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
+    "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm", "out": "self_attn.o_proj", "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj", "down": "mlp.down_proj",
+})  # fmt: skip
 
 
 def open_folder(path: Path) -> StoredModel:
