@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from engine.errors import UserError, nearest
 from engine.files import cache_folder, whole_folder
-from engine.storage.loaded_model import Report
+from engine.storage import Report
 from engine.storage.manifest import sha256_of, verify, write_manifest
 
 TEXTS = ("shakespeare", "python")

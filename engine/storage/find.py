@@ -1,5 +1,6 @@
 """Finds and loads the model that `--model` names: by its name or path, with or without adapters on it."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -9,13 +10,12 @@ from engine.counting.params import count_params
 from engine.errors import UserError, nearest
 from engine.model.config import ModelConfig
 from engine.model.paths import merge
-from engine.storage import checkpoint, run_folder
+from engine.storage import Report, checkpoint, run_folder
 from engine.storage.adapter import load_adapter
 from engine.storage.assets import ASSETS, MODELS, fetch
 from engine.storage.digest import digest
 from engine.storage.gguf import file as gguf
 from engine.storage.huggingface import folder as huggingface
-from engine.storage.loaded_model import LoadedModel, Report
 from engine.storage.tensor_layout import read_params
 from engine.storage.untrusted import build_tokenizer
 from engine.text.tokenizer import Tokenizer
@@ -24,6 +24,25 @@ FORMS = (
     "a run folder, a step folder in it (runs/NAME/checkpoints/STEP), a Hugging Face folder, a .gguf file, or "
     + " or ".join(MODELS)
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """Weights, architecture, and how text becomes tokens for it.
+
+    params: matrices in the dtype asked for (float32 for a run of ours), gains and biases float32. Any of `ends` ends a
+    completion, the tokenizer's own first. `checkpoint` is the file or folder that was read, `run` the run folder it lies
+    in, if any. `damaged` names, a line a file, the damage in newer checkpoints.
+    """
+
+    name: str
+    cfg: ModelConfig
+    params: Any
+    tokenizer: Tokenizer
+    ends: tuple[int, ...]
+    checkpoint: Path
+    run: Path | None = None
+    damaged: tuple[str, ...] = ()
 
 
 class Location(NamedTuple):

@@ -19,7 +19,7 @@ from engine.errors import UserError, nearest
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths, unflatten
 from engine.model.weights.matmul import dense
-from engine.storage.loaded_model import Report
+from engine.storage import Report
 from engine.storage.untrusted import quote
 
 AT_ONCE = 2**20  # numbers read and converted at a time

@@ -14,8 +14,7 @@ from engine.format import count
 from engine.inference.score import score
 from engine.storage import run_folder
 from engine.storage.digest import digest
-from engine.storage.find import load_model
-from engine.storage.loaded_model import LoadedModel
+from engine.storage.find import LoadedModel, load_model
 from engine.text.chat import Chat, Example
 from engine.text.conversations import NAMED, Conversations, read_conversations
 from engine.text.examples import Pair

@@ -22,11 +22,10 @@ from engine.model.weights.matmul import dense
 from engine.storage import run_folder
 from engine.storage.adapter import load_adapter, save_adapter, without_adapters
 from engine.storage.digest import digest
-from engine.storage.find import load_model
+from engine.storage.find import LoadedModel, load_model
 from engine.storage.gguf.file import save_gguf
 from engine.storage.gguf.tokenizer import NEAREST_SPLIT, tokenizer_metadata
 from engine.storage.huggingface.folder import save_folder
-from engine.storage.loaded_model import LoadedModel
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 from stages.cli.command import command_line
 from stages.cli.console import Console, ReportProgress

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import UserError
-from engine.storage.loaded_model import LoadedModel
+from engine.storage.find import LoadedModel
 from engine.text.chat import Chat, Example
 from engine.text.conversations import NAMED, Conversations, read_conversations
 from engine.text.examples import DatasetSummary, Pair, make_examples, make_pairs

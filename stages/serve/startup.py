@@ -16,8 +16,7 @@ from engine.inference.slots import Slots
 from engine.model.config import ModelConfig
 from engine.storage.assets import MODELS
 from engine.storage.digest import digest
-from engine.storage.find import load_model, with_adapters
-from engine.storage.loaded_model import LoadedModel
+from engine.storage.find import LoadedModel, load_model, with_adapters
 from engine.text.chat import Chat
 from engine.text.template import read_template
 from stages.cli.compile_counter import CompileCounter

@@ -20,7 +20,7 @@ SLOTS, QUEUE, CAPACITY = 3, 4, 150
 @functools.cache
 def tiny_model() -> Any:
     """As `load_model` gives it: ChatML's control tokens, 334 tokens in all."""
-    from engine.storage.loaded_model import LoadedModel
+    from engine.storage.find import LoadedModel
 
     tokenizer = chat_tokenizer()
     cfg = tiny_config(vocab=tokenizer.vocab)

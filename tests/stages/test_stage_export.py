@@ -16,8 +16,7 @@ from engine.errors import UserError
 from engine.model.paths import leaf_paths, merge, unflatten
 from engine.model.transformer import forward
 from engine.model.weights.lora import make_adapter
-from engine.storage.find import load_model
-from engine.storage.loaded_model import LoadedModel
+from engine.storage.find import LoadedModel, load_model
 from engine.storage.run_folder import save_tokenizer
 from stages import generate
 from stages.evaluate import __main__ as evaluate

@@ -15,11 +15,11 @@ from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 from engine.errors import UserError
 from engine.files import whole_file
 from engine.model.config import ModelConfig
+from engine.storage import Report
 from engine.storage.fields import architecture_of
 from engine.storage.gguf.config import FREQUENCIES, config_from, metadata_of, scaling_factors
 from engine.storage.gguf.header import read_header
 from engine.storage.gguf.tokenizer import tokenizer_from
-from engine.storage.loaded_model import Report
 from engine.storage.tensor_layout import KINDS, StoredModel, check_tensors, layout_of, split_params, tensor_names
 from engine.storage.untrusted import quote, read_at
 

@@ -9,10 +9,10 @@ from typing import Any
 from engine.errors import UserError
 from engine.files import write_json
 from engine.model.config import ModelConfig
+from engine.storage import Report
 from engine.storage.huggingface import safetensors
 from engine.storage.huggingface.config import config_from, config_to
 from engine.storage.huggingface.tokenizer import read_tokenizer
-from engine.storage.loaded_model import Report
 from engine.storage.tensor_layout import KINDS, StoredModel, check_tensors, layout_of, split_params, tensor_names
 from engine.storage.untrusted import quote, read_json_object
 
