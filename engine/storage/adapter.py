@@ -4,7 +4,7 @@
            adapter_model.safetensors   lora_A (R, in) and lora_B (out, R) of every adapted part, float32; its metadata:
                                        thrice.base, digest of the base's params; thrice.checksum, over all numbers
 
-PEFT's own adapters have no such metadata; they are read too, and only their shapes tell whether they fit the base.
+PEFT's own adapters have no such metadata; they are read too, and only shapes tell whether they fit.
 """
 
 import math
@@ -36,8 +36,8 @@ UNBUILT = (
 def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base: str, base_name: str) -> Path:
     """Writes the LoRA leaves of params, on their base or alone, in place of a folder that is there; returns the folder.
 
-    It appears whole or not at all. `base` is the digest of the base's params as loaded. Raises UserError when there is no
-    LoRA leaf, one lies on another, or they differ in rank or scale.
+    Whole or not at all. `base`: digest of the base's params as loaded. Raises UserError when there is no LoRA leaf, one lies
+    on another, or they differ in rank or scale.
     """
     leaves = {path: leaf for path, leaf in leaf_paths(params).items() if isinstance(leaf, LoRA)}
     if not leaves:

@@ -1,4 +1,4 @@
-"""digest: one SHA-256 for a whole tree of weights, so that "never changed" and "the same bits" can be checked."""
+"""Digests a tree of weights: one SHA-256, so that "never changed" and "the same bits" can be checked."""
 
 import hashlib
 import json

@@ -28,11 +28,11 @@ FORMS = (
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """Weights, architecture, and how text becomes tokens for it.
+    """A model's weights, architecture and tokenizer.
 
     params: matrices in the dtype asked for (float32 for a run of ours), gains and biases float32. Any of `ends` ends a
-    completion, the tokenizer's own first. `checkpoint` is the file or folder that was read, `run` the run folder it lies
-    in, if any. `damaged` names, a line a file, the damage in newer checkpoints.
+    completion, the tokenizer's own first. `checkpoint`: the file or folder that was read; `run`: the run folder it lies in.
+    `damaged` names, a line a file, the damage in newer checkpoints.
     """
 
     name: str
@@ -101,9 +101,9 @@ def load_model(
 ) -> LoadedModel:
     """Loads the model `--model` names, by default the run that was saved to last; a LoRA run with its adapter on its base.
 
-    `dtype`: of the matrices of a model that is no run of ours, by default its own compute dtype. `report`: bytes or numbers
-    done and in all, while fetching and reading. `on_config` gets the architecture before weights are read. Raises UserError
-    when there is none, it is damaged or of an unknown form, or its weights alone exceed the memory.
+    `dtype`: of the matrices of a model that is no run of ours, by default its compute dtype. `report`: bytes or numbers done
+    and in all, while fetching and reading. `on_config` gets the architecture before weights are read. Raises UserError when
+    there is none, it is damaged or of an unknown form, or its weights alone exceed the memory.
     """
 
     def prepare(cfg: ModelConfig) -> None:

@@ -1,4 +1,4 @@
-"""A manifest: the size and SHA-256 of every file below a folder, so that damage is named instead of loaded."""
+"""Writes and verifies manifests: the size and SHA-256 of every file below a folder, so that damage is named, not loaded."""
 
 import concurrent.futures
 import hashlib
@@ -10,17 +10,17 @@ NAME = "manifest.json"
 
 
 def write_manifest(folder: Path) -> None:
-    """Writes `folder/manifest.json` over all files that are below `folder` now. Syncs nothing."""
+    """Writes `folder/manifest.json` over all files below `folder`. Syncs nothing."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
         entries = {name: pool.submit(_describe, folder / name) for name in _files(folder)}
         (folder / NAME).write_bytes(_render({name: entry.result() for name, entry in entries.items()}))
 
 
 def verify(folder: Path, skip: tuple[str, ...] = ()) -> list[str]:
-    """Returns each damaged, missing or extra file, a line each; empty when every file is as it was written.
+    """Returns each damaged, missing or extra file, a line each; none when all are as they were written.
 
-    Folders directly below `folder` named in `skip` are left out. The manifest guards itself too: it holds its own SHA-256
-    and must be, byte for byte, as `write_manifest` writes it.
+    Leaves out the folders named in `skip`. The manifest guards itself too: it holds its own SHA-256 and must be, byte for
+    byte, as `write_manifest` writes it.
     """
     listing = folder / NAME
     try:
@@ -57,7 +57,6 @@ def verify(folder: Path, skip: tuple[str, ...] = ()) -> list[str]:
 
 
 def _files(folder: Path) -> set[str]:
-    """Returns the relative paths of all files below `folder` but the manifest itself."""
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()} - {NAME}
 
 

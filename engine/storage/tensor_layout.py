@@ -1,8 +1,8 @@
 """Maps a file's tensors to the leaves of the params tree, and back.
 
 Files keep a matrix as (out, in), one for each of q, k, v, gate and up; the tree keeps (in, out), with [q | k | v] and
-[gate | up] side by side in one leaf. Everything is checked before the first weight is read, and no more than a few
-million numbers exist beside the tree itself.
+[gate | up] side by side in one leaf. All is checked before the first weight is read, and no more than a few million
+numbers exist beside the tree.
 """
 
 import math
@@ -27,7 +27,7 @@ KINDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}
 
 
 class Part(NamedTuple):
-    """A tensor of the file and its shape there. q and k have `paired` rows to a head, which some files keep in pairs."""
+    """A tensor of a file and its shape there. q and k have `paired` rows a head, which some files keep in pairs."""
 
     name: str
     shape: tuple[int, ...]
@@ -86,8 +86,7 @@ def layout_of(cfg: ModelConfig, names: Mapping[str, str]) -> Iterator[Leaf]:
 def check_tensors(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]], path: Path) -> list[Leaf]:
     """Returns the leaves, once it is sure that the file has all their parts and nothing else.
 
-    Raises UserError for a tensor of another shape or of no use, and at the first one missing, however many layers a config
-    may claim.
+    Raises UserError for a tensor of another shape or use, and at the first one missing, however many layers are claimed.
     """
     complete, known = [], set()
     for leaf in leaves:
@@ -106,10 +105,7 @@ def check_tensors(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]],
 
 
 class StoredModel(NamedTuple):
-    """A model in a file of another library's format, read and checked but for its weights.
-
-    rows: (tensor, start, stop) -> those rows of it, in any float dtype. Any of `ends` ends a completion.
-    """
+    """A model of a foreign format, all but its weights. rows: (tensor, start, stop) -> those rows, in any float dtype."""
 
     name: str
     cfg: ModelConfig
@@ -149,7 +145,10 @@ def read_params(model: StoredModel, dtype: str, report: Report = None) -> dict[s
 
 
 def split_params(leaves: list[Leaf], params: dict[str, Any], report: Report) -> Iterator[tuple[Part, np.ndarray]]:
-    """Yields the parts of all leaves, in order. Int8 and LoRA leaves are made plain one at a time."""
+    """Yields the parts of all leaves, in order. `report`: numbers yielded and in all.
+
+    params: Arrays, or Int8 and LoRA leaves, which are made plain one at a time.
+    """
     values = leaf_paths(params)
     total, done = sum(math.prod(leaf.shape) for leaf in leaves), 0
     for leaf in leaves:

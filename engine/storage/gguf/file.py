@@ -1,6 +1,6 @@
-"""Opens the model in a GGUF file, llama.cpp's format, of any quantisation; writes one in F32, BF16, F16 or Q8_0.
+"""Opens the model in a GGUF file (llama.cpp) of any quantisation; writes one in F32, BF16, F16 or Q8_0.
 
-The gguf library quantises and dequantises; its reader is not used (see `header.py`).
+The gguf library quantises; its reader is not used (see `header.py`).
 """
 
 import math
@@ -37,7 +37,7 @@ LINES = 256  # of the numbers read at a time
 
 
 def open_gguf(path: Path) -> StoredModel:
-    """Reads and checks all of a file but its weights. Raises UserError for whatever is damaged, unknown, or does not fit."""
+    """Reads and checks a file but its weights. Raises UserError for whatever is damaged, unknown, or does not fit."""
     header = read_header(path)
     for name, tensor in header.tensors.items():
         if tensor.kind.name not in READABLE:
@@ -91,9 +91,8 @@ def save_gguf(
 ) -> None:
     """Writes the model to `path`, complete or not at all; matrices in `dtype`, gains and biases in float32.
 
-    params: Arrays, or Int8 and LoRA leaves, which are made plain one at a time. A matrix whose rows are no whole number
-    of Q8_0's blocks of 32 becomes F16. `report`: numbers written and in all. Raises UserError for an architecture without
-    a name in GGUF.
+    params, report: as in `split_params`. A matrix whose rows are no whole number of Q8_0's blocks of 32 becomes F16. Raises
+    UserError for an architecture without a name in GGUF.
     """
     architecture = architecture_of(cfg)
     F32, F16, wanted = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType[KINDS[dtype]]

@@ -147,8 +147,8 @@ def _sentencepiece(header: Header, tokens: list[str], kinds: np.ndarray) -> toke
 def tokenizer_metadata(tokenizer: Tokenizer, ends: tuple[int, ...], vocab: int) -> dict[str, Any]:
     """Returns the metadata of a tokenizer, for a model of `vocab` tokens.
 
-    Where llama.cpp has no name for its split, it is told the nearest, and the tokenizer.json goes along whole. Raises
-    UserError for a tokenizer that is no BPE, or one without merges, which llama.cpp cannot read.
+    Where llama.cpp has no name for its split, it is told the nearest, and the tokenizer.json goes along. Raises UserError
+    for a tokenizer that is no BPE or has no merges, which llama.cpp cannot read.
     """
     written, config = tokenizer.to_json(), tokenizer.config
     model = written["model"]

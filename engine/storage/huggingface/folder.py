@@ -25,7 +25,7 @@ NAMES = tensor_names("model.layers.{}.", {
 
 
 def open_folder(path: Path) -> StoredModel:
-    """Reads and checks all of a folder but its weights. Raises UserError for whatever is damaged, unknown, or does not fit."""
+    """Reads and checks a folder but its weights. Raises UserError for whatever is damaged, unknown, or does not fit."""
     fields = read_json_object(path / "config.json")
     cfg = config_from(fields, path / "config.json")
     files = safetensors.read_folder(path)
@@ -39,7 +39,7 @@ def open_folder(path: Path) -> StoredModel:
     if head and not _hold_the_same(head, stored[NAMES["embed"]]):  # which of the two is meant cannot be known
         raise UserError(f"{path} says tie_word_embeddings but has a lm_head.weight that differs from its embedding.")
     rows = lambda name, start, stop: safetensors.read_rows(stored[name], start, stop)
-    return StoredModel(path.resolve().name, cfg, leaves, rows, *read_tokenizer(path, fields, cfg))
+    return StoredModel(path.resolve().name, cfg, leaves, rows, *read_tokenizer(path, fields, cfg.vocab))
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -59,8 +59,8 @@ def save_folder(
 ) -> None:
     """Writes config.json, generation_config.json and model.safetensors, every weight in `dtype`; no tokenizer.
 
-    params: Arrays, or Int8 and LoRA leaves, which are made plain one at a time. `tokens`: bos_token_id, eos_token_id and
-    pad_token_id, if any. `report`: numbers written and in all. Raises UserError for an architecture that no family has.
+    params, report: as in `split_params`. `tokens`: bos_token_id, eos_token_id and pad_token_id, if any. Raises UserError for
+    an architecture that no family has.
     """
     write_json(folder / "config.json", config_to(cfg, dtype, tokens))
     write_json(folder / "generation_config.json", tokens)

@@ -1,9 +1,9 @@
 """Reads safetensors files, with nothing in them believed, and writes them tensor by tensor.
 
 A file is the length of its header (8 bytes), the header, a JSON object {name: {dtype, shape, data_offsets}}, and the
-tensors' bytes, which must cover the rest without a gap or an overlap (github.com/huggingface/safetensors, "Format"). The
-safetensors library is not used: it maps files, so that one cut short meanwhile ends the process with SIGBUS; it parses a
-header of 35 MB into 400 MB; and it takes a name given twice and fields that it does not know (measured with 0.8).
+tensors' bytes without a gap or an overlap (github.com/huggingface/safetensors, "Format"). The safetensors library is not
+used: it maps files, so that one cut short meanwhile ends the process with SIGBUS; it parses a header of 35 MB into
+400 MB; and it takes a name given twice and unknown fields (measured with 0.8).
 """
 
 import json
@@ -27,7 +27,7 @@ from engine.storage.untrusted import (
     truncation_error,
 )
 
-HEADER = 2 * 2**20  # bytes of header a file may have: ten thousand tensors, and 40 MB once it is parsed
+HEADER = 2 * 2**20  # bytes of header at most: ten thousand tensors, and 40 MB once parsed
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
 }  # fmt: skip
@@ -86,7 +86,7 @@ def _tensor(path: Path, name: str, entry: Any, begin: int) -> StoredTensor:
 
 
 def read_rows(stored: StoredTensor, start: int, stop: int) -> np.ndarray:
-    """Reads rows start to stop of a tensor, in the file's dtype. Raises UserError if the file is shorter."""
+    """Reads rows start to stop, in the file's dtype. Raises UserError if the file is shorter."""
     dtype, row = DTYPES[stored.dtype], stored.shape[1:]
     width = math.prod(row) * dtype.itemsize
     return read_at(stored.path, stored.offset + start * width, (stop - start) * width).view(dtype).reshape(stop - start, *row)

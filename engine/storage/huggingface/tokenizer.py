@@ -1,4 +1,4 @@
-"""Reads the tokenizer of a Hugging Face folder: tokenizer.json, its config, the chat template, and the ends of completions."""
+"""Reads the tokenizer of a Hugging Face folder, its chat template, and the ends of completions."""
 
 from pathlib import Path
 from typing import Any
@@ -6,16 +6,18 @@ from typing import Any
 import tokenizers
 
 from engine.errors import UserError
-from engine.model.config import ModelConfig
 from engine.storage.untrusted import build_tokenizer, quote, read_json_object, read_text
 
 LARGEST = 64 * 2**20  # bytes of a tokenizer.json; the largest of these families has 17 million
 
 
 def read_tokenizer(
-    path: Path, fields: dict[str, Any], cfg: ModelConfig
+    path: Path, fields: dict[str, Any], vocab: int
 ) -> tuple[tokenizers.Tokenizer, dict[str, Any], tuple[int, ...]]:
-    """Returns a folder's tokenizer, its config, and the ids of which any ends a completion, the tokenizer's own first."""
+    """Returns a folder's tokenizer, its config, and the ids of which any ends a completion, the tokenizer's own first.
+
+    `fields`: of config.json. Raises UserError when a file is missing or damaged, or a token is not among the `vocab`.
+    """
     source = path / "tokenizer.json"
     if not source.is_file():
         other = next((name for name in ("tokenizer.model", "vocab.json") if (path / name).exists()), None)
@@ -34,24 +36,25 @@ def read_tokenizer(
     end = generation.get("eos_token_id", fields.get("eos_token_id"))
     ends = end[:64] if isinstance(end, list) else [] if end is None else [end]
     for token in ends:
-        if type(token) is not int or not 0 <= token < cfg.vocab:
-            raise UserError(f"{path}: eos_token_id should be ids below {cfg.vocab:,}, not {quote(token)}.")
-    if config.get("eos_token") is None:
-        config["eos_token"] = tokenizer.id_to_token(ends[0]) if ends else None
-        if config["eos_token"] is None:
-            raise UserError(f"{path} does not say which token ends a text: neither eos_token nor eos_token_id is given.")
-    own = tokenizer.token_to_id(config["eos_token"]) if isinstance(config["eos_token"], str) else None
+        if type(token) is not int or not 0 <= token < vocab:
+            raise UserError(f"{path}: eos_token_id should be ids below {vocab:,}, not {quote(token)}.")
+    if config.get("eos_token") is None and ends:
+        config["eos_token"] = tokenizer.id_to_token(ends[0])
+    eos = config.get("eos_token")
+    if eos is None:
+        raise UserError(f"{path} does not say which token ends a text: neither eos_token nor eos_token_id is given.")
+    own = tokenizer.token_to_id(eos) if isinstance(eos, str) else None
     if own is None:
-        raise UserError(f"{path}: the tokenizer has no token {quote(config['eos_token'])}, its own eos_token.")
+        raise UserError(f"{path}: the tokenizer has no token {quote(eos)}, its own eos_token.")
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
-    if largest >= cfg.vocab:
-        raise UserError(f"{source} has a token {largest:,} and the model only {cfg.vocab:,}: they do not belong together.")
+    if largest >= vocab:
+        raise UserError(f"{source} has a token {largest:,} and the model only {vocab:,}: they do not belong together.")
     known = {name: value for name, value in config.items() if value is not None}
     return tokenizer, known, tuple(dict.fromkeys((own, *ends)))
 
 
 def _template(path: Path, config: dict[str, Any]) -> str | None:
-    """Returns the chat template: from its own file, or from tokenizer_config.json, alone or as the one called default."""
+    """Returns the chat template: from its own file, or the only or default one of tokenizer_config.json."""
     file = path / "chat_template.jinja"
     if file.is_file():
         return read_text(file)
