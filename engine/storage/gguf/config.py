@@ -7,7 +7,7 @@ from gguf.constants import GGMLQuantizationType
 
 from engine.errors import UserError
 from engine.model.config import ModelConfig, RopeScaling
-from engine.storage.fields import BLOCKS, Fields
+from engine.storage.fields import BLOCKS, DEFAULTS, Fields
 from engine.storage.gguf.header import Header
 from engine.storage.untrusted import known_name, quote, read_at
 
@@ -52,16 +52,9 @@ def config_from(header: Header) -> ModelConfig:
     table = header.tensors.get("token_embd.weight")
     if table is None or len(table.shape) != 2:
         raise UserError(f"{path} has no embedding, token_embd.weight, or not one of two dimensions.")
-    heads, width = (fields.number(SIZES[name], int) for name in ("heads", "width"))
-    defaults = {"kv_heads": heads, "head_dim": width // heads if heads else 0}
-    sizes: dict[str, Any] = {ours: fields.number(theirs, int, defaults.get(ours)) for ours, theirs in SIZES.items()}
-    for key in HEAD_WIDTHS:
-        if (value := fields.number(key, int, wanted := sizes["head_dim"])) != wanted:
-            raise UserError(f"{path}: {kind}.{key} is {value} and not {wanted}, a head's width; that is not built here.")
     theta = shortest_decimal(fields.number(THETA, float, 10000.0))
-    if 0 < fields.number(WINDOW, int, 0) < sizes["context"]:
-        raise UserError(f"{path}: {kind}.{WINDOW} is shorter than the context; windows are not built here.")
-    return ModelConfig(
+    sizes: dict[str, Any] = {ours: fields.number(theirs, int, DEFAULTS.get(ours)) for ours, theirs in SIZES.items()}
+    cfg = ModelConfig(
         **sizes,
         vocab=table.shape[0],
         rope_theta=theta,
@@ -70,6 +63,12 @@ def config_from(header: Header) -> ModelConfig:
         tied="output.weight" not in header.tensors,
         **BLOCKS[kind],
     )
+    for key in HEAD_WIDTHS:
+        if (value := fields.number(key, int, cfg.head_dim)) != cfg.head_dim:
+            raise UserError(f"{path}: {kind}.{key} is {value} and not {cfg.head_dim}, a head's width; that is not built here.")
+    if 0 < fields.number(WINDOW, int, 0) < cfg.context:
+        raise UserError(f"{path}: {kind}.{WINDOW} is shorter than the context; windows are not built here.")
+    return cfg
 
 
 def scaling_factors(scaling: RopeScaling, theta: float, head_dim: int) -> np.ndarray:

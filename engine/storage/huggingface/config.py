@@ -6,7 +6,7 @@ from typing import Any
 
 from engine.errors import UserError
 from engine.model.config import ModelConfig, RopeScaling
-from engine.storage.fields import BLOCKS, Fields, architecture_of
+from engine.storage.fields import BLOCKS, DEFAULTS, Fields, architecture_of
 from engine.storage.untrusted import known_name, quote
 
 # Fields of a part that is not built here, and their values without it.
@@ -55,8 +55,7 @@ def config_from(values: dict[str, Any], path: Path) -> ModelConfig:
     fields = Fields(values, path)
     kind = known_name(values.get("model_type"), BLOCKS, "model_type", path)
     fields.check(USED, ONLY, IGNORED)
-    # Without head_dim it is 128 in Qwen 3, else width / heads: 0 in ModelConfig.
-    defaults = {"kv_heads": fields.number(SIZES["heads"], int), "head_dim": 128 if kind == "qwen3" else 0}
+    defaults = DEFAULTS | ({"head_dim": 128} if kind == "qwen3" else {})
     sizes: dict[str, Any] = {ours: fields.number(theirs, int, defaults.get(ours)) for ours, theirs in SIZES.items()}
     _check_window(fields, kind, sizes["context"])
     theta, scaling = _rope(fields)
