@@ -4,17 +4,15 @@ from stages.serve.errors import ApiError
 
 
 class Admission:
-    """Counts the completions that have a slot or wait for one: `slots` and `queue` at most, and none once `draining` is set.
-
-    Counts too the bytes of bodies, of all requests together, that have come and are not decoded yet.
-    """
+    """Counts the completions in slots and in the queue, and refuses all once `draining` is set. Also counts the bytes of
+    all request bodies that are not decoded yet."""
 
     def __init__(self, slots: int, queue: int) -> None:
         self.slots, self.limit = slots, slots + queue
         self.reserved = 0
         self.draining = False
         self.body_bytes, self.max_body_bytes = 0, 64 * 2**20
-        self._seconds = 1.0  # that a completion takes: a moving average
+        self._seconds = 1.0  # a completion takes, as a moving average
 
     def check_open(self) -> None:
         """Raises ApiError when the server is shutting down."""
@@ -26,10 +24,8 @@ class Admission:
         self.check_open()
         if self.reserved + count > self.limit:
             wait = min(60, max(1, round(self._seconds * max(1, self.reserved - self.slots) / self.slots)))
-            message = f"{self.reserved} requests are being answered or wait, which is all that is taken in."
-            raise ApiError(
-                429, f"{message} Try again in {wait} s.", code="rate_limit_exceeded", headers={"Retry-After": str(wait)}
-            )
+            message = f"{self.reserved} requests are being answered or wait, and no more are taken in. Try again in {wait} s."
+            raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(wait)})
 
     def reserve(self, count: int) -> None:
         """Reserves places for `count` completions, all or none. Raises ApiError."""
@@ -40,11 +36,11 @@ class Admission:
         self.reserved += count
 
     def record(self, seconds: float) -> None:
-        """Takes the duration of a completion into the average that Retry-After is estimated from."""
+        """Records the duration of a completion; Retry-After is estimated from them."""
         self._seconds = 0.9 * self._seconds + 0.1 * seconds
 
     def add_bytes(self, count: int) -> None:
-        """Counts bytes of a body that have come. Raises ApiError, and counts nothing, when they are too many."""
+        """Counts received bytes of a body. Raises ApiError, and counts nothing, when they are too many."""
         if self.body_bytes + count > self.max_body_bytes:
             message = f"Bodies of {self.body_bytes:,} bytes are coming in, and no more are taken in at once. Try again in 1 s."
             raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1", "Connection": "close"})

@@ -1,6 +1,6 @@
-"""The engine thread, which alone touches the slots: requests go in through a queue, events come out on the event loop.
+"""The engine thread, which alone changes the slots: requests go in through a queue, events come out on the event loop.
 
-The event loop may read counts of the slots while the thread changes them; a count may then be one round old.
+The event loop may read the slots' counts meanwhile; they may then be one step old.
 """
 
 import asyncio
@@ -15,53 +15,53 @@ from engine.inference.request import Event, Request
 from engine.inference.slots import Slots
 from stages.cli.compile_counter import CompileCounter
 
-IDLE = 0.25  # seconds after which it goes round with nothing to do, to show that it can
+IDLE = 0.25  # seconds between ticks without work, which show that the thread is alive
 Listener = Callable[[Event], None]
 
 
 class Engine:
     """Slots in a thread of their own."""
 
-    def __init__(self, slots: Slots, compiles: CompileCounter) -> None:
-        self.slots, self._compiles = slots, compiles
+    def __init__(self, slots: Slots) -> None:
+        self.slots, self._compiles = slots, CompileCounter()
         self.cfg, self.capacity = slots.cfg, slots.capacity
         self.ready = False
         self.failed: BaseException | None = None
         self.ticked = time.monotonic()
-        self.cache_use = 0.0  # the share of the KV cache that is filled
+        self.cache_use = 0.0  # share of the KV cache that is filled
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._listeners: dict[int, Listener] = {}  # by the slots' id of a request
+        self._listeners: dict[int, Listener] = {}  # by request id
         self._thread: threading.Thread | None = None
         self._stopping = False
 
     @property
     def compiled(self) -> int:
-        """Programs compiled since it is ready. There should be none."""
+        """Programs compiled since it was ready: there should be none."""
         return self._compiles.count if self.ready else 0
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for a slot, with what the thread has not taken from its queue."""
+        """Requests without a slot, with those still in the thread's queue."""
         return self.slots.waiting + self._work.qsize()
 
     @property
     def idle_seconds(self) -> float:
-        """Seconds since the thread last went round."""
+        """Seconds since the thread's last tick."""
         return time.monotonic() - self.ticked
 
     def start(self, changed: Callable[[], None], *warm: Any) -> None:
-        """Compiles every program and then serves, in a thread. To be called on the event loop.
+        """Starts the thread, which compiles every program and then serves. To be called on the event loop.
 
-        `changed` is called there when the engine is `ready`, and when it has `failed`. `warm`: the arguments of `Slots.warm`.
+        `changed` is called there once the engine is `ready` and if it has `failed`. `warm`: the arguments of `Slots.warm`.
         """
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, args=(changed, warm), daemon=True, name="engine")
         self._thread.start()
 
     def submit(self, request: Request, listener: Listener) -> Callable[[], None]:
-        """Hands in a request, which must pass `request.check`; returns what cancels it.
+        """Submits a request that passes `request.check`, and returns the call that cancels it.
 
-        `listener` is called on the event loop with each of its events, and may be once more after it was cancelled.
+        `listener` gets each of its events on the event loop, perhaps one more after it was cancelled.
         """
         ids: list[int] = []
 
@@ -107,7 +107,7 @@ class Engine:
                 self._work.get()()
 
     def _take_work(self) -> None:
-        """Does all the work in the queue; waits a moment for some when no request is under way."""
+        """Runs all work in the queue; without requests, waits up to IDLE seconds for some."""
         with contextlib.suppress(queue.Empty):
             if not self.slots.busy:
                 self._work.get(timeout=IDLE)()
@@ -115,7 +115,7 @@ class Engine:
                 self._work.get_nowait()()
 
     def _deliver(self, events: list[Event]) -> None:
-        """Posts each event to its listener, all of one step at once."""
+        """Posts the events of one step to their listeners, all at once."""
         addressed = [(self._listeners[event.id], event) for event in events if event.id in self._listeners]
         for event in events:
             if event.finish_reason:

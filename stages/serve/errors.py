@@ -3,7 +3,6 @@
 import sys
 import traceback
 from collections.abc import Mapping
-from typing import Any
 
 import msgspec
 from starlette.responses import Response
@@ -30,7 +29,7 @@ class ErrorReply(msgspec.Struct):
 
 
 class ApiError(Exception):
-    """Becomes the reply to a request, wherever on its way it is raised."""
+    """An error that becomes the reply to a request."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None,
@@ -38,24 +37,22 @@ class ApiError(Exception):
     ) -> None:  # fmt: skip
         super().__init__(message)
         self.status, self.code, self.headers = status, code, headers
-        self.body = msgspec.json.encode(
-            ErrorReply(ErrorObject(message, TYPES.get(status, "invalid_request_error"), param, code))
-        )
+        error = ErrorObject(message, TYPES.get(status, "invalid_request_error"), param, code)
+        self.body = msgspec.json.encode(ErrorReply(error))
 
     def reply(self) -> Response:
         return Response(self.body, self.status, self.headers, media_type="application/json")
 
 
 class ClientGone(Exception):
-    """Ends the work for a client that has left; nobody reads a reply."""
+    """Raised when the client has left: nobody reads a reply."""
 
 
 def internal_error(error: BaseException) -> ApiError:
-    """Returns the 500 for a mistake of ours, and prints the traceback where the server's owner sees it."""
+    """Returns the 500 for a mistake of ours, and prints its traceback to the server's log."""
     traceback.print_exception(error, file=sys.stderr)
     return ApiError(500, "The server is at fault; what happened is in its log.")
 
 
-def json_reply(value: Any, status: int = 200) -> Response:
-    """Returns a Struct, or plain data, as a JSON response."""
+def json_reply(value: msgspec.Struct, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status, media_type="application/json")

@@ -1,4 +1,4 @@
-"""Layout: how a model is laid out to be served, which is all that compiling its programs ahead of its weights takes."""
+"""The layout of a served model: number types and slots. It suffices to compile the programs before the weights are read."""
 
 import contextlib
 import dataclasses
@@ -31,35 +31,36 @@ def default_weights(backend: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """`weights`: int8, bfloat16 or float32. `capacity`: tokens of a slot; None is the model's context, at most 2048.
-    `kv_dtype`: of the KV cache. `prefix_cache_bytes`: 0 for none."""
+    """`weights`: int8, bfloat16 or float32. `capacity`: tokens of a slot; None is the model's context, at most 2048. The
+    other fields are those of `Slots`."""
 
     weights: str
     slots: int = 8
     capacity: int | None = None
     kv_dtype: KVDtype = "bfloat16"
     prefix_cache_bytes: int = 0
+    speculate: bool = True
 
     def config(self, cfg: ModelConfig) -> ModelConfig:
-        """Returns the config that computes with weights of this type."""
+        """Returns the config that computes in this type."""
         return cfg if self.weights == "int8" else dataclasses.replace(cfg, dtype=self.weights)  # type: ignore[arg-type]
 
     def params(self, cfg: ModelConfig, params: Any) -> Any:
-        """Returns params as they are multiplied by: adapters merged, integers where the weights are int8."""
+        """Returns params as the programs multiply by them: adapters merged, and quantized for int8."""
         if self.weights == "int8":
             merge = lambda _, leaf: dense(leaf).astype(cfg.dtype) if isinstance(leaf, LoRA) else leaf
             params = quantize(map_paths(merge, params))
         return decode.for_inference(cfg, params)
 
     def slot_options(self, cfg: ModelConfig) -> dict[str, Any]:
-        """Returns the options of `Slots` that shape its programs."""
+        """Returns the options that shape the programs of `Slots`."""
         return {
             "slots": self.slots, "capacity": self.capacity or min(cfg.context, MAX_DEFAULT_CAPACITY),
             "kv_dtype": self.kv_dtype, "prefix_cache_bytes": self.prefix_cache_bytes,
         }  # fmt: skip
 
     def check_room(self, cfg: ModelConfig) -> None:
-        """Raises UserError, before anything is allocated, when weights and slots are more than a CPU's memory holds."""
+        """Raises UserError when weights and slots are more than a CPU's memory holds. Allocates nothing."""
         capacity = self.slot_options(cfg)["capacity"]
         cache = jax.eval_shape(lambda: make_kv_segments(cfg, self.slots, capacity, CHUNK, self.kv_dtype))
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) + self.prefix_cache_bytes
@@ -68,10 +69,10 @@ class Layout:
 
 
 class CompileAhead:
-    """Compiles the serving programs in a thread, from the architecture alone, while another core reads the weights.
+    """Compiles the serving programs in a thread while another core reads the weights.
 
-    Iterated, once, it yields what `compile_ahead` does, as that comes. Nothing depends on it: what it gets wrong or cannot
-    do is done, or becomes an error, when the programs are wanted.
+    Iterating it, once, yields the programs as `compile_ahead` does. A failure here is silent: a program that is missing is
+    compiled when it is needed.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -89,7 +90,7 @@ class CompileAhead:
             yield program
 
     def stop(self) -> None:
-        """Waits for the program that is being compiled, and compiles no other."""
+        """Ends after the program that is being compiled."""
         self._stop.set()
         if self._thread:
             self._thread.join()

@@ -1,4 +1,4 @@
-"""One server from its first compilation to its last reply: warms up, answers, drains at a signal, and checks the weights."""
+"""The life of one server: compiles, answers, drains at a signal, and checks that the weights are unchanged."""
 
 import asyncio
 import socket
@@ -22,10 +22,9 @@ from stages.serve.state import ServerState
 async def serve(
     state: ServerState, app: ASGIApp, bound: socket.socket, console: Console, ahead: CompileAhead, ready: str
 ) -> int:
-    """Serves on the socket until a signal; prints `ready` when clients can be answered.
+    """Serves on the socket until a signal; prints `ready` when clients can be answered. `ahead`: programs compiled already.
 
-    Returns 0 when it was stopped and every request had its reply, 1 when the engine or the weights broke. `ahead`: the
-    programs that are compiled already.
+    Returns 0 when every request had its reply, 1 when the engine failed or a weight changed.
     """
     loop, engine, changed = asyncio.get_running_loop(), state.engine, asyncio.Event()
     server.listen(bound)
@@ -63,9 +62,9 @@ async def serve(
 
 
 async def warm(state: ServerState, ahead: CompileAhead, changed: asyncio.Event, console: Console) -> None:
-    """Compiles what is not compiled `ahead`, and runs it all once. Raises the error that ended it.
+    """Starts the engine and waits until its programs are compiled and have run once. Raises the error that ended it.
 
-    `changed` is set now, and again should the engine fail.
+    `changed` is set when the engine is ready, and again should it fail.
     """
     with console.task("compiling", always=True) as report:
         state.engine.start(changed.set, report, ahead)

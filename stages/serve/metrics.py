@@ -1,4 +1,4 @@
-"""Metrics for Prometheus under the names that vLLM's users know, and how many programs were compiled after start-up."""
+"""Prometheus metrics under vLLM's names, and the number of programs compiled after start-up."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 5
 
 
 class Metrics(Collector):
-    """Counts in a registry of its own, so that two servers in one process do not share counts."""
+    """Counts in a registry of its own: two servers in one process share none."""
 
     def __init__(self, model: str, engine: Engine) -> None:
         self._engine = engine
@@ -59,16 +59,16 @@ class Metrics(Collector):
         about = "Programs compiled since the server was ready."
         return [CounterMetricFamily("thrice_compiles_after_ready", about, value=self._engine.compiled)]
 
-    def response(self, status: int) -> None:
+    def count_response(self, status: int) -> None:
         """Counts an HTTP response."""
         self._responses.labels(str(status)).inc()
 
-    def ended(self, reason: str) -> None:
-        """Counts a completion that ended: "stop", "length", "abort" or "error"."""
+    def count_end(self, reason: str) -> None:
+        """Counts a completion that ended, by reason: stop, length, abort or error."""
         self._success[reason].inc()
 
-    def completed(self, prompt: int, cached: int, written: int, seconds: float, decoding: float) -> None:
-        """Counts the tokens of a whole completion, and its seconds in all and from first token to last."""
+    def count_completion(self, prompt: int, cached: int, written: int, seconds: float, decoding: float) -> None:
+        """Counts a whole completion: its tokens, its seconds, and those of `decoding`, from first token to last."""
         for counter, count in zip(self._counters, (prompt, written, prompt, cached)):
             counter.inc(count)
         for histogram, value in zip(self._histograms, (prompt, written, seconds)):
@@ -77,5 +77,5 @@ class Metrics(Collector):
             self._per_token.observe(decoding / (written - 1))
 
     def text(self) -> bytes:
-        """Returns all of it in Prometheus' text format."""
+        """Returns all metrics in Prometheus' text format."""
         return prometheus.generate_latest(self._registry)

@@ -1,4 +1,4 @@
-"""Turns the flags into values once, and runs the server: address and keys first, then the model, then the clients."""
+"""Turns the flags into values and runs the server: address and keys first, then the model, then the clients."""
 
 import asyncio
 import contextlib
@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from engine.device import start_jax
 from engine.errors import UserError
@@ -16,13 +17,13 @@ from stages.serve import server
 from stages.serve.api.guard import LOCAL_HOSTS
 from stages.serve.flags import ServeFlags
 
-SWITCH_SECONDS = 0.0005  # for which one thread may hold Python's lock while weights are read beside what compiles
-GC_THRESHOLD = 100_000  # objects more before Python looks for garbage: tracing makes many, nearly all of which stay
+SWITCH_SECONDS = 0.0005  # a thread may hold Python's lock while weights are read beside compilation
+GC_THRESHOLD = 100_000  # new objects before a garbage collection: tracing makes many, and nearly all stay
 
 
 @contextlib.contextmanager
 def _quick_threads() -> Iterator[None]:
-    """Lets threads take turns sooner, and collects less garbage, for as long as the block lasts."""
+    """Within the block, threads take turns sooner and less garbage is collected."""
     interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
     sys.setswitchinterval(SWITCH_SECONDS)
     gc.set_threshold(GC_THRESHOLD, *thresholds[1:])
@@ -34,7 +35,7 @@ def _quick_threads() -> Iterator[None]:
 
 
 def run(flags: ServeFlags) -> int:
-    """Returns 0 when it was stopped and every request had its reply, 1 when the engine or the weights broke."""
+    """Returns 0 when every request had its reply, 1 when the engine failed or a weight changed. Raises UserError."""
     keys = _split(flags.api_key) or _split(os.environ.get("THRICE_API_KEY"))
     local = server.is_local(flags.host)
     if not keys and not local:
@@ -49,28 +50,28 @@ def run(flags: ServeFlags) -> int:
         signals.set_phase("before it was ready.")
         with _quick_threads():
             device = start_jax(flags.device, decodes=True)
-            # Everything that imports JAX comes after its start.
-            from stages.serve import startup
+            # Imports of JAX come after its start.
             from stages.serve.api.app import make_app
             from stages.serve.layout import Layout, default_weights
             from stages.serve.lifecycle import serve
-            from stages.serve.page import page
+            from stages.serve.startup import load_state
 
+            kv_dtype: Any = flags.keys_values
             layout = Layout(
-                weights=flags.weights or default_weights(device.backend), slots=flags.slots,
-                capacity=flags.capacity, kv_dtype=flags.keys_values, prefix_cache_bytes=flags.prefix_cache * 10**6,  # type: ignore[arg-type]
+                flags.weights or default_weights(device.backend), flags.slots, flags.capacity, kv_dtype,
+                prefix_cache_bytes=flags.prefix_cache * 10**6, speculate=not flags.no_guesses,
             )  # fmt: skip
-            state, ahead = startup.load_state(
+            state, ahead = load_state(
                 flags.model, layout, device, console, adapter=flags.adapter, template=flags.template, name=flags.name,
-                queue=flags.queue, speculation=not flags.no_guesses, price=flags.price,
+                queue=flags.queue, price=flags.price,
             )  # fmt: skip
         hosts = None  # any, where a key protects it
         if local or names:
             hosts = LOCAL_HOSTS | names | {flags.host.lower(), f"[{address}]" if ":" in address else address}
-        app = make_app(state, page(), keys, hosts, origins, importlib.metadata.version("thrice"))
+        app = make_app(state, keys, hosts, origins, importlib.metadata.version("thrice"))
         try:
             return asyncio.run(serve(state, app, bound, console, ahead, _ready(flags.host, port, len(keys))))
-        except signals.Stopped as stopped:  # while it compiled, which nothing can end but the end of the process
+        except signals.Stopped as stopped:  # while compiling, which only the end of the process ends
             code = signals.report_stop(stopped)
             console.close_live()
             os._exit(code)

@@ -1,4 +1,4 @@
-"""The socket, and uvicorn on it: answers what is not HTTP in JSON too, and hangs up on clients that send no request."""
+"""The socket, and uvicorn on it with time limits: hangs up on clients that send no request, and refuses non-HTTP in JSON."""
 
 import asyncio
 import contextlib
@@ -16,9 +16,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from engine.errors import UserError
 from stages.serve.errors import ApiError
 
-HEAD_SECONDS = 20.0  # for a request's first line and headers, counted from the connection or from its first byte
+HEAD_SECONDS = 20.0  # for a request's first line and headers, from the connection or the first byte
 HEAD_BYTES = 32_768
-IDLE_SECONDS = 60  # that a connection is kept for another request
+IDLE_SECONDS = 60  # a connection is kept for another request
 BACKLOG = 1024
 
 
@@ -31,7 +31,7 @@ def is_local(host: str) -> bool:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Returns a socket at the address, which `listen` opens to clients. Raises UserError."""
+    """Returns a socket bound to the address; `listen` opens it to clients. Raises UserError."""
     try:
         numbers = "127.0.0.1" if host == "localhost" else host
         family, _, _, _, address = socket.getaddrinfo(numbers, port, type=socket.SOCK_STREAM)[0]
@@ -45,7 +45,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def listen(bound: socket.socket) -> None:
-    """Lets clients connect. Raises UserError when another process was quicker."""
+    """Lets clients connect. Raises UserError when another process already listens there."""
     host, port = bound.getsockname()[:2]
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))  # each connection is an open file
@@ -67,7 +67,7 @@ def _explained(bound: socket.socket, host: str, port: int) -> Iterator[None]:
 
 
 def make_server(app: ASGIApp) -> uvicorn.Server:
-    """Returns uvicorn for the application. It leaves signals to the command."""
+    """Returns uvicorn for the application; signals are left to the command."""
     server = uvicorn.Server(uvicorn.Config(
         app, http=HttpProtocol, ws="none", lifespan="off", loop="asyncio", log_config=None, log_level="critical",
         access_log=False, server_header=False, h11_max_incomplete_event_size=HEAD_BYTES, timeout_keep_alive=IDLE_SECONDS,
@@ -78,7 +78,7 @@ def make_server(app: ASGIApp) -> uvicorn.Server:
 
 
 class HttpProtocol(H11Protocol):
-    """uvicorn's, which by itself waits for a request without end, and answers what is none in plain text."""
+    """uvicorn's protocol, which alone would wait for a request without end and refuse non-HTTP in plain text."""
 
     _waiting: asyncio.TimerHandle | None = None
 
@@ -93,7 +93,7 @@ class HttpProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self._waiting is None and (self.cycle is None or self.cycle.response_complete):
-            self._wait()  # a head has begun, or a body goes on that was refused
+            self._wait()  # a head has begun, or a refused body goes on
 
     def handle_events(self) -> None:
         super().handle_events()

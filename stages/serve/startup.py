@@ -1,9 +1,8 @@
-"""Loads a model to be served: its weights laid out in slots, its chat template, and the banner that describes them."""
+"""Loads a model to serve: lays its weights out in slots, starts its chat template, and prints the banner."""
 
 import contextlib
 import datetime
 import re
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,27 +18,20 @@ from engine.storage.digest import digest
 from engine.storage.find import LoadedModel, load_model, with_adapters
 from engine.text.chat import Chat
 from engine.text.template import read_template
-from stages.cli.compile_counter import CompileCounter
 from stages.cli.console import Console
-from stages.serve.admission import Admission
-from stages.serve.engine import Engine
 from stages.serve.layout import REMEDY, CompileAhead, Layout
-from stages.serve.metrics import Metrics
 from stages.serve.state import ServerState
-from stages.serve.tokenize import TokenizerPool
 
 
 def load_state(
     model_name: str | None, layout: Layout, device: Device, console: Console, *, name: str | None = None,
-    adapter: Path | None = None, template: Path | None = None, queue: int = 32, speculation: bool = True,
-    price: float | None = None,
+    adapter: Path | None = None, template: Path | None = None, queue: int = 32, price: float | None = None,
 ) -> tuple[ServerState, CompileAhead]:  # fmt: skip
-    """Loads a model, prints the banner, and returns what the routes serve beside what goes on compiling. Raises UserError.
+    """Loads a model, with the adapter in a folder and the template in a file, and prints the banner.
 
-    `adapter` and `template`: a folder and a file to put on the model; `name`: what clients call it; `queue`: completions
-    that may wait; `speculation`: whether a lone request uses draft tokens; `price`: dollars an hour.
+    Returns the state of the routes, and the compilation that goes on. `name`, `queue` and `price` are those of
+    `ServerState`. Raises UserError.
     """
-    compiles = CompileCounter()  # counts from here on
     source = read_template(template)
     ahead = CompileAhead(layout)
 
@@ -58,7 +50,7 @@ def load_state(
         with ThreadPoolExecutor(1) as beside:  # the template's process starts while weights are laid out
             making = beside.submit(make_chat)
             try:
-                slots = _laid_out(model, adapter, layout, speculation)
+                slots = _make_slots(model, adapter, layout)
                 sha256 = digest(slots.params)
             except BaseException:
                 with contextlib.suppress(UserError):
@@ -68,7 +60,7 @@ def load_state(
     except BaseException:
         ahead.stop()
         raise
-    own_name = re.sub(r"[^A-Za-z0-9_.:-]+", "-", model.name).strip("-")  # as a path spells it, for /v1/models/NAME
+    own_name = re.sub(r"[^A-Za-z0-9_.:-]+", "-", model.name).strip("-")  # as a path may spell it: /v1/models/NAME
     name = name or (model_name if model_name in MODELS else own_name) or "model"
     weights = size(sum(leaf.nbytes for leaf in jax.tree.leaves(slots.params)))
     console.print_rows([
@@ -79,27 +71,15 @@ def load_state(
         ("queue", f"{queue} more wait; prefix cache of {layout.prefix_cache_bytes / 1e6:g} MB"),
         ("template", chat.template_name),
     ])  # fmt: skip
-    return make_state(model, name, slots, sha256, chat, make_chat, compiles, queue, price), ahead
+    return ServerState(name, model, slots, sha256, chat, make_chat, queue, price), ahead
 
 
-def make_state(
-    model: LoadedModel, name: str, slots: Slots, sha256: str, chat: Chat, make_chat: Callable[[], Chat],
-    compiles: CompileCounter, queue: int, price: float | None,
-) -> ServerState:  # fmt: skip
-    """Returns what the routes serve, around slots of the model. `make_chat` makes a chat beside `chat`, in another process."""
-    engine = Engine(slots, compiles)
-    return ServerState(
-        name, engine, TokenizerPool(model.tokenizer, chat, make_chat, slots.capacity), frozenset(model.ends),
-        Admission(slots.slots, queue), Metrics(name, engine), sha256, price,
-    )  # fmt: skip
-
-
-def _laid_out(model: LoadedModel, adapter: Path | None, layout: Layout, speculation: bool) -> Slots:
+def _make_slots(model: LoadedModel, adapter: Path | None, layout: Layout) -> Slots:
     cfg = layout.config(model.cfg)
     params = with_adapters(model.cfg, model.params, [adapter]) if adapter else model.params
     params = jax.block_until_ready(layout.params(cfg, params))
     try:
-        return Slots(cfg, params, speculate=speculation, **layout.slot_options(cfg))
+        return Slots(cfg, params, speculate=layout.speculate, **layout.slot_options(cfg))
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

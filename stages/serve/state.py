@@ -1,11 +1,14 @@
-"""ServerState: everything that the routes share, around one model behind one engine."""
+"""ServerState: the engine of one model, and everything else that the routes share."""
 
 import asyncio
-import dataclasses
 import time
+from collections.abc import Callable
 from typing import Literal
 
+from engine.inference.slots import Slots
 from engine.storage.digest import digest
+from engine.storage.loaded_model import LoadedModel
+from engine.text.chat import Chat
 from stages.serve.admission import Admission
 from stages.serve.engine import Engine
 from stages.serve.errors import ApiError
@@ -16,23 +19,23 @@ STUCK = 4.0  # seconds without a tick after which the engine counts as stuck; 50
 Status = Literal["ok", "warming", "stuck", "failed", "draining"]
 
 
-@dataclasses.dataclass
 class ServerState:
-    """`name`: what clients call the model. `stop_token_ids` end a completion. `digest`: of the weights at load."""
+    """`name`: by which clients ask for the model. `digest`: of the weights at load. `make_chat` makes a chat beside `chat`,
+    in another process. `queue`: completions that may wait. `price`: dollars an hour."""
 
-    name: str
-    engine: Engine
-    tokenizer: TokenizerPool
-    stop_token_ids: frozenset[int]
-    admission: Admission
-    metrics: Metrics
-    digest: str
-    price: float | None = None
-    loaded_at: int = dataclasses.field(default_factory=lambda: int(time.time()))
-    _hashing: "asyncio.Task[str] | None" = None
+    def __init__(
+        self, name: str, model: LoadedModel, slots: Slots, digest: str, chat: Chat, make_chat: Callable[[], Chat], queue: int,
+        price: float | None,
+    ) -> None:  # fmt: skip
+        self.name, self.digest, self.price, self.loaded_at = name, digest, price, int(time.time())
+        self.engine, self.admission = Engine(slots), Admission(slots.slots, queue)
+        self.tokenizer = TokenizerPool(model.tokenizer, chat, make_chat, slots.capacity)
+        self.stop_token_ids = frozenset(model.ends)
+        self.metrics = Metrics(name, self.engine)
+        self._hashing: asyncio.Task[str] | None = None
 
     def check_model(self, name: str) -> None:
-        """Raises ApiError unless the name is that of the model, or `default`."""
+        """Raises ApiError unless the name is the model's or `default`."""
         if name not in (self.name, "default"):
             short = name if len(name) <= 100 else name[:100] + "..."
             message = f"There is no model {short!r} here; {self.name!r} is served, also as 'default'."
@@ -47,7 +50,7 @@ class ServerState:
 
     @property
     def status(self) -> Status:
-        """Whether requests are answered at this moment, or why not."""
+        """Whether requests are answered now, or why not."""
         if self.engine.failed or not self.engine.ready:
             return "failed" if self.engine.failed else "warming"
         if self.engine.idle_seconds > STUCK:
@@ -55,7 +58,7 @@ class ServerState:
         return "draining" if self.admission.draining else "ok"
 
     async def hash_weights(self) -> str:
-        """Hashes all weights anew, in a thread; requests that come meanwhile share the result."""
+        """Returns a new digest of all weights, made in a thread; requests that come meanwhile share it."""
         if self._hashing is None or self._hashing.done():
             self._hashing = asyncio.create_task(asyncio.to_thread(digest, self.engine.slots.params))
         return await asyncio.shield(self._hashing)

@@ -1,7 +1,7 @@
 """Turns texts and conversations into tokens and back, off the event loop, on two workers: short texts wait for no long one.
 
-Each worker is a thread with a chat template's process of its own. The tokenizer works in native code without Python's
-lock, and a template in its own process, so the event loop goes on meanwhile.
+Each worker is a thread with its own chat template process. The tokenizer is native code that releases Python's lock, so the
+event loop goes on meanwhile.
 """
 
 import asyncio
@@ -14,13 +14,13 @@ from engine.text.chat import PLAIN, Chat
 from engine.text.tokenizer import Tokenizer
 from stages.serve.errors import ApiError
 
-SHORT = 16_384  # characters that the worker for short texts takes
-MAX_WAITING = 64  # texts that wait for a worker
-COUNTED_FIRST = 4_000_000  # characters rendered by a template, above which the text alone is counted first
+SHORT = 16_384  # characters: more go to the worker for long texts
+MAX_WAITING = 64  # texts for each worker
+COUNTED_FIRST = 4_000_000  # characters to render, above which the tokens of the text alone are counted first
 
 
 class _Worker:
-    """A thread that tokenizes one text after the other, with a chat that is made when it is first needed."""
+    """A thread that tokenizes one text after the other, with a chat that is made on first use."""
 
     def __init__(self, make_chat: Callable[[], Chat]) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
@@ -31,7 +31,7 @@ class _Worker:
         return self._make_chat()
 
     async def run[T](self, param: str, work: Callable[[], T]) -> T:
-        """Returns what `work` does, in the thread. Raises ApiError, about the field `param` when it is a UserError there."""
+        """Returns the result of `work`, run in the thread. A UserError becomes an ApiError about the field `param`."""
         if self._waiting >= MAX_WAITING:
             message = "Too many texts wait to become tokens."
             raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1"})
@@ -51,33 +51,33 @@ class _Worker:
 
 
 class TokenizerPool:
-    """A model's tokenizer and chat template on two workers, of which the second one's chat is made by `make_chat`.
+    """A model's tokenizer and chat template on two workers; `make_chat` makes the second one's chat.
 
-    `capacity`: tokens that a slot can hold.
+    `capacity`: tokens of a slot.
     """
 
     def __init__(self, tokenizer: Tokenizer, chat: Chat, make_chat: Callable[[], Chat], capacity: int) -> None:
         self.tokenizer, self._capacity = tokenizer, capacity
         self.chat_ends = frozenset() if chat.end is None else frozenset({chat.end})
-        self.strips_space = chat.source == PLAIN  # a reply then begins behind a name, with a space
+        self.strips_space = chat.source == PLAIN  # replies then follow a name, and begin with a space
         self._short, self._long = _Worker(make_chat), _Worker(make_chat)
         self._short.chat = chat
 
     async def encode(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
-        """Returns the tokens of each text, as a model reads it when it is to be continued. Raises ApiError."""
+        """Returns the tokens of each text, with the model's start tokens if `special`. Raises ApiError."""
         start = self.tokenizer.start if special else ()
         encode = lambda: [[*start, *self.tokenizer.encode(text).tolist()] for text in texts]
         return await self._worker(sum(map(len, texts))).run("prompt", encode)
 
     async def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Returns the tokens of a conversation up to where the assistant is to answer. Raises ApiError."""
-        # A template is run once, and twice more for each answer in the conversation.
+        """Returns the tokens of a conversation up to the assistant's next turn. Raises ApiError."""
+        # The template runs once, and twice more for each answer in the conversation.
         turns = 1 + sum(message["role"] == "assistant" for message in messages)
         size = turns * sum(len(message["content"]) for message in messages)
         worker = self._worker(size)
 
         def encode() -> list[int]:
-            if size > COUNTED_FIRST:  # too long a text is refused before a template renders it many times over
+            if size > COUNTED_FIRST:  # refuse a text that is too long before the template renders it many times
                 count = sum(len(self.tokenizer.encode(message["content"])) for message in messages)
                 if count >= self._capacity:
                     raise context_overflow(count, None, self._capacity, "messages")
@@ -97,7 +97,7 @@ class TokenizerPool:
 
 
 def context_overflow(count: int, max_tokens: int | None, capacity: int, param: str) -> ApiError:
-    """Returns the error for a prompt of `count` tokens that leaves no room for `max_tokens` more, or for any."""
+    """Returns the error for a prompt of `count` tokens without room for `max_tokens` more, or for one if None."""
     why, remedy = "which leaves none for an answer", "shorten the prompt."
     if max_tokens:
         why = f"and {max_tokens:,} more were asked for, {count + max_tokens:,} in all"
@@ -107,7 +107,7 @@ def context_overflow(count: int, max_tokens: int | None, capacity: int, param: s
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, bytes]:
-    """Returns a token as it is shown by itself, and its bytes: a control token's name, `bytes:\\xe2` for half a character."""
+    """Returns a token as text, and its bytes: a control token by its name, half a character as `bytes:\\xe2`."""
     if token in tokenizer.controls:
         name = tokenizer.controls[token].content
         return name, name.encode()

@@ -31,7 +31,6 @@ from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import LoRA
 from engine.model.weights.matmul import dense
 from engine.training.lora import add_lora
-from stages.cli.compile_counter import CompileCounter
 from stages.cli.console import Console
 from stages.serve import lifecycle, server, startup
 from stages.serve.__main__ import main
@@ -270,7 +269,7 @@ def test_too_many_slots_for_memory_is_a_sentence_and_ends_what_compiles_ahead():
     stopped: list[bool] = []
     ahead: Any = SimpleNamespace(stop=lambda: stopped.append(True))
     slots: Any = SimpleNamespace(cfg=None, capacity=8, warm=out_of_memory)
-    state: Any = SimpleNamespace(engine=Engine(slots, CompileCounter()))
+    state: Any = SimpleNamespace(engine=Engine(slots))
     with pytest.raises(UserError, match="Give fewer --slots, a smaller --capacity"):
         asyncio.run(lifecycle.warm(state, ahead, asyncio.Event(), Console()))
     state.engine.stop()

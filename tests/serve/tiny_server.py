@@ -36,8 +36,7 @@ class TinyServer:
         from engine.storage.digest import digest
         from engine.text.chat import Chat
         from engine.text.template import FIXED_DAY
-        from stages.cli.compile_counter import CompileCounter
-        from stages.serve.startup import make_state
+        from stages.serve.state import ServerState
 
         self.keys, self._warm = keys, warm
         self.model = model = tiny_model()
@@ -46,7 +45,7 @@ class TinyServer:
             model.cfg, params, slots=SLOTS, capacity=CAPACITY, kv_dtype="float32", prefix_cache_bytes=10**7, chunk=16, tail=8
         )
         make_chat = lambda: Chat(model.tokenizer, None, FIXED_DAY)
-        self.state = make_state(model, "tiny", slots, digest(params), make_chat(), make_chat, CompileCounter(), QUEUE, 0.25)
+        self.state = ServerState("tiny", model, slots, digest(params), make_chat(), make_chat, QUEUE, 0.25)
         self._started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
 
@@ -84,9 +83,8 @@ class TinyServer:
         from stages.serve import server
         from stages.serve.api.app import make_app
         from stages.serve.api.guard import LOCAL_HOSTS
-        from stages.serve.page import page
 
-        app = make_app(self.state, page(), keys, LOCAL_HOSTS, frozenset(), "1.2.3")
+        app = make_app(self.state, keys, LOCAL_HOSTS, frozenset(), "1.2.3")
         bound = server.bind("127.0.0.1", 0)
         server.listen(bound)
         http = server.make_server(app)

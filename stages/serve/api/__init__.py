@@ -1,4 +1,4 @@
-"""The HTTP API: OpenAI's routes between the guard and the engine.
+"""The HTTP API: OpenAI's routes between guard and engine.
 
 The path of one chat request, from the socket to the compiled program and back:
 

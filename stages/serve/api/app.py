@@ -1,5 +1,6 @@
-"""make_app: the ASGI application, which is the routes, their error replies, and the guard around them."""
+"""The ASGI application: the routes, their error replies, and the guard around them."""
 
+import functools
 from collections.abc import Sequence
 
 from starlette.applications import Starlette
@@ -13,25 +14,22 @@ from stages.serve.api import openapi
 from stages.serve.api.guard import NO_ROUTE, Guard
 from stages.serve.api.routes import ROUTES
 from stages.serve.errors import ApiError, ClientGone, internal_error
+from stages.serve.page import page
 from stages.serve.state import ServerState
 
 
 def make_app(
-    state: ServerState, page: tuple[bytes, str], keys: Sequence[str], hosts: frozenset[str] | None, origins: frozenset[str],
-    version: str,
-) -> ASGIApp:  # fmt: skip
-    """Returns the application that uvicorn runs.
-
-    `page` is the document at / and its Content-Security-Policy; `keys`, `hosts` and `origins` are those of Guard.
-    """
+    state: ServerState, keys: Sequence[str], hosts: frozenset[str] | None, origins: frozenset[str], version: str
+) -> ASGIApp:
+    """Returns the application that uvicorn runs; `keys`, `hosts` and `origins` are those of Guard."""
     app = Starlette(
-        routes=[Route(route.path, route.handler, methods=[route.method]) for route in ROUTES],
+        routes=[Route(each.path, functools.partial(each.handler, state), methods=[each.method]) for each in ROUTES],
         exception_handlers=dict.fromkeys((ApiError, ClientGone, HTTPException, Exception), _error_reply),
     )
     app.router.redirect_slashes = False
-    app.state.server, app.state.page = state, page
+    app.state.page = page()
     app.state.openapi = openapi.document(state.engine.cfg.vocab, state.engine.capacity, version)
-    return Guard(app, keys, hosts, origins, state.metrics.response)
+    return Guard(app, keys, hosts, origins, state.metrics.count_response)
 
 
 async def _error_reply(http: Request, error: Exception) -> Response:

@@ -1,4 +1,4 @@
-"""read_body: the body of a request, read within bounds of size and time, and checked field by field against its schema."""
+"""Reads the body of a request within bounds of size and time, and checks it field by field against its schema."""
 
 import asyncio
 import json
@@ -14,19 +14,15 @@ from stages.serve.errors import ApiError, ClientGone
 from stages.serve.state import ServerState
 
 MAX_BYTES = 4 * 2**20
-DECODED_AT_ONCE = 65_536  # bytes that are decoded in the event loop itself
-SECONDS = 20.0  # in which a body must have come
-SEARCHED = 2**20  # bytes of a body that is no JSON in which the place is looked for
+DECODED_AT_ONCE = 65_536  # bytes: more are decoded in a thread
+SECONDS = 20.0  # for a body to come
+SEARCHED = 2**20  # bytes: in a longer body the place that is no JSON is not looked for
 
 
-async def read_body[T: ModelRequest](http: Request, kind: type[T]) -> T:
-    """Returns the JSON body as `kind`, for the model that is served.
-
-    Raises ApiError, naming the field at fault, and ClientGone when the client leaves.
-    """
-    state: ServerState = http.app.state.server
+async def read_body[T: ModelRequest](state: ServerState, http: Request, kind: type[T]) -> T:
+    """Returns the JSON body as `kind`. Raises ApiError, which names the field at fault, and ClientGone."""
     _check_headers(http)
-    content = bytearray()  # counted as it comes: what Content-Length promises is nothing yet
+    content = bytearray()  # counted as it comes, for Content-Length is only a promise
     try:
         async with asyncio.timeout(SECONDS):
             async for part in http.stream():
@@ -67,17 +63,17 @@ def _decode[T: msgspec.Struct](content: bytearray, kind: type[T]) -> T:
 
 
 def _not_json(content: bytearray) -> str:
-    """Returns the first field that holds what Python's parser reads but JSON has not; empty when something else is wrong."""
+    """Returns the first field whose value Python's parser reads though JSON has none such; empty for another fault."""
     if len(content) > SEARCHED:
         return ""
-    try:  # digits are not at fault, however many there are
+    try:  # numbers of any length are JSON
         return (_place(json.loads(content.decode(), parse_int=len)) or "").lstrip(".")
     except (ValueError, RecursionError):
         return ""
 
 
 def _place(value: Any) -> str | None:
-    """Returns the path of the first number that is not finite or text with half of a surrogate pair, as msgspec spells it."""
+    """Returns the path, as msgspec spells it, of the first number that is not finite or text with half a surrogate pair."""
     steps: Any = ()
     if isinstance(value, float):
         return None if math.isfinite(value) else ""
@@ -97,7 +93,7 @@ def _is_text(text: str) -> bool:
 
 
 def _integral(value: Any) -> Any:
-    """Returns the value with 5.0 as 5: to JSON, and to clients in some languages, they are one number."""
+    """Returns the value with 5.0 as 5: in JSON, and to some languages' clients, they are one number."""
     if isinstance(value, dict):
         return {name: _integral(inner) for name, inner in value.items()}
     if isinstance(value, list):
@@ -122,7 +118,7 @@ def _too_large() -> ApiError:
 
 
 def _invalid(text: str) -> ApiError:
-    """Returns msgspec's error as ours: `Expected `int`, got `str` - at `$.n`` is about the field n."""
+    """Turns msgspec's error into ours: `Expected `int`, got `str` - at `$.n`` is about the field n."""
     match = re.search(r" - at (?:`key` in )?`\$(.*?)`$", text)
     place = match[1].lstrip(".") if match else ""
     problem = text[: match.start()] if match else text

@@ -15,10 +15,9 @@ from stages.serve.state import ServerState
 from stages.serve.tokenize import token_text
 
 
-async def chat_completions(http: Request) -> Any:
-    state: ServerState = http.app.state.server
+async def chat_completions(state: ServerState, http: Request) -> Any:
     state.check_ready()
-    body = await read_body(http, ChatRequest)
+    body = await read_body(state, http, ChatRequest)
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs is given without logprobs being true.", param="top_logprobs")
     if body.max_tokens is not None and body.max_completion_tokens is not None:
@@ -29,13 +28,13 @@ async def chat_completions(http: Request) -> Any:
         return [await state.tokenizer.encode_chat(template_messages(body.messages))]
 
     return await generate(
-        http, ChatWriter(state, body), encode, max_tokens=body.max_completion_tokens or body.max_tokens,
+        state, http, ChatWriter(state, body), encode, max_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None, ends=state.stop_token_ids | state.tokenizer.chat_ends,
     )  # fmt: skip
 
 
 def template_messages(messages: list[Message]) -> list[dict[str, str]]:
-    """Returns roles and texts as a chat template takes them; it knows a developer as the system."""
+    """Returns roles and texts for a chat template, to which a developer is the system."""
     return [
         {"role": "system" if message.role == "developer" else message.role, "content": message.text} for message in messages
     ]
@@ -44,10 +43,10 @@ def template_messages(messages: list[Message]) -> list[dict[str, str]]:
 class ChatWriter(Writer):
     """Writes chat completions."""
 
-    prompt_field, reply_type, chunk_type = "messages", replies.ChatReply, replies.ChatChunk
+    prompt_field, id_prefix, reply_type, chunk_type = "messages", "chatcmpl", replies.ChatReply, replies.ChatChunk
 
     def __init__(self, state: ServerState, body: ChatRequest) -> None:
-        super().__init__(state, body, body.n or 1, "chatcmpl")
+        super().__init__(state, body, body.n or 1)
         self._strips_space, self._wants_logprobs = state.tokenizer.strips_space, body.logprobs
         self._begun: set[int] = set()  # choices that have text
 
@@ -70,7 +69,7 @@ class ChatWriter(Writer):
             yield chunk
 
     def _stripped(self, piece: Piece) -> str:
-        """Returns the text; the beginning of a choice without the space that follows the name a plain template ends with."""
+        """Returns the text, without the space that begins a choice after a plain template."""
         begins = piece.choice not in self._begun
         if piece.text:
             self._begun.add(piece.choice)

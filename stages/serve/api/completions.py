@@ -15,11 +15,10 @@ from stages.serve.tokenize import token_text
 DEFAULT_MAX_TOKENS = 16  # as OpenAI has it
 
 
-async def completions(http: Request) -> Any:
+async def completions(state: ServerState, http: Request) -> Any:
     """Continues each prompt `n` times; the choices of a prompt follow each other."""
-    state: ServerState = http.app.state.server
     state.check_ready()
-    body = await read_body(http, CompletionRequest)
+    body = await read_body(state, http, CompletionRequest)
     prompts: Any = body.prompt if isinstance(body.prompt, list) else [body.prompt]
     kinds = {type(prompt) for prompt in prompts}
     if len(kinds) > 1:
@@ -33,18 +32,18 @@ async def completions(http: Request) -> Any:
         return await state.tokenizer.encode(prompts) if kinds == {str} else prompts
 
     return await generate(
-        http, TextWriter(state, body, count * (body.n or 1)), encode, max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS,
-        logprobs=body.logprobs, ends=state.stop_token_ids,
+        state, http, TextWriter(state, body, count * (body.n or 1)), encode,
+        max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS, logprobs=body.logprobs, ends=state.stop_token_ids,
     )  # fmt: skip
 
 
 class TextWriter(Writer):
     """Writes text completions."""
 
-    prompt_field, reply_type, chunk_type = "prompt", TextReply, TextReply
+    prompt_field, id_prefix, reply_type, chunk_type = "prompt", "cmpl", TextReply, TextReply
 
     def __init__(self, state: ServerState, body: CompletionRequest, choices: int) -> None:
-        super().__init__(state, body, choices, "cmpl")
+        super().__init__(state, body, choices)
         self._top_logprobs = body.logprobs
         self._offsets = [0] * choices
         self._streams = [self.tokenizer.stream() for _ in range(choices)]
@@ -60,7 +59,7 @@ class TextWriter(Writer):
             return None
         offsets, logprobs = [], piece.logprobs
         for each in logprobs:
-            offsets.append(self._offsets[piece.choice])  # a part of a character stands where that will
+            offsets.append(self._offsets[piece.choice])  # a part of a character is where the character will be
             self._offsets[piece.choice] += len(self._streams[piece.choice].push(each.token))
         name = lambda token: token_text(self.tokenizer, token)[0]
         top = [{name(token): nats for token, nats in each.top} for each in logprobs] if self._top_logprobs else None

@@ -1,6 +1,7 @@
-"""Generation: the completions of one HTTP request, from its prompts to the pieces of text that its reply is written from."""
+"""Generation: the completions of one HTTP request, from its prompts to the pieces of text of its reply."""
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import time
@@ -23,12 +24,12 @@ from stages.serve.errors import ApiError, ClientGone, json_reply
 from stages.serve.state import ServerState
 from stages.serve.tokenize import context_overflow
 
-# Fields of a body that the engine knows by the same name and of the same meaning; null is its default.
+# Fields of a body that have the same name and meaning in SamplingParams; null is the default.
 SAMPLING = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
 class Piece(NamedTuple):
-    """New text of choice number `choice`, its log-probabilities, and why the choice ended, if it did."""
+    """New text of choice number `choice`, its log-probabilities, and why the choice ended, or None."""
 
     choice: int
     text: str
@@ -38,7 +39,7 @@ class Piece(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Choice:
-    """One completion. `first_token`: when it came, by time.monotonic; `cached`: tokens of its prompt from the prefix cache."""
+    """One completion. `first_token`: its moment, by time.monotonic. `cached`: tokens of the prompt from the prefix cache."""
 
     index: int
     request: Request
@@ -49,9 +50,9 @@ class Choice:
 
 
 class Generation:
-    """The completions that one HTTP request has in the engine, in places that are reserved. `close` must be called, once.
+    """The completions of one HTTP request in the engine, in reserved places. `attached` must be entered, once.
 
-    `repeats`: so many requests in a row have the same prompt, which is counted once. `arrived`: by time.monotonic.
+    `repeats`: so many requests in a row share a prompt, which is counted once. `arrived`: by time.monotonic.
     """
 
     def __init__(
@@ -69,12 +70,11 @@ class Generation:
     async def pieces(self) -> AsyncIterator[Piece | None]:
         """Yields the pieces of all completions as they come; None after QUIET seconds without one.
 
-        Raises ClientGone when the client has left (see `watch`), ApiError when the engine has failed.
+        Raises ClientGone when the client has left, ApiError when the engine has failed.
         """
         while self._open:
             try:
-                async with asyncio.timeout(QUIET):
-                    item = await self._events.get()
+                item = await asyncio.wait_for(self._events.get(), QUIET)
             except TimeoutError:
                 yield None
                 continue
@@ -83,34 +83,36 @@ class Generation:
             if item[0] in self._open:
                 yield self._piece(*item)
 
-    async def whole(self, receive: Receive) -> list[Piece]:
-        """Returns one piece for each completion, with all of it. Raises as `pieces` does."""
+    async def whole(self) -> list[Piece]:
+        """Returns one piece for each completion, with all of it. Raises as `pieces`."""
         parts: list[list[Piece]] = [[] for _ in self._choices]
-        watch = asyncio.create_task(self.watch(receive))
-        try:
-            async for piece in self.pieces():
-                if piece:
-                    parts[piece.choice].append(piece)
-        finally:
-            watch.cancel()
+        async for piece in self.pieces():
+            if piece:
+                parts[piece.choice].append(piece)
         return [
             Piece(index, "".join(part.text for part in own), [each for part in own for each in part.logprobs], own[-1][-1])
             for index, own in enumerate(parts)
         ]
 
-    async def watch(self, receive: Receive) -> None:
-        """Returns when the client has left, having made `pieces` raise."""
-        while (await receive())["type"] != "http.disconnect":
-            continue
-        self._events.put_nowait(None)
+    @contextlib.asynccontextmanager
+    async def attached(self, receive: Receive) -> AsyncIterator[None]:
+        """Within the block, `pieces` notices a client that leaves. Its end cancels what is unfinished and frees the places."""
 
-    def close(self) -> None:
-        """Cancels what is not finished, and gives the reserved places back."""
-        for choice in self._open:
-            choice.cancel()
-            self._state.metrics.ended("abort")
-        self._open.clear()
-        self._state.admission.reserved -= len(self._choices)
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                continue
+            self._events.put_nowait(None)
+
+        watching = asyncio.create_task(watch())
+        try:
+            yield
+        finally:
+            watching.cancel()
+            for choice in self._open:
+                choice.cancel()
+                self._state.metrics.count_end("abort")
+            self._open.clear()
+            self._state.admission.reserved -= len(self._choices)
 
     @property
     def usage(self) -> Usage:
@@ -129,7 +131,7 @@ class Generation:
         choice.cached = event.cached_tokens
         if event.finish_reason == "error":
             self._open.discard(choice)
-            metrics.ended("error")
+            metrics.count_end("error")
             if self._state.engine.failed:
                 raise ApiError(503, "The engine has failed and answers nothing any more; the server has to be started again.")
             raise ApiError(500, "The model gave no numbers to draw a token from: its weights are damaged or overflow.")
@@ -141,30 +143,31 @@ class Generation:
             if not event.finish_reason:
                 choice.cancel()
             seconds, prompt = now - self._arrived, len(choice.request.prompt)
-            metrics.ended(reason)
-            metrics.completed(prompt, choice.cached, completion.tokens, seconds, now - choice.first_token)
+            metrics.count_end(reason)
+            metrics.count_completion(prompt, choice.cached, completion.tokens, seconds, now - choice.first_token)
             self._state.admission.record(seconds)
         return Piece(choice.index, text, event.logprobs[: completion.tokens - before], reason)
 
 
 class Writer:
-    """Writes `choices` completions in OpenAI's form, as one reply or as chunks; each of the two routes has its own.
+    """Writes `choices` completions in OpenAI's form, as one reply or as chunks; the two routes have a subclass each.
 
-    `prompt_field`: what an error about a prompt names. `choice`: writes a whole completion. `chunk_choices`: writes a
-    piece as choices, each of which is sent in a chunk of its own.
+    `prompt_field`: the field of the prompt. `choice` writes a whole completion, `chunk_choices` a piece as choices, each of
+    which is sent in a chunk of its own.
     """
 
     prompt_field: str
+    id_prefix: str
     reply_type: Any
     chunk_type: Any
     choice: Callable[[Piece], Any]
     chunk_choices: Callable[[Piece], Iterable[Any]]
 
-    def __init__(self, state: ServerState, body: CompletionFields, choices: int, kind: str) -> None:
+    def __init__(self, state: ServerState, body: CompletionFields, choices: int) -> None:
         self.body, self.choices, self.tokenizer = body, choices, state.tokenizer.tokenizer
         self._wants_usage = bool(body.stream_options and body.stream_options.include_usage)
         self._head = {
-            "id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": state.name,
+            "id": f"{self.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": state.name,
             "system_fingerprint": f"fp_{state.digest[:16]}",
         }  # fmt: skip
 
@@ -175,7 +178,7 @@ class Writer:
         return self.chunk_type(**self._head, choices=list(choices), usage=usage if self._wants_usage else UNSET)
 
     async def chunks(self, generation: Generation) -> AsyncIterator[Any]:
-        """Yields the chunks of a stream, and None when there is nothing new."""
+        """Yields the chunks of a stream; None after QUIET seconds without one."""
         async for piece in generation.pieces():
             for choice in self.chunk_choices(piece) if piece else [None]:
                 yield choice and self.chunk(choice)
@@ -184,16 +187,14 @@ class Writer:
 
 
 async def generate(
-    http: starlette.requests.Request, writer: Writer, encode: Callable[[], Awaitable[list[list[int]]]],
+    state: ServerState, http: starlette.requests.Request, writer: Writer, encode: Callable[[], Awaitable[list[list[int]]]],
     *, max_tokens: int | None, logprobs: int | None, ends: frozenset[int],
 ) -> Any:  # fmt: skip
-    """Returns the response to a request for completions of the prompts that `encode` gives.
+    """Returns the response to a request for completions of the prompts that `encode` returns.
 
-    They have at most `max_tokens` (all that fit when None), and one of `ends` ends them. Places are reserved before the
-    prompts become tokens; whatever happens, they are given back and nothing is left in the engine. Raises ApiError, and
-    ClientGone when the client leaves.
+    They have at most `max_tokens` (None: all that fit), and each of the tokens `ends` ends one. Places are reserved before
+    the prompts become tokens, and freed whatever happens. Raises ApiError, and ClientGone when the client leaves.
     """
-    state: ServerState = http.app.state.server
     body, capacity = writer.body, state.engine.capacity
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options is given without stream being true.", param="stream_options")
@@ -203,7 +204,7 @@ async def generate(
         seed = int.from_bytes(os.urandom(4)) if body.seed is None else body.seed
         options = {name: value for name in SAMPLING if (value := getattr(body, name)) is not None}
         options |= {
-            "top_k": max(0, body.top_k or 0), "logprobs": logprobs,  # -1 is another way to say all
+            "top_k": max(0, body.top_k or 0), "logprobs": logprobs,  # a top_k of -1 means all
             "logit_bias": {int(token): value for token, value in (body.logit_bias or {}).items() if value},
             "stop_token_ids": frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else ends),
         }  # fmt: skip
@@ -211,7 +212,7 @@ async def generate(
             room = capacity - len(prompt)
             if room < (max_tokens or 1):
                 raise context_overflow(len(prompt), max_tokens, capacity, writer.prompt_field)
-            for _ in range(body.n or 1):  # each draws by a seed of its own
+            for _ in range(body.n or 1):  # each with its own seed
                 params = SamplingParams(max_tokens=max_tokens or room, seed=(seed + len(requests)) % SEEDS, **options)
                 requests.append(Request(tuple(prompt), params, http.state.namespace))
                 check(requests[-1], state.engine.cfg.vocab, capacity)
@@ -222,8 +223,6 @@ async def generate(
             raise ApiError(400, str(error), param=error.field) from None
         raise
     if body.stream:
-        return EventStream(writer.chunks(generation), generation.watch, generation.close)
-    try:
-        return json_reply(writer.reply(await generation.whole(http.receive), generation.usage))
-    finally:
-        generation.close()
+        return EventStream(writer.chunks(generation), generation.attached)
+    async with generation.attached(http.receive):
+        return json_reply(writer.reply(await generation.whole(), generation.usage))

@@ -1,9 +1,8 @@
-"""Guard: checks the Host, the Origin and the API key of each request, in this order, before anything else is looked at.
+"""Guard: checks the Host, the Origin and the API key of each request, in this order, before anything else.
 
-A page on another site that a person has open can send requests to 127.0.0.1 from their browser, and by rebinding its own
-name to 127.0.0.1 even read the replies. So the Host must be one of ours and an Origin, where a browser gives one, that of
-our own page. Paths are taken as they were written: nothing is decoded, folded or rewritten before it is matched, so there
-is no second spelling of a path that a check could miss.
+A page of another site can send requests to 127.0.0.1 from a person's browser, and by rebinding its name to 127.0.0.1 even
+read the replies. So the Host must be one of ours, and an Origin, where there is one, that of our page. Paths are matched as
+they were written, without decoding or folding: no path has a second spelling that a check could miss.
 """
 
 import base64
@@ -34,10 +33,10 @@ SECURITY_HEADERS = [
 
 
 class Guard:
-    """ASGI middleware that passes on what is allowed, and gives every response its security headers.
+    """ASGI middleware that passes on the requests that are allowed, and gives every response its security headers.
 
-    `keys`: any of them opens; without keys everything is open. `hosts`: names by which the server may be called, any
-    when None. `origins`: of pages elsewhere that may call it. `count(status)` is called for each response.
+    `keys`: a request needs one of them, if there are any. `hosts`: names of the server, any when None. `origins`: those of
+    other pages that may call it. `count(status)` is called for each response.
     """
 
     def __init__(
@@ -93,10 +92,10 @@ class Guard:
         return namespace
 
     def _check_key(self, authorizations: list[str], path: str) -> str:
-        """Compares with every key, each in constant time, so that the time taken tells nothing."""
+        """Returns the namespace of a key that is ours. Compares with every key, each in constant time: time tells nothing."""
         scheme, _, value = (authorizations[0] if len(authorizations) == 1 else "").partition(" ")
         key = value.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
-        if scheme.lower() == "basic":  # the password; the name before it may be anything
+        if scheme.lower() == "basic":  # the password, behind any name
             with contextlib.suppress(ValueError):
                 key = base64.b64decode(value.strip(), validate=True).partition(b":")[2]
         hashed = _hash(key)

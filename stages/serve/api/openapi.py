@@ -1,4 +1,4 @@
-"""The server's OpenAPI document, written from the same types that check the bodies of requests."""
+"""Writes the server's OpenAPI document from the types that check the bodies of requests."""
 
 import json
 from typing import Any
@@ -24,7 +24,7 @@ json_body = lambda kind: {"application/json": {"schema": {"$ref": f"#/components
 
 
 def document(vocab: int, capacity: int, version: str) -> bytes:
-    """Returns OpenAPI 3.1 as JSON. Token ids are below `vocab`; prompt and completion have at most `capacity` tokens."""
+    """Returns OpenAPI 3.1 as JSON. `capacity`: tokens of prompt and completion together."""
     types = [kind for route in ROUTES for kind in (route.body, route.reply) if kind] + [ErrorReply, ChatChunk]
     _, components = msgspec.json.schema_components(dict.fromkeys(types), ref_template="#/components/schemas/{name}")
     count = {"type": "integer", "minimum": 1, "maximum": capacity - 1}

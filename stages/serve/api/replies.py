@@ -11,7 +11,7 @@ Reason = Literal["stop", "length"]
 
 
 class CompletionReply(msgspec.Struct, kw_only=True):
-    """The fields that every reply with completions has."""
+    """The fields of every reply with completions."""
 
     id: str
     created: int
@@ -35,7 +35,7 @@ class Usage(msgspec.Struct):
 
 
 class TopLogProb(msgspec.Struct):
-    """A token, its log-probability (natural logarithm), and the bytes it stands for."""
+    """A token, its log-probability in nats, and its bytes."""
 
     token: str
     logprob: float
@@ -43,7 +43,7 @@ class TopLogProb(msgspec.Struct):
 
 
 class TokenLogProb(TopLogProb):
-    """The token that was sampled, and the most probable ones in its place."""
+    """The sampled token, and the most probable ones in its place."""
 
     top_logprobs: list[TopLogProb]
 
@@ -99,7 +99,7 @@ class ChatChunk(CompletionReply, kw_only=True):
 
 
 class TextLogProbs(msgspec.Struct):
-    """Lists of equal length: tokens, log-probabilities, the most probable in their place, where each begins in the text."""
+    """Lists of one length: tokens, log-probabilities, the most probable in their place, and the offsets in the text."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -123,7 +123,7 @@ class TextReply(CompletionReply, kw_only=True):
 
 
 class ModelCard(msgspec.Struct, kw_only=True):
-    """The model that is served. `max_model_len`: tokens of prompt and completion together; `price_per_hour`: dollars."""
+    """The served model. `max_model_len`: tokens of prompt and completion together; `price_per_hour`: dollars."""
 
     id: str
     object: Literal["model"] = "model"
@@ -166,7 +166,7 @@ class Health(msgspec.Struct):
 
 
 class Live(msgspec.Struct):
-    """The reply of GET /live: the process answers."""
+    """The reply of GET /live."""
 
     status: Literal["ok"] = "ok"
 

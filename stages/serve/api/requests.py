@@ -1,7 +1,7 @@
-"""The bodies that clients may send, every field with its type and bounds: for checking them, and for the OpenAPI document.
+"""The bodies of requests, every field with its type and bounds: to check them, and for the OpenAPI document.
 
-A field that is not here is refused by name, and so is one whose wish cannot be granted: an answer that silently lacks
-what was asked for is worse than none. Fields that change nothing in an answer (`user`, `metadata`, ...) are accepted.
+An unknown field is refused by name, and so is a value that cannot be granted, for an answer that silently lacks it is worse
+than none. Fields that change no answer (`user`, `metadata`, ...) are accepted.
 """
 
 from typing import Annotated, Literal
@@ -16,11 +16,11 @@ MAX_PROMPTS = 64
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 MAX_MESSAGES = 4096
 MAX_BIASES = 1024
-MAX_IDS = 2**18  # more than any context holds; what does not fit is refused by the route
+MAX_IDS = 2**18  # more than any context holds
 
 
 def _in_range(name: str) -> Meta:
-    """Returns the engine's own bounds of a sampling parameter."""
+    """Returns the engine's bounds of a sampling parameter."""
     bounds = RANGES[name]
     return Meta(gt=bounds.least, le=bounds.most) if bounds.above else Meta(ge=bounds.least, le=bounds.most)
 
@@ -36,7 +36,7 @@ BiasedToken = Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]{0,8})$(?!\n)")]  # on
 Bias = Annotated[dict[BiasedToken, Annotated[float, _in_range("logit_bias")]], Meta(max_length=MAX_BIASES)]
 Empty = Annotated[list[None], Meta(max_length=0)]
 
-# Why this server does not grant what a field asks for.
+# Why this server does not grant a field.
 UNSUPPORTED = {
     **dict.fromkeys(
         ("tools", "tool_choice", "tool_calls", "functions", "function_call", "parallel_tool_calls"),
@@ -63,13 +63,13 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ModelRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """A body, which names the model that is asked."""
+    """A body that names a model."""
 
     model: str = "default"
 
 
 class CompletionFields(ModelRequest, kw_only=True):
-    """The fields that both kinds of completion have. Null means the default."""
+    """The fields of both kinds of completion. Null means the default."""
 
     max_tokens: Count | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
@@ -112,7 +112,7 @@ class TextPart(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Message(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """A message of a conversation. Fields that clients send back of an earlier answer besides its text must be empty."""
+    """A message of a conversation. What clients send back of an earlier answer besides its text must be empty."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Meta(min_length=1, max_length=256)]
@@ -155,9 +155,9 @@ class ChatRequest(CompletionFields, kw_only=True):
 
 
 class TokenizeRequest(ModelRequest, kw_only=True):
-    """POST /tokenize: either a text as /v1/completions reads it, or messages as /v1/chat/completions does.
+    """POST /tokenize: a text as /v1/completions reads it, or messages as /v1/chat/completions does.
 
-    `add_special_tokens`, true by default, is about a text; what is special in a conversation is its template's.
+    `add_special_tokens`, true by default, is about a text; those of a conversation are its template's.
     """
 
     prompt: str | UnsetType = UNSET

@@ -1,4 +1,4 @@
-"""ROUTES: one table of all routes, from which the application and its OpenAPI document are made; and the short handlers."""
+"""ROUTES, the table that the application and its OpenAPI document are made from, and the short handlers."""
 
 import time
 from collections.abc import Callable
@@ -17,16 +17,11 @@ from stages.serve.errors import ApiError, json_reply
 from stages.serve.state import ServerState
 
 
-def _state(http: Request) -> ServerState:
-    return http.app.state.server
+async def models(state: ServerState, _: Request) -> Response:
+    return json_reply(ModelList([_card(state)]))
 
 
-async def models(http: Request) -> Response:
-    return json_reply(ModelList([_card(_state(http))]))
-
-
-async def model(http: Request) -> Response:
-    state = _state(http)
+async def model(state: ServerState, http: Request) -> Response:
     state.check_model(http.path_params["model"])
     return json_reply(_card(state))
 
@@ -37,10 +32,9 @@ def _card(state: ServerState) -> ModelCard:
     )
 
 
-async def tokenize(http: Request) -> Response:
-    state = _state(http)
+async def tokenize(state: ServerState, http: Request) -> Response:
     state.admission.check_open()
-    body = await read_body(http, TokenizeRequest)
+    body = await read_body(state, http, TokenizeRequest)
     if (body.prompt is UNSET) == (body.messages is UNSET):
         raise ApiError(400, "Either prompt or messages is to be given.", param="prompt")
     if isinstance(body.messages, list):
@@ -53,44 +47,41 @@ async def tokenize(http: Request) -> Response:
     return json_reply(Tokens(len(tokens), state.engine.capacity, tokens))
 
 
-async def detokenize(http: Request) -> Response:
-    state = _state(http)
+async def detokenize(state: ServerState, http: Request) -> Response:
     state.admission.check_open()
-    body = await read_body(http, DetokenizeRequest)
+    body = await read_body(state, http, DetokenizeRequest)
     if body.tokens and max(body.tokens) >= state.engine.cfg.vocab:
         raise ApiError(400, f"tokens holds an id outside the vocabulary of {state.engine.cfg.vocab:,}.", param="tokens")
     return json_reply(Text(await state.tokenizer.decode(body.tokens)))
 
 
-async def health(http: Request) -> Response:
-    status, engine = _state(http).status, _state(http).engine
+async def health(state: ServerState, _: Request) -> Response:
+    status, engine = state.status, state.engine
     reply = Health(status, engine.slots.running, engine.waiting, engine.compiled, round(engine.idle_seconds, 3))
     return json_reply(reply, 200 if status == "ok" else 503)
 
 
-async def live(_: Request) -> Response:
+async def live(*_: object) -> Response:
     return json_reply(Live())
 
 
-async def metrics(http: Request) -> Response:
-    return Response(_state(http).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+async def metrics(state: ServerState, _: Request) -> Response:
+    return Response(state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-async def attestation(http: Request) -> Response:
-    state, now = _state(http), await _state(http).hash_weights()
-    return json_reply(
-        Attestation(
-            digest=now, digest_at_load=state.digest, unchanged=now == state.digest, loaded_at=state.loaded_at,
-            checked_at=int(time.time()),
-        )
-    )  # fmt: skip
+async def attestation(state: ServerState, _: Request) -> Response:
+    now, then = await state.hash_weights(), state.digest
+    reply = Attestation(
+        digest=now, digest_at_load=then, unchanged=now == then, loaded_at=state.loaded_at, checked_at=int(time.time())
+    )
+    return json_reply(reply)
 
 
-async def openapi(http: Request) -> Response:
+async def openapi(_: ServerState, http: Request) -> Response:
     return Response(http.app.state.openapi, media_type="application/json")
 
 
-async def page(http: Request) -> Response:
+async def page(_: ServerState, http: Request) -> Response:
     html, policy = http.app.state.page
     return Response(html, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": policy})
 
@@ -99,7 +90,8 @@ BODY = (400, 404, 408, 413, 415, 429, 503)
 
 
 class Route(NamedTuple):
-    """`body` and `reply`: Structs, None where there is no JSON. `errors`: statuses besides those that every route has."""
+    """`handler` takes the state and the request. `body` and `reply`: Structs, None where there is no JSON. `errors`:
+    statuses besides those of every route."""
 
     method: str
     path: str

@@ -1,7 +1,6 @@
-"""The chat page: one document with its style and scripts inside it, and the policy under which nothing else can run.
+"""The chat page: one document with its style and scripts inside, and a policy under which nothing else can run.
 
-The parts lie beside this file so that each can be read. They are joined once, when the server starts; what the browser
-gets asks for nothing but this server's own routes.
+Its parts lie beside this file and are joined when the server starts. The page asks for nothing but this server's routes.
 """
 
 import base64
@@ -13,7 +12,7 @@ PARTS = re.compile(r'<link rel="stylesheet" href="(\w+\.css)">|<script src="(\w+
 
 
 def page() -> tuple[bytes, str]:
-    """Returns the document, UTF-8, and its Content-Security-Policy: its parts are inside, each allowed by its SHA-256 alone."""
+    """Returns the document, UTF-8, and its Content-Security-Policy, which allows each part by its SHA-256 alone."""
     folder = Path(__file__).parent
     allowed: dict[str, list[str]] = {"style": [], "script": []}
 
@@ -26,7 +25,7 @@ def page() -> tuple[bytes, str]:
     html = PARTS.sub(inside, (folder / "page.html").read_text("utf-8"))
     policy = [
         "default-src 'none'", "connect-src 'self'", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
-        "img-src data:",  # the icon, which is a few characters inside the document
+        "img-src data:",  # the icon, inside the document
         *(f"{tag}-src {' '.join(hashes)}" for tag, hashes in allowed.items()),
     ]  # fmt: skip
     return html.encode(), "; ".join(policy)
