@@ -1,4 +1,4 @@
-"""The stage table: what each stage of a model's life costs on this machine, in operations, seconds, bytes and money.
+"""The stage table: the cost of each stage of a model's life on this machine, in operations, seconds, bytes and money.
 
     python -m bench                                    one model, one run, about two minutes on two cores
     python -m bench --out report                       also writes report.html, with plots, and stages.svg and .md
@@ -6,11 +6,10 @@
     python -m bench --quick --json                     fewer rounds; nothing but the JSON document on stdout
     python -m bench --list                             the other measurements
 
-Each row runs in turns with all others, so their ratios are of the same minutes. Operations are counted three times: by
-formula, by walking the traced program, by XLA. The last line of stdout is one JSON document.
+All rows run in turns, so their ratios are of the same minutes. Operations are counted three times: by formula, by walking the
+traced program, by XLA. The last line of stdout is one JSON document.
 """
 
-import ast
 import dataclasses
 import shlex
 import sys
@@ -34,7 +33,7 @@ class StageTableFlags:
     batch: int = 8
     """Sequences a training step sees, and prompts that are prefilled together."""
     context: int = 256
-    """Tokens of each, and of the caches that decoding reads."""
+    """Tokens of each, and of the KV caches in decoding."""
     price: Annotated[str, tyro.conf.arg(metavar="DOLLARS")] = "0.10"
     """Dollars an hour of this machine; the default is about what two shared cores are let for."""
     max_time: float = 120.0
@@ -58,7 +57,6 @@ def measure(flags: StageTableFlags) -> dict[str, Any]:
         return {"measurements": names}
     price = check_flags(flags)
     start_jax()
-    # JAX is imported from here on: --help needs none, and the allocator is set before it starts.
     from bench.report.page import write_report
     from bench.table.measure import stage_table
     from bench.table.terminal import print_stages
@@ -113,14 +111,13 @@ def command(flags: StageTableFlags) -> str:
 
 
 def measurements() -> dict[str, str]:
-    """Returns every other measurement with the first line of its docstring, read without importing it."""
-    names = {}
-    here = Path(__file__).parent
+    """Returns the other measurements by name with the first line of their docstrings, without importing them."""
+    names, here = {}, Path(__file__).parent
     for path in {*here.glob("*.py"), *here.glob("*/__main__.py")} - {Path(__file__)}:
         source = path.read_text(encoding="utf-8")
         if "\nif __name__ ==" in source:
             name = path.stem if path.parent == here else path.parent.name
-            names[name] = (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
+            names[name] = source.removeprefix('"""').partition("\n")[0]
     return dict(sorted(names.items()))
 
 

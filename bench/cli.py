@@ -1,6 +1,7 @@
-"""The command line of every measurement: flags in, JSON as the last line out, a person's mistakes in a sentence.
+"""The command line of every measurement: flags in, JSON as the last line out, errors in a sentence.
 
-Shapes of a model and its batch are written LAYERSxWIDTHxTOKENSxBATCH.
+A measurement imports JAX after its flags are parsed: --help needs none, and the allocator is set before JAX starts. Shapes
+of a model and its batch are written LAYERSxWIDTHxTOKENSxBATCH.
 """
 
 import dataclasses
@@ -12,8 +13,7 @@ from typing import Any, NamedTuple
 
 from engine.errors import UserError
 
-MISTAKE = 2
-PIPED_WIDTH = 140  # a pipe has no width of its own; the widest table fits in this
+PIPED_WIDTH = 140  # of a pipe, which has none: the widest table fits
 
 
 class Shape(NamedTuple):
@@ -32,9 +32,9 @@ def run_bench[Flags](
     name: str, about: str | None, flags: type[Flags], measure: Callable[[Flags], dict[str, Any]],
     args: Sequence[str] | None = None,
 ) -> int:  # fmt: skip
-    """Parses `args` (the command line's when None), measures, prints what `measure` returns as the last line of stdout.
+    """Parses `args` (None: the command line's), and prints what `measure` returns as the last line of stdout.
 
-    Returns 0, or 2 for what a person can mend: said in a sentence on stderr. `name` is what follows `python -m`.
+    Returns 0, or 2 after an error that a person can mend, in a sentence on stderr. `name` follows `python -m`.
     """
     import tyro
 
@@ -51,14 +51,14 @@ def run_bench[Flags](
         return 130
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return MISTAKE
+        return 2
     print(json.dumps(document), flush=True)
     return 0
 
 
 def parse_shape(flag: str, text: str) -> Shape:
-    """'6x384x256x16' -> Shape(6, 384, 256, 16). Raises UserError, naming the flag, when it is not one, or its width not a
-    multiple of a head's 64."""
+    """Parses '6x384x256x16' as Shape(6, 384, 256, 16). Raises UserError, naming the flag, for anything else, or a width that
+    is no multiple of a head's 64."""
     parts = text.split("x")
     if len(parts) != 4 or not all(part.isdigit() and int(part) > 0 for part in parts) or int(parts[1]) % 64:
         raise UserError(f"{flag} is LAYERSxWIDTHxTOKENSxBATCH with a width in 64s, such as 6x384x256x16, not {text!r}.")
@@ -72,13 +72,13 @@ def check_rounds(rounds: int, least: int = 3) -> None:
 
 
 def progress(text: str, replace: bool = False) -> None:
-    """Prints a line of progress on stderr; on a terminal, lines with `replace` take each other's place."""
+    """Prints a line of progress on stderr; on a terminal, the next line replaces one with `replace`."""
     terminal = sys.stderr.isatty()
     print("\x1b[2K" * terminal + text, end="\r" if replace and terminal else "\n", file=sys.stderr, flush=True)
 
 
 def console() -> Any:
-    """Returns a rich console on stdout; where no one looks, a plain one that is wide enough for the tables."""
+    """Returns a rich console on stdout; off a terminal, a plain one that is wide enough for the tables."""
     from rich.console import Console
 
     terminal = sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
@@ -86,7 +86,7 @@ def console() -> Any:
 
 
 def print_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> None:
-    """Prints a table: the first `left` columns lie to the left, the others to the right."""
+    """Prints a table whose first `left` columns are aligned left, the others right."""
     from rich import box
     from rich.table import Table
 
@@ -98,8 +98,8 @@ def print_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]],
     console().print(grid)
 
 
-def quick[Flags](flags: Flags, values: dict[str, Any]) -> Flags:
-    """Returns the flags with these values where none was given."""
+def override_defaults[Flags](flags: Flags, values: dict[str, Any]) -> Flags:
+    """Returns the flags with these values in place of their defaults."""
     default = type(flags)()
     changed = {name: value for name, value in values.items() if getattr(flags, name) == getattr(default, name)}
     return dataclasses.replace(flags, **changed)  # type: ignore[type-var]

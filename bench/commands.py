@@ -1,12 +1,11 @@
-"""The times a person waits for: whole commands, from the key press, as their own processes.
+"""Measures whole commands as a person waits for them, each its own process, beside the bar each figure is held to.
 
     python -m bench.commands                   the default training run (three minutes), then the rest
     python -m bench.commands --max-time 20s    a shorter run: the times are as true, the bits per byte are not
     python -m bench.commands --of finetuning   SmolLM2: to its first token, adapted, adapted over int8
-    python -m bench.commands --of reinforcing  SmolLM2: what two minutes of learning from a reward change
+    python -m bench.commands --of reinforcing  SmolLM2: the rise of the reward in two minutes
 
-Each figure stands beside the bar it is held to. Start-up figures are the second of two starts, when compiled programs are
-in the cache. The last line is JSON.
+Start-up figures are the second of two starts, when compiled programs are in the cache. The last line is JSON.
 """
 
 import dataclasses
@@ -28,15 +27,15 @@ class CommandsFlags:
     of: Literal["training", "finetuning", "reinforcing"] = "training"
     """Which commands."""
     max_time: str | None = None
-    """Training time of each run; by default 3m of training, 30s of fine-tuning, 2m of learning from a reward."""
+    """Training time of each run; by default 3m of training, 30s of fine-tuning, 2m of reinforcement learning."""
     data: str = "shakespeare"
     """The corpus of the training run."""
     model: str = "smollm2-135m-instruct"
-    """The model that is fine-tuned, or learns from a reward."""
+    """The model that is fine-tuned, or trained on a reward."""
 
 
 class Figure(NamedTuple):
-    """One measured number and the most it may be; with `least`, the least."""
+    """A measured number, and the bar that it must not exceed, or must reach if `least`."""
 
     name: str
     value: float
@@ -45,11 +44,11 @@ class Figure(NamedTuple):
     least: bool = False
 
 
-Figures = tuple[list[Figure], dict[str, Any]]  # and what else the document tells
+Figures = tuple[list[Figure], dict[str, Any]]  # and the document's other entries
 
 
 def measure_commands(flags: CommandsFlags) -> dict[str, Any]:
-    """Runs the commands, prints the table and returns the document. Raises UserError for a command that fails."""
+    """Runs the commands, prints the table and returns the document. Raises UserError when a command fails."""
     measure, subject, usual_time = {
         "training": (training, flags.data, "3m"), "finetuning": (finetuning, flags.model, "30s"),
         "reinforcing": (reinforcing, flags.model, "2m"),
@@ -69,7 +68,7 @@ def training(folder: Path, data: str, max_time: str) -> Figures:
     train = ["stages.train", "--data", data, "--max-time"]
     _run([*train, "1s", "--out-dir", str(folder / "warm")])
     result = _result([*train, max_time], folder / "run")
-    first, messages = [_first_output(str(folder / "run"), "ROMEO:") for _ in range(2)][1]
+    first, messages = _first_output(str(folder / "run"), "ROMEO:")
     recompiles = re.search(r"(\d+) recompiles", messages)
     return [
         Figure("validation, whole text", result["val_bits_per_byte"], "bits/byte", 2.12),
@@ -82,37 +81,37 @@ def training(folder: Path, data: str, max_time: str) -> Figures:
 
 
 def finetuning(folder: Path, model: str, max_time: str) -> Figures:
-    """Measures a pre-trained model from its file to a first token, and adapted to the house voice over two kinds of base."""
-    first, _ = [_first_output(model, "The sea is") for _ in range(2)][1]
+    """Measures a pre-trained model from its file to a first token, and its adaptation over two kinds of base."""
+    first, _ = _first_output(model, "The sea is")
     adapt = ["stages.finetune", "--model", model, "--general", "none", "--max-time", max_time]
     lora, int8 = (_result([*adapt, "--base", base], folder / base) for base in ("float", "int8"))
-    better = [result["before"]["held_out"] - result["after"]["held_out"] for result in (lora, int8)]
+    gains = [result["before"]["held_out"] - result["after"]["held_out"] for result in (lora, int8)]
     return [
         Figure("command to first token", first, "s", 6),
         Figure("LoRA: share of the ceiling", lora["flops_share_of_ceiling"], "", 0.6, least=True),
         Figure("LoRA: peak memory", lora["peak_rss_bytes"] / 1e9, "GB", 2.5),
-        Figure("LoRA: gain on the voice", better[0], "nats", 0.1, least=True),
+        Figure("LoRA: gain on the voice", gains[0], "nats", 0.1, least=True),
         Figure("over int8: peak memory", int8["peak_rss_bytes"] / 1e9, "GB", 1.5),
-        Figure("over int8: gain on the voice", better[1], "nats", 0.1, least=True),
+        Figure("over int8: gain on the voice", gains[1], "nats", 0.1, least=True),
     ], {"lora": lora, "int8": int8}
 
 
 def reinforcing(folder: Path, model: str, max_time: str) -> Figures:
-    """Measures the mean reward of completions of held-out prompts, after training and before."""
+    """Measures the rise of the mean reward of completions of held-out prompts."""
     result = _result(["stages.reinforce", "--model", model, "--max-time", max_time], folder / "run")
     rise = result["held_out_reward_after"] - result["held_out_reward_before"]
     return [Figure("rise of the reward", rise, "", 0.05, least=True)], {"result": result}
 
 
 def _result(command: list[str], folder: Path) -> dict[str, Any]:
-    """Runs a command that saves a run in `folder`, and returns the run's result."""
+    """Runs a command with `folder` as its run folder; returns the run's result."""
     print(f"python -m {' '.join(command)} ...", flush=True)
     _run([*command, "--out-dir", str(folder)])
     return json.loads((folder / "run.json").read_text())["result"]
 
 
 def _run(command: list[str]) -> float:
-    """Runs `python -m command` to its end; returns its seconds. Raises UserError with its messages when it fails."""
+    """Runs `python -m command`; returns its seconds. Raises UserError with its messages when it fails."""
     begin = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -121,18 +120,17 @@ def _run(command: list[str]) -> float:
 
 
 def _first_output(model: str, prompt: str) -> tuple[float, str]:
-    """Returns the seconds from starting `stages.generate` to the first byte of its text, and its messages on stderr."""
+    """Returns the seconds from a second start of `stages.generate` to the first byte of its text, and its messages."""
     command = [sys.executable, "-m", "stages.generate", "--model", model, "--prompt", prompt, "--temperature", "0.7"]
-    begin = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        first = process.stdout.read(1)
-        seconds = time.perf_counter() - begin
-        process.stdout.read()
-        messages = process.stderr.read().decode()
-    if process.returncode or not first:
-        raise UserError(f"stages.generate ended with {process.returncode}:\n{messages}")
+    for _ in range(2):
+        begin = time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout
+            first = process.stdout.read(1)
+            seconds = time.perf_counter() - begin
+            messages = process.communicate()[1].decode()
+        if process.returncode or not first:
+            raise UserError(f"stages.generate ended with {process.returncode}:\n{messages}")
     return seconds, messages
 
 

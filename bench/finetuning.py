@@ -1,12 +1,12 @@
-"""Measures a fine-tuning step beside a full one: in time, in operations, in memory for the optimizer.
+"""Measures fine-tuning steps beside a full training step: time, operations, optimizer memory.
 
     python -m bench.finetuning                          6 layers, 512 wide, 256 tokens, batch 8
     python -m bench.finetuning --shape 8x768x256x8      layers x width x tokens x batch
     python -m bench.finetuning --model smollm2-135m-instruct    a real model
 
-Ways to train one model, in turns beside the machine's best product: everything, the upper half, LoRA on q and v, LoRA on
-all seven matrices, and that over an int8 base, whole and row by row. Frozen matrices are stored in the compute type. The
-step is the project's own `train_step` with AdamW and clipping. The last line is JSON.
+The steps train everything, the upper half, LoRA on q and v, LoRA on all seven matrices, and that over an int8 base, whole
+and row by row, in turns with a large matmul. Frozen matrices are stored in the compute type. The step is `train_step` with
+AdamW and clipping. The last line is JSON.
 """
 
 import dataclasses
@@ -30,14 +30,13 @@ class FinetuningFlags:
     rank: int = 8
     """Of each LoRA pair."""
     rounds: int = 9
-    """Interleaved rounds, at least 3; the median of the ratios within each counts."""
+    """Interleaved rounds, at least 3; the median of their ratios counts."""
 
 
 def measure_finetuning(flags: FinetuningFlags) -> dict[str, Any]:
     shape = parse_shape("--shape", flags.shape)
     check_rounds(flags.rounds)
     start_jax()
-    # JAX is imported from here on: --help needs none, and the allocator is set before it starts.
     from bench.finetuning_steps import measure_steps
     from bench.models import load, make_work
 

@@ -1,4 +1,4 @@
-"""Times LoRA steps and steps of the upper half beside full fine-tuning and a large matmul, in turns; FLOPs and memory."""
+"""Times fine-tuning steps in turns with a full training step and a large matmul; counts their FLOPs and memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,8 +24,8 @@ from engine.training.loss import loss_chunks
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import NARROW, init_state, train_step
 
-SIDE = 2048  # of the product that is the ceiling
-PRODUCTS = 24  # of them a round, so that the clock and the launch do not count
+SIDE = 2048  # of the square matrices whose product is the ceiling
+PRODUCTS = 24  # a round, so that the clock and the launch do not count
 PRODUCT_FLOPS = PRODUCTS * 2 * SIDE**3
 FULL = "everything"  # trains, from float32 weights
 HEADS = (
@@ -33,16 +33,14 @@ HEADS = (
     "XLA GB",
 )  # fmt: skip
 
-# A call of a compiled step, and of its row: trainable numbers, operations by formula, bytes of optimizer state, as predicted
-# in all and as XLA lays them out.
-Step = tuple[Callable[[], Any], dict[str, int]]
+Step = tuple[Callable[[], Any], dict[str, int]]  # a call of a compiled step, and its counts
 
 
 def measure_steps(name: str, cfg: ModelConfig, params: Any, batch: int, tokens: int, rank: int, rounds: int) -> dict[str, Any]:
     """Measures the steps of a model, prints the table and returns the document.
 
-    Operations are those a step needs by formula: 2 N forward, 2 N back through the frozen weights, the pairs' own, and
-    attention, of which the causal half is counted. Steps and product take turns, and ratios are taken in each round.
+    Operations are by formula: 2 N forward, 2 N back through the frozen weights, the pairs' own, and the causal half of
+    attention.
     """
     steps = _steps(cfg, params, batch, tokens, rank)
     a = jax.random.normal(jax.random.key(0), (SIDE, SIDE), jnp.bfloat16)
@@ -56,14 +54,14 @@ def measure_steps(name: str, cfg: ModelConfig, params: Any, batch: int, tokens: 
         timing = timings[way]
         over = ratio(timing, timings[FULL])
         share = ratio(product.scaled(step["flops"] / PRODUCT_FLOPS), timing)
-        flops, speed = step["flops"] / steps[FULL][1]["flops"], batch * tokens / timing.median
+        milliseconds, speed = timing.median * 1e3, batch * tokens / timing.median
+        flops = step["flops"] / steps[FULL][1]["flops"]
         lines.append([
-            way, f"{step['trainable']:,}", f"{timing.median * 1e3:.1f}", str(over), f"{flops:.2f}",
-            f"{speed:,.0f}", str(share), f"{step['optimizer_bytes'] / 1e6:.2f}",
-            f"{step['predicted_bytes'] / 1e9:.2f}", f"{step['xla_bytes'] / 1e9:.2f}",
+            way, f"{step['trainable']:,}", f"{milliseconds:.1f}", str(over), f"{flops:.2f}", f"{speed:,.0f}", str(share),
+            f"{step['optimizer_bytes'] / 1e6:.2f}", f"{step['predicted_bytes'] / 1e9:.2f}", f"{step['xla_bytes'] / 1e9:.2f}",
         ])  # fmt: skip
         rows.append({
-            "name": way, "ms_per_step": timing.median * 1e3, "over_full": over.ratio, "spread": over.spread,
+            "name": way, "ms_per_step": milliseconds, "over_full": over.ratio, "spread": over.spread,
             "flops_over_full": flops, "tokens_per_second": speed, "fraction_of_bf16_ceiling": share.ratio, **step,
         })  # fmt: skip
     title = f"{name}, rank {rank}, {batch} x {tokens} tokens, {device_name()}; the ceiling is {ceiling:,.0f} GFLOP/s"
@@ -73,7 +71,7 @@ def measure_steps(name: str, cfg: ModelConfig, params: Any, batch: int, tokens: 
 
 
 def _steps(cfg: ModelConfig, params: Any, batch: int, tokens: int, rank: int) -> dict[str, Step]:
-    """Returns the compiled steps by the parameters that train, and by the type of the base under LoRA."""
+    """Returns the compiled steps by name."""
     text = np.random.default_rng(0).integers(0, cfg.vocab, (batch, tokens + 1), np.int32)
     positions = np.broadcast_to(np.arange(tokens, dtype=np.int32), (batch, tokens))
     data = Batch(text[:, :-1], text[:, 1:], np.ones((batch, tokens), bool), positions, np.ones((batch, tokens), np.int32))

@@ -1,15 +1,14 @@
-"""Serving from a CPU beside llama.cpp, in one run: reading a prompt, and saying tokens to 1, 8 and 32 at a time.
+"""Measures serving on a CPU beside llama.cpp, in one run: prefill, and decoding of 1, 8 and 32 streams.
 
     python -m bench.inference                                      with the peer of this Python (the extra `peers`)
     python -m bench.inference --peer-python peers/bin/python       a peer that lives in an environment of its own
     python -m bench.inference --quick                              fewer tokens and rounds, about a minute
 
-Both read the same GGUF file and the same prompts with all cores, in turns, greedily; ours through `Slots` as the server
-runs it, with int8 weights. Ratios are tokens a second over the peer's, above 1 where Thrice is faster, as the median of
-the ratios within each round. `decode_1` is a lone stream with speculative decoding, as it is by default: rows that nobody
-needs check draft tokens, which changes no token and is right where a text repeats itself. `decode_1_plain` is the same
-without draft tokens; the other rows have none. Each row has the slots that it can use, and is timed while all of its
-streams are being answered. The last line is JSON.
+Both read the same GGUF file and prompts with all cores, in turns, greedily; ours through `Slots` as the server runs it, with
+int8 weights. A ratio is our tokens a second over the peer's, the median of the rounds' own. `decode_1` is a lone stream with
+speculative decoding, the default: idle rows check draft tokens, which changes no token and helps where a text repeats
+itself. The other rows have no draft tokens, nor has `decode_1_plain`. Each row has the slots that it can use, and is timed
+while all its streams are under way. The last line is JSON.
 """
 
 import dataclasses
@@ -17,11 +16,11 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from bench.cli import check_rounds, quick, run_bench
+from bench.cli import check_rounds, override_defaults, run_bench
 from engine.device import start_jax
 from engine.errors import UserError
 
-MOST = 800  # tokens to decode: the stream that was read first says more
+MOST = 800  # tokens to decode: the first stream decodes more
 QUICK = {"new": 33, "rounds": 3}
 
 
@@ -32,7 +31,7 @@ class InferenceFlags:
     peer_python: Path | None = None
     """The Python that has llama-cpp-python, when it is not this one."""
     new: int = 97
-    """Tokens to decode in the decode rows; the first one counts as read, not as decoded."""
+    """Tokens to decode in the decode rows; the first one counts as prefill."""
     rounds: int = 5
     """Interleaved rounds, at least 3."""
     price: float = 0.10
@@ -46,12 +45,11 @@ class InferenceFlags:
 def measure_inference(flags: InferenceFlags) -> dict[str, Any]:
     """Measures all rows, prints them as they come, and returns the document."""
     if flags.quick:
-        flags = quick(flags, QUICK)
+        flags = override_defaults(flags, QUICK)
     if not 2 <= flags.new <= MOST:
         raise UserError(f"--new must lie between 2 and {MOST}, not {flags.new}.")
     check_rounds(flags.rounds)
     start_jax(decodes=True)
-    # JAX is imported from here on: --help needs none, and the allocator is set before it starts.
     from bench.slot_streams import measure_streams
 
     return measure_streams(

@@ -1,4 +1,4 @@
-"""Bits per byte of a text under int8 weights and under an int8 KV cache, and the error of int8's round trip."""
+"""Measures bits per byte of a text with int8 weights and with an int8 KV cache, and the rounding error of int8."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +20,13 @@ from engine.model.weights.int8 import Int8, dequantize, every_product, quantize
 from engine.storage.assets import fetch
 from engine.text.batches import evaluation_windows
 
-CHUNK = 128  # tokens read at once where there is a KV cache
-ALLOWED = 0.01  # of the bits per byte
+CHUNK = 128  # tokens of a prefill into the KV cache
+ALLOWED = 0.01  # more bits per byte, as a share
 CACHES: tuple[KVDtype, ...] = ("float32", "bfloat16", "int8")
 
 
 def measure_int8(model_name: str, text_file: Path | None, *, size: int, window: int, rows: int, leaves: bool) -> dict[str, Any]:
-    """Measures and prints the tables; the flags of `bench.quantisation` say what each value is."""
+    """Measures and prints the tables. The options are the flags of `bench.quantisation`."""
     model = load(model_name)
     cfg, params = model.cfg, model.params
     file = text_file or fetch("shakespeare")["validation"]
@@ -47,14 +47,12 @@ def measure_int8(model_name: str, text_file: Path | None, *, size: int, window: 
     lines: list[dict[str, Any]] = []
 
     def add(name: str, nats: float, error: float | None = None) -> None:
-        """Adds a row, over the first one, and prints it."""
+        """Adds and prints a row, `over` the first one."""
         bits = float(nats / np.log(2) / size)
         over = bits / lines[0]["bits_per_byte"] - 1 if lines else 0.0
         lines.append({"name": name, "bits_per_byte": bits, "over": over, "within": over <= ALLOWED})
-        tail = ""
-        if error is not None:
-            lines[-1]["logits_error"] = error
-            tail = f"   logits {error:.4f} off, of their spread"
+        tail = "" if error is None else f"   logits {error:.4f} off, of their spread"
+        lines[-1] |= {} if error is None else {"logits_error": error}
         print(f"{name:>46} {bits:8.4f} bits/byte {over:+8.2%}{tail}", flush=True)
 
     for name, weights in ways.items():
@@ -71,16 +69,16 @@ def measure_int8(model_name: str, text_file: Path | None, *, size: int, window: 
     for path, (off, _) in errors.items():
         by_kind.setdefault(path.rpartition("/")[2], {})[path] = off
     for kind, each in by_kind.items():
-        worst_leaf = max(each, key=each.__getitem__)
-        print(f"{kind:>46} {np.mean(list(each.values())):18.4f} {worst_leaf:>20} {each[worst_leaf]:.4f}")
+        worst = max(each, key=each.__getitem__)
+        print(f"{kind:>46} {np.mean(list(each.values())):18.4f} {worst:>20} {each[worst]:.4f}")
     return {
         "model": model.name, "text": file.name, "bytes": size, "tokens": len(tokens), "window": seq, "allowed": ALLOWED,
-        "rows": lines, "round_trip": {path: {"relative": off, "worst": worst} for path, (off, worst) in errors.items()},
+        "rows": lines, "round_trip": {path: {"relative": off, "worst": most} for path, (off, most) in errors.items()},
     }  # fmt: skip
 
 
 def _cached_nats(cfg: ModelConfig, params: Any, batches: Sequence[Any], seq: int) -> dict[str, tuple[float, float]]:
-    """Returns {kind of cache: (summed nats, error of the logits)}, read CHUNK by CHUNK through a KV cache of each kind.
+    """Returns {type of the KV cache: (summed nats, error of the logits)} of batches prefilled CHUNK by CHUNK.
 
     The error is against a cache in float32: root mean square, over that of the logits around their mean.
     """
@@ -96,8 +94,8 @@ def _cached_nats(cfg: ModelConfig, params: Any, batches: Sequence[Any], seq: int
         after: list[Any] = []
         sums: list[Any] = []
         exact = jnp.zeros(())
-        for spans in caches:
-            logits, cache = forward(cfg, params, tokens, positions, segmented_cache(spans, rows))
+        for segments in caches:
+            logits, cache = forward(cfg, params, tokens, positions, segmented_cache(segments, rows))
             exact = exact if sums else logits
             logprob = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
             off = jnp.where(mask, ((logits - exact) ** 2).sum(-1), 0).sum()
@@ -116,8 +114,8 @@ def _cached_nats(cfg: ModelConfig, params: Any, batches: Sequence[Any], seq: int
 
 
 def round_trip(weight: Any, leaf: Int8) -> tuple[float, float]:
-    """Returns the rounding error of a leaf: root mean square of the change over that of the weights, and the largest change
-    in steps of its column, which is never above 0.5."""
+    """Returns the rounding error of a leaf: root mean square over that of the weights, and the largest in steps of its
+    column, never above 0.5."""
     weight = weight.astype(jnp.float32)
     change = jnp.abs(dequantize(leaf) - weight)
     steps = change / jnp.expand_dims(jnp.where(leaf.scale == 0, 1, leaf.scale), 1 - leaf.axis)

@@ -1,7 +1,4 @@
-"""The model that is measured: a preset with random weights, or one that `--model` names; and tokens to measure it with.
-
-A training step by itself is measured on a model and a batch of a given shape.
-"""
+"""Makes or loads the model to measure, and tokens to measure it with; makes training steps of a given shape."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,7 +18,7 @@ from engine.storage.find import load_model, locate
 from engine.text.batch import Batch
 from engine.training.step import init_state, train_step
 
-PROGRESS = 0.5  # through a run, at which the learning rate is taken
+PROGRESS = 0.5  # through a run, for the learning rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +32,8 @@ class BenchModel:
 
 
 def random_model(name: str, cfg: ModelConfig) -> BenchModel:
-    """Returns a preset with random matrices and biases, those that training starts at zero too: a model whose blocks add
-    nothing would hide every difference between one way of running it and another."""
+    """Returns a preset with random matrices and biases, also those that training starts at zero: a model whose blocks add
+    nothing would hide every difference between two ways of running it."""
 
     def init(key: Any) -> Any:
         leaves = leaf_paths(init_params(cfg, key))
@@ -50,7 +47,7 @@ def random_model(name: str, cfg: ModelConfig) -> BenchModel:
 
 
 def load(name: str) -> BenchModel:
-    """Loads the model `--model` names, in float32. Raises UserError when there is none, or it is an adapter for another."""
+    """Loads a model by path or name, in float32. Raises UserError when there is none, or when it is an adapter."""
     location = locate(name)
     if location.form == "adapter":
         raise UserError(
@@ -62,7 +59,7 @@ def load(name: str) -> BenchModel:
 
 
 def tokens_for(model: BenchModel, rows: int, length: int) -> np.ndarray:
-    """Returns tokens (rows, length) int32 to measure with: English, for a model with a tokenizer, else random ones."""
+    """Returns tokens (rows, length) int32: English for a model with a tokenizer, else random."""
     if model.tokenizer is None:
         return np.random.default_rng(0).integers(0, model.cfg.vocab, (rows, length), dtype=np.int32)
     tokens = model.tokenizer.encode("\n".join(topics.values())[: 16 * rows * length])
@@ -70,7 +67,7 @@ def tokens_for(model: BenchModel, rows: int, length: int) -> np.ndarray:
 
 
 class Work(NamedTuple):
-    """The inputs of a training step: the model, its first weights, and the batch it sees at every step."""
+    """The inputs of a training step: the model, its first weights, and the batch of every step."""
 
     cfg: ModelConfig
     params: Any
@@ -78,8 +75,7 @@ class Work(NamedTuple):
 
 
 def make_work(shape: Shape, dtype: Literal["bfloat16", "float32"]) -> Work:
-    """Returns a model of bytes: heads 64 wide, q/k norm, SwiGLU, head of its own; weights and text are random, the same each
-    time."""
+    """Returns a byte-level model, heads 64 wide, with q/k norm and an untied head; weights and text are random, and fixed."""
     ff = -(-shape.width * 8 // 3 // 64) * 64
     cfg = ModelConfig(
         vocab=257, width=shape.width, layers=shape.layers, heads=shape.width // 64, ff=ff, context=shape.tokens, qk_norm=True,
@@ -92,7 +88,7 @@ def make_work(shape: Shape, dtype: Literal["bfloat16", "float32"]) -> Work:
 
 
 def make_step(work: Work, tx: Any) -> Callable[[], Any]:
-    """Returns a call that takes the next training step and returns its loss; the weights of `work` stay as they are."""
+    """Returns a call that takes the next training step and returns its loss. It copies the weights of `work`."""
     state = init_state(tx, jax.tree.map(jnp.copy, work.params))
 
     def step() -> Any:

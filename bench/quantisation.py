@@ -4,8 +4,8 @@
     python -m bench.quantisation --model runs/NAME --size 0       a run of your own, on all of them
     python -m bench.quantisation --leaves               each kind of matrix alone as well: which ones cost most
 
-All ways read the same windows of the same text, so a difference between them is theirs and not the text's. The error of
-the round trip is given for each kind of matrix, and for each path in the last line, which is JSON.
+All read the same windows of the same text. The rounding error is given for each kind of matrix, and for each path in the
+last line, which is JSON.
 """
 
 import dataclasses
@@ -40,7 +40,6 @@ def measure_quantisation(flags: QuantisationFlags) -> dict[str, Any]:
     if flags.window < LEAST_WINDOW or flags.rows < 2 or flags.size < 0:
         raise UserError(f"--window must be at least {LEAST_WINDOW}, --rows at least 2, and --size 0 or more.")
     start_jax()
-    # JAX is imported from here on: --help needs none, and the allocator is set before it starts.
     from bench.int8_loss import measure_int8
 
     return measure_int8(flags.model, flags.text, size=flags.size, window=flags.window, rows=flags.rows, leaves=flags.leaves)

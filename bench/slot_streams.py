@@ -1,4 +1,4 @@
-"""Streams through our slots beside the same streams through llama.cpp: a prompt prefilled, tokens decoded."""
+"""Times prefill and decoding of streams through our slots beside the same streams through llama.cpp."""
 
 import functools
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.cli import progress
-from bench.peers.process import PeerError, started
+from bench.peers.process import PeerError, start_peer
 from bench.timing import measure, ratio
 from engine.counting.hardware import clock
 from engine.device import cores, device_name
@@ -23,13 +23,13 @@ from engine.storage.find import load_model, locate
 
 
 class StreamRow(NamedTuple):
-    """A row: its prompts' tokens, whether a lone stream drafts, and the times of the peer's speed that it must reach."""
+    """A row: tokens of each prompt, whether a lone stream has draft tokens, and the least ratio to the peer's speed."""
 
     name: str
     streams: int
     prompt: int
     drafts: bool
-    must: float | None
+    required_ratio: float | None
 
 
 Result = dict[str, Any]  # seconds of `prefill` and of `decode`, and the `tokens` of each stream
@@ -47,29 +47,28 @@ ELSEWHERE = "python3 -m venv peers && peers/bin/pip install llama-cpp-python"
 def measure_streams(
     model_name: str, peer_python: Path | None, *, new: int, rounds: int, price: float, keys_values: Any
 ) -> dict[str, Any]:
-    """Measures all rows and prints them as they come; `bench.inference` says what each value is."""
+    """Measures all rows and prints them as they come. The options are the flags of `bench.inference`."""
     form, file, _ = locate(model_name)
     if form != "gguf":
         raise UserError(f"There is no .gguf file at {model_name}; give one, or smollm2-135m-instruct.")
     model = load_model(model_name)
     weights = for_inference(model.cfg, quantize(model.params))
-    # 32 passages of 512 tokens, each from another place of the held-out plays.
+    # 32 passages of 512 tokens, evenly spaced in the held-out plays.
     text = fetch("shakespeare")["validation"].read_text(encoding="utf-8")
-    step = len(text) // 32
-    passages = [model.tokenizer.encode(text[place * step : place * step + 4 * 1024]).tolist()[:512] for place in range(32)]
+    starts = (place * (len(text) // 32) for place in range(32))
+    passages = [model.tokenizer.encode(text[start : start + 4096]).tolist()[:512] for start in starts]
     print(f"{device_name()}, {cores()} cores, {model.name}, int8 weights, {keys_values} keys and values", flush=True)
     absent: list[dict[str, str]] = []
     rows = []
-    with started(peer_python, "llama_cpp_peer.py", absent, "llama_cpp", ELSEWHERE) as peer:
+    with start_peer(peer_python, "llama_cpp_peer.py", absent, "llama_cpp", ELSEWHERE) as peer:
         for row in ROWS:
             progress(f"compiling {row.name}")
             prompts = [passage[: row.prompt] for passage in passages[: row.streams]]
             tokens = 2 if row.name.startswith("prefill") else new
-            calls = {"ours": _ours(model.cfg, weights, prompts, tokens, row.drafts, keys_values)}
+            calls = {"ours": _our_run(model.cfg, weights, prompts, tokens, row.drafts, keys_values)}
             if peer:
-                spec = {"file": str(file), "threads": cores(), "prompts": prompts, "new": tokens}
                 try:
-                    peer.ask(make="llama", spec=spec)
+                    peer.ask(make="llama", spec={"file": str(file), "threads": cores(), "prompts": prompts, "new": tokens})
                 except PeerError as error:
                     raise UserError(f"llama.cpp: {error}") from None
                 calls["peer"] = functools.partial(peer.ask, run="llama")
@@ -80,18 +79,17 @@ def measure_streams(
     }  # fmt: skip
 
 
-def _ours(cfg: Any, weights: Any, prompts: list[list[int]], new: int, drafts: bool, kv_dtype: Any) -> Callable[[], Result]:
-    """Returns a call of `Slots` with a slot for each stream, at least as many as a lone one has a use for."""
+def _our_run(cfg: Any, weights: Any, prompts: list[list[int]], new: int, drafts: bool, kv_dtype: Any) -> Callable[[], Result]:
+    """Returns a call of `Slots` with a slot for each stream, and for the draft tokens of a lone one."""
     least = 1 + DRAFT_ROWS if drafts else MIN_SLOTS
     slots = Slots(cfg, weights, slots=max(len(prompts), least), capacity=CAPACITY, kv_dtype=kv_dtype, speculate=drafts)
     slots.warm()
 
     def run() -> Result:
-        # Prompts are prefilled while others decode already. The stream that came first is asked for more than counts, so
-        # that decoding is timed with every stream at work from its first step to its last, as the peer's is.
-        most = CAPACITY - max(map(len, prompts))
-        ids = [slots.submit(Request(tuple(prompt), SamplingParams(max_tokens=most, temperature=0.0))) for prompt in prompts]
-        output: dict[int, list[int]] = {id: [] for id in ids}
+        # The first streams decode while later prompts are prefilled, and then go on past `new`, so that decoding is timed
+        # with all streams at work from the first step to the last, as the peer's is.
+        sampling = SamplingParams(max_tokens=CAPACITY - max(map(len, prompts)), temperature=0.0)
+        output: dict[int, list[int]] = {slots.submit(Request(tuple(prompt), sampling)): [] for prompt in prompts}
         count = lambda: sum(map(len, output.values()))
 
         def step_until(least: int) -> None:
@@ -105,9 +103,8 @@ def _ours(cfg: Any, weights: Any, prompts: list[list[int]], new: int, drafts: bo
         step_until(1)
         prefilled, early = clock(), count()
         step_until(new)
-        share = (new - 1) * len(prompts) / (count() - early)
-        decode = (clock() - prefilled) * share
-        for id in ids:
+        decode = (clock() - prefilled) * (new - 1) * len(prompts) / (count() - early)
+        for id in output:
             slots.cancel(id)
         return {"prefill": prefilled - begin, "decode": decode, "tokens": [tokens[:new] for tokens in output.values()]}
 
@@ -115,7 +112,7 @@ def _ours(cfg: Any, weights: Any, prompts: list[list[int]], new: int, drafts: bo
 
 
 def _measure_row(row: StreamRow, calls: dict[str, Callable[[], Result]], new: int, rounds: int, price: float) -> dict[str, Any]:
-    """Runs both in turns; a prefill row counts the prefill, a decode row the decoding."""
+    """Times the calls in turns, a prefill row their prefill, a decode row their decoding."""
     prefill = row.name.startswith("prefill")
     tokens = {name: call()["tokens"] for name, call in calls.items()}
     timings = measure(
@@ -126,11 +123,11 @@ def _measure_row(row: StreamRow, calls: dict[str, Callable[[], Result]], new: in
     rate = count / timings["ours"].median
     fields: dict[str, Any] = {
         "name": row.name, "streams": row.streams, "tokens_per_second": rate, "peer_tokens_per_second": None, "ratio": None,
-        "spread": None, "must": row.must, "usd_per_million_tokens": price / 3600 / rate * 1e6,
+        "spread": None, "must": row.required_ratio, "usd_per_million_tokens": price / 3600 / rate * 1e6,
     }  # fmt: skip
     line = f"{row.name:<17} {rate:7.0f} tokens/s, ${fields['usd_per_million_tokens']:.3f} a million"
     if "peer" in calls:
-        # The share of tokens up to each stream's first difference: our int8 and their four bits part ways at a near-tie.
+        # The share of tokens before each stream's first difference: our int8 and their four bits differ at a near-tie.
         pairs = list(zip(tokens["ours"], tokens["peer"]))
         agree = [next((n for n, (a, b) in enumerate(zip(*pair)) if a != b), len(pair[0])) for pair in pairs]
         fields["same_tokens"] = sum(agree) / sum(map(len, tokens["ours"]))
@@ -138,7 +135,7 @@ def _measure_row(row: StreamRow, calls: dict[str, Callable[[], Result]], new: in
         fields |= ratio(timings["peer"], timings["ours"]).fields()
         over = f"{fields['ratio']:.2f} ± {fields['spread']:.2f} times" if fields["ratio"] else "ratio lost in noise"
         line += f"; llama.cpp {theirs:6.0f}: {over}"
-        if row.must and fields["ratio"]:
-            line += f" (at least {row.must:g}{'' if fields['ratio'] >= row.must else ': ** not met **'})"
+        if (least := row.required_ratio) and fields["ratio"]:
+            line += f" (at least {least:g}{'' if fields['ratio'] >= least else ': ** not met **'})"
     print(line, flush=True)
     return fields

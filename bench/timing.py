@@ -1,7 +1,7 @@
-"""Measures times beside one another: warmed up, waited for, interleaved, and with the noise said aloud.
+"""Times calls in turns, and their ratios with the noise.
 
-On a shared machine speed drifts by more than most effects worth knowing. Callables that are compared therefore run in
-turns, round after round, and a ratio is taken inside each round, where the drift is common to both.
+A shared machine's speed drifts by more than most effects worth knowing. So calls that are compared run in turns, and each
+round has a ratio of its own, in which the drift is common to both.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from engine.counting.hardware import clock
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of one callable, in the order of the rounds; within `spread` lies the middle half of them."""
+    """Seconds of one call in each round; `spread` is the width of their middle half."""
 
     name: str
     seconds: tuple[float, ...]
@@ -30,14 +30,12 @@ class Timing:
         return _interquartile(self.seconds)
 
     def scaled(self, factor: float) -> "Timing":
-        """Returns the same rounds times a factor: 1 / tokens gives the seconds of a token, so that calls that do different
-        amounts compare."""
+        """Returns the rounds times a factor: with 1 / tokens, calls of different amounts compare."""
         return Timing(self.name, tuple(seconds * factor for seconds in self.seconds))
 
 
 class Ratio(NamedTuple):
-    """The median of the ratios within each round, and their spread; where the measurements do not carry one, None, and a
-    sentence that says which and why: a table has a place for what is lost in noise."""
+    """The median of the rounds' ratios, and their spread; None where noise hides it, with a sentence that says why."""
 
     ratio: float | None
     spread: float | None
@@ -47,7 +45,7 @@ class Ratio(NamedTuple):
         return "noisy" if self.ratio is None else f"{self.ratio:.2f} ± {self.spread:.2f}"
 
     def fields(self) -> dict[str, Any]:
-        """Returns the fields as a JSON row has them, `noisy` only where it is."""
+        """Returns the fields for a JSON row, `noisy` only if set."""
         return {name: value for name, value in self._asdict().items() if name != "noisy" or value}
 
 
@@ -55,11 +53,11 @@ def measure(
     calls: Mapping[str, Callable[[], Any]], *, rounds: int, warmups: int = 1,
     report: Callable[[int, int], None] | None = None, seconds_of: Callable[[Any], float] | None = None,
 ) -> dict[str, Timing]:  # fmt: skip
-    """Returns name -> Timing of calls run in turns for `rounds` rounds, after `warmups` runs of each that do not count.
+    """Returns name -> Timing of calls run in turns for `rounds` rounds, after `warmups` runs of each.
 
-    The result of a call is waited for, so a JAX program's whole work is inside its time. Each round begins with another
-    call: none always meets the cache its neighbour left. `report(done, total)` counts rounds. `seconds_of` takes
-    the seconds from the result of calls that time a part of themselves. Raises ValueError without calls or rounds.
+    A call's time ends when its result is ready. Each round begins with another call, so that none always meets the cache of
+    the same neighbour. `report(done, total)` counts rounds. `seconds_of` takes the seconds from a call's result, for calls
+    that time a part of themselves. Raises ValueError without calls or rounds.
     """
     if not calls or rounds < 1:
         raise ValueError(f"measure needs a callable and a round: got {len(calls)} callables and {rounds} rounds")
@@ -80,8 +78,8 @@ def measure(
 
 
 def ratio(a: Timing, b: Timing) -> Ratio:
-    """Returns a over b, from timings of one `measure`; None when the spread of the ratio exceeds the ratio, or when there are
-    too few rounds to know a spread. Raises ValueError when the timings are not of the same rounds."""
+    """Returns a over b, from timings of one `measure`; None when its spread exceeds it, or with fewer than 3 rounds. Raises
+    ValueError when the timings are not of the same rounds."""
     rounds = len(a.seconds)
     if rounds != len(b.seconds):
         raise ValueError(f"{a.name} has {rounds} rounds, {b.name} has {len(b.seconds)}: not measured together")
@@ -101,7 +99,7 @@ def ratio(a: Timing, b: Timing) -> Ratio:
 
 
 def noise(timings: Mapping[str, Timing]) -> str:
-    """Says in one sentence how far these timings can be trusted, for the end of a report."""
+    """Returns a sentence on how far these timings can be trusted."""
     shares = {name: timing.spread / timing.median if timing.median else 0.0 for name, timing in timings.items()}
     worst = max(shares, key=shares.__getitem__)
     rounds = len(timings[worst].seconds)

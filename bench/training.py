@@ -1,12 +1,12 @@
-"""How close a training step comes to what this machine can multiply.
+"""Measures how close a training step comes to this machine's fastest matmul.
 
     python -m bench.training                          a few shapes, beside the ceilings of the same run
     python -m bench.training --shapes 6x384x256x16    layers x width x tokens x batch
-    python -m bench.training --allocator default      without keeping freed memory: what page faults cost
+    python -m bench.training --allocator default      without keeping freed memory: the cost of page faults
 
-Model FLOPs are 6 N + 12 L D T a token (N: weights that take part in a product, the head included; attention counted as
-the full square, whatever is skipped). The step is the project's own `train_step`: bfloat16 products, float32 weights,
-clipping, AdamW, and the guard against non-finite steps. The model reads bytes. The last line is JSON.
+Model FLOPs are 6 N + 12 L D T a token (N: weights of products, the head included; attention as the full square, whatever is
+skipped). The step is `train_step`: bfloat16 products, float32 weights, clipping, AdamW, and the guard against non-finite
+steps. The model reads bytes. The last line is JSON.
 """
 
 import dataclasses
@@ -34,7 +34,6 @@ def measure_training(flags: TrainingFlags) -> dict[str, Any]:
         from engine.allocator import keep_freed_memory
 
         keep_freed_memory()
-    # JAX is imported from here on: --help needs none, and the allocator is set before it starts.
     from bench.models import make_step, make_work
     from bench.timing import measure, noise
     from engine.counting.flops import step_flops
@@ -52,7 +51,7 @@ def measure_training(flags: TrainingFlags) -> dict[str, Any]:
         step = make_step(work, make_optimizer(OptimizerConfig(kind=flags.optimizer)))
         timings[shape] = measure({"step": step}, rounds=flags.rounds, warmups=2)["step"]
         configs[shape] = work.cfg
-        # The ceilings again beside each shape: on a shared machine they move, and the best of all counts for all.
+        # Measured beside each shape, for they move on a shared machine; the best counts for all.
         ceilings = best_ceilings(ceilings, measure_ceilings())
     kind, top = ("bf16", ceilings.bf16_gflops) if flags.dtype == "bfloat16" else ("f32", ceilings.f32_gflops)
     rows = []

@@ -1,1 +1,1 @@
-"""Beside what people would use instead: PyTorch, transformers, llama.cpp."""
+"""Measurements beside other libraries: PyTorch, transformers, llama.cpp."""

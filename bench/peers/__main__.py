@@ -1,12 +1,11 @@
-"""Beside what people would use instead, in one run: PyTorch for training, Hugging Face transformers for inference.
+"""Measures training beside PyTorch and inference beside Hugging Face transformers, in one run.
 
     python -m bench.peers                                   both, with the peers of this Python (the extra `peers`)
     python -m bench.peers --peer-python peers/bin/python    peers that live in an environment of their own
     python -m bench.peers --quick                           small shapes, one or two minutes
 
-A peer is another process that computes the same thing from the same weights; it is asked for one round, then we run
-one, so that what else this machine does hits both alike. Each has all cores while the other waits. A ratio is our time
-over the peer's: below 1, Thrice takes less. The last line is JSON.
+A peer is a process that computes the same from the same weights. It and we run in turns, with all cores, so that what else
+this machine does hits both alike. A ratio is our time over the peer's: below 1, Thrice takes less. The last line is JSON.
 """
 
 import dataclasses
@@ -17,8 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from bench.cli import check_rounds, parse_shape, quick, run_bench
-from bench.peers.process import started
+from bench.cli import check_rounds, override_defaults, parse_shape, run_bench
+from bench.peers.process import start_peer
 from engine.device import cores, device_name, start_jax
 from engine.errors import UserError
 
@@ -49,7 +48,7 @@ QUICK: dict[str, Any] = {"shape": "2x128x64x8", "preset": "demo", "prompt": 64, 
 def measure_peers(flags: PeersFlags) -> dict[str, Any]:
     """Measures all rows and prints them as they come."""
     if flags.quick:
-        flags = quick(flags, QUICK)
+        flags = override_defaults(flags, QUICK)
     shape = parse_shape("--shape", flags.shape)
     check_rounds(flags.rounds)
     for name, value, least in (("prompt", flags.prompt, 1), ("new", flags.new, 2)):
@@ -58,14 +57,13 @@ def measure_peers(flags: PeersFlags) -> dict[str, Any]:
     if not flags.dtypes:
         raise UserError("--dtypes needs bfloat16, float32 or both.")
     start_jax()
-    # JAX is imported from here on: --help needs none, and the allocator is set before it starts.
     from bench.peers import inference, training
 
     inference.check_preset(flags.preset, flags.prompt, flags.new, runs=flags.only != "training")
     print(f"{device_name()}, {cores()} cores, {flags.rounds} interleaved rounds; a ratio is our time over the peer's")
     if (load := os.getloadavg()[0]) > cores() / 4:
-        # OpenMP's threads meet after every operation, and one that was put aside holds up both: the same training row
-        # read 0.4 at a load of 9 and 1.1 in a quiet moment.
+        # OpenMP's threads meet after every operation, and one that is put aside holds up all: the same training row read
+        # 0.4 at a load of 9 and 1.1 in a quiet moment.
         print(f"others are at work on this machine (load {load:.1f}): that costs PyTorch more than us and flatters the ratios")
     rows: list[dict[str, Any]] = []
     absent: list[dict[str, str]] = []
@@ -77,7 +75,7 @@ def measure_peers(flags: PeersFlags) -> dict[str, Any]:
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         for script, measure in (stages[stage] for stage in stages if flags.only in ("all", stage)):
-            with started(flags.peer_python, script, absent) as peer:
+            with start_peer(flags.peer_python, script, absent) as peer:
                 for dtype in flags.dtypes if peer else ():
                     measure(dtype, flags.rounds, peer, Path(folder), rows, absent)
     return {"device": device_name(), "cores": cores(), "rounds": flags.rounds, "rows": rows, "absent": absent}

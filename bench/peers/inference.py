@@ -1,4 +1,4 @@
-"""Our `generate` beside transformers', greedy, on the same weights and prompts, alone and eight at a time."""
+"""Times our `generate` beside transformers', greedy, on the same weights and prompts, one and eight at a time."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,12 +23,12 @@ from engine.storage.huggingface.folder import save_folder
 
 
 def check_preset(preset_name: str, prompt: int, new: int, *, runs: bool) -> None:
-    """Raises UserError for a preset whose context the tokens do not fit, or that does not fit into memory if it `runs`."""
+    """Raises UserError when the tokens do not fit the preset's context or, if it `runs`, the weights do not fit memory."""
     cfg = preset(preset_name)
     longest = max(prompt + 1, SHORT + new)
     if longest > cfg.context:
         raise UserError(f"{longest} tokens do not fit {preset_name}'s context of {cfg.context}; give fewer --prompt or --new.")
-    # Ours in float32 and as computed, the peer's as loaded and as computed.
+    # Ours and the peer's, each as loaded and as computed.
     needed, limit = 16 * count_params(cfg).total, memory_limit_bytes()
     if needed > limit and runs:
         raise UserError(
@@ -41,10 +41,10 @@ def measure_inference(
     preset_name: str, prompt: int, new: int, dtype: Literal["bfloat16", "float32"], rounds: int, peer: Peer, folder: Path,
     rows: list[dict[str, Any]], absent: list[dict[str, str]],
 ) -> None:  # fmt: skip
-    """Adds the rows of a number type to `rows`, or says in `absent` why there are none.
+    """Adds the rows of a number type to `rows`, or notes in `absent` why there are none.
 
-    A prefill row reads `prompt` tokens and makes one; a decode row reads SHORT tokens and makes `new`. Seconds are of the
-    whole call, and tokens a second count those read, or those made. `folder` is for files that the peer reads.
+    A prefill row reads `prompt` tokens and makes one; a decode row reads SHORT tokens and makes `new`. Seconds are the whole
+    call's; tokens a second count those read, or those made. `folder`: for files that the peer reads.
     """
     cfg = dataclasses.replace(preset(preset_name), dtype=dtype)
     params = random_model(preset_name, cfg).params

@@ -1,7 +1,7 @@
-"""The peer in inference on a CPU: llama.cpp, through `llama-cpp-python`, on the same GGUF file.
+"""The peer of `bench.inference`: llama.cpp, through `llama-cpp-python`, on the same GGUF file.
 
-`bench.inference` starts this file in whichever interpreter has it; it imports nothing of the engine. One context decodes
-all rows together, each row a sequence of its own; the most probable token is taken, as ours is.
+It imports nothing of the engine, for it runs in the Python that has llama.cpp. One context decodes all rows together, each
+a sequence of its own, greedily.
 """
 
 import ctypes
@@ -14,10 +14,8 @@ UBATCH = 512  # tokens a call, its own default
 
 
 def make(spec: dict[str, Any]) -> Run:
-    """Returns a run that prefills each row's prompt, then decodes `new` tokens of each: seconds of both, tokens of each row.
-
-    `spec`: file, threads, prompts (lists of ids), new.
-    """
+    """Returns a run that prefills each row's prompt, then decodes `new` tokens of each; it returns the seconds of both, and
+    the tokens of each row. `spec`: file, threads, prompts (lists of ids), new."""
     import llama_cpp as llama
 
     prompts, new = spec["prompts"], spec["new"]

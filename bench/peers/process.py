@@ -1,4 +1,4 @@
-"""A peer: another interpreter that computes the same thing and is asked for one round at a time."""
+"""A peer: another Python process that computes the same as we do, one round at a time."""
 
 import contextlib
 import json
@@ -16,40 +16,41 @@ HERE = Path(__file__).resolve().parent
 INSTALL = "pip install -e '.[peers]'"
 ELSEWHERE = "python3 -m venv peers && peers/bin/pip install torch numpy transformers"
 
-# Torch takes memory for each step and gives it back, as XLA does: it gets the allocator settings that ours has, which
-# take a fifth off its training step.
+# Torch allocates and frees memory in each step, as XLA does: our allocator settings take a fifth off its training step.
 KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
 
 
 class PeerError(RuntimeError):
-    """A peer that is not there or could not do it; the message is its own."""
+    """A peer that has ended or could not do a job; the message is its own."""
 
 
 class Peer:
-    """One of our peer scripts (see `protocol.serve`) in another process; a question at a time, each answered."""
+    """A peer script in another process, which answers one question at a time (see `protocol.serve`)."""
 
     def __init__(self, python: Path, script: str):
         """Raises OSError when `python` cannot be run."""
-        # What leads this Python to its modules would mislead that one.
+        # This Python's module paths would mislead the other one.
         outside = {name: os.environ[name] for name in os.environ.keys() - {"PYTHONPATH", "PYTHONHOME"}}
-        self.words = tempfile.TemporaryFile()  # noqa: SIM115
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
-            [python, HERE / script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.words, text=True,
+            [python, HERE / script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
             env=outside | KEEP_FREED | QUIET,
         )  # fmt: skip
+        assert self.process.stdin
+        assert self.process.stdout
+        self._questions, self._answers = self.process.stdin, self.process.stdout
 
     def read(self) -> dict[str, Any]:
-        """Returns its next answer. Raises PeerError with what it says went wrong, or with its last words."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+        """Returns the next answer. Raises PeerError with the peer's error, or with its last words."""
+        line = self._answers.readline()
         try:
             reply = json.loads(line)
         except ValueError:
             self.process.kill()
             self.process.wait()
-            self.words.seek(0)
-            words = self.words.read().decode(errors="replace").strip() or line.strip() or "not a word"
+            self.log.seek(0)
+            words = self.log.read().decode(errors="replace").strip() or line.strip() or "not a word"
             raise PeerError(f"it is gone; its last words: {words.splitlines()[-1][:300]}") from None
         if "error" in reply:
             raise PeerError(reply["error"])
@@ -57,15 +58,14 @@ class Peer:
 
     def ask(self, **question: Any) -> dict[str, Any]:
         """Returns the answer to one question. Raises PeerError."""
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # the missing answer says more
-            self.process.stdin.write(json.dumps(question) + "\n")
-            self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # `read` says more
+            self._questions.write(json.dumps(question) + "\n")
+            self._questions.flush()
         return self.read()
 
     def prepare(self, job: str, spec: dict[str, Any], keep: Callable[[dict[str, Any]], Any]) -> Callable[[], None]:
-        """Returns a call that has the job run once and hands the answer to `keep`; it has run once, hence is compiled.
-        Raises PeerError when the peer cannot do it."""
+        """Makes a job and runs it once, to compile; returns a call that runs it and hands the answer to `keep`. Raises
+        PeerError."""
         self.ask(make=job, spec=spec)
         run = lambda: keep(self.ask(run=job))
         run()
@@ -78,18 +78,18 @@ class Peer:
     def close(self) -> None:
         self.process.terminate()
         self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout, self.words):
+        for stream in (self._questions, self._answers, self.log):
             with contextlib.suppress(OSError):
-                stream.close()  # type: ignore[union-attr]
+                stream.close()
 
 
 @contextlib.contextmanager
-def started(
+def start_peer(
     python: Path | None, script: str, absent: list[dict[str, str]], needs: str = "torch", elsewhere: str = ELSEWHERE
 ) -> Iterator[Peer | None]:
-    """Starts the peer of a script in `python` (None: this one); None, with an entry in `absent`, where its library is not.
+    """Starts a peer script in `python` (None: this one). Yields None, with an entry in `absent`, where its library is missing.
 
-    `elsewhere` makes an environment that has it. Raises UserError when a Python that was named cannot be run or has no
+    `elsewhere` makes an environment that has the library. Raises UserError when a given `python` cannot be run or lacks
     `needs`.
     """
     try:
@@ -117,6 +117,6 @@ def started(
 
 
 def note_absent(absent: list[dict[str, str]], name: str, reason: str, install: str) -> None:
-    """Notes and prints that a peer is not compared with, why, and what would bring it."""
+    """Notes and prints that a peer is missing, why, and how to install it."""
     absent.append({"name": name, "reason": reason, "install": install})
     print(f"absent: {name} ({reason})\n        to have it: {install}", flush=True)

@@ -15,13 +15,13 @@ Run = Callable[[], dict[str, Any]]
 
 
 def serve(needs: list[str], make: Callable[[dict[str, Any]], Run]) -> None:
-    """Says hello, then answers until standard input ends.
+    """Greets, then answers questions until standard input ends.
 
     The greeting is `{"versions": {module: version}}`, or `{"missing": module, "why": text}` and nothing more. Then
-    `{"make": name, "spec": {...}}` prepares a job, `{"run": name}` runs it once and is answered with its seconds and what
-    it returned, `{"drop": name}` forgets it. Whatever goes wrong is answered with `{"error": text}`.
+    `{"make": name, "spec": {...}}` prepares a job, `{"run": name}` runs it once and is answered with its seconds and
+    result, `{"drop": name}` forgets it. An error is answered with `{"error": text}`.
     """
-    # Libraries print to standard output as they please; the answers keep a descriptor of their own.
+    # Libraries print to standard output; the answers have a descriptor of their own.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     say = lambda reply: print(json.dumps(reply), file=answers, flush=True)
@@ -29,7 +29,7 @@ def serve(needs: list[str], make: Callable[[dict[str, Any]], Run]) -> None:
     for name in needs:
         try:
             versions[name] = str(getattr(importlib.import_module(name), "__version__", "?"))
-        except Exception as error:  # a library may be there and broken in ways of its own
+        except Exception as error:  # a library may be there, and broken in any way
             say({"missing": name, "why": _sentence(error)})
             return
     say({"versions": versions})

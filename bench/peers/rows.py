@@ -1,4 +1,4 @@
-"""A comparison with a peer as a row: of the JSON document, and printed."""
+"""Rows that compare us with a peer: for the JSON document, and printed."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from bench.timing import Timing, ratio
 
 OURS = "ours"
-SHORT = 64  # tokens of a prompt where decoding is measured
+SHORT = 64  # tokens of a prompt in the decode rows
 
 
 def comparison(name: str, peer: str, timings: Mapping[str, Timing], tokens: int) -> dict[str, Any]:
-    """Returns the row of one comparison; `ratio` is None, with `noisy` telling why, when the rounds do not carry one."""
+    """Returns the row of one comparison; `ratio` is None, and `noisy` says why, where noise hides it."""
     ours, theirs = timings[OURS], timings[peer]
     return {
         "name": name, "peer": peer, "ours_seconds": ours.median, "peer_seconds": theirs.median,

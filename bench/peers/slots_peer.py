@@ -1,8 +1,4 @@
-"""The peer of the server: the same engine's slots without a server around them, in a process of their own.
-
-`bench.serving` starts this file and asks for one round at a time. It computes with what the server computes with: the same
-weights laid out the same way, the same slots, capacity and settings.
-"""
+"""The peer of `bench.serving`: the server's engine without the server, with the same weights, slots and capacity."""
 
 import sys
 from pathlib import Path
@@ -10,10 +6,9 @@ from typing import Any
 
 
 def make(spec: dict[str, Any]) -> Any:
-    """Prepares a run of many prompts at once to their last token.
+    """Returns a run that continues all prompts at once and returns their tokens.
 
-    `spec`: model, weights, slots, capacity, prompts, new (tokens). The run returns the output tokens, in the order of the
-    prompts.
+    `spec`: model, weights, slots, capacity, prompts, new (tokens).
     """
     from engine.device import start_jax
 
@@ -34,18 +29,17 @@ def make(spec: dict[str, Any]) -> Any:
     requests = [Request(tuple(prompt), SamplingParams(max_tokens=spec["new"], temperature=0.0)) for prompt in spec["prompts"]]
 
     def run() -> dict[str, Any]:
-        ids = [slots.submit(request) for request in requests]
-        output_tokens: dict[int, list[int]] = {id: [] for id in ids}
+        output: dict[int, list[int]] = {slots.submit(request): [] for request in requests}
         while slots.busy:
             for event in slots.step():
-                output_tokens[event.id] += event.tokens
-        return {"tokens": [output_tokens[id] for id in ids]}
+                output[event.id] += event.tokens
+        return {"tokens": [*output.values()]}
 
     return run
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])  # started by path, it would otherwise find bench's files alone
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # the repository, for this script is started by path
     from bench.peers.protocol import serve
 
     serve(["jax", "numpy"], make)

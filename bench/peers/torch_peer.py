@@ -1,7 +1,7 @@
 """The peer in training: a transformer of our shape in plain PyTorch, written as one would without this project.
 
-`bench.peers` starts this file in whichever interpreter has torch; it imports nothing of the engine. Weights and tokens
-come from ours by file, and so do the optimizer's settings: both sides then report the same losses, step after step.
+It imports nothing of the engine, for it runs in the Python that has torch. Weights, tokens and optimizer settings are ours:
+both sides report the same losses, step after step.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from protocol import Run, serve
 
 
 def make(spec: dict[str, Any]) -> Run:
-    """A training step on one batch. `spec`: config, file (.npz), dtype, compile, threads and AdamW's settings."""
+    """Returns a training step on one batch. `spec`: config, file (.npz), dtype, compile, threads and AdamW's settings."""
     import numpy as np
     import torch
     import torch.nn.functional as F
@@ -69,11 +69,9 @@ def make(spec: dict[str, Any]) -> Run:
     model = Model()
     model.load_state_dict(_state(file, c["tied"]))
     tokens, targets = torch.from_numpy(file["tokens"]).long(), torch.from_numpy(file["targets"]).long()
-    pulled: list[Any] = []
-    free: list[Any] = []
-    for name, weight in model.named_parameters():
-        (free if "norm" in name or "bias" in name else pulled).append(weight)
-    groups = [{"params": pulled, "weight_decay": spec["weight_decay"]}, {"params": free, "weight_decay": 0.0}]
+    undecayed = [weight for name, weight in model.named_parameters() if "norm" in name or "bias" in name]
+    decayed = [weight for name, weight in model.named_parameters() if not ("norm" in name or "bias" in name)]
+    groups = [{"params": decayed, "weight_decay": spec["weight_decay"]}, {"params": undecayed, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=spec["learning_rate"], betas=(spec["beta1"], spec["beta2"]), fused=True)
     loss_of = torch.compile(model) if spec["compile"] else model
 
@@ -90,14 +88,15 @@ def make(spec: dict[str, Any]) -> Run:
 
 
 def _state(file: Any, tied: bool) -> dict[str, Any]:
-    """Our leaves under torch's names: a Linear keeps its weight as (out, in)."""
+    """Returns our leaves under torch's names; the weight of a Linear is (out, in)."""
     import torch
 
     state = {}
     for path in file.files:
-        if not path.startswith("params/"):
+        root, _, name = path.replace("/", ".").partition(".")
+        if root != "params":
             continue
-        leaf, name = torch.from_numpy(file[path]), path[len("params/") :].replace("/", ".")
+        leaf = torch.from_numpy(file[path])
         if name.endswith("qkv_bias"):
             state[name.removesuffix("_bias") + ".bias"] = leaf
         else:

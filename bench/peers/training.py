@@ -1,5 +1,4 @@
-"""Our training step beside PyTorch's, compiled and eager: weights, text and optimizer are the same, and so must be the
-losses."""
+"""Times our training step beside PyTorch's, compiled and eager, with the same weights, text, optimizer, and so losses."""
 
 import functools
 from collections.abc import Callable
@@ -25,7 +24,7 @@ def measure_training(
     shape: Shape, dtype: Literal["bfloat16", "float32"], rounds: int, peer: Peer, folder: Path, rows: list[dict[str, Any]],
     absent: list[dict[str, str]],
 ) -> None:  # fmt: skip
-    """Adds a row for each way of the peer to `rows`, or says in `absent` why there is none. `folder` is for files that the
+    """Adds a row for torch compiled and eager to `rows`, or notes in `absent` why there is none. `folder`: for files that the
     peer reads."""
     work = make_work(shape, dtype)
     file = folder / "training.npz"

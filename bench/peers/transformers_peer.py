@@ -1,7 +1,7 @@
-"""The peer in inference: Hugging Face `transformers`, its own `generate`, greedy, with its default cache.
+"""The peer in inference: `generate` of Hugging Face transformers, greedy, with its default cache.
 
-`bench.peers` starts this file in whichever interpreter has transformers and torch; it imports nothing of the engine. The
-model is a folder that ours exported and the prompts are ours, so both sides should make the same tokens.
+It imports nothing of the engine, for it runs in the Python that has transformers. The model is a folder that we exported and
+the prompts are ours, so both sides should make the same tokens.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
-"""The layout of the two kinds of chart, stacked bars and lines over two logarithmic axes: where everything stands.
+"""Lays out the two kinds of chart, stacked bars and lines over two logarithmic axes, for a page or a phone.
 
-Both are laid out for a page and for a phone, in units that a page shows as pixels; `charts.svg.j2` draws what they return.
+Units are a page's pixels; `charts.svg.j2` draws the layouts.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ LETTER = 6.7  # an average letter's width at 13 units
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """One row of stacked bars: (colour, name, size) from left to right, two figures at its end, perhaps a mark."""
+    """One row of stacked bars: (colour, name, size) from left to right, two figures at its end, perhaps a marked size."""
 
     name: str
     group: str | None
@@ -32,8 +32,8 @@ class Bar:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One line, (x, y) in data units, and the two lines of words beside it; points with `spreads` are measurements, drawn
-    as dots whose figures stand above them or `below`."""
+    """One line, (x, y) in data units, with `name` and `note` beside it. Points with `spreads` are measurements: dots with
+    figures above them or `below`."""
 
     points: tuple[Point, ...]
     style: str
@@ -45,7 +45,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """The name of a logarithmic axis, its ends, and how its values are written; ticks are decades unless given."""
+    """A logarithmic axis: name, ends, how to write values, and ticks, by default decades."""
 
     name: str
     low: float
@@ -57,9 +57,9 @@ class Axis:
 def stacked_bars(
     bars: Sequence[Bar], key: Sequence[tuple[str, str]], tick: Callable[[float], str], wide: bool
 ) -> dict[str, Any]:
-    """Lays out bars from one zero, apart where the group changes; `key` holds the (colour, name) pairs of the legend.
+    """Lays out bars from one zero, with a gap between groups; `key` holds the (colour, name) pairs of the legend.
 
-    Names stand left of the bars on a page, above them on a phone.
+    Names are left of the bars on a page, above them on a phone.
     """
     width = PAGE if wide else PHONE
     left = min(280.0, 16 + LETTER * max(len(bar.name) for bar in bars)) if wide else 1.0
@@ -75,7 +75,7 @@ def stacked_bars(
         starts = itertools.accumulate((size for _, _, size in bar.parts), initial=0.0)
         room = left - 12 if wide else right - LETTER * (sum(map(len, bar.figures)) + 3)
         rows.append({
-            "bar": bar, "y": at, "top": at + drop, "name": shortened(bar.name, room), "mark": bar.mark and x(bar.mark),
+            "bar": bar, "y": at, "top": at + drop, "name": truncate(bar.name, room), "mark": bar.mark and x(bar.mark),
             "parts": [
                 (colour, name, size / bar.length, x(start), max(0.6, x(start + size) - x(start)))
                 for start, (colour, name, size) in zip(starts, bar.parts) if size > 0
@@ -105,9 +105,9 @@ def curves(
     lines: Sequence[Line], across: Axis, up: Axis, wide: bool,
     *, shade: Sequence[Point] = (), shade_name: str = "", rings: Sequence[Point] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """Lays out lines over two logarithmic axes: named at their right ends on a page, in a key above the plot on a phone.
+    """Lays out lines over two logarithmic axes, named at their right ends on a page, in a key above the plot on a phone.
 
-    The region below `shade` is filled and named; `rings` are points to look at.
+    The region below `shade` is filled and named; `rings` are marked points.
     """
     width = PAGE if wide else PHONE
     room = min(290.0, LETTER * max(max(len(line.name), len(line.note)) for line in lines))
@@ -118,8 +118,8 @@ def curves(
     x, y = logarithmic(across.low, across.high, left, right), logarithmic(up.low, up.high, bottom, top)
     place = lambda points: [(x(a), y(b)) for a, b in points]
     ends = [place(line.points[-1:])[0] for line in lines]
-    if wide:  # each line's words right of its end, as near to it as the others allow, with a thin line that leads there
-        heights = apart([end[1] for end in ends], 38.0 if 36 in rises else 20.0, top + 4, bottom - 16)
+    if wide:  # words right of each line's end, as near as the others allow, with a thin line that leads there
+        heights = separate([end[1] for end in ends], 38.0 if 36 in rises else 20.0, top + 4, bottom - 16)
         leaders = [
             [(end[0] + (7 if line.spreads else 1), end[1]), (right + 8, end[1]), (right + 18, at), (right + 24, at)]
             for line, end, at in zip(lines, ends, heights)
@@ -133,8 +133,8 @@ def curves(
         "kind": "curves", "wide": wide, "width": width, "height": bottom + 50, "left": left, "right": right, "top": top,
         "bottom": bottom, "across": across.name, "up": up.name, "rings": place(rings), "lines": [
             {
-                "line": line, "path": path(place(line.points)), "at": at, "leader": path(leader),
-                "name": shortened(line.name, name_room), "note": shortened(line.note, note_room), "dots": [
+                "line": line, "path": svg_path(place(line.points)), "at": at, "leader": svg_path(leader),
+                "name": truncate(line.name, name_room), "note": truncate(line.note, note_room), "dots": [
                     {"x": x(a), "y": y(b), "text": up.write(b),
                      "whisker": (y(b - spread / 2), y(b + spread / 2)) if 0 < spread < 2 * b else None}
                     for (a, b), spread in zip(line.points, line.spreads)
@@ -147,33 +147,33 @@ def curves(
             (x(value), across.write(value), anchor(x(value)))
             for value in across.ticks or decade_ticks(across.low, across.high, 9 if wide else 4)
         ],
-        "shade": shade and path([*place(shade), (right, bottom), (left, bottom)]) + "Z", "shade_name": shade_name,
+        "shade": shade and svg_path([*place(shade), (right, bottom), (left, bottom)]) + "Z", "shade_name": shade_name,
     }  # fmt: skip
 
 
-def path(points: Sequence[Point]) -> str:
-    """Writes a polyline through the points, as an SVG path's `d`."""
-    return "M" + "L".join(f"{plain(x)} {plain(y)}" for x, y in points)
+def svg_path(points: Sequence[Point]) -> str:
+    """Returns a line through the points as an SVG path's `d`."""
+    return "M" + "L".join(f"{svg_number(x)} {svg_number(y)}" for x, y in points)
 
 
-def plain(value: Any) -> Any:
+def svg_number(value: Any) -> Any:
     """Writes a float with at most two decimals; returns anything else as it is."""
     return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
 
 
 def linear(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    """Maps low..high onto start..end; a single point lies at the start."""
+    """Returns the map of low..high onto start..end; a single point maps to the start."""
     return lambda value: start + (value - low) / ((high - low) or 1) * (end - start)
 
 
 def logarithmic(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    """Maps positive values by their logarithms, as `linear` does."""
+    """Returns `linear` over the logarithms of positive values."""
     inner = linear(math.log10(low), math.log10(high), start, end)
     return lambda value: inner(math.log10(value))
 
 
 def even_ticks(high: float, most: int) -> list[float]:
-    """Returns 0 and the multiples of 1, 2, 2.5 or 5 times a power of ten up to `high`, at most `most` of them after 0."""
+    """Returns 0 and at most `most` multiples, up to `high`, of 1, 2, 2.5 or 5 times a power of ten."""
     if high <= 0:
         return [0.0]
     power = 10.0 ** math.floor(math.log10(high / most))
@@ -182,8 +182,7 @@ def even_ticks(high: float, most: int) -> list[float]:
 
 
 def decade_ticks(low: float, high: float, most: int) -> list[float]:
-    """Returns the powers of ten within low..high, every k-th when there are more than `most`; when there are few, 1, 2 and
-    5 times them."""
+    """Returns at most `most` powers of ten in low..high, evenly spaced; where they are few, 1, 2 and 5 times them."""
     first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
     if last - first >= 2:
         return [10.0**power for power in range(first, last + 1, max(1, math.ceil((last - first + 1) / most)))]
@@ -191,8 +190,8 @@ def decade_ticks(low: float, high: float, most: int) -> list[float]:
     return [tick for tick in every if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
 
 
-def apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Moves labels that want to be at `wanted`: in the same order, `gap` apart, within low..high as long as they fit."""
+def separate(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Moves positions `gap` apart and into low..high, as far as they fit; their order stays."""
     places = list(wanted)
     order = sorted(range(len(places)), key=wanted.__getitem__)
     for index in order:
@@ -204,7 +203,7 @@ def apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[
     return places
 
 
-def shortened(text: str, room: float) -> str:
-    """Cuts a text with an ellipsis when it is wider than `room` at about LETTER units a character."""
+def truncate(text: str, room: float) -> str:
+    """Ends a text with an ellipsis where it is wider than `room`, at LETTER a character."""
     fits = max(1, int(room / LETTER))
     return text if len(text) <= fits else text[: fits - 1].rstrip(" ,") + "…"

@@ -1,7 +1,7 @@
 """The four figures of the report: operations by stage, time by batch, memory by stage, and cost over a model's life.
 
-Each is laid out twice, for a page and for a phone, and the style sheet shows the one that fits: text keeps its size. A
-figure that the document has no numbers for is None. Captions are in `page.html.j2`.
+Each is laid out for a page and for a phone, and the style sheet shows the one that fits: text keeps its size. A figure that
+the document has no numbers for is None. Captions are in `page.html.j2`.
 """
 
 import dataclasses
@@ -18,8 +18,7 @@ _PARTS = (
     ("optimizer", "optimizer", "grey"),
 )  # fmt: skip
 _MEMORY = {"params": "blue", "gradients": "rust", "optimizer": "grey", "activations": "amber", "cache": "teal"}
-_CEILING_OF = {"float32": "f32_gflops", "int8": "int8_gflops"}  # any other number type meets the bfloat16 one
-_BOTH = (True, False)  # wide and narrow
+_CEILING_OF = {"float32": "f32_gflops", "int8": "int8_gflops"}  # other number types have the bfloat16 one
 
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
@@ -27,12 +26,11 @@ Rows = Sequence[Row]
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A chart laid out for the page and for a phone; `numbers` are those that its caption needs."""
+    """A figure: the numbers of its caption, and its chart's layout, wide for a page or narrow for a phone."""
 
     id: str
     numbers: dict[str, Any]
-    wide: dict[str, Any]
-    narrow: dict[str, Any]
+    chart: Callable[[bool], dict[str, Any]]
 
 
 def figures(rows: Rows, ceilings: Row, model: Row) -> list[Figure]:
@@ -41,11 +39,11 @@ def figures(rows: Rows, ceilings: Row, model: Row) -> list[Figure]:
 
 
 def flops(rows: Rows) -> Figure | None:
-    """FLOPs per token of each stage in forward passes, stacked forward, dX, dW, optimizer."""
+    """Draws the FLOPs per token of each stage in forward passes, stacked: forward, dX, dW, optimizer."""
     bars = []
     for row in rows:
         whole, ratio = _flops(row, "formula"), positive(row.get("flop_ratio_to_forward"))
-        # The forward pass that the row's ratio is to; without a ratio, the row's own.
+        # The forward pass of the row's ratio; without a ratio, the row's own.
         if unit := whole / ratio if whole and ratio else _flops(row, "forward"):
             parts = tuple((colour, name, (_flops(row, key) or 0.0) / unit) for key, name, colour in _PARTS)
             if products := sum(size for _, _, size in parts[:3]):
@@ -54,7 +52,7 @@ def flops(rows: Rows) -> Figure | None:
 
 
 def memory(rows: Rows) -> Figure | None:
-    """Bytes by stage, stacked by what they hold, with the peak as a mark."""
+    """Draws the bytes of each stage, stacked by content, with the peak as a mark."""
     bars, colours = [], dict(_MEMORY)
     for row in rows:
         if sizes := {name: size for name, value in (row.get("memory") or {}).items() if (size := positive(value))}:
@@ -73,11 +71,11 @@ def _stacked(id: str, bars: list[Bar], key: list[tuple[str, str]], tick: Callabl
     if not bars:
         return None
     longest = max(bars, key=lambda bar: bar.length)
-    return Figure(id, {"longest": longest}, *(stacked_bars(bars, key, tick, wide) for wide in _BOTH))
+    return Figure(id, {"longest": longest}, lambda wide: stacked_bars(bars, key, tick, wide))
 
 
 def decode(rows: Rows, ceilings: Row, model: Row) -> Figure | None:
-    """Time per token against slots, both logarithmic, above the two times that this machine cannot beat."""
+    """Draws the time per token against slots, both logarithmic, above the two times that this machine cannot beat."""
     served = [row for row in decoding(rows) if positive(row.get("slots")) and positive(row.get("seconds_per_token"))]
     if not served:
         return None
@@ -117,11 +115,12 @@ def decode(rows: Rows, ceilings: Row, model: Row) -> Figure | None:
         shade_name = f"faster than {'main memory' if beaten else 'this machine'} allows"
         return curves(every, across, up, wide, shade=floor, shade_name=shade_name)
 
-    return Figure("decode", {"beaten": beaten, "few": lines[0].points[0], "many": lines[0].points[-1]}, *map(chart, _BOTH))
+    return Figure("decode", {"beaten": beaten, "few": lines[0].points[0], "many": lines[0].points[-1]}, chart)
 
 
 def life(rows: Rows, model: Row) -> Figure | None:
-    """Dollars against tokens served, both logarithmic: training paid once, and each way of serving; rings where they cross."""
+    """Draws dollars against served tokens, both logarithmic: training, paid once, and the ways of serving; rings mark where
+    they cost the same."""
     trained = training(rows) or {}
     tokens = TOKENS_PER_PARAMETER * (positive(model.get("params")) or 0.0)
     price = positive(trained.get("usd_per_million_tokens"))
@@ -140,9 +139,8 @@ def life(rows: Rows, model: Row) -> Figure | None:
     heights = [y for line in lines for _, y in line.points]
     across = Axis("tokens served", low, high, lambda value: in_words(value, short=True))
     up = Axis("cost, dollars", min(heights) / 1.3, max(heights) * 1.3, lambda value: f"${value:,.10g}")
-    charts = (curves(lines, across, up, wide, rings=[(x, once) for x in meet]) for wide in _BOTH)
     numbers = {"tokens": tokens, "per_parameter": TOKENS_PER_PARAMETER, "first": served[0]["name"], "meet": meet}
-    return Figure("life", numbers, *charts)
+    return Figure("life", numbers, lambda wide: curves(lines, across, up, wide, rings=[(x, once) for x in meet]))
 
 
 def decoding(rows: Rows) -> list[Row]:
@@ -160,7 +158,7 @@ def _flops(row: Row, counter: str) -> float | None:
 
 
 def _memory_floor(rows: Rows, ceilings: Row) -> Callable[[float], float] | None:
-    """Returns slots -> seconds that reading takes: bytes a token = shared / slots + own, from the fewest and the most slots."""
+    """Returns slots -> seconds of reading: bytes a token = shared / slots + own, from the fewest and the most slots."""
     rate = positive(ceilings.get("read_gbs"))
     moved = sorted((float(row["slots"]), float(row["bytes_per_token"])) for row in rows if positive(row.get("bytes_per_token")))
     if not rate or not moved:
@@ -172,7 +170,7 @@ def _memory_floor(rows: Rows, ceilings: Row) -> Callable[[float], float] | None:
 
 
 def _compute_floor(rows: Rows, ceilings: Row, model: Row) -> tuple[float, float] | None:
-    """Returns the seconds of a token's products at the ceiling of the model's number type, and that ceiling in GFLOP/s."""
+    """Returns the seconds of a token's products at the number type's ceiling, and that ceiling in GFLOP/s."""
     rate = positive(ceilings.get(_CEILING_OF.get(str(model.get("dtype")), "bf16_gflops")))
     work = [flops for row in rows if (flops := _flops(row, "formula"))]
     return (min(work) / (rate * 1e9), rate) if rate and work else None

@@ -1,4 +1,4 @@
-"""The stage table as a page: one file that holds all it shows, for a screen of any width, light or dark, and for paper."""
+"""Writes the stage table as one self-contained page, for a screen of any width, light or dark, and for paper."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from bench.report.charts import plain
+from bench.report.charts import svg_number
 from bench.report.figures import Figure, decoding, figures, flops, training
 from bench.report.stages import DEVIATION, agreement, columns, deviation, lines_and_notes
 from bench.table.claims import GENERATED_CHEAPER
@@ -19,15 +19,14 @@ from engine.files import whole_file
 Document = Mapping[str, Any]
 HERE = Path(__file__).parent
 
-KINDS = {"true": "holds", "false": "fails", "open": "open"}  # of a verdict, by its first word; any other is "partly"
+KINDS = {"true": "holds", "false": "fails", "open": "open"}  # by a verdict's first word; any other is "partly"
 
 
 def write_report(folder: Path, document: Document) -> Path:
-    """Writes the stage table's document to `folder`/report.html, each file whole or not at all; returns that path.
+    """Writes the stage table's document to `folder`/report.html and returns that path.
 
-    Beside it lie what another page may carry: the first figure, stages.svg, and table and claims in Markdown, stages.md.
-
-    Rows, claims and their fields may be absent or None: what has no number is a dash, a figure without numbers is left out.
+    Beside it go the first figure, stages.svg, and table and claims in Markdown, stages.md, each file whole or not at all.
+    Rows, claims and their fields may be absent or None: a missing number is a dash, a figure without numbers is left out.
     Raises UserError when the folder cannot be made or written.
     """
     files = {"report.html": page(document)}
@@ -61,21 +60,20 @@ def page(document: Document) -> str:
 
 
 def picture(figure: Figure) -> str:
-    """Returns a figure as a file of its own: the page's colours, light and dark, and its rules for drawings go along."""
+    """Returns the SVG of a figure as a file of its own, with the page's colours, light and dark, and rules for drawings."""
     colours, _ = _style().split("* {", 1)
     rules = [line for line in _style().splitlines() if line.startswith("svg")]
     inside = "\n".join([colours.strip(), *rules, "svg { background: var(--page); }"])
     charts: Any = _environment().get_template("charts.svg.j2").module
-    opening, rest = str(charts.drawing(figure, figure.wide)).split(">", 1)
+    opening, rest = str(charts.drawing(figure, True)).split(">", 1)
     return f"{opening}>\n<style>\n{inside}\n</style>{rest}"
 
 
 def _environment() -> jinja2.Environment:
-    """Returns the templates of this folder: text from outside is escaped in HTML and SVG, and numbers are written by
-    engine/format.py."""
+    """Returns the templates of this folder: text is escaped in HTML and SVG, numbers are written by engine/format.py."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE), autoescape=lambda name: not (name or "").endswith(".md.j2"),
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=plain, undefined=jinja2.ChainableUndefined,
+        loader=jinja2.FileSystemLoader(HERE), autoescape=lambda name: not (name or "").endswith(".md.j2"), trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True, finalize=svg_number, undefined=jinja2.ChainableUndefined,
     )  # fmt: skip
     names = ("number", "si", "in_words", "money", "times", "percent")
     environment.filters |= {name: getattr(format, name) for name in names} | {"deviation": deviation, "kind": _kind}

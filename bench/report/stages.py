@@ -1,4 +1,4 @@
-"""The lines of the stage table as the page shows them: one prefix a column, and numbered notes for what is explained."""
+"""Prepares the lines of the page's stage table: one prefix a column, and numbered notes."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -6,21 +6,21 @@ from typing import Any
 
 from engine.format import Column, column, number, percent, times
 
-DEVIATION = 0.15  # beyond which a measured time is explained in words
+DEVIATION = 0.15  # of a measured time from the predicted one, beyond which it is explained
 
 Row = Mapping[str, Any]
-Note = tuple[str, str, str]  # a remark below the table: the row's name, what of it is off, and why
+Note = tuple[str, str, str]  # the row's name, what of it is off, and why
 
 
 def deviation(off: float | None) -> str:
-    """Writes `+12%`, or how many times as long from three times up."""
+    """Writes `+12%`, or from three times up `3.1×`."""
     return percent(off, signed=True) if off is None or off < 2 else times(off + 1, 1)
 
 
 def lines_and_notes(rows: Sequence[Row]) -> tuple[list[list[dict[str, Any]]], list[Note]]:
-    """Returns the lines, a list for each run of rows of one stage, and their notes in order.
+    """Returns the lines, a list for each stage, and their notes in order.
 
-    A line has its row, `off`, its time over the predicted one, less 1, and the numbers of its notes, 0 for none.
+    A line has its row; `off`, its time over the predicted one, less 1; and the numbers of its notes, 0 for none.
     """
     lines: list[dict[str, Any]] = []
     notes: list[Note] = []
@@ -41,14 +41,14 @@ def lines_and_notes(rows: Sequence[Row]) -> tuple[list[list[dict[str, Any]]], li
 
 
 def columns(rows: Sequence[Row]) -> dict[str, Column]:
-    """Chooses the prefix and the decimals of each column."""
+    """Returns the prefix and the decimals of each column."""
     counted = [row.get("flops_per_token") or {} for row in rows]
     return {
         "flops": column(each.get(counter) for each in counted for counter in ("formula", "walker", "xla")),
         "time": column(row.get(name) for row in rows for name in ("seconds_per_token", "predicted_seconds_per_token")),
         "peak": column((row.get("peak_bytes") for row in rows), digits=2),
         "moved": column((row.get("bytes_per_token") for row in rows), digits=2),
-        # What multiplies nothing costs next to nothing, and would stretch the column with its zeros.
+        # A row without products costs next to nothing, and its zeros would stretch the column.
         "price": column(
             (row.get("usd_per_million_tokens") for row, each in zip(rows, counted) if each.get("formula") != 0),
             digits=2, prefixed=False,

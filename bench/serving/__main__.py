@@ -1,10 +1,10 @@
-"""Measures the server: tokens a second, against its own engine, latency under load, what each part brings.
+"""Measures the server: throughput, also against its own engine, latency under load, and the gain of each part.
 
     python -m bench.serving            about four minutes on two cores
     python -m bench.serving --quick    fewer rounds, about ninety seconds
 
-Starts `python -m stages.serve` on a port of its own and drives it over loopback, from this process, on the same cores. The
-server and its engine without a server run in turns. The last line of stdout is JSON. What the server promises is tested by
+Starts `python -m stages.serve` and drives it over loopback, from this process, on the same cores. The server and its engine
+without a server run in turns. The last line of stdout is JSON. The server's promises are tested by
 `pytest tests/promises -m promises -n 0`.
 """
 
@@ -27,16 +27,16 @@ class ServingFlags:
     slots: int = 8
     """Requests the server answers at the same time."""
     capacity: int | None = None
-    """Tokens of prompt and completion together that a request may have; by default what the server chooses."""
+    """Tokens of prompt and completion together; by default the server's choice."""
     weights: str = "int8"
     """How its matrices are stored: int8, bfloat16 or float32."""
     price: float = 0.10
     """Dollars an hour of this machine; the default is about what two shared cores are let for."""
     quick: bool = False
-    """Fewer rounds and repetitions; figures are as true but know less of rare cases."""
+    """Fewer rounds and repetitions: rare cases show less."""
 
 
-READY_SECONDS = 8.0  # in which a server that has been started before is to be ready
+READY_SECONDS = 8.0  # to be ready in, for a server that has been started before
 SHARE, GOAL = 0.85, 0.95  # of its engine's own throughput
 LOADS = (0.5, 0.8)
 
@@ -86,7 +86,7 @@ async def _measure(model: str, server_flags: list[str], weights: str, slots: int
 
 
 def print_tables(document: dict[str, Any]) -> None:
-    """Prints the document as tables; a bar that is not met says so."""
+    """Prints the document as tables, and says which bars are not met."""
     unmet = lambda met: "" if met else "   ** not met **"
     print(f"{document['model']}, {document['weights']} weights, {document['slots']} slots, on {document['device']}")
     print(

@@ -1,4 +1,4 @@
-"""Requests for completions, and what their responses say: text, token counts, time to first token, log-probabilities."""
+"""Makes requests for completions, and reads responses: text, token counts, time to first token, log-probabilities."""
 
 import dataclasses
 import math
@@ -9,26 +9,26 @@ from bench.serving.http_client import Client, Response
 
 
 def completion_request(prompt: str | list[int], max_tokens: int, **fields: Any) -> dict[str, Any]:
-    """The body of a streamed, greedy /v1/completions, unless `fields` say otherwise."""
+    """Returns the body of a /v1/completions, streamed and greedy unless `fields` say otherwise."""
     body = {"model": "default", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
     body |= {"stream_options": {"include_usage": True}} | fields
     return body if body["stream"] else {name: value for name, value in body.items() if name != "stream_options"}
 
 
 def chat_request(text: str, max_tokens: int, **fields: Any) -> dict[str, Any]:
-    """The same as a /v1/chat/completions of one message."""
+    """Returns the same for a /v1/chat/completions of one message."""
     body = completion_request(text, max_tokens, **fields)
     messages = [{"role": "user", "content": body.pop("prompt")}]
     return body | {"messages": messages, "max_completion_tokens": body.pop("max_tokens")}
 
 
 async def send(client: Client, body: dict[str, Any], **options: Any) -> Response:
-    """Posts a completion request to the path its body is for; the response as it came."""
+    """Posts a completion request to its path; returns the response."""
     return await client.post("/v1/chat/completions" if "messages" in body else "/v1/completions", body, **options)
 
 
 async def complete(client: Client, body: dict[str, Any], **options: Any) -> "Completion":
-    """Posts a completion request; the completion that came back."""
+    """Posts a completion request; returns the completion."""
     return read_completion(await send(client, body, **options))
 
 
@@ -58,7 +58,7 @@ class Completion:
 
 
 def read_completion(response: Response) -> Completion:
-    """Reads a completion, streamed or not, chat or plain."""
+    """Reads a completion, streamed or whole, of either route."""
     if response.error or response.status != 200:
         why = response.error or _error_message(response)
         return Completion(response.status, "", 0, 0, None, math.nan, response.seconds, error=why)
@@ -94,7 +94,7 @@ def _error_message(response: Response) -> str:
 
 
 def random_text(rng: random.Random, words: int) -> str:
-    """A text of so many short common words, about as many tokens: no two prompts are likely to begin alike."""
+    """Returns so many short common words, about as many tokens. Two such texts hardly begin alike."""
     return " ".join(rng.choices(COMMON_WORDS, k=words))
 
 

@@ -1,8 +1,8 @@
-"""An HTTP/1.1 client that is light enough to sit beside the server it measures.
+"""An HTTP/1.1 client that is light enough to run beside the server it measures.
 
-h11 reads the protocol. What the bytes mean is read once a response is whole: a client that parsed every token's JSON as it
-came would take a core of two from the server. With 8 streams of events this one takes 26 us of CPU an event, 1.5 times
-what a parser written for it took and 1% of a core at 400 tokens/s.
+h11 reads the protocol; JSON is parsed once a response is whole, for a client that parsed every token's as it came would take
+a core of two from the server. With 8 streams of events this one takes 26 us of CPU an event, 1.5 times what a parser written
+for it took and 1% of a core at 400 tokens/s.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 @dataclasses.dataclass
 class Response:
-    """A response and its timeline: `arrivals` are (moment, bytes of the body received by then)."""
+    """A response; `arrivals` are (moment, bytes of the body by then)."""
 
     sent_at: float
     status: int = 0
@@ -41,7 +41,7 @@ class Response:
         return json.loads(self.body)
 
     def events(self) -> list[tuple[float, Any]]:
-        """(moment, JSON) of each server-sent event that is whole, without comments and the closing [DONE]."""
+        """Returns (moment, JSON) of each whole server-sent event, without comments and the closing [DONE]."""
         events, end, sizes = [], 0, [size for _, size in self.arrivals]
         for block in self.body.split(b"\n\n")[:-1]:
             end += len(block) + 2
@@ -51,7 +51,7 @@ class Response:
 
 
 class Client:
-    """Persistent connections to one server on this machine. `key`: the API key that goes with every request."""
+    """Persistent connections to one server on this machine. `key`: the API key of every request."""
 
     def __init__(self, port: int, key: str | None = None) -> None:
         self.port, self.key = port, key
@@ -61,9 +61,9 @@ class Client:
         self, method: str, path: str, body: Any = None, *, headers: Mapping[str, str] | None = None, timeout: float = 120.0,
         sent_at: float | None = None,
     ) -> Response:  # fmt: skip
-        """The whole response. `body`: bytes as they are, anything else as JSON. `sent_at`: when it should have been sent.
+        """Returns the whole response. `body`: bytes as they are, anything else as JSON. `sent_at`: when it should be sent.
 
-        A response that breaks off, or takes longer than `timeout` seconds, says so in `error`; nothing is raised for it.
+        One that breaks off, or takes longer than `timeout` seconds, says so in `error`; nothing is raised.
         """
         protocol, data = self.encode(method, path, body, headers or {})
         return await self._exchange(Response(clock() if sent_at is None else sent_at), protocol, data, timeout)
@@ -75,11 +75,11 @@ class Client:
         return await self.request("POST", path, body, **options)
 
     async def send_raw(self, data: bytes, method: str = "GET", timeout: float = 10.0) -> Response:
-        """The response to bytes that no client would send; `method` is how it must be read."""
+        """Returns the response to bytes that no client would send, read as that to `method`."""
         return await self._exchange(Response(clock()), self.encode(method, "/", None, {})[0], data, timeout)
 
     def encode(self, method: str, path: str, body: Any, headers: Mapping[str, str]) -> tuple[h11.Connection, bytes]:
-        """The state of a connection that has sent this request, and the request's bytes."""
+        """Returns the state of a connection that has sent this request, and the request's bytes."""
         data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
         fields = {"host": f"{HOST}:{self.port}"} | ({"authorization": f"Bearer {self.key}"} if self.key else {})
         fields |= {} if body is None else {"content-type": "application/json", "content-length": str(len(data))}
@@ -108,7 +108,7 @@ class Client:
         try:
             writer.write(data)
             received = await reader.read(READ_BYTES)
-            if reused and not received:  # closed by the server while it was idle: it never saw the request
+            if reused and not received:  # the server had closed the idle connection, and never saw the request
                 reader, writer = await connect(self.port)
                 writer.write(data)
                 received = await reader.read(READ_BYTES)
@@ -132,7 +132,7 @@ class Client:
 
 
 async def connect(port: int) -> Stream:
-    """A connection that sends without delay (TCP_NODELAY)."""
+    """Opens a connection that sends without delay (TCP_NODELAY)."""
     reader, writer = await asyncio.open_connection(HOST, port)
     writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return reader, writer

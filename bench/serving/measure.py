@@ -1,4 +1,4 @@
-"""Load on a server, and what it shows: throughput, its share of its own engine's, latency, what each part brings."""
+"""Puts load on a server and measures throughput, also against its own engine, latency, and the gain of each part."""
 
 import asyncio
 import contextlib
@@ -19,21 +19,18 @@ from bench.serving.server import Server
 from bench.timing import Timing, ratio
 from engine.counting.hardware import clock
 
-PROMPT_TOKENS, NEW_TOKENS = 32, 64  # of each request whose throughput is measured
-SHARED_TOKENS = 512  # that prompts have in common where the prefix cache is measured
+PROMPT_TOKENS, NEW_TOKENS = 32, 64  # of each request in a measurement of throughput
+SHARED_TOKENS = 512  # at the beginning of prompts that measure the prefix cache
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least `share` of them do not exceed (nearest rank); NaN of none."""
+    """Returns the smallest value that at least `share` of them do not exceed (nearest rank); NaN of none."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan
 
 
 async def closed_loop(client: Client, bodies: Sequence[dict[str, Any]], streams: int) -> tuple[list[Completion], float]:
-    """Sends all bodies, `streams` at a time -> their completions in order, and the seconds all took.
-
-    The next request is sent when the last is answered: what a server can do.
-    """
+    """Sends all bodies, `streams` at a time; returns their completions in order, and the seconds of all."""
     responses: list[Any] = [None] * len(bodies)
     places = iter(range(len(bodies)))
 
@@ -50,9 +47,9 @@ async def closed_loop(client: Client, bodies: Sequence[dict[str, Any]], streams:
 async def open_loop(
     client: Client, draw: Callable[[random.Random], dict[str, Any]], rate: float, seconds: float, rng: random.Random
 ) -> list[Response]:
-    """Poisson arrivals of what `draw` returns, `rate` a second for `seconds` -> all responses, once all are there.
+    """Sends the requests that `draw` returns as Poisson arrivals, `rate` a second for `seconds`; returns all responses.
 
-    It sends when it is time and counts latency from then: what people see, a full server's queue included.
+    Latency counts from when a request should be sent, as people see it, a full server's queue included.
     """
     begin, at, requests = clock(), 0.0, []
     while (at := at + rng.expovariate(rate)) < seconds:
@@ -63,7 +60,7 @@ async def open_loop(
 
 
 def _random_tokens(rng: random.Random, count: int) -> list[int]:
-    """Token ids of a prompt: no two prompts are likely to begin alike."""
+    """Returns token ids of a prompt. Two such prompts hardly begin alike."""
     return [rng.randrange(100, 1100) for _ in range(count)]
 
 
@@ -72,7 +69,7 @@ def _request(prompt: str | list[int], max_tokens: int = NEW_TOKENS) -> dict[str,
 
 
 async def in_turns(first: Callable[[], Awaitable[Any]], second: Callable[[], Awaitable[Any]], rounds: int) -> list[list[Any]]:
-    """What both return, round after round; which of them begins alternates."""
+    """Returns the results of both in each round; which of them begins alternates."""
     results: list[list[Any]] = [[], []]
     for turn in range(rounds):
         for place in (0, 1) if turn % 2 else (1, 0):
@@ -81,7 +78,7 @@ async def in_turns(first: Callable[[], Awaitable[Any]], second: Callable[[], Awa
 
 
 async def throughput(server: Server, streams: int, count: int, seed: int) -> float:
-    """Tokens a second over `count` greedy completions in a closed loop of `streams`."""
+    """Returns tokens a second of `count` greedy completions in a closed loop of `streams`."""
     rng = random.Random(seed)
     bodies = [_request(_random_tokens(rng, PROMPT_TOKENS)) for _ in range(count)]
     completions, seconds = await closed_loop(server.client, bodies, streams)
@@ -91,10 +88,10 @@ async def throughput(server: Server, streams: int, count: int, seed: int) -> flo
 async def compare_with_engine(
     server: Server, model: str, weights: str, slots: int, capacity: int, rounds: int
 ) -> dict[str, Any]:
-    """Compares the server with its own engine without a server: as many streams as slots, in turns, round after round.
+    """Compares the server with its own engine without a server, in turns, with as many streams as slots.
 
-    `ratio` is the server's throughput over the engine's, the median of each round's own; `spread` is NaN when there
-    is too much noise to know it. `same_text`: whether the server streamed, every round, what the engine's tokens say.
+    `ratio` is the server's throughput over the engine's, the median of the rounds' own; `spread` is NaN where noise hides
+    it. `same_text`: whether the server's text was, in every round, that of the engine's tokens.
     """
     rng = random.Random(1)
     prompts = [_random_tokens(rng, PROMPT_TOKENS) for _ in range(slots)]
@@ -127,19 +124,19 @@ async def compare_with_engine(
 
 
 def _mixed_request(rng: random.Random) -> dict[str, Any]:
-    """A request of the mix that open loops send: 10 to 120 words in, 16 to 64 tokens out."""
+    """Returns a request of the mix of open loops: 10 to 120 words in, 16 to 64 tokens out."""
     return _request(random_text(rng, rng.randint(10, 120)), rng.randint(16, 64))
 
 
 async def saturated_throughput(server: Server, slots: int, count: int) -> tuple[float, float]:
-    """Requests and tokens a second of the mix when every slot is always in use."""
+    """Returns requests and tokens a second of the mix with every slot always in use."""
     rng = random.Random(2)
     completions, seconds = await closed_loop(server.client, [_mixed_request(rng) for _ in range(count)], slots + 2)
     return count / seconds, sum(completion.completion_tokens for completion in completions) / seconds
 
 
 async def latency_under_load(server: Server, load: float, peak_rate: float, seconds: float) -> dict[str, Any]:
-    """Time to first token and inter-token latency under Poisson arrivals at `load` times `peak_rate` requests a second."""
+    """Measures TTFT and inter-token latency under Poisson arrivals at `load` times `peak_rate` requests a second."""
     begin = clock()
     responses = await open_loop(server.client, _mixed_request, load * peak_rate, seconds, random.Random(0))
     took = clock() - begin
@@ -155,7 +152,7 @@ async def latency_under_load(server: Server, load: float, peak_rate: float, seco
 
 
 async def prefix_ttft(server: Server) -> float:
-    """Seconds to the first token of a prompt that begins with the same SHARED_TOKENS as the one before it."""
+    """Returns the TTFT of a prompt that begins with the same SHARED_TOKENS as the one before it."""
     rng = random.Random(3)
     shared = _random_tokens(rng, SHARED_TOKENS)
     bodies = [_request([*shared, *_random_tokens(rng, 8)], 2) for _ in range(2)]
@@ -163,22 +160,22 @@ async def prefix_ttft(server: Server) -> float:
 
 
 async def repetitive_throughput(server: Server) -> float:
-    """Tokens a second of one stream that repeats its prompt, which suits draft tokens; the second of two streams."""
+    """Returns tokens a second of a lone stream that repeats its prompt, which suits draft tokens; the second of two."""
     line = "The quick brown fox jumps over the lazy dog and runs into the dark green forest.\n"
     body = _request(line * 6)
     return 1 / [(await complete(server.client, body)).inter_token_latency for _ in range(2)][1]
 
 
 async def gains(server: Server, model: str, flags: list[str], slots: int, rounds: int) -> list[dict[str, Any]]:
-    """The gain from batching, and from each part that a flag switches off, in turns with a server without it.
+    """Measures the gain of batching, and of each part that a flag switches off, in turns with a server without it.
 
-    `gain` is the median of each round's own; of times in seconds, fewer are better.
+    `gain` is the median of the rounds' own.
     """
     seeds = itertools.count(50)
     streams = lambda count: throughput(server, count, count, next(seeds))
     turns = await in_turns(lambda: streams(slots), lambda: streams(1), rounds)
     rows = [_gain("batching", f"{slots} streams at once, tokens/s", *turns)]
-    # (part, flags that switch it off, figure, how it is measured)
+    # (part, flags that switch it off, figure, measurement)
     parts: tuple[tuple[str, list[str], str, Any], ...] = (
         ("prefix cache", ["--prefix-cache", "0"], f"first token behind {SHARED_TOKENS} shared tokens, s", prefix_ttft),
         ("speculative decoding", ["--no-guesses"], "one stream that repeats itself, tokens/s", repetitive_throughput),

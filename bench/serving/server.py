@@ -1,4 +1,4 @@
-"""The project's own server as a process: started on a port of its own, waited for, asked for its metrics, ended."""
+"""Runs `stages.serve` as a process: starts it on a free port, waits for it, reads its metrics, ends it."""
 
 import asyncio
 import os
@@ -15,8 +15,8 @@ from bench.serving.http_client import HOST, Client
 from engine.counting.hardware import clock
 from engine.errors import UserError
 
-START_SECONDS = 300.0  # that a first start may take, compiling included
-# Runs a module as `python -m` would, after the lines before it.
+START_SECONDS = 300.0  # for a first start, compiling included
+# Runs some lines, and then the server as `python -m` would.
 LAUNCH = (
     "import runpy, sys; sys.argv = sys.argv[1:]; {lines}\nrunpy.run_module('stages.serve', run_name='__main__', alter_sys=True)"
 )
@@ -25,13 +25,13 @@ LAUNCH = (
 class Server:
     """`python -m stages.serve` with `flags`, ready when the block begins and gone when it ends.
 
-    `ready_seconds` is the time from its start until /health said so, `client` a client of it. `preamble`: lines of Python
-    that run in the process before the command does, for a test in which something breaks. Raises UserError with the end
-    of the server's output when it does not become ready.
+    `ready_seconds`: from its start until /health says so. `preamble`: lines of Python that run in the process before the
+    command, for tests in which something breaks. Raises UserError, with the end of the server's output, when it does not
+    become ready.
     """
 
     def __init__(self, model: str, flags: Sequence[str] = (), *, key: str | None = None, preamble: str | None = None) -> None:
-        with socket.socket() as probe:  # finds a port that nobody listens on
+        with socket.socket() as probe:  # finds a free port
             probe.bind((HOST, 0))
             self.port: int = probe.getsockname()[1]
         self.key, self.client, self.ready_seconds = key, Client(self.port, key=key), 0.0
@@ -70,33 +70,33 @@ class Server:
         self._output.close()
 
     def output(self) -> str:
-        """Everything it has written to its terminal."""
+        """Returns everything it has printed."""
         # A seek would move where the process writes.
         return os.pread(self._output.fileno(), 1 << 20, 0).decode(errors="replace").strip()
 
     async def wait(self, timeout: float) -> int | None:
-        """Its exit code once it has ended; None when it still runs after `timeout` seconds."""
+        """Waits at most `timeout` seconds for its end; returns its exit code, None while it runs."""
         end = clock() + timeout
         while self.process.poll() is None and clock() < end:
             await asyncio.sleep(0.005)
         return self.process.poll()
 
     async def metrics(self) -> dict[str, float]:
-        """The series of /metrics by name, those that differ in labels alone added up."""
+        """Returns the series of /metrics by name, summed over labels."""
         return parse_metrics((await self.client.get("/metrics")).body.decode())
 
     async def model(self) -> dict[str, Any]:
-        """The entry of its model in /v1/models."""
+        """Returns its entry in /v1/models."""
         return (await self.client.get("/v1/models")).json()["data"][0]
 
     def resident_bytes(self) -> int:
-        """Bytes of memory the process holds at this moment, where there is /proc; else 0."""
+        """Returns the process's bytes of memory now; 0 where there is no /proc."""
         statm = Path(f"/proc/{self.process.pid}/statm")
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
 def parse_metrics(text: str) -> dict[str, float]:
-    """Prometheus' text format summed over labels; of histograms only the sums and counts."""
+    """Reads Prometheus' text format, summed over labels; of histograms only sums and counts."""
     values: dict[str, float] = {}
     for name, labels, value in re.findall(r"^([a-zA-Z_:][\w:]*)(\{.*\})? (\S+)", text, re.M):
         if 'le="' not in labels:

@@ -13,7 +13,7 @@ from bench.cli import Shape, parse_shape
 from bench.peers import __main__ as peers
 from bench.peers import inference, rows
 from bench.peers import process as module
-from bench.peers.process import Peer, PeerError, started
+from bench.peers.process import Peer, PeerError, start_peer
 from bench.timing import Timing
 from engine.errors import UserError
 from engine.training.optimizer import OptimizerConfig, make_optimizer
@@ -111,7 +111,7 @@ def test_an_absent_library_is_named_with_what_installs_it_and_that_is_no_failure
     assert all("ModuleNotFoundError" in entry["reason"] for entry in document["absent"])
     assert out.count("to have it: pip install -e '.[peers]'") == 2
     absent = []
-    with started(THIS, "transformers_peer.py", absent) as peer:
+    with start_peer(THIS, "transformers_peer.py", absent) as peer:
         assert peer is None
     assert absent[0]["install"] == f"{THIS} -m pip install transformers_that_nobody_has"
 
@@ -152,7 +152,7 @@ def test_what_is_no_python_is_refused_in_a_sentence(python, words, capsys):
     ],
 )
 def test_flags_that_cannot_be_measured_are_refused_before_anything_starts(flags, words, monkeypatch, capsys):
-    monkeypatch.setattr(peers, "started", lambda *_: pytest.fail("a peer was started"))
+    monkeypatch.setattr(peers, "start_peer", lambda *_: pytest.fail("a peer was started"))
     assert peers.main(flags) == 2
     assert words in " ".join(capsys.readouterr().err.replace("│", " ").split())
 

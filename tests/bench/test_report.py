@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.report.charts import apart, decade_ticks, even_ticks, logarithmic
+from bench.report.charts import decade_ticks, even_ticks, logarithmic, separate
 from bench.report.page import page, write_report
 from engine.errors import UserError
 from engine.format import in_words
@@ -338,9 +338,9 @@ def test_ticks_and_labels():
     assert decade_ticks(15, 600, 9) == [20, 50, 100, 200, 500]
     for low in (1.0, 2.1, 4.9, 9.7):
         assert decade_ticks(low, 2.56 * low, 8), low
-    assert apart([5, 6, 30], 10, 0, 100) == [5, 15, 30]
-    assert apart([95, 96], 10, 0, 100) == [90, 100]
-    assert apart([40, 10], 10, 0, 100) == [40, 10]
+    assert separate([5, 6, 30], 10, 0, 100) == [5, 15, 30]
+    assert separate([95, 96], 10, 0, 100) == [90, 100]
+    assert separate([40, 10], 10, 0, 100) == [40, 10]
     assert logarithmic(1, 100, 0, 10)(10) == pytest.approx(5)
 
 
