@@ -15,11 +15,11 @@ import shlex
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
-from bench.cli import run_bench
+from bench.cli import Json, run_bench
 from engine.device import start_jax
 from engine.errors import UserError
 
@@ -48,7 +48,7 @@ class StageTableFlags:
     """Name the other measurements and stop."""
 
 
-def measure(flags: StageTableFlags) -> dict[str, Any]:
+def measure(flags: StageTableFlags) -> Json:
     """Returns the document of the stage table, or with --list the names of the other measurements."""
     if flags.list:
         names = measurements()

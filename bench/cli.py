@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from engine.errors import UserError
 
+Json = dict[str, Any]  # a JSON object
 PIPED_WIDTH = 140  # of a pipe, which has none: the widest table fits
 
 
@@ -29,7 +30,7 @@ class Shape(NamedTuple):
 
 
 def run_bench[Flags](
-    name: str, about: str | None, flags: type[Flags], measure: Callable[[Flags], dict[str, Any]],
+    name: str, about: str | None, flags: type[Flags], measure: Callable[[Flags], Json],
     args: Sequence[str] | None = None,
 ) -> int:  # fmt: skip
     """Parses `args` (None: the command line's), and prints what `measure` returns as the last line of stdout.
@@ -98,7 +99,7 @@ def print_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]],
     console().print(grid)
 
 
-def override_defaults[Flags](flags: Flags, values: dict[str, Any]) -> Flags:
+def override_defaults[Flags](flags: Flags, values: Json) -> Flags:
     """Returns the flags with these values in place of their defaults."""
     default = type(flags)()
     changed = {name: value for name, value in values.items() if getattr(flags, name) == getattr(default, name)}

@@ -16,9 +16,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from bench.cli import run_bench
+from bench.cli import Json, run_bench
 from engine.errors import UserError
 
 
@@ -44,10 +44,10 @@ class Figure(NamedTuple):
     least: bool = False
 
 
-Figures = tuple[list[Figure], dict[str, Any]]  # and the document's other entries
+Figures = tuple[list[Figure], Json]  # and the document's other entries
 
 
-def measure_commands(flags: CommandsFlags) -> dict[str, Any]:
+def measure_commands(flags: CommandsFlags) -> Json:
     """Runs the commands, prints the table and returns the document. Raises UserError when a command fails."""
     measure, subject, usual_time = {
         "training": (training, flags.data, "3m"), "finetuning": (finetuning, flags.model, "30s"),
@@ -103,7 +103,7 @@ def reinforcing(folder: Path, model: str, max_time: str) -> Figures:
     return [Figure("rise of the reward", rise, "", 0.05, least=True)], {"result": result}
 
 
-def _result(command: list[str], folder: Path) -> dict[str, Any]:
+def _result(command: list[str], folder: Path) -> Json:
     """Runs a command with `folder` as its run folder; returns the run's result."""
     print(f"python -m {' '.join(command)} ...", flush=True)
     _run([*command, "--out-dir", str(folder)])

@@ -11,9 +11,8 @@ AdamW and clipping. The last line is JSON.
 
 import dataclasses
 import sys
-from typing import Any
 
-from bench.cli import check_rounds, parse_shape, run_bench
+from bench.cli import Json, check_rounds, parse_shape, run_bench
 from engine.device import start_jax
 
 
@@ -33,7 +32,7 @@ class FinetuningFlags:
     """Interleaved rounds, at least 3; the median of their ratios counts."""
 
 
-def measure_finetuning(flags: FinetuningFlags) -> dict[str, Any]:
+def measure_finetuning(flags: FinetuningFlags) -> Json:
     shape = parse_shape("--shape", flags.shape)
     check_rounds(flags.rounds)
     start_jax()

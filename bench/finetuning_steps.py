@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.cli import print_table
+from bench.cli import Json, print_table
 from bench.timing import measure, noise, ratio
 from engine.counting.flops import train_flops
 from engine.counting.memory import training_memory
@@ -28,15 +28,12 @@ SIDE = 2048  # of the square matrices whose product is the ceiling
 PRODUCTS = 24  # a round, so that the clock and the launch do not count
 PRODUCT_FLOPS = PRODUCTS * 2 * SIDE**3
 FULL = "everything"  # trains, from float32 weights
-HEADS = (
-    "trainable", "numbers", "ms a step", "over full", "FLOPs", "tokens/s", "of ceiling", "optimizer MB", "predicted GB",
-    "XLA GB",
-)  # fmt: skip
+HEADS = "trainable|numbers|ms a step|over full|FLOPs|tokens/s|of ceiling|optimizer MB|predicted GB|XLA GB"
 
 Step = tuple[Callable[[], Any], dict[str, int]]  # a call of a compiled step, and its counts
 
 
-def measure_steps(name: str, cfg: ModelConfig, params: Any, batch: int, tokens: int, rank: int, rounds: int) -> dict[str, Any]:
+def measure_steps(name: str, cfg: ModelConfig, params: Any, batch: int, tokens: int, rank: int, rounds: int) -> Json:
     """Measures the steps of a model, prints the table and returns the document.
 
     Operations are by formula: 2 N forward, 2 N back through the frozen weights, the pairs' own, and the causal half of
@@ -65,7 +62,7 @@ def measure_steps(name: str, cfg: ModelConfig, params: Any, batch: int, tokens: 
             "flops_over_full": flops, "tokens_per_second": speed, "fraction_of_bf16_ceiling": share.ratio, **step,
         })  # fmt: skip
     title = f"{name}, rank {rank}, {batch} x {tokens} tokens, {device_name()}; the ceiling is {ceiling:,.0f} GFLOP/s"
-    print_table(title, HEADS, lines)
+    print_table(title, HEADS.split("|"), lines)
     print(noise(timings))
     return {"model": name, "tokens": tokens, "batch": batch, "rank": rank, "ceiling_gflops": ceiling, "rows": rows}
 

@@ -14,9 +14,9 @@ while all its streams are under way. The last line is JSON.
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from bench.cli import check_rounds, override_defaults, run_bench
+from bench.cli import Json, check_rounds, override_defaults, run_bench
 from engine.device import start_jax
 from engine.errors import UserError
 
@@ -42,7 +42,7 @@ class InferenceFlags:
     """33 tokens and 3 rounds, unless another value is given."""
 
 
-def measure_inference(flags: InferenceFlags) -> dict[str, Any]:
+def measure_inference(flags: InferenceFlags) -> Json:
     """Measures all rows, prints them as they come, and returns the document."""
     if flags.quick:
         flags = override_defaults(flags, QUICK)

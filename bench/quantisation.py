@@ -11,9 +11,8 @@ last line, which is JSON.
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
 
-from bench.cli import run_bench
+from bench.cli import Json, run_bench
 from engine.device import start_jax
 from engine.errors import UserError
 
@@ -36,7 +35,7 @@ class QuantisationFlags:
     """Each kind of matrix alone, too."""
 
 
-def measure_quantisation(flags: QuantisationFlags) -> dict[str, Any]:
+def measure_quantisation(flags: QuantisationFlags) -> Json:
     if flags.window < LEAST_WINDOW or flags.rows < 2 or flags.size < 0:
         raise UserError(f"--window must be at least {LEAST_WINDOW}, --rows at least 2, and --size 0 or more.")
     start_jax()

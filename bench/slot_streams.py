@@ -6,7 +6,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.cli import progress
+from bench.cli import Json, progress
 from bench.peers.process import PeerError, start_peer
 from bench.timing import measure, ratio
 from engine.counting.hardware import clock
@@ -32,7 +32,7 @@ class StreamRow(NamedTuple):
     required_ratio: float | None
 
 
-Result = dict[str, Any]  # seconds of `prefill` and of `decode`, and the `tokens` of each stream
+Result = Json  # seconds of `prefill` and of `decode`, and the `tokens` of each stream
 ROWS = (
     StreamRow("prefill_512", 1, 512, False, 2.0),
     StreamRow("decode_1", 1, 64, True, 0.6),
@@ -46,7 +46,7 @@ ELSEWHERE = "python3 -m venv peers && peers/bin/pip install llama-cpp-python"
 
 def measure_streams(
     model_name: str, peer_python: Path | None, *, new: int, rounds: int, price: float, keys_values: Any
-) -> dict[str, Any]:
+) -> Json:
     """Measures all rows and prints them as they come. The options are the flags of `bench.inference`."""
     form, file, _ = locate(model_name)
     if form != "gguf":
@@ -111,7 +111,7 @@ def _our_run(cfg: Any, weights: Any, prompts: list[list[int]], new: int, drafts:
     return run
 
 
-def _measure_row(row: StreamRow, calls: dict[str, Callable[[], Result]], new: int, rounds: int, price: float) -> dict[str, Any]:
+def _measure_row(row: StreamRow, calls: dict[str, Callable[[], Result]], new: int, rounds: int, price: float) -> Json:
     """Times the calls in turns, a prefill row their prefill, a decode row their decoding."""
     prefill = row.name.startswith("prefill")
     tokens = {name: call()["tokens"] for name, call in calls.items()}
@@ -121,7 +121,7 @@ def _measure_row(row: StreamRow, calls: dict[str, Callable[[], Result]], new: in
     )  # fmt: skip
     count = row.prompt if prefill else (new - 1) * row.streams
     rate = count / timings["ours"].median
-    fields: dict[str, Any] = {
+    fields: Json = {
         "name": row.name, "streams": row.streams, "tokens_per_second": rate, "peer_tokens_per_second": None, "ratio": None,
         "spread": None, "must": row.required_ratio, "usd_per_million_tokens": price / 3600 / rate * 1e6,
     }  # fmt: skip

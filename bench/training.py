@@ -11,9 +11,9 @@ steps. The model reads bytes. The last line is JSON.
 
 import dataclasses
 import sys
-from typing import Any, Literal
+from typing import Literal
 
-from bench.cli import check_rounds, parse_shape, progress, run_bench
+from bench.cli import Json, check_rounds, parse_shape, progress, run_bench
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class TrainingFlags:
     allocator: Literal["keep", "default"] = "keep"
 
 
-def measure_training(flags: TrainingFlags) -> dict[str, Any]:
+def measure_training(flags: TrainingFlags) -> Json:
     shapes = [parse_shape("a shape of --shapes", text) for text in flags.shapes]
     check_rounds(flags.rounds, 1)
     if flags.allocator == "keep":

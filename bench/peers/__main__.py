@@ -14,9 +14,9 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from bench.cli import check_rounds, override_defaults, parse_shape, run_bench
+from bench.cli import Json, check_rounds, override_defaults, parse_shape, run_bench
 from bench.peers.process import start_peer
 from engine.device import cores, device_name, start_jax
 from engine.errors import UserError
@@ -42,10 +42,10 @@ class PeersFlags:
     """Small shapes and bfloat16 alone, unless another value is given."""
 
 
-QUICK: dict[str, Any] = {"shape": "2x128x64x8", "preset": "demo", "prompt": 64, "new": 17, "dtypes": ("bfloat16",), "rounds": 3}
+QUICK: Json = {"shape": "2x128x64x8", "preset": "demo", "prompt": 64, "new": 17, "dtypes": ("bfloat16",), "rounds": 3}
 
 
-def measure_peers(flags: PeersFlags) -> dict[str, Any]:
+def measure_peers(flags: PeersFlags) -> Json:
     """Measures all rows and prints them as they come."""
     if flags.quick:
         flags = override_defaults(flags, QUICK)
@@ -65,7 +65,7 @@ def measure_peers(flags: PeersFlags) -> dict[str, Any]:
         # OpenMP's threads meet after every operation, and one that is put aside holds up all: the same training row read
         # 0.4 at a load of 9 and 1.1 in a quiet moment.
         print(f"others are at work on this machine (load {load:.1f}): that costs PyTorch more than us and flatters the ratios")
-    rows: list[dict[str, Any]] = []
+    rows: list[Json] = []
     absent: list[dict[str, str]] = []
     stages = {
         "training": ("torch_peer.py", functools.partial(training.measure_training, shape)),

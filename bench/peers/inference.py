@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bench.cli import progress
+from bench.cli import Json, progress
 from bench.models import random_model
 from bench.peers.process import Peer, PeerError, note_absent
 from bench.peers.rows import OURS, SHORT, add_row, comparison
@@ -39,7 +39,7 @@ def check_preset(preset_name: str, prompt: int, new: int, *, runs: bool) -> None
 
 def measure_inference(
     preset_name: str, prompt: int, new: int, dtype: Literal["bfloat16", "float32"], rounds: int, peer: Peer, folder: Path,
-    rows: list[dict[str, Any]], absent: list[dict[str, str]],
+    rows: list[Json], absent: list[dict[str, str]],
 ) -> None:  # fmt: skip
     """Adds the rows of a number type to `rows`, or notes in `absent` why there are none.
 

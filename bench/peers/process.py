@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from bench.cli import Json
 from engine.errors import UserError
 
 HERE = Path(__file__).resolve().parent
@@ -41,7 +42,7 @@ class Peer:
         assert self.process.stdout
         self._questions, self._answers = self.process.stdin, self.process.stdout
 
-    def read(self) -> dict[str, Any]:
+    def read(self) -> Json:
         """Returns the next answer. Raises PeerError with the peer's error, or with its last words."""
         line = self._answers.readline()
         try:
@@ -56,14 +57,14 @@ class Peer:
             raise PeerError(reply["error"])
         return reply
 
-    def ask(self, **question: Any) -> dict[str, Any]:
+    def ask(self, **question: Any) -> Json:
         """Returns the answer to one question. Raises PeerError."""
         with contextlib.suppress(BrokenPipeError):  # `read` says more
             self._questions.write(json.dumps(question) + "\n")
             self._questions.flush()
         return self.read()
 
-    def prepare(self, job: str, spec: dict[str, Any], keep: Callable[[dict[str, Any]], Any]) -> Callable[[], None]:
+    def prepare(self, job: str, spec: Json, keep: Callable[[Json], Any]) -> Callable[[], None]:
         """Makes a job and runs it once, to compile; returns a call that runs it and hands the answer to `keep`. Raises
         PeerError."""
         self.ask(make=job, spec=spec)

@@ -1,15 +1,15 @@
 """Rows that compare us with a peer: for the JSON document, and printed."""
 
 from collections.abc import Mapping
-from typing import Any
 
+from bench.cli import Json
 from bench.timing import Timing, ratio
 
 OURS = "ours"
 SHORT = 64  # tokens of a prompt in the decode rows
 
 
-def comparison(name: str, peer: str, timings: Mapping[str, Timing], tokens: int) -> dict[str, Any]:
+def comparison(name: str, peer: str, timings: Mapping[str, Timing], tokens: int) -> Json:
     """Returns the row of one comparison; `ratio` is None, and `noisy` says why, where noise hides it."""
     ours, theirs = timings[OURS], timings[peer]
     return {
@@ -19,7 +19,7 @@ def comparison(name: str, peer: str, timings: Mapping[str, Timing], tokens: int)
     } | ratio(ours, theirs).fields()  # fmt: skip
 
 
-def add_row(rows: list[dict[str, Any]], row: dict[str, Any], note: str) -> None:
+def add_row(rows: list[Json], row: Json, note: str) -> None:
     """Adds a row and prints it."""
     rows.append(row)
     ratio = f"{row['ratio']:5.2f} ± {row['spread']:.2f}" if row["ratio"] else "lost in noise"

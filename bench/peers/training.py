@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from bench.cli import Shape, progress
+from bench.cli import Json, Shape, progress
 from bench.models import PROGRESS, make_step, make_work
 from bench.peers.process import Peer, PeerError, note_absent
 from bench.peers.rows import OURS, add_row, comparison
@@ -21,7 +21,7 @@ from engine.training.optimizer import OptimizerConfig, make_optimizer, make_sche
 
 
 def measure_training(
-    shape: Shape, dtype: Literal["bfloat16", "float32"], rounds: int, peer: Peer, folder: Path, rows: list[dict[str, Any]],
+    shape: Shape, dtype: Literal["bfloat16", "float32"], rounds: int, peer: Peer, folder: Path, rows: list[Json],
     absent: list[dict[str, str]],
 ) -> None:  # fmt: skip
     """Adds a row for torch compiled and eager to `rows`, or notes in `absent` why there is none. `folder`: for files that the

@@ -12,9 +12,8 @@ import asyncio
 import dataclasses
 import signal
 import sys
-from typing import Any
 
-from bench.cli import print_table, progress, run_bench
+from bench.cli import Json, print_table, progress, run_bench
 from engine.format import money, si
 
 
@@ -41,21 +40,22 @@ SHARE, GOAL = 0.85, 0.95  # of its engine's own throughput
 LOADS = (0.5, 0.8)
 
 
-def measure_serving(flags: ServingFlags) -> dict[str, Any]:
+def measure_serving(flags: ServingFlags) -> Json:
     """Measures everything, prints the tables and returns the document. Raises UserError."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # however this ends, its servers end too
     server_flags = ["--slots", str(flags.slots), "--weights", flags.weights]
     server_flags += ["--capacity", str(flags.capacity)] if flags.capacity else []
-    document = asyncio.run(_measure(flags.model, server_flags, flags.weights, flags.slots, flags.price, flags.quick))
+    document = asyncio.run(_measure(flags, server_flags))
     print_tables(document)
     return document
 
 
-async def _measure(model: str, server_flags: list[str], weights: str, slots: int, price: float, quick: bool) -> dict[str, Any]:
+async def _measure(flags: ServingFlags, server_flags: list[str]) -> Json:
     from bench.serving import measure  # JAX comes with it, and help is quick without
     from bench.serving.server import Server
     from engine.device import device_name
 
+    model, slots, quick = flags.model, flags.slots, flags.quick
     rounds = 3 if quick else 7
     progress(f"starting stages.serve with {model} ...")
     async with Server(model, server_flags) as server:
@@ -63,18 +63,18 @@ async def _measure(model: str, server_flags: list[str], weights: str, slots: int
     progress(f"  ready after {first:.1f} s; once more, with what was compiled")
     async with Server(model, server_flags) as server:
         entry, ready = await server.model(), server.ready_seconds
-        document: dict[str, Any] = {
-            "model": entry["id"], "device": device_name(), "weights": weights, "slots": slots,
-            "capacity": entry["max_model_len"], "quick": quick, "price_per_hour": price, "first_ready_seconds": first,
+        document: Json = {
+            "model": entry["id"], "device": device_name(), "weights": flags.weights, "slots": slots,
+            "capacity": entry["max_model_len"], "quick": quick, "price_per_hour": flags.price, "first_ready_seconds": first,
             "ready_seconds": ready, "ready_bar": READY_SECONDS, "ready_met": ready < READY_SECONDS, "throughput": [],
         }  # fmt: skip
         progress(f"  ready after {ready:.1f} s; throughput of one stream and of more")
         for streams in sorted({1, 8, slots, 2 * slots}):
             rate = await measure.throughput(server, streams, max(streams, 2) * (1 if quick else 3), streams)
-            usd = price / 3600 / rate * 1e6
+            usd = flags.price / 3600 / rate * 1e6
             document["throughput"].append({"streams": streams, "tokens_per_second": rate, "usd_per_million_tokens": usd})
         progress(f"the server beside its engine without a server, {rounds} rounds in turns")
-        row = await measure.compare_with_engine(server, model, weights, slots, entry["max_model_len"], rounds)
+        row = await measure.compare_with_engine(server, model, flags.weights, slots, entry["max_model_len"], rounds)
         document["rows"] = [row | {"bar": SHARE, "goal": GOAL, "met": row["ratio"] >= SHARE}]
         progress("saturated with a mix of requests, and latency at shares of that load")
         peak, tokens = await measure.saturated_throughput(server, slots, slots * (4 if quick else 8))
@@ -85,7 +85,7 @@ async def _measure(model: str, server_flags: list[str], weights: str, slots: int
     return document
 
 
-def print_tables(document: dict[str, Any]) -> None:
+def print_tables(document: Json) -> None:
     """Prints the document as tables, and says which bars are not met."""
     unmet = lambda met: "" if met else "   ** not met **"
     print(f"{document['model']}, {document['weights']} weights, {document['slots']} slots, on {document['device']}")
@@ -94,30 +94,21 @@ def print_tables(document: dict[str, Any]) -> None:
         f"the first time after {document['first_ready_seconds']:.1f} s; {si(document['resident_bytes'], 'B')} of memory\n"
     )
     rate = document["saturated"]["requests_per_second"]
-    times = ("ttft_p50", "ttft_p99", "token_p50", "token_p99")
-    tables: list[tuple[str, str, Any]] = [
-        ("Throughput in a closed loop", "streams|tokens/s|$ a million", (
-            (str(row["streams"]), f"{row['tokens_per_second']:.0f}", money(row["usd_per_million_tokens"]))
-            for row in document["throughput"]
-        )),
-        ("The server against its own engine", "|server, tokens/s|engine, tokens/s|share|at least", (
-            (row["name"], f"{row['tokens_per_second']:.0f}", f"{row['peer_tokens_per_second']:.0f}",
-             f"{row['ratio']:.2f} ± {row['spread']:.2f}", f"{row['bar']}{unmet(row['met'])}")
-            for row in document["rows"]
-        )),
+    # (title, heads, format of a row, key of the rows)
+    tables = (
+        ("Throughput in a closed loop", "streams|tokens/s|$ a million",
+         "{streams}|{tokens_per_second:.0f}|{usd}", "throughput"),
+        ("The server against its own engine", "|server, tokens/s|engine, tokens/s|share|at least",
+         "{name}|{tokens_per_second:.0f}|{peer_tokens_per_second:.0f}|{ratio:.2f} ± {spread:.2f}|{bar}{unmet}", "rows"),
         (f"Latency in an open loop (Poisson arrivals); saturated at {rate:.1f} requests/s of the mix",
-         "load|answered|tokens/s|TTFT p50|p99|inter-token p50|p99", (
-            (f"{row['load']:.0%}", f"{row['answered']} of {row['requests']}", f"{row['tokens_per_second']:.0f}",
-             *(si(row[name], "s") for name in times))
-            for row in document["load"]
-        )),
-        ("What each part brings", "|measured|on|off|gain", (
-            (row["part"], row["measured"], f"{row['on']:.3g}", f"{row['off']:.3g}", f"{row['gain']:.2f}x")
-            for row in document["parts"]
-        )),
-    ]  # fmt: skip
-    for title, heads, rows in tables:
-        print_table(title, heads.split("|"), rows)
+         "load|answered|tokens/s|TTFT p50|p99|inter-token p50|p99",
+         "{load:.0%}|{answered} of {requests}|{tokens_per_second:.0f}|{ttft_p50}|{ttft_p99}|{token_p50}|{token_p99}", "load"),
+        ("The gain of each part", "|measured|on|off|gain", "{part}|{measured}|{on:.3g}|{off:.3g}|{gain:.2f}x", "parts"),
+    )  # fmt: skip
+    for title, heads, cells, key in tables:
+        rows = [row | {name: si(row[name], "s") for name in row if name.endswith(("_p50", "_p99"))} for row in document[key]]
+        values = ({"usd": money(row.get("usd_per_million_tokens")), "unmet": unmet(row.get("met"))} | row for row in rows)
+        print_table(title, heads.split("|"), [cells.format_map(row).split("|") for row in values])
 
 
 def main(args: list[str] | None = None) -> int:

@@ -5,29 +5,29 @@ import math
 import random
 from typing import Any
 
+from bench.cli import Json
 from bench.serving.http_client import Client, Response
 
 
-def completion_request(prompt: str | list[int], max_tokens: int, **fields: Any) -> dict[str, Any]:
+def completion_request(prompt: str | list[int], max_tokens: int, **fields: Any) -> Json:
     """Returns the body of a /v1/completions, streamed and greedy unless `fields` say otherwise."""
-    body = {"model": "default", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
-    body |= {"stream_options": {"include_usage": True}} | fields
-    return body if body["stream"] else {name: value for name, value in body.items() if name != "stream_options"}
+    body = {"model": "default", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True} | fields
+    return ({"stream_options": {"include_usage": True}} if body["stream"] else {}) | body
 
 
-def chat_request(text: str, max_tokens: int, **fields: Any) -> dict[str, Any]:
+def chat_request(text: str, max_tokens: int, **fields: Any) -> Json:
     """Returns the same for a /v1/chat/completions of one message."""
     body = completion_request(text, max_tokens, **fields)
     messages = [{"role": "user", "content": body.pop("prompt")}]
     return body | {"messages": messages, "max_completion_tokens": body.pop("max_tokens")}
 
 
-async def send(client: Client, body: dict[str, Any], **options: Any) -> Response:
+async def send(client: Client, body: Json, **options: Any) -> Response:
     """Posts a completion request to its path; returns the response."""
     return await client.post("/v1/chat/completions" if "messages" in body else "/v1/completions", body, **options)
 
 
-async def complete(client: Client, body: dict[str, Any], **options: Any) -> "Completion":
+async def complete(client: Client, body: Json, **options: Any) -> "Completion":
     """Posts a completion request; returns the completion."""
     return read_completion(await send(client, body, **options))
 
@@ -95,10 +95,10 @@ def _error_message(response: Response) -> str:
 
 def random_text(rng: random.Random, words: int) -> str:
     """Returns so many short common words, about as many tokens. Two such texts hardly begin alike."""
-    return " ".join(rng.choices(COMMON_WORDS, k=words))
+    return " ".join(rng.choices(COMMON_WORDS.split(), k=words))
 
 
 COMMON_WORDS = (
-    "the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he", "but",
-    "at", "are", "this", "have", "from", "or", "had", "an", "they", "which", "you", "were", "all", "her", "would", "their",
-)  # fmt: skip
+    "the of and to in is that for it as was with be by on not he but at are this have from or had an they which you were all "
+    "her would their"
+)

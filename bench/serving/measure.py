@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.cli import progress
+from bench.cli import Json, progress
 from bench.peers.process import Peer
 from bench.serving.completions import Completion, complete, completion_request, random_text, read_completion, send
 from bench.serving.http_client import Client, Response
@@ -29,7 +29,7 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan
 
 
-async def closed_loop(client: Client, bodies: Sequence[dict[str, Any]], streams: int) -> tuple[list[Completion], float]:
+async def closed_loop(client: Client, bodies: Sequence[Json], streams: int) -> tuple[list[Completion], float]:
     """Sends all bodies, `streams` at a time; returns their completions in order, and the seconds of all."""
     responses: list[Any] = [None] * len(bodies)
     places = iter(range(len(bodies)))
@@ -45,7 +45,7 @@ async def closed_loop(client: Client, bodies: Sequence[dict[str, Any]], streams:
 
 
 async def open_loop(
-    client: Client, draw: Callable[[random.Random], dict[str, Any]], rate: float, seconds: float, rng: random.Random
+    client: Client, draw: Callable[[random.Random], Json], rate: float, seconds: float, rng: random.Random
 ) -> list[Response]:
     """Sends the requests that `draw` returns as Poisson arrivals, `rate` a second for `seconds`; returns all responses.
 
@@ -64,7 +64,7 @@ def _random_tokens(rng: random.Random, count: int) -> list[int]:
     return [rng.randrange(100, 1100) for _ in range(count)]
 
 
-def _request(prompt: str | list[int], max_tokens: int = NEW_TOKENS) -> dict[str, Any]:
+def _request(prompt: str | list[int], max_tokens: int = NEW_TOKENS) -> Json:
     return completion_request(prompt, max_tokens, ignore_eos=True)
 
 
@@ -85,9 +85,7 @@ async def throughput(server: Server, streams: int, count: int, seed: int) -> flo
     return sum(completion.completion_tokens for completion in completions) / seconds
 
 
-async def compare_with_engine(
-    server: Server, model: str, weights: str, slots: int, capacity: int, rounds: int
-) -> dict[str, Any]:
+async def compare_with_engine(server: Server, model: str, weights: str, slots: int, capacity: int, rounds: int) -> Json:
     """Compares the server with its own engine without a server, in turns, with as many streams as slots.
 
     `ratio` is the server's throughput over the engine's, the median of the rounds' own; `spread` is NaN where noise hides
@@ -98,7 +96,7 @@ async def compare_with_engine(
     spec = {
         "model": model, "weights": weights, "slots": slots, "capacity": capacity, "prompts": prompts, "new": NEW_TOKENS,
     }  # fmt: skip
-    engine_rounds: list[dict[str, Any]] = []
+    engine_rounds: list[Json] = []
     with contextlib.closing(Peer(Path(sys.executable), "slots_peer.py")) as peer:
         peer.read()
         run_engine = peer.prepare("slots", spec, engine_rounds.append)
@@ -123,7 +121,7 @@ async def compare_with_engine(
     }  # fmt: skip
 
 
-def _mixed_request(rng: random.Random) -> dict[str, Any]:
+def _mixed_request(rng: random.Random) -> Json:
     """Returns a request of the mix of open loops: 10 to 120 words in, 16 to 64 tokens out."""
     return _request(random_text(rng, rng.randint(10, 120)), rng.randint(16, 64))
 
@@ -135,7 +133,7 @@ async def saturated_throughput(server: Server, slots: int, count: int) -> tuple[
     return count / seconds, sum(completion.completion_tokens for completion in completions) / seconds
 
 
-async def latency_under_load(server: Server, load: float, peak_rate: float, seconds: float) -> dict[str, Any]:
+async def latency_under_load(server: Server, load: float, peak_rate: float, seconds: float) -> Json:
     """Measures TTFT and inter-token latency under Poisson arrivals at `load` times `peak_rate` requests a second."""
     begin = clock()
     responses = await open_loop(server.client, _mixed_request, load * peak_rate, seconds, random.Random(0))
@@ -166,7 +164,7 @@ async def repetitive_throughput(server: Server) -> float:
     return 1 / [(await complete(server.client, body)).inter_token_latency for _ in range(2)][1]
 
 
-async def gains(server: Server, model: str, flags: list[str], slots: int, rounds: int) -> list[dict[str, Any]]:
+async def gains(server: Server, model: str, flags: list[str], slots: int, rounds: int) -> list[Json]:
     """Measures the gain of batching, and of each part that a flag switches off, in turns with a server without it.
 
     `gain` is the median of the rounds' own.
@@ -189,6 +187,6 @@ async def gains(server: Server, model: str, flags: list[str], slots: int, rounds
     return rows
 
 
-def _gain(part: str, figure: str, on: list[float], off: list[float]) -> dict[str, Any]:
+def _gain(part: str, figure: str, on: list[float], off: list[float]) -> Json:
     gain = statistics.median(b / a if figure.endswith(", s") else a / b for a, b in zip(on, off))
     return {"part": part, "measured": figure, "on": statistics.median(on), "off": statistics.median(off), "gain": gain}

@@ -80,12 +80,12 @@ class Engine:
         self._work.put(receive)
         return lambda: self._work.put(cancel)
 
-    def stop(self, seconds: float = 10.0) -> None:
+    def stop(self) -> None:
         """Ends the thread after the step it is in."""
         self._stopping = True
         self._work.put(lambda: None)
         if self._thread:
-            self._thread.join(seconds)
+            self._thread.join(10)
 
     def _run(self, changed: Callable[[], None], warm: tuple[Any, ...]) -> None:
         try:
