@@ -68,7 +68,6 @@ def measure_steps(name: str, cfg: ModelConfig, params: Any, batch: int, tokens: 
 
 
 def _steps(cfg: ModelConfig, params: Any, batch: int, tokens: int, rank: int) -> dict[str, Step]:
-    """Returns the compiled steps by name."""
     text = np.random.default_rng(0).integers(0, cfg.vocab, (batch, tokens + 1), np.int32)
     positions = np.broadcast_to(np.arange(tokens, dtype=np.int32), (batch, tokens))
     data = Batch(text[:, :-1], text[:, 1:], np.ones((batch, tokens), bool), positions, np.ones((batch, tokens), np.int32))

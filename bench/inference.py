@@ -43,7 +43,6 @@ class InferenceFlags:
 
 
 def measure_inference(flags: InferenceFlags) -> Json:
-    """Measures all rows, prints them as they come, and returns the document."""
     if flags.quick:
         flags = override_defaults(flags, QUICK)
     if not 2 <= flags.new <= MOST:

@@ -47,7 +47,6 @@ def measure_int8(model_name: str, text_file: Path | None, *, size: int, window: 
     lines: list[dict[str, Any]] = []
 
     def add(name: str, nats: float, error: float | None = None) -> None:
-        """Adds and prints a row, `over` the first one."""
         bits = float(nats / np.log(2) / size)
         over = bits / lines[0]["bits_per_byte"] - 1 if lines else 0.0
         lines.append({"name": name, "bits_per_byte": bits, "over": over, "within": over <= ALLOWED})

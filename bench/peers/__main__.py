@@ -46,7 +46,6 @@ QUICK: Json = {"shape": "2x128x64x8", "preset": "demo", "prompt": 64, "new": 17,
 
 
 def measure_peers(flags: PeersFlags) -> Json:
-    """Measures all rows and prints them as they come."""
     if flags.quick:
         flags = override_defaults(flags, QUICK)
     shape = parse_shape("--shape", flags.shape)

@@ -38,7 +38,6 @@ def make(spec: dict[str, Any]) -> Run:
     memory = llama.llama_get_memory(context)
 
     def feed(tokens: list[tuple[int, int, int, bool]]) -> None:
-        """Each (token, position, row, whether its logits are wanted)."""
         batch.n_tokens = len(tokens)
         for place, (token, position, row, wanted) in enumerate(tokens):
             batch.token[place], batch.pos[place], batch.logits[place] = token, position, wanted

@@ -20,7 +20,6 @@ def comparison(name: str, peer: str, timings: Mapping[str, Timing], tokens: int)
 
 
 def add_row(rows: list[Json], row: Json, note: str) -> None:
-    """Adds a row and prints it."""
     rows.append(row)
     ratio = f"{row['ratio']:5.2f} ± {row['spread']:.2f}" if row["ratio"] else "lost in noise"
     ours, theirs = row["tokens_per_second"], row["peer_tokens_per_second"]

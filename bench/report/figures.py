@@ -144,7 +144,6 @@ def life(rows: Rows, model: Row) -> Figure | None:
 
 
 def decoding(rows: Rows) -> list[Row]:
-    """Returns the rows that decode."""
     return [row for row in rows if row.get("stage") == "decode"]
 
 

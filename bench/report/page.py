@@ -44,7 +44,6 @@ def write_report(folder: Path, document: Document) -> Path:
 
 
 def page(document: Document) -> str:
-    """Returns the whole HTML of the report."""
     rows, claims = document.get("rows") or [], document.get("claims") or []
     model, ceilings = document.get("model") or {}, document.get("ceilings") or {}
     groups, notes = lines_and_notes(rows)

@@ -19,8 +19,6 @@ from engine.format import money, si
 
 @dataclasses.dataclass(frozen=True)
 class ServingFlags:
-    """The model, how it is served, and the price of the machine."""
-
     model: str = "smollm2-135m-instruct"
     """A run folder, a Hugging Face folder, a .gguf file or smollm2-135m-instruct."""
     slots: int = 8
@@ -41,7 +39,6 @@ LOADS = (0.5, 0.8)
 
 
 def measure_serving(flags: ServingFlags) -> Json:
-    """Measures everything, prints the tables and returns the document. Raises UserError."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # however this ends, its servers end too
     server_flags = ["--slots", str(flags.slots), "--weights", flags.weights]
     server_flags += ["--capacity", str(flags.capacity)] if flags.capacity else []

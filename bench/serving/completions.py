@@ -58,7 +58,6 @@ class Completion:
 
 
 def read_completion(response: Response) -> Completion:
-    """Reads a completion, streamed or whole, of either route."""
     if response.error or response.status != 200:
         why = response.error or _error_message(response)
         return Completion(response.status, "", 0, 0, None, math.nan, response.seconds, error=why)

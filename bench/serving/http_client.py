@@ -94,7 +94,6 @@ class Client:
             self._idle.pop()[1].close()
 
     async def _exchange(self, response: Response, protocol: h11.Connection, data: bytes, timeout: float) -> Response:
-        """Sends `data` and fills in the response, or why there is none."""
         try:
             async with asyncio.timeout(timeout):
                 await self._receive(response, protocol, data)

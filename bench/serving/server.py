@@ -70,7 +70,6 @@ class Server:
         self._output.close()
 
     def output(self) -> str:
-        """Returns everything it has printed."""
         # A seek would move where the process writes.
         return os.pread(self._output.fileno(), 1 << 20, 0).decode(errors="replace").strip()
 
@@ -86,7 +85,6 @@ class Server:
         return parse_metrics((await self.client.get("/metrics")).body.decode())
 
     async def model(self) -> dict[str, Any]:
-        """Returns its entry in /v1/models."""
         return (await self.client.get("/v1/models")).json()["data"][0]
 
     def resident_bytes(self) -> int:

@@ -23,8 +23,6 @@ class ErrorObject(msgspec.Struct):
 
 
 class ErrorReply(msgspec.Struct):
-    """The body of every reply that is not a success."""
-
     error: ErrorObject
 
 

@@ -42,7 +42,6 @@ class Layout:
     speculate: bool = True
 
     def config(self, cfg: ModelConfig) -> ModelConfig:
-        """Returns the config that computes in this type."""
         return cfg if self.weights == "int8" else dataclasses.replace(cfg, dtype=self.weights)  # type: ignore[arg-type]
 
     def params(self, cfg: ModelConfig, params: Any) -> Any:

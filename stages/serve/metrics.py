@@ -60,7 +60,6 @@ class Metrics(Collector):
         return [CounterMetricFamily("thrice_compiles_after_ready", about, value=self._engine.compiled)]
 
     def count_response(self, status: int) -> None:
-        """Counts an HTTP response."""
         self._responses.labels(str(status)).inc()
 
     def count_end(self, reason: str) -> None:

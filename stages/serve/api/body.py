@@ -52,14 +52,15 @@ def _decode[T: msgspec.Struct](content: bytearray, kind: type[T]) -> T:
     except msgspec.ValidationError as error:
         raise _invalid(str(error)) from None
     except RecursionError:
-        raise ApiError(400, "The body is nested too deeply.") from None
+        message = "The body is nested too deeply."
     except UnicodeDecodeError as error:
-        raise ApiError(400, f"The body is not UTF-8: {error.reason}.") from None
+        message = f"The body is not UTF-8: {error.reason}."
     except msgspec.DecodeError as error:
         if place := _not_json(content):
             message = f"{place} holds NaN, Infinity or half of a surrogate pair: JSON has no such values."
             raise ApiError(400, message, param=place, code="invalid_value") from None
-        raise ApiError(400, f"The body is not JSON: {error}.") from None
+        message = f"The body is not JSON: {error}."
+    raise ApiError(400, message)
 
 
 def _not_json(content: bytearray) -> str:
@@ -75,10 +76,8 @@ def _not_json(content: bytearray) -> str:
 def _place(value: Any) -> str | None:
     """Returns the path, as msgspec spells it, of the first number that is not finite or text with half a surrogate pair."""
     steps: Any = ()
-    if isinstance(value, float):
-        return None if math.isfinite(value) else ""
-    if isinstance(value, str):
-        return None if _is_text(value) else ""
+    if (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, str) and not _is_text(value)):
+        return ""
     if isinstance(value, dict):
         if not all(map(_is_text, value)):
             return ""
@@ -122,14 +121,13 @@ def _invalid(text: str) -> ApiError:
     match = re.search(r" - at (?:`key` in )?`\$(.*?)`$", text)
     place = match[1].lstrip(".") if match else ""
     problem = text[: match.start()] if match else text
-    inside = lambda name: f"{place}.{name}" if place else name
-    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", problem, re.S):
-        name, why = _short(unknown[1]), UNSUPPORTED.get(unknown[1])
+    if field := re.fullmatch(r"Object (contains unknown|missing required) field `(.*)`", problem, re.S):
+        param = f"{place}.{field[2]}" if place else field[2]
+        if field[1] == "missing required":
+            return ApiError(400, f"{param} is missing.", param=param, code="missing_required_parameter")
+        name, why = _short(field[2]), UNSUPPORTED.get(field[2])
         message = f"{why}: leave {name} out." if why else f"There is no field {name!r}."
-        return ApiError(400, message, param=_short(inside(unknown[1])), code="unknown_parameter")
-    if missing := re.fullmatch(r"Object missing required field `(.*)`", problem, re.S):
-        name = inside(missing[1])
-        return ApiError(400, f"{name} is missing.", param=name, code="missing_required_parameter")
+        return ApiError(400, message, param=_short(param), code="unknown_parameter")
     why = next((f" {UNSUPPORTED[name]}." for name in re.findall(r"\w+", place) if name in UNSUPPORTED), "")
     message = f"{place or 'The body'}: {_short(problem, 300)}.{why}"
     return ApiError(400, message, param=place or None, code="invalid_value")

@@ -41,8 +41,6 @@ def template_messages(messages: list[Message]) -> list[dict[str, str]]:
 
 
 class ChatWriter(Writer):
-    """Writes chat completions."""
-
     prompt_field, id_prefix, reply_type, chunk_type = "messages", "chatcmpl", replies.ChatReply, replies.ChatChunk
 
     def __init__(self, state: ServerState, body: ChatRequest) -> None:

@@ -38,8 +38,6 @@ async def completions(state: ServerState, http: Request) -> Any:
 
 
 class TextWriter(Writer):
-    """Writes text completions."""
-
     prompt_field, id_prefix, reply_type, chunk_type = "prompt", "cmpl", TextReply, TextReply
 
     def __init__(self, state: ServerState, body: CompletionRequest, choices: int) -> None:

@@ -76,15 +76,13 @@ class Guard:
         host = hosts[0].lower()
         name = HOST.fullmatch(host)
         if self._hosts is not None and not (name and name[1].rstrip(".") in self._hosts):
-            raise ApiError(
-                403, "This server is not called by that Host; it can be told to be with --allow-host.", code="bad_host"
-            )
+            raise ApiError(403, "This server has no such Host name; --allow-host gives it one.", code="bad_host")
         allowed = self._origins | {f"{scope.get('scheme', 'http')}://{host}"}
         if any(origin.lower() not in allowed for origin in headers.getlist("origin")):
             raise ApiError(403, "Pages of another origin may not use this server.", code="bad_origin")
-        elsewhere = any(site.lower() in ("cross-site", "same-site") for site in headers.getlist("sec-fetch-site"))
+        foreign = any(site.lower() in ("cross-site", "same-site") for site in headers.getlist("sec-fetch-site"))
         link = path == PAGE and headers.getlist("sec-fetch-mode") == ["navigate"] and scope["method"] == "GET"
-        if elsewhere and "origin" not in headers and not link:
+        if foreign and "origin" not in headers and not link:
             raise ApiError(403, "Pages of another site may not use this server.", code="bad_origin")
         namespace = self._check_key(headers.getlist("authorization"), path) if self._keys and path != OPEN else ""
         if not PATH.fullmatch(path):

@@ -10,7 +10,7 @@ from stages.serve.api.requests import MAX_PROMPTS
 from stages.serve.api.routes import ROUTES
 from stages.serve.errors import ErrorReply
 
-DESCRIPTION = "What a client may ask of this server. Fields follow OpenAI's API, and vLLM's for what OpenAI's has no name for."
+ABOUT = "The routes of this server. Fields follow OpenAI's API, and vLLM's where OpenAI's has no name."
 STATUSES = {
     400: "The request is wrong; `param` names the field.", 401: "There is no key, or a wrong one.",
     403: "The Host or Origin is not one that may use this server.", 404: "There is no such model.",
@@ -60,7 +60,7 @@ def document(vocab: int, capacity: int, version: str) -> bytes:
         paths.setdefault(route.path.replace(":path", ""), {})[route.method.lower()] = operation
     keys = {"key": {"type": "http", "scheme": "bearer"}, "password": {"type": "http", "scheme": "basic"}}
     openapi = {
-        "openapi": "3.1.0", "info": {"title": "Thrice", "version": version, "description": DESCRIPTION}, "paths": paths,
+        "openapi": "3.1.0", "info": {"title": "Thrice", "version": version, "description": ABOUT}, "paths": paths,
         "components": {"schemas": components, "securitySchemes": keys}, "security": [{}, {"key": []}, {"password": []}],
     }  # fmt: skip
     return json.dumps(openapi, ensure_ascii=False).encode()

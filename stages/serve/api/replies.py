@@ -11,8 +11,6 @@ Reason = Literal["stop", "length"]
 
 
 class CompletionReply(msgspec.Struct, kw_only=True):
-    """The fields of every reply with completions."""
-
     id: str
     created: int
     model: str
@@ -26,8 +24,6 @@ class CachedTokens(msgspec.Struct):
 
 
 class Usage(msgspec.Struct):
-    """The token counts of a reply."""
-
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -54,8 +50,6 @@ class ChatLogProbs(msgspec.Struct):
 
 
 class ReplyMessage(msgspec.Struct):
-    """The assistant's message, whole."""
-
     content: str
     role: Literal["assistant"] = "assistant"
     refusal: None = None
@@ -135,8 +129,6 @@ class ModelCard(msgspec.Struct, kw_only=True):
 
 
 class ModelList(msgspec.Struct):
-    """The reply of GET /v1/models."""
-
     data: list[ModelCard]
     object: Literal["list"] = "list"
 
@@ -166,8 +158,6 @@ class Health(msgspec.Struct):
 
 
 class Live(msgspec.Struct):
-    """The reply of GET /live."""
-
     status: Literal["ok"] = "ok"
 
 

@@ -11,16 +11,12 @@ from msgspec import UNSET, Meta, UnsetType
 
 from engine.inference.sampling_params import RANGES
 
-MAX_CHOICES = 16
 MAX_PROMPTS = 64
-MAX_STOPS, MAX_STOP_LENGTH = 16, 256
-MAX_MESSAGES = 4096
-MAX_BIASES = 1024
+MAX_STOPS = 16
 MAX_IDS = 2**18  # more than any context holds
 
 
 def _in_range(name: str) -> Meta:
-    """Returns the engine's bounds of a sampling parameter."""
     bounds = RANGES[name]
     return Meta(gt=bounds.least, le=bounds.most) if bounds.above else Meta(ge=bounds.least, le=bounds.most)
 
@@ -30,10 +26,10 @@ Count = Annotated[int, _in_range("max_tokens")]
 LogProbs = Annotated[int, _in_range("logprobs")]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Ids = Annotated[list[TokenId], Meta(max_length=MAX_IDS)]
-StopText = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
+StopText = Annotated[str, Meta(min_length=1, max_length=256)]
 Stops = StopText | Annotated[list[StopText], Meta(max_length=MAX_STOPS)]
 BiasedToken = Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]{0,8})$(?!\n)")]  # one spelling of each token
-Bias = Annotated[dict[BiasedToken, Annotated[float, _in_range("logit_bias")]], Meta(max_length=MAX_BIASES)]
+Bias = Annotated[dict[BiasedToken, Annotated[float, _in_range("logit_bias")]], Meta(max_length=1024)]
 Empty = Annotated[list[None], Meta(max_length=0)]
 
 # Why this server does not grant a field.
@@ -63,8 +59,6 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ModelRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """A body that names a model."""
-
     model: str = "default"
 
 
@@ -81,7 +75,7 @@ class CompletionFields(ModelRequest, kw_only=True):
     repetition_penalty: Annotated[float, _in_range("repetition_penalty")] | None = None
     logit_bias: Bias | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
-    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    n: Annotated[int, Meta(ge=1, le=16)] | None = None
     stop: Stops | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOPS)] | None = None
     ignore_eos: bool | None = None
@@ -129,6 +123,9 @@ class Message(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
+Messages = Annotated[list[Message], Meta(min_length=1, max_length=4096)]
+
+
 class TextFormat(msgspec.Struct, forbid_unknown_fields=True):
     """The format of replies. Only text is supported."""
 
@@ -138,7 +135,7 @@ class TextFormat(msgspec.Struct, forbid_unknown_fields=True):
 class ChatRequest(CompletionFields, kw_only=True):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Messages
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: LogProbs | None = None
@@ -161,7 +158,7 @@ class TokenizeRequest(ModelRequest, kw_only=True):
     """
 
     prompt: str | UnsetType = UNSET
-    messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)] | UnsetType = UNSET
+    messages: Messages | UnsetType = UNSET
     add_special_tokens: bool | UnsetType = UNSET
 
 
