@@ -11,6 +11,7 @@ traced program, by XLA. The last line of stdout is one JSON document.
 """
 
 import dataclasses
+import math
 import shlex
 import sys
 import tempfile
@@ -49,7 +50,6 @@ class StageTableFlags:
 
 
 def measure(flags: StageTableFlags) -> Json:
-    """Returns the document of the stage table, or with --list the names of the other measurements."""
     if flags.list:
         names = measurements()
         for name, line in names.items():
@@ -78,18 +78,16 @@ def check_flags(flags: StageTableFlags) -> float:
     try:
         price = float(flags.price)
     except ValueError:
-        raise UserError(f"--price must be a number above 0, in dollars an hour, such as 0.10; got {flags.price!r}.") from None
-    for name, value, least in (("batch", flags.batch, 2), ("context", flags.context, 64)):
-        if value < least:
-            raise UserError(f"--{name} must be at least {least}, not {value}.")
-    if flags.batch % 2 or flags.context % 64:
+        price = math.nan
+    if not 0 < price < math.inf:
+        raise UserError(f"--price must be a number above 0, in dollars an hour, such as 0.10; got {flags.price!r}.")
+    if not 0 < flags.max_time < math.inf:
+        raise UserError(f"--max-time must be a number above 0, not {flags.max_time:g}.")
+    if flags.batch < 2 or flags.batch % 2 or flags.context < 64 or flags.context % 64:
         raise UserError(
-            f"--batch must be even, for preferences come in pairs, and --context a multiple of 64, the tokens of a prefill: "
-            f"got {flags.batch} and {flags.context}."
+            "--batch must be even and at least 2, for preferences come in pairs, and --context a multiple of 64, the tokens of "
+            f"a prefill: got {flags.batch} and {flags.context}."
         )
-    for name, number in (("price", price), ("max-time", flags.max_time)):
-        if not 0 < number < float("inf"):
-            raise UserError(f"--{name} must be a number above 0, not {number:g}.")
     if flags.out is not None:
         try:
             flags.out.mkdir(parents=True, exist_ok=True)
@@ -100,7 +98,7 @@ def check_flags(flags: StageTableFlags) -> float:
 
 
 def command(flags: StageTableFlags) -> str:
-    """Returns the command that measures the same again: the flags that differ from their defaults."""
+    """Returns the command that measures the same again, with the flags that differ from their defaults."""
     default, words = StageTableFlags(), ["python", "-m", "bench"]
     if flags.model or flags.preset != default.preset:
         words += ["--model", flags.model] if flags.model else ["--preset", flags.preset]

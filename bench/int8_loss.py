@@ -38,12 +38,13 @@ def measure_int8(model_name: str, text_file: Path | None, *, size: int, window: 
     print(f"{model.name}: {size:,} bytes of {file.name}, {len(tokens):,} tokens, windows of {seq}")
     batches = list(evaluation_windows(tokens, seq, seq, rows))
     int8 = quantize(params)
-    ways = {cfg.dtype: params, "int8 weights, int8 activations": int8}
-    ways["int8 weights only"] = quantize(params, every_product(params, "full"))
-    if leaves:
-        for kind in ("qkv", "out", "gate_up", "down", "head"):
-            pattern = rf"blocks/\d+/{kind}" if kind != "head" else "embed" if cfg.tied else "head"
-            ways[f"only {kind} in int8"] = quantize(params, [(pattern, "int8")])
+    ways = {
+        cfg.dtype: params, "int8 weights, int8 activations": int8,
+        "int8 weights only": quantize(params, every_product(params, "full")),
+    }  # fmt: skip
+    for kind in ("qkv", "out", "gate_up", "down", "head") if leaves else ():
+        pattern = rf"blocks/\d+/{kind}" if kind != "head" else "embed" if cfg.tied else "head"
+        ways[f"only {kind} in int8"] = quantize(params, [(pattern, "int8")])
     lines: list[dict[str, Any]] = []
 
     def add(name: str, nats: float, error: float | None = None) -> None:
@@ -64,12 +65,10 @@ def measure_int8(model_name: str, text_file: Path | None, *, size: int, window: 
     wide = leaf_paths(params)
     errors = {path: round_trip(wide[path], leaf) for path, leaf in leaf_paths(int8).items() if isinstance(leaf, Int8)}
     print(f"{'round trip of':>46} {'error, rms of rms':>18} {'worst leaf':>30}")
-    by_kind: dict[str, dict[str, float]] = {}
-    for path, (off, _) in errors.items():
-        by_kind.setdefault(path.rpartition("/")[2], {})[path] = off
-    for kind, each in by_kind.items():
-        worst = max(each, key=each.__getitem__)
-        print(f"{kind:>46} {np.mean(list(each.values())):18.4f} {worst:>20} {each[worst]:.4f}")
+    for kind in dict.fromkeys(path.rpartition("/")[2] for path in errors):
+        offs = {path: off for path, (off, _) in errors.items() if path.rpartition("/")[2] == kind}
+        worst = max(offs, key=offs.__getitem__)
+        print(f"{kind:>46} {np.mean([*offs.values()]):18.4f} {worst:>20} {offs[worst]:.4f}")
     return {
         "model": model.name, "text": file.name, "bytes": size, "tokens": len(tokens), "window": seq, "allowed": ALLOWED,
         "rows": lines, "round_trip": {path: {"relative": off, "worst": most} for path, (off, most) in errors.items()},
@@ -90,18 +89,15 @@ def _cached_nats(cfg: ModelConfig, params: Any, batches: Sequence[Any], seq: int
         own = jnp.arange(len(tokens))
         rows = Rows(jnp.full(len(tokens), start), own, own)
         positions = start + jnp.broadcast_to(jnp.arange(CHUNK), tokens.shape)
-        after: list[Any] = []
-        sums: list[Any] = []
-        exact = jnp.zeros(())
-        for segments in caches:
-            logits, cache = forward(cfg, params, tokens, positions, segmented_cache(segments, rows))
-            exact = exact if sums else logits
+        masked_sum = lambda values: jnp.where(mask, values, 0).sum()
+        results = [forward(cfg, params, tokens, positions, segmented_cache(segments, rows)) for segments in caches]
+        exact = results[0][0]
+        sums = []
+        for logits, _ in results:
             logprob = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
-            off = jnp.where(mask, ((logits - exact) ** 2).sum(-1), 0).sum()
-            after.append(cache.segments)
-            sums.append(jnp.stack([-jnp.where(mask, logprob, 0).sum(), off]))
-        spread = ((exact - exact.mean(-1, keepdims=True)) ** 2).sum(-1)
-        return after, jnp.stack(sums), jnp.where(mask, spread, 0).sum()
+            sums.append(jnp.stack([-masked_sum(logprob), masked_sum(((logits - exact) ** 2).sum(-1))]))
+        spread = masked_sum(((exact - exact.mean(-1, keepdims=True)) ** 2).sum(-1))
+        return [cache.segments for _, cache in results], jnp.stack(sums), spread
 
     total, spread = np.zeros((len(CACHES), 2)), 0.0
     for batch in batches:

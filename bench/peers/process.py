@@ -99,12 +99,11 @@ def start_peer(
         raise UserError(
             f"--peer-python {python} cannot be run ({error.strerror}); give the python of an environment that has {needs}."
         ) from None
-    try:
-        hello = peer.read()
-    except PeerError as error:
-        peer.close()
-        raise UserError(f"{python or sys.executable} does not answer as a Python would: {error}") from None
-    try:
+    with contextlib.closing(peer):
+        try:
+            hello = peer.read()
+        except PeerError as error:
+            raise UserError(f"{python or sys.executable} does not answer as a Python would: {error}") from None
         if missing := hello.get("missing"):
             if missing == needs and python:
                 raise UserError(f"--peer-python {python} has no {needs} ({hello['why']}); make one that has: {elsewhere}")
@@ -113,8 +112,6 @@ def start_peer(
         else:
             print("peer: " + ", ".join(f"{name} {version}" for name, version in hello["versions"].items()), flush=True)
             yield peer
-    finally:
-        peer.close()
 
 
 def note_absent(absent: list[dict[str, str]], name: str, reason: str, install: str) -> None:

@@ -34,7 +34,6 @@ class Figure:
 
 
 def figures(rows: Rows, ceilings: Row, model: Row) -> list[Figure]:
-    """Returns the figures that the rows have numbers for."""
     return list(filter(None, [flops(rows), decode(rows, ceilings, model), memory(rows), life(rows, model)]))
 
 
@@ -88,8 +87,8 @@ def decode(rows: Rows, ceilings: Row, model: Row) -> Figure | None:
         points = tuple((float(row["slots"]), float(row["seconds_per_token"])) for row in ways)
         spreads = tuple(positive(row.get("spread")) or 0.0 for row in ways)
         lines.append(Line(points, f"way{min(rank, 4)}", f"{name}, measured", spreads=spreads, below=rank > 0))
-    plain = next(iter(series.values()))
-    reading, computing = _memory_floor(plain, ceilings), _compute_floor(plain, ceilings, model)
+    first_series = next(iter(series.values()))
+    reading, computing = _memory_floor(first_series, ceilings), _compute_floor(first_series, ceilings, model)
     trained = training(rows) or {}
     lowest = lambda slots: max(reading(slots) if reading else 0.0, computing[0] if computing else 0.0)
     beaten = any(seconds < lowest(slots) for line in lines for slots, seconds in line.points)

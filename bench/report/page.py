@@ -44,16 +44,14 @@ def write_report(folder: Path, document: Document) -> Path:
 
 
 def page(document: Document) -> str:
-    rows, claims = document.get("rows") or [], document.get("claims") or []
-    model, ceilings = document.get("model") or {}, document.get("ceilings") or {}
+    rows = document.get("rows") or []
     groups, notes = lines_and_notes(rows)
-    template = _environment().get_template("page.html.j2")
-    return template.render(
-        document=document, machine=document.get("machine") or {}, model=model, ceilings=ceilings, claims=claims,
-        command=document.get("command"), style=_style(), figures=figures(rows, ceilings, model), trained=training(rows) or {},
+    numbers = {claim.get("claim"): claim.get("numbers") or {} for claim in document.get("claims") or []}
+    return _environment().get_template("page.html.j2").render(
+        document, style=_style(), trained=training(rows) or {}, groups=groups, notes=notes, columns=columns(rows),
+        figures=figures(rows, document.get("ceilings") or {}, document.get("model") or {}), limit=DEVIATION,
         served=sorted((row for row in decoding(rows) if format.number(row.get("slots"))), key=lambda row: row["slots"]),
-        lone=next((claim.get("numbers") or {} for claim in claims if claim.get("claim") == GENERATED_CHEAPER), {}).get("time"),
-        groups=groups, notes=notes, columns=columns(rows), agreement=agreement(rows), limit=DEVIATION,
+        lone=numbers.get(GENERATED_CHEAPER, {}).get("time"), agreement=agreement(rows),
         json=json.dumps(document, indent=1, ensure_ascii=False, default=str),
     )  # fmt: skip
 

@@ -26,8 +26,7 @@ def lines_and_notes(rows: Sequence[Row]) -> tuple[list[list[dict[str, Any]]], li
     notes: list[Note] = []
 
     def note(row: Row, of: str, why: Any) -> int:
-        if why:
-            notes.append((row["name"], of, why))
+        notes.extend([(row["name"], of, why)] if why else [])
         return len(notes) if why else 0
 
     for row in rows:
@@ -58,7 +57,6 @@ def columns(rows: Sequence[Row]) -> dict[str, Column]:
 
 def agreement(rows: Sequence[Row]) -> tuple[int, int]:
     """Returns in how many rows the formula and the walker agree, and how many have both."""
-    counted = [row.get("flops_per_token") or {} for row in rows]
-    both = [(number(each.get("formula")), number(each.get("walker"))) for each in counted]
-    both = [pair for pair in both if None not in pair]
+    pairs = [[number((row.get("flops_per_token") or {}).get(counter)) for counter in ("formula", "walker")] for row in rows]
+    both = [pair for pair in pairs if None not in pair]
     return sum(formula == walker for formula, walker in both), len(both)
