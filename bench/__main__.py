@@ -1,13 +1,13 @@
 """The stage table: the cost of each stage of a model's life on this machine, in operations, seconds, bytes and money.
 
-    python -m bench                                    one model, one run, about two minutes on two cores
-    python -m bench --out report                       also writes report.html, with plots, and stages.svg and .md
-    python -m bench --model smollm2-135m-instruct      a model of your own instead of a shape with random weights
-    python -m bench --quick --json                     fewer rounds; nothing but the JSON document on stdout
-    python -m bench --list                             the other measurements
+    python -m bench                                one model, one run, about two minutes on two cores
+    python -m bench --out report                   also writes report.html, with plots, and stages.svg and .md
+    python -m bench --model smollm2-135m-instruct  a model of your own instead of a shape with random weights
+    python -m bench --quick --json                 fewer rounds; nothing but the JSON document on stdout
+    python -m bench --list                         the other measurements
 
 All rows run in turns, so their ratios are of the same minutes. Operations are counted three times: by formula, by walking the
-traced program, by XLA. The last line of stdout is one JSON document.
+traced program, by XLA.
 """
 
 import dataclasses

@@ -5,7 +5,7 @@
     python -m bench.commands --of finetuning   SmolLM2: to its first token, adapted, adapted over int8
     python -m bench.commands --of reinforcing  SmolLM2: the rise of the reward in two minutes
 
-Start-up figures are the second of two starts, when compiled programs are in the cache. The last line is JSON.
+Start-up figures are the second of two starts, when compiled programs are in the cache.
 """
 
 import dataclasses

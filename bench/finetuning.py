@@ -1,12 +1,12 @@
 """Measures fine-tuning steps beside a full training step: time, operations, optimizer memory.
 
-    python -m bench.finetuning                          6 layers, 512 wide, 256 tokens, batch 8
-    python -m bench.finetuning --shape 8x768x256x8      layers x width x tokens x batch
-    python -m bench.finetuning --model smollm2-135m-instruct    a real model
+    python -m bench.finetuning                                6 layers, 512 wide, 256 tokens, batch 8
+    python -m bench.finetuning --shape 8x768x256x8            layers x width x tokens x batch
+    python -m bench.finetuning --model smollm2-135m-instruct  a real model
 
 The steps train everything, the upper half, LoRA on q and v, LoRA on all seven matrices, and that over an int8 base, whole
 and row by row, in turns with a large matmul. Frozen matrices are stored in the compute type. The step is `train_step` with
-AdamW and clipping. The last line is JSON.
+AdamW and clipping.
 """
 
 import dataclasses

@@ -1,14 +1,13 @@
 """Measures serving on a CPU beside llama.cpp, in one run: prefill, and decoding of 1, 8 and 32 streams.
 
-    python -m bench.inference                                      with the peer of this Python (the extra `peers`)
-    python -m bench.inference --peer-python peers/bin/python       a peer that lives in an environment of its own
-    python -m bench.inference --quick                              fewer tokens and rounds, about a minute
+    python -m bench.inference                                 with the peer of this Python (the extra `peers`)
+    python -m bench.inference --peer-python peers/bin/python  a peer that lives in an environment of its own
+    python -m bench.inference --quick                         fewer tokens and rounds, about a minute
 
 Both read the same GGUF file and prompts with all cores, in turns, greedily; ours through `Slots` as the server runs it, with
-int8 weights. A ratio is our tokens a second over the peer's, the median of the rounds' own. `decode_1` is a lone stream with
-speculative decoding, the default: idle rows check draft tokens, which changes no token and helps where a text repeats
-itself. The other rows have no draft tokens, nor has `decode_1_plain`. Each row has the slots that it can use, and is timed
-while all its streams are under way. The last line is JSON.
+int8 weights. A ratio is our tokens a second over the peer's, the median of the rounds' own. `decode_1` alone has speculative
+decoding, as a lone stream has by default. Each row has the slots that it can use, and is timed while all its streams are
+under way.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """Measures int8's cost in quality: bits per byte of a text with int8 weights, and with int8 keys and values.
 
-    python -m bench.quantisation                        smollm2-135m-instruct on 48 kB of held-out plays
-    python -m bench.quantisation --model runs/NAME --size 0       a run of your own, on all of them
-    python -m bench.quantisation --leaves               each kind of matrix alone as well: which ones cost most
+    python -m bench.quantisation                             smollm2-135m-instruct on 48 kB of held-out plays
+    python -m bench.quantisation --model runs/NAME --size 0  a run of your own, on all of them
+    python -m bench.quantisation --leaves                    each kind of matrix alone as well: which ones cost most
 
 All read the same windows of the same text. The rounding error is given for each kind of matrix, and for each path in the
 last line, which is JSON.

@@ -59,7 +59,7 @@ def measure_streams(
     passages = [model.tokenizer.encode(text[start : start + 4096]).tolist()[:512] for start in starts]
     print(f"{device_name()}, {cores()} cores, {model.name}, int8 weights, {keys_values} keys and values", flush=True)
     absent: list[dict[str, str]] = []
-    rows = []
+    rows: list[Json] = []
     with start_peer(peer_python, "llama_cpp_peer.py", absent, "llama_cpp", ELSEWHERE) as peer:
         for row in ROWS:
             progress(f"compiling {row.name}")
@@ -121,21 +121,22 @@ def _measure_row(row: StreamRow, calls: dict[str, Callable[[], Result]], new: in
     )  # fmt: skip
     count = row.prompt if prefill else (new - 1) * row.streams
     rate = count / timings["ours"].median
+    usd, least = price / 3600 / rate * 1e6, row.required_ratio
     fields: Json = {
         "name": row.name, "streams": row.streams, "tokens_per_second": rate, "peer_tokens_per_second": None, "ratio": None,
-        "spread": None, "must": row.required_ratio, "usd_per_million_tokens": price / 3600 / rate * 1e6,
+        "spread": None, "must": least, "usd_per_million_tokens": usd,
     }  # fmt: skip
-    line = f"{row.name:<17} {rate:7.0f} tokens/s, ${fields['usd_per_million_tokens']:.3f} a million"
+    line = f"{row.name:<17} {rate:7.0f} tokens/s, ${usd:.3f} a million"
     if "peer" in calls:
         # The share of tokens before each stream's first difference: our int8 and their four bits differ at a near-tie.
-        pairs = list(zip(tokens["ours"], tokens["peer"]))
-        agree = [next((n for n, (a, b) in enumerate(zip(*pair)) if a != b), len(pair[0])) for pair in pairs]
-        fields["same_tokens"] = sum(agree) / sum(map(len, tokens["ours"]))
+        pairs = zip(tokens["ours"], tokens["peer"])
+        same = sum(next((n for n, (a, b) in enumerate(zip(*pair)) if a != b), len(pair[0])) for pair in pairs)
+        fields["same_tokens"] = same / sum(map(len, tokens["ours"]))
         fields["peer_tokens_per_second"] = theirs = count / timings["peer"].median
         fields |= ratio(timings["peer"], timings["ours"]).fields()
         over = f"{fields['ratio']:.2f} ± {fields['spread']:.2f} times" if fields["ratio"] else "ratio lost in noise"
         line += f"; llama.cpp {theirs:6.0f}: {over}"
-        if (least := row.required_ratio) and fields["ratio"]:
+        if least and fields["ratio"]:
             line += f" (at least {least:g}{'' if fields['ratio'] >= least else ': ** not met **'})"
     print(line, flush=True)
     return fields

@@ -55,9 +55,9 @@ def measure(
 ) -> dict[str, Timing]:  # fmt: skip
     """Returns name -> Timing of calls run in turns for `rounds` rounds, after `warmups` runs of each.
 
-    A call's time ends when its result is ready. Each round begins with another call, so that none always meets the cache of
-    the same neighbour. `report(done, total)` counts rounds. `seconds_of` takes the seconds from a call's result, for calls
-    that time a part of themselves. Raises ValueError without calls or rounds.
+    A call's time ends when its result is ready. Each round begins with another call, so that none always follows the same
+    one. `report(done, total)` counts rounds. `seconds_of` takes the seconds from a call's result, for calls that time a part
+    of themselves. Raises ValueError without calls or rounds.
     """
     if not calls or rounds < 1:
         raise ValueError(f"measure needs a callable and a round: got {len(calls)} callables and {rounds} rounds")

@@ -1,12 +1,12 @@
 """Measures how close a training step comes to this machine's fastest matmul.
 
-    python -m bench.training                          a few shapes, beside the ceilings of the same run
-    python -m bench.training --shapes 6x384x256x16    layers x width x tokens x batch
-    python -m bench.training --allocator default      without keeping freed memory: the cost of page faults
+    python -m bench.training                        a few shapes, beside the ceilings of the same run
+    python -m bench.training --shapes 6x384x256x16  layers x width x tokens x batch
+    python -m bench.training --allocator default    without keeping freed memory: the cost of page faults
 
 Model FLOPs are 6 N + 12 L D T a token (N: weights of products, the head included; attention as the full square, whatever is
 skipped). The step is `train_step`: bfloat16 products, float32 weights, clipping, AdamW, and the guard against non-finite
-steps. The model reads bytes. The last line is JSON.
+steps. The model reads bytes.
 """
 
 import dataclasses

@@ -1,11 +1,11 @@
 """Measures training beside PyTorch and inference beside Hugging Face transformers, in one run.
 
-    python -m bench.peers                                   both, with the peers of this Python (the extra `peers`)
-    python -m bench.peers --peer-python peers/bin/python    peers that live in an environment of their own
-    python -m bench.peers --quick                           small shapes, one or two minutes
+    python -m bench.peers                                 both, with the peers of this Python (the extra `peers`)
+    python -m bench.peers --peer-python peers/bin/python  peers that live in an environment of their own
+    python -m bench.peers --quick                         small shapes, one or two minutes
 
 A peer is a process that computes the same from the same weights. It and we run in turns, with all cores, so that what else
-this machine does hits both alike. A ratio is our time over the peer's: below 1, Thrice takes less. The last line is JSON.
+this machine does hits both alike. A ratio is our time over the peer's: below 1, Thrice takes less.
 """
 
 import dataclasses

@@ -1,7 +1,6 @@
 """The peer of `bench.inference`: llama.cpp, through `llama-cpp-python`, on the same GGUF file.
 
-It imports nothing of the engine, for it runs in the Python that has llama.cpp. One context decodes all rows together, each
-a sequence of its own, greedily.
+One context decodes all rows together, each a sequence of its own, greedily.
 """
 
 import ctypes

@@ -1,6 +1,6 @@
 """The peer's side of the conversation: one JSON object a line in, one out.
 
-It runs in the peer's own interpreter, beside the script that imports it, so it needs nothing but Python's library.
+It and the `*_peer.py` beside it run in another Python, which has the peer's library and none of ours.
 """
 
 import importlib

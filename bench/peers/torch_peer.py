@@ -1,7 +1,6 @@
 """The peer in training: a transformer of our shape in plain PyTorch, written as one would without this project.
 
-It imports nothing of the engine, for it runs in the Python that has torch. Weights, tokens and optimizer settings are ours:
-both sides report the same losses, step after step.
+Weights, tokens and optimizer settings are ours: both sides report the same losses, step after step.
 """
 
 from typing import Any

@@ -1,7 +1,6 @@
 """The peer in inference: `generate` of Hugging Face transformers, greedy, with its default cache.
 
-It imports nothing of the engine, for it runs in the Python that has transformers. The model is a folder that we exported and
-the prompts are ours, so both sides should make the same tokens.
+The model is a folder that we exported and the prompts are ours, so both sides should make the same tokens.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """The four figures of the report: operations by stage, time by batch, memory by stage, and cost over a model's life.
 
-Each is laid out for a page and for a phone, and the style sheet shows the one that fits: text keeps its size. A figure that
-the document has no numbers for is None. Captions are in `page.html.j2`.
+Each is laid out for a page and for a phone, so that text keeps its size. A figure without numbers is None. Captions are in
+`page.html.j2`.
 """
 
 import dataclasses

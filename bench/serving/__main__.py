@@ -1,10 +1,10 @@
 """Measures the server: throughput, also against its own engine, latency under load, and the gain of each part.
 
-    python -m bench.serving            about four minutes on two cores
-    python -m bench.serving --quick    fewer rounds, about ninety seconds
+    python -m bench.serving          about four minutes on two cores
+    python -m bench.serving --quick  fewer rounds, about ninety seconds
 
 Starts `python -m stages.serve` and drives it over loopback, from this process, on the same cores. The server and its engine
-without a server run in turns. The last line of stdout is JSON. The server's promises are tested by
+without a server run in turns. The server's promises are tested by
 `pytest tests/promises -m promises -n 0`.
 """
 
@@ -34,8 +34,6 @@ class ServingFlags:
 
 
 READY_SECONDS = 8.0  # to be ready in, for a server that has been started before
-SHARE, GOAL = 0.85, 0.95  # of its engine's own throughput
-LOADS = (0.5, 0.8)
 
 
 def measure_serving(flags: ServingFlags) -> Json:
@@ -72,11 +70,13 @@ async def _measure(flags: ServingFlags, server_flags: list[str]) -> Json:
             document["throughput"].append({"streams": streams, "tokens_per_second": rate, "usd_per_million_tokens": usd})
         progress(f"the server beside its engine without a server, {rounds} rounds in turns")
         row = await measure.compare_with_engine(server, model, flags.weights, slots, entry["max_model_len"], rounds)
-        document["rows"] = [row | {"bar": SHARE, "goal": GOAL, "met": row["ratio"] >= SHARE}]
+        document["rows"] = [row | {"bar": 0.85, "goal": 0.95, "met": row["ratio"] >= 0.85}]
         progress("saturated with a mix of requests, and latency at shares of that load")
         peak, tokens = await measure.saturated_throughput(server, slots, slots * (4 if quick else 8))
         document["saturated"] = {"requests_per_second": peak, "tokens_per_second": tokens}
-        document["load"] = [await measure.latency_under_load(server, load, peak, 12.0 if quick else 40.0) for load in LOADS]
+        document["load"] = [
+            await measure.latency_under_load(server, load, peak, 12.0 if quick else 40.0) for load in (0.5, 0.8)
+        ]
         document["resident_bytes"] = server.resident_bytes()
         document["parts"] = await measure.gains(server, model, server_flags, slots, rounds)
     return document

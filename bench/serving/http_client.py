@@ -1,8 +1,8 @@
 """An HTTP/1.1 client that is light enough to run beside the server it measures.
 
-h11 reads the protocol; JSON is parsed once a response is whole, for a client that parsed every token's as it came would take
-a core of two from the server. With 8 streams of events this one takes 26 us of CPU an event, 1.5 times what a parser written
-for it took and 1% of a core at 400 tokens/s.
+h11 reads the protocol; JSON is parsed once a response is whole: parsing every token's as it came took a core of two from the
+server. With 8 streams of events this takes 26 us of CPU an event (1.5 times a parser written for it), 1% of a core at 400
+tokens/s.
 """
 
 import asyncio
@@ -80,9 +80,12 @@ class Client:
 
     def encode(self, method: str, path: str, body: Any, headers: Mapping[str, str]) -> tuple[h11.Connection, bytes]:
         """Returns the state of a connection that has sent this request, and the request's bytes."""
-        data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-        fields = {"host": f"{HOST}:{self.port}"} | ({"authorization": f"Bearer {self.key}"} if self.key else {})
-        fields |= {} if body is None else {"content-type": "application/json", "content-length": str(len(data))}
+        data, fields = b"", {"host": f"{HOST}:{self.port}"}
+        if self.key:
+            fields["authorization"] = f"Bearer {self.key}"
+        if body is not None:
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
+            fields |= {"content-type": "application/json", "content-length": str(len(data))}
         fields |= {name.lower(): value for name, value in headers.items()}
         encoded = [(name.encode(), value.encode("latin-1")) for name, value in fields.items()]
         protocol = h11.Connection(h11.CLIENT)
@@ -103,11 +106,12 @@ class Client:
         return response
 
     async def _receive(self, response: Response, protocol: h11.Connection, data: bytes) -> None:
-        reader, writer = self._idle.pop() if (reused := bool(self._idle)) else await connect(self.port)
+        idle = self._idle.pop() if self._idle else None
+        reader, writer = idle or await connect(self.port)
         try:
             writer.write(data)
             received = await reader.read(READ_BYTES)
-            if reused and not received:  # the server had closed the idle connection, and never saw the request
+            if idle and not received:  # the server had closed it, and never saw the request
                 reader, writer = await connect(self.port)
                 writer.write(data)
                 received = await reader.read(READ_BYTES)

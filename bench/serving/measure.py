@@ -93,9 +93,7 @@ async def compare_with_engine(server: Server, model: str, weights: str, slots: i
     """
     rng = random.Random(1)
     prompts = [_random_tokens(rng, PROMPT_TOKENS) for _ in range(slots)]
-    spec = {
-        "model": model, "weights": weights, "slots": slots, "capacity": capacity, "prompts": prompts, "new": NEW_TOKENS,
-    }  # fmt: skip
+    spec = {"model": model, "weights": weights, "slots": slots, "capacity": capacity, "prompts": prompts, "new": NEW_TOKENS}
     engine_rounds: list[Json] = []
     with contextlib.closing(Peer(Path(sys.executable), "slots_peer.py")) as peer:
         peer.read()

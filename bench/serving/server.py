@@ -25,9 +25,8 @@ LAUNCH = (
 class Server:
     """`python -m stages.serve` with `flags`, ready when the block begins and gone when it ends.
 
-    `ready_seconds`: from its start until /health says so. `preamble`: lines of Python that run in the process before the
-    command, for tests in which something breaks. Raises UserError, with the end of the server's output, when it does not
-    become ready.
+    `ready_seconds`: from its start until /health says so. `preamble`: Python to run in the process first, for tests. Raises
+    UserError, with the end of the server's output, when it does not become ready.
     """
 
     def __init__(self, model: str, flags: Sequence[str] = (), *, key: str | None = None, preamble: str | None = None) -> None:

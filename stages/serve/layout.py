@@ -20,7 +20,6 @@ from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import LoRA
 from engine.model.weights.matmul import dense
 
-MAX_DEFAULT_CAPACITY = 2048
 REMEDY = "Give fewer --slots, a smaller --capacity, or --keys-values int8."
 
 
@@ -54,7 +53,7 @@ class Layout:
     def slot_options(self, cfg: ModelConfig) -> dict[str, Any]:
         """Returns the options that shape the programs of `Slots`."""
         return {
-            "slots": self.slots, "capacity": self.capacity or min(cfg.context, MAX_DEFAULT_CAPACITY),
+            "slots": self.slots, "capacity": self.capacity or min(cfg.context, 2048),
             "kv_dtype": self.kv_dtype, "prefix_cache_bytes": self.prefix_cache_bytes,
         }  # fmt: skip
 
@@ -68,16 +67,13 @@ class Layout:
 
 
 class CompileAhead:
-    """Compiles the serving programs in a thread while another core reads the weights.
-
-    Iterating it, once, yields the programs as `compile_ahead` does. A failure here is silent: a program that is missing is
-    compiled when it is needed.
-    """
+    """Compiles the serving programs in a thread while the weights are read. Iterating it, once, yields what `compile_ahead`
+    yields. A failure is silent: a missing program is compiled when it is needed."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._thread: threading.Thread | None = None
-        self._stop = threading.Event()
+        self._stopping = False
         self._compiled: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
 
     def begin(self, cfg: ModelConfig) -> None:
@@ -90,7 +86,7 @@ class CompileAhead:
 
     def stop(self) -> None:
         """Ends after the program that is being compiled."""
-        self._stop.set()
+        self._stopping = True
         if self._thread:
             self._thread.join()
 
@@ -100,6 +96,6 @@ class CompileAhead:
             shapes = jax.eval_shape(lambda params: self._layout.params(cfg, params), unflatten(loaded))
             for program in compile_ahead(cfg, shapes, **self._layout.slot_options(cfg)):
                 self._compiled.put(program)
-                if self._stop.is_set():
+                if self._stopping:
                     break
         self._compiled.put(None)

@@ -31,9 +31,8 @@ async def serve(
     http = server.make_server(app)
     serving = asyncio.create_task(http.serve([bound]))
     await warm(state, ahead, changed, console)
-    changed.clear()
-    if engine.failed:  # already, and posted before the line above
-        changed.set()
+    if not engine.failed:  # the engine sets it again when it fails
+        changed.clear()
 
     async def drain() -> None:
         state.admission.draining = True

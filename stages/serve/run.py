@@ -17,16 +17,14 @@ from stages.serve import server
 from stages.serve.api.guard import LOCAL_HOSTS
 from stages.serve.flags import ServeFlags
 
-SWITCH_SECONDS = 0.0005  # a thread may hold Python's lock while weights are read beside compilation
-GC_THRESHOLD = 100_000  # new objects before a garbage collection: tracing makes many, and nearly all stay
-
 
 @contextlib.contextmanager
 def _quick_threads() -> Iterator[None]:
-    """Within the block, threads take turns sooner and less garbage is collected."""
+    """Within the block, threads take turns sooner, for weights are read beside compilation, and less garbage is collected,
+    for tracing makes many objects and nearly all stay."""
     interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
-    sys.setswitchinterval(SWITCH_SECONDS)
-    gc.set_threshold(GC_THRESHOLD, *thresholds[1:])
+    sys.setswitchinterval(0.0005)
+    gc.set_threshold(100_000, *thresholds[1:])
     try:
         yield
     finally:

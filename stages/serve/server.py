@@ -17,8 +17,6 @@ from engine.errors import UserError
 from stages.serve.errors import ApiError
 
 HEAD_SECONDS = 20.0  # for a request's first line and headers, from the connection or the first byte
-HEAD_BYTES = 32_768
-IDLE_SECONDS = 60  # a connection is kept for another request
 BACKLOG = 1024
 
 
@@ -60,18 +58,20 @@ def _explained(bound: socket.socket, host: str, port: int) -> Iterator[None]:
     except OSError as error:
         bound.close()
         if error.errno == errno.EADDRINUSE:
-            raise UserError(f"Port {port} of {host} is in use. End what uses it, or give another with --port.") from None
-        if error.errno in (errno.EACCES, errno.EPERM):
-            raise UserError(f"This user may not listen on port {port}. Give one of 1024 or above with --port.") from None
-        raise UserError(f"{host} port {port} cannot be listened on: {error.strerror or error}.") from None
+            message = f"Port {port} of {host} is in use. End what uses it, or give another with --port."
+        elif error.errno in (errno.EACCES, errno.EPERM):
+            message = f"This user may not listen on port {port}. Give one of 1024 or above with --port."
+        else:
+            message = f"{host} port {port} cannot be listened on: {error.strerror or error}."
+        raise UserError(message) from None
 
 
 def make_server(app: ASGIApp) -> uvicorn.Server:
     """Returns uvicorn for the application; signals are left to the command."""
     server = uvicorn.Server(uvicorn.Config(
         app, http=HttpProtocol, ws="none", lifespan="off", loop="asyncio", log_config=None, log_level="critical",
-        access_log=False, server_header=False, h11_max_incomplete_event_size=HEAD_BYTES, timeout_keep_alive=IDLE_SECONDS,
-        proxy_headers=False, timeout_graceful_shutdown=5, backlog=BACKLOG,
+        access_log=False, server_header=False, h11_max_incomplete_event_size=32_768, timeout_keep_alive=60, backlog=BACKLOG,
+        proxy_headers=False, timeout_graceful_shutdown=5,
     ))  # fmt: skip
     server.capture_signals = contextlib.nullcontext  # type: ignore[assignment,method-assign]
     return server
@@ -104,8 +104,8 @@ class HttpProtocol(H11Protocol):
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = ApiError(400, "This is no HTTP request, or its head is too large.", code="bad_request").body
             head = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+            response = h11.Response(status_code=400, headers=head, reason=b"Bad Request")
             with contextlib.suppress(h11.LocalProtocolError):
-                response = h11.Response(status_code=400, headers=head, reason=b"Bad Request")
                 for event in (response, h11.Data(data=body), h11.EndOfMessage()):
                     self.transport.write(self.conn.send(event) or b"")
         self.transport.close()

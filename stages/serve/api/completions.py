@@ -12,8 +12,6 @@ from stages.serve.errors import ApiError
 from stages.serve.state import ServerState
 from stages.serve.tokenize import token_text
 
-DEFAULT_MAX_TOKENS = 16  # as OpenAI has it
-
 
 async def completions(state: ServerState, http: Request) -> Any:
     """Continues each prompt `n` times; the choices of a prompt follow each other."""
@@ -33,7 +31,7 @@ async def completions(state: ServerState, http: Request) -> Any:
 
     return await generate(
         state, http, TextWriter(state, body, count * (body.n or 1)), encode,
-        max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS, logprobs=body.logprobs, ends=state.stop_token_ids,
+        max_tokens=body.max_tokens or 16, logprobs=body.logprobs, ends=state.stop_token_ids,  # 16: as OpenAI has it
     )  # fmt: skip
 
 

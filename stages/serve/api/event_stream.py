@@ -22,9 +22,7 @@ HEADERS = [
 class EventStream:
     """A response: within the context `attached(receive)` sends the chunks (a comment for None), then `[DONE]`."""
 
-    def __init__(
-        self, chunks: AsyncIterator[Any], attached: Callable[[Receive], AbstractAsyncContextManager[None]]
-    ) -> None:  # fmt: skip
+    def __init__(self, chunks: AsyncIterator[Any], attached: Callable[[Receive], AbstractAsyncContextManager[None]]) -> None:
         self._chunks, self._attached = chunks, attached
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

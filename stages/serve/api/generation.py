@@ -150,10 +150,9 @@ class Generation:
 
 
 class Writer:
-    """Writes `choices` completions in OpenAI's form, as one reply or as chunks; the two routes have a subclass each.
+    """Writes `choices` completions in OpenAI's form, as one reply or as chunks; each route has its own.
 
-    `prompt_field`: the field of the prompt. `choice` writes a whole completion, `chunk_choices` a piece as choices, each of
-    which is sent in a chunk of its own.
+    `choice` writes a whole completion, `chunk_choices` a piece as choices, each of which is sent in its own chunk.
     """
 
     prompt_field: str
