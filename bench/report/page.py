@@ -1,8 +1,9 @@
 """Writes the stage table as one self-contained page, for a screen of any width, light or dark, and for paper."""
 
+import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,17 @@ import jinja2
 
 from bench.report.charts import svg_number
 from bench.report.figures import Figure, decoding, figures, flops, training
-from bench.report.stages import DEVIATION, agreement, columns, deviation, lines_and_notes
 from bench.table.claims import GENERATED_CHEAPER
 from engine import format
 from engine.errors import UserError
 from engine.files import whole_file
+from engine.format import Column, column, number, percent, times
 
 Document = Mapping[str, Any]
+Row = Mapping[str, Any]
+Note = tuple[str, str, str]  # the row's name, what of it is off, and why
 HERE = Path(__file__).parent
-
+DEVIATION = 0.15  # of a measured time from the predicted one, beyond which it is explained
 KINDS = {"true": "holds", "false": "fails", "open": "open"}  # by a verdict's first word; any other is "partly"
 
 
@@ -50,7 +53,7 @@ def page(document: Document) -> str:
     return _environment().get_template("page.html.j2").render(
         document, style=_style(), trained=training(rows) or {}, groups=groups, notes=notes, columns=columns(rows),
         figures=figures(rows, document.get("ceilings") or {}, document.get("model") or {}), limit=DEVIATION,
-        served=sorted((row for row in decoding(rows) if format.number(row.get("slots"))), key=lambda row: row["slots"]),
+        served=sorted((row for row in decoding(rows) if number(row.get("slots"))), key=lambda row: row["slots"]),
         lone=numbers.get(GENERATED_CHEAPER, {}).get("time"), agreement=agreement(rows),
         json=json.dumps(document, indent=1, ensure_ascii=False, default=str),
     )  # fmt: skip
@@ -74,7 +77,7 @@ def _environment() -> jinja2.Environment:
     )  # fmt: skip
     names = ("number", "si", "in_words", "money", "times", "percent")
     environment.filters |= {name: getattr(format, name) for name in names} | {"deviation": deviation, "kind": _kind}
-    environment.tests["measured"] = lambda value: bool(format.number(value))
+    environment.tests["measured"] = lambda value: bool(number(value))
     return environment
 
 
@@ -84,3 +87,53 @@ def _style() -> str:
 
 def _kind(verdict: Any) -> str:
     return KINDS.get(re.split(r"\W+", str(verdict).strip().lower(), maxsplit=1)[0], "partly")
+
+
+def deviation(off: float | None) -> str:
+    """Writes `+12%`, or from three times up `3.1×`."""
+    return percent(off, signed=True) if off is None or off < 2 else times(off + 1, 1)
+
+
+def lines_and_notes(rows: Sequence[Row]) -> tuple[list[list[dict[str, Any]]], list[Note]]:
+    """Returns the lines, a list for each stage, and their notes in order.
+
+    A line has its row; `off`, its time over the predicted one, less 1; and the numbers of its notes, 0 for none.
+    """
+    lines: list[dict[str, Any]] = []
+    notes: list[Note] = []
+
+    def note(row: Row, of: str, why: Any) -> int:
+        notes.extend([(row["name"], of, why)] if why else [])
+        return len(notes) if why else 0
+
+    for row in rows:
+        seconds, predicted = number(row.get("seconds_per_token")), number(row.get("predicted_seconds_per_token"))
+        off = seconds / predicted - 1 if seconds and predicted else None
+        lines.append({
+            "row": row, "off": off, "note": note(row, "" if off is None else deviation(off), row.get("explanation")),
+            "peak_note": note(row, "peak", row.get("peak_explanation")),
+        })  # fmt: skip
+    return [list(group) for _, group in itertools.groupby(lines, key=lambda line: line["row"].get("stage"))], notes
+
+
+def columns(rows: Sequence[Row]) -> dict[str, Column]:
+    """Returns the prefix and the decimals of each column."""
+    counted = [row.get("flops_per_token") or {} for row in rows]
+    return {
+        "flops": column(each.get(counter) for each in counted for counter in ("formula", "walker", "xla")),
+        "time": column(row.get(name) for row in rows for name in ("seconds_per_token", "predicted_seconds_per_token")),
+        "peak": column((row.get("peak_bytes") for row in rows), digits=2),
+        "moved": column((row.get("bytes_per_token") for row in rows), digits=2),
+        # A row without products costs next to nothing, and its zeros would stretch the column.
+        "price": column(
+            (row.get("usd_per_million_tokens") for row, each in zip(rows, counted) if each.get("formula") != 0),
+            digits=2, prefixed=False,
+        ),
+    }  # fmt: skip
+
+
+def agreement(rows: Sequence[Row]) -> tuple[int, int]:
+    """Returns in how many rows the formula and the walker agree, and how many have both."""
+    pairs = [[number((row.get("flops_per_token") or {}).get(counter)) for counter in ("formula", "walker")] for row in rows]
+    both = [pair for pair in pairs if None not in pair]
+    return sum(formula == walker for formula, walker in both), len(both)

@@ -1,4 +1,4 @@
-"""EventStream: a generation as server-sent events. It ends at once when the client leaves or stops reading."""
+"""Sends a generation as server-sent events, which end at once when the client leaves or stops reading."""
 
 import asyncio
 import contextlib
@@ -19,29 +19,24 @@ HEADERS = [
 ]  # fmt: skip
 
 
-class EventStream:
-    """A response: within the context `attached(receive)` sends the chunks (a comment for None), then `[DONE]`."""
+async def send_events(
+    chunks: AsyncIterator[Any], attached: Callable[[Receive], AbstractAsyncContextManager[None]], _: Scope, receive: Receive,
+    send: Send,
+) -> None:  # fmt: skip
+    """Sends the chunks (a comment for None), then `[DONE]`, within the context `attached(receive)`."""
 
-    def __init__(self, chunks: AsyncIterator[Any], attached: Callable[[Receive], AbstractAsyncContextManager[None]]) -> None:
-        self._chunks, self._attached = chunks, attached
+    async def write(event: bytes, more: bool = True) -> None:
+        async with asyncio.timeout(UNREAD):
+            await send({"type": "http.response.body", "body": event + b"\n\n", "more_body": more})
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def write(data: bytes, more: bool = True) -> None:
-            async with asyncio.timeout(UNREAD):
-                await send({"type": "http.response.body", "body": data, "more_body": more})
-
-        with contextlib.suppress(ClientGone, OSError):  # nobody reads it; a TimeoutError is an OSError
-            async with self._attached(receive):
-                await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-                try:
-                    async for chunk in self._chunks:
-                        await write(b": waiting\n\n" if chunk is None else _data(msgspec.json.encode(chunk)))
-                except (ClientGone, OSError):
-                    raise
-                except Exception as error:
-                    await write(_data((error if isinstance(error, ApiError) else internal_error(error)).body))
-                await write(b"data: [DONE]\n\n", more=False)
-
-
-def _data(json: bytes) -> bytes:
-    return b"data: " + json + b"\n\n"
+    with contextlib.suppress(ClientGone, OSError):  # nobody reads it; a TimeoutError is an OSError
+        async with attached(receive):
+            await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+            try:
+                async for chunk in chunks:
+                    await write(b": waiting" if chunk is None else b"data: " + msgspec.json.encode(chunk))
+            except (ClientGone, OSError):
+                raise
+            except Exception as error:
+                await write(b"data: " + (error if isinstance(error, ApiError) else internal_error(error)).body)
+            await write(b"data: [DONE]", more=False)

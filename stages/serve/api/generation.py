@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import os
 import time
 import uuid
@@ -17,7 +18,7 @@ from engine.errors import InvalidField
 from engine.inference.request import Event, LogProb, Request, check
 from engine.inference.sampling_params import SEEDS, SamplingParams
 from engine.inference.stop_strings import CompletionText
-from stages.serve.api.event_stream import QUIET, EventStream
+from stages.serve.api.event_stream import QUIET, send_events
 from stages.serve.api.replies import CachedTokens, Reason, Usage
 from stages.serve.api.requests import CompletionFields
 from stages.serve.errors import ApiError, ClientGone, json_reply
@@ -222,6 +223,6 @@ async def generate(
             raise ApiError(400, str(error), param=error.field) from None
         raise
     if body.stream:
-        return EventStream(writer.chunks(generation), generation.attached)
+        return functools.partial(send_events, writer.chunks(generation), generation.attached)
     async with generation.attached(http.receive):
         return json_reply(writer.reply(await generation.whole(), generation.usage))
