@@ -31,17 +31,16 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 async def closed_loop(client: Client, bodies: Sequence[Json], streams: int) -> tuple[list[Completion], float]:
     """Sends all bodies, `streams` at a time; returns their completions in order, and the seconds of all."""
-    responses: list[Any] = [None] * len(bodies)
-    places = iter(range(len(bodies)))
+    free = asyncio.Semaphore(streams)
 
-    async def stream() -> None:
-        for place in places:
-            responses[place] = await send(client, bodies[place])
+    async def send_in_turn(body: Json) -> Response:
+        async with free:
+            return await send(client, body)
 
     begin = clock()
-    await asyncio.gather(*(stream() for _ in range(streams)))
+    responses = await asyncio.gather(*map(send_in_turn, bodies))
     seconds = clock() - begin
-    return [read_completion(response) for response in responses], seconds
+    return [*map(read_completion, responses)], seconds
 
 
 async def open_loop(
@@ -94,20 +93,19 @@ async def compare_with_engine(server: Server, model: str, weights: str, slots: i
     rng = random.Random(1)
     prompts = [_random_tokens(rng, PROMPT_TOKENS) for _ in range(slots)]
     spec = {"model": model, "weights": weights, "slots": slots, "capacity": capacity, "prompts": prompts, "new": NEW_TOKENS}
-    engine_rounds: list[Json] = []
     with contextlib.closing(Peer(Path(sys.executable), "slots_peer.py")) as peer:
         peer.read()
-        run_engine = peer.prepare("slots", spec, engine_rounds.append)
+        peer.ask(make="slots", spec=spec)
 
-        async def engine_seconds() -> float:
-            run_engine()
-            return engine_rounds[-1]["seconds"]
+        async def run_engine() -> Json:
+            return peer.ask(run="slots")
 
         run_server = lambda: closed_loop(server.client, [*map(_request, prompts)], slots)
+        await run_engine()
         await run_server()
-        engine, server_rounds = await in_turns(engine_seconds, run_server, rounds)
-        detokenized = await server.client.post("/detokenize", {"tokens": engine_rounds[-1]["tokens"][0]})
-    served = [seconds for _, seconds in server_rounds]
+        engine_rounds, server_rounds = await in_turns(run_engine, run_server, rounds)
+    detokenized = await server.client.post("/detokenize", {"tokens": engine_rounds[-1]["tokens"][0]})
+    engine, served = [reply["seconds"] for reply in engine_rounds], [seconds for _, seconds in server_rounds]
     texts = {tuple(completion.text for completion in completions) for completions, _ in server_rounds}
     spread = ratio(Timing("engine", tuple(engine)), Timing("server", tuple(served))).spread
     tokens = slots * NEW_TOKENS

@@ -16,10 +16,6 @@ from engine.counting.hardware import clock
 from engine.errors import UserError
 
 START_SECONDS = 300.0  # for a first start, compiling included
-# Runs some lines, and then the server as `python -m` would.
-LAUNCH = (
-    "import runpy, sys; sys.argv = sys.argv[1:]; {lines}\nrunpy.run_module('stages.serve', run_name='__main__', alter_sys=True)"
-)
 
 
 class Server:
@@ -34,7 +30,9 @@ class Server:
             probe.bind((HOST, 0))
             self.port: int = probe.getsockname()[1]
         self.key, self.client, self.ready_seconds = key, Client(self.port, key=key), 0.0
-        start = ["-m", "stages.serve"] if preamble is None else ["-c", LAUNCH.format(lines=preamble), "stages.serve"]
+        start = ["-m", "stages.serve"]
+        if preamble:
+            start = ["-c", f"{preamble}\nimport sys, stages.serve.__main__ as serve\nsys.exit(serve.main())"]
         self.command = [sys.executable, *start, "--model", model, "--port", str(self.port), *flags]
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
 
