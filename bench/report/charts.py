@@ -85,7 +85,7 @@ def stacked_bars(
     anchor = lambda value: "middle" if wide or 0 < value < top * 0.93 else "end" if value else "start"
     ticks = [(value, x(value), tick(value), anchor(value)) for value in even_ticks(top, 6 if wide else 4)]
     return {
-        "kind": "bars", "wide": wide, "width": width, "height": at + 4, "left": left, "right": right, "top": begin,
+        "wide": wide, "width": width, "height": at + 4, "left": left, "right": right, "top": begin,
         "bottom": at, "thick": thick, "legend": legend, "rows": rows, "ticks": ticks,
     }  # fmt: skip
 
@@ -117,12 +117,12 @@ def curves(
     bottom = top + (380 if wide else 300)
     x, y = logarithmic(across.low, across.high, left, right), logarithmic(up.low, up.high, bottom, top)
     place = lambda points: [(x(a), y(b)) for a, b in points]
-    ends = [place(line.points[-1:])[0] for line in lines]
+    ends = place([line.points[-1] for line in lines])
     if wide:  # words right of each line's end, as near as the others allow, with a thin line that leads there
-        heights = separate([end[1] for end in ends], 38.0 if 36 in rises else 20.0, top + 4, bottom - 16)
+        heights = separate([y for _, y in ends], 38.0 if 36 in rises else 20.0, top + 4, bottom - 16)
         leaders = [
-            [(end[0] + (7 if line.spreads else 1), end[1]), (right + 8, end[1]), (right + 18, at), (right + 24, at)]
-            for line, end, at in zip(lines, ends, heights)
+            [(x + (7 if line.spreads else 1), y), (right + 8, y), (right + 18, at), (right + 24, at)]
+            for line, (x, y), at in zip(lines, ends, heights)
         ]
     else:
         heights = list(itertools.accumulate(rises[:-1], initial=10.0))
@@ -130,7 +130,7 @@ def curves(
     name_room, note_room = (room, room) if wide else (width - 36, (width - 36) * LETTER / 6.2)
     anchor = lambda at: "end" if not wide and at > right - 12 else "middle"
     return {
-        "kind": "curves", "wide": wide, "width": width, "height": bottom + 50, "left": left, "right": right, "top": top,
+        "wide": wide, "width": width, "height": bottom + 50, "left": left, "right": right, "top": top,
         "bottom": bottom, "across": across.name, "up": up.name, "rings": place(rings), "lines": [
             {
                 "line": line, "path": svg_path(place(line.points)), "at": at, "leader": svg_path(leader),
@@ -192,8 +192,7 @@ def decade_ticks(low: float, high: float, most: int) -> list[float]:
 
 def separate(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Moves positions `gap` apart and into low..high, as far as they fit; their order stays."""
-    places = list(wanted)
-    order = sorted(range(len(places)), key=wanted.__getitem__)
+    places, order = list(wanted), sorted(range(len(wanted)), key=wanted.__getitem__)
     for index in order:
         places[index] = low = max(places[index], low)
         low += gap

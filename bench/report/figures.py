@@ -86,7 +86,7 @@ def decode(rows: Rows, ceilings: Row, model: Row) -> Figure | None:
         ways.sort(key=lambda row: row["slots"])
         points = tuple((float(row["slots"]), float(row["seconds_per_token"])) for row in ways)
         spreads = tuple(positive(row.get("spread")) or 0.0 for row in ways)
-        lines.append(Line(points, f"way{min(rank, 4)}", f"{name}, measured", spreads=spreads, below=rank > 0))
+        lines.append(Line(points, f"way{min(rank, 4)}", f"{name}, measured", "", spreads, below=rank > 0))
     first_series = next(iter(series.values()))
     reading, computing = _memory_floor(first_series, ceilings), _compute_floor(first_series, ceilings, model)
     trained = training(rows) or {}

@@ -63,8 +63,7 @@ def read_completion(response: Response) -> Completion:
         return Completion(response.status, "", 0, 0, None, math.nan, response.seconds, error=why)
     is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
     events = response.events() if is_stream else [(response.ended_at, response.json())]
-    pieces: list[str] = []
-    logprobs: list[float] = []
+    full_text, logprobs = "", list[float]()
     usage, finish_reason, error = {"completion_tokens": 0, "prompt_tokens": 0}, None, None
     first = last = math.nan
     for moment, event in events:
@@ -72,15 +71,15 @@ def read_completion(response: Response) -> Completion:
         usage = event.get("usage") or usage
         for choice in event.get("choices", ()):
             message = choice.get("delta", choice.get("message", {}))
-            text = choice["text"] if "text" in choice else message.get("content")
+            text = choice.get("text") or message.get("content")
             values = choice.get("logprobs") or {}
             logprobs += [entry["logprob"] for entry in values.get("content") or ()] or values.get("token_logprobs") or ()
             finish_reason = choice.get("finish_reason") or finish_reason
             if text:
-                pieces.append(text)
+                full_text += text
                 first, last = (moment if math.isnan(first) else first), moment
     return Completion(
-        200, "".join(pieces), usage["completion_tokens"], usage["prompt_tokens"], finish_reason, first - response.sent_at,
+        200, full_text, usage["completion_tokens"], usage["prompt_tokens"], finish_reason, first - response.sent_at,
         last - response.sent_at, tuple(logprobs), error,
     )  # fmt: skip
 
