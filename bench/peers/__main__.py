@@ -56,9 +56,9 @@ def measure_peers(flags: PeersFlags) -> Json:
     if not flags.dtypes:
         raise UserError("--dtypes needs bfloat16, float32 or both.")
     start_jax()
-    from bench.peers import inference, training
+    from bench.peers import measure
 
-    inference.check_preset(flags.preset, flags.prompt, flags.new, runs=flags.only != "training")
+    measure.check_preset(flags.preset, flags.prompt, flags.new, runs=flags.only != "training")
     print(f"{device_name()}, {cores()} cores, {flags.rounds} interleaved rounds; a ratio is our time over the peer's")
     if (load := os.getloadavg()[0]) > cores() / 4:
         # OpenMP's threads meet after every operation, and one that is put aside holds up all: the same training row read
@@ -67,16 +67,16 @@ def measure_peers(flags: PeersFlags) -> Json:
     rows: list[Json] = []
     absent: list[dict[str, str]] = []
     stages = {
-        "training": ("torch_peer.py", functools.partial(training.measure_training, shape)),
+        "training": ("torch_peer.py", functools.partial(measure.measure_training, shape)),
         "inference": (
-            "transformers_peer.py", functools.partial(inference.measure_inference, flags.preset, flags.prompt, flags.new)
+            "transformers_peer.py", functools.partial(measure.measure_inference, flags.preset, flags.prompt, flags.new)
         ),
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        for script, measure in (stages[stage] for stage in stages if flags.only in ("all", stage)):
+        for script, add_rows in (stages[stage] for stage in stages if flags.only in ("all", stage)):
             with start_peer(flags.peer_python, script, absent) as peer:
                 for dtype in flags.dtypes if peer else ():
-                    measure(dtype, flags.rounds, peer, Path(folder), rows, absent)
+                    add_rows(dtype, flags.rounds, peer, Path(folder), rows, absent)
     return {"device": device_name(), "cores": cores(), "rounds": flags.rounds, "rows": rows, "absent": absent}
 
 

@@ -11,7 +11,7 @@ import pytest
 from bench import models
 from bench.cli import Shape, parse_shape
 from bench.peers import __main__ as peers
-from bench.peers import inference, rows
+from bench.peers import measure
 from bench.peers import process as module
 from bench.peers.process import Peer, PeerError, start_peer
 from bench.timing import Timing
@@ -158,10 +158,10 @@ def test_flags_that_cannot_be_measured_are_refused_before_anything_starts(flags,
 
 
 def test_a_model_too_large_for_this_machine_is_refused(monkeypatch):
-    monkeypatch.setattr(inference, "memory_limit_bytes", lambda: 10**9)
+    monkeypatch.setattr(measure, "memory_limit_bytes", lambda: 10**9)
     with pytest.raises(UserError, match="twice in memory needs about 2 GB, and there are 1; give a smaller one"):
-        inference.check_preset("smollm2-135m", 256, 33, runs=True)
-    inference.check_preset("smollm2-135m", 256, 33, runs=False)
+        measure.check_preset("smollm2-135m", 256, 33, runs=True)
+    measure.check_preset("smollm2-135m", 256, 33, runs=False)
 
 
 # The table
@@ -195,8 +195,8 @@ def test_a_compiler_that_is_not_there_leaves_the_other_rows(scripts, capsys):
 
 
 def test_inference_counts_the_tokens_that_are_the_same(scripts, monkeypatch, capsys):
-    monkeypatch.setattr(inference, "SHORT", 8)
-    monkeypatch.setattr(inference, "greedy", lambda cfg, weights, prompts, new, message: lambda: message.update(
+    monkeypatch.setattr(measure, "SHORT", 8)
+    monkeypatch.setattr(measure, "greedy", lambda cfg, weights, prompts, new, message: lambda: message.update(
         ours=[[0] * (new - 1) + [7]] * len(prompts)
     ))  # fmt: skip
     scripts("transformers_peer.py", make=GENERATED)
@@ -210,17 +210,17 @@ def test_inference_counts_the_tokens_that_are_the_same(scripts, monkeypatch, cap
 
 def test_ours_continues_every_prompt_by_as_many_tokens(cfg, params):
     message = {}
-    inference.greedy(cfg, params, [[1, 2, 3], [4, 5, 6]], 3, message)()
-    assert [len(text) for text in message[rows.OURS]] == [3, 3]
+    measure.greedy(cfg, params, [[1, 2, 3], [4, 5, 6]], 3, message)()
+    assert [len(text) for text in message[measure.OURS]] == [3, 3]
 
 
 def test_a_ratio_that_noise_has_eaten_is_not_printed(capsys):
     timings = {"ours": Timing("ours", (0.1, 1.0, 9.0, 9.0, 1.0)), "them": Timing("them", (1.0,) * 5)}
-    row = rows.comparison("row", "them", timings, 10)
+    row = measure.comparison("row", "them", timings, 10)
     assert row["ratio"] is None
     assert "less than its own spread" in row["noisy"]
     assert row["best_ratio"] == pytest.approx(0.1)
-    rows.add_row([], row, "")
+    measure.add_row([], row, "")
     assert "lost in noise" in capsys.readouterr().out
 
 

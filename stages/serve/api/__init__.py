@@ -4,7 +4,7 @@ The path of one chat request, from the socket to the compiled program and back:
 
 1.  server.HttpProtocol          bytes -> ASGI (uvicorn and h11; ours are the time limits)
 2.  guard.Guard                  Host, Origin, key -> namespace; starlette finds the route
-3.  chat.chat_completions
+3.  completions.chat_completions
 4.  body.read_body               bytes -> ChatRequest
 5.  generation.generate          reserves places; below it:
 6.  tokenize.TokenizerPool       messages -> token ids, in a worker thread
@@ -12,7 +12,7 @@ The path of one chat request, from the socket to the compiled program and back:
 8.  inference.slots.Slots.step   -> the compiled programs -> Event
 9.  engine.Engine._deliver       Event -> the event loop
 10. generation.Generation.pieces Event -> CompletionText (stop strings) -> Piece
-11. chat.ChatWriter              Piece -> ChatReply, or ChatChunk (by generation.Writer)
+11. completions.ChatWriter       Piece -> ChatReply, or ChatChunk (by generation.Writer)
 12. event_stream.send_events     ChatChunk -> bytes (or errors.json_reply, ChatReply -> bytes)
 
 Eight types: ChatRequest, SamplingParams, Request, Generation, Event, CompletionText, Piece, and ChatReply or ChatChunk.

@@ -1,16 +1,85 @@
-"""POST /v1/completions: continues texts or token ids."""
+"""POST /v1/chat/completions and /v1/completions: answers a conversation, and continues texts or token ids."""
 
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from starlette.requests import Request
 
+from engine.inference.request import LogProb
+from stages.serve.api import replies
 from stages.serve.api.body import read_body
-from stages.serve.api.generation import Piece, Writer, generate
-from stages.serve.api.replies import TextChoice, TextLogProbs, TextReply
-from stages.serve.api.requests import MAX_PROMPTS, CompletionRequest
+from stages.serve.api.generation import Generation, Piece, Writer, generate
+from stages.serve.api.requests import MAX_PROMPTS, ChatRequest, CompletionRequest, Message
 from stages.serve.errors import ApiError
 from stages.serve.state import ServerState
 from stages.serve.tokenize import token_text
+
+
+async def chat_completions(state: ServerState, http: Request) -> Any:
+    state.check_ready()
+    body = await read_body(state, http, ChatRequest)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs is given without logprobs being true.", param="top_logprobs")
+    if body.max_tokens is not None and body.max_completion_tokens is not None:
+        message = "max_completion_tokens is given beside max_tokens, its older name; one says it."
+        raise ApiError(400, message, param="max_completion_tokens")
+
+    async def encode() -> list[list[int]]:
+        return [await state.tokenizer.encode_chat(template_messages(body.messages))]
+
+    return await generate(
+        state, http, ChatWriter(state, body), encode, max_tokens=body.max_completion_tokens or body.max_tokens,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None, ends=state.stop_token_ids | state.tokenizer.chat_ends,
+    )  # fmt: skip
+
+
+def template_messages(messages: list[Message]) -> list[dict[str, str]]:
+    """Returns roles and texts for a chat template, to which a developer is the system."""
+    return [
+        {"role": "system" if message.role == "developer" else message.role, "content": message.text} for message in messages
+    ]
+
+
+class ChatWriter(Writer):
+    prompt_field, id_prefix, reply_type, chunk_type = "messages", "chatcmpl", replies.ChatReply, replies.ChatChunk
+
+    def __init__(self, state: ServerState, body: ChatRequest) -> None:
+        super().__init__(state, body, body.n or 1)
+        self._strips_space, self._wants_logprobs = state.tokenizer.strips_space, body.logprobs
+        self._begun: set[int] = set()  # choices that have text
+
+    def choice(self, piece: Piece) -> replies.ChatChoice:
+        message = replies.ReplyMessage(self._stripped(piece))
+        return replies.ChatChoice(piece.choice, message, piece.finish_reason, self._logprobs(piece))  # type: ignore[arg-type]
+
+    def chunk_choices(self, piece: Piece) -> Iterator[replies.ChatChunkChoice]:
+        text = self._stripped(piece)
+        if text or piece.logprobs:
+            delta = replies.Delta(content=text) if text else replies.Delta()
+            yield replies.ChatChunkChoice(piece.choice, delta, None, self._logprobs(piece))
+        if piece.finish_reason:
+            yield replies.ChatChunkChoice(piece.choice, replies.Delta(), piece.finish_reason)
+
+    async def chunks(self, generation: Generation) -> AsyncIterator[Any]:
+        for index in range(self.choices):
+            yield self.chunk(replies.ChatChunkChoice(index, replies.Delta("assistant", "")))
+        async for chunk in super().chunks(generation):
+            yield chunk
+
+    def _stripped(self, piece: Piece) -> str:
+        """Returns the text, without the space that begins a choice after a plain template."""
+        begins = piece.choice not in self._begun
+        if piece.text:
+            self._begun.add(piece.choice)
+        return piece.text.removeprefix(" ") if self._strips_space and begins else piece.text
+
+    def _logprobs(self, piece: Piece) -> replies.ChatLogProbs | None:
+        return replies.ChatLogProbs(list(map(self._token_logprob, piece.logprobs))) if self._wants_logprobs else None
+
+    def _token_logprob(self, logprob: LogProb) -> replies.TokenLogProb:
+        shown = lambda token, nats: ((text := token_text(self.tokenizer, token))[0], nats, list(text[1]))
+        top = [replies.TopLogProb(*shown(token, nats)) for token, nats in logprob.top]
+        return replies.TokenLogProb(*shown(logprob.token, logprob.logprob), top)
 
 
 async def completions(state: ServerState, http: Request) -> Any:
@@ -36,7 +105,7 @@ async def completions(state: ServerState, http: Request) -> Any:
 
 
 class TextWriter(Writer):
-    prompt_field, id_prefix, reply_type, chunk_type = "prompt", "cmpl", TextReply, TextReply
+    prompt_field, id_prefix, reply_type, chunk_type = "prompt", "cmpl", replies.TextReply, replies.TextReply
 
     def __init__(self, state: ServerState, body: CompletionRequest, choices: int) -> None:
         super().__init__(state, body, choices)
@@ -44,13 +113,13 @@ class TextWriter(Writer):
         self._offsets = [0] * choices
         self._streams = [self.tokenizer.stream() for _ in range(choices)]
 
-    def choice(self, piece: Piece) -> TextChoice:
-        return TextChoice(piece.choice, piece.text, piece.finish_reason, self._logprobs(piece))
+    def choice(self, piece: Piece) -> replies.TextChoice:
+        return replies.TextChoice(piece.choice, piece.text, piece.finish_reason, self._logprobs(piece))
 
-    def chunk_choices(self, piece: Piece) -> list[TextChoice]:
+    def chunk_choices(self, piece: Piece) -> list[replies.TextChoice]:
         return [self.choice(piece)] if piece.text or piece.logprobs or piece.finish_reason else []
 
-    def _logprobs(self, piece: Piece) -> TextLogProbs | None:
+    def _logprobs(self, piece: Piece) -> replies.TextLogProbs | None:
         if self._top_logprobs is None:
             return None
         offsets, logprobs = [], piece.logprobs
@@ -59,4 +128,4 @@ class TextWriter(Writer):
             self._offsets[piece.choice] += len(self._streams[piece.choice].push(each.token))
         name = lambda token: token_text(self.tokenizer, token)[0]
         top = [{name(token): nats for token, nats in each.top} for each in logprobs] if self._top_logprobs else None
-        return TextLogProbs([name(each.token) for each in logprobs], [each.logprob for each in logprobs], top, offsets)
+        return replies.TextLogProbs([name(each.token) for each in logprobs], [each.logprob for each in logprobs], top, offsets)

@@ -9,8 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from stages.serve.api.body import read_body
-from stages.serve.api.chat import chat_completions, template_messages
-from stages.serve.api.completions import completions
+from stages.serve.api.completions import chat_completions, completions, template_messages
 from stages.serve.api.replies import Attestation, ChatReply, Health, Live, ModelCard, ModelList, Text, TextReply, Tokens
 from stages.serve.api.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from stages.serve.errors import ApiError, json_reply
