@@ -52,7 +52,7 @@ def run(flags: ServeFlags) -> int:
             from stages.serve.api.app import make_app
             from stages.serve.layout import Layout, default_weights
             from stages.serve.lifecycle import serve
-            from stages.serve.startup import load_state
+            from stages.serve.state import load_state
 
             kv_dtype: Any = flags.keys_values
             layout = Layout(

@@ -32,7 +32,8 @@ from engine.model.weights.lora import LoRA
 from engine.model.weights.matmul import dense
 from engine.training.lora import add_lora
 from stages.cli.console import Console
-from stages.serve import lifecycle, server, startup
+from stages.serve import lifecycle, server
+from stages.serve import state as module
 from stages.serve.__main__ import main
 from stages.serve.engine import Engine
 from stages.serve.layout import CompileAhead, Layout
@@ -228,7 +229,7 @@ def test_without_its_extra_it_says_how_to_get_it(folder):
 
 
 def load_state(folder: Path, **layout: Any) -> tuple[ServerState, CompileAhead]:
-    return startup.load_state(str(folder), Layout(**layout), start_jax(decodes=True), Console())
+    return module.load_state(str(folder), Layout(**layout), start_jax(decodes=True), Console())
 
 
 @pytest.mark.parametrize("weights", ["int8", "bfloat16", "float32"])
@@ -281,6 +282,6 @@ def test_slots_beyond_memory_are_refused_with_flags_of_this_stage(folder, forese
     if foreseen:
         monkeypatch.setattr(hardware, "memory_limit_bytes", lambda: 10**6)
     else:
-        monkeypatch.setattr(startup, "Slots", out_of_memory)
+        monkeypatch.setattr(module, "Slots", out_of_memory)
     with pytest.raises(UserError, match=r"500 slots.* Give fewer --slots, a smaller --capacity"):
         load_state(folder, weights="int8", slots=500)
