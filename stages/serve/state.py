@@ -85,8 +85,7 @@ def load_state(
 ) -> tuple[ServerState, CompileAhead]:  # fmt: skip
     """Loads a model, with the adapter in a folder and the template in a file, and prints the banner.
 
-    Returns the state of the routes, and the compilation that goes on. `name`, `queue` and `price` are those of
-    `ServerState`. Raises UserError.
+    Returns the state, which has `name`, `queue` and `price`, and the compilation that goes on. Raises UserError.
     """
     source = read_template(template)
     ahead = CompileAhead(layout)
