@@ -44,19 +44,18 @@ def measure_training(flags: TrainingFlags) -> Json:
     ceilings = measure_ceilings()
     print(f"{ceilings.device}, {ceilings.cores} cores, jax {ceilings.jax}")
     print(f"{'shape':>16} {'params':>9} {'ms a step':>10} {'GFLOP/s':>9} {'of ceiling':>11} {'tokens/s':>9}", flush=True)
-    timings, configs = {}, {}
+    measured = []
     for shape in shapes:
         progress(f"measuring {shape} ...")
         work = make_work(shape, flags.dtype)
         step = make_step(work, make_optimizer(OptimizerConfig(kind=flags.optimizer)))
-        timings[shape] = measure({"step": step}, rounds=flags.rounds, warmups=2)["step"]
-        configs[shape] = work.cfg
+        measured.append((shape, work.cfg, measure({str(shape): step}, rounds=flags.rounds, warmups=2)[str(shape)]))
         # Measured beside each shape, for they move on a shared machine; the best counts for all.
         ceilings = best_ceilings(ceilings, measure_ceilings())
     kind, top = ("bf16", ceilings.bf16_gflops) if flags.dtype == "bfloat16" else ("f32", ceilings.f32_gflops)
     rows = []
-    for shape, timing in timings.items():
-        seconds, cfg = timing.median, configs[shape]
+    for shape, cfg, timing in measured:
+        seconds = timing.median
         rate = step_flops(cfg, shape.batch, shape.tokens) / seconds / 1e9
         print(
             f"{shape!s:>16} {count_params(cfg).total / 1e6:8.2f}M {seconds * 1e3:10.1f} {rate:9.0f} {rate / top:11.2f} "
@@ -68,7 +67,7 @@ def measure_training(flags: TrainingFlags) -> Json:
         })  # fmt: skip
     rates = {"bf16": ceilings.bf16_gflops, "f32": ceilings.f32_gflops, "int8": ceilings.int8_gflops}
     print("ceilings, matmul 2048, GFLOP/s: " + ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items()))
-    print(noise({str(shape): timing for shape, timing in timings.items()}))
+    print(noise({timing.name: timing for _, _, timing in measured}))
     return {"ceiling_gflops": rates, "shapes": rows}
 
 

@@ -26,8 +26,7 @@ class Server:
     """
 
     def __init__(self, model: str, flags: Sequence[str] = (), *, key: str | None = None, preamble: str | None = None) -> None:
-        with socket.socket() as probe:  # finds a free port
-            probe.bind((HOST, 0))
+        with socket.create_server((HOST, 0)) as probe:  # finds a free port
             self.port: int = probe.getsockname()[1]
         self.key, self.client, self.ready_seconds = key, Client(self.port, key=key), 0.0
         start = ["-m", "stages.serve"]
@@ -59,9 +58,7 @@ class Server:
         self.client.close()
         if self.process.poll() is None:
             self.process.terminate()
-            try:
-                await asyncio.to_thread(self.process.wait, 15)
-            except subprocess.TimeoutExpired:
+            if await self.wait(15) is None:
                 self.process.kill()
                 self.process.wait()
         self._output.close()
