@@ -115,7 +115,7 @@ def measurements() -> dict[str, str]:
         source = path.read_text(encoding="utf-8")
         if "\nif __name__ ==" in source:
             name = path.stem if path.parent == here else path.parent.name
-            names[name] = source.removeprefix('"""').partition("\n")[0]
+            names[name] = source.partition("\n")[0].strip('"')
     return dict(sorted(names.items()))
 
 
