@@ -3,14 +3,14 @@
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from bench.report.charts import svg_number
-from bench.report.figures import Figure, decoding, figures, flops, training
+from bench.report.figures import Figure, Row, Rows, decoding, figures, flops, training
 from bench.table.claims import GENERATED_CHEAPER
 from engine import format
 from engine.errors import UserError
@@ -18,7 +18,6 @@ from engine.files import whole_file
 from engine.format import Column, column, number, percent, times
 
 Document = Mapping[str, Any]
-Row = Mapping[str, Any]
 Note = tuple[str, str, str]  # the row's name, what of it is off, and why
 HERE = Path(__file__).parent
 DEVIATION = 0.15  # of a measured time from the predicted one, beyond which it is explained
@@ -94,7 +93,7 @@ def deviation(off: float | None) -> str:
     return percent(off, signed=True) if off is None or off < 2 else times(off + 1, 1)
 
 
-def lines_and_notes(rows: Sequence[Row]) -> tuple[list[list[dict[str, Any]]], list[Note]]:
+def lines_and_notes(rows: Rows) -> tuple[list[list[dict[str, Any]]], list[Note]]:
     """Returns the lines, a list for each stage, and their notes in order.
 
     A line has its row; `off`, its time over the predicted one, less 1; and the numbers of its notes, 0 for none.
@@ -116,7 +115,7 @@ def lines_and_notes(rows: Sequence[Row]) -> tuple[list[list[dict[str, Any]]], li
     return [list(group) for _, group in itertools.groupby(lines, key=lambda line: line["row"].get("stage"))], notes
 
 
-def columns(rows: Sequence[Row]) -> dict[str, Column]:
+def columns(rows: Rows) -> dict[str, Column]:
     """Returns the prefix and the decimals of each column."""
     counted = [row.get("flops_per_token") or {} for row in rows]
     return {
@@ -132,7 +131,7 @@ def columns(rows: Sequence[Row]) -> dict[str, Column]:
     }  # fmt: skip
 
 
-def agreement(rows: Sequence[Row]) -> tuple[int, int]:
+def agreement(rows: Rows) -> tuple[int, int]:
     """Returns in how many rows the formula and the walker agree, and how many have both."""
     pairs = [[number((row.get("flops_per_token") or {}).get(counter)) for counter in ("formula", "walker")] for row in rows]
     both = [pair for pair in pairs if None not in pair]
