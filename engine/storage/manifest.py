@@ -27,7 +27,7 @@ def verify(folder: Path, skip: tuple[str, ...] = ()) -> list[str]:
         data = listing.read_bytes()
         wanted = json.loads(data)["files"]
         if data != _render(wanted):
-            return [f"{listing} is damaged"]
+            raise ValueError
     except FileNotFoundError:
         return [f"{listing} is missing"]
     except OSError as error:

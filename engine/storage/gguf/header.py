@@ -17,10 +17,9 @@ from engine.errors import UserError
 from engine.storage.untrusted import check_adjacent, quote, read_at, read_exactly, truncation_error
 
 KEYS, TENSORS, NAME = 4096, 16384, 1024  # more than any model has: keys, tensors, bytes of a name
-TEXT = 16 * 2**20  # bytes of text that all keys together may hold outside of arrays
-NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # value type -> struct's letter
+TEXT = 16 * 2**20  # bytes of text outside of arrays, in all keys together
 UINT32, STRING, ARRAY, UINT64 = 4, 8, 9, 10
-SCALARS = {kind: struct.Struct("<" + letter) for kind, letter in NUMBERS.items()}
+SCALARS = {kind: struct.Struct("<" + letter) for kind, letter in zip((*range(8), 10, 11, 12), "BbHhIif?Qqd")}
 
 
 class Span(NamedTuple):
@@ -169,5 +168,5 @@ def read_strings(path: Path, span: Span, longest: int) -> list[str]:
 
 def read_numbers(path: Path, span: Span) -> np.ndarray:
     """Reads the numbers of an array (count,)."""
-    dtype = np.dtype(bool if NUMBERS[span.kind] == "?" else "<" + NUMBERS[span.kind])
+    dtype = np.dtype(SCALARS[span.kind].format)
     return read_at(path, span.offset, span.length * dtype.itemsize).view(dtype)

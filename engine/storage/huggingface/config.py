@@ -79,9 +79,9 @@ def _check_window(fields: Fields, kind: str, context: int) -> None:
             f"{fields.path}: sliding_window is {quote(window)} with a context of {context:,}, and attention in windows is not "
             "built here. Lower max_position_embeddings to the window to use the model within it."
         )
-    wrong = [layer for layer in layers or () if layer != "full_attention"] if isinstance(layers, list | None) else [layers]
-    if wrong:
-        raise UserError(f"{fields.path}: layer_types has {quote(wrong[0])}, and only full_attention is built here.")
+    for layer in (layers or ()) if isinstance(layers, list | None) else [layers]:
+        if layer != "full_attention":
+            raise UserError(f"{fields.path}: layer_types has {quote(layer)}, and only full_attention is built here.")
 
 
 def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
@@ -90,7 +90,7 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     values = {"rope_theta": fields.values.get("rope_theta")}
     for name in ("rope_scaling", "rope_parameters"):
         value = fields.values.get(name)
-        if value is not None and not isinstance(value, dict):
+        if not isinstance(value, dict | None):
             raise UserError(f"{path}: {name} should be an object or null, not {quote(value)}.")
         values |= value or {}
     rope = Fields(values, path)
