@@ -147,7 +147,7 @@ def without_adapters(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def _alpha(rank: int, scale: float) -> float:
-    """Returns the lora_alpha that, divided by rank, is scale to the bit: scale * rank may be rounded to a neighbour of it."""
+    """Returns the lora_alpha that, divided by rank, is scale to the bit: scale * rank may be a neighbour of it."""
     alpha = scale * rank
     close = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
     return next((candidate for candidate in close if candidate / rank == scale), alpha)

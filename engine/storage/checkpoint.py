@@ -172,7 +172,6 @@ def _root(folder: Path) -> Path:
 
 
 def _newest_sound(folder: Path, skip: tuple[str, ...] = ()) -> tuple[Path, list[str]]:
-    """Returns the newest sound checkpoint, and what is wrong with newer ones."""
     damaged: list[str] = []
     for step in reversed(steps(folder)):
         path = _root(folder) / str(step)
@@ -188,7 +187,7 @@ def _newest_sound(folder: Path, skip: tuple[str, ...] = ()) -> tuple[Path, list[
 
 
 def _check_leaves(part: str, tree: Any) -> Any:
-    """Returns `tree` with NumPy scalars as 0-d arrays; raises for a leaf that Orbax could not restore."""
+    """Returns `tree` with NumPy scalars as 0-d arrays; raises for a leaf that Orbax would lose."""
     names: dict[str, str] = {}
     for path, leaf in leaves_by_path(tree).items():
         name = f"{part}/{'/'.join(path)}"
@@ -273,7 +272,7 @@ def _as_abstract(leaf: Any) -> Any:
 
 
 def _refuse_difference(where: Path, wanted: dict, came: dict) -> None:
-    """Raises UserError for other paths, shapes or dtypes: Orbax casts dtypes in silence and blames shapes on a handler."""
+    """Raises UserError for other paths, shapes or dtypes: Orbax casts dtypes in silence and blames a handler for shapes."""
     if differing := sorted({path for path, _ in wanted.items() ^ came.items()}):
         expected, found = (kinds.get(differing[0], "no such array") for kinds in (wanted, came))
         more = f" ({len(differing) - 1} more arrays differ)" if len(differing) > 1 else ""
@@ -284,5 +283,4 @@ def _refuse_difference(where: Path, wanted: dict, came: dict) -> None:
 
 
 def _prng_settings() -> dict[str, Any]:
-    """Returns the settings by which a key gives its numbers."""
     return {name: getattr(jax.config, name) for name in ("jax_default_prng_impl", "jax_threefry_partitionable")}

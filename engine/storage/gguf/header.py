@@ -89,7 +89,7 @@ def read_header(path: Path) -> Header:
 
 
 class _Reader:
-    """Reads values one by one, each checked against what is left of the file."""
+    """Reads values one by one, checked against the rest of the file."""
 
     def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
         self.file, self.path, self.size, self.text_left = file, path, size, TEXT
@@ -99,7 +99,6 @@ class _Reader:
         return scalar.unpack(read_exactly(self.file, scalar.size, self.path))[0]
 
     def require(self, wanted: int) -> int:
-        """Returns `wanted`, if as many bytes are left."""
         remaining = self.size - self.file.tell()
         if wanted > remaining:
             raise truncation_error(self.path, wanted - remaining)
@@ -143,7 +142,7 @@ class _Reader:
         return span
 
     def info(self) -> tuple[str, list[int], int, int]:
-        """Reads name, dimensions as written, type and offset of a tensor."""
+        """Reads a tensor's name, dimensions as written, type and offset."""
         name, count = self.name("tensor's name"), self.number(UINT32)
         if not 1 <= count <= 4:
             raise UserError(f"{self.path} is damaged: the tensor {quote(name)} has {count:,} dimensions.")

@@ -71,7 +71,7 @@ def config_from(values: dict[str, Any], path: Path) -> ModelConfig:
 
 
 def _check_window(fields: Fields, kind: str, context: int) -> None:
-    """Raises UserError for an attention window shorter than the context: that is not built here."""
+    """Raises UserError for an attention window below the context."""
     window, layers = fields.values.get("sliding_window"), fields.values.get("layer_types")
     used = window is not None if kind == "mistral" else fields.flag("use_sliding_window")
     if used and (type(window) is not int or window < context):
@@ -85,7 +85,7 @@ def _check_window(fields: Fields, kind: str, context: int) -> None:
 
 
 def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
-    """Returns theta and scaling, from `rope_theta` and `rope_scaling` or, since transformers 5, from `rope_parameters`."""
+    """Returns theta and scaling; since transformers 5 they are both in `rope_parameters`."""
     path = fields.path
     values = {"rope_theta": fields.values.get("rope_theta")}
     for name in ("rope_scaling", "rope_parameters"):
