@@ -14,6 +14,7 @@ from engine.storage.untrusted import build_tokenizer, known_name, quote
 from engine.text.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ggml's kinds of tokens
+NAMED = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token"}  # ggml's names -> tokenizer_config.json's
 LONGEST = 1024  # bytes of a token
 SPACE = "▁"  # stands for a space in a sentencepiece vocabulary
 LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
@@ -46,18 +47,19 @@ def tokenizer_from(header: Header, vocab: int) -> tuple[tokenizers.Tokenizer, di
     path, metadata = header.path, header.metadata
     field = lambda name: metadata.get(f"tokenizer.ggml.{name}")
     tokens, kinds = _read_list(header, "tokens", vocab), _read_list(header, "token_type", vocab)
-    if len(set(tokens)) < len(tokens):
+    places = {token: place for place, token in enumerate(tokens)}
+    if len(places) < len(tokens):
         raise UserError(f"{path} is damaged: a token is twice in its vocabulary.")
     model, pre = field("model"), field("pre")
     if "tokenizer.huggingface.json" in metadata:
-        tokenizer = _whole(header, tokens)
+        tokenizer = _whole(header, places)
     else:
         known_name(model, ("gpt2", "llama"), "the tokenizer model", path)
-        make = lambda: _byte_level(header, tokens, pre) if model == "gpt2" else _sentencepiece(header, tokens, kinds)
+        make = lambda: _byte_level(header, places, pre) if model == "gpt2" else _sentencepiece(header, places, kinds)
         tokenizer = build_tokenizer(make, path)
         for kind, special in ((CONTROL, True), (UNKNOWN, True), (USER_DEFINED, False)):
-            places = np.flatnonzero(kinds == kind)
-            tokenizer.add_tokens([AddedToken(tokens[i], special=special, normalized=False) for i in places])
+            named = [tokens[place] for place in np.flatnonzero(kinds == kind)]
+            tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token in named])
     ids: dict[str, int] = {}
     for name in ("bos", "eos", "padding", "eot", "eom"):
         if (value := field(f"{name}_token_id")) is not None:
@@ -70,8 +72,7 @@ def tokenizer_from(header: Header, vocab: int) -> tuple[tokenizers.Tokenizer, di
     if not isinstance(template, str | None):
         raise UserError(f"{path}: tokenizer.chat_template should be text.")
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    named_tokens = (("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token"))
-    config |= {key: tokens[ids[name]] for name, key in named_tokens if name in ids}
+    config |= {key: tokens[ids[name]] for name, key in NAMED.items() if name in ids}
     config |= {} if template is None else {"chat_template": template}
     add_bos = field("add_bos_token")
     add_bos = (model == "llama" or pre in LLAMA3) if add_bos is None else add_bos
@@ -97,45 +98,43 @@ def _read_list(header: Header, name: str, count: int | None = None) -> Any:
     return read_strings(header.path, span, 2 * LONGEST + 1) if texts else read_numbers(header.path, span)
 
 
-def _whole(header: Header, tokens: list[str]) -> tokenizers.Tokenizer:
+def _whole(header: Header, places: dict[str, int]) -> tokenizers.Tokenizer:
     """Builds the tokenizer.json that some files carry beside their lists, if they agree."""
     text = header.metadata["tokenizer.huggingface.json"]
     if not isinstance(text, str):
         raise UserError(f"{header.path}: tokenizer.huggingface.json should be text.")
     tokenizer = build_tokenizer(lambda: tokenizers.Tokenizer.from_str(text), header.path)
     known = tokenizer.get_vocab(with_added_tokens=True)
-    if len(known) > len(tokens) or any(known.get(token, place) != place for place, token in enumerate(tokens)):
+    if len(known) > len(places) or any(known.get(token, place) != place for token, place in places.items()):
         raise UserError(f"{header.path}: its tokenizer.json and its list of tokens do not say the same.")
     return tokenizer
 
 
-def _byte_level(header: Header, tokens: list[str], pre: Any) -> tokenizers.Tokenizer:
+def _byte_level(header: Header, places: dict[str, int], pre: Any) -> tokenizers.Tokenizer:
     name = known_name(pre, SPLITS, "the pre-tokenizer", header.path)
     merges = [merge.partition(" ")[::2] for merge in _read_list(header, "merges")]
     if not all(left and right for left, right in merges):
         raise UserError(f"{header.path} is damaged: one of tokenizer.ggml.merges is not two tokens.")
-    vocab = {token: place for place, token in enumerate(tokens)}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=name in LLAMA3))
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=places, merges=merges, ignore_merges=name in LLAMA3))
     set_split(tokenizer, name)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-def _sentencepiece(header: Header, tokens: list[str], kinds: np.ndarray) -> tokenizers.Tokenizer:
+def _sentencepiece(header: Header, places: dict[str, int], kinds: np.ndarray) -> tokenizers.Tokenizer:
     """Builds BPE over characters, unknown ones as bytes; pairs merge in the order of their token's score."""
-    scores = _read_list(header, "scores", len(tokens)).tolist()
-    vocab = {token: place for place, token in enumerate(tokens)}
+    scores = _read_list(header, "scores", len(places)).tolist()
     pairs = [
         (-scores[place], -cut, token[:cut], token[cut:])
-        for place, token in enumerate(tokens)
+        for token, place in places.items()
         if kinds[place] in (NORMAL, USER_DEFINED)
         for cut in range(1, len(token))
-        if token[:cut] in vocab and token[cut:] in vocab
+        if token[:cut] in places and token[cut:] in places
     ]
     merges = [pair[2:] for pair in sorted(pairs, key=lambda pair: pair[:2])]
-    unknown = next((tokens[i] for i in np.flatnonzero(kinds == UNKNOWN)), None)
+    unknown = next((token for token, kind in zip(places, kinds) if kind == UNKNOWN), None)
     prefixed = header.metadata.get("tokenizer.ggml.add_space_prefix", True) is True
-    model = models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    model = models.BPE(vocab=places, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = tokenizers.Tokenizer(model)
     spaces = normalizers.Replace(" ", SPACE)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefixed else spaces
@@ -162,22 +161,21 @@ def tokenizer_metadata(tokenizer: Tokenizer, ends: tuple[int, ...], vocab: int) 
     for added in written["added_tokens"]:
         tokens[added["id"]] = added["content"]
         kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
-    merges = [merge if isinstance(merge, list) else merge.split(" ", 1) for merge in model["merges"]]
     fields: dict[str, Any] = {"tokens": tokens, "token_type": kinds, "add_bos_token": bool(tokenizer.start)}
-    fields |= dict(zip(("eos_token_id", "eot_token_id"), ends))
-    ids = {token: place for place, token in enumerate(tokens)}
-    for key, name in (("bos_token_id", "bos_token"), ("padding_token_id", "pad_token"), ("unknown_token_id", "unk_token")):
-        fields |= {key: ids[config[name]]} if config.get(name) in ids else {}
+    named = {name: tokenizer.id_of(config.get(key)) for name, key in (NAMED | {"unknown": "unk_token"}).items()}
+    named |= dict(zip(("eos", "eot"), ends))
+    fields |= {f"{name}_token_id": place for name, place in named.items() if place is not None}
     others = {"tokenizer.chat_template": config["chat_template"]} if config.get("chat_template") else {}
     if model.get("byte_fallback"):
         ranks: dict[str, int] = {}
-        for rank, pair in enumerate(merges):
+        for rank, pair in enumerate(model["merges"]):
             ranks.setdefault("".join(pair), rank)
-        fields |= {"model": "llama", "pre": "default", "scores": [float(-ranks.get(token, len(merges))) for token in tokens]}
+        scores = [float(-ranks.get(token, len(model["merges"]))) for token in tokens]
+        fields |= {"model": "llama", "pre": "default", "scores": scores}
     else:
         pre = next((name for name in SPLITS if _same_split(written, name)), None)
         others |= {} if pre else {"tokenizer.huggingface.json": json.dumps(written, ensure_ascii=False)}
-        fields |= {"model": "gpt2", "pre": pre or NEAREST_SPLIT, "merges": [" ".join(pair) for pair in merges]}
+        fields |= {"model": "gpt2", "pre": pre or NEAREST_SPLIT, "merges": [" ".join(pair) for pair in model["merges"]]}
     return {f"tokenizer.ggml.{key}": value for key, value in fields.items()} | others
 
 
