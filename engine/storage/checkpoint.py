@@ -104,7 +104,7 @@ def load(folder: Path, params_like: Any, optimizer_like: Any) -> LoadedCheckpoin
     newest, damaged = _newest_sound(folder)
     record, settings = _read_state(newest), _prng_settings()
     if (trained := record["prng"]) != settings:
-        former, now = (", ".join(f"{name}={value}" for name, value in of.items()) for of in (trained, settings))
+        former, now = (", ".join(f"{name}={value}" for name, value in prng.items()) for prng in (trained, settings))
         raise UserError(
             f"{newest} was trained with {former}; with the settings of now, {now}, its keys would draw other numbers. "
             f"Set the former in the environment ({', '.join(trained).upper()})."

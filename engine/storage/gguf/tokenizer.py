@@ -52,7 +52,7 @@ def tokenizer_from(header: Header, vocab: int) -> tuple[tokenizers.Tokenizer, di
         raise UserError(f"{path} is damaged: a token is twice in its vocabulary.")
     model, pre = field("model"), field("pre")
     if "tokenizer.huggingface.json" in metadata:
-        tokenizer = _whole(header, places)
+        tokenizer = _from_json(header, places)
     else:
         known_name(model, ("gpt2", "llama"), "the tokenizer model", path)
         make = lambda: _byte_level(header, places, pre) if model == "gpt2" else _sentencepiece(header, places, kinds)
@@ -98,7 +98,7 @@ def _read_list(header: Header, name: str, count: int | None = None) -> Any:
     return read_strings(header.path, span, 2 * LONGEST + 1) if texts else read_numbers(header.path, span)
 
 
-def _whole(header: Header, places: dict[str, int]) -> tokenizers.Tokenizer:
+def _from_json(header: Header, places: dict[str, int]) -> tokenizers.Tokenizer:
     """Builds the tokenizer.json that some files carry beside their lists, if they agree."""
     text = header.metadata["tokenizer.huggingface.json"]
     if not isinstance(text, str):

@@ -38,7 +38,7 @@ def open_folder(path: Path) -> StoredModel:
         if tensor.dtype not in safetensors.DTYPES:
             readable = ", ".join(safetensors.DTYPES)
             raise UserError(f"{tensor.path}: the tensor {quote(name)} is {tensor.dtype}; weights are read as {readable}.")
-    if head and not _hold_the_same(head, stored[NAMES["embed"]]):  # which of the two is meant cannot be known
+    if head and not _are_equal(head, stored[NAMES["embed"]]):  # which of the two is meant cannot be known
         raise UserError(f"{path} says tie_word_embeddings but has a lm_head.weight that differs from its embedding.")
     rows = lambda name, start, stop: safetensors.read_rows(stored[name], start, stop)
     return StoredModel(path.resolve().name, cfg, leaves, rows, *_read_tokenizer(path, fields, cfg.vocab))
@@ -49,7 +49,7 @@ def read_config(path: Path) -> ModelConfig:
     return config_from(read_json_object(path / "config.json"), path / "config.json")
 
 
-def _hold_the_same(one: safetensors.StoredTensor, other: safetensors.StoredTensor) -> bool:
+def _are_equal(one: safetensors.StoredTensor, other: safetensors.StoredTensor) -> bool:
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
     read = lambda stored, start: safetensors.read_rows(stored, start, min(start + 4096, one.shape[0])).tobytes()

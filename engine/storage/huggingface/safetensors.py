@@ -72,10 +72,10 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 
 def _tensor(path: Path, name: str, entry: Any, begin: int) -> StoredTensor:
     """Returns the tensor of an entry of the header. Raises UserError unless dtype, shape and size agree."""
-    whole = lambda value: type(value) is int and 0 <= value < 2**63
+    is_count = lambda value: type(value) is int and 0 <= value < 2**63
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop]} if (
-            len(entry) == 3 and dtype in BYTES and len(shape) <= 8 and all(map(whole, [*shape, start, stop]))
+            len(entry) == 3 and dtype in BYTES and len(shape) <= 8 and all(map(is_count, [*shape, start, stop]))
         ):
             tensor = StoredTensor(path, dtype, tuple(shape), begin + start)
             if stop - start == tensor.nbytes:
