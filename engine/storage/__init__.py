@@ -1,4 +1,7 @@
-"""Models, adapters, checkpoints and named assets on disk; find.py loads a model by its name or path."""
+"""Models, adapters, checkpoints and named assets on disk; find.py loads a model by its name or path.
+
+Every reader raises UserError, in a sentence, for a file that is missing, damaged, or holds what is not understood here.
+"""
 
 from collections.abc import Callable
 

@@ -73,10 +73,9 @@ def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base
 
 
 def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> dict[str, Any]:
-    """Returns the tree of LoRA leaves, without a base, in a folder, for a model whose params have the digest `base`.
+    """Returns the tree of LoRA leaves in a folder, without a base, for a model whose params have the digest `base`.
 
-    Raises UserError when there is none, it was trained on other weights, its checksum does not hold, it is of a kind not
-    built here, or its tensors do not fit the model.
+    Raises UserError, too, when it was trained on other weights, its checksum does not hold, or it does not fit the model.
     """
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         if (folder / FORMER).is_file():

@@ -56,7 +56,7 @@ class Location(NamedTuple):
 def locate(name: str | None, report: Report = None) -> Location:
     """Returns where the model `--model` names lies, by default the run that was saved to last.
 
-    A named asset is fetched (`report`: bytes done and in all). Raises UserError when there is no model.
+    A named asset is fetched (`report`: bytes done and in all).
     """
     if name in MODELS:
         return Location("gguf", fetch(name, report)["model"])
@@ -86,7 +86,7 @@ def _run_of(path: Path, name: str) -> Path:
 
 
 def read_config(name: str | None) -> ModelConfig:
-    """Reads the architecture of the model `--model` names, and none of its weights; raises as `load_model` does."""
+    """Reads the architecture of the model `--model` names, and none of its weights."""
     location = locate(name)
     if location.run:
         return run_folder.read_config(location.run)
@@ -102,8 +102,8 @@ def load_model(
     """Loads the model `--model` names, by default the run that was saved to last; a LoRA run with its adapter on its base.
 
     `dtype`: of the matrices of a model that is no run of ours, by default its compute dtype. `report`: bytes or numbers done
-    and in all, while fetching and reading. `on_config` gets the architecture before weights are read. Raises UserError when
-    there is none, it is damaged or of an unknown form, or its weights alone exceed the memory.
+    and in all, while fetching and reading. `on_config` gets the architecture before weights are read. Raises UserError, too,
+    when its weights alone exceed the memory.
     """
 
     def prepare(cfg: ModelConfig) -> None:
@@ -149,8 +149,7 @@ def _load_adapted(run: Path, on_config: OnConfig) -> LoadedModel:
 def with_adapters(cfg: ModelConfig, params: Any, folders: Sequence[Path]) -> Any:
     """Returns params with the adapters in `folders` on them, each a folder in PEFT's layout or a LoRA run's.
 
-    params stay as they are; several adapters add up. Raises UserError when an adapter is missing, is damaged, or was trained
-    on other weights (their digest differs).
+    params stay as they are; several adapters add up. Raises UserError for one trained on other weights (by their digest).
     """
     adapted, base = params, digest(params) if folders else None
     for folder in folders:

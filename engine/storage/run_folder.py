@@ -22,7 +22,7 @@ LARGEST = 16 * 2**20  # bytes of a JSON file
 
 
 def newest() -> Path:
-    """Returns the run that was saved to last. Raises UserError when there is none."""
+    """Returns the run that was saved to last."""
     runs = [path.parent.parent for path in ROOT.glob("*/checkpoints/*/") if path.name.isdigit()]
     if not runs:
         raise UserError(f"There is no trained model in {ROOT}/: run `python -m stages.train` first, or give --model FOLDER.")
@@ -30,7 +30,7 @@ def newest() -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file. Raises UserError when it is missing or damaged."""
+    """Returns the object in a JSON file of a run."""
     try:
         return read_json_object(path, LARGEST)
     except UserError as error:
@@ -38,7 +38,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Returns the architecture of a run. Raises UserError when config.json is missing, damaged, or not ours."""
+    """Returns the architecture of a run."""
     try:
         return ModelConfig.from_json(read_json(folder / "config.json"))
     except TypeError as error:

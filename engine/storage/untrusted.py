@@ -1,7 +1,4 @@
-"""Reads files that somebody else made: checks sizes before anything is allocated, and quotes the files' words briefly.
-
-Each function raises UserError for what it cannot read.
-"""
+"""Reads files that somebody else made: checks sizes before anything is allocated, and quotes the files' words briefly."""
 
 import json
 from collections.abc import Callable, Collection

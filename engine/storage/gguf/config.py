@@ -39,7 +39,7 @@ def shortest_decimal(value: float) -> float:
 
 
 def config_from(header: Header) -> ModelConfig:
-    """Returns the file's architecture. Raises UserError naming a key that is missing, unknown, or of a model not built here."""
+    """Returns a file's architecture; refuses, by name, a key that is missing, unknown, or of a model not built here."""
     path, metadata = header.path, header.metadata
     kind = known_name(metadata.get("general.architecture"), ARCHITECTURES, "general.architecture", path)
     own = {key.removeprefix(kind + "."): value for key, value in metadata.items() if key.startswith(kind + ".")}

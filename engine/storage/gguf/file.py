@@ -37,7 +37,7 @@ LINES = 256  # of the numbers read at a time
 
 
 def open_gguf(path: Path) -> StoredModel:
-    """Reads and checks a file but its weights. Raises UserError for whatever is damaged, unknown, or does not fit."""
+    """Reads a file, and checks that all in it fits together, except its weights."""
     header = read_header(path)
     for name, tensor in header.tensors.items():
         if tensor.kind.name not in READABLE:
@@ -66,7 +66,7 @@ def open_gguf(path: Path) -> StoredModel:
 
 
 def read_config(path: Path) -> ModelConfig:
-    """Reads the architecture from a file's header alone; raises UserError as `open_gguf` does."""
+    """Reads the architecture from a file's header alone."""
     return config_from(read_header(path))
 
 

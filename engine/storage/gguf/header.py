@@ -46,7 +46,7 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path) -> Header:
-    """Reads a file's metadata and tensor table, and no tensor. Raises UserError for whatever is impossible."""
+    """Reads a file's metadata and tensor table, and no tensor."""
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(0)
@@ -150,7 +150,7 @@ class _Reader:
 
 
 def read_strings(path: Path, span: Span, longest: int) -> list[str]:
-    """Reads the texts of an array. Raises UserError for one longer than `longest` bytes or not UTF-8."""
+    """Reads the texts of an array, none longer than `longest` bytes."""
     texts = []
     with path.open("rb") as file:
         file.seek(span.offset)

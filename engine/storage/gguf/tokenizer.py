@@ -40,10 +40,7 @@ def set_split(tokenizer: tokenizers.Tokenizer, name: str) -> None:
 
 
 def tokenizer_from(header: Header, vocab: int) -> tuple[tokenizers.Tokenizer, dict[str, Any], tuple[int, ...]]:
-    """Returns a file's tokenizer, its tokenizer_config.json, and the ids of which any ends a completion.
-
-    Raises UserError for a vocabulary not of `vocab` tokens, or of a split not known here.
-    """
+    """Returns a file's tokenizer of `vocab` tokens, its tokenizer_config.json, and the ids of which any ends a completion."""
     path, metadata = header.path, header.metadata
     field = lambda name: metadata.get(f"tokenizer.ggml.{name}")
     tokens, kinds = _read_list(header, "tokens", vocab), _read_list(header, "token_type", vocab)

@@ -48,10 +48,7 @@ ROPE_FIELDS: dict[str, tuple[str, ...]] = {"default": (), "llama3": LLAMA3_FIELD
 
 
 def config_from(values: dict[str, Any], path: Path) -> ModelConfig:
-    """Returns the architecture that the config.json at `path` describes.
-
-    Raises UserError naming a field that is missing, unknown, or of a model not built here.
-    """
+    """Returns the architecture in a config.json; refuses, by name, a field that is missing, unknown, or not built here."""
     fields = Fields(values, path)
     kind = known_name(values.get("model_type"), BLOCKS, "model_type", path)
     fields.check(USED, ONLY, IGNORED)

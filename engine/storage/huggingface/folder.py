@@ -27,7 +27,7 @@ NAMES = tensor_names("model.layers.{}.", {
 
 
 def open_folder(path: Path) -> StoredModel:
-    """Reads and checks a folder but its weights. Raises UserError for whatever is damaged, unknown, or does not fit."""
+    """Reads a folder, and checks that all in it fits together, except its weights."""
     fields = read_json_object(path / "config.json")
     cfg = config_from(fields, path / "config.json")
     files = safetensors.read_folder(path)
@@ -45,7 +45,7 @@ def open_folder(path: Path) -> StoredModel:
 
 
 def read_config(path: Path) -> ModelConfig:
-    """Reads the architecture from a folder's config alone; raises UserError as `open_folder` does."""
+    """Reads the architecture from a folder's config alone."""
     return config_from(read_json_object(path / "config.json"), path / "config.json")
 
 

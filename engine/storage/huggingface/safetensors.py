@@ -49,7 +49,7 @@ class StoredTensor(NamedTuple):
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Returns a file's tensors by name, and its metadata. Raises UserError when anything in it is impossible."""
+    """Returns a file's tensors by name, and its metadata."""
     with path.open("rb") as file:
         length = int.from_bytes(read_exactly(file, 8, path), "little")
         if length > HEADER:
@@ -71,7 +71,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 
 
 def _tensor(path: Path, name: str, entry: Any, begin: int) -> StoredTensor:
-    """Returns the tensor of an entry of the header. Raises UserError unless dtype, shape and size agree."""
+    """Returns the tensor of an entry of the header, if dtype, shape and size agree."""
     is_count = lambda value: type(value) is int and 0 <= value < 2**63
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop]} if (
@@ -86,7 +86,7 @@ def _tensor(path: Path, name: str, entry: Any, begin: int) -> StoredTensor:
 
 
 def read_rows(stored: StoredTensor, start: int, stop: int) -> np.ndarray:
-    """Reads rows start to stop, in the file's dtype. Raises UserError if the file is shorter."""
+    """Reads rows start to stop, in the file's dtype."""
     dtype, row = DTYPES[stored.dtype], stored.shape[1:]
     width = math.prod(row) * dtype.itemsize
     return read_at(stored.path, stored.offset + start * width, (stop - start) * width).view(dtype).reshape(stop - start, *row)
@@ -116,10 +116,7 @@ def write_file(
 
 
 def read_folder(folder: Path) -> dict[str, StoredTensor]:
-    """Returns every tensor of a folder's model.safetensors, or of the shards its index names.
-
-    Raises UserError when there is neither, or index and shards differ.
-    """
+    """Returns every tensor of a folder's model.safetensors, or of the shards its index names, if both agree."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file():
         return read_header(whole)[0]
