@@ -88,22 +88,21 @@ def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> 
     other = [field for field in UNBUILT if fields.get(field)]
     other += [field for field, only in (("peft_type", "LORA"), ("bias", "none")) if fields.get(field) != only]
     if other:
-        kind = f"another kind of adapter ({other[0]}) than plain LoRA"
-        raise UserError(f"{folder / CONFIG} describes {kind}, which is all that is read here.")
+        raise UserError(f"{folder / CONFIG} describes another kind of adapter ({other[0]}); only plain LoRA is read here.")
     rank, alpha = (cast(Any, fields.get(field)) for field in ("r", "lora_alpha"))
     if type(rank) is not int or type(alpha) not in (int, float) or not (0 < rank < 2**20 and abs(alpha) < 2**40):
         raise UserError(f"{folder / CONFIG}: r and lora_alpha should be numbers, and are {quote(rank)} and {quote(alpha)}.")
     path, scale = folder / WEIGHTS, alpha / rank
     tensors, metadata = safetensors.read_header(path)
-    trained_on, base_name = metadata.get(BASE), fields.get("base_model_name_or_path")
+    trained_on, base_name = metadata.get(BASE), ascii(fields.get("base_model_name_or_path"))
     if base is not None and trained_on not in (None, base):
         raise UserError(
             f"The adapter {folder} was trained on another model: its base has the digest {quote(trained_on[:16])}, this one "
-            f"{base[:16]!r}. It was trained on {ascii(base_name)[:300]}."
+            f"{base[:16]!r}. It was trained on {base_name[:300]}."
         )
     arrays = {}
     for name, tensor in tensors.items():
-        side = 1 if name.endswith(".lora_B.weight") else 0
+        side = int(name.endswith(".lora_B.weight"))
         if len(tensor.shape) != 2 or tensor.shape[side] != rank or tensor.dtype not in safetensors.DTYPES:
             raise UserError(f"{path}: the tensor {quote(name)} is {tensor.dtype} {list(tensor.shape)}, and its rank {rank}.")
         arrays[name] = safetensors.read_rows(tensor, 0, tensor.shape[0]).astype(np.float32, copy=False)

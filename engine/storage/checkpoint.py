@@ -183,9 +183,6 @@ def _newest_sound(folder: Path, skip: tuple[str, ...] = ()) -> tuple[Path, list[
     raise UserError(f"{folder} has no sound checkpoint: {'; '.join(damaged)}. Train anew, or restore the files from a copy.")
 
 
-# Arrays, by Orbax
-
-
 def _check_leaves(part: str, tree: Any) -> Any:
     """Returns `tree` with NumPy scalars as 0-d arrays; raises for a leaf that Orbax would lose."""
     names: dict[str, str] = {}

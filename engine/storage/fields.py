@@ -32,11 +32,12 @@ class Fields(NamedTuple):
 
     def check(self, used: Collection[str], only: dict[str, tuple[Any, ...]], ignored: Collection[str]) -> None:
         """Raises UserError for a field that is unknown, or has none of the `only` values that can be computed here."""
+        known = {*used, *only, *ignored}
         for name, value in self.values.items():
             called = self.prefix + name
-            if name in only and value not in only[name]:
+            if value not in only.get(name, [value]):
                 raise UserError(f"{self.path}: {called} is {quote(value)}, and only {only[name][0]} can be computed here.")
-            if name not in only and name not in used and name not in ignored:
+            if name not in known:
                 missing = f"is not known here, and what it changes would be missing.{nearest(name, sorted(used))}"
                 raise UserError(f"{self.path}: the field {quote(called)} {missing}")
 

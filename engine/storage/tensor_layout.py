@@ -88,7 +88,7 @@ def check_tensors(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]],
 
     Raises UserError for a tensor of another shape or use, and at the first one missing, however many layers are claimed.
     """
-    complete, known = [], set()
+    complete: list[Leaf] = []
     for leaf in leaves:
         for name, shape, _ in leaf.parts:
             if name not in shapes:
@@ -96,11 +96,9 @@ def check_tensors(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]],
                 raise UserError(f"{path} has no tensor {name!r}, which this architecture needs.{close}")
             if shapes[name] != shape:
                 raise UserError(f"{path}: the tensor {name!r} should be {list(shape)} and is {list(shapes[name])}.")
-            known.add(name)
         complete.append(leaf)
-    for name in shapes:
-        if name not in known:
-            raise UserError(f"{path} has a tensor {quote(name)}, which has no place in this architecture.")
+    if extra := shapes.keys() - {part.name for leaf in complete for part in leaf.parts}:
+        raise UserError(f"{path} has a tensor {quote(min(extra))}, which has no place in this architecture.")
     return complete
 
 

@@ -102,8 +102,8 @@ def _template(path: Path, config: dict[str, Any]) -> str | None:
         return read_text(file)
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-        template = named.get("default")
+        default = (item for item in template if isinstance(item, dict) and item.get("name") == "default")
+        template = next(default, {}).get("template")
     if not isinstance(template, str | None):
         raise UserError(f"{path / 'tokenizer_config.json'}: chat_template should be text.")
     return template
