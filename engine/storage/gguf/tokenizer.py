@@ -159,7 +159,8 @@ def tokenizer_metadata(tokenizer: Tokenizer, ends: tuple[int, ...], vocab: int) 
         tokens[added["id"]] = added["content"]
         kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
     fields: dict[str, Any] = {"tokens": tokens, "token_type": kinds, "add_bos_token": bool(tokenizer.start)}
-    named = {name: tokenizer.id_of(config.get(key)) for name, key in (NAMED | {"unknown": "unk_token"}).items()}
+    texts = tokenizer.special_names
+    named = {name: tokenizer.id_of(texts.get(key, "")) for name, key in (NAMED | {"unknown": "unk_token"}).items()}
     named |= dict(zip(("eos", "eot"), ends))
     fields |= {f"{name}_token_id": place for name, place in named.items() if place is not None}
     others = {"tokenizer.chat_template": config["chat_template"]} if config.get("chat_template") else {}
