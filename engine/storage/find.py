@@ -46,7 +46,7 @@ class LoadedModel:
 
 
 class Location(NamedTuple):
-    """Where a model lies and in which form (`adapter`: a LoRA run): `path` is read, `run` is the run folder of a run."""
+    """Where a model lies and in which form (`adapter`: a LoRA run). `run`: the run folder of a run."""
 
     form: Literal["gguf", "hugging face", "run", "adapter"]
     path: Path
@@ -105,21 +105,21 @@ def load_model(
     and in all, while fetching and reading. `on_config` gets the architecture before weights are read. Raises UserError, too,
     when its weights alone exceed the memory.
     """
+    location = locate(name, report)
+    run = location.run
 
     def prepare(cfg: ModelConfig) -> None:
         on_config(cfg)
-        matrices = "float32" if location.run else dtype or cfg.dtype
+        matrices = "float32" if run else dtype or cfg.dtype
         size = count_params(cfg).total * (4 if matrices == "float32" else 2)
-        check_host_memory(f"The weights of {location.run.name if location.run else name}", size, f"in {matrices}")
+        check_host_memory(f"The weights of {run.name if run else name}", size, f"in {matrices}")
 
-    location = locate(name, report)
-    if not location.run:
+    if not run:
         stored = (gguf.open_gguf if location.form == "gguf" else huggingface.open_folder)(location.path)
         prepare(stored.cfg)
         params = read_params(stored, dtype or stored.cfg.dtype, report)
         tokenizer = build_tokenizer(lambda: Tokenizer(stored.tokenizer, stored.tokenizer_config), location.path)
         return LoadedModel(stored.name, stored.cfg, params, tokenizer, stored.ends, location.path)
-    run = location.run
     if location.form == "adapter":
         return _load_adapted(run, on_config)
     cfg = run_folder.read_config(run)
@@ -135,8 +135,8 @@ def _load_adapted(run: Path, on_config: OnConfig) -> LoadedModel:
     """Loads the base of a LoRA run, with the run's adapter and tokenizer."""
     record, adapter = run_folder.read_json(run / "run.json"), run / run_folder.ADAPTER
     if not adapter.is_dir():
-        stopped = "its fine-tuning was stopped. The same command goes on"
-        raise UserError(f"{run} has no adapter yet: {stopped}: {record.get('command')}")
+        command = f"The same command goes on: {record.get('command')}"
+        raise UserError(f"{run} has no adapter yet: its fine-tuning was stopped. {command}")
     base_name = record["base"]["model"]
     try:
         base = load_model(base_name, on_config=on_config)
