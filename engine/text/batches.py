@@ -41,7 +41,7 @@ class TextBatches:
         """Returns the batch (batch, seq) of `step` >= 0."""
         offsets = np.array([self._offset(int(epoch)) for epoch in self._order.epochs_at(step)])
         at = ((offsets + self._order.at(step) * self.seq)[:, None] + np.arange(self.seq)) % self._ring
-        return _batch(self.tokens, at, np.ones(at.shape, bool))
+        return window_batch(self.tokens, at)
 
     def _offset(self, epoch: int) -> int:
         """Returns where the windows of an epoch start: a hash, as NumPy's generators may change between parts of a run."""
@@ -70,7 +70,7 @@ def evaluation_windows(tokens: np.ndarray, seq: int, stride: int, batch: int) ->
         scored = np.where(number == 0, 0, np.minimum((number - 1) * stride + seq, targets))  # by the windows before
         at = start[:, None] + np.arange(seq)
         mask = (at >= scored[:, None]) & (at < targets)
-        yield _batch(tokens, np.minimum(at, targets - 1), mask)
+        yield window_batch(tokens, np.minimum(at, targets - 1), mask)
 
 
 def evaluation_count(tokens: int, seq: int, stride: int) -> int:
@@ -78,6 +78,8 @@ def evaluation_count(tokens: int, seq: int, stride: int) -> int:
     return 1 + max(0, -(-(tokens - 1 - seq) // stride))
 
 
-def _batch(tokens: np.ndarray, at: np.ndarray, mask: np.ndarray) -> Batch:
+def window_batch(tokens: np.ndarray, at: np.ndarray, mask: np.ndarray | None = None) -> Batch:
+    """Returns the batch of the windows tokens[at], `at` (B, T), with `mask` (B, T) or all targets counted."""
     positions = np.ascontiguousarray(np.broadcast_to(np.arange(at.shape[1], dtype=np.int32), at.shape))
+    mask = np.ones(at.shape, bool) if mask is None else mask
     return Batch(tokens[at].astype(np.int32), tokens[at + 1].astype(np.int32), mask, positions)

@@ -13,8 +13,7 @@ import numpy as np
 from engine.inference.score import score
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
-from engine.text.batch import Batch
-from engine.text.batches import evaluation_count, evaluation_windows
+from engine.text.batches import evaluation_count, evaluation_windows, window_batch
 from engine.text.tokenizer import Tokenizer
 from engine.text.tokens import TokenFile
 from stages.cli.console import Console, ReportProgress
@@ -71,16 +70,13 @@ def quick_evaluator(cfg: ModelConfig, text: TokenFile, tokenizer: Tokenizer, nat
     `nats_of(cfg, params, batch)` sums a batch's nats. The number compares with itself, not with that of the whole text.
     """
     seq, rows = cfg.context, rows_in_memory(cfg, cfg.context)
-    shape = next(evaluation_windows(text.tokens, seq, seq, rows))
     last = len(text.tokens) - 1 - seq
-    batches: list[Batch] = [shape]
     if last > 0:
         count = min(QUICK_WINDOWS, max(rows, last // seq))
-        starts = np.linspace(0, last, -(-count // rows) * rows).astype(np.int64)
-        at = starts.reshape(-1, rows, 1) + np.arange(shape.tokens.shape[1])
-        windows = zip(text.tokens[at].astype(np.int32), text.tokens[at + 1].astype(np.int32))
-        mask = np.ones(at.shape[1:], bool)
-        batches = [shape._replace(tokens=tokens, targets=targets, mask=mask) for tokens, targets in windows]
+        starts = np.linspace(0, last, -(-count // rows) * rows).astype(np.int64).reshape(-1, rows, 1)
+        batches = [window_batch(text.tokens, at) for at in starts + np.arange(seq)]
+    else:
+        batches = [next(evaluation_windows(text.tokens, seq, seq, rows))]
     size = sum(tokenizer.token_bytes(np.asarray(b.targets)[np.asarray(b.mask)]) for b in batches)
     bits = math.log(2) * max(size, 1)
     return Evaluator(batches, functools.partial(nats_of, cfg), bits, "bits/byte (quick)", "quick_val_bits_per_byte")
