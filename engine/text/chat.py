@@ -34,8 +34,8 @@ class Example(NamedTuple):
 class Chat:
     """Turns conversations into tokens, by a tokenizer and a chat template.
 
-    `source` is the template and `template_name` says which (see `choose_template`); `now` is the time it reads, `end` the
-    control token by which it closes the assistant's turns, if any.
+    `source` is the template and `template_name` says which (see `choose_template`); `now` is the time it reads, `ends` the
+    control token by which it closes the assistant's turns, (token,) or ().
 
     The template's control tokens become ids; one written in a message is encoded as its letters. Text is cut where an
     assistant's turn begins and ends, so that the tokens before an answer are the same in training and in a prompt.
@@ -55,7 +55,7 @@ class Chat:
         if not len(answer):
             raise UserError("The chat template writes nothing of what the assistant says: give another with --template.")
         last = int(answer[-1])
-        self.end = last if last in tokenizer.controls else None
+        self.ends = (last,) if last in tokenizer.controls else ()
 
     def close(self) -> None:
         """Ends the template's process; the next use starts another."""

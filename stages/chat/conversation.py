@@ -48,7 +48,7 @@ class Conversation:
     cfg: ModelConfig
     params: Any
     chat: Chat
-    ends: Collection[int]  # tokens that end a completion, as does `chat.end`
+    ends: Collection[int]  # tokens that end a completion, as do `chat.ends`
     sampling: SamplingParams
     system: str = ""
     turns: list[Turn] = dataclasses.field(default_factory=list)
@@ -87,8 +87,8 @@ class Conversation:
         prompt = self.prompt(message)
         turn, completion = Turn(message, prompt_tokens=len(prompt)), CompletionText(self.chat.tokenizer.stream())
         begin = time.perf_counter()
-        ends = {*self.ends, *([] if self.chat.end is None else [self.chat.end])}
-        for _, tokens, finish_reason in self._generate(prompt, dataclasses.replace(self.sampling, stop_token_ids=ends)):
+        sampling = dataclasses.replace(self.sampling, stop_token_ids={*self.ends, *self.chat.ends})
+        for _, tokens, finish_reason in self._generate(prompt, sampling):
             turn.first_token_seconds = turn.first_token_seconds or time.perf_counter() - begin
             text = completion.push(tokens) + (completion.close() if finish_reason else "")
             text = text if turn.completion else text.lstrip()  # after templates that end with a name a space comes first

@@ -40,8 +40,7 @@ class ModelStage(Stage):
         self.chat = Chat(self.model.tokenizer, template)
         self.tokenizer = copy.copy(self.model.tokenizer)
         self.tokenizer.config = self.tokenizer.config | {"chat_template": self.chat.source}
-        ends = () if self.chat.end is None else (self.chat.end,)
-        self.ends = tuple(dict.fromkeys((*self.model.ends, *ends)))
+        self.ends = tuple(dict.fromkeys((*self.model.ends, *self.chat.ends)))
 
     def load_weights(self) -> None:
         """Splits the parameters, and adds to the facts the digest of the base, which no step may change."""

@@ -58,7 +58,7 @@ class TokenizerPool:
 
     def __init__(self, tokenizer: Tokenizer, chat: Chat, make_chat: Callable[[], Chat], capacity: int) -> None:
         self.tokenizer, self._capacity = tokenizer, capacity
-        self.chat_ends = frozenset() if chat.end is None else frozenset({chat.end})
+        self.chat_ends = frozenset(chat.ends)
         self.strips_space = chat.source == PLAIN  # replies then follow a name, and begin with a space
         self._short, self._long = _Worker(make_chat), _Worker(make_chat)
         self._short.chat = chat

@@ -65,7 +65,7 @@ def test_a_second_token_that_ends_the_whole_does_not_count() -> None:
     examples = chat.examples(TALK[1:])
     assert [shown(chat, example).count("]") for example in examples] == [1, 1]
     assert shown(chat, examples[0]).endswith("[I am well.<|im_end|>]\n</s>")
-    assert chat.end == CONTROLS[END]
+    assert chat.ends == (CONTROLS[END],)
 
 
 def test_an_answer_alone_can_be_what_counts(chats) -> None:
@@ -88,7 +88,7 @@ def test_what_is_learnt_begins_as_what_is_asked(chats, name: str, turns: list[st
     prompt = chat.prompt(messages[:-1])
     np.testing.assert_array_equal(last.tokens[: len(prompt)], prompt)
     assert last.mask[len(prompt) :].any()
-    assert last.tokens[last.mask][-1] == chat.end
+    assert last.tokens[last.mask][-1] in chat.ends
     assert sum(int(example.mask.sum()) for example in examples) >= len(messages) // 2
     for example in examples:
         assert example.tokens.dtype == np.int32
@@ -163,7 +163,7 @@ def test_the_template_is_the_models_own_or_one_that_fits() -> None:
 
 def test_a_model_that_never_saw_a_chat_gets_its_own_end() -> None:
     chat = Chat(byte_tokenizer())
-    assert chat.end == chat.tokenizer.end
+    assert chat.ends == (chat.tokenizer.end,)
     assert chat.prompt(said("Hi", "Yes", "Why?")).tolist() == [*b"User: Hi\nAssistant: Yes", 256, *b"\nUser: Why?\nAssistant:"]
     example = chat.examples(said("Hi", "Yes"))[0]
     assert chat.tokenizer.decode(example.tokens) == "User: Hi\nAssistant: Yes\n"
@@ -172,7 +172,7 @@ def test_a_model_that_never_saw_a_chat_gets_its_own_end() -> None:
 
 def test_a_template_without_an_end_is_told_apart() -> None:
     chat = Chat(TOKENIZER, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
-    assert chat.end is None
+    assert chat.ends == ()
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_pairs(chat: Chat) -> None:
     assert [where for where, _ in summary.dropped] == ["f:2", "f:3", "f:4"]
     for example, answer in ((pairs[0].chosen, "I am."), (pairs[0].rejected, "The user.")):
         assert TOKENIZER.decode(example.tokens[example.mask]) == answer  # not what was said in turns before
-        assert example.tokens[example.mask][-1] == chat.end
+        assert example.tokens[example.mask][-1] in chat.ends
 
 
 def test_data_of_the_other_sort_is_refused(chat: Chat) -> None:
