@@ -15,10 +15,10 @@ def read_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     Raises UserError for what is not JSON, not an object, or not UTF-8.
     """
     try:
-        for row, line in _lines(path) if path.suffix.lower() == ".jsonl" else _values(path):
+        for row, where in _lines(path) if path.suffix.lower() == ".jsonl" else _values(path):
             if not isinstance(row, dict):
-                raise UserError(f"{path}:{line} should be an object, not {json_type(row)}.")
-            yield row, f"{path}:{line}"
+                raise UserError(f"{where} should be an object, not {json_type(row)}.")
+            yield row, where
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
 
@@ -51,22 +51,24 @@ def json_type(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _lines(path: Path) -> Iterator[tuple[Any, int]]:
+def _lines(path: Path) -> Iterator[tuple[Any, str]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            if text := decode_utf8(line, f"{path}:{number}").strip():
-                yield _parsed(json.loads, text, where=f"{path}:{number}"), number
+            where = f"{path}:{number}"
+            if text := decode_utf8(line, where).strip():
+                yield _parsed(json.loads, text, where=where), where
 
 
-def _values(path: Path) -> Iterator[tuple[Any, int]]:
+def _values(path: Path) -> Iterator[tuple[Any, str]]:
     text = decode_utf8(path.read_bytes(), path)
     decoder, at, line = json.JSONDecoder(), 0, 1
     beginning = re.compile(r"[^\s\[,\]]" if text.lstrip().startswith("[") else r"\S")
     while match := beginning.search(text, at):
         start = match.start()
         line += text.count("\n", at, start)
-        value, at = _parsed(decoder.raw_decode, text, start, where=f"{path}:{line}")
-        yield value, line
+        where = f"{path}:{line}"
+        value, at = _parsed(decoder.raw_decode, text, start, where=where)
+        yield value, where
         line += text.count("\n", start, at)
 
 
