@@ -123,7 +123,7 @@ def _parse_row(kind: str, row: dict[str, Any], where: str) -> Row:
 
 
 def _parse_preference(row: dict[str, Any], where: str) -> Preference:
-    """Reads two answers, texts or messages. Messages may repeat the prompt, which then need not stand by itself."""
+    """Reads two answers, texts or messages; messages may hold the prompt too."""
     before, chosen = _answer(row["chosen"], "chosen", where)
     other, rejected = _answer(row["rejected"], "rejected", where)
     if before != other:
@@ -138,7 +138,7 @@ def _parse_preference(row: dict[str, Any], where: str) -> Preference:
 
 
 def _answer(value: Any, name: str, where: str) -> tuple[tuple[Message, ...], str]:
-    """Returns (the messages before, the text) of an answer: a text, a message, or messages that end with it."""
+    """Reads an answer, text or messages that end with it: (the messages before, its text)."""
     messages = _messages([value] if isinstance(value, dict) else value, name, where, text_role="assistant")
     if not messages or messages[-1]["role"] != "assistant":
         raise UserError(f"{where}: `{name}` does not end with the assistant's answer.")
@@ -146,7 +146,7 @@ def _answer(value: Any, name: str, where: str) -> tuple[tuple[Message, ...], str
 
 
 def _messages(value: Any, name: str, where: str, text_role: str = "") -> tuple[Message, ...]:
-    """Reads messages; a text, where `text_role` allows it, is one message of that role."""
+    """Reads messages; a text is one message of `text_role`, where that is given."""
     if text_role and isinstance(value, str):
         return ({"role": text_role, "content": check_text(value, name, where)},)
     if not isinstance(value, list):

@@ -14,10 +14,8 @@ KINDS = "a .txt or .md file, a folder of text files, .jsonl or .parquet with a `
 
 @dataclasses.dataclass(frozen=True)
 class Corpus[T]:
-    """Documents (or conversations) that can be read again and again, one file in memory at a time.
-
-    Iterating raises UserError, with file and line or position, at what cannot be read, and when there was nothing at all.
-    """
+    """Documents (or conversations) that can be read again and again, one file in memory at a time. Raises UserError, with
+    file and line or position, at what cannot be read, and when there was nothing at all."""
 
     name: str
     read: Callable[[], Iterator[T]]

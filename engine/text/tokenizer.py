@@ -143,7 +143,7 @@ class Tokenizer:
         write_json(folder / "tokenizer_config.json", self.config)
 
     def _pieces(self, text: str) -> Iterator[str]:
-        """Yields the text cut between tokens into pieces of about PIECE characters; more where no token ends sooner."""
+        """Cuts text between tokens into pieces of about PIECE characters; more where no token ends sooner."""
         start, size = 0, PIECE
         while self._cuts and len(text) - start > size:
             if cut := self._cut(text, start, start + size):
@@ -208,7 +208,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _byte_level(model: models.BPE, texts: Iterable[str] = (), vocab: int = 0) -> Tokenizer:
-    """Makes the tokenizer of `model`, trained to `vocab` tokens unless that is 0; the end of text is the last token."""
+    """Makes the tokenizer of `model`, trained to `vocab` tokens unless that is 0."""
     inner = tokenizers.Tokenizer(model)
     split = pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated")
     inner.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -261,7 +261,7 @@ def _without_first_space(fields: dict[str, Any]) -> tokenizers.Tokenizer | None:
 
 
 def _starts_with(inner: tokenizers.Tokenizer) -> tuple[int, ...]:
-    """Returns the ids its post-processor puts before a text."""
+    """Returns the ids that its post-processor puts before a text."""
     plain, whole = (inner.encode("a", add_special_tokens=special).ids for special in (False, True))
     places = (n for n in range(len(whole) - len(plain) + 1) if whole[n : n + len(plain)] == plain)
     return tuple(whole[: next(places, 0)])

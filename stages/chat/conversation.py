@@ -54,14 +54,14 @@ class Conversation:
     turns: list[Turn] = dataclasses.field(default_factory=list)
 
     def messages(self, message: str, skip: int = 0) -> list[dict[str, str]]:
-        """Returns the messages that the model reads to answer `message`, without the first `skip` turns."""
+        """Returns the messages that the model reads to answer, without the first `skip` turns."""
         messages = [{"role": "system", "content": self.system}] if self.system else []
         for turn in self.turns[skip:]:
             messages += [{"role": "user", "content": turn.message}, {"role": "assistant", "content": turn.completion}]
         return [*messages, {"role": "user", "content": message}]
 
     def prompt(self, message: str) -> list[int]:
-        """Returns their tokens. Raises UserError when they leave no room to answer: the person decides which turns go."""
+        """Tokenizes them. Raises UserError when no room is left to answer: the person decides which turns go."""
         context, prompt = self.cfg.context, self.chat.prompt(self.messages(message)).tolist()
         skip, left = 0, len(prompt)
         while left >= context and skip < len(self.turns):

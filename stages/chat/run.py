@@ -100,7 +100,7 @@ def _typed_lines(notes: Console) -> Iterator[str]:
 
 
 def _piped_lines() -> Iterator[str]:
-    """Yields lines from a pipe or a file. Raises UserError, naming the line, for one that is not UTF-8."""
+    """Yields lines from a pipe or a file. Raises UserError for one that is not UTF-8."""
     for number, line in enumerate(sys.stdin.buffer, 1):
         yield decode_utf8(line, f"Line {number} of the input").rstrip("\r\n")
 
@@ -116,7 +116,7 @@ class Repl:
     is_over: bool = False
 
     def handle(self, line: str) -> bool:
-        """Takes a line, a turn or a command (`//` begins a turn with a slash). Returns False after printing why it failed."""
+        """Handles a turn or a command (`//` begins a turn with a slash). Returns False after printing why it failed."""
         try:
             if line.startswith("/") and not line.startswith("//"):
                 self.execute(*line[1:].split(maxsplit=1))
@@ -162,7 +162,7 @@ class Repl:
             self.notes.print(f"[cut off: {reason}]", "yellow")
 
     def execute(self, name: str = "", rest: str = "") -> None:
-        """Carries out a command, given without its slash. Raises UserError for one that does not exist."""
+        """Carries out a command, given without its slash. Raises UserError."""
         conversation, turns = self.conversation, self.conversation.turns
         if name in ("quit", "exit"):
             self.is_over = True

@@ -52,7 +52,7 @@ def run(flags: Evaluate, device: Device) -> None:
 
 
 def _read_conversations(data: str) -> Conversations | None:
-    """Opens the conversations that `--data` names; None for a text. Raises UserError for a file that is neither."""
+    """Opens the conversations that `--data` names; None for a text."""
     is_file = Path(data).suffix.lower() in (".jsonl", ".json") and Path(data).is_file()
     conversations = read_conversations(data) if is_file or data in NAMED else None
     return conversations if conversations and conversations.kind != "text" else None
@@ -67,10 +67,7 @@ def evaluate_text(
     model: LoadedModel, data: str | None, record: dict[str, Any], context: int | None, stride: int | None, batch: int | None,
     console: Console,
 ) -> Rows:  # fmt: skip
-    """Scores every token of a text but the first, each behind context - stride tokens or more.
-
-    Raises UserError for a stride above the window, which would leave tokens out, and when there is no text.
-    """
+    """Scores every token of a text but the first, each behind context - stride tokens or more. Raises UserError."""
     source = text_data.evaluation_source(data, console) if data else _validation_source(model, record, console)
     text, cfg = text_data.encode_text(source, model.tokenizer, console), model.cfg
     seq = min(context or min(cfg.context, WINDOW), max(2, len(text.tokens) - 1))
@@ -98,7 +95,6 @@ def evaluate_text(
 
 
 def _validation_source(model: LoadedModel, record: dict[str, Any], console: Console) -> text_data.Source:
-    """Returns the text that the model's run was validated on."""
     text = record.get("text", {})
     if not text.get("data") or record.get("stage") == "reinforce":
         raise UserError(f"{model.run or model.name} does not say what it was validated on; give --data.")
@@ -163,7 +159,7 @@ def _score_pairs(model: LoadedModel, pairs: Sequence[Pair], seq: int, report: Re
 
 
 def _before_finetuning(model: LoadedModel, record: dict[str, Any], console: Console) -> Rows:
-    """Returns rows of its score before fine-tuning on the held-out set, and before and now on a general text."""
+    """Returns its scores before fine-tuning on the held-out set, and before and now on a general text."""
     result = record.get("result") or {}
     before, text = result.get("before") or {}, str(result.get("general"))
     rows = [("before", f"{before['held_out']:.4f} {result['unit']} on the held-out set, before fine-tuning")] if before else []

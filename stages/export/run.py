@@ -81,7 +81,7 @@ def run(flags: Export, device: Device) -> int:
 
 
 def _check_free(out: Path, to_gguf: bool, overwrite: bool) -> None:
-    """Raises UserError when something lies where the export goes, unless it is an earlier one and may be replaced."""
+    """Raises UserError when something lies at `out` that is no earlier export, or one that may not be replaced."""
     if not out.exists():
         return
     if out.is_dir() == to_gguf:
@@ -94,7 +94,7 @@ def _check_free(out: Path, to_gguf: bool, overwrite: bool) -> None:
 
 
 def _write(out: Path, model: LoadedModel, dtype: str, adapter: bool, report: ReportProgress) -> str:
-    """Writes a .gguf file, a Hugging Face folder, or one with the LoRA adapters alone; returns a note to print, if any."""
+    """Writes a .gguf file, a Hugging Face folder, or an adapter folder; returns a note to print, if any."""
     cfg, params, tokenizer = model.cfg, model.params, model.tokenizer
     if out.suffix == ".gguf":
         metadata = tokenizer_metadata(tokenizer, model.ends, cfg.vocab)
@@ -139,7 +139,7 @@ def compare(model: LoadedModel, out: Path, dtype: str) -> Report:
 
 
 def compare_adapter(model: LoadedModel, out: Path) -> Report:
-    """As `compare`, of adapters in PEFT's layout: the pairs to the bit, and the logits of the base with them on it."""
+    """Compares exported adapters: the pairs to the bit, and the logits of the base with them on it."""
     ours = {path: leaf for path, leaf in leaf_paths(model.params).items() if isinstance(leaf, LoRA)}
     theirs = leaf_paths(load_adapter(out, model.cfg))
     faults = _tokenizer_faults(model.tokenizer, load_tokenizer(out))
@@ -179,7 +179,7 @@ def _rounded(path: str, leaf: Any, dtype: str, out: Path) -> Any:
 
 
 def _logits(cfg: ModelConfig, params: Any) -> np.ndarray:
-    """Returns logits (B, T, V) in float32, of the same random tokens each time."""
+    """Returns logits (B, T, V) in float32 of fixed random tokens."""
     cfg = dataclasses.replace(cfg, dtype="float32")
     tokens = np.random.default_rng(0).integers(0, cfg.vocab, (2, min(64, cfg.context)), np.int32)
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
