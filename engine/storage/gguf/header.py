@@ -17,6 +17,7 @@ from engine.errors import UserError
 from engine.storage.untrusted import check_adjacent, quote, read_at, read_exactly, truncation_error
 
 KEYS, TENSORS, NAME = 4096, 16384, 1024  # more than any model has: keys, tensors, bytes of a name
+LONGEST = 2049  # bytes of a text in an array: a token, or a merge of two
 TEXT = 16 * 2**20  # bytes of text outside of arrays, in all keys together
 UINT32, STRING, ARRAY, UINT64 = 4, 8, 9, 10
 SCALARS = {kind: struct.Struct("<" + letter) for kind, letter in zip((*range(8), 10, 11, 12), "BbHhIif?Qqd")}
@@ -149,15 +150,15 @@ class _Reader:
         return name, [self.number(UINT64) for _ in range(count)], self.number(UINT32), self.number(UINT64)
 
 
-def read_strings(path: Path, span: Span, longest: int) -> list[str]:
-    """Reads the texts of an array, none longer than `longest` bytes."""
+def read_strings(path: Path, span: Span) -> list[str]:
+    """Reads the texts of an array."""
     texts = []
     with path.open("rb") as file:
         file.seek(span.offset)
         try:
             for _ in range(span.length):
                 length = int.from_bytes(file.read(8), "little")
-                if length > longest:
+                if length > LONGEST:
                     raise UserError(f"{path} is damaged: a text in one of its arrays has {length:,} bytes.")
                 texts.append(file.read(length).decode())
         except UnicodeDecodeError:

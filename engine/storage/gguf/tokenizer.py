@@ -15,7 +15,6 @@ from engine.text.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ggml's kinds of tokens
 NAMED = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token"}  # ggml's names -> tokenizer_config.json's
-LONGEST = 1024  # bytes of a token
 SPACE = "▁"  # stands for a space in a sentencepiece vocabulary
 LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 SPLITS = ("gpt-2", "smollm", *LLAMA3, "qwen2")  # llama.cpp's names for how a text is split before merging
@@ -92,7 +91,7 @@ def _read_list(header: Header, name: str, count: int | None = None) -> Any:
         kind = "texts" if texts else "numbers"
         wanted = kind if count is None else f"{count:,} {kind}, a row of the embedding each"
         raise UserError(f"{header.path}: tokenizer.ggml.{name} should be {wanted}, and has {span.length:,} entries.")
-    return read_strings(header.path, span, 2 * LONGEST + 1) if texts else read_numbers(header.path, span)
+    return read_strings(header.path, span) if texts else read_numbers(header.path, span)
 
 
 def _from_json(header: Header, places: dict[str, int]) -> tokenizers.Tokenizer:

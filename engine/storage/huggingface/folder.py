@@ -50,10 +50,9 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def _are_equal(one: safetensors.StoredTensor, other: safetensors.StoredTensor) -> bool:
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
-        return False
     read = lambda stored, start: safetensors.read_rows(stored, start, min(start + 4096, one.shape[0])).tobytes()
-    return all(read(one, start) == read(other, start) for start in range(0, one.shape[0], 4096))
+    same_kind = (one.shape, one.dtype) == (other.shape, other.dtype)
+    return same_kind and all(read(one, start) == read(other, start) for start in range(0, one.shape[0], 4096))
 
 
 def _read_tokenizer(
