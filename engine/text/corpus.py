@@ -25,13 +25,12 @@ class Corpus[T]:
         return self.read()
 
 
-def read_corpus(path: Path | str) -> Corpus[str]:
+def read_corpus(path: Path) -> Corpus[str]:
     """Opens the documents at `path`: a .txt or .md file (one document), .jsonl or .parquet (one a row), or a folder.
 
     A folder is read recursively in sorted order, without hidden and binary files. Text is kept as it is, line ends too;
     empty documents are left out. Raises UserError for a missing or empty path and for a kind that cannot be read.
     """
-    path = Path(path)
     if not path.exists():
         raise UserError(f"There is no text at {path}; wanted {KINDS}.")
     files = [file for file in sorted(path.rglob("*")) if _is_text(file, path)] if path.is_dir() else [path]

@@ -21,7 +21,7 @@ def test_a_file_is_one_document_kept_as_it_is(tmp_path, name: str) -> None:
     (tmp_path / name).write_bytes("\ufeffone\r\ntwo  \n\nGröße\n".encode())
     corpus = read_corpus(tmp_path / name)
     assert list(corpus) == ["one\r\ntwo  \n\nGröße\n"]
-    assert list(corpus) == list(read_corpus(str(tmp_path / name)))  # again, and from a str
+    assert list(corpus) == list(read_corpus(tmp_path / name))  # again
 
 
 def test_a_folder_is_read_in_sorted_order_without_hidden_and_binary_files(tmp_path) -> None:
