@@ -14,7 +14,7 @@ import pytest
 from tiny_server import QUEUE, SLOTS, TinyServer, ask, events, good, post_head, refused, say, until
 
 from stages.serve import state
-from stages.serve.api import event_stream
+from stages.serve.api import generation
 from stages.serve.api.generation import Generation
 
 LONG = 130  # tokens
@@ -75,7 +75,7 @@ def test_how_soon_a_slot_is_free(tiny_server, slowed, stream):
 
 
 def test_a_client_that_stops_reading_frees_its_slot(tiny_server, monkeypatch):
-    monkeypatch.setattr(event_stream, "UNREAD", 0.2)
+    monkeypatch.setattr(generation, "UNREAD", 0.2)
     body = json.dumps(ask(most=LONG, ignore_eos=True, stream=True)).encode()
     headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b"",

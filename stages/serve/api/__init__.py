@@ -13,7 +13,7 @@ The path of one chat request, from the socket to the compiled program and back:
 9.  engine.Engine._deliver       Event -> the event loop
 10. generation.Generation.pieces Event -> CompletionText (stop strings) -> Piece
 11. completions.ChatWriter       Piece -> ChatReply, or ChatChunk (by generation.Writer)
-12. event_stream.send_events     ChatChunk -> bytes (or errors.json_reply, ChatReply -> bytes)
+12. generation.send_events       ChatChunk -> bytes (or errors.json_reply, ChatReply -> bytes)
 
 Eight types: ChatRequest, SamplingParams, Request, Generation, Event, CompletionText, Piece, and ChatReply or ChatChunk.
 """

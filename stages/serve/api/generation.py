@@ -10,21 +10,26 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 import starlette.requests
-from msgspec import UNSET
-from starlette.types import Receive
+from starlette.types import Receive, Scope, Send
 
 from engine.errors import InvalidField
 from engine.inference.request import Event, LogProb, Request, check
 from engine.inference.sampling_params import SEEDS, SamplingParams
 from engine.inference.stop_strings import CompletionText
-from stages.serve.api.event_stream import QUIET, send_events
 from stages.serve.api.replies import CachedTokens, Reason, Usage
 from stages.serve.api.requests import CompletionFields
-from stages.serve.errors import ApiError, ClientGone, json_reply
+from stages.serve.errors import ApiError, ClientGone, internal_error, json_reply
 from stages.serve.state import ServerState
 from stages.serve.tokenize import context_overflow
 
+QUIET = 10.0  # seconds without news before a comment is sent, so that no proxy takes the connection for dead
+UNREAD = 60.0  # seconds for a client to read what it was sent
+
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"),
+]  # fmt: skip
 # Fields of a body that have the same name and meaning in SamplingParams; null is the default.
 SAMPLING = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
@@ -175,7 +180,7 @@ class Writer:
         return self.reply_type(**self._head, choices=list(map(self.choice, pieces)), usage=usage)
 
     def chunk(self, *choices: Any, usage: Usage | None = None) -> Any:
-        return self.chunk_type(**self._head, choices=list(choices), usage=usage if self._wants_usage else UNSET)
+        return self.chunk_type(**self._head, choices=list(choices), usage=usage if self._wants_usage else msgspec.UNSET)
 
     async def chunks(self, generation: Generation) -> AsyncIterator[Any]:
         """Yields the chunks of a stream; None after QUIET seconds without one."""
@@ -184,6 +189,27 @@ class Writer:
                 yield choice and self.chunk(choice)
         if self._wants_usage:
             yield self.chunk(usage=generation.usage)
+
+
+async def send_events(writer: Writer, generation: Generation, _: Scope, receive: Receive, send: Send) -> None:
+    """Responds with server-sent events: the chunks (a comment for None), then `[DONE]`. Ends at once when the client leaves or
+    stops reading."""
+
+    async def write(event: bytes, more: bool = True) -> None:
+        async with asyncio.timeout(UNREAD):
+            await send({"type": "http.response.body", "body": event + b"\n\n", "more_body": more})
+
+    with contextlib.suppress(ClientGone, OSError):  # nobody reads it; a TimeoutError is an OSError
+        async with generation.attached(receive):
+            await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+            try:
+                async for chunk in writer.chunks(generation):
+                    await write(b": waiting" if chunk is None else b"data: " + msgspec.json.encode(chunk))
+            except (ClientGone, OSError):
+                raise
+            except Exception as error:
+                await write(b"data: " + (error if isinstance(error, ApiError) else internal_error(error)).body)
+            await write(b"data: [DONE]", more=False)
 
 
 async def generate(
@@ -223,6 +249,6 @@ async def generate(
             raise ApiError(400, str(error), param=error.field) from None
         raise
     if body.stream:
-        return functools.partial(send_events, writer.chunks(generation), generation.attached)
+        return functools.partial(send_events, writer, generation)
     async with generation.attached(http.receive):
         return json_reply(writer.reply(await generation.whole(), generation.usage))
