@@ -10,7 +10,7 @@ import numpy as np
 
 from bench.models import load
 from engine.errors import UserError
-from engine.inference.decode import for_inference
+from engine.inference.decode import prepare_params
 from engine.inference.score import score
 from engine.model.cache.segmented import KVDtype, Rows, make_kv_segments, segmented_cache
 from engine.model.config import ModelConfig
@@ -56,11 +56,11 @@ def measure_int8(model_name: str, text_file: Path | None, *, size: int, window: 
         print(f"{name:>46} {bits:8.4f} bits/byte {over:+8.2%}{tail}", flush=True)
 
     for name, weights in ways.items():
-        ready = for_inference(cfg, weights)
+        ready = prepare_params(cfg, weights)
         add(name, sum(float(score(cfg, ready, batch)) for batch in batches))
-    for name, (nats, logits_error) in _cached_nats(cfg, for_inference(cfg, params), batches, seq).items():
+    for name, (nats, logits_error) in _cached_nats(cfg, prepare_params(cfg, params), batches, seq).items():
         add(f"keys and values in {name}", nats, logits_error)
-    nats, _ = _cached_nats(cfg, for_inference(cfg, int8), batches, seq)["int8"]
+    nats, _ = _cached_nats(cfg, prepare_params(cfg, int8), batches, seq)["int8"]
     add("int8 weights, activations, keys and values", nats)
     wide = leaf_paths(params)
     errors = {path: round_trip(wide[path], leaf) for path, leaf in leaf_paths(int8).items() if isinstance(leaf, Int8)}

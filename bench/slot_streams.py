@@ -12,7 +12,7 @@ from bench.timing import measure, ratio
 from engine.counting.hardware import clock
 from engine.device import cores, device_name
 from engine.errors import UserError
-from engine.inference.decode import for_inference
+from engine.inference.decode import prepare_params
 from engine.inference.request import Request
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.scheduler import DRAFT_ROWS
@@ -52,7 +52,7 @@ def measure_streams(
     if form != "gguf":
         raise UserError(f"There is no .gguf file at {model_name}; give one, or smollm2-135m-instruct.")
     model = load_model(model_name)
-    weights = for_inference(model.cfg, quantize(model.params))
+    weights = prepare_params(model.cfg, quantize(model.params))
     # 32 passages of 512 tokens, evenly spaced in the held-out plays.
     text = fetch("shakespeare")["validation"].read_text(encoding="utf-8")
     starts = (place * (len(text) // 32) for place in range(32))

@@ -59,7 +59,7 @@ def generate(flags: Generate) -> None:
     notes.warn_damaged(model.damaged, model.checkpoint)
     text = decode_utf8(sys.stdin.buffer.read(), "The prompt on standard input") if flags.prompt == "-" else flags.prompt
     prompt = [*model.tokenizer.start, *model.tokenizer.encode(text or "\n").tolist()]
-    params = decode.for_inference(model.cfg, model.params)
+    params = decode.prepare_params(model.cfg, model.params)
     sampling = flags.sampling.params(stop_token_ids=model.ends)
     before = digest(params) if flags.verbose else ""
     if before:

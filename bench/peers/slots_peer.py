@@ -14,7 +14,7 @@ def make(spec: dict[str, Any]) -> Any:
 
     start_jax(decodes=True)
     from bench.models import load
-    from engine.inference.decode import for_inference
+    from engine.inference.decode import prepare_params
     from engine.inference.request import Request
     from engine.inference.sampling_params import SamplingParams
     from engine.inference.slots import Slots
@@ -23,7 +23,7 @@ def make(spec: dict[str, Any]) -> Any:
     model = load(spec["model"])
     params = quantize(model.params) if spec["weights"] == "int8" else model.params
     slots = Slots(
-        model.cfg, for_inference(model.cfg, params), slots=spec["slots"], capacity=spec["capacity"], prefix_cache_bytes=0
+        model.cfg, prepare_params(model.cfg, params), slots=spec["slots"], capacity=spec["capacity"], prefix_cache_bytes=0
     )
     slots.warm()
     requests = [Request(tuple(prompt), SamplingParams(max_tokens=spec["new"], temperature=0.0)) for prompt in spec["prompts"]]

@@ -21,7 +21,7 @@ from bench.table.training_rows import training_kinds, training_row
 from bench.timing import Timing, measure, noise, ratio
 from engine.counting.hardware import RATES, Ceilings, best_ceilings, clock, measure_ceilings
 from engine.counting.params import count_params
-from engine.inference.decode import for_inference
+from engine.inference.decode import prepare_params
 from engine.model.config import ModelConfig, preset
 from engine.model.weights.int8 import quantize
 from engine.storage.digest import digest
@@ -59,7 +59,7 @@ def stage_table(
     positions = np.broadcast_to(np.arange(context, dtype=np.int32), (batch, context))
     mask = np.ones((batch, context), bool)
     data: Batch = jax.tree.map(jnp.asarray, Batch(text[:, :-1], text[:, 1:], mask, positions, None))
-    frozen = for_inference(cfg, model.params)
+    frozen = prepare_params(cfg, model.params)
     int8 = quantize(frozen)
     rows = {row.name: row for row in _rows(cfg, model.params, frozen, int8, data, text[:, :-1])}
     digests = lambda row: [digest({"leaf": leaf}) for leaf in jax.tree.leaves(row.weights())]

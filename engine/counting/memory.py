@@ -14,8 +14,8 @@ from engine.counting.flops import twice_mean_keys
 from engine.counting.params import leaf_shapes
 from engine.counting.trainable_paths import TrainablePaths, all_trainable, lowest_gradient, target_shapes
 from engine.model.backward import QUERY_BLOCK
-from engine.model.chunked_cross_entropy import COLUMNS
 from engine.model.config import ModelConfig
+from engine.model.cross_entropy import COLUMNS
 
 FLOAT32 = 4
 

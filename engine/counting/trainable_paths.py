@@ -57,7 +57,7 @@ def head_only(cfg: ModelConfig) -> TrainablePaths:
 
 def lora_only(cfg: ModelConfig, adapter: LoraConfig) -> TrainablePaths:
     """Trains only a LoRA pair on each target of every block (Hu et al., 2106.09685)."""
-    paths = frozenset(f"blocks/{layer}/{name}" for layer in range(cfg.layers) for name in adapter.adapted)
+    paths = frozenset(f"blocks/{layer}/{name}" for layer in range(cfg.layers) for name in adapter.adapted_parts)
     return TrainablePaths(frozenset(), paths, adapter.rank)
 
 

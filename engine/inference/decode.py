@@ -14,7 +14,7 @@ change the texts that seeds give.
 import dataclasses
 import functools
 from collections.abc import Collection, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array
 
 from engine.errors import UserError
-from engine.inference.request import FinishReason, Request
+from engine.inference.request import Event, Request
 from engine.inference.sampling import SamplingArrays, sample, sampling_arrays
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.sequence import STEPS, Sequence
@@ -31,27 +31,24 @@ from engine.model.cache.contiguous import KVCache, make_cache
 from engine.model.config import ModelConfig
 from engine.model.paths import map_paths
 from engine.model.transformer import Params, forward, hidden_states, logits_of
-from engine.model.weights.int8 import Int8, stored_transposed
-from engine.model.weights.lora import LoRA
-from engine.model.weights.matmul import cast_matrices, dense
+from engine.model.weights.int8 import Int8, store_transposed
+from engine.model.weights.lora import merge_lora
+from engine.model.weights.matmul import cast_matrices
 
 CHUNK = 64  # prompt tokens a prefill call; every prompt is padded to a multiple
 MIN_ROWS = 2  # a product with a single row takes a different and slower path on a CPU
 
 
-def for_inference(cfg: ModelConfig, params: Params) -> Params:
-    """Lays weights out for inference, once: matrices in the compute dtype, adapters folded into what they adapt.
+def prepare_params(cfg: ModelConfig, params: Params) -> Params:
+    """Prepares weights for inference, once: matrices in the compute dtype, adapters merged.
 
-    Gains, biases and Int8 leaves stay; a CPU gets integers in the layout in which it multiplies them fastest. A folded
-    matrix gives the logits of base and adapter up to rounding.
+    Gains, biases and Int8 leaves stay; a CPU gets integers in the layout in which it multiplies them fastest.
     """
 
     def lay_out(_: str, leaf: Any) -> Any:
-        # Cast at once: folded over int8 the matrices are float32, and all of them together four times the base.
-        leaf = dense(leaf).astype(cfg.dtype) if isinstance(leaf, LoRA) else leaf
-        return stored_transposed(leaf) if isinstance(leaf, Int8) and leaf.activations != "full" and on_cpu() else leaf
+        return store_transposed(leaf) if isinstance(leaf, Int8) and leaf.activations != "full" and on_cpu() else leaf
 
-    return cast_matrices(map_paths(lay_out, params), cfg.dtype)
+    return cast_matrices(map_paths(lay_out, merge_lora(params, cfg.dtype)), cfg.dtype)
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="cache")
@@ -105,21 +102,13 @@ def _pad_rows(state: tuple[Array, KVCache], rows: int) -> tuple[Array, KVCache]:
     return jax.tree.map(lambda x: jnp.pad(x, ((0, rows - len(x)), *((0, 0),) * (x.ndim - 1))), state)
 
 
-class Generated(NamedTuple):
-    """New tokens of the prompt with this index, and why it is finished ('stop' or 'length'), or None."""
-
-    prompt: int
-    tokens: list[int]
-    finish_reason: FinishReason | None
-
-
 def generate(
     cfg: ModelConfig, params: Params, prompts: Collection[list[int]], sampling: Collection[SamplingParams],
     *, capacity: int | None = None,
-) -> Iterator[Generated]:  # fmt: skip
+) -> Iterator[Event]:  # fmt: skip
     """Continues each prompt, yielding tokens as they come: after the prefill one, then up to STEPS at a time.
 
-    `params` as `for_inference` lays them out; `sampling` one for each prompt. A prompt ends with 'stop' when it samples one
+    `params` as `prepare_params` lays them out; `sampling` one for each prompt. A prompt ends with 'stop' when it samples one
     of its `stop_token_ids` (which is not yielded), else with 'length' at `max_tokens` or when `capacity` tokens (by default
     the model's context) are full. Raises UserError for an empty prompt, one that leaves no room, a token outside the
     vocabulary, sampling parameters that are not as many as the prompts, or such as only `slots.Slots` knows: penalties,
@@ -154,7 +143,7 @@ def generate(
             if reason:
                 running.remove(sequence)
             if tokens or reason:
-                yield Generated(sequence.id, tokens, reason)
+                yield Event(sequence.id, tokens, reason)
         if running:
             sampled, cache = decode_steps(cfg, params, token, cache, arrays)
             token, fresh = sampled[:, -1], np.asarray(sampled)

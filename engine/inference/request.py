@@ -1,6 +1,7 @@
-"""Request: one prompt to continue, and how; Event: news of it."""
+"""Request: a prompt and its sampling parameters; Event: its new tokens."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from engine.errors import InvalidField
@@ -35,17 +36,17 @@ class LogProb(NamedTuple):
 
 
 class Event(NamedTuple):
-    """New tokens of a request, their log-probabilities if it asked, and why it is finished, or None.
+    """New tokens of a request, or of `generate`'s prompt with the index `id`, and why it is finished, or None.
 
     'stop': a stop token was sampled, which is not among the tokens. 'length': max_tokens are there. 'error': the logits
-    were no numbers. `cached_tokens`: tokens of the prompt that came from the prefix cache.
+    were no numbers. `logprobs` of the tokens if asked for; `cached_tokens` of the prompt came from the prefix cache.
     """
 
     id: int
     tokens: list[int]
-    logprobs: list[LogProb]
     finish_reason: FinishReason | None
-    cached_tokens: int
+    logprobs: Sequence[LogProb] = ()
+    cached_tokens: int = 0
 
 
 def check(request: Request, vocab: int, capacity: int) -> None:

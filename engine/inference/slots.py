@@ -52,7 +52,7 @@ def compile_ahead(
 
 
 class Slots:
-    """The state of all requests to one model. `params` as `decode.for_inference` lays them out; they are only read.
+    """The state of all requests to one model. `params` as `decode.prepare_params` lays them out; they are only read.
 
     `slots`: requests under way at once. `capacity`: tokens of prompt and completion together, by default the model's
     context. `kv_dtype`: the type of the KV cache. `prefix_cache_bytes`: bytes of computed chunks to keep for prompts that
@@ -230,4 +230,4 @@ class Slots:
             logprobs.append(LogProb(int(sampled.token[place]), float(sampled.logprob[place]), tuple(zip(*top))))
         if reason:
             self.scheduler.finish(sequence)
-        return Event(sequence.id, tokens, logprobs, reason, sequence.cached_tokens)
+        return Event(sequence.id, tokens, reason, logprobs, sequence.cached_tokens)

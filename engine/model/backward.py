@@ -1,12 +1,14 @@
-"""The functions of `layers.py` with backward rules written by hand (custom_vjp), in the shapes a CPU's matrix units can use.
+"""Backward rules written by hand (custom_vjp) for the functions of `layers.py`, in shapes that a CPU's matrix units can use.
 
 XLA on the CPU hands a product to its fast library only when the left operand lies in memory with the summed axis last.
 The transpose rule of `jax.grad` never yields that for a weight's gradient, and the fallback is ten times slower. So each
-rule here states the same formula with one small explicit transpose (`transposed`), summed along the last axis. `layers.py`
-is the reference; tests hold the two together, values and gradients.
+rule here states the same formula with one small explicit transpose, summed along the last axis. Tests hold the two files
+together, values and gradients.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ from engine.model import layers
 QUERY_BLOCK = 128  # queries a block of causal attention: keys after the block are never multiplied
 
 
-def transposed(x: Array) -> Array:
+def transpose(x: Array) -> Array:
     """x (..., M, N) -> (..., N, M), really moved in memory.
 
     Without the barrier XLA folds the transpose into a neighbouring product, without the layout it merely relabels the
@@ -29,105 +31,73 @@ def transposed(x: Array) -> Array:
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(x: Array, w: Array, dtype: DTypeLike) -> Array:
-    """x (M, D), w (D, F) -> (M, F) in `dtype`; multiplied in x's dtype, summed in float32.
-
-    Backward: dx = g w^T and dw = x^T g. Of x and g the narrower one is transposed, which is the cheaper copy.
-    """
-    return jnp.dot(x, w.astype(x.dtype), preferred_element_type=dtype)
+def _with_backward[F: Callable[..., Any]](f: F, backward: Callable[..., Any], static: tuple[int, ...] = (2,)) -> F:
+    """Returns f with the rule backward(*static arguments, (a, b), gradient); a and b are f's first two arguments."""
+    rule = jax.custom_vjp(f, nondiff_argnums=static)
+    rule.defvjp(lambda a, b, *options: (f(a, b, *options), (a, b)), backward)
+    return rule  # type: ignore[return-value]
 
 
-def _matmul_forward(x: Array, w: Array, dtype: DTypeLike):
-    return matmul(x, w, dtype), (x, w)
-
-
-def _matmul_backward(dtype: DTypeLike, kept, g: Array):
-    x, w = kept
+def matmul_backward(dtype: DTypeLike, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    """dx = g w^T and dw = x^T g, summed in float32. Of x and g the narrower one is transposed, which is the cheaper copy."""
+    x, w = residuals
     g = g.astype(x.dtype)
     dx = jnp.einsum("mf,df->md", g, w.astype(x.dtype), preferred_element_type=x.dtype)
     if x.shape[1] <= g.shape[1]:
-        dw = jnp.dot(transposed(x), g, preferred_element_type=jnp.float32)
+        dw = jnp.dot(transpose(x), g, preferred_element_type=jnp.float32)
     else:
-        dw = transposed(jnp.dot(transposed(g), x, preferred_element_type=jnp.float32))
+        dw = transpose(jnp.dot(transpose(g), x, preferred_element_type=jnp.float32))
     return dx, dw.astype(w.dtype)
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+matmul = _with_backward(layers.matmul, matmul_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul_two(x: Array, w: Array, dtype: DTypeLike) -> tuple[Array, Array]:
-    """x (M, D), w (D, 2F) -> the product's left and right half, (M, F) each in `dtype`."""
-    one, two = jnp.split(w.astype(x.dtype), 2, axis=1)
-    return jnp.dot(x, one, preferred_element_type=dtype), jnp.dot(x, two, preferred_element_type=dtype)
+    """As `layers.matmul_two`, in two products: nothing has to be cut or joined on the way back."""
+    left, right = jnp.split(w.astype(x.dtype), 2, axis=1)
+    return jnp.dot(x, left, preferred_element_type=dtype), jnp.dot(x, right, preferred_element_type=dtype)
 
 
-def _matmul_two_forward(x: Array, w: Array, dtype: DTypeLike):
-    return matmul_two(x, w, dtype), (x, w)
-
-
-def _matmul_two_backward(dtype: DTypeLike, kept, gs: tuple[Array, Array]):
-    x, w = kept
-    one, two = gs[0].astype(x.dtype), gs[1].astype(x.dtype)
-    w_one, w_two = jnp.split(w.astype(x.dtype), 2, axis=1)
-    dx = jnp.einsum("mf,df->md", one, w_one, preferred_element_type=jnp.float32)
-    dx = dx + jnp.einsum("mf,df->md", two, w_two, preferred_element_type=jnp.float32)
-    x_transposed = transposed(x)
-    dw = jnp.concatenate([jnp.dot(x_transposed, g, preferred_element_type=jnp.float32) for g in (one, two)], axis=1)
+def _matmul_two_backward(dtype: DTypeLike, residuals: tuple[Array, Array], gs: tuple[Array, Array]):
+    x, w = residuals
+    left, right = gs[0].astype(x.dtype), gs[1].astype(x.dtype)
+    w_left, w_right = jnp.split(w.astype(x.dtype), 2, axis=1)
+    dx = jnp.einsum("mf,df->md", left, w_left, preferred_element_type=jnp.float32)
+    dx = dx + jnp.einsum("mf,df->md", right, w_right, preferred_element_type=jnp.float32)
+    x_transposed = transpose(x)
+    dw = jnp.concatenate([jnp.dot(x_transposed, g, preferred_element_type=jnp.float32) for g in (left, right)], axis=1)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
-matmul_two.defvjp(_matmul_two_forward, _matmul_two_backward)
+matmul_two.defvjp(lambda x, w, dtype: (matmul_two(x, w, dtype), (x, w)), _matmul_two_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul_rows(x: Array, w: Array, dtype: DTypeLike) -> Array:
-    """x (M, D), w (V, D) -> (M, V) in `dtype`: the same product with a weight stored the other way, as a tied head is."""
-    return jnp.einsum("md,vd->mv", x, w.astype(x.dtype), preferred_element_type=dtype)
-
-
-def _matmul_rows_forward(x: Array, w: Array, dtype: DTypeLike):
-    return matmul_rows(x, w, dtype), (x, w)
-
-
-def _matmul_rows_backward(dtype: DTypeLike, kept, g: Array):
-    x, w = kept
+def matmul_rows_backward(dtype: DTypeLike, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    """dx = g w and dw = g^T x."""
+    x, w = residuals
     g = g.astype(x.dtype)
     dx = jnp.dot(g, w.astype(x.dtype), preferred_element_type=x.dtype)
-    dw = transposed(jnp.dot(transposed(x), g, preferred_element_type=jnp.float32))
+    dw = transpose(jnp.dot(transpose(x), g, preferred_element_type=jnp.float32))
     return dx, dw.astype(w.dtype)
 
 
-matmul_rows.defvjp(_matmul_rows_forward, _matmul_rows_backward)
+matmul_rows = _with_backward(layers.matmul_rows, matmul_rows_backward)
 
 
-@jax.custom_vjp
-def lookup(embed: Array, tokens: Array) -> Array:
-    """embed (V, D), tokens (...) -> (..., D). Backward adds each row's gradient to its token's row, in float32."""
-    return embed[tokens]
-
-
-def _lookup_backward(kept, g: Array):
-    embed, tokens = kept
+def _lookup_backward(residuals: tuple[Array, Array], g: Array):
+    """Adds each row's gradient to its token's row, in float32."""
+    embed, tokens = residuals
     flat = g.reshape(-1, g.shape[-1]).astype(jnp.float32)
     return jnp.zeros(embed.shape, jnp.float32).at[tokens.reshape(-1)].add(flat).astype(embed.dtype), None
 
 
-lookup.defvjp(lambda embed, tokens: (embed[tokens], (embed, tokens)), _lookup_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def rms_norm(x: Array, gain: Array, eps: float, dtype: DTypeLike) -> Array:
-    """As `layers.rms_norm`. With y = x / rms(x) and g the gradient times the gain: dx = (g - y mean(g y)) / rms(x)."""
-    return layers.rms_norm(x, gain, eps, dtype)
-
-
-def _rms_norm_forward(x: Array, gain: Array, eps: float, dtype: DTypeLike):
-    return rms_norm(x, gain, eps, dtype), (x, gain)
+lookup = _with_backward(layers.lookup, _lookup_backward, ())
 
 
 def _rms_norm_backward(eps: float, dtype: DTypeLike, residuals: tuple[Array, Array], g: Array):
+    """With y = x / rms(x) and g the gradient times the gain: dx = (g - y mean(g y)) / rms(x)."""
     x, gain = residuals
     # Behind the barrier, or XLA would keep float32 values of the forward pass for this: a sixth more memory for a step.
     x32, g = (a.astype(jnp.float32) for a in jax.lax.optimization_barrier((x, g)))
@@ -138,28 +108,19 @@ def _rms_norm_backward(eps: float, dtype: DTypeLike, residuals: tuple[Array, Arr
     return ((g - x32 * inner) * inverse).astype(x.dtype), dgain.astype(gain.dtype)
 
 
-rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+rms_norm = _with_backward(layers.rms_norm, _rms_norm_backward, (2, 3))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def swiglu(gate: Array, up: Array, dtype: DTypeLike) -> Array:
-    """As `layers.swiglu`. With s = sigmoid(gate): dgate = g up s (1 + gate (1 - s)), dup = g gate s."""
-    return layers.swiglu(gate, up, dtype)
-
-
-def _swiglu_forward(gate: Array, up: Array, dtype: DTypeLike):
-    return layers.swiglu(gate, up, dtype), (gate, up)
-
-
-def _swiglu_backward(dtype: DTypeLike, kept, g: Array):
-    # Behind the barrier, or XLA would keep the forward pass's sigmoid, as large as both, rather than take it again.
-    gate, up, g = (a.astype(jnp.float32) for a in jax.lax.optimization_barrier((*kept, g)))
+def _swiglu_backward(dtype: DTypeLike, residuals: tuple[Array, Array], g: Array):
+    """With s = sigmoid(gate): dgate = g up s (1 + gate (1 - s)), dup = g gate s."""
+    # Behind the barrier, or XLA would keep the forward pass's sigmoid, as large as both, rather than compute it again.
+    gate, up, g = (a.astype(jnp.float32) for a in jax.lax.optimization_barrier((*residuals, g)))
     s = jax.nn.sigmoid(gate)
     dgate = g * up * s * (1 + gate * (1 - s))
-    return dgate.astype(kept[0].dtype), (g * gate * s).astype(kept[1].dtype)
+    return dgate.astype(residuals[0].dtype), (g * gate * s).astype(residuals[1].dtype)
 
 
-swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+swiglu = _with_backward(layers.swiglu, _swiglu_backward)
 
 
 def _swap_halves(x: Array) -> Array:
@@ -178,13 +139,9 @@ def _whole_tables(cos: Array, sin: Array) -> tuple[Array, Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def rope(x: Array, scale: Array, cos: Array, sin: Array, dtype: DTypeLike) -> Array:
-    """As `layers.rope`. A rotation's backward is the rotation the other way; scale and positions get no gradient."""
+    """As `layers.rope`. Backward is the rotation the other way; scale and positions get no gradient."""
     cos, sin = _whole_tables(cos, sin)
     return ((x.astype(jnp.float32) * cos + _swap_halves(x).astype(jnp.float32) * sin) * scale[:, None]).astype(dtype)
-
-
-def _rope_forward(x: Array, scale: Array, cos: Array, sin: Array, dtype: DTypeLike):
-    return rope(x, scale, cos, sin, dtype), (jnp.zeros((), x.dtype), scale, cos, sin)
 
 
 def _rope_backward(dtype: DTypeLike, residuals: tuple[Array, ...], g: Array):
@@ -195,7 +152,7 @@ def _rope_backward(dtype: DTypeLike, residuals: tuple[Array, ...], g: Array):
     return jax.lax.optimization_barrier(dx.astype(like.dtype)), None, None, None
 
 
-rope.defvjp(_rope_forward, _rope_backward)
+rope.defvjp(lambda x, scale, *rest: (rope(x, scale, *rest), (jnp.zeros((), x.dtype), scale, *rest[:2])), _rope_backward)
 
 
 def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
@@ -209,17 +166,11 @@ def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
 def causal_attention(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
     """q (B, T, N, H) scaled by H ** -0.5, k and v (B, T, K, H), segments (B, T) or None -> (B, T, N * H).
 
-    As `layers.attention` under `layers.causal_mask`, in blocks of queries, each against the keys up to its own end.
-    All scores stand key-major (S, T): then every product of both passes reads its operands along the last axis, and
-    only arrays of head width are ever transposed. Kept for backward: the softmax weights, B N T T / 2 numbers.
+    As `layers.causal_attention`, in blocks of queries, each against the keys up to its own end. All scores stand key-major
+    (S, T): then every product of both passes reads its operands along the last axis, and only arrays of head width are
+    ever transposed. Among the residuals are the softmax weights, B N T T / 2 numbers.
     """
     return _causal_attention_forward(q, k, v, segments)[0]
-
-
-def _by_key_head(x: Array, K: int) -> Array:
-    """(B, T, N, H) -> (B, K, G, T, H)."""
-    B, T, N, H = x.shape
-    return x.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
 
 
 def _blocks(T: int) -> list[tuple[int, int]]:
@@ -233,7 +184,7 @@ def _rows(x: Array, start: int, end: int) -> Array:
     return x[:, :, :, start:end].reshape(B, K, G * (end - start), H)
 
 
-def _may_look(start: int, end: int, G: int, segments: Array | None) -> Array:
+def _block_mask(start: int, end: int, G: int, segments: Array | None) -> Array:
     """(1 or B, 1, S=end, G * block): the causal mask of one block, key-major."""
     mask = jnp.arange(end)[:, None] <= jnp.arange(start, end)[None]
     if segments is None:
@@ -245,27 +196,27 @@ def _may_look(start: int, end: int, G: int, segments: Array | None) -> Array:
 def _causal_attention_forward(q: Array, k: Array, v: Array, segments: Array | None):
     B, T, N, H = q.shape
     K = k.shape[2]
-    q, k, v = _by_key_head(q, K), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    v_transposed = transposed(v)
+    q, k, v = layers.group_heads(q, K), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    v_transposed = transpose(v)
     weights, out = [], []
     for start, end in _blocks(T):
         scores = jnp.einsum("bksh,bkrh->bksr", k[:, :, :end], _rows(q, start, end), preferred_element_type=jnp.float32)
-        mask = _may_look(start, end, N // K, segments)
+        mask = _block_mask(start, end, N // K, segments)
         p = jax.nn.softmax(jnp.where(mask, scores, layers.MASKED), axis=-2).astype(v.dtype)
         o = jnp.einsum("bkhs,bksr->bkhr", v_transposed[..., :end], p, preferred_element_type=v.dtype)
         weights.append(p)
         out.append(o.reshape(B, K, H, N // K, end - start))
-    o = transposed(jnp.concatenate(out, axis=-1).transpose(0, 1, 3, 2, 4))  # (B, K, G, T, H)
-    return o.transpose(0, 3, 1, 2, 4).reshape(B, T, N * H), (q, k, v, segments, weights, o)
+    o = transpose(jnp.concatenate(out, axis=-1).transpose(0, 1, 3, 2, 4))  # (B, K, G, T, H)
+    return layers.join_heads(o), (q, k, v, segments, weights, o)
 
 
-def _causal_attention_backward(kept, g: Array):
+def _causal_attention_backward(residuals: Any, g: Array):
     """With P the weights and o = P v: dv = P^T g, dP = g v^T, dS = P (dP - sum(o g)), dq = dS k, dk = dS^T q."""
-    q, k, v, _, weights, o = kept
+    q, k, v, _, weights, o = residuals
     B, K, G, T, H = q.shape
-    g = _by_key_head(g.reshape(B, T, K * G, H), K)
+    g = layers.group_heads(g.reshape(B, T, K * G, H), K)
     delta = jnp.sum(o.astype(jnp.float32) * g.astype(jnp.float32), axis=-1)  # (B, K, G, T)
-    k_transposed = transposed(k)
+    k_transposed = transpose(k)
     dq_blocks: list[Array] = []
     dk = dv = jnp.zeros(k.shape, jnp.float32)
     for p, (start, end) in zip(weights, _blocks(T)):
@@ -279,7 +230,7 @@ def _causal_attention_backward(kept, g: Array):
         dv_block = jnp.einsum("bksr,bkrh->bksh", p, g_rows, preferred_element_type=jnp.float32)
         rest = ((0, 0), (0, 0), (0, T - end), (0, 0))
         dk, dv = dk + jnp.pad(dk_block, rest), dv + jnp.pad(dv_block, rest)
-    dq = transposed(jnp.concatenate(dq_blocks, axis=-1).transpose(0, 1, 3, 2, 4))
+    dq = transpose(jnp.concatenate(dq_blocks, axis=-1).transpose(0, 1, 3, 2, 4))
     dq = dq.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
     return dq, dk.astype(k.dtype).transpose(0, 2, 1, 3), dv.astype(v.dtype).transpose(0, 2, 1, 3), None
 

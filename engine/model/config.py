@@ -1,16 +1,16 @@
-"""ModelConfig and LoraConfig: a model and its adapter in numbers. Frozen, hashable, checked; known architectures by name."""
+"""ModelConfig, LoraConfig and presets of known architectures. Configs are frozen, hashable, and check themselves."""
 
 import dataclasses
 from typing import Any, Literal
 
 from engine.errors import UserError, nearest
 
-LORA_TARGETS = ("q", "k", "v", "out", "gate", "up", "down")  # the parts of a block's matrices, in the order of the model
+LORA_TARGETS = ("q", "k", "v", "out", "gate", "up", "down")  # the parts of a block's matrices, in order
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's stretched rotary frequencies (The Llama 3 Herd of Models, 2407.21783, section 3.4.1)."""
+    """Llama 3's scaling of RoPE frequencies (The Llama 3 Herd of Models, 2407.21783, section 3.4.1)."""
 
     factor: float
     low_freq_factor: float
@@ -22,11 +22,11 @@ class RopeScaling:
 class ModelConfig:
     """A decoder of the Llama family: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
-    With `qkv_bias` it is Qwen2's block, with `qk_norm` Qwen3's. `dtype` is what the products are computed in; weights in
-    training stay float32. `scan` and `remat` choose how the training program is laid out, never what it computes:
-    `scan` compiles one block and loops over it (compile time), `remat='block'` keeps only each block's input and
-    recomputes the rest in the backward pass (memory). `remat='full'` keeps nothing between the passes and runs the whole
-    forward pass again: it is there to be counted and measured, for its peak is that of `'none'`.
+    With `qkv_bias` it is Qwen2's block, with `qk_norm` Qwen3's. Products are computed in `dtype`; weights in training are
+    float32. `scan` and `remat` change how the training program runs, never what it computes: `scan` compiles one block
+    and loops over it (compile time), `remat='block'` is gradient checkpointing: it saves each block's input and recomputes
+    the rest in the backward pass (memory). `remat='full'` saves nothing and runs the whole forward pass again: it is
+    there to be counted and measured, for its peak is that of `'none'`.
 
     Raises UserError when the numbers do not describe a model.
     """
@@ -86,7 +86,7 @@ class ModelConfig:
 
     @property
     def parts(self) -> dict[str, dict[str, tuple[int, int]]]:
-        """Of each matrix of a block, what its columns are: {"qkv": {"q": (start, stop), ...}, "out": {"out": ...}, ...}."""
+        """The columns of each matrix of a block: {"qkv": {"q": (start, stop), ...}, "out": {"out": ...}, ...}."""
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "qkv": {"q": (0, query), "k": (query, query + key), "v": (query + key, query + 2 * key)},
@@ -96,19 +96,18 @@ class ModelConfig:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dict that `from_json` turns back into an equal config."""
+        """Returns a plain dict that `from_json` turns back into an equal config."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "ModelConfig":
-        """The config a `to_json` dict describes. Raises UserError naming a field that is unknown or missing."""
-        fields = dict(fields)
-        if fields.get("rope_scaling"):
-            fields["rope_scaling"] = _checked(RopeScaling, fields["rope_scaling"])
-        return _checked(cls, fields)
+        """Returns the config of a `to_json` dict. Raises UserError naming a field that is unknown or missing."""
+        if scaling := fields.get("rope_scaling"):
+            fields = fields | {"rope_scaling": _from_fields(RopeScaling, scaling)}
+        return _from_fields(cls, fields)
 
-    def same_architecture(self, other: "ModelConfig") -> list[str]:
-        """The fields in which two configs describe different weights; how they are computed does not count."""
+    def architecture_differences(self, other: "ModelConfig") -> list[str]:
+        """Returns the fields in which two configs describe different weights; how they are computed does not count."""
         how = {"dtype", "scan", "remat", "context"}
         names = (field.name for field in dataclasses.fields(self) if field.name not in how)
         return [name for name in names if getattr(self, name) != getattr(other, name)]
@@ -116,10 +115,10 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """An adapter: a LoRA pair of `rank` on the target matrices of every block, added with the factor alpha / rank.
+    """An adapter: a LoRA pair of `rank` on the targets in every block, added with the factor alpha / rank.
 
-    Targets are q, k, v, out (or o), gate, up, down, or all. Raises UserError for an unknown target or for none, and for a
-    rank or alpha that no model can have.
+    Targets are q, k, v, out (or o), gate, up, down, or all. Raises UserError for an unknown target or none, and for a rank
+    or alpha that no model can have.
     """
 
     rank: int = 8
@@ -139,7 +138,7 @@ class LoraConfig:
             raise UserError(f"LoRA needs at least one target: {known}, or all.")
 
     @property
-    def adapted(self) -> tuple[str, ...]:
+    def adapted_parts(self) -> tuple[str, ...]:
         """The targets in the order of the model, each once and by its full name."""
         names = {"out" if name == "o" else name for name in self.targets}
         return tuple(name for name in LORA_TARGETS if name in names or "all" in names)
@@ -148,8 +147,8 @@ class LoraConfig:
         return f"rank={self.rank},alpha={self.alpha:g},targets={','.join(self.targets)}"
 
 
-def _checked[T](kind: type[T], fields: dict[str, Any]) -> T:
-    """kind(**fields). Raises UserError naming a field that `kind` does not know or that it needs."""
+def _from_fields[T](kind: type[T], fields: dict[str, Any]) -> T:
+    """Returns kind(**fields). Raises UserError naming a field that `kind` does not know or that it needs."""
     known = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for name in fields:
         if name not in known:
@@ -202,7 +201,7 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The architecture called `name`. Raises UserError with the nearest known name."""
+    """Returns the architecture of this name. Raises UserError with the nearest known name."""
     if name not in PRESETS:
         raise UserError(f"There is no preset {name!r}.{nearest(name, list(PRESETS))} Known: {', '.join(PRESETS)}.")
     return PRESETS[name]

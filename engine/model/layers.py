@@ -1,4 +1,4 @@
-"""The math without parameters, as one would write it on paper: the readable reference, and the path on GPU and TPU.
+"""The layers without parameters, as on paper: the readable reference, and what a GPU and a TPU run.
 
 Elementwise work and softmax are float32, whatever the products are computed in: on a CPU bfloat16 arithmetic is
 emulated, and everywhere it loses bits that cost nothing to keep.
@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from engine.model.config import ModelConfig, RopeScaling
 
-MASKED = -1e30  # a score no softmax sees; finite, so that a row without any key gives numbers and not NaN
+MASKED = -1e30  # a score that softmax turns into 0; finite, so that a row without any key gives numbers and not NaN
 
 
 def matmul(x: Array, w: Array, dtype: DTypeLike) -> Array:
@@ -27,7 +27,7 @@ def matmul_two(x: Array, w: Array, dtype: DTypeLike) -> list[Array]:
 
 
 def matmul_rows(x: Array, w: Array, dtype: DTypeLike) -> Array:
-    """x (M, D), w (V, D) -> (M, V) in `dtype`: the same product with a weight stored the other way, as a tied head is."""
+    """x (M, D), w (V, D) -> (M, V) in `dtype`: x w^T, as a tied head multiplies."""
     return jnp.einsum("md,vd->mv", x, w.astype(x.dtype), preferred_element_type=dtype)
 
 
@@ -43,14 +43,14 @@ def rms_norm(x: Array, gain: Array, eps: float, dtype: DTypeLike) -> Array:
 
 
 def rope_frequencies(cfg: ModelConfig) -> Array:
-    """Angle per position for each of the H / 2 pairs, float32 (Su et al. 2021, equation 15; scaled as Llama 3.1 does)."""
+    """Returns the angle per position of each of the H / 2 pairs, float32 (Su et al. 2021, equation 15; Llama 3.1's scaling)."""
     half = cfg.head_dim // 2
     frequencies = cfg.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     return frequencies if cfg.rope_scaling is None else _stretch(frequencies, cfg.rope_scaling)
 
 
 def _stretch(frequencies: Array, scaling: RopeScaling) -> Array:
-    """Slow pairs turn `factor` times slower, fast ones stay, those between are blended."""
+    """Slows down slow pairs by `factor`, leaves fast ones, blends those between."""
     turns = scaling.original_context * frequencies / (2 * math.pi)
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     blend = jnp.clip(blend, 0.0, 1.0)
@@ -74,18 +74,27 @@ def rope(x: Array, scale: Array, cos: Array, sin: Array, dtype: DTypeLike) -> Ar
 
 
 def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """q (B, T, N, H), k and v (B, K, S, H), mask (B, T, S) True where a query may look -> (B, T, N * H) in v's dtype.
-
-    q arrives already scaled by H ** -0.5. Query head n reads key head n // G.
+    """q (B, T, N, H) scaled by H ** -0.5, k and v (B, K, S, H), mask (B, T, S) True where a query may attend
+    -> (B, T, N * H) in v's dtype. Query head n reads key head n // G.
     """
-    B, T, N, H = q.shape
-    K = k.shape[1]
-    G = N // K
-    rows = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
-    scores = jnp.einsum("bkrh,bksh->bkrs", rows, k, preferred_element_type=jnp.float32)
+    grouped = group_heads(q, k.shape[1])
+    B, K, G, T, H = grouped.shape
+    scores = jnp.einsum("bkrh,bksh->bkrs", grouped.reshape(B, K, G * T, H), k, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(jnp.where(jnp.tile(mask, (1, G, 1))[:, None], scores, MASKED), axis=-1)
     out = jnp.einsum("bkrs,bksh->bkrh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N * H).astype(v.dtype)
+    return join_heads(out.reshape(grouped.shape)).astype(v.dtype)
+
+
+def group_heads(x: Array, K: int) -> Array:
+    """x (B, T, N, H) -> (B, K, G, T, H): the heads of each key head together."""
+    B, T, N, H = x.shape
+    return x.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+
+
+def join_heads(x: Array) -> Array:
+    """x (B, K, G, T, H) -> (B, T, N * H)."""
+    B, K, G, T, H = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G * H)
 
 
 def causal_attention(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
@@ -95,7 +104,7 @@ def causal_attention(q: Array, k: Array, v: Array, segments: Array | None) -> Ar
 
 
 def causal_mask(T: int, segments: Array | None = None) -> Array:
-    """(1, T, T) or, with segments (B, T), (B, T, T): a query may look at itself and back, inside its own segment."""
+    """(1, T, T) or, with segments (B, T), (B, T, T): a query attends to itself and back, inside its segment."""
     causal = jnp.tril(jnp.ones((1, T, T), bool))
     return causal if segments is None else causal & (segments[:, :, None] == segments[:, None, :])
 

@@ -1,4 +1,4 @@
-"""Chooses the layers and products for the backend: shaped by hand for a CPU, as on paper elsewhere."""
+"""Chooses the functions of the layers for the backend that JAX computes on."""
 
 from types import ModuleType
 

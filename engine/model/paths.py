@@ -1,4 +1,4 @@
-"""Parameters by path: `blocks/3/qkv` names a leaf, a rule is a pattern on such names, and the first match wins."""
+"""Parameters by path, such as `blocks/3/qkv`; rules are patterns on whole paths, and the first match wins."""
 
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -8,24 +8,23 @@ from engine.errors import UserError, nearest
 
 
 def leaf_paths(params: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{path: leaf} of a nested dict, in sorted order; a leaf is whatever is not a dict."""
-    found: dict[str, Any] = {}
+    """Returns {path: leaf} of a nested dict, in order, block 10 behind block 9; a leaf is whatever is not a dict."""
+    leaves: dict[str, Any] = {}
     for name in sorted(params, key=_by_number):
         value = params[name]
         if isinstance(value, dict):
-            found.update(leaf_paths(value, f"{prefix}{name}/"))
+            leaves.update(leaf_paths(value, f"{prefix}{name}/"))
         else:
-            found[prefix + name] = value
-    return found
+            leaves[prefix + name] = value
+    return leaves
 
 
 def _by_number(name: str) -> tuple[int, int, str]:
-    """Sorts block 10 after block 9."""
     return (0, int(name), "") if name.isdigit() else (1, 0, name)
 
 
 def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
-    """The nested dict that `leaf_paths` took apart."""
+    """Returns the nested dict of {path: leaf}, as `leaf_paths` takes it apart."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *folders, name = path.split("/")
@@ -37,12 +36,12 @@ def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
 
 
 def map_paths(f: Callable[[str, Any], Any], params: dict[str, Any]) -> dict[str, Any]:
-    """The same tree with each leaf replaced by f(path, leaf)."""
+    """Returns the same tree with each leaf replaced by f(path, leaf)."""
     return unflatten({path: f(path, leaf) for path, leaf in leaf_paths(params).items()})
 
 
 def first_match(rules: Sequence[tuple[str, Any]], params: dict[str, Any], default: Any) -> dict[str, Any]:
-    """A tree like params whose leaves are the value of the first rule that matches the whole path, else `default`.
+    """Returns a tree like params of the value of the first rule that matches each path, else `default`.
 
     A rule is (regular expression, value). Raises UserError for one that matches no path, naming the nearest.
     """
@@ -55,24 +54,21 @@ def first_match(rules: Sequence[tuple[str, Any]], params: dict[str, Any], defaul
 
 
 def partition(params: dict[str, Any], rules: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(trainable, frozen): the leaves any rule matches, and the others. `merge` puts them together again."""
+    """Returns (trainable, frozen): the leaves that any rule matches, and the others; `merge` is the inverse."""
     chosen = leaf_paths(first_match([(rule, True) for rule in rules], params, False))
     return split(params, {path for path, matched in chosen.items() if matched})
 
 
 def split(params: dict[str, Any], chosen: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the leaves at the chosen paths, the others)."""
-    leaves = leaf_paths(params)
-    return (
-        unflatten({path: leaf for path, leaf in leaves.items() if path in chosen}),
-        unflatten({path: leaf for path, leaf in leaves.items() if path not in chosen}),
-    )
+    """Returns (the leaves at the chosen paths, the others)."""
+    part = lambda inside: unflatten({path: leaf for path, leaf in leaf_paths(params).items() if (path in chosen) == inside})
+    return part(True), part(False)
 
 
 def merge(trainable: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Any]:
-    """One params tree of two. Where both have a path, the trainable leaf is an adapter, and is put `on` the frozen one.
+    """Returns one params tree of two. Where both have a path, the trainable leaf is an adapter and goes on the frozen one.
 
-    Raises ValueError when it is not: two weights cannot have one place.
+    Raises ValueError when both are weights.
     """
     leaves = leaf_paths(frozen)
     for path, leaf in leaf_paths(trainable).items():
@@ -80,11 +76,3 @@ def merge(trainable: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"Both trees hold a weight at {path!r}.")
         leaves[path] = leaf.on(leaves[path]) if path in leaves else leaf
     return unflatten(leaves)
-
-
-def stack(trees: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One tree whose leaves have a leading axis, of trees of one shape: what a scan over layers reads."""
-    import jax
-    import jax.numpy as jnp
-
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)

@@ -1,7 +1,7 @@
 """The transformer: (params, tokens) -> logits, the one function that training and inference share.
 
-Flax Linen is used as a thin shell: a module names and shapes its parameters, `apply` is a pure function of them. This
-is the only file that imports flax.
+Flax Linen is a thin shell: a module names and shapes its parameters, `apply` is a pure function of them. No other file
+imports flax.
 """
 
 import functools
@@ -17,7 +17,6 @@ from engine.model.cache import segmented
 from engine.model.cache.contiguous import KVCache, write
 from engine.model.config import ModelConfig
 from engine.model.ops import ops
-from engine.model.paths import stack
 from engine.model.weights.matmul import lookup, project, project_two, unembed
 
 Params = dict[str, Any]
@@ -29,9 +28,9 @@ Cached = tuple[Array, Array, Array]  # one layer's k and v (B, K, S, H), and eac
 
 
 def matrix(module: nn.Module, name: str, init: Any, shape: tuple[int, int]) -> Any:
-    """The parameter `name` of a module: drawn while the model is made, else the leaf that is there, of whatever kind.
+    """Returns the parameter `name` of a module, of whatever kind; makes it while the model is initialised.
 
-    Flax would compare shapes by how a leaf's arrays lie; a leaf says itself what matrix it stands for.
+    Flax would compare the shapes of a leaf's arrays; this compares the shape of the matrix that the leaf stands for.
     """
     if not module.has_variable("params", name):
         return module.param(name, init, shape)
@@ -42,7 +41,7 @@ def matrix(module: nn.Module, name: str, init: Any, shape: tuple[int, int]) -> A
 
 
 class Block(nn.Module):
-    """x (B, T, D) float32 -> (B, T, D) float32: attention, then SwiGLU, each added to the residual stream."""
+    """x (B, T, D) -> (B, T, D), both float32: attention, then SwiGLU, each added to the residual stream."""
 
     cfg: ModelConfig
 
@@ -70,7 +69,7 @@ class Block(nn.Module):
         qkv = qkv.reshape(B, T, cfg.heads + 2 * cfg.kv_heads, cfg.head_dim)
         qk, v = jnp.split(qkv, [cfg.heads + cfg.kv_heads], axis=2)
         if cfg.qk_norm:
-            # The rotation reads each number twice; without the barrier XLA would compute the norm twice as well.
+            # RoPE reads each number twice; without the barrier XLA would compute the norm twice as well.
             qk = jax.lax.optimization_barrier(math.rms_norm(qk, self.head_gains(), cfg.eps, dtype))
         scale = jnp.where(jnp.arange(qk.shape[2]) < cfg.heads, cfg.head_dim**-0.5, 1.0)  # the scores' factor, on the queries
         q, k = jnp.split(math.rope(qk, scale, *rotary, dtype), [cfg.heads], axis=2)
@@ -81,19 +80,19 @@ class Block(nn.Module):
         return math.causal_attention(q, k, v, segments), None
 
     def head_gains(self) -> Array:
-        """The gains of the query and the key norm, once for each head: (N + K, H)."""
+        """Returns the gains of the query and key norms, one row a head: (N + K, H)."""
         cfg = self.cfg
         q, k = self.gain("q_norm", cfg.head_dim), self.gain("k_norm", cfg.head_dim)
         return jnp.concatenate([jnp.tile(q, (cfg.heads, 1)), jnp.tile(k, (cfg.kv_heads, 1))])
 
     def cached_attention(self, q: Array, k: Array, v: Array, cached: Cached):
-        """Writes this call's keys and values behind each row's length and attends over what the row then holds."""
+        """Writes this call's keys and values behind each row's length and attends to all that the row then holds."""
         keys, values, length = cached
         keys = write(keys, k.transpose(0, 2, 1, 3), length)
         values = write(values, v.transpose(0, 2, 1, 3), length)
         last = length[:, None] + jnp.arange(q.shape[1])  # (B, T): the cache index of each query's own key
         mask = jnp.arange(keys.shape[2]) <= last[:, :, None]
-        # A weight of 0 does not silence a stale NaN, so what no query of this call may see is cleared first.
+        # 0 times a stale NaN is NaN, so values that no query of this call may see are cleared first.
         seen = mask[:, -1, None, :, None]
         return ops().attention(q, keys, jnp.where(seen, values, 0), mask), (keys, values, length)
 
@@ -101,7 +100,7 @@ class Block(nn.Module):
         return self.param(name, nn.initializers.ones, (size,))
 
     def weight(self, name: str, rows: int, columns: int, scale: float = 1.0) -> Any:
-        """(rows, columns), normal with variance 1 / rows; `scale` 0 for what a block adds, so it starts as identity."""
+        """(rows, columns), normal with variance 1 / rows; `scale` 0 for what a block adds, which starts as the identity."""
         return matrix(self, name, nn.initializers.normal(scale * rows**-0.5), (rows, columns))
 
 
@@ -114,14 +113,14 @@ class Blocks(nn.Module):
     def __call__(self, x: Array, rotary: Rotary, segments: Array | None, cache: KVCache | None):
         cfg = self.cfg
         if cache is not None:
-            # Unrolled, one array a layer: a scan over a stacked cache copies it whole at every step. The blocks are alike,
-            # so one is traced and put in place L times; a call of it that is left to XLA would make the program slower.
-            one = functools.partial(jax.jit, inline=True)(
+            # Unrolled, one array a layer: a scan over a stacked cache copies it whole at every step. One block is traced and
+            # inlined L times; calls that are left to XLA would make the program slower.
+            block = functools.partial(jax.jit, inline=True)(
                 lambda params, x, cached: Block(cfg, parent=None).apply({"params": params}, x, rotary, segments, cached)
             )
             written = []
             for i in range(cfg.layers):
-                x, cached = one(self.variables["params"][str(i)], x, cache.layer(i))
+                x, cached = block(self.variables["params"][str(i)], x, cache.layer(i))
                 written.append(cached)
             return x, cache.with_layers(written)
 
@@ -136,19 +135,20 @@ class Blocks(nn.Module):
             run = jax.checkpoint(run)
         params = [self.variables["params"][str(i)] for i in range(cfg.layers)]
         if cfg.scan:
-            return jax.lax.scan(lambda x, block: (run(block, x), None), x, stack(params))[0], None
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+            return jax.lax.scan(lambda x, block: (run(block, x), None), x, stacked)[0], None
         for block in params:
             x = run(block, x)
         return x, None
 
 
 class Transformer(nn.Module):
-    """tokens, positions (B, T) int32 -> logits (B, T, V) float32 (or what the head would read), and the cache."""
+    """tokens, positions (B, T) int32 -> what the head reads, (B, T, D) in the compute dtype, and the cache."""
 
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens, positions, segments=None, cache=None, head: bool = True):
+    def __call__(self, tokens, positions, segments=None, cache=None):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         embed = self.param("embed", nn.initializers.normal(TIED_STD if cfg.tied else EMBED_STD), (cfg.vocab, cfg.width))
         with jax.named_scope("embed"):
@@ -156,16 +156,12 @@ class Transformer(nn.Module):
         x, cache = Blocks(cfg, name="blocks")(x, layers.rope_tables(cfg, positions), segments, cache)
         x = ops().rms_norm(x, self.param("norm", nn.initializers.ones, (cfg.width,)), cfg.eps, dtype)
         if not cfg.tied:
-            weight = matrix(self, "head", nn.initializers.zeros, (cfg.width, cfg.vocab))
-        if not head:
-            return x, cache
-        with jax.named_scope("head"):
-            logits = unembed(x, embed, jnp.float32) if cfg.tied else project(x, weight, jnp.float32)
-        return logits, cache
+            matrix(self, "head", nn.initializers.zeros, (cfg.width, cfg.vocab))
+        return x, cache
 
 
 def init_params(cfg: ModelConfig, key: Array) -> Params:
-    """Random float32 weights: each block starts as identity and an untied head at zero, so the first loss is ln V."""
+    """Makes random float32 weights: blocks are the identity and an untied head is zero, so the first loss is ln V."""
     tokens = jnp.zeros((1, 2), jnp.int32)
     return Transformer(cfg).init(key, tokens, tokens)["params"]
 
@@ -175,25 +171,26 @@ def forward(
 ) -> tuple[Array, Any]:
     """tokens, positions (B, T) int32 -> logits (B, T, V) float32 and the cache with these T tokens' keys and values.
 
-    Without a cache, token t sees tokens 0..t of its own row (and segment). With one, it also sees what the cache holds;
-    `cache.length` is returned as it came, for the caller knows how many of the T tokens were real. `cache` is a KVCache
-    or None, and what is returned is the same.
+    Without a cache, token t sees tokens 0..t of its own row (and segment). With one, a KVCache or a SegmentedCache, it
+    also sees what the cache holds. `cache.length` is returned as it came: the caller knows how many tokens were real.
     """
-    return Transformer(cfg).apply({"params": params}, tokens, positions, segments, cache)
+    hidden, cache = hidden_states(cfg, params, tokens, positions, cache, segments)
+    return logits_of(cfg, params, hidden), cache
 
 
 def hidden_states(
     cfg: ModelConfig, params: Params, tokens: Array, positions: Array, cache: Any = None, segments: Array | None = None
 ) -> tuple[Array, Any]:
-    """As `forward`, but for the head: what it would multiply, (B, T, D) in the compute dtype, and the cache.
+    """As `forward` without the head: returns what it reads, (B, T, D) in the compute dtype, and the cache.
 
-    For whoever wants the logits of a few positions, or of a part of the vocabulary: `logits_of` makes them.
+    For the logits of a few positions, or of a part of the vocabulary.
     """
-    return Transformer(cfg).apply({"params": params}, tokens, positions, segments, cache, head=False)
+    return Transformer(cfg).apply({"params": params}, tokens, positions, segments, cache)
 
 
 def logits_of(cfg: ModelConfig, params: Params, hidden: Array) -> Array:
     """hidden (..., D) -> logits (..., V) float32: the head alone, tied or not."""
-    if cfg.tied:
-        return unembed(hidden, params["embed"], jnp.float32)
-    return project(hidden, params["head"], jnp.float32)
+    with jax.named_scope("head"):
+        if cfg.tied:
+            return unembed(hidden, params["embed"], jnp.float32)
+        return project(hidden, params["head"], jnp.float32)

@@ -18,7 +18,7 @@ import tokenizers
 from engine.errors import UserError, nearest
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths, unflatten
-from engine.model.weights.matmul import dense
+from engine.model.weights.lora import dense
 from engine.storage import Report
 from engine.storage.untrusted import quote
 

@@ -1,36 +1,33 @@
-"""Adapters as a tree to train: made for a model by target names, put on by `paths.merge`, folded in at the end.
+"""Adapters as a tree to train, beside the params they are for.
 
     adapters = add_lora(cfg, params, key, LoraConfig(rank=8, alpha=16, targets=("q", "v")))
     state = init_state(tx, adapters)                    # clipping, moments and checkpoints see the adapters alone
     state, _ = train_step(cfg, tx, state, params, ...)  # params: the base, plain or Int8, which nothing changes
-    plain = merge_lora(merge(state.trainable, params))   # one matrix again; the base is as it was, so nothing need be undone
+    plain = merge_lora(merge(state.trainable, params))  # one matrix again; the base is as it was
 
-Several adapters may lie on one base, one over the other: `merge(second, merge(first, params))` adds them up, and folds.
+Several adapters on one base add up: `merge(second, merge(first, params))`.
 """
-
-from typing import Any
 
 import jax
 from jax import Array
 
 from engine.errors import UserError
 from engine.model.config import LoraConfig, ModelConfig
-from engine.model.paths import leaf_paths, map_paths, unflatten
+from engine.model.paths import leaf_paths, unflatten
 from engine.model.transformer import Params
 from engine.model.weights.lora import LoRA, make_adapter
-from engine.model.weights.matmul import dense
 
 
 def add_lora(cfg: ModelConfig, params: Params, key: Array, lora: LoraConfig) -> Params:
-    """Makes an adapter tree for params (which are only looked at): LoRA leaves without a base at the adapted paths.
+    """Makes the adapter tree for params: at each adapted path a LoRA without a base, which adds exactly nothing yet.
 
-    At first an adapter adds exactly nothing. Raises UserError for a rank that is not below an adapted matrix's own.
+    Raises UserError for a rank that is not below an adapted matrix's own.
     """
     leaves = leaf_paths(params)
     adapters: dict[str, LoRA] = {}
     for layer in range(cfg.layers):
         for name, parts in cfg.parts.items():
-            columns = [parts[part] for part in parts if part in lora.adapted]
+            columns = [parts[part] for part in parts if part in lora.adapted_parts]
             if not columns:
                 continue
             path = f"blocks/{layer}/{name}"
@@ -40,15 +37,3 @@ def add_lora(cfg: ModelConfig, params: Params, key: Array, lora: LoraConfig) -> 
                 raise UserError(f"A LoRA rank for {path} must lie between 1 and {most - 1}, not {lora.rank}.")
             adapters[path] = make_adapter(jax.random.fold_in(key, len(adapters)), rows, columns, lora.rank, lora.alpha)
     return unflatten(adapters)
-
-
-def merge_lora(params: Params) -> Params:
-    """params with every LoRA leaf as one matrix, in the dtype of its base (float32 over an Int8 base).
-
-    Logits are those of the adapted model up to rounding; without adapters params come back as they are.
-    """
-
-    def fold(_: str, leaf: Any) -> Any:
-        return dense(leaf) if isinstance(leaf, LoRA) else leaf
-
-    return map_paths(fold, params)

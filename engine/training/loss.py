@@ -1,4 +1,4 @@
-"""Next-token cross-entropy in float32: over all logits at once, a few rows at a time, or in chunks of the vocabulary."""
+"""Next-token loss, float32: over all logits at once, a few rows at a time, or in chunks of the vocabulary."""
 
 from typing import Any
 
@@ -6,54 +6,47 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from engine.model.chunked_cross_entropy import chunked_cross_entropy, head_weight
 from engine.model.config import ModelConfig
+from engine.model.cross_entropy import chunked_cross_entropy, head_weight, token_losses
+from engine.model.layers import MASKED
 from engine.model.transformer import Params, forward, hidden_states
 from engine.model.weights.int8 import Int8
-from engine.model.weights.matmul import dense, project
+from engine.model.weights.lora import dense
+from engine.model.weights.matmul import project
 from engine.text.batch import Batch
 
-LOGITS_LIMIT = 512 * 2**20  # bytes of float32 logits beyond which they are made chunk by chunk
+LOGITS_LIMIT = 512 * 2**20  # bytes of float32 logits that a trained head makes at once, else chunk by chunk
 CHUNK = 4096  # columns of the vocabulary a chunk
-ROWS_LIMIT = 32 * 2**20  # bytes of float32 logits that a frozen head makes at once
-
-
-def token_losses(logits: Array, targets: Array) -> Array:
-    """logits (..., V), targets (...) int32 -> (...) float32 nats: log sum exp(logits) - logits[target]."""
-    logits = logits.astype(jnp.float32)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - picked
+ROWS_LIMIT = 32 * 2**20  # bytes of float32 logits that a frozen head makes at once, else a few rows at a time
 
 
 def target_losses(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
     """(B, T) float32 nats of the batch's masked-in targets, 0 where the mask is False.
 
-    A frozen head, which is kept in the compute type, makes its logits a few rows at a time; one that learns makes all at
-    once, or in chunks when they would not fit.
+    A frozen head makes its logits a few rows at a time, a trained one a chunk of the vocabulary at a time, when they are
+    more than their limit.
     """
-    B, T = batch.tokens.shape
     targets = jnp.where(batch.mask, batch.targets, 0)
-    if head_is_frozen(cfg, params) and 4 * B * T * cfg.vocab > ROWS_LIMIT:
-        hidden, _ = hidden_states(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
-        size = max(2, ROWS_LIMIT // (4 * cfg.vocab))
-        losses = chunked_cross_entropy(head_weight(cfg, params), hidden.reshape(B * T, -1), targets.reshape(-1), cfg.tied, size)
-        losses = losses.reshape(B, T)
-    elif 4 * B * T * cfg.vocab <= LOGITS_LIMIT:
+    frozen = head_is_frozen(cfg, params)
+    if 4 * targets.size * cfg.vocab <= (ROWS_LIMIT if frozen else LOGITS_LIMIT):
         logits, _ = forward(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
         losses = token_losses(logits, targets)
     else:
         hidden, _ = hidden_states(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
-        losses = chunked_losses(cfg, params, hidden, targets, CHUNK)
+        if frozen:
+            losses = chunked_cross_entropy(cfg, params, hidden, targets, ROWS_LIMIT)
+        else:
+            losses = chunked_losses(cfg, params, hidden, targets, CHUNK)
     return jnp.where(batch.mask, losses, 0.0)
 
 
 def summed_loss(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
-    """The batch's summed nats over masked-in targets: forward pass and loss."""
+    """Returns the summed nats of the batch's masked-in targets."""
     return target_losses(cfg, params, batch).sum()
 
 
 def chunked_losses(cfg: ModelConfig, params: Params, hidden: Array, targets: Array, chunk: int) -> Array:
-    """hidden (B, T, D), targets (B, T) -> (B, T) nats, holding only (B, T, chunk) logits at a time, both ways.
+    """hidden (B, T, D), targets (B, T) -> (B, T) nats, holding (B, T, chunk) logits at a time, forward and backward.
 
     A running maximum and sum of exponentials give the log-sum-exp (Milakov & Gimelshein 2018, algorithm 3); the
     backward pass makes each chunk's logits again.
@@ -78,13 +71,13 @@ def chunked_losses(cfg: ModelConfig, params: Params, hidden: Array, targets: Arr
         return (new_highest, total, jnp.where(here, found, picked)), None
 
     rows = hidden.shape[0]
-    start = (jnp.full(rows, -1e30), jnp.zeros(rows), jnp.zeros(rows))
+    start = (jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros(rows))
     (highest, total, picked), _ = jax.lax.scan(jax.checkpoint(add_chunk), start, (chunks, jnp.arange(count) * chunk))
     return (highest + jnp.log(total) - picked).reshape(B, T)
 
 
 def loss_chunks(cfg: ModelConfig, rows: int, head_is_frozen: bool) -> int:
-    """In how many pieces `target_losses` makes the logits of so many tokens."""
+    """Returns in how many pieces `target_losses` makes the logits of `rows` tokens."""
     size = 4 * rows * cfg.vocab
     if head_is_frozen:
         return -(-size // ROWS_LIMIT)
@@ -92,6 +85,6 @@ def loss_chunks(cfg: ModelConfig, rows: int, head_is_frozen: bool) -> int:
 
 
 def head_is_frozen(cfg: ModelConfig, params: Params) -> bool:
-    """Whether the head is of a kind that nothing trains: weights that learn are float32."""
+    """Whether the head is of a kind that nothing trains: trained weights are float32."""
     matrix = head_weight(cfg, params)
     return isinstance(matrix, Int8) or matrix.dtype != jnp.float32

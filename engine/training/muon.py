@@ -13,7 +13,7 @@ import optax
 from jax import Array
 from jax.typing import DTypeLike
 
-from engine.model.backward import transposed
+from engine.model.backward import transpose
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
@@ -35,11 +35,11 @@ def orthogonal(matrix: Array, dtype: DTypeLike) -> Array:
     """
     rows, columns = matrix.shape
     x = (matrix / (jnp.linalg.norm(matrix) + 1e-8)).astype(dtype)
-    x = transposed(x) if rows > columns else x
+    x = transpose(x) if rows > columns else x
     a, b, c = COEFFICIENTS
     for _ in range(STEPS):
         gram = jnp.einsum("ij,kj->ik", x, x)
         mixed = (b * gram + c * jnp.dot(gram, gram)).astype(dtype)
         x = (a * x + jnp.dot(mixed, x)).astype(dtype)
-    x = transposed(x) if rows > columns else x
+    x = transpose(x) if rows > columns else x
     return x.astype(jnp.float32) * max(1.0, columns / rows) ** 0.5

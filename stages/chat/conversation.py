@@ -7,6 +7,7 @@ from typing import Any
 
 from engine.errors import UserError, nearest
 from engine.inference import decode
+from engine.inference.request import Event
 from engine.inference.sampling_params import RANGES, SamplingParams
 from engine.inference.stop_strings import CompletionText
 from engine.model.config import ModelConfig
@@ -88,7 +89,7 @@ class Conversation:
         turn, completion = Turn(message, prompt_tokens=len(prompt)), CompletionText(self.chat.tokenizer.stream())
         begin = time.perf_counter()
         sampling = dataclasses.replace(self.sampling, stop_token_ids={*self.ends, *self.chat.ends})
-        for _, tokens, finish_reason in self._generate(prompt, sampling):
+        for _, tokens, finish_reason, *_ in self._generate(prompt, sampling):
             turn.first_token_seconds = turn.first_token_seconds or time.perf_counter() - begin
             text = completion.push(tokens) + (completion.close() if finish_reason else "")
             text = text if turn.completion else text.lstrip()  # after templates that end with a name a space comes first
@@ -109,7 +110,7 @@ class Conversation:
             for _ in self._generate(prompt, SamplingParams(max_tokens=2)):
                 pass
 
-    def _generate(self, prompt: list[int], sampling: SamplingParams) -> Iterator[decode.Generated]:
+    def _generate(self, prompt: list[int], sampling: SamplingParams) -> Iterator[Event]:
         capacity = SMALLEST
         while capacity < len(prompt) + sampling.max_tokens:
             capacity *= 2

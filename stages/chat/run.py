@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from engine.device import Device
 from engine.errors import UserError, nearest
 from engine.format import duration, join_words
-from engine.inference.decode import for_inference
+from engine.inference.decode import prepare_params
 from engine.storage.digest import digest
 from engine.storage.find import load_model, with_adapters
 from engine.text.chat import Chat
@@ -41,7 +41,7 @@ def run(flags: flags.Chat, device: Device) -> int:
     with notes.task(f"loading {flags.model or 'the newest run'}") as report:
         model = load_model(flags.model, report=report)
     notes.warn_damaged(model.damaged, model.checkpoint)
-    params = for_inference(model.cfg, with_adapters(model.cfg, model.params, flags.adapter))
+    params = prepare_params(model.cfg, with_adapters(model.cfg, model.params, flags.adapter))
     chat = Chat(model.tokenizer, template, now=datetime.datetime.now().isoformat(timespec="seconds"))
     conversation = Conversation(model.cfg, params, chat, model.ends, flags.sampling.params(), flags.system or "")
     before = digest(params)

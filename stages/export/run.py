@@ -17,8 +17,7 @@ from engine.format import size
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths, map_paths, merge, unflatten
 from engine.model.transformer import forward
-from engine.model.weights.lora import LoRA
-from engine.model.weights.matmul import dense
+from engine.model.weights.lora import LoRA, dense
 from engine.storage import run_folder
 from engine.storage.adapter import load_adapter, save_adapter, without_adapters
 from engine.storage.digest import digest
@@ -118,7 +117,7 @@ def _write(out: Path, model: LoadedModel, dtype: str, adapter: bool, report: Rep
 def compare(model: LoadedModel, out: Path, dtype: str) -> Report:
     """Compares the export at `out` with `model`, its weights rounded as in the export: tokens, ends, and logits."""
     export = load_model(str(out), dtype="float32")
-    faults = [f"{name} of the architecture" for name in model.cfg.same_architecture(export.cfg)]
+    faults = [f"{name} of the architecture" for name in model.cfg.architecture_differences(export.cfg)]
     faults += _tokenizer_faults(model.tokenizer, export.tokenizer)
     faults += ["what ends a completion"] * (model.ends != export.ends)
     faults += ["what is put before a text"] * (model.tokenizer.start != export.tokenizer.start)

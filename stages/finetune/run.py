@@ -9,7 +9,7 @@ import jax
 from engine.allocator import return_freed_memory
 from engine.device import Device
 from engine.errors import UserError
-from engine.inference.decode import for_inference, generate
+from engine.inference.decode import prepare_params, generate
 from engine.inference.sampling_params import SamplingParams
 from engine.model.config import ModelConfig
 from engine.model.paths import merge
@@ -17,7 +17,7 @@ from engine.text.packing import PackedBatches
 from engine.text.template import read_template
 from engine.training.optimizer import OptimizerConfig
 from engine.training.preference import dpo
-from engine.training.step import NARROW, NEXT_TOKEN, TrainState
+from engine.training.step import INT8_COMPILER_OPTIONS, NEXT_TOKEN, TrainState
 from stages.cli.console import Console
 from stages.finetune.data import PreferenceBatches, held_out_evaluator
 from stages.finetune.flags import FinetuneFlags
@@ -142,7 +142,7 @@ class FineTuning(ModelStage):
         _clear_programs()
         batches = self._batches()
         with self.console.task("compiling", always=True):
-            narrow = NARROW if plan.base == "int8" else None
+            narrow = INT8_COMPILER_OPTIONS if plan.base == "int8" else None
             compiled = compile_step(plan, state, frozen, batches.at(0), self.objective, narrow)
         _clear_programs()
         analysis = compiled.memory_analysis()
@@ -202,7 +202,7 @@ class FineTuning(ModelStage):
             prompt = self.chat.prompt([{"role": "user", "content": QUESTION}]).tolist()
             sampling = SamplingParams(max_tokens=SAMPLE, temperature=0.0, stop_token_ids=self.ends)
             capacity = min(cfg.context, len(prompt) + SAMPLE)
-            pieces = generate(cfg, for_inference(cfg, params), [prompt], [sampling], capacity=capacity)
+            pieces = generate(cfg, prepare_params(cfg, params), [prompt], [sampling], capacity=capacity)
             answer = self.tokenizer.decode([token for piece in pieces for token in piece.tokens])
             return Measurement(held_out, general, answer)
 

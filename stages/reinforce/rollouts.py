@@ -76,7 +76,7 @@ class Sampler:
         sampling = SamplingParams(max_tokens=self.max_tokens, temperature=self.temperature, seed=seed).per_row(len(prompts))
         completions: list[list[int]] = [[] for _ in prompts]
         running = set(range(len(prompts)))
-        for row, new, finished in decode.generate(self.cfg, params, prompts, sampling, capacity=self.capacity):
+        for row, new, finished, *_ in decode.generate(self.cfg, params, prompts, sampling, capacity=self.capacity):
             if row not in running:
                 continue
             end = next((at for at, token in enumerate(new, 1) if token in self.ends), None)

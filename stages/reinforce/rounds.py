@@ -9,7 +9,7 @@ import numpy as np
 
 from engine.counting.hardware import peak_rss_bytes
 from engine.format import clock_time, size
-from engine.inference.decode import for_inference
+from engine.inference.decode import prepare_params
 from engine.model.paths import merge
 from engine.storage.digest import digest
 from engine.text.order import EpochOrder
@@ -58,7 +58,7 @@ class Rounds:
         batch = rollout_batch([[0]] * rows, [[0]] * rows, plan.recipe.context)
         rollouts = self._rollouts(state, batch, self._advantages([0.0] * rows))
         self.program = compile_step(plan, state, parts.frozen, rollouts, objective)
-        self.params = for_inference(plan.cfg, merge(state.trainable, parts.frozen))
+        self.params = prepare_params(plan.cfg, merge(state.trainable, parts.frozen))
         self.digest = digest(self.params)
 
     def run(self, state: TrainState, loop_state: LoopState) -> tuple[TrainState, list[bool]]:
@@ -81,7 +81,7 @@ class Rounds:
                 norm = float(metrics.grad_norm)
                 refused.append(bool(metrics.refused))
         training = time.perf_counter() - begin
-        self.params = for_inference(plan.cfg, merge(state.trainable, self.parts.frozen))
+        self.params = prepare_params(plan.cfg, merge(state.trainable, self.parts.frozen))
         self.digest = digest(self.params)
         self.rounds.append(Round(rollout, training, before, self.digest, norm, kl))
         reward = rollout.mean_reward

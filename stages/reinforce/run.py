@@ -9,7 +9,7 @@ from engine.counting.memory import inference_memory
 from engine.device import Device
 from engine.errors import UserError
 from engine.format import count, duration, size
-from engine.inference.decode import for_inference
+from engine.inference.decode import prepare_params
 from engine.model.paths import merge
 from engine.training.optimizer import OptimizerConfig
 from engine.training.reinforce import grpo
@@ -154,7 +154,7 @@ class ReinforcementLearning(ModelStage):
         plan, held_out = self.plan, self.prompts.held_out
         prompts = [held_out[row % len(held_out)] for row in range(plan.recipe.batch)]
         with self.console.task("measuring what it does", always=True):
-            params = for_inference(plan.cfg, merge(trainable, self.parts.frozen))
+            params = prepare_params(plan.cfg, merge(trainable, self.parts.frozen))
             return self.sampler.rollout(params, prompts, first_seed(plan, -1))
 
     def _flops(self) -> tuple[int, int]:

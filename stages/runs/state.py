@@ -73,7 +73,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any], old_cfg: ModelConfig,
     there, now = leaf_paths(old), leaf_paths(new)
     if {*SAME.values()} - OPTIONAL - there.keys():
         raise UserError("run.json there is damaged. Give another --out-dir, or --overwrite to begin anew.")
-    pairs = [(name, getattr(old_cfg, name), getattr(cfg, name)) for name in old_cfg.same_architecture(cfg)]
+    pairs = [(name, getattr(old_cfg, name), getattr(cfg, name)) for name in old_cfg.architecture_differences(cfg)]
     for name, key in SAME.items():
         if there.get(key) == now.get(key):
             continue

@@ -12,9 +12,10 @@ from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import merge
 from engine.model.transformer import init_params
 from engine.model.weights.int8 import every_product, quantize
+from engine.model.weights.lora import merge_lora
 from engine.model.weights.matmul import cast_matrices
 from engine.training.freeze import select_trainable, split
-from engine.training.lora import add_lora, merge_lora
+from engine.training.lora import add_lora
 
 Rows = tuple[tuple[str, str], ...]
 
@@ -59,7 +60,7 @@ def choose_trainable(
         shapes = jax.eval_shape(lambda key: add_lora(cfg, init_params(cfg, key), key, lora), key)
         count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
         return lora_only(cfg, lora), (
-            ("LoRA", f"{', '.join(lora.adapted)} of {cfg.layers} layers, rank {lora.rank}"),
+            ("LoRA", f"{', '.join(lora.adapted_parts)} of {cfg.layers} layers, rank {lora.rank}"),
             ("trainable", f"{count:,} new numbers beside {total:,} frozen ones ({count / total:.1%})"),
         )
     selection = select_trainable(cfg, [] if train == ("all",) else train, freeze)

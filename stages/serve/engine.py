@@ -67,7 +67,7 @@ class Engine:
 
         def receive() -> None:
             if self.failed:
-                self._post(listener, Event(0, [], [], "error", 0))
+                self._post(listener, Event(0, [], "error"))
             else:
                 ids.append(self.slots.submit(request))
                 self._listeners[ids[0]] = listener
@@ -102,7 +102,7 @@ class Engine:
         except BaseException as error:
             self.failed = error
             self._post(changed)
-            self._deliver([Event(id, [], [], "error", 0) for id in self._listeners])
+            self._deliver([Event(id, [], "error") for id in self._listeners])
             while not self._stopping:  # later requests get the same event
                 self._work.get()()
 

@@ -15,10 +15,9 @@ from engine.inference import decode
 from engine.inference.slots import CHUNK, compile_ahead
 from engine.model.cache.segmented import KVDtype, make_kv_segments
 from engine.model.config import ModelConfig
-from engine.model.paths import map_paths, unflatten
+from engine.model.paths import unflatten
 from engine.model.weights.int8 import quantize
-from engine.model.weights.lora import LoRA
-from engine.model.weights.matmul import dense
+from engine.model.weights.lora import merge_lora
 
 REMEDY = "Give fewer --slots, a smaller --capacity, or --keys-values int8."
 
@@ -46,9 +45,8 @@ class Layout:
     def params(self, cfg: ModelConfig, params: Any) -> Any:
         """Returns params as the programs multiply by them: adapters merged, and quantized for int8."""
         if self.weights == "int8":
-            merge = lambda _, leaf: dense(leaf).astype(cfg.dtype) if isinstance(leaf, LoRA) else leaf
-            params = quantize(map_paths(merge, params))
-        return decode.for_inference(cfg, params)
+            params = quantize(merge_lora(params, cfg.dtype))
+        return decode.prepare_params(cfg, params)
 
     def slot_options(self, cfg: ModelConfig) -> dict[str, Any]:
         """Returns the options that shape the programs of `Slots`."""

@@ -7,7 +7,7 @@ import jax
 from engine.counting.hardware import Ceilings
 from engine.counting.params import count_params
 from engine.format import count, size
-from engine.inference.decode import for_inference, generate
+from engine.inference.decode import generate, prepare_params
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.score import score
 from engine.model.transformer import init_params
@@ -67,7 +67,7 @@ class InJax:
         """Returns a text that the model writes after a line end."""
         cfg, tokenizer = self.plan.cfg, self.data.tokenizer
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.8, seed=self.plan.seed, stop_token_ids=(tokenizer.end,))
-        pieces = generate(cfg, for_inference(cfg, params), [tokenizer.encode("\n").tolist()], [sampling])
+        pieces = generate(cfg, prepare_params(cfg, params), [tokenizer.encode("\n").tolist()], [sampling])
         return tokenizer.decode([token for piece in pieces for token in piece.tokens])
 
     def remarks(self, params: Any) -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ from engine import by_hand
 from engine.by_hand import model
 from engine.by_hand.tree import leaves, to_numpy, tree_map
 from engine.errors import UserError
-from engine.inference.decode import for_inference
+from engine.inference.decode import prepare_params
 from engine.model.transformer import forward
 from engine.text.batch import Batch
 from engine.training.step import loss_and_gradient
@@ -127,6 +127,6 @@ def test_tokens_that_are_none(tokens, words):
 def test_weights_that_are_none():
     tokens, params = tokens_of(0, B, T), weights(QWEN3)
     with pytest.raises(UserError, match="bfloat16 and float32"):
-        by_hand.forward(QWEN3, for_inference(tiny_config(dtype="bfloat16"), lively_params(QWEN3)), tokens)
+        by_hand.forward(QWEN3, prepare_params(tiny_config(dtype="bfloat16"), lively_params(QWEN3)), tokens)
     with pytest.raises(UserError, match=r"head is a tuple; .* plain arrays"):
         by_hand.forward(QWEN3, params | {"head": (params["head"], 1)}, tokens)

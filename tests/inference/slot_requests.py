@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from tiny import lively_params, request_of, tiny_config, tokens_of
 
-from engine.inference.decode import for_inference
+from engine.inference.decode import prepare_params
 from engine.inference.request import Event, Request
 from engine.inference.slots import Slots
 from engine.model.weights.int8 import quantize
@@ -32,7 +32,7 @@ def served(dtype: str) -> tuple[Any, Any]:
     weights = dtype.partition("/")[0]
     cfg = tiny_config(dtype="float32" if weights == "float32" else "bfloat16", tied=weights == "int8")
     params = lively_params(cfg, 3)
-    return cfg, for_inference(cfg, quantize(params) if weights == "int8" else params)
+    return cfg, prepare_params(cfg, quantize(params) if weights == "int8" else params)
 
 
 def make_slots(dtype: str, **options: Any) -> Slots:

@@ -10,7 +10,7 @@ from tiny import positions_of, sampling_of, tiny_config, tokens_of
 
 from engine.errors import UserError
 from engine.inference import decode
-from engine.inference.decode import CHUNK, STEPS, decode_step, decode_steps, for_inference, generate, prefill
+from engine.inference.decode import CHUNK, STEPS, decode_step, decode_steps, generate, prefill, prepare_params
 from engine.inference.sampling import sample
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.score import score
@@ -35,10 +35,10 @@ def continuations(cfg, params, prompts, capacity=CAPACITY, **sampling) -> tuple[
     outputs, reasons = [[] for _ in prompts], [None for _ in prompts]
     rows = SamplingParams(**{"max_tokens": 20, "temperature": 0.0, **sampling}).per_row(len(prompts))
     for part in generate(cfg, params, prompts, rows, capacity=capacity):
-        assert reasons[part.prompt] is None, "nothing comes after the end"
+        assert reasons[part.id] is None, "nothing comes after the end"
         assert part.tokens or part.finish_reason
-        outputs[part.prompt] += part.tokens
-        reasons[part.prompt] = part.finish_reason
+        outputs[part.id] += part.tokens
+        reasons[part.id] = part.finish_reason
     assert None not in reasons
     return outputs, reasons
 
@@ -137,7 +137,7 @@ def test_tokens_come_as_they_are_sampled(cfg, params):
     """The first one from the prefill, the others STEPS at a time: nobody waits for the whole."""
     prompts, sampling = texts(5, 2, 9), SamplingParams(max_tokens=STEPS + 4, temperature=0.0).per_row(3)
     parts = list(generate(cfg, params, prompts, sampling, capacity=CAPACITY))
-    assert [(part.prompt, len(part.tokens)) for part in parts] == [
+    assert [(part.id, len(part.tokens)) for part in parts] == [
         (0, 1), (1, 1), (2, 1), (0, STEPS), (1, STEPS), (2, STEPS), (0, 3), (1, 3), (2, 3),
     ]  # fmt: skip
 
@@ -188,7 +188,7 @@ def test_prompts_that_cannot_be_continued_are_refused(cfg, params, prompts, rows
 
 
 def test_weights_are_cast_once_and_gains_stay(params):
-    cast = for_inference(tiny_config(dtype="bfloat16"), params)
+    cast = prepare_params(tiny_config(dtype="bfloat16"), params)
     for one, other in zip(jax.tree.leaves(cast), jax.tree.leaves(params), strict=True):
         assert one.dtype == (jnp.bfloat16 if one.ndim == 2 else jnp.float32)
         np.testing.assert_array_equal(one, other.astype(one.dtype))

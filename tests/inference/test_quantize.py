@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny import lively_params, positions_of, sampling_of, tiny_config, tokens_of
 
-from engine.inference.decode import decode_step, for_inference
+from engine.inference.decode import decode_step, prepare_params
 from engine.inference.programs import decode_slots
 from engine.inference.sampling import PenaltyArrays, make_token_counts
 from engine.model.cache.contiguous import make_cache
@@ -17,7 +17,7 @@ from engine.model.cache.segmented import Rows, make_kv_segments
 from engine.model.paths import leaf_paths, map_paths
 from engine.model.transformer import forward
 from engine.model.weights.int8 import Int8, every_product, quantize
-from engine.model.weights.matmul import dense
+from engine.model.weights.lora import dense
 from engine.storage.digest import digest
 
 ROWS, CAPACITY = 5, 32
@@ -28,7 +28,7 @@ def test_all_that_is_multiplied_by_is_int8_and_nothing_else(tied):
     cfg = tiny_config(tied=tied)
     params = lively_params(cfg)
     before = digest(params)
-    for layout in (quantize(params), for_inference(cfg, quantize(params))):
+    for layout in (quantize(params), prepare_params(cfg, quantize(params))):
         kinds = {path: leaf.values.dtype for path, leaf in leaf_paths(layout).items() if isinstance(leaf, Int8)}
         matrices = [f"blocks/{layer}/{name}" for layer in (0, 1) for name in ("qkv", "out", "gate_up", "down")]
         assert kinds == dict.fromkeys([*matrices, "embed" if tied else "head"], jnp.int8)
@@ -40,7 +40,7 @@ def test_all_that_is_multiplied_by_is_int8_and_nothing_else(tied):
 def test_logits_stay_near(tied, kind):
     cfg = tiny_config(tied=tied)
     params = lively_params(cfg)
-    small = quantize(for_inference(cfg, params), every_product(params, kind))
+    small = quantize(prepare_params(cfg, params), every_product(params, kind))
     tokens, positions = tokens_of(0, 3, 11), positions_of(3, 11)
     run = jax.jit(lambda params: forward(cfg, params, tokens, positions)[0])
     plain, rounded = run(params), run(small)
@@ -63,7 +63,7 @@ def wider(tied: bool, kind: str):
     """A model none of whose weights has as many numbers as anything else in a program for 3 rows, 5 or 33."""
     cfg = tiny_config(width=64, heads=4, kv_heads=2, head_dim=16, ff=160, vocab=300, dtype="bfloat16", tied=tied)
     params = lively_params(cfg)
-    return cfg, for_inference(cfg, quantize(params, every_product(params, kind)))
+    return cfg, prepare_params(cfg, quantize(params, every_product(params, kind)))
 
 
 @pytest.mark.parametrize("kind", ["int8", "full"])

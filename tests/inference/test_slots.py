@@ -23,7 +23,7 @@ from slot_requests import (
 from tiny import lively_params, positions_of, request_of, tiny_config
 
 from engine.errors import UserError
-from engine.inference.decode import for_inference, generate
+from engine.inference.decode import generate, prepare_params
 from engine.inference.request import Request
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.scheduler import Decode, Scheduler
@@ -45,8 +45,8 @@ def test_completions_are_those_of_the_plain_generator(sampling):
     rows = SamplingParams(max_tokens=12, **sampling).per_row(len(prompts))
     expected, reasons = [[] for _ in prompts], {}
     for part in generate(cfg, params, prompts, rows):
-        expected[part.prompt] += part.tokens
-        reasons[part.prompt] = part.finish_reason
+        expected[part.id] += part.tokens
+        reasons[part.id] = part.finish_reason
     completions = complete(make_slots("float32"), [Request(prompt, row) for prompt, row in zip(prompts, rows)])
     assert [(list(completion.tokens), completion.finish_reason) for completion in completions] == [
         (tokens, reasons[prompt]) for prompt, tokens in enumerate(expected)
@@ -160,7 +160,7 @@ def test_nothing_is_compiled_after_warm(count_compiles):
 def test_what_is_compiled_ahead_is_what_warm_asks_for(count_compiles):
     """From shapes alone, while weights are read: nothing is compiled or fetched a second time."""
     cfg = tiny_config()
-    params = for_inference(cfg, lively_params(cfg))
+    params = prepare_params(cfg, lively_params(cfg))
     options = {"slots": 3, "capacity": 40, "kv_dtype": "float32", "prefix_cache_bytes": 1 << 20, "chunk": 8, "tail": 4}
     ahead = compile_ahead(cfg, jax.eval_shape(lambda: params), **options)
     first = [next(ahead) for _ in range(3)]
@@ -255,7 +255,7 @@ def test_penalties_bias_and_log_probabilities_are_those_of_plain_numpy(changes):
 
 def test_log_probabilities_of_a_small_vocabulary_are_of_all_of_it():
     cfg = tiny_config(vocab=11)
-    slots = Slots(cfg, for_inference(cfg, lively_params(cfg)), slots=2, capacity=20, kv_dtype="float32", chunk=8, tail=4)
+    slots = Slots(cfg, prepare_params(cfg, lively_params(cfg)), slots=2, capacity=20, kv_dtype="float32", chunk=8, tail=4)
     (completion,) = complete(slots, [request_of((1, 2), 3, temperature=0.0, logprobs=20)])
     for _, _, top in completion.logprobs:
         assert sorted(token for token, _ in top) == list(range(11))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny import lively_params, request_of, sampling_of, tiny_config, tokens_of
 
 from engine.inference import programs as slot_programs
-from engine.inference.decode import decode_step, decode_steps, for_inference, generate, prefill
+from engine.inference.decode import decode_step, decode_steps, generate, prefill, prepare_params
 from engine.inference.sampling import PenaltyArrays, make_token_counts, sampling_arrays
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.score import score
@@ -32,7 +32,7 @@ def served(weights: str, tied: bool = False):
     quantized = weights in ("int8", "full")
     cfg = tiny_config(dtype="bfloat16" if quantized else weights, tied=tied)
     params = lively_params(cfg)
-    return cfg, for_inference(cfg, quantize(params, every_product(params, weights)) if quantized else params)
+    return cfg, prepare_params(cfg, quantize(params, every_product(params, weights)) if quantized else params)
 
 
 def samplings(rows: int, **fixed) -> st.SearchStrategy[list[SamplingParams]]:
@@ -55,7 +55,7 @@ def prompts(rows: int, longest: int) -> st.SearchStrategy[list[list[int]]]:
 def completions(cfg, params, prompts, sampling) -> list[list[int]]:
     out = [[] for _ in prompts]
     for part in generate(cfg, params, prompts, sampling, capacity=CAPACITY):
-        out[part.prompt] += part.tokens
+        out[part.id] += part.tokens
     return out
 
 
@@ -77,7 +77,7 @@ def test_generating_changes_no_weight_remembers_nothing_and_gives_each_prompt_it
 def test_serving_many_changes_no_weight_and_remembers_no_request():
     """All that slots can do, twice over: prefix-cache hits, draft tokens, penalties, cancelling."""
     cfg, params = served("bfloat16")
-    params = for_inference(cfg, quantize(params))
+    params = prepare_params(cfg, quantize(params))
     before, answers = digest(params), []
     slots = Slots(cfg, params, slots=3, capacity=32, kv_dtype="int8", chunk=16, tail=4, prefix_cache_bytes=10**6)
     for _ in range(2):

@@ -12,8 +12,8 @@ from tiny import lively_params, positions_of, tiny_config, tokens_of
 from engine.model.paths import leaf_paths, map_paths, merge, unflatten
 from engine.model.transformer import forward
 from engine.model.weights.int8 import dequantize, quantize, quantize_matrix
-from engine.model.weights.lora import LoRA, make_adapter, merge_weight
-from engine.model.weights.matmul import cast_matrices, dense, project, project_two
+from engine.model.weights.lora import LoRA, dense, make_adapter
+from engine.model.weights.matmul import cast_matrices, project, project_two
 
 D, F = 20, 28
 F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
@@ -50,7 +50,7 @@ def test_at_first_it_changes_no_bit(dtype, rows, columns):
         results = jax.jit(lambda leaf, multiply=multiply: multiply(x, leaf, dtype))
         for plain, adapted in zip(results(base), results(leaf), strict=True):
             assert np.asarray(plain).tobytes() == np.asarray(adapted).tobytes()
-    assert np.asarray(merge_weight(leaf)).tobytes() == np.asarray(base).tobytes()
+    assert np.asarray(dense(leaf)).tobytes() == np.asarray(base).tobytes()
 
 
 def all_adapted(cfg, params, seed: int = 0, learned: bool = True):

@@ -93,7 +93,7 @@ def test_json_and_back_is_the_same_config(cfg):
     again = ModelConfig.from_json(json.loads(json.dumps(cfg.to_json())))
     assert again == cfg
     assert hash(again) == hash(cfg)
-    assert cfg.same_architecture(again) == []
+    assert cfg.architecture_differences(again) == []
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -135,8 +135,8 @@ def test_an_unknown_preset_names_the_nearest_and_lists_all():
 
 def test_how_a_model_is_computed_is_not_its_architecture():
     cfg = tiny_config()
-    assert cfg.same_architecture(tiny_config(dtype="bfloat16", scan=True, remat="block", context=9)) == []
-    assert cfg.same_architecture(tiny_config(ff=30, qk_norm=False)) == ["ff", "qk_norm"]
+    assert cfg.architecture_differences(tiny_config(dtype="bfloat16", scan=True, remat="block", context=9)) == []
+    assert cfg.architecture_differences(tiny_config(ff=30, qk_norm=False)) == ["ff", "qk_norm"]
 
 
 @pytest.mark.parametrize("field", [{"heads": "6"}, {"vocab": True}, {"rope_theta": -1.0}, {"eps": 0.0}, {"kv_heads": -1}])
@@ -146,9 +146,9 @@ def test_a_field_of_the_wrong_kind_is_named(field):
 
 
 def test_an_adapters_targets_are_put_in_the_models_order():
-    assert LoraConfig(targets=("v", "q", "q")).adapted == ("q", "v")
-    assert LoraConfig(targets=("o", "gate")).adapted == ("out", "gate")
-    assert LoraConfig().adapted == tuple(part for parts in tiny_config().parts.values() for part in parts)
+    assert LoraConfig(targets=("v", "q", "q")).adapted_parts == ("q", "v")
+    assert LoraConfig(targets=("o", "gate")).adapted_parts == ("out", "gate")
+    assert LoraConfig().adapted_parts == tuple(part for parts in tiny_config().parts.values() for part in parts)
     assert str(LoraConfig(4, targets=("q", "v"))) == "rank=4,alpha=16,targets=q,v"
 
 

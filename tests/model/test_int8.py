@@ -13,7 +13,7 @@ from tiny import lively_params, tiny_config
 
 from engine.errors import UserError
 from engine.model.paths import leaf_paths
-from engine.model.weights.int8 import Int8, dequantize, int8_matmul, quantize, quantize_matrix, stored_transposed
+from engine.model.weights.int8 import Int8, dequantize, int8_matmul, quantize, quantize_matrix, store_transposed
 from engine.model.weights.matmul import cast_matrices, lookup, project, project_two, unembed
 
 D, F, V = 20, 28, 41
@@ -180,7 +180,7 @@ def test_two_digits_of_x_are_a_hundred_times_nearer_than_one(axis, rows):
     weight = quantize_matrix(drawn(1, D, V) if axis else drawn(1, V, D), axis=axis)
     exact = np.asarray(x, np.float64) @ np.asarray(wide(weight), np.float64)
     for transposed in (False, True):
-        leaf = stored_transposed(weight) if transposed else weight
+        leaf = store_transposed(weight) if transposed else weight
         error = {
             kind: np.abs(np.asarray(int8_matmul(x, dataclasses.replace(leaf, activations=kind), F32)) - exact).max()
             for kind in ("int8", "int16")

@@ -1,13 +1,12 @@
 """Parameters by path: what is taken apart goes together again, and a rule means what it says or is refused."""
 
 import jax
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import UserError
-from engine.model.paths import first_match, leaf_paths, map_paths, merge, partition, stack, unflatten
+from engine.model.paths import first_match, leaf_paths, map_paths, merge, partition, unflatten
 
 names = st.text("ab01_", min_size=1, max_size=3)
 trees = st.dictionaries(
@@ -61,11 +60,3 @@ def test_a_rule_that_matches_nothing_is_refused_and_the_nearest_path_named(param
 def test_block_ten_comes_after_block_nine():
     tree = {"blocks": {str(i): {"w": i} for i in range(12)}}
     assert list(leaf_paths(tree).values()) == list(range(12))
-
-
-def test_a_stack_holds_each_tree_in_its_order(params):
-    blocks = [params["blocks"][name] for name in ("0", "1")]
-    stacked = stack(blocks)
-    assert all(a.shape == (2, *b.shape) for a, b in zip(jax.tree.leaves(stacked), jax.tree.leaves(blocks[0])))
-    for i, block in enumerate(blocks):
-        jax.tree.map(lambda leaf, expected, i=i: np.testing.assert_array_equal(leaf[i], expected), stacked, block)

@@ -24,12 +24,11 @@ from tiny_server import ask, tiny_model, until
 from engine.counting import hardware
 from engine.device import start_jax
 from engine.errors import UserError
-from engine.inference.decode import for_inference
+from engine.inference.decode import prepare_params
 from engine.model.config import LoraConfig
-from engine.model.paths import leaf_paths, map_paths, merge
+from engine.model.paths import leaf_paths, merge
 from engine.model.weights.int8 import quantize
-from engine.model.weights.lora import LoRA
-from engine.model.weights.matmul import dense
+from engine.model.weights.lora import LoRA, merge_lora
 from engine.training.lora import add_lora
 from stages.cli.console import Console
 from stages.serve import lifecycle, server
@@ -254,8 +253,8 @@ def test_an_adapter_is_merged_into_what_is_served(weights):
     lora = jax.tree.map(lambda leaf: leaf + 0.1, add_lora(cfg, base, jax.random.key(0), LoraConfig(2, targets=("q", "down"))))
     adapted = merge(lora, base)
     assert any(isinstance(leaf, LoRA) for leaf in leaf_paths(adapted).values())
-    merged = map_paths(lambda _, leaf: dense(leaf) if isinstance(leaf, LoRA) else leaf, adapted)
-    wanted = leaf_paths(for_inference(cfg, quantize(merged) if weights == "int8" else merged))
+    merged = merge_lora(adapted)
+    wanted = leaf_paths(prepare_params(cfg, quantize(merged) if weights == "int8" else merged))
     served = leaf_paths(Layout(weights).params(cfg, adapted))
     for path, leaf in wanted.items():
         for one, two in zip(jax.tree.leaves(served[path]), jax.tree.leaves(leaf), strict=True):

@@ -40,7 +40,7 @@ class TinyServer:
 
         self.keys, self._warm = keys, warm
         self.model = model = tiny_model()
-        params = decode.for_inference(model.cfg, model.params)
+        params = decode.prepare_params(model.cfg, model.params)
         self.slots = slots = Slots(
             model.cfg, params, slots=SLOTS, capacity=CAPACITY, kv_dtype="float32", prefix_cache_bytes=10**7, chunk=16, tail=8
         )

@@ -33,7 +33,7 @@ def conversation(trained):
     model = load_model(str(trained))
     chat = Chat(model.tokenizer)
     sampling = SamplingParams(max_tokens=6, temperature=0)
-    yield Conversation(model.cfg, decode.for_inference(model.cfg, model.params), chat, model.ends, sampling)
+    yield Conversation(model.cfg, decode.prepare_params(model.cfg, model.params), chat, model.ends, sampling)
     chat.close()
 
 

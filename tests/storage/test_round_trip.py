@@ -38,7 +38,7 @@ def test_what_is_written_comes_back(form, dtype, family, tmp_path):
         tiny_tokenizer(tmp_path, 41)
         model = load_model(tmp_path, dtype="float32")
     assert seen[-1][0] == seen[-1][1] == sum(leaf.size for leaf in leaf_paths(params).values())
-    assert model.cfg.same_architecture(cfg) == []
+    assert model.cfg.architecture_differences(cfg) == []
     found = leaf_paths(model.params)
     assert found.keys() == leaf_paths(params).keys()
     for path, leaf in leaf_paths(params).items():

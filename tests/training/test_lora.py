@@ -16,11 +16,11 @@ from engine.model.config import LoraConfig
 from engine.model.paths import leaf_paths, merge
 from engine.model.transformer import forward
 from engine.model.weights.int8 import quantize
-from engine.model.weights.lora import LoRA
+from engine.model.weights.lora import LoRA, merge_lora
 from engine.model.weights.matmul import cast_matrices
 from engine.storage.digest import digest
 from engine.text.batch import Batch
-from engine.training.lora import add_lora, merge_lora
+from engine.training.lora import add_lora
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state, loss_and_gradient, train_step
 

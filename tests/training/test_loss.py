@@ -9,12 +9,13 @@ import pytest
 from jax.interpreters import partial_eval as pe
 from tiny import B, T, lively_params, positions_of, tiny_config, tokens_of
 
-from engine.model import chunked_cross_entropy as rowwise
+from engine.model import cross_entropy
+from engine.model.cross_entropy import token_losses
 from engine.model.transformer import hidden_states, logits_of
 from engine.model.weights.int8 import quantize_matrix
 from engine.text.batch import Batch
 from engine.training import loss as module
-from engine.training.loss import chunked_losses, summed_loss, token_losses
+from engine.training.loss import chunked_losses, summed_loss
 
 V = 41
 whole = jax.jit(jax.value_and_grad(summed_loss, argnums=1), static_argnums=0)
@@ -114,7 +115,7 @@ def test_a_frozen_head_makes_its_logits_a_few_rows_at_a_time_and_nothing_else_ch
     slopes = jax.jit(jax.value_and_grad(lambda asked: summed_loss(cfg, params | asked, batch_of())))
     expected = slopes(asked)
     monkeypatch.setattr(module, "ROWS_LIMIT", 4 * 3 * V)  # three rows, and two at the end
-    monkeypatch.setattr(rowwise, "COLUMNS", 16)  # twice sixteen, and nine at the end
+    monkeypatch.setattr(cross_entropy, "COLUMNS", 16)  # twice sixteen, and nine at the end
     jax.clear_caches()
     below = lambda blocks: summed_loss(cfg, params | {"blocks": blocks}, batch_of())
     traced = jax.make_jaxpr(jax.grad(below))(params["blocks"]).jaxpr

@@ -1,4 +1,4 @@
-"""KVCache: the keys and values of rows that start together, an argument and a result of the forward pass."""
+"""KVCache: the keys and values of rows that start together."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,17 +21,17 @@ class KVCache(NamedTuple):
     length: Array
 
     def layer(self, i: int) -> tuple[Array, Array, Array]:
-        """Returns what layer i reads and writes: its k and v, and length."""
+        """Returns layer i's k and v, and length."""
         return self.k[i], self.v[i], self.length
 
     def with_layers(self, layers: Sequence[tuple[Array, Array, Array]]) -> "KVCache":
-        """Returns the same with every layer replaced."""
+        """Returns the cache with every layer replaced."""
         k, v, _ = zip(*layers)
         return KVCache(k, v, self.length)
 
 
 def make_cache(cfg: ModelConfig, batch: int, capacity: int) -> KVCache:
-    """Makes an empty cache for `batch` rows of up to `capacity` tokens each, in the compute dtype."""
+    """Makes an empty cache for `batch` rows of up to `capacity` tokens, in the compute dtype."""
     shape = (batch, cfg.kv_heads, capacity, cfg.head_dim)
     empty = lambda: tuple(jnp.zeros(shape, jnp.dtype(cfg.dtype)) for _ in range(cfg.layers))
     return KVCache(empty(), empty(), jnp.zeros((batch,), jnp.int32))
@@ -39,5 +39,5 @@ def make_cache(cfg: ModelConfig, batch: int, capacity: int) -> KVCache:
 
 def write(cached: Array, new: Array, start: Array) -> Array:
     """Writes new (B, K, T, H) into cached (B, K, S, H) at start (B,)."""
-    place = lambda row, value, at: jax.lax.dynamic_update_slice(row, value, (0, at, 0))
-    return jax.vmap(place)(cached, new.astype(cached.dtype), start)
+    write_row = lambda row, value, at: jax.lax.dynamic_update_slice(row, value, (0, at, 0))
+    return jax.vmap(write_row)(cached, new.astype(cached.dtype), start)

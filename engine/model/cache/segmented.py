@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from engine.model.config import ModelConfig
-from engine.model.layers import MASKED
+from engine.model.layers import MASKED, group_heads, join_heads
 from engine.model.weights.int8 import join_digits, round_rows, two_digit_rows
 
 KVDtype = Literal["bfloat16", "float32", "int8"]
@@ -172,10 +172,10 @@ def attention(q: Array, k: Array, v: Array, layer: SegmentedLayer) -> tuple[Arra
 
     layer = layer._replace(k=write(layer.k, k), v=write(layer.v, v))
     queries = q.astype(stored.dtype) if isinstance(stored, Array) else q
-    queries = queries.reshape(R, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(R, K, G * T, H)
+    queries = group_heads(queries, K).reshape(R, K, G * T, H)
     positions = jnp.where(rows.position[:, None] < 0, -1, rows.position[:, None] + jnp.arange(T))
     out = _attend(queries, jnp.tile(positions, (1, G)), layer)
-    return out.reshape(R, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(R, T, N * H).astype(q.dtype), layer
+    return join_heads(out.reshape(R, K, G, T, H)).astype(q.dtype), layer
 
 
 def _attend(q: Array, positions: Array, layer: SegmentedLayer) -> Array:

@@ -1,12 +1,13 @@
-"""Int8: a weight as integers from -127 to 127 and one scale a column, and the ways to multiply by it.
+"""Int8: a weight as integers from -127 to 127 and one scale a column, and the products with it.
 
-`activations="int8"` (W8A8) rounds each row of x to int8 as well and multiplies integers, exactly, in int32: a fourth
-of the bytes of float32 are read and nothing of the weight's size is ever converted. It has no gradient. Where a row has a
-few numbers far larger than the rest, a step of 1/127 of the largest is too coarse for the rest: `activations="int16"` tells
-x in two such digits, 15 bits, for twice the products and the same reading of the weight. With
-`activations="full"` only the weight is int8: it is converted inside the program, x keeps its own type, and the gradient
-passes to x. That is the frozen base under an adapter (QLoRA: Dettmers et al. 2023, 2305.14314). Which of the two is said
-by the leaf, so that whoever multiplies need not know.
+The leaf says what x becomes, so that whoever multiplies need not know:
+
+- `activations="int8"` (W8A8) rounds each row of x to int8 and multiplies integers, exactly, in int32. A fourth of the bytes
+  of float32 are read and nothing of the weight's size is converted. It has no gradient.
+- `"int16"` rounds x to two such digits, 15 bits, for twice the products and the same reading of the weight: for rows with
+  a few numbers so large that 1/127 of the largest is too coarse a step for the rest.
+- `"full"` leaves x as it is and converts the weight inside the program; the gradient passes to x. That is the frozen base
+  under an adapter (QLoRA: Dettmers et al. 2023, 2305.14314).
 """
 
 import dataclasses
@@ -25,8 +26,8 @@ from engine.model.paths import first_match, leaf_paths, map_paths
 Activations = Literal["int8", "int16", "full"]
 Rule = tuple[str, Activations | None]
 FINE = 254  # steps of x's second digit in one of the first
-FEW = 16  # rows, up to which a product takes as long as reading the weight
-MANY = 8192  # columns, beyond which turning the result back costs more than packing the weight: a head
+FEW = 16  # rows up to which a product takes as long as reading the weight
+MANY = 8192  # columns beyond which transposing the result costs more than packing the weight: a head
 LARGEST = 127  # -128 is not used, so that a weight and its negative are rounded alike
 
 
@@ -37,9 +38,8 @@ LARGEST = 127  # -128 is not used, so that a weight and its negative are rounded
 class Int8:
     """values (in, out) int8, scale (out,) float32: the weight is values * scale.
 
-    `axis` is the one the scale runs along: 1, a scale a column, for what x is multiplied by from the left; 0, a scale a
-    row, for the embedding (V, D), whose rows are looked up and which a tied head multiplies by from its other side.
-    `transposed` values lie as (out, in), see `transposed`; the leaf stands for the same matrix and has the same shape.
+    The scale runs along `axis`: 1, a scale a column; 0, a scale a row, for the embedding (V, D), whose rows are looked up
+    and by whose transpose a tied head multiplies. `transposed` values lie as (out, in); shape and matrix are the same.
     """
 
     values: Array
@@ -54,7 +54,7 @@ class Int8:
 
     @property
     def summed(self) -> int:
-        """The axis of `values` that a product sums over: the one without a scale."""
+        """The axis of `values` that a product sums over, which has no scale."""
         return self.axis if self.transposed else 1 - self.axis
 
     @property
@@ -63,10 +63,9 @@ class Int8:
 
 
 def quantize_matrix(weight: Array, activations: Activations = "int8", axis: int = 1) -> Int8:
-    """The Int8 nearest to weight (in, out): each column's largest magnitude becomes 127.
+    """Returns the Int8 nearest to weight (in, out): each column's largest magnitude becomes 127.
 
-    No number is off by more than half a step of its column, which is the column's largest magnitude / 254. Columns of
-    zeros stay zero.
+    No number is off by more than half a step, 1/254 of its column's largest magnitude. Columns of zeros stay zero.
     """
     weight = weight.astype(jnp.float32)
     scale = jnp.abs(weight).max(axis=1 - axis) / LARGEST
@@ -75,33 +74,30 @@ def quantize_matrix(weight: Array, activations: Activations = "int8", axis: int 
 
 
 def dequantize(leaf: Int8, dtype: DTypeLike = jnp.float32) -> Array:
-    """values * scale, (in, out), rounded once to `dtype`."""
+    """Returns values * scale, (in, out), rounded once to `dtype`."""
     values = leaf.values.T if leaf.transposed else leaf.values
     return (values.astype(jnp.float32) * jnp.expand_dims(leaf.scale, 1 - leaf.axis)).astype(dtype)
 
 
-def stored_transposed(leaf: Int8) -> Int8:
-    """The same leaf with each column's numbers beside one another, which is how a CPU multiplies integers fastest.
-
-    For a few rows of x, which is decoding, it takes half the time: the units then read the weight as it lies.
-    """
+def store_transposed(leaf: Int8) -> Int8:
+    """Returns the leaf with each column's numbers side by side: on a CPU a few rows of x then take half the time."""
     if leaf.transposed or leaf.summed == 1:
         return leaf
     return dataclasses.replace(leaf, values=leaf.values.T, transposed=True)
 
 
 def slice_columns(leaf: Int8, start: int, stop: int) -> Int8:
-    """Columns start..stop of what `int8_matmul` multiplies by, as a leaf of its own: those with the scales start..stop."""
+    """Returns the columns with the scales start..stop of what `int8_matmul` multiplies by."""
     along = 1 - leaf.summed
     values = jax.lax.slice_in_dim(leaf.values, start, min(stop, leaf.values.shape[along]), axis=along)
     return dataclasses.replace(leaf, values=values, scale=leaf.scale[start:stop])
 
 
 def every_product(params: dict[str, Any], activations: Activations = "int8") -> tuple[Rule, ...]:
-    """Returns rules for every matrix of a product: those of the blocks and the head, which in a tied model is the embedding.
+    """Returns rules for every matrix of a product: those of the blocks, and the head (tied: the embedding).
 
-    A lookup table of its own stays: one row of it is read a token, whatever its size. The input of `down` has a few
-    numbers far above the rest, so with "int8" it gets two digits: SmolLM2 then loses 0.6% in bits per byte, not 1.1%.
+    An untied embedding stays: one row of it is read a token. The input of `down` has a few numbers far above the rest, so
+    with "int8" it gets two digits: SmolLM2 then loses 0.6% in bits per byte, not 1.1%.
     """
     return (
         (r"blocks/\d+/down", "int16" if activations == "int8" else activations),
@@ -113,8 +109,8 @@ def every_product(params: dict[str, Any], activations: Activations = "int8") -> 
 def quantize(params: dict[str, Any], rules: Sequence[Rule] | None = None) -> dict[str, Any]:
     """Returns params with the leaves that rules name (by default `every_product`) as Int8; the first match wins.
 
-    A rule is (pattern on the path, activations, or None to leave be). Adapters are folded before. Raises UserError for a
-    rule that matches nothing, or that would quantise what is not a plain matrix.
+    A rule is (pattern on the path, activations or None to leave be). Raises UserError for a rule that matches nothing or
+    a leaf that is not a plain matrix: merge adapters first.
     """
     matches = first_match(every_product(params) if rules is None else rules, params, None)
     wanted = {path: kind for path, kind in leaf_paths(matches).items() if kind is not None}
@@ -122,10 +118,8 @@ def quantize(params: dict[str, Any], rules: Sequence[Rule] | None = None) -> dic
         if getattr(leaf_paths(params)[path], "ndim", 0) != 2:
             raise UserError(f"Only plain matrices can be quantised, and {path} is not one. Leave it out of the rules.")
 
-    def leaf_of(path: str, leaf: Any) -> Any:
-        return _quantize_jitted(leaf, wanted[path], 0 if path == "embed" else 1) if path in wanted else leaf
-
-    return map_paths(leaf_of, params)
+    convert = lambda path, leaf: _quantize_jitted(leaf, wanted[path], 0 if path == "embed" else 1) if path in wanted else leaf
+    return map_paths(convert, params)
 
 
 _quantize_jitted = jax.jit(quantize_matrix, static_argnums=(1, 2))
@@ -134,41 +128,41 @@ _quantize_jitted = jax.jit(quantize_matrix, static_argnums=(1, 2))
 def round_rows(x: Array) -> tuple[Array, Array]:
     """x (..., M, D) -> values (..., M, D) int8, scale (..., M, 1) float32: each row's largest magnitude becomes 127.
 
-    A row with a NaN or an infinity has such a scale, and so spoils its own products and no other's.
+    A NaN or an infinity gets into its row's scale, and so spoils that row's products and no other's.
     """
-    x = x.astype(jnp.float32)
-    scale = _row_scale(x)
-    return jnp.round(x / scale).astype(jnp.int8), scale
+    steps, scale = _scale_rows(x)
+    return jnp.round(steps).astype(jnp.int8), scale
 
 
 def two_digit_rows(x: Array) -> tuple[Array, Array]:
-    """x (..., M, D) -> values (..., 2 M, D) int8, scale (..., M, 1) float32: the rows in steps, as in `round_rows`, then what
-    is left of each number in steps FINE times smaller. A product reads its other side once for both."""
-    x = x.astype(jnp.float32)
-    scale = _row_scale(x)
-    steps = x / scale
+    """x (..., M, D) -> values (..., 2 M, D) int8, scale (..., M, 1) float32: the rows as in `round_rows`, then the rest of
+    each number in steps FINE times smaller. A product reads its other side once for both."""
+    steps, scale = _scale_rows(x)
     first = jnp.round(steps)
     second = jnp.round((steps - first) * FINE)
     return jnp.concatenate([first.astype(jnp.int8), second.astype(jnp.int8)], axis=-2), scale
 
 
 def join_digits(products: Array) -> Array:
-    """products (..., 2 M, X) of rows in two digits -> (..., M, X) float32, to be multiplied by the rows' scale."""
+    """products (..., 2 M, X) of two-digit rows -> (..., M, X) float32, still to be multiplied by the rows' scale."""
     first, second = jnp.split(products.astype(jnp.float32), 2, axis=-2)
     return first + second / FINE
 
 
-def _row_scale(x: Array) -> Array:
+def _scale_rows(x: Array) -> tuple[Array, Array]:
+    """x (..., M, D) -> x / scale and scale (..., M, 1), float32."""
+    x = x.astype(jnp.float32)
     scale = jnp.abs(x).max(axis=-1) / LARGEST
-    return jnp.where(scale == 0, 1, scale)[..., None]
+    scale = jnp.where(scale == 0, 1, scale)[..., None]
+    return x / scale, scale
 
 
 def int8_matmul(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
-    """x (M, in) times the weight, (M, out) in `dtype`; with `axis` 0 times its other side, x (M, D) -> (M, V).
+    """x (M, in) -> x times the weight, (M, out) in `dtype`; with `axis` 0 times its transpose, x (M, D) -> (M, V).
 
     Raises UserError when a gradient is taken through a leaf whose activations are integers too.
     """
-    product = _converted if weight.activations == "full" else _whole_numbers
+    product = _multiply_widened if weight.activations == "full" else _multiply_integers
     return product(x, weight, dtype)
 
 
@@ -177,7 +171,7 @@ def _contract(x: Array, values: Array, summed: int, **options: Any) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _whole_numbers(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
+def _multiply_integers(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
     fine = weight.activations == "int16"
     rows, row_scale = two_digit_rows(x) if fine else round_rows(x)
     if weight.summed == 1 and len(rows) <= FEW and len(weight.values) <= MANY:
@@ -196,31 +190,28 @@ def _no_gradient(*_: Any) -> Any:
     )
 
 
-_whole_numbers.defvjp(lambda x, weight, dtype: (_whole_numbers(x, weight, dtype), None), _no_gradient)
+_multiply_integers.defvjp(lambda x, weight, dtype: (_multiply_integers(x, weight, dtype), None), _no_gradient)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _converted(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
-    """Whole numbers up to 127 are exact in bfloat16, so the weight is not rounded a second time: the scale comes after."""
+def _multiply_widened(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
+    """Integers up to 127 are exact in bfloat16, so the weight is not rounded a second time: the scale comes after."""
     product = _contract(x, weight.values.astype(x.dtype), weight.summed, preferred_element_type=jnp.float32)
     return (product * weight.scale).astype(dtype)
 
 
-def _converted_forward(x: Array, weight: Int8, dtype: DTypeLike):
-    return _converted(x, weight, dtype), (weight, jnp.zeros((), x.dtype))
+def widened_backward(dtype: DTypeLike, residuals: tuple[Int8, Array], g: Array) -> tuple[Array, None]:
+    """dx = (g scale) values^T; the weight is frozen.
 
-
-def _converted_backward(dtype: DTypeLike, kept: tuple[Int8, Array], g: Array):
-    """dx = (g scale) values^T. A weight of this kind is frozen and gets no gradient.
-
-    The barrier keeps the conversion out of the forward pass's reach, which would else hold a wide copy of every weight
-    from there to here.
+    Without the barrier the forward pass would hold its wide copy of every weight until here.
     """
-    weight, like = kept
+    weight, like = residuals
     scaled = (g.astype(jnp.float32) * weight.scale).astype(like.dtype)
     values, scaled = jax.lax.optimization_barrier((weight.values, scaled))
     dx = _contract(scaled, values.astype(like.dtype), 1 - weight.summed, preferred_element_type=like.dtype)
     return dx, None
 
 
-_converted.defvjp(_converted_forward, _converted_backward)
+_multiply_widened.defvjp(
+    lambda x, weight, dtype: (_multiply_widened(x, weight, dtype), (weight, jnp.zeros((), x.dtype))), widened_backward
+)

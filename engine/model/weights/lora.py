@@ -1,8 +1,7 @@
-"""LoRA: a weight that stays, and a pair of thin matrices that learns what to add to it (Hu et al. 2021, 2106.09685).
+"""LoRA: a frozen base weight plus the product of two thin trained matrices, a b (Hu et al. 2021, 2106.09685).
 
-Where a matrix holds several parts side by side (q, k, v), each adapted part has a pair of its own. The pairs' first
-halves stand side by side in `a` and their second halves in `b`, so that all of them read x in one product, and a part
-that is not adapted costs no number and no operation.
+Where a matrix holds several parts side by side (q, k, v), each adapted part has a pair of its own. All a stand side by
+side, and all b, so that all pairs read x in one product, and a part without a pair costs no number and no operation.
 """
 
 import dataclasses
@@ -13,12 +12,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
+from engine.model.paths import map_paths
 from engine.model.weights.int8 import Int8, dequantize
 
 
 class LoraPart(NamedTuple):
-    """What is added to columns start..stop of the base: scale * a b."""
+    """The pair that adds scale * a b to columns start..stop of the base."""
 
     start: int
     stop: int
@@ -31,9 +32,8 @@ class LoraPart(NamedTuple):
 class LoRA:
     """The weight base + scale * a b, where the product of each part lies in its own columns.
 
-    base (in, out): an Array, an Int8, another LoRA (adapters on one base add up), or None for an adapter on its own,
-    which is what is trained and saved. a (in, R P) and b (R, widths of the P parts): the pairs side by side. `columns`
-    are the parts' (start, stop) in the base, in order and apart.
+    base (in, out): an Array, an Int8, another LoRA (adapters on one base add up), or None for an adapter on its own, as it
+    is trained and saved. a (in, R P) and b (R, widths of the P parts). `columns`: each part's (start, stop), in order, apart.
     """
 
     base: Any
@@ -43,19 +43,14 @@ class LoRA:
     columns: tuple[tuple[int, int], ...]
 
     def on(self, base: Any) -> "LoRA":
-        """This adapter on a base. Raises ValueError when their shapes do not fit."""
-        if (
-            self.base is not None
-            or len(base.shape) != 2
-            or self.a.shape[0] != base.shape[0]
-            or self.columns[-1][1] > base.shape[1]
-        ):
+        """Returns this adapter on a base. Raises ValueError when their shapes do not fit."""
+        fits = len(base.shape) == 2 and self.a.shape[0] == base.shape[0] and self.columns[-1][1] <= base.shape[1]
+        if self.base is not None or not fits:
             raise ValueError(f"An adapter of {self.a.shape} on columns {self.columns} does not fit a base of {base.shape}.")
         return dataclasses.replace(self, base=base)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the base, which an adapter on its own does not have."""
         return self.base.shape
 
     @property
@@ -66,18 +61,19 @@ class LoRA:
     def rank(self) -> int:
         return self.b.shape[-2]
 
-    def parts(self) -> list[LoraPart]:
-        """Each part's own a (in, R) and b (R, width)."""
-        found, done = [], 0
+    def parts(self, first: int = 0, last: float = float("inf")) -> list[LoraPart]:
+        """Returns the parts whose columns lie in first..last, counted from `first`."""
+        parts, done = [], 0
         for place, (start, stop) in enumerate(self.columns):
-            a = self.a[:, place * self.rank : (place + 1) * self.rank]
-            found.append(LoraPart(start, stop, a, self.b[:, done : done + stop - start]))
+            if first <= start and stop <= last:
+                a = self.a[:, place * self.rank : (place + 1) * self.rank]
+                parts.append(LoraPart(start - first, stop - first, a, self.b[:, done : done + stop - start]))
             done += stop - start
-        return found
+        return parts
 
 
 def make_adapter(key: Array, rows: int, columns: Sequence[tuple[int, int]], rank: int, alpha: float) -> LoRA:
-    """An adapter without a base that adds nothing yet: a normal with variance 1 / rows, b zero; scale alpha / rank."""
+    """Makes an adapter without a base that adds nothing yet: a normal with variance 1 / rows, b zero; scale alpha / rank."""
     columns = tuple(sorted(columns))
     a = jax.random.normal(key, (rows, rank * len(columns))) * rows**-0.5
     b = jnp.zeros((rank, sum(stop - start for start, stop in columns)))
@@ -85,20 +81,36 @@ def make_adapter(key: Array, rows: int, columns: Sequence[tuple[int, int]], rank
 
 
 def innermost_base(weight: Any) -> Any:
-    """What lies below all adapters: an Array or an Int8."""
+    """Returns the Array or Int8 below all adapters."""
     return innermost_base(weight.base) if isinstance(weight, LoRA) else weight
 
 
-def merge_weight(leaf: LoRA) -> Array:
-    """base + scale * a b as one matrix in the base's dtype; float32 when the base is Int8."""
-    base = leaf.base
-    if isinstance(base, LoRA):
-        base = merge_weight(base)
-    base = dequantize(base) if isinstance(base, Int8) else base
-    whole = base.astype(jnp.float32)
-    for pair in leaf.parts():
-        a, b = pair.a.astype(jnp.float32), pair.b.astype(jnp.float32)
-        less = jnp.dot(a, b * -leaf.scale, precision=jax.lax.Precision.HIGHEST)
+def dense(weight: Any) -> Array:
+    """Returns the one matrix of a weight: integers times their scale in float32, adapters merged in their base's dtype."""
+    if isinstance(weight, Int8):
+        return dequantize(weight)
+    if not isinstance(weight, LoRA):
+        return weight
+    base = dense(weight.base)
+    merged = base.astype(jnp.float32)
+    for start, stop, a, b in weight.parts():
+        less = jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32) * -weight.scale, precision=jax.lax.Precision.HIGHEST)
         # Subtracted, because x - 0 is x to the bit, while -0 + 0 is 0.
-        whole = whole.at[:, pair.start : pair.stop].set(whole[:, pair.start : pair.stop] - less)
-    return whole.astype(base.dtype)
+        merged = merged.at[:, start:stop].set(merged[:, start:stop] - less)
+    return merged.astype(base.dtype)
+
+
+def merge_lora(params: dict[str, Any], dtype: DTypeLike | None = None) -> dict[str, Any]:
+    """Returns params with every LoRA leaf as one matrix, in `dtype` or that of its base (float32 over an Int8).
+
+    Logits are those of base and adapter up to rounding; params without adapters come back as they are.
+    """
+
+    def merge(_: str, leaf: Any) -> Any:
+        if not isinstance(leaf, LoRA):
+            return leaf
+        merged = dense(leaf)
+        # Cast at once: over int8 the matrices are float32, and all of them together four times the base.
+        return merged if dtype is None else merged.astype(dtype)
+
+    return map_paths(merge, params)

@@ -1,4 +1,4 @@
-"""The product with an adapted weight, for many rows: the pair is merged into the base first, once for all rows.
+"""Multiplies many rows by a LoRA weight: the pair is merged into the base first, once for all rows.
 
 Beside the base, the pair would cost two thin products and two passes over results as wide as the base's, for every row:
 on a CPU half as much again as the base's own product. Merging costs R operations a weight. The backward pass still needs
@@ -6,8 +6,8 @@ no gradient of the whole matrix: with W = base + scale a b and y = x W,
 
     dx = g W^T,    da = x^T (g (scale b)^T),    db = (x a)^T (scale g).
 
-The merged weight is rounded to x's dtype, as the weights of a full training step are. The backward pass merges again:
-that takes a hundredth of the time of the products, and kept it would be a second model.
+W is rounded to x's dtype, as in full training. The backward pass merges again: that takes a hundredth of the time of the
+products, and all merged weights together would be a second model.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from engine.model import backward
-from engine.model.weights.int8 import Int8, dequantize
-from engine.model.weights.lora import LoRA, LoraPart, innermost_base, merge_weight
+from engine.model.weights.int8 import Int8
+from engine.model.weights.lora import LoRA, dense, innermost_base
 
 Cuts = tuple[tuple[int, int], ...]
 
@@ -29,39 +29,26 @@ Cuts = tuple[tuple[int, int], ...]
 def merged_matmul(x: Array, weight: LoRA, dtype: DTypeLike, cuts: Cuts) -> tuple[Array, ...]:
     """x (M, in) -> x W cut by columns: for each (start, stop) of `cuts` an array (M, stop - start) in `dtype`.
 
-    x and the pair get gradients. The base gets none: under an adapter it is frozen.
+    x and the pair get gradients; the base is frozen and gets none.
     """
     return _forward(x, weight, dtype, cuts)[0]
 
 
-def _parts_within(weight: LoRA, start: int, stop: int) -> list[LoraPart]:
-    """Returns the parts whose columns lie in start..stop, counted from `start`."""
-    return [
-        part._replace(start=part.start - start, stop=part.stop - start)
-        for part in weight.parts()
-        if start <= part.start and part.stop <= stop
-    ]
-
-
 def _merge_columns(weight: LoRA, start: int, stop: int, dtype: DTypeLike) -> Array:
     """Returns columns start..stop of base + scale a b, (in, stop - start) in `dtype`, added up in float32."""
-    base = weight.base
-    if isinstance(base, LoRA):
-        base = merge_weight(base)
-    if isinstance(base, Int8):
-        base = dequantize(base)
+    base = dense(weight.base)
     blocks, done = [], 0
-    for part in _parts_within(weight, start, stop):
+    for part in weight.parts(start, stop):
         blocks.append(jnp.zeros((base.shape[0], part.start - done), dtype))
-        blocks.append(_plain(part.a, (part.b * -weight.scale).astype(dtype), dtype))
+        blocks.append(_dot(part.a, (part.b * -weight.scale).astype(dtype), dtype))
         done = part.stop
     blocks.append(jnp.zeros((base.shape[0], stop - start - done), dtype))
-    # Subtracted, not added: x - 0 is x to the bit, while -0 + 0 is 0. So an adapter whose b is 0 changes nothing.
+    # Subtracted, because x - 0 is x to the bit, while -0 + 0 is 0: an adapter whose b is 0 changes nothing.
     merged = base[:, start:stop].astype(jnp.float32) - jnp.concatenate(blocks, axis=1).astype(jnp.float32)
     return merged.astype(base.dtype).astype(dtype)
 
 
-def _plain(x: Array, w: Array, dtype: DTypeLike) -> Array:
+def _dot(x: Array, w: Array, dtype: DTypeLike) -> Array:
     return jnp.dot(x.astype(w.dtype), w, preferred_element_type=dtype)
 
 
@@ -74,7 +61,7 @@ def _forward(x: Array, weight: LoRA, dtype: DTypeLike, cuts: Cuts):
     if isinstance(innermost_base(weight), Int8):  # merged when its turn comes, or all of the model might lie here in float32
         ordered, x = jax.lax.optimization_barrier((weight, x))
     matrices = [_merge_columns(ordered, start, stop, x.dtype) for start, stop in cuts]
-    return tuple(_plain(x, matrix, dtype) for matrix in matrices), (x, weight)
+    return tuple(_dot(x, matrix, dtype) for matrix in matrices), (x, weight)
 
 
 def _backward(dtype: DTypeLike, cuts: Cuts, residuals: tuple[Array, LoRA], gs: tuple[Array, ...]):
@@ -83,31 +70,25 @@ def _backward(dtype: DTypeLike, cuts: Cuts, residuals: tuple[Array, LoRA], gs: t
     # Behind the barrier, or XLA would see that this was merged before, and keep it.
     weight, gs = jax.lax.optimization_barrier((weight, gs))
     matrices = [_merge_columns(weight, start, stop, x.dtype) for start, stop in cuts]
-    inner_transposed = backward.transposed(_plain(x, weight.a.astype(x.dtype), x.dtype))  # (R P, M)
+    inner_transposed = backward.transpose(_dot(x, weight.a.astype(x.dtype), x.dtype))  # (R P, M)
     thin: list[Array] = []
     db: list[Array] = []
     for (start, stop), g in zip(cuts, gs):
-        for part in _parts_within(weight, start, stop):
+        for part in weight.parts(start, stop):
             columns = g[:, part.start : part.stop]
             thin.append(_times_transposed(columns, (part.b * weight.scale).astype(x.dtype), x.dtype))
             rows = inner_transposed[len(db) * weight.rank : (len(db) + 1) * weight.rank]
-            db.append(weight.scale * _plain(rows, columns, jnp.float32))
-    da = backward.transposed(_plain(backward.transposed(jnp.concatenate(thin, axis=1)), x, jnp.float32))
-    # In the place of the weight: None, no gradient, for the base.
+            db.append(weight.scale * _dot(rows, columns, jnp.float32))
+    da = backward.transpose(_dot(backward.transpose(jnp.concatenate(thin, axis=1)), x, jnp.float32))
     gradient = dataclasses.replace(
         weight, base=None, a=da.astype(weight.a.dtype), b=jnp.concatenate(db, axis=1).astype(weight.b.dtype)
     )
-    return _sum_of_products(gs, matrices, x.dtype), gradient
-
-
-def _sum_of_products(gs: tuple[Array, ...], matrices: list[Array], dtype: DTypeLike) -> Array:
-    """Returns the sum of g matrix^T, (M, in), added up in float32."""
     if len(gs) == 1:
-        return _times_transposed(gs[0], matrices[0], dtype)
-    total = jnp.zeros(())
+        return _times_transposed(gs[0], matrices[0], x.dtype), gradient
+    dx = jnp.zeros(())
     for g, matrix in zip(gs, matrices):
-        total = total + _times_transposed(g, matrix, jnp.float32)
-    return total.astype(dtype)
+        dx = dx + _times_transposed(g, matrix, jnp.float32)
+    return dx.astype(x.dtype), gradient
 
 
 merged_matmul.defvjp(_forward, _backward)

@@ -1,9 +1,10 @@
-"""What a weight can be, and the one place that multiplies by any of them: an Array, an Int8, or a LoRA on either.
+"""Multiplies by any kind of weight: an Array, an Int8, or a LoRA on either.
 
 A plain Array is float32 in training and the compute dtype once it is frozen or loaded for inference. A new kind of weight
-is a new leaf and a new case here; the text of the model stays the same.
+is a new leaf and a new case here; the model's own code stays the same.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -13,9 +14,9 @@ from jax.typing import DTypeLike
 
 from engine.model.ops import ops
 from engine.model.paths import map_paths
-from engine.model.weights.int8 import Int8, dequantize, int8_matmul
-from engine.model.weights.lora import LoRA, innermost_base, merge_weight
-from engine.model.weights.lora_matmul import merged_matmul
+from engine.model.weights.int8 import Int8, int8_matmul
+from engine.model.weights.lora import LoRA, innermost_base
+from engine.model.weights.lora_matmul import Cuts, merged_matmul
 
 Weight = Array | Int8 | LoRA
 
@@ -23,20 +24,17 @@ Weight = Array | Int8 | LoRA
 def project(x: Array, weight: Weight, dtype: DTypeLike) -> Array:
     """x (..., in), weight (in, out) -> (..., out) in `dtype`, multiplied in x's dtype, summed in float32."""
     if isinstance(weight, LoRA):
-        return _adapted(x, weight, dtype, ((0, weight.shape[1]),))[0]
+        return _project_lora(x, weight, dtype, ((0, weight.shape[1]),))[0]
     if isinstance(weight, Int8):
         return _over_rows(x, lambda rows: int8_matmul(rows, weight, dtype))
     return _over_rows(x, lambda rows: ops().matmul(rows, weight, dtype))
 
 
 def project_two(x: Array, weight: Weight, dtype: DTypeLike) -> tuple[Array, Array]:
-    """x (..., in), weight (in, 2F) -> the two halves of the product, (..., F) each.
-
-    Many rows on a CPU make two products: nothing then has to be cut or joined on the way back.
-    """
+    """x (..., in), weight (in, 2F) -> the two halves of the product, (..., F) each in `dtype`."""
     half = weight.shape[1] // 2
     if isinstance(weight, LoRA):
-        left, right = _adapted(x, weight, dtype, ((0, half), (half, 2 * half)))
+        left, right = _project_lora(x, weight, dtype, ((0, half), (half, 2 * half)))
         return left, right
     if not isinstance(weight, Int8) and x.size > weight.size:
         left, right = ops().matmul_two(x.reshape(-1, x.shape[-1]), weight, dtype)
@@ -46,7 +44,7 @@ def project_two(x: Array, weight: Weight, dtype: DTypeLike) -> tuple[Array, Arra
 
 
 def unembed(x: Array, embed: Array | Int8, dtype: DTypeLike) -> Array:
-    """x (..., D), embed (V, D) -> (..., V): the tied head, which multiplies by the embedding's other side."""
+    """x (..., D), embed (V, D) -> (..., V) in `dtype`: the tied head, x times the embedding's transpose."""
     if isinstance(embed, Int8):
         return project(x, embed, dtype)
     return _over_rows(x, lambda rows: ops().matmul_rows(rows, embed, dtype))
@@ -59,30 +57,22 @@ def lookup(embed: Array | Int8, tokens: Array) -> Array:
     return ops().lookup(embed, tokens).astype(jnp.float32)
 
 
-def dense(weight: Weight) -> Array:
-    """Returns the one matrix that a leaf stands for: adapters merged into their base, integers times their scale."""
-    if isinstance(weight, LoRA):
-        return merge_weight(weight)
-    return dequantize(weight) if isinstance(weight, Int8) else weight
-
-
 def cast_matrices(params: dict[str, Any], dtype: DTypeLike) -> dict[str, Any]:
-    """params with every plain matrix in `dtype`: how weights lie that nobody changes. Gains, biases and Int8 stay."""
+    """Returns params with every plain matrix in `dtype`, adapters too. Gains, biases and Int8 stay."""
 
     def cast(_: str, leaf: Any) -> Any:
         if isinstance(leaf, LoRA):
             base = None if leaf.base is None else cast("", leaf.base)
-            return LoRA(base, leaf.a.astype(dtype), leaf.b.astype(dtype), leaf.scale, leaf.columns)
+            return dataclasses.replace(leaf, base=base, a=leaf.a.astype(dtype), b=leaf.b.astype(dtype))
         return leaf.astype(dtype) if not isinstance(leaf, Int8) and leaf.ndim >= 2 else leaf
 
     return map_paths(cast, params)
 
 
-def _adapted(x: Array, weight: LoRA, dtype: DTypeLike, cuts: Any) -> tuple[Array, ...]:
-    """x (base + scale a b), cut by columns into one array for each (start, stop) of `cuts`.
+def _project_lora(x: Array, weight: LoRA, dtype: DTypeLike, cuts: Cuts) -> tuple[Array, ...]:
+    """Returns x (base + scale a b), cut by columns into one array for each (start, stop) of `cuts`.
 
-    The pair is merged into the base first where that moves fewer numbers than x and the result hold. Otherwise it stays
-    beside the base, as it must where the base multiplies integers.
+    The pair is merged first where the weight has fewer numbers than x and the result, unless the base multiplies integers.
     """
     rows, columns = weight.shape
     results = x.size // rows * columns

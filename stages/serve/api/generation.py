@@ -39,7 +39,7 @@ class Piece(NamedTuple):
 
     choice: int
     text: str
-    logprobs: list[LogProb]
+    logprobs: Sequence[LogProb]
     finish_reason: Reason | None
 
 

@@ -1,0 +1,131 @@
+"""Cross-entropy of logits, or of hidden states whose logits are made a few rows at a time, for a large vocabulary.
+
+With p the softmax of a row's logits, the gradient of its loss by the hidden state is (p - one-hot) W^T. It is computed in
+the forward pass, while the logits exist; the backward pass only scales it. No logits are stored and none are made twice,
+unless the head itself learns: its gradient x^T (p - one-hot) needs them again. A head in int8 is also taken a few columns
+at a time: it is widened to multiply, and whole that would be more than all its logits.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from engine.model import backward
+from engine.model.config import ModelConfig
+from engine.model.weights import int8
+from engine.model.weights.int8 import Int8
+
+COLUMNS = 8192  # of an int8 head that are widened at once
+
+
+def head_weight(cfg: ModelConfig, params: Mapping[str, Any]) -> Array | Int8:
+    """Returns the matrix of the head: (D, V), or the embedding (V, D) where the two are tied."""
+    return params["embed" if cfg.tied else "head"]
+
+
+def token_losses(logits: Array, targets: Array) -> Array:
+    """logits (..., V), targets (...) int32 -> (...) float32 nats: log sum exp(logits) - logits[target]."""
+    logits = logits.astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def chunked_cross_entropy(cfg: ModelConfig, params: Mapping[str, Any], hidden: Array, targets: Array, limit: int) -> Array:
+    """hidden (B, T, D), targets (B, T) int32 -> (B, T) float32 nats, holding about `limit` bytes of logits at a time."""
+    rows = hidden.reshape(-1, cfg.width), targets.reshape(-1)
+    return _row_losses(head_weight(cfg, params), *rows, cfg.tied, max(2, limit // (4 * cfg.vocab))).reshape(targets.shape)
+
+
+class _Columns(NamedTuple):
+    """Some columns of the logits, or of their gradient: those from `start` on, (rows, columns)."""
+
+    start: int
+    values: Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _row_losses(weight: Array | Int8, hidden: Array, targets: Array, tied: bool, size: int) -> Array:
+    """hidden (M, D), targets (M,) int32 -> (M,) float32 nats, holding the logits of `size` rows at a time."""
+    return jnp.concatenate([
+        _normalizer(pieces := _logits(weight, rows, tied)) - _picked(pieces, some)
+        for rows, some in _parts(size, hidden, targets)
+    ])  # fmt: skip
+
+
+def _parts(size: int, *arrays: Array) -> list[tuple[Array, ...]]:
+    return [tuple(array[at : at + size] for array in arrays) for at in range(0, len(arrays[0]), size)]
+
+
+def _normalizer(pieces: list[_Columns]) -> Array:
+    """(rows,): log sum exp of all columns."""
+    return functools.reduce(jnp.logaddexp, [jax.nn.logsumexp(piece.values, axis=-1) for piece in pieces])
+
+
+def _picked(pieces: list[_Columns], targets: Array) -> Array:
+    """(rows,): the logit of each target."""
+    picked = jnp.zeros(len(targets))
+    for start, values in pieces:
+        at = jnp.clip(targets - start, 0, values.shape[1] - 1)
+        picked = jnp.where(at == targets - start, jnp.take_along_axis(values, at[:, None], axis=-1)[:, 0], picked)
+    return picked
+
+
+def _logits(weight: Any, x: Array, tied: bool) -> list[_Columns]:
+    if not isinstance(weight, Int8):
+        return [_Columns(0, (backward.matmul_rows if tied else backward.matmul)(x, weight, jnp.float32))]
+    pieces: list[_Columns] = []
+    for start in range(0, len(weight.scale), COLUMNS):
+        weight, x, _ = jax.lax.optimization_barrier((weight, x, pieces[-1:]))  # one after the other
+        some = int8.slice_columns(weight, start, start + COLUMNS)
+        pieces.append(_Columns(start, int8.int8_matmul(x, some, jnp.float32)))
+    return pieces
+
+
+def _slope(pieces: list[_Columns], targets: Array) -> list[_Columns]:
+    """p - one-hot, the gradient of each row's loss by its logits."""
+    whole = _normalizer(pieces)[:, None]
+    hit = lambda piece: piece.start + jnp.arange(piece.values.shape[1]) == targets[:, None]
+    return [_Columns(piece.start, jnp.exp(piece.values - whole) - hit(piece)) for piece in pieces]
+
+
+def _head_backward(weight: Any, rows: Array, slopes: list[_Columns], tied: bool) -> tuple[Array, Array | None]:
+    """Returns the gradients of rows and weight for the gradient of the logits."""
+    if not isinstance(weight, Int8):
+        rule = backward.matmul_rows_backward if tied else backward.matmul_backward
+        return rule(jnp.float32, (rows, weight), slopes[0].values)
+    total = jnp.zeros(rows.shape)
+    for start, g in slopes:
+        weight, total = jax.lax.optimization_barrier((weight, total))
+        some = int8.slice_columns(weight, start, start + COLUMNS)
+        total = total + int8.widened_backward(jnp.float32, (some, jnp.zeros((), rows.dtype)), g)[0]
+    return total.astype(rows.dtype), None
+
+
+def _forward(weight: Array | Int8, hidden: Array, targets: Array, tied: bool, size: int):
+    losses: list[Array] = []
+    slopes: list[Array] = []
+    for rows, some in _parts(size, hidden, targets):
+        if slopes:  # one part after the other, or all logits might exist at once
+            rows = jax.lax.optimization_barrier((rows, slopes[-1]))[0]
+        pieces = _logits(weight, rows, tied)
+        losses.append(_normalizer(pieces) - _picked(pieces, some))
+        slopes.append(_head_backward(weight, rows, _slope(pieces, some), tied)[0])
+    return jnp.concatenate(losses), (weight, hidden, targets, jnp.concatenate(slopes))
+
+
+def _backward(tied: bool, size: int, residuals: tuple[Array | Int8, Array, Array, Array], g: Array):
+    weight, hidden, targets, slope = residuals
+    # XLA drops this loop unless the head learns.
+    dweight: Array | None = None
+    for rows, some, count in _parts(size, hidden, targets, g):
+        counted = [_Columns(start, values * count[:, None]) for start, values in _slope(_logits(weight, rows, tied), some)]
+        part = _head_backward(weight, rows, counted, tied)[1]
+        dweight = part if dweight is None or part is None else dweight + part
+    return dweight, (slope.astype(jnp.float32) * g[:, None]).astype(hidden.dtype), None
+
+
+_row_losses.defvjp(_forward, _backward)
