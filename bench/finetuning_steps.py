@@ -15,14 +15,14 @@ from engine.counting.trainable_paths import all_trainable, bottom_frozen, lora_o
 from engine.counting.xla import xla_peak
 from engine.device import device_name
 from engine.model.config import LoraConfig, ModelConfig
+from engine.model.paths import split
 from engine.model.weights.int8 import every_product, quantize
 from engine.model.weights.matmul import cast_matrices
 from engine.text.batch import Batch
-from engine.training.freeze import split
 from engine.training.lora import add_lora
 from engine.training.loss import loss_chunks
 from engine.training.optimizer import OptimizerConfig, make_optimizer
-from engine.training.step import NARROW, init_state, train_step
+from engine.training.step import INT8_COMPILER_OPTIONS, init_state, train_step
 
 SIDE = 2048  # of the square matrices whose product is the ceiling
 PRODUCTS = 24  # a round, so that the clock and the launch do not count
@@ -81,7 +81,7 @@ def _steps(cfg: ModelConfig, params: Any, batch: int, tokens: int, rank: int) ->
         )  # fmt: skip
         state = init_state(tx, jax.tree.map(jnp.copy, trainable))
         lowered: Any = train_step.lower(cfg, tx, state, frozen, data, progress, microbatches=microbatches)
-        program = lowered.compile(NARROW if int8 else None)
+        program = lowered.compile(INT8_COMPILER_OPTIONS if int8 else None)
 
         def run() -> Any:
             nonlocal state
@@ -101,7 +101,7 @@ def _steps(cfg: ModelConfig, params: Any, batch: int, tokens: int, rank: int) ->
     int8 = cast_matrices(quantize(params, every_product(params, "full")), cfg.dtype)
     return {
         FULL: step(all_trainable(cfg), cast_matrices(params, "float32"), {}),
-        "upper half": step(upper, split(params, upper)[0], split(frozen, upper)[1]),
+        "upper half": step(upper, split(params, upper.weights)[0], split(frozen, upper.weights)[1]),
         "LoRA q,v": step(lora_only(cfg, queries), add_lora(cfg, params, jax.random.key(0), queries), frozen),
         "LoRA all": step(lora_only(cfg, every), pairs, frozen),
         "LoRA all, int8": step(lora_only(cfg, every), pairs, int8, int8=True),

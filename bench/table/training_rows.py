@@ -15,10 +15,9 @@ from engine.counting.trainable_paths import TrainablePaths, all_trainable, botto
 from engine.counting.walk import count
 from engine.counting.xla import xla_cost, xla_peak
 from engine.model.config import LoraConfig, ModelConfig
-from engine.model.paths import merge
+from engine.model.paths import merge, split
 from engine.model.weights.matmul import cast_matrices
 from engine.text.batch import Batch
-from engine.training.freeze import split
 from engine.training.lora import add_lora
 from engine.training.loss import CHUNK, LOGITS_LIMIT
 from engine.training.optimizer import OptimizerConfig, make_optimizer
@@ -68,7 +67,7 @@ def training_row(cfg: ModelConfig, params: Any, kind: TrainingKind, batch: Batch
         trainable = add_lora(cfg, params, jax.random.key(1), ADAPTER)
         frozen = cast_matrices(params, cfg.dtype)
     else:
-        trainable_leaves, rest = split(params, paths)
+        trainable_leaves, rest = split(params, paths.weights)
         trainable, frozen = jax.tree.map(jnp.copy, trainable_leaves), cast_matrices(rest, cfg.dtype)
     if kind.stage == "fine-tuning":
         batch = batch._replace(mask=batch.mask & (jnp.arange(T) >= T // 2))

@@ -1,14 +1,12 @@
-"""Prefill and decode for rows that start together: weights are only ever read.
+"""Prefill and decode for rows that start together, in one contiguous KV cache of just their size.
 
-The compiled programs behind `generate` have shapes that depend on the number of rows, the capacity and the vocabulary,
-never on a request, so nothing is compiled while text is being generated. They donate the cache, and no parameter.
+The shapes of the programs behind `generate` depend on the number of rows, the capacity and the vocabulary, never on a
+request, so nothing is compiled while text is being generated. They donate the cache, and no parameter.
 
-This is the simple one of two decode stacks; `slots.Slots` is the other, for requests that come and go. Rollouts, `generate`
-and reports start all rows at once, in one contiguous cache of just their size. On 2 CPU cores (6 layers of width 384,
-bfloat16 cache, prompts of 64 tokens, 40 new ones, best of 28 interleaved rounds) Slots takes 1.10 times as long for eight
-rows, though 0.84 times for one, and 1.4 times the CPU seconds to compile. Both sample the same tokens in float32; in
-bfloat16 they sum in another order, and 6 of 8 greedy texts of 33 tokens agreed: one stack in place of the other would
-change the texts that seeds give.
+`slots.Slots` is the other decode stack, for requests that come and go. On 2 CPU cores (6 layers of width 384, bfloat16
+cache, prompts of 64 tokens, 40 new ones, best of 28 interleaved rounds) it takes 1.10 times as long for eight rows, 0.84
+times for one, and 1.4 times the CPU seconds to compile. Both sample the same tokens in float32; in bfloat16 they sum in
+another order, and 6 of 8 greedy texts of 33 tokens agreed: one stack in place of the other would change texts.
 """
 
 import dataclasses
@@ -36,7 +34,7 @@ from engine.model.weights.lora import merge_lora
 from engine.model.weights.matmul import cast_matrices
 
 CHUNK = 64  # prompt tokens a prefill call; every prompt is padded to a multiple
-MIN_ROWS = 2  # a product with a single row takes a different and slower path on a CPU
+MIN_ROWS = 2  # a product with a single row takes a slower path on a CPU
 
 
 def prepare_params(cfg: ModelConfig, params: Params) -> Params:
@@ -53,10 +51,10 @@ def prepare_params(cfg: ModelConfig, params: Params) -> Params:
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="cache")
 def prefill(cfg: ModelConfig, params: Params, tokens: Array, lengths: Array, cache: KVCache) -> tuple[Array, KVCache]:
-    """tokens (B, T) int32, of which the first lengths (B,) of each row are real -> logits (B, V) float32, cache.
+    """tokens (B, T) int32, the first lengths (B,) of each row real -> logits (B, V) float32 behind the last real one, cache.
 
-    The logits follow each row's last real token. T tokens are written behind each row's length, which then grows by
-    `lengths`; a row must have room for T. A row of length 0 is left as it was and its logits mean nothing.
+    T tokens are written behind each row's length, which then grows by `lengths`; a row must have room for T. With length
+    0 it holds what it held and its logits mean nothing.
     """
     positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
     hidden, cache = hidden_states(cfg, params, tokens, positions, cache)
@@ -78,9 +76,9 @@ decode_step = jax.jit(_decode_step, static_argnames="cfg", donate_argnames="cach
 def decode_steps(
     cfg: ModelConfig, params: Params, token: Array, cache: KVCache, sampling: SamplingArrays, steps: int = STEPS
 ) -> tuple[Array, KVCache]:
-    """token (B,) int32 -> the `steps` tokens that follow it, (B, steps) int32, and the cache with token and all but the last.
+    """token (B,) int32 -> the `steps` tokens that follow, (B, steps) int32, and the cache with token and all but the last.
 
-    Row by row that equals `decode_step` and `sample` in turn.
+    Equals `decode_step` and `sample` in turn.
     """
 
     def step(carry: tuple[Array, KVCache], _: None) -> tuple[tuple[Array, KVCache], Array]:
@@ -98,7 +96,7 @@ _sample = jax.jit(sample)
 
 @functools.partial(jax.jit, static_argnames="rows")
 def _pad_rows(state: tuple[Array, KVCache], rows: int) -> tuple[Array, KVCache]:
-    """Pads logits and cache with empty rows: a lone prompt is prefilled alone, for a chunk has enough rows."""
+    """Pads logits and cache with empty rows, after a lone prompt's prefill: its chunks have rows enough."""
     return jax.tree.map(lambda x: jnp.pad(x, ((0, rows - len(x)), *((0, 0),) * (x.ndim - 1))), state)
 
 
@@ -106,13 +104,12 @@ def generate(
     cfg: ModelConfig, params: Params, prompts: Collection[list[int]], sampling: Collection[SamplingParams],
     *, capacity: int | None = None,
 ) -> Iterator[Event]:  # fmt: skip
-    """Continues each prompt, yielding tokens as they come: after the prefill one, then up to STEPS at a time.
+    """Continues each prompt, yielding tokens as they come: one after the prefill, then up to STEPS at a time.
 
-    `params` as `prepare_params` lays them out; `sampling` one for each prompt. A prompt ends with 'stop' when it samples one
-    of its `stop_token_ids` (which is not yielded), else with 'length' at `max_tokens` or when `capacity` tokens (by default
-    the model's context) are full. Raises UserError for an empty prompt, one that leaves no room, a token outside the
-    vocabulary, sampling parameters that are not as many as the prompts, or such as only `slots.Slots` knows: penalties,
-    `logit_bias` and `logprobs`.
+    `params` are those of `prepare_params`; `sampling` has one for each prompt. A prompt ends with 'stop' when it samples one
+    of its `stop_token_ids` (which is not yielded), else with 'length' at `max_tokens` or at `capacity` tokens (by default
+    the model's context). Raises UserError for an empty prompt, one that leaves no room, a token outside the vocabulary, not
+    as many sampling parameters as prompts, or penalties, `logit_bias` and `logprobs`, which only `slots.Slots` knows.
     """
     capacity = cfg.context if capacity is None else capacity
     if not prompts or len(sampling) != len(prompts):

@@ -1,8 +1,8 @@
-"""PrefixCache: computed chunks of prompts, for later prompts that begin the same way, within a bound on memory.
+"""PrefixCache: the KV cache's chunks of prompts, for later prompts that begin alike, within a bound on memory.
 
 Chunks start at fixed positions and are computed by one program from what is before them, so a hit has the bits of a
-miss. A chunk's key is a hash of everything up to its end, tokens and namespace, so that chunks of different prompts or
-namespaces never meet. It is of no use without those before it, so of one prompt the last leaves first.
+miss. A chunk's key is a hash of namespace and tokens up to its end, so that chunks of different prompts or namespaces
+never meet. A chunk is of no use without those before it, so the last of a prompt is dropped first.
 """
 
 import hashlib
@@ -14,17 +14,17 @@ import numpy as np
 
 
 def first_key(namespace: str) -> bytes:
-    """Returns the key of a prompt's start, behind which its first chunk comes."""
+    """Returns the key of a prompt's start, before its first chunk."""
     return hashlib.sha256(namespace.encode("utf-8", "surrogatepass")).digest()
 
 
 def next_key(key: bytes, tokens: tuple[int, ...]) -> bytes:
-    """Returns the key of the chunk with these tokens behind the chunk (or start) of `key`."""
+    """Returns the key of the chunk of these tokens behind that of `key`."""
     return hashlib.sha256(key + np.asarray(tokens, np.int32).tobytes()).digest()
 
 
 class PrefixCache:
-    """Chunks by key, at most `limit` bytes of them: the least recently used leave first. A limit of 0 keeps none."""
+    """Chunks by key, at most `limit` bytes of them; drops the least recently used."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -32,7 +32,7 @@ class PrefixCache:
         self._chunks: OrderedDict[bytes, tuple[Any, int, bytes | None]] = OrderedDict()  # chunk, its bytes, the key before it
 
     def get(self, key: bytes) -> Any | None:
-        """Returns the chunk, or None. It and those before it count as used now."""
+        """Returns the chunk or None. It and those before it count as used now."""
         if key not in self._chunks:
             return None
         used: bytes | None = key
@@ -42,8 +42,10 @@ class PrefixCache:
         return self._chunks[key][0]
 
     def put(self, key: bytes, chunk: Any, before: bytes | None) -> None:
-        """Adds a chunk (any tree of arrays), and drops others until all fit. Where the one of key `before`, which is None at
-        the start of a prompt, is not here, this one is left out."""
+        """Adds a chunk (any tree of arrays) and drops others until all fit.
+
+        It is left out when the chunk of key `before` (None at a prompt's start) is not here.
+        """
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(chunk))
         if key in self._chunks or size > self.limit or (before is not None and before not in self._chunks):
             return

@@ -1,7 +1,7 @@
-"""The compiled programs behind `slots.Slots`: prefill a chunk of one prompt, decode a few tokens for everyone, move chunks.
+"""The compiled programs of `slots.Slots`: prefill a chunk of one prompt, decode a few tokens for all, move chunks.
 
-Their shapes depend on the model, the slots and the capacity, never on a request, so all of them can be compiled before the
-first one. They donate the KV cache and the token counts, which belong to requests, and no parameter.
+Their shapes depend on the model, the slots and the capacity, never on a request, so all can be compiled before the first
+one. They donate the KV cache and the token counts, and no parameter.
 """
 
 import functools
@@ -34,7 +34,7 @@ from engine.model.config import ModelConfig
 from engine.model.transformer import Params, forward, hidden_states
 
 Call = tuple[Any, tuple[Any, ...]]  # a program and its arguments
-COMPILED_AT_ONCE = 2  # tracing holds Python's lock, what follows does not
+COMPILED_AT_ONCE = 2  # tracing holds Python's lock, compiling does not
 
 clear_slot = jax.jit(segmented.clear_slot, donate_argnames="segments")
 copy_slot = jax.jit(segmented.copy_slot, donate_argnames="segments")
@@ -43,10 +43,10 @@ write_chunk = jax.jit(segmented.write_chunk, donate_argnames="segments")
 
 
 class SampledTokens(NamedTuple):
-    """The samples of each step and row; X is MAX_LOGPROBS, or the whole of a smaller vocabulary."""
+    """The samples of each step and row; X is MAX_LOGPROBS, or a smaller vocabulary."""
 
     token: Array  # (STEPS, R) int32
-    finite: Array  # (STEPS, R) bool: whether the logits it was sampled from were numbers
+    finite: Array  # (STEPS, R) bool: whether its logits were numbers
     logprob: Array  # (STEPS, R) float32
     top_tokens: Array  # (STEPS, R, X) int32: the most probable ones
     top_logprobs: Array  # (STEPS, R, X) float32
@@ -56,7 +56,7 @@ class SampledTokens(NamedTuple):
 def prefill_chunk(
     cfg: ModelConfig, params: Params, segments: KVSegments, tokens: Array, slot: Array, start: Array
 ) -> KVSegments:
-    """Writes the keys and values of tokens (1, T) int32, which stand at position `start` and after it, into a slot."""
+    """Writes the keys and values of tokens (1, T) int32 into a slot, from position `start` on."""
     rows = Rows(start[None], jnp.zeros((1,), jnp.int32), slot[None])
     positions = start + jnp.arange(tokens.shape[1])
     return hidden_states(cfg, params, tokens, positions[None], segmented_cache(segments, rows))[1].segments
@@ -67,10 +67,10 @@ def decode_slots(
     cfg: ModelConfig, params: Params, segments: KVSegments, counts: TokenCounts, token: Array, rows: Rows,
     sampling: SamplingArrays, penalties: PenaltyArrays, steps: Array, logprobs: Array,
 ) -> tuple[SampledTokens, KVSegments, TokenCounts]:  # fmt: skip
-    """token (R,) int32, each standing at its row's position -> the `steps` tokens that follow, at most STEPS.
+    """token (R,) int32 at its row's position -> the `steps` tokens that follow, at most STEPS.
 
-    One program does one step or several, for one row or all: a row's numbers are the same to the bit. `logprobs` () bool:
-    whether log-probabilities are computed, else they are 0.
+    One program does one step or several, for one row or all: a row's numbers are the same to the bit. Log-probabilities
+    are 0 unless `logprobs` () bool.
     """
     R, X = len(token), min(MAX_LOGPROBS, cfg.vocab)
     own = jnp.arange(R, dtype=jnp.int32)
@@ -112,10 +112,9 @@ def _log_probabilities(logits: Array, token: Array, X: int, wanted: Array) -> tu
 def idle_calls(
     cfg: ModelConfig, params: Params, segments: KVSegments, counts: TokenCounts, chunk: int, tail: int, prefix_cache: bool
 ) -> dict[str, Call]:
-    """Returns each program by name, with the arguments of a call that changes nothing: no row and no slot is in use.
+    """Returns each program by name, with the arguments of a call in which no row and no slot is in use.
 
-    Of `params`, `segments` and `counts` these are the shapes alone, and may be no more. Prompts are prefilled by `chunk` and
-    `tail` tokens.
+    Of `params`, `segments` and `counts` only the shapes are read. Prompts are prefilled by `chunk` and `tail` tokens.
     """
     params, segments, counts = shapes_of((params, segments, counts))
     R = segments.slots
@@ -139,24 +138,23 @@ def idle_calls(
 
 
 def compile_programs(calls: dict[str, Call]) -> Generator[tuple[str, int]]:
-    """Compiles `idle_calls`, several at a time, or fetches them from the compilation cache; yields each one's name as it is
+    """Compiles `idle_calls`, several at a time, or reads them from the compilation cache; yields the name of each as it is
     ready, and how many there are."""
     pool = ThreadPoolExecutor(COMPILED_AT_ONCE)
-    compiled = lambda program, arguments: program.lower(*arguments).compile()
+    compile_call = lambda program, arguments: program.lower(*arguments).compile()
     try:
-        futures = {pool.submit(compiled, *call): name for name, call in calls.items()}
+        futures = {pool.submit(compile_call, *call): name for name, call in calls.items()}
         for future in as_completed(futures):
             future.result()
             yield futures[future], len(calls)
-    finally:  # a caller that asks for no more waits only for the programs that are under way
+    finally:  # a caller that wants no more waits only for the programs under way
         pool.shutdown(cancel_futures=True)
 
 
 def make_rows(position: Any, copied_writes: Iterable[tuple[int, int]] = ()) -> Rows:
-    """Makes the Rows of R slots, of which row r stands at position[r] (R,) int32 in slot r and is written there.
+    """Makes the Rows of R slots: row r stands at position[r] (R,) int32 in slot r and is written there.
 
-    Beside that each (row, slot) of `copied_writes` is written; there is always room for every row of a lone sequence and its
-    copies in the slots of all the others.
+    So is each (row, slot) of `copied_writes`, with room for a lone sequence's rows in the slots of all its copies.
     """
     R = len(position)
     target: Any = np.full(R + (1 + DRAFT_ROWS) * DRAFT_ROWS, R, np.int32)
@@ -168,6 +166,6 @@ def make_rows(position: Any, copied_writes: Iterable[tuple[int, int]] = ()) -> R
 
 
 def shapes_of(tree: Any) -> Any:
-    """Returns the shapes of arrays as they lie on the first device: what a program is compiled for."""
+    """Returns the shapes of arrays, on the first device, to compile programs for."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), tree)

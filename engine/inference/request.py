@@ -12,9 +12,9 @@ FinishReason = Literal["stop", "length", "error"]
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt (T,) of token ids, and how to continue it. Raises InvalidField.
+    """A prompt of token ids, and how to continue it. Only prompts of one `namespace` share the prefix cache.
 
-    Prompts of one `namespace` share computed chunks in the prefix cache, others never.
+    Raises InvalidField.
     """
 
     prompt: tuple[int, ...]
@@ -28,7 +28,7 @@ class Request:
 
 
 class LogProb(NamedTuple):
-    """The log-probability of a sampled token, nats, and the most probable tokens with theirs, best first."""
+    """A sampled token's log-probability, nats, and the most probable tokens with theirs, best first."""
 
     token: int
     logprob: float
@@ -50,7 +50,7 @@ class Event(NamedTuple):
 
 
 def check(request: Request, vocab: int, capacity: int) -> None:
-    """Raises InvalidField when a model of `vocab` tokens and room for `capacity` cannot serve the request to its end."""
+    """Raises InvalidField when a model of `vocab` tokens with room for `capacity` cannot serve the request to its end."""
     prompt, sampling = request.prompt, request.sampling
     if not prompt:
         raise InvalidField("prompt", "The prompt has no tokens; give at least one.")

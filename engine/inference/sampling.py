@@ -1,8 +1,7 @@
-"""Sampling: from logits to a token, greedy or after temperature, top-k, top-p and min-p, each row by its own parameters;
-before that, penalties and a bias adjust logits by the tokens that a request has so far.
+"""Sampling: from logits to tokens, by temperature, top-k, top-p, min-p, penalties and logit bias of each row's own.
 
-A row's token depends on its logits, its seed and its position alone. The key is fold_in(key(seed), position), so a
-request samples the same tokens in whatever slot and company, and however often it is interrupted.
+A row's token depends on its logits, its seed and its position alone: the key is fold_in(key(seed), position). So a
+request samples the same tokens in any slot and company, however often it is interrupted.
 """
 
 import functools
@@ -17,9 +16,9 @@ from jax import Array
 from engine.inference.sampling_params import SamplingParams
 from engine.model.config import ModelConfig
 
-CANDIDATES = 256  # of the largest logits, among which the threshold is looked for first
-BLOCK = 128  # tokens summed together on the way to the one that is sampled
-IN_PROMPT = 1 << 20  # what a token of the prompt counts in `TokenCounts.counts`, above any count of the output's
+CANDIDATES = 256  # the largest logits, among which the threshold is searched first
+BLOCK = 128  # tokens whose weights are summed first
+IN_PROMPT = 1 << 20  # a prompt token's count in `TokenCounts.counts`, above any count in the output
 DTYPES = {"top_k": np.int32, "seed": np.uint32, "adjusts_logits": np.bool_}  # of columns, else float32
 
 
@@ -34,7 +33,7 @@ class SamplingArrays(NamedTuple):
 
 
 class PenaltyArrays(NamedTuple):
-    """Of R rows: whether their logits are adjusted (R,) bool, and by which penalties (R,) float32."""
+    """R rows' penalties, (R,) float32, and whether anything adjusts their logits, (R,) bool."""
 
     adjusts_logits: Array
     presence_penalty: Array
@@ -43,7 +42,7 @@ class PenaltyArrays(NamedTuple):
 
 
 class TokenCounts(NamedTuple):
-    """Of each slot: bias (B, V) float32, and counts (B, V) int32, how often its output has each token (see IN_PROMPT)."""
+    """Each slot's logit bias (B, V) float32, and how often its output has each token (B, V) int32 (see IN_PROMPT)."""
 
     bias: Array
     counts: Array
@@ -67,7 +66,7 @@ def make_token_counts(cfg: ModelConfig, slots: int) -> TokenCounts:
 
 
 def count_prompt(prompt: Sequence[int], logit_bias: Mapping[int, float], vocab: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the bias (V,) float32 and the counts (V,) int32 of a request that has no output yet."""
+    """Returns the bias (V,) float32 and the counts (V,) int32 of a request without output."""
     bias, counts = np.zeros(vocab, np.float32), np.zeros(vocab, np.int32)
     bias[[*logit_bias]] = [*logit_bias.values()]
     counts[[*prompt]] = IN_PROMPT
@@ -81,7 +80,7 @@ def set_token_counts(counts: TokenCounts, slot: Array, bias: Array, new: Array) 
 
 
 def adjust_logits(logits: Array, counts: TokenCounts, penalties: PenaltyArrays) -> Array:
-    """logits (R, V) after bias and penalties, in rows that have any; to the bit as they were in the others."""
+    """Returns logits (R, V) after bias and penalties, unchanged to the bit in rows without any."""
     in_output = counts.counts & (IN_PROMPT - 1)
     adjusts, presence, frequency, repetition = (values[:, None] for values in penalties)
     repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
@@ -92,7 +91,7 @@ def adjust_logits(logits: Array, counts: TokenCounts, penalties: PenaltyArrays) 
 
 def sample(logits: Array, positions: Array, sampling: SamplingArrays) -> Array:
     """logits (B, V) float32, positions (B,) int32 of the tokens to come -> tokens (B,) int32."""
-    # The first of the largest by two plain passes, which a CPU does 4 times as fast as argmax. No number equals NaN.
+    # argmax by two plain passes, which a CPU does 4 times as fast. No number equals NaN.
     V = logits.shape[-1]
     best = jnp.min(jnp.where(logits == logits.max(-1, keepdims=True), jnp.arange(V), V), axis=-1)
     best = jnp.where(best < V, best, 0)
@@ -113,14 +112,14 @@ def _sample(logits: Array, positions: Array, sampling: SamplingArrays, best: Arr
 
 
 def _threshold(scaled: Array, sampling: SamplingArrays) -> Array:
-    """(B, V) -> (B,): the lowest scaled logit that top-k, then top-p of what is left, lets through.
+    """(B, V) -> (B,): the lowest scaled logit that passes top-k, then top-p of what is left.
 
-    It is among the CANDIDATES largest nearly always, else found by bisection; nothing is sorted.
+    Nearly always among the CANDIDATES largest, else found by bisection; nothing is sorted.
     """
     V = scaled.shape[-1]
     weights = jnp.exp(scaled - scaled.max(-1, keepdims=True))
     k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, V), V)
-    # Without its second half the search for the largest would be compiled as a sort of everything.
+    # Without the barrier top_k would be compiled as a sort of everything.
     ranked, _ = jax.lax.optimization_barrier(jax.lax.top_k(scaled, min(CANDIDATES, V)))
     size = ranked.shape[-1]
     share = jnp.where(jnp.arange(size) < k[:, None], jnp.exp(ranked - ranked[:, :1]), 0.0)
@@ -157,9 +156,9 @@ def _largest(x: Array, weights: Array, goal: Array) -> Array:
 
 
 def _pick(weights: Array, u: Array, otherwise: Array) -> Array:
-    """weights (B, V), u (B,) in [0, 1) -> (B,) int32: the token in whose share of the sum u lies, by two running sums.
+    """weights (B, V), u (B,) in [0, 1) -> (B,) int32: the token in whose share of the sum u lies.
 
-    A sum in float32 may end a hair short of u's place; `otherwise` (B,) is taken then.
+    Where a float32 sum ends a hair short of u's place it is `otherwise` (B,).
     """
     B, V = weights.shape
     blocks = jnp.pad(weights, ((0, 0), (0, -V % BLOCK))).reshape(B, -1, BLOCK)

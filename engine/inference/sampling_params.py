@@ -1,4 +1,4 @@
-"""SamplingParams: how one completion is sampled, with the one range check. Imports no jax, so that flags can read RANGES."""
+"""SamplingParams: how one completion is sampled, and the ranges of its fields. Imports no jax, so that flags can too."""
 
 import dataclasses
 import operator
@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 from engine.errors import InvalidField
 
-MAX_LOGPROBS = 20  # log-probabilities of other tokens that a request may ask for beside its own
+MAX_LOGPROBS = 20  # the most probable tokens whose log-probabilities a request may ask for
 SEEDS = 2**32
 
 
 class Range(NamedTuple):
-    """A field's values: from `least` (or above it) to `most`. `note` explains the bound that does nothing."""
+    """A field's range: from `least` (or `above` it) to `most`. `note` explains the bound that has no effect."""
 
     least: float
     most: float
@@ -26,7 +26,7 @@ class Range(NamedTuple):
         return f"between {self.least}{self.note} and {self.most}"
 
     def check(self, name: str, value: Any, field: str | None = None) -> None:
-        """Raises InvalidField for `field` (by default `name`) when the value is no such number."""
+        """Raises InvalidField for `field` (by default `name`) when the value is out of range."""
         kinds = int if self.integer else (int, float)
         if isinstance(value, bool) or not isinstance(value, kinds) or value != value:
             wanted, shown = "an integer" if self.integer else "a number", f"{value!r:.60}"
@@ -54,16 +54,16 @@ RANGES = {
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How the tokens of one completion are sampled, and when it ends. Fields are named as in vLLM, and have its defaults.
+    """How one completion is sampled, and when it ends. Fields have the names and defaults of vLLM's.
 
     Temperature 0 is greedy. top_k keeps the k most probable tokens (0: all), top_p the smallest set whose probability
     reaches p (Holtzman et al. 2019, 1904.09751), min_p those at least min_p times as probable as the best (Nguyen et al.
-    2024, 2407.01082); tokens that tie with the last one stay too. Penalties are subtracted from logits before temperature:
-    `presence_penalty` once from every token already in the completion, `frequency_penalty` once for each time it is there;
-    `repetition_penalty` divides the positive logits of tokens of prompt and completion and multiplies the negative ones
-    (Keskar et al. 2019, 1909.05858). `logit_bias` is added to logits. `logprobs`: None, or for each token its
-    log-probability and those of so many of the most probable ones, as the model has them before any of this. A token of
-    `stop_token_ids` ends the completion and is not part of it. Raises InvalidField for a value out of RANGES.
+    2024, 2407.01082); ties with the last one stay too. Before temperature, `presence_penalty` is subtracted once from the
+    logit of every token in the completion, `frequency_penalty` once for each time it is there; `repetition_penalty`
+    divides positive and multiplies negative logits of tokens of prompt and completion (Keskar et al. 2019, 1909.05858);
+    `logit_bias` is added. `logprobs`: None, or how many of the most probable tokens get their log-probabilities beside
+    each sampled one, as the model has them before any of this. A token of `stop_token_ids` ends the completion and is not
+    part of it. Raises InvalidField for a value out of RANGES.
     """
 
     max_tokens: int = 16
@@ -94,16 +94,16 @@ class SamplingParams:
 
     @property
     def adjusts_logits(self) -> bool:
-        """Whether a penalty or a bias changes the logits before a token is sampled."""
+        """Whether a penalty or a bias changes the logits."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1 or self.logit_bias)
 
     def per_row(self, rows: int) -> list["SamplingParams"]:
-        """The same for each of so many completions, with seeds seed, seed + 1, ... (modulo 2**32), so that they differ."""
+        """Returns the same for each of `rows` completions, with seeds seed, seed + 1, ... (modulo 2**32)."""
         return [dataclasses.replace(self, seed=(self.seed + row) % SEEDS) for row in range(rows)]
 
 
 def token_ids(name: str, values: Any) -> tuple[int, ...]:
-    """Any iterable of integers as a tuple. Raises InvalidField for anything else."""
+    """Returns any iterable of integers as a tuple. Raises InvalidField for anything else."""
     try:
         return tuple(operator.index(token) for token in values)
     except TypeError as error:

@@ -1,7 +1,7 @@
-"""Scheduler: who gets a slot, whose prompt is prefilled next, and how many tokens the others decode. Imports no jax.
+"""Scheduler: gives sequences slots, and chooses between prefilling a prompt and decoding the others. Imports no jax.
 
-Plain Python over `Sequence`s: `slots.Slots` asks `schedule` for the next step, carries it out on the device, and reports
-back with `prefilled` and `finish`. Slots are numbers here; a free one may hold any rubbish.
+`slots.Slots` asks `schedule` for the next step, carries it out on the device, and reports back with `prefilled` and
+`finish`. Slots are numbers here; a free one may hold anything.
 """
 
 from collections import deque
@@ -11,9 +11,9 @@ from engine.inference.request import Request
 from engine.inference.sequence import STEPS, Sequence
 
 TOKENS_PER_DISPATCH = 32  # about, over all slots
-MIN_STEPS = 4  # of a dispatch, however many slots. A cancelled request waits for the dispatch to end
+MIN_STEPS = 4  # of a dispatch, for any number of slots. A cancelled request waits for the dispatch to end
 STEPS_BESIDE_PREFILL = 2  # of a dispatch while a prompt is being prefilled
-PATIENCE = 4  # of so many chunks one goes to the prompt that came first, the others to the one that needs fewest
+PATIENCE = 4  # one chunk in so many goes to the oldest prompt, the others to the one that needs fewest
 DRAFT_ROWS = 3  # rows, beside its own, in which a lone sequence may check draft tokens
 
 
@@ -24,7 +24,7 @@ class Prefill(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of a dispatch: its slot, and the token and position of a sequence behind which it samples."""
+    """A row of a dispatch: its slot, and the sequence, token and position behind which it samples."""
 
     slot: int
     sequence: Sequence
@@ -35,8 +35,8 @@ class Row(NamedTuple):
 class Decode(NamedTuple):
     """The step that decodes `steps` tokens in each row, in one dispatch.
 
-    `copies` are slots that hold a lone sequence's text as well; `copies_are_new` before it has been copied there. With
-    `drafts` it is a single step, in which the row of each draft token's copy samples behind it.
+    With `drafts` it is a single step for a lone sequence, and each row of a copy samples behind one draft token. `copies`
+    are slots that hold the sequence's text as well, `copies_are_new` if it must be copied there first.
     """
 
     rows: list[Row]
@@ -52,7 +52,7 @@ class Decode(NamedTuple):
 
     @property
     def copied_writes(self) -> list[tuple[int, int]]:
-        """(row, slot) of each write beside the rows' own: a lone sequence and its copies hold the same text."""
+        """(row, slot) of each write beside the rows' own, by which a lone sequence and its copies hold the same text."""
         slots = [self.rows[0].slot, *self.copies]
         return [(row.slot, slot) for row in self.rows for slot in slots if self.copies and slot != row.slot]
 
@@ -82,7 +82,7 @@ class Scheduler:
         return self.waiting[-1]
 
     def admit(self) -> list[Sequence]:
-        """Gives free slots to the sequences that wait, in their order, and returns these."""
+        """Gives free slots to waiting sequences, in their order, and returns these."""
         admitted = []
         while self.waiting and (self.free or self.copies):
             self._free_copies()
@@ -93,7 +93,7 @@ class Scheduler:
         return admitted
 
     def schedule(self) -> Prefill | Decode | None:
-        """Chooses the next step: prefill and decode take turns where there is work for both; None when there is none."""
+        """Chooses the next step, or None; prefill and decode take turns when there is work for both."""
         # prefill: one chunk of one prompt, so that a long prompt holds up neither the others' tokens nor shorter prompts
         if self.prefilling and not (self.decoding and self._last_was_prefill):
             self._last_was_prefill = True
@@ -114,7 +114,7 @@ class Scheduler:
             rows += [Row(slot, sequence, token, position + n) for n, (slot, token) in enumerate(zip(self.copies, drafts), 1)]
             return Decode(rows, 1, drafts, self.copies, copies_are_new)
         if any(not sequence.output_tokens for sequence in self.decoding):
-            steps = 1  # a first token is waited for
+            steps = 1  # somebody waits for a first token
         elif self.prefilling:
             steps = STEPS_BESIDE_PREFILL
         else:
@@ -123,32 +123,28 @@ class Scheduler:
         return Decode(rows, steps, [], self.copies, False)
 
     def prefilled(self, sequence: Sequence, count: int) -> None:
-        """Notes that `count` more tokens of a prompt are in its slot."""
+        """Records that `count` more tokens of a prompt are prefilled."""
         sequence.prefilled += count
         if not sequence.to_prefill:
             self.prefilling.remove(sequence)
             self.decoding.append(sequence)
 
     def finish(self, sequence: Sequence) -> None:
-        """Frees the slot of a sequence that ends, and its copies."""
+        """Frees the slot of a sequence, and its copies."""
         (self.prefilling if sequence in self.prefilling else self.decoding).remove(sequence)
         self.free.append(sequence.slot)
         self._free_copies()
 
     def cancel(self, id: int) -> bool:
-        """Ends a sequence wherever it is. False when there is none of that id."""
-        for sequence in self.waiting:
+        """Ends a waiting or running sequence. False when there is none of that id."""
+        for sequence in (*self.waiting, *self.running):
             if sequence.id == id:
-                self.waiting.remove(sequence)
-                return True
-        for sequence in self.running:
-            if sequence.id == id:
-                self.finish(sequence)
+                (self.waiting.remove if sequence in self.waiting else self.finish)(sequence)
                 return True
         return False
 
     def _draft_tokens(self) -> list[int]:
-        """Returns what may follow a lone sequence, as many tokens as there are rows to check them."""
+        """Returns draft tokens for a lone sequence, at most as many as rows are free to check them."""
         if not self.speculate or len(self.decoding) > 1 or self.prefilling or self.waiting:
             return []
         (sequence,) = self.decoding

@@ -1,4 +1,4 @@
-"""Sequence: one request on its way from the queue to its last token. Imports no jax."""
+"""Sequence: one request from the queue to its last token. Imports no jax."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from engine.inference.request import FinishReason, Request
 from engine.inference.speculation import Drafter
 
-STEPS = 8  # tokens that one dispatch adds to a sequence at most
+STEPS = 8  # the most tokens that one dispatch adds to a sequence
 
 
 @dataclasses.dataclass(eq=False)
 class Sequence:
-    """A request, the slot it has (-1 while it waits for one), how far its prompt is prefilled, and its output so far.
+    """A request, its slot (-1 while it waits for one), how many tokens of its prompt are prefilled, and its output so far.
 
-    `prefix_key` names the prefilled chunks in the prefix cache, and `cached_tokens` counts those that came from there.
+    `prefix_key` is the prefilled chunks' in the prefix cache; `cached_tokens` came from there.
     """
 
     id: int
@@ -27,17 +27,16 @@ class Sequence:
 
     @property
     def to_prefill(self) -> int:
-        """Tokens of the prompt that are left to prefill. The last one is left to decode."""
+        """Tokens of the prompt that are left to prefill: all but the last, which decoding reads."""
         return len(self.request.prompt) - 1 - self.prefilled
 
     @property
     def last_token(self) -> int:
-        """The last token of prompt and output, which has not been through the model yet."""
+        """The last token, which the model has not read yet."""
         return self.output_tokens[-1] if self.output_tokens else self.request.prompt[-1]
 
     @property
     def position(self) -> int:
-        """The position of the last token."""
         return len(self.request.prompt) - 1 + len(self.output_tokens)
 
     @property
@@ -47,7 +46,7 @@ class Sequence:
 
     @property
     def reach(self) -> int:
-        """Positions of its slot that may come to be written, the surplus of the last dispatch among them."""
+        """The most positions of its slot that may be written, the last dispatch's surplus among them."""
         return len(self.request.prompt) + self.request.sampling.max_tokens + STEPS
 
     def next_chunk(self, size: int) -> tuple[int, ...]:
@@ -55,15 +54,15 @@ class Sequence:
         return self.request.prompt[self.prefilled : self.prefilled + min(size, self.to_prefill)]
 
     def draft_tokens(self, count: int) -> list[int]:
-        """Returns up to `count` tokens that may follow, none where checking drafts has not paid lately."""
+        """Returns up to `count` draft tokens; none when checking them has not paid lately."""
         self.drafter = self.drafter or Drafter((*self.request.prompt, *self.output_tokens))
         return self.drafter.draft(count) if self.drafter.pays else []
 
     def accept(self, sampled: Iterable[int | None], drafts: list[int] | None = None) -> tuple[list[int], FinishReason | None]:
-        """Appends the sampled tokens that count, and returns them with the reason if the sequence ends here.
+        """Appends the sampled tokens that count; returns them, and the reason if the sequence ends.
 
         None stands for a token whose logits were no numbers. With `drafts`, each token but the first was sampled behind
-        one of them, and counts only if all drafts up to that one came true.
+        one of them, and counts only if all drafts up to that one were right.
         """
         sampled, accepted = list(sampled), []
         reason: FinishReason | None = None

@@ -1,4 +1,4 @@
-"""Slots: many requests at once through programs of one shape, each as if it were alone.
+"""Slots: generates completions for many requests at once, by continuous batching.
 
     slots = Slots(cfg, params, slots=8)
     slots.warm()
@@ -6,9 +6,9 @@
     while slots.busy:
         for event in slots.step(): ...
 
-The scheduler decides what a step does; this file does it on the device. A request that has a slot has all the memory it can
+The scheduler decides what a step does; this file does it on the device. A request with a slot has all the memory it can
 come to need. A completion depends on its request alone, to the bit: chunks of prompts begin at fixed positions, all rows
-decode in one program and do not see one another, and keys come from a request's own seed and positions.
+decode in one program and do not see one another, and keys come from the request's own seed and positions.
 """
 
 import contextlib
@@ -32,16 +32,16 @@ from engine.model.config import ModelConfig
 from engine.model.transformer import Params
 
 CHUNK, TAIL = 128, 32  # prompt tokens a call: whole chunks, and a shorter program for a last part that fits it
-HITS_AT_ONCE = 16  # chunks that a step copies from the prefix cache at most, before the one that it computes
+HITS_AT_ONCE = 16  # the most chunks that a step copies from the prefix cache before the one that it computes
 IDLE = SamplingParams(temperature=0.0)  # of rows that are not in use: greedy, so that they cost no sampling
-MIN_SLOTS = 2  # a product with a single row takes a different and slower path on a CPU
+MIN_SLOTS = 2  # a product with a single row takes a slower path on a CPU
 
 
 def compile_ahead(
     cfg: ModelConfig, params: Any, *, slots: int, capacity: int, kv_dtype: KVDtype, prefix_cache_bytes: int,
     chunk: int = CHUNK, tail: int = TAIL,
 ) -> Iterator[tuple[str, int]]:  # fmt: skip
-    """Compiles what `Slots.warm` of the same options will ask for, from the shapes of `params` alone, as it is iterated.
+    """Compiles, while it is iterated, what `Slots.warm` with these options will need, from the shapes of `params` alone.
 
     For the time in which weights are read: a program that turns out to be another one is compiled when it is needed.
     """
@@ -52,12 +52,12 @@ def compile_ahead(
 
 
 class Slots:
-    """The state of all requests to one model. `params` as `decode.prepare_params` lays them out; they are only read.
+    """Generates completions for many requests at once: `submit` them, then `step` while `busy`.
 
-    `slots`: requests under way at once. `capacity`: tokens of prompt and completion together, by default the model's
-    context. `kv_dtype`: the type of the KV cache. `prefix_cache_bytes`: bytes of computed chunks to keep for prompts that
-    begin alike, 0 for none. `speculate`: whether a lone sequence uses idle rows to be faster. Completions depend on the
-    model, on `kv_dtype` and on the shapes of programs (`slots`, `capacity`, `chunk`, `tail`), and on nothing else.
+    `params` are those of `decode.prepare_params`, and only read. `slots`: requests at once. `capacity`: tokens of prompt
+    and completion together, by default the model's context. `kv_dtype`: of the KV cache. `prefix_cache_bytes`: 0 for no
+    prefix cache. `speculate`: whether a lone sequence checks draft tokens in idle rows. Completions depend on the model,
+    `kv_dtype` and the shapes of programs (`slots`, `capacity`, `chunk`, `tail`) alone.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Slots:
         self.cfg, self.slots, self.capacity, self.chunk, self.tail = cfg, slots, capacity, chunk, tail
         self.scheduler = Scheduler(slots, speculate)
         self.prefix_cache = PrefixCache(prefix_cache_bytes)
-        # All on a named device: a program is compiled once more for arguments whose device is not named.
+        # On a named device: a program is compiled once more for arguments whose device is not named.
         state = params, make_kv_segments(cfg, slots, capacity, chunk, kv_dtype), make_token_counts(cfg, slots)
         self.params, self._segments, self._counts = jax.device_put(state, jax.devices()[0])
 
@@ -99,12 +99,12 @@ class Slots:
 
     @property
     def used_positions(self) -> int:
-        """Positions of the KV cache that requests have filled, of `slots` times `capacity`."""
+        """Positions of the KV cache in use, of `slots` times `capacity`."""
         return sum(s.prefilled if s.to_prefill else s.position for s in self.scheduler.running)
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the KV cache, filled or not."""
+        """Bytes of the KV cache, in use or not."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self._segments))
 
     def submit(self, request: Request) -> int:
@@ -113,13 +113,13 @@ class Slots:
         return self.scheduler.submit(request).id
 
     def cancel(self, id: int) -> bool:
-        """Ends a request wherever it is; no event of it follows. False when there is none of that id."""
+        """Ends a request; no event of it follows. False when there is none of that id."""
         return self.scheduler.cancel(id)
 
     def step(self) -> list[Event]:
-        """Admits waiting requests, then prefills a chunk of one prompt or decodes a few tokens for everyone, in turns.
+        """Admits waiting requests, then prefills a chunk of one prompt or decodes a few tokens for all, in turns.
 
-        The device is done when this returns: a request that is cancelled in between waits for one step at most.
+        Returns when the device is done: a cancelled request waits for one step at most.
         """
         for sequence in self.scheduler.admit():
             slot, request = np.int32(sequence.slot), sequence.request
@@ -137,10 +137,10 @@ class Slots:
         return []
 
     def warm(self, report: Callable[[int, int], None] | None = None, ahead: Iterable[tuple[str, int]] = ()) -> None:
-        """Compiles every program, and runs each once with no row in use. Nothing is compiled after it.
+        """Compiles every program and runs each once with no row in use. Nothing is compiled afterwards.
 
-        `ahead` is what `compile_ahead` yields: a program that it has compiled is run while the next one is compiled.
-        `report(ready, total)` counts programs. Raises ValueError while requests are under way.
+        `ahead` is what `compile_ahead` yields: a program that it compiled runs while the next is compiled.
+        `report(ready, total)` counts programs. Raises ValueError while there are requests.
         """
         if self.busy:
             raise ValueError("warm is for slots without requests")
@@ -164,7 +164,7 @@ class Slots:
         zeros = lambda x: jax.device_put(np.zeros(x.shape, x.dtype), jax.devices()[0])
         real = lambda x: zeros(x) if isinstance(x, jax.ShapeDtypeStruct) else x
         results = program(*(state.get(type(value)) or jax.tree.map(real, value) for value in arguments))
-        # Only tuples are looked into: to take an array of JAX's apart is a program of its own.
+        # Only tuples are looked into: iterating over a JAX array would compile a program.
         for result in results if type(results) is tuple else (results,):
             if isinstance(result, KVSegments):
                 self._segments = result
@@ -173,7 +173,7 @@ class Slots:
         jax.block_until_ready((results, self._segments))
 
     def _prefill(self, sequence: Sequence) -> None:
-        """Computes one chunk of a prompt, behind up to HITS_AT_ONCE that are in the prefix cache."""
+        """Computes one chunk of a prompt, after copying up to HITS_AT_ONCE from the prefix cache."""
         for _ in range(HITS_AT_ONCE):
             tokens = sequence.next_chunk(self.chunk)
             cacheable = len(tokens) == self.chunk and self.prefix_cache.limit > 0
@@ -212,13 +212,13 @@ class Slots:
             self.cfg, self.params, self._segments, self._counts, token, programs.make_rows(position, batch.copied_writes),
             sampling_arrays(sampling), penalty_arrays(sampling), np.int32(batch.steps), np.bool_(wants_logprobs),
         )  # fmt: skip
-        # Read as NumPy's, for to take a number out of an array of JAX's is a program of its own.
+        # As NumPy arrays: indexing a JAX array would compile a program.
         fetched = jax.device_get(sampled if wants_logprobs else sampled[:2])
         sampled = sampled._replace(**dict(zip(sampled._fields, fetched)))
         return [self._event(sequence, batch, sampled) for sequence in batch.sequences]
 
     def _event(self, sequence: Sequence, batch: Decode, sampled: programs.SampledTokens) -> Event:
-        """Appends to a sequence the tokens that were sampled for it, as far as they count."""
+        """Appends to a sequence the tokens sampled for it, as far as they count."""
         rows = [row.slot for row in batch.rows if row.sequence is sequence]
         places = [(step, row) for row in rows for step in range(batch.steps)]
         values = (int(sampled.token[place]) if sampled.finite[place] else None for place in places)

@@ -1,4 +1,4 @@
-"""CompletionText: the text of one completion as its tokens come, up to the first of its stop strings."""
+"""CompletionText: the text of a completion while its tokens come, up to a stop string."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,10 @@ from engine.text.tokenizer import TextStream
 
 
 class CompletionText:
-    """Takes tokens and returns text, as early as it is certain not to be part of a stop string.
+    """Turns tokens into text, returned once it is certain not to be part of a stop string.
 
-    A stop string may begin and end inside tokens; the text ends right before the one that is complete first. `stopped`
-    is that string, None while there is none. `tokens` counts those taken, the one that completed it among them.
+    Stop strings may begin and end inside tokens; the text ends before the one that is complete first. `stopped` is that
+    string or None. `tokens` counts those read, the one that completed it included.
     """
 
     def __init__(self, stream: TextStream, stop: Sequence[str] = ()) -> None:
@@ -20,7 +20,7 @@ class CompletionText:
         self.stopped: str | None = None
 
     def push(self, tokens: Sequence[int]) -> str:
-        """Returns the text that becomes certain. Tokens behind a stop string are not taken."""
+        """Returns the text that becomes certain. Tokens behind a stop string are ignored."""
         certain = []
         for token in tokens:
             if self.stopped is not None:
@@ -30,7 +30,7 @@ class CompletionText:
         return "".join(certain)
 
     def close(self) -> str:
-        """Returns the rest, for no token follows; empty behind a stop string."""
+        """Returns the rest of the text; empty behind a stop string."""
         if self.stopped is not None:
             return ""
         certain = self._append(self._stream.close()) + self._uncertain
@@ -50,5 +50,5 @@ class CompletionText:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Returns how many characters at the end of a text may be the beginning of a stop string."""
+    """Returns how many characters at the end of a text may begin a stop string."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

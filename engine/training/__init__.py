@@ -1,1 +1,1 @@
-"""Forward and backward: the only room with an optimizer or a gradient. Inference may not import it."""
+"""Forward and backward: the only package with an optimizer or a gradient. Inference may not import it."""

@@ -1,23 +1,22 @@
-"""What learns and what stays, from a person's words: `--train 'blocks/(28|29)/.*'`, `--freeze bottom:20`, `--train head`.
+"""Selects what trains by rules: `--train 'blocks/(28|29)/.*'`, `--freeze bottom:20`, `--train head`.
 
-Freezing is a matter of trees: `split` parts the params in two, the step differentiates one and only reads the other.
-Nothing frozen has a gradient, a moment or a decay, so nothing can move it.
+`paths.split` then parts the params in two trees: the step differentiates one and only reads the other. Nothing frozen has
+a gradient, a moment or a decay, so nothing can move it.
 """
 
+import math
 import re
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from engine.counting.params import leaf_shapes
-from engine.counting.trainable_paths import TrainablePaths, all_trainable, bottom_frozen, head_only, top_frozen
+from engine.counting.trainable_paths import TrainablePaths, bottom_frozen, head_only, top_frozen
 from engine.errors import UserError, nearest
-from engine.model import paths
 from engine.model.config import ModelConfig
-from engine.model.transformer import Params
 
 
 class Match(NamedTuple):
-    """What one rule names: leaves and the numbers in them."""
+    """The leaves that one rule matches, and the numbers in them."""
 
     rule: str
     leaves: int
@@ -25,7 +24,7 @@ class Match(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """What trains, what each rule matched, and how many numbers train."""
+    """The paths that train, what each rule matched, and how many numbers train."""
 
     trainable_paths: TrainablePaths
     matches: tuple[Match, ...]
@@ -33,34 +32,29 @@ class Selection(NamedTuple):
 
 
 def select_trainable(cfg: ModelConfig, train: Sequence[str] = (), freeze: Sequence[str] = ()) -> Selection:
-    """What learns: all that a rule of `train` names (everything, without one), less what a rule of `freeze` names.
+    """Selects all that a rule of `train` matches (without one, everything), less what a rule of `freeze` matches.
 
     A rule is a pattern on whole paths such as `blocks/(28|29)/.*`, or `all`, or `head` (in a tied model its table), or
-    `bottom:N` (the lookup table and the lowest N blocks), or `top:N` (the highest N blocks, the last norm, the head).
-    Raises UserError when a rule names nothing, with the nearest path, and when nothing is left to learn.
+    `bottom:N` (the embedding and the lowest N blocks), or `top:N` (the highest N blocks, the last norm, the head).
+    Raises UserError when a rule matches nothing, with the nearest path, and when nothing is left to train.
     """
     shapes = leaf_shapes(cfg)
-    numbers = {path: shape[0] * (shape[1] if len(shape) == 2 else 1) for path, shape in shapes.items()}
-    named = {rule: _named(cfg, rule) for rule in (*train, *freeze)}
-    learning = {path for rule in train for path in named[rule]} if train else set(shapes)
-    learning -= {path for rule in freeze for path in named[rule]}
-    if not learning:
+    numbers = {path: math.prod(shape) for path, shape in shapes.items()}
+    matches = {rule: _match(cfg, rule) for rule in (*train, *freeze)}
+    trainable = {path for rule in train for path in matches[rule]} if train else set(shapes)
+    trainable -= {path for rule in freeze for path in matches[rule]}
+    if not trainable:
         raise UserError(
             f"Nothing is left to learn: --freeze {' '.join(freeze)} names all that would be trained. Freeze less of it."
         )
     return Selection(
-        all_trainable(cfg) if len(learning) == len(shapes) else TrainablePaths(frozenset(learning)),
-        tuple(Match(rule, len(found), sum(numbers[path] for path in found)) for rule, found in named.items()),
-        sum(numbers[path] for path in learning),
+        TrainablePaths(frozenset(trainable)),
+        tuple(Match(rule, len(found), sum(numbers[path] for path in found)) for rule, found in matches.items()),
+        sum(numbers[path] for path in trainable),
     )
 
 
-def split(params: Params, trainable_paths: TrainablePaths) -> tuple[Params, Params]:
-    """(trainable, frozen). `paths.merge` puts them together again."""
-    return paths.split(params, trainable_paths.weights)
-
-
-def _named(cfg: ModelConfig, rule: str) -> Collection[str]:
+def _match(cfg: ModelConfig, rule: str) -> Collection[str]:
     shapes = leaf_shapes(cfg)
     end = re.fullmatch(r"(bottom|top):(\d+)", rule)
     if end:

@@ -1,8 +1,8 @@
-"""Muon's step: momentum replaced by the nearest orthogonal matrix (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+"""Muon: momentum replaced by the nearest orthogonal matrix (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-The iteration and its coefficients are optax's (`optax.contrib.muon`), and a test holds the two together. It is written
-out here because optax runs it in float32 on operands as they lie, which on a CPU costs more than the step it improves:
-here it runs in the compute dtype, on wide matrices only, so that each product reads its operands along the last axis.
+A test holds the iteration to optax's (`optax.contrib.muon`), which runs in float32 on operands as they lie and on a CPU
+costs more than the step it improves. This one runs in the compute dtype, on wide matrices only, so that each product
+reads its operands along the last axis.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ def orthogonalize(dtype: DTypeLike = jnp.bfloat16) -> optax.GradientTransformati
 
 
 def orthogonal(matrix: Array, dtype: DTypeLike) -> Array:
-    """matrix (in, out) float32 -> about its nearest orthogonal matrix, singular values about 0.7 to 1.2, float32.
+    """matrix (in, out) float32 -> roughly its nearest orthogonal matrix, singular values about 0.7 to 1.2, float32.
 
     Five Newton-Schulz steps x <- a x + (b A + c A A) x with A = x x^T, all in `dtype`.
     """

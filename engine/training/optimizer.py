@@ -1,8 +1,7 @@
 """The optimizer as a literal optax chain: AdamW on everything, or Muon on the matrices inside blocks and AdamW on the rest.
 
-A schedule is a function of progress, the share of the run that is done, between 0 and 1. A run bounded by steps passes
-step / steps, one bounded by time passes elapsed / allowed: the same chain serves both, and progress is an argument of the
-step, not a clock it reads.
+A schedule is a function of progress, the share of the run that is done, from 0 to 1: step / steps or elapsed / allowed
+seconds. It is an argument of the step, which reads no clock.
 """
 
 import dataclasses
@@ -23,16 +22,17 @@ from engine.training.muon import orthogonalize
 
 Schedule = Callable[[Array], Array]
 
-# What is a direction in weight space rather than a table or a gain: the matrices inside blocks. An adapter's thin pair at
-# the same path is not: only its product is one. Its decay pulls the model back to its base.
+# The leaves that Muon moves. An adapter's thin pair at the same path is no such matrix: only its product is one.
 MATRICES = r"blocks/\d+/(qkv|out|gate_up|down)"
-# Gains and biases are not pulled towards zero.
-UNDECAYED = r".*(norm|bias)"
+UNDECAYED = r".*(norm|bias)"  # gains and biases are not pulled towards zero
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """How weights move. `learning_rate` is AdamW's; `matrix_learning_rate` is Muon's, per unit of spectral norm."""
+    """The optimizer's settings. `learning_rate` is AdamW's, `matrix_learning_rate` Muon's, per unit of spectral norm.
+
+    Raises UserError for a value out of range.
+    """
 
     kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-3
@@ -63,7 +63,7 @@ class OptimizerConfig:
 
 
 def make_schedule(cfg: OptimizerConfig) -> Schedule:
-    """progress () in [0, 1] -> the factor on the learning rate.
+    """Returns the schedule, progress () in [0, 1] -> the factor on the learning rate.
 
     `cosine`: linear warm-up, then half a cosine down to `final` (Loshchilov & Hutter 2016, equation 5). `wsd`: warm-up,
     stable, then linear to `final` over the last `decay` of the run (Hu et al. 2024, section 4).
@@ -82,7 +82,7 @@ def make_schedule(cfg: OptimizerConfig) -> Schedule:
 
 
 def scale_by_progress(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
-    """Multiplies updates by schedule(progress), with `progress` given to `update` by the caller."""
+    """Multiplies updates by schedule(progress), where `progress` is an argument of `update`."""
 
     def update(updates: Any, state: Any, params: Any = None, *, progress: Array, **_: Any) -> tuple[Any, Any]:
         factor = schedule(progress)
@@ -93,11 +93,11 @@ def scale_by_progress(schedule: Schedule) -> optax.GradientTransformationExtraAr
 
 @functools.cache
 def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
-    """The chain for `cfg`. What is decayed, and what Muon moves, is decided by path at `init`.
-
-    One config gives one object, so that a compiled step that closes over it is found again.
-    """
-    decay = optax.add_decayed_weights(cfg.weight_decay, mask=functools.partial(_where, UNDECAYED, False, True))
+    """Returns the chain for `cfg`, one object for each config, so that a compiled step is found again."""
+    is_decayed = lambda path, _: not re.fullmatch(UNDECAYED, path)
+    is_matrix = lambda path, leaf: re.fullmatch(MATRICES, path) and not isinstance(leaf, LoRA)
+    mover = lambda path, leaf: "muon" if cfg.kind == "muon" and is_matrix(path, leaf) else "adamw"
+    decay = optax.add_decayed_weights(cfg.weight_decay, mask=functools.partial(map_paths, is_decayed))
     adamw = optax.chain(
         optax.scale_by_adam(cfg.beta1, cfg.beta2),
         decay,
@@ -111,21 +111,6 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArg
     )
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip) if cfg.clip != float("inf") else optax.identity(),
-        optax.partition({"adamw": adamw, "muon": muon}, functools.partial(_mover, cfg.kind)),
+        optax.partition({"adamw": adamw, "muon": muon}, functools.partial(map_paths, mover)),
         scale_by_progress(make_schedule(cfg)),
     )
-
-
-def _mover(kind: str, params: Any) -> Any:
-    """A tree like params: by which of the two chains each leaf is moved."""
-
-    def mover(path: str, leaf: Any) -> str:
-        matrix = re.fullmatch(MATRICES, path) and not isinstance(leaf, LoRA)
-        return "muon" if kind == "muon" and matrix else "adamw"
-
-    return map_paths(mover, params)
-
-
-def _where(pattern: str, inside: Any, outside: Any, params: Any) -> Any:
-    """A tree like params: `inside` at paths the pattern matches whole, else `outside`."""
-    return map_paths(lambda path, _: inside if re.fullmatch(pattern, path) else outside, params)

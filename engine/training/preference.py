@@ -1,7 +1,7 @@
-"""Learning from preferences without a reward model: DPO (Rafailov et al. 2023, 2305.18290, equation 7).
+"""DPO: learns from preferences without a reward model (Rafailov et al. 2023, 2305.18290, equation 7).
 
 A model's margin for a pair is log p(chosen) - log p(rejected), each summed over what the masks count. DPO raises it above
-the margin the reference model has. The reference never learns, so its margins are computed once, before training:
+the margin of a reference model, which never changes, so its margins are computed once, before training:
 
     pairs = pairs._replace(reference=margins(cfg, base, pairs))
     state, metrics = train_step(cfg, tx, state, frozen, pairs, progress, 1, dpo(beta=0.1))
@@ -25,9 +25,9 @@ from engine.training.step import Objective
 
 
 class Preferences(NamedTuple):
-    """B pairs: row i of `chosen` is preferred to row i of `rejected`. The masks count the answers, not the prompts.
+    """B pairs: row i of `chosen` is preferred to row i of `rejected`, both with (B, T) leaves. Masks count the answers only.
 
-    Both have (B, T) leaves of one T. `reference` (B,) float32 is the reference model's margin, None until it is known.
+    `reference` (B,) float32 is the reference model's margin, None until it is known.
     """
 
     chosen: Batch
@@ -36,7 +36,7 @@ class Preferences(NamedTuple):
 
 
 def margin(cfg: ModelConfig, params: Params, pairs: Preferences) -> Array:
-    """(B,) float32 nats: how much more probable the chosen answers are. One forward pass over all 2 B rows."""
+    """Returns (B,) float32 nats: log p(chosen) - log p(rejected), in one forward pass over all 2 B rows."""
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), pairs.chosen, pairs.rejected)
     chosen, rejected = jnp.split(-target_losses(cfg, params, both).sum(-1), 2)
     return chosen - rejected
@@ -47,9 +47,9 @@ margins = jax.jit(margin, static_argnums=0)
 
 @functools.cache
 def dpo(beta: float = 0.1) -> Objective:
-    """The mean over pairs of -log sigmoid(beta (margin - reference)): ln 2 where the model is the reference.
+    """Returns the objective -log sigmoid(beta (margin - reference)), mean over pairs: ln 2 where the model is the reference.
 
-    `beta` says how dear it is to move away from the reference. Raises UserError when it is not above 0.
+    The larger `beta`, the dearer it is to move away from the reference. Raises UserError when it is not above 0.
     """
     if not beta > 0:
         raise UserError(f"beta must be above 0, not {beta!r}: at 0 no preference would count.")

@@ -1,8 +1,8 @@
-"""Learning from a reward on whole answers: a policy gradient whose baseline is the group's mean (GRPO: Shao et al. 2024,
+"""GRPO: a policy gradient from rewards of whole answers, whose baseline is the group's mean (Shao et al. 2024,
 2402.03300, equation 3, with the mean taken over all tokens of the batch).
 
-Several answers are drawn to each prompt, each gets a reward, and what it has above the mean of its group, in standard
-deviations, is the advantage of every one of its tokens. No second model estimates values.
+Several answers to each prompt are sampled and rewarded. The advantage of each token of an answer is its reward less its
+group's mean, in standard deviations. No second model estimates values.
 """
 
 import functools
@@ -22,10 +22,10 @@ from engine.training.step import Objective
 
 
 class Rollouts(NamedTuple):
-    """B answers as a batch whose mask counts the drawn tokens, and each answer's advantage (B,) float32.
+    """B answers as a batch whose mask counts the sampled tokens, and each answer's advantage (B,) float32.
 
-    `old` (B, T) float32 are the log-probabilities under which they were drawn, for more than one step on one draw; None
-    for one. `reference` (B, T) are those of the model that must not be left far behind; None without that pull.
+    `old` (B, T) float32: the log-probabilities under which they were sampled, for more than one step on them, else None.
+    `reference` (B, T): those of the reference model, None without a pull towards it.
     """
 
     batch: Batch
@@ -37,7 +37,7 @@ class Rollouts(NamedTuple):
 def group_advantages(rewards: ArrayLike, eps: float = 1e-6) -> Array:
     """rewards (prompts, answers) -> the same shape, float32: (r - mean) / (standard deviation + eps) within each row.
 
-    Where all answers to a prompt are rewarded alike they are all 0: nothing is to be learned there.
+    0 where all answers to a prompt are rewarded alike: there is nothing to learn from them.
     """
     rewards = jnp.asarray(rewards, jnp.float32)
     centred = rewards - rewards.mean(axis=1, keepdims=True)
@@ -47,7 +47,7 @@ def group_advantages(rewards: ArrayLike, eps: float = 1e-6) -> Array:
 
 
 def log_probability(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
-    """(B, T) float32 log-probability of each target, 0 where the mask is False."""
+    """Returns the log-probability of each target, (B, T) float32, 0 where the mask is False."""
     return -target_losses(cfg, params, batch)
 
 
@@ -56,11 +56,11 @@ log_probabilities = jax.jit(log_probability, static_argnums=0)
 
 @functools.cache
 def grpo(clip: float = 0.2, pull: float = 0.0) -> Objective:
-    """The mean over drawn tokens of -min(r A, clipped r A) + pull * KL, with r the ratio of new to old probability.
+    """Returns the objective -min(r A, clipped r A) + pull * KL, mean over sampled tokens; r is new / old probability.
 
     r is clipped to 1 - clip .. 1 + clip (Schulman et al. 2017, 1707.06347, equation 7): beyond it a token has nothing
     more to gain. KL to the reference is estimated token by token as q - log q - 1, q = reference / new. Raises UserError
-    for a clip or pull below 0, and ValueError when there is a pull and no reference.
+    for a clip or pull out of range, and ValueError for a pull without a reference.
     """
     if not (clip > 0 and pull >= 0):
         raise UserError(f"clip must be above 0 and pull at least 0, not {clip!r} and {pull!r}.")

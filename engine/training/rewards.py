@@ -1,29 +1,28 @@
-"""Rewards that a rule can verify: what an answer is worth, from its text alone.
+"""Rewards that a rule computes from an answer's text alone.
 
     reward = make_reward("length:12")
     reward("The sea is wide and cold.", None)      # 0.5: six words of twelve
 
-No second model judges, so nothing can be talked round; but what the rule does not ask for is not learnt either.
+No model judges that could be talked round; but what the rule does not ask for is not learnt either.
 """
 
 import re
 from collections.abc import Callable
-from typing import Any
 
 from engine.errors import UserError, nearest
 
-Reward = Callable[[str, int | None], float]  # (answer, the right number where there is one) -> from 0 to 1
+Reward = Callable[[str, int | None], float]  # (answer, right number or None) -> 0 to 1
 
 TASKS = {
     "length": "length:N, an answer of N words",
     "regex": "regex:PATTERN, an answer in which the pattern is found",
     "sum": "sum, an answer that ends with the right number",
 }
-LONGEST = 4000  # characters of an answer in which a pattern is looked for
+LONGEST = 4000  # characters of an answer that a pattern is searched in
 
 
 def make_reward(task: str) -> Reward:
-    """The reward that `length:12`, `regex:PATTERN` or `sum` names. Raises UserError for anything else."""
+    """Makes the reward of `length:12`, `regex:PATTERN` or `sum`. Raises UserError for anything else."""
     name, _, rest = task.partition(":")
     if name == "length" and rest.isdecimal() and 1 <= int(rest) <= 1000:
         return length_reward(int(rest))
@@ -37,33 +36,30 @@ def make_reward(task: str) -> Reward:
 
 
 def length_reward(words: int) -> Reward:
-    """1 for an answer of that many words, and the ratio of the two counts for others: half for twice as many.
+    """Rewards an answer of that many words with 1, another with the ratio of the counts. A word has no white space."""
 
-    A word is what stands between two spaces.
-    """
-
-    def reward(answer: str, _: Any) -> float:
-        found = len(answer.split())
-        return min(found, words) / max(found, words)
+    def reward(answer: str, _: int | None) -> float:
+        count = len(answer.split())
+        return min(count, words) / max(count, words)
 
     return reward
 
 
 def regex_reward(pattern: str) -> Reward:
-    """1 where the pattern is found in the first LONGEST characters of an answer, else 0; `^...$` asks for the whole of it.
+    """Rewards an answer with 1 if the pattern is found in its first LONGEST characters; `^...$` asks for all of it.
 
-    Python's `re` may take exponentially long over a pattern such as `(a+)+$`: who takes patterns from others must bound
-    its time. Raises UserError for what is no pattern.
+    Python's `re` may take exponentially long over a pattern such as `(a+)+$`: bound its time if patterns come from others.
+    Raises UserError for what is no pattern.
     """
     try:
-        compiled = re.compile(pattern)
+        expression = re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise UserError(f"{pattern!r} is not a regular expression: {error}.") from error
-    return lambda answer, _: float(compiled.search(answer[:LONGEST]) is not None)
+    return lambda answer, _: float(expression.search(answer[:LONGEST]) is not None)
 
 
 def sum_reward(answer: str, right: int | None) -> float:
-    """1 where the last integer in an answer is the right one, else 0. Commas between thousands are read over."""
+    """Rewards an answer with 1 if its last integer is the right one, else 0. Commas between thousands are skipped."""
     text = re.sub(r"(?<=\d),(?=\d{3})", "", answer[-LONGEST:])
-    found = re.findall(r"(?:(?<!\w)-)?\d+", text)  # a dash behind a word or a number is no sign
-    return float(bool(found) and right is not None and int(found[-1]) == right)
+    integers = re.findall(r"(?:(?<!\w)-)?\d+", text)  # a dash behind a word or a number is no sign
+    return float(bool(integers) and right is not None and int(integers[-1]) == right)

@@ -17,19 +17,19 @@ from engine.training.loss import summed_loss
 
 
 class TrainState(NamedTuple):
-    """What training changes. Frozen weights ride beside it and are neither differentiated nor donated."""
+    """The state that a step replaces. Frozen weights are beside it, neither differentiated nor donated."""
 
-    step: Array  # () int32: batches seen, also those whose update was refused
+    step: Array  # () int32: batches seen, refused ones too
     trainable: Params
     opt_state: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What a step makes small: the sum of something over a batch, divided by how many of it there are.
+    """A training objective: the summed loss of a batch, and the count it is divided by.
 
-    `summed(cfg, params, batch)` () float32 and `count(batch)` () of any batch whose leaves have a leading axis of rows,
-    such that a batch's are the sums of its parts'. One objective is one object, or its step is compiled anew.
+    `summed(cfg, params, batch)` () float32 and `count(batch)` () of a batch whose leaves have a leading axis of rows; both
+    are the sums of those of its parts. One objective is one object, or its step is compiled anew.
     """
 
     summed: Callable[[ModelConfig, Params, Any], Array]
@@ -39,13 +39,13 @@ class Objective:
 NEXT_TOKEN = Objective(summed_loss, lambda batch: batch.mask.sum())
 
 
-# To `compile` a step over an int8 base with: XLA would else convert all of it once for all microbatches, and hold that.
-NARROW = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+# Compiler options for a step over an int8 base: else XLA converts all of it once for all microbatches, and holds that.
+INT8_COMPILER_OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 
 
 class Metrics(NamedTuple):
-    """Of one step, all () arrays: the loss (mean nats per target, for NEXT_TOKEN), how many it is the mean of, the
-    gradient's norm before clipping, 1 if refused."""
+    """One step's () arrays: the loss (for NEXT_TOKEN mean nats per target), how many it is the mean of, the gradient's
+    norm before clipping, 1 if the update was refused."""
 
     loss: Array
     tokens: Array
@@ -54,7 +54,7 @@ class Metrics(NamedTuple):
 
 
 def init_state(tx: optax.GradientTransformation, trainable: Params) -> TrainState:
-    """The state before the first step."""
+    """Returns the state before the first step."""
     return TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable))
 
 
@@ -66,10 +66,10 @@ def loss_and_gradient(
     microbatches: int = 1,
     objective: Objective = NEXT_TOKEN,
 ) -> tuple[Array, Params]:
-    """The objective's mean over the whole batch, and its gradient for the trainable leaves alone.
+    """Returns the objective's mean over the whole batch, and its gradient for the trainable leaves alone.
 
-    With microbatches A, the batch (B, T) is taken A parts at a time and the gradients summed: the same numbers in
-    1 / A of the activation memory. B must be a multiple of A.
+    With microbatches A, the batch is taken in A parts, whose gradients are summed: the same numbers in 1 / A of the
+    activation memory. B must be a multiple of A.
     """
     total = jnp.maximum(objective.count(batch), 1).astype(jnp.float32)
 
@@ -99,11 +99,10 @@ def train_step(
     microbatches: int = 1,
     objective: Objective = NEXT_TOKEN,
 ) -> tuple[TrainState, Metrics]:
-    """The next state, and what the step measured. `state` is donated; `progress` () float32 drives the schedule.
+    """Returns the next state and the step's metrics. `state` is donated; `progress` () float32 drives the schedule.
 
-    `batch` is what the objective reads: a Batch, unless another objective is given.
-
-    A step whose loss, gradient or update is not finite changes no weight and no moment: it only counts as seen.
+    `batch` is what the objective reads, for NEXT_TOKEN a Batch. A step whose loss, gradient or update is not finite
+    changes no weight and no moment; it only counts as seen.
     """
     loss, gradient = loss_and_gradient(cfg, state.trainable, frozen, batch, microbatches, objective)
     with jax.named_scope("optimizer"):

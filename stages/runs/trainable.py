@@ -9,12 +9,12 @@ import jax
 from engine.counting.params import count_params
 from engine.counting.trainable_paths import TrainablePaths, lora_only
 from engine.model.config import LoraConfig, ModelConfig
-from engine.model.paths import merge
+from engine.model.paths import merge, split
 from engine.model.transformer import init_params
 from engine.model.weights.int8 import every_product, quantize
 from engine.model.weights.lora import merge_lora
 from engine.model.weights.matmul import cast_matrices
-from engine.training.freeze import select_trainable, split
+from engine.training.freeze import select_trainable
 from engine.training.lora import add_lora
 
 Rows = tuple[tuple[str, str], ...]
@@ -42,7 +42,7 @@ class TrainableParts:
         return trainable if self.paths is None or self.is_adapter else merge(trainable, self.unchanged)
 
     def from_saved(self, params: Any) -> Any:
-        return params if self.paths is None or self.is_adapter else split(params, self.paths)[0]
+        return params if self.paths is None or self.is_adapter else split(params, self.paths.weights)[0]
 
     def initial_params(self) -> Any:
         """Returns the params before training. An untrained adapter changes nothing, to the bit."""
@@ -77,7 +77,7 @@ def split_params(
 ) -> TrainableParts:
     """Returns what trains in float32, and what is frozen in the compute type or int8; `params` stay as they are."""
     if not lora:
-        trainable, unchanged = split(merge_lora(params), paths)
+        trainable, unchanged = split(merge_lora(params), paths.weights)
         return TrainableParts(cast_matrices(trainable, "float32"), cast_matrices(unchanged, cfg.dtype), unchanged, paths)
     adapter = add_lora(cfg, params, jax.random.key(seed), lora)
     frozen = params if base == "float" else quantize(params, every_product(params, "full"))

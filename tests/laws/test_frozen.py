@@ -8,12 +8,12 @@ from tiny import lively_params, positions_of, tiny_config, tokens_of
 
 from engine.counting.walk import count
 from engine.model.config import LoraConfig
-from engine.model.paths import leaf_paths, merge
+from engine.model.paths import leaf_paths, merge, split
 from engine.model.weights.int8 import quantize
 from engine.model.weights.matmul import cast_matrices
 from engine.storage.digest import digest
 from engine.text.batch import Batch
-from engine.training.freeze import select_trainable, split
+from engine.training.freeze import select_trainable
 from engine.training.lora import add_lora
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state, loss_and_gradient, train_step
@@ -31,7 +31,7 @@ def batches(count: int, B: int = 2, T: int = 7):
 
 def halves():
     params = lively_params(CFG)
-    trainable, frozen = split(params, select_trainable(CFG, freeze=["bottom:1"]).trainable_paths)
+    trainable, frozen = split(params, select_trainable(CFG, freeze=["bottom:1"]).trainable_paths.weights)
     return trainable, cast_matrices(frozen, "bfloat16")
 
 
@@ -78,7 +78,7 @@ def test_freezing_spares_the_matmul_flops():
     params, batch = lively_params(CFG), next(batches(1))
 
     def matmul_flops(**rules) -> int:
-        trainable, frozen = split(params, select_trainable(CFG, **rules).trainable_paths)
+        trainable, frozen = split(params, select_trainable(CFG, **rules).trainable_paths.weights)
         return count(lambda t, f, b: loss_and_gradient(CFG, t, f, b), trainable, frozen, batch).matmul
 
     everything, upper, lower, head = (

@@ -7,8 +7,8 @@ from tiny import lively_params, tiny_config
 from engine.counting.params import count_params, leaf_shapes
 from engine.counting.trainable_paths import TrainablePaths, all_trainable, bottom_frozen, head_only, top_frozen
 from engine.errors import UserError
-from engine.model.paths import leaf_paths, merge
-from engine.training.freeze import Match, select_trainable, split
+from engine.model.paths import leaf_paths, merge, split
+from engine.training.freeze import Match, select_trainable
 
 CFG = tiny_config()
 TIED = tiny_config(tied=True)
@@ -46,7 +46,7 @@ def test_what_is_named_to_learn_less_what_is_named_to_stay():
 def test_trees_are_parted_as_it_was_said():
     params = lively_params(CFG)
     trainable_paths = select_trainable(CFG, freeze=["bottom:1"]).trainable_paths
-    trainable, frozen = split(params, trainable_paths)
+    trainable, frozen = split(params, trainable_paths.weights)
     assert set(leaf_paths(trainable)) == trainable_paths.weights
     assert not set(leaf_paths(frozen)) & trainable_paths.weights
     whole = merge(trainable, frozen)

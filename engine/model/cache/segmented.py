@@ -1,10 +1,10 @@
-"""KVSegments: the keys and values of many slots, cut by position, so that a call multiplies only what a row has reached.
+"""KVSegments: the KV cache of many slots, cut by position, so that a call multiplies only segments that a row has reached.
 
-A slot is room for one text. Its positions 0 .. S - 1 are cut into segments that double in length from the second on, and
-each segment of all slots is one array: a matrix product on a CPU reads a whole array in place, while a part of one would be
-copied first. Attention goes segment by segment with a running softmax (Milakov & Gimelshein 2018, 1805.02867) and skips
-the segments that no row has reached. A segment's contribution to a row that has not reached it is discarded by selection,
-so a row's numbers depend, to the bit, on its own length alone.
+A slot holds one text. Its positions 0 .. S - 1 are cut into segments that double in length from the second on. Each
+segment of all slots is one array: a matrix product on a CPU reads a whole array in place, but would copy a part of one
+first. Attention goes segment by segment with a running softmax (Milakov & Gimelshein 2018, 1805.02867) and skips segments
+that no row has reached. What one adds to a row that has not reached it is discarded by selection, so a row's numbers
+depend, to the bit, on its own length alone.
 """
 
 import functools
@@ -35,7 +35,7 @@ LayerSegments = tuple[KVArray, ...]  # the keys or the values of one layer
 
 
 class KVSegments(NamedTuple):
-    """k and v: for each of the L layers, for each segment, the keys or values (B, K, C, H) of its C positions in all slots."""
+    """k and v: for each layer and each segment, the keys or values (B, K, C, H) of its C positions in all slots."""
 
     k: tuple[LayerSegments, ...]
     v: tuple[LayerSegments, ...]
@@ -47,16 +47,16 @@ class KVSegments(NamedTuple):
 
     @property
     def edges(self) -> tuple[int, ...]:
-        """Where segments start, and S at the end."""
+        """The position at which each segment starts, and S."""
         return _edges(self.k[0])
 
 
 class Rows(NamedTuple):
-    """Where the R rows of a call stand, and where their keys and values are written.
+    """The positions of a call's R rows, and the slots that their keys and values are written to.
 
-    Row r holds T tokens from position[r] (R,) on; -1 where it is not in use. It reads slot r, or, where it is the only
-    row, the slot it writes. Write u (U,) puts the row source[u] into the slot target[u]; a target that is no slot is
-    not written, and neither is a position beyond the last segment.
+    Row r holds T tokens from position[r] (R,) on, or none if that is -1. It reads slot r, a lone row the slot it writes.
+    Write u (U,) puts row source[u] into slot target[u]. A target that is no slot, or a position beyond the last segment,
+    is not written.
     """
 
     position: Array
@@ -76,7 +76,7 @@ class SegmentedLayer(NamedTuple):
 class SegmentedCache(NamedTuple):
     """The cache of one call of `forward`, which returns it with the call's keys and values written.
 
-    `destinations`: for each segment, (U, 2) int32, the slot and the position in the segment of each write.
+    `destinations`: for each segment (U, 2) int32, slot and position in the segment of each write.
     """
 
     segments: KVSegments
@@ -84,24 +84,23 @@ class SegmentedCache(NamedTuple):
     destinations: tuple[Array, ...]
 
     def layer(self, i: int) -> SegmentedLayer:
-        """Returns what layer i reads and writes."""
         return SegmentedLayer(self.segments.k[i], self.segments.v[i], self.rows, self.destinations)
 
     def with_layers(self, layers: Sequence[SegmentedLayer]) -> "SegmentedCache":
-        """Returns the same with every layer replaced."""
+        """Returns the cache with every layer replaced."""
         k, v, *_ = zip(*layers)
         return self._replace(segments=KVSegments(k, v))
 
 
 def segmented_cache(segments: KVSegments, rows: Rows) -> SegmentedCache:
-    """Makes the cache of one call. The destinations are computed once, for they are the same in every layer."""
+    """Makes the cache of one call."""
     destinations = _destinations(segments.edges, rows.target, rows.position[rows.source])
-    # Without the barrier XLA would compute them anew for each layer.
+    # They are the same in every layer; without the barrier XLA would compute them anew for each.
     return SegmentedCache(segments, rows, jax.lax.optimization_barrier(destinations))
 
 
 def make_kv_segments(cfg: ModelConfig, slots: int, capacity: int, first: int, dtype: KVDtype = "bfloat16") -> KVSegments:
-    """Makes empty segments for `slots` texts of `capacity` tokens, rounded up to a multiple of `first`, the shortest length."""
+    """Makes empty segments for `slots` texts of `capacity` tokens, rounded up to a multiple of `first`, the first's length."""
     edges = [0, first]
     while edges[-1] < capacity:
         edges.append(min(2 * edges[-1], -(-capacity // first) * first))
@@ -112,8 +111,7 @@ def make_kv_segments(cfg: ModelConfig, slots: int, capacity: int, first: int, dt
             return QuantizedKV(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1], jnp.float32))
         return jnp.zeros(shape, jnp.dtype(dtype))
 
-    layer = lambda: tuple(empty(stop - start) for start, stop in itertools.pairwise(edges))
-    layers = lambda: tuple(layer() for _ in range(cfg.layers))
+    layers = lambda: tuple(tuple(empty(stop - start) for start, stop in itertools.pairwise(edges)) for _ in range(cfg.layers))
     return KVSegments(layers(), layers())
 
 
@@ -134,7 +132,7 @@ def read_chunk(segments: KVSegments, slot: Array, start: Array, length: int) -> 
 
 
 def write_chunk(segments: KVSegments, chunk: KVArray, slot: Array, start: Array) -> KVSegments:
-    """Writes a chunk that `read_chunk` copied out into a slot from `start` on."""
+    """Writes a chunk of `read_chunk` into a slot from `start` on."""
     destinations, L = _destinations(segments.edges, slot[None], start[None]), len(segments.k)
     of_layer = lambda i: jax.tree.map(lambda array: array[i][None], chunk)
     layers = [_write(layer, of_layer(i), destinations) for i, layer in enumerate((*segments.k, *segments.v))]
@@ -142,12 +140,12 @@ def write_chunk(segments: KVSegments, chunk: KVArray, slot: Array, start: Array)
 
 
 def clear_slot(segments: KVSegments, slot: Array, reach: Array) -> KVSegments:
-    """Zeros all of a slot's segments that hold a position below `reach`, so that no NaN of another text is left there."""
+    """Zeros a slot's segments that hold a position below `reach`, so that no NaN of another text is left there."""
     return _set_slots(segments, slot[None], reach, lambda array: jnp.zeros((1, *array.shape[1:]), array.dtype))
 
 
 def copy_slot(segments: KVSegments, slot: Array, targets: Array, reach: Array) -> KVSegments:
-    """Copies a slot's content below `reach` into the slots targets (X,); a target that is no slot is left out."""
+    """Copies a slot's segments below `reach` into the slots targets (X,); a target that is no slot is left out."""
     content = lambda array: jax.lax.dynamic_index_in_dim(array, slot, 0)
     copies = lambda array: jnp.broadcast_to(content(array), (len(targets), *array.shape[1:]))
     return _set_slots(segments, targets, reach, copies)
@@ -156,11 +154,8 @@ def copy_slot(segments: KVSegments, slot: Array, targets: Array, reach: Array) -
 def attention(q: Array, k: Array, v: Array, layer: SegmentedLayer) -> tuple[Array, SegmentedLayer]:
     """q (R, T, N, H) scaled by H ** -0.5, k and v (R, T, K, H) -> (R, T, N * H) in q's dtype, and the layer with k, v written.
 
-    A query at position p sees the positions 0 .. p of its slot, this call's own among them.
+    A query at position p sees positions 0 .. p of its slot, this call's own among them.
     """
-    R, T, N, H = q.shape
-    K = k.shape[2]
-    G = N // K
     rows, stored = layer.rows, layer.k[0]
 
     def write(side: LayerSegments, new: Array) -> LayerSegments:
@@ -171,11 +166,11 @@ def attention(q: Array, k: Array, v: Array, layer: SegmentedLayer) -> tuple[Arra
         return _write(side, QuantizedKV(values, scale[..., 0]), layer.destinations)
 
     layer = layer._replace(k=write(layer.k, k), v=write(layer.v, v))
-    queries = q.astype(stored.dtype) if isinstance(stored, Array) else q
-    queries = group_heads(queries, K).reshape(R, K, G * T, H)
+    queries = group_heads(q.astype(stored.dtype) if isinstance(stored, Array) else q, k.shape[2])
+    R, K, G, T, H = queries.shape
     positions = jnp.where(rows.position[:, None] < 0, -1, rows.position[:, None] + jnp.arange(T))
-    out = _attend(queries, jnp.tile(positions, (1, G)), layer)
-    return join_heads(out.reshape(R, K, G, T, H)).astype(q.dtype), layer
+    out = _attend(queries.reshape(R, K, G * T, H), jnp.tile(positions, (1, G)), layer)
+    return join_heads(out.reshape(queries.shape)).astype(q.dtype), layer
 
 
 def _attend(q: Array, positions: Array, layer: SegmentedLayer) -> Array:
@@ -211,7 +206,7 @@ def _attend(q: Array, positions: Array, layer: SegmentedLayer) -> Array:
 
 
 def _scores(q: Any, keys: KVArray) -> Array:
-    """q (R, K, M, H), in two digits where keys are quantized, keys (R, K, C, H) -> (R, K, M, C) float32."""
+    """q (R, K, M, H), as `two_digit_rows` for quantized keys, keys (R, K, C, H) -> (R, K, M, C) float32."""
     if not isinstance(keys, QuantizedKV):
         return jnp.einsum("rkmh,rkch->rkmc", q, keys, preferred_element_type=jnp.float32)
     digits, scale = q
@@ -223,7 +218,7 @@ def _mix(weights: Array, values: KVArray, mask: Array) -> Array:
     """weights (R, K, M, C), values (R, K, C, H) -> (R, K, M, H) float32."""
     if not isinstance(values, QuantizedKV):
         return jnp.einsum("rkmc,rkch->rkmh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    # Beyond a row's end a scale may be stale, even NaN, and 0 times NaN is NaN.
+    # Beyond a row's end a scale may be a stale NaN, and 0 times NaN is NaN.
     digits, scale = two_digit_rows(jnp.where(mask, weights * values.scale[:, :, None], 0))
     products = jnp.einsum("rkmc,rkch->rkmh", digits, values.values, preferred_element_type=jnp.int32)
     return join_digits(products) * scale
@@ -234,14 +229,14 @@ def _edges(layer: LayerSegments) -> tuple[int, ...]:
 
 
 def _destinations(edges: tuple[int, ...], slots: Array, positions: Array) -> tuple[Array, ...]:
-    """Where writes to slots (U,) from positions (U,) on go: past a segment's end in every segment but the one they lie in."""
+    """Returns where writes to slots (U,) from positions (U,) on go: beyond the end of every segment but their own."""
     inside = lambda start, stop: (positions >= start) & (positions < stop)
     at = lambda start, stop: jnp.where(inside(start, stop), positions - start, stop - start)
     return tuple(jnp.stack([slots, at(*ends)], axis=1) for ends in itertools.pairwise(edges))
 
 
 def _write(layer: LayerSegments, new: KVArray, destinations: tuple[Array, ...]) -> LayerSegments:
-    """Writes new (U, K, T, H), quantized where the layer is, at its destinations; T tokens lie in one segment."""
+    """Writes new (U, K, T, H), whose T tokens lie in one segment, at its destinations."""
     scatter = lambda at: lambda array, part: _scatter(array, part.astype(array.dtype), at)
     return tuple(jax.tree.map(scatter(at), segment, new) for segment, at in zip(layer, destinations))
 
@@ -259,7 +254,7 @@ def _set_slots(segments: KVSegments, slots: Array, reach: Array, content: Callab
 
 
 def _scatter(array: Array, new: Array, at: Array) -> Array:
-    """array (B, K, C, ...) with new (U, K, T, ...) at [slot, :, start : start + T], `at` (U, 2); drops what does not fit."""
+    """Writes new (U, K, T, ...) into array (B, K, C, ...) at slot and start, `at` (U, 2); drops what does not fit."""
     window = tuple(range(1, new.ndim))
     numbers = jax.lax.ScatterDimensionNumbers(
         update_window_dims=window, inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 2)
