@@ -10,7 +10,6 @@ another order, and 6 of 8 greedy texts of 33 tokens agreed: one stack in place o
 """
 
 import dataclasses
-import functools
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -49,7 +48,7 @@ def prepare_params(cfg: ModelConfig, params: Params) -> Params:
     return cast_matrices(map_paths(lay_out, merge_lora(params, cfg.dtype)), cfg.dtype)
 
 
-@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="cache")
+@jax.jit(static_argnames="cfg", donate_argnames="cache")
 def prefill(cfg: ModelConfig, params: Params, tokens: Array, lengths: Array, cache: KVCache) -> tuple[Array, KVCache]:
     """tokens (B, T) int32, the first lengths (B,) of each row real -> logits (B, V) float32 behind the last real one, cache.
 
@@ -72,7 +71,7 @@ def _decode_step(cfg: ModelConfig, params: Params, token: Array, cache: KVCache)
 decode_step = jax.jit(_decode_step, static_argnames="cfg", donate_argnames="cache")
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "steps"), donate_argnames="cache")
+@jax.jit(static_argnames=("cfg", "steps"), donate_argnames="cache")
 def decode_steps(
     cfg: ModelConfig, params: Params, token: Array, cache: KVCache, sampling: SamplingArrays, steps: int = STEPS
 ) -> tuple[Array, KVCache]:
@@ -94,7 +93,7 @@ def decode_steps(
 _sample = jax.jit(sample)
 
 
-@functools.partial(jax.jit, static_argnames="rows")
+@jax.jit(static_argnames="rows")
 def _pad_rows(state: tuple[Array, KVCache], rows: int) -> tuple[Array, KVCache]:
     """Pads logits and cache with empty rows, after a lone prompt's prefill: its chunks have rows enough."""
     return jax.tree.map(lambda x: jnp.pad(x, ((0, rows - len(x)), *((0, 0),) * (x.ndim - 1))), state)

@@ -4,7 +4,6 @@ Their shapes depend on the model, the slots and the capacity, never on a request
 one. They donate the KV cache and the token counts, and no parameter.
 """
 
-import functools
 from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
@@ -52,7 +51,7 @@ class SampledTokens(NamedTuple):
     top_logprobs: Array  # (STEPS, R, X) float32
 
 
-@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="segments")
+@jax.jit(static_argnames="cfg", donate_argnames="segments")
 def prefill_chunk(
     cfg: ModelConfig, params: Params, segments: KVSegments, tokens: Array, slot: Array, start: Array
 ) -> KVSegments:
@@ -62,7 +61,7 @@ def prefill_chunk(
     return hidden_states(cfg, params, tokens, positions[None], segmented_cache(segments, rows))[1].segments
 
 
-@functools.partial(jax.jit, static_argnames="cfg", donate_argnames=("segments", "counts"))
+@jax.jit(static_argnames="cfg", donate_argnames=("segments", "counts"))
 def decode_slots(
     cfg: ModelConfig, params: Params, segments: KVSegments, counts: TokenCounts, token: Array, rows: Rows,
     sampling: SamplingArrays, penalties: PenaltyArrays, steps: Array, logprobs: Array,

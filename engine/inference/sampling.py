@@ -4,7 +4,6 @@ A row's token depends on its logits, its seed and its position alone: the key is
 request samples the same tokens in any slot and company, however often it is interrupted.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -73,7 +72,7 @@ def count_prompt(prompt: Sequence[int], logit_bias: Mapping[int, float], vocab: 
     return bias, counts
 
 
-@functools.partial(jax.jit, donate_argnames="counts")
+@jax.jit(donate_argnames="counts")
 def set_token_counts(counts: TokenCounts, slot: Array, bias: Array, new: Array) -> TokenCounts:
     """Replaces the slot's bias and counts by bias and new (V,)."""
     return TokenCounts(counts.bias.at[slot].set(bias), counts.counts.at[slot].set(new))

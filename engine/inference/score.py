@@ -1,7 +1,5 @@
 """Scoring: the log-probability of a text under the model, for evaluation."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -14,7 +12,7 @@ from engine.text.batch import Batch
 LOGITS_LIMIT = 64 * 2**20  # bytes of float32 logits beyond which they are made a few rows at a time
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
+@jax.jit(static_argnames="cfg")
 def score(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
     """Sums the negative log-probability of the masked-in targets, () float32 nats. Bits are nats / ln 2."""
     targets = jnp.where(batch.mask, batch.targets, 0)

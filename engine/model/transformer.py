@@ -4,7 +4,6 @@ Flax Linen is a thin shell: a module names and shapes its parameters, `apply` is
 imports flax.
 """
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -115,7 +114,7 @@ class Blocks(nn.Module):
         if cache is not None:
             # Unrolled, one array a layer: a scan over a stacked cache copies it whole at every step. One block is traced and
             # inlined L times; calls that are left to XLA would make the program slower.
-            block = functools.partial(jax.jit, inline=True)(
+            block = jax.jit(inline=True)(
                 lambda params, x, cached: Block(cfg, parent=None).apply({"params": params}, x, rotary, segments, cached)
             )
             written = []

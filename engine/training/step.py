@@ -1,7 +1,6 @@
 """One step of training: forward, backward, update. A pure function of state, batch and progress."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -88,7 +87,7 @@ def loss_and_gradient(
     return jax.lax.scan(add, start, parts)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "tx", "microbatches", "objective"), donate_argnames="state")
+@jax.jit(static_argnames=("cfg", "tx", "microbatches", "objective"), donate_argnames="state")
 def train_step(
     cfg: ModelConfig,
     tx: optax.GradientTransformationExtraArgs,
