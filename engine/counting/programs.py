@@ -9,13 +9,13 @@ from collections.abc import Collection
 
 from engine.counting.flops import Attention, Flops, decode_flops, forward_flops, prefill_flops, train_flops
 from engine.counting.trainable_paths import TrainablePaths
-from engine.model import backend
+from engine.model import ops
 from engine.model.backward import QUERY_BLOCK
 from engine.model.config import ModelConfig
 
 
 def _attention() -> Attention:
-    return QUERY_BLOCK if backend.on_cpu() else "full"
+    return QUERY_BLOCK if ops.on_cpu() else "full"
 
 
 def gradient_program(
@@ -49,7 +49,7 @@ def decode_program(cfg: ModelConfig, slots: int, capacity: int, *, int16_activat
     key head, where every product has one row.
     """
     parts = decode_flops(cfg, capacity).parts
-    queries = 2 if backend.on_cpu() and cfg.groups == 1 else 1
+    queries = 2 if ops.on_cpu() and cfg.groups == 1 else 1
     rows = 2 if slots == 1 else 1
     times = lambda name: queries if name == "attention" else rows * (2 if name in int16_activations else 1)
     return Flops({name: part * times(name) for name, part in parts.items()}) * slots

@@ -23,9 +23,9 @@ from engine.inference.request import Event, Request
 from engine.inference.sampling import SamplingArrays, sample, sampling_arrays
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.sequence import STEPS, Sequence
-from engine.model.backend import on_cpu
 from engine.model.cache.contiguous import KVCache, make_cache
 from engine.model.config import ModelConfig
+from engine.model.ops import on_cpu
 from engine.model.paths import map_paths
 from engine.model.transformer import Params, forward, hidden_states, logits_of
 from engine.model.weights.int8 import Int8, store_transposed

@@ -2,9 +2,15 @@
 
 from types import ModuleType
 
-from engine.model import backend, backward, layers
+import jax
+
+from engine.model import backward, layers
+
+
+def on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
 
 
 def ops() -> ModuleType:
     """Returns `backward` on a CPU, else `layers`: two modules with the same functions."""
-    return backward if backend.on_cpu() else layers
+    return backward if on_cpu() else layers

@@ -40,23 +40,19 @@ def map_paths(f: Callable[[str, Any], Any], params: dict[str, Any]) -> dict[str,
     return unflatten({path: f(path, leaf) for path, leaf in leaf_paths(params).items()})
 
 
-def first_match(rules: Sequence[tuple[str, Any]], params: dict[str, Any], default: Any) -> dict[str, Any]:
-    """Returns a tree like params of the value of the first rule that matches each path, else `default`.
+def first_match(rules: Sequence[tuple[str, Any]], params: dict[str, Any]) -> dict[str, Any]:
+    """Returns {path: value of the first rule that matches the whole path}, without paths that none matches.
 
     A rule is (regular expression, value). Raises UserError for one that matches no path, naming the nearest.
     """
     paths = list(leaf_paths(params))
-    for pattern, _ in rules:
-        if not any(re.fullmatch(pattern, path) for path in paths):
+    matches: dict[str, Any] = {}
+    for pattern, value in rules:
+        found = [path for path in paths if re.fullmatch(pattern, path)]
+        if not found:
             raise UserError(f"The rule {pattern!r} matches no parameter.{nearest(pattern, paths)}")
-    value_at = lambda path, _: next((value for rule, value in rules if re.fullmatch(rule, path)), default)
-    return map_paths(value_at, params)
-
-
-def partition(params: dict[str, Any], rules: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns (trainable, frozen): the leaves that any rule matches, and the others; `merge` is the inverse."""
-    chosen = leaf_paths(first_match([(rule, True) for rule in rules], params, False))
-    return split(params, {path for path, matched in chosen.items() if matched})
+        matches = dict.fromkeys(found, value) | matches
+    return matches
 
 
 def split(params: dict[str, Any], chosen: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -5,9 +5,6 @@ costs more than the step it improves. This one runs in the compute dtype, on wid
 reads its operands along the last axis.
 """
 
-from typing import Any
-
-import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
@@ -21,11 +18,7 @@ STEPS = 5
 
 def orthogonalize(dtype: DTypeLike = jnp.bfloat16) -> optax.GradientTransformation:
     """Replaces each matrix (in, out) by U V^T of its singular value decomposition, times sqrt(max(1, out / in))."""
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return jax.tree.map(lambda u: orthogonal(u, dtype), updates), state
-
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    return optax.stateless_with_tree_map(lambda update, _: orthogonal(update, dtype))
 
 
 def orthogonal(matrix: Array, dtype: DTypeLike) -> Array:

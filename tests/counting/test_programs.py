@@ -37,7 +37,7 @@ KINDS = {
 def backend(request, monkeypatch):
     """Both programs are traced, on whatever machine this is."""
     here = request.param == "cpu"
-    monkeypatch.setattr("engine.model.backend.on_cpu", lambda: here)
+    monkeypatch.setattr("engine.model.ops.on_cpu", lambda: here)
 
 
 def modes(cfg):

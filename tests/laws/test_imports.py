@@ -12,7 +12,7 @@ from source_tree import PACKAGES, SOURCES, Trees, imported, imports, package_of,
 # The engine from the ground up. A room (a file or a folder) imports itself and rooms of higher lines, none beside it.
 ENGINE = """
 errors format
-files allocator model.config model.paths model.backend
+files allocator model.config model.paths
 device model.layers model.cache.contiguous by_hand
 model.backward model.weights.int8
 model.ops model.weights.lora model.cross_entropy model.cache.segmented

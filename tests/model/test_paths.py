@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import UserError
-from engine.model.paths import first_match, leaf_paths, map_paths, merge, partition, unflatten
+from engine.model.paths import first_match, leaf_paths, map_paths, merge, split, unflatten
 
 names = st.text("ab01_", min_size=1, max_size=3)
 trees = st.dictionaries(
@@ -21,17 +21,17 @@ def test_paths_and_back_is_the_same_tree(tree):
 
 
 @given(trees, st.data())
-def test_partition_and_merge_are_inverse(tree, data):
+def test_split_and_merge_are_inverse(tree, data):
     paths = list(leaf_paths(tree))
-    rules = data.draw(st.lists(st.sampled_from(paths), unique=True))
-    chosen, rest = partition(tree, rules)
-    assert sorted(leaf_paths(chosen)) == sorted(rules)
+    names = data.draw(st.lists(st.sampled_from(paths), unique=True))
+    chosen, rest = split(tree, names)
+    assert sorted(leaf_paths(chosen)) == sorted(names)
     assert sorted([*leaf_paths(chosen), *leaf_paths(rest)]) == sorted(paths)
     assert merge(chosen, rest) == tree
 
 
 def test_a_model_divides_by_rule(params):
-    trainable, frozen = partition(params, [r"blocks/1/.*", "norm"])
+    trainable, frozen = split(params, first_match([(r"blocks/1/.*", True), ("norm", True)], params))
     assert set(trainable) == {"blocks", "norm"}
     assert set(trainable["blocks"]) == {"1"}
     assert set(frozen) == {"blocks", "embed", "head"}
@@ -42,19 +42,17 @@ def test_a_model_divides_by_rule(params):
 def test_the_first_match_wins_and_matches_whole_paths():
     tree = {"blocks": {"0": {"out": 0, "out_norm": 0}}, "out": 0}
     rules = [(r"blocks/0/out", "first"), (r"blocks/.*", "second")]
-    assert leaf_paths(first_match(rules, tree, "none")) == {
-        "blocks/0/out": "first", "blocks/0/out_norm": "second", "out": "none",
-    }  # fmt: skip
-    assert leaf_paths(first_match(rules[::-1], tree, "none"))["blocks/0/out"] == "second"
+    assert first_match(rules, tree) == {"blocks/0/out": "first", "blocks/0/out_norm": "second"}
+    assert first_match(rules[::-1], tree)["blocks/0/out"] == "second"
 
 
 def test_a_rule_that_matches_nothing_is_refused_and_the_nearest_path_named(params):
     with pytest.raises(UserError, match=r"'blocks/0/qkw'.*'blocks/0/qkv'"):
-        partition(params, [r"blocks/0/qkw"])
+        first_match([(r"blocks/0/qkw", 1)], params)
     with pytest.raises(UserError, match=r"'block/.*"):
-        first_match([(".*", 1), (r"block/.*", 2)], params, 0)
+        first_match([(".*", 1), (r"block/.*", 2)], params)
     with pytest.raises(UserError, match="'embe'"):  # a part of a path is not the path
-        partition(params, ["embe"])
+        first_match([("embe", 1)], params)
 
 
 def test_block_ten_comes_after_block_nine():

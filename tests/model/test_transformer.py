@@ -23,7 +23,7 @@ FAMILY = pytest.mark.parametrize("cfg", [QWEN3, LLAMA3, QWEN2], ids=["qwen3", "l
 
 def leave_the_cpu(monkeypatch) -> None:
     """From here on programs are traced as for another device: the plain layers, not those shaped by hand."""
-    monkeypatch.setattr("engine.model.backend.on_cpu", lambda: False)
+    monkeypatch.setattr("engine.model.ops.on_cpu", lambda: False)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import optax
 import pytest
 from tiny import lively_params, positions_of, tiny_config, tokens_of
 
-from engine.model.paths import leaf_paths, merge, partition
+from engine.model.paths import first_match, leaf_paths, merge, split
 from engine.model.transformer import init_params
 from engine.storage.digest import digest
 from engine.text.batch import Batch
@@ -23,6 +23,10 @@ B, T = 4, 7
 HALF = jnp.float32(0.5)
 ADAMW = OptimizerConfig(learning_rate=0.02, weight_decay=0.3)
 MUON = OptimizerConfig(kind="muon", learning_rate=0.01, matrix_learning_rate=0.05, schedule="wsd")
+
+
+def partition(params, *rules: str):
+    return split(params, first_match([(rule, True) for rule in rules], params))
 
 
 def batch_of(seed: int) -> Batch:
@@ -107,7 +111,7 @@ def test_the_same_run_twice_has_the_same_bits(cfg, params):
 
 
 def test_the_state_is_donated_and_nothing_else(cfg, params):
-    trainable, frozen = partition(params, ["head"])
+    trainable, frozen = partition(params, "head")
     tx = make_optimizer(ADAMW)
     state, frozen, batch = init_state(tx, copied(trainable)), copied(frozen), jax.tree.map(jnp.array, batch_of(0))
     after, _ = train_step(cfg, tx, state, frozen, batch, HALF)
@@ -148,7 +152,7 @@ def poisoned(cfg, params):
         return updates, state
 
     tx = optax.GradientTransformationExtraArgs(adamw.init, update)
-    trainable, frozen = partition(params, [r"blocks/.*", "head", "norm"])
+    trainable, frozen = partition(params, r"blocks/.*", "head", "norm")
 
     def run(state, at: str, seed: int = 0):
         progress = {"update NaN": 1.5, "update Inf": 2.5}.get(at, 0.5)
@@ -197,7 +201,7 @@ def products(jaxpr) -> int:
 
 @pytest.mark.parametrize("rules", [["head"], [r"blocks/1/.*", r"blocks/0/qkv"]], ids=["head", "some"])
 def test_frozen_is_frozen_to_the_bit_under_decay_clipping_and_momentum(cfg, params, rules):
-    trainable, frozen = partition(params, rules)
+    trainable, frozen = partition(params, *rules)
     before = digest(frozen)
     state, _ = trained(cfg, make_optimizer(ADAMW), trainable, 8, frozen)
     assert digest(frozen) == before
@@ -214,7 +218,7 @@ def test_frozen_is_not_differentiated(cfg, params):
     def needed(rules: list[str]) -> int:
         from jax.interpreters import partial_eval
 
-        trainable, frozen = partition(params, rules)
+        trainable, frozen = partition(params, *rules)
         jaxpr = jax.make_jaxpr(lambda trainable: loss_and_gradient(cfg, trainable, frozen, batch_of(0)))(trainable).jaxpr
         return products(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
@@ -222,7 +226,7 @@ def test_frozen_is_not_differentiated(cfg, params):
     head, top, all_ = needed(["head"]), needed([r"blocks/1/.*"]), needed([".*"])
     assert head == products(forward) + 1
     assert head < top < all_
-    _, gradient = jax.eval_shape(lambda: loss_and_gradient(cfg, *partition(params, ["norm", "head"]), batch_of(0)))
+    _, gradient = jax.eval_shape(lambda: loss_and_gradient(cfg, *partition(params, "norm", "head"), batch_of(0)))
     assert set(gradient) == {"norm", "head"}
 
 

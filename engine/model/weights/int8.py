@@ -112,8 +112,8 @@ def quantize(params: dict[str, Any], rules: Sequence[Rule] | None = None) -> dic
     A rule is (pattern on the path, activations or None to leave be). Raises UserError for a rule that matches nothing or
     a leaf that is not a plain matrix: merge adapters first.
     """
-    matches = first_match(every_product(params) if rules is None else rules, params, None)
-    wanted = {path: kind for path, kind in leaf_paths(matches).items() if kind is not None}
+    matches = first_match(every_product(params) if rules is None else rules, params)
+    wanted = {path: activations for path, activations in matches.items() if activations}
     for path in wanted:
         if getattr(leaf_paths(params)[path], "ndim", 0) != 2:
             raise UserError(f"Only plain matrices can be quantised, and {path} is not one. Leave it out of the rules.")
