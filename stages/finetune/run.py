@@ -9,7 +9,7 @@ import jax
 from engine.allocator import return_freed_memory
 from engine.device import Device
 from engine.errors import UserError
-from engine.inference.decode import prepare_params, generate
+from engine.inference.decode import generate, prepare_params
 from engine.inference.sampling_params import SamplingParams
 from engine.model.config import ModelConfig
 from engine.model.paths import merge
