@@ -1,9 +1,8 @@
-"""Backward rules written by hand (custom_vjp) for the functions of `layers.py`, in shapes that a CPU's matrix units can use.
+"""The functions of `layers.py` with backward rules by hand (custom_vjp), in shapes that a CPU's matrix units can use.
 
 XLA on the CPU hands a product to its fast library only when the left operand lies in memory with the summed axis last.
-The transpose rule of `jax.grad` never yields that for a weight's gradient, and the fallback is ten times slower. So each
-rule here states the same formula with one small explicit transpose, summed along the last axis. Tests hold the two files
-together, values and gradients.
+The transpose rule of `jax.grad` never yields that for a weight's gradient, and the fallback is ten times slower. So the
+rules here make one small explicit transpose and sum along the last axis. Tests compare the two files.
 """
 
 import functools
@@ -22,10 +21,10 @@ QUERY_BLOCK = 128  # queries a block of causal attention: keys after the block a
 
 
 def transpose(x: Array) -> Array:
-    """x (..., M, N) -> (..., N, M), really moved in memory.
+    """x (..., M, N) -> (..., N, M), moved in memory.
 
-    Without the barrier XLA folds the transpose into a neighbouring product, without the layout it merely relabels the
-    axes; either way the next product falls back to the slow path.
+    Without the barrier XLA folds it into a neighbouring product, without the layout it relabels the axes; either way
+    the next product takes the slow path.
     """
     x = jax.lax.optimization_barrier(x).swapaxes(-1, -2)
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
@@ -39,7 +38,7 @@ def _with_backward[F: Callable[..., Any]](f: F, backward: Callable[..., Any], st
 
 
 def matmul_backward(dtype: DTypeLike, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    """dx = g w^T and dw = x^T g, summed in float32. Of x and g the narrower one is transposed, which is the cheaper copy."""
+    """dx = g w^T and dw = x^T g, summed in float32. Transposes the narrower of x and g, the cheaper copy."""
     x, w = residuals
     g = g.astype(x.dtype)
     dx = jnp.einsum("mf,df->md", g, w.astype(x.dtype), preferred_element_type=x.dtype)
@@ -55,7 +54,7 @@ matmul = _with_backward(layers.matmul, matmul_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul_two(x: Array, w: Array, dtype: DTypeLike) -> tuple[Array, Array]:
-    """As `layers.matmul_two`, in two products: nothing has to be cut or joined on the way back."""
+    """As `layers.matmul_two`, in two products, so that backward has nothing to cut or join."""
     left, right = jnp.split(w.astype(x.dtype), 2, axis=1)
     return jnp.dot(x, left, preferred_element_type=dtype), jnp.dot(x, right, preferred_element_type=dtype)
 
@@ -99,7 +98,7 @@ lookup = _with_backward(layers.lookup, _lookup_backward, ())
 def _rms_norm_backward(eps: float, dtype: DTypeLike, residuals: tuple[Array, Array], g: Array):
     """With y = x / rms(x) and g the gradient times the gain: dx = (g - y mean(g y)) / rms(x)."""
     x, gain = residuals
-    # Behind the barrier, or XLA would keep float32 values of the forward pass for this: a sixth more memory for a step.
+    # Without the barrier XLA would keep float32 values of the forward pass: a sixth more memory for a step.
     x32, g = (a.astype(jnp.float32) for a in jax.lax.optimization_barrier((x, g)))
     inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     dgain = jnp.sum(g * x32 * inverse, axis=tuple(range(x.ndim - gain.ndim)))
@@ -113,7 +112,7 @@ rms_norm = _with_backward(layers.rms_norm, _rms_norm_backward, (2, 3))
 
 def _swiglu_backward(dtype: DTypeLike, residuals: tuple[Array, Array], g: Array):
     """With s = sigmoid(gate): dgate = g up s (1 + gate (1 - s)), dup = g gate s."""
-    # Behind the barrier, or XLA would keep the forward pass's sigmoid, as large as both, rather than compute it again.
+    # Without the barrier XLA would keep the forward pass's sigmoid, as large as both.
     gate, up, g = (a.astype(jnp.float32) for a in jax.lax.optimization_barrier((*residuals, g)))
     s = jax.nn.sigmoid(gate)
     dgate = g * up * s * (1 + gate * (1 - s))
@@ -124,7 +123,7 @@ swiglu = _with_backward(layers.swiglu, _swiglu_backward)
 
 
 def _swap_halves(x: Array) -> Array:
-    """(..., H) with its halves exchanged, written as a reversal because that stays inside an elementwise loop.
+    """Exchanges the halves of x (..., H), as a reversal because that stays inside an elementwise loop.
 
     A product with a permutation is 2% of a step faster, but would be counted as work of the model.
     """
@@ -148,7 +147,7 @@ def _rope_backward(dtype: DTypeLike, residuals: tuple[Array, ...], g: Array):
     like, scale, cos, sin = residuals
     cos, sin = _whole_tables(cos, sin)
     dx = (g.astype(jnp.float32) * cos - _swap_halves(g).astype(jnp.float32) * sin) * scale[:, None]
-    # The barrier keeps the rotation out of the norm's backward pass, which would spread each table over all tokens first.
+    # Without the barrier the norm's backward pass would take the rotation in, and spread each table over all tokens first.
     return jax.lax.optimization_barrier(dx.astype(like.dtype)), None, None, None
 
 
@@ -156,7 +155,7 @@ rope.defvjp(lambda x, scale, *rest: (rope(x, scale, *rest), (jnp.zeros((), x.dty
 
 
 def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """As `layers.attention`, for cached keys: forward only, and never a product with a single row, which is slow on a CPU."""
+    """As `layers.attention`, for cached keys: forward only, without a product of a single row, which is slow on a CPU."""
     if q.shape[1] * q.shape[2] > k.shape[1]:
         return layers.attention(q, k, v, mask)
     return layers.attention(jnp.concatenate([q, q], axis=1), k, v, jnp.concatenate([mask, mask], axis=1))[:, :1]
@@ -166,9 +165,9 @@ def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
 def causal_attention(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
     """q (B, T, N, H) scaled by H ** -0.5, k and v (B, T, K, H), segments (B, T) or None -> (B, T, N * H).
 
-    As `layers.causal_attention`, in blocks of queries, each against the keys up to its own end. All scores stand key-major
+    As `layers.causal_attention`, in blocks of queries, each against the keys up to its own end. Scores are key-major
     (S, T): then every product of both passes reads its operands along the last axis, and only arrays of head width are
-    ever transposed. Among the residuals are the softmax weights, B N T T / 2 numbers.
+    transposed. The softmax weights are residuals: B N T T / 2 numbers.
     """
     return _causal_attention_forward(q, k, v, segments)[0]
 

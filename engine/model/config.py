@@ -24,9 +24,9 @@ class ModelConfig:
 
     With `qkv_bias` it is Qwen2's block, with `qk_norm` Qwen3's. Products are computed in `dtype`; weights in training are
     float32. `scan` and `remat` change how the training program runs, never what it computes: `scan` compiles one block
-    and loops over it (compile time), `remat='block'` is gradient checkpointing: it saves each block's input and recomputes
-    the rest in the backward pass (memory). `remat='full'` saves nothing and runs the whole forward pass again: it is
-    there to be counted and measured, for its peak is that of `'none'`.
+    and loops over it (compile time); `remat='block'`, gradient checkpointing, saves each block's input and recomputes the
+    rest in the backward pass (memory). `'full'` runs the whole forward pass again: it is there to be counted and
+    measured, for its peak is that of `'none'`.
 
     Raises UserError when the numbers do not describe a model.
     """
@@ -107,7 +107,7 @@ class ModelConfig:
         return _from_fields(cls, fields)
 
     def architecture_differences(self, other: "ModelConfig") -> list[str]:
-        """Returns the fields in which two configs describe different weights; how they are computed does not count."""
+        """Returns the fields in which two configs describe different weights."""
         how = {"dtype", "scan", "remat", "context"}
         names = (field.name for field in dataclasses.fields(self) if field.name not in how)
         return [name for name in names if getattr(self, name) != getattr(other, name)]
@@ -117,8 +117,7 @@ class ModelConfig:
 class LoraConfig:
     """An adapter: a LoRA pair of `rank` on the targets in every block, added with the factor alpha / rank.
 
-    Targets are q, k, v, out (or o), gate, up, down, or all. Raises UserError for an unknown target or none, and for a rank
-    or alpha that no model can have.
+    Targets are q, k, v, out (or o), gate, up, down, or all. Raises UserError for a target, rank or alpha that cannot be.
     """
 
     rank: int = 8

@@ -1,9 +1,9 @@
 """Cross-entropy of logits, or of hidden states whose logits are made a few rows at a time, for a large vocabulary.
 
 With p the softmax of a row's logits, the gradient of its loss by the hidden state is (p - one-hot) W^T. It is computed in
-the forward pass, while the logits exist; the backward pass only scales it. No logits are stored and none are made twice,
-unless the head itself learns: its gradient x^T (p - one-hot) needs them again. A head in int8 is also taken a few columns
-at a time: it is widened to multiply, and whole that would be more than all its logits.
+the forward pass, while the logits exist; the backward pass only scales it. No logits are stored or made twice, unless the
+head itself learns: its gradient x^T (p - one-hot) needs them again. A head in int8 is also taken a few columns at a time:
+whole, it would be more than all its logits once it is widened to multiply.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """The layers without parameters, as on paper: the readable reference, and what a GPU and a TPU run.
 
-Elementwise work and softmax are float32, whatever the products are computed in: on a CPU bfloat16 arithmetic is
-emulated, and everywhere it loses bits that cost nothing to keep.
+Elementwise work and softmax are float32: on a CPU bfloat16 arithmetic is emulated, and everywhere it loses bits that cost
+nothing to keep.
 """
 
 import math

@@ -40,18 +40,25 @@ def map_paths(f: Callable[[str, Any], Any], params: dict[str, Any]) -> dict[str,
     return unflatten({path: f(path, leaf) for path, leaf in leaf_paths(params).items()})
 
 
-def first_match(rules: Sequence[tuple[str, Any]], params: dict[str, Any]) -> dict[str, Any]:
-    """Returns {path: value of the first rule that matches the whole path}, without paths that none matches.
+def match_paths(pattern: str, paths: Collection[str]) -> list[str]:
+    """Returns the paths that a regular expression matches whole. Raises UserError for none, naming the nearest."""
+    try:
+        found = [path for path in paths if re.fullmatch(pattern, path)]
+    except re.error as error:
+        raise UserError(f"{pattern!r} is not a pattern: {error}. Write for example 'blocks/(28|29)/.*'.") from error
+    if not found:
+        raise UserError(f"{pattern!r} matches no parameter.{nearest(pattern, list(paths))}")
+    return found
 
-    A rule is (regular expression, value). Raises UserError for one that matches no path, naming the nearest.
+
+def first_match(rules: Sequence[tuple[str, Any]], params: dict[str, Any]) -> dict[str, Any]:
+    """Returns {path: value of the first rule (pattern, value) that matches it}, without paths that none matches.
+
+    Raises UserError for a rule that matches no path, naming the nearest.
     """
-    paths = list(leaf_paths(params))
     matches: dict[str, Any] = {}
     for pattern, value in rules:
-        found = [path for path in paths if re.fullmatch(pattern, path)]
-        if not found:
-            raise UserError(f"The rule {pattern!r} matches no parameter.{nearest(pattern, paths)}")
-        matches = dict.fromkeys(found, value) | matches
+        matches = dict.fromkeys(match_paths(pattern, leaf_paths(params)), value) | matches
     return matches
 
 

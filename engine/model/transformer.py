@@ -20,16 +20,16 @@ from engine.model.weights.matmul import lookup, project, project_two, unembed
 
 Params = dict[str, Any]
 
-# A tied table is also the head, whose logits must start small; a table of its own starts as large as what blocks add.
+# A tied embedding is also the head, whose logits must start small; an untied one starts as large as what blocks add.
 TIED_STD, EMBED_STD = 0.02, 0.5
 Rotary = tuple[Array, Array]
 Cached = tuple[Array, Array, Array]  # one layer's k and v (B, K, S, H), and each row's length (B,)
 
 
 def matrix(module: nn.Module, name: str, init: Any, shape: tuple[int, int]) -> Any:
-    """Returns the parameter `name` of a module, of whatever kind; makes it while the model is initialised.
+    """Returns a module's parameter, of any kind of weight; makes it while the model is initialised.
 
-    Flax would compare the shapes of a leaf's arrays; this compares the shape of the matrix that the leaf stands for.
+    Flax would compare the shapes of a leaf's arrays, not that of the matrix it stands for.
     """
     if not module.has_variable("params", name):
         return module.param(name, init, shape)
@@ -170,8 +170,8 @@ def forward(
 ) -> tuple[Array, Any]:
     """tokens, positions (B, T) int32 -> logits (B, T, V) float32 and the cache with these T tokens' keys and values.
 
-    Without a cache, token t sees tokens 0..t of its own row (and segment). With one, a KVCache or a SegmentedCache, it
-    also sees what the cache holds. `cache.length` is returned as it came: the caller knows how many tokens were real.
+    Token t sees tokens 0..t of its row (and segment), and what `cache`, a KVCache or SegmentedCache, holds. A KVCache's
+    `length` is returned as it came: the caller knows how many tokens were real.
     """
     hidden, cache = hidden_states(cfg, params, tokens, positions, cache, segments)
     return logits_of(cfg, params, hidden), cache
@@ -180,10 +180,7 @@ def forward(
 def hidden_states(
     cfg: ModelConfig, params: Params, tokens: Array, positions: Array, cache: Any = None, segments: Array | None = None
 ) -> tuple[Array, Any]:
-    """As `forward` without the head: returns what it reads, (B, T, D) in the compute dtype, and the cache.
-
-    For the logits of a few positions, or of a part of the vocabulary.
-    """
+    """As `forward` without the head: returns what it reads, (B, T, D) in the compute dtype, and the cache."""
     return Transformer(cfg).apply({"params": params}, tokens, positions, segments, cache)
 
 

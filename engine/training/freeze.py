@@ -10,9 +10,10 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from engine.counting.params import leaf_shapes
-from engine.counting.trainable_paths import TrainablePaths, bottom_frozen, head_only, top_frozen
-from engine.errors import UserError, nearest
+from engine.counting.trainable_paths import TrainablePaths, bottom_frozen, top_frozen
+from engine.errors import UserError
 from engine.model.config import ModelConfig
+from engine.model.paths import match_paths
 
 
 class Match(NamedTuple):
@@ -34,9 +35,9 @@ class Selection(NamedTuple):
 def select_trainable(cfg: ModelConfig, train: Sequence[str] = (), freeze: Sequence[str] = ()) -> Selection:
     """Selects all that a rule of `train` matches (without one, everything), less what a rule of `freeze` matches.
 
-    A rule is a pattern on whole paths such as `blocks/(28|29)/.*`, or `all`, or `head` (in a tied model its table), or
-    `bottom:N` (the embedding and the lowest N blocks), or `top:N` (the highest N blocks, the last norm, the head).
-    Raises UserError when a rule matches nothing, with the nearest path, and when nothing is left to train.
+    A rule is a pattern on whole paths such as `blocks/(28|29)/.*`, or `all`, `head` (tied: the embedding), `bottom:N` (the
+    embedding and the lowest N blocks), or `top:N` (the highest N blocks, the last norm, the head). Raises UserError when
+    a rule matches nothing, with the nearest path, and when nothing is left to train.
     """
     shapes = leaf_shapes(cfg)
     numbers = {path: math.prod(shape) for path, shape in shapes.items()}
@@ -56,21 +57,11 @@ def select_trainable(cfg: ModelConfig, train: Sequence[str] = (), freeze: Sequen
 
 def _match(cfg: ModelConfig, rule: str) -> Collection[str]:
     shapes = leaf_shapes(cfg)
-    end = re.fullmatch(r"(bottom|top):(\d+)", rule)
-    if end:
+    if end := re.fullmatch(r"(bottom|top):(\d+)", rule):
         without = bottom_frozen if end[1] == "bottom" else top_frozen
         found = shapes.keys() - without(cfg, int(end[2])).weights
         if not found:
             raise UserError(f"{rule!r} names no block: give a number from 1 to {cfg.layers}.")
-    elif rule == "all":
-        found = set(shapes)
-    elif rule == "head":
-        found = set(head_only(cfg).weights)
-    else:
-        try:
-            found = {path for path in shapes if re.fullmatch(rule, path)}
-        except re.error as error:
-            raise UserError(f"{rule!r} is not a pattern: {error}. Write for example 'blocks/(28|29)/.*'.") from error
-    if not found:
-        raise UserError(f"{rule!r} matches no parameter.{nearest(rule, list(shapes))}")
-    return found
+        return found
+    patterns = {"all": ".*", "head": "embed" if cfg.tied else "head"}
+    return match_paths(patterns.get(rule, rule), shapes)

@@ -25,10 +25,10 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """A training objective: the summed loss of a batch, and the count it is divided by.
+    """A training objective: the summed loss of a batch, () float32, and the count, (), it is divided by.
 
-    `summed(cfg, params, batch)` () float32 and `count(batch)` () of a batch whose leaves have a leading axis of rows; both
-    are the sums of those of its parts. One objective is one object, or its step is compiled anew.
+    The leaves of a batch have a leading axis of rows; its sum and count are the sums of its parts'. One objective is one
+    object, or its step is compiled anew.
     """
 
     summed: Callable[[ModelConfig, Params, Any], Array]

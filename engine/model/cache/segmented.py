@@ -1,10 +1,9 @@
 """KVSegments: the KV cache of many slots, cut by position, so that a call multiplies only segments that a row has reached.
 
-A slot holds one text. Its positions 0 .. S - 1 are cut into segments that double in length from the second on. Each
-segment of all slots is one array: a matrix product on a CPU reads a whole array in place, but would copy a part of one
-first. Attention goes segment by segment with a running softmax (Milakov & Gimelshein 2018, 1805.02867) and skips segments
-that no row has reached. What one adds to a row that has not reached it is discarded by selection, so a row's numbers
-depend, to the bit, on its own length alone.
+Segments double in length from the second on. Each segment of all slots is one array: a matrix product on a CPU reads a
+whole array in place, but would copy a part of one first. Attention goes segment by segment with a running softmax
+(Milakov & Gimelshein 2018, 1805.02867) and skips segments that no row has reached. What a segment adds to a row that has
+not reached it is discarded by selection, so a row's numbers depend, to the bit, on its own length alone.
 """
 
 import functools
@@ -24,7 +23,7 @@ KVDtype = Literal["bfloat16", "float32", "int8"]
 
 
 class QuantizedKV(NamedTuple):
-    """Keys or values as integers: values (B, K, C, H) int8, scale (B, K, C) float32."""
+    """Keys or values: values (B, K, C, H) int8, scale (B, K, C) float32."""
 
     values: Array
     scale: Array
@@ -100,7 +99,7 @@ def segmented_cache(segments: KVSegments, rows: Rows) -> SegmentedCache:
 
 
 def make_kv_segments(cfg: ModelConfig, slots: int, capacity: int, first: int, dtype: KVDtype = "bfloat16") -> KVSegments:
-    """Makes empty segments for `slots` texts of `capacity` tokens, rounded up to a multiple of `first`, the first's length."""
+    """Makes empty segments for `slots` texts of `capacity` tokens, rounded up to a multiple of the `first` one's length."""
     edges = [0, first]
     while edges[-1] < capacity:
         edges.append(min(2 * edges[-1], -(-capacity // first) * first))

@@ -1,8 +1,8 @@
 """Multiplies many rows by a LoRA weight: the pair is merged into the base first, once for all rows.
 
-Beside the base, the pair would cost two thin products and two passes over results as wide as the base's, for every row:
-on a CPU half as much again as the base's own product. Merging costs R operations a weight. The backward pass still needs
-no gradient of the whole matrix: with W = base + scale a b and y = x W,
+Unmerged, the pair would cost every row two thin products and two passes over results as wide as the base's: on a CPU half
+as much again as the base's own product. Merging costs R operations a weight. The backward pass still needs no gradient
+of the whole matrix: with W = base + scale a b and y = x W,
 
     dx = g W^T,    da = x^T (g (scale b)^T),    db = (x a)^T (scale g).
 
