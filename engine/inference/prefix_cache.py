@@ -1,8 +1,8 @@
 """PrefixCache: the KV cache's chunks of prompts, for later prompts that begin alike, within a bound on memory.
 
-Chunks start at fixed positions and are computed by one program from what is before them, so a hit has the bits of a
-miss. A chunk's key is a hash of namespace and tokens up to its end, so that chunks of different prompts or namespaces
-never meet. A chunk is of no use without those before it, so the last of a prompt is dropped first.
+Chunks start at fixed positions and are computed by one program from those before them, so a hit has the bits of a miss. A
+chunk's key is a hash of namespace and tokens up to its end. A chunk is of no use without those before it, so the last of
+a prompt is dropped first.
 """
 
 import hashlib

@@ -97,7 +97,7 @@ def decode_slots(
 
 
 def _log_probabilities(logits: Array, token: Array, X: int, wanted: Array) -> tuple[Array, Array, Array]:
-    """logits (R, V), token (R,) -> the token's log-probability (R,), the X most probable tokens (R, X), and theirs."""
+    """Returns each token's log-probability (R,), the X most probable tokens (R, X), and theirs."""
     R = len(token)
 
     def computed():

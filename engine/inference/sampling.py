@@ -49,15 +49,15 @@ class TokenCounts(NamedTuple):
 
 def sampling_arrays(rows: Sequence[SamplingParams]) -> SamplingArrays:
     """Gathers the SamplingParams of B rows into NumPy arrays."""
-    return SamplingArrays(*_columns(rows, SamplingArrays._fields))
+    return _columns(rows, SamplingArrays)
 
 
 def penalty_arrays(rows: Sequence[SamplingParams]) -> PenaltyArrays:
-    return PenaltyArrays(*_columns(rows, PenaltyArrays._fields))
+    return _columns(rows, PenaltyArrays)
 
 
-def _columns(rows: Sequence[SamplingParams], names: Sequence[str]) -> list[Any]:
-    return [np.array([getattr(row, name) for row in rows], DTYPES.get(name, np.float32)) for name in names]
+def _columns(rows: Sequence[SamplingParams], kind: Any) -> Any:
+    return kind(*(np.array([getattr(row, name) for row in rows], DTYPES.get(name, np.float32)) for name in kind._fields))
 
 
 def make_token_counts(cfg: ModelConfig, slots: int) -> TokenCounts:

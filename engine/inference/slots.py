@@ -6,9 +6,9 @@
     while slots.busy:
         for event in slots.step(): ...
 
-The scheduler decides what a step does; this file does it on the device. A request with a slot has all the memory it can
-come to need. A completion depends on its request alone, to the bit: chunks of prompts begin at fixed positions, all rows
-decode in one program and do not see one another, and keys come from the request's own seed and positions.
+The scheduler decides what a step does; this file does it on the device. A request with a slot has all the memory it may
+need. A completion depends on its request alone, to the bit: chunks of prompts begin at fixed positions, all rows decode
+in one program and do not see one another, and keys come from the request's own seed and positions.
 """
 
 import contextlib
@@ -41,9 +41,9 @@ def compile_ahead(
     cfg: ModelConfig, params: Any, *, slots: int, capacity: int, kv_dtype: KVDtype, prefix_cache_bytes: int,
     chunk: int = CHUNK, tail: int = TAIL,
 ) -> Iterator[tuple[str, int]]:  # fmt: skip
-    """Compiles, while it is iterated, what `Slots.warm` with these options will need, from the shapes of `params` alone.
+    """Compiles, while it is iterated, what `Slots.warm` with these options needs, from the shapes of `params` alone.
 
-    For the time in which weights are read: a program that turns out to be another one is compiled when it is needed.
+    For the time in which weights are read. A program that turns out to be another one is compiled when it is needed.
     """
     state = lambda: (make_kv_segments(cfg, slots, capacity, chunk, kv_dtype), make_token_counts(cfg, slots))
     segments, counts = jax.eval_shape(state)
@@ -65,16 +65,18 @@ class Slots:
         prefix_cache_bytes: int = 0, speculate: bool = True, chunk: int = CHUNK, tail: int = TAIL,
     ) -> None:  # fmt: skip
         capacity = cfg.context if capacity is None else capacity
-        if slots < MIN_SLOTS:
-            raise UserError(f"There must be at least {MIN_SLOTS} slots, not {slots}: with one row a program is slower.")
-        if not 2 <= capacity <= cfg.context:
-            raise UserError(f"The capacity must lie between 2 and the model's context of {cfg.context}, not {capacity}.")
-        if not 0 < tail <= chunk:
-            raise UserError(f"The tail must lie between 1 and the chunk of {chunk}, not {tail}.")
-        if prefix_cache_bytes < 0:
-            raise UserError(f"prefix_cache_bytes must be 0 (no prefix cache) or more, not {prefix_cache_bytes}.")
-        if kv_dtype not in get_args(KVDtype):
-            raise UserError(f"kv_dtype must be one of {', '.join(get_args(KVDtype))}, not {kv_dtype!r}.")
+        for is_right, message in (
+            (slots >= MIN_SLOTS, f"There must be at least {MIN_SLOTS} slots, not {slots}: with one row a program is slower."),
+            (
+                2 <= capacity <= cfg.context,
+                f"The capacity must be from 2 to the model's context of {cfg.context}, not {capacity}.",
+            ),
+            (0 < tail <= chunk, f"The tail must lie between 1 and the chunk of {chunk}, not {tail}."),
+            (prefix_cache_bytes >= 0, f"prefix_cache_bytes must be 0 (no prefix cache) or more, not {prefix_cache_bytes}."),
+            (kv_dtype in get_args(KVDtype), f"kv_dtype must be one of {', '.join(get_args(KVDtype))}, not {kv_dtype!r}."),
+        ):
+            if not is_right:
+                raise UserError(message)
         self.cfg, self.slots, self.capacity, self.chunk, self.tail = cfg, slots, capacity, chunk, tail
         self.scheduler = Scheduler(slots, speculate)
         self.prefix_cache = PrefixCache(prefix_cache_bytes)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from engine.model.config import ModelConfig, RopeScaling
+from engine.model.config import ModelConfig
 
 MASKED = -1e30  # a score that softmax turns into 0; finite, so that a row without any key gives numbers and not NaN
 
@@ -46,15 +46,12 @@ def rope_frequencies(cfg: ModelConfig) -> Array:
     """Returns the angle per position of each of the H / 2 pairs, float32 (Su et al. 2021, equation 15; Llama 3.1's scaling)."""
     half = cfg.head_dim // 2
     frequencies = cfg.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    return frequencies if cfg.rope_scaling is None else _stretch(frequencies, cfg.rope_scaling)
-
-
-def _stretch(frequencies: Array, scaling: RopeScaling) -> Array:
-    """Slows down slow pairs by `factor`, leaves fast ones, blends those between."""
-    turns = scaling.original_context * frequencies / (2 * math.pi)
-    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = jnp.clip(blend, 0.0, 1.0)
-    return frequencies * (blend + (1 - blend) / scaling.factor)
+    if scaling := cfg.rope_scaling:  # slow pairs turn `factor` times slower, fast ones stay, those between are blended
+        turns = scaling.original_context * frequencies / (2 * math.pi)
+        blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        blend = jnp.clip(blend, 0.0, 1.0)
+        frequencies = frequencies * (blend + (1 - blend) / scaling.factor)
+    return frequencies
 
 
 def rope_tables(cfg: ModelConfig, positions: Array) -> tuple[Array, Array]:

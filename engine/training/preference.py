@@ -1,7 +1,7 @@
 """DPO: learns from preferences without a reward model (Rafailov et al. 2023, 2305.18290, equation 7).
 
-A model's margin for a pair is log p(chosen) - log p(rejected), each summed over what the masks count. DPO raises it above
-the margin of a reference model, which never changes, so its margins are computed once, before training:
+A model's margin for a pair is log p(chosen) - log p(rejected), each summed over what the mask counts. DPO raises it above
+that of a reference model, whose margins are computed once, before training:
 
     pairs = pairs._replace(reference=margins(cfg, base, pairs))
     state, metrics = train_step(cfg, tx, state, frozen, pairs, progress, 1, dpo(beta=0.1))

@@ -46,12 +46,10 @@ def group_advantages(rewards: ArrayLike, eps: float = 1e-6) -> Array:
     return jnp.where(alike, 0.0, centred / (spread + eps))
 
 
-def log_probability(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
+@jax.jit(static_argnames="cfg")
+def log_probabilities(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
     """Returns the log-probability of each target, (B, T) float32, 0 where the mask is False."""
     return -target_losses(cfg, params, batch)
-
-
-log_probabilities = jax.jit(log_probability, static_argnums=0)
 
 
 @functools.cache
@@ -66,7 +64,7 @@ def grpo(clip: float = 0.2, pull: float = 0.0) -> Objective:
         raise UserError(f"clip must be above 0 and pull at least 0, not {clip!r} and {pull!r}.")
 
     def summed(cfg: ModelConfig, params: Params, rollouts: Rollouts) -> Array:
-        new = log_probability(cfg, params, rollouts.batch)
+        new = -target_losses(cfg, params, rollouts.batch)
         old = jax.lax.stop_gradient(new) if rollouts.old is None else rollouts.old
         ratio, advantage = jnp.exp(new - old), rollouts.advantage[:, None]
         loss = -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage)
