@@ -57,10 +57,6 @@ class Int8:
         """The axis of `values` that a product sums over, which has no scale."""
         return self.axis if self.transposed else 1 - self.axis
 
-    @property
-    def size(self) -> int:
-        return self.values.size
-
 
 def quantize_matrix(weight: Array, activations: Activations = "int8", axis: int = 1) -> Int8:
     """Returns the Int8 nearest to weight (in, out): each column's largest magnitude becomes 127.

@@ -54,10 +54,6 @@ class LoRA:
         return self.base.shape
 
     @property
-    def size(self) -> int:
-        return self.base.size
-
-    @property
     def rank(self) -> int:
         return self.b.shape[-2]
 

@@ -75,9 +75,8 @@ def _project_lora(x: Array, weight: LoRA, dtype: DTypeLike, cuts: Cuts) -> tuple
     The pair is merged first where the weight has fewer numbers than x and the result, unless the base multiplies integers.
     """
     rows, columns = weight.shape
-    results = x.size // rows * columns
     base = innermost_base(weight)
-    if x.size + results > weight.size and not (isinstance(base, Int8) and base.activations != "full"):
+    if x.size + x.size // rows * columns > rows * columns and not (isinstance(base, Int8) and base.activations != "full"):
         parts = merged_matmul(x.reshape(-1, rows), weight, dtype, cuts)
         return tuple(part.reshape(*x.shape[:-1], -1) for part in parts)
     whole = project(x, jax.lax.stop_gradient(weight.base), dtype)
