@@ -3,10 +3,10 @@
 The shapes of the programs behind `generate` depend on the number of rows, the capacity and the vocabulary, never on a
 request, so nothing is compiled while text is being generated. They donate the cache, and no parameter.
 
-`slots.Slots` is the other decode stack, for requests that come and go. On 2 CPU cores (6 layers of width 384, bfloat16
-cache, prompts of 64 tokens, 40 new ones, best of 28 interleaved rounds) it takes 1.10 times as long for eight rows, 0.84
-times for one, and 1.4 times the CPU seconds to compile. Both sample the same tokens in float32; in bfloat16 they sum in
-another order, and 6 of 8 greedy texts of 33 tokens agreed: one stack in place of the other would change texts.
+`slots.Slots`, for requests that come and go, takes 1.10 times as long for eight rows, 0.84 times for one, and 1.4 times
+the CPU seconds to compile (2 CPU cores, 6 layers of width 384, bfloat16 cache, prompts of 64 tokens, 40 new ones, best of
+28 interleaved rounds). Both sample the same tokens in float32; in bfloat16 they sum in another order, and 6 of 8 greedy
+texts of 33 tokens agreed: one in place of the other would change texts.
 """
 
 import dataclasses
@@ -95,7 +95,7 @@ _sample = jax.jit(sample)
 
 @jax.jit(static_argnames="rows")
 def _pad_rows(state: tuple[Array, KVCache], rows: int) -> tuple[Array, KVCache]:
-    """Pads logits and cache with empty rows, after a lone prompt's prefill: its chunks have rows enough."""
+    """Pads logits and cache with empty rows; a lone prompt is prefilled alone, for its chunks have rows enough."""
     return jax.tree.map(lambda x: jnp.pad(x, ((0, rows - len(x)), *((0, 0),) * (x.ndim - 1))), state)
 
 
@@ -105,10 +105,10 @@ def generate(
 ) -> Iterator[Event]:  # fmt: skip
     """Continues each prompt, yielding tokens as they come: one after the prefill, then up to STEPS at a time.
 
-    `params` are those of `prepare_params`; `sampling` has one for each prompt. A prompt ends with 'stop' when it samples one
-    of its `stop_token_ids` (which is not yielded), else with 'length' at `max_tokens` or at `capacity` tokens (by default
-    the model's context). Raises UserError for an empty prompt, one that leaves no room, a token outside the vocabulary, not
-    as many sampling parameters as prompts, or penalties, `logit_bias` and `logprobs`, which only `slots.Slots` knows.
+    `params` are those of `prepare_params`. A prompt ends with 'stop' when it samples one of its `stop_token_ids` (which is
+    not yielded), else with 'length' at `max_tokens` or at `capacity` tokens (by default the model's context). Raises
+    UserError for a prompt that is empty or leaves no room, a token outside the vocabulary, not as many sampling parameters
+    as prompts, or penalties, `logit_bias` and `logprobs`, which only `slots.Slots` knows.
     """
     capacity = cfg.context if capacity is None else capacity
     if not prompts or len(sampling) != len(prompts):

@@ -36,10 +36,10 @@ class LogProb(NamedTuple):
 
 
 class Event(NamedTuple):
-    """New tokens of a request, or of `generate`'s prompt with the index `id`, and why it is finished, or None.
+    """New tokens of a request (of `generate`: of prompt number `id`), and why it is finished, or None.
 
     'stop': a stop token was sampled, which is not among the tokens. 'length': max_tokens are there. 'error': the logits
-    were no numbers. `logprobs` of the tokens if asked for; `cached_tokens` of the prompt came from the prefix cache.
+    were no numbers. `cached_tokens` of the prompt came from the prefix cache.
     """
 
     id: int

@@ -61,9 +61,9 @@ class SamplingParams:
     2024, 2407.01082); ties with the last one stay too. Before temperature, `presence_penalty` is subtracted once from the
     logit of every token in the completion, `frequency_penalty` once for each time it is there; `repetition_penalty`
     divides positive and multiplies negative logits of tokens of prompt and completion (Keskar et al. 2019, 1909.05858);
-    `logit_bias` is added. `logprobs`: None, or how many of the most probable tokens get their log-probabilities beside
-    each sampled one, as the model has them before any of this. A token of `stop_token_ids` ends the completion and is not
-    part of it. Raises InvalidField for a value out of RANGES.
+    `logit_bias` is added. `logprobs`: how many of the most probable tokens get their log-probabilities beside each sampled
+    one, before any of this. A token of `stop_token_ids` ends the completion and is not part of it. Raises InvalidField for
+    a value out of RANGES.
     """
 
     max_tokens: int = 16

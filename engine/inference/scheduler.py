@@ -35,8 +35,8 @@ class Row(NamedTuple):
 class Decode(NamedTuple):
     """The step that decodes `steps` tokens in each row, in one dispatch.
 
-    With `drafts` it is a single step for a lone sequence, and each row of a copy samples behind one draft token. `copies`
-    are slots that hold the sequence's text as well, `copies_are_new` if it must be copied there first.
+    With `drafts` it is a single step of a lone sequence, in which each row of a copy samples behind one draft token.
+    `copies` are slots that hold its text as well, `copies_are_new` if it must be copied there first.
     """
 
     rows: list[Row]
@@ -94,14 +94,14 @@ class Scheduler:
 
     def schedule(self) -> Prefill | Decode | None:
         """Chooses the next step, or None; prefill and decode take turns when there is work for both."""
-        # prefill: one chunk of one prompt, so that a long prompt holds up neither the others' tokens nor shorter prompts
+        # prefill: one chunk of one prompt, so that a long prompt holds up neither tokens nor shorter prompts
         if self.prefilling and not (self.decoding and self._last_was_prefill):
             self._last_was_prefill = True
             self._chunks += 1
             oldest = self._chunks % PATIENCE == 0
             return Prefill(self.prefilling[0] if oldest else min(self.prefilling, key=lambda sequence: sequence.to_prefill))
 
-        # decode: a few tokens for everyone whose prompt is prefilled
+        # decode: a few tokens for every sequence whose prompt is prefilled
         self._last_was_prefill = False
         if not self.decoding:
             return None

@@ -54,10 +54,10 @@ def compile_ahead(
 class Slots:
     """Generates completions for many requests at once: `submit` them, then `step` while `busy`.
 
-    `params` are those of `decode.prepare_params`, and only read. `slots`: requests at once. `capacity`: tokens of prompt
-    and completion together, by default the model's context. `kv_dtype`: of the KV cache. `prefix_cache_bytes`: 0 for no
-    prefix cache. `speculate`: whether a lone sequence checks draft tokens in idle rows. Completions depend on the model,
-    `kv_dtype` and the shapes of programs (`slots`, `capacity`, `chunk`, `tail`) alone.
+    `params` are those of `decode.prepare_params`. `slots`: requests at once. `capacity`: tokens of prompt and completion
+    together, by default the model's context. `kv_dtype`: of the KV cache. `prefix_cache_bytes`: 0 for none. `speculate`:
+    whether a lone sequence checks draft tokens in idle rows. Completions depend on the model, `kv_dtype` and the shapes of
+    programs (`slots`, `capacity`, `chunk`, `tail`) alone.
     """
 
     def __init__(
@@ -86,7 +86,6 @@ class Slots:
 
     @property
     def busy(self) -> bool:
-        """Whether there are requests."""
         return bool(self.waiting or self.running)
 
     @property
@@ -146,7 +145,7 @@ class Slots:
         """
         if self.busy:
             raise ValueError("warm is for slots without requests")
-        # Compiled from shapes, for a program that is run donates arrays while others are still being compiled.
+        # Compiled from shapes: a program that runs donates arrays while others are being compiled.
         calls = programs.idle_calls(
             self.cfg, self.params, self._segments, self._counts, self.chunk, self.tail, self.prefix_cache.limit > 0
         )

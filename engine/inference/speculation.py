@@ -1,9 +1,9 @@
 """Speculative decoding by prompt lookup: draft tokens from the text itself, checked by idle rows.
 
-The last few tokens are looked up earlier in the text, and the tokens that followed there are the draft (Saxena 2023; after
-Leviathan et al. 2023, 2211.17192). Each idle row samples the token behind one draft token, with the key of its own
-position. As long as the drafts before it were right, a sample is exactly the token that decoding one by one would give,
-greedy or not: drafts change how soon a token comes, never which.
+The tokens that followed the last few tokens earlier in the text are the draft (Saxena 2023; after Leviathan et al. 2023,
+2211.17192). Each idle row samples the token behind one draft token, with the key of its position. If the drafts before it
+were right, that is exactly the token that decoding one by one would give, greedy or not: drafts change how soon a token
+comes, never which.
 """
 
 from collections.abc import Sequence

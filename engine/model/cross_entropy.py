@@ -109,7 +109,7 @@ def _forward(weight: Array | Int8, hidden: Array, targets: Array, tied: bool, si
     losses: list[Array] = []
     slopes: list[Array] = []
     for rows, some in _parts(size, hidden, targets):
-        if slopes:  # one part after the other, or all logits might exist at once
+        if slopes:  # one part after another, or all logits might exist at once
             rows = jax.lax.optimization_barrier((rows, slopes[-1]))[0]
         pieces = _logits(weight, rows, tied)
         losses.append(_normalizer(pieces) - _picked(pieces, some))

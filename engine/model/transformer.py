@@ -112,8 +112,8 @@ class Blocks(nn.Module):
     def __call__(self, x: Array, rotary: Rotary, segments: Array | None, cache: KVCache | None):
         cfg = self.cfg
         if cache is not None:
-            # Unrolled, one array a layer: a scan over a stacked cache copies it whole at every step. One block is traced and
-            # inlined L times; calls that are left to XLA would make the program slower.
+            # Unrolled: a scan over a stacked cache copies it whole at every step. One block is traced and inlined L times;
+            # calls that are left to XLA would make the program slower.
             block = jax.jit(inline=True)(
                 lambda params, x, cached: Block(cfg, parent=None).apply({"params": params}, x, rotary, segments, cached)
             )

@@ -21,10 +21,9 @@ ROWS_LIMIT = 32 * 2**20  # bytes of float32 logits that a frozen head makes at o
 
 
 def target_losses(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
-    """(B, T) float32 nats of the batch's masked-in targets, 0 where the mask is False.
+    """Returns the nats of each target, (B, T) float32, 0 where the mask is False.
 
-    A frozen head makes its logits a few rows at a time, a trained one a chunk of the vocabulary at a time, when they are
-    more than their limit.
+    Beyond a limit, a frozen head makes logits a few rows at a time, a trained one a chunk of the vocabulary at a time.
     """
     targets = jnp.where(batch.mask, batch.targets, 0)
     frozen = head_is_frozen(cfg, params)
@@ -48,8 +47,8 @@ def summed_loss(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
 def chunked_losses(cfg: ModelConfig, params: Params, hidden: Array, targets: Array, chunk: int) -> Array:
     """hidden (B, T, D), targets (B, T) -> (B, T) nats, holding (B, T, chunk) logits at a time, forward and backward.
 
-    A running maximum and sum of exponentials give the log-sum-exp (Milakov & Gimelshein 2018, algorithm 3); the
-    backward pass makes each chunk's logits again.
+    A running maximum and sum give the log-sum-exp (Milakov & Gimelshein 2018, algorithm 3); the backward pass makes each
+    chunk's logits again.
     """
     B, T, D = hidden.shape
     hidden, targets = hidden.reshape(-1, D), targets.reshape(-1)

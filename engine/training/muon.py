@@ -1,8 +1,8 @@
 """Muon: momentum replaced by the nearest orthogonal matrix (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-A test holds the iteration to optax's (`optax.contrib.muon`), which runs in float32 on operands as they lie and on a CPU
-costs more than the step it improves. This one runs in the compute dtype, on wide matrices only, so that each product
-reads its operands along the last axis.
+A test compares it with `optax.contrib.muon`, which runs in float32 on operands as they lie, and on a CPU costs more than
+the step it improves. This one runs in bfloat16, on wide matrices only, so that each product reads its operands along the
+last axis.
 """
 
 import jax.numpy as jnp

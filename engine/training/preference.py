@@ -6,7 +6,7 @@ that of a reference model, whose margins are computed once, before training:
     pairs = pairs._replace(reference=margins(cfg, base, pairs))
     state, metrics = train_step(cfg, tx, state, frozen, pairs, progress, 1, dpo(beta=0.1))
 
-With adapters the reference is the base itself, and no second copy of the model exists.
+With adapters the reference is the base itself: there is no second copy of the model.
 """
 
 import functools
@@ -25,9 +25,9 @@ from engine.training.step import Objective
 
 
 class Preferences(NamedTuple):
-    """B pairs: row i of `chosen` is preferred to row i of `rejected`, both with (B, T) leaves. Masks count the answers only.
+    """B pairs: row i of `chosen` is preferred to row i of `rejected`, (B, T) each; masks count only the answers.
 
-    `reference` (B,) float32 is the reference model's margin, None until it is known.
+    `reference` (B,) float32: the reference model's margins.
     """
 
     chosen: Batch

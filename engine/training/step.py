@@ -65,10 +65,10 @@ def loss_and_gradient(
     microbatches: int = 1,
     objective: Objective = NEXT_TOKEN,
 ) -> tuple[Array, Params]:
-    """Returns the objective's mean over the whole batch, and its gradient for the trainable leaves alone.
+    """Returns the objective's mean over the batch, and its gradient for the trainable leaves alone.
 
-    With microbatches A, the batch is taken in A parts, whose gradients are summed: the same numbers in 1 / A of the
-    activation memory. B must be a multiple of A.
+    With A microbatches the gradients of A parts are summed: the same numbers in 1 / A of the activation memory. B must be
+    a multiple of A.
     """
     total = jnp.maximum(objective.count(batch), 1).astype(jnp.float32)
 

@@ -54,8 +54,7 @@ class Rows(NamedTuple):
     """The positions of a call's R rows, and the slots that their keys and values are written to.
 
     Row r holds T tokens from position[r] (R,) on, or none if that is -1. It reads slot r, a lone row the slot it writes.
-    Write u (U,) puts row source[u] into slot target[u]. A target that is no slot, or a position beyond the last segment,
-    is not written.
+    Write u (U,) puts row source[u] into slot target[u], but not where that is no slot or beyond the last segment.
     """
 
     position: Array

@@ -6,8 +6,8 @@ of the whole matrix: with W = base + scale a b and y = x W,
 
     dx = g W^T,    da = x^T (g (scale b)^T),    db = (x a)^T (scale g).
 
-W is rounded to x's dtype, as in full training. The backward pass merges again: that takes a hundredth of the time of the
-products, and all merged weights together would be a second model.
+W is rounded to x's dtype, as in full training. The backward pass merges again, in a hundredth of the time of the products:
+all merged weights together would be a second model.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ def _times_transposed(g: Array, w: Array, dtype: DTypeLike) -> Array:
 
 def _forward(x: Array, weight: LoRA, dtype: DTypeLike, cuts: Cuts):
     ordered = weight
-    if isinstance(innermost_base(weight), Int8):  # merged when its turn comes, or all of the model might lie here in float32
+    if isinstance(innermost_base(weight), Int8):  # merged in its turn, or all of the model might be here in float32
         ordered, x = jax.lax.optimization_barrier((weight, x))
     matrices = [_merge_columns(ordered, start, stop, x.dtype) for start, stop in cuts]
     return tuple(_dot(x, matrix, dtype) for matrix in matrices), (x, weight)
@@ -67,7 +67,7 @@ def _forward(x: Array, weight: LoRA, dtype: DTypeLike, cuts: Cuts):
 def _backward(dtype: DTypeLike, cuts: Cuts, residuals: tuple[Array, LoRA], gs: tuple[Array, ...]):
     x, weight = residuals
     gs = tuple(g.astype(x.dtype) for g in gs)
-    # Behind the barrier, or XLA would see that this was merged before, and keep it.
+    # Without the barrier XLA would keep what the forward pass merged.
     weight, gs = jax.lax.optimization_barrier((weight, gs))
     matrices = [_merge_columns(weight, start, stop, x.dtype) for start, stop in cuts]
     inner_transposed = backward.transpose(_dot(x, weight.a.astype(x.dtype), x.dtype))  # (R P, M)
