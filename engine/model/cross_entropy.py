@@ -1,4 +1,4 @@
-"""Cross-entropy of logits, or of hidden states whose logits are made a few rows at a time, for a large vocabulary.
+"""Next-token cross-entropy: over all logits at once, or a few rows at a time, for a large vocabulary.
 
 With p the softmax of a row's logits, the gradient of its loss by the hidden state is (p - one-hot) W^T. It is computed in
 the forward pass, while the logits exist; the backward pass only scales it. No logits are stored or made twice, unless the
@@ -7,7 +7,6 @@ whole, it would be more than all its logits once it is widened to multiply.
 """
 
 import functools
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,13 +15,14 @@ from jax import Array
 
 from engine.model import backward
 from engine.model.config import ModelConfig
+from engine.model.transformer import Params, forward, hidden_states
 from engine.model.weights import int8
 from engine.model.weights.int8 import Int8
 
 COLUMNS = 8192  # of an int8 head that are widened at once
 
 
-def head_weight(cfg: ModelConfig, params: Mapping[str, Any]) -> Array | Int8:
+def head_weight(cfg: ModelConfig, params: Params) -> Array | Int8:
     """Returns the matrix of the head: (D, V), or the embedding (V, D) where the two are tied."""
     return params["embed" if cfg.tied else "head"]
 
@@ -34,10 +34,21 @@ def token_losses(logits: Array, targets: Array) -> Array:
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
-def chunked_cross_entropy(cfg: ModelConfig, params: Mapping[str, Any], hidden: Array, targets: Array, limit: int) -> Array:
-    """hidden (B, T, D), targets (B, T) int32 -> (B, T) float32 nats, holding about `limit` bytes of logits at a time."""
-    rows = hidden.reshape(-1, cfg.width), targets.reshape(-1)
-    return _row_losses(head_weight(cfg, params), *rows, cfg.tied, max(2, limit // (4 * cfg.vocab))).reshape(targets.shape)
+def cross_entropy(cfg: ModelConfig, params: Params, batch: Any, limit: int) -> Array:
+    """Returns the nats of each target of a Batch, (B, T) float32, 0 where the mask is False.
+
+    Logits of more than `limit` bytes are made a few rows at a time.
+    """
+    targets = jnp.where(batch.mask, batch.targets, 0)
+    if 4 * targets.size * cfg.vocab <= limit:
+        logits, _ = forward(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
+        losses = token_losses(logits, targets)
+    else:
+        hidden, _ = hidden_states(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
+        rows = hidden.reshape(-1, cfg.width), targets.reshape(-1)
+        losses = _row_losses(head_weight(cfg, params), *rows, cfg.tied, max(2, limit // (4 * cfg.vocab)))
+        losses = losses.reshape(targets.shape)
+    return jnp.where(batch.mask, losses, 0.0)
 
 
 class _Columns(NamedTuple):

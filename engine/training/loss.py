@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from engine.model.config import ModelConfig
-from engine.model.cross_entropy import chunked_cross_entropy, head_weight, token_losses
+from engine.model.cross_entropy import cross_entropy, head_weight
 from engine.model.layers import MASKED
-from engine.model.transformer import Params, forward, hidden_states
+from engine.model.transformer import Params, hidden_states
 from engine.model.weights.int8 import Int8
 from engine.model.weights.lora import dense
 from engine.model.weights.matmul import project
@@ -25,18 +25,13 @@ def target_losses(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
 
     Beyond a limit, a frozen head makes logits a few rows at a time, a trained one a chunk of the vocabulary at a time.
     """
+    if head_is_frozen(cfg, params):
+        return cross_entropy(cfg, params, batch, ROWS_LIMIT)
+    if 4 * batch.targets.size * cfg.vocab <= LOGITS_LIMIT:
+        return cross_entropy(cfg, params, batch, LOGITS_LIMIT)
     targets = jnp.where(batch.mask, batch.targets, 0)
-    frozen = head_is_frozen(cfg, params)
-    if 4 * targets.size * cfg.vocab <= (ROWS_LIMIT if frozen else LOGITS_LIMIT):
-        logits, _ = forward(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
-        losses = token_losses(logits, targets)
-    else:
-        hidden, _ = hidden_states(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
-        if frozen:
-            losses = chunked_cross_entropy(cfg, params, hidden, targets, ROWS_LIMIT)
-        else:
-            losses = chunked_losses(cfg, params, hidden, targets, CHUNK)
-    return jnp.where(batch.mask, losses, 0.0)
+    hidden, _ = hidden_states(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
+    return jnp.where(batch.mask, chunked_losses(cfg, params, hidden, targets, CHUNK), 0.0)
 
 
 def summed_loss(cfg: ModelConfig, params: Params, batch: Batch) -> Array:

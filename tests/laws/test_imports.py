@@ -15,10 +15,11 @@ errors format
 files allocator model.config model.paths
 device model.layers model.cache.contiguous by_hand
 model.backward model.weights.int8
-model.ops model.weights.lora model.cross_entropy model.cache.segmented
+model.ops model.weights.lora model.cache.segmented
 model.weights.lora_matmul
 model.weights.matmul
 model.transformer
+model.cross_entropy
 text counting
 storage
 training inference
