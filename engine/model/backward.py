@@ -43,9 +43,9 @@ def matmul_backward(dtype: DTypeLike, residuals: tuple[Array, Array], g: Array) 
     g = g.astype(x.dtype)
     dx = jnp.einsum("mf,df->md", g, w.astype(x.dtype), preferred_element_type=x.dtype)
     if x.shape[1] <= g.shape[1]:
-        dw = jnp.dot(transpose(x), g, preferred_element_type=jnp.float32)
+        dw = layers.dot32(transpose(x), g)
     else:
-        dw = transpose(jnp.dot(transpose(g), x, preferred_element_type=jnp.float32))
+        dw = transpose(layers.dot32(transpose(g), x))
     return dx, dw.astype(w.dtype)
 
 
@@ -63,10 +63,10 @@ def _matmul_two_backward(dtype: DTypeLike, residuals: tuple[Array, Array], gs: t
     x, w = residuals
     left, right = gs[0].astype(x.dtype), gs[1].astype(x.dtype)
     w_left, w_right = jnp.split(w.astype(x.dtype), 2, axis=1)
-    dx = jnp.einsum("mf,df->md", left, w_left, preferred_element_type=jnp.float32)
-    dx = dx + jnp.einsum("mf,df->md", right, w_right, preferred_element_type=jnp.float32)
+    dx = layers.einsum32("mf,df->md", left, w_left)
+    dx = dx + layers.einsum32("mf,df->md", right, w_right)
     x_transposed = transpose(x)
-    dw = jnp.concatenate([jnp.dot(x_transposed, g, preferred_element_type=jnp.float32) for g in (left, right)], axis=1)
+    dw = jnp.concatenate([layers.dot32(x_transposed, g) for g in (left, right)], axis=1)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
@@ -78,7 +78,7 @@ def matmul_rows_backward(dtype: DTypeLike, residuals: tuple[Array, Array], g: Ar
     x, w = residuals
     g = g.astype(x.dtype)
     dx = jnp.dot(g, w.astype(x.dtype), preferred_element_type=x.dtype)
-    dw = transpose(jnp.dot(transpose(x), g, preferred_element_type=jnp.float32))
+    dw = transpose(layers.dot32(transpose(x), g))
     return dx, dw.astype(w.dtype)
 
 
@@ -199,7 +199,7 @@ def _causal_attention_forward(q: Array, k: Array, v: Array, segments: Array | No
     v_transposed = transpose(v)
     weights, out = [], []
     for start, end in _blocks(T):
-        scores = jnp.einsum("bksh,bkrh->bksr", k[:, :, :end], _rows(q, start, end), preferred_element_type=jnp.float32)
+        scores = layers.einsum32("bksh,bkrh->bksr", k[:, :, :end], _rows(q, start, end))
         mask = _block_mask(start, end, N // K, segments)
         p = jax.nn.softmax(jnp.where(mask, scores, layers.MASKED), axis=-2).astype(v.dtype)
         o = jnp.einsum("bkhs,bksr->bkhr", v_transposed[..., :end], p, preferred_element_type=v.dtype)
@@ -220,13 +220,13 @@ def _causal_attention_backward(residuals: Any, g: Array):
     dk = dv = jnp.zeros(k.shape, jnp.float32)
     for p, (start, end) in zip(weights, _blocks(T)):
         g_rows = _rows(g, start, end)
-        dp = jnp.einsum("bksh,bkrh->bksr", v[:, :, :end], g_rows, preferred_element_type=jnp.float32)
+        dp = layers.einsum32("bksh,bkrh->bksr", v[:, :, :end], g_rows)
         ds = p.astype(jnp.float32) * (dp - delta[..., start:end].reshape(B, K, 1, -1))
         ds = ds.astype(p.dtype)
         dq_block = jnp.einsum("bkhs,bksr->bkhr", k_transposed[..., :end], ds, preferred_element_type=q.dtype)
         dq_blocks.append(dq_block.reshape(B, K, H, G, end - start))
-        dk_block = jnp.einsum("bksr,bkrh->bksh", ds, _rows(q, start, end), preferred_element_type=jnp.float32)
-        dv_block = jnp.einsum("bksr,bkrh->bksh", p, g_rows, preferred_element_type=jnp.float32)
+        dk_block = layers.einsum32("bksr,bkrh->bksh", ds, _rows(q, start, end))
+        dv_block = layers.einsum32("bksr,bkrh->bksh", p, g_rows)
         rest = ((0, 0), (0, 0), (0, T - end), (0, 0))
         dk, dv = dk + jnp.pad(dk_block, rest), dv + jnp.pad(dv_block, rest)
     dq = transpose(jnp.concatenate(dq_blocks, axis=-1).transpose(0, 1, 3, 2, 4))

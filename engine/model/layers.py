@@ -4,6 +4,7 @@ Elementwise work and softmax are float32: on a CPU bfloat16 arithmetic is emulat
 nothing to keep.
 """
 
+import functools
 import math
 
 import jax
@@ -14,6 +15,9 @@ from jax.typing import DTypeLike
 from engine.model.config import ModelConfig
 
 MASKED = -1e30  # a score that softmax turns into 0; finite, so that a row without any key gives numbers and not NaN
+
+dot32 = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+einsum32 = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def matmul(x: Array, w: Array, dtype: DTypeLike) -> Array:
@@ -76,9 +80,9 @@ def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
     """
     grouped = group_heads(q, k.shape[1])
     B, K, G, T, H = grouped.shape
-    scores = jnp.einsum("bkrh,bksh->bkrs", grouped.reshape(B, K, G * T, H), k, preferred_element_type=jnp.float32)
+    scores = einsum32("bkrh,bksh->bkrs", grouped.reshape(B, K, G * T, H), k)
     weights = jax.nn.softmax(jnp.where(jnp.tile(mask, (1, G, 1))[:, None], scores, MASKED), axis=-1)
-    out = jnp.einsum("bkrs,bksh->bkrh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = einsum32("bkrs,bksh->bkrh", weights.astype(v.dtype), v)
     return join_heads(out.reshape(grouped.shape)).astype(v.dtype)
 
 

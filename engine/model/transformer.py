@@ -69,7 +69,9 @@ class Block(nn.Module):
         qk, v = jnp.split(qkv, [cfg.heads + cfg.kv_heads], axis=2)
         if cfg.qk_norm:
             # RoPE reads each number twice; without the barrier XLA would compute the norm twice as well.
-            qk = jax.lax.optimization_barrier(math.rms_norm(qk, self.head_gains(), cfg.eps, dtype))
+            q_gain, k_gain = self.gain("q_norm", cfg.head_dim), self.gain("k_norm", cfg.head_dim)
+            gains = jnp.concatenate([jnp.tile(q_gain, (cfg.heads, 1)), jnp.tile(k_gain, (cfg.kv_heads, 1))])
+            qk = jax.lax.optimization_barrier(math.rms_norm(qk, gains, cfg.eps, dtype))
         scale = jnp.where(jnp.arange(qk.shape[2]) < cfg.heads, cfg.head_dim**-0.5, 1.0)  # the scores' factor, on the queries
         q, k = jnp.split(math.rope(qk, scale, *rotary, dtype), [cfg.heads], axis=2)
         if isinstance(cached, segmented.SegmentedLayer):
@@ -77,12 +79,6 @@ class Block(nn.Module):
         if cached is not None:
             return self.cached_attention(q, k, v, cached)
         return math.causal_attention(q, k, v, segments), None
-
-    def head_gains(self) -> Array:
-        """Returns the gains of the query and key norms, one row a head: (N + K, H)."""
-        cfg = self.cfg
-        q, k = self.gain("q_norm", cfg.head_dim), self.gain("k_norm", cfg.head_dim)
-        return jnp.concatenate([jnp.tile(q, (cfg.heads, 1)), jnp.tile(k, (cfg.kv_heads, 1))])
 
     def cached_attention(self, q: Array, k: Array, v: Array, cached: Cached):
         """Writes this call's keys and values behind each row's length and attends to all that the row then holds."""

@@ -1,1 +1,1 @@
-"""The KV cache, an argument and a result of the forward pass: contiguous, or in segments for many slots."""
+"""The KV cache: contiguous, or in segments for many slots."""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from engine.model.config import ModelConfig
-from engine.model.layers import MASKED, group_heads, join_heads
+from engine.model.layers import MASKED, einsum32, group_heads, join_heads
 from engine.model.weights.int8 import join_digits, round_rows, two_digit_rows
 
 KVDtype = Literal["bfloat16", "float32", "int8"]
@@ -206,7 +206,7 @@ def _attend(q: Array, positions: Array, layer: SegmentedLayer) -> Array:
 def _scores(q: Any, keys: KVArray) -> Array:
     """q (R, K, M, H), as `two_digit_rows` for quantized keys, keys (R, K, C, H) -> (R, K, M, C) float32."""
     if not isinstance(keys, QuantizedKV):
-        return jnp.einsum("rkmh,rkch->rkmc", q, keys, preferred_element_type=jnp.float32)
+        return einsum32("rkmh,rkch->rkmc", q, keys)
     digits, scale = q
     products = jnp.einsum("rkmh,rkch->rkmc", digits, keys.values, preferred_element_type=jnp.int32)
     return join_digits(products) * scale * keys.scale[:, :, None]
@@ -215,7 +215,7 @@ def _scores(q: Any, keys: KVArray) -> Array:
 def _mix(weights: Array, values: KVArray, mask: Array) -> Array:
     """weights (R, K, M, C), values (R, K, C, H) -> (R, K, M, H) float32."""
     if not isinstance(values, QuantizedKV):
-        return jnp.einsum("rkmc,rkch->rkmh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        return einsum32("rkmc,rkch->rkmh", weights.astype(values.dtype), values)
     # Beyond a row's end a scale may be a stale NaN, and 0 times NaN is NaN.
     digits, scale = two_digit_rows(jnp.where(mask, weights * values.scale[:, :, None], 0))
     products = jnp.einsum("rkmc,rkch->rkmh", digits, values.values, preferred_element_type=jnp.int32)

@@ -1,1 +1,1 @@
-"""What a weight can be (an array, Int8, LoRA), and the one place that multiplies by any of them."""
+"""The kinds of weights (Array, Int8, LoRA), and the product with any of them."""
