@@ -1,4 +1,4 @@
-"""PrefixCache: the KV cache's chunks of prompts, for later prompts that begin alike, within a bound on memory.
+"""PrefixCache: chunks of prompts' KV cache, for later prompts that begin alike, within a bound on memory.
 
 Chunks start at fixed positions and are computed by one program from those before them, so a hit has the bits of a miss. A
 chunk's key is a hash of namespace and tokens up to its end. A chunk is of no use without those before it, so the last of
@@ -42,10 +42,7 @@ class PrefixCache:
         return self._chunks[key][0]
 
     def put(self, key: bytes, chunk: Any, before: bytes | None) -> None:
-        """Adds a chunk (any tree of arrays) and drops others until all fit.
-
-        It is left out when the chunk of key `before` (None at a prompt's start) is not here.
-        """
+        """Adds a chunk (any tree of arrays), if that of key `before` (None: a prompt's start) is here; drops others to fit."""
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(chunk))
         if key in self._chunks or size > self.limit or (before is not None and before not in self._chunks):
             return

@@ -68,8 +68,8 @@ def decode_slots(
 ) -> tuple[SampledTokens, KVSegments, TokenCounts]:  # fmt: skip
     """token (R,) int32 at its row's position -> the `steps` tokens that follow, at most STEPS.
 
-    One program does one step or several, for one row or all: a row's numbers are the same to the bit. Log-probabilities
-    are 0 unless `logprobs` () bool.
+    One program does one step or several, for one row or all: a row's numbers are the same to the bit. Without `logprobs`
+    () bool log-probabilities are 0.
     """
     R, X = len(token), min(MAX_LOGPROBS, cfg.vocab)
     own = jnp.arange(R, dtype=jnp.int32)
@@ -113,7 +113,7 @@ def idle_calls(
 ) -> dict[str, Call]:
     """Returns each program by name, with the arguments of a call in which no row and no slot is in use.
 
-    Of `params`, `segments` and `counts` only the shapes are read. Prompts are prefilled by `chunk` and `tail` tokens.
+    Of `params`, `segments` and `counts` only the shapes are read.
     """
     params, segments, counts = shapes_of((params, segments, counts))
     R = segments.slots
@@ -137,8 +137,7 @@ def idle_calls(
 
 
 def compile_programs(calls: dict[str, Call]) -> Generator[tuple[str, int]]:
-    """Compiles `idle_calls`, several at a time, or reads them from the compilation cache; yields the name of each as it is
-    ready, and how many there are."""
+    """Compiles `idle_calls`, or reads them from the compilation cache; yields each name as it is ready, and the total."""
     pool = ThreadPoolExecutor(COMPILED_AT_ONCE)
     compile_call = lambda program, arguments: program.lower(*arguments).compile()
     try:

@@ -22,13 +22,13 @@ DTYPES = {"top_k": np.int32, "seed": np.uint32, "adjusts_logits": np.bool_}  # o
 
 
 class SamplingArrays(NamedTuple):
-    """The fields of B rows' SamplingParams that `sample` reads, each (B,)."""
+    """The fields of B rows' SamplingParams that `sample` reads: (B,) float32, but top_k int32 and seed uint32."""
 
-    temperature: Array  # float32
-    top_k: Array  # int32
-    top_p: Array  # float32
-    min_p: Array  # float32
-    seed: Array  # uint32
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    min_p: Array
+    seed: Array
 
 
 class PenaltyArrays(NamedTuple):
@@ -41,7 +41,7 @@ class PenaltyArrays(NamedTuple):
 
 
 class TokenCounts(NamedTuple):
-    """Each slot's logit bias (B, V) float32, and how often its output has each token (B, V) int32 (see IN_PROMPT)."""
+    """Each slot's logit bias (B, V) float32, and its output's count of each token (B, V) int32 (see IN_PROMPT)."""
 
     bias: Array
     counts: Array
@@ -138,7 +138,7 @@ def _threshold(scaled: Array, sampling: SamplingArrays) -> Array:
 def _largest(x: Array, weights: Array, goal: Array) -> Array:
     """x, weights (B, V), goal (B,) -> the largest t (B,) for which the weights of x >= t sum to the goal; -inf if none.
 
-    The bits of a float32, with those below the sign flipped where it is negative, are integers in the same order.
+    The bits of a float32, those below the sign flipped where it is negative, are integers in the same order.
     """
     in_order = lambda bits: jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
     keys = in_order(jax.lax.bitcast_convert_type(x, jnp.int32))

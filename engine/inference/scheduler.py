@@ -52,7 +52,7 @@ class Decode(NamedTuple):
 
     @property
     def copied_writes(self) -> list[tuple[int, int]]:
-        """(row, slot) of each write beside the rows' own, by which a lone sequence and its copies hold the same text."""
+        """(row, slot) of each write beside the rows' own, so that a sequence and its copies hold the same text."""
         slots = [self.rows[0].slot, *self.copies]
         return [(row.slot, slot) for row in self.rows for slot in slots if self.copies and slot != row.slot]
 

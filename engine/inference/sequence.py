@@ -32,7 +32,7 @@ class Sequence:
 
     @property
     def last_token(self) -> int:
-        """The last token, which the model has not read yet."""
+        """The last token, not read by the model yet."""
         return self.output_tokens[-1] if self.output_tokens else self.request.prompt[-1]
 
     @property
@@ -41,7 +41,6 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Tokens until the output has `max_tokens`."""
         return self.request.sampling.max_tokens - len(self.output_tokens)
 
     @property
@@ -50,7 +49,6 @@ class Sequence:
         return len(self.request.prompt) + self.request.sampling.max_tokens + STEPS
 
     def next_chunk(self, size: int) -> tuple[int, ...]:
-        """Returns the next tokens to prefill, at most `size`."""
         return self.request.prompt[self.prefilled : self.prefilled + min(size, self.to_prefill)]
 
     def draft_tokens(self, count: int) -> list[int]:

@@ -114,13 +114,13 @@ class Slots:
         return self.scheduler.submit(request).id
 
     def cancel(self, id: int) -> bool:
-        """Ends a request; no event of it follows. False when there is none of that id."""
+        """Ends a request, without an event. False when there is none of that id."""
         return self.scheduler.cancel(id)
 
     def step(self) -> list[Event]:
         """Admits waiting requests, then prefills a chunk of one prompt or decodes a few tokens for all, in turns.
 
-        Returns when the device is done: a cancelled request waits for one step at most.
+        Returns when the device is done.
         """
         for sequence in self.scheduler.admit():
             slot, request = np.int32(sequence.slot), sequence.request

@@ -8,8 +8,8 @@ from engine.text.tokenizer import TextStream
 class CompletionText:
     """Turns tokens into text, returned once it is certain not to be part of a stop string.
 
-    Stop strings may begin and end inside tokens; the text ends before the one that is complete first. `stopped` is that
-    string or None. `tokens` counts those read, the one that completed it included.
+    Stop strings may begin and end inside tokens; the text ends before the one that is complete first, `stopped`. `tokens`
+    counts those read, the one that completed it included.
     """
 
     def __init__(self, stream: TextStream, stop: Sequence[str] = ()) -> None:

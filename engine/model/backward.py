@@ -2,7 +2,7 @@
 
 XLA on the CPU hands a product to its fast library only when the left operand lies in memory with the summed axis last.
 The transpose rule of `jax.grad` never yields that for a weight's gradient, and the fallback is ten times slower. So the
-rules here make one small explicit transpose and sum along the last axis. Tests compare the two files.
+rules here make one small explicit transpose first.
 """
 
 import functools

@@ -2,8 +2,8 @@
 
 With p the softmax of a row's logits, the gradient of its loss by the hidden state is (p - one-hot) W^T. It is computed in
 the forward pass, while the logits exist; the backward pass only scales it. No logits are stored or made twice, unless the
-head itself learns: its gradient x^T (p - one-hot) needs them again. A head in int8 is also taken a few columns at a time:
-whole, it would be more than all its logits once it is widened to multiply.
+head is trained: its gradient x^T (p - one-hot) needs them again. A head in int8 is also taken a few columns at a time, for
+widened to multiply it would be more than all its logits.
 """
 
 import functools

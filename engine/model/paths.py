@@ -69,9 +69,9 @@ def split(params: dict[str, Any], chosen: Collection[str]) -> tuple[dict[str, An
 
 
 def merge(trainable: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Any]:
-    """Returns one params tree of two. Where both have a path, the trainable leaf is an adapter and goes on the frozen one.
+    """Returns one params tree of two. A trainable adapter goes on the frozen weight of its path.
 
-    Raises ValueError when both are weights.
+    Raises ValueError for two weights at one path.
     """
     leaves = leaf_paths(frozen)
     for path, leaf in leaf_paths(trainable).items():

@@ -68,7 +68,7 @@ class Block(nn.Module):
         qkv = qkv.reshape(B, T, cfg.heads + 2 * cfg.kv_heads, cfg.head_dim)
         qk, v = jnp.split(qkv, [cfg.heads + cfg.kv_heads], axis=2)
         if cfg.qk_norm:
-            # RoPE reads each number twice; without the barrier XLA would compute the norm twice as well.
+            # RoPE reads each number twice; without the barrier XLA would compute the norm twice.
             q_gain, k_gain = self.gain("q_norm", cfg.head_dim), self.gain("k_norm", cfg.head_dim)
             gains = jnp.concatenate([jnp.tile(q_gain, (cfg.heads, 1)), jnp.tile(k_gain, (cfg.kv_heads, 1))])
             qk = jax.lax.optimization_barrier(math.rms_norm(qk, gains, cfg.eps, dtype))
@@ -81,7 +81,7 @@ class Block(nn.Module):
         return math.causal_attention(q, k, v, segments), None
 
     def cached_attention(self, q: Array, k: Array, v: Array, cached: Cached):
-        """Writes this call's keys and values behind each row's length and attends to all that the row then holds."""
+        """Writes this call's keys and values behind each row's length, then attends to all of the row."""
         keys, values, length = cached
         keys = write(keys, k.transpose(0, 2, 1, 3), length)
         values = write(values, v.transpose(0, 2, 1, 3), length)

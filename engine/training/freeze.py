@@ -33,7 +33,7 @@ class Selection(NamedTuple):
 
 
 def select_trainable(cfg: ModelConfig, train: Sequence[str] = (), freeze: Sequence[str] = ()) -> Selection:
-    """Selects all that a rule of `train` matches (without one, everything), less what a rule of `freeze` matches.
+    """Selects all that rules of `train` match (without one, everything), less what rules of `freeze` match.
 
     A rule is a pattern on whole paths such as `blocks/(28|29)/.*`, or `all`, `head` (tied: the embedding), `bottom:N` (the
     embedding and the lowest N blocks), or `top:N` (the highest N blocks, the last norm, the head). Raises UserError when

@@ -2,8 +2,8 @@
 
     adapters = add_lora(cfg, params, key, LoraConfig(rank=8, alpha=16, targets=("q", "v")))
     state = init_state(tx, adapters)                    # clipping, moments and checkpoints see the adapters alone
-    state, _ = train_step(cfg, tx, state, params, ...)  # params: the base, plain or Int8, which nothing changes
-    plain = merge_lora(merge(state.trainable, params))  # one matrix again; the base is as it was
+    state, _ = train_step(cfg, tx, state, params, ...)  # params: the base, plain or Int8, stays as it is
+    plain = merge_lora(merge(state.trainable, params))
 
 Several adapters on one base add up: `merge(second, merge(first, params))`.
 """
@@ -19,7 +19,7 @@ from engine.model.weights.lora import LoRA, make_adapter
 
 
 def add_lora(cfg: ModelConfig, params: Params, key: Array, lora: LoraConfig) -> Params:
-    """Makes the adapter tree for params: at each adapted path a LoRA without a base, which adds exactly nothing yet.
+    """Makes the adapter tree for params: at each adapted path a LoRA without a base, which adds nothing yet.
 
     Raises UserError for a rank that is not below an adapted matrix's own.
     """

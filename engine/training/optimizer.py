@@ -95,17 +95,9 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArg
     is_matrix = lambda path, leaf: re.fullmatch(MATRICES, path) and not isinstance(leaf, LoRA)
     mover = lambda path, leaf: "muon" if cfg.kind == "muon" and is_matrix(path, leaf) else "adamw"
     decay = optax.add_decayed_weights(cfg.weight_decay, mask=functools.partial(map_paths, is_decayed))
-    adamw = optax.chain(
-        optax.scale_by_adam(cfg.beta1, cfg.beta2),
-        decay,
-        optax.scale(-cfg.learning_rate),
-    )
-    muon = optax.chain(
-        optax.trace(cfg.momentum, nesterov=True),
-        orthogonalize(),
-        decay,
-        optax.scale(-cfg.matrix_learning_rate),
-    )
+    adamw = optax.chain(optax.scale_by_adam(cfg.beta1, cfg.beta2), decay, optax.scale(-cfg.learning_rate))
+    momentum = optax.trace(cfg.momentum, nesterov=True)
+    muon = optax.chain(momentum, orthogonalize(), decay, optax.scale(-cfg.matrix_learning_rate))
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip) if cfg.clip != math.inf else optax.identity(),
         optax.partition({"adamw": adamw, "muon": muon}, functools.partial(map_paths, mover)),

@@ -49,7 +49,7 @@ margins = jax.jit(margin, static_argnums=0)
 def dpo(beta: float = 0.1) -> Objective:
     """Returns the objective -log sigmoid(beta (margin - reference)), mean over pairs: ln 2 where the model is the reference.
 
-    The larger `beta`, the dearer it is to move away from the reference. Raises UserError when it is not above 0.
+    A larger `beta` keeps the model nearer to the reference. Raises UserError when it is not above 0.
     """
     if not beta > 0:
         raise UserError(f"beta must be above 0, not {beta!r}: at 0 no preference would count.")

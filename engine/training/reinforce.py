@@ -24,8 +24,8 @@ from engine.training.step import Objective
 class Rollouts(NamedTuple):
     """B answers as a batch whose mask counts the sampled tokens, and each answer's advantage (B,) float32.
 
-    `old` (B, T) float32: the log-probabilities under which they were sampled, for more than one step on them, else None.
-    `reference` (B, T): those of the reference model, None without a pull towards it.
+    `old` (B, T) float32: the log-probabilities of sampling, where more than one step is made on them. `reference` (B, T):
+    those of the reference model, where there is a pull towards it.
     """
 
     batch: Batch

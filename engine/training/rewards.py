@@ -48,8 +48,8 @@ def length_reward(words: int) -> Reward:
 def regex_reward(pattern: str) -> Reward:
     """Rewards an answer with 1 if the pattern is found in its first LONGEST characters; `^...$` asks for all of it.
 
-    Python's `re` may take exponentially long over a pattern such as `(a+)+$`: bound its time if patterns come from others.
-    Raises UserError for what is no pattern.
+    A pattern such as `(a+)+$` may take exponentially long: bound its time if patterns come from others. Raises UserError
+    for what is no pattern.
     """
     try:
         expression = re.compile(pattern)

@@ -16,7 +16,7 @@ from engine.training.loss import summed_loss
 
 
 class TrainState(NamedTuple):
-    """The state that a step replaces. Frozen weights are beside it, neither differentiated nor donated."""
+    """The state that a step replaces. Frozen weights are not in it: neither differentiated nor donated."""
 
     step: Array  # () int32: batches seen, refused ones too
     trainable: Params
@@ -53,7 +53,6 @@ class Metrics(NamedTuple):
 
 
 def init_state(tx: optax.GradientTransformation, trainable: Params) -> TrainState:
-    """Returns the state before the first step."""
     return TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable))
 
 

@@ -41,7 +41,6 @@ class KVSegments(NamedTuple):
 
     @property
     def slots(self) -> int:
-        """B"""
         return jax.tree.leaves(self.k)[0].shape[0]
 
     @property
@@ -72,10 +71,7 @@ class SegmentedLayer(NamedTuple):
 
 
 class SegmentedCache(NamedTuple):
-    """The cache of one call of `forward`, which returns it with the call's keys and values written.
-
-    `destinations`: for each segment (U, 2) int32, slot and position in the segment of each write.
-    """
+    """The cache of one call of `forward`. `destinations`: for each segment (U, 2) int32, slot and position of each write."""
 
     segments: KVSegments
     rows: Rows
@@ -240,7 +236,7 @@ def _write(layer: LayerSegments, new: KVArray, destinations: tuple[Array, ...]) 
 
 
 def _set_slots(segments: KVSegments, slots: Array, reach: Array, content: Callable[[Array], Array]) -> KVSegments:
-    """Replaces slots (X,) by content(array) (X, K, C, ...) in all segments that hold a position below `reach`."""
+    """Replaces slots (X,) by content(array) (X, K, C, ...) in segments that hold a position below `reach`."""
 
     def set_segment(segment: KVArray, start: int) -> KVArray:
         to = jnp.where(start < reach, slots, segments.slots)

@@ -38,8 +38,8 @@ LARGEST = 127  # -128 is not used, so that a weight and its negative are rounded
 class Int8:
     """values (in, out) int8, scale (out,) float32: the weight is values * scale.
 
-    The scale runs along `axis`: 1, a scale a column; 0, a scale a row, for the embedding (V, D), whose rows are looked up
-    and by whose transpose a tied head multiplies. `transposed` values lie as (out, in); shape and matrix are the same.
+    The scale runs along `axis`: 1, a scale a column; 0, a scale a row, for the embedding (V, D), by whose transpose a tied
+    head multiplies. `transposed` values lie as (out, in); shape and matrix are the same.
     """
 
     values: Array
@@ -103,10 +103,10 @@ def every_product(params: dict[str, Any], activations: Activations = "int8") -> 
 
 
 def quantize(params: dict[str, Any], rules: Sequence[Rule] | None = None) -> dict[str, Any]:
-    """Returns params with the leaves that rules name (by default `every_product`) as Int8; the first match wins.
+    """Returns params with the leaves that rules match (by default `every_product`) as Int8; the first match wins.
 
-    A rule is (pattern on the path, activations or None to leave be). Raises UserError for a rule that matches nothing or
-    a leaf that is not a plain matrix: merge adapters first.
+    A rule is (pattern, activations or None to leave be). Raises UserError for a rule that matches nothing or a leaf that
+    is not a plain matrix: merge adapters first.
     """
     matches = first_match(every_product(params) if rules is None else rules, params)
     wanted = {path: activations for path, activations in matches.items() if activations}

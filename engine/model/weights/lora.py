@@ -32,8 +32,8 @@ class LoraPart(NamedTuple):
 class LoRA:
     """The weight base + scale * a b, where the product of each part lies in its own columns.
 
-    base (in, out): an Array, an Int8, another LoRA (adapters on one base add up), or None for an adapter on its own, as it
-    is trained and saved. a (in, R P) and b (R, widths of the P parts). `columns`: each part's (start, stop), in order, apart.
+    base (in, out): an Array, an Int8, another LoRA (adapters add up), or None for an adapter as it is trained and saved.
+    a (in, R P) and b (R, widths of the P parts). `columns`: each part's (start, stop), in order, apart.
     """
 
     base: Any
@@ -69,7 +69,7 @@ class LoRA:
 
 
 def make_adapter(key: Array, rows: int, columns: Sequence[tuple[int, int]], rank: int, alpha: float) -> LoRA:
-    """Makes an adapter without a base that adds nothing yet: a normal with variance 1 / rows, b zero; scale alpha / rank."""
+    """Makes an adapter that adds nothing yet: a normal with variance 1 / rows, b zero; scale alpha / rank."""
     columns = tuple(sorted(columns))
     a = jax.random.normal(key, (rows, rank * len(columns))) * rows**-0.5
     b = jnp.zeros((rank, sum(stop - start for start, stop in columns)))
