@@ -74,7 +74,7 @@ def generate(flags: Generate) -> None:
     first = settled = last = begin
     early = total = 0
     cut = ""
-    for index, tokens, finish_reason in stream:
+    for index, tokens, finish_reason, *_ in stream:
         last = time.perf_counter()
         first = last if first == begin else first
         length = writer.write(index, tokens, finish_reason)

@@ -162,9 +162,10 @@ def attention(q: Array, k: Array, v: Array, layer: SegmentedLayer) -> tuple[Arra
     layer = layer._replace(k=write(layer.k, k), v=write(layer.v, v))
     queries = group_heads(q.astype(stored.dtype) if isinstance(stored, Array) else q, k.shape[2])
     R, K, G, T, H = queries.shape
+    queries = queries.reshape(R, K, G * T, H)
     positions = jnp.where(rows.position[:, None] < 0, -1, rows.position[:, None] + jnp.arange(T))
-    out = _attend(queries.reshape(R, K, G * T, H), jnp.tile(positions, (1, G)), layer)
-    return join_heads(out.reshape(queries.shape)).astype(q.dtype), layer
+    out = _attend(queries, jnp.tile(positions, (1, G)), layer)
+    return join_heads(out.reshape(R, K, G, T, H)).astype(q.dtype), layer
 
 
 def _attend(q: Array, positions: Array, layer: SegmentedLayer) -> Array:
