@@ -52,8 +52,8 @@ def prepare_params(cfg: ModelConfig, params: Params) -> Params:
 def prefill(cfg: ModelConfig, params: Params, tokens: Array, lengths: Array, cache: KVCache) -> tuple[Array, KVCache]:
     """tokens (B, T) int32, the first lengths (B,) of each row real -> logits (B, V) float32 behind the last real one, cache.
 
-    T tokens are written behind each row's length, which then grows by `lengths`; a row must have room for T. With length
-    0 it holds what it held and its logits mean nothing.
+    T tokens are written behind each row's length, which then grows by `lengths`; a row must have room for T. The logits of
+    a row of length 0 mean nothing.
     """
     positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
     hidden, cache = hidden_states(cfg, params, tokens, positions, cache)

@@ -1,4 +1,4 @@
-"""SamplingParams: how one completion is sampled, and the ranges of its fields. Imports no jax, so that flags can too."""
+"""SamplingParams: how one completion is sampled, and the ranges of its fields. Imports no jax: flags read it."""
 
 import dataclasses
 import operator

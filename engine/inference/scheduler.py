@@ -1,7 +1,6 @@
 """Scheduler: gives sequences slots, and chooses between prefilling a prompt and decoding the others. Imports no jax.
 
-`slots.Slots` asks `schedule` for the next step, carries it out on the device, and reports back with `prefilled` and
-`finish`. Slots are numbers here; a free one may hold anything.
+`slots.Slots` asks `schedule` for the next step, carries it out on the device, and reports with `prefilled` and `finish`.
 """
 
 from collections import deque

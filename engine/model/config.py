@@ -81,7 +81,7 @@ class ModelConfig:
 
     @property
     def qkv_width(self) -> int:
-        """Columns of the fused query, key and value matrix: (N + 2K) H, in that order."""
+        """Columns of the fused query, key and value matrix: (N + 2K) H."""
         return (self.heads + 2 * self.kv_heads) * self.head_dim
 
     @property

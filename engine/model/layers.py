@@ -31,7 +31,7 @@ def matmul_two(x: Array, w: Array, dtype: DTypeLike) -> list[Array]:
 
 
 def matmul_rows(x: Array, w: Array, dtype: DTypeLike) -> Array:
-    """x (M, D), w (V, D) -> (M, V) in `dtype`: x w^T, as a tied head multiplies."""
+    """x (M, D), w (V, D) -> x w^T (M, V) in `dtype`: a tied head."""
     return jnp.einsum("md,vd->mv", x, w.astype(x.dtype), preferred_element_type=dtype)
 
 

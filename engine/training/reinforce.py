@@ -2,7 +2,7 @@
 2402.03300, equation 3, with the mean taken over all tokens of the batch).
 
 Several answers to each prompt are sampled and rewarded. The advantage of each token of an answer is its reward less its
-group's mean, in standard deviations. No second model estimates values.
+group's mean, in standard deviations.
 """
 
 import functools

@@ -3,7 +3,7 @@
     reward = make_reward("length:12")
     reward("The sea is wide and cold.", None)      # 0.5: six words of twelve
 
-No model judges that could be talked round, but only what the rule asks for is learnt.
+No model judges that could be talked round.
 """
 
 import re

@@ -3,7 +3,7 @@
 Segments double in length from the second on. Each segment of all slots is one array: a matrix product on a CPU reads a
 whole array in place, but would copy a part of one first. Attention goes segment by segment with a running softmax
 (Milakov & Gimelshein 2018, 1805.02867) and skips segments that no row has reached. What a segment adds to a row that has
-not reached it is discarded by selection, so a row's numbers depend, to the bit, on its own length alone.
+not reached it is discarded, so a row's numbers depend, to the bit, on its own length alone.
 """
 
 import functools
@@ -139,7 +139,7 @@ def clear_slot(segments: KVSegments, slot: Array, reach: Array) -> KVSegments:
 
 
 def copy_slot(segments: KVSegments, slot: Array, targets: Array, reach: Array) -> KVSegments:
-    """Copies a slot's segments below `reach` into the slots targets (X,); a target that is no slot is left out."""
+    """Copies a slot's segments below `reach` into the slots targets (X,), as far as they are slots."""
     content = lambda array: jax.lax.dynamic_index_in_dim(array, slot, 0)
     copies = lambda array: jnp.broadcast_to(content(array), (len(targets), *array.shape[1:]))
     return _set_slots(segments, targets, reach, copies)

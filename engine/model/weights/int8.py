@@ -90,10 +90,10 @@ def slice_columns(leaf: Int8, start: int, stop: int) -> Int8:
 
 
 def every_product(params: dict[str, Any], activations: Activations = "int8") -> tuple[Rule, ...]:
-    """Returns rules for every matrix of a product: those of the blocks, and the head (tied: the embedding).
+    """Returns rules for the matrices of the blocks and the head (tied: the embedding).
 
-    An untied embedding stays: one row of it is read a token. The input of `down` has a few numbers far above the rest, so
-    with "int8" it gets two digits: SmolLM2 then loses 0.6% in bits per byte, not 1.1%.
+    The input of `down` has a few numbers far above the rest, so with "int8" it gets two digits: SmolLM2 then loses 0.6%
+    in bits per byte, not 1.1%.
     """
     return (
         (r"blocks/\d+/down", "int16" if activations == "int8" else activations),
