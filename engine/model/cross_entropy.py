@@ -46,8 +46,7 @@ def cross_entropy(cfg: ModelConfig, params: Params, batch: Any, limit: int) -> A
     else:
         hidden, _ = hidden_states(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
         rows = hidden.reshape(-1, cfg.width), targets.reshape(-1)
-        losses = _row_losses(head_weight(cfg, params), *rows, cfg.tied, max(2, limit // (4 * cfg.vocab)))
-        losses = losses.reshape(targets.shape)
+        losses = _row_losses(head_weight(cfg, params), *rows, cfg.tied, max(2, limit // (4 * cfg.vocab))).reshape(targets.shape)
     return jnp.where(batch.mask, losses, 0.0)
 
 

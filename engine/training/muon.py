@@ -12,9 +12,6 @@ from jax.typing import DTypeLike
 
 from engine.model.backward import transpose
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-STEPS = 5
-
 
 def orthogonalize(dtype: DTypeLike = jnp.bfloat16) -> optax.GradientTransformation:
     """Replaces each matrix (in, out) by U V^T of its singular value decomposition, times sqrt(max(1, out / in))."""
@@ -29,8 +26,8 @@ def orthogonal(matrix: Array, dtype: DTypeLike) -> Array:
     rows, columns = matrix.shape
     x = (matrix / (jnp.linalg.norm(matrix) + 1e-8)).astype(dtype)
     x = transpose(x) if rows > columns else x
-    a, b, c = COEFFICIENTS
-    for _ in range(STEPS):
+    a, b, c = 3.4445, -4.7750, 2.0315
+    for _ in range(5):
         gram = jnp.einsum("ij,kj->ik", x, x)
         mixed = (b * gram + c * jnp.dot(gram, gram)).astype(dtype)
         x = (a * x + jnp.dot(mixed, x)).astype(dtype)
