@@ -12,7 +12,7 @@ SEEDS = 2**32
 
 
 class Range(NamedTuple):
-    """A field's range: from `least` (or `above` it) to `most`. `note` explains the bound that has no effect."""
+    """A field's range: from `least` (or `above` it) to `most`. `note` explains one bound."""
 
     least: float
     most: float

@@ -31,9 +31,9 @@ from engine.model.cache.segmented import KVDtype, KVSegments, make_kv_segments
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
 
-CHUNK, TAIL = 128, 32  # prompt tokens a call: whole chunks, and a shorter program for a last part that fits it
+CHUNK, TAIL = 128, 32  # prompt tokens a call: whole chunks, and a shorter program for a short rest
 HITS_AT_ONCE = 16  # the most chunks that a step copies from the prefix cache before the one that it computes
-IDLE = SamplingParams(temperature=0.0)  # of rows that are not in use: greedy, so that they cost no sampling
+IDLE = SamplingParams(temperature=0.0)  # of rows not in use: greedy costs no sampling
 MIN_SLOTS = 2  # a product with a single row takes a slower path on a CPU
 
 
@@ -43,7 +43,7 @@ def compile_ahead(
 ) -> Iterator[tuple[str, int]]:  # fmt: skip
     """Compiles, while it is iterated, what `Slots.warm` with these options needs, from the shapes of `params` alone.
 
-    For the time in which weights are read. A program that turns out to be another one is compiled when it is needed.
+    For the time in which weights are read; what is missing is compiled when it is needed.
     """
     state = lambda: (make_kv_segments(cfg, slots, capacity, chunk, kv_dtype), make_token_counts(cfg, slots))
     segments, counts = jax.eval_shape(state)

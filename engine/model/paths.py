@@ -6,8 +6,10 @@ from typing import Any
 
 from engine.errors import UserError, nearest
 
+Params = dict[str, Any]  # nested; a leaf is an Array, Int8 or LoRA
 
-def leaf_paths(params: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+
+def leaf_paths(params: Params, prefix: str = "") -> dict[str, Any]:
     """Returns {path: leaf} of a nested dict, in order, block 10 behind block 9; a leaf is whatever is not a dict."""
     leaves: dict[str, Any] = {}
     for name in sorted(params, key=_by_number):
@@ -23,9 +25,9 @@ def _by_number(name: str) -> tuple[int, int, str]:
     return (0, int(name), "") if name.isdigit() else (1, 0, name)
 
 
-def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
+def unflatten(leaves: dict[str, Any]) -> Params:
     """Returns the nested dict of {path: leaf}, as `leaf_paths` takes it apart."""
-    tree: dict[str, Any] = {}
+    tree: Params = {}
     for path, leaf in leaves.items():
         *folders, name = path.split("/")
         node = tree
@@ -35,7 +37,7 @@ def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def map_paths(f: Callable[[str, Any], Any], params: dict[str, Any]) -> dict[str, Any]:
+def map_paths(f: Callable[[str, Any], Any], params: Params) -> Params:
     """Returns the same tree with each leaf replaced by f(path, leaf)."""
     return unflatten({path: f(path, leaf) for path, leaf in leaf_paths(params).items()})
 
@@ -51,7 +53,7 @@ def match_paths(pattern: str, paths: Collection[str]) -> list[str]:
     return found
 
 
-def first_match(rules: Sequence[tuple[str, Any]], params: dict[str, Any]) -> dict[str, Any]:
+def first_match(rules: Sequence[tuple[str, Any]], params: Params) -> dict[str, Any]:
     """Returns {path: value of the first rule (pattern, value) that matches it}, without paths that none matches.
 
     Raises UserError for a rule that matches no path, naming the nearest.
@@ -62,13 +64,13 @@ def first_match(rules: Sequence[tuple[str, Any]], params: dict[str, Any]) -> dic
     return matches
 
 
-def split(params: dict[str, Any], chosen: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split(params: Params, chosen: Collection[str]) -> tuple[Params, Params]:
     """Returns (the leaves at the chosen paths, the others)."""
     part = lambda inside: unflatten({path: leaf for path, leaf in leaf_paths(params).items() if (path in chosen) == inside})
     return part(True), part(False)
 
 
-def merge(trainable: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Any]:
+def merge(trainable: Params, frozen: Params) -> Params:
     """Returns one params tree of two. A trainable adapter goes on the frozen weight of its path.
 
     Raises ValueError for two weights at one path.

@@ -16,9 +16,8 @@ from engine.model.cache import segmented
 from engine.model.cache.contiguous import KVCache, write
 from engine.model.config import ModelConfig
 from engine.model.ops import ops
+from engine.model.paths import Params
 from engine.model.weights.matmul import lookup, project, project_two, unembed
-
-Params = dict[str, Any]
 
 # A tied embedding is also the head, whose logits must start small; an untied one starts as large as what blocks add.
 TIED_STD, EMBED_STD = 0.02, 0.5

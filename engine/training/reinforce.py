@@ -37,7 +37,7 @@ class Rollouts(NamedTuple):
 def group_advantages(rewards: ArrayLike, eps: float = 1e-6) -> Array:
     """rewards (prompts, answers) -> the same shape, float32: (r - mean) / (standard deviation + eps) within each row.
 
-    0 where all answers to a prompt are rewarded alike: there is nothing to learn from them.
+    0 where all answers to a prompt are rewarded alike.
     """
     rewards = jnp.asarray(rewards, jnp.float32)
     centred = rewards - rewards.mean(axis=1, keepdims=True)

@@ -81,7 +81,6 @@ class SegmentedCache(NamedTuple):
         return SegmentedLayer(self.segments.k[i], self.segments.v[i], self.rows, self.destinations)
 
     def with_layers(self, layers: Sequence[SegmentedLayer]) -> "SegmentedCache":
-        """Returns the cache with every layer replaced."""
         k, v, *_ = zip(*layers)
         return self._replace(segments=KVSegments(k, v))
 

@@ -21,7 +21,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from engine.errors import UserError
-from engine.model.paths import first_match, leaf_paths, map_paths
+from engine.model.paths import Params, first_match, leaf_paths, map_paths
 
 Activations = Literal["int8", "int16", "full"]
 Rule = tuple[str, Activations | None]
@@ -89,7 +89,7 @@ def slice_columns(leaf: Int8, start: int, stop: int) -> Int8:
     return dataclasses.replace(leaf, values=values, scale=leaf.scale[start:stop])
 
 
-def every_product(params: dict[str, Any], activations: Activations = "int8") -> tuple[Rule, ...]:
+def every_product(params: Params, activations: Activations = "int8") -> tuple[Rule, ...]:
     """Returns rules for the matrices of the blocks and the head (tied: the embedding).
 
     The input of `down` has a few numbers far above the rest, so with "int8" it gets two digits: SmolLM2 then loses 0.6%
@@ -102,7 +102,7 @@ def every_product(params: dict[str, Any], activations: Activations = "int8") -> 
     )
 
 
-def quantize(params: dict[str, Any], rules: Sequence[Rule] | None = None) -> dict[str, Any]:
+def quantize(params: Params, rules: Sequence[Rule] | None = None) -> Params:
     """Returns params with the leaves that rules match (by default `every_product`) as Int8; the first match wins.
 
     A rule is (pattern, activations or None to leave be). Raises UserError for a rule that matches nothing or a leaf that

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from engine.model.paths import map_paths
+from engine.model.paths import Params, map_paths
 from engine.model.weights.int8 import Int8, dequantize
 
 
@@ -96,7 +96,7 @@ def dense(weight: Any) -> Array:
     return merged.astype(base.dtype)
 
 
-def merge_lora(params: dict[str, Any], dtype: DTypeLike | None = None) -> dict[str, Any]:
+def merge_lora(params: Params, dtype: DTypeLike | None = None) -> Params:
     """Returns params with every LoRA leaf as one matrix, in `dtype` or that of its base (float32 over an Int8).
 
     Logits are those of base and adapter up to rounding; params without adapters come back as they are.

@@ -13,7 +13,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from engine.model.ops import ops
-from engine.model.paths import map_paths
+from engine.model.paths import Params, map_paths
 from engine.model.weights.int8 import Int8, int8_matmul
 from engine.model.weights.lora import LoRA, innermost_base
 from engine.model.weights.lora_matmul import Cuts, merged_matmul
@@ -57,7 +57,7 @@ def lookup(embed: Array | Int8, tokens: Array) -> Array:
     return ops().lookup(embed, tokens).astype(jnp.float32)
 
 
-def cast_matrices(params: dict[str, Any], dtype: DTypeLike) -> dict[str, Any]:
+def cast_matrices(params: Params, dtype: DTypeLike) -> Params:
     """Returns params with every plain matrix in `dtype`, adapters too. Gains, biases and Int8 stay."""
 
     def cast(_: str, leaf: Any) -> Any:
