@@ -24,7 +24,7 @@ def next_key(key: bytes, tokens: tuple[int, ...]) -> bytes:
 
 
 class PrefixCache:
-    """Chunks by key, at most `limit` bytes of them; drops the least recently used."""
+    """Chunks by key, at most `limit` bytes; drops the least recently used."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit

@@ -71,7 +71,6 @@ class Scheduler:
 
     @property
     def running(self) -> list[Sequence]:
-        """The sequences that have a slot."""
         return [*self.prefilling, *self.decoding]
 
     def submit(self, request: Request) -> Sequence:

@@ -50,5 +50,5 @@ class CompletionText:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Returns how many characters at the end of a text may begin a stop string."""
+    """Returns how many characters at a text's end may begin a stop string."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -39,7 +39,7 @@ def matrix(module: nn.Module, name: str, init: Any, shape: tuple[int, int]) -> A
 
 
 class Block(nn.Module):
-    """x (B, T, D) -> (B, T, D), both float32: attention, then SwiGLU, each added to the residual stream."""
+    """x (B, T, D) -> (B, T, D), float32: attention, then SwiGLU, each added to the residual stream."""
 
     cfg: ModelConfig
 
