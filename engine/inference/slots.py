@@ -69,7 +69,7 @@ class Slots:
             (slots >= MIN_SLOTS, f"There must be at least {MIN_SLOTS} slots, not {slots}: with one row a program is slower."),
             (
                 2 <= capacity <= cfg.context,
-                f"The capacity must be from 2 to the model's context of {cfg.context}, not {capacity}.",
+                f"capacity must be between 2 and the model's context of {cfg.context}, not {capacity}.",
             ),
             (0 < tail <= chunk, f"The tail must lie between 1 and the chunk of {chunk}, not {tail}."),
             (prefix_cache_bytes >= 0, f"prefix_cache_bytes must be 0 (no prefix cache) or more, not {prefix_cache_bytes}."),
