@@ -18,7 +18,7 @@ from engine.counting.hardware import memory_limit_bytes
 from engine.counting.params import count_params
 from engine.device import cores
 from engine.errors import UserError
-from engine.inference.decode import for_inference, generate
+from engine.inference.decode import generate, prepare_params
 from engine.inference.sampling_params import SamplingParams
 from engine.model.config import ModelConfig, preset
 from engine.model.paths import leaf_paths
@@ -119,7 +119,7 @@ def measure_inference(
     params = random_model(preset_name, cfg).params
     prompts = np.random.default_rng(1).integers(0, cfg.vocab, (8, max(prompt, SHORT)), np.int32)
     save_folder(folder / "model", cfg, params, {}, dtype="float32")
-    weights = for_inference(cfg, params)
+    weights = prepare_params(cfg, params)
     every: dict[str, Timing] = {}
     for name, batch, length, tokens in (
         ("prefill_1", 1, prompt, 1), ("prefill_8", 8, prompt, 1), ("decode_1", 1, SHORT, new), ("decode_8", 8, SHORT, new),
@@ -154,7 +154,7 @@ def greedy(cfg: ModelConfig, weights: Any, prompts: list[list[int]], new: int, o
     def run() -> None:
         texts: list[list[int]] = [[] for _ in prompts]
         for piece in generate(cfg, weights, prompts, sampling, capacity=len(prompts[0]) + new):
-            texts[piece.prompt] += piece.tokens
+            texts[piece.id] += piece.tokens
         output[OURS] = texts
 
     return run
