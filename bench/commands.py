@@ -97,14 +97,14 @@ def finetuning(folder: Path, model: str, max_time: str) -> Figures:
 
 
 def reinforcing(folder: Path, model: str, max_time: str) -> Figures:
-    """Measures the rise of the mean reward of completions of held-out prompts."""
+    """Measures the rise of the mean reward on held-out prompts."""
     result = _result(["stages.reinforce", "--model", model, "--max-time", max_time], folder / "run")
     rise = result["held_out_reward_after"] - result["held_out_reward_before"]
     return [Figure("rise of the reward", rise, "", 0.05, least=True)], {"result": result}
 
 
 def _result(command: list[str], folder: Path) -> Json:
-    """Runs a command with `folder` as its run folder; returns the run's result."""
+    """Returns the result of a run that a command saves in `folder`."""
     print(f"python -m {' '.join(command)} ...", flush=True)
     _run([*command, "--out-dir", str(folder)])
     return json.loads((folder / "run.json").read_text())["result"]

@@ -162,12 +162,12 @@ def svg_number(value: Any) -> Any:
 
 
 def linear(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    """Returns the map of low..high onto start..end; a single point maps to the start."""
+    """Returns the map of low..high onto start..end."""
     return lambda value: start + (value - low) / ((high - low) or 1) * (end - start)
 
 
 def logarithmic(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    """Returns `linear` over the logarithms of positive values."""
+    """Returns `linear` of logarithms."""
     inner = linear(math.log10(low), math.log10(high), start, end)
     return lambda value: inner(math.log10(value))
 

@@ -59,7 +59,7 @@ def page(document: Document) -> str:
 
 
 def picture(figure: Figure) -> str:
-    """Returns the SVG of a figure as a file of its own, with the page's colours, light and dark, and rules for drawings."""
+    """Returns a figure as an SVG file of its own, with the page's colours and rules for drawings."""
     colours, _ = _style().split("* {", 1)
     rules = [line for line in _style().splitlines() if line.startswith("svg")]
     inside = "\n".join([colours.strip(), *rules, "svg { background: var(--page); }"])
@@ -132,7 +132,7 @@ def columns(rows: Rows) -> dict[str, Column]:
 
 
 def agreement(rows: Rows) -> tuple[int, int]:
-    """Returns in how many rows the formula and the walker agree, and how many have both."""
+    """Returns how many rows have the same FLOPs by formula and walker, and how many have both."""
     pairs = [[number((row.get("flops_per_token") or {}).get(counter)) for counter in ("formula", "walker")] for row in rows]
     both = [pair for pair in pairs if None not in pair]
     return sum(formula == walker for formula, walker in both), len(both)

@@ -92,7 +92,7 @@ def _error_message(response: Response) -> str:
 
 
 def random_text(rng: random.Random, words: int) -> str:
-    """Returns so many short common words, about as many tokens. Two such texts hardly begin alike."""
+    """Returns short common words, about a token each. Two such texts hardly begin alike."""
     return " ".join(rng.choices(COMMON_WORDS.split(), k=words))
 
 

@@ -51,7 +51,7 @@ class Response:
 
 
 class Client:
-    """Persistent connections to one server on this machine. `key`: the API key of every request."""
+    """Persistent connections to one server on this machine. `key`: its API key."""
 
     def __init__(self, port: int, key: str | None = None) -> None:
         self.port, self.key = port, key

@@ -63,8 +63,6 @@ class ChatChoice(msgspec.Struct):
 
 
 class ChatReply(CompletionReply, kw_only=True):
-    """The reply of POST /v1/chat/completions."""
-
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
     usage: Usage
@@ -85,7 +83,7 @@ class ChatChunkChoice(msgspec.Struct):
 
 
 class ChatChunk(CompletionReply, kw_only=True):
-    """One `data:` of a streamed POST /v1/chat/completions."""
+    """One `data:` of a stream."""
 
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[ChatChunkChoice]
@@ -109,7 +107,7 @@ class TextChoice(msgspec.Struct):
 
 
 class TextReply(CompletionReply, kw_only=True):
-    """The reply of POST /v1/completions, and one `data:` of a streamed one."""
+    """A whole reply, and one `data:` of a stream."""
 
     object: Literal["text_completion"] = "text_completion"
     choices: list[TextChoice]
@@ -148,7 +146,7 @@ class Text(msgspec.Struct):
 
 
 class Health(msgspec.Struct):
-    """The reply of GET /health: whether requests are answered, or why not."""
+    """Whether requests are answered, or why not."""
 
     status: Status
     running: int
@@ -162,7 +160,7 @@ class Live(msgspec.Struct):
 
 
 class Attestation(msgspec.Struct, kw_only=True):
-    """The reply of GET /v1/attestation: one SHA-256 over all weights, at load and now."""
+    """One SHA-256 over all weights, at load and now."""
 
     object: Literal["attestation"] = "attestation"
     algorithm: Literal["sha256"] = "sha256"

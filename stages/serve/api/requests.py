@@ -133,8 +133,6 @@ class TextFormat(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ChatRequest(CompletionFields, kw_only=True):
-    """POST /v1/chat/completions."""
-
     messages: Messages
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
@@ -163,6 +161,4 @@ class TokenizeRequest(ModelRequest, kw_only=True):
 
 
 class DetokenizeRequest(ModelRequest, kw_only=True):
-    """POST /detokenize."""
-
     tokens: Ids
