@@ -38,7 +38,6 @@ class Console(contextlib.AbstractContextManager["Console"]):
         self.close_live()
 
     def print(self, text: str = "", style: str | None = None) -> None:
-        """Prints lines that stay; the terminal wraps long ones."""
         if self._rich:
             self._rich.print(text, style=style, markup=False, soft_wrap=True)
         else:
@@ -55,8 +54,7 @@ class Console(contextlib.AbstractContextManager["Console"]):
         """Prints labels beside their values; a terminal wraps long values below themselves."""
         width = max(len(label) for label, _ in rows)
         if not self._rich:
-            for label, value in rows:
-                self.print(f"{label:<{width}}  {value}")
+            self.print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))
             return
         from rich.table import Table
         from rich.text import Text
@@ -71,17 +69,13 @@ class Console(contextlib.AbstractContextManager["Console"]):
     def print_marked(self, pieces: Sequence[tuple[str, bool]]) -> None:
         """Prints a text, with its marked pieces in colour on a terminal, elsewhere in brackets."""
         if not self._rich:
-            for mark, group in itertools.groupby(pieces, key=lambda pair: pair[1]):
-                joined = "".join(piece for piece, _ in group)
-                print(f"[[{joined}]]" if mark else joined, end="", file=self.stream)
-            self.print()
+            groups = [(mark, "".join(piece for piece, _ in group)) for mark, group in itertools.groupby(pieces, lambda p: p[1])]
+            self.print("".join(f"[[{text}]]" if mark else text for mark, text in groups))
             return
         from rich.text import Text
 
-        text = Text()
-        for piece, mark in pieces:
-            text.append(piece, style="black on green" if mark else "dim")
-        self._rich.print(text, soft_wrap=True)
+        styled = [(piece, "black on green" if mark else "dim") for piece, mark in pieces]
+        self._rich.print(Text.assemble(*styled), soft_wrap=True)
 
     @contextlib.contextmanager
     def task(self, label: str, always: bool = False) -> Iterator[ReportProgress]:
@@ -137,17 +131,15 @@ class Console(contextlib.AbstractContextManager["Console"]):
             self._draw(frame)
 
     def close_live(self) -> None:
-        """Removes the live line; the next output stands in its place."""
         if self._live:
             self._live.stop()
             self._live = None
 
     def _due(self, interval: float) -> bool:
-        now = time.perf_counter()
-        if now - self._last < interval:
-            return False
-        self._last = now
-        return True
+        is_due = time.perf_counter() - self._last >= interval
+        if is_due:
+            self._last = time.perf_counter()
+        return is_due
 
     def _draw(self, text: str) -> None:
         from rich.live import Live

@@ -87,8 +87,8 @@ def default(meaning: str, help: str | None = None) -> Any:
     return tyro.conf.arg(help=help, help_behavior_hint=f"(default: {meaning})")
 
 
-def one_of(*names: str) -> Callable[[str], str]:
-    """Returns a parser of one of the names; its error names the nearest."""
+def one_of(*names: str) -> Any:
+    """Returns what goes into `Annotated` for one of the names; the error for another names the nearest."""
 
     def parse(text: str) -> str:
         if text not in names:
@@ -97,7 +97,7 @@ def one_of(*names: str) -> Callable[[str], str]:
             raise ValueError(f"wanted one of {', '.join(names)}, got {text!r}.{nearest(text, names)}")
         return text
 
-    return parse
+    return parser(parse, "NAME")
 
 
 def path(text: str) -> Path:
@@ -106,7 +106,7 @@ def path(text: str) -> Path:
 
 # Flags that several commands have.
 DEVICES = ("auto", "cpu", "gpu", "tpu")
-DeviceFlag = Annotated[str, parser(one_of(*DEVICES), "NAME"), default("auto", "auto, cpu, gpu or tpu.")]
+DeviceFlag = Annotated[str, one_of(*DEVICES), default("auto", "auto, cpu, gpu or tpu.")]
 ModelFlag = Annotated[
     str | None, parser(str, "MODEL"),
     default("the newest run in runs/", "A run or step folder, a Hugging Face folder, a .gguf file, or a named model."),

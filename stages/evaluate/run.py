@@ -80,7 +80,7 @@ def evaluate_text(
     console.print_rows([("text", text_data.source_name(source)), ("window", window)])
     begin = time.perf_counter()
     with console.task("evaluating", always=True) as report:
-        nats = validation.score_text(cfg, model.params, text, seq, stride, batch, report)
+        nats = validation.score_text(cfg, model.params, text.tokens, seq, stride, batch, report)
     seconds = time.perf_counter() - begin
     scored = len(text.tokens) - 1
     per_token, perplexity = _likelihood(nats, scored)

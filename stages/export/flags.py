@@ -16,7 +16,7 @@ class Export:
     out: Annotated[Path, parser(path, "PATH")]
     """A folder, or a file that ends in .gguf."""
     model: ModelFlag = None
-    dtype: Annotated[str | None, parser(one_of(*DTYPES), "TYPE"), default("as loaded in a folder, float16 in a .gguf")] = None
+    dtype: Annotated[str | None, one_of(*DTYPES), default("as loaded in a folder, float16 in a .gguf")] = None
     """float32, bfloat16, float16, or in a .gguf q8_0."""
     adapter: Annotated[bool, default("off")] = False
     """Write only the LoRA adapters, in PEFT's layout."""

@@ -29,7 +29,7 @@ class ExampleFlags:
 class TuningFlags:
     """The objective, what a step reads, and how weights move."""
 
-    objective: Annotated[str, parser(one_of("answers", "preference"), "NAME")] = "answers"
+    objective: Annotated[str, one_of("answers", "preference")] = "answers"
     """`answers`: what the assistant says. `preference`: the chosen answer over the rejected one (DPO)."""
     beta: Annotated[float, positive(10)] = 0.1
     """Of preference: how far the model may move away from where it began."""

@@ -43,14 +43,12 @@ from stages.runs.validation import general_bits_per_byte
 
 SECONDS = 180.0  # of a run when nobody asks for a length
 EXPECTED = 0.4  # of the ceiling
-QUICK = 64  # held-out examples of a quick evaluation
+QUICK_EXAMPLES = 64  # of a quick evaluation
 SAMPLE = 90  # tokens
 QUESTION = "What should I do when I cannot sleep?"
-ADVICE = "--learning-rate, or warm up longer with --warmup"
 
 
 def run(flags: FinetuneFlags, device: Device) -> int:
-    """Fine-tunes as the flags say. Returns the exit code."""
     seconds = flags.length.max_time or (None if flags.length.steps else SECONDS)
     intervals = dataclasses.asdict(flags.folder)
     folder = intervals.pop("out_dir") or default_folder(Path(flags.model).stem or "model", Path(flags.examples.data).stem)
@@ -69,7 +67,7 @@ class Measurement:
 
 
 class FineTuning(ModelStage):
-    """Fine-tuning: a Stage. The constructor is the last to read the flags."""
+    """Fine-tunes a model. The constructor is the last to read the flags."""
 
     def __init__(self, flags: FinetuneFlags, seconds: float | None, options: RunOptions, console: Console) -> None:
         examples, tuning, trainable = flags.examples, flags.tuning, flags.trainable
@@ -133,9 +131,6 @@ class FineTuning(ModelStage):
         self.console.print_marked(list(self.chat.marked_pieces(self.dataset.first)))
         self.console.print()
 
-    def measure_before(self) -> None:
-        self.before = self._measure(self.parts.trainable)
-
     def prepare_steps(self, state: TrainState, loop_state: LoopState) -> TrainingSteps:
         plan, frozen = self.plan, self.parts.frozen
         # Programs that measured are read from the cache when they run again; until then their memory is the step's.
@@ -147,14 +142,15 @@ class FineTuning(ModelStage):
         _clear_programs()
         analysis = compiled.memory_analysis()
         return TrainingSteps(
-            lambda state, batch, progress: compiled(state, frozen, batch, progress), batches, self._evaluator(QUICK), plan,
-            loop_state.step, self.top, ADVICE, buffer=analysis.temp_size_in_bytes if analysis else 0,
+            lambda state, batch, progress: compiled(state, frozen, batch, progress), batches, self._evaluator(QUICK_EXAMPLES),
+            plan, loop_state.step, self.top, advice="--learning-rate, or warm up longer with --warmup",
+            buffer=analysis.temp_size_in_bytes if analysis else 0,
         )  # fmt: skip
 
-    def report(self, state: TrainState, loop: Loop) -> RunReport:
-        after, plan, loop_state = self._measure(state.trainable), self.plan, loop.loop_state
+    def report(self, state: TrainState, loop: Loop, before: Measurement) -> RunReport:
+        after, plan, loop_state = self.measure(state.trainable), self.plan, loop.loop_state
         path = self.save_trained(loop_state.step, state.trainable)
-        before, seconds = self.before, loop_state.seconds
+        seconds = loop_state.seconds
         rate = loop_state.step / max(seconds, 1e-9)
         speed, share_of_ceiling = rate * plan.step_tokens, (loop.timer.warm_rate() or rate) * plan.step_flops / self.top
         numbers = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
@@ -171,10 +167,7 @@ class FineTuning(ModelStage):
             ("forgotten", forgotten),
             ("speed", f"{speed:,.0f} tokens/s, {share_of_ceiling:.0%} of the ceiling"),
         ]
-        texts = [
-            (f"{title}: {QUESTION}", [f"| {line}" for line in measurement.answer.strip().split("\n")])
-            for title, measurement in (("before", before), ("after", after))
-        ]
+        texts = [(f"before: {QUESTION}", before.answer), (f"after: {QUESTION}", after.answer)]
         return RunReport(result, texts, rows, f"{path} ({numbers:,} numbers)", ["chat", "evaluate", "export"])
 
     def _batches(self) -> PackedBatches | PreferenceBatches:
@@ -189,7 +182,7 @@ class FineTuning(ModelStage):
         initial, seq = parts.initial_params(), plan.recipe.context
         return held_out_evaluator(plan.cfg, parts.frozen, initial, examples, self.objective, seq, plan.seed)
 
-    def _measure(self, trainable: Any) -> Measurement:
+    def measure(self, trainable: Any) -> Measurement:
         return_freed_memory()
         cfg, seq, general, evaluator = self.plan.cfg, self.plan.recipe.context, None, self._evaluator()
         self.unit = evaluator.unit

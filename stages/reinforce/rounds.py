@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from engine.counting.hardware import peak_rss_bytes
-from engine.format import clock_time, size
 from engine.inference.decode import prepare_params
 from engine.model.paths import merge
 from engine.storage.digest import digest
@@ -18,7 +16,7 @@ from engine.training.step import Objective, TrainState
 from stages.reinforce.data import Prompt
 from stages.reinforce.rollouts import Rollout, Sampler, rollout_batch
 from stages.runs.estimate import RunPlan
-from stages.runs.loop import Evaluator, LoopState, StepTimer
+from stages.runs.loop import Evaluator, LoopState
 from stages.runs.trainable import TrainableParts
 from stages.runs.training_steps import compile_step
 
@@ -88,7 +86,7 @@ class Rounds:
         loop_state.best = reward if loop_state.best is None else max(loop_state.best, reward)
         return state, refused
 
-    def metrics(self, loop_state: LoopState, timer: StepTimer) -> dict[str, float]:
+    def metrics(self, loop_state: LoopState, step_seconds: float) -> dict[str, float]:
         last = self.rounds[-1]
         return {
             "reward": last.rollout.mean_reward, "answer_tokens": last.rollout.tokens,
@@ -96,18 +94,15 @@ class Rounds:
             "grad_norm": last.grad_norm, **({} if last.kl is None else {"kl": last.kl}),
         }  # fmt: skip
 
-    def fields(self, loop_state: LoopState, timer: StepTimer, evaluation: str) -> list[str]:
-        last, total = self.rounds[-1], self.plan.steps
+    def fields(self, loop_state: LoopState, step_seconds: float) -> list[str]:
+        last = self.rounds[-1]
         pull = "" if last.kl is None else f", KL {last.kl:.4f}"
         weights = f"weights {last.before[:8]}"
         changed = "all alike, nothing to train on" if last.after == last.before else f"{weights} -> {last.after[:8]}"
         return [
-            f"round {loop_state.step:,}" + (f"/{total:,}" if total else ""),
             f"reward {last.rollout.mean_reward:.3f}",
             f"| inference {last.rollout.seconds:.2f} s, {last.rollout.tokens:,} tokens, {weights} unchanged",
-            f"| training {last.training_seconds:.2f} s, {changed}{pull}",
-            f"| {size(peak_rss_bytes())}",
-            f"{clock_time(loop_state.seconds)} done",
+            f"| training {last.training_seconds:.2f} s, {changed}{pull} |",
         ]
 
     def _advantages(self, rewards: Sequence[float]) -> np.ndarray:

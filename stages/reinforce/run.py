@@ -21,7 +21,7 @@ from stages.reinforce.flags import ReinforceFlags
 from stages.reinforce.rollouts import Rollout, Sampler, prompt_tokens
 from stages.reinforce.rounds import Rounds, first_seed
 from stages.runs.estimate import RunPlan, memory_estimate, require_memory
-from stages.runs.folder import default_folder, nonfinite_as_text
+from stages.runs.folder import default_folder
 from stages.runs.loop import Loop, LoopState, RunOptions
 from stages.runs.model_stage import ModelStage
 from stages.runs.recipes import Recipe
@@ -30,14 +30,13 @@ from stages.runs.trainable import choose_trainable
 
 SECONDS = 120.0  # of a run when nobody asks for a length
 TOKENS = 48  # of a completion, where the context has room for them
-MULTIPLE = 32  # tokens: a row's length is rounded up to it
-SHOWN = 3  # held-out prompts whose completions are shown
-WIDE = 100  # characters of a completion that are shown
-PART = 1024  # tokens that a step reads at once: more hold more logits and are no faster
+MULTIPLE = 32  # tokens that a row's length is rounded up to
+SHOWN_PROMPTS = 3
+SHOWN_CHARACTERS = 100  # of a completion
+MICROBATCH_TOKENS = 1024  # more hold more logits and are no faster
 
 
 def run(flags: ReinforceFlags, device: Device) -> int:
-    """Trains as the flags say. Returns the exit code."""
     task = flags.rollout.task.partition(":")[0]
     intervals = dataclasses.asdict(flags.folder)
     folder = intervals.pop("out_dir") or default_folder(Path(flags.model).stem or "model", task)
@@ -46,7 +45,7 @@ def run(flags: ReinforceFlags, device: Device) -> int:
 
 
 class ReinforcementLearning(ModelStage):
-    """Reinforcement learning: a Stage. The constructor is the last to read the flags."""
+    """Trains a model on its own completions. The constructor is the last to read the flags."""
 
     rounds: Rounds | None = None
 
@@ -75,7 +74,7 @@ class ReinforcementLearning(ModelStage):
             decay=0, beta2=0.99, weight_decay=0,
         )  # fmt: skip
         rows, seq = rollout.prompts * rollout.group, -(-(capacity - 1) // MULTIPLE) * MULTIPLE
-        parts = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n * seq <= max(PART, seq))
+        parts = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n * seq <= max(MICROBATCH_TOKENS, seq))
         paths, self.matches = choose_trainable(cfg, lora, trainable.train, trainable.freeze)
         seconds = length.max_time or (None if length.rounds else SECONDS)
         recipe = Recipe("the model's", seq, rows, optimizer, parts)
@@ -84,7 +83,7 @@ class ReinforcementLearning(ModelStage):
         self.facts = {
             "learns": trainable.describe(),
             "text": {"data": f"{task} on {self.prompts.name}", "digest": f"{task} {self.prompts.digest}"},
-            "rollout": nonfinite_as_text(dataclasses.asdict(rollout) | {"data": str(rollout.data or "")}),
+            "rollout": dataclasses.asdict(rollout) | {"data": str(rollout.data or "")},
             "update": dataclasses.asdict(update),
         }
         # A step, beside the weights that sample and their cache.
@@ -114,9 +113,6 @@ class ReinforcementLearning(ModelStage):
             ("length", plan.length()),
         ]  # fmt: skip
 
-    def measure_before(self) -> None:
-        self.before = self._measure(self.parts.trainable)  # which compiles inference
-
     def prepare_steps(self, state: TrainState, loop_state: LoopState) -> Rounds:
         with self.console.task("compiling training", always=True):
             self.rounds = Rounds(
@@ -125,9 +121,8 @@ class ReinforcementLearning(ModelStage):
             )  # fmt: skip
         return self.rounds
 
-    def report(self, state: TrainState, loop: Loop) -> RunReport:
-        after = self._measure(state.trainable)
-        before, loop_state = self.before, loop.loop_state
+    def report(self, state: TrainState, loop: Loop, before: Rollout) -> RunReport:
+        after, loop_state = self.measure(state.trainable), loop.loop_state
         path = self.save_trained(loop_state.step, state.trainable)
         rounds = self.rounds.rounds if self.rounds else []
         inference, training = sum(r.rollout.seconds for r in rounds), sum(r.training_seconds for r in rounds)
@@ -137,19 +132,21 @@ class ReinforcementLearning(ModelStage):
             "training_seconds": training, "answer_tokens": sum(r.rollout.tokens for r in rounds),
         }  # fmt: skip
         texts = []
-        for row, prompt in zip(range(min(SHOWN, len(before.texts))), self.prompts.held_out):
+        for row, prompt in zip(range(min(SHOWN_PROMPTS, len(before.texts))), self.prompts.held_out):
             lines = []
             for title, rollout in (("before", before), ("after", after)):
                 text = " ".join(rollout.texts[row].split())
-                lines.append(f"{title:<6} {rollout.rewards[row]:.2f} | {text[:WIDE]}{'...' * (len(text) > WIDE)}")
-            texts.append((prompt.text, lines))
+                lines.append(
+                    f"{title:<6} {rollout.rewards[row]:.2f} | {text[:SHOWN_CHARACTERS]}{'...' * (len(text) > SHOWN_CHARACTERS)}"
+                )
+            texts.append((prompt.text, "\n".join(lines)))
         rows = [
             ("reward", f"{before.mean_reward:.3f} -> {after.mean_reward:.3f} on held-out prompts"),
             ("time", f"{duration(inference)} of inference, {duration(training)} of training"),
         ]
         return RunReport(result, texts, rows, str(path), ["chat", "export"])
 
-    def _measure(self, trainable: Any) -> Rollout:
+    def measure(self, trainable: Any) -> Rollout:
         """Samples completions of as many held-out prompts as a round has rows, always with the same seeds."""
         plan, held_out = self.plan, self.prompts.held_out
         prompts = [held_out[row % len(held_out)] for row in range(plan.recipe.batch)]
@@ -158,7 +155,7 @@ class ReinforcementLearning(ModelStage):
             return self.sampler.rollout(params, prompts, first_seed(plan, -1))
 
     def _flops(self) -> tuple[int, int]:
-        """Of a round whose completions are as long as they may be: (what inference does, what training does)."""
+        """Returns the FLOPs of inference and of training in a round whose completions are as long as they may be."""
         plan, cfg, new = self.plan, self.plan.cfg, self.sampler.max_tokens
         prefill = prefill_flops(cfg, self.longest, attention="causal").total
         decode = (new - 1) * decode_flops(cfg, self.longest + new // 2).total

@@ -41,7 +41,6 @@ class ConversationData:
 
     @property
     def first(self) -> Example:
-        """The first example, or the first pair's chosen one."""
         item = self.train[0]
         return item.chosen if isinstance(item, Pair) else item
 

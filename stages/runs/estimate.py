@@ -24,7 +24,7 @@ MEASURE = (
     "from engine.allocator import keep_freed_memory; keep_freed_memory(); "
     "from engine.counting.hardware import ceilings; ceilings(refresh=True)"
 )
-OWN = 700_000_000  # bytes that Python, JAX and the programs hold beside a step: between 0.3 and 1 GB were seen
+PROCESS_BYTES = 700_000_000  # of Python, JAX and the programs beside a step: between 0.3 and 1 GB were seen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +112,9 @@ def measured_ceilings(console: Console, again: bool = False) -> Ceilings:
 
 
 def memory_limit() -> int:
-    """Returns the bytes that a step may hold: the accelerator's, or the host's less OWN."""
+    """Returns the bytes that a step may hold: the accelerator's, or the host's less PROCESS_BYTES."""
     stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
-    return (stats or {}).get("bytes_limit") or max(memory_limit_bytes() - OWN, 0)
+    return (stats or {}).get("bytes_limit") or max(memory_limit_bytes() - PROCESS_BYTES, 0)
 
 
 def memory_estimate(needed: int, noun: str) -> str:

@@ -57,7 +57,7 @@ class TrainableFlags:
     """`bottom:N`, `top:N`, or patterns: all else is trained."""
     lora: Annotated[LoraConfig | None, parser(parse_lora, "SIZE"), default("rank=8,alpha=16,targets=all")] = None
     """rank=8,alpha=16,targets=q,v: an adapter beside a frozen model."""
-    base: Annotated[Literal["float", "int8"], parser(one_of("float", "int8"), "TYPE")] = "float"
+    base: Annotated[Literal["float", "int8"], one_of("float", "int8")] = "float"
     """The type of the frozen model under an adapter: `int8` takes half the memory."""
 
     def __post_init__(self) -> None:

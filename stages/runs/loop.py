@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from engine.allocator import return_freed_memory
+from engine.counting.hardware import peak_rss_bytes
 from engine.device import Device
 from engine.errors import UserError
+from engine.format import clock_time, size
 from engine.storage import checkpoint
 from engine.training.step import TrainState
 from stages.cli import signals
@@ -22,8 +24,8 @@ from stages.runs.folder import MetricsLog
 
 REFUSED_IN_A_ROW = 10
 RECENT = 20  # steps over which speed is averaged
-EVALUATING = 0.04  # of the time at most, unless --eval-every says otherwise
-STAYS = 5.0  # seconds between lines that stay on a terminal
+EVALUATION_SHARE = 0.04  # of the time at most, unless --eval-every says otherwise
+LINE_INTERVAL = 5.0  # seconds between lines that stay on a terminal
 
 
 @dataclasses.dataclass
@@ -42,7 +44,7 @@ class RunOptions:
     """Where and how a run is carried out. `stage`: the command's name; `keep`: checkpoints to keep.
 
     Intervals are steps (int) or seconds (float). `eval_every` None: a tenth of the run, or more where evaluating takes longer
-    than EVALUATING of the time.
+    than EVALUATION_SHARE of the time.
     """
 
     stage: str
@@ -123,16 +125,16 @@ class Steps(Protocol):
     advice: str  # the end of "Lower --learning-rate ...", for updates that are not finite
     evaluator: Evaluator | None
     buffer: int  # bytes of a step's temporary buffer, which must not be held twice; 0 where that does not matter
-    lines_stay: bool  # whether every STAYS seconds a line stays on a terminal
+    lines_stay: bool  # whether every LINE_INTERVAL seconds a line stays on a terminal
 
     def run(self, state: TrainState, loop_state: LoopState) -> tuple[TrainState, list[bool]]:
         """Returns the next state, which may take `state`'s memory, and for each update whether it was refused."""
 
-    def metrics(self, loop_state: LoopState, timer: StepTimer) -> dict[str, float]:
-        """Returns the fields of a line of metrics.jsonl, about the steps since the line before."""
+    def metrics(self, loop_state: LoopState, step_seconds: float) -> dict[str, float]:
+        """Returns the fields of a line of metrics.jsonl."""
 
-    def fields(self, loop_state: LoopState, timer: StepTimer, evaluation: str) -> list[str]:
-        """Returns the live line. `evaluation` is the newest one in words."""
+    def fields(self, loop_state: LoopState, step_seconds: float) -> list[str]:
+        """Returns what only these steps have in the live line."""
 
 
 class Loop:
@@ -156,7 +158,7 @@ class Loop:
         Raises UserError after too many refused updates in a row; the last checkpoint then stays as it is.
         """
         loop_state, plan, options = self.loop_state, self.plan, self.options
-        save, log, stay = (Interval(length, loop_state) for length in (options.save_every, options.log_every, STAYS))
+        save, log, stay = (Interval(length, loop_state) for length in (options.save_every, options.log_every, LINE_INTERVAL))
         evaluate = Interval(options.eval_every or share_of(10, plan.steps, plan.seconds), loop_state)
         done = lambda: plan.progress(loop_state.step, loop_state.seconds) >= 1
         answer = f"Finishing this {plan.noun}, then saving (once more: stop at once)."
@@ -169,9 +171,9 @@ class Loop:
                     self._count(steps, refused, end - begin)
                     begin = end
                     important = steps.lines_stay and (stay.is_due(loop_state) or self.timer.count == 1 or done())
-                    self._show(steps, important)
+                    self.console.show_live(lambda: self._live_line(steps), important)
                     if log.is_due(loop_state):
-                        self._log(steps.metrics(loop_state, self.timer))
+                        self._log(steps.metrics(loop_state, self.timer.mean()))
                     evaluates = steps.evaluator and evaluate.is_due(loop_state) and not done()
                     saves = save.is_due(loop_state)
                     if evaluates or saves:
@@ -185,7 +187,7 @@ class Loop:
                 self.save(state)  # nobody reads on, but nothing is lost
                 raise
             if log.step != loop_state.step:
-                self._log(steps.metrics(loop_state, self.timer))
+                self._log(steps.metrics(loop_state, self.timer.mean()))
             if save.step != loop_state.step:
                 self.save(state)
             return state, signal_state.received
@@ -213,8 +215,18 @@ class Loop:
                     f"Lower {steps.advice}."
                 )
 
-    def _show(self, steps: Steps, important: bool) -> None:
-        self.console.show_live(lambda: steps.fields(self.loop_state, self.timer, self.evaluation), important)
+    def _live_line(self, steps: Steps) -> list[str]:
+        plan, now, step_seconds = self.plan, self.loop_state, self.timer.mean()
+        left = [plan.seconds - now.seconds] if plan.seconds else []
+        left += [(plan.steps - now.step) * step_seconds] if plan.steps else []
+        return [
+            f"{plan.noun} {now.step:,}" + (f"/{plan.steps:,}" if plan.steps else ""),
+            *steps.fields(now, step_seconds),
+            *([self.evaluation] if steps.evaluator else []),
+            size(peak_rss_bytes()),
+            f"{clock_time(now.seconds)} done, {clock_time(min(left))} left",
+            *([f"{now.refused} steps refused"] if now.refused else []),
+        ]
 
     def _log(self, metrics: dict[str, float]) -> None:
         self.log.add(step=self.loop_state.step, seconds=self.loop_state.seconds, **metrics)
@@ -230,9 +242,9 @@ class Loop:
         self.evaluation = f"val {value:.3f} {evaluator.unit}"
         loop_state.best = value if loop_state.best is None else min(loop_state.best, value)
         self._log({evaluator.key: value})
-        self._show(steps, important=True)
+        self.console.show_live(lambda: self._live_line(steps), important=True)
         if not (self.options.eval_every or first):  # else as often as asked for; the first one also compiled
-            least = (time.perf_counter() - begin) / EVALUATING
+            least = (time.perf_counter() - begin) / EVALUATION_SHARE
             least = math.ceil(least / self.timer.mean()) if isinstance(interval.length, int) else least
             interval.length = max(interval.length, least)
 

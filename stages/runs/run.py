@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -28,7 +29,7 @@ class RunReport(NamedTuple):
     short), what was saved, and the stages that take the model next."""
 
     result: dict[str, Any]
-    texts: list[tuple[str, list[str]]]
+    texts: list[tuple[str, str]]
     rows: list[tuple[str, str]]
     saved: str
     next_stages: list[str]
@@ -56,15 +57,15 @@ class Stage(Protocol):
     def initial_state(self) -> TrainState:
         """Returns the state before the first step; can be traced."""
 
-    def measure_before(self) -> None:
-        """Measures what the end of the run will be compared with, if anything."""
-        return
+    def measure(self, trainable: Any) -> Any:
+        """Returns what is compared before and after training, if anything."""
+        return None
 
     def prepare_steps(self, state: TrainState, loop_state: LoopState) -> Steps:
         """Compiles the steps of the loop."""
 
-    def report(self, state: TrainState, loop: Loop) -> RunReport:
-        """Measures and saves the result."""
+    def report(self, state: TrainState, loop: Loop, before: Any) -> RunReport:
+        """Measures and saves the result. `before`: what `measure` returned before training."""
 
 
 def execute(options: RunOptions, make_stage: Callable[[Console], Stage]) -> int:
@@ -81,20 +82,19 @@ def execute(options: RunOptions, make_stage: Callable[[Console], Stage]) -> int:
 
 def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     stage.load_weights()
-    folder, plan, again = options.folder, stage.plan, resume_command(options.stage)
-    facts = {
-        "command": again, "stage": options.stage, "recipe": nonfinite_as_text(dataclasses.asdict(plan.recipe)),
-        "seed": plan.seed, "steps": plan.steps, "max_seconds": plan.seconds, "device": str(options.device),
+    folder, plan, resume = options.folder, stage.plan, resume_command(options.stage)
+    facts = nonfinite_as_text({
+        "command": resume, "stage": options.stage, "recipe": dataclasses.asdict(plan.recipe), "seed": plan.seed,
+        "steps": plan.steps, "max_seconds": plan.seconds, "device": str(options.device),
         "versions": {"python": sys.version.split()[0], "jax": jax.__version__}, **stage.facts,
-    }  # fmt: skip
+    })  # fmt: skip
     previous = find_previous_run(folder, facts, plan.cfg, options.overwrite)
     _print_plan(options, stage, console)
     if previous and previous.is_finished(plan):
-        done = previous.loop_state
+        done, summary = previous.loop_state, previous.record["result"].get("summary", "measured")
         console.print(
-            f"This run is finished: {done.step:,} {plan.noun}s in {duration(done.seconds)}, "
-            f"{previous.record['result'].get('summary', '')}. To train it further give more --{plan.noun}s or --max-time; "
-            "to begin anew, --overwrite."
+            f"This run is finished: {done.step:,} {plan.noun}s in {duration(done.seconds)}, {summary}. "
+            f"To train it further give more --{plan.noun}s or --max-time; to begin anew, --overwrite."
         )
         return 0
     if previous:
@@ -106,7 +106,7 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     save_tokenizer(folder, stage.tokenizer, stage.ends)
     write_json(folder / "config.json", plan.cfg.to_json())
     write_json(folder / "run.json", facts)
-    stage.measure_before()
+    before = stage.measure(stage.parts.trainable)
     record = {
         "seed": plan.seed,
         "digests": {name: facts[name]["digest"] for name in ("text", "tokenizer", "base") if name in facts},
@@ -114,17 +114,17 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     loop = Loop(plan, options, record, stage.parts.to_saved, loop_state, console)
     if plan.progress(loop_state.step, loop_state.seconds) < 1:
         saved = f"the run is saved up to {plan.noun} {loop_state.step:,}" if loop_state.step else "nothing was trained yet"
-        signals.set_phase(f"while compiling; {saved}. To begin again: {again}")
+        signals.set_phase(f"while compiling; {saved}. To begin again: {resume}")
         state, signal = loop.run(stage.prepare_steps(state, loop_state), state)
         console.close_live()
         if signal:
             console.print(
                 f"Stopped at {plan.noun} {loop_state.step:,}, {duration(loop_state.seconds)} into training; saved in "
-                f"{folder / 'checkpoints' / str(loop_state.step)}.\nTo go on: {again}"
+                f"{folder / 'checkpoints' / str(loop_state.step)}.\nTo go on: {resume}"
             )
             return 128 + signal
     signals.set_phase(f"before the last measurement; the trained model is in {folder}, and the same command measures it.")
-    report, peak, refused = stage.report(state, loop), peak_rss_bytes(), loop_state.refused
+    report, peak, refused = stage.report(state, loop, before), peak_rss_bytes(), loop_state.refused
     result = report.result | {
         f"{plan.noun}s": loop_state.step, "refused_steps": refused, "peak_rss_bytes": peak,
         "summary": " ".join(report.rows[0]),
@@ -132,9 +132,9 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     write_json(folder / "run.json", facts | {"result": result})
     trained = f"{loop_state.step:,} {plan.noun}s in {duration(loop_state.seconds)}"
     trained += f"; {refused} steps refused, as they were not finite" if refused else ""
-    for heading, lines in report.texts:
+    for heading, text in report.texts:
         console.print(f"\n{heading}", style="bold")
-        console.print("\n".join(f"  {line}" for line in lines))
+        console.print(textwrap.indent(text.strip("\n"), "  | ", lambda line: True))
     console.print()
     rows = [*report.rows, ("trained", trained), ("memory", f"{size(peak)} at most"), ("saved", report.saved)]
     console.print_rows(rows)

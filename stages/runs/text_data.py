@@ -98,13 +98,14 @@ def make_tokenizer(spec: str, source: Source, console: Console) -> Tokenizer:
     """Returns the tokenizer that `bytes`, `bpe:N` (trained on the text, and cached by its digest), or a folder names."""
     if spec == "bytes":
         return byte_tokenizer()
-    if not spec.startswith("bpe:"):
+    kind, _, vocab = spec.partition(":")
+    if kind != "bpe":
         path = Path(spec).expanduser()
         if not path.exists():
             raise UserError(f"--tokenizer is `bytes`, `bpe:2048` or a folder with a tokenizer.json, not {spec!r}.")
         return load_tokenizer(path.parent if path.is_file() else path)
-    if not spec[4:].isdigit() or not 257 <= int(spec[4:]) <= 1_000_000:
-        raise UserError(f"--tokenizer bpe:N wants a vocabulary of 257 to 1,000,000 tokens, not {spec[4:]!r}.")
+    if not vocab.isdigit() or not 257 <= int(vocab) <= 1_000_000:
+        raise UserError(f"--tokenizer bpe:N wants a vocabulary of 257 to 1,000,000 tokens, not {vocab!r}.")
     if isinstance(source, Path):
         raise UserError(f"{source} holds token ids: give the tokenizer that made them, --tokenizer FOLDER.")
     digest = hashlib.sha256(f"{SPLIT} {spec}".encode())
@@ -113,8 +114,8 @@ def make_tokenizer(spec: str, source: Source, console: Console) -> Tokenizer:
     folder = cache_folder("tokenizers") / digest.hexdigest()[:32]
     with contextlib.suppress(UserError):  # not there, or damaged
         return load_tokenizer(folder)
-    with console.task(f"learning a vocabulary of {int(spec[4:]):,} from {source.name}", always=True):
-        tokenizer = train_bpe(_beginning(source), int(spec[4:]))
+    with console.task(f"learning a vocabulary of {int(vocab):,} from {source.name}", always=True):
+        tokenizer = train_bpe(_beginning(source), int(vocab))
     with whole_folder(folder) as building:
         tokenizer.save(building)
     return tokenizer

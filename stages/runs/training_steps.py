@@ -8,12 +8,10 @@ import numpy as np
 from jax.stages import Compiled
 
 from engine.allocator import has_room, return_freed_memory
-from engine.counting.hardware import peak_rss_bytes
-from engine.format import clock_time, size
 from engine.training.optimizer import make_optimizer, make_schedule
 from engine.training.step import NEXT_TOKEN, Objective, TrainState, train_step
 from stages.runs.estimate import RunPlan
-from stages.runs.loop import Evaluator, LoopState, StepTimer
+from stages.runs.loop import Evaluator, LoopState
 
 
 class Batches(Protocol):
@@ -72,32 +70,23 @@ class TrainingSteps:
         self.losses.append(self.loss)
         return state, [bool(metrics.refused)]
 
-    def metrics(self, loop_state: LoopState, timer: StepTimer) -> dict[str, float]:
+    def metrics(self, loop_state: LoopState, step_seconds: float) -> dict[str, float]:
         loss = sum(self.losses) / len(self.losses)  # the mean since the last line
         self.losses = []
         return {
             "loss": loss, "grad_norm": self.grad_norm, "learning_rate_factor": self._factor(loop_state),
-            "tokens_per_second": self.plan.step_tokens / timer.mean(), "refused": loop_state.refused,
+            "tokens_per_second": self.plan.step_tokens / step_seconds, "refused": loop_state.refused,
         }  # fmt: skip
 
-    def fields(self, loop_state: LoopState, timer: StepTimer, evaluation: str) -> list[str]:
-        plan, step, mean = self.plan, loop_state.step, timer.mean()
-        epoch = self.batches.epoch(step)
-        left = [plan.seconds - loop_state.seconds] if plan.seconds else []
-        left += [(plan.steps - step) * mean] if plan.steps else []
-        refused = [f"{loop_state.refused} steps refused"] if loop_state.refused else []
+    def fields(self, loop_state: LoopState, step_seconds: float) -> list[str]:
+        plan, epoch = self.plan, self.batches.epoch(loop_state.step)
         return [
-            f"step {step:,}" + (f"/{plan.steps:,}" if plan.steps else ""),
             f"loss {self.loss:.3f}",
-            evaluation,
             f"lr {self._factor(loop_state):.0%}",
             f"grad {self.grad_norm:.2f}",
-            f"{plan.step_tokens / mean:,.0f} tokens/s",
-            f"MFU {plan.step_flops / mean / self.top:.0%}",
-            size(peak_rss_bytes()),
+            f"{plan.step_tokens / step_seconds:,.0f} tokens/s",
+            f"MFU {plan.step_flops / step_seconds / self.top:.0%}",
             f"epoch {epoch:.2f}" if epoch < 10 else f"epoch {epoch:,.0f}",
-            f"{clock_time(loop_state.seconds)} done, {clock_time(min(left))} left",
-            *refused,
         ]
 
     def _factor(self, loop_state: LoopState) -> float:

@@ -1,7 +1,6 @@
 """Bits per byte of a text: on a few windows while training, on all of it by a sliding window, or on a general text, where
 those before and after fine-tuning measure forgetting."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -37,12 +36,12 @@ def bits_per_byte(nats: float, size: int) -> float:
 
 
 def score_text(
-    cfg: ModelConfig, params: Params, text: TokenFile, seq: int, stride: int, rows: int, report: ReportProgress | None = None
+    cfg: ModelConfig, params: Params, tokens: np.ndarray, seq: int, stride: int, rows: int, report: ReportProgress | None = None
 ) -> float:
-    """Returns the summed nats of every token of the text but the first, each behind seq - stride tokens or more."""
+    """Returns the summed nats of every token (N,) of a text but the first, each behind seq - stride tokens or more."""
     total, waiting = 0.0, jnp.zeros(())
-    count = evaluation_count(len(text.tokens), seq, stride)
-    for number, batch in enumerate(evaluation_windows(text.tokens, seq, stride, rows)):
+    count = evaluation_count(len(tokens), seq, stride)
+    for number, batch in enumerate(evaluation_windows(tokens, seq, stride, rows)):
         # One batch ahead: the next is cut while the device works.
         nats = score(cfg, params, batch)
         total += float(waiting)
@@ -56,12 +55,9 @@ def general_bits_per_byte(
     cfg: ModelConfig, params: Params, tokenizer: Tokenizer, text: str, context: int, console: Console
 ) -> float:
     """Returns bits per byte on the beginning of a named text, in windows of at most `context` tokens."""
-    file = encode_text(evaluation_source(text, console), tokenizer, console)
-    tokens = file.tokens[: GENERAL_TOKENS + 1]
-    size = tokenizer.token_bytes(tokens[1:])
-    part = dataclasses.replace(file, tokens=tokens, bytes=size)
+    tokens = encode_text(evaluation_source(text, console), tokenizer, console).tokens[: GENERAL_TOKENS + 1]
     seq = min(GENERAL_WINDOW, context, max(2, len(tokens) - 1))
-    return bits_per_byte(score_text(cfg, params, part, seq, seq, EVALUATION_ROWS), size)
+    return bits_per_byte(score_text(cfg, params, tokens, seq, seq, EVALUATION_ROWS), tokenizer.token_bytes(tokens[1:]))
 
 
 def quick_evaluator(cfg: ModelConfig, text: TokenFile, tokenizer: Tokenizer, nats_of: Callable[..., Any]) -> Evaluator:

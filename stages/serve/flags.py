@@ -37,9 +37,9 @@ class ServeFlags:
     """Requests that may wait; more get a 429 with the time to try again."""
     capacity: Annotated[int | None, parser(integer(2), "N"), default("the model's context, at most 2048")] = None
     """Tokens of prompt and answer together."""
-    weights: Annotated[str | None, parser(one_of(*DTYPES), "TYPE"), default("int8 on a CPU, else bfloat16")] = None
+    weights: Annotated[str | None, one_of(*DTYPES), default("int8 on a CPU, else bfloat16")] = None
     """The type of the weights' matrices."""
-    keys_values: Annotated[str, parser(one_of(*DTYPES), "TYPE")] = "bfloat16"
+    keys_values: Annotated[str, one_of(*DTYPES)] = "bfloat16"
     """The type of the KV cache."""
     prefix_cache: Annotated[int, parser(integer(0), "MB")] = 64
     """Memory for the prefix cache: beginnings of prompts that come again. 0 turns it off."""

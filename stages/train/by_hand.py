@@ -24,18 +24,18 @@ from engine.training.optimizer import make_schedule
 from engine.training.step import Metrics, TrainState
 from stages.cli.command import command_line
 from stages.cli.console import Console
-from stages.runs.estimate import RunPlan, ceiling, memory_estimate, require_memory
+from stages.runs.estimate import RunPlan, require_memory
 from stages.runs.text_data import TextData
 from stages.runs.training_steps import Program
 from stages.runs.validation import quick_evaluator
 
 FLOAT32 = 4  # bytes
-EXPECTED = 0.15  # of the float32 ceiling, measured with the tiny preset, whose products are small
 
 
 class ByHand:
     """Trains with the NumPy model and its own AdamW, in float32. The methods are those of `InJax`."""
 
+    expected = 0.15  # of the float32 ceiling, measured with the tiny preset, whose products are small
     optimizer_name = "adamw by hand"
     advice = "--learning-rate, or warm up longer with --warmup"
 
@@ -46,13 +46,10 @@ class ByHand:
         # At the fullest moment of a step: weights and moments, old and new, gradient, logits three times.
         numbers = 7 * count_params(plan.cfg).total + 3 * plan.step_tokens * plan.cfg.vocab
         self.memory = self.residuals + FLOAT32 * numbers
+        self.memory_note = f"; each forward pass keeps {size(self.residuals)} for its backward pass"
 
-    def estimates(self, best: Ceilings) -> tuple[str, str]:
-        steps, long = self.plan.predict(self.plan.step_flops / (EXPECTED * ceiling(self.plan.cfg, best)))
-        return (
-            f"{memory_estimate(self.memory, 'step')}; each forward pass keeps {size(self.residuals)} for its backward pass",
-            f"{steps:,} steps, {long}, at {EXPECTED:.0%} of what this machine multiplies in float32",
-        )
+    def overhead(self, best: Ceilings) -> float:
+        return 0.0
 
     @staticmethod
     def nats(cfg: Any, params: Any, batch: Any) -> float:

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from engine.errors import UserError
-from engine.model.config import PRESETS, preset
+from engine.model.config import preset
 from stages.cli.flags import COUNT, default, integer, interval, number, one_of, parser, path, positive
 from stages.runs.flags import FolderFlags, LengthFlags, RunFlags
 
@@ -36,7 +36,7 @@ class StepFlags:
     """Parts the batch is read in, one after another: less memory, the same step."""
     context: Annotated[int | None, parser(integer(2), "N"), RECIPE] = None
     """Tokens a window."""
-    dtype: Annotated[str | None, parser(one_of("bfloat16", "float32"), "TYPE"), default("bfloat16")] = None
+    dtype: Annotated[str | None, one_of("bfloat16", "float32"), default("bfloat16")] = None
     """The type of products; weights are float32 in any case."""
     scan: Annotated[bool, default("off for small presets")] = False
     """Compile one layer and loop over it."""
@@ -48,13 +48,13 @@ class StepFlags:
 class OptimizerFlags:
     """How weights move."""
 
-    optimizer: Annotated[str | None, parser(one_of("muon", "adamw"), "NAME"), RECIPE] = None
+    optimizer: Annotated[str | None, one_of("muon", "adamw"), RECIPE] = None
     """`muon` (on the matrices inside blocks, AdamW on the rest) or `adamw`."""
     learning_rate: Annotated[float | None, positive(10), RECIPE] = None
     """AdamW's."""
     matrix_learning_rate: Annotated[float | None, positive(10), RECIPE] = None
     """Muon's."""
-    schedule: Annotated[str | None, parser(one_of("cosine", "wsd"), "NAME"), RECIPE] = None
+    schedule: Annotated[str | None, one_of("cosine", "wsd"), RECIPE] = None
     """`cosine`, or `wsd`: warm up, stay, decay."""
     warmup: Annotated[float | None, parser(number(0, 1), "SHARE"), RECIPE] = None
     """Share of the run in which the learning rate rises."""
@@ -94,15 +94,13 @@ class TrainFlags(RunFlags):
     def __post_init__(self) -> None:
         if not self.preset:
             object.__setattr__(self, "preset", "tiny" if self.by_hand else "demo")
-        if self.preset not in PRESETS:
-            preset(self.preset)  # raises, with the nearest name
+        preset(self.preset)  # raises for an unknown one, with the nearest name
         if self.step.batch and self.step.accumulate and self.step.batch % self.step.accumulate:
             raise UserError(f"A batch of {self.step.batch} cannot be read in {self.step.accumulate} equal parts.")
         if self.by_hand:
             self._check_by_hand()
 
     def _check_by_hand(self) -> None:
-        """Raises UserError for flags that only the JAX step knows."""
         unknown = [
             (self.step.scan, "--scan", "there is no compiler, and so nothing to lay out for it"),
             (self.step.remat, "--remat", "it keeps what the backward pass needs, to show what that is"),

@@ -1,11 +1,10 @@
-"""A training run: from flags to plain values, and the stage that trains from random weights, in JAX or by hand in NumPy."""
+"""A training run: from flags to plain values, and the stage that trains, in JAX or by hand in NumPy."""
 
 import dataclasses
 from typing import Any
 
 import numpy as np
 
-from engine.counting.flops import train_flops
 from engine.counting.params import count_params
 from engine.device import Device
 from engine.files import whole_file
@@ -14,8 +13,8 @@ from engine.model.config import preset
 from engine.text.batches import TextBatches
 from engine.training.step import TrainState
 from stages.cli.console import Console
-from stages.runs.estimate import RunPlan, ceiling, measured_ceilings
-from stages.runs.folder import default_folder, nonfinite_as_text
+from stages.runs.estimate import RunPlan, ceiling, measured_ceilings, memory_estimate
+from stages.runs.folder import default_folder
 from stages.runs.loop import Loop, LoopState, RunOptions
 from stages.runs.recipes import Recipe, recipe
 from stages.runs.run import RunReport, Stage, execute
@@ -29,11 +28,10 @@ from stages.train.in_jax import InJax
 
 SECONDS, SECONDS_BY_HAND = 180.0, 60.0  # of a run when nobody asks for a length
 SAMPLE = 160  # tokens
-LONG = 60.0  # seconds of training
+LONG_RUN = 60.0  # seconds of training
 
 
 def run(flags: TrainFlags, device: Device) -> int:
-    """Trains as the flags say. Returns the exit code."""
     if flags.by_hand:
         device = dataclasses.replace(device, name=f"{device.name}, by NumPy {np.__version__}")
     intervals = dataclasses.asdict(flags.folder) | dataclasses.asdict(flags.monitoring)
@@ -60,7 +58,7 @@ def _replace(config: Any, **values: Any) -> Any:
 
 
 class Training(Stage):
-    """Training from random weights: a Stage. The constructor is the last to read the flags."""
+    """Trains from random weights. The constructor is the last to read the flags."""
 
     parts = TrainableParts()
 
@@ -86,7 +84,7 @@ class Training(Stage):
                 "bytes": data.train.bytes, "tokens": len(data.train.tokens),
             },
             "tokenizer": {"kind": recipe.tokenizer, "digest": data.tokenizer.digest},
-            "recipe": nonfinite_as_text(recipe_facts),
+            "recipe": recipe_facts,
         }  # fmt: skip
         self.ceilings = measured_ceilings(console)
         self.tokenizer, self.ends = data.tokenizer, (data.tokenizer.end,)
@@ -97,9 +95,11 @@ class Training(Stage):
         self.implementation.check_memory()
 
     def plan_rows(self) -> list[tuple[str, str]]:
-        plan, data, cfg, recipe = self.plan, self.data, self.plan.cfg, self.plan.recipe
-        params, flops = count_params(cfg), train_flops(cfg, recipe.context, attention="full", remat="none").total
-        memory, predicted = self.implementation.estimates(self.ceilings)
+        plan, data, cfg, recipe, implementation = self.plan, self.data, self.plan.cfg, self.plan.recipe, self.implementation
+        params, top = count_params(cfg), ceiling(cfg, self.ceilings)
+        seconds = plan.step_flops / (implementation.expected * top) + implementation.overhead(self.ceilings)
+        steps, long = plan.predict(seconds)
+        epochs = steps * plan.step_tokens / (len(data.train.tokens) - 1)
         heads = f"{cfg.heads} heads" + (f" ({cfg.kv_heads} key/value)" if cfg.kv_heads != cfg.heads else "")
         accumulated = f", {recipe.accumulate} parts at a time" if recipe.accumulate > 1 else ""
         train, validation = (f"{size(text.bytes)}, {len(text.tokens):,} tokens" for text in (data.train, data.validation))
@@ -110,11 +110,15 @@ class Training(Stage):
             ("validation", f"{data.validation_name}: {validation}"),
             ("model", f"{plan.name}: {cfg.layers} layers, width {cfg.width}, {heads}, {cfg.vocab:,} tokens, {cfg.dtype}"),
             ("parameters", f"{params.total:,} ({params.total:,} trainable, 0 frozen)"),
-            ("FLOPs", f"{count(flops)} a token trained (6N + 12LDT, N = {count(params.matmul)})"),
+            ("FLOPs", f"{count(plan.step_flops / plan.step_tokens)} a token trained (6N + 12LDT, N = {count(params.matmul)})"),
             ("step", f"{recipe.batch} x {recipe.context} tokens{accumulated}, {optimizer}"),
-            ("memory", memory),
+            ("memory", f"{memory_estimate(implementation.memory, 'step')}{implementation.memory_note}"),
             ("length", f"{plan.length()}{default}"),
-            ("predicted", predicted),
+            (
+                "predicted",
+                f"{steps:,} steps, {epochs:.2g} epochs, {long} at {implementation.expected:.0%} of this machine's "
+                f"{count(top)}FLOP/s in {cfg.dtype}",
+            ),
         ]
 
     def initial_state(self) -> TrainState:
@@ -127,19 +131,19 @@ class Training(Stage):
         top, advice = ceiling(cfg, self.ceilings), implementation.advice
         return TrainingSteps(program, self.batches, evaluator, self.plan, loop_state.step, top, advice)
 
-    def report(self, state: TrainState, loop: Loop) -> RunReport:
+    def report(self, state: TrainState, loop: Loop, before: Any) -> RunReport:
         plan, cfg, data, params = self.plan, self.plan.cfg, self.data, state.trainable
         loop_state, folder = loop.loop_state, self.folder
         step, seconds = loop_state.step, loop_state.seconds
         with self.console.task("evaluating on the whole validation text", always=True) as report:
             seq, batch = cfg.context, rows_in_memory(cfg, cfg.context)
-            nats = score_text(cfg, params, data.validation, seq, max(1, seq // 2), batch, report)
+            nats = score_text(cfg, params, data.validation.tokens, seq, max(1, seq // 2), batch, report)
         with self.console.task("writing a sample"):
             text = self.implementation.sample(params, SAMPLE)
         with whole_file(folder / "samples" / f"{step}.txt") as file:
             file.write(text.encode())
         # Measuring takes seconds: a run that is hardly longer itself takes the ceilings as they are.
-        top = ceiling(cfg, measured_ceilings(self.console, again=seconds >= LONG))
+        top = ceiling(cfg, measured_ceilings(self.console, again=seconds >= LONG_RUN))
         result = {
             "val_bits_per_byte": bits_per_byte(nats, data.validation.bytes), "train_seconds": seconds,
             "first_step_seconds": loop_state.first_step_seconds, "tokens_per_second": step * plan.step_tokens / seconds,
@@ -152,6 +156,5 @@ class Training(Stage):
             ("speed", f"{result['tokens_per_second']:,.0f} tokens/s, MFU {result['mfu']:.0%}; {first}"),
             *self.implementation.remarks(params),
         ]
-        sample = [f"| {line}" for line in text.strip("\n").split("\n")]
         saved = f"{folder}: config.json, run.json, metrics.jsonl, tokenizer, checkpoints, samples"
-        return RunReport(result, [("what it writes", sample)], rows, saved, ["generate", "evaluate"])
+        return RunReport(result, [("what it writes", text)], rows, saved, ["generate", "evaluate"])
