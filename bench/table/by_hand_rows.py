@@ -1,4 +1,4 @@
-"""The rows in plain NumPy: the same transformer with its backward pass written out, float32."""
+"""The rows of the by-hand transformer in NumPy, float32."""
 
 import dataclasses
 import tracemalloc
@@ -10,35 +10,38 @@ import numpy as np
 from bench.table.row import Row
 from engine.by_hand.model import forward, loss_and_gradient
 from engine.by_hand.tree import to_numpy
-from engine.counting.flops import forward_flops, train_flops
+from engine.counting.flops import Flops, forward_flops, train_flops
 from engine.counting.memory import inference_memory, training_memory
-from engine.counting.traffic import forward_bytes, train_bytes
+from engine.counting.traffic import Traffic, forward_bytes, train_bytes
 from engine.model.config import ModelConfig
 from engine.text.batch import Batch
 
 
 def by_hand_rows(cfg: ModelConfig, params: Any, batch: Batch) -> list[Row]:
-    """Returns the rows of a batch, forward alone, and forward and backward: NumPy computes whole attention squares, and every
-    gradient."""
+    """Returns the rows of a batch, forward alone, and forward and backward with every gradient; attention is `full`."""
     B, T = batch.tokens.shape
     plain = dataclasses.replace(cfg, dtype="float32", remat="none")
     weights = to_numpy(params)
     tokens, targets, mask = (np.asarray(part) for part in (batch.tokens, batch.targets, batch.mask))
     inference, training = inference_memory(plain, B, 0, tokens=T, every_logit=True), training_memory(plain, B, T)
-    passes = training.passes - training.gradients
-    ways: list[tuple[str, Callable[[], Any], Any, Any, dict[str, int]]] = [
-        ("forward", lambda: forward(plain, weights, tokens), forward_flops, forward_bytes,
-         {"params": inference.params, "activations": inference.working + inference.logits}),
-        ("forward and backward", lambda: loss_and_gradient(plain, weights, tokens, targets, mask)[0], train_flops, train_bytes,
-         {"params": training.params, "gradients": training.gradients, "activations": passes}),
-    ]  # fmt: skip
+
+    def row(name: str, call: Callable[[], Any], formula: Flops, traffic: Traffic, **memory: int) -> Row:
+        return Row(
+            f"by hand: {name}", "by hand", call, lambda: weights, tokens=B * T, formula=formula * (B * T),
+            peak_bytes=_peak(call, inference.params), memory=memory, traffic=traffic.total, dtype="float32",
+        )  # fmt: skip
+
     return [
-        Row(
-            f"by hand: {name}", "by hand", call, lambda: weights, tokens=B * T, memory=memory, dtype="float32",
-            formula=flops(plain, T, attention="full") * (B * T), peak_bytes=_peak(call, inference.params),
-            moved=moved(plain, B, T).total,
-        )
-        for name, call, flops, moved, memory in ways
+        row(
+            "forward", lambda: forward(plain, weights, tokens),
+            forward_flops(plain, T, attention="full"), forward_bytes(plain, B, T),
+            params=inference.params, activations=inference.working + inference.logits,
+        ),
+        row(
+            "forward and backward", lambda: loss_and_gradient(plain, weights, tokens, targets, mask)[0],
+            train_flops(plain, T, attention="full"), train_bytes(plain, B, T),
+            params=training.params, gradients=training.gradients, activations=training.passes - training.gradients,
+        ),
     ]  # fmt: skip
 
 

@@ -1,27 +1,23 @@
-"""Decides the usual statements about training and inference by the numbers of a run; their words are in claims.toml.
+"""Decides the usual claims about training and inference by the numbers of a run; their words are in claims.toml.
 
-A verdict begins with true, false or partly, and is computed: another machine may give another one. Where the time it
-needs is lost in noise, it is open.
+A verdict begins with true, false or partly, or is open where noise hides the time it needs. Another machine may give
+another one.
 """
 
 import contextlib
 import dataclasses
-import tomllib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from engine.format import in_words, money, percent, si, times
+from bench.table.sentences import read_templates, render
 
 TUNING_TOKENS = 1_000_000
 TOKENS_PER_PARAMETER = 20  # of a compute-optimal pre-training run (Hoffmann et al. 2022, 2203.15556, table 3)
 NOISY = "open: lost in noise"
 DEFECT = "here, which is a defect"
-TEXTS: dict[str, dict[str, str]] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+TEXTS: dict[str, dict[str, str]] = read_templates("claims")
 GENERATED_CHEAPER = TEXTS["generated_cheaper"]["claim"]
-# Claims on a part of serving: the rows of whose time for a token, without the part over with it, they are decided.
+# Claims on a part of serving: the rows without it and with it, whose times for a token decide.
 SERVING = {
     "caching": ("uncached", "decode alone"), "prefix_cache": ("chunked prefill into a slot", "prefix-cache hit"),
     "batching": ("decode alone", "decode with 32 slots"),
@@ -30,48 +26,40 @@ SERVING = {
 
 @dataclasses.dataclass(frozen=True)
 class Invariants:
-    """The results of the checks that time does not show."""
+    """The results of invariants.py."""
 
-    neighbours: int  # other requests beside which a request was run again
-    same_bits: bool  # whether its tokens and log-probabilities were the same to the bit each time
-    generated: int  # tokens generated between two evaluations
+    neighbours: int  # other requests beside which a request ran again
+    same_bits: bool  # of its tokens and log-probabilities each time
+    generated: int  # tokens between two evaluations
     before: tuple[str, str]  # the loss, as hex, and the digest of the weights
     after: tuple[str, str]
-    int8_error: float | None  # relative error of the logits, root mean square, of int8 against the compute type
+    int8_error: float | None  # of the logits, root mean square, as a share of their spread
 
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """The numbers that claims are decided by: the rows of a document by name, their times over one another, the checks."""
+    """The numbers that decide the claims."""
 
-    rows: dict[str, dict[str, Any]]
-    over: Callable[[str, str], float | None]  # a row's time for a token over another's, None where noise hides it
+    rows: dict[str, dict[str, Any]]  # of the document, by name
+    time_ratio: Callable[[str, str], float | None]  # a row's time for a token over another's, None where noise hides it
     invariants: Invariants
     params: int
     price: float  # dollars an hour
-    uncached: tuple[float, int]  # seconds of one more token behind so many by reading all again: the timing "uncached"
+    uncached: tuple[float, int]  # seconds of the next token, and the tokens before it, computed again without a cache
     weight_bytes: int  # of one weight in the plain rows
 
     def row(self, start: str) -> dict[str, Any]:
         """Returns the first row whose name starts so. Raises KeyError when there is none."""
-        for name, row in self.rows.items():
-            if name.startswith(start):
-                return row
-        raise KeyError(start)
+        return self.rows[next((name for name in self.rows if name.startswith(start)), start)]
 
     def ratio(self, a: str, b: str) -> float | None:
-        """Returns `over` of the rows whose names start so."""
-        return self.over(self.row(a)["name"], self.row(b)["name"])
+        """Returns `time_ratio` of the rows whose names start so."""
+        return self.time_ratio(self.row(a)["name"], self.row(b)["name"])
 
 
 def claims(evidence: Evidence) -> list[dict[str, Any]]:
-    """Returns the claims, decided. A claim whose rows are missing is left out."""
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
-    environment.filters |= {write.__name__: write for write in (in_words, money, percent, si, times)} | {
-        "seconds": lambda row: si(row["seconds_per_token"], "s"),
-        "nats": lambda bits: f"{float.fromhex(bits):.4f} ({bits})",
-    }
-    environment.globals |= {
+    """Returns the claims with verdicts. A claim whose rows are missing is left out."""
+    known = {
         "evidence": evidence, "checks": evidence.invariants, "row": evidence.row, "ratio": evidence.ratio,
         "per_parameter": TOKENS_PER_PARAMETER, "tuning_tokens": TUNING_TOKENS,
     }  # fmt: skip
@@ -79,13 +67,13 @@ def claims(evidence: Evidence) -> list[dict[str, Any]]:
     for name, text in TEXTS.items():
         with contextlib.suppress(KeyError):
             verdict, numbers = _decide(name, evidence)
-            value = environment.from_string(text["value"]).render(numbers, numbers=numbers)
+            value = render(text["value"], known | numbers | {"numbers": numbers})
             decided.append({"claim": text["claim"], "verdict": verdict, "value": value, "numbers": numbers})
     return decided
 
 
 def _decide(name: str, evidence: Evidence) -> tuple[str, dict[str, Any]]:
-    """Returns a claim's verdict and the numbers that decide it. Raises KeyError where a row of it is missing."""
+    """Returns a claim's verdict and the numbers that decide it. Raises KeyError for a missing row."""
     row, checks = evidence.row, evidence.invariants
     match name:
         case "half" | "half_of_lora":
@@ -139,7 +127,7 @@ def _decide(name: str, evidence: Evidence) -> tuple[str, dict[str, Any]]:
             best = max((gain for gain in gains.values() if gain is not None), default=None)
             return _gain_verdict(best), {"off_over_on": gains}
         case _:
-            gain = evidence.over(*SERVING[name])
+            gain = evidence.time_ratio(*SERVING[name])
             return _gain_verdict(gain), {"off_over_on": gain}
 
 

@@ -1,10 +1,11 @@
-"""Explains in words with numbers why a row takes another time than its FLOPs say, and other memory than predicted."""
+"""Explains why a row takes another time than its FLOPs say, or other memory than predicted; the words: explanations.toml."""
 
 from bench.table.row import Row
+from bench.table.sentences import read_templates, render
 from engine.counting.hardware import Ceilings
-from engine.format import si
 
 TOLERATED = 0.15  # of the predicted ratio
+TEXTS: dict[str, str] = read_templates("explanations")
 
 
 def ceiling(row: Row, ceilings: Ceilings) -> float:
@@ -13,27 +14,29 @@ def ceiling(row: Row, ceilings: Ceilings) -> float:
     return 1e9 * rates[row.dtype]
 
 
-def product_flops(row: Row) -> int:
-    """Returns the operations of a call's products, as the program does them where that is known."""
-    return row.walker.matmul if row.walker else row.formula.total
-
-
 def explain_time(
-    row: Row, seconds: float, forward: Row, forward_seconds: float, ceilings: Ceilings, alone: float | None = None
+    row: Row, seconds: float, forward: Row, forward_seconds: float, ceilings: Ceilings, products_seconds: float | None = None
 ) -> str | None:
     """Explains a row's time where, as a multiple of the forward pass's, it is off its FLOPs by more than 15%, else None.
 
-    `seconds` are those of a token, `alone` those of a token's products with weights by themselves. The words follow from
-    the row's own numbers.
+    `seconds` are those of a token, `products_seconds` those of its products with weights alone.
     """
-    flops = product_flops(row) / row.tokens / (product_flops(forward) / forward.tokens)
+    flops, forward_flops = (_product_flops(each) / each.tokens for each in (row, forward))
     if not flops:
-        return f"nothing is multiplied: {si(row.moved / row.tokens, 'B')} a token that were computed before are copied."
-    if abs(seconds / forward_seconds / flops - 1) <= TOLERATED:
+        return render(TEXTS["copies"], {"row": row})
+    if abs(seconds / forward_seconds / (flops / forward_flops) - 1) <= TOLERATED:
         return None
     if row.stage == "decode":
-        return _decode(row, seconds, ceilings, alone or 0.0)
-    return _passes(row, seconds, forward, forward_seconds, ceilings)
+        return _explain_decode(row, seconds, ceilings, products_seconds or 0.0)
+    own, other = ceiling(row, ceilings), ceiling(forward, ceilings)
+    return render(
+        TEXTS["passes" if row.walker else "by_hand"],
+        {
+            "row": row, "seconds": seconds, "ceiling": own, "share": flops / seconds / own,
+            "forward": forward, "forward_ceiling": other, "forward_share": forward_flops / forward_seconds / other,
+            "optimizer": 28 * (row.memory.get("gradients", 0) // 4) / (1e9 * ceilings.update_gbs),
+        },
+    )  # fmt: skip
 
 
 def explain_peak(row: Row) -> str | None:
@@ -41,49 +44,21 @@ def explain_peak(row: Row) -> str | None:
     predicted, peak = sum(row.memory.values()), row.peak_bytes
     if not predicted or peak is None or abs(peak / predicted - 1) <= TOLERATED:
         return None
-    if peak < predicted:
-        return (
-            f"{si(predicted - peak, 'B')} less than predicted. The prediction adds the largest arrays of each part; they need "
-            "not be alive at one moment, and then take one another's place."
-        )
-    return f"{si(peak - predicted, 'B')} more than predicted: copies and intermediate results that the formula does not know."
+    return render(TEXTS["smaller_peak" if peak < predicted else "larger_peak"], {"off": abs(peak - predicted)})
 
 
-def _decode(row: Row, seconds: float, ceilings: Ceilings, alone: float) -> str:
+def _explain_decode(row: Row, seconds: float, ceilings: Ceilings, products_seconds: float) -> str:
     slots = row.slots or 1
-    steps, step, multiplying = row.tokens // slots, seconds * slots, alone * slots
-    least = row.moved / steps
-    reading, ideal = least / (1e9 * ceilings.read_gbs), product_flops(row) / steps / ceiling(row, ceilings)
-    bound = "products of few rows" if multiplying >= step / 2 else "its caches and all that lies between products"
-    if reading >= step / 2:
-        bound = "memory"
-    share = f"take {si(multiplying, 's')} of {si(step, 's')}, the rest {si(step - multiplying, 's')}"
-    if multiplying >= step:
-        share = f"take as long: {si(multiplying, 's')} against {si(step, 's')}"
-    return (
-        f"bound by {bound}: a step has to read {si(least, 'B')} for {'one token' if slots == 1 else f'{slots} tokens'}, "
-        f"{si(reading, 's')} at the speed of memory, and would multiply for {si(ideal, 's')} at the best rate"
-        f"{' (twice, for a lone row is padded to two)' if slots == 1 else ''}; its products with weights, alone, {share}."
-    )
+    steps, step, products = row.tokens // slots, seconds * slots, products_seconds * slots
+    reading = row.traffic / steps / (1e9 * ceilings.read_gbs)
+    bound = "products of few rows" if products >= step / 2 else "its caches and all that lies between products"
+    return render(TEXTS["decode"], {
+        "bound": "memory" if reading >= step / 2 else bound, "slots": slots, "step": step, "products": products,
+        "step_bytes": row.traffic / steps, "reading": reading,
+        "multiplying": _product_flops(row) / steps / ceiling(row, ceilings),
+    })  # fmt: skip
 
 
-def _passes(row: Row, seconds: float, forward: Row, forward_seconds: float, ceilings: Ceilings) -> str:
-    share = lambda row, seconds: f"{100 * product_flops(row) / row.tokens / seconds / ceiling(row, ceilings):.0f}%"
-    forward_share = share(forward, forward_seconds)
-    if row.walker is None:
-        own, other = ceiling(row, ceilings), ceiling(forward, ceilings)
-        return (
-            f"NumPy multiplies in {row.dtype}, at {own / 1e9:.0f} GFLOP/s at most here against {other / 1e9:.0f} in "
-            f"{forward.dtype}, and reaches {share(row, seconds)} of that (the forward pass {forward_share} of its own)."
-        )
-    parts = [
-        f"its products run at {share(row, seconds)} of what this machine multiplies, the forward pass's at {forward_share}"
-    ]
-    if row.xla and forward.xla:
-        moved, forward_moved = (si(each.xla.bytes_accessed / each.tokens, "B") for each in (row, forward) if each.xla)
-        parts.append(f"as compiled it moves {moved} a token, the forward pass {forward_moved}")
-    if row.update:
-        trainable = row.memory.get("gradients", 0) // 4
-        moving = 28 * trainable / (1e9 * ceilings.update_gbs)
-        parts.append(f"the optimizer moves 28 bytes a trainable weight, {si(moving, 's')} of {si(seconds * row.tokens, 's')}")
-    return "; ".join(parts) + "."
+def _product_flops(row: Row) -> int:
+    """Returns the operations of a call's products, as the program computes them where that is known."""
+    return row.walker.matmul if row.walker else row.formula.total

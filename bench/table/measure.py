@@ -1,4 +1,4 @@
-"""One model through every row of the stage table: compiled, run in turns, its weights compared, and made a document."""
+"""Measures the stage table: compiles every row of one model, runs them in turns, compares weights, makes the document."""
 
 import itertools
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from bench.table.by_hand_rows import by_hand_rows
 from bench.table.claims import Evidence, claims
 from bench.table.estimate import check_memory, too_long
 from bench.table.explain import ceiling, explain_peak, explain_time
-from bench.table.inference_rows import decode_row, evaluation_row, prefill_row, served_rows, uncached
+from bench.table.inference_rows import decode_row, evaluation_row, prefill_row, served_rows, uncached_decode
 from bench.table.invariants import check_invariants, model_state
 from bench.table.row import Row
 from bench.table.training_rows import training_kinds, training_row
@@ -29,10 +29,10 @@ from engine.storage.find import read_config
 from engine.text.batch import Batch
 
 FEWEST, MOST = 3, 15  # rounds
-AFTERWARDS = 12.0  # seconds kept for digests, invariants and the second look at the ceilings
-FORWARD = "evaluation forward"  # the row that all ratios are to
-PRODUCTS = ": products"  # behind the name of a row: the timing of its products alone
-# Name, slots, and the type that matrices are stored in where it is not the model's own.
+AFTERWARDS = 12.0  # seconds for digests, invariants and the second measurement of the ceilings
+FORWARD = "evaluation forward"  # the row to which all ratios are
+PRODUCTS = ": products"  # ends the name of the timing of a row's products alone
+# Name, slots, and the type of matrices where it is not the model's own.
 DECODES: tuple[tuple[str, int, str | None], ...] = (
     ("decode alone", 1, None), ("decode with 8 slots", 8, None), ("decode with 32 slots", 32, None),
     ("decode with 8, int8 weights", 8, "int8"), ("decode with 32, int8 weights", 32, "int8"),
@@ -42,10 +42,10 @@ DECODES: tuple[tuple[str, int, str | None], ...] = (
 def stage_table(
     preset_name: str, model_name: str | None, *, batch: int, context: int, price: float, max_time: float, quick: bool
 ) -> dict[str, Any]:
-    """Measures the table and returns its document: of the model named, else of a preset with random weights.
+    """Measures the table of the named model, else of a preset with random weights, and returns its document.
 
-    `price` is in dollars an hour, `max_time` the seconds the whole may take; `quick`: no more rounds than show a spread.
-    Progress goes to stderr. Raises UserError for what does not fit or is not there.
+    `price`: dollars an hour. `max_time`: seconds for the whole. `quick`: the fewest rounds. Progress goes to stderr. Raises
+    UserError for what does not fit or is not there.
     """
     begin = clock()
     check_memory(read_config(model_name) if model_name else preset(preset_name), batch, context)
@@ -67,7 +67,7 @@ def stage_table(
     state_before = model_state(cfg, frozen, data)
     calls = {name: row.run for name, row in rows.items()}
     calls |= {name + PRODUCTS: row.products for name, row in rows.items() if row.products}
-    calls["uncached"] = uncached(cfg, frozen, text[0, :-1])
+    calls["uncached"] = uncached_decode(cfg, frozen, text[0, :-1])
 
     progress("warming up ...")
     started = clock()
@@ -77,7 +77,7 @@ def stage_table(
     rounds = FEWEST if quick else max(FEWEST, min(MOST, int(left / (clock() - started))))
     report = lambda done, total: progress(f"round {done} of {total}", replace=True)
     timings = measure(calls, rounds=rounds, warmups=0, report=report)
-    # From here on seconds are those of a token: rows differ in how many a call has.
+    # From here on seconds are those of a token.
     tokens = {name + part: row.tokens for name, row in rows.items() for part in ("", PRODUCTS)}
     timings = {name: timing.scaled(1 / tokens.get(name, 1)) for name, timing in timings.items()}
 
@@ -85,8 +85,8 @@ def stage_table(
     ceilings = best_ceilings(ceilings, measure_ceilings())
     document_rows = {}
     for name, row in rows.items():
-        moved = [old != new for old, new in zip(weights_before[name], digests(row))]
-        changed = "identical" if not any(moved) else "changed" if all(moved) else "partly"
+        differ = [old != new for old, new in zip(weights_before[name], digests(row))]
+        changed = "identical" if not any(differ) else "changed" if all(differ) else "partly"
         document_rows[name] = _document(row, rows[FORWARD], timings, ceilings, changed, price)
     generated = sum(row.tokens for row in rows.values() if row.stage == "decode") * (rounds + 1)
     params = count_params(cfg).total
@@ -112,7 +112,7 @@ def stage_table(
 
 
 def _rows(cfg: ModelConfig, params: Any, frozen: Any, int8: Any, batch: Batch, tokens: np.ndarray) -> Iterator[Row]:
-    """Yields every row of the table, each compiled when its turn comes. `frozen` and `int8` are what inference reads."""
+    """Compiles and yields every row of the table. Inference reads `frozen` and `int8`."""
     kinds, done = training_kinds(cfg), itertools.count(1)
     total = len(kinds) + len(DECODES) + 4
     compiling = lambda name: progress(f"compiling {next(done)} of {total}: {name}", replace=True)
@@ -135,31 +135,31 @@ def _rows(cfg: ModelConfig, params: Any, frozen: Any, int8: Any, batch: Batch, t
 def _document(
     row: Row, forward: Row, timings: dict[str, Timing], ceilings: Ceilings, changed: str, price: float
 ) -> dict[str, Any]:
-    """Returns a row as the JSON document has it: everything a token."""
+    """Returns a row of the JSON document; operations, bytes and seconds are those of a token."""
     timing, forward_seconds = timings[row.name], timings[forward.name].median
-    alone = timings[row.name + PRODUCTS].median if row.products else None
+    products_seconds = timings[row.name + PRODUCTS].median if row.products else None
     times = ratio(timing, timings[forward.name])
     seconds, flops = timing.median, row.formula.whole
-    per = lambda number: number / row.tokens
-    relative = per(flops.total) / (forward.formula.total / forward.tokens)
-    used = per(row.moved) / seconds / (1e9 * ceilings.read_gbs)
+    per_token = lambda number: number / row.tokens
+    relative = per_token(flops.total) / (forward.formula.total / forward.tokens)
+    used = per_token(row.traffic) / seconds / (1e9 * ceilings.read_gbs)
     if row.bound == "MFU":
-        used = per(flops.total) / seconds / ceiling(row, ceilings)
+        used = per_token(flops.total) / seconds / ceiling(row, ceilings)
+    counted = {
+        "formula": flops.total, "walker": row.walker and row.walker.matmul,
+        "walker_elementwise": row.walker and row.walker.elementwise + row.update, "xla": row.xla and row.xla.flops,
+        "forward": flops.forward + flops.recompute, "dx": flops.dx, "dw": flops.dw, "optimizer": row.update,
+    }  # fmt: skip
     return {
         "name": row.name, "stage": row.stage, "weights": changed,
-        "flops_per_token": {
-            "formula": per(flops.total), "walker": per(row.walker.matmul) if row.walker else None,
-            "walker_elementwise": per(row.walker.elementwise + row.update) if row.walker else None,
-            "xla": per(row.xla.flops) if row.xla else None, "forward": per(flops.forward + flops.recompute),
-            "dx": per(flops.dx), "dw": per(flops.dw), "optimizer": per(row.update),
-        },
+        "flops_per_token": {name: None if number is None else per_token(number) for name, number in counted.items()},
         "flop_ratio_to_forward": relative, "seconds_per_token": seconds, "spread": timing.spread,
         "time_ratio_to_forward": times.ratio,
         "time_ratio_spread": None if row is forward else times.spread,
         "predicted_seconds_per_token": relative * forward_seconds,
         "peak_bytes": row.peak_bytes, "predicted_peak_bytes": sum(row.memory.values()), "memory": row.memory,
-        "bytes_per_token": per(row.moved), "utilisation": used, "utilisation_of": row.bound,
+        "bytes_per_token": per_token(row.traffic), "utilisation": used, "utilisation_of": row.bound,
         "usd_per_million_tokens": seconds * 1e6 / 3600 * price, "tokens_per_call": row.tokens, "slots": row.slots,
         "series": row.series, "peak_explanation": explain_peak(row),
-        "explanation": explain_time(row, seconds, forward, forward_seconds, ceilings, alone),
+        "explanation": explain_time(row, seconds, forward, forward_seconds, ceilings, products_seconds),
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""A row of the stage table: one program, what it is expected to cost, and how to run it once."""
+"""A row of the stage table: one program, its expected cost, and how to run it once."""
 
 import dataclasses
 import functools
@@ -12,10 +12,9 @@ from engine.counting.xla import XlaCost, xla_cost, xla_peak
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Everything about a row but its time. Work, bytes and operations are those of one call, for `tokens` tokens.
+    """Everything about a row but its time. Operations and bytes are those of one call, on `tokens` tokens.
 
-    `run` does the call and returns what to wait for; `weights` are the model's as they are now, by which it is seen whether
-    running changed them. A number that cannot be known is None.
+    `run` makes the call and returns what to wait for; `weights` returns the model's weights, which it may have changed.
     """
 
     name: str
@@ -25,31 +24,34 @@ class Row:
     tokens: int
     formula: Flops
     peak_bytes: int | None  # that the compiled program needs, by XLA
-    memory: dict[str, int]  # the same, predicted, by what it holds
-    moved: int  # bytes at the least
+    memory: dict[str, int]  # the same, predicted, by component
+    traffic: int  # bytes that it must read and write
     walker: Work | None = None
     update: int = 0  # operations outside the gradient: clipping, the optimizer, the guard
     xla: XlaCost | None = None
     slots: int | None = None
     series: str | None = None
-    dtype: str = "bfloat16"  # what its products multiply: the ceiling it is held to
-    products: Callable[[], Any] | None = None  # a call's products with weights, alone
+    dtype: str = "bfloat16"  # that its products multiply: decides its ceiling
+    products: Callable[[], Any] | None = None  # runs a call's products with weights alone
 
     @property
     def bound(self) -> str:
-        """Names a call's ceiling: how fast this machine multiplies (MFU), or how fast it reads (MBU)."""
+        """Names the ceiling of a call: this machine's multiplying (MFU) or reading (MBU)."""
         return "MBU" if self.stage == "decode" or not self.formula.total else "MFU"
 
 
-def compiled(function: Any, static: tuple[Any, ...], *args: Any, calls: int = 1, steps: int = 1) -> tuple[Any, dict[str, Any]]:
-    """Returns a jitted function compiled for its arguments, and the fields of a Row that its cost is, of so many calls.
+def compiled(
+    function: Any, static: tuple[Any, ...], *args: Any, calls: int = 1, steps: int = 1, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Compiles a jitted function for its arguments; returns the program, and the cost of so many calls as fields of a Row.
 
-    `static` are its first, static arguments. `steps`: those of its loop, whose body XLA's analysis counts once.
+    `static` are its first arguments, `options` those by name, static too. `steps` are those of its loop, whose body XLA's
+    analysis counts once.
     """
-    program = function.lower(*static, *args).compile()
+    program = function.lower(*static, *args, **options).compile()
     cost = xla_cost(program)
     return program, {
         "peak_bytes": xla_peak(program),
-        "walker": count(functools.partial(function, *static), *args) * calls,
+        "walker": count(functools.partial(function, *static, **options), *args) * calls,
         "xla": XlaCost(*(calls * steps * each for each in (cost.flops, cost.transcendentals, cost.bytes_accessed))),
     }

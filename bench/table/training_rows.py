@@ -7,13 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bench.table.row import Row
+from bench.table.row import Row, compiled
 from engine.counting.memory import training_memory
 from engine.counting.programs import gradient_program
 from engine.counting.traffic import train_bytes
 from engine.counting.trainable_paths import TrainablePaths, all_trainable, bottom_frozen, head_only, lora_only, top_frozen
 from engine.counting.walk import count
-from engine.counting.xla import xla_cost, xla_peak
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import merge, split
 from engine.model.weights.matmul import cast_matrices
@@ -29,8 +28,6 @@ ADAPTER = LoraConfig(rank=8, targets=("q", "v"))
 
 @dataclasses.dataclass(frozen=True)
 class TrainingKind:
-    """A way of training: its name, its stage, and the parameters that train."""
-
     name: str
     stage: str
     trainable_paths: TrainablePaths
@@ -38,27 +35,27 @@ class TrainingKind:
 
 
 def training_kinds(cfg: ModelConfig) -> list[TrainingKind]:
-    """Returns the ways of training a model of `cfg` that the table compares; half a model needs two layers."""
+    """Returns the ways of training that the table compares; half a model needs two layers."""
     half, every, lora = cfg.layers // 2, all_trainable(cfg), lora_only(cfg, ADAPTER)
     # The last block alone: no norm above it, no head.
     last = TrainablePaths(frozenset(path for path in every.weights if path.startswith(f"blocks/{cfg.layers - 1}/")))
     halves = {"bottom half frozen": bottom_frozen(cfg, half), "top half frozen": top_frozen(cfg, half), "last layer": last}
-    tuned = {
+    fine_tuning = {
         "full fine-tuning": every, **(halves if half else {}), "head only": head_only(cfg),
         f"LoRA rank {ADAPTER.rank} on q and v": lora,
     }  # fmt: skip
     return [
         TrainingKind("pre-training step", "training", every),
-        *(TrainingKind(name, "fine-tuning", paths) for name, paths in tuned.items()),
+        *(TrainingKind(name, "fine-tuning", paths) for name, paths in fine_tuning.items()),
         TrainingKind("preference with that LoRA", "fine-tuning", lora, preference=True),
     ]
 
 
 def training_row(cfg: ModelConfig, params: Any, kind: TrainingKind, batch: Batch) -> Row:
-    """Compiles a step of `kind` on the batch; `params` are copied where they train and only read where they do not.
+    """Compiles a step of `kind` on the batch; `params` are copied where they train.
 
-    Frozen matrices are stored in the compute type, as in fine-tuning, where only the second half of each row counts, as the
-    completions of a conversation do.
+    Frozen matrices are stored in the compute type. In fine-tuning only the second half of each row counts in the loss, as
+    the completions of a conversation do.
     """
     B, T = batch.tokens.shape
     paths = kind.trainable_paths
@@ -80,10 +77,9 @@ def training_row(cfg: ModelConfig, params: Any, kind: TrainingKind, batch: Batch
         data = pairs._replace(reference=margins(cfg, frozen, pairs))
     state = init_state(tx, trainable)
     progress = jnp.float32(0.5)
-    program = train_step.lower(cfg, tx, state, frozen, data, progress, objective=objective).compile()
-    gradient = functools.partial(loss_and_gradient, cfg, objective=objective)
-    step = lambda state, frozen, data: train_step(cfg, tx, state, frozen, data, progress, objective=objective)
-    walker, whole = count(gradient, trainable, frozen, data), count(step, state, frozen, data)
+    program, cost = compiled(train_step, (cfg, tx), state, frozen, data, progress, objective=objective)
+    walker = count(functools.partial(loss_and_gradient, cfg, objective=objective), trainable, frozen, data)
+    update = cost["walker"].elementwise - walker.elementwise
     chunked = 4 * B * T * cfg.vocab > LOGITS_LIMIT
     formula = gradient_program(cfg, B, T, trainable=paths, loss_chunk=CHUNK if chunked else None)
     predicted = training_memory(cfg, B, T, trainable=paths)
@@ -97,12 +93,10 @@ def training_row(cfg: ModelConfig, params: Any, kind: TrainingKind, batch: Batch
         return merge(state.trainable, frozen) if paths.weights else (frozen, state.trainable)
 
     return Row(
-        kind.name, kind.stage, run, weights,
-        tokens=B * T, formula=formula, peak_bytes=xla_peak(program),
+        kind.name, kind.stage, run, weights, tokens=B * T, formula=formula,
         memory={
             "params": predicted.params, "gradients": predicted.gradients, "optimizer": predicted.optimizer,
             "activations": max(0, predicted.total - predicted.params - predicted.gradients - predicted.optimizer),
         },
-        moved=train_bytes(cfg, B, T, trainable=paths).total, walker=walker, update=whole.elementwise - walker.elementwise,
-        xla=xla_cost(program), dtype=cfg.dtype,
+        traffic=train_bytes(cfg, B, T, trainable=paths).total, update=update, dtype=cfg.dtype, **cost | {"walker": walker},
     )  # fmt: skip

@@ -13,7 +13,7 @@ from tiny import lively_params, tiny_config
 
 from bench.__main__ import main, measurements
 from bench.table.estimate import round_seconds, table_bytes, too_long
-from bench.table.inference_rows import int16_activation_matrices, products
+from bench.table.inference_rows import int16_activation_matrices, weight_products
 from engine.counting.hardware import Ceilings
 from engine.counting.programs import decode_program
 from engine.counting.walk import count
@@ -186,8 +186,8 @@ def test_the_products_timed_alone_are_a_decoding_step_without_attention(changes)
     for weights in (params, quantize(params)):
         parts = decode_program(cfg, 3, 16, int16_activations=int16_activation_matrices(weights)).parts
         expected = STEPS * sum(part.forward for name, part in parts.items() if name != "attention")
-        assert count(lambda params, x: products(cfg, params, x), weights, x).matmul == expected
+        assert count(lambda params, x: weight_products(cfg, params, x), weights, x).matmul == expected
         # And the compiler leaves none of them out, though nobody reads the logits. It counts the loop's body once.
-        doc = xla_cost(products.lower(cfg, weights, x).compile()).flops
+        doc = xla_cost(weight_products.lower(cfg, weights, x).compile()).flops
         assert expected / STEPS <= doc < 1.5 * expected / STEPS
-    assert jnp.isfinite(jax.block_until_ready(products(cfg, params, x))).all()
+    assert jnp.isfinite(jax.block_until_ready(weight_products(cfg, params, x))).all()
