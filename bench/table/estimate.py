@@ -15,7 +15,7 @@ SUSTAINED = 0.55  # of the ceilings, over a round
 
 
 def check_memory(cfg: ModelConfig, batch: int, context: int) -> None:
-    """Raises UserError, naming what would fit, for a table that does not fit into this machine's memory."""
+    """Raises UserError, with what would fit, where the table does not fit into this machine's memory."""
     limit, needed = memory_limit_bytes(), table_bytes(cfg, batch, context)
     if needed <= limit:
         return
@@ -31,17 +31,17 @@ def check_memory(cfg: ModelConfig, batch: int, context: int) -> None:
 
 
 def table_bytes(cfg: ModelConfig, batch: int, context: int) -> int:
-    """Predicts the bytes of the whole table: each row keeps its trainable state, and the largest step comes on top."""
+    """Predicts the bytes of the whole table: the state of every row, and the largest step."""
     steps = [training_memory(cfg, batch, context, trainable=kind.trainable_paths) for kind in training_kinds(cfg)]
     states = sum(step.gradients + step.optimizer for step in steps)
     served = inference_memory(cfg, 32, context)
     working = max(step.total - step.params - step.optimizer for step in steps)
-    # The float32 weights, the frozen halves in the compute type (as much again), the served copies in two bytes and one.
+    # Float32 weights, as much for frozen halves in the compute type, served copies in two bytes and one.
     return states + steps[0].params * 2 + 2 * served.params + served.cache * 2 + working
 
 
 def too_long(cfg: ModelConfig, batch: int, context: int, seconds: float, rounds: int, ceilings: Ceilings) -> str | None:
-    """Returns a sentence where warming up and `rounds` rounds will take longer than `seconds`, with a shape that will not."""
+    """Returns a sentence, with a smaller shape, where warming up and `rounds` rounds will take longer than `seconds`."""
     predicted = lambda batch, context: (1 + rounds) * round_seconds(cfg, batch, context, ceilings)
     if predicted(batch, context) <= seconds:
         return None
@@ -53,17 +53,17 @@ def too_long(cfg: ModelConfig, batch: int, context: int, seconds: float, rounds:
 
 def round_seconds(cfg: ModelConfig, batch: int, context: int, ceilings: Ceilings) -> float:
     """Predicts the seconds of a round, roughly: products and bytes moved, at SUSTAINED of this machine's ceilings."""
-    ways = [kind.trainable_paths for kind in training_kinds(cfg)]
-    steps = sum(gradient_program(cfg, batch, context, trainable=paths).total for paths in ways)
-    learning = sum(training_memory(cfg, batch, context, trainable=paths).gradients for paths in ways)
+    kinds = [kind.trainable_paths for kind in training_kinds(cfg)]
+    steps = sum(gradient_program(cfg, batch, context, trainable=paths).total for paths in kinds)
+    gradients = sum(training_memory(cfg, batch, context, trainable=paths).gradients for paths in kinds)
     # Evaluation, prefill, and of one sequence a prompt for a slot and a token without a cache.
-    reading = (2 + 2 / batch) * score_program(cfg, batch, context).total
+    forwards = (2 + 2 / batch) * score_program(cfg, batch, context).total
     by_hand = sum(work(cfg, context, attention="full").total for work in (forward_flops, train_flops)) * context
     # Each decoding row runs twice: whole, and its products alone.
     decoding = 2 * STEPS * sum(decode_bytes(cfg, slots, context).total for slots in (2, 8, 8, 32, 32))
     gigas = (
-        (steps + reading) / ceilings.bf16_gflops + by_hand / ceilings.f32_gflops
-        + 7 * learning / ceilings.update_gbs + decoding / ceilings.read_gbs
+        (steps + forwards) / ceilings.bf16_gflops + by_hand / ceilings.f32_gflops
+        + 7 * gradients / ceilings.update_gbs + decoding / ceilings.read_gbs
     )  # fmt: skip
     return gigas / 1e9 / SUSTAINED
 

@@ -1,4 +1,4 @@
-"""Checks what time does not show: whether requests keep apart, whether use changes the model, how far int8 moves logits."""
+"""Checks whether requests affect one another, whether use changes the model, and how far int8 moves the logits."""
 
 import functools
 from typing import Any
@@ -24,7 +24,7 @@ SLOTS = 8
 def check_invariants(
     cfg: ModelConfig, params: Any, int8: Any, batch: Batch, *, length: int, before: tuple[str, str], generated: int
 ) -> Invariants:
-    """Returns the checks after `generated` tokens; `before` is `model_state` from before, `length` that of the caches."""
+    """Runs the checks after `generated` tokens, with caches of `length` places; `before` is an earlier `model_state`."""
     return Invariants(
         neighbours=SLOTS - 1, same_bits=is_batch_invariant(cfg, params, length), generated=generated, before=before,
         after=model_state(cfg, params, batch), int8_error=logits_error(cfg, params, int8, batch),
@@ -32,13 +32,13 @@ def check_invariants(
 
 
 def model_state(cfg: ModelConfig, params: Any, batch: Batch) -> tuple[str, str]:
-    """Returns the mean nats of a batch as hex, so that it shows every bit, and the digest of the weights."""
+    """Returns the mean nats of a batch as hex, which shows every bit, and the digest of the weights."""
     return (float(score(cfg, params, batch)) / batch.tokens.size).hex(), digest(params)
 
 
 def is_batch_invariant(cfg: ModelConfig, params: Any, length: int) -> bool:
     """Whether a prompt's log-probabilities and greedy tokens are the same bits in each of SLOTS slots, alone and beside
-    other requests of any length, in caches of `length` places that others have used."""
+    other requests, in used caches of `length` places."""
     rng = np.random.default_rng(0)
     prompt = rng.integers(0, cfg.vocab, CHUNK - 5, dtype=np.int32)
     answers = set()
@@ -52,7 +52,7 @@ def is_batch_invariant(cfg: ModelConfig, params: Any, length: int) -> bool:
 
 
 def _answer(cfg: ModelConfig, params: Any, tokens: Any, lengths: Any, length: int, slot: int) -> bytes:
-    """Returns the bytes of a slot's greedy tokens, and of its log-probabilities before and after them."""
+    """Returns the bytes of a slot's greedy tokens and of its log-probabilities before and after them."""
     empty = make_cache(cfg, SLOTS, length)
     used = lambda part: tuple(jax.random.normal(jax.random.key(slot), x.shape, x.dtype) for x in part)
     cache = KVCache(used(empty.k), used(empty.v), empty.length)
@@ -66,7 +66,7 @@ def _answer(cfg: ModelConfig, params: Any, tokens: Any, lengths: Any, length: in
 
 
 def logits_error(cfg: ModelConfig, params: Any, other: Any, batch: Batch) -> float:
-    """Returns how far `other`'s logits lie from those of `params`: root mean square, as a share of their spread."""
+    """Returns the root mean square of `other`'s logits less those of `params`, as a share of the latter's spread."""
     run = jax.jit(functools.partial(forward, cfg))
     first, second = (run(weights, batch.tokens[:2], batch.positions[:2])[0] for weights in (params, other))
     return float(jnp.sqrt(jnp.mean((first - second) ** 2)) / jnp.std(first))

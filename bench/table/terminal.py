@@ -1,4 +1,4 @@
-"""The stage table on a terminal: the operations of each row, its cost here, and what follows from them."""
+"""Prints the stage table: each row's operations, its cost on this machine, explanations and claims."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from engine.format import money, percent, si, times
 
 
 def print_stages(document: dict[str, Any]) -> None:
-    """Prints the two tables, the deviations in words, and the claims."""
+    """Prints the two tables, the explanations, and the claims."""
     out, rows = console(), document["rows"]
     counted = ("", "weights", "formula", "walker", "elementwise", "XLA", "of forward")
     print_table("Counted: operations a token, by three counters", counted, map(_counted, rows), left=2)
