@@ -12,7 +12,7 @@ from engine.by_hand.model import forward, loss_and_gradient
 from engine.by_hand.tree import to_numpy
 from engine.counting.flops import Flops, forward_flops, train_flops
 from engine.counting.memory import inference_memory, training_memory
-from engine.counting.traffic import Traffic, forward_bytes, train_bytes
+from engine.counting.traffic import Traffic, inference_bytes, train_bytes
 from engine.model.config import ModelConfig
 from engine.text.batch import Batch
 
@@ -34,7 +34,7 @@ def by_hand_rows(cfg: ModelConfig, params: Any, batch: Batch) -> list[Row]:
     return [
         row(
             "forward", lambda: forward(plain, weights, tokens),
-            forward_flops(plain, T, attention="full"), forward_bytes(plain, B, T),
+            forward_flops(plain, T, attention="full"), inference_bytes(plain, B, 0, tokens=T, every_logit=True),
             params=inference.params, activations=inference.working + inference.logits,
         ),
         row(

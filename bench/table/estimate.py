@@ -6,7 +6,7 @@ from engine.counting.hardware import Ceilings, memory_limit_bytes
 from engine.counting.memory import inference_memory, training_memory
 from engine.counting.params import count_params
 from engine.counting.programs import gradient_program, score_program
-from engine.counting.traffic import decode_bytes
+from engine.counting.traffic import inference_bytes
 from engine.errors import UserError
 from engine.inference.decode import STEPS
 from engine.model.config import PRESETS, ModelConfig
@@ -60,7 +60,7 @@ def round_seconds(cfg: ModelConfig, batch: int, context: int, ceilings: Ceilings
     forwards = (2 + 2 / batch) * score_program(cfg, batch, context).total
     by_hand = sum(work(cfg, context, attention="full").total for work in (forward_flops, train_flops)) * context
     # Each decoding row runs twice: whole, and its products alone.
-    decoding = 2 * STEPS * sum(decode_bytes(cfg, slots, context).total for slots in (2, 8, 8, 32, 32))
+    decoding = 2 * STEPS * sum(inference_bytes(cfg, slots, context).total for slots in (2, 8, 8, 32, 32))
     gigas = (
         (steps + forwards) / ceilings.bf16_gflops + by_hand / ceilings.f32_gflops
         + 7 * gradients / ceilings.update_gbs + decoding / ceilings.read_gbs

@@ -8,12 +8,6 @@ TOLERATED = 0.15  # of the predicted ratio
 TEXTS: dict[str, str] = read_templates("explanations")
 
 
-def ceiling(row: Row, ceilings: Ceilings) -> float:
-    """Returns the FLOP/s this machine reached in the type the row multiplies."""
-    rates = {"bfloat16": ceilings.bf16_gflops, "float32": ceilings.f32_gflops, "int8": ceilings.int8_gflops}
-    return 1e9 * rates[row.dtype]
-
-
 def explain_time(
     row: Row, seconds: float, forward: Row, forward_seconds: float, ceilings: Ceilings, products_seconds: float | None = None
 ) -> str | None:
@@ -28,7 +22,7 @@ def explain_time(
         return None
     if row.stage == "decode":
         return _explain_decode(row, seconds, ceilings, products_seconds or 0.0)
-    own, other = ceiling(row, ceilings), ceiling(forward, ceilings)
+    own, other = (ceilings.peak_flops(each.dtype) for each in (row, forward))
     return render(
         TEXTS["passes" if row.walker else "by_hand"],
         {
@@ -55,7 +49,7 @@ def _explain_decode(row: Row, seconds: float, ceilings: Ceilings, products_secon
     return render(TEXTS["decode"], {
         "bound": "memory" if reading >= step / 2 else bound, "slots": slots, "step": step, "products": products,
         "step_bytes": row.traffic / steps, "reading": reading,
-        "multiplying": _product_flops(row) / steps / ceiling(row, ceilings),
+        "multiplying": _product_flops(row) / steps / ceilings.peak_flops(row.dtype),
     })  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from bench.table.row import Row, compiled
 from engine.counting.flops import Flops, Part, prefill_flops
 from engine.counting.memory import inference_memory
 from engine.counting.programs import decode_program, prefill_program, score_program
-from engine.counting.traffic import prefill_bytes
+from engine.counting.traffic import inference_bytes
 from engine.inference.decode import CHUNK, MIN_ROWS, STEPS, decode_steps, prefill
 from engine.inference.programs import prefill_chunk, read_chunk, write_chunk
 from engine.inference.sampling import sampling_arrays
@@ -94,7 +94,7 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
         "chunked prefill into a slot", "inference", compute, lambda: params, tokens=T,
         formula=formula * chunks, dtype=cfg.dtype, **cost,
         memory={"params": predicted.params, "cache": predicted.cache, "activations": predicted.working // SLOTS},
-        traffic=prefill_bytes(cfg, 1, size, S).total * chunks,
+        traffic=inference_bytes(cfg, 1, S, tokens=size).total * chunks,
     )  # fmt: skip
 
     cached = [read_chunk(cache, slot, start, size) for start in starts]
@@ -182,12 +182,10 @@ def uncached_decode(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Any:
     return lambda: program(params, rows)
 
 
-def _predicted(
-    cfg: ModelConfig, slots: int, length: int, *, calls: int = 1, tokens: int = 1, **options: bool
-) -> dict[str, Any]:
+def _predicted(cfg: ModelConfig, slots: int, length: int, *, calls: int = 1, **options: Any) -> dict[str, Any]:
     """Returns the fields `memory` and `traffic` of a Row; arguments as of `inference_memory`, for so many calls."""
-    held = inference_memory(cfg, slots, length, tokens=tokens, **options)
+    held = inference_memory(cfg, slots, length, **options)
     return {
         "memory": {"params": held.params, "cache": held.cache, "activations": held.working + held.logits},
-        "traffic": prefill_bytes(cfg, slots, tokens, length, **options).total * calls,
+        "traffic": inference_bytes(cfg, slots, length, **options).total * calls,
     }

@@ -13,7 +13,7 @@ from bench.models import load, random_model, tokens_for
 from bench.table.by_hand_rows import by_hand_rows
 from bench.table.claims import Evidence, claims
 from bench.table.estimate import check_memory, too_long
-from bench.table.explain import ceiling, explain_peak, explain_time
+from bench.table.explain import explain_peak, explain_time
 from bench.table.inference_rows import decode_row, evaluation_row, prefill_row, served_rows, uncached_decode
 from bench.table.invariants import check_invariants, model_state
 from bench.table.row import Row
@@ -144,7 +144,7 @@ def _document(
     relative = per_token(flops.total) / (forward.formula.total / forward.tokens)
     used = per_token(row.traffic) / seconds / (1e9 * ceilings.read_gbs)
     if row.bound == "MFU":
-        used = per_token(flops.total) / seconds / ceiling(row, ceilings)
+        used = per_token(flops.total) / seconds / ceilings.peak_flops(row.dtype)
     counted = {
         "formula": flops.total, "walker": row.walker and row.walker.matmul,
         "walker_elementwise": row.walker and row.walker.elementwise + row.update, "xla": row.xla and row.xla.flops,

@@ -57,6 +57,10 @@ class Ceilings:
     read_gbs: float
     update_gbs: float
 
+    def peak_flops(self, dtype: str) -> float:
+        """Returns the FLOP/s of products in `dtype`."""
+        return 1e9 * {"bfloat16": self.bf16_gflops, "float32": self.f32_gflops, "int8": self.int8_gflops}[dtype]
+
 
 def _identity() -> dict[str, Any]:
     """Returns all on which the ceilings depend: another machine may use the same cache folder."""

@@ -53,23 +53,13 @@ def train_bytes(cfg: ModelConfig, batch: int, tokens: int, *, trainable: Trainab
     )
 
 
-def forward_bytes(cfg: ModelConfig, batch: int, tokens: int) -> Traffic:
-    """Bytes of evaluating `batch` sequences of `tokens`: logits at every position."""
-    return prefill_bytes(cfg, batch, tokens, 0, every_logit=True)
-
-
-def decode_bytes(cfg: ModelConfig, slots: int, length: int, *, int8: bool = False) -> Traffic:
-    """Bytes of **a step** that decodes one token for each of `slots`, with a cache of `length` places.
-
-    All slots share one reading of the weights.
-    """
-    return prefill_bytes(cfg, slots, 1, length, int8=int8)
-
-
-def prefill_bytes(
-    cfg: ModelConfig, slots: int, tokens: int, length: int, *, int8: bool = False, every_logit: bool = False
+def inference_bytes(
+    cfg: ModelConfig, slots: int, length: int, *, tokens: int = 1, int8: bool = False, every_logit: bool = False
 ) -> Traffic:
-    """Bytes of **a call** that prefills `tokens` of each of `slots` prompts, with a cache of `length` places."""
+    """Bytes of **a call** on `tokens` of each of `slots` requests, which share one reading of the weights.
+
+    Arguments as of `inference_memory`: a decoding step has one token, and evaluation no cache but every logit.
+    """
     held = inference_memory(cfg, slots, length, tokens=tokens, int8=int8, every_logit=every_logit)
     width = dtype_bytes(cfg)
     # Rows of a lookup table, which is never int8.

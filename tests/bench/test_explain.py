@@ -3,7 +3,6 @@
 import dataclasses
 
 from bench.table import explain
-from bench.table.explain import ceiling
 from bench.table.row import Row
 from engine.counting.flops import Flops, Part
 from engine.counting.hardware import Ceilings
@@ -67,10 +66,8 @@ def test_plain_numpy_is_held_to_its_own_type():
     )
 
 
-def test_a_row_is_held_to_the_ceiling_of_its_own_type():
-    assert ceiling(FORWARD, HERE) == 1e12
-    assert ceiling(dataclasses.replace(FORWARD, dtype="float32"), HERE) == 0.25e12
-    assert ceiling(dataclasses.replace(FORWARD, dtype="int8"), HERE) == 2e12
+def test_each_type_has_its_own_ceiling():
+    assert [HERE.peak_flops(dtype) for dtype in ("bfloat16", "float32", "int8")] == [1e12, 0.25e12, 2e12]
 
 
 def test_a_peak_that_is_off_is_explained_either_way():

@@ -9,7 +9,7 @@ from plain_model import cache_of
 
 from engine.counting.memory import inference_memory, training_memory
 from engine.counting.params import count_params
-from engine.counting.traffic import decode_bytes, forward_bytes, prefill_bytes, train_bytes
+from engine.counting.traffic import inference_bytes, train_bytes
 from engine.counting.trainable_paths import bottom_frozen, head_only, lora_only
 from engine.model.config import LoraConfig, ModelConfig, preset
 
@@ -46,17 +46,15 @@ def test_a_block_is_written_and_read_going_up_and_where_it_is_made_again_and_rea
 @given(st.integers(1, 9), st.integers(1, 30), st.integers(0, 50), st.booleans())
 def test_a_call_writes_and_reads_its_values_and_logits_and_touches_no_gradient(slots, tokens, length, int8):
     held = inference_memory(CFG, slots, length, tokens=tokens, int8=int8)
-    call = prefill_bytes(CFG, slots, tokens, length, int8=int8)
+    call = inference_bytes(CFG, slots, length, tokens=tokens, int8=int8)
     assert call.activations == 2 * CFG.layers * held.working
     assert call.logits == 2 * 4 * slots * CFG.vocab, "of the last token alone"
     assert (call.gradients, call.optimizer) == (0, 0)
     assert call.total == call.weights + call.activations + call.logits + call.cache
     looked_up = 2 * CFG.width * min(slots * tokens, CFG.vocab)  # of the lookup table, which is never int8
     assert call.weights == held.params - 2 * COUNT.embed + looked_up
-    evaluated = forward_bytes(CFG, slots, tokens)
+    evaluated = inference_bytes(CFG, slots, 0, tokens=tokens, every_logit=True)
     assert (evaluated.logits, evaluated.cache) == (tokens * call.logits, 0)
-    if tokens == 1:
-        assert decode_bytes(CFG, slots, length, int8=int8) == call
 
 
 def test_a_step_makes_its_logits_and_their_gradient():
@@ -69,7 +67,7 @@ def test_a_step_makes_its_logits_and_their_gradient():
 @pytest.mark.parametrize("slots", [1, 2, 32])
 def test_slots_share_the_weights_and_nothing_else(slots):
     cfg = dataclasses.replace(CFG, tied=True)
-    alone, many = decode_bytes(cfg, 1, 11), decode_bytes(cfg, slots, 11)
+    alone, many = inference_bytes(cfg, 1, 11), inference_bytes(cfg, slots, 11)
     assert many.weights == alone.weights
     assert (many.cache, many.activations, many.logits) == tuple(
         slots * part for part in (alone.cache, alone.activations, alone.logits)
@@ -79,20 +77,20 @@ def test_slots_share_the_weights_and_nothing_else(slots):
 def test_decoding_reads_the_cache_and_writes_one_token_to_it():
     cache = cache_of(CFG, 5, 11)
     held = sum(array.size * array.dtype.itemsize for array in (*cache.k, *cache.v))
-    assert decode_bytes(CFG, 5, 11).cache == held * 12 // 11
-    assert prefill_bytes(CFG, 5, 7, 11).cache == held * 18 // 11
-    assert forward_bytes(CFG, 5, 7).cache == 0
+    assert inference_bytes(CFG, 5, 11).cache == held * 12 // 11
+    assert inference_bytes(CFG, 5, 11, tokens=7).cache == held * 18 // 11
+    assert inference_bytes(CFG, 5, 0, tokens=7, every_logit=True).cache == 0
 
 
 def test_a_lookup_reads_the_rows_it_needs_and_a_tied_head_all():
-    decoded = decode_bytes(CFG, 5, 11).weights
+    decoded = inference_bytes(CFG, 5, 11).weights
     assert decoded == 2 * COUNT.matmul + 4 * COUNT.norms + 5 * 2 * CFG.width
     tied = dataclasses.replace(CFG, tied=True)
-    assert decode_bytes(tied, 5, 11).weights == decoded - 5 * 2 * CFG.width
+    assert inference_bytes(tied, 5, 11).weights == decoded - 5 * 2 * CFG.width
 
 
 def test_int8_halves_what_a_lone_slot_moves():
     cfg = preset("smollm2-135m")
-    wide, narrow = decode_bytes(cfg, 1, 256), decode_bytes(cfg, 1, 256, int8=True)
+    wide, narrow = inference_bytes(cfg, 1, 256), inference_bytes(cfg, 1, 256, int8=True)
     assert 1.9 < wide.total / narrow.total < 2.0
-    assert decode_bytes(cfg, 32, 256).total / 32 < wide.total / 16
+    assert inference_bytes(cfg, 32, 256).total / 32 < wide.total / 16
