@@ -5,29 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy import ndarray
 
-from engine.by_hand.block import (
-    AttentionResiduals,
-    Place,
-    SwigluResiduals,
-    attention,
-    attention_backward,
-    attention_with_residuals,
-    feed_forward,
-    feed_forward_backward,
-    feed_forward_with_residuals,
-)
-from engine.by_hand.layers import (
-    causal_mask,
-    cross_entropy,
-    cross_entropy_backward,
-    lookup,
-    lookup_backward,
-    project,
-    project_backward,
-    rms_norm,
-    rms_norm_backward,
-    rope_tables,
-)
+from engine.by_hand import block, layers
 from engine.by_hand.tree import Params, to_numpy
 from engine.errors import UserError
 from engine.model.config import ModelConfig
@@ -37,8 +15,8 @@ class Residuals(NamedTuple):
     """What a forward pass keeps for its backward pass, and for what; it grows with every block."""
 
     tokens: ndarray  # (B, T)   the embedding rows that get a derivative
-    place: Place  # the angles by which dq and dk turn back
-    blocks: list[tuple[AttentionResiduals, SwigluResiduals]]  # L of them
+    place: block.Place  # the angles by which dq and dk turn back
+    blocks: list[tuple[block.AttentionResiduals, block.SwigluResiduals]]  # L of them
     x: ndarray  # (B, T, D)   the last norm's dx and dgain
     h: ndarray  # (B, T, D)   dweight of the head
 
@@ -53,11 +31,11 @@ def forward(
     """
     params = to_numpy(params)
     place = _place(cfg, params, tokens, positions, segments)
-    x = lookup(params["embed"], tokens)
+    x = layers.lookup(params["embed"], tokens)
     for i in range(cfg.layers):
-        x = attention(cfg, params["blocks"][str(i)], x, place)
-        x = feed_forward(cfg, params["blocks"][str(i)], x)
-    return project(rms_norm(x, params["norm"], cfg.eps), _head(cfg, params))
+        x = block.attention(cfg, params["blocks"][str(i)], x, place)
+        x = block.feed_forward(cfg, params["blocks"][str(i)], x)
+    return layers.project(layers.rms_norm(x, params["norm"], cfg.eps), _head(cfg, params))
 
 
 def forward_with_residuals(
@@ -66,29 +44,29 @@ def forward_with_residuals(
     """Returns the same logits, and all that `backward` needs."""
     params = to_numpy(params)
     place = _place(cfg, params, tokens, positions, segments)
-    x = lookup(params["embed"], tokens)
+    x = layers.lookup(params["embed"], tokens)
     blocks = []
     for i in range(cfg.layers):
-        x, of_attention = attention_with_residuals(cfg, params["blocks"][str(i)], x, place)
-        x, of_swiglu = feed_forward_with_residuals(cfg, params["blocks"][str(i)], x)
+        x, of_attention = block.attention_with_residuals(cfg, params["blocks"][str(i)], x, place)
+        x, of_swiglu = block.feed_forward_with_residuals(cfg, params["blocks"][str(i)], x)
         blocks.append((of_attention, of_swiglu))
-    h = rms_norm(x, params["norm"], cfg.eps)
-    return project(h, _head(cfg, params)), Residuals(tokens, place, blocks, x, h)
+    h = layers.rms_norm(x, params["norm"], cfg.eps)
+    return layers.project(h, _head(cfg, params)), Residuals(tokens, place, blocks, x, h)
 
 
 def backward(cfg: ModelConfig, params: Any, residuals: Residuals, dlogits: ndarray) -> Params:
     """dlogits (B, T, V) -> the loss's derivative by every weight, a tree like params: the forward pass in reverse."""
     params = to_numpy(params)
-    dx, dhead = project_backward(dlogits, residuals.h, _head(cfg, params))
-    dx, dnorm = rms_norm_backward(dx, residuals.x, params["norm"], cfg.eps)
+    dx, dhead = layers.project_backward(dlogits, residuals.h, _head(cfg, params))
+    dx, dnorm = layers.rms_norm_backward(dx, residuals.x, params["norm"], cfg.eps)
     dblocks: Params = {}
     for i in reversed(range(cfg.layers)):
         w = params["blocks"][str(i)]
         of_attention, of_swiglu = residuals.blocks[i]
-        dx, dswiglu = feed_forward_backward(cfg, w, of_swiglu, dx)
-        dx, dattention = attention_backward(cfg, w, of_attention, dx, residuals.place)
+        dx, dswiglu = block.feed_forward_backward(cfg, w, of_swiglu, dx)
+        dx, dattention = block.attention_backward(cfg, w, of_attention, dx, residuals.place)
         dblocks[str(i)] = dattention | dswiglu
-    dembed = lookup_backward(dx, residuals.tokens, cfg.vocab)
+    dembed = layers.lookup_backward(dx, residuals.tokens, cfg.vocab)
     if not cfg.tied:
         return {"embed": dembed, "blocks": dblocks, "norm": dnorm, "head": dhead}
     # The loss depends on one table at both ends, so its derivative is the sum of the two.
@@ -105,7 +83,7 @@ def loss(
     segments: ndarray | None = None,
 ) -> float:
     """tokens, targets (B, T) int, mask (B, T) bool -> mean nats over the targets whose mask is True. Forward alone."""
-    return cross_entropy(forward(cfg, params, tokens, positions, segments), targets, mask)
+    return layers.cross_entropy(forward(cfg, params, tokens, positions, segments), targets, mask)
 
 
 def loss_and_gradient(
@@ -119,8 +97,8 @@ def loss_and_gradient(
 ) -> tuple[float, Params]:
     """Returns the same loss, and its derivative by every weight, a tree like params. Raises UserError as `forward` does."""
     logits, residuals = forward_with_residuals(cfg, params, tokens, positions, segments)
-    value = cross_entropy(logits, targets, mask)
-    return value, backward(cfg, params, residuals, cross_entropy_backward(logits, targets, mask))
+    value = layers.cross_entropy(logits, targets, mask)
+    return value, backward(cfg, params, residuals, layers.cross_entropy_backward(logits, targets, mask))
 
 
 def residual_count(cfg: ModelConfig, B: int, T: int) -> int:
@@ -136,7 +114,9 @@ def _head(cfg: ModelConfig, params: Params) -> ndarray:
     return params["embed"].T if cfg.tied else params["head"]
 
 
-def _place(cfg: ModelConfig, params: Params, tokens: ndarray, positions: ndarray | None, segments: ndarray | None) -> Place:
+def _place(
+    cfg: ModelConfig, params: Params, tokens: ndarray, positions: ndarray | None, segments: ndarray | None
+) -> block.Place:
     if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
         raise UserError(f"tokens must be whole numbers (B, T), not {tokens.dtype} {tokens.shape}.")
     # NumPy would look up a negative token at the table's end.
@@ -146,4 +126,4 @@ def _place(cfg: ModelConfig, params: Params, tokens: ndarray, positions: ndarray
         )
     T = tokens.shape[1]
     positions = np.arange(T)[None] if positions is None else positions
-    return Place(*rope_tables(cfg, positions, params["embed"].dtype), causal_mask(segments, T))
+    return block.Place(*layers.rope_tables(cfg, positions, params["embed"].dtype), layers.causal_mask(segments, T))
