@@ -16,8 +16,8 @@ Axis letters, used in every einsum, shape comment and docstring:
     S  cache length                 V  vocabulary             G  N / K, query heads a key head
     L  layers                       R  LoRA rank              H  head width
 
-Nouns: params, tokens, targets, mask (True: counts, or may attend), positions, segments, logits, cache, prefill,
-decode, step, batch, microbatch, rule (about a path), path (of a parameter), trainable, frozen, adapter, fold (LoRA into
-its base), slot, request, prompt, completion, key (PRNG), schedule, digest (of weights), TTFT, tokens/s, MFU, MBU.
-Verbs: init, make, load, save, add, fold, quantize, measure.
+Nouns: params, tokens, targets, mask (True: counts, or may attend), positions, segments, logits, cache, prefill, decode,
+step, batch, microbatch, path (of a parameter), rule (about paths), trainable, frozen, adapter, slot, request, prompt,
+completion, key (PRNG), schedule, digest (of weights), TTFT, MFU, MBU. Verbs: init, make, load, save, add, merge, quantize,
+measure.
 """

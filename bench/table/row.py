@@ -53,5 +53,5 @@ def compiled(
     return program, {
         "peak_bytes": xla_peak(program),
         "walker": count(functools.partial(function, *static, **options), *args) * calls,
-        "xla": XlaCost(*(calls * steps * each for each in (cost.flops, cost.transcendentals, cost.bytes_accessed))),
+        "xla": XlaCost(*(calls * steps * each for each in cost)),
     }

@@ -11,8 +11,8 @@ from engine.errors import UserError
 Params = dict[str, Any]
 
 
-def to_numpy(params: Any, dtype: str | None = None) -> Params:
-    """Returns the tree with NumPy arrays as leaves, of `dtype` if given; arrays in host memory are not copied.
+def to_numpy(params: Any) -> Params:
+    """Returns the tree with NumPy arrays as leaves; arrays in host memory are not copied.
 
     Raises UserError for a leaf that is not a plain array (an Int8 or a LoRA), or when the leaves are not all float32 or
     all float64.
@@ -26,7 +26,7 @@ def to_numpy(params: Any, dtype: str | None = None) -> Params:
                 f"{path} is a {type(leaf).__name__}; the by-hand model reads plain arrays. Fold adapters and give weights "
                 "that are not quantized."
             )
-        return np.asarray(leaf, dtype)
+        return np.asarray(leaf)
 
     tree = convert("", params)
     kinds = sorted({leaf.dtype.name for leaf in leaves(tree)})

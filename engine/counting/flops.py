@@ -125,10 +125,7 @@ class _Walk:
         default_factory=lambda: dict.fromkeys((*MATRICES, "attention", "head", "lora"), Part())
     )
 
-    def passes(self, path: str) -> None:
-        self.live = self.live or path in self.trainable.weights
-
-    def multiply(self, name: str, inputs: int, columns: int, path: str) -> None:
+    def multiply(self, name: str, path: str, inputs: int, columns: int) -> None:
         size, trains = 2 * self.rows * inputs * columns, path in self.trainable.weights
         self.tally[name] += Part(forward=size, dx=size * self.live, dw=size * trains)
         adapted = self.adapted(path)
@@ -141,30 +138,30 @@ class _Walk:
                 merge = 2 * inputs * self.trainable.rank * sum(adapted)
                 pairs = Part(forward=merge, recompute=merge * self.live, dx=up, dw=2 * down + up)
             self.tally["lora"] += pairs
-        self.live = self.live or trains or bool(adapted)
+        self.live |= trains or bool(adapted)
 
     def is_merged(self, inputs: int, columns: int) -> bool:
         return self.merges_lora and self.rows * (inputs + columns) > inputs * columns
 
     def adapted(self, path: str) -> list[int]:
-        """The column counts of the parts of the matrix at `path` that have a LoRA pair."""
+        """Returns the column counts of the matrix's parts that have a LoRA pair."""
         folder, _, matrix = path.rpartition("/")
         parts = self.cfg.parts.get(matrix, {})
         return [stop - start for part, (start, stop) in parts.items() if f"{folder}/{part}" in self.trainable.adapted]
 
     def block(self, prefix: str, square: int, remat: bool) -> None:
         cfg, before, weights = self.cfg, dict(self.tally), self.trainable.weights
-        self.passes(prefix + "attn_norm")
-        self.multiply("qkv", cfg.width, cfg.qkv_width, prefix + "qkv")
+        self.live |= prefix + "attn_norm" in weights
+        self.multiply("qkv", prefix + "qkv", cfg.width, cfg.qkv_width)
         values = self.live or prefix + "qkv_bias" in weights
         queries, keys = (values or prefix + gain in weights for gain in ("q_norm", "k_norm"))
         self.live = queries or keys
         # Each half of the forward: dV, dP (on which dQ and dK depend), dQ, dK.
         self.tally["attention"] += Part(square, dx=square // 2 * sum((values, self.live, queries, keys)))
-        self.multiply("out", cfg.heads * cfg.head_dim, cfg.width, prefix + "out")
-        self.passes(prefix + "mlp_norm")
-        self.multiply("gate_up", cfg.width, 2 * cfg.ff, prefix + "gate_up")
-        self.multiply("down", cfg.ff, cfg.width, prefix + "down")
+        self.multiply("out", prefix + "out", cfg.heads * cfg.head_dim, cfg.width)
+        self.live |= prefix + "mlp_norm" in weights
+        self.multiply("gate_up", prefix + "gate_up", cfg.width, 2 * cfg.ff)
+        self.multiply("down", prefix + "down", cfg.ff, cfg.width)
         if not (remat and self.live):
             return
         unread = {"down": 2 * self.rows * cfg.ff * cfg.width}
@@ -172,13 +169,12 @@ class _Walk:
             rows = cfg.ff if self.is_merged(cfg.ff, cfg.width) else self.rows
             unread["lora"] = 2 * rows * self.trainable.rank * cfg.width
         for name, part in before.items():
-            again = self.tally[name].forward - part.forward - unread.get(name, 0)
-            self.tally[name] += Part(recompute=again)
+            self.tally[name] += Part(recompute=self.tally[name].forward - part.forward - unread.get(name, 0))
 
     def head(self, loss_chunk: int | None) -> None:
         columns = self.cfg.vocab if loss_chunk is None else -(-self.cfg.vocab // loss_chunk) * loss_chunk
-        self.passes("norm")
-        self.multiply("head", self.cfg.width, columns, "embed" if self.cfg.tied else "head")
+        self.live |= "norm" in self.trainable.weights
+        self.multiply("head", "embed" if self.cfg.tied else "head", self.cfg.width, columns)
         if loss_chunk and self.live:
             self.tally["head"] += Part(recompute=self.tally["head"].forward)
 

@@ -10,13 +10,12 @@
 - Bytes are summed as if each operation read its operands from memory anew. A gather counts its whole table.
 """
 
-import dataclasses
+from typing import NamedTuple
 
 import jax
 
 
-@dataclasses.dataclass(frozen=True)
-class XlaCost:
+class XlaCost(NamedTuple):
     """The cost of one call of a program."""
 
     flops: int  # products and elementwise arithmetic

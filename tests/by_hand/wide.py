@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from tiny import T, lively_params, positions_of, tiny_config, tokens_of
 
-from engine.by_hand.tree import to_numpy
+from engine.by_hand.tree import tree_map
 from engine.model.config import ModelConfig, RopeScaling
 from engine.text.batch import Batch
 
@@ -63,7 +63,7 @@ def in_float64(cfg: ModelConfig) -> ModelConfig:
 
 def weights(cfg: ModelConfig, seed: int = 0, dtype: str = "float64") -> Any:
     """Lively weights as NumPy arrays."""
-    return to_numpy(lively_params(cfg, seed), dtype)
+    return tree_map(lambda leaf: np.asarray(leaf, dtype), lively_params(cfg, seed))
 
 
 def assert_trees_close(got: Any, expected: Any, rtol: float) -> None:
