@@ -1,7 +1,7 @@
 """The rows that run forward only: evaluation, prefill, a prompt into a server's slot, and decoding."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -77,13 +77,16 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
     prompt_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache)) // SLOTS * T // S
 
     chunks = len(pieces)
-    prefill_program, cost = compiled(prefill_chunk, (cfg,), params, cache, pieces[0], slot, starts[0], calls=chunks)
+    program, cost = compiled(prefill_chunk, (cfg,), params, cache, pieces[0], slot, starts[0], calls=chunks)
 
-    def compute() -> Any:
-        nonlocal cache
-        for piece, start in zip(pieces, starts):
-            cache = prefill_program(params, cache, piece, slot, start)
-        return cache
+    def in_turn(program: Callable[..., Any], chunks: list[Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            nonlocal cache
+            for chunk, start in zip(chunks, starts):
+                cache = program(cache, chunk, slot, start)
+            return cache
+
+        return run
 
     # A chunk attends to every place of its slot. The last layer ends with its keys and values.
     parts = prefill_flops(cfg, size, attention="full", cached=S - size).parts
@@ -91,23 +94,18 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
     formula = Flops(blocks | {"qkv": parts["qkv"], "head": Part()})
     predicted = inference_memory(cfg, SLOTS, S, tokens=size)
     yield Row(
-        "chunked prefill into a slot", "inference", compute, lambda: params, tokens=T,
+        "chunked prefill into a slot", "inference", in_turn(functools.partial(program, params), pieces), lambda: params,
+        tokens=T,
         formula=formula * chunks, dtype=cfg.dtype, **cost,
         memory={"params": predicted.params, "cache": predicted.cache, "activations": predicted.working // SLOTS},
         traffic=inference_bytes(cfg, 1, S, tokens=size).total * chunks,
     )  # fmt: skip
 
     cached = [read_chunk(cache, slot, start, size) for start in starts]
-    copy_program, cost = compiled(write_chunk, (), cache, cached[0], slot, starts[0], calls=chunks)
-
-    def copy() -> Any:
-        nonlocal cache
-        for chunk, start in zip(cached, starts):
-            cache = copy_program(cache, chunk, slot, start)
-        return cache
+    program, cost = compiled(write_chunk, (), cache, cached[0], slot, starts[0], calls=chunks)
 
     yield Row(
-        "prefix-cache hit", "inference", copy, lambda: params, tokens=T, formula=Flops({}),
+        "prefix-cache hit", "inference", in_turn(program, cached), lambda: params, tokens=T, formula=Flops({}),
         memory={"cache": predicted.cache + prompt_bytes // chunks}, traffic=2 * prompt_bytes, dtype=cfg.dtype, **cost,
     )  # fmt: skip
 

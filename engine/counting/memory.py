@@ -8,6 +8,7 @@ too few to count.
 
 import dataclasses
 import math
+from collections.abc import Collection
 from typing import Literal
 
 from engine.counting.flops import twice_mean_keys
@@ -85,19 +86,14 @@ def training_memory(
     trainable = all_trainable(cfg) if trainable is None else trainable
     shapes, targets = leaf_shapes(cfg), target_shapes(cfg)
     sizes = {path: math.prod(shape) for path, shape in shapes.items()}
-    matrix = [path for path, shape in shapes.items() if len(shape) == 2]
-    multiplies = [path for path in matrix if cfg.tied or path != "embed"]
-    frozen = [path for path in matrix if path not in trainable.weights]
+    matrices = [path for path in trainable.weights if len(shapes[path]) == 2]
     adapters = sum(trainable.rank * sum(targets[path]) for path in trainable.adapted)
-    learning = sum(sizes[path] for path in trainable.weights) + adapters
-    by_muon = adapters + sum(sizes[path] for path in trainable.weights if path.startswith("blocks/") and path in matrix)
+    numbers = sum(sizes[path] for path in trainable.weights) + adapters
+    by_muon = adapters + sum(sizes[path] for path in matrices if path.startswith("blocks/"))
     width, rows = dtype_bytes(cfg), batch * tokens
-    saved = sum(sizes[path] * (FLOAT32 - width) for path in frozen)
-    products = sum(sizes[path] for path in multiplies if path in trainable.weights)
+    products = sum(sizes[path] for path in matrices if cfg.tied or path != "embed")
     wide = 0
     if base == "int8":
-        columns = lambda path: shapes[path][0 if path == "embed" else 1]
-        saved += sum(sizes[path] * (width - 1) - FLOAT32 * columns(path) for path in frozen if path in multiplies)
         wide = (1 + width) * min(COLUMNS, cfg.vocab) * cfg.width  # the head's columns in the compute type
     elif microbatches > 1:
         # LoRA is merged once for all of them (with one, at each product), into matrices smaller than their `rows` of
@@ -111,17 +107,30 @@ def training_memory(
     ]
     remat = cfg.remat == "block"
     return TrainingMemory(
-        params=FLOAT32 * (sum(sizes.values()) + adapters) - saved,
+        params=_param_bytes(cfg, base == "int8", trainable.weights) + FLOAT32 * adapters,
         # AdamW holds two moments a number; Muon, on the matrices of the blocks, one.
-        optimizer=FLOAT32 * (2 * learning - (by_muon if optimizer == "muon" else 0)),
+        optimizer=FLOAT32 * (2 * numbers - (by_muon if optimizer == "muon" else 0)),
         copies=(0 if width == FLOAT32 else width * products) + wide,
-        gradients=FLOAT32 * learning,
+        gradients=FLOAT32 * numbers,
         residuals=len(blocks) * rows * FLOAT32 * cfg.width if remat else sum(blocks),
         block=max(blocks, default=0),
         logits=round(rows * cfg.vocab * (width + FLOAT32) / loss_chunks),
         remat=remat,
-        accumulated=FLOAT32 * learning if microbatches > 1 else 0,
+        accumulated=FLOAT32 * numbers if microbatches > 1 else 0,
     )
+
+
+def _param_bytes(cfg: ModelConfig, int8: bool, trainable: Collection[str] = ()) -> int:
+    """Vectors and what trains in float32; matrices in the compute type, or those that multiply in int8 with scales."""
+    total = 0
+    for path, shape in leaf_shapes(cfg).items():
+        if path in trainable or len(shape) == 1:
+            total += FLOAT32 * math.prod(shape)
+        elif int8 and (cfg.tied or path != "embed"):
+            total += math.prod(shape) + FLOAT32 * shape[0 if path == "embed" else 1]
+        else:
+            total += dtype_bytes(cfg) * math.prod(shape)
+    return total
 
 
 def _trainable_leaves(cfg: ModelConfig, trainable: TrainablePaths, layer: int) -> set[str]:
@@ -158,21 +167,12 @@ def inference_memory(
     Without a cache, as in evaluation, `length` is 0. Matrices are in `cfg.dtype`, or in int8 with a float32 scale a
     column, except an untied lookup table. `every_logit`: logits at each token, not only at a call's last.
     """
-    width = dtype_bytes(cfg)
-    params = 0
-    for path, shape in leaf_shapes(cfg).items():
-        if len(shape) == 1:
-            params += FLOAT32 * shape[0]
-        elif int8 and (cfg.tied or path != "embed"):
-            params += math.prod(shape) + FLOAT32 * (cfg.vocab if path == "embed" else shape[1])
-        else:
-            params += width * math.prod(shape)
-    rows = slots * tokens
+    width, rows = dtype_bytes(cfg), slots * tokens
     # Attention's values and the MLP's take turns; scores are held in float32 and as weights in the compute type.
     attending = cfg.qkv_width * width + cfg.heads * max(length, tokens) * (FLOAT32 + width)
     block = 2 * cfg.width * FLOAT32 + max(attending, 3 * cfg.ff * width)
     return InferenceMemory(
-        params=params,
+        params=_param_bytes(cfg, int8),
         cache=2 * cfg.layers * slots * cfg.kv_heads * length * cfg.head_dim * width,
         working=rows * block,
         logits=FLOAT32 * cfg.vocab * (rows if every_logit else slots),
