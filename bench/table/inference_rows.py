@@ -75,19 +75,18 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
     cache = make_kv_segments(cfg, SLOTS, T, size, "float32" if cfg.dtype == "float32" else "bfloat16")
     S = cache.edges[-1]
     prompt_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache)) // SLOTS * T // S
-
     chunks = len(pieces)
-    program, cost = compiled(prefill_chunk, (cfg,), params, cache, pieces[0], slot, starts[0], calls=chunks)
 
-    def in_turn(program: Callable[..., Any], chunks: list[Any]) -> Callable[[], Any]:
+    def in_turn(program: Callable[..., Any], pieces: list[Any]) -> Callable[[], Any]:
         def run() -> Any:
             nonlocal cache
-            for chunk, start in zip(chunks, starts):
-                cache = program(cache, chunk, slot, start)
+            for piece, start in zip(pieces, starts):
+                cache = program(cache, piece, slot, start)
             return cache
 
         return run
 
+    program, cost = compiled(prefill_chunk, (cfg,), params, cache, pieces[0], slot, starts[0], calls=chunks)
     # A chunk attends to every place of its slot. The last layer ends with its keys and values.
     parts = prefill_flops(cfg, size, attention="full", cached=S - size).parts
     blocks = {name: Part(part.forward // cfg.layers * (cfg.layers - 1)) for name, part in parts.items()}
@@ -95,15 +94,13 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
     predicted = inference_memory(cfg, SLOTS, S, tokens=size)
     yield Row(
         "chunked prefill into a slot", "inference", in_turn(functools.partial(program, params), pieces), lambda: params,
-        tokens=T,
-        formula=formula * chunks, dtype=cfg.dtype, **cost,
+        tokens=T, formula=formula * chunks, dtype=cfg.dtype, **cost,
         memory={"params": predicted.params, "cache": predicted.cache, "activations": predicted.working // SLOTS},
         traffic=inference_bytes(cfg, 1, S, tokens=size).total * chunks,
     )  # fmt: skip
 
     cached = [read_chunk(cache, slot, start, size) for start in starts]
     program, cost = compiled(write_chunk, (), cache, cached[0], slot, starts[0], calls=chunks)
-
     yield Row(
         "prefix-cache hit", "inference", in_turn(program, cached), lambda: params, tokens=T, formula=Flops({}),
         memory={"cache": predicted.cache + prompt_bytes // chunks}, traffic=2 * prompt_bytes, dtype=cfg.dtype, **cost,
@@ -117,9 +114,7 @@ def decode_row(cfg: ModelConfig, params: Any, requests: int, length: int, *, nam
     the config's.
     """
     rows = max(requests, MIN_ROWS)
-    cache = make_cache(cfg, rows, length + STEPS)
-    noise = lambda part: tuple(jax.random.normal(jax.random.key(i), x.shape, x.dtype) for i, x in enumerate(part))
-    cache = KVCache(noise(cache.k), noise(cache.v), jnp.full((rows,), length, jnp.int32))
+    cache = random_cache(cfg, rows, length + STEPS)
     sampling = jax.device_put(sampling_arrays(SamplingParams(temperature=0.0).per_row(rows)))
     x = jax.random.normal(jax.random.key(0), (rows, 1, cfg.width), jnp.dtype(cfg.dtype))
     products = weight_products.lower(cfg, params, x).compile()
@@ -138,6 +133,13 @@ def decode_row(cfg: ModelConfig, params: Any, requests: int, length: int, *, nam
         slots=requests, series=weights and f"{weights} weights", dtype=weights or cfg.dtype,
         products=lambda: products(params, x), **cost, **_predicted(cfg, rows, capacity, calls=STEPS, int8=bool(weights)),
     )  # fmt: skip
+
+
+def random_cache(cfg: ModelConfig, slots: int, capacity: int, seed: int = 0) -> KVCache:
+    """Returns an empty KV cache with random numbers in its places, as other requests leave them."""
+    cache = make_cache(cfg, slots, capacity)
+    random = lambda part: tuple(jax.random.normal(jax.random.key(seed), x.shape, x.dtype) for x in part)
+    return KVCache(random(cache.k), random(cache.v), cache.length)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

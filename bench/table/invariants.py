@@ -8,17 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.table.claims import Invariants
+from bench.table.inference_rows import SLOTS, random_cache
 from engine.inference.decode import CHUNK, decode_step, decode_steps, prefill
 from engine.inference.sampling import sampling_arrays
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.score import score
-from engine.model.cache.contiguous import KVCache, make_cache
 from engine.model.config import ModelConfig
 from engine.model.transformer import forward
 from engine.storage.digest import digest
 from engine.text.batch import Batch
-
-SLOTS = 8
 
 
 def check_invariants(
@@ -53,9 +51,7 @@ def is_batch_invariant(cfg: ModelConfig, params: Any, length: int) -> bool:
 
 def _answer(cfg: ModelConfig, params: Any, tokens: Any, lengths: Any, length: int, slot: int) -> bytes:
     """Returns the bytes of a slot's greedy tokens and of its log-probabilities before and after them."""
-    empty = make_cache(cfg, SLOTS, length)
-    used = lambda part: tuple(jax.random.normal(jax.random.key(slot), x.shape, x.dtype) for x in part)
-    cache = KVCache(used(empty.k), used(empty.v), empty.length)
+    cache = random_cache(cfg, SLOTS, length, slot)
     logits, cache = prefill(cfg, params, jnp.asarray(tokens), jnp.asarray(lengths), cache)
     token = logits.argmax(-1).astype(jnp.int32)
     greedy = sampling_arrays(SamplingParams(temperature=0.0).per_row(SLOTS))

@@ -31,8 +31,8 @@ _CPU_SIDE = 2048  # of the matrices
 _CPU_NUMBERS = 2**26  # float32: 256 MiB, beyond the caches
 _MIN_ROUNDS, _MAX_ROUNDS = 3, 12
 _SECONDS = 2.0  # after which no round begins beyond the fewest
-_DTYPES = {"bf16_gflops": jnp.bfloat16, "f32_gflops": jnp.float32, "int8_gflops": jnp.int8}
-RATES = (*_DTYPES, "read_gbs", "update_gbs")
+_RATE_OF_DTYPE = {"bfloat16": "bf16_gflops", "float32": "f32_gflops", "int8": "int8_gflops"}
+RATES = (*_RATE_OF_DTYPE.values(), "read_gbs", "update_gbs")
 
 clock = time.perf_counter
 
@@ -59,7 +59,7 @@ class Ceilings:
 
     def peak_flops(self, dtype: str) -> float:
         """Returns the FLOP/s of products in `dtype`."""
-        return 1e9 * {"bfloat16": self.bf16_gflops, "float32": self.f32_gflops, "int8": self.int8_gflops}[dtype]
+        return 1e9 * getattr(self, _RATE_OF_DTYPE[dtype])
 
 
 def _identity() -> dict[str, Any]:
@@ -67,13 +67,9 @@ def _identity() -> dict[str, Any]:
     model, flags = processor()
     device = jax.devices()[0]
     return {
-        "processor": model,
-        "flags": hashlib.sha256(flags.encode()).hexdigest(),
-        "cores": cores(),
-        "backend": device.platform,
-        "kind": device.device_kind,
-        "jax": jax.__version__,
-    }
+        "processor": model, "flags": hashlib.sha256(flags.encode()).hexdigest(), "cores": cores(),
+        "backend": device.platform, "kind": device.device_kind, "jax": jax.__version__,
+    }  # fmt: skip
 
 
 def measure_ceilings(report: Callable[[int, int], None] | None = None) -> Ceilings:
@@ -85,8 +81,8 @@ def measure_ceilings(report: Callable[[int, int], None] | None = None) -> Ceilin
     on_cpu = device.platform == "cpu"
     side, numbers = (_CPU_SIDE, _CPU_NUMBERS) if on_cpu else (8192, 2**28)
     calls = 1 if on_cpu else 16  # queued, so that a launch hides behind the call before it
-    programs = {name: _product(side, dtype) for name, dtype in _DTYPES.items()} | _streams(numbers)
-    work = dict.fromkeys(_DTYPES, 2.0 * side**3) | {"read_gbs": 4.0 * numbers, "update_gbs": 8.0 * numbers}
+    programs = {rate: _product(side, dtype) for dtype, rate in _RATE_OF_DTYPE.items()} | _streams(numbers)
+    work = dict.fromkeys(programs, 2.0 * side**3) | {"read_gbs": 4.0 * numbers, "update_gbs": 8.0 * numbers}
     best = {}
     for name, program in programs.items():
         with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -108,14 +104,14 @@ def measure_ceilings(report: Callable[[int, int], None] | None = None) -> Ceilin
     return Ceilings(device_name(), device.platform, cores(), jax.__version__, **rates)
 
 
-def _product(side: int, dtype: Any) -> Callable[[], Any]:
+def _product(side: int, dtype: str) -> Callable[[], Any]:
     # Random numbers, repeated to size: a chip that saves power on zeros or ones must not look faster.
     tile = np.random.default_rng(0).standard_normal((512, 512))
-    if dtype == jnp.int8:
+    if dtype == "int8":
         tile = (32 * tile).clip(-127, 126)
     left = jnp.asarray(np.tile(tile, (side // 512, side // 512)), dtype)
     right = left + jnp.ones((), dtype)
-    result = jnp.int32 if dtype == jnp.int8 else dtype
+    result = "int32" if dtype == "int8" else dtype
     return functools.partial(jax.jit(functools.partial(jnp.dot, preferred_element_type=result)), left, right)
 
 
