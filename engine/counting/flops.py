@@ -33,12 +33,8 @@ class Part:
     dw: int = 0
 
     @property
-    def backward(self) -> int:
-        return self.recompute + self.dx + self.dw
-
-    @property
     def total(self) -> int:
-        return self.forward + self.backward
+        return sum(dataclasses.astuple(self))
 
     def __add__(self, other: "Part") -> "Part":
         return Part(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
@@ -69,16 +65,9 @@ class Flops:
 
 
 def train_flops(
-    cfg: ModelConfig,
-    tokens: int,
-    *,
-    attention: Attention,
-    rows: int = 1,
-    trainable: TrainablePaths | None = None,
-    remat: Literal["none", "block", "full"] | None = None,
-    loss_chunk: int | None = None,
-    as_run: bool = False,
-) -> Flops:
+    cfg: ModelConfig, tokens: int, *, attention: Attention, rows: int = 1, trainable: TrainablePaths | None = None,
+    remat: Literal["none", "block", "full"] | None = None, loss_chunk: int | None = None, as_run: bool = False,
+) -> Flops:  # fmt: skip
     """Operations of a training step **per token** (or for `rows` tokens) of sequences of `tokens`.
 
     By default everything trains and `remat` is the config's: `block` repeats the forward pass of each block that has a

@@ -68,16 +68,10 @@ class InferenceMemory:
 
 
 def training_memory(
-    cfg: ModelConfig,
-    batch: int,
-    tokens: int,
-    *,
-    optimizer: Literal["adamw", "muon"] = "adamw",
-    trainable: TrainablePaths | None = None,
-    loss_chunks: int = 1,
-    microbatches: int = 1,
+    cfg: ModelConfig, batch: int, tokens: int, *, optimizer: Literal["adamw", "muon"] = "adamw",
+    trainable: TrainablePaths | None = None, loss_chunks: int = 1, microbatches: int = 1,
     base: Literal["float", "int8"] = "float",
-) -> TrainingMemory:
+) -> TrainingMemory:  # fmt: skip
     """Predicts the bytes of a step on `batch` sequences (of each microbatch) of `tokens`, with the CPU's attention.
 
     `loss_chunks`: the parts in which the logits are computed. `base`: the type of frozen matrices that multiply; `int8`

@@ -139,10 +139,9 @@ def test_forward_formula_equals_the_products_of_the_plain_model():
 
 
 @given(configs(), st.integers(1, 50), st.sampled_from(["causal", "full"]))
-def test_forward_is_a_third_of_training_and_half_of_backward(cfg, tokens, attention):
+def test_forward_is_a_third_of_training(cfg, tokens, attention):
     work = train_flops(cfg, tokens, attention=attention)
     assert 3 * work.whole.forward == work.total
-    assert 2 * work.whole.forward == work.whole.backward
     assert work.whole.forward == forward_flops(cfg, tokens, attention=attention).total
     for name in (*MATRICES, "head"):
         assert work.parts[name].forward == work.parts[name].dx == work.parts[name].dw
@@ -189,7 +188,7 @@ def test_what_freezing_saves(cfg, tokens, data):
 
     below = train_flops(cfg, tokens, attention="full", trainable=bottom_frozen(cfg, frozen))
     head_backward = head if cfg.tied else 2 * head
-    assert below.whole.backward == upper * (2 * blocks + 2 * attention) + head_backward
+    assert below.total - below.whole.forward == upper * (2 * blocks + 2 * attention) + head_backward
     assert below.whole.forward == full.whole.forward == cfg.layers * (blocks + attention) + head
 
     above = train_flops(cfg, tokens, attention="full", trainable=top_frozen(cfg, frozen))
@@ -231,7 +230,7 @@ def test_reading_a_prompt_is_decoding_its_tokens_with_one_head(cfg, tokens, cach
     decoded = decode_flops(cfg, cached + tokens)
     head = decoded.parts["head"].forward
     assert read.total == tokens * (decoded.total - head) + head
-    assert read.whole.backward == 0
+    assert read.total == read.whole.forward
     one_block = prefill_flops(cfg, tokens, attention="causal")
     assert 2 * one_block.parts["attention"].forward == prefill_flops(cfg, tokens, attention="full").parts["attention"].forward
 
