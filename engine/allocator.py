@@ -17,9 +17,9 @@ _ALIGNED = 64  # bytes, as XLA asks for its buffers
 def keep_freed_memory(one_arena: bool = True) -> bool:
     """Tells glibc to keep freed memory. Call it before JAX starts its threads. Returns False where it is not glibc.
 
-    `one_arena`: all threads share one heap, so that a step's large buffers are reused whichever thread asks. Serving has
-    many small buffers instead, over which threads would wait for one another: with glibc's own arenas it decodes a fifth
-    faster and loads compiled programs in half the time.
+    `one_arena`: all threads share one heap, so that any thread reuses a step's large buffers. Serving has many small
+    buffers: with glibc's own arenas threads do not wait for one another, it decodes a fifth faster and loads compiled
+    programs in half the time.
     """
     mallopt = _glibc("mallopt")
     if mallopt is None:

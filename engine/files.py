@@ -26,9 +26,9 @@ def cache_folder(*parts: str) -> Path:
     return folder
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes a rename inside `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: str | Path) -> None:
+    """Writes a file, or a folder's renames, to the disk, so that they survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -37,7 +37,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Opens a binary file that appears at `path`, complete and on disk, when the block ends; after an error nothing changed."""
+    """Opens a binary file that appears at `path`, complete and on disk, when the block ends; after an error, nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
@@ -52,7 +52,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -63,10 +63,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         yield building
         for root, _, names in os.walk(building):
-            for name in names:
-                with open(os.path.join(root, name), "rb") as file:
-                    os.fsync(file.fileno())
-            sync_folder(Path(root))
+            for name in (*names, ""):  # the last is the folder itself
+                sync(os.path.join(root, name))
         os.chmod(building, 0o755)
         if replaced := path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
@@ -77,14 +75,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 @contextlib.contextmanager
 def folder_lock(folder: Path, wait: bool = True) -> Iterator[None]:
-    """Holds the lock of a folder until the block or the process ends; does nothing on a file system without locks.
+    """Locks a folder until the block or the process ends, where the file system has locks.
 
-    Raises BlockingIOError when another process holds it and `wait` is False.
+    Raises BlockingIOError when another process holds the lock and `wait` is False.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:

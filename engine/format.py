@@ -57,7 +57,7 @@ def number(value: Any) -> float | None:
 
 
 def positive(value: Any) -> float | None:
-    """Returns the value as a finite float above zero, as a bar or a logarithmic axis needs it, or None."""
+    """Returns the value as a finite float above zero, for a bar or a logarithmic axis, or None."""
     return finite if (finite := number(value)) is not None and finite > 0 else None
 
 
@@ -114,7 +114,7 @@ def significant(value: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """Formats all numbers of a column over one power of ten and with the same decimals, so that they compare by eye."""
+    """Formats a column's numbers over one power of ten and with the same decimals, so that they compare by eye."""
 
     power: int
     decimals: int

@@ -146,8 +146,8 @@ def random_cache(cfg: ModelConfig, slots: int, capacity: int, seed: int = 0) -> 
 def weight_products(cfg: ModelConfig, params: Params, x: Array) -> Array:
     """Multiplies x (B, 1, D) by every matrix of the model in turn, STEPS times: decoding without cache, attention, sampling.
 
-    Products of few rows run far below what square ones reach; how far depends on the weights' shapes and type. So their
-    time is measured: the rest of a decoding step goes to its caches and to all between products.
+    Products of few rows run far below what square ones reach, depending on the weights' shapes and type, so their share of
+    a decoding step is measured.
     """
     dtype = jnp.dtype(cfg.dtype)
 

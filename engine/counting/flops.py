@@ -3,9 +3,8 @@
 - A multiply and its add are 2 operations. Only matrix products count: norms, RoPE, softmax, activations and the optimizer
   are a few percent, which `walk.py` counts in the program.
 - The embedding lookup costs 0, the unembedding 2 V D, whether or not the two share a table.
-- Attention is `full` (each query meets all T keys, as in a plain einsum and in "12 L D T"), `causal` (half of that), or
-  the size of the query blocks of `model/backward.py`, each against the keys up to its own end (full where the size does
-  not divide T).
+- Attention is `full` (each query meets all T keys, as in "12 L D T"), `causal` (half of that), or the size of the query
+  blocks of `model/backward.py`, each against the keys up to its own end (full where the size does not divide T).
 - Backward is what reverse-mode differentiation needs: dW = xᵀ g where the weight trains, dX = g Wᵀ above the lowest
   parameter that trains. "6 N" is the case where all train (Kaplan et al., 2001.08361, section 2.1).
 """
@@ -75,10 +74,10 @@ def train_flops(
     trains. `loss_chunk`: the columns of the logits that exist at once; each chunk is computed again going back, the last
     one padded.
 
-    `as_run` counts what this engine's program does. It merges a LoRA pair into its base, at R operations a weight and none
-    a row, where the base is smaller than its inputs and outputs (`model/weights/lora_matmul.py`); else the pair is
-    multiplied beside its base. With `cfg.scan` one program runs for all blocks, so frozen blocks save nothing. Raises
-    UserError when a path of `trainable` is not in the model.
+    `as_run` counts this engine's program, which merges a LoRA pair into a base smaller than its inputs and outputs, at R
+    operations a weight and none a row (`model/weights/lora_matmul.py`), in place of multiplying beside it; and with
+    `cfg.scan` runs one program for all blocks, so that frozen ones save nothing. Raises UserError when a path of
+    `trainable` is not in the model.
     """
     trainable = all_trainable(cfg) if trainable is None else trainable
     for paths, known in ((trainable.weights, leaf_shapes(cfg)), (trainable.adapted, target_shapes(cfg))):

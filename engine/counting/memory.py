@@ -156,10 +156,10 @@ def _residual_bytes(cfg: ModelConfig, tokens: int, trainable: set[str]) -> int:
 def inference_memory(
     cfg: ModelConfig, slots: int, length: int, *, tokens: int = 1, int8: bool = False, every_logit: bool = False
 ) -> InferenceMemory:
-    """Predicts the bytes of a call on `tokens` of each of `slots` requests, with a KV cache of `length` places each.
+    """Predicts the bytes of a call on `tokens` of each of `slots` requests, with a KV cache of `length` places (0: none).
 
-    Without a cache, as in evaluation, `length` is 0. Matrices are in `cfg.dtype`, or in int8 with a float32 scale a
-    column, except an untied lookup table. `every_logit`: logits at each token, not only at a call's last.
+    Matrices are in `cfg.dtype`, or in int8 with a float32 scale a column, except an untied lookup table. `every_logit`:
+    logits at each token, not only at a call's last.
     """
     width, rows = dtype_bytes(cfg), slots * tokens
     # Attention's values and the MLP's take turns; scores are held in float32 and as weights in the compute type.

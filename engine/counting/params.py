@@ -1,7 +1,7 @@
 """Parameter shapes and counts of a model, from its config alone."""
 
-import dataclasses
 import math
+from typing import NamedTuple
 
 from engine.model.config import ModelConfig
 
@@ -25,39 +25,14 @@ def leaf_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-@dataclasses.dataclass(frozen=True)
-class ParamCount:
-    """Parameters of a model by component, over all layers."""
+class ParamCount(NamedTuple):
+    """Parameters of a model: all, and those that multiply each token."""
 
-    embed: int
-    qkv: int
-    out: int
-    gate_up: int
-    down: int
-    head: int  # 0 when tied
-    norms: int
-    biases: int
-    tied: bool
-
-    @property
-    def total(self) -> int:
-        return self.matmul + self.norms + self.biases + (0 if self.tied else self.embed)
-
-    @property
-    def blocks(self) -> int:
-        """Parameters in the matrices of all blocks."""
-        return self.qkv + self.out + self.gate_up + self.down
-
-    @property
-    def matmul(self) -> int:
-        """The N of "6 N": the block matrices and the unembedding, which is the table of a tied model."""
-        return self.blocks + (self.embed if self.tied else self.head)
+    total: int
+    matmul: int  # the N of "6 N": block matrices and the unembedding, which is the table of a tied model
 
 
 def count_params(cfg: ModelConfig) -> ParamCount:
-    sizes = dict.fromkeys(("embed", *MATRICES, "head", "norms", "biases"), 0)
-    for path, shape in leaf_shapes(cfg).items():
-        name = path.rpartition("/")[2]
-        kind = name if name in sizes else "biases" if name.endswith("bias") else "norms"
-        sizes[kind] += math.prod(shape)
-    return ParamCount(**sizes, tied=cfg.tied)
+    shapes = leaf_shapes(cfg)
+    matmul = [shape for path, shape in shapes.items() if len(shape) == 2 and (cfg.tied or path != "embed")]
+    return ParamCount(sum(map(math.prod, shapes.values())), sum(map(math.prod, matmul)))

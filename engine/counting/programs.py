@@ -1,8 +1,8 @@
-"""FLOPs of this engine's own programs, of a whole call: exactly what `walk.py` must count in them.
+"""FLOPs of a call of this engine's programs on JAX's backend: exactly what `walk.py` must count in them.
 
-`flops.py` says what a model needs; a program may do more. On a CPU this engine pads a product with one row to two
-(`model/weights/matmul.py`, `model/backward.py`) and computes causal attention in blocks; on any backend it merges LoRA
-into the base for many rows and attends to a whole cache, masked or not. The backend is the one JAX computes on.
+A program may do more than its model needs (`flops.py`). On a CPU it pads a product with one row to two
+(`model/weights/matmul.py`, `model/backward.py`) and computes causal attention in blocks; on any backend it merges LoRA into
+the base for many rows and attends to a whole cache, masked or not.
 """
 
 from collections.abc import Collection

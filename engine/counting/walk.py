@@ -1,7 +1,7 @@
 """Counts the operations of a program by walking its jaxpr, without the equations that no result needs.
 
-The function is traced on shapes: nothing is allocated, compiled or run. The trace is the program that JAX gives to the
-compiler, after differentiation, so frozen weights, LoRA and remat show up by themselves.
+Nothing is allocated, compiled or run. The jaxpr is the program that JAX gives to the compiler, after differentiation, so
+frozen weights, LoRA and remat show up by themselves.
 
 - Matrix products (`dot_general`, `ragged_dot_general`, convolutions) count 2 for each multiply and add.
 - Other arithmetic counts as in XLA's cost analysis: one operation for each number of an elementwise result (comparisons,
@@ -9,7 +9,7 @@ compiler, after differentiation, so frozen weights, LoRA and remat show up by th
   functions count apart, one each, for how many operations they are depends on the chip.
 - A scan is its body times its length, a `cond` its most expensive branch. A `while`, whose trips are unknown, and a
   kernel, whose work is hidden, are refused: a silent 0 would be believed.
-- A product with one row counts as the program computes it: on a CPU, twice (`model/weights/matmul.py` pads it).
+- A product with one row counts twice on a CPU, as it is computed (`model/weights/matmul.py` pads it).
 """
 
 import dataclasses
