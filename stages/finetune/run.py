@@ -24,13 +24,12 @@ from stages.finetune.flags import FinetuneFlags
 from stages.runs.conversation_data import prepare_conversations
 from stages.runs.estimate import (
     RunPlan,
-    ceiling,
     cost_relative_to_full,
     measured_ceilings,
     memory_estimate,
     require_step_memory,
     share_of,
-)  # fmt: skip
+)
 from stages.runs.folder import default_folder
 from stages.runs.loop import Loop, LoopState, RunOptions
 from stages.runs.model_stage import ModelStage
@@ -106,7 +105,7 @@ class FineTuning(ModelStage):
             "objective": tuning.objective,
             "text": {"data": examples.data, "validation": examples.validation, "digest": self.dataset.digest},
         }
-        self.top = ceiling(self.plan.cfg, measured_ceilings(console))
+        self.top = measured_ceilings(console).peak_flops(self.plan.cfg.dtype)
 
     def plan_rows(self) -> list[tuple[str, str]]:
         plan, recipe, dataset = self.plan, self.plan.recipe, self.dataset

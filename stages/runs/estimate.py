@@ -93,11 +93,6 @@ def share_of(parts: int, steps: int | None, seconds: float | None) -> int | floa
     return seconds / parts if seconds else max(1, (steps or parts) // parts)
 
 
-def ceiling(cfg: ModelConfig, best: Ceilings) -> float:
-    """Returns the FLOP/s of the machine's best matrix product in the model's compute type."""
-    return 1e9 * (best.bf16_gflops if cfg.dtype == "bfloat16" else best.f32_gflops)
-
-
 def measured_ceilings(console: Console, again: bool = False) -> Ceilings:
     """Returns this machine's ceilings, the best ever measured here: from the user's cache, or measured when it has none.
 

@@ -13,7 +13,7 @@ from engine.model.config import preset
 from engine.text.batches import TextBatches
 from engine.training.step import TrainState
 from stages.cli.console import Console
-from stages.runs.estimate import RunPlan, ceiling, measured_ceilings, memory_estimate
+from stages.runs.estimate import RunPlan, measured_ceilings, memory_estimate
 from stages.runs.folder import default_folder
 from stages.runs.loop import Loop, LoopState, RunOptions
 from stages.runs.recipes import Recipe, recipe
@@ -96,7 +96,7 @@ class Training(Stage):
 
     def plan_rows(self) -> list[tuple[str, str]]:
         plan, data, cfg, recipe, implementation = self.plan, self.data, self.plan.cfg, self.plan.recipe, self.implementation
-        params, top = count_params(cfg), ceiling(cfg, self.ceilings)
+        params, top = count_params(cfg), self.ceilings.peak_flops(cfg.dtype)
         seconds = plan.step_flops / (implementation.expected * top) + implementation.overhead(self.ceilings)
         steps, long = plan.predict(seconds)
         epochs = steps * plan.step_tokens / (len(data.train.tokens) - 1)
@@ -128,7 +128,7 @@ class Training(Stage):
         cfg, data, implementation = self.plan.cfg, self.data, self.implementation
         program = implementation.make_program(state, self.batches.at(0), self.console)
         evaluator = quick_evaluator(cfg, data.validation, data.tokenizer, implementation.nats)
-        top, advice = ceiling(cfg, self.ceilings), implementation.advice
+        top, advice = self.ceilings.peak_flops(cfg.dtype), implementation.advice
         return TrainingSteps(program, self.batches, evaluator, self.plan, loop_state.step, top, advice)
 
     def report(self, state: TrainState, loop: Loop, before: Any) -> RunReport:
@@ -143,7 +143,7 @@ class Training(Stage):
         with whole_file(folder / "samples" / f"{step}.txt") as file:
             file.write(text.encode())
         # Measuring takes seconds: a run that is hardly longer itself takes the ceilings as they are.
-        top = ceiling(cfg, measured_ceilings(self.console, again=seconds >= LONG_RUN))
+        top = measured_ceilings(self.console, again=seconds >= LONG_RUN).peak_flops(cfg.dtype)
         result = {
             "val_bits_per_byte": bits_per_byte(nats, data.validation.bytes), "train_seconds": seconds,
             "first_step_seconds": loop_state.first_step_seconds, "tokens_per_second": step * plan.step_tokens / seconds,
