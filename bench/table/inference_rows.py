@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bench.table.row import Row, compiled
+from bench.table.row import Row, compile_program
 from engine.counting.flops import Flops, Part, prefill_flops
 from engine.counting.memory import inference_memory
 from engine.counting.programs import decode_program, prefill_program, score_program
@@ -35,7 +35,7 @@ SLOTS = 8  # of the server
 def evaluation_row(cfg: ModelConfig, params: Any, batch: Batch) -> Row:
     """Returns the row that scores a batch: the forward pass to which all ratios are."""
     B, T = batch.tokens.shape
-    program, cost = compiled(score, (cfg,), params, batch)
+    program, cost = compile_program(score, (cfg,), params, batch)
     return Row(
         "evaluation forward", "inference", lambda: program(params, batch), lambda: params, tokens=B * T,
         formula=score_program(cfg, B, T), dtype=cfg.dtype, **cost, **_predicted(cfg, B, 0, tokens=T, every_logit=True),
@@ -48,7 +48,7 @@ def prefill_row(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Row:
     T -= T % CHUNK
     pieces = [jnp.asarray(tokens[:, start : start + CHUNK]) for start in range(0, T, CHUNK)]
     lengths, cache, chunks = jnp.full((B,), CHUNK, jnp.int32), make_cache(cfg, B, T), len(pieces)
-    program, cost = compiled(prefill, (cfg,), params, pieces[0], lengths, cache, calls=chunks)
+    program, cost = compile_program(prefill, (cfg,), params, pieces[0], lengths, cache, calls=chunks)
 
     def run() -> Any:
         nonlocal cache
@@ -86,7 +86,7 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
 
         return run
 
-    program, cost = compiled(prefill_chunk, (cfg,), params, cache, pieces[0], slot, starts[0], calls=chunks)
+    program, cost = compile_program(prefill_chunk, (cfg,), params, cache, pieces[0], slot, starts[0], calls=chunks)
     # A chunk attends to every place of its slot. The last layer ends with its keys and values.
     parts = prefill_flops(cfg, size, attention="full", cached=S - size).parts
     blocks = {name: Part(part.forward // cfg.layers * (cfg.layers - 1)) for name, part in parts.items()}
@@ -100,7 +100,7 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
     )  # fmt: skip
 
     cached = [read_chunk(cache, slot, start, size) for start in starts]
-    program, cost = compiled(write_chunk, (), cache, cached[0], slot, starts[0], calls=chunks)
+    program, cost = compile_program(write_chunk, (), cache, cached[0], slot, starts[0], calls=chunks)
     yield Row(
         "prefix-cache hit", "inference", in_turn(program, cached), lambda: params, tokens=T, formula=Flops({}),
         memory={"cache": predicted.cache + prompt_bytes // chunks}, traffic=2 * prompt_bytes, dtype=cfg.dtype, **cost,
@@ -119,7 +119,7 @@ def decode_row(cfg: ModelConfig, params: Any, requests: int, length: int, *, nam
     x = jax.random.normal(jax.random.key(0), (rows, 1, cfg.width), jnp.dtype(cfg.dtype))
     products = weight_products.lower(cfg, params, x).compile()
     token, capacity = jnp.zeros((rows,), jnp.int32), cache.k[0].shape[2]
-    program, cost = compiled(decode_steps, (cfg,), params, token, cache, sampling, steps=STEPS)
+    program, cost = compile_program(decode_steps, (cfg,), params, token, cache, sampling, steps=STEPS)
 
     def run() -> Any:
         nonlocal cache

@@ -40,7 +40,7 @@ class Row:
         return "MBU" if self.stage == "decode" or not self.formula.total else "MFU"
 
 
-def compiled(
+def compile_program(
     function: Any, static: tuple[Any, ...], *args: Any, calls: int = 1, steps: int = 1, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
     """Compiles a jitted function for its arguments; returns the program, and the cost of so many calls as fields of a Row.

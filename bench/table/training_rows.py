@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bench.table.row import Row, compiled
+from bench.table.row import Row, compile_program
 from engine.counting.memory import training_memory
 from engine.counting.programs import gradient_program
 from engine.counting.traffic import train_bytes
@@ -77,7 +77,7 @@ def training_row(cfg: ModelConfig, params: Any, kind: TrainingKind, batch: Batch
         data = pairs._replace(reference=margins(cfg, frozen, pairs))
     state = init_state(tx, trainable)
     progress = jnp.float32(0.5)
-    program, cost = compiled(train_step, (cfg, tx), state, frozen, data, progress, objective=objective)
+    program, cost = compile_program(train_step, (cfg, tx), state, frozen, data, progress, objective=objective)
     walker = count(functools.partial(loss_and_gradient, cfg, objective=objective), trainable, frozen, data)
     update = cost["walker"].elementwise - walker.elementwise
     chunked = 4 * B * T * cfg.vocab > LOGITS_LIMIT
