@@ -39,10 +39,9 @@ def _counted(row: dict[str, Any]) -> list[str]:
 
 def _measured(row: dict[str, Any]) -> list[str]:
     ratio = times(row["time_ratio_to_forward"]) if row["time_ratio_to_forward"] is not None else "noisy"
-    share = row["utilisation"]
     return [
         row["name"], f"{si(row['seconds_per_token'], 's')} ±{row['spread'] / row['seconds_per_token']:.0%}", ratio,
         times(row["flop_ratio_to_forward"]), si(row["peak_bytes"], "B"), si(row["predicted_peak_bytes"], "B"),
-        si(row["bytes_per_token"], "B"), "-" if share is None else f"{percent(share)} {row['utilisation_of']}",
+        si(row["bytes_per_token"], "B"), f"{percent(row['utilisation'])} {row['utilisation_of']}",
         money(row["usd_per_million_tokens"]),
     ]  # fmt: skip

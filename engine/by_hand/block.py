@@ -67,7 +67,7 @@ class SwigluResiduals(NamedTuple):
 
 def attention(cfg: ModelConfig, w: Weights, x: ndarray, place: Place) -> ndarray:
     """x (B, T, D) -> (B, T, D)."""
-    q, k, v = _rotate(cfg, w, split_heads(cfg, _qkv(cfg, w, rms_norm(x, w["attn_norm"], cfg.eps))), place)
+    q, k, v = _rotate(cfg, w, _project_heads(cfg, w, rms_norm(x, w["attn_norm"], cfg.eps)), place)
     mixed = mix(attention_weights(q, k, place.mask), v)
     return x + project(join_heads(by_token(mixed, x.shape[1])), w["out"])
 
@@ -75,7 +75,7 @@ def attention(cfg: ModelConfig, w: Weights, x: ndarray, place: Place) -> ndarray
 def attention_with_residuals(cfg: ModelConfig, w: Weights, x: ndarray, place: Place) -> tuple[ndarray, AttentionResiduals]:
     """Returns the same, and what `attention_backward` needs."""
     h = rms_norm(x, w["attn_norm"], cfg.eps)
-    raw = split_heads(cfg, _qkv(cfg, w, h))
+    raw = _project_heads(cfg, w, h)
     q, k, v = _rotate(cfg, w, raw, place)
     weights = attention_weights(q, k, place.mask)
     mixed = join_heads(by_token(mix(weights, v), x.shape[1]))
@@ -129,20 +129,17 @@ def feed_forward_backward(cfg: ModelConfig, w: Weights, residuals: SwigluResidua
     return dy + dx, d
 
 
-def split_heads(cfg: ModelConfig, qkv: ndarray) -> list[ndarray]:
-    """qkv (B, T, (N + 2K) H) -> q (B, T, N, H), k and v (B, T, K, H)."""
-    heads = qkv.reshape(*qkv.shape[:2], -1, cfg.head_dim)
-    return np.split(heads, [cfg.heads, cfg.heads + cfg.kv_heads], axis=2)
-
-
 def join_heads(heads: ndarray) -> ndarray:
     """(B, T, heads, H) -> (B, T, heads H)."""
     return heads.reshape(*heads.shape[:2], -1)
 
 
-def _qkv(cfg: ModelConfig, w: Weights, h: ndarray) -> ndarray:
+def _project_heads(cfg: ModelConfig, w: Weights, h: ndarray) -> list[ndarray]:
+    """h (B, T, D) -> q (B, T, N, H), k and v (B, T, K, H)."""
     qkv = project(h, w["qkv"])
-    return qkv + w["qkv_bias"] if cfg.qkv_bias else qkv
+    if cfg.qkv_bias:
+        qkv = qkv + w["qkv_bias"]
+    return np.split(qkv.reshape(*qkv.shape[:2], -1, cfg.head_dim), [cfg.heads, cfg.heads + cfg.kv_heads], axis=2)
 
 
 def _rotate(cfg: ModelConfig, w: Weights, heads: list[ndarray], place: Place) -> list[ndarray]:
