@@ -34,8 +34,8 @@ class Device:
 def start_jax(choice: str = "auto", *, decodes: bool = False) -> Device:
     """Imports and starts JAX on the wanted device. Raises UserError when `choice` names one that is not there.
 
-    `decodes`: for many small steps rather than large ones, see `keep_freed_memory`. Compiled programs are cached in the
-    user's cache folder (or where JAX_COMPILATION_CACHE_DIR says), so that a second start compiles nothing.
+    `decodes`: for many small steps, see `keep_freed_memory`. Compiled programs are cached in the user's cache folder (or
+    where JAX_COMPILATION_CACHE_DIR says), so that a second start compiles nothing.
     """
     keep_freed_memory(one_arena=not decodes)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's remarks; what fails also raises
@@ -50,7 +50,7 @@ def start_jax(choice: str = "auto", *, decodes: bool = False) -> Device:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    # A cache that cannot be written, or an entry that cannot be read, costs a compilation and no more.
+    # An entry that cannot be written or read costs only a compilation.
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
     try:
         backend = jax.default_backend()

@@ -17,7 +17,7 @@ class InvalidField(UserError):
 
 
 def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
-    """Returns ` Did you mean 'demo'?`, with the closest of the known names, to end an error with; or an empty string."""
+    """Returns ` Did you mean 'demo'?`, with the closest of the known names, or an empty string."""
     import difflib
 
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)

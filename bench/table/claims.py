@@ -1,7 +1,6 @@
 """Decides the usual claims about training and inference by the numbers of a run; their words are in claims.toml.
 
-A verdict begins with true, false or partly, or is open where noise hides the time it needs. Another machine may give
-another one.
+A verdict begins with true, false or partly, or is open where noise hides a time. It may differ on another machine.
 """
 
 import contextlib
@@ -45,7 +44,7 @@ class Evidence:
     invariants: Invariants
     params: int
     price: float  # dollars an hour
-    uncached: tuple[float, int]  # seconds of the next token, and the tokens before it, computed again without a cache
+    uncached: tuple[float, int]  # seconds of a token without a KV cache, and the tokens before it
     weight_bytes: int  # of one weight in the plain rows
 
     def row(self, start: str) -> dict[str, Any]:

@@ -65,8 +65,10 @@ def prefill_row(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Row:
 
 
 def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[Row]:
-    """Yields the rows of a prompt, tokens (T,) int32 with T a multiple of 64, in one of a server's SLOTS: prefilled, and
-    copied from the prefix cache."""
+    """Yields the rows that prefill a prompt into one of a server's SLOTS, and copy it there from the prefix cache.
+
+    tokens (T,) int32, T a multiple of 64.
+    """
     (T,) = tokens.shape
     size = SLOT_CHUNK if T % SLOT_CHUNK == 0 else 64
     starts = [np.int32(start) for start in range(0, T, size)]
@@ -110,8 +112,7 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
 def decode_row(cfg: ModelConfig, params: Any, requests: int, length: int, *, name: str, weights: str | None) -> Row:
     """Returns the row that decodes STEPS tokens greedily for each of `requests`, behind `length` cached tokens.
 
-    A lone request runs in a program of two rows, as in serving. `weights`: the type of matrices, such as "int8", by default
-    the config's.
+    A lone request runs in a program of two rows, as in serving. `weights`: the type of matrices if not the config's.
     """
     rows = max(requests, MIN_ROWS)
     cache = random_cache(cfg, rows, length + STEPS)

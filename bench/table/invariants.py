@@ -35,8 +35,7 @@ def model_state(cfg: ModelConfig, params: Any, batch: Batch) -> tuple[str, str]:
 
 
 def is_batch_invariant(cfg: ModelConfig, params: Any, length: int) -> bool:
-    """Whether a prompt's log-probabilities and greedy tokens are the same bits in each of SLOTS slots, alone and beside
-    other requests, in used caches of `length` places."""
+    """Whether a prompt gives the same bits of log-probabilities and greedy tokens in every slot, alone and beside others."""
     rng = np.random.default_rng(0)
     prompt = rng.integers(0, cfg.vocab, CHUNK - 5, dtype=np.int32)
     answers = set()
@@ -50,7 +49,7 @@ def is_batch_invariant(cfg: ModelConfig, params: Any, length: int) -> bool:
 
 
 def _answer(cfg: ModelConfig, params: Any, tokens: Any, lengths: Any, length: int, slot: int) -> bytes:
-    """Returns the bytes of a slot's greedy tokens and of its log-probabilities before and after them."""
+    """Returns a slot's greedy tokens and its log-probabilities before and after them, as bytes."""
     cache = random_cache(cfg, SLOTS, length, slot)
     logits, cache = prefill(cfg, params, jnp.asarray(tokens), jnp.asarray(lengths), cache)
     token = logits.argmax(-1).astype(jnp.int32)

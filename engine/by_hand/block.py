@@ -1,8 +1,7 @@
 """A block's two halves, each three times: forward alone, forward with residuals, backward.
 
-Both forwards compute the same bits. Forward alone, which is all that inference runs, frees every intermediate as soon as
-the next line has read it. In training each half of each block keeps one of the tuples below for the backward pass, which
-starts at the last block.
+Both forwards compute the same bits. Forward alone, all that inference runs, frees every intermediate as soon as the next
+line has read it. In training each half keeps one of the tuples below for the backward pass, which starts at the last block.
 
 A half adds to the stream it reads, y = x + f(x), so backward adds too: dx = dy + (what comes back through f).
 """

@@ -41,10 +41,9 @@ clock = time.perf_counter
 class Ceilings:
     """The best rates seen on this machine.
 
-    Products are n x n x n, n = 2048 on a CPU, 8192 on an accelerator; `f32` is float32 at JAX's default precision (TF32 on
-    recent GPUs), `int8` is int8 x int8 -> int32. `read_gbs` sums a large array, as decoding reads each weight once;
-    `update_gbs` scales it in place, counting read and write, as an optimizer does. G is 10^9. A rate is 0 where the
-    backend refuses the operation.
+    Products are n x n x n, n = 2048 on a CPU, 8192 on an accelerator; `f32` at JAX's default precision (TF32 on recent
+    GPUs), `int8` with int32 results. `read_gbs` sums a large array, as decoding reads weights; `update_gbs` scales it in
+    place, as an optimizer does, counting read and write. G is 10^9. A rate is 0 where the backend refuses the operation.
     """
 
     device: str
@@ -135,10 +134,9 @@ def best_ceilings(first: Ceilings, second: Ceilings) -> Ceilings:
 
 
 def ceilings(refresh: bool = False, report: Callable[[int, int], None] | None = None) -> Ceilings:
-    """Returns this machine's ceilings from the user's cache, or measures and caches them.
+    """Returns this machine's ceilings from the user's cache, or measures and caches them where it is absent or damaged.
 
-    `refresh` measures them in any case and keeps the better of each, so a noisy moment lowers none. A damaged cache counts
-    as none.
+    `refresh` measures them in any case and keeps the better of each, so a noisy moment lowers none.
     """
     identity = _identity()
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16] + ".json"
@@ -195,10 +193,7 @@ def memory_limit_bytes(root: Path = Path("/")) -> int:
 
 
 def check_host_memory(what: str, wanted: int, detail: str = "", remedy: str = "") -> None:
-    """Raises UserError when `what` (plural) takes more bytes than this process may use, before the kernel kills it.
-
-    `detail` is put behind the size, `remedy` says what to do.
-    """
+    """Raises UserError, ending in `remedy`, when `what` (plural) takes more bytes than this process may use."""
     limit = memory_limit_bytes()
     if wanted > limit:
         parts = (what, "take", size(wanted), detail)

@@ -44,8 +44,8 @@ class TrainingMemory:
 
     @property
     def update(self) -> int:
-        """The peak of the update beside weights and optimizer: gradients, updates, and the optimizer's next state (the old
-        one is needed until the step has proved finite)."""
+        """The peak of the update beside weights and optimizer: gradients, updates, and the optimizer's next state beside
+        the old one, until the step has proved finite."""
         return 2 * self.gradients + self.optimizer
 
     @property
@@ -74,8 +74,7 @@ def training_memory(
 ) -> TrainingMemory:  # fmt: skip
     """Predicts the bytes of a step on `batch` sequences (of each microbatch) of `tokens`, with the CPU's attention.
 
-    `loss_chunks`: the parts in which the logits are computed. `base`: the type of frozen matrices that multiply; `int8`
-    is a byte a number and a float32 scale a column.
+    The logits are computed in `loss_chunks` parts. `base`: the type of frozen matrices that multiply.
     """
     trainable = all_trainable(cfg) if trainable is None else trainable
     shapes, targets = leaf_shapes(cfg), target_shapes(cfg)
@@ -115,7 +114,8 @@ def training_memory(
 
 
 def _param_bytes(cfg: ModelConfig, int8: bool, trainable: Collection[str] = ()) -> int:
-    """Vectors and what trains in float32; matrices in the compute type, or those that multiply in int8 with scales."""
+    """Vectors and what trains in float32; matrices in the compute type, or in int8 with a float32 scale a column, except an
+    untied lookup table."""
     total = 0
     for path, shape in leaf_shapes(cfg).items():
         if path in trainable or len(shape) == 1:
@@ -158,8 +158,7 @@ def inference_memory(
 ) -> InferenceMemory:
     """Predicts the bytes of a call on `tokens` of each of `slots` requests, with a KV cache of `length` places (0: none).
 
-    Matrices are in `cfg.dtype`, or in int8 with a float32 scale a column, except an untied lookup table. `every_logit`:
-    logits at each token, not only at a call's last.
+    `int8`: the type of matrices. `every_logit`: logits at each token, not only at a call's last.
     """
     width, rows = dtype_bytes(cfg), slots * tokens
     # Attention's values and the MLP's take turns; scores are held in float32 and as weights in the compute type.

@@ -33,8 +33,8 @@ class Traffic:
 def train_bytes(cfg: ModelConfig, batch: int, tokens: int, *, trainable: TrainablePaths | None = None) -> Traffic:
     """Bytes of **a step** of AdamW on `batch` sequences of `tokens`; by default everything trains.
 
-    AdamW reads the gradient, the weight and two moments and writes the last three, in float32: 28 bytes a trainable
-    parameter. Weights are read once forward, and above the lowest trainable parameter once for dX and once for remat.
+    AdamW reads gradient, weight and two moments and writes the last three, in float32: 28 bytes a trainable parameter.
+    Weights are read once forward, and above the lowest trainable parameter once for dX and once for remat.
     """
     held = training_memory(cfg, batch, tokens, trainable=trainable)
     parts = train_flops(cfg, 1, attention="full", trainable=trainable).parts

@@ -6,7 +6,7 @@ frozen weights, LoRA and remat show up by themselves.
 - Matrix products (`dot_general`, `ragged_dot_general`, convolutions) count 2 for each multiply and add.
 - Other arithmetic counts as in XLA's cost analysis: one operation for each number of an elementwise result (comparisons,
   selections and type conversions too), n - 1 for a reduction of n numbers, 0 for what only moves numbers. Transcendental
-  functions count apart, one each, for how many operations they are depends on the chip.
+  functions count apart, one each: how many operations they are depends on the chip.
 - A scan is its body times its length, a `cond` its most expensive branch. A `while`, whose trips are unknown, and a
   kernel, whose work is hidden, are refused: a silent 0 would be believed.
 - A product with one row counts twice on a CPU, as it is computed (`model/weights/matmul.py` pads it).
