@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.cli import Json, print_table
+from bench.models import next_token_batch
 from bench.timing import measure, noise, ratio
 from engine.counting.flops import train_flops
 from engine.counting.memory import training_memory
@@ -18,7 +19,7 @@ from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import split
 from engine.model.weights.int8 import every_product, quantize
 from engine.model.weights.matmul import cast_matrices
-from engine.text.batch import Batch
+from engine.training.freeze import split
 from engine.training.lora import add_lora
 from engine.training.loss import loss_chunks
 from engine.training.optimizer import OptimizerConfig, make_optimizer
@@ -69,8 +70,7 @@ def measure_steps(name: str, cfg: ModelConfig, params: Any, batch: int, tokens: 
 
 def _steps(cfg: ModelConfig, params: Any, batch: int, tokens: int, rank: int) -> dict[str, Step]:
     text = np.random.default_rng(0).integers(0, cfg.vocab, (batch, tokens + 1), np.int32)
-    positions = np.broadcast_to(np.arange(tokens, dtype=np.int32), (batch, tokens))
-    data = Batch(text[:, :-1], text[:, 1:], np.ones((batch, tokens), bool), positions, np.ones((batch, tokens), np.int32))
+    data = next_token_batch(text)._replace(segments=jnp.ones((batch, tokens), jnp.int32))
     tx, progress = make_optimizer(OptimizerConfig(learning_rate=1e-3)), jnp.float32(0.5)
 
     def step(paths: Any, trainable: Any, frozen: Any, *, int8: bool = False, microbatches: int = 1) -> Step:

@@ -83,8 +83,14 @@ def make_work(shape: Shape, dtype: Literal["bfloat16", "float32"]) -> Work:
     )  # fmt: skip
     params = jax.jit(lambda key: init_params(cfg, key))(jax.random.key(0))
     text = jax.random.randint(jax.random.key(1), (shape.batch, shape.tokens + 1), 0, cfg.vocab)
-    positions = jnp.tile(jnp.arange(shape.tokens), (shape.batch, 1))
-    return Work(cfg, params, Batch(text[:, :-1], text[:, 1:], jnp.ones((shape.batch, shape.tokens), bool), positions, None))
+    return Work(cfg, params, next_token_batch(text))
+
+
+def next_token_batch(text: Any) -> Batch:
+    """text (B, T + 1) int32 -> the batch in which every token but the first is a target."""
+    tokens, targets = jnp.asarray(text[:, :-1]), jnp.asarray(text[:, 1:])
+    positions = jnp.tile(jnp.arange(tokens.shape[1]), (tokens.shape[0], 1))
+    return Batch(tokens, targets, jnp.ones(tokens.shape, bool), positions, None)
 
 
 def make_step(work: Work, tx: Any) -> Callable[[], Any]:

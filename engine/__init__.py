@@ -16,8 +16,6 @@ Axis letters, used in every einsum, shape comment and docstring:
     S  cache length                 V  vocabulary             G  N / K, query heads a key head
     L  layers                       R  LoRA rank              H  head width
 
-Nouns: params, tokens, targets, mask (True: counts, or may attend), positions, segments, logits, cache, prefill, decode,
-step, batch, microbatch, path (of a parameter), rule (about paths), trainable, frozen, adapter, slot, request, prompt,
-completion, key (PRNG), schedule, digest (of weights), TTFT, MFU, MBU. Verbs: init, make, load, save, add, merge, quantize,
-measure.
+A mask is True where a token counts or may be attended to. A path names a parameter, a rule is a pattern on paths, a digest
+is the SHA-256 of weights, a key is JAX's PRNG key.
 """

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.cli import progress
-from bench.models import load, random_model, tokens_for
+from bench.models import load, next_token_batch, random_model, tokens_for
 from bench.table.by_hand_rows import by_hand_rows
 from bench.table.claims import Evidence, claims
 from bench.table.estimate import check_memory, too_long
@@ -56,9 +56,7 @@ def stage_table(
     if warning := too_long(cfg, batch, context, max_time - AFTERWARDS, FEWEST, ceilings):
         progress(warning)
     text = tokens_for(model, batch, context + 1)
-    positions = np.broadcast_to(np.arange(context, dtype=np.int32), (batch, context))
-    mask = np.ones((batch, context), bool)
-    data: Batch = jax.tree.map(jnp.asarray, Batch(text[:, :-1], text[:, 1:], mask, positions, None))
+    data = next_token_batch(text)
     frozen = prepare_params(cfg, model.params)
     int8 = quantize(frozen)
     rows = {row.name: row for row in _rows(cfg, model.params, frozen, int8, data, text[:, :-1])}

@@ -1,11 +1,11 @@
 """XLA's own analysis of a program: operations, bytes accessed and peak memory. Its known faults:
 
 - The body of a loop counts once, however often it runs: a scan over 8 layers reports an eighth of their work. Ask about
-  a program without loops (`cfg.scan` false, one microbatch, one decoding step).
+  a program without loops (no `cfg.scan`, one microbatch, one decoding step).
 - A call into a library counts as -1 operation. On the CPU of JAX 0.12 products given to YNNPACK are fusions, which are
   counted.
-- Elementwise work that fusion repeats, and conversions to and from a type the chip lacks (bfloat16 on a CPU), count: after
-  compiling it is the program's work and not the model's.
+- After compiling, elementwise work that fusion repeats, and conversions to and from a type the chip lacks (bfloat16 on a
+  CPU), count.
 - The compiler may undo remat where it sees that two computations are one.
 - Bytes are summed as if each operation read its operands from memory anew. A gather counts its whole table.
 """
