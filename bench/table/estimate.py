@@ -19,14 +19,14 @@ def check_memory(cfg: ModelConfig, batch: int, context: int) -> None:
     limit, needed = memory_limit_bytes(), table_bytes(cfg, batch, context)
     if needed <= limit:
         return
-    fits = lambda cfg, batch, context: table_bytes(cfg, batch, context) <= limit
-    batches = [fewer for fewer in range(2, batch, 2) if fits(cfg, fewer, context)]
-    contexts = [size for part in range(1, 40) if (size := context >> part >> 6 << 6) and fits(cfg, 2, size)]
-    smaller = [name for name, other in PRESETS.items() if fits(other, batch, context)]
-    parameters = lambda name: count_params(PRESETS[name]).total
-    remedy = f"--preset {max(smaller, key=parameters)} fits" if smaller else "a smaller model is needed"
-    if batches or contexts:
-        remedy = f"--batch {batches[-1]} fits" if batches else f"--batch 2 --context {contexts[0]} fits"
+    presets = sorted(PRESETS.items(), key=lambda item: count_params(item[1]).total, reverse=True)
+    smaller = [
+        *((f"--batch {fewer}", cfg, fewer, context) for fewer in reversed(range(2, batch, 2))),
+        *((f"--batch 2 --context {size}", cfg, 2, size) for part in range(1, 40) if (size := context >> part >> 6 << 6)),
+        *((f"--preset {name}", other, batch, context) for name, other in presets),
+    ]
+    remedies = (f"{flags} fits" for flags, model, rows, size in smaller if table_bytes(model, rows, size) <= limit)
+    remedy = next(remedies, "a smaller model is needed")
     raise UserError(f"The stage table would need {needed / 1e9:.1f} GB and {limit / 1e9:.1f} GB are there; {remedy}.")
 
 

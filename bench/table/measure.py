@@ -94,7 +94,7 @@ def stage_table(
         params=params, price=price, uncached=(timings["uncached"].median, context), weight_bytes=jnp.dtype(cfg.dtype).itemsize,
     )  # fmt: skip
     return {
-        "machine": {"device": ceilings.device, "cores": ceilings.cores, "jax": ceilings.jax, "backend": ceilings.backend},
+        "machine": {name: getattr(ceilings, name) for name in ("device", "cores", "jax", "backend")},
         "model": {
             "name": model.name, "params": params, "layers": cfg.layers, "width": cfg.width, "dtype": cfg.dtype,
             "batch": batch, "context": context,

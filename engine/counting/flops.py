@@ -89,7 +89,7 @@ def train_flops(
         )
         trainable = TrainablePaths(spread(trainable.weights), spread(trainable.adapted), trainable.rank)
     live = "embed" in trainable.weights or (scan and lowest_gradient(cfg, trainable) == 0)
-    walk = _Walk(cfg, trainable, rows, as_run, live)
+    walk = _Walk(cfg, trainable, rows, as_run, live, dict.fromkeys((*MATRICES, "attention", "head", "lora"), Part()))
     square = 2 * rows * cfg.heads * cfg.head_dim * twice_mean_keys(tokens, attention)
     remat = remat or cfg.remat
     for layer in range(cfg.layers):
@@ -109,9 +109,7 @@ class _Walk:
     rows: int
     merges_lora: bool
     live: bool  # something below trains, so the gradient must reach here
-    tally: dict[str, Part] = dataclasses.field(
-        default_factory=lambda: dict.fromkeys((*MATRICES, "attention", "head", "lora"), Part())
-    )
+    tally: dict[str, Part]
 
     def multiply(self, name: str, path: str, inputs: int, columns: int) -> None:
         size, trains = 2 * self.rows * inputs * columns, path in self.trainable.weights
