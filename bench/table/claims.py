@@ -1,7 +1,4 @@
-"""Decides the usual claims about training and inference by the numbers of a run; their words are in claims.toml.
-
-A verdict begins with true, false or partly, or is open where noise hides a time. It may differ on another machine.
-"""
+"""Decides the usual claims about training and inference by the numbers of a run, as claims.toml says."""
 
 import contextlib
 import dataclasses
@@ -12,8 +9,6 @@ from bench.table.sentences import read_templates, render
 
 TUNING_TOKENS = 1_000_000
 TOKENS_PER_PARAMETER = 20  # of a compute-optimal pre-training run (Hoffmann et al. 2022, 2203.15556, table 3)
-NOISY = "open: lost in noise"
-DEFECT = "here, which is a defect"
 TEXTS: dict[str, dict[str, str]] = read_templates("claims")
 GENERATED_CHEAPER = TEXTS["generated_cheaper"]["claim"]
 # Claims on a part of serving: the rows without it and with it, whose times for a token decide.
@@ -60,38 +55,33 @@ def claims(evidence: Evidence) -> list[dict[str, Any]]:
     """Returns the claims with verdicts. A claim whose rows are missing is left out."""
     known = {
         "evidence": evidence, "checks": evidence.invariants, "row": evidence.row, "ratio": evidence.ratio,
-        "per_parameter": TOKENS_PER_PARAMETER, "tuning_tokens": TUNING_TOKENS,
+        "per_parameter": TOKENS_PER_PARAMETER, "tuning_tokens": TUNING_TOKENS, "gain_verdict": _gain_verdict,
     }  # fmt: skip
     decided = []
     for name, text in TEXTS.items():
         with contextlib.suppress(KeyError):
-            verdict, numbers = _decide(name, evidence)
-            value = render(text["value"], known | numbers | {"numbers": numbers})
+            numbers = _numbers(name, evidence)
+            verdict, value = (render(text[part], known | numbers | {"numbers": numbers}) for part in ("verdict", "value"))
             decided.append({"claim": text["claim"], "verdict": verdict, "value": value, "numbers": numbers})
     return decided
 
 
-def _decide(name: str, evidence: Evidence) -> tuple[str, dict[str, Any]]:
-    """Returns a claim's verdict and the numbers that decide it. Raises KeyError for a missing row."""
+def _numbers(name: str, evidence: Evidence) -> dict[str, Any]:
+    """Returns the numbers that decide a claim. Raises KeyError for a missing row."""
     row, checks = evidence.row, evidence.invariants
     match name:
         case "half" | "half_of_lora":
             step = row("LoRA" if name == "half_of_lora" else "pre-training")
-            flops, time = 1 / step["flop_ratio_to_forward"], step["time_ratio_to_forward"]
-            true = "true" if abs(flops - 0.5) < 0.03 else "partly"
-            if name == "half":
-                true = "false: a third" if abs(flops - 1 / 3) < 0.02 else "partly: less than half"
-            return true, {"flops": flops, "time": time and 1 / time}
+            time = step["time_ratio_to_forward"]
+            return {"flops": 1 / step["flop_ratio_to_forward"], "time": time and 1 / time}
         case "half_of_backward":
             parts = row("pre-training")["flops_per_token"]
-            share = parts["forward"] / (parts["dx"] + parts["dw"])
-            return "true" if abs(share - 0.5) < 0.02 else "partly", {"flops": share}
+            return {"flops": parts["forward"] / (parts["dx"] + parts["dw"])}
         case "generated_cheaper":
-            ratio = evidence.ratio("decode alone", "pre-training")
-            return NOISY if ratio is None else "false for a lone request" if ratio > 1 else "true here", {"time": ratio}
+            return {"time": evidence.ratio("decode alone", "pre-training")}
         case "some_layers":
             flops_of = lambda start: row(start)["flops_per_token"]["formula"]
-            return "partly: it matters which", {
+            return {
                 half: {
                     "flops": flops_of(f"{half} half") / flops_of("full fine-tuning"),
                     "time": evidence.ratio(f"{half} half", "full fine-tuning"),
@@ -99,21 +89,17 @@ def _decide(name: str, evidence: Evidence) -> tuple[str, dict[str, Any]]:
                 for half in ("bottom", "top")
             }
         case "weights":
-            rows = evidence.rows.values()
-            sound = all(row["weights"] == "identical" for row in rows if row["stage"] in ("inference", "decode"))
-            kinds = ("changed", "partly", "identical")
-            return "true" if sound else f"false {DEFECT}", {kind: sum(row["weights"] == kind for row in rows) for kind in kinds}
+            changes = [row["weights"] for row in evidence.rows.values()]
+            return {change: changes.count(change) for change in ("changed", "partly", "identical")}
         case "independent":
-            return "true" if checks.same_bits else f"false {DEFECT}", {"same_bits": checks.same_bits}
+            return {"same_bits": checks.same_bits}
         case "learns":
-            same = checks.before == checks.after
-            return "false" if same else f"true {DEFECT}", {"same": same}
+            return {"same": checks.before == checks.after}
         case "money":
             cost = lambda start, tokens: row(start)["seconds_per_token"] * tokens / 3600 * evidence.price
             training = cost("pre-training", TOKENS_PER_PARAMETER * evidence.params)
-            tuning = cost("LoRA", TUNING_TOKENS)
-            return "true: the data are fewer" if tuning < 0.1 * training else "partly: not for so small a model", {
-                "training_usd": training, "fine_tuning_usd": tuning,
+            return {
+                "training_usd": training, "fine_tuning_usd": cost("LoRA", TUNING_TOKENS),
                 "serving_tokens_that_cost_as_much": training / (cost("decode with 8 slots", 1) or 1),
             }  # fmt: skip
         case "quantisation":
@@ -123,16 +109,14 @@ def _decide(name: str, evidence: Evidence) -> tuple[str, dict[str, Any]]:
                     gains[slots] = evidence.ratio(f"decode with {slots} slots", f"decode with {slots}, int8")
             if not gains:
                 raise KeyError("int8")
-            best = max((gain for gain in gains.values() if gain is not None), default=None)
-            return _gain_verdict(best), {"off_over_on": gains}
+            return {"off_over_on": gains}
         case _:
-            gain = evidence.time_ratio(*SERVING[name])
-            return _gain_verdict(gain), {"off_over_on": gain}
+            return {"off_over_on": evidence.time_ratio(*SERVING[name])}
 
 
 def _gain_verdict(gain: float | None) -> str:
     if gain is None:
-        return NOISY
+        return "open: lost in noise"
     if gain > 1.25:
         return "true"
     return "partly: little for this model here" if gain > 1.02 else "false for this model here"
