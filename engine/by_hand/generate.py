@@ -13,8 +13,8 @@ from engine.model.config import ModelConfig
 def generate(cfg: ModelConfig, params: Any, prompt: Sequence[int], *, max_tokens: int, end: int | None = None) -> Iterator[int]:
     """Yields the most probable tokens after the prompt until `end`, `max_tokens`, or a full context.
 
-    Each token computes the whole text again; a KV cache would keep all but the last row of that work (see
-    `inference/decode.py`). Raises UserError for a prompt that is empty or leaves no room.
+    Each token computes the whole text again, of which a KV cache (`inference/decode.py`) spares all but the last row.
+    Raises UserError for a prompt that is empty or leaves no room.
     """
     if not 0 < len(prompt) < cfg.context:
         raise UserError(f"The prompt has {len(prompt)} tokens; from 1 to {cfg.context - 1} fit a context of {cfg.context}.")

@@ -1,7 +1,7 @@
 """FLOPs by formula: every matrix product of the model, forward and backward, from its config alone.
 
-- A multiply and its add are 2 operations. Only matrix products count: norms, RoPE, softmax, activations and the optimizer
-  are a few percent, which `walk.py` counts in the program.
+- A multiply and its add are 2 operations. Only matrix products count: all else is a few percent, which `walk.py` counts in
+  the program.
 - The embedding lookup costs 0, the unembedding 2 V D, whether or not the two share a table.
 - Attention is `full` (each query meets all T keys, as in "12 L D T"), `causal` (half of that), or the size of the query
   blocks of `model/backward.py`, each against the keys up to its own end (full where the size does not divide T).
@@ -44,10 +44,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """Operations by component: the four block matrices and `attention`, over all layers, `head`, and `lora`.
-
-    Attention has no weights, so its whole backward pass is `dx`.
-    """
+    """Operations by component: the block matrices and `attention` (whose backward is all `dx`), `head`, and `lora`."""
 
     parts: dict[str, Part]
 

@@ -44,9 +44,8 @@ def prefill_program(cfg: ModelConfig, slots: int, tokens: int, capacity: int) ->
 def decode_program(cfg: ModelConfig, slots: int, capacity: int, *, int16_activations: Collection[str] = ()) -> Flops:
     """FLOPs of decoding one token for each of `slots`, with a cache of `capacity` places.
 
-    Computed twice: a lone slot's products with weights; those of `int16_activations` (names of matrices, such as "down"),
-    whose input is multiplied as two int8 digits (`model/weights/int8.py`); and on a CPU attention with one query head a
-    key head, where every product has one row.
+    Computed twice: a lone slot's products with weights; those with `int16_activations` (matrices such as "down"), multiplied
+    as two int8 digits (`model/weights/int8.py`); and on a CPU attention with one query head a key head, as one row.
     """
     parts = decode_flops(cfg, capacity).parts
     queries = 2 if ops.on_cpu() and cfg.groups == 1 else 1

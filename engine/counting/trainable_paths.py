@@ -1,4 +1,4 @@
-"""The paths of the parameters that train: all, those above or below frozen blocks, the head, or LoRA pairs."""
+"""The paths of the parameters that train: all, all but frozen blocks, the head, or LoRA pairs."""
 
 import dataclasses
 
@@ -28,18 +28,12 @@ def all_trainable(cfg: ModelConfig) -> TrainablePaths:
 
 
 def bottom_frozen(cfg: ModelConfig, blocks: int) -> TrainablePaths:
-    """Freezes the embedding (a tied one too) and the lowest `blocks` blocks; with 0, nothing.
-
-    Raises UserError when there are not so many blocks.
-    """
+    """Freezes the embedding (a tied one too) and the lowest `blocks` blocks, or nothing with 0. Raises UserError beyond L."""
     return _all_but(cfg, blocks, ("embed",), range(blocks))
 
 
 def top_frozen(cfg: ModelConfig, blocks: int) -> TrainablePaths:
-    """Freezes the highest `blocks` blocks, the last norm and the head (not a tied table); with 0, nothing.
-
-    Raises UserError when there are not so many blocks.
-    """
+    """Freezes the highest `blocks` blocks, last norm and untied head, or nothing with 0. Raises UserError beyond L."""
     return _all_but(cfg, blocks, ("norm", "head"), range(cfg.layers - blocks, cfg.layers))
 
 
