@@ -145,10 +145,9 @@ def random_cache(cfg: ModelConfig, slots: int, capacity: int, seed: int = 0) -> 
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def weight_products(cfg: ModelConfig, params: Params, x: Array) -> Array:
-    """Multiplies x (B, 1, D) by every matrix of the model in turn, STEPS times: decoding without cache, attention, sampling.
+    """Multiplies x (B, 1, D) by every matrix in turn, STEPS times: decoding without cache, attention and sampling.
 
-    Products of few rows run far below what square ones reach, depending on the weights' shapes and type, so their share of
-    a decoding step is measured.
+    Products of few rows run far below square ones, by the weights' shapes and type, so their share of a step is measured.
     """
     dtype = jnp.dtype(cfg.dtype)
 

@@ -45,8 +45,7 @@ def compile_program(
 ) -> tuple[Any, dict[str, Any]]:
     """Compiles a jitted function for its arguments; returns the program, and the cost of so many calls as fields of a Row.
 
-    `static` are its first arguments, `options` those by name, static too. `steps` are those of its loop, whose body XLA's
-    analysis counts once.
+    `static` are its first arguments; `options` are static too. `steps` are those of its loop, whose body XLA counts once.
     """
     program = function.lower(*static, *args, **options).compile()
     cost = xla_cost(program)
