@@ -16,7 +16,7 @@ import jax
 
 
 class XlaCost(NamedTuple):
-    """The cost of one call of a program."""
+    """The cost of a call."""
 
     flops: int  # products and elementwise arithmetic
     transcendentals: int  # results of exp, rsqrt, ...
