@@ -19,7 +19,6 @@ from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import split
 from engine.model.weights.int8 import every_product, quantize
 from engine.model.weights.matmul import cast_matrices
-from engine.training.freeze import split
 from engine.training.lora import add_lora
 from engine.training.loss import loss_chunks
 from engine.training.optimizer import OptimizerConfig, make_optimizer
