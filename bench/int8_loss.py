@@ -18,7 +18,7 @@ from engine.model.paths import leaf_paths
 from engine.model.transformer import forward
 from engine.model.weights.int8 import Int8, dequantize, every_product, quantize
 from engine.storage.assets import fetch
-from engine.text.batches import evaluation_windows
+from engine.text.windows import evaluation_windows
 
 CHUNK = 128  # tokens of a prefill into the KV cache
 ALLOWED = 0.01  # more bits per byte, as a share

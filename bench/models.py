@@ -14,7 +14,7 @@ from engine.errors import UserError
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths, unflatten
 from engine.model.transformer import init_params
-from engine.storage.find import load_model, locate
+from engine.storage.model_loader import load_model, locate
 from engine.text.batch import Batch
 from engine.training.step import init_state, train_step
 

@@ -19,7 +19,7 @@ from engine.inference.scheduler import DRAFT_ROWS
 from engine.inference.slots import MIN_SLOTS, Slots
 from engine.model.weights.int8 import quantize
 from engine.storage.assets import fetch
-from engine.storage.find import load_model, locate
+from engine.storage.model_loader import load_model, locate
 
 
 class StreamRow(NamedTuple):

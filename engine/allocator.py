@@ -37,7 +37,7 @@ class _Mallinfo2(ctypes.Structure):
     )
 
 
-def has_room(size: int) -> bool:
+def fits_freed_memory(size: int) -> bool:
     """Tries whether a buffer of so many bytes fits into freed memory; True where it is not glibc.
 
     The hole that such a buffer left below other memory is too small: glibc needs a few bytes more, and would place the

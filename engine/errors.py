@@ -16,7 +16,7 @@ class InvalidField(UserError):
         return self.args[1]
 
 
-def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
+def did_you_mean(name: str, known: list[str] | tuple[str, ...]) -> str:
     """Returns ` Did you mean 'demo'?`, with the closest of the known names, or an empty string."""
     import difflib
 

@@ -36,7 +36,7 @@ def sync(path: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Opens a binary file that appears at `path`, complete and on disk, when the block ends; after an error, nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -56,7 +56,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """Makes a folder that appears at `path`, or replaces one, when the block ends, its files synced; on an error, nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -99,5 +99,5 @@ def folder_lock(folder: Path, wait: bool = True) -> Iterator[None]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes one JSON document, whole or not at all, ending in a newline."""
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")

@@ -51,16 +51,16 @@ def generate(flags: Generate) -> None:
     from engine.inference import decode
     from engine.inference.stop_strings import CompletionText
     from engine.storage.digest import digest
-    from engine.storage.find import load_model
+    from engine.storage.model_loader import load_model
     from stages.cli.compile_counter import CompileCounter
 
     notes = Console(sys.stderr)
     model = load_model(flags.model)
     notes.warn_damaged(model.damaged, model.checkpoint)
     text = decode_utf8(sys.stdin.buffer.read(), "The prompt on standard input") if flags.prompt == "-" else flags.prompt
-    prompt = [*model.tokenizer.start, *model.tokenizer.encode(text or "\n").tolist()]
+    prompt = [*model.tokenizer.bos_ids, *model.tokenizer.encode(text or "\n").tolist()]
     params = decode.prepare_params(model.cfg, model.params)
-    sampling = flags.sampling.params(stop_token_ids=model.ends)
+    sampling = flags.sampling.params(stop_token_ids=model.eos_ids)
     before = digest(params) if flags.verbose else ""
     if before:
         notes.print_rows([("device", str(device)), ("model", str(model.checkpoint)), ("weights", f"SHA-256 {before[:16]}")])

@@ -14,7 +14,7 @@ from bench.report.figures import Figure, Row, Rows, decoding, figures, flops, tr
 from bench.table.claims import GENERATED_CHEAPER
 from engine import format
 from engine.errors import UserError
-from engine.files import whole_file
+from engine.files import atomic_file
 from engine.format import Column, column, number, percent, times
 
 Document = Mapping[str, Any]
@@ -38,7 +38,7 @@ def write_report(folder: Path, document: Document) -> Path:
         files["stages.svg"] = picture(figure)
     try:
         for name, content in files.items():
-            with whole_file(folder / name) as file:
+            with atomic_file(folder / name) as file:
                 file.write(content.encode())
     except OSError as error:
         raise UserError(f"--out {folder} cannot be written: {error.strerror or error}. Choose another folder.") from error

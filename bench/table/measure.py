@@ -25,7 +25,7 @@ from engine.inference.decode import prepare_params
 from engine.model.config import ModelConfig, preset
 from engine.model.weights.int8 import quantize
 from engine.storage.digest import digest
-from engine.storage.find import read_config
+from engine.storage.model_loader import read_config
 from engine.text.batch import Batch
 
 FEWEST, MOST = 3, 15  # rounds

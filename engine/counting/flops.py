@@ -16,7 +16,7 @@ from typing import Literal
 
 from engine.counting.params import MATRICES, leaf_shapes
 from engine.counting.trainable_paths import NONE_TRAINABLE, TrainablePaths, all_trainable, lowest_gradient, target_shapes
-from engine.errors import UserError, nearest
+from engine.errors import UserError, did_you_mean
 from engine.model.config import ModelConfig
 
 Attention = Literal["causal", "full"] | int
@@ -79,7 +79,7 @@ def train_flops(
     trainable = all_trainable(cfg) if trainable is None else trainable
     for paths, known in ((trainable.weights, leaf_shapes(cfg)), (trainable.adapted, target_shapes(cfg))):
         if unknown := sorted(paths - known.keys()):
-            raise UserError(f"The model has no parameter {unknown[0]!r}.{nearest(unknown[0], list(known))}")
+            raise UserError(f"The model has no parameter {unknown[0]!r}.{did_you_mean(unknown[0], list(known))}")
     if scan := as_run and cfg.scan:
         spread = lambda paths: frozenset(
             re.sub(r"^blocks/\d+/", f"blocks/{layer}/", path) for path in paths for layer in range(cfg.layers)

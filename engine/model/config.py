@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
-from engine.errors import UserError, nearest
+from engine.errors import UserError, did_you_mean
 
 LORA_TARGETS = ("q", "k", "v", "out", "gate", "up", "down")  # the parts of a block's matrices, in order
 
@@ -132,7 +132,7 @@ class LoraConfig:
         known = ", ".join(LORA_TARGETS)
         for name in self.targets:
             if name not in (*LORA_TARGETS, "o", "all"):
-                raise UserError(f"LoRA adapts {known}, or all; there is no target {name!r}.{nearest(name, LORA_TARGETS)}")
+                raise UserError(f"LoRA adapts {known}, or all; there is no target {name!r}.{did_you_mean(name, LORA_TARGETS)}")
         if not self.targets:
             raise UserError(f"LoRA needs at least one target: {known}, or all.")
 
@@ -151,7 +151,7 @@ def _from_fields[T](kind: type[T], fields: dict[str, Any]) -> T:
     known = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for name in fields:
         if name not in known:
-            raise UserError(f"{kind.__name__} has no field {name!r}.{nearest(name, list(known))}")
+            raise UserError(f"{kind.__name__} has no field {name!r}.{did_you_mean(name, list(known))}")
     for name, field in known.items():
         if name not in fields and field.default is dataclasses.MISSING:
             raise UserError(f"{kind.__name__} needs the field {name!r}, and it is not there.")
@@ -182,5 +182,5 @@ PRESETS: dict[str, ModelConfig] = {
 def preset(name: str) -> ModelConfig:
     """Returns the architecture of this name. Raises UserError with the nearest known name."""
     if name not in PRESETS:
-        raise UserError(f"There is no preset {name!r}.{nearest(name, list(PRESETS))} Known: {', '.join(PRESETS)}.")
+        raise UserError(f"There is no preset {name!r}.{did_you_mean(name, list(PRESETS))} Known: {', '.join(PRESETS)}.")
     return PRESETS[name]

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from engine.errors import UserError, nearest
+from engine.errors import UserError, did_you_mean
 
 Params = dict[str, Any]  # nested; a leaf is an Array, Int8 or LoRA
 
@@ -49,7 +49,7 @@ def match_paths(pattern: str, paths: Collection[str]) -> list[str]:
     except re.error as error:
         raise UserError(f"{pattern!r} is not a pattern: {error}. Write for example 'blocks/(28|29)/.*'.") from error
     if not found:
-        raise UserError(f"{pattern!r} matches no parameter.{nearest(pattern, list(paths))}")
+        raise UserError(f"{pattern!r} matches no parameter.{did_you_mean(pattern, list(paths))}")
     return found
 
 

@@ -1,8 +1,8 @@
-"""Models, adapters, checkpoints and named assets on disk; find.py loads a model by its name or path.
+"""Models, adapters, checkpoints and named assets on disk; model_loader.py loads a model by name or path.
 
 Every reader raises UserError, in a sentence, for a file that is missing, damaged, or holds what is not understood here.
 """
 
 from collections.abc import Callable
 
-Report = Callable[[int, int], None] | None  # called with how much is done, and of how much
+OnProgress = Callable[[int, int], None] | None  # called with (done, total)

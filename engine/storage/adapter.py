@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from engine.errors import UserError
-from engine.files import whole_folder, write_json
+from engine.files import atomic_folder, write_json
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths, map_paths, unflatten
 from engine.model.weights.lora import LoRA
@@ -66,7 +66,7 @@ def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base
     }  # fmt: skip
     shapes = {name: array.shape for name, array in arrays.items()}
     metadata = {BASE: base, CHECKSUM: _checksum(arrays, scale)}
-    with whole_folder(folder) as building:
+    with atomic_folder(folder) as building:
         write_json(building / CONFIG, config)
         safetensors.write_file(building / WEIGHTS, shapes, "F32", arrays.values(), metadata)
     return folder

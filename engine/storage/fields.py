@@ -4,7 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine.errors import UserError, nearest
+from engine.errors import UserError, did_you_mean
 from engine.model.config import ModelConfig
 from engine.storage.untrusted import quote
 
@@ -38,7 +38,7 @@ class Fields(NamedTuple):
             if value not in only.get(name, [value]):
                 raise UserError(f"{self.path}: {called} is {quote(value)}, and only {only[name][0]} can be computed here.")
             if name not in known:
-                missing = f"is not known here, and what it changes would be missing.{nearest(name, sorted(used))}"
+                missing = f"is not known here, and what it changes would be missing.{did_you_mean(name, sorted(used))}"
                 raise UserError(f"{self.path}: the field {quote(called)} {missing}")
 
     def number[T: (int, float)](self, name: str, kind: type[T], default: T | None = None) -> T:

@@ -46,14 +46,14 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def read_tokenizer(folder: Path) -> tuple[Tokenizer, tuple[int, ...]]:
-    """Returns a run's tokenizer and the ids of which any ends a completion, the tokenizer's own first."""
+    """Returns a run's tokenizer and the ids of which any eos_ids a completion, the tokenizer's own first."""
     tokenizer = load_tokenizer(folder / "tokenizer")
     generation = folder / "tokenizer" / "generation_config.json"
-    ends = read_json(generation).get("eos_token_id", ()) if generation.exists() else ()
-    return tokenizer, tuple(dict.fromkeys((tokenizer.end, *ends)))
+    eos_ids = read_json(generation).get("eos_token_id", ()) if generation.exists() else ()
+    return tokenizer, tuple(dict.fromkeys((tokenizer.eos_id, *eos_ids)))
 
 
-def save_tokenizer(folder: Path, tokenizer: Tokenizer, ends: tuple[int, ...]) -> None:
+def save_tokenizer(folder: Path, tokenizer: Tokenizer, eos_ids: tuple[int, ...]) -> None:
     """Writes a run's tokenizer, chat template, and the ids that end a completion."""
     tokenizer.save(folder / "tokenizer")
-    write_json(folder / "tokenizer" / "generation_config.json", {"eos_token_id": list(ends)})
+    write_json(folder / "tokenizer" / "generation_config.json", {"eos_token_id": list(eos_ids)})

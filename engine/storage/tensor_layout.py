@@ -15,15 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from engine.errors import UserError, nearest
+from engine.errors import UserError, did_you_mean
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths, unflatten
 from engine.model.weights.lora import dense
-from engine.storage import Report
+from engine.storage import OnProgress
 from engine.storage.untrusted import quote
 
 AT_ONCE = 2**20  # numbers read and converted at a time
-KINDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}  # the files' names of dtypes
+DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}  # the files' names of dtypes
 
 
 class Part(NamedTuple):
@@ -92,7 +92,7 @@ def check_tensors(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]],
     for leaf in leaves:
         for name, shape, _ in leaf.parts:
             if name not in shapes:
-                close = nearest(name, sorted(shapes)[:999])
+                close = did_you_mean(name, sorted(shapes)[:999])
                 raise UserError(f"{path} has no tensor {name!r}, which this architecture needs.{close}")
             if shapes[name] != shape:
                 raise UserError(f"{path}: the tensor {name!r} should be {list(shape)} and is {list(shapes[name])}.")
@@ -111,10 +111,10 @@ class StoredModel(NamedTuple):
     rows: Callable[[str, int, int], np.ndarray]
     tokenizer: tokenizers.Tokenizer
     tokenizer_config: dict[str, Any]
-    ends: tuple[int, ...]
+    eos_ids: tuple[int, ...]
 
 
-def read_params(model: StoredModel, dtype: str, report: Report = None) -> dict[str, Any]:
+def read_params(model: StoredModel, dtype: str, report: OnProgress = None) -> dict[str, Any]:
     """Reads the tree: matrices in `dtype`, gains and biases in float32. `report`: numbers read and in all.
 
     Raises UserError for a weight that is not a number, or infinite.
@@ -142,7 +142,7 @@ def read_params(model: StoredModel, dtype: str, report: Report = None) -> dict[s
     return unflatten(params)
 
 
-def split_params(leaves: list[Leaf], params: dict[str, Any], report: Report) -> Iterator[tuple[Part, np.ndarray]]:
+def split_params(leaves: list[Leaf], params: dict[str, Any], report: OnProgress) -> Iterator[tuple[Part, np.ndarray]]:
     """Yields the parts of all leaves, in order. `report`: numbers yielded and in all.
 
     params: Arrays, or Int8 and LoRA leaves, which are made plain one at a time.

@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from engine.errors import UserError, nearest
+from engine.errors import UserError, did_you_mean
 
 LONGEST = 48  # characters of a file's own words that an error repeats
 SMALL = 2 * 2**20  # bytes of a config
@@ -23,7 +23,7 @@ def known_name(value: Any, known: Collection[str], what: str, path: Path) -> str
     """Returns a name from a file, if it is among the `known`; `what` says of what."""
     if isinstance(value, str) and value in known:
         return value
-    close = nearest(str(value), list(known))
+    close = did_you_mean(str(value), list(known))
     raise UserError(f"{path}: {what} {quote(value)} is not known here; {', '.join(known)} are.{close}")
 
 

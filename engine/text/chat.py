@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.errors import UserError
-from engine.text.template import FIXED_DAY, Message, Refusal, Template
+from engine.text.template import FIXED_DAY, InvalidConversation, Message, Template
 from engine.text.tokenizer import Tokenizer
 
 # CHATML is for a model that has its control tokens and no template of its own (the format of Qwen and SmolLM). PLAIN, names
@@ -31,7 +31,7 @@ class Example(NamedTuple):
     where: str  # file:line
 
 
-class Chat:
+class ChatTokenizer:
     """Turns conversations into tokens, by a tokenizer and a chat template.
 
     `source` is the template and `template_name` says which (see `choose_template`); `now` is the time it reads, `ends` the
@@ -55,7 +55,7 @@ class Chat:
         if not len(answer):
             raise UserError("The chat template writes nothing of what the assistant says: give another with --template.")
         last = int(answer[-1])
-        self.ends = (last,) if last in tokenizer.controls else ()
+        self.eot_ids = (last,) if last in tokenizer.controls else ()
 
     def close(self) -> None:
         """Ends the template's process; the next use starts another."""
@@ -73,23 +73,26 @@ class Chat:
         """Makes the training examples of a conversation: the assistant's turns count, with the tokens that end them.
 
         Usually one example. Where the template writes a turn otherwise once it is history (it may leave out reasoning), each
-        turn is an example of its own. Messages after the assistant's last turn are left out. Raises Refusal when there is no
-        such turn or nothing before it, UserError when the template does not write a turn as it begins one, and as `prompt`.
+        turn is an example of its own. Messages after the assistant's last turn are left out. Raises InvalidConversation when
+        there is no such turn or nothing before it, UserError when the template writes a turn otherwise than it begins one, and
+        as `prompt`.
         """
         check_messages(messages)
         answers = _answers(messages)
         if not answers or answers[0] == 0:
-            raise Refusal("there is no turn of the assistant" if not answers else "it begins with the assistant's turn")
+            raise InvalidConversation(
+                "there is no turn of the assistant" if not answers else "it begins with the assistant's turn"
+            )
         text, turns, marks = self._render(messages[: answers[-1] + 1])
         if len(turns) == len(answers):
             return [self._example(text, turns, marks, 0, where)]
-        return [self.answer(messages[: last + 1], where) for last in answers]
+        return [self.answer_example(messages[: last + 1], where) for last in answers]
 
-    def answer(self, messages: Sequence[Message], where: str = "") -> Example:
+    def answer_example(self, messages: Sequence[Message], where: str = "") -> Example:
         """Makes an example in which only the assistant's turn at the end of the messages counts. Raises as `examples`."""
         check_messages(messages)
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise Refusal("it does not end with an answer of the assistant to something")
+            raise InvalidConversation("it does not end with an answer of the assistant to something")
         return self._example(*self._render(messages), -1, where)
 
     def marked_pieces(self, example: Example) -> Iterator[tuple[str, bool]]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine.errors import UserError, nearest
+from engine.errors import UserError, did_you_mean
 from engine.text.chat import ROLES
 from engine.text.corpus import Corpus
 from engine.text.jsonl import check_text, decode_utf8, json_type, read_rows
@@ -72,7 +72,7 @@ def read_conversations(source: Path | str) -> Conversations:
     path = NAMED.get(name) or Path(source).expanduser()
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {problem}; wanted {FORMS}, or one of {', '.join(NAMED)}.{nearest(name, [*NAMED])}")
+        raise UserError(f"{path} {problem}; wanted {FORMS}, or one of {', '.join(NAMED)}.{did_you_mean(name, [*NAMED])}")
     if path.suffix.lower() in (".txt", ".md"):
         return Conversations(name, lambda: iter([Text(decode_utf8(path.read_bytes(), path), str(path))]))
     if path.suffix.lower() not in (".jsonl", ".json"):
@@ -164,7 +164,7 @@ def _messages(value: Any, name: str, where: str, text_role: str = "") -> tuple[M
         speaker = str(message[role])
         if speaker.lower() not in SPEAKERS:
             known = [*SPEAKERS] if share_gpt else [*ROLES]
-            raise UserError(f"{at} has the {role} {speaker!r}; wanted one of {', '.join(known)}.{nearest(speaker, known)}")
+            raise UserError(f"{at} has the {role} {speaker!r}; wanted one of {', '.join(known)}.{did_you_mean(speaker, known)}")
         text = message[content]
         if isinstance(text, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in text):
             text = "".join(part["text"] for part in text)

@@ -8,13 +8,13 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.errors import UserError
-from engine.text.chat import Chat, Example
+from engine.text.chat import ChatTokenizer, Example
 from engine.text.conversations import Preference, Row, Text
-from engine.text.template import Refusal
+from engine.text.template import InvalidConversation
 
 SILENT = "the assistant says nothing in one of its turns"
 
-Report = Callable[[int, int], None] | None
+OnProgress = Callable[[int, int], None] | None
 
 
 class Pair(NamedTuple):
@@ -44,7 +44,7 @@ class DatasetSummary:
 
 
 def make_examples(
-    rows: Iterable[Row], chat: Chat, seq: int, *, start: Sequence[int] = (), report: Report = None
+    rows: Iterable[Row], chat: ChatTokenizer, seq: int, *, start: Sequence[int] = (), report: OnProgress = None
 ) -> tuple[list[Example], DatasetSummary]:
     """Makes training examples of at most seq + 1 tokens: seq are read, and the one after each predicted.
 
@@ -58,23 +58,25 @@ def make_examples(
             raise UserError("it holds two answers to choose between; that is data for preferences, not for examples.")
         if isinstance(row, Text):
             text = chat.tokenizer.encode(row.text)
-            tokens = np.concatenate((start, text, [chat.tokenizer.end]), dtype=np.int32, casting="unsafe")
+            tokens = np.concatenate((start, text, [chat.tokenizer.eos_id]), dtype=np.int32, casting="unsafe")
             pieces = (tokens[at : at + seq + 1] for at in range(0, max(1, len(tokens) - 1), seq))
             examples = [Example(piece, np.ones(len(piece), bool), row.where) for piece in pieces]
         elif any(message["role"] == "assistant" and not message["content"].strip() for message in row.messages):
-            raise Refusal(SILENT)
+            raise InvalidConversation(SILENT)
         else:
             examples = chat.examples(row.messages, row.where)
         fitted = [Example(tokens[: seq + 1], mask[: seq + 1], where) for tokens, mask, where in examples]
         fitted = [example for example in fitted if example.mask[1:].any()]  # a target with a token before it
         if not fitted:
-            raise Refusal(f"nothing that is to be learnt lies in its first {seq} tokens")
+            raise InvalidConversation(f"nothing that is to be learnt lies in its first {seq} tokens")
         return fitted, sum(len(example.tokens) for example in fitted) < sum(len(example.tokens) for example in examples)
 
     return _build_all(rows, build, seq, report)
 
 
-def make_pairs(rows: Iterable[Row], chat: Chat, seq: int, report: Report = None) -> tuple[list[Pair], DatasetSummary]:
+def make_pairs(
+    rows: Iterable[Row], chat: ChatTokenizer, seq: int, report: OnProgress = None
+) -> tuple[list[Pair], DatasetSummary]:
     """Makes pairs of examples of at most seq + 1 tokens, in which only the answers count; drops longer ones.
 
     Raises UserError as `make_examples`, and for rows that are no preference.
@@ -84,20 +86,20 @@ def make_pairs(rows: Iterable[Row], chat: Chat, seq: int, report: Report = None)
         if not isinstance(row, Preference):
             raise UserError("it holds no pair of answers; preferences need `prompt`, `chosen` and `rejected`.")
         if row.chosen == row.rejected:
-            raise Refusal("both answers are the same")
+            raise InvalidConversation("both answers are the same")
         if not (row.chosen.strip() and row.rejected.strip()):
-            raise Refusal(SILENT)
+            raise InvalidConversation(SILENT)
         turns = ({"role": "assistant", "content": answer} for answer in (row.chosen, row.rejected))
-        pair = Pair(*(chat.answer([*row.prompt, turn], row.where) for turn in turns))
+        pair = Pair(*(chat.answer_example([*row.prompt, turn], row.where) for turn in turns))
         if any(len(example.tokens) > seq + 1 for example in pair):
-            raise Refusal(f"longer than {seq} tokens")
+            raise InvalidConversation(f"longer than {seq} tokens")
         return [pair], False
 
     return _build_all(rows, build, seq, report)
 
 
 def _build_all[T](
-    rows: Iterable[Row], build: Callable[[Row], tuple[list[T], bool]], seq: int, report: Report
+    rows: Iterable[Row], build: Callable[[Row], tuple[list[T], bool]], seq: int, report: OnProgress
 ) -> tuple[list[T], DatasetSummary]:
     """Returns the items that `build` makes of the rows, and a summary; `build` also tells whether it cut a row's end off."""
     results: list[T] = []
@@ -106,7 +108,7 @@ def _build_all[T](
         summary.rows += 1
         try:
             parts, cut = build(row)
-        except Refusal as refusal:
+        except InvalidConversation as refusal:
             summary.dropped.append((row.where, str(refusal)))
             continue
         except UserError as error:

@@ -17,7 +17,7 @@ from engine.text.order import EpochOrder
 class PackedBatches:
     """Training batches of packed examples, by random access: `at(step)` needs no earlier step.
 
-    Examples are packed into rows once (`rows_of`), which each epoch shuffles anew (`EpochOrder`). In a row each example is a
+    Examples are packed into rows once (`pack_rows`), which each epoch shuffles anew (`EpochOrder`). In a row each example is a
     segment with positions from 0, so that it gets the loss it has alone. With `pack` False each example has a row for itself.
     Raises UserError as `EpochOrder`, and for an example of more than seq + 1 tokens.
     """
@@ -29,7 +29,7 @@ class PackedBatches:
     pack: bool = True
 
     def __post_init__(self) -> None:
-        self._rows = rows_of(self.examples, self.seq, self.pack)
+        self._rows = pack_rows(self.examples, self.seq, self.pack)
         self._order = EpochOrder(len(self._rows), self.batch, self.seed)
         self.epoch = self._order.epoch  # completed before a step
 
@@ -49,7 +49,7 @@ class PairBatch(NamedTuple):
 
 def evaluation_batches(examples: Sequence[Example], seq: int, batch: int, pack: bool = True) -> Iterator[Batch]:
     """Yields batches (batch, seq) in which each example is seen exactly once; rows of padding have mask False."""
-    rows = rows_of(examples, seq, pack)
+    rows = pack_rows(examples, seq, pack)
     for first in range(0, len(rows), batch):
         part = [[examples[index] for index in row] for row in rows[first : first + batch]]
         yield _batch(part + [[]] * (batch - len(part)), seq, pack)
@@ -69,7 +69,7 @@ def pair_batch(pairs: Sequence[Pair], index: np.ndarray, seq: int) -> PairBatch:
     return PairBatch(chosen, rejected, index.astype(np.int32))
 
 
-def rows_of(examples: Sequence[Example], seq: int, pack: bool) -> list[list[int]]:
+def pack_rows(examples: Sequence[Example], seq: int, pack: bool) -> list[list[int]]:
     """Returns which examples lie in each row of `seq` places: the longest first, each into the row where it leaves least room.
 
     That is best-fit decreasing: at most 11/9 of the fewest rows possible (Johnson 1974), in practice a few percent more.

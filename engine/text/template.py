@@ -34,7 +34,7 @@ def read_template(path: Path | None) -> str | None:
         raise UserError(f"The template {path} cannot be read: {reason}.") from error
 
 
-class Refusal(UserError):
+class InvalidConversation(UserError):
     """A conversation cannot be used, for example as the template refuses it (`raise_exception`); others may."""
 
 
@@ -55,8 +55,9 @@ class Template:
     def render(self, jobs: Sequence[tuple[Sequence[Message], bool]]) -> list[str]:
         """Renders (messages, prompt) each: the text of a conversation; with `prompt`, the assistant's next turn begun after it.
 
-        Several in one call are quicker: most of the time is the way there and back. Raises Refusal when the template refuses
-        the messages, UserError when it cannot be compiled, fails, or exceeds its limits of time, memory and output.
+        Several in one call are quicker: most of the time is the way there and back. Raises InvalidConversation when the
+        template refuses the messages, UserError when it cannot be compiled, fails, or exceeds its limits of time, memory and
+        output.
         """
         texts: list[str] = []
         with self._lock:
@@ -122,7 +123,7 @@ class TemplateProcess(subprocess.Popen[bytes]):
 
 
 def _check_reply(reply: dict[str, Any]) -> dict[str, Any]:
-    for kind, error, opening in (("refused", Refusal, "refuses it: "), ("failed", UserError, "")):
+    for kind, error, opening in (("refused", InvalidConversation, "refuses it: "), ("failed", UserError, "")):
         if kind in reply:  # without what would steer a terminal
             words = "".join(letter if letter.isprintable() else " " for letter in reply[kind])
             raise error(f"The chat template {opening}{words.rstrip('.')}.")

@@ -24,15 +24,15 @@ FORBIDDEN = (
 )  # fmt: skip
 
 
-class Refused(Exception):
+class TemplateRaised(Exception):
     """The template called `raise_exception`: it does not take this conversation."""
 
 
-class TooLong(Exception):
+class OutputTooLong(Exception):
     """More than OUTPUT bytes were written."""
 
 
-def limit() -> None:
+def limit_resources() -> None:
     """Limits memory, files and core dumps through the kernel; `reply` limits the time of each answer."""
     import resource
 
@@ -43,7 +43,7 @@ def limit() -> None:
             continue
 
 
-def lock() -> None:
+def forbid_system_access() -> None:
     """Forbids this process to open, import, compile or start anything from here on."""
 
     def watch(event: str, _: Any) -> None:
@@ -69,7 +69,7 @@ def compile_template(source: str, variables: dict[str, Any], now: str) -> Callab
             return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
     def refuse(message: object) -> None:
-        raise Refused(str(message))
+        raise TemplateRaised(str(message))
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
@@ -86,7 +86,7 @@ def compile_template(source: str, variables: dict[str, Any], now: str) -> Callab
         for part in template.root_render_func(context):
             size += len(part.encode("utf-8", "surrogatepass"))
             if size > OUTPUT:
-                raise TooLong
+                raise OutputTooLong
             parts.append(part)
         return "".join(parts)
 
@@ -98,9 +98,9 @@ def reply(work: Callable[..., dict[str, Any]], *args: Any) -> None:
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         outcome = work(*args)
-    except Refused as error:
+    except TemplateRaised as error:
         outcome = {"refused": str(error)[:300]}
-    except TooLong:
+    except OutputTooLong:
         outcome = {"failed": f"wrote more than {OUTPUT:,} bytes"}
     except MemoryError:
         outcome = {"failed": "needed too much memory"}
@@ -132,9 +132,9 @@ def main() -> None:
         return {"texts": [templates[0](*job) for job in jobs]}
 
     reply(dict)
-    limit()
+    limit_resources()
     reply(prepare)
-    lock()
+    forbid_system_access()
     for line in sys.stdin:
         reply(render, json.loads(line))
 

@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from engine.errors import UserError
-from engine.files import whole_file, write_json
+from engine.files import atomic_file, write_json
 
 END = "<|endoftext|>"
 
@@ -91,8 +91,8 @@ class Tokenizer:
         eos = self.special_names["eos_token"] or END
         if (end := inner.token_to_id(eos)) is None:
             raise UserError(f"The tokenizer has no token {eos!r}, which should end a text; name it as eos_token.")
-        self.end: int = end
-        self.start = _starts_with(inner)
+        self.eos_id: int = end
+        self.bos_ids = _starts_with(inner)
 
     def encode(self, text: str, continued: bool = False) -> np.ndarray:
         """Encodes text as tokens (T,) int32, in time linear in its length. Raises UserError for a lone surrogate.
@@ -138,7 +138,7 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, as Hugging Face's libraries read them."""
-        with whole_file(folder / "tokenizer.json") as file:
+        with atomic_file(folder / "tokenizer.json") as file:
             file.write(self._inner.to_str(pretty=True).encode())
         write_json(folder / "tokenizer_config.json", self.config)
 

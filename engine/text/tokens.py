@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import UserError
-from engine.files import cache_folder, whole_folder
+from engine.files import atomic_folder, cache_folder
 from engine.text.tokenizer import Tokenizer
 
 BLOCK = 1 << 20  # ids looked at in one go
-Report = Callable[[int, int], None] | None
+OnProgress = Callable[[int, int], None] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class TokenFile:
     path: Path
 
 
-def token_file(documents: Iterable[str], tokenizer: Tokenizer, report: Report = None) -> TokenFile:
+def open_token_file(documents: Iterable[str], tokenizer: Tokenizer, report: OnProgress = None) -> TokenFile:
     """Encodes documents, an end of text between each two; or opens them from the cache when text and tokenizer are unchanged.
 
     `documents` is read twice, first to know whether it changed, so an iterator is held in memory and a Corpus is not.
@@ -43,7 +43,7 @@ def token_file(documents: Iterable[str], tokenizer: Tokenizer, report: Report = 
         return cached
     failure: Exception = UserError(f"The tokens written to {folder} do not read back as they were written; check the disk.")
     try:
-        with whole_folder(folder) as building:
+        with atomic_folder(folder) as building:
             _write(building, documents, tokenizer, size, report)
     except OSError as error:  # several processes of one run may build the same file: the second uses the first one's
         failure = error
@@ -87,12 +87,12 @@ def _digest(documents: Iterable[str]) -> tuple[str, int]:
     return digest.hexdigest(), size
 
 
-def _write(folder: Path, documents: Iterable[str], tokenizer: Tokenizer, size: int, report: Report) -> None:
+def _write(folder: Path, documents: Iterable[str], tokenizer: Tokenizer, size: int, report: OnProgress) -> None:
     dtype = np.dtype("<u2" if tokenizer.vocab <= 1 << 16 else "<u4")
     digest, done = hashlib.sha256(), 0
     with (folder / "tokens.bin").open("wb") as file:
         for index, document in enumerate(documents):
-            between = [np.array([tokenizer.end])] if index else []
+            between = [np.array([tokenizer.eos_id])] if index else []
             for part in itertools.chain(between, tokenizer.encode_parts(document)):
                 data = part.astype(dtype).tobytes()
                 file.write(data)

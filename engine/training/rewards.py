@@ -9,7 +9,7 @@ No model judges that could be talked round.
 import re
 from collections.abc import Callable
 
-from engine.errors import UserError, nearest
+from engine.errors import UserError, did_you_mean
 
 Reward = Callable[[str, int | None], float]  # (answer, right number or None) -> 0 to 1
 
@@ -32,7 +32,7 @@ def make_reward(task: str) -> Reward:
         return sum_reward
     if name in TASKS:
         raise UserError(f"The task {task!r} should be {TASKS[name]}{' from 1 to 1000' if name == 'length' else ''}.")
-    raise UserError(f"There is no task {task!r}; there are {'; '.join(TASKS.values())}.{nearest(name, [*TASKS])}")
+    raise UserError(f"There is no task {task!r}; there are {'; '.join(TASKS.values())}.{did_you_mean(name, [*TASKS])}")
 
 
 def length_reward(words: int) -> Reward:

@@ -8,16 +8,16 @@ import sys
 from collections.abc import Iterator
 
 from engine.device import Device
-from engine.errors import UserError, nearest
+from engine.errors import UserError, did_you_mean
 from engine.format import duration, join_words
 from engine.inference.decode import prepare_params
 from engine.storage.digest import digest
-from engine.storage.find import load_model, with_adapters
-from engine.text.chat import Chat
+from engine.storage.model_loader import load_model, with_adapters
+from engine.text.chat import ChatTokenizer
 from engine.text.jsonl import decode_utf8
 from engine.text.template import read_template
 from stages.chat import flags
-from stages.chat.conversation import SETTINGS, Conversation, Turn, with_setting
+from stages.chat.session import SETTINGS, ChatSession, Turn, with_setting
 from stages.cli import signals
 from stages.cli.command import MISTAKE
 from stages.cli.console import Console
@@ -42,8 +42,8 @@ def run(flags: flags.Chat, device: Device) -> int:
         model = load_model(flags.model, report=report)
     notes.warn_damaged(model.damaged, model.checkpoint)
     params = prepare_params(model.cfg, with_adapters(model.cfg, model.params, flags.adapter))
-    chat = Chat(model.tokenizer, template, now=datetime.datetime.now().isoformat(timespec="seconds"))
-    conversation = Conversation(model.cfg, params, chat, model.ends, flags.sampling.params(), flags.system or "")
+    chat = ChatTokenizer(model.tokenizer, template, now=datetime.datetime.now().isoformat(timespec="seconds"))
+    conversation = ChatSession(model.cfg, params, chat, model.eos_ids, flags.sampling.params(), flags.system or "")
     before = digest(params)
     if chatty:
         adapters = f" with {join_words([*map(str, flags.adapter)])}" if flags.adapter else ""
@@ -109,7 +109,7 @@ def _piped_lines() -> Iterator[str]:
 class Repl:
     """Replies to lines and carries out commands."""
 
-    conversation: Conversation
+    conversation: ChatSession
     notes: Console
     weights: str  # digest of the params at the start
     chatty: bool  # prints what each turn cost
@@ -189,7 +189,7 @@ class Repl:
             self.notes.print_rows([(name, str(getattr(conversation.sampling, name))) for name in SETTINGS])
         else:
             known = [command.split()[0][1:] for command in COMMANDS]
-            raise UserError(f"There is no command /{name}; /help lists them.{nearest(name, known)}")
+            raise UserError(f"There is no command /{name}; /help lists them.{did_you_mean(name, known)}")
 
     def print_stats(self) -> None:
         """Prints what the conversation has cost, and whether the weights are unchanged."""

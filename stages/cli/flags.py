@@ -92,9 +92,9 @@ def one_of(*names: str) -> Any:
 
     def parse(text: str) -> str:
         if text not in names:
-            from engine.errors import nearest
+            from engine.errors import did_you_mean
 
-            raise ValueError(f"wanted one of {', '.join(names)}, got {text!r}.{nearest(text, names)}")
+            raise ValueError(f"wanted one of {', '.join(names)}, got {text!r}.{did_you_mean(text, names)}")
         return text
 
     return parser(parse, "NAME")

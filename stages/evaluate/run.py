@@ -14,8 +14,8 @@ from engine.format import count
 from engine.inference.score import score
 from engine.storage import run_folder
 from engine.storage.digest import digest
-from engine.storage.find import LoadedModel, load_model
-from engine.text.chat import Chat, Example
+from engine.storage.model_loader import LoadedModel, load_model
+from engine.text.chat import ChatTokenizer, Example
 from engine.text.conversations import NAMED, Conversations, read_conversations
 from engine.text.examples import Pair
 from engine.text.packing import evaluation_batches, evaluation_pairs
@@ -109,7 +109,7 @@ def evaluate_conversations(
 ) -> Rows:
     """Scores `data`, or the held-out set of the fine-tuning `record` beside its scores from before fine-tuning."""
     record = record if record.get("stage") == "finetune" else {}
-    chat = Chat(model.tokenizer)
+    chat = ChatTokenizer(model.tokenizer)
     seq = min(context or record.get("recipe", {}).get("context") or WINDOW, model.cfg.context)
     if data:
         examples, outcome = conversation_data.tokenize_examples(data, model, chat, seq)

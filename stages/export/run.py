@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType, quants
 
 from engine.device import Device
 from engine.errors import UserError
-from engine.files import whole_folder
+from engine.files import atomic_folder
 from engine.format import size
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths, map_paths, merge, unflatten
@@ -21,10 +21,10 @@ from engine.model.weights.lora import LoRA, dense
 from engine.storage import run_folder
 from engine.storage.adapter import load_adapter, save_adapter, without_adapters
 from engine.storage.digest import digest
-from engine.storage.find import LoadedModel, load_model
 from engine.storage.gguf.file import save_gguf
-from engine.storage.gguf.tokenizer import NEAREST_SPLIT, tokenizer_metadata
+from engine.storage.gguf.tokenizer import FALLBACK_PRE_TOKENIZER, tokenizer_metadata
 from engine.storage.huggingface.folder import save_folder
+from engine.storage.model_loader import LoadedModel, load_model
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 from stages.cli.command import command_line
 from stages.cli.console import Console, ReportProgress
@@ -35,15 +35,15 @@ WRITTEN = {
     "adapter_config.json", "adapter_model.safetensors",
 }  # fmt: skip
 NOTE = (
-    f"llama.cpp has no name for how this tokenizer splits a text and is told {NEAREST_SPLIT}: numbers and long words may "
-    "become other tokens there. Thrice reads the tokenizer.json that is in the file too."
+    f"llama.cpp has no name for how this tokenizer splits a text and is told {FALLBACK_PRE_TOKENIZER}: numbers and long "
+    "words may become other tokens there. Thrice reads the tokenizer.json that is in the file too."
 )
 TEXTS = (
     "The quick brown fox jumps over the lazy dog.", "  two spaces\tand a tab\n\n\nand lines", "In 1969, 12345 people; 3.14159!",
     "naïve café, 日本語, Ελληνικά, 🙂", "def f(x):\n    return x ** 2  # <|endoftext|> <|im_end|> is text", "don't I'LL we've",
 )  # fmt: skip
 CLOSE = 1e-3  # of the largest logit: what the order of float32 sums may change
-Report = tuple[list[tuple[str, str]], list[str]]  # rows to print, and what differs
+Comparison = tuple[list[tuple[str, str]], list[str]]  # rows to print, and what differs
 
 
 def run(flags: Export, device: Device) -> int:
@@ -96,16 +96,16 @@ def _write(out: Path, model: LoadedModel, dtype: str, adapter: bool, report: Rep
     """Writes a .gguf file, a Hugging Face folder, or an adapter folder; returns a note to print, if any."""
     cfg, params, tokenizer = model.cfg, model.params, model.tokenizer
     if out.suffix == ".gguf":
-        metadata = tokenizer_metadata(tokenizer, model.ends, cfg.vocab)
+        metadata = tokenizer_metadata(tokenizer, model.eos_ids, cfg.vocab)
         save_gguf(out, cfg, params, metadata, name=model.name, dtype=dtype, report=report)
         return NOTE if "tokenizer.huggingface.json" in metadata else ""
-    with whole_folder(out) as building:
+    with atomic_folder(out) as building:
         if adapter:
             record = run_folder.read_json(model.run / "run.json") if model.run else {}
             base_name = record.get("base", {}).get("model") or model.name
             save_adapter(building, cfg, params, base=digest(without_adapters(params)), base_name=base_name)
         else:
-            tokens = {"eos_token_id": list(model.ends) if len(model.ends) > 1 else model.ends[0]}
+            tokens = {"eos_token_id": list(model.eos_ids) if len(model.eos_ids) > 1 else model.eos_ids[0]}
             for name in ("bos_token", "pad_token"):
                 token = tokenizer.id_of(tokenizer.special_names.get(name, ""))
                 tokens |= {} if token is None else {f"{name}_id": token}
@@ -114,17 +114,17 @@ def _write(out: Path, model: LoadedModel, dtype: str, adapter: bool, report: Rep
     return ""
 
 
-def compare(model: LoadedModel, out: Path, dtype: str) -> Report:
+def compare(model: LoadedModel, out: Path, dtype: str) -> Comparison:
     """Compares the export at `out` with `model`, its weights rounded as in the export: tokens, ends, and logits."""
     export = load_model(str(out), dtype="float32")
     faults = [f"{name} of the architecture" for name in model.cfg.architecture_differences(export.cfg)]
     faults += _tokenizer_faults(model.tokenizer, export.tokenizer)
-    faults += ["what ends a completion"] * (model.ends != export.ends)
-    faults += ["what is put before a text"] * (model.tokenizer.start != export.tokenizer.start)
+    faults += ["what ends a completion"] * (model.eos_ids != export.eos_ids)
+    faults += ["what is put before a text"] * (model.tokenizer.bos_ids != export.tokenizer.bos_ids)
     template = "kept" if export.tokenizer.config.get("chat_template") else "absent"
     rows = [
         ("tokens", f"{len(TEXTS)} texts, of every script and with control tokens in them"),
-        ("ends", f"{', '.join(map(str, export.ends))} and template {template}"),
+        ("ends", f"{', '.join(map(str, export.eos_ids))} and template {template}"),
     ]
     if faults:
         return rows, faults
@@ -137,7 +137,7 @@ def compare(model: LoadedModel, out: Path, dtype: str) -> Report:
     return rows, ["the logits"] if apart > CLOSE else []
 
 
-def compare_adapter(model: LoadedModel, out: Path) -> Report:
+def compare_adapter(model: LoadedModel, out: Path) -> Comparison:
     """Compares exported adapters: the pairs to the bit, and the logits of the base with them on it."""
     ours = {path: leaf for path, leaf in leaf_paths(model.params).items() if isinstance(leaf, LoRA)}
     theirs = leaf_paths(load_adapter(out, model.cfg))

@@ -192,7 +192,7 @@ class FineTuning(ModelStage):
                 general = general_bits_per_byte(cfg, params, self.tokenizer, self.general, seq, self.console)
             _clear_programs()  # the programs that scored are as large as a small model, and are not run again soon
             prompt = self.chat.prompt([{"role": "user", "content": QUESTION}]).tolist()
-            sampling = SamplingParams(max_tokens=SAMPLE, temperature=0.0, stop_token_ids=self.ends)
+            sampling = SamplingParams(max_tokens=SAMPLE, temperature=0.0, stop_token_ids=self.stop_token_ids)
             capacity = min(cfg.context, len(prompt) + SAMPLE)
             pieces = generate(cfg, prepare_params(cfg, params), [prompt], [sampling], capacity=capacity)
             answer = self.tokenizer.decode([token for piece in pieces for token in piece.tokens])

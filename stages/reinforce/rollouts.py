@@ -16,7 +16,7 @@ from engine.inference.sampling_params import SamplingParams
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
 from engine.text.batch import Batch
-from engine.text.chat import Chat, Example
+from engine.text.chat import ChatTokenizer, Example
 from engine.text.packing import evaluation_batches
 from engine.training.rewards import Reward
 from stages.reinforce.data import Prompt
@@ -44,11 +44,11 @@ class Rollout(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """Samples completions of at most `max_tokens` in caches of `capacity`, and rewards them. `ends`: the ids that end one."""
+    """Samples completions of at most `max_tokens` in caches of `capacity`, and rewards them. `stop_token_ids` end one."""
 
     cfg: ModelConfig
-    chat: Chat
-    ends: Collection[int]
+    chat: ChatTokenizer
+    stop_token_ids: Collection[int]
     reward: Reward
     temperature: float
     max_tokens: int
@@ -65,7 +65,7 @@ class Sampler:
         seconds = time.perf_counter() - begin
         texts = []
         for completion in completions:
-            ended = bool(completion) and completion[-1] in self.ends
+            ended = bool(completion) and completion[-1] in self.stop_token_ids
             texts.append(self.chat.tokenizer.decode(completion[: len(completion) - ended]).strip())
         with _time_limit("The task's pattern takes too long on an answer: write it so that it has one way to match a text."):
             rewards = [self.reward(text, prompt.answer) for text, prompt in zip(texts, prompts)]
@@ -79,7 +79,7 @@ class Sampler:
         for row, new, finished, *_ in decode.generate(self.cfg, params, prompts, sampling, capacity=self.capacity):
             if row not in running:
                 continue
-            end = next((at for at, token in enumerate(new, 1) if token in self.ends), None)
+            end = next((at for at, token in enumerate(new, 1) if token in self.stop_token_ids), None)
             completions[row] += new[:end]
             if end or finished:
                 running.discard(row)
@@ -88,7 +88,7 @@ class Sampler:
         return completions
 
 
-def prompt_tokens(chat: Chat, prompt: Prompt) -> list[int]:
+def prompt_tokens(chat: ChatTokenizer, prompt: Prompt) -> list[int]:
     return chat.prompt([{"role": "user", "content": prompt.text}]).tolist()
 
 

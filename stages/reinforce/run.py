@@ -67,7 +67,9 @@ class ReinforcementLearning(ModelStage):
             )
         max_tokens = rollout.max_tokens or min(TOKENS, left)
         capacity = self.longest + max_tokens
-        self.sampler = Sampler(cfg, self.chat, frozenset(self.ends), reward, rollout.temperature, max_tokens, capacity)
+        self.sampler = Sampler(
+            cfg, self.chat, frozenset(self.stop_token_ids), reward, rollout.temperature, max_tokens, capacity
+        )
         # A constant rate, so that a run that goes on is the run that was not stopped.
         optimizer = OptimizerConfig(
             kind="adamw", learning_rate=update.learning_rate or (5e-4 if lora else 2e-5), schedule="wsd", warmup=0,

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from engine.errors import UserError
-from engine.storage.find import LoadedModel
-from engine.text.chat import Chat, Example
+from engine.storage.model_loader import LoadedModel
+from engine.text.chat import ChatTokenizer, Example
 from engine.text.conversations import NAMED, Conversations, read_conversations
 from engine.text.examples import DatasetSummary, Pair, make_examples, make_pairs
 from stages.cli.console import Console, ReportProgress
@@ -46,7 +46,7 @@ class ConversationData:
 
 
 def prepare_conversations(
-    data: str, validation: str | None, objective: str, seq: int, model: LoadedModel, chat: Chat, console: Console
+    data: str, validation: str | None, objective: str, seq: int, model: LoadedModel, chat: ChatTokenizer, console: Console
 ) -> ConversationData:
     """Returns examples of at most `seq` tokens. Raises UserError for data of another kind than the objective needs."""
     conversations = _read(data, objective)
@@ -76,9 +76,9 @@ def _read(data: str, objective: str) -> Conversations:
 
 
 def tokenize_examples(
-    conversations: Conversations, model: LoadedModel, chat: Chat, seq: int, report: ReportProgress | None = None
+    conversations: Conversations, model: LoadedModel, chat: ChatTokenizer, seq: int, report: ReportProgress | None = None
 ) -> tuple[Sequence[Any], DatasetSummary]:
     """Returns examples or pairs, and what became of each row. Raises UserError when none is left."""
     if conversations.kind == "preference":
         return make_pairs(conversations, chat, seq, report=report)
-    return make_examples(conversations, chat, seq, start=model.tokenizer.start, report=report)
+    return make_examples(conversations, chat, seq, start=model.tokenizer.bos_ids, report=report)

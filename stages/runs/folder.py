@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
-from engine.files import folder_lock, whole_file
+from engine.files import atomic_file, folder_lock
 from engine.storage.run_folder import ADAPTER, ROOT
 
 OURS = ("config.json", "metrics.jsonl", "tokenizer", "checkpoints", "samples", ADAPTER, "run.json")
@@ -89,7 +89,7 @@ class MetricsLog:
                 with contextlib.suppress(ValueError, KeyError, TypeError):  # a line half written when it was killed
                     if json.loads(line)["step"] <= step:
                         lines.append(line + b"\n")
-        with whole_file(self._path) as file:
+        with atomic_file(self._path) as file:
             file.writelines(lines)
 
     def add(self, **fields: Any) -> None:

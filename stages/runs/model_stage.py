@@ -13,9 +13,9 @@ from engine.counting.params import count_params
 from engine.model.config import LoraConfig, ModelConfig
 from engine.storage.adapter import save_adapter
 from engine.storage.digest import digest
-from engine.storage.find import load_model
+from engine.storage.model_loader import load_model
 from engine.storage.run_folder import ADAPTER
-from engine.text.chat import Chat
+from engine.text.chat import ChatTokenizer
 from engine.training.optimizer import make_optimizer
 from engine.training.step import TrainState, init_state
 from stages.cli.console import Console
@@ -37,10 +37,10 @@ class ModelStage(Stage):
             self.model = load_model(name, dtype=None if lora else "float32", report=report, on_config=on_config)
         console.warn_damaged(self.model.damaged, self.model.checkpoint)
         # Saved with the run: the chat's template, and all ids that end a completion.
-        self.chat = Chat(self.model.tokenizer, template)
+        self.chat = ChatTokenizer(self.model.tokenizer, template)
         self.tokenizer = copy.copy(self.model.tokenizer)
         self.tokenizer.config = self.tokenizer.config | {"chat_template": self.chat.source}
-        self.ends = tuple(dict.fromkeys((*self.model.ends, *self.chat.ends)))
+        self.stop_token_ids = tuple(dict.fromkeys((*self.model.eos_ids, *self.chat.eot_ids)))
 
     def load_weights(self) -> None:
         """Splits the parameters, and adds to the facts the digest of the base, which no step may change."""

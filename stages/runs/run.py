@@ -42,7 +42,7 @@ class Stage(Protocol):
     parts: TrainableParts  # valid after `load_weights`
     facts: dict[str, Any]  # the stage's own entries of run.json; valid after `load_weights`
     tokenizer: Tokenizer
-    ends: tuple[int, ...]  # ids that end a completion
+    stop_token_ids: tuple[int, ...]  # ids that end a completion
 
     def load_weights(self) -> None:
         """Makes `parts` and `facts`. Raises UserError when there is no room for a run."""
@@ -103,7 +103,7 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
         with console.task("initialising"):
             state, loop_state = stage.initial_state(), LoopState()
         clear_run(folder)
-    save_tokenizer(folder, stage.tokenizer, stage.ends)
+    save_tokenizer(folder, stage.tokenizer, stage.stop_token_ids)
     write_json(folder / "config.json", plan.cfg.to_json())
     write_json(folder / "run.json", facts)
     before = stage.measure(stage.parts.trainable)

@@ -107,7 +107,7 @@ def restore(
     with console.task("loading the checkpoint"):
         loaded = checkpoint.load(previous.folder, jax.eval_shape(parts.to_saved, like.trainable), like.opt_state)
     loop_state = _loop_state(loaded.state)
-    aside = checkpoint.set_aside(previous.folder, loop_state.step) if loaded.damaged else []
+    aside = checkpoint.rename_newer(previous.folder, loop_state.step) if loaded.damaged else []
     lines = [f"damaged: {line}" for line in loaded.damaged] + [f"set aside: {path}" for path in aside]
     for line in lines + _changes(previous.record, facts):
         console.print(line, style="yellow")

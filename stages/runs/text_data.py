@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.errors import UserError, nearest
-from engine.files import cache_folder, whole_folder
+from engine.errors import UserError, did_you_mean
+from engine.files import atomic_folder, cache_folder
 from engine.storage import assets
 from engine.storage.assets import TEXTS
 from engine.text.corpus import Corpus, hold_out, read_corpus
 from engine.text.tokenizer import SPLIT, Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
-from engine.text.tokens import TokenFile, open_bin, token_file
+from engine.text.tokens import TokenFile, open_bin, open_token_file
 from stages.cli.console import Console
 
 TOKENIZER_TEXT = 64_000_000  # characters that a tokenizer is trained on at most
@@ -53,7 +53,7 @@ def check_text_name(data: str) -> None:
     if data in assets.MODELS:
         raise UserError(f"{data} is a model, not a text; --data takes {', '.join(TEXTS)}, a file or a folder.")
     if data not in TEXTS and not Path(data).exists():
-        hint = nearest(data, TEXTS) or f" Give a file, a folder, or one of {', '.join(TEXTS)}."
+        hint = did_you_mean(data, TEXTS) or f" Give a file, a folder, or one of {', '.join(TEXTS)}."
         raise UserError(f"There is no text at {data}.{hint}")
 
 
@@ -91,7 +91,7 @@ def encode_text(source: Source, tokenizer: Tokenizer, console: Console) -> Token
         with console.task(f"checking {source}"):
             return open_bin(source, tokenizer)
     with console.task(f"encoding {source.name}") as report:
-        return token_file(source, tokenizer, report)
+        return open_token_file(source, tokenizer, report)
 
 
 def make_tokenizer(spec: str, source: Source, console: Console) -> Tokenizer:
@@ -116,7 +116,7 @@ def make_tokenizer(spec: str, source: Source, console: Console) -> Tokenizer:
         return load_tokenizer(folder)
     with console.task(f"learning a vocabulary of {int(vocab):,} from {source.name}", always=True):
         tokenizer = train_bpe(_beginning(source), int(vocab))
-    with whole_folder(folder) as building:
+    with atomic_folder(folder) as building:
         tokenizer.save(building)
     return tokenizer
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.stages import Compiled
 
-from engine.allocator import has_room, return_freed_memory
+from engine.allocator import fits_freed_memory, return_freed_memory
 from engine.training.optimizer import make_optimizer, make_schedule
 from engine.training.step import NEXT_TOKEN, Objective, TrainState, train_step
 from stages.runs.estimate import RunPlan
@@ -64,7 +64,7 @@ class TrainingSteps:
         self.batch = following or self.batches.at(step + 1)
         # Waited for before the next is dispatched: two steps in flight would take twice the memory.
         metrics = jax.device_get(metrics)
-        if self.buffer and not has_room(self.buffer):
+        if self.buffer and not fits_freed_memory(self.buffer):
             return_freed_memory()  # or the next step's buffer would lie beside this one's
         self.loss, self.grad_norm = float(metrics.loss), float(metrics.grad_norm)
         self.losses.append(self.loss)

@@ -12,9 +12,9 @@ import numpy as np
 from engine.inference.score import score
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
-from engine.text.batches import evaluation_count, evaluation_windows, window_batch
 from engine.text.tokenizer import Tokenizer
 from engine.text.tokens import TokenFile
+from engine.text.windows import count_windows, evaluation_windows, window_batch
 from stages.cli.console import Console, ReportProgress
 from stages.runs.conversation_data import EVALUATION_ROWS
 from stages.runs.loop import Evaluator
@@ -40,7 +40,7 @@ def score_text(
 ) -> float:
     """Returns the summed nats of every token (N,) of a text but the first, each behind seq - stride tokens or more."""
     total, waiting = 0.0, jnp.zeros(())
-    count = evaluation_count(len(tokens), seq, stride)
+    count = count_windows(len(tokens), seq, stride)
     for number, batch in enumerate(evaluation_windows(tokens, seq, stride, rows)):
         # One batch ahead: the next is cut while the device works.
         nats = score(cfg, params, batch)

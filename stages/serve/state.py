@@ -19,8 +19,8 @@ from engine.inference.slots import Slots
 from engine.model.config import ModelConfig
 from engine.storage.assets import MODELS
 from engine.storage.digest import digest
-from engine.storage.find import LoadedModel, load_model, with_adapters
-from engine.text.chat import Chat
+from engine.storage.model_loader import LoadedModel, load_model, with_adapters
+from engine.text.chat import ChatTokenizer
 from engine.text.template import read_template
 from stages.cli.console import Console
 from stages.serve.admission import Admission
@@ -39,13 +39,13 @@ class ServerState:
     in another process. `queue`: completions that may wait. `price`: dollars an hour."""
 
     def __init__(
-        self, name: str, model: LoadedModel, slots: Slots, digest: str, chat: Chat, make_chat: Callable[[], Chat], queue: int,
-        price: float | None,
+        self, name: str, model: LoadedModel, slots: Slots, digest: str, chat: ChatTokenizer,
+        make_chat: Callable[[], ChatTokenizer], queue: int, price: float | None,
     ) -> None:  # fmt: skip
         self.name, self.digest, self.price, self.loaded_at = name, digest, price, int(time.time())
         self.engine, self.admission = Engine(slots), Admission(slots.slots, queue)
         self.tokenizer = TokenizerPool(model.tokenizer, chat, make_chat, slots.capacity)
-        self.stop_token_ids = frozenset(model.ends)
+        self.stop_token_ids = frozenset(model.eos_ids)
         self.metrics = Metrics(name, self.engine)
         self._hashing: asyncio.Task[str] | None = None
 
@@ -101,7 +101,7 @@ def load_state(
             model = load_model(model_name, report=report, on_config=on_config)
         console.warn_damaged(model.damaged, model.checkpoint)
         now = datetime.datetime.now().isoformat(timespec="seconds")
-        make_chat = lambda: Chat(model.tokenizer, source, now)
+        make_chat = lambda: ChatTokenizer(model.tokenizer, source, now)
         with ThreadPoolExecutor(1) as beside:  # the template's process starts while weights are laid out
             making = beside.submit(make_chat)
             try:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from engine.errors import UserError
-from engine.text.chat import PLAIN, Chat
+from engine.text.chat import PLAIN, ChatTokenizer
 from engine.text.tokenizer import Tokenizer
 from stages.serve.errors import ApiError
 
@@ -22,12 +22,12 @@ COUNTED_FIRST = 4_000_000  # characters to render, above which the tokens of the
 class _Worker:
     """A thread that tokenizes one text after the other, with a chat that is made on first use."""
 
-    def __init__(self, make_chat: Callable[[], Chat]) -> None:
+    def __init__(self, make_chat: Callable[[], ChatTokenizer]) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._make_chat, self._waiting = make_chat, 0
 
     @functools.cached_property
-    def chat(self) -> Chat:
+    def chat(self) -> ChatTokenizer:
         return self._make_chat()
 
     async def run[T](self, param: str, work: Callable[[], T]) -> T:
@@ -56,16 +56,18 @@ class TokenizerPool:
     `capacity`: tokens of a slot.
     """
 
-    def __init__(self, tokenizer: Tokenizer, chat: Chat, make_chat: Callable[[], Chat], capacity: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, chat: ChatTokenizer, make_chat: Callable[[], ChatTokenizer], capacity: int
+    ) -> None:
         self.tokenizer, self._capacity = tokenizer, capacity
-        self.chat_ends = frozenset(chat.ends)
+        self.eot_ids = frozenset(chat.eot_ids)
         self.strips_space = chat.source == PLAIN  # replies then follow a name, and begin with a space
         self._short, self._long = _Worker(make_chat), _Worker(make_chat)
         self._short.chat = chat
 
     async def encode(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
         """Returns the tokens of each text, with the model's start tokens if `special`. Raises ApiError."""
-        start = self.tokenizer.start if special else ()
+        start = self.tokenizer.bos_ids if special else ()
         encode = lambda: [[*start, *self.tokenizer.encode(text).tolist()] for text in texts]
         return await self._worker(sum(map(len, texts))).run("prompt", encode)
 

@@ -91,7 +91,7 @@ class ByHand:
     def sample(self, params: Any, max_tokens: int) -> str:
         """Returns the beginning of the validation text and what follows by NumPy, each token the most probable."""
         params, tokenizer = jax.tree.map(np.asarray, params), self.data.tokenizer
-        tokens = generate(self.plan.cfg, params, self.prompt, max_tokens=max_tokens, end=tokenizer.end)
+        tokens = generate(self.plan.cfg, params, self.prompt, max_tokens=max_tokens, end=tokenizer.eos_id)
         return tokenizer.decode(self.prompt + list(tokens))
 
     def remarks(self, params: Any) -> list[tuple[str, str]]:

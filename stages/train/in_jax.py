@@ -57,7 +57,9 @@ class InJax:
     def sample(self, params: Any, max_tokens: int) -> str:
         """Returns a text that the model writes after a line end."""
         cfg, tokenizer = self.plan.cfg, self.data.tokenizer
-        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.8, seed=self.plan.seed, stop_token_ids=(tokenizer.end,))
+        sampling = SamplingParams(
+            max_tokens=max_tokens, temperature=0.8, seed=self.plan.seed, stop_token_ids=(tokenizer.eos_id,)
+        )
         pieces = generate(cfg, prepare_params(cfg, params), [tokenizer.encode("\n").tolist()], [sampling])
         return tokenizer.decode([token for piece in pieces for token in piece.tokens])
 

@@ -7,10 +7,10 @@ import numpy as np
 
 from engine.counting.params import count_params
 from engine.device import Device
-from engine.files import whole_file
+from engine.files import atomic_file
 from engine.format import count, duration, size
 from engine.model.config import preset
-from engine.text.batches import TextBatches
+from engine.text.windows import TextBatches
 from engine.training.step import TrainState
 from stages.cli.console import Console
 from stages.runs.estimate import RunPlan, measured_ceilings, memory_estimate
@@ -87,7 +87,7 @@ class Training(Stage):
             "recipe": recipe_facts,
         }  # fmt: skip
         self.ceilings = measured_ceilings(console)
-        self.tokenizer, self.ends = data.tokenizer, (data.tokenizer.end,)
+        self.tokenizer, self.stop_token_ids = data.tokenizer, (data.tokenizer.eos_id,)
         self.batches = TextBatches(data.train.tokens, recipe.context, recipe.batch, plan.seed)
 
     def load_weights(self) -> None:
@@ -140,7 +140,7 @@ class Training(Stage):
             nats = score_text(cfg, params, data.validation.tokens, seq, max(1, seq // 2), batch, report)
         with self.console.task("writing a sample"):
             text = self.implementation.sample(params, SAMPLE)
-        with whole_file(folder / "samples" / f"{step}.txt") as file:
+        with atomic_file(folder / "samples" / f"{step}.txt") as file:
             file.write(text.encode())
         # Measuring takes seconds: a run that is hardly longer itself takes the ceilings as they are.
         top = measured_ceilings(self.console, again=seconds >= LONG_RUN).peak_flops(cfg.dtype)

@@ -13,9 +13,9 @@ from engine.counting.params import count_params
 from engine.errors import UserError
 from engine.storage import checkpoint
 from engine.storage.digest import digest
-from engine.storage.find import read_config
 from engine.storage.gguf.file import save_gguf
 from engine.storage.huggingface import folder as huggingface
+from engine.storage.model_loader import read_config
 from engine.text.tokenizer import byte_tokenizer
 
 CFG = tiny_config(vocab=257)
@@ -46,7 +46,7 @@ def test_the_architecture_is_known_before_a_weight_is_read(run, tmp_path, monkey
     huggingface.save_folder(hugging_face, CFG, lively_params(CFG), {"eos_token_id": 256}, dtype="float32")
     save_gguf(gguf, CFG, lively_params(CFG), {}, name="tiny", dtype="float32")
     monkeypatch.setattr(checkpoint, "load_params", None)
-    monkeypatch.setattr("engine.storage.find.read_params", None)
+    monkeypatch.setattr("engine.storage.model_loader.read_params", None)
     for place in (run, run / "checkpoints" / "1", hugging_face, gguf):
         assert count_params(read_config(str(place))) == count_params(CFG)
 

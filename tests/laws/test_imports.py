@@ -134,7 +134,7 @@ def test_no_import_breaks_the_law():
         ("engine.inference.made_up", "def f():\n    from engine.training.loss import summed_loss"),
         ("engine.training.made_up", "from engine.inference.score import score"),
         ("engine.text.made_up", "from engine.storage.digest import digest"),
-        ("engine.counting.made_up", "from engine.storage.find import read_config"),
+        ("engine.counting.made_up", "from engine.storage.model_loader import read_config"),
         ("engine.counting.made_up", "if TYPE_CHECKING:\n    from engine.text.batch import Batch"),
         ("engine.model.layers", "from engine.model import backward"),
         ("engine.model.cache.contiguous", "from engine.model.layers import attention"),

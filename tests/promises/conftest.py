@@ -19,7 +19,7 @@ import pytest
 from figures import Figure
 
 from bench.serving.server import Server
-from engine.errors import nearest
+from engine.errors import did_you_mean
 
 ROWS: dict[str, dict[str, Any]] = {}  # of the table, by the promise's name
 
@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config, items):
         return
     known = sorted(set(names.values()), key=_place)
     for name in wanted - {*known}:
-        raise pytest.UsageError(f"There is no promise {name}; there are {', '.join(known)}.{nearest(name, known)}")
+        raise pytest.UsageError(f"There is no promise {name}; there are {', '.join(known)}.{did_you_mean(name, known)}")
     config.hook.pytest_deselected(items=[item for item in items if names.get(item) not in wanted])
     items[:] = [item for item in items if names.get(item) in wanted]
 

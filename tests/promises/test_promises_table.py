@@ -40,7 +40,7 @@ def tiny_folder(tmp_path):
     """A model that `--model` takes: the tiny one, with a tokenizer that has ChatML's control tokens."""
     tokenizer = chat_tokenizer()
     cfg = tiny_config(vocab=tokenizer.vocab)
-    folder.save_folder(tmp_path, cfg, lively_params(cfg), {"eos_token_id": tokenizer.end}, dtype="float32")
+    folder.save_folder(tmp_path, cfg, lively_params(cfg), {"eos_token_id": tokenizer.eos_id}, dtype="float32")
     tokenizer.save(tmp_path)
     return tmp_path
 

@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     model, place = tiny_model(), tmp_path_factory.mktemp("models") / "sea"
     place.mkdir()
-    save_folder(place, model.cfg, model.params, {"eos_token_id": [model.tokenizer.end]}, dtype="float32")
+    save_folder(place, model.cfg, model.params, {"eos_token_id": [model.tokenizer.eos_id]}, dtype="float32")
     model.tokenizer.save(place)
     return place
 

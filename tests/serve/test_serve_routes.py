@@ -135,7 +135,7 @@ def test_sampling_parameters(client):
 
 
 def test_stop_tokens_are_not_part_of_the_text(client, tiny_server):
-    end = tiny_server.model.tokenizer.end
+    end = tiny_server.model.tokenizer.eos_id
     result = good(client.complete(most=4, logit_bias={str(end): 100}))
     assert result["choices"][0] == {"index": 0, "text": "", "finish_reason": "stop", "logprobs": None}
     assert result["usage"]["completion_tokens"] == 0

@@ -20,11 +20,11 @@ SLOTS, QUEUE, CAPACITY = 3, 4, 150
 @functools.cache
 def tiny_model() -> Any:
     """As `load_model` gives it: ChatML's control tokens, 334 tokens in all."""
-    from engine.storage.find import LoadedModel
+    from engine.storage.model_loader import LoadedModel
 
     tokenizer = chat_tokenizer()
     cfg = tiny_config(vocab=tokenizer.vocab)
-    return LoadedModel("tiny", cfg, lively_params(cfg), tokenizer, (tokenizer.end,), Path("tiny"))
+    return LoadedModel("tiny", cfg, lively_params(cfg), tokenizer, (tokenizer.eos_id,), Path("tiny"))
 
 
 class TinyServer:
@@ -34,7 +34,7 @@ class TinyServer:
         from engine.inference import decode
         from engine.inference.slots import Slots
         from engine.storage.digest import digest
-        from engine.text.chat import Chat
+        from engine.text.chat import ChatTokenizer
         from engine.text.template import FIXED_DAY
         from stages.serve.state import ServerState
 
@@ -44,7 +44,7 @@ class TinyServer:
         self.slots = slots = Slots(
             model.cfg, params, slots=SLOTS, capacity=CAPACITY, kv_dtype="float32", prefix_cache_bytes=10**7, chunk=16, tail=8
         )
-        make_chat = lambda: Chat(model.tokenizer, None, FIXED_DAY)
+        make_chat = lambda: ChatTokenizer(model.tokenizer, None, FIXED_DAY)
         self.state = ServerState("tiny", model, slots, digest(params), make_chat(), make_chat, QUEUE, 0.25)
         self._started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)

@@ -15,10 +15,10 @@ from tiny_runs import ROOT, command
 
 from engine.errors import UserError
 from engine.inference.sampling_params import SamplingParams
-from engine.storage.find import load_model
+from engine.storage.model_loader import load_model
 from stages.chat import __main__ as chat
-from stages.chat.conversation import Conversation, with_setting
 from stages.chat.run import Repl
+from stages.chat.session import ChatSession, with_setting
 from stages.cli.console import Console
 
 PROMPT = "\r\n> "
@@ -28,12 +28,12 @@ QUICK = ("--temperature", "0", "--max-tokens", "6")
 @pytest.fixture(scope="module")
 def conversation(trained):
     from engine.inference import decode
-    from engine.text.chat import Chat
+    from engine.text.chat import ChatTokenizer
 
     model = load_model(str(trained))
-    chat = Chat(model.tokenizer)
+    chat = ChatTokenizer(model.tokenizer)
     sampling = SamplingParams(max_tokens=6, temperature=0)
-    yield Conversation(model.cfg, decode.prepare_params(model.cfg, model.params), chat, model.ends, sampling)
+    yield ChatSession(model.cfg, decode.prepare_params(model.cfg, model.params), chat, model.eos_ids, sampling)
     chat.close()
 
 

@@ -16,7 +16,7 @@ from engine.errors import UserError
 from engine.model.paths import leaf_paths, merge, unflatten
 from engine.model.transformer import forward
 from engine.model.weights.lora import make_adapter
-from engine.storage.find import LoadedModel, load_model
+from engine.storage.model_loader import LoadedModel, load_model
 from engine.storage.run_folder import save_tokenizer
 from stages import generate
 from stages.evaluate import __main__ as evaluate
@@ -45,7 +45,7 @@ def test_an_export_in_float32_is_the_same_model(name, trained, text, tmp_path, c
     exact = leaf_paths(load_model(str(out), dtype="float32").params)
     assert all(np.array_equal(ours[path], exact[path]) for path in ours)
     assert read.run is None
-    assert (read.ends, read.tokenizer.start) == (source.ends, source.tokenizer.start)
+    assert (read.eos_ids, read.tokenizer.bos_ids) == (source.eos_ids, source.tokenizer.bos_ids)
     if name == "file.gguf":  # a folder of float32 says that it is computed in float32, which the run is not
         assert generated(capsys, out) == generated(capsys, trained)
     assert evaluate.main(["--model", str(out), "--data", str(text)]) == 0
@@ -175,11 +175,11 @@ def test_an_earlier_export_is_replaced_when_asked(trained, tmp_path):
 def test_words_survive_in_a_run(trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    model = dataclasses.replace(load_model(str(trained)), ends=(299, 7))
+    model = dataclasses.replace(load_model(str(trained)), eos_ids=(299, 7))
     model.tokenizer.config["chat_template"] = "{{ messages }}"
-    save_tokenizer(run, model.tokenizer, model.ends)
+    save_tokenizer(run, model.tokenizer, model.eos_ids)
     again = load_model(str(run))
-    assert again.ends == (299, 7)
+    assert again.eos_ids == (299, 7)
     assert again.tokenizer.config["chat_template"] == "{{ messages }}"
     out = exported(run, tmp_path / "out", "--check")
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [299, 7]

@@ -22,7 +22,7 @@ from engine.model.paths import leaf_paths
 from engine.storage import checkpoint
 from engine.storage.adapter import load_adapter, save_adapter
 from engine.storage.digest import digest
-from engine.storage.find import load_model, with_adapters
+from engine.storage.model_loader import load_model, with_adapters
 from engine.text.packing import PackedBatches
 from stages import generate
 from stages.chat import __main__ as chat
@@ -95,7 +95,7 @@ def test_the_base_stays_as_it_was_and_the_run_is_a_model(adapted: tuple[Path, st
     base, model = load_model(str(trained)), load_model(str(folder))
     assert json.loads((folder / "run.json").read_text())["base"]["digest"] == digest(base.params)
     assert model.run == folder
-    assert model.ends == base.ends
+    assert model.eos_ids == base.eos_ids
     assert digest(model.params) != digest(base.params)
     assert model.cfg == base.cfg
     leaves = leaf_paths(model.params)

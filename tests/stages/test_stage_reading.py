@@ -10,7 +10,7 @@ from tiny_runs import command
 from engine.inference.stop_strings import CompletionText
 from engine.storage.run_folder import read_config, read_json
 from engine.text.tokenizer import byte_tokenizer
-from engine.text.tokens import token_file
+from engine.text.tokens import open_token_file
 from stages import generate
 from stages.evaluate import __main__ as evaluate
 
@@ -107,7 +107,7 @@ def test_quick_look_is_at_the_text_itself(text, trained):
     from stages.runs.validation import quick_evaluator
 
     tokenizer = byte_tokenizer()
-    tokens = token_file([text.read_text()[:1000]], tokenizer)
+    tokens = open_token_file([text.read_text()[:1000]], tokenizer)
     counted = lambda cfg, params, batch: float(np.asarray(batch.mask).sum())
     quick = quick_evaluator(read_config(trained), tokens, tokenizer, counted)
     for batch in quick.batches:

@@ -10,7 +10,7 @@ from tiny_runs import metrics
 
 from engine.storage import checkpoint
 from engine.storage.digest import digest
-from engine.storage.find import load_model
+from engine.storage.model_loader import load_model
 from stages.reinforce import __main__ as reinforce
 from stages.reinforce.rounds import Rounds
 

@@ -23,7 +23,7 @@ from hf_folders import CONFIG, WEIGHTS, write_folder  # noqa: E402
 
 from engine.allocator import return_freed_memory  # noqa: E402
 from engine.errors import UserError  # noqa: E402
-from engine.storage.find import load_model  # noqa: E402
+from engine.storage.model_loader import load_model  # noqa: E402
 
 ALLOWED = 64 * 2**20
 LONGEST = 1.0  # seconds of computing

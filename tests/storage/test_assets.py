@@ -16,7 +16,7 @@ from refusals import refusal
 
 from engine.errors import UserError
 from engine.storage import assets
-from engine.storage.assets import ASSETS, fetch, plain_play
+from engine.storage.assets import ASSETS, fetch, strip_markdown
 from engine.text.corpus import read_corpus
 
 
@@ -56,7 +56,7 @@ def test_shakespeare_is_the_text_every_figure_is_measured_on(cache):
 
 def test_a_play_without_its_marks():
     marked = "# A Play\n\n## ACT I\n\n_Enter BOTH_\n\n**DUKE ORSINO**  \nIf music_be_ the **food**.  \n"
-    assert plain_play(marked) == "A Play\n\nACT I\n\nEnter BOTH\n\nDUKE ORSINO:\nIf musicbe the food:.\n"
+    assert strip_markdown(marked) == "A Play\n\nACT I\n\nEnter BOTH\n\nDUKE ORSINO:\nIf musicbe the food:.\n"
 
 
 # The rest with wheels of our own, which pip and uv take from a folder, without a network.
@@ -214,6 +214,6 @@ def test_the_slower_of_two_processes_uses_the_other_s_files(monkeypatch, index):
             (folder / name).write_text(text)
         raise OSError("Directory not empty")
 
-    monkeypatch.setattr(assets, "whole_folder", beaten)
+    monkeypatch.setattr(assets, "atomic_folder", beaten)
     assert fetch("shakespeare")["train"].read_text() == WANTED["train.txt"]
     assert meanwhile

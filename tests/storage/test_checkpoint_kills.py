@@ -20,7 +20,7 @@ from tiny_checkpoints import get, hidden, is_step, put, put_model
 from engine.errors import UserError
 from engine.files import folder_lock
 from engine.storage import checkpoint
-from engine.storage.checkpoint import steps, sweep
+from engine.storage.checkpoint import remove_incomplete, steps
 from engine.storage.manifest import verify
 
 # T1: a kill at any instant
@@ -75,7 +75,7 @@ def shim():
 def swept_clean(folder: Path) -> bool:
     """A real kill stops every thread; here those of Orbax may write a little longer into what is being swept."""
     for _ in range(200):
-        sweep(folder)
+        remove_incomplete(folder)
         if not hidden(folder):
             return True
         time.sleep(0.01)
@@ -133,10 +133,10 @@ def test_what_another_process_is_writing_is_not_swept(tmp_path):
     building = tmp_path / "checkpoints" / ".2.abcdefgh"
     building.mkdir()
     with folder_lock(tmp_path / "checkpoints"):
-        sweep(tmp_path)
+        remove_incomplete(tmp_path)
         assert building.exists()
         assert get(tmp_path).step == 1
-    sweep(tmp_path)
+    remove_incomplete(tmp_path)
     assert not building.exists()
 
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import UserError
-from engine.text.chat import CHATML, PLAIN, Chat, Example, choose_template
-from engine.text.template import Refusal
+from engine.text.chat import CHATML, PLAIN, ChatTokenizer, Example, choose_template
+from engine.text.template import InvalidConversation
 from engine.text.tokenizer import byte_tokenizer
 
 TOKENIZER = chat_tokenizer()
@@ -25,10 +25,10 @@ texts = st.text(alphabet=" \nab<|>_imstartend/s</>é😀", max_size=30) | st.sam
 @pytest.fixture(scope="module")
 def chats():
     sources = {"chatml": CHATML, "plain": PLAIN, "thinking": THINKING, "brackets": BRACKETS}
-    return {name: Chat(TOKENIZER, source) for name, source in sources.items()}
+    return {name: ChatTokenizer(TOKENIZER, source) for name, source in sources.items()}
 
 
-def shown(chat: Chat, example: Example) -> str:
+def shown(chat: ChatTokenizer, example: Example) -> str:
     """The example as text, what counts in brackets."""
     runs = itertools.groupby(chat.marked_pieces(example), lambda piece: piece[1])
     return "".join("[" * counts + "".join(text for text, _ in run) + "]" * counts for counts, run in runs)
@@ -61,19 +61,21 @@ def test_turns_that_change_when_they_are_history_are_examples_of_their_own(chats
 
 
 def test_a_second_token_that_ends_the_whole_does_not_count() -> None:
-    chat = Chat(TOKENIZER, CHATML.replace("{%- if add", "{%- if not add_generation_prompt %}</s>{% endif %}{%- if add"))
+    chat = ChatTokenizer(
+        TOKENIZER, CHATML.replace("{%- if add", "{%- if not add_generation_prompt %}</s>{% endif %}{%- if add")
+    )
     examples = chat.examples(TALK[1:])
     assert [shown(chat, example).count("]") for example in examples] == [1, 1]
     assert shown(chat, examples[0]).endswith("[I am well.<|im_end|>]\n</s>")
-    assert chat.ends == (CONTROLS[END],)
+    assert chat.eot_ids == (CONTROLS[END],)
 
 
 def test_an_answer_alone_can_be_what_counts(chats) -> None:
-    example = chats["chatml"].answer(TALK)
+    example = chats["chatml"].answer_example(TALK)
     assert shown(chats["chatml"], example).count("[") == 1
     assert shown(chats["chatml"], example).endswith("[The user asks.<|im_end|>]\n")
-    with pytest.raises(Refusal, match="does not end with an answer"):
-        chats["chatml"].answer(TALK[:-1])
+    with pytest.raises(InvalidConversation, match="does not end with an answer"):
+        chats["chatml"].answer_example(TALK[:-1])
 
 
 @pytest.mark.parametrize("name", ["chatml", "brackets", "thinking", "plain"])
@@ -88,7 +90,7 @@ def test_what_is_learnt_begins_as_what_is_asked(chats, name: str, turns: list[st
     prompt = chat.prompt(messages[:-1])
     np.testing.assert_array_equal(last.tokens[: len(prompt)], prompt)
     assert last.mask[len(prompt) :].any()
-    assert last.tokens[last.mask][-1] in chat.ends
+    assert last.tokens[last.mask][-1] in chat.eot_ids
     assert sum(int(example.mask.sum()) for example in examples) >= len(messages) // 2
     for example in examples:
         assert example.tokens.dtype == np.int32
@@ -114,7 +116,7 @@ def test_text_of_users_is_never_a_control_token(chats, name: str, turns: list[st
 @pytest.mark.parametrize("content", ["s", "<s", "s>", "/s", "|im_end|", "|im_end|>", " <|im_end| ", "a<|im_end|", "<", "s>b"])
 def test_text_and_template_make_no_control_token_together(content: str) -> None:
     source = "{% for m in messages %}<{{ m.content | trim }}>{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
-    chat = Chat(TOKENIZER, source)
+    chat = ChatTokenizer(TOKENIZER, source)
     tokens = chat.prompt(said("x", "y", content)).tolist()
     assert [token for token in tokens if token in TOKENIZER.controls] == [CONTROLS[END]]
     assert TOKENIZER.decode(tokens) == f"<x><y><{content.strip()}>"
@@ -162,8 +164,8 @@ def test_the_template_is_the_models_own_or_one_that_fits() -> None:
 
 
 def test_a_model_that_never_saw_a_chat_gets_its_own_end() -> None:
-    chat = Chat(byte_tokenizer())
-    assert chat.ends == (chat.tokenizer.end,)
+    chat = ChatTokenizer(byte_tokenizer())
+    assert chat.eot_ids == (chat.tokenizer.eos_id,)
     assert chat.prompt(said("Hi", "Yes", "Why?")).tolist() == [*b"User: Hi\nAssistant: Yes", 256, *b"\nUser: Why?\nAssistant:"]
     example = chat.examples(said("Hi", "Yes"))[0]
     assert chat.tokenizer.decode(example.tokens) == "User: Hi\nAssistant: Yes\n"
@@ -171,8 +173,8 @@ def test_a_model_that_never_saw_a_chat_gets_its_own_end() -> None:
 
 
 def test_a_template_without_an_end_is_told_apart() -> None:
-    chat = Chat(TOKENIZER, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
-    assert chat.ends == ()
+    chat = ChatTokenizer(TOKENIZER, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    assert chat.eot_ids == ()
 
 
 @pytest.mark.parametrize(
@@ -191,18 +193,18 @@ def test_messages_of_no_use(chats, messages, words: str) -> None:
 
 
 def test_conversations_that_cannot_be_learnt(chats) -> None:
-    with pytest.raises(Refusal, match="no turn of the assistant"):
+    with pytest.raises(InvalidConversation, match="no turn of the assistant"):
         chats["chatml"].examples(said("a"))
-    with pytest.raises(Refusal, match="begins with the assistant"):
+    with pytest.raises(InvalidConversation, match="begins with the assistant"):
         chats["chatml"].examples(said("", "b")[1:])
-    with pytest.raises(Refusal, match="Only user and assistant"):
+    with pytest.raises(InvalidConversation, match="Only user and assistant"):
         chats["brackets"].examples(TALK)
     broken = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
     with pytest.raises(UserError, match="begins the assistant's turn otherwise"):
-        Chat(TOKENIZER, broken)
+        ChatTokenizer(TOKENIZER, broken)
     for silent in ("", "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"):
         with pytest.raises(UserError, match="writes nothing of what the assistant says"):
-            Chat(TOKENIZER, silent)
+            ChatTokenizer(TOKENIZER, silent)
 
 
 def test_half_a_character_is_refused(chats) -> None:

@@ -5,7 +5,7 @@ import pytest
 from chat_models import BRACKETS, chat_tokenizer, said
 
 from engine.errors import UserError
-from engine.text.chat import CHATML, Chat
+from engine.text.chat import CHATML, ChatTokenizer
 from engine.text.conversations import Conversation, Preference, Text
 from engine.text.examples import make_examples, make_pairs
 
@@ -15,10 +15,10 @@ CONTROL = next(token for token, added in TOKENIZER.controls.items() if added.con
 
 @pytest.fixture(scope="module")
 def chat():
-    return Chat(TOKENIZER, CHATML)
+    return ChatTokenizer(TOKENIZER, CHATML)
 
 
-def test_an_account_of_every_row(chat: Chat) -> None:
+def test_an_account_of_every_row(chat: ChatTokenizer) -> None:
     long = "how are you? " * 20
     rows = [
         Conversation(said("Hello", "I am well."), "f:1"),
@@ -46,7 +46,7 @@ def test_an_account_of_every_row(chat: Chat) -> None:
 
 
 def test_what_the_template_refuses_is_left_out() -> None:
-    chat = Chat(TOKENIZER, BRACKETS)
+    chat = ChatTokenizer(TOKENIZER, BRACKETS)
     rows = [Conversation(said("a", "b", system="s"), "f:1"), Conversation(said("a", "b"), "f:2")]
     examples, summary = make_examples(rows, chat, 40)
     assert [example.where for example in examples] == ["f:2"]
@@ -55,19 +55,19 @@ def test_what_the_template_refuses_is_left_out() -> None:
         make_examples(rows[:1], chat, 40)
 
 
-def test_all_of_a_text_is_learnt_once(chat: Chat) -> None:
+def test_all_of_a_text_is_learnt_once(chat: ChatTokenizer) -> None:
     text = "The assistant answers. " * 9
     examples, summary = make_examples([Text(text, "f:1"), Text("", "f:2")], chat, 10, start=(CONTROL,))
-    tokens = [CONTROL, *TOKENIZER.encode(text), TOKENIZER.end]
+    tokens = [CONTROL, *TOKENIZER.encode(text), TOKENIZER.eos_id]
     here = [example for example in examples if example.where == "f:1"]
     assert all(len(example.tokens) <= 11 and example.mask.all() for example in examples)
     targets = np.concatenate([example.tokens[1:] for example in here])
     assert targets.tolist() == tokens[1:]
     assert summary.truncated == summary.dropped == []
-    assert examples[-1].tokens.tolist() == [CONTROL, TOKENIZER.end]
+    assert examples[-1].tokens.tolist() == [CONTROL, TOKENIZER.eos_id]
 
 
-def test_pairs(chat: Chat) -> None:
+def test_pairs(chat: ChatTokenizer) -> None:
     history = said("Hello", "I am well.", "how are you?")
     rows = [
         Preference(tuple(history), "I am.", "The user.", "f:1"),
@@ -80,10 +80,10 @@ def test_pairs(chat: Chat) -> None:
     assert [where for where, _ in summary.dropped] == ["f:2", "f:3", "f:4"]
     for example, answer in ((pairs[0].chosen, "I am."), (pairs[0].rejected, "The user.")):
         assert TOKENIZER.decode(example.tokens[example.mask]) == answer  # not what was said in turns before
-        assert example.tokens[example.mask][-1] in chat.ends
+        assert example.tokens[example.mask][-1] in chat.eot_ids
 
 
-def test_data_of_the_other_sort_is_refused(chat: Chat) -> None:
+def test_data_of_the_other_sort_is_refused(chat: ChatTokenizer) -> None:
     with pytest.raises(UserError, match="f:1: it holds no pair of answers"):
         make_pairs([Text("a", "f:1")], chat, 60)
     with pytest.raises(UserError, match="f:1: it holds two answers"):

@@ -11,7 +11,7 @@ from tiny import lively_params, tiny_config
 from engine.errors import UserError
 from engine.text.chat import Example
 from engine.text.examples import Pair
-from engine.text.packing import PackedBatches, evaluation_batches, evaluation_pairs, pair_batch, rows_of
+from engine.text.packing import PackedBatches, evaluation_batches, evaluation_pairs, pack_rows, pair_batch
 
 
 def example(*tokens: int, counts: bool = True) -> Example:
@@ -55,14 +55,14 @@ def test_a_row_by_hand() -> None:
 
 
 def test_each_goes_where_it_leaves_least_room() -> None:
-    assert rows_of(drawn([3, 5, 7, 2]), 10, pack=True) == [[2, 0], [1, 3]]
-    assert rows_of(drawn([3, 5, 7, 2]), 10, pack=False) == [[0], [1], [2], [3]]
+    assert pack_rows(drawn([3, 5, 7, 2]), 10, pack=True) == [[2, 0], [1, 3]]
+    assert pack_rows(drawn([3, 5, 7, 2]), 10, pack=False) == [[0], [1], [2], [3]]
 
 
 @settings(deadline=None, max_examples=80)
 @given(sizes=st.lists(st.integers(1, 12), min_size=1, max_size=40), pack=st.booleans())
 def test_every_example_lies_whole_in_one_row(sizes: list[int], pack: bool) -> None:
-    rows = rows_of(drawn(sizes), 12, pack)
+    rows = pack_rows(drawn(sizes), 12, pack)
     assert sorted(index for row in rows for index in row) == list(range(len(sizes)))
     assert all(sum(sizes[index] for index in row) <= 12 for row in rows)
     if pack and len(rows) > 1:
@@ -75,7 +75,7 @@ def test_every_example_lies_whole_in_one_row(sizes: list[int], pack: bool) -> No
 def test_an_epoch_sees_every_example_once_in_a_new_order(pack: bool) -> None:
     packed = PackedBatches(EXAMPLES, seq=8, batch=3, seed=5, pack=pack)
     epochs = []
-    rows = len(rows_of(EXAMPLES, 8, pack))
+    rows = len(pack_rows(EXAMPLES, 8, pack))
     for epoch in range(3):
         epochs.append([tuple(packed.at(row // 3).tokens[row % 3]) for row in range(epoch * rows, (epoch + 1) * rows)])
         assert len(set(epochs[-1])) == rows

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import UserError
-from engine.text.template import WORKER, Refusal, Template
+from engine.text.template import WORKER, InvalidConversation, Template
 
 ASKED = [{"role": "user", "content": "hi"}]
 
@@ -141,7 +141,7 @@ for attempt in compiled:
 def test_what_the_template_itself_refuses() -> None:
     template = Template("{% if messages | length > 1 %}{{ raise_exception('one\x1b[31m only') }}{% endif %}ok")
     assert render(template) == "ok"
-    with pytest.raises(Refusal, match=r"refuses it: one \[31m only"):
+    with pytest.raises(InvalidConversation, match=r"refuses it: one \[31m only"):
         render(template, ASKED * 2)
     assert render(template) == "ok"  # the process is still there
 
@@ -157,7 +157,7 @@ def test_what_the_template_itself_refuses() -> None:
 def test_what_is_wrong_is_said(source: str, words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         render(Template(source))
-    assert not isinstance(caught.value, Refusal)
+    assert not isinstance(caught.value, InvalidConversation)
     for word in words:
         assert word in str(caught.value)
 

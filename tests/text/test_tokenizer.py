@@ -42,7 +42,7 @@ def test_every_text_comes_back(tokenizer: Tokenizer, parts: list[str]) -> None:
     assert (ids.dtype, ids.ndim) == (np.int32, 1)
     assert tokenizer.decode(ids) == text
     assert tokenizer.token_bytes(ids) == len(text.encode())
-    assert tokenizer.end not in ids
+    assert tokenizer.eos_id not in ids
 
 
 @settings(deadline=None, max_examples=200)
@@ -69,15 +69,15 @@ def test_stream_never_shows_half_a_character(text: str) -> None:
 @BOTH
 def test_control_tokens_are_never_made_from_text(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(f"before{END}after{END}")
-    assert tokenizer.end not in ids
+    assert tokenizer.eos_id not in ids
     assert tokenizer.decode(ids) == f"before{END}after{END}"
     # Put in by id they end a text, and stand for no text and no bytes.
-    assert tokenizer.decode([*tokenizer.encode("a"), tokenizer.end, *tokenizer.encode("b")]) == "ab"
-    assert tokenizer.token_bytes([tokenizer.end]) == 0
+    assert tokenizer.decode([*tokenizer.encode("a"), tokenizer.eos_id, *tokenizer.encode("b")]) == "ab"
+    assert tokenizer.token_bytes([tokenizer.eos_id]) == 0
 
 
 def test_ids() -> None:
-    assert (BYTE.vocab, BYTE.end, BPE.vocab, BPE.end) == (257, 256, 320, 319)
+    assert (BYTE.vocab, BYTE.eos_id, BPE.vocab, BPE.eos_id) == (257, 256, 320, 319)
     assert BYTE.encode("aé").tolist() == [0x61, 0xC3, 0xA9]
     assert len(BPE.encode(PROSE)) < len(PROSE.encode()) / 2
     assert BPE.encode("").shape == (0,)
@@ -149,7 +149,7 @@ def test_too_small_a_vocabulary_or_text() -> None:
     assert train_bpe(["text"], 257).vocab == 257
     short = train_bpe(["text"], 1000)
     assert short.vocab < 300
-    assert short.end == short.vocab - 1
+    assert short.eos_id == short.vocab - 1
 
 
 @BOTH
@@ -157,7 +157,7 @@ def test_saved_and_loaded(tokenizer: Tokenizer, tmp_path) -> None:
     tokenizer.save(tmp_path)
     loaded = load_tokenizer(tmp_path)
     assert loaded.digest == tokenizer.digest
-    assert (loaded.vocab, loaded.end, loaded.config) == (tokenizer.vocab, tokenizer.end, tokenizer.config)
+    assert (loaded.vocab, loaded.eos_id, loaded.config) == (tokenizer.vocab, tokenizer.eos_id, tokenizer.config)
     np.testing.assert_array_equal(loaded.encode(PROSE + END), tokenizer.encode(PROSE + END))
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["eos_token"] == END
 
@@ -171,7 +171,7 @@ def test_another_end_is_taken_from_the_config(tmp_path) -> None:
     for named in ("<|im_end|>", {"content": "<|im_end|>"}):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": named}))
         loaded = load_tokenizer(tmp_path)
-        assert loaded.end == 320
+        assert loaded.eos_id == 320
         assert loaded.vocab == 321
         assert loaded.decode(loaded.encode(f"{PROSE}<|im_end|>{END}")) == f"{PROSE}<|im_end|>{END}"
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')

@@ -9,7 +9,7 @@ import pytest
 from engine.errors import UserError
 from engine.text import tokens as tokens_module
 from engine.text.tokenizer import Tokenizer, byte_tokenizer, train_bpe
-from engine.text.tokens import open_bin, token_file
+from engine.text.tokens import open_bin, open_token_file
 
 DOCUMENTS = ["The first, é.\n", "the second", "東京 😀 and the third\n"]
 BPE = train_bpe(DOCUMENTS, 280)
@@ -22,32 +22,32 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 
 def test_ends_stand_between_documents_and_bytes_are_the_text_s() -> None:
-    file = token_file(DOCUMENTS, BPE)
+    file = open_token_file(DOCUMENTS, BPE)
     first, second, third = (BPE.encode(text).tolist() for text in DOCUMENTS)
-    assert file.tokens.tolist() == [*first, BPE.end, *second, BPE.end, *third]
+    assert file.tokens.tolist() == [*first, BPE.eos_id, *second, BPE.eos_id, *third]
     assert file.tokens.dtype == np.uint16
     assert isinstance(file.tokens, np.memmap)
     assert not file.tokens.flags.writeable
     assert file.bytes == sum(len(text.encode()) for text in DOCUMENTS) == BPE.token_bytes(file.tokens)
     assert file.path.is_file()
-    single = token_file(iter(["one text"]), byte_tokenizer())  # any iterable will do
+    single = open_token_file(iter(["one text"]), byte_tokenizer())  # any iterable will do
     assert single.tokens.tolist() == list(b"one text")
 
 
 def test_made_once_for_the_same_text_and_tokenizer(cache) -> None:
     calls: list[tuple[int, int]] = []
-    first = token_file(DOCUMENTS, BPE, lambda *of: calls.append(of))
+    first = open_token_file(DOCUMENTS, BPE, lambda *of: calls.append(of))
     assert calls[-1] == (first.bytes, first.bytes)
     assert calls == sorted(calls)
     calls.clear()
-    again = token_file(tuple(DOCUMENTS), BPE, lambda *of: calls.append(of))
+    again = open_token_file(tuple(DOCUMENTS), BPE, lambda *of: calls.append(of))
     assert calls == []
     assert again.path == first.path
     others = [
-        token_file(DOCUMENTS, byte_tokenizer()),
-        token_file(["".join(DOCUMENTS)], BPE),
-        token_file([DOCUMENTS[0] + DOCUMENTS[1], DOCUMENTS[2]], BPE),
-        token_file([*DOCUMENTS, " "], BPE),
+        open_token_file(DOCUMENTS, byte_tokenizer()),
+        open_token_file(["".join(DOCUMENTS)], BPE),
+        open_token_file([DOCUMENTS[0] + DOCUMENTS[1], DOCUMENTS[2]], BPE),
+        open_token_file([*DOCUMENTS, " "], BPE),
     ]
     assert len({first.path, *(file.path for file in others)}) == 5
     assert len(list((cache / "tokens").iterdir())) == 5  # and nothing half-made beside them
@@ -56,7 +56,7 @@ def test_made_once_for_the_same_text_and_tokenizer(cache) -> None:
 @pytest.mark.parametrize("name", ["tokens.bin", "tokens.json"])
 @pytest.mark.parametrize("damage", ["truncate", "lengthen", "flip", "empty", "delete"])
 def test_a_damaged_file_is_made_anew(name: str, damage: str) -> None:
-    file = token_file(DOCUMENTS, BPE)
+    file = open_token_file(DOCUMENTS, BPE)
     wanted = file.tokens.tolist()
     path = file.path.parent / name
     data = path.read_bytes()
@@ -65,7 +65,7 @@ def test_a_damaged_file_is_made_anew(name: str, damage: str) -> None:
         flipped = bytes([data[0] ^ 1]) + data[1:]
         path.write_bytes({"truncate": data[:-2], "lengthen": data + b"\0\0", "flip": flipped, "empty": b""}[damage])
     calls: list[tuple[int, int]] = []
-    again = token_file(DOCUMENTS, BPE, lambda *of: calls.append(of))
+    again = open_token_file(DOCUMENTS, BPE, lambda *of: calls.append(of))
     assert calls
     assert again.tokens.tolist() == wanted
     assert again.bytes == file.bytes
@@ -73,48 +73,48 @@ def test_a_damaged_file_is_made_anew(name: str, damage: str) -> None:
 
 @pytest.mark.parametrize("facts", ["[]", "{}", '{"tokens": "x", "dtype": "nonsense", "sha256": ""}'])
 def test_nonsense_beside_the_tokens_is_damage(facts: str) -> None:
-    file = token_file(DOCUMENTS, BPE)
+    file = open_token_file(DOCUMENTS, BPE)
     (file.path.parent / "tokens.json").write_text(facts)
-    assert token_file(DOCUMENTS, BPE).tokens.tolist() == file.tokens.tolist()
+    assert open_token_file(DOCUMENTS, BPE).tokens.tolist() == file.tokens.tolist()
 
 
 def test_an_error_on_the_way_leaves_nothing(cache) -> None:
     with pytest.raises(KeyboardInterrupt):
-        token_file(DOCUMENTS, BPE, Mock(side_effect=KeyboardInterrupt))
+        open_token_file(DOCUMENTS, BPE, Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(UserError, match="surrogate"):
-        token_file(["a", "b\ud800"], BPE)
+        open_token_file(["a", "b\ud800"], BPE)
     assert list((cache / "tokens").iterdir()) == []
 
 
 def test_the_slower_of_two_processes_uses_the_other_s_file(monkeypatch) -> None:
-    real = tokens_module.whole_folder
+    real = tokens_module.atomic_folder
     meanwhile = []
 
     def beaten(folder: Path):
         if not meanwhile:
             meanwhile.append(folder)
-            token_file(DOCUMENTS, BPE)  # the other process
+            open_token_file(DOCUMENTS, BPE)  # the other process
             raise OSError("Directory not empty")
         return real(folder)
 
-    monkeypatch.setattr(tokens_module, "whole_folder", beaten)
-    assert token_file(DOCUMENTS, BPE).bytes == len("".join(DOCUMENTS).encode())
+    monkeypatch.setattr(tokens_module, "atomic_folder", beaten)
+    assert open_token_file(DOCUMENTS, BPE).bytes == len("".join(DOCUMENTS).encode())
     assert meanwhile
 
 
 def test_a_disk_that_fails_is_said(monkeypatch) -> None:
-    monkeypatch.setattr(tokens_module, "whole_folder", Mock(side_effect=OSError(28, "No space left on device")))
+    monkeypatch.setattr(tokens_module, "atomic_folder", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
-        token_file(DOCUMENTS, BPE)
+        open_token_file(DOCUMENTS, BPE)
 
 
 def test_ids_are_wide_where_the_vocabulary_is(monkeypatch) -> None:
     wide = train_bpe(DOCUMENTS, 280)
     wide.vocab = 65_537
     wide.digest = "another"
-    file = token_file(DOCUMENTS, wide)
+    file = open_token_file(DOCUMENTS, wide)
     assert file.tokens.dtype == np.uint32
-    assert file.tokens.tolist() == token_file(DOCUMENTS, BPE).tokens.tolist()
+    assert file.tokens.tolist() == open_token_file(DOCUMENTS, BPE).tokens.tolist()
 
 
 def test_long_documents_go_in_parts(monkeypatch) -> None:
@@ -122,17 +122,17 @@ def test_long_documents_go_in_parts(monkeypatch) -> None:
     calls: list[tuple[int, int]] = []
     tokenizer = byte_tokenizer()
     monkeypatch.setattr(Tokenizer, "encode", None)  # which would hold the whole text
-    file = token_file([text, text], tokenizer, lambda *of: calls.append(of))
+    file = open_token_file([text, text], tokenizer, lambda *of: calls.append(of))
     assert len(calls) >= 5
     assert file.bytes == 2 * len(text)
     same = bytes(file.tokens[: len(text)].astype(np.uint8)) == text.encode()
     assert same
-    assert file.tokens[len(text)] == tokenizer.end
+    assert file.tokens[len(text)] == tokenizer.eos_id
 
 
 def test_nanogpt_bin(tmp_path) -> None:
     path = tmp_path / "train.bin"
-    ids = [*BPE.encode("one é"), BPE.end, *BPE.encode("two")]
+    ids = [*BPE.encode("one é"), BPE.eos_id, *BPE.encode("two")]
     np.array(ids, "<u2").tofile(path)
     file = open_bin(path, BPE)
     assert file.tokens.tolist() == ids

@@ -71,7 +71,7 @@ def config_from(header: Header) -> ModelConfig:
     return cfg
 
 
-def scaling_factors(scaling: RopeScaling, theta: float, head_dim: int) -> np.ndarray:
+def rope_factors(scaling: RopeScaling, theta: float, head_dim: int) -> np.ndarray:
     """Returns the divisor of each frequency (H / 2,) float32 in Llama 3's scaling (The Llama 3 Herd of Models, 3.4.1)."""
     frequencies = theta ** (-np.arange(head_dim // 2) * 2 / head_dim)
     turns = scaling.original_context * frequencies / (2 * np.pi)
@@ -90,7 +90,7 @@ def _read_scaling(header: Header, theta: float) -> RopeScaling | None:
     if (factors == 1).all():
         return None
     for scaling in KNOWN_SCALINGS:
-        if np.allclose(scaling_factors(scaling, theta, 2 * len(factors)), factors, rtol=1e-3):
+        if np.allclose(rope_factors(scaling, theta, 2 * len(factors)), factors, rtol=1e-3):
             return scaling
     raise UserError(f"{header.path}: {FREQUENCIES} is none of the scalings that Llama 3.1 and 3.2 were published with.")
 

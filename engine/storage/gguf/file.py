@@ -13,14 +13,14 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 
 from engine.errors import UserError
-from engine.files import whole_file
+from engine.files import atomic_file
 from engine.model.config import ModelConfig
-from engine.storage import Report
+from engine.storage import OnProgress
 from engine.storage.fields import architecture_of
-from engine.storage.gguf.config import FREQUENCIES, config_from, metadata_of, scaling_factors
+from engine.storage.gguf.config import FREQUENCIES, config_from, metadata_of, rope_factors
 from engine.storage.gguf.header import read_header
 from engine.storage.gguf.tokenizer import tokenizer_from
-from engine.storage.tensor_layout import KINDS, StoredModel, check_tensors, layout_of, split_params, tensor_names
+from engine.storage.tensor_layout import DTYPE_NAMES, StoredModel, check_tensors, layout_of, split_params, tensor_names
 from engine.storage.untrusted import quote, read_at
 
 NAMES = tensor_names("blk.{}.", {
@@ -87,7 +87,7 @@ def save_gguf(
     *,
     name: str,
     dtype: str,
-    report: Report = None,
+    report: OnProgress = None,
 ) -> None:
     """Writes the model to `path`, complete or not at all; matrices in `dtype`, gains and biases in float32.
 
@@ -95,9 +95,9 @@ def save_gguf(
     UserError for an architecture without a name in GGUF.
     """
     architecture = architecture_of(cfg)
-    F32, F16, wanted = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType[KINDS[dtype]]
+    F32, F16, wanted = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType[DTYPE_NAMES[dtype]]
     leaves, kinds = list(layout_of(cfg, NAMES)), {}
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         writer = GGUFWriter(file.name, architecture)
         writer.add_name(name)
         writer.add_file_type(LlamaFileType.ALL_F32 if wanted == F32 else LlamaFileType[f"MOSTLY_{wanted.name}"])
@@ -111,7 +111,7 @@ def save_gguf(
             size = math.prod(quant_shape_to_byte_shape(part.shape, kind))
             writer.add_tensor_info(part.name, part.shape, np.dtype(np.float32), size, kind)
         if cfg.rope_scaling:
-            factors = scaling_factors(cfg.rope_scaling, cfg.rope_theta, cfg.head_dim)
+            factors = rope_factors(cfg.rope_scaling, cfg.rope_theta, cfg.head_dim)
             writer.add_tensor_info(FREQUENCIES, factors.shape, factors.dtype, factors.nbytes, F32)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

@@ -23,7 +23,7 @@ UINT32, STRING, ARRAY, UINT64 = 4, 8, 9, 10
 SCALARS = {kind: struct.Struct("<" + letter) for kind, letter in zip((*range(8), 10, 11, 12), "BbHhIif?Qqd")}
 
 
-class Span(NamedTuple):
+class ArrayLocation(NamedTuple):
     """An array that is left in the file: the type of its elements, their number, and where they begin."""
 
     kind: int
@@ -118,7 +118,7 @@ class _Reader:
             raise UserError(f"{self.path} is damaged: a {what} is not UTF-8 text.") from None
 
     def value(self, key: str) -> Any:
-        """Reads a number, a flag, a text, or the Span of an array."""
+        """Reads a number, a flag, a text, or the ArrayLocation of an array."""
         kind = self.number(UINT32)
         if kind in SCALARS:
             return self.number(kind)
@@ -131,7 +131,7 @@ class _Reader:
         if kind != ARRAY:
             raise UserError(f"{self.path} is damaged: the key {quote(key)} has a value of the unknown type {kind}.")
         inner, count = self.number(UINT32), self.number(UINT64)
-        span = Span(inner, count, self.file.tell())
+        span = ArrayLocation(inner, count, self.file.tell())
         if inner in SCALARS:
             self.file.seek(self.require(count * SCALARS[inner].size), 1)
         elif inner == STRING:
@@ -150,7 +150,7 @@ class _Reader:
         return name, [self.number(UINT64) for _ in range(count)], self.number(UINT32), self.number(UINT64)
 
 
-def read_strings(path: Path, span: Span) -> list[str]:
+def read_strings(path: Path, span: ArrayLocation) -> list[str]:
     """Reads the texts of an array."""
     texts = []
     with path.open("rb") as file:
@@ -166,7 +166,7 @@ def read_strings(path: Path, span: Span) -> list[str]:
     return texts
 
 
-def read_numbers(path: Path, span: Span) -> np.ndarray:
+def read_numbers(path: Path, span: ArrayLocation) -> np.ndarray:
     """Reads the numbers of an array (count,)."""
     dtype = np.dtype(SCALARS[span.kind].format)
     return read_at(path, span.offset, span.length * dtype.itemsize).view(dtype)

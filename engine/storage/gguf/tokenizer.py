@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from engine.errors import UserError
-from engine.storage.gguf.header import STRING, Header, Span, read_numbers, read_strings
+from engine.storage.gguf.header import STRING, ArrayLocation, Header, read_numbers, read_strings
 from engine.storage.untrusted import build_tokenizer, known_name, quote
 from engine.text.tokenizer import Tokenizer
 
@@ -17,11 +17,11 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ggml's kin
 NAMED = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token"}  # ggml's names -> tokenizer_config.json's
 SPACE = "▁"  # stands for a space in a sentencepiece vocabulary
 LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
-SPLITS = ("gpt-2", "smollm", *LLAMA3, "qwen2")  # llama.cpp's names for how a text is split before merging
-NEAREST_SPLIT = "llama-bpe"  # said where llama.cpp has no name for the true one
+PRE_TOKENIZERS = ("gpt-2", "smollm", *LLAMA3, "qwen2")  # llama.cpp's names for how a text is split before merging
+FALLBACK_PRE_TOKENIZER = "llama-bpe"  # said where llama.cpp has no name for the true one
 
 
-def set_split(tokenizer: tokenizers.Tokenizer, name: str) -> None:
+def set_pre_tokenizer(tokenizer: tokenizers.Tokenizer, name: str) -> None:
     """Makes a tokenizer split texts before merging as llama.cpp does under this name."""
     tokenizer.normalizer = normalizers.NFC() if name == "qwen2" else None
     tokenizer.pre_tokenizer = gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -84,7 +84,7 @@ def tokenizer_from(header: Header, vocab: int) -> tuple[tokenizers.Tokenizer, di
 def _read_list(header: Header, name: str, count: int | None = None) -> Any:
     """Returns list[str] for tokens and merges, else an array of numbers."""
     span = header.metadata.get(f"tokenizer.ggml.{name}")
-    if not isinstance(span, Span):
+    if not isinstance(span, ArrayLocation):
         raise UserError(f"{header.path} has no list tokenizer.ggml.{name}, so its tokenizer cannot be built.")
     texts = name in ("tokens", "merges")
     if texts != (span.kind == STRING) or count not in (None, span.length):
@@ -107,12 +107,12 @@ def _from_json(header: Header, places: dict[str, int]) -> tokenizers.Tokenizer:
 
 
 def _byte_level(header: Header, places: dict[str, int], pre: Any) -> tokenizers.Tokenizer:
-    name = known_name(pre, SPLITS, "the pre-tokenizer", header.path)
+    name = known_name(pre, PRE_TOKENIZERS, "the pre-tokenizer", header.path)
     merges = [merge.partition(" ")[::2] for merge in _read_list(header, "merges")]
     if not all(left and right for left, right in merges):
         raise UserError(f"{header.path} is damaged: one of tokenizer.ggml.merges is not two tokens.")
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=places, merges=merges, ignore_merges=name in LLAMA3))
-    set_split(tokenizer, name)
+    set_pre_tokenizer(tokenizer, name)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
@@ -139,7 +139,7 @@ def _sentencepiece(header: Header, places: dict[str, int], kinds: np.ndarray) ->
     return tokenizer
 
 
-def tokenizer_metadata(tokenizer: Tokenizer, ends: tuple[int, ...], vocab: int) -> dict[str, Any]:
+def tokenizer_metadata(tokenizer: Tokenizer, eos_ids: tuple[int, ...], vocab: int) -> dict[str, Any]:
     """Returns the metadata of a tokenizer, for a model of `vocab` tokens.
 
     Where llama.cpp has no name for its split, it is told the nearest, and the tokenizer.json goes along. Raises UserError
@@ -157,10 +157,10 @@ def tokenizer_metadata(tokenizer: Tokenizer, ends: tuple[int, ...], vocab: int) 
     for added in written["added_tokens"]:
         tokens[added["id"]] = added["content"]
         kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
-    fields: dict[str, Any] = {"tokens": tokens, "token_type": kinds, "add_bos_token": bool(tokenizer.start)}
+    fields: dict[str, Any] = {"tokens": tokens, "token_type": kinds, "add_bos_token": bool(tokenizer.bos_ids)}
     texts = tokenizer.special_names
     named = {name: tokenizer.id_of(texts.get(key, "")) for name, key in (NAMED | {"unknown": "unk_token"}).items()}
-    named |= dict(zip(("eos", "eot"), ends))
+    named |= dict(zip(("eos", "eot"), eos_ids))
     fields |= {f"{name}_token_id": place for name, place in named.items() if place is not None}
     others = {"tokenizer.chat_template": config["chat_template"]} if config.get("chat_template") else {}
     if model.get("byte_fallback"):
@@ -170,14 +170,18 @@ def tokenizer_metadata(tokenizer: Tokenizer, ends: tuple[int, ...], vocab: int) 
         scores = [float(-ranks.get(token, len(model["merges"]))) for token in tokens]
         fields |= {"model": "llama", "pre": "default", "scores": scores}
     else:
-        pre = next((name for name in SPLITS if _same_split(written, name)), None)
+        pre = next((name for name in PRE_TOKENIZERS if _is_pre_tokenizer(written, name)), None)
         others |= {} if pre else {"tokenizer.huggingface.json": json.dumps(written, ensure_ascii=False)}
-        fields |= {"model": "gpt2", "pre": pre or NEAREST_SPLIT, "merges": [" ".join(pair) for pair in model["merges"]]}
+        fields |= {
+            "model": "gpt2",
+            "pre": pre or FALLBACK_PRE_TOKENIZER,
+            "merges": [" ".join(pair) for pair in model["merges"]],
+        }
     return {f"tokenizer.ggml.{key}": value for key, value in fields.items()} | others
 
 
-def _same_split(tokenizer: dict[str, Any], name: str) -> bool:
+def _is_pre_tokenizer(tokenizer: dict[str, Any], name: str) -> bool:
     like = tokenizers.Tokenizer(models.BPE())
-    set_split(like, name)
+    set_pre_tokenizer(like, name)
     written = json.loads(like.to_str())
     return all(tokenizer[part] == written[part] for part in ("pre_tokenizer", "normalizer"))

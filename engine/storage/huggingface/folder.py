@@ -11,10 +11,10 @@ import tokenizers
 from engine.errors import UserError
 from engine.files import write_json
 from engine.model.config import ModelConfig
-from engine.storage import Report
+from engine.storage import OnProgress
 from engine.storage.huggingface import safetensors
 from engine.storage.huggingface.config import config_from, config_to
-from engine.storage.tensor_layout import KINDS, StoredModel, check_tensors, layout_of, split_params, tensor_names
+from engine.storage.tensor_layout import DTYPE_NAMES, StoredModel, check_tensors, layout_of, split_params, tensor_names
 from engine.storage.untrusted import build_tokenizer, quote, read_json_object, read_text
 
 LARGEST = 64 * 2**20  # bytes of a tokenizer.json; the largest of these families has 17 million
@@ -75,12 +75,12 @@ def _read_tokenizer(
         if isinstance(config.get(name), dict):
             config[name] = config[name].get("content")
     end = generation.get("eos_token_id", fields.get("eos_token_id"))
-    ends = end[:64] if isinstance(end, list) else [] if end is None else [end]
-    for token in ends:
+    eos_ids = end[:64] if isinstance(end, list) else [] if end is None else [end]
+    for token in eos_ids:
         if type(token) is not int or not 0 <= token < vocab:
             raise UserError(f"{path}: eos_token_id should be ids below {vocab:,}, not {quote(token)}.")
-    if config.get("eos_token") is None and ends:
-        config["eos_token"] = tokenizer.id_to_token(ends[0])
+    if config.get("eos_token") is None and eos_ids:
+        config["eos_token"] = tokenizer.id_to_token(eos_ids[0])
     eos = config.get("eos_token")
     if eos is None:
         raise UserError(f"{path} does not say which token ends a text: neither eos_token nor eos_token_id is given.")
@@ -91,7 +91,7 @@ def _read_tokenizer(
     if largest >= vocab:
         raise UserError(f"{source} has a token {largest:,} and the model only {vocab:,}: they do not belong together.")
     known = {name: value for name, value in config.items() if value is not None}
-    return tokenizer, known, tuple(dict.fromkeys((own, *ends)))
+    return tokenizer, known, tuple(dict.fromkeys((own, *eos_ids)))
 
 
 def _template(path: Path, config: dict[str, Any]) -> str | None:
@@ -109,7 +109,7 @@ def _template(path: Path, config: dict[str, Any]) -> str | None:
 
 
 def save_folder(
-    folder: Path, cfg: ModelConfig, params: dict[str, Any], tokens: dict[str, Any], *, dtype: str, report: Report = None
+    folder: Path, cfg: ModelConfig, params: dict[str, Any], tokens: dict[str, Any], *, dtype: str, report: OnProgress = None
 ) -> None:
     """Writes config.json, generation_config.json and model.safetensors, every weight in `dtype`; no tokenizer.
 
@@ -121,4 +121,4 @@ def save_folder(
     leaves = list(layout_of(cfg, NAMES))
     shapes = {part.name: part.shape for leaf in leaves for part in leaf.parts}
     arrays = (array for _, array in split_params(leaves, params, report))
-    safetensors.write_file(folder / "model.safetensors", shapes, KINDS[dtype], arrays)
+    safetensors.write_file(folder / "model.safetensors", shapes, DTYPE_NAMES[dtype], arrays)

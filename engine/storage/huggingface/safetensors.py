@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from engine.errors import UserError
-from engine.files import whole_file
+from engine.files import atomic_file
 from engine.storage.untrusted import (
     check_adjacent,
     parse_json_object,
@@ -107,7 +107,7 @@ def write_file(
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for (name, shape), array in zip(shapes.items(), arrays, strict=True):
             if array.shape != shape:

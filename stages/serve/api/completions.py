@@ -29,7 +29,8 @@ async def chat_completions(state: ServerState, http: Request) -> Any:
 
     return await generate(
         state, http, ChatWriter(state, body), encode, max_tokens=body.max_completion_tokens or body.max_tokens,
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None, ends=state.stop_token_ids | state.tokenizer.chat_ends,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        stop_token_ids=state.stop_token_ids | state.tokenizer.eot_ids,
     )  # fmt: skip
 
 
@@ -100,7 +101,7 @@ async def completions(state: ServerState, http: Request) -> Any:
 
     return await generate(
         state, http, TextWriter(state, body, count * (body.n or 1)), encode,
-        max_tokens=body.max_tokens or 16, logprobs=body.logprobs, ends=state.stop_token_ids,  # 16: as OpenAI has it
+        max_tokens=body.max_tokens or 16, logprobs=body.logprobs, stop_token_ids=state.stop_token_ids,  # 16: as OpenAI has it
     )  # fmt: skip
 
 

@@ -214,12 +214,12 @@ async def send_events(writer: Writer, generation: Generation, _: Scope, receive:
 
 async def generate(
     state: ServerState, http: starlette.requests.Request, writer: Writer, encode: Callable[[], Awaitable[list[list[int]]]],
-    *, max_tokens: int | None, logprobs: int | None, ends: frozenset[int],
+    *, max_tokens: int | None, logprobs: int | None, stop_token_ids: frozenset[int],
 ) -> Any:  # fmt: skip
     """Returns the response to a request for completions of the prompts that `encode` returns.
 
-    They have at most `max_tokens` (None: all that fit), and each of the tokens `ends` ends one. Places are reserved before
-    the prompts become tokens, and freed whatever happens. Raises ApiError, and ClientGone when the client leaves.
+    They have at most `max_tokens` (None: all that fit); each of `stop_token_ids` ends one. Places are reserved before the
+    prompts become tokens, and freed whatever happens. Raises ApiError, and ClientGone when the client leaves.
     """
     body, capacity = writer.body, state.engine.capacity
     if body.stream_options is not None and not body.stream:
@@ -232,7 +232,7 @@ async def generate(
         options |= {
             "top_k": max(0, body.top_k or 0), "logprobs": logprobs,  # a top_k of -1 means all
             "logit_bias": {int(token): value for token, value in (body.logit_bias or {}).items() if value},
-            "stop_token_ids": frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else ends),
+            "stop_token_ids": frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else stop_token_ids),
         }  # fmt: skip
         for prompt in prompts:
             room = capacity - len(prompt)

@@ -10,9 +10,9 @@ from refusals import refusal
 from tiny import lively_params, tiny_config
 
 from engine.model.config import RopeScaling
-from engine.storage.find import load_model
 from engine.storage.gguf.config import shortest_decimal
 from engine.storage.gguf.file import regroup_rows, save_gguf
+from engine.storage.model_loader import load_model
 from engine.text.tokenizer import train_bpe
 
 KINDS_READ = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]

@@ -8,7 +8,7 @@ import pytest
 from gguf_files import tiny_gguf, weights
 from refusals import refusal
 
-from engine.storage.gguf.header import KEYS, TENSORS, TEXT, Span, read_header, read_numbers, read_strings
+from engine.storage.gguf.header import KEYS, TENSORS, TEXT, ArrayLocation, read_header, read_numbers, read_strings
 
 u32, u64 = (lambda value: struct.pack("<I", value)), (lambda value: struct.pack("<Q", value))
 text = lambda value: u64(len(value)) + value
@@ -91,7 +91,7 @@ def test_a_sound_header_is_read(tmp_path):
     path = tmp_path / "x.gguf"
     path.write_bytes(made(keys, [B, A, info(b"c", [64, 3], kind=8, offset=64)], 64 + 6 * 34))
     header = read_header(path)
-    plain = {name: value for name, value in header.metadata.items() if not isinstance(value, Span)}
+    plain = {name: value for name, value in header.metadata.items() if not isinstance(value, ArrayLocation)}
     assert plain == {"a": 255, "b": -1, "c": True, "d": 0.5, "e": 2**40, "f": "é", "i": 0.1}
     assert read_numbers(path, header.metadata["g"]).tolist() == [-1, 7]
     assert read_strings(path, header.metadata["h"]) == ["x", ""]

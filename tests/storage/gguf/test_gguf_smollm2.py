@@ -11,7 +11,7 @@ from tiny import positions_of
 
 from engine.model.transformer import forward
 from engine.storage.assets import SMOLLM2_FILE
-from engine.storage.find import load_model
+from engine.storage.model_loader import load_model
 
 GOLDEN = [json.loads(line) for line in (Path(__file__).parents[1] / "golden" / "llama_cpp.txt").read_text().splitlines()]
 NEAR = 0.25  # a lead that llama.cpp's rounding of activations to 8 bits may turn round; the largest seen is 0.15
@@ -58,6 +58,6 @@ def test_the_most_probable_token_is_the_same(place, logits):
 
 
 def test_the_stop_is_said(model, logits):
-    ended = [case for case in GOLDEN if case["written"][-1] in model.ends]
+    ended = [case for case in GOLDEN if case["written"][-1] in model.eos_ids]
     assert ended
-    assert model.ends == (2,)
+    assert model.eos_ids == (2,)

@@ -10,15 +10,15 @@ import tokenizers
 from gguf_files import MERGES, SYMBOLS, TOKENS, tiny_gguf, weights
 
 from engine.storage.gguf.header import read_header
-from engine.storage.gguf.tokenizer import NEAREST_SPLIT, set_split, tokenizer_from, tokenizer_metadata
+from engine.storage.gguf.tokenizer import FALLBACK_PRE_TOKENIZER, set_pre_tokenizer, tokenizer_from, tokenizer_metadata
 from engine.text.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 
 VOCAB = len(TOKENS)
 
 
 def read(path: Path, vocab: int = VOCAB, **changes: Any) -> tuple[Tokenizer, tuple[int, ...]]:
-    tokenizer, config, ends = tokenizer_from(read_header(tiny_gguf(path / "x.gguf", **changes)), vocab)
-    return Tokenizer(tokenizer, config), ends
+    tokenizer, config, eos_ids = tokenizer_from(read_header(tiny_gguf(path / "x.gguf", **changes)), vocab)
+    return Tokenizer(tokenizer, config), eos_ids
 
 
 def pieces(tokenizer: Tokenizer, text: str) -> list[str]:
@@ -38,7 +38,7 @@ CUT = {
 def test_each_split_cuts_as_its_name_says(pre):
     decode = dict(zip(SYMBOLS, range(256)))
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    set_split(tokenizer, pre)
+    set_pre_tokenizer(tokenizer, pre)
     spans = tokenizer.pre_tokenizer.pre_tokenize_str(TEXT)
     cut = [bytes(decode[symbol] for symbol in span).decode() for span, _ in spans]
     if pre in ("gpt-2", "smollm"):  # a pattern of GPT-2's leaves the last of several spaces to what follows it
@@ -60,15 +60,15 @@ def test_llama_3_takes_a_word_that_no_merge_leads_to(tmp_path):
 
 
 def test_text_never_becomes_a_control_token(tmp_path):
-    tokenizer, ends = read(tmp_path)
+    tokenizer, eos_ids = read(tmp_path)
     assert 261 not in tokenizer.encode("a<|end|>b")
     assert tokenizer.decode(tokenizer.encode("a<|end|>b")) == "a<|end|>b"
-    assert tokenizer.end == 261
-    assert ends == (261,)
+    assert tokenizer.eos_id == 261
+    assert eos_ids == (261,)
 
 
 def test_what_begins_a_text_is_what_the_file_says(tmp_path):
-    start = lambda **words: read(tmp_path, words=words)[0].start
+    start = lambda **words: read(tmp_path, words=words)[0].bos_ids
     assert start() == ()
     assert start(add_bos_token=True, bos_token_id=260) == (260,)
     assert start(add_bos_token=None, bos_token_id=260) == ()
@@ -78,8 +78,8 @@ def test_what_begins_a_text_is_what_the_file_says(tmp_path):
 
 def test_ends_and_template_are_taken_along(tmp_path):
     other = {"tokenizer.chat_template": "{{ messages }}"}
-    tokenizer, ends = read(tmp_path, words={"eot_token_id": 260, "eom_token_id": 261}, other=other)
-    assert ends == (261, 260)
+    tokenizer, eos_ids = read(tmp_path, words={"eot_token_id": 260, "eom_token_id": 261}, other=other)
+    assert eos_ids == (261, 260)
     assert tokenizer.config["chat_template"] == "{{ messages }}"
     assert tokenizer.config["eos_token"] == "<|end|>"
 
@@ -119,7 +119,7 @@ def test_sentencepiece_vocabularies_cut_as_sentencepiece_does(case, sentencepiec
 
 
 def test_a_long_text_is_cut_in_places_that_change_nothing(sentencepiece):
-    assert sentencepiece.start == (1,)
+    assert sentencepiece.bos_ids == (1,)
     text = GOLDEN[3]["text"] + " ".join(case["text"] for case in GOLDEN[1:]) * 300
     assert len(text) > 3 * 16_384
     whole = sentencepiece._inner.encode(text, add_special_tokens=False).ids
@@ -145,11 +145,11 @@ def test_a_saved_sentencepiece_vocabulary_is_loaded(sentencepiece, tmp_path):
         if text.strip() and text[0] not in " ▁":  # that step takes a space that is there already for its own
             assert newer.encode(text).tolist() == ids
             assert newer.decode(ids) == again.decode(ids) == sentencepiece.decode(ids)
-    assert again.start == (1,)
+    assert again.bos_ids == (1,)
 
 
-def round_trip(tokenizer, vocab, tmp_path, ends=()):
-    metadata = tokenizer_metadata(tokenizer, ends or (tokenizer.end,), vocab)
+def round_trip(tokenizer, vocab, tmp_path, eos_ids=()):
+    metadata = tokenizer_metadata(tokenizer, eos_ids or (tokenizer.eos_id,), vocab)
     table = {"token_embd.weight": np.zeros((vocab, 64), np.float32)}
     absent = dict.fromkeys(("merges", "bos_token_id"))
     return read(tmp_path, vocab, words=absent, other=metadata, tensors=weights() | table)[0], metadata
@@ -159,7 +159,7 @@ def test_a_sentencepiece_vocabulary_comes_back(sentencepiece, tmp_path):
     again, _ = round_trip(sentencepiece, sentencepiece.vocab, tmp_path)
     for case in GOLDEN[1:]:
         assert again.encode(case["text"]).tolist() == case["ids"]
-    assert again.start == sentencepiece.start
+    assert again.bos_ids == sentencepiece.bos_ids
 
 
 def test_a_named_split_comes_back_without_its_json(tmp_path):
@@ -176,9 +176,9 @@ def test_a_named_split_comes_back_without_its_json(tmp_path):
 def test_our_own_split_has_no_name_and_travels_whole(tmp_path):
     tokenizer = train_bpe(["the king of the sea, 1234 and 12 the the"] * 3, 280)
     again, metadata = round_trip(tokenizer, 300, tmp_path)
-    assert metadata["tokenizer.ggml.pre"] == NEAREST_SPLIT
+    assert metadata["tokenizer.ggml.pre"] == FALLBACK_PRE_TOKENIZER
     assert again.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
-    assert again.end == tokenizer.end
+    assert again.eos_id == tokenizer.eos_id
 
 
 def test_bytes_alone_have_no_place_in_a_gguf():

@@ -17,7 +17,7 @@ from hf_folders import CONFIG, WEIGHTS, tiny_tokenizer, write_folder
 from refusals import refusal
 
 from engine.model.paths import leaf_paths
-from engine.storage.find import load_model
+from engine.storage.model_loader import load_model
 from engine.storage.untrusted import build_tokenizer
 
 
@@ -46,7 +46,7 @@ def test_every_weight_is_in_its_place(folder):
     np.testing.assert_array_equal(block["mlp_norm"], part("post_attention_layernorm"))
     np.testing.assert_array_equal(model.params["embed"], WEIGHTS["model.embed_tokens.weight"])
     assert model.name == "model"
-    assert model.ends == (40,)
+    assert model.eos_ids == (40,)
 
 
 def test_shards_hold_the_same_model(folder, tmp_path):
@@ -166,12 +166,12 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(folder):
 
 def test_every_end_is_known_and_the_tokenizers_own_comes_first(folder):
     replace(folder, "config.json", CONFIG | {"eos_token_id": 7})
-    assert load_model(folder).ends == (40, 7)
+    assert load_model(folder).eos_ids == (40, 7)
     replace(folder, "generation_config.json", {"eos_token_id": [3, 40, 5], "temperature": 0.7})
-    assert load_model(folder).ends == (40, 3, 5)
+    assert load_model(folder).eos_ids == (40, 3, 5)
     replace(folder, "tokenizer_config.json", {"eos_token": {"content": "%", "__type": "AddedToken"}})
     model = load_model(folder)
-    assert model.ends == (model.tokenizer.id_of("%"), 3, 40, 5)
+    assert model.eos_ids == (model.tokenizer.id_of("%"), 3, 40, 5)
 
 
 def test_an_end_that_only_the_config_knows_is_taken_by_its_id(folder):
@@ -206,7 +206,7 @@ def test_a_panic_of_the_library_is_a_sentence(folder):
 AUDIT = """
 import os, sys
 from pathlib import Path
-from engine.storage.find import load_model
+from engine.storage.model_loader import load_model
 folder, file = Path(sys.argv[1]), Path(sys.argv[2])
 load_model(folder), load_model(file)  # whatever is imported late is imported now
 seen = set()

@@ -5,13 +5,13 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from engine.errors import UserError, nearest
+from engine.errors import UserError, did_you_mean
 from engine.inference import decode
 from engine.inference.request import Event
 from engine.inference.sampling_params import RANGES, SamplingParams
 from engine.inference.stop_strings import CompletionText
 from engine.model.config import ModelConfig
-from engine.text.chat import Chat
+from engine.text.chat import ChatTokenizer
 from stages.cli.flags import SamplingFlags, in_range
 
 SETTINGS = tuple(field.name for field in dataclasses.fields(SamplingFlags))  # that can be changed between turns
@@ -22,7 +22,7 @@ def with_setting(sampling: SamplingParams, name: str, text: str) -> SamplingPara
     """Returns `sampling` with one of SETTINGS parsed from text. Raises UserError for an unknown name or a bad value."""
     name = name.replace("-", "_")
     if name not in SETTINGS:
-        raise UserError(f"There is no setting {name!r}; there are {', '.join(SETTINGS)}.{nearest(name, SETTINGS)}")
+        raise UserError(f"There is no setting {name!r}; there are {', '.join(SETTINGS)}.{did_you_mean(name, SETTINGS)}")
     try:
         return dataclasses.replace(sampling, **{name: in_range(RANGES[name])(text)})
     except ValueError as error:
@@ -43,13 +43,13 @@ class Turn:
 
 
 @dataclasses.dataclass
-class Conversation:
+class ChatSession:
     """The turns so far: all that is kept between turns."""
 
     cfg: ModelConfig
     params: Any
-    chat: Chat
-    ends: Collection[int]  # tokens that end a completion, as do `chat.ends`
+    chat: ChatTokenizer
+    eos_ids: Collection[int]  # tokens that end a completion, as do `chat.eot_ids`
     sampling: SamplingParams
     system: str = ""
     turns: list[Turn] = dataclasses.field(default_factory=list)
@@ -88,7 +88,7 @@ class Conversation:
         prompt = self.prompt(message)
         turn, completion = Turn(message, prompt_tokens=len(prompt)), CompletionText(self.chat.tokenizer.stream())
         begin = time.perf_counter()
-        sampling = dataclasses.replace(self.sampling, stop_token_ids={*self.ends, *self.chat.ends})
+        sampling = dataclasses.replace(self.sampling, stop_token_ids={*self.eos_ids, *self.chat.eot_ids})
         for _, tokens, finish_reason, *_ in self._generate(prompt, sampling):
             turn.first_token_seconds = turn.first_token_seconds or time.perf_counter() - begin
             text = completion.push(tokens) + (completion.close() if finish_reason else "")

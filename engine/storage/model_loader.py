@@ -7,10 +7,10 @@ from typing import Any, Literal, NamedTuple
 
 from engine.counting.hardware import check_host_memory
 from engine.counting.params import count_params
-from engine.errors import UserError, nearest
+from engine.errors import UserError, did_you_mean
 from engine.model.config import ModelConfig
 from engine.model.paths import merge
-from engine.storage import Report, checkpoint, run_folder
+from engine.storage import OnProgress, checkpoint, run_folder
 from engine.storage.adapter import load_adapter
 from engine.storage.assets import ASSETS, MODELS, fetch
 from engine.storage.digest import digest
@@ -30,7 +30,7 @@ FORMS = (
 class LoadedModel:
     """A model's weights, architecture and tokenizer.
 
-    params: matrices in the dtype asked for (float32 for a run of ours), gains and biases float32. Any of `ends` ends a
+    params: matrices in the dtype asked for (float32 for a run of ours), gains and biases float32. Any of `eos_ids` ends a
     completion, the tokenizer's own first. `checkpoint`: the file or folder that was read; `run`: the run folder it lies in.
     `damaged` names, a line a file, the damage in newer checkpoints.
     """
@@ -39,7 +39,7 @@ class LoadedModel:
     cfg: ModelConfig
     params: Any
     tokenizer: Tokenizer
-    ends: tuple[int, ...]
+    eos_ids: tuple[int, ...]
     checkpoint: Path
     run: Path | None = None
     damaged: tuple[str, ...] = ()
@@ -53,7 +53,7 @@ class Location(NamedTuple):
     run: Path | None = None
 
 
-def locate(name: str | None, report: Report = None) -> Location:
+def locate(name: str | None, report: OnProgress = None) -> Location:
     """Returns where the model `--model` names lies, by default the run that was saved to last.
 
     A named asset is fetched (`report`: bytes done and in all).
@@ -82,7 +82,7 @@ def _run_of(path: Path, name: str) -> Path:
         raise UserError(f"{name} is a text, not a model; --model takes {FORMS}.")
     if path.exists():
         raise UserError(f"{path} holds no model that is known here; --model takes {FORMS}.")
-    raise UserError(f"There is no model at {path}; --model takes {FORMS}.{nearest(name, MODELS)}")
+    raise UserError(f"There is no model at {path}; --model takes {FORMS}.{did_you_mean(name, MODELS)}")
 
 
 def read_config(name: str | None) -> ModelConfig:
@@ -97,7 +97,7 @@ OnConfig = Callable[[ModelConfig], None]
 
 
 def load_model(
-    name: str | None, *, dtype: str | None = None, report: Report = None, on_config: OnConfig = lambda cfg: None
+    name: str | None, *, dtype: str | None = None, report: OnProgress = None, on_config: OnConfig = lambda cfg: None
 ) -> LoadedModel:
     """Loads the model `--model` names, by default the run that was saved to last; a LoRA run with its adapter on its base.
 
@@ -119,16 +119,16 @@ def load_model(
         prepare(stored.cfg)
         params = read_params(stored, dtype or stored.cfg.dtype, report)
         tokenizer = build_tokenizer(lambda: Tokenizer(stored.tokenizer, stored.tokenizer_config), location.path)
-        return LoadedModel(stored.name, stored.cfg, params, tokenizer, stored.ends, location.path)
+        return LoadedModel(stored.name, stored.cfg, params, tokenizer, stored.eos_ids, location.path)
     if location.form == "adapter":
         return _load_adapted(run, on_config)
     cfg = run_folder.read_config(run)
-    tokenizer, ends = run_folder.read_tokenizer(run)
+    tokenizer, eos_ids = run_folder.read_tokenizer(run)
     if (own := tokenizer.vocab) > cfg.vocab:
         raise UserError(f"{run / 'tokenizer'} has {own:,} tokens and the model {cfg.vocab:,}: one of them was replaced.")
     prepare(cfg)
     loaded = checkpoint.load_params(location.path)
-    return LoadedModel(run.name, cfg, loaded.params, tokenizer, ends, loaded.path, run, tuple(loaded.damaged))
+    return LoadedModel(run.name, cfg, loaded.params, tokenizer, eos_ids, loaded.path, run, tuple(loaded.damaged))
 
 
 def _load_adapted(run: Path, on_config: OnConfig) -> LoadedModel:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from engine.errors import UserError
 from engine.text.batch import Batch
-from engine.text.batches import TextBatches, evaluation_count, evaluation_windows
+from engine.text.windows import TextBatches, count_windows, evaluation_windows
 
 # A token that tells its own place, so that a batch tells where it was cut.
 PLACES = np.arange(1000, dtype=np.uint16)
@@ -114,7 +114,7 @@ def test_evaluation_scores_every_token_but_the_first_once(length: int, seq: int,
             context = np.flatnonzero(mask) + 1  # tokens that a target is predicted from
             assert all(context > np.minimum(seq - stride, targets[mask] - 1))
     assert scored == list(range(1, length))
-    assert windows == evaluation_count(length, seq, stride)
+    assert windows == count_windows(length, seq, stride)
 
 
 def test_what_cannot_be_evaluated() -> None:

@@ -64,7 +64,7 @@ def evaluation_windows(tokens: np.ndarray, seq: int, stride: int, batch: int) ->
         raise UserError(f"The text has {len(tokens)} tokens; to score one, at least 2 are needed.")
     targets = len(tokens) - 1
     last = max(0, targets - seq)
-    for first in range(0, evaluation_count(len(tokens), seq, stride), batch):
+    for first in range(0, count_windows(len(tokens), seq, stride), batch):
         number = np.arange(first, first + batch)
         start = np.minimum(number * stride, last)
         scored = np.where(number == 0, 0, np.minimum((number - 1) * stride + seq, targets))  # by the windows before
@@ -73,7 +73,7 @@ def evaluation_windows(tokens: np.ndarray, seq: int, stride: int, batch: int) ->
         yield window_batch(tokens, np.minimum(at, targets - 1), mask)
 
 
-def evaluation_count(tokens: int, seq: int, stride: int) -> int:
+def count_windows(tokens: int, seq: int, stride: int) -> int:
     """Counts the windows that `evaluation_windows` makes of a text of `tokens` tokens."""
     return 1 + max(0, -(-(tokens - 1 - seq) // stride))
 
