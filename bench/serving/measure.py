@@ -172,7 +172,7 @@ async def gains(server: Server, model: str, flags: list[str], slots: int, rounds
     # (part, flags that switch it off, figure, measurement)
     parts: tuple[tuple[str, list[str], str, Any], ...] = (
         ("prefix cache", ["--prefix-cache", "0"], f"first token behind {SHARED_TOKENS} shared tokens, s", prefix_ttft),
-        ("speculative decoding", ["--no-guesses"], "one stream that repeats itself, tokens/s", repetitive_throughput),
+        ("speculative decoding", ["--no-speculative-decoding"], "repetitive text, one stream, tokens/s", repetitive_throughput),
         ("int8 weights", ["--weights", "bfloat16"], "all slots, tokens/s", lambda server: throughput(server, slots, slots, 30)),
     )
     for part, more, figure, measure in parts:

@@ -12,7 +12,7 @@ class Admission:
         self.reserved = 0
         self.draining = False
         self.body_bytes, self.max_body_bytes = 0, 64 * 2**20
-        self._seconds = 1.0  # a completion takes, as a moving average
+        self._seconds = 1.0  # of a completion, as a moving average
 
     def check_open(self) -> None:
         """Raises ApiError when the server is shutting down."""
@@ -28,7 +28,7 @@ class Admission:
             raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(wait)})
 
     def reserve(self, count: int) -> None:
-        """Reserves places for `count` completions, all or none. Raises ApiError."""
+        """Adds `count` completions, all or none, to `reserved`; the caller takes them off. Raises ApiError."""
         if count > self.limit:
             message = f"{count} completions were asked for at once, prompts times n; at most {self.limit} are made at once."
             raise ApiError(400, message, param="n")
@@ -40,7 +40,7 @@ class Admission:
         self._seconds = 0.9 * self._seconds + 0.1 * seconds
 
     def add_bytes(self, count: int) -> None:
-        """Counts received bytes of a body. Raises ApiError, and counts nothing, when they are too many."""
+        """Adds received bytes to `body_bytes`; the caller takes them off. Raises ApiError, and adds none, for too many."""
         if self.body_bytes + count > self.max_body_bytes:
             message = f"Bodies of {self.body_bytes:,} bytes are coming in, and no more are taken in at once. Try again in 1 s."
             raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1", "Connection": "close"})

@@ -15,19 +15,19 @@ from engine.inference.request import Event, Request
 from engine.inference.slots import Slots
 from stages.cli.compile_counter import CompileCounter
 
-IDLE = 0.25  # seconds between ticks without work, which show that the thread is alive
+IDLE_SECONDS = 0.25  # between ticks without work, which show that the thread is alive
 Listener = Callable[[Event], None]
 
 
 class Engine:
-    """Slots in a thread of their own."""
+    """Runs `Slots` in a thread of its own."""
 
     def __init__(self, slots: Slots) -> None:
         self.slots, self._compiles = slots, CompileCounter()
         self.cfg, self.capacity = slots.cfg, slots.capacity
         self.ready = False
-        self.failed: BaseException | None = None
-        self.ticked = time.monotonic()
+        self.error: BaseException | None = None
+        self.last_tick = time.monotonic()
         self.cache_use = 0.0  # share of the KV cache that is filled
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._listeners: dict[int, Listener] = {}  # by request id
@@ -35,8 +35,8 @@ class Engine:
         self._stopping = False
 
     @property
-    def compiled(self) -> int:
-        """Programs compiled since it was ready: there should be none."""
+    def compiles_after_ready(self) -> int:
+        """Programs compiled since the engine was ready: there should be none."""
         return self._compiles.count if self.ready else 0
 
     @property
@@ -45,17 +45,17 @@ class Engine:
         return self.slots.waiting + self._work.qsize()
 
     @property
-    def idle_seconds(self) -> float:
+    def seconds_since_tick(self) -> float:
         """Seconds since the thread's last tick."""
-        return time.monotonic() - self.ticked
+        return time.monotonic() - self.last_tick
 
-    def start(self, changed: Callable[[], None], *warm: Any) -> None:
+    def start(self, on_change: Callable[[], None], *warm_arguments: Any) -> None:
         """Starts the thread, which compiles every program and then serves. To be called on the event loop.
 
-        `changed` is called there once the engine is `ready` and if it has `failed`. `warm`: the arguments of `Slots.warm`.
+        `on_change` is called there once the engine is `ready` and if it has an `error`. `warm_arguments`: of `Slots.warm`.
         """
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._run, args=(changed, warm), daemon=True, name="engine")
+        self._thread = threading.Thread(target=self._run, args=(on_change, warm_arguments), daemon=True, name="engine")
         self._thread.start()
 
     def submit(self, request: Request, listener: Listener) -> Callable[[], None]:
@@ -66,7 +66,7 @@ class Engine:
         ids: list[int] = []
 
         def receive() -> None:
-            if self.failed:
+            if self.error:
                 self._post(listener, Event(0, [], "error"))
             else:
                 ids.append(self.slots.submit(request))
@@ -87,30 +87,30 @@ class Engine:
         if self._thread:
             self._thread.join(10)
 
-    def _run(self, changed: Callable[[], None], warm: tuple[Any, ...]) -> None:
+    def _run(self, on_change: Callable[[], None], warm_arguments: tuple[Any, ...]) -> None:
         try:
-            self.slots.warm(*warm)
+            self.slots.warm(*warm_arguments)
             self._compiles.reset()
-            self.ready, self.ticked = True, time.monotonic()
-            self._post(changed)
+            self.ready, self.last_tick = True, time.monotonic()
+            self._post(on_change)
             while not self._stopping:
                 self._take_work()
-                self.ticked = time.monotonic()
+                self.last_tick = time.monotonic()
                 self.cache_use = self.slots.used_positions / (self.slots.slots * self.capacity)
                 if self.slots.busy:
                     self._deliver(self.slots.step())
         except BaseException as error:
-            self.failed = error
-            self._post(changed)
+            self.error = error
+            self._post(on_change)
             self._deliver([Event(id, [], "error") for id in self._listeners])
             while not self._stopping:  # later requests get the same event
                 self._work.get()()
 
     def _take_work(self) -> None:
-        """Runs all work in the queue; without requests, waits up to IDLE seconds for some."""
+        """Runs all work in the queue; without requests, waits up to IDLE_SECONDS for some."""
         with contextlib.suppress(queue.Empty):
             if not self.slots.busy:
-                self._work.get(timeout=IDLE)()
+                self._work.get(timeout=IDLE_SECONDS)()
             while True:
                 self._work.get_nowait()()
 

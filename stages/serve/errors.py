@@ -1,4 +1,4 @@
-"""Errors as a client reads them: an HTTP status and OpenAI's error object, which names the field."""
+"""API errors: an HTTP status and OpenAI's error object, which names the field."""
 
 import sys
 import traceback
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import msgspec
 from starlette.responses import Response
 
-TYPES = {
+ERROR_TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 408: "timeout_error", 429: "rate_limit_error",
     500: "server_error", 503: "service_unavailable_error",
 }  # fmt: skip
@@ -35,7 +35,7 @@ class ApiError(Exception):
     ) -> None:  # fmt: skip
         super().__init__(message)
         self.status, self.code, self.headers = status, code, headers
-        error = ErrorObject(message, TYPES.get(status, "invalid_request_error"), param, code)
+        error = ErrorObject(message, ERROR_TYPES.get(status, "invalid_request_error"), param, code)
         self.body = msgspec.json.encode(ErrorReply(error))
 
     def reply(self) -> Response:
@@ -47,7 +47,7 @@ class ClientGone(Exception):
 
 
 def internal_error(error: BaseException) -> ApiError:
-    """Returns the 500 for a mistake of ours, and prints its traceback to the server's log."""
+    """Returns the 500 for an error of the server's own, and prints its traceback to the server's log."""
     traceback.print_exception(error, file=sys.stderr)
     return ApiError(500, "The server is at fault; what happened is in its log.")
 

@@ -1,4 +1,4 @@
-"""The life of one server: compiles, answers, drains at a signal, and checks that the weights are unchanged."""
+"""Runs one server to its end: compiles, answers, drains at a signal, and checks that the weights are unchanged."""
 
 import asyncio
 import socket
@@ -15,28 +15,28 @@ from stages.cli import signals
 from stages.cli.console import Console
 from stages.cli.process import process_start
 from stages.serve import server
-from stages.serve.layout import REMEDY, CompileAhead
+from stages.serve.engine_config import REMEDY, CompileAhead
 from stages.serve.state import ServerState
 
 
 async def serve(
-    state: ServerState, app: ASGIApp, bound: socket.socket, console: Console, ahead: CompileAhead, ready: str
+    state: ServerState, app: ASGIApp, sock: socket.socket, console: Console, ahead: CompileAhead, ready: str
 ) -> int:
-    """Serves on the socket until a signal; prints `ready` when clients can be answered. `ahead`: programs compiled already.
+    """Serves on the socket until a signal; prints `ready` when clients can be answered. `ahead`: the compilation under way.
 
     Returns 0 when every request had its reply, 1 when the engine failed or a weight changed.
     """
     loop, engine, changed = asyncio.get_running_loop(), state.engine, asyncio.Event()
-    server.listen(bound)
+    server.listen(sock)
     http = server.make_server(app)
-    serving = asyncio.create_task(http.serve([bound]))
-    await warm(state, ahead, changed, console)
-    if not engine.failed:  # the engine sets it again when it fails
+    serving = asyncio.create_task(http.serve([sock]))
+    await start_engine(state, ahead, changed, console)
+    if not engine.error:  # the engine sets it again when it fails
         changed.clear()
 
     async def drain() -> None:
         state.admission.draining = True
-        while state.admission.reserved and not engine.failed:
+        while state.admission.reserved and not engine.error:
             await asyncio.sleep(0.01)
         http.should_exit = True
 
@@ -54,13 +54,15 @@ async def serve(
         engine.stop()
         now = digest(engine.slots.params)
         same = "unchanged" if now == state.digest else f"CHANGED from {state.digest[:16]}"
-        console.print(f"Stopped. Weights {same}: SHA-256 {now[:16]}; {engine.compiled} programs compiled after the start.")
-        if engine.failed:
-            traceback.print_exception(engine.failed, file=sys.stderr)
-        return int(bool(engine.failed) or now != state.digest)
+        console.print(
+            f"Stopped. Weights {same}: SHA-256 {now[:16]}; {engine.compiles_after_ready} programs compiled after the start."
+        )
+        if engine.error:
+            traceback.print_exception(engine.error, file=sys.stderr)
+        return int(bool(engine.error) or now != state.digest)
 
 
-async def warm(state: ServerState, ahead: CompileAhead, changed: asyncio.Event, console: Console) -> None:
+async def start_engine(state: ServerState, ahead: CompileAhead, changed: asyncio.Event, console: Console) -> None:
     """Starts the engine and waits until its programs are compiled and have run once. Raises the error that ended it.
 
     `changed` is set when the engine is ready, and again should it fail.
@@ -68,7 +70,7 @@ async def warm(state: ServerState, ahead: CompileAhead, changed: asyncio.Event, 
     with console.task("compiling", always=True) as report:
         state.engine.start(changed.set, report, ahead)
         await changed.wait()
-    if error := state.engine.failed:
+    if error := state.engine.error:
         await asyncio.to_thread(ahead.stop)
         if "RESOURCE_EXHAUSTED" in str(error):
             raise UserError(f"There is not enough memory to answer in so many slots. {REMEDY}")

@@ -10,14 +10,15 @@ from stages.serve.engine import Engine
 
 prometheus.disable_created_metrics()  # no series for the time at which each began
 
-FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
-PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
-LATENCY = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
-SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+# Upper bounds of the histograms' buckets, as in vLLM: seconds, and tokens.
+TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+TPOT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
+LATENCY_BUCKETS = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 
 
 class Metrics(Collector):
-    """Counts in a registry of its own: two servers in one process share none."""
+    """The metrics, in a registry of their own: two servers in one process share none."""
 
     def __init__(self, model: str, engine: Engine) -> None:
         self._engine = engine
@@ -32,12 +33,12 @@ class Metrics(Collector):
             counter("vllm:prefix_cache_hits", "Tokens of prompts that the prefix cache held."),
         )
         self._histograms = (
-            histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", SIZES),
-            histogram("vllm:request_generation_tokens", "Tokens generated for a request.", SIZES),
-            histogram("vllm:e2e_request_latency_seconds", "From request to last token.", LATENCY),
+            histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", TOKEN_BUCKETS),
+            histogram("vllm:request_generation_tokens", "Tokens generated for a request.", TOKEN_BUCKETS),
+            histogram("vllm:e2e_request_latency_seconds", "From request to last token.", LATENCY_BUCKETS),
         )
-        self.first_token = histogram("vllm:time_to_first_token_seconds", "From request to first token.", FIRST_TOKEN)
-        self._per_token = histogram("vllm:time_per_output_token_seconds", "Between tokens, a request.", PER_TOKEN)
+        self.ttft = histogram("vllm:time_to_first_token_seconds", "From request to first token.", TTFT_BUCKETS)
+        self._per_token = histogram("vllm:time_per_output_token_seconds", "Mean between tokens of a request.", TPOT_BUCKETS)
         success = prometheus.Counter(
             "vllm:request_success", "Completions by why they ended.", ["model_name", "finished_reason"], registry=registry
         )
@@ -49,7 +50,7 @@ class Metrics(Collector):
             ("vllm:num_requests_waiting", "Requests that wait for a slot.", lambda: engine.waiting),
             ("vllm:kv_cache_usage_perc", *cache_use),
             ("vllm:gpu_cache_usage_perc", *cache_use),  # its older name
-            ("thrice_seconds_since_engine_tick", "How long the engine has not gone round.", lambda: engine.idle_seconds),
+            ("thrice_seconds_since_engine_tick", "Since the engine thread's last tick.", lambda: engine.seconds_since_tick),
         ):
             prometheus.Gauge(name, about, **of_model).labels(model).set_function(value)
         registry.register(self)
@@ -57,7 +58,7 @@ class Metrics(Collector):
 
     def collect(self) -> list[CounterMetricFamily]:
         about = "Programs compiled since the server was ready."
-        return [CounterMetricFamily("thrice_compiles_after_ready", about, value=self._engine.compiled)]
+        return [CounterMetricFamily("thrice_compiles_after_ready", about, value=self._engine.compiles_after_ready)]
 
     def count_response(self, status: int) -> None:
         self._responses.labels(str(status)).inc()
@@ -66,14 +67,14 @@ class Metrics(Collector):
         """Counts a completion that ended, by reason: stop, length, abort or error."""
         self._success[reason].inc()
 
-    def count_completion(self, prompt: int, cached: int, written: int, seconds: float, decoding: float) -> None:
+    def count_completion(self, prompt: int, cached: int, generated: int, seconds: float, decoding: float) -> None:
         """Counts a whole completion: its tokens, its seconds, and those of `decoding`, from first token to last."""
-        for counter, count in zip(self._counters, (prompt, written, prompt, cached)):
+        for counter, count in zip(self._counters, (prompt, generated, prompt, cached)):
             counter.inc(count)
-        for histogram, value in zip(self._histograms, (prompt, written, seconds)):
+        for histogram, value in zip(self._histograms, (prompt, generated, seconds)):
             histogram.observe(value)
-        if written > 1:
-            self._per_token.observe(decoding / (written - 1))
+        if generated > 1:
+            self._per_token.observe(decoding / (generated - 1))
 
     def text(self) -> bytes:
         """Returns all metrics in Prometheus' text format."""

@@ -1,4 +1,4 @@
-"""Turns the flags into values and runs the server: address and keys first, then the model, then the clients."""
+"""Runs the server from its flags: binds the address, loads the model, then answers clients."""
 
 import asyncio
 import contextlib
@@ -33,7 +33,7 @@ def _quick_threads() -> Iterator[None]:
 
 
 def run(flags: ServeFlags) -> int:
-    """Returns 0 when every request had its reply, 1 when the engine failed or a weight changed. Raises UserError."""
+    """Serves until a signal; returns what `lifecycle.serve` does. Raises UserError."""
     keys = _split(flags.api_key) or _split(os.environ.get("THRICE_API_KEY"))
     local = server.is_local(flags.host)
     if not keys and not local:
@@ -43,24 +43,24 @@ def run(flags: ServeFlags) -> int:
     origins = frozenset(origin.lower().rstrip("/") for origin in _split(flags.allow_origin))
     names = {host.lower() for host in _split(flags.allow_host)}
     names |= {origin.partition("://")[2].partition(":")[0] for origin in origins}
-    with server.bind(flags.host, flags.port) as bound, Console() as console:
-        address, port = bound.getsockname()[:2]
+    with server.bind(flags.host, flags.port) as sock, Console() as console:
+        address, port = sock.getsockname()[:2]
         signals.set_phase("before it was ready.")
         with _quick_threads():
             device = start_jax(flags.device, decodes=True)
             # Imports of JAX come after its start.
             from stages.serve.api.app import make_app
-            from stages.serve.layout import Layout, default_weights
+            from stages.serve.engine_config import EngineConfig, default_weights
             from stages.serve.lifecycle import serve
             from stages.serve.state import load_state
 
             kv_dtype: Any = flags.keys_values
-            layout = Layout(
+            engine_config = EngineConfig(
                 flags.weights or default_weights(device.backend), flags.slots, flags.capacity, kv_dtype,
-                prefix_cache_bytes=flags.prefix_cache * 10**6, speculate=not flags.no_guesses,
+                prefix_cache_bytes=flags.prefix_cache * 10**6, speculate=not flags.no_speculative_decoding,
             )  # fmt: skip
             state, ahead = load_state(
-                flags.model, layout, device, console, adapter=flags.adapter, template=flags.template, name=flags.name,
+                flags.model, engine_config, device, console, adapter=flags.adapter, template=flags.template, name=flags.name,
                 queue=flags.queue, price=flags.price,
             )  # fmt: skip
         hosts = None  # any, where a key protects it
@@ -68,7 +68,7 @@ def run(flags: ServeFlags) -> int:
             hosts = LOCAL_HOSTS | names | {flags.host.lower(), f"[{address}]" if ":" in address else address}
         app = make_app(state, keys, hosts, origins, importlib.metadata.version("thrice"))
         try:
-            return asyncio.run(serve(state, app, bound, console, ahead, _ready(flags.host, port, len(keys))))
+            return asyncio.run(serve(state, app, sock, console, ahead, _ready(flags.host, port, len(keys))))
         except signals.Stopped as stopped:  # while compiling, which only the end of the process ends
             code = signals.report_stop(stopped)
             console.close_live()

@@ -1,4 +1,4 @@
-"""The socket, and uvicorn on it with time limits: hangs up on clients that send no request, and refuses non-HTTP in JSON."""
+"""Binds the socket and sets up uvicorn: hangs up on clients that send no request, and refuses non-HTTP in JSON."""
 
 import asyncio
 import contextlib
@@ -35,28 +35,28 @@ def bind(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(numbers, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:
         raise UserError(f"There is no address {host!r} to listen on: {error}.") from None
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    with _explained(bound, host, port):
-        bound.bind(address)
-    return bound
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with _explained(sock, host, port):
+        sock.bind(address)
+    return sock
 
 
-def listen(bound: socket.socket) -> None:
+def listen(sock: socket.socket) -> None:
     """Lets clients connect. Raises UserError when another process already listens there."""
-    host, port = bound.getsockname()[:2]
+    host, port = sock.getsockname()[:2]
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))  # each connection is an open file
-    with _explained(bound, host, port):
-        bound.listen(BACKLOG)
+    with _explained(sock, host, port):
+        sock.listen(BACKLOG)
 
 
 @contextlib.contextmanager
-def _explained(bound: socket.socket, host: str, port: int) -> Iterator[None]:
+def _explained(sock: socket.socket, host: str, port: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        bound.close()
+        sock.close()
         if error.errno == errno.EADDRINUSE:
             message = f"Port {port} of {host} is in use. End what uses it, or give another with --port."
         elif error.errno in (errno.EACCES, errno.EPERM):
@@ -78,7 +78,7 @@ def make_server(app: ASGIApp) -> uvicorn.Server:
 
 
 class HttpProtocol(H11Protocol):
-    """uvicorn's protocol, which alone would wait for a request without end and refuse non-HTTP in plain text."""
+    """Adds to uvicorn's protocol a time limit for a request's head, and the refusal of non-HTTP in JSON."""
 
     _waiting: asyncio.TimerHandle | None = None
 

@@ -1,4 +1,4 @@
-"""ServerState: the engine of one model and everything else that the routes share. `load_state` loads the model for it."""
+"""Loads the model and makes the ServerState: its engine and everything else that the routes share."""
 
 import asyncio
 import contextlib
@@ -25,18 +25,19 @@ from engine.text.template import read_template
 from stages.cli.console import Console
 from stages.serve.admission import Admission
 from stages.serve.engine import Engine
+from stages.serve.engine_config import REMEDY, CompileAhead, EngineConfig
 from stages.serve.errors import ApiError
-from stages.serve.layout import REMEDY, CompileAhead, Layout
 from stages.serve.metrics import Metrics
-from stages.serve.tokenize import TokenizerPool
+from stages.serve.tokenizer_pool import TokenizerPool
 
-STUCK = 4.0  # seconds without a tick after which the engine counts as stuck; 503 is promised within 5
+STUCK_SECONDS = 4.0  # without a tick after which the engine counts as stuck; 503 is promised within 5
 Status = Literal["ok", "warming", "stuck", "failed", "draining"]
 
 
 class ServerState:
-    """`name`: by which clients ask for the model. `digest`: of the weights at load. `make_chat` makes a chat beside `chat`,
-    in another process. `queue`: completions that may wait. `price`: dollars an hour."""
+    """The engine, admission, tokenizer and metrics of one model. `name`: by which clients ask for it. `digest`: of the weights
+    at load. `make_chat` makes a second `chat`, in another process. `queue`: completions that may wait. `price`: dollars an
+    hour."""
 
     def __init__(
         self, name: str, model: LoadedModel, slots: Slots, digest: str, chat: ChatTokenizer,
@@ -66,9 +67,9 @@ class ServerState:
     @property
     def status(self) -> Status:
         """Whether requests are answered now, or why not."""
-        if self.engine.failed or not self.engine.ready:
-            return "failed" if self.engine.failed else "warming"
-        if self.engine.idle_seconds > STUCK:
+        if self.engine.error or not self.engine.ready:
+            return "failed" if self.engine.error else "warming"
+        if self.engine.seconds_since_tick > STUCK_SECONDS:
             return "stuck"
         return "draining" if self.admission.draining else "ok"
 
@@ -80,7 +81,7 @@ class ServerState:
 
 
 def load_state(
-    model_name: str | None, layout: Layout, device: Device, console: Console, *, name: str | None = None,
+    model_name: str | None, engine_config: EngineConfig, device: Device, console: Console, *, name: str | None = None,
     adapter: Path | None = None, template: Path | None = None, queue: int = 32, price: float | None = None,
 ) -> tuple[ServerState, CompileAhead]:  # fmt: skip
     """Loads a model, with the adapter in a folder and the template in a file, and prints the banner.
@@ -88,12 +89,12 @@ def load_state(
     Returns the state, which has `name`, `queue` and `price`, and the compilation that goes on. Raises UserError.
     """
     source = read_template(template)
-    ahead = CompileAhead(layout)
+    ahead = CompileAhead(engine_config)
 
     def on_config(cfg: ModelConfig) -> None:
-        if (layout.capacity or 0) <= cfg.context:  # else `Slots` refuses it
+        if (engine_config.capacity or 0) <= cfg.context:  # else `Slots` refuses it
             if device.backend == "cpu":
-                layout.check_room(cfg)
+                engine_config.check_memory(cfg)
             ahead.begin(cfg)
 
     try:
@@ -105,7 +106,7 @@ def load_state(
         with ThreadPoolExecutor(1) as beside:  # the template's process starts while weights are laid out
             making = beside.submit(make_chat)
             try:
-                slots = _make_slots(model, adapter, layout)
+                slots = _make_slots(model, adapter, engine_config)
                 sha256 = digest(slots.params)
             except BaseException:
                 with contextlib.suppress(UserError):
@@ -117,25 +118,26 @@ def load_state(
         raise
     own_name = re.sub(r"[^A-Za-z0-9_.:-]+", "-", model.name).strip("-")  # as a path may spell it: /v1/models/NAME
     name = name or (model_name if model_name in MODELS else own_name) or "model"
+    dtype = engine_config.kv_dtype
     weights = size(sum(leaf.nbytes for leaf in jax.tree.leaves(slots.params)))
     console.print_rows([
         ("model", f"{name}: {model.checkpoint}" + (f" with {adapter}" if adapter else "")),
         ("device", str(device)),
-        ("weights", f"{layout.weights}, {weights}, SHA-256 {sha256[:16]}"),
-        ("slots", f"{layout.slots} of {slots.capacity:,} tokens, KV cache in {layout.kv_dtype}, {size(slots.cache_bytes)}"),
-        ("queue", f"{queue} more wait; prefix cache of {layout.prefix_cache_bytes / 1e6:g} MB"),
+        ("weights", f"{engine_config.weights}, {weights}, SHA-256 {sha256[:16]}"),
+        ("slots", f"{slots.slots} of {slots.capacity:,} tokens, KV cache in {dtype}, {size(slots.cache_bytes)}"),
+        ("queue", f"{queue} more wait; prefix cache of {engine_config.prefix_cache_bytes / 1e6:g} MB"),
         ("template", chat.template_name),
     ])  # fmt: skip
     return ServerState(name, model, slots, sha256, chat, make_chat, queue, price), ahead
 
 
-def _make_slots(model: LoadedModel, adapter: Path | None, layout: Layout) -> Slots:
-    cfg = layout.config(model.cfg)
+def _make_slots(model: LoadedModel, adapter: Path | None, engine_config: EngineConfig) -> Slots:
+    cfg = engine_config.model_config(model.cfg)
     params = with_adapters(model.cfg, model.params, [adapter]) if adapter else model.params
-    params = jax.block_until_ready(layout.params(cfg, params))
+    params = jax.block_until_ready(engine_config.prepare_params(cfg, params))
     try:
-        return Slots(cfg, params, speculate=layout.speculate, **layout.slot_options(cfg))
+        return Slots(cfg, params, speculate=engine_config.speculate, **engine_config.slot_options(cfg))
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise UserError(f"There is not enough memory for {layout.slots} slots. {REMEDY}") from error
+        raise UserError(f"There is not enough memory for {engine_config.slots} slots. {REMEDY}") from error

@@ -122,7 +122,7 @@ def test_invalid_json(client, path, content):
         (b'{"prompt":NaN,"user":' + DEEP, None),
         (b'{"prompt":NaN,"user":' + b"[" * 5000 + b"]" * 5000 + b"}", "prompt"),
         (b'{"prompt":NaN,"prompt":' + b"[" * 5000 + b"]" * 5000 + b"}", None),
-        (b'{"prompt":"\\ud800","user":"' + b"a" * body.SEARCHED + b'"}', None),
+        (b'{"prompt":"\\ud800","user":"' + b"a" * body.MAX_SEARCH_BYTES + b'"}', None),
     ],
 )  # fmt: skip
 def test_fields_with_values_that_json_lacks_are_named(client, content, param):
@@ -229,7 +229,7 @@ def test_bodies_of_all_requests_together_are_bounded(client, tiny_server, monkey
     refused(client.post_bytes("/tokenize", sound[1:]))
     monkeypatch.setattr(body, "MAX_BYTES", 500)
     refused(client.post_bytes("/tokenize", iter([sound, sound])), 413)
-    monkeypatch.setattr(body, "SECONDS", 0.2)
+    monkeypatch.setattr(body, "BODY_SECONDS", 0.2)
     with tiny_server.connect() as slow:
         slow.sendall(post_head("/tokenize", 50) + b" " * 40)
         assert b" 408 " in slow.recv(65536)
@@ -264,7 +264,7 @@ def test_malformed_http(tiny_server, request_):
 
 
 def test_slow_clients(tiny_server, monkeypatch):
-    monkeypatch.setattr(body, "SECONDS", 0.3)
+    monkeypatch.setattr(body, "BODY_SECONDS", 0.3)
     monkeypatch.setattr(server, "HEAD_SECONDS", 0.3)
     head = post_head("/tokenize", 20)
     with tiny_server.connect() as connection:

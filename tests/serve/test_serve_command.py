@@ -35,7 +35,7 @@ from stages.serve import lifecycle, server
 from stages.serve import state as module
 from stages.serve.__main__ import main
 from stages.serve.engine import Engine
-from stages.serve.layout import CompileAhead, Layout
+from stages.serve.engine_config import CompileAhead, EngineConfig
 from stages.serve.state import ServerState
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -227,8 +227,8 @@ def test_without_its_extra_it_says_how_to_get_it(folder):
     assert len(done.stderr.splitlines()) == 1
 
 
-def load_state(folder: Path, **layout: Any) -> tuple[ServerState, CompileAhead]:
-    return module.load_state(str(folder), Layout(**layout), start_jax(decodes=True), Console())
+def load_state(folder: Path, **options: Any) -> tuple[ServerState, CompileAhead]:
+    return module.load_state(str(folder), EngineConfig(**options), start_jax(decodes=True), Console())
 
 
 @pytest.mark.parametrize("weights", ["int8", "bfloat16", "float32"])
@@ -255,7 +255,7 @@ def test_an_adapter_is_merged_into_what_is_served(weights):
     assert any(isinstance(leaf, LoRA) for leaf in leaf_paths(adapted).values())
     merged = merge_lora(adapted)
     wanted = leaf_paths(prepare_params(cfg, quantize(merged) if weights == "int8" else merged))
-    served = leaf_paths(Layout(weights).params(cfg, adapted))
+    served = leaf_paths(EngineConfig(weights).prepare_params(cfg, adapted))
     for path, leaf in wanted.items():
         for one, two in zip(jax.tree.leaves(served[path]), jax.tree.leaves(leaf), strict=True):
             assert np.array_equal(one, two), path
@@ -271,7 +271,7 @@ def test_too_many_slots_for_memory_is_a_sentence_and_ends_what_compiles_ahead():
     slots: Any = SimpleNamespace(cfg=None, capacity=8, warm=out_of_memory)
     state: Any = SimpleNamespace(engine=Engine(slots))
     with pytest.raises(UserError, match="Give fewer --slots, a smaller --capacity"):
-        asyncio.run(lifecycle.warm(state, ahead, asyncio.Event(), Console()))
+        asyncio.run(lifecycle.start_engine(state, ahead, asyncio.Event(), Console()))
     state.engine.stop()
     assert stopped == [True]
 

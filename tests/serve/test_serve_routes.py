@@ -10,7 +10,7 @@ from tiny_server import CAPACITY, ask, events, good, say
 from engine.inference.request import LogProb
 from engine.storage.digest import digest
 from engine.text.tokenizer import byte_tokenizer
-from stages.serve.api.completions import TextWriter
+from stages.serve.api.completions import CompletionWriter
 from stages.serve.api.generation import Piece
 from stages.serve.api.requests import CompletionRequest
 from stages.serve.api.routes import ROUTES
@@ -90,7 +90,7 @@ def test_a_stream_equals_the_whole_reply(client, path):
 def test_offsets_are_places_in_the_text_whatever_parts_its_characters_come_in():
     tokenizer, text = byte_tokenizer(), "a😀bé"
     state: Any = SimpleNamespace(tokenizer=SimpleNamespace(tokenizer=tokenizer), name="", digest="")
-    writer = TextWriter(state, CompletionRequest(prompt="", logprobs=0), 1)
+    writer = CompletionWriter(state, CompletionRequest(prompt="", logprobs=0), 1)
     choice = writer.choice(Piece(0, text, [LogProb(int(token), -1.0, ()) for token in tokenizer.encode(text)], None))
     assert choice.logprobs
     assert choice.logprobs.text_offset == [0, 1, 1, 1, 1, 2, 3, 3]

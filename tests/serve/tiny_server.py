@@ -99,7 +99,7 @@ class TinyServer:
             ready = asyncio.Event()
             self.state.engine.start(ready.set)
             await ready.wait()
-            assert self.state.engine.failed is None, self.state.engine.failed
+            assert self.state.engine.error is None, self.state.engine.error
         self._started.set()
         await serving
 

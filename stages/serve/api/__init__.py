@@ -7,7 +7,7 @@ The path of one chat request, from the socket to the compiled program and back:
 3.  completions.chat_completions
 4.  body.read_body               bytes -> ChatRequest
 5.  generation.generate          reserves places; below it:
-6.  tokenize.TokenizerPool       messages -> token ids, in a worker thread
+6.  tokenizer_pool.TokenizerPool messages -> token ids, in a worker thread
 7.  engine.Engine.submit         Request with SamplingParams -> the engine thread
 8.  inference.slots.Slots.step   -> the compiled programs -> Event
 9.  engine.Engine._deliver       Event -> the event loop

@@ -14,9 +14,9 @@ from stages.serve.errors import ApiError, ClientGone
 from stages.serve.state import ServerState
 
 MAX_BYTES = 4 * 2**20
-DECODED_AT_ONCE = 65_536  # bytes: more are decoded in a thread
-SECONDS = 20.0  # for a body to come
-SEARCHED = 2**20  # bytes: in a longer body the place that is no JSON is not looked for
+INLINE_BYTES = 65_536  # more are decoded in a thread
+BODY_SECONDS = 20.0  # for a body to come
+MAX_SEARCH_BYTES = 2**20  # in a longer body the field that is no JSON is not searched for
 
 
 async def read_body[T: ModelRequest](state: ServerState, http: Request, kind: type[T]) -> T:
@@ -24,15 +24,15 @@ async def read_body[T: ModelRequest](state: ServerState, http: Request, kind: ty
     _check_headers(http)
     content = bytearray()  # counted as it comes, for Content-Length is only a promise
     try:
-        async with asyncio.timeout(SECONDS):
+        async with asyncio.timeout(BODY_SECONDS):
             async for part in http.stream():
                 if len(content) + len(part) > MAX_BYTES:
                     raise _too_large()
                 state.admission.add_bytes(len(part))
                 content += part
-        body = _decode(content, kind) if len(content) <= DECODED_AT_ONCE else await asyncio.to_thread(_decode, content, kind)
+        body = _decode(content, kind) if len(content) <= INLINE_BYTES else await asyncio.to_thread(_decode, content, kind)
     except TimeoutError:
-        raise ApiError(408, f"The body did not come within {SECONDS:.0f} s.", headers={"Connection": "close"}) from None
+        raise ApiError(408, f"The body did not come within {BODY_SECONDS:.0f} s.", headers={"Connection": "close"}) from None
     except ClientDisconnect:
         raise ClientGone from None
     finally:
@@ -65,7 +65,7 @@ def _decode[T: msgspec.Struct](content: bytearray, kind: type[T]) -> T:
 
 def _not_json(content: bytearray) -> str:
     """Returns the first field whose value Python's parser reads though JSON has none such; empty for another fault."""
-    if len(content) > SEARCHED:
+    if len(content) > MAX_SEARCH_BYTES:
         return ""
     try:  # numbers of any length are JSON
         return (_place(json.loads(content.decode(), parse_int=len)) or "").lstrip(".")

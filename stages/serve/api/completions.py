@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions and /v1/completions: answers a conversation, and continues texts or token ids."""
+"""Handles POST /v1/chat/completions and /v1/completions: answers a conversation, and continues texts or token ids."""
 
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -12,7 +12,7 @@ from stages.serve.api.generation import Generation, Piece, Writer, generate
 from stages.serve.api.requests import MAX_PROMPTS, ChatRequest, CompletionRequest, Message
 from stages.serve.errors import ApiError
 from stages.serve.state import ServerState
-from stages.serve.tokenize import token_text
+from stages.serve.tokenizer_pool import token_text
 
 
 async def chat_completions(state: ServerState, http: Request) -> Any:
@@ -21,7 +21,7 @@ async def chat_completions(state: ServerState, http: Request) -> Any:
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs is given without logprobs being true.", param="top_logprobs")
     if body.max_tokens is not None and body.max_completion_tokens is not None:
-        message = "max_completion_tokens is given beside max_tokens, its older name; one says it."
+        message = "max_tokens is the older name of max_completion_tokens: send only one of them."
         raise ApiError(400, message, param="max_completion_tokens")
 
     async def encode() -> list[list[int]]:
@@ -35,7 +35,7 @@ async def chat_completions(state: ServerState, http: Request) -> Any:
 
 
 def template_messages(messages: list[Message]) -> list[dict[str, str]]:
-    """Returns roles and texts for a chat template, to which a developer is the system."""
+    """Returns roles and texts for a chat template; the role `developer` becomes `system`."""
     return [
         {"role": "system" if message.role == "developer" else message.role, "content": message.text} for message in messages
     ]
@@ -100,13 +100,13 @@ async def completions(state: ServerState, http: Request) -> Any:
         return await state.tokenizer.encode(prompts) if kinds == {str} else prompts
 
     return await generate(
-        state, http, TextWriter(state, body, count * (body.n or 1)), encode,
+        state, http, CompletionWriter(state, body, count * (body.n or 1)), encode,
         max_tokens=body.max_tokens or 16, logprobs=body.logprobs, stop_token_ids=state.stop_token_ids,  # 16: as OpenAI has it
     )  # fmt: skip
 
 
-class TextWriter(Writer):
-    prompt_field, id_prefix, reply_type, chunk_type = "prompt", "cmpl", replies.TextReply, replies.TextReply
+class CompletionWriter(Writer):
+    prompt_field, id_prefix, reply_type, chunk_type = "prompt", "cmpl", replies.CompletionReply, replies.CompletionReply
 
     def __init__(self, state: ServerState, body: CompletionRequest, choices: int) -> None:
         super().__init__(state, body, choices)
@@ -114,13 +114,13 @@ class TextWriter(Writer):
         self._offsets = [0] * choices
         self._streams = [self.tokenizer.stream() for _ in range(choices)]
 
-    def choice(self, piece: Piece) -> replies.TextChoice:
-        return replies.TextChoice(piece.choice, piece.text, piece.finish_reason, self._logprobs(piece))
+    def choice(self, piece: Piece) -> replies.CompletionChoice:
+        return replies.CompletionChoice(piece.choice, piece.text, piece.finish_reason, self._logprobs(piece))
 
-    def chunk_choices(self, piece: Piece) -> list[replies.TextChoice]:
+    def chunk_choices(self, piece: Piece) -> list[replies.CompletionChoice]:
         return [self.choice(piece)] if piece.text or piece.logprobs or piece.finish_reason else []
 
-    def _logprobs(self, piece: Piece) -> replies.TextLogProbs | None:
+    def _logprobs(self, piece: Piece) -> replies.CompletionLogProbs | None:
         if self._top_logprobs is None:
             return None
         offsets, logprobs = [], piece.logprobs
@@ -129,4 +129,6 @@ class TextWriter(Writer):
             self._offsets[piece.choice] += len(self._streams[piece.choice].push(each.token))
         name = lambda token: token_text(self.tokenizer, token)[0]
         top = [{name(token): nats for token, nats in each.top} for each in logprobs] if self._top_logprobs else None
-        return replies.TextLogProbs([name(each.token) for each in logprobs], [each.logprob for each in logprobs], top, offsets)
+        return replies.CompletionLogProbs(
+            [name(each.token) for each in logprobs], [each.logprob for each in logprobs], top, offsets
+        )

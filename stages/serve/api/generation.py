@@ -1,4 +1,4 @@
-"""Generation: the completions of one HTTP request, from its prompts to the pieces of text of its reply."""
+"""Generates the completions of one HTTP request, from its prompts to the pieces of text of its reply."""
 
 import asyncio
 import contextlib
@@ -22,16 +22,16 @@ from stages.serve.api.replies import CachedTokens, Reason, Usage
 from stages.serve.api.requests import CompletionFields
 from stages.serve.errors import ApiError, ClientGone, internal_error, json_reply
 from stages.serve.state import ServerState
-from stages.serve.tokenize import context_overflow
+from stages.serve.tokenizer_pool import context_overflow
 
-QUIET = 10.0  # seconds without news before a comment is sent, so that no proxy takes the connection for dead
-UNREAD = 60.0  # seconds for a client to read what it was sent
+KEEP_ALIVE_SECONDS = 10.0  # without news before a comment is sent, so that no proxy takes the connection for dead
+SEND_SECONDS = 60.0  # for a client to read what it was sent
 
-HEADERS = [
+STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"),
 ]  # fmt: skip
 # Fields of a body that have the same name and meaning in SamplingParams; null is the default.
-SAMPLING = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+SAMPLING_FIELDS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
 class Piece(NamedTuple):
@@ -45,7 +45,7 @@ class Piece(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Choice:
-    """One completion. `first_token`: its moment, by time.monotonic. `cached`: tokens of the prompt from the prefix cache."""
+    """One completion. `first_token`: when it came, by time.monotonic. `cached`: tokens of the prompt from the prefix cache."""
 
     index: int
     request: Request
@@ -56,9 +56,9 @@ class Choice:
 
 
 class Generation:
-    """The completions of one HTTP request in the engine, in reserved places. `attached` must be entered, once.
+    """The completions of one HTTP request in the engine, in reserved places. `watch_disconnect` must be entered, once.
 
-    `repeats`: so many requests in a row share a prompt, which is counted once. `arrived`: by time.monotonic.
+    `repeats`: how many requests in a row share a prompt, whose tokens count once. `arrived`: by time.monotonic.
     """
 
     def __init__(
@@ -68,28 +68,28 @@ class Generation:
         self._events: asyncio.Queue[tuple[Choice, Event] | None] = asyncio.Queue()
         completion = lambda: CompletionText(state.tokenizer.tokenizer.stream(), stops)
         self._choices = [Choice(index, request, completion()) for index, request in enumerate(requests)]
-        self._open = set(self._choices)
+        self._unfinished = set(self._choices)
         for choice in self._choices:
             listener = lambda event, choice=choice: self._events.put_nowait((choice, event))
             choice.cancel = state.engine.submit(choice.request, listener)
 
     async def pieces(self) -> AsyncIterator[Piece | None]:
-        """Yields the pieces of all completions as they come; None after QUIET seconds without one.
+        """Yields the pieces of all completions as they come; None after KEEP_ALIVE_SECONDS without one.
 
         Raises ClientGone when the client has left, ApiError when the engine has failed.
         """
-        while self._open:
+        while self._unfinished:
             try:
-                item = await asyncio.wait_for(self._events.get(), QUIET)
+                item = await asyncio.wait_for(self._events.get(), KEEP_ALIVE_SECONDS)
             except TimeoutError:
                 yield None
                 continue
             if item is None:
                 raise ClientGone
-            if item[0] in self._open:
+            if item[0] in self._unfinished:
                 yield self._piece(*item)
 
-    async def whole(self) -> list[Piece]:
+    async def collect(self) -> list[Piece]:
         """Returns one piece for each completion, with all of it. Raises as `pieces`."""
         parts: list[list[Piece]] = [[] for _ in self._choices]
         async for piece in self.pieces():
@@ -101,7 +101,7 @@ class Generation:
         ]
 
     @contextlib.asynccontextmanager
-    async def attached(self, receive: Receive) -> AsyncIterator[None]:
+    async def watch_disconnect(self, receive: Receive) -> AsyncIterator[None]:
         """Within the block, `pieces` notices a client that leaves. Its end cancels what is unfinished and frees the places."""
 
         async def watch() -> None:
@@ -114,10 +114,10 @@ class Generation:
             yield
         finally:
             watching.cancel()
-            for choice in self._open:
+            for choice in self._unfinished:
                 choice.cancel()
                 self._state.metrics.count_end("abort")
-            self._open.clear()
+            self._unfinished.clear()
             self._state.admission.reserved -= len(self._choices)
 
     @property
@@ -133,19 +133,19 @@ class Generation:
         text = completion.push(event.tokens)
         if event.tokens and not choice.first_token:
             choice.first_token = now
-            metrics.first_token.observe(now - self._arrived)
+            metrics.ttft.observe(now - self._arrived)
         choice.cached = event.cached_tokens
         if event.finish_reason == "error":
-            self._open.discard(choice)
+            self._unfinished.discard(choice)
             metrics.count_end("error")
-            if self._state.engine.failed:
+            if self._state.engine.error:
                 raise ApiError(503, "The engine has failed and answers nothing any more; the server has to be started again.")
             raise ApiError(500, "The model gave no numbers to draw a token from: its weights are damaged or overflow.")
         if event.finish_reason:
             text += completion.close()
         reason: Reason | None = "stop" if completion.stopped is not None else event.finish_reason
         if reason:
-            self._open.discard(choice)
+            self._unfinished.discard(choice)
             if not event.finish_reason:
                 choice.cancel()
             seconds, prompt = now - self._arrived, len(choice.request.prompt)
@@ -183,7 +183,7 @@ class Writer:
         return self.chunk_type(**self._head, choices=list(choices), usage=usage if self._wants_usage else msgspec.UNSET)
 
     async def chunks(self, generation: Generation) -> AsyncIterator[Any]:
-        """Yields the chunks of a stream; None after QUIET seconds without one."""
+        """Yields the chunks of a stream; None after KEEP_ALIVE_SECONDS without one."""
         async for piece in generation.pieces():
             for choice in self.chunk_choices(piece) if piece else [None]:
                 yield choice and self.chunk(choice)
@@ -196,12 +196,12 @@ async def send_events(writer: Writer, generation: Generation, _: Scope, receive:
     stops reading."""
 
     async def write(event: bytes, more: bool = True) -> None:
-        async with asyncio.timeout(UNREAD):
+        async with asyncio.timeout(SEND_SECONDS):
             await send({"type": "http.response.body", "body": event + b"\n\n", "more_body": more})
 
     with contextlib.suppress(ClientGone, OSError):  # nobody reads it; a TimeoutError is an OSError
-        async with generation.attached(receive):
-            await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+        async with generation.watch_disconnect(receive):
+            await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
             try:
                 async for chunk in writer.chunks(generation):
                     await write(b": waiting" if chunk is None else b"data: " + msgspec.json.encode(chunk))
@@ -228,7 +228,7 @@ async def generate(
     try:
         prompts, requests = await encode(), list[Request]()
         seed = int.from_bytes(os.urandom(4)) if body.seed is None else body.seed
-        options = {name: value for name in SAMPLING if (value := getattr(body, name)) is not None}
+        options = {name: value for name in SAMPLING_FIELDS if (value := getattr(body, name)) is not None}
         options |= {
             "top_k": max(0, body.top_k or 0), "logprobs": logprobs,  # a top_k of -1 means all
             "logit_bias": {int(token): value for token, value in (body.logit_bias or {}).items() if value},
@@ -250,5 +250,5 @@ async def generate(
         raise
     if body.stream:
         return functools.partial(send_events, writer, generation)
-    async with generation.attached(http.receive):
-        return json_reply(writer.reply(await generation.whole(), generation.usage))
+    async with generation.watch_disconnect(http.receive):
+        return json_reply(writer.reply(await generation.collect(), generation.usage))

@@ -19,8 +19,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stages.serve.errors import ApiError
 
-OPEN = "/live"  # answered without a key
-PAGE = "/"
+KEYLESS_PATH = "/live"  # answered without a key
+PAGE_PATH = "/"
 NO_ROUTE = "There is no such route; /openapi.json lists them all."
 PATH = re.compile(r"/|(?:/[A-Za-z0-9_.~:@!$&'()*+,;=-]+)+/?")
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::\d{1,5})?")  # a name, and perhaps a port
@@ -81,10 +81,10 @@ class Guard:
         if any(origin.lower() not in allowed for origin in headers.getlist("origin")):
             raise ApiError(403, "Pages of another origin may not use this server.", code="bad_origin")
         foreign = any(site.lower() in ("cross-site", "same-site") for site in headers.getlist("sec-fetch-site"))
-        link = path == PAGE and headers.getlist("sec-fetch-mode") == ["navigate"] and scope["method"] == "GET"
+        link = path == PAGE_PATH and headers.getlist("sec-fetch-mode") == ["navigate"] and scope["method"] == "GET"
         if foreign and "origin" not in headers and not link:
             raise ApiError(403, "Pages of another site may not use this server.", code="bad_origin")
-        namespace = self._check_key(headers.getlist("authorization"), path) if self._keys and path != OPEN else ""
+        namespace = self._check_key(headers.getlist("authorization"), path) if self._keys and path != KEYLESS_PATH else ""
         if not PATH.fullmatch(path):
             raise ApiError(404, NO_ROUTE, code="not_found")
         return namespace
@@ -99,7 +99,7 @@ class Guard:
         hashed = _hash(key)
         matches = [hmac.compare_digest(hashed, known) for known in self._keys]
         if not any(matches):
-            challenge = 'Basic realm="Thrice", charset="UTF-8"' if path == PAGE else "Bearer"
+            challenge = 'Basic realm="Thrice", charset="UTF-8"' if path == PAGE_PATH else "Bearer"
             message = "The API key is wrong." if key else "An API key is needed: send `Authorization: Bearer KEY`."
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": challenge})
         return hashed.hex()

@@ -1,4 +1,4 @@
-"""The bodies of replies, in OpenAI's form."""
+"""Types of the bodies of replies, in OpenAI's form."""
 
 from typing import Literal
 
@@ -10,7 +10,9 @@ from stages.serve.state import Status
 Reason = Literal["stop", "length"]
 
 
-class CompletionReply(msgspec.Struct, kw_only=True):
+class ReplyFields(msgspec.Struct, kw_only=True):
+    """The fields of all replies and chunks with completions."""
+
     id: str
     created: int
     model: str
@@ -62,7 +64,7 @@ class ChatChoice(msgspec.Struct):
     logprobs: ChatLogProbs | None = None
 
 
-class ChatReply(CompletionReply, kw_only=True):
+class ChatReply(ReplyFields, kw_only=True):
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
     usage: Usage
@@ -82,7 +84,7 @@ class ChatChunkChoice(msgspec.Struct):
     logprobs: ChatLogProbs | None = None
 
 
-class ChatChunk(CompletionReply, kw_only=True):
+class ChatChunk(ReplyFields, kw_only=True):
     """One `data:` of a stream."""
 
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
@@ -90,7 +92,7 @@ class ChatChunk(CompletionReply, kw_only=True):
     usage: Usage | UnsetType | None = UNSET
 
 
-class TextLogProbs(msgspec.Struct):
+class CompletionLogProbs(msgspec.Struct):
     """Lists of one length: tokens, log-probabilities, the most probable in their place, and the offsets in the text."""
 
     tokens: list[str]
@@ -99,18 +101,18 @@ class TextLogProbs(msgspec.Struct):
     text_offset: list[int]
 
 
-class TextChoice(msgspec.Struct):
+class CompletionChoice(msgspec.Struct):
     index: int
     text: str
     finish_reason: Reason | None
-    logprobs: TextLogProbs | None = None
+    logprobs: CompletionLogProbs | None = None
 
 
-class TextReply(CompletionReply, kw_only=True):
+class CompletionReply(ReplyFields, kw_only=True):
     """A whole reply, and one `data:` of a stream."""
 
     object: Literal["text_completion"] = "text_completion"
-    choices: list[TextChoice]
+    choices: list[CompletionChoice]
     usage: Usage | UnsetType | None = UNSET
 
 
@@ -131,7 +133,7 @@ class ModelList(msgspec.Struct):
     object: Literal["list"] = "list"
 
 
-class Tokens(msgspec.Struct):
+class TokenizeReply(msgspec.Struct):
     """The reply of POST /tokenize."""
 
     count: int
@@ -139,14 +141,14 @@ class Tokens(msgspec.Struct):
     tokens: list[int]
 
 
-class Text(msgspec.Struct):
+class DetokenizeReply(msgspec.Struct):
     """The reply of POST /detokenize."""
 
     prompt: str
 
 
 class Health(msgspec.Struct):
-    """Whether requests are answered, or why not."""
+    """The reply of GET /health: whether requests are answered, or why not."""
 
     status: Status
     running: int

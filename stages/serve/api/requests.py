@@ -1,4 +1,4 @@
-"""The bodies of requests, every field with its type and bounds: to check them, and for the OpenAPI document.
+"""Types of the bodies of requests, every field with its bounds: to check them, and for the OpenAPI document.
 
 An unknown field is refused by name, and so is a value that cannot be granted, for an answer that silently lacks it is worse
 than none. Fields that change no answer (`user`, `metadata`, ...) are accepted.
@@ -22,15 +22,15 @@ def _in_range(name: str) -> Meta:
 
 
 Penalty = Annotated[float, Meta(ge=-2, le=2)]  # as OpenAI has it; the engine takes more
-Count = Annotated[int, _in_range("max_tokens")]
+MaxTokens = Annotated[int, _in_range("max_tokens")]
 LogProbs = Annotated[int, _in_range("logprobs")]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-Ids = Annotated[list[TokenId], Meta(max_length=MAX_IDS)]
+TokenIds = Annotated[list[TokenId], Meta(max_length=MAX_IDS)]
 StopText = Annotated[str, Meta(min_length=1, max_length=256)]
 Stops = StopText | Annotated[list[StopText], Meta(max_length=MAX_STOPS)]
 BiasedToken = Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]{0,8})$(?!\n)")]  # one spelling of each token
-Bias = Annotated[dict[BiasedToken, Annotated[float, _in_range("logit_bias")]], Meta(max_length=1024)]
-Empty = Annotated[list[None], Meta(max_length=0)]
+LogitBias = Annotated[dict[BiasedToken, Annotated[float, _in_range("logit_bias")]], Meta(max_length=1024)]
+EmptyList = Annotated[list[None], Meta(max_length=0)]
 
 # Why this server does not grant a field.
 UNSUPPORTED = {
@@ -65,7 +65,7 @@ class ModelRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class CompletionFields(ModelRequest, kw_only=True):
     """The fields of both kinds of completion. Null means the default."""
 
-    max_tokens: Count | None = None
+    max_tokens: MaxTokens | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, _in_range("top_p")] | None = None
     top_k: Annotated[int, Meta(ge=-1, le=RANGES["top_k"].most)] | None = None
@@ -73,7 +73,7 @@ class CompletionFields(ModelRequest, kw_only=True):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, _in_range("repetition_penalty")] | None = None
-    logit_bias: Bias | None = None
+    logit_bias: LogitBias | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     n: Annotated[int, Meta(ge=1, le=16)] | None = None
     stop: Stops | None = None
@@ -91,7 +91,7 @@ class CompletionFields(ModelRequest, kw_only=True):
 class CompletionRequest(CompletionFields, kw_only=True):
     """POST /v1/completions. `prompt`: a text, several, a list of token ids, or several such lists."""
 
-    prompt: str | Annotated[list[str | TokenId | Ids], Meta(min_length=1, max_length=MAX_IDS)]
+    prompt: str | Annotated[list[str | TokenId | TokenIds], Meta(min_length=1, max_length=MAX_IDS)]
     logprobs: LogProbs | None = None
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
@@ -106,14 +106,14 @@ class TextPart(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Message(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """A message of a conversation. What clients send back of an earlier answer besides its text must be empty."""
+    """A message of a conversation. Fields of an earlier reply other than its text must be empty."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Meta(min_length=1, max_length=256)]
     name: Literal[""] | None = None
     refusal: Literal[""] | None = None
-    annotations: Empty | None = None
-    tool_calls: Empty | None = None
+    annotations: EmptyList | None = None
+    tool_calls: EmptyList | None = None
     tool_call_id: str | None = None
     function_call: None = None
     audio: None = None
@@ -134,12 +134,12 @@ class TextFormat(msgspec.Struct, forbid_unknown_fields=True):
 
 class ChatRequest(CompletionFields, kw_only=True):
     messages: Messages
-    max_completion_tokens: Count | None = None
+    max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: LogProbs | None = None
     response_format: TextFormat | None = None
     modalities: Annotated[list[Literal["text"]], Meta(max_length=1)] | None = None
-    tools: Empty | None = None
+    tools: EmptyList | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     store: Literal[False] | None = None
@@ -161,4 +161,4 @@ class TokenizeRequest(ModelRequest, kw_only=True):
 
 
 class DetokenizeRequest(ModelRequest, kw_only=True):
-    tokens: Ids
+    tokens: TokenIds

@@ -1,4 +1,4 @@
-"""ROUTES, the table that the application and its OpenAPI document are made from, and the short handlers."""
+"""Lists the ROUTES, from which the application and its OpenAPI document are made; has the short handlers."""
 
 import time
 from collections.abc import Callable
@@ -8,16 +8,16 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
+from stages.serve.api import replies
 from stages.serve.api.body import read_body
 from stages.serve.api.completions import chat_completions, completions, template_messages
-from stages.serve.api.replies import Attestation, ChatReply, Health, Live, ModelCard, ModelList, Text, TextReply, Tokens
 from stages.serve.api.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from stages.serve.errors import ApiError, json_reply
 from stages.serve.state import ServerState
 
 
 async def models(state: ServerState, _: Request) -> Response:
-    return json_reply(ModelList([_card(state)]))
+    return json_reply(replies.ModelList([_card(state)]))
 
 
 async def model(state: ServerState, http: Request) -> Response:
@@ -25,8 +25,8 @@ async def model(state: ServerState, http: Request) -> Response:
     return json_reply(_card(state))
 
 
-def _card(state: ServerState) -> ModelCard:
-    return ModelCard(
+def _card(state: ServerState) -> replies.ModelCard:
+    return replies.ModelCard(
         id=state.name, created=state.loaded_at, root=state.name, max_model_len=state.engine.capacity, price_per_hour=state.price
     )
 
@@ -43,7 +43,7 @@ async def tokenize(state: ServerState, http: Request) -> Response:
         tokens = await state.tokenizer.encode_chat(template_messages(body.messages))
     else:
         (tokens,) = await state.tokenizer.encode([str(body.prompt)], special=body.add_special_tokens is not False)
-    return json_reply(Tokens(len(tokens), state.engine.capacity, tokens))
+    return json_reply(replies.TokenizeReply(len(tokens), state.engine.capacity, tokens))
 
 
 async def detokenize(state: ServerState, http: Request) -> Response:
@@ -51,17 +51,19 @@ async def detokenize(state: ServerState, http: Request) -> Response:
     body = await read_body(state, http, DetokenizeRequest)
     if body.tokens and max(body.tokens) >= state.engine.cfg.vocab:
         raise ApiError(400, f"tokens holds an id outside the vocabulary of {state.engine.cfg.vocab:,}.", param="tokens")
-    return json_reply(Text(await state.tokenizer.decode(body.tokens)))
+    return json_reply(replies.DetokenizeReply(await state.tokenizer.decode(body.tokens)))
 
 
 async def health(state: ServerState, _: Request) -> Response:
     status, engine = state.status, state.engine
-    reply = Health(status, engine.slots.running, engine.waiting, engine.compiled, round(engine.idle_seconds, 3))
+    reply = replies.Health(
+        status, engine.slots.running, engine.waiting, engine.compiles_after_ready, round(engine.seconds_since_tick, 3)
+    )
     return json_reply(reply, 200 if status == "ok" else 503)
 
 
 async def live(*_: object) -> Response:
-    return json_reply(Live())
+    return json_reply(replies.Live())
 
 
 async def metrics(state: ServerState, _: Request) -> Response:
@@ -70,7 +72,7 @@ async def metrics(state: ServerState, _: Request) -> Response:
 
 async def attestation(state: ServerState, _: Request) -> Response:
     now, then = await state.hash_weights(), state.digest
-    reply = Attestation(
+    reply = replies.Attestation(
         digest=now, digest_at_load=then, unchanged=now == then, loaded_at=state.loaded_at, checked_at=int(time.time())
     )
     return json_reply(reply)
@@ -85,11 +87,11 @@ async def page(_: ServerState, http: Request) -> Response:
     return Response(html, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": policy})
 
 
-BODY = (400, 404, 408, 413, 415, 429, 503)
+BODY_ERRORS = (400, 404, 408, 413, 415, 429, 503)
 
 
 class Route(NamedTuple):
-    """`handler` takes the state and the request. `body` and `reply`: Structs, None where there is no JSON. `errors`:
+    """One route. `handler` takes the state and the request. `body` and `reply`: Structs, None where there is no JSON. `errors`:
     statuses besides those of every route."""
 
     method: str
@@ -106,18 +108,21 @@ class Route(NamedTuple):
 
 ROUTES = [
     Route("POST", "/v1/chat/completions", "createChatCompletion", "Answers a conversation.", chat_completions,
-          ChatRequest, ChatReply, (*BODY, 500), True),
-    Route("POST", "/v1/completions", "createCompletion", "Continues texts.", completions, CompletionRequest, TextReply,
-          (*BODY, 500), True),
-    Route("GET", "/v1/models", "listModels", "The model that is served.", models, reply=ModelList),
-    Route("GET", "/v1/models/{model:path}", "retrieveModel", "The model of that name.", model, reply=ModelCard, errors=(404,)),
-    Route("POST", "/tokenize", "tokenize", "The tokens of a text, or of a conversation.", tokenize, TokenizeRequest, Tokens,
-          BODY),
-    Route("POST", "/detokenize", "detokenize", "The text of tokens.", detokenize, DetokenizeRequest, Text, BODY),
-    Route("GET", "/health", "health", "Whether requests are answered.", health, reply=Health, errors=(503,)),
-    Route("GET", "/live", "live", "That the process runs.", live, reply=Live),
+          ChatRequest, replies.ChatReply, (*BODY_ERRORS, 500), True),
+    Route("POST", "/v1/completions", "createCompletion", "Continues texts.", completions,
+          CompletionRequest, replies.CompletionReply, (*BODY_ERRORS, 500), True),
+    Route("GET", "/v1/models", "listModels", "The model that is served.", models, reply=replies.ModelList),
+    Route("GET", "/v1/models/{model:path}", "retrieveModel", "The model of that name.", model, reply=replies.ModelCard,
+          errors=(404,)),
+    Route("POST", "/tokenize", "tokenize", "The tokens of a text, or of a conversation.", tokenize,
+          TokenizeRequest, replies.TokenizeReply, BODY_ERRORS),
+    Route("POST", "/detokenize", "detokenize", "The text of tokens.", detokenize,
+          DetokenizeRequest, replies.DetokenizeReply, BODY_ERRORS),
+    Route("GET", "/health", "health", "Whether requests are answered.", health, reply=replies.Health, errors=(503,)),
+    Route("GET", "/live", "live", "Whether the process runs.", live, reply=replies.Live),
     Route("GET", "/metrics", "metrics", "Counts and times, for Prometheus.", metrics, media="text/plain"),
-    Route("GET", "/v1/attestation", "attest", "The digest of the weights, at load and now.", attestation, reply=Attestation),
+    Route("GET", "/v1/attestation", "attest", "The digest of the weights, at load and now.", attestation,
+          reply=replies.Attestation),
     Route("GET", "/openapi.json", "openapi", "This document.", openapi, media="application/json"),
     Route("GET", "/", "page", "A page to talk to the model.", page, media="text/html"),
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The layout of a served model: number types and slots. It suffices to compile the programs before the weights are read."""
+"""Configures the engine: number types and slots. That suffices to compile the programs before the weights are read."""
 
 import contextlib
 import dataclasses
@@ -28,9 +28,9 @@ def default_weights(backend: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """`weights`: int8, bfloat16 or float32. `capacity`: tokens of a slot; None is the model's context, at most 2048. The
-    other fields are those of `Slots`."""
+class EngineConfig:
+    """The options of an engine. `weights`: int8, bfloat16 or float32. `capacity`: tokens of a slot; None is the model's
+    context, at most 2048. The other fields are those of `Slots`."""
 
     weights: str
     slots: int = 8
@@ -39,11 +39,11 @@ class Layout:
     prefix_cache_bytes: int = 0
     speculate: bool = True
 
-    def config(self, cfg: ModelConfig) -> ModelConfig:
+    def model_config(self, cfg: ModelConfig) -> ModelConfig:
         return cfg if self.weights == "int8" else dataclasses.replace(cfg, dtype=self.weights)  # type: ignore[arg-type]
 
-    def params(self, cfg: ModelConfig, params: Any) -> Any:
-        """Returns params as the programs multiply by them: adapters merged, and quantized for int8."""
+    def prepare_params(self, cfg: ModelConfig, params: Any) -> Any:
+        """Returns params as the programs use them: adapters merged, and quantized for int8."""
         if self.weights == "int8":
             params = quantize(merge_lora(params, cfg.dtype))
         return decode.prepare_params(cfg, params)
@@ -55,7 +55,7 @@ class Layout:
             "kv_dtype": self.kv_dtype, "prefix_cache_bytes": self.prefix_cache_bytes,
         }  # fmt: skip
 
-    def check_room(self, cfg: ModelConfig) -> None:
+    def check_memory(self, cfg: ModelConfig) -> None:
         """Raises UserError when weights and slots are more than a CPU's memory holds. Allocates nothing."""
         capacity = self.slot_options(cfg)["capacity"]
         cache = jax.eval_shape(lambda: make_kv_segments(cfg, self.slots, capacity, CHUNK, self.kv_dtype))
@@ -68,14 +68,14 @@ class CompileAhead:
     """Compiles the serving programs in a thread while the weights are read. Iterating it, once, yields what `compile_ahead`
     yields. A failure is silent: a missing program is compiled when it is needed."""
 
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._compiled: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
 
     def begin(self, cfg: ModelConfig) -> None:
-        self._thread = threading.Thread(target=self._run, args=(self._layout.config(cfg),), daemon=True, name="ahead")
+        self._thread = threading.Thread(target=self._run, args=(self._config.model_config(cfg),), daemon=True, name="ahead")
         self._thread.start()
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
@@ -91,8 +91,8 @@ class CompileAhead:
     def _run(self, cfg: ModelConfig) -> None:
         with contextlib.suppress(Exception):
             loaded = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in leaf_shapes(cfg).items()}
-            shapes = jax.eval_shape(lambda params: self._layout.params(cfg, params), unflatten(loaded))
-            for program in compile_ahead(cfg, shapes, **self._layout.slot_options(cfg)):
+            shapes = jax.eval_shape(lambda params: self._config.prepare_params(cfg, params), unflatten(loaded))
+            for program in compile_ahead(cfg, shapes, **self._config.slot_options(cfg)):
                 self._compiled.put(program)
                 if self._stopping:
                     break

@@ -14,9 +14,9 @@ from engine.text.chat import PLAIN, ChatTokenizer
 from engine.text.tokenizer import Tokenizer
 from stages.serve.errors import ApiError
 
-SHORT = 16_384  # characters: more go to the worker for long texts
+SHORT_CHARACTERS = 16_384  # more go to the worker for long texts
 MAX_WAITING = 64  # texts for each worker
-COUNTED_FIRST = 4_000_000  # characters to render, above which the tokens of the text alone are counted first
+COUNT_FIRST_CHARACTERS = 4_000_000  # to render, above which the tokens of the text alone are counted first
 
 
 class _Worker:
@@ -79,7 +79,7 @@ class TokenizerPool:
         worker = self._worker(size)
 
         def encode() -> list[int]:
-            if size > COUNTED_FIRST:  # refuse a text that is too long before the template renders it many times
+            if size > COUNT_FIRST_CHARACTERS:  # refuse a text that is too long before the template renders it many times
                 count = sum(len(self.tokenizer.encode(message["content"])) for message in messages)
                 if count >= self._capacity:
                     raise context_overflow(count, None, self._capacity, "messages")
@@ -95,7 +95,7 @@ class TokenizerPool:
         self._long.close()
 
     def _worker(self, size: int) -> _Worker:
-        return self._short if size <= SHORT else self._long
+        return self._short if size <= SHORT_CHARACTERS else self._long
 
 
 def context_overflow(count: int, max_tokens: int | None, capacity: int, param: str) -> ApiError:
