@@ -4,7 +4,6 @@ Elementwise work and softmax are float32: on a CPU bfloat16 arithmetic is emulat
 nothing to keep.
 """
 
-import functools
 import math
 
 import jax
@@ -16,8 +15,13 @@ from engine.model.config import ModelConfig
 
 MASKED = -1e30  # a score that softmax turns into 0; finite, so that a row without any key gives numbers and not NaN
 
-dot32 = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
-einsum32 = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+def dot32(left: Array, right: Array) -> Array:  # no partial: that would keep the float32 of the module's import
+    return jnp.dot(left, right, preferred_element_type=jnp.float32)
+
+
+def einsum32(equation: str, *operands: Array) -> Array:
+    return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
 
 
 def matmul(x: Array, w: Array, dtype: DTypeLike) -> Array:
