@@ -49,7 +49,7 @@ def random_model(name: str, cfg: ModelConfig) -> BenchModel:
 def load(name: str) -> BenchModel:
     """Loads a model by path or name, in float32. Raises UserError when there is none, or when it is an adapter."""
     location = locate(name)
-    if location.form == "adapter":
+    if location.format == "adapter":
         raise UserError(
             f"{location.run} holds an adapter for another model. Fold it into that one first, python -m stages.export "
             f"--model {location.run} --out FOLDER, and give --model FOLDER."

@@ -26,17 +26,17 @@ from engine.storage.untrusted import quote, read_json_object
 
 CONFIG, WEIGHTS, FORMER = "adapter_config.json", "adapter_model.safetensors", "adapter.json"
 BASE, CHECKSUM = "thrice.base", "thrice.checksum"
-# Fields of PEFT that change what an adapter computes or where it lies; not built here.
-UNBUILT = (
+# Fields of PEFT that change what an adapter computes or where it is applied.
+UNSUPPORTED = (
     "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias",
     "layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "use_qalora",
 )  # fmt: skip
 
 
 def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base: str, base_name: str) -> Path:
-    """Writes the LoRA leaves of params, on their base or alone, in place of a folder that is there; returns the folder.
+    """Writes the LoRA leaves of params (with or without their base) in place of `folder`; returns it.
 
-    Whole or not at all. `base`: digest of the base's params as loaded. Raises UserError when there is no LoRA leaf, one lies
+    Atomic. `base`: digest of the base's params as loaded. Raises UserError when there is no LoRA leaf, one lies
     on another, or they differ in rank or scale.
     """
     leaves = {path: leaf for path, leaf in leaf_paths(params).items() if isinstance(leaf, LoRA)}
@@ -73,7 +73,7 @@ def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base
 
 
 def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> dict[str, Any]:
-    """Returns the tree of LoRA leaves in a folder, without a base, for a model whose params have the digest `base`.
+    """Loads a tree of LoRA leaves, without their base, for a model whose params have the digest `base`.
 
     Raises UserError, too, when it was trained on other weights, its checksum does not hold, or it does not fit the model.
     """
@@ -85,7 +85,7 @@ def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> 
             )
         raise UserError(f"There is no adapter at {folder}: it has no {CONFIG} and {WEIGHTS}.")
     fields = read_json_object(folder / CONFIG)
-    other = [field for field in UNBUILT if fields.get(field)]
+    other = [field for field in UNSUPPORTED if fields.get(field)]
     other += [field for field, only in (("peft_type", "LORA"), ("bias", "none")) if fields.get(field) != only]
     if other:
         raise UserError(f"{folder / CONFIG} describes another kind of adapter ({other[0]}); only plain LoRA is read here.")

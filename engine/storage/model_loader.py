@@ -30,9 +30,9 @@ FORMS = (
 class LoadedModel:
     """A model's weights, architecture and tokenizer.
 
-    params: matrices in the dtype asked for (float32 for a run of ours), gains and biases float32. Any of `eos_ids` ends a
+    params: matrices in the dtype asked for (float32 for a run folder), gains and biases float32. Any of `eos_ids` ends a
     completion, the tokenizer's own first. `checkpoint`: the file or folder that was read; `run`: the run folder it lies in.
-    `damaged` names, a line a file, the damage in newer checkpoints.
+    `damaged`: one line per damaged file in newer checkpoints.
     """
 
     name: str
@@ -46,15 +46,15 @@ class LoadedModel:
 
 
 class Location(NamedTuple):
-    """Where a model lies and in which form (`adapter`: a LoRA run). `run`: the run folder of a run."""
+    """A model's format and path. `adapter`: a LoRA run. `run`: the run folder, if it is in one."""
 
-    form: Literal["gguf", "hugging face", "run", "adapter"]
+    format: Literal["gguf", "hugging face", "run", "adapter"]
     path: Path
     run: Path | None = None
 
 
 def locate(name: str | None, report: OnProgress = None) -> Location:
-    """Returns where the model `--model` names lies, by default the run that was saved to last.
+    """Returns the location of the model `--model` names, by default the run that was saved to last.
 
     A named asset is fetched (`report`: bytes done and in all).
     """
@@ -63,7 +63,7 @@ def locate(name: str | None, report: OnProgress = None) -> Location:
     path = Path(name).expanduser() if name else run_folder.newest()
     if path.suffix == ".gguf" and path.is_file():
         return Location("gguf", path)
-    if (path / "config.json").is_file() and not (path / "run.json").exists():  # a run of ours has a run.json beside it
+    if (path / "config.json").is_file() and not (path / "run.json").exists():  # a run folder has a run.json beside it
         return Location("hugging face", path)
     run = _run_of(path, name or str(path))
     trained = str(run_folder.read_json(run / "run.json").get("learns", ""))
@@ -90,7 +90,7 @@ def read_config(name: str | None) -> ModelConfig:
     location = locate(name)
     if location.run:
         return run_folder.read_config(location.run)
-    return (gguf if location.form == "gguf" else huggingface).read_config(location.path)
+    return (gguf if location.format == "gguf" else huggingface).read_config(location.path)
 
 
 OnConfig = Callable[[ModelConfig], None]
@@ -101,7 +101,7 @@ def load_model(
 ) -> LoadedModel:
     """Loads the model `--model` names, by default the run that was saved to last; a LoRA run with its adapter on its base.
 
-    `dtype`: of the matrices of a model that is no run of ours, by default its compute dtype. `report`: bytes or numbers done
+    `dtype`: of the matrices of a model that is no run, by default its compute dtype. `report`: bytes or numbers done
     and in all, while fetching and reading. `on_config` gets the architecture before weights are read. Raises UserError, too,
     when its weights alone exceed the memory.
     """
@@ -115,12 +115,12 @@ def load_model(
         check_host_memory(f"The weights of {run.name if run else name}", size, f"in {matrices}")
 
     if not run:
-        stored = (gguf.open_gguf if location.form == "gguf" else huggingface.open_folder)(location.path)
+        stored = (gguf.open_gguf if location.format == "gguf" else huggingface.open_folder)(location.path)
         prepare(stored.cfg)
         params = read_params(stored, dtype or stored.cfg.dtype, report)
         tokenizer = build_tokenizer(lambda: Tokenizer(stored.tokenizer, stored.tokenizer_config), location.path)
         return LoadedModel(stored.name, stored.cfg, params, tokenizer, stored.eos_ids, location.path)
-    if location.form == "adapter":
+    if location.format == "adapter":
         return _load_adapted(run, on_config)
     cfg = run_folder.read_config(run)
     tokenizer, eos_ids = run_folder.read_tokenizer(run)
@@ -147,7 +147,7 @@ def _load_adapted(run: Path, on_config: OnConfig) -> LoadedModel:
 
 
 def with_adapters(cfg: ModelConfig, params: Any, folders: Sequence[Path]) -> Any:
-    """Returns params with the adapters in `folders` on them, each a folder in PEFT's layout or a LoRA run's.
+    """Returns params with the LoRA adapters in `folders` applied, each a folder in PEFT's layout or a LoRA run's.
 
     params stay as they are; several adapters add up. Raises UserError for one trained on other weights (by their digest).
     """

@@ -22,7 +22,7 @@ LARGEST = 16 * 2**20  # bytes of a JSON file
 
 
 def newest() -> Path:
-    """Returns the run that was saved to last."""
+    """Returns the folder of the run with the newest checkpoint."""
     runs = [path.parent.parent for path in ROOT.glob("*/checkpoints/*/") if path.name.isdigit()]
     if not runs:
         raise UserError(f"There is no trained model in {ROOT}/: run `python -m stages.train` first, or give --model FOLDER.")
@@ -46,7 +46,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def read_tokenizer(folder: Path) -> tuple[Tokenizer, tuple[int, ...]]:
-    """Returns a run's tokenizer and the ids of which any eos_ids a completion, the tokenizer's own first."""
+    """Returns a run's tokenizer and its EOS ids, the tokenizer's own first."""
     tokenizer = load_tokenizer(folder / "tokenizer")
     generation = folder / "tokenizer" / "generation_config.json"
     eos_ids = read_json(generation).get("eos_token_id", ()) if generation.exists() else ()
@@ -54,6 +54,6 @@ def read_tokenizer(folder: Path) -> tuple[Tokenizer, tuple[int, ...]]:
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer, eos_ids: tuple[int, ...]) -> None:
-    """Writes a run's tokenizer, chat template, and the ids that end a completion."""
+    """Writes a run's tokenizer, chat template and EOS ids."""
     tokenizer.save(folder / "tokenizer")
     write_json(folder / "tokenizer" / "generation_config.json", {"eos_token_id": list(eos_ids)})

@@ -27,7 +27,7 @@ DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "
 
 
 class Part(NamedTuple):
-    """A tensor of a file and its shape there. q and k have `paired` rows a head, which some files keep in pairs."""
+    """A tensor of a file and its shape there. `paired`: rows a head of q and k, whose RoPE pairs some files interleave."""
 
     name: str
     shape: tuple[int, ...]
@@ -35,7 +35,7 @@ class Part(NamedTuple):
 
 
 class Leaf(NamedTuple):
-    """A leaf of the tree: its parts, side by side."""
+    """A leaf of the params tree: its parts, side by side."""
 
     path: str
     parts: tuple[Part, ...]
@@ -52,13 +52,13 @@ class Leaf(NamedTuple):
 
 
 def tensor_names(layer: str, stems: dict[str, str]) -> dict[str, str]:
-    """Returns the names of a format's tensors by part; `layer` begins those of a layer, with `{}` for its number."""
+    """Returns a format's tensor names by part, from their `stems`; `layer`, with `{}` for its number, is a layer's prefix."""
     names = {part: f"{'' if part in ('embed', 'norm', 'head') else layer}{stem}.weight" for part, stem in stems.items()}
     return names | {f"{part}_bias": names[part].removesuffix("weight") + "bias" for part in "qkv"}
 
 
 def layout_of(cfg: ModelConfig, names: Mapping[str, str]) -> Iterator[Leaf]:
-    """Yields every leaf of the architecture; `names` as of `tensor_names`."""
+    """Yields every leaf of the architecture; `names` are from `tensor_names`."""
     D, F, V, H = cfg.width, cfg.ff, cfg.vocab, cfg.head_dim
     q, kv = cfg.heads * H, cfg.kv_heads * H
     qkv = lambda end, *inner: [Part("q" + end, (q, *inner), H), Part("k" + end, (kv, *inner), H), Part("v" + end, (kv, *inner))]
@@ -84,7 +84,7 @@ def layout_of(cfg: ModelConfig, names: Mapping[str, str]) -> Iterator[Leaf]:
 
 
 def check_tensors(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]], path: Path) -> list[Leaf]:
-    """Returns the leaves, once it is sure that the file has all their parts and nothing else.
+    """Returns the leaves after checking that the file has exactly their parts.
 
     Raises UserError for a tensor of another shape or use, and at the first one missing, however many layers are claimed.
     """
@@ -103,7 +103,7 @@ def check_tensors(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]],
 
 
 class StoredModel(NamedTuple):
-    """A model of a foreign format, all but its weights. rows: (tensor, start, stop) -> those rows, in any float dtype."""
+    """An opened GGUF or Hugging Face model, weights unread. rows: (tensor, start, stop) -> those rows, in any float dtype."""
 
     name: str
     cfg: ModelConfig
@@ -115,7 +115,7 @@ class StoredModel(NamedTuple):
 
 
 def read_params(model: StoredModel, dtype: str, report: OnProgress = None) -> dict[str, Any]:
-    """Reads the tree: matrices in `dtype`, gains and biases in float32. `report`: numbers read and in all.
+    """Reads the params: matrices in `dtype`, gains and biases in float32. `report`: numbers read and in all.
 
     Raises UserError for a weight that is not a number, or infinite.
     """
@@ -143,9 +143,9 @@ def read_params(model: StoredModel, dtype: str, report: OnProgress = None) -> di
 
 
 def split_params(leaves: list[Leaf], params: dict[str, Any], report: OnProgress) -> Iterator[tuple[Part, np.ndarray]]:
-    """Yields the parts of all leaves, in order. `report`: numbers yielded and in all.
+    """Yields a file's tensors: the parts of all leaves, in order. `report`: numbers yielded and in all.
 
-    params: Arrays, or Int8 and LoRA leaves, which are made plain one at a time.
+    params: Arrays, or Int8 and LoRA leaves, which are made dense one at a time.
     """
     values = leaf_paths(params)
     total, done = sum(math.prod(leaf.shape) for leaf in leaves), 0

@@ -1,4 +1,4 @@
-"""Reads files that somebody else made: checks sizes before anything is allocated, and quotes the files' words briefly."""
+"""Reads untrusted files: checks sizes before anything is allocated, and quotes their values briefly in errors."""
 
 import json
 from collections.abc import Callable, Collection
@@ -14,13 +14,13 @@ SMALL = 2 * 2**20  # bytes of a config
 
 
 def quote(value: Any) -> str:
-    """Returns a file's value as an error may repeat it: quoted, printable, and short."""
+    """Returns a file's value for an error message: quoted, printable, and short."""
     text = ascii(value if isinstance(value, str | int | float | bool | None) else type(value).__name__)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def known_name(value: Any, known: Collection[str], what: str, path: Path) -> str:
-    """Returns a name from a file, if it is among the `known`; `what` says of what."""
+    """Returns a file's value if it is one of the `known` names. Raises UserError, which calls it `what`, if not."""
     if isinstance(value, str) and value in known:
         return value
     close = did_you_mean(str(value), list(known))
@@ -36,7 +36,7 @@ def read_exactly(file: BinaryIO, count: int, path: Path) -> bytes:
 
 
 def read_at(path: Path, offset: int, count: int) -> np.ndarray:
-    """Reads (count,) uint8 at an offset, and maps nothing: a mapped file that is cut meanwhile ends the process."""
+    """Reads (count,) uint8 at an offset, without mmap: a mapped file that is cut meanwhile ends the process."""
     data = np.fromfile(path, np.uint8, count, offset=offset)
     if len(data) < count:
         raise truncation_error(path, count - len(data))
@@ -100,7 +100,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def build_tokenizer[T](make: Callable[[], T], path: Path) -> T:
-    """Calls `make` of the tokenizers library, which raises bare Exception, or panics, which is no Exception at all."""
+    """Returns make(), with any error of the tokenizers library (bare Exception, or a panic, which is none) as a UserError."""
     try:
         return make()
     except (KeyboardInterrupt, SystemExit, MemoryError, UserError):

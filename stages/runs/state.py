@@ -31,7 +31,7 @@ class PreviousRun:
     loop_state: LoopState
 
     def is_finished(self, plan: RunPlan) -> bool:
-        """Whether it ran to the plan's end, has a result, and its newest checkpoint is sound."""
+        """Whether it ran to the plan's end, has a result, and its newest checkpoint is intact."""
         state = self.loop_state
         done = plan.progress(state.step, state.seconds) >= 1 and self.record.get("result")
         return bool(done) and not manifest.verify(self.folder / "checkpoints" / str(state.step))
@@ -99,7 +99,7 @@ def _loop_state(record: dict[str, Any]) -> LoopState:
 def restore(
     previous: PreviousRun, facts: dict[str, Any], make_state: Callable[[], TrainState], parts: TrainableParts, console: Console
 ) -> tuple[TrainState, LoopState]:
-    """Returns the state of the newest sound checkpoint and where the run stands; prints what was damaged or changed.
+    """Returns the state of the newest intact checkpoint and where the run stands; prints what was damaged or changed.
 
     `make_state` makes the state before the first step, of which only the shapes are used.
     """
@@ -111,6 +111,6 @@ def restore(
     lines = [f"damaged: {line}" for line in loaded.damaged] + [f"set aside: {path}" for path in aside]
     for line in lines + _changes(previous.record, facts):
         console.print(line, style="yellow")
-    instead = " (the newest that is sound)" if loaded.damaged else ""
+    instead = " (the newest intact one)" if loaded.damaged else ""
     console.print(f"resumed at step {loop_state.step:,}{instead}, {duration(loop_state.seconds)} into training")
     return TrainState(jnp.int32(loop_state.step), parts.from_saved(loaded.params), loaded.optimizer), loop_state

@@ -117,7 +117,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert train.main(tiny(text, folder, "--steps", 4, "--learning-rate", "0.001")) == 0
     said = capsys.readouterr().out
     assert f"damaged: {victim}" in said
-    assert "resumed at step 2 (the newest that is sound)" in said
+    assert "resumed at step 2 (the newest intact one)" in said
     assert "changed: learning_rate: 0.003 -> 0.001" in said
     assert (folder / "checkpoints" / "damaged-4").exists()
     assert manifest.verify(folder / "checkpoints" / "4") == []

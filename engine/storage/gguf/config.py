@@ -39,7 +39,7 @@ def shortest_decimal(value: float) -> float:
 
 
 def config_from(header: Header) -> ModelConfig:
-    """Returns a file's architecture; refuses, by name, a key that is missing, unknown, or of a model not built here."""
+    """Returns a file's architecture; refuses, by name, a key that is missing, unknown or unsupported."""
     path, metadata = header.path, header.metadata
     kind = known_name(metadata.get("general.architecture"), ARCHITECTURES, "general.architecture", path)
     own = {key.removeprefix(kind + "."): value for key, value in metadata.items() if key.startswith(kind + ".")}
@@ -72,7 +72,7 @@ def config_from(header: Header) -> ModelConfig:
 
 
 def rope_factors(scaling: RopeScaling, theta: float, head_dim: int) -> np.ndarray:
-    """Returns the divisor of each frequency (H / 2,) float32 in Llama 3's scaling (The Llama 3 Herd of Models, 3.4.1)."""
+    """Returns the divisor of each RoPE frequency (H / 2,) float32 in Llama 3's scaling (The Llama 3 Herd of Models, 3.4.1)."""
     frequencies = theta ** (-np.arange(head_dim // 2) * 2 / head_dim)
     turns = scaling.original_context * frequencies / (2 * np.pi)
     blend = np.clip((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0.0, 1.0)
@@ -96,6 +96,6 @@ def _read_scaling(header: Header, theta: float) -> RopeScaling | None:
 
 
 def metadata_of(cfg: ModelConfig) -> dict[str, Any]:
-    """Returns {key: int | float} of an architecture, without its prefix; floats are to be written as float32."""
+    """Returns the metadata {key: int | float} of an architecture, without its prefix; floats are to be written as float32."""
     sizes = {theirs: getattr(cfg, ours) for ours, theirs in SIZES.items()} | dict.fromkeys(HEAD_WIDTHS, cfg.head_dim)
     return sizes | {EPS: cfg.eps, THETA: cfg.rope_theta, "vocab_size": cfg.vocab}

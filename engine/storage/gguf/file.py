@@ -1,4 +1,4 @@
-"""Opens the model in a GGUF file (llama.cpp) of any quantisation; writes one in F32, BF16, F16 or Q8_0.
+"""Opens the model in a GGUF file (llama.cpp) of any READABLE quantisation; writes one in F32, BF16, F16 or Q8_0.
 
 The gguf library quantises; its reader is not used (see `header.py`).
 """
@@ -37,7 +37,7 @@ LINES = 256  # of the numbers read at a time
 
 
 def open_gguf(path: Path) -> StoredModel:
-    """Reads a file, and checks that all in it fits together, except its weights."""
+    """Opens a file: checks its architecture, tensors and tokenizer against one another; reads no weights."""
     header = read_header(path)
     for name, tensor in header.tensors.items():
         if tensor.kind.name not in READABLE:
@@ -89,7 +89,7 @@ def save_gguf(
     dtype: str,
     report: OnProgress = None,
 ) -> None:
-    """Writes the model to `path`, complete or not at all; matrices in `dtype`, gains and biases in float32.
+    """Writes the model to `path` atomically; matrices in `dtype`, gains and biases in float32.
 
     params, report: as in `split_params`. A matrix whose rows are no whole number of Q8_0's blocks of 32 becomes F16. Raises
     UserError for an architecture without a name in GGUF.

@@ -1,4 +1,4 @@
-"""Reads the header of a GGUF file: its metadata and where its tensors lie, with nothing in it believed.
+"""Reads the header of a GGUF file, its metadata and tensor table, as untrusted data.
 
 Layout (ggml's docs/gguf.md): magic, version, counts, keys with typed values, name, shape, type and offset of each tensor,
 the tensors, each aligned. The gguf library's reader takes lengths as they come and keeps an object for every string; this
@@ -24,7 +24,7 @@ SCALARS = {kind: struct.Struct("<" + letter) for kind, letter in zip((*range(8),
 
 
 class ArrayLocation(NamedTuple):
-    """An array that is left in the file: the type of its elements, their number, and where they begin."""
+    """The location of an array in the file: the type of its elements, their number, and their offset in bytes."""
 
     kind: int
     length: int
@@ -41,6 +41,8 @@ class Tensor(NamedTuple):
 
 
 class Header(NamedTuple):
+    """A file's metadata, with arrays as ArrayLocation, and its tensors by name."""
+
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -151,7 +153,7 @@ class _Reader:
 
 
 def read_strings(path: Path, span: ArrayLocation) -> list[str]:
-    """Reads the texts of an array."""
+    """Reads an array of strings."""
     texts = []
     with path.open("rb") as file:
         file.seek(span.offset)
@@ -167,6 +169,6 @@ def read_strings(path: Path, span: ArrayLocation) -> list[str]:
 
 
 def read_numbers(path: Path, span: ArrayLocation) -> np.ndarray:
-    """Reads the numbers of an array (count,)."""
+    """Reads an array of numbers (count,)."""
     dtype = np.dtype(SCALARS[span.kind].format)
     return read_at(path, span.offset, span.length * dtype.itemsize).view(dtype)

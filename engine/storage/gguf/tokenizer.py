@@ -1,4 +1,4 @@
-"""Builds the tokenizer that a GGUF file's metadata describe, and describes one for a file to be written."""
+"""Builds a tokenizer from a GGUF file's metadata, and metadata from a tokenizer."""
 
 import json
 import re
@@ -17,12 +17,12 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ggml's kin
 NAMED = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token"}  # ggml's names -> tokenizer_config.json's
 SPACE = "▁"  # stands for a space in a sentencepiece vocabulary
 LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
-PRE_TOKENIZERS = ("gpt-2", "smollm", *LLAMA3, "qwen2")  # llama.cpp's names for how a text is split before merging
-FALLBACK_PRE_TOKENIZER = "llama-bpe"  # said where llama.cpp has no name for the true one
+PRE_TOKENIZERS = ("gpt-2", "smollm", *LLAMA3, "qwen2")  # llama.cpp's names
+FALLBACK_PRE_TOKENIZER = "llama-bpe"  # written where llama.cpp has no name for the true one
 
 
 def set_pre_tokenizer(tokenizer: tokenizers.Tokenizer, name: str) -> None:
-    """Makes a tokenizer split texts before merging as llama.cpp does under this name."""
+    """Sets the normalizer and pre-tokenizer that llama.cpp has under this name."""
     tokenizer.normalizer = normalizers.NFC() if name == "qwen2" else None
     tokenizer.pre_tokenizer = gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if name == "smollm":
@@ -39,7 +39,7 @@ def set_pre_tokenizer(tokenizer: tokenizers.Tokenizer, name: str) -> None:
 
 
 def tokenizer_from(header: Header, vocab: int) -> tuple[tokenizers.Tokenizer, dict[str, Any], tuple[int, ...]]:
-    """Returns a file's tokenizer of `vocab` tokens, its tokenizer_config.json, and the ids of which any ends a completion."""
+    """Returns a file's tokenizer of `vocab` tokens, its tokenizer_config.json, and its EOS ids."""
     path, metadata = header.path, header.metadata
     field = lambda name: metadata.get(f"tokenizer.ggml.{name}")
     tokens, kinds = _read_list(header, "tokens", vocab), _read_list(header, "token_type", vocab)
@@ -140,9 +140,9 @@ def _sentencepiece(header: Header, places: dict[str, int], kinds: np.ndarray) ->
 
 
 def tokenizer_metadata(tokenizer: Tokenizer, eos_ids: tuple[int, ...], vocab: int) -> dict[str, Any]:
-    """Returns the metadata of a tokenizer, for a model of `vocab` tokens.
+    """Returns the GGUF metadata of a tokenizer, for a model of `vocab` tokens.
 
-    Where llama.cpp has no name for its split, it is told the nearest, and the tokenizer.json goes along. Raises UserError
+    Where llama.cpp has no name for its pre-tokenizer, the nearest is named, and the tokenizer.json added. Raises UserError
     for a tokenizer that is no BPE or has no merges, which llama.cpp cannot read.
     """
     written, config = tokenizer.to_json(), tokenizer.config

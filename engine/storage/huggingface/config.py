@@ -9,7 +9,7 @@ from engine.model.config import ModelConfig, RopeScaling
 from engine.storage.fields import BLOCKS, DEFAULTS, Fields, architecture_of
 from engine.storage.untrusted import known_name, quote
 
-# Fields of a part that is not built here, and their values without it.
+# Fields of unsupported parts, and their values without them.
 ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "pretraining_tp": (1,),
     "rope_interleaved": (False,), "partial_rotary_factor": (1,), "attention_dropout": (0,), "resid_pdrop": (0,),
@@ -48,7 +48,7 @@ ROPE_FIELDS: dict[str, tuple[str, ...]] = {"default": (), "llama3": LLAMA3_FIELD
 
 
 def config_from(values: dict[str, Any], path: Path) -> ModelConfig:
-    """Returns the architecture in a config.json; refuses, by name, a field that is missing, unknown, or not built here."""
+    """Returns the architecture in a config.json; refuses, by name, a field that is missing, unknown or unsupported."""
     fields = Fields(values, path)
     kind = known_name(values.get("model_type"), BLOCKS, "model_type", path)
     fields.check(USED, ONLY, IGNORED)

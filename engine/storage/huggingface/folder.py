@@ -1,4 +1,4 @@
-"""Opens the model in a Hugging Face folder, and writes one: config.json, safetensors, tokenizer, ends of completions.
+"""Opens the model in a Hugging Face folder (config.json, safetensors, tokenizer, EOS ids), and writes one.
 
 Nothing in a folder is ever run: no pickle is opened, no code is imported, nothing is fetched.
 """
@@ -27,7 +27,7 @@ NAMES = tensor_names("model.layers.{}.", {
 
 
 def open_folder(path: Path) -> StoredModel:
-    """Reads a folder, and checks that all in it fits together, except its weights."""
+    """Opens a folder: checks its architecture, tensors and tokenizer against one another; reads no weights."""
     fields = read_json_object(path / "config.json")
     cfg = config_from(fields, path / "config.json")
     files = safetensors.read_folder(path)
@@ -58,7 +58,7 @@ def _are_equal(one: safetensors.StoredTensor, other: safetensors.StoredTensor) -
 def _read_tokenizer(
     path: Path, fields: dict[str, Any], vocab: int
 ) -> tuple[tokenizers.Tokenizer, dict[str, Any], tuple[int, ...]]:
-    """Returns a folder's tokenizer, its config, and the ids of which any ends a completion, the tokenizer's own first."""
+    """Returns a folder's tokenizer, its config, and its EOS ids, the tokenizer's own first."""
     source = path / "tokenizer.json"
     if not source.is_file():
         other = next((name for name in ("tokenizer.model", "vocab.json") if (path / name).exists()), None)

@@ -1,4 +1,4 @@
-"""Reads safetensors files, with nothing in them believed, and writes them tensor by tensor.
+"""Reads safetensors files as untrusted data, and writes them tensor by tensor.
 
 A file is the length of its header (8 bytes), the header, a JSON object {name: {dtype, shape, data_offsets}}, and the
 tensors' bytes without a gap or an overlap (github.com/huggingface/safetensors, "Format"). The safetensors library is not
@@ -99,7 +99,7 @@ def write_file(
     arrays: Iterable[np.ndarray],
     metadata: Mapping[str, str] = {},
 ) -> None:
-    """Writes a file of tensors {name: shape}, all of one dtype, complete or not at all; `arrays` come one by one, in order."""
+    """Writes a file of tensors {name: shape}, all of one dtype, atomically; `arrays` come one by one, in order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}  # transformers asks for it
     end = 0
     for name, shape in shapes.items():
