@@ -1,4 +1,4 @@
-"""Tokenizes conversations by a chat template: marks the tokens that the model is to say, and keeps users' text plain text."""
+"""Tokenizes conversations by a chat template, with a loss mask of the assistant's tokens; users' text stays plain text."""
 
 import collections
 import itertools
@@ -24,17 +24,17 @@ PRIVATE = range(0xF0000, 0xFFFFE)  # Unicode's private use: no character of any 
 
 
 class Example(NamedTuple):
-    """A training example: its tokens, and which of them count as targets."""
+    """A training example: its tokens and its loss mask."""
 
     tokens: np.ndarray  # (T,) int32
-    mask: np.ndarray  # (T,) bool: True where the model is to say this token
+    mask: np.ndarray  # (T,) bool: True for the tokens of the loss, which the model is to say
     where: str  # file:line
 
 
 class ChatTokenizer:
-    """Turns conversations into tokens, by a tokenizer and a chat template.
+    """Tokenizes conversations by a chat template, as prompts or as training examples.
 
-    `source` is the template and `template_name` says which (see `choose_template`); `now` is the time it reads, `ends` the
+    `source` is the template and `template_name` says which (see `choose_template`); `now` is the time it reads, `eot_ids` the
     control token by which it closes the assistant's turns, (token,) or ().
 
     The template's control tokens become ids; one written in a message is encoded as its letters. Text is cut where an
@@ -62,7 +62,7 @@ class ChatTokenizer:
         self.template.close()
 
     def prompt(self, messages: Sequence[Message]) -> np.ndarray:
-        """Tokenizes a conversation and the beginning of the assistant's next turn: (T,) int32.
+        """Tokenizes a conversation and its generation prompt, the beginning of the assistant's next turn: (T,) int32.
 
         Raises UserError as `check_messages` and `Template.render`.
         """
@@ -70,7 +70,7 @@ class ChatTokenizer:
         return np.concatenate(self._pieces(*self._render(messages, prompt=True)))
 
     def examples(self, messages: Sequence[Message], where: str = "") -> list[Example]:
-        """Makes the training examples of a conversation: the assistant's turns count, with the tokens that end them.
+        """Makes the training examples of a conversation, with the assistant's turns and the tokens that end them in the loss.
 
         Usually one example. Where the template writes a turn otherwise once it is history (it may leave out reasoning), each
         turn is an example of its own. Messages after the assistant's last turn are left out. Raises InvalidConversation when
@@ -89,14 +89,14 @@ class ChatTokenizer:
         return [self.answer_example(messages[: last + 1], where) for last in answers]
 
     def answer_example(self, messages: Sequence[Message], where: str = "") -> Example:
-        """Makes an example in which only the assistant's turn at the end of the messages counts. Raises as `examples`."""
+        """Makes an example with only the assistant's turn at the end of the messages in the loss. Raises as `examples`."""
         check_messages(messages)
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise InvalidConversation("it does not end with an answer of the assistant to something")
         return self._example(*self._render(messages), -1, where)
 
     def marked_pieces(self, example: Example) -> Iterator[tuple[str, bool]]:
-        """Yields pieces of an example for a person to read, control tokens by their names, and whether each piece counts."""
+        """Yields the text of an example in pieces, control tokens by their names, and whether each is in the loss."""
         controls = self.tokenizer.controls
         pairs = zip(example.tokens.tolist(), example.mask.tolist())
         for (counts, named), run in itertools.groupby(pairs, lambda pair: (pair[1], pair[0] in controls)):
@@ -122,7 +122,7 @@ class ChatTokenizer:
         return text, turns, marks
 
     def _example(self, text: str, turns: list[tuple[int, int]], marks: dict[str, str], first: int, where: str) -> Example:
-        """Makes the example in which turns[first:] count."""
+        """Makes the example with turns[first:] in the loss."""
         pieces = self._pieces(text, turns, marks)
         masks = [np.zeros(len(piece), bool) for piece in pieces]
         for turn, mask in [*zip(pieces, masks)][1::2][first:]:

@@ -51,7 +51,7 @@ class Text(NamedTuple):
 
 
 class Preference(NamedTuple):
-    """A prompt, the answer to prefer and another."""
+    """A prompt with its chosen and its rejected answer."""
 
     prompt: tuple[Message, ...]
     chosen: str

@@ -14,7 +14,7 @@ KINDS = "a .txt or .md file, a folder of text files, .jsonl or .parquet with a `
 
 @dataclasses.dataclass(frozen=True)
 class Corpus[T]:
-    """Documents (or conversations) that can be read again and again, one file in memory at a time. Raises UserError, with
+    """An iterable of documents (or conversations), read anew each time, one file in memory at a time. Raises UserError, with
     file and line or position, at what cannot be read, and when there was nothing at all."""
 
     name: str

@@ -1,4 +1,4 @@
-"""Makes training examples of conversations: tokens that fit into a row of a batch, and a summary of what was cut or dropped."""
+"""Tokenizes the rows of a dataset into training examples that fit a row of a batch; counts what was cut or dropped."""
 
 import dataclasses
 from collections import Counter
@@ -18,7 +18,7 @@ OnProgress = Callable[[int, int], None] | None
 
 
 class Pair(NamedTuple):
-    """The answer to prefer and another, each with its prompt. Only the answers count."""
+    """A tokenized preference: the chosen and the rejected answer, each with its prompt. Only the answers are in the loss."""
 
     chosen: Example
     rejected: Example
@@ -26,7 +26,7 @@ class Pair(NamedTuple):
 
 @dataclasses.dataclass
 class DatasetSummary:
-    """How many rows of a data set were used, cut and dropped, and why."""
+    """Counts of the rows of a dataset that were used, cut and dropped, and why."""
 
     rows: int = 0
     used: int = 0  # those whose end was cut off are among them
@@ -44,12 +44,12 @@ class DatasetSummary:
 
 
 def make_examples(
-    rows: Iterable[Row], chat: ChatTokenizer, seq: int, *, start: Sequence[int] = (), report: OnProgress = None
+    rows: Iterable[Row], chat: ChatTokenizer, seq: int, *, bos_ids: Sequence[int] = (), report: OnProgress = None
 ) -> tuple[list[Example], DatasetSummary]:
-    """Makes training examples of at most seq + 1 tokens: seq are read, and the one after each predicted.
+    """Makes training examples of at most seq + 1 tokens: seq inputs, and the target after each.
 
     A conversation that is longer loses its end, and is dropped when no answer begins early enough, or when the template
-    refuses it. A plain text is cut into pieces that are all learnt, from `start` (the ids before any text) to the end of
+    refuses it. A plain text is cut into pieces that are all learnt, from `bos_ids` to the end of
     text. Raises UserError, with file:line, when the template fails, when nothing is left, and for a preference.
     """
 
@@ -58,7 +58,7 @@ def make_examples(
             raise UserError("it holds two answers to choose between; that is data for preferences, not for examples.")
         if isinstance(row, Text):
             text = chat.tokenizer.encode(row.text)
-            tokens = np.concatenate((start, text, [chat.tokenizer.eos_id]), dtype=np.int32, casting="unsafe")
+            tokens = np.concatenate((bos_ids, text, [chat.tokenizer.eos_id]), dtype=np.int32, casting="unsafe")
             pieces = (tokens[at : at + seq + 1] for at in range(0, max(1, len(tokens) - 1), seq))
             examples = [Example(piece, np.ones(len(piece), bool), row.where) for piece in pieces]
         elif any(message["role"] == "assistant" and not message["content"].strip() for message in row.messages):
@@ -77,7 +77,7 @@ def make_examples(
 def make_pairs(
     rows: Iterable[Row], chat: ChatTokenizer, seq: int, report: OnProgress = None
 ) -> tuple[list[Pair], DatasetSummary]:
-    """Makes pairs of examples of at most seq + 1 tokens, in which only the answers count; drops longer ones.
+    """Makes pairs of examples of at most seq + 1 tokens, with only the answers in the loss; drops longer ones.
 
     Raises UserError as `make_examples`, and for rows that are no preference.
     """

@@ -1,4 +1,4 @@
-"""Packs examples into rows of one length: several a row, which do not see one another, or one a row."""
+"""Packs examples into rows of one length: several a row, which do not attend to one another, or one a row."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -48,7 +48,7 @@ class PairBatch(NamedTuple):
 
 
 def evaluation_batches(examples: Sequence[Example], seq: int, batch: int, pack: bool = True) -> Iterator[Batch]:
-    """Yields batches (batch, seq) in which each example is seen exactly once; rows of padding have mask False."""
+    """Yields batches (batch, seq) with each example exactly once; rows of padding have mask False."""
     rows = pack_rows(examples, seq, pack)
     for first in range(0, len(rows), batch):
         part = [[examples[index] for index in row] for row in rows[first : first + batch]]
@@ -56,7 +56,7 @@ def evaluation_batches(examples: Sequence[Example], seq: int, batch: int, pack: 
 
 
 def evaluation_pairs(pairs: Sequence[Pair], seq: int, batch: int) -> Iterator[PairBatch]:
-    """Yields batches in which each pair is seen once, in order; rows of padding have `pair` -1 and mask False."""
+    """Yields batches with each pair once, in order; rows of padding have `pair` -1 and mask False."""
     for first in range(0, len(pairs), batch):
         index = np.arange(first, first + batch)
         yield pair_batch(pairs, np.where(index < len(pairs), index, -1), seq)
@@ -70,7 +70,7 @@ def pair_batch(pairs: Sequence[Pair], index: np.ndarray, seq: int) -> PairBatch:
 
 
 def pack_rows(examples: Sequence[Example], seq: int, pack: bool) -> list[list[int]]:
-    """Returns which examples lie in each row of `seq` places: the longest first, each into the row where it leaves least room.
+    """Returns the examples of each row of `seq` tokens: packs the longest first, each into the row where it leaves least room.
 
     That is best-fit decreasing: at most 11/9 of the fewest rows possible (Johnson 1974), in practice a few percent more.
     """

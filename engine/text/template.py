@@ -1,4 +1,4 @@
-"""Renders messages as text by a chat template: a program that came with the model and is not trusted."""
+"""Renders messages as text by a chat template, an untrusted program that came with the model."""
 
 import contextlib
 import itertools
@@ -35,7 +35,7 @@ def read_template(path: Path | None) -> str | None:
 
 
 class InvalidConversation(UserError):
-    """A conversation cannot be used, for example as the template refuses it (`raise_exception`); others may."""
+    """Raised for one conversation that cannot be used, for example as the template refuses it (`raise_exception`)."""
 
 
 class Template:
@@ -53,7 +53,7 @@ class Template:
         self._lock = threading.Lock()
 
     def render(self, jobs: Sequence[tuple[Sequence[Message], bool]]) -> list[str]:
-        """Renders (messages, prompt) each: the text of a conversation; with `prompt`, the assistant's next turn begun after it.
+        """Renders each (messages, prompt) as text; `prompt` adds the generation prompt, the start of the assistant's turn.
 
         Several in one call are quicker: most of the time is the way there and back. Raises InvalidConversation when the
         template refuses the messages, UserError when it cannot be compiled, fails, or exceeds its limits of time, memory and
@@ -98,14 +98,14 @@ class TemplateProcess(subprocess.Popen[bytes]):
             raise
 
     def send(self, request: Any) -> None:
-        """Writes one line to the process; if it is gone, `reply` raises."""
+        """Sends a request to the process; if it is gone, `reply` raises."""
         assert self.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.stdin.write(json.dumps(request).encode() + b"\n")
             self.stdin.flush()
 
     def reply(self, seconds: float, longest: int) -> dict[str, Any]:
-        """Reads its next line, at most `longest` bytes; the time runs anew with each part. Raises UserError."""
+        """Reads the next reply, at most `longest` bytes, waiting `seconds` for each part. Raises UserError."""
         assert self.stdout is not None
         poll = select.poll()
         poll.register(self.stdout, select.POLLIN)

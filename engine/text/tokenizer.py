@@ -65,9 +65,9 @@ class Tokenizer:
     """A BPE tokenizer. `encode` and `decode` are inverse on every string UTF-8 can carry.
 
     Control tokens (`<|endoftext|>` and a chat template's) are never made from text and stand for no text: put their ids
-    in. `vocab` is the number of ids, `end` the id that ends a document, `controls` the control tokens by id, `special_names`
+    in. `vocab` is the number of ids, `eos_id` the id that ends a document, `controls` the control tokens by id, `special_names`
     the texts of bos_token, eos_token and the like, `digest` the SHA-256 of the vocabulary, merges and split, `config` the
-    contents of `tokenizer_config.json`, `start` the ids before a text, (bos,) or (), which `encode` leaves to the caller.
+    contents of `tokenizer_config.json`, `bos_ids` the ids before a text, (bos,) or (), which `encode` leaves out.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
@@ -102,7 +102,7 @@ class Tokenizer:
         return np.concatenate([np.empty(0, np.int32), *self.encode_parts(text, continued)])
 
     def encode_parts(self, text: str, continued: bool = False) -> Iterator[np.ndarray]:
-        """Yields the same tokens a megabyte of text at a time, so that memory stays bounded."""
+        """Yields the tokens of `encode` a megabyte of text at a time, so that memory stays bounded."""
         _check_unicode(text)
         inner = (self._later or self._inner) if continued else self._inner
         for pieces in itertools.batched(self._pieces(text), TOGETHER if self._later is None else 1):
@@ -119,7 +119,7 @@ class Tokenizer:
         """Returns the bytes of a token; none for a control token."""
         return self._table.get(int(token), b"")
 
-    def token_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
+    def count_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
         """Counts the bytes of tokens, in whole characters or not; 0 for control tokens."""
         known = np.asarray(ids, np.int64)
         return int(self._lengths[known[(known >= 0) & (known < self.vocab)]].sum())
@@ -133,7 +133,7 @@ class Tokenizer:
         return self._inner.token_to_id(token)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns what `tokenizer.json` holds."""
+        """Returns the contents of `tokenizer.json`."""
         return json.loads(self._inner.to_str())
 
     def save(self, folder: Path) -> None:
@@ -167,7 +167,7 @@ class Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
-    """Trains a vocabulary of `vocab` tokens on the texts: 256 bytes, merges, and the end of text last.
+    """Trains a tokenizer of `vocab` tokens on the texts: 256 bytes, merges, and the end of text last.
 
     Fewer when the texts are too short. The same texts give the same vocabulary. Raises UserError below 257, or for a text
     with a lone surrogate.

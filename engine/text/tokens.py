@@ -1,4 +1,4 @@
-"""Token files: a text is encoded once, kept in the user's cache, and mapped into memory from then on."""
+"""Encodes a text once into a token file in the user's cache, and memory-maps it from then on."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ OnProgress = Callable[[int, int], None] | None
 
 @dataclasses.dataclass(frozen=True)
 class TokenFile:
-    """A text as tokens, mapped from a file and not read until used."""
+    """The tokens of a text, memory-mapped from a file."""
 
     tokens: np.ndarray  # (tokens,) uint16 or uint32, read-only
     bytes: int  # of the text in UTF-8, without the ends of documents: what bits per byte divides by
@@ -28,7 +28,7 @@ class TokenFile:
 
 
 def open_token_file(documents: Iterable[str], tokenizer: Tokenizer, report: OnProgress = None) -> TokenFile:
-    """Encodes documents, an end of text between each two; or opens them from the cache when text and tokenizer are unchanged.
+    """Encodes documents, an EOS between each two; or opens them from the cache when text and tokenizer are unchanged.
 
     `documents` is read twice, first to know whether it changed, so an iterator is held in memory and a Corpus is not.
     `report` is called with bytes of UTF-8 done and in all, only while encoding. A damaged cached file is made anew.
@@ -72,7 +72,7 @@ def open_bin(path: Path, tokenizer: Tokenizer) -> TokenFile:
                 f"{path} holds the id {block[wrong[0]]} at token {start + wrong[0]}, and the tokenizer has "
                 f"{tokenizer.vocab} ids: give the tokenizer that the file was made with."
             )
-        count += tokenizer.token_bytes(block)
+        count += tokenizer.count_bytes(block)
     return TokenFile(tokens, count, path)
 
 
@@ -97,7 +97,7 @@ def _write(folder: Path, documents: Iterable[str], tokenizer: Tokenizer, size: i
                 data = part.astype(dtype).tobytes()
                 file.write(data)
                 digest.update(data)
-                done += tokenizer.token_bytes(part)
+                done += tokenizer.count_bytes(part)
                 if report:
                     report(min(done, size), size)
         tokens = file.tell() // dtype.itemsize

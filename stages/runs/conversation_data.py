@@ -81,4 +81,4 @@ def tokenize_examples(
     """Returns examples or pairs, and what became of each row. Raises UserError when none is left."""
     if conversations.kind == "preference":
         return make_pairs(conversations, chat, seq, report=report)
-    return make_examples(conversations, chat, seq, start=model.tokenizer.bos_ids, report=report)
+    return make_examples(conversations, chat, seq, bos_ids=model.tokenizer.bos_ids, report=report)

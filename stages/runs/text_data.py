@@ -131,7 +131,7 @@ def _beginning(corpus: Corpus[str]) -> Iterator[str]:
 
 
 def _part(whole: TokenFile, tokens: np.ndarray, tokenizer: Tokenizer) -> TokenFile:
-    size = sum(tokenizer.token_bytes(tokens[start : start + 2**20]) for start in range(0, len(tokens), 2**20))
+    size = sum(tokenizer.count_bytes(tokens[start : start + 2**20]) for start in range(0, len(tokens), 2**20))
     return dataclasses.replace(whole, tokens=tokens, bytes=size)
 
 

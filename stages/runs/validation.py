@@ -57,7 +57,7 @@ def general_bits_per_byte(
     """Returns bits per byte on the beginning of a named text, in windows of at most `context` tokens."""
     tokens = encode_text(evaluation_source(text, console), tokenizer, console).tokens[: GENERAL_TOKENS + 1]
     seq = min(GENERAL_WINDOW, context, max(2, len(tokens) - 1))
-    return bits_per_byte(score_text(cfg, params, tokens, seq, seq, EVALUATION_ROWS), tokenizer.token_bytes(tokens[1:]))
+    return bits_per_byte(score_text(cfg, params, tokens, seq, seq, EVALUATION_ROWS), tokenizer.count_bytes(tokens[1:]))
 
 
 def quick_evaluator(cfg: ModelConfig, text: TokenFile, tokenizer: Tokenizer, nats_of: Callable[..., Any]) -> Evaluator:
@@ -73,6 +73,6 @@ def quick_evaluator(cfg: ModelConfig, text: TokenFile, tokenizer: Tokenizer, nat
         batches = [window_batch(text.tokens, at) for at in starts + np.arange(seq)]
     else:
         batches = [next(evaluation_windows(text.tokens, seq, seq, rows))]
-    size = sum(tokenizer.token_bytes(np.asarray(b.targets)[np.asarray(b.mask)]) for b in batches)
+    size = sum(tokenizer.count_bytes(np.asarray(b.targets)[np.asarray(b.mask)]) for b in batches)
     bits = math.log(2) * max(size, 1)
     return Evaluator(batches, functools.partial(nats_of, cfg), bits, "bits/byte (quick)", "quick_val_bits_per_byte")

@@ -57,7 +57,7 @@ def test_what_the_template_refuses_is_left_out() -> None:
 
 def test_all_of_a_text_is_learnt_once(chat: ChatTokenizer) -> None:
     text = "The assistant answers. " * 9
-    examples, summary = make_examples([Text(text, "f:1"), Text("", "f:2")], chat, 10, start=(CONTROL,))
+    examples, summary = make_examples([Text(text, "f:1"), Text("", "f:2")], chat, 10, bos_ids=(CONTROL,))
     tokens = [CONTROL, *TOKENIZER.encode(text), TOKENIZER.eos_id]
     here = [example for example in examples if example.where == "f:1"]
     assert all(len(example.tokens) <= 11 and example.mask.all() for example in examples)

@@ -41,7 +41,7 @@ def test_every_text_comes_back(tokenizer: Tokenizer, parts: list[str]) -> None:
     ids = tokenizer.encode(text)
     assert (ids.dtype, ids.ndim) == (np.int32, 1)
     assert tokenizer.decode(ids) == text
-    assert tokenizer.token_bytes(ids) == len(text.encode())
+    assert tokenizer.count_bytes(ids) == len(text.encode())
     assert tokenizer.eos_id not in ids
 
 
@@ -73,7 +73,7 @@ def test_control_tokens_are_never_made_from_text(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(ids) == f"before{END}after{END}"
     # Put in by id they end a text, and stand for no text and no bytes.
     assert tokenizer.decode([*tokenizer.encode("a"), tokenizer.eos_id, *tokenizer.encode("b")]) == "ab"
-    assert tokenizer.token_bytes([tokenizer.eos_id]) == 0
+    assert tokenizer.count_bytes([tokenizer.eos_id]) == 0
 
 
 def test_ids() -> None:
@@ -84,9 +84,9 @@ def test_ids() -> None:
 
 
 def test_token_bytes_counts_parts_of_characters() -> None:
-    assert BYTE.token_bytes(np.array([0xC3, 0x61], np.uint16)) == 2
-    assert BYTE.token_bytes([-1, 256, 257, 10_000]) == 0
-    assert BYTE.token_bytes([]) == 0
+    assert BYTE.count_bytes(np.array([0xC3, 0x61], np.uint16)) == 2
+    assert BYTE.count_bytes([-1, 256, 257, 10_000]) == 0
+    assert BYTE.count_bytes([]) == 0
 
 
 @BOTH

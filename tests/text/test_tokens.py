@@ -28,7 +28,7 @@ def test_ends_stand_between_documents_and_bytes_are_the_text_s() -> None:
     assert file.tokens.dtype == np.uint16
     assert isinstance(file.tokens, np.memmap)
     assert not file.tokens.flags.writeable
-    assert file.bytes == sum(len(text.encode()) for text in DOCUMENTS) == BPE.token_bytes(file.tokens)
+    assert file.bytes == sum(len(text.encode()) for text in DOCUMENTS) == BPE.count_bytes(file.tokens)
     assert file.path.is_file()
     single = open_token_file(iter(["one text"]), byte_tokenizer())  # any iterable will do
     assert single.tokens.tolist() == list(b"one text")
