@@ -1,1 +1,1 @@
-"""Measurement only: how fast, how much, beside what this machine could do. Each command ends in one line of JSON."""
+"""Benchmarks: how fast and how much, against what this machine could do. Each command ends in one line of JSON."""

@@ -1,4 +1,4 @@
-"""The stage table: the cost of each stage of a model's life on this machine, in operations, seconds, bytes and money.
+"""Measures the stage table: the cost of each stage of a model's life on this machine, in operations, seconds, bytes, money.
 
     python -m bench                                one model, one run, about two minutes on two cores
     python -m bench --out report                   also writes report.html, with plots, and stages.svg and .md
@@ -98,7 +98,7 @@ def check_flags(flags: StageTableFlags) -> float:
 
 
 def command(flags: StageTableFlags) -> str:
-    """Returns the command that measures the same again, with the flags that differ from their defaults."""
+    """Returns the command line that measures the same again, with the flags that differ from their defaults."""
     default, words = StageTableFlags(), ["python", "-m", "bench"]
     if flags.model or flags.preset != default.preset:
         words += ["--model", flags.model] if flags.model else ["--preset", flags.preset]

@@ -1,4 +1,4 @@
-"""The command line of every measurement: flags in, JSON as the last line out, errors in a sentence.
+"""Runs the command line of every measurement: flags in, JSON as the last line out, errors in a sentence.
 
 A measurement imports JAX after its flags are parsed: --help needs none, and the allocator is set before JAX starts. Shapes
 of a model and its batch are written LAYERSxWIDTHxTOKENSxBATCH.

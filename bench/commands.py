@@ -1,4 +1,4 @@
-"""Measures whole commands as a person waits for them, each its own process, beside the bar each figure is held to.
+"""Measures whole commands as a person waits for them, each its own process, against the bar of each figure.
 
     python -m bench.commands                   the default training run (three minutes), then the rest
     python -m bench.commands --max-time 20s    a shorter run: the times are as true, the bits per byte are not
@@ -34,7 +34,7 @@ class CommandsFlags:
     """The model that is fine-tuned, or trained on a reward."""
 
 
-class Figure(NamedTuple):
+class Measurement(NamedTuple):
     """A measured number, and the bar that it must not exceed, or must reach if `least`."""
 
     name: str
@@ -44,7 +44,7 @@ class Figure(NamedTuple):
     least: bool = False
 
 
-Figures = tuple[list[Figure], Json]  # and the document's other entries
+Measurements = tuple[list[Measurement], Json]  # and the document's other entries
 
 
 def measure_commands(flags: CommandsFlags) -> Json:
@@ -64,43 +64,44 @@ def measure_commands(flags: CommandsFlags) -> Json:
     return document
 
 
-def training(folder: Path, data: str, max_time: str) -> Figures:
+def training(folder: Path, data: str, max_time: str) -> Measurements:
+    """Measures a training run, its start-up, and the start-up of generation from it."""
     train = ["stages.train", "--data", data, "--max-time"]
     _run([*train, "1s", "--out-dir", str(folder / "warm")])
     result = _result([*train, max_time], folder / "run")
     first, messages = _first_output(str(folder / "run"), "ROMEO:")
     recompiles = re.search(r"(\d+) recompiles", messages)
     return [
-        Figure("validation, whole text", result["val_bits_per_byte"], "bits/byte", 2.12),
-        Figure("command to first trained step", result["first_step_seconds"], "s", 15),
-        Figure("peak memory of training", result["peak_rss_bytes"] / 1e9, "GB", 2),
-        Figure("--help", min(_run(["stages.train", "--help"]) for _ in range(5)), "s", 0.3),
-        Figure("command to first token", first, "s", 3),
-        Figure("recompiles while generating", float(recompiles[1]) if recompiles else float("inf"), "", 0),
+        Measurement("validation, whole text", result["val_bits_per_byte"], "bits/byte", 2.12),
+        Measurement("command to first trained step", result["first_step_seconds"], "s", 15),
+        Measurement("peak memory of training", result["peak_rss_bytes"] / 1e9, "GB", 2),
+        Measurement("--help", min(_run(["stages.train", "--help"]) for _ in range(5)), "s", 0.3),
+        Measurement("command to first token", first, "s", 3),
+        Measurement("recompiles while generating", float(recompiles[1]) if recompiles else float("inf"), "", 0),
     ], {"max_time": max_time, "train_result": result}
 
 
-def finetuning(folder: Path, model: str, max_time: str) -> Figures:
-    """Measures a pre-trained model from its file to a first token, and its adaptation over two kinds of base."""
+def finetuning(folder: Path, model: str, max_time: str) -> Measurements:
+    """Measures the time from a pre-trained model's file to a first token, and LoRA over a float and an int8 base."""
     first, _ = _first_output(model, "The sea is")
     adapt = ["stages.finetune", "--model", model, "--general", "none", "--max-time", max_time]
     lora, int8 = (_result([*adapt, "--base", base], folder / base) for base in ("float", "int8"))
     gains = [result["before"]["held_out"] - result["after"]["held_out"] for result in (lora, int8)]
     return [
-        Figure("command to first token", first, "s", 6),
-        Figure("LoRA: share of the ceiling", lora["flops_share_of_ceiling"], "", 0.6, least=True),
-        Figure("LoRA: peak memory", lora["peak_rss_bytes"] / 1e9, "GB", 2.5),
-        Figure("LoRA: gain on the voice", gains[0], "nats", 0.1, least=True),
-        Figure("over int8: peak memory", int8["peak_rss_bytes"] / 1e9, "GB", 1.5),
-        Figure("over int8: gain on the voice", gains[1], "nats", 0.1, least=True),
+        Measurement("command to first token", first, "s", 6),
+        Measurement("LoRA: share of the ceiling", lora["flops_share_of_ceiling"], "", 0.6, least=True),
+        Measurement("LoRA: peak memory", lora["peak_rss_bytes"] / 1e9, "GB", 2.5),
+        Measurement("LoRA: fall of held-out loss", gains[0], "nats", 0.1, least=True),
+        Measurement("over int8: peak memory", int8["peak_rss_bytes"] / 1e9, "GB", 1.5),
+        Measurement("over int8: fall of held-out loss", gains[1], "nats", 0.1, least=True),
     ], {"lora": lora, "int8": int8}
 
 
-def reinforcing(folder: Path, model: str, max_time: str) -> Figures:
+def reinforcing(folder: Path, model: str, max_time: str) -> Measurements:
     """Measures the rise of the mean reward on held-out prompts."""
     result = _result(["stages.reinforce", "--model", model, "--max-time", max_time], folder / "run")
     rise = result["held_out_reward_after"] - result["held_out_reward_before"]
-    return [Figure("rise of the reward", rise, "", 0.05, least=True)], {"result": result}
+    return [Measurement("rise of the reward", rise, "", 0.05, least=True)], {"result": result}
 
 
 def _result(command: list[str], folder: Path) -> Json:

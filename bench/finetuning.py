@@ -37,13 +37,13 @@ def measure_finetuning(flags: FinetuningFlags) -> Json:
     check_rounds(flags.rounds)
     start_jax()
     from bench.finetuning_steps import measure_steps
-    from bench.models import load, make_work
+    from bench.models import load, make_step_inputs
 
     if flags.model:
         model = load(flags.model)
         return measure_steps(model.name, model.cfg, model.params, flags.batch, flags.tokens, flags.rank, flags.rounds)
-    work = make_work(shape, "bfloat16")
-    return measure_steps(str(shape), work.cfg, work.params, shape.batch, shape.tokens, flags.rank, flags.rounds)
+    inputs = make_step_inputs(shape, "bfloat16")
+    return measure_steps(str(shape), inputs.cfg, inputs.params, shape.batch, shape.tokens, flags.rank, flags.rounds)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 
 from bench.cli import Json, print_table
 from bench.models import next_token_batch
-from bench.timing import measure, noise, ratio
+from bench.timing import describe_noise, measure, ratio
 from engine.counting.flops import train_flops
 from engine.counting.memory import training_memory
 from engine.counting.trainable_paths import all_trainable, bottom_frozen, lora_only
@@ -24,11 +24,11 @@ from engine.training.loss import loss_chunks
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import INT8_COMPILER_OPTIONS, init_state, train_step
 
-SIDE = 2048  # of the square matrices whose product is the ceiling
-PRODUCTS = 24  # a round, so that the clock and the launch do not count
-PRODUCT_FLOPS = PRODUCTS * 2 * SIDE**3
+MATMUL_SIDE = 2048  # of the square matrices whose product is the ceiling
+MATMULS = 24  # a round, so that the clock and the launch do not count
+MATMUL_FLOPS = MATMULS * 2 * MATMUL_SIDE**3
 FULL = "everything"  # trains, from float32 weights
-HEADS = "trainable|numbers|ms a step|over full|FLOPs|tokens/s|of ceiling|optimizer MB|predicted GB|XLA GB"
+COLUMNS = "trainable|numbers|ms a step|over full|FLOPs|tokens/s|of ceiling|optimizer MB|predicted GB|XLA GB"
 
 Step = tuple[Callable[[], Any], dict[str, int]]  # a call of a compiled step, and its counts
 
@@ -40,17 +40,17 @@ def measure_steps(name: str, cfg: ModelConfig, params: Any, batch: int, tokens: 
     attention.
     """
     steps = _steps(cfg, params, batch, tokens, rank)
-    a = jax.random.normal(jax.random.key(0), (SIDE, SIDE), jnp.bfloat16)
+    a = jax.random.normal(jax.random.key(0), (MATMUL_SIDE, MATMUL_SIDE), jnp.bfloat16)
     multiply = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.bfloat16))
-    calls = {"product": lambda: [multiply(a, a) for _ in range(PRODUCTS)]} | {way: run for way, (run, _) in steps.items()}
+    calls = {"product": lambda: [multiply(a, a) for _ in range(MATMULS)]} | {way: run for way, (run, _) in steps.items()}
     timings = measure(calls, rounds=rounds, warmups=2)
     product = timings["product"]
-    ceiling = PRODUCT_FLOPS / product.median / 1e9
+    ceiling = MATMUL_FLOPS / product.median / 1e9
     rows, lines = [], []
     for way, (_, step) in steps.items():
         timing = timings[way]
         over = ratio(timing, timings[FULL])
-        share = ratio(product.scaled(step["flops"] / PRODUCT_FLOPS), timing)
+        share = ratio(product.scaled(step["flops"] / MATMUL_FLOPS), timing)
         milliseconds, speed = timing.median * 1e3, batch * tokens / timing.median
         flops = step["flops"] / steps[FULL][1]["flops"]
         lines.append([
@@ -62,8 +62,8 @@ def measure_steps(name: str, cfg: ModelConfig, params: Any, batch: int, tokens: 
             "flops_over_full": flops, "tokens_per_second": speed, "fraction_of_bf16_ceiling": share.ratio, **step,
         })  # fmt: skip
     title = f"{name}, rank {rank}, {batch} x {tokens} tokens, {device_name()}; the ceiling is {ceiling:,.0f} GFLOP/s"
-    print_table(title, HEADS.split("|"), lines)
-    print(noise(timings))
+    print_table(title, COLUMNS.split("|"), lines)
+    print(describe_noise(timings))
     return {"model": name, "tokens": tokens, "batch": batch, "rank": rank, "ceiling_gflops": ceiling, "rows": rows}
 
 

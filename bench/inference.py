@@ -19,7 +19,7 @@ from bench.cli import Json, check_rounds, override_defaults, run_bench
 from engine.device import start_jax
 from engine.errors import UserError
 
-MOST = 800  # tokens to decode: the first stream decodes more
+MAX_NEW_TOKENS = 800  # the first stream decodes more
 QUICK = {"new": 33, "rounds": 3}
 
 
@@ -44,8 +44,8 @@ class InferenceFlags:
 def measure_inference(flags: InferenceFlags) -> Json:
     if flags.quick:
         flags = override_defaults(flags, QUICK)
-    if not 2 <= flags.new <= MOST:
-        raise UserError(f"--new must lie between 2 and {MOST}, not {flags.new}.")
+    if not 2 <= flags.new <= MAX_NEW_TOKENS:
+        raise UserError(f"--new must lie between 2 and {MAX_NEW_TOKENS}, not {flags.new}.")
     check_rounds(flags.rounds)
     start_jax(decodes=True)
     from bench.slot_streams import measure_streams

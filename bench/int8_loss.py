@@ -21,12 +21,12 @@ from engine.storage.assets import fetch
 from engine.text.windows import evaluation_windows
 
 CHUNK = 128  # tokens of a prefill into the KV cache
-ALLOWED = 0.01  # more bits per byte, as a share
+MAX_INCREASE = 0.01  # of the bits per byte, as a share
 CACHES: tuple[KVDtype, ...] = ("float32", "bfloat16", "int8")
 
 
 def measure_int8(model_name: str, text_file: Path | None, *, size: int, window: int, rows: int, leaves: bool) -> dict[str, Any]:
-    """Measures and prints the tables. The options are the flags of `bench.quantisation`."""
+    """Measures, prints and returns bits per byte and rounding errors. The options are the flags of `bench.quantisation`."""
     model = load(model_name)
     cfg, params = model.cfg, model.params
     file = text_file or fetch("shakespeare")["validation"]
@@ -50,7 +50,7 @@ def measure_int8(model_name: str, text_file: Path | None, *, size: int, window: 
     def add(name: str, nats: float, error: float | None = None) -> None:
         bits = float(nats / np.log(2) / size)
         over = bits / lines[0]["bits_per_byte"] - 1 if lines else 0.0
-        lines.append({"name": name, "bits_per_byte": bits, "over": over, "within": over <= ALLOWED})
+        lines.append({"name": name, "bits_per_byte": bits, "over": over, "within": over <= MAX_INCREASE})
         tail = "" if error is None else f"   logits {error:.4f} off, of their spread"
         lines[-1] |= {} if error is None else {"logits_error": error}
         print(f"{name:>46} {bits:8.4f} bits/byte {over:+8.2%}{tail}", flush=True)
@@ -63,14 +63,14 @@ def measure_int8(model_name: str, text_file: Path | None, *, size: int, window: 
     nats, _ = _cached_nats(cfg, prepare_params(cfg, int8), batches, seq)["int8"]
     add("int8 weights, activations, keys and values", nats)
     wide = leaf_paths(params)
-    errors = {path: round_trip(wide[path], leaf) for path, leaf in leaf_paths(int8).items() if isinstance(leaf, Int8)}
+    errors = {path: rounding_error(wide[path], leaf) for path, leaf in leaf_paths(int8).items() if isinstance(leaf, Int8)}
     print(f"{'round trip of':>46} {'error, rms of rms':>18} {'worst leaf':>30}")
     for kind in dict.fromkeys(path.rpartition("/")[2] for path in errors):
         offs = {path: off for path, (off, _) in errors.items() if path.rpartition("/")[2] == kind}
         worst = max(offs, key=offs.__getitem__)
         print(f"{kind:>46} {np.mean([*offs.values()]):18.4f} {worst:>20} {offs[worst]:.4f}")
     return {
-        "model": model.name, "text": file.name, "bytes": size, "tokens": len(tokens), "window": seq, "allowed": ALLOWED,
+        "model": model.name, "text": file.name, "bytes": size, "tokens": len(tokens), "window": seq, "allowed": MAX_INCREASE,
         "rows": lines, "round_trip": {path: {"relative": off, "worst": most} for path, (off, most) in errors.items()},
     }  # fmt: skip
 
@@ -108,7 +108,7 @@ def _cached_nats(cfg: ModelConfig, params: Any, batches: Sequence[Any], seq: int
     return {kind: (float(nats), float(np.sqrt(off / spread))) for kind, (nats, off) in zip(CACHES, total)}
 
 
-def round_trip(weight: Any, leaf: Int8) -> tuple[float, float]:
+def rounding_error(weight: Any, leaf: Int8) -> tuple[float, float]:
     """Returns the rounding error of a leaf: root mean square over that of the weights, and the largest in steps of its
     column, never above 0.5."""
     weight = weight.astype(jnp.float32)

@@ -66,7 +66,7 @@ def tokens_for(model: BenchModel, rows: int, length: int) -> np.ndarray:
     return np.resize(tokens, (rows, length)).astype(np.int32)
 
 
-class Work(NamedTuple):
+class StepInputs(NamedTuple):
     """The inputs of a training step: the model, its first weights, and the batch of every step."""
 
     cfg: ModelConfig
@@ -74,7 +74,7 @@ class Work(NamedTuple):
     batch: Batch
 
 
-def make_work(shape: Shape, dtype: Literal["bfloat16", "float32"]) -> Work:
+def make_step_inputs(shape: Shape, dtype: Literal["bfloat16", "float32"]) -> StepInputs:
     """Returns a byte-level model, heads 64 wide, with q/k norm and an untied head; weights and text are random, and fixed."""
     ff = -(-shape.width * 8 // 3 // 64) * 64
     cfg = ModelConfig(
@@ -83,7 +83,7 @@ def make_work(shape: Shape, dtype: Literal["bfloat16", "float32"]) -> Work:
     )  # fmt: skip
     params = jax.jit(lambda key: init_params(cfg, key))(jax.random.key(0))
     text = jax.random.randint(jax.random.key(1), (shape.batch, shape.tokens + 1), 0, cfg.vocab)
-    return Work(cfg, params, next_token_batch(text))
+    return StepInputs(cfg, params, next_token_batch(text))
 
 
 def next_token_batch(text: Any) -> Batch:
@@ -93,13 +93,13 @@ def next_token_batch(text: Any) -> Batch:
     return Batch(tokens, targets, jnp.ones(tokens.shape, bool), positions, None)
 
 
-def make_step(work: Work, tx: Any) -> Callable[[], Any]:
-    """Returns a call that takes the next training step and returns its loss. It copies the weights of `work`."""
-    state = init_state(tx, jax.tree.map(jnp.copy, work.params))
+def make_step(inputs: StepInputs, tx: Any) -> Callable[[], Any]:
+    """Returns a call that takes the next training step and returns its loss. It copies the weights of `inputs`."""
+    state = init_state(tx, jax.tree.map(jnp.copy, inputs.params))
 
     def step() -> Any:
         nonlocal state
-        state, metrics = train_step(work.cfg, tx, state, {}, work.batch, jnp.float32(PROGRESS))
+        state, metrics = train_step(inputs.cfg, tx, state, {}, inputs.batch, jnp.float32(PROGRESS))
         return metrics.loss
 
     return step

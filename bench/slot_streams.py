@@ -1,4 +1,4 @@
-"""Times prefill and decoding of streams through our slots beside the same streams through llama.cpp."""
+"""Times prefill and decoding of streams through our `Slots` beside the same streams through llama.cpp."""
 
 import functools
 from collections.abc import Callable
@@ -32,7 +32,7 @@ class StreamRow(NamedTuple):
     required_ratio: float | None
 
 
-Result = Json  # seconds of `prefill` and of `decode`, and the `tokens` of each stream
+StreamResult = Json  # seconds of `prefill` and of `decode`, and the `tokens` of each stream
 ROWS = (
     StreamRow("prefill_512", 1, 512, False, 2.0),
     StreamRow("decode_1", 1, 64, True, 0.6),
@@ -41,7 +41,7 @@ ROWS = (
     StreamRow("decode_32", 32, 64, False, 2.0),
 )
 CAPACITY = 1024  # tokens of a stream
-ELSEWHERE = "python3 -m venv peers && peers/bin/pip install llama-cpp-python"
+MAKE_VENV = "python3 -m venv peers && peers/bin/pip install llama-cpp-python"
 
 
 def measure_streams(
@@ -60,7 +60,7 @@ def measure_streams(
     print(f"{device_name()}, {cores()} cores, {model.name}, int8 weights, {keys_values} keys and values", flush=True)
     absent: list[dict[str, str]] = []
     rows: list[Json] = []
-    with start_peer(peer_python, "llama_cpp_peer.py", absent, "llama_cpp", ELSEWHERE) as peer:
+    with start_peer(peer_python, "llama_cpp_peer.py", absent, "llama_cpp", MAKE_VENV) as peer:
         for row in ROWS:
             progress(f"compiling {row.name}")
             prompts = [passage[: row.prompt] for passage in passages[: row.streams]]
@@ -79,13 +79,15 @@ def measure_streams(
     }  # fmt: skip
 
 
-def _our_run(cfg: Any, weights: Any, prompts: list[list[int]], new: int, drafts: bool, kv_dtype: Any) -> Callable[[], Result]:
+def _our_run(
+    cfg: Any, weights: Any, prompts: list[list[int]], new: int, drafts: bool, kv_dtype: Any
+) -> Callable[[], StreamResult]:
     """Returns a call of `Slots` with a slot for each stream, and for the draft tokens of a lone one."""
     least = 1 + DRAFT_ROWS if drafts else MIN_SLOTS
     slots = Slots(cfg, weights, slots=max(len(prompts), least), capacity=CAPACITY, kv_dtype=kv_dtype, speculate=drafts)
     slots.warm()
 
-    def run() -> Result:
+    def run() -> StreamResult:
         # The first streams decode while later prompts are prefilled, and then go on past `new`, so that decoding is timed
         # with all streams at work from the first step to the last, as the peer's is.
         sampling = SamplingParams(max_tokens=CAPACITY - max(map(len, prompts)), temperature=0.0)
@@ -111,7 +113,7 @@ def _our_run(cfg: Any, weights: Any, prompts: list[list[int]], new: int, drafts:
     return run
 
 
-def _measure_row(row: StreamRow, calls: dict[str, Callable[[], Result]], new: int, rounds: int, price: float) -> Json:
+def _measure_row(row: StreamRow, calls: dict[str, Callable[[], StreamResult]], new: int, rounds: int, price: float) -> Json:
     """Times the calls in turns, a prefill row their prefill, a decode row their decoding."""
     prefill = row.name.startswith("prefill")
     tokens = {name: call()["tokens"] for name, call in calls.items()}

@@ -1,4 +1,4 @@
-"""Times calls in turns, and their ratios with the noise.
+"""Times calls in turns; gives their ratios, with the noise.
 
 A shared machine's speed drifts by more than most effects worth knowing. So calls that are compared run in turns, and each
 round has a ratio of its own, in which the drift is common to both.
@@ -98,7 +98,7 @@ def ratio(a: Timing, b: Timing) -> Ratio:
     return Ratio(result, spread)
 
 
-def noise(timings: Mapping[str, Timing]) -> str:
+def describe_noise(timings: Mapping[str, Timing]) -> str:
     """Returns a sentence on how far these timings can be trusted."""
     shares = {name: timing.spread / timing.median if timing.median else 0.0 for name, timing in timings.items()}
     worst = max(shares, key=shares.__getitem__)

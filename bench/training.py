@@ -34,8 +34,8 @@ def measure_training(flags: TrainingFlags) -> Json:
         from engine.allocator import keep_freed_memory
 
         keep_freed_memory()
-    from bench.models import make_step, make_work
-    from bench.timing import measure, noise
+    from bench.models import make_step, make_step_inputs
+    from bench.timing import describe_noise, measure
     from engine.counting.flops import step_flops
     from engine.counting.hardware import best_ceilings, measure_ceilings
     from engine.counting.params import count_params
@@ -47,9 +47,9 @@ def measure_training(flags: TrainingFlags) -> Json:
     measured = []
     for shape in shapes:
         progress(f"measuring {shape} ...")
-        work = make_work(shape, flags.dtype)
-        step = make_step(work, make_optimizer(OptimizerConfig(kind=flags.optimizer)))
-        measured.append((shape, work.cfg, measure({str(shape): step}, rounds=flags.rounds, warmups=2)[str(shape)]))
+        inputs = make_step_inputs(shape, flags.dtype)
+        step = make_step(inputs, make_optimizer(OptimizerConfig(kind=flags.optimizer)))
+        measured.append((shape, inputs.cfg, measure({str(shape): step}, rounds=flags.rounds, warmups=2)[str(shape)]))
         # Measured beside each shape, for they move on a shared machine; the best counts for all.
         ceilings = best_ceilings(ceilings, measure_ceilings())
     kind, top = ("bf16", ceilings.bf16_gflops) if flags.dtype == "bfloat16" else ("f32", ceilings.f32_gflops)
@@ -67,7 +67,7 @@ def measure_training(flags: TrainingFlags) -> Json:
         })  # fmt: skip
     rates = {"bf16": ceilings.bf16_gflops, "f32": ceilings.f32_gflops, "int8": ceilings.int8_gflops}
     print("ceilings, matmul 2048, GFLOP/s: " + ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items()))
-    print(noise({timing.name: timing for _, _, timing in measured}))
+    print(describe_noise({timing.name: timing for _, _, timing in measured}))
     return {"ceiling_gflops": rates, "shapes": rows}
 
 

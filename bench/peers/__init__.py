@@ -1,1 +1,1 @@
-"""Measurements beside other libraries: PyTorch, transformers, llama.cpp."""
+"""Comparisons with other libraries: PyTorch, transformers, llama.cpp."""

@@ -1,4 +1,4 @@
-"""The peer of `bench.inference`: llama.cpp, through `llama-cpp-python`, on the same GGUF file.
+"""Runs llama.cpp, the peer of `bench.inference`, through `llama-cpp-python`, on the same GGUF file.
 
 One context decodes all rows together, each a sequence of its own, greedily.
 """
@@ -7,7 +7,7 @@ import ctypes
 import time
 from typing import Any
 
-from protocol import Run, serve
+from protocol import Run, serve_jobs
 
 UBATCH = 512  # tokens a call, its own default
 
@@ -72,4 +72,4 @@ def make(spec: dict[str, Any]) -> Run:
 
 
 if __name__ == "__main__":
-    serve(["llama_cpp", "numpy"], make)
+    serve_jobs(["llama_cpp", "numpy"], make)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.cli import Json, Shape, progress
-from bench.models import PROGRESS, make_step, make_work, random_model
+from bench.models import PROGRESS, make_step, make_step_inputs, random_model
 from bench.peers.process import Peer, PeerError, note_absent
-from bench.timing import Timing, measure, noise, ratio
+from bench.timing import Timing, describe_noise, measure, ratio
 from engine.counting.flops import step_flops
 from engine.counting.hardware import memory_limit_bytes
 from engine.counting.params import count_params
@@ -26,10 +26,10 @@ from engine.storage.huggingface.folder import save_folder
 from engine.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 
 OURS = "ours"
-SHORT = 64  # tokens of a prompt in the decode rows
+DECODE_PROMPT = 64  # tokens of a prompt in the decode rows
 
 
-def comparison(name: str, peer: str, timings: Mapping[str, Timing], tokens: int) -> Json:
+def comparison_row(name: str, peer: str, timings: Mapping[str, Timing], tokens: int) -> Json:
     """Returns the row of one comparison; `ratio` is None, and `noisy` says why, where noise hides it."""
     ours, theirs = timings[OURS], timings[peer]
     return {
@@ -40,6 +40,7 @@ def comparison(name: str, peer: str, timings: Mapping[str, Timing], tokens: int)
 
 
 def add_row(rows: list[Json], row: Json, note: str) -> None:
+    """Appends the row, and prints it with the note."""
     rows.append(row)
     ratio = f"{row['ratio']:5.2f} ± {row['spread']:.2f}" if row["ratio"] else "lost in noise"
     ours, theirs = row["tokens_per_second"], row["peer_tokens_per_second"]
@@ -54,18 +55,18 @@ def measure_training(
 
     `folder`: for files that the peer reads.
     """
-    work = make_work(shape, dtype)
+    inputs = make_step_inputs(shape, dtype)
     file = folder / "training.npz"
-    weights: dict[str, Any] = {f"params/{path}": np.asarray(leaf) for path, leaf in leaf_paths(work.params).items()}
-    np.savez(file, **weights, tokens=work.batch.tokens, targets=work.batch.targets)
+    weights: dict[str, Any] = {f"params/{path}": np.asarray(leaf) for path, leaf in leaf_paths(inputs.params).items()}
+    np.savez(file, **weights, tokens=inputs.batch.tokens, targets=inputs.batch.targets)
     optimizer = OptimizerConfig()
     spec = {
-        "config": work.cfg.to_json(), "file": str(file), "dtype": dtype, "threads": cores(),
+        "config": inputs.cfg.to_json(), "file": str(file), "dtype": dtype, "threads": cores(),
         "learning_rate": optimizer.learning_rate * float(make_schedule(optimizer)(jnp.float32(PROGRESS))),
         "beta1": optimizer.beta1, "beta2": optimizer.beta2, "weight_decay": optimizer.weight_decay, "clip": optimizer.clip,
     }  # fmt: skip
     losses: dict[str, float] = {}
-    step = make_step(work, make_optimizer(optimizer))
+    step = make_step(inputs, make_optimizer(optimizer))
     calls: dict[str, Callable[[], Any]] = {OURS: lambda: losses.update({OURS: float(step())})}
     calls[OURS]()
     for name, compiled in (("torch compiled", True), ("torch eager", False)):
@@ -74,27 +75,27 @@ def measure_training(
         try:
             calls[name] = peer.prepare(name, spec | {"compile": compiled}, keep)
         except PeerError as error:
-            if peer.gone:
+            if peer.has_ended:
                 raise UserError(f"{name}, {dtype}: {error}") from None
             note_absent(absent, f"{name}, {dtype}", str(error), "a C++ compiler, such as g++, which torch.compile calls")
     report = lambda done, total: progress(f"training, {dtype}: round {done} of {total}")
     timings = measure(calls, rounds=rounds, report=report)
-    flops = step_flops(work.cfg, shape.batch, shape.tokens)
+    flops = step_flops(inputs.cfg, shape.batch, shape.tokens)
     for name in list(calls)[1:]:
-        row = comparison(f"train_{shape}_{dtype}", name, timings, shape.batch * shape.tokens)
+        row = comparison_row(f"train_{shape}_{dtype}", name, timings, shape.batch * shape.tokens)
         row |= {"gflops": flops / row["ours_seconds"] / 1e9, "peer_gflops": flops / row["peer_seconds"] / 1e9}
         row |= {"loss": losses[OURS], "peer_loss": losses[name]}
         same = bool(np.isclose(losses[OURS], losses[name], rtol=0.01))
         note = f"loss at step {rounds + 2}: {losses[OURS]:.4f} and {losses[name]:.4f}"
         add_row(rows, row | {"same": same}, note if same else f"** not the same computation ** {note}")
         peer.ask(drop=name)
-    print(noise(timings), flush=True)
+    print(describe_noise(timings), flush=True)
 
 
 def check_preset(preset_name: str, prompt: int, new: int, *, runs: bool) -> None:
-    """Raises UserError when the tokens do not fit the preset's context or, if it `runs`, the weights do not fit memory."""
+    """Raises UserError when the tokens do not fit the preset's context or, if it `runs`, two copies do not fit memory."""
     cfg = preset(preset_name)
-    longest = max(prompt + 1, SHORT + new)
+    longest = max(prompt + 1, DECODE_PROMPT + new)
     if longest > cfg.context:
         raise UserError(f"{longest} tokens do not fit {preset_name}'s context of {cfg.context}; give fewer --prompt or --new.")
     # Ours and the peer's, each as loaded and as computed.
@@ -112,49 +113,52 @@ def measure_inference(
 ) -> None:  # fmt: skip
     """Adds the rows of a number type to `rows`, or notes in `absent` why there are none.
 
-    A prefill row reads `prompt` tokens and makes one; a decode row reads SHORT tokens and makes `new`. Seconds are the whole
-    call's; tokens a second count those read, or those made. `folder`: for files that the peer reads.
+    A prefill row reads `prompt` tokens and makes one; a decode row reads DECODE_PROMPT tokens and makes `new`. Seconds are the
+    whole call's; tokens a second count those read, or those made. `folder`: for files that the peer reads.
     """
     cfg = dataclasses.replace(preset(preset_name), dtype=dtype)
     params = random_model(preset_name, cfg).params
-    prompts = np.random.default_rng(1).integers(0, cfg.vocab, (8, max(prompt, SHORT)), np.int32)
+    prompts = np.random.default_rng(1).integers(0, cfg.vocab, (8, max(prompt, DECODE_PROMPT)), np.int32)
     save_folder(folder / "model", cfg, params, {}, dtype="float32")
     weights = prepare_params(cfg, params)
     every: dict[str, Timing] = {}
     for name, batch, length, tokens in (
-        ("prefill_1", 1, prompt, 1), ("prefill_8", 8, prompt, 1), ("decode_1", 1, SHORT, new), ("decode_8", 8, SHORT, new),
+        ("prefill_1", 1, prompt, 1), ("prefill_8", 8, prompt, 1),
+        ("decode_1", 1, DECODE_PROMPT, new), ("decode_8", 8, DECODE_PROMPT, new),
     ):  # fmt: skip
         progress(f"preparing {name}, {dtype}")
-        texts = prompts[:batch, :length].tolist()
-        spec = {"folder": str(folder / "model"), "dtype": dtype, "threads": cores(), "prompts": texts, "new": tokens}
+        sequences = prompts[:batch, :length].tolist()
+        spec = {"folder": str(folder / "model"), "dtype": dtype, "threads": cores(), "prompts": sequences, "new": tokens}
         output: dict[str, Any] = {}
-        ours = greedy(cfg, weights, texts, tokens, output)
+        ours = make_greedy(cfg, weights, sequences, tokens, output)
         try:
             theirs = peer.prepare("generate", spec, output.update)
         except PeerError as error:
-            if peer.gone:
+            if peer.has_ended:
                 raise UserError(f"transformers, {dtype}: {error}") from None
             note_absent(absent, f"transformers, {dtype}", str(error), "see the reason")
             break
         report = lambda done, total, name=name: progress(f"{name}, {dtype}: round {done} of {total}")
         timings = measure({OURS: ours, "transformers": theirs}, rounds=rounds, report=report)
         every |= {f"{name} {way}": timing for way, timing in timings.items()}
-        row = comparison(f"{name}_{dtype}", "transformers", timings, batch * (length if tokens == 1 else tokens))
+        row = comparison_row(f"{name}_{dtype}", "transformers", timings, batch * (length if tokens == 1 else tokens))
         same = float(np.mean(np.array(output[OURS]) == np.array(output["tokens"])))
         add_row(rows, row | {"preset": preset_name, "same_tokens": same}, f"{same:.0%} of the tokens are the same")
         peer.ask(drop="generate")
     if every:
-        print(noise(every), flush=True)
+        print(describe_noise(every), flush=True)
 
 
-def greedy(cfg: ModelConfig, weights: Any, prompts: list[list[int]], new: int, output: dict[str, Any]) -> Callable[[], None]:
+def make_greedy(
+    cfg: ModelConfig, weights: Any, prompts: list[list[int]], new: int, output: dict[str, Any]
+) -> Callable[[], None]:
     """Returns a call that continues each prompt by `new` tokens and leaves them in `output`."""
     sampling = SamplingParams(max_tokens=new, temperature=0.0).per_row(len(prompts))
 
     def run() -> None:
-        texts: list[list[int]] = [[] for _ in prompts]
+        sequences: list[list[int]] = [[] for _ in prompts]
         for piece in generate(cfg, weights, prompts, sampling, capacity=len(prompts[0]) + new):
-            texts[piece.id] += piece.tokens
-        output[OURS] = texts
+            sequences[piece.id] += piece.tokens
+        output[OURS] = sequences
 
     return run

@@ -1,4 +1,4 @@
-"""A peer: another Python process that computes the same as we do, one round at a time."""
+"""Runs a peer: another Python process that computes the same as we do, one round at a time."""
 
 import contextlib
 import json
@@ -14,12 +14,12 @@ from bench.cli import Json
 from engine.errors import UserError
 
 HERE = Path(__file__).resolve().parent
-INSTALL = "pip install -e '.[peers]'"
-ELSEWHERE = "python3 -m venv peers && peers/bin/pip install torch numpy transformers"
+INSTALL_PEERS = "pip install -e '.[peers]'"
+MAKE_VENV = "python3 -m venv peers && peers/bin/pip install torch numpy transformers"
 
 # Torch allocates and frees memory in each step, as XLA does: our allocator settings take a fifth off its training step.
-KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
+KEEP_FREED_ENV = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+QUIET_ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
 
 
 class PeerError(RuntimeError):
@@ -27,7 +27,7 @@ class PeerError(RuntimeError):
 
 
 class Peer:
-    """A peer script in another process, which answers one question at a time (see `protocol.serve`)."""
+    """A peer script in another process, which answers one question at a time (see `protocol.serve_jobs`)."""
 
     def __init__(self, python: Path, script: str):
         """Raises OSError when `python` cannot be run."""
@@ -36,7 +36,7 @@ class Peer:
         self.log = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             [python, HERE / script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
-            env=outside | KEEP_FREED | QUIET,
+            env=outside | KEEP_FREED_ENV | QUIET_ENV,
         )  # fmt: skip
         assert self.process.stdin
         assert self.process.stdout
@@ -73,7 +73,7 @@ class Peer:
         return run
 
     @property
-    def gone(self) -> bool:
+    def has_ended(self) -> bool:
         return self.process.poll() is not None
 
     def close(self) -> None:
@@ -86,12 +86,12 @@ class Peer:
 
 @contextlib.contextmanager
 def start_peer(
-    python: Path | None, script: str, absent: list[dict[str, str]], needs: str = "torch", elsewhere: str = ELSEWHERE
+    python: Path | None, script: str, absent: list[dict[str, str]], needs: str = "torch", make_venv: str = MAKE_VENV
 ) -> Iterator[Peer | None]:
     """Starts a peer script in `python` (None: this one). Yields None, with an entry in `absent`, where its library is missing.
 
-    `elsewhere` makes an environment that has the library. Raises UserError when a given `python` cannot be run or lacks
-    `needs`.
+    `make_venv`: the command for an environment that has the library. Raises UserError when a given `python` cannot be run
+    or lacks `needs`.
     """
     try:
         peer = Peer(python or Path(sys.executable), script)
@@ -106,8 +106,8 @@ def start_peer(
             raise UserError(f"{python or sys.executable} does not answer as a Python would: {error}") from None
         if missing := hello.get("missing"):
             if missing == needs and python:
-                raise UserError(f"--peer-python {python} has no {needs} ({hello['why']}); make one that has: {elsewhere}")
-            note_absent(absent, missing, hello["why"], f"{python} -m pip install {missing}" if python else INSTALL)
+                raise UserError(f"--peer-python {python} has no {needs} ({hello['why']}); make one that has: {make_venv}")
+            note_absent(absent, missing, hello["why"], f"{python} -m pip install {missing}" if python else INSTALL_PEERS)
             yield None
         else:
             print("peer: " + ", ".join(f"{name} {version}" for name, version in hello["versions"].items()), flush=True)

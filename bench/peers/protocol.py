@@ -1,4 +1,4 @@
-"""The peer's side of the conversation: one JSON object a line in, one out.
+"""Serves the jobs of a peer over standard input and output: one JSON object a line in, one out.
 
 It and the `*_peer.py` beside it run in another Python, which has the peer's library and none of ours.
 """
@@ -14,7 +14,7 @@ from typing import Any
 Run = Callable[[], dict[str, Any]]
 
 
-def serve(needs: list[str], make: Callable[[dict[str, Any]], Run]) -> None:
+def serve_jobs(needs: list[str], make: Callable[[dict[str, Any]], Run]) -> None:
     """Greets, then answers questions until standard input ends.
 
     The greeting is `{"versions": {module: version}}`, or `{"missing": module, "why": text}` and nothing more. Then

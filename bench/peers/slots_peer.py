@@ -1,4 +1,4 @@
-"""The peer of `bench.serving`: the server's engine without the server, with the same weights, slots and capacity."""
+"""Runs the server's engine without the server, the peer of `bench.serving`, with the same weights, slots and capacity."""
 
 import sys
 from pathlib import Path
@@ -40,6 +40,6 @@ def make(spec: dict[str, Any]) -> Any:
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # the repository, for this script is started by path
-    from bench.peers.protocol import serve
+    from bench.peers.protocol import serve_jobs
 
-    serve(["jax", "numpy"], make)
+    serve_jobs(["jax", "numpy"], make)

@@ -1,11 +1,11 @@
-"""The peer in training: a transformer of our shape in plain PyTorch, written as one would without this project.
+"""Trains a transformer of our shape in plain PyTorch, the peer in training; written as one would without this project.
 
 Weights, tokens and optimizer settings are ours: both sides report the same losses, step after step.
 """
 
 from typing import Any
 
-from protocol import Run, serve
+from protocol import Run, serve_jobs
 
 
 def make(spec: dict[str, Any]) -> Run:
@@ -106,4 +106,4 @@ def _state(file: Any, tied: bool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    serve(["torch", "numpy"], make)
+    serve_jobs(["torch", "numpy"], make)

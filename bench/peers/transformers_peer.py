@@ -1,11 +1,11 @@
-"""The peer in inference: `generate` of Hugging Face transformers, greedy, with its default cache.
+"""Runs `generate` of Hugging Face transformers, the peer in inference: greedy, with its default cache.
 
 The model is a folder that we exported and the prompts are ours, so both sides should make the same tokens.
 """
 
 from typing import Any
 
-from protocol import Run, serve
+from protocol import Run, serve_jobs
 
 
 def make(spec: dict[str, Any]) -> Run:
@@ -29,4 +29,4 @@ def make(spec: dict[str, Any]) -> Run:
 
 
 if __name__ == "__main__":
-    serve(["torch", "transformers"], make)
+    serve_jobs(["torch", "transformers"], make)

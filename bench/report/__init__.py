@@ -1,1 +1,1 @@
-"""The stage table as a page, a picture and Markdown."""
+"""The report of the stage table: an HTML page, an SVG and Markdown."""

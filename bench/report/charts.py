@@ -17,12 +17,12 @@ LETTER = 6.7  # an average letter's width at 13 units
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """One row of stacked bars: (colour, name, size) from left to right, two figures at its end, perhaps a marked size."""
+    """One row of stacked bars: (colour, name, size) from left to right, two `labels` at its end, perhaps a marked size."""
 
     name: str
     group: str | None
     parts: tuple[tuple[str, str, float], ...]
-    figures: tuple[str, str]
+    labels: tuple[str, str]
     mark: float | None = None
 
     @property
@@ -33,7 +33,7 @@ class Bar:
 @dataclasses.dataclass(frozen=True)
 class Line:
     """One line, (x, y) in data units, with `name` and `note` beside it. Points with `spreads` are measurements: dots with
-    figures above them or `below`."""
+    values above them or `below`."""
 
     points: tuple[Point, ...]
     style: str
@@ -73,7 +73,7 @@ def stacked_bars(
     for index, bar in enumerate(bars):
         at += 9 if index and bar.group != bars[index - 1].group else 0
         starts = itertools.accumulate((size for _, _, size in bar.parts), initial=0.0)
-        room = left - 12 if wide else right - LETTER * (sum(map(len, bar.figures)) + 3)
+        room = left - 12 if wide else right - LETTER * (sum(map(len, bar.labels)) + 3)
         rows.append({
             "bar": bar, "y": at, "top": at + drop, "name": truncate(bar.name, room), "mark": bar.mark and x(bar.mark),
             "parts": [

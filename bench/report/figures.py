@@ -1,4 +1,4 @@
-"""The four figures of the report: operations by stage, time by batch, memory by stage, and cost over a model's life.
+"""Makes the four figures of the report: operations by stage, time by batch, memory by stage, and cost over a model's life.
 
 Each is laid out for a page and for a phone, so that text keeps its size. A figure without numbers is None. Captions are in
 `page.html.j2`.
@@ -34,10 +34,11 @@ class Figure:
 
 
 def figures(rows: Rows, ceilings: Row, model: Row) -> list[Figure]:
-    return list(filter(None, [flops(rows), decode(rows, ceilings, model), memory(rows), life(rows, model)]))
+    every = flops_figure(rows), decode_figure(rows, ceilings, model), memory_figure(rows), lifetime_cost_figure(rows, model)
+    return list(filter(None, every))
 
 
-def flops(rows: Rows) -> Figure | None:
+def flops_figure(rows: Rows) -> Figure | None:
     """Draws the FLOPs per token of each stage in forward passes, stacked: forward, dX, dW, optimizer."""
     bars = []
     for row in rows:
@@ -50,7 +51,7 @@ def flops(rows: Rows) -> Figure | None:
     return _stacked("flops", bars, [(colour, name) for _, name, colour in _PARTS], lambda value: f"{value:g}×")
 
 
-def memory(rows: Rows) -> Figure | None:
+def memory_figure(rows: Rows) -> Figure | None:
     """Draws the bytes of each stage, stacked by content, with the peak as a mark."""
     bars, colours = [], dict(_MEMORY)
     for row in rows:
@@ -73,9 +74,9 @@ def _stacked(id: str, bars: list[Bar], key: list[tuple[str, str]], tick: Callabl
     return Figure(id, {"longest": longest}, lambda wide: stacked_bars(bars, key, tick, wide))
 
 
-def decode(rows: Rows, ceilings: Row, model: Row) -> Figure | None:
+def decode_figure(rows: Rows, ceilings: Row, model: Row) -> Figure | None:
     """Draws the time per token against slots, both logarithmic, above the two times that this machine cannot beat."""
-    served = [row for row in decoding(rows) if positive(row.get("slots")) and positive(row.get("seconds_per_token"))]
+    served = [row for row in decode_rows(rows) if positive(row.get("slots")) and positive(row.get("seconds_per_token"))]
     if not served:
         return None
     series: dict[str, list[Row]] = {}
@@ -89,7 +90,7 @@ def decode(rows: Rows, ceilings: Row, model: Row) -> Figure | None:
         lines.append(Line(points, f"way{min(rank, 4)}", f"{name}, measured", "", spreads, below=rank > 0))
     first_series = next(iter(series.values()))
     reading, computing = _memory_floor(first_series, ceilings), _compute_floor(first_series, ceilings, model)
-    trained = training(rows) or {}
+    trained = first_training_row(rows) or {}
     lowest = lambda slots: max(reading(slots) if reading else 0.0, computing[0] if computing else 0.0)
     beaten = any(seconds < lowest(slots) for line in lines for slots, seconds in line.points)
     slots = sorted({float(row["slots"]) for row in served})
@@ -117,13 +118,13 @@ def decode(rows: Rows, ceilings: Row, model: Row) -> Figure | None:
     return Figure("decode", {"beaten": beaten, "few": lines[0].points[0], "many": lines[0].points[-1]}, chart)
 
 
-def life(rows: Rows, model: Row) -> Figure | None:
+def lifetime_cost_figure(rows: Rows, model: Row) -> Figure | None:
     """Draws dollars against served tokens, both logarithmic: training, paid once, and the ways of serving; rings mark where
     they cost the same."""
-    trained = training(rows) or {}
+    trained = first_training_row(rows) or {}
     tokens = TOKENS_PER_PARAMETER * (positive(model.get("params")) or 0.0)
     price = positive(trained.get("usd_per_million_tokens"))
-    served = [row for row in decoding(rows) if positive(row.get("usd_per_million_tokens"))]
+    served = [row for row in decode_rows(rows) if positive(row.get("usd_per_million_tokens"))]
     if not tokens or not price or not served:
         return None
     once = price * tokens / 1e6
@@ -142,11 +143,11 @@ def life(rows: Rows, model: Row) -> Figure | None:
     return Figure("life", numbers, lambda wide: curves(lines, across, up, wide, rings=[(x, once) for x in meet]))
 
 
-def decoding(rows: Rows) -> list[Row]:
+def decode_rows(rows: Rows) -> list[Row]:
     return [row for row in rows if row.get("stage") == "decode"]
 
 
-def training(rows: Rows) -> Row | None:
+def first_training_row(rows: Rows) -> Row | None:
     """Returns the first row that computes gradients of weights."""
     return next((row for row in rows if _flops(row, "dw")), None)
 

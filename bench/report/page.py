@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from bench.report.charts import svg_number
-from bench.report.figures import Figure, Row, Rows, decoding, figures, flops, training
+from bench.report.figures import Figure, Row, Rows, decode_rows, figures, first_training_row, flops_figure
 from bench.table.claims import GENERATED_CHEAPER
 from engine import format
 from engine.errors import UserError
@@ -34,8 +34,8 @@ def write_report(folder: Path, document: Document) -> Path:
     files = {"report.html": page(document)}
     if "command" in document:
         files["stages.md"] = _environment().get_template("stages.md.j2").render(document)
-    if figure := flops(document.get("rows") or []):
-        files["stages.svg"] = picture(figure)
+    if figure := flops_figure(document.get("rows") or []):
+        files["stages.svg"] = figure_svg(figure)
     try:
         for name, content in files.items():
             with atomic_file(folder / name) as file:
@@ -46,19 +46,20 @@ def write_report(folder: Path, document: Document) -> Path:
 
 
 def page(document: Document) -> str:
+    """Returns the page as HTML."""
     rows = document.get("rows") or []
     groups, notes = lines_and_notes(rows)
     numbers = {claim.get("claim"): claim.get("numbers") or {} for claim in document.get("claims") or []}
     return _environment().get_template("page.html.j2").render(
-        document, style=_style(), trained=training(rows) or {}, groups=groups, notes=notes, columns=columns(rows),
+        document, style=_style(), trained=first_training_row(rows) or {}, groups=groups, notes=notes, columns=columns(rows),
         figures=figures(rows, document.get("ceilings") or {}, document.get("model") or {}), limit=DEVIATION,
-        served=sorted((row for row in decoding(rows) if number(row.get("slots"))), key=lambda row: row["slots"]),
-        lone=numbers.get(GENERATED_CHEAPER, {}).get("time"), agreement=agreement(rows),
+        served=sorted((row for row in decode_rows(rows) if number(row.get("slots"))), key=lambda row: row["slots"]),
+        lone=numbers.get(GENERATED_CHEAPER, {}).get("time"), agreement=flops_agreement(rows),
         json=json.dumps(document, indent=1, ensure_ascii=False, default=str),
     )  # fmt: skip
 
 
-def picture(figure: Figure) -> str:
+def figure_svg(figure: Figure) -> str:
     """Returns a figure as an SVG file of its own, with the page's colours and rules for drawings."""
     colours, _ = _style().split("* {", 1)
     rules = [line for line in _style().splitlines() if line.startswith("svg")]
@@ -94,7 +95,7 @@ def deviation(off: float | None) -> str:
 
 
 def lines_and_notes(rows: Rows) -> tuple[list[list[dict[str, Any]]], list[Note]]:
-    """Returns the lines, a list for each stage, and their notes in order.
+    """Returns the lines of the table, a list for each stage, and their notes in order.
 
     A line has its row; `off`, its time over the predicted one, less 1; and the numbers of its notes, 0 for none.
     """
@@ -116,7 +117,7 @@ def lines_and_notes(rows: Rows) -> tuple[list[list[dict[str, Any]]], list[Note]]
 
 
 def columns(rows: Rows) -> dict[str, Column]:
-    """Returns the prefix and the decimals of each column."""
+    """Returns the number format of each column: its SI prefix and decimals."""
     counted = [row.get("flops_per_token") or {} for row in rows]
     return {
         "flops": column(each.get(counter) for each in counted for counter in ("formula", "walker", "xla")),
@@ -131,7 +132,7 @@ def columns(rows: Rows) -> dict[str, Column]:
     }  # fmt: skip
 
 
-def agreement(rows: Rows) -> tuple[int, int]:
+def flops_agreement(rows: Rows) -> tuple[int, int]:
     """Returns how many rows have the same FLOPs by formula and walker, and how many have both."""
     pairs = [[number((row.get("flops_per_token") or {}).get(counter)) for counter in ("formula", "walker")] for row in rows]
     both = [pair for pair in pairs if None not in pair]

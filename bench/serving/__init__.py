@@ -1,1 +1,1 @@
-"""Load and latency of the server."""
+"""Throughput and latency of the server."""

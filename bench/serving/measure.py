@@ -44,15 +44,15 @@ async def closed_loop(client: Client, bodies: Sequence[Json], streams: int) -> t
 
 
 async def open_loop(
-    client: Client, draw: Callable[[random.Random], Json], rate: float, seconds: float, rng: random.Random
+    client: Client, make_request: Callable[[random.Random], Json], rate: float, seconds: float, rng: random.Random
 ) -> list[Response]:
-    """Sends the requests that `draw` returns as Poisson arrivals, `rate` a second for `seconds`; returns all responses.
+    """Sends the requests of `make_request` as Poisson arrivals, `rate` a second for `seconds`; returns all responses.
 
     Latency counts from when a request should be sent, as people see it, a full server's queue included.
     """
     begin, at, requests = clock(), 0.0, []
     while (at := at + rng.expovariate(rate)) < seconds:
-        body = draw(rng)
+        body = make_request(rng)
         await asyncio.sleep(max(0.0, begin + at - clock()))
         requests.append(asyncio.create_task(send(client, body, sent_at=begin + at)))
     return await asyncio.gather(*requests)
@@ -68,7 +68,7 @@ def _request(prompt: str | list[int], max_tokens: int = NEW_TOKENS) -> Json:
 
 
 async def in_turns(first: Callable[[], Awaitable[Any]], second: Callable[[], Awaitable[Any]], rounds: int) -> list[list[Any]]:
-    """Returns the results of both in each round; which of them begins alternates."""
+    """Runs both in each round and returns their results; which of them begins alternates."""
     results: list[list[Any]] = [[], []]
     for turn in range(rounds):
         for place in (0, 1) if turn % 2 else (1, 0):

@@ -19,7 +19,7 @@ START_SECONDS = 300.0  # for a first start, compiling included
 
 
 class Server:
-    """`python -m stages.serve` with `flags`, ready when the block begins and gone when it ends.
+    """Runs `python -m stages.serve` with `flags`, ready when the block begins and gone when it ends.
 
     `ready_seconds`: from its start until /health says so. `preamble`: Python to run in the process first, for tests. Raises
     UserError, with the end of the server's output, when it does not become ready.

@@ -18,7 +18,7 @@ from bench.table.inference_rows import decode_row, evaluation_row, prefill_row, 
 from bench.table.invariants import check_invariants, model_state
 from bench.table.row import Row
 from bench.table.training_rows import training_kinds, training_row
-from bench.timing import Timing, measure, noise, ratio
+from bench.timing import Timing, describe_noise, measure, ratio
 from engine.counting.hardware import RATES, Ceilings, best_ceilings, clock, measure_ceilings
 from engine.counting.params import count_params
 from engine.inference.decode import prepare_params
@@ -105,7 +105,7 @@ def stage_table(
         "price_per_hour": price,
         "rounds": rounds,
         "seconds": clock() - begin,
-        "noise": noise({name: timings[name] for name in rows}),
+        "noise": describe_noise({name: timings[name] for name in rows}),
     }  # fmt: skip
 
 

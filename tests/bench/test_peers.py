@@ -31,7 +31,7 @@ def scripts(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "HERE", tmp_path)
 
     def write(name="fake.py", needs="json", make="lambda spec: lambda: {}"):
-        (tmp_path / name).write_text(f"from protocol import serve\nserve([{needs!r}], {make})\n")
+        (tmp_path / name).write_text(f"from protocol import serve_jobs\nserve_jobs([{needs!r}], {make})\n")
 
     return write
 
@@ -85,14 +85,14 @@ def test_what_a_job_cannot_do_is_said_and_the_peer_goes_on(talk):
     for _ in range(2):
         with pytest.raises(PeerError, match="KeyError: 'no'"):
             peer.prepare("job", {}, print)
-        assert not peer.gone
+        assert not peer.has_ended
 
 
 def test_a_peer_that_dies_leaves_its_last_words(talk):
     peer = talk("lambda spec: lambda: __import__('os').write(2, b'killed by a bug') and __import__('os')._exit(3)")
     with pytest.raises(PeerError, match="it is gone; its last words: killed by a bug"):
         peer.prepare("job", {}, print)
-    assert peer.gone
+    assert peer.has_ended
     with pytest.raises(PeerError, match="it is gone"):
         peer.ask(run="job")
 
@@ -195,8 +195,8 @@ def test_a_compiler_that_is_not_there_leaves_the_other_rows(scripts, capsys):
 
 
 def test_inference_counts_the_tokens_that_are_the_same(scripts, monkeypatch, capsys):
-    monkeypatch.setattr(measure, "SHORT", 8)
-    monkeypatch.setattr(measure, "greedy", lambda cfg, weights, prompts, new, message: lambda: message.update(
+    monkeypatch.setattr(measure, "DECODE_PROMPT", 8)
+    monkeypatch.setattr(measure, "make_greedy", lambda cfg, weights, prompts, new, message: lambda: message.update(
         ours=[[0] * (new - 1) + [7]] * len(prompts)
     ))  # fmt: skip
     scripts("transformers_peer.py", make=GENERATED)
@@ -210,13 +210,13 @@ def test_inference_counts_the_tokens_that_are_the_same(scripts, monkeypatch, cap
 
 def test_ours_continues_every_prompt_by_as_many_tokens(cfg, params):
     message = {}
-    measure.greedy(cfg, params, [[1, 2, 3], [4, 5, 6]], 3, message)()
+    measure.make_greedy(cfg, params, [[1, 2, 3], [4, 5, 6]], 3, message)()
     assert [len(text) for text in message[measure.OURS]] == [3, 3]
 
 
 def test_a_ratio_that_noise_has_eaten_is_not_printed(capsys):
     timings = {"ours": Timing("ours", (0.1, 1.0, 9.0, 9.0, 1.0)), "them": Timing("them", (1.0,) * 5)}
-    row = measure.comparison("row", "them", timings, 10)
+    row = measure.comparison_row("row", "them", timings, 10)
     assert row["ratio"] is None
     assert "less than its own spread" in row["noisy"]
     assert row["best_ratio"] == pytest.approx(0.1)
@@ -244,8 +244,8 @@ def test_a_shape_is_read_and_written_the_same_way():
 
 
 def test_two_calls_of_one_work_take_the_same_steps():
-    work, tx = models.make_work(Shape(1, 64, 8, 2), "float32"), make_optimizer(OptimizerConfig())
-    step, again = (models.make_step(work, tx) for _ in range(2))
+    inputs, tx = models.make_step_inputs(Shape(1, 64, 8, 2), "float32"), make_optimizer(OptimizerConfig())
+    step, again = (models.make_step(inputs, tx) for _ in range(2))
     first = [float(step()) for _ in range(3)]
     assert first == [float(again()) for _ in range(3)]
     assert len(set(first)) == 3

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.timing import Ratio, Timing, measure, noise, ratio
+from bench.timing import Ratio, Timing, describe_noise, measure, ratio
 
 
 class Clock:
@@ -97,7 +97,7 @@ def test_nothing_to_measure_is_an_error():
      ((1.0, 1.2, 0.9, 1.0, 1.1), "some noise"), ((1.0, 2.0, 1.5, 1.0, 3.0), "a noisy moment")],
 )  # fmt: skip
 def test_noise_is_said_in_words_of_the_worst(seconds, words):
-    assert words in noise({"quiet": Timing("quiet", (1.0,) * 5), "a": Timing("a", seconds)})
+    assert words in describe_noise({"quiet": Timing("quiet", (1.0,) * 5), "a": Timing("a", seconds)})
 
 
 def test_calls_that_do_different_amounts_are_compared_for_each_thing_they_did():
