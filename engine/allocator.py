@@ -1,4 +1,4 @@
-"""Keeps memory that XLA frees mapped for the next step.
+"""Makes glibc keep memory that XLA frees mapped, for the next step.
 
 XLA on the CPU allocates hundreds of megabytes for each step and frees them at its end. By default glibc returns so large a
 block to the kernel: a quarter of a training step was page faults (`python -m bench.training --allocator default`).
@@ -38,7 +38,7 @@ class _Mallinfo2(ctypes.Structure):
 
 
 def fits_freed_memory(size: int) -> bool:
-    """Tries whether a buffer of so many bytes fits into freed memory; True where it is not glibc.
+    """Returns whether a buffer of `size` bytes fits into freed memory; True where it is not glibc.
 
     The hole that such a buffer left below other memory is too small: glibc needs a few bytes more, and would place the
     next one beside it.

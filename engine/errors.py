@@ -1,4 +1,4 @@
-"""Exceptions for bad input, which a person can mend."""
+"""Exceptions for bad input, with messages that say how to correct it."""
 
 
 class UserError(ValueError):

@@ -1,4 +1,4 @@
-"""Writes files and folders whole or not at all, locks folders, and finds the user's cache folder."""
+"""Writes files and folders atomically, locks folders, and finds the user's cache folder."""
 
 import contextlib
 import fcntl
@@ -98,6 +98,6 @@ def folder_lock(folder: Path, wait: bool = True) -> Iterator[None]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes one JSON document, whole or not at all, ending in a newline."""
+    """Writes one JSON document atomically, ending in a newline."""
     with atomic_file(path) as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")

@@ -12,14 +12,14 @@ ABSENT = "–"
 
 
 def clock_time(seconds: float) -> str:
-    """65 -> '1:05', 3725 -> '1:02:05'."""
+    """Formats seconds as a clock: 65 -> '1:05', 3725 -> '1:02:05'."""
     minutes, seconds = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def duration(seconds: float) -> str:
-    """0.25 -> '0.25 s', 4.13 -> '4.1 s', 180 -> '3 min', 5400 -> '1 h 30 min'."""
+    """Formats seconds in words: 0.25 -> '0.25 s', 4.13 -> '4.1 s', 180 -> '3 min', 5400 -> '1 h 30 min'."""
     if seconds < 1:
         return f"{seconds:.2f} s"
     if seconds < 60:
@@ -31,13 +31,13 @@ def duration(seconds: float) -> str:
     return f"{hours:,} h {minutes} min" if minutes else f"{hours:,} h"
 
 
-def count(number: float) -> str:
-    """950 -> '950', 4204800 -> '4.20 M': three figures."""
+def format_count(number: float) -> str:
+    """Formats three figures with a prefix: 950 -> '950', 4204800 -> '4.20 M'."""
     return si(number, "").replace(_SPACE, " ") if number >= 999.5 else f"{number:.3g}"
 
 
-def size(bytes: float) -> str:
-    """1.5e9 -> '1.5 GB' (powers of 1000)."""
+def format_bytes(bytes: float) -> str:
+    """Formats bytes: 1.5e9 -> '1.5 GB' (powers of 1000)."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if bytes >= scale:
             return f"{bytes / scale:.{1 if bytes < 100 * scale else 0}f} {unit}"
@@ -45,7 +45,7 @@ def size(bytes: float) -> str:
 
 
 def join_words(words: Sequence[str]) -> str:
-    """['a', 'b', 'c'] -> 'a, b and c'."""
+    """Joins words: ['a', 'b', 'c'] -> 'a, b and c'."""
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
 
 
@@ -62,7 +62,7 @@ def positive(value: Any) -> float | None:
 
 
 def si(value: Any, unit: str, *, short: bool = False) -> str:
-    """`21.3 MFLOP`, `612 µs`. `short`: only the digits that a round value on an axis needs."""
+    """Formats with an SI prefix: `21.3 MFLOP`, `612 µs`. `short`: only the digits that a round value on an axis needs."""
     if (value := number(value)) is None:
         return ABSENT
     if short and not value:
@@ -73,7 +73,7 @@ def si(value: Any, unit: str, *, short: bool = False) -> str:
 
 
 def in_words(value: Any, *, short: bool = False) -> str:
-    """A count: `96.2 million`, `1.92 billion`, `640`. `short`: `10 million`, for an axis."""
+    """Formats a count in words: `96.2 million`, `1.92 billion`, `640`. `short`: `10 million`, for an axis."""
     if (value := number(value)) is None:
         return ABSENT
     power = max(0, min(_power(value), 12))
@@ -82,7 +82,7 @@ def in_words(value: Any, *, short: bool = False) -> str:
 
 
 def money(value: Any) -> str:
-    """`$0.0417`, `$0.10`, `$12.50`, `$1,240`."""
+    """Formats dollars: `$0.0417`, `$0.10`, `$12.50`, `$1,240`."""
     if (value := number(value)) is None:
         return ABSENT
     cents = 1 <= abs(value) < 100 or (0.01 <= abs(value) < 1 and value == round(value, 2))
@@ -90,14 +90,14 @@ def money(value: Any) -> str:
 
 
 def times(value: Any, digits: int = 2) -> str:
-    """`3.00×`, or `14.2×` from ten up."""
+    """Formats a ratio: `3.00×`, or `14.2×` from ten up."""
     if (value := number(value)) is None:
         return ABSENT
     return f"{value:,.{digits if abs(value) < 9.95 else max(0, digits - 1)}f}×"
 
 
 def percent(value: Any, *, signed: bool = False) -> str:
-    """A share as `59%`, or a signed deviation as `+12%` and `−4%`."""
+    """Formats a share as `59%`, or a signed deviation as `+12%` and `−4%`."""
     if (value := number(value)) is None:
         return ABSENT
     whole = round(100 * value)
@@ -105,7 +105,7 @@ def percent(value: Any, *, signed: bool = False) -> str:
 
 
 def significant(value: float) -> str:
-    """Three significant digits without an exponent, thousands apart: `0.0417`, `7.11`, `1,240`."""
+    """Formats three significant digits without an exponent, thousands apart: `0.0417`, `7.11`, `1,240`."""
     if value == 0:
         return "0"
     decimals = max(0, 2 - math.floor(math.log10(abs(float(f"{value:.3g}")))))

@@ -1,4 +1,4 @@
-"""Let a model write: its continuation of a prompt, as it comes.
+"""Generate text: continue a prompt, printed as it is sampled.
 
     python -m stages.generate --prompt "ROMEO:"
     python -m stages.generate --model runs/demo-shakespeare --count 3 --temperature 1.0 < /dev/null
@@ -29,8 +29,8 @@ CAPACITY = 256  # tokens of which a KV cache's capacity is a multiple
 
 
 @dataclasses.dataclass(frozen=True)
-class Generate:
-    """A model, a prompt, and how tokens are sampled."""
+class GenerateFlags:
+    """The model, the prompt, and how tokens are sampled."""
 
     model: ModelFlag = None
     prompt: Annotated[str | None, parser(str, "TEXT"), default("a line end")] = None
@@ -43,7 +43,7 @@ class Generate:
     """Say more on stderr: the model, its digest before and after, the traceback of an error."""
 
 
-def generate(flags: Generate) -> None:
+def generate(flags: GenerateFlags) -> None:
     """Continues the prompt on stdout as tokens are sampled; prints everything else on stderr."""
     signals.set_phase("before the text was complete.")
     device = start_jax(flags.device, decodes=True)
@@ -67,7 +67,7 @@ def generate(flags: Generate) -> None:
 
     begin = time.perf_counter()
     compiles = CompileCounter()
-    writer = Writer([CompletionText(model.tokenizer.stream()) for _ in range(flags.count)])
+    writer = ContinuationPrinter([CompletionText(model.tokenizer.stream()) for _ in range(flags.count)])
     # Each step reads all of the cache. Its capacity is one of few, so that another prompt compiles nothing.
     capacity = min(model.cfg.context, -(-(len(prompt) + sampling.max_tokens) // CAPACITY) * CAPACITY)
     stream = decode.generate(model.cfg, params, [prompt] * flags.count, sampling.per_row(flags.count), capacity=capacity)
@@ -95,7 +95,7 @@ def generate(flags: Generate) -> None:
         notes.print(f"weights {'unchanged' if before == after else 'CHANGED'}: SHA-256 {after[:16]} before and after")
 
 
-class Writer:
+class ContinuationPrinter:
     """Prints continuations in order: one as it comes, those behind it once it is complete."""
 
     def __init__(self, completions: Sequence["CompletionText"]) -> None:
@@ -122,7 +122,7 @@ class Writer:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    return run_command("generate", __doc__, Generate, generate, args)
+    return run_command("generate", __doc__, GenerateFlags, generate, args)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import numpy as np
 from engine.device import cores, device_name, processor
 from engine.errors import UserError
 from engine.files import cache_folder, write_json
-from engine.format import size
+from engine.format import format_bytes
 
 _CPU_SIDE = 2048  # of the matrices
 _CPU_NUMBERS = 2**26  # float32: 256 MiB, beyond the caches
@@ -196,5 +196,5 @@ def check_host_memory(what: str, wanted: int, detail: str = "", remedy: str = ""
     """Raises UserError, ending in `remedy`, when `what` (plural) takes more bytes than this process may use."""
     limit = memory_limit_bytes()
     if wanted > limit:
-        parts = (what, "take", size(wanted), detail)
-        raise UserError(f"{' '.join(filter(None, parts))}, and {size(limit)} are here. {remedy}".rstrip())
+        parts = (what, "take", format_bytes(wanted), detail)
+        raise UserError(f"{' '.join(filter(None, parts))}, and {format_bytes(limit)} are here. {remedy}".rstrip())

@@ -1,1 +1,1 @@
-"""A conversation with a model in the terminal."""
+"""Chat with a model in the terminal."""

@@ -12,12 +12,12 @@ import sys
 from collections.abc import Sequence
 
 from engine.device import start_jax
-from stages.chat.flags import Chat
+from stages.chat.flags import ChatFlags
 from stages.cli import signals
 from stages.cli.command import run_command
 
 
-def chat(flags: Chat) -> int:
+def chat(flags: ChatFlags) -> int:
     signals.set_phase("before a turn was begun.")
     device = start_jax(flags.device, decodes=True)
     from stages.chat.run import run  # imports JAX: only once the device is chosen
@@ -26,7 +26,7 @@ def chat(flags: Chat) -> int:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    return run_command("chat", __doc__, Chat, chat, args)
+    return run_command("chat", __doc__, ChatFlags, chat, args)
 
 
 if __name__ == "__main__":

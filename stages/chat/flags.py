@@ -10,8 +10,8 @@ SAMPLING = SamplingFlags(max_tokens=400, temperature=0.7, top_p=0.9)
 
 
 @dataclasses.dataclass(frozen=True)
-class Chat:
-    """A model, how it is to answer, and how tokens are sampled."""
+class ChatFlags:
+    """The model, its adapters, the system message, and how tokens are sampled."""
 
     model: ModelFlag = None
     adapter: Annotated[tuple[Path, ...], default("none")] = ()

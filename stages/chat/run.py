@@ -16,7 +16,7 @@ from engine.storage.model_loader import load_model, with_adapters
 from engine.text.chat import ChatTokenizer
 from engine.text.jsonl import decode_utf8
 from engine.text.template import read_template
-from stages.chat import flags
+from stages.chat.flags import ChatFlags
 from stages.chat.session import SETTINGS, ChatSession, Turn, with_setting
 from stages.cli import signals
 from stages.cli.command import MISTAKE
@@ -33,8 +33,8 @@ COMMANDS = {
 }
 
 
-def run(flags: flags.Chat, device: Device) -> int:
-    """Answers until the input ends. Returns 0, or 2 when a turn that was piped in did not fit."""
+def run(flags: ChatFlags, device: Device) -> int:
+    """Chats until the input ends. Returns exit code 0, or 2 when a turn from a pipe failed."""
     notes, terminal = Console(sys.stderr), sys.stdin.isatty()
     chatty = terminal or flags.verbose
     template = read_template(flags.template)
@@ -111,7 +111,7 @@ class Repl:
 
     conversation: ChatSession
     notes: Console
-    weights: str  # digest of the params at the start
+    digest: str  # of the params at the start
     chatty: bool  # prints what each turn cost
     is_over: bool = False
 
@@ -195,7 +195,7 @@ class Repl:
         """Prints what the conversation has cost, and whether the weights are unchanged."""
         turns = self.conversation.turns
         now = digest(self.conversation.params)
-        same = "unchanged" if now == self.weights else f"CHANGED from {self.weights[:16]}"
+        same = "unchanged" if now == self.digest else f"CHANGED from {self.digest[:16]}"
         read = sum(turn.prompt_tokens for turn in turns)
         new = turns[-1].prompt_tokens if turns else 0
         self.notes.print_rows([

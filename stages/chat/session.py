@@ -1,4 +1,4 @@
-"""Holds a conversation with a model, which reads all of it again at every turn."""
+"""Holds a chat session, in which the model prefills the whole conversation again at every turn."""
 
 import dataclasses
 import time
@@ -19,7 +19,7 @@ SMALLEST = 512  # capacity of the smallest KV cache; each larger one doubles it,
 
 
 def with_setting(sampling: SamplingParams, name: str, text: str) -> SamplingParams:
-    """Returns `sampling` with one of SETTINGS parsed from text. Raises UserError for an unknown name or a bad value."""
+    """Returns `sampling` with `name`, one of SETTINGS, parsed from text. Raises UserError for a wrong name or value."""
     name = name.replace("-", "_")
     if name not in SETTINGS:
         raise UserError(f"There is no setting {name!r}; there are {', '.join(SETTINGS)}.{did_you_mean(name, SETTINGS)}")
@@ -44,7 +44,7 @@ class Turn:
 
 @dataclasses.dataclass
 class ChatSession:
-    """The turns so far: all that is kept between turns."""
+    """A model and the turns so far, as text: no KV cache is kept between turns."""
 
     cfg: ModelConfig
     params: Any
@@ -62,7 +62,7 @@ class ChatSession:
         return [*messages, {"role": "user", "content": message}]
 
     def prompt(self, message: str) -> list[int]:
-        """Tokenizes them. Raises UserError when no room is left to answer: the person decides which turns go."""
+        """Tokenizes these messages. Raises UserError when no room is left to answer: the person decides which turns go."""
         context, prompt = self.cfg.context, self.chat.prompt(self.messages(message)).tolist()
         skip, left = 0, len(prompt)
         while left >= context and skip < len(self.turns):
@@ -81,7 +81,7 @@ class ChatSession:
         return prompt
 
     def reply(self, message: str, is_stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
-        """Yields the completion as it comes, in pieces of whole characters; adds the turn at its end, or once `is_stopped`.
+        """Streams the completion in pieces of whole characters; adds the turn at its end, or once `is_stopped`.
 
         Raises UserError as `prompt`, before anything is generated.
         """
@@ -104,7 +104,7 @@ class ChatSession:
             self.turns.append(turn)
 
     def warm(self) -> None:
-        """Compiles the programs that turns run, or fetches them from the cache."""
+        """Compiles the programs that turns run, or loads them from the compilation cache."""
         prompt = self.chat.prompt(self.messages("a")).tolist()
         if len(prompt) < self.cfg.context - 1:
             for _ in self._generate(prompt, SamplingParams(max_tokens=2)):

@@ -1,1 +1,1 @@
-"""Measuring a model on a text or on conversations."""
+"""Evaluation of a model on a text or on conversations."""

@@ -1,4 +1,4 @@
-"""Measure a model: bits per byte on a whole text by a sliding window, or nats per token on conversations.
+"""Evaluate a model: bits per byte on a whole text by a sliding window, or nats per token on conversations.
 
     python -m stages.evaluate                               the newest run, on what it was validated on
     python -m stages.evaluate --model runs/demo-shakespeare --data book.txt
@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from engine.device import start_jax
 from stages.cli import signals
 from stages.cli.command import run_command
-from stages.evaluate.flags import Evaluate
+from stages.evaluate.flags import EvaluateFlags
 
 
-def evaluate(flags: Evaluate) -> None:
+def evaluate(flags: EvaluateFlags) -> None:
     signals.set_phase("before the evaluation was done.")
     device = start_jax(flags.device)
     from stages.evaluate.run import run  # imports JAX: only once the device is chosen
@@ -27,7 +27,7 @@ def evaluate(flags: Evaluate) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    return run_command("evaluate", __doc__, Evaluate, evaluate, args)
+    return run_command("evaluate", __doc__, EvaluateFlags, evaluate, args)
 
 
 if __name__ == "__main__":

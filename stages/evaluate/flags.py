@@ -7,8 +7,8 @@ from stages.cli.flags import COUNT, DeviceFlag, ModelFlag, VerboseFlag, default,
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluate:
-    """A model, a text, and how the window slides."""
+class EvaluateFlags:
+    """The model, the data, and the sliding window."""
 
     model: ModelFlag = None
     data: Annotated[str | None, parser(str, "TEXT"), default("what the run was validated on")] = None

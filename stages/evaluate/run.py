@@ -1,4 +1,4 @@
-"""Evaluates a model: how probable it finds a text, by a window that slides over it, or the answers of conversations."""
+"""Evaluates a model: its likelihood of a text, by a sliding window, or of the answers in conversations."""
 
 import math
 import time
@@ -10,7 +10,7 @@ import numpy as np
 
 from engine.device import Device
 from engine.errors import UserError
-from engine.format import count
+from engine.format import format_count
 from engine.inference.score import score
 from engine.storage import run_folder
 from engine.storage.digest import digest
@@ -21,14 +21,14 @@ from engine.text.examples import Pair
 from engine.text.packing import evaluation_batches, evaluation_pairs
 from engine.training.preference import Preferences, margins
 from stages.cli.console import Console, ReportProgress
-from stages.evaluate.flags import Evaluate
+from stages.evaluate.flags import EvaluateFlags
 from stages.runs import conversation_data, text_data, validation
 
 WINDOW = 1024  # tokens by default: more context tells little more and takes much longer
 Rows = list[tuple[str, str]]  # to print
 
 
-def run(flags: Evaluate, device: Device) -> None:
+def run(flags: EvaluateFlags, device: Device) -> None:
     """Loads the model, scores the data, prints. Raises RuntimeError when scoring changed a weight."""
     with Console() as console:
         data = _read_conversations(flags.data) if flags.data else None
@@ -90,7 +90,7 @@ def evaluate_text(
         ("nats per token", per_token),
         ("perplexity per token", perplexity),
         ("bits per byte", f"{validation.bits_per_byte(nats, text.bytes):.4f}"),
-        ("seconds", f"{seconds:.1f} ({count(scored / seconds)} tokens/s)"),
+        ("seconds", f"{seconds:.1f} ({format_count(scored / seconds)} tokens/s)"),
     ]
 
 
@@ -151,15 +151,16 @@ def _score_pairs(model: LoadedModel, pairs: Sequence[Pair], seq: int, report: Re
         batch = np.asarray(margins(model.cfg, model.params, Preferences(part.chosen, part.rejected)))
         margin = np.append(margin, batch[part.pair >= 0])
         report(len(margin), len(pairs))
+    won = format_count(100 * float((margin > 0).mean()))
     return [
         ("pairs", f"{len(margin):,}"),
-        ("preferred", f"the chosen answer is the more probable one in {count(100 * float((margin > 0).mean()))}% of them"),
+        ("preferred", f"the chosen answer is the more probable one in {won}% of them"),
         ("margin", f"{margin.mean():.3f} nats on average"),
     ]
 
 
 def _before_finetuning(model: LoadedModel, record: dict[str, Any], console: Console) -> Rows:
-    """Returns its scores before fine-tuning on the held-out set, and before and now on a general text."""
+    """Returns the run's scores before fine-tuning on the held-out set, and before and now on a general text."""
     result = record.get("result") or {}
     before, text = result.get("before") or {}, str(result.get("general"))
     rows = [("before", f"{before['held_out']:.4f} {result['unit']} on the held-out set, before fine-tuning")] if before else []

@@ -1,1 +1,1 @@
-"""Writing a model in the formats of others."""
+"""Export of a model to Hugging Face, GGUF and PEFT formats."""

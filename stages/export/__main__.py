@@ -1,4 +1,4 @@
-"""Write a model for others: a Hugging Face folder, a GGUF file for llama.cpp, or a LoRA adapter in PEFT's layout.
+"""Export a model: a Hugging Face folder, a GGUF file for llama.cpp, or a LoRA adapter in PEFT's layout.
 
     python -m stages.export --model runs/demo-shakespeare --out exported --check
     python -m stages.export --model smollm2-135m-instruct --out smollm2.gguf --dtype q8_0
@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from engine.device import start_jax
 from stages.cli import signals
 from stages.cli.command import run_command
-from stages.export.flags import Export
+from stages.export.flags import ExportFlags
 
 
-def export(flags: Export) -> int:
+def export(flags: ExportFlags) -> int:
     signals.set_phase("before the model was written.")
     device = start_jax(flags.device)
     from stages.export.run import run  # imports JAX: only once the device is chosen
@@ -25,7 +25,7 @@ def export(flags: Export) -> int:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    return run_command("export", __doc__, Export, export, args)
+    return run_command("export", __doc__, ExportFlags, export, args)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ DTYPES = ("float32", "bfloat16", "float16", "q8_0")
 
 
 @dataclasses.dataclass(frozen=True)
-class Export:
-    """A model, where it goes, and how its weights are written."""
+class ExportFlags:
+    """The model, the output path, and how weights are written."""
 
     out: Annotated[Path, parser(path, "PATH")]
     """A folder, or a file that ends in .gguf."""

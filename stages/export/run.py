@@ -1,4 +1,4 @@
-"""Exports a model: writes it whole or not at all, and with --check reads it again and compares."""
+"""Exports a model: writes it atomically, and with --check reads it again and compares."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType, quants
 from engine.device import Device
 from engine.errors import UserError
 from engine.files import atomic_folder
-from engine.format import size
+from engine.format import format_bytes
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths, map_paths, merge, unflatten
 from engine.model.transformer import forward
@@ -28,7 +28,7 @@ from engine.storage.model_loader import LoadedModel, load_model
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 from stages.cli.command import command_line
 from stages.cli.console import Console, ReportProgress
-from stages.export.flags import Export
+from stages.export.flags import ExportFlags
 
 WRITTEN = {
     "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -46,7 +46,7 @@ CLOSE = 1e-3  # of the largest logit: what the order of float32 sums may change
 Comparison = tuple[list[tuple[str, str]], list[str]]  # rows to print, and what differs
 
 
-def run(flags: Export, device: Device) -> int:
+def run(flags: ExportFlags, device: Device) -> int:
     """Loads, writes, and with --check reads again. Returns 1 when the export differs from the model."""
     out, to_gguf = flags.out, flags.out.suffix == ".gguf"
     if flags.adapter and (to_gguf or flags.dtype):
@@ -66,7 +66,7 @@ def run(flags: Export, device: Device) -> int:
         if note:
             console.print(note)
         files = [out] if to_gguf else out.iterdir()
-        console.print_rows([("written", f"{out}, {size(sum(file.stat().st_size for file in files))}")])
+        console.print_rows([("written", f"{out}, {format_bytes(sum(file.stat().st_size for file in files))}")])
         if not flags.check:
             return 0
         with console.task("checking", always=True):
@@ -115,7 +115,7 @@ def _write(out: Path, model: LoadedModel, dtype: str, adapter: bool, report: Rep
 
 
 def compare(model: LoadedModel, out: Path, dtype: str) -> Comparison:
-    """Compares the export at `out` with `model`, its weights rounded as in the export: tokens, ends, and logits."""
+    """Compares the export at `out` with `model`, its weights rounded as in the export: tokens, EOS ids, and logits."""
     export = load_model(str(out), dtype="float32")
     faults = [f"{name} of the architecture" for name in model.cfg.architecture_differences(export.cfg)]
     faults += _tokenizer_faults(model.tokenizer, export.tokenizer)
@@ -124,7 +124,7 @@ def compare(model: LoadedModel, out: Path, dtype: str) -> Comparison:
     template = "kept" if export.tokenizer.config.get("chat_template") else "absent"
     rows = [
         ("tokens", f"{len(TEXTS)} texts, of every script and with control tokens in them"),
-        ("ends", f"{', '.join(map(str, export.eos_ids))} and template {template}"),
+        ("EOS ids", f"{', '.join(map(str, export.eos_ids))} and template {template}"),
     ]
     if faults:
         return rows, faults

@@ -8,7 +8,7 @@ from engine.counting.flops import decode_flops, forward_flops, prefill_flops
 from engine.counting.memory import inference_memory
 from engine.device import Device
 from engine.errors import UserError
-from engine.format import count, duration, size
+from engine.format import duration, format_bytes, format_count
 from engine.inference.decode import prepare_params
 from engine.model.paths import merge
 from engine.training.optimizer import OptimizerConfig
@@ -92,7 +92,7 @@ class ReinforcementLearning(ModelStage):
         inference = inference_memory(cfg, rows, capacity)
         self.memory = self.plan.memory + inference.params + inference.cache
         require_memory(
-            self.memory, f"A round would need about {size(self.memory)}",
+            self.memory, f"A round would need about {format_bytes(self.memory)}",
             "give fewer --prompts, a smaller --group, fewer --max-tokens, or a smaller model.",
         )  # fmt: skip
 
@@ -108,9 +108,9 @@ class ReinforcementLearning(ModelStage):
             ("template", self.chat.template_name),
             ("a round", f"{self.prompts_each} prompts, {self.group} completions each, of at most {self.sampler.max_tokens} "
                         f"tokens, at temperature {self.sampler.temperature:g}"),
-            ("inference", f"samples them: up to {count(inference)}FLOPs, forward only"),
-            ("training", f"{updates} step{'s' * (updates > 1)} on them: up to {count(training)}FLOPs; clip {self.clip:g}, "
-                         f"KL {self.kl:g}, adamw {rate:g}"),
+            ("inference", f"samples them: up to {format_count(inference)}FLOPs, forward only"),
+            ("training", f"{updates} step{'s' * (updates > 1)} on them: up to {format_count(training)}FLOPs; "
+                         f"clip {self.clip:g}, KL {self.kl:g}, adamw {rate:g}"),
             ("memory", memory_estimate(self.memory, "round")),
             ("length", plan.length()),
         ]  # fmt: skip

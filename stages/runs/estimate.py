@@ -14,7 +14,7 @@ from engine.counting.memory import training_memory
 from engine.counting.trainable_paths import TrainablePaths, all_trainable, lora_only
 from engine.errors import UserError
 from engine.files import cache_folder
-from engine.format import duration, size
+from engine.format import duration, format_bytes
 from engine.model.config import LoraConfig, ModelConfig
 from engine.training.loss import loss_chunks
 from stages.cli.console import Console
@@ -114,14 +114,14 @@ def memory_limit() -> int:
 
 def memory_estimate(needed: int, noun: str) -> str:
     """Returns in words how much memory a step or round needs, and how much there is."""
-    return f"about {size(needed)} of {size(memory_limit())} that are left for a {noun}"
+    return f"about {format_bytes(needed)} of {format_bytes(memory_limit())} that are left for a {noun}"
 
 
 def require_memory(needed: int, sentence: str, remedy: str) -> None:
     """Raises UserError when more than `memory_limit` is needed. `sentence`: how much, and for what; `remedy`: what to do."""
     limit = memory_limit()
     if needed > limit:
-        raise UserError(f"{sentence}, and {size(limit)} are left for it; {remedy}")
+        raise UserError(f"{sentence}, and {format_bytes(limit)} are left for it; {remedy}")
 
 
 def require_step_memory(plan: RunPlan, batch: int, is_lora: bool) -> None:
@@ -141,7 +141,7 @@ def require_step_memory(plan: RunPlan, batch: int, is_lora: bool) -> None:
             for name, lighter in plans.items()
         }
     remedy = next((name for name, lighter in plans.items() if lighter.memory <= memory_limit()), "only a smaller model")
-    require_memory(plan.memory, f"A step would need about {size(plan.memory)}", f"{remedy} would fit.")
+    require_memory(plan.memory, f"A step would need about {format_bytes(plan.memory)}", f"{remedy} would fit.")
 
 
 def cost_relative_to_full(plan: RunPlan) -> str:

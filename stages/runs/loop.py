@@ -13,7 +13,7 @@ from engine.allocator import return_freed_memory
 from engine.counting.hardware import peak_rss_bytes
 from engine.device import Device
 from engine.errors import UserError
-from engine.format import clock_time, size
+from engine.format import clock_time, format_bytes
 from engine.storage import checkpoint
 from engine.training.step import TrainState
 from stages.cli import signals
@@ -223,7 +223,7 @@ class Loop:
             f"{plan.noun} {now.step:,}" + (f"/{plan.steps:,}" if plan.steps else ""),
             *steps.fields(now, step_seconds),
             *([self.evaluation] if steps.evaluator else []),
-            size(peak_rss_bytes()),
+            format_bytes(peak_rss_bytes()),
             f"{clock_time(now.seconds)} done, {clock_time(min(left))} left",
             *([f"{now.refused} steps refused"] if now.refused else []),
         ]

@@ -10,7 +10,7 @@ import jax
 
 from engine.counting.hardware import peak_rss_bytes
 from engine.files import write_json
-from engine.format import duration, size
+from engine.format import duration, format_bytes
 from engine.storage.run_folder import save_tokenizer
 from engine.text.tokenizer import Tokenizer
 from engine.training.step import TrainState
@@ -136,7 +136,7 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
         console.print(f"\n{heading}", style="bold")
         console.print(textwrap.indent(text.strip("\n"), "  | ", lambda line: True))
     console.print()
-    rows = [*report.rows, ("trained", trained), ("memory", f"{size(peak)} at most"), ("saved", report.saved)]
+    rows = [*report.rows, ("trained", trained), ("memory", f"{format_bytes(peak)} at most"), ("saved", report.saved)]
     console.print_rows(rows)
     console.print("\nnext", style="bold")
     more: dict[str, tuple[object, ...]] = {"export": ("--out", folder / "hugging-face")}

@@ -14,7 +14,7 @@ import jax
 
 from engine.device import Device
 from engine.errors import UserError
-from engine.format import size
+from engine.format import format_bytes
 from engine.inference.slots import Slots
 from engine.model.config import ModelConfig
 from engine.storage.assets import MODELS
@@ -119,12 +119,12 @@ def load_state(
     own_name = re.sub(r"[^A-Za-z0-9_.:-]+", "-", model.name).strip("-")  # as a path may spell it: /v1/models/NAME
     name = name or (model_name if model_name in MODELS else own_name) or "model"
     dtype = engine_config.kv_dtype
-    weights = size(sum(leaf.nbytes for leaf in jax.tree.leaves(slots.params)))
+    weights = format_bytes(sum(leaf.nbytes for leaf in jax.tree.leaves(slots.params)))
     console.print_rows([
         ("model", f"{name}: {model.checkpoint}" + (f" with {adapter}" if adapter else "")),
         ("device", str(device)),
         ("weights", f"{engine_config.weights}, {weights}, SHA-256 {sha256[:16]}"),
-        ("slots", f"{slots.slots} of {slots.capacity:,} tokens, KV cache in {dtype}, {size(slots.cache_bytes)}"),
+        ("slots", f"{slots.slots} of {slots.capacity:,} tokens, KV cache in {dtype}, {format_bytes(slots.cache_bytes)}"),
         ("queue", f"{queue} more wait; prefix cache of {engine_config.prefix_cache_bytes / 1e6:g} MB"),
         ("template", chat.template_name),
     ])  # fmt: skip

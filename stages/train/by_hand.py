@@ -17,7 +17,7 @@ from engine.by_hand.generate import generate
 from engine.by_hand.model import residual_count
 from engine.counting.hardware import Ceilings
 from engine.counting.params import count_params
-from engine.format import size
+from engine.format import format_bytes
 from engine.inference.score import score
 from engine.model.transformer import init_params
 from engine.training.optimizer import make_schedule
@@ -46,7 +46,7 @@ class ByHand:
         # At the fullest moment of a step: weights and moments, old and new, gradient, logits three times.
         numbers = 7 * count_params(plan.cfg).total + 3 * plan.step_tokens * plan.cfg.vocab
         self.memory = self.residuals + FLOAT32 * numbers
-        self.memory_note = f"; each forward pass keeps {size(self.residuals)} for its backward pass"
+        self.memory_note = f"; each forward pass keeps {format_bytes(self.residuals)} for its backward pass"
 
     def overhead(self, best: Ceilings) -> float:
         return 0.0
@@ -56,8 +56,8 @@ class ByHand:
         return by_hand.loss(cfg, params, *batch) * int(batch.mask.sum())
 
     def check_memory(self) -> None:
-        needed = f"Training {self.plan.name} by hand needs about {size(self.memory)}, of which {size(self.residuals)} are kept"
-        needed += " by the forward pass for the backward pass"
+        needed = f"Training {self.plan.name} by hand needs about {format_bytes(self.memory)}, of which "
+        needed += f"{format_bytes(self.residuals)} are kept by the forward pass for the backward pass"
         require_memory(self.memory, needed, "give a smaller --batch or --context, or a smaller preset.")
 
     def initial_state(self) -> TrainState:

@@ -6,7 +6,7 @@ import jax
 
 from engine.counting.hardware import Ceilings
 from engine.counting.params import count_params
-from engine.format import size
+from engine.format import format_bytes
 from engine.inference.decode import generate, prepare_params
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.score import score
@@ -37,7 +37,7 @@ class InJax:
 
     def check_memory(self) -> None:
         least = count_params(self.plan.cfg).total * (16 if self.optimizer_name == "adamw" else 12)
-        needed = f"Training {self.plan.name} needs at least {size(least)} for weights, gradients and optimizer"
+        needed = f"Training {self.plan.name} needs at least {format_bytes(least)} for weights, gradients and optimizer"
         require_memory(least, needed, "choose a smaller preset.")
 
     def overhead(self, best: Ceilings) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 from engine.counting.params import count_params
 from engine.device import Device
 from engine.files import atomic_file
-from engine.format import count, duration, size
+from engine.format import duration, format_bytes, format_count
 from engine.model.config import preset
 from engine.text.windows import TextBatches
 from engine.training.step import TrainState
@@ -102,22 +102,25 @@ class Training(Stage):
         epochs = steps * plan.step_tokens / (len(data.train.tokens) - 1)
         heads = f"{cfg.heads} heads" + (f" ({cfg.kv_heads} key/value)" if cfg.kv_heads != cfg.heads else "")
         accumulated = f", {recipe.accumulate} parts at a time" if recipe.accumulate > 1 else ""
-        train, validation = (f"{size(text.bytes)}, {len(text.tokens):,} tokens" for text in (data.train, data.validation))
+        train, validation = (
+            f"{format_bytes(text.bytes)}, {len(text.tokens):,} tokens" for text in (data.train, data.validation)
+        )
         default = ": the default run is time-boxed (--max-time 1h, --steps 5000 change it)" if self.default_length else ""
         optimizer = f"{recipe.optimizer.kind}, {recipe.optimizer.schedule}"
+        flops = plan.step_flops / plan.step_tokens
         return [
             ("text", f"{data.name}: {train}"),
             ("validation", f"{data.validation_name}: {validation}"),
             ("model", f"{plan.name}: {cfg.layers} layers, width {cfg.width}, {heads}, {cfg.vocab:,} tokens, {cfg.dtype}"),
             ("parameters", f"{params.total:,} ({params.total:,} trainable, 0 frozen)"),
-            ("FLOPs", f"{count(plan.step_flops / plan.step_tokens)} a token trained (6N + 12LDT, N = {count(params.matmul)})"),
+            ("FLOPs", f"{format_count(flops)} a token trained (6N + 12LDT, N = {format_count(params.matmul)})"),
             ("step", f"{recipe.batch} x {recipe.context} tokens{accumulated}, {optimizer}"),
             ("memory", f"{memory_estimate(implementation.memory, 'step')}{implementation.memory_note}"),
             ("length", f"{plan.length()}{default}"),
             (
                 "predicted",
                 f"{steps:,} steps, {epochs:.2g} epochs, {long} at {implementation.expected:.0%} of this machine's "
-                f"{count(top)}FLOP/s in {cfg.dtype}",
+                f"{format_count(top)}FLOP/s in {cfg.dtype}",
             ),
         ]
 

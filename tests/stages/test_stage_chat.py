@@ -153,7 +153,7 @@ def test_commands(fresh, capsys):
     after("//set is what I say")
     assert fresh.turns[-1].message == "/set is what I say"
     assert "weights unchanged" in after("/stats")
-    repl.weights = "0" * 64
+    repl.digest = "0" * 64
     assert "CHANGED" in after("/stats")
     assert not repl.is_over
     after("/quit")
