@@ -1,8 +1,12 @@
-"""A stand-in for the server: HTTP/1.1 over asyncio, its responses made by a function of the request."""
+"""A stand-in for the server: HTTP/1.1 over asyncio, its responses made by a function of the request. A chat; metrics."""
 
 import asyncio
 import contextlib
 import json
+import re
+from collections import Counter
+
+from bench.serving.completions import completion_request
 
 
 @contextlib.asynccontextmanager
@@ -51,3 +55,23 @@ def fake_completion(text, body, logprobs=None):
     pieces = [choice(letter, False, None) for letter in text] + [choice("", False, "length")]
     events = [json.dumps({"choices": [piece]}) for piece in pieces] + [json.dumps({"choices": [], "usage": usage}), "[DONE]"]
     return 200, "".join(f"data: {event}\n\n" for event in events)
+
+
+def chat_request(text, max_tokens, **fields):
+    """The body of a /v1/chat/completions of one message."""
+    body = completion_request(text, max_tokens, **fields)
+    messages = [{"role": "user", "content": body.pop("prompt")}]
+    return body | {"messages": messages, "max_completion_tokens": body.pop("max_tokens")}
+
+
+async def read_metrics(client):
+    """{name: value} of /metrics, summed over labels; of histograms only sums and counts."""
+    return parse_metrics((await client.get("/metrics")).body.decode())
+
+
+def parse_metrics(text):
+    values = Counter()
+    for name, labels, value in re.findall(r"^([a-zA-Z_:][\w:]*)(\{.*\})? (\S+)", text, re.M):
+        if 'le="' not in labels:
+            values[name] += float(value)
+    return values

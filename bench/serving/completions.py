@@ -15,13 +15,6 @@ def completion_request(prompt: str | list[int], max_tokens: int, **fields: Any) 
     return ({"stream_options": {"include_usage": True}} if body["stream"] else {}) | body
 
 
-def chat_request(text: str, max_tokens: int, **fields: Any) -> Json:
-    """Returns the same for a /v1/chat/completions of one message."""
-    body = completion_request(text, max_tokens, **fields)
-    messages = [{"role": "user", "content": body.pop("prompt")}]
-    return body | {"messages": messages, "max_completion_tokens": body.pop("max_tokens")}
-
-
 async def send(client: Client, body: Json, **options: Any) -> Response:
     """Posts a completion request to its path; returns the response."""
     return await client.post("/v1/chat/completions" if "messages" in body else "/v1/completions", body, **options)

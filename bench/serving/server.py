@@ -1,8 +1,7 @@
-"""Runs `stages.serve` as a process: starts it on a free port, waits for it, reads its metrics, ends it."""
+"""Runs `stages.serve` as a process: starts it on a free port, waits for it, ends it."""
 
 import asyncio
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -21,18 +20,15 @@ START_SECONDS = 300.0  # for a first start, compiling included
 class Server:
     """Runs `python -m stages.serve` with `flags`, ready when the block begins and gone when it ends.
 
-    `ready_seconds`: from its start until /health says so. `preamble`: Python to run in the process first, for tests. Raises
-    UserError, with the end of the server's output, when it does not become ready.
+    `ready_seconds`: from its start until /health says so. Raises UserError, with the end of the server's output, when it
+    does not become ready.
     """
 
-    def __init__(self, model: str, flags: Sequence[str] = (), *, key: str | None = None, preamble: str | None = None) -> None:
+    def __init__(self, model: str, flags: Sequence[str] = (), *, key: str | None = None) -> None:
         with socket.create_server((HOST, 0)) as probe:  # finds a free port
             self.port: int = probe.getsockname()[1]
         self.key, self.client, self.ready_seconds = key, Client(self.port, key=key), 0.0
-        start = ["-m", "stages.serve"]
-        if preamble:
-            start = ["-c", f"{preamble}\nimport sys, stages.serve.__main__ as serve\nsys.exit(serve.main())"]
-        self.command = [sys.executable, *start, "--model", model, "--port", str(self.port), *flags]
+        self.command = [sys.executable, "-m", "stages.serve", "--model", model, "--port", str(self.port), *flags]
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
 
     async def __aenter__(self) -> Self:
@@ -74,10 +70,6 @@ class Server:
             await asyncio.sleep(0.005)
         return self.process.poll()
 
-    async def metrics(self) -> dict[str, float]:
-        """Returns the series of /metrics by name, summed over labels."""
-        return parse_metrics((await self.client.get("/metrics")).body.decode())
-
     async def model(self) -> dict[str, Any]:
         return (await self.client.get("/v1/models")).json()["data"][0]
 
@@ -85,12 +77,3 @@ class Server:
         """Returns the process's bytes of memory now; 0 where there is no /proc."""
         statm = Path(f"/proc/{self.process.pid}/statm")
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
-
-
-def parse_metrics(text: str) -> dict[str, float]:
-    """Reads Prometheus' text format, summed over labels; of histograms only sums and counts."""
-    values: dict[str, float] = {}
-    for name, labels, value in re.findall(r"^([a-zA-Z_:][\w:]*)(\{.*\})? (\S+)", text, re.M):
-        if 'le="' not in labels:
-            values[name] = values.get(name, 0.0) + float(value)
-    return values

@@ -76,12 +76,19 @@ def rng():
 
 @pytest.fixture(scope="session")
 def make_server(pytestconfig, slots):
-    """Makes another server of the same model: `make_server(*flags, key=..., preamble=...)`, to be entered with `async with`."""
+    """Makes another server of the same model: `make_server(*flags, key=..., preamble=...)`, for `async with`."""
     capacity = pytestconfig.getoption("--promises-capacity")
     flags = ["--slots", str(slots), "--weights", pytestconfig.getoption("--promises-weights")]
     flags += ["--capacity", capacity] if capacity else []
     model = pytestconfig.getoption("--promises-model")
-    return lambda *more, **options: Server(model, [*flags, *more], **options)
+
+    def make(*more, preamble="", **options):
+        server = Server(model, [*flags, *more], **options)
+        if preamble:
+            server.command[1:3] = ["-c", f"{preamble}\nimport sys, stages.serve.__main__ as serve\nsys.exit(serve.main())"]
+        return server
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from figures import at_least, at_most, milliseconds
+from openai_like import read_metrics
 
 from bench.serving.completions import complete, completion_request, random_text, send
 from bench.serving.http_client import Client
@@ -61,9 +62,9 @@ async def _peak_throughput(server: Server, slots: int, seconds: float, rng: rand
 async def _generated_per_second(server: Server, delay: float, seconds: float) -> float:
     """Tokens a second that the server generates after `delay`, by its own counter."""
     await asyncio.sleep(delay)
-    begin, first = clock(), (await server.metrics())["vllm:generation_tokens_total"]
+    begin, first = clock(), (await read_metrics(server.client))["vllm:generation_tokens_total"]
     await asyncio.sleep(seconds)
-    last = (await server.metrics())["vllm:generation_tokens_total"]
+    last = (await read_metrics(server.client))["vllm:generation_tokens_total"]
     return (last - first) / (clock() - begin)
 
 

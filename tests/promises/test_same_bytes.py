@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from figures import at_most, exactly
-from openai_like import fake_completion, fake_server
+from openai_like import chat_request, fake_completion, fake_server
 
-from bench.serving.completions import Completion, chat_request, complete, completion_request, random_text
+from bench.serving.completions import Completion, complete, completion_request, random_text
 from bench.serving.http_client import Client
 
 pytestmark = pytest.mark.anyio
