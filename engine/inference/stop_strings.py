@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from engine.text.tokenizer import TextStream
+from engine.text.tokenizer import Detokenizer
 
 
 class CompletionText:
@@ -12,7 +12,7 @@ class CompletionText:
     counts those read, the one that completed it included.
     """
 
-    def __init__(self, stream: TextStream, stop: Sequence[str] = ()) -> None:
+    def __init__(self, stream: Detokenizer, stop: Sequence[str] = ()) -> None:
         self._stream = stream
         self._stop = [text for text in stop if text]
         self._uncertain = ""

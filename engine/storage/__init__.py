@@ -2,7 +2,3 @@
 
 Every reader raises UserError, in a sentence, for a file that is missing, damaged, or holds what is not understood here.
 """
-
-from collections.abc import Callable
-
-OnProgress = Callable[[int, int], None] | None  # called with (done, total)

@@ -42,7 +42,7 @@ class Fields(NamedTuple):
                 raise UserError(f"{self.path}: the field {quote(called)} {missing}")
 
     def number[T: (int, float)](self, name: str, kind: type[T], default: T | None = None) -> T:
-        """Returns a number field; raises UserError for one that is missing (or null) without a `default`, negative or giant."""
+        """Returns a number field; raises UserError for one that is missing (or null) without a `default`, negative or huge."""
         value = self.values.get(name)
         value = default if value is None else value
         if value is None:

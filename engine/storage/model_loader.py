@@ -10,7 +10,7 @@ from engine.counting.params import count_params
 from engine.errors import UserError, did_you_mean
 from engine.model.config import ModelConfig
 from engine.model.paths import merge
-from engine.storage import OnProgress, checkpoint, run_folder
+from engine.storage import checkpoint, run_folder
 from engine.storage.adapter import load_adapter
 from engine.storage.assets import ASSETS, MODELS, fetch
 from engine.storage.digest import digest
@@ -18,6 +18,7 @@ from engine.storage.gguf import file as gguf
 from engine.storage.huggingface import folder as huggingface
 from engine.storage.tensor_layout import read_params
 from engine.storage.untrusted import build_tokenizer
+from engine.text import OnProgress
 from engine.text.tokenizer import Tokenizer
 
 FORMS = (
@@ -60,7 +61,7 @@ def locate(name: str | None, report: OnProgress = None) -> Location:
     """
     if name in MODELS:
         return Location("gguf", fetch(name, report)["model"])
-    path = Path(name).expanduser() if name else run_folder.newest()
+    path = Path(name).expanduser() if name else run_folder.newest_run()
     if path.suffix == ".gguf" and path.is_file():
         return Location("gguf", path)
     if (path / "config.json").is_file() and not (path / "run.json").exists():  # a run folder has a run.json beside it

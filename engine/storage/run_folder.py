@@ -21,7 +21,7 @@ ADAPTER = "adapter"
 LARGEST = 16 * 2**20  # bytes of a JSON file
 
 
-def newest() -> Path:
+def newest_run() -> Path:
     """Returns the folder of the run with the newest checkpoint."""
     runs = [path.parent.parent for path in ROOT.glob("*/checkpoints/*/") if path.name.isdigit()]
     if not runs:

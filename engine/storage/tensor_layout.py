@@ -19,8 +19,8 @@ from engine.errors import UserError, did_you_mean
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths, unflatten
 from engine.model.weights.lora import dense
-from engine.storage import OnProgress
 from engine.storage.untrusted import quote
+from engine.text import OnProgress
 
 AT_ONCE = 2**20  # numbers read and converted at a time
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}  # the files' names of dtypes

@@ -1,1 +1,5 @@
 """From bytes to batches: tokenizer, corpus, token files; conversations, chat templates, packing; the order of training data."""
+
+from collections.abc import Callable
+
+OnProgress = Callable[[int, int], None] | None  # called with (done, total)

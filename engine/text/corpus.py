@@ -14,8 +14,9 @@ KINDS = "a .txt or .md file, a folder of text files, .jsonl or .parquet with a `
 
 @dataclasses.dataclass(frozen=True)
 class Corpus[T]:
-    """An iterable of documents (or conversations), read anew each time, one file in memory at a time. Raises UserError, with
-    file and line or position, at what cannot be read, and when there was nothing at all."""
+    """An iterable of documents (or conversations), read anew each time, one file in memory at a time.
+
+    Raises UserError, with file and line or position, at what cannot be read, and when there was nothing at all."""
 
     name: str
     read: Callable[[], Iterator[T]]

@@ -8,13 +8,12 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.errors import UserError
+from engine.text import OnProgress
 from engine.text.chat import ChatTokenizer, Example
 from engine.text.conversations import Preference, Row, Text
 from engine.text.template import InvalidConversation
 
 SILENT = "the assistant says nothing in one of its turns"
-
-OnProgress = Callable[[int, int], None] | None
 
 
 class Pair(NamedTuple):

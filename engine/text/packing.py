@@ -70,7 +70,7 @@ def pair_batch(pairs: Sequence[Pair], index: np.ndarray, seq: int) -> PairBatch:
 
 
 def pack_rows(examples: Sequence[Example], seq: int, pack: bool) -> list[list[int]]:
-    """Returns the examples of each row of `seq` tokens: packs the longest first, each into the row where it leaves least room.
+    """Packs examples into rows of `seq` tokens, as indices: the longest first, each into the row where it leaves least room.
 
     That is best-fit decreasing: at most 11/9 of the fewest rows possible (Johnson 1974), in practice a few percent more.
     """

@@ -39,9 +39,9 @@ class InvalidConversation(UserError):
 
 
 class Template:
-    """A chat template (Jinja), run in a sandbox in a process of its own that may compute for 0.7 seconds, write 1 MB and use
-    512 MB, and may not open, import or start anything.
+    """A chat template (Jinja), run in a sandbox in a process of its own.
 
+    The process may compute for 0.7 seconds, write 1 MB and use 512 MB, and may not open, import or start anything.
     `variables` are its names besides `messages` and `add_generation_prompt`: bos_token, eos_token, ... `now` is the time of
     `strftime_now`, in ISO format. The process starts with the first rendering and ends with `close`, or when nothing refers
     to the template any more.

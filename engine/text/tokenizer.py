@@ -45,7 +45,7 @@ BYTES = dict(zip(map(chr, [*PRINTABLE, *range(256, 324)]), [*PRINTABLE, *sorted(
 SYMBOLS = sorted(BYTES, key=BYTES.__getitem__)
 
 
-class TextStream:
+class Detokenizer:
     """Decodes tokens one by one into whole characters, which join to `decode(ids)`."""
 
     def __init__(self, table: dict[int, bytes]) -> None:
@@ -124,9 +124,9 @@ class Tokenizer:
         known = np.asarray(ids, np.int64)
         return int(self._lengths[known[(known >= 0) & (known < self.vocab)]].sum())
 
-    def stream(self) -> TextStream:
-        """Returns a decoder for tokens that come one by one."""
-        return TextStream(self._table)
+    def stream(self) -> Detokenizer:
+        """Returns a detokenizer for tokens that come one by one."""
+        return Detokenizer(self._table)
 
     def id_of(self, token: str) -> int | None:
         """Returns the id of a token by its text, or None."""

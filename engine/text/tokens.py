@@ -5,17 +5,17 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from engine.errors import UserError
 from engine.files import atomic_folder, cache_folder
+from engine.text import OnProgress
 from engine.text.tokenizer import Tokenizer
 
 BLOCK = 1 << 20  # ids looked at in one go
-OnProgress = Callable[[int, int], None] | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-r"""Talk with a model in the terminal, turn by turn.
+r"""Chat with a model in the terminal, turn by turn.
 
     python -m stages.chat --model smollm2-135m-instruct
     python -m stages.chat --model smollm2-135m-instruct --adapter runs/smollm2-135m-instruct-voice --system "Answer briefly."

@@ -62,7 +62,7 @@ class ChatSession:
         return [*messages, {"role": "user", "content": message}]
 
     def prompt(self, message: str) -> list[int]:
-        """Tokenizes these messages. Raises UserError when no room is left to answer: the person decides which turns go."""
+        """Tokenizes these messages. Raises UserError when no room is left to answer: the user decides which turns to drop."""
         context, prompt = self.cfg.context, self.chat.prompt(self.messages(message)).tolist()
         skip, left = 0, len(prompt)
         while left >= context and skip < len(self.turns):

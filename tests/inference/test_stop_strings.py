@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.inference.stop_strings import CompletionText
-from engine.text.tokenizer import TextStream
+from engine.text.tokenizer import Detokenizer
 
 LETTERS = "abé😀"
 PIECES = ["a", "b", "ab", "ba", "aab", "é", "😀", "bé"]
@@ -35,7 +35,7 @@ def undecided(text: str, stops: list[str]) -> int:
 @given(tokens_, stops_, st.integers(1, 5))
 def test_the_text_ends_before_the_first_stop_string(tokens, stops, together):
     whole = b"".join(TABLE[token] for token in tokens).decode("utf-8", "replace")
-    completion, output = CompletionText(TextStream(TABLE), stops), ""
+    completion, output = CompletionText(Detokenizer(TABLE), stops), ""
     for start in range(0, len(tokens), together):
         output += completion.push(tokens[start : start + together])
     taken = completion.tokens
@@ -54,7 +54,7 @@ def test_the_text_ends_before_the_first_stop_string(tokens, stops, together):
 @settings(max_examples=200)
 @given(tokens_, stops_)
 def test_text_leaves_as_soon_as_it_is_certain(tokens, stops):
-    stream, completion, read, output = TextStream(TABLE), CompletionText(TextStream(TABLE), stops), "", ""
+    stream, completion, read, output = Detokenizer(TABLE), CompletionText(Detokenizer(TABLE), stops), "", ""
     for token in tokens:
         read += stream.push(token)
         output += completion.push([token])

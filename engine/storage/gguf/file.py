@@ -15,13 +15,13 @@ from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 from engine.errors import UserError
 from engine.files import atomic_file
 from engine.model.config import ModelConfig
-from engine.storage import OnProgress
 from engine.storage.fields import architecture_of
 from engine.storage.gguf.config import FREQUENCIES, config_from, metadata_of, rope_factors
 from engine.storage.gguf.header import read_header
 from engine.storage.gguf.tokenizer import tokenizer_from
 from engine.storage.tensor_layout import DTYPE_NAMES, StoredModel, check_tensors, layout_of, split_params, tensor_names
 from engine.storage.untrusted import quote, read_at
+from engine.text import OnProgress
 
 NAMES = tensor_names("blk.{}.", {
     "embed": "token_embd", "norm": "output_norm", "head": "output", "attn_norm": "attn_norm", "mlp_norm": "ffn_norm",
@@ -71,7 +71,7 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def regroup_rows(rows: np.ndarray, outer: int, inner: int) -> np.ndarray:
-    """Reorders the rows of each head, `outer` groups of `inner`, to `inner` groups of `outer`.
+    """Reorders the rows of each head for RoPE: `outer` groups of `inner` become `inner` groups of `outer`.
 
     (2, H / 2) lays RoPE's pairs (i, i + H / 2) side by side, as in `llama` files' q and k; (H / 2, 2) undoes it.
     """

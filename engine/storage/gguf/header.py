@@ -133,7 +133,7 @@ class _Reader:
         if kind != ARRAY:
             raise UserError(f"{self.path} is damaged: the key {quote(key)} has a value of the unknown type {kind}.")
         inner, count = self.number(UINT32), self.number(UINT64)
-        span = ArrayLocation(inner, count, self.file.tell())
+        location = ArrayLocation(inner, count, self.file.tell())
         if inner in SCALARS:
             self.file.seek(self.require(count * SCALARS[inner].size), 1)
         elif inner == STRING:
@@ -142,7 +142,7 @@ class _Reader:
                 self.file.seek(self.require(self.number(UINT64)), 1)
         else:
             raise UserError(f"{self.path}: the key {quote(key)} is an array of the type {inner}, which no model has.")
-        return span
+        return location
 
     def info(self) -> tuple[str, list[int], int, int]:
         """Reads a tensor's name, dimensions as written, type and offset."""
@@ -152,13 +152,13 @@ class _Reader:
         return name, [self.number(UINT64) for _ in range(count)], self.number(UINT32), self.number(UINT64)
 
 
-def read_strings(path: Path, span: ArrayLocation) -> list[str]:
+def read_strings(path: Path, location: ArrayLocation) -> list[str]:
     """Reads an array of strings."""
     texts = []
     with path.open("rb") as file:
-        file.seek(span.offset)
+        file.seek(location.offset)
         try:
-            for _ in range(span.length):
+            for _ in range(location.length):
                 length = int.from_bytes(file.read(8), "little")
                 if length > LONGEST:
                     raise UserError(f"{path} is damaged: a text in one of its arrays has {length:,} bytes.")
@@ -168,7 +168,7 @@ def read_strings(path: Path, span: ArrayLocation) -> list[str]:
     return texts
 
 
-def read_numbers(path: Path, span: ArrayLocation) -> np.ndarray:
+def read_numbers(path: Path, location: ArrayLocation) -> np.ndarray:
     """Reads an array of numbers (count,)."""
-    dtype = np.dtype(SCALARS[span.kind].format)
-    return read_at(path, span.offset, span.length * dtype.itemsize).view(dtype)
+    dtype = np.dtype(SCALARS[location.kind].format)
+    return read_at(path, location.offset, location.length * dtype.itemsize).view(dtype)

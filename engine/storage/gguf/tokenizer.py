@@ -83,15 +83,15 @@ def tokenizer_from(header: Header, vocab: int) -> tuple[tokenizers.Tokenizer, di
 
 def _read_list(header: Header, name: str, count: int | None = None) -> Any:
     """Returns list[str] for tokens and merges, else an array of numbers."""
-    span = header.metadata.get(f"tokenizer.ggml.{name}")
-    if not isinstance(span, ArrayLocation):
+    location = header.metadata.get(f"tokenizer.ggml.{name}")
+    if not isinstance(location, ArrayLocation):
         raise UserError(f"{header.path} has no list tokenizer.ggml.{name}, so its tokenizer cannot be built.")
     texts = name in ("tokens", "merges")
-    if texts != (span.kind == STRING) or count not in (None, span.length):
+    if texts != (location.kind == STRING) or count not in (None, location.length):
         kind = "texts" if texts else "numbers"
         wanted = kind if count is None else f"{count:,} {kind}, a row of the embedding each"
-        raise UserError(f"{header.path}: tokenizer.ggml.{name} should be {wanted}, and has {span.length:,} entries.")
-    return read_strings(header.path, span) if texts else read_numbers(header.path, span)
+        raise UserError(f"{header.path}: tokenizer.ggml.{name} should be {wanted}, and has {location.length:,} entries.")
+    return read_strings(header.path, location) if texts else read_numbers(header.path, location)
 
 
 def _from_json(header: Header, places: dict[str, int]) -> tokenizers.Tokenizer:

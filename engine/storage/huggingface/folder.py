@@ -11,11 +11,11 @@ import tokenizers
 from engine.errors import UserError
 from engine.files import write_json
 from engine.model.config import ModelConfig
-from engine.storage import OnProgress
 from engine.storage.huggingface import safetensors
 from engine.storage.huggingface.config import config_from, config_to
 from engine.storage.tensor_layout import DTYPE_NAMES, StoredModel, check_tensors, layout_of, split_params, tensor_names
 from engine.storage.untrusted import build_tokenizer, quote, read_json_object, read_text
+from engine.text import OnProgress
 
 LARGEST = 64 * 2**20  # bytes of a tokenizer.json; the largest of these families has 17 million
 NAMES = tensor_names("model.layers.{}.", {
