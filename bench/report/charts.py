@@ -102,7 +102,7 @@ def _legend(key: Sequence[tuple[str, str]], left: float, width: float) -> list[d
 
 
 def curves(
-    lines: Sequence[Line], across: Axis, up: Axis, wide: bool,
+    lines: Sequence[Line], x_axis: Axis, y_axis: Axis, wide: bool,
     *, shade: Sequence[Point] = (), shade_name: str = "", rings: Sequence[Point] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Lays out lines over two logarithmic axes, named at their right ends on a page, in a key above the plot on a phone.
@@ -115,7 +115,7 @@ def curves(
     top = 28.0 if wide else 42.0 + sum(rises)
     left, right = (72.0, width - room - 34) if wide else (58.0, width - 4)
     bottom = top + (380 if wide else 300)
-    x, y = logarithmic(across.low, across.high, left, right), logarithmic(up.low, up.high, bottom, top)
+    x, y = logarithmic(x_axis.low, x_axis.high, left, right), logarithmic(y_axis.low, y_axis.high, bottom, top)
     place = lambda points: [(x(a), y(b)) for a, b in points]
     ends = place([line.points[-1] for line in lines])
     if wide:  # words right of each line's end, as near as the others allow, with a thin line that leads there
@@ -131,21 +131,21 @@ def curves(
     anchor = lambda at: "end" if not wide and at > right - 12 else "middle"
     return {
         "wide": wide, "width": width, "height": bottom + 50, "left": left, "right": right, "top": top,
-        "bottom": bottom, "across": across.name, "up": up.name, "rings": place(rings), "lines": [
+        "bottom": bottom, "x_name": x_axis.name, "y_name": y_axis.name, "rings": place(rings), "lines": [
             {
                 "line": line, "path": svg_path(place(line.points)), "at": at, "leader": svg_path(leader),
                 "name": truncate(line.name, name_room), "note": truncate(line.note, note_room), "dots": [
-                    {"x": x(a), "y": y(b), "text": up.write(b),
+                    {"x": x(a), "y": y(b), "text": y_axis.write(b),
                      "whisker": (y(b - spread / 2), y(b + spread / 2)) if 0 < spread < 2 * b else None}
                     for (a, b), spread in zip(line.points, line.spreads)
                 ],
             }
             for line, at, leader in zip(lines, heights, leaders)
         ],
-        "levels": [(y(value), up.write(value)) for value in up.ticks or decade_ticks(up.low, up.high, 8)],
+        "levels": [(y(value), y_axis.write(value)) for value in y_axis.ticks or decade_ticks(y_axis.low, y_axis.high, 8)],
         "ticks": [
-            (x(value), across.write(value), anchor(x(value)))
-            for value in across.ticks or decade_ticks(across.low, across.high, 9 if wide else 4)
+            (x(value), x_axis.write(value), anchor(x(value)))
+            for value in x_axis.ticks or decade_ticks(x_axis.low, x_axis.high, 9 if wide else 4)
         ],
         "shade": shade and svg_path([*place(shade), (right, bottom), (left, bottom)]) + "Z", "shade_name": shade_name,
     }  # fmt: skip

@@ -75,7 +75,7 @@ def _stacked(id: str, bars: list[Bar], key: list[tuple[str, str]], tick: Callabl
 
 
 def decode_figure(rows: Rows, ceilings: Row, model: Row) -> Figure | None:
-    """Draws the time per token against slots, both logarithmic, above the two times that this machine cannot beat."""
+    """Draws the time per token against slots, both logarithmic, above the floors of memory and compute."""
     served = [row for row in decode_rows(rows) if positive(row.get("slots")) and positive(row.get("seconds_per_token"))]
     if not served:
         return None
@@ -109,11 +109,11 @@ def decode_figure(rows: Rows, ceilings: Row, model: Row) -> Figure | None:
             every.append(Line(level(computing[0]), "compute", "compute ceiling", f"its FLOPs at {computing[1]:.3g} GFLOP/s"))
         heights = [y for line in every for _, y in line.points]
         doublings = tuple(sorted({2.0**power for power in range(12) if slots[0] <= 2.0**power <= slots[-1]} | set(slots)))
-        across = Axis("slots (requests decoded together)", low, high, lambda value: f"{value:g}", doublings)
-        up = Axis("time per token", min(heights) / 1.6, max(heights) * 1.6, lambda value: si(value, "s", short=True))
+        x_axis = Axis("slots (requests decoded together)", low, high, lambda value: f"{value:g}", doublings)
+        y_axis = Axis("time per token", min(heights) / 1.6, max(heights) * 1.6, lambda value: si(value, "s", short=True))
         floor = [(x, lowest(x)) for x in steps] if reading or computing else []
         shade_name = f"faster than {'main memory' if beaten else 'this machine'} allows"
-        return curves(every, across, up, wide, shade=floor, shade_name=shade_name)
+        return curves(every, x_axis, y_axis, wide, shade=floor, shade_name=shade_name)
 
     return Figure("decode", {"beaten": beaten, "few": lines[0].points[0], "many": lines[0].points[-1]}, chart)
 
@@ -137,10 +137,10 @@ def lifetime_cost_figure(rows: Rows, model: Row) -> Figure | None:
         points = ((low, cost * low), (high, cost * high))
         lines.append(Line(points, f"way{min(rank, 4)}", row["name"], f"meets it at {in_words(crossing)} tokens"))
     heights = [y for line in lines for _, y in line.points]
-    across = Axis("tokens served", low, high, lambda value: in_words(value, short=True))
-    up = Axis("cost, dollars", min(heights) / 1.3, max(heights) * 1.3, lambda value: f"${value:,.10g}")
+    x_axis = Axis("tokens served", low, high, lambda value: in_words(value, short=True))
+    y_axis = Axis("cost, dollars", min(heights) / 1.3, max(heights) * 1.3, lambda value: f"${value:,.10g}")
     numbers = {"tokens": tokens, "per_parameter": TOKENS_PER_PARAMETER, "first": served[0]["name"], "meet": meet}
-    return Figure("life", numbers, lambda wide: curves(lines, across, up, wide, rings=[(x, once) for x in meet]))
+    return Figure("life", numbers, lambda wide: curves(lines, x_axis, y_axis, wide, rings=[(x, once) for x in meet]))
 
 
 def decode_rows(rows: Rows) -> list[Row]:

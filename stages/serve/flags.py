@@ -36,7 +36,7 @@ class ServeFlags:
     queue: Annotated[int, parser(integer(0, 100_000), "N")] = 32
     """Requests that may wait; more get a 429 with the time to try again."""
     capacity: Annotated[int | None, parser(integer(2), "N"), default("the model's context, at most 2048")] = None
-    """Tokens of prompt and answer together."""
+    """Tokens of prompt and completion together."""
     weights: Annotated[str | None, one_of(*DTYPES), default("int8 on a CPU, else bfloat16")] = None
     """The type of the weights' matrices."""
     keys_values: Annotated[str, one_of(*DTYPES)] = "bfloat16"

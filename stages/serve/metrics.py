@@ -1,4 +1,4 @@
-"""Prometheus metrics under vLLM's names, and the number of programs compiled after start-up."""
+"""Counts Prometheus metrics under vLLM's names, and the number of programs compiled after start-up."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import prometheus_client as prometheus
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
-from stages.serve.engine import Engine
+from stages.serve.engine_thread import EngineThread
 
 prometheus.disable_created_metrics()  # no series for the time at which each began
 
@@ -20,7 +20,7 @@ TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 2
 class Metrics(Collector):
     """The metrics, in a registry of their own: two servers in one process share none."""
 
-    def __init__(self, model: str, engine: Engine) -> None:
+    def __init__(self, model: str, engine: EngineThread) -> None:
         self._engine = engine
         self._registry = registry = prometheus.CollectorRegistry()
         of_model: dict[str, Any] = {"labelnames": ["model_name"], "registry": registry}
@@ -44,12 +44,12 @@ class Metrics(Collector):
         )
         self._success = {reason: success.labels(model, reason) for reason in ("stop", "length", "abort", "error")}
         self._responses = prometheus.Counter("thrice_responses", "HTTP responses by status.", ["status"], registry=registry)
-        cache_use = "Share of all slots' positions that is filled, 1 is all.", lambda: engine.cache_use
+        usage = "Share of all slots' positions that is filled, 1 is all.", lambda: engine.kv_cache_usage
         for name, about, value in (
             ("vllm:num_requests_running", "Requests that have a slot.", lambda: engine.slots.running),
             ("vllm:num_requests_waiting", "Requests that wait for a slot.", lambda: engine.waiting),
-            ("vllm:kv_cache_usage_perc", *cache_use),
-            ("vllm:gpu_cache_usage_perc", *cache_use),  # its older name
+            ("vllm:kv_cache_usage_perc", *usage),
+            ("vllm:gpu_cache_usage_perc", *usage),  # its older name
             ("thrice_seconds_since_engine_tick", "Since the engine thread's last tick.", lambda: engine.seconds_since_tick),
         ):
             prometheus.Gauge(name, about, **of_model).labels(model).set_function(value)

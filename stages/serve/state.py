@@ -24,8 +24,8 @@ from engine.text.chat import ChatTokenizer
 from engine.text.template import read_template
 from stages.cli.console import Console
 from stages.serve.admission import Admission
-from stages.serve.engine import Engine
 from stages.serve.engine_config import REMEDY, CompileAhead, EngineConfig
+from stages.serve.engine_thread import EngineThread
 from stages.serve.errors import ApiError
 from stages.serve.metrics import Metrics
 from stages.serve.tokenizer_pool import TokenizerPool
@@ -44,7 +44,7 @@ class ServerState:
         make_chat: Callable[[], ChatTokenizer], queue: int, price: float | None,
     ) -> None:  # fmt: skip
         self.name, self.digest, self.price, self.loaded_at = name, digest, price, int(time.time())
-        self.engine, self.admission = Engine(slots), Admission(slots.slots, queue)
+        self.engine, self.admission = EngineThread(slots), Admission(slots.slots, queue)
         self.tokenizer = TokenizerPool(model.tokenizer, chat, make_chat, slots.capacity)
         self.stop_token_ids = frozenset(model.eos_ids)
         self.metrics = Metrics(name, self.engine)

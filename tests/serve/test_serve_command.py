@@ -34,8 +34,8 @@ from stages.cli.console import Console
 from stages.serve import lifecycle, server
 from stages.serve import state as module
 from stages.serve.__main__ import main
-from stages.serve.engine import Engine
 from stages.serve.engine_config import CompileAhead, EngineConfig
+from stages.serve.engine_thread import EngineThread
 from stages.serve.state import ServerState
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -269,7 +269,7 @@ def test_too_many_slots_for_memory_is_a_sentence_and_ends_what_compiles_ahead():
     stopped: list[bool] = []
     ahead: Any = SimpleNamespace(stop=lambda: stopped.append(True))
     slots: Any = SimpleNamespace(cfg=None, capacity=8, warm=out_of_memory)
-    state: Any = SimpleNamespace(engine=Engine(slots))
+    state: Any = SimpleNamespace(engine=EngineThread(slots))
     with pytest.raises(UserError, match="Give fewer --slots, a smaller --capacity"):
         asyncio.run(lifecycle.start_engine(state, ahead, asyncio.Event(), Console()))
     state.engine.stop()

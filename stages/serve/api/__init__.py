@@ -8,9 +8,9 @@ The path of one chat request, from the socket to the compiled program and back:
 4.  body.read_body               bytes -> ChatRequest
 5.  generation.generate          reserves places; below it:
 6.  tokenizer_pool.TokenizerPool messages -> token ids, in a worker thread
-7.  engine.Engine.submit         Request with SamplingParams -> the engine thread
+7.  EngineThread.submit          Request with SamplingParams -> the engine thread
 8.  inference.slots.Slots.step   -> the compiled programs -> Event
-9.  engine.Engine._deliver       Event -> the event loop
+9.  EngineThread._deliver        Event -> the event loop
 10. generation.Generation.pieces Event -> CompletionText (stop strings) -> Piece
 11. completions.ChatWriter       Piece -> ChatReply, or ChatChunk (by generation.Writer)
 12. generation.send_events       ChatChunk -> bytes (or errors.json_reply, ChatReply -> bytes)

@@ -1,4 +1,4 @@
-"""The ASGI application: the routes, their error replies, and the guard around them."""
+"""Makes the ASGI application: the routes, their error replies, and the guard around them."""
 
 import functools
 from collections.abc import Sequence

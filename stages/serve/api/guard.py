@@ -1,4 +1,4 @@
-"""Guard: checks the Host, the Origin and the API key of each request, in this order, before anything else.
+"""Checks the Host, the Origin and the API key of each request, in this order, before anything else.
 
 A page of another site can send requests to 127.0.0.1 from a person's browser, and by rebinding its name to 127.0.0.1 even
 read the replies. So the Host must be one of ours, and an Origin, where there is one, that of our page. Paths are matched as

@@ -1,4 +1,4 @@
-"""The chat page: one document with its style and scripts inside, and a policy under which nothing else can run.
+"""Builds the chat page: one document with its style and scripts inside, and a policy under which nothing else can run.
 
 Its parts lie beside this file and are joined when the server starts. The page asks for nothing but this server's routes.
 """

@@ -1,4 +1,4 @@
-"""The engine thread, which alone changes the slots: requests go in through a queue, events come out on the event loop.
+"""Runs `Slots` in a thread that alone changes them: requests come through a queue, events go out on the event loop.
 
 The event loop may read the slots' counts meanwhile; they may then be one step old.
 """
@@ -19,8 +19,8 @@ IDLE_SECONDS = 0.25  # between ticks without work, which show that the thread is
 Listener = Callable[[Event], None]
 
 
-class Engine:
-    """Runs `Slots` in a thread of its own."""
+class EngineThread:
+    """The engine: `Slots` and the thread that steps them."""
 
     def __init__(self, slots: Slots) -> None:
         self.slots, self._compiles = slots, CompileCounter()
@@ -28,7 +28,7 @@ class Engine:
         self.ready = False
         self.error: BaseException | None = None
         self.last_tick = time.monotonic()
-        self.cache_use = 0.0  # share of the KV cache that is filled
+        self.kv_cache_usage = 0.0  # share of the KV cache that is filled
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._listeners: dict[int, Listener] = {}  # by request id
         self._thread: threading.Thread | None = None
@@ -96,7 +96,7 @@ class Engine:
             while not self._stopping:
                 self._take_work()
                 self.last_tick = time.monotonic()
-                self.cache_use = self.slots.used_positions / (self.slots.slots * self.capacity)
+                self.kv_cache_usage = self.slots.used_positions / (self.slots.slots * self.capacity)
                 if self.slots.busy:
                     self._deliver(self.slots.step())
         except BaseException as error:
