@@ -44,7 +44,7 @@ class ServeFlags:
     prefix_cache: Annotated[int, parser(integer(0), "MB")] = 64
     """Memory for the prefix cache: beginnings of prompts that come again. 0 turns it off."""
     no_speculative_decoding: Annotated[bool, default("off")] = False
-    """No speculative decoding for a lone request. Draft tokens change how fast an answer comes, never which."""
+    """No speculative decoding for a lone request. Draft tokens change how fast a completion comes, never its tokens."""
     price: Annotated[float | None, parser(number(0), "X"), default("unknown")] = None
     """The price of this machine, in dollars an hour; the page shows what a conversation costs."""
     device: DeviceFlag = "auto"
