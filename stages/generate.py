@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from engine.inference.stop_strings import CompletionText
 
 SAMPLING = SamplingFlags(max_tokens=200, temperature=0.8)
-CAPACITY = 256  # tokens of which a KV cache's capacity is a multiple
+CAPACITY_MULTIPLE = 256  # tokens of which a KV cache's capacity is a multiple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ def generate(flags: GenerateFlags) -> None:
     compiles = CompileCounter()
     writer = ContinuationPrinter([CompletionText(model.tokenizer.stream()) for _ in range(flags.count)])
     # Each step reads all of the cache. Its capacity is one of few, so that another prompt compiles nothing.
-    capacity = min(model.cfg.context, -(-(len(prompt) + sampling.max_tokens) // CAPACITY) * CAPACITY)
+    capacity = min(model.cfg.context, -(-(len(prompt) + sampling.max_tokens) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE)
     stream = decode.generate(model.cfg, params, [prompt] * flags.count, sampling.per_row(flags.count), capacity=capacity)
     first = settled = last = begin
     early = total = 0

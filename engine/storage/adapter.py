@@ -21,10 +21,10 @@ from engine.model.paths import leaf_paths, map_paths, unflatten
 from engine.model.weights.lora import LoRA
 from engine.storage.digest import digest
 from engine.storage.huggingface import safetensors
-from engine.storage.huggingface.folder import NAMES
+from engine.storage.huggingface.folder import TENSOR_NAMES
 from engine.storage.untrusted import quote, read_json_object
 
-CONFIG, WEIGHTS, FORMER = "adapter_config.json", "adapter_model.safetensors", "adapter.json"
+CONFIG, WEIGHTS, OLD_CONFIG = "adapter_config.json", "adapter_model.safetensors", "adapter.json"
 BASE, CHECKSUM = "thrice.base", "thrice.checksum"
 # Fields of PEFT that change what an adapter computes or where it is applied.
 UNSUPPORTED = (
@@ -56,7 +56,7 @@ def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base
         names = {columns: part for part, columns in cfg.parts[name].items()}
         for start, stop, *pair in leaf.parts():
             part = names[start, stop]
-            modules.add(NAMES[part].split(".")[-2])
+            modules.add(TENSOR_NAMES[part].split(".")[-2])
             arrays |= {tensor: np.asarray(a, np.float32).T for tensor, a in zip(_tensor_names(int(layer), part), pair)}
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": rank,
@@ -78,9 +78,9 @@ def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> 
     Raises UserError, too, when it was trained on other weights, its checksum does not hold, or it does not fit the model.
     """
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        if (folder / FORMER).is_file():
+        if (folder / OLD_CONFIG).is_file():
             raise UserError(
-                f"{folder} holds an adapter in the format of an earlier version ({FORMER}), which is read no more: "
+                f"{folder} holds an adapter in the format of an earlier version ({OLD_CONFIG}), which is read no more: "
                 f"run its fine-tuning again with --overwrite, or take one in PEFT's layout ({CONFIG})."
             )
         raise UserError(f"There is no adapter at {folder}: it has no {CONFIG} and {WEIGHTS}.")
@@ -136,7 +136,7 @@ def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> 
 
 
 def _tensor_names(layer: int, part: str) -> list[str]:
-    return [f"base_model.model.{NAMES[part].format(layer).removesuffix('weight')}lora_{side}.weight" for side in "AB"]
+    return [f"base_model.model.{TENSOR_NAMES[part].format(layer).removesuffix('weight')}lora_{side}.weight" for side in "AB"]
 
 
 def without_adapters(params: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from engine.text.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path("runs")
 ADAPTER = "adapter"
-LARGEST = 16 * 2**20  # bytes of a JSON file
+MAX_JSON_BYTES = 16 * 2**20
 
 
 def newest_run() -> Path:
@@ -32,7 +32,7 @@ def newest_run() -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file of a run."""
     try:
-        return read_json_object(path, LARGEST)
+        return read_json_object(path, MAX_JSON_BYTES)
     except UserError as error:
         raise UserError(f"{error} Restore it from a copy, or train anew with --overwrite.") from None
 

@@ -22,7 +22,7 @@ from engine.model.weights.lora import dense
 from engine.storage.untrusted import quote
 from engine.text import OnProgress
 
-AT_ONCE = 2**20  # numbers read and converted at a time
+CHUNK = 2**20  # numbers read and converted at a time
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}  # the files' names of dtypes
 
 
@@ -126,7 +126,7 @@ def read_params(model: StoredModel, dtype: str, report: OnProgress = None) -> di
         view, at = value.T if leaf.transposed else value, 0
         for part in leaf.parts:
             unit = part.paired or 1  # a head's rows belong together
-            step = max(1, AT_ONCE // math.prod(part.shape[1:]) // unit) * unit
+            step = max(1, CHUNK // math.prod(part.shape[1:]) // unit) * unit
             for start in range(0, part.shape[0], step):
                 stop = min(start + step, part.shape[0])
                 with np.errstate(all="ignore"):  # what is not finite is named below

@@ -9,14 +9,14 @@ import numpy as np
 
 from engine.errors import UserError, did_you_mean
 
-LONGEST = 48  # characters of a file's own words that an error repeats
-SMALL = 2 * 2**20  # bytes of a config
+MAX_QUOTED = 48  # characters of a file's value that an error repeats
+MAX_CONFIG_BYTES = 2 * 2**20
 
 
 def quote(value: Any) -> str:
     """Returns a file's value for an error message: quoted, printable, and short."""
     text = ascii(value if isinstance(value, str | int | float | bool | None) else type(value).__name__)
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}..."
 
 
 def known_name(value: Any, known: Collection[str], what: str, path: Path) -> str:
@@ -66,7 +66,7 @@ def read_limited(path: Path, limit: int) -> bytes:
         raise UserError(f"There is no {path}.") from None
 
 
-def read_text(path: Path, limit: int = SMALL) -> str:
+def read_text(path: Path, limit: int = MAX_CONFIG_BYTES) -> str:
     """Reads UTF-8 text of at most `limit` bytes."""
     try:
         return read_limited(path, limit).decode()
@@ -74,7 +74,7 @@ def read_text(path: Path, limit: int = SMALL) -> str:
         raise UserError(f"{path} is damaged: it is not UTF-8 text.") from None
 
 
-def read_json_object(path: Path, limit: int = SMALL) -> dict[str, Any]:
+def read_json_object(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """Reads the object in a JSON file of at most `limit` bytes."""
     return parse_json_object(read_limited(path, limit), path)
 

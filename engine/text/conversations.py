@@ -11,7 +11,7 @@ from engine.text.jsonl import check_text, decode_utf8, json_type, read_rows
 from engine.text.template import Message
 
 VOICE = Path(__file__).with_name("voice")
-NAMED = {
+SHIPPED = {
     "voice": VOICE / "train.jsonl",
     "voice-held-out": VOICE / "held_out.jsonl",
     "voice-preferences": VOICE / "preferences.jsonl",
@@ -69,10 +69,10 @@ def read_conversations(source: Path | str) -> Conversations:
     Raises UserError when there is none, its first row is of no known kind, or its bytes are no text.
     """
     name = str(source)
-    path = NAMED.get(name) or Path(source).expanduser()
+    path = SHIPPED.get(name) or Path(source).expanduser()
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {problem}; wanted {FORMS}, or one of {', '.join(NAMED)}.{did_you_mean(name, [*NAMED])}")
+        raise UserError(f"{path} {problem}; wanted {FORMS}, or one of {', '.join(SHIPPED)}.{did_you_mean(name, [*SHIPPED])}")
     if path.suffix.lower() in (".txt", ".md"):
         return Conversations(name, lambda: iter([Text(decode_utf8(path.read_bytes(), path), str(path))]))
     if path.suffix.lower() not in (".jsonl", ".json"):

@@ -9,14 +9,15 @@ from pathlib import Path
 from engine.errors import UserError
 from engine.text.jsonl import check_text, decode_utf8, read_rows
 
-KINDS = "a .txt or .md file, a folder of text files, .jsonl or .parquet with a `text` column, or a .bin of token ids"
+FORMATS = "a .txt or .md file, a folder of text files, .jsonl or .parquet with a `text` column, or a .bin of token ids"
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus[T]:
     """An iterable of documents (or conversations), read anew each time, one file in memory at a time.
 
-    Raises UserError, with file and line or position, at what cannot be read, and when there was nothing at all."""
+    Raises UserError, with file and line or position, at what cannot be read, and when there was nothing at all.
+    """
 
     name: str
     read: Callable[[], Iterator[T]]
@@ -33,12 +34,12 @@ def read_corpus(path: Path) -> Corpus[str]:
     empty documents are left out. Raises UserError for a missing or empty path and for a kind that cannot be read.
     """
     if not path.exists():
-        raise UserError(f"There is no text at {path}; wanted {KINDS}.")
+        raise UserError(f"There is no text at {path}; wanted {FORMATS}.")
     files = [file for file in sorted(path.rglob("*")) if _is_text(file, path)] if path.is_dir() else [path]
     if not files:
         raise UserError(f"The folder {path} holds no text files.")
     if not path.is_dir() and path.suffix.lower() not in (".txt", ".md", *READERS):
-        raise UserError(f"{path} is of a kind that cannot be read ({path.suffix or 'no suffix'}); wanted {KINDS}.")
+        raise UserError(f"{path} is of a kind that cannot be read ({path.suffix or 'no suffix'}); wanted {FORMATS}.")
     if not any(file.stat().st_size for file in files):
         raise UserError(f"{path} is empty; there is nothing to learn from.")
     return Corpus(str(path), lambda: _documents(path, files))

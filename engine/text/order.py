@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.errors import UserError
 
-SMALLEST = 16  # bits of a block: permutations of fewer show patterns
+MIN_BITS = 16  # bits of a block: permutations of fewer show patterns
 WORD = 2**32 - 1
 
 
@@ -49,7 +49,7 @@ class EpochOrder:
 
 def permute(index: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Returns where a random permutation of range(count) puts each index (n,) int64."""
-    if count <= 2**SMALLEST:
+    if count <= 2**MIN_BITS:
         return _small_permutation(count, seed)[index]
     bits = (count - 1).bit_length()
     keys = _round_keys(seed)
@@ -62,10 +62,10 @@ def permute(index: np.ndarray, count: int, seed: int) -> np.ndarray:
 @functools.lru_cache(4)
 def _small_permutation(count: int, seed: int) -> np.ndarray:
     """Returns all of a small permutation: walking its long cycles one index at a time would take up to 65,536 rounds."""
-    first = _encrypt(np.arange(2**SMALLEST), SMALLEST, _round_keys(seed))
+    first = _encrypt(np.arange(2**MIN_BITS), MIN_BITS, _round_keys(seed))
     walk = first.copy()
     walk[:count] = np.arange(count)  # an index in range has arrived
-    for _ in range(SMALLEST):
+    for _ in range(MIN_BITS):
         walk = walk[walk]  # twice as many rounds each time
     return walk[first[:count]]
 

@@ -16,10 +16,10 @@ from typing import Any
 from engine.errors import UserError
 
 WORKER = Path(__file__).with_name("template_worker.py")
-START = 60.0  # seconds for a process to start and import, on a busy machine
-ANSWER = 5.0  # seconds of waiting; 0.7 of computing are allowed, which the kernel counts (see `template_worker.py`)
-TOGETHER = 32  # renderings requested in one go
-LONGEST = 8_000_000  # bytes of reply a rendering can have at most, everything escaped
+START_SECONDS = 60.0  # for a process to start and import, on a busy machine
+REPLY_SECONDS = 5.0  # waiting; 0.7 of computing are allowed, which the kernel counts (see `template_worker.py`)
+BATCH = 32  # renderings in one request
+MAX_REPLY_BYTES = 8_000_000  # a rendering's reply, everything escaped
 FIXED_DAY = "2026-01-01T00:00:00"  # that templates print, so that the same data make the same tokens tomorrow
 
 Message = Mapping[str, str]  # role: system, user, assistant or tool; content: text
@@ -61,13 +61,13 @@ class Template:
         """
         texts: list[str] = []
         with self._lock:
-            for part in itertools.batched(jobs, TOGETHER):
+            for part in itertools.batched(jobs, BATCH):
                 if self._process is None:
                     self._process = TemplateProcess(self._start)
                     weakref.finalize(self, self._process.end)
                 try:
                     self._process.send([([*map(dict, messages)], prompt) for messages, prompt in part])
-                    reply = self._process.reply(ANSWER, LONGEST * TOGETHER)
+                    reply = self._process.reply(REPLY_SECONDS, MAX_REPLY_BYTES * BATCH)
                 except BaseException:
                     self.close()  # a late reply would be taken for the next one
                     raise
@@ -91,8 +91,8 @@ class TemplateProcess(subprocess.Popen[bytes]):
         self.unread = bytearray()
         try:
             self.send({**start, "path": [entry for entry in sys.path if entry]})
-            self.reply(START, 1000)
-            _check_reply(self.reply(ANSWER, 10_000))
+            self.reply(START_SECONDS, 1000)
+            _check_reply(self.reply(REPLY_SECONDS, 10_000))
         except BaseException:
             self.end()
             raise

@@ -13,9 +13,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-MEMORY = 512 * 2**20  # bytes of address space, Python's own included
-SECONDS = 0.7  # of processor time an answer may take; the kernel ends the process after that
-OUTPUT = 1_000_000  # bytes of UTF-8 a conversation may become
+MAX_MEMORY_BYTES = 512 * 2**20  # address space, Python's own included
+MAX_SECONDS = 0.7  # of processor time an answer may take; the kernel ends the process after that
+MAX_OUTPUT_BYTES = 1_000_000  # of UTF-8 a conversation may become
 
 # What the audit hook refuses once the template is compiled. Rendering needs none of it.
 FORBIDDEN = (
@@ -29,14 +29,14 @@ class TemplateRaised(Exception):
 
 
 class OutputTooLong(Exception):
-    """More than OUTPUT bytes were written."""
+    """More than MAX_OUTPUT_BYTES were written."""
 
 
 def limit_resources() -> None:
     """Limits memory, files and core dumps through the kernel; `reply` limits the time of each answer."""
     import resource
 
-    for name, value in (("RLIMIT_AS", MEMORY), ("RLIMIT_FSIZE", 0), ("RLIMIT_CORE", 0)):
+    for name, value in (("RLIMIT_AS", MAX_MEMORY_BYTES), ("RLIMIT_FSIZE", 0), ("RLIMIT_CORE", 0)):
         try:
             resource.setrlimit(getattr(resource, name), (value, value))
         except (ValueError, OSError, AttributeError):  # a system without this limit has the others
@@ -85,7 +85,7 @@ def compile_template(source: str, variables: dict[str, Any], now: str) -> Callab
         parts, size = [], 0
         for part in template.root_render_func(context):
             size += len(part.encode("utf-8", "surrogatepass"))
-            if size > OUTPUT:
+            if size > MAX_OUTPUT_BYTES:
                 raise OutputTooLong
             parts.append(part)
         return "".join(parts)
@@ -94,14 +94,14 @@ def compile_template(source: str, variables: dict[str, Any], now: str) -> Callab
 
 
 def reply(work: Callable[..., dict[str, Any]], *args: Any) -> None:
-    """Writes what `work` returns, or its failure, as one line. The kernel ends the process after SECONDS of computing."""
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    """Writes what `work` returns, or its failure, as one line. The kernel ends the process after MAX_SECONDS of computing."""
+    signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)
     try:
         outcome = work(*args)
     except TemplateRaised as error:
         outcome = {"refused": str(error)[:300]}
     except OutputTooLong:
-        outcome = {"failed": f"wrote more than {OUTPUT:,} bytes"}
+        outcome = {"failed": f"wrote more than {MAX_OUTPUT_BYTES:,} bytes"}
     except MemoryError:
         outcome = {"failed": "needed too much memory"}
     except RecursionError:

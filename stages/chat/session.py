@@ -15,7 +15,7 @@ from engine.text.chat import ChatTokenizer
 from stages.cli.flags import SamplingFlags, in_range
 
 SETTINGS = tuple(field.name for field in dataclasses.fields(SamplingFlags))  # that can be changed between turns
-SMALLEST = 512  # capacity of the smallest KV cache; each larger one doubles it, so that few programs are compiled
+MIN_CAPACITY = 512  # of a KV cache; each larger one doubles it, so that few programs are compiled
 
 
 def with_setting(sampling: SamplingParams, name: str, text: str) -> SamplingParams:
@@ -111,7 +111,7 @@ class ChatSession:
                 pass
 
     def _generate(self, prompt: list[int], sampling: SamplingParams) -> Iterator[Event]:
-        capacity = SMALLEST
+        capacity = MIN_CAPACITY
         while capacity < len(prompt) + sampling.max_tokens:
             capacity *= 2
         return decode.generate(self.cfg, self.params, [prompt], [sampling], capacity=min(capacity, self.cfg.context))

@@ -16,7 +16,7 @@ from engine.storage import run_folder
 from engine.storage.digest import digest
 from engine.storage.model_loader import LoadedModel, load_model
 from engine.text.chat import ChatTokenizer, Example
-from engine.text.conversations import NAMED, Conversations, read_conversations
+from engine.text.conversations import SHIPPED, Conversations, read_conversations
 from engine.text.examples import Pair
 from engine.text.packing import evaluation_batches, evaluation_pairs
 from engine.training.preference import Preferences, margins
@@ -54,7 +54,7 @@ def run(flags: EvaluateFlags, device: Device) -> None:
 def _read_conversations(data: str) -> Conversations | None:
     """Opens the conversations that `--data` names; None for a text."""
     is_file = Path(data).suffix.lower() in (".jsonl", ".json") and Path(data).is_file()
-    conversations = read_conversations(data) if is_file or data in NAMED else None
+    conversations = read_conversations(data) if is_file or data in SHIPPED else None
     return conversations if conversations and conversations.kind != "text" else None
 
 

@@ -30,7 +30,7 @@ from stages.cli.command import command_line
 from stages.cli.console import Console, ReportProgress
 from stages.export.flags import ExportFlags
 
-WRITTEN = {
+EXPORT_FILES = {
     "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     "adapter_config.json", "adapter_model.safetensors",
 }  # fmt: skip
@@ -38,11 +38,11 @@ NOTE = (
     f"llama.cpp has no name for how this tokenizer splits a text and is told {FALLBACK_PRE_TOKENIZER}: numbers and long "
     "words may become other tokens there. Thrice reads the tokenizer.json that is in the file too."
 )
-TEXTS = (
+CHECK_TEXTS = (
     "The quick brown fox jumps over the lazy dog.", "  two spaces\tand a tab\n\n\nand lines", "In 1969, 12345 people; 3.14159!",
     "naïve café, 日本語, Ελληνικά, 🙂", "def f(x):\n    return x ** 2  # <|endoftext|> <|im_end|> is text", "don't I'LL we've",
 )  # fmt: skip
-CLOSE = 1e-3  # of the largest logit: what the order of float32 sums may change
+TOLERANCE = 1e-3  # of the largest logit: what the order of float32 sums may change
 Comparison = tuple[list[tuple[str, str]], list[str]]  # rows to print, and what differs
 
 
@@ -86,7 +86,7 @@ def _check_free(out: Path, to_gguf: bool, overwrite: bool) -> None:
     if out.is_dir() == to_gguf:
         raise UserError(f"{out} is a {'folder' if to_gguf else 'file'}; give another --out.")
     names = {out.name} if to_gguf else {entry.name for entry in out.iterdir()}
-    if not to_gguf and (strangers := sorted(names - WRITTEN)):
+    if not to_gguf and (strangers := sorted(names - EXPORT_FILES)):
         raise UserError(f"{out} holds {strangers[0]}, which no export wrote; give another --out.")
     if names and not overwrite:
         raise UserError(f"{out} is there already; give another --out, or --overwrite.")
@@ -123,7 +123,7 @@ def compare(model: LoadedModel, out: Path, dtype: str) -> Comparison:
     faults += ["what is put before a text"] * (model.tokenizer.bos_ids != export.tokenizer.bos_ids)
     template = "kept" if export.tokenizer.config.get("chat_template") else "absent"
     rows = [
-        ("tokens", f"{len(TEXTS)} texts, of every script and with control tokens in them"),
+        ("tokens", f"{len(CHECK_TEXTS)} texts, of every script and with control tokens in them"),
         ("EOS ids", f"{', '.join(map(str, export.eos_ids))} and template {template}"),
     ]
     if faults:
@@ -134,7 +134,7 @@ def compare(model: LoadedModel, out: Path, dtype: str) -> Comparison:
     apart = float(np.abs(wanted - logits).max() / max(1e-30, np.abs(wanted).max()))
     agree = float((wanted.argmax(-1) == logits.argmax(-1)).mean())
     rows.append(("logits", f"{apart:.1e} of the largest apart; the most probable token agrees in {agree:.1%} of places"))
-    return rows, ["the logits"] if apart > CLOSE else []
+    return rows, ["the logits"] if apart > TOLERANCE else []
 
 
 def compare_adapter(model: LoadedModel, out: Path) -> Comparison:
@@ -145,7 +145,10 @@ def compare_adapter(model: LoadedModel, out: Path) -> Comparison:
     faults += [f"whether {path} is adapted" for path in sorted(ours.keys() ^ theirs.keys())]
     both = sorted(ours.keys() & theirs.keys())
     faults += [f"the adapter of {path}" for path in both if not _is_same(ours[path], theirs[path])]
-    rows = [("adapters", f"of {len(theirs)} matrices, to the bit"), ("tokens", f"{len(TEXTS)} texts, and the chat template")]
+    rows = [
+        ("adapters", f"of {len(theirs)} matrices, to the bit"),
+        ("tokens", f"{len(CHECK_TEXTS)} texts, and the chat template"),
+    ]
     if faults:
         return rows, faults
     on_base = merge(unflatten(theirs), without_adapters(model.params))
@@ -160,7 +163,7 @@ def _is_same(a: LoRA, b: LoRA) -> bool:
 
 
 def _tokenizer_faults(ours: Tokenizer, theirs: Tokenizer) -> list[str]:
-    faults = [f"the tokens of {text!r}" for text in TEXTS if not np.array_equal(ours.encode(text), theirs.encode(text))]
+    faults = [f"the tokens of {text!r}" for text in CHECK_TEXTS if not np.array_equal(ours.encode(text), theirs.encode(text))]
     return faults + ["the chat template"] * (ours.config.get("chat_template") != theirs.config.get("chat_template"))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from engine.errors import UserError
 from engine.storage.model_loader import LoadedModel
 from engine.text.chat import ChatTokenizer, Example
-from engine.text.conversations import NAMED, Conversations, read_conversations
+from engine.text.conversations import SHIPPED, Conversations, read_conversations
 from engine.text.examples import DatasetSummary, Pair, make_examples, make_pairs
 from stages.cli.console import Console, ReportProgress
 
@@ -52,7 +52,7 @@ def prepare_conversations(
     conversations = _read(data, objective)
     with console.task(f"reading {data}") as report:
         train, summary = tokenize_examples(conversations, model, chat, seq, report)
-    validation = validation or (f"{data}-held-out" if f"{data}-held-out" in NAMED else None)
+    validation = validation or (f"{data}-held-out" if f"{data}-held-out" in SHIPPED else None)
     if validation:
         held_out = tokenize_examples(_read(validation, objective), model, chat, seq)[0]
     else:

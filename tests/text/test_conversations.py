@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from engine.errors import UserError
-from engine.text.conversations import KINDS, NAMED, Conversation, Preference, Text, read_conversations
+from engine.text.conversations import KINDS, SHIPPED, Conversation, Preference, Text, read_conversations
 
 USER, ANSWER, OTHER, SYSTEM = (
     {"role": role, "content": content}
@@ -143,8 +143,8 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 
 def test_the_voice_is_what_it_is_said_to_be() -> None:
     """Hundreds of conversations, all different, in one voice that can be counted; nothing held out is trained on."""
-    data = {name: list(read_conversations(name)) for name in NAMED}
-    assert [read_conversations(name).kind for name in NAMED] == ["messages", "messages", "preference"]
+    data = {name: list(read_conversations(name)) for name in SHIPPED}
+    assert [read_conversations(name).kind for name in SHIPPED] == ["messages", "messages", "preference"]
     train, held_out, preferences = data["voice"], data["voice-held-out"], data["voice-preferences"]
     assert len(train) >= 300
     assert len(held_out) >= 40

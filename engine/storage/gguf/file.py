@@ -23,7 +23,7 @@ from engine.storage.tensor_layout import DTYPE_NAMES, StoredModel, check_tensors
 from engine.storage.untrusted import quote, read_at
 from engine.text import OnProgress
 
-NAMES = tensor_names("blk.{}.", {
+TENSOR_NAMES = tensor_names("blk.{}.", {
     "embed": "token_embd", "norm": "output_norm", "head": "output", "attn_norm": "attn_norm", "mlp_norm": "ffn_norm",
     "q": "attn_q", "k": "attn_k", "v": "attn_v", "q_norm": "attn_q_norm", "k_norm": "attn_k_norm", "out": "attn_output",
     "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
@@ -44,7 +44,7 @@ def open_gguf(path: Path) -> StoredModel:
             raise UserError(f"{path}: the tensor {quote(name)} is {tensor.kind.name}, which cannot be read here.")
     cfg = config_from(header)
     shapes = {name: tensor.shape for name, tensor in header.tensors.items() if name != FREQUENCIES}
-    leaves = check_tensors(layout_of(cfg, NAMES), shapes, path)
+    leaves = check_tensors(layout_of(cfg, TENSOR_NAMES), shapes, path)
     in_pairs = header.metadata["general.architecture"] == "llama"
     paired = {part.name for leaf in leaves for part in leaf.parts if part.paired and in_pairs}
 
@@ -96,7 +96,7 @@ def save_gguf(
     """
     architecture = architecture_of(cfg)
     F32, F16, wanted = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType[DTYPE_NAMES[dtype]]
-    leaves, kinds = list(layout_of(cfg, NAMES)), {}
+    leaves, kinds = list(layout_of(cfg, TENSOR_NAMES)), {}
     with atomic_file(path) as file:
         writer = GGUFWriter(file.name, architecture)
         writer.add_name(name)

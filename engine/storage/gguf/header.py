@@ -16,9 +16,9 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from engine.errors import UserError
 from engine.storage.untrusted import check_adjacent, quote, read_at, read_exactly, truncation_error
 
-KEYS, TENSORS, NAME = 4096, 16384, 1024  # more than any model has: keys, tensors, bytes of a name
-LONGEST = 2049  # bytes of a text in an array: a token, or a merge of two
-TEXT = 16 * 2**20  # bytes of text outside of arrays, in all keys together
+MAX_KEYS, MAX_TENSORS, MAX_NAME_BYTES = 4096, 16384, 1024  # more than any model has: keys, tensors, bytes of a name
+MAX_STRING_BYTES = 2049  # bytes of a text in an array: a token, or a merge of two
+MAX_TEXT_BYTES = 16 * 2**20  # bytes of text outside of arrays, in all keys together
 UINT32, STRING, ARRAY, UINT64 = 4, 8, 9, 10
 SCALARS = {kind: struct.Struct("<" + letter) for kind, letter in zip((*range(8), 10, 11, 12), "BbHhIif?Qqd")}
 
@@ -59,7 +59,7 @@ def read_header(path: Path) -> Header:
         if version not in (2, 3):
             order = "big-endian" if version & 0xFFFF == 0 else f"of version {version}"
             raise UserError(f"{path} is a GGUF file {order}; little-endian files of versions 2 and 3 are read.")
-        if keys > KEYS or count > TENSORS:
+        if keys > MAX_KEYS or count > MAX_TENSORS:
             raise UserError(f"{path} claims {keys:,} keys and {count:,} tensors, more than any model has; it is damaged.")
         reader, metadata = _Reader(file, path, size), dict[str, Any]()
         for _ in range(keys):
@@ -95,7 +95,7 @@ class _Reader:
     """Reads values one by one, checked against the rest of the file."""
 
     def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
-        self.file, self.path, self.size, self.text_left = file, path, size, TEXT
+        self.file, self.path, self.size, self.text_left = file, path, size, MAX_TEXT_BYTES
 
     def number(self, kind: int) -> Any:
         scalar = SCALARS[kind]
@@ -109,8 +109,8 @@ class _Reader:
 
     def name(self, what: str) -> str:
         length = self.number(UINT64)
-        if length > NAME:
-            raise UserError(f"{self.path} is damaged: a {what} has {length:,} bytes, and {NAME:,} are the most.")
+        if length > MAX_NAME_BYTES:
+            raise UserError(f"{self.path} is damaged: a {what} has {length:,} bytes, and {MAX_NAME_BYTES:,} are the most.")
         return self.text(length, what)
 
     def text(self, length: int, what: str) -> str:
@@ -128,7 +128,7 @@ class _Reader:
             length = self.require(self.number(UINT64))
             self.text_left -= length
             if self.text_left < 0:
-                raise UserError(f"{self.path} holds more than {TEXT:,} bytes of text in its keys, at {quote(key)}.")
+                raise UserError(f"{self.path} holds more than {MAX_TEXT_BYTES:,} bytes of text in its keys, at {quote(key)}.")
             return self.text(length, f"value of {quote(key)}")
         if kind != ARRAY:
             raise UserError(f"{self.path} is damaged: the key {quote(key)} has a value of the unknown type {kind}.")
@@ -160,7 +160,7 @@ def read_strings(path: Path, location: ArrayLocation) -> list[str]:
         try:
             for _ in range(location.length):
                 length = int.from_bytes(file.read(8), "little")
-                if length > LONGEST:
+                if length > MAX_STRING_BYTES:
                     raise UserError(f"{path} is damaged: a text in one of its arrays has {length:,} bytes.")
                 texts.append(file.read(length).decode())
         except UnicodeDecodeError:

@@ -14,7 +14,7 @@ from engine.storage.untrusted import build_tokenizer, known_name, quote
 from engine.text.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ggml's kinds of tokens
-NAMED = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token"}  # ggml's names -> tokenizer_config.json's
+SPECIAL_TOKENS = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token"}  # ggml's names -> tokenizer_config.json's
 SPACE = "▁"  # stands for a space in a sentencepiece vocabulary
 LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 PRE_TOKENIZERS = ("gpt-2", "smollm", *LLAMA3, "qwen2")  # llama.cpp's names
@@ -68,7 +68,7 @@ def tokenizer_from(header: Header, vocab: int) -> tuple[tokenizers.Tokenizer, di
     if not isinstance(template, str | None):
         raise UserError(f"{path}: tokenizer.chat_template should be text.")
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    config |= {key: tokens[ids[name]] for name, key in NAMED.items() if name in ids}
+    config |= {key: tokens[ids[name]] for name, key in SPECIAL_TOKENS.items() if name in ids}
     config |= {} if template is None else {"chat_template": template}
     add_bos = field("add_bos_token")
     add_bos = (model == "llama" or pre in LLAMA3) if add_bos is None else add_bos
@@ -159,7 +159,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, eos_ids: tuple[int, ...], vocab: in
         kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
     fields: dict[str, Any] = {"tokens": tokens, "token_type": kinds, "add_bos_token": bool(tokenizer.bos_ids)}
     texts = tokenizer.special_names
-    named = {name: tokenizer.id_of(texts.get(key, "")) for name, key in (NAMED | {"unknown": "unk_token"}).items()}
+    named = {name: tokenizer.id_of(texts.get(key, "")) for name, key in (SPECIAL_TOKENS | {"unknown": "unk_token"}).items()}
     named |= dict(zip(("eos", "eot"), eos_ids))
     fields |= {f"{name}_token_id": place for name, place in named.items() if place is not None}
     others = {"tokenizer.chat_template": config["chat_template"]} if config.get("chat_template") else {}

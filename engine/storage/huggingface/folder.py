@@ -17,8 +17,8 @@ from engine.storage.tensor_layout import DTYPE_NAMES, StoredModel, check_tensors
 from engine.storage.untrusted import build_tokenizer, quote, read_json_object, read_text
 from engine.text import OnProgress
 
-LARGEST = 64 * 2**20  # bytes of a tokenizer.json; the largest of these families has 17 million
-NAMES = tensor_names("model.layers.{}.", {
+MAX_TOKENIZER_BYTES = 64 * 2**20  # the largest of these families has 17 million
+TENSOR_NAMES = tensor_names("model.layers.{}.", {
     "embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head", "attn_norm": "input_layernorm",
     "mlp_norm": "post_attention_layernorm", "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
     "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm", "out": "self_attn.o_proj", "gate": "mlp.gate_proj",
@@ -32,13 +32,13 @@ def open_folder(path: Path) -> StoredModel:
     cfg = config_from(fields, path / "config.json")
     files = safetensors.read_folder(path)
     stored = {name: tensor for name, tensor in files.items() if not name.endswith(".rotary_emb.inv_freq")}
-    head = stored.pop(NAMES["head"], None) if cfg.tied else None
-    leaves = check_tensors(layout_of(cfg, NAMES), {name: tensor.shape for name, tensor in stored.items()}, path)
+    head = stored.pop(TENSOR_NAMES["head"], None) if cfg.tied else None
+    leaves = check_tensors(layout_of(cfg, TENSOR_NAMES), {name: tensor.shape for name, tensor in stored.items()}, path)
     for name, tensor in stored.items():
         if tensor.dtype not in safetensors.DTYPES:
             readable = ", ".join(safetensors.DTYPES)
             raise UserError(f"{tensor.path}: the tensor {quote(name)} is {tensor.dtype}; weights are read as {readable}.")
-    if head and not _are_equal(head, stored[NAMES["embed"]]):  # which of the two is meant cannot be known
+    if head and not _are_equal(head, stored[TENSOR_NAMES["embed"]]):  # which of the two is meant cannot be known
         raise UserError(f"{path} says tie_word_embeddings but has a lm_head.weight that differs from its embedding.")
     rows = lambda name, start, stop: safetensors.read_rows(stored[name], start, stop)
     return StoredModel(path.resolve().name, cfg, leaves, rows, *_read_tokenizer(path, fields, cfg.vocab))
@@ -64,7 +64,7 @@ def _read_tokenizer(
         other = next((name for name in ("tokenizer.model", "vocab.json") if (path / name).exists()), None)
         instead = f", only {other}: save the model's fast tokenizer, which writes one" if other else ""
         raise UserError(f"{path} has no tokenizer.json{instead}.")
-    text = read_text(source, LARGEST)
+    text = read_text(source, MAX_TOKENIZER_BYTES)
     tokenizer = build_tokenizer(lambda: tokenizers.Tokenizer.from_str(text), source)
     config, generation = (
         read_json_object(path / name) if (path / name).exists() else {}
@@ -118,7 +118,7 @@ def save_folder(
     """
     write_json(folder / "config.json", config_to(cfg, dtype, tokens))
     write_json(folder / "generation_config.json", tokens)
-    leaves = list(layout_of(cfg, NAMES))
+    leaves = list(layout_of(cfg, TENSOR_NAMES))
     shapes = {part.name: part.shape for leaf in leaves for part in leaf.parts}
     arrays = (array for _, array in split_params(leaves, params, report))
     safetensors.write_file(folder / "model.safetensors", shapes, DTYPE_NAMES[dtype], arrays)

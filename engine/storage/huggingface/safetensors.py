@@ -27,7 +27,7 @@ from engine.storage.untrusted import (
     truncation_error,
 )
 
-HEADER = 2 * 2**20  # bytes of header at most: ten thousand tensors, and 40 MB once parsed
+MAX_HEADER = 2 * 2**20  # bytes: ten thousand tensors, and 40 MB once parsed
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
 }  # fmt: skip
@@ -52,8 +52,8 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Returns a file's tensors by name, and its metadata."""
     with path.open("rb") as file:
         length = int.from_bytes(read_exactly(file, 8, path), "little")
-        if length > HEADER:
-            raise UserError(f"{path} has a header of {length:,} bytes by its own account; {HEADER:,} are read at most.")
+        if length > MAX_HEADER:
+            raise UserError(f"{path} has a header of {length:,} bytes by its own account; {MAX_HEADER:,} are read at most.")
         header = parse_json_object(read_exactly(file, length, path), path)
         end, size = file.tell(), file.seek(0, 2)
     metadata = header.pop("__metadata__", {})
@@ -128,7 +128,7 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
             if pickled
             else f"{folder} has neither model.safetensors nor model.safetensors.index.json, so it holds no weights."
         )
-    placed = read_json_object(index, 16 * HEADER).get("weight_map")
+    placed = read_json_object(index, 16 * MAX_HEADER).get("weight_map")
     if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
         raise UserError(f"{index} is damaged: it has no weight_map of tensors to files.")
     tensors: dict[str, StoredTensor] = {}

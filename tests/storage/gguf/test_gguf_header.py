@@ -8,7 +8,15 @@ import pytest
 from gguf_files import tiny_gguf, weights
 from refusals import refusal
 
-from engine.storage.gguf.header import KEYS, TENSORS, TEXT, ArrayLocation, read_header, read_numbers, read_strings
+from engine.storage.gguf.header import (
+    MAX_KEYS,
+    MAX_TENSORS,
+    MAX_TEXT_BYTES,
+    ArrayLocation,
+    read_header,
+    read_numbers,
+    read_strings,
+)
 
 u32, u64 = (lambda value: struct.pack("<I", value)), (lambda value: struct.pack("<Q", value))
 text = lambda value: u64(len(value)) + value
@@ -35,9 +43,9 @@ MALFORMED = [
     (b"GGUF" + u32(3), "too soon"),
     (made(version=1), "of version 1"),
     (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
-    (made(count=TENSORS + 1), "more than any model has"),
+    (made(count=MAX_TENSORS + 1), "more than any model has"),
     (made(count=2**64 - 1), "more than any model has"),
-    (b"GGUF" + u32(3) + u64(0) + u64(KEYS + 1), "more than any model has"),
+    (b"GGUF" + u32(3) + u64(0) + u64(MAX_KEYS + 1), "more than any model has"),
     (b"GGUF" + u32(3) + u64(0) + u64(9), "too soon"),
     (b"GGUF" + u32(3) + u64(9) + u64(0), "too soon"),
     (made([key(b"k" * 2000, 4, u32(1))]), "a key has 2,000 bytes"),
@@ -47,7 +55,10 @@ MALFORMED = [
     (made([key(b"k", 13, u32(1))]), "unknown type 13"),
     (made([key(b"k", 8, u64(2**62))]), "too soon"),
     (made([key(b"k", 8, text(b"\xff\xfe"))]), "'k' is not UTF-8"),
-    (made([key(b"%d" % i, 8, text(bytes(TEXT // 2))) for i in range(3)]), f"more than {TEXT:,} bytes of text"),
+    (
+        made([key(b"%d" % i, 8, text(bytes(MAX_TEXT_BYTES // 2))) for i in range(3)]),
+        f"more than {MAX_TEXT_BYTES:,} bytes of text",
+    ),
     (made([key(b"k", 9, u32(9) + u64(1) + u32(9) + u64(1))]), "array of the type 9"),
     (made([key(b"k", 9, u32(77) + u64(1))]), "array of the type 77"),
     (made([key(b"k", 9, u32(5) + u64(2**62))]), "too soon"),

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from engine.errors import UserError
-from engine.storage.huggingface.safetensors import DTYPES, HEADER, read_folder, read_header, read_rows, write_file
+from engine.storage.huggingface.safetensors import DTYPES, MAX_HEADER, read_folder, read_header, read_rows, write_file
 
 TENSORS = {"a": ((3, 5), "F32"), "b": ((7,), "F16"), "c": ((2, 4), "BF16"), "none": ((0, 5), "F32")}
 
@@ -68,7 +68,7 @@ MALFORMED = [
     (b"\x01\x00", "too soon"),
     (made(b"{}", length=1000), "too soon"),
     (made(b"{}", length=2**63), "header of 9,223"),
-    (made(b"{}", length=HEADER + 1), "header of"),
+    (made(b"{}", length=MAX_HEADER + 1), "header of"),
     (made(b"{oh"), "damaged"),
     (made(b'{"\xff": 1}'), "damaged"),
     (made([]), "one JSON object"),
