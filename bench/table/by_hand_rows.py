@@ -35,12 +35,12 @@ def by_hand_rows(cfg: ModelConfig, params: Any, batch: Batch) -> list[Row]:
         row(
             "forward", lambda: forward(plain, weights, tokens),
             forward_flops(plain, T, attention="full"), inference_bytes(plain, B, 0, tokens=T, every_logit=True),
-            params=inference.params, activations=inference.working + inference.logits,
+            params=inference.params, activations=inference.activations + inference.logits,
         ),
         row(
             "forward and backward", lambda: loss_and_gradient(plain, weights, tokens, targets, mask)[0],
             train_flops(plain, T, attention="full"), train_bytes(plain, B, T),
-            params=training.params, gradients=training.gradients, activations=training.passes - training.gradients,
+            params=training.params, gradients=training.gradients, activations=training.gradient_peak - training.gradients,
         ),
     ]  # fmt: skip
 

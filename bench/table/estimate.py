@@ -5,7 +5,7 @@ from engine.counting.flops import forward_flops, train_flops
 from engine.counting.hardware import Ceilings, memory_limit_bytes
 from engine.counting.memory import inference_memory, training_memory
 from engine.counting.params import count_params
-from engine.counting.programs import gradient_program, score_program
+from engine.counting.program_flops import gradient_program_flops, score_program_flops
 from engine.counting.traffic import inference_bytes
 from engine.errors import UserError
 from engine.inference.decode import STEPS
@@ -54,10 +54,10 @@ def too_long(cfg: ModelConfig, batch: int, context: int, seconds: float, rounds:
 def round_seconds(cfg: ModelConfig, batch: int, context: int, ceilings: Ceilings) -> float:
     """Predicts the seconds of a round, roughly: products and bytes moved, at SUSTAINED of this machine's ceilings."""
     kinds = [kind.trainable_paths for kind in training_kinds(cfg)]
-    steps = sum(gradient_program(cfg, batch, context, trainable=paths).total for paths in kinds)
+    steps = sum(gradient_program_flops(cfg, batch, context, trainable=paths).total for paths in kinds)
     gradients = sum(training_memory(cfg, batch, context, trainable=paths).gradients for paths in kinds)
     # Evaluation, prefill, and of one sequence a prompt for a slot and a token without a cache.
-    forwards = (2 + 2 / batch) * score_program(cfg, batch, context).total
+    forwards = (2 + 2 / batch) * score_program_flops(cfg, batch, context).total
     by_hand = sum(work(cfg, context, attention="full").total for work in (forward_flops, train_flops)) * context
     # Each decoding row runs twice: whole, and its products alone.
     decoding = 2 * STEPS * sum(inference_bytes(cfg, slots, context).total for slots in (2, 8, 8, 32, 32))

@@ -10,9 +10,9 @@ import numpy as np
 from jax import Array
 
 from bench.table.row import Row, compile_program
-from engine.counting.flops import Flops, Part, prefill_flops
+from engine.counting.flops import Flops, PassFlops, prefill_flops
 from engine.counting.memory import inference_memory
-from engine.counting.programs import decode_program, prefill_program, score_program
+from engine.counting.program_flops import decode_program_flops, prefill_program_flops, score_program_flops
 from engine.counting.traffic import inference_bytes
 from engine.inference.decode import CHUNK, MIN_ROWS, STEPS, decode_steps, prefill
 from engine.inference.programs import prefill_chunk, read_chunk, write_chunk
@@ -38,7 +38,7 @@ def evaluation_row(cfg: ModelConfig, params: Any, batch: Batch) -> Row:
     program, cost = compile_program(score, (cfg,), params, batch)
     return Row(
         "evaluation forward", "inference", lambda: program(params, batch), lambda: params, tokens=B * T,
-        formula=score_program(cfg, B, T), dtype=cfg.dtype, **cost, **_predicted(cfg, B, 0, tokens=T, every_logit=True),
+        formula=score_program_flops(cfg, B, T), dtype=cfg.dtype, **cost, **_predicted(cfg, B, 0, tokens=T, every_logit=True),
     )  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def prefill_row(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Row:
 
     return Row(
         "prefill", "inference", run, lambda: params, tokens=B * T,
-        formula=prefill_program(cfg, B, CHUNK, T) * chunks, dtype=cfg.dtype, **cost,
+        formula=prefill_program_flops(cfg, B, CHUNK, T) * chunks, dtype=cfg.dtype, **cost,
         **_predicted(cfg, B, T, calls=chunks, tokens=CHUNK),
     )  # fmt: skip
 
@@ -91,13 +91,13 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
     program, cost = compile_program(prefill_chunk, (cfg,), params, cache, pieces[0], slot, starts[0], calls=chunks)
     # A chunk attends to every place of its slot. The last layer ends with its keys and values.
     parts = prefill_flops(cfg, size, attention="full", cached=S - size).parts
-    blocks = {name: Part(part.forward // cfg.layers * (cfg.layers - 1)) for name, part in parts.items()}
-    formula = Flops(blocks | {"qkv": parts["qkv"], "head": Part()})
+    blocks = {name: PassFlops(part.forward // cfg.layers * (cfg.layers - 1)) for name, part in parts.items()}
+    formula = Flops(blocks | {"qkv": parts["qkv"], "head": PassFlops()})
     predicted = inference_memory(cfg, SLOTS, S, tokens=size)
     yield Row(
         "chunked prefill into a slot", "inference", in_turn(functools.partial(program, params), pieces), lambda: params,
         tokens=T, formula=formula * chunks, dtype=cfg.dtype, **cost,
-        memory={"params": predicted.params, "cache": predicted.cache, "activations": predicted.working // SLOTS},
+        memory={"params": predicted.params, "cache": predicted.cache, "activations": predicted.activations // SLOTS},
         traffic=inference_bytes(cfg, 1, S, tokens=size).total * chunks,
     )  # fmt: skip
 
@@ -130,7 +130,7 @@ def decode_row(cfg: ModelConfig, params: Any, requests: int, length: int, *, nam
 
     return Row(
         name, "decode", run, lambda: params, tokens=requests * STEPS,
-        formula=decode_program(cfg, rows, capacity, int16_activations=int16_activation_matrices(params)) * STEPS,
+        formula=decode_program_flops(cfg, rows, capacity, int16_activations=int16_activation_matrices(params)) * STEPS,
         slots=requests, series=weights and f"{weights} weights", dtype=weights or cfg.dtype,
         products=lambda: products(params, x), **cost, **_predicted(cfg, rows, capacity, calls=STEPS, int8=bool(weights)),
     )  # fmt: skip
@@ -186,6 +186,6 @@ def _predicted(cfg: ModelConfig, slots: int, length: int, *, calls: int = 1, **o
     """Returns the fields `memory` and `traffic` of a Row; arguments as of `inference_memory`, for so many calls."""
     held = inference_memory(cfg, slots, length, **options)
     return {
-        "memory": {"params": held.params, "cache": held.cache, "activations": held.working + held.logits},
+        "memory": {"params": held.params, "cache": held.cache, "activations": held.activations + held.logits},
         "traffic": inference_bytes(cfg, slots, length, **options).total * calls,
     }

@@ -137,7 +137,7 @@ def _document(
     timing, forward_seconds = timings[row.name], timings[forward.name].median
     products_seconds = timings[row.name + PRODUCTS].median if row.products else None
     times = ratio(timing, timings[forward.name])
-    seconds, flops = timing.median, row.formula.whole
+    seconds, flops = timing.median, row.formula.by_pass
     per_token = lambda number: number / row.tokens
     relative = per_token(flops.total) / (forward.formula.total / forward.tokens)
     used = per_token(row.traffic) / seconds / (1e9 * ceilings.read_gbs)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from engine.counting.flops import Flops
-from engine.counting.walk import Work, count
+from engine.counting.jaxpr import JaxprCost, jaxpr_cost
 from engine.counting.xla import XlaCost, xla_cost, xla_peak
 
 
@@ -26,7 +26,7 @@ class Row:
     peak_bytes: int | None  # that the compiled program needs, by XLA
     memory: dict[str, int]  # the same, predicted, by component
     traffic: int  # bytes that it must read and write
-    walker: Work | None = None
+    walker: JaxprCost | None = None
     update: int = 0  # operations outside the gradient: clipping, the optimizer, the guard
     xla: XlaCost | None = None
     slots: int | None = None
@@ -51,6 +51,6 @@ def compile_program(
     cost = xla_cost(program)
     return program, {
         "peak_bytes": xla_peak(program),
-        "walker": count(functools.partial(function, *static, **options), *args) * calls,
+        "walker": jaxpr_cost(functools.partial(function, *static, **options), *args) * calls,
         "xla": XlaCost(*(calls * steps * each for each in cost)),
     }

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from bench.table.row import Row, compile_program
+from engine.counting.jaxpr import jaxpr_cost
 from engine.counting.memory import training_memory
-from engine.counting.programs import gradient_program
+from engine.counting.program_flops import gradient_program_flops
 from engine.counting.traffic import train_bytes
 from engine.counting.trainable_paths import TrainablePaths, all_trainable, bottom_frozen, head_only, lora_only, top_frozen
-from engine.counting.walk import count
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import merge, split
 from engine.model.weights.matmul import cast_matrices
@@ -78,10 +78,10 @@ def training_row(cfg: ModelConfig, params: Any, kind: TrainingKind, batch: Batch
     state = init_state(tx, trainable)
     progress = jnp.float32(0.5)
     program, cost = compile_program(train_step, (cfg, tx), state, frozen, data, progress, objective=objective)
-    walker = count(functools.partial(loss_and_gradient, cfg, objective=objective), trainable, frozen, data)
+    walker = jaxpr_cost(functools.partial(loss_and_gradient, cfg, objective=objective), trainable, frozen, data)
     update = cost["walker"].elementwise - walker.elementwise
     chunked = 4 * B * T * cfg.vocab > LOGITS_LIMIT
-    formula = gradient_program(cfg, B, T, trainable=paths, loss_chunk=CHUNK if chunked else None)
+    formula = gradient_program_flops(cfg, B, T, trainable=paths, loss_chunk=CHUNK if chunked else None)
     predicted = training_memory(cfg, B, T, trainable=paths)
 
     def run() -> Any:

@@ -9,7 +9,7 @@ from engine.by_hand.tree import Params, leaves, tree_map
 
 
 class AdamWConfig(NamedTuple):
-    """The names and defaults are those of `training.optimizer`."""
+    """AdamW's hyperparameters, named and preset as in `training.optimizer`."""
 
     learning_rate: float = 1e-3
     beta1: float = 0.9
@@ -20,26 +20,26 @@ class AdamWConfig(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """The optimizer state: two numbers for every weight."""
+    """The optimizer state: two moments of every weight. Checkpoints hold the fields by name."""
 
-    taken: ndarray  # () int32, steps
+    taken: ndarray  # () int32, steps so far
     first: Params  # running mean of the gradient
     second: Params  # running mean of its square
 
 
-def norm(tree: Params) -> float:
-    """Returns the length of a tree as one vector."""
+def global_norm(tree: Params) -> float:
+    """Returns the L2 norm of a tree as one vector."""
     return sum(float(np.vdot(leaf, leaf)) for leaf in leaves(tree)) ** 0.5
 
 
 def step(cfg: AdamWConfig, params: Params, gradient: Params, moments: Moments, factor: float = 1.0) -> tuple[Params, Moments]:
-    """Returns new params and moments. `factor` is the schedule's, on the learning rate.
+    """Takes a step: returns new params and moments. `factor` is the schedule's, on the learning rate.
 
     A weight moves against its mean gradient over that gradient's usual size: about a learning rate a step, whatever the
     gradient's scale. Both means begin at zero, which the division by 1 - beta^count corrects. Decay pulls matrices towards
     zero apart from the gradient; it leaves gains and biases, which are vectors.
     """
-    length = norm(gradient)
+    length = global_norm(gradient)
     shrink = cfg.clip / length if length > cfg.clip else 1.0
     count = int(moments.taken) + 1
     correction1, correction2 = 1 - cfg.beta1**count, 1 - cfg.beta2**count

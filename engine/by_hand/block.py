@@ -1,4 +1,4 @@
-"""A block's two halves, each three times: forward alone, forward with residuals, backward.
+"""A block's two halves, attention and SwiGLU: each forward alone, forward with residuals, and backward.
 
 Both forwards compute the same bits. Forward alone, all that inference runs, frees every intermediate as soon as the next
 line has read it. In training each half keeps one of the tuples below for the backward pass, which starts at the last block.
@@ -15,10 +15,7 @@ from engine.by_hand.layers import (
     attention_weights,
     attention_weights_backward,
     bias_backward,
-    by_key_head,
-    by_token,
-    mix,
-    mix_backward,
+    group_heads,
     project,
     project_backward,
     rms_norm,
@@ -27,14 +24,17 @@ from engine.by_hand.layers import (
     rope_backward,
     swiglu,
     swiglu_backward,
+    ungroup_heads,
+    weighted_values,
+    weighted_values_backward,
 )
 from engine.model.config import ModelConfig
 
 Weights = dict[str, ndarray]  # of one block
 
 
-class Place(NamedTuple):
-    """What depends on a token's position, the same in all blocks."""
+class PositionTables(NamedTuple):
+    """RoPE's tables and the causal mask, the same in all blocks."""
 
     cos: ndarray  # (B, T, 1, H / 2)
     sin: ndarray
@@ -42,7 +42,7 @@ class Place(NamedTuple):
 
 
 class AttentionResiduals(NamedTuple):
-    """What attention keeps for its backward pass, and for what."""
+    """The arrays that attention saves for its backward pass, each with the derivative that needs it."""
 
     x: ndarray  # (B, T, D)         the norm's dx and dgain
     h: ndarray  # (B, T, D)         dweight of qkv
@@ -55,7 +55,7 @@ class AttentionResiduals(NamedTuple):
 
 
 class SwigluResiduals(NamedTuple):
-    """What the feed-forward half keeps for its backward pass, and for what."""
+    """The arrays that the feed-forward half saves for its backward pass, each with the derivative that needs it."""
 
     x: ndarray  # (B, T, D)       the norm's dx and dgain
     h: ndarray  # (B, T, D)       dweight of gate_up
@@ -64,39 +64,41 @@ class SwigluResiduals(NamedTuple):
     hidden: ndarray  # (B, T, F)  dweight of down
 
 
-def attention(cfg: ModelConfig, w: Weights, x: ndarray, place: Place) -> ndarray:
-    """x (B, T, D) -> (B, T, D)."""
-    q, k, v = _rotate(cfg, w, _project_heads(cfg, w, rms_norm(x, w["attn_norm"], cfg.eps)), place)
-    mixed = mix(attention_weights(q, k, place.mask), v)
-    return x + project(join_heads(by_token(mixed, x.shape[1])), w["out"])
+def attention(cfg: ModelConfig, w: Weights, x: ndarray, tables: PositionTables) -> ndarray:
+    """Adds attention to the residual stream: x (B, T, D) -> (B, T, D)."""
+    q, k, v = _rotate(cfg, w, _project_heads(cfg, w, rms_norm(x, w["attn_norm"], cfg.eps)), tables)
+    mixed = weighted_values(attention_weights(q, k, tables.mask), v)
+    return x + project(merge_heads(ungroup_heads(mixed, x.shape[1])), w["out"])
 
 
-def attention_with_residuals(cfg: ModelConfig, w: Weights, x: ndarray, place: Place) -> tuple[ndarray, AttentionResiduals]:
-    """Returns the same, and what `attention_backward` needs."""
+def attention_with_residuals(
+    cfg: ModelConfig, w: Weights, x: ndarray, tables: PositionTables
+) -> tuple[ndarray, AttentionResiduals]:
+    """Returns `attention`'s result, and the residuals for `attention_backward`."""
     h = rms_norm(x, w["attn_norm"], cfg.eps)
     raw = _project_heads(cfg, w, h)
-    q, k, v = _rotate(cfg, w, raw, place)
-    weights = attention_weights(q, k, place.mask)
-    mixed = join_heads(by_token(mix(weights, v), x.shape[1]))
+    q, k, v = _rotate(cfg, w, raw, tables)
+    weights = attention_weights(q, k, tables.mask)
+    mixed = merge_heads(ungroup_heads(weighted_values(weights, v), x.shape[1]))
     return x + project(mixed, w["out"]), AttentionResiduals(x, h, raw[:2] if cfg.qk_norm else None, q, k, v, weights, mixed)
 
 
 def attention_backward(
-    cfg: ModelConfig, w: Weights, residuals: AttentionResiduals, dy: ndarray, place: Place
+    cfg: ModelConfig, w: Weights, residuals: AttentionResiduals, dy: ndarray, tables: PositionTables
 ) -> tuple[ndarray, Weights]:
-    """dy (B, T, D) -> dx (B, T, D), and the derivatives by this half's weights: the lines above in reverse."""
+    """dy (B, T, D) -> dx (B, T, D), and the derivatives by this half's weights: the forward lines in reverse."""
     T = dy.shape[1]
     d: Weights = {}
     dmixed, d["out"] = project_backward(dy, residuals.mixed, w["out"])
-    dmixed = by_key_head(dmixed.reshape(*dy.shape[:2], cfg.heads, cfg.head_dim), cfg.kv_heads)
-    dweights, dv = mix_backward(dmixed, residuals.weights, residuals.v)
+    dmixed = group_heads(dmixed.reshape(*dy.shape[:2], cfg.heads, cfg.head_dim), cfg.kv_heads)
+    dweights, dv = weighted_values_backward(dmixed, residuals.weights, residuals.v)
     dq, dk = attention_weights_backward(dweights, residuals.weights, residuals.q, residuals.k)
-    dq, dk, dv = by_token(dq, T), by_token(dk, T), by_token(dv, T)
-    dq, dk = rope_backward(dq, place.cos, place.sin), rope_backward(dk, place.cos, place.sin)
+    dq, dk, dv = ungroup_heads(dq, T), ungroup_heads(dk, T), ungroup_heads(dv, T)
+    dq, dk = rope_backward(dq, tables.cos, tables.sin), rope_backward(dk, tables.cos, tables.sin)
     if residuals.raw is not None:
         dq, d["q_norm"] = rms_norm_backward(dq, residuals.raw[0], w["q_norm"], cfg.eps)
         dk, d["k_norm"] = rms_norm_backward(dk, residuals.raw[1], w["k_norm"], cfg.eps)
-    dqkv = join_heads(np.concatenate([dq, dk, dv], axis=2))
+    dqkv = merge_heads(np.concatenate([dq, dk, dv], axis=2))
     if cfg.qkv_bias:
         d["qkv_bias"] = bias_backward(dqkv)
     dh, d["qkv"] = project_backward(dqkv, residuals.h, w["qkv"])
@@ -105,13 +107,13 @@ def attention_backward(
 
 
 def feed_forward(cfg: ModelConfig, w: Weights, x: ndarray) -> ndarray:
-    """x (B, T, D) -> (B, T, D)."""
+    """Adds the SwiGLU half to the residual stream: x (B, T, D) -> (B, T, D)."""
     gate, up = np.split(project(rms_norm(x, w["mlp_norm"], cfg.eps), w["gate_up"]), 2, axis=-1)
     return x + project(swiglu(gate, up), w["down"])
 
 
 def feed_forward_with_residuals(cfg: ModelConfig, w: Weights, x: ndarray) -> tuple[ndarray, SwigluResiduals]:
-    """Returns the same, and what `feed_forward_backward` needs."""
+    """Returns `feed_forward`'s result, and the residuals for `feed_forward_backward`."""
     h = rms_norm(x, w["mlp_norm"], cfg.eps)
     gate, up = np.split(project(h, w["gate_up"]), 2, axis=-1)
     hidden = swiglu(gate, up)
@@ -128,7 +130,7 @@ def feed_forward_backward(cfg: ModelConfig, w: Weights, residuals: SwigluResidua
     return dy + dx, d
 
 
-def join_heads(heads: ndarray) -> ndarray:
+def merge_heads(heads: ndarray) -> ndarray:
     """(B, T, heads, H) -> (B, T, heads H)."""
     return heads.reshape(*heads.shape[:2], -1)
 
@@ -141,10 +143,10 @@ def _project_heads(cfg: ModelConfig, w: Weights, h: ndarray) -> list[ndarray]:
     return np.split(qkv.reshape(*qkv.shape[:2], -1, cfg.head_dim), [cfg.heads, cfg.heads + cfg.kv_heads], axis=2)
 
 
-def _rotate(cfg: ModelConfig, w: Weights, heads: list[ndarray], place: Place) -> list[ndarray]:
+def _rotate(cfg: ModelConfig, w: Weights, heads: list[ndarray], tables: PositionTables) -> list[ndarray]:
     """q (B, T, N, H), k and v (B, T, K, H) -> q (B, K, G T, H), k and v (B, K, T, H): q and k normed and rotated."""
     q, k, v = heads
     if cfg.qk_norm:
         q, k = rms_norm(q, w["q_norm"], cfg.eps), rms_norm(k, w["k_norm"], cfg.eps)
-    q, k = rope(q, place.cos, place.sin), rope(k, place.cos, place.sin)
-    return [by_key_head(x, cfg.kv_heads) for x in (q, k, v)]
+    q, k = rope(q, tables.cos, tables.sin), rope(k, tables.cos, tables.sin)
+    return [group_heads(x, cfg.kv_heads) for x in (q, k, v)]

@@ -1,4 +1,4 @@
-"""Each layer forward and backward.
+"""The layers in NumPy, each forward and backward.
 
 Where y = f(x) and the loss depends on x only through y, the chain rule says
 
@@ -114,7 +114,7 @@ def rope_tables(cfg: ModelConfig, positions: ndarray, dtype: np.dtype) -> tuple[
 
 
 def rope(x: ndarray, cos: ndarray, sin: ndarray) -> ndarray:
-    """x (B, T, N, H) -> (B, T, N, H), each pair (x[i], x[i + H / 2]) turned by its angle, as in Hugging Face's files."""
+    """x (B, T, N, H) -> (B, T, N, H), each pair (x[i], x[i + H / 2]) rotated by its angle, as in Hugging Face's files."""
     one, two = np.split(x, 2, axis=-1)
     return np.concatenate([one * cos - two * sin, two * cos + one * sin], axis=-1)
 
@@ -131,15 +131,15 @@ def rope_backward(dy: ndarray, cos: ndarray, sin: ndarray) -> ndarray:
 # pass also sums over the group for dk and dv.
 
 
-def by_key_head(x: ndarray, K: int) -> ndarray:
+def group_heads(x: ndarray, K: int) -> ndarray:
     """x (B, T, N, H) -> (B, K, G T, H); for keys and values (B, T, K, H) -> (B, K, T, H), as G is 1."""
     B, T, N, H = x.shape
     moved = x.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     return np.ascontiguousarray(moved).reshape(B, K, N // K * T, H)  # a copy of its own, whatever G is
 
 
-def by_token(x: ndarray, T: int) -> ndarray:
-    """(B, K, G T, H) -> (B, T, N, H): the inverse of `by_key_head`, and its backward."""
+def ungroup_heads(x: ndarray, T: int) -> ndarray:
+    """(B, K, G T, H) -> (B, T, N, H): the inverse of `group_heads`, and its backward."""
     B, K, rows, H = x.shape
     return x.reshape(B, K, rows // T, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, K * (rows // T), H)
 
@@ -178,12 +178,12 @@ def attention_weights_backward(dp: ndarray, p: ndarray, q: ndarray, k: ndarray) 
     return ds @ k, ds.swapaxes(-1, -2) @ q
 
 
-def mix(p: ndarray, v: ndarray) -> ndarray:
-    """P (B, K, G T, T), v (B, K, T, H) -> (B, K, G T, H): the values, weighted."""
+def weighted_values(p: ndarray, v: ndarray) -> ndarray:
+    """P (B, K, G T, T), v (B, K, T, H) -> (B, K, G T, H): P v, the values weighted by attention."""
     return p @ v
 
 
-def mix_backward(dy: ndarray, p: ndarray, v: ndarray) -> tuple[ndarray, ndarray]:
+def weighted_values_backward(dy: ndarray, p: ndarray, v: ndarray) -> tuple[ndarray, ndarray]:
     """dy (B, K, G T, H) -> dp (B, K, G T, T), dv (B, K, T, H): dp = dy v^T, dv = P^T dy."""
     return dy @ v.swapaxes(-1, -2), p.swapaxes(-1, -2) @ dy
 
@@ -235,7 +235,7 @@ def cross_entropy(logits: ndarray, targets: ndarray, mask: ndarray) -> float:
 
 
 def cross_entropy_backward(logits: ndarray, targets: ndarray, mask: ndarray) -> ndarray:
-    """-> dlogits (B, T, V). The backward pass starts here, so there is no dy.
+    """Returns dlogits (B, T, V). The backward pass starts here, so there is no dy.
 
     The derivative of log sum exp(z) by z[i] is exp(z[i]) / sum exp(z), the softmax; that of -z[target] is -1 at the target:
 

@@ -12,10 +12,10 @@ from engine.model.config import ModelConfig
 
 
 class Residuals(NamedTuple):
-    """What a forward pass keeps for its backward pass, and for what; it grows with every block."""
+    """The arrays that a forward pass saves for its backward pass; they grow with every block."""
 
     tokens: ndarray  # (B, T)   the embedding rows that get a derivative
-    place: block.Place  # the angles by which dq and dk turn back
+    tables: block.PositionTables  # RoPE's backward, for dq and dk
     blocks: list[tuple[block.AttentionResiduals, block.SwigluResiduals]]  # L of them
     x: ndarray  # (B, T, D)   the last norm's dx and dgain
     h: ndarray  # (B, T, D)   dweight of the head
@@ -24,16 +24,16 @@ class Residuals(NamedTuple):
 def forward(
     cfg: ModelConfig, params: Any, tokens: ndarray, positions: ndarray | None = None, segments: ndarray | None = None
 ) -> ndarray:
-    """tokens (B, T) int -> logits (B, T, V), in the weights' dtype. Keeps nothing.
+    """tokens (B, T) int -> logits (B, T, V), in the weights' dtype. Saves no residuals.
 
     positions (B, T): by default 0 .. T - 1 in each row. segments (B, T): tokens of different ones do not see each other.
     Raises UserError for weights that are not plain arrays of one float dtype, or tokens outside the vocabulary.
     """
     params = to_numpy(params)
-    place = _place(cfg, params, tokens, positions, segments)
+    tables = _position_tables(cfg, params, tokens, positions, segments)
     x = layers.lookup(params["embed"], tokens)
     for i in range(cfg.layers):
-        x = block.attention(cfg, params["blocks"][str(i)], x, place)
+        x = block.attention(cfg, params["blocks"][str(i)], x, tables)
         x = block.feed_forward(cfg, params["blocks"][str(i)], x)
     return layers.project(layers.rms_norm(x, params["norm"], cfg.eps), _head(cfg, params))
 
@@ -41,17 +41,17 @@ def forward(
 def forward_with_residuals(
     cfg: ModelConfig, params: Any, tokens: ndarray, positions: ndarray | None = None, segments: ndarray | None = None
 ) -> tuple[ndarray, Residuals]:
-    """Returns the same logits, and all that `backward` needs."""
+    """Returns `forward`'s logits, and the residuals for `backward`."""
     params = to_numpy(params)
-    place = _place(cfg, params, tokens, positions, segments)
+    tables = _position_tables(cfg, params, tokens, positions, segments)
     x = layers.lookup(params["embed"], tokens)
     blocks = []
     for i in range(cfg.layers):
-        x, of_attention = block.attention_with_residuals(cfg, params["blocks"][str(i)], x, place)
+        x, of_attention = block.attention_with_residuals(cfg, params["blocks"][str(i)], x, tables)
         x, of_swiglu = block.feed_forward_with_residuals(cfg, params["blocks"][str(i)], x)
         blocks.append((of_attention, of_swiglu))
     h = layers.rms_norm(x, params["norm"], cfg.eps)
-    return layers.project(h, _head(cfg, params)), Residuals(tokens, place, blocks, x, h)
+    return layers.project(h, _head(cfg, params)), Residuals(tokens, tables, blocks, x, h)
 
 
 def backward(cfg: ModelConfig, params: Any, residuals: Residuals, dlogits: ndarray) -> Params:
@@ -64,7 +64,7 @@ def backward(cfg: ModelConfig, params: Any, residuals: Residuals, dlogits: ndarr
         w = params["blocks"][str(i)]
         of_attention, of_swiglu = residuals.blocks[i]
         dx, dswiglu = block.feed_forward_backward(cfg, w, of_swiglu, dx)
-        dx, dattention = block.attention_backward(cfg, w, of_attention, dx, residuals.place)
+        dx, dattention = block.attention_backward(cfg, w, of_attention, dx, residuals.tables)
         dblocks[str(i)] = dattention | dswiglu
     dembed = layers.lookup_backward(dx, residuals.tokens, cfg.vocab)
     if not cfg.tied:
@@ -85,7 +85,7 @@ def loss_and_gradient(
     cfg: ModelConfig, params: Any, tokens: ndarray, targets: ndarray, mask: ndarray, positions: ndarray | None = None,
     segments: ndarray | None = None,
 ) -> tuple[float, Params]:  # fmt: skip
-    """Returns the same loss, and its derivative by every weight, a tree like params. Raises UserError as `forward` does."""
+    """Returns `loss`, and its derivative by every weight, a tree like params. Raises UserError as `forward` does."""
     logits, residuals = forward_with_residuals(cfg, params, tokens, positions, segments)
     value = layers.cross_entropy(logits, targets, mask)
     return value, backward(cfg, params, residuals, layers.cross_entropy_backward(logits, targets, mask))
@@ -104,9 +104,9 @@ def _head(cfg: ModelConfig, params: Params) -> ndarray:
     return params["embed"].T if cfg.tied else params["head"]
 
 
-def _place(
+def _position_tables(
     cfg: ModelConfig, params: Params, tokens: ndarray, positions: ndarray | None, segments: ndarray | None
-) -> block.Place:
+) -> block.PositionTables:
     if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
         raise UserError(f"tokens must be whole numbers (B, T), not {tokens.dtype} {tokens.shape}.")
     # NumPy would look up a negative token at the table's end.
@@ -116,4 +116,4 @@ def _place(
         )
     T = tokens.shape[1]
     positions = np.arange(T)[None] if positions is None else positions
-    return block.Place(*layers.rope_tables(cfg, positions, params["embed"].dtype), layers.causal_mask(segments, T))
+    return block.PositionTables(*layers.rope_tables(cfg, positions, params["embed"].dtype), layers.causal_mask(segments, T))

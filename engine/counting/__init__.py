@@ -1,1 +1,1 @@
-"""What work costs: FLOPs, bytes and memory by formula, by reading the program, and by XLA; a machine's ceilings measured."""
+"""Counts FLOPs, bytes and memory: by formula, from the jaxpr, and by XLA. Measures a machine's ceilings."""

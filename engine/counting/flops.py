@@ -1,6 +1,6 @@
 """FLOPs by formula: every matrix product of the model, forward and backward, from its config alone.
 
-- A multiply and its add are 2 operations. Only matrix products count: all else is a few percent, which `walk.py` counts in
+- A multiply and its add are 2 operations. Only matrix products count: all else is a few percent, which `jaxpr.py` counts in
   the program.
 - The embedding lookup costs 0, the unembedding 2 V D, whether or not the two share a table.
 - Attention is `full` (each query meets all T keys, as in "12 L D T"), `causal` (half of that), or the size of the query
@@ -23,8 +23,8 @@ Attention = Literal["causal", "full"] | int
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """Operations of one component; `recompute` is what remat computes a second time."""
+class PassFlops:
+    """FLOPs of one component by pass; `recompute` is what remat computes a second time."""
 
     forward: int = 0
     recompute: int = 0
@@ -35,26 +35,27 @@ class Part:
     def total(self) -> int:
         return sum(dataclasses.astuple(self))
 
-    def __add__(self, other: "Part") -> "Part":
-        return Part(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
+    def __add__(self, other: "PassFlops") -> "PassFlops":
+        return PassFlops(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
 
-    def __mul__(self, times: int) -> "Part":
-        return Part(*(flops * times for flops in dataclasses.astuple(self)))
+    def __mul__(self, times: int) -> "PassFlops":
+        return PassFlops(*(flops * times for flops in dataclasses.astuple(self)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """Operations by component: the block matrices and `attention` (whose backward is all `dx`), `head`, and `lora`."""
+    """FLOPs by component: the block matrices and `attention` (whose backward is all `dx`), `head`, and `lora`."""
 
-    parts: dict[str, Part]
+    parts: dict[str, PassFlops]
 
     @property
-    def whole(self) -> Part:
-        return sum(self.parts.values(), Part())
+    def by_pass(self) -> PassFlops:
+        """The sum of the parts."""
+        return sum(self.parts.values(), PassFlops())
 
     @property
     def total(self) -> int:
-        return self.whole.total
+        return self.by_pass.total
 
     def __mul__(self, times: int) -> "Flops":
         return Flops({name: part * times for name, part in self.parts.items()})
@@ -64,7 +65,7 @@ def train_flops(
     cfg: ModelConfig, tokens: int, *, attention: Attention, rows: int = 1, trainable: TrainablePaths | None = None,
     remat: Literal["none", "block", "full"] | None = None, loss_chunk: int | None = None, as_run: bool = False,
 ) -> Flops:  # fmt: skip
-    """Operations of a training step **per token** (or for `rows` tokens) of sequences of `tokens`.
+    """Returns the FLOPs of a training step **per token** (or for `rows` tokens) of sequences of `tokens`.
 
     By default everything trains and `remat` is the config's: `block` repeats the forward pass of each block that has a
     backward pass, except its last product, `down`, whose result no gradient reads; `full` repeats all of it once anything
@@ -86,19 +87,19 @@ def train_flops(
         )
         trainable = TrainablePaths(spread(trainable.weights), spread(trainable.adapted), trainable.rank)
     live = "embed" in trainable.weights or (scan and lowest_gradient(cfg, trainable) == 0)
-    walk = _Walk(cfg, trainable, rows, as_run, live, dict.fromkeys((*MATRICES, "attention", "head", "lora"), Part()))
+    counter = _Counter(cfg, trainable, rows, as_run, live, dict.fromkeys((*MATRICES, "attention", "head", "lora"), PassFlops()))
     square = 2 * rows * cfg.heads * cfg.head_dim * twice_mean_keys(tokens, attention)
     remat = remat or cfg.remat
     for layer in range(cfg.layers):
-        walk.block(f"blocks/{layer}/", square, remat == "block")
-    walk.head(loss_chunk)
-    if walk.live and remat == "full":
-        walk.tally = {name: part + Part(recompute=part.forward) for name, part in walk.tally.items()}
-    return Flops(walk.tally)
+        counter.block(f"blocks/{layer}/", square, remat == "block")
+    counter.head(loss_chunk)
+    if counter.live and remat == "full":
+        counter.tally = {name: part + PassFlops(recompute=part.forward) for name, part in counter.tally.items()}
+    return Flops(counter.tally)
 
 
 @dataclasses.dataclass
-class _Walk:
+class _Counter:
     """Adds up the products of the model from the bottom up."""
 
     cfg: ModelConfig
@@ -106,20 +107,20 @@ class _Walk:
     rows: int
     merges_lora: bool
     live: bool  # something below trains, so the gradient must reach here
-    tally: dict[str, Part]
+    tally: dict[str, PassFlops]
 
     def multiply(self, name: str, path: str, inputs: int, columns: int) -> None:
         size, trains = 2 * self.rows * inputs * columns, path in self.trainable.weights
-        self.tally[name] += Part(forward=size, dx=size * self.live, dw=size * trains)
+        self.tally[name] += PassFlops(forward=size, dx=size * self.live, dw=size * trains)
         adapted = self.adapted(path)
         if adapted:
             # da needs g bᵀ even where no gradient goes further down.
             down, up = (2 * self.rows * self.trainable.rank * side for side in (inputs * len(adapted), sum(adapted)))
-            pairs = Part(forward=down + up, dx=up + down * self.live, dw=down + up)
+            pairs = PassFlops(forward=down + up, dx=up + down * self.live, dw=down + up)
             if self.is_merged(inputs, columns):
                 # The backward pass computes x a for db, and merges again the weight that dX goes through.
                 merge = 2 * inputs * self.trainable.rank * sum(adapted)
-                pairs = Part(forward=merge, recompute=merge * self.live, dx=up, dw=2 * down + up)
+                pairs = PassFlops(forward=merge, recompute=merge * self.live, dx=up, dw=2 * down + up)
             self.tally["lora"] += pairs
         self.live |= trains or bool(adapted)
 
@@ -140,7 +141,7 @@ class _Walk:
         queries, keys = (values or prefix + gain in weights for gain in ("q_norm", "k_norm"))
         self.live = queries or keys
         # Each half of the forward: dV, dP (on which dQ and dK depend), dQ, dK.
-        self.tally["attention"] += Part(square, dx=square // 2 * sum((values, self.live, queries, keys)))
+        self.tally["attention"] += PassFlops(square, dx=square // 2 * sum((values, self.live, queries, keys)))
         self.multiply("out", prefix + "out", cfg.heads * cfg.head_dim, cfg.width)
         self.live |= prefix + "mlp_norm" in weights
         self.multiply("gate_up", prefix + "gate_up", cfg.width, 2 * cfg.ff)
@@ -152,14 +153,14 @@ class _Walk:
             rows = cfg.ff if self.is_merged(cfg.ff, cfg.width) else self.rows
             unread["lora"] = 2 * rows * self.trainable.rank * cfg.width
         for name, part in before.items():
-            self.tally[name] += Part(recompute=self.tally[name].forward - part.forward - unread.get(name, 0))
+            self.tally[name] += PassFlops(recompute=self.tally[name].forward - part.forward - unread.get(name, 0))
 
     def head(self, loss_chunk: int | None) -> None:
         columns = self.cfg.vocab if loss_chunk is None else -(-self.cfg.vocab // loss_chunk) * loss_chunk
         self.live |= "norm" in self.trainable.weights
         self.multiply("head", "embed" if self.cfg.tied else "head", self.cfg.width, columns)
         if loss_chunk and self.live:
-            self.tally["head"] += Part(recompute=self.tally["head"].forward)
+            self.tally["head"] += PassFlops(recompute=self.tally["head"].forward)
 
 
 def twice_mean_keys(tokens: int, attention: Attention) -> int:
@@ -170,29 +171,29 @@ def twice_mean_keys(tokens: int, attention: Attention) -> int:
 
 
 def forward_flops(cfg: ModelConfig, tokens: int, *, attention: Attention) -> Flops:
-    """Operations **per token** of evaluating sequences of `tokens`: logits at every position."""
+    """Returns the FLOPs **per token** of evaluating sequences of `tokens`: logits at every position."""
     return train_flops(cfg, tokens, attention=attention, trainable=NONE_TRAINABLE, remat="none")
 
 
 def prefill_flops(cfg: ModelConfig, tokens: int, *, attention: Attention, cached: int = 0) -> Flops:
-    """Operations to prefill **a whole prompt** of `tokens` behind `cached` earlier ones; logits at the last position only.
+    """Returns the FLOPs to prefill **a whole prompt** of `tokens` behind `cached` others; logits at the last position only.
 
     A program that attends to all S places of a cache, masked or not, is `attention="full", cached=S - tokens`.
     """
     one = forward_flops(cfg, 1, attention="full").parts
-    parts = {name: Part(part.forward * tokens) for name, part in one.items()}
+    parts = {name: PassFlops(part.forward * tokens) for name, part in one.items()}
     pairs_twice = tokens * (2 * cached + twice_mean_keys(tokens, attention))
-    parts["attention"] = Part(2 * cfg.layers * cfg.heads * cfg.head_dim * pairs_twice)
+    parts["attention"] = PassFlops(2 * cfg.layers * cfg.heads * cfg.head_dim * pairs_twice)
     return Flops(parts | {"head": one["head"]})
 
 
 def decode_flops(cfg: ModelConfig, length: int) -> Flops:
-    """Operations to decode **one token** that attends to `length` positions, its own included."""
+    """Returns the FLOPs to decode **one token** that attends to `length` positions, its own included."""
     return forward_flops(cfg, length, attention="full")
 
 
 def step_flops(cfg: ModelConfig, batch: int, seq: int) -> int:
-    """Model FLOPs of a training step, the numerator of MFU (PaLM, 2204.02311, appendix B): batch · seq · (6 N + 12 L D T).
+    """Returns the FLOPs of a training step for MFU (PaLM, 2204.02311, appendix B): batch · seq · (6 N + 12 L D T).
 
     N is `count_params(cfg).matmul`, D heads · head_dim. Attention is `full` whatever the program skips, and remat adds
     nothing, so that two programs for one model are compared by time alone.

@@ -1,4 +1,4 @@
-"""Measures this machine's best rates through JAX (same machine, same compiler); its memory; the engine's only clock.
+"""Measures this machine through JAX: its best FLOP/s and bytes/s, and its memory. Holds the engine's only clock.
 
 Products are square with row-major operands: on a CPU XLA passes exactly those to its fast kernels, and a transposed or
 one-row operand would measure the slow fallback.
@@ -62,7 +62,7 @@ class Ceilings:
 
 
 def _identity() -> dict[str, Any]:
-    """Returns all on which the ceilings depend: another machine may use the same cache folder."""
+    """Returns all that the ceilings depend on: another machine may use the same cache folder."""
     model, flags = processor()
     device = jax.devices()[0]
     return {
@@ -133,7 +133,7 @@ def best_ceilings(first: Ceilings, second: Ceilings) -> Ceilings:
     return dataclasses.replace(first, **{rate: max(getattr(first, rate), getattr(second, rate)) for rate in RATES})
 
 
-def ceilings(refresh: bool = False, report: Callable[[int, int], None] | None = None) -> Ceilings:
+def cached_ceilings(refresh: bool = False, report: Callable[[int, int], None] | None = None) -> Ceilings:
     """Returns this machine's ceilings from the user's cache, or measures and caches them where it is absent or damaged.
 
     `refresh` measures them in any case and keeps the better of each, so a noisy moment lowers none.

@@ -36,21 +36,25 @@ class TrainingMemory:
     accumulated: int  # gradients summed over microbatches; 0 with one
 
     @property
-    def passes(self) -> int:
-        """The peak of forward and backward beside weights and optimizer. Residuals shrink through the backward pass while
-        gradients grow, so the peak is at one of its ends."""
+    def gradient_peak(self) -> int:
+        """The peak of forward and backward beside weights and optimizer.
+
+        Residuals shrink through the backward pass while gradients grow, so the peak is at one of its ends.
+        """
         start = self.residuals + max(self.logits, self.block if self.remat else 0)
         return self.copies + self.accumulated + max(start, self.gradients + self.block)
 
     @property
-    def update(self) -> int:
-        """The peak of the update beside weights and optimizer: gradients, updates, and the optimizer's next state beside
-        the old one, until the step has proved finite."""
+    def update_peak(self) -> int:
+        """The peak of the optimizer's update beside weights and optimizer.
+
+        It holds gradients, updates, and the next optimizer state beside the old one, until the step has proved finite.
+        """
         return 2 * self.gradients + self.optimizer
 
     @property
     def total(self) -> int:
-        return self.params + self.optimizer + max(self.passes, self.update)
+        return self.params + self.optimizer + max(self.gradient_peak, self.update_peak)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +63,7 @@ class InferenceMemory:
 
     params: int
     cache: int
-    working: int  # one block's values
+    activations: int  # one block's values
     logits: int
 
     @property
@@ -167,7 +171,7 @@ def inference_memory(
     return InferenceMemory(
         params=_param_bytes(cfg, int8),
         cache=2 * cfg.layers * slots * cfg.kv_heads * length * cfg.head_dim * width,
-        working=rows * block,
+        activations=rows * block,
         logits=FLOAT32 * cfg.vocab * (rows if every_logit else slots),
     )
 

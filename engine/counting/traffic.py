@@ -31,7 +31,7 @@ class Traffic:
 
 
 def train_bytes(cfg: ModelConfig, batch: int, tokens: int, *, trainable: TrainablePaths | None = None) -> Traffic:
-    """Bytes of **a step** of AdamW on `batch` sequences of `tokens`; by default everything trains.
+    """Predicts the bytes moved by **a step** of AdamW on `batch` sequences of `tokens`; by default everything trains.
 
     AdamW reads gradient, weight and two moments and writes the last three, in float32: 28 bytes a trainable parameter.
     Weights are read once forward, and above the lowest trainable parameter once for dX and once for remat.
@@ -56,7 +56,7 @@ def train_bytes(cfg: ModelConfig, batch: int, tokens: int, *, trainable: Trainab
 def inference_bytes(
     cfg: ModelConfig, slots: int, length: int, *, tokens: int = 1, int8: bool = False, every_logit: bool = False
 ) -> Traffic:
-    """Bytes of **a call** on `tokens` of each of `slots` requests, which share one reading of the weights.
+    """Predicts the bytes moved by **a call** on `tokens` of each of `slots` requests, which share one reading of the weights.
 
     Arguments as of `inference_memory`: a decoding step has one token, and evaluation no cache but every logit.
     """
@@ -67,7 +67,7 @@ def inference_bytes(
     row = 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * width  # one token's keys and values
     return Traffic(
         weights=held.params - unread,
-        activations=2 * cfg.layers * held.working,
+        activations=2 * cfg.layers * held.activations,
         logits=2 * held.logits,
         cache=held.cache + (row * slots * tokens if length else 0),
     )

@@ -23,17 +23,17 @@ NONE_TRAINABLE = TrainablePaths(frozenset())
 
 
 def all_trainable(cfg: ModelConfig) -> TrainablePaths:
-    """Trains every leaf: pre-training and full fine-tuning."""
+    """Returns every leaf: pre-training and full fine-tuning."""
     return TrainablePaths(frozenset(leaf_shapes(cfg)))
 
 
 def bottom_frozen(cfg: ModelConfig, blocks: int) -> TrainablePaths:
-    """Freezes the embedding (a tied one too) and the lowest `blocks` blocks, or nothing with 0. Raises UserError beyond L."""
+    """Returns all but the embedding (a tied one too) and the lowest `blocks` blocks, all with 0. Raises UserError beyond L."""
     return _all_but(cfg, blocks, ("embed",), range(blocks))
 
 
 def top_frozen(cfg: ModelConfig, blocks: int) -> TrainablePaths:
-    """Freezes the highest `blocks` blocks, last norm and untied head, or nothing with 0. Raises UserError beyond L."""
+    """Returns all but the highest `blocks` blocks, last norm and untied head, all with 0. Raises UserError beyond L."""
     return _all_but(cfg, blocks, ("norm", "head"), range(cfg.layers - blocks, cfg.layers))
 
 
@@ -45,12 +45,12 @@ def _all_but(cfg: ModelConfig, blocks: int, ends: tuple[str, ...], layers: range
 
 
 def head_only(cfg: ModelConfig) -> TrainablePaths:
-    """Trains only the unembedding. A tied table also feeds the lowest block, so training it saves only dW."""
+    """Returns the unembedding. A tied table also feeds the lowest block, so training it saves only dW."""
     return TrainablePaths(frozenset({"embed" if cfg.tied else "head"}))
 
 
 def lora_only(cfg: ModelConfig, adapter: LoraConfig) -> TrainablePaths:
-    """Trains only a LoRA pair on each target of every block (Hu et al., 2106.09685)."""
+    """Returns a LoRA pair on each target of every block (Hu et al., 2106.09685)."""
     paths = frozenset(f"blocks/{layer}/{name}" for layer in range(cfg.layers) for name in adapter.adapted_parts)
     return TrainablePaths(frozenset(), paths, adapter.rank)
 

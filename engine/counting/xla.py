@@ -16,7 +16,7 @@ import jax
 
 
 class XlaCost(NamedTuple):
-    """The cost of a call."""
+    """The cost of a call, by XLA."""
 
     flops: int  # products and elementwise arithmetic
     transcendentals: int  # results of exp, rsqrt, ...
@@ -24,7 +24,7 @@ class XlaCost(NamedTuple):
 
 
 def xla_cost(program: jax.stages.Lowered | jax.stages.Compiled) -> XlaCost:
-    """Returns the cost of a lowered program (as traced) or a compiled one (as it runs)."""
+    """Returns XLA's cost of a lowered program (as traced) or a compiled one (as it runs)."""
     analysis = program.cost_analysis() or {}
     return XlaCost(*(round(analysis.get(name, 0)) for name in ("flops", "transcendentals", "bytes accessed")))
 

@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 
 from engine.counting.flops import train_flops
-from engine.counting.hardware import Ceilings, ceilings, memory_limit_bytes
+from engine.counting.hardware import Ceilings, cached_ceilings, memory_limit_bytes
 from engine.counting.memory import training_memory
 from engine.counting.trainable_paths import TrainablePaths, all_trainable, lora_only
 from engine.errors import UserError
@@ -22,7 +22,7 @@ from stages.runs.recipes import Recipe
 
 MEASURE = (
     "from engine.allocator import keep_freed_memory; keep_freed_memory(); "
-    "from engine.counting.hardware import ceilings; ceilings(refresh=True)"
+    "from engine.counting.hardware import cached_ceilings; cached_ceilings(refresh=True)"
 )
 PROCESS_BYTES = 700_000_000  # of Python, JAX and the programs beside a step: between 0.3 and 1 GB were seen
 
@@ -103,7 +103,7 @@ def measured_ceilings(console: Console, again: bool = False) -> Ceilings:
         on_cpu = jax.default_backend() == "cpu"
         if on_cpu and (again or not any(cache_folder("hardware").glob("*.json"))):
             subprocess.run([sys.executable, "-c", MEASURE], stdin=subprocess.DEVNULL, capture_output=True, check=False)
-        return ceilings(refresh=again and not on_cpu, report=report)
+        return cached_ceilings(refresh=again and not on_cpu, report=report)
 
 
 def memory_limit() -> int:

@@ -79,7 +79,7 @@ class ByHand:
             state = jax.tree.map(np.asarray, state)  # the first one comes from JAX
             with np.errstate(over="ignore", invalid="ignore"):  # a step that is not finite is refused below
                 loss, gradient = by_hand.loss_and_gradient(cfg, state.trainable, *batch)
-                norm = adamw.norm(gradient)
+                norm = adamw.global_norm(gradient)
                 params, moments = adamw.step(settings, state.trainable, gradient, state.opt_state, float(schedule(progress)))
             sound = math.isfinite(loss) and math.isfinite(norm)
             trainable, opt_state = (params, moments) if sound else (state.trainable, state.opt_state)
@@ -91,7 +91,7 @@ class ByHand:
     def sample(self, params: Any, max_tokens: int) -> str:
         """Returns the beginning of the validation text and what follows by NumPy, each token the most probable."""
         params, tokenizer = jax.tree.map(np.asarray, params), self.data.tokenizer
-        tokens = generate(self.plan.cfg, params, self.prompt, max_tokens=max_tokens, end=tokenizer.eos_id)
+        tokens = generate(self.plan.cfg, params, self.prompt, max_tokens=max_tokens, eos_id=tokenizer.eos_id)
         return tokenizer.decode(self.prompt + list(tokens))
 
     def remarks(self, params: Any) -> list[tuple[str, str]]:

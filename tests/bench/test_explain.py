@@ -4,18 +4,18 @@ import dataclasses
 
 from bench.table import explain
 from bench.table.row import Row
-from engine.counting.flops import Flops, Part
+from engine.counting.flops import Flops, PassFlops
 from engine.counting.hardware import Ceilings
-from engine.counting.walk import Work
+from engine.counting.jaxpr import JaxprCost
 
 HERE = Ceilings("a machine", "cpu", 2, "0", bf16_gflops=1000, f32_gflops=250, int8_gflops=2000, read_gbs=10, update_gbs=20)
 FORWARD = Row(
-    "evaluation forward", "inference", lambda: None, dict, tokens=100, formula=Flops({"a": Part(forward=10**9)}),
-    peak_bytes=0, memory={}, traffic=10**6, walker=Work(matmul=10**9, elementwise=10**7),
+    "evaluation forward", "inference", lambda: None, dict, tokens=100, formula=Flops({"a": PassFlops(forward=10**9)}),
+    peak_bytes=0, memory={}, traffic=10**6, walker=JaxprCost(matmul=10**9, elementwise=10**7),
 )  # fmt: skip
 STEP = dataclasses.replace(
-    FORWARD, name="step", stage="training", formula=Flops({"a": Part(10**9, 0, 10**9, 10**9)}),
-    walker=Work(matmul=3 * 10**9, elementwise=10**8), update=10**6, memory={"gradients": 4 * 10**6},
+    FORWARD, name="step", stage="training", formula=Flops({"a": PassFlops(10**9, 0, 10**9, 10**9)}),
+    walker=JaxprCost(matmul=3 * 10**9, elementwise=10**8), update=10**6, memory={"gradients": 4 * 10**6},
 )  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def test_a_deviation_of_sixteen_percent_is_explained_and_of_fourteen_not():
 
 
 def test_decoding_is_said_to_be_bound_by_what_takes_half_of_its_time():
-    decode = dataclasses.replace(FORWARD, stage="decode", slots=8, tokens=8, walker=Work(matmul=10**7), traffic=10**7)
+    decode = dataclasses.replace(FORWARD, stage="decode", slots=8, tokens=8, walker=JaxprCost(matmul=10**7), traffic=10**7)
     words = lambda step, alone: explain_time(decode, step / 8, FORWARD, 1e-4, HERE, alone / 8)  # reading takes 1 ms
     assert "bound by memory" in words(0.0012, 0.0011)
     assert "bound by products of few rows" in words(0.02, 0.011)
@@ -54,7 +54,7 @@ def test_decoding_is_said_to_be_bound_by_what_takes_half_of_its_time():
 
 
 def test_what_multiplies_nothing_is_said_to_copy():
-    result = dataclasses.replace(FORWARD, formula=Flops({}), walker=Work(), traffic=100 * 2048)
+    result = dataclasses.replace(FORWARD, formula=Flops({}), walker=JaxprCost(), traffic=100 * 2048)
     assert explain_time(result, 1e-6, FORWARD, 1e-4, HERE).startswith("nothing is multiplied: 2.05 kB a token")
     assert result.bound == "MBU"
 

@@ -15,8 +15,8 @@ from bench.__main__ import main, measurements
 from bench.table.estimate import round_seconds, table_bytes, too_long
 from bench.table.inference_rows import int16_activation_matrices, weight_products
 from engine.counting.hardware import Ceilings
-from engine.counting.programs import decode_program
-from engine.counting.walk import count
+from engine.counting.jaxpr import jaxpr_cost
+from engine.counting.program_flops import decode_program_flops
 from engine.counting.xla import xla_cost
 from engine.inference.decode import STEPS
 from engine.model.config import PRESETS
@@ -184,9 +184,9 @@ def test_the_products_timed_alone_are_a_decoding_step_without_attention(changes)
     cfg = tiny_config(**changes)
     params, x = lively_params(cfg), jnp.ones((3, 1, cfg.width))
     for weights in (params, quantize(params)):
-        parts = decode_program(cfg, 3, 16, int16_activations=int16_activation_matrices(weights)).parts
+        parts = decode_program_flops(cfg, 3, 16, int16_activations=int16_activation_matrices(weights)).parts
         expected = STEPS * sum(part.forward for name, part in parts.items() if name != "attention")
-        assert count(lambda params, x: weight_products(cfg, params, x), weights, x).matmul == expected
+        assert jaxpr_cost(lambda params, x: weight_products(cfg, params, x), weights, x).matmul == expected
         # And the compiler leaves none of them out, though nobody reads the logits. It counts the loop's body once.
         doc = xla_cost(weight_products.lower(cfg, weights, x).compile()).flops
         assert expected / STEPS <= doc < 1.5 * expected / STEPS

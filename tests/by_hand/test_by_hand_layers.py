@@ -81,9 +81,9 @@ def test_rope(scaling, seed):
 @given(SEEDS)
 def test_heads_are_only_moved(seed):
     q, k = drawn(seed, (B, T, N, H), (B, T, K, H))
-    np.testing.assert_array_equal(layers.by_token(layers.by_key_head(q, K), T), q)
-    np.testing.assert_array_equal(layers.by_key_head(k, K), k.transpose(0, 2, 1, 3))
-    rows = layers.by_key_head(q, K).reshape(B, K, N // K, T, H)
+    np.testing.assert_array_equal(layers.ungroup_heads(layers.group_heads(q, K), T), q)
+    np.testing.assert_array_equal(layers.group_heads(k, K), k.transpose(0, 2, 1, 3))
+    rows = layers.group_heads(q, K).reshape(B, K, N // K, T, H)
     for n in range(N):
         np.testing.assert_array_equal(rows[:, n // (N // K), n % (N // K)], q[:, :, n])  # head n reads key head n // G
 
@@ -101,7 +101,7 @@ def test_attention(segments, seed):
     assert np.array_equal(p.reshape(B, K, -1, T, T) > 0, np.broadcast_to(mask, (B, K, N // K, T, T)))
     backward = lambda dp: layers.attention_weights_backward(dp, p, q, k)
     assert_slope(lambda q, k: layers.attention_weights(q, k, mask), [q, k], backward)
-    assert_slope(layers.mix, [p, v], lambda dy: layers.mix_backward(dy, p, v))
+    assert_slope(layers.weighted_values, [p, v], lambda dy: layers.weighted_values_backward(dy, p, v))
 
 
 @given(SEEDS)

@@ -99,7 +99,7 @@ def test_everything_that_is_kept_is_needed():
     _, kept = model.forward_with_residuals(cfg, params, tokens)
     dlogits = np.random.default_rng(0).standard_normal((B, T, V))
     expected = model.backward(cfg, params, kept, dlogits)
-    arrays = arrays_in((kept.blocks, kept.x, kept.h, kept.place.cos, kept.place.sin))
+    arrays = arrays_in((kept.blocks, kept.x, kept.h, kept.tables.cos, kept.tables.sin))
     assert len(arrays) == 2 * (9 + 5) + 4
     for array in arrays:
         before = array.copy()

@@ -66,7 +66,7 @@ def test_adamw_keeps_float32():
 
 def test_norm_is_that_of_one_long_vector():
     params = weights(QWEN3)
-    np.testing.assert_allclose(adamw.norm(params), np.linalg.norm(np.concatenate([x.ravel() for x in leaves(params)])))
+    np.testing.assert_allclose(adamw.global_norm(params), np.linalg.norm(np.concatenate([x.ravel() for x in leaves(params)])))
 
 
 FACTOR = 0.5  # of the cosine, half way and without a warm-up

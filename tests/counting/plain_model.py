@@ -8,9 +8,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from engine.counting.jaxpr import jaxpr_cost
 from engine.counting.params import leaf_shapes
 from engine.counting.trainable_paths import TrainablePaths, target_shapes
-from engine.counting.walk import count
 from engine.model.cache.contiguous import make_cache
 from engine.model.config import ModelConfig
 from engine.model.transformer import init_params
@@ -98,4 +98,4 @@ def count_step(cfg: ModelConfig, paths: TrainablePaths, batch: int, tokens: int,
         return -jnp.take_along_axis(table, data[..., None], -1).mean()
 
     loss = jax.checkpoint(loss) if remat == "full" else loss
-    return count(jax.value_and_grad(loss), *shapes(cfg, paths), data).matmul
+    return jaxpr_cost(jax.value_and_grad(loss), *shapes(cfg, paths), data).matmul

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from plain_model import count_step, logits, params_of, shaped, shapes
 
 from engine.counting.flops import decode_flops, forward_flops, prefill_flops, step_flops, train_flops
+from engine.counting.jaxpr import jaxpr_cost
 from engine.counting.params import MATRICES, count_params, leaf_shapes
 from engine.counting.trainable_paths import (
     NONE_TRAINABLE,
@@ -20,7 +21,6 @@ from engine.counting.trainable_paths import (
     lowest_gradient,
     top_frozen,
 )
-from engine.counting.walk import count
 from engine.errors import UserError
 from engine.model.config import PRESETS, LoraConfig, ModelConfig, preset
 from engine.model.paths import leaf_paths
@@ -125,7 +125,7 @@ def test_forward_formula_equals_the_products_of_the_plain_model():
     for cfg in KINDS.values():
         params = shapes(cfg, NONE_TRAINABLE)[1]
         tokens = shaped(BATCH, TOKENS)
-        counted = count(functools.partial(logits, cfg), params, tokens).matmul
+        counted = jaxpr_cost(functools.partial(logits, cfg), params, tokens).matmul
         assert counted == BATCH * TOKENS * forward_flops(cfg, TOKENS, attention="full").total
 
 
@@ -135,8 +135,8 @@ def test_forward_formula_equals_the_products_of_the_plain_model():
 @given(configs(), st.integers(1, 50), st.sampled_from(["causal", "full"]))
 def test_forward_is_a_third_of_training(cfg, tokens, attention):
     work = train_flops(cfg, tokens, attention=attention)
-    assert 3 * work.whole.forward == work.total
-    assert work.whole.forward == forward_flops(cfg, tokens, attention=attention).total
+    assert 3 * work.by_pass.forward == work.total
+    assert work.by_pass.forward == forward_flops(cfg, tokens, attention=attention).total
     for name in (*MATRICES, "head"):
         assert work.parts[name].forward == work.parts[name].dx == work.parts[name].dw
 
@@ -162,11 +162,11 @@ def test_a_step_by_the_mfu_convention_is_6n_and_12ldt(cfg, seq, batch):
 @given(configs(), st.integers(1, 50))
 def test_remat_adds_the_forward_of_every_block_but_its_last_product(cfg, tokens):
     kept, again = (train_flops(cfg, tokens, attention="full", remat=remat) for remat in ("none", "block"))
-    blocks = kept.whole.forward - kept.parts["head"].forward
-    assert again.whole.recompute == blocks - kept.parts["down"].forward
-    assert again.total == kept.total + again.whole.recompute
+    blocks = kept.by_pass.forward - kept.parts["head"].forward
+    assert again.by_pass.recompute == blocks - kept.parts["down"].forward
+    assert again.total == kept.total + again.by_pass.recompute
     whole = train_flops(cfg, tokens, attention="full", remat="full")
-    assert 4 * whole.whole.forward == 4 * whole.whole.recompute == whole.total  # the 8 N of full recomputation
+    assert 4 * whole.by_pass.forward == 4 * whole.by_pass.recompute == whole.total  # the 8 N of full recomputation
 
 
 @given(configs(), st.integers(1, 50), st.data())
@@ -182,12 +182,12 @@ def test_what_freezing_saves(cfg, tokens, data):
 
     below = train_flops(cfg, tokens, attention="full", trainable=bottom_frozen(cfg, frozen))
     head_backward = head if cfg.tied else 2 * head
-    assert below.total - below.whole.forward == upper * (2 * blocks + 2 * attention) + head_backward
-    assert below.whole.forward == full.whole.forward == cfg.layers * (blocks + attention) + head
+    assert below.total - below.by_pass.forward == upper * (2 * blocks + 2 * attention) + head_backward
+    assert below.by_pass.forward == full.by_pass.forward == cfg.layers * (blocks + attention) + head
 
     above = train_flops(cfg, tokens, attention="full", trainable=top_frozen(cfg, frozen))
     assert above.total == full.total - frozen * blocks - (0 if cfg.tied else head)
-    assert above.whole.dx == full.whole.dx
+    assert above.by_pass.dx == full.by_pass.dx
 
 
 def test_a_lora_step_is_about_two_forwards_and_has_no_dw_on_the_base():
@@ -196,16 +196,16 @@ def test_a_lora_step_is_about_two_forwards_and_has_no_dw_on_the_base():
     assert all(work.parts[name].dw == 0 for name in (*MATRICES, "head"))
     assert work.parts["lora"].dw > 0
     base = forward_flops(cfg, 512, attention="full").total
-    assert work.whole.forward == base + work.parts["lora"].forward
+    assert work.by_pass.forward == base + work.parts["lora"].forward
     assert 1.9 < work.total / base < 2.15
 
 
 def test_the_head_alone_costs_about_a_forward_unless_it_is_tied():
     untied, tied = KINDS["plain"], KINDS["tied"]
     work = train_flops(untied, TOKENS, attention="full", trainable=head_only(untied))
-    assert work.total == work.whole.forward + 2 * untied.width * untied.vocab
+    assert work.total == work.by_pass.forward + 2 * untied.width * untied.vocab
     full = train_flops(tied, TOKENS, attention="full")
-    assert train_flops(tied, TOKENS, attention="full", trainable=head_only(tied)).whole.dx == full.whole.dx
+    assert train_flops(tied, TOKENS, attention="full", trainable=head_only(tied)).by_pass.dx == full.by_pass.dx
 
 
 def test_a_chunked_loss_makes_the_logits_twice_and_fills_the_last_chunk():
@@ -224,9 +224,10 @@ def test_reading_a_prompt_is_decoding_its_tokens_with_one_head(cfg, tokens, cach
     decoded = decode_flops(cfg, cached + tokens)
     head = decoded.parts["head"].forward
     assert read.total == tokens * (decoded.total - head) + head
-    assert read.total == read.whole.forward
+    assert read.total == read.by_pass.forward
     one_block = prefill_flops(cfg, tokens, attention="causal")
-    assert 2 * one_block.parts["attention"].forward == prefill_flops(cfg, tokens, attention="full").parts["attention"].forward
+    full = prefill_flops(cfg, tokens, attention="full")
+    assert 2 * one_block.parts["attention"].forward == full.parts["attention"].forward
 
 
 def test_the_lowest_block_that_the_backward_pass_enters():

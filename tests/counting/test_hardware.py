@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from engine.counting import hardware
-from engine.counting.hardware import Ceilings, ceilings, measure_ceilings, memory_limit_bytes, peak_rss_bytes
+from engine.counting.hardware import Ceilings, cached_ceilings, measure_ceilings, memory_limit_bytes, peak_rss_bytes
 
 FOUND = Ceilings("a chip", "cpu", 2, "0", 400.0, 200.0, 300.0, 26.0, 40.0)
 
@@ -28,17 +28,17 @@ def kept_file(tmp_path):
 
 
 def test_ceilings_are_measured_once_and_read_back_equal(measured):
-    assert ceilings() == ceilings() == FOUND
+    assert cached_ceilings() == cached_ceilings() == FOUND
     assert len(measured) == 1
-    assert ceilings(refresh=True) == FOUND
+    assert cached_ceilings(refresh=True) == FOUND
     assert len(measured) == 2
 
 
 def test_a_noisy_moment_cannot_lower_a_ceiling_and_a_quiet_one_raises_it(measured, monkeypatch):
-    ceilings()
+    cached_ceilings()
     mixed = dataclasses.replace(FOUND, bf16_gflops=1.0, read_gbs=100.0)
     monkeypatch.setattr(hardware, "measure_ceilings", lambda report=None: mixed)
-    assert ceilings(refresh=True) == ceilings() == dataclasses.replace(FOUND, read_gbs=100.0)
+    assert cached_ceilings(refresh=True) == cached_ceilings() == dataclasses.replace(FOUND, read_gbs=100.0)
 
 
 @pytest.mark.parametrize(
@@ -59,12 +59,12 @@ def test_a_noisy_moment_cannot_lower_a_ceiling_and_a_quiet_one_raises_it(measure
     ],
 )  # fmt: skip
 def test_a_damaged_cache_is_measured_again_and_mended(measured, tmp_path, damage):
-    ceilings()
+    cached_ceilings()
     file = kept_file(tmp_path)
     file.write_bytes(damage(json.loads(file.read_text())))
-    assert ceilings() == FOUND
+    assert cached_ceilings() == FOUND
     assert len(measured) == 2
-    assert ceilings() == FOUND
+    assert cached_ceilings() == FOUND
     assert len(measured) == 2
 
 
@@ -72,19 +72,19 @@ def test_a_damaged_cache_is_measured_again_and_mended(measured, tmp_path, damage
 def test_another_machine_under_the_same_cache_is_measured_for_itself(measured, monkeypatch, what):
     here = hardware._identity()
     assert set(here) == {"processor", "flags", "cores", "backend", "kind", "jax"}
-    ceilings()
+    cached_ceilings()
     monkeypatch.setattr(hardware, "_identity", lambda: here | {what: "another"})
-    ceilings()
+    cached_ceilings()
     assert len(measured) == 2
     monkeypatch.setattr(hardware, "_identity", lambda: here)
-    ceilings()
+    cached_ceilings()
     assert len(measured) == 2
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(measured, tmp_path, monkeypatch):
     (tmp_path / "a file").write_text("")
     monkeypatch.setenv("THRICE_CACHE", str(tmp_path / "a file"))
-    assert ceilings() == ceilings() == FOUND
+    assert cached_ceilings() == cached_ceilings() == FOUND
     assert len(measured) == 2
 
 

@@ -48,7 +48,7 @@ def test_a_block_is_written_and_read_going_up_and_where_it_is_made_again_and_rea
 def test_a_call_writes_and_reads_its_values_and_logits_and_touches_no_gradient(slots, tokens, length, int8):
     held = inference_memory(CFG, slots, length, tokens=tokens, int8=int8)
     call = inference_bytes(CFG, slots, length, tokens=tokens, int8=int8)
-    assert call.activations == 2 * CFG.layers * held.working
+    assert call.activations == 2 * CFG.layers * held.activations
     assert call.logits == 2 * 4 * slots * CFG.vocab, "of the last token alone"
     assert (call.gradients, call.optimizer) == (0, 0)
     assert call.total == call.weights + call.activations + call.logits + call.cache

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import pytest
 from plain_model import batch_of, cache_of, params_of, shaped
 
+from engine.counting.jaxpr import jaxpr_cost
 from engine.counting.params import count_params
-from engine.counting.programs import gradient_program, score_program
+from engine.counting.program_flops import gradient_program_flops, score_program_flops
 from engine.counting.trainable_paths import bottom_frozen, head_only
-from engine.counting.walk import count
 from engine.counting.xla import xla_cost, xla_peak
 from engine.inference.decode import decode_step, prefill
 from engine.inference.score import score
@@ -48,7 +48,7 @@ def test_xla_counts_what_the_walker_counts(name):
     """Before compiling the two agree to a thousandth. After it, within 5%: elementwise work fused into two loops is done
     twice, and bfloat16 is converted to and fro on a CPU."""
     f, arguments = programs()[name]
-    work = count(f, *arguments)
+    work = jaxpr_cost(f, *arguments)
     lowered = jax.jit(f).lower(*arguments)
     asked, made = xla_cost(lowered), xla_cost(lowered.compile())
     assert asked.flops == pytest.approx(work.flops, rel=1e-3)
@@ -59,7 +59,7 @@ def test_xla_counts_what_the_walker_counts(name):
 
 def test_elementwise_work_is_a_few_percent_of_the_products():
     f, arguments = gradient(dataclasses.replace(CFG, dtype="float32"))
-    work = count(f, *arguments)
+    work = jaxpr_cost(f, *arguments)
     assert 0.002 < work.elementwise / work.matmul < 0.05
 
 
@@ -69,7 +69,7 @@ def test_what_xla_simplifies_before_it_counts_is_named():
     tx = make_optimizer(OptimizerConfig())
     state = jax.eval_shape(functools.partial(init_state, tx), params_of(CFG))
     f, arguments = functools.partial(train_step, CFG, tx), (state, {}, BATCH, shaped(dtype=jnp.float32))
-    missing = count(f, *arguments).flops - xla_cost(jax.jit(f).lower(*arguments)).flops
+    missing = jaxpr_cost(f, *arguments).flops - xla_cost(jax.jit(f).lower(*arguments)).flops
     assert missing == pytest.approx(8 * count_params(CFG).total, rel=0.02)
 
 
@@ -79,11 +79,11 @@ def test_a_scan_reports_one_layer_however_many_there_are():
     cfg = dataclasses.replace(CFG, layers=layers, dtype="float32")
     arguments = (params_of(cfg), BATCH)
     unrolled, looped = (functools.partial(score, dataclasses.replace(cfg, scan=scan)) for scan in (False, True))
-    formula = score_program(cfg, B, T)
+    formula = score_program_flops(cfg, B, T)
     blocks = formula.total - formula.parts["head"].forward
     whole, reported = (xla_cost(jax.jit(f).lower(*arguments)).flops for f in (unrolled, looped))
     assert whole - reported == pytest.approx(blocks * (layers - 1) / layers, rel=0.03)
-    assert count(unrolled, *arguments).matmul == count(looped, *arguments).matmul
+    assert jaxpr_cost(unrolled, *arguments).matmul == jaxpr_cost(looped, *arguments).matmul
 
 
 # ---- what the project says, on the compiled programs of the engine itself
@@ -92,17 +92,17 @@ def test_a_scan_reports_one_layer_however_many_there_are():
 def test_forward_is_a_third_of_a_step_by_all_three_counters():
     f, arguments = gradient(CFG)
     ahead = (functools.partial(score, CFG), (params_of(CFG), BATCH))
-    assert gradient_program(CFG, B, T).total == 3 * score_program(CFG, B, T).total
-    assert count(f, *arguments).matmul == 3 * count(ahead[0], *ahead[1]).matmul
+    assert gradient_program_flops(CFG, B, T).total == 3 * score_program_flops(CFG, B, T).total
+    assert jaxpr_cost(f, *arguments).matmul == 3 * jaxpr_cost(ahead[0], *ahead[1]).matmul
     whole, third = (xla_cost(jax.jit(f).lower(*arguments)).flops for f, arguments in ((f, arguments), ahead))
     assert whole / third == pytest.approx(3.00, rel=0.01)
 
 
 def test_the_head_alone_is_little_more_than_a_forward_by_all_three():
     f, arguments = gradient(CFG, head_only(CFG))
-    forward = score_program(CFG, B, T).total
+    forward = score_program_flops(CFG, B, T).total
     head = 2 * B * T * CFG.width * CFG.vocab
-    assert count(f, *arguments).matmul == forward + head
+    assert jaxpr_cost(f, *arguments).matmul == forward + head
     assert xla_cost(jax.jit(f).lower(*arguments)).flops == pytest.approx(forward + head, rel=0.02)
 
 
@@ -113,11 +113,11 @@ def test_zeroing_the_gradients_of_what_is_frozen_saves_nothing():
         _, slopes = loss_and_gradient(CFG, params, {}, batch)
         return slopes | {"blocks": {name: jax.tree.map(lambda s: s * 0.0, block) for name, block in slopes["blocks"].items()}}
 
-    forward = score_program(CFG, B, T).total
-    assert count(masked, params_of(CFG), BATCH).matmul == 3 * forward
+    forward = score_program_flops(CFG, B, T).total
+    assert jaxpr_cost(masked, params_of(CFG), BATCH).matmul == 3 * forward
     assert xla_cost(jax.jit(masked).lower(params_of(CFG), BATCH)).flops > 3 * forward
     top, arguments = gradient(CFG, bottom_frozen(CFG, CFG.layers))
-    assert count(top, *arguments).matmul < 1.3 * forward
+    assert jaxpr_cost(top, *arguments).matmul < 1.3 * forward
 
 
 def test_peak_memory_is_what_is_held_less_what_is_donated():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny import lively_params, positions_of, tiny_config, tokens_of
 
-from engine.counting.walk import count
+from engine.counting.jaxpr import jaxpr_cost
 from engine.model.config import LoraConfig
 from engine.model.paths import leaf_paths, merge, split
 from engine.model.weights.int8 import quantize
@@ -79,7 +79,7 @@ def test_freezing_spares_the_matmul_flops():
 
     def matmul_flops(**rules) -> int:
         trainable, frozen = split(params, select_trainable(CFG, **rules).trainable_paths.weights)
-        return count(lambda t, f, b: loss_and_gradient(CFG, t, f, b), trainable, frozen, batch).matmul
+        return jaxpr_cost(lambda t, f, b: loss_and_gradient(CFG, t, f, b), trainable, frozen, batch).matmul
 
     everything, upper, lower, head = (
         matmul_flops(),

@@ -9,8 +9,8 @@ import optax
 import pytest
 from tiny import positions_of, tiny_config, tokens_of
 
+from engine.counting.jaxpr import jaxpr_cost
 from engine.counting.trainable_paths import lora_only
-from engine.counting.walk import count
 from engine.errors import UserError
 from engine.model.config import LoraConfig
 from engine.model.paths import leaf_paths, merge
@@ -177,7 +177,7 @@ def test_the_saving_is_in_the_count():
     cfg = tiny_config(width=256, heads=4, kv_heads=4, head_dim=64, ff=704, layers=3)
     params = jax.eval_shape(lambda key: init_params(cfg, key), KEY)
     batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch_of(0)))
-    work = lambda trainable, frozen: count(lambda t, f, b: loss_and_gradient(cfg, t, f, b), trainable, frozen, batch).matmul
+    work = lambda *trees: jaxpr_cost(lambda *args: loss_and_gradient(cfg, *args), *trees, batch).matmul
     full = work(params, {})
     for targets, share in ((("q", "v"), 0.68), (("all",), 0.72)):
         adapters = jax.eval_shape(lambda targets=targets: add_lora(cfg, params, KEY, LoraConfig(2, targets=targets)))

@@ -9,10 +9,15 @@ import pytest
 from plain_model import batch_of, cache_of, params_of, shaped
 from tiny import B, T, tiny_config
 
+from engine.counting.jaxpr import jaxpr_cost
 from engine.counting.params import leaf_shapes
-from engine.counting.programs import decode_program, gradient_program, prefill_program, score_program
+from engine.counting.program_flops import (
+    decode_program_flops,
+    gradient_program_flops,
+    prefill_program_flops,
+    score_program_flops,
+)
 from engine.counting.trainable_paths import TrainablePaths, all_trainable, bottom_frozen, head_only, lora_only, top_frozen
-from engine.counting.walk import count
 from engine.inference import decode
 from engine.inference.sampling import SamplingArrays
 from engine.inference.score import score
@@ -78,8 +83,8 @@ def assert_agreement(cfg, rows, tokens, some=None, microbatches=1, **options):
         if some and name not in some:
             continue
         gradient = functools.partial(loss_and_gradient, cfg, microbatches=microbatches)
-        counted = count(gradient, *trees(cfg, paths), batch_of(rows, tokens)).matmul
-        formula = gradient_program(cfg, rows // microbatches, tokens, trainable=paths, **options).total * microbatches
+        counted = jaxpr_cost(gradient, *trees(cfg, paths), batch_of(rows, tokens)).matmul
+        formula = gradient_program_flops(cfg, rows // microbatches, tokens, trainable=paths, **options).total * microbatches
         assert counted == formula, name
 
 
@@ -113,7 +118,8 @@ def test_a_scan_over_the_blocks_undoes_what_freezing_some_of_them_saves():
     cfg = KINDS["untied"]
     looped = dataclasses.replace(cfg, scan=True)
     last = bottom_frozen(cfg, cfg.layers - 1)
-    whole, saved, undone = (gradient_program(c, B, T, trainable=t).total for c, t in ((cfg, None), (cfg, last), (looped, last)))
+    runs = (cfg, None), (cfg, last), (looped, last)
+    whole, saved, undone = (gradient_program_flops(c, B, T, trainable=t).total for c, t in runs)
     assert saved < 0.7 * whole
     assert undone == whole
 
@@ -136,8 +142,8 @@ def test_adamw_has_no_products():
     paths = bottom_frozen(cfg, 1)
     trainable, frozen = trees(cfg, paths)
     state = jax.eval_shape(functools.partial(init_state, tx), trainable)
-    counted = count(functools.partial(train_step, cfg, tx), state, frozen, batch_of(B, T), shaped(dtype=jnp.float32))
-    assert counted.matmul == gradient_program(cfg, B, T, trainable=paths).total
+    counted = jaxpr_cost(functools.partial(train_step, cfg, tx), state, frozen, batch_of(B, T), shaped(dtype=jnp.float32))
+    assert counted.matmul == gradient_program_flops(cfg, B, T, trainable=paths).total
 
 
 # ---- forward only
@@ -147,8 +153,8 @@ def test_adamw_has_no_products():
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluation(kind, tokens, backend):
     cfg = KINDS[kind]
-    counted = count(functools.partial(score.__wrapped__, cfg), trees(cfg, all_trainable(cfg))[0], batch_of(B, tokens))
-    assert counted.matmul == score_program(cfg, B, tokens).total
+    counted = jaxpr_cost(functools.partial(score.__wrapped__, cfg), trees(cfg, all_trainable(cfg))[0], batch_of(B, tokens))
+    assert counted.matmul == score_program_flops(cfg, B, tokens).total
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5])
@@ -157,11 +163,11 @@ def test_reading_and_writing_against_a_cache(kind, slots, backend):
     cfg = KINDS[kind]
     params, cache = trees(cfg, all_trainable(cfg))[0], cache_of(cfg, slots, CAPACITY)
     read = functools.partial(decode.prefill.__wrapped__, cfg)
-    counted = count(read, params, shaped(slots, T), shaped(slots), cache)
-    assert counted.matmul == prefill_program(cfg, slots, T, CAPACITY).total
+    counted = jaxpr_cost(read, params, shaped(slots, T), shaped(slots), cache)
+    assert counted.matmul == prefill_program_flops(cfg, slots, T, CAPACITY).total
     write = functools.partial(decode.decode_step.__wrapped__, cfg)
-    counted = count(write, params, shaped(slots), cache)
-    assert counted.matmul == decode_program(cfg, slots, CAPACITY).total
+    counted = jaxpr_cost(write, params, shaped(slots), cache)
+    assert counted.matmul == decode_program_flops(cfg, slots, CAPACITY).total
 
 
 def test_whatever_the_weights_are_stored_in(backend):
@@ -171,15 +177,15 @@ def test_whatever_the_weights_are_stored_in(backend):
     stored = lambda how: jax.eval_shape(
         functools.partial(quantize, rules=[(matrices, how), ("head", how)]), trees(cfg, all_trainable(cfg))[0]
     )
-    counted = count(
+    counted = jaxpr_cost(
         functools.partial(decode.decode_step.__wrapped__, cfg), stored("int8"), shaped(5), cache_of(cfg, 5, CAPACITY)
     )
-    assert counted.matmul == decode_program(cfg, 5, CAPACITY).total
+    assert counted.matmul == decode_program_flops(cfg, 5, CAPACITY).total
     paths = lora_only(cfg, LoraConfig(2, targets=("q", "up")))
     adapters, _ = trees(cfg, paths)
     for rows in (FEW, MANY):
-        counted = count(functools.partial(loss_and_gradient, cfg), adapters, stored("full"), batch_of(rows, T))
-        assert counted.matmul == gradient_program(cfg, rows, T, trainable=paths).total
+        counted = jaxpr_cost(functools.partial(loss_and_gradient, cfg), adapters, stored("full"), batch_of(rows, T))
+        assert counted.matmul == gradient_program_flops(cfg, rows, T, trainable=paths).total
 
 
 def test_several_steps_of_decoding_are_as_many_times_one():
@@ -187,5 +193,5 @@ def test_several_steps_of_decoding_are_as_many_times_one():
     params, cache = trees(cfg, all_trainable(cfg))[0], cache_of(cfg, slots, CAPACITY)
     sampling = jax.eval_shape(lambda: SamplingArrays(*(jnp.zeros(slots, d) for d in ("f4", "i4", "f4", "f4", "u4"))))
     several = functools.partial(decode.decode_steps, cfg, steps=steps)
-    counted = count(several, params, shaped(slots), cache, sampling)
-    assert counted.matmul == steps * decode_program(cfg, slots, CAPACITY).total
+    counted = jaxpr_cost(several, params, shaped(slots), cache, sampling)
+    assert counted.matmul == steps * decode_program_flops(cfg, slots, CAPACITY).total

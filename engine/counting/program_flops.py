@@ -1,4 +1,4 @@
-"""FLOPs of a call of this engine's programs on JAX's backend: exactly what `walk.py` must count in them.
+"""FLOPs of this engine's jitted programs by formula, on JAX's backend: exactly what `jaxpr.py` must count in them.
 
 A program may do more than its model needs (`flops.py`). On a CPU it pads a product with one row to two
 (`model/weights/matmul.py`, `model/backward.py`) and computes causal attention in blocks; on any backend it merges LoRA into
@@ -18,22 +18,22 @@ def _attention() -> Attention:
     return QUERY_BLOCK if ops.on_cpu() else "full"
 
 
-def gradient_program(
+def gradient_program_flops(
     cfg: ModelConfig, batch: int, tokens: int, *, trainable: TrainablePaths | None = None, loss_chunk: int | None = None
 ) -> Flops:
-    """FLOPs of a loss and its gradient over `batch` sequences of `tokens`; arguments as of `train_flops`."""
+    """Returns the FLOPs of a loss and its gradient over `batch` sequences of `tokens`; arguments as of `train_flops`."""
     return train_flops(
         cfg, tokens, rows=batch * tokens, attention=_attention(), trainable=trainable, loss_chunk=loss_chunk, as_run=True
     )
 
 
-def score_program(cfg: ModelConfig, batch: int, tokens: int) -> Flops:
-    """FLOPs of evaluating `batch` sequences of `tokens`: logits at every position."""
+def score_program_flops(cfg: ModelConfig, batch: int, tokens: int) -> Flops:
+    """Returns the FLOPs of evaluating `batch` sequences of `tokens`: logits at every position."""
     return forward_flops(cfg, tokens, attention=_attention()) * (batch * tokens)
 
 
-def prefill_program(cfg: ModelConfig, slots: int, tokens: int, capacity: int) -> Flops:
-    """FLOPs of prefilling `tokens` (above 1) of each of `slots` prompts, with a cache of `capacity` places.
+def prefill_program_flops(cfg: ModelConfig, slots: int, tokens: int, capacity: int) -> Flops:
+    """Returns the FLOPs of prefilling `tokens` (above 1) of each of `slots` prompts, with a cache of `capacity` places.
 
     Logits are computed at each prompt's last position; a lone prompt's twice.
     """
@@ -41,8 +41,8 @@ def prefill_program(cfg: ModelConfig, slots: int, tokens: int, capacity: int) ->
     return Flops(parts | {"head": parts["head"] * (2 if slots == 1 else 1)}) * slots
 
 
-def decode_program(cfg: ModelConfig, slots: int, capacity: int, *, int16_activations: Collection[str] = ()) -> Flops:
-    """FLOPs of decoding one token for each of `slots`, with a cache of `capacity` places.
+def decode_program_flops(cfg: ModelConfig, slots: int, capacity: int, *, int16_activations: Collection[str] = ()) -> Flops:
+    """Returns the FLOPs of decoding one token for each of `slots`, with a cache of `capacity` places.
 
     Computed twice: a lone slot's products with weights; those with `int16_activations` (matrices such as "down"), multiplied
     as two int8 digits (`model/weights/int8.py`); and on a CPU attention with one query head a key head, as one row.

@@ -43,8 +43,8 @@ _OPAQUE = frozenset({
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """Operations of one call of a function."""
+class JaxprCost:
+    """Operations of one call of a function, as in its jaxpr."""
 
     matmul: int = 0
     elementwise: int = 0
@@ -52,18 +52,18 @@ class Work:
 
     @property
     def flops(self) -> int:
-        """What XLA calls `flops`."""
+        """The operations that XLA calls `flops`."""
         return self.matmul + self.elementwise
 
-    def __add__(self, other: "Work") -> "Work":
-        return Work(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
+    def __add__(self, other: "JaxprCost") -> "JaxprCost":
+        return JaxprCost(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
 
-    def __mul__(self, times: int) -> "Work":
-        return Work(*(operations * times for operations in dataclasses.astuple(self)))
+    def __mul__(self, times: int) -> "JaxprCost":
+        return JaxprCost(*(operations * times for operations in dataclasses.astuple(self)))
 
 
-def count(f: Callable[..., Any], *args: Any) -> Work:
-    """Returns the work of `f(*args)`, trees of arrays or `jax.ShapeDtypeStruct`; bind static arguments beforehand.
+def jaxpr_cost(f: Callable[..., Any], *args: Any) -> JaxprCost:
+    """Counts the operations of `f(*args)`, trees of arrays or `jax.ShapeDtypeStruct`; bind static arguments beforehand.
 
     To count a backward pass, pass a function that differentiates. Raises UserError for a `while` loop or a kernel.
     """
@@ -71,22 +71,22 @@ def count(f: Callable[..., Any], *args: Any) -> Work:
     return _program(partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[0])
 
 
-def _program(jaxpr: Jaxpr) -> Work:
-    return sum(map(_step, jaxpr.eqns), Work())
+def _program(jaxpr: Jaxpr) -> JaxprCost:
+    return sum(map(_step, jaxpr.eqns), JaxprCost())
 
 
-def _step(equation: JaxprEqn) -> Work:
+def _step(equation: JaxprEqn) -> JaxprCost:
     name = equation.primitive.name
     if name == "while" or name in _OPAQUE or name.startswith("dot_product_attention"):
         hidden = "how often it runs is unknown" if name == "while" else "its work is hidden in a kernel"
         raise UserError(f"The walker cannot count {name!r}: {hidden}. Count the program that does without.")
     if name in _PRODUCTS:
-        return Work(matmul=_PRODUCTS[name](equation))
+        return JaxprCost(matmul=_PRODUCTS[name](equation))
     if name == "cond":
         return max(map(_program, equation.params["branches"]), key=lambda work: (work.flops, work.transcendental))
     inner = [] if name in _ATOMS else list(jaxprs_in_params(equation.params))
     if inner:
-        return sum(map(_program, inner), Work()) * (equation.params["length"] if name == "scan" else 1)
+        return sum(map(_program, inner), JaxprCost()) * (equation.params["length"] if name == "scan" else 1)
     return _elementwise(name, equation)
 
 
@@ -113,21 +113,21 @@ _REDUCTIONS = frozenset({
 _ATOMS = frozenset({"scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max", "scatter", "reduce", "sort"})
 
 
-def _elementwise(name: str, equation: Any) -> Work:
+def _elementwise(name: str, equation: Any) -> JaxprCost:
     if name in _MOVES:
-        return Work()
+        return JaxprCost()
     size = equation.outvars[0].aval.size
     if name in _REDUCTIONS:
-        return Work(elementwise=equation.invars[0].aval.size - size)
+        return JaxprCost(elementwise=equation.invars[0].aval.size - size)
     if name.startswith("scatter-"):
-        return Work(elementwise=equation.invars[2].aval.size)
+        return JaxprCost(elementwise=equation.invars[2].aval.size)
     if name == "sort":
         axis = equation.outvars[0].aval.shape[equation.params["dimension"]]
-        return Work(elementwise=size * max(axis - 1, 0).bit_length())
+        return JaxprCost(elementwise=size * max(axis - 1, 0).bit_length())
     if name == "integer_pow":
         power = equation.params["y"]
         squarings_and_products = max(power.bit_length() + power.bit_count() - 2, 0)
-        return Work(elementwise=size * (squarings_and_products + (power < 0)))
+        return JaxprCost(elementwise=size * (squarings_and_products + (power < 0)))
     if name == "logistic":  # written as 1 / (1 + exp(-x))
-        return Work(elementwise=3 * size, transcendental=size)
-    return Work(transcendental=size) if name in _TRANSCENDENTAL else Work(elementwise=size)
+        return JaxprCost(elementwise=3 * size, transcendental=size)
+    return JaxprCost(transcendental=size) if name in _TRANSCENDENTAL else JaxprCost(elementwise=size)
