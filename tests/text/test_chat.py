@@ -187,7 +187,7 @@ def test_a_template_without_an_end_is_told_apart() -> None:
     ],
 )
 def test_messages_of_no_use(chats, messages, words: str) -> None:
-    for call in (chats["chatml"].prompt, chats["chatml"].examples, chats["chatml"].answer):
+    for call in (chats["chatml"].prompt, chats["chatml"].examples, chats["chatml"].answer_example):
         with pytest.raises(UserError, match=words):
             call(messages)
 
