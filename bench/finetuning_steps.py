@@ -17,9 +17,9 @@ from engine.counting.xla import xla_peak
 from engine.device import device_name
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import split
-from engine.model.weights.int8 import every_product, quantize
+from engine.model.weights.int8 import matmul_rules, quantize
 from engine.model.weights.matmul import cast_matrices
-from engine.training.lora import add_lora
+from engine.training.lora import init_lora
 from engine.training.loss import loss_chunks
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import INT8_COMPILER_OPTIONS, init_state, train_step
@@ -96,12 +96,12 @@ def _steps(cfg: ModelConfig, params: Any, batch: int, tokens: int, rank: int) ->
 
     frozen, upper = cast_matrices(params, cfg.dtype), bottom_frozen(cfg, max(cfg.layers // 2, 1))
     queries, every = LoraConfig(rank, targets=("q", "v")), LoraConfig(rank)
-    pairs = add_lora(cfg, params, jax.random.key(0), every)
-    int8 = cast_matrices(quantize(params, every_product(params, "full")), cfg.dtype)
+    pairs = init_lora(cfg, params, jax.random.key(0), every)
+    int8 = cast_matrices(quantize(params, matmul_rules(params, "full")), cfg.dtype)
     return {
         FULL: step(all_trainable(cfg), cast_matrices(params, "float32"), {}),
         "upper half": step(upper, split(params, upper.weights)[0], split(frozen, upper.weights)[1]),
-        "LoRA q,v": step(lora_only(cfg, queries), add_lora(cfg, params, jax.random.key(0), queries), frozen),
+        "LoRA q,v": step(lora_only(cfg, queries), init_lora(cfg, params, jax.random.key(0), queries), frozen),
         "LoRA all": step(lora_only(cfg, every), pairs, frozen),
         "LoRA all, int8": step(lora_only(cfg, every), pairs, int8, int8=True),
         "LoRA all, int8, by rows": step(lora_only(cfg, every), pairs, int8, int8=True, microbatches=batch),

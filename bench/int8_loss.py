@@ -16,7 +16,7 @@ from engine.model.cache.segmented import KVDtype, Rows, make_kv_segments, segmen
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
 from engine.model.transformer import forward
-from engine.model.weights.int8 import Int8, dequantize, every_product, quantize
+from engine.model.weights.int8 import Int8, dequantize, matmul_rules, quantize
 from engine.storage.assets import fetch
 from engine.text.windows import evaluation_windows
 
@@ -40,7 +40,7 @@ def measure_int8(model_name: str, text_file: Path | None, *, size: int, window: 
     int8 = quantize(params)
     ways = {
         cfg.dtype: params, "int8 weights, int8 activations": int8,
-        "int8 weights only": quantize(params, every_product(params, "full")),
+        "int8 weights only": quantize(params, matmul_rules(params, "full")),
     }  # fmt: skip
     for kind in ("qkv", "out", "gate_up", "down", "head") if leaves else ():
         pattern = rf"blocks/\d+/{kind}" if kind != "head" else "embed" if cfg.tied else "head"

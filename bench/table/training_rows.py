@@ -17,7 +17,7 @@ from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import merge, split
 from engine.model.weights.matmul import cast_matrices
 from engine.text.batch import Batch
-from engine.training.lora import add_lora
+from engine.training.lora import init_lora
 from engine.training.loss import CHUNK, LOGITS_LIMIT
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.preference import Preferences, dpo, margins
@@ -61,7 +61,7 @@ def training_row(cfg: ModelConfig, params: Any, kind: TrainingKind, batch: Batch
     paths = kind.trainable_paths
     tx = make_optimizer(OptimizerConfig(learning_rate=1e-4))
     if paths.adapted:
-        trainable = add_lora(cfg, params, jax.random.key(1), ADAPTER)
+        trainable = init_lora(cfg, params, jax.random.key(1), ADAPTER)
         frozen = cast_matrices(params, cfg.dtype)
     else:
         trainable_leaves, rest = split(params, paths.weights)

@@ -13,23 +13,23 @@ import jax
 import numpy as np
 
 
-def first_key(namespace: str) -> bytes:
-    """Returns the key of a prompt's start, before its first chunk."""
+def root_key(namespace: str) -> bytes:
+    """Returns the key of an empty prompt, the parent of first chunks."""
     return hashlib.sha256(namespace.encode("utf-8", "surrogatepass")).digest()
 
 
-def next_key(key: bytes, tokens: tuple[int, ...]) -> bytes:
-    """Returns the key of the chunk of these tokens behind that of `key`."""
-    return hashlib.sha256(key + np.asarray(tokens, np.int32).tobytes()).digest()
+def chunk_key(parent: bytes, tokens: tuple[int, ...]) -> bytes:
+    """Returns the key of the chunk of these tokens behind the parent's."""
+    return hashlib.sha256(parent + np.asarray(tokens, np.int32).tobytes()).digest()
 
 
 class PrefixCache:
-    """Chunks by key, at most `limit` bytes; drops the least recently used."""
+    """Holds chunks by key, at most `limit` bytes; drops the least recently used."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.bytes = 0
-        self._chunks: OrderedDict[bytes, tuple[Any, int, bytes | None]] = OrderedDict()  # chunk, its bytes, the key before it
+        self._chunks: OrderedDict[bytes, tuple[Any, int, bytes | None]] = OrderedDict()  # chunk, its bytes, its parent's key
 
     def get(self, key: bytes) -> Any | None:
         """Returns the chunk or None. It and those before it count as used now."""
@@ -41,12 +41,12 @@ class PrefixCache:
             used = self._chunks[used][2]
         return self._chunks[key][0]
 
-    def put(self, key: bytes, chunk: Any, before: bytes | None) -> None:
-        """Adds a chunk (any tree of arrays), if that of key `before` (None: a prompt's start) is here; drops others to fit."""
+    def put(self, key: bytes, chunk: Any, parent: bytes | None) -> None:
+        """Adds a chunk (any tree of arrays), if its parent (None: a prompt's start) is here; drops others to fit."""
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(chunk))
-        if key in self._chunks or size > self.limit or (before is not None and before not in self._chunks):
+        if key in self._chunks or size > self.limit or (parent is not None and parent not in self._chunks):
             return
-        self._chunks[key] = (chunk, size, before)
+        self._chunks[key] = (chunk, size, parent)
         self.bytes += size
         self.get(key)
         while self.bytes > self.limit:

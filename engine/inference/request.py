@@ -49,7 +49,7 @@ class Event(NamedTuple):
     cached_tokens: int = 0
 
 
-def check(request: Request, vocab: int, capacity: int) -> None:
+def check_request(request: Request, vocab: int, capacity: int) -> None:
     """Raises InvalidField when a model of `vocab` tokens with room for `capacity` cannot serve the request to its end."""
     prompt, sampling = request.prompt, request.sampling
     if not prompt:

@@ -65,7 +65,7 @@ def make_token_counts(cfg: ModelConfig, slots: int) -> TokenCounts:
 
 
 def count_prompt(prompt: Sequence[int], logit_bias: Mapping[int, float], vocab: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the bias (V,) float32 and the counts (V,) int32 of a request without output."""
+    """Returns a request's bias (V,) float32 and counts (V,) int32 before any output."""
     bias, counts = np.zeros(vocab, np.float32), np.zeros(vocab, np.int32)
     bias[[*logit_bias]] = [*logit_bias.values()]
     counts[[*prompt]] = IN_PROMPT

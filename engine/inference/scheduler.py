@@ -1,6 +1,6 @@
 """Scheduler: gives sequences slots, and chooses between prefilling a prompt and decoding the others. Imports no jax.
 
-`slots.Slots` asks `schedule` for the next step, carries it out on the device, and reports with `prefilled` and `finish`.
+`slots.Slots` asks `schedule` for the next step, carries it out on the device, and reports with `record_prefill` and `finish`.
 """
 
 from collections import deque
@@ -120,9 +120,9 @@ class Scheduler:
         steps = min(steps, max(sequence.remaining for sequence in self.decoding))
         return Decode(rows, steps, [], self.copies, False)
 
-    def prefilled(self, sequence: Sequence, count: int) -> None:
+    def record_prefill(self, sequence: Sequence, count: int) -> None:
         """Records that `count` more tokens of a prompt are prefilled."""
-        sequence.prefilled += count
+        sequence.prefilled_tokens += count
         if not sequence.to_prefill:
             self.prefilling.remove(sequence)
             self.decoding.append(sequence)
@@ -134,7 +134,7 @@ class Scheduler:
         self._free_copies()
 
     def cancel(self, id: int) -> bool:
-        """Ends a waiting or running sequence. False when there is none of that id."""
+        """Drops a waiting or running sequence. False when there is none of that id."""
         for sequence in (*self.waiting, *self.running):
             if sequence.id == id:
                 (self.waiting.remove if sequence in self.waiting else self.finish)(sequence)

@@ -11,15 +11,15 @@ STEPS = 8  # the most tokens that one dispatch adds to a sequence
 
 @dataclasses.dataclass(eq=False)
 class Sequence:
-    """A request, its slot (-1 while it waits for one), how many tokens of its prompt are prefilled, and its output so far.
+    """A request, its slot (-1 while it waits for one), the number of its prompt's prefilled tokens, and its output so far.
 
-    `prefix_key` is the prefilled chunks' in the prefix cache; `cached_tokens` came from there.
+    `cached_tokens` of those came from the prefix cache, in which `prefix_key` is the last prefilled chunk's.
     """
 
     id: int
     request: Request
     slot: int = -1
-    prefilled: int = 0
+    prefilled_tokens: int = 0
     cached_tokens: int = 0
     prefix_key: bytes = b""
     output_tokens: list[int] = dataclasses.field(default_factory=list)
@@ -28,7 +28,7 @@ class Sequence:
     @property
     def to_prefill(self) -> int:
         """Tokens of the prompt that are left to prefill: all but the last, which decoding reads."""
-        return len(self.request.prompt) - 1 - self.prefilled
+        return len(self.request.prompt) - 1 - self.prefilled_tokens
 
     @property
     def last_token(self) -> int:
@@ -49,7 +49,7 @@ class Sequence:
         return len(self.request.prompt) + self.request.sampling.max_tokens + STEPS
 
     def next_chunk(self, size: int) -> tuple[int, ...]:
-        return self.request.prompt[self.prefilled : self.prefilled + min(size, self.to_prefill)]
+        return self.request.prompt[self.prefilled_tokens : self.prefilled_tokens + min(size, self.to_prefill)]
 
     def draft_tokens(self, count: int) -> list[int]:
         """Returns up to `count` draft tokens; none when checking them has not paid lately."""

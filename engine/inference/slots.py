@@ -21,8 +21,8 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.inference import programs
-from engine.inference.prefix_cache import PrefixCache, first_key, next_key
-from engine.inference.request import Event, LogProb, Request, check
+from engine.inference.prefix_cache import PrefixCache, chunk_key, root_key
+from engine.inference.request import Event, LogProb, Request, check_request
 from engine.inference.sampling import TokenCounts, count_prompt, make_token_counts, penalty_arrays, sampling_arrays
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.scheduler import DRAFT_ROWS, Decode, Prefill, Scheduler
@@ -101,7 +101,7 @@ class Slots:
     @property
     def used_positions(self) -> int:
         """Positions of the KV cache in use, of `slots` times `capacity`."""
-        return sum(s.prefilled if s.to_prefill else s.position for s in self.scheduler.running)
+        return sum(s.prefilled_tokens if s.to_prefill else s.position for s in self.scheduler.running)
 
     @property
     def cache_bytes(self) -> int:
@@ -110,11 +110,11 @@ class Slots:
 
     def submit(self, request: Request) -> int:
         """Queues a request and returns its id. Raises InvalidField when it cannot be served to its end."""
-        check(request, self.cfg.vocab, self.capacity)
+        check_request(request, self.cfg.vocab, self.capacity)
         return self.scheduler.submit(request).id
 
     def cancel(self, id: int) -> bool:
-        """Ends a request, without an event. False when there is none of that id."""
+        """Drops a request, without an event. False when there is none of that id."""
         return self.scheduler.cancel(id)
 
     def step(self) -> list[Event]:
@@ -124,7 +124,7 @@ class Slots:
         """
         for sequence in self.scheduler.admit():
             slot, request = np.int32(sequence.slot), sequence.request
-            sequence.prefix_key = first_key(request.namespace)
+            sequence.prefix_key = root_key(request.namespace)
             self._segments = programs.clear_slot(self._segments, slot, np.int32(sequence.reach))
             if request.sampling.adjusts_logits:
                 counts = count_prompt(request.prompt, request.sampling.logit_bias, self.cfg.vocab)
@@ -178,9 +178,9 @@ class Slots:
         for _ in range(HITS_AT_ONCE):
             tokens = sequence.next_chunk(self.chunk)
             cacheable = len(tokens) == self.chunk and self.prefix_cache.limit > 0
-            key = next_key(sequence.prefix_key, tokens) if cacheable else b""
+            key = chunk_key(sequence.prefix_key, tokens) if cacheable else b""
             chunk = self.prefix_cache.get(key) if cacheable else None
-            place = np.int32(sequence.slot), np.int32(sequence.prefilled)
+            place = np.int32(sequence.slot), np.int32(sequence.prefilled_tokens)
             if chunk is not None:
                 self._segments = programs.write_chunk(self._segments, chunk, *place)
                 sequence.cached_tokens += self.chunk
@@ -191,9 +191,9 @@ class Slots:
                 self._segments = programs.prefill_chunk(self.cfg, self.params, self._segments, padded, *place)
                 if cacheable:
                     computed = programs.read_chunk(self._segments, *place, self.chunk)
-                    self.prefix_cache.put(key, computed, sequence.prefix_key if sequence.prefilled else None)
+                    self.prefix_cache.put(key, computed, sequence.prefix_key if sequence.prefilled_tokens else None)
             sequence.prefix_key = key
-            self.scheduler.prefilled(sequence, len(tokens))
+            self.scheduler.record_prefill(sequence, len(tokens))
             if chunk is None or not sequence.to_prefill:
                 return
 

@@ -14,7 +14,7 @@ MEMORY = 0.85  # weight of the past in that share, for each update
 
 
 class Drafter:
-    """Drafts tokens of one text; tracks how many were right."""
+    """Drafts the next tokens of one text; tracks how many were right."""
 
     def __init__(self, text: Sequence[int]) -> None:
         self._text: list[int] = []

@@ -1,1 +1,1 @@
-"""The one function both paths share: (params, tokens) -> logits."""
+"""The transformer, (params, tokens) -> logits, which training and inference share."""

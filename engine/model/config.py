@@ -86,7 +86,7 @@ class ModelConfig:
 
     @property
     def parts(self) -> dict[str, dict[str, tuple[int, int]]]:
-        """The columns of each matrix of a block: {"qkv": {"q": (start, stop), ...}, "out": {"out": ...}, ...}."""
+        """The parts of each matrix of a block, as columns: {"qkv": {"q": (start, stop), ...}, "out": {"out": ...}, ...}."""
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "qkv": {"q": (0, query), "k": (query, query + key), "v": (query + key, query + 2 * key)},
@@ -96,7 +96,7 @@ class ModelConfig:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Returns a plain dict that `from_json` turns back into an equal config."""
+        """Returns the fields as a dict that `from_json` reads."""
         return dataclasses.asdict(self)
 
     @classmethod

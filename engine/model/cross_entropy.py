@@ -1,4 +1,4 @@
-"""Next-token cross-entropy: over all logits at once, or a few rows at a time, for a large vocabulary.
+"""Next-token cross-entropy over all logits at once or, for a large vocabulary, a few rows at a time.
 
 With p the softmax of a row's logits, the gradient of its loss by the hidden state is (p - one-hot) W^T. It is computed in
 the forward pass, while the logits exist; the backward pass only scales it. No logits are stored or made twice, unless the
@@ -35,9 +35,9 @@ def token_losses(logits: Array, targets: Array) -> Array:
 
 
 def cross_entropy(cfg: ModelConfig, params: Params, batch: Any, limit: int) -> Array:
-    """Returns the nats of each target of a Batch, (B, T) float32, 0 where the mask is False.
+    """Returns the nats of each target of a Batch, (B, T) float32, making at most `limit` bytes of logits at a time.
 
-    Logits of more than `limit` bytes are made a few rows at a time.
+    0 where the mask is False.
     """
     targets = jnp.where(batch.mask, batch.targets, 0)
     if 4 * targets.size * cfg.vocab <= limit:

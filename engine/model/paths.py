@@ -26,7 +26,7 @@ def _by_number(name: str) -> tuple[int, int, str]:
 
 
 def unflatten(leaves: dict[str, Any]) -> Params:
-    """Returns the nested dict of {path: leaf}, as `leaf_paths` takes it apart."""
+    """Returns the nested dict of {path: leaf}: the inverse of `leaf_paths`."""
     tree: Params = {}
     for path, leaf in leaves.items():
         *folders, name = path.split("/")
@@ -65,13 +65,13 @@ def first_match(rules: Sequence[tuple[str, Any]], params: Params) -> dict[str, A
 
 
 def split(params: Params, chosen: Collection[str]) -> tuple[Params, Params]:
-    """Returns (the leaves at the chosen paths, the others)."""
+    """Splits params into two trees: the leaves at the chosen paths, and the others."""
     part = lambda inside: unflatten({path: leaf for path, leaf in leaf_paths(params).items() if (path in chosen) == inside})
     return part(True), part(False)
 
 
 def merge(trainable: Params, frozen: Params) -> Params:
-    """Returns one params tree of two. A trainable adapter goes on the frozen weight of its path.
+    """Merges two trees into one params tree. A trainable adapter goes on the frozen weight of its path.
 
     Raises ValueError for two weights at one path.
     """

@@ -137,7 +137,7 @@ class Blocks(nn.Module):
 
 
 class Transformer(nn.Module):
-    """tokens, positions (B, T) int32 -> what the head reads, (B, T, D) in the compute dtype, and the cache."""
+    """tokens, positions (B, T) int32 -> the head's input (B, T, D) in the compute dtype, and the cache."""
 
     cfg: ModelConfig
 
@@ -175,12 +175,12 @@ def forward(
 def hidden_states(
     cfg: ModelConfig, params: Params, tokens: Array, positions: Array, cache: Any = None, segments: Array | None = None
 ) -> tuple[Array, Any]:
-    """As `forward` without the head: returns what it reads, (B, T, D) in the compute dtype, and the cache."""
+    """Returns the head's input (B, T, D) in the compute dtype, and the cache; else as `forward`."""
     return Transformer(cfg).apply({"params": params}, tokens, positions, segments, cache)
 
 
 def logits_of(cfg: ModelConfig, params: Params, hidden: Array) -> Array:
-    """hidden (..., D) -> logits (..., V) float32: the head alone, tied or not."""
+    """hidden (..., D) -> logits (..., V) float32, by the head, tied or not."""
     with jax.named_scope("head"):
         if cfg.tied:
             return unembed(hidden, params["embed"], jnp.float32)

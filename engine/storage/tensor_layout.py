@@ -18,7 +18,7 @@ import tokenizers
 from engine.errors import UserError, did_you_mean
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths, unflatten
-from engine.model.weights.lora import dense
+from engine.model.weights.lora import to_dense
 from engine.storage.untrusted import quote
 from engine.text import OnProgress
 
@@ -150,7 +150,7 @@ def split_params(leaves: list[Leaf], params: dict[str, Any], report: OnProgress)
     values = leaf_paths(params)
     total, done = sum(math.prod(leaf.shape) for leaf in leaves), 0
     for leaf in leaves:
-        whole = np.asarray(dense(values[leaf.path]))
+        whole = np.asarray(to_dense(values[leaf.path]))
         whole, at = whole.T if leaf.transposed else whole, 0
         for part in leaf.parts:
             yield part, whole[at : at + part.shape[0]]

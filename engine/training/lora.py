@@ -1,6 +1,6 @@
-"""Adapters as a tree to train, beside the params they are for.
+"""Initialises LoRA adapters, a tree of trainable parameters beside the frozen params.
 
-    adapters = add_lora(cfg, params, key, LoraConfig(rank=8, alpha=16, targets=("q", "v")))
+    adapters = init_lora(cfg, params, key, LoraConfig(rank=8, alpha=16, targets=("q", "v")))
     state = init_state(tx, adapters)                    # clipping, moments and checkpoints see the adapters alone
     state, _ = train_step(cfg, tx, state, params, ...)  # params: the base, plain or Int8, stays as it is
     plain = merge_lora(merge(state.trainable, params))
@@ -18,8 +18,8 @@ from engine.model.transformer import Params
 from engine.model.weights.lora import LoRA, make_adapter
 
 
-def add_lora(cfg: ModelConfig, params: Params, key: Array, lora: LoraConfig) -> Params:
-    """Makes the adapter tree for params: at each adapted path a LoRA without a base, which adds nothing yet.
+def init_lora(cfg: ModelConfig, params: Params, key: Array, lora: LoraConfig) -> Params:
+    """Makes the adapters of params: at each adapted path a LoRA without a base, which adds nothing yet.
 
     Raises UserError for a rank that is not below an adapted matrix's own.
     """

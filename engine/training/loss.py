@@ -1,4 +1,4 @@
-"""Next-token loss, float32: over all logits at once, a few rows at a time, or in chunks of the vocabulary."""
+"""Next-token loss, float32. Chooses how many logits exist at once: all, a few rows, or a chunk of the vocabulary."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from engine.model.cross_entropy import cross_entropy, head_weight
 from engine.model.layers import MASKED
 from engine.model.transformer import Params, hidden_states
 from engine.model.weights.int8 import Int8
-from engine.model.weights.lora import dense
+from engine.model.weights.lora import to_dense
 from engine.model.weights.matmul import project
 from engine.text.batch import Batch
 
@@ -21,9 +21,10 @@ ROWS_LIMIT = 32 * 2**20  # bytes of float32 logits that a frozen head makes at o
 
 
 def target_losses(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
-    """Returns the nats of each target, (B, T) float32, 0 where the mask is False.
+    """Returns the nats of each target of a Batch, (B, T) float32, by `cross_entropy` or `chunked_losses`.
 
-    Beyond a limit, a frozen head makes logits a few rows at a time, a trained one a chunk of the vocabulary at a time.
+    0 where the mask is False. Beyond a limit, a frozen head makes logits a few rows at a time, a trained one a chunk of
+    the vocabulary.
     """
     if head_is_frozen(cfg, params):
         return cross_entropy(cfg, params, batch, ROWS_LIMIT)
@@ -47,7 +48,7 @@ def chunked_losses(cfg: ModelConfig, params: Params, hidden: Array, targets: Arr
     """
     B, T, D = hidden.shape
     hidden, targets = hidden.reshape(-1, D), targets.reshape(-1)
-    columns = dense(params["embed"]).T if cfg.tied else dense(params["head"])
+    columns = to_dense(params["embed"]).T if cfg.tied else to_dense(params["head"])
     count = -(-cfg.vocab // chunk)
     columns = jnp.pad(columns, ((0, 0), (0, count * chunk - cfg.vocab)))
     chunks = columns.reshape(D, count, chunk).transpose(1, 0, 2).astype(hidden.dtype)
@@ -79,6 +80,6 @@ def loss_chunks(cfg: ModelConfig, rows: int, head_is_frozen: bool) -> int:
 
 
 def head_is_frozen(cfg: ModelConfig, params: Params) -> bool:
-    """Whether the head is of a kind that nothing trains: trained weights are float32."""
+    """Whether the head is frozen, by its type: trained weights are float32."""
     matrix = head_weight(cfg, params)
     return isinstance(matrix, Int8) or matrix.dtype != jnp.float32

@@ -1,4 +1,4 @@
-"""DPO: learns from preferences without a reward model (Rafailov et al. 2023, 2305.18290, equation 7).
+"""DPO: trains on preferences without a reward model (Rafailov et al. 2023, 2305.18290, equation 7).
 
 A model's margin for a pair is log p(chosen) - log p(rejected), each summed over what the mask counts. DPO raises it above
 that of a reference model, whose margins are computed once, before training:
@@ -25,7 +25,7 @@ from engine.training.step import Objective
 
 
 class Preferences(NamedTuple):
-    """B pairs: row i of `chosen` is preferred to row i of `rejected`, (B, T) each; masks count only the answers.
+    """B pairs: row i of `chosen` is preferred to row i of `rejected`, (B, T) each; masks count only the completions.
 
     `reference` (B,) float32: the reference model's margins.
     """

@@ -1,9 +1,9 @@
-"""Rewards that a rule computes from an answer's text alone.
+"""Rewards that a rule computes from a completion's text alone.
 
     reward = make_reward("length:12")
     reward("The sea is wide and cold.", None)      # 0.5: six words of twelve
 
-No model judges that could be talked round.
+There is no reward model to be fooled.
 """
 
 import re
@@ -11,14 +11,14 @@ from collections.abc import Callable
 
 from engine.errors import UserError, did_you_mean
 
-Reward = Callable[[str, int | None], float]  # (answer, right number or None) -> 0 to 1
+Reward = Callable[[str, int | None], float]  # (completion, right number or None) -> 0 to 1
 
 TASKS = {
     "length": "length:N, an answer of N words",
     "regex": "regex:PATTERN, an answer in which the pattern is found",
     "sum": "sum, an answer that ends with the right number",
 }
-LONGEST = 4000  # characters of an answer that a pattern is searched in
+LONGEST = 4000  # characters of a completion that a pattern is searched in
 
 
 def make_reward(task: str) -> Reward:
@@ -36,17 +36,17 @@ def make_reward(task: str) -> Reward:
 
 
 def length_reward(words: int) -> Reward:
-    """Rewards an answer of that many words with 1, another with the ratio of the counts. A word has no white space."""
+    """Rewards a completion of that many words with 1, another with the ratio of the counts. A word has no white space."""
 
-    def reward(answer: str, _: int | None) -> float:
-        count = len(answer.split())
+    def reward(completion: str, _: int | None) -> float:
+        count = len(completion.split())
         return min(count, words) / max(count, words)
 
     return reward
 
 
 def regex_reward(pattern: str) -> Reward:
-    """Rewards an answer with 1 if the pattern is found in its first LONGEST characters; `^...$` asks for all of it.
+    """Rewards a completion with 1 if the pattern is found in its first LONGEST characters; `^...$` asks for all of it.
 
     A pattern such as `(a+)+$` may take exponentially long: bound its time if patterns come from others. Raises UserError
     for what is no pattern.
@@ -55,11 +55,11 @@ def regex_reward(pattern: str) -> Reward:
         expression = re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise UserError(f"{pattern!r} is not a regular expression: {error}.") from error
-    return lambda answer, _: float(expression.search(answer[:LONGEST]) is not None)
+    return lambda completion, _: float(expression.search(completion[:LONGEST]) is not None)
 
 
-def sum_reward(answer: str, right: int | None) -> float:
-    """Rewards an answer with 1 if its last integer is the right one, else 0. Commas between thousands are skipped."""
-    text = re.sub(r"(?<=\d),(?=\d{3})", "", answer[-LONGEST:])
+def sum_reward(completion: str, right: int | None) -> float:
+    """Rewards a completion with 1 if its last integer is the right one, else 0. Commas between thousands are skipped."""
+    text = re.sub(r"(?<=\d),(?=\d{3})", "", completion[-LONGEST:])
     integers = re.findall(r"(?:(?<!\w)-)?\d+", text)  # a dash behind a word or a number is no sign
     return float(bool(integers) and right is not None and int(integers[-1]) == right)

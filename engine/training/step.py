@@ -31,7 +31,7 @@ class Objective:
     object, or its step is compiled anew.
     """
 
-    summed: Callable[[ModelConfig, Params, Any], Array]
+    summed_loss: Callable[[ModelConfig, Params, Any], Array]
     count: Callable[[Any], Array]
 
 
@@ -43,13 +43,12 @@ INT8_COMPILER_OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-mo
 
 
 class Metrics(NamedTuple):
-    """One step's () arrays: the loss (for NEXT_TOKEN mean nats per target), how many it is the mean of, the gradient's
-    norm before clipping, 1 if the update was refused."""
+    """The metrics of one step, () arrays."""
 
-    loss: Array
-    tokens: Array
-    grad_norm: Array
-    refused: Array
+    loss: Array  # for NEXT_TOKEN mean nats per target
+    tokens: Array  # the objective's count, which the loss is the mean over
+    grad_norm: Array  # before clipping
+    refused: Array  # 1 if the update was not finite, and so not made
 
 
 def init_state(tx: optax.GradientTransformation, trainable: Params) -> TrainState:
@@ -72,7 +71,7 @@ def loss_and_gradient(
     total = jnp.maximum(objective.count(batch), 1).astype(jnp.float32)
 
     def share(trainable: Params, part: Any) -> Array:
-        return objective.summed(cfg, merge(trainable, frozen), part) / total
+        return objective.summed_loss(cfg, merge(trainable, frozen), part) / total
 
     differentiate = jax.value_and_grad(jax.checkpoint(share) if cfg.remat == "full" else share)
     if microbatches == 1:

@@ -17,7 +17,7 @@ from engine.format import format_bytes
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths, map_paths, merge, unflatten
 from engine.model.transformer import forward
-from engine.model.weights.lora import LoRA, dense
+from engine.model.weights.lora import LoRA, to_dense
 from engine.storage import run_folder
 from engine.storage.adapter import load_adapter, save_adapter, without_adapters
 from engine.storage.digest import digest
@@ -58,7 +58,7 @@ def run(flags: ExportFlags, device: Device) -> int:
         with console.task("loading") as report:
             model = load_model(flags.model, report=report)
         console.warn_damaged(model.damaged, model.checkpoint)
-        dtype = flags.dtype or ("float16" if to_gguf else str(dense(model.params["embed"]).dtype))
+        dtype = flags.dtype or ("float16" if to_gguf else str(to_dense(model.params["embed"]).dtype))
         dtype = "float32" if flags.adapter else dtype
         console.print_rows([("device", str(device)), ("model", str(model.checkpoint)), ("writes", f"{out}, {dtype}")])
         with console.task("writing", always=True) as report:
@@ -169,7 +169,7 @@ def _tokenizer_faults(ours: Tokenizer, theirs: Tokenizer) -> list[str]:
 
 def _rounded(path: str, leaf: Any, dtype: str, out: Path) -> Any:
     """Returns a weight as the export holds it, in float32."""
-    plain = dense(leaf)
+    plain = to_dense(leaf)
     if plain.ndim < 2 and out.suffix == ".gguf":
         return plain
     if dtype != "q8_0":

@@ -44,7 +44,7 @@ class PreferenceBatches:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _summed(objective: Objective, cfg: ModelConfig, params: Any, batch: Any) -> jax.Array:
-    return objective.summed(cfg, params, batch)
+    return objective.summed_loss(cfg, params, batch)
 
 
 def held_out_evaluator(

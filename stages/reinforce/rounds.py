@@ -72,7 +72,7 @@ class Rounds:
             batch = rollout_batch(rollout.prompts, rollout.completions, plan.recipe.context)
             rollouts = self._rollouts(state, batch, advantages)
             if self.kl:  # the divergence from the untrained model, in nats a sampled token
-                behind = np.where(batch.mask, rollouts.reference - rollouts.old, 0)
+                behind = np.where(batch.mask, rollouts.reference_logprobs - rollouts.old_logprobs, 0)
                 kl = float((np.exp(behind) - behind - 1).sum() / max(batch.mask.sum(), 1))
             for _ in range(self.updates):
                 state, metrics = self.program(state, self.parts.frozen, rollouts, np.float32(0))

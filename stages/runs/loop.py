@@ -98,13 +98,13 @@ class StepTimer:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """Evaluates on held-out batches: the sum of `summed(trainable, batch)` over `size`.
+    """Evaluates on held-out batches: the sum of `summed_loss(trainable, batch)` over `size`.
 
     The number is called `unit` on screen and `key` in metrics.jsonl.
     """
 
     batches: Sequence[Any]
-    summed: Callable[[Any, Any], Any]
+    summed_loss: Callable[[Any, Any], Any]
     size: float
     unit: str
     key: str
@@ -115,7 +115,7 @@ class Evaluator:
         for batch in self.batches:
             if stopped():
                 return None
-            total += float(self.summed(trainable, batch))
+            total += float(self.summed_loss(trainable, batch))
         return total / self.size
 
 

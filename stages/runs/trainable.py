@@ -11,11 +11,11 @@ from engine.counting.trainable_paths import TrainablePaths, lora_only
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import merge, split
 from engine.model.transformer import init_params
-from engine.model.weights.int8 import every_product, quantize
+from engine.model.weights.int8 import matmul_rules, quantize
 from engine.model.weights.lora import merge_lora
 from engine.model.weights.matmul import cast_matrices
 from engine.training.freeze import select_trainable
-from engine.training.lora import add_lora
+from engine.training.lora import init_lora
 
 Rows = tuple[tuple[str, str], ...]
 
@@ -57,7 +57,7 @@ def choose_trainable(
     if lora:
         key = jax.random.key(0)
         # Shapes alone: nothing is made before it is known whether there is room for it.
-        shapes = jax.eval_shape(lambda key: add_lora(cfg, init_params(cfg, key), key, lora), key)
+        shapes = jax.eval_shape(lambda key: init_lora(cfg, init_params(cfg, key), key, lora), key)
         count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
         return lora_only(cfg, lora), (
             ("LoRA", f"{', '.join(lora.adapted_parts)} of {cfg.layers} layers, rank {lora.rank}"),
@@ -79,6 +79,6 @@ def split_params(
     if not lora:
         trainable, unchanged = split(merge_lora(params), paths.weights)
         return TrainableParts(cast_matrices(trainable, "float32"), cast_matrices(unchanged, cfg.dtype), unchanged, paths)
-    adapter = add_lora(cfg, params, jax.random.key(seed), lora)
-    frozen = params if base == "float" else quantize(params, every_product(params, "full"))
+    adapter = init_lora(cfg, params, jax.random.key(seed), lora)
+    frozen = params if base == "float" else quantize(params, matmul_rules(params, "full"))
     return TrainableParts(adapter, cast_matrices(frozen, cfg.dtype), None, paths)

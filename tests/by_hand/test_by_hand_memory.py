@@ -1,4 +1,4 @@
-"""Forward alone keeps nothing; what training keeps grows with every block. Both by weighing what NumPy allocates."""
+"""Forward alone saves nothing; training's residuals grow with every block. Both by what NumPy allocates."""
 
 import gc
 import tracemalloc
@@ -25,13 +25,13 @@ def arrays_in(part: Any) -> list[np.ndarray]:
 
 
 def array_bytes(residuals: Any) -> int:
-    """Bytes of the arrays in the residuals, or in a part of them; what several of them are views of counts once."""
+    """Returns the bytes of the residuals' arrays, or of a part of them; shared memory counts once."""
     owners = [array if array.base is None else array.base for array in arrays_in(residuals)]
     return sum({id(owner): owner.nbytes for owner in owners}.values())
 
 
 def weighed(cfg: Any, function: Callable) -> tuple[Any, int, int]:
-    """What a function of (cfg, params, tokens) returns; the bytes that are left because of it; the most it held."""
+    """Returns a function's result of (cfg, params, tokens), the bytes it leaves, and its peak."""
     params, tokens = weights(cfg), tokens_of(0, B, T)
     function(cfg, params, tokens)  # whatever is made once is made
     gc.collect()
@@ -59,7 +59,7 @@ def test_forward_alone_keeps_nothing(options):
 
 @OPTIONS
 def test_forward_alone_allocates_for_no_backward(options):
-    """At its fullest moment it holds the scores of one block, once, and what they are made of: less than one block keeps."""
+    """The peak holds one block's scores, once, and their operands: less than a block's residuals."""
     cfg = tiny_config(layers=8, **options)
     _, _, most = weighed(cfg, model.forward)
     _, kept = model.forward_with_residuals(cfg, weights(cfg), tokens_of(0, B, T))

@@ -1,4 +1,4 @@
-"""Ceilings are measured once, kept, believed only when whole, and belong to one machine; memory limits are found."""
+"""Ceilings are measured once, cached by machine, and measured again where the cache is damaged; memory limits."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ FOUND = Ceilings("a chip", "cpu", 2, "0", 400.0, 200.0, 300.0, 26.0, 40.0)
 
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
-    """A cache of its own, and a measurement that takes no time: the list grows with each."""
+    """An empty cache; each measurement adds to the list."""
     calls = []
     monkeypatch.setenv("THRICE_CACHE", str(tmp_path))
     monkeypatch.setattr(hardware, "measure_ceilings", lambda report=None: calls.append(report) or FOUND)
@@ -34,7 +34,7 @@ def test_ceilings_are_measured_once_and_read_back_equal(measured):
     assert len(measured) == 2
 
 
-def test_a_noisy_moment_cannot_lower_a_ceiling_and_a_quiet_one_raises_it(measured, monkeypatch):
+def test_a_refresh_keeps_the_higher_rates(measured, monkeypatch):
     cached_ceilings()
     mixed = dataclasses.replace(FOUND, bf16_gflops=1.0, read_gbs=100.0)
     monkeypatch.setattr(hardware, "measure_ceilings", lambda report=None: mixed)
@@ -69,7 +69,7 @@ def test_a_damaged_cache_is_measured_again_and_mended(measured, tmp_path, damage
 
 
 @pytest.mark.parametrize("what", ["processor", "flags", "cores", "backend", "kind", "jax"])
-def test_another_machine_under_the_same_cache_is_measured_for_itself(measured, monkeypatch, what):
+def test_another_machine_is_measured_for_itself(measured, monkeypatch, what):
     here = hardware._identity()
     assert set(here) == {"processor", "flags", "cores", "backend", "kind", "jax"}
     cached_ceilings()

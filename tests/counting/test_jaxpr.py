@@ -1,4 +1,4 @@
-"""Laws of the walker: it counts what a program does, each time it does it, and refuses what it cannot see."""
+"""`jaxpr_cost` counts each operation of a program as often as it runs, and refuses what it cannot see."""
 
 import functools
 

@@ -13,9 +13,9 @@ from engine.counting.trainable_paths import TrainablePaths, all_trainable, botto
 from engine.counting.xla import xla_peak
 from engine.model.config import LoraConfig, ModelConfig, preset
 from engine.model.paths import split
-from engine.model.weights.int8 import every_product, quantize
+from engine.model.weights.int8 import matmul_rules, quantize
 from engine.model.weights.matmul import cast_matrices
-from engine.training.lora import add_lora
+from engine.training.lora import init_lora
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state, train_step
 
@@ -75,9 +75,9 @@ def test_weights_and_optimizer_are_those_of_a_real_run(name, tied):
     params = params_of(cfg)
     trainable, frozen = split(params, chosen.weights)
     if chosen.adapted:
-        trainable = jax.eval_shape(lambda params: add_lora(cfg, params, jax.random.key(0), adapter), params)
+        trainable = jax.eval_shape(lambda params: init_lora(cfg, params, jax.random.key(0), adapter), params)
     if base == "int8":
-        frozen = jax.eval_shape(lambda frozen: quantize(frozen, every_product(frozen, "full")), frozen)
+        frozen = jax.eval_shape(lambda frozen: quantize(frozen, matmul_rules(frozen, "full")), frozen)
     frozen = jax.eval_shape(lambda frozen: cast_matrices(frozen, cfg.dtype), frozen)
     state = jax.eval_shape(lambda tree: init_state(make_optimizer(OptimizerConfig()), tree), trainable)
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state, frozen)))

@@ -1,4 +1,4 @@
-"""The formulas for this engine's own programs equal the products the walker finds in them, on a CPU and elsewhere."""
+"""The formulas for this engine's programs equal the products in their jaxprs, on a CPU and elsewhere."""
 
 import dataclasses
 import functools

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.inference.prefix_cache import PrefixCache, first_key, next_key
+from engine.inference.prefix_cache import PrefixCache, chunk_key, root_key
 
 SIZE = 24  # bytes of every chunk here
 
@@ -15,9 +15,9 @@ def chunk(value: float) -> dict[str, np.ndarray]:
 
 def names(prompt: str, namespace: str = "") -> list[bytes]:
     """The names of a prompt's chunks, a letter each."""
-    keys = [first_key(namespace)]
+    keys = [root_key(namespace)]
     for letter in prompt:
-        keys.append(next_key(keys[-1], (ord(letter),)))
+        keys.append(chunk_key(keys[-1], (ord(letter),)))
     return keys[1:]
 
 
@@ -42,10 +42,10 @@ def test_a_prompt_is_found_as_far_as_it_is_the_same_from_its_start():
 
 def test_the_name_of_a_chunk_says_everything_before_it_and_where_chunks_end():
     keys = {
-        "ab|c": next_key(next_key(first_key(""), (1, 2)), (3,)), "a|bc": next_key(next_key(first_key(""), (1,)), (2, 3)),
-        "abc": next_key(first_key(""), (1, 2, 3)), "abc of k": next_key(first_key("k"), (1, 2, 3)),
-        "0abc": next_key(first_key(""), (0, 1, 2, 3)), "none": first_key(""), "none of k": first_key("k"),
-        "half a character": first_key("\ud800"),
+        "ab|c": chunk_key(chunk_key(root_key(""), (1, 2)), (3,)), "a|bc": chunk_key(chunk_key(root_key(""), (1,)), (2, 3)),
+        "abc": chunk_key(root_key(""), (1, 2, 3)), "abc of k": chunk_key(root_key("k"), (1, 2, 3)),
+        "0abc": chunk_key(root_key(""), (0, 1, 2, 3)), "none": root_key(""), "none of k": root_key("k"),
+        "half a character": root_key("\ud800"),
     }  # fmt: skip
     assert len(set(keys.values())) == len(keys)
 

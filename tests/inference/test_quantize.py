@@ -16,8 +16,8 @@ from engine.model.cache.contiguous import make_cache
 from engine.model.cache.segmented import Rows, make_kv_segments
 from engine.model.paths import leaf_paths, map_paths
 from engine.model.transformer import forward
-from engine.model.weights.int8 import Int8, every_product, quantize
-from engine.model.weights.lora import dense
+from engine.model.weights.int8 import Int8, matmul_rules, quantize
+from engine.model.weights.lora import to_dense
 from engine.storage.digest import digest
 
 ROWS, CAPACITY = 5, 32
@@ -40,14 +40,14 @@ def test_all_that_is_multiplied_by_is_int8_and_nothing_else(tied):
 def test_logits_stay_near(tied, kind):
     cfg = tiny_config(tied=tied)
     params = lively_params(cfg)
-    small = quantize(prepare_params(cfg, params), every_product(params, kind))
+    small = quantize(prepare_params(cfg, params), matmul_rules(params, kind))
     tokens, positions = tokens_of(0, 3, 11), positions_of(3, 11)
     run = jax.jit(lambda params: forward(cfg, params, tokens, positions)[0])
     plain, rounded = run(params), run(small)
     error = np.sqrt(((plain - rounded) ** 2).mean() / (plain**2).mean())
     assert 0 < error < 0.05
     if kind == "full":
-        written_out = run(map_paths(lambda _, leaf: dense(leaf), small))
+        written_out = run(map_paths(lambda _, leaf: to_dense(leaf), small))
         np.testing.assert_allclose(rounded, written_out, atol=1e-4 * np.abs(written_out).max())
 
 
@@ -63,7 +63,7 @@ def wider(tied: bool, kind: str):
     """A model none of whose weights has as many numbers as anything else in a program for 3 rows, 5 or 33."""
     cfg = tiny_config(width=64, heads=4, kv_heads=2, head_dim=16, ff=160, vocab=300, dtype="bfloat16", tied=tied)
     params = lively_params(cfg)
-    return cfg, prepare_params(cfg, quantize(params, every_product(params, kind)))
+    return cfg, prepare_params(cfg, quantize(params, matmul_rules(params, kind)))
 
 
 @pytest.mark.parametrize("kind", ["int8", "full"])

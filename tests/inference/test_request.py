@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny import request_of
 
 from engine.errors import InvalidField
-from engine.inference.request import check
+from engine.inference.request import check_request
 from engine.inference.sampling_params import SamplingParams
 
 GOOD = {"prompt": (1, 2, 3), "max_tokens": 5}
@@ -51,7 +51,7 @@ anything = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max
 def test_any_fields_make_a_request_or_one_of_them_is_named(fields):
     fields = {**GOOD, **fields}
     try:
-        check(request_of(**fields), vocab=41, capacity=70)
+        check_request(request_of(**fields), vocab=41, capacity=70)
     except InvalidField as error:
         named, sentence = error.field, str(error)
     else:
@@ -61,7 +61,7 @@ def test_any_fields_make_a_request_or_one_of_them_is_named(fields):
 
 
 def test_what_a_model_cannot_serve_is_refused_with_both_counts():
-    check(request_of((1, 40), 68), 41, 70)
+    check_request(request_of((1, 40), 68), 41, 70)
     outside = "holds a token outside"
     for request, field, sentence in (
         (request_of((), 5), "prompt", "The prompt has no tokens"), (request_of((1, 41), 5), "prompt", outside),
@@ -71,7 +71,7 @@ def test_what_a_model_cannot_serve_is_refused_with_both_counts():
         (request_of((1, 2), 69), "prompt", "2 tokens and max_tokens is 69; together at most 70 fit"),
     ):  # fmt: skip
         with pytest.raises(InvalidField, match=sentence) as caught:
-            check(request, 41, 70)
+            check_request(request, 41, 70)
         assert caught.value.field == field
 
 

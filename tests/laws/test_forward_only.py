@@ -19,7 +19,7 @@ from engine.inference.score import score
 from engine.inference.slots import Slots
 from engine.model.cache.contiguous import KVCache, make_cache
 from engine.model.cache.segmented import Rows, make_kv_segments
-from engine.model.weights.int8 import every_product, quantize
+from engine.model.weights.int8 import matmul_rules, quantize
 from engine.storage.digest import digest
 from engine.text.batch import Batch
 
@@ -32,7 +32,7 @@ def served(weights: str, tied: bool = False):
     quantized = weights in ("int8", "full")
     cfg = tiny_config(dtype="bfloat16" if quantized else weights, tied=tied)
     params = lively_params(cfg)
-    return cfg, prepare_params(cfg, quantize(params, every_product(params, weights)) if quantized else params)
+    return cfg, prepare_params(cfg, quantize(params, matmul_rules(params, weights)) if quantized else params)
 
 
 def samplings(rows: int, **fixed) -> st.SearchStrategy[list[SamplingParams]]:

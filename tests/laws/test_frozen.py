@@ -14,7 +14,7 @@ from engine.model.weights.matmul import cast_matrices
 from engine.storage.digest import digest
 from engine.text.batch import Batch
 from engine.training.freeze import select_trainable
-from engine.training.lora import add_lora
+from engine.training.lora import init_lora
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state, loss_and_gradient, train_step
 
@@ -38,7 +38,7 @@ def halves():
 def adapters(kind: str):
     base = lively_params(CFG)
     base = quantize(base, [(MATRICES, "full")]) if kind == "int8" else cast_matrices(base, "bfloat16")
-    return add_lora(CFG, base, jax.random.key(0), LoraConfig(2, targets=("all",))), base
+    return init_lora(CFG, base, jax.random.key(0), LoraConfig(2, targets=("all",))), base
 
 
 SETUPS = {

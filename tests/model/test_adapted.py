@@ -12,7 +12,7 @@ from tiny import lively_params, positions_of, tiny_config, tokens_of
 from engine.model.paths import leaf_paths, map_paths, merge, unflatten
 from engine.model.transformer import forward
 from engine.model.weights.int8 import dequantize, quantize, quantize_matrix
-from engine.model.weights.lora import LoRA, dense, make_adapter
+from engine.model.weights.lora import LoRA, make_adapter, to_dense
 from engine.model.weights.matmul import cast_matrices, project, project_two
 
 D, F = 20, 28
@@ -50,7 +50,7 @@ def test_at_first_it_changes_no_bit(dtype, rows, columns):
         results = jax.jit(lambda leaf, multiply=multiply: multiply(x, leaf, dtype))
         for plain, adapted in zip(results(base), results(leaf), strict=True):
             assert np.asarray(plain).tobytes() == np.asarray(adapted).tobytes()
-    assert np.asarray(dense(leaf)).tobytes() == np.asarray(base).tobytes()
+    assert np.asarray(to_dense(leaf)).tobytes() == np.asarray(base).tobytes()
 
 
 def all_adapted(cfg, params, seed: int = 0, learned: bool = True):
@@ -149,7 +149,7 @@ def test_adapters_on_one_base_add_up(rows):
     both = merge({"w": second}, merge({"w": first}, {"w": base}))["w"]
     assert both.shape == base.shape
     np.testing.assert_allclose(project(x, both, F32), x @ expected, atol=1e-4)
-    np.testing.assert_allclose(dense(both), expected, atol=1e-5)
+    np.testing.assert_allclose(to_dense(both), expected, atol=1e-5)
 
 
 def test_an_adapter_has_numbers_only_for_what_it_adapts():
@@ -187,7 +187,7 @@ def test_a_frozen_model_in_int8_differentiates_as_the_model_it_stands_for():
     params = lively_params(cfg)
     rules = [(r"blocks/\d+/(qkv|out|gate_up|down)|head|embed", "full")]
     small = quantize(params, rules)
-    wide = map_paths(lambda _, leaf: dense(leaf), small)
+    wide = map_paths(lambda _, leaf: to_dense(leaf), small)
     tokens = tokens_of(0, 9, 7)
 
     @jax.jit

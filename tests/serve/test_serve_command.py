@@ -29,7 +29,7 @@ from engine.model.config import LoraConfig
 from engine.model.paths import leaf_paths, merge
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import LoRA, merge_lora
-from engine.training.lora import add_lora
+from engine.training.lora import init_lora
 from stages.cli.console import Console
 from stages.serve import lifecycle, server
 from stages.serve import state as module
@@ -250,7 +250,7 @@ def test_an_adapter_is_merged_into_what_is_served(weights):
     """Integers are made of what base and adapter come to, and no gradient is ever asked of them."""
     cfg = tiny_config()
     base = lively_params(cfg)
-    lora = jax.tree.map(lambda leaf: leaf + 0.1, add_lora(cfg, base, jax.random.key(0), LoraConfig(2, targets=("q", "down"))))
+    lora = jax.tree.map(lambda leaf: leaf + 0.1, init_lora(cfg, base, jax.random.key(0), LoraConfig(2, targets=("q", "down"))))
     adapted = merge(lora, base)
     assert any(isinstance(leaf, LoRA) for leaf in leaf_paths(adapted).values())
     merged = merge_lora(adapted)

@@ -20,7 +20,7 @@ from engine.model.weights.lora import LoRA, merge_lora
 from engine.model.weights.matmul import cast_matrices
 from engine.storage.digest import digest
 from engine.text.batch import Batch
-from engine.training.lora import add_lora
+from engine.training.lora import init_lora
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state, loss_and_gradient, train_step
 
@@ -46,7 +46,7 @@ logits = jax.jit(lambda cfg, params, tokens: forward(cfg, params, tokens, positi
 
 
 def test_adapters_hold_what_was_asked_for(params):
-    adapters = leaf_paths(add_lora(CFG, params, KEY, LoraConfig(3, alpha=12.0, targets=("q", "v", "down"))))
+    adapters = leaf_paths(init_lora(CFG, params, KEY, LoraConfig(3, alpha=12.0, targets=("q", "v", "down"))))
     assert set(adapters) == {f"blocks/{layer}/{name}" for layer in (0, 1) for name in ("qkv", "down")}
     assert {leaf.scale for leaf in adapters.values()} == {4.0}
     assert adapters["blocks/1/qkv"].columns == ((0, 24), (36, 48))
@@ -54,14 +54,14 @@ def test_adapters_hold_what_was_asked_for(params):
     assert all(leaf.base is None for leaf in adapters.values())
     assert len({np.asarray(leaf.a).tobytes() for leaf in adapters.values()}) == 4, "each has its own draw"
     with pytest.raises(UserError, match=r"rank for blocks/0/qkv must lie between 1 and 11"):
-        add_lora(CFG, params, KEY, LoraConfig(12, targets=("v",)))
+        init_lora(CFG, params, KEY, LoraConfig(12, targets=("v",)))
 
 
 @pytest.mark.parametrize("kind", ["array", "full"])
 def test_folding_gives_the_same_logits_and_leaves_the_base_alone(params, kind):
     base = params if kind == "array" else quantize(params, [(MATRICES, "full")])
     before = digest(base)
-    adapted = merge(learned(add_lora(CFG, base, KEY, LoraConfig(3, targets=("all",)))), base)
+    adapted = merge(learned(init_lora(CFG, base, KEY, LoraConfig(3, targets=("all",)))), base)
     folded = merge_lora(adapted)
     assert {type(leaf) for leaf in leaf_paths(folded).values()} == {type(params["head"])}
     for rows in (1, 9):
@@ -74,14 +74,14 @@ def test_folding_gives_the_same_logits_and_leaves_the_base_alone(params, kind):
 
 def test_folding_keeps_the_bases_dtype_and_a_plain_model(params):
     half = cast_matrices(params, "bfloat16")
-    folded = leaf_paths(merge_lora(merge(learned(add_lora(CFG, half, KEY, LoraConfig(2, targets=("q", "v")))), half)))
+    folded = leaf_paths(merge_lora(merge(learned(init_lora(CFG, half, KEY, LoraConfig(2, targets=("q", "v")))), half)))
     assert folded["blocks/0/qkv"].dtype == jnp.bfloat16
     assert all(a is b for a, b in zip(jax.tree.leaves(merge_lora(params)), jax.tree.leaves(params)))
 
 
 def test_several_adapters_on_one_base_fold_to_their_sum(params):
-    first = learned(add_lora(CFG, params, KEY, LoraConfig(3, targets=("q", "v"))), 1)
-    second = learned(add_lora(CFG, params, KEY, LoraConfig(2, targets=("all",))), 2)
+    first = learned(init_lora(CFG, params, KEY, LoraConfig(3, targets=("q", "v"))), 1)
+    second = learned(init_lora(CFG, params, KEY, LoraConfig(2, targets=("all",))), 2)
     folded = leaf_paths(merge_lora(merge(second, merge(first, params))))
     alone = [leaf_paths(merge_lora(merge(adapters, params))) for adapters in (first, second)]
     for path, leaf in leaf_paths(params).items():
@@ -93,7 +93,7 @@ def test_several_adapters_on_one_base_fold_to_their_sum(params):
 def test_only_adapters_learn_and_the_optimizer_holds_nothing_else(params, kind):
     frozen = jax.tree.map(jnp.array, params)
     before = digest(frozen)
-    adapters = add_lora(CFG, frozen, KEY, LoraConfig(3, targets=("all",)))
+    adapters = init_lora(CFG, frozen, KEY, LoraConfig(3, targets=("all",)))
     start = jax.tree.map(jnp.array, adapters)
     tx = make_optimizer(OptimizerConfig(kind=kind, learning_rate=0.05, weight_decay=0.1))
     state = init_state(tx, adapters)
@@ -113,7 +113,7 @@ def test_only_adapters_learn_and_the_optimizer_holds_nothing_else(params, kind):
 def test_a_learned_adapter_decays_towards_the_base(params):
     """AdamW's decay is on both halves, so that without a gradient what is added goes to nothing."""
     tx = make_optimizer(OptimizerConfig(learning_rate=0.1, weight_decay=0.5, warmup=0.0, schedule="wsd"))
-    adapters = learned(add_lora(CFG, params, KEY, LoraConfig(3, targets=("q", "v"))))
+    adapters = learned(init_lora(CFG, params, KEY, LoraConfig(3, targets=("q", "v"))))
     nothing = jax.tree.map(jnp.zeros_like, adapters)
     updates, _ = tx.update(nothing, tx.init(adapters), adapters, progress=jnp.float32(0.01))
     for update, leaf in zip(jax.tree.leaves(updates), jax.tree.leaves(adapters)):
@@ -124,7 +124,7 @@ def test_a_learned_adapter_decays_towards_the_base(params):
 @pytest.mark.parametrize("kind", ["array", "full"])
 def test_the_gradient_of_a_step_is_that_of_the_folded_model(params, rows, kind):
     base = params if kind == "array" else quantize(params, [(MATRICES, "full")])
-    adapters = learned(add_lora(CFG, base, KEY, LoraConfig(3, targets=("q", "v", "up", "down"))))
+    adapters = learned(init_lora(CFG, base, KEY, LoraConfig(3, targets=("q", "v", "up", "down"))))
     batch = batch_of(0, rows)
     loss, gradient = jax.jit(loss_and_gradient, static_argnums=0)(CFG, adapters, base, batch)
 
@@ -164,7 +164,7 @@ def gradients_of_whole_matrices(params, adapters, base) -> list:
 
 
 def test_no_product_is_spent_on_the_gradient_of_a_frozen_matrix(params):
-    adapters = add_lora(CFG, params, KEY, LoraConfig(3, targets=("q", "v", "down")))
+    adapters = init_lora(CFG, params, KEY, LoraConfig(3, targets=("q", "v", "down")))
     assert gradients_of_whole_matrices(params, adapters, params) == []
     assert gradients_of_whole_matrices(params, adapters, quantize(params, [(MATRICES, "full")])) == []
     assert gradients_of_whole_matrices(params, params, {}), "the check sees none even where there are some"
@@ -180,13 +180,13 @@ def test_the_saving_is_in_the_count():
     work = lambda *trees: jaxpr_cost(lambda *args: loss_and_gradient(cfg, *args), *trees, batch).matmul
     full = work(params, {})
     for targets, share in ((("q", "v"), 0.68), (("all",), 0.72)):
-        adapters = jax.eval_shape(lambda targets=targets: add_lora(cfg, params, KEY, LoraConfig(2, targets=targets)))
+        adapters = jax.eval_shape(lambda targets=targets: init_lora(cfg, params, KEY, LoraConfig(2, targets=targets)))
         assert 0.6 < work(adapters, params) / full < share
     assert lora_only(cfg, LoraConfig(2, targets=("q",))).adapted == {f"blocks/{layer}/q" for layer in range(3)}
 
 
 def test_optax_sees_an_adapter_as_its_two_halves(params):
-    adapters = add_lora(CFG, params, KEY, LoraConfig(3, targets=("q", "v")))
+    adapters = init_lora(CFG, params, KEY, LoraConfig(3, targets=("q", "v")))
     assert float(optax.tree.norm(adapters)) == pytest.approx(
         np.sqrt(sum(float((leaf.a**2).sum()) for leaf in leaf_paths(adapters).values())), rel=1e-5
     )

@@ -31,9 +31,9 @@ def formula(cfg, params, rollouts: Rollouts, clip: float, pull: float) -> jax.Ar
     batch = rollouts.batch
     table = jax.nn.log_softmax(forward(cfg, params, batch.tokens, batch.positions)[0])
     new = jnp.take_along_axis(table, batch.targets[..., None], -1)[..., 0]
-    ratio, advantage = jnp.exp(new - rollouts.old), rollouts.advantage[:, None]
+    ratio, advantage = jnp.exp(new - rollouts.old_logprobs), rollouts.advantage[:, None]
     gain = jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage)
-    q = jnp.exp(rollouts.reference - new)
+    q = jnp.exp(rollouts.reference_logprobs - new)
     return -((gain - pull * (q - jnp.log(q) - 1)) * batch.mask).sum() / batch.mask.sum()
 
 
@@ -68,7 +68,7 @@ def test_loss_and_gradient_are_the_papers(cfg, params):
     rng = np.random.default_rng(1)
     noise = lambda size: (size * rng.standard_normal((B, T))).astype(np.float32)
     rollouts = Rollouts(batch, ADVANTAGE, own + noise(0.3), own + noise(0.5))
-    ratio = np.exp(own - rollouts.old)[batch.mask]
+    ratio = np.exp(own - rollouts.old_logprobs)[batch.mask]
     assert (ratio < 0.8).any()
     assert (ratio > 1.2).any()
     expected, reference = jax.jit(jax.value_and_grad(lambda p: formula(cfg, p, rollouts, 0.2, 0.3)))(params)
@@ -88,7 +88,7 @@ def test_on_its_own_draw_the_first_step_is_the_plain_policy_gradient(cfg, params
 
 
 def test_the_pull_is_zero_at_the_reference_and_above_it_elsewhere(cfg, params):
-    """With nothing to gain the loss is the pull alone: no force where the model is the reference, towards it elsewhere."""
+    """Without advantage the loss is KL alone: no gradient where the model is the reference, towards it elsewhere."""
     batch = drawn(0)
     own, zero = np.asarray(log_probabilities(cfg, params, batch)), np.zeros(B, np.float32)
     loss, gradient = differentiate(cfg, params, {}, Rollouts(batch, zero, own, own), 1, grpo(0.2, 1.0))

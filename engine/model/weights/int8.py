@@ -53,8 +53,8 @@ class Int8:
         return self.values.shape[::-1] if self.transposed else self.values.shape
 
     @property
-    def summed(self) -> int:
-        """The axis of `values` that a product sums over, which has no scale."""
+    def contracting_axis(self) -> int:
+        """The axis of `values` that a product sums over; it has no scale."""
         return self.axis if self.transposed else 1 - self.axis
 
 
@@ -77,20 +77,20 @@ def dequantize(leaf: Int8, dtype: DTypeLike = jnp.float32) -> Array:
 
 def store_transposed(leaf: Int8) -> Int8:
     """Returns the leaf with each column's numbers side by side: on a CPU a few rows of x then take half the time."""
-    if leaf.transposed or leaf.summed == 1:
+    if leaf.transposed or leaf.contracting_axis == 1:
         return leaf
     return dataclasses.replace(leaf, values=leaf.values.T, transposed=True)
 
 
 def slice_columns(leaf: Int8, start: int, stop: int) -> Int8:
-    """Returns the columns with the scales start..stop of what `int8_matmul` multiplies by."""
-    along = 1 - leaf.summed
+    """Returns columns start..stop of the matrix that `int8_matmul` multiplies by, with their scales."""
+    along = 1 - leaf.contracting_axis
     values = jax.lax.slice_in_dim(leaf.values, start, min(stop, leaf.values.shape[along]), axis=along)
     return dataclasses.replace(leaf, values=values, scale=leaf.scale[start:stop])
 
 
-def every_product(params: Params, activations: Activations = "int8") -> tuple[Rule, ...]:
-    """Returns rules for the matrices of the blocks and the head (tied: the embedding).
+def matmul_rules(params: Params, activations: Activations = "int8") -> tuple[Rule, ...]:
+    """Returns rules that quantize the matrices of the blocks and the head (tied: the embedding).
 
     The input of `down` has a few numbers far above the rest, so with "int8" it gets two digits: SmolLM2 then loses 0.6%
     in bits per byte, not 1.1%.
@@ -103,12 +103,12 @@ def every_product(params: Params, activations: Activations = "int8") -> tuple[Ru
 
 
 def quantize(params: Params, rules: Sequence[Rule] | None = None) -> Params:
-    """Returns params with the leaves that rules match (by default `every_product`) as Int8; the first match wins.
+    """Returns params with the leaves that rules match (by default `matmul_rules`) as Int8; the first match wins.
 
     A rule is (pattern, activations or None to leave be). Raises UserError for a rule that matches nothing or a leaf that
     is not a plain matrix: merge adapters first.
     """
-    matches = first_match(every_product(params) if rules is None else rules, params)
+    matches = first_match(matmul_rules(params) if rules is None else rules, params)
     wanted = {path: activations for path, activations in matches.items() if activations}
     for path in wanted:
         if getattr(leaf_paths(params)[path], "ndim", 0) != 2:
@@ -131,8 +131,11 @@ def round_rows(x: Array) -> tuple[Array, Array]:
 
 
 def two_digit_rows(x: Array) -> tuple[Array, Array]:
-    """x (..., M, D) -> values (..., 2 M, D) int8, scale (..., M, 1) float32: the rows as in `round_rows`, then the rest of
-    each number in steps FINE times smaller. A product reads its other side once for both."""
+    """x (..., M, D) -> values (..., 2 M, D) int8, scale (..., M, 1) float32: both digits.
+
+    The rows as in `round_rows`, then the rest of each number in steps FINE times smaller. A product reads its other side
+    once for both.
+    """
     steps, scale = _scale_rows(x)
     first = jnp.round(steps)
     second = jnp.round((steps - first) * FINE)
@@ -162,20 +165,20 @@ def int8_matmul(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
     return product(x, weight, dtype)
 
 
-def _contract(x: Array, values: Array, summed: int, **options: Any) -> Array:
-    return jax.lax.dot_general(x, values, (((1,), (summed,)), ((), ())), **options)
+def _contract(x: Array, values: Array, axis: int, **options: Any) -> Array:
+    return jax.lax.dot_general(x, values, (((1,), (axis,)), ((), ())), **options)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _multiply_integers(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
     fine = weight.activations == "int16"
     rows, row_scale = two_digit_rows(x) if fine else round_rows(x)
-    if weight.summed == 1 and len(rows) <= FEW and len(weight.values) <= MANY:
+    if weight.contracting_axis == 1 and len(rows) <= FEW and len(weight.values) <= MANY:
         # The weight on the left is read as it lies, on the right it would be packed first; XLA would swap them back.
         product = jax.lax.dot_general(weight.values, rows, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
         product = jax.lax.optimization_barrier(product).T
     else:
-        product = _contract(rows, weight.values, weight.summed, preferred_element_type=jnp.int32)
+        product = _contract(rows, weight.values, weight.contracting_axis, preferred_element_type=jnp.int32)
     product = join_digits(product) if fine else product.astype(jnp.float32)
     return (product * row_scale * weight.scale).astype(dtype)
 
@@ -192,7 +195,7 @@ _multiply_integers.defvjp(lambda x, weight, dtype: (_multiply_integers(x, weight
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _multiply_widened(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
     """Integers up to 127 are exact in bfloat16, so the weight is not rounded a second time: the scale comes after."""
-    product = _contract(x, weight.values.astype(x.dtype), weight.summed, preferred_element_type=jnp.float32)
+    product = _contract(x, weight.values.astype(x.dtype), weight.contracting_axis, preferred_element_type=jnp.float32)
     return (product * weight.scale).astype(dtype)
 
 
@@ -204,7 +207,7 @@ def widened_backward(dtype: DTypeLike, residuals: tuple[Int8, Array], g: Array) 
     weight, like = residuals
     scaled = (g.astype(jnp.float32) * weight.scale).astype(like.dtype)
     values, scaled = jax.lax.optimization_barrier((weight.values, scaled))
-    dx = _contract(scaled, values.astype(like.dtype), 1 - weight.summed, preferred_element_type=like.dtype)
+    dx = _contract(scaled, values.astype(like.dtype), 1 - weight.contracting_axis, preferred_element_type=like.dtype)
     return dx, None
 
 

@@ -43,7 +43,7 @@ class LoRA:
     columns: tuple[tuple[int, int], ...]
 
     def on(self, base: Any) -> "LoRA":
-        """Returns this adapter on a base. Raises ValueError when their shapes do not fit."""
+        """Returns this adapter with its base. Raises ValueError when their shapes do not fit."""
         fits = len(base.shape) == 2 and self.a.shape[0] == base.shape[0] and self.columns[-1][1] <= base.shape[1]
         if self.base is not None or not fits:
             raise ValueError(f"An adapter of {self.a.shape} on columns {self.columns} does not fit a base of {base.shape}.")
@@ -81,13 +81,13 @@ def innermost_base(weight: Any) -> Any:
     return innermost_base(weight.base) if isinstance(weight, LoRA) else weight
 
 
-def dense(weight: Any) -> Array:
-    """Returns the one matrix of a weight: integers times their scale in float32, adapters merged in their base's dtype."""
+def to_dense(weight: Any) -> Array:
+    """Returns a weight as one Array: Int8 dequantized to float32, adapters merged in their base's dtype."""
     if isinstance(weight, Int8):
         return dequantize(weight)
     if not isinstance(weight, LoRA):
         return weight
-    base = dense(weight.base)
+    base = to_dense(weight.base)
     merged = base.astype(jnp.float32)
     for start, stop, a, b in weight.parts():
         less = jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32) * -weight.scale, precision=jax.lax.Precision.HIGHEST)
@@ -105,7 +105,7 @@ def merge_lora(params: Params, dtype: DTypeLike | None = None) -> Params:
     def merge(_: str, leaf: Any) -> Any:
         if not isinstance(leaf, LoRA):
             return leaf
-        merged = dense(leaf)
+        merged = to_dense(leaf)
         # Cast at once: over int8 the matrices are float32, and all of them together four times the base.
         return merged if dtype is None else merged.astype(dtype)
 

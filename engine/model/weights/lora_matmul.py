@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 
 from engine.model import backward
 from engine.model.weights.int8 import Int8
-from engine.model.weights.lora import LoRA, dense, innermost_base
+from engine.model.weights.lora import LoRA, innermost_base, to_dense
 
 Cuts = tuple[tuple[int, int], ...]
 
@@ -36,7 +36,7 @@ def merged_matmul(x: Array, weight: LoRA, dtype: DTypeLike, cuts: Cuts) -> tuple
 
 def _merge_columns(weight: LoRA, start: int, stop: int, dtype: DTypeLike) -> Array:
     """Returns columns start..stop of base + scale a b, (in, stop - start) in `dtype`, added up in float32."""
-    base = dense(weight.base)
+    base = to_dense(weight.base)
     blocks, done = [], 0
     for part in weight.parts(start, stop):
         blocks.append(jnp.zeros((base.shape[0], part.start - done), dtype))

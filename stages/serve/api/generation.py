@@ -15,7 +15,7 @@ import starlette.requests
 from starlette.types import Receive, Scope, Send
 
 from engine.errors import InvalidField
-from engine.inference.request import Event, LogProb, Request, check
+from engine.inference.request import Event, LogProb, Request, check_request
 from engine.inference.sampling_params import SEEDS, SamplingParams
 from engine.inference.stop_strings import CompletionText
 from stages.serve.api.replies import CachedTokens, Reason, Usage
@@ -241,7 +241,7 @@ async def generate(
             for _ in range(body.n or 1):  # each with its own seed
                 params = SamplingParams(max_tokens=max_tokens or room, seed=(seed + len(requests)) % SEEDS, **options)
                 requests.append(Request(tuple(prompt), params, http.state.namespace))
-                check(requests[-1], state.engine.cfg.vocab, capacity)
+                check_request(requests[-1], state.engine.cfg.vocab, capacity)
         generation = Generation(state, requests, body.stops, body.n or 1, http.state.arrived)
     except BaseException as error:
         state.admission.reserved -= writer.choices
