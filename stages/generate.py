@@ -67,7 +67,7 @@ def generate(flags: GenerateFlags) -> None:
 
     begin = time.perf_counter()
     compiles = CompileCounter()
-    writer = ContinuationPrinter([CompletionText(model.tokenizer.stream()) for _ in range(flags.count)])
+    printer = ContinuationPrinter([CompletionText(model.tokenizer.stream()) for _ in range(flags.count)])
     # Each step reads all of the cache. Its capacity is one of few, so that another prompt compiles nothing.
     capacity = min(model.cfg.context, -(-(len(prompt) + sampling.max_tokens) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE)
     stream = decode.generate(model.cfg, params, [prompt] * flags.count, sampling.per_row(flags.count), capacity=capacity)
@@ -77,7 +77,7 @@ def generate(flags: GenerateFlags) -> None:
     for index, tokens, finish_reason, *_ in stream:
         last = time.perf_counter()
         first = last if first == begin else first
-        length = writer.write(index, tokens, finish_reason)
+        length = printer.write(index, tokens, finish_reason)
         total += len(tokens)
         if finish_reason == "length" and length < sampling.max_tokens and len(prompt) + length >= model.cfg.context:
             cut = f"; the context of {model.cfg.context} tokens is full"
