@@ -34,7 +34,7 @@ class GenerateFlags:
 
     model: ModelFlag = None
     prompt: Annotated[str | None, parser(str, "TEXT"), default("a line end")] = None
-    """What to go on from; `-` reads it from standard input."""
+    """The text to continue; `-` reads it from standard input."""
     sampling: SamplingFlags = SAMPLING
     count: Annotated[int, parser(integer(1, 256), "N")] = 1
     """Continuations to write, with seeds seed, seed + 1, ..."""

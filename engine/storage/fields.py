@@ -8,7 +8,7 @@ from engine.errors import UserError, did_you_mean
 from engine.model.config import ModelConfig
 from engine.storage.untrusted import quote
 
-# Architecture -> the options of its block, which its fields leave unsaid. Mistral's block is Llama's.
+# Architecture -> the options of its block that its fields do not state. Mistral's block is Llama's.
 BLOCKS: dict[str, dict[str, Any]] = {"llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
 
 DEFAULTS = {"kv_heads": 0, "head_dim": 0}  # sizes that may be left out: ModelConfig derives them

@@ -48,8 +48,8 @@ def make_examples(
     """Makes training examples of at most seq + 1 tokens: seq inputs, and the target after each.
 
     A conversation that is longer loses its end, and is dropped when no answer begins early enough, or when the template
-    refuses it. A plain text is cut into pieces that are all learnt, from `bos_ids` to the end of
-    text. Raises UserError, with file:line, when the template fails, when nothing is left, and for a preference.
+    refuses it. A plain text is cut into pieces that are all in the loss, from `bos_ids` to the EOS. Raises UserError, with
+    file:line, when the template fails, when nothing is left, and for a preference.
     """
 
     def build(row: Row) -> tuple[list[Example], bool]:

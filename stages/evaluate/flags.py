@@ -17,7 +17,7 @@ class EvaluateFlags:
     """Tokens a window."""
     stride: Annotated[int | None, COUNT, default("half the window")] = None
     """Tokens between windows of a text: each token is predicted from at least context - stride before it."""
-    batch: Annotated[int | None, COUNT, default("as many as suit the memory")] = None
-    """Windows of a text read together."""
+    batch: Annotated[int | None, COUNT, default("as many as fit in memory")] = None
+    """Windows of a text scored together."""
     device: DeviceFlag = "auto"
     verbose: VerboseFlag = False

@@ -21,7 +21,7 @@ class ExportFlags:
     adapter: Annotated[bool, default("off")] = False
     """Write only the LoRA adapters, in PEFT's layout."""
     check: Annotated[bool, default("off")] = False
-    """Read it again and compare logits, tokens and what ends a completion."""
+    """Read it again and compare logits, tokens and EOS ids."""
     overwrite: Annotated[bool, default("off")] = False
     """Replace what an earlier export wrote there."""
     device: DeviceFlag = "auto"

@@ -119,8 +119,8 @@ def compare(model: LoadedModel, out: Path, dtype: str) -> Comparison:
     export = load_model(str(out), dtype="float32")
     faults = [f"{name} of the architecture" for name in model.cfg.architecture_differences(export.cfg)]
     faults += _tokenizer_faults(model.tokenizer, export.tokenizer)
-    faults += ["what ends a completion"] * (model.eos_ids != export.eos_ids)
-    faults += ["what is put before a text"] * (model.tokenizer.bos_ids != export.tokenizer.bos_ids)
+    faults += ["the EOS ids"] * (model.eos_ids != export.eos_ids)
+    faults += ["the BOS ids"] * (model.tokenizer.bos_ids != export.tokenizer.bos_ids)
     template = "kept" if export.tokenizer.config.get("chat_template") else "absent"
     rows = [
         ("tokens", f"{len(CHECK_TEXTS)} texts, of every script and with control tokens in them"),

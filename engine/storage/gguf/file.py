@@ -54,7 +54,7 @@ def open_gguf(path: Path) -> StoredModel:
             return dequantize(read_at(path, tensor.offset, tensor.size), tensor.kind)[start:stop]
         row = tensor.size // tensor.shape[0]
         data = read_at(path, tensor.offset + start * row, (stop - start) * row)
-        # The library goes by 16 rows: for short ones the calls take as long as the computing, so they are laid in line.
+        # The library goes by 16 rows: for short ones the calls take as long as the computing, so they are joined.
         blocks = data.size // GGML_QUANT_SIZES[tensor.kind][1]
         lines = next(lines for lines in range(min(LINES, blocks), 0, -1) if blocks % lines == 0)
         values = dequantize(data.reshape(lines, -1), tensor.kind).reshape(stop - start, -1)
