@@ -1,4 +1,4 @@
-"""Decides the usual claims about training and inference by the numbers of a run, as claims.toml says."""
+"""Judges common claims about training and inference by the numbers of a run, as claims.toml says."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ SERVING = {
 
 @dataclasses.dataclass(frozen=True)
 class Invariants:
-    """The results of invariants.py."""
+    """The results of `check_invariants`."""
 
     neighbours: int  # other requests beside which a request ran again
     same_bits: bool  # of its tokens and log-probabilities each time
@@ -32,7 +32,7 @@ class Invariants:
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """The numbers that decide the claims."""
+    """The numbers by which claims are judged."""
 
     rows: dict[str, dict[str, Any]]  # of the document, by name
     time_ratio: Callable[[str, str], float | None]  # a row's time for a token over another's, None where noise hides it

@@ -1,4 +1,4 @@
-"""Estimates the bytes and the seconds of the stage table before it is measured."""
+"""Estimates the memory and time of the stage table before it is measured."""
 
 from bench.table.training_rows import training_kinds
 from engine.counting.flops import forward_flops, train_flops
@@ -15,7 +15,7 @@ SUSTAINED = 0.55  # of the ceilings, over a round
 
 
 def check_memory(cfg: ModelConfig, batch: int, context: int) -> None:
-    """Raises UserError, with what would fit, where the table does not fit into this machine's memory."""
+    """Raises UserError, with what would fit, when the table does not fit this machine's memory."""
     limit, needed = memory_limit_bytes(), table_bytes(cfg, batch, context)
     if needed <= limit:
         return
@@ -40,8 +40,8 @@ def table_bytes(cfg: ModelConfig, batch: int, context: int) -> int:
     return states + steps[0].params * 2 + 2 * served.params + served.cache * 2 + working
 
 
-def too_long(cfg: ModelConfig, batch: int, context: int, seconds: float, rounds: int, ceilings: Ceilings) -> str | None:
-    """Returns a sentence, with a smaller shape, where warming up and `rounds` rounds will take longer than `seconds`."""
+def duration_warning(cfg: ModelConfig, batch: int, context: int, seconds: float, rounds: int, ceilings: Ceilings) -> str | None:
+    """Returns a warning, with a smaller shape, when warm-up and `rounds` rounds would take over `seconds`, else None."""
     predicted = lambda batch, context: (1 + rounds) * round_seconds(cfg, batch, context, ceilings)
     if predicted(batch, context) <= seconds:
         return None
@@ -52,7 +52,7 @@ def too_long(cfg: ModelConfig, batch: int, context: int, seconds: float, rounds:
 
 
 def round_seconds(cfg: ModelConfig, batch: int, context: int, ceilings: Ceilings) -> float:
-    """Predicts the seconds of a round, roughly: products and bytes moved, at SUSTAINED of this machine's ceilings."""
+    """Predicts the seconds of a round: products and bytes moved, at SUSTAINED of this machine's ceilings."""
     kinds = [kind.trainable_paths for kind in training_kinds(cfg)]
     steps = sum(gradient_program_flops(cfg, batch, context, trainable=paths).total for paths in kinds)
     gradients = sum(training_memory(cfg, batch, context, trainable=paths).gradients for paths in kinds)

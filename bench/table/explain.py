@@ -1,4 +1,4 @@
-"""Explains why a row takes another time than its FLOPs say, or other memory than predicted; the words: explanations.toml."""
+"""Explains why a row's time or peak memory differs from its prediction, with sentences from explanations.toml."""
 
 from bench.table.row import Row
 from bench.table.sentences import read_templates, render
@@ -11,7 +11,7 @@ TEXTS: dict[str, str] = read_templates("explanations")
 def explain_time(
     row: Row, seconds: float, forward: Row, forward_seconds: float, ceilings: Ceilings, products_seconds: float | None = None
 ) -> str | None:
-    """Explains a row's time where, as a multiple of the forward pass's, it is off its FLOPs by more than 15%, else None.
+    """Explains a row's time over the forward pass's where it is off the ratio of FLOPs by more than 15%, else None.
 
     `seconds` are those of a token, `products_seconds` those of its products with weights alone.
     """

@@ -1,4 +1,4 @@
-"""The rows that run forward only: evaluation, prefill, a prompt into a server's slot, and decoding."""
+"""The rows that run forward only: evaluation, prefill, prefill into a server's slot, and decoding."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ SLOTS = 8  # of the server
 
 
 def evaluation_row(cfg: ModelConfig, params: Any, batch: Batch) -> Row:
-    """Returns the row that scores a batch: the forward pass to which all ratios are."""
+    """Returns the row that scores a batch: the forward pass of all ratios."""
     B, T = batch.tokens.shape
     program, cost = compile_program(score, (cfg,), params, batch)
     return Row(

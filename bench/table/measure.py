@@ -1,4 +1,4 @@
-"""Measures the stage table: compiles every row of one model, runs them in turns, compares weights, makes the document."""
+"""Measures the stage table: compiles every row of one model, times them in turns, and returns the document."""
 
 import itertools
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from bench.cli import progress
 from bench.models import load, next_token_batch, random_model, tokens_for
 from bench.table.by_hand_rows import by_hand_rows
 from bench.table.claims import Evidence, claims
-from bench.table.estimate import check_memory, too_long
+from bench.table.estimate import check_memory, duration_warning
 from bench.table.explain import explain_peak, explain_time
 from bench.table.inference_rows import decode_row, evaluation_row, prefill_row, served_rows, uncached_decode
 from bench.table.invariants import check_invariants, model_state
@@ -53,7 +53,7 @@ def stage_table(
     ceilings = measure_ceilings()
     model = load(model_name) if model_name else random_model(preset_name, preset(preset_name))
     cfg = model.cfg
-    if warning := too_long(cfg, batch, context, max_time - AFTERWARDS, FEWEST, ceilings):
+    if warning := duration_warning(cfg, batch, context, max_time - AFTERWARDS, FEWEST, ceilings):
         progress(warning)
     text = tokens_for(model, batch, context + 1)
     data = next_token_batch(text)

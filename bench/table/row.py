@@ -12,7 +12,7 @@ from engine.counting.xla import XlaCost, xla_cost, xla_peak
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Everything about a row but its time. Operations and bytes are those of one call, on `tokens` tokens.
+    """A row before it is timed. Operations and bytes are those of one call, on `tokens` tokens.
 
     `run` makes the call and returns what to wait for; `weights` returns the model's weights, which it may have changed.
     """
@@ -36,14 +36,14 @@ class Row:
 
     @property
     def bound(self) -> str:
-        """Names the ceiling of a call: this machine's multiplying (MFU) or reading (MBU)."""
+        """Names the ceiling of a call: this machine's FLOP/s (MFU) or bytes/s (MBU)."""
         return "MBU" if self.stage == "decode" or not self.formula.total else "MFU"
 
 
 def compile_program(
     function: Any, static: tuple[Any, ...], *args: Any, calls: int = 1, steps: int = 1, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Compiles a jitted function for its arguments; returns the program, and the cost of so many calls as fields of a Row.
+    """Compiles a jitted function for its arguments; returns the program, and the cost of `calls` as fields of a Row.
 
     `static` are its first arguments; `options` are static too. `steps` are those of its loop, whose body XLA counts once.
     """

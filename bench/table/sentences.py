@@ -1,4 +1,4 @@
-"""Sentences with numbers: jinja2 templates from the .toml files of this folder, rendered in the words of engine/format.py."""
+"""Renders sentences with numbers: jinja2 templates from this folder's .toml files, formatted by engine/format.py."""
 
 import tomllib
 from collections.abc import Mapping

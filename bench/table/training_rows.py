@@ -1,4 +1,4 @@
-"""The rows that run forward and backward: one model, and the ways of training it."""
+"""The rows that run forward and backward: the ways of training one model."""
 
 import dataclasses
 import functools
@@ -28,6 +28,8 @@ ADAPTER = LoraConfig(rank=8, targets=("q", "v"))
 
 @dataclasses.dataclass(frozen=True)
 class TrainingKind:
+    """A way of training the model, as a row of the table."""
+
     name: str
     stage: str
     trainable_paths: TrainablePaths

@@ -20,7 +20,7 @@ def run_command[Flags](
 ) -> int:
     """Parses `args` (the command line's when None) into `flags`, runs the command, returns its exit code.
 
-    `name` is the stage's; `about` heads its help. The code is MISTAKE for one that a person can mend (a sentence on stderr,
+    `name` is the stage's; `about` heads its help. The code is MISTAKE for an error that `explain_error` explains (on stderr,
     with the traceback under --verbose), 128 + the signal when stopped, 141 when nobody reads the output any more.
     """
     import tyro
@@ -56,7 +56,7 @@ def run_command[Flags](
 
 
 def explain_error(error: BaseException) -> str | None:
-    """Returns the sentence for an error that a person can mend, None for one that is ours."""
+    """Returns the sentence for an error of the user or the machine, None for a bug."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno is not None:
@@ -97,5 +97,5 @@ def typed_arguments() -> list[str]:
 
 
 def resume_command(stage: str) -> str:
-    """Returns the command to type to go on with the run in progress."""
+    """Returns the command that resumes the run in progress."""
     return command_line(stage, *(word for word in _arguments if word != "--overwrite"))

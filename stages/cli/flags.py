@@ -1,4 +1,4 @@
-"""Parsers of flags, whose ValueError is the sentence for a wrong value, and the flags that several commands share."""
+"""Parsers of flags, whose ValueError explains a wrong value, and the flags that several commands share."""
 
 import contextlib
 import dataclasses
@@ -67,7 +67,7 @@ def interval(text: str) -> int | float:
 
 
 def parser(parse: Callable[[str], Any], metavar: str) -> Any:
-    """Returns what goes into `Annotated`: `parse` reads this flag."""
+    """Returns the annotation of a flag that `parse` reads."""
     return PrimitiveConstructorSpec(
         nargs=1, metavar=metavar, instance_from_str=lambda words: parse(words[0]), is_instance=lambda _: True,
         str_from_instance=lambda value: [str(value)],
@@ -78,17 +78,17 @@ COUNT = parser(integer(1), "N")
 
 
 def positive(high: float = float("inf")) -> Any:
-    """Returns what goes into `Annotated` for a number above 0, up to `high`."""
+    """Returns the annotation of a flag for a number above 0, up to `high`."""
     return parser(number(0, high, above=True), "X")
 
 
 def default(meaning: str, help: str | None = None) -> Any:
-    """Returns what goes into `Annotated`: the default that the help shows, and `help` in place of a field's docstring."""
+    """Returns the annotation for the default that the help shows, and for `help` in place of a field's docstring."""
     return tyro.conf.arg(help=help, help_behavior_hint=f"(default: {meaning})")
 
 
 def one_of(*names: str) -> Any:
-    """Returns what goes into `Annotated` for one of the names; the error for another names the nearest."""
+    """Returns the annotation of a flag for one of the names; the error for another names the nearest."""
 
     def parse(text: str) -> str:
         if text not in names:

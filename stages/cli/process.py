@@ -1,4 +1,4 @@
-"""The moment this process began."""
+"""The start time of this process."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ _IMPORTED = time.perf_counter()
 
 
 def process_start() -> float:
-    """Returns when this process began, by `time.perf_counter`; without /proc, when this file was imported."""
+    """Returns the start of this process in `time.perf_counter`; without /proc, of this file's import."""
     with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
         # Field 22 of stat, in ticks since boot (proc(5)); the command's name before it may hold spaces.
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])

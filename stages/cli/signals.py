@@ -1,4 +1,4 @@
-"""Handles Ctrl-C and SIGTERM at any moment: finishes work that must be finished, and stops all else at once.
+"""Handles Ctrl-C and SIGTERM at any moment: finishes a step that must be saved, and stops all else at once.
 
 Python runs a signal's handler only when the main thread comes back from a library, where compiling or a long step can
 keep it for minutes. So a second thread reads the signals as they arrive: it prints what will happen, ends the process if
@@ -26,7 +26,7 @@ def _print(sentence: str) -> None:
 
 
 class Stopped(KeyboardInterrupt):
-    """Ends the main thread where nothing has to be finished first."""
+    """Raised in the main thread by a signal, where nothing has to be finished first."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -35,7 +35,7 @@ class Stopped(KeyboardInterrupt):
 
 @dataclasses.dataclass
 class SignalState:
-    """The signals of one block. `answer` is printed for the first one while work is finished, None where none is.
+    """The signals of one block. `answer`: printed for the first one if it is deferred, else None.
 
     `phase` is printed after "Stopped"; `received`: the first signal; `seen`: whether the main thread knows of it.
     """
@@ -121,7 +121,7 @@ def handle_signals() -> Iterator[None]:
 
 
 def set_phase(phase: str) -> None:
-    """Sets what is printed after "Stopped" when a signal comes from now on."""
+    """Sets what is printed after "Stopped" when a signal comes."""
     _now.phase = phase
 
 

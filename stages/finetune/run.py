@@ -28,7 +28,7 @@ from stages.runs.estimate import (
     measured_ceilings,
     memory_estimate,
     require_step_memory,
-    share_of,
+    run_fraction,
 )
 from stages.runs.folder import default_folder
 from stages.runs.loop import Loop, LoopState, RunOptions
@@ -51,7 +51,7 @@ def run(flags: FinetuneFlags, device: Device) -> int:
     seconds = flags.length.max_time or (None if flags.length.steps else SECONDS)
     intervals = dataclasses.asdict(flags.folder)
     folder = intervals.pop("out_dir") or default_folder(Path(flags.model).stem or "model", Path(flags.examples.data).stem)
-    evaluate = flags.tuning.eval_every or share_of(5, flags.length.steps, seconds)
+    evaluate = flags.tuning.eval_every or run_fraction(5, flags.length.steps, seconds)
     options = RunOptions("finetune", device, folder, flags.dry_run, **intervals, eval_every=evaluate)
     return execute(options, lambda console: FineTuning(flags, seconds, options, console))
 

@@ -17,7 +17,7 @@ from stages.reinforce.data import Prompt
 from stages.reinforce.rollouts import Rollout, Sampler, rollout_batch
 from stages.runs.estimate import RunPlan
 from stages.runs.loop import Evaluator, LoopState
-from stages.runs.trainable import TrainableParts
+from stages.runs.trainable import TrainableSplit
 from stages.runs.training_steps import compile_step
 
 
@@ -45,7 +45,7 @@ class Rounds:
     lines_stay = True
 
     def __init__(
-        self, plan: RunPlan, parts: TrainableParts, sampler: Sampler, objective: Objective, prompts: Sequence[Prompt],
+        self, plan: RunPlan, parts: TrainableSplit, sampler: Sampler, objective: Objective, prompts: Sequence[Prompt],
         prompts_each: int, group: int, updates: int, kl: float, state: TrainState,
     ) -> None:  # fmt: skip
         self.plan, self.parts, self.sampler, self.prompts = plan, parts, sampler, prompts

@@ -31,7 +31,7 @@ PROCESS_BYTES = 700_000_000  # of Python, JAX and the programs beside a step: be
 class RunPlan:
     """One run: the model (`name`), how it is trained, for how many `steps` (or rounds, see `noun`) or `seconds` of training.
 
-    `trainable`: the parameters that train, None for all. `base`: the type of frozen matrices, see `TrainableParts`.
+    `trainable`: the parameters that train, None for all. `base`: the type of frozen matrices, see `TrainableSplit`.
     """
 
     name: str
@@ -88,7 +88,7 @@ class RunPlan:
         return steps, duration(steps * step_seconds)
 
 
-def share_of(parts: int, steps: int | None, seconds: float | None) -> int | float:
+def run_fraction(parts: int, steps: int | None, seconds: float | None) -> int | float:
     """Returns one of so many equal parts of a run: seconds (float) if it has any, else steps (int)."""
     return seconds / parts if seconds else max(1, (steps or parts) // parts)
 

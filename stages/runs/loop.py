@@ -19,7 +19,7 @@ from engine.training.step import TrainState
 from stages.cli import signals
 from stages.cli.console import Console
 from stages.cli.process import process_start
-from stages.runs.estimate import RunPlan, share_of
+from stages.runs.estimate import RunPlan, run_fraction
 from stages.runs.folder import MetricsLog
 
 REFUSED_IN_A_ROW = 10
@@ -159,7 +159,7 @@ class Loop:
         """
         loop_state, plan, options = self.loop_state, self.plan, self.options
         save, log, stay = (Interval(length, loop_state) for length in (options.save_every, options.log_every, LINE_INTERVAL))
-        evaluate = Interval(options.eval_every or share_of(10, plan.steps, plan.seconds), loop_state)
+        evaluate = Interval(options.eval_every or run_fraction(10, plan.steps, plan.seconds), loop_state)
         done = lambda: plan.progress(loop_state.step, loop_state.seconds) >= 1
         answer = f"Finishing this {plan.noun}, then saving (once more: stop at once)."
         with signals.defer_signals(answer, self.console.print) as signal_state:

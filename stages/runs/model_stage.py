@@ -20,7 +20,7 @@ from engine.training.optimizer import make_optimizer
 from engine.training.step import TrainState, init_state
 from stages.cli.console import Console
 from stages.runs.run import Stage
-from stages.runs.trainable import split_params
+from stages.runs.trainable import split_trainable
 
 
 class ModelStage(Stage):
@@ -46,7 +46,7 @@ class ModelStage(Stage):
         """Splits the parameters, and adds to the facts the digest of the base, which no step may change."""
         params, plan = self.model.params, self.plan
         assert plan.trainable is not None
-        self.parts = split_params(plan.cfg, params, plan.trainable, self.lora, plan.base, plan.seed)
+        self.parts = split_trainable(plan.cfg, params, plan.trainable, self.lora, plan.base, plan.seed)
         path = Path(self.name).expanduser()  # written from the root, to be found again
         source = str(path.absolute()) if path.exists() else self.name
         self.facts = {

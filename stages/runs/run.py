@@ -20,8 +20,8 @@ from stages.cli.console import Console
 from stages.runs.estimate import RunPlan
 from stages.runs.folder import clear_run, holds_run, lock_run, nonfinite_as_text
 from stages.runs.loop import Loop, LoopState, RunOptions, Steps
-from stages.runs.state import find_previous_run, restore
-from stages.runs.trainable import TrainableParts
+from stages.runs.previous_run import find_previous_run, restore
+from stages.runs.trainable import TrainableSplit
 
 
 class RunReport(NamedTuple):
@@ -39,7 +39,7 @@ class Stage(Protocol):
     """One way to train: from random weights, fine-tuning, or reinforcement learning."""
 
     plan: RunPlan
-    parts: TrainableParts  # valid after `load_weights`
+    parts: TrainableSplit  # valid after `load_weights`
     facts: dict[str, Any]  # the stage's own entries of run.json; valid after `load_weights`
     tokenizer: Tokenizer
     stop_token_ids: tuple[int, ...]  # ids that end a completion

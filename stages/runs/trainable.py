@@ -21,7 +21,7 @@ Rows = tuple[tuple[str, str], ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainableParts:
+class TrainableSplit:
     """The two trees a run begins with. `paths`: the parameters that train; None: all of them, and there is one tree.
 
     `frozen` is in the compute type or int8, as steps read it; `unchanged` is the same as loaded, to be saved (None where
@@ -72,13 +72,13 @@ def choose_trainable(
     )  # fmt: skip
 
 
-def split_params(
+def split_trainable(
     cfg: ModelConfig, params: Any, paths: TrainablePaths, lora: LoraConfig | None, base: Literal["float", "int8"], seed: int
-) -> TrainableParts:
+) -> TrainableSplit:
     """Returns what trains in float32, and what is frozen in the compute type or int8; `params` stay as they are."""
     if not lora:
         trainable, unchanged = split(merge_lora(params), paths.weights)
-        return TrainableParts(cast_matrices(trainable, "float32"), cast_matrices(unchanged, cfg.dtype), unchanged, paths)
+        return TrainableSplit(cast_matrices(trainable, "float32"), cast_matrices(unchanged, cfg.dtype), unchanged, paths)
     adapter = init_lora(cfg, params, jax.random.key(seed), lora)
     frozen = params if base == "float" else quantize(params, matmul_rules(params, "full"))
-    return TrainableParts(adapter, cast_matrices(frozen, cfg.dtype), None, paths)
+    return TrainableSplit(adapter, cast_matrices(frozen, cfg.dtype), None, paths)

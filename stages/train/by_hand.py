@@ -35,7 +35,7 @@ FLOAT32 = 4  # bytes
 class ByHand:
     """Trains with the NumPy model and its own AdamW, in float32. The methods are those of `InJax`."""
 
-    expected = 0.15  # of the float32 ceiling, measured with the tiny preset, whose products are small
+    expected_mfu = 0.15  # of the float32 ceiling, measured with the tiny preset, whose products are small
     optimizer_name = "adamw by hand"
     advice = "--learning-rate, or warm up longer with --warmup"
 

@@ -25,7 +25,7 @@ DISPATCH = 0.002  # seconds a step
 class InJax:
     """Trains by `train_step`, in float32 or bfloat16. `optimizer_name`: in run.json."""
 
-    expected = 0.5  # of the ceiling, for the products of a step
+    expected_mfu = 0.5  # of the ceiling, for the products of a step
     advice = "--learning-rate or --matrix-learning-rate, warm up longer with --warmup, or try --dtype float32"
     nats: Any = staticmethod(score)  # (cfg, params, batch) -> the summed nats of the batch's targets
 

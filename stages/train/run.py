@@ -19,7 +19,7 @@ from stages.runs.loop import Loop, LoopState, RunOptions
 from stages.runs.recipes import Recipe, recipe
 from stages.runs.run import RunReport, Stage, execute
 from stages.runs.text_data import prepare_text
-from stages.runs.trainable import TrainableParts
+from stages.runs.trainable import TrainableSplit
 from stages.runs.training_steps import TrainingSteps
 from stages.runs.validation import bits_per_byte, quick_evaluator, rows_in_memory, score_text
 from stages.train.by_hand import ByHand
@@ -60,7 +60,7 @@ def _replace(config: Any, **values: Any) -> Any:
 class Training(Stage):
     """Trains from random weights. The constructor is the last to read the flags."""
 
-    parts = TrainableParts()
+    parts = TrainableSplit()
 
     def __init__(self, flags: TrainFlags, options: RunOptions, console: Console) -> None:
         text, length, recipe = flags.text, flags.length, chosen_recipe(flags)
@@ -97,7 +97,7 @@ class Training(Stage):
     def plan_rows(self) -> list[tuple[str, str]]:
         plan, data, cfg, recipe, implementation = self.plan, self.data, self.plan.cfg, self.plan.recipe, self.implementation
         params, top = count_params(cfg), self.ceilings.peak_flops(cfg.dtype)
-        seconds = plan.step_flops / (implementation.expected * top) + implementation.overhead(self.ceilings)
+        seconds = plan.step_flops / (implementation.expected_mfu * top) + implementation.overhead(self.ceilings)
         steps, long = plan.predict(seconds)
         epochs = steps * plan.step_tokens / (len(data.train.tokens) - 1)
         heads = f"{cfg.heads} heads" + (f" ({cfg.kv_heads} key/value)" if cfg.kv_heads != cfg.heads else "")
@@ -119,7 +119,7 @@ class Training(Stage):
             ("length", f"{plan.length()}{default}"),
             (
                 "predicted",
-                f"{steps:,} steps, {epochs:.2g} epochs, {long} at {implementation.expected:.0%} of this machine's "
+                f"{steps:,} steps, {epochs:.2g} epochs, {long} at {implementation.expected_mfu:.0%} of this machine's "
                 f"{format_count(top)}FLOP/s in {cfg.dtype}",
             ),
         ]

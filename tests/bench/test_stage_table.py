@@ -12,7 +12,7 @@ import pytest
 from tiny import lively_params, tiny_config
 
 from bench.__main__ import main, measurements
-from bench.table.estimate import round_seconds, table_bytes, too_long
+from bench.table.estimate import duration_warning, round_seconds, table_bytes
 from bench.table.inference_rows import int16_activation_matrices, weight_products
 from engine.counting.hardware import Ceilings
 from engine.counting.jaxpr import jaxpr_cost
@@ -159,13 +159,13 @@ def test_a_larger_table_is_predicted_to_take_more():
 def test_a_model_that_too_longer_than_was_asked_for_is_said_to_with_a_shape_that_does_not():
     ceilings = Ceilings("", "cpu", 2, "0", bf16_gflops=400, f32_gflops=200, int8_gflops=800, read_gbs=30, update_gbs=60)
     small, large = PRESETS["nano"], PRESETS["smollm2-135m"]
-    assert too_long(small, 8, 256, 100, 3, ceilings) is None
-    sentence = too_long(large, 8, 256, 100, 3, ceilings)
+    assert duration_warning(small, 8, 256, 100, 3, ceilings) is None
+    sentence = duration_warning(large, 8, 256, 100, 3, ceilings)
     assert sentence.startswith("this model takes about 4 minutes for 3 rounds"), sentence
     batch, context = (int(word) for word in re.search(r"--batch (\d+) --context (\d+)", sentence).groups())
     assert batch * context < 8 * 256
-    assert too_long(large, batch, context, 100, 3, ceilings) is None
-    assert "--batch" not in too_long(large, 2, 64, 1, 3, ceilings), "nothing smaller can be measured"
+    assert duration_warning(large, batch, context, 100, 3, ceilings) is None
+    assert "--batch" not in duration_warning(large, 2, 64, 1, 3, ceilings), "nothing smaller can be measured"
     assert (
         round_seconds(large, 4, 64, ceilings) < round_seconds(large, 8, 64, ceilings) < round_seconds(large, 8, 128, ceilings)
     )

@@ -19,7 +19,7 @@ from stages.cli.console import Console
 from stages.runs.estimate import RunPlan
 from stages.runs.folder import holds_run
 from stages.runs.loop import LoopState
-from stages.runs.trainable import TrainableParts
+from stages.runs.trainable import TrainableSplit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _loop_state(record: dict[str, Any]) -> LoopState:
 
 
 def restore(
-    previous: PreviousRun, facts: dict[str, Any], make_state: Callable[[], TrainState], parts: TrainableParts, console: Console
+    previous: PreviousRun, facts: dict[str, Any], make_state: Callable[[], TrainState], parts: TrainableSplit, console: Console
 ) -> tuple[TrainState, LoopState]:
     """Returns the state of the newest intact checkpoint and where the run stands; prints what was damaged or changed.
 
