@@ -1,4 +1,4 @@
-"""Batches of preferences with their reference margins, and the held-out evaluators of both objectives of fine-tuning."""
+"""Preference batches with reference margins, and the held-out evaluators of both fine-tuning objectives."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from stages.runs.loop import Evaluator
 
 
 class PreferenceBatches:
-    """Batches of pairs, with the margins that the model before training (`initial` params) has for them."""
+    """Batches of pairs, with their margins by the reference, the model before training (`initial` params)."""
 
     def __init__(self, cfg: ModelConfig, initial: Any, pairs: Sequence[Pair], seq: int, batch: int, seed: int) -> None:
         self.pairs, self.seq, self.order = pairs, seq, EpochOrder(len(pairs), batch, seed)
@@ -38,7 +38,7 @@ class PreferenceBatches:
         return Preferences(part.chosen, part.rejected, self._reference[part.pair])
 
     def once(self) -> list[Preferences]:
-        """Returns each pair once, in whole batches; at least one batch."""
+        """Returns the batches of one epoch, whole ones; at least one."""
         return [self.at(step) for step in range(max(1, len(self.pairs) // self.order.batch))]
 
 
@@ -50,7 +50,7 @@ def _summed(objective: Objective, cfg: ModelConfig, params: Any, batch: Any) -> 
 def held_out_evaluator(
     cfg: ModelConfig, frozen: Any, initial: Any, examples: Sequence[Any], objective: Objective, seq: int, seed: int
 ) -> Evaluator:
-    """Returns the evaluator on held-out examples (mean nats of an answer's token) or pairs (mean preference loss).
+    """Returns the evaluator on held-out examples (mean nats of a completion's token) or pairs (mean preference loss).
 
     `initial`: the params before training.
     """

@@ -27,7 +27,7 @@ class ExampleFlags:
 
 @dataclasses.dataclass(frozen=True)
 class TuningFlags:
-    """The objective, what a step reads, and how weights move."""
+    """The objective, the batch of a step, and the optimizer."""
 
     objective: Annotated[str, one_of("answers", "preference")] = "answers"
     """`answers`: what the assistant says. `preference`: the chosen answer over the rejected one (DPO)."""
@@ -57,7 +57,7 @@ class TuningFlags:
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneFlags(ModelRunFlags):
-    """A model, what it is trained on, which of its parameters are trained, and how."""
+    """Flags of fine-tuning: the model, the data, the trainable parameters, and the step."""
 
     examples: ExampleFlags
     trainable: TrainableFlags
@@ -76,5 +76,5 @@ class FinetuneFlags(ModelRunFlags):
 
     @property
     def microbatches(self) -> int:
-        """Parts the batch is read in: an int8 base is chosen to save memory, and a row at a time takes least."""
+        """Parts the batch is read in; over an int8 base, chosen to save memory, a row each, which takes least."""
         return self.tuning.accumulate or (self.tuning.batch if self.trainable.base == "int8" else 1)

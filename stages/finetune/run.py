@@ -1,4 +1,4 @@
-"""A fine-tuning run: from flags to plain values, and the stage that fine-tunes with them."""
+"""The Stage that fine-tunes a model, and its run from flags."""
 
 import dataclasses
 from pathlib import Path
@@ -66,7 +66,7 @@ class Measurement:
 
 
 class FineTuning(ModelStage):
-    """Fine-tunes a model. The constructor is the last to read the flags."""
+    """Fine-tunes a model. Only the constructor reads the flags."""
 
     def __init__(self, flags: FinetuneFlags, seconds: float | None, options: RunOptions, console: Console) -> None:
         examples, tuning, trainable = flags.examples, flags.tuning, flags.trainable
@@ -83,7 +83,7 @@ class FineTuning(ModelStage):
         recipe = Recipe("the model's", tuning.context, rows, optimizer, flags.microbatches, tuning.scan, tuning.remat)
 
         def make_plan(cfg: ModelConfig) -> None:
-            """Plans the run by the architecture alone. Raises UserError, before a weight is read, for what cannot be done."""
+            """Plans the run by the architecture alone. Raises UserError, before a weight is read, for a run that cannot be."""
             if tuning.context > cfg.context:
                 raise UserError(
                     f"--context {tuning.context:,} is more than the {cfg.context:,} tokens {flags.model} was made for."
@@ -125,7 +125,7 @@ class FineTuning(ModelStage):
         ]
 
     def print_example(self) -> None:
-        """Prints the first example, with what is trained on marked."""
+        """Prints the first example, marking the tokens that are trained on."""
         self.console.print("\nthe first example; what is trained on is marked", style="bold")
         self.console.print_marked(list(self.chat.marked_pieces(self.dataset.first)))
         self.console.print()

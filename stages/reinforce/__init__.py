@@ -1,1 +1,1 @@
-"""Learn from rewards."""
+"""Reinforcement learning."""

@@ -1,4 +1,4 @@
-"""Learn from use: the model answers, a rule rewards, and what was rewarded above the others becomes more probable.
+"""Train a model by reinforcement learning: it samples completions, a rule rewards them, GRPO updates the weights.
 
     python -m stages.reinforce                                     SmolLM2-135M-Instruct learns to answer in 12 words
     python -m stages.reinforce --task 'regex:^(Yes|No)\\b'          in a form that a pattern describes
@@ -7,8 +7,8 @@
     python -m stages.reinforce --dry-run                           what a round would take, and stop
 
 Each round has two halves, and the screen shows both: in the first, inference samples several completions of each prompt
-and changes no weight; in the second, training reads those completions and does (GRPO). Between them lies a reward that a
-rule can verify. The same command run again goes on where it stopped.
+and changes no weight; in the second, training makes those rewarded above the others more probable (GRPO). The same
+command run again goes on where it stopped.
 """
 
 import sys

@@ -20,7 +20,7 @@ SUMS = 400
 
 
 class Prompt(NamedTuple):
-    """A user's message, and the right number where there is one."""
+    """A user's message, and the right answer where there is one."""
 
     text: str
     answer: int | None = None

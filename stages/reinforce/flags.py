@@ -28,7 +28,7 @@ class RolloutFlags:
 
 @dataclasses.dataclass(frozen=True)
 class UpdateFlags:
-    """How weights move."""
+    """The optimizer steps of a round."""
 
     learning_rate: Annotated[float | None, positive(1), default("5e-4, or 2e-5 without LoRA")] = None
     """AdamW's."""
@@ -37,12 +37,12 @@ class UpdateFlags:
     clip: Annotated[float, positive(10)] = 0.2
     """How far a token's probability may move within a round before it gains nothing more: 0.2 is from 0.8 to 1.2 times."""
     kl: Annotated[float, parser(number(0, 10), "X")] = 0.0
-    """Pull towards the model it was at first, a weight on their divergence."""
+    """Weight of the KL divergence from the model before training."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DurationFlags:
-    """How long. When both are given, whichever ends first."""
+    """The length of the run. Of both, whichever ends first."""
 
     max_time: Annotated[float | None, parser(seconds, "TIME"), default("2m when no --rounds are given")] = None
     """Time in rounds, such as 90s, 3m; compiling and measuring are not counted."""
@@ -52,7 +52,7 @@ class DurationFlags:
 
 @dataclasses.dataclass(frozen=True)
 class ReinforceFlags(ModelRunFlags):
-    """A model, a task, and which parameters are trained."""
+    """Flags of reinforcement learning: a model, a task, and the trainable parameters."""
 
     rollout: RolloutFlags
     trainable: TrainableFlags

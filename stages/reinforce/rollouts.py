@@ -1,4 +1,4 @@
-"""The inference half of a round: samples completions from a model that is only read, and rewards each."""
+"""The inference half of a round: samples completions, and rewards each."""
 
 import contextlib
 import dataclasses
@@ -25,13 +25,13 @@ PATIENCE = 2.0  # seconds for the rewards of a round
 
 
 class Rollout(NamedTuple):
-    """Prompts as tokens, completions as tokens (with the one that ended them) and as texts, rewards, seconds of inference."""
+    """The completions of a round's prompts, and their rewards."""
 
-    prompts: list[list[int]]
-    completions: list[list[int]]
-    texts: list[str]
+    prompts: list[list[int]]  # tokens
+    completions: list[list[int]]  # tokens, the stop token included
+    texts: list[str]  # of completions
     rewards: list[float]
-    seconds: float
+    seconds: float  # of inference
 
     @property
     def tokens(self) -> int:
@@ -93,7 +93,7 @@ def prompt_tokens(chat: ChatTokenizer, prompt: Prompt) -> list[int]:
 
 
 def rollout_batch(prompts: Sequence[list[int]], completions: Sequence[list[int]], seq: int) -> Batch:
-    """Returns prompts followed by their completions, a row of `seq` places each, in which the completions' tokens count."""
+    """Returns a Batch of prompts with their completions, `seq` places each, whose mask counts the completions' tokens."""
     examples = [
         Example(np.array(prompt + completion, np.int32), np.arange(len(prompt) + len(completion)) >= len(prompt), "")
         for prompt, completion in zip(prompts, completions)

@@ -33,7 +33,7 @@ class Round(NamedTuple):
 
 
 class Rounds:
-    """Runs one round after another: the Steps of reinforcement learning.
+    """The Steps of reinforcement learning: runs one round after another.
 
     A round samples `group` completions of each of `prompts_each` prompts, and takes `updates` steps on them. `kl`: the
     weight of the divergence from the untrained model, which then scores each completion too.
@@ -124,6 +124,6 @@ class Rounds:
         return np.concatenate([np.asarray(log_probabilities(self.plan.cfg, params, part)) for part in parts])
 
 
-def first_seed(plan: RunPlan, number: int) -> int:
-    """Returns the seed of a round's first row, such that no two rows of a run share one; -1: that of held-out prompts."""
-    return (plan.seed * 1_000_003 + (number + 1) * plan.recipe.batch) % 2**32
+def first_seed(plan: RunPlan, round_number: int) -> int:
+    """Returns the seed of a round's first row; no two rows of a run share one. -1: that of held-out prompts."""
+    return (plan.seed * 1_000_003 + (round_number + 1) * plan.recipe.batch) % 2**32

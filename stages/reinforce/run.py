@@ -1,4 +1,4 @@
-"""A reinforcement learning run: from flags to plain values, and the stage that trains with them."""
+"""The Stage that trains by reinforcement learning, and its run from flags."""
 
 import dataclasses
 from pathlib import Path
@@ -45,7 +45,7 @@ def run(flags: ReinforceFlags, device: Device) -> int:
 
 
 class ReinforcementLearning(ModelStage):
-    """Trains a model on its own completions. The constructor is the last to read the flags."""
+    """Trains a model on its own completions. Only the constructor reads the flags."""
 
     rounds: Rounds | None = None
 
@@ -157,7 +157,7 @@ class ReinforcementLearning(ModelStage):
             return self.sampler.rollout(params, prompts, first_seed(plan, -1))
 
     def _flops(self) -> tuple[int, int]:
-        """Returns the FLOPs of inference and of training in a round whose completions are as long as they may be."""
+        """Returns the most FLOPs of inference and of training in a round: those of the longest completions."""
         plan, cfg, new = self.plan, self.plan.cfg, self.sampler.max_tokens
         prefill = prefill_flops(cfg, self.longest, attention="causal").total
         decode = (new - 1) * decode_flops(cfg, self.longest + new // 2).total

@@ -1,1 +1,1 @@
-"""Shared by every training run: flags, folder, state, estimate, loop, and the scaffold that carries it out."""
+"""Shared by all training stages: flags, data, estimate, run folder, loop, resuming, and the run itself."""

@@ -1,4 +1,4 @@
-"""Conversation data: from what `--data` and `--validation` name to examples to train on, and examples held out."""
+"""Conversation data: reads and tokenizes the examples that `--data` and `--validation` name."""
 
 import dataclasses
 import hashlib
@@ -20,7 +20,7 @@ EVALUATION_ROWS = 2  # scored together
 
 @dataclasses.dataclass(frozen=True)
 class ConversationData:
-    """Examples (or pairs) to train on and held-out ones, their names, and a summary of what became of the data's rows."""
+    """Training and held-out examples (or pairs), their names, and a summary of the rows used and left out."""
 
     train: Sequence[Any]
     held_out: Sequence[Any]
@@ -48,7 +48,7 @@ class ConversationData:
 def prepare_conversations(
     data: str, validation: str | None, objective: str, seq: int, model: LoadedModel, chat: ChatTokenizer, console: Console
 ) -> ConversationData:
-    """Returns examples of at most `seq` tokens. Raises UserError for data of another kind than the objective needs."""
+    """Reads and tokenizes examples of at most `seq` tokens. Raises UserError for data that the objective cannot use."""
     conversations = _read(data, objective)
     with console.task(f"reading {data}") as report:
         train, summary = tokenize_examples(conversations, model, chat, seq, report)
@@ -78,7 +78,7 @@ def _read(data: str, objective: str) -> Conversations:
 def tokenize_examples(
     conversations: Conversations, model: LoadedModel, chat: ChatTokenizer, seq: int, report: ReportProgress | None = None
 ) -> tuple[Sequence[Any], DatasetSummary]:
-    """Returns examples or pairs, and what became of each row. Raises UserError when none is left."""
+    """Returns examples or pairs, and a summary of the rows. Raises UserError when none is left."""
     if conversations.kind == "preference":
         return make_pairs(conversations, chat, seq, report=report)
     return make_examples(conversations, chat, seq, bos_ids=model.tokenizer.bos_ids, report=report)

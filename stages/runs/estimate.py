@@ -1,4 +1,4 @@
-"""Estimates what a run will take, by formula, before it starts: FLOPs, memory and time; and this machine's ceilings."""
+"""Estimates a run's FLOPs, memory and time by formula, before it starts; finds this machine's ceilings."""
 
 import dataclasses
 import math
@@ -56,7 +56,7 @@ class RunPlan:
 
     @property
     def memory(self) -> int:
-        """Predicted bytes at the fullest moment of a step."""
+        """The predicted peak of a step, bytes."""
         rows = self.recipe.batch // self.recipe.accumulate
         return training_memory(
             self.cfg, rows, self.recipe.context, optimizer=self.recipe.optimizer.kind, trainable=self.trainable,
@@ -76,7 +76,7 @@ class RunPlan:
         return min(1.0, max(step / (self.steps or math.inf), elapsed / (self.seconds or math.inf)))
 
     def length(self) -> str:
-        """Returns where the run ends, in words."""
+        """Returns the length of the run, in words."""
         lengths = [f"{self.steps:,} {self.noun}s"] if self.steps else []
         lengths += [f"{duration(self.seconds)} of training time"] if self.seconds else []
         return " or ".join(lengths) + ", whichever ends first" * (len(lengths) == 2)
@@ -89,14 +89,14 @@ class RunPlan:
 
 
 def run_fraction(parts: int, steps: int | None, seconds: float | None) -> int | float:
-    """Returns one of so many equal parts of a run: seconds (float) if it has any, else steps (int)."""
+    """Returns 1 / `parts` of a run: seconds (float) if it has any, else steps (int)."""
     return seconds / parts if seconds else max(1, (steps or parts) // parts)
 
 
 def measured_ceilings(console: Console, again: bool = False) -> Ceilings:
-    """Returns this machine's ceilings, the best ever measured here: from the user's cache, or measured when it has none.
+    """Returns this machine's ceilings, the best ever measured, from `cached_ceilings`; shows progress.
 
-    `again` measures anyway, which raises what was measured in a noisy moment. On a CPU another process measures: its arrays
+    `again` measures anew, which raises those of a noisy moment. On a CPU another process measures: its arrays
     are not this run's memory.
     """
     with console.task("measuring this machine's ceilings") as report:
@@ -145,7 +145,7 @@ def require_step_memory(plan: RunPlan, batch: int, is_lora: bool) -> None:
 
 
 def cost_relative_to_full(plan: RunPlan) -> str:
-    """Returns predicted FLOPs, memory and time (taken to follow FLOPs) as shares of those of training everything."""
+    """Returns a sentence: predicted FLOPs, memory and time (as FLOPs) as shares of those of training everything."""
     full = dataclasses.replace(plan, trainable=all_trainable(plan.cfg), base="float")
     flops, memory = plan.step_flops / full.step_flops, plan.memory / full.memory
     return f"FLOPs {flops:.0%}, memory {memory:.0%}, time {flops:.0%} of a step in which everything is trained (predicted)"

@@ -28,7 +28,7 @@ class FolderFlags:
 
 @dataclasses.dataclass(frozen=True)
 class LengthFlags:
-    """How long. When both are given, whichever ends first."""
+    """The length of the run. Of both, whichever ends first."""
 
     max_time: Annotated[float | None, parser(seconds, "TIME"), default("3m when no --steps are given")] = None
     """Training time, such as 90s, 3m, 1h; compiling, evaluating and saving are not counted."""
@@ -72,7 +72,7 @@ class TrainableFlags:
         return None if self.train or self.freeze else self.lora or LoraConfig()
 
     def describe(self) -> str:
-        """Returns what trains, in words that must be the same for a run to go on: `learns` in run.json."""
+        """Describes the trainable parameters, which must be the same to resume a run: `learns` in run.json."""
         if self.adapter:
             return f"{self.adapter}{' over int8' if self.base == 'int8' else ''}"
         return f"train {' '.join(self.train) or 'all'} freeze {' '.join(self.freeze)}".strip()

@@ -72,14 +72,14 @@ def lock_run(folder: Path) -> Iterator[None]:
 
 
 def nonfinite_as_text(value: Any) -> Any:
-    """Returns the same with floats that JSON lacks as text: a clip of infinity is 'inf'."""
+    """Replaces floats that JSON lacks by text: a clip of infinity is 'inf'."""
     if isinstance(value, dict):
         return {name: nonfinite_as_text(inner) for name, inner in value.items()}
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class MetricsLog:
-    """Writes metrics.jsonl. Opened at a step, it drops the lines of later steps, which the run takes again."""
+    """Writes metrics.jsonl. Opened at a step, it drops later lines, whose steps run again."""
 
     def __init__(self, folder: Path, step: int) -> None:
         self._path = folder / "metrics.jsonl"

@@ -1,4 +1,4 @@
-"""The loop of every run: steps until the plan is done or a signal comes, and between them logging, evaluating, saving."""
+"""The training loop: steps until the plan is done or a signal comes; logs, evaluates and saves between them."""
 
 import collections
 import contextlib
@@ -30,11 +30,11 @@ LINE_INTERVAL = 5.0  # seconds between lines that stay on a terminal
 
 @dataclasses.dataclass
 class LoopState:
-    """Where a run stands, beside weights and optimizer: saved in a checkpoint's state.json."""
+    """The progress of a run, beside weights and optimizer: saved in a checkpoint's state.json."""
 
     step: int = 0
     seconds: float = 0.0  # of training: without compiling, evaluating and saving
-    refused: int = 0
+    refused: int = 0  # updates that were not finite
     best: float | None = None  # the lowest quick validation, or the highest mean reward
     first_step_seconds: float | None = None  # from the start of the process
 
@@ -59,7 +59,7 @@ class RunOptions:
 
 
 class Interval:
-    """Tells whether it is time again, after `length` steps (int) or seconds of training (float)."""
+    """An interval of `length` steps (int) or seconds of training (float)."""
 
     def __init__(self, length: int | float, state: LoopState) -> None:
         self.length = length
@@ -74,7 +74,7 @@ class Interval:
 
 
 class StepTimer:
-    """Measures the seconds of steps: recent ones, and all but the first, which touches its memory for the first time."""
+    """Measures the seconds of recent steps, and of all but the first, which touches its memory for the first time."""
 
     def __init__(self) -> None:
         self.recent: collections.deque[float] = collections.deque(maxlen=RECENT)
@@ -100,7 +100,7 @@ class StepTimer:
 class Evaluator:
     """Evaluates on held-out batches: the sum of `summed_loss(trainable, batch)` over `size`.
 
-    The number is called `unit` on screen and `key` in metrics.jsonl.
+    The mean is called `unit` on screen and `key` in metrics.jsonl.
     """
 
     batches: Sequence[Any]
@@ -110,7 +110,7 @@ class Evaluator:
     key: str
 
     def evaluate(self, trainable: Any, stopped: Callable[[], bool] = lambda: False) -> float | None:
-        """Returns the number; None when it was `stopped` in between."""
+        """Returns the mean; None when it was `stopped` in between."""
         total = 0.0
         for batch in self.batches:
             if stopped():
@@ -120,7 +120,7 @@ class Evaluator:
 
 
 class Steps(Protocol):
-    """The work that a loop repeats: a batch through a compiled program, or a round of rollouts and updates."""
+    """The steps of a loop: each a batch through a compiled program, or a round of rollouts and updates."""
 
     advice: str  # the end of "Lower --learning-rate ...", for updates that are not finite
     evaluator: Evaluator | None
@@ -134,11 +134,11 @@ class Steps(Protocol):
         """Returns the fields of a line of metrics.jsonl."""
 
     def fields(self, loop_state: LoopState, step_seconds: float) -> list[str]:
-        """Returns what only these steps have in the live line."""
+        """Returns these steps' own fields of the live line."""
 
 
 class Loop:
-    """Runs steps from where a run stands to its end or to a signal.
+    """Runs steps to the run's end or to a signal.
 
     `record` goes into state.json beside LoopState; `to_saved` gives a checkpoint's params.
     """

@@ -1,4 +1,4 @@
-"""The part of a Stage that fine-tuning and reinforcement learning share: loading a model, and saving what was trained."""
+"""ModelStage: loads a model, and saves its trained parameters, for fine-tuning and reinforcement learning."""
 
 import copy
 import dataclasses
@@ -24,7 +24,7 @@ from stages.runs.trainable import split_trainable
 
 
 class ModelStage(Stage):
-    """Loads a model. The subclass sets `plan`, and `facts` to its own entries of run.json; `folder` is the run's."""
+    """A Stage that trains a loaded model. The subclass sets `plan`, and `facts` to its own entries of run.json."""
 
     facts: dict[str, Any]
 

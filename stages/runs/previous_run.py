@@ -1,4 +1,4 @@
-"""Whether a run can go on in a folder, and the state it goes on from."""
+"""Finds the previous run in a folder, and restores its newest checkpoint."""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from stages.runs.trainable import TrainableSplit
 
 @dataclasses.dataclass(frozen=True)
 class PreviousRun:
-    """The run in a folder: its run.json, and where its newest checkpoint stands."""
+    """The run in a folder: its run.json, and its newest checkpoint's LoopState."""
 
     folder: Path
     record: dict[str, Any]
@@ -38,7 +38,7 @@ class PreviousRun:
 
 
 def find_previous_run(folder: Path, facts: dict[str, Any], cfg: ModelConfig, overwrite: bool) -> PreviousRun | None:
-    """Returns the run in the folder that is to go on; None when there is none, or `overwrite`.
+    """Returns the run in the folder to resume; None when there is none, or `overwrite`.
 
     Raises UserError when the one there trains something else, naming what differs.
     """
@@ -59,7 +59,7 @@ def find_previous_run(folder: Path, facts: dict[str, Any], cfg: ModelConfig, ove
     return PreviousRun(folder, record, loop_state)
 
 
-# What must be the same for a run to go on, and where run.json says it.
+# What must be the same to resume a run, and where run.json says it.
 SAME = {
     "text": "text/digest", "tokenizer": "tokenizer/digest", "seed": "seed", "batch": "recipe/batch",
     "context": "recipe/context", "optimizer": "recipe/optimizer/kind", "base": "base/digest",
@@ -99,7 +99,7 @@ def _loop_state(record: dict[str, Any]) -> LoopState:
 def restore(
     previous: PreviousRun, facts: dict[str, Any], make_state: Callable[[], TrainState], parts: TrainableSplit, console: Console
 ) -> tuple[TrainState, LoopState]:
-    """Returns the state of the newest intact checkpoint and where the run stands; prints what was damaged or changed.
+    """Returns the states of the newest intact checkpoint; prints what was damaged or changed.
 
     `make_state` makes the state before the first step, of which only the shapes are used.
     """

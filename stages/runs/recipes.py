@@ -7,7 +7,7 @@ from engine.training.optimizer import OptimizerConfig
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """`tokenizer` is `bpe:N` or `bytes`; a step reads `batch` windows of `context` tokens, in `accumulate` parts."""
+    """A run's hyperparameters. `tokenizer`: `bpe:N` or `bytes`; `batch`: windows of `context` tokens, in `accumulate` parts."""
 
     tokenizer: str
     context: int

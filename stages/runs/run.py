@@ -1,4 +1,4 @@
-"""The scaffold of every run, from a locked folder to the commands to type next."""
+"""Carries out a training run: locks its folder, starts or resumes it, trains, and prints a summary."""
 
 import dataclasses
 import sys
@@ -25,14 +25,13 @@ from stages.runs.trainable import TrainableSplit
 
 
 class RunReport(NamedTuple):
-    """The stage's part of run.json's result and of the last screen: texts under headings, rows (the first is the result in
-    short), what was saved, and the stages that take the model next."""
+    """The stage's part of run.json's result and of the summary."""
 
     result: dict[str, Any]
-    texts: list[tuple[str, str]]
-    rows: list[tuple[str, str]]
+    texts: list[tuple[str, str]]  # under headings
+    rows: list[tuple[str, str]]  # the first is the result in short
     saved: str
-    next_stages: list[str]
+    next_stages: list[str]  # that take the model
 
 
 class Stage(Protocol):
@@ -45,7 +44,7 @@ class Stage(Protocol):
     stop_token_ids: tuple[int, ...]  # ids that end a completion
 
     def load_weights(self) -> None:
-        """Makes `parts` and `facts`. Raises UserError when there is no room for a run."""
+        """Sets `parts` and `facts`. Raises UserError when memory is too small."""
 
     def plan_rows(self) -> list[tuple[str, str]]:
         """Returns the rows of the banner between the device and the folder."""
@@ -58,7 +57,7 @@ class Stage(Protocol):
         """Returns the state before the first step; can be traced."""
 
     def measure(self, trainable: Any) -> Any:
-        """Returns what is compared before and after training, if anything."""
+        """Measures the model, if the stage compares it before and after training."""
         return None
 
     def prepare_steps(self, state: TrainState, loop_state: LoopState) -> Steps:
@@ -69,7 +68,7 @@ class Stage(Protocol):
 
 
 def execute(options: RunOptions, make_stage: Callable[[Console], Stage]) -> int:
-    """Carries out a run, or goes on with the one in the folder. Returns the exit code."""
+    """Carries out a run, or resumes the one in the folder. Returns the exit code."""
     with Console() as console:
         if options.dry_run:
             _print_plan(options, make_stage(console), console)

@@ -1,4 +1,4 @@
-"""Text data: from what `--data`, `--validation` and `--tokenizer` name to tokens on disk."""
+"""Text data: reads and tokenizes the texts that `--data` and `--validation` name."""
 
 import contextlib
 import dataclasses
@@ -49,7 +49,7 @@ def find_sources(data: str, validation: Path | None, console: Console) -> tuple[
 
 
 def check_text_name(data: str) -> None:
-    """Raises UserError for what names no text."""
+    """Raises UserError when `data` names no text."""
     if data in assets.MODELS:
         raise UserError(f"{data} is a model, not a text; --data takes {', '.join(TEXTS)}, a file or a folder.")
     if data not in TEXTS and not Path(data).exists():
@@ -58,7 +58,7 @@ def check_text_name(data: str) -> None:
 
 
 def evaluation_source(data: str, console: Console) -> Source:
-    """Returns what `--data` of an evaluation names: an asset's held-out text, or all of a file or folder."""
+    """Returns the text to evaluate on: an asset's held-out text, or all of a file or folder."""
     if data in assets.ASSETS or not Path(data).exists():
         held_out = find_sources(data, None, console)[1]
         assert held_out is not None
@@ -71,7 +71,7 @@ def _source(path: Path) -> Source:
 
 
 def prepare_text(data: str, validation: Path | None, spec: str, console: Console) -> TextData:
-    """Returns a run's texts. `spec`: its tokenizer, see `make_tokenizer`."""
+    """Reads and tokenizes a run's texts. `spec`: see `make_tokenizer`."""
     train_source, validation_source = find_sources(data, validation, console)
     tokenizer = make_tokenizer(spec, train_source, console)
     train = encode_text(train_source, tokenizer, console)

@@ -1,4 +1,4 @@
-"""Which parameters of a model train: splits them by rules or LoRA into a trainable and a frozen tree, and merges them."""
+"""Splits a model's parameters by rules or LoRA into a trainable and a frozen tree, and merges them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ Rows = tuple[tuple[str, str], ...]
 
 @dataclasses.dataclass(frozen=True)
 class TrainableSplit:
-    """The two trees a run begins with. `paths`: the parameters that train; None: all of them, and there is one tree.
+    """A model's trainable and frozen tree. `paths`: the parameters that train; None: all of them, and `frozen` is empty.
 
     `frozen` is in the compute type or int8, as steps read it; `unchanged` is the same as loaded, to be saved (None where
     only an adapter is saved).
@@ -45,14 +45,14 @@ class TrainableSplit:
         return params if self.paths is None or self.is_adapter else split(params, self.paths.weights)[0]
 
     def initial_params(self) -> Any:
-        """Returns the params before training. An untrained adapter changes nothing, to the bit."""
+        """Returns the model before training. An untrained adapter changes nothing, to the bit."""
         return self.frozen if self.is_adapter else merge(self.trainable, self.frozen)
 
 
 def choose_trainable(
     cfg: ModelConfig, lora: LoraConfig | None, train: Sequence[str], freeze: Sequence[str]
 ) -> tuple[TrainablePaths, Rows]:
-    """Returns what trains, and rows with what each rule matched. Raises UserError for a rule that matches nothing."""
+    """Returns the trainable paths, and rows with what each rule matched. Raises UserError for a rule that matches nothing."""
     total = count_params(cfg).total
     if lora:
         key = jax.random.key(0)
@@ -75,7 +75,7 @@ def choose_trainable(
 def split_trainable(
     cfg: ModelConfig, params: Any, paths: TrainablePaths, lora: LoraConfig | None, base: Literal["float", "int8"], seed: int
 ) -> TrainableSplit:
-    """Returns what trains in float32, and what is frozen in the compute type or int8; `params` stay as they are."""
+    """Splits params: trainable ones in float32, frozen ones in the compute type or int8. Changes no array of `params`."""
     if not lora:
         trainable, unchanged = split(merge_lora(params), paths.weights)
         return TrainableSplit(cast_matrices(trainable, "float32"), cast_matrices(unchanged, cfg.dtype), unchanged, paths)

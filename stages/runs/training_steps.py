@@ -1,4 +1,4 @@
-"""Steps of training on batches: compiling them, and running one at a time while the next batch is cut."""
+"""Compiles a training step, and runs it on one batch after another."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from stages.runs.loop import Evaluator, LoopState
 
 
 class Batches(Protocol):
-    """Batches by number; `epoch` is how often all data was read before a step."""
+    """Batches by step; `epoch`: how often all data was read before one."""
 
     def at(self, step: int) -> Any: ...
     def epoch(self, step: int) -> float: ...
@@ -37,7 +37,7 @@ def compile_step(
 
 
 class TrainingSteps:
-    """Runs a program on one batch after another, from `step` on: the Steps of training and fine-tuning.
+    """The Steps of training and fine-tuning: runs a program on one batch after another, from `step` on.
 
     `top`: this machine's ceiling in FLOP/s. `buffer`: bytes of the program's temporary buffer, where memory matters.
     """

@@ -1,5 +1,7 @@
-"""Bits per byte of a text: on a few windows while training, on all of it by a sliding window, or on a general text, where
-those before and after fine-tuning measure forgetting."""
+"""Bits per byte of a text: on a few windows while training, on all of it by a sliding window, or on a general text.
+
+On a general text, those before and after fine-tuning measure forgetting.
+"""
 
 import functools
 import math
@@ -63,7 +65,7 @@ def general_bits_per_byte(
 def quick_evaluator(cfg: ModelConfig, text: TokenFile, tokenizer: Tokenizer, nats_of: Callable[..., Any]) -> Evaluator:
     """Returns an evaluator on a fixed few windows of the model's context, spread over the text.
 
-    `nats_of(cfg, params, batch)` sums a batch's nats. The number compares with itself, not with that of the whole text.
+    `nats_of(cfg, params, batch)` sums a batch's nats. Not to be compared with the bits per byte of the whole text.
     """
     seq, rows = cfg.context, rows_in_memory(cfg, cfg.context)
     last = len(text.tokens) - 1 - seq

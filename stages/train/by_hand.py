@@ -1,4 +1,4 @@
-"""Training from random weights in NumPy, by the backward pass written out in engine/by_hand.
+"""Trains from random weights in NumPy, by the backward pass written out in engine/by_hand.
 
 All else is as in any run, so every other command can read the result: JAX makes the first weights, gives the schedule's
 factor, and at the end scores the whole validation text.
@@ -89,7 +89,7 @@ class ByHand:
         return step
 
     def sample(self, params: Any, max_tokens: int) -> str:
-        """Returns the beginning of the validation text and what follows by NumPy, each token the most probable."""
+        """Returns the beginning of the validation text, continued greedily by NumPy."""
         params, tokenizer = jax.tree.map(np.asarray, params), self.data.tokenizer
         tokens = generate(self.plan.cfg, params, self.prompt, max_tokens=max_tokens, eos_id=tokenizer.eos_id)
         return tokenizer.decode(self.prompt + list(tokens))

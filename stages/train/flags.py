@@ -46,7 +46,7 @@ class StepFlags:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerFlags:
-    """How weights move."""
+    """The optimizer and its schedule."""
 
     optimizer: Annotated[str | None, one_of("muon", "adamw"), RECIPE] = None
     """`muon` (on the matrices inside blocks, AdamW on the rest) or `adamw`."""
@@ -68,7 +68,7 @@ class OptimizerFlags:
 
 @dataclasses.dataclass(frozen=True)
 class MonitoringFlags:
-    """Evaluating and logging meanwhile, and how often."""
+    """How often a run evaluates and logs."""
 
     eval_every: Annotated[int | float | None, parser(interval, "N|TIME"), default("a tenth of the run")] = None
     """Steps (200) or training time (30s) between quick evaluations on the validation text."""
@@ -78,7 +78,7 @@ class MonitoringFlags:
 
 @dataclasses.dataclass(frozen=True)
 class TrainFlags(RunFlags):
-    """All flags of a training run; what is left out is the preset's recipe (stages/runs/recipes.py)."""
+    """Flags of training; those left out have the preset's recipe (stages/runs/recipes.py)."""
 
     text: TextFlags
     length: LengthFlags

@@ -1,4 +1,4 @@
-"""Training from random weights in JAX. `by_hand.ByHand` has the same methods in NumPy."""
+"""Trains from random weights in JAX. `by_hand.ByHand` has the same methods in NumPy."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ DISPATCH = 0.002  # seconds a step
 
 
 class InJax:
-    """Trains by `train_step`, in float32 or bfloat16. `optimizer_name`: in run.json."""
+    """Trains by `train_step`, in float32 or bfloat16. `optimizer_name` is run.json's."""
 
     expected_mfu = 0.5  # of the ceiling, for the products of a step
     advice = "--learning-rate or --matrix-learning-rate, warm up longer with --warmup, or try --dtype float32"
@@ -41,7 +41,7 @@ class InJax:
         require_memory(least, needed, "choose a smaller preset.")
 
     def overhead(self, best: Ceilings) -> float:
-        """Returns the predicted seconds of a step beside its products."""
+        """Predicts the seconds of a step beside its products."""
         return UPDATE * count_params(self.plan.cfg).total / (1e9 * best.update_gbs) + DISPATCH
 
     def initial_state(self) -> TrainState:
@@ -49,13 +49,13 @@ class InJax:
         return jax.jit(lambda: init_state(optimizer, init_params(plan.cfg, jax.random.key(plan.seed))))()
 
     def make_program(self, state: TrainState, batch: Any, console: Console) -> Program:
-        """Returns the program of a step, for states and batches of these shapes."""
+        """Compiles a step for states and batches of these shapes."""
         with console.task("compiling", always=True):
             compiled = compile_step(self.plan, state, {}, batch)
         return lambda state, batch, progress: compiled(state, {}, batch, progress)
 
     def sample(self, params: Any, max_tokens: int) -> str:
-        """Returns a text that the model writes after a line end."""
+        """Samples a text from the model after a line end."""
         cfg, tokenizer = self.plan.cfg, self.data.tokenizer
         sampling = SamplingParams(
             max_tokens=max_tokens, temperature=0.8, seed=self.plan.seed, stop_token_ids=(tokenizer.eos_id,)
@@ -64,5 +64,5 @@ class InJax:
         return tokenizer.decode([token for piece in pieces for token in piece.tokens])
 
     def remarks(self, params: Any) -> list[tuple[str, str]]:
-        """Returns more rows for the last screen."""
+        """Returns more rows for the summary."""
         return []

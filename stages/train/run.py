@@ -1,4 +1,4 @@
-"""A training run: from flags to plain values, and the stage that trains, in JAX or by hand in NumPy."""
+"""The Stage that trains from random weights, in JAX or by hand in NumPy, and its run from flags."""
 
 import dataclasses
 from typing import Any
@@ -41,7 +41,7 @@ def run(flags: TrainFlags, device: Device) -> int:
 
 
 def chosen_recipe(flags: TrainFlags) -> Recipe:
-    """Returns the preset's recipe with what the flags say instead."""
+    """Returns the preset's recipe, overridden by flags."""
     base = recipe(flags.preset, preset(flags.preset).vocab)
     step, optimizer = flags.step, dataclasses.asdict(flags.optimizer)
     kind = optimizer.pop("optimizer")
@@ -58,7 +58,7 @@ def _replace(config: Any, **values: Any) -> Any:
 
 
 class Training(Stage):
-    """Trains from random weights. The constructor is the last to read the flags."""
+    """Trains from random weights. Only the constructor reads the flags."""
 
     parts = TrainableSplit()
 
@@ -91,7 +91,7 @@ class Training(Stage):
         self.batches = TextBatches(data.train.tokens, recipe.context, recipe.batch, plan.seed)
 
     def load_weights(self) -> None:
-        """Checks that there is room for a step; weights begin random."""
+        """Checks the memory for a step; weights begin random."""
         self.implementation.check_memory()
 
     def plan_rows(self) -> list[tuple[str, str]]:
