@@ -9,7 +9,7 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.text import OnProgress
-from engine.text.chat import ChatTokenizer, Example
+from engine.text.chat_tokenizer import ChatTokenizer, Example
 from engine.text.conversations import Preference, Row, Text
 from engine.text.template import InvalidConversation
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.text.batch import Batch
-from engine.text.chat import Example
+from engine.text.chat_tokenizer import Example
+from engine.text.epoch_order import EpochOrder
 from engine.text.examples import Pair
-from engine.text.order import EpochOrder
 
 
 @dataclasses.dataclass

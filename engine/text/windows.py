@@ -8,7 +8,7 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.text.batch import Batch
-from engine.text.order import EpochOrder
+from engine.text.epoch_order import EpochOrder
 
 
 @dataclasses.dataclass

@@ -13,7 +13,7 @@ from engine.format import duration, join_words
 from engine.inference.decode import prepare_params
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model, with_adapters
-from engine.text.chat import ChatTokenizer
+from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.jsonl import decode_utf8
 from engine.text.template import read_template
 from stages.chat.flags import ChatFlags

@@ -11,7 +11,7 @@ from engine.inference.request import Event
 from engine.inference.sampling_params import RANGES, SamplingParams
 from engine.inference.stop_strings import CompletionText
 from engine.model.config import ModelConfig
-from engine.text.chat import ChatTokenizer
+from engine.text.chat_tokenizer import ChatTokenizer
 from stages.cli.flags import SamplingFlags, in_range
 
 SETTINGS = tuple(field.name for field in dataclasses.fields(SamplingFlags))  # that can be changed between turns

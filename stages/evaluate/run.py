@@ -15,7 +15,7 @@ from engine.inference.score import score
 from engine.storage import run_folder
 from engine.storage.digest import digest
 from engine.storage.model_loader import LoadedModel, load_model
-from engine.text.chat import ChatTokenizer, Example
+from engine.text.chat_tokenizer import ChatTokenizer, Example
 from engine.text.conversations import SHIPPED, Conversations, read_conversations
 from engine.text.examples import Pair
 from engine.text.packing import evaluation_batches, evaluation_pairs

@@ -10,8 +10,8 @@ import numpy as np
 from engine.inference.score import score
 from engine.model.config import ModelConfig
 from engine.model.paths import merge
+from engine.text.epoch_order import EpochOrder
 from engine.text.examples import Pair
-from engine.text.order import EpochOrder
 from engine.text.packing import evaluation_batches, evaluation_pairs, pair_batch
 from engine.training.preference import Preferences, margins
 from engine.training.step import NEXT_TOKEN, Objective

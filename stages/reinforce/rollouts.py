@@ -16,7 +16,7 @@ from engine.inference.sampling_params import SamplingParams
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
 from engine.text.batch import Batch
-from engine.text.chat import ChatTokenizer, Example
+from engine.text.chat_tokenizer import ChatTokenizer, Example
 from engine.text.packing import evaluation_batches
 from engine.training.rewards import Reward
 from stages.reinforce.data import Prompt

@@ -10,7 +10,7 @@ import numpy as np
 from engine.inference.decode import prepare_params
 from engine.model.paths import merge
 from engine.storage.digest import digest
-from engine.text.order import EpochOrder
+from engine.text.epoch_order import EpochOrder
 from engine.training.reinforce import Rollouts, group_advantages, log_probabilities
 from engine.training.step import Objective, TrainState
 from stages.reinforce.data import Prompt

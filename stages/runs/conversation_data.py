@@ -9,7 +9,7 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.storage.model_loader import LoadedModel
-from engine.text.chat import ChatTokenizer, Example
+from engine.text.chat_tokenizer import ChatTokenizer, Example
 from engine.text.conversations import SHIPPED, Conversations, read_conversations
 from engine.text.examples import DatasetSummary, Pair, make_examples, make_pairs
 from stages.cli.console import Console, ReportProgress

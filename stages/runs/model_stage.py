@@ -15,7 +15,7 @@ from engine.storage.adapter import save_adapter
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model
 from engine.storage.run_folder import ADAPTER
-from engine.text.chat import ChatTokenizer
+from engine.text.chat_tokenizer import ChatTokenizer
 from engine.training.optimizer import make_optimizer
 from engine.training.step import TrainState, init_state
 from stages.cli.console import Console

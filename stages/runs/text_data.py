@@ -13,8 +13,8 @@ from engine.files import atomic_folder, cache_folder
 from engine.storage import assets
 from engine.storage.assets import TEXTS
 from engine.text.corpus import Corpus, hold_out, read_corpus
+from engine.text.token_file import TokenFile, open_bin, open_token_file
 from engine.text.tokenizer import SPLIT, Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
-from engine.text.tokens import TokenFile, open_bin, open_token_file
 from stages.cli.console import Console
 
 TOKENIZER_TEXT = 64_000_000  # characters that a tokenizer is trained on at most

@@ -14,8 +14,8 @@ import numpy as np
 from engine.inference.score import score
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
+from engine.text.token_file import TokenFile
 from engine.text.tokenizer import Tokenizer
-from engine.text.tokens import TokenFile
 from engine.text.windows import count_windows, evaluation_windows, window_batch
 from stages.cli.console import Console, ReportProgress
 from stages.runs.conversation_data import EVALUATION_ROWS

@@ -20,7 +20,7 @@ from engine.model.config import ModelConfig
 from engine.storage.assets import MODELS
 from engine.storage.digest import digest
 from engine.storage.model_loader import LoadedModel, load_model, with_adapters
-from engine.text.chat import ChatTokenizer
+from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.template import read_template
 from stages.cli.console import Console
 from stages.serve.admission import Admission

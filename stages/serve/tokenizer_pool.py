@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from engine.errors import UserError
-from engine.text.chat import PLAIN, ChatTokenizer
+from engine.text.chat_tokenizer import PLAIN, ChatTokenizer
 from engine.text.tokenizer import Tokenizer
 from stages.serve.errors import ApiError
 

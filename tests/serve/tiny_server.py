@@ -34,7 +34,7 @@ class TinyServer:
         from engine.inference import decode
         from engine.inference.slots import Slots
         from engine.storage.digest import digest
-        from engine.text.chat import ChatTokenizer
+        from engine.text.chat_tokenizer import ChatTokenizer
         from engine.text.template import FIXED_DAY
         from stages.serve.state import ServerState
 

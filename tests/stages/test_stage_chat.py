@@ -28,7 +28,7 @@ QUICK = ("--temperature", "0", "--max-tokens", "6")
 @pytest.fixture(scope="module")
 def conversation(trained):
     from engine.inference import decode
-    from engine.text.chat import ChatTokenizer
+    from engine.text.chat_tokenizer import ChatTokenizer
 
     model = load_model(str(trained))
     chat = ChatTokenizer(model.tokenizer)

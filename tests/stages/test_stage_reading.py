@@ -9,8 +9,8 @@ from tiny_runs import command
 
 from engine.inference.stop_strings import CompletionText
 from engine.storage.run_folder import read_config, read_json
+from engine.text.token_file import open_token_file
 from engine.text.tokenizer import byte_tokenizer
-from engine.text.tokens import open_token_file
 from stages import generate
 from stages.evaluate import __main__ as evaluate
 

@@ -5,7 +5,7 @@ import pytest
 from chat_models import BRACKETS, chat_tokenizer, said
 
 from engine.errors import UserError
-from engine.text.chat import CHATML, ChatTokenizer
+from engine.text.chat_tokenizer import CHATML, ChatTokenizer
 from engine.text.conversations import Conversation, Preference, Text
 from engine.text.examples import make_examples, make_pairs
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny import lively_params, tiny_config
 
 from engine.errors import UserError
-from engine.text.chat import Example
+from engine.text.chat_tokenizer import Example
 from engine.text.examples import Pair
 from engine.text.packing import PackedBatches, evaluation_batches, evaluation_pairs, pack_rows, pair_batch
 

@@ -7,7 +7,7 @@ from gguf.constants import GGMLQuantizationType
 
 from engine.errors import UserError
 from engine.model.config import ModelConfig, RopeScaling
-from engine.storage.fields import BLOCKS, DEFAULTS, Fields
+from engine.storage.config_fields import BLOCKS, DEFAULTS, Fields
 from engine.storage.gguf.header import Header
 from engine.storage.untrusted import known_name, quote, read_at
 

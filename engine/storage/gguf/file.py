@@ -15,7 +15,7 @@ from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 from engine.errors import UserError
 from engine.files import atomic_file
 from engine.model.config import ModelConfig
-from engine.storage.fields import architecture_of
+from engine.storage.config_fields import architecture_of
 from engine.storage.gguf.config import FREQUENCIES, config_from, metadata_of, rope_factors
 from engine.storage.gguf.header import read_header
 from engine.storage.gguf.tokenizer import tokenizer_from

@@ -6,7 +6,7 @@ from typing import Any
 
 from engine.errors import UserError
 from engine.model.config import ModelConfig, RopeScaling
-from engine.storage.fields import BLOCKS, DEFAULTS, Fields, architecture_of
+from engine.storage.config_fields import BLOCKS, DEFAULTS, Fields, architecture_of
 from engine.storage.untrusted import known_name, quote
 
 # Fields of unsupported parts, and their values without them.

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.text.order import EpochOrder, permute
+from engine.text.epoch_order import EpochOrder, permute
 
 # grain.MapDataset.range(count).seed(seed).shuffle()[step * batch : (step + 1) * batch] of grain 0.2.18, modulo count.
 GRAIN = [

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import UserError
-from engine.text.chat import CHATML, PLAIN, ChatTokenizer, Example, choose_template
+from engine.text.chat_tokenizer import CHATML, PLAIN, ChatTokenizer, Example, choose_template
 from engine.text.template import InvalidConversation
 from engine.text.tokenizer import byte_tokenizer
 
