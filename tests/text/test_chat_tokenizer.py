@@ -61,9 +61,8 @@ def test_turns_that_change_when_they_are_history_are_examples_of_their_own(chats
 
 
 def test_a_second_token_that_ends_the_whole_does_not_count() -> None:
-    chat = ChatTokenizer(
-        TOKENIZER, CHATML.replace("{%- if add", "{%- if not add_generation_prompt %}</s>{% endif %}{%- if add")
-    )
+    template = CHATML.replace("{%- if add", "{%- if not add_generation_prompt %}</s>{% endif %}{%- if add")
+    chat = ChatTokenizer(TOKENIZER, template)
     examples = chat.examples(TALK[1:])
     assert [shown(chat, example).count("]") for example in examples] == [1, 1]
     assert shown(chat, examples[0]).endswith("[I am well.<|im_end|>]\n</s>")

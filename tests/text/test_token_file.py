@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from engine.errors import UserError
-from engine.text import token_file as token_file_module
+from engine.text import token_file as module
 from engine.text.token_file import open_bin, open_token_file
 from engine.text.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 
@@ -87,7 +87,7 @@ def test_an_error_on_the_way_leaves_nothing(cache) -> None:
 
 
 def test_the_slower_of_two_processes_uses_the_other_s_file(monkeypatch) -> None:
-    real = token_file_module.atomic_folder
+    real = module.atomic_folder
     meanwhile = []
 
     def beaten(folder: Path):
@@ -97,13 +97,13 @@ def test_the_slower_of_two_processes_uses_the_other_s_file(monkeypatch) -> None:
             raise OSError("Directory not empty")
         return real(folder)
 
-    monkeypatch.setattr(token_file_module, "atomic_folder", beaten)
+    monkeypatch.setattr(module, "atomic_folder", beaten)
     assert open_token_file(DOCUMENTS, BPE).bytes == len("".join(DOCUMENTS).encode())
     assert meanwhile
 
 
 def test_a_disk_that_fails_is_said(monkeypatch) -> None:
-    monkeypatch.setattr(token_file_module, "atomic_folder", Mock(side_effect=OSError(28, "No space left on device")))
+    monkeypatch.setattr(module, "atomic_folder", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         open_token_file(DOCUMENTS, BPE)
 

@@ -18,7 +18,7 @@ from engine.storage.untrusted import check_adjacent, quote, read_at, read_exactl
 
 MAX_KEYS, MAX_TENSORS, MAX_NAME_BYTES = 4096, 16384, 1024  # more than any model has: keys, tensors, bytes of a name
 MAX_STRING_BYTES = 2049  # bytes of a text in an array: a token, or a merge of two
-MAX_TEXT_BYTES = 16 * 2**20  # bytes of text outside of arrays, in all keys together
+MAX_TEXT = 16 * 2**20  # bytes of text outside of arrays, in all keys together
 UINT32, STRING, ARRAY, UINT64 = 4, 8, 9, 10
 SCALARS = {kind: struct.Struct("<" + letter) for kind, letter in zip((*range(8), 10, 11, 12), "BbHhIif?Qqd")}
 
@@ -95,7 +95,7 @@ class _Reader:
     """Reads values one by one, checked against the rest of the file."""
 
     def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
-        self.file, self.path, self.size, self.text_left = file, path, size, MAX_TEXT_BYTES
+        self.file, self.path, self.size, self.text_left = file, path, size, MAX_TEXT
 
     def number(self, kind: int) -> Any:
         scalar = SCALARS[kind]
@@ -128,7 +128,7 @@ class _Reader:
             length = self.require(self.number(UINT64))
             self.text_left -= length
             if self.text_left < 0:
-                raise UserError(f"{self.path} holds more than {MAX_TEXT_BYTES:,} bytes of text in its keys, at {quote(key)}.")
+                raise UserError(f"{self.path} holds more than {MAX_TEXT:,} bytes of text in its keys, at {quote(key)}.")
             return self.text(length, f"value of {quote(key)}")
         if kind != ARRAY:
             raise UserError(f"{self.path} is damaged: the key {quote(key)} has a value of the unknown type {kind}.")

@@ -8,15 +8,7 @@ import pytest
 from gguf_files import tiny_gguf, weights
 from refusals import refusal
 
-from engine.storage.gguf.header import (
-    MAX_KEYS,
-    MAX_TENSORS,
-    MAX_TEXT_BYTES,
-    ArrayLocation,
-    read_header,
-    read_numbers,
-    read_strings,
-)
+from engine.storage.gguf.header import MAX_KEYS, MAX_TENSORS, MAX_TEXT, ArrayLocation, read_header, read_numbers, read_strings
 
 u32, u64 = (lambda value: struct.pack("<I", value)), (lambda value: struct.pack("<Q", value))
 text = lambda value: u64(len(value)) + value
@@ -55,10 +47,7 @@ MALFORMED = [
     (made([key(b"k", 13, u32(1))]), "unknown type 13"),
     (made([key(b"k", 8, u64(2**62))]), "too soon"),
     (made([key(b"k", 8, text(b"\xff\xfe"))]), "'k' is not UTF-8"),
-    (
-        made([key(b"%d" % i, 8, text(bytes(MAX_TEXT_BYTES // 2))) for i in range(3)]),
-        f"more than {MAX_TEXT_BYTES:,} bytes of text",
-    ),
+    (made([key(b"%d" % i, 8, text(bytes(MAX_TEXT // 2))) for i in range(3)]), f"more than {MAX_TEXT:,} bytes of text"),
     (made([key(b"k", 9, u32(9) + u64(1) + u32(9) + u64(1))]), "array of the type 9"),
     (made([key(b"k", 9, u32(77) + u64(1))]), "array of the type 77"),
     (made([key(b"k", 9, u32(5) + u64(2**62))]), "too soon"),
