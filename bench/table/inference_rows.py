@@ -110,7 +110,7 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
 
 
 def decode_row(cfg: ModelConfig, params: Any, requests: int, length: int, *, name: str, weights: str | None) -> Row:
-    """Returns the row that decodes STEPS tokens greedily for each of `requests`, behind `length` cached tokens.
+    """Returns the row that decodes STEPS tokens greedily for each of `requests`, after `length` cached tokens.
 
     A lone request runs in a program of two rows, as in serving. `weights`: the type of matrices if not the config's.
     """

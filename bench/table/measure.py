@@ -30,7 +30,7 @@ from engine.text.batch import Batch
 
 FEWEST, MOST = 3, 15  # rounds
 AFTERWARDS = 12.0  # seconds for digests, invariants and ceilings
-FORWARD = "evaluation forward"  # the row to which all ratios are
+FORWARD = "evaluation forward"  # the row of all ratios
 PRODUCTS = ": products"  # ends the name of the timing of a row's products alone
 # Name, slots, and the type of matrices where it is not the model's own.
 DECODES: tuple[tuple[str, int, str | None], ...] = (

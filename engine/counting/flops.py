@@ -176,7 +176,7 @@ def forward_flops(cfg: ModelConfig, tokens: int, *, attention: Attention) -> Flo
 
 
 def prefill_flops(cfg: ModelConfig, tokens: int, *, attention: Attention, cached: int = 0) -> Flops:
-    """Returns the FLOPs to prefill **a whole prompt** of `tokens` behind `cached` others; logits at the last position only.
+    """Returns the FLOPs to prefill **a whole prompt** of `tokens` after `cached` others; logits at the last position only.
 
     A program that attends to all S places of a cache, masked or not, is `attention="full", cached=S - tokens`.
     """

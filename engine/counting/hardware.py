@@ -116,7 +116,7 @@ def _product(side: int, dtype: str) -> Callable[[], Any]:
 
 def _streams(numbers: int) -> dict[str, Callable[[], Any]]:
     array = jnp.ones((numbers // 1024, 1024), jnp.float32)
-    # In blocks, so that every core gets some; one core would sum one grand total.
+    # In blocks: one core would sum a grand total.
     total = jax.jit(lambda x: x.reshape(64, -1).sum(1))
     scale = jax.jit(lambda x: x * 0.5 + 0.5, donate_argnums=0)
 
@@ -151,14 +151,14 @@ def cached_ceilings(refresh: bool = False, report: Callable[[int, int], None] | 
     measured = measure_ceilings(report)
     if cached:
         measured = best_ceilings(measured, cached)
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs only a few seconds next time
+    with contextlib.suppress(OSError):  # else it is measured again next time
         write_json(cache_folder("hardware") / name, {"identity": identity, "ceilings": dataclasses.asdict(measured)})
     return measured
 
 
 def peak_rss_bytes() -> int:
     """Returns the most physical memory this process has held so far."""
-    # On Linux getrusage also counts the peak of the program that started this one; this file does not.
+    # On Linux getrusage also counts the parent's peak; this file does not.
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -1,14 +1,14 @@
 """Counts the operations of a program by walking its jaxpr, without the equations that no result needs.
 
-Nothing is allocated, compiled or run. The jaxpr is the program that JAX gives to the compiler, after differentiation, so
-frozen weights, LoRA and remat show up by themselves.
+Nothing is allocated, compiled or run. The jaxpr is what JAX compiles, after differentiation, so frozen weights, LoRA and
+remat show.
 
 - Matrix products (`dot_general`, `ragged_dot_general`, convolutions) count 2 for each multiply and add.
 - Other arithmetic counts as in XLA's cost analysis: one operation for each number of an elementwise result (comparisons,
   selections and type conversions too), n - 1 for a reduction of n numbers, 0 for what only moves numbers. Transcendental
-  functions count apart, one each: how many operations they are depends on the chip.
+  functions count apart, one each: their operations depend on the chip.
 - A scan is its body times its length, a `cond` its most expensive branch. A `while`, whose trips are unknown, and a
-  kernel, whose work is hidden, are refused: a silent 0 would be believed.
+  kernel, whose work is hidden, are refused.
 - A product with one row counts twice on a CPU, as it is computed (`model/weights/matmul.py` pads it).
 """
 

@@ -2,8 +2,7 @@
 
 Weights, gradients, optimizer state and the KV cache are exact. Residuals are an estimate, for the compiler decides which
 values to keep and which to compute twice: the terms follow XLA on a CPU, with elementwise work in float32 and products in
-`cfg.dtype` (compare with `xla_peak` of the compiled step). A scan over the layers keeps a third less. Input tokens are
-too few to count.
+`cfg.dtype` (compare with `xla_peak` of the compiled step). A scan over the layers keeps a third less.
 """
 
 import dataclasses

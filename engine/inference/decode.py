@@ -50,9 +50,9 @@ def prepare_params(cfg: ModelConfig, params: Params) -> Params:
 
 @jax.jit(static_argnames="cfg", donate_argnames="cache")
 def prefill(cfg: ModelConfig, params: Params, tokens: Array, lengths: Array, cache: KVCache) -> tuple[Array, KVCache]:
-    """tokens (B, T) int32, the first lengths (B,) of each row real -> logits (B, V) float32 behind the last real one, cache.
+    """tokens (B, T) int32, the first lengths (B,) of each row real -> logits (B, V) float32 after the last real one, cache.
 
-    T tokens are written behind each row's length, which then grows by `lengths`; a row must have room for T. The logits of
+    T tokens are written after each row's length, which then grows by `lengths`; a row must have room for T. The logits of
     a row of length 0 mean nothing.
     """
     positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
@@ -146,7 +146,7 @@ def generate(
 
 
 def _prefill_all(cfg: ModelConfig, params: Params, prompts: Collection[list[int]], cache: KVCache) -> tuple[Array, KVCache]:
-    """Returns the logits behind each prompt, and the cache."""
+    """Returns the logits after each prompt, and the cache."""
     after = jnp.zeros((len(prompts), cfg.vocab), jnp.float32)
     for start in range(0, max(map(len, prompts)), CHUNK):
         chunks = [prompt[start : start + CHUNK] for prompt in prompts]

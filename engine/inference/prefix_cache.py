@@ -19,7 +19,7 @@ def root_key(namespace: str) -> bytes:
 
 
 def chunk_key(parent: bytes, tokens: tuple[int, ...]) -> bytes:
-    """Returns the key of the chunk of these tokens behind the parent's."""
+    """Returns the key of the chunk of these tokens after the parent's."""
     return hashlib.sha256(parent + np.asarray(tokens, np.int32).tobytes()).digest()
 
 

@@ -12,7 +12,7 @@ from engine.inference.sequence import STEPS, Sequence
 TOKENS_PER_DISPATCH = 32  # about, over all slots
 MIN_STEPS = 4  # of a dispatch, for any number of slots. A cancelled request waits for the dispatch to end
 STEPS_BESIDE_PREFILL = 2  # of a dispatch while a prompt is being prefilled
-PATIENCE = 4  # one chunk in so many goes to the oldest prompt, the others to the one that needs fewest
+PATIENCE = 4  # of so many chunks one goes to the oldest prompt, the others to the shortest rest
 DRAFT_ROWS = 3  # rows, beside its own, in which a lone sequence may check draft tokens
 
 
@@ -23,7 +23,7 @@ class Prefill(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of a dispatch: its slot, and the sequence, token and position behind which it samples."""
+    """A row of a dispatch: its slot, and the sequence, token and position after which it samples."""
 
     slot: int
     sequence: Sequence
@@ -34,7 +34,7 @@ class Row(NamedTuple):
 class Decode(NamedTuple):
     """The step that decodes `steps` tokens in each row, in one dispatch.
 
-    With `drafts` it is a single step of a lone sequence, in which each row of a copy samples behind one draft token.
+    With `drafts` it is a single step of a lone sequence, in which each row of a copy samples after one draft token.
     `copies` are slots that hold its text as well, `copies_are_new` if it must be copied there first.
     """
 
@@ -92,7 +92,7 @@ class Scheduler:
 
     def schedule(self) -> Prefill | Decode | None:
         """Chooses the next step, or None; prefill and decode take turns when there is work for both."""
-        # prefill: one chunk of one prompt, so that a long prompt holds up neither tokens nor shorter prompts
+        # prefill: one chunk of one prompt, so that a long prompt delays neither tokens nor shorter prompts
         if self.prefilling and not (self.decoding and self._last_was_prefill):
             self._last_was_prefill = True
             self._chunks += 1
@@ -112,7 +112,7 @@ class Scheduler:
             rows += [Row(slot, sequence, token, position + n) for n, (slot, token) in enumerate(zip(self.copies, drafts), 1)]
             return Decode(rows, 1, drafts, self.copies, copies_are_new)
         if any(not sequence.output_tokens for sequence in self.decoding):
-            steps = 1  # somebody waits for a first token
+            steps = 1  # a request waits for its first token
         elif self.prefilling:
             steps = STEPS_BESIDE_PREFILL
         else:

@@ -59,7 +59,7 @@ class Sequence:
     def accept(self, sampled: Iterable[int | None], drafts: list[int] | None = None) -> tuple[list[int], FinishReason | None]:
         """Appends the sampled tokens that count; returns them, and the reason if the sequence ends.
 
-        None: a token whose logits were no numbers. With `drafts`, each token but the first was sampled behind one of
+        None: a token whose logits were no numbers. With `drafts`, each token but the first was sampled after one of
         them, and counts only if all drafts up to that one were right.
         """
         sampled, accepted = list(sampled), []

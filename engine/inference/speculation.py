@@ -1,9 +1,8 @@
 """Speculative decoding by prompt lookup: draft tokens from the text itself, checked by idle rows.
 
 The tokens that followed the last few tokens earlier in the text are the draft (Saxena 2023; after Leviathan et al. 2023,
-2211.17192). Each idle row samples the token behind one draft token, with the key of its position. If the drafts before it
-were right, that is exactly the token that decoding one by one would give, greedy or not: drafts change how soon a token
-comes, never which.
+2211.17192). Each idle row samples the token after one draft token, with the key of its position. If the drafts before it
+were right, it is the token that decoding one by one would give, greedy or not.
 """
 
 from collections.abc import Sequence

@@ -20,7 +20,7 @@ class CompletionText:
         self.stopped: str | None = None
 
     def push(self, tokens: Sequence[int]) -> str:
-        """Returns the text that becomes certain. Tokens behind a stop string are ignored."""
+        """Returns the text that becomes certain. Tokens after a stop string are ignored."""
         certain = []
         for token in tokens:
             if self.stopped is not None:
@@ -30,7 +30,7 @@ class CompletionText:
         return "".join(certain)
 
     def close(self) -> str:
-        """Returns the rest of the text; empty behind a stop string."""
+        """Returns the rest of the text; empty after a stop string."""
         if self.stopped is not None:
             return ""
         certain = self._append(self._stream.close()) + self._uncertain

@@ -10,7 +10,7 @@ Params = dict[str, Any]  # nested; a leaf is an Array, Int8 or LoRA
 
 
 def leaf_paths(params: Params, prefix: str = "") -> dict[str, Any]:
-    """Returns {path: leaf} of a nested dict, in order, block 10 behind block 9; a leaf is whatever is not a dict."""
+    """Returns {path: leaf} of a nested dict, in order, block 10 after block 9; a leaf is whatever is not a dict."""
     leaves: dict[str, Any] = {}
     for name in sorted(params, key=_by_number):
         value = params[name]

@@ -80,7 +80,7 @@ class Block(nn.Module):
         return math.causal_attention(q, k, v, segments), None
 
     def cached_attention(self, q: Array, k: Array, v: Array, cached: Cached):
-        """Writes this call's keys and values behind each row's length, then attends to all of the row."""
+        """Writes this call's keys and values after each row's length, then attends to all of the row."""
         keys, values, length = cached
         keys = write(keys, k.transpose(0, 2, 1, 3), length)
         values = write(values, v.transpose(0, 2, 1, 3), length)

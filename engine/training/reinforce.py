@@ -71,8 +71,8 @@ def grpo(clip: float = 0.2, kl_weight: float = 0.0) -> Objective:
         if kl_weight:
             if rollouts.reference_logprobs is None:
                 raise ValueError("A kl_weight needs the reference's log-probabilities.")
-            behind = rollouts.reference_logprobs - new
-            loss = loss + kl_weight * (jnp.exp(behind) - behind - 1)
+            log_ratio = rollouts.reference_logprobs - new
+            loss = loss + kl_weight * (jnp.exp(log_ratio) - log_ratio - 1)
         return jnp.where(rollouts.batch.mask, loss, 0.0).sum()
 
     return Objective(summed, lambda rollouts: rollouts.batch.mask.sum())

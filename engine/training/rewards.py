@@ -61,5 +61,5 @@ def regex_reward(pattern: str) -> Reward:
 def sum_reward(completion: str, right: int | None) -> float:
     """Rewards a completion with 1 if its last integer is the right one, else 0. Commas between thousands are skipped."""
     text = re.sub(r"(?<=\d),(?=\d{3})", "", completion[-LONGEST:])
-    integers = re.findall(r"(?:(?<!\w)-)?\d+", text)  # a dash behind a word or a number is no sign
+    integers = re.findall(r"(?:(?<!\w)-)?\d+", text)  # a dash after a word or a number is no sign
     return float(bool(integers) and right is not None and int(integers[-1]) == right)

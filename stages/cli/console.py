@@ -79,9 +79,9 @@ class Console(contextlib.AbstractContextManager["Console"]):
 
     @contextlib.contextmanager
     def task(self, label: str, always: bool = False) -> Iterator[ReportProgress]:
-        """Prints `label ... 4.1 s` around a task, and meanwhile the share that is done.
+        """Prints `label ... 4.1 s` around a task, and meanwhile its progress.
 
-        The line stays if `always`, if something was reported, or if it took long.
+        The line stays if `always`, if progress was reported, or if it took long.
         """
         begin = time.perf_counter()
         printed = False

@@ -1,8 +1,8 @@
 """Handles Ctrl-C and SIGTERM at any moment: finishes a step that must be saved, and stops all else at once.
 
 Python runs a signal's handler only when the main thread comes back from a library, where compiling or a long step can
-keep it for minutes. So a second thread reads the signals as they arrive: it prints what will happen, ends the process if
-the main thread does not get round to it, and ends it at once on a second signal.
+keep it for minutes. So a second thread reads the signals: it prints what will happen, ends the process if the main
+thread does not, and ends it at once on a second signal.
 """
 
 import contextlib

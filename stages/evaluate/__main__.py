@@ -4,7 +4,7 @@
     python -m stages.evaluate --model runs/demo-shakespeare --data book.txt
     python -m stages.evaluate --model smollm2-135m-instruct --data voice-held-out
 
-Of a text, every token but the first is scored once, behind at least half a window of it. Of conversations, only what the
+Of a text, every token but the first is scored once, after at least half a window of it. Of conversations, only what the
 assistant says is scored. Of a fine-tuned run, its held-out set, and the general text that measures forgetting, are set
 beside what was measured before fine-tuning.
 """

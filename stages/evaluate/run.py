@@ -67,7 +67,7 @@ def evaluate_text(
     model: LoadedModel, data: str | None, record: dict[str, Any], context: int | None, stride: int | None, batch: int | None,
     console: Console,
 ) -> Rows:  # fmt: skip
-    """Scores every token of a text but the first, each behind context - stride tokens or more. Raises UserError."""
+    """Scores every token of a text but the first, each after context - stride tokens or more. Raises UserError."""
     source = text_data.evaluation_source(data, console) if data else _validation_source(model, record, console)
     text, cfg = text_data.encode_text(source, model.tokenizer, console), model.cfg
     seq = min(context or min(cfg.context, WINDOW), max(2, len(text.tokens) - 1))

@@ -132,7 +132,7 @@ class FineTuning(ModelStage):
 
     def prepare_steps(self, state: TrainState, loop_state: LoopState) -> TrainingSteps:
         plan, frozen = self.plan, self.parts.frozen
-        # Programs that measured are read from the cache when they run again; until then their memory is the step's.
+        # Programs that measured are read from the cache when they run again; the step needs their memory.
         _clear_programs()
         batches = self._batches()
         with self.console.task("compiling", always=True):
@@ -190,7 +190,7 @@ class FineTuning(ModelStage):
             params = merge(trainable, self.parts.frozen)
             if self.general != "none":
                 general = general_bits_per_byte(cfg, params, self.tokenizer, self.general, seq, self.console)
-            _clear_programs()  # the programs that scored are as large as a small model, and are not run again soon
+            _clear_programs()  # as large as a small model, and not run again soon
             prompt = self.chat.prompt([{"role": "user", "content": QUESTION}]).tolist()
             sampling = SamplingParams(max_tokens=SAMPLE, temperature=0.0, stop_token_ids=self.stop_token_ids)
             capacity = min(cfg.context, len(prompt) + SAMPLE)

@@ -72,7 +72,7 @@ class Sampler:
         return Rollout(tokens, completions, texts, rewards, seconds)
 
     def _completions(self, params: Params, prompts: Sequence[list[int]], seed: int) -> list[list[int]]:
-        # The end is kept, for when to end is trained too; `decode.generate` would leave it out.
+        # With the stop token, which is trained on too; `decode.generate` would leave it out.
         sampling = SamplingParams(max_tokens=self.max_tokens, temperature=self.temperature, seed=seed).per_row(len(prompts))
         completions: list[list[int]] = [[] for _ in prompts]
         running = set(range(len(prompts)))

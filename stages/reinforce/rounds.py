@@ -72,8 +72,8 @@ class Rounds:
             batch = rollout_batch(rollout.prompts, rollout.completions, plan.recipe.context)
             rollouts = self._rollouts(state, batch, advantages)
             if self.kl:  # the divergence from the untrained model, in nats a sampled token
-                behind = np.where(batch.mask, rollouts.reference_logprobs - rollouts.old_logprobs, 0)
-                kl = float((np.exp(behind) - behind - 1).sum() / max(batch.mask.sum(), 1))
+                log_ratio = np.where(batch.mask, rollouts.reference_logprobs - rollouts.old_logprobs, 0)
+                kl = float((np.exp(log_ratio) - log_ratio - 1).sum() / max(batch.mask.sum(), 1))
             for _ in range(self.updates):
                 state, metrics = self.program(state, self.parts.frozen, rollouts, np.float32(0))
                 norm = float(metrics.grad_norm)

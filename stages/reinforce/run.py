@@ -70,7 +70,7 @@ class ReinforcementLearning(ModelStage):
         self.sampler = Sampler(
             cfg, self.chat, frozenset(self.stop_token_ids), reward, rollout.temperature, max_tokens, capacity
         )
-        # A constant rate, so that a run that goes on is the run that was not stopped.
+        # A constant rate, so that a resumed run equals one that was not stopped.
         optimizer = OptimizerConfig(
             kind="adamw", learning_rate=update.learning_rate or (5e-4 if lora else 2e-5), schedule="wsd", warmup=0,
             decay=0, beta2=0.99, weight_decay=0,

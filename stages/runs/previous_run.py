@@ -46,7 +46,7 @@ def find_previous_run(folder: Path, facts: dict[str, Any], cfg: ModelConfig, ove
         return None
     record, steps = read_json(folder / "run.json"), checkpoint.steps(folder)
     if not steps:
-        return None  # it was stopped before it had saved anything
+        return None  # stopped before its first checkpoint
     if differing := _differences(record, facts, read_config(folder), cfg):
         raise UserError(
             f"{folder} holds a run with another {join_words(differing)}. Give another --out-dir, or --overwrite to "
@@ -55,7 +55,7 @@ def find_previous_run(folder: Path, facts: dict[str, Any], cfg: ModelConfig, ove
     try:
         loop_state = _loop_state(read_json(folder / "checkpoints" / str(steps[-1]) / "state.json")["state"])
     except (UserError, KeyError, TypeError):
-        loop_state = LoopState()  # damaged: `restore` says so, and finds the one before
+        loop_state = LoopState()  # damaged: `restore` reports it, and finds the one before
     return PreviousRun(folder, record, loop_state)
 
 

@@ -56,7 +56,7 @@ def choose_trainable(
     total = count_params(cfg).total
     if lora:
         key = jax.random.key(0)
-        # Shapes alone: nothing is made before it is known whether there is room for it.
+        # Shapes alone: memory has not been checked yet.
         shapes = jax.eval_shape(lambda key: init_lora(cfg, init_params(cfg, key), key, lora), key)
         count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
         return lora_only(cfg, lora), (

@@ -58,7 +58,7 @@ class TrainingSteps:
 
     def run(self, state: TrainState, loop_state: LoopState) -> tuple[TrainState, list[bool]]:
         step, progress = loop_state.step, np.float32(self.plan.progress(loop_state.step, loop_state.seconds))
-        # Memory allocated during a step ends up above the step's buffer and fragments the heap: cut the batch before it.
+        # Memory allocated during a step ends up above its buffer and fragments the heap: make the batch before it.
         following = self.batches.at(step + 1) if self.buffer else None
         state, metrics = self.program(state, self.batch, progress)
         self.batch = following or self.batches.at(step + 1)

@@ -40,7 +40,7 @@ def bits_per_byte(nats: float, size: int) -> float:
 def score_text(
     cfg: ModelConfig, params: Params, tokens: np.ndarray, seq: int, stride: int, rows: int, report: ReportProgress | None = None
 ) -> float:
-    """Returns the summed nats of every token (N,) of a text but the first, each behind seq - stride tokens or more."""
+    """Returns the summed nats of every token (N,) of a text but the first, each after seq - stride tokens or more."""
     total, waiting = 0.0, jnp.zeros(())
     count = count_windows(len(tokens), seq, stride)
     for number, batch in enumerate(evaluation_windows(tokens, seq, stride, rows)):

@@ -1,7 +1,6 @@
 """Trains from random weights in NumPy, by the backward pass written out in engine/by_hand.
 
-All else is as in any run, so every other command can read the result: JAX makes the first weights, gives the schedule's
-factor, and at the end scores the whole validation text.
+The rest is as in any run: JAX makes the first weights and the schedule, and at the end scores the validation text.
 """
 
 import math
@@ -43,7 +42,7 @@ class ByHand:
         self.plan, self.data = plan, data
         self.prompt: list[int] = data.validation.tokens[: max(1, plan.cfg.context // 4)].tolist()
         self.residuals = FLOAT32 * residual_count(plan.cfg, plan.recipe.batch, plan.recipe.context)
-        # At the fullest moment of a step: weights and moments, old and new, gradient, logits three times.
+        # The peak of a step: weights and moments, old and new, gradient, logits three times.
         numbers = 7 * count_params(plan.cfg).total + 3 * plan.step_tokens * plan.cfg.vocab
         self.memory = self.residuals + FLOAT32 * numbers
         self.memory_note = f"; each forward pass keeps {format_bytes(self.residuals)} for its backward pass"

@@ -145,7 +145,7 @@ class Training(Stage):
             text = self.implementation.sample(params, SAMPLE)
         with atomic_file(folder / "samples" / f"{step}.txt") as file:
             file.write(text.encode())
-        # Measuring takes seconds: a run that is hardly longer itself takes the ceilings as they are.
+        # Measuring takes seconds: a short run takes the ceilings as they are.
         top = measured_ceilings(self.console, again=seconds >= LONG_RUN).peak_flops(cfg.dtype)
         result = {
             "val_bits_per_byte": bits_per_byte(nats, data.validation.bytes), "train_seconds": seconds,

@@ -76,7 +76,7 @@ def dequantize(leaf: Int8, dtype: DTypeLike = jnp.float32) -> Array:
 
 
 def store_transposed(leaf: Int8) -> Int8:
-    """Returns the leaf with each column's numbers side by side: on a CPU a few rows of x then take half the time."""
+    """Returns the leaf with `values` transposed in memory: on a CPU a few rows of x then take half the time."""
     if leaf.transposed or leaf.contracting_axis == 1:
         return leaf
     return dataclasses.replace(leaf, values=leaf.values.T, transposed=True)
