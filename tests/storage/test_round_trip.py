@@ -14,7 +14,7 @@ from engine.storage.huggingface.folder import save_folder
 from engine.storage.model_loader import load_model
 from engine.storage.tensor_layout import DTYPE_NAMES
 
-FLOATS = [dtype for dtype in DTYPE_NAMES if dtype != "q8_0"]
+FORMS = [("gguf", dtype) for dtype in DTYPE_NAMES] + [("folder", dtype) for dtype in DTYPE_NAMES if dtype != "q8_0"]
 FAMILIES = {
     "llama": {"qk_norm": False}, "qwen2": {"qk_norm": False, "qkv_bias": True, "tied": True},
     "qwen2, untied": {"qk_norm": False, "qkv_bias": True}, "qwen3": {}, "qwen3, tied": {"tied": True},
@@ -22,9 +22,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    ("form", "dtype"), [*(("gguf", dtype) for dtype in DTYPE_NAMES), *(("folder", dtype) for dtype in FLOATS)]
-)
+@pytest.mark.parametrize(("form", "dtype"), FORMS)
 def test_what_is_written_comes_back(form, dtype, family, tmp_path):
     cfg = tiny_config(width=32, ff=64, **FAMILIES[family])
     params = lively_params(cfg)
