@@ -6,7 +6,7 @@ request, so nothing is compiled while text is being generated. They donate the c
 `slots.Slots`, for requests that come and go, takes 1.10 times as long for eight rows, 0.84 times for one, and 1.4 times
 the CPU seconds to compile (2 CPU cores, 6 layers of width 384, bfloat16 cache, prompts of 64 tokens, 40 new ones, best of
 28 interleaved rounds). Both sample the same tokens in float32; in bfloat16 they sum in another order, and 6 of 8 greedy
-texts of 33 tokens agreed: one in place of the other would change texts.
+texts of 33 tokens agreed.
 """
 
 import dataclasses

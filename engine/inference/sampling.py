@@ -1,7 +1,7 @@
 """Sampling: from logits to tokens, by temperature, top-k, top-p, min-p, penalties and logit bias of each row's own.
 
 A row's token depends on its logits, its seed and its position alone: the key is fold_in(key(seed), position). So a
-request samples the same tokens in any slot and company, however often it is interrupted.
+request samples the same tokens in any slot and company.
 """
 
 from collections.abc import Mapping, Sequence

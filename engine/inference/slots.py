@@ -6,9 +6,9 @@
     while slots.busy:
         for event in slots.step(): ...
 
-The scheduler decides what a step does; this file does it on the device. A request with a slot has all the memory it may
-need. A completion depends on its request alone, to the bit: chunks of prompts begin at fixed positions, all rows decode
-in one program and do not see one another, and keys come from the request's own seed and positions.
+The scheduler decides what a step does; this file does it on the device. No request is preempted. A completion depends on
+its request alone, to the bit: chunks of prompts begin at fixed positions, all rows decode in one program and do not see one
+another, and keys come from the request's own seed and positions.
 """
 
 import contextlib

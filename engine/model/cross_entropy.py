@@ -2,8 +2,8 @@
 
 With p the softmax of a row's logits, the gradient of its loss by the hidden state is (p - one-hot) W^T. It is computed in
 the forward pass, while the logits exist; the backward pass only scales it. No logits are stored or made twice, unless the
-head is trained: its gradient x^T (p - one-hot) needs them again. A head in int8 is also taken a few columns at a time, for
-widened to multiply it would be more than all its logits.
+head is trained: its gradient x^T (p - one-hot) needs them again. An int8 head is also multiplied a few columns at a time:
+widened, it would be larger than its logits.
 """
 
 import functools
@@ -129,7 +129,7 @@ def _forward(weight: Array | Int8, hidden: Array, targets: Array, tied: bool, si
 
 def _backward(tied: bool, size: int, residuals: tuple[Array | Int8, Array, Array, Array], g: Array):
     weight, hidden, targets, slope = residuals
-    # XLA drops this loop unless the head learns.
+    # XLA drops this loop unless the head trains.
     dweight: Array | None = None
     for rows, some, count in _parts(size, hidden, targets, g):
         counted = [_Columns(start, values * count[:, None]) for start, values in _slope(_logits(weight, rows, tied), some)]

@@ -1,7 +1,7 @@
 """Selects the trainable parameters by rules: `--train 'blocks/(28|29)/.*'`, `--freeze bottom:20`, `--train head`.
 
-`paths.split` then makes two trees, and the step differentiates one of them. Nothing frozen has a gradient, a moment or a
-decay, so nothing can move it.
+`paths.split` then makes two trees, and the step differentiates one of them. Nothing frozen has a gradient, a moment or
+weight decay.
 """
 
 import math

@@ -42,7 +42,7 @@ NEXT_TOKEN = Objective(summed_loss, lambda batch: batch.mask.sum())
 INT8_COMPILER_OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 
 
-class Metrics(NamedTuple):
+class StepMetrics(NamedTuple):
     """The metrics of one step, () arrays."""
 
     loss: Array  # for NEXT_TOKEN mean nats per target
@@ -95,7 +95,7 @@ def train_step(
     progress: Array,
     microbatches: int = 1,
     objective: Objective = NEXT_TOKEN,
-) -> tuple[TrainState, Metrics]:
+) -> tuple[TrainState, StepMetrics]:
     """Returns the next state and the step's metrics. `state` is donated; `progress` () float32 drives the schedule.
 
     `batch` is what the objective reads, for NEXT_TOKEN a Batch. A step whose loss, gradient or update is not finite
@@ -111,4 +111,4 @@ def train_step(
             lambda new, old: jnp.where(sound, new, old), (trainable, opt_state), (state.trainable, state.opt_state)
         )
     refused = (~sound).astype(jnp.int32)
-    return TrainState(state.step + 1, trainable, opt_state), Metrics(loss, objective.count(batch), grad_norm, refused)
+    return TrainState(state.step + 1, trainable, opt_state), StepMetrics(loss, objective.count(batch), grad_norm, refused)

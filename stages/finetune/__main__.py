@@ -9,7 +9,7 @@
     python -m stages.finetune --model runs/demo-shakespeare        the same on a model of your own
     python -m stages.finetune --dry-run                            what matches, what it would cost, and stop
 
-Frozen parameters are never differentiated and stay as they are, to the bit. The same command run again goes on where it
+Frozen parameters are never differentiated and stay as they are, to the bit. The same command run again resumes where it
 stopped.
 """
 

@@ -105,11 +105,11 @@ class FineTuning(ModelStage):
             "objective": tuning.objective,
             "text": {"data": examples.data, "validation": examples.validation, "digest": self.dataset.digest},
         }
-        self.top = measured_ceilings(console).peak_flops(self.plan.cfg.dtype)
+        self.peak_flops = measured_ceilings(console).peak_flops(self.plan.cfg.dtype)
 
     def plan_rows(self) -> list[tuple[str, str]]:
         plan, recipe, dataset = self.plan, self.plan.recipe, self.dataset
-        steps, long = plan.predict(plan.step_flops / (EXPECTED * self.top))
+        steps, long = plan.predict(plan.step_flops / (EXPECTED * self.peak_flops))
         kept, *problems = dataset.summary.describe()
         return [
             self.model_row(),
@@ -131,7 +131,7 @@ class FineTuning(ModelStage):
         self.console.print()
 
     def prepare_steps(self, state: TrainState, loop_state: LoopState) -> TrainingSteps:
-        plan, frozen = self.plan, self.parts.frozen
+        plan, frozen = self.plan, self.split.frozen
         # Programs that measured are read from the cache when they run again; the step needs their memory.
         _clear_programs()
         batches = self._batches()
@@ -142,7 +142,7 @@ class FineTuning(ModelStage):
         analysis = compiled.memory_analysis()
         return TrainingSteps(
             lambda state, batch, progress: compiled(state, frozen, batch, progress), batches, self._evaluator(QUICK_EXAMPLES),
-            plan, loop_state.step, self.top, advice="--learning-rate, or warm up longer with --warmup",
+            plan, loop_state.step, self.peak_flops, advice="--learning-rate, or warm up longer with --warmup",
             buffer=analysis.temp_size_in_bytes if analysis else 0,
         )  # fmt: skip
 
@@ -151,7 +151,7 @@ class FineTuning(ModelStage):
         path = self.save_trained(loop_state.step, state.trainable)
         seconds = loop_state.seconds
         rate = loop_state.step / max(seconds, 1e-9)
-        speed, share_of_ceiling = rate * plan.step_tokens, (loop.timer.warm_rate() or rate) * plan.step_flops / self.top
+        speed, share_of_ceiling = rate * plan.step_tokens, (loop.timer.warm_rate() or rate) * plan.step_flops / self.peak_flops
         numbers = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
         unit = self.unit
         result = {
@@ -174,12 +174,12 @@ class FineTuning(ModelStage):
         if self.objective is NEXT_TOKEN:
             return PackedBatches(train, seq, self.batch, plan.seed, self.pack)
         with self.console.task("asking the model what it prefers now", always=True):
-            return PreferenceBatches(plan.cfg, self.parts.initial_params(), train, seq, self.batch, plan.seed)
+            return PreferenceBatches(plan.cfg, self.split.initial_params(), train, seq, self.batch, plan.seed)
 
     def _evaluator(self, most: int | None = None) -> Any:
-        plan, parts, examples = self.plan, self.parts, self.dataset.held_out[:most]
-        initial, seq = parts.initial_params(), plan.recipe.context
-        return held_out_evaluator(plan.cfg, parts.frozen, initial, examples, self.objective, seq, plan.seed)
+        plan, split, examples = self.plan, self.split, self.dataset.held_out[:most]
+        initial, seq = split.initial_params(), plan.recipe.context
+        return held_out_evaluator(plan.cfg, split.frozen, initial, examples, self.objective, seq, plan.seed)
 
     def measure(self, trainable: Any) -> Measurement:
         return_freed_memory()
@@ -187,7 +187,7 @@ class FineTuning(ModelStage):
         self.unit = evaluator.unit
         with self.console.task("measuring what it knows", always=True):
             held_out = evaluator.evaluate(trainable)
-            params = merge(trainable, self.parts.frozen)
+            params = merge(trainable, self.split.frozen)
             if self.general != "none":
                 general = general_bits_per_byte(cfg, params, self.tokenizer, self.general, seq, self.console)
             _clear_programs()  # as large as a small model, and not run again soon

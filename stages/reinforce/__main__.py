@@ -8,7 +8,7 @@
 
 Each round has two halves, and the screen shows both: in the first, inference samples several completions of each prompt
 and changes no weight; in the second, training makes those rewarded above the others more probable (GRPO). The same
-command run again goes on where it stopped.
+command run again resumes where it stopped.
 """
 
 import sys

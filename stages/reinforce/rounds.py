@@ -45,18 +45,18 @@ class Rounds:
     lines_stay = True
 
     def __init__(
-        self, plan: RunPlan, parts: TrainableSplit, sampler: Sampler, objective: Objective, prompts: Sequence[Prompt],
+        self, plan: RunPlan, split: TrainableSplit, sampler: Sampler, objective: Objective, prompts: Sequence[Prompt],
         prompts_each: int, group: int, updates: int, kl: float, state: TrainState,
     ) -> None:  # fmt: skip
-        self.plan, self.parts, self.sampler, self.prompts = plan, parts, sampler, prompts
+        self.plan, self.split, self.sampler, self.prompts = plan, split, sampler, prompts
         self.group, self.updates, self.kl = group, updates, kl
         self.order = EpochOrder(len(prompts), prompts_each, plan.seed)
         self.rounds: list[Round] = []
         rows = prompts_each * group
         batch = rollout_batch([[0]] * rows, [[0]] * rows, plan.recipe.context)
         rollouts = self._rollouts(state, batch, self._advantages([0.0] * rows))
-        self.program = compile_step(plan, state, parts.frozen, rollouts, objective)
-        self.params = prepare_params(plan.cfg, merge(state.trainable, parts.frozen))
+        self.program = compile_step(plan, state, split.frozen, rollouts, objective)
+        self.params = prepare_params(plan.cfg, merge(state.trainable, split.frozen))
         self.digest = digest(self.params)
 
     def run(self, state: TrainState, loop_state: LoopState) -> tuple[TrainState, list[bool]]:
@@ -75,11 +75,11 @@ class Rounds:
                 log_ratio = np.where(batch.mask, rollouts.reference_logprobs - rollouts.old_logprobs, 0)
                 kl = float((np.exp(log_ratio) - log_ratio - 1).sum() / max(batch.mask.sum(), 1))
             for _ in range(self.updates):
-                state, metrics = self.program(state, self.parts.frozen, rollouts, np.float32(0))
+                state, metrics = self.program(state, self.split.frozen, rollouts, np.float32(0))
                 norm = float(metrics.grad_norm)
                 refused.append(bool(metrics.refused))
         training = time.perf_counter() - begin
-        self.params = prepare_params(plan.cfg, merge(state.trainable, self.parts.frozen))
+        self.params = prepare_params(plan.cfg, merge(state.trainable, self.split.frozen))
         self.digest = digest(self.params)
         self.rounds.append(Round(rollout, training, before, self.digest, norm, kl))
         reward = rollout.mean_reward
@@ -112,10 +112,10 @@ class Rounds:
         """Adds the log-probabilities that the objective needs: by the model that sampled, and by the untrained one."""
         old = reference = None
         if self.updates > 1 or self.kl:
-            old = self._log_probabilities(merge(state.trainable, self.parts.frozen), batch)
+            old = self._log_probabilities(merge(state.trainable, self.split.frozen), batch)
         if self.kl:
             # An untrained adapter changes nothing, to the bit, and makes it the same program as above.
-            reference = self._log_probabilities(merge(self.parts.trainable, self.parts.frozen), batch)
+            reference = self._log_probabilities(merge(self.split.trainable, self.split.frozen), batch)
         return Rollouts(batch, advantages, old, reference)
 
     def _log_probabilities(self, params: Any, batch: Any) -> np.ndarray:

@@ -118,7 +118,7 @@ class ReinforcementLearning(ModelStage):
     def prepare_steps(self, state: TrainState, loop_state: LoopState) -> Rounds:
         with self.console.task("compiling training", always=True):
             self.rounds = Rounds(
-                self.plan, self.parts, self.sampler, grpo(self.clip, self.kl), self.prompts.train, self.prompts_each,
+                self.plan, self.split, self.sampler, grpo(self.clip, self.kl), self.prompts.train, self.prompts_each,
                 self.group, self.updates, self.kl, state,
             )  # fmt: skip
         return self.rounds
@@ -153,7 +153,7 @@ class ReinforcementLearning(ModelStage):
         plan, held_out = self.plan, self.prompts.held_out
         prompts = [held_out[row % len(held_out)] for row in range(plan.recipe.batch)]
         with self.console.task("measuring what it does", always=True):
-            params = prepare_params(plan.cfg, merge(trainable, self.parts.frozen))
+            params = prepare_params(plan.cfg, merge(trainable, self.split.frozen))
             return self.sampler.rollout(params, prompts, first_seed(plan, -1))
 
     def _flops(self) -> tuple[int, int]:

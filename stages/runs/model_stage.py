@@ -46,7 +46,7 @@ class ModelStage(Stage):
         """Splits the parameters, and adds to the facts the digest of the base, which no step may change."""
         params, plan = self.model.params, self.plan
         assert plan.trainable is not None
-        self.parts = split_trainable(plan.cfg, params, plan.trainable, self.lora, plan.base, plan.seed)
+        self.split = split_trainable(plan.cfg, params, plan.trainable, self.lora, plan.base, plan.seed)
         path = Path(self.name).expanduser()  # written from the root, to be found again
         source = str(path.absolute()) if path.exists() else self.name
         self.facts = {
@@ -59,7 +59,7 @@ class ModelStage(Stage):
 
     def initial_state(self) -> TrainState:
         """Returns the state before the first step. A copy: steps donate it, and the report compares with the start."""
-        return init_state(make_optimizer(self.plan.recipe.optimizer), jax.tree.map(jnp.copy, self.parts.trainable))
+        return init_state(make_optimizer(self.plan.recipe.optimizer), jax.tree.map(jnp.copy, self.split.trainable))
 
     def model_row(self) -> tuple[str, str]:
         plan, cfg = self.plan, self.plan.cfg
@@ -72,7 +72,7 @@ class ModelStage(Stage):
         Raises RuntimeError when the digest of the base has changed; one in int8 is gone by now and not checked.
         """
         self.chat.close()
-        if not self.parts.is_adapter:
+        if not self.split.is_adapter:
             return self.folder / "checkpoints" / str(step)
         base, params = self.facts["base"], self.model.params
         if params is not None and digest(params) != base["digest"]:

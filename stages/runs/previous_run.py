@@ -97,7 +97,7 @@ def _loop_state(record: dict[str, Any]) -> LoopState:
 
 
 def restore(
-    previous: PreviousRun, facts: dict[str, Any], make_state: Callable[[], TrainState], parts: TrainableSplit, console: Console
+    previous: PreviousRun, facts: dict[str, Any], make_state: Callable[[], TrainState], split: TrainableSplit, console: Console
 ) -> tuple[TrainState, LoopState]:
     """Returns the states of the newest intact checkpoint; prints what was damaged or changed.
 
@@ -105,7 +105,7 @@ def restore(
     """
     like = jax.eval_shape(make_state)
     with console.task("loading the checkpoint"):
-        loaded = checkpoint.load(previous.folder, jax.eval_shape(parts.to_saved, like.trainable), like.opt_state)
+        loaded = checkpoint.load(previous.folder, jax.eval_shape(split.to_saved, like.trainable), like.opt_state)
     loop_state = _loop_state(loaded.state)
     aside = checkpoint.rename_newer(previous.folder, loop_state.step) if loaded.damaged else []
     lines = [f"damaged: {line}" for line in loaded.damaged] + [f"set aside: {path}" for path in aside]
@@ -113,4 +113,4 @@ def restore(
         console.print(line, style="yellow")
     instead = " (the newest intact one)" if loaded.damaged else ""
     console.print(f"resumed at step {loop_state.step:,}{instead}, {duration(loop_state.seconds)} into training")
-    return TrainState(jnp.int32(loop_state.step), parts.from_saved(loaded.params), loaded.optimizer), loop_state
+    return TrainState(jnp.int32(loop_state.step), split.from_saved(loaded.params), loaded.optimizer), loop_state

@@ -38,13 +38,13 @@ class Stage(Protocol):
     """One way to train: from random weights, fine-tuning, or reinforcement learning."""
 
     plan: RunPlan
-    parts: TrainableSplit  # valid after `load_weights`
+    split: TrainableSplit  # valid after `load_weights`
     facts: dict[str, Any]  # the stage's own entries of run.json; valid after `load_weights`
     tokenizer: Tokenizer
     stop_token_ids: tuple[int, ...]  # ids that end a completion
 
     def load_weights(self) -> None:
-        """Sets `parts` and `facts`. Raises UserError when memory is too small."""
+        """Sets `split` and `facts`. Raises UserError when memory is too small."""
 
     def plan_rows(self) -> list[tuple[str, str]]:
         """Returns the rows of the banner between the device and the folder."""
@@ -97,7 +97,7 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
         )
         return 0
     if previous:
-        state, loop_state = restore(previous, facts, stage.initial_state, stage.parts, console)
+        state, loop_state = restore(previous, facts, stage.initial_state, stage.split, console)
     else:
         with console.task("initialising"):
             state, loop_state = stage.initial_state(), LoopState()
@@ -105,12 +105,12 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     save_tokenizer(folder, stage.tokenizer, stage.stop_token_ids)
     write_json(folder / "config.json", plan.cfg.to_json())
     write_json(folder / "run.json", facts)
-    before = stage.measure(stage.parts.trainable)
+    before = stage.measure(stage.split.trainable)
     record = {
         "seed": plan.seed,
         "digests": {name: facts[name]["digest"] for name in ("text", "tokenizer", "base") if name in facts},
     }
-    loop = Loop(plan, options, record, stage.parts.to_saved, loop_state, console)
+    loop = Loop(plan, options, record, stage.split.to_saved, loop_state, console)
     if plan.progress(loop_state.step, loop_state.seconds) < 1:
         saved = f"the run is saved up to {plan.noun} {loop_state.step:,}" if loop_state.step else "nothing was trained yet"
         signals.set_phase(f"while compiling; {saved}. To begin again: {resume}")

@@ -17,8 +17,6 @@ from engine.model.weights.matmul import cast_matrices
 from engine.training.freeze import select_trainable
 from engine.training.lora import init_lora
 
-Rows = tuple[tuple[str, str], ...]
-
 
 @dataclasses.dataclass(frozen=True)
 class TrainableSplit:
@@ -51,7 +49,7 @@ class TrainableSplit:
 
 def choose_trainable(
     cfg: ModelConfig, lora: LoraConfig | None, train: Sequence[str], freeze: Sequence[str]
-) -> tuple[TrainablePaths, Rows]:
+) -> tuple[TrainablePaths, tuple[tuple[str, str], ...]]:
     """Returns the trainable paths, and rows with what each rule matched. Raises UserError for a rule that matches nothing."""
     total = count_params(cfg).total
     if lora:

@@ -39,18 +39,18 @@ def compile_step(
 class TrainingSteps:
     """The Steps of training and fine-tuning: runs a program on one batch after another, from `step` on.
 
-    `top`: this machine's ceiling in FLOP/s. `buffer`: bytes of the program's temporary buffer, where memory matters.
+    `peak_flops`: this machine's, a second. `buffer`: bytes of the program's temporary buffer, where memory matters.
     """
 
     lines_stay = False
 
     def __init__(
-        self, program: Program, batches: Batches, evaluator: Evaluator, plan: RunPlan, step: int, top: float, advice: str,
-        buffer: int = 0,
+        self, program: Program, batches: Batches, evaluator: Evaluator, plan: RunPlan, step: int, peak_flops: float,
+        advice: str, buffer: int = 0,
     ) -> None:  # fmt: skip
         self.program, self.batches, self.plan, self.buffer = program, batches, plan, buffer
         self.evaluator: Evaluator | None = evaluator
-        self.top, self.advice = top, advice
+        self.peak_flops, self.advice = peak_flops, advice
         self.schedule = jax.jit(make_schedule(plan.recipe.optimizer))
         self.batch = batches.at(step)
         self.losses: list[float] = []
@@ -85,7 +85,7 @@ class TrainingSteps:
             f"lr {self._factor(loop_state):.0%}",
             f"grad {self.grad_norm:.2f}",
             f"{plan.step_tokens / step_seconds:,.0f} tokens/s",
-            f"MFU {plan.step_flops / step_seconds / self.top:.0%}",
+            f"MFU {plan.step_flops / step_seconds / self.peak_flops:.0%}",
             f"epoch {epoch:.2f}" if epoch < 10 else f"epoch {epoch:,.0f}",
         ]
 

@@ -5,7 +5,7 @@
     python -m stages.train --dry-run                        what it would take, without doing it
     python -m stages.train --by-hand                        in NumPy, with every gradient written out
 
-The same command run again goes on where it stopped.
+The same command run again resumes where it stopped.
 """
 
 import os

@@ -22,9 +22,9 @@ from stages.runs.text_data import prepare_text
 from stages.runs.trainable import TrainableSplit
 from stages.runs.training_steps import TrainingSteps
 from stages.runs.validation import bits_per_byte, quick_evaluator, rows_in_memory, score_text
-from stages.train.by_hand import ByHand
 from stages.train.flags import TrainFlags
-from stages.train.in_jax import InJax
+from stages.train.jax_trainer import JaxTrainer
+from stages.train.numpy_trainer import NumPyTrainer
 
 SECONDS, SECONDS_BY_HAND = 180.0, 60.0  # of a run when nobody asks for a length
 SAMPLE = 160  # tokens
@@ -60,7 +60,7 @@ def _replace(config: Any, **values: Any) -> Any:
 class Training(Stage):
     """Trains from random weights. Only the constructor reads the flags."""
 
-    parts = TrainableSplit()
+    split = TrainableSplit()
 
     def __init__(self, flags: TrainFlags, options: RunOptions, console: Console) -> None:
         text, length, recipe = flags.text, flags.length, chosen_recipe(flags)
@@ -74,9 +74,9 @@ class Training(Stage):
         default = SECONDS_BY_HAND if flags.by_hand else SECONDS
         seconds = default if self.default_length else length.max_time
         self.plan = plan = RunPlan(flags.preset, cfg, recipe, flags.seed, length.steps, seconds)
-        self.implementation = ByHand(plan, data) if flags.by_hand else InJax(plan, data)
+        self.trainer = NumPyTrainer(plan, data) if flags.by_hand else JaxTrainer(plan, data)
         recipe_facts = dataclasses.asdict(recipe)
-        recipe_facts["optimizer"]["kind"] = self.implementation.optimizer_name
+        recipe_facts["optimizer"]["kind"] = self.trainer.optimizer_name
         self.facts = {
             "preset": plan.name,
             "text": {
@@ -92,12 +92,12 @@ class Training(Stage):
 
     def load_weights(self) -> None:
         """Checks the memory for a step; weights begin random."""
-        self.implementation.check_memory()
+        self.trainer.check_memory()
 
     def plan_rows(self) -> list[tuple[str, str]]:
-        plan, data, cfg, recipe, implementation = self.plan, self.data, self.plan.cfg, self.plan.recipe, self.implementation
+        plan, data, cfg, recipe, trainer = self.plan, self.data, self.plan.cfg, self.plan.recipe, self.trainer
         params, top = count_params(cfg), self.ceilings.peak_flops(cfg.dtype)
-        seconds = plan.step_flops / (implementation.expected_mfu * top) + implementation.overhead(self.ceilings)
+        seconds = plan.step_flops / (trainer.expected_mfu * top) + trainer.overhead(self.ceilings)
         steps, long = plan.predict(seconds)
         epochs = steps * plan.step_tokens / (len(data.train.tokens) - 1)
         heads = f"{cfg.heads} heads" + (f" ({cfg.kv_heads} key/value)" if cfg.kv_heads != cfg.heads else "")
@@ -115,23 +115,23 @@ class Training(Stage):
             ("parameters", f"{params.total:,} ({params.total:,} trainable, 0 frozen)"),
             ("FLOPs", f"{format_count(flops)} a token trained (6N + 12LDT, N = {format_count(params.matmul)})"),
             ("step", f"{recipe.batch} x {recipe.context} tokens{accumulated}, {optimizer}"),
-            ("memory", f"{memory_estimate(implementation.memory, 'step')}{implementation.memory_note}"),
+            ("memory", f"{memory_estimate(trainer.memory, 'step')}{trainer.memory_note}"),
             ("length", f"{plan.length()}{default}"),
             (
                 "predicted",
-                f"{steps:,} steps, {epochs:.2g} epochs, {long} at {implementation.expected_mfu:.0%} of this machine's "
+                f"{steps:,} steps, {epochs:.2g} epochs, {long} at {trainer.expected_mfu:.0%} of this machine's "
                 f"{format_count(top)}FLOP/s in {cfg.dtype}",
             ),
         ]
 
     def initial_state(self) -> TrainState:
-        return self.implementation.initial_state()
+        return self.trainer.initial_state()
 
     def prepare_steps(self, state: TrainState, loop_state: LoopState) -> TrainingSteps:
-        cfg, data, implementation = self.plan.cfg, self.data, self.implementation
-        program = implementation.make_program(state, self.batches.at(0), self.console)
-        evaluator = quick_evaluator(cfg, data.validation, data.tokenizer, implementation.nats)
-        top, advice = self.ceilings.peak_flops(cfg.dtype), implementation.advice
+        cfg, data, trainer = self.plan.cfg, self.data, self.trainer
+        program = trainer.make_program(state, self.batches.at(0), self.console)
+        evaluator = quick_evaluator(cfg, data.validation, data.tokenizer, trainer.nats)
+        top, advice = self.ceilings.peak_flops(cfg.dtype), trainer.advice
         return TrainingSteps(program, self.batches, evaluator, self.plan, loop_state.step, top, advice)
 
     def report(self, state: TrainState, loop: Loop, before: Any) -> RunReport:
@@ -142,7 +142,7 @@ class Training(Stage):
             seq, batch = cfg.context, rows_in_memory(cfg, cfg.context)
             nats = score_text(cfg, params, data.validation.tokens, seq, max(1, seq // 2), batch, report)
         with self.console.task("writing a sample"):
-            text = self.implementation.sample(params, SAMPLE)
+            text = self.trainer.sample(params, SAMPLE)
         with atomic_file(folder / "samples" / f"{step}.txt") as file:
             file.write(text.encode())
         # Measuring takes seconds: a short run takes the ceilings as they are.
@@ -157,7 +157,7 @@ class Training(Stage):
             ("validation", f"{result['val_bits_per_byte']:.4f} bits per byte on all of {data.validation_name}"),
             ("text", f"read {self.batches.epoch(step):.2f} times"),
             ("speed", f"{result['tokens_per_second']:,.0f} tokens/s, MFU {result['mfu']:.0%}; {first}"),
-            *self.implementation.remarks(params),
+            *self.trainer.remarks(params),
         ]
         saved = f"{folder}: config.json, run.json, metrics.jsonl, tokenizer, checkpoints, samples"
         return RunReport(result, [("what it writes", text)], rows, saved, ["generate", "evaluate"])

@@ -1,7 +1,7 @@
 """LoRA: a frozen base weight plus the product of two thin trained matrices, a b (Hu et al. 2021, 2106.09685).
 
-Where a matrix holds several parts side by side (q, k, v), each adapted part has its own pair. All a stand side by side,
-and all b: all pairs read x in one product, and a part without a pair costs nothing.
+Where a matrix holds several parts side by side (q, k, v), each adapted part has its own pair. All a lie side by side,
+and all b, so all pairs read x in one product.
 """
 
 import dataclasses

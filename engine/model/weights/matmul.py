@@ -1,7 +1,7 @@
 """Multiplies by any kind of weight: an Array, an Int8, or a LoRA on either.
 
 A plain Array is float32 in training and the compute dtype once it is frozen or loaded for inference. A new kind of weight
-is a new leaf and a new case here; the model's own code stays the same.
+is a new leaf and a new case here.
 """
 
 import dataclasses

@@ -20,7 +20,7 @@ from engine.format import format_bytes
 from engine.inference.score import score
 from engine.model.transformer import init_params
 from engine.training.optimizer import make_schedule
-from engine.training.step import Metrics, TrainState
+from engine.training.step import StepMetrics, TrainState
 from stages.cli.command import command_line
 from stages.cli.console import Console
 from stages.runs.estimate import RunPlan, require_memory
@@ -31,8 +31,8 @@ from stages.runs.validation import quick_evaluator
 FLOAT32 = 4  # bytes
 
 
-class ByHand:
-    """Trains with the NumPy model and its own AdamW, in float32. The methods are those of `InJax`."""
+class NumPyTrainer:
+    """Trains with the NumPy model and its own AdamW, in float32. The methods are those of `JaxTrainer`."""
 
     expected_mfu = 0.15  # of the float32 ceiling, measured with the tiny preset, whose products are small
     optimizer_name = "adamw by hand"
@@ -74,7 +74,7 @@ class ByHand:
             optimizer.learning_rate, optimizer.beta1, optimizer.beta2, weight_decay=optimizer.weight_decay, clip=optimizer.clip
         )
 
-        def step(state: Any, batch: Any, progress: Any) -> tuple[TrainState, Metrics]:
+        def step(state: Any, batch: Any, progress: Any) -> tuple[TrainState, StepMetrics]:
             state = jax.tree.map(np.asarray, state)  # the first one comes from JAX
             with np.errstate(over="ignore", invalid="ignore"):  # a step that is not finite is refused below
                 loss, gradient = by_hand.loss_and_gradient(cfg, state.trainable, *batch)
@@ -83,7 +83,7 @@ class ByHand:
             sound = math.isfinite(loss) and math.isfinite(norm)
             trainable, opt_state = (params, moments) if sound else (state.trainable, state.opt_state)
             metrics: Any = (loss, batch.mask.sum(), norm, int(not sound))
-            return TrainState(state.step + 1, trainable, opt_state), Metrics(*metrics)
+            return TrainState(state.step + 1, trainable, opt_state), StepMetrics(*metrics)
 
         return step
 

@@ -1,4 +1,4 @@
-"""Trains from random weights in JAX. `by_hand.ByHand` has the same methods in NumPy."""
+"""Trains from random weights in JAX. `numpy_trainer.NumPyTrainer` has the same methods in NumPy."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ UPDATE = 28  # bytes a parameter that the optimizer moves
 DISPATCH = 0.002  # seconds a step
 
 
-class InJax:
+class JaxTrainer:
     """Trains by `train_step`, in float32 or bfloat16. `optimizer_name` is run.json's."""
 
     expected_mfu = 0.5  # of the ceiling, for the products of a step
