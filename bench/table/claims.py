@@ -11,7 +11,7 @@ TUNING_TOKENS = 1_000_000
 TOKENS_PER_PARAMETER = 20  # of a compute-optimal pre-training run (Hoffmann et al. 2022, 2203.15556, table 3)
 TEXTS: dict[str, dict[str, str]] = read_templates("claims")
 GENERATED_CHEAPER = TEXTS["generated_cheaper"]["claim"]
-# Claims on a part of serving: the rows without it and with it, whose times for a token decide.
+# Claims on a part of serving: the rows without and with it.
 SERVING = {
     "caching": ("uncached", "decode alone"), "prefix_cache": ("chunked prefill into a slot", "prefix-cache hit"),
     "batching": ("decode alone", "decode with 32 slots"),

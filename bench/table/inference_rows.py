@@ -147,7 +147,7 @@ def random_cache(cfg: ModelConfig, slots: int, capacity: int, seed: int = 0) -> 
 def weight_products(cfg: ModelConfig, params: Params, x: Array) -> Array:
     """Multiplies x (B, 1, D) by every matrix in turn, STEPS times: decoding without cache, attention and sampling.
 
-    Products of few rows run far below square ones, by the weights' shapes and type, so their share of a step is measured.
+    Products of few rows run far below the ceiling, so their share of a step is measured.
     """
     dtype = jnp.dtype(cfg.dtype)
 
@@ -184,8 +184,12 @@ def uncached_decode(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Any:
 
 def _predicted(cfg: ModelConfig, slots: int, length: int, *, calls: int = 1, **options: Any) -> dict[str, Any]:
     """Returns the fields `memory` and `traffic` of a Row; arguments as of `inference_memory`, for so many calls."""
-    held = inference_memory(cfg, slots, length, **options)
+    memory = inference_memory(cfg, slots, length, **options)
     return {
-        "memory": {"params": held.params, "cache": held.cache, "activations": held.activations + held.logits},
+        "memory": {
+            "params": memory.params,
+            "cache": memory.cache,
+            "activations": memory.activations + memory.logits,
+        },
         "traffic": inference_bytes(cfg, slots, length, **options).total * calls,
     }

@@ -115,8 +115,8 @@ def rope_tables(cfg: ModelConfig, positions: ndarray, dtype: np.dtype) -> tuple[
 
 def rope(x: ndarray, cos: ndarray, sin: ndarray) -> ndarray:
     """x (B, T, N, H) -> (B, T, N, H), each pair (x[i], x[i + H / 2]) rotated by its angle, as in Hugging Face's files."""
-    one, two = np.split(x, 2, axis=-1)
-    return np.concatenate([one * cos - two * sin, two * cos + one * sin], axis=-1)
+    first, second = np.split(x, 2, axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 def rope_backward(dy: ndarray, cos: ndarray, sin: ndarray) -> ndarray:

@@ -30,7 +30,7 @@ def forward(
     Raises UserError for weights that are not plain arrays of one float dtype, or tokens outside the vocabulary.
     """
     params = to_numpy(params)
-    tables = _position_tables(cfg, params, tokens, positions, segments)
+    tables = _tables(cfg, params, tokens, positions, segments)
     x = layers.lookup(params["embed"], tokens)
     for i in range(cfg.layers):
         x = block.attention(cfg, params["blocks"][str(i)], x, tables)
@@ -43,7 +43,7 @@ def forward_with_residuals(
 ) -> tuple[ndarray, Residuals]:
     """Returns `forward`'s logits, and the residuals for `backward`."""
     params = to_numpy(params)
-    tables = _position_tables(cfg, params, tokens, positions, segments)
+    tables = _tables(cfg, params, tokens, positions, segments)
     x = layers.lookup(params["embed"], tokens)
     blocks = []
     for i in range(cfg.layers):
@@ -104,7 +104,7 @@ def _head(cfg: ModelConfig, params: Params) -> ndarray:
     return params["embed"].T if cfg.tied else params["head"]
 
 
-def _position_tables(
+def _tables(
     cfg: ModelConfig, params: Params, tokens: ndarray, positions: ndarray | None, segments: ndarray | None
 ) -> block.PositionTables:
     if tokens.ndim != 2 or tokens.dtype.kind not in "iu":

@@ -180,11 +180,11 @@ def prefill_flops(cfg: ModelConfig, tokens: int, *, attention: Attention, cached
 
     A program that attends to all S places of a cache, masked or not, is `attention="full", cached=S - tokens`.
     """
-    one = forward_flops(cfg, 1, attention="full").parts
-    parts = {name: PassFlops(part.forward * tokens) for name, part in one.items()}
+    token = forward_flops(cfg, 1, attention="full").parts
+    parts = {name: PassFlops(part.forward * tokens) for name, part in token.items()}
     pairs_twice = tokens * (2 * cached + twice_mean_keys(tokens, attention))
     parts["attention"] = PassFlops(2 * cfg.layers * cfg.heads * cfg.head_dim * pairs_twice)
-    return Flops(parts | {"head": one["head"]})
+    return Flops(parts | {"head": token["head"]})
 
 
 def decode_flops(cfg: ModelConfig, length: int) -> Flops:

@@ -1,7 +1,6 @@
 """Measures this machine through JAX: its best FLOP/s and bytes/s, and its memory. Holds the engine's only clock.
 
-Products are square with row-major operands: on a CPU XLA passes exactly those to its fast kernels, and a transposed or
-one-row operand would measure the slow fallback.
+Products are square with row-major operands, the only ones that XLA on a CPU passes to its fast kernels.
 """
 
 import contextlib
@@ -192,9 +191,9 @@ def memory_limit_bytes(root: Path = Path("/")) -> int:
     return min(limits)
 
 
-def check_host_memory(what: str, wanted: int, detail: str = "", remedy: str = "") -> None:
+def check_host_memory(what: str, needed: int, detail: str = "", remedy: str = "") -> None:
     """Raises UserError, ending in `remedy`, when `what` (plural) takes more bytes than this process may use."""
     limit = memory_limit_bytes()
-    if wanted > limit:
-        parts = (what, "take", format_bytes(wanted), detail)
+    if needed > limit:
+        parts = (what, "take", format_bytes(needed), detail)
         raise UserError(f"{' '.join(filter(None, parts))}, and {format_bytes(limit)} are here. {remedy}".rstrip())

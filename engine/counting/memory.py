@@ -117,8 +117,8 @@ def training_memory(
 
 
 def _param_bytes(cfg: ModelConfig, int8: bool, trainable: Collection[str] = ()) -> int:
-    """Vectors and what trains in float32; matrices in the compute type, or in int8 with a float32 scale a column, except an
-    untied lookup table."""
+    """Returns the bytes of params: vectors and trainable leaves in float32, matrices in the compute type or, but for an
+    untied lookup table, in int8 with a float32 scale a column."""
     total = 0
     for path, shape in leaf_shapes(cfg).items():
         if path in trainable or len(shape) == 1:

@@ -36,20 +36,20 @@ def train_bytes(cfg: ModelConfig, batch: int, tokens: int, *, trainable: Trainab
     AdamW reads gradient, weight and two moments and writes the last three, in float32: 28 bytes a trainable parameter.
     Weights are read once forward, and above the lowest trainable parameter once for dX and once for remat.
     """
-    held = training_memory(cfg, batch, tokens, trainable=trainable)
+    memory = training_memory(cfg, batch, tokens, trainable=trainable)
     parts = train_flops(cfg, 1, attention="full", trainable=trainable).parts
     read = sum(parts[name].forward + parts[name].recompute + parts[name].dx for name in (*MATRICES, "head", "lora")) // 2
     width = dtype_bytes(cfg)
-    converted = held.copies // width * (FLOAT32 + width)  # trainable matrices, read in one type and written in the other
+    converted = memory.copies // width * (FLOAT32 + width)  # trainable matrices, read in one type and written in the other
     block = training_memory(cfg, batch, tokens).block
     reached = cfg.layers - (lowest_gradient(cfg, trainable) if trainable else 0)
     again = {"none": 0, "block": reached, "full": cfg.layers if reached else 0}[cfg.remat]
     return Traffic(
         weights=width * read + converted,
         activations=block * (2 * (cfg.layers + again) + reached),
-        logits=2 * held.logits,
-        gradients=held.gradients,
-        optimizer=3 * held.gradients + 2 * held.optimizer,
+        logits=2 * memory.logits,
+        gradients=memory.gradients,
+        optimizer=3 * memory.gradients + 2 * memory.optimizer,
     )
 
 
@@ -60,14 +60,14 @@ def inference_bytes(
 
     Arguments as of `inference_memory`: a decoding step has one token, and evaluation no cache but every logit.
     """
-    held = inference_memory(cfg, slots, length, tokens=tokens, int8=int8, every_logit=every_logit)
+    memory = inference_memory(cfg, slots, length, tokens=tokens, int8=int8, every_logit=every_logit)
     width = dtype_bytes(cfg)
     # Rows of a lookup table, which is never int8.
     unread = 0 if cfg.tied else max(0, cfg.vocab - slots * tokens) * cfg.width * width
     row = 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * width  # one token's keys and values
     return Traffic(
-        weights=held.params - unread,
-        activations=2 * cfg.layers * held.activations,
-        logits=2 * held.logits,
-        cache=held.cache + (row * slots * tokens if length else 0),
+        weights=memory.params - unread,
+        activations=2 * cfg.layers * memory.activations,
+        logits=2 * memory.logits,
+        cache=memory.cache + (row * slots * tokens if length else 0),
     )

@@ -27,12 +27,12 @@ class Sequence:
 
     @property
     def to_prefill(self) -> int:
-        """Tokens of the prompt that are left to prefill: all but the last, which decoding reads."""
+        """Prompt tokens left to prefill: all but the last, which decoding reads."""
         return len(self.request.prompt) - 1 - self.prefilled_tokens
 
     @property
     def last_token(self) -> int:
-        """The last token, not read by the model yet."""
+        """The last token, the next decoding step's input."""
         return self.output_tokens[-1] if self.output_tokens else self.request.prompt[-1]
 
     @property
@@ -45,7 +45,7 @@ class Sequence:
 
     @property
     def reach(self) -> int:
-        """The most positions of its slot that may be written, the last dispatch's surplus among them."""
+        """The most positions of its slot that may be written, by the last dispatch's surplus too."""
         return len(self.request.prompt) + self.request.sampling.max_tokens + STEPS
 
     def next_chunk(self, size: int) -> tuple[int, ...]:

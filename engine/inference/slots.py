@@ -41,9 +41,9 @@ def compile_ahead(
     cfg: ModelConfig, params: Any, *, slots: int, capacity: int, kv_dtype: KVDtype, prefix_cache_bytes: int,
     chunk: int = CHUNK, tail: int = TAIL,
 ) -> Iterator[tuple[str, int]]:  # fmt: skip
-    """Compiles, while it is iterated, what `Slots.warm` with these options needs, from the shapes of `params` alone.
+    """Compiles the programs of `Slots` with these options, as it is iterated, from the shapes of `params` alone.
 
-    For the time in which weights are read; what is missing is compiled when it is needed.
+    To be iterated while weights load; programs left out are compiled when needed.
     """
     state = lambda: (make_kv_segments(cfg, slots, capacity, chunk, kv_dtype), make_token_counts(cfg, slots))
     segments, counts = jax.eval_shape(state)

@@ -8,7 +8,7 @@ were right, it is the token that decoding one by one would give, greedy or not.
 from collections.abc import Sequence
 
 LENGTHS = (4, 3, 2)  # tokens at the end of the text that are looked up, longest first
-WORTH = 0.2  # share of recent draft tokens that were right, below which checking costs more than it brings
+WORTH = 0.2  # least share of recent draft tokens that were right for checking to pay
 MEMORY = 0.85  # weight of the past in that share, for each update
 
 

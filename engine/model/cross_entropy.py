@@ -61,8 +61,8 @@ class _Columns(NamedTuple):
 def _row_losses(weight: Array | Int8, hidden: Array, targets: Array, tied: bool, size: int) -> Array:
     """hidden (M, D), targets (M,) int32 -> (M,) float32 nats, holding the logits of `size` rows at a time."""
     return jnp.concatenate([
-        _normalizer(pieces := _logits(weight, rows, tied)) - _picked(pieces, some)
-        for rows, some in _parts(size, hidden, targets)
+        _normalizer(pieces := _logits(weight, rows, tied)) - _picked(pieces, labels)
+        for rows, labels in _parts(size, hidden, targets)
     ])  # fmt: skip
 
 
@@ -90,8 +90,8 @@ def _logits(weight: Any, x: Array, tied: bool) -> list[_Columns]:
     pieces: list[_Columns] = []
     for start in range(0, len(weight.scale), COLUMNS):
         weight, x, _ = jax.lax.optimization_barrier((weight, x, pieces[-1:]))  # one after the other
-        some = int8.slice_columns(weight, start, start + COLUMNS)
-        pieces.append(_Columns(start, int8.int8_matmul(x, some, jnp.float32)))
+        part = int8.slice_columns(weight, start, start + COLUMNS)
+        pieces.append(_Columns(start, int8.int8_matmul(x, part, jnp.float32)))
     return pieces
 
 
@@ -110,20 +110,20 @@ def _head_backward(weight: Any, rows: Array, slopes: list[_Columns], tied: bool)
     total = jnp.zeros(rows.shape)
     for start, g in slopes:
         weight, total = jax.lax.optimization_barrier((weight, total))
-        some = int8.slice_columns(weight, start, start + COLUMNS)
-        total = total + int8.widened_backward(jnp.float32, (some, jnp.zeros((), rows.dtype)), g)[0]
+        part = int8.slice_columns(weight, start, start + COLUMNS)
+        total = total + int8.widened_backward(jnp.float32, (part, jnp.zeros((), rows.dtype)), g)[0]
     return total.astype(rows.dtype), None
 
 
 def _forward(weight: Array | Int8, hidden: Array, targets: Array, tied: bool, size: int):
     losses: list[Array] = []
     slopes: list[Array] = []
-    for rows, some in _parts(size, hidden, targets):
+    for rows, labels in _parts(size, hidden, targets):
         if slopes:  # one part after another, or all logits might exist at once
             rows = jax.lax.optimization_barrier((rows, slopes[-1]))[0]
         pieces = _logits(weight, rows, tied)
-        losses.append(_normalizer(pieces) - _picked(pieces, some))
-        slopes.append(_head_backward(weight, rows, _slope(pieces, some), tied)[0])
+        losses.append(_normalizer(pieces) - _picked(pieces, labels))
+        slopes.append(_head_backward(weight, rows, _slope(pieces, labels), tied)[0])
     return jnp.concatenate(losses), (weight, hidden, targets, jnp.concatenate(slopes))
 
 
@@ -131,8 +131,8 @@ def _backward(tied: bool, size: int, residuals: tuple[Array | Int8, Array, Array
     weight, hidden, targets, slope = residuals
     # XLA drops this loop unless the head trains.
     dweight: Array | None = None
-    for rows, some, count in _parts(size, hidden, targets, g):
-        counted = [_Columns(start, values * count[:, None]) for start, values in _slope(_logits(weight, rows, tied), some)]
+    for rows, labels, count in _parts(size, hidden, targets, g):
+        counted = [_Columns(start, values * count[:, None]) for start, values in _slope(_logits(weight, rows, tied), labels)]
         part = _head_backward(weight, rows, counted, tied)[1]
         dweight = part if dweight is None or part is None else dweight + part
     return dweight, (slope.astype(jnp.float32) * g[:, None]).astype(hidden.dtype), None

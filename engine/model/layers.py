@@ -1,7 +1,6 @@
 """The layers without parameters, as on paper: the readable reference, and what a GPU and a TPU run.
 
-Elementwise work and softmax are float32: on a CPU bfloat16 arithmetic is emulated, and everywhere it loses bits that cost
-nothing to keep.
+Elementwise work and softmax are float32: bfloat16 arithmetic is emulated on a CPU, and loses bits everywhere.
 """
 
 import math

@@ -67,7 +67,7 @@ class Block(nn.Module):
         qkv = qkv.reshape(B, T, cfg.heads + 2 * cfg.kv_heads, cfg.head_dim)
         qk, v = jnp.split(qkv, [cfg.heads + cfg.kv_heads], axis=2)
         if cfg.qk_norm:
-            # RoPE reads each number twice; without the barrier XLA would compute the norm twice.
+            # Without the barrier XLA would compute the norm twice, as RoPE reads it twice.
             q_gain, k_gain = self.gain("q_norm", cfg.head_dim), self.gain("k_norm", cfg.head_dim)
             gains = jnp.concatenate([jnp.tile(q_gain, (cfg.heads, 1)), jnp.tile(k_gain, (cfg.kv_heads, 1))])
             qk = jax.lax.optimization_barrier(math.rms_norm(qk, gains, cfg.eps, dtype))
@@ -86,7 +86,7 @@ class Block(nn.Module):
         values = write(values, v.transpose(0, 2, 1, 3), length)
         last = length[:, None] + jnp.arange(q.shape[1])  # (B, T): the cache index of each query's own key
         mask = jnp.arange(keys.shape[2]) <= last[:, :, None]
-        # 0 times a stale NaN is NaN, so values that no query of this call may see are cleared first.
+        # 0 times a stale NaN is NaN, so masked values are cleared first.
         seen = mask[:, -1, None, :, None]
         return ops().attention(q, keys, jnp.where(seen, values, 0), mask), (keys, values, length)
 

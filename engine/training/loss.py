@@ -62,8 +62,8 @@ def chunked_losses(cfg: ModelConfig, params: Params, hidden: Array, targets: Arr
         total = total * jnp.exp(highest - new_highest) + jnp.exp(logits - new_highest[:, None]).sum(-1)
         at = targets - start
         here = (at >= 0) & (at < chunk)
-        found = jnp.take_along_axis(logits, jnp.clip(at, 0, chunk - 1)[:, None], axis=-1)[:, 0]
-        return (new_highest, total, jnp.where(here, found, picked)), None
+        logit = jnp.take_along_axis(logits, jnp.clip(at, 0, chunk - 1)[:, None], axis=-1)[:, 0]
+        return (new_highest, total, jnp.where(here, logit, picked)), None
 
     rows = hidden.shape[0]
     start = (jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros(rows))

@@ -23,7 +23,7 @@ from engine.training.muon import orthogonalize
 
 Schedule = Callable[[Array], Array]
 
-# The leaves that Muon moves. An adapter's pair at the same path is none, only its product is; decay pulls it to its base.
+# The leaves that Muon updates; no adapter, of which only the product is a matrix. Decay pulls it to its base.
 MATRICES = r"blocks/\d+/(qkv|out|gate_up|down)"
 UNDECAYED = r".*(norm|bias)"  # gains and biases are not pulled towards zero
 
@@ -93,13 +93,13 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArg
     """Returns the chain for `cfg`, one object for each config, so that a compiled step is found again."""
     is_decayed = lambda path, _: not re.fullmatch(UNDECAYED, path)
     is_matrix = lambda path, leaf: re.fullmatch(MATRICES, path) and not isinstance(leaf, LoRA)
-    mover = lambda path, leaf: "muon" if cfg.kind == "muon" and is_matrix(path, leaf) else "adamw"
+    label = lambda path, leaf: "muon" if cfg.kind == "muon" and is_matrix(path, leaf) else "adamw"
     decay = optax.add_decayed_weights(cfg.weight_decay, mask=functools.partial(map_paths, is_decayed))
     adamw = optax.chain(optax.scale_by_adam(cfg.beta1, cfg.beta2), decay, optax.scale(-cfg.learning_rate))
     momentum = optax.trace(cfg.momentum, nesterov=True)
     muon = optax.chain(momentum, orthogonalize(), decay, optax.scale(-cfg.matrix_learning_rate))
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip) if cfg.clip != math.inf else optax.identity(),
-        optax.partition({"adamw": adamw, "muon": muon}, functools.partial(map_paths, mover)),
+        optax.partition({"adamw": adamw, "muon": muon}, functools.partial(map_paths, label)),
         scale_by_progress(make_schedule(cfg)),
     )

@@ -1,9 +1,7 @@
 """Rewards that a rule computes from a completion's text alone.
 
-    reward = make_reward("length:12")
-    reward("The sea is wide and cold.", None)      # 0.5: six words of twelve
-
-There is no reward model to be fooled.
+reward = make_reward("length:12")
+reward("The sea is wide and cold.", None)      # 0.5: six words of twelve
 """
 
 import re

@@ -17,7 +17,7 @@ ReportProgress = Callable[[int, int], None]
 
 BETWEEN_LINES = 5.0  # seconds, where lines stay
 BETWEEN_FRAMES = 0.15  # seconds, on a terminal
-SILENT = 2.0  # seconds: a task that takes less and reports nothing gets no line
+SILENT = 2.0  # seconds: a shorter task without progress gets no line
 
 
 class Console(contextlib.AbstractContextManager["Console"]):

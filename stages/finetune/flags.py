@@ -76,5 +76,5 @@ class FinetuneFlags(ModelRunFlags):
 
     @property
     def microbatches(self) -> int:
-        """Parts the batch is read in; over an int8 base, chosen to save memory, a row each, which takes least."""
+        """Parts the batch is read in: over an int8 base a row each, which takes least memory."""
         return self.tuning.accumulate or (self.tuning.batch if self.trainable.base == "int8" else 1)

@@ -83,7 +83,7 @@ class FineTuning(ModelStage):
         recipe = Recipe("the model's", tuning.context, rows, optimizer, flags.microbatches, tuning.scan, tuning.remat)
 
         def make_plan(cfg: ModelConfig) -> None:
-            """Plans the run by the architecture alone. Raises UserError, before a weight is read, for a run that cannot be."""
+            """Plans the run by the architecture. Raises UserError before a weight is read."""
             if tuning.context > cfg.context:
                 raise UserError(
                     f"--context {tuning.context:,} is more than the {cfg.context:,} tokens {flags.model} was made for."
@@ -110,13 +110,13 @@ class FineTuning(ModelStage):
     def plan_rows(self) -> list[tuple[str, str]]:
         plan, recipe, dataset = self.plan, self.plan.recipe, self.dataset
         steps, long = plan.predict(plan.step_flops / (EXPECTED * self.peak_flops))
-        kept, *problems = dataset.summary.describe()
+        rows, *problems = dataset.summary.describe()
         return [
             self.model_row(),
             *self.matches,
             ("predicted", cost_relative_to_full(plan)),
             ("memory", memory_estimate(plan.memory, "step")),
-            ("data", f"{dataset.name} ({dataset.kind}): {kept}"),
+            ("data", f"{dataset.name} ({dataset.kind}): {rows}"),
             *(("", line) for line in problems),
             ("validation", f"{dataset.held_out_name}: {len(dataset.held_out):,} examples"),
             ("template", self.chat.template_name),

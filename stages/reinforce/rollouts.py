@@ -57,7 +57,7 @@ class Sampler:
     def rollout(self, params: Params, prompts: Sequence[Prompt], seed: int) -> Rollout:
         """Samples a completion of each prompt, with seeds seed, seed + 1, ...
 
-        Raises UserError as `decode.generate`, and when the rewards take longer than PATIENCE, as some patterns do.
+        Raises UserError as `decode.generate`, and when the rewards take longer than PATIENCE.
         """
         tokens = [prompt_tokens(self.chat, prompt) for prompt in prompts]
         begin = time.perf_counter()

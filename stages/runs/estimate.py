@@ -107,13 +107,13 @@ def measured_ceilings(console: Console, again: bool = False) -> Ceilings:
 
 
 def memory_limit() -> int:
-    """Returns the bytes that a step may hold: the accelerator's, or the host's less PROCESS_BYTES."""
+    """Returns the bytes for a step: the accelerator's, or the host's less PROCESS_BYTES."""
     stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
     return (stats or {}).get("bytes_limit") or max(memory_limit_bytes() - PROCESS_BYTES, 0)
 
 
 def memory_estimate(needed: int, noun: str) -> str:
-    """Returns in words how much memory a step or round needs, and how much there is."""
+    """Returns a phrase: the memory that a step or round needs, and the limit."""
     return f"about {format_bytes(needed)} of {format_bytes(memory_limit())} that are left for a {noun}"
 
 

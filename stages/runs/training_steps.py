@@ -62,7 +62,7 @@ class TrainingSteps:
         following = self.batches.at(step + 1) if self.buffer else None
         state, metrics = self.program(state, self.batch, progress)
         self.batch = following or self.batches.at(step + 1)
-        # Waited for before the next is dispatched: two steps in flight would take twice the memory.
+        # Wait before the next dispatch: two steps in flight would take twice the memory.
         metrics = jax.device_get(metrics)
         if self.buffer and not fits_freed_memory(self.buffer):
             return_freed_memory()  # or the next step's buffer would lie beside this one's

@@ -34,7 +34,7 @@ FLOAT32 = 4  # bytes
 class NumPyTrainer:
     """Trains with the NumPy model and its own AdamW, in float32. The methods are those of `JaxTrainer`."""
 
-    expected_mfu = 0.15  # of the float32 ceiling, measured with the tiny preset, whose products are small
+    expected_mfu = 0.15  # of the float32 ceiling, measured with the tiny preset
     optimizer_name = "adamw by hand"
     advice = "--learning-rate, or warm up longer with --warmup"
 

@@ -1,6 +1,6 @@
 """Int8: a weight as integers from -127 to 127 and one scale a column, and the products with it.
 
-The leaf says what x becomes, so that whoever multiplies need not know:
+`activations` says how x is multiplied:
 
 - `activations="int8"` (W8A8) rounds each row of x to int8 and multiplies integers, exactly, in int32. A fourth of the bytes
   of float32 are read and nothing of the weight's size is converted. It has no gradient.
