@@ -56,7 +56,7 @@ def round_seconds(cfg: ModelConfig, batch: int, context: int, ceilings: Ceilings
     kinds = [kind.trainable_paths for kind in training_kinds(cfg)]
     steps = sum(gradient_program_flops(cfg, batch, context, trainable=paths).total for paths in kinds)
     gradients = sum(training_memory(cfg, batch, context, trainable=paths).gradients for paths in kinds)
-    # Evaluation, prefill, and of one sequence a prompt for a slot and a token without a cache.
+    # Evaluation, prefill, and of one sequence a slot's prefill and a token without a cache.
     forwards = (2 + 2 / batch) * score_program_flops(cfg, batch, context).total
     by_hand = sum(work(cfg, context, attention="full").total for work in (forward_flops, train_flops)) * context
     # Each decoding row runs twice: whole, and its products alone.

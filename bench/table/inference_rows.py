@@ -184,12 +184,8 @@ def uncached_decode(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Any:
 
 def _predicted(cfg: ModelConfig, slots: int, length: int, *, calls: int = 1, **options: Any) -> dict[str, Any]:
     """Returns the fields `memory` and `traffic` of a Row; arguments as of `inference_memory`, for so many calls."""
-    memory = inference_memory(cfg, slots, length, **options)
+    parts = inference_memory(cfg, slots, length, **options)
     return {
-        "memory": {
-            "params": memory.params,
-            "cache": memory.cache,
-            "activations": memory.activations + memory.logits,
-        },
+        "memory": {"params": parts.params, "cache": parts.cache, "activations": parts.activations + parts.logits},
         "traffic": inference_bytes(cfg, slots, length, **options).total * calls,
     }

@@ -103,7 +103,7 @@ def measure_ceilings(report: Callable[[int, int], None] | None = None) -> Ceilin
 
 
 def _product(side: int, dtype: str) -> Callable[[], Any]:
-    # Random numbers, repeated to size: a chip that saves power on zeros or ones must not look faster.
+    # Random numbers, repeated to size: on zeros or ones a chip may save power and look faster.
     tile = np.random.default_rng(0).standard_normal((512, 512))
     if dtype == "int8":
         tile = (32 * tile).clip(-127, 126)

@@ -1,7 +1,7 @@
 """Prefill and decode for rows that start together, in one contiguous KV cache of just their size.
 
-The shapes of the programs behind `generate` depend on the number of rows, the capacity and the vocabulary, never on a
-request, so nothing is compiled while text is being generated. They donate the cache, and no parameter.
+The shapes of `generate`'s programs depend on the number of rows, the capacity and the vocabulary, never on a request, so
+nothing is compiled while text is generated. They donate the cache, and no parameter.
 
 `slots.Slots`, for requests that come and go, takes 1.10 times as long for eight rows, 0.84 times for one, and 1.4 times
 the CPU seconds to compile (2 CPU cores, 6 layers of width 384, bfloat16 cache, prompts of 64 tokens, 40 new ones, best of

@@ -32,7 +32,7 @@ from engine.model.config import ModelConfig
 from engine.model.transformer import Params
 
 CHUNK, TAIL = 128, 32  # prompt tokens a call: whole chunks, and a shorter program for a short rest
-HITS_AT_ONCE = 16  # the most chunks that a step copies from the prefix cache before the one that it computes
+HITS_AT_ONCE = 16  # the most chunks that a step copies from the prefix cache before it computes one
 IDLE = SamplingParams(temperature=0.0)  # of rows not in use: greedy costs no sampling
 MIN_SLOTS = 2  # a product with a single row takes a slower path on a CPU
 
@@ -80,7 +80,7 @@ class Slots:
         self.cfg, self.slots, self.capacity, self.chunk, self.tail = cfg, slots, capacity, chunk, tail
         self.scheduler = Scheduler(slots, speculate)
         self.prefix_cache = PrefixCache(prefix_cache_bytes)
-        # On a named device: a program is compiled once more for arguments whose device is not named.
+        # On a named device: for an unnamed one a program would be compiled once more.
         state = params, make_kv_segments(cfg, slots, capacity, chunk, kv_dtype), make_token_counts(cfg, slots)
         self.params, self._segments, self._counts = jax.device_put(state, jax.devices()[0])
 

@@ -1,8 +1,8 @@
 """The functions of `layers.py` with backward rules by hand (custom_vjp), in shapes that a CPU's matrix units can use.
 
 XLA on the CPU hands a product to its fast library only when the left operand lies in memory with the summed axis last.
-The transpose rule of `jax.grad` never yields that for a weight's gradient, and the fallback is ten times slower. So the
-rules here make one small explicit transpose first.
+The transpose rule of `jax.grad` never yields that for a weight's gradient, and the fallback is ten times slower. So these
+rules first make one small transpose.
 """
 
 import functools

@@ -114,7 +114,7 @@ class Rounds:
         if self.updates > 1 or self.kl:
             old = self._log_probabilities(merge(state.trainable, self.split.frozen), batch)
         if self.kl:
-            # An untrained adapter changes nothing, to the bit, and makes it the same program as above.
+            # An untrained adapter changes nothing, to the bit, and the program is the one above.
             reference = self._log_probabilities(merge(self.split.trainable, self.split.frozen), batch)
         return Rollouts(batch, advantages, old, reference)
 

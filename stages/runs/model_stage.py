@@ -43,11 +43,11 @@ class ModelStage(Stage):
         self.stop_token_ids = tuple(dict.fromkeys((*self.model.eos_ids, *self.chat.eot_ids)))
 
     def load_weights(self) -> None:
-        """Splits the parameters, and adds to the facts the digest of the base, which no step may change."""
+        """Splits the parameters, and adds the base's digest, which no step may change, to the facts."""
         params, plan = self.model.params, self.plan
         assert plan.trainable is not None
         self.split = split_trainable(plan.cfg, params, plan.trainable, self.lora, plan.base, plan.seed)
-        path = Path(self.name).expanduser()  # written from the root, to be found again
+        path = Path(self.name).expanduser()  # absolute, to be found again
         source = str(path.absolute()) if path.exists() else self.name
         self.facts = {
             "base": {"model": source, "digest": digest(params), "name": self.model.name},
@@ -55,7 +55,7 @@ class ModelStage(Stage):
             **self.facts,
         }
         if plan.base == "int8":
-            self.model = dataclasses.replace(self.model, params=None)  # the wide weights need not stay in memory
+            self.model = dataclasses.replace(self.model, params=None)  # frees the float weights
 
     def initial_state(self) -> TrainState:
         """Returns the state before the first step. A copy: steps donate it, and the report compares with the start."""

@@ -74,7 +74,7 @@ def execute(options: RunOptions, make_stage: Callable[[Console], Stage]) -> int:
             _print_plan(options, make_stage(console), console)
             console.print("A dry run: nothing was trained.")
             return 0
-        holds_run(options.folder)  # raises for a folder that cannot be used, before minutes of preparation
+        holds_run(options.folder)  # raises for an unusable folder, before minutes of preparation
         with lock_run(options.folder):
             return _execute(options, make_stage(console), console)
 

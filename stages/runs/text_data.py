@@ -136,7 +136,7 @@ def _part(whole: TokenFile, tokens: np.ndarray, tokenizer: Tokenizer) -> TokenFi
 
 
 def _digest(text: TokenFile) -> str:
-    # The cache names a folder by the digest of text and tokenizer, and checks it whenever it is opened.
+    # The cache names a folder by the digest of text and tokenizer, and checks it.
     if text.path.is_relative_to(cache_folder("tokens")):
         return text.path.parent.name
     with text.path.open("rb") as file:

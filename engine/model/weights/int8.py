@@ -2,11 +2,11 @@
 
 `activations` says how x is multiplied:
 
-- `activations="int8"` (W8A8) rounds each row of x to int8 and multiplies integers, exactly, in int32. A fourth of the bytes
-  of float32 are read and nothing of the weight's size is converted. It has no gradient.
-- `"int16"` rounds x to two such digits, 15 bits, for twice the products and the same reading of the weight: for rows in
+- "int8" (W8A8) rounds each row of x to int8 and multiplies integers, exactly, in int32. A fourth of the bytes of float32
+  are read and no weight is converted. It has no gradient.
+- "int16" rounds x to two such digits, 15 bits, for twice the products and the same reading of the weight: for rows in
   which 1/127 of the largest number is too coarse a step for the rest.
-- `"full"` converts the weight inside the program and leaves x as it is; the gradient passes to x. That is the frozen base
+- "full" converts the weight inside the program and leaves x as it is; the gradient passes to x. That is the frozen base
   under an adapter (QLoRA: Dettmers et al. 2023, 2305.14314).
 """
 

@@ -106,7 +106,7 @@ def merge_lora(params: Params, dtype: DTypeLike | None = None) -> Params:
         if not isinstance(leaf, LoRA):
             return leaf
         merged = to_dense(leaf)
-        # Cast at once: over int8 the matrices are float32, and all of them together four times the base.
+        # Cast at once: over int8 the matrices are float32, together four times the base.
         return merged if dtype is None else merged.astype(dtype)
 
     return map_paths(merge, params)
