@@ -5,11 +5,12 @@ import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from engine.errors import did_you_mean
 from engine.inference.sampling_params import RANGES, Range, SamplingParams
 
 UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
@@ -87,13 +88,22 @@ def default(meaning: str, help: str | None = None) -> Any:
     return tyro.conf.arg(help=help, help_behavior_hint=f"(default: {meaning})")
 
 
+def with_help[Flags](**annotations: Any) -> Callable[[type[Flags]], type[Flags]]:
+    """Returns a class decorator that gives inherited fields annotations of their own, such as another `default`."""
+
+    def annotate(flags: type[Flags]) -> type[Flags]:
+        inherited = get_type_hints(flags, include_extras=True)
+        flags.__annotations__ |= {name: Annotated[inherited[name], new] for name, new in annotations.items()}
+        return flags
+
+    return annotate
+
+
 def one_of(*names: str) -> Any:
     """Returns the annotation of a flag for one of the names; the error for another names the nearest."""
 
     def parse(text: str) -> str:
         if text not in names:
-            from engine.errors import did_you_mean
-
             raise ValueError(f"wanted one of {', '.join(names)}, got {text!r}.{did_you_mean(text, names)}")
         return text
 
@@ -135,6 +145,6 @@ class SamplingFlags:
     seed: Annotated[int, _sampling("seed", "N")] = 0
     """The same seed samples the same text."""
 
-    def params(self, **others: Any) -> SamplingParams:
-        """Returns the engine's SamplingParams, with `others` of its fields."""
-        return SamplingParams(**dataclasses.asdict(self), **others)
+    def params(self, **fields: Any) -> SamplingParams:
+        """Returns the engine's SamplingParams, with `fields` added."""
+        return SamplingParams(**dataclasses.asdict(self), **fields)

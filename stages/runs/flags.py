@@ -21,7 +21,7 @@ class FolderFlags:
     overwrite: Annotated[bool, default("off")] = False
     """Begin anew in a folder that holds a run."""
     save_every: Annotated[int | float, parser(interval, "N|TIME"), default("60s")] = 60.0
-    """Steps (or rounds) or training time between checkpoints."""
+    """Steps or training time between checkpoints."""
     keep: Annotated[int, COUNT] = 2
     """Checkpoints to keep."""
 
@@ -83,7 +83,7 @@ class RunFlags:
     """Flags of every run."""
 
     seed: Annotated[int, parser(integer(0, 2**31 - 1), "N")] = 0
-    """Of the first weights, of the order of the data, and of sampling."""
+    """Of the adapter's first weights and of the order of the examples."""
     device: DeviceFlag = "auto"
     dry_run: Annotated[bool, default("off")] = False
     """Print the plan, with what it would cost, and stop."""

@@ -8,7 +8,7 @@ import tyro
 
 from engine.errors import UserError
 from engine.model.config import preset
-from stages.cli.flags import COUNT, default, integer, interval, number, one_of, parser, path, positive
+from stages.cli.flags import COUNT, default, integer, interval, number, one_of, parser, path, positive, with_help
 from stages.runs.flags import FolderFlags, LengthFlags, RunFlags
 
 RECIPE = default("the preset's recipe")
@@ -76,6 +76,13 @@ class MonitoringFlags:
     """Steps between lines of metrics.jsonl."""
 
 
+@with_help(out_dir=default("runs/PRESET-TEXT"))
+@dataclasses.dataclass(frozen=True)
+class TrainFolderFlags(FolderFlags):
+    """The run folder, and how often it is written."""
+
+
+@with_help(seed=default("0", "Of the first weights and of the order of the text."))
 @dataclasses.dataclass(frozen=True)
 class TrainFlags(RunFlags):
     """Flags of training; those left out have the preset's recipe (stages/runs/recipes.py)."""
@@ -85,7 +92,7 @@ class TrainFlags(RunFlags):
     step: StepFlags
     optimizer: OptimizerFlags
     monitoring: MonitoringFlags
-    folder: FolderFlags
+    folder: TrainFolderFlags
     preset: Annotated[tyro.conf.Positional[str], parser(str, "PRESET"), default("demo, or tiny with --by-hand")] = ""
     """The architecture: demo, nano, tiny, or a published one such as smollm2-135m."""
     by_hand: Annotated[bool, default("off")] = False
