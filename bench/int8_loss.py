@@ -12,7 +12,7 @@ from bench.models import load
 from engine.errors import UserError
 from engine.inference.decode import prepare_params
 from engine.inference.score import score
-from engine.model.cache.segmented import KVDtype, Rows, make_kv_segments, segmented_cache
+from engine.model.cache.segmented import CacheRows, KVDtype, make_kv_segments, segmented_cache
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
 from engine.model.transformer import forward
@@ -87,7 +87,7 @@ def _cached_nats(cfg: ModelConfig, params: Any, batches: Sequence[Any], seq: int
         cut = lambda field: jax.lax.dynamic_slice_in_dim(field, start, CHUNK, 1)
         tokens, targets, mask = cut(batch.tokens), cut(batch.targets), cut(batch.mask)
         own = jnp.arange(len(tokens))
-        rows = Rows(jnp.full(len(tokens), start), own, own)
+        rows = CacheRows(jnp.full(len(tokens), start), own, own)
         positions = start + jnp.broadcast_to(jnp.arange(CHUNK), tokens.shape)
         masked_sum = lambda values: jnp.where(mask, values, 0).sum()
         results = [forward(cfg, params, tokens, positions, segmented_cache(segments, rows)) for segments in caches]

@@ -43,16 +43,16 @@ class Evidence:
     weight_bytes: int  # of one weight in the plain rows
 
     def row(self, start: str) -> dict[str, Any]:
-        """Returns the first row whose name starts so. Raises KeyError when there is none."""
+        """Returns the first row whose name begins with `start`, or raises KeyError."""
         return self.rows[next((name for name in self.rows if name.startswith(start)), start)]
 
     def ratio(self, a: str, b: str) -> float | None:
-        """Returns `time_ratio` of the rows whose names start so."""
+        """Returns `time_ratio` of the `row` of `a` and of `b`."""
         return self.time_ratio(self.row(a)["name"], self.row(b)["name"])
 
 
 def claims(evidence: Evidence) -> list[dict[str, Any]]:
-    """Returns the claims with verdicts. A claim whose rows are missing is left out."""
+    """Judges the claims: returns them with verdicts, without those whose rows are missing."""
     known = {
         "evidence": evidence, "checks": evidence.invariants, "row": evidence.row, "ratio": evidence.ratio,
         "per_parameter": TOKENS_PER_PARAMETER, "tuning_tokens": TUNING_TOKENS, "gain_verdict": _gain_verdict,

@@ -170,7 +170,7 @@ def int16_activation_matrices(params: Any) -> set[str]:
 
 
 def uncached_decode(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Any:
-    """Returns a call that computes the token after tokens (T,) without a KV cache: from all of them again."""
+    """Returns a call that computes the token after tokens (T,) without a KV cache."""
 
     def next_token(params: Any, tokens: Any) -> Any:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)

@@ -156,7 +156,7 @@ def cached_ceilings(refresh: bool = False, report: Callable[[int, int], None] | 
 
 
 def peak_rss_bytes() -> int:
-    """Returns the most physical memory this process has held so far."""
+    """Returns this process's peak resident memory."""
     # On Linux getrusage also counts the parent's peak; this file does not.
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():

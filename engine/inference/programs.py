@@ -28,7 +28,7 @@ from engine.inference.sampling_params import MAX_LOGPROBS, SamplingParams
 from engine.inference.scheduler import DRAFT_ROWS
 from engine.inference.sequence import STEPS
 from engine.model.cache import segmented
-from engine.model.cache.segmented import KVSegments, Rows, segmented_cache
+from engine.model.cache.segmented import CacheRows, KVSegments, segmented_cache
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params, forward, hidden_states
 
@@ -56,14 +56,14 @@ def prefill_chunk(
     cfg: ModelConfig, params: Params, segments: KVSegments, tokens: Array, slot: Array, start: Array
 ) -> KVSegments:
     """Writes the keys and values of tokens (1, T) int32 into a slot, from position `start` on."""
-    rows = Rows(start[None], jnp.zeros((1,), jnp.int32), slot[None])
+    rows = CacheRows(start[None], jnp.zeros((1,), jnp.int32), slot[None])
     positions = start + jnp.arange(tokens.shape[1])
     return hidden_states(cfg, params, tokens, positions[None], segmented_cache(segments, rows))[1].segments
 
 
 @jax.jit(static_argnames="cfg", donate_argnames=("segments", "counts"))
 def decode_slots(
-    cfg: ModelConfig, params: Params, segments: KVSegments, counts: TokenCounts, token: Array, rows: Rows,
+    cfg: ModelConfig, params: Params, segments: KVSegments, counts: TokenCounts, token: Array, rows: CacheRows,
     sampling: SamplingArrays, penalties: PenaltyArrays, steps: Array, logprobs: Array,
 ) -> tuple[SampledTokens, KVSegments, TokenCounts]:  # fmt: skip
     """token (R,) int32 at its row's position -> the `steps` tokens that follow, at most STEPS.
@@ -149,8 +149,8 @@ def compile_programs(calls: dict[str, Call]) -> Generator[tuple[str, int]]:
         pool.shutdown(cancel_futures=True)
 
 
-def make_rows(position: Any, copied_writes: Iterable[tuple[int, int]] = ()) -> Rows:
-    """Makes the Rows of R slots: row r stands at position[r] (R,) int32 in slot r and is written there.
+def make_rows(position: Any, copied_writes: Iterable[tuple[int, int]] = ()) -> CacheRows:
+    """Makes the CacheRows of R slots: row r stands at position[r] (R,) int32 in slot r and is written there.
 
     So is each (row, slot) of `copied_writes`, with room for a lone sequence's rows in the slots of all its copies.
     """
@@ -160,7 +160,7 @@ def make_rows(position: Any, copied_writes: Iterable[tuple[int, int]] = ()) -> R
     target[:R] = np.arange(R)
     for write, (row, slot) in enumerate(copied_writes, R):
         source[write], target[write] = row, slot
-    return Rows(position, source, target)
+    return CacheRows(position, source, target)
 
 
 def shapes_of(tree: Any) -> Any:

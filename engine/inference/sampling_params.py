@@ -98,7 +98,7 @@ class SamplingParams:
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1 or self.logit_bias)
 
     def per_row(self, rows: int) -> list["SamplingParams"]:
-        """Returns the same for each of `rows` completions, with seeds seed, seed + 1, ... (modulo 2**32)."""
+        """Returns a copy for each of `rows` completions, with seeds seed, seed + 1, ... (modulo 2**32)."""
         return [dataclasses.replace(self, seed=(self.seed + row) % SEEDS) for row in range(rows)]
 
 

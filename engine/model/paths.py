@@ -38,7 +38,7 @@ def unflatten(leaves: dict[str, Any]) -> Params:
 
 
 def map_paths(f: Callable[[str, Any], Any], params: Params) -> Params:
-    """Returns the same tree with each leaf replaced by f(path, leaf)."""
+    """Replaces each leaf by f(path, leaf)."""
     return unflatten({path: f(path, leaf) for path, leaf in leaf_paths(params).items()})
 
 

@@ -26,7 +26,7 @@ Cached = tuple[Array, Array, Array]  # one layer's k and v (B, K, S, H), and eac
 
 
 def matrix(module: nn.Module, name: str, init: Any, shape: tuple[int, int]) -> Any:
-    """Returns a module's parameter, of any kind of weight; makes it while the model is initialised.
+    """Returns a module's parameter, any kind of weight; makes it at initialisation.
 
     Flax would compare the shapes of a leaf's arrays, not that of the matrix it stands for.
     """

@@ -90,7 +90,7 @@ def scale_by_progress(schedule: Schedule) -> optax.GradientTransformationExtraAr
 
 @functools.cache
 def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
-    """Returns the chain for `cfg`, one object for each config, so that a compiled step is found again."""
+    """Returns the chain for `cfg`, one object for each, so that a compiled step is found again."""
     is_decayed = lambda path, _: not re.fullmatch(UNDECAYED, path)
     is_matrix = lambda path, leaf: re.fullmatch(MATRICES, path) and not isinstance(leaf, LoRA)
     label = lambda path, leaf: "muon" if cfg.kind == "muon" and is_matrix(path, leaf) else "adamw"

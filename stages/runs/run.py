@@ -47,7 +47,7 @@ class Stage(Protocol):
         """Sets `split` and `facts`. Raises UserError when memory is too small."""
 
     def plan_rows(self) -> list[tuple[str, str]]:
-        """Returns the rows of the banner between the device and the folder."""
+        """Returns the banner's rows between device and folder."""
 
     def print_example(self) -> None:
         """Prints an example of the data below the banner, if the stage has any."""

@@ -18,7 +18,7 @@ from engine.inference.sampling_params import SamplingParams
 from engine.inference.score import score
 from engine.inference.slots import Slots
 from engine.model.cache.contiguous import KVCache, make_cache
-from engine.model.cache.segmented import Rows, make_kv_segments
+from engine.model.cache.segmented import CacheRows, make_kv_segments
 from engine.model.weights.int8 import matmul_rules, quantize
 from engine.storage.digest import digest
 from engine.text.batch import Batch
@@ -107,7 +107,7 @@ def programs(cfg, params) -> dict[str, tuple]:
     token, tokens = jnp.zeros(ROWS, jnp.int32), jnp.zeros((ROWS, CHUNK), jnp.int32)
     batch = Batch(tokens, tokens, tokens == 0, tokens, tokens)
     segments, slot = make_kv_segments(cfg, ROWS, CAPACITY, CHUNK), jnp.int32(1)
-    rows = Rows(token, token, token)
+    rows = CacheRows(token, token, token)
     counts = make_token_counts(cfg, ROWS)
     sampling = sampling_of(ROWS), PenaltyArrays(token > 0, *[jnp.zeros(ROWS)] * 3)
     return {

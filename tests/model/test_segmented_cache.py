@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny import tiny_config
 
 from engine.model.cache import segmented
-from engine.model.cache.segmented import KVSegments, QuantizedKV, Rows, SegmentedLayer, make_kv_segments, segmented_cache
+from engine.model.cache.segmented import CacheRows, KVSegments, QuantizedKV, SegmentedLayer, make_kv_segments, segmented_cache
 
 CFG = tiny_config(layers=2)
 N, K, H = CFG.heads, CFG.kv_heads, CFG.head_dim
@@ -50,12 +50,12 @@ def plain(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray) ->
     return out.reshape(len(q), -1)
 
 
-def rows_of(position, target, source=None) -> Rows:
+def rows_of(position, target, source=None) -> CacheRows:
     source = np.arange(len(target)) if source is None else source
-    return Rows(*(jnp.asarray(field, jnp.int32) for field in (position, source, target)))
+    return CacheRows(*(jnp.asarray(field, jnp.int32) for field in (position, source, target)))
 
 
-def layer_at(segments: KVSegments, rows: Rows) -> SegmentedLayer:
+def layer_at(segments: KVSegments, rows: CacheRows) -> SegmentedLayer:
     return segmented_cache(segments, rows).layer(0)
 
 

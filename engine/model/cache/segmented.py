@@ -49,7 +49,7 @@ class KVSegments(NamedTuple):
         return _edges(self.k[0])
 
 
-class Rows(NamedTuple):
+class CacheRows(NamedTuple):
     """The positions of a call's R rows, and the slots that their keys and values are written to.
 
     Row r holds T tokens from position[r] (R,) on, or none if that is -1. It reads slot r, a lone row the slot it writes.
@@ -66,7 +66,7 @@ class SegmentedLayer(NamedTuple):
 
     k: LayerSegments
     v: LayerSegments
-    rows: Rows
+    rows: CacheRows
     destinations: tuple[Array, ...]
 
 
@@ -74,7 +74,7 @@ class SegmentedCache(NamedTuple):
     """The cache of one call of `forward`. `destinations`: for each segment (U, 2) int32, slot and position of each write."""
 
     segments: KVSegments
-    rows: Rows
+    rows: CacheRows
     destinations: tuple[Array, ...]
 
     def layer(self, i: int) -> SegmentedLayer:
@@ -85,7 +85,7 @@ class SegmentedCache(NamedTuple):
         return self._replace(segments=KVSegments(k, v))
 
 
-def segmented_cache(segments: KVSegments, rows: Rows) -> SegmentedCache:
+def segmented_cache(segments: KVSegments, rows: CacheRows) -> SegmentedCache:
     """Makes the cache of one call."""
     destinations = _destinations(segments.edges, rows.target, rows.position[rows.source])
     # They are the same in every layer; without the barrier XLA would compute them anew for each.
