@@ -4,7 +4,7 @@ from bench.table.row import Row
 from bench.table.sentences import read_templates, render
 from engine.counting.hardware import Ceilings
 
-TOLERATED = 0.15  # of the predicted ratio
+TOLERANCE = 0.15  # of the predicted ratio
 TEXTS: dict[str, str] = read_templates("explanations")
 
 
@@ -18,7 +18,7 @@ def explain_time(
     flops, forward_flops = (_product_flops(each) / each.tokens for each in (row, forward))
     if not flops:
         return render(TEXTS["copies"], {"row": row})
-    if abs(seconds / forward_seconds / (flops / forward_flops) - 1) <= TOLERATED:
+    if abs(seconds / forward_seconds / (flops / forward_flops) - 1) <= TOLERANCE:
         return None
     if row.stage == "decode":
         return _explain_decode(row, seconds, ceilings, products_seconds or 0.0)
@@ -36,7 +36,7 @@ def explain_time(
 def explain_peak(row: Row) -> str | None:
     """Explains a peak of memory that is off the prediction by more than 15%, else None."""
     predicted, peak = sum(row.memory.values()), row.peak_bytes
-    if not predicted or peak is None or abs(peak / predicted - 1) <= TOLERATED:
+    if not predicted or peak is None or abs(peak / predicted - 1) <= TOLERANCE:
         return None
     return render(TEXTS["smaller_peak" if peak < predicted else "larger_peak"], {"off": abs(peak - predicted)})
 

@@ -28,7 +28,7 @@ from engine.storage.digest import digest
 from engine.storage.model_loader import read_config
 from engine.text.batch import Batch
 
-FEWEST, MOST = 3, 15  # rounds
+MIN_ROUNDS, MAX_ROUNDS = 3, 15
 AFTERWARDS = 12.0  # seconds for digests, invariants and ceilings
 FORWARD = "evaluation forward"  # the row of all ratios
 PRODUCTS = ": products"  # ends the name of the timing of a row's products alone
@@ -53,7 +53,7 @@ def stage_table(
     ceilings = measure_ceilings()
     model = load(model_name) if model_name else random_model(preset_name, preset(preset_name))
     cfg = model.cfg
-    if warning := duration_warning(cfg, batch, context, max_time - AFTERWARDS, FEWEST, ceilings):
+    if warning := duration_warning(cfg, batch, context, max_time - AFTERWARDS, MIN_ROUNDS, ceilings):
         progress(warning)
     text = tokens_for(model, batch, context + 1)
     data = next_token_batch(text)
@@ -72,7 +72,7 @@ def stage_table(
     for call in calls.values():
         jax.block_until_ready(call())
     left = max_time - AFTERWARDS - (clock() - begin)
-    rounds = FEWEST if quick else max(FEWEST, min(MOST, int(left / (clock() - started))))
+    rounds = MIN_ROUNDS if quick else max(MIN_ROUNDS, min(MAX_ROUNDS, int(left / (clock() - started))))
     report = lambda done, total: progress(f"round {done} of {total}", replace=True)
     timings = measure(calls, rounds=rounds, warmups=0, report=report)
     # From here on seconds are those of a token.

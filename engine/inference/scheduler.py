@@ -12,7 +12,7 @@ from engine.inference.sequence import STEPS, Sequence
 TOKENS_PER_DISPATCH = 32  # about, over all slots
 MIN_STEPS = 4  # of a dispatch, for any number of slots. A cancelled request waits for the dispatch to end
 STEPS_BESIDE_PREFILL = 2  # of a dispatch while a prompt is being prefilled
-PATIENCE = 4  # of so many chunks one goes to the oldest prompt, the others to the shortest rest
+OLDEST_EVERY = 4  # every so many chunks one goes to the oldest prompt, the others to the shortest rest
 DRAFT_ROWS = 3  # rows, beside its own, in which a lone sequence may check draft tokens
 
 
@@ -96,7 +96,7 @@ class Scheduler:
         if self.prefilling and not (self.decoding and self._last_was_prefill):
             self._last_was_prefill = True
             self._chunks += 1
-            oldest = self._chunks % PATIENCE == 0
+            oldest = self._chunks % OLDEST_EVERY == 0
             return Prefill(self.prefilling[0] if oldest else min(self.prefilling, key=lambda sequence: sequence.to_prefill))
 
         # decode: a few tokens for every sequence whose prompt is prefilled

@@ -8,8 +8,8 @@ were right, it is the token that decoding one by one would give, greedy or not.
 from collections.abc import Sequence
 
 LENGTHS = (4, 3, 2)  # tokens at the end of the text that are looked up, longest first
-WORTH = 0.2  # least share of recent draft tokens that were right for checking to pay
-MEMORY = 0.85  # weight of the past in that share, for each update
+MIN_ACCEPTANCE = 0.2  # least acceptance rate of recent draft tokens for checking to pay
+DECAY = 0.85  # weight of the past in that rate
 
 
 class Drafter:
@@ -18,14 +18,14 @@ class Drafter:
     def __init__(self, text: Sequence[int]) -> None:
         self._text: list[int] = []
         self._next: dict[tuple[int, ...], int] = {}  # a few tokens -> the place after them, the last time
-        self._share = 0.5
+        self._acceptance = 0.5
         self.extend(text)
 
     def extend(self, tokens: Sequence[int], drafts: Sequence[int] = ()) -> None:
         """Appends tokens to the text. `drafts` are those drafted for their places."""
         if compared := min(len(drafts), len(tokens)):
             right = next((n for n, (draft, token) in enumerate(zip(drafts, tokens)) if draft != token), compared)
-            self._share = MEMORY * self._share + (1 - MEMORY) * right / compared
+            self._acceptance = DECAY * self._acceptance + (1 - DECAY) * right / compared
         for token in tokens:
             for length in LENGTHS:
                 if len(self._text) >= length:
@@ -40,5 +40,5 @@ class Drafter:
 
     @property
     def pays(self) -> bool:
-        """Whether recent drafts were right often enough to be worth checking."""
-        return self._share >= WORTH
+        """Whether checking drafts pays, by their recent acceptance rate."""
+        return self._acceptance >= MIN_ACCEPTANCE

@@ -72,7 +72,7 @@ def chunked_losses(cfg: ModelConfig, params: Params, hidden: Array, targets: Arr
 
 
 def loss_chunks(cfg: ModelConfig, rows: int, head_is_frozen: bool) -> int:
-    """Returns in how many pieces `target_losses` makes the logits of `rows` tokens."""
+    """Returns the number of pieces of `target_losses`' logits for `rows` tokens."""
     size = 4 * rows * cfg.vocab
     if head_is_frozen:
         return -(-size // ROWS_LIMIT)

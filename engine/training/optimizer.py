@@ -24,8 +24,8 @@ from engine.training.muon import orthogonalize
 Schedule = Callable[[Array], Array]
 
 # The leaves that Muon updates; no adapter, of which only the product is a matrix. Decay pulls it to its base.
-MATRICES = r"blocks/\d+/(qkv|out|gate_up|down)"
-UNDECAYED = r".*(norm|bias)"  # gains and biases are not pulled towards zero
+MUON_PATHS = r"blocks/\d+/(qkv|out|gate_up|down)"
+UNDECAYED = r".*(norm|bias)"  # gains and biases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ def scale_by_progress(schedule: Schedule) -> optax.GradientTransformationExtraAr
 def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     """Returns the chain for `cfg`, one object for each, so that a compiled step is found again."""
     is_decayed = lambda path, _: not re.fullmatch(UNDECAYED, path)
-    is_matrix = lambda path, leaf: re.fullmatch(MATRICES, path) and not isinstance(leaf, LoRA)
+    is_matrix = lambda path, leaf: re.fullmatch(MUON_PATHS, path) and not isinstance(leaf, LoRA)
     label = lambda path, leaf: "muon" if cfg.kind == "muon" and is_matrix(path, leaf) else "adamw"
     decay = optax.add_decayed_weights(cfg.weight_decay, mask=functools.partial(map_paths, is_decayed))
     adamw = optax.chain(optax.scale_by_adam(cfg.beta1, cfg.beta2), decay, optax.scale(-cfg.learning_rate))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SHOW_CURSOR = "\x1b[?25h"
-NUDGE, PATIENCE = 0.1, 1.0  # seconds for the main thread to hear of a signal, and then to leave by itself
+NUDGE, PATIENCE = 0.1, 1.0  # seconds for the main thread to hear of a signal, and to end
 
 
 def _print(sentence: str) -> None:

@@ -41,7 +41,7 @@ from stages.runs.training_steps import TrainingSteps, compile_step
 from stages.runs.validation import general_bits_per_byte
 
 SECONDS = 180.0  # of a run when nobody asks for a length
-EXPECTED = 0.4  # of the ceiling
+EXPECTED_MFU = 0.4
 QUICK_EXAMPLES = 64  # of a quick evaluation
 SAMPLE = 90  # tokens
 QUESTION = "What should I do when I cannot sleep?"
@@ -109,7 +109,7 @@ class FineTuning(ModelStage):
 
     def plan_rows(self) -> list[tuple[str, str]]:
         plan, recipe, dataset = self.plan, self.plan.recipe, self.dataset
-        steps, long = plan.predict(plan.step_flops / (EXPECTED * self.peak_flops))
+        steps, long = plan.predict(plan.step_flops / (EXPECTED_MFU * self.peak_flops))
         rows, *problems = dataset.summary.describe()
         return [
             self.model_row(),

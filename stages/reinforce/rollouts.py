@@ -21,7 +21,7 @@ from engine.text.packing import evaluation_batches
 from engine.training.rewards import Reward
 from stages.reinforce.data import Prompt
 
-PATIENCE = 2.0  # seconds for the rewards of a round
+REWARD_TIMEOUT = 2.0  # seconds, for a round
 
 
 class Rollout(NamedTuple):
@@ -57,7 +57,7 @@ class Sampler:
     def rollout(self, params: Params, prompts: Sequence[Prompt], seed: int) -> Rollout:
         """Samples a completion of each prompt, with seeds seed, seed + 1, ...
 
-        Raises UserError as `decode.generate`, and when the rewards take longer than PATIENCE.
+        Raises UserError as `decode.generate`, and when the rewards take longer than REWARD_TIMEOUT.
         """
         tokens = [prompt_tokens(self.chat, prompt) for prompt in prompts]
         begin = time.perf_counter()
@@ -103,16 +103,16 @@ def rollout_batch(prompts: Sequence[list[int]], completions: Sequence[list[int]]
 
 @contextlib.contextmanager
 def _time_limit(sentence: str) -> Iterator[None]:
-    """Raises UserError(sentence) after PATIENCE in the block. Only in the main thread, to which signals come."""
+    """Raises UserError(sentence) after REWARD_TIMEOUT in the block. Only in the main thread, to which signals come."""
 
     def ring(number: int, frame: object) -> None:
-        raise UserError(f"{sentence} ({PATIENCE:g} s were not enough.)")
+        raise UserError(f"{sentence} ({REWARD_TIMEOUT:g} s were not enough.)")
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+    signal.setitimer(signal.ITIMER_REAL, REWARD_TIMEOUT)
     try:
         yield
     finally:

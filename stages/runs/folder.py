@@ -23,7 +23,7 @@ from engine.errors import UserError
 from engine.files import atomic_file, folder_lock
 from engine.storage.run_folder import ADAPTER, ROOT
 
-OURS = ("config.json", "metrics.jsonl", "tokenizer", "checkpoints", "samples", ADAPTER, "run.json")
+RUN_FILES = ("config.json", "metrics.jsonl", "tokenizer", "checkpoints", "samples", ADAPTER, "run.json")
 
 
 def default_folder(model: str, data: str) -> Path:
@@ -47,7 +47,7 @@ def holds_run(folder: Path) -> bool:
 
 def clear_run(folder: Path) -> None:
     """Removes a run's files and nothing else; run.json last, so that a kill in between leaves a run folder."""
-    for name in OURS:
+    for name in RUN_FILES:
         path = folder / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -60,7 +60,7 @@ def find_previous_run(folder: Path, facts: dict[str, Any], cfg: ModelConfig, ove
 
 
 # What must be the same to resume a run, and where run.json says it.
-SAME = {
+MUST_MATCH = {
     "text": "text/digest", "tokenizer": "tokenizer/digest", "seed": "seed", "batch": "recipe/batch",
     "context": "recipe/context", "optimizer": "recipe/optimizer/kind", "base": "base/digest",
     "choice of trainable parameters": "learns", "objective": "objective",
@@ -71,10 +71,10 @@ OPTIONAL = {"base/digest", "learns", "objective"}
 def _differences(old: dict[str, Any], new: dict[str, Any], old_cfg: ModelConfig, cfg: ModelConfig) -> list[str]:
     """Returns what differs and must not: `width (256 there, 384 now)`."""
     there, now = leaf_paths(old), leaf_paths(new)
-    if {*SAME.values()} - OPTIONAL - there.keys():
+    if {*MUST_MATCH.values()} - OPTIONAL - there.keys():
         raise UserError("run.json there is damaged. Give another --out-dir, or --overwrite to begin anew.")
     pairs = [(name, getattr(old_cfg, name), getattr(cfg, name)) for name in old_cfg.architecture_differences(cfg)]
-    for name, key in SAME.items():
+    for name, key in MUST_MATCH.items():
         if there.get(key) == now.get(key):
             continue
         if key.endswith("/digest"):

@@ -18,7 +18,7 @@ from stages.runs.estimate import RunPlan, memory_limit, require_memory
 from stages.runs.text_data import TextData
 from stages.runs.training_steps import Program, compile_step
 
-UPDATE = 28  # bytes a parameter that the optimizer moves
+UPDATE_BYTES = 28  # moved a parameter by the optimizer
 DISPATCH = 0.002  # seconds a step
 
 
@@ -42,7 +42,7 @@ class JaxTrainer:
 
     def overhead(self, best: Ceilings) -> float:
         """Predicts the seconds of a step beside its products."""
-        return UPDATE * count_params(self.plan.cfg).total / (1e9 * best.update_gbs) + DISPATCH
+        return UPDATE_BYTES * count_params(self.plan.cfg).total / (1e9 * best.update_gbs) + DISPATCH
 
     def initial_state(self) -> TrainState:
         plan, optimizer = self.plan, make_optimizer(self.plan.recipe.optimizer)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 from tiny import request_of
 
-from engine.inference.scheduler import DRAFT_ROWS, PATIENCE, Decode, Prefill, Scheduler
+from engine.inference.scheduler import DRAFT_ROWS, OLDEST_EVERY, Decode, Prefill, Scheduler
 from engine.inference.sequence import STEPS, Sequence
 
 SLOTS, CHUNK = 5, 16
@@ -120,7 +120,7 @@ def test_a_long_prompt_holds_nobody_up():
 
     Steps prefill and decode in turns: two prefills and the decodes before, between and after them make five.
     """
-    for wait in range(PATIENCE + 2):
+    for wait in range(OLDEST_EVERY + 2):
         model = Model()
         long = [model.submit(3 * CHUNK + 1, 3) for _ in range(3)]
         for _ in range(wait):
@@ -139,7 +139,7 @@ def test_short_prompts_do_not_keep_a_long_one_waiting_for_ever():
         if len(model.scheduler.running) < SLOTS:
             model.submit(5, 1)
         model.step()
-        assert len(model.steps) <= 2 * (3 * PATIENCE + 2)  # half of them decode
+        assert len(model.steps) <= 2 * (3 * OLDEST_EVERY + 2)  # half of them decode
 
 
 def test_outputs_go_on_while_a_prompt_is_prefilled():
