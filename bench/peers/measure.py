@@ -14,7 +14,7 @@ from bench.models import PROGRESS, make_step, make_step_inputs, random_model
 from bench.peers.process import Peer, PeerError, note_absent
 from bench.timing import Timing, describe_noise, measure, ratio
 from engine.counting.flops import step_flops
-from engine.counting.hardware import memory_limit_bytes
+from engine.counting.hardware import require_memory
 from engine.counting.params import count_params
 from engine.device import cores
 from engine.errors import UserError
@@ -99,12 +99,11 @@ def check_preset(preset_name: str, prompt: int, new: int, *, runs: bool) -> None
     if longest > cfg.context:
         raise UserError(f"{longest} tokens do not fit {preset_name}'s context of {cfg.context}; give fewer --prompt or --new.")
     # Ours and the peer's, each as loaded and as computed.
-    needed, limit = 16 * count_params(cfg).total, memory_limit_bytes()
-    if needed > limit and runs:
-        raise UserError(
-            f"--preset {preset_name} twice in memory needs about {needed / 1e9:.0f} GB, and there are {limit / 1e9:.0f}; "
-            "give a smaller one, such as smollm2-135m."
-        )
+    if runs:
+        require_memory(
+            16 * count_params(cfg).total, f"--preset {preset_name} twice in memory needs about",
+            "give a smaller preset, such as smollm2-135m.",
+        )  # fmt: skip
 
 
 def measure_inference(

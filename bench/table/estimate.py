@@ -2,12 +2,11 @@
 
 from bench.table.training_rows import training_kinds
 from engine.counting.flops import forward_flops, train_flops
-from engine.counting.hardware import Ceilings, memory_limit_bytes
+from engine.counting.hardware import Ceilings, memory_limit_bytes, require_memory
 from engine.counting.memory import inference_memory, training_memory
 from engine.counting.params import count_params
 from engine.counting.program_flops import gradient_program_flops, score_program_flops
 from engine.counting.traffic import inference_bytes
-from engine.errors import UserError
 from engine.inference.decode import STEPS
 from engine.model.config import PRESETS, ModelConfig
 
@@ -27,7 +26,7 @@ def check_memory(cfg: ModelConfig, batch: int, context: int) -> None:
     ]
     remedies = (f"{flags} fits" for flags, model, rows, size in smaller if table_bytes(model, rows, size) <= limit)
     remedy = next(remedies, "a smaller model is needed")
-    raise UserError(f"The stage table would need {needed / 1e9:.1f} GB and {limit / 1e9:.1f} GB are there; {remedy}.")
+    require_memory(needed, "The stage table would need", f"{remedy}.", limit=limit)
 
 
 def table_bytes(cfg: ModelConfig, batch: int, context: int) -> int:

@@ -191,9 +191,11 @@ def memory_limit_bytes(root: Path = Path("/")) -> int:
     return min(limits)
 
 
-def check_host_memory(what: str, needed: int, detail: str = "", remedy: str = "") -> None:
-    """Raises UserError, ending in `remedy`, when `what` (plural) takes more bytes than this process may use."""
-    limit = memory_limit_bytes()
+def require_memory(needed: int, what: str, remedy: str, *, detail: str = "", limit: int | None = None) -> None:
+    """Raises UserError when more bytes are needed than `limit`, by default the memory this process may use.
+
+    Its sentence: "{what} {needed}{detail}, and {limit} are available; {remedy}".
+    """
+    limit = memory_limit_bytes() if limit is None else limit
     if needed > limit:
-        parts = (what, "take", format_bytes(needed), detail)
-        raise UserError(f"{' '.join(filter(None, parts))}, and {format_bytes(limit)} are here. {remedy}".rstrip())
+        raise UserError(f"{what} {format_bytes(needed)}{detail}, and {format_bytes(limit)} are available; {remedy}")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from engine.counting.hardware import check_host_memory
+from engine.counting.hardware import require_memory
 from engine.counting.params import count_params
 from engine.errors import UserError, did_you_mean
 from engine.model.config import ModelConfig
@@ -113,7 +113,9 @@ def load_model(
         on_config(cfg)
         matrices = "float32" if run else dtype or cfg.dtype
         size = count_params(cfg).total * (4 if matrices == "float32" else 2)
-        check_host_memory(f"The weights of {run.name if run else name}", size, f"in {matrices}")
+        require_memory(
+            size, f"The weights of {run.name if run else name} take", "choose a smaller model.", detail=f" in {matrices}"
+        )
 
     if not run:
         stored = (gguf.open_gguf if location.format == "gguf" else huggingface.open_folder)(location.path)

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from engine.counting.flops import decode_flops, forward_flops, prefill_flops
+from engine.counting.hardware import require_memory
 from engine.counting.memory import inference_memory
 from engine.device import Device
 from engine.errors import UserError
-from engine.format import duration, format_bytes, format_count
+from engine.format import duration, format_count
 from engine.inference.decode import prepare_params
 from engine.model.paths import merge
 from engine.training.optimizer import OptimizerConfig
@@ -20,7 +21,7 @@ from stages.reinforce.data import prompts_for
 from stages.reinforce.flags import ReinforceFlags
 from stages.reinforce.rollouts import Rollout, Sampler, prompt_tokens
 from stages.reinforce.rounds import Rounds, first_seed
-from stages.runs.estimate import RunPlan, memory_estimate, require_memory
+from stages.runs.estimate import RunPlan, memory_estimate, memory_limit
 from stages.runs.folder import default_folder
 from stages.runs.loop import Loop, LoopState, RunOptions
 from stages.runs.model_stage import ModelStage
@@ -92,8 +93,8 @@ class ReinforcementLearning(ModelStage):
         inference = inference_memory(cfg, rows, capacity)
         self.memory = self.plan.memory + inference.params + inference.cache
         require_memory(
-            self.memory, f"A round would need about {format_bytes(self.memory)}",
-            "give fewer --prompts, a smaller --group, fewer --max-tokens, or a smaller model.",
+            self.memory, "A round would need about",
+            "give fewer --prompts, a smaller --group, fewer --max-tokens, or a smaller model.", limit=memory_limit(),
         )  # fmt: skip
 
     def plan_rows(self) -> list[tuple[str, str]]:

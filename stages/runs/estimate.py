@@ -9,10 +9,9 @@ from typing import Literal
 import jax
 
 from engine.counting.flops import train_flops
-from engine.counting.hardware import Ceilings, cached_ceilings, memory_limit_bytes
+from engine.counting.hardware import Ceilings, cached_ceilings, memory_limit_bytes, require_memory
 from engine.counting.memory import training_memory
 from engine.counting.trainable_paths import TrainablePaths, all_trainable, lora_only
-from engine.errors import UserError
 from engine.files import cache_folder
 from engine.format import duration, format_bytes
 from engine.model.config import LoraConfig, ModelConfig
@@ -117,13 +116,6 @@ def memory_estimate(needed: int, noun: str) -> str:
     return f"about {format_bytes(needed)} of {format_bytes(memory_limit())} that are left for a {noun}"
 
 
-def require_memory(needed: int, sentence: str, remedy: str) -> None:
-    """Raises UserError when more than `memory_limit` is needed. `sentence`: how much, and for what; `remedy`: what to do."""
-    limit = memory_limit()
-    if needed > limit:
-        raise UserError(f"{sentence}, and {format_bytes(limit)} are left for it; {remedy}")
-
-
 def require_step_memory(plan: RunPlan, batch: int, is_lora: bool) -> None:
     """Raises UserError when a fine-tuning step would not fit, naming flags with which it would. `batch`: rows, or pairs."""
     if plan.memory <= memory_limit():
@@ -141,7 +133,7 @@ def require_step_memory(plan: RunPlan, batch: int, is_lora: bool) -> None:
             for name, lighter in plans.items()
         }
     remedy = next((name for name, lighter in plans.items() if lighter.memory <= memory_limit()), "only a smaller model")
-    require_memory(plan.memory, f"A step would need about {format_bytes(plan.memory)}", f"{remedy} would fit.")
+    require_memory(plan.memory, "A step would need about", f"{remedy} would fit.", limit=memory_limit())
 
 
 def cost_relative_to_full(plan: RunPlan) -> str:

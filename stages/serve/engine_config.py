@@ -19,7 +19,7 @@ from engine.model.paths import unflatten
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import merge_lora
 
-REMEDY = "Give fewer --slots, a smaller --capacity, or --keys-values int8."
+REMEDY = "give fewer --slots, a smaller --capacity, or --keys-values int8."
 
 
 def default_weights(backend: str) -> str:
@@ -61,7 +61,7 @@ class EngineConfig:
         cache = jax.eval_shape(lambda: make_kv_segments(cfg, self.slots, capacity, CHUNK, self.kv_dtype))
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) + self.prefix_cache_bytes
         size += count_params(cfg).total * {"int8": 1, "bfloat16": 2, "float32": 4}[self.weights]
-        hardware.check_host_memory(f"The weights and {self.slots:,} slots of {capacity:,} tokens", size, remedy=REMEDY)
+        hardware.require_memory(size, f"The weights and {self.slots:,} slots of {capacity:,} tokens take", REMEDY)
 
 
 class CompileAhead:

@@ -73,5 +73,5 @@ async def start_engine(state: ServerState, ahead: CompileAhead, changed: asyncio
     if error := state.engine.error:
         await asyncio.to_thread(ahead.stop)
         if "RESOURCE_EXHAUSTED" in str(error):
-            raise UserError(f"There is not enough memory to answer in so many slots. {REMEDY}")
+            raise UserError(f"There is not enough memory to answer in so many slots; {REMEDY}")
         raise error

@@ -140,4 +140,4 @@ def _make_slots(model: LoadedModel, adapter: Path | None, engine_config: EngineC
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise UserError(f"There is not enough memory for {engine_config.slots} slots. {REMEDY}") from error
+        raise UserError(f"There is not enough memory for {engine_config.slots} slots; {REMEDY}") from error

@@ -4,9 +4,8 @@ from typing import Any
 
 import jax
 
-from engine.counting.hardware import Ceilings
+from engine.counting.hardware import Ceilings, require_memory
 from engine.counting.params import count_params
-from engine.format import format_bytes
 from engine.inference.decode import generate, prepare_params
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.score import score
@@ -14,7 +13,7 @@ from engine.model.transformer import init_params
 from engine.training.optimizer import make_optimizer
 from engine.training.step import TrainState, init_state
 from stages.cli.console import Console
-from stages.runs.estimate import RunPlan, memory_limit, require_memory
+from stages.runs.estimate import RunPlan, memory_limit
 from stages.runs.text_data import TextData
 from stages.runs.training_steps import Program, compile_step
 
@@ -37,8 +36,10 @@ class JaxTrainer:
 
     def check_memory(self) -> None:
         least = count_params(self.plan.cfg).total * (16 if self.optimizer_name == "adamw" else 12)
-        needed = f"Training {self.plan.name} needs at least {format_bytes(least)} for weights, gradients and optimizer"
-        require_memory(least, needed, "choose a smaller preset.")
+        require_memory(
+            least, f"Training {self.plan.name} needs at least", "choose a smaller preset.",
+            detail=" for weights, gradients and optimizer", limit=memory_limit(),
+        )  # fmt: skip
 
     def overhead(self, best: Ceilings) -> float:
         """Predicts the seconds of a step beside its products."""

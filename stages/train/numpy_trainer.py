@@ -14,7 +14,7 @@ from engine import by_hand
 from engine.by_hand import adamw
 from engine.by_hand.generate import generate
 from engine.by_hand.model import residual_count
-from engine.counting.hardware import Ceilings
+from engine.counting.hardware import Ceilings, require_memory
 from engine.counting.params import count_params
 from engine.format import format_bytes
 from engine.inference.score import score
@@ -23,7 +23,7 @@ from engine.training.optimizer import make_schedule
 from engine.training.step import StepMetrics, TrainState
 from stages.cli.command import command_line
 from stages.cli.console import Console
-from stages.runs.estimate import RunPlan, require_memory
+from stages.runs.estimate import RunPlan, memory_limit
 from stages.runs.text_data import TextData
 from stages.runs.training_steps import Program
 from stages.runs.validation import quick_evaluator
@@ -55,9 +55,11 @@ class NumPyTrainer:
         return by_hand.loss(cfg, params, *batch) * int(batch.mask.sum())
 
     def check_memory(self) -> None:
-        needed = f"Training {self.plan.name} by hand needs about {format_bytes(self.memory)}, of which "
-        needed += f"{format_bytes(self.residuals)} are kept by the forward pass for the backward pass"
-        require_memory(self.memory, needed, "give a smaller --batch or --context, or a smaller preset.")
+        require_memory(
+            self.memory, f"Training {self.plan.name} by hand needs about",
+            "give a smaller --batch or --context, or a smaller preset.",
+            detail=f" ({format_bytes(self.residuals)} kept by the forward pass for the backward pass)", limit=memory_limit(),
+        )  # fmt: skip
 
     def initial_state(self) -> TrainState:
         def make() -> TrainState:

@@ -158,8 +158,8 @@ def test_flags_that_cannot_be_measured_are_refused_before_anything_starts(flags,
 
 
 def test_a_model_too_large_for_this_machine_is_refused(monkeypatch):
-    monkeypatch.setattr(measure, "memory_limit_bytes", lambda: 10**9)
-    with pytest.raises(UserError, match="twice in memory needs about 2 GB, and there are 1; give a smaller one"):
+    monkeypatch.setattr("engine.counting.hardware.memory_limit_bytes", lambda: 10**9)
+    with pytest.raises(UserError, match=r"twice in memory needs about 2.2 GB, and 1.0 GB are available; give a smaller"):
         measure.check_preset("smollm2-135m", 256, 33, runs=True)
     measure.check_preset("smollm2-135m", 256, 33, runs=False)
 

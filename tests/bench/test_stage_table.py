@@ -129,7 +129,7 @@ def test_the_other_measurements_are_named(capsys):
         (["--batch", "3"], "--batch must be even"),
         (["--context", "100"], "multiple of 64"),
         (["--model", "nowhere"], "There is no model at nowhere"),
-        (["--preset", "llama-2-7b"], "GB are there; --preset"),
+        (["--preset", "llama-2-7b"], "B are available; --preset"),
         (["--preset", "smollm2-135m", "--batch", "4000", "--context", "512"], "--batch"),
         (["--preset", "tiny", "--batch", "2", "--context", "64000000000"], "--batch 2 --context"),
         (["--price", "cheap"], "--price must be a number above 0, in dollars an hour, such as 0.10; got 'cheap'."),
@@ -176,7 +176,7 @@ def test_a_model_that_cannot_fit_is_refused_before_its_weights_are_read(tmp_path
     (tmp_path / "config.json").write_text(json.dumps(config_to(huge, "bfloat16", {})))
     monkeypatch.setattr("bench.table.measure.load", None)
     assert main(["--model", str(tmp_path)]) == 2
-    assert "GB are there; --preset" in capsys.readouterr().err
+    assert "B are available; --preset" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("changes", [{}, {"tied": True, "qk_norm": False}])

@@ -270,7 +270,7 @@ def test_too_many_slots_for_memory_is_a_sentence_and_ends_what_compiles_ahead():
     ahead: Any = SimpleNamespace(stop=lambda: stopped.append(True))
     slots: Any = SimpleNamespace(cfg=None, capacity=8, warm=out_of_memory)
     state: Any = SimpleNamespace(engine=EngineThread(slots))
-    with pytest.raises(UserError, match="Give fewer --slots, a smaller --capacity"):
+    with pytest.raises(UserError, match="give fewer --slots, a smaller --capacity"):
         asyncio.run(lifecycle.start_engine(state, ahead, asyncio.Event(), Console()))
     state.engine.stop()
     assert stopped == [True]
@@ -282,5 +282,5 @@ def test_slots_beyond_memory_are_refused_with_flags_of_this_stage(folder, forese
         monkeypatch.setattr(hardware, "memory_limit_bytes", lambda: 10**6)
     else:
         monkeypatch.setattr(module, "Slots", out_of_memory)
-    with pytest.raises(UserError, match=r"500 slots.* Give fewer --slots, a smaller --capacity"):
+    with pytest.raises(UserError, match=r"500 slots.* give fewer --slots, a smaller --capacity"):
         load_state(folder, weights="int8", slots=500)

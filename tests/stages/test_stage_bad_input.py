@@ -198,7 +198,7 @@ def test_weights_that_would_not_fit(trained: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(hardware, "memory_limit_bytes", lambda: 50_000)
     for model in (trained, tmp_path / "folder"):
         said = failing(generate.main, ["--model", model])
-        assert re.search(r"The weights of .* take 1?\d\d(\.\d)? kB in \w+, and 50(\.0)? kB are here", said), said
+        assert re.search(r"The weights of .* take 1?\d\d(\.\d)? kB in \w+, and 50(\.0)? kB are available", said), said
 
 
 def test_prompts(trained: Path, failing: Failing) -> None:

@@ -338,5 +338,5 @@ def test_not_enough_memory_is_predicted(
     ):  # fmt: skip
         monkeypatch.setattr(plan, "memory_limit", lambda limit=limit: limit)
         told = failing(finetune.main, args(trained, chats, tmp_path / "run", "--batch", 16, *flags))
-        assert re.search(r"A step would need about .*, and .* are left for it", told)
+        assert re.search(r"A step would need about .*, and .* are available", told)
         assert remedy in told
