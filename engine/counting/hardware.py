@@ -1,4 +1,4 @@
-"""Measures this machine through JAX: its best FLOP/s and bytes/s, and its memory. Holds the engine's only clock.
+"""Measures this machine through JAX: its best FLOP/s and bytes/s, and its memory. Holds the only clock.
 
 Products are square with row-major operands, the only ones that XLA on a CPU passes to its fast kernels.
 """

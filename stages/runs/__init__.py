@@ -1,1 +1,1 @@
-"""Shared by all training stages: flags, data, estimate, run folder, loop, resuming, and the run itself."""
+"""Shared by all training stages: flags, data, estimate, run folder, loop, resuming."""
