@@ -5,6 +5,8 @@ import socket
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_server import CAPACITY, ask, good, post_head, read_all, refused, say, until
 
 from stages.serve import server
@@ -245,11 +247,14 @@ def test_a_compressed_body(client, encoding):
 @pytest.mark.parametrize(
     "request_",
     [
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"hello\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"hello\r\n\r\n", b"GET /\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n",
+        b"GET  / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost: localhost\r\nA b: c\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 100_000, b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n",
         b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-        b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
-        b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nnot hex\r\n",
+        *(b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\n" + rest for rest in (
+            b"Content-Length: -1\r\n\r\n", b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n",
+            b"Transfer-Encoding: chunked\r\n\r\nnot hex\r\n", b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+        )), b"\r\n\r\n\r\n\x00",
     ],
 )  # fmt: skip
 def test_malformed_http(tiny_server, request_):
@@ -282,3 +287,31 @@ def is_closed(connection: socket.socket) -> bool:
         return connection.recv(65536) == b""
     except ConnectionResetError:
         return True
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=12,
+)  # fmt: skip
+FIELDS = st.sampled_from(
+    ["model", "prompt", "messages", "max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "stop", "stream", "seed",
+     "logprobs", "logit_bias", "stream_options", "presence_penalty", "echo", "tools", "tokens", "add_special_tokens", "weights"]
+)  # fmt: skip
+
+
+@settings(max_examples=150)
+@given(st.sampled_from(PATHS), st.dictionaries(FIELDS, JSON, max_size=4), st.booleans())
+def test_fields_at_random(tiny_server, path, change, valid):
+    start = {PATHS[0]: ask(most=2), PATHS[1]: say(most=2)}.get(path, {"prompt": "a"}) if valid else {}
+    with tiny_server.client(timeout=20) as client:
+        reply = client.post_bytes(path, json.dumps(start | change).encode())
+    if reply.status_code != 200:
+        assert reply.status_code in (400, 404, 429)
+        refused(reply, reply.status_code)
+
+
+@settings(max_examples=100)
+@given(st.sampled_from(PATHS), st.binary(max_size=200))
+def test_bytes_at_random(tiny_server, path, content):
+    with tiny_server.client(timeout=20) as client:
+        refused(client.post_bytes(path, content))

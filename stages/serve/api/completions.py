@@ -21,7 +21,7 @@ async def chat_completions(state: ServerState, http: Request) -> Any:
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs is given without logprobs being true.", param="top_logprobs")
     if body.max_tokens is not None and body.max_completion_tokens is not None:
-        message = "max_tokens is the older name of max_completion_tokens: send only one of them."
+        message = "max_completion_tokens is sent beside max_tokens, its older name: send only one of them."
         raise ApiError(400, message, param="max_completion_tokens")
 
     async def encode() -> list[list[int]]:
