@@ -4,7 +4,7 @@ import dataclasses
 import functools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_model import count_step, logits, params_of, shaped, shapes
 
@@ -132,6 +132,7 @@ def test_forward_formula_equals_the_products_of_the_plain_model():
 # ---- identities
 
 
+@settings(max_examples=40)
 @given(configs(), st.integers(1, 50), st.sampled_from(["causal", "full"]))
 def test_forward_is_a_third_of_training(cfg, tokens, attention):
     work = train_flops(cfg, tokens, attention=attention)
@@ -141,6 +142,7 @@ def test_forward_is_a_third_of_training(cfg, tokens, attention):
         assert work.parts[name].forward == work.parts[name].dx == work.parts[name].dw
 
 
+@settings(max_examples=40)
 @given(configs(), st.integers(1, 50))
 def test_causal_attention_is_half_of_full_and_blocks_lie_between(cfg, tokens):
     full, causal, blocks = (train_flops(cfg, tokens, attention=kind) for kind in ("full", "causal", 1))
@@ -152,6 +154,7 @@ def test_causal_attention_is_half_of_full_and_blocks_lie_between(cfg, tokens):
     assert train_flops(cfg, tokens, attention=tokens + 1) == full  # a block that does not divide T
 
 
+@settings(max_examples=40)
 @given(configs(), st.integers(1, 50), st.integers(1, 9))
 def test_a_step_by_the_mfu_convention_is_6n_and_12ldt(cfg, seq, batch):
     attention_width = cfg.heads * cfg.head_dim
@@ -159,6 +162,7 @@ def test_a_step_by_the_mfu_convention_is_6n_and_12ldt(cfg, seq, batch):
     assert step_flops(cfg, batch, seq) == batch * seq * expected
 
 
+@settings(max_examples=40)
 @given(configs(), st.integers(1, 50))
 def test_remat_adds_the_forward_of_every_block_but_its_last_product(cfg, tokens):
     kept, again = (train_flops(cfg, tokens, attention="full", remat=remat) for remat in ("none", "block"))
@@ -169,6 +173,7 @@ def test_remat_adds_the_forward_of_every_block_but_its_last_product(cfg, tokens)
     assert 4 * whole.by_pass.forward == 4 * whole.by_pass.recompute == whole.total  # the 8 N of full recomputation
 
 
+@settings(max_examples=40)
 @given(configs(), st.integers(1, 50), st.data())
 def test_what_freezing_saves(cfg, tokens, data):
     """Frozen below: no dX and no dW there, so training k of L blocks is 2 N + 4 N k / L in them. Frozen above: only dW is
@@ -217,6 +222,7 @@ def test_a_chunked_loss_makes_the_logits_twice_and_fills_the_last_chunk():
     assert chunked.total - whole.total == 4 * 24 * column - 3 * 19 * column
 
 
+@settings(max_examples=40)
 @given(configs(), st.integers(1, 40), st.integers(0, 40))
 def test_reading_a_prompt_is_decoding_its_tokens_with_one_head(cfg, tokens, cached):
     """Full attention over a cache of S places is T decodes at length S; only the last needs logits."""
