@@ -156,7 +156,7 @@ def test_a_larger_table_is_predicted_to_take_more():
     assert table_bytes(PRESETS["tiny"], 2, 64) < table_bytes(PRESETS["tiny"], 4, 64) < table_bytes(PRESETS["demo"], 4, 64)
 
 
-def test_a_model_that_too_longer_than_was_asked_for_is_said_to_with_a_shape_that_does_not():
+def test_a_model_that_takes_longer_than_asked_gets_a_warning_with_a_shape_that_does_not():
     ceilings = Ceilings("", "cpu", 2, "0", bf16_gflops=400, f32_gflops=200, int8_gflops=800, read_gbs=30, update_gbs=60)
     small, large = PRESETS["nano"], PRESETS["smollm2-135m"]
     assert duration_warning(small, 8, 256, 100, 3, ceilings) is None
