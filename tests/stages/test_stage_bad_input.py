@@ -51,7 +51,7 @@ Failing = Callable[..., str]
         (["--batch", "100000000", "--dry-run"], []),
     ],
 )
-def test_flags(flags: list[str], words: list[str], text: Path, tmp_path: Path, failing: Failing) -> None:
+def test_flags(flags, words, text, tmp_path, failing):
     given = ["tiny", "--data", str(text), "--out-dir", str(tmp_path / "run"), *flags]
     if not words:
         assert train.main(given) == 0
@@ -76,7 +76,7 @@ def test_flags(flags: list[str], words: list[str], text: Path, tmp_path: Path, f
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_corpus(name: str, content: bytes | None, words: list[str], tmp_path: Path, failing: Failing) -> None:
+def test_corpus(name, content, words, tmp_path, failing):
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
@@ -89,7 +89,7 @@ def test_corpus(name: str, content: bytes | None, words: list[str], tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
-def test_run_of_another_kind_is_left_alone(trained: Path, text: Path, tmp_path: Path, failing: Failing) -> None:
+def test_run_of_another_kind_is_left_alone(trained, text, tmp_path, failing):
     before = {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()}
     other = write_text(tmp_path / "other.txt", lines=200)
     same = ["--tokenizer", "bpe:300", "--context", 64]
@@ -107,7 +107,7 @@ def test_run_of_another_kind_is_left_alone(trained: Path, text: Path, tmp_path: 
     assert before == {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()}
 
 
-def test_folder_that_is_no_run_is_left_alone(text: Path, tmp_path: Path, failing: Failing) -> None:
+def test_folder_that_is_no_run_is_left_alone(text, tmp_path, failing):
     (tmp_path / "config.json").write_text("{}")
     for more in ([], ["--overwrite"]):
         assert "not a run folder" in failing(train.main, tiny(text, tmp_path, "--steps", 1, *more))
@@ -116,7 +116,7 @@ def test_folder_that_is_no_run_is_left_alone(text: Path, tmp_path: Path, failing
     assert "/proc/thrice" in failing(train.main, tiny(text, Path("/proc/thrice"), "--steps", 1))  # may not be written
 
 
-def test_no_sound_checkpoint(trained: Path, text: Path, tmp_path: Path, failing: Failing) -> None:
+def test_no_sound_checkpoint(trained, text, tmp_path, failing):
     folder = tmp_path / "sea"
     shutil.copytree(trained, folder)
     (folder / "checkpoints" / "20" / "state.json").write_text("{}")
@@ -132,7 +132,7 @@ def test_no_sound_checkpoint(trained: Path, text: Path, tmp_path: Path, failing:
     assert train.main([*given, "--overwrite"]) == 0
 
 
-def test_model_that_is_none(tmp_path: Path, text: Path, failing: Failing, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_that_is_none(tmp_path, text, failing, monkeypatch):
     for given, words in (
         (tmp_path / "nowhere", "There is no model at"),
         (tmp_path, "holds no model"),
@@ -148,7 +148,7 @@ def test_model_that_is_none(tmp_path: Path, text: Path, failing: Failing, monkey
     assert "python -m stages.train" in failing(generate.main, [])
 
 
-def test_no_network_offers_the_text_that_needs_none(tmp_path: Path) -> None:
+def test_no_network_offers_the_text_that_needs_none(tmp_path):
     nowhere = {"PIP_NO_INDEX": "1", "UV_OFFLINE": "1", "THRICE_CACHE": str(tmp_path / "cache")}
     done = command("train", "--out-dir", tmp_path / "run", env=nowhere)
     assert done.returncode == 2, done.stderr
@@ -156,7 +156,7 @@ def test_no_network_offers_the_text_that_needs_none(tmp_path: Path) -> None:
     assert b"Traceback" not in done.stderr
 
 
-def test_full_disk_keeps_what_was_saved(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: Failing) -> None:
+def test_full_disk_keeps_what_was_saved(text, tmp_path, monkeypatch, failing):
     folder = tmp_path / "run"
     assert train.main(tiny(text, folder, "--steps", 2)) == 0
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "metrics.jsonl"))
@@ -177,7 +177,7 @@ def test_full_disk_keeps_what_was_saved(text: Path, tmp_path: Path, monkeypatch:
     assert manifest.verify(folder / "checkpoints" / "2") == []
 
 
-def test_device_that_is_not_there(text: Path, tmp_path: Path, failing: Failing) -> None:
+def test_device_that_is_not_there(text, tmp_path, failing):
     absent = "TPU" if jax.default_backend() != "tpu" else "GPU"
     said = failing(train.main, tiny(text, tmp_path / "run", "--device", absent.lower()))
     assert f"There is no {absent}" in said
@@ -187,13 +187,13 @@ def test_device_that_is_not_there(text: Path, tmp_path: Path, failing: Failing) 
     assert b"Traceback" not in done.stderr
 
 
-def test_sentences_for_what_the_system_refuses() -> None:
+def test_sentences_for_what_the_system_refuses():
     assert "may not" in (explain_error(PermissionError(errno.EACCES, "no", "/a/b")) or "")
     assert "--batch" in (explain_error(RuntimeError("RESOURCE_EXHAUSTED: out of memory")) or "")
     assert explain_error(KeyError("a mistake of ours")) is None
 
 
-def test_weights_that_would_not_fit(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: Failing) -> None:
+def test_weights_that_would_not_fit(trained, tmp_path, monkeypatch, failing):
     assert export.main(["--model", str(trained), "--out", str(tmp_path / "folder")]) == 0
     monkeypatch.setattr(hardware, "memory_limit_bytes", lambda: 50_000)
     for model in (trained, tmp_path / "folder"):
@@ -201,7 +201,7 @@ def test_weights_that_would_not_fit(trained: Path, tmp_path: Path, monkeypatch: 
         assert re.search(r"The weights of .* take 1?\d\d(\.\d)? kB in \w+, and 50(\.0)? kB are available", said), said
 
 
-def test_prompts(trained: Path, failing: Failing) -> None:
+def test_prompts(trained, failing):
     assert "a context of 64" in failing(generate.main, ["--model", trained, "--prompt", "the sea " * 200])
     done = command("generate", "--model", trained, "--prompt", "-", stdin=b"caf\xe9")
     assert done.returncode == 2
@@ -210,6 +210,6 @@ def test_prompts(trained: Path, failing: Failing) -> None:
         assert flags[0] in failing(generate.main, ["--model", trained, *flags])
 
 
-def test_verbose_shows_where_it_happened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verbose_shows_where_it_happened(tmp_path, capsys):
     assert generate.main(["--model", str(tmp_path / "nowhere"), "--verbose"]) == 2
     assert "Traceback" in capsys.readouterr().err

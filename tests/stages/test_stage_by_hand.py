@@ -4,7 +4,6 @@ import re
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +32,7 @@ def by_hand(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_steps_are_those_of_jax(by_hand: Path, text: Path, tmp_path: Path) -> None:
+def test_the_steps_are_those_of_jax(by_hand, text, tmp_path):
     same = ["--steps", STEPS, "--log-every", 1, "--optimizer", "adamw", "--dtype", "float32"]
     assert train.main(tiny(text, tmp_path / "jax", *same)) == 0
     assert len(losses(by_hand)) == STEPS
@@ -43,7 +42,7 @@ def test_the_steps_are_those_of_jax(by_hand: Path, text: Path, tmp_path: Path) -
     assert abs(ours["val_bits_per_byte"] - theirs["val_bits_per_byte"]) < 1e-3
 
 
-def test_other_commands_read_what_it_learnt(by_hand: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_commands_read_what_it_learnt(by_hand, capsys):
     assert evaluate.main(["--model", str(by_hand)]) == 0
     said = capsys.readouterr().out
     assert f"{read_json(by_hand / 'run.json')['result']['val_bits_per_byte']:.3f}" in said
@@ -54,7 +53,7 @@ def test_other_commands_read_what_it_learnt(by_hand: Path, capsys: pytest.Captur
     assert capsys.readouterr().out == written + "\n"
 
 
-def test_what_it_says(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_it_says(text, tmp_path, capsys):
     given = tiny(text, tmp_path / "run", "--by-hand")[1:]  # without a preset
     assert train.main([*given, "--dry-run"]) == 0
     plan = capsys.readouterr().out
@@ -70,9 +69,7 @@ def test_what_it_says(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "stages.train tiny --optimizer adamw --dtype float32, with the same other flags, takes the same steps" in said
 
 
-def test_it_goes_on_where_it_stopped(
-    by_hand: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_goes_on_where_it_stopped(by_hand, text, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "parts"
     same = tiny(text, folder, "--by-hand", "--steps", STEPS, "--log-every", 1)
     with monkeypatch.context() as stopping:
@@ -88,19 +85,19 @@ OTHERS = ["--scan", "--remat", "--accumulate 2", "--dtype bfloat16", "--optimize
 
 
 @pytest.mark.parametrize("flags", [*OTHERS, "--device gpu"])
-def test_flags_of_the_other_step(flags: str, text: Path, tmp_path: Path, failing: Any) -> None:
+def test_flags_of_the_other_step(flags, text, tmp_path, failing):
     said = failing(train.main, tiny(text, tmp_path / "run", "--by-hand", *flags.split()))
     assert f"--by-hand does not go with {re.sub(r' [0-9.]+$', '', flags)}: " in said
     assert not (tmp_path / "run").exists()
 
 
-def test_more_than_fits(text: Path, tmp_path: Path, failing: Any) -> None:
+def test_more_than_fits(text, tmp_path, failing):
     said = failing(train.main, tiny(text, tmp_path / "run", "--by-hand", "--batch", 50_000_000))
     assert "kept by the forward pass for the backward pass" in said
     assert "smaller --batch" in said
 
 
-def test_the_two_do_not_go_on_with_each_other(by_hand: Path, text: Path, tmp_path: Path, failing: Any) -> None:
+def test_the_two_do_not_go_on_with_each_other(by_hand, text, tmp_path, failing):
     folder = tmp_path / "hand"
     shutil.copytree(by_hand, folder)
     for optimizer in ("adamw", "muon"):
@@ -108,9 +105,7 @@ def test_the_two_do_not_go_on_with_each_other(by_hand: Path, text: Path, tmp_pat
         assert f"another optimizer (adamw by hand there, {optimizer} now)" in said
 
 
-def test_a_step_that_is_not_finite_changes_nothing(
-    by_hand: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: Any
-) -> None:
+def test_a_step_that_is_not_finite_changes_nothing(by_hand, text, tmp_path, monkeypatch, failing):
     from engine import by_hand as model
 
     folder = tmp_path / "hand"

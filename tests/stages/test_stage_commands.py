@@ -4,7 +4,6 @@ import io
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from tiny_runs import ROOT, command, tiny
@@ -15,7 +14,7 @@ from stages.cli.command import command_line
 
 
 @pytest.mark.parametrize("stage", ["", "train", "evaluate", "generate", "chat", "serve"])
-def test_help_imports_nothing_heavy(stage: str) -> None:
+def test_help_imports_nothing_heavy(stage):
     module = f"stages.{stage}" if stage else "stages"
     program = (
         f"import runpy, sys; sys.argv = ['{module}', '--help']\n"
@@ -30,7 +29,7 @@ def test_help_imports_nothing_heavy(stage: str) -> None:
     assert "\x1b" not in done.stdout
 
 
-def test_every_stage_is_listed_with_what_it_does() -> None:
+def test_every_stage_is_listed_with_what_it_does():
     found = stages()
     assert list(found)[:4] == ["train", "finetune", "reinforce", "evaluate"]
     assert all(line.endswith(".") for line in found.values())
@@ -38,7 +37,7 @@ def test_every_stage_is_listed_with_what_it_does() -> None:
     assert all(line in said for line in found.values())
 
 
-def test_piped_output_is_plain_and_brief(text: Path, tmp_path: Path) -> None:
+def test_piped_output_is_plain_and_brief(text, tmp_path):
     done = command("train", *tiny(text, tmp_path / "run", "--steps", 30), env={"COLUMNS": "40"})
     assert done.returncode == 0, done.stderr
     said = done.stdout.decode()
@@ -76,7 +75,7 @@ def screen(written: str) -> list[str]:
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 200])
-def test_live_line_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_live_line_fits_the_terminal(width, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("LINES", "24")
     monkeypatch.setenv("TERM", "xterm")
@@ -99,12 +98,12 @@ def test_live_line_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch
     assert stream.getvalue().count("\x1b[?25l") == stream.getvalue().count("\x1b[?25h")
 
 
-def test_wrap_keeps_fields_whole() -> None:
+def test_wrap_keeps_fields_whole():
     assert console.wrap(["step 1", "loss 2.5", "lr 1"], 16) == ["step 1  loss 2.5", "lr 1"]
     assert console.wrap(["a long field", "b"], 6) == ["a long", "b"]
 
 
-def test_durations() -> None:
+def test_durations():
     meant = {"45": 45, "90s": 90, "3m": 180, "1h": 3600, "1h30m": 5400, "1.5h": 5400, "2min": 120}
     assert {said: flags.seconds(said) for said in meant} == meant
     for wrong in ("", "m", "3x", "-3m", "0", "3m x", "inf", "nan", "1e3"):
@@ -114,7 +113,7 @@ def test_durations() -> None:
     assert isinstance(flags.interval("200"), int)
 
 
-def test_numbers() -> None:
+def test_numbers():
     assert flags.integer(1)("1e6") == 1_000_000
     assert flags.integer(1)("1_000") == 1000
     assert flags.number(0, 1)("0") == 0
@@ -125,7 +124,7 @@ def test_numbers() -> None:
             flags.integer(0)(wrong)
 
 
-def test_commands_to_type_are_quoted_and_run_as_we_were(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_to_type_are_quoted_and_run_as_we_were(monkeypatch):
     monkeypatch.delenv("UV", raising=False)
     assert command_line("generate", "--model", "my runs/a") == "python -m stages.generate --model 'my runs/a'"
     monkeypatch.setenv("UV", "/bin/uv")

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +73,7 @@ def adapted(trained: Path, chats: Path, text: Path, tmp_path_factory: pytest.Tem
     return folder, printed.getvalue()
 
 
-def test_a_lora_run_says_what_it_does(adapted: tuple[Path, str], trained: Path) -> None:
+def test_a_lora_run_says_what_it_does(adapted, trained):
     folder, printed = adapted
     total = sum(leaf.size for leaf in leaf_paths(load_model(str(trained)).params).values())
     assert "LoRA        q, v, gate, up, down of 2 layers, rank 4" in printed
@@ -90,7 +89,7 @@ def test_a_lora_run_says_what_it_does(adapted: tuple[Path, str], trained: Path) 
     assert f"python -m stages.chat --model {folder}" in printed
 
 
-def test_the_base_stays_as_it_was_and_the_run_is_a_model(adapted: tuple[Path, str], trained: Path) -> None:
+def test_the_base_stays_as_it_was_and_the_run_is_a_model(adapted, trained):
     folder, _ = adapted
     base, model = load_model(str(trained)), load_model(str(folder))
     assert json.loads((folder / "run.json").read_text())["base"]["digest"] == digest(base.params)
@@ -106,9 +105,7 @@ def test_the_base_stays_as_it_was_and_the_run_is_a_model(adapted: tuple[Path, st
     assert changed == {f"blocks/{layer}/{name}" for layer in (0, 1) for name in ("qkv", "gate_up", "down")}
 
 
-def test_chat_generate_and_evaluate_take_the_run(
-    adapted: tuple[Path, str], trained: Path, chats: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_chat_generate_and_evaluate_take_the_run(adapted, trained, chats, capsys):
     folder, _ = adapted
     assert generate.main(["--model", str(folder), "--prompt", "the", "--max-tokens", "4", "--verbose"]) == 0
     assert "weights unchanged" in capsys.readouterr().err
@@ -138,10 +135,7 @@ def test_chat_generate_and_evaluate_take_the_run(
     assert float(re.findall(r"nats per token +(\S+)", printed)[0]) > measured + 0.5
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(
-    adapted: tuple[Path, str], trained: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+def test_a_stopped_run_goes_on_to_the_same_bits(adapted, trained, chats, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "stopped"
     given = args(trained, chats, folder, "--lora", LORA)
     at = PackedBatches.at
@@ -177,10 +171,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
         (("--train", "blocks/1/(qkv|out)", "head", "--freeze", "head"), ("blocks/1/(qkv|out) ", "head "), "blocks/1/(qkv|out)"),
     ],
 )
-def test_what_is_frozen_stays_to_the_bit(
-    flags: tuple[str, ...], phrases: tuple[str, ...], learning: str, trained: Path, chats: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+def test_what_is_frozen_stays_to_the_bit(flags, phrases, learning, trained, chats, tmp_path, capsys):
     folder = tmp_path / "partly"
     more = ("--weight-decay", 0.1, "--learning-rate", 1e-3, "--steps", 3)
     assert finetune.main(args(trained, chats, folder, *more, *flags)) == 0
@@ -196,7 +187,7 @@ def test_what_is_frozen_stays_to_the_bit(
     assert (folder / "tokenizer" / "generation_config.json").exists()
 
 
-def test_a_base_in_int8(trained: Path, chats: Path, tmp_path: Path) -> None:
+def test_a_base_in_int8(trained, chats, tmp_path):
     folder = tmp_path / "int8"
     assert finetune.main(args(trained, chats, folder, "--base", "int8", "--lora", LORA)) == 0
     found = result(folder)
@@ -205,7 +196,7 @@ def test_a_base_in_int8(trained: Path, chats: Path, tmp_path: Path) -> None:
     assert {leaf.base.dtype for leaf in leaf_paths(model.params).values() if hasattr(leaf, "base")} == {np.dtype("float32")}
 
 
-def test_preferences_begin_at_ln_2(trained: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_preferences_begin_at_ln_2(trained, pairs, tmp_path, capsys):
     folder = tmp_path / "preferring"
     given = args(trained, pairs, folder, "--objective", "preference", "--lora", LORA)
     assert finetune.main(given) == 0
@@ -218,7 +209,7 @@ def test_preferences_begin_at_ln_2(trained: Path, pairs: Path, tmp_path: Path, c
     assert "100% of them" in capsys.readouterr().out
 
 
-def test_a_run_can_be_tuned_again(adapted: tuple[Path, str], chats: Path, tmp_path: Path) -> None:
+def test_a_run_can_be_tuned_again(adapted, chats, tmp_path):
     """An adapter over an adapter, and weights that learn under one."""
     for name, flags in (("twice", ("--lora", LORA)), ("folded", ("--train", "blocks/1/qkv"))):
         folder = tmp_path / name
@@ -228,7 +219,7 @@ def test_a_run_can_be_tuned_again(adapted: tuple[Path, str], chats: Path, tmp_pa
         assert load_model(str(folder)).run == folder
 
 
-def test_a_dry_run_leaves_nothing(trained: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_leaves_nothing(trained, chats, tmp_path, capsys):
     folder = tmp_path / "dry"
     assert finetune.main([*args(trained, chats, folder, "--lora", LORA), "--dry-run"]) == 0
     printed = capsys.readouterr().out
@@ -259,9 +250,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("flags", "sentence"), BAD, ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
-def test_what_cannot_be_done_is_said_before_anything_is_written(
-    flags: tuple[str, ...], sentence: str, trained: Path, chats: Path, tmp_path: Path, failing: Callable[..., str]
-) -> None:
+def test_what_cannot_be_done_is_said_before_anything_is_written(flags, sentence, trained, chats, tmp_path, failing):
     folder = tmp_path / "bad"
     told = failing(finetune.main, [*args(trained, chats, folder), *flags])
     told = re.sub(r"[│╭╮╰╯─\s]+", " ", told)  # a wrong flag is told in a frame
@@ -277,7 +266,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(
         ('{"messages": [{"role": "usr", "content": "a"}]}', r":2: message 1 of `messages` has the role 'usr'"),
     ],
 )
-def test_a_broken_line_is_named(line: str, sentence: str, trained: Path, tmp_path: Path, failing: Callable[..., str]) -> None:
+def test_a_broken_line_is_named(line, sentence, trained, tmp_path, failing):
     data = tmp_path / "broken.jsonl"
     data.write_text(json.dumps(said("a", "b")) + "\n" + line + "\n", encoding="utf-8")
     for main, given in (
@@ -288,9 +277,7 @@ def test_a_broken_line_is_named(line: str, sentence: str, trained: Path, tmp_pat
         assert re.search(re.escape(str(data)) + sentence, told), told
 
 
-def test_an_adapter_for_another_base_is_refused(
-    adapted: tuple[Path, str], chats: Path, trained: Path, tmp_path: Path, failing: Callable[..., str]
-) -> None:
+def test_an_adapter_for_another_base_is_refused(adapted, chats, trained, tmp_path, failing):
     folder = tmp_path / "other"
     assert finetune.main(args(trained, chats, folder, "--train", "blocks/1/qkv", "--steps", 2)) == 0
     told = failing(chat.main, ["--model", str(folder), "--adapter", str(adapted[0])])
@@ -306,7 +293,7 @@ def test_an_adapter_for_another_base_is_refused(
     assert "was trained on another model" in failing(generate.main, ["--model", str(twin)])
 
 
-def test_an_adapter_that_does_not_fit_its_model_is_damaged(adapted: tuple[Path, str], trained: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_does_not_fit_its_model_is_damaged(adapted, trained, tmp_path):
     """It names the right base, so only what is in it can tell."""
     model = load_model(str(trained))
     base = digest(model.params)
@@ -321,9 +308,7 @@ def test_an_adapter_that_does_not_fit_its_model_is_damaged(adapted: tuple[Path, 
             with_adapters(model.cfg, model.params, [folder])
 
 
-def test_not_enough_memory_is_predicted(
-    trained: Path, chats: Path, tmp_path: Path, failing: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_not_enough_memory_is_predicted(trained, chats, tmp_path, failing, monkeypatch):
     from stages.runs import estimate as plan
 
     def read(*_: object, **__: object) -> None:

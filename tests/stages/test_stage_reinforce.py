@@ -21,9 +21,7 @@ def args(model: Path, folder: Path, *more: object) -> list[str]:
     return list(map(str, [*flags, "--max-tokens", 4, "--lora", "rank=2,alpha=4,targets=q,v", *more]))
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_stopped_run_goes_on_to_the_same_bits(trained, tmp_path, monkeypatch, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert reinforce.main([*args(trained, whole), "--dry-run"]) == 0
     assert "nothing was trained" in capsys.readouterr().out
@@ -61,6 +59,6 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
         (("--data", "gone.jsonl"), "There is no file gone.jsonl"),
     ],
 )
-def test_bad_input(flags: tuple[object, ...], sentence: str, trained: Path, tmp_path: Path, failing: Any) -> None:
+def test_bad_input(flags, sentence, trained, tmp_path, failing):
     assert sentence in failing(reinforce.main, args(trained, tmp_path / "bad", *flags))
     assert not (tmp_path / "bad").exists()

@@ -57,7 +57,7 @@ def wait_for_checkpoint(process: subprocess.Popen, folder: Path) -> None:
         time.sleep(0.02)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(started: list[subprocess.Popen], text: Path, tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_says_how_to_go_on(started, text, tmp_path):
     process = start(started, typed("train", *tiny(text, tmp_path / "run", *LONG)))
     wait_for_checkpoint(process, tmp_path / "run")
     process.send_signal(signal.SIGINT)
@@ -71,9 +71,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(started: list[subprocess.Popen], tex
     assert manifest.verify(tmp_path / "run" / "checkpoints" / str(step)) == []
 
 
-def test_kill_leaves_a_run_that_goes_on(
-    started: list[subprocess.Popen], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_kill_leaves_a_run_that_goes_on(started, text, tmp_path, capsys):
     folder = tmp_path / "run"
     process = start(started, typed("train", *tiny(text, folder, *LONG)))
     wait_for_checkpoint(process, folder)
@@ -85,9 +83,7 @@ def test_kill_leaves_a_run_that_goes_on(
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_before_training_ends_promptly(
-    started: list[subprocess.Popen], text: Path, tmp_path: Path, number: int, code: int
-) -> None:
+def test_a_signal_before_training_ends_promptly(started, text, tmp_path, number, code):
     # Minutes in a library that does not let Python's handlers run, as compiling does.
     patch = (
         "import hashlib, stages.train.run as t; "
@@ -103,7 +99,7 @@ def test_a_signal_before_training_ends_promptly(
     assert "Traceback" not in said
 
 
-def test_a_second_signal_is_immediate(started: list[subprocess.Popen], text: Path, tmp_path: Path) -> None:
+def test_a_second_signal_is_immediate(started, text, tmp_path):
     patch = "import time, stages.runs.loop as l; l.Loop._count = lambda *_: print('busy', flush=True) or time.sleep(60)"
     process = start_with(started, patch, text, tmp_path / "run")
     process.send_signal(signal.SIGINT)
@@ -112,7 +108,7 @@ def test_a_second_signal_is_immediate(started: list[subprocess.Popen], text: Pat
     assert process.wait(timeout=5) == 130
 
 
-def test_nobody_reading_saves_and_ends_quietly(started: list[subprocess.Popen], text: Path, tmp_path: Path) -> None:
+def test_nobody_reading_saves_and_ends_quietly(started, text, tmp_path):
     reading, writing = os.pipe()
     words = typed("train", *tiny(text, tmp_path / "run", *LONG[:-1], 50))
     process = subprocess.Popen(words, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
@@ -126,7 +122,7 @@ def test_nobody_reading_saves_and_ends_quietly(started: list[subprocess.Popen], 
     assert manifest.verify(tmp_path / "run" / "checkpoints" / str(checkpoint.steps(tmp_path / "run")[-1])) == []
 
 
-def test_a_signal_that_the_main_thread_sleeps_through_reaches_it_all_the_same(started: list[subprocess.Popen]) -> None:
+def test_a_signal_that_the_main_thread_sleeps_through_reaches_it_all_the_same(started):
     """As one does that comes after the last look at signals and before a library's wait begins."""
     program = (
         "import signal, sys, threading, time\n"

@@ -33,7 +33,7 @@ def state_digest(folder: Path) -> str:
     return f"{loaded.step} {digest(loaded.params)} {digest(loaded.optimizer)}"
 
 
-def test_run_leaves_what_it_says(trained: Path) -> None:
+def test_run_leaves_what_it_says(trained):
     run = read_json(trained / "run.json")
     assert list(run)[-1] == "result"
     assert all(isinstance(run["result"][name], int | float) and run["result"][name] > 0 for name in RESULT)
@@ -47,9 +47,7 @@ def test_run_leaves_what_it_says(trained: Path) -> None:
     assert any("quick_val_bits_per_byte" in line for line in lines)
 
 
-def test_resumed_is_uninterrupted_to_the_bit(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resumed_is_uninterrupted_to_the_bit(text, tmp_path, monkeypatch, capsys):
     steps = ["--steps", 6, "--save-every", 100]
     assert train.main(tiny(text, tmp_path / "whole", *steps)) == 0
     parts = tmp_path / "parts"
@@ -86,9 +84,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> 
     monkeypatch.setattr(loop.Loop, "_count", counting)
 
 
-def test_finished_run_says_so_and_goes_on_with_more_steps(
-    trained: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_finished_run_says_so_and_goes_on_with_more_steps(trained, text, tmp_path, capsys):
     folder = tmp_path / "sea"
     shutil.copytree(trained, folder)
     same = tiny(text, folder, "--tokenizer", "bpe:300", "--context", 64)
@@ -104,9 +100,7 @@ def test_finished_run_says_so_and_goes_on_with_more_steps(
     assert {line["step"] for line in metrics(folder)} <= {1, 2}
 
 
-def test_damaged_checkpoint_is_named_and_the_one_before_is_used(
-    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_checkpoint_is_named_and_the_one_before_is_used(text, tmp_path, capsys):
     folder = tmp_path / "run"
     assert train.main(tiny(text, folder, "--steps", 4, "--save-every", 2)) == 0
     assert checkpoint.steps(folder) == [2, 4]
@@ -123,7 +117,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert manifest.verify(folder / "checkpoints" / "4") == []
 
 
-def test_time_boxed_run_counts_training_only(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_time_boxed_run_counts_training_only(text, tmp_path, capsys):
     assert train.main(tiny(text, tmp_path / "run", "--max-time", "1s", "--eval-every", "20")) == 0
     result = read_json(tmp_path / "run" / "run.json")["result"]
     assert 1 <= result["train_seconds"] < 2
@@ -131,7 +125,7 @@ def test_time_boxed_run_counts_training_only(text: Path, tmp_path: Path, capsys:
     assert "epoch" in capsys.readouterr().out
 
 
-def test_dry_run_prints_the_plan_and_leaves_nothing(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_prints_the_plan_and_leaves_nothing(text, tmp_path, capsys):
     assert train.main(tiny(text, tmp_path / "run", "--dry-run")) == 0
     said = capsys.readouterr().out
     for word in ("device", "parameters", "trainable", "frozen", "FLOPs", "memory", "predicted", "epochs", "time-boxed"):
@@ -139,7 +133,7 @@ def test_dry_run_prints_the_plan_and_leaves_nothing(text: Path, tmp_path: Path, 
     assert not (tmp_path / "run").exists()
 
 
-def test_flags_change_the_recipe(text: Path, tmp_path: Path) -> None:
+def test_flags_change_the_recipe(text, tmp_path):
     more = ["--optimizer", "adamw", "--learning_rate", "0.002", "--schedule", "cosine", "--dtype", "float32"]
     more += ["--accumulate", "2", "--scan", "--remat", "--clip", "inf", "--seed", "7", "--steps", "2", "--max-time", "1h"]
     assert train.main(tiny(text, tmp_path / "run", *more)) == 0
@@ -151,9 +145,7 @@ def test_flags_change_the_recipe(text: Path, tmp_path: Path) -> None:
     assert (config["dtype"], config["scan"], config["remat"], config["context"]) == ("float32", True, "block", 32)
 
 
-def test_steps_that_are_not_finite_end_the_run_and_keep_the_checkpoint(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: Any
-) -> None:
+def test_steps_that_are_not_finite_end_the_run_and_keep_the_checkpoint(text, tmp_path, monkeypatch, failing):
     folder = tmp_path / "run"
     assert train.main(tiny(text, folder, "--steps", 2)) == 0
     before = state_digest(folder)

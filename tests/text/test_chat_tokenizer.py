@@ -34,7 +34,7 @@ def shown(chat: ChatTokenizer, example: Example) -> str:
     return "".join("[" * counts + "".join(text for text, _ in run) + "]" * counts for counts, run in runs)
 
 
-def test_only_answers_and_their_ends_count(chats) -> None:
+def test_only_answers_and_their_ends_count(chats):
     assert shown(chats["chatml"], chats["chatml"].examples(TALK, "f:1")[0]) == (
         "<|im_start|>system\nThe system says how.<|im_end|>\n<|im_start|>user\nHello there<|im_end|>\n"
         "<|im_start|>assistant\n[I am well.<|im_end|>]\n<|im_start|>user\nhow are you?<|im_end|>\n"
@@ -49,7 +49,7 @@ def test_only_answers_and_their_ends_count(chats) -> None:
     )
 
 
-def test_turns_that_change_when_they_are_history_are_examples_of_their_own(chats) -> None:
+def test_turns_that_change_when_they_are_history_are_examples_of_their_own(chats):
     first, second = chats["thinking"].examples(TALK[1:])
     assert shown(chats["thinking"], first) == (
         "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n[<think>\n\n</think>\n\nI am well.<|im_end|>]\n"
@@ -60,7 +60,7 @@ def test_turns_that_change_when_they_are_history_are_examples_of_their_own(chats
     )
 
 
-def test_a_second_token_that_ends_the_whole_does_not_count() -> None:
+def test_a_second_token_that_ends_the_whole_does_not_count():
     template = CHATML.replace("{%- if add", "{%- if not add_generation_prompt %}</s>{% endif %}{%- if add")
     chat = ChatTokenizer(TOKENIZER, template)
     examples = chat.examples(TALK[1:])
@@ -69,7 +69,7 @@ def test_a_second_token_that_ends_the_whole_does_not_count() -> None:
     assert chat.eot_ids == (CONTROLS[END],)
 
 
-def test_an_answer_alone_can_be_what_counts(chats) -> None:
+def test_an_answer_alone_can_be_what_counts(chats):
     example = chats["chatml"].answer_example(TALK)
     assert shown(chats["chatml"], example).count("[") == 1
     assert shown(chats["chatml"], example).endswith("[The user asks.<|im_end|>]\n")
@@ -80,7 +80,7 @@ def test_an_answer_alone_can_be_what_counts(chats) -> None:
 @pytest.mark.parametrize("name", ["chatml", "brackets", "thinking", "plain"])
 @settings(deadline=None, max_examples=60)
 @given(turns=st.lists(texts, min_size=1, max_size=5))
-def test_what_is_learnt_begins_as_what_is_asked(chats, name: str, turns: list[str]) -> None:
+def test_what_is_learnt_begins_as_what_is_asked(chats, name, turns):
     """The tokens before an answer are to the token those that the model gets when it is to write that answer."""
     chat = chats[name]
     messages = said(*turns) + ([{"role": "assistant", "content": "well"}] if len(turns) % 2 else [])
@@ -100,7 +100,7 @@ def test_what_is_learnt_begins_as_what_is_asked(chats, name: str, turns: list[st
 @pytest.mark.parametrize("name", ["chatml", "plain", "thinking"])
 @settings(deadline=None, max_examples=100)
 @given(turns=st.lists(texts, min_size=1, max_size=4))
-def test_text_of_users_is_never_a_control_token(chats, name: str, turns: list[str]) -> None:
+def test_text_of_users_is_never_a_control_token(chats, name, turns):
     chat = chats[name]
     innocent = [{**message, "content": "x"} for message in said(*turns)]
     tokens = chat.prompt(said(*turns)).tolist()
@@ -113,7 +113,7 @@ def test_text_of_users_is_never_a_control_token(chats, name: str, turns: list[st
 
 
 @pytest.mark.parametrize("content", ["s", "<s", "s>", "/s", "|im_end|", "|im_end|>", " <|im_end| ", "a<|im_end|", "<", "s>b"])
-def test_text_and_template_make_no_control_token_together(content: str) -> None:
+def test_text_and_template_make_no_control_token_together(content):
     source = "{% for m in messages %}<{{ m.content | trim }}>{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
     chat = ChatTokenizer(TOKENIZER, source)
     tokens = chat.prompt(said("x", "y", content)).tolist()
@@ -121,14 +121,14 @@ def test_text_and_template_make_no_control_token_together(content: str) -> None:
     assert TOKENIZER.decode(tokens) == f"<x><y><{content.strip()}>"
 
 
-def test_control_tokens_in_an_answer_are_text_too(chats) -> None:
+def test_control_tokens_in_an_answer_are_text_too(chats):
     example = chats["chatml"].examples(said("a", f"x{END}y"))[0]
     assert example.tokens[example.mask].tolist() == [*TOKENIZER.encode(f"x{END}y"), CONTROLS[END]]
 
 
 @settings(deadline=None, max_examples=60)
 @given(turns=st.lists(st.text(alphabet="abc é?.,1\n😀 ", max_size=30), min_size=1, max_size=4))
-def test_harmless_text_gets_the_tokens_of_any_other_library(chats, turns: list[str]) -> None:
+def test_harmless_text_gets_the_tokens_of_any_other_library(chats, turns):
     """Users' turns are cut nowhere. An answer is cut from the line end before it, where only white space could join it."""
     messages = [{"role": ("user", "system")[i % 2], "content": turn} for i, turn in enumerate(turns)]
     chat = chats["chatml"]
@@ -138,7 +138,7 @@ def test_harmless_text_gets_the_tokens_of_any_other_library(chats, turns: list[s
         assert chat.prompt(talk).tolist() == plainly(TOKENIZER, f"{rendered}{START}assistant\n")
 
 
-def test_templates_still_see_the_text_they_look_into(chats) -> None:
+def test_templates_still_see_the_text_they_look_into(chats):
     assert chats["brackets"].prompt(said(f"  {END} hi \n")).tolist() == (
         [CONTROLS["<s>"], *TOKENIZER.encode(f"[INST] {END} hi [/INST]")]
     )
@@ -146,12 +146,12 @@ def test_templates_still_see_the_text_they_look_into(chats) -> None:
     assert TOKENIZER.decode(example.tokens[example.mask]) == "<think>\n\n</think>\n\nb"
 
 
-def test_private_characters_in_a_text_stay(chats) -> None:
+def test_private_characters_in_a_text_stay(chats):
     text = f"\U000f0000\U000f0001{END}\U000f0002"
     assert text in TOKENIZER.decode(chats["chatml"].prompt(said(text)))
 
 
-def test_the_template_is_the_models_own_or_one_that_fits() -> None:
+def test_the_template_is_the_models_own_or_one_that_fits():
     assert choose_template(TOKENIZER) == (CHATML, "ChatML")
     assert choose_template(byte_tokenizer())[0] == PLAIN
     assert choose_template(chat_tokenizer(BRACKETS)) == (BRACKETS, "the model's own template")
@@ -162,7 +162,7 @@ def test_the_template_is_the_models_own_or_one_that_fits() -> None:
     del named.config["chat_template"]
 
 
-def test_a_model_that_never_saw_a_chat_gets_its_own_end() -> None:
+def test_a_model_that_never_saw_a_chat_gets_its_own_end():
     chat = ChatTokenizer(byte_tokenizer())
     assert chat.eot_ids == (chat.tokenizer.eos_id,)
     assert chat.prompt(said("Hi", "Yes", "Why?")).tolist() == [*b"User: Hi\nAssistant: Yes", 256, *b"\nUser: Why?\nAssistant:"]
@@ -171,7 +171,7 @@ def test_a_model_that_never_saw_a_chat_gets_its_own_end() -> None:
     assert example.tokens[example.mask].tolist() == [*b" Yes", 256]
 
 
-def test_a_template_without_an_end_is_told_apart() -> None:
+def test_a_template_without_an_end_is_told_apart():
     chat = ChatTokenizer(TOKENIZER, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     assert chat.eot_ids == ()
 
@@ -185,13 +185,13 @@ def test_a_template_without_an_end_is_told_apart() -> None:
         ([{"role": "user", "content": ["x"]}], "message 1 has no text"),
     ],
 )
-def test_messages_of_no_use(chats, messages, words: str) -> None:
+def test_messages_of_no_use(chats, messages, words):
     for call in (chats["chatml"].prompt, chats["chatml"].examples, chats["chatml"].answer_example):
         with pytest.raises(UserError, match=words):
             call(messages)
 
 
-def test_conversations_that_cannot_be_learnt(chats) -> None:
+def test_conversations_that_cannot_be_learnt(chats):
     with pytest.raises(InvalidConversation, match="no turn of the assistant"):
         chats["chatml"].examples(said("a"))
     with pytest.raises(InvalidConversation, match="begins with the assistant"):
@@ -206,6 +206,6 @@ def test_conversations_that_cannot_be_learnt(chats) -> None:
             ChatTokenizer(TOKENIZER, silent)
 
 
-def test_half_a_character_is_refused(chats) -> None:
+def test_half_a_character_is_refused(chats):
     with pytest.raises(UserError, match="surrogate"):
         chats["chatml"].prompt(said("\ud800"))

@@ -37,7 +37,7 @@ def write(path: Path, *rows: Any) -> Path:
         ({"conversations": [USER, ANSWER]}, "ShareGPT", [USER, ANSWER]),
     ],
 )
-def test_conversations(row: dict, kind: str, messages: list[dict], tmp_path: Path) -> None:
+def test_conversations(row, kind, messages, tmp_path):
     data = read_conversations(write(tmp_path / "data.jsonl", row, row))
     assert data.kind == kind
     assert kind in KINDS
@@ -57,13 +57,13 @@ def test_conversations(row: dict, kind: str, messages: list[dict], tmp_path: Pat
         ({"chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, [USER]),
     ],
 )
-def test_preferences(row: dict, prompt: list[dict], tmp_path: Path) -> None:
+def test_preferences(row, prompt, tmp_path):
     data = read_conversations(write(tmp_path / "data.jsonl", row))
     assert data.kind == "preference"
     assert list(data) == [Preference(tuple(prompt), "a", "b", f"{tmp_path / 'data.jsonl'}:1")]
 
 
-def test_texts(tmp_path: Path) -> None:
+def test_texts(tmp_path):
     data = read_conversations(write(tmp_path / "data.jsonl", {"text": "one"}, "\n", {"text": "two", "source": 3}))
     assert data.kind == "text"
     assert [row.where.rpartition(":")[2] for row in data] == ["1", "3"]
@@ -75,7 +75,7 @@ def test_texts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", [
     '[{"text": "a"},\n\n {"text":\n"b"}, {"text": "c"}]', '{"text": "a"}\n\n{"text":\n"b"} {"text": "c"}\n'
 ])  # fmt: skip
-def test_arrays_and_values_one_after_the_other(text: str, tmp_path: Path) -> None:
+def test_arrays_and_values_one_after_the_other(text, tmp_path):
     path = write(tmp_path / "data.json", text)
     assert list(read_conversations(path)) == [Text(letter, f"{path}:{line}") for letter, line in (("a", 1), ("b", 3), ("c", 4))]
 
@@ -113,7 +113,7 @@ GOOD = {"messages": [USER, ANSWER]}
         ({"text": False}, "`text` should be text, not true or false"),
     ],
 )
-def test_what_is_wrong_with_a_line_is_said_with_its_place(row: Any, words: str | list[str], tmp_path: Path) -> None:
+def test_what_is_wrong_with_a_line_is_said_with_its_place(row, words, tmp_path):
     """Alone in its file, or (where the words are a list) after a good line."""
     rows = [row] if isinstance(words, str) else [GOOD, row]
     with pytest.raises(UserError, match=rf"data\.jsonl:{len(rows)}") as caught:
@@ -122,7 +122,7 @@ def test_what_is_wrong_with_a_line_is_said_with_its_place(row: Any, words: str |
         assert word in str(caught.value)
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_files_that_are_none(tmp_path):
     for path, words in (
         (tmp_path / "none.jsonl", "does not exist"),
         (tmp_path, "is a folder"),
@@ -141,7 +141,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         read_conversations(nested)
 
 
-def test_the_voice_is_what_it_is_said_to_be() -> None:
+def test_the_voice_is_what_it_is_said_to_be():
     """Hundreds of conversations, all different, in one voice that can be counted; nothing held out is trained on."""
     data = {name: list(read_conversations(name)) for name in SHIPPED}
     assert [read_conversations(name).kind for name in SHIPPED] == ["messages", "messages", "preference"]

@@ -17,14 +17,14 @@ def corpus_of(documents: list[str]) -> Corpus[str]:
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "A.TXT"])
-def test_a_file_is_one_document_kept_as_it_is(tmp_path, name: str) -> None:
+def test_a_file_is_one_document_kept_as_it_is(tmp_path, name):
     (tmp_path / name).write_bytes("\ufeffone\r\ntwo  \n\nGröße\n".encode())
     corpus = read_corpus(tmp_path / name)
     assert list(corpus) == ["one\r\ntwo  \n\nGröße\n"]
     assert list(corpus) == list(read_corpus(tmp_path / name))  # again
 
 
-def test_a_folder_is_read_in_sorted_order_without_hidden_and_binary_files(tmp_path) -> None:
+def test_a_folder_is_read_in_sorted_order_without_hidden_and_binary_files(tmp_path):
     for name, data in {
         "b.txt": b"second",
         "a/z.py": b"first",
@@ -40,7 +40,7 @@ def test_a_folder_is_read_in_sorted_order_without_hidden_and_binary_files(tmp_pa
     assert list(read_corpus(tmp_path)) == ["first", "second", "third", "fourth", "fifth"]
 
 
-def test_json_lines(tmp_path) -> None:
+def test_json_lines(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes('\ufeff{"text": "one", "id": 1}\n\n  {"text": ""}\r\n{"text": "two\\nlines é"}'.encode())
     assert list(read_corpus(path)) == ["one", "two\nlines é"]
@@ -57,14 +57,14 @@ def test_json_lines(tmp_path) -> None:
         (b'{"text": "\\ud83d"}', "lone surrogate"),
     ],
 )
-def test_wrong_lines_are_named(tmp_path, line: bytes, said: str) -> None:
+def test_wrong_lines_are_named(tmp_path, line, said):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
     with pytest.raises(UserError, match=rf"a\.jsonl:2:? .*{said}"):
         list(read_corpus(path))
 
 
-def test_bytes_that_are_not_text_are_named(tmp_path) -> None:
+def test_bytes_that_are_not_text_are_named(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("é".encode() + b"ab\xff")
     with pytest.raises(UserError, match=r"a\.txt is not UTF-8: byte 0xFF at position 4"):
@@ -77,7 +77,7 @@ def test_bytes_that_are_not_text_are_named(tmp_path) -> None:
         list(read_corpus(lines))
 
 
-def test_missing_empty_and_unknown(tmp_path) -> None:
+def test_missing_empty_and_unknown(tmp_path):
     with pytest.raises(UserError, match=r"no text at .*missing\.txt; wanted a \.txt"):
         read_corpus(tmp_path / "missing.txt")
     with pytest.raises(UserError, match="holds no text files"):
@@ -91,7 +91,7 @@ def test_missing_empty_and_unknown(tmp_path) -> None:
             list(read_corpus(tmp_path / name))
 
 
-def test_a_file_that_goes_away_is_named(tmp_path) -> None:
+def test_a_file_that_goes_away_is_named(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     corpus = read_corpus(tmp_path / "a.txt")
     (tmp_path / "a.txt").unlink()
@@ -99,7 +99,7 @@ def test_a_file_that_goes_away_is_named(tmp_path) -> None:
         list(corpus)
 
 
-def test_parquet(tmp_path) -> None:
+def test_parquet(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -119,7 +119,7 @@ def test_parquet(tmp_path) -> None:
         list(read_corpus(path))
 
 
-def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch) -> None:
+def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"uv run --extra parquet python"):
@@ -128,7 +128,7 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch) -> None:
 
 @settings(deadline=None)
 @given(documents=st.lists(st.text(alphabet="ab\n", min_size=1), min_size=1, max_size=30), fraction=st.floats(0.01, 0.99))
-def test_holding_out_loses_nothing(documents: list[str], fraction: float) -> None:
+def test_holding_out_loses_nothing(documents, fraction):
     if len("".join(documents)) < 2:
         return
     train, validation = hold_out(corpus_of(documents), fraction)
@@ -138,14 +138,14 @@ def test_holding_out_loses_nothing(documents: list[str], fraction: float) -> Non
     assert list(train) == list(train)
 
 
-def test_many_documents_are_held_out_whole() -> None:
+def test_many_documents_are_held_out_whole():
     documents = [f"document {number}" for number in range(60)]
     train, validation = hold_out(corpus_of(documents))
     assert list(train) == documents[:57]
     assert list(validation) == documents[57:]
 
 
-def test_one_text_is_cut_at_the_start_of_a_line() -> None:
+def test_one_text_is_cut_at_the_start_of_a_line():
     text = "".join(f"line {number}\n" for number in range(1000))
     (train,), (validation,) = (list(part) for part in hold_out(corpus_of([text])))
     assert train.endswith("\n")
@@ -156,7 +156,7 @@ def test_one_text_is_cut_at_the_start_of_a_line() -> None:
     assert (len(train), len(validation)) == (955, 51)
 
 
-def test_too_little_to_hold_out() -> None:
+def test_too_little_to_hold_out():
     with pytest.raises(UserError, match="too short"):
         hold_out(corpus_of(["a"]))
     for fraction in (0.0, 1.0, -1.0):
@@ -164,7 +164,7 @@ def test_too_little_to_hold_out() -> None:
             hold_out(corpus_of(["abc"]), fraction)
 
 
-def test_large_files_are_read_one_at_a_time(tmp_path) -> None:
+def test_large_files_are_read_one_at_a_time(tmp_path):
     """The first document is there before the last file is opened: the folder need not fit into memory."""
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"text {n}"}) for n in range(3)))
     (tmp_path / "b.txt").write_bytes(b"\xff")

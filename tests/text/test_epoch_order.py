@@ -20,16 +20,16 @@ GRAIN = [
 
 
 @pytest.mark.parametrize(("count", "batch", "seed", "step", "wanted"), GRAIN)
-def test_the_order_is_that_of_earlier_runs(count: int, batch: int, seed: int, step: int, wanted: list[int]) -> None:
+def test_the_order_is_that_of_earlier_runs(count, batch, seed, step, wanted):
     assert EpochOrder(count, batch, seed).at(step).tolist() == wanted
 
 
 @given(count=st.one_of(st.integers(1, 300), st.integers(2**16 - 2, 2**16 + 300)), seed=st.integers(0, 2**32 - 1))
-def test_every_index_is_there_once(count: int, seed: int) -> None:
+def test_every_index_is_there_once(count, seed):
     assert np.array_equal(np.sort(permute(np.arange(count), count, seed)), np.arange(count))
 
 
-def test_epochs_are_told_apart() -> None:
+def test_epochs_are_told_apart():
     order = EpochOrder(10, 4, 0)
     assert [order.epochs_at(step).tolist() for step in (0, 2, 5)] == [[0] * 4, [0, 0, 1, 1], [2] * 4]
     assert [order.epoch(step) for step in (0, 5)] == [0.0, 2.0]

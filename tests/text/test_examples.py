@@ -18,7 +18,7 @@ def chat():
     return ChatTokenizer(TOKENIZER, CHATML)
 
 
-def test_an_account_of_every_row(chat: ChatTokenizer) -> None:
+def test_an_account_of_every_row(chat):
     long = "how are you? " * 20
     rows = [
         Conversation(said("Hello", "I am well."), "f:1"),
@@ -45,7 +45,7 @@ def test_an_account_of_every_row(chat: ChatTokenizer) -> None:
         assert words in said_of
 
 
-def test_what_the_template_refuses_is_left_out() -> None:
+def test_what_the_template_refuses_is_left_out():
     chat = ChatTokenizer(TOKENIZER, BRACKETS)
     rows = [Conversation(said("a", "b", system="s"), "f:1"), Conversation(said("a", "b"), "f:2")]
     examples, summary = make_examples(rows, chat, 40)
@@ -55,7 +55,7 @@ def test_what_the_template_refuses_is_left_out() -> None:
         make_examples(rows[:1], chat, 40)
 
 
-def test_all_of_a_text_is_learnt_once(chat: ChatTokenizer) -> None:
+def test_all_of_a_text_is_learnt_once(chat):
     text = "The assistant answers. " * 9
     examples, summary = make_examples([Text(text, "f:1"), Text("", "f:2")], chat, 10, bos_ids=(CONTROL,))
     tokens = [CONTROL, *TOKENIZER.encode(text), TOKENIZER.eos_id]
@@ -67,7 +67,7 @@ def test_all_of_a_text_is_learnt_once(chat: ChatTokenizer) -> None:
     assert examples[-1].tokens.tolist() == [CONTROL, TOKENIZER.eos_id]
 
 
-def test_pairs(chat: ChatTokenizer) -> None:
+def test_pairs(chat):
     history = said("Hello", "I am well.", "how are you?")
     rows = [
         Preference(tuple(history), "I am.", "The user.", "f:1"),
@@ -83,7 +83,7 @@ def test_pairs(chat: ChatTokenizer) -> None:
         assert example.tokens[example.mask][-1] in chat.eot_ids
 
 
-def test_data_of_the_other_sort_is_refused(chat: ChatTokenizer) -> None:
+def test_data_of_the_other_sort_is_refused(chat):
     with pytest.raises(UserError, match="f:1: it holds no pair of answers"):
         make_pairs([Text("a", "f:1")], chat, 60)
     with pytest.raises(UserError, match="f:1: it holds two answers"):

@@ -43,7 +43,7 @@ def taken(batch: Any, pack: bool = True) -> list[tuple[int, ...]]:
     return found
 
 
-def test_a_row_by_hand() -> None:
+def test_a_row_by_hand():
     packed = PackedBatches([example(1, 2, 3), example(4, 5, 6, 7), example(8, 9, counts=False)], seq=7, batch=1, seed=0)
     batch = packed.at(0)
     assert batch.tokens.tolist() == [[4, 5, 6, 1, 2, 8, 0]]
@@ -54,14 +54,14 @@ def test_a_row_by_hand() -> None:
     assert [field.dtype for field in batch] == [np.int32, np.int32, np.bool, np.int32, np.int32]
 
 
-def test_each_goes_where_it_leaves_least_room() -> None:
+def test_each_goes_where_it_leaves_least_room():
     assert pack_rows(drawn([3, 5, 7, 2]), 10, pack=True) == [[2, 0], [1, 3]]
     assert pack_rows(drawn([3, 5, 7, 2]), 10, pack=False) == [[0], [1], [2], [3]]
 
 
 @settings(deadline=None, max_examples=80)
 @given(sizes=st.lists(st.integers(1, 12), min_size=1, max_size=40), pack=st.booleans())
-def test_every_example_lies_whole_in_one_row(sizes: list[int], pack: bool) -> None:
+def test_every_example_lies_whole_in_one_row(sizes, pack):
     rows = pack_rows(drawn(sizes), 12, pack)
     assert sorted(index for row in rows for index in row) == list(range(len(sizes)))
     assert all(sum(sizes[index] for index in row) <= 12 for row in rows)
@@ -72,7 +72,7 @@ def test_every_example_lies_whole_in_one_row(sizes: list[int], pack: bool) -> No
 
 
 @pytest.mark.parametrize("pack", [True, False])
-def test_an_epoch_sees_every_example_once_in_a_new_order(pack: bool) -> None:
+def test_an_epoch_sees_every_example_once_in_a_new_order(pack):
     packed = PackedBatches(EXAMPLES, seq=8, batch=3, seed=5, pack=pack)
     epochs = []
     rows = len(pack_rows(EXAMPLES, 8, pack))
@@ -86,7 +86,7 @@ def test_an_epoch_sees_every_example_once_in_a_new_order(pack: bool) -> None:
         assert {*seen} == {e.tokens[0] for e in EXAMPLES}
 
 
-def test_the_order_is_a_function_of_seed_and_step() -> None:
+def test_the_order_is_a_function_of_seed_and_step():
     one, again, other = (PackedBatches(drawn([3, 5, 8, 2, 6, 7, 1, 4, 4, 9]), 9, 2, seed) for seed in (1, 1, 2))
     batches = {step: one.at(step) for step in (0, 1, 7, 400)}
     for step in reversed(batches):
@@ -94,13 +94,13 @@ def test_the_order_is_a_function_of_seed_and_step() -> None:
     assert any(not np.array_equal(other.at(step).tokens, batch.tokens) for step, batch in batches.items())
 
 
-def test_the_order_does_not_change_between_versions() -> None:
+def test_the_order_does_not_change_between_versions():
     """A run resumed after an update goes on in the same order. If this fails, old runs cannot be resumed exactly."""
     assert PackedBatches(EXAMPLES, 8, 5, seed=3).at(123).tokens[:, 0].tolist() == [14, 21, 19, 23, 9]
 
 
 @pytest.mark.parametrize("pack", [True, False])
-def test_once_is_once(pack: bool) -> None:
+def test_once_is_once(pack):
     examples = EXAMPLES[:23]
     batches = list(evaluation_batches(examples, 8, 4, pack))
     assert {batch.tokens.shape for batch in batches} == {(4, 8)}
@@ -110,7 +110,7 @@ def test_once_is_once(pack: bool) -> None:
         assert found == sorted(tuple(e.tokens.tolist()) for e in examples)
 
 
-def test_packed_is_unpacked() -> None:
+def test_packed_is_unpacked():
     """The same summed loss to 1e-5 of it, the same gradient, and no sight of the neighbours."""
     import jax
     import jax.numpy as jnp
@@ -142,7 +142,7 @@ def test_packed_is_unpacked() -> None:
     assert float(loss(params, Batch(*map(jnp.asarray, shifted)))[0]) == pytest.approx(first, rel=1e-4)
 
 
-def test_pairs_stand_row_by_row() -> None:
+def test_pairs_stand_row_by_row():
     pairs = [Pair(example(n, n + 1, n + 2), example(n, n + 3)) for n in range(1, 8)]
     batch = pair_batch(pairs, np.array([5, 0, 3]), seq=4)
     assert batch.pair.tolist() == [5, 0, 3]
@@ -155,7 +155,7 @@ def test_pairs_stand_row_by_row() -> None:
     assert listed[-1].chosen.mask.sum() == 2
 
 
-def test_what_makes_no_batches() -> None:
+def test_what_makes_no_batches():
     for examples, seed, words in (
         ([], 0, "no examples"), ([example(*range(1, 11))], 0, "f:1 has 10 tokens; a row of 8 takes 2 to 9"),
         ([example(5)], 0, "f:5 has 1 tokens"), ([example(1, 2)], -1, "seed must be"),

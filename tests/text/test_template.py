@@ -25,14 +25,14 @@ def chatml():
     return Template(source + "{% if add_generation_prompt %}<assistant>{% endif %}", {"eos_token": "</s>"})
 
 
-def test_messages_and_variables(chatml: Template) -> None:
+def test_messages_and_variables(chatml):
     assert render(chatml) == "<user>hi</s>\n"
     assert render(chatml, prompt=True) == "<user>hi</s>\n<assistant>"
     odd = "a\ud7ff\U0001f600\x00\u2028\n\"'\\ {{ 7 * 7 }}{% raw %}"
     assert render(chatml, [{"role": "user", "content": odd}]) == f"<user>{odd}</s>\n"
 
 
-def test_many_at_once_are_each_alone(chatml: Template) -> None:
+def test_many_at_once_are_each_alone(chatml):
     jobs = [([{"role": "user", "content": str(n)}], n % 2 == 0) for n in range(70)]
     assert chatml.render(jobs) == [render(chatml, *job) for job in jobs]
 
@@ -50,7 +50,7 @@ def test_many_at_once_are_each_alone(chatml: Template) -> None:
         ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}", "1"),
     ],
 )
-def test_what_templates_rely_on(source: str, text: str) -> None:
+def test_what_templates_rely_on(source, text):
     assert render(Template(source)) == text
 
 
@@ -78,7 +78,7 @@ LOOPS = "{% for i in range(99999) %}{% for i in range(99999) %}{% for i in range
         "{{ ('a' * 999999) ~ 'aa' }}",
     ],
 )
-def test_no_template_stalls_or_fills_the_memory(source: str) -> None:
+def test_no_template_stalls_or_fills_the_memory(source):
     """Within the second of X2 on an idle machine; five leave room for a busy one."""
     template = Template(source)
     begin = time.monotonic()
@@ -109,19 +109,19 @@ def test_no_template_stalls_or_fills_the_memory(source: str) -> None:
         "{{ (messages | attr('__class__')).mro() }}",
     ],
 )
-def test_no_template_runs_code(source: str) -> None:
+def test_no_template_runs_code(source):
     with pytest.raises(UserError):
         render(Template(source))
 
 
-def test_memory_is_bounded_by_the_kernel_and_not_by_what_there_is() -> None:
+def test_memory_is_bounded_by_the_kernel_and_not_by_what_there_is():
     template = Template("{{ ('a' * (10**9 if messages else 1)) | length }}")
     assert render(template, []) == "1"
     with pytest.raises(UserError, match="The chat template needed too much memory"):
         render(template)
 
 
-def test_a_template_that_got_out_of_the_sandbox_could_still_open_nothing() -> None:
+def test_a_template_that_got_out_of_the_sandbox_could_still_open_nothing():
     # `eval` of a code object is itself an `exec` event, so each attempt is refused at its first move.
     program = f"""
 import runpy
@@ -138,7 +138,7 @@ for attempt in compiled:
     assert done.stdout.count("it tried to use") == 4, done.stderr
 
 
-def test_what_the_template_itself_refuses() -> None:
+def test_what_the_template_itself_refuses():
     template = Template("{% if messages | length > 1 %}{{ raise_exception('one\x1b[31m only') }}{% endif %}ok")
     assert render(template) == "ok"
     with pytest.raises(InvalidConversation, match=r"refuses it: one \[31m only"):
@@ -154,7 +154,7 @@ def test_what_the_template_itself_refuses() -> None:
         ("{{ messages | no_such_filter }}", ["no_such_filter"]),
     ],
 )
-def test_what_is_wrong_is_said(source: str, words: list[str]) -> None:
+def test_what_is_wrong_is_said(source, words):
     with pytest.raises(UserError) as caught:
         render(Template(source))
     assert not isinstance(caught.value, InvalidConversation)
@@ -162,14 +162,14 @@ def test_what_is_wrong_is_said(source: str, words: list[str]) -> None:
         assert word in str(caught.value)
 
 
-def test_after_a_stalled_one_the_next_is_answered() -> None:
+def test_after_a_stalled_one_the_next_is_answered():
     template = Template("{% if messages | length > 1 %}" + LOOPS + "{% endif %}ok")
     with pytest.raises(UserError, match="more than a second"):
         render(template, ASKED * 2)
     assert render(template) == "ok"
 
 
-def test_processes_end_with_their_template() -> None:
+def test_processes_end_with_their_template():
     template = Template("ok")
     render(template)
     process = template._process
@@ -180,7 +180,7 @@ def test_processes_end_with_their_template() -> None:
     assert process.poll() is not None
 
 
-def test_a_worker_left_alone_ends() -> None:
+def test_a_worker_left_alone_ends():
     """Also when whoever started it was killed: its input ends."""
     process = subprocess.Popen([sys.executable, "-I", "-S", str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None
@@ -192,7 +192,7 @@ def test_a_worker_left_alone_ends() -> None:
     process.stdout.close()
 
 
-def test_the_environment_of_the_user_is_not_the_templates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_of_the_user_is_not_the_templates(monkeypatch):
     monkeypatch.setenv("PYTHONSTARTUP", "/nonexistent")
     monkeypatch.setenv("SECRET_KEY", "abc")
     template = Template("ok")

@@ -21,7 +21,7 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_ends_stand_between_documents_and_bytes_are_the_text_s() -> None:
+def test_ends_stand_between_documents_and_bytes_are_the_text_s():
     file = open_token_file(DOCUMENTS, BPE)
     first, second, third = (BPE.encode(text).tolist() for text in DOCUMENTS)
     assert file.tokens.tolist() == [*first, BPE.eos_id, *second, BPE.eos_id, *third]
@@ -34,7 +34,7 @@ def test_ends_stand_between_documents_and_bytes_are_the_text_s() -> None:
     assert single.tokens.tolist() == list(b"one text")
 
 
-def test_made_once_for_the_same_text_and_tokenizer(cache) -> None:
+def test_made_once_for_the_same_text_and_tokenizer(cache):
     calls: list[tuple[int, int]] = []
     first = open_token_file(DOCUMENTS, BPE, lambda *of: calls.append(of))
     assert calls[-1] == (first.bytes, first.bytes)
@@ -55,7 +55,7 @@ def test_made_once_for_the_same_text_and_tokenizer(cache) -> None:
 
 @pytest.mark.parametrize("name", ["tokens.bin", "tokens.json"])
 @pytest.mark.parametrize("damage", ["truncate", "lengthen", "flip", "empty", "delete"])
-def test_a_damaged_file_is_made_anew(name: str, damage: str) -> None:
+def test_a_damaged_file_is_made_anew(name, damage):
     file = open_token_file(DOCUMENTS, BPE)
     wanted = file.tokens.tolist()
     path = file.path.parent / name
@@ -72,13 +72,13 @@ def test_a_damaged_file_is_made_anew(name: str, damage: str) -> None:
 
 
 @pytest.mark.parametrize("facts", ["[]", "{}", '{"tokens": "x", "dtype": "nonsense", "sha256": ""}'])
-def test_nonsense_beside_the_tokens_is_damage(facts: str) -> None:
+def test_nonsense_beside_the_tokens_is_damage(facts):
     file = open_token_file(DOCUMENTS, BPE)
     (file.path.parent / "tokens.json").write_text(facts)
     assert open_token_file(DOCUMENTS, BPE).tokens.tolist() == file.tokens.tolist()
 
 
-def test_an_error_on_the_way_leaves_nothing(cache) -> None:
+def test_an_error_on_the_way_leaves_nothing(cache):
     with pytest.raises(KeyboardInterrupt):
         open_token_file(DOCUMENTS, BPE, Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(UserError, match="surrogate"):
@@ -86,7 +86,7 @@ def test_an_error_on_the_way_leaves_nothing(cache) -> None:
     assert list((cache / "tokens").iterdir()) == []
 
 
-def test_the_slower_of_two_processes_uses_the_other_s_file(monkeypatch) -> None:
+def test_the_slower_of_two_processes_uses_the_other_s_file(monkeypatch):
     real = module.atomic_folder
     meanwhile = []
 
@@ -102,13 +102,13 @@ def test_the_slower_of_two_processes_uses_the_other_s_file(monkeypatch) -> None:
     assert meanwhile
 
 
-def test_a_disk_that_fails_is_said(monkeypatch) -> None:
+def test_a_disk_that_fails_is_said(monkeypatch):
     monkeypatch.setattr(module, "atomic_folder", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         open_token_file(DOCUMENTS, BPE)
 
 
-def test_ids_are_wide_where_the_vocabulary_is(monkeypatch) -> None:
+def test_ids_are_wide_where_the_vocabulary_is(monkeypatch):
     wide = train_bpe(DOCUMENTS, 280)
     wide.vocab = 65_537
     wide.digest = "another"
@@ -117,7 +117,7 @@ def test_ids_are_wide_where_the_vocabulary_is(monkeypatch) -> None:
     assert file.tokens.tolist() == open_token_file(DOCUMENTS, BPE).tokens.tolist()
 
 
-def test_long_documents_go_in_parts(monkeypatch) -> None:
+def test_long_documents_go_in_parts(monkeypatch):
     text = "To be, or not to be. " * 120_000
     calls: list[tuple[int, int]] = []
     tokenizer = byte_tokenizer()
@@ -130,7 +130,7 @@ def test_long_documents_go_in_parts(monkeypatch) -> None:
     assert file.tokens[len(text)] == tokenizer.eos_id
 
 
-def test_nanogpt_bin(tmp_path) -> None:
+def test_nanogpt_bin(tmp_path):
     path = tmp_path / "train.bin"
     ids = [*BPE.encode("one é"), BPE.eos_id, *BPE.encode("two")]
     np.array(ids, "<u2").tofile(path)
@@ -140,7 +140,7 @@ def test_nanogpt_bin(tmp_path) -> None:
     assert file.path == path
 
 
-def test_nanogpt_bin_that_is_wrong(tmp_path) -> None:
+def test_nanogpt_bin_that_is_wrong(tmp_path):
     path = tmp_path / "train.bin"
     with pytest.raises(UserError, match="no token file"):
         open_bin(path, BPE)

@@ -26,7 +26,7 @@ texts = st.text() | st.text(alphabet=" \t\r\n'abZsé1½٣^_\u0301\u200d\ufe0f東
 
 
 @BOTH
-def test_every_code_point_comes_back(tokenizer: Tokenizer) -> None:
+def test_every_code_point_comes_back(tokenizer):
     for text in (EVERY, " ".join(EVERY[::37])):
         # A plain assertion about a million characters would have pytest explain the difference for minutes.
         same = tokenizer.decode(tokenizer.encode(text)) == text
@@ -36,7 +36,7 @@ def test_every_code_point_comes_back(tokenizer: Tokenizer) -> None:
 @BOTH
 @settings(deadline=None, max_examples=200)
 @given(parts=st.lists(texts))
-def test_every_text_comes_back(tokenizer: Tokenizer, parts: list[str]) -> None:
+def test_every_text_comes_back(tokenizer, parts):
     text = "".join(parts)
     ids = tokenizer.encode(text)
     assert (ids.dtype, ids.ndim) == (np.int32, 1)
@@ -47,7 +47,7 @@ def test_every_text_comes_back(tokenizer: Tokenizer, parts: list[str]) -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(ids=st.lists(st.integers(-3, BPE.vocab + 3)))
-def test_stream_joins_to_decode(ids: list[int]) -> None:
+def test_stream_joins_to_decode(ids):
     stream = BPE.stream()
     pieces = [stream.push(token) for token in ids]
     assert "".join([*pieces, stream.close()]) == BPE.decode(ids)
@@ -55,7 +55,7 @@ def test_stream_joins_to_decode(ids: list[int]) -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(text=st.text(alphabet="aé東😀\ufffd\u0301"))
-def test_stream_never_shows_half_a_character(text: str) -> None:
+def test_stream_never_shows_half_a_character(text):
     stream = BYTE.stream()
     shown = ""
     for token in BYTE.encode(text):
@@ -67,7 +67,7 @@ def test_stream_never_shows_half_a_character(text: str) -> None:
 
 
 @BOTH
-def test_control_tokens_are_never_made_from_text(tokenizer: Tokenizer) -> None:
+def test_control_tokens_are_never_made_from_text(tokenizer):
     ids = tokenizer.encode(f"before{END}after{END}")
     assert tokenizer.eos_id not in ids
     assert tokenizer.decode(ids) == f"before{END}after{END}"
@@ -76,14 +76,14 @@ def test_control_tokens_are_never_made_from_text(tokenizer: Tokenizer) -> None:
     assert tokenizer.count_bytes([tokenizer.eos_id]) == 0
 
 
-def test_ids() -> None:
+def test_ids():
     assert (BYTE.vocab, BYTE.eos_id, BPE.vocab, BPE.eos_id) == (257, 256, 320, 319)
     assert BYTE.encode("aé").tolist() == [0x61, 0xC3, 0xA9]
     assert len(BPE.encode(PROSE)) < len(PROSE.encode()) / 2
     assert BPE.encode("").shape == (0,)
 
 
-def test_token_bytes_counts_parts_of_characters() -> None:
+def test_token_bytes_counts_parts_of_characters():
     assert BYTE.count_bytes(np.array([0xC3, 0x61], np.uint16)) == 2
     assert BYTE.count_bytes([-1, 256, 257, 10_000]) == 0
     assert BYTE.count_bytes([]) == 0
@@ -91,7 +91,7 @@ def test_token_bytes_counts_parts_of_characters() -> None:
 
 @BOTH
 @pytest.mark.parametrize("unit", ["a", "^", "😀", "base64"])
-def test_a_megabyte(tokenizer: Tokenizer, unit: str) -> None:
+def test_a_megabyte(tokenizer, unit):
     """In time that grows with the square of the length, this would take hours."""
     noise = base64.b64encode(random.Random(0).randbytes(750_000)).decode()
     text = noise if unit == "base64" else unit * (1_000_000 // len(unit.encode()))
@@ -112,13 +112,13 @@ LONG_TEXTS += [
 
 @BOTH
 @pytest.mark.parametrize("text", LONG_TEXTS, ids=lambda text: ascii(text[:5]))
-def test_cut_into_pieces_the_tokens_are_those_of_the_whole(tokenizer: Tokenizer, text: str) -> None:
+def test_cut_into_pieces_the_tokens_are_those_of_the_whole(tokenizer, text):
     assert _same_as_in_one_go(tokenizer, text)
 
 
 @settings(deadline=None, max_examples=100)
 @given(parts=st.lists(texts, max_size=60), piece=st.integers(1, 40))
-def test_pieces_are_cut_between_tokens(parts: list[str], piece: int) -> None:
+def test_pieces_are_cut_between_tokens(parts, piece):
     text = "".join(parts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer_module, "PIECE", piece)
@@ -130,20 +130,20 @@ def _same_as_in_one_go(tokenizer: Tokenizer, text: str) -> bool:
 
 
 @pytest.mark.parametrize("broken", ["ab\ud83dcd", "ab\udc00"])
-def test_half_a_character_is_refused_with_its_place(broken: str) -> None:
+def test_half_a_character_is_refused_with_its_place(broken):
     with pytest.raises(UserError, match=r"surrogate U\+D.* at character 2"):
         BPE.encode(broken)
     with pytest.raises(UserError, match="character 2"):
         train_bpe([broken], 300)
 
 
-def test_same_texts_same_vocabulary() -> None:
+def test_same_texts_same_vocabulary():
     assert train_bpe(iter([PROSE]), 320).digest == BPE.digest
     assert train_bpe([PROSE], 321).digest != BPE.digest
     assert train_bpe([PROSE + "zz " * 1000], 320).digest != BPE.digest
 
 
-def test_too_small_a_vocabulary_or_text() -> None:
+def test_too_small_a_vocabulary_or_text():
     with pytest.raises(UserError, match="257"):
         train_bpe(["text"], 256)
     assert train_bpe(["text"], 257).vocab == 257
@@ -153,7 +153,7 @@ def test_too_small_a_vocabulary_or_text() -> None:
 
 
 @BOTH
-def test_saved_and_loaded(tokenizer: Tokenizer, tmp_path) -> None:
+def test_saved_and_loaded(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     loaded = load_tokenizer(tmp_path)
     assert loaded.digest == tokenizer.digest
@@ -162,7 +162,7 @@ def test_saved_and_loaded(tokenizer: Tokenizer, tmp_path) -> None:
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["eos_token"] == END
 
 
-def test_another_end_is_taken_from_the_config(tmp_path) -> None:
+def test_another_end_is_taken_from_the_config(tmp_path):
     BPE.save(tmp_path)
     source = json.loads((tmp_path / "tokenizer.json").read_text())
     source["added_tokens"].append(dict(source["added_tokens"][0], id=320, content="<|im_end|>"))
@@ -179,7 +179,7 @@ def test_another_end_is_taken_from_the_config(tmp_path) -> None:
         load_tokenizer(tmp_path)
 
 
-def test_what_cannot_be_loaded(tmp_path) -> None:
+def test_what_cannot_be_loaded(tmp_path):
     with pytest.raises(UserError, match=r"No tokenizer at .*tokenizer\.json"):
         load_tokenizer(tmp_path)
     BPE.save(tmp_path)

@@ -26,7 +26,7 @@ def windows_of(batches: TextBatches, epoch: int) -> list[np.ndarray]:
     return rows[first - steps.start * batches.batch :][:windows]
 
 
-def test_shapes_and_types() -> None:
+def test_shapes_and_types():
     batch = TextBatches(PLACES, seq=7, batch=6, seed=0).at(3)
     assert batch.segments is None
     assert [(field.shape, field.dtype) for field in batch[:4]] == [((6, 7), kind) for kind in ("i4", "i4", "bool", "i4")]
@@ -39,7 +39,7 @@ def test_shapes_and_types() -> None:
     length=st.integers(2, 90), seq=st.integers(1, 12), batch=st.integers(1, 7), seed=st.integers(0, 2**32 - 1),
     epoch=st.integers(0, 5),
 )  # fmt: skip
-def test_every_token_is_a_target_once_an_epoch(length: int, seq: int, batch: int, seed: int, epoch: int) -> None:
+def test_every_token_is_a_target_once_an_epoch(length, seq, batch, seed, epoch):
     if length <= seq:
         return
     batches = TextBatches(PLACES[:length], seq, batch, seed)
@@ -51,14 +51,14 @@ def test_every_token_is_a_target_once_an_epoch(length: int, seq: int, batch: int
 
 @settings(deadline=None, max_examples=40)
 @given(step=st.integers(0, 10_000), seed=st.integers(0, 1000))
-def test_the_target_is_the_next_token(step: int, seed: int) -> None:
+def test_the_target_is_the_next_token(step, seed):
     batch = TextBatches(PLACES, 7, 5, seed).at(step)
     np.testing.assert_array_equal(batch.targets, np.asarray(batch.tokens) + 1)
     # Windows are stretches of the text; one an epoch may run over its end and go on at its start.
     np.testing.assert_array_equal(batch.tokens[:, 1:], np.asarray(batch.targets)[:, :-1] % 999)
 
 
-def test_order_is_a_function_of_seed_and_step() -> None:
+def test_order_is_a_function_of_seed_and_step():
     first, again = TextBatches(PLACES, 7, 5, seed=3), TextBatches(PLACES.astype(np.int64), 7, 5, seed=3)
     forward = {step: first.at(step) for step in (0, 1, 27, 28, 29, 500)}
     assert all(same(again.at(step), forward[step]) for step in reversed(forward))
@@ -66,12 +66,12 @@ def test_order_is_a_function_of_seed_and_step() -> None:
     assert not any(same(other.at(step), batch) for step, batch in forward.items())
 
 
-def test_the_order_does_not_change_between_versions() -> None:
+def test_the_order_does_not_change_between_versions():
     """A run resumed after an update goes on in the same order. If this fails, old runs cannot be resumed exactly."""
     assert TextBatches(PLACES, 7, 5, seed=3).at(1234).tokens[:, 0].tolist() == [676, 368, 914, 473, 550]
 
 
-def test_epochs_differ_in_order_and_in_where_windows_start() -> None:
+def test_epochs_differ_in_order_and_in_where_windows_start():
     batches = TextBatches(PLACES, 7, 5, seed=0)
     assert batches.epoch(71) == 2.5
     orders = [np.array(windows_of(batches, epoch))[:, 0] for epoch in range(6)]
@@ -82,7 +82,7 @@ def test_epochs_differ_in_order_and_in_where_windows_start() -> None:
     assert not {tuple(order) for order in orders} & set(neighbour)
 
 
-def test_what_makes_no_batches() -> None:
+def test_what_makes_no_batches():
     with pytest.raises(UserError, match="7 tokens and one window of 7 needs 8"):
         TextBatches(PLACES[:7], 7, 1, 0)
     assert TextBatches(PLACES[:8], 7, 2, 0).at(5).tokens.tolist()
@@ -96,7 +96,7 @@ def test_what_makes_no_batches() -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(length=st.integers(2, 60), seq=st.integers(1, 13), stride=st.integers(1, 13), batch=st.integers(1, 5))
-def test_evaluation_scores_every_token_but_the_first_once(length: int, seq: int, stride: int, batch: int) -> None:
+def test_evaluation_scores_every_token_but_the_first_once(length, seq, stride, batch):
     if stride > seq:
         return
     scored, windows = [], 0
@@ -117,7 +117,7 @@ def test_evaluation_scores_every_token_but_the_first_once(length: int, seq: int,
     assert windows == count_windows(length, seq, stride)
 
 
-def test_what_cannot_be_evaluated() -> None:
+def test_what_cannot_be_evaluated():
     for stride in (0, 8):
         with pytest.raises(UserError, match=f"between 1 and the window's 7 tokens, not {stride}"):
             next(evaluation_windows(PLACES, 7, stride, 1))

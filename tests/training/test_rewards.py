@@ -11,7 +11,7 @@ from engine.training.rewards import LONGEST, TASKS, make_reward, sum_reward
 
 
 @given(st.integers(1, 30), st.lists(st.sampled_from(["sea", "a", "Iron,", "\u00e9t\u00e9"]), max_size=40))
-def test_length_is_the_ratio_of_the_two_counts(words: int, said: list[str]) -> None:
+def test_length_is_the_ratio_of_the_two_counts(words, said):
     reward = make_reward(f"length:{words}")
     value = reward("  ".join(said) + "\n", None)
     assert 0 <= value <= 1
@@ -20,7 +20,7 @@ def test_length_is_the_ratio_of_the_two_counts(words: int, said: list[str]) -> N
     assert reward(" ".join([*said, "more"]), None) >= value if len(said) < words else True
 
 
-def test_a_pattern_is_found_or_not() -> None:
+def test_a_pattern_is_found_or_not():
     assert make_reward(r"regex:^(Yes|No)\b")("Yes, it is.", None) == 1
     assert make_reward(r"regex:^(Yes|No)\b")("Yesterday", None) == 0
     assert make_reward("regex:a:b")("see a:b there", None) == 1  # colons in a pattern are its own
@@ -37,7 +37,7 @@ def test_a_pattern_is_found_or_not() -> None:
         ("9" * (2 * LONGEST), 9, 0),
     ],
 )  # fmt: skip
-def test_the_last_whole_number_is_the_answer(answer: str, right: int | None, value: float) -> None:
+def test_the_last_whole_number_is_the_answer(answer, right, value):
     assert sum_reward(answer, right) == value
     assert make_reward("sum") is sum_reward
 
@@ -51,10 +51,10 @@ def test_the_last_whole_number_is_the_answer(answer: str, right: int | None, val
         ("lenght:3", "Did you mean 'length'"), ("", "There is no task ''"),
     ],
 )  # fmt: skip
-def test_what_is_no_task_is_said(task: str, said: str) -> None:
+def test_what_is_no_task_is_said(task, said):
     with pytest.raises(UserError, match=re.escape(said)):
         make_reward(task)
 
 
-def test_every_task_is_described() -> None:
+def test_every_task_is_described():
     assert {name: make_reward(f"{name}{':3' * (name != 'sum')}") is not None for name in TASKS} == dict.fromkeys(TASKS, True)
