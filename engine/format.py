@@ -49,21 +49,21 @@ def join_words(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
 
 
-def number(value: Any) -> float | None:
+def finite(value: Any) -> float | None:
     """Returns the value as a finite float, or None for what is absent, not a number, or not finite."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
 
 
-def positive(value: Any) -> float | None:
+def above_zero(value: Any) -> float | None:
     """Returns the value as a finite float above zero, for a bar or a logarithmic axis, or None."""
-    return finite if (finite := number(value)) is not None and finite > 0 else None
+    return number if (number := finite(value)) is not None and number > 0 else None
 
 
 def si(value: Any, unit: str, *, short: bool = False) -> str:
     """Formats with an SI prefix: `21.3 MFLOP`, `612 µs`. `short`: only the digits that a round value on an axis needs."""
-    if (value := number(value)) is None:
+    if (value := finite(value)) is None:
         return ABSENT
     if short and not value:
         return "0"
@@ -74,7 +74,7 @@ def si(value: Any, unit: str, *, short: bool = False) -> str:
 
 def in_words(value: Any, *, short: bool = False) -> str:
     """Formats a count in words: `96.2 million`, `1.92 billion`, `640`. `short`: `10 million`, for an axis."""
-    if (value := number(value)) is None:
+    if (value := finite(value)) is None:
         return ABSENT
     power = max(0, min(_power(value), 12))
     scaled = value / 10.0**power
@@ -83,7 +83,7 @@ def in_words(value: Any, *, short: bool = False) -> str:
 
 def money(value: Any) -> str:
     """Formats dollars: `$0.0417`, `$0.10`, `$12.50`, `$1,240`."""
-    if (value := number(value)) is None:
+    if (value := finite(value)) is None:
         return ABSENT
     cents = 1 <= abs(value) < 100 or (0.01 <= abs(value) < 1 and value == round(value, 2))
     return f"${value:.2f}" if cents else f"${significant(value)}"
@@ -91,14 +91,14 @@ def money(value: Any) -> str:
 
 def times(value: Any, digits: int = 2) -> str:
     """Formats a ratio: `3.00×`, or `14.2×` from ten up."""
-    if (value := number(value)) is None:
+    if (value := finite(value)) is None:
         return ABSENT
     return f"{value:,.{digits if abs(value) < 9.95 else max(0, digits - 1)}f}×"
 
 
 def percent(value: Any, *, signed: bool = False) -> str:
     """Formats a share as `59%`, or a signed deviation as `+12%` and `−4%`."""
-    if (value := number(value)) is None:
+    if (value := finite(value)) is None:
         return ABSENT
     whole = round(100 * value)
     return f"{whole:{'+' if signed and whole else ''}}%".replace("-", "−")
@@ -123,7 +123,7 @@ class Column:
         return f"{_PREFIXES[self.power]}{unit}"
 
     def text(self, value: Any) -> str:
-        return ABSENT if (value := number(value)) is None else f"{value / 10.0**self.power:,.{self.decimals}f}"
+        return ABSENT if (value := finite(value)) is None else f"{value / 10.0**self.power:,.{self.decimals}f}"
 
 
 def column(values: Iterable[Any], *, digits: int = 3, prefixed: bool = True) -> Column:
@@ -131,7 +131,7 @@ def column(values: Iterable[Any], *, digits: int = 3, prefixed: bool = True) -> 
 
     With prefixes there are at most `digits` decimals, and none beside numbers of a thousand and more.
     """
-    sizes = sorted(abs(value) for value in map(number, values) if value)
+    sizes = sorted(abs(value) for value in map(finite, values) if value)
     if not sizes:
         return Column(0, 0)
     power = _power(sizes[len(sizes) // 2]) if prefixed else 0

@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.report.charts import Axis, Bar, Line, curves, stacked_bars
 from bench.table.claims import TOKENS_PER_PARAMETER
-from engine.format import in_words, money, positive, si, times
+from engine.format import above_zero, in_words, money, si, times
 
 _PARTS = (
     ("forward", "forward", "blue"), ("dx", "backward, dX", "amber"), ("dw", "backward, dW", "rust"),
@@ -20,8 +20,8 @@ _PARTS = (
 _MEMORY = {"params": "blue", "gradients": "rust", "optimizer": "grey", "activations": "amber", "cache": "teal"}
 _CEILING_OF = {"float32": "f32_gflops", "int8": "int8_gflops"}  # other number types have the bfloat16 one
 
-Row = Mapping[str, Any]
-Rows = Sequence[Row]
+JsonRow = Mapping[str, Any]
+JsonRows = Sequence[JsonRow]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,16 +33,16 @@ class Figure:
     chart: Callable[[bool], dict[str, Any]]
 
 
-def figures(rows: Rows, ceilings: Row, model: Row) -> list[Figure]:
+def figures(rows: JsonRows, ceilings: JsonRow, model: JsonRow) -> list[Figure]:
     every = flops_figure(rows), decode_figure(rows, ceilings, model), memory_figure(rows), lifetime_cost_figure(rows, model)
     return list(filter(None, every))
 
 
-def flops_figure(rows: Rows) -> Figure | None:
+def flops_figure(rows: JsonRows) -> Figure | None:
     """Draws the FLOPs per token of each stage in forward passes, stacked: forward, dX, dW, optimizer."""
     bars = []
     for row in rows:
-        whole, ratio = _flops(row, "formula"), positive(row.get("flop_ratio_to_forward"))
+        whole, ratio = _flops(row, "formula"), above_zero(row.get("flop_ratio_to_forward"))
         # The forward pass of the row's ratio; without a ratio, the row's own.
         if unit := whole / ratio if whole and ratio else _flops(row, "forward"):
             parts = tuple((colour, name, (_flops(row, key) or 0.0) / unit) for key, name, colour in _PARTS)
@@ -51,13 +51,13 @@ def flops_figure(rows: Rows) -> Figure | None:
     return _stacked("flops", bars, [(colour, name) for _, name, colour in _PARTS], lambda value: f"{value:g}×")
 
 
-def memory_figure(rows: Rows) -> Figure | None:
+def memory_figure(rows: JsonRows) -> Figure | None:
     """Draws the bytes of each stage, stacked by content, with the peak as a mark."""
     bars, colours = [], dict(_MEMORY)
     for row in rows:
-        if sizes := {name: size for name, value in (row.get("memory") or {}).items() if (size := positive(value))}:
+        if sizes := {name: size for name, value in (row.get("memory") or {}).items() if (size := above_zero(value))}:
             colours |= {name: "violet" for name in sizes if name not in colours}
-            peak = positive(row.get("peak_bytes"))
+            peak = above_zero(row.get("peak_bytes"))
             parts = tuple((colour, name, sizes[name]) for name, colour in colours.items() if name in sizes)
             words = (si(sum(sizes.values()), "B"), f"peak {si(peak, 'B')}" if peak else "")
             bars.append(Bar(row["name"], row.get("stage"), parts, words, peak))
@@ -74,19 +74,19 @@ def _stacked(id: str, bars: list[Bar], key: list[tuple[str, str]], tick: Callabl
     return Figure(id, {"longest": longest}, lambda wide: stacked_bars(bars, key, tick, wide))
 
 
-def decode_figure(rows: Rows, ceilings: Row, model: Row) -> Figure | None:
+def decode_figure(rows: JsonRows, ceilings: JsonRow, model: JsonRow) -> Figure | None:
     """Draws the time per token against slots, both logarithmic, above the floors of memory and compute."""
-    served = [row for row in decode_rows(rows) if positive(row.get("slots")) and positive(row.get("seconds_per_token"))]
+    served = [row for row in decode_rows(rows) if above_zero(row.get("slots")) and above_zero(row.get("seconds_per_token"))]
     if not served:
         return None
-    series: dict[str, list[Row]] = {}
+    series: dict[str, list[JsonRow]] = {}
     for row in served:
         series.setdefault(row.get("series") or "decode", []).append(row)
     lines = []
     for rank, (name, ways) in enumerate(series.items()):
         ways.sort(key=lambda row: row["slots"])
         points = tuple((float(row["slots"]), float(row["seconds_per_token"])) for row in ways)
-        spreads = tuple(positive(row.get("spread")) or 0.0 for row in ways)
+        spreads = tuple(above_zero(row.get("spread")) or 0.0 for row in ways)
         lines.append(Line(points, f"way{min(rank, 4)}", f"{name}, measured", "", spreads, below=rank > 0))
     first_series = next(iter(series.values()))
     reading, computing = _memory_floor(first_series, ceilings), _compute_floor(first_series, ceilings, model)
@@ -100,7 +100,7 @@ def decode_figure(rows: Rows, ceilings: Row, model: Row) -> Figure | None:
         steps = [low * (high / low) ** (index / 32) for index in range(33)]
         level = lambda seconds: ((low, seconds), (high, seconds))
         every = list(lines)
-        if seconds := positive(trained.get("seconds_per_token")):
+        if seconds := above_zero(trained.get("seconds_per_token")):
             every.append(Line(level(seconds), "reference", trained["name"], f"{si(seconds, 's')} a token"))
         if reading:
             note = f"its bytes at {ceilings['read_gbs']:.3g} GB/s"
@@ -118,13 +118,13 @@ def decode_figure(rows: Rows, ceilings: Row, model: Row) -> Figure | None:
     return Figure("decode", {"beaten": beaten, "few": lines[0].points[0], "many": lines[0].points[-1]}, chart)
 
 
-def lifetime_cost_figure(rows: Rows, model: Row) -> Figure | None:
+def lifetime_cost_figure(rows: JsonRows, model: JsonRow) -> Figure | None:
     """Draws dollars against served tokens, both logarithmic: training, paid once, and the ways of serving; rings mark where
     they cost the same."""
     trained = first_training_row(rows) or {}
-    tokens = TOKENS_PER_PARAMETER * (positive(model.get("params")) or 0.0)
-    price = positive(trained.get("usd_per_million_tokens"))
-    served = [row for row in decode_rows(rows) if positive(row.get("usd_per_million_tokens"))]
+    tokens = TOKENS_PER_PARAMETER * (above_zero(model.get("params")) or 0.0)
+    price = above_zero(trained.get("usd_per_million_tokens"))
+    served = [row for row in decode_rows(rows) if above_zero(row.get("usd_per_million_tokens"))]
     if not tokens or not price or not served:
         return None
     once = price * tokens / 1e6
@@ -143,23 +143,25 @@ def lifetime_cost_figure(rows: Rows, model: Row) -> Figure | None:
     return Figure("life", numbers, lambda wide: curves(lines, x_axis, y_axis, wide, rings=[(x, once) for x in meet]))
 
 
-def decode_rows(rows: Rows) -> list[Row]:
+def decode_rows(rows: JsonRows) -> list[JsonRow]:
     return [row for row in rows if row.get("stage") == "decode"]
 
 
-def first_training_row(rows: Rows) -> Row | None:
+def first_training_row(rows: JsonRows) -> JsonRow | None:
     """Returns the first row that computes gradients of weights."""
     return next((row for row in rows if _flops(row, "dw")), None)
 
 
-def _flops(row: Row, counter: str) -> float | None:
-    return positive((row.get("flops_per_token") or {}).get(counter))
+def _flops(row: JsonRow, counter: str) -> float | None:
+    return above_zero((row.get("flops_per_token") or {}).get(counter))
 
 
-def _memory_floor(rows: Rows, ceilings: Row) -> Callable[[float], float] | None:
+def _memory_floor(rows: JsonRows, ceilings: JsonRow) -> Callable[[float], float] | None:
     """Returns slots -> seconds of reading: bytes a token = shared / slots + own, from the fewest and the most slots."""
-    rate = positive(ceilings.get("read_gbs"))
-    moved = sorted((float(row["slots"]), float(row["bytes_per_token"])) for row in rows if positive(row.get("bytes_per_token")))
+    rate = above_zero(ceilings.get("read_gbs"))
+    moved = sorted(
+        (float(row["slots"]), float(row["bytes_per_token"])) for row in rows if above_zero(row.get("bytes_per_token"))
+    )
     if not rate or not moved:
         return None
     (few, most), (many, least) = moved[0], moved[-1]
@@ -168,8 +170,8 @@ def _memory_floor(rows: Rows, ceilings: Row) -> Callable[[float], float] | None:
     return lambda slots: (shared / slots + own) / (rate * 1e9)
 
 
-def _compute_floor(rows: Rows, ceilings: Row, model: Row) -> tuple[float, float] | None:
+def _compute_floor(rows: JsonRows, ceilings: JsonRow, model: JsonRow) -> tuple[float, float] | None:
     """Returns the seconds of a token's products at the number type's ceiling, and that ceiling in GFLOP/s."""
-    rate = positive(ceilings.get(_CEILING_OF.get(str(model.get("dtype")), "bf16_gflops")))
+    rate = above_zero(ceilings.get(_CEILING_OF.get(str(model.get("dtype")), "bf16_gflops")))
     work = [flops for row in rows if (flops := _flops(row, "formula"))]
     return (min(work) / (rate * 1e9), rate) if rate and work else None

@@ -10,12 +10,12 @@ from typing import Any
 import jinja2
 
 from bench.report.charts import svg_number
-from bench.report.figures import Figure, Row, Rows, decode_rows, figures, first_training_row, flops_figure
+from bench.report.figures import Figure, JsonRow, JsonRows, decode_rows, figures, first_training_row, flops_figure
 from bench.table.claims import GENERATED_CHEAPER
 from engine import format
 from engine.errors import UserError
 from engine.files import atomic_file
-from engine.format import Column, column, number, percent, times
+from engine.format import Column, column, finite, percent, times
 
 Document = Mapping[str, Any]
 Note = tuple[str, str, str]  # the row's name, what of it is off, and why
@@ -53,7 +53,7 @@ def page(document: Document) -> str:
     return _environment().get_template("page.html.j2").render(
         document, style=_style(), trained=first_training_row(rows) or {}, groups=groups, notes=notes, columns=columns(rows),
         figures=figures(rows, document.get("ceilings") or {}, document.get("model") or {}), limit=DEVIATION,
-        served=sorted((row for row in decode_rows(rows) if number(row.get("slots"))), key=lambda row: row["slots"]),
+        served=sorted((row for row in decode_rows(rows) if finite(row.get("slots"))), key=lambda row: row["slots"]),
         lone=numbers.get(GENERATED_CHEAPER, {}).get("time"), agreement=flops_agreement(rows),
         json=json.dumps(document, indent=1, ensure_ascii=False, default=str),
     )  # fmt: skip
@@ -77,7 +77,7 @@ def _environment() -> jinja2.Environment:
     )  # fmt: skip
     names = ("number", "si", "in_words", "money", "times", "percent")
     environment.filters |= {name: getattr(format, name) for name in names} | {"deviation": deviation, "kind": _kind}
-    environment.tests["measured"] = lambda value: bool(number(value))
+    environment.tests["measured"] = lambda value: bool(finite(value))
     return environment
 
 
@@ -94,7 +94,7 @@ def deviation(off: float | None) -> str:
     return percent(off, signed=True) if off is None or off < 2 else times(off + 1, 1)
 
 
-def lines_and_notes(rows: Rows) -> tuple[list[list[dict[str, Any]]], list[Note]]:
+def lines_and_notes(rows: JsonRows) -> tuple[list[list[dict[str, Any]]], list[Note]]:
     """Returns the lines of the table, a list for each stage, and their notes in order.
 
     A line has its row; `off`, its time over the predicted one, less 1; and the numbers of its notes, 0 for none.
@@ -102,12 +102,12 @@ def lines_and_notes(rows: Rows) -> tuple[list[list[dict[str, Any]]], list[Note]]
     lines: list[dict[str, Any]] = []
     notes: list[Note] = []
 
-    def note(row: Row, of: str, why: Any) -> int:
+    def note(row: JsonRow, of: str, why: Any) -> int:
         notes.extend([(row["name"], of, why)] if why else [])
         return len(notes) if why else 0
 
     for row in rows:
-        seconds, predicted = number(row.get("seconds_per_token")), number(row.get("predicted_seconds_per_token"))
+        seconds, predicted = finite(row.get("seconds_per_token")), finite(row.get("predicted_seconds_per_token"))
         off = seconds / predicted - 1 if seconds and predicted else None
         lines.append({
             "row": row, "off": off, "note": note(row, "" if off is None else deviation(off), row.get("explanation")),
@@ -116,7 +116,7 @@ def lines_and_notes(rows: Rows) -> tuple[list[list[dict[str, Any]]], list[Note]]
     return [list(group) for _, group in itertools.groupby(lines, key=lambda line: line["row"].get("stage"))], notes
 
 
-def columns(rows: Rows) -> dict[str, Column]:
+def columns(rows: JsonRows) -> dict[str, Column]:
     """Returns the number format of each column: its SI prefix and decimals."""
     counted = [row.get("flops_per_token") or {} for row in rows]
     return {
@@ -132,8 +132,8 @@ def columns(rows: Rows) -> dict[str, Column]:
     }  # fmt: skip
 
 
-def flops_agreement(rows: Rows) -> tuple[int, int]:
+def flops_agreement(rows: JsonRows) -> tuple[int, int]:
     """Returns how many rows have the same FLOPs by formula and walker, and how many have both."""
-    pairs = [[number((row.get("flops_per_token") or {}).get(counter)) for counter in ("formula", "walker")] for row in rows]
+    pairs = [[finite((row.get("flops_per_token") or {}).get(counter)) for counter in ("formula", "walker")] for row in rows]
     both = [pair for pair in pairs if None not in pair]
     return sum(formula == walker for formula, walker in both), len(both)

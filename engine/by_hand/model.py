@@ -108,7 +108,7 @@ def _tables(
     cfg: ModelConfig, params: Params, tokens: ndarray, positions: ndarray | None, segments: ndarray | None
 ) -> block.PositionTables:
     if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
-        raise UserError(f"tokens must be whole numbers (B, T), not {tokens.dtype} {tokens.shape}.")
+        raise UserError(f"tokens must be integers (B, T), not {tokens.dtype} {tokens.shape}.")
     # NumPy would look up a negative token at the table's end.
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < cfg.vocab:
         raise UserError(

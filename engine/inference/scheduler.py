@@ -22,7 +22,7 @@ class Prefill(NamedTuple):
     sequence: Sequence
 
 
-class Row(NamedTuple):
+class DecodeRow(NamedTuple):
     """A row of a dispatch: its slot, and the sequence, token and position after which it samples."""
 
     slot: int
@@ -38,7 +38,7 @@ class Decode(NamedTuple):
     `copies` are slots that hold its text as well, `copies_are_new` if it must be copied there first.
     """
 
-    rows: list[Row]
+    rows: list[DecodeRow]
     steps: int
     drafts: list[int]
     copies: list[int]
@@ -103,13 +103,15 @@ class Scheduler:
         self._last_was_prefill = False
         if not self.decoding:
             return None
-        rows = [Row(sequence.slot, sequence, sequence.last_token, sequence.position) for sequence in self.decoding]
+        rows = [DecodeRow(sequence.slot, sequence, sequence.last_token, sequence.position) for sequence in self.decoding]
         if drafts := self._draft_tokens():
             copies_are_new = not self.copies
             if copies_are_new:
                 self.copies, self.free = self.free[:DRAFT_ROWS], self.free[DRAFT_ROWS:]
             _, sequence, _, position = rows[0]
-            rows += [Row(slot, sequence, token, position + n) for n, (slot, token) in enumerate(zip(self.copies, drafts), 1)]
+            rows += [
+                DecodeRow(slot, sequence, token, position + n) for n, (slot, token) in enumerate(zip(self.copies, drafts), 1)
+            ]
             return Decode(rows, 1, drafts, self.copies, copies_are_new)
         if any(not sequence.output_tokens for sequence in self.decoding):
             steps = 1  # a request waits for its first token

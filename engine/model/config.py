@@ -53,7 +53,7 @@ class ModelConfig:
         for name in ("vocab", "width", "layers", "heads", "ff", "context", "kv_heads", "head_dim"):
             value, least = getattr(self, name), 0 if name in ("kv_heads", "head_dim") else 1
             if type(value) is not int or value < least:
-                raise UserError(f"ModelConfig: {name} must be a whole number of at least {least}, not {value!r}.")
+                raise UserError(f"ModelConfig: {name} must be an integer of at least {least}, not {value!r}.")
         for name in ("rope_theta", "eps"):
             if not getattr(self, name) > 0:
                 raise UserError(f"ModelConfig: {name} must be above 0, not {getattr(self, name)!r}.")

@@ -45,12 +45,12 @@ def map_paths(f: Callable[[str, Any], Any], params: Params) -> Params:
 def match_paths(pattern: str, paths: Collection[str]) -> list[str]:
     """Returns the paths that a regular expression matches whole. Raises UserError for none, naming the nearest."""
     try:
-        found = [path for path in paths if re.fullmatch(pattern, path)]
+        matches = [path for path in paths if re.fullmatch(pattern, path)]
     except re.error as error:
         raise UserError(f"{pattern!r} is not a pattern: {error}. Write for example 'blocks/(28|29)/.*'.") from error
-    if not found:
+    if not matches:
         raise UserError(f"{pattern!r} matches no parameter.{did_you_mean(pattern, list(paths))}")
-    return found
+    return matches
 
 
 def first_match(rules: Sequence[tuple[str, Any]], params: Params) -> dict[str, Any]:

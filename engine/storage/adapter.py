@@ -43,10 +43,10 @@ def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base
     if not leaves:
         raise UserError("This model has no LoRA adapters to write; leave --adapter out to write all of it.")
     if any(isinstance(leaf.base, LoRA) for leaf in leaves.values()):
-        raise UserError("This model has several adapters on one base, and PEFT's layout holds one; export it folded instead.")
+        raise UserError("This model has several adapters on one base, and PEFT's layout holds one; export it merged instead.")
     sizes = {(leaf.rank, leaf.scale) for leaf in leaves.values()}
     if len(sizes) > 1:
-        raise UserError("The adapters differ in rank or scale, and PEFT's layout has one of each; export it folded instead.")
+        raise UserError("The adapters differ in rank or scale, and PEFT's layout has one of each; export it merged instead.")
     rank, scale = sizes.pop()
     arrays: dict[str, np.ndarray] = {}
     modules, layers = set(), set()
@@ -105,7 +105,7 @@ def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> 
         side = int(name.endswith(".lora_B.weight"))
         if len(tensor.shape) != 2 or tensor.shape[side] != rank or tensor.dtype not in safetensors.DTYPES:
             raise UserError(f"{path}: the tensor {quote(name)} is {tensor.dtype} {list(tensor.shape)}, and its rank {rank}.")
-        arrays[name] = safetensors.read_rows(tensor, 0, tensor.shape[0]).astype(np.float32, copy=False)
+        arrays[name] = safetensors.read_slice(tensor, 0, tensor.shape[0]).astype(np.float32, copy=False)
         if not np.isfinite(arrays[name]).all():
             raise UserError(f"{path} is damaged: the tensor {quote(name)} holds a number that is not finite.")
     if BASE in metadata and metadata.get(CHECKSUM) != _checksum(arrays, scale):

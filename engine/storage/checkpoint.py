@@ -268,13 +268,13 @@ def _as_abstract(leaf: Any) -> Any:
     return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)  # a shape and a dtype without the memory
 
 
-def _refuse_difference(where: Path, wanted: dict, came: dict) -> None:
+def _refuse_difference(where: Path, wanted: dict, stored: dict) -> None:
     """Raises UserError for other paths, shapes or dtypes: Orbax casts dtypes in silence and blames a handler for shapes."""
-    if differing := sorted({path for path, _ in wanted.items() ^ came.items()}):
-        expected, found = (kinds.get(differing[0], "no such array") for kinds in (wanted, came))
+    if differing := sorted({path for path, _ in wanted.items() ^ stored.items()}):
+        expected, actual = (kinds.get(differing[0], "no such array") for kinds in (wanted, stored))
         more = f" ({len(differing) - 1} more arrays differ)" if len(differing) > 1 else ""
         raise UserError(
-            f"{where} is of another model: at {'/'.join(differing[0])} {expected} was wanted and {found} came{more}. "
+            f"{where} is of another model: at {'/'.join(differing[0])} {expected} was wanted and {actual} came{more}. "
             "Use the config it was trained with, or another folder."
         )
 

@@ -116,8 +116,8 @@ class ChatTokenizer:
                 turns.append((len(before), end))
         if not prompt and (not turns or end < len(text)):
             raise UserError(
-                "The chat template begins the assistant's turn otherwise than it writes one that is complete, so what is "
-                "learnt would not be what is asked for later: give another with --template."
+                "The chat template begins the assistant's turn otherwise than it writes one that is complete, so "
+                "training would not match the prompts of inference: give another with --template."
             )
         return text, turns, marks
 

@@ -59,8 +59,8 @@ class Preference(NamedTuple):
     where: str
 
 
-Row = Conversation | Text | Preference
-Conversations = Corpus[Row]  # all of one `kind` of KINDS
+Record = Conversation | Text | Preference
+Conversations = Corpus[Record]  # all of one `kind` of KINDS
 
 
 def read_conversations(source: Path | str) -> Conversations:
@@ -84,7 +84,7 @@ def read_conversations(source: Path | str) -> Conversations:
     return Conversations(name, lambda: _read(path, kind, first[1]), kind)
 
 
-def _read(path: Path, kind: str, first: str) -> Iterator[Row]:
+def _read(path: Path, kind: str, first: str) -> Iterator[Record]:
     for row, where in read_rows(path):
         if (this := _kind(row, where)) != kind:
             raise UserError(f"{where} is of the kind {this}, and {first} was {kind}; keep each kind in a file of its own.")
@@ -103,7 +103,7 @@ def _kind(row: dict[str, Any], where: str) -> str:
     raise UserError(f"{where} has {names_there}, by which no kind of data is known; wanted {FORMS}.")
 
 
-def _parse_row(kind: str, row: dict[str, Any], where: str) -> Row:
+def _parse_row(kind: str, row: dict[str, Any], where: str) -> Record:
     if kind == "text":
         return Text(check_text(row["text"], "text", where), where)
     if kind == "preference":

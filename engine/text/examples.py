@@ -10,7 +10,7 @@ import numpy as np
 from engine.errors import UserError
 from engine.text import OnProgress
 from engine.text.chat_tokenizer import ChatTokenizer, Example
-from engine.text.conversations import Preference, Row, Text
+from engine.text.conversations import Preference, Record, Text
 from engine.text.template import InvalidConversation
 
 SILENT = "the assistant says nothing in one of its turns"
@@ -34,16 +34,16 @@ class DatasetSummary:
 
     def describe(self) -> list[str]:
         """Returns lines for people: the counts, and for each reason the first row it was given for."""
-        kept = f"{self.used:,} of {self.rows:,} kept, {len(self.truncated):,} of them truncated"
-        lines = [f"{kept}; {len(self.dropped):,} dropped"]
+        counts = f"{self.used:,} of {self.rows:,} kept, {len(self.truncated):,} of them truncated"
+        lines = [f"{counts}; {len(self.dropped):,} dropped"]
         for verb, rows in (("truncated", self.truncated), ("dropped", self.dropped)):
-            counts, first = Counter(reason for _, reason in rows), {reason: where for where, reason in reversed(rows)}
-            lines += [f"{count:,} {verb}: {reason} ({first[reason]} first)" for reason, count in counts.items()]
+            reasons, first = Counter(reason for _, reason in rows), {reason: where for where, reason in reversed(rows)}
+            lines += [f"{count:,} {verb}: {reason} ({first[reason]} first)" for reason, count in reasons.items()]
         return lines
 
 
 def make_examples(
-    rows: Iterable[Row], chat: ChatTokenizer, seq: int, *, bos_ids: Sequence[int] = (), report: OnProgress = None
+    rows: Iterable[Record], chat: ChatTokenizer, seq: int, *, bos_ids: Sequence[int] = (), report: OnProgress = None
 ) -> tuple[list[Example], DatasetSummary]:
     """Makes training examples of at most seq + 1 tokens: seq inputs, and the target after each.
 
@@ -52,7 +52,7 @@ def make_examples(
     file:line, when the template fails, when nothing is left, and for a preference.
     """
 
-    def build(row: Row) -> tuple[list[Example], bool]:
+    def build(row: Record) -> tuple[list[Example], bool]:
         if isinstance(row, Preference):
             raise UserError("it holds two answers to choose between; that is data for preferences, not for examples.")
         if isinstance(row, Text):
@@ -67,21 +67,21 @@ def make_examples(
         fitted = [Example(tokens[: seq + 1], mask[: seq + 1], where) for tokens, mask, where in examples]
         fitted = [example for example in fitted if example.mask[1:].any()]  # a target with a token before it
         if not fitted:
-            raise InvalidConversation(f"nothing that is to be learnt lies in its first {seq} tokens")
+            raise InvalidConversation(f"its first {seq} tokens hold nothing to train on")
         return fitted, sum(len(example.tokens) for example in fitted) < sum(len(example.tokens) for example in examples)
 
     return _build_all(rows, build, seq, report)
 
 
 def make_pairs(
-    rows: Iterable[Row], chat: ChatTokenizer, seq: int, report: OnProgress = None
+    rows: Iterable[Record], chat: ChatTokenizer, seq: int, report: OnProgress = None
 ) -> tuple[list[Pair], DatasetSummary]:
     """Makes pairs of examples of at most seq + 1 tokens, with only the answers in the loss; drops longer ones.
 
     Raises UserError as `make_examples`, and for rows that are no preference.
     """
 
-    def build(row: Row) -> tuple[list[Pair], bool]:
+    def build(row: Record) -> tuple[list[Pair], bool]:
         if not isinstance(row, Preference):
             raise UserError("it holds no pair of answers; preferences need `prompt`, `chosen` and `rejected`.")
         if row.chosen == row.rejected:
@@ -98,7 +98,7 @@ def make_pairs(
 
 
 def _build_all[T](
-    rows: Iterable[Row], build: Callable[[Row], tuple[list[T], bool]], seq: int, report: OnProgress
+    rows: Iterable[Record], build: Callable[[Record], tuple[list[T], bool]], seq: int, report: OnProgress
 ) -> tuple[list[T], DatasetSummary]:
     """Returns the items that `build` makes of the rows, and a summary; `build` also tells whether it cut a row's end off."""
     results: list[T] = []
@@ -122,5 +122,5 @@ def _build_all[T](
         if not summary.dropped:
             raise UserError("There is nothing in it to learn from.")
         where, reason = summary.dropped[0]
-        raise UserError(f"None of {summary.rows:,} rows can be learnt from; the first, {where}: {reason.rstrip('.')}.")
+        raise UserError(f"None of {summary.rows:,} rows can be trained on; the first, {where}: {reason.rstrip('.')}.")
     return results, summary

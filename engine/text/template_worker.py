@@ -59,7 +59,7 @@ def compile_template(source: str, variables: dict[str, Any], now: str) -> Callab
     import jinja2.nodes
     import jinja2.sandbox
 
-    class Generation(jinja2.ext.Extension):
+    class GenerationTag(jinja2.ext.Extension):
         """`{% generation %}`, by which some templates mark what the model says: renders its contents."""
 
         tags = {"generation"}  # noqa: RUF012
@@ -72,7 +72,7 @@ def compile_template(source: str, variables: dict[str, Any], now: str) -> Callab
         raise TemplateRaised(str(message))
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationTag]
     )
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False} | options)
     environment.globals.pop("lipsum")

@@ -46,11 +46,11 @@ def select_trainable(cfg: ModelConfig, train: Sequence[str] = (), freeze: Sequen
     trainable -= {path for rule in freeze for path in matches[rule]}
     if not trainable:
         raise UserError(
-            f"Nothing is left to learn: --freeze {' '.join(freeze)} names all that would be trained. Freeze less of it."
+            f"Nothing is left to train: --freeze {' '.join(freeze)} names all that would be trained. Freeze less of it."
         )
     return Selection(
         TrainablePaths(frozenset(trainable)),
-        tuple(Match(rule, len(found), sum(numbers[path] for path in found)) for rule, found in matches.items()),
+        tuple(Match(rule, len(paths), sum(numbers[path] for path in paths)) for rule, paths in matches.items()),
         sum(numbers[path] for path in trainable),
     )
 
@@ -59,9 +59,9 @@ def _match(cfg: ModelConfig, rule: str) -> Collection[str]:
     shapes = leaf_shapes(cfg)
     if end := re.fullmatch(r"(bottom|top):(\d+)", rule):
         without = bottom_frozen if end[1] == "bottom" else top_frozen
-        found = shapes.keys() - without(cfg, int(end[2])).weights
-        if not found:
+        frozen = shapes.keys() - without(cfg, int(end[2])).weights
+        if not frozen:
             raise UserError(f"{rule!r} names no block: give a number from 1 to {cfg.layers}.")
-        return found
+        return frozen
     patterns = {"all": ".*", "head": "embed" if cfg.tied else "head"}
     return match_paths(patterns.get(rule, rule), shapes)

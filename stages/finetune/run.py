@@ -57,7 +57,7 @@ def run(flags: FinetuneFlags, device: Device) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Measurement:
+class Scores:
     """A model's score on the held-out set and on general text (bits per byte, None without one); its answer to QUESTION."""
 
     held_out: float
@@ -146,7 +146,7 @@ class FineTuning(ModelStage):
             buffer=analysis.temp_size_in_bytes if analysis else 0,
         )  # fmt: skip
 
-    def report(self, state: TrainState, loop: Loop, before: Measurement) -> RunReport:
+    def report(self, state: TrainState, loop: Loop, before: Scores) -> RunReport:
         after, plan, loop_state = self.measure(state.trainable), self.plan, loop.loop_state
         path = self.save_trained(loop_state.step, state.trainable)
         seconds = loop_state.seconds
@@ -173,7 +173,7 @@ class FineTuning(ModelStage):
         train, plan, seq = self.dataset.train, self.plan, self.plan.recipe.context
         if self.objective is NEXT_TOKEN:
             return PackedBatches(train, seq, self.batch, plan.seed, self.pack)
-        with self.console.task("asking the model what it prefers now", always=True):
+        with self.console.task("computing reference log-probabilities", always=True):
             return PreferenceBatches(plan.cfg, self.split.initial_params(), train, seq, self.batch, plan.seed)
 
     def _evaluator(self, most: int | None = None) -> Any:
@@ -181,11 +181,11 @@ class FineTuning(ModelStage):
         initial, seq = split.initial_params(), plan.recipe.context
         return held_out_evaluator(plan.cfg, split.frozen, initial, examples, self.objective, seq, plan.seed)
 
-    def measure(self, trainable: Any) -> Measurement:
+    def measure(self, trainable: Any) -> Scores:
         return_freed_memory()
         cfg, seq, general, evaluator = self.plan.cfg, self.plan.recipe.context, None, self._evaluator()
         self.unit = evaluator.unit
-        with self.console.task("measuring what it knows", always=True):
+        with self.console.task("evaluating", always=True):
             held_out = evaluator.evaluate(trainable)
             params = merge(trainable, self.split.frozen)
             if self.general != "none":
@@ -196,7 +196,7 @@ class FineTuning(ModelStage):
             capacity = min(cfg.context, len(prompt) + SAMPLE)
             pieces = generate(cfg, prepare_params(cfg, params), [prompt], [sampling], capacity=capacity)
             answer = self.tokenizer.decode([token for piece in pieces for token in piece.tokens])
-            return Measurement(held_out, general, answer)
+            return Scores(held_out, general, answer)
 
 
 def _clear_programs() -> None:

@@ -153,7 +153,7 @@ class ReinforcementLearning(ModelStage):
         """Samples completions of as many held-out prompts as a round has rows, always with the same seeds."""
         plan, held_out = self.plan, self.prompts.held_out
         prompts = [held_out[row % len(held_out)] for row in range(plan.recipe.batch)]
-        with self.console.task("measuring what it does", always=True):
+        with self.console.task("evaluating on held-out prompts", always=True):
             params = prepare_params(plan.cfg, merge(trainable, self.split.frozen))
             return self.sampler.rollout(params, prompts, first_seed(plan, -1))
 

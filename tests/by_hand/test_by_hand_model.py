@@ -115,7 +115,7 @@ def test_nothing_given_is_changed():
         (np.array([[0, 41]]), ["between 0 and 41", "0 to 40"]),
         (np.array([[-1, 0]]), ["between -1 and 0"]),
         (np.array([1, 2]), ["(B, T)", "(2,)"]),
-        (np.array([[0.0]]), ["whole numbers", "float64"]),
+        (np.array([[0.0]]), ["integers", "float64"]),
     ],
 )
 def test_tokens_that_are_none(tokens, words):

@@ -232,7 +232,7 @@ BAD = [
     (("--train", "blocks/9/.*"), r"'blocks/9/\.\*' matches no parameter\. Did you mean 'blocks/1/"),
     (("--train", "blocks/("), r"'blocks/\(' is not a pattern"),
     (("--freeze", "bottom:3"), r"the model has 2"),
-    (("--train", "head", "--freeze", "head"), r"Nothing is left to learn"),
+    (("--train", "head", "--freeze", "head"), r"Nothing is left to train"),
     (("--lora", "rank=2,targets=w"), r"there is no target 'w'"),
     (("--lora", "rank=999"), r"A LoRA rank for blocks/0/qkv must lie between 1 and \d+, not 999"),
     (("--lora", "rank=2,size=3"), r"wanted rank=8,alpha=16,targets=q,v"),

@@ -40,7 +40,7 @@ def test_an_account_of_every_row(chat):
     assert done[-1] == (2, 5)
     said_of = "\n".join(summary.describe())
     for words in ("2 of 5 kept, 1 of them truncated; 3 dropped", "1 truncated: longer than 40 tokens", "(f:2 first)",
-                  "nothing that is to be learnt lies in its first 40 tokens (f:3 first)", "no turn of the assistant (f:4",
+                  "its first 40 tokens hold nothing to train on (f:3 first)", "no turn of the assistant (f:4",
                   "says nothing in one of its turns (f:5"):  # fmt: skip
         assert words in said_of
 
@@ -51,7 +51,7 @@ def test_what_the_template_refuses_is_left_out():
     examples, summary = make_examples(rows, chat, 40)
     assert [example.where for example in examples] == ["f:2"]
     assert "Only user and assistant" in summary.dropped[0][1]
-    with pytest.raises(UserError, match=r"None of 1 rows can be learnt from; the first, f:1: The chat template refuses"):
+    with pytest.raises(UserError, match=r"None of 1 rows can be trained on; the first, f:1: The chat template refuses"):
         make_examples(rows[:1], chat, 40)
 
 

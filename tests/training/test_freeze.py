@@ -64,8 +64,8 @@ def test_trees_are_parted_as_it_was_said():
         ([], ["bottom:0"], "names no block"),
         ([], ["top:two"], "matches no parameter"),
         (["blocks/(0/.*"], [], "is not a pattern"),
-        (["head"], ["head"], "Nothing is left to learn"),
-        ([], [".*"], "Nothing is left to learn"),
+        (["head"], ["head"], "Nothing is left to train"),
+        ([], [".*"], "Nothing is left to train"),
     ],
 )
 def test_a_word_that_names_nothing_is_refused(train, freeze, said):

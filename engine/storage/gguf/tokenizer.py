@@ -162,7 +162,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, eos_ids: tuple[int, ...], vocab: in
     named = {name: tokenizer.id_of(texts.get(key, "")) for name, key in (SPECIAL_TOKENS | {"unknown": "unk_token"}).items()}
     named |= dict(zip(("eos", "eot"), eos_ids))
     fields |= {f"{name}_token_id": place for name, place in named.items() if place is not None}
-    others = {"tokenizer.chat_template": config["chat_template"]} if config.get("chat_template") else {}
+    extra = {"tokenizer.chat_template": config["chat_template"]} if config.get("chat_template") else {}
     if model.get("byte_fallback"):
         ranks: dict[str, int] = {}
         for rank, pair in enumerate(model["merges"]):
@@ -171,13 +171,13 @@ def tokenizer_metadata(tokenizer: Tokenizer, eos_ids: tuple[int, ...], vocab: in
         fields |= {"model": "llama", "pre": "default", "scores": scores}
     else:
         pre = next((name for name in PRE_TOKENIZERS if _is_pre_tokenizer(written, name)), None)
-        others |= {} if pre else {"tokenizer.huggingface.json": json.dumps(written, ensure_ascii=False)}
+        extra |= {} if pre else {"tokenizer.huggingface.json": json.dumps(written, ensure_ascii=False)}
         fields |= {
             "model": "gpt2",
             "pre": pre or FALLBACK_PRE_TOKENIZER,
             "merges": [" ".join(pair) for pair in model["merges"]],
         }
-    return {f"tokenizer.ggml.{key}": value for key, value in fields.items()} | others
+    return {f"tokenizer.ggml.{key}": value for key, value in fields.items()} | extra
 
 
 def _is_pre_tokenizer(tokenizer: dict[str, Any], name: str) -> bool:

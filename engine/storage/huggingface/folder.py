@@ -40,7 +40,7 @@ def open_folder(path: Path) -> StoredModel:
             raise UserError(f"{tensor.path}: the tensor {quote(name)} is {tensor.dtype}; weights are read as {readable}.")
     if head and not _are_equal(head, stored[TENSOR_NAMES["embed"]]):  # which of the two is meant cannot be known
         raise UserError(f"{path} says tie_word_embeddings but has a lm_head.weight that differs from its embedding.")
-    rows = lambda name, start, stop: safetensors.read_rows(stored[name], start, stop)
+    rows = lambda name, start, stop: safetensors.read_slice(stored[name], start, stop)
     return StoredModel(path.resolve().name, cfg, leaves, rows, *_read_tokenizer(path, fields, cfg.vocab))
 
 
@@ -49,10 +49,10 @@ def read_config(path: Path) -> ModelConfig:
     return config_from(read_json_object(path / "config.json"), path / "config.json")
 
 
-def _are_equal(one: safetensors.StoredTensor, other: safetensors.StoredTensor) -> bool:
-    read = lambda stored, start: safetensors.read_rows(stored, start, min(start + 4096, one.shape[0])).tobytes()
-    same_kind = (one.shape, one.dtype) == (other.shape, other.dtype)
-    return same_kind and all(read(one, start) == read(other, start) for start in range(0, one.shape[0], 4096))
+def _are_equal(first: safetensors.StoredTensor, second: safetensors.StoredTensor) -> bool:
+    read = lambda stored, start: safetensors.read_slice(stored, start, min(start + 4096, first.shape[0])).tobytes()
+    same_kind = (first.shape, first.dtype) == (second.shape, second.dtype)
+    return same_kind and all(read(first, start) == read(second, start) for start in range(0, first.shape[0], 4096))
 
 
 def _read_tokenizer(

@@ -80,12 +80,12 @@ def _tensor(path: Path, name: str, entry: Any, begin: int) -> StoredTensor:
             tensor = StoredTensor(path, dtype, tuple(shape), begin + start)
             if stop - start == tensor.nbytes:
                 return tensor
-            came = f"{dtype} {list(shape)} should have {tensor.nbytes:,} bytes and has {stop - start:,}"
-            raise UserError(f"{path} is damaged: the tensor {quote(name)}, {came}.")
+            sizes = f"{dtype} {list(shape)} should have {tensor.nbytes:,} bytes and has {stop - start:,}"
+            raise UserError(f"{path} is damaged: the tensor {quote(name)}, {sizes}.")
     raise UserError(f"{path} is damaged: its header does not say what the tensor {quote(name)} is.")
 
 
-def read_rows(stored: StoredTensor, start: int, stop: int) -> np.ndarray:
+def read_slice(stored: StoredTensor, start: int, stop: int) -> np.ndarray:
     """Reads rows start to stop, in the file's dtype."""
     dtype, row = DTYPES[stored.dtype], stored.shape[1:]
     width = math.prod(row) * dtype.itemsize
@@ -128,17 +128,17 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
             if pickled
             else f"{folder} has neither model.safetensors nor model.safetensors.index.json, so it holds no weights."
         )
-    placed = read_json_object(index, 16 * MAX_HEADER).get("weight_map")
-    if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
+    weight_map = read_json_object(index, 16 * MAX_HEADER).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise UserError(f"{index} is damaged: it has no weight_map of tensors to files.")
     tensors: dict[str, StoredTensor] = {}
-    for name in sorted(set(placed.values())):
+    for name in sorted(set(weight_map.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise UserError(f"{index} names {quote(name)}, which is not a .safetensors file in its own folder.")
         if not (folder / name).is_file():
             raise UserError(f"{index} names {quote(name)}, and it is not there: the model was not copied or downloaded whole.")
         shard, _ = read_header(folder / name)
-        wanted = {tensor for tensor, file in placed.items() if file == name}
+        wanted = {tensor for tensor, file in weight_map.items() if file == name}
         for tensor in sorted(wanted ^ shard.keys()):
             there = "has no" if tensor in wanted else "has a"
             raise UserError(f"{folder / name} {there} tensor {quote(tensor)}, unlike what {index.name} says.")

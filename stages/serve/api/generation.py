@@ -140,7 +140,7 @@ class Generation:
             metrics.count_end("error")
             if self._state.engine.error:
                 raise ApiError(503, "The engine has failed and answers nothing any more; the server has to be started again.")
-            raise ApiError(500, "The model gave no numbers to draw a token from: its weights are damaged or overflow.")
+            raise ApiError(500, "The model gave no finite logits to sample a token from: its weights are damaged or overflow.")
         if event.finish_reason:
             text += completion.close()
         reason: Reason | None = "stop" if completion.stopped is not None else event.finish_reason

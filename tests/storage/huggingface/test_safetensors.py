@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from engine.errors import UserError
-from engine.storage.huggingface.safetensors import DTYPES, MAX_HEADER, read_folder, read_header, read_rows, write_file
+from engine.storage.huggingface.safetensors import DTYPES, MAX_HEADER, read_folder, read_header, read_slice, write_file
 
 TENSORS = {"a": ((3, 5), "F32"), "b": ((7,), "F16"), "c": ((2, 4), "BF16"), "none": ((0, 5), "F32")}
 
@@ -29,8 +29,8 @@ def test_what_the_library_writes_is_read(tmp_path):
     header, _ = read_header(tmp_path / "x.safetensors")
     assert {name: (stored.shape, stored.dtype) for name, stored in header.items()} == TENSORS
     for name, value in written.items():
-        assert read_rows(header[name], 0, len(value)).tobytes() == value.tobytes()
-    np.testing.assert_array_equal(read_rows(header["a"], 1, 3), written["a"][1:3])
+        assert read_slice(header[name], 0, len(value)).tobytes() == value.tobytes()
+    np.testing.assert_array_equal(read_slice(header["a"], 1, 3), written["a"][1:3])
 
 
 @pytest.mark.parametrize("kind", DTYPES)
@@ -44,7 +44,7 @@ def test_what_is_written_the_library_reads(kind, tmp_path):
         for name in values if kind != "BF16" else ():  # which NumPy does not know
             np.testing.assert_array_equal(file.get_tensor(name), values[name])
     header, _ = read_header(tmp_path / "x.safetensors")
-    assert all(read_rows(header[name], 0, len(value)).tobytes() == value.tobytes() for name, value in values.items())
+    assert all(read_slice(header[name], 0, len(value)).tobytes() == value.tobytes() for name, value in values.items())
     assert min(stored.offset for stored in header.values()) % 8 == 0
 
 
@@ -135,7 +135,7 @@ def test_a_file_cut_while_it_is_read_is_refused(tmp_path):
     header, _ = read_header(tmp_path / "x.safetensors")
     with (tmp_path / "x.safetensors").open("r+b") as file:
         file.truncate(header["a"].offset + 7)
-    assert "too soon" in refusal(read_rows, header["a"], 0, 3)
+    assert "too soon" in refusal(read_slice, header["a"], 0, 3)
 
 
 INDEX = "model.safetensors.index.json"
