@@ -22,14 +22,7 @@ from stages.cli.console import Console
 from stages.finetune.data import PreferenceBatches, held_out_evaluator
 from stages.finetune.flags import FinetuneFlags
 from stages.runs.conversation_data import prepare_conversations
-from stages.runs.estimate import (
-    RunPlan,
-    cost_relative_to_full,
-    measured_ceilings,
-    memory_estimate,
-    require_step_memory,
-    run_fraction,
-)
+from stages.runs.estimate import RunPlan, measured_ceilings, memory_estimate, run_fraction
 from stages.runs.folder import default_folder
 from stages.runs.loop import Loop, LoopState, RunOptions
 from stages.runs.model_stage import ModelStage
@@ -91,7 +84,7 @@ class FineTuning(ModelStage):
             cfg = dataclasses.replace(cfg, scan=tuning.scan, remat="block" if tuning.remat else "none")
             paths, self.matches = choose_trainable(cfg, lora, trainable.train, trainable.freeze)
             self.plan = RunPlan(flags.model, cfg, recipe, flags.seed, flags.length.steps, seconds, paths, trainable.base)
-            require_step_memory(self.plan, tuning.batch, is_lora=lora is not None)
+            self.plan.require_step_memory(tuning.batch, is_lora=lora is not None)
 
         if examples.general != "none":
             check_text_name(examples.general)
@@ -114,7 +107,7 @@ class FineTuning(ModelStage):
         return [
             self.model_row(),
             *self.matches,
-            ("predicted", cost_relative_to_full(plan)),
+            ("predicted", plan.cost_relative_to_full()),
             ("memory", memory_estimate(plan.memory, "step")),
             ("data", f"{dataset.name} ({dataset.kind}): {rows}"),
             *(("", line) for line in problems),
@@ -137,7 +130,9 @@ class FineTuning(ModelStage):
         batches = self._batches()
         with self.console.task("compiling", always=True):
             narrow = INT8_COMPILER_OPTIONS if plan.base == "int8" else None
-            compiled = compile_step(plan, state, frozen, batches.at(0), self.objective, narrow)
+            compiled = compile_step(
+                plan.cfg, plan.recipe.optimizer, plan.recipe.accumulate, state, frozen, batches.at(0), self.objective, narrow
+            )
         _clear_programs()
         analysis = compiled.memory_analysis()
         return TrainingSteps(

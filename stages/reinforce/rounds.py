@@ -55,14 +55,15 @@ class Rounds:
         rows = prompts_each * group
         batch = rollout_batch([[0]] * rows, [[0]] * rows, plan.recipe.context)
         rollouts = self._rollouts(state, batch, self._advantages([0.0] * rows))
-        self.program = compile_step(plan, state, split.frozen, rollouts, objective)
+        recipe = plan.recipe
+        self.program = compile_step(plan.cfg, recipe.optimizer, recipe.accumulate, state, split.frozen, rollouts, objective)
         self.params = prepare_params(plan.cfg, merge(state.trainable, split.frozen))
         self.digest = digest(self.params)
 
     def run(self, state: TrainState, loop_state: LoopState) -> tuple[TrainState, list[bool]]:
         plan, before = self.plan, self.digest
         prompts = [self.prompts[index] for index in self.order.at(loop_state.step) for _ in range(self.group)]
-        rollout = self.sampler.rollout(self.params, prompts, first_seed(plan, loop_state.step))
+        rollout = self.sampler.rollout(self.params, prompts, first_seed(plan.seed, loop_state.step, plan.recipe.batch))
         if digest(self.params) != before:
             raise RuntimeError("Inference changed the weights.")
         begin = time.perf_counter()
@@ -124,6 +125,6 @@ class Rounds:
         return np.concatenate([np.asarray(log_probabilities(self.plan.cfg, params, part)) for part in parts])
 
 
-def first_seed(plan: RunPlan, round_number: int) -> int:
-    """Returns the seed of a round's first row; no two rows of a run share one. -1: that of held-out prompts."""
-    return (plan.seed * 1_000_003 + (round_number + 1) * plan.recipe.batch) % 2**32
+def first_seed(seed: int, round_number: int, rows: int) -> int:
+    """Returns the seed of a round's first row of `rows`; no two rows of a run share one. -1: that of held-out prompts."""
+    return (seed * 1_000_003 + (round_number + 1) * rows) % 2**32

@@ -155,7 +155,7 @@ class ReinforcementLearning(ModelStage):
         prompts = [held_out[row % len(held_out)] for row in range(plan.recipe.batch)]
         with self.console.task("evaluating on held-out prompts", always=True):
             params = prepare_params(plan.cfg, merge(trainable, self.split.frozen))
-            return self.sampler.rollout(params, prompts, first_seed(plan, -1))
+            return self.sampler.rollout(params, prompts, first_seed(plan.seed, -1, plan.recipe.batch))
 
     def _flops(self) -> tuple[int, int]:
         """Returns the most FLOPs of inference and of training in a round: those of the longest completions."""

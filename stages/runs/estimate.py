@@ -86,6 +86,31 @@ class RunPlan:
         steps = int(min(self.steps or by_time, by_time))
         return steps, duration(steps * step_seconds)
 
+    def require_step_memory(self, batch: int, is_lora: bool) -> None:
+        """Raises UserError when a fine-tuning step would not fit, naming flags with which it would. `batch`: rows, or pairs."""
+        if self.memory <= memory_limit():
+            return
+        flags = f"--accumulate {batch}"
+        by_rows = dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, accumulate=batch))
+        with_remat = dataclasses.replace(by_rows, cfg=dataclasses.replace(self.cfg, remat="block"))
+        plans = {f"{flags}, a row at a time,": by_rows, f"{flags} --remat": with_remat}
+        if is_lora:
+            plans[f"--base int8 {flags} --remat"] = dataclasses.replace(with_remat, base="int8")
+        else:
+            lora = lora_only(self.cfg, LoraConfig())
+            plans |= {
+                f"a LoRA (no --train, no --freeze) with {name}": dataclasses.replace(lighter, trainable=lora)
+                for name, lighter in plans.items()
+            }
+        remedy = next((name for name, lighter in plans.items() if lighter.memory <= memory_limit()), "only a smaller model")
+        require_memory(self.memory, "A step would need about", f"{remedy} would fit.", limit=memory_limit())
+
+    def cost_relative_to_full(self) -> str:
+        """Returns a sentence: predicted FLOPs, memory and time (as FLOPs) as shares of those of training everything."""
+        full = dataclasses.replace(self, trainable=all_trainable(self.cfg), base="float")
+        flops, memory = self.step_flops / full.step_flops, self.memory / full.memory
+        return f"FLOPs {flops:.0%}, memory {memory:.0%}, time {flops:.0%} of a step in which everything is trained (predicted)"
+
 
 def run_fraction(parts: int, steps: int | None, seconds: float | None) -> int | float:
     """Returns 1 / `parts` of a run: seconds (float) if it has any, else steps (int)."""
@@ -114,30 +139,3 @@ def memory_limit() -> int:
 def memory_estimate(needed: int, noun: str) -> str:
     """Returns a phrase: the memory that a step or round needs, and the limit."""
     return f"about {format_bytes(needed)} of {format_bytes(memory_limit())} that are left for a {noun}"
-
-
-def require_step_memory(plan: RunPlan, batch: int, is_lora: bool) -> None:
-    """Raises UserError when a fine-tuning step would not fit, naming flags with which it would. `batch`: rows, or pairs."""
-    if plan.memory <= memory_limit():
-        return
-    flags = f"--accumulate {batch}"
-    by_rows = dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, accumulate=batch))
-    with_remat = dataclasses.replace(by_rows, cfg=dataclasses.replace(plan.cfg, remat="block"))
-    plans = {f"{flags}, a row at a time,": by_rows, f"{flags} --remat": with_remat}
-    if is_lora:
-        plans[f"--base int8 {flags} --remat"] = dataclasses.replace(with_remat, base="int8")
-    else:
-        lora = lora_only(plan.cfg, LoraConfig())
-        plans |= {
-            f"a LoRA (no --train, no --freeze) with {name}": dataclasses.replace(lighter, trainable=lora)
-            for name, lighter in plans.items()
-        }
-    remedy = next((name for name, lighter in plans.items() if lighter.memory <= memory_limit()), "only a smaller model")
-    require_memory(plan.memory, "A step would need about", f"{remedy} would fit.", limit=memory_limit())
-
-
-def cost_relative_to_full(plan: RunPlan) -> str:
-    """Returns a sentence: predicted FLOPs, memory and time (as FLOPs) as shares of those of training everything."""
-    full = dataclasses.replace(plan, trainable=all_trainable(plan.cfg), base="float")
-    flops, memory = plan.step_flops / full.step_flops, plan.memory / full.memory
-    return f"FLOPs {flops:.0%}, memory {memory:.0%}, time {flops:.0%} of a step in which everything is trained (predicted)"

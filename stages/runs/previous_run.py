@@ -16,7 +16,6 @@ from engine.storage import checkpoint, manifest
 from engine.storage.run_folder import read_config, read_json
 from engine.training.step import TrainState
 from stages.cli.console import Console
-from stages.runs.estimate import RunPlan
 from stages.runs.folder import holds_run
 from stages.runs.loop import LoopState
 from stages.runs.trainable import TrainableSplit
@@ -30,11 +29,10 @@ class PreviousRun:
     record: dict[str, Any]
     loop_state: LoopState
 
-    def is_finished(self, plan: RunPlan) -> bool:
-        """Whether it ran to the plan's end, has a result, and its newest checkpoint is intact."""
-        state = self.loop_state
-        done = plan.progress(state.step, state.seconds) >= 1 and self.record.get("result")
-        return bool(done) and not manifest.verify(self.folder / "checkpoints" / str(state.step))
+    def has_result(self) -> bool:
+        """Whether it was measured at its end, and its newest checkpoint is intact."""
+        step = str(self.loop_state.step)
+        return bool(self.record.get("result")) and not manifest.verify(self.folder / "checkpoints" / step)
 
 
 def find_previous_run(folder: Path, facts: dict[str, Any], cfg: ModelConfig, overwrite: bool) -> PreviousRun | None:

@@ -89,8 +89,9 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     })  # fmt: skip
     previous = find_previous_run(folder, facts, plan.cfg, options.overwrite)
     _print_plan(options, stage, console)
-    if previous and previous.is_finished(plan):
-        done, summary = previous.loop_state, previous.record["result"].get("summary", "measured")
+    done = previous.loop_state if previous else LoopState()
+    if previous and plan.progress(done.step, done.seconds) >= 1 and previous.has_result():
+        summary = previous.record["result"].get("summary", "measured")
         console.print(
             f"This run is finished: {done.step:,} {plan.noun}s in {duration(done.seconds)}, {summary}. "
             f"To train it further give more --{plan.noun}s or --max-time; to begin anew, --overwrite."

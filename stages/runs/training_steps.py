@@ -8,7 +8,8 @@ import numpy as np
 from jax.stages import Compiled
 
 from engine.allocator import fits_freed_memory, return_freed_memory
-from engine.training.optimizer import make_optimizer, make_schedule
+from engine.model.config import ModelConfig
+from engine.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from engine.training.step import NEXT_TOKEN, Objective, TrainState, train_step
 from stages.runs.estimate import RunPlan
 from stages.runs.loop import Evaluator, LoopState
@@ -25,13 +26,12 @@ Program = Callable[[TrainState, Any, Any], tuple[TrainState, Any]]  # (state, ba
 
 
 def compile_step(
-    plan: RunPlan, state: TrainState, frozen: Any, batch: Any, objective: Objective = NEXT_TOKEN,
-    options: dict[str, str] | None = None,
+    cfg: ModelConfig, optimizer: OptimizerConfig, microbatches: int, state: TrainState, frozen: Any, batch: Any,
+    objective: Objective = NEXT_TOKEN, options: dict[str, str] | None = None,
 ) -> Compiled:  # fmt: skip
     """Compiles `train_step` to (state, frozen, batch, progress) -> (state, metrics); `options` are XLA's."""
-    optimizer, parts = make_optimizer(plan.recipe.optimizer), plan.recipe.accumulate
     lowered = train_step.lower(
-        plan.cfg, optimizer, state, frozen, batch, np.float32(0), microbatches=parts, objective=objective
+        cfg, make_optimizer(optimizer), state, frozen, batch, np.float32(0), microbatches=microbatches, objective=objective
     )  # fmt: skip
     return lowered.compile(options)
 

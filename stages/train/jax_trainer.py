@@ -1,4 +1,4 @@
-"""Trains from random weights in JAX. `numpy_trainer.NumPyTrainer` has the same methods in NumPy."""
+"""Trains from random weights in JAX."""
 
 from typing import Any
 
@@ -16,17 +16,18 @@ from stages.cli.console import Console
 from stages.runs.estimate import RunPlan, memory_limit
 from stages.runs.text_data import TextData
 from stages.runs.training_steps import Program, compile_step
+from stages.train.trainer import Trainer
 
 UPDATE_BYTES = 28  # moved a parameter by the optimizer
 DISPATCH = 0.002  # seconds a step
 
 
-class JaxTrainer:
-    """Trains by `train_step`, in float32 or bfloat16. `optimizer_name` is run.json's."""
+class JaxTrainer(Trainer):
+    """Trains by `train_step`, in float32 or bfloat16."""
 
     expected_mfu = 0.5  # of the ceiling, for the products of a step
     advice = "--learning-rate or --matrix-learning-rate, warm up longer with --warmup, or try --dtype float32"
-    nats: Any = staticmethod(score)  # (cfg, params, batch) -> the summed nats of the batch's targets
+    nats: Any = staticmethod(score)
 
     def __init__(self, plan: RunPlan, data: TextData) -> None:
         self.plan, self.data, self.memory = plan, data, plan.memory
@@ -42,7 +43,6 @@ class JaxTrainer:
         )  # fmt: skip
 
     def overhead(self, best: Ceilings) -> float:
-        """Predicts the seconds of a step beside its products."""
         return UPDATE_BYTES * count_params(self.plan.cfg).total / (1e9 * best.update_gbs) + DISPATCH
 
     def initial_state(self) -> TrainState:
@@ -50,9 +50,9 @@ class JaxTrainer:
         return jax.jit(lambda: init_state(optimizer, init_params(plan.cfg, jax.random.key(plan.seed))))()
 
     def make_program(self, state: TrainState, batch: Any, console: Console) -> Program:
-        """Compiles a step for states and batches of these shapes."""
+        plan = self.plan
         with console.task("compiling", always=True):
-            compiled = compile_step(self.plan, state, {}, batch)
+            compiled = compile_step(plan.cfg, plan.recipe.optimizer, plan.recipe.accumulate, state, {}, batch)
         return lambda state, batch, progress: compiled(state, {}, batch, progress)
 
     def sample(self, params: Any, max_tokens: int) -> str:
@@ -65,5 +65,4 @@ class JaxTrainer:
         return tokenizer.decode([token for piece in pieces for token in piece.tokens])
 
     def remarks(self, params: Any) -> list[tuple[str, str]]:
-        """Returns more rows for the summary."""
         return []

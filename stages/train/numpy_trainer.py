@@ -27,12 +27,13 @@ from stages.runs.estimate import RunPlan, memory_limit
 from stages.runs.text_data import TextData
 from stages.runs.training_steps import Program
 from stages.runs.validation import quick_evaluator
+from stages.train.trainer import Trainer
 
 FLOAT32 = 4  # bytes
 
 
-class NumPyTrainer:
-    """Trains with the NumPy model and its own AdamW, in float32. The methods are those of `JaxTrainer`."""
+class NumPyTrainer(Trainer):
+    """Trains with the NumPy model and its own AdamW, in float32."""
 
     expected_mfu = 0.15  # of the float32 ceiling, measured with the tiny preset
     optimizer_name = "adamw by hand"

@@ -25,6 +25,7 @@ from stages.runs.validation import bits_per_byte, quick_evaluator, rows_in_memor
 from stages.train.flags import TrainFlags
 from stages.train.jax_trainer import JaxTrainer
 from stages.train.numpy_trainer import NumPyTrainer
+from stages.train.trainer import Trainer
 
 SECONDS, SECONDS_BY_HAND = 180.0, 60.0  # of a run when nobody asks for a length
 SAMPLE = 160  # tokens
@@ -74,7 +75,7 @@ class Training(Stage):
         default = SECONDS_BY_HAND if flags.by_hand else SECONDS
         seconds = default if self.default_length else length.max_time
         self.plan = plan = RunPlan(flags.preset, cfg, recipe, flags.seed, length.steps, seconds)
-        self.trainer = NumPyTrainer(plan, data) if flags.by_hand else JaxTrainer(plan, data)
+        self.trainer: Trainer = NumPyTrainer(plan, data) if flags.by_hand else JaxTrainer(plan, data)
         recipe_facts = dataclasses.asdict(recipe)
         recipe_facts["optimizer"]["kind"] = self.trainer.optimizer_name
         self.facts = {

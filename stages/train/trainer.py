@@ -1,0 +1,42 @@
+"""The interface of the two implementations of training: `jax_trainer.JaxTrainer` and `numpy_trainer.NumPyTrainer`."""
+
+from typing import Any, Protocol
+
+from engine.counting.hardware import Ceilings
+from engine.model.config import ModelConfig
+from engine.text.batch import Batch
+from engine.training.step import TrainState
+from stages.cli.console import Console
+from stages.runs.training_steps import Program
+
+
+class Trainer(Protocol):
+    """Trains from random weights."""
+
+    expected_mfu: float  # of a step's products
+    advice: str  # after refused steps
+    optimizer_name: str  # run.json's
+    memory: int  # bytes of a step, predicted
+    memory_note: str  # that follows them in the plan
+
+    def check_memory(self) -> None:
+        """Raises UserError when the model cannot be trained in the memory there is."""
+
+    def overhead(self, best: Ceilings) -> float:
+        """Predicts the seconds of a step beside its products."""
+
+    def initial_state(self) -> TrainState:
+        """Returns the state before the first step."""
+
+    def make_program(self, state: TrainState, batch: Any, console: Console) -> Program:
+        """Compiles a step for states and batches of these shapes."""
+
+    @staticmethod
+    def nats(cfg: ModelConfig, params: Any, batch: Batch) -> Any:
+        """Returns the summed nats of the batch's targets."""
+
+    def sample(self, params: Any, max_tokens: int) -> str:
+        """Returns a text that the model writes."""
+
+    def remarks(self, params: Any) -> list[tuple[str, str]]:
+        """Returns more rows for the summary."""
