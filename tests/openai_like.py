@@ -47,8 +47,8 @@ def fake_completion(text, body, logprobs=None):
         content = {"message" if whole else "delta": message} if chat else {"text": piece}
         values = logprobs or [-0.5] * len(text)
         listed = {"content": [{"logprob": value} for value in values]} if chat else {"token_logprobs": values}
-        shown = listed if finish_reason and body.get("logprobs") else None
-        return content | {"index": 0, "finish_reason": finish_reason, "logprobs": shown}
+        reported = listed if finish_reason and body.get("logprobs") else None
+        return content | {"index": 0, "finish_reason": finish_reason, "logprobs": reported}
 
     if not body.get("stream"):
         return 200, {"choices": [choice(text, True, "length")], "usage": usage}

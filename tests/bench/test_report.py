@@ -139,8 +139,8 @@ def test_text_from_outside_stays_text(place):
     assert read.faults == []
     assert not any(tag == "b" and attributes for tag, attributes in read.tags)
     assert nasty in read.page_text() or place in ("memory", "series", "command")
-    drawn = "".join("".join(root.itertext()) for root in drawings(page(doc)))
-    assert nasty in drawn or place not in ("row", "memory", "series")
+    texts = "".join("".join(root.itertext()) for root in drawings(page(doc)))
+    assert nasty in texts or place not in ("row", "memory", "series")
 
 
 def test_each_drawing_is_xml_that_names_and_describes_itself_and_stays_within_its_frame():
@@ -291,10 +291,10 @@ def test_odd_numbers_do_not_break_the_page(name, odd):
         assert Reader(page(doc)).faults == []
 
 
-@pytest.mark.parametrize("kept", [1, 2, 16])
-def test_few_decoding_rows_are_enough(kept):
+@pytest.mark.parametrize("count", [1, 2, 16])
+def test_few_decoding_rows_are_enough(count):
     doc = document()
-    doc["rows"] = [row for row in doc["rows"] if row["slots"]][:kept]
+    doc["rows"] = [row for row in doc["rows"] if row["slots"]][:count]
     assert Reader(page(doc)).faults == []
     assert len(drawings(page(doc))) >= 4
 

@@ -28,13 +28,13 @@ class Clock:
 def test_rounds_interleave_start_elsewhere_each_time_and_skip_the_warm_up(monkeypatch):
     clock = Clock(monkeypatch)
     runs = {"a": clock.takes("a", 100.0, 1.0), "b": clock.takes("b", 200.0, 2.0)}
-    seen = []
-    result = measure(runs, rounds=3, report=lambda done, total: seen.append((done, total)))
+    reports = []
+    result = measure(runs, rounds=3, report=lambda done, total: reports.append((done, total)))
     assert clock.order == ["a", "b", "a", "b", "b", "a", "a", "b"]
     assert result["a"].seconds == (1.0, 1.0, 1.0)
     assert result["b"].seconds == (2.0, 2.0, 2.0)
     assert list(result) == ["a", "b"]
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert reports == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_a_jax_result_is_waited_for_inside_the_time(monkeypatch):

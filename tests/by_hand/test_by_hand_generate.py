@@ -26,10 +26,10 @@ def test_greedy_tokens_are_the_engines(name, prompt, seed):
     expected = []
     for new in decode.generate(cfg, params, [prompt], [SamplingParams(max_tokens=13, temperature=0.0)]):
         expected += new.tokens
-    held = to_numpy(params)
-    before = tree_map(np.copy, held)
-    assert list(generate(cfg, held, prompt, max_tokens=13)) == expected
-    tree_map(np.testing.assert_array_equal, held, before)
+    weights = to_numpy(params)
+    before = tree_map(np.copy, weights)
+    assert list(generate(cfg, weights, prompt, max_tokens=13)) == expected
+    tree_map(np.testing.assert_array_equal, weights, before)
 
 
 def test_end_and_context_stop_it():

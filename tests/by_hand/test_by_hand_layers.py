@@ -20,9 +20,9 @@ def assert_slope(forward: Callable, arguments: Sequence[np.ndarray], gradients: 
     """`gradients(dy)` for a random dy against central differences along a random direction, one argument at a time."""
     rng = np.random.default_rng(99)
     dy = rng.standard_normal(np.shape(forward(*arguments)))
-    found = gradients(dy)
-    assert len(found) == len(arguments)
-    for place, (argument, gradient) in enumerate(zip(arguments, found)):
+    slopes = gradients(dy)
+    assert len(slopes) == len(arguments)
+    for place, (argument, gradient) in enumerate(zip(arguments, slopes)):
         assert gradient.shape == argument.shape
         along = rng.standard_normal(argument.shape)
         step = 1e-5
@@ -36,34 +36,34 @@ def assert_slope(forward: Callable, arguments: Sequence[np.ndarray], gradients: 
         assert abs(slope - np.sum(gradient * along)) < 1e-7 * scale, f"argument {place}"
 
 
-def drawn(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
+def normal(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     return [rng.standard_normal(shape) for shape in shapes]
 
 
 @given(SEEDS)
 def test_lookup(seed):
-    (embed,) = drawn(seed, (V, D))
+    (embed,) = normal(seed, (V, D))
     tokens = tokens_of(seed, B, T, vocab=5)  # some come twice, most never
     assert_slope(lambda e: layers.lookup(e, tokens), [embed], lambda dy: [layers.lookup_backward(dy, tokens, V)])
 
 
 @given(SEEDS)
 def test_project(seed):
-    x, w = drawn(seed, (B, T, D), (D, F))
+    x, w = normal(seed, (B, T, D), (D, F))
     assert_slope(layers.project, [x, w], lambda dy: layers.project_backward(dy, x, w))
 
 
 @given(SEEDS)
 def test_bias(seed):
-    x, bias = drawn(seed, (B, T, F), (F,))
+    x, bias = normal(seed, (B, T, F), (F,))
     assert_slope(lambda b: x + b, [bias], lambda dy: [layers.bias_backward(dy)])
 
 
 @given(SEEDS)
 @pytest.mark.parametrize("shape", [(B, T, D), (B, T, N, H)])
 def test_rms_norm(shape, seed):
-    x, gain = drawn(seed, shape, shape[-1:])
+    x, gain = normal(seed, shape, shape[-1:])
     forward = lambda x, gain: layers.rms_norm(x, gain, EPS)
     assert_slope(forward, [x, gain], lambda dy: layers.rms_norm_backward(dy, x, gain, EPS))
 
@@ -73,14 +73,14 @@ def test_rms_norm(shape, seed):
 def test_rope(scaling, seed):
     cfg = tiny_config(rope_scaling=scaling, rope_theta=100.0)
     tables = layers.rope_tables(cfg, tokens_of(seed, B, T), np.dtype("float64"))
-    (x,) = drawn(seed, (B, T, N, H))
+    (x,) = normal(seed, (B, T, N, H))
     assert_slope(lambda x: layers.rope(x, *tables), [x], lambda dy: [layers.rope_backward(dy, *tables)])
     np.testing.assert_allclose(np.linalg.norm(layers.rope(x, *tables), axis=-1), np.linalg.norm(x, axis=-1))
 
 
 @given(SEEDS)
 def test_heads_are_only_moved(seed):
-    q, k = drawn(seed, (B, T, N, H), (B, T, K, H))
+    q, k = normal(seed, (B, T, N, H), (B, T, K, H))
     np.testing.assert_array_equal(layers.ungroup_heads(layers.group_heads(q, K), T), q)
     np.testing.assert_array_equal(layers.group_heads(k, K), k.transpose(0, 2, 1, 3))
     rows = layers.group_heads(q, K).reshape(B, K, N // K, T, H)
@@ -94,7 +94,7 @@ SEGMENTS = np.array([[0, 0, 0, 1, 1, 1, 1], [2, 2, 5, 5, 5, 6, 6]])
 @given(SEEDS)
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one text a row", "packed"])
 def test_attention(segments, seed):
-    q, k, v = drawn(seed, (B, K, N // K * T, H), (B, K, T, H), (B, K, T, H))
+    q, k, v = normal(seed, (B, K, N // K * T, H), (B, K, T, H), (B, K, T, H))
     mask = layers.causal_mask(segments, T)
     p = layers.attention_weights(q, k, mask)
     np.testing.assert_allclose(p.sum(-1), 1)
@@ -106,7 +106,7 @@ def test_attention(segments, seed):
 
 @given(SEEDS)
 def test_swiglu(seed):
-    gate, up = drawn(seed, (B, T, F), (B, T, F))
+    gate, up = normal(seed, (B, T, F), (B, T, F))
     assert_slope(layers.swiglu, [3 * gate, up], lambda dy: layers.swiglu_backward(dy, 3 * gate, up))
 
 
@@ -120,17 +120,17 @@ def test_swiglu_far_out():
 
 @given(SEEDS, st.floats(0.1, 0.9))
 def test_cross_entropy(seed, share):
-    (logits,) = drawn(seed, (B, T, V))
+    (logits,) = normal(seed, (B, T, V))
     logits *= 5
     targets, mask = tokens_of(seed, B, T), np.random.default_rng(seed).random((B, T)) < share
     mask[0, 0] = True
-    found = layers.cross_entropy_backward(logits, targets, mask)
-    assert_slope(lambda z: np.array(layers.cross_entropy(z, targets, mask)), [logits], lambda dy: [dy * found])
-    assert not found[~mask].any()
-    np.testing.assert_allclose(found.sum(-1), 0, atol=1e-15)
+    slope = layers.cross_entropy_backward(logits, targets, mask)
+    assert_slope(lambda z: np.array(layers.cross_entropy(z, targets, mask)), [logits], lambda dy: [dy * slope])
+    assert not slope[~mask].any()
+    np.testing.assert_allclose(slope.sum(-1), 0, atol=1e-15)
     other = np.where(mask, targets, -1)  # what does not count may be anything
     assert layers.cross_entropy(logits, other, mask) == layers.cross_entropy(logits, targets, mask)
-    np.testing.assert_array_equal(layers.cross_entropy_backward(logits, other, mask), found)
+    np.testing.assert_array_equal(layers.cross_entropy_backward(logits, other, mask), slope)
 
 
 def test_no_target_counts():
@@ -146,7 +146,7 @@ def test_large_logits_do_not_overflow():
 
 
 def test_the_comparison_sees_a_wrong_slope():
-    x, w = drawn(0, (B, T, D), (D, F))
+    x, w = normal(0, (B, T, D), (D, F))
     wrong = lambda dy: (layers.project_backward(dy, x, w)[0], 1.00001 * layers.project_backward(dy, x, w)[1])
     with pytest.raises(AssertionError, match="argument 1"):
         assert_slope(layers.project, [x, w], wrong)

@@ -62,25 +62,25 @@ def test_forward_alone_allocates_for_no_backward(options):
     """The peak holds one block's scores, once, and their operands: less than a block's residuals."""
     cfg = tiny_config(layers=8, **options)
     _, _, most = weighed(cfg, model.forward)
-    _, kept = model.forward_with_residuals(cfg, weights(cfg), tokens_of(0, B, T))
+    _, residuals = model.forward_with_residuals(cfg, weights(cfg), tokens_of(0, B, T))
     scores = 8 * B * cfg.heads * T * T
     stream, heads = 8 * B * T * cfg.width, 8 * B * T * cfg.qkv_width
     assert scores < most < scores + stream + heads + scores // 8 + NOISE
-    assert most < array_bytes(kept.blocks[0]) <= array_bytes(kept) / 8
+    assert most < array_bytes(residuals.blocks[0]) <= array_bytes(residuals) / 8
 
 
 def test_the_check_sees_a_forward_that_keeps():
     with pytest.raises(AssertionError):
-        assert_keeps_nothing(lambda *given: model.forward_with_residuals(*given)[0], {})
+        assert_keeps_nothing(lambda *args: model.forward_with_residuals(*args)[0], {})
 
 
 @OPTIONS
 def test_what_training_keeps_grows_with_every_block(options):
     left = {}
     for layers in (2, 5):
-        (logits, kept), left[layers], _ = weighed(tiny_config(layers=layers, **options), model.forward_with_residuals)
-        assert abs(left[layers] - logits.nbytes - array_bytes(kept)) < NOISE
-    block = array_bytes(kept.blocks[1])
+        (logits, residuals), left[layers], _ = weighed(tiny_config(layers=layers, **options), model.forward_with_residuals)
+        assert abs(left[layers] - logits.nbytes - array_bytes(residuals)) < NOISE
+    block = array_bytes(residuals.blocks[1])
     assert block > 8 * B * T * 6 * T, "the attention weights alone"
     assert abs(left[5] - left[2] - 3 * block) < NOISE
 
@@ -88,22 +88,22 @@ def test_what_training_keeps_grows_with_every_block(options):
 @pytest.mark.parametrize("name", FAMILY)
 def test_what_is_kept_is_what_the_formula_says(name):
     cfg = FAMILY[name]
-    _, kept = model.forward_with_residuals(cfg, weights(cfg), tokens_of(0, B, T))
-    assert array_bytes((kept.blocks, kept.x, kept.h)) == 8 * model.residual_count(cfg, B, T)
+    _, residuals = model.forward_with_residuals(cfg, weights(cfg), tokens_of(0, B, T))
+    assert array_bytes((residuals.blocks, residuals.x, residuals.h)) == 8 * model.residual_count(cfg, B, T)
 
 
 def test_everything_that_is_kept_is_needed():
     """Backward goes wrong, or stops, without any one of the kept arrays: nothing is kept for nothing."""
     cfg = tiny_config()
     params, tokens = weights(cfg), tokens_of(0, B, T)
-    _, kept = model.forward_with_residuals(cfg, params, tokens)
+    _, residuals = model.forward_with_residuals(cfg, params, tokens)
     dlogits = np.random.default_rng(0).standard_normal((B, T, V))
-    expected = model.backward(cfg, params, kept, dlogits)
-    arrays = arrays_in((kept.blocks, kept.x, kept.h, kept.tables.cos, kept.tables.sin))
+    expected = model.backward(cfg, params, residuals, dlogits)
+    arrays = arrays_in((residuals.blocks, residuals.x, residuals.h, residuals.tables.cos, residuals.tables.sin))
     assert len(arrays) == 2 * (9 + 5) + 4
     for array in arrays:
         before = array.copy()
         array[...] = 1.7
-        spoilt = model.backward(cfg, params, kept, dlogits)
+        spoilt = model.backward(cfg, params, residuals, dlogits)
         array[...] = before
         assert not all(np.array_equal(a, b) for a, b in zip(leaves(spoilt), leaves(expected)))

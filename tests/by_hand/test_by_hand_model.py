@@ -102,9 +102,9 @@ def test_forward_alone_is_forward_that_keeps(name):
 def test_nothing_given_is_changed():
     params, batch = weights(QWEN3), batch_of(3)
     before = tree_map(np.copy, params)
-    _, kept = model.forward_with_residuals(QWEN3, params, batch.tokens)
+    _, residuals = model.forward_with_residuals(QWEN3, params, batch.tokens)
     dlogits = np.random.default_rng(0).standard_normal((B, T, 41))
-    first, second = (model.backward(QWEN3, params, kept, dlogits) for _ in range(2))
+    first, second = (model.backward(QWEN3, params, residuals, dlogits) for _ in range(2))
     tree_map(np.testing.assert_array_equal, first, second)
     tree_map(np.testing.assert_array_equal, params, before)
 

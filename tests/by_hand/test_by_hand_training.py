@@ -50,18 +50,18 @@ def test_adamw(chosen, seed, scale, progress):
         factor = float(make_schedule(optimizer(chosen))(np.float64(progress)))
         expected = jax.device_get(optax_steps(optimizer(chosen), params, gradients, np.float64(progress)))
     moments = zero_moments(params)
-    got = params
+    actual = params
     for gradient in gradients:
-        got, moments = adamw.step(chosen, got, gradient, moments, factor)
-    assert_trees_close(got, expected, rtol=1e-9)
+        actual, moments = adamw.step(chosen, actual, gradient, moments, factor)
+    assert_trees_close(actual, expected, rtol=1e-9)
     assert int(moments.steps) == 3
     tree_map(np.testing.assert_array_equal, params, weights(QWEN2))  # what was given stays as it was
 
 
 def test_adamw_keeps_float32():
     params = weights(QWEN3, dtype="float32")
-    got, moments = adamw.step(adamw.AdamWConfig(), params, params, zero_moments(params), np.float64(0.5))
-    assert {leaf.dtype.name for tree in (got, moments.first, moments.second) for leaf in leaves(tree)} == {"float32"}
+    actual, moments = adamw.step(adamw.AdamWConfig(), params, params, zero_moments(params), np.float64(0.5))
+    assert {leaf.dtype.name for tree in (actual, moments.first, moments.second) for leaf in leaves(tree)} == {"float32"}
 
 
 def test_norm_is_that_of_one_long_vector():

@@ -66,13 +66,13 @@ def weights(cfg: ModelConfig, seed: int = 0, dtype: str = "float64") -> Any:
     return tree_map(lambda leaf: np.asarray(leaf, dtype), lively_params(cfg, seed))
 
 
-def assert_trees_close(got: Any, expected: Any, rtol: float) -> None:
+def assert_trees_close(actual: Any, expected: Any, rtol: float) -> None:
     """Leaf by leaf, each number to `rtol` of itself, and to a ten-thousandth of that of its leaf's largest."""
     from engine.model.paths import leaf_paths
 
-    got, expected = leaf_paths(got), leaf_paths(expected)
-    assert list(got) == list(expected)
-    for path, leaf in got.items():
+    actual, expected = leaf_paths(actual), leaf_paths(expected)
+    assert list(actual) == list(expected)
+    for path, leaf in actual.items():
         other = np.asarray(expected[path])
         assert leaf.shape == other.shape, path
         np.testing.assert_allclose(leaf, other, rtol=rtol, atol=1e-4 * rtol * np.abs(other).max(), err_msg=path)

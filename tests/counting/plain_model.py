@@ -81,11 +81,11 @@ def logits(cfg, params, tokens, remat="none"):
     for layer in range(cfg.layers):
         prefix = f"blocks/{layer}/"
 
-        def block(mine, x, prefix=prefix):
-            return _block(cfg, mine, prefix, x)
+        def block(leaves, x, prefix=prefix):
+            return _block(cfg, leaves, prefix, x)
 
-        mine = {path: leaf for path, leaf in params.items() if path.startswith(prefix)}
-        x = (jax.checkpoint(block) if remat == "block" else block)(mine, x)
+        leaves = {path: leaf for path, leaf in params.items() if path.startswith(prefix)}
+        x = (jax.checkpoint(block) if remat == "block" else block)(leaves, x)
     return _norm(x, params["norm"]) @ (params["embed"].T if cfg.tied else params["head"])
 
 

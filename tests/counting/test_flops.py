@@ -55,7 +55,7 @@ def configs(draw):
 
 def modes(cfg):
     """Ways of training, one for every branch of the formula."""
-    found = {
+    paths = {
         "everything": all_trainable(cfg),
         "bottom frozen": bottom_frozen(cfg, 1),
         "all blocks frozen": bottom_frozen(cfg, cfg.layers),
@@ -67,7 +67,7 @@ def modes(cfg):
         "lora on q and up": lora_only(cfg, LoraConfig(2, targets=("q", "up"))),
         "one lora, high up": TrainablePaths(frozenset(), frozenset({f"blocks/{cfg.layers - 1}/out"}), 2),
     }
-    return found | {path: TrainablePaths(frozenset({path})) for path in leaf_shapes(cfg) if not path.startswith("blocks/0")}
+    return paths | {path: TrainablePaths(frozenset({path})) for path in leaf_shapes(cfg) if not path.startswith("blocks/0")}
 
 
 # ---- parameters
@@ -90,9 +90,9 @@ def test_published_models_have_their_published_sizes(name, total):
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_engine_makes_exactly_the_leaves_the_formulas_count(name):
     cfg = preset(name)
-    made = leaf_paths(params_of(cfg))
-    assert {path: leaf.shape for path, leaf in made.items()} == leaf_shapes(cfg)
-    assert sum(leaf.size for leaf in made.values()) == count_params(cfg).total
+    leaves = leaf_paths(params_of(cfg))
+    assert {path: leaf.shape for path, leaf in leaves.items()} == leaf_shapes(cfg)
+    assert sum(leaf.size for leaf in leaves.values()) == count_params(cfg).total
 
 
 def test_components_by_hand():
@@ -165,10 +165,10 @@ def test_a_step_by_the_mfu_convention_is_6n_and_12ldt(cfg, seq, batch):
 @settings(max_examples=40)
 @given(configs(), st.integers(1, 50))
 def test_remat_adds_the_forward_of_every_block_but_its_last_product(cfg, tokens):
-    kept, again = (train_flops(cfg, tokens, attention="full", remat=remat) for remat in ("none", "block"))
-    blocks = kept.by_pass.forward - kept.parts["head"].forward
-    assert again.by_pass.recompute == blocks - kept.parts["down"].forward
-    assert again.total == kept.total + again.by_pass.recompute
+    plain, again = (train_flops(cfg, tokens, attention="full", remat=remat) for remat in ("none", "block"))
+    blocks = plain.by_pass.forward - plain.parts["head"].forward
+    assert again.by_pass.recompute == blocks - plain.parts["down"].forward
+    assert again.total == plain.total + again.by_pass.recompute
     whole = train_flops(cfg, tokens, attention="full", remat="full")
     assert 4 * whole.by_pass.forward == 4 * whole.by_pass.recompute == whole.total  # the 8 N of full recomputation
 

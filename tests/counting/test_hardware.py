@@ -44,18 +44,18 @@ def test_a_refresh_keeps_the_higher_rates(measured, monkeypatch):
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda kept: b"",
-        lambda kept: b'{"identity": ',
-        lambda kept: b"\xff\xfe",
-        lambda kept: b"[]",
-        lambda kept: json.dumps(kept | {"ceilings": {}}).encode(),
+        lambda saved: b"",
+        lambda saved: b'{"identity": ',
+        lambda saved: b"\xff\xfe",
+        lambda saved: b"[]",
+        lambda saved: json.dumps(saved | {"ceilings": {}}).encode(),
         *(
-            lambda kept, field=field: json.dumps(kept | {"ceilings": kept["ceilings"] | field}).encode()
+            lambda saved, field=field: json.dumps(saved | {"ceilings": saved["ceilings"] | field}).encode()
             for field in (
                 {"more": 1}, {"read_gbs": float("nan")}, {"read_gbs": -1}, {"read_gbs": float("inf")}, {"bf16_gflops": "fast"},
             )
         ),
-        lambda kept: json.dumps(kept | {"identity": {"processor": "another"}}).encode(),
+        lambda saved: json.dumps(saved | {"identity": {"processor": "another"}}).encode(),
     ],
 )  # fmt: skip
 def test_a_damaged_cache_is_measured_again_and_mended(measured, tmp_path, damage):
@@ -68,12 +68,12 @@ def test_a_damaged_cache_is_measured_again_and_mended(measured, tmp_path, damage
     assert len(measured) == 2
 
 
-@pytest.mark.parametrize("what", ["processor", "flags", "cores", "backend", "kind", "jax"])
-def test_another_machine_is_measured_for_itself(measured, monkeypatch, what):
+@pytest.mark.parametrize("field", ["processor", "flags", "cores", "backend", "kind", "jax"])
+def test_another_machine_is_measured_for_itself(measured, monkeypatch, field):
     here = hardware._identity()
     assert set(here) == {"processor", "flags", "cores", "backend", "kind", "jax"}
     cached_ceilings()
-    monkeypatch.setattr(hardware, "_identity", lambda: here | {what: "another"})
+    monkeypatch.setattr(hardware, "_identity", lambda: here | {field: "another"})
     cached_ceilings()
     assert len(measured) == 2
     monkeypatch.setattr(hardware, "_identity", lambda: here)
@@ -92,14 +92,14 @@ def test_measuring_fills_every_rate_and_reports_rounds(monkeypatch):
     monkeypatch.setattr(hardware, "_MAX_ROUNDS", 1)
     monkeypatch.setattr(hardware, "_CPU_SIDE", 512)
     monkeypatch.setattr(hardware, "_CPU_NUMBERS", 2**20)
-    seen = []
-    found = measure_ceilings(lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 1)]
-    assert found.device
-    assert found.cores >= 1
+    reports = []
+    rates = measure_ceilings(lambda done, total: reports.append((done, total)))
+    assert reports == [(1, 1)]
+    assert rates.device
+    assert rates.cores >= 1
     for field in dataclasses.fields(Ceilings):
         if field.name.endswith(("gflops", "gbs")):
-            assert getattr(found, field.name) > 0, field.name
+            assert getattr(rates, field.name) > 0, field.name
 
 
 def test_an_operation_the_backend_refuses_has_rate_0(monkeypatch):
@@ -109,9 +109,9 @@ def test_an_operation_the_backend_refuses_has_rate_0(monkeypatch):
     monkeypatch.setattr(hardware, "_MAX_ROUNDS", 1)
     monkeypatch.setattr(hardware, "_product", lambda side, dtype: refuse)
     monkeypatch.setattr(hardware, "_streams", lambda numbers: {"read_gbs": int, "update_gbs": int})
-    found = measure_ceilings()
-    assert (found.bf16_gflops, found.f32_gflops, found.int8_gflops) == (0, 0, 0)
-    assert found.read_gbs > 0
+    rates = measure_ceilings()
+    assert (rates.bf16_gflops, rates.f32_gflops, rates.int8_gflops) == (0, 0, 0)
+    assert rates.read_gbs > 0
 
 
 def test_peak_memory_sees_what_is_held_and_not_what_a_parent_held():

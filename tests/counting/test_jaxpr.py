@@ -80,7 +80,7 @@ def test_it_looks_into_jit_checkpoint_and_rules_for_differentiation():
     def ruled(x, w):
         return x @ w
 
-    ruled.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
+    ruled.defvjp(lambda x, w: (x @ w, (x, w)), lambda saved, g: (g @ saved[1].T, saved[0].T @ g))
 
     @jax.custom_jvp
     def forward_ruled(x, w):
@@ -98,10 +98,10 @@ def test_recomputing_shows():
     def chain(x, w):
         return jnp.square(jnp.tanh(x @ w) @ w).sum()
 
-    kept = products(jax.value_and_grad(chain), X, SQUARE)
+    plain = products(jax.value_and_grad(chain), X, SQUARE)
     again = products(jax.value_and_grad(jax.checkpoint(chain)), X, SQUARE)
-    assert kept == 4 * TURN  # only x is differentiated
-    assert again == kept + 2 * TURN
+    assert plain == 4 * TURN  # only x is differentiated
+    assert again == plain + 2 * TURN
 
 
 def opaque(x):
@@ -225,9 +225,9 @@ def test_a_transcendental_function_is_one_for_each_number_and_no_arithmetic(name
 
 
 def test_the_parts_of_a_complex_number_are_free():
-    made = jaxpr_cost(lambda x: jax.lax.complex(x, x), X)
+    cost = jaxpr_cost(lambda x: jax.lax.complex(x, x), X)
     for part in (jax.lax.real, jax.lax.imag):
-        assert jaxpr_cost(lambda x, part=part: part(jax.lax.complex(x, x)), X) == made
+        assert jaxpr_cost(lambda x, part=part: part(jax.lax.complex(x, x)), X) == cost
 
 
 def test_arithmetic_that_xla_prices_otherwise():
@@ -243,8 +243,8 @@ works = st.builds(JaxprCost, *(st.integers(0, 9) for _ in range(3)))
 
 
 @given(works, works, st.integers(0, 5))
-def test_work_adds_up(one, other, times):
-    assert one + other == other + one
-    assert (one + other) * times == one * times + other * times
-    assert one * times == functools.reduce(JaxprCost.__add__, [one] * times, one * 0)
-    assert (one + other).flops == one.flops + other.flops
+def test_work_adds_up(cost, other, times):
+    assert cost + other == other + cost
+    assert (cost + other) * times == cost * times + other * times
+    assert cost * times == functools.reduce(JaxprCost.__add__, [cost] * times, cost * 0)
+    assert (cost + other).flops == cost.flops + other.flops

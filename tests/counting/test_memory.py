@@ -80,9 +80,9 @@ def test_weights_and_optimizer_are_those_of_a_real_run(name, tied):
         frozen = jax.eval_shape(lambda frozen: quantize(frozen, matmul_rules(frozen, "full")), frozen)
     frozen = jax.eval_shape(lambda frozen: cast_matrices(frozen, cfg.dtype), frozen)
     state = jax.eval_shape(lambda tree: init_state(make_optimizer(OptimizerConfig()), tree), trainable)
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state, frozen)))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state, frozen)))
     memory = training_memory(cfg, 2, 7, trainable=chosen, base=base)
-    assert 0 <= held - memory.params - memory.optimizer <= 16  # and the counters of steps
+    assert 0 <= size - memory.params - memory.optimizer <= 16  # and the counters of steps
 
 
 def test_what_saves_memory_saves_it():
@@ -112,9 +112,9 @@ def test_the_estimate_is_within_30_percent_of_a_compiled_step(remat):
 
 def test_served_weights_and_cache_are_exact():
     cache = cache_of(CFG, 5, 11)
-    held = sum(array.size * array.dtype.itemsize for array in (*cache.k, *cache.v))
+    size = sum(array.size * array.dtype.itemsize for array in (*cache.k, *cache.v))
     memory = inference_memory(CFG, 5, 11)
-    assert memory.cache == held
+    assert memory.cache == size
     assert memory.params == 2 * (count_params(CFG).matmul + TABLE) + 4 * NORMS
     assert memory.logits == 4 * 5 * 19
     assert inference_memory(CFG, 5, 0, tokens=11, every_logit=True).logits == 11 * memory.logits

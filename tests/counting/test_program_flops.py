@@ -77,10 +77,10 @@ def trees(cfg, paths):
     return unflatten(adapters), params
 
 
-def assert_agreement(cfg, rows, tokens, some=None, microbatches=1, **options):
+def assert_agreement(cfg, rows, tokens, only=None, microbatches=1, **options):
     """The formula is the walker in some ways of training, or in all."""
     for name, paths in modes(cfg).items():
-        if some and name not in some:
+        if only and name not in only:
             continue
         gradient = functools.partial(loss_and_gradient, cfg, microbatches=microbatches)
         counted = jaxpr_cost(gradient, *trees(cfg, paths), batch_of(rows, tokens)).matmul

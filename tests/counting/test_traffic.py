@@ -46,14 +46,14 @@ def test_a_block_is_written_and_read_going_up_and_where_it_is_made_again_and_rea
 
 @given(st.integers(1, 9), st.integers(1, 30), st.integers(0, 50), st.booleans())
 def test_a_call_writes_and_reads_its_values_and_logits_and_touches_no_gradient(slots, tokens, length, int8):
-    held = inference_memory(CFG, slots, length, tokens=tokens, int8=int8)
+    memory = inference_memory(CFG, slots, length, tokens=tokens, int8=int8)
     call = inference_bytes(CFG, slots, length, tokens=tokens, int8=int8)
-    assert call.activations == 2 * CFG.layers * held.activations
+    assert call.activations == 2 * CFG.layers * memory.activations
     assert call.logits == 2 * 4 * slots * CFG.vocab, "of the last token alone"
     assert (call.gradients, call.optimizer) == (0, 0)
     assert call.total == call.weights + call.activations + call.logits + call.cache
     looked_up = 2 * CFG.width * min(slots * tokens, CFG.vocab)  # of the lookup table, which is never int8
-    assert call.weights == held.params - 2 * TABLE + looked_up
+    assert call.weights == memory.params - 2 * TABLE + looked_up
     evaluated = inference_bytes(CFG, slots, 0, tokens=tokens, every_logit=True)
     assert (evaluated.logits, evaluated.cache) == (tokens * call.logits, 0)
 
@@ -77,9 +77,9 @@ def test_slots_share_the_weights_and_nothing_else(slots):
 
 def test_decoding_reads_the_cache_and_writes_one_token_to_it():
     cache = cache_of(CFG, 5, 11)
-    held = sum(array.size * array.dtype.itemsize for array in (*cache.k, *cache.v))
-    assert inference_bytes(CFG, 5, 11).cache == held * 12 // 11
-    assert inference_bytes(CFG, 5, 11, tokens=7).cache == held * 18 // 11
+    size = sum(array.size * array.dtype.itemsize for array in (*cache.k, *cache.v))
+    assert inference_bytes(CFG, 5, 11).cache == size * 12 // 11
+    assert inference_bytes(CFG, 5, 11, tokens=7).cache == size * 18 // 11
     assert inference_bytes(CFG, 5, 0, tokens=7, every_logit=True).cache == 0
 
 

@@ -50,11 +50,11 @@ def test_xla_counts_what_the_walker_counts(name):
     f, arguments = programs()[name]
     work = jaxpr_cost(f, *arguments)
     lowered = jax.jit(f).lower(*arguments)
-    asked, made = xla_cost(lowered), xla_cost(lowered.compile())
-    assert asked.flops == pytest.approx(work.flops, rel=1e-3)
-    assert made.flops == pytest.approx(work.flops, rel=0.05)
-    assert asked.transcendentals == work.transcendental
-    assert asked.bytes_accessed > 0 < made.bytes_accessed
+    lowered_cost, compiled_cost = xla_cost(lowered), xla_cost(lowered.compile())
+    assert lowered_cost.flops == pytest.approx(work.flops, rel=1e-3)
+    assert compiled_cost.flops == pytest.approx(work.flops, rel=0.05)
+    assert lowered_cost.transcendentals == work.transcendental
+    assert lowered_cost.bytes_accessed > 0 < compiled_cost.bytes_accessed
 
 
 def test_elementwise_work_is_a_few_percent_of_the_products():
@@ -122,10 +122,10 @@ def test_zeroing_the_gradients_of_what_is_frozen_saves_nothing():
 
 def test_peak_memory_is_what_is_held_less_what_is_donated():
     cache = cache_of(CFG, 8, CAPACITY)
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     weights = 4 * count_params(CFG).total
     program = decode_step.lower(CFG, params_of(CFG), shaped(8), cache).compile()
     memory = program.memory_analysis()
-    assert memory.alias_size_in_bytes == held
-    assert memory.argument_size_in_bytes == pytest.approx(weights + held, rel=0.01)
-    assert weights + held <= xla_peak(program) < weights + 2 * held + memory.temp_size_in_bytes
+    assert memory.alias_size_in_bytes == size
+    assert memory.argument_size_in_bytes == pytest.approx(weights + size, rel=0.01)
+    assert weights + size <= xla_peak(program) < weights + 2 * size + memory.temp_size_in_bytes

@@ -189,9 +189,9 @@ def test_prompts_that_cannot_be_continued_are_refused(cfg, params, prompts, rows
 
 def test_weights_are_cast_once_and_gains_stay(params):
     cast = prepare_params(tiny_config(dtype="bfloat16"), params)
-    for one, other in zip(jax.tree.leaves(cast), jax.tree.leaves(params), strict=True):
-        assert one.dtype == (jnp.bfloat16 if one.ndim == 2 else jnp.float32)
-        np.testing.assert_array_equal(one, other.astype(one.dtype))
+    for leaf, other in zip(jax.tree.leaves(cast), jax.tree.leaves(params), strict=True):
+        assert leaf.dtype == (jnp.bfloat16 if leaf.ndim == 2 else jnp.float32)
+        np.testing.assert_array_equal(leaf, other.astype(leaf.dtype))
 
 
 def test_a_text_is_scored_in_the_bits_that_its_tokens_take_which_training_minimises(cfg, params):

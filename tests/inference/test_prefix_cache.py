@@ -66,9 +66,9 @@ def test_it_never_holds_more_than_it_may_and_nothing_that_cannot_be_found(prompt
         assert cache.bytes <= limit
         again = len(prefill(cache, prompt))
         assert again == min(len(prompt), limit // SIZE), "what was read last is kept, as much of it as there is room for"
-    held = cache.bytes
+    size = cache.bytes
     cache.put(b"larger than all there is room for", np.zeros(100), None)
-    assert cache.bytes == held, "it is not kept, and drives no other out"
+    assert cache.bytes == size, "it is not kept, and drives no other out"
     for before, key in ((None, names("z")[0]), (b"unknown", names("zz")[1])):
         cache.put(key, chunk(0), before)
     assert cache.get(names("zz")[1]) is None

@@ -54,8 +54,8 @@ def test_logits_stay_near(tied, kind):
 def made_of_a_weights_size(params, program) -> list[str]:
     """Finds what a compiled program makes that has as many numbers as an Int8 leaf: none should be converted or copied."""
     sizes = {leaf.values.size for leaf in leaf_paths(params).values() if isinstance(leaf, Int8)}
-    made = re.findall(r"= (\w+\[([\d,]+)\]\S* (?:convert|copy|transpose|fusion)\()", program.compile().as_text())
-    return [what for what, shape in made if np.prod([int(n) for n in shape.split(",")]) in sizes]
+    matches = re.findall(r"= (\w+\[([\d,]+)\]\S* (?:convert|copy|transpose|fusion)\()", program.compile().as_text())
+    return [result for result, shape in matches if np.prod([int(n) for n in shape.split(",")]) in sizes]
 
 
 @functools.cache

@@ -65,14 +65,14 @@ def test_the_same_in_every_slot_alone_or_in_company_to_the_bit(dtype):
         ),
     ]  # fmt: skip
     for request in requests:
-        seen = {complete_alone(dtype, request)}
+        outputs = {complete_alone(dtype, request)}
         for slot in range(SLOTS):
             for company in (0, SLOTS + 2):
                 slots = make_slots(dtype)
                 poison(slots, np.nan if slot % 2 else np.inf)
                 slots.scheduler.free = [slot, *(other for other in range(SLOTS) if other != slot)]
-                seen.add(complete(slots, [request, *REQUESTS[slot : slot + company]])[0])
-        assert len(seen) == 1
+                outputs.add(complete(slots, [request, *REQUESTS[slot : slot + company]])[0])
+        assert len(outputs) == 1
 
 
 @EVERY_DTYPE

@@ -38,17 +38,17 @@ def test_the_text_ends_before_the_first_stop_string(tokens, stops, together):
     completion, output = CompletionText(Detokenizer(TABLE), stops), ""
     for start in range(0, len(tokens), together):
         output += completion.push(tokens[start : start + together])
-    taken = completion.tokens
+    count = completion.tokens
     output += completion.close()
     assert (output, completion.stopped) == plainly(whole, stops)
     assert completion.close() == "" or completion.stopped is None
     if completion.stopped is None:
-        assert taken == len(tokens)
+        assert count == len(tokens)
     else:
-        held = b"".join(TABLE[token] for token in tokens[:taken]).decode("utf-8", "replace")
-        assert completion.stopped in held
+        decoded = b"".join(TABLE[token] for token in tokens[:count]).decode("utf-8", "replace")
+        assert completion.stopped in decoded
         assert completion.push([0, 1]) == ""
-        assert completion.tokens == taken
+        assert completion.tokens == count
 
 
 @settings(max_examples=200)

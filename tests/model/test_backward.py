@@ -19,7 +19,7 @@ TOLERANCE = {F32: 1e-5, BF16: 2.5e-2}
 DTYPES = pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 
 
-def drawn(seed: int, *shape: int, dtype=F32) -> jax.Array:
+def normal(seed: int, *shape: int, dtype=F32) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
@@ -32,7 +32,7 @@ def assert_alike(ours, reference, arguments, dtype) -> None:
         return out, pull(jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), cotangent, out))
 
     shapes = jax.eval_shape(reference, *arguments)
-    cotangent = jax.tree.map(lambda leaf: drawn(99, *leaf.shape), shapes)
+    cotangent = jax.tree.map(lambda leaf: normal(99, *leaf.shape), shapes)
     out, gradients = results(ours, arguments, cotangent)
     for gradient, argument in zip(gradients, arguments):
         assert (gradient.dtype, gradient.shape) == (argument.dtype, argument.shape)
@@ -51,28 +51,28 @@ PROJECTIONS = [  # dtype, rows, columns
 
 @pytest.mark.parametrize(("dtype", "rows", "out"), PROJECTIONS)
 def test_project(dtype, rows, out):
-    x, w = drawn(0, *rows, D, dtype=dtype), drawn(1, D, out)
+    x, w = normal(0, *rows, D, dtype=dtype), normal(1, D, out)
     assert_alike(lambda x, w: leaves.project(x, w, dtype), lambda x, w: x @ w, (x, w), dtype)
 
 
 @DTYPES
 @pytest.mark.parametrize("rows", [(B, T), (19, T)])
 def test_project_two(dtype, rows):
-    x, w = drawn(0, *rows, D, dtype=dtype), drawn(1, D, 2 * F)
+    x, w = normal(0, *rows, D, dtype=dtype), normal(1, D, 2 * F)
     assert_alike(lambda x, w: leaves.project_two(x, w, dtype), lambda x, w: (x @ w[:, :F], x @ w[:, F:]), (x, w), dtype)
 
 
 @DTYPES
 @pytest.mark.parametrize("rows", [(B, T), (9, T)])
 def test_unembed(dtype, rows):
-    x, embed = drawn(0, *rows, D, dtype=dtype), drawn(1, V, D)
+    x, embed = normal(0, *rows, D, dtype=dtype), normal(1, V, D)
     assert_alike(lambda x, embed: leaves.unembed(x, embed, F32), lambda x, embed: x @ embed.T, (x, embed), dtype)
 
 
 @DTYPES
 def test_lookup_adds_up_the_gradients_of_a_token_that_comes_twice(dtype):
     tokens = jnp.array([[3, 3, 0, V - 1], [3, 5, 5, 0]])
-    embed = drawn(0, V, D, dtype=dtype)
+    embed = normal(0, V, D, dtype=dtype)
     assert_alike(lambda e: leaves.lookup(e, tokens), lambda e: e[tokens], (embed,), dtype)
 
 
@@ -82,12 +82,12 @@ def test_rms_norm(dtype, shape):
     eps = 0.1  # large enough to be felt
     ours = lambda x, gain: backward.rms_norm(x, gain, eps, dtype)
     reference = lambda x, gain: layers.rms_norm(x, gain, eps, F32)
-    assert_alike(ours, reference, (drawn(0, *shape, dtype=dtype), drawn(1, *shape[2:])), dtype)
+    assert_alike(ours, reference, (normal(0, *shape, dtype=dtype), normal(1, *shape[2:])), dtype)
 
 
 @DTYPES
 def test_swiglu(dtype):
-    gate, up = 2 * drawn(0, B, T, F, dtype=dtype), drawn(1, B, T, F, dtype=dtype)
+    gate, up = 2 * normal(0, B, T, F, dtype=dtype), normal(1, B, T, F, dtype=dtype)
     assert_alike(
         lambda gate, up: backward.swiglu(gate, up, dtype), lambda gate, up: layers.swiglu(gate, up, F32), (gate, up), dtype
     )
@@ -95,7 +95,7 @@ def test_swiglu(dtype):
 
 @DTYPES
 def test_rope(dtype):
-    x, scale, angles = drawn(0, B, T, N, H, dtype=dtype), drawn(1, N), 3 * drawn(2, B, T, H // 2)
+    x, scale, angles = normal(0, B, T, N, H, dtype=dtype), normal(1, N), 3 * normal(2, B, T, H // 2)
     tables = jnp.cos(angles), jnp.sin(angles)
     ours = lambda x: backward.rope(x, scale, *tables, dtype)
     assert_alike(ours, lambda x: layers.rope(x, scale, *tables, F32), (x,), dtype)
@@ -110,7 +110,7 @@ ATTENTION = [  # dtype, key heads, tokens, documents a row
 
 @pytest.mark.parametrize(("dtype", "K", "T", "documents"), ATTENTION)
 def test_causal_attention(dtype, K, T, documents):
-    q, k, v = drawn(0, B, T, N, H, dtype=dtype), drawn(1, B, T, K, H, dtype=dtype), drawn(2, B, T, K, H, dtype=dtype)
+    q, k, v = normal(0, B, T, N, H, dtype=dtype), normal(1, B, T, K, H, dtype=dtype), normal(2, B, T, K, H, dtype=dtype)
     starts = np.random.default_rng(3).permuted(np.tile(np.arange(T) < documents - 1, (B, 1)), axis=1)
     segments = jnp.asarray(starts.cumsum(1)) if documents > 1 else None
     mask = layers.causal_mask(T, segments)
@@ -128,7 +128,7 @@ def test_the_comparison_sees_a_wrong_gradient():
         return 3 * x
 
     scaled.defvjp(lambda x: (3 * x, None), lambda _, g: (3.001 * g,))
-    x = (drawn(0, B, T),)
+    x = (normal(0, B, T),)
     assert_alike(lambda x: 3 * x, lambda x: 3 * x, x, F32)
     with pytest.raises(AssertionError):
         assert_alike(scaled, lambda x: 3 * x, x, F32)

@@ -43,8 +43,8 @@ def test_what_lies_beyond_a_row_does_not_matter_to_the_bit(dtype, rubbish):
     cfg = tiny_config(dtype=dtype)
     params = lively_params(cfg)
     tokens, lengths = tokens_of(0, B, 5), jnp.array([5, 3])
-    _, held = run(cfg, params, tokens, positions_of(B, 5), make_cache(cfg, B, S))
-    held = dirtied(held._replace(length=lengths), 0.0)
+    _, cache = run(cfg, params, tokens, positions_of(B, 5), make_cache(cfg, B, S))
+    cache = dirtied(cache._replace(length=lengths), 0.0)
 
     def after(cache: KVCache, T: int) -> np.ndarray:
         logits, cache = run(cfg, params, tokens_of(1, B, T), lengths[:, None] + jnp.arange(T), cache)
@@ -53,6 +53,6 @@ def test_what_lies_beyond_a_row_does_not_matter_to_the_bit(dtype, rubbish):
         return np.concatenate([logits, again], axis=1)
 
     for T in (1, 5):
-        clean = after(held, T)
+        clean = after(cache, T)
         assert np.isfinite(clean).all()
-        np.testing.assert_array_equal(after(dirtied(held, rubbish), T), clean)
+        np.testing.assert_array_equal(after(dirtied(cache, rubbish), T), clean)

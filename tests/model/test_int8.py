@@ -21,7 +21,7 @@ F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
 BLOCKS = r"blocks/\d+/(qkv|out|gate_up|down)"
 
 
-def drawn(seed: int, *shape: int, dtype=F32) -> jax.Array:
+def normal(seed: int, *shape: int, dtype=F32) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
@@ -60,9 +60,9 @@ def test_rounding_again_changes_nothing(weight):
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_whole_numbers_are_multiplied_exactly(axis, dtype):
-    x = np.asarray(drawn(0, 9, D, dtype=dtype), np.float32) * np.logspace(-6, 6, 9, dtype=np.float32)[:, None]
+    x = np.asarray(normal(0, 9, D, dtype=dtype), np.float32) * np.logspace(-6, 6, 9, dtype=np.float32)[:, None]
     x[4] = 0
-    leaf = quantize_matrix(drawn(1, D, F) if axis == 1 else drawn(1, F, D), axis=axis)
+    leaf = quantize_matrix(normal(1, D, F) if axis == 1 else normal(1, F, D), axis=axis)
     ours = jax.jit(lambda x: int8_matmul(x, leaf, F32))(jnp.asarray(x))
 
     scale = np.abs(x).max(1, keepdims=True) / np.float32(127)
@@ -78,20 +78,20 @@ def test_whole_numbers_are_multiplied_exactly(axis, dtype):
 @pytest.mark.parametrize("rows", [2, 7])
 def test_a_row_is_the_same_to_the_bit_whatever_lies_beside_it(kind, rows):
     """In one program: other rows, also spoiled ones, and any place."""
-    leaf = quantize_matrix(drawn(1, D, F), kind)
+    leaf = quantize_matrix(normal(1, D, F), kind)
     multiply = jax.jit(lambda x: project(x, leaf, F32))
-    mine, results = drawn(2, D, dtype=BF16), set()
+    row, results = normal(2, D, dtype=BF16), set()
     for place in range(rows):
         for seed, spoil in ((3, 0.0), (4, np.nan), (5, np.inf)):
-            x = (drawn(seed, rows, D, dtype=BF16) + spoil).at[place].set(mine)
+            x = (normal(seed, rows, D, dtype=BF16) + spoil).at[place].set(row)
             results.add(np.asarray(multiply(x)[place]).tobytes())
     assert len(results) == 1
 
 
 @pytest.mark.parametrize("kind", ["int8", "full"])
 def test_what_is_not_finite_stays_so(kind):
-    leaf = quantize_matrix(drawn(1, D, F), kind)
-    out = project(drawn(0, 3, D).at[0, 5].set(np.nan).at[1, 5].set(np.inf), leaf, F32)
+    leaf = quantize_matrix(normal(1, D, F), kind)
+    out = project(normal(0, 3, D).at[0, 5].set(np.nan).at[1, 5].set(np.inf), leaf, F32)
     assert not np.isfinite(out[:2]).any()
     assert np.isfinite(out[2]).all()
 
@@ -99,8 +99,8 @@ def test_what_is_not_finite_stays_so(kind):
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_a_weight_alone_in_int8_lets_the_gradient_pass(axis, dtype):
-    leaf = quantize_matrix(drawn(1, D, F) if axis == 1 else drawn(1, F, D), "full", axis)
-    x, g = drawn(0, 9, D, dtype=dtype), drawn(2, 9, F)
+    leaf = quantize_matrix(normal(1, D, F) if axis == 1 else normal(1, F, D), "full", axis)
+    x, g = normal(0, 9, D, dtype=dtype), normal(2, 9, F)
     out, pull = jax.vjp(jax.jit(lambda x: int8_matmul(x, leaf, F32)), x)
     tolerance = {F32: 1e-5, BF16: 2e-2}[dtype]
     np.testing.assert_allclose(out, x.astype(F32) @ wide(leaf), atol=tolerance * 5)
@@ -110,21 +110,21 @@ def test_a_weight_alone_in_int8_lets_the_gradient_pass(axis, dtype):
 
 
 def test_whole_numbers_have_no_gradient():
-    leaf = quantize_matrix(drawn(1, D, F))
+    leaf = quantize_matrix(normal(1, D, F))
     with pytest.raises(UserError, match="activations 'full'"):
-        jax.grad(lambda x: project(x, leaf, F32).sum())(drawn(0, 3, D))
+        jax.grad(lambda x: project(x, leaf, F32).sum())(normal(0, 3, D))
 
 
 @pytest.mark.parametrize("kind", ["int8", "full"])
 def test_every_way_to_use_a_weight_knows_int8(kind):
-    x = drawn(0, 2, 7, D)
+    x = normal(0, 2, 7, D)
     close = lambda a, b: np.testing.assert_allclose(a, b, atol={"int8": 0.15, "full": 1e-4}[kind])
-    leaf = quantize_matrix(drawn(1, D, 2 * F), kind)
+    leaf = quantize_matrix(normal(1, D, 2 * F), kind)
     close(project(x, leaf, F32), x @ wide(leaf))
-    one, two = project_two(x, leaf, F32)
-    close(jnp.concatenate([one, two], -1), x @ wide(leaf))
+    gate, up = project_two(x, leaf, F32)
+    close(jnp.concatenate([gate, up], -1), x @ wide(leaf))
     close(project(x[:1, :1], leaf, F32), x[:1, :1] @ wide(leaf))
-    table = quantize_matrix(drawn(1, V, D), kind, axis=0)
+    table = quantize_matrix(normal(1, V, D), kind, axis=0)
     close(unembed(x, table, F32), x @ wide(table))
     tokens = jnp.array([[3, 0, V - 1]])
     np.testing.assert_array_equal(lookup(table, tokens), dequantize(table)[tokens])
@@ -160,14 +160,14 @@ def test_casting_leaves_int8_and_gains_alone():
 
 def weight_sized(text: str, shapes: set[tuple[int, ...]]) -> list[str]:
     """Conversions in a compiled program whose result is as large as a weight."""
-    found = re.findall(r"= (?:f32|bf16|s32)\[([\d,]+)\]\S* convert\(", text)
-    return [shape for shape in found if tuple(map(int, shape.split(","))) in shapes]
+    matches = re.findall(r"= (?:f32|bf16|s32)\[([\d,]+)\]\S* convert\(", text)
+    return [shape for shape in matches if tuple(map(int, shape.split(","))) in shapes]
 
 
 @pytest.mark.parametrize("kind", ["int8", "full"])
 def test_whole_numbers_convert_nothing_of_a_weights_size(kind):
     """And a weight alone in int8 is seen to be converted: the check can fail."""
-    leaf, x = quantize_matrix(drawn(1, 320, 448), kind), drawn(0, 8, 320, dtype=BF16)
+    leaf, x = quantize_matrix(normal(1, 320, 448), kind), normal(0, 8, 320, dtype=BF16)
     text = jax.jit(lambda x, leaf: project(x, leaf, BF16)).lower(x, leaf).compile().as_text()
     assert bool(weight_sized(text, {(320, 448), (448, 320)})) == (kind == "full")
 
@@ -176,8 +176,8 @@ def test_whole_numbers_convert_nothing_of_a_weights_size(kind):
 @pytest.mark.parametrize("rows", [3, 40])
 def test_two_digits_of_x_are_a_hundred_times_nearer_than_one(axis, rows):
     """Of rows with one number far above the rest, where one digit is coarse; on either path, few rows or many."""
-    x = drawn(0, rows, D).at[:, 4].mul(50.0)
-    weight = quantize_matrix(drawn(1, D, V) if axis else drawn(1, V, D), axis=axis)
+    x = normal(0, rows, D).at[:, 4].mul(50.0)
+    weight = quantize_matrix(normal(1, D, V) if axis else normal(1, V, D), axis=axis)
     exact = np.asarray(x, np.float64) @ np.asarray(wide(weight), np.float64)
     for transposed in (False, True):
         leaf = store_transposed(weight) if transposed else weight

@@ -16,12 +16,12 @@ N, K, H = 6, 3, 4
 F32 = jnp.dtype("float32")
 
 
-def drawn(seed: int, *shape: int) -> np.ndarray:
+def normal(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def test_rms_norm_gives_unit_root_mean_square_times_the_gain():
-    x, gain = 7 * drawn(0, B, T, 20), drawn(1, 20)
+    x, gain = 7 * normal(0, B, T, 20), normal(1, 20)
     y = np.asarray(layers.rms_norm(x, gain, 1e-5, F32))
     np.testing.assert_allclose(y, gain * x / np.sqrt((x.astype(float) ** 2).mean(-1, keepdims=True) + 1e-5), rtol=1e-5)
     np.testing.assert_allclose(((y / gain) ** 2).mean(-1), 1, rtol=1e-5)
@@ -30,7 +30,7 @@ def test_rms_norm_gives_unit_root_mean_square_times_the_gain():
 
 
 def test_swiglu_is_silu_times_up():
-    gate, up = 3 * drawn(0, B, T, 28), drawn(1, B, T, 28)
+    gate, up = 3 * normal(0, B, T, 28), normal(1, B, T, 28)
     np.testing.assert_allclose(layers.swiglu(gate, up, F32), gate / (1 + np.exp(-gate)) * up, rtol=1e-5, atol=1e-6)
 
 
@@ -40,7 +40,7 @@ def rotated(x: np.ndarray, scale: np.ndarray, positions: np.ndarray, cfg=None) -
 
 
 def test_rope_rotates_each_pair_as_a_complex_number():
-    x, scale = drawn(0, B, T, N, H), drawn(1, N)
+    x, scale = normal(0, B, T, N, H), normal(1, N)
     positions = positions_of(B, T) + np.array([[0], [9]], np.int32)
     angle = positions[..., None] * 10_000.0 ** (-np.arange(H // 2) / (H // 2))  # (B, T, H / 2)
     pairs = (x[..., : H // 2] + 1j * x[..., H // 2 :]) * scale[:, None]
@@ -50,7 +50,7 @@ def test_rope_rotates_each_pair_as_a_complex_number():
 
 @given(st.integers(0, 2000), st.integers(0, 2000), st.integers(0, 2000), st.integers(0, 99))
 def test_rope_scores_depend_on_the_distance_alone(at, other, shift, seed):
-    q, k, ones = drawn(seed, 1, 1, N, H), drawn(seed + 1, 1, 1, N, H), np.ones(N, np.float32)
+    q, k, ones = normal(seed, 1, 1, N, H), normal(seed + 1, 1, 1, N, H), np.ones(N, np.float32)
     score = lambda p, s: (rotated(q, ones, np.array([[p]])) * rotated(k, ones, np.array([[s]]))).sum(-1)
     np.testing.assert_allclose(score(at, other), score(at + shift, other + shift), atol=5e-3)
     lengths = np.linalg.norm(rotated(q, ones, np.array([[at]])), axis=-1)
@@ -58,7 +58,7 @@ def test_rope_scores_depend_on_the_distance_alone(at, other, shift, seed):
 
 
 def test_rope_at_position_zero_is_the_scale_alone():
-    x, scale = drawn(0, B, T, N, H), drawn(1, N)
+    x, scale = normal(0, B, T, N, H), normal(1, N)
     np.testing.assert_array_equal(rotated(x, scale, np.zeros((B, T), np.int32)), x * scale[:, None])
 
 
@@ -97,22 +97,22 @@ def attended(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> n
     out = np.zeros(q.shape)
     for b, t, n in np.ndindex(q.shape[:3]):
         head = n // (q.shape[2] // k.shape[1])
-        seen = mask[b, t]
-        weights = np.exp(k[b, head, seen].astype(float) @ q[b, t, n])
-        out[b, t, n] = weights @ v[b, head, seen] / weights.sum()
+        visible = mask[b, t]
+        weights = np.exp(k[b, head, visible].astype(float) @ q[b, t, n])
+        out[b, t, n] = weights @ v[b, head, visible] / weights.sum()
     return out.reshape(*q.shape[:2], -1)
 
 
 def test_attention_is_the_formula():
     S = 9
-    q, k, v = drawn(0, B, T, N, H), drawn(1, B, K, S, H), drawn(2, B, K, S, H)
+    q, k, v = normal(0, B, T, N, H), normal(1, B, K, S, H), normal(2, B, K, S, H)
     mask = np.random.default_rng(3).random((B, T, S)) < 0.5
     mask[..., 0] = True
     np.testing.assert_allclose(layers.attention(q, k, v, mask), attended(q, k, v, mask), rtol=1e-4, atol=1e-5)
 
 
 def test_a_query_that_sees_nothing_gives_numbers():
-    q, k = drawn(0, B, T, N, H), drawn(1, B, K, 9, H)
+    q, k = normal(0, B, T, N, H), normal(1, B, K, 9, H)
     assert np.isfinite(layers.attention(q, k, k, np.zeros((B, T, 9), bool))).all()
 
 

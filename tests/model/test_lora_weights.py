@@ -22,14 +22,14 @@ BOTH = ((0, F), (F, 2 * F))
 FEW, MANY = (1, 3), (29, 7)
 
 
-def drawn(seed: int, *shape: int, dtype=F32) -> jax.Array:
+def normal(seed: int, *shape: int, dtype=F32) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
 def adapter(columns=BOTH, rank: int = 3, seed: int = 0) -> LoRA:
     """One that has learned something: neither a nor b is 0."""
-    made = make_adapter(jax.random.key(seed), D, columns, rank, 7.0)
-    return dataclasses.replace(made, b=drawn(seed + 7, *made.b.shape) / 4)
+    leaf = make_adapter(jax.random.key(seed), D, columns, rank, 7.0)
+    return dataclasses.replace(leaf, b=normal(seed + 7, *leaf.b.shape) / 4)
 
 
 def explicit(leaf: LoRA, base: jax.Array) -> jax.Array:
@@ -42,7 +42,7 @@ def explicit(leaf: LoRA, base: jax.Array) -> jax.Array:
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize(("rows", "columns"), [((1, 1), BOTH), (FEW, ((5, 9), (9, 50))), (MANY, BOTH), (MANY, BOTH[:1])])
 def test_at_first_it_changes_no_bit(dtype, rows, columns):
-    x, base = drawn(0, *rows, D, dtype=dtype), drawn(1, D, 2 * F).at[3, 4].set(-0.0)
+    x, base = normal(0, *rows, D, dtype=dtype), normal(1, D, 2 * F).at[3, 4].set(-0.0)
     leaf = make_adapter(jax.random.key(0), D, columns, 3, 7.0).on(base)
     assert leaf.a.any()
     assert not leaf.b.any()
@@ -56,14 +56,14 @@ def test_at_first_it_changes_no_bit(dtype, rows, columns):
 def all_adapted(cfg, params, seed: int = 0, learned: bool = True):
     """An adapter tree on q, v and every other matrix, rank 3."""
     chosen = {"qkv": ("q", "v"), "out": ("out",), "gate_up": ("gate", "up"), "down": ("down",)}
-    found = {}
+    leaves = {}
     for path, leaf in leaf_paths(params).items():
         name = path.split("/")[-1]
         if name in chosen:
             columns = [cfg.parts[name][part] for part in chosen[name]]
-            made = make_adapter(jax.random.key(len(found)), leaf.shape[0], columns, 3, 6.0)
-            found[path] = dataclasses.replace(made, b=drawn(seed + len(found), *made.b.shape) / 5) if learned else made
-    return unflatten(found)
+            new = make_adapter(jax.random.key(len(leaves)), leaf.shape[0], columns, 3, 6.0)
+            leaves[path] = dataclasses.replace(new, b=normal(seed + len(leaves), *new.b.shape) / 5) if learned else new
+    return unflatten(leaves)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -87,7 +87,7 @@ SUMS = [("array", FEW, project_two), ("array", MANY, project), ("int8", MANY, pr
 
 @pytest.mark.parametrize(("kind", "rows", "multiply"), SUMS)
 def test_it_is_its_base_and_what_it_adds(kind, rows, multiply):
-    x, base = drawn(0, *rows, D), drawn(1, D, 2 * F)
+    x, base = normal(0, *rows, D), normal(1, D, 2 * F)
     under = base if kind == "array" else quantize_matrix(base, kind)
     leaf = adapter(BOTH[1:] if multiply is project else BOTH).on(under)
     out = jax.jit(lambda leaf: multiply(x, leaf, F32))(leaf)
@@ -109,10 +109,10 @@ GRADIENTS = [  # way to multiply, dtype, rows, kind of base, adapted columns
 
 @pytest.mark.parametrize(("multiply", "dtype", "rows", "kind", "columns"), GRADIENTS)
 def test_its_gradient_is_that_of_the_weight_it_stands_for(multiply, dtype, rows, kind, columns):
-    x, base = drawn(0, *rows, D, dtype=dtype), drawn(1, D, 2 * F)
+    x, base = normal(0, *rows, D, dtype=dtype), normal(1, D, 2 * F)
     under = base if kind == "array" else quantize_matrix(base, "full")
     wide = base if kind == "array" else dequantize(under)
-    g = drawn(5, *rows, 2 * F)
+    g = normal(5, *rows, 2 * F)
 
     def ours(alone, x):
         out = multiply(x, alone.on(under), dtype)
@@ -125,15 +125,15 @@ def test_its_gradient_is_that_of_the_weight_it_stands_for(multiply, dtype, rows,
     for function in (ours, reference):
         out, pull = jax.vjp(jax.jit(function), adapter(columns), x)
         results.append((out, pull(g)))
-    for mine, expected in zip(*map(jax.tree.leaves, results), strict=True):
-        mine, expected = np.asarray(mine, np.float32), np.asarray(expected, np.float32)
+    for actual, expected in zip(*map(jax.tree.leaves, results), strict=True):
+        actual, expected = np.asarray(actual, np.float32), np.asarray(expected, np.float32)
         assert np.abs(expected).max() > 0.1, "nothing to compare"
-        np.testing.assert_allclose(mine, expected, rtol=0, atol=TOLERANCE[dtype] * np.abs(expected).max())
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE[dtype] * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("rows", [FEW, MANY])
 def test_what_lies_under_an_adapter_is_frozen(rows):
-    x, base = drawn(0, *rows, D), drawn(1, D, 2 * F)
+    x, base = normal(0, *rows, D), normal(1, D, 2 * F)
     first = adapter(seed=1).on(base)
     gradient = jax.grad(lambda leaf: project(x, leaf, F32).sum())(adapter(seed=2).on(first))
     assert not any(leaf.any() for leaf in jax.tree.leaves(gradient.base))
@@ -143,7 +143,7 @@ def test_what_lies_under_an_adapter_is_frozen(rows):
 
 @pytest.mark.parametrize("rows", [FEW, MANY])
 def test_adapters_on_one_base_add_up(rows):
-    x, base = drawn(0, *rows, D), drawn(1, D, 2 * F)
+    x, base = normal(0, *rows, D), normal(1, D, 2 * F)
     first, second = adapter(BOTH[:1], seed=1), adapter(BOTH, rank=2, seed=2)
     expected = explicit(second, explicit(first, base))
     both = merge({"w": second}, merge({"w": first}, {"w": base}))["w"]
@@ -155,27 +155,29 @@ def test_adapters_on_one_base_add_up(rows):
 def test_an_adapter_has_numbers_only_for_what_it_adapts():
     cfg = tiny_config()
     columns = [cfg.parts["qkv"]["v"], cfg.parts["qkv"]["q"]]
-    made = make_adapter(jax.random.key(0), D, columns, 3, 12.0)
-    assert (made.a.shape, made.b.shape, made.scale, made.rank) == ((20, 6), (3, 24 + 12), 4.0, 3)
-    assert [(pair.start, pair.stop, pair.a.shape, pair.b.shape) for pair in made.parts()] == [
+    leaf = make_adapter(jax.random.key(0), D, columns, 3, 12.0)
+    assert (leaf.a.shape, leaf.b.shape, leaf.scale, leaf.rank) == ((20, 6), (3, 24 + 12), 4.0, 3)
+    assert [(pair.start, pair.stop, pair.a.shape, pair.b.shape) for pair in leaf.parts()] == [
         (0, 24, (20, 3), (3, 24)), (36, 48, (20, 3), (3, 12)),
     ]  # fmt: skip
-    assert np.std(made.a) == pytest.approx(20**-0.5, rel=0.2)
+    assert np.std(leaf.a) == pytest.approx(20**-0.5, rel=0.2)
 
 
 def test_a_base_of_another_shape_is_refused():
-    made = make_adapter(jax.random.key(0), D, BOTH, 3, 12.0)
+    leaf = make_adapter(jax.random.key(0), D, BOTH, 3, 12.0)
     for shape in ((D + 1, 2 * F), (D, 2 * F - 1)):
         with pytest.raises(ValueError, match="does not fit"):
-            made.on(jnp.zeros(shape))
+            leaf.on(jnp.zeros(shape))
     with pytest.raises(ValueError, match="does not fit"):
-        made.on(jnp.zeros((D, 2 * F))).on(jnp.zeros((D, 2 * F)))
+        leaf.on(jnp.zeros((D, 2 * F))).on(jnp.zeros((D, 2 * F)))
     with pytest.raises(ValueError, match="a weight at 'w'"):
         merge({"w": jnp.zeros(3)}, {"w": jnp.zeros(3)})
 
 
 def test_casting_reaches_the_base_and_the_pair():
-    cast = cast_matrices({"w": adapter().on(drawn(1, D, 2 * F)), "v": adapter().on(quantize_matrix(drawn(1, D, 2 * F)))}, BF16)
+    cast = cast_matrices(
+        {"w": adapter().on(normal(1, D, 2 * F)), "v": adapter().on(quantize_matrix(normal(1, D, 2 * F)))}, BF16
+    )
     assert {leaf.dtype for leaf in jax.tree.leaves(cast["w"])} == {BF16}
     assert cast["v"].base.values.dtype == jnp.int8
     assert cast["v"].a.dtype == BF16
@@ -197,6 +199,6 @@ def test_a_frozen_model_in_int8_differentiates_as_the_model_it_stands_for():
     adapters = all_adapted(cfg, params)
     (value, ours), (expected_value, expected) = gradient(adapters, small), gradient(adapters, wide)
     np.testing.assert_allclose(value, expected_value, rtol=1e-5)
-    for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+    for actual, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         assert np.abs(other).max() > 0
-        np.testing.assert_allclose(mine, other, rtol=1e-3, atol=1e-4 * np.abs(other).max())
+        np.testing.assert_allclose(actual, other, rtol=1e-3, atol=1e-4 * np.abs(other).max())

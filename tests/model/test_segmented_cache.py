@@ -124,22 +124,22 @@ def test_a_row_is_the_same_to_the_bit_however_far_the_others_are(dtype):
     (segments, _), rng = filled(dtype), np.random.default_rng(4)
     qkv = new_qkv(rng, 1)
     for length in (0, 7, 8, 15, 16, 40, 63, 64, 71):
-        seen = set()
+        results = set()
         for slot in range(SLOTS):
             own = np.arange(SLOTS) == slot
-            for others, rubbish in ((-1, np.nan), (0, np.inf), (71, np.nan), (7, 1.0)):
+            for other_length, rubbish in ((-1, np.nan), (0, np.inf), (71, np.nan), (7, 1.0)):
 
                 def place(array, slot=slot, own=own, rubbish=rubbish):
                     array = jnp.roll(array, slot, axis=0)
                     keep = own.reshape(-1, *[1] * (array.ndim - 1))
                     return array if array.dtype == jnp.int8 else jnp.where(keep, array, rubbish)
 
-                rows = rows_of(np.where(own, length, others), range(SLOTS))
+                rows = rows_of(np.where(own, length, other_length), range(SLOTS))
                 company = [np.where(own.reshape(-1, 1, 1, 1), x, normal(rng, SLOTS, *x.shape[1:])) for x in qkv]
                 out, layer = attention(*company, layer_at(jax.tree.map(place, segments), rows))
                 bits = [np.asarray(leaf)[slot].tobytes() for leaf in jax.tree.leaves((layer.k, layer.v))]
-                seen.add((np.asarray(out)[slot].tobytes(), *bits))
-        assert len(seen) == 1, length
+                results.add((np.asarray(out)[slot].tobytes(), *bits))
+        assert len(results) == 1, length
 
 
 @EVERY_DTYPE

@@ -132,13 +132,13 @@ PIECES = [(0, 5), (5, 10), (10, 11), (11, 12), (12, 13)]  # prefill in two chunk
 def assert_cached_is_uncached(reads, cfg, tolerance: float) -> None:
     params, tokens = lively_params(cfg), tokens_of(0, B, 13)
     expected, _ = reads(cfg, params, tokens, positions_of(B, 13))
-    cache, got = make_cache(cfg, B, 15), []
+    cache, actual = make_cache(cfg, B, 15), []
     for start, end in PIECES:
         logits, cache = reads(cfg, params, tokens[:, start:end], positions_of(B, 13)[:, start:end], cache)
         assert cache.length.tolist() == [start] * B, "how many tokens were real is for the caller to say"
         cache = cache._replace(length=cache.length + (end - start))
-        got.append(logits)
-    np.testing.assert_allclose(np.concatenate(got, 1), expected, rtol=0, atol=tolerance * np.abs(expected).max())
+        actual.append(logits)
+    np.testing.assert_allclose(np.concatenate(actual, 1), expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
 @FAMILY
@@ -187,11 +187,11 @@ def test_no_layout_and_no_device_changes_what_is_computed(cfg, params, monkeypat
     expected, signs = slope()
     assert signs == {"scan": False, "remat": False, "rules": True}
     assert min(np.abs(leaf).max() for leaf in jax.tree.leaves(expected[1])) > 0.1, "every leaf is felt"
-    others = [slope(scan=True, remat="block"), slope(remat="block")]
+    results = [slope(scan=True, remat="block"), slope(remat="block")]
     leave_the_cpu(monkeypatch)
-    others.append(slope(scan=True))
-    assert [tuple(signs.values()) for _, signs in others] == [(True, True, True), (False, True, True), (True, False, False)]
-    for result, _ in others:
+    results.append(slope(scan=True))
+    assert [tuple(signs.values()) for _, signs in results] == [(True, True, True), (False, True, True), (True, False, False)]
+    for result, _ in results:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4), result, expected)
 
 
@@ -210,10 +210,10 @@ def test_a_fresh_model_knows_nothing():
 
 
 def test_a_key_gives_one_model_and_another_key_another():
-    one, same, other = (init(QWEN3, jax.random.key(seed)) for seed in (0, 0, 1))
-    jax.tree.map(np.testing.assert_array_equal, one, same)
-    assert not np.array_equal(one["embed"], other["embed"])
-    matrices = [one["blocks"][i][name] for i in "01" for name in ("qkv", "gate_up")]
+    first, same, other = (init(QWEN3, jax.random.key(seed)) for seed in (0, 0, 1))
+    jax.tree.map(np.testing.assert_array_equal, first, same)
+    assert not np.array_equal(first["embed"], other["embed"])
+    matrices = [first["blocks"][i][name] for i in "01" for name in ("qkv", "gate_up")]
     for matrix in matrices:
         np.testing.assert_allclose(np.std(matrix), matrix.shape[0] ** -0.5, rtol=0.1)
     assert not np.array_equal(matrices[0], matrices[2]), "no two blocks are alike"

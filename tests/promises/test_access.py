@@ -118,8 +118,8 @@ def _from_elsewhere(port: int) -> Iterator[Attempt]:
     for origin in origins:
         for kind in (json_type, *SIMPLE_TYPES):
             yield "POST", "/v1/completions", {"host": own, "origin": origin, "content-type": kind}
-        asked = {"access-control-request-method": "POST", "access-control-request-headers": "content-type"}
-        yield "OPTIONS", "/v1/completions", {"host": own, "origin": origin, **asked}
+        preflight = {"access-control-request-method": "POST", "access-control-request-headers": "content-type"}
+        yield "OPTIONS", "/v1/completions", {"host": own, "origin": origin, **preflight}
         if origin:
             yield "GET", "/v1/models", {"host": own, "origin": origin}
     for host in hosts:

@@ -19,14 +19,14 @@ STUCK = 10.0  # seconds after which a slot counts as never to be freed
 
 @pytest.mark.promises("S4", "a disconnect frees the slot, streaming or not")
 async def test_a_disconnect_frees_the_slot(client, slots, quick, rng, expect):
-    held = slots + 2  # two of them wait for a slot
+    clients = slots + 2  # two of them wait for a slot
     bodies = [completion_request(random_text(rng, 12), 40, ignore_eos=True) for _ in range(slots)]
     completions, _ = await closed_loop(client, bodies, slots)
     step = percentile([completion.inter_token_latency for completion in completions], 0.5)  # when every slot is in use
     waits: list[float] = []
     stuck = 0
-    for wave in range(-(-(60 if quick else 1000) // held)):
-        waits += await (_leave_at_once if wave % 8 == 7 else _leave_in_turn)(client, held, rng)
+    for wave in range(-(-(60 if quick else 1000) // clients)):
+        waits += await (_leave_at_once if wave % 8 == 7 else _leave_in_turn)(client, clients, rng)
         stuck += await _still_held(client)
     expect(  # within 250 ms, or a decode step where that is longer
         milliseconds("slot free p99", percentile(waits, 0.99), 1e3 * max(0.25, step)),
@@ -89,6 +89,6 @@ async def _requests_held(client: Client) -> int:
 async def _still_held(client: Client, timeout: float = 5.0) -> int:
     """Requests that the server still holds after `timeout` seconds; 0 as soon as it holds none."""
     begin = clock()
-    while (held := await _requests_held(client)) and clock() - begin < timeout:
+    while (count := await _requests_held(client)) and clock() - begin < timeout:
         await asyncio.sleep(0.01)
-    return held
+    return count

@@ -109,7 +109,7 @@ def test_an_error_keeps_what_had_come_and_can_be_tried_again(visit):
     first, second = visit.requests()
     assert first == second
     visit.until(lambda: visit.text("#weights") == "✓ unchanged since start")
-    assert [who.endswith("set aside") for who in visit.texts(".who")] == [True, False]
+    assert [author.endswith("set aside") for author in visit.texts(".who")] == [True, False]
 
 
 def test_a_refusal_shows_the_servers_sentence(visit):
@@ -195,12 +195,12 @@ def test_it_fits_its_screen(visit, width):
     visit.chrome.execute_script(
         "const turn = turns.at(-1); turn.text = arguments[0]; show(turn)", f"```\n{'wide ' * 100}\n```\n\n- {'B' * 200}"
     )
-    seen = visit.chrome.execute_script(
+    widths = visit.chrome.execute_script(
         "return ['html', '#scroll', 'header'].map((css) => document.querySelector(css)).map((each) => each.scrollWidth)"
     )
     code = visit.chrome.execute_script(
         "const {x, width} = document.querySelector('pre').getBoundingClientRect(); return x + width"
     )
-    assert max(*seen, code) <= width
+    assert max(*widths, code) <= width
     assert visit.chrome.find_element("id", "open").is_displayed() == (width < 992)
     visit.chrome.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

@@ -105,6 +105,6 @@ def test_text_stands_out_from_what_is_behind_it(theme):
     text = [(ink, back) for ink in ("ink", "soft") for back in ("page", "faint", "shade")]
     text += [("good", "faint"), ("good", "page"), ("bad", "faint"), ("bad", "bad-back"), ("on-blue", "blue")]
     edges = [("edge", "page"), ("edge", "faint"), ("blue", "shade"), ("blue", "faint")]
-    for (one, other), least in [*((pair, 4.5) for pair in text), *((pair, 3.0) for pair in edges)]:
-        darker, lighter = sorted(_luminance(colours[name]) for name in (one, other))
-        assert (lighter + 0.05) / (darker + 0.05) >= least, (one, other)
+    for (front, back), least in [*((pair, 4.5) for pair in text), *((pair, 3.0) for pair in edges)]:
+        darker, lighter = sorted(_luminance(colours[name]) for name in (front, back))
+        assert (lighter + 0.05) / (darker + 0.05) >= least, (front, back)

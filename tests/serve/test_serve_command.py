@@ -257,8 +257,8 @@ def test_an_adapter_is_merged_into_what_is_served(weights):
     wanted = leaf_paths(prepare_params(cfg, quantize(merged) if weights == "int8" else merged))
     served = leaf_paths(EngineConfig(weights).prepare_params(cfg, adapted))
     for path, leaf in wanted.items():
-        for one, two in zip(jax.tree.leaves(served[path]), jax.tree.leaves(leaf), strict=True):
-            assert np.array_equal(one, two), path
+        for weight, expected in zip(jax.tree.leaves(served[path]), jax.tree.leaves(leaf), strict=True):
+            assert np.array_equal(weight, expected), path
 
 
 def out_of_memory(*_: Any, **__: Any) -> None:

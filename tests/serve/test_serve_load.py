@@ -107,14 +107,14 @@ def test_one_request_too_many_gets_a_429_at_once(tiny_server, slowed):
     async def flood():
         async with httpx.AsyncClient(base_url=tiny_server.url, timeout=60, limits=httpx.Limits(max_connections=200)) as client:
 
-            async def one():
+            async def send():
                 begin = time.monotonic()
                 reply = await client.post("/v1/completions", json=ask(most=24, ignore_eos=True))
                 return reply.status_code, time.monotonic() - begin, reply.headers.get("retry-after")
 
-            first = [asyncio.create_task(one()) for _ in range(places)]
+            first = [asyncio.create_task(send()) for _ in range(places)]
             await asyncio.sleep(0.2)
-            rest = await asyncio.gather(*(one() for _ in range(60)))
+            rest = await asyncio.gather(*(send() for _ in range(60)))
             return [*rest, *await asyncio.gather(*first)]
 
     results = asyncio.run(flood())

@@ -29,13 +29,13 @@ def test_a_completion(client):
 
 def test_a_prompt_in_all_its_forms(client):
     ids = client.tokens("Hello there")
-    one = good(client.complete("Hello there"))["choices"][0]["text"]
+    text = good(client.complete("Hello there"))["choices"][0]["text"]
     other = good(client.complete("1234"))["choices"][0]["text"]
     for prompt in (ids, [ids], ["Hello there"]):
-        assert good(client.complete(prompt))["choices"][0]["text"] == one
+        assert good(client.complete(prompt))["choices"][0]["text"] == text
     result = good(client.complete(["Hello there", "1234"], n=2, seed=3))
     assert [choice["index"] for choice in result["choices"]] == [0, 1, 2, 3]
-    assert [choice["text"] for choice in result["choices"]] == [one, one, other, other]
+    assert [choice["text"] for choice in result["choices"]] == [text, text, other, other]
     assert result["usage"]["prompt_tokens"] == len(ids) + len(client.tokens("1234"))
 
 
@@ -80,10 +80,10 @@ def test_a_stream_equals_the_whole_reply(client, path):
         assert [piece["finish_reason"] for piece in pieces if piece["finish_reason"]] == [choice["finish_reason"]]
         result = [piece["logprobs"] for piece in pieces if piece["logprobs"]]
         if "chat" in path:
-            assert [each for one in result for each in one["content"]] == choice["logprobs"]["content"]
+            assert [each for part in result for each in part["content"]] == choice["logprobs"]["content"]
         else:
             for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
-                assert [each for one in result for each in one[name]] == choice["logprobs"][name]
+                assert [each for part in result for each in part[name]] == choice["logprobs"][name]
     assert whole["choices"][0] != whole["choices"][1]
 
 
