@@ -14,6 +14,7 @@ import sys
 from typing import Literal
 
 from bench.cli import Json, check_rounds, parse_shape, progress, run_bench
+from engine.device import start_jax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +32,7 @@ def measure_training(flags: TrainingFlags) -> Json:
     shapes = [parse_shape("a shape of --shapes", text) for text in flags.shapes]
     check_rounds(flags.rounds, 1)
     if flags.allocator == "keep":
-        from engine.allocator import keep_freed_memory
-
-        keep_freed_memory()
+        start_jax()  # without it JAX starts by itself, with glibc's own settings
     from bench.models import make_step, make_step_inputs
     from bench.timing import describe_noise, measure
     from engine.counting.flops import step_flops

@@ -1,5 +1,7 @@
 """Exceptions for bad input, with messages that say how to correct it."""
 
+import difflib
+
 
 class UserError(ValueError):
     """Says in one or two sentences what was wanted, what came, and what to do. Commands print them and exit with code 2."""
@@ -18,7 +20,5 @@ class InvalidField(UserError):
 
 def did_you_mean(name: str, known: list[str] | tuple[str, ...]) -> str:
     """Returns ` Did you mean 'demo'?`, with the closest of the known names, or an empty string."""
-    import difflib
-
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f" Did you mean {close[0]!r}?" if close else ""

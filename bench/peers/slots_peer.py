@@ -1,4 +1,7 @@
-"""Runs the server's engine without the server, the peer of `bench.serving`, with the same weights, slots and capacity."""
+"""Runs the server's engine without the server, the peer of `bench.serving`, with the same weights, slots and capacity.
+
+Started by path, it imports ours once the repository is in sys.path and the allocator is set.
+"""
 
 import sys
 from pathlib import Path

@@ -66,17 +66,13 @@ class Client:
         One that breaks off, or takes longer than `timeout` seconds, says so in `error`; nothing is raised.
         """
         protocol, data = self.encode(method, path, body, headers or {})
-        return await self._exchange(Response(clock() if sent_at is None else sent_at), protocol, data, timeout)
+        return await self.exchange(Response(clock() if sent_at is None else sent_at), protocol, data, timeout)
 
     async def get(self, path: str, **options: Any) -> Response:
         return await self.request("GET", path, **options)
 
     async def post(self, path: str, body: Any, **options: Any) -> Response:
         return await self.request("POST", path, body, **options)
-
-    async def send_raw(self, data: bytes, method: str = "GET", timeout: float = 10.0) -> Response:
-        """Returns the response to bytes that no client would send, read as that to `method`."""
-        return await self._exchange(Response(clock()), self.encode(method, "/", None, {})[0], data, timeout)
 
     def encode(self, method: str, path: str, body: Any, headers: Mapping[str, str]) -> tuple[h11.Connection, bytes]:
         """Returns the state of a connection that has sent this request, and the request's bytes."""
@@ -96,7 +92,8 @@ class Client:
         while self._idle:
             self._idle.pop()[1].close()
 
-    async def _exchange(self, response: Response, protocol: h11.Connection, data: bytes, timeout: float) -> Response:
+    async def exchange(self, response: Response, protocol: h11.Connection, data: bytes, timeout: float) -> Response:
+        """Sends the bytes of a request; returns the response with what has come and, if it is not whole, why."""
         try:
             async with asyncio.timeout(timeout):
                 await self._receive(response, protocol, data)

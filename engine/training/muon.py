@@ -13,9 +13,9 @@ from jax.typing import DTypeLike
 from engine.model.backward import transpose
 
 
-def orthogonalize(dtype: DTypeLike = jnp.bfloat16) -> optax.GradientTransformation:
+def orthogonalize() -> optax.GradientTransformation:
     """Replaces each matrix (in, out) by U V^T of its singular value decomposition, times sqrt(max(1, out / in))."""
-    return optax.stateless_with_tree_map(lambda update, _: orthogonal(update, dtype))
+    return optax.stateless_with_tree_map(lambda update, _: orthogonal(update, jnp.bfloat16))
 
 
 def orthogonal(matrix: Array, dtype: DTypeLike) -> Array:

@@ -34,8 +34,8 @@ class Rollouts(NamedTuple):
     reference_logprobs: Any = None
 
 
-def group_advantages(rewards: ArrayLike, eps: float = 1e-6) -> Array:
-    """rewards (prompts, completions) -> the same shape, float32: (r - mean) / (standard deviation + eps) within each row.
+def group_advantages(rewards: ArrayLike) -> Array:
+    """rewards (prompts, completions) -> the same shape, float32: (r - mean) / (standard deviation + 1e-6) within each row.
 
     0 where all completions of a prompt are rewarded alike.
     """
@@ -43,7 +43,7 @@ def group_advantages(rewards: ArrayLike, eps: float = 1e-6) -> Array:
     centred = rewards - rewards.mean(axis=1, keepdims=True)
     spread = jnp.sqrt((centred**2).mean(axis=1, keepdims=True))
     alike = (rewards == rewards[:, :1]).all(axis=1, keepdims=True)
-    return jnp.where(alike, 0.0, centred / (spread + eps))
+    return jnp.where(alike, 0.0, centred / (spread + 1e-6))
 
 
 @jax.jit(static_argnames="cfg")

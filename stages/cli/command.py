@@ -4,9 +4,13 @@ import contextlib
 import errno
 import os
 import shlex
+import shutil
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import tyro
 
 from engine.errors import UserError
 from stages.cli import signals
@@ -23,8 +27,6 @@ def run_command[Flags](
     `name` is the stage's; `about` heads its help. The code is MISTAKE for an error that `explain_error` explains (on stderr,
     with the traceback under --verbose), 128 + the signal when stopped, 141 when nobody reads the output any more.
     """
-    import tyro
-
     _arguments[:] = sys.argv[1:] if args is None else args
     options = None
     try:
@@ -48,8 +50,6 @@ def run_command[Flags](
         if sentence is None:
             raise
         if getattr(options, "verbose", False):
-            import traceback
-
             traceback.print_exc()
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         return MISTAKE
@@ -74,8 +74,6 @@ def _explain_system_error(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = ""
         with contextlib.suppress(OSError, TypeError, ValueError):
-            import shutil
-
             path = Path(error.filename).absolute()
             path = next(folder for folder in (path, *path.parents) if folder.exists())
             free = f" ({shutil.disk_usage(path).free / 1e6:,.1f} MB are free there)"

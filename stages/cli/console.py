@@ -1,6 +1,7 @@
 """Prints the output of a command: a banner, tasks that take a while, one live line, a summary.
 
 On a terminal the live line stays in place and fits its width; elsewhere it becomes a plain line every few seconds.
+rich, 0.07 s to import, is imported only for a terminal.
 """
 
 import contextlib

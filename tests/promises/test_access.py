@@ -36,7 +36,9 @@ async def _attempt(port: int, method: str, target: str, headers: dict[str, str])
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     body = json.dumps(REQUEST).encode() if method == "POST" else b""
     head = f"{method} {target} HTTP/1.1\r\n{lines}content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-    return await Client(port).send_raw(head.encode("latin-1") + body, method)
+    client = Client(port)
+    protocol, _ = client.encode(method, "/", None, {})
+    return await client.exchange(Response(0.0), protocol, head.encode("latin-1") + body, 10.0)
 
 
 @pytest.mark.promises("X3", "with a key set, every route but liveness needs it")
