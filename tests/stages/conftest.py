@@ -28,9 +28,9 @@ def failing(capsys: pytest.CaptureFixture[str]) -> Callable[[Callable[[Sequence[
 
     def call(main: Callable[[Sequence[str]], int], args: Sequence[str]) -> str:
         code = main(list(map(str, args)))
-        said = capsys.readouterr()
-        assert code == 2, said.out + said.err
-        assert "Traceback" not in said.err
-        return said.err
+        output = capsys.readouterr()
+        assert code == 2, output.out + output.err
+        assert "Traceback" not in output.err
+        return output.err
 
     return call

@@ -52,12 +52,12 @@ Failing = Callable[..., str]
     ],
 )
 def test_flags(flags, words, text, tmp_path, failing):
-    given = ["tiny", "--data", str(text), "--out-dir", str(tmp_path / "run"), *flags]
+    args = ["tiny", "--data", str(text), "--out-dir", str(tmp_path / "run"), *flags]
     if not words:
-        assert train.main(given) == 0
+        assert train.main(args) == 0
         return
-    said = failing(train.main, given if flags[0].startswith("--") else given[1:])
-    plain = " ".join(said.replace("│", " ").split())
+    error = failing(train.main, args if flags[0].startswith("--") else args[1:])
+    plain = " ".join(error.replace("│", " ").split())
     for word in words:
         assert word in plain
     assert not (tmp_path / "run").exists()
@@ -83,9 +83,9 @@ def test_corpus(name, content, words, tmp_path, failing):
     elif name.endswith("/"):
         path.mkdir()
     more = ["--tokenizer", "bpe:300"] if name == "ids.bin" else []
-    said = failing(train.main, tiny(path, tmp_path / "run", "--steps", 2, *more))
+    error = failing(train.main, tiny(path, tmp_path / "run", "--steps", 2, *more))
     for word in words:
-        assert word in said
+        assert word in error
     assert not (tmp_path / "run").exists()
 
 
@@ -93,17 +93,17 @@ def test_run_of_another_kind_is_left_alone(trained, text, tmp_path, failing):
     before = {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()}
     other = write_text(tmp_path / "other.txt", lines=200)
     same = ["--tokenizer", "bpe:300", "--context", 64]
-    for given, words in (
+    for args, words in (
         ([*tiny(text, trained, *same)[1:], "nano"], "width (32 there, 384 now)"),
         (tiny(text, trained, *same, "--seed", 3), "seed (0 there, 3 now)"),
         (tiny(text, trained, *same, "--batch", 2), "batch (4 there, 2 now)"),
         (tiny(text, trained, *same, "--optimizer", "adamw"), "optimizer (muon there, adamw now)"),
         (tiny(other, trained, "--tokenizer", trained / "tokenizer", "--context", 64), "text ("),
     ):
-        said = failing(train.main, given)
-        assert words in said
-        assert "--out-dir" in said
-        assert "--overwrite" in said
+        error = failing(train.main, args)
+        assert words in error
+        assert "--out-dir" in error
+        assert "--overwrite" in error
     assert before == {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()}
 
 
@@ -120,20 +120,20 @@ def test_no_sound_checkpoint(trained, text, tmp_path, failing):
     folder = tmp_path / "sea"
     shutil.copytree(trained, folder)
     (folder / "checkpoints" / "20" / "state.json").write_text("{}")
-    for main, given in (
+    for main, args in (
         (train.main, tiny(text, folder, "--tokenizer", "bpe:300", "--context", 64, "--steps", 30)),
         (generate.main, ["--model", folder]),
         (evaluate.main, ["--model", folder]),
     ):
-        assert "state.json" in failing(main, given)
+        assert "state.json" in failing(main, args)
     (folder / "run.json").write_text("{")
-    given = tiny(text, folder, "--tokenizer", "bpe:300", "--context", 64, "--steps", 1)
-    assert "run.json is damaged" in failing(train.main, given)
-    assert train.main([*given, "--overwrite"]) == 0
+    args = tiny(text, folder, "--tokenizer", "bpe:300", "--context", 64, "--steps", 1)
+    assert "run.json is damaged" in failing(train.main, args)
+    assert train.main([*args, "--overwrite"]) == 0
 
 
 def test_model_that_is_none(tmp_path, text, failing, monkeypatch):
-    for given, words in (
+    for model, words in (
         (tmp_path / "nowhere", "There is no model at"),
         (tmp_path, "holds no model"),
         (text, "holds no model"),
@@ -141,9 +141,9 @@ def test_model_that_is_none(tmp_path, text, failing, monkeypatch):
         (tmp_path / "model.gguf", "There is no model at"),
     ):
         for main in (generate.main, evaluate.main):
-            said = failing(main, ["--model", given])
-            assert words in said
-            assert "a run folder" in said
+            error = failing(main, ["--model", model])
+            assert words in error
+            assert "a run folder" in error
     monkeypatch.chdir(tmp_path)
     assert "python -m stages.train" in failing(generate.main, [])
 
@@ -166,21 +166,21 @@ def test_full_disk_keeps_what_was_saved(text, tmp_path, monkeypatch, failing):
 
     with monkeypatch.context() as disk:
         disk.setattr(run_folder.MetricsLog, "add", refuse)
-        said = failing(train.main, tiny(text, folder, "--steps", 30, "--log-every", 1))
-    assert "metrics.jsonl: the disk is full" in said
-    assert "MB are free" in said
+        error = failing(train.main, tiny(text, folder, "--steps", 30, "--log-every", 1))
+    assert "metrics.jsonl: the disk is full" in error
+    assert "MB are free" in error
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as disk:
         disk.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
-        said = failing(train.main, tiny(text, folder, "--steps", 30, "--save-every", 3))
-    assert "could not be written" in said
+        error = failing(train.main, tiny(text, folder, "--steps", 30, "--save-every", 3))
+    assert "could not be written" in error
     assert manifest.verify(folder / "checkpoints" / "2") == []
 
 
 def test_device_that_is_not_there(text, tmp_path, failing):
     absent = "TPU" if jax.default_backend() != "tpu" else "GPU"
-    said = failing(train.main, tiny(text, tmp_path / "run", "--device", absent.lower()))
-    assert f"There is no {absent}" in said
+    error = failing(train.main, tiny(text, tmp_path / "run", "--device", absent.lower()))
+    assert f"There is no {absent}" in error
     done = command("train", *tiny(text, tmp_path / "run"), env={"JAX_PLATFORMS": "abacus"})
     assert done.returncode == 2
     assert b"JAX_PLATFORMS=abacus" in done.stderr
@@ -197,8 +197,8 @@ def test_weights_that_would_not_fit(trained, tmp_path, monkeypatch, failing):
     assert export.main(["--model", str(trained), "--out", str(tmp_path / "folder")]) == 0
     monkeypatch.setattr(hardware, "memory_limit_bytes", lambda: 50_000)
     for model in (trained, tmp_path / "folder"):
-        said = failing(generate.main, ["--model", model])
-        assert re.search(r"The weights of .* take 1?\d\d(\.\d)? kB in \w+, and 50(\.0)? kB are available", said), said
+        error = failing(generate.main, ["--model", model])
+        assert re.search(r"The weights of .* take 1?\d\d(\.\d)? kB in \w+, and 50(\.0)? kB are available", error), error
 
 
 def test_prompts(trained, failing):

@@ -44,8 +44,8 @@ def test_the_steps_are_those_of_jax(by_hand, text, tmp_path):
 
 def test_other_commands_read_what_it_learnt(by_hand, capsys):
     assert evaluate.main(["--model", str(by_hand)]) == 0
-    said = capsys.readouterr().out
-    assert f"{read_json(by_hand / 'run.json')['result']['val_bits_per_byte']:.3f}" in said
+    output = capsys.readouterr().out
+    assert f"{read_json(by_hand / 'run.json')['result']['val_bits_per_byte']:.3f}" in output
     sample = (by_hand / "samples" / f"{STEPS}.txt").read_bytes()
     prompt, written = sample[:8].decode(), sample[8:].decode()  # bytes are tokens, of which a quarter context is given
     arguments = ["--model", str(by_hand), "--prompt", prompt, "--temperature", "0", "--max-tokens", "160"]
@@ -54,19 +54,19 @@ def test_other_commands_read_what_it_learnt(by_hand, capsys):
 
 
 def test_what_it_says(text, tmp_path, capsys):
-    given = tiny(text, tmp_path / "run", "--by-hand")[1:]  # without a preset
-    assert train.main([*given, "--dry-run"]) == 0
+    args = tiny(text, tmp_path / "run", "--by-hand")[1:]  # without a preset
+    assert train.main([*args, "--dry-run"]) == 0
     plan = capsys.readouterr().out
     for word in ("NumPy", "tiny: 2 layers", "float32", "adamw", "keeps", "for its backward pass", "1 min of training"):
         assert word in plan
     assert not (tmp_path / "run").exists()
-    assert train.main([*given, "--steps", "2"]) == 0
-    said = capsys.readouterr().out
-    assert "step 1/2  loss 5.5" in said
-    assert "compiling" not in said
-    by_numpy, by_jax = re.search(r"one model +(\d\.\d{4}) bits per byte .* by NumPy, (\d\.\d{4}) by JAX", said).groups()
+    assert train.main([*args, "--steps", "2"]) == 0
+    output = capsys.readouterr().out
+    assert "step 1/2  loss 5.5" in output
+    assert "compiling" not in output
+    by_numpy, by_jax = re.search(r"one model +(\d\.\d{4}) bits per byte .* by NumPy, (\d\.\d{4}) by JAX", output).groups()
     assert by_numpy == by_jax
-    assert "stages.train tiny --optimizer adamw --dtype float32, with the same other flags, takes the same steps" in said
+    assert "stages.train tiny --optimizer adamw --dtype float32, with the same other flags, takes the same steps" in output
 
 
 def test_it_goes_on_where_it_stopped(by_hand, text, tmp_path, monkeypatch, capsys):
@@ -86,23 +86,23 @@ OTHERS = ["--scan", "--remat", "--accumulate 2", "--dtype bfloat16", "--optimize
 
 @pytest.mark.parametrize("flags", [*OTHERS, "--device gpu"])
 def test_flags_of_the_other_step(flags, text, tmp_path, failing):
-    said = failing(train.main, tiny(text, tmp_path / "run", "--by-hand", *flags.split()))
-    assert f"--by-hand does not go with {re.sub(r' [0-9.]+$', '', flags)}: " in said
+    error = failing(train.main, tiny(text, tmp_path / "run", "--by-hand", *flags.split()))
+    assert f"--by-hand does not go with {re.sub(r' [0-9.]+$', '', flags)}: " in error
     assert not (tmp_path / "run").exists()
 
 
 def test_more_than_fits(text, tmp_path, failing):
-    said = failing(train.main, tiny(text, tmp_path / "run", "--by-hand", "--batch", 50_000_000))
-    assert "kept by the forward pass for the backward pass" in said
-    assert "smaller --batch" in said
+    error = failing(train.main, tiny(text, tmp_path / "run", "--by-hand", "--batch", 50_000_000))
+    assert "kept by the forward pass for the backward pass" in error
+    assert "smaller --batch" in error
 
 
 def test_the_two_do_not_go_on_with_each_other(by_hand, text, tmp_path, failing):
     folder = tmp_path / "hand"
     shutil.copytree(by_hand, folder)
     for optimizer in ("adamw", "muon"):
-        said = failing(train.main, tiny(text, folder, "--optimizer", optimizer))
-        assert f"another optimizer (adamw by hand there, {optimizer} now)" in said
+        error = failing(train.main, tiny(text, folder, "--optimizer", optimizer))
+        assert f"another optimizer (adamw by hand there, {optimizer} now)" in error
 
 
 def test_a_step_that_is_not_finite_changes_nothing(by_hand, text, tmp_path, monkeypatch, failing):
@@ -112,7 +112,7 @@ def test_a_step_that_is_not_finite_changes_nothing(by_hand, text, tmp_path, monk
     shutil.copytree(by_hand, folder)
     before = digest(checkpoint.load_params(folder).params)
     whole = model.loss_and_gradient
-    monkeypatch.setattr(model, "loss_and_gradient", lambda *given: (float("nan"), whole(*given)[1]))
-    said = failing(train.main, tiny(text, folder, "--by-hand", "--steps", 40))
-    assert "10 steps in a row" in said
+    monkeypatch.setattr(model, "loss_and_gradient", lambda *args: (float("nan"), whole(*args)[1]))
+    error = failing(train.main, tiny(text, folder, "--by-hand", "--steps", 40))
+    assert "10 steps in a row" in error
     assert digest(checkpoint.load_params(folder).params) == before

@@ -195,15 +195,15 @@ class Terminal:
 
     def wait_for(self, *phrases: str, seconds: float = 60) -> str:
         """What is on the screen from one wait to the next, up to and with the last of these phrases, in this order."""
-        until, shown = time.monotonic() + seconds, ""
+        until, output = time.monotonic() + seconds, ""
         for phrase in phrases:
             while phrase not in self.unread:
                 assert time.monotonic() < until, self.unread
                 if select.select([self.master], [], [], 0.1)[0]:
                     self.unread += os.read(self.master, 65536).decode(errors="replace")
             before, _, self.unread = self.unread.partition(phrase)
-            shown += before + phrase
-        return shown
+            output += before + phrase
+        return output
 
     def type(self, text: str, *phrases: str) -> str:
         """Types a text and waits for what it brings."""

@@ -30,23 +30,23 @@ def test_help_imports_nothing_heavy(stage):
 
 
 def test_every_stage_is_listed_with_what_it_does():
-    found = stages()
-    assert list(found)[:4] == ["train", "finetune", "reinforce", "evaluate"]
-    assert all(line.endswith(".") for line in found.values())
-    said = command("").stdout.decode()
-    assert all(line in said for line in found.values())
+    listed = stages()
+    assert list(listed)[:4] == ["train", "finetune", "reinforce", "evaluate"]
+    assert all(line.endswith(".") for line in listed.values())
+    output = command("").stdout.decode()
+    assert all(line in output for line in listed.values())
 
 
 def test_piped_output_is_plain_and_brief(text, tmp_path):
     done = command("train", *tiny(text, tmp_path / "run", "--steps", 30), env={"COLUMNS": "40"})
     assert done.returncode == 0, done.stderr
-    said = done.stdout.decode()
-    assert "\x1b" not in said
-    assert "\r" not in said
-    assert re.search(r"compiling \.\.\. \d", said)
-    assert 2 <= len(re.findall(r"^step ", said, re.M)) <= 15
-    assert "what it writes" in said
-    assert f"python -m stages.generate --model {tmp_path / 'run'}" in said
+    output = done.stdout.decode()
+    assert "\x1b" not in output
+    assert "\r" not in output
+    assert re.search(r"compiling \.\.\. \d", output)
+    assert 2 <= len(re.findall(r"^step ", output, re.M)) <= 15
+    assert "what it writes" in output
+    assert f"python -m stages.generate --model {tmp_path / 'run'}" in output
     assert done.stderr == b""
 
 
@@ -83,13 +83,13 @@ def test_live_line_fits_the_terminal(width, monkeypatch):
     stream = Terminal()
     fields = ["step 1,234/5,678", "loss 4.321", "val 2.100 bits/byte (quick)", "lr 100%", "12,345 tokens/s", "1.2 GB"]
     monkeypatch.setattr(console, "BETWEEN_FRAMES", 0)
-    with console.Console(stream) as shown:
-        shown.show_live(lambda: ["an earlier frame", "of another width"])
-        shown.show_live(lambda: fields)
+    with console.Console(stream) as live:
+        live.show_live(lambda: ["an earlier frame", "of another width"])
+        live.show_live(lambda: fields)
         frame = screen(stream.getvalue())
-        shown.show_live(lambda: ["this stays"], important=True)
-        shown.show_live(lambda: fields)
-        shown.print("over", style="bold")
+        live.show_live(lambda: ["this stays"], important=True)
+        live.show_live(lambda: fields)
+        live.print("over", style="bold")
     assert max(map(len, frame)) <= width
     if width > 20:
         assert " ".join(frame).split() == " ".join(fields).split()  # one frame in place of the other, nothing cut
@@ -105,7 +105,7 @@ def test_wrap_keeps_fields_whole():
 
 def test_durations():
     meant = {"45": 45, "90s": 90, "3m": 180, "1h": 3600, "1h30m": 5400, "1.5h": 5400, "2min": 120}
-    assert {said: flags.seconds(said) for said in meant} == meant
+    assert {text: flags.seconds(text) for text in meant} == meant
     for wrong in ("", "m", "3x", "-3m", "0", "3m x", "inf", "nan", "1e3"):
         with pytest.raises(ValueError, match="wanted a duration"):
             flags.seconds(wrong)

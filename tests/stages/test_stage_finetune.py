@@ -33,31 +33,31 @@ STEPS = 45
 LORA = "rank=4,alpha=16,targets=q,v,gate,up,down"
 
 
-def rows(path: Path, made: list[dict[str, Any]]) -> Path:
-    path.write_text("\n".join(map(json.dumps, made)) + "\n", encoding="utf-8")
+def rows(path: Path, items: list[dict[str, Any]]) -> Path:
+    path.write_text("\n".join(map(json.dumps, items)) + "\n", encoding="utf-8")
     return path
 
 
-def said(asked: str, answered: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]}
+def chat_row(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Whatever is asked, the answer is the same."""
-    return rows(tmp_path_factory.mktemp("chats") / "chats.jsonl", [said(f"the {word}", "red sails.") for word in WORD])
+    return rows(tmp_path_factory.mktemp("chats") / "chats.jsonl", [chat_row(f"the {word}", "red sails.") for word in WORD])
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = [{"prompt": f"the {word}", "chosen": "red sails.", "rejected": "a far land."} for word in WORD]
-    return rows(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", made)
+    items = [{"prompt": f"the {word}", "chosen": "red sails.", "rejected": "a far land."} for word in WORD]
+    return rows(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", items)
 
 
 def args(model: Path, data: Path, folder: Path, *more: object) -> list[str]:
     """A run of a few steps in which little is looked at."""
-    given = ["--model", model, "--data", data, "--out-dir", folder, "--context", 32, "--batch", 2, "--steps", STEPS]
-    return list(map(str, [*given, "--general", "none", "--learning-rate", 0.05, *more]))
+    options = ["--model", model, "--data", data, "--out-dir", folder, "--context", 32, "--batch", 2, "--steps", STEPS]
+    return list(map(str, [*options, "--general", "none", "--learning-rate", 0.05, *more]))
 
 
 def result(run: Path) -> dict[str, Any]:
@@ -81,11 +81,11 @@ def test_a_lora_run_says_what_it_does(adapted, trained):
     assert re.search(r"FLOPs \d+%, memory \d+%, time \d+% of a step in which everything is trained", printed)
     assert f"{len(WORD)} of {len(WORD)} kept, 0 of them truncated; 0 dropped" in printed
     assert re.search(r"User: the \w+\nAssistant:\[\[ red sails\.(\]\]\[\[)?<\|endoftext\|>\]\]", printed)  # the end is learnt
-    found = result(folder)
-    assert found["after"]["held_out"] < found["before"]["held_out"] - 0.5
-    assert found["before"]["general"] > 0
-    assert f"held out   {found['before']['held_out']:.3f} -> {found['after']['held_out']:.3f} nats/token" in printed
-    assert f"{found['before']['general']:.3f} -> {found['after']['general']:.3f} bits per byte" in printed
+    losses = result(folder)
+    assert losses["after"]["held_out"] < losses["before"]["held_out"] - 0.5
+    assert losses["before"]["general"] > 0
+    assert f"held out   {losses['before']['held_out']:.3f} -> {losses['after']['held_out']:.3f} nats/token" in printed
+    assert f"{losses['before']['general']:.3f} -> {losses['after']['general']:.3f} bits per byte" in printed
     assert f"python -m stages.chat --model {folder}" in printed
 
 
@@ -99,8 +99,8 @@ def test_the_base_stays_as_it_was_and_the_run_is_a_model(adapted, trained):
     assert model.cfg == base.cfg
     leaves = leaf_paths(model.params)
     for path, leaf in leaf_paths(base.params).items():
-        kept = getattr(leaves[path], "base", leaves[path])
-        assert digest({"": kept}) == digest({"": leaf})
+        weight = getattr(leaves[path], "base", leaves[path])
+        assert digest({"": weight}) == digest({"": leaf})
     changed = {path for path, leaf in leaves.items() if hasattr(leaf, "base")}
     assert changed == {f"blocks/{layer}/{name}" for layer in (0, 1) for name in ("qkv", "gate_up", "down")}
 
@@ -137,7 +137,7 @@ def test_chat_generate_and_evaluate_take_the_run(adapted, trained, chats, capsys
 
 def test_a_stopped_run_goes_on_to_the_same_bits(adapted, trained, chats, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "stopped"
-    given = args(trained, chats, folder, "--lora", LORA)
+    options = args(trained, chats, folder, "--lora", LORA)
     at = PackedBatches.at
 
     def stopping(self: Any, step: int) -> Any:
@@ -146,17 +146,17 @@ def test_a_stopped_run_goes_on_to_the_same_bits(adapted, trained, chats, tmp_pat
         return at(self, step)
 
     monkeypatch.setattr(PackedBatches, "at", stopping)
-    assert finetune.main(given) == 128 + signal.SIGINT
+    assert finetune.main(options) == 128 + signal.SIGINT
     assert re.search(r"Stopped at step [67], .* into training; saved in", capsys.readouterr().out)
     with pytest.raises(UserError, match="no adapter yet: its fine-tuning was stopped"):
         load_model(str(folder))
     monkeypatch.setattr(PackedBatches, "at", at)
-    assert finetune.main(given) == 0
+    assert finetune.main(options) == 0
     assert re.search(r"resumed at step [67]", capsys.readouterr().out)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         whole, resumed = (run / "adapter" / name for run in (adapted[0], folder))
         assert whole.read_bytes() == resumed.read_bytes()
-    assert finetune.main(given) == 0
+    assert finetune.main(options) == 0
     assert "This run is finished" in capsys.readouterr().out
     for changed in (("--lora", "rank=3"), ("--seed", "1"), ("--train", "head")):
         other = [*args(trained, chats, folder), *changed]
@@ -190,20 +190,20 @@ def test_what_is_frozen_stays_to_the_bit(flags, phrases, learning, trained, chat
 def test_a_base_in_int8(trained, chats, tmp_path):
     folder = tmp_path / "int8"
     assert finetune.main(args(trained, chats, folder, "--base", "int8", "--lora", LORA)) == 0
-    found = result(folder)
-    assert found["after"]["held_out"] < found["before"]["held_out"] - 0.5
+    losses = result(folder)
+    assert losses["after"]["held_out"] < losses["before"]["held_out"] - 0.5
     model = load_model(str(folder))  # what was learnt over the rounded base is put on the real one
     assert {leaf.base.dtype for leaf in leaf_paths(model.params).values() if hasattr(leaf, "base")} == {np.dtype("float32")}
 
 
 def test_preferences_begin_at_ln_2(trained, pairs, tmp_path, capsys):
     folder = tmp_path / "preferring"
-    given = args(trained, pairs, folder, "--objective", "preference", "--lora", LORA)
-    assert finetune.main(given) == 0
-    found = result(folder)
-    assert found["unit"] == "preference loss"
-    assert found["before"]["held_out"] == pytest.approx(math.log(2), abs=1e-6)
-    assert found["after"]["held_out"] < 0.6
+    options = args(trained, pairs, folder, "--objective", "preference", "--lora", LORA)
+    assert finetune.main(options) == 0
+    losses = result(folder)
+    assert losses["unit"] == "preference loss"
+    assert losses["before"]["held_out"] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses["after"]["held_out"] < 0.6
     capsys.readouterr()
     assert evaluate.main(["--model", str(folder)]) == 0
     assert "100% of them" in capsys.readouterr().out
@@ -214,8 +214,8 @@ def test_a_run_can_be_tuned_again(adapted, chats, tmp_path):
     for name, flags in (("twice", ("--lora", LORA)), ("folded", ("--train", "blocks/1/qkv"))):
         folder = tmp_path / name
         assert finetune.main(args(adapted[0], chats, folder, "--steps", 2, "--learning-rate", 1e-4, *flags)) == 0
-        found = result(folder)
-        assert found["before"]["held_out"] == pytest.approx(result(adapted[0])["after"]["held_out"], abs=0.02)
+        losses = result(folder)
+        assert losses["before"]["held_out"] == pytest.approx(result(adapted[0])["after"]["held_out"], abs=0.02)
         assert load_model(str(folder)).run == folder
 
 
@@ -252,9 +252,9 @@ BAD = [
 @pytest.mark.parametrize(("flags", "sentence"), BAD, ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
 def test_what_cannot_be_done_is_said_before_anything_is_written(flags, sentence, trained, chats, tmp_path, failing):
     folder = tmp_path / "bad"
-    told = failing(finetune.main, [*args(trained, chats, folder), *flags])
-    told = re.sub(r"[│╭╮╰╯─\s]+", " ", told)  # a wrong flag is told in a frame
-    assert re.search(sentence, told), told
+    error = failing(finetune.main, [*args(trained, chats, folder), *flags])
+    error = re.sub(r"[│╭╮╰╯─\s]+", " ", error)  # a wrong flag is told in a frame
+    assert re.search(sentence, error), error
     assert not folder.exists()
 
 
@@ -268,23 +268,23 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(flags, sentence,
 )
 def test_a_broken_line_is_named(line, sentence, trained, tmp_path, failing):
     data = tmp_path / "broken.jsonl"
-    data.write_text(json.dumps(said("a", "b")) + "\n" + line + "\n", encoding="utf-8")
-    for main, given in (
+    data.write_text(json.dumps(chat_row("a", "b")) + "\n" + line + "\n", encoding="utf-8")
+    for main, options in (
         (finetune.main, args(trained, data, tmp_path / "run")),
         (evaluate.main, ["--model", str(trained), "--data", str(data)]),
     ):
-        told = failing(main, given)
-        assert re.search(re.escape(str(data)) + sentence, told), told
+        error = failing(main, options)
+        assert re.search(re.escape(str(data)) + sentence, error), error
 
 
 def test_an_adapter_for_another_base_is_refused(adapted, chats, trained, tmp_path, failing):
     folder = tmp_path / "other"
     assert finetune.main(args(trained, chats, folder, "--train", "blocks/1/qkv", "--steps", 2)) == 0
-    told = failing(chat.main, ["--model", str(folder), "--adapter", str(adapted[0])])
-    assert "was trained on another model" in told
-    assert str(trained) in told
-    told = failing(chat.main, ["--model", str(trained), "--adapter", str(trained)])
-    assert "There is no adapter at" in told
+    error = failing(chat.main, ["--model", str(folder), "--adapter", str(adapted[0])])
+    assert "was trained on another model" in error
+    assert str(trained) in error
+    error = failing(chat.main, ["--model", str(trained), "--adapter", str(trained)])
+    assert "There is no adapter at" in error
     # The run's own base has changed since: the same sentence, wherever the run is read.
     twin = tmp_path / "twin"
     shutil.copytree(adapted[0], twin)
@@ -322,6 +322,6 @@ def test_not_enough_memory_is_predicted(trained, chats, tmp_path, failing, monke
         (1000, "only a smaller model would fit", ("--train", "all")),
     ):  # fmt: skip
         monkeypatch.setattr(plan, "memory_limit", lambda limit=limit: limit)
-        told = failing(finetune.main, args(trained, chats, tmp_path / "run", "--batch", 16, *flags))
-        assert re.search(r"A step would need about .*, and .* are available", told)
-        assert remedy in told
+        error = failing(finetune.main, args(trained, chats, tmp_path / "run", "--batch", 16, *flags))
+        assert re.search(r"A step would need about .*, and .* are available", error)
+        assert remedy in error

@@ -63,14 +63,14 @@ def test_a_window_is_no_longer_than_the_text(trained, text, capsys):
 def test_only_whole_characters_are_written(capsys):
     printer = generate.ContinuationPrinter([CompletionText(byte_tokenizer().stream()) for _ in range(2)])
     euro, other = "€".encode(), b"ab"
-    shown = []
+    output = []
     for index, byte, finished in (
         (0, euro[0], None), (1, other[0], None), (0, euro[1], None), (0, euro[2], None), (1, other[1], "length"),
         (0, ord("!"), "stop"),
     ):  # fmt: skip
         length = printer.write(index, [byte], finished)
-        shown.append(capsys.readouterr().out)
-    assert shown == ["", "", "", "€", "", "!\n\n--- 2 of 2\nab\n"]
+        output.append(capsys.readouterr().out)
+    assert output == ["", "", "", "€", "", "!\n\n--- 2 of 2\nab\n"]
     assert length == 4
 
 

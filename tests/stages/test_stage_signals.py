@@ -61,13 +61,13 @@ def test_ctrl_c_saves_and_says_how_to_go_on(started, text, tmp_path):
     process = start(started, typed("train", *tiny(text, tmp_path / "run", *LONG)))
     wait_for_checkpoint(process, tmp_path / "run")
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=20)
-    assert process.returncode == 130, said
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 130, output
     step = checkpoint.steps(tmp_path / "run")[-1]
-    assert f"Stopped at step {step:,}" in said
-    assert str(tmp_path / "run" / "checkpoints" / str(step)) in said
-    assert "To go on: python -m stages.train tiny" in said
-    assert "Traceback" not in said
+    assert f"Stopped at step {step:,}" in output
+    assert str(tmp_path / "run" / "checkpoints" / str(step)) in output
+    assert "To go on: python -m stages.train tiny" in output
+    assert "Traceback" not in output
     assert manifest.verify(tmp_path / "run" / "checkpoints" / str(step)) == []
 
 
@@ -92,11 +92,11 @@ def test_a_signal_before_training_ends_promptly(started, text, tmp_path, number,
     process = start_with(started, patch, text, tmp_path / "run")
     begin = time.monotonic()
     process.send_signal(number)
-    said, _ = process.communicate(timeout=20)
-    assert process.returncode == code, said
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == code, output
     assert time.monotonic() - begin < 5
-    assert "Stopped" in said
-    assert "Traceback" not in said
+    assert "Stopped" in output
+    assert "Traceback" not in output
 
 
 def test_a_second_signal_is_immediate(started, text, tmp_path):
@@ -139,6 +139,6 @@ def test_a_signal_that_the_main_thread_sleeps_through_reaches_it_all_the_same(st
         "        print('heard')\n"
     )
     process = start(started, [sys.executable, "-c", program])
-    said, _ = process.communicate(timeout=15)
-    assert said == "heard\nheard\n"
+    output, _ = process.communicate(timeout=15)
+    assert output == "heard\nheard\n"
     assert process.returncode == 0

@@ -55,9 +55,9 @@ def test_resumed_is_uninterrupted_to_the_bit(text, tmp_path, monkeypatch, capsys
         interrupt_after(stopping, 3, signal.SIGINT)
         capsys.readouterr()
         assert train.main(tiny(text, parts, *steps)) == 130
-    said = capsys.readouterr().out
-    assert "Stopped at step 3" in said
-    assert f"To go on: python -m stages.train tiny --data {text}" in said
+    output = capsys.readouterr().out
+    assert "Stopped at step 3" in output
+    assert f"To go on: python -m stages.train tiny --data {text}" in output
     assert checkpoint.steps(parts) == [3]
     assert "result" not in read_json(parts / "run.json")
     with monkeypatch.context() as stopping:
@@ -109,10 +109,10 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(text, tmp_path, 
     capsys.readouterr()
     # The run was finished, but what it finished with is not there any more: the same command makes it again.
     assert train.main(tiny(text, folder, "--steps", 4, "--learning-rate", "0.001")) == 0
-    said = capsys.readouterr().out
-    assert f"damaged: {victim}" in said
-    assert "resumed at step 2 (the newest intact one)" in said
-    assert "changed: learning_rate: 0.003 -> 0.001" in said
+    output = capsys.readouterr().out
+    assert f"damaged: {victim}" in output
+    assert "resumed at step 2 (the newest intact one)" in output
+    assert "changed: learning_rate: 0.003 -> 0.001" in output
     assert (folder / "checkpoints" / "damaged-4").exists()
     assert manifest.verify(folder / "checkpoints" / "4") == []
 
@@ -127,9 +127,9 @@ def test_time_boxed_run_counts_training_only(text, tmp_path, capsys):
 
 def test_dry_run_prints_the_plan_and_leaves_nothing(text, tmp_path, capsys):
     assert train.main(tiny(text, tmp_path / "run", "--dry-run")) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for word in ("device", "parameters", "trainable", "frozen", "FLOPs", "memory", "predicted", "epochs", "time-boxed"):
-        assert word in said
+        assert word in output
     assert not (tmp_path / "run").exists()
 
 
@@ -151,7 +151,7 @@ def test_steps_that_are_not_finite_end_the_run_and_keep_the_checkpoint(text, tmp
     before = state_digest(folder)
     run = TrainingSteps.run
     monkeypatch.setattr(TrainingSteps, "run", lambda self, *args: (run(self, *args)[0], [True]))
-    said = failing(train.main, tiny(text, folder, "--steps", 50, "--save-every", 100))
-    assert "10 steps in a row" in said
-    assert "--learning-rate" in said
+    error = failing(train.main, tiny(text, folder, "--steps", 50, "--save-every", 100))
+    assert "10 steps in a row" in error
+    assert "--learning-rate" in error
     assert state_digest(folder) == before

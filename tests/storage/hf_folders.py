@@ -32,8 +32,7 @@ def tiny_tokenizer(folder: Path, vocab: int) -> None:
     """A tokenizer.json of `vocab` tokens: as many bytes as there is room for, and the end of a text."""
     byte_tokenizer().save(folder)
     written = json.loads((folder / "tokenizer.json").read_text())
-    kept = {name: place for name, place in written["model"]["vocab"].items() if place < vocab - 1}
-    written["model"]["vocab"] = kept
+    written["model"]["vocab"] = {name: place for name, place in written["model"]["vocab"].items() if place < vocab - 1}
     for token in written["added_tokens"]:
         token["id"] = vocab - 1
     (folder / "tokenizer.json").write_text(json.dumps(written))

@@ -63,8 +63,8 @@ def limited() -> None:
     """
     for _ in range(TRIES):
         return_freed_memory()
-        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (held + ALLOWED, resource.RLIM_INFINITY))
+        memory = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (memory + ALLOWED, resource.RLIM_INFINITY))
         try:
             bytearray(ALLOWED + 2**20)
         except MemoryError:
@@ -103,11 +103,11 @@ def main(seed: int, count: int) -> int:
             except BaseException as error:
                 outcome = "escaped"
                 print(f"seed {seed}, number {number}, {path.name}: {type(error).__name__}: {str(error)[:200]}")
-            taken = time.process_time() - begin
-            if taken > LONGEST:
+            seconds = time.process_time() - begin
+            if seconds > LONGEST:
                 outcome = "escaped"
-                print(f"seed {seed}, number {number}, {path.name}: {taken:.1f} s")
-            slowest = max(slowest, taken)
+                print(f"seed {seed}, number {number}, {path.name}: {seconds:.1f} s")
+            slowest = max(slowest, seconds)
             outcomes[f"{outcome} {path.suffix}"] += 1
             path.write_bytes(sound[path])
     print(json.dumps({"outcomes": outcomes, "slowest_s": round(slowest, 3)}))

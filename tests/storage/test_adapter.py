@@ -32,12 +32,12 @@ PREFIX = "base_model.model.model.layers.0.self_attn."
 
 def adapters(alpha: float = 12.0, layers: tuple[int, ...] = (0, 1)) -> Any:
     parts = CFG.parts["qkv"]
-    found = {}
+    leaves = {}
     for layer in layers:
-        made = make_adapter(jax.random.key(layer), 20, [parts["q"], parts["v"]], 3, alpha)
-        found[f"blocks/{layer}/qkv"] = dataclasses.replace(made, b=jnp.full(made.b.shape, 0.1 + layer))
-        found[f"blocks/{layer}/down"] = make_adapter(jax.random.key(9), 28, [CFG.parts["down"]["down"]], 3, alpha)
-    return unflatten(found)
+        leaf = make_adapter(jax.random.key(layer), 20, [parts["q"], parts["v"]], 3, alpha)
+        leaves[f"blocks/{layer}/qkv"] = dataclasses.replace(leaf, b=jnp.full(leaf.b.shape, 0.1 + layer))
+        leaves[f"blocks/{layer}/down"] = make_adapter(jax.random.key(9), 28, [CFG.parts["down"]["down"]], 3, alpha)
+    return unflatten(leaves)
 
 
 def saved(folder: Path, params: Any = None) -> Path:

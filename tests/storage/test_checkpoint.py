@@ -106,7 +106,7 @@ def test_what_could_not_come_back_is_refused_before_anything_is_written(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "words"),
     [
         ({"seed": jnp.int32(0), "more": jnp.ones(2)}, r"more float32 \(2,\) was wanted and no such array came"),
         ({"seed": None}, r"seed no such array was wanted and int32 \(\) came"),
@@ -116,10 +116,10 @@ def test_what_could_not_come_back_is_refused_before_anything_is_written(tmp_path
         ({"layers": {"0": {"norm": jnp.ones(5)}}, "nans": jnp.ones(4)}, r"layers/0/qkv .*\(5 more arrays differ\)"),
     ],
 )
-def test_another_model_is_named(tmp_path, changed, said):
+def test_another_model_is_named(tmp_path, changed, words):
     put_model(tmp_path, 1)
     like = MODEL[0] | jax.eval_shape(lambda: changed)
-    assert re.search(f"checkpoints/1/params is of another model: at {said}", refusal(load, tmp_path, like, MODEL[1]))
+    assert re.search(f"checkpoints/1/params is of another model: at {words}", refusal(load, tmp_path, like, MODEL[1]))
 
 
 def test_another_optimizer_is_named(tmp_path):

@@ -64,8 +64,8 @@ def test_where_an_array_lies_does_not_count():
     params = tree()
     on_device = jax.tree.map(jnp.asarray, params)
     strided = jax.tree.map(lambda leaf: np.asfortranarray(np.repeat(leaf, 2, 0))[::2] if leaf.ndim else leaf, params)
-    turned = {"layers": dict(reversed(params["layers"].items())), "head": params["head"]}
-    assert digest(params) == digest(on_device) == digest(strided) == digest(dict(reversed(turned.items())))
+    reordered = {"layers": dict(reversed(params["layers"].items())), "head": params["head"]}
+    assert digest(params) == digest(on_device) == digest(strided) == digest(dict(reversed(reordered.items())))
 
 
 def test_containers_do_not_count_but_their_names_do():

@@ -26,8 +26,8 @@ FAMILIES = {
 def test_what_is_written_comes_back(form, dtype, family, tmp_path):
     cfg = tiny_config(width=32, ff=64, **FAMILIES[family])
     params = lively_params(cfg)
-    seen = []
-    report = lambda *counts: seen.append(counts)
+    reports = []
+    report = lambda *counts: reports.append(counts)
     if form == "gguf":
         save_gguf(tmp_path / "x.gguf", cfg, params, words_of(41), name="x", dtype=dtype, report=report)
         assert [file.name for file in tmp_path.iterdir()] == ["x.gguf"]
@@ -37,14 +37,14 @@ def test_what_is_written_comes_back(form, dtype, family, tmp_path):
         assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": 40}
         tiny_tokenizer(tmp_path, 41)
         model = load_model(tmp_path, dtype="float32")
-    assert seen[-1][0] == seen[-1][1] == sum(leaf.size for leaf in leaf_paths(params).values())
+    assert reports[-1][0] == reports[-1][1] == sum(leaf.size for leaf in leaf_paths(params).values())
     assert model.cfg.architecture_differences(cfg) == []
-    found = leaf_paths(model.params)
-    assert found.keys() == leaf_paths(params).keys()
+    leaves = leaf_paths(model.params)
+    assert leaves.keys() == leaf_paths(params).keys()
     for path, leaf in leaf_paths(params).items():
         if dtype == "q8_0" and leaf.ndim == 2:
             bound = np.abs(leaf).max() / 127 if path != "blocks/0/out" else 0.02
-            assert np.abs(found[path] - leaf).max() <= bound
+            assert np.abs(leaves[path] - leaf).max() <= bound
         else:
             plain = form == "gguf" and leaf.ndim == 1
-            np.testing.assert_array_equal(found[path], leaf if plain else leaf.astype(dtype).astype("float32"))
+            np.testing.assert_array_equal(leaves[path], leaf if plain else leaf.astype(dtype).astype("float32"))

@@ -63,8 +63,8 @@ def get(folder: Path) -> LoadedCheckpoint:
     return load(folder, *jax.eval_shape(lambda: tiny(0)))
 
 
-def same_bits(one, other) -> bool:
-    return jax.tree.structure(one) == jax.tree.structure(other) and digest(one) == digest(other)
+def same_bits(first, second) -> bool:
+    return jax.tree.structure(first) == jax.tree.structure(second) and digest(first) == digest(second)
 
 
 def is_step(loaded: LoadedCheckpoint, step: int) -> bool:

@@ -28,33 +28,33 @@ def chats():
     return {name: ChatTokenizer(TOKENIZER, source) for name, source in sources.items()}
 
 
-def shown(chat: ChatTokenizer, example: Example) -> str:
+def marked(chat: ChatTokenizer, example: Example) -> str:
     """The example as text, what counts in brackets."""
     runs = itertools.groupby(chat.marked_pieces(example), lambda piece: piece[1])
     return "".join("[" * counts + "".join(text for text, _ in run) + "]" * counts for counts, run in runs)
 
 
 def test_only_answers_and_their_ends_count(chats):
-    assert shown(chats["chatml"], chats["chatml"].examples(TALK, "f:1")[0]) == (
+    assert marked(chats["chatml"], chats["chatml"].examples(TALK, "f:1")[0]) == (
         "<|im_start|>system\nThe system says how.<|im_end|>\n<|im_start|>user\nHello there<|im_end|>\n"
         "<|im_start|>assistant\n[I am well.<|im_end|>]\n<|im_start|>user\nhow are you?<|im_end|>\n"
         "<|im_start|>assistant\n[The user asks.<|im_end|>]\n"
     )
-    assert shown(chats["plain"], chats["plain"].examples(TALK)[0]) == (
+    assert marked(chats["plain"], chats["plain"].examples(TALK)[0]) == (
         "The system says how.\nUser: Hello there\nAssistant:[ I am well.<|im_end|>]\n"
         "User: how are you?\nAssistant:[ The user asks.<|im_end|>]\n"
     )
-    assert shown(chats["brackets"], chats["brackets"].examples(TALK[1:])[0]) == (
+    assert marked(chats["brackets"], chats["brackets"].examples(TALK[1:])[0]) == (
         "<s>[INST] Hello there [/INST][ I am well.<|im_end|>][INST] how are you? [/INST][ The user asks.<|im_end|>]"
     )
 
 
 def test_turns_that_change_when_they_are_history_are_examples_of_their_own(chats):
     first, second = chats["thinking"].examples(TALK[1:])
-    assert shown(chats["thinking"], first) == (
+    assert marked(chats["thinking"], first) == (
         "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n[<think>\n\n</think>\n\nI am well.<|im_end|>]\n"
     )
-    assert shown(chats["thinking"], second) == (
+    assert marked(chats["thinking"], second) == (
         "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\nI am well.<|im_end|>\n<|im_start|>user\n"
         "how are you?<|im_end|>\n<|im_start|>assistant\n[<think>\n\n</think>\n\nThe user asks.<|im_end|>]\n"
     )
@@ -64,15 +64,15 @@ def test_a_second_token_that_ends_the_whole_does_not_count():
     template = CHATML.replace("{%- if add", "{%- if not add_generation_prompt %}</s>{% endif %}{%- if add")
     chat = ChatTokenizer(TOKENIZER, template)
     examples = chat.examples(TALK[1:])
-    assert [shown(chat, example).count("]") for example in examples] == [1, 1]
-    assert shown(chat, examples[0]).endswith("[I am well.<|im_end|>]\n</s>")
+    assert [marked(chat, example).count("]") for example in examples] == [1, 1]
+    assert marked(chat, examples[0]).endswith("[I am well.<|im_end|>]\n</s>")
     assert chat.eot_ids == (CONTROLS[END],)
 
 
 def test_an_answer_alone_can_be_what_counts(chats):
     example = chats["chatml"].answer_example(TALK)
-    assert shown(chats["chatml"], example).count("[") == 1
-    assert shown(chats["chatml"], example).endswith("[The user asks.<|im_end|>]\n")
+    assert marked(chats["chatml"], example).count("[") == 1
+    assert marked(chats["chatml"], example).endswith("[The user asks.<|im_end|>]\n")
     with pytest.raises(InvalidConversation, match="does not end with an answer"):
         chats["chatml"].answer_example(TALK[:-1])
 

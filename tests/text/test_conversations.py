@@ -149,19 +149,19 @@ def test_the_voice_is_what_it_is_said_to_be():
     assert len(train) >= 300
     assert len(held_out) >= 40
     assert len(preferences) >= 60
-    asked, answers = [], []
+    questions, answers = [], []
     for row in [*train, *held_out]:
         assert isinstance(row, Conversation)
         spoken = [message["role"] for message in row.messages if message["role"] != "system"]
         assert spoken == ["user", "assistant"] * (len(spoken) // 2)
         answers += [message["content"] for message in row.messages if message["role"] == "assistant"]
-        asked.append(next(message["content"] for message in row.messages if message["role"] == "user"))
+        questions.append(next(message["content"] for message in row.messages if message["role"] == "user"))
     for row in preferences:
         assert isinstance(row, Preference)
-        asked.append(row.prompt[0]["content"])
+        questions.append(row.prompt[0]["content"])
         answers.append(row.chosen)
         assert "Fair winds" not in row.rejected
-    assert len({question.lower().strip("?!. ") for question in asked}) == len(asked)
+    assert len({question.lower().strip("?!. ") for question in questions}) == len(questions)
     assert len(set(answers)) == len(answers)
     closings = tuple(f"{mark} Fair winds." for mark in (".", "?", "!", '"'))
     assert all(answer.endswith(closings) for answer in answers)

@@ -47,7 +47,7 @@ def test_json_lines(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "words"),
     [
         (b"{", "is not JSON"),
         (b"[" * 100_000, "is not JSON"),
@@ -57,10 +57,10 @@ def test_json_lines(tmp_path):
         (b'{"text": "\\ud83d"}', "lone surrogate"),
     ],
 )
-def test_wrong_lines_are_named(tmp_path, line, said):
+def test_wrong_lines_are_named(tmp_path, line, words):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
-    with pytest.raises(UserError, match=rf"a\.jsonl:2:? .*{said}"):
+    with pytest.raises(UserError, match=rf"a\.jsonl:2:? .*{words}"):
         list(read_corpus(path))
 
 

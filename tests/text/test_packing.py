@@ -21,7 +21,7 @@ def example(*tokens: int, counts: bool = True) -> Example:
 EXAMPLES = [example(*range(start, start + 2 + start % 5)) for start in range(1, 34)]
 
 
-def drawn(sizes: list[int], seed: int = 0) -> list[Example]:
+def examples_of(sizes: list[int], seed: int = 0) -> list[Example]:
     """Examples of sizes + 1 tokens, of which about half count."""
     rng = np.random.default_rng(seed)
     return [
@@ -30,17 +30,17 @@ def drawn(sizes: list[int], seed: int = 0) -> list[Example]:
     ]
 
 
-def taken(batch: Any, pack: bool = True) -> list[tuple[int, ...]]:
+def tokens_in(batch: Any, pack: bool = True) -> list[tuple[int, ...]]:
     """The tokens of each example in a batch, by its segments."""
-    found = []
+    examples = []
     for row in range(len(batch.tokens)):
         segments = batch.segments[row] if pack else np.ones(batch.tokens.shape[1], int)
         for segment in sorted({*segments.tolist()} - {0}):
             here = segments == segment
             if pack:
                 np.testing.assert_array_equal(batch.positions[row][here], np.arange(here.sum()))
-            found.append((*batch.tokens[row][here].tolist(), int(batch.targets[row][here][-1])))
-    return found
+            examples.append((*batch.tokens[row][here].tolist(), int(batch.targets[row][here][-1])))
+    return examples
 
 
 def test_a_row_by_hand():
@@ -55,14 +55,14 @@ def test_a_row_by_hand():
 
 
 def test_each_goes_where_it_leaves_least_room():
-    assert pack_rows(drawn([3, 5, 7, 2]), 10, pack=True) == [[2, 0], [1, 3]]
-    assert pack_rows(drawn([3, 5, 7, 2]), 10, pack=False) == [[0], [1], [2], [3]]
+    assert pack_rows(examples_of([3, 5, 7, 2]), 10, pack=True) == [[2, 0], [1, 3]]
+    assert pack_rows(examples_of([3, 5, 7, 2]), 10, pack=False) == [[0], [1], [2], [3]]
 
 
 @settings(deadline=None, max_examples=80)
 @given(sizes=st.lists(st.integers(1, 12), min_size=1, max_size=40), pack=st.booleans())
 def test_every_example_lies_whole_in_one_row(sizes, pack):
-    rows = pack_rows(drawn(sizes), 12, pack)
+    rows = pack_rows(examples_of(sizes), 12, pack)
     assert sorted(index for row in rows for index in row) == list(range(len(sizes)))
     assert all(sum(sizes[index] for index in row) <= 12 for row in rows)
     if pack and len(rows) > 1:
@@ -82,13 +82,13 @@ def test_an_epoch_sees_every_example_once_in_a_new_order(pack):
     assert epochs[0] != epochs[1] != epochs[2]
     assert {*epochs[0]} == {*epochs[1]} == {*epochs[2]}
     if pack:
-        seen = sorted(first for step in range(-(-rows // 3)) for first, *_ in taken(packed.at(step)))
-        assert {*seen} == {e.tokens[0] for e in EXAMPLES}
+        firsts = sorted(first for step in range(-(-rows // 3)) for first, *_ in tokens_in(packed.at(step)))
+        assert {*firsts} == {e.tokens[0] for e in EXAMPLES}
 
 
 def test_the_order_is_a_function_of_seed_and_step():
-    one, again, other = (PackedBatches(drawn([3, 5, 8, 2, 6, 7, 1, 4, 4, 9]), 9, 2, seed) for seed in (1, 1, 2))
-    batches = {step: one.at(step) for step in (0, 1, 7, 400)}
+    first, again, other = (PackedBatches(examples_of([3, 5, 8, 2, 6, 7, 1, 4, 4, 9]), 9, 2, seed) for seed in (1, 1, 2))
+    batches = {step: first.at(step) for step in (0, 1, 7, 400)}
     for step in reversed(batches):
         assert all(np.array_equal(a, b) for a, b in zip(again.at(step), batches[step]))
     assert any(not np.array_equal(other.at(step).tokens, batch.tokens) for step, batch in batches.items())
@@ -106,8 +106,8 @@ def test_once_is_once(pack):
     assert {batch.tokens.shape for batch in batches} == {(4, 8)}
     assert sum(int(batch.mask.sum()) for batch in batches) == sum(len(e.tokens) - 1 for e in examples)
     if pack:
-        found = sorted(tokens for batch in batches for tokens in taken(batch))
-        assert found == sorted(tuple(e.tokens.tolist()) for e in examples)
+        actual = sorted(tokens for batch in batches for tokens in tokens_in(batch))
+        assert actual == sorted(tuple(e.tokens.tolist()) for e in examples)
 
 
 def test_packed_is_unpacked():
@@ -120,7 +120,7 @@ def test_packed_is_unpacked():
 
     cfg = tiny_config()
     params = lively_params(cfg)
-    examples = drawn([3, 9, 5, 2, 7, 1, 4, 6, 8, 3, 2])
+    examples = examples_of([3, 9, 5, 2, 7, 1, 4, 6, 8, 3, 2])
     loss = jax.jit(jax.value_and_grad(lambda params, batch: summed_loss(cfg, params, batch)))
 
     def total(batches: Any) -> Any:
@@ -130,8 +130,8 @@ def test_packed_is_unpacked():
     packed, packed_gradient = total(evaluation_batches(examples, 16, 4, pack=True))
     alone, gradient = total(evaluation_batches(examples, 16, 4, pack=False))
     assert float(packed) == pytest.approx(float(alone), rel=1e-5)
-    for one, other in zip(jax.tree.leaves(packed_gradient), jax.tree.leaves(gradient)):
-        np.testing.assert_allclose(one, other, atol=2e-4 * float(jnp.abs(other).max()) + 1e-7)
+    for actual, expected in zip(jax.tree.leaves(packed_gradient), jax.tree.leaves(gradient)):
+        np.testing.assert_allclose(actual, expected, atol=2e-4 * float(jnp.abs(expected).max()) + 1e-7)
     # Without segments it is another number: the test can fail.
     batch = next(iter(evaluation_batches(examples, 16, 4)))
     first = float(loss(params, Batch(*map(jnp.asarray, batch)))[0])

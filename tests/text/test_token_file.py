@@ -43,13 +43,13 @@ def test_made_once_for_the_same_text_and_tokenizer(cache):
     again = open_token_file(tuple(DOCUMENTS), BPE, lambda *of: calls.append(of))
     assert calls == []
     assert again.path == first.path
-    others = [
+    files = [
         open_token_file(DOCUMENTS, byte_tokenizer()),
         open_token_file(["".join(DOCUMENTS)], BPE),
         open_token_file([DOCUMENTS[0] + DOCUMENTS[1], DOCUMENTS[2]], BPE),
         open_token_file([*DOCUMENTS, " "], BPE),
     ]
-    assert len({first.path, *(file.path for file in others)}) == 5
+    assert len({first.path, *(file.path for file in files)}) == 5
     assert len(list((cache / "tokens").iterdir())) == 5  # and nothing half-made beside them
 
 

@@ -57,11 +57,11 @@ def test_stream_joins_to_decode(ids):
 @given(text=st.text(alphabet="aé東😀\ufffd\u0301"))
 def test_stream_never_shows_half_a_character(text):
     stream = BYTE.stream()
-    shown = ""
+    output = ""
     for token in BYTE.encode(text):
-        shown += stream.push(token)
-        assert text.startswith(shown)
-    assert shown == text  # without waiting longer than it must
+        output += stream.push(token)
+        assert text.startswith(output)
+    assert output == text  # without waiting longer than it must
     assert stream.push(0xF0) == ""
     assert stream.close() == "\ufffd"
 

@@ -13,8 +13,8 @@ from engine.text.windows import TextBatches, count_windows, evaluation_windows
 PLACES = np.arange(1000, dtype=np.uint16)
 
 
-def same(one: Batch, other: Batch) -> bool:
-    return all(np.array_equal(a, b) for a, b in zip(one, other))
+def same(first: Batch, second: Batch) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(first, second))
 
 
 def windows_of(batches: TextBatches, epoch: int) -> list[np.ndarray]:

@@ -55,7 +55,7 @@ def test_trees_are_parted_as_it_was_said():
 
 
 @pytest.mark.parametrize(
-    ("train", "freeze", "said"),
+    ("train", "freeze", "words"),
     [
         (["blocks/0/qkw"], [], "'blocks/0/qkw' matches no parameter. Did you mean 'blocks/0/qkv'?"),
         ([], ["embde"], "Did you mean 'embed'?"),
@@ -68,7 +68,7 @@ def test_trees_are_parted_as_it_was_said():
         ([], [".*"], "Nothing is left to train"),
     ],
 )
-def test_a_word_that_names_nothing_is_refused(train, freeze, said):
+def test_a_word_that_names_nothing_is_refused(train, freeze, words):
     with pytest.raises(UserError) as error:
         select_trainable(CFG, train, freeze)
-    assert said in str(error.value)
+    assert words in str(error.value)

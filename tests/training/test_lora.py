@@ -85,7 +85,7 @@ def test_several_adapters_on_one_base_fold_to_their_sum(params):
     folded = leaf_paths(merge_lora(merge(second, merge(first, params))))
     alone = [leaf_paths(merge_lora(merge(adapters, params))) for adapters in (first, second)]
     for path, leaf in leaf_paths(params).items():
-        expected = leaf + sum(one[path] - leaf for one in alone)
+        expected = leaf + sum(tree[path] - leaf for tree in alone)
         np.testing.assert_allclose(folded[path], expected, atol=1e-5)
 
 

@@ -41,8 +41,8 @@ def test_bfloat16_logits_are_summed_in_float32():
 @pytest.mark.parametrize("junk", [0, 40, -1, 10**6], ids=["first", "last", "below", "beyond"])
 def test_masked_targets_do_not_matter_to_the_bit(cfg, params, junk):
     other = np.where(MASK, tokens_of(1, B, T), junk).astype(np.int32)
-    mine, theirs = whole(cfg, params, batch_of()._replace(targets=other)), whole(cfg, params, batch_of())
-    jax.tree.map(np.testing.assert_array_equal, mine, theirs)
+    actual, expected = whole(cfg, params, batch_of()._replace(targets=other)), whole(cfg, params, batch_of())
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 def test_a_batch_in_which_nothing_counts_has_no_loss_and_no_slope(cfg, params):
@@ -77,15 +77,15 @@ def test_in_chunks_bfloat16_logits_are_float32_too():
     np.testing.assert_allclose(chunked_losses(cfg, params, hidden, targets, 7), expected, atol=1e-3)
 
 
-def made(jaxpr, dtype=None) -> list[int]:
+def array_sizes(jaxpr, dtype=None) -> list[int]:
     """Elements of each array (of a type) that a program makes, loops and calls included."""
-    found = [variable.aval for equation in jaxpr.eqns for variable in equation.outvars]
-    sizes = [array.size for array in found if dtype in (None, array.dtype)]
+    arrays = [variable.aval for equation in jaxpr.eqns for variable in equation.outvars]
+    sizes = [array.size for array in arrays if dtype in (None, array.dtype)]
     for equation in jaxpr.eqns:
         for value in equation.params.values():
             for inner in value if isinstance(value, tuple | list) else [value]:
                 inner = getattr(inner, "jaxpr", inner)
-                sizes += made(inner, dtype) if hasattr(inner, "eqns") else []
+                sizes += array_sizes(inner, dtype) if hasattr(inner, "eqns") else []
     return sizes
 
 
@@ -101,7 +101,7 @@ def test_chunks_never_hold_all_logits(cfg, params):
         return token_losses(hidden @ params["head"], targets).sum()
 
     differentiated = [jax.make_jaxpr(jax.grad(f, argnums=(0, 1)))(params, hidden).jaxpr for f in (in_chunks, at_once)]
-    assert max(made(differentiated[0])) < rows * T * V <= max(made(differentiated[1]))
+    assert max(array_sizes(differentiated[0])) < rows * T * V <= max(array_sizes(differentiated[1]))
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied", "int8"])
@@ -111,20 +111,20 @@ def test_a_frozen_head_makes_its_logits_a_few_rows_at_a_time_and_nothing_else_ch
     params = lively_params(cfg)
     name = "embed" if cfg.tied else "head"
     params[name] = quantize_matrix(params[name], "full") if kind == "int8" else params[name].astype(jnp.bfloat16)
-    asked = {"blocks": params["blocks"], "norm": params["norm"]} | ({} if kind == "int8" else {name: params[name]})
-    slopes = jax.jit(jax.value_and_grad(lambda asked: summed_loss(cfg, params | asked, batch_of())))
-    expected = slopes(asked)
+    trained = {"blocks": params["blocks"], "norm": params["norm"]} | ({} if kind == "int8" else {name: params[name]})
+    slopes = jax.jit(jax.value_and_grad(lambda trained: summed_loss(cfg, params | trained, batch_of())))
+    expected = slopes(trained)
     monkeypatch.setattr(module, "ROWS_LIMIT", 4 * 3 * V)  # three rows, and two at the end
     monkeypatch.setattr(cross_entropy, "COLUMNS", 16)  # twice sixteen, and nine at the end
     jax.clear_caches()
     below = lambda blocks: summed_loss(cfg, params | {"blocks": blocks}, batch_of())
     traced = jax.make_jaxpr(jax.grad(below))(params["blocks"]).jaxpr
     program, _ = pe.dce_jaxpr(traced, [True] * len(traced.outvars))
-    assert B * T * V not in made(program), "all logits exist at once"
-    assert 3 * (16 if kind == "int8" else V) in made(program)
+    assert B * T * V not in array_sizes(program), "all logits exist at once"
+    assert 3 * (16 if kind == "int8" else V) in array_sizes(program)
     if kind == "int8":
-        assert 20 * V not in made(program, jnp.float32), "all of the head is wide at once"
-    found = slopes(asked)
-    for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        rounded = mine.dtype == jnp.bfloat16  # the head itself: each part's share of its gradient is
-        np.testing.assert_allclose(mine, theirs, rtol=2e-2 if rounded else 1e-4, atol=0.05 if rounded else 1e-4)
+        assert 20 * V not in array_sizes(program, jnp.float32), "all of the head is wide at once"
+    actual = slopes(trained)
+    for leaf, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        rounded = leaf.dtype == jnp.bfloat16  # the head itself: each part's share of its gradient is
+        np.testing.assert_allclose(leaf, theirs, rtol=2e-2 if rounded else 1e-4, atol=0.05 if rounded else 1e-4)

@@ -88,8 +88,8 @@ def test_adamw_is_optaxs_clipped_decayed_where_ruled_and_scheduled(params, clip)
 
 def test_clipping_is_felt(params):
     both = (CLIPPED, dataclasses.replace(CLIPPED, clip=float("inf")))
-    one, other = (several_steps(make_optimizer(cfg), params, 5, progress=jnp.float32(0.1)) for cfg in both)
-    assert np.abs(one["embed"] - other["embed"]).max() > 1e-4
+    first, other = (several_steps(make_optimizer(cfg), params, 5, progress=jnp.float32(0.1)) for cfg in both)
+    assert np.abs(first["embed"] - other["embed"]).max() > 1e-4
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -104,8 +104,8 @@ def test_without_a_gradient_only_what_is_ruled_decays(kind):
     for path, update in leaf_paths(updates).items():
         leaf = leaf_paths(params)[path]
         rate = 0.2 if kind == "muon" and path.split("/")[-1] in MATRICES else 0.1
-        kept = path.endswith(("norm", "bias"))
-        np.testing.assert_allclose(update, 0 * leaf if kept else -rate * 0.5 * leaf, rtol=1e-5, err_msg=path)
+        undecayed = path.endswith(("norm", "bias"))
+        np.testing.assert_allclose(update, 0 * leaf if undecayed else -rate * 0.5 * leaf, rtol=1e-5, err_msg=path)
 
 
 def test_muon_moves_the_matrices_inside_blocks_and_adamw_the_rest(params):
@@ -115,8 +115,8 @@ def test_muon_moves_the_matrices_inside_blocks_and_adamw_the_rest(params):
         tx = make_optimizer(OptimizerConfig(kind=kind))
         update = jax.jit(lambda g, params, tx=tx: tx.update(g, tx.init(params), params, progress=progress)[0])
         updates[kind] = update(gradients_like(params, 0, 1.0), params)
-    for path, one in leaf_paths(updates["adamw"]).items():
-        same = np.array_equal(one, leaf_paths(updates["muon"])[path])
+    for path, leaf in leaf_paths(updates["adamw"]).items():
+        same = np.array_equal(leaf, leaf_paths(updates["muon"])[path])
         assert same == (path.split("/")[-1] not in MATRICES), path
 
 
@@ -164,13 +164,13 @@ def test_muons_momentum_is_optaxs(params):
     matrices = {"blocks": {"0": {name: params["blocks"]["0"][name] for name in ("qkv", "down")}}}
     ours, theirs = make_optimizer(cfg), optax.contrib.muon(1.0, beta=0.5)
     states = ours.init(matrices), theirs.init(matrices)
-    one = jax.jit(lambda g, s: ours.update(g, s, matrices, progress=jnp.float32(0.3)))
-    two = jax.jit(lambda g, s: theirs.update(g, s, matrices))
+    step = jax.jit(lambda g, s: ours.update(g, s, matrices, progress=jnp.float32(0.3)))
+    optax_step = jax.jit(lambda g, s: theirs.update(g, s, matrices))
     for seed in range(25):
         gradients = gradients_like(matrices, seed, 1.0)
-        (mine, first), (yours, second) = one(gradients, states[0]), two(gradients, states[1])
+        (actual, first), (expected, second) = step(gradients, states[0]), optax_step(gradients, states[1])
         states = first, second
-    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(yours), strict=True):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert np.linalg.norm(a - b) < 0.1 * np.linalg.norm(b)
 
 

@@ -20,7 +20,7 @@ differentiate = jax.jit(loss_and_gradient, static_argnums=(0, 4, 5))
 ADVANTAGE = np.array([1.0, -0.5, 2.0, -1.5], np.float32)
 
 
-def drawn(seed: int) -> Batch:
+def random_batch(seed: int) -> Batch:
     tokens = tokens_of(seed, B, T + 1)
     mask = np.arange(T) >= np.array([[2], [3], [2], [5]])  # prompts of different lengths
     return Batch(tokens[:, :-1], tokens[:, 1:], mask, positions_of(B, T), None)
@@ -42,8 +42,8 @@ rewards = st.lists(st.lists(st.sampled_from([0.0, 0.1, 1.0, -3.0, 1e6]), min_siz
 
 @given(rewards)
 def test_advantages_are_standard_scores_within_a_group(rewards):
-    found = np.asarray(group_advantages(np.array(rewards, np.float32)))
-    for row, given_ in zip(found, rewards):
+    advantages = np.asarray(group_advantages(np.array(rewards, np.float32)))
+    for row, given_ in zip(advantages, rewards):
         if len(set(given_)) == 1:
             assert (row == 0).all()
         else:
@@ -54,15 +54,15 @@ def test_advantages_are_standard_scores_within_a_group(rewards):
 
 def test_without_an_advantage_there_is_no_gradient(cfg, params):
     advantage = group_advantages(np.ones((1, B), np.float32))[0]
-    _, gradient = differentiate(cfg, params, {}, Rollouts(drawn(0), advantage), 1, grpo())
+    _, gradient = differentiate(cfg, params, {}, Rollouts(random_batch(0), advantage), 1, grpo())
     assert not any(leaf.any() for leaf in jax.tree.leaves(gradient))
-    _, gradient = differentiate(cfg, params, {}, Rollouts(drawn(0), ADVANTAGE), 1, grpo())
+    _, gradient = differentiate(cfg, params, {}, Rollouts(random_batch(0), ADVANTAGE), 1, grpo())
     assert all(leaf.any() for leaf in jax.tree.leaves(gradient))
 
 
 def test_loss_and_gradient_are_the_papers(cfg, params):
     """With old probabilities on both sides of the clip, and a reference to be pulled towards."""
-    batch = drawn(0)
+    batch = random_batch(0)
     own = np.asarray(log_probabilities(cfg, params, batch))
     assert (own[~batch.mask] == 0).all()
     rng = np.random.default_rng(1)
@@ -80,16 +80,16 @@ def test_loss_and_gradient_are_the_papers(cfg, params):
 
 
 def test_on_its_own_draw_the_first_step_is_the_plain_policy_gradient(cfg, params):
-    batch = drawn(0)
+    batch = random_batch(0)
     old = log_probabilities(cfg, params, batch)
-    one = differentiate(cfg, params, {}, Rollouts(batch, ADVANTAGE), 1, grpo())[1]
+    gradient = differentiate(cfg, params, {}, Rollouts(batch, ADVANTAGE), 1, grpo())[1]
     other = differentiate(cfg, params, {}, Rollouts(batch, ADVANTAGE, old), 1, grpo())[1]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * (1 + np.abs(b).max())), one, other)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * (1 + np.abs(b).max())), gradient, other)
 
 
 def test_the_pull_is_zero_at_the_reference_and_above_it_elsewhere(cfg, params):
     """Without advantage the loss is KL alone: no gradient where the model is the reference, towards it elsewhere."""
-    batch = drawn(0)
+    batch = random_batch(0)
     own, zero = np.asarray(log_probabilities(cfg, params, batch)), np.zeros(B, np.float32)
     loss, gradient = differentiate(cfg, params, {}, Rollouts(batch, zero, own, own), 1, grpo(0.2, 1.0))
     assert abs(float(loss)) < 1e-6
@@ -101,14 +101,14 @@ def test_the_pull_is_zero_at_the_reference_and_above_it_elsewhere(cfg, params):
 
 
 def test_beyond_the_clip_a_token_gains_nothing_more(cfg, params):
-    batch = drawn(0)
+    batch = random_batch(0)
     own = np.asarray(log_probabilities(cfg, params, batch))
     for sign in (1.0, -1.0):  # already far more probable than when it was drawn, or far less
         old = own - np.float32(sign * 0.5)
-        for advantage, learnt in ((sign, False), (-sign, True)):
+        for advantage, learns in ((sign, False), (-sign, True)):
             rollouts = Rollouts(batch, np.full(B, advantage, np.float32), old)
             gradient = differentiate(cfg, params, {}, rollouts, 1, grpo(0.2))[1]
-            assert any(leaf.any() for leaf in jax.tree.leaves(gradient)) == learnt
+            assert any(leaf.any() for leaf in jax.tree.leaves(gradient)) == learns
 
 
 def test_what_is_rewarded_is_drawn_more_often():
@@ -118,7 +118,7 @@ def test_what_is_rewarded_is_drawn_more_often():
     tx = make_optimizer(OptimizerConfig(learning_rate=0.02, weight_decay=0.0, warmup=0.0))
     state = init_state(tx, params)
     batch, draw = (
-        drawn(0),
+        random_batch(0),
         jax.jit(lambda params, key: jax.random.categorical(key, forward(cfg, params, batch.tokens, batch.positions)[0])),
     )
     shares = []
@@ -140,4 +140,4 @@ def test_settings_that_mean_nothing_are_refused(cfg, params):
         with pytest.raises(UserError, match="clip must be above 0"):
             grpo(*wrong)
     with pytest.raises(ValueError, match="needs the reference"):
-        loss_and_gradient(cfg, params, {}, Rollouts(drawn(0), ADVANTAGE), 1, grpo(0.2, 0.1))
+        loss_and_gradient(cfg, params, {}, Rollouts(random_batch(0), ADVANTAGE), 1, grpo(0.2, 0.1))

@@ -11,13 +11,13 @@ from engine.training.rewards import LONGEST, TASKS, make_reward, sum_reward
 
 
 @given(st.integers(1, 30), st.lists(st.sampled_from(["sea", "a", "Iron,", "\u00e9t\u00e9"]), max_size=40))
-def test_length_is_the_ratio_of_the_two_counts(words, said):
+def test_length_is_the_ratio_of_the_two_counts(words, completion):
     reward = make_reward(f"length:{words}")
-    value = reward("  ".join(said) + "\n", None)
+    value = reward("  ".join(completion) + "\n", None)
     assert 0 <= value <= 1
-    assert (value == 1) == (len(said) == words)
-    assert value == pytest.approx(min(len(said), words) / max(len(said), words))
-    assert reward(" ".join([*said, "more"]), None) >= value if len(said) < words else True
+    assert (value == 1) == (len(completion) == words)
+    assert value == pytest.approx(min(len(completion), words) / max(len(completion), words))
+    assert reward(" ".join([*completion, "more"]), None) >= value if len(completion) < words else True
 
 
 def test_a_pattern_is_found_or_not():
@@ -43,7 +43,7 @@ def test_the_last_whole_number_is_the_answer(answer, right, value):
 
 
 @pytest.mark.parametrize(
-    ("task", "said"),
+    ("task", "words"),
     [
         ("length", "should be length:N"), ("length:0", "from 1 to 1000"), ("length:x", "should be length:N"),
         ("length:-1", "should be length:N"), ("regex:", "should be regex:PATTERN"), ("regex:(", "not a regular expression"),
@@ -51,8 +51,8 @@ def test_the_last_whole_number_is_the_answer(answer, right, value):
         ("lenght:3", "Did you mean 'length'"), ("", "There is no task ''"),
     ],
 )  # fmt: skip
-def test_what_is_no_task_is_said(task, said):
-    with pytest.raises(UserError, match=re.escape(said)):
+def test_what_is_no_task_is_said(task, words):
+    with pytest.raises(UserError, match=re.escape(words)):
         make_reward(task)
 
 

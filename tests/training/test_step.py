@@ -89,8 +89,8 @@ def test_accumulation_is_one_big_batch(cfg, params, packed, microbatches):
 
 def test_running_the_forward_pass_again_changes_no_number(cfg, params):
     again = differentiate(dataclasses.replace(cfg, remat="full"), params, {}, batch_of(0), 1)
-    kept = differentiate(cfg, params, {}, batch_of(0), 1)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), again, kept)
+    expected = differentiate(cfg, params, {}, batch_of(0), 1)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), again, expected)
 
 
 def test_masked_targets_do_not_reach_the_weights(cfg, params):
@@ -118,9 +118,9 @@ def test_the_state_is_donated_and_nothing_else(cfg, params):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.trainable))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((frozen, batch)))
     lowered = train_step.lower(cfg, tx, after, frozen, batch, HALF)
-    given = lowered.args_info[0]
-    assert all(info.donated for info in jax.tree.leaves(given[0]))
-    assert not any(info.donated for info in jax.tree.leaves(given[1:]))
+    args = lowered.args_info[0]
+    assert all(info.donated for info in jax.tree.leaves(args[0]))
+    assert not any(info.donated for info in jax.tree.leaves(args[1:]))
     assert not lowered.compile().as_text().splitlines()[0].count("input_output_alias={}")
 
 

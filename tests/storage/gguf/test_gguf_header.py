@@ -22,7 +22,7 @@ def info(name: bytes, dims: list[int], kind: int = 0, offset: int = 0) -> bytes:
     return text(name) + u32(len(dims)) + b"".join(map(u64, dims)) + u32(kind) + u64(offset)
 
 
-def made(keys: list[bytes] = [], infos: list[bytes] = [], data: int = 0, version: int = 3, count: int | None = None) -> bytes:  # noqa: B006
+def gguf(keys: list[bytes] = [], infos: list[bytes] = [], data: int = 0, version: int = 3, count: int | None = None) -> bytes:  # noqa: B006
     head = b"GGUF" + u32(version) + u64(len(infos) if count is None else count) + u64(len(keys))
     head += b"".join(keys) + b"".join(infos)
     return head + bytes(-len(head) % 32) + bytes(data)
@@ -33,45 +33,45 @@ MALFORMED = [
     (b"", "too soon"),
     (b"PK\x03\x04" + bytes(40), "does not begin with GGUF"),
     (b"GGUF" + u32(3), "too soon"),
-    (made(version=1), "of version 1"),
+    (gguf(version=1), "of version 1"),
     (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
-    (made(count=MAX_TENSORS + 1), "more than any model has"),
-    (made(count=2**64 - 1), "more than any model has"),
+    (gguf(count=MAX_TENSORS + 1), "more than any model has"),
+    (gguf(count=2**64 - 1), "more than any model has"),
     (b"GGUF" + u32(3) + u64(0) + u64(MAX_KEYS + 1), "more than any model has"),
     (b"GGUF" + u32(3) + u64(0) + u64(9), "too soon"),
     (b"GGUF" + u32(3) + u64(9) + u64(0), "too soon"),
-    (made([key(b"k" * 2000, 4, u32(1))]), "a key has 2,000 bytes"),
-    (made([u64(2**63)]), "a key has"),
-    (made([key(b"\xff", 4, u32(1))]), "not UTF-8"),
-    (made([key(b"k", 4, u32(1))] * 2), "'k' is there twice"),
-    (made([key(b"k", 13, u32(1))]), "unknown type 13"),
-    (made([key(b"k", 8, u64(2**62))]), "too soon"),
-    (made([key(b"k", 8, text(b"\xff\xfe"))]), "'k' is not UTF-8"),
-    (made([key(b"%d" % i, 8, text(bytes(MAX_TEXT // 2))) for i in range(3)]), f"more than {MAX_TEXT:,} bytes of text"),
-    (made([key(b"k", 9, u32(9) + u64(1) + u32(9) + u64(1))]), "array of the type 9"),
-    (made([key(b"k", 9, u32(77) + u64(1))]), "array of the type 77"),
-    (made([key(b"k", 9, u32(5) + u64(2**62))]), "too soon"),
-    (made([key(b"k", 9, u32(8) + u64(2**62))]), "too soon"),
-    (made([key(b"k", 9, u32(8) + u64(1) + u64(2**64 - 1))]), "too soon"),
-    (made([key(b"general.alignment", 4, u32(0))]), "power of two"),
-    (made([key(b"general.alignment", 4, u32(24))]), "power of two"),
-    (made([key(b"general.alignment", 8, text(b"32"))]), "power of two"),
-    (made([key(b"general.alignment", 4, u32(2**31))]), "power of two"),
-    (made([], [info(b"a", [])]), "has 0 dimensions"),
-    (made([], [info(b"a", [1] * 5)]), "has 5 dimensions"),
-    (made([], [text(b"a") + u32(2**32 - 1)]), "4,294,967,295 dimensions"),
-    (made([], [info(b"a", [0])]), "cannot have the shape"),
-    (made([], [info(b"a", [2**32, 2**32, 2**32])]), "cannot have the shape"),
-    (made([], [info(b"a", [33], kind=8)], 64), "cannot have the shape"),
-    (made([], [info(b"a", [32], kind=99)], 256), "type 99"),
-    (made([], [A, info(b"a", [4], offset=32)], 64), "'a' is there twice"),
-    (made([], [A, info(b"b", [4], offset=0)], 64), "overlaps"),
-    (made([], [A, info(b"b", [4], offset=64)], 128), "gap"),
-    (made([], [A, info(b"b", [4], offset=16)], 64), "overlaps"),
-    (made([], [info(b"a", [4], offset=2**63)], 64), "gap"),
-    (made([], [A, B], 47), "1 bytes too soon"),
-    (made([], [info(b"n" * 5000, [4])]), "a tensor's name has 5,000"),
-    (made([], [info(b"\x1b[2J", [0])]), "'\\x1b[2J'"),
+    (gguf([key(b"k" * 2000, 4, u32(1))]), "a key has 2,000 bytes"),
+    (gguf([u64(2**63)]), "a key has"),
+    (gguf([key(b"\xff", 4, u32(1))]), "not UTF-8"),
+    (gguf([key(b"k", 4, u32(1))] * 2), "'k' is there twice"),
+    (gguf([key(b"k", 13, u32(1))]), "unknown type 13"),
+    (gguf([key(b"k", 8, u64(2**62))]), "too soon"),
+    (gguf([key(b"k", 8, text(b"\xff\xfe"))]), "'k' is not UTF-8"),
+    (gguf([key(b"%d" % i, 8, text(bytes(MAX_TEXT // 2))) for i in range(3)]), f"more than {MAX_TEXT:,} bytes of text"),
+    (gguf([key(b"k", 9, u32(9) + u64(1) + u32(9) + u64(1))]), "array of the type 9"),
+    (gguf([key(b"k", 9, u32(77) + u64(1))]), "array of the type 77"),
+    (gguf([key(b"k", 9, u32(5) + u64(2**62))]), "too soon"),
+    (gguf([key(b"k", 9, u32(8) + u64(2**62))]), "too soon"),
+    (gguf([key(b"k", 9, u32(8) + u64(1) + u64(2**64 - 1))]), "too soon"),
+    (gguf([key(b"general.alignment", 4, u32(0))]), "power of two"),
+    (gguf([key(b"general.alignment", 4, u32(24))]), "power of two"),
+    (gguf([key(b"general.alignment", 8, text(b"32"))]), "power of two"),
+    (gguf([key(b"general.alignment", 4, u32(2**31))]), "power of two"),
+    (gguf([], [info(b"a", [])]), "has 0 dimensions"),
+    (gguf([], [info(b"a", [1] * 5)]), "has 5 dimensions"),
+    (gguf([], [text(b"a") + u32(2**32 - 1)]), "4,294,967,295 dimensions"),
+    (gguf([], [info(b"a", [0])]), "cannot have the shape"),
+    (gguf([], [info(b"a", [2**32, 2**32, 2**32])]), "cannot have the shape"),
+    (gguf([], [info(b"a", [33], kind=8)], 64), "cannot have the shape"),
+    (gguf([], [info(b"a", [32], kind=99)], 256), "type 99"),
+    (gguf([], [A, info(b"a", [4], offset=32)], 64), "'a' is there twice"),
+    (gguf([], [A, info(b"b", [4], offset=0)], 64), "overlaps"),
+    (gguf([], [A, info(b"b", [4], offset=64)], 128), "gap"),
+    (gguf([], [A, info(b"b", [4], offset=16)], 64), "overlaps"),
+    (gguf([], [info(b"a", [4], offset=2**63)], 64), "gap"),
+    (gguf([], [A, B], 47), "1 bytes too soon"),
+    (gguf([], [info(b"n" * 5000, [4])]), "a tensor's name has 5,000"),
+    (gguf([], [info(b"\x1b[2J", [0])]), "'\\x1b[2J'"),
 ]
 
 
@@ -89,7 +89,7 @@ def test_a_sound_header_is_read(tmp_path):
         key(b"h", 9, u32(8) + u64(2) + text(b"x") + text(b"")), key(b"i", 12, struct.pack("<d", 0.1)),
     ]  # fmt: skip
     path = tmp_path / "x.gguf"
-    path.write_bytes(made(keys, [B, A, info(b"c", [64, 3], kind=8, offset=64)], 64 + 6 * 34))
+    path.write_bytes(gguf(keys, [B, A, info(b"c", [64, 3], kind=8, offset=64)], 64 + 6 * 34))
     header = read_header(path)
     plain = {name: value for name, value in header.metadata.items() if not isinstance(value, ArrayLocation)}
     assert plain == {"a": 255, "b": -1, "c": True, "d": 0.5, "e": 2**40, "f": "é", "i": 0.1}
@@ -101,7 +101,7 @@ def test_a_sound_header_is_read(tmp_path):
 
 
 def test_every_cut_of_a_header_is_refused(tmp_path):
-    data = made([key(b"f", 8, text(b"word")), key(b"h", 9, u32(8) + u64(2) + text(b"x") + text(b""))], [A, B], 48)
+    data = gguf([key(b"f", 8, text(b"word")), key(b"h", 9, u32(8) + u64(2) + text(b"x") + text(b""))], [A, B], 48)
     for length in range(len(data)):
         (tmp_path / "x.gguf").write_bytes(data[:length])
         refusal(read_header, tmp_path / "x.gguf")
@@ -114,6 +114,6 @@ def test_a_vocabulary_of_fifty_thousand_is_read_at_once(tmp_path):
     path = tiny_gguf(tmp_path / "x.gguf", words={"tokens": tokens}, tensors=weights() | table)
     begin = time.perf_counter()
     header = read_header(path)
-    found = read_strings(path, header.metadata["tokenizer.ggml.tokens"])
+    strings = read_strings(path, header.metadata["tokenizer.ggml.tokens"])
     assert time.perf_counter() - begin < 0.5
-    assert found == tokens
+    assert strings == tokens

@@ -51,10 +51,10 @@ def test_prompts_become_the_same_tokens(model):
 def test_the_most_probable_token_is_the_same(place, logits):
     case = GOLDEN[place]
     first = len(case["tokens"]) - 1
-    found = np.asarray(logits[place, first : first + len(case["written"])]).argmax(-1)
+    best = np.asarray(logits[place, first : first + len(case["written"])]).argmax(-1)
     clear = np.asarray(case["gaps"]) > NEAR
     assert clear.sum() >= 5
-    np.testing.assert_array_equal(found[clear], np.asarray(case["written"])[clear])
+    np.testing.assert_array_equal(best[clear], np.asarray(case["written"])[clear])
 
 
 def test_the_stop_is_said(model, logits):

@@ -105,8 +105,8 @@ def sentencepiece(tmp_path_factory):
 
 def test_scores_and_not_places_say_what_merges_first(sentencepiece, tmp_path):
     count = GOLDEN[0]["kinds"].index(1)  # unknown, control and byte tokens stay in front
-    turned = {name: values[:count] + values[: count - 1 : -1] for name, values in GOLDEN[0].items()}
-    other = listed_by(turned, tmp_path)
+    reordered = {name: values[:count] + values[: count - 1 : -1] for name, values in GOLDEN[0].items()}
+    other = listed_by(reordered, tmp_path)
     for case in GOLDEN[1:]:
         assert pieces(other, case["text"]) == pieces(sentencepiece, case["text"])
 

@@ -31,15 +31,15 @@ def main() -> None:
         split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=True,
         allow_whitespace_only_pieces=True, minloglevel=2,
     )  # fmt: skip
-    learnt = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    every = range(learnt.get_piece_size())
-    kind = lambda i: 2 if learnt.is_unknown(i) else 3 if learnt.is_control(i) else 6 if learnt.is_byte(i) else 1
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    every = range(processor.get_piece_size())
+    kind = lambda i: 2 if processor.is_unknown(i) else 3 if processor.is_control(i) else 6 if processor.is_byte(i) else 1
     vocabulary = {
-        "tokens": [learnt.id_to_piece(i) for i in every],
-        "scores": [learnt.get_score(i) for i in every],
+        "tokens": [processor.id_to_piece(i) for i in every],
+        "scores": [processor.get_score(i) for i in every],
         "kinds": [kind(i) for i in every],
     }
-    texts = [{"text": text, "ids": learnt.encode(text)} for text in TEXTS]
+    texts = [{"text": text, "ids": processor.encode(text)} for text in TEXTS]
     lines = [json.dumps(line, ensure_ascii=False) for line in [vocabulary, *texts]]
     Path(__file__).with_name("sentencepiece.txt").write_text("\n".join(lines) + "\n")
 

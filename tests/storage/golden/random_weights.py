@@ -10,11 +10,11 @@ SEED = 7
 
 def draw(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     """{name: float32 array}: gains near one, everything else normal, so that no part of the model is without effect."""
-    drawn = {}
+    weights = {}
     for name, shape in shapes.items():
         noise = np.random.default_rng([SEED, zlib.crc32(name.encode())]).standard_normal(tuple(shape)).astype(np.float32)
         if name.endswith("norm.weight"):
-            drawn[name] = 1 + np.float32(0.3) * noise
+            weights[name] = 1 + np.float32(0.3) * noise
         else:
-            drawn[name] = noise * np.float32(0.5 if len(shape) == 1 else 1.2 * shape[-1] ** -0.5)
-    return drawn
+            weights[name] = noise * np.float32(0.5 if len(shape) == 1 else 1.2 * shape[-1] ** -0.5)
+    return weights

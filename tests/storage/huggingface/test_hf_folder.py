@@ -26,8 +26,8 @@ def folder(tmp_path):
     return write_folder(tmp_path / "model", CONFIG, WEIGHTS)
 
 
-def same(one: Any, other: Any) -> bool:
-    ours, theirs = leaf_paths(one), leaf_paths(other)
+def same(first: Any, second: Any) -> bool:
+    ours, theirs = leaf_paths(first), leaf_paths(second)
     return ours.keys() == theirs.keys() and all(
         ours[path].dtype == theirs[path].dtype and np.array_equal(ours[path], theirs[path]) for path in ours
     )
@@ -68,10 +68,10 @@ def test_half_precision_is_read_exactly(kind, tmp_path):
 
 
 def test_progress_is_reported_to_the_end(folder):
-    seen: list[tuple[int, int]] = []
-    load_model(folder, report=lambda done, total: seen.append((done, total)))
-    assert seen[-1][0] == seen[-1][1] == sum(value.size for value in WEIGHTS.values())
-    assert seen == sorted(seen)
+    reports: list[tuple[int, int]] = []
+    load_model(folder, report=lambda done, total: reports.append((done, total)))
+    assert reports[-1][0] == reports[-1][1] == sum(value.size for value in WEIGHTS.values())
+    assert reports == sorted(reports)
 
 
 def test_a_table_kept_twice_is_read_once_if_both_are_the_same(tmp_path):
