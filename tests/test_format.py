@@ -18,8 +18,8 @@ from engine.format import (
 
 def test_durations_counts_and_sizes_read_well():
     assert [clock_time(s) for s in (0, 65, 3725)] == ["0:00", "1:05", "1:02:05"]
-    written = {0.25: "0.25 s", 4.13: "4.1 s", 180: "3 min", 200: "3 min 20 s", 5400: "1 h 30 min"}
-    assert {seconds: duration(seconds) for seconds in written} == written
+    expected = {0.25: "0.25 s", 4.13: "4.1 s", 180: "3 min", 200: "3 min 20 s", 5400: "1 h 30 min"}
+    assert {seconds: duration(seconds) for seconds in expected} == expected
     assert [format_count(n) for n in (950, 4_204_800, 25.6e6, 729e9)] == ["950", "4.20 M", "25.6 M", "729 G"]
     assert [format_bytes(n) for n in (12, 1.5e9, 216e3)] == ["12 B", "1.5 GB", "216 kB"]
     assert join_words(["a", "b", "c"]) == "a, b and c"

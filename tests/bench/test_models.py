@@ -65,11 +65,11 @@ def test_a_run_that_holds_an_adapter_or_is_damaged_says_so(run, tmp_path):
 
 
 def test_a_model_that_reads_is_measured_with_english():
-    read = BenchModel("a", CFG, {}, byte_tokenizer())
-    tokens = tokens_for(read, 2, 9)
+    model = BenchModel("a", CFG, {}, byte_tokenizer())
+    tokens = tokens_for(model, 2, 9)
     assert tokens.shape == (2, 9)
     assert bytes(tokens.reshape(-1).tolist()).decode().startswith('The "assert" state')
-    assert tokens_for(read, 3, 200_000).shape == (3, 200_000), "a long text begins again"
+    assert tokens_for(model, 3, 200_000).shape == (3, 200_000), "a long text begins again"
     assert len(np.unique(tokens_for(BenchModel("a", CFG, {}), 2, 500))) > 200
 
 

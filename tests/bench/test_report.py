@@ -66,14 +66,14 @@ def of_class(root, tag, name):
 
 
 def test_a_page_is_well_formed_and_its_identifiers_are_its_own():
-    read = Reader(page(document()))
-    assert (read.faults, read.open) == ([], [])
-    names = [attributes["id"] for _, attributes in read.tags if "id" in attributes]
+    reader = Reader(page(document()))
+    assert (reader.faults, reader.open) == ([], [])
+    names = [attributes["id"] for _, attributes in reader.tags if "id" in attributes]
     assert len(names) == len(set(names))
-    links = [attributes["href"] for tag, attributes in read.tags if tag == "a"]
+    links = [attributes["href"] for tag, attributes in reader.tags if tag == "a"]
     assert links
     assert {link.removeprefix("#") for link in links} <= set(names)
-    labels = [name for _, attributes in read.tags for name in attributes.get("aria-labelledby", "").split()]
+    labels = [name for _, attributes in reader.tags for name in attributes.get("aria-labelledby", "").split()]
     assert set(labels) <= set(names)
 
 
@@ -94,8 +94,8 @@ def test_a_phone_and_a_dark_screen_are_thought_of():
 
 def test_every_row_claim_note_and_command_is_said():
     doc = document()
-    read = Reader(page(doc))
-    page_text = read.page_text()
+    reader = Reader(page(doc))
+    page_text = reader.page_text()
     for row in doc["rows"]:
         assert row["name"] in page_text
         if row["explanation"]:
@@ -135,10 +135,10 @@ def test_text_from_outside_stays_text(place):
     else:
         owners = {"explanation": decode, "series": decode, "device": doc["machine"], "command": doc}
         owners.get(place, doc["claims"][0])[place] = nasty
-    read = Reader(page(doc))
-    assert read.faults == []
-    assert not any(tag == "b" and attributes for tag, attributes in read.tags)
-    assert nasty in read.page_text() or place in ("memory", "series", "command")
+    reader = Reader(page(doc))
+    assert reader.faults == []
+    assert not any(tag == "b" and attributes for tag, attributes in reader.tags)
+    assert nasty in reader.page_text() or place in ("memory", "series", "command")
     texts = "".join("".join(root.itertext()) for root in drawings(page(doc)))
     assert nasty in texts or place not in ("row", "memory", "series")
 
@@ -264,19 +264,19 @@ def test_a_lone_token_takes_at_a_glance_what_the_claim_says():
 
 def test_what_is_missing_is_a_dash_or_left_out():
     for doc in ({}, {"rows": []}, emptied(document())):
-        read = Reader(page(doc))
-        assert (read.faults, read.open) == ([], [])
+        reader = Reader(page(doc))
+        assert (reader.faults, reader.open) == ([], [])
         assert not drawings(page(doc))
-        assert "None" not in read.page_text()
-        assert "nan" not in read.page_text()
-    assert "pre-training step" in read.page_text()
+        assert "None" not in reader.page_text()
+        assert "nan" not in reader.page_text()
+    assert "pre-training step" in reader.page_text()
 
 
 @pytest.mark.parametrize("missing", sorted(keys(document()) - {"name", "claim", "verdict"}))
 def test_any_one_number_may_be_missing(missing):
-    read = Reader(page(without(document(), missing)))
-    assert (read.faults, read.open) == ([], [])
-    assert "None" not in read.page_text()
+    reader = Reader(page(without(document(), missing)))
+    assert (reader.faults, reader.open) == ([], [])
+    assert "None" not in reader.page_text()
 
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), 0, -1.0, "much", True])

@@ -35,10 +35,10 @@ def table(tmp_path_factory):
     """The document of one small run, and the report it wrote."""
     folder = tmp_path_factory.mktemp("report")
     command = [sys.executable, "-m", "bench", *SMALL, "--json", "--price", "3.6", "--out", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 1, "--json prints the document and nothing else"
-    return json.loads(done.stdout), (folder / "report.html").read_text()
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 1, "--json prints the document and nothing else"
+    return json.loads(result.stdout), (folder / "report.html").read_text()
 
 
 def rows_of(table):
@@ -72,8 +72,8 @@ def test_a_training_step_is_three_forward_passes_and_freezing_the_bottom_saves_m
 
 def test_weights_move_in_training_partly_in_fine_tuning_never_in_inference(table):
     for row in rows_of(table).values():
-        whole = row["name"] in ("pre-training step", "full fine-tuning")
-        expected = "identical" if row["stage"] in ("inference", "decode", "by hand") else "changed" if whole else "partly"
+        trains_all = row["name"] in ("pre-training step", "full fine-tuning")
+        expected = "identical" if row["stage"] in ("inference", "decode", "by hand") else "changed" if trains_all else "partly"
         assert row["weights"] == expected, row["name"]
 
 

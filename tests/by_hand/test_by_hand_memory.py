@@ -37,17 +37,17 @@ def weighed(cfg: Any, function: Callable) -> tuple[Any, int, int]:
     gc.collect()
     tracemalloc.start()
     result = function(cfg, params, tokens)
-    left, most = tracemalloc.get_traced_memory()
+    held, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    return result, left, most
+    return result, held, most
 
 
 def assert_keeps_nothing(function: Callable, options: dict) -> None:
     """All that is left is the logits, and eight blocks take no more than two."""
     peaks = []
     for layers in (2, 8):
-        logits, left, most = weighed(tiny_config(layers=layers, **options), function)
-        assert left <= logits.nbytes + NOISE
+        logits, held, most = weighed(tiny_config(layers=layers, **options), function)
+        assert held <= logits.nbytes + NOISE
         peaks.append(most)
     assert peaks[1] <= peaks[0] + NOISE
 
@@ -76,13 +76,13 @@ def test_the_check_sees_a_forward_that_keeps():
 
 @OPTIONS
 def test_what_training_keeps_grows_with_every_block(options):
-    left = {}
+    held = {}
     for layers in (2, 5):
-        (logits, residuals), left[layers], _ = weighed(tiny_config(layers=layers, **options), model.forward_with_residuals)
-        assert abs(left[layers] - logits.nbytes - array_bytes(residuals)) < NOISE
+        (logits, residuals), held[layers], _ = weighed(tiny_config(layers=layers, **options), model.forward_with_residuals)
+        assert abs(held[layers] - logits.nbytes - array_bytes(residuals)) < NOISE
     block = array_bytes(residuals.blocks[1])
     assert block > 8 * B * T * 6 * T, "the attention weights alone"
-    assert abs(left[5] - left[2] - 3 * block) < NOISE
+    assert abs(held[5] - held[2] - 3 * block) < NOISE
 
 
 @pytest.mark.parametrize("name", FAMILY)

@@ -226,11 +226,11 @@ def test_a_chunked_loss_makes_the_logits_twice_and_fills_the_last_chunk():
 @given(configs(), st.integers(1, 40), st.integers(0, 40))
 def test_reading_a_prompt_is_decoding_its_tokens_with_one_head(cfg, tokens, cached):
     """Full attention over a cache of S places is T decodes at length S; only the last needs logits."""
-    read = prefill_flops(cfg, tokens, attention="full", cached=cached)
+    prefilled = prefill_flops(cfg, tokens, attention="full", cached=cached)
     decoded = decode_flops(cfg, cached + tokens)
     head = decoded.parts["head"].forward
-    assert read.total == tokens * (decoded.total - head) + head
-    assert read.total == read.by_pass.forward
+    assert prefilled.total == tokens * (decoded.total - head) + head
+    assert prefilled.total == prefilled.by_pass.forward
     one_block = prefill_flops(cfg, tokens, attention="causal")
     full = prefill_flops(cfg, tokens, attention="full")
     assert 2 * one_block.parts["attention"].forward == full.parts["attention"].forward

@@ -162,8 +162,8 @@ def test_evaluation(kind, tokens, backend):
 def test_reading_and_writing_against_a_cache(kind, slots, backend):
     cfg = KINDS[kind]
     params, cache = trees(cfg, all_trainable(cfg))[0], cache_of(cfg, slots, CAPACITY)
-    read = functools.partial(decode.prefill.__wrapped__, cfg)
-    counted = jaxpr_cost(read, params, shaped(slots, T), shaped(slots), cache)
+    prefill = functools.partial(decode.prefill.__wrapped__, cfg)
+    counted = jaxpr_cost(prefill, params, shaped(slots, T), shaped(slots), cache)
     assert counted.matmul == prefill_program_flops(cfg, slots, T, CAPACITY).total
     write = functools.partial(decode.decode_step.__wrapped__, cfg)
     counted = jaxpr_cost(write, params, shaped(slots), cache)

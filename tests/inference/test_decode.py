@@ -45,12 +45,12 @@ def continuations(cfg, params, prompts, capacity=CAPACITY, **sampling) -> tuple[
 
 def read_anew(cfg, params, prompts, count: int) -> list[list[int]]:
     """The greedy continuations by reading each text anew, whole and without a cache, for each of its tokens."""
-    read = [list(prompt) for prompt in [*prompts, [0], [0]][:ROWS]]
+    texts = [list(prompt) for prompt in [*prompts, [0], [0]][:ROWS]]
     for _ in range(count):
-        logits, _ = forward_(cfg, params, padded(read, CAPACITY), positions_of(len(read), CAPACITY))
-        for row, text in enumerate(read):
+        logits, _ = forward_(cfg, params, padded(texts, CAPACITY), positions_of(len(texts), CAPACITY))
+        for row, text in enumerate(texts):
             text.append(int(logits[row, len(text) - 1].argmax()))
-    return [text[len(prompt) :] for text, prompt in zip(read, prompts)]
+    return [text[len(prompt) :] for text, prompt in zip(texts, prompts)]
 
 
 def test_generating_is_reading_the_whole_text_anew_for_every_token(cfg, params):

@@ -54,13 +54,13 @@ def test_the_text_ends_before_the_first_stop_string(tokens, stops, together):
 @settings(max_examples=200)
 @given(tokens_, stops_)
 def test_text_leaves_as_soon_as_it_is_certain(tokens, stops):
-    stream, completion, read, output = Detokenizer(TABLE), CompletionText(Detokenizer(TABLE), stops), "", ""
+    stream, completion, text, output = Detokenizer(TABLE), CompletionText(Detokenizer(TABLE), stops), "", ""
     for token in tokens:
-        read += stream.push(token)
+        text += stream.push(token)
         output += completion.push([token])
         if completion.stopped is not None:
             return
-        assert output == read[: len(read) - undecided(read, stops)]
+        assert output == text[: len(text) - undecided(text, stops)]
 
 
 @pytest.mark.parametrize(

@@ -44,9 +44,9 @@ def loaded(modules: list[str], *libraries: str) -> set[str]:
     """Which of the libraries a Python has loaded that has imported these modules."""
     imports = f"import importlib, sys; [importlib.import_module(name) for name in {modules}]"
     program = f"{imports}; print(*[name for name in {libraries} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return {*done.stdout.split()}
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return {*result.stdout.split()}
 
 
 @pytest.mark.parametrize(

@@ -86,11 +86,11 @@ def circles(trees: Trees) -> set[str]:
 
     def reached(module: str) -> set[str]:
         seen: set[str] = set()
-        left = list(arrows[module])
-        while left:
-            if (target := left.pop()) not in seen:
+        queue = list(arrows[module])
+        while queue:
+            if (target := queue.pop()) not in seen:
                 seen.add(target)
-                left += arrows.get(target, ())
+                queue += arrows.get(target, ())
         return seen
 
     return {f"{module} is in a circle" for module in arrows if module in reached(module)}

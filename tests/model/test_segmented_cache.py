@@ -33,7 +33,7 @@ def new_qkv(rng: np.random.Generator, rows: int, tokens: int = 1) -> list[np.nda
     return [normal(rng, rows, tokens, heads, H) for heads in (N, K, K)]
 
 
-def whole(layer) -> np.ndarray:
+def joined(layer) -> np.ndarray:
     """A layer's segments side by side, (B, K, S, H) float64, as the numbers they stand for."""
     wide = lambda segment: segment.values * segment.scale[..., None] if isinstance(segment, QuantizedKV) else segment
     return np.concatenate([np.asarray(wide(segment), np.float64) for segment in layer], axis=2)
@@ -82,14 +82,14 @@ def test_segments_double_up_to_the_capacity_and_hold_what_is_written(dtype):
     exact = {"float32": 0, "bfloat16": 2**-8, "int8": 0.5 / 127 + 1e-6}[dtype]
     for layer, numbers in ((segments.k[0], k), (segments.v[0], v)):
         largest = np.abs(numbers).max(-1).transpose(0, 2, 1)[..., None]
-        assert (np.abs(whole(layer) - numbers.transpose(0, 2, 1, 3)) <= exact * largest).all()
+        assert (np.abs(joined(layer) - numbers.transpose(0, 2, 1, 3)) <= exact * largest).all()
 
 
 def check_attention(dtype: str, segments: KVSegments, q, k, v, starts, slots) -> None:
     """Each row's tokens see in its slot what plain attention sees over the very keys and values that are stored."""
     out, layer = attention(q, k, v, layer_at(segments, rows_of(starts, slots)))
     rounded = np.asarray(jnp.asarray(q, "bfloat16") if dtype == "bfloat16" else q, np.float64)
-    keys, values = whole(layer.k), whole(layer.v)
+    keys, values = joined(layer.k), joined(layer.v)
     for row, (start, slot) in enumerate(zip(starts, slots)):
         expected = plain(rounded[row], keys[slot], values[slot], start + np.arange(q.shape[1]))
         np.testing.assert_allclose(out[row], expected, rtol=0, atol=NEAR[dtype])
@@ -168,10 +168,10 @@ def test_rows_are_written_where_they_are_sent_and_nowhere_else():
     k = normal(rng, SLOTS, 1, K, H)
     position, source, target = [5, 72, -1, 16, 71], [0, 1, 2, 3, 4, 0, 3, 3], [0, 1, 2, 3, 4, 1, 0, SLOTS]
     _, layer = attention(normal(rng, SLOTS, 1, N, H), k, k, layer_at(segments, rows_of(position, target, source)))
-    expected = whole(segments.k[0])
+    expected = joined(segments.k[0])
     for slot, at, row in ((0, 5, 0), (1, 5, 0), (3, 16, 3), (0, 16, 3), (4, 71, 4)):
         expected[slot, :, at] = k[row, 0]
-    np.testing.assert_array_equal(whole(layer.k), expected)
+    np.testing.assert_array_equal(joined(layer.k), expected)
 
 
 def all_arrays(segments: KVSegments) -> list[np.ndarray]:
@@ -190,7 +190,7 @@ def reached(reach: int) -> int:
     return min(edge for edge in EDGES if edge >= min(reach, EDGES[-1]))
 
 
-read, write = jax.jit(segmented.read_chunk, static_argnums=3), jax.jit(segmented.write_chunk)
+read_chunk, write_chunk = jax.jit(segmented.read_chunk, static_argnums=3), jax.jit(segmented.write_chunk)
 clear, copy = jax.jit(segmented.clear_slot), jax.jit(segmented.copy_slot)
 
 
@@ -198,12 +198,12 @@ clear, copy = jax.jit(segmented.clear_slot), jax.jit(segmented.copy_slot)
 def test_a_chunk_that_is_read_and_written_arrives_and_touches_nothing_else(dtype):
     segments, _ = filled(dtype)
     for start in range(0, EDGES[-1], FIRST):
-        chunk = read(segments, np.int32(2), np.int32(start), FIRST)
+        chunk = read_chunk(segments, np.int32(2), np.int32(start), FIRST)
         for slot in (0, 4, SLOTS):
             expected = all_arrays(segments)
             for array in expected:
                 array[slot : slot + 1, :, start : start + FIRST] = array[2, :, start : start + FIRST]
-            check_same(write(segments, chunk, np.int32(slot), np.int32(start)), expected)
+            check_same(write_chunk(segments, chunk, np.int32(slot), np.int32(start)), expected)
 
 
 @EVERY_DTYPE

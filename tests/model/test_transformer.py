@@ -162,9 +162,9 @@ def test_rows_of_a_cache_stand_at_their_own_lengths(cfg, params):
     new = tokens_of(1, B, 5)
     logits, _ = run(cfg, params, new, lengths[:, None] + np.arange(5, dtype=np.int32), cache)
     for b in range(B):
-        whole = np.zeros((B, 13), np.int32)
-        whole[b, : lengths[b] + 5] = [*tokens[b, : lengths[b]], *new[b]]
-        expected, _ = run(cfg, params, whole, positions_of(B, 13))
+        texts = np.zeros((B, 13), np.int32)
+        texts[b, : lengths[b] + 5] = [*tokens[b, : lengths[b]], *new[b]]
+        expected, _ = run(cfg, params, texts, positions_of(B, 13))
         np.testing.assert_allclose(logits[b], expected[b, lengths[b] : lengths[b] + 5], rtol=0, atol=2e-5)
 
 

@@ -41,14 +41,14 @@ def pytest_collection_modifyitems(config, items):
     names = {item: mark.args[0] for item in items if (mark := item.get_closest_marker("promises"))}
     for item in names:
         item.user_properties.append(("promise", item.get_closest_marker("promises").args))
-    wanted = {name.strip().upper() for name in config.getoption("--promise").split(",") if name.strip()}
-    if not wanted:
+    chosen = {name.strip().upper() for name in config.getoption("--promise").split(",") if name.strip()}
+    if not chosen:
         return
     known = sorted(set(names.values()), key=_place)
-    for name in wanted - {*known}:
+    for name in chosen - {*known}:
         raise pytest.UsageError(f"There is no promise {name}; there are {', '.join(known)}.{did_you_mean(name, known)}")
-    config.hook.pytest_deselected(items=[item for item in items if names.get(item) not in wanted])
-    items[:] = [item for item in items if names.get(item) in wanted]
+    config.hook.pytest_deselected(items=[item for item in items if names.get(item) not in chosen])
+    items[:] = [item for item in items if names.get(item) in chosen]
 
 
 # Options and the server
@@ -140,9 +140,9 @@ def pytest_runtest_logreport(report):
 
 def pytest_terminal_summary(terminalreporter, config):
     if ROWS:
-        kept = sum(not row["failures"] for row in ROWS.values())
+        count = sum(not row["failures"] for row in ROWS.values())
         few = " With --quick, so over few repetitions." if config.getoption("--quick") else ""
-        terminalreporter.write_line(f"{format_table(ROWS)}\n{kept} of {len(ROWS)} promises kept.{few}")
+        terminalreporter.write_line(f"{format_table(ROWS)}\n{count} of {len(ROWS)} promises kept.{few}")
 
 
 def format_table(rows: dict[str, dict[str, Any]]) -> str:
@@ -162,8 +162,8 @@ def format_table(rows: dict[str, dict[str, Any]]) -> str:
             wanted.append("every test passes")
             measured.append(f"{row['tests'] - len(row['failures'])} of {row['tests']} pass")
         over = f" ({'; '.join(row['over'])})" if row["over"] else ""
-        kept = "NO" if row["failures"] else "yes"
-        table.add_row(name, row["statement"], "; ".join(wanted) or "-", "; ".join(measured) + over, kept)
+        mark = "NO" if row["failures"] else "yes"
+        table.add_row(name, row["statement"], "; ".join(wanted) or "-", "; ".join(measured) + over, mark)
     text = io.StringIO()
     Console(file=text, width=160, highlight=False, markup=False).print(table)
     return text.getvalue()

@@ -24,7 +24,7 @@ async def test_a_megabyte_is_tokenized_in_a_second(client, rng, expect):
     for name, text in texts.items():
         body = json.dumps({"model": "default", "prompt": text.decode()}, ensure_ascii=False).encode()
         response = await client.post("/tokenize", body, timeout=60)
-        done = response.status == 200 and response.json()["count"]
-        seconds = response.seconds * MEGABYTE / len(text) if done else float("nan")
+        ok = response.status == 200 and response.json()["count"]
+        seconds = response.seconds * MEGABYTE / len(text) if ok else float("nan")
         figures.append(at_most(f"1 MB of {name}", seconds, 1, " s"))
     expect(*figures, over="through /tokenize, the way there and back included")

@@ -106,10 +106,10 @@ def test_a_signal_lets_what_is_under_way_end(folder, number):
     with Started(folder, "--name", "sea") as server:
         assert "weights   int8" in server.output
         assert re.search(r"compiling \.\.\. \d", server.output)
-        whole: list[httpx.Response] = []
+        replies: list[httpx.Response] = []
         body = ask("Hello " * 20, 100, ignore_eos=True, model="sea", logprobs=2, presence_penalty=0.5) | {"temperature": 1}
         threads = [
-            in_background(lambda more=more: whole.append(server.client.post("/v1/completions", json=body | more)))
+            in_background(lambda more=more: replies.append(server.client.post("/v1/completions", json=body | more)))
             for more in ({"stream": True}, {})
         ]
         assert running(server, 2)
@@ -123,9 +123,9 @@ def test_a_signal_lets_what_is_under_way_end(folder, number):
         for thread in threads:
             thread.join()
         assert server.ends() == 0
-        assert {reply.status_code for reply in whole} == {200}
-        assert sum(reply.text.count("[DONE]") for reply in whole) == 1
-        assert sum('"completion_tokens":100' in reply.text for reply in whole) == 1
+        assert {reply.status_code for reply in replies} == {200}
+        assert sum(reply.text.count("[DONE]") for reply in replies) == 1
+        assert sum('"completion_tokens":100' in reply.text for reply in replies) == 1
         assert "Finishing what is under way" in server.output
         assert re.search(r"Weights unchanged: SHA-256 [0-9a-f]{16}; 0 programs compiled after the start", server.output)
         assert "Traceback" not in server.output
@@ -220,11 +220,11 @@ def test_without_its_extra_it_says_how_to_get_it(folder):
         "u.find_spec = lambda name, *a: None if name in ('starlette', 'uvicorn') else find(name, *a)\n"
         "from stages.serve.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
-    done = subprocess.run([sys.executable, "-c", program, "--model", "x"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "needs starlette, uvicorn" in done.stderr
-    assert "uv run --extra serve python -m stages.serve --model x" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    result = subprocess.run([sys.executable, "-c", program, "--model", "x"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "needs starlette, uvicorn" in result.stderr
+    assert "uv run --extra serve python -m stages.serve --model x" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 def load_state(folder: Path, **options: Any) -> tuple[ServerState, CompileAhead]:
@@ -254,9 +254,9 @@ def test_an_adapter_is_merged_into_what_is_served(weights):
     adapted = merge(lora, base)
     assert any(isinstance(leaf, LoRA) for leaf in leaf_paths(adapted).values())
     merged = merge_lora(adapted)
-    wanted = leaf_paths(prepare_params(cfg, quantize(merged) if weights == "int8" else merged))
+    params = leaf_paths(prepare_params(cfg, quantize(merged) if weights == "int8" else merged))
     served = leaf_paths(EngineConfig(weights).prepare_params(cfg, adapted))
-    for path, leaf in wanted.items():
+    for path, leaf in params.items():
         for weight, expected in zip(jax.tree.leaves(served[path]), jax.tree.leaves(leaf), strict=True):
             assert np.array_equal(weight, expected), path
 

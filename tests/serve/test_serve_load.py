@@ -68,9 +68,9 @@ def test_how_soon_a_slot_is_free(tiny_server, slowed, stream):
         connection.sendall(post_head("/v1/completions", len(body)) + body)
         assert until(lambda: tiny_server.load[0] == 1)
         connection.close()
-        left = time.monotonic()
+        begin = time.monotonic()
         assert until(lambda: tiny_server.load[0] == 0)
-        durations.append(time.monotonic() - left)
+        durations.append(time.monotonic() - begin)
     assert max(durations) < 0.25
 
 

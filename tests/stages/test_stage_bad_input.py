@@ -150,10 +150,10 @@ def test_model_that_is_none(tmp_path, text, failing, monkeypatch):
 
 def test_no_network_offers_the_text_that_needs_none(tmp_path):
     nowhere = {"PIP_NO_INDEX": "1", "UV_OFFLINE": "1", "THRICE_CACHE": str(tmp_path / "cache")}
-    done = command("train", "--out-dir", tmp_path / "run", env=nowhere)
-    assert done.returncode == 2, done.stderr
-    assert b"--data python" in done.stderr
-    assert b"Traceback" not in done.stderr
+    result = command("train", "--out-dir", tmp_path / "run", env=nowhere)
+    assert result.returncode == 2, result.stderr
+    assert b"--data python" in result.stderr
+    assert b"Traceback" not in result.stderr
 
 
 def test_full_disk_keeps_what_was_saved(text, tmp_path, monkeypatch, failing):
@@ -181,10 +181,10 @@ def test_device_that_is_not_there(text, tmp_path, failing):
     absent = "TPU" if jax.default_backend() != "tpu" else "GPU"
     error = failing(train.main, tiny(text, tmp_path / "run", "--device", absent.lower()))
     assert f"There is no {absent}" in error
-    done = command("train", *tiny(text, tmp_path / "run"), env={"JAX_PLATFORMS": "abacus"})
-    assert done.returncode == 2
-    assert b"JAX_PLATFORMS=abacus" in done.stderr
-    assert b"Traceback" not in done.stderr
+    result = command("train", *tiny(text, tmp_path / "run"), env={"JAX_PLATFORMS": "abacus"})
+    assert result.returncode == 2
+    assert b"JAX_PLATFORMS=abacus" in result.stderr
+    assert b"Traceback" not in result.stderr
 
 
 def test_sentences_for_what_the_system_refuses():
@@ -203,9 +203,9 @@ def test_weights_that_would_not_fit(trained, tmp_path, monkeypatch, failing):
 
 def test_prompts(trained, failing):
     assert "a context of 64" in failing(generate.main, ["--model", trained, "--prompt", "the sea " * 200])
-    done = command("generate", "--model", trained, "--prompt", "-", stdin=b"caf\xe9")
-    assert done.returncode == 2
-    assert b"0xE9 at position 3" in done.stderr
+    result = command("generate", "--model", trained, "--prompt", "-", stdin=b"caf\xe9")
+    assert result.returncode == 2
+    assert b"0xE9 at position 3" in result.stderr
     for flags in (["--temperature", "-1"], ["--top-p", "0"], ["--max-tokens", "0"], ["--count", "0"]):
         assert flags[0] in failing(generate.main, ["--model", trained, *flags])
 

@@ -47,10 +47,10 @@ def test_other_commands_read_what_it_learnt(by_hand, capsys):
     output = capsys.readouterr().out
     assert f"{read_json(by_hand / 'run.json')['result']['val_bits_per_byte']:.3f}" in output
     sample = (by_hand / "samples" / f"{STEPS}.txt").read_bytes()
-    prompt, written = sample[:8].decode(), sample[8:].decode()  # bytes are tokens, of which a quarter context is given
+    prompt, completion = sample[:8].decode(), sample[8:].decode()  # bytes are tokens, of which a quarter context is given
     arguments = ["--model", str(by_hand), "--prompt", prompt, "--temperature", "0", "--max-tokens", "160"]
     assert generate.main(arguments) == 0
-    assert capsys.readouterr().out == written + "\n"
+    assert capsys.readouterr().out == completion + "\n"
 
 
 def test_what_it_says(text, tmp_path, capsys):
@@ -111,8 +111,8 @@ def test_a_step_that_is_not_finite_changes_nothing(by_hand, text, tmp_path, monk
     folder = tmp_path / "hand"
     shutil.copytree(by_hand, folder)
     before = digest(checkpoint.load_params(folder).params)
-    whole = model.loss_and_gradient
-    monkeypatch.setattr(model, "loss_and_gradient", lambda *args: (float("nan"), whole(*args)[1]))
+    original = model.loss_and_gradient
+    monkeypatch.setattr(model, "loss_and_gradient", lambda *args: (float("nan"), original(*args)[1]))
     error = failing(train.main, tiny(text, folder, "--by-hand", "--steps", 40))
     assert "10 steps in a row" in error
     assert digest(checkpoint.load_params(folder).params) == before

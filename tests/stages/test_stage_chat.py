@@ -49,13 +49,13 @@ def piped(model: Path, text: str, *flags: object) -> subprocess.CompletedProcess
 
 
 def test_piped_lines_are_turns(trained):
-    done = piped(trained, "the king\n\nthe sea\n")
-    assert done.returncode == 0, done.stderr
-    assert b"\x1b" not in done.stdout + done.stderr
-    assert done.stdout.count(b"\n") >= 2
-    assert b"turn" not in done.stderr
+    result = piped(trained, "the king\n\nthe sea\n")
+    assert result.returncode == 0, result.stderr
+    assert b"\x1b" not in result.stdout + result.stderr
+    assert result.stdout.count(b"\n") >= 2
+    assert b"turn" not in result.stderr
     again = piped(trained, "the king\n/stats\nthe sea\n/set temperature 0.5\n/system be brief\n", "--verbose")
-    assert again.stdout == done.stdout  # what begins with a slash is no turn
+    assert again.stdout == result.stdout  # what begins with a slash is no turn
     output = again.stderr.decode()
     reads = [int(number) for number in re.findall(r"turn \d: (\d+) tokens read", output)]
     assert len(reads) == 2
@@ -70,11 +70,11 @@ def test_each_turn_reads_the_whole_conversation(fresh):
     first = "".join(fresh.reply("the king"))
     second = "".join(fresh.reply("the sea"))
     assert [turn.completion for turn in fresh.turns] == [first.rstrip(), second.rstrip()]
-    whole = fresh.chat.prompt([
+    prompt = fresh.chat.prompt([
         {"role": "user", "content": "the king"}, {"role": "assistant", "content": first.rstrip()},
         {"role": "user", "content": "the sea"},
     ])  # fmt: skip
-    assert fresh.turns[1].prompt_tokens == len(whole)
+    assert fresh.turns[1].prompt_tokens == len(prompt)
     fresh.turns = fresh.turns[:1]  # an answer depends on the text before it and on nothing else
     assert "".join(fresh.reply("the sea")) == second
 
@@ -99,11 +99,11 @@ def test_what_no_longer_fits_is_named_and_nothing_is_generated(fresh):
 
 def test_stopped_in_the_middle_keeps_what_was_generated(fresh):
     fresh.sampling = with_setting(fresh.sampling, "max_tokens", "40")
-    whole = "".join(fresh.reply("the king"))
+    reply = "".join(fresh.reply("the king"))
     fresh.turns.clear()
     part = "".join(fresh.reply("the king", is_stopped=lambda: True))
-    assert whole.startswith(part)
-    assert len(part) < len(whole)
+    assert reply.startswith(part)
+    assert len(part) < len(reply)
     if fresh.turns:
         assert fresh.turns[-1].finish_reason == "interrupted"
     fresh.sampling = with_setting(fresh.sampling, "max-tokens", "6")
@@ -117,10 +117,10 @@ def test_stopped_in_the_middle_keeps_what_was_generated(fresh):
     ],
 )
 def test_a_line_that_cannot_be_answered_ends_a_pipe(second, words, trained):
-    done = command("chat", "--model", trained, *QUICK, stdin=b"the king\n" + second + b"\nthe sea\n")
-    assert done.returncode == 2
-    assert words in done.stderr
-    assert b"Traceback" not in done.stderr
+    result = command("chat", "--model", trained, *QUICK, stdin=b"the king\n" + second + b"\nthe sea\n")
+    assert result.returncode == 2
+    assert words in result.stderr
+    assert b"Traceback" not in result.stderr
 
 
 def test_commands(fresh, capsys):

@@ -23,10 +23,10 @@ def test_help_imports_nothing_heavy(stage):
         "heavy = {'jax', 'numpy', 'flax', 'optax', 'orbax', 'tokenizers'} & set(sys.modules)\n"
         "sys.exit(code or (f'imported {heavy}' if heavy else 0))"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "python -m stages" in done.stdout
-    assert "\x1b" not in done.stdout
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "python -m stages" in result.stdout
+    assert "\x1b" not in result.stdout
 
 
 def test_every_stage_is_listed_with_what_it_does():
@@ -38,16 +38,16 @@ def test_every_stage_is_listed_with_what_it_does():
 
 
 def test_piped_output_is_plain_and_brief(text, tmp_path):
-    done = command("train", *tiny(text, tmp_path / "run", "--steps", 30), env={"COLUMNS": "40"})
-    assert done.returncode == 0, done.stderr
-    output = done.stdout.decode()
+    result = command("train", *tiny(text, tmp_path / "run", "--steps", 30), env={"COLUMNS": "40"})
+    assert result.returncode == 0, result.stderr
+    output = result.stdout.decode()
     assert "\x1b" not in output
     assert "\r" not in output
     assert re.search(r"compiling \.\.\. \d", output)
     assert 2 <= len(re.findall(r"^step ", output, re.M)) <= 15
     assert "what it writes" in output
     assert f"python -m stages.generate --model {tmp_path / 'run'}" in output
-    assert done.stderr == b""
+    assert result.stderr == b""
 
 
 class Terminal(io.StringIO):
@@ -55,10 +55,10 @@ class Terminal(io.StringIO):
         return True
 
 
-def screen(written: str) -> list[str]:
+def screen(output: str) -> list[str]:
     """What a terminal shows after these characters: its lines, without the empty ones."""
     lines, row, column = [""], 0, 0
-    for code, letter, character in re.findall(r"\x1b\[([0-9;?]*)([A-Za-z])|([^\x1b])", written):
+    for code, letter, character in re.findall(r"\x1b\[([0-9;?]*)([A-Za-z])|([^\x1b])", output):
         if letter == "A":
             row -= int(code or 1)
         elif letter == "K":

@@ -39,13 +39,13 @@ def generated(capsys: pytest.CaptureFixture[str], model: Path) -> str:
 def test_an_export_in_float32_is_the_same_model(name, trained, text, tmp_path, capsys):
     out = exported(trained, tmp_path / name, "--dtype", "float32", "--check")
     assert "0.0e+00 of the largest apart" in capsys.readouterr().out
-    source, read = load_model(str(trained)), load_model(str(out))
-    ours, theirs = leaf_paths(source.params), leaf_paths(read.params)
+    source, model = load_model(str(trained)), load_model(str(out))
+    ours, theirs = leaf_paths(source.params), leaf_paths(model.params)
     assert all(np.array_equal(ours[path], theirs[path].astype(jnp.float32)) for path in ours if ours[path].ndim == 1)
     exact = leaf_paths(load_model(str(out), dtype="float32").params)
     assert all(np.array_equal(ours[path], exact[path]) for path in ours)
-    assert read.run is None
-    assert (read.eos_ids, read.tokenizer.bos_ids) == (source.eos_ids, source.tokenizer.bos_ids)
+    assert model.run is None
+    assert (model.eos_ids, model.tokenizer.bos_ids) == (source.eos_ids, source.tokenizer.bos_ids)
     if name == "file.gguf":  # a folder of float32 says that it is computed in float32, which the run is not
         assert generated(capsys, out) == generated(capsys, trained)
     assert evaluate.main(["--model", str(out), "--data", str(text)]) == 0
@@ -111,8 +111,8 @@ def test_an_adapter_is_merged_or_written_alone(trained, tmp_path, monkeypatch, c
     tokens, positions = np.arange(24, dtype=np.int32).reshape(2, 12), positions_of(2, 12)
     cfg = dataclasses.replace(plain.cfg, dtype="float32")
     logits = lambda params: np.asarray(jax.jit(forward, static_argnums=0)(cfg, params, tokens, positions)[0])
-    read = load_model(str(merged), dtype="float32").params
-    np.testing.assert_allclose(logits(read), logits(tuned.params), atol=1e-5)
+    params = load_model(str(merged), dtype="float32").params
+    np.testing.assert_allclose(logits(params), logits(tuned.params), atol=1e-5)
     assert np.abs(logits(plain.params) - logits(tuned.params)).max() > 1e-2
 
     capsys.readouterr()

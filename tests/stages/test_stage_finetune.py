@@ -111,9 +111,9 @@ def test_chat_generate_and_evaluate_take_the_run(adapted, trained, chats, capsys
     assert "weights unchanged" in capsys.readouterr().err
     replies = []
     for model in (("--model", folder), ("--model", trained, "--adapter", folder), ("--model", trained)):
-        done = command("chat", *model, "--temperature", 0, "--max-tokens", 8, stdin=b"the far\n")
-        assert done.returncode == 0, done.stderr
-        replies.append(done.stdout)
+        process = command("chat", *model, "--temperature", 0, "--max-tokens", 8, stdin=b"the far\n")
+        assert process.returncode == 0, process.stderr
+        replies.append(process.stdout)
     assert replies[0] == replies[1] != replies[2], "the run and its adapter speak alike, and not as the base does"
     assert replies[0].startswith(b"red ")
     assert evaluate.main(["--model", str(folder)]) == 0

@@ -45,10 +45,10 @@ def test_generation_stops_where_the_context_is_full(trained, capsys):
 
 
 def test_prompt_from_standard_input(trained, capsys):
-    done = command("generate", "--model", trained, "--prompt", "-", "--max-tokens", "10", stdin=b"The queen")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.decode() == generated(capsys, trained, "--prompt", "The queen", "--max-tokens", 10)[0]
-    assert b"\x1b" not in done.stdout + done.stderr
+    result = command("generate", "--model", trained, "--prompt", "-", "--max-tokens", "10", stdin=b"The queen")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.decode() == generated(capsys, trained, "--prompt", "The queen", "--max-tokens", 10)[0]
+    assert b"\x1b" not in result.stdout + result.stderr
 
 
 def test_a_window_is_no_longer_than_the_text(trained, text, capsys):

@@ -59,10 +59,10 @@ def tiny_gguf(
             unsigned = kind_of_value == GGUFValueType.INT32
             writer.add_key_value(key, value, GGUFValueType.UINT32 if unsigned else kind_of_value)
     for name, value in (tensors or weights()).items():
-        wanted = GGMLQuantizationType[kind]
-        fits = value.dtype == np.uint8 or (value.ndim == 2 and value.shape[-1] % GGML_QUANT_SIZES[wanted][0] == 0)
-        wanted = wanted if fits else GGMLQuantizationType.F32
-        writer.add_tensor(name, value if value.dtype == np.uint8 else quantize(value, wanted), raw_dtype=wanted)
+        type_ = GGMLQuantizationType[kind]
+        fits = value.dtype == np.uint8 or (value.ndim == 2 and value.shape[-1] % GGML_QUANT_SIZES[type_][0] == 0)
+        type_ = type_ if fits else GGMLQuantizationType.F32
+        writer.add_tensor(name, value if value.dtype == np.uint8 else quantize(value, type_), raw_dtype=type_)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

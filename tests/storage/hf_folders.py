@@ -31,11 +31,11 @@ WEIGHTS = draw(SHAPES)
 def tiny_tokenizer(folder: Path, vocab: int) -> None:
     """A tokenizer.json of `vocab` tokens: as many bytes as there is room for, and the end of a text."""
     byte_tokenizer().save(folder)
-    written = json.loads((folder / "tokenizer.json").read_text())
-    written["model"]["vocab"] = {name: place for name, place in written["model"]["vocab"].items() if place < vocab - 1}
-    for token in written["added_tokens"]:
+    config = json.loads((folder / "tokenizer.json").read_text())
+    config["model"]["vocab"] = {name: place for name, place in config["model"]["vocab"].items() if place < vocab - 1}
+    for token in config["added_tokens"]:
         token["id"] = vocab - 1
-    (folder / "tokenizer.json").write_text(json.dumps(written))
+    (folder / "tokenizer.json").write_text(json.dumps(config))
 
 
 def write_folder(folder: Path, config: dict[str, Any], weights: dict[str, np.ndarray], shards: int = 1) -> Path:

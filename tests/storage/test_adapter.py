@@ -61,8 +61,8 @@ def test_every_scale_comes_back_to_the_bit(rank, alpha):
 def test_others_find_what_the_layout_promises(tmp_path):
     folder = saved(tmp_path)
     config, tensors = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
-    wanted = {"peft_type": "LORA", "r": 3, "lora_alpha": 12.0, "base_model_name_or_path": "tiny", "layers_to_transform": None}
-    assert config | wanted == config
+    expected = {"peft_type": "LORA", "r": 3, "lora_alpha": 12.0, "base_model_name_or_path": "tiny", "layers_to_transform": None}
+    assert config | expected == config
     assert config["target_modules"] == ["down_proj", "q_proj", "v_proj"]
     leaf = leaf_paths(adapters())["blocks/0/qkv"]
     np.testing.assert_array_equal(tensors[f"{PREFIX}q_proj.lora_A.weight"], np.asarray(leaf.a)[:, :3].T)

@@ -92,9 +92,9 @@ def test_a_kill_at_any_instant_leaves_whole_checkpoints_only(tmp_path, shim, rep
     before = tmp_path / "before"
     put(before, 1)
     put(before, 2)
-    written = 2 if replaced else 3
+    newest = 2 if replaced else 3
     with shim.armed(shutil.copytree(before, tmp_path / "unharmed"), 0) as unharmed:
-        put(tmp_path / "unharmed", written, keep=2)
+        put(tmp_path / "unharmed", newest, keep=2)
     # Every instant of making folders and of committing; every second one of the many alike (hash a file, sync a file).
     last = unharmed.seen
     first = last - 45 if replaced else 1
@@ -103,10 +103,10 @@ def test_a_kill_at_any_instant_leaves_whole_checkpoints_only(tmp_path, shim, rep
     for instant in instants:
         run = shutil.copytree(before, tmp_path / str(instant))
         with shim.armed(run, instant), pytest.raises(Killed):
-            put(run, written, keep=2)
+            put(run, newest, keep=2)
         assert swept_clean(run), instant
         outcome = tuple(steps(run))
-        assert outcome[-1] == written or outcome == (1, 2), instant
+        assert outcome[-1] == newest or outcome == (1, 2), instant
         assert all(verify(run / "checkpoints" / str(step)) == [] for step in outcome), instant
         if instant % 30 == 0 or outcome not in outcomes:
             loaded = get(run)
@@ -193,9 +193,9 @@ def test_an_interrupt_at_any_time_leaves_older_checkpoints(tmp_path, capfd):
 # T8: a disk that refuses
 
 
-def refused(folder: Path, step: int, wanted: str, reason: str):
+def refused(folder: Path, step: int, megabytes: str, reason: str):
     where = re.escape(f"{folder}/checkpoints/{step}")
-    return pytest.raises(UserError, match=rf"{where} could not be written \({wanted} MB wanted\): .*{reason}.* untouched")
+    return pytest.raises(UserError, match=rf"{where} could not be written \({megabytes} MB wanted\): .*{reason}.* untouched")
 
 
 def test_a_full_disk_is_said_before_it_is_filled(tmp_path, monkeypatch):
@@ -236,12 +236,12 @@ def test_any_single_refusal_harms_nothing_older(tmp_path, shim, capfd):
         with shim.armed(run, instant, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), once=True):
             try:
                 put(run, 2, keep=1)
-                written = True
+                saved = True
             except UserError as error:
-                written = False
+                saved = False
                 failed += 1
                 assert f"{run}/checkpoints/2 could not be written" in str(error)  # noqa: PT017
-        assert steps(run) == [2] if written else steps(run)[0] == 1, instant
+        assert steps(run) == [2] if saved else steps(run)[0] == 1, instant
         assert all(verify(run / "checkpoints" / str(step)) == [] for step in steps(run)), instant
         if instant % 9 == 1:
             loaded = get(run)

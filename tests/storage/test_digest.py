@@ -25,7 +25,7 @@ def tree(seed: int = 0) -> dict:
     return {"layers": {"0": leaves, "1": {"count": np.asarray(np.int32(seed))}}, "head": array(seed + 9, "float32")}
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.data())
 def test_every_single_bit_counts(data):
     params = tree(data.draw(st.integers(0, 9)))
@@ -39,7 +39,7 @@ def test_every_single_bit_counts(data):
     assert digest(params) == before
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(st.text(), min_size=2, max_size=4, unique=True))
 def test_every_path_counts(names):
     leaf = np.arange(4, dtype=np.int32)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 def test_no_damage_escapes():
     script = Path(__file__).with_name("hostile.py")
-    done = subprocess.run([sys.executable, script, "0", "400"], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    outcomes = json.loads(done.stdout)["outcomes"]
+    result = subprocess.run([sys.executable, script, "0", "400"], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    outcomes = json.loads(result.stdout)["outcomes"]
     assert sum(outcomes.values()) == 400
     assert all(outcomes[f"{word} {kind}"] > 0 for word in ("read", "refused") for kind in (".gguf", ".safetensors"))

@@ -39,7 +39,7 @@ def chat_tokenizer(template: str | None = None) -> Tokenizer:
     return Tokenizer(inner, config)
 
 
-def said(*turns: str, system: str | None = None) -> list[dict[str, str]]:
+def talk(*turns: str, system: str | None = None) -> list[dict[str, str]]:
     """Turns of user and assistant in order."""
     messages = [{"role": "system", "content": system}] if system is not None else []
     return messages + [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]

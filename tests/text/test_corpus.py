@@ -5,7 +5,7 @@ import json
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import UserError
@@ -126,7 +126,6 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
         list(read_corpus(tmp_path / "a.parquet"))
 
 
-@settings(deadline=None)
 @given(documents=st.lists(st.text(alphabet="ab\n", min_size=1), min_size=1, max_size=30), fraction=st.floats(0.01, 0.99))
 def test_holding_out_loses_nothing(documents, fraction):
     if len("".join(documents)) < 2:

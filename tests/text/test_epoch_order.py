@@ -19,9 +19,9 @@ GRAIN = [
 ]
 
 
-@pytest.mark.parametrize(("count", "batch", "seed", "step", "wanted"), GRAIN)
-def test_the_order_is_that_of_earlier_runs(count, batch, seed, step, wanted):
-    assert EpochOrder(count, batch, seed).at(step).tolist() == wanted
+@pytest.mark.parametrize(("count", "batch", "seed", "step", "expected"), GRAIN)
+def test_the_order_is_that_of_earlier_runs(count, batch, seed, step, expected):
+    assert EpochOrder(count, batch, seed).at(step).tolist() == expected
 
 
 @given(count=st.one_of(st.integers(1, 300), st.integers(2**16 - 2, 2**16 + 300)), seed=st.integers(0, 2**32 - 1))

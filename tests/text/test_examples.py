@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from chat_models import BRACKETS, chat_tokenizer, said
+from chat_models import BRACKETS, chat_tokenizer, talk
 
 from engine.errors import UserError
 from engine.text.chat_tokenizer import CHATML, ChatTokenizer
@@ -21,23 +21,23 @@ def chat():
 def test_an_account_of_every_row(chat):
     long = "how are you? " * 20
     rows = [
-        Conversation(said("Hello", "I am well."), "f:1"),
-        Conversation(said("Hello", "I am well.", long, "I am."), "f:2"),
-        Conversation(said(long, "I am well."), "f:3"),
-        Conversation(said("Hello"), "f:4"),
-        Conversation(said("Hello", "  \n"), "f:5"),
+        Conversation(talk("Hello", "I am well."), "f:1"),
+        Conversation(talk("Hello", "I am well.", long, "I am."), "f:2"),
+        Conversation(talk(long, "I am well."), "f:3"),
+        Conversation(talk("Hello"), "f:4"),
+        Conversation(talk("Hello", "  \n"), "f:5"),
         Conversation((), "f:6"),
     ]
     with pytest.raises(UserError, match="f:6: there are no messages"):
         make_examples(rows, chat, 40)
-    done: list[tuple[int, int]] = []
-    examples, summary = make_examples(rows[:5], chat, 40, report=lambda *pair: done.append(pair))
+    reports: list[tuple[int, int]] = []
+    examples, summary = make_examples(rows[:5], chat, 40, report=lambda *pair: reports.append(pair))
     assert [example.where for example in examples] == ["f:1", "f:2"]
     assert (summary.rows, summary.used) == (5, 2)
     assert [where for where, _ in summary.truncated] == ["f:2"]
     assert [where for where, _ in summary.dropped] == ["f:3", "f:4", "f:5"]
     assert len(examples[1].tokens) == 41
-    assert done[-1] == (2, 5)
+    assert reports[-1] == (2, 5)
     said_of = "\n".join(summary.describe())
     for words in ("2 of 5 kept, 1 of them truncated; 3 dropped", "1 truncated: longer than 40 tokens", "(f:2 first)",
                   "its first 40 tokens hold nothing to train on (f:3 first)", "no turn of the assistant (f:4",
@@ -47,7 +47,7 @@ def test_an_account_of_every_row(chat):
 
 def test_what_the_template_refuses_is_left_out():
     chat = ChatTokenizer(TOKENIZER, BRACKETS)
-    rows = [Conversation(said("a", "b", system="s"), "f:1"), Conversation(said("a", "b"), "f:2")]
+    rows = [Conversation(talk("a", "b", system="s"), "f:1"), Conversation(talk("a", "b"), "f:2")]
     examples, summary = make_examples(rows, chat, 40)
     assert [example.where for example in examples] == ["f:2"]
     assert "Only user and assistant" in summary.dropped[0][1]
@@ -68,12 +68,12 @@ def test_all_of_a_text_is_learnt_once(chat):
 
 
 def test_pairs(chat):
-    history = said("Hello", "I am well.", "how are you?")
+    history = talk("Hello", "I am well.", "how are you?")
     rows = [
         Preference(tuple(history), "I am.", "The user.", "f:1"),
-        Preference(tuple(said("a")), "same", "same", "f:2"),
-        Preference(tuple(said("a")), "b", "how are you? " * 20, "f:3"),
-        Preference(tuple(said("a")), "b", "", "f:4"),
+        Preference(tuple(talk("a")), "same", "same", "f:2"),
+        Preference(tuple(talk("a")), "b", "how are you? " * 20, "f:3"),
+        Preference(tuple(talk("a")), "b", "", "f:4"),
     ]
     pairs, summary = make_pairs(rows, chat, 60)
     assert summary.used == len(pairs) == 1
@@ -87,6 +87,6 @@ def test_data_of_the_other_sort_is_refused(chat):
     with pytest.raises(UserError, match="f:1: it holds no pair of answers"):
         make_pairs([Text("a", "f:1")], chat, 60)
     with pytest.raises(UserError, match="f:1: it holds two answers"):
-        make_examples([Preference(tuple(said("a")), "b", "c", "f:1")], chat, 60)
+        make_examples([Preference(tuple(talk("a")), "b", "c", "f:1")], chat, 60)
     with pytest.raises(UserError, match="nothing in it"):
         make_examples([], chat, 60)

@@ -59,7 +59,7 @@ def test_each_goes_where_it_leaves_least_room():
     assert pack_rows(examples_of([3, 5, 7, 2]), 10, pack=False) == [[0], [1], [2], [3]]
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(sizes=st.lists(st.integers(1, 12), min_size=1, max_size=40), pack=st.booleans())
 def test_every_example_lies_whole_in_one_row(sizes, pack):
     rows = pack_rows(examples_of(sizes), 12, pack)

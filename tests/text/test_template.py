@@ -134,8 +134,8 @@ for attempt in compiled:
     except PermissionError as error:
         print(error)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.stdout.count("it tried to use") == 4, done.stderr
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.stdout.count("it tried to use") == 4, result.stderr
 
 
 def test_what_the_template_itself_refuses():

@@ -57,7 +57,7 @@ def test_made_once_for_the_same_text_and_tokenizer(cache):
 @pytest.mark.parametrize("damage", ["truncate", "lengthen", "flip", "empty", "delete"])
 def test_a_damaged_file_is_made_anew(name, damage):
     file = open_token_file(DOCUMENTS, BPE)
-    wanted = file.tokens.tolist()
+    expected = file.tokens.tolist()
     path = file.path.parent / name
     data = path.read_bytes()
     path.unlink()
@@ -67,7 +67,7 @@ def test_a_damaged_file_is_made_anew(name, damage):
     calls: list[tuple[int, int]] = []
     again = open_token_file(DOCUMENTS, BPE, lambda *of: calls.append(of))
     assert calls
-    assert again.tokens.tolist() == wanted
+    assert again.tokens.tolist() == expected
     assert again.bytes == file.bytes
 
 

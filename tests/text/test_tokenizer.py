@@ -34,7 +34,7 @@ def test_every_code_point_comes_back(tokenizer):
 
 
 @BOTH
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(parts=st.lists(texts))
 def test_every_text_comes_back(tokenizer, parts):
     text = "".join(parts)
@@ -45,7 +45,7 @@ def test_every_text_comes_back(tokenizer, parts):
     assert tokenizer.eos_id not in ids
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(ids=st.lists(st.integers(-3, BPE.vocab + 3)))
 def test_stream_joins_to_decode(ids):
     stream = BPE.stream()
@@ -53,7 +53,7 @@ def test_stream_joins_to_decode(ids):
     assert "".join([*pieces, stream.close()]) == BPE.decode(ids)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(text=st.text(alphabet="aé東😀\ufffd\u0301"))
 def test_stream_never_shows_half_a_character(text):
     stream = BYTE.stream()
@@ -116,7 +116,7 @@ def test_cut_into_pieces_the_tokens_are_those_of_the_whole(tokenizer, text):
     assert _same_as_in_one_go(tokenizer, text)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(parts=st.lists(texts, max_size=60), piece=st.integers(1, 40))
 def test_pieces_are_cut_between_tokens(parts, piece):
     text = "".join(parts)
@@ -183,17 +183,17 @@ def test_what_cannot_be_loaded(tmp_path):
     with pytest.raises(UserError, match=r"No tokenizer at .*tokenizer\.json"):
         load_tokenizer(tmp_path)
     BPE.save(tmp_path)
-    whole = (tmp_path / "tokenizer.json").read_text()
-    for damaged in (whole[: len(whole) // 2], "", "[]", "{}", whole.replace('"ByteLevel"', '"Nothing"'), "\udcff"):
+    saved = (tmp_path / "tokenizer.json").read_text()
+    for damaged in (saved[: len(saved) // 2], "", "[]", "{}", saved.replace('"ByteLevel"', '"Nothing"'), "\udcff"):
         (tmp_path / "tokenizer.json").write_text(damaged, errors="surrogateescape")
         with pytest.raises(UserError, match=r"tokenizer\.json is damaged"):
             load_tokenizer(tmp_path)
-    source = json.loads(whole)
+    source = json.loads(saved)
     source["decoder"] = {"type": "Fuse"}
     (tmp_path / "tokenizer.json").write_text(json.dumps(source))
     with pytest.raises(UserError, match="decodes with Fuse"):
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text(whole)
+    (tmp_path / "tokenizer.json").write_text(saved)
     for config in ("{", "[]"):
         (tmp_path / "tokenizer_config.json").write_text(config)
         with pytest.raises(UserError, match=r"tokenizer_config\.json"):

@@ -34,7 +34,7 @@ def test_shapes_and_types():
     np.testing.assert_array_equal(batch.positions, np.tile(np.arange(7), (6, 1)))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     length=st.integers(2, 90), seq=st.integers(1, 12), batch=st.integers(1, 7), seed=st.integers(0, 2**32 - 1),
     epoch=st.integers(0, 5),
@@ -49,7 +49,7 @@ def test_every_token_is_a_target_once_an_epoch(length, seq, batch, seed, epoch):
     assert 0 not in targets  # nothing comes before the first token
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(step=st.integers(0, 10_000), seed=st.integers(0, 1000))
 def test_the_target_is_the_next_token(step, seed):
     batch = TextBatches(PLACES, 7, 5, seed).at(step)
@@ -94,7 +94,7 @@ def test_what_makes_no_batches():
             TextBatches(PLACES, *sizes, seed=0)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(length=st.integers(2, 60), seq=st.integers(1, 13), stride=st.integers(1, 13), batch=st.integers(1, 5))
 def test_evaluation_scores_every_token_but_the_first_once(length, seq, stride, batch):
     if stride > seq:

@@ -143,8 +143,8 @@ def products(jaxpr):
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            yield equation.outvars[0].aval.shape, int(np.prod([left[axis] for axis in contracted]))
+            shape = equation.invars[0].aval.shape
+            yield equation.outvars[0].aval.shape, int(np.prod([shape[axis] for axis in contracted]))
         for value in equation.params.values():
             for inner in value if isinstance(value, tuple | list) else [value]:
                 inner = getattr(inner, "jaxpr", inner)
@@ -159,8 +159,8 @@ def gradients_of_whole_matrices(params, adapters, base) -> list:
     jaxpr = jax.make_jaxpr(lambda adapters: loss_and_gradient(CFG, adapters, base, batch_of(0)))(adapters).jaxpr
     jaxpr = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
     shapes = {leaf.shape for leaf in jax.tree.leaves(params) if leaf.ndim == 2} | {(20, 28)}
-    whole = shapes | {shape[::-1] for shape in shapes}
-    return [shape for shape, length in products(jaxpr) if length == 9 * T and shape in whole]
+    both = shapes | {shape[::-1] for shape in shapes}
+    return [shape for shape, length in products(jaxpr) if length == 9 * T and shape in both]
 
 
 def test_no_product_is_spent_on_the_gradient_of_a_frozen_matrix(params):

@@ -18,7 +18,7 @@ from engine.training import loss as module
 from engine.training.loss import chunked_losses, summed_loss
 
 V = 41
-whole = jax.jit(jax.value_and_grad(summed_loss, argnums=1), static_argnums=0)
+loss_of = jax.jit(jax.value_and_grad(summed_loss, argnums=1), static_argnums=0)
 MASK = np.array([[1, 1, 0, 1, 0, 1, 1], [0, 1, 1, 1, 1, 1, 0]], bool)
 
 
@@ -41,13 +41,13 @@ def test_bfloat16_logits_are_summed_in_float32():
 @pytest.mark.parametrize("junk", [0, 40, -1, 10**6], ids=["first", "last", "below", "beyond"])
 def test_masked_targets_do_not_matter_to_the_bit(cfg, params, junk):
     other = np.where(MASK, tokens_of(1, B, T), junk).astype(np.int32)
-    actual, expected = whole(cfg, params, batch_of()._replace(targets=other)), whole(cfg, params, batch_of())
+    actual, expected = loss_of(cfg, params, batch_of()._replace(targets=other)), loss_of(cfg, params, batch_of())
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 def test_a_batch_in_which_nothing_counts_has_no_loss_and_no_slope(cfg, params):
     nothing = np.zeros((B, T), bool)
-    value, slope = whole(cfg, params, batch_of(nothing))
+    value, slope = loss_of(cfg, params, batch_of(nothing))
     assert float(value) == 0
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(slope))
 
@@ -56,7 +56,7 @@ def test_a_batch_in_which_nothing_counts_has_no_loss_and_no_slope(cfg, params):
 def test_in_chunks_is_the_whole_with_gradients(tied, chunk, monkeypatch):
     cfg = tiny_config(tied=tied)
     params = lively_params(cfg)
-    expected = whole(cfg, params, batch_of())
+    expected = loss_of(cfg, params, batch_of())
     monkeypatch.setattr(module, "LOGITS_LIMIT", 0)
     monkeypatch.setattr(module, "CHUNK", chunk)
     jaxpr = str(jax.make_jaxpr(functools.partial(summed_loss, cfg))(params, batch_of()))

@@ -16,7 +16,7 @@ from engine.text.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, tra
 VOCAB = len(TOKENS)
 
 
-def read(path: Path, vocab: int = VOCAB, **changes: Any) -> tuple[Tokenizer, tuple[int, ...]]:
+def load(path: Path, vocab: int = VOCAB, **changes: Any) -> tuple[Tokenizer, tuple[int, ...]]:
     tokenizer, config, eos_ids = tokenizer_from(read_header(tiny_gguf(path / "x.gguf", **changes)), vocab)
     return Tokenizer(tokenizer, config), eos_ids
 
@@ -49,18 +49,18 @@ def test_each_split_cuts_as_its_name_says(pre):
 
 
 def test_merges_apply_within_what_is_split(tmp_path):
-    assert pieces(read(tmp_path)[0], "the the 123") == ["the", " the", " ", "1", "2", "3"]
-    assert pieces(read(tmp_path, words={"pre": "llama-bpe"})[0], "1234") == ["123", "4"]
+    assert pieces(load(tmp_path)[0], "the the 123") == ["the", " the", " ", "1", "2", "3"]
+    assert pieces(load(tmp_path, words={"pre": "llama-bpe"})[0], "1234") == ["123", "4"]
 
 
 def test_llama_3_takes_a_word_that_no_merge_leads_to(tmp_path):
     words = {"tokens": [*TOKENS[:-2], "xyz", TOKENS[-1]], "merges": MERGES[:-1]}
-    assert pieces(read(tmp_path, words=words)[0], "xyz") == ["x", "y", "z"]
-    assert pieces(read(tmp_path, words=words | {"pre": "llama-bpe"})[0], "xyz") == ["xyz"]
+    assert pieces(load(tmp_path, words=words)[0], "xyz") == ["x", "y", "z"]
+    assert pieces(load(tmp_path, words=words | {"pre": "llama-bpe"})[0], "xyz") == ["xyz"]
 
 
 def test_text_never_becomes_a_control_token(tmp_path):
-    tokenizer, eos_ids = read(tmp_path)
+    tokenizer, eos_ids = load(tmp_path)
     assert 261 not in tokenizer.encode("a<|end|>b")
     assert tokenizer.decode(tokenizer.encode("a<|end|>b")) == "a<|end|>b"
     assert tokenizer.eos_id == 261
@@ -68,7 +68,7 @@ def test_text_never_becomes_a_control_token(tmp_path):
 
 
 def test_what_begins_a_text_is_what_the_file_says(tmp_path):
-    start = lambda **words: read(tmp_path, words=words)[0].bos_ids
+    start = lambda **words: load(tmp_path, words=words)[0].bos_ids
     assert start() == ()
     assert start(add_bos_token=True, bos_token_id=260) == (260,)
     assert start(add_bos_token=None, bos_token_id=260) == ()
@@ -78,7 +78,7 @@ def test_what_begins_a_text_is_what_the_file_says(tmp_path):
 
 def test_ends_and_template_are_taken_along(tmp_path):
     other = {"tokenizer.chat_template": "{{ messages }}"}
-    tokenizer, eos_ids = read(tmp_path, words={"eot_token_id": 260, "eom_token_id": 261}, other=other)
+    tokenizer, eos_ids = load(tmp_path, words={"eot_token_id": 260, "eom_token_id": 261}, other=other)
     assert eos_ids == (261, 260)
     assert tokenizer.config["chat_template"] == "{{ messages }}"
     assert tokenizer.config["eos_token"] == "<|end|>"
@@ -95,7 +95,7 @@ def listed_by(listed: dict[str, Any], folder: Path) -> Tokenizer:
         "token_type": listed["kinds"], "merges": None, "eos_token_id": 2, "bos_token_id": 1, "add_bos_token": None,
     }  # fmt: skip
     table = {"token_embd.weight": np.zeros((size, 64), np.float32)}
-    return read(folder, size, words=words, tensors=weights() | table)[0]
+    return load(folder, size, words=words, tensors=weights() | table)[0]
 
 
 @pytest.fixture(scope="module")
@@ -122,22 +122,22 @@ def test_a_long_text_is_cut_in_places_that_change_nothing(sentencepiece):
     assert sentencepiece.bos_ids == (1,)
     text = GOLDEN[3]["text"] + " ".join(case["text"] for case in GOLDEN[1:]) * 300
     assert len(text) > 3 * 16_384
-    whole = sentencepiece._inner.encode(text, add_special_tokens=False).ids
-    assert sentencepiece.encode(text).tolist() == whole
+    tokens = sentencepiece._inner.encode(text, add_special_tokens=False).ids
+    assert sentencepiece.encode(text).tolist() == tokens
     assert len(list(sentencepiece.encode_parts(text))) > 2
     stream = sentencepiece.stream()
-    assert "".join(map(stream.push, whole[5:9])) == sentencepiece.decode([whole[0], *whole[5:9]]).removeprefix(
-        sentencepiece.decode(whole[:1])
+    assert "".join(map(stream.push, tokens[5:9])) == sentencepiece.decode([tokens[0], *tokens[5:9]]).removeprefix(
+        sentencepiece.decode(tokens[:1])
     )
 
 
 def test_a_saved_sentencepiece_vocabulary_is_loaded(sentencepiece, tmp_path):
     sentencepiece.save(tmp_path)
     again = load_tokenizer(tmp_path)
-    written = sentencepiece.to_json()
-    written["normalizer"] = None  # newer files do the same in a step of another name
-    written["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
-    newer = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(written)), sentencepiece.config)
+    config = sentencepiece.to_json()
+    config["normalizer"] = None  # newer files do the same in a step of another name
+    config["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    newer = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(config)), sentencepiece.config)
     long = GOLDEN[1]["text"] * 2000
     for text in [*(case["text"] for case in GOLDEN[1:]), long]:
         ids = sentencepiece.encode(text).tolist()
@@ -152,7 +152,7 @@ def round_trip(tokenizer, vocab, tmp_path, eos_ids=()):
     metadata = tokenizer_metadata(tokenizer, eos_ids or (tokenizer.eos_id,), vocab)
     table = {"token_embd.weight": np.zeros((vocab, 64), np.float32)}
     absent = dict.fromkeys(("merges", "bos_token_id"))
-    return read(tmp_path, vocab, words=absent, other=metadata, tensors=weights() | table)[0], metadata
+    return load(tmp_path, vocab, words=absent, other=metadata, tensors=weights() | table)[0], metadata
 
 
 def test_a_sentencepiece_vocabulary_comes_back(sentencepiece, tmp_path):
@@ -163,7 +163,7 @@ def test_a_sentencepiece_vocabulary_comes_back(sentencepiece, tmp_path):
 
 
 def test_a_named_split_comes_back_without_its_json(tmp_path):
-    tokenizer, _ = read(tmp_path, other={"tokenizer.chat_template": "{{ x }}"})
+    tokenizer, _ = load(tmp_path, other={"tokenizer.chat_template": "{{ x }}"})
     again, metadata = round_trip(tokenizer, VOCAB + 3, tmp_path, (261, 260))
     assert metadata["tokenizer.ggml.pre"] == "smollm"
     assert "tokenizer.huggingface.json" not in metadata

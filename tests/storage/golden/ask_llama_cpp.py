@@ -37,16 +37,16 @@ def main(path: str) -> None:
         tokens = model.tokenize(prompt.encode(), add_bos=False, special=True)
         model.reset()
         model.eval(tokens)
-        written, gaps = [], []
-        while len(written) < STEPS:
+        output, gaps = [], []
+        while len(output) < STEPS:
             logits = np.asarray(model.scores[model.n_tokens - 1])
             best, second = np.argsort(logits)[::-1][:2]
-            written.append(int(best))
+            output.append(int(best))
             gaps.append(round(float(logits[best] - logits[second]), 3))
             if best == model.token_eos():
                 break
             model.eval([int(best)])
-        lines.append(json.dumps({"prompt": prompt, "tokens": tokens, "written": written, "gaps": gaps}, ensure_ascii=False))
+        lines.append(json.dumps({"prompt": prompt, "tokens": tokens, "written": output, "gaps": gaps}, ensure_ascii=False))
     Path(__file__).with_name("llama_cpp.txt").write_text("\n".join(lines) + "\n")
 
 

@@ -57,10 +57,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             config.architectures, config.dtype = [type(model).__name__], "float32"
             config.save_pretrained(folder)
-            written = json.loads(Path(folder, "config.json").read_text())
+            config_json = json.loads(Path(folder, "config.json").read_text())
         golden = {
             "transformers": transformers.__version__,
-            "config": written,
+            "config": config_json,
             "shapes": shapes,
             "tokens": tokens.tolist(),
             "positions": KEPT,

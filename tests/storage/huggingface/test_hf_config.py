@@ -68,9 +68,9 @@ def test_published_configs_are_their_presets(name):
 
 @pytest.mark.parametrize("cfg", PRESETS.values(), ids=PRESETS)
 def test_what_is_written_is_read_as_the_same(cfg):
-    written = config_to(cfg, cfg.dtype, {"eos_token_id": 2})
-    assert config_from(written, PATH) == cfg
-    assert written["eos_token_id"] == 2
+    config = config_to(cfg, cfg.dtype, {"eos_token_id": 2})
+    assert config_from(config, PATH) == cfg
+    assert config["eos_token_id"] == 2
 
 
 def test_float32_files_are_computed_in_float32():

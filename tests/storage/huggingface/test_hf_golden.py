@@ -39,8 +39,8 @@ def test_logits_equal_those_of_transformers(family, tmp_path):
     model = load_model(folder)
     tokens = np.asarray(golden["tokens"], np.int32)
     logits, _ = jax.jit(forward, static_argnums=0)(model.cfg, model.params, tokens, positions_of(*tokens.shape))
-    wanted = np.asarray(golden["logits"], np.float32)
-    assert np.abs(wanted).max() > 1  # lively enough to tell one model from another
-    np.testing.assert_allclose(np.asarray(logits)[:, golden["positions"]], wanted, atol=1e-4, rtol=0)
+    expected = np.asarray(golden["logits"], np.float32)
+    assert np.abs(expected).max() > 1  # lively enough to tell one model from another
+    np.testing.assert_allclose(np.asarray(logits)[:, golden["positions"]], expected, atol=1e-4, rtol=0)
     older = load_model(write_folder(tmp_path / "old", as_transformers_4(golden["config"]), weights))
     assert older.cfg == model.cfg

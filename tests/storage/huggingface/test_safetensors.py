@@ -24,13 +24,13 @@ def arrays() -> dict[str, np.ndarray]:
 
 
 def test_what_the_library_writes_is_read(tmp_path):
-    written = arrays()
-    save_file(written, tmp_path / "x.safetensors", metadata={"format": "pt"})
+    expected = arrays()
+    save_file(expected, tmp_path / "x.safetensors", metadata={"format": "pt"})
     header, _ = read_header(tmp_path / "x.safetensors")
     assert {name: (stored.shape, stored.dtype) for name, stored in header.items()} == TENSORS
-    for name, value in written.items():
+    for name, value in expected.items():
         assert read_slice(header[name], 0, len(value)).tobytes() == value.tobytes()
-    np.testing.assert_array_equal(read_slice(header["a"], 1, 3), written["a"][1:3])
+    np.testing.assert_array_equal(read_slice(header["a"], 1, 3), expected["a"][1:3])
 
 
 @pytest.mark.parametrize("kind", DTYPES)
