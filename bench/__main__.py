@@ -50,6 +50,7 @@ class StageTableFlags:
 
 
 def measure(flags: StageTableFlags) -> Json:
+    """Measures the stage table, or lists the measurements."""
     if flags.list:
         names = measurements()
         for name, line in names.items():

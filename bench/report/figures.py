@@ -34,6 +34,7 @@ class Figure:
 
 
 def figures(rows: JsonRows, ceilings: JsonRow, model: JsonRow) -> list[Figure]:
+    """Returns the figures for which the rows have numbers."""
     every = flops_figure(rows), decode_figure(rows, ceilings, model), memory_figure(rows), lifetime_cost_figure(rows, model)
     return list(filter(None, every))
 
@@ -144,6 +145,7 @@ def lifetime_cost_figure(rows: JsonRows, model: JsonRow) -> Figure | None:
 
 
 def decode_rows(rows: JsonRows) -> list[JsonRow]:
+    """Returns the rows that decode."""
     return [row for row in rows if row.get("stage") == "decode"]
 
 

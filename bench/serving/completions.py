@@ -51,6 +51,7 @@ class Completion:
 
 
 def read_completion(response: Response) -> Completion:
+    """Parses the response to a completion or a chat, streamed or whole."""
     if response.error or response.status != 200:
         why = response.error or _error_message(response)
         return Completion(response.status, "", 0, 0, None, math.nan, response.seconds, error=why)

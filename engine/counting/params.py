@@ -33,6 +33,7 @@ class ParamCount(NamedTuple):
 
 
 def count_params(cfg: ModelConfig) -> ParamCount:
+    """Counts all parameters, and those of matrix products."""
     shapes = leaf_shapes(cfg)
     matmul = [shape for path, shape in shapes.items() if len(shape) == 2 and (cfg.tied or path != "embed")]
     return ParamCount(sum(map(math.prod, shapes.values())), sum(map(math.prod, matmul)))

@@ -53,6 +53,7 @@ def sampling_arrays(rows: Sequence[SamplingParams]) -> SamplingArrays:
 
 
 def penalty_arrays(rows: Sequence[SamplingParams]) -> PenaltyArrays:
+    """Returns the penalties of each row, as arrays (rows,)."""
     return _columns(rows, PenaltyArrays)
 
 
@@ -61,6 +62,7 @@ def _columns(rows: Sequence[SamplingParams], kind: Any) -> Any:
 
 
 def make_token_counts(cfg: ModelConfig, slots: int) -> TokenCounts:
+    """Returns empty counts for all slots."""
     return TokenCounts(jnp.zeros((slots, cfg.vocab)), jnp.zeros((slots, cfg.vocab), jnp.int32))
 
 

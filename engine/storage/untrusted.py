@@ -44,6 +44,7 @@ def read_at(path: Path, offset: int, count: int) -> np.ndarray:
 
 
 def truncation_error(path: Path, missing: int) -> UserError:
+    """Returns the error for a file that lacks its last bytes."""
     return UserError(f"{path} ends {missing:,} bytes too soon: it was not copied or downloaded whole. Fetch it again.")
 
 

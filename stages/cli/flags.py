@@ -111,6 +111,7 @@ def one_of(*names: str) -> Any:
 
 
 def path(text: str) -> Path:
+    """Parses a path, in which ~ is the home folder."""
     return Path(text).expanduser()
 
 

@@ -89,6 +89,7 @@ class Sampler:
 
 
 def prompt_tokens(chat: ChatTokenizer, prompt: Prompt) -> list[int]:
+    """Returns the tokens of a conversation that asks the prompt."""
     return chat.prompt([{"role": "user", "content": prompt.text}]).tolist()
 
 

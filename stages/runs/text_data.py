@@ -144,4 +144,5 @@ def _digest(text: TokenFile) -> str:
 
 
 def source_name(source: Source) -> str:
+    """Returns the path or the name of the asset."""
     return str(source) if isinstance(source, Path) else source.name

@@ -53,4 +53,5 @@ def internal_error(error: BaseException) -> ApiError:
 
 
 def json_reply(value: msgspec.Struct, status: int = 200) -> Response:
+    """Returns the response with a struct as its JSON body."""
     return Response(msgspec.json.encode(value), status, media_type="application/json")

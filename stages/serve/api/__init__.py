@@ -9,11 +9,13 @@ The path of one chat request, from the socket to the compiled program and back:
 5.  generation.generate          reserves places; below it:
 6.  tokenizer_pool.TokenizerPool messages -> token ids, in a worker thread
 7.  EngineThread.submit          Request with SamplingParams -> the engine thread
-8.  inference.slots.Slots.step   -> the compiled programs -> Event
+8.  inference.slots.Slots.step   Sequence, scheduled in a Decode -> compiled programs -> SampledTokens -> Event
 9.  EngineThread._deliver        Event -> the event loop
 10. generation.Generation.pieces Event -> CompletionText (stop strings) -> Piece
 11. completions.ChatWriter       Piece -> ChatReply, or ChatChunk (by generation.Writer)
 12. generation.send_events       ChatChunk -> bytes (or errors.json_reply, ChatReply -> bytes)
 
-Eight types: ChatRequest, SamplingParams, Request, Generation, Event, CompletionText, Piece, and ChatReply or ChatChunk.
+Eight values follow one another: ChatRequest -> Request -> Sequence -> Decode -> SampledTokens -> Event -> Piece -> ChatReply or
+ChatChunk (Request holds SamplingParams, Decode its DecodeRows). Beside them four objects hold state: Generation and, for each
+choice, Choice with CompletionText; ChatWriter.
 """

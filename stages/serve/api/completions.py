@@ -16,6 +16,7 @@ from stages.serve.tokenizer_pool import token_text
 
 
 async def chat_completions(state: ServerState, http: Request) -> Any:
+    """Writes the assistant's next turn, `n` times."""
     state.check_ready()
     body = await read_body(state, http, ChatRequest)
     if body.top_logprobs is not None and not body.logprobs:
@@ -42,6 +43,8 @@ def template_messages(messages: list[Message]) -> list[dict[str, str]]:
 
 
 class ChatWriter(Writer):
+    """Writes the replies and chunks of a chat."""
+
     prompt_field, id_prefix, reply_type, chunk_type = "messages", "chatcmpl", replies.ChatReply, replies.ChatChunk
 
     def __init__(self, state: ServerState, body: ChatRequest) -> None:
@@ -106,6 +109,8 @@ async def completions(state: ServerState, http: Request) -> Any:
 
 
 class CompletionWriter(Writer):
+    """Writes the replies and chunks of /v1/completions."""
+
     prompt_field, id_prefix, reply_type, chunk_type = "prompt", "cmpl", replies.CompletionReply, replies.CompletionReply
 
     def __init__(self, state: ServerState, body: CompletionRequest, choices: int) -> None:

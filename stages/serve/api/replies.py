@@ -26,6 +26,8 @@ class CachedTokens(msgspec.Struct):
 
 
 class Usage(msgspec.Struct):
+    """Token counts of a reply."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -47,6 +49,8 @@ class TokenLogProb(TopLogProb):
 
 
 class ChatLogProbs(msgspec.Struct):
+    """Log-probabilities of the tokens of a chat choice."""
+
     content: list[TokenLogProb]
     refusal: None = None
 
@@ -158,6 +162,8 @@ class Health(msgspec.Struct):
 
 
 class Live(msgspec.Struct):
+    """The reply of GET /live: the process runs."""
+
     status: Literal["ok"] = "ok"
 
 

@@ -59,6 +59,8 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ModelRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A request that names a model."""
+
     model: str = "default"
 
 
@@ -133,6 +135,8 @@ class TextFormat(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ChatRequest(CompletionFields, kw_only=True):
+    """POST /v1/chat/completions."""
+
     messages: Messages
     max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
@@ -161,4 +165,6 @@ class TokenizeRequest(ModelRequest, kw_only=True):
 
 
 class DetokenizeRequest(ModelRequest, kw_only=True):
+    """POST /detokenize."""
+
     tokens: TokenIds

@@ -21,6 +21,7 @@ async def models(state: ServerState, _: Request) -> Response:
 
 
 async def model(state: ServerState, http: Request) -> Response:
+    """Replies with the card of the model named in the path."""
     state.check_model(http.path_params["model"])
     return json_reply(_card(state))
 
@@ -32,6 +33,7 @@ def _card(state: ServerState) -> replies.ModelCard:
 
 
 async def tokenize(state: ServerState, http: Request) -> Response:
+    """Replies with the token ids of a text or a conversation."""
     state.admission.check_open()
     body = await read_body(state, http, TokenizeRequest)
     if (body.prompt is UNSET) == (body.messages is UNSET):
@@ -47,6 +49,7 @@ async def tokenize(state: ServerState, http: Request) -> Response:
 
 
 async def detokenize(state: ServerState, http: Request) -> Response:
+    """Replies with the text of token ids."""
     state.admission.check_open()
     body = await read_body(state, http, DetokenizeRequest)
     if body.tokens and max(body.tokens) >= state.engine.cfg.vocab:
@@ -63,14 +66,17 @@ async def health(state: ServerState, _: Request) -> Response:
 
 
 async def live(*_: object) -> Response:
+    """Replies while the process runs, without a key."""
     return json_reply(replies.Live())
 
 
 async def metrics(state: ServerState, _: Request) -> Response:
+    """Replies in Prometheus's text format."""
     return Response(state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def attestation(state: ServerState, _: Request) -> Response:
+    """Replies with the digest of the weights at load and now."""
     now, then = await state.hash_weights(), state.digest
     reply = replies.Attestation(
         digest=now, digest_at_load=then, unchanged=now == then, loaded_at=state.loaded_at, checked_at=int(time.time())
@@ -83,6 +89,7 @@ async def openapi(_: ServerState, http: Request) -> Response:
 
 
 async def page(_: ServerState, http: Request) -> Response:
+    """Replies with the chat page."""
     html, policy = http.app.state.page
     return Response(html, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": policy})
 
