@@ -6,9 +6,10 @@ Each is laid out for a page and for a phone, so that text keeps its size. A figu
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from bench.cli import Json
 from bench.report.charts import Axis, Bar, Line, curves, stacked_bars
 from bench.table.claims import TOKENS_PER_PARAMETER
 from engine.format import above_zero, in_words, money, si, times
@@ -20,8 +21,7 @@ _PARTS = (
 _MEMORY = {"params": "blue", "gradients": "rust", "optimizer": "grey", "activations": "amber", "cache": "teal"}
 _CEILING_OF = {"float32": "f32_gflops", "int8": "int8_gflops"}  # other number types have the bfloat16 one
 
-JsonRow = Mapping[str, Any]
-JsonRows = Sequence[JsonRow]
+Rows = Sequence[Json]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +33,12 @@ class Figure:
     chart: Callable[[bool], dict[str, Any]]
 
 
-def figures(rows: JsonRows, ceilings: JsonRow, model: JsonRow) -> list[Figure]:
-    """Returns the figures for which the rows have numbers."""
+def figures(rows: Rows, ceilings: Json, model: Json) -> list[Figure]:
     every = flops_figure(rows), decode_figure(rows, ceilings, model), memory_figure(rows), lifetime_cost_figure(rows, model)
     return list(filter(None, every))
 
 
-def flops_figure(rows: JsonRows) -> Figure | None:
+def flops_figure(rows: Rows) -> Figure | None:
     """Draws the FLOPs per token of each stage in forward passes, stacked: forward, dX, dW, optimizer."""
     bars = []
     for row in rows:
@@ -52,7 +51,7 @@ def flops_figure(rows: JsonRows) -> Figure | None:
     return _stacked("flops", bars, [(colour, name) for _, name, colour in _PARTS], lambda value: f"{value:g}×")
 
 
-def memory_figure(rows: JsonRows) -> Figure | None:
+def memory_figure(rows: Rows) -> Figure | None:
     """Draws the bytes of each stage, stacked by content, with the peak as a mark."""
     bars, colours = [], dict(_MEMORY)
     for row in rows:
@@ -75,12 +74,12 @@ def _stacked(id: str, bars: list[Bar], key: list[tuple[str, str]], tick: Callabl
     return Figure(id, {"longest": longest}, lambda wide: stacked_bars(bars, key, tick, wide))
 
 
-def decode_figure(rows: JsonRows, ceilings: JsonRow, model: JsonRow) -> Figure | None:
+def decode_figure(rows: Rows, ceilings: Json, model: Json) -> Figure | None:
     """Draws the time per token against slots, both logarithmic, above the floors of memory and compute."""
     served = [row for row in decode_rows(rows) if above_zero(row.get("slots")) and above_zero(row.get("seconds_per_token"))]
     if not served:
         return None
-    series: dict[str, list[JsonRow]] = {}
+    series: dict[str, list[Json]] = {}
     for row in served:
         series.setdefault(row.get("series") or "decode", []).append(row)
     lines = []
@@ -119,7 +118,7 @@ def decode_figure(rows: JsonRows, ceilings: JsonRow, model: JsonRow) -> Figure |
     return Figure("decode", {"beaten": beaten, "few": lines[0].points[0], "many": lines[0].points[-1]}, chart)
 
 
-def lifetime_cost_figure(rows: JsonRows, model: JsonRow) -> Figure | None:
+def lifetime_cost_figure(rows: Rows, model: Json) -> Figure | None:
     """Draws dollars against served tokens, both logarithmic: training, paid once, and the ways of serving; rings mark where
     they cost the same."""
     trained = first_training_row(rows) or {}
@@ -144,21 +143,20 @@ def lifetime_cost_figure(rows: JsonRows, model: JsonRow) -> Figure | None:
     return Figure("life", numbers, lambda wide: curves(lines, x_axis, y_axis, wide, rings=[(x, once) for x in meet]))
 
 
-def decode_rows(rows: JsonRows) -> list[JsonRow]:
-    """Returns the rows that decode."""
+def decode_rows(rows: Rows) -> list[Json]:
     return [row for row in rows if row.get("stage") == "decode"]
 
 
-def first_training_row(rows: JsonRows) -> JsonRow | None:
+def first_training_row(rows: Rows) -> Json | None:
     """Returns the first row that computes gradients of weights."""
     return next((row for row in rows if _flops(row, "dw")), None)
 
 
-def _flops(row: JsonRow, counter: str) -> float | None:
+def _flops(row: Json, counter: str) -> float | None:
     return above_zero((row.get("flops_per_token") or {}).get(counter))
 
 
-def _memory_floor(rows: JsonRows, ceilings: JsonRow) -> Callable[[float], float] | None:
+def _memory_floor(rows: Rows, ceilings: Json) -> Callable[[float], float] | None:
     """Returns slots -> seconds of reading: bytes a token = shared / slots + own, from the fewest and the most slots."""
     rate = above_zero(ceilings.get("read_gbs"))
     moved = sorted(
@@ -172,7 +170,7 @@ def _memory_floor(rows: JsonRows, ceilings: JsonRow) -> Callable[[float], float]
     return lambda slots: (shared / slots + own) / (rate * 1e9)
 
 
-def _compute_floor(rows: JsonRows, ceilings: JsonRow, model: JsonRow) -> tuple[float, float] | None:
+def _compute_floor(rows: Rows, ceilings: Json, model: Json) -> tuple[float, float] | None:
     """Returns the seconds of a token's products at the number type's ceiling, and that ceiling in GFLOP/s."""
     rate = above_zero(ceilings.get(_CEILING_OF.get(str(model.get("dtype")), "bf16_gflops")))
     work = [flops for row in rows if (flops := _flops(row, "formula"))]

@@ -9,8 +9,9 @@ from typing import Any
 
 import jinja2
 
+from bench.cli import Json
 from bench.report.charts import svg_number
-from bench.report.figures import Figure, JsonRow, JsonRows, decode_rows, figures, first_training_row, flops_figure
+from bench.report.figures import Figure, Rows, decode_rows, figures, first_training_row, flops_figure
 from bench.table.claims import GENERATED_CHEAPER
 from engine import format
 from engine.errors import UserError
@@ -75,7 +76,7 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.FileSystemLoader(HERE), autoescape=lambda name: not (name or "").endswith(".md.j2"), trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True, finalize=svg_number, undefined=jinja2.ChainableUndefined,
     )  # fmt: skip
-    names = ("number", "si", "in_words", "money", "times", "percent")
+    names = ("finite", "si", "in_words", "money", "times", "percent")
     environment.filters |= {name: getattr(format, name) for name in names} | {"deviation": deviation, "kind": _kind}
     environment.tests["measured"] = lambda value: bool(finite(value))
     return environment
@@ -94,7 +95,7 @@ def deviation(off: float | None) -> str:
     return percent(off, signed=True) if off is None or off < 2 else times(off + 1, 1)
 
 
-def lines_and_notes(rows: JsonRows) -> tuple[list[list[dict[str, Any]]], list[Note]]:
+def lines_and_notes(rows: Rows) -> tuple[list[list[dict[str, Any]]], list[Note]]:
     """Returns the lines of the table, a list for each stage, and their notes in order.
 
     A line has its row; `off`, its time over the predicted one, less 1; and the numbers of its notes, 0 for none.
@@ -102,7 +103,7 @@ def lines_and_notes(rows: JsonRows) -> tuple[list[list[dict[str, Any]]], list[No
     lines: list[dict[str, Any]] = []
     notes: list[Note] = []
 
-    def note(row: JsonRow, of: str, why: Any) -> int:
+    def note(row: Json, of: str, why: Any) -> int:
         notes.extend([(row["name"], of, why)] if why else [])
         return len(notes) if why else 0
 
@@ -116,7 +117,7 @@ def lines_and_notes(rows: JsonRows) -> tuple[list[list[dict[str, Any]]], list[No
     return [list(group) for _, group in itertools.groupby(lines, key=lambda line: line["row"].get("stage"))], notes
 
 
-def columns(rows: JsonRows) -> dict[str, Column]:
+def columns(rows: Rows) -> dict[str, Column]:
     """Returns the number format of each column: its SI prefix and decimals."""
     counted = [row.get("flops_per_token") or {} for row in rows]
     return {
@@ -132,7 +133,7 @@ def columns(rows: JsonRows) -> dict[str, Column]:
     }  # fmt: skip
 
 
-def flops_agreement(rows: JsonRows) -> tuple[int, int]:
+def flops_agreement(rows: Rows) -> tuple[int, int]:
     """Returns how many rows have the same FLOPs by formula and walker, and how many have both."""
     pairs = [[finite((row.get("flops_per_token") or {}).get(counter)) for counter in ("formula", "walker")] for row in rows]
     both = [pair for pair in pairs if None not in pair]

@@ -16,12 +16,10 @@ MASKED = -1e30  # a score that softmax turns into 0; finite, so that a row witho
 
 
 def dot32(left: Array, right: Array) -> Array:  # no partial: that would keep the float32 of the module's import
-    """Multiplies with a float32 result."""
     return jnp.dot(left, right, preferred_element_type=jnp.float32)
 
 
 def einsum32(equation: str, *operands: Array) -> Array:
-    """Contracts with a float32 result."""
     return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
 
 

@@ -8,7 +8,6 @@ from engine.model import backward, layers
 
 
 def on_cpu() -> bool:
-    """Whether JAX computes on a CPU."""
     return jax.default_backend() == "cpu"
 
 

@@ -52,7 +52,6 @@ class StepMetrics(NamedTuple):
 
 
 def init_state(tx: optax.GradientTransformation, trainable: Params) -> TrainState:
-    """Returns the state before the first step."""
     return TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable))
 
 

@@ -41,7 +41,6 @@ QUESTION = "What should I do when I cannot sleep?"
 
 
 def run(flags: FinetuneFlags, device: Device) -> int:
-    """Fine-tunes as the flags say; returns the exit code."""
     seconds = flags.length.max_time or (None if flags.length.steps else SECONDS)
     intervals = dataclasses.asdict(flags.folder)
     folder = intervals.pop("out_dir") or default_folder(Path(flags.model).stem or "model", Path(flags.examples.data).stem)

@@ -38,7 +38,6 @@ MICROBATCH_TOKENS = 1024  # more hold more logits and are no faster
 
 
 def run(flags: ReinforceFlags, device: Device) -> int:
-    """Runs the rounds that the flags ask for; returns the exit code."""
     task = flags.rollout.task.partition(":")[0]
     intervals = dataclasses.asdict(flags.folder)
     folder = intervals.pop("out_dir") or default_folder(Path(flags.model).stem or "model", task)

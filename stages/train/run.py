@@ -33,7 +33,6 @@ LONG_RUN = 60.0  # seconds of training
 
 
 def run(flags: TrainFlags, device: Device) -> int:
-    """Trains as the flags say; returns the exit code."""
     if flags.by_hand:
         device = dataclasses.replace(device, name=f"{device.name}, by NumPy {np.__version__}")
     intervals = dataclasses.asdict(flags.folder) | dataclasses.asdict(flags.monitoring)

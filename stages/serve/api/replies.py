@@ -26,8 +26,6 @@ class CachedTokens(msgspec.Struct):
 
 
 class Usage(msgspec.Struct):
-    """Token counts of a reply."""
-
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int

@@ -135,8 +135,6 @@ class TextFormat(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ChatRequest(CompletionFields, kw_only=True):
-    """POST /v1/chat/completions."""
-
     messages: Messages
     max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
@@ -165,6 +163,4 @@ class TokenizeRequest(ModelRequest, kw_only=True):
 
 
 class DetokenizeRequest(ModelRequest, kw_only=True):
-    """POST /detokenize."""
-
     tokens: TokenIds

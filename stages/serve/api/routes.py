@@ -21,7 +21,6 @@ async def models(state: ServerState, _: Request) -> Response:
 
 
 async def model(state: ServerState, http: Request) -> Response:
-    """Replies with the card of the model named in the path."""
     state.check_model(http.path_params["model"])
     return json_reply(_card(state))
 
@@ -33,7 +32,6 @@ def _card(state: ServerState) -> replies.ModelCard:
 
 
 async def tokenize(state: ServerState, http: Request) -> Response:
-    """Replies with the token ids of a text or a conversation."""
     state.admission.check_open()
     body = await read_body(state, http, TokenizeRequest)
     if (body.prompt is UNSET) == (body.messages is UNSET):
@@ -49,7 +47,6 @@ async def tokenize(state: ServerState, http: Request) -> Response:
 
 
 async def detokenize(state: ServerState, http: Request) -> Response:
-    """Replies with the text of token ids."""
     state.admission.check_open()
     body = await read_body(state, http, DetokenizeRequest)
     if body.tokens and max(body.tokens) >= state.engine.cfg.vocab:
@@ -89,7 +86,6 @@ async def openapi(_: ServerState, http: Request) -> Response:
 
 
 async def page(_: ServerState, http: Request) -> Response:
-    """Replies with the chat page."""
     html, policy = http.app.state.page
     return Response(html, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": policy})
 
