@@ -42,19 +42,19 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(scope="session")
-def cfg() -> Any:
+def cfg():
     """The tiny model, float32."""
     return tiny_config()
 
 
 @pytest.fixture(scope="session")
-def params(cfg: Any) -> Any:
+def params(cfg):
     """The tiny model's weights."""
     return lively_params(cfg)
 
 
 @pytest.fixture
-def count_compiles() -> Any:
+def count_compiles():
     """A list that grows by one for each program JAX compiles or fetches while the test runs."""
     import jax
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from browser import Visit, make_browser
 from line import Line
-from selenium.webdriver import Chrome, Keys
+from selenium.webdriver import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 from tiny_server import TinyServer
 
@@ -17,7 +17,7 @@ LONG = "Tell me everything."
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+def browser(tmp_path_factory):
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not chromium or not driver:
         pytest.skip("needs Chromium and its driver (on Debian: apt-get install chromium chromium-driver)")
@@ -36,13 +36,13 @@ def locked(tiny: TinyServer, key: str) -> Iterator[int]:
 
 
 @pytest.fixture(scope="module")
-def line(tiny_server: TinyServer) -> Iterator[Line]:
+def line(tiny_server):
     with Line(tiny_server.port) as line:
         yield line
 
 
 @pytest.fixture
-def visit(browser: Chrome, line: Line) -> Visit:
+def visit(browser, line):
     browser.get_log("browser")
     return Visit(browser, line)
 

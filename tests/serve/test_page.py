@@ -38,12 +38,12 @@ class Tree(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def html() -> str:
+def html():
     return page()[0].decode()
 
 
 @pytest.fixture(scope="module")
-def tree(html: str) -> Tree:
+def tree(html):
     return Tree(html)
 
 

@@ -4,7 +4,6 @@ import asyncio
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import openai
 import pytest
@@ -14,7 +13,7 @@ TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content":
 
 
 @pytest.fixture
-def ai(tiny_server: TinyServer) -> Iterator[openai.OpenAI]:
+def ai(tiny_server):
     with openai.OpenAI(base_url=f"{tiny_server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
         yield client
 

@@ -49,7 +49,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     """The tiny model in Hugging Face's layout."""
     from engine.storage.huggingface.folder import save_folder
 

@@ -1,7 +1,6 @@
 """The guard: with a key set nothing but /live is open (X3), and no page elsewhere drives the server (X4)."""
 
 import base64
-from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -15,7 +14,7 @@ KEYS = ("first-key", "second-kéy-…")
 
 
 @pytest.fixture(scope="module")
-def locked() -> Iterator[TinyServer]:
+def locked():
     """A server with two keys, whose engine is not even warm: nobody gets that far."""
     with TinyServer(keys=KEYS, warm=False) as server:
         yield server

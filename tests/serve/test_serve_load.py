@@ -6,7 +6,6 @@ import json
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -21,7 +20,7 @@ LONG = 130  # tokens
 
 
 @pytest.fixture
-def slowed(tiny_server: TinyServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], None]]:
+def slowed(tiny_server, monkeypatch):
     """Makes each step of the engine take so many seconds more."""
     step, seconds = tiny_server.slots.step, [0.0]
 

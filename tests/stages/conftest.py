@@ -1,7 +1,6 @@
 """A small text, and a model trained on it once."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 from tiny_runs import tiny, write_text
@@ -10,12 +9,12 @@ from stages.train import __main__ as train
 
 
 @pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text") / "sea.txt")
 
 
 @pytest.fixture(scope="session")
-def trained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(text, tmp_path_factory):
     """The run folder of a finished run. Tests only read it."""
     folder = tmp_path_factory.mktemp("runs") / "sea"
     assert train.main(tiny(text, folder, "--steps", 20, "--tokenizer", "bpe:300", "--context", 64)) == 0
@@ -23,7 +22,7 @@ def trained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def failing(capsys: pytest.CaptureFixture[str]) -> Callable[[Callable[[Sequence[str]], int], Sequence[str]], str]:
+def failing(capsys):
     """Calls a command that must refuse: exit code 2, a sentence, no traceback. Returns what it said."""
 
     def call(main: Callable[[Sequence[str]], int], args: Sequence[str]) -> str:

@@ -25,7 +25,7 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def by_hand(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def by_hand(text, tmp_path_factory):
     """The run folder of a finished run by hand. Tests only read it."""
     folder = tmp_path_factory.mktemp("runs") / "hand"
     assert train.main(tiny(text, folder, "--by-hand", "--steps", STEPS, "--log-every", 1)) == 0

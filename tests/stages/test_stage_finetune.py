@@ -43,13 +43,13 @@ def chat_row(question: str, answer: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def chats(tmp_path_factory):
     """Whatever is asked, the answer is the same."""
     return rows(tmp_path_factory.mktemp("chats") / "chats.jsonl", [chat_row(f"the {word}", "red sails.") for word in WORD])
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pairs(tmp_path_factory):
     items = [{"prompt": f"the {word}", "chosen": "red sails.", "rejected": "a far land."} for word in WORD]
     return rows(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", items)
 
@@ -65,7 +65,7 @@ def result(run: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def adapted(trained: Path, chats: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def adapted(trained, chats, text, tmp_path_factory):
     """A finished LoRA run, and what it printed."""
     folder = tmp_path_factory.mktemp("tuned") / "chats"
     with contextlib.redirect_stdout(io.StringIO()) as printed:

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ LONG = ("--steps", 1_000_000, "--save-every", 5, "--eval-every", 1_000_000)
 
 
 @pytest.fixture
-def started() -> Iterator[list[subprocess.Popen]]:
+def started():
     """Processes put in here do not outlive the test."""
     processes: list[subprocess.Popen] = []
     yield processes

@@ -16,7 +16,7 @@ BPE = train_bpe(DOCUMENTS, 280)
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
+def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("THRICE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
