@@ -48,6 +48,24 @@ def positions_of(*shape: int) -> Any:
     return np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
 
 
+def normal(seed: int, *shape: int, dtype: Any = "float32") -> Any:
+    """Returns random normal numbers (shape), a JAX array."""
+    import jax.numpy as jnp
+
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def equations(jaxpr: Any) -> Any:
+    """Yields the equations of a program, loops and calls included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
+
+
 def sampling_of(rows: int, **fields: Any) -> Any:
     """Returns SamplingArrays of so many rows with these fields, and seeds seed, seed + 1, ..."""
     import jax

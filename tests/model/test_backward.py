@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import B, T
+from tiny import B, T, normal
 
 from engine.model import backward, layers
 from engine.model.weights import matmul as leaves
@@ -17,10 +17,6 @@ F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
 # reference, which is computed in float32 from the same rounded inputs.
 TOLERANCE = {F32: 1e-5, BF16: 2.5e-2}
 DTYPES = pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-
-
-def normal(seed: int, *shape: int, dtype=F32) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
 def assert_alike(ours, reference, arguments, dtype) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import lively_params, tiny_config
+from tiny import lively_params, normal, tiny_config
 
 from engine.errors import UserError
 from engine.model.paths import leaf_paths
@@ -19,10 +19,6 @@ from engine.model.weights.matmul import cast_matrices, lookup, project, project_
 D, F, V = 20, 28, 41
 F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
 BLOCKS = r"blocks/\d+/(qkv|out|gate_up|down)"
-
-
-def normal(seed: int, *shape: int, dtype=F32) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
 def wide(leaf: Int8) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import lively_params, positions_of, tiny_config, tokens_of
+from tiny import lively_params, normal, positions_of, tiny_config, tokens_of
 
 from engine.model.paths import leaf_paths, map_paths, merge, unflatten
 from engine.model.transformer import forward
@@ -20,10 +20,6 @@ F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
 TOLERANCE = {F32: 1e-5, BF16: 5e-2}
 BOTH = ((0, F), (F, 2 * F))
 FEW, MANY = (1, 3), (29, 7)
-
-
-def normal(seed: int, *shape: int, dtype=F32) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
 def adapter(columns=BOTH, rank: int = 3, seed: int = 0) -> LoRA:

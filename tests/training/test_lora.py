@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import positions_of, tiny_config, tokens_of
+from tiny import equations, positions_of, tiny_config, tokens_of
 
 from engine.counting.jaxpr import jaxpr_cost
 from engine.counting.trainable_paths import lora_only
@@ -140,16 +140,11 @@ def test_the_gradient_of_a_step_is_that_of_the_folded_model(params, rows, kind):
 
 def products(jaxpr):
     """(shape of the result, length of the contraction) of every product in a program."""
-    for equation in jaxpr.eqns:
+    for equation in equations(jaxpr):
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
             yield equation.outvars[0].aval.shape, int(np.prod([shape[axis] for axis in contracted]))
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else [value]:
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from products(inner)
 
 
 def gradients_of_whole_matrices(params, adapters, base) -> list:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.interpreters import partial_eval as pe
-from tiny import B, T, lively_params, positions_of, tiny_config, tokens_of
+from tiny import B, T, equations, lively_params, positions_of, tiny_config, tokens_of
 
 from engine.model import cross_entropy
 from engine.model.cross_entropy import token_losses
@@ -79,14 +79,8 @@ def test_in_chunks_bfloat16_logits_are_float32_too():
 
 def array_sizes(jaxpr, dtype=None) -> list[int]:
     """Elements of each array (of a type) that a program makes, loops and calls included."""
-    arrays = [variable.aval for equation in jaxpr.eqns for variable in equation.outvars]
-    sizes = [array.size for array in arrays if dtype in (None, array.dtype)]
-    for equation in jaxpr.eqns:
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else [value]:
-                inner = getattr(inner, "jaxpr", inner)
-                sizes += array_sizes(inner, dtype) if hasattr(inner, "eqns") else []
-    return sizes
+    arrays = [variable.aval for equation in equations(jaxpr) for variable in equation.outvars]
+    return [array.size for array in arrays if dtype in (None, array.dtype)]
 
 
 def test_chunks_never_hold_all_logits(cfg, params):

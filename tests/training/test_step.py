@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import lively_params, positions_of, tiny_config, tokens_of
+from tiny import equations, lively_params, positions_of, tiny_config, tokens_of
 
 from engine.model.paths import first_match, leaf_paths, merge, split
 from engine.model.transformer import init_params
@@ -189,14 +189,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_never_sneaks_in_later(poi
 
 def products(jaxpr) -> int:
     """Matrix products in a program, loops and calls included."""
-    count = 0
-    for equation in jaxpr.eqns:
-        count += equation.primitive.name == "dot_general"
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else [value]:
-                inner = getattr(inner, "jaxpr", inner)
-                count += products(inner) if hasattr(inner, "eqns") else 0
-    return count
+    return sum(equation.primitive.name == "dot_general" for equation in equations(jaxpr))
 
 
 @pytest.mark.parametrize("rules", [["head"], [r"blocks/1/.*", r"blocks/0/qkv"]], ids=["head", "some"])
