@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from engine.errors import UserError
 
 Json = dict[str, Any]  # a JSON object
-PIPED_WIDTH = 140  # of a pipe, which has none: the widest table fits
+PIPED_WIDTH = 140  # of a pipe: the widest table fits
 
 
 class Shape(NamedTuple):
@@ -45,7 +45,7 @@ def run_bench[Flags](
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )  # fmt: skip
         document = measure(options)
-    except SystemExit as leaving:  # tyro has shown the help, or what is wrong with a flag
+    except SystemExit as leaving:  # tyro has printed why
         return int(leaving.code or 0)
     except KeyboardInterrupt:
         print("\nstopped: nothing was kept", file=sys.stderr)

@@ -24,8 +24,8 @@ from engine.training.loss import loss_chunks
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import INT8_COMPILER_OPTIONS, init_state, train_step
 
-MATMUL_SIDE = 2048  # of the square matrices whose product is the ceiling
-MATMULS = 24  # a round, so that the clock and the launch do not count
+MATMUL_SIDE = 2048  # of the square matrices of the ceiling
+MATMULS = 24  # a round, to hide the clock and the launch
 MATMUL_FLOPS = MATMULS * 2 * MATMUL_SIDE**3
 FULL = "everything"  # trains, from float32 weights
 COLUMNS = "trainable|numbers|ms a step|over full|FLOPs|tokens/s|of ceiling|optimizer MB|predicted GB|XLA GB"

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from pydoc_data.topics import topics  # chapters of Python's reference, on every machine
+from pydoc_data.topics import topics  # Python's reference, on every machine
 from typing import Any, Literal, NamedTuple
 
 import jax

@@ -29,7 +29,7 @@ def serve_jobs(needs: list[str], make: Callable[[dict[str, Any]], Run]) -> None:
     for name in needs:
         try:
             versions[name] = str(getattr(importlib.import_module(name), "__version__", "?"))
-        except Exception as error:  # a library may be there, and broken in any way
+        except Exception as error:  # a broken library
             say({"missing": name, "why": _sentence(error)})
             return
     say({"versions": versions})

@@ -1,6 +1,6 @@
 """Runs the server's engine without the server, the peer of `bench.serving`, with the same weights, slots and capacity.
 
-Started by path, it imports ours once the repository is in sys.path and the allocator is set.
+Imports of the repository follow its entry in sys.path and the start of JAX.
 """
 
 import sys
@@ -42,7 +42,7 @@ def make(spec: dict[str, Any]) -> Any:
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])  # the repository, for this script is started by path
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # the repository
     from bench.peers.protocol import serve_jobs
 
     serve_jobs(["jax", "numpy"], make)

@@ -118,7 +118,7 @@ def curves(
     x, y = logarithmic(x_axis.low, x_axis.high, left, right), logarithmic(y_axis.low, y_axis.high, bottom, top)
     place = lambda points: [(x(a), y(b)) for a, b in points]
     ends = place([line.points[-1] for line in lines])
-    if wide:  # words right of each line's end, as near as the others allow, with a thin line that leads there
+    if wide:  # labels right of each line's end, with a thin line that leads there
         heights = separate([y for _, y in ends], 38.0 if 36 in rises else 20.0, top + 4, bottom - 16)
         leaders = [
             [(x + (7 if line.spreads else 1), y), (right + 8, y), (right + 18, at), (right + 24, at)]

@@ -96,7 +96,7 @@ def decode_figure(rows: Rows, ceilings: Json, model: Json) -> Figure | None:
     slots = sorted({float(row["slots"]) for row in served})
 
     def chart(wide: bool) -> dict[str, Any]:
-        low, high = slots[0] / 1.15, slots[-1] * (1.2 if wide else 1.9)  # a phone has no margin for the last dot's figure
+        low, high = slots[0] / 1.15, slots[-1] * (1.2 if wide else 1.9)  # a phone has no margin
         steps = [low * (high / low) ** (index / 32) for index in range(33)]
         level = lambda seconds: ((low, seconds), (high, seconds))
         every = list(lines)

@@ -19,10 +19,10 @@ from engine.files import atomic_file
 from engine.format import Column, column, finite, percent, times
 
 Document = Mapping[str, Any]
-Note = tuple[str, str, str]  # the row's name, what of it is off, and why
+Note = tuple[str, str, str]  # row, what is off, why
 HERE = Path(__file__).parent
-DEVIATION = 0.15  # of a measured time from the predicted one, beyond which it is explained
-KINDS = {"true": "holds", "false": "fails", "open": "open"}  # by a verdict's first word; any other is "partly"
+DEVIATION = 0.15  # of measured from predicted time, above which it is explained
+KINDS = {"true": "holds", "false": "fails", "open": "open"}  # by a verdict's first word; else "partly"
 
 
 def write_report(folder: Path, document: Document) -> Path:

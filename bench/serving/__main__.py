@@ -33,7 +33,7 @@ class ServingFlags:
     """Fewer rounds and repetitions: rare cases show less."""
 
 
-READY_SECONDS = 8.0  # to be ready in, for a server that has been started before
+READY_SECONDS = 8.0  # to be ready in, programs cached
 
 
 def measure_serving(flags: ServingFlags) -> Json:
@@ -46,7 +46,7 @@ def measure_serving(flags: ServingFlags) -> Json:
 
 
 async def _measure(flags: ServingFlags, server_flags: list[str]) -> Json:
-    from bench.serving import measure  # JAX comes with it, and help is quick without
+    from bench.serving import measure  # imports JAX: --help needs none
     from bench.serving.server import Server
     from engine.device import device_name
 

@@ -93,7 +93,7 @@ class Client:
             self._idle.pop()[1].close()
 
     async def exchange(self, response: Response, protocol: h11.Connection, data: bytes, timeout: float) -> Response:
-        """Sends the bytes of a request; returns the response with what has come and, if it is not whole, why."""
+        """Sends the bytes of a request; returns the response, with `error` unless it is whole."""
         try:
             async with asyncio.timeout(timeout):
                 await self._receive(response, protocol, data)
@@ -108,7 +108,7 @@ class Client:
         try:
             writer.write(data)
             received = await reader.read(READ_BYTES)
-            if idle and not received:  # the server had closed it, and never saw the request
+            if idle and not received:  # the server had closed it
                 reader, writer = await connect(self.port)
                 writer.write(data)
                 received = await reader.read(READ_BYTES)

@@ -33,7 +33,7 @@ from engine.model.config import ModelConfig
 from engine.model.transformer import Params, forward, hidden_states
 
 Call = tuple[Any, tuple[Any, ...]]  # a program and its arguments
-COMPILED_AT_ONCE = 2  # tracing holds Python's lock, compiling does not
+COMPILED_AT_ONCE = 2  # tracing holds Python's lock
 
 clear_slot = jax.jit(segmented.clear_slot, donate_argnames="segments")
 copy_slot = jax.jit(segmented.copy_slot, donate_argnames="segments")

@@ -15,7 +15,7 @@ from jax import Array
 from engine.inference.sampling_params import SamplingParams
 from engine.model.config import ModelConfig
 
-CANDIDATES = 256  # the largest logits, among which the threshold is searched first
+CANDIDATES = 256  # largest logits, searched first
 BLOCK = 128  # tokens whose weights are summed first
 IN_PROMPT = 1 << 20  # a prompt token's count in `TokenCounts.counts`, above any count in the output
 DTYPES = {"top_k": np.int32, "seed": np.uint32, "adjusts_logits": np.bool_}  # of columns, else float32

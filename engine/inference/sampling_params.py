@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from engine.errors import InvalidField
 
-MAX_LOGPROBS = 20  # the most probable tokens whose log-probabilities a request may ask for
+MAX_LOGPROBS = 20  # alternatives a token, at most
 SEEDS = 2**32
 
 

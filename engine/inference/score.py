@@ -8,7 +8,7 @@ from engine.model.cross_entropy import cross_entropy
 from engine.model.transformer import Params
 from engine.text.batch import Batch
 
-LOGITS_LIMIT = 64 * 2**20  # bytes of float32 logits beyond which they are made a few rows at a time
+LOGITS_LIMIT = 64 * 2**20  # bytes of float32 logits made at once
 
 
 @jax.jit(static_argnames="cfg")

@@ -31,8 +31,8 @@ from engine.model.cache.segmented import KVDtype, KVSegments, make_kv_segments
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
 
-CHUNK, TAIL = 128, 32  # prompt tokens a call: whole chunks, and a shorter program for a short rest
-HITS_AT_ONCE = 16  # the most chunks that a step copies from the prefix cache before it computes one
+CHUNK, TAIL = 128, 32  # prompt tokens a call: of a whole chunk, and of a short rest
+HITS_AT_ONCE = 16  # chunks a step copies from the prefix cache at most
 IDLE = SamplingParams(temperature=0.0)  # of rows not in use: greedy costs no sampling
 MIN_SLOTS = 2  # a product with a single row takes a slower path on a CPU
 

@@ -119,7 +119,7 @@ def _write_python(library: Path, into: Path, report: OnProgress) -> None:
     names = [name for name in files if left_out.isdisjoint(name.parts)]
     documents = {}
     for done, name in enumerate(names, 1):
-        with contextlib.suppress(OSError, UnicodeDecodeError):  # some modules are in another encoding on purpose
+        with contextlib.suppress(OSError, UnicodeDecodeError):  # some modules are not UTF-8
             documents[name.as_posix()] = (library / name).read_bytes().decode()
         if report:
             report(done, len(names))
@@ -169,7 +169,7 @@ def _fetch_wheel(name: str, scratch: Path, report: OnProgress) -> Path:
                 if report:
                     arrived = 0
                     for file in scratch.rglob("*"):
-                        with contextlib.suppress(OSError):  # the other program renames and removes files meanwhile
+                        with contextlib.suppress(OSError):  # another program may remove files meanwhile
                             arrived += file.stat().st_size if file.is_file() else 0
                     report(min(arrived, wheel.size), wheel.size)
         except BaseException:

@@ -133,7 +133,7 @@ def read_params(model: StoredModel, dtype: str, report: OnProgress = None) -> di
                     values = model.rows(part.name, start, stop).astype(value.dtype, copy=False)
                 if not np.isfinite(values).all():
                     raise UserError(f"The tensor {part.name!r} holds weights that are not finite numbers: it is damaged.")
-                view[at + start : at + stop] = values  # after the cast: what is transposed is then half as wide
+                view[at + start : at + stop] = values  # after the cast, which halves it
             at += part.shape[0]
         params[leaf.path] = jax.device_put(value)
         done += value.size

@@ -62,7 +62,7 @@ def read_limited(path: Path, limit: int) -> bytes:
         if size > limit:
             raise UserError(f"{path} has {size:,} bytes; {limit:,} are the most that is read of such a file.")
         with path.open("rb") as file:
-            return file.read(size)  # and not limit: that much would be allocated at once
+            return file.read(size)  # `limit` would be allocated at once
     except FileNotFoundError:
         raise UserError(f"There is no {path}.") from None
 

@@ -27,7 +27,7 @@ class Example(NamedTuple):
     """A training example: its tokens and its loss mask."""
 
     tokens: np.ndarray  # (T,) int32
-    mask: np.ndarray  # (T,) bool: True for the tokens of the loss, which the model is to say
+    mask: np.ndarray  # (T,) bool: True for the tokens of the loss
     where: str  # file:line
 
 
@@ -216,7 +216,7 @@ def choose_template(tokenizer: Tokenizer, source: str | None = None) -> tuple[st
     if source is not None:
         return source, "the template given"
     own = tokenizer.config.get("chat_template")
-    if isinstance(own, list):  # several by name, as Hugging Face's files may have them
+    if isinstance(own, list):  # several by name
         own = {entry.get("name"): entry.get("template") for entry in own if isinstance(entry, dict)}.get("default")
     if isinstance(own, str) and own:
         return own, "the model's own template"

@@ -95,7 +95,7 @@ def _read(path: Path, kind: str, first: str) -> Iterator[Record]:
 
 
 def _kind(row: dict[str, Any], where: str) -> str:
-    for fits in (all, any):  # a row that has some of a kind's names lacks the others
+    for fits in (all, any):  # the second: names are missing
         for kind, names in KINDS.items():
             if fits(name in row for name in names):
                 return kind

@@ -79,7 +79,7 @@ def pack_rows(examples: Sequence[Example], seq: int, pack: bool) -> list[list[in
         return [[index] for index in range(len(examples))]
     rows: list[list[int]] = []
     with_room: dict[int, list[int]] = {}  # places left -> rows
-    room_bits = 0  # bit r is set where with_room[r] is not empty: the best fit is the lowest bit from `size` up
+    room_bits = 0  # bit r: with_room[r] is not empty; best fit: the lowest bit from `size` up
     for index in sorted(range(len(examples)), key=lambda index: -sizes[index]):
         fitting = room_bits >> sizes[index]
         if fitting:

@@ -17,10 +17,10 @@ from engine.errors import UserError
 
 WORKER = Path(__file__).with_name("template_worker.py")
 START_SECONDS = 60.0  # for a process to start and import, on a busy machine
-REPLY_SECONDS = 5.0  # waiting; 0.7 of computing are allowed, which the kernel counts (see `template_worker.py`)
+REPLY_SECONDS = 5.0  # waiting; `template_worker.py` limits the computing
 BATCH = 32  # renderings in one request
 MAX_REPLY_BYTES = 8_000_000  # a rendering's reply, everything escaped
-FIXED_DAY = "2026-01-01T00:00:00"  # that templates print, so that the same data make the same tokens tomorrow
+FIXED_DAY = "2026-01-01T00:00:00"  # that templates print: the same tokens every day
 
 Message = Mapping[str, str]  # role: system, user, assistant or tool; content: text
 

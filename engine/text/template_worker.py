@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 MAX_MEMORY_BYTES = 512 * 2**20  # address space, Python's own included
-MAX_SECONDS = 0.7  # of processor time an answer may take; the kernel ends the process after that
+MAX_SECONDS = 0.7  # of processor time an answer, a limit that the kernel keeps
 MAX_OUTPUT_BYTES = 1_000_000  # of UTF-8 a conversation may become
 
 # What the audit hook refuses once the template is compiled. Rendering needs none of it.
@@ -39,7 +39,7 @@ def limit_resources() -> None:
     for name, value in (("RLIMIT_AS", MAX_MEMORY_BYTES), ("RLIMIT_FSIZE", 0), ("RLIMIT_CORE", 0)):
         try:
             resource.setrlimit(getattr(resource, name), (value, value))
-        except (ValueError, OSError, AttributeError):  # a system without this limit has the others
+        except (ValueError, OSError, AttributeError):  # a system without this limit
             continue
 
 

@@ -45,7 +45,7 @@ def open_token_file(documents: Iterable[str], tokenizer: Tokenizer, report: OnPr
     try:
         with atomic_folder(folder) as building:
             _write(building, documents, tokenizer, size, report)
-    except OSError as error:  # several processes of one run may build the same file: the second uses the first one's
+    except OSError as error:  # another process built the same file first
         failure = error
     if written := _open(folder):
         return written

@@ -35,9 +35,9 @@ SPLIT = (
 # and Qwen, contains such a pair, so a text cut there keeps its tokens.
 WORD_END = re.compile(r"[^\W_](?=\s)|[A-Za-z](?=\d)")
 
-PIECE = 16_384  # characters encoded at a time: small pieces keep the library's records in cache
-TOGETHER = 64  # pieces handed over in one call, which it spreads over the cores
-LOOKAHEAD = 256  # more than the pattern can look at from the start of a token
+PIECE = 16_384  # characters encoded at a time: stays in the CPU's cache
+TOGETHER = 64  # pieces a call, spread over the cores
+LOOKAHEAD = 256  # more than the pattern looks ahead
 
 # The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table).
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -161,7 +161,7 @@ class Tokenizer:
         if self._inner.pre_tokenizer is None:
             return None
         spans = self._inner.pre_tokenizer.pre_tokenize_str(text[start:stop])
-        limit = stop - start - LOOKAHEAD  # beyond it a token may change once the text goes on
+        limit = stop - start - LOOKAHEAD  # beyond it a token may still change
         ends = [end for _, (_, end) in spans if 0 < end <= limit]
         return start + ends[-1] if ends else None
 
@@ -193,7 +193,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     try:
         inner = tokenizers.Tokenizer.from_str(source.read_bytes().decode("utf-8"))
         decoder = _steps(json.loads(inner.to_str())["decoder"])
-    except Exception as error:  # the library raises bare Exception for whatever it cannot read
+    except Exception as error:  # the library raises bare Exception
         raise UserError(f"{source} is damaged or not a tokenizer: {error}.") from error
     if not {"ByteLevel", "ByteFallback"} & {step["type"] for step in decoder}:
         names = ", ".join(step["type"] for step in decoder) or "nothing"

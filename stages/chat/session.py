@@ -15,7 +15,7 @@ from engine.text.chat_tokenizer import ChatTokenizer
 from stages.cli.flags import SamplingFlags, in_range
 
 SETTINGS = tuple(field.name for field in dataclasses.fields(SamplingFlags))  # that can be changed between turns
-MIN_CAPACITY = 512  # of a KV cache; each larger one doubles it, so that few programs are compiled
+MIN_CAPACITY = 512  # of a KV cache; doubled as needed: few programs
 
 
 def with_setting(sampling: SamplingParams, name: str, text: str) -> SamplingParams:
@@ -92,7 +92,7 @@ class ChatSession:
         for _, tokens, finish_reason, *_ in self._generate(prompt, sampling):
             turn.first_token_seconds = turn.first_token_seconds or time.perf_counter() - begin
             text = completion.push(tokens) + (completion.close() if finish_reason else "")
-            text = text if turn.completion else text.lstrip()  # after templates that end with a name a space comes first
+            text = text if turn.completion else text.lstrip()  # a space follows the name that ends a plain template
             turn.completion += text
             yield text
             turn.finish_reason = finish_reason or ("interrupted" if is_stopped() else "")

@@ -24,7 +24,7 @@ from stages.cli.console import Console, ReportProgress
 from stages.evaluate.flags import EvaluateFlags
 from stages.runs import conversation_data, text_data, validation
 
-WINDOW = 1024  # tokens by default: more context tells little more and takes much longer
+WINDOW = 1024  # tokens by default: more tell little and take much longer
 Rows = list[tuple[str, str]]  # to print
 
 

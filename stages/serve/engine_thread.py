@@ -15,7 +15,7 @@ from engine.inference.request import Event, Request
 from engine.inference.slots import Slots
 from stages.cli.compile_counter import CompileCounter
 
-IDLE_SECONDS = 0.25  # between ticks without work, which show that the thread is alive
+IDLE_SECONDS = 0.25  # between ticks without work: signs of life
 Listener = Callable[[Event], None]
 
 
@@ -129,5 +129,5 @@ class EngineThread:
             self._post(call_listeners)
 
     def _post(self, function: Callable[..., None], *arguments: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(function, *arguments)

@@ -8,7 +8,7 @@ from prometheus_client.registry import Collector
 
 from stages.serve.engine_thread import EngineThread
 
-prometheus.disable_created_metrics()  # no series for the time at which each began
+prometheus.disable_created_metrics()  # no series of creation times
 
 # Upper bounds of the histograms' buckets, as in vLLM: seconds, and tokens.
 TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)

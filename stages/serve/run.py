@@ -69,7 +69,7 @@ def run(flags: ServeFlags) -> int:
         app = make_app(state, keys, hosts, origins, importlib.metadata.version("thrice"))
         try:
             return asyncio.run(serve(state, app, sock, console, ahead, _ready(flags.host, port, len(keys))))
-        except signals.Stopped as stopped:  # while compiling, which only the end of the process ends
+        except signals.Stopped as stopped:  # while compiling, which cannot be stopped
             code = signals.report_stop(stopped)
             console.close_live()
             os._exit(code)

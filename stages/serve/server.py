@@ -16,7 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from engine.errors import UserError
 from stages.serve.errors import ApiError
 
-HEAD_SECONDS = 20.0  # for a request's first line and headers, from the connection or the first byte
+HEAD_SECONDS = 20.0  # for a request line and headers
 BACKLOG = 1024
 
 

@@ -30,7 +30,7 @@ from stages.serve.errors import ApiError
 from stages.serve.metrics import Metrics
 from stages.serve.tokenizer_pool import TokenizerPool
 
-STUCK_SECONDS = 4.0  # without a tick after which the engine counts as stuck; 503 is promised within 5
+STUCK_SECONDS = 4.0  # without a tick until the engine is stuck; 503 is promised within 5
 Status = Literal["ok", "warming", "stuck", "failed", "draining"]
 
 
@@ -103,7 +103,7 @@ def load_state(
         console.warn_damaged(model.damaged, model.checkpoint)
         now = datetime.datetime.now().isoformat(timespec="seconds")
         make_chat = lambda: ChatTokenizer(model.tokenizer, source, now)
-        with ThreadPoolExecutor(1) as beside:  # the template's process starts while weights are laid out
+        with ThreadPoolExecutor(1) as beside:  # while the weights are laid out
             making = beside.submit(make_chat)
             try:
                 slots = _make_slots(model, adapter, engine_config)

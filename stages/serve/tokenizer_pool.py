@@ -16,7 +16,7 @@ from stages.serve.errors import ApiError
 
 SHORT_CHARACTERS = 16_384  # more go to the worker for long texts
 MAX_WAITING = 64  # texts for each worker
-COUNT_FIRST_CHARACTERS = 4_000_000  # to render, above which the tokens of the text alone are counted first
+COUNT_FIRST_CHARACTERS = 4_000_000  # above which tokens are counted before rendering
 
 
 class _Worker:
@@ -79,7 +79,7 @@ class TokenizerPool:
         worker = self._worker(size)
 
         def encode() -> list[int]:
-            if size > COUNT_FIRST_CHARACTERS:  # refuse a text that is too long before the template renders it many times
+            if size > COUNT_FIRST_CHARACTERS:  # refuse a long text before rendering it
                 count = sum(len(self.tokenizer.encode(message["content"])) for message in messages)
                 if count >= self._capacity:
                     raise context_overflow(count, None, self._capacity, "messages")

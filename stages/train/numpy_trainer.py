@@ -1,4 +1,4 @@
-"""Trains from random weights in NumPy, by the backward pass written out in engine/by_hand.
+"""Trains from random weights in NumPy, by engine/by_hand.
 
 The rest is as in any run: JAX makes the first weights and the schedule, and at the end scores the validation text.
 """

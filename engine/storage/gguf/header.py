@@ -16,7 +16,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from engine.errors import UserError
 from engine.storage.untrusted import check_adjacent, quote, read_at, read_exactly, truncation_error
 
-MAX_KEYS, MAX_TENSORS, MAX_NAME_BYTES = 4096, 16384, 1024  # more than any model has: keys, tensors, bytes of a name
+MAX_KEYS, MAX_TENSORS, MAX_NAME_BYTES = 4096, 16384, 1024  # more than any model has
 MAX_STRING_BYTES = 2049  # bytes of a text in an array: a token, or a merge of two
 MAX_TEXT = 16 * 2**20  # bytes of text outside of arrays, in all keys together
 UINT32, STRING, ARRAY, UINT64 = 4, 8, 9, 10

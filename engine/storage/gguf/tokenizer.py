@@ -18,7 +18,7 @@ SPECIAL_TOKENS = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token"
 SPACE = "▁"  # stands for a space in a sentencepiece vocabulary
 LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 PRE_TOKENIZERS = ("gpt-2", "smollm", *LLAMA3, "qwen2")  # llama.cpp's names
-FALLBACK_PRE_TOKENIZER = "llama-bpe"  # written where llama.cpp has no name for the true one
+FALLBACK_PRE_TOKENIZER = "llama-bpe"  # where llama.cpp has no name for it
 
 
 def set_pre_tokenizer(tokenizer: tokenizers.Tokenizer, name: str) -> None:
@@ -27,7 +27,7 @@ def set_pre_tokenizer(tokenizer: tokenizers.Tokenizer, name: str) -> None:
     tokenizer.pre_tokenizer = gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if name == "smollm":
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
-    elif name != "gpt-2":  # Llama 3 and Qwen 2 differ only in how many digits may stand together
+    elif name != "gpt-2":  # Llama 3 and Qwen 2 differ in groups of digits
         pattern = (
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
             rf"|\p{{N}}{'' if name == 'qwen2' else '{1,3}'}"

@@ -17,7 +17,7 @@ from engine.storage.tensor_layout import DTYPE_NAMES, StoredModel, check_tensors
 from engine.storage.untrusted import build_tokenizer, quote, read_json_object, read_text
 from engine.text import OnProgress
 
-MAX_TOKENIZER_BYTES = 64 * 2**20  # the largest of these families has 17 million
+MAX_TOKENIZER_BYTES = 64 * 2**20  # the largest has 17 million
 TENSOR_NAMES = tensor_names("model.layers.{}.", {
     "embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head", "attn_norm": "input_layernorm",
     "mlp_norm": "post_attention_layernorm", "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",

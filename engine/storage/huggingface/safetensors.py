@@ -27,7 +27,7 @@ from engine.storage.untrusted import (
     truncation_error,
 )
 
-MAX_HEADER = 2 * 2**20  # bytes: ten thousand tensors, and 40 MB once parsed
+MAX_HEADER = 2 * 2**20  # bytes: ten thousand tensors
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
 }  # fmt: skip

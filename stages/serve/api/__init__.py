@@ -15,7 +15,7 @@ The path of one chat request, from the socket to the compiled program and back:
 11. completions.ChatWriter       Piece -> ChatReply, or ChatChunk (by generation.Writer)
 12. generation.send_events       ChatChunk -> bytes (or errors.json_reply, ChatReply -> bytes)
 
-Eight values follow one another: ChatRequest -> Request -> Sequence -> Decode -> SampledTokens -> Event -> Piece -> ChatReply or
-ChatChunk (Request holds SamplingParams, Decode its DecodeRows). Beside them four objects hold state: Generation and, for each
-choice, Choice with CompletionText; ChatWriter.
+Eight values follow one another: ChatRequest -> Request (with SamplingParams) -> Sequence -> Decode (of DecodeRows) ->
+SampledTokens -> Event -> Piece -> ChatReply or ChatChunk. State is in four: Generation, Choice,
+CompletionText, ChatWriter.
 """

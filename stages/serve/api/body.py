@@ -16,13 +16,13 @@ from stages.serve.state import ServerState
 MAX_BYTES = 4 * 2**20
 INLINE_BYTES = 65_536  # more are decoded in a thread
 BODY_SECONDS = 20.0  # for a body to come
-MAX_SEARCH_BYTES = 2**20  # in a longer body the field that is no JSON is not searched for
+MAX_SEARCH_BYTES = 2**20  # of a body in which the field that is no JSON is searched for
 
 
 async def read_body[T: ModelRequest](state: ServerState, http: Request, kind: type[T]) -> T:
     """Returns the JSON body as `kind`. Raises ApiError, which names the field at fault, and ClientGone."""
     _check_headers(http)
-    content = bytearray()  # counted as it comes, for Content-Length is only a promise
+    content = bytearray()  # counted: Content-Length is only a promise
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for part in http.stream():

@@ -130,7 +130,7 @@ class CompletionWriter(Writer):
             return None
         offsets, logprobs = [], piece.logprobs
         for each in logprobs:
-            offsets.append(self._offsets[piece.choice])  # a part of a character is where the character will be
+            offsets.append(self._offsets[piece.choice])  # part of a character: its offset
             self._offsets[piece.choice] += len(self._streams[piece.choice].push(each.token))
         name = lambda token: token_text(self.tokenizer, token)[0]
         top = [{name(token): nats for token, nats in each.top} for each in logprobs] if self._top_logprobs else None

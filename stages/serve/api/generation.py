@@ -24,7 +24,7 @@ from stages.serve.errors import ApiError, ClientGone, internal_error, json_reply
 from stages.serve.state import ServerState
 from stages.serve.tokenizer_pool import context_overflow
 
-KEEP_ALIVE_SECONDS = 10.0  # without news before a comment is sent, so that no proxy takes the connection for dead
+KEEP_ALIVE_SECONDS = 10.0  # of silence before a comment is sent: proxies close idle connections
 SEND_SECONDS = 60.0  # for a client to read what it was sent
 
 STREAM_HEADERS = [
