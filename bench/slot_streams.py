@@ -88,8 +88,8 @@ def _our_run(
     slots.warm()
 
     def run() -> StreamResult:
-        # The first streams decode while later prompts are prefilled, and then go on past `new`, so that decoding is timed
-        # with all streams at work from the first step to the last, as the peer's is.
+        # The first streams decode while later prompts are prefilled, and go on past `new`: decoding is timed with all
+        # streams at work, as the peer's is.
         sampling = SamplingParams(max_tokens=CAPACITY - max(map(len, prompts)), temperature=0.0)
         output: dict[int, list[int]] = {slots.submit(Request(tuple(prompt), sampling)): [] for prompt in prompts}
         count = lambda: sum(map(len, output.values()))

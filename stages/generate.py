@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from engine.inference.stop_strings import CompletionText
 
 SAMPLING = SamplingFlags(max_tokens=200, temperature=0.8)
-CAPACITY_MULTIPLE = 256  # tokens of which a KV cache's capacity is a multiple
+CAPACITY_MULTIPLE = 256  # of a KV cache's capacity, in tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ def generate(flags: GenerateFlags) -> None:
         if finish_reason == "length" and length < sampling.max_tokens and len(prompt) + length >= model.cfg.context:
             cut = f"; the context of {model.cfg.context} tokens is full"
         if settled == begin and total > flags.count:
-            # Prefill, the first sampling and a dispatch of decoding have each run once: from here on nothing may compile.
+            # Prefill, sampling and decoding have each run once: from here on nothing may compile.
             settled, early = last, total
             compiles.reset()
     speed = f"{(total - early) / (last - settled):,.0f} tokens/s, " if last > settled else ""

@@ -165,7 +165,7 @@ class Slots:
         zeros = lambda x: jax.device_put(np.zeros(x.shape, x.dtype), jax.devices()[0])
         real = lambda x: zeros(x) if isinstance(x, jax.ShapeDtypeStruct) else x
         results = program(*(state.get(type(value)) or jax.tree.map(real, value) for value in arguments))
-        # Only tuples are looked into: iterating over a JAX array would compile a program.
+        # Only tuples: iterating over a JAX array would compile a program.
         for result in results if type(results) is tuple else (results,):
             if isinstance(result, KVSegments):
                 self._segments = result

@@ -196,7 +196,7 @@ def _check_leaves(part: str, tree: Any) -> Any:
             raise TypeError(f"save: {name} is {leaf.dtype}, of which JAX would keep 32 bits when it is loaded.")
         if leaf.size == 0:
             raise ValueError(f"save: {name} has shape {leaf.shape}; Orbax cannot save an array without elements.")
-        # Orbax joins names with dots, and would overwrite the first of two equal ones in silence.
+        # Orbax joins names with dots, and overwrites equal ones in silence.
         if (other := names.setdefault(".".join(path), name)) != name:
             raise ValueError(f"save: {other} and {name} would have one name on disk.")
     return jax.tree.map(lambda leaf: np.asarray(leaf) if isinstance(leaf, np.generic) else leaf, tree)
@@ -214,7 +214,7 @@ def _run_orbax[T](work: Callable[[ModuleType], T]) -> T:
 
         context = ocp.Context()
         context.array.saving.use_compression = False  # weights do not compress: zstd doubles the time and saves 8%
-        # Else a folder that cannot be made is only noticed by a timeout, after twenty minutes.
+        # Else a folder that cannot be made is noticed after twenty minutes.
         context.asynchronous.create_directories_asynchronously = False
         context.memory.deepcopy_host_arrays = False  # nobody changes an array while we wait
         logger = logging.getLogger("absl")

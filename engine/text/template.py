@@ -85,7 +85,7 @@ class TemplateProcess(subprocess.Popen[bytes]):
     """A template's process, and the two pipes to it. Raises UserError when the template cannot be compiled."""
 
     def __init__(self, start: Mapping[str, Any]) -> None:
-        # -I -S: nothing of the user's environment or start-up files runs there. Its own session: Ctrl-C is not for it.
+        # -I -S: none of the user's environment or start-up files. Its own session: Ctrl-C is not for it.
         pipe, command = subprocess.PIPE, [sys.executable, "-I", "-S", "-B", str(WORKER)]
         super().__init__(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True, env={})
         self.unread = bytearray()

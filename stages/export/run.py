@@ -42,7 +42,7 @@ CHECK_TEXTS = (
     "The quick brown fox jumps over the lazy dog.", "  two spaces\tand a tab\n\n\nand lines", "In 1969, 12345 people; 3.14159!",
     "naïve café, 日本語, Ελληνικά, 🙂", "def f(x):\n    return x ** 2  # <|endoftext|> <|im_end|> is text", "don't I'LL we've",
 )  # fmt: skip
-TOLERANCE = 1e-3  # of the largest logit: what the order of float32 sums may change
+TOLERANCE = 1e-3  # of the largest logit: the order of float32 sums
 Comparison = tuple[list[tuple[str, str]], list[str]]  # rows to print, and what differs
 
 

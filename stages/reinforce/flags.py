@@ -53,7 +53,7 @@ class DurationFlags:
 @with_help(out_dir=default("runs/MODEL-TASK"), save_every=default("60s", "Rounds or time between checkpoints."))
 @dataclasses.dataclass(frozen=True)
 class ReinforceFolderFlags(FolderFlags):
-    pass
+    """The run folder, and how often it is written."""
 
 
 @with_help(seed=default("0", "Of the adapter's first weights, of the order of the prompts, and of sampling."))

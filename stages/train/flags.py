@@ -79,7 +79,7 @@ class MonitoringFlags:
 @with_help(out_dir=default("runs/PRESET-TEXT"))
 @dataclasses.dataclass(frozen=True)
 class TrainFolderFlags(FolderFlags):
-    pass
+    """The run folder, and how often it is written."""
 
 
 @with_help(seed=default("0", "Of the first weights and of the order of the text."))
