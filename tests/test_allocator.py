@@ -1,4 +1,4 @@
-"""What the allocator is asked for, seen from the kernel's side. In a process of its own: it changes the whole process."""
+"""The allocator's heaps, as the kernel shows them. In a process of its own: it changes the whole process."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What is measured is the model that was named, wherever it lies."""
+"""bench measures the model that was named, wherever it lies."""
 
 import json
 import shutil

@@ -30,7 +30,7 @@ def array_bytes(residuals: Any) -> int:
     return sum({id(owner): owner.nbytes for owner in owners}.values())
 
 
-def weighed(cfg: Any, function: Callable) -> tuple[Any, int, int]:
+def traced_bytes(cfg: Any, function: Callable) -> tuple[Any, int, int]:
     """Returns a function's result of (cfg, params, tokens), the bytes it leaves, and its peak."""
     params, tokens = weights(cfg), tokens_of(0, B, T)
     function(cfg, params, tokens)  # whatever is made once is made
@@ -42,26 +42,26 @@ def weighed(cfg: Any, function: Callable) -> tuple[Any, int, int]:
     return result, held, most
 
 
-def assert_keeps_nothing(function: Callable, options: dict) -> None:
+def assert_saves_nothing(function: Callable, options: dict) -> None:
     """All that is left is the logits, and eight blocks take no more than two."""
     peaks = []
     for layers in (2, 8):
-        logits, held, most = weighed(tiny_config(layers=layers, **options), function)
+        logits, held, most = traced_bytes(tiny_config(layers=layers, **options), function)
         assert held <= logits.nbytes + NOISE
         peaks.append(most)
     assert peaks[1] <= peaks[0] + NOISE
 
 
 @OPTIONS
-def test_forward_alone_keeps_nothing(options):
-    assert_keeps_nothing(model.forward, options)
+def test_forward_alone_saves_nothing(options):
+    assert_saves_nothing(model.forward, options)
 
 
 @OPTIONS
 def test_forward_alone_allocates_for_no_backward(options):
     """The peak holds one block's scores, once, and their operands: less than a block's residuals."""
     cfg = tiny_config(layers=8, **options)
-    _, _, most = weighed(cfg, model.forward)
+    _, _, most = traced_bytes(cfg, model.forward)
     _, residuals = model.forward_with_residuals(cfg, weights(cfg), tokens_of(0, B, T))
     scores = 8 * B * cfg.heads * T * T
     stream, heads = 8 * B * T * cfg.width, 8 * B * T * cfg.qkv_width
@@ -69,16 +69,16 @@ def test_forward_alone_allocates_for_no_backward(options):
     assert most < array_bytes(residuals.blocks[0]) <= array_bytes(residuals) / 8
 
 
-def test_the_check_sees_a_forward_that_keeps():
+def test_the_check_sees_a_forward_with_residuals():
     with pytest.raises(AssertionError):
-        assert_keeps_nothing(lambda *args: model.forward_with_residuals(*args)[0], {})
+        assert_saves_nothing(lambda *args: model.forward_with_residuals(*args)[0], {})
 
 
 @OPTIONS
-def test_what_training_keeps_grows_with_every_block(options):
+def test_residuals_grow_with_every_block(options):
     held = {}
     for layers in (2, 5):
-        (logits, residuals), held[layers], _ = weighed(tiny_config(layers=layers, **options), model.forward_with_residuals)
+        (logits, residuals), held[layers], _ = traced_bytes(tiny_config(layers=layers, **options), model.forward_with_residuals)
         assert abs(held[layers] - logits.nbytes - array_bytes(residuals)) < NOISE
     block = array_bytes(residuals.blocks[1])
     assert block > 8 * B * T * 6 * T, "the attention weights alone"
@@ -86,14 +86,14 @@ def test_what_training_keeps_grows_with_every_block(options):
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_what_is_kept_is_what_the_formula_says(name):
+def test_residuals_are_what_the_formula_says(name):
     cfg = FAMILY[name]
     _, residuals = model.forward_with_residuals(cfg, weights(cfg), tokens_of(0, B, T))
     assert array_bytes((residuals.blocks, residuals.x, residuals.h)) == 8 * model.residual_count(cfg, B, T)
 
 
-def test_everything_that_is_kept_is_needed():
-    """Backward goes wrong, or stops, without any one of the kept arrays: nothing is kept for nothing."""
+def test_every_residual_is_needed():
+    """Backward goes wrong, or stops, without any one of the saved arrays."""
     cfg = tiny_config()
     params, tokens = weights(cfg), tokens_of(0, B, T)
     _, residuals = model.forward_with_residuals(cfg, params, tokens)

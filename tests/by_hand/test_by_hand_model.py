@@ -25,7 +25,7 @@ BY_NAME = pytest.mark.parametrize("name", FAMILY)
 
 @functools.partial(jax.jit, static_argnums=0)
 def engine(cfg, params, batch):
-    """What the engine makes of a batch: logits, loss, gradient."""
+    """Returns the engine's logits, loss and gradient of a batch."""
     logits, _ = forward(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
     return logits, *loss_and_gradient(cfg, params, {}, batch)
 
@@ -91,7 +91,7 @@ def test_gradient_is_the_slope_of_the_loss(name, seed):
 
 
 @BY_NAME
-def test_forward_alone_is_forward_that_keeps(name):
+def test_forward_alone_is_forward_with_residuals(name):
     cfg = FAMILY[name]
     params, tokens = weights(cfg), tokens_of(0, B, T)
     alone = by_hand.forward(cfg, params, tokens)
@@ -99,7 +99,7 @@ def test_forward_alone_is_forward_that_keeps(name):
     np.testing.assert_array_equal(alone, by_hand.forward(cfg, params, tokens, positions_of(B, T), np.zeros((B, T), int)))
 
 
-def test_nothing_given_is_changed():
+def test_arguments_are_not_changed():
     params, batch = weights(QWEN3), batch_of(3)
     before = tree_map(np.copy, params)
     _, residuals = model.forward_with_residuals(QWEN3, params, batch.tokens)

@@ -48,7 +48,7 @@ def test_ragged_products_meet_one_group_and_convolutions_their_kernel():
     assert products(convolve, image, kernel) == 2 * (2 * 5 * 7 * 6) * (3 * 2 * 4)
 
 
-def test_what_no_result_needs_is_not_counted():
+def test_dead_code_is_not_counted():
     def f(x, w, square):
         x @ square
         return jax.jit(lambda x, w: (x @ w, x @ square))(x, w)[0]

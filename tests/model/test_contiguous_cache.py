@@ -1,4 +1,4 @@
-"""KVCache: a row is written behind its own length, and what lies beyond it is never read."""
+"""KVCache: a row is written at its own length, and what lies beyond it is never read."""
 
 import jax
 import jax.numpy as jnp

@@ -55,7 +55,7 @@ def test_rounding_again_changes_nothing(weight):
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_whole_numbers_are_multiplied_exactly(axis, dtype):
+def test_integers_are_multiplied_exactly(axis, dtype):
     x = np.asarray(normal(0, 9, D, dtype=dtype), np.float32) * np.logspace(-6, 6, 9, dtype=np.float32)[:, None]
     x[4] = 0
     leaf = quantize_matrix(normal(1, D, F) if axis == 1 else normal(1, F, D), axis=axis)
@@ -105,7 +105,7 @@ def test_a_weight_alone_in_int8_lets_the_gradient_pass(axis, dtype):
     np.testing.assert_allclose(dx.astype(F32), g @ wide(leaf).T, atol=tolerance * 12)
 
 
-def test_whole_numbers_have_no_gradient():
+def test_integers_have_no_gradient():
     leaf = quantize_matrix(normal(1, D, F))
     with pytest.raises(UserError, match="activations 'full'"):
         jax.grad(lambda x: project(x, leaf, F32).sum())(normal(0, 3, D))
@@ -161,7 +161,7 @@ def weight_sized(text: str, shapes: set[tuple[int, ...]]) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["int8", "full"])
-def test_whole_numbers_convert_nothing_of_a_weights_size(kind):
+def test_integers_convert_nothing_of_a_weights_size(kind):
     """And a weight alone in int8 is seen to be converted: the check can fail."""
     leaf, x = quantize_matrix(normal(1, 320, 448), kind), normal(0, 8, 320, dtype=BF16)
     text = jax.jit(lambda x, leaf: project(x, leaf, BF16)).lower(x, leaf).compile().as_text()

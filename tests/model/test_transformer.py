@@ -169,7 +169,7 @@ def test_rows_of_a_cache_stand_at_their_own_lengths(cfg, params):
 
 
 def test_no_layout_and_no_device_changes_what_is_computed(cfg, params, monkeypatch):
-    """Unrolled or scanned, kept or recomputed, shaped by hand or plain: one value and one gradient.
+    """Unrolled or scanned, saved or recomputed, shaped by hand or plain: one value and one gradient.
 
     And each is really another program.
     """

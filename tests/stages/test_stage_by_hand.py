@@ -42,7 +42,7 @@ def test_the_steps_are_those_of_jax(by_hand, text, tmp_path):
     assert abs(ours["val_bits_per_byte"] - theirs["val_bits_per_byte"]) < 1e-3
 
 
-def test_other_commands_read_what_it_learnt(by_hand, capsys):
+def test_other_commands_read_the_run(by_hand, capsys):
     assert evaluate.main(["--model", str(by_hand)]) == 0
     output = capsys.readouterr().out
     assert f"{read_json(by_hand / 'run.json')['result']['val_bits_per_byte']:.3f}" in output

@@ -1,4 +1,4 @@
-"""Fine-tuning: what is meant to learn learns, what is not stays to the bit, and what comes out is a model like any other."""
+"""Fine-tuning: trained weights learn, frozen ones stay to the bit, and the run is a model like any other."""
 
 import contextlib
 import dataclasses

@@ -31,7 +31,7 @@ def test_generation_is_a_function_of_its_flags(trained, capsys):
     assert first == generated(capsys, trained / "checkpoints" / "20", *flags, "--seed", 5)[0]
 
 
-def test_each_of_several_continuations_is_what_its_seed_draws(trained, capsys):
+def test_each_of_several_continuations_is_that_of_its_seed(trained, capsys):
     flags = ("--max-tokens", 20, "--temperature", 1.0)
     together, _ = generated(capsys, trained, *flags, "--seed", 1, "--count", 2)
     alone = [generated(capsys, trained, *flags, "--seed", seed)[0] for seed in (1, 2)]

@@ -14,7 +14,19 @@ import numpy as np
 import optax
 import pytest
 from refusals import refusal
-from tiny_checkpoints import MODEL, STATE, get, hidden, is_step, make_optimizer, make_params, put, put_model, same_bits, tiny
+from tiny_checkpoints import (
+    MODEL,
+    STATE,
+    hidden,
+    is_step,
+    load_tiny,
+    make_optimizer,
+    make_params,
+    same_bits,
+    save_model,
+    save_tiny,
+    tiny,
+)
 
 from engine.storage import checkpoint
 from engine.storage.checkpoint import load, load_params, save, steps
@@ -25,7 +37,7 @@ from engine.storage.manifest import verify
 
 
 def test_everything_comes_back_bit_for_bit(tmp_path):
-    path = put_model(tmp_path, 7)
+    path = save_model(tmp_path, 7)
     assert path == tmp_path / "checkpoints" / "7"
     loaded = load(tmp_path, *MODEL)
     assert same_bits(loaded.params, make_params(7))
@@ -38,7 +50,7 @@ def test_everything_comes_back_bit_for_bit(tmp_path):
 
 
 def test_restored_arrays_behave_like_fresh_ones(tmp_path):
-    put_model(tmp_path, 1)
+    save_model(tmp_path, 1)
     weights = load(tmp_path, *MODEL).params["layers"]
     assert not any(leaf.committed for leaf in jax.tree.leaves(weights))
     step = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)
@@ -55,7 +67,7 @@ def test_host_arrays_scalars_and_strides_come_back(tmp_path):
 
 
 def test_a_sharding_that_is_asked_for_is_used(tmp_path):
-    put_model(tmp_path, 1)
+    save_model(tmp_path, 1)
     sharding = jax.sharding.NamedSharding(jax.make_mesh((1,), ("data",)), jax.sharding.PartitionSpec())
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), MODEL[0])
     params = load(tmp_path, like, MODEL[1]).params
@@ -64,7 +76,7 @@ def test_a_sharding_that_is_asked_for_is_used(tmp_path):
 
 
 def test_params_load_alone(tmp_path):
-    path = put_model(tmp_path, 3)
+    path = save_model(tmp_path, 3)
     shutil.rmtree(path / "optimizer")
     for where in (tmp_path, path, os.path.relpath(path)):
         loaded = load_params(where)
@@ -78,7 +90,7 @@ def test_params_load_alone(tmp_path):
 def test_orbax_itself_reads_a_step_folder(tmp_path):
     from orbax.checkpoint import v1 as ocp
 
-    path = put(tmp_path, 3)
+    path = save_tiny(tmp_path, 3)
     tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tiny(0)[0])
     assert digest(ocp.load(path, tree, checkpointable_name="params")) == digest(tiny(3)[0])
 
@@ -117,13 +129,13 @@ def test_what_could_not_come_back_is_refused_before_anything_is_written(tmp_path
     ],
 )
 def test_another_model_is_named(tmp_path, changed, words):
-    put_model(tmp_path, 1)
+    save_model(tmp_path, 1)
     like = MODEL[0] | jax.eval_shape(lambda: changed)
     assert re.search(f"checkpoints/1/params is of another model: at {words}", refusal(load, tmp_path, like, MODEL[1]))
 
 
 def test_another_optimizer_is_named(tmp_path):
-    put_model(tmp_path, 1)
+    save_model(tmp_path, 1)
     like = jax.eval_shape(lambda: optax.sgd(0.1, momentum=0.9).init({"w": jnp.ones((4, 3))}))
     assert "checkpoints/1/optimizer is of another model" in refusal(load, tmp_path, MODEL[0], like)
 
@@ -137,11 +149,11 @@ def test_64_bits_are_not_halved_in_silence(tmp_path):
 
 @pytest.mark.parametrize(("name", "value"), [("jax_default_prng_impl", "rbg"), ("jax_threefry_partitionable", False)])
 def test_other_prng_settings_are_refused_for_training_alone(tmp_path, name, value):
-    put(tmp_path, 1)
+    save_tiny(tmp_path, 1)
     before = getattr(jax.config, name)
     jax.config.update(name, value)
     try:
-        assert re.search(f"{name}={before}.*now.*{name}={value}.*{name.upper()}", refusal(get, tmp_path))
+        assert re.search(f"{name}={before}.*now.*{name}={value}.*{name.upper()}", refusal(load_tiny, tmp_path))
         assert load_params(tmp_path).step == 1
     finally:
         jax.config.update(name, before)
@@ -160,8 +172,8 @@ DAMAGE = {
 
 @pytest.mark.parametrize("way", DAMAGE)
 def test_every_damage_to_every_file_is_named_and_passed_over(tmp_path, way):
-    put(tmp_path, 1)
-    newest = put(tmp_path, 2)
+    save_tiny(tmp_path, 1)
+    newest = save_tiny(tmp_path, 2)
     whole = shutil.copytree(newest, tmp_path / "whole")
     files = [path for path in newest.rglob("*") if path.is_file()]
     assert len(files) > 10
@@ -172,7 +184,7 @@ def test_every_damage_to_every_file_is_named_and_passed_over(tmp_path, way):
             file.write_bytes(DAMAGE[way](data))
         else:
             continue
-        loaded = get(tmp_path)
+        loaded = load_tiny(tmp_path)
         assert is_step(loaded, 1), file
         assert len(loaded.damaged) == 1
         assert loaded.damaged[0].startswith(f"{file} "), file
@@ -185,11 +197,11 @@ def test_every_damage_to_every_file_is_named_and_passed_over(tmp_path, way):
             assert (fallen_back.step, fallen_back.damaged) == (1, loaded.damaged)
             assert str(file) in refusal(load_params, newest)
         shutil.copy(whole / file.relative_to(newest), file)
-    assert is_step(get(tmp_path), 2)
+    assert is_step(load_tiny(tmp_path), 2)
 
 
 def test_every_bit_of_the_manifest_guards_itself(tmp_path):
-    listing = put(tmp_path, 1) / "manifest.json"
+    listing = save_tiny(tmp_path, 1) / "manifest.json"
     data = listing.read_bytes()
     for place in range(0, len(data), 7):
         listing.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
@@ -200,23 +212,23 @@ def test_every_bit_of_the_manifest_guards_itself(tmp_path):
 
 
 def test_a_file_too_many_is_named(tmp_path):
-    put(tmp_path, 1)
-    stranger = put(tmp_path, 2) / "params" / "d" / "stranger"
+    save_tiny(tmp_path, 1)
+    stranger = save_tiny(tmp_path, 2) / "params" / "d" / "stranger"
     stranger.write_text("?")
-    loaded = get(tmp_path)
+    loaded = load_tiny(tmp_path)
     assert (loaded.step, loaded.damaged) == (1, [f"{stranger} does not belong there"])
 
 
 def test_when_none_is_sound_all_damage_is_named(tmp_path):
-    paths = [put(tmp_path, step) / "state.json" for step in (1, 2)]
+    paths = [save_tiny(tmp_path, step) / "state.json" for step in (1, 2)]
     for path in paths:
         path.write_text("{}")
-    sentence = refusal(get, tmp_path)
+    sentence = refusal(load_tiny, tmp_path)
     assert all(str(path) in sentence for path in paths)
 
 
 def test_no_checkpoint_is_said(tmp_path):
-    for read, folder in ((get, tmp_path), (load_params, tmp_path), (load_params, tmp_path / "none")):
+    for read, folder in ((load_tiny, tmp_path), (load_params, tmp_path), (load_params, tmp_path / "none")):
         assert "no checkpoint" in refusal(read, folder)
 
 
@@ -225,30 +237,30 @@ def test_no_checkpoint_is_said(tmp_path):
 
 def test_the_newest_are_kept(tmp_path):
     for step in range(5):
-        put(tmp_path, step, keep=2)
+        save_tiny(tmp_path, step, keep=2)
         assert steps(tmp_path) == [earlier for earlier in (step - 1, step) if earlier >= 0]
     assert hidden(tmp_path) == []
 
 
 def test_going_back_removes_no_future_and_is_not_removed_by_it(tmp_path):
     for step in (10, 20, 30):
-        put(tmp_path, step)
-    put(tmp_path, 15, keep=1)
+        save_tiny(tmp_path, step)
+    save_tiny(tmp_path, 15, keep=1)
     assert steps(tmp_path) == [15, 20, 30]
     assert load_params(tmp_path / "checkpoints" / "15").step == 15
 
 
 def test_a_step_is_replaced_whole(tmp_path):
     save(tmp_path, 5, {"w": jnp.ones(3)}, {}, {})
-    put(tmp_path, 5)
-    assert is_step(get(tmp_path), 5)
+    save_tiny(tmp_path, 5)
+    assert is_step(load_tiny(tmp_path), 5)
     assert hidden(tmp_path) == []
 
 
 def test_only_folders_named_by_a_number_are_checkpoints(tmp_path):
     assert steps(tmp_path) == []
-    put(tmp_path, 12)
-    put(tmp_path, 3)
+    save_tiny(tmp_path, 12)
+    save_tiny(tmp_path, 3)
     for name in ("best", "12.bak", ".7.tmp", "-1", "007"):
         (tmp_path / "checkpoints" / name).mkdir()
     (tmp_path / "checkpoints" / "99").write_text("a file")
@@ -257,8 +269,8 @@ def test_only_folders_named_by_a_number_are_checkpoints(tmp_path):
 
 def test_a_relative_folder_works(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    put(Path("runs/demo"), 1)
-    assert get(Path("runs/demo")).path == tmp_path / "runs/demo/checkpoints/1"
+    save_tiny(Path("runs/demo"), 1)
+    assert load_tiny(Path("runs/demo")).path == tmp_path / "runs/demo/checkpoints/1"
 
 
 @pytest.mark.parametrize("options", [{"keep": 0}, {"step": -1}])
@@ -273,6 +285,6 @@ def test_orbax_is_imported_only_when_arrays_move():
 
 
 def test_state_is_readable_without_us(tmp_path):
-    record = json.loads((put_model(tmp_path, 1) / "state.json").read_text(encoding="utf-8"))
+    record = json.loads((save_model(tmp_path, 1) / "state.json").read_text(encoding="utf-8"))
     assert (record["step"], record["state"]) == (1, STATE)
     assert record["prng"] == {"jax_default_prng_impl": "threefry2x32", "jax_threefry_partitionable": True}

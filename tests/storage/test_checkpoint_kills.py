@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_checkpoints import get, hidden, is_step, put, put_model
+from tiny_checkpoints import hidden, is_step, load_tiny, save_model, save_tiny
 
 from engine.errors import UserError
 from engine.files import folder_lock
@@ -90,11 +90,11 @@ rude = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarni
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_kill_at_any_instant_leaves_whole_checkpoints_only(tmp_path, shim, replaced):
     before = tmp_path / "before"
-    put(before, 1)
-    put(before, 2)
+    save_tiny(before, 1)
+    save_tiny(before, 2)
     newest = 2 if replaced else 3
     with shim.armed(shutil.copytree(before, tmp_path / "unharmed"), 0) as unharmed:
-        put(tmp_path / "unharmed", newest, keep=2)
+        save_tiny(tmp_path / "unharmed", newest, keep=2)
     # Every instant of making folders and of committing; every second one of the many alike (hash a file, sync a file).
     last = unharmed.seen
     first = last - 45 if replaced else 1
@@ -103,13 +103,13 @@ def test_a_kill_at_any_instant_leaves_whole_checkpoints_only(tmp_path, shim, rep
     for instant in instants:
         run = shutil.copytree(before, tmp_path / str(instant))
         with shim.armed(run, instant), pytest.raises(Killed):
-            put(run, newest, keep=2)
+            save_tiny(run, newest, keep=2)
         assert swept_clean(run), instant
         outcome = tuple(steps(run))
         assert outcome[-1] == newest or outcome == (1, 2), instant
         assert all(verify(run / "checkpoints" / str(step)) == [] for step in outcome), instant
         if instant % 30 == 0 or outcome not in outcomes:
-            loaded = get(run)
+            loaded = load_tiny(run)
             assert is_step(loaded, outcome[-1]), instant
             assert loaded.damaged == []
         outcomes.add(outcome)
@@ -119,23 +119,23 @@ def test_a_kill_at_any_instant_leaves_whole_checkpoints_only(tmp_path, shim, rep
 
 @rude
 def test_the_save_after_a_kill_sweeps_and_succeeds(tmp_path, shim):
-    put(tmp_path, 1)
+    save_tiny(tmp_path, 1)
     with shim.armed(tmp_path, 45), pytest.raises(Killed):
-        put(tmp_path, 2)
+        save_tiny(tmp_path, 2)
     assert hidden(tmp_path) != []
-    put(tmp_path, 2)
+    save_tiny(tmp_path, 2)
     assert hidden(tmp_path) == []
-    assert is_step(get(tmp_path), 2)
+    assert is_step(load_tiny(tmp_path), 2)
 
 
 def test_what_another_process_is_writing_is_not_swept(tmp_path):
-    put(tmp_path, 1)
+    save_tiny(tmp_path, 1)
     building = tmp_path / "checkpoints" / ".2.abcdefgh"
     building.mkdir()
     with folder_lock(tmp_path / "checkpoints"):
         remove_incomplete(tmp_path)
         assert building.exists()
-        assert get(tmp_path).step == 1
+        assert load_tiny(tmp_path).step == 1
     remove_incomplete(tmp_path)
     assert not building.exists()
 
@@ -143,8 +143,8 @@ def test_what_another_process_is_writing_is_not_swept(tmp_path):
 def test_sigkill_of_a_real_process_at_random_times(tmp_path):
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(checkpoint.__file__).parents[2])])
     writer = (
-        "import sys; from tiny_checkpoints import put\n"
-        "for step in range(int(sys.argv[2]), 10**9): put(sys.argv[1], step, keep=2); print(step, flush=True)"
+        "import sys; from tiny_checkpoints import save_tiny\n"
+        "for step in range(int(sys.argv[2]), 10**9): save_tiny(sys.argv[1], step, keep=2); print(step, flush=True)"
     )
     for delay in np.random.default_rng(0).uniform(0, 0.2, 2):
         command = [sys.executable, "-c", writer, str(tmp_path), str(max(steps(tmp_path), default=0) + 1)]
@@ -153,16 +153,16 @@ def test_sigkill_of_a_real_process_at_random_times(tmp_path):
             time.sleep(delay)
             process.kill()
             reported = max([reported, *map(int, process.stdout.read().split())])
-        loaded = get(tmp_path)
+        loaded = load_tiny(tmp_path)
         assert loaded.step >= reported
         assert loaded.damaged == []
         assert is_step(loaded, loaded.step)
 
 
 def test_an_interrupt_at_any_time_leaves_older_checkpoints(tmp_path, capfd):
-    put(tmp_path, 1)
+    save_tiny(tmp_path, 1)
     started = time.perf_counter()
-    put(tmp_path, 2)
+    save_tiny(tmp_path, 2)
     span = time.perf_counter() - started
 
     def interrupt(*_):
@@ -174,18 +174,18 @@ def test_an_interrupt_at_any_time_leaves_older_checkpoints(tmp_path, capfd):
         for fraction in np.linspace(0.05, 1.0, 15):
             try:
                 signal.setitimer(signal.ITIMER_REAL, span * fraction)
-                put(tmp_path, 3)
+                save_tiny(tmp_path, 3)
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except KeyboardInterrupt:
                 interrupted += 1
-            loaded = get(tmp_path)
+            loaded = load_tiny(tmp_path)
             assert loaded.step in (2, 3)
             assert is_step(loaded, loaded.step)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert interrupted > 5
-    put(tmp_path, 4)
+    save_tiny(tmp_path, 4)
     assert hidden(tmp_path) == []
     assert capfd.readouterr() == ("", "")
 
@@ -199,24 +199,24 @@ def refused(folder: Path, step: int, megabytes: str, reason: str):
 
 
 def test_a_full_disk_is_said_before_it_is_filled(tmp_path, monkeypatch):
-    put(tmp_path, 1)
+    save_tiny(tmp_path, 1)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=20))
     with refused(tmp_path, 2, r"0\.0", r"0\.0 MB are free"):
-        put(tmp_path, 2)
-    assert is_step(get(tmp_path), 1)
+        save_tiny(tmp_path, 2)
+    assert is_step(load_tiny(tmp_path), 1)
 
 
 def test_a_write_that_fails_in_tensorstore_is_said(tmp_path, capfd, caplog):
-    put(tmp_path, 1)
+    save_tiny(tmp_path, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with refused(tmp_path, 2, r"0\.1", os.strerror(errno.EFBIG)):
-            put_model(tmp_path, 2)
+            save_model(tmp_path, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert is_step(get(tmp_path), 1)
+    assert is_step(load_tiny(tmp_path), 1)
     assert swept_clean(tmp_path)
     assert (capfd.readouterr(), caplog.records) == (("", ""), [])
 
@@ -224,18 +224,18 @@ def test_a_write_that_fails_in_tensorstore_is_said(tmp_path, capfd, caplog):
 def test_a_folder_that_cannot_be_made_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with refused(tmp_path / "file", 2, r"0\.0", os.strerror(errno.ENOTDIR)):
-        put(tmp_path / "file", 2)
+        save_tiny(tmp_path / "file", 2)
 
 
 @rude
 def test_any_single_refusal_harms_nothing_older(tmp_path, shim, capfd):
-    put(tmp_path / "before", 1)
+    save_tiny(tmp_path / "before", 1)
     failed = 0
     for instant in range(1, 112, 3):
         run = shutil.copytree(tmp_path / "before", tmp_path / str(instant))
         with shim.armed(run, instant, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), once=True):
             try:
-                put(run, 2, keep=1)
+                save_tiny(run, 2, keep=1)
                 saved = True
             except UserError as error:
                 saved = False
@@ -244,7 +244,7 @@ def test_any_single_refusal_harms_nothing_older(tmp_path, shim, capfd):
         assert steps(run) == [2] if saved else steps(run)[0] == 1, instant
         assert all(verify(run / "checkpoints" / str(step)) == [] for step in steps(run)), instant
         if instant % 9 == 1:
-            loaded = get(run)
+            loaded = load_tiny(run)
             assert is_step(loaded, steps(run)[-1])
             assert loaded.damaged == []
     assert failed > 25

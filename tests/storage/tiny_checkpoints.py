@@ -34,7 +34,7 @@ def make_params(seed: int) -> dict:
 
 
 def make_optimizer(seed: int) -> dict:
-    """What optax keeps (named tuples, empty states, masked leaves, a count), a PRNG key's data and a flag."""
+    """Returns what an optax state holds (named tuples, empty states, masked leaves, a count), a PRNG key's data and a flag."""
     weights = {"w": jnp.full((4, 3), seed + 0.1), "frozen": jnp.ones(2)}
     adamw = optax.adamw(optax.linear_schedule(1.0, 0.0, 9), mu_dtype=jnp.bfloat16)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.masked(adamw, {"w": True, "frozen": False}))
@@ -46,7 +46,7 @@ MODEL = jax.eval_shape(lambda: (make_params(0), make_optimizer(0)))
 STATE = {"data": {"epoch": 2, "offset": 12345}, "best": 0.1 + 0.2, "words": "é\n"}
 
 
-def put_model(folder: Path, step: int, **options) -> Path:
+def save_model(folder: Path, step: int, **options) -> Path:
     return save(folder, step, make_params(step), make_optimizer(step), STATE, **options)
 
 
@@ -54,12 +54,12 @@ def tiny(step: int) -> tuple[dict, tuple]:
     return {"w": jnp.arange(6.0).reshape(2, 3) + step}, ({"m": jnp.full(3, step, jnp.bfloat16)},)
 
 
-def put(folder: Path, step: int, **options) -> Path:
-    """Saves a checkpoint so small that hundreds can be made, and told from those of other steps."""
+def save_tiny(folder: Path, step: int, **options) -> Path:
+    """Saves a checkpoint so small that hundreds can be made; each step has other values."""
     return save(folder, step, *tiny(step), {"at": step}, **options)
 
 
-def get(folder: Path) -> LoadedCheckpoint:
+def load_tiny(folder: Path) -> LoadedCheckpoint:
     return load(folder, *jax.eval_shape(lambda: tiny(0)))
 
 
@@ -68,7 +68,7 @@ def same_bits(first, second) -> bool:
 
 
 def is_step(loaded: LoadedCheckpoint, step: int) -> bool:
-    """`loaded` is, in all its parts, what `put` wrote for `step`."""
+    """`loaded` is, in all its parts, what `save_tiny` wrote for `step`."""
     whole = same_bits((loaded.params, loaded.optimizer), tiny(step))
     return whole and loaded.step == loaded.state["at"] == int(loaded.path.name) == step
 

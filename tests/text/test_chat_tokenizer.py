@@ -1,4 +1,4 @@
-"""Conversations as tokens: what is learnt is what is asked for later, and a user's text is never a control token."""
+"""Conversations as tokens: an example is its prompt and the answer, and a user's text is never a control token."""
 
 import itertools
 
@@ -80,7 +80,7 @@ def test_an_answer_alone_can_be_what_counts(chats):
 @pytest.mark.parametrize("name", ["chatml", "brackets", "thinking", "plain"])
 @settings(max_examples=60)
 @given(turns=st.lists(texts, min_size=1, max_size=5))
-def test_what_is_learnt_begins_as_what_is_asked(chats, name, turns):
+def test_a_training_example_begins_with_the_prompt(chats, name, turns):
     """The tokens before an answer are to the token those that the model gets when it is to write that answer."""
     chat = chats[name]
     messages = talk(*turns) + ([{"role": "assistant", "content": "well"}] if len(turns) % 2 else [])
@@ -191,7 +191,7 @@ def test_messages_of_no_use(chats, messages, words):
             call(messages)
 
 
-def test_conversations_that_cannot_be_learnt(chats):
+def test_conversations_that_are_no_examples(chats):
     with pytest.raises(InvalidConversation, match="no turn of the assistant"):
         chats["chatml"].examples(talk("a"))
     with pytest.raises(InvalidConversation, match="begins with the assistant"):

@@ -1,4 +1,4 @@
-"""What fits is kept, what does not is cut or left out, and both are accounted for by file, line and reason."""
+"""make_examples: rows that fit are used, others cut or dropped, and each is accounted for by file, line and reason."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def test_what_the_template_refuses_is_left_out():
         make_examples(rows[:1], chat, 40)
 
 
-def test_all_of_a_text_is_learnt_once(chat):
+def test_all_of_a_text_is_a_target_once(chat):
     text = "The assistant answers. " * 9
     examples, summary = make_examples([Text(text, "f:1"), Text("", "f:2")], chat, 10, bos_ids=(CONTROL,))
     tokens = [CONTROL, *TOKENIZER.encode(text), TOKENIZER.eos_id]

@@ -1,4 +1,4 @@
-"""What a person's words freeze, and that the counting rooms hear the same."""
+"""select_trainable: which weights `--train` and `--freeze` name, and that the FLOP counts use the same ones."""
 
 import jax
 import pytest
@@ -14,7 +14,7 @@ CFG = tiny_config()
 TIED = tiny_config(tied=True)
 
 
-def test_without_a_word_all_learns():
+def test_by_default_all_is_trained():
     chosen = select_trainable(CFG)
     assert chosen.trainable_paths == all_trainable(CFG)
     assert (chosen.matches, chosen.trainable_count) == ((), count_params(CFG).total)
@@ -29,7 +29,7 @@ def test_ends_of_the_model_are_those_that_are_counted(cfg):
     assert select_trainable(cfg, freeze=["head"]).trainable_paths.weights == leaf_shapes(cfg).keys() - head_only(cfg).weights
 
 
-def test_what_is_named_to_learn_less_what_is_named_to_stay():
+def test_trained_paths_less_frozen_paths():
     chosen = select_trainable(CFG, train=["blocks/1/.*", "norm"], freeze=[r".*_norm", "bottom:1"])
     assert chosen.trainable_paths == TrainablePaths(
         frozenset({f"blocks/1/{name}" for name in ("qkv", "out", "gate_up", "down")} | {"norm"})
@@ -43,7 +43,7 @@ def test_what_is_named_to_learn_less_what_is_named_to_stay():
     assert chosen.trainable_count == 20 * 48 + 24 * 20 + 20 * 56 + 28 * 20 + 20
 
 
-def test_trees_are_parted_as_it_was_said():
+def test_trees_are_split_by_the_flags():
     params = lively_params(CFG)
     trainable_paths = select_trainable(CFG, freeze=["bottom:1"]).trainable_paths
     trainable, frozen = split(params, trainable_paths.weights)
@@ -68,7 +68,7 @@ def test_trees_are_parted_as_it_was_said():
         ([], [".*"], "Nothing is left to train"),
     ],
 )
-def test_a_word_that_names_nothing_is_refused(train, freeze, words):
+def test_a_pattern_that_matches_nothing_is_refused(train, freeze, words):
     with pytest.raises(UserError) as error:
         select_trainable(CFG, train, freeze)
     assert words in str(error.value)

@@ -79,7 +79,7 @@ def test_loss_and_gradient_are_the_papers(cfg, params):
             np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
 
 
-def test_on_its_own_draw_the_first_step_is_the_plain_policy_gradient(cfg, params):
+def test_on_its_own_samples_the_first_step_is_the_plain_policy_gradient(cfg, params):
     batch = random_batch(0)
     old = log_probabilities(cfg, params, batch)
     gradient = differentiate(cfg, params, {}, Rollouts(batch, ADVANTAGE), 1, grpo())[1]
@@ -111,8 +111,8 @@ def test_beyond_the_clip_a_token_gains_nothing_more(cfg, params):
             assert any(leaf.any() for leaf in jax.tree.leaves(gradient)) == learns
 
 
-def test_what_is_rewarded_is_drawn_more_often():
-    """Tokens below 10 are rewarded; drawn uniformly at first, mostly them after some steps."""
+def test_rewarded_tokens_are_sampled_more_often():
+    """Tokens below 10 are rewarded; sampled uniformly at first, mostly them after some steps."""
     cfg = tiny_config()
     params = jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(0))
     tx = make_optimizer(OptimizerConfig(learning_rate=0.02, weight_decay=0.0, warmup=0.0))

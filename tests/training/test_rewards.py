@@ -37,7 +37,7 @@ def test_a_pattern_is_found_or_not():
         ("9" * (2 * LONGEST), 9, 0),
     ],
 )  # fmt: skip
-def test_the_last_whole_number_is_the_answer(answer, right, value):
+def test_the_last_integer_is_the_answer(answer, right, value):
     assert sum_reward(answer, right) == value
     assert make_reward("sum") is sum_reward
 

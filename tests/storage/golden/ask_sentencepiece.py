@@ -1,4 +1,4 @@
-"""Writes `sentencepiece.txt` beside it: a small vocabulary learnt by sentencepiece, and how it cuts some texts.
+"""Writes `sentencepiece.txt` beside it: a small vocabulary trained by sentencepiece, and how it cuts some texts.
 
     peers/bin/pip install sentencepiece
     peers/bin/python tests/storage/golden/ask_sentencepiece.py

@@ -1,4 +1,4 @@
-"""Random weights by name: whoever draws them, wherever, has the same. NumPy only, so that torch's side can read it too."""
+"""Random weights by name: the same on every machine. NumPy only, so that torch's side can read it too."""
 
 import zlib
 from collections.abc import Mapping
