@@ -1,7 +1,7 @@
 """Runs the command line of every measurement: flags in, JSON as the last line out, errors in a sentence.
 
-A measurement imports JAX after its flags are parsed: --help needs none, and the allocator is set before JAX starts. Shapes
-of a model and its batch are written LAYERSxWIDTHxTOKENSxBATCH.
+A measurement imports JAX after its flags are parsed, and rich for its tables: --help needs neither, and the allocator is set
+before JAX starts. Shapes of a model and its batch are written LAYERSxWIDTHxTOKENSxBATCH.
 """
 
 import dataclasses
@@ -10,6 +10,8 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
+
+import tyro
 
 from engine.errors import UserError
 
@@ -37,8 +39,6 @@ def run_bench[Flags](
 
     Returns 0, or 2 after an error that a person can mend, in a sentence on stderr. `name` follows `python -m`.
     """
-    import tyro
-
     try:
         options = tyro.cli(
             flags, prog=f"python -m {name}", description=about, args=args,
