@@ -42,9 +42,9 @@ def fake_completion(text, body, logprobs=None):
     usage = {"prompt_tokens": 3, "completion_tokens": len(text), "total_tokens": 3 + len(text)}
     chat = "messages" in body
 
-    def choice(piece, whole, finish_reason):
+    def choice(piece, complete, finish_reason):
         message = {"content": piece} if piece else {}  # the last event of a chat has an empty delta
-        content = {"message" if whole else "delta": message} if chat else {"text": piece}
+        content = {"message" if complete else "delta": message} if chat else {"text": piece}
         values = logprobs or [-0.5] * len(text)
         listed = {"content": [{"logprob": value} for value in values]} if chat else {"token_logprobs": values}
         reported = listed if finish_reason and body.get("logprobs") else None

@@ -169,8 +169,8 @@ def test_remat_adds_the_forward_of_every_block_but_its_last_product(cfg, tokens)
     blocks = plain.by_pass.forward - plain.parts["head"].forward
     assert again.by_pass.recompute == blocks - plain.parts["down"].forward
     assert again.total == plain.total + again.by_pass.recompute
-    whole = train_flops(cfg, tokens, attention="full", remat="full")
-    assert 4 * whole.by_pass.forward == 4 * whole.by_pass.recompute == whole.total  # the 8 N of full recomputation
+    full = train_flops(cfg, tokens, attention="full", remat="full")
+    assert 4 * full.by_pass.forward == 4 * full.by_pass.recompute == full.total  # the 8 N of full recomputation
 
 
 @settings(max_examples=40)
@@ -214,12 +214,12 @@ def test_the_head_alone_costs_about_a_forward_unless_it_is_tied():
 
 
 def test_a_chunked_loss_makes_the_logits_twice_and_fills_the_last_chunk():
-    whole = train_flops(SMALL, TOKENS, attention="full")
+    unchunked = train_flops(SMALL, TOKENS, attention="full")
     chunked = train_flops(SMALL, TOKENS, attention="full", loss_chunk=8)
     column = 2 * SMALL.width
-    assert whole.parts["head"].forward == 19 * column
+    assert unchunked.parts["head"].forward == 19 * column
     assert chunked.parts["head"].forward == chunked.parts["head"].recompute == 24 * column
-    assert chunked.total - whole.total == 4 * 24 * column - 3 * 19 * column
+    assert chunked.total - unchunked.total == 4 * 24 * column - 3 * 19 * column
 
 
 @settings(max_examples=40)

@@ -81,8 +81,8 @@ def test_a_scan_reports_one_layer_however_many_there_are():
     unrolled, looped = (functools.partial(score, dataclasses.replace(cfg, scan=scan)) for scan in (False, True))
     formula = score_program_flops(cfg, B, T)
     blocks = formula.total - formula.parts["head"].forward
-    whole, reported = (xla_cost(jax.jit(f).lower(*arguments)).flops for f in (unrolled, looped))
-    assert whole - reported == pytest.approx(blocks * (layers - 1) / layers, rel=0.03)
+    unrolled_flops, looped_flops = (xla_cost(jax.jit(f).lower(*arguments)).flops for f in (unrolled, looped))
+    assert unrolled_flops - looped_flops == pytest.approx(blocks * (layers - 1) / layers, rel=0.03)
     assert jaxpr_cost(unrolled, *arguments).matmul == jaxpr_cost(looped, *arguments).matmul
 
 
@@ -94,8 +94,8 @@ def test_forward_is_a_third_of_a_step_by_all_three_counters():
     ahead = (functools.partial(score, CFG), (params_of(CFG), BATCH))
     assert gradient_program_flops(CFG, B, T).total == 3 * score_program_flops(CFG, B, T).total
     assert jaxpr_cost(f, *arguments).matmul == 3 * jaxpr_cost(ahead[0], *ahead[1]).matmul
-    whole, third = (xla_cost(jax.jit(f).lower(*arguments)).flops for f, arguments in ((f, arguments), ahead))
-    assert whole / third == pytest.approx(3.00, rel=0.01)
+    step, third = (xla_cost(jax.jit(f).lower(*arguments)).flops for f, arguments in ((f, arguments), ahead))
+    assert step / third == pytest.approx(3.00, rel=0.01)
 
 
 def test_the_head_alone_is_little_more_than_a_forward_by_all_three():

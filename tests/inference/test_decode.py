@@ -68,19 +68,19 @@ def cached(cache) -> list[np.ndarray]:
 
 def test_a_prompt_in_pieces_is_the_prompt_at_once_and_a_row_without_tokens_stays(cfg, params):
     prompts, lengths = texts(10, 5, 7), np.array([10, 5, 7], np.int32)
-    whole, cache = prefill(cfg, params, padded(prompts, 10), lengths, make_cache(cfg, ROWS, 20))
+    expected, cache = prefill(cfg, params, padded(prompts, 10), lengths, make_cache(cfg, ROWS, 20))
     pieces = make_cache(cfg, ROWS, 20)
     for start in (0, 5):
         before = cached(pieces)
         counts = np.clip(lengths - start, 0, 5)
         logits, pieces = prefill(cfg, params, padded(prompts, 10)[:, start : start + 5], counts, pieces)
         for row in np.flatnonzero((counts > 0) & (counts + start == lengths)):
-            np.testing.assert_allclose(logits[row], whole[row], rtol=0, atol=1e-5)
+            np.testing.assert_allclose(logits[row], expected[row], rtol=0, atol=1e-5)
     assert cache.length.tolist() == pieces.length.tolist() == lengths.tolist()
-    for at_once, read, earlier in zip(cached(cache), cached(pieces), before, strict=True):
-        np.testing.assert_array_equal(read[1, :, :5], earlier[1, :, :5])
+    for at_once, pieced, earlier in zip(cached(cache), cached(pieces), before, strict=True):
+        np.testing.assert_array_equal(pieced[1, :, :5], earlier[1, :, :5])
         for row, length in enumerate(lengths):
-            np.testing.assert_allclose(read[row, :, :length], at_once[row, :, :length], rtol=0, atol=1e-5)
+            np.testing.assert_allclose(pieced[row, :, :length], at_once[row, :, :length], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -159,12 +159,12 @@ def test_a_lone_prompt_is_prefilled_alone_and_decoded_beside_an_empty_row(cfg, p
 
 def test_after_the_first_call_nothing_is_compiled(cfg, params, count_compiles):
     """Lengths of one chunk or three, any sampling, any stop token. (No other test asks four at once.)"""
-    sampling, others = {"temperature": 1.0}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.01, "seed": 99}
+    sampling, changed = {"temperature": 1.0}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.01, "seed": 99}
     continuations(cfg, params, texts(3, 2, 4, 1), max_tokens=12, **sampling)
     before = len(count_compiles)
     assert before > 2, "the count counts"
     for prompts in (texts(1, 1, 1, 1), texts(CHUNK, 3, 5, 1), texts(2 * CHUNK + 9, 1, CHUNK + 1, 7)):
-        for settings in (sampling, others):
+        for settings in (sampling, changed):
             continuations(cfg, params, prompts, max_tokens=30, stop_token_ids=[7], **settings)
     assert len(count_compiles) == before
 

@@ -34,13 +34,13 @@ def undecided(text: str, stops: list[str]) -> int:
 @settings(max_examples=300)
 @given(tokens_, stops_, st.integers(1, 5))
 def test_the_text_ends_before_the_first_stop_string(tokens, stops, together):
-    whole = b"".join(TABLE[token] for token in tokens).decode("utf-8", "replace")
+    full_text = b"".join(TABLE[token] for token in tokens).decode("utf-8", "replace")
     completion, output = CompletionText(Detokenizer(TABLE), stops), ""
     for start in range(0, len(tokens), together):
         output += completion.push(tokens[start : start + together])
     count = completion.tokens
     output += completion.close()
-    assert (output, completion.stopped) == plainly(whole, stops)
+    assert (output, completion.stopped) == plainly(full_text, stops)
     assert completion.close() == "" or completion.stopped is None
     if completion.stopped is None:
         assert count == len(tokens)

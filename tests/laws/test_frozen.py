@@ -69,8 +69,8 @@ def test_frozen_parameters_are_the_same_to_the_bit_after_a_thousand_steps(setup)
     assert digest(frozen) == before
     for old, new in zip(jax.tree.leaves(start), jax.tree.leaves(state.trainable), strict=True):
         assert (old != new).any(), "a trainable parameter did not change"
-    whole = leaf_paths(merge(state.trainable, frozen))
-    assert set(whole) == set(leaf_paths(lively_params(CFG)))
+    merged = leaf_paths(merge(state.trainable, frozen))
+    assert set(merged) == set(leaf_paths(lively_params(CFG)))
 
 
 def test_freezing_spares_the_matmul_flops():

@@ -85,13 +85,13 @@ def circles(trees: Trees) -> set[str]:
     arrows = graph(trees)
 
     def reached(module: str) -> set[str]:
-        seen: set[str] = set()
+        visited: set[str] = set()
         queue = list(arrows[module])
         while queue:
-            if (target := queue.pop()) not in seen:
-                seen.add(target)
+            if (target := queue.pop()) not in visited:
+                visited.add(target)
                 queue += arrows.get(target, ())
-        return seen
+        return visited
 
     return {f"{module} is in a circle" for module in arrows if module in reached(module)}
 

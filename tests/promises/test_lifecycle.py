@@ -47,9 +47,9 @@ async def test_sigterm_drains(make_server, slots, quick, rng, expect):
         abort_code = await server.wait(20)
         abort_seconds = clock() - begin
         await asyncio.gather(*streams)
-    whole = sum(completion.finished and completion.completion_tokens == tokens for completion in completions)
+    completed = sum(completion.finished and completion.completion_tokens == tokens for completion in completions)
     expect(
-        at_least("complete", whole / slots, 1),
+        at_least("complete", completed / slots, 1),
         at_most("new ones that were let in", float(late.status == 200), 0),
         exactly("exit code", code, 0),
         at_most("abort mode", math.nan if abort_code is None else abort_seconds, 2, " s"),

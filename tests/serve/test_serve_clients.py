@@ -36,12 +36,12 @@ def test_a_chat(ai):
 
 def test_a_chat_streamed(ai):
     fields = {"model": "tiny", "messages": TURNS, "max_tokens": 20, "temperature": 1, "seed": 3}
-    whole = ai.chat.completions.create(**fields)
+    reply = ai.chat.completions.create(**fields)
     chunks = list(ai.chat.completions.create(**fields, stream=True, stream_options={"include_usage": True}))
     assert chunks[0].choices[0].delta.role == "assistant"
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-    assert text == whole.choices[0].message.content
-    assert chunks[-1].usage == whole.usage
+    assert text == reply.choices[0].message.content
+    assert chunks[-1].usage == reply.usage
     # The helper that puts an answer together; it takes none that was cut off for one.
     with ai.chat.completions.stream(**fields | {"stop": text[5:7]}) as stream:
         assert stream.get_final_completion().choices[0].message.content == text[: text.index(text[5:7])]
@@ -49,13 +49,13 @@ def test_a_chat_streamed(ai):
 
 def test_completions(ai):
     fields = {"model": "tiny", "prompt": ["Hello", "there"], "max_tokens": 6, "temperature": 0, "logprobs": 2}
-    whole = ai.completions.create(**fields)
-    assert len(whole.choices) == 2
-    assert len(whole.choices[0].logprobs.tokens) == 6
+    reply = ai.completions.create(**fields)
+    assert len(reply.choices) == 2
+    assert len(reply.choices[0].logprobs.tokens) == 6
     texts = ["", ""]
     for chunk in ai.completions.create(**fields, stream=True):
         texts[chunk.choices[0].index] += chunk.choices[0].text
-    assert texts == [choice.text for choice in whole.choices]
+    assert texts == [choice.text for choice in reply.choices]
 
 
 def test_many_at_once(tiny_server):

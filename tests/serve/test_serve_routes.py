@@ -58,22 +58,22 @@ def test_a_chat(client):
 def test_max_completion_tokens_and_the_default(client):
     body = say(ignore_eos=True) | {"max_tokens": None, "max_completion_tokens": 3}
     assert good(client.post("/v1/chat/completions", json=body))["usage"]["completion_tokens"] == 3
-    whole = good(client.post("/v1/chat/completions", json=say(ignore_eos=True) | {"max_tokens": None}))
-    assert whole["usage"]["total_tokens"] == CAPACITY
-    assert whole["choices"][0]["finish_reason"] == "length"
+    reply = good(client.post("/v1/chat/completions", json=say(ignore_eos=True) | {"max_tokens": None}))
+    assert reply["usage"]["total_tokens"] == CAPACITY
+    assert reply["choices"][0]["finish_reason"] == "length"
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_a_stream_equals_the_whole_reply(client, path):
     body = (say if "chat" in path else ask)(most=20, n=2, temperature=1, seed=5, logprobs=True if "chat" in path else 2)
-    whole = good(client.post(path, json=body))
+    expected = good(client.post(path, json=body))
     reply = client.post(path, json=body | {"stream": True, "stream_options": {"include_usage": True}})
     assert reply.headers["content-type"] == "text/event-stream; charset=utf-8"
     *chunks, last = events(reply.text)
     assert last["choices"] == []
-    assert last["usage"] == whole["usage"]
+    assert last["usage"] == expected["usage"]
     assert all(chunk["usage"] is None for chunk in chunks)
-    for choice in whole["choices"]:
+    for choice in expected["choices"]:
         pieces = [piece for chunk in chunks for piece in chunk["choices"] if piece["index"] == choice["index"]]
         text = "".join(piece["delta"].get("content", "") if "chat" in path else piece["text"] for piece in pieces)
         assert text == (choice["message"]["content"] if "chat" in path else choice["text"])
@@ -84,7 +84,7 @@ def test_a_stream_equals_the_whole_reply(client, path):
         else:
             for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
                 assert [each for part in result for each in part[name]] == choice["logprobs"][name]
-    assert whole["choices"][0] != whole["choices"][1]
+    assert expected["choices"][0] != expected["choices"][1]
 
 
 def test_offsets_are_places_in_the_text_whatever_parts_its_characters_come_in():
@@ -110,15 +110,15 @@ def test_log_probabilities(client):
 
 
 def test_stop_strings_end_a_text_before_them(client):
-    whole = good(client.complete(most=40, ignore_eos=True))["choices"][0]["text"]
-    stop = whole[10:13]
+    full_text = good(client.complete(most=40, ignore_eos=True))["choices"][0]["text"]
+    stop = full_text[10:13]
     result = good(client.complete(most=40, ignore_eos=True, stop=["\x00nowhere", stop]))
-    assert result["choices"][0]["text"] == whole[: whole.index(stop)]
+    assert result["choices"][0]["text"] == full_text[: full_text.index(stop)]
     assert result["choices"][0]["finish_reason"] == "stop"
     assert result["usage"]["completion_tokens"] < 40
     body = ask(most=40, ignore_eos=True, stop=stop, stream=True)
     text = "".join(chunk["choices"][0]["text"] for chunk in events(client.post("/v1/completions", json=body).text))
-    assert text == whole[: whole.index(stop)]
+    assert text == full_text[: full_text.index(stop)]
 
 
 def test_sampling_parameters(client):

@@ -40,10 +40,12 @@ def test_an_export_in_float32_is_the_same_model(name, trained, text, tmp_path, c
     out = exported(trained, tmp_path / name, "--dtype", "float32", "--check")
     assert "0.0e+00 of the largest apart" in capsys.readouterr().out
     source, model = load_model(str(trained)), load_model(str(out))
-    ours, theirs = leaf_paths(source.params), leaf_paths(model.params)
-    assert all(np.array_equal(ours[path], theirs[path].astype(jnp.float32)) for path in ours if ours[path].ndim == 1)
+    expected, actual = leaf_paths(source.params), leaf_paths(model.params)
+    assert all(
+        np.array_equal(expected[path], actual[path].astype(jnp.float32)) for path in expected if expected[path].ndim == 1
+    )
     exact = leaf_paths(load_model(str(out), dtype="float32").params)
-    assert all(np.array_equal(ours[path], exact[path]) for path in ours)
+    assert all(np.array_equal(expected[path], exact[path]) for path in expected)
     assert model.run is None
     assert (model.eos_ids, model.tokenizer.bos_ids) == (source.eos_ids, source.tokenizer.bos_ids)
     if name == "file.gguf":  # a folder of float32 says that it is computed in float32, which the run is not

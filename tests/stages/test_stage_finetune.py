@@ -154,8 +154,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(adapted, trained, chats, tmp_pat
     assert finetune.main(options) == 0
     assert re.search(r"resumed at step [67]", capsys.readouterr().out)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
-        whole, resumed = (run / "adapter" / name for run in (adapted[0], folder))
-        assert whole.read_bytes() == resumed.read_bytes()
+        unbroken, resumed = (run / "adapter" / name for run in (adapted[0], folder))
+        assert unbroken.read_bytes() == resumed.read_bytes()
     assert finetune.main(options) == 0
     assert "This run is finished" in capsys.readouterr().out
     for changed in (("--lora", "rank=3"), ("--seed", "1"), ("--train", "head")):

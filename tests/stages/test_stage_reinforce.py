@@ -22,15 +22,15 @@ def args(model: Path, folder: Path, *more: object) -> list[str]:
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(trained, tmp_path, monkeypatch, capsys):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert reinforce.main([*args(trained, whole), "--dry-run"]) == 0
+    unbroken, parts = tmp_path / "whole", tmp_path / "parts"
+    assert reinforce.main([*args(trained, unbroken), "--dry-run"]) == 0
     assert "nothing was trained" in capsys.readouterr().out
-    assert not whole.exists()
-    assert reinforce.main(args(trained, whole)) == 0
+    assert not unbroken.exists()
+    assert reinforce.main(args(trained, unbroken)) == 0
     printed = capsys.readouterr().out
     assert "round 2/2  reward" in printed
-    assert f"python -m stages.chat --model {whole}" in printed
-    assert [line["step"] for line in metrics(whole)] == [1, 2]
+    assert f"python -m stages.chat --model {unbroken}" in printed
+    assert [line["step"] for line in metrics(unbroken)] == [1, 2]
     run = Rounds.run
 
     def stopping(self: Rounds, *state: Any) -> Any:
@@ -43,7 +43,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(trained, tmp_path, monkeypatch, 
     assert "Stopped at round 1" in capsys.readouterr().out
     assert checkpoint.steps(parts) == [1]
     assert reinforce.main(args(trained, parts)) == 0
-    models = [load_model(str(folder)) for folder in (whole, parts)]
+    models = [load_model(str(folder)) for folder in (unbroken, parts)]
     assert digest(models[0].params) == digest(models[1].params)
     assert reinforce.main(args(trained, parts)) == 0
     assert "This run is finished: 2 rounds" in capsys.readouterr().out

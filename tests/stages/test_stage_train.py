@@ -68,8 +68,8 @@ def test_resumed_is_uninterrupted_to_the_bit(text, tmp_path, monkeypatch, capsys
     assert train.main(tiny(text, parts, *steps)) == 0
     assert "resumed at step 5" in capsys.readouterr().out
     assert state_digest(parts) == state_digest(tmp_path / "whole")
-    whole, part = (read_json(folder / "run.json")["result"] for folder in (tmp_path / "whole", parts))
-    assert whole["val_bits_per_byte"] == part["val_bits_per_byte"]
+    unbroken, part = (read_json(folder / "run.json")["result"] for folder in (tmp_path / "whole", parts))
+    assert unbroken["val_bits_per_byte"] == part["val_bits_per_byte"]
 
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:

@@ -174,7 +174,7 @@ DAMAGE = {
 def test_every_damage_to_every_file_is_named_and_passed_over(tmp_path, way):
     save_tiny(tmp_path, 1)
     newest = save_tiny(tmp_path, 2)
-    whole = shutil.copytree(newest, tmp_path / "whole")
+    intact = shutil.copytree(newest, tmp_path / "whole")
     files = [path for path in newest.rglob("*") if path.is_file()]
     assert len(files) > 10
     for file in files:
@@ -196,7 +196,7 @@ def test_every_damage_to_every_file_is_named_and_passed_over(tmp_path, way):
             fallen_back = load_params(tmp_path)
             assert (fallen_back.step, fallen_back.damaged) == (1, loaded.damaged)
             assert str(file) in refusal(load_params, newest)
-        shutil.copy(whole / file.relative_to(newest), file)
+        shutil.copy(intact / file.relative_to(newest), file)
     assert is_step(load_tiny(tmp_path), 2)
 
 

@@ -69,8 +69,8 @@ def same_bits(first, second) -> bool:
 
 def is_step(loaded: LoadedCheckpoint, step: int) -> bool:
     """`loaded` is, in all its parts, what `save_tiny` wrote for `step`."""
-    whole = same_bits((loaded.params, loaded.optimizer), tiny(step))
-    return whole and loaded.step == loaded.state["at"] == int(loaded.path.name) == step
+    same = same_bits((loaded.params, loaded.optimizer), tiny(step))
+    return same and loaded.step == loaded.state["at"] == int(loaded.path.name) == step
 
 
 def hidden(folder: Path) -> list[str]:

@@ -49,9 +49,9 @@ def test_trees_are_split_by_the_flags():
     trainable, frozen = split(params, trainable_paths.weights)
     assert set(leaf_paths(trainable)) == trainable_paths.weights
     assert not set(leaf_paths(frozen)) & trainable_paths.weights
-    whole = merge(trainable, frozen)
-    assert jax.tree.structure(whole) == jax.tree.structure(params)
-    assert all(a is b for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(params)))
+    merged = merge(trainable, frozen)
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    assert all(a is b for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(params)))
 
 
 @pytest.mark.parametrize(

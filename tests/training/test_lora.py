@@ -66,9 +66,9 @@ def test_folding_gives_the_same_logits_and_leaves_the_base_alone(params, kind):
     assert {type(leaf) for leaf in leaf_paths(folded).values()} == {type(params["head"])}
     for rows in (1, 9):
         tokens = tokens_of(1, rows, T)
-        ours, theirs = logits(CFG, adapted, tokens), logits(CFG, folded, tokens)
-        np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
-        assert np.abs(ours - logits(CFG, base, tokens)).max() > 0.1, "the adapter does nothing"
+        actual, expected = logits(CFG, adapted, tokens), logits(CFG, folded, tokens)
+        np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max())
+        assert np.abs(actual - logits(CFG, base, tokens)).max() > 0.1, "the adapter does nothing"
     assert digest(base) == before
 
 

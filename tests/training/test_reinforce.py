@@ -103,7 +103,7 @@ def test_the_pull_is_zero_at_the_reference_and_above_it_elsewhere(cfg, params):
 def test_beyond_the_clip_a_token_gains_nothing_more(cfg, params):
     batch = random_batch(0)
     own = np.asarray(log_probabilities(cfg, params, batch))
-    for sign in (1.0, -1.0):  # already far more probable than when it was drawn, or far less
+    for sign in (1.0, -1.0):  # already far more probable than when it was sampled, or far less
         old = own - np.float32(sign * 0.5)
         for advantage, learns in ((sign, False), (-sign, True)):
             rollouts = Rollouts(batch, np.full(B, advantage, np.float32), old)

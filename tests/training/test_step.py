@@ -82,9 +82,9 @@ def test_a_step_is_its_gradient_given_to_the_optimizer(cfg, params):
 def test_accumulation_is_one_big_batch(cfg, params, packed, microbatches):
     """Also when the parts count different numbers of targets: the mean is of the whole."""
     batch = batch_of(0) if packed else batch_of(0)._replace(segments=np.zeros((B, T), np.int32))
-    whole = differentiate(cfg, params, {}, batch, 1)
+    one_batch = differentiate(cfg, params, {}, batch, 1)
     parts = differentiate(cfg, params, {}, batch if packed else batch._replace(segments=None), microbatches)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), parts, whole)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), parts, one_batch)
 
 
 def test_running_the_forward_pass_again_changes_no_number(cfg, params):
@@ -201,8 +201,8 @@ def test_frozen_is_frozen_to_the_bit_under_decay_clipping_and_momentum(cfg, para
     assert set(leaf_paths(state.trainable)) == set(leaf_paths(trainable))
     for path, leaf in leaf_paths(state.trainable).items():
         assert (np.asarray(leaf) != leaf_paths(trainable)[path]).any(), f"{path} learned nothing"
-    whole = leaf_paths(merge(state.trainable, frozen))
-    assert all(whole[path] is leaf for path, leaf in leaf_paths(frozen).items())
+    merged = leaf_paths(merge(state.trainable, frozen))
+    assert all(merged[path] is leaf for path, leaf in leaf_paths(frozen).items())
 
 
 def test_frozen_is_not_differentiated(cfg, params):
