@@ -27,7 +27,7 @@ SHORT = {
 
 
 def commands() -> list[list[str]]:
-    """What follows `python` in each line of the README's sh blocks, and in code spans that begin with `uv run python`."""
+    """Lists what follows `python` in each line of the README's sh blocks, and in code spans that begin with `uv run python`."""
     text = (ROOT / "README.md").read_text()
     lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()]
     lines += re.findall(r"`(uv run python [^`]*)`", text)

@@ -26,7 +26,7 @@ def test_only_the_transformer_imports_flax():
 
 
 def by_hand_imports(trees: Trees) -> set[str]:
-    """What the by-hand model imports beyond itself and Python's own library."""
+    """Lists what the by-hand model imports beyond itself and Python's own library."""
     modules = [module for module in trees if module.startswith("engine.by_hand")]
     targets = {target for module in modules for target in imported(module, trees[module], trees)}
     return {

@@ -1,4 +1,4 @@
-"""Parameters by path: what is taken apart goes together again, and a rule means what it says or is refused."""
+"""Parameters by path: split and merge are inverse, and a rule that matches nothing is refused."""
 
 import jax
 import pytest

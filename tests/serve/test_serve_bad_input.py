@@ -159,7 +159,7 @@ def test_context_overflow_names_both_counts(client):
 
 
 def test_a_long_conversation_is_counted_before_it_is_rendered(client):
-    """A template is given a conversation once for each of its answers; for this one that would take minutes."""
+    """A template renders a conversation once for each of its answers; for this one that would take minutes."""
     turns = [{"role": ("user", "assistant")[n % 2], "content": "Hello there, how are you? " * 150} for n in range(801)]
     problem = refused(client.post("/v1/chat/completions", json=say() | {"messages": turns}, timeout=20))
     assert problem["code"] == "context_length_exceeded"
@@ -200,14 +200,14 @@ def test_a_body_that_is_too_large(client, tiny_server):
     large = b'{"prompt":"' + b"a" * body.MAX_BYTES + b'"}'
     refused(client.post_bytes("/v1/completions", large), 413)
     refused(client.post_bytes("/v1/completions", iter([large[: 1 << 20]] * 6)), 413)  # in chunks, of unknown length
-    # Only told of: nothing of it is read before it is refused.
+    # Only announced: nothing of it is read before it is refused.
     with tiny_server.connect() as connection:
         connection.sendall(post_head("/tokenize", 99999999999))
         assert b" 413 " in connection.recv(1000)
 
 
 def test_bodies_of_all_requests_together_are_bounded(client, tiny_server, monkeypatch):
-    """By what has come, not by what is told of; and however a request ends, its bytes are given back."""
+    """By received bytes, not by Content-Length; however a request ends, its bytes are subtracted again."""
     admission = tiny_server.state.admission
     monkeypatch.setattr(admission, "max_body_bytes", 1000)
     sound = b'{"prompt":"' + b"a" * 388 + b'"}'

@@ -145,7 +145,7 @@ def refused(reply: httpx.Response, status: int = 400) -> dict[str, Any]:
 
 
 def events(text: str) -> list[Any]:
-    """What a stream of server-sent events holds, `[DONE]` left out but required."""
+    """Returns the data of server-sent events, without the `[DONE]` that must end them."""
     parts = [line.removeprefix("data: ") for line in text.split("\n\n") if line.startswith("data: ")]
     assert parts.pop() == "[DONE]"
     return [json.loads(part) for part in parts]
@@ -159,7 +159,7 @@ def post_head(path: str, length: int) -> bytes:
 
 
 def read_all(connection: socket.socket) -> bytes:
-    """What comes until the server hangs up."""
+    """Receives until the server hangs up."""
     content = b""
     while part := connection.recv(65536):
         content += part

@@ -23,7 +23,7 @@ def trained(text, tmp_path_factory):
 
 @pytest.fixture
 def failing(capsys):
-    """Calls a command that must refuse: exit code 2, a sentence, no traceback. Returns what it said."""
+    """Calls a command that must refuse: exit code 2, a sentence, no traceback. Returns stderr."""
 
     def call(main: Callable[[Sequence[str]], int], args: Sequence[str]) -> str:
         code = main(list(map(str, args)))

@@ -1,4 +1,4 @@
-"""What a person may get wrong: each is answered by a sentence and exit code 2, and nothing is lost."""
+"""Bad input on the command line: each is answered by a sentence and exit code 2, and nothing is lost."""
 
 import errno
 import os

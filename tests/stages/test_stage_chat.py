@@ -194,7 +194,7 @@ class Terminal:
         os.close(self.master)
 
     def wait_for(self, *phrases: str, seconds: float = 60) -> str:
-        """What is on the screen from one wait to the next, up to and with the last of these phrases, in this order."""
+        """Returns the output since the last wait, up to and with the last of these phrases, in this order."""
         until, output = time.monotonic() + seconds, ""
         for phrase in phrases:
             while phrase not in self.unread:

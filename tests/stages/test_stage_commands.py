@@ -56,7 +56,7 @@ class Terminal(io.StringIO):
 
 
 def screen(output: str) -> list[str]:
-    """What a terminal shows after these characters: its lines, without the empty ones."""
+    """Returns the lines a terminal shows after these characters, without the empty ones."""
     lines, row, column = [""], 0, 0
     for code, letter, character in re.findall(r"\x1b\[([0-9;?]*)([A-Za-z])|([^\x1b])", output):
         if letter == "A":

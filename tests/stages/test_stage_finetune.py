@@ -80,7 +80,7 @@ def test_a_lora_run_says_what_it_does(adapted, trained):
     assert f"beside {total:,} frozen ones" in printed
     assert re.search(r"FLOPs \d+%, memory \d+%, time \d+% of a step in which everything is trained", printed)
     assert f"{len(WORD)} of {len(WORD)} kept, 0 of them truncated; 0 dropped" in printed
-    assert re.search(r"User: the \w+\nAssistant:\[\[ red sails\.(\]\]\[\[)?<\|endoftext\|>\]\]", printed)  # the end is learnt
+    assert re.search(r"User: the \w+\nAssistant:\[\[ red sails\.(\]\]\[\[)?<\|endoftext\|>\]\]", printed)  # the end is a target
     losses = result(folder)
     assert losses["after"]["held_out"] < losses["before"]["held_out"] - 0.5
     assert losses["before"]["general"] > 0
@@ -192,7 +192,7 @@ def test_a_base_in_int8(trained, chats, tmp_path):
     assert finetune.main(args(trained, chats, folder, "--base", "int8", "--lora", LORA)) == 0
     losses = result(folder)
     assert losses["after"]["held_out"] < losses["before"]["held_out"] - 0.5
-    model = load_model(str(folder))  # what was learnt over the rounded base is put on the real one
+    model = load_model(str(folder))  # adapters trained over the rounded base are put on the real one
     assert {leaf.base.dtype for leaf in leaf_paths(model.params).values() if hasattr(leaf, "base")} == {np.dtype("float32")}
 
 
@@ -253,7 +253,7 @@ BAD = [
 def test_what_cannot_be_done_is_said_before_anything_is_written(flags, sentence, trained, chats, tmp_path, failing):
     folder = tmp_path / "bad"
     error = failing(finetune.main, [*args(trained, chats, folder), *flags])
-    error = re.sub(r"[│╭╮╰╯─\s]+", " ", error)  # a wrong flag is told in a frame
+    error = re.sub(r"[│╭╮╰╯─\s]+", " ", error)  # a wrong flag is reported in a frame
     assert re.search(sentence, error), error
     assert not folder.exists()
 

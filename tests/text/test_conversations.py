@@ -1,4 +1,4 @@
-"""Every usual form of fine-tuning data is known by its keys, and what is wrong with a line is said with its place."""
+"""Every usual form of fine-tuning data is known by its keys, and an error in a line names its place."""
 
 import json
 from pathlib import Path

@@ -20,7 +20,7 @@ BPE = train_bpe([PROSE], 320)
 BYTE = byte_tokenizer()
 BOTH = pytest.mark.parametrize("tokenizer", [BPE, BYTE], ids=["bpe", "byte"])
 
-# Every code point with something of each alternative of the split around it, and drawn text full of what it looks for.
+# Every code point with something of each alternative of the split around it, and random text full of what it looks for.
 EVERY = "".join(map(chr, itertools.chain(range(0xD800), range(0xE000, sys.maxunicode + 1))))
 texts = st.text() | st.text(alphabet=" \t\r\n'abZsé1½٣^_\u0301\u200d\ufe0f東😀<|>") | st.sampled_from([END, "<|im_start|>"])
 

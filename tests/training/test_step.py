@@ -37,7 +37,7 @@ def batch_of(seed: int) -> Batch:
 
 
 def copied(tree):
-    """Arrays of their own: a step may take what it is given."""
+    """Returns copies: a step donates its arguments."""
     return jax.tree.map(jnp.array, tree)
 
 
@@ -241,7 +241,7 @@ def test_training_learns_a_text_that_repeats_itself(optimizer, dtype):
 
 
 def test_a_whole_run_leaves_the_weights_it_began_with_alone(cfg):
-    """`copied` above is needed: the step takes its state. What was not given to it is not touched."""
+    """`copied` above is needed: the step donates its state. No other array is touched."""
     params = lively_params(cfg, 1)
     before = digest(params)
     trained(cfg, make_optimizer(ADAMW), params, 2)
