@@ -27,7 +27,7 @@ class Completion(NamedTuple):
 
 
 @functools.cache
-def served(dtype: str) -> tuple[Any, Any]:
+def served_model(dtype: str) -> tuple[Any, Any]:
     """(cfg, params) as they are served. float32 computes in it; the others in bfloat16, int8 with W8A8."""
     weights = dtype.partition("/")[0]
     cfg = tiny_config(dtype="float32" if weights == "float32" else "bfloat16", tied=weights == "int8")
@@ -36,7 +36,7 @@ def served(dtype: str) -> tuple[Any, Any]:
 
 
 def make_slots(dtype: str, **options: Any) -> Slots:
-    cfg, params = served(dtype)
+    cfg, params = served_model(dtype)
     shape = {"params": params, "slots": SLOTS, "capacity": CAPACITY, "chunk": CHUNK, "tail": TAIL}
     return Slots(cfg, **{**shape, "kv_dtype": dtype.rpartition("/")[2], **options})
 

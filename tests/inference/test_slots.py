@@ -17,7 +17,7 @@ from slot_requests import (
     complete_alone,
     make_slots,
     poison,
-    served,
+    served_model,
     text,
 )
 from tiny import lively_params, positions_of, request_of, tiny_config
@@ -40,7 +40,7 @@ forward_ = jax.jit(forward, static_argnums=0)
     "sampling", [{"temperature": 0.0, "stop_token_ids": (3, 7)}, {"temperature": 0.8, "top_p": 0.9, "seed": 5}]
 )
 def test_completions_are_those_of_the_plain_generator(sampling):
-    cfg, params = served("float32")
+    cfg, params = served_model("float32")
     prompts = [text(seed, length) for seed, length in enumerate((1, 2, 16, 17, 18, 33, 50))]
     rows = SamplingParams(max_tokens=12, **sampling).per_row(len(prompts))
     expected, reasons = [[] for _ in prompts], {}
@@ -135,7 +135,7 @@ def test_a_request_that_comes_while_drafts_are_checked_finds_a_clean_slot_and_sp
 def test_nothing_is_compiled_after_warm(count_compiles):
     """Slots of a shape no other test has, with one row for drafts, not three; weights on a device that is not named, and on
     one that is."""
-    params = served("float32")[1]
+    params = served_model("float32")[1]
     for weights in (params, jax.device_put(params, jax.devices()[0])):
         slots = make_slots("float32", params=weights, slots=2, prefix_cache_bytes=10**6)
         count_compiles.clear()
@@ -197,7 +197,7 @@ def test_every_size_that_fits_is_served_to_its_end(dtype):
 
 def test_a_model_that_gives_no_numbers_ends_requests_and_touches_no_other():
     """A token whose embedding is NaN: a request with it gets an error, those beside and after it their completions."""
-    params = served("float32")[1]
+    params = served_model("float32")[1]
     bad = {**params, "embed": params["embed"].at[40].set(np.nan)}
     slots = make_slots("float32", params=bad)
     good = request_of([token % 40 for token in text(4, 30)], 10, temperature=0.0, logit_bias={40: -100.0}, logprobs=2)
@@ -235,7 +235,7 @@ def reference(cfg, params, request: Request, count: int) -> tuple[list[int], lis
 )  # fmt: skip
 def test_penalties_bias_and_log_probabilities_are_those_of_plain_numpy(changes):
     """In company, whose prompts are prefilled while this one waits or decodes: nothing of it is counted."""
-    cfg, params = served("float32")
+    cfg, params = served_model("float32")
     request = request_of(text(2, 21), 18, temperature=0.0, logprobs=5, **changes)
     tokens, logprobs = reference(cfg, params, request, 18)
     log = Log(make_slots("float32"))

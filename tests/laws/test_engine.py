@@ -17,8 +17,8 @@ def console_use(tree: ast.Module) -> list[str]:
     pipes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n.value) != "sys"]
     piped = {f"{node.lineno}: {node.attr}" for node in pipes if node.attr in ("stdout", "stderr")}
     libraries = [name for name in imported("", tree, {}) if name in ("argparse", "tyro", "rich")]
-    spoken = mentions(tree, {"print", "pprint", "input", "stdout", "stderr", "argv"})
-    return [line for line in spoken if line not in piped] + libraries
+    uses = mentions(tree, {"print", "pprint", "input", "stdout", "stderr", "argv"})
+    return [line for line in uses if line not in piped] + libraries
 
 
 def test_only_the_transformer_imports_flax():
@@ -40,7 +40,7 @@ def test_by_hand_needs_numpy_alone():
         assert len(by_hand_imports(SOURCES | {"engine.by_hand.made_up": ast.parse(source)})) == 4
 
 
-def loaded(modules: list[str], *libraries: str) -> set[str]:
+def loaded_libraries(modules: list[str], *libraries: str) -> set[str]:
     """Which of the libraries a Python has loaded that has imported these modules."""
     imports = f"import importlib, sys; [importlib.import_module(name) for name in {modules}]"
     program = f"{imports}; print(*[name for name in {libraries} if name in sys.modules])"
@@ -61,8 +61,8 @@ def test_loads_without(names, libraries):
     """By hand needs NumPy alone, the scheduler is plain Python, --help is there within 0.3 s, and inference does not train."""
     modules = fnmatch.filter(SOURCES, names)
     assert modules
-    assert loaded(modules, *libraries) == set()
-    assert loaded(["engine.training.step", "tokenizers"], *libraries) == {*libraries}
+    assert loaded_libraries(modules, *libraries) == set()
+    assert loaded_libraries(["engine.training.step", "tokenizers"], *libraries) == {*libraries}
 
 
 def outside_training() -> Trees:

@@ -27,7 +27,7 @@ ROWS, CAPACITY, CHUNK, MAX_TOKENS = 5, 64, 7, 11
 
 
 @functools.cache
-def served(weights: str, tied: bool = False):
+def served_model(weights: str, tied: bool = False):
     """(cfg, params) as they are served; with weights in "int8" (W8A8) or "full" (int8 weights alone) in bfloat16."""
     quantized = weights in ("int8", "full")
     cfg = tiny_config(dtype="bfloat16" if quantized else weights, tied=tied)
@@ -65,7 +65,7 @@ def completions(cfg, params, prompts, sampling) -> list[list[int]]:
 def test_generating_changes_no_weight_remembers_nothing_and_gives_each_prompt_its_own_completion(
     dtype, request_, between, sampling, other
 ):
-    cfg, params = served(dtype)
+    cfg, params = served_model(dtype)
     before = digest(params)
     first = completions(cfg, params, request_, sampling)
     assert completions(cfg, params, [request_[0], *between[1:]], [sampling[0], *other[1:]])[0] == first[0]
@@ -76,7 +76,7 @@ def test_generating_changes_no_weight_remembers_nothing_and_gives_each_prompt_it
 
 def test_serving_many_changes_no_weight_and_remembers_no_request():
     """All that slots can do, twice over: prefix-cache hits, draft tokens, penalties, cancelling."""
-    cfg, params = served("bfloat16")
+    cfg, params = served_model("bfloat16")
     params = prepare_params(cfg, quantize(params))
     before, answers = digest(params), []
     slots = Slots(cfg, params, slots=3, capacity=32, kv_dtype="int8", chunk=16, tail=4, prefix_cache_bytes=10**6)
@@ -146,13 +146,13 @@ def broken_promises(function, arguments) -> list[str]:
 
 
 def test_no_program_donates_overwrites_or_returns_a_weight():
-    for function, arguments in programs(*served("float32")).values():
+    for function, arguments in programs(*served_model("float32")).values():
         assert broken_promises(function, arguments) == [], function
 
 
 @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
 def test_the_check_sees_a_weight_given_away():
-    arguments = programs(*served("float32"))["decode_step"][1]
+    arguments = programs(*served_model("float32"))["decode_step"][1]
     plain = decode_step.__wrapped__
     donating = jax.jit(plain, static_argnames="cfg", donate_argnames=("params", "cache"))
     assert "donates a weight" in broken_promises(donating, arguments)
@@ -203,7 +203,7 @@ def run_rows(cfg, params, prompts, sampling, seed: int):
 )  # fmt: skip
 def test_neighbours_padding_and_slot_do_not_matter_to_the_bit(weights, tied, temperature):
     """One program of fixed shape: a request's logits and tokens are the same alone, in company, and in any slot."""
-    cfg, params = served(weights, tied)
+    cfg, params = served_model(weights, tied)
     prompt = tokens_of(0, 10).tolist()
 
     def run(slot: int, seed: int, alone: bool):

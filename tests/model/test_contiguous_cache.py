@@ -29,7 +29,7 @@ def test_each_row_is_written_at_its_own_place_and_nowhere_else():
     np.testing.assert_array_equal(written, expected.astype(np.float32))
 
 
-def dirtied(cache: KVCache, with_: float) -> KVCache:
+def fill_unwritten(cache: KVCache, with_: float) -> KVCache:
     """The same cache with rubbish where nothing has been written."""
     fresh = np.arange(S)[:, None] >= np.asarray(cache.length)[:, None, None, None]  # (B, 1, S, 1)
     dirty = lambda leaf: jnp.where(fresh, jnp.asarray(with_, leaf.dtype), leaf)
@@ -44,7 +44,7 @@ def test_what_lies_beyond_a_row_does_not_matter_to_the_bit(dtype, rubbish):
     params = lively_params(cfg)
     tokens, lengths = tokens_of(0, B, 5), jnp.array([5, 3])
     _, cache = run(cfg, params, tokens, positions_of(B, 5), make_cache(cfg, B, S))
-    cache = dirtied(cache._replace(length=lengths), 0.0)
+    cache = fill_unwritten(cache._replace(length=lengths), 0.0)
 
     def after(cache: KVCache, T: int) -> np.ndarray:
         logits, cache = run(cfg, params, tokens_of(1, B, T), lengths[:, None] + jnp.arange(T), cache)
@@ -55,4 +55,4 @@ def test_what_lies_beyond_a_row_does_not_matter_to_the_bit(dtype, rubbish):
     for T in (1, 5):
         clean = after(cache, T)
         assert np.isfinite(clean).all()
-        np.testing.assert_array_equal(after(dirtied(cache, rubbish), T), clean)
+        np.testing.assert_array_equal(after(fill_unwritten(cache, rubbish), T), clean)

@@ -89,9 +89,9 @@ def test_the_logits_are_those_on_paper(cfg, reads):
 def test_bfloat16_is_the_same_model_less_precisely(cfg, params):
     tokens = tokens_of(0, B, T)
     exact, _ = run(cfg, params, tokens, positions_of(B, T))
-    rough, _ = run(tiny_config(dtype="bfloat16"), params, tokens, positions_of(B, T))
-    assert rough.dtype == jnp.float32
-    error = np.abs(rough - exact).max() / np.abs(exact).max()
+    actual, _ = run(tiny_config(dtype="bfloat16"), params, tokens, positions_of(B, T))
+    assert actual.dtype == jnp.float32
+    error = np.abs(actual - exact).max() / np.abs(exact).max()
     assert 1e-4 < error < 0.05
 
 

@@ -207,13 +207,13 @@ def test_a_python_without_its_source(monkeypatch, tmp_path):
 def test_the_slower_of_two_processes_uses_the_other_s_files(monkeypatch, index):
     meanwhile = []
 
-    def beaten(folder: Path):
+    def slower(folder: Path):
         meanwhile.append(folder)
         folder.mkdir()
         for name, text in WANTED.items():
             (folder / name).write_text(text)
         raise OSError("Directory not empty")
 
-    monkeypatch.setattr(assets, "atomic_folder", beaten)
+    monkeypatch.setattr(assets, "atomic_folder", slower)
     assert fetch("shakespeare")["train"].read_text() == WANTED["train.txt"]
     assert meanwhile

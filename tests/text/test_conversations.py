@@ -152,8 +152,8 @@ def test_the_voice_is_what_it_is_said_to_be():
     questions, answers = [], []
     for row in [*train, *held_out]:
         assert isinstance(row, Conversation)
-        spoken = [message["role"] for message in row.messages if message["role"] != "system"]
-        assert spoken == ["user", "assistant"] * (len(spoken) // 2)
+        roles = [message["role"] for message in row.messages if message["role"] != "system"]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
         answers += [message["content"] for message in row.messages if message["role"] == "assistant"]
         questions.append(next(message["content"] for message in row.messages if message["role"] == "user"))
     for row in preferences:

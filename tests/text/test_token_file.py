@@ -90,14 +90,14 @@ def test_the_slower_of_two_processes_uses_the_other_s_file(monkeypatch):
     real = module.atomic_folder
     meanwhile = []
 
-    def beaten(folder: Path):
+    def slower(folder: Path):
         if not meanwhile:
             meanwhile.append(folder)
             open_token_file(DOCUMENTS, BPE)  # the other process
             raise OSError("Directory not empty")
         return real(folder)
 
-    monkeypatch.setattr(module, "atomic_folder", beaten)
+    monkeypatch.setattr(module, "atomic_folder", slower)
     assert open_token_file(DOCUMENTS, BPE).bytes == len("".join(DOCUMENTS).encode())
     assert meanwhile
 

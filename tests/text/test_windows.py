@@ -13,7 +13,7 @@ from engine.text.windows import TextBatches, count_windows, evaluation_windows
 PLACES = np.arange(1000, dtype=np.uint16)
 
 
-def same(first: Batch, second: Batch) -> bool:
+def same_batch(first: Batch, second: Batch) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(first, second))
 
 
@@ -61,9 +61,9 @@ def test_the_target_is_the_next_token(step, seed):
 def test_order_is_a_function_of_seed_and_step():
     first, again = TextBatches(PLACES, 7, 5, seed=3), TextBatches(PLACES.astype(np.int64), 7, 5, seed=3)
     forward = {step: first.at(step) for step in (0, 1, 27, 28, 29, 500)}
-    assert all(same(again.at(step), forward[step]) for step in reversed(forward))
+    assert all(same_batch(again.at(step), forward[step]) for step in reversed(forward))
     other = TextBatches(PLACES, 7, 5, seed=4)
-    assert not any(same(other.at(step), batch) for step, batch in forward.items())
+    assert not any(same_batch(other.at(step), batch) for step, batch in forward.items())
 
 
 def test_the_order_does_not_change_between_versions():

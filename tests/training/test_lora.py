@@ -35,7 +35,7 @@ def batch_of(seed: int, B: int = 9, cfg=CFG) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], np.ones((B, T), bool), positions_of(B, T), None)
 
 
-def learned(adapters, seed: int = 0):
+def with_random_b(adapters, seed: int = 0):
     """The adapters with b no longer 0."""
     rng = np.random.default_rng(seed)
     noisy = lambda leaf: dataclasses.replace(leaf, b=jnp.asarray(rng.standard_normal(leaf.b.shape, np.float32)) / 5)
@@ -61,7 +61,7 @@ def test_adapters_hold_what_was_asked_for(params):
 def test_folding_gives_the_same_logits_and_leaves_the_base_alone(params, kind):
     base = params if kind == "array" else quantize(params, [(MATRICES, "full")])
     before = digest(base)
-    adapted = merge(learned(init_lora(CFG, base, KEY, LoraConfig(3, targets=("all",)))), base)
+    adapted = merge(with_random_b(init_lora(CFG, base, KEY, LoraConfig(3, targets=("all",)))), base)
     folded = merge_lora(adapted)
     assert {type(leaf) for leaf in leaf_paths(folded).values()} == {type(params["head"])}
     for rows in (1, 9):
@@ -74,14 +74,14 @@ def test_folding_gives_the_same_logits_and_leaves_the_base_alone(params, kind):
 
 def test_folding_keeps_the_bases_dtype_and_a_plain_model(params):
     half = cast_matrices(params, "bfloat16")
-    folded = leaf_paths(merge_lora(merge(learned(init_lora(CFG, half, KEY, LoraConfig(2, targets=("q", "v")))), half)))
+    folded = leaf_paths(merge_lora(merge(with_random_b(init_lora(CFG, half, KEY, LoraConfig(2, targets=("q", "v")))), half)))
     assert folded["blocks/0/qkv"].dtype == jnp.bfloat16
     assert all(a is b for a, b in zip(jax.tree.leaves(merge_lora(params)), jax.tree.leaves(params)))
 
 
 def test_several_adapters_on_one_base_fold_to_their_sum(params):
-    first = learned(init_lora(CFG, params, KEY, LoraConfig(3, targets=("q", "v"))), 1)
-    second = learned(init_lora(CFG, params, KEY, LoraConfig(2, targets=("all",))), 2)
+    first = with_random_b(init_lora(CFG, params, KEY, LoraConfig(3, targets=("q", "v"))), 1)
+    second = with_random_b(init_lora(CFG, params, KEY, LoraConfig(2, targets=("all",))), 2)
     folded = leaf_paths(merge_lora(merge(second, merge(first, params))))
     alone = [leaf_paths(merge_lora(merge(adapters, params))) for adapters in (first, second)]
     for path, leaf in leaf_paths(params).items():
@@ -113,7 +113,7 @@ def test_only_adapters_learn_and_the_optimizer_holds_nothing_else(params, kind):
 def test_a_learned_adapter_decays_towards_the_base(params):
     """AdamW's decay is on both halves, so that without a gradient what is added goes to nothing."""
     tx = make_optimizer(OptimizerConfig(learning_rate=0.1, weight_decay=0.5, warmup=0.0, schedule="wsd"))
-    adapters = learned(init_lora(CFG, params, KEY, LoraConfig(3, targets=("q", "v"))))
+    adapters = with_random_b(init_lora(CFG, params, KEY, LoraConfig(3, targets=("q", "v"))))
     nothing = jax.tree.map(jnp.zeros_like, adapters)
     updates, _ = tx.update(nothing, tx.init(adapters), adapters, progress=jnp.float32(0.01))
     for update, leaf in zip(jax.tree.leaves(updates), jax.tree.leaves(adapters)):
@@ -124,7 +124,7 @@ def test_a_learned_adapter_decays_towards_the_base(params):
 @pytest.mark.parametrize("kind", ["array", "full"])
 def test_the_gradient_of_a_step_is_that_of_the_folded_model(params, rows, kind):
     base = params if kind == "array" else quantize(params, [(MATRICES, "full")])
-    adapters = learned(init_lora(CFG, base, KEY, LoraConfig(3, targets=("q", "v", "up", "down"))))
+    adapters = with_random_b(init_lora(CFG, base, KEY, LoraConfig(3, targets=("q", "v", "up", "down"))))
     batch = batch_of(0, rows)
     loss, gradient = jax.jit(loss_and_gradient, static_argnums=0)(CFG, adapters, base, batch)
 

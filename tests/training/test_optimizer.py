@@ -134,9 +134,9 @@ def test_orthogonalizing_is_optaxs(shape):
     matrix = jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
     expected = optaxs_muon(matrix)
     np.testing.assert_allclose(orthogonal(matrix, jnp.dtype("float32")), expected, rtol=0, atol=2e-4)
-    rough = orthogonal(matrix, jnp.dtype("bfloat16"))
-    assert rough.dtype == jnp.float32
-    assert np.linalg.norm(rough - expected) < 0.1 * np.linalg.norm(expected)
+    actual = orthogonal(matrix, jnp.dtype("bfloat16"))
+    assert actual.dtype == jnp.float32
+    assert np.linalg.norm(actual - expected) < 0.1 * np.linalg.norm(expected)
 
 
 @SHAPES

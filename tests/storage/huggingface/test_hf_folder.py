@@ -26,7 +26,7 @@ def folder(tmp_path):
     return write_folder(tmp_path / "model", CONFIG, WEIGHTS)
 
 
-def same(first: Any, second: Any) -> bool:
+def same_params(first: Any, second: Any) -> bool:
     ours, theirs = leaf_paths(first), leaf_paths(second)
     return ours.keys() == theirs.keys() and all(
         ours[path].dtype == theirs[path].dtype and np.array_equal(ours[path], theirs[path]) for path in ours
@@ -51,7 +51,7 @@ def test_every_weight_is_in_its_place(folder):
 
 def test_shards_hold_the_same_model(folder, tmp_path):
     sharded = write_folder(tmp_path / "sharded", CONFIG, WEIGHTS, shards=3)
-    assert same(load_model(sharded).params, load_model(folder).params)
+    assert same_params(load_model(sharded).params, load_model(folder).params)
 
 
 @pytest.mark.parametrize("kind", [np.float16, ml_dtypes.bfloat16])
@@ -60,7 +60,7 @@ def test_half_precision_is_read_exactly(kind, tmp_path):
     folder = write_folder(tmp_path / "half", CONFIG | {"torch_dtype": "bfloat16"}, halved)
     wide = {name: value.astype(np.float32) for name, value in halved.items()}
     exact = load_model(write_folder(tmp_path / "wide", CONFIG, wide)).params
-    assert same(load_model(folder, dtype="float32").params, exact)
+    assert same_params(load_model(folder, dtype="float32").params, exact)
     native = load_model(folder).params
     assert native["embed"].dtype == native["blocks"]["0"]["qkv"].dtype == jnp.bfloat16
     assert native["norm"].dtype == native["blocks"]["0"]["attn_norm"].dtype == jnp.float32
