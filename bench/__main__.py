@@ -64,7 +64,7 @@ def measure(flags: StageTableFlags) -> Json:
 
     document = stage_table(
         flags.preset, flags.model, batch=flags.batch, context=flags.context, price=price, max_time=flags.max_time,
-        quick=flags.quick,
+        fewest_rounds=flags.quick,
     )  # fmt: skip
     document["command"] = command(flags)
     if not flags.json:
@@ -121,6 +121,7 @@ def measurements() -> dict[str, str]:
 
 
 def main(args: list[str] | None = None) -> int:
+    """Prints the JSON document as the last line and returns 0, or 2 after an error that a person can mend."""
     return run_bench("bench", __doc__, StageTableFlags, measure, args)
 
 

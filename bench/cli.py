@@ -35,9 +35,10 @@ def run_bench[Flags](
     name: str, about: str | None, flags: type[Flags], measure: Callable[[Flags], Json],
     args: Sequence[str] | None = None,
 ) -> int:  # fmt: skip
-    """Parses `args` (None: the command line's), and prints what `measure` returns as the last line of stdout.
+    """Parses flags, prints what `measure` returns as JSON, last on stdout; returns 0, or 2 after a UserError or OSError.
 
-    Returns 0, or 2 after an error that a person can mend, in a sentence on stderr. `name` follows `python -m`.
+    Such an error is a sentence on stderr; Ctrl-C returns 130. `args`: None for the command line's. `name` follows
+    `python -m`.
     """
     try:
         options = tyro.cli(

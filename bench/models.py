@@ -32,8 +32,8 @@ class BenchModel:
 
 
 def random_model(name: str, cfg: ModelConfig) -> BenchModel:
-    """Returns a preset with random matrices and biases, also those that training starts at zero: a model whose blocks add
-    nothing would hide every difference between two ways of running it."""
+    """Returns a preset with random numbers in every leaf but the norms, also where training starts at zero: a model whose
+    blocks add nothing would hide every difference between two ways of running it."""
 
     def init(key: Any) -> Any:
         leaves = leaf_paths(init_params(cfg, key))
@@ -67,7 +67,7 @@ def tokens_for(model: BenchModel, rows: int, length: int) -> np.ndarray:
 
 
 class StepInputs(NamedTuple):
-    """The inputs of a training step: the model, its first weights, and the batch of every step."""
+    """The inputs of a training step: the model, its first weights, and the one batch that every step repeats."""
 
     cfg: ModelConfig
     params: Any

@@ -24,6 +24,8 @@ from engine.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class PeersFlags:
+    """Which comparisons, at which shapes, and where the peers live."""
+
     peer_python: Path | None = None
     """The Python that has the peers, when it is not this one."""
     only: Literal["all", "training", "inference"] = "all"
@@ -46,6 +48,7 @@ QUICK: Json = {"shape": "2x128x64x8", "preset": "demo", "prompt": 64, "new": 17,
 
 
 def measure_peers(flags: PeersFlags) -> Json:
+    """Measures the rows beside the peers that are installed, prints them, and returns the document."""
     if flags.quick:
         flags = override_defaults(flags, QUICK)
     shape = parse_shape("--shape", flags.shape)
@@ -81,6 +84,7 @@ def measure_peers(flags: PeersFlags) -> Json:
 
 
 def main(args: list[str] | None = None) -> int:
+    """Prints the JSON document as the last line and returns 0, or 2 after an error that a person can mend; saves nothing."""
     return run_bench("bench.peers", __doc__, PeersFlags, measure_peers, args)
 
 

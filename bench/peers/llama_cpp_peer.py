@@ -13,8 +13,10 @@ UBATCH = 512  # tokens a call, its own default
 
 
 def make(spec: dict[str, Any]) -> Run:
-    """Returns a run that prefills each row's prompt, then decodes `new` tokens of each; it returns the seconds of both, and
-    the tokens of each row. `spec`: file, threads, prompts (lists of ids), new."""
+    """Returns a run that prefills the prompts one by one, then decodes `new` tokens of all rows together.
+
+    The run returns the seconds of both, and the tokens of each row. `spec`: file, threads, prompts (lists of ids), new.
+    """
     import llama_cpp as llama
 
     prompts, new = spec["prompts"], spec["new"]

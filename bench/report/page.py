@@ -1,4 +1,4 @@
-"""Writes the stage table as one self-contained page, for a screen of any width, light or dark, and for paper."""
+"""Writes what `python -m bench` measured as one self-contained page, for any screen, light or dark, and for paper."""
 
 import itertools
 import json
@@ -96,9 +96,10 @@ def deviation(off: float | None) -> str:
 
 
 def lines_and_notes(rows: Rows) -> tuple[list[list[dict[str, Any]]], list[Note]]:
-    """Returns the lines of the table, a list for each stage, and their notes in order.
+    """Returns the table's lines (each its row, deviation and numbers of notes), a list for each stage, and the notes in order.
 
-    A line has its row; `off`, its time over the predicted one, less 1; and the numbers of its notes, 0 for none.
+    A line is {row: the row of the document; off: its time over the predicted one, less 1; note, peak_note: the numbers of
+    its notes, 0 for none}. The template formats the cells.
     """
     lines: list[dict[str, Any]] = []
     notes: list[Note] = []

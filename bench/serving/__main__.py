@@ -19,6 +19,8 @@ from engine.format import money, si
 
 @dataclasses.dataclass(frozen=True)
 class ServingFlags:
+    """Which model is served, in how many slots, with which weights, and at what price."""
+
     model: str = "smollm2-135m-instruct"
     """A run folder, a Hugging Face folder, a .gguf file or smollm2-135m-instruct."""
     slots: int = 8
@@ -37,6 +39,7 @@ READY_SECONDS = 8.0  # to be ready in, programs cached
 
 
 def measure_serving(flags: ServingFlags) -> Json:
+    """Measures the server, prints the tables, and returns the document, in which a bar may be unmet."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # however this ends, its servers end too
     server_flags = ["--slots", str(flags.slots), "--weights", flags.weights]
     server_flags += ["--capacity", str(flags.capacity)] if flags.capacity else []
@@ -109,6 +112,7 @@ def print_tables(document: Json) -> None:
 
 
 def main(args: list[str] | None = None) -> int:
+    """Prints the JSON document last and returns 0, also with unmet bars, or 2 after an error; saves nothing."""
     return run_bench("bench.serving", __doc__, ServingFlags, measure_serving, args)
 
 

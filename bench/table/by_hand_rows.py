@@ -18,7 +18,10 @@ from engine.text.batch import Batch
 
 
 def by_hand_rows(cfg: ModelConfig, params: Any, batch: Batch) -> list[Row]:
-    """Returns the rows of a batch, forward alone, and forward and backward with every gradient; attention is `full`."""
+    """Returns the rows of a batch: forward alone, to logits, and loss and backward with every gradient.
+
+    Attention is `full`.
+    """
     B, T = batch.tokens.shape
     plain = dataclasses.replace(cfg, dtype="float32", remat="none")
     weights = to_numpy(params)

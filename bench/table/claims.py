@@ -19,8 +19,8 @@ SERVING = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Invariants:
-    """The results of `check_invariants`."""
+class InferenceChecks:
+    """What inference leaves alone (a request's bits beside others, loss and weights), and what int8 changes: its error."""
 
     neighbours: int  # other requests beside which a request ran again
     same_bits: bool  # of its tokens and log-probabilities each time
@@ -36,7 +36,7 @@ class Evidence:
 
     rows: dict[str, dict[str, Any]]  # of the document, by name
     time_ratio: Callable[[str, str], float | None]  # a row's time for a token over another's, None where noise hides it
-    invariants: Invariants
+    checks: InferenceChecks
     params: int
     price: float  # dollars an hour
     uncached: tuple[float, int]  # seconds of a token without a KV cache, and the tokens before it
@@ -54,7 +54,7 @@ class Evidence:
 def claims(evidence: Evidence) -> list[dict[str, Any]]:
     """Judges the claims: returns them with verdicts, without those whose rows are missing."""
     known = {
-        "evidence": evidence, "checks": evidence.invariants, "row": evidence.row, "ratio": evidence.ratio,
+        "evidence": evidence, "checks": evidence.checks, "row": evidence.row, "ratio": evidence.ratio,
         "per_parameter": TOKENS_PER_PARAMETER, "tuning_tokens": TUNING_TOKENS, "gain_verdict": _gain_verdict,
     }  # fmt: skip
     decided = []
@@ -68,7 +68,7 @@ def claims(evidence: Evidence) -> list[dict[str, Any]]:
 
 def _numbers(name: str, evidence: Evidence) -> dict[str, Any]:
     """Returns the numbers that decide a claim. Raises KeyError for a missing row."""
-    row, checks = evidence.row, evidence.invariants
+    row, checks = evidence.row, evidence.checks
     match name:
         case "half" | "half_of_lora":
             step = row("LoRA" if name == "half_of_lora" else "pre-training")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.table.claims import Invariants
+from bench.table.claims import InferenceChecks
 from bench.table.inference_rows import SLOTS, random_cache
 from engine.inference.decode import CHUNK, decode_step, decode_steps, prefill
 from engine.inference.sampling import sampling_arrays
@@ -21,9 +21,9 @@ from engine.text.batch import Batch
 
 def check_invariants(
     cfg: ModelConfig, params: Any, int8: Any, batch: Batch, *, length: int, before: tuple[str, str], generated: int
-) -> Invariants:
+) -> InferenceChecks:
     """Runs the checks after `generated` tokens, with caches of `length` places; `before` is an earlier `model_state`."""
-    return Invariants(
+    return InferenceChecks(
         neighbours=SLOTS - 1, same_bits=is_batch_invariant(cfg, params, length), generated=generated, before=before,
         after=model_state(cfg, params, batch), int8_error=logits_error(cfg, params, int8, batch),
     )  # fmt: skip

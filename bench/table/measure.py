@@ -1,4 +1,4 @@
-"""Measures the stage table: compiles every row of one model, times them in turns, and returns the document."""
+"""Measures the stage table of `python -m bench`: compiles every row of one model and times them in turns."""
 
 import itertools
 from collections.abc import Iterator
@@ -40,12 +40,13 @@ DECODES: tuple[tuple[str, int, str | None], ...] = (
 
 
 def stage_table(
-    preset_name: str, model_name: str | None, *, batch: int, context: int, price: float, max_time: float, quick: bool
+    preset_name: str, model_name: str | None, *, batch: int, context: int, price: float, max_time: float, fewest_rounds: bool
 ) -> dict[str, Any]:
-    """Measures the table of the named model, else of a preset with random weights, and returns its document.
+    """Measures the table of the named model, else of a preset with random weights, in about `max_time` seconds in all.
 
-    `price`: dollars an hour. `max_time`: seconds for the whole. `quick`: the fewest rounds. Progress goes to stderr. Raises
-    UserError for what does not fit or is not there.
+    Returns its document. `price`: dollars an hour. `max_time` includes compiling; rounds are added while they fit.
+    `fewest_rounds`: no more than show a spread. Progress goes to stderr. Raises UserError for what does not fit or is not
+    there.
     """
     begin = clock()
     check_memory(read_config(model_name) if model_name else preset(preset_name), batch, context)
@@ -72,7 +73,7 @@ def stage_table(
     for call in calls.values():
         jax.block_until_ready(call())
     left = max_time - AFTERWARDS - (clock() - begin)
-    rounds = MIN_ROUNDS if quick else max(MIN_ROUNDS, min(MAX_ROUNDS, int(left / (clock() - started))))
+    rounds = MIN_ROUNDS if fewest_rounds else max(MIN_ROUNDS, min(MAX_ROUNDS, int(left / (clock() - started))))
     report = lambda done, total: progress(f"round {done} of {total}", replace=True)
     timings = measure(calls, rounds=rounds, warmups=0, report=report)
     # From here on seconds are those of a token.

@@ -2,10 +2,10 @@
 
 import dataclasses
 
-from bench.table.claims import TEXTS, Evidence, Invariants, claims
+from bench.table.claims import TEXTS, Evidence, InferenceChecks, claims
 
 STATE = ("0x1p+0", "ab")
-CHECKS = Invariants(neighbours=7, same_bits=True, generated=100, before=STATE, after=STATE, int8_error=0.01)
+CHECKS = InferenceChecks(neighbours=7, same_bits=True, generated=100, before=STATE, after=STATE, int8_error=0.01)
 
 
 def row(name, stage, weights, forward, dx, dw, seconds):
