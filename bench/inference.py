@@ -47,7 +47,7 @@ def measure_inference(flags: InferenceFlags) -> Json:
     if not 2 <= flags.new <= MAX_NEW_TOKENS:
         raise UserError(f"--new must lie between 2 and {MAX_NEW_TOKENS}, not {flags.new}.")
     check_rounds(flags.rounds)
-    start_jax(decodes=True)
+    start_jax(one_arena=False)
     from bench.slot_streams import measure_streams
 
     return measure_streams(

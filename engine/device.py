@@ -1,4 +1,4 @@
-"""Starts JAX: sets the memory allocator, the device, the compilation cache and quiet logs before the first program.
+"""Starts JAX: makes glibc keep freed memory, sets the device, the compilation cache and quiet logs.
 
 This module must load without JAX, for glibc's allocator is set before JAX starts its threads.
 """
@@ -31,13 +31,13 @@ class Device:
         return f"{self.backend.upper()}: {self.name} ({share}{self.reason})"
 
 
-def start_jax(choice: str = "auto", *, decodes: bool = False) -> Device:
+def start_jax(choice: str = "auto", *, one_arena: bool = True) -> Device:
     """Imports and starts JAX on the wanted device. Raises UserError when `choice` names one that is not there.
 
-    `decodes`: for many small steps, see `keep_freed_memory`. Compiled programs are cached in the user's cache folder (or
-    where JAX_COMPILATION_CACHE_DIR says), so that a second start compiles nothing.
+    `one_arena`: of glibc's malloc, see `keep_freed_memory`; False for commands that only decode. Compiled programs are
+    cached in the user's cache folder (or where JAX_COMPILATION_CACHE_DIR says), so that a second start compiles nothing.
     """
-    keep_freed_memory(one_arena=not decodes)
+    keep_freed_memory(one_arena=one_arena)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's remarks; what fails also raises
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     if choice == "cpu":
@@ -82,7 +82,10 @@ def device_name() -> str:
 
 
 def processor() -> tuple[str, str]:
-    """Returns (model name, instruction-set flags) of the processor; no flags where the system does not list them."""
+    """Returns (model name, instruction-set flags) of the processor, by which measured ceilings are cached.
+
+    The flags are empty where the system does not list them.
+    """
     facts: dict[str, str] = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():

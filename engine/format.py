@@ -73,7 +73,7 @@ def si(value: Any, unit: str, *, short: bool = False) -> str:
 
 
 def in_words(value: Any, *, short: bool = False) -> str:
-    """Formats a count in words: `96.2 million`, `1.92 billion`, `640`. `short`: `10 million`, for an axis."""
+    """Formats a count in words: `96.2 million`, `12.3 thousand`, `640`. `short`: `10 million`, for an axis."""
     if (value := finite(value)) is None:
         return ABSENT
     power = max(0, min(_power(value), 12))
@@ -82,7 +82,7 @@ def in_words(value: Any, *, short: bool = False) -> str:
 
 
 def money(value: Any) -> str:
-    """Formats dollars: `$0.0417`, `$0.10`, `$12.50`, `$1,240`."""
+    """Formats dollars: `$0.0417`, `$0.10`, `$0.256`, `$12.50`, `$240`, `$1,240`."""
     if (value := finite(value)) is None:
         return ABSENT
     cents = 1 <= abs(value) < 100 or (0.01 <= abs(value) < 1 and value == round(value, 2))

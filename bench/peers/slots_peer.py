@@ -15,7 +15,7 @@ def make(spec: dict[str, Any]) -> Any:
     """
     from engine.device import start_jax
 
-    start_jax(decodes=True)
+    start_jax(one_arena=False)
     from bench.models import load
     from engine.inference.decode import prepare_params
     from engine.inference.request import Request

@@ -20,7 +20,7 @@ SERVING = {
 
 @dataclasses.dataclass(frozen=True)
 class InferenceChecks:
-    """What inference leaves alone (a request's bits beside others, loss and weights), and what int8 changes: its error."""
+    """Whether a request's bits stay beside others, loss and weights before and after inference, and int8's error in logits."""
 
     neighbours: int  # other requests beside which a request ran again
     same_bits: bool  # of its tokens and log-probabilities each time

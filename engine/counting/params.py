@@ -9,7 +9,7 @@ MATRICES = ("qkv", "out", "gate_up", "down")  # of a block, in the order of the 
 
 
 def leaf_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns path -> shape of every parameter, bottom first. A tied model has no `head`."""
+    """Returns path -> shape of every parameter, such as 'blocks/0/qkv', bottom first. A tied model has no `head`."""
     block: dict[str, tuple[int, ...]] = {"attn_norm": (cfg.width,), "qkv": (cfg.width, cfg.qkv_width)}
     if cfg.qkv_bias:
         block["qkv_bias"] = (cfg.qkv_width,)

@@ -149,16 +149,17 @@ def compile_programs(calls: dict[str, Call]) -> Generator[tuple[str, int]]:
         pool.shutdown(cancel_futures=True)
 
 
-def make_rows(position: Any, copied_writes: Iterable[tuple[int, int]] = ()) -> CacheRows:
-    """Makes the CacheRows of R slots: row r stands at position[r] (R,) int32 in slot r and is written there.
+def make_rows(position: Any, draft_writes: Iterable[tuple[int, int]] = ()) -> CacheRows:
+    """Makes the CacheRows of R slots, row r at position[r] (R,) int32 in slot r; `draft_writes`: of speculative decoding.
 
-    So is each (row, slot) of `copied_writes`, with room for a lone sequence's rows in the slots of all its copies.
+    Row r is written to slot r, and each (row, slot) of `draft_writes` too: there is room for a lone sequence's rows in
+    the slots of all its copies.
     """
     R = len(position)
     target: Any = np.full(R + (1 + DRAFT_ROWS) * DRAFT_ROWS, R, np.int32)
     source: Any = np.arange(len(target), dtype=np.int32) % R
     target[:R] = np.arange(R)
-    for write, (row, slot) in enumerate(copied_writes, R):
+    for write, (row, slot) in enumerate(draft_writes, R):
         source[write], target[write] = row, slot
     return CacheRows(position, source, target)
 

@@ -54,7 +54,7 @@ RANGES = {
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How one completion is sampled, and when it ends. Fields have the names and defaults of vLLM's.
+    """How one completion is sampled, and which tokens end it: some fields of vLLM's, with its defaults; no stop strings, no n.
 
     Temperature 0 is greedy. top_k keeps the k most probable tokens (0: all), top_p the smallest set whose probability
     reaches p (Holtzman et al. 2019, 1904.09751), min_p those at least min_p times as probable as the best (Nguyen et al.
@@ -98,12 +98,12 @@ class SamplingParams:
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1 or self.logit_bias)
 
     def per_row(self, rows: int) -> list["SamplingParams"]:
-        """Returns a copy for each of `rows` completions, with seeds seed, seed + 1, ... (modulo 2**32)."""
+        """Returns a copy for each of `rows` completions, with seeds seed (0 by default), seed + 1, ... (modulo 2**32)."""
         return [dataclasses.replace(self, seed=(self.seed + row) % SEEDS) for row in range(rows)]
 
 
 def token_ids(name: str, values: Any) -> tuple[int, ...]:
-    """Returns any iterable of integers as a tuple. Raises InvalidField for anything else."""
+    """Returns any iterable of integers as a tuple; True is 1. Raises InvalidField for anything else."""
     try:
         return tuple(operator.index(token) for token in values)
     except TypeError as error:

@@ -50,8 +50,8 @@ class Decode(NamedTuple):
         return [row.sequence for row in self.rows if row.slot == row.sequence.slot]
 
     @property
-    def copied_writes(self) -> list[tuple[int, int]]:
-        """(row, slot) of each write beside the rows' own, so that a sequence and its copies hold the same text."""
+    def draft_writes(self) -> list[tuple[int, int]]:
+        """(row, slot) of each write beside the rows' own, so that a lone sequence and its copies hold the same text."""
         slots = [self.rows[0].slot, *self.copies]
         return [(row.slot, slot) for row in self.rows for slot in slots if self.copies and slot != row.slot]
 

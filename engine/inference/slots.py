@@ -210,7 +210,7 @@ class Slots:
             token[row.slot], position[row.slot], sampling[row.slot] = row.token, row.position, row.sequence.request.sampling
         wants_logprobs = any(sequence.request.sampling.logprobs is not None for sequence in batch.sequences)
         sampled, self._segments, self._counts = programs.decode_slots(
-            self.cfg, self.params, self._segments, self._counts, token, programs.make_rows(position, batch.copied_writes),
+            self.cfg, self.params, self._segments, self._counts, token, programs.make_rows(position, batch.draft_writes),
             sampling_arrays(sampling), penalty_arrays(sampling), np.int32(batch.steps), np.bool_(wants_logprobs),
         )  # fmt: skip
         # As NumPy arrays: indexing a JAX array would compile a program.

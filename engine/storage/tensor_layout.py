@@ -27,7 +27,7 @@ DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "
 
 
 class Part(NamedTuple):
-    """A tensor of a file and its shape there. `paired`: rows a head of q and k, whose RoPE pairs some files interleave."""
+    """A tensor of a file and its shape there. `paired`: rows a head of q and k, read together, for GGUF interleaves them."""
 
     name: str
     shape: tuple[int, ...]
@@ -84,9 +84,10 @@ def layout_of(cfg: ModelConfig, names: Mapping[str, str]) -> Iterator[Leaf]:
 
 
 def check_tensors(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]], path: Path) -> list[Leaf]:
-    """Returns the leaves after checking that the file has exactly their parts.
+    """Returns the leaves after checking that the file has their parts, and no other tensor.
 
-    Raises UserError for a tensor of another shape or use, and at the first one missing, however many layers are claimed.
+    Raises UserError for a tensor of another shape or name, and at the first one missing, however many layers are claimed.
+    Callers leave out of `shapes` what may be ignored, such as inv_freq.
     """
     complete: list[Leaf] = []
     for leaf in leaves:
@@ -103,7 +104,10 @@ def check_tensors(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]],
 
 
 class StoredModel(NamedTuple):
-    """An opened GGUF or Hugging Face model, weights unread. rows: (tensor, start, stop) -> those rows, in any float dtype."""
+    """An opened GGUF or Hugging Face model, weights unread.
+
+    rows: (tensor, start, stop) -> those rows, in any float dtype, q and k in our order of RoPE's pairs.
+    """
 
     name: str
     cfg: ModelConfig
@@ -115,9 +119,9 @@ class StoredModel(NamedTuple):
 
 
 def read_params(model: StoredModel, dtype: str, report: OnProgress = None) -> dict[str, Any]:
-    """Reads the params: matrices in `dtype`, gains and biases in float32. `report`: numbers read and in all.
+    """Reads the params: matrices in `dtype`, bfloat16 or float32, gains and biases in float32; rows come in our order.
 
-    Raises UserError for a weight that is not a number, or infinite.
+    `report`: numbers read and in all. Raises UserError for a weight that is not a number, or infinite.
     """
     total, done = sum(math.prod(leaf.shape) for leaf in model.leaves), 0
     params: dict[str, Any] = {}

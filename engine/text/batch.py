@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 class Batch(NamedTuple):
     """B windows of T tokens, each with the token that follows it. NumPy or JAX arrays; a pytree either way.
 
-    `mask` is True where the target counts. `positions` are what RoPE turns by; tokens of different `segments` of a row
-    may not attend to one another; None means one segment a row, which spares the comparison.
+    `mask` is True where the target counts. `positions`, for RoPE, are required. Tokens of different `segments` of a row may
+    not attend to one another; `segments` alone may be None: one segment a row, which spares the comparison.
     """
 
     tokens: Any  # (B, T) int32

@@ -212,7 +212,10 @@ def check_messages(messages: Sequence[Message]) -> None:
 
 
 def choose_template(tokenizer: Tokenizer, source: str | None = None) -> tuple[str, str]:
-    """Returns (template, its name): `source`, else the tokenizer's own, else one of ours that it has tokens for."""
+    """Returns (template, its name): the text `source`, else the tokenizer's own, else ChatML or a plain one; never raises.
+
+    ChatML is for tokenizers that have its tokens; the plain one needs none.
+    """
     if source is not None:
         return source, "the template given"
     own = tokenizer.config.get("chat_template")

@@ -1,4 +1,4 @@
-"""Initialises LoRA adapters, a tree of trainable parameters beside the frozen params.
+"""Initialises LoRA adapters, a tree of trainable parameters beside the frozen params: what fine-tuning trains by default.
 
     adapters = init_lora(cfg, params, key, LoraConfig(rank=8, alpha=16, targets=("q", "v")))
     state = init_state(tx, adapters)                    # clipping, moments and checkpoints see the adapters alone

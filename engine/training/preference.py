@@ -47,8 +47,9 @@ margins = jax.jit(margin, static_argnums=0)
 
 @functools.cache
 def dpo(beta: float = 0.1) -> Objective:
-    """Returns the objective -log sigmoid(beta (margin - reference)), mean over pairs: ln 2 where the model is the reference.
+    """Returns the objective (summed loss, number of pairs): -log sigmoid(beta (margin - reference)) of each pair.
 
+    The loss is ln 2 where the model is the reference; there are no metrics beside it.
     A larger `beta` keeps the model nearer to the reference. Raises UserError when it is not above 0.
     """
     if not beta > 0:

@@ -19,7 +19,7 @@ from stages.cli.command import run_command
 
 def chat(flags: ChatFlags) -> int:
     signals.set_phase("before a turn was begun.")
-    device = start_jax(flags.device, decodes=True)
+    device = start_jax(flags.device, one_arena=False)
     from stages.chat.run import run  # imports JAX: only once the device is chosen
 
     return run(flags, device)

@@ -47,7 +47,7 @@ def run(flags: ServeFlags) -> int:
         address, port = sock.getsockname()[:2]
         signals.set_phase("before it was ready.")
         with _quick_threads():
-            device = start_jax(flags.device, decodes=True)
+            device = start_jax(flags.device, one_arena=False)
             # Imports of JAX come after its start.
             from stages.serve.api.app import make_app
             from stages.serve.engine_config import EngineConfig, default_weights

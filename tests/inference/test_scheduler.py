@@ -93,7 +93,7 @@ class AnyRequests(RuleBasedStateMachine):
             assert (batch.steps, len(batch.sequences)) == (1, 1)
             assert len(batch.rows) <= 1 + min(len(batch.drafts), len(batch.copies))
             slots = {batch.sequences[0].slot, *batch.copies}
-            assert {slot for row, slot in batch.copied_writes if row == batch.rows[0].slot} == slots - {batch.rows[0].slot}
+            assert {slot for row, slot in batch.draft_writes if row == batch.rows[0].slot} == slots - {batch.rows[0].slot}
         else:
             assert [row.slot for row in batch.rows] == [sequence.slot for sequence in batch.sequences]
 

@@ -228,7 +228,7 @@ def test_without_its_extra_it_says_how_to_get_it(folder):
 
 
 def load_state(folder: Path, **options: Any) -> tuple[ServerState, CompileAhead]:
-    return module.load_state(str(folder), EngineConfig(**options), start_jax(decodes=True), Console())
+    return module.load_state(str(folder), EngineConfig(**options), start_jax(one_arena=False), Console())
 
 
 @pytest.mark.parametrize("weights", ["int8", "bfloat16", "float32"])

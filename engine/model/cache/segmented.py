@@ -81,6 +81,7 @@ class SegmentedCache(NamedTuple):
         return SegmentedLayer(self.segments.k[i], self.segments.v[i], self.rows, self.destinations)
 
     def with_layers(self, layers: Sequence[SegmentedLayer]) -> "SegmentedCache":
+        """Returns this cache with the segments of these layers."""
         k, v, *_ = zip(*layers)
         return self._replace(segments=KVSegments(k, v))
 
@@ -93,7 +94,10 @@ def segmented_cache(segments: KVSegments, rows: CacheRows) -> SegmentedCache:
 
 
 def make_kv_segments(cfg: ModelConfig, slots: int, capacity: int, first: int, dtype: KVDtype = "bfloat16") -> KVSegments:
-    """Makes empty segments for `slots` texts of `capacity` tokens, rounded up to a multiple of the `first` one's length."""
+    """Makes empty segments, from the second on each as long as all before it, for `slots` texts of `capacity` tokens.
+
+    The first has `first` positions; the last ends at the capacity, rounded up to a multiple of `first`.
+    """
     edges = [0, first]
     while edges[-1] < capacity:
         edges.append(min(2 * edges[-1], -(-capacity // first) * first))
@@ -138,7 +142,10 @@ def clear_slot(segments: KVSegments, slot: Array, reach: Array) -> KVSegments:
 
 
 def copy_slot(segments: KVSegments, slot: Array, targets: Array, reach: Array) -> KVSegments:
-    """Copies a slot's segments below `reach` into the slots targets (X,), as far as they are slots."""
+    """Copies a lone sequence's segments below `reach` to the slots targets (X,), whose rows check its draft tokens.
+
+    A target of no slot is skipped.
+    """
     content = lambda array: jax.lax.dynamic_index_in_dim(array, slot, 0)
     copies = lambda array: jnp.broadcast_to(content(array), (len(targets), *array.shape[1:]))
     return _set_slots(segments, targets, reach, copies)

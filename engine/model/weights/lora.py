@@ -30,10 +30,10 @@ class LoraPart(NamedTuple):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "a", "b"], meta_fields=["scale", "columns"])
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-    """The weight base + scale * a b, where the product of each part lies in its own columns.
+    """The weight base + scale * a b: one wide a and one wide b for all P parts, and the `columns` of each part in the base.
 
     base (in, out): an Array, an Int8, another LoRA (adapters add up), or None for an adapter as it is trained and saved.
-    a (in, R P) and b (R, widths of the P parts). `columns`: each part's (start, stop), in order, apart.
+    a (in, R P) and b (R, widths of the parts). `columns`: each part's (start, stop), in order, apart; `parts` cuts them.
     """
 
     base: Any
@@ -43,7 +43,7 @@ class LoRA:
     columns: tuple[tuple[int, int], ...]
 
     def on(self, base: Any) -> "LoRA":
-        """Returns this adapter with its base. Raises ValueError when their shapes do not fit."""
+        """Returns this adapter, which has no base yet, on a base. Raises ValueError when it has one, or shapes do not fit."""
         fits = len(base.shape) == 2 and self.a.shape[0] == base.shape[0] and self.columns[-1][1] <= base.shape[1]
         if self.base is not None or not fits:
             raise ValueError(f"An adapter of {self.a.shape} on columns {self.columns} does not fit a base of {base.shape}.")

@@ -153,7 +153,7 @@ class _Reader:
 
 
 def read_strings(path: Path, location: ArrayLocation) -> list[str]:
-    """Reads an array of strings."""
+    """Reads an array of strings. The caller has checked that its kind is STRING."""
     texts = []
     with path.open("rb") as file:
         file.seek(location.offset)

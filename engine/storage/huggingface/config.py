@@ -107,7 +107,7 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
 
 
 def config_to(cfg: ModelConfig, dtype: str, tokens: dict[str, Any]) -> dict[str, Any]:
-    """Returns the config.json of this architecture for transformers 4 and 5; `tokens` adds bos_token_id and the like."""
+    """Returns the config.json in transformers 4's fields, which 5 reads too; `tokens` adds bos_token_id and the like."""
     kind = architecture_of(cfg)
     scaling = cfg.rope_scaling and dict(zip(LLAMA3_FIELDS, dataclasses.astuple(cfg.rope_scaling)))
     return {
