@@ -131,7 +131,7 @@ def _sampling(name: str, metavar: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingFlags:
-    """How tokens are sampled."""
+    """How tokens are sampled, and how many at most. There are no flags for penalties."""
 
     max_tokens: Annotated[int, _sampling("max_tokens", "N")]
     """Tokens of a completion at most."""
@@ -147,5 +147,5 @@ class SamplingFlags:
     """The same seed samples the same text."""
 
     def params(self, **fields: Any) -> SamplingParams:
-        """Returns the engine's SamplingParams, with `fields` added."""
+        """Returns the engine's SamplingParams, with `fields` that have no flag here, such as stop_token_ids."""
         return SamplingParams(**dataclasses.asdict(self), **fields)

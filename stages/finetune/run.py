@@ -41,6 +41,7 @@ QUESTION = "What should I do when I cannot sleep?"
 
 
 def run(flags: FinetuneFlags, device: Device) -> int:
+    """Fine-tunes, or resumes; returns 0, or 128 + the signal that stopped it."""
     seconds = flags.length.max_time or (None if flags.length.steps else SECONDS)
     intervals = dataclasses.asdict(flags.folder)
     folder = intervals.pop("out_dir") or default_folder(Path(flags.model).stem or "model", Path(flags.examples.data).stem)
@@ -124,6 +125,7 @@ class FineTuning(ModelStage):
         self.console.print()
 
     def prepare_steps(self, state: TrainState, loop_state: LoopState) -> TrainingSteps:
+        """Makes the batches, compiles the step, and returns TrainingSteps."""
         plan, frozen = self.plan, self.split.frozen
         # Programs that measured are read from the cache when they run again; the step needs their memory.
         _clear_programs()
@@ -141,7 +143,8 @@ class FineTuning(ModelStage):
             buffer=analysis.temp_size_in_bytes if analysis else 0,
         )  # fmt: skip
 
-    def report(self, state: TrainState, loop: Loop, before: Scores) -> RunReport:
+    def finish(self, state: TrainState, loop: Loop, before: Scores) -> RunReport:
+        """Measures, saves what was trained, and returns the RunReport, which `execute` prints."""
         after, plan, loop_state = self.measure(state.trainable), self.plan, loop.loop_state
         path = self.save_trained(loop_state.step, state.trainable)
         seconds = loop_state.seconds

@@ -124,7 +124,8 @@ class ReinforcementLearning(ModelStage):
             )  # fmt: skip
         return self.rounds
 
-    def report(self, state: TrainState, loop: Loop, before: Rollout) -> RunReport:
+    def finish(self, state: TrainState, loop: Loop, before: Rollout) -> RunReport:
+        """Measures, saves what was trained, and returns the RunReport, which `execute` prints."""
         after, loop_state = self.measure(state.trainable), loop.loop_state
         path = self.save_trained(loop_state.step, state.trainable)
         rounds = self.rounds.rounds if self.rounds else []

@@ -29,6 +29,7 @@ class PreviousRun:
     record: dict[str, Any]
     loop_state: LoopState
 
+    @property
     def has_result(self) -> bool:
         """Whether it was measured at its end, and its newest checkpoint is intact."""
         step = str(self.loop_state.step)
@@ -38,7 +39,8 @@ class PreviousRun:
 def find_previous_run(folder: Path, facts: dict[str, Any], cfg: ModelConfig, overwrite: bool) -> PreviousRun | None:
     """Returns the run in the folder to resume; None when there is none, or `overwrite`.
 
-    Raises UserError when the one there trains something else, naming what differs.
+    Raises UserError when the one there trains something else, naming what differs; digests of base and data are compared
+    here.
     """
     if overwrite or not holds_run(folder):
         return None
@@ -97,7 +99,7 @@ def _loop_state(record: dict[str, Any]) -> LoopState:
 def restore(
     previous: PreviousRun, facts: dict[str, Any], make_state: Callable[[], TrainState], split: TrainableSplit, console: Console
 ) -> tuple[TrainState, LoopState]:
-    """Returns the states of the newest intact checkpoint; prints what was damaged or changed.
+    """Returns the states of the newest intact checkpoint; prints what was damaged, and hyperparameters that changed.
 
     `make_state` makes the state before the first step, of which only the shapes are used.
     """

@@ -63,12 +63,15 @@ class Stage(Protocol):
     def prepare_steps(self, state: TrainState, loop_state: LoopState) -> Steps:
         """Compiles the steps of the loop."""
 
-    def report(self, state: TrainState, loop: Loop, before: Any) -> RunReport:
-        """Measures and saves the result. `before`: what `measure` returned before training."""
+    def finish(self, state: TrainState, loop: Loop, before: Any) -> RunReport:
+        """Measures again, saves what was trained, and returns the RunReport, which `execute` prints.
+
+        `before`: what `measure` returned before training.
+        """
 
 
 def execute(options: RunOptions, make_stage: Callable[[Console], Stage]) -> int:
-    """Carries out a run, or resumes the one in the folder. Returns the exit code."""
+    """Carries out a run, or resumes the one in the folder. Returns 0, or 128 + the signal that stopped it."""
     with Console() as console:
         if options.dry_run:
             _print_plan(options, make_stage(console), console)
@@ -90,7 +93,7 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     previous = find_previous_run(folder, facts, plan.cfg, options.overwrite)
     _print_plan(options, stage, console)
     done = previous.loop_state if previous else LoopState()
-    if previous and plan.progress(done.step, done.seconds) >= 1 and previous.has_result():
+    if previous and plan.progress(done.step, done.seconds) >= 1 and previous.has_result:
         summary = previous.record["result"].get("summary", "measured")
         console.print(
             f"This run is finished: {done.step:,} {plan.noun}s in {duration(done.seconds)}, {summary}. "
@@ -124,7 +127,7 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
             )
             return 128 + signal
     signals.set_phase(f"before the last measurement; the trained model is in {folder}, and the same command measures it.")
-    report, peak, refused = stage.report(state, loop, before), peak_rss_bytes(), loop_state.refused
+    report, peak, refused = stage.finish(state, loop, before), peak_rss_bytes(), loop_state.refused
     result = report.result | {
         f"{plan.noun}s": loop_state.step, "refused_steps": refused, "peak_rss_bytes": peak,
         "summary": " ".join(report.rows[0]),

@@ -1,4 +1,4 @@
-"""Runs one server to its end: compiles, answers, drains at a signal, and checks that the weights are unchanged."""
+"""Runs one server to its end: compiles, answers, drains at a signal without a time limit, checks that no weight changed."""
 
 import asyncio
 import socket
@@ -22,8 +22,9 @@ from stages.serve.state import ServerState
 async def serve(
     state: ServerState, app: ASGIApp, sock: socket.socket, console: Console, ahead: CompileAhead, ready: str
 ) -> int:
-    """Serves on the socket until a signal; prints `ready` when clients can be answered. `ahead`: the compilation under way.
+    """Serves on the socket until a signal, then until every request under way has its reply, without a time limit.
 
+    Prints `ready` when clients can be answered. `ahead`: the compilation under way. A second signal ends it at once.
     Returns 0 when every request had its reply, 1 when the engine failed or a weight changed.
     """
     loop, engine, changed = asyncio.get_running_loop(), state.engine, asyncio.Event()

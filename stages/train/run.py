@@ -135,7 +135,8 @@ class Training(Stage):
         top, advice = self.ceilings.peak_flops(cfg.dtype), trainer.advice
         return TrainingSteps(program, self.batches, evaluator, self.plan, loop_state.step, top, advice)
 
-    def report(self, state: TrainState, loop: Loop, before: Any) -> RunReport:
+    def finish(self, state: TrainState, loop: Loop, before: Any) -> RunReport:
+        """Measures, saves what was trained, and returns the RunReport, which `execute` prints."""
         plan, cfg, data, params = self.plan, self.plan.cfg, self.data, state.trainable
         loop_state, folder = loop.loop_state, self.folder
         step, seconds = loop_state.step, loop_state.seconds
