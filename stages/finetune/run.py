@@ -144,7 +144,7 @@ class FineTuning(ModelStage):
         )  # fmt: skip
 
     def finish(self, state: TrainState, loop: Loop, before: Scores) -> RunReport:
-        """Measures, saves what was trained, and returns the RunReport, which `execute` prints."""
+        """Measures again, saves an adapter if one was trained, and returns the RunReport, which `execute` prints."""
         after, plan, loop_state = self.measure(state.trainable), self.plan, loop.loop_state
         path = self.save_trained(loop_state.step, state.trainable)
         seconds = loop_state.seconds

@@ -125,7 +125,7 @@ class ReinforcementLearning(ModelStage):
         return self.rounds
 
     def finish(self, state: TrainState, loop: Loop, before: Rollout) -> RunReport:
-        """Measures, saves what was trained, and returns the RunReport, which `execute` prints."""
+        """Measures again, saves an adapter if one was trained, and returns the RunReport, which `execute` prints."""
         after, loop_state = self.measure(state.trainable), loop.loop_state
         path = self.save_trained(loop_state.step, state.trainable)
         rounds = self.rounds.rounds if self.rounds else []

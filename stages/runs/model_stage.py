@@ -43,7 +43,7 @@ class ModelStage(Stage):
         self.stop_token_ids = tuple(dict.fromkeys((*self.model.eos_ids, *self.chat.eot_ids)))
 
     def load_weights(self) -> None:
-        """Splits the parameters, and adds the digest of all of them, as loaded, to the facts: `find_previous_run` compares it."""
+        """Splits the parameters, and adds the digest of all, as loaded, to the facts, for `find_previous_run`."""
         params, plan = self.model.params, self.plan
         assert plan.trainable is not None
         self.split = split_trainable(plan.cfg, params, plan.trainable, self.lora, plan.base, plan.seed)

@@ -64,7 +64,7 @@ class Stage(Protocol):
         """Compiles the steps of the loop."""
 
     def finish(self, state: TrainState, loop: Loop, before: Any) -> RunReport:
-        """Measures again, saves what was trained, and returns the RunReport, which `execute` prints.
+        """Measures at the end, saves what no checkpoint holds, and returns the RunReport, which `execute` prints.
 
         `before`: what `measure` returned before training.
         """

@@ -136,7 +136,7 @@ class Training(Stage):
         return TrainingSteps(program, self.batches, evaluator, self.plan, loop_state.step, top, advice)
 
     def finish(self, state: TrainState, loop: Loop, before: Any) -> RunReport:
-        """Measures, saves what was trained, and returns the RunReport, which `execute` prints."""
+        """Measures, saves a sample, and returns the RunReport, which `execute` prints."""
         plan, cfg, data, params = self.plan, self.plan.cfg, self.data, state.trainable
         loop_state, folder = loop.loop_state, self.folder
         step, seconds = loop_state.step, loop_state.seconds
