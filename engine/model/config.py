@@ -138,7 +138,7 @@ class LoraConfig:
 
     @property
     def adapted_parts(self) -> tuple[str, ...]:
-        """The targets in the order of the model, each once and by its full name."""
+        """The names of LORA_TARGETS that are adapted, in that order; `all` is every one, `o` is `out`."""
         names = {"out" if name == "o" else name for name in self.targets}
         return tuple(name for name in LORA_TARGETS if name in names or "all" in names)
 

@@ -26,7 +26,7 @@ Cached = tuple[Array, Array, Array]  # one layer's k and v (B, K, S, H), and eac
 
 
 def matrix(module: nn.Module, name: str, init: Any, shape: tuple[int, int]) -> Any:
-    """Returns a module's parameter, any kind of weight; makes it at initialisation.
+    """Returns a module's weight, of any kind; makes it at initialisation. Raises ValueError for another shape.
 
     Flax would compare the shapes of a leaf's arrays, not that of the matrix it stands for.
     """
