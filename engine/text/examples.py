@@ -25,11 +25,11 @@ class Pair(NamedTuple):
 
 @dataclasses.dataclass
 class DatasetSummary:
-    """Counts of the rows of a dataset that were used, cut and dropped, and why."""
+    """Counts the rows of a dataset that were used, and lists those truncated or dropped, each as (file:line, reason)."""
 
     rows: int = 0
     used: int = 0  # those whose end was cut off are among them
-    truncated: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # (file:line, reason)
+    truncated: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     dropped: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
     def describe(self) -> list[str]:
@@ -45,10 +45,10 @@ class DatasetSummary:
 def make_examples(
     rows: Iterable[Record], chat: ChatTokenizer, seq: int, *, bos_ids: Sequence[int] = (), report: OnProgress = None
 ) -> tuple[list[Example], DatasetSummary]:
-    """Makes training examples of at most seq + 1 tokens: seq inputs, and the target after each.
+    """Makes examples of at most seq + 1 tokens: cuts the end off a longer conversation, and a plain text into pieces.
 
-    A conversation that is longer loses its end, and is dropped when no answer begins early enough, or when the template
-    refuses it. A plain text is cut into pieces that are all in the loss, from `bos_ids` to the EOS. Raises UserError, with
+    That is seq inputs, and the target after each. A conversation is dropped when no answer begins early enough, or when
+    the template refuses it. The pieces of a text are all in the loss, from `bos_ids` to the EOS. Raises UserError, with
     file:line, when the template fails, when nothing is left, and for a preference.
     """
 

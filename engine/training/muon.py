@@ -14,13 +14,14 @@ from engine.model.backward import transpose
 
 
 def orthogonalize() -> optax.GradientTransformation:
-    """Replaces each matrix (in, out) by U V^T of its singular value decomposition, times sqrt(max(1, out / in))."""
+    """Replaces each matrix (in, out), a fused one as a whole, by `orthogonal` of it in bfloat16."""
     return optax.stateless_with_tree_map(lambda update, _: orthogonal(update, jnp.bfloat16))
 
 
 def orthogonal(matrix: Array, dtype: DTypeLike) -> Array:
-    """matrix (in, out) float32 -> roughly its nearest orthogonal matrix, singular values about 0.7 to 1.2, float32.
+    """matrix (in, out) float32 -> roughly its nearest orthogonal matrix times sqrt(max(1, out / in)), float32.
 
+    The nearest is U V^T of the singular value decomposition; here singular values are about 0.7 to 1.2 before the factor.
     Five Newton-Schulz steps x <- a x + (b A + c A A) x with A = x x^T, all in `dtype`.
     """
     rows, columns = matrix.shape
