@@ -1,4 +1,7 @@
-"""The life of a model, one command each: parse flags, wire the engine, loop, print. `python -m stages` lists them."""
+"""The commands, one package each. Importing it turns bytecode on, in the user's cache, where Python was told to write none.
+
+`python -m stages` lists them. A command parses flags, wires the engine, loops and prints.
+"""
 
 import contextlib
 import sys

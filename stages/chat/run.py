@@ -192,7 +192,7 @@ class Repl:
             raise UserError(f"There is no command /{name}; /help lists them.{did_you_mean(name, known)}")
 
     def print_stats(self) -> None:
-        """Prints what the conversation has cost, and whether the weights are unchanged."""
+        """Prints the counts of turns and of tokens read and written, and whether the weights are unchanged."""
         turns = self.conversation.turns
         now = digest(self.conversation.params)
         same = "unchanged" if now == self.digest else f"CHANGED from {self.digest[:16]}"

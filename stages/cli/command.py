@@ -95,5 +95,5 @@ def typed_arguments() -> list[str]:
 
 
 def resume_command(stage: str) -> str:
-    """Returns the command that resumes the run in progress."""
+    """Returns the command that resumes the run in progress: the same again, without --overwrite."""
     return command_line(stage, *(word for word in _arguments if word != "--overwrite"))

@@ -4,7 +4,7 @@ import jax
 
 
 class CompileCounter:
-    """Counts programs compiled, or fetched from the compilation cache, since `reset`."""
+    """Counts in `count` the programs compiled or fetched from the compilation cache since `reset`."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -132,6 +132,7 @@ class Console(contextlib.AbstractContextManager["Console"]):
             self._draw(frame)
 
     def close_live(self) -> None:
+        """Removes the live line from the terminal."""
         if self._live:
             self._live.stop()
             self._live = None
