@@ -13,7 +13,8 @@ STEPS = 8  # the most tokens that one dispatch adds to a sequence
 class Sequence:
     """A request, its slot (-1 while it waits for one), the number of its prompt's prefilled tokens, and its output so far.
 
-    `cached_tokens` of those came from the prefix cache, in which `prefix_key` is the last prefilled chunk's.
+    `cached_tokens` of those came from the prefix cache, in which `prefix_key` is the last prefilled chunk's. `drafter` is made
+    when draft tokens are first asked for.
     """
 
     id: int

@@ -31,7 +31,7 @@ def with_setting(sampling: SamplingParams, name: str, text: str) -> SamplingPara
 
 @dataclasses.dataclass
 class Turn:
-    """A message, its completion, and their cost. Seconds count from the message."""
+    """A message, its completion (ended by stop, length or interrupted), and their cost. Seconds count from the message."""
 
     message: str
     completion: str = ""
@@ -39,7 +39,7 @@ class Turn:
     completion_tokens: int = 0
     first_token_seconds: float = 0.0
     seconds: float = 0.0
-    finish_reason: str = ""  # stop, length, or interrupted
+    finish_reason: str = ""
 
 
 @dataclasses.dataclass

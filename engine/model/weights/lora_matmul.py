@@ -27,9 +27,9 @@ Cuts = tuple[tuple[int, int], ...]
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def merged_matmul(x: Array, weight: LoRA, dtype: DTypeLike, cuts: Cuts) -> tuple[Array, ...]:
-    """x (M, in) -> x W cut by columns: for each (start, stop) of `cuts` an array (M, stop - start) in `dtype`.
+    """x (M, in) -> x W cut by columns: an array in `dtype` for each (start, stop) of `cuts`. Gradients: of x and the pair.
 
-    x and the pair get gradients; the base is frozen and gets none.
+    The base is frozen and gets none.
     """
     return _forward(x, weight, dtype, cuts)[0]
 
