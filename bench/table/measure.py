@@ -142,7 +142,7 @@ def _document(
     per_token = lambda number: number / row.tokens
     relative = per_token(flops.total) / (forward.formula.total / forward.tokens)
     used = per_token(row.traffic) / seconds / (1e9 * ceilings.read_gbs)
-    if row.bound == "MFU":
+    if row.utilisation_of == "MFU":
         used = per_token(flops.total) / seconds / ceilings.peak_flops(row.dtype)
     counted = {
         "formula": flops.total, "walker": row.walker and row.walker.matmul,
@@ -157,7 +157,7 @@ def _document(
         "time_ratio_spread": None if row is forward else times.spread,
         "predicted_seconds_per_token": relative * forward_seconds,
         "peak_bytes": row.peak_bytes, "predicted_peak_bytes": sum(row.memory.values()), "memory": row.memory,
-        "bytes_per_token": per_token(row.traffic), "utilisation": used, "utilisation_of": row.bound,
+        "bytes_per_token": per_token(row.traffic), "utilisation": used, "utilisation_of": row.utilisation_of,
         "usd_per_million_tokens": seconds * 1e6 / 3600 * price, "tokens_per_call": row.tokens, "slots": row.slots,
         "series": row.series, "peak_explanation": explain_peak(row),
         "explanation": explain_time(row, seconds, forward, forward_seconds, ceilings, products_seconds),

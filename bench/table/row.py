@@ -12,9 +12,9 @@ from engine.counting.xla import XlaCost, xla_cost, xla_peak
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row before it is timed. Operations and bytes are those of one call, on `tokens` tokens.
+    """A row before it is timed: `run` makes a call on `tokens` tokens and returns what the caller must wait for.
 
-    `run` makes the call and returns what to wait for; `weights` returns the model's weights, which it may have changed.
+    Operations and bytes are those of one call. `weights` returns the model's weights, which it may have changed.
     """
 
     name: str
@@ -35,8 +35,8 @@ class Row:
     products: Callable[[], Any] | None = None  # runs a call's products with weights alone
 
     @property
-    def bound(self) -> str:
-        """Names the ceiling of a call: this machine's FLOP/s (MFU) or bytes/s (MBU)."""
+    def utilisation_of(self) -> str:
+        """Returns 'MBU' (share of bytes/s) for the stage `decode` and calls without products, else 'MFU' (share of FLOP/s)."""
         return "MBU" if self.stage == "decode" or not self.formula.total else "MFU"
 
 

@@ -56,7 +56,7 @@ def test_decoding_is_said_to_be_bound_by_what_takes_half_of_its_time():
 def test_what_multiplies_nothing_is_said_to_copy():
     result = dataclasses.replace(FORWARD, formula=Flops({}), walker=JaxprCost(), traffic=100 * 2048)
     assert explain_time(result, 1e-6, FORWARD, 1e-4, HERE).startswith("nothing is multiplied: 2.05 kB a token")
-    assert result.bound == "MBU"
+    assert result.utilisation_of == "MBU"
 
 
 def test_plain_numpy_is_held_to_its_own_type():
