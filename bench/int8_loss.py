@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench.cli import Json
 from bench.models import load
 from engine.errors import UserError
 from engine.inference.decode import prepare_params
@@ -25,8 +26,11 @@ MAX_INCREASE = 0.01  # of the bits per byte, as a share
 CACHES: tuple[KVDtype, ...] = ("float32", "bfloat16", "int8")
 
 
-def measure_int8(model_name: str, text_file: Path | None, *, size: int, window: int, rows: int, leaves: bool) -> dict[str, Any]:
-    """Measures, prints and returns bits per byte and rounding errors. The options are the flags of `bench.quantisation`."""
+def measure_int8(model_name: str, text_file: Path | None, *, size: int, window: int, rows: int, each_kind: bool) -> Json:
+    """Prints and returns bits per byte (with `each_kind`, also with one kind of matrix alone in int8) and rounding errors.
+
+    Options are the flags of `bench.quantisation`; `each_kind` is --leaves.
+    """
     model = load(model_name)
     cfg, params = model.cfg, model.params
     file = text_file or fetch("shakespeare")["validation"]
@@ -42,7 +46,7 @@ def measure_int8(model_name: str, text_file: Path | None, *, size: int, window: 
         cfg.dtype: params, "int8 weights, int8 activations": int8,
         "int8 weights only": quantize(params, matmul_rules(params, "full")),
     }  # fmt: skip
-    for kind in ("qkv", "out", "gate_up", "down", "head") if leaves else ():
+    for kind in ("qkv", "out", "gate_up", "down", "head") if each_kind else ():
         pattern = rf"blocks/\d+/{kind}" if kind != "head" else "embed" if cfg.tied else "head"
         ways[f"only {kind} in int8"] = quantize(params, [(pattern, "int8")])
     lines: list[dict[str, Any]] = []

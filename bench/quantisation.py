@@ -21,6 +21,8 @@ LEAST_WINDOW = 128  # tokens
 
 @dataclasses.dataclass(frozen=True)
 class QuantisationFlags:
+    """Flags; `leaves` also measures bits per byte with each kind of matrix alone in int8."""
+
     model: str = "smollm2-135m-instruct"
     """A run folder, a Hugging Face folder, a .gguf file or smollm2-135m-instruct."""
     text: Path | None = None
@@ -32,7 +34,7 @@ class QuantisationFlags:
     rows: int = 4
     """Windows read together."""
     leaves: bool = False
-    """Each kind of matrix alone, too."""
+    """Measure each kind of matrix alone in int8, too."""
 
 
 def measure_quantisation(flags: QuantisationFlags) -> Json:
@@ -41,7 +43,7 @@ def measure_quantisation(flags: QuantisationFlags) -> Json:
     start_jax()
     from bench.int8_loss import measure_int8
 
-    return measure_int8(flags.model, flags.text, size=flags.size, window=flags.window, rows=flags.rows, leaves=flags.leaves)
+    return measure_int8(flags.model, flags.text, size=flags.size, window=flags.window, rows=flags.rows, each_kind=flags.leaves)
 
 
 if __name__ == "__main__":
