@@ -1,4 +1,4 @@
-"""Times fine-tuning steps in turns with a full training step and a large matmul; counts their FLOPs and memory."""
+"""Times steps that train all, the upper half, or LoRA (also over int8) in turns with a matmul; counts FLOPs and memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +34,7 @@ Step = tuple[Callable[[], Any], dict[str, int]]  # a call of a compiled step, an
 
 
 def measure_steps(name: str, cfg: ModelConfig, params: Any, batch: int, tokens: int, rank: int, rounds: int) -> Json:
-    """Measures the steps of a model, prints the table and returns the document.
+    """Times one step of each way to fine-tune a model; prints the table and returns it as JSON.
 
     Operations are by formula: 2 N forward, 2 N back through the frozen weights, the pairs' own, and the causal half of
     attention.

@@ -47,7 +47,10 @@ MAKE_VENV = "python3 -m venv peers && peers/bin/pip install llama-cpp-python"
 def measure_streams(
     model_name: str, peer_python: Path | None, *, new: int, rounds: int, price: float, keys_values: Any
 ) -> Json:
-    """Measures all rows and prints them as they come. The options are the flags of `bench.inference`."""
+    """Times each row on one .gguf file, which both sides read; prints the rows and returns them. Raises UserError without one.
+
+    Options are the flags of `bench.inference`.
+    """
     form, file, _ = locate(model_name)
     if form != "gguf":
         raise UserError(f"There is no .gguf file at {model_name}; give one, or smollm2-135m-instruct.")

@@ -16,7 +16,7 @@ from engine.counting.hardware import clock
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of one call in each round; `spread` is the width of their middle half."""
+    """Seconds of one call in each round."""
 
     name: str
     seconds: tuple[float, ...]
@@ -27,6 +27,7 @@ class Timing:
 
     @property
     def spread(self) -> float:
+        """The interquartile range, in seconds."""
         return _interquartile(self.seconds)
 
     def scaled(self, factor: float) -> "Timing":

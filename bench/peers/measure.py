@@ -30,7 +30,7 @@ DECODE_PROMPT = 64  # tokens of a prompt in the decode rows
 
 
 def comparison_row(name: str, peer: str, timings: Mapping[str, Timing], tokens: int) -> Json:
-    """Returns the row of one comparison; `ratio` is None, and `noisy` says why, where noise hides it."""
+    """Returns the row of one comparison: `ratio` is our seconds over the peer's, or None where `noisy` says why."""
     ours, theirs = timings[OURS], timings[peer]
     return {
         "name": name, "peer": peer, "ours_seconds": ours.median, "peer_seconds": theirs.median,
@@ -51,7 +51,7 @@ def measure_training(
     shape: Shape, dtype: Literal["bfloat16", "float32"], rounds: int, peer: Peer, folder: Path, rows: list[Json],
     absent: list[dict[str, str]],
 ) -> None:  # fmt: skip
-    """Adds a row for torch compiled and eager to `rows`, or notes in `absent` why there is none. The losses must be the same.
+    """Adds a row each for torch compiled and eager, `same` if its loss is ours; notes in `absent` why one cannot run.
 
     `folder`: for files that the peer reads.
     """
@@ -93,7 +93,7 @@ def measure_training(
 
 
 def check_preset(preset_name: str, prompt: int, new: int, *, runs: bool) -> None:
-    """Raises UserError when the tokens do not fit the preset's context or, if it `runs`, two copies do not fit memory."""
+    """Raises UserError when a row's tokens do not fit the preset's context or, if it `runs`, two copies do not fit memory."""
     cfg = preset(preset_name)
     longest = max(prompt + 1, DECODE_PROMPT + new)
     if longest > cfg.context:
@@ -110,7 +110,7 @@ def measure_inference(
     preset_name: str, prompt: int, new: int, dtype: Literal["bfloat16", "float32"], rounds: int, peer: Peer, folder: Path,
     rows: list[Json], absent: list[dict[str, str]],
 ) -> None:  # fmt: skip
-    """Adds the rows of a number type to `rows`, or notes in `absent` why there are none.
+    """Adds prefill and decode rows of a number type, each with the share of `same_tokens`; else notes in `absent` why not.
 
     A prefill row reads `prompt` tokens and makes one; a decode row reads DECODE_PROMPT tokens and makes `new`. Seconds are the
     whole call's; tokens a second count those read, or those made. `folder`: for files that the peer reads.

@@ -77,6 +77,7 @@ class Peer:
         return self.process.poll() is not None
 
     def close(self) -> None:
+        """Terminates the process and closes its pipes."""
         self.process.terminate()
         self.process.wait()
         for stream in (self._questions, self._answers, self.log):

@@ -17,7 +17,10 @@ LETTER = 6.7  # an average letter's width at 13 units
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """One row of stacked bars: (colour, name, size) from left to right, two `labels` at its end, perhaps a marked size."""
+    """One stacked bar: (colour, name, size) from left to right, two `labels` at its end, a tick at `mark`.
+
+    A gap, without a heading, divides bars of different `group`.
+    """
 
     name: str
     group: str | None
@@ -27,13 +30,16 @@ class Bar:
 
     @property
     def length(self) -> float:
+        """The sum of the sizes."""
         return sum(size for _, _, size in self.parts)
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One line, (x, y) in data units, with `name` and `note` beside it. Points with `spreads` are measurements: dots with
-    values above them or `below`."""
+    """A curve of (x, y) in data units. Points with `spreads` are dots with their values written above, or `below`, them.
+
+    `name` and `note` stand beside it.
+    """
 
     points: tuple[Point, ...]
     style: str

@@ -34,6 +34,7 @@ class Figure:
 
 
 def figures(rows: Rows, ceilings: Json, model: Json) -> list[Figure]:
+    """Returns those of the four figures that the rows have numbers for."""
     every = flops_figure(rows), decode_figure(rows, ceilings, model), memory_figure(rows), lifetime_cost_figure(rows, model)
     return list(filter(None, every))
 
@@ -144,6 +145,7 @@ def lifetime_cost_figure(rows: Rows, model: Json) -> Figure | None:
 
 
 def decode_rows(rows: Rows) -> list[Json]:
+    """Returns the rows of the stage `decode`, in the order given."""
     return [row for row in rows if row.get("stage") == "decode"]
 
 

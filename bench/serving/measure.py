@@ -161,7 +161,7 @@ async def repetitive_throughput(server: Server) -> float:
 
 
 async def gains(server: Server, model: str, flags: list[str], slots: int, rounds: int) -> list[Json]:
-    """Measures the gain of batching, and of each part that a flag switches off, in turns with a server without it.
+    """Measures the gains of batching, and of prefix cache, speculative decoding and int8 weights beside a server without each.
 
     `gain` is the median of the rounds' own.
     """
