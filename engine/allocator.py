@@ -38,7 +38,7 @@ class _Mallinfo2(ctypes.Structure):
 
 
 def fits_freed_memory(size: int) -> bool:
-    """Returns whether a buffer of `size` bytes fits into freed memory; True where it is not glibc.
+    """Tries an allocation of `size` bytes and returns whether the heap stays as large; True where it is not glibc.
 
     The hole that such a buffer left below other memory is too small: glibc needs a few bytes more, and would place the
     next one beside it.

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 
 def cache_folder(*parts: str) -> Path:
-    """Returns a folder below the user's cache (`$THRICE_CACHE`, else `$XDG_CACHE_HOME/thrice`, else `~/.cache/thrice`).
+    """Makes and returns a folder below `$THRICE_CACHE`, else `$XDG_CACHE_HOME/thrice`, else `~/.cache/thrice`.
 
     Compiled programs and weights read from there are trusted, so it is made private (mode 0700).
     """
@@ -80,9 +80,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def folder_lock(folder: Path, wait: bool = True) -> Iterator[None]:
-    """Locks a folder until the block or the process ends, where the file system has locks.
+    """Locks a folder (flock on itself) for the block; raises BlockingIOError if another holds it and `wait` is False.
 
-    Raises BlockingIOError when another process holds the lock and `wait` is False.
+    Does nothing where the file system has no locks.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:

@@ -164,7 +164,7 @@ class _Counter:
 
 
 def twice_mean_keys(tokens: int, attention: Attention) -> int:
-    """Returns twice the mean number of keys that a query meets: an integer for `causal` attention too."""
+    """Returns twice the mean number of keys a query meets, an integer: T if causal, 2 T if full, T + block if in blocks."""
     if attention == "causal":
         return tokens
     return tokens + (tokens if attention == "full" or tokens % attention else attention)

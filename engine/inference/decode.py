@@ -103,12 +103,14 @@ def generate(
     cfg: ModelConfig, params: Params, prompts: Collection[list[int]], sampling: Collection[SamplingParams],
     *, capacity: int | None = None,
 ) -> Iterator[Event]:  # fmt: skip
-    """Continues each prompt, yielding tokens as they come: one after the prefill, then up to STEPS at a time.
+    """Yields each prompt's new tokens until a stop token, `max_tokens`, or `capacity` (default: the model's context) in all.
+
+    The first token comes after the prefill, then up to STEPS at a time.
 
     `params` are those of `prepare_params`. A prompt ends with 'stop' when it samples one of its `stop_token_ids` (which is
-    not yielded), else with 'length' at `max_tokens` or at `capacity` tokens (by default the model's context). Raises
-    UserError for a prompt that is empty or leaves no room, a token outside the vocabulary, not as many sampling parameters
-    as prompts, or penalties, `logit_bias` and `logprobs`, which only `slots.Slots` knows.
+    not yielded), else with 'length'. Raises UserError for a prompt that is empty or leaves no room, a token outside the
+    vocabulary, not as many sampling parameters as prompts, or penalties, `logit_bias` and `logprobs`, which only
+    `slots.Slots` knows.
     """
     capacity = cfg.context if capacity is None else capacity
     if not prompts or len(sampling) != len(prompts):

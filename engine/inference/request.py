@@ -36,7 +36,7 @@ class LogProb(NamedTuple):
 
 
 class Event(NamedTuple):
-    """New tokens of a request (of `generate`: of prompt number `id`), and why it is finished, or None.
+    """New tokens of a request (of `generate`: of prompt number `id`), and why it is finished: stop, length, error; or None.
 
     'stop': a stop token was sampled, which is not among the tokens. 'length': max_tokens are there. 'error': the logits
     were no numbers. `cached_tokens` of the prompt came from the prefix cache.
