@@ -140,7 +140,7 @@ class FineTuning(ModelStage):
         return TrainingSteps(
             lambda state, batch, progress: compiled(state, frozen, batch, progress), batches, self._evaluator(QUICK_EXAMPLES),
             plan, loop_state.step, self.peak_flops, advice="--learning-rate, or warm up longer with --warmup",
-            buffer=analysis.temp_size_in_bytes if analysis else 0,
+            buffer_bytes=analysis.temp_size_in_bytes if analysis else 0,
         )  # fmt: skip
 
     def finish(self, state: TrainState, loop: Loop, before: Scores) -> RunReport:

@@ -22,7 +22,7 @@ from stages.runs.training_steps import compile_step
 
 
 class Round(NamedTuple):
-    """The result of a round. `before`, `after`: digests of the weights."""
+    """The result of a round. `before`, `after`: digests of the weights. `grad_norm`: of its last update."""
 
     rollout: Rollout
     training_seconds: float
@@ -41,7 +41,7 @@ class Rounds:
 
     advice = "--learning-rate"
     evaluator: Evaluator | None = None
-    buffer = 0
+    buffer_bytes = 0
     lines_stay = True
 
     def __init__(
@@ -61,6 +61,7 @@ class Rounds:
         self.digest = digest(self.params)
 
     def run(self, state: TrainState, loop_state: LoopState) -> tuple[TrainState, list[bool]]:
+        """Runs a round; makes no updates when `kl` is 0 and the completions of each prompt have equal rewards."""
         plan, before = self.plan, self.digest
         prompts = [self.prompts[index] for index in self.order.at(loop_state.step) for _ in range(self.group)]
         rollout = self.sampler.rollout(self.params, prompts, first_seed(plan.seed, loop_state.step, plan.recipe.batch))
@@ -88,6 +89,7 @@ class Rounds:
         return state, refused
 
     def metrics(self, loop_state: LoopState, step_seconds: float) -> dict[str, float]:
+        """Returns the last round's mean reward, tokens, seconds, gradient norm and KL."""
         last = self.rounds[-1]
         return {
             "reward": last.rollout.mean_reward, "answer_tokens": last.rollout.tokens,
@@ -96,6 +98,7 @@ class Rounds:
         }  # fmt: skip
 
     def fields(self, loop_state: LoopState, step_seconds: float) -> list[str]:
+        """Returns the same in words, with the weights' digests before and after training."""
         last = self.rounds[-1]
         pull = "" if last.kl is None else f", KL {last.kl:.4f}"
         weights = f"weights {last.before[:8]}"

@@ -124,7 +124,7 @@ class Steps(Protocol):
 
     advice: str  # the end of "Lower --learning-rate ...", for updates that are not finite
     evaluator: Evaluator | None
-    buffer: int  # bytes of a step's temporary buffer, which must not be held twice; 0 where that does not matter
+    buffer_bytes: int  # a step's temporary buffer, which must not be held twice; 0 where that does not matter
     lines_stay: bool  # whether every LINE_INTERVAL seconds a line stays on a terminal
 
     def run(self, state: TrainState, loop_state: LoopState) -> tuple[TrainState, list[bool]]:
@@ -177,7 +177,7 @@ class Loop:
                     evaluates = steps.evaluator and evaluate.is_due(loop_state) and not done()
                     saves = save.is_due(loop_state)
                     if evaluates or saves:
-                        with _without_free_memory(steps.buffer):
+                        with _without_free_memory(steps.buffer_bytes):
                             if evaluates:
                                 self._evaluate(steps, state, evaluate, signal_state)
                             if saves:
@@ -250,10 +250,10 @@ class Loop:
 
 
 @contextlib.contextmanager
-def _without_free_memory(buffer: int) -> Iterator[None]:
+def _without_free_memory(buffer_bytes: int) -> Iterator[None]:
     """Keeps work between two steps from lying beside a step's freed buffer, or in its place."""
-    if buffer:
+    if buffer_bytes:
         return_freed_memory()
     yield
-    if buffer:
+    if buffer_bytes:
         return_freed_memory()

@@ -39,16 +39,16 @@ def compile_step(
 class TrainingSteps:
     """The Steps of training and fine-tuning: runs a program on one batch after another, from `step` on.
 
-    `peak_flops`: this machine's, a second. `buffer`: bytes of the program's temporary buffer, where memory matters.
+    `peak_flops`: this machine's, a second. `buffer_bytes`: the program's temporary buffer, where memory matters.
     """
 
     lines_stay = False
 
     def __init__(
         self, program: Program, batches: Batches, evaluator: Evaluator, plan: RunPlan, step: int, peak_flops: float,
-        advice: str, buffer: int = 0,
+        advice: str, buffer_bytes: int = 0,
     ) -> None:  # fmt: skip
-        self.program, self.batches, self.plan, self.buffer = program, batches, plan, buffer
+        self.program, self.batches, self.plan, self.buffer_bytes = program, batches, plan, buffer_bytes
         self.evaluator: Evaluator | None = evaluator
         self.peak_flops, self.advice = peak_flops, advice
         self.schedule = jax.jit(make_schedule(plan.recipe.optimizer))
@@ -59,18 +59,19 @@ class TrainingSteps:
     def run(self, state: TrainState, loop_state: LoopState) -> tuple[TrainState, list[bool]]:
         step, progress = loop_state.step, np.float32(self.plan.progress(loop_state.step, loop_state.seconds))
         # Memory allocated during a step ends up above its buffer and fragments the heap: make the batch before it.
-        following = self.batches.at(step + 1) if self.buffer else None
+        following = self.batches.at(step + 1) if self.buffer_bytes else None
         state, metrics = self.program(state, self.batch, progress)
         self.batch = following or self.batches.at(step + 1)
         # Wait before the next dispatch: two steps in flight would take twice the memory.
         metrics = jax.device_get(metrics)
-        if self.buffer and not fits_freed_memory(self.buffer):
+        if self.buffer_bytes and not fits_freed_memory(self.buffer_bytes):
             return_freed_memory()  # or the next step's buffer would lie beside this one's
         self.loss, self.grad_norm = float(metrics.loss), float(metrics.grad_norm)
         self.losses.append(self.loss)
         return state, [bool(metrics.refused)]
 
     def metrics(self, loop_state: LoopState, step_seconds: float) -> dict[str, float]:
+        """Returns the mean loss since the last call, gradient norm, learning-rate factor, tokens/s, and refused steps."""
         loss = sum(self.losses) / len(self.losses)  # the mean since the last line
         self.losses = []
         return {
@@ -79,6 +80,7 @@ class TrainingSteps:
         }  # fmt: skip
 
     def fields(self, loop_state: LoopState, step_seconds: float) -> list[str]:
+        """Returns loss, learning-rate factor, gradient norm, tokens/s, MFU and epoch, in words."""
         plan, epoch = self.plan, self.batches.epoch(loop_state.step)
         return [
             f"loss {self.loss:.3f}",
