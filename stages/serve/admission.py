@@ -4,8 +4,10 @@ from stages.serve.errors import ApiError
 
 
 class Admission:
-    """Counts the completions in slots and in the queue, and refuses all once `draining` is set. Also counts the bytes of
-    all request bodies that are not decoded yet."""
+    """Counts the completions in slots and in the queue, and refuses all once `draining` is set.
+
+    Also counts the bytes of all request bodies that are not decoded yet.
+    """
 
     def __init__(self, slots: int, queue: int) -> None:
         self.slots, self.limit = slots, slots + queue

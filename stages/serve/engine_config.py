@@ -29,8 +29,10 @@ def default_weights(backend: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """The options of an engine. `weights`: int8, bfloat16 or float32. `capacity`: tokens of a slot; None is the model's
-    context, at most 2048. The other fields are those of `Slots`."""
+    """The options of an engine. `weights`: int8, bfloat16 or float32. The other fields are those of `Slots`.
+
+    `capacity`: tokens of a slot; None is the model's context, at most 2048.
+    """
 
     weights: str
     slots: int = 8
@@ -40,6 +42,7 @@ class EngineConfig:
     speculate: bool = True
 
     def model_config(self, cfg: ModelConfig) -> ModelConfig:
+        """Returns cfg with `weights` as the compute dtype; as it is for int8."""
         return cfg if self.weights == "int8" else dataclasses.replace(cfg, dtype=self.weights)  # type: ignore[arg-type]
 
     def prepare_params(self, cfg: ModelConfig, params: Any) -> Any:
@@ -49,7 +52,7 @@ class EngineConfig:
         return decode.prepare_params(cfg, params)
 
     def slot_options(self, cfg: ModelConfig) -> dict[str, Any]:
-        """Returns the options that shape the programs of `Slots`."""
+        """Returns slots, capacity, kv_dtype and prefix_cache_bytes, which shape the programs of `Slots`; not `speculate`."""
         return {
             "slots": self.slots, "capacity": self.capacity or min(cfg.context, 2048),
             "kv_dtype": self.kv_dtype, "prefix_cache_bytes": self.prefix_cache_bytes,
@@ -65,8 +68,10 @@ class EngineConfig:
 
 
 class CompileAhead:
-    """Compiles the serving programs in a thread while the weights are read. Iterating it, once, yields what `compile_ahead`
-    yields. A failure is silent: a missing program is compiled when it is needed."""
+    """Compiles the serving programs in a thread while the weights are read.
+
+    Iterating it, once, yields what `compile_ahead` yields. A failure is silent: a missing program is compiled when needed.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
@@ -75,6 +80,7 @@ class CompileAhead:
         self._compiled: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
 
     def begin(self, cfg: ModelConfig) -> None:
+        """Starts the thread, once the architecture is known."""
         self._thread = threading.Thread(target=self._run, args=(self._config.model_config(cfg),), daemon=True, name="ahead")
         self._thread.start()
 

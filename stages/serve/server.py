@@ -83,6 +83,7 @@ class HttpProtocol(H11Protocol):
     _waiting: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Starts the time limit of the first head."""
         super().connection_made(transport)
         self._wait()
 
@@ -91,16 +92,19 @@ class HttpProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        """Passes the data on, and starts the time limit when it begins a later head."""
         super().data_received(data)
         if self._waiting is None and (self.cycle is None or self.cycle.response_complete):
             self._wait()  # a head has begun, or a refused body goes on
 
     def handle_events(self) -> None:
+        """Ends the time limit when a head is complete."""
         super().handle_events()
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_waiting()
 
     def send_400_response(self, msg: str) -> None:
+        """Refuses in JSON what h11 cannot read, such as TLS, and hangs up."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = ApiError(400, "This is no HTTP request, or its head is too large.", code="bad_request").body
             head = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]

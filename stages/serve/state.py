@@ -35,9 +35,11 @@ Status = Literal["ok", "warming", "stuck", "failed", "draining"]
 
 
 class ServerState:
-    """The engine, admission, tokenizer and metrics of one model. `name`: by which clients ask for it. `digest`: of the weights
-    at load. `make_chat` makes a second `chat`, in another process. `queue`: completions that may wait. `price`: dollars an
-    hour."""
+    """The engine, admission, tokenizer and metrics of one model. `digest`: of the weights at load. `price`: dollars an hour.
+
+    `name`: by which clients ask for the model. `make_chat` makes a second `chat`, in another process. `queue`: completions
+    that may wait.
+    """
 
     def __init__(
         self, name: str, model: LoadedModel, slots: Slots, digest: str, chat: ChatTokenizer,
@@ -58,7 +60,7 @@ class ServerState:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def check_ready(self) -> None:
-        """Raises ApiError while no completion can be admitted."""
+        """Raises ApiError while no completion can be admitted: 503 when not ready, failed or draining, 429 when full."""
         messages = {"warming": "The server is not ready yet.", "failed": "The engine has failed."}
         if message := messages.get(status := self.status):
             raise ApiError(503, message, code=status, headers={"Retry-After": "2"})

@@ -192,8 +192,7 @@ class Writer:
 
 
 async def send_events(writer: Writer, generation: Generation, _: Scope, receive: Receive, send: Send) -> None:
-    """Responds with server-sent events: the chunks (a comment for None), then `[DONE]`. Ends at once when the client leaves or
-    stops reading."""
+    """Responds with server-sent events: chunks (a comment for None), then `[DONE]`. Ends when the client reads no more."""
 
     async def write(event: bytes, more: bool = True) -> None:
         async with asyncio.timeout(SEND_SECONDS):

@@ -33,7 +33,9 @@ SECURITY_HEADERS = [
 
 
 class Guard:
-    """ASGI middleware that passes on the requests that are allowed, and gives every response its security headers.
+    """ASGI middleware: refuses a foreign Host or Origin, and except on /live a missing key; adds security, not CORS, headers.
+
+    It leaves the `namespace` of a request's key, and when it `arrived`, in the request's state.
 
     `keys`: a request needs one of them, if there are any. `hosts`: names of the server, any when None. `origins`: those of
     other pages that may call it. `count(status)` is called for each response.

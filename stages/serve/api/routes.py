@@ -94,8 +94,10 @@ BODY_ERRORS = (400, 404, 408, 413, 415, 429, 503)
 
 
 class Route(NamedTuple):
-    """One route. `handler` takes the state and the request. `body` and `reply`: Structs, None where there is no JSON. `errors`:
-    statuses besides those of every route."""
+    """One route. `handler` takes the state and the request. `errors`: statuses besides those of every route.
+
+    `body` and `reply`: Structs, None where there is no JSON.
+    """
 
     method: str
     path: str

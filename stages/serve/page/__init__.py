@@ -12,7 +12,7 @@ PARTS = re.compile(r'<link rel="stylesheet" href="(\w+\.css)">|<script src="(\w+
 
 
 def page() -> tuple[bytes, str]:
-    """Returns the document, UTF-8, and its Content-Security-Policy, which allows each part by its SHA-256 alone."""
+    """Reads and joins the parts; returns the page, UTF-8, and a Content-Security-Policy that allows each by its SHA-256."""
     folder = Path(__file__).parent
     allowed: dict[str, list[str]] = {"style": [], "script": []}
 
