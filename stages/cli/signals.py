@@ -47,13 +47,17 @@ class SignalState:
     phase: str = ""
 
     def handle(self, number: int, _: object) -> None:
+        """Handles a signal in the main thread: raises Stopped at the first one, unless it is deferred; ignores later ones."""
         self.received = self.received or number
         again, self.seen = self.seen, True
         if self.answer is None and not again:  # at a second signal the second thread ends the process
             raise Stopped(number)
 
     def listen(self, signals: int) -> None:
-        """Reads signals in the second thread, until a zero byte arrives."""
+        """Reads signals in the second thread until a zero byte arrives: prints `answer`; ends the process at a second signal.
+
+        Without an `answer` the main thread has PATIENCE seconds to end it.
+        """
         answered = echo = False
         waits: list[float] = []  # before the main thread is nudged, and before the process is ended
         while True:
@@ -83,6 +87,7 @@ class SignalState:
                 waits = [NUDGE, PATIENCE]
 
     def end_now(self, sentence: str) -> None:
+        """Prints "Stopped" and the sentence, and ends the process with 128 + the signal's number."""
         _print(f"{SHOW_CURSOR if os.isatty(2) else ''}Stopped {sentence}")
         os._exit(128 + (self.received or signal.SIGINT))
 

@@ -1,4 +1,4 @@
-"""The flags of `python -m stages.evaluate`."""
+"""The flags of `python -m stages.evaluate`, which scores a text or conversations."""
 
 import dataclasses
 from typing import Annotated

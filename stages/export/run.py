@@ -115,7 +115,7 @@ def _write(out: Path, model: LoadedModel, dtype: str, adapter: bool, report: Rep
 
 
 def compare(model: LoadedModel, out: Path, dtype: str) -> Comparison:
-    """Compares the export at `out` with `model`, its weights rounded as in the export: tokens, EOS ids, and logits."""
+    """Compares tokens, EOS ids and logits of the export with `model`, rounded alike; returns rows to print, and faults."""
     export = load_model(str(out), dtype="float32")
     faults = [f"{name} of the architecture" for name in model.cfg.architecture_differences(export.cfg)]
     faults += _tokenizer_faults(model.tokenizer, export.tokenizer)
@@ -138,7 +138,7 @@ def compare(model: LoadedModel, out: Path, dtype: str) -> Comparison:
 
 
 def compare_adapter(model: LoadedModel, out: Path) -> Comparison:
-    """Compares exported adapters: the pairs to the bit, and the logits of the base with them on it."""
+    """Compares an exported adapter to the bit, and its logits on the base; returns rows to print, and faults."""
     ours = {path: leaf for path, leaf in leaf_paths(model.params).items() if isinstance(leaf, LoRA)}
     theirs = leaf_paths(load_adapter(out, model.cfg))
     faults = _tokenizer_faults(model.tokenizer, load_tokenizer(out))

@@ -1,4 +1,4 @@
-"""The inference half of a round: samples completions, and rewards each."""
+"""The inference half of a round: samples completions in one `decode.generate` (no Slots), and rewards each."""
 
 import contextlib
 import dataclasses
@@ -44,7 +44,10 @@ class Rollout(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """Samples completions of at most `max_tokens` in caches of `capacity`, and rewards them. `stop_token_ids` end one."""
+    """Samples completions of at most `max_tokens`, and rewards each by `reward(text, right answer or None)`.
+
+    `capacity`: positions of the KV cache. `stop_token_ids` end a completion.
+    """
 
     cfg: ModelConfig
     chat: ChatTokenizer
@@ -55,7 +58,7 @@ class Sampler:
     capacity: int
 
     def rollout(self, params: Params, prompts: Sequence[Prompt], seed: int) -> Rollout:
-        """Samples a completion of each prompt, with seeds seed, seed + 1, ...
+        """Samples and rewards a completion of each prompt, with seeds seed, seed + 1, ...
 
         Raises UserError as `decode.generate`, and when the rewards take longer than REWARD_TIMEOUT.
         """

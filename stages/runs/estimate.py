@@ -87,7 +87,10 @@ class RunPlan:
         return steps, duration(steps * step_seconds)
 
     def require_step_memory(self, batch: int, is_lora: bool) -> None:
-        """Raises UserError when a fine-tuning step would not fit, naming flags with which it would. `batch`: rows, or pairs."""
+        """Raises UserError when a fine-tuning step would not fit, naming --accumulate, --remat, int8 or a LoRA if that would.
+
+        `batch`: rows, or pairs.
+        """
         if self.memory <= memory_limit():
             return
         flags = f"--accumulate {batch}"

@@ -28,7 +28,7 @@ LOGITS = 64 * 2**20  # bytes of float32 logits an evaluation makes at once
 
 
 def rows_in_memory(cfg: ModelConfig, seq: int) -> int:
-    """Returns how many windows an evaluation scores together, so that their logits stay below LOGITS."""
+    """Returns how many windows, 2 to 16, an evaluation scores together: as many as have logits of LOGITS bytes."""
     return max(2, min(16, LOGITS // (4 * seq * cfg.vocab)))
 
 

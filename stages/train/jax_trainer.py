@@ -36,6 +36,7 @@ class JaxTrainer(Trainer):
         self.memory_note = "  ** more than there is: smaller --batch, --accumulate or --remat **" * is_tight
 
     def check_memory(self) -> None:
+        """Raises UserError when weights, gradients and optimizer state alone do not fit."""
         least = count_params(self.plan.cfg).total * (16 if self.optimizer_name == "adamw" else 12)
         require_memory(
             least, f"Training {self.plan.name} needs at least", "choose a smaller preset.",
@@ -43,6 +44,7 @@ class JaxTrainer(Trainer):
         )  # fmt: skip
 
     def overhead(self, best: Ceilings) -> float:
+        """Predicts the seconds of the optimizer, from its memory traffic, and of the dispatch."""
         return UPDATE_BYTES * count_params(self.plan.cfg).total / (1e9 * best.update_gbs) + DISPATCH
 
     def initial_state(self) -> TrainState:
@@ -65,4 +67,5 @@ class JaxTrainer(Trainer):
         return tokenizer.decode([token for piece in pieces for token in piece.tokens])
 
     def remarks(self, params: Any) -> list[tuple[str, str]]:
+        """Returns no rows."""
         return []

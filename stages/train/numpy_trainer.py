@@ -49,6 +49,7 @@ class NumPyTrainer(Trainer):
         self.memory_note = f"; each forward pass keeps {format_bytes(self.residuals)} for its backward pass"
 
     def overhead(self, best: Ceilings) -> float:
+        """Returns 0: `expected_mfu` is that of whole steps."""
         return 0.0
 
     @staticmethod
@@ -63,6 +64,8 @@ class NumPyTrainer(Trainer):
         )  # fmt: skip
 
     def initial_state(self) -> TrainState:
+        """Returns JAX's first weights and moments of zero, as JAX arrays: a step converts them."""
+
         def make() -> TrainState:
             params = init_params(self.plan.cfg, jax.random.key(self.plan.seed))
             zeros, none = jax.tree.map(jnp.zeros_like, params), jnp.int32(0)
@@ -97,6 +100,7 @@ class NumPyTrainer(Trainer):
         return tokenizer.decode(self.prompt + list(tokens))
 
     def remarks(self, params: Any) -> list[tuple[str, str]]:
+        """Returns rows: the sample's prompt, bits per byte by NumPy and by JAX, and the command for the same run in JAX."""
         params, data = jax.tree.map(np.asarray, params), self.data
         in_numpy, in_jax = (
             quick_evaluator(self.plan.cfg, data.validation, data.tokenizer, nats_of).evaluate(params)

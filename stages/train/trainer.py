@@ -23,7 +23,7 @@ class Trainer(Protocol):
         """Raises UserError when the model cannot be trained in the memory there is."""
 
     def overhead(self, best: Ceilings) -> float:
-        """Predicts the seconds of a step beside its products."""
+        """Predicts the seconds of a step beside its matrix products; 0 when `expected_mfu` covers them."""
 
     def initial_state(self) -> TrainState:
         """Returns the state before the first step."""
@@ -39,4 +39,4 @@ class Trainer(Protocol):
         """Returns a text that the model writes."""
 
     def remarks(self, params: Any) -> list[tuple[str, str]]:
-        """Returns more rows for the summary."""
+        """Returns more rows for the summary, or none."""
