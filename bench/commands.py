@@ -105,7 +105,6 @@ def reinforcing(folder: Path, model: str, max_time: str) -> Measurements:
 
 
 def _result(command: list[str], folder: Path) -> Json:
-    """Returns the result of a run that a command saves in `folder`."""
     print(f"python -m {' '.join(command)} ...", flush=True)
     _run([*command, "--out-dir", str(folder)])
     return json.loads((folder / "run.json").read_text())["result"]

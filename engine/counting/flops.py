@@ -100,8 +100,6 @@ def train_flops(
 
 @dataclasses.dataclass
 class _Counter:
-    """Adds up the products of the model from the bottom up."""
-
     cfg: ModelConfig
     trainable: TrainablePaths
     rows: int

@@ -131,7 +131,6 @@ def _param_bytes(cfg: ModelConfig, int8: bool, trainable: Collection[str] = ()) 
 
 
 def _trainable_leaves(cfg: ModelConfig, trainable: TrainablePaths, layer: int) -> set[str]:
-    """Returns the leaves of one block that train or have a LoRA pair."""
     prefix = f"blocks/{layer}/"
     adapted = {name for name, parts in cfg.parts.items() if any(prefix + part in trainable.adapted for part in parts)}
     return adapted | {path.removeprefix(prefix) for path in trainable.weights if path.startswith(prefix)}

@@ -148,7 +148,6 @@ def generate(
 
 
 def _prefill_all(cfg: ModelConfig, params: Params, prompts: Collection[list[int]], cache: KVCache) -> tuple[Array, KVCache]:
-    """Returns the logits after each prompt, and the cache."""
     after = jnp.zeros((len(prompts), cfg.vocab), jnp.float32)
     for start in range(0, max(map(len, prompts)), CHUNK):
         chunks = [prompt[start : start + CHUNK] for prompt in prompts]

@@ -135,7 +135,6 @@ def load_model(
 
 
 def _load_adapted(run: Path, on_config: OnConfig) -> LoadedModel:
-    """Loads the base of a LoRA run, with the run's adapter and tokenizer."""
     record, adapter = run_folder.read_json(run / "run.json"), run / run_folder.ADAPTER
     if not adapter.is_dir():
         command = f"The same command goes on: {record.get('command')}"

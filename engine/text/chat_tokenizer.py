@@ -122,7 +122,6 @@ class ChatTokenizer:
         return text, turns, marks
 
     def _example(self, text: str, turns: list[tuple[int, int]], marks: dict[str, str], first: int, where: str) -> Example:
-        """Makes the example with turns[first:] in the loss."""
         pieces = self._pieces(text, turns, marks)
         masks = [np.zeros(len(piece), bool) for piece in pieces]
         for turn, mask in [*zip(pieces, masks)][1::2][first:]:

@@ -87,7 +87,6 @@ class SignalState:
                 waits = [NUDGE, PATIENCE]
 
     def end_now(self, sentence: str) -> None:
-        """Prints "Stopped" and the sentence, and ends the process with 128 + the signal's number."""
         _print(f"{SHOW_CURSOR if os.isatty(2) else ''}Stopped {sentence}")
         os._exit(128 + (self.received or signal.SIGINT))
 

@@ -52,14 +52,12 @@ def run(flags: EvaluateFlags, device: Device) -> None:
 
 
 def _read_conversations(data: str) -> Conversations | None:
-    """Opens the conversations that `--data` names; None for a text."""
     is_file = Path(data).suffix.lower() in (".jsonl", ".json") and Path(data).is_file()
     conversations = read_conversations(data) if is_file or data in SHIPPED else None
     return conversations if conversations and conversations.kind != "text" else None
 
 
 def _likelihood(nats: float, tokens: int) -> tuple[str, str]:
-    """Returns nats per token and perplexity."""
     return f"{nats / tokens:.4f}", f"{math.exp(min(nats / tokens, 700)):.3f}"
 
 

@@ -80,7 +80,6 @@ class CompileAhead:
         self._compiled: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
 
     def begin(self, cfg: ModelConfig) -> None:
-        """Starts the thread, once the architecture is known."""
         self._thread = threading.Thread(target=self._run, args=(self._config.model_config(cfg),), daemon=True, name="ahead")
         self._thread.start()
 

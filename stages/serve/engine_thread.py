@@ -115,7 +115,6 @@ class EngineThread:
                 self._work.get_nowait()()
 
     def _deliver(self, events: list[Event]) -> None:
-        """Posts the events of one step to their listeners, all at once."""
         addressed = [(self._listeners[event.id], event) for event in events if event.id in self._listeners]
         for event in events:
             if event.finish_reason:

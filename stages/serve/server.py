@@ -83,7 +83,6 @@ class HttpProtocol(H11Protocol):
     _waiting: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Starts the time limit of the first head."""
         super().connection_made(transport)
         self._wait()
 

@@ -54,7 +54,6 @@ def chosen_recipe(flags: TrainFlags) -> Recipe:
 
 
 def _replace(config: Any, **values: Any) -> Any:
-    """Returns the config with those values that are not None."""
     return dataclasses.replace(config, **{name: value for name, value in values.items() if value is not None})
 
 

@@ -80,7 +80,6 @@ def rope_factors(scaling: RopeScaling, theta: float, head_dim: int) -> np.ndarra
 
 
 def _read_scaling(header: Header, theta: float) -> RopeScaling | None:
-    """Returns the scaling whose factors the file holds, if any."""
     tensor = header.tensors.get(FREQUENCIES)
     if tensor is None:
         return None

@@ -15,7 +15,5 @@ The path of one chat request, from the socket to the compiled program and back:
 11. completions.ChatWriter       Piece -> ChatReply, or ChatChunk (by generation.Writer)
 12. generation.send_events       ChatChunk -> bytes (or errors.json_reply, ChatReply -> bytes)
 
-Eight values follow one another: ChatRequest -> Request (with SamplingParams) -> Sequence -> Decode (of DecodeRows) ->
-SampledTokens -> Event -> Piece -> ChatReply or ChatChunk. State is in four: Generation, Choice,
-CompletionText, ChatWriter.
+State is in four: Generation, Choice, CompletionText, ChatWriter.
 """
