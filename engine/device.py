@@ -6,13 +6,11 @@ This module must load without JAX, for glibc's allocator is set before JAX start
 import contextlib
 import dataclasses
 import os
-import platform
 import shutil
 import sys
 import warnings
 from pathlib import Path
 
-from engine.allocator import keep_freed_memory
 from engine.errors import UserError
 from engine.files import cache_folder
 
@@ -37,6 +35,8 @@ def start_jax(choice: str = "auto", *, one_arena: bool = True) -> Device:
     `one_arena`: of glibc's malloc, see `keep_freed_memory`; False for commands that only decode. Compiled programs are
     cached in the user's cache folder (or where JAX_COMPILATION_CACHE_DIR says), so that a second start compiles nothing.
     """
+    from engine.allocator import keep_freed_memory  # loads ctypes, which --help does without
+
     keep_freed_memory(one_arena=one_arena)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's remarks; what fails also raises
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
@@ -86,6 +86,8 @@ def processor() -> tuple[str, str]:
 
     The flags are empty where the system does not list them.
     """
+    import platform  # like ctypes, a millisecond of --help
+
     facts: dict[str, str] = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
