@@ -79,8 +79,10 @@ def measure(
 
 
 def ratio(a: Timing, b: Timing) -> Ratio:
-    """Returns a over b, from timings of one `measure`; None when its spread exceeds it, or with fewer than 3 rounds. Raises
-    ValueError when the timings are not of the same rounds."""
+    """Returns a over b, from timings of one `measure`; without a number when its spread exceeds it, or below 3 rounds.
+
+    Raises ValueError when the timings are not of the same rounds.
+    """
     rounds = len(a.seconds)
     if rounds != len(b.seconds):
         raise ValueError(f"{a.name} has {rounds} rounds, {b.name} has {len(b.seconds)}: not measured together")

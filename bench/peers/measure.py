@@ -30,7 +30,7 @@ DECODE_PROMPT = 64  # tokens of a prompt in the decode rows
 
 
 def comparison_row(name: str, peer: str, timings: Mapping[str, Timing], tokens: int) -> Json:
-    """Returns the row of one comparison: `ratio` is our seconds over the peer's, or None where `noisy` says why."""
+    """Returns the row of one comparison of whole calls: `ratio` is our seconds over the peer's; None where `noisy` says why."""
     ours, theirs = timings[OURS], timings[peer]
     return {
         "name": name, "peer": peer, "ours_seconds": ours.median, "peer_seconds": theirs.median,

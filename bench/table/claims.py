@@ -40,7 +40,7 @@ class Evidence:
     params: int
     price: float  # dollars an hour
     uncached: tuple[float, int]  # seconds of a token without a KV cache, and the tokens before it
-    weight_bytes: int  # of one weight in the plain rows
+    bytes_per_weight: int  # in the rows that are not int8
 
     def row(self, start: str) -> dict[str, Any]:
         """Returns the first row whose name begins with `start`, or raises KeyError."""

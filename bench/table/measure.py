@@ -92,7 +92,8 @@ def stage_table(
     evidence = Evidence(
         document_rows, lambda a, b: ratio(timings[a], timings[b]).ratio,
         check_invariants(cfg, frozen, int8, data, length=context, before=state_before, generated=generated),
-        params=params, price=price, uncached=(timings["uncached"].median, context), weight_bytes=jnp.dtype(cfg.dtype).itemsize,
+        params=params, price=price, uncached=(timings["uncached"].median, context),
+        bytes_per_weight=jnp.dtype(cfg.dtype).itemsize,
     )  # fmt: skip
     return {
         "machine": {name: getattr(ceilings, name) for name in ("device", "cores", "jax", "backend")},

@@ -38,6 +38,7 @@ class Sequence:
 
     @property
     def position(self) -> int:
+        """The place of `last_token`, where the next decoding step writes."""
         return len(self.request.prompt) - 1 + len(self.output_tokens)
 
     @property

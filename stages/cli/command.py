@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import os
 import shlex
 import shutil
@@ -34,6 +35,7 @@ def run_command[Flags](
             flags, prog=f"python -m stages.{name}", description=about, args=args,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )  # fmt: skip
+        gc.enable()
         with signals.handle_signals():
             return command(options) or 0
     except SystemExit as exit:  # tyro has printed the help, or the mistake in a flag

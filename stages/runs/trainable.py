@@ -22,13 +22,13 @@ from engine.training.lora import init_lora
 class TrainableSplit:
     """A model's trainable and frozen tree. `paths`: the parameters that train; None: all of them, and `frozen` is empty.
 
-    `frozen` is in the compute type or int8, as steps read it; `unchanged` is the same as loaded, to be saved (None where
-    only an adapter is saved).
+    `frozen` is in the compute type or int8, as steps read it; `frozen_as_loaded` is the same as loaded, to be saved
+    (None where only an adapter is saved).
     """
 
     trainable: Any = None
     frozen: Any = dataclasses.field(default_factory=dict)
-    unchanged: Any = None
+    frozen_as_loaded: Any = None
     paths: TrainablePaths | None = None
 
     @property
@@ -37,7 +37,7 @@ class TrainableSplit:
 
     def to_saved(self, trainable: Any) -> Any:
         """Returns the params of a checkpoint: an adapter on its own, or the whole model."""
-        return trainable if self.paths is None or self.is_adapter else merge(trainable, self.unchanged)
+        return trainable if self.paths is None or self.is_adapter else merge(trainable, self.frozen_as_loaded)
 
     def from_saved(self, params: Any) -> Any:
         return params if self.paths is None or self.is_adapter else split(params, self.paths.weights)[0]
@@ -75,8 +75,8 @@ def split_trainable(
 ) -> TrainableSplit:
     """Splits params: trainable ones in float32, frozen ones in the compute type or int8. Changes no array of `params`."""
     if not lora:
-        trainable, unchanged = split(merge_lora(params), paths.weights)
-        return TrainableSplit(cast_matrices(trainable, "float32"), cast_matrices(unchanged, cfg.dtype), unchanged, paths)
+        trainable, as_loaded = split(merge_lora(params), paths.weights)
+        return TrainableSplit(cast_matrices(trainable, "float32"), cast_matrices(as_loaded, cfg.dtype), as_loaded, paths)
     adapter = init_lora(cfg, params, jax.random.key(seed), lora)
     frozen = params if base == "float" else quantize(params, matmul_rules(params, "full"))
     return TrainableSplit(adapter, cast_matrices(frozen, cfg.dtype), None, paths)

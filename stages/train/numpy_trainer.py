@@ -57,6 +57,7 @@ class NumPyTrainer(Trainer):
         return by_hand.loss(cfg, params, *batch) * int(batch.mask.sum())
 
     def check_memory(self) -> None:
+        """Raises UserError when a step does not fit memory."""
         require_memory(
             self.memory, f"Training {self.plan.name} by hand needs about",
             "give a smaller --batch or --context, or a smaller preset.",

@@ -37,7 +37,7 @@ def verdicts(rows=ROWS, checks=CHECKS, noisy=None, uncached=0.1):
     named = {row["name"]: row for row in rows}
     seconds = {name: row["seconds_per_token"] for name, row in named.items()} | {"uncached": uncached}
     over = lambda name, other: None if noisy in (name, other) else seconds[name] / seconds[other]
-    evidence = Evidence(named, over, checks, params=10**6, price=0.1, uncached=(uncached, 64), weight_bytes=2)
+    evidence = Evidence(named, over, checks, params=10**6, price=0.1, uncached=(uncached, 64), bytes_per_weight=2)
     names = {text["claim"]: name for name, text in TEXTS.items()}
     return {names[claim["claim"]]: claim["verdict"] for claim in claims(evidence)}
 
