@@ -20,9 +20,9 @@ class AdamWConfig(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """The optimizer state: two moments of every weight. Checkpoints hold the fields by name."""
+    """The optimizer state: two moments of every weight. Checkpoints hold the fields by these names, older ones too."""
 
-    steps: ndarray  # () int32, steps so far
+    taken: ndarray  # () int32, steps so far
     first: Params  # running mean of the gradient
     second: Params  # running mean of its square
 
@@ -41,7 +41,7 @@ def step(cfg: AdamWConfig, params: Params, gradient: Params, moments: Moments, f
     """
     length = global_norm(gradient)
     shrink = cfg.clip / length if length > cfg.clip else 1.0
-    count = int(moments.steps) + 1
+    count = int(moments.taken) + 1
     correction1, correction2 = 1 - cfg.beta1**count, 1 - cfg.beta2**count
     rate = cfg.learning_rate * float(factor)
 

@@ -54,7 +54,7 @@ def test_adamw(chosen, seed, scale, progress):
     for gradient in gradients:
         actual, moments = adamw.step(chosen, actual, gradient, moments, factor)
     assert_trees_close(actual, expected, rtol=1e-9)
-    assert int(moments.steps) == 3
+    assert int(moments.taken) == 3
     tree_map(np.testing.assert_array_equal, params, weights(QWEN2))  # what was given stays as it was
 
 
