@@ -1,4 +1,4 @@
-"""The commands, one package each. Importing it turns bytecode on, in the user's cache, where Python was told to write none.
+"""The commands, one package each. Under `python -m` it pauses garbage collection, and caches bytecode for the user.
 
 `python -m stages` lists them. A command parses flags, wires the engine, loops and prints.
 """
@@ -9,7 +9,7 @@ import sys
 
 # While `python -m` looks for a module, argv[0] is "-m": a program that merely imports this package is left alone.
 if sys.argv[:1] == ["-m"]:
-    gc.disable()  # imports leave no garbage to look for; `run_command` enables it
+    gc.disable()  # imports leave no garbage: `run_command` enables it again once the flags are parsed
 
     # Where Python was told not to leave bytecode beside its sources (PYTHONDONTWRITEBYTECODE, common in containers), JAX
     # and what it imports are compiled anew at every start, which takes longer than all else before a first token. So a
