@@ -101,10 +101,12 @@ def _rms_norm_backward(eps: float, dtype: DTypeLike, residuals: tuple[Array, Arr
     # Without the barrier XLA would keep float32 values of the forward pass: a sixth more memory for a step.
     x32, g = (a.astype(jnp.float32) for a in jax.lax.optimization_barrier((x, g)))
     inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    dgain = jnp.sum(g * x32 * inverse, axis=tuple(range(x.ndim - gain.ndim)))
-    g = g * gain
+    dgain = None
+    if gain is not None:
+        dgain = jnp.sum(g * x32 * inverse, axis=tuple(range(x.ndim - gain.ndim))).astype(gain.dtype)
+        g = g * gain
     inner = jnp.mean(g * x32, axis=-1, keepdims=True) * inverse**2
-    return ((g - x32 * inner) * inverse).astype(x.dtype), dgain.astype(gain.dtype)
+    return ((g - x32 * inner) * inverse).astype(x.dtype), dgain
 
 
 rms_norm = _with_backward(layers.rms_norm, _rms_norm_backward, (2, 3))

@@ -43,10 +43,11 @@ def lookup(embed: Array, tokens: Array) -> Array:
     return embed[tokens]
 
 
-def rms_norm(x: Array, gain: Array, eps: float, dtype: DTypeLike) -> Array:
-    """x (..., D), gain (..., D) -> gain * x / rms(x) in `dtype` (Zhang & Sennrich 2019, equation 4)."""
+def rms_norm(x: Array, gain: Array | None, eps: float, dtype: DTypeLike) -> Array:
+    """x (..., D), gain (..., D) or None for 1 -> gain * x / rms(x) in `dtype` (Zhang & Sennrich 2019, equation 4)."""
     x = x.astype(jnp.float32)
-    return (x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * gain.astype(jnp.float32)).astype(dtype)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return (x if gain is None else x * gain.astype(jnp.float32)).astype(dtype)
 
 
 def rope_frequencies(cfg: ModelConfig) -> Array:

@@ -17,7 +17,7 @@ from engine.model.cache.contiguous import KVCache, write
 from engine.model.config import ModelConfig
 from engine.model.ops import ops
 from engine.model.paths import Params
-from engine.model.weights.matmul import lookup, project, project_two, unembed
+from engine.model.weights.matmul import lookup, norm_and_weight, project, project_two, unembed
 
 # A tied embedding is also the head, whose logits must start small; an untied one starts as large as what blocks add.
 TIED_STD, EMBED_STD = 0.02, 0.5
@@ -45,23 +45,24 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, rotary: Rotary, segments: Array | None, cached: Cached | None):
-        cfg, math, dtype = self.cfg, ops(), jnp.dtype(self.cfg.dtype)
+        cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         with jax.named_scope("attention"):
-            h = math.rms_norm(x, self.gain("attn_norm", cfg.width), cfg.eps, dtype)
-            mixed, cached = self.attention(h, rotary, segments, cached)
+            gain, weight = self.gain("attn_norm", cfg.width), self.weight("qkv", cfg.width, cfg.qkv_width)
+            h, qkv = norm_and_weight(x, gain, weight, cfg.eps, dtype)
+            mixed, cached = self.attention(project(h, qkv, dtype), rotary, segments, cached)
             x = x + project(mixed, self.weight("out", cfg.heads * cfg.head_dim, cfg.width, scale=0.0), jnp.float32)
         with jax.named_scope("mlp"):
-            h = math.rms_norm(x, self.gain("mlp_norm", cfg.width), cfg.eps, dtype)
-            gate, up = project_two(h, self.weight("gate_up", cfg.width, 2 * cfg.ff), dtype)
-            hidden = math.swiglu(gate, up, dtype)
+            gain, weight = self.gain("mlp_norm", cfg.width), self.weight("gate_up", cfg.width, 2 * cfg.ff)
+            h, gate_up = norm_and_weight(x, gain, weight, cfg.eps, dtype)
+            gate, up = project_two(h, gate_up, dtype)
+            hidden = ops().swiglu(gate, up, dtype)
             x = x + project(hidden, self.weight("down", cfg.ff, cfg.width, scale=0.0), jnp.float32)
         return x, cached
 
-    def attention(self, h: Array, rotary: Rotary, segments: Array | None, cached: Cached | None):
-        """h (B, T, D) -> (B, T, N * H), and the layer's cache with this call's keys and values."""
+    def attention(self, qkv: Array, rotary: Rotary, segments: Array | None, cached: Cached | None):
+        """qkv (B, T, (N + 2K) * H) -> (B, T, N * H), and the layer's cache with this call's keys and values."""
         cfg, math, dtype = self.cfg, ops(), jnp.dtype(self.cfg.dtype)
-        B, T, _ = h.shape
-        qkv = project(h, self.weight("qkv", cfg.width, cfg.qkv_width), dtype)
+        B, T, _ = qkv.shape
         if cfg.qkv_bias:
             qkv = qkv + self.param("qkv_bias", nn.initializers.zeros, (cfg.qkv_width,)).astype(dtype)
         qkv = qkv.reshape(B, T, cfg.heads + 2 * cfg.kv_heads, cfg.head_dim)

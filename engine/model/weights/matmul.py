@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from engine.model.ops import ops
+from engine.model.ops import on_cpu, ops
 from engine.model.paths import Params, map_paths
 from engine.model.weights.int8 import Int8, int8_matmul
 from engine.model.weights.lora import LoRA, innermost_base
@@ -28,6 +28,17 @@ def project(x: Array, weight: Weight, dtype: DTypeLike) -> Array:
     if isinstance(weight, Int8):
         return _over_rows(x, lambda rows: int8_matmul(rows, weight, dtype))
     return _over_rows(x, lambda rows: ops().matmul(rows, weight, dtype))
+
+
+def norm_and_weight(x: Array, gain: Array, weight: Weight, eps: float, dtype: DTypeLike) -> tuple[Array, Weight]:
+    """x (..., in), gain (in,), weight (in, out) -> x normalised, in `dtype`, and the weight to multiply it with.
+
+    On a CPU a weight that is converted for the product takes the gain with it: the gain's gradient is then a sum over the
+    weight and not one over all tokens, 3% of a training step of 6 layers by 384.
+    """
+    if on_cpu() and isinstance(weight, Array) and weight.dtype != dtype and x.size > weight.size:
+        return ops().rms_norm(x, None, eps, dtype), weight * gain[:, None]
+    return ops().rms_norm(x, gain, eps, dtype), weight
 
 
 def project_two(x: Array, weight: Weight, dtype: DTypeLike) -> tuple[Array, Array]:
