@@ -37,7 +37,8 @@ def start_jax(choice: str = "auto", *, one_arena: bool = True) -> Device:
     """
     from engine.allocator import keep_freed_memory  # loads ctypes, which --help does without
 
-    keep_freed_memory(one_arena=one_arena)
+    if choice in ("auto", "cpu"):  # an accelerator's memory is not glibc's
+        keep_freed_memory(one_arena=one_arena)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's remarks; what fails also raises
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     if choice == "cpu":

@@ -8,10 +8,11 @@ remat show.
   selections and type conversions too), n - 1 for a reduction of n numbers, 0 for what only moves numbers. Transcendental
   functions count apart, one each: their operations depend on the chip.
 - A scan is its body times its length, a `cond` its most expensive branch. A `while`, whose trips are unknown, and a
-  kernel, whose work is hidden, are refused.
+  kernel, whose work is hidden, are refused, but for fused attention, which counts as attention in blocks.
 - A product with one row counts twice on a CPU, as it is computed (`model/weights/matmul.py` pads it).
 """
 
+import contextlib
 import dataclasses
 import math
 import operator
@@ -22,7 +23,10 @@ import jax
 from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 from jax.interpreters import partial_eval
 
+from engine.counting.flops import twice_mean_keys
 from engine.errors import UserError
+from engine.model.attention import QUERY_BLOCK
+from engine.model.ops import platform
 
 _MOVES = frozenset({
     "reshape", "broadcast_in_dim", "transpose", "slice", "dynamic_slice", "dynamic_update_slice", "concatenate",
@@ -67,7 +71,9 @@ def jaxpr_cost(f: Callable[..., Any], *args: Any) -> JaxprCost:
 
     To count a backward pass, pass a function that differentiates. Raises UserError for a `while` loop or a kernel.
     """
-    closed = jax.make_jaxpr(f)(*args)
+    # A TPU's kernel shows nothing of its shapes; a GPU's program without cuDNN is the same but for attention in blocks.
+    with jax.default_device("gpu") if platform() == "tpu" else contextlib.nullcontext():
+        closed = jax.make_jaxpr(f)(*args)
     return _program(partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[0])
 
 
@@ -77,7 +83,9 @@ def _program(jaxpr: Jaxpr) -> JaxprCost:
 
 def _step(equation: JaxprEqn) -> JaxprCost:
     name = equation.primitive.name
-    if name == "while" or name in _OPAQUE or name.startswith("dot_product_attention"):
+    if name.startswith("dot_product_attention"):
+        return JaxprCost(matmul=_fused_attention(equation))
+    if name == "while" or name in _OPAQUE:
         hidden = "how often it runs is unknown" if name == "while" else "its work is hidden in a kernel"
         raise UserError(f"The walker cannot count {name!r}: {hidden}. Count the program that does without.")
     if name in _PRODUCTS:
@@ -96,6 +104,12 @@ def _dot(equation: Any) -> int:
     (contracted, _), _ = numbers or equation.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
     left, result = equation.invars[0].aval, equation.outvars[0].aval
     return 2 * result.size * math.prod(left.shape[axis] for axis in contracted)
+
+
+def _fused_attention(equation: Any) -> int:
+    """The products of causal attention in blocks: q k^T and p v; in the backward pass dv, dp, dq and dk."""
+    B, T, N, H = equation.invars[0].aval.shape
+    return (4 if "bwd" in equation.primitive.name else 2) * B * N * H * T * twice_mean_keys(T, QUERY_BLOCK)
 
 
 def _convolution(equation: Any) -> int:

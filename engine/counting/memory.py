@@ -13,7 +13,7 @@ from typing import Literal
 from engine.counting.flops import twice_mean_keys
 from engine.counting.params import leaf_shapes
 from engine.counting.trainable_paths import TrainablePaths, all_trainable, lowest_gradient, target_shapes
-from engine.model.backward import QUERY_BLOCK
+from engine.model.attention import QUERY_BLOCK
 from engine.model.config import ModelConfig
 from engine.model.cross_entropy import COLUMNS
 

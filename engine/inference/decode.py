@@ -25,7 +25,7 @@ from engine.inference.sampling_params import SamplingParams
 from engine.inference.sequence import STEPS, Sequence
 from engine.model.cache.contiguous import KVCache, make_cache
 from engine.model.config import ModelConfig
-from engine.model.ops import on_cpu
+from engine.model.ops import ops, platform
 from engine.model.paths import map_paths
 from engine.model.transformer import Params, forward, hidden_states, logits_of
 from engine.model.weights.int8 import Int8, store_transposed
@@ -33,7 +33,6 @@ from engine.model.weights.lora import merge_lora
 from engine.model.weights.matmul import cast_matrices
 
 CHUNK = 64  # prompt tokens a prefill call; every prompt is padded to a multiple
-MIN_ROWS = 2  # a product with a single row takes a slower path on a CPU
 
 
 def prepare_params(cfg: ModelConfig, params: Params) -> Params:
@@ -43,7 +42,7 @@ def prepare_params(cfg: ModelConfig, params: Params) -> Params:
     """
 
     def lay_out(_: str, leaf: Any) -> Any:
-        return store_transposed(leaf) if isinstance(leaf, Int8) and leaf.activations != "full" and on_cpu() else leaf
+        return store_transposed(leaf) if isinstance(leaf, Int8) and leaf.activations != "full" and platform() == "cpu" else leaf
 
     return cast_matrices(map_paths(lay_out, merge_lora(params, cfg.dtype)), cfg.dtype)
 
@@ -99,6 +98,11 @@ def _pad_rows(state: tuple[Array, KVCache], rows: int) -> tuple[Array, KVCache]:
     return jax.tree.map(lambda x: jnp.pad(x, ((0, rows - len(x)), *((0, 0),) * (x.ndim - 1))), state)
 
 
+def padded_rows(prompts: int) -> int:
+    """Returns the rows of a program for so many prompts: on a CPU at least two."""
+    return max(prompts, 2 if ops().pads_lone_row else 1)
+
+
 def generate(
     cfg: ModelConfig, params: Params, prompts: Collection[list[int]], sampling: Collection[SamplingParams],
     *, capacity: int | None = None,
@@ -128,7 +132,7 @@ def generate(
     fits = [dataclasses.replace(row, max_tokens=min(row.max_tokens, capacity - len(p))) for p, row in zip(prompts, sampling)]
     running = [Sequence(index, Request(tuple(prompt), row)) for index, (prompt, row) in enumerate(zip(prompts, fits))]
 
-    rows = max(len(prompts), MIN_ROWS)
+    rows = padded_rows(len(prompts))
     arrays = jax.device_put(sampling_arrays([*fits, *[fits[0]] * (rows - len(prompts))]))
     # Room for a last chunk's padding and a last dispatch's surplus: what lies there is never read.
     cache = make_cache(cfg, len(prompts), -(-capacity // CHUNK) * CHUNK + CHUNK)

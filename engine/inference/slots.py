@@ -34,7 +34,7 @@ from engine.model.transformer import Params
 CHUNK, TAIL = 128, 32  # prompt tokens a call: of a whole chunk, and of a short rest
 HITS_AT_ONCE = 16  # chunks a step copies from the prefix cache at most
 IDLE = SamplingParams(temperature=0.0)  # of rows not in use: greedy costs no sampling
-MIN_SLOTS = 2  # a product with a single row takes a slower path on a CPU
+MIN_SLOTS = 2  # with one row a CPU's products take a slower path
 
 
 def compile_ahead(

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from engine.model import layers
+from engine.model import backward, layers
+from engine.model.attention import attention, causal_attention
 from engine.model.cache import segmented
 from engine.model.cache.contiguous import KVCache, write
 from engine.model.config import ModelConfig
-from engine.model.ops import ops
 from engine.model.paths import Params
 from engine.model.weights.matmul import lookup, norm_and_weight, project, project_two, unembed
 
@@ -55,13 +55,13 @@ class Block(nn.Module):
             gain, weight = self.gain("mlp_norm", cfg.width), self.weight("gate_up", cfg.width, 2 * cfg.ff)
             h, gate_up = norm_and_weight(x, gain, weight, cfg.eps, dtype)
             gate, up = project_two(h, gate_up, dtype)
-            hidden = ops().swiglu(gate, up, dtype)
+            hidden = backward.swiglu(gate, up, dtype)
             x = x + project(hidden, self.weight("down", cfg.ff, cfg.width, scale=0.0), jnp.float32)
         return x, cached
 
     def attention(self, qkv: Array, rotary: Rotary, segments: Array | None, cached: Cached | None):
         """qkv (B, T, (N + 2K) * H) -> (B, T, N * H), and the layer's cache with this call's keys and values."""
-        cfg, math, dtype = self.cfg, ops(), jnp.dtype(self.cfg.dtype)
+        cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         B, T, _ = qkv.shape
         if cfg.qkv_bias:
             qkv = qkv + self.param("qkv_bias", nn.initializers.zeros, (cfg.qkv_width,)).astype(dtype)
@@ -71,14 +71,14 @@ class Block(nn.Module):
             # Without the barrier XLA would compute the norm twice, as RoPE reads it twice.
             q_gain, k_gain = self.gain("q_norm", cfg.head_dim), self.gain("k_norm", cfg.head_dim)
             gains = jnp.concatenate([jnp.tile(q_gain, (cfg.heads, 1)), jnp.tile(k_gain, (cfg.kv_heads, 1))])
-            qk = jax.lax.optimization_barrier(math.rms_norm(qk, gains, cfg.eps, dtype))
+            qk = jax.lax.optimization_barrier(backward.rms_norm(qk, gains, cfg.eps, dtype))
         scale = jnp.where(jnp.arange(qk.shape[2]) < cfg.heads, cfg.head_dim**-0.5, 1.0)  # the scores' factor, on the queries
-        q, k = jnp.split(math.rope(qk, scale, *rotary, dtype), [cfg.heads], axis=2)
+        q, k = jnp.split(backward.rope(qk, scale, *rotary, dtype), [cfg.heads], axis=2)
         if isinstance(cached, segmented.SegmentedLayer):
             return segmented.attention(q, k, v, cached)
         if cached is not None:
             return self.cached_attention(q, k, v, cached)
-        return math.causal_attention(q, k, v, segments), None
+        return causal_attention(q, k, v, segments), None
 
     def cached_attention(self, q: Array, k: Array, v: Array, cached: Cached):
         """Writes this call's keys and values after each row's length, then attends to all of the row."""
@@ -89,7 +89,7 @@ class Block(nn.Module):
         mask = jnp.arange(keys.shape[2]) <= last[:, :, None]
         # 0 times a stale NaN is NaN, so masked values are cleared first.
         seen = mask[:, -1, None, :, None]
-        return ops().attention(q, keys, jnp.where(seen, values, 0), mask), (keys, values, length)
+        return attention(q, keys, jnp.where(seen, values, 0), mask), (keys, values, length)
 
     def gain(self, name: str, size: int) -> Array:
         return self.param(name, nn.initializers.ones, (size,))
@@ -149,7 +149,7 @@ class Transformer(nn.Module):
         with jax.named_scope("embed"):
             x = lookup(embed, tokens)
         x, cache = Blocks(cfg, name="blocks")(x, layers.rope_tables(cfg, positions), segments, cache)
-        x = ops().rms_norm(x, self.param("norm", nn.initializers.ones, (cfg.width,)), cfg.eps, dtype)
+        x = backward.rms_norm(x, self.param("norm", nn.initializers.ones, (cfg.width,)), cfg.eps, dtype)
         if not cfg.tied:
             matrix(self, "head", nn.initializers.zeros, (cfg.width, cfg.vocab))
         return x, cache

@@ -10,7 +10,7 @@ import optax
 from jax import Array
 from jax.typing import DTypeLike
 
-from engine.model.backward import transpose
+from engine.model.ops import transpose
 
 
 def orthogonalize() -> optax.GradientTransformation:

@@ -38,7 +38,7 @@ class StepFlags:
     """Tokens a window."""
     dtype: Annotated[str | None, one_of("bfloat16", "float32"), default("bfloat16")] = None
     """The type of products; weights are float32 in any case."""
-    scan: Annotated[bool, default("off for small presets")] = False
+    scan: Annotated[bool, default("off for small presets on a CPU")] = False
     """Compile one layer and loop over it."""
     remat: Annotated[bool, default("off for small presets")] = False
     """Gradient checkpointing: recompute each layer in the backward pass. Less memory, a third more work."""

@@ -21,7 +21,7 @@ from engine.counting.trainable_paths import TrainablePaths, all_trainable, botto
 from engine.inference import decode
 from engine.inference.sampling import SamplingArrays
 from engine.inference.score import score
-from engine.model.backward import QUERY_BLOCK
+from engine.model.attention import QUERY_BLOCK
 from engine.model.config import LoraConfig
 from engine.model.paths import split, unflatten
 from engine.model.weights.int8 import quantize
@@ -38,11 +38,10 @@ KINDS = {
 }
 
 
-@pytest.fixture(params=["cpu", "elsewhere"])
+@pytest.fixture(params=["cpu", "gpu"])
 def backend(request, monkeypatch):
     """Both programs are traced, on whatever machine this is."""
-    here = request.param == "cpu"
-    monkeypatch.setattr("engine.model.ops.on_cpu", lambda: here)
+    monkeypatch.setattr("engine.model.ops.platform", lambda: request.param)
 
 
 def modes(cfg):

@@ -13,9 +13,9 @@ from source_tree import PACKAGES, SOURCES, Trees, imported, imports, package_of,
 ENGINE = """
 errors format
 files allocator model.config model.paths
-device model.layers model.cache.contiguous by_hand
-model.backward model.weights.int8
-model.ops model.weights.lora model.cache.segmented
+device model.layers model.fused_attention model.cache.contiguous by_hand
+model.ops model.weights.int8
+model.attention model.backward model.weights.lora model.cache.segmented
 model.weights.lora_matmul
 model.weights.matmul
 model.transformer

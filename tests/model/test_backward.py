@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import B, T, normal
 
-from engine.model import backward, layers
+from engine.model import attention, backward, layers
 from engine.model.weights import matmul as leaves
 
 D, F, V, N, H = 20, 28, 41, 6, 4
@@ -97,7 +97,7 @@ def test_rope(dtype):
     assert_alike(ours, lambda x: layers.rope(x, scale, *tables, F32), (x,), dtype)
 
 
-BLOCK = backward.QUERY_BLOCK
+BLOCK = attention.QUERY_BLOCK
 ATTENTION = [  # dtype, key heads, tokens, documents a row
     (F32, 3, T, 1), (F32, 6, T, 1), (F32, 1, T, 3), (F32, 3, 2 * BLOCK, 1), (F32, 3, 2 * BLOCK, 3), (F32, 3, BLOCK + 5, 3),
     (BF16, 3, T, 3), (BF16, 3, 2 * BLOCK, 1),
@@ -114,7 +114,7 @@ def test_causal_attention(dtype, K, T, documents):
     def reference(q, k, v):
         return layers.attention(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), mask)
 
-    ours = lambda q, k, v: backward.causal_attention(q, k, v, segments)
+    ours = lambda q, k, v: attention.causal_attention(q, k, v, segments)
     assert_alike(ours, reference, (q, k, v), dtype)
 
 

@@ -22,8 +22,8 @@ FAMILY = pytest.mark.parametrize("cfg", [QWEN3, LLAMA3, QWEN2], ids=["qwen3", "l
 
 
 def leave_the_cpu(monkeypatch) -> None:
-    """From here on programs are traced as for another device: the plain layers, not those shaped by hand."""
-    monkeypatch.setattr("engine.model.ops.on_cpu", lambda: False)
+    """From here on programs are traced as for another platform, without what a CPU does in its own way."""
+    monkeypatch.setattr("engine.model.ops.platform", lambda: "gpu")
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_rows_of_a_cache_stand_at_their_own_lengths(cfg, params):
 
 
 def test_no_layout_and_no_device_changes_what_is_computed(cfg, params, monkeypatch):
-    """Unrolled or scanned, saved or recomputed, shaped by hand or plain: one value and one gradient.
+    """Unrolled or scanned, saved or recomputed, as on a CPU or elsewhere: one value and one gradient.
 
     And each is really another program.
     """
@@ -181,11 +181,11 @@ def test_no_layout_and_no_device_changes_what_is_computed(cfg, params, monkeypat
             return (logits * weights).sum()
 
         text = str(jax.make_jaxpr(value)(params))
-        signs = {"scan": " scan[" in text, "remat": "checkpoint" in text or "remat" in text, "rules": "custom_vjp" in text}
+        signs = {"scan": " scan[" in text, "remat": "checkpoint" in text or "remat" in text, "cpu": "layout_constraint" in text}
         return jax.jit(jax.value_and_grad(value))(params), signs
 
     expected, signs = slope()
-    assert signs == {"scan": False, "remat": False, "rules": True}
+    assert signs == {"scan": False, "remat": False, "cpu": True}
     assert min(np.abs(leaf).max() for leaf in jax.tree.leaves(expected[1])) > 0.1, "every leaf is felt"
     results = [slope(scan=True, remat="block"), slope(remat="block")]
     leave_the_cpu(monkeypatch)

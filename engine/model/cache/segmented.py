@@ -17,6 +17,7 @@ from jax import Array
 
 from engine.model.config import ModelConfig
 from engine.model.layers import MASKED, einsum32, group_heads, join_heads
+from engine.model.ops import ops
 from engine.model.weights.int8 import join_digits, round_rows, two_digit_rows
 
 KVDtype = Literal["bfloat16", "float32", "int8"]
@@ -177,7 +178,7 @@ def attention(q: Array, k: Array, v: Array, layer: SegmentedLayer) -> tuple[Arra
 def _attend(q: Array, positions: Array, layer: SegmentedLayer) -> Array:
     """q (R, K, M, H), positions (R, M) -> (R, K, M, H) float32."""
     R, K, M, H = q.shape
-    if M == 1:  # a product with a single row takes a slow path on a CPU
+    if M == 1 and ops().pads_lone_row:
         return _attend(jnp.concatenate([q, q], axis=2), jnp.concatenate([positions] * 2, axis=1), layer)[:, :, :1]
     lone = R == 1
     pick = lambda side: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer.rows.target[0], 0), side) if lone else side

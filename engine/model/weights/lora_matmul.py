@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from engine.model import backward
+from engine.model.ops import transpose
 from engine.model.weights.int8 import Int8
 from engine.model.weights.lora import LoRA, innermost_base, to_dense
 
@@ -70,7 +70,7 @@ def _backward(dtype: DTypeLike, cuts: Cuts, residuals: tuple[Array, LoRA], gs: t
     # Without the barrier XLA would keep what the forward pass merged.
     weight, gs = jax.lax.optimization_barrier((weight, gs))
     matrices = [_merge_columns(weight, start, stop, x.dtype) for start, stop in cuts]
-    inner_transposed = backward.transpose(_dot(x, weight.a.astype(x.dtype), x.dtype))  # (R P, M)
+    inner_transposed = transpose(_dot(x, weight.a.astype(x.dtype), x.dtype))  # (R P, M)
     thin: list[Array] = []
     db: list[Array] = []
     for (start, stop), g in zip(cuts, gs):
@@ -79,7 +79,7 @@ def _backward(dtype: DTypeLike, cuts: Cuts, residuals: tuple[Array, LoRA], gs: t
             thin.append(_times_transposed(columns, (part.b * weight.scale).astype(x.dtype), x.dtype))
             rows = inner_transposed[len(db) * weight.rank : (len(db) + 1) * weight.rank]
             db.append(weight.scale * _dot(rows, columns, jnp.float32))
-    da = backward.transpose(_dot(backward.transpose(jnp.concatenate(thin, axis=1)), x, jnp.float32))
+    da = transpose(_dot(transpose(jnp.concatenate(thin, axis=1)), x, jnp.float32))
     gradient = dataclasses.replace(
         weight, base=None, a=da.astype(weight.a.dtype), b=jnp.concatenate(db, axis=1).astype(weight.b.dtype)
     )

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from engine.model.ops import on_cpu, ops
+from engine.model import backward
+from engine.model.ops import ops
 from engine.model.paths import Params, map_paths
 from engine.model.weights.int8 import Int8, int8_matmul
 from engine.model.weights.lora import LoRA, innermost_base
@@ -27,18 +28,18 @@ def project(x: Array, weight: Weight, dtype: DTypeLike) -> Array:
         return _project_lora(x, weight, dtype, ((0, weight.shape[1]),))[0]
     if isinstance(weight, Int8):
         return _over_rows(x, lambda rows: int8_matmul(rows, weight, dtype))
-    return _over_rows(x, lambda rows: ops().matmul(rows, weight, dtype))
+    return _over_rows(x, lambda rows: backward.matmul(rows, weight, dtype))
 
 
 def norm_and_weight(x: Array, gain: Array, weight: Weight, eps: float, dtype: DTypeLike) -> tuple[Array, Weight]:
     """x (..., in), gain (in,), weight (in, out) -> x normalised, in `dtype`, and the weight to multiply it with.
 
-    On a CPU a weight that is converted for the product takes the gain with it: the gain's gradient is then a sum over the
-    weight and not one over all tokens, 3% of a training step of 6 layers by 384.
+    A weight that is converted for the product takes the gain with it: the gain's gradient is then a sum over the
+    weight and not one over all tokens, 3% of a training step of 6 layers by 384 on a CPU.
     """
-    if on_cpu() and isinstance(weight, Array) and weight.dtype != dtype and x.size > weight.size:
-        return ops().rms_norm(x, None, eps, dtype), weight * gain[:, None]
-    return ops().rms_norm(x, gain, eps, dtype), weight
+    if isinstance(weight, Array) and weight.dtype != dtype and x.size > weight.size:
+        return backward.rms_norm(x, None, eps, dtype), weight * gain[:, None]
+    return backward.rms_norm(x, gain, eps, dtype), weight
 
 
 def project_two(x: Array, weight: Weight, dtype: DTypeLike) -> tuple[Array, Array]:
@@ -48,7 +49,7 @@ def project_two(x: Array, weight: Weight, dtype: DTypeLike) -> tuple[Array, Arra
         left, right = _project_lora(x, weight, dtype, ((0, half), (half, 2 * half)))
         return left, right
     if not isinstance(weight, Int8) and x.size > weight.size:
-        left, right = ops().matmul_two(x.reshape(-1, x.shape[-1]), weight, dtype)
+        left, right = backward.matmul_two(x.reshape(-1, x.shape[-1]), weight, dtype)
         return left.reshape(*x.shape[:-1], -1), right.reshape(*x.shape[:-1], -1)
     left, right = jnp.split(project(x, weight, dtype), 2, axis=-1)
     return left, right
@@ -58,14 +59,14 @@ def unembed(x: Array, embed: Array | Int8, dtype: DTypeLike) -> Array:
     """x (..., D), embed (V, D) -> (..., V) in `dtype`: the tied head, x times the embedding's transpose."""
     if isinstance(embed, Int8):
         return project(x, embed, dtype)
-    return _over_rows(x, lambda rows: ops().matmul_rows(rows, embed, dtype))
+    return _over_rows(x, lambda rows: backward.matmul_rows(rows, embed, dtype))
 
 
 def lookup(embed: Array | Int8, tokens: Array) -> Array:
     """embed (V, D), tokens (...) int32 -> (..., D) float32."""
     if isinstance(embed, Int8):
         return embed.values[tokens].astype(jnp.float32) * embed.scale[tokens][..., None]
-    return ops().lookup(embed, tokens).astype(jnp.float32)
+    return backward.lookup(embed, tokens).astype(jnp.float32)
 
 
 def cast_matrices(params: Params, dtype: DTypeLike) -> Params:
@@ -103,8 +104,8 @@ def _project_lora(x: Array, weight: LoRA, dtype: DTypeLike, cuts: Cuts) -> tuple
 
 
 def _over_rows(x: Array, multiply) -> Array:
-    """Folds the leading axes into rows, at least two: with a single row the CPU converts the whole weight each call."""
+    """Folds the leading axes into rows; a lone row is doubled where a platform's product needs that."""
     rows = x.reshape(-1, x.shape[-1])
-    lone = rows.shape[0] == 1
+    lone = rows.shape[0] == 1 and ops().pads_lone_row
     out = multiply(jnp.concatenate([rows, rows]) if lone else rows)
     return (out[:1] if lone else out).reshape(*x.shape[:-1], out.shape[-1])

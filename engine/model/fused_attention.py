@@ -1,0 +1,59 @@
+"""Fused causal attention where a kernel exists: cuDNN on NVIDIA's GPUs, splash attention on a TPU.
+
+No T x T scores reach memory: a kernel keeps a block of them at a time and computes them anew in its own backward pass
+(Dao et al. 2022, 2205.14135). Each takes q (B, T, N, H) scaled by H ** -0.5, k and v (B, T, K, H), segments (B, T) int32
+or None, and returns (B, T, N * H); or None for shapes, types and machines that it cannot serve.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import Array
+
+Kernel = Callable[[Array, Array, Array, Array | None], Array | None]
+LANES = 128  # numbers in a row of a TPU's vector unit: the kernel's blocks are multiples of it
+
+
+def cudnn(q: Array, k: Array, v: Array, segments: Array | None) -> Array | None:
+    """cuDNN's attention, in 16 bits, on an NVIDIA GPU from Ampere on, where JAX has found cuDNN.
+
+    With segments the mask is one (B, 1, T, T) array of 16 bits for all heads.
+    """
+    mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
+    try:
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, scale=1.0, implementation="cudnn")
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):  # by what cuDNN, the card, type or shape is missing
+        return None
+    return out.reshape(*out.shape[:2], -1)
+
+
+def splash(q: Array, k: Array, v: Array, segments: Array | None, *, interpret: bool = False) -> Array | None:
+    """Splash attention, JAX's own kernel for TPUs, which skips the blocks that causality masks. It takes multiples of LANES."""
+    T, N = q.shape[1:3]
+    if T % LANES:
+        return None
+    kernel = _splash_kernel(T, N, interpret)
+    by_head = lambda x: x.transpose(0, 2, 1, 3)
+    of_row = (lambda *qkv: kernel(*qkv)) if segments is None else (lambda q, k, v, ids: kernel(q, k, v, _same(ids)))
+    out = jax.vmap(of_row)(by_head(q), by_head(k), by_head(v), *(() if segments is None else (segments,)))
+    return out.transpose(0, 2, 1, 3).reshape(*q.shape[:2], -1)
+
+
+def _same(segments: Array) -> Any:
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
+    return SegmentIds(segments, segments)
+
+
+def _splash_kernel(T: int, N: int, interpret: bool) -> Any:
+    # Here, for Pallas takes half a second to import, and only a TPU needs it.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    block = next(size for size in (512, 256, LANES) if T % size == 0)
+    sizes = splash.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
+        block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
+    )  # fmt: skip
+    mask = splash.MultiHeadMask([splash.CausalMask((T, T)) for _ in range(N)])
+    return splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)

@@ -1,0 +1,72 @@
+"""What platforms compute in their own way: the choice, and each fused kernel against the layers on paper."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import lively_params, normal, positions_of, tiny_config, tokens_of
+
+from engine.model import attention, fused_attention, layers, ops
+from engine.model.config import RopeScaling
+from engine.text.batch import Batch
+from engine.training.step import loss_and_gradient
+
+FAMILIES = {
+    "qwen3": tiny_config(),
+    "llama": tiny_config(qk_norm=False, rope_scaling=RopeScaling(4.0, 1.0, 4.0, 64)),
+    "qwen2": tiny_config(qk_norm=False, tied=True, qkv_bias=True),
+}
+
+
+def test_a_program_is_traced_for_jaxs_default_device():
+    """JAX keys its traces by the default device, so one function has a program for each platform."""
+    assert ops.platform() == "cpu"
+    traced, shape = [], jax.ShapeDtypeStruct((2, 3), jnp.float32)
+
+    @jax.jit
+    def f(x):
+        traced.append(ops.platform())
+        return ops.transpose(x)
+
+    for platform in ("cpu", "tpu", "gpu", "tpu", "cpu"):
+        with jax.default_device(platform):
+            text = str(f.trace(shape).jaxpr)
+        assert ("layout_constraint" in text) == (platform == "cpu")
+    assert traced == ["cpu", "tpu", "gpu"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_platforms_compute_what_a_cpu_computes(family, monkeypatch):
+    """The loss and its gradient by every leaf, in float32, to 1e-5 of the largest number."""
+    cfg = FAMILIES[family]
+    params, rows = lively_params(cfg), (3, 2 * attention.QUERY_BLOCK)
+    segments = np.sort(np.random.default_rng(0).integers(0, 3, rows), axis=1).astype(np.int32)
+    batch = Batch(tokens_of(1, *rows), tokens_of(2, *rows), segments > 0, positions_of(*rows), segments)
+    both = []
+    for platform in ("cpu", "gpu"):
+        monkeypatch.setattr(ops, "platform", lambda platform=platform: platform)
+        both.append(jax.jit(lambda params: loss_and_gradient(cfg, params, {}, batch))(params))
+    for a, b in zip(*map(jax.tree.leaves, both), strict=True):
+        assert np.abs(a).max() > 1e-4, "nothing to compare"
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize(("T", "K", "packed"), [(128, 2, False), (256, 1, True)])
+def test_splash_attention_is_attention(T, K, packed):
+    """Value, and gradient by queries, keys and values, of the TPU's kernel in interpret mode."""
+    q, k, v = normal(0, 2, T, 2, 8), normal(1, 2, T, K, 8), normal(2, 2, T, K, 8)
+    segments = jnp.asarray(np.sort(np.random.default_rng(3).integers(0, 3, (2, T)), axis=1)) if packed else None
+    mixing = normal(4, 2, T, 16)
+    splash = lambda *qkv: fused_attention.splash(*qkv, segments, interpret=True)
+    plain = lambda *qkv: layers.causal_attention(*qkv, segments)
+    slope = lambda f: jax.jit(jax.value_and_grad(lambda *qkv: (f(*qkv) * mixing).sum(), (0, 1, 2)))(q, k, v)
+    results = slope(splash), slope(plain)
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+def test_a_kernel_leaves_what_it_cannot_serve():
+    """Splash attention 130 tokens, and cuDNN everything where there is none: attention in blocks takes them."""
+    q, k = normal(0, 1, 130, 2, 8), normal(1, 1, 130, 1, 8)
+    assert fused_attention.splash(q, k, k, None) is None
+    assert fused_attention.cudnn(q, k, k, None) is None
