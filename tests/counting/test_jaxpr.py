@@ -16,6 +16,7 @@ from plain_model import shaped
 from engine.counting.jaxpr import JaxprCost, jaxpr_cost
 from engine.counting.xla import xla_cost
 from engine.errors import UserError
+from engine.model.attention import QUERY_BLOCK, causal_attention_in_blocks
 
 M, N, P = 3, 5, 7
 f32 = functools.partial(shaped, dtype=jnp.float32)
@@ -104,11 +105,15 @@ def test_recomputing_shows():
     assert again == plain + 2 * TURN
 
 
-def opaque(x):
+@pytest.mark.parametrize(
+    ("name", "passes"), [("dot_product_attention_fwd_wrapper", 1), ("dot_product_attention_bwd_wrapper", 2)]
+)
+def test_fused_attention_counts_as_attention_in_blocks(name, passes):
     """cuDNN's attention cannot be traced without a GPU, so one of its name stands in."""
-    kernel = Primitive("dot_product_attention_fwd_wrapper")
-    kernel.def_abstract_eval(lambda x: x)
-    return kernel.bind(x)
+    kernel, q, k = Primitive(name), f32(2, 2 * QUERY_BLOCK, 6, 4), f32(2, 2 * QUERY_BLOCK, 3, 4)
+    kernel.def_abstract_eval(lambda q, k, v: q)
+    in_blocks = products(lambda q, k, v: causal_attention_in_blocks(q, k, v, None), q, k, k)
+    assert products(kernel.bind, q, k, k) == passes * in_blocks > 0
 
 
 def sharded(x):
@@ -121,7 +126,6 @@ def sharded(x):
     [
         ("pure_callback", lambda x: jax.pure_callback(lambda x: x, X, x)),
         ("while", lambda x: jax.lax.while_loop(lambda x: x.sum() < 9, jnp.square, x)),
-        ("dot_product_attention_fwd_wrapper", opaque),
         ("shard_map", sharded),
     ],
 )
