@@ -30,11 +30,8 @@ class CompletionText:
         return "".join(certain)
 
     def close(self) -> str:
-        """Returns the rest of the text; empty after a stop string."""
-        if self.stopped is not None:
-            return ""
-        certain = self._append(self._stream.close()) + self._uncertain
-        self._uncertain = ""
+        """Returns the rest of the text, without a character of which only a part came; empty after a stop string."""
+        certain, self._uncertain = self._uncertain, ""
         return certain
 
     def _append(self, text: str) -> str:

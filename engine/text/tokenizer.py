@@ -46,7 +46,7 @@ SYMBOLS = sorted(BYTES, key=BYTES.__getitem__)
 
 
 class Detokenizer:
-    """Decodes tokens one by one into whole characters, which join to `decode(ids)`."""
+    """Decodes tokens one by one into whole characters, which join to `decode(ids)` without the part of one at its end."""
 
     def __init__(self, table: dict[int, bytes]) -> None:
         self._table = table
@@ -55,10 +55,6 @@ class Detokenizer:
     def push(self, token: int) -> str:
         """Returns the characters that this token completes."""
         return self._decoder.decode(self._table.get(int(token), b""))
-
-    def close(self) -> str:
-        """Returns U+FFFD for a character that was not completed."""
-        return self._decoder.decode(b"", final=True)
 
 
 class Tokenizer:

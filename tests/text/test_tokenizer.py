@@ -49,8 +49,8 @@ def test_every_text_comes_back(tokenizer, parts):
 @given(ids=st.lists(st.integers(-3, BPE.vocab + 3)))
 def test_stream_joins_to_decode(ids):
     stream = BPE.stream()
-    pieces = [stream.push(token) for token in ids]
-    assert "".join([*pieces, stream.close()]) == BPE.decode(ids)
+    text, cut = "".join(map(stream.push, ids)), stream.push(BPE.encode("a")[0])
+    assert text + cut.removesuffix("a") == BPE.decode(ids)  # U+FFFD for a part of a character, once it is sure to be one
 
 
 @settings(max_examples=200)
@@ -63,7 +63,6 @@ def test_stream_never_shows_half_a_character(text):
         assert text.startswith(output)
     assert output == text  # without waiting longer than it must
     assert stream.push(0xF0) == ""
-    assert stream.close() == "\ufffd"
 
 
 @BOTH
