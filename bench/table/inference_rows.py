@@ -102,10 +102,12 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
     )  # fmt: skip
 
     cached = [read_chunk(cache, slot, start, size) for start in starts]
-    program, cost = compile_program(write_chunk, (), cache, cached[0], slot, starts[0], calls=chunks)
+    whole = np.int32(size)
+    program, cost = compile_program(write_chunk, (), cache, cached[0], slot, starts[0], whole, calls=chunks)
     yield Row(
-        "prefix-cache hit", "inference", in_turn(program, cached), lambda: params, tokens=T, formula=Flops({}),
-        memory={"cache": predicted.cache + prompt_bytes // chunks}, traffic=2 * prompt_bytes, dtype=cfg.dtype, **cost,
+        "prefix-cache hit", "inference", in_turn(lambda *call: program(*call, whole), cached), lambda: params, tokens=T,
+        formula=Flops({}), memory={"cache": predicted.cache + prompt_bytes // chunks}, traffic=2 * prompt_bytes,
+        dtype=cfg.dtype, **cost,
     )  # fmt: skip
 
 

@@ -1,12 +1,13 @@
 """PrefixCache: chunks of prompts' KV cache, for later prompts that begin alike, within a bound on memory.
 
 Chunks start at fixed positions and are computed by one program from those before them, so a hit has the bits of a miss. A
-chunk's key is a hash of namespace and tokens up to its end. A chunk is of no use without those before it, so the last of
-a prompt is dropped first.
+chunk's key is a hash of namespace and tokens up to its end; the last chunk of a prompt may be shorter. A chunk is of no use
+without those before it, so the last of a prompt is dropped first.
 """
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,25 +30,37 @@ class PrefixCache:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.bytes = 0
-        self._chunks: OrderedDict[bytes, tuple[Any, int, bytes | None]] = OrderedDict()  # chunk, its bytes, its parent's key
+        # chunk, its bytes, its parent's key, the keys of its beginnings
+        self._chunks: OrderedDict[bytes, tuple[Any, int, bytes | None, Sequence[bytes]]] = OrderedDict()
+        self._beginnings: dict[bytes, bytes] = {}  # key of a beginning -> key of the last chunk put that begins so
 
     def get(self, key: bytes) -> Any | None:
-        """Returns the chunk or None. It and those before it count as used now."""
+        """Returns the chunk, or one of which this is a beginning, or None. It and those before it count as used now."""
         if key not in self._chunks:
-            return None
+            if key not in self._beginnings:
+                return None
+            key = self._beginnings[key]
         used: bytes | None = key
         while used is not None:
             self._chunks.move_to_end(used)
             used = self._chunks[used][2]
         return self._chunks[key][0]
 
-    def put(self, key: bytes, chunk: Any, parent: bytes | None) -> None:
-        """Adds a chunk (any tree of arrays), if its parent (None: a prompt's start) is here; drops others to fit."""
+    def put(self, key: bytes, chunk: Any, parent: bytes | None, beginnings: Sequence[bytes] = ()) -> None:
+        """Adds a chunk (any tree of arrays), if its parent (None: a prompt's start) is here; drops others to fit.
+
+        It is found by `beginnings` too: the keys of some of its first tokens.
+        """
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(chunk))
         if key in self._chunks or size > self.limit or (parent is not None and parent not in self._chunks):
             return
-        self._chunks[key] = (chunk, size, parent)
+        self._chunks[key] = (chunk, size, parent, beginnings)
+        self._beginnings |= dict.fromkeys(beginnings, key)
         self.bytes += size
         self.get(key)
         while self.bytes > self.limit:
-            self.bytes -= self._chunks.popitem(last=False)[1][1]
+            dropped, (_, size, _, beginnings) = self._chunks.popitem(last=False)
+            self.bytes -= size
+            for beginning in beginnings:
+                if self._beginnings[beginning] == dropped:
+                    del self._beginnings[beginning]

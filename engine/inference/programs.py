@@ -129,10 +129,10 @@ def idle_calls(
     calls["clear_slot"] = clear_slot, (segments, nowhere, step)
     calls["copy_slot"] = copy_slot, (segments, nowhere, np.full(DRAFT_ROWS, R, np.int32), step)
     calls["set_token_counts"] = set_token_counts, (counts, nowhere, *count_prompt((), {}, cfg.vocab))
-    if prefix_cache:
-        computed = shapes_of(read_chunk.eval_shape(segments, start, start, chunk))
-        calls["read_chunk"] = read_chunk, (segments, start, start, chunk)
-        calls["write_chunk"] = write_chunk, (segments, computed, nowhere, start)
+    for size in {chunk, tail} if prefix_cache else ():
+        computed = shapes_of(read_chunk.eval_shape(segments, start, start, size))
+        calls[f"read_chunk {size}"] = read_chunk, (segments, start, start, size)
+        calls[f"write_chunk {size}"] = write_chunk, (segments, computed, nowhere, start, step)
     return calls
 
 

@@ -50,8 +50,11 @@ class Sequence:
         """The most positions of its slot that may be written, by the last dispatch's surplus too."""
         return len(self.request.prompt) + self.request.sampling.max_tokens + STEPS
 
-    def next_chunk(self, size: int) -> tuple[int, ...]:
-        return self.request.prompt[self.prefilled_tokens : self.prefilled_tokens + min(size, self.to_prefill)]
+    def chunk(self, size: int) -> tuple[tuple[int, ...], int]:
+        """Returns the tokens to prefill of the chunk that comes next, or is begun, and how many of them are there already."""
+        done = self.prefilled_tokens % size
+        start = self.prefilled_tokens - done
+        return self.request.prompt[start : min(start + size, len(self.request.prompt) - 1)], done
 
     def draft_tokens(self, count: int) -> list[int]:
         """Returns up to `count` draft tokens; none when checking them has not paid lately."""

@@ -33,6 +33,7 @@ from engine.model.transformer import Params
 
 CHUNK, TAIL = 128, 32  # prompt tokens a call: of a whole chunk, and of a short rest
 HITS_AT_ONCE = 16  # chunks a step copies from the prefix cache at most
+MOST_TAILS = 2  # that complete a chunk whose beginning was cached: more take longer than the whole chunk
 IDLE = SamplingParams(temperature=0.0)  # of rows not in use: greedy costs no sampling
 MIN_SLOTS = 2  # with one row a CPU's products take a slower path
 
@@ -77,9 +78,10 @@ class Slots:
         ):
             if not is_right:
                 raise UserError(message)
-        self.cfg, self.slots, self.capacity, self.chunk, self.tail = cfg, slots, capacity, chunk, tail
+        self.cfg, self.slots, self.capacity, self.kv_dtype, self.chunk, self.tail = cfg, slots, capacity, kv_dtype, chunk, tail
         self.scheduler = Scheduler(slots, speculate)
         self.prefix_cache = PrefixCache(prefix_cache_bytes)
+        self.tails_agree = False  # whether a chunk computed in tails has the bits of one computed at once; `warm` finds out
         # On a named device: for an unnamed one a program would be compiled once more.
         state = params, make_kv_segments(cfg, slots, capacity, chunk, kv_dtype), make_token_counts(cfg, slots)
         self.params, self._segments, self._counts = jax.device_put(state, jax.devices()[0])
@@ -138,7 +140,7 @@ class Slots:
         return []
 
     def warm(self, report: Callable[[int, int], None] | None = None, ahead: Iterable[tuple[str, int]] = ()) -> None:
-        """Compiles every program and runs each once with no row in use. Nothing is compiled afterwards.
+        """Compiles every program and runs each once with no row in use. Nothing is compiled afterwards. Sets `tails_agree`.
 
         `ahead` is what `compile_ahead` yields: a program that it compiled runs while the next is compiled.
         `report(ready, total)` counts programs. Raises ValueError while there are requests.
@@ -159,6 +161,19 @@ class Slots:
                         report(count - len(pending), count)
                 if not pending:
                     break
+        self.tails_agree = self.prefix_cache.limit > 0 and self.chunk % self.tail == 0 and self._compare_tails()
+
+    def _compare_tails(self) -> bool:
+        """Computes a chunk at once and in tails, in a free slot, and returns whether the bits are the same."""
+        tokens = np.random.default_rng(0).integers(self.cfg.vocab, size=(1, self.chunk), dtype=np.int32)
+        zero, results = np.int32(0), []
+        for size in (self.chunk, self.tail):
+            for at in range(0, self.chunk, size):
+                part = tokens[:, at : at + size]
+                self._segments = programs.prefill_chunk(self.cfg, self.params, self._segments, part, zero, np.int32(at))
+            chunk = jax.device_get(programs.read_chunk(self._segments, zero, zero, self.chunk))
+            results.append([leaf.tobytes() for leaf in jax.tree.leaves(chunk)])
+        return results[0] == results[1]
 
     def _run_idle(self, program: Any, arguments: tuple[Any, ...]) -> None:
         state = {dict: self.params, KVSegments: self._segments, TokenCounts: self._counts}
@@ -174,28 +189,53 @@ class Slots:
         jax.block_until_ready((results, self._segments))
 
     def _prefill(self, sequence: Sequence) -> None:
-        """Computes one chunk of a prompt, after copying up to HITS_AT_ONCE from the prefix cache."""
+        """Computes one chunk of a prompt, or a tail, after copying up to HITS_AT_ONCE from the prefix cache."""
         for _ in range(HITS_AT_ONCE):
-            tokens = sequence.next_chunk(self.chunk)
-            cacheable = len(tokens) == self.chunk and self.prefix_cache.limit > 0
-            key = chunk_key(sequence.prefix_key, tokens) if cacheable else b""
-            chunk = self.prefix_cache.get(key) if cacheable else None
-            place = np.int32(sequence.slot), np.int32(sequence.prefilled_tokens)
-            if chunk is not None:
-                self._segments = programs.write_chunk(self._segments, chunk, *place)
-                sequence.cached_tokens += self.chunk
-            else:
-                size = self.tail if len(tokens) <= self.tail else self.chunk
-                padded: Any = np.zeros((1, size), np.int32)
-                padded[0, : len(tokens)] = tokens
-                self._segments = programs.prefill_chunk(self.cfg, self.params, self._segments, padded, *place)
-                if cacheable:
-                    computed = programs.read_chunk(self._segments, *place, self.chunk)
-                    self.prefix_cache.put(key, computed, sequence.prefix_key if sequence.prefilled_tokens else None)
-            sequence.prefix_key = key
-            self.scheduler.record_prefill(sequence, len(tokens))
-            if chunk is None or not sequence.to_prefill:
+            tokens, done = sequence.chunk(self.chunk)
+            cached = 0 if done else self._copy_cached(sequence, tokens)
+            count = cached or self._compute(sequence, tokens, done)
+            if done + count == len(tokens):
+                if not cached and self.prefix_cache.limit:
+                    self._cache(sequence, tokens)
+                sequence.prefix_key = chunk_key(sequence.prefix_key, tokens)
+            self.scheduler.record_prefill(sequence, count)
+            if not cached or not sequence.to_prefill:
                 return
+
+    def _copy_cached(self, sequence: Sequence, tokens: tuple[int, ...]) -> int:
+        """Copies the next chunk of a prompt, or its beginning, from the prefix cache; returns how many tokens that are."""
+        for count in (len(tokens), *self._beginnings(tokens)[:MOST_TAILS]):
+            chunk = self.prefix_cache.get(chunk_key(sequence.prefix_key, tokens[:count]))
+            if chunk is not None:
+                place = np.int32(sequence.slot), np.int32(sequence.prefilled_tokens)
+                self._segments = programs.write_chunk(self._segments, chunk, *place, np.int32(count))
+                sequence.cached_tokens += count
+                return count
+        return 0
+
+    def _compute(self, sequence: Sequence, tokens: tuple[int, ...], done: int) -> int:
+        """Computes the next chunk of a prompt, or a tail of one that is begun; returns how many tokens that are."""
+        size = self.tail if done or len(tokens) <= self.tail else self.chunk
+        part = tokens[done : done + size]
+        padded: Any = np.zeros((1, size), np.int32)
+        padded[0, : len(part)] = part
+        place = np.int32(sequence.slot), np.int32(sequence.prefilled_tokens)
+        self._segments = programs.prefill_chunk(self.cfg, self.params, self._segments, padded, *place)
+        return len(part)
+
+    def _cache(self, sequence: Sequence, tokens: tuple[int, ...]) -> None:
+        """Puts the chunk that has just been computed into the prefix cache."""
+        start, size = (
+            sequence.prefilled_tokens // self.chunk * self.chunk,
+            self.tail if len(tokens) <= self.tail else self.chunk,
+        )
+        chunk = programs.read_chunk(self._segments, np.int32(sequence.slot), np.int32(start), size)
+        keys = [chunk_key(sequence.prefix_key, tokens[:count]) for count in (len(tokens), *self._beginnings(tokens))]
+        self.prefix_cache.put(keys[0], chunk, sequence.prefix_key if start else None, keys[1:])
+
+    def _beginnings(self, tokens: tuple[int, ...]) -> range:
+        """Returns the counts of a chunk's first tokens after which tails may follow, the most first."""
+        return range((len(tokens) - 1) // self.tail * self.tail if self.tails_agree else 0, 0, -self.tail)
 
     def _decode(self, batch: Decode) -> list[Event]:
         """Decodes a batch in one dispatch, in which row r stands for slot r."""

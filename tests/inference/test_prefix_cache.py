@@ -76,6 +76,15 @@ def test_it_never_holds_more_than_it_may_and_nothing_that_cannot_be_found(prompt
     assert SIZE * sum(cache.get(key) is not None for key in reachable) == cache.bytes
 
 
+def test_a_chunk_is_found_by_its_beginnings_as_long_as_it_is_there():
+    cache = PrefixCache(2 * SIZE)
+    cache.put(b"abc", chunk(1), None, [b"ab", b"a"])
+    cache.put(b"abd", chunk(2), None, [b"ab"])
+    assert [cache.get(key)["v"][0] for key in (b"abd", b"ab", b"abc", b"a")] == [2, 2, 1, 1]
+    cache.put(b"x", chunk(3), None)
+    assert [cache.get(key) is not None for key in (b"abc", b"a", b"abd", b"ab", b"x")] == [True, True, False, False, True]
+
+
 def test_what_was_used_longest_ago_leaves_first():
     cache = PrefixCache(4 * SIZE)
     assert [prefill(cache, prompt) for prompt in ("ab", "xy", "ab", "q", "ab", "xy")] == ["", "", "ab", "", "ab", "x"]

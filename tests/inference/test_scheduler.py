@@ -29,7 +29,7 @@ class Model:
         self.scheduler.admit()
         batch = self.scheduler.schedule()
         if isinstance(batch, Prefill):
-            self.scheduler.record_prefill(batch.sequence, len(batch.sequence.next_chunk(CHUNK)))
+            self.scheduler.record_prefill(batch.sequence, len(batch.sequence.chunk(CHUNK)[0]))
         elif batch:
             for sequence in batch.sequences:
                 rows = sum(row.sequence is sequence for row in batch.rows)

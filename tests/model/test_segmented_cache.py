@@ -199,11 +199,13 @@ def test_a_chunk_that_is_read_and_written_arrives_and_touches_nothing_else(dtype
     segments, _ = filled(dtype)
     for start in range(0, EDGES[-1], FIRST):
         chunk = read_chunk(segments, np.int32(2), np.int32(start), FIRST)
-        for slot in (0, 4, SLOTS):
+        for slot, count in ((0, FIRST), (4, 1), (SLOTS, FIRST)):
             expected = all_arrays(segments)
             for array in expected:
-                array[slot : slot + 1, :, start : start + FIRST] = array[2, :, start : start + FIRST]
-            check_same(write_chunk(segments, chunk, np.int32(slot), np.int32(start)), expected)
+                array[slot : slot + 1, :, start : start + count] = array[2, :, start : start + count]
+                array[slot : slot + 1, :, start + count : start + FIRST] = 0
+            spoilt = jax.tree.map(lambda x, n=count: x if x.dtype == jnp.int8 else x.at[:, :, n:].set(np.nan), chunk)
+            check_same(write_chunk(segments, spoilt, np.int32(slot), np.int32(start), np.int32(count)), expected)
 
 
 @EVERY_DTYPE

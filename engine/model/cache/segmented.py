@@ -129,10 +129,14 @@ def read_chunk(segments: KVSegments, slot: Array, start: Array, length: int) -> 
     return jax.lax.switch(which, [functools.partial(read, segment) for segment in range(len(edges) - 1)])
 
 
-def write_chunk(segments: KVSegments, chunk: KVArray, slot: Array, start: Array) -> KVSegments:
-    """Writes a chunk of `read_chunk` into a slot from `start` on."""
+def write_chunk(segments: KVSegments, chunk: KVArray, slot: Array, start: Array, count: Array) -> KVSegments:
+    """Writes the first `count` positions of a chunk of `read_chunk` into a slot from `start` on, and zeros for the others."""
     destinations, L = _destinations(segments.edges, slot[None], start[None]), len(segments.k)
-    of_layer = lambda i: jax.tree.map(lambda array: array[i][None], chunk)
+
+    def of_layer(i: int) -> KVArray:
+        first = lambda array: jnp.arange(array.shape[1]).reshape(-1, *[1] * (array.ndim - 2)) < count
+        return jax.tree.map(lambda array: jnp.where(first(array[i]), array[i], 0)[None], chunk)
+
     layers = [_write(layer, of_layer(i), destinations) for i, layer in enumerate((*segments.k, *segments.v))]
     return KVSegments(tuple(layers[:L]), tuple(layers[L:]))
 
