@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ def run_bench[Flags](
             flags, prog=f"python -m {name}", description=about, args=args,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )  # fmt: skip
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
         document = measure(options)
     except SystemExit as leaving:  # tyro has printed why
         return int(leaving.code or 0)

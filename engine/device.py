@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 
 from engine.errors import UserError
-from engine.files import cache_folder
+from engine.files import cache_folder, warn_of_cache, write_problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,8 @@ def start_jax(choice: str = "auto", *, one_arena: bool = True) -> Device:
     """Imports and starts JAX on the wanted device. Raises UserError when `choice` names one that is not there.
 
     `one_arena`: of glibc's malloc, see `keep_freed_memory`; False for commands that only decode. Compiled programs are
-    cached in the user's cache folder (or where JAX_COMPILATION_CACHE_DIR says), so that a second start compiles nothing.
+    cached in the user's cache folder (or where JAX_COMPILATION_CACHE_DIR says), so that a second start compiles nothing;
+    without one that can be written it only compiles again.
     """
     from engine.allocator import keep_freed_memory  # loads ctypes, which --help does without
 
@@ -47,8 +48,11 @@ def start_jax(choice: str = "auto", *, one_arena: bool = True) -> Device:
 
     if choice == "cpu":
         jax.config.update("jax_platforms", "cpu")
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder("compiled")))
+    if not (compiled := jax.config.jax_compilation_cache_dir):
+        with contextlib.suppress(OSError):
+            jax.config.update("jax_compilation_cache_dir", str(cache_folder("compiled")))
+    elif "://" not in compiled and (problem := write_problem(Path(compiled))):  # what is there JAX reads all the same
+        warn_of_cache("JAX_COMPILATION_CACHE_DIR", Path(compiled), problem)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     # An entry that cannot be written or read costs only a compilation.

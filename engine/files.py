@@ -1,29 +1,77 @@
 """Writes files and folders atomically, locks folders, and finds the user's cache folder."""
 
+import atexit
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 
-def cache_folder(*parts: str) -> Path:
-    """Makes and returns a folder below `$THRICE_CACHE`, else `$XDG_CACHE_HOME/thrice`, else `~/.cache/thrice`.
+def warn_of_cache(variable: str, folder: Path, problem: str) -> None:
+    """Warns that a cache folder cannot be written; `variable` names another."""
+    what = f"The cache folder {folder} cannot be written ({problem}), so what is compiled or fetched now is not kept"
+    warnings.warn(f"{what}: set {variable} to a folder that can.", stacklevel=2)
 
-    Compiled programs and weights read from there are trusted, so it is made private (mode 0700).
+
+def cache_root() -> Path:
+    """Returns `$THRICE_CACHE`, else `$XDG_CACHE_HOME/thrice`, else `~/.cache/thrice`, which need not exist."""
+    if root := os.environ.get("THRICE_CACHE"):
+        return Path(root)
+    own = os.path.expanduser("~/.cache").removeprefix("~")  # which stays there for a user without a home
+    return Path(os.environ.get("XDG_CACHE_HOME") or own) / "thrice"
+
+
+def cache_folder(*parts: str, room: int = 2**20) -> Path:
+    """Makes and returns a folder below `cache_root()`.
+
+    Compiled programs and weights read from there are trusted, so it is made private (mode 0700). If it has no `room`, bytes, or
+    cannot be written, warns, and sets THRICE_CACHE to a temporary folder for this process and those it starts, in which what
+    was cached is found too. Raises OSError when there is no room for that either.
     """
-    root = os.environ.get("THRICE_CACHE")
-    base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thrice"
-    folder = base.joinpath(*parts)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if base.stat().st_mode & 0o077:
+    root = cache_root()
+    if problem := write_problem(root.joinpath(*parts), room):
+        warn_of_cache("THRICE_CACHE" if os.environ.get("THRICE_CACHE") else "THRICE_CACHE or XDG_CACHE_HOME", root, problem)
+        root = _temporary_cache(root, room)
+        os.environ["THRICE_CACHE"] = str(root)
+        root.joinpath(*parts).mkdir(parents=True, exist_ok=True)
+    elif root.stat().st_mode & 0o077:
         with contextlib.suppress(PermissionError):
-            base.chmod(0o700)
-    return folder
+            root.chmod(0o700)
+    return root.joinpath(*parts)
+
+
+def write_problem(folder: Path, room: int = 2**20) -> str:
+    """Makes a folder, if need be, and returns why `room` bytes cannot be written there; empty when they can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+        disk = shutil.disk_usage(folder)
+    except OSError as error:
+        return error.strerror or str(error)
+    return f"{disk.free / 1e6:,.1f} MB are free of {room / 1e6:,.1f} needed" if disk.total and disk.free < room else ""
+
+
+def _temporary_cache(root: Path, room: int) -> Path:
+    """Makes a folder, gone when the process ends, with links to all that lies below `root`."""
+    for place in (None, "/dev/shm"):  # the second can be written in a container whose root, with /tmp, cannot
+        with contextlib.suppress(OSError):
+            folder = Path(tempfile.mkdtemp(prefix="thrice-", dir=place))
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            if not write_problem(folder, room):
+                for entry in root.glob("*/*"):
+                    link = folder / entry.relative_to(root)
+                    link.parent.mkdir(exist_ok=True)
+                    link.symlink_to(entry.absolute())
+                return folder
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), tempfile.gettempdir())
 
 
 def sync(path: str | Path) -> None:

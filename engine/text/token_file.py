@@ -38,7 +38,7 @@ def open_token_file(documents: Iterable[str], tokenizer: Tokenizer, report: OnPr
         documents = list(documents)
     digest, size = _digest(documents)
     key = hashlib.sha256(f"{digest} {tokenizer.digest}".encode()).hexdigest()[:32]
-    folder = cache_folder("tokens") / key
+    folder = cache_folder("tokens", room=2 * size + 2**20) / key
     if cached := _open(folder):
         return cached
     failure: Exception = UserError(f"The tokens written to {folder} do not read back as they were written; check the disk.")

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def run_command[Flags](
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )  # fmt: skip
         gc.enable()
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
         with signals.handle_signals():
             return command(options) or 0
     except SystemExit as exit:  # tyro has printed the help, or the mistake in a flag

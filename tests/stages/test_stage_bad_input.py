@@ -156,6 +156,16 @@ def test_no_network_offers_the_text_that_needs_none(tmp_path):
     assert b"Traceback" not in result.stderr
 
 
+def test_a_cache_that_cannot_be_written_stops_no_command(text, tmp_path):
+    nowhere = {"THRICE_CACHE": "", "XDG_CACHE_HOME": "/proc/nowhere", "JAX_COMPILATION_CACHE_DIR": "/proc/nowhere/compiled"}
+    result = command("train", *tiny(text, tmp_path / "run", "--by-hand", "--steps", 1), env=nowhere)
+    assert result.returncode == 0, result.stderr
+    sentences = result.stderr.decode().splitlines()
+    assert [line.startswith("warning: The cache folder /proc/nowhere") for line in sentences] == [True] * 2
+    for name, line in zip(("THRICE_CACHE or XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"), sorted(sentences, reverse=True)):
+        assert f": set {name} to" in line
+
+
 def test_full_disk_keeps_what_was_saved(text, tmp_path, monkeypatch, failing):
     folder = tmp_path / "run"
     assert train.main(tiny(text, folder, "--steps", 2)) == 0

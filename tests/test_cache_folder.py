@@ -1,0 +1,66 @@
+"""A cache folder that cannot be written stops nothing: a sentence names the variable, and a temporary one takes its place."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from engine import files
+from engine.files import cache_folder
+
+NOWHERE = "/proc/nowhere"
+
+
+@pytest.fixture
+def variables(monkeypatch):
+    """Sets the variables that say where the cache is, and puts them back."""
+
+    def put(**values: str) -> None:
+        for name in ("THRICE_CACHE", "XDG_CACHE_HOME"):
+            monkeypatch.setenv(name, values.get(name, ""))
+        if "HOME" in values:
+            monkeypatch.setenv("HOME", values["HOME"])
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"THRICE_CACHE": NOWHERE}, f"{NOWHERE} cannot.*: set THRICE_CACHE to"),
+        ({"XDG_CACHE_HOME": NOWHERE}, f"{NOWHERE}/thrice cannot.*XDG_CACHE_HOME"),
+        ({"HOME": NOWHERE}, f"{NOWHERE}/.cache/thrice cannot"),
+        ({"THRICE_CACHE": __file__}, "Not a directory"),
+    ],
+)  # fmt: skip
+def test_a_folder_that_cannot_be_made(variables, values, named):
+    variables(**values)
+    with pytest.warns(UserWarning, match=named) as sentences:
+        folders = [cache_folder(part) for part in ("compiled", "tokens", "compiled")]
+    assert len(sentences) == 1
+    folder = folders[0]
+    (folder / "a").write_text("b")
+    assert folders == [folder, folder.parent / "tokens", folder]
+    assert os.environ["THRICE_CACHE"] == str(folder.parent), "as processes that it starts will have it"
+    assert folder.parent.stat().st_mode & 0o077 == 0
+
+
+def test_a_full_disk_and_what_lies_on_it(variables, tmp_path, monkeypatch):
+    """What was cached is still found, and replaced without touching the first."""
+    variables(THRICE_CACHE=str(tmp_path))
+    (cache_folder("assets") / "a").mkdir()
+    (tmp_path / "assets" / "a" / "b").write_text("c")
+    free = files.shutil.disk_usage
+    full = lambda path: free(path)._replace(free=0) if Path(path).is_relative_to(tmp_path) else free(path)
+    monkeypatch.setattr(files.shutil, "disk_usage", full)
+    with pytest.warns(UserWarning, match=r"0\.0 MB are free of 1\.0 that are needed"):
+        folder = cache_folder("assets")
+    assert not folder.is_relative_to(tmp_path)
+    assert (folder / "a" / "b").read_text() == "c"
+    with files.atomic_folder(folder / "a") as building:
+        (building / "b").write_text("d")
+    assert [(place / "a" / "b").read_text() for place in (folder, tmp_path / "assets")] == ["d", "c"]
+    with pytest.warns(UserWarning, match="cannot be written"), pytest.raises(OSError, match="No space") as caught:
+        cache_folder("assets", room=2**62)
+    assert caught.value.errno == errno.ENOSPC
