@@ -60,8 +60,8 @@ class Ceilings:
         return 1e9 * getattr(self, _RATE_OF_DTYPE[dtype])
 
 
-def _identity() -> dict[str, Any]:
-    """Returns all that the ceilings depend on: another machine may use the same cache folder."""
+def machine_identity() -> dict[str, Any]:
+    """Returns all that ceilings, and the last bits of results, depend on: another machine may use the same cache folder."""
     model, flags = processor()
     device = jax.devices()[0]
     return {
@@ -137,7 +137,7 @@ def cached_ceilings(refresh: bool = False, report: Callable[[int, int], None] | 
 
     `refresh` measures them in any case and keeps the better of each, so a noisy moment lowers none.
     """
-    identity = _identity()
+    identity = machine_identity()
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16] + ".json"
     cached = None
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
@@ -189,6 +189,18 @@ def memory_limit_bytes(root: Path = Path("/")) -> int:
                 if group == top:
                     break
     return min(limits)
+
+
+def free_memory_bytes() -> int:
+    """Returns the bytes that new arrays can take: of the accelerator, or of the host within `memory_limit_bytes`."""
+    if stats := jax.devices()[0].memory_stats():
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    free = [memory_limit_bytes()]
+    with contextlib.suppress(OSError):  # elsewhere than on Linux
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free.append(int(line.split()[1]) * 1024)
+    return min(free)
 
 
 def require_memory(needed: int, what: str, remedy: str, *, detail: str = "", limit: int | None = None) -> None:

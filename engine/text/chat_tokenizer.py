@@ -43,7 +43,7 @@ class ChatTokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, source: str | None = None, now: str = FIXED_DAY) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.now = tokenizer, now
         self.source, self.template_name = choose_template(tokenizer, source)
         self._ids = {added.content: token for token, added in tokenizer.controls.items()}
         self._controls = _pattern(tokenizer)

@@ -20,6 +20,8 @@ from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import merge_lora
 
 REMEDY = "give fewer --slots, a smaller --capacity, or --keys-values int8."
+SMALL_CAPACITY = 2048  # tokens that a slot has by default even where they take more than the SHARE
+SHARE = 0.5  # of free memory that weights and slots take at most by default
 
 
 def default_weights(backend: str) -> str:
@@ -31,7 +33,7 @@ def default_weights(backend: str) -> str:
 class EngineConfig:
     """The options of an engine. `weights`: int8, bfloat16 or float32. The other fields are those of `Slots`.
 
-    `capacity`: tokens of a slot; None is the model's context, at most 2048.
+    `capacity`: tokens of a slot; None until `with_capacity`.
     """
 
     weights: str
@@ -51,20 +53,33 @@ class EngineConfig:
             params = quantize(merge_lora(params, cfg.dtype))
         return decode.prepare_params(cfg, params)
 
-    def slot_options(self, cfg: ModelConfig) -> dict[str, Any]:
-        """Returns slots, capacity, kv_dtype and prefix_cache_bytes, which shape the programs of `Slots`; not `speculate`."""
+    @property
+    def slot_options(self) -> dict[str, Any]:
+        """The slots, capacity, kv_dtype and prefix_cache_bytes, which shape the programs of `Slots`; not `speculate`."""
         return {
-            "slots": self.slots, "capacity": self.capacity or min(cfg.context, 2048),
-            "kv_dtype": self.kv_dtype, "prefix_cache_bytes": self.prefix_cache_bytes,
+            "slots": self.slots, "capacity": self.capacity, "kv_dtype": self.kv_dtype,
+            "prefix_cache_bytes": self.prefix_cache_bytes,
         }  # fmt: skip
+
+    def with_capacity(self, cfg: ModelConfig, free: int) -> "EngineConfig":
+        """Returns this config with a capacity: its own, else the model's context, or, where weights and slots would take more
+        than a SHARE of the `free` bytes, the largest power of two that does not, but at least SMALL_CAPACITY."""
+        capacity = self.capacity or cfg.context
+        while not self.capacity and capacity > SMALL_CAPACITY and self._bytes(cfg, capacity) > SHARE * free:
+            capacity = 1 << (capacity - 1).bit_length() - 1
+        return dataclasses.replace(self, capacity=capacity)
 
     def check_memory(self, cfg: ModelConfig) -> None:
         """Raises UserError when weights and slots are more than a CPU's memory holds. Allocates nothing."""
-        capacity = self.slot_options(cfg)["capacity"]
-        cache = jax.eval_shape(lambda: make_kv_segments(cfg, self.slots, capacity, CHUNK, self.kv_dtype))
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) + self.prefix_cache_bytes
-        size += count_params(cfg).total * {"int8": 1, "bfloat16": 2, "float32": 4}[self.weights]
-        hardware.require_memory(size, f"The weights and {self.slots:,} slots of {capacity:,} tokens take", REMEDY)
+        assert self.capacity
+        what = f"The weights and {self.slots:,} slots of {self.capacity:,} tokens take"
+        hardware.require_memory(self._bytes(cfg, self.capacity), what, REMEDY)
+
+    def _bytes(self, cfg: ModelConfig, capacity: int) -> int:
+        chunk = jax.eval_shape(lambda: make_kv_segments(cfg, self.slots, CHUNK, CHUNK, self.kv_dtype))
+        cache = -(-capacity // CHUNK) * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(chunk))
+        weights = count_params(cfg).total * {"int8": 1, "bfloat16": 2, "float32": 4}[self.weights]
+        return cache + weights + self.prefix_cache_bytes
 
 
 class CompileAhead:
@@ -73,14 +88,13 @@ class CompileAhead:
     Iterating it, once, yields what `compile_ahead` yields. A failure is silent: a missing program is compiled when needed.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        self._config = config
+    def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._compiled: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
 
-    def begin(self, cfg: ModelConfig) -> None:
-        self._thread = threading.Thread(target=self._run, args=(self._config.model_config(cfg),), daemon=True, name="ahead")
+    def begin(self, config: EngineConfig, cfg: ModelConfig) -> None:
+        self._thread = threading.Thread(target=self._run, args=(config, config.model_config(cfg)), daemon=True, name="ahead")
         self._thread.start()
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
@@ -93,11 +107,11 @@ class CompileAhead:
         if self._thread:
             self._thread.join()
 
-    def _run(self, cfg: ModelConfig) -> None:
+    def _run(self, config: EngineConfig, cfg: ModelConfig) -> None:
         with contextlib.suppress(Exception):
             loaded = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in leaf_shapes(cfg).items()}
-            shapes = jax.eval_shape(lambda params: self._config.prepare_params(cfg, params), unflatten(loaded))
-            for program in compile_ahead(cfg, shapes, **self._config.slot_options(cfg)):
+            shapes = jax.eval_shape(lambda params: config.prepare_params(cfg, params), unflatten(loaded))
+            for program in compile_ahead(cfg, shapes, **config.slot_options):
                 self._compiled.put(program)
                 if self._stopping:
                     break

@@ -52,6 +52,6 @@ def internal_error(error: BaseException) -> ApiError:
     return ApiError(500, "The server is at fault; what happened is in its log.")
 
 
-def json_reply(value: msgspec.Struct, status: int = 200) -> Response:
+def json_reply(value: msgspec.Struct, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Returns the response with a struct as its JSON body."""
-    return Response(msgspec.json.encode(value), status, media_type="application/json")
+    return Response(msgspec.json.encode(value), status, headers, media_type="application/json")

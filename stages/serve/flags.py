@@ -1,12 +1,24 @@
 """Flags of `python -m stages.serve`."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Annotated
+
+from tyro.conf import UseAppendAction
 
 from stages.cli.flags import DeviceFlag, ModelFlag, VerboseFlag, default, integer, number, one_of, parser, path
 
 DTYPES = ("bfloat16", "float32", "int8")
+
+
+def _origin(text: str) -> str:
+    """Parses an origin as a browser sends it. Raises ValueError."""
+    match = re.fullmatch(r"(https?://(?:[\w.-]+|\[[\da-f:.]+\]))(:\d+)?/?", text.strip().lower(), re.A)
+    if not match:
+        raise ValueError(f"wanted the origin of a page, such as https://app.example or http://localhost:3000, got {text!r}")
+    own = ":443" if match[1].startswith("https") else ":80"  # that a browser leaves out
+    return match[1] + (match[2] if match[2] and match[2] != own else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +41,13 @@ class ServeFlags:
     """Only clients that send one of these keys are answered. Others on this machine can read flags: the variable is better."""
     allow_host: Annotated[str | None, parser(str, "NAME,..."), default("this machine's own")] = None
     """More names under which clients may call the server."""
-    allow_origin: Annotated[str | None, parser(str, "ORIGIN,..."), default("its own page")] = None
-    """Origins (https://name) of proxies in front of the server whose pages may use it."""
+    allow_origin: Annotated[tuple[Annotated[str, parser(_origin, "URL")], ...], UseAppendAction, default("its own page")] = ()
+    """An origin whose pages may use the server: another site's, or a proxy's in front of it. May be given more than once."""
     slots: Annotated[int, parser(integer(2, 1024), "N")] = 8
     """Requests answered at the same time."""
     queue: Annotated[int, parser(integer(0, 100_000), "N")] = 32
     """Requests that may wait; more get a 429 with the time to try again."""
-    capacity: Annotated[int | None, parser(integer(2), "N"), default("the model's context, at most 2048")] = None
+    capacity: Annotated[int | None, parser(integer(2), "N"), default("the context, if half the free memory holds it")] = None
     """Tokens of prompt and completion together."""
     weights: Annotated[str | None, one_of(*DTYPES), default("int8 on a CPU, else bfloat16")] = None
     """The type of the weights' matrices."""
@@ -47,6 +59,8 @@ class ServeFlags:
     """No speculative decoding for a lone request. Draft tokens change how fast a completion comes, never its tokens."""
     price: Annotated[float | None, parser(number(0), "X"), default("unknown")] = None
     """The price of this machine, in dollars an hour; the page shows what a conversation costs."""
+    log: Annotated[str, one_of("off", "short", "json")] = "off"
+    """A line on stdout for each request: its id, status, counts of tokens and times; never text or keys."""
     device: DeviceFlag = "auto"
     """auto, cpu, gpu or tpu."""
     verbose: VerboseFlag = False

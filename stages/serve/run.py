@@ -14,7 +14,7 @@ from engine.errors import UserError
 from stages.cli import signals
 from stages.cli.console import Console
 from stages.serve import server
-from stages.serve.api.guard import LOCAL_HOSTS
+from stages.serve.api.guard import HOST, LOCAL_HOSTS
 from stages.serve.flags import ServeFlags
 
 
@@ -40,9 +40,10 @@ def run(flags: ServeFlags) -> int:
         raise UserError(
             f"{flags.host} can be reached by others: give --api-key (or THRICE_API_KEY), or listen on 127.0.0.1 alone."
         )
-    origins = frozenset(origin.lower().rstrip("/") for origin in _split(flags.allow_origin))
-    names = {host.lower() for host in _split(flags.allow_host)}
-    names |= {origin.partition("://")[2].partition(":")[0] for origin in origins}
+    hosts = None  # any, where a key protects it
+    if local or flags.allow_host:
+        proxies = [name[1] for origin in flags.allow_origin if (name := HOST.fullmatch(origin.partition("://")[2]))]
+        hosts = LOCAL_HOSTS | {host.lower() for host in (*_split(flags.allow_host), *proxies, flags.host)}
     with server.bind(flags.host, flags.port) as sock, Console() as console:
         address, port = sock.getsockname()[:2]
         signals.set_phase("before it was ready.")
@@ -63,10 +64,9 @@ def run(flags: ServeFlags) -> int:
                 flags.model, engine_config, device, console, adapter=flags.adapter, template=flags.template, name=flags.name,
                 queue=flags.queue, price=flags.price,
             )  # fmt: skip
-        hosts = None  # any, where a key protects it
-        if local or names:
-            hosts = LOCAL_HOSTS | names | {flags.host.lower(), f"[{address}]" if ":" in address else address}
-        app = make_app(state, keys, hosts, origins, importlib.metadata.version("thrice"))
+        if hosts is not None:
+            hosts |= {f"[{address}]" if ":" in address else address}
+        app = make_app(state, keys, hosts, frozenset(flags.allow_origin), importlib.metadata.version("thrice"), flags.log)
         try:
             return asyncio.run(serve(state, app, sock, console, ahead, _ready(flags.host, port, len(keys))))
         except signals.Stopped as stopped:  # while compiling, which cannot be stopped

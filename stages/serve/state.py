@@ -12,6 +12,7 @@ from typing import Literal
 
 import jax
 
+from engine.counting.hardware import free_memory_bytes
 from engine.device import Device
 from engine.errors import UserError
 from engine.format import format_bytes
@@ -27,6 +28,7 @@ from stages.serve.admission import Admission
 from stages.serve.engine_config import REMEDY, CompileAhead, EngineConfig
 from stages.serve.engine_thread import EngineThread
 from stages.serve.errors import ApiError
+from stages.serve.fingerprint import system_fingerprint
 from stages.serve.metrics import Metrics
 from stages.serve.tokenizer_pool import TokenizerPool
 
@@ -46,6 +48,10 @@ class ServerState:
         make_chat: Callable[[], ChatTokenizer], queue: int, price: float | None,
     ) -> None:  # fmt: skip
         self.name, self.digest, self.price, self.loaded_at = name, digest, price, int(time.time())
+        now = chat.now if "strftime_now" in chat.source else ""
+        self.fingerprint = system_fingerprint(
+            digest, slots, tokenizer=model.tokenizer.digest, template=chat.source, now=now, eos=sorted(model.eos_ids)
+        )
         self.engine, self.admission = EngineThread(slots), Admission(slots.slots, queue)
         self.tokenizer = TokenizerPool(model.tokenizer, chat, make_chat, slots.capacity)
         self.stop_token_ids = frozenset(model.eos_ids)
@@ -91,13 +97,15 @@ def load_state(
     Returns the state, which has `name`, `queue` and `price`, and the compilation that goes on. Raises UserError.
     """
     source = read_template(template)
-    ahead = CompileAhead(engine_config)
+    ahead = CompileAhead()
 
     def on_config(cfg: ModelConfig) -> None:
+        nonlocal engine_config
         if (engine_config.capacity or 0) <= cfg.context:  # else `Slots` refuses it
+            engine_config = engine_config.with_capacity(cfg, free_memory_bytes())
             if device.backend == "cpu":
                 engine_config.check_memory(cfg)
-            ahead.begin(cfg)
+            ahead.begin(engine_config, cfg)
 
     try:
         with console.task(f"loading {model_name or 'the newest run'}") as report:
@@ -120,13 +128,14 @@ def load_state(
         raise
     own_name = re.sub(r"[^A-Za-z0-9_.:-]+", "-", model.name).strip("-")  # as a path may spell it: /v1/models/NAME
     name = name or (model_name if model_name in MODELS else own_name) or "model"
-    dtype = engine_config.kv_dtype
+    less = "" if slots.capacity == model.cfg.context else f" (the model's context is {model.cfg.context:,})"
     weights = format_bytes(sum(leaf.nbytes for leaf in jax.tree.leaves(slots.params)))
     console.print_rows([
         ("model", f"{name}: {model.checkpoint}" + (f" with {adapter}" if adapter else "")),
         ("device", str(device)),
         ("weights", f"{engine_config.weights}, {weights}, SHA-256 {sha256[:16]}"),
-        ("slots", f"{slots.slots} of {slots.capacity:,} tokens, KV cache in {dtype}, {format_bytes(slots.cache_bytes)}"),
+        ("slots", f"{slots.slots} of {slots.capacity:,} tokens{less}, KV cache in {slots.kv_dtype}, "
+                  f"{format_bytes(slots.cache_bytes)}"),
         ("queue", f"{queue} more wait; prefix cache of {engine_config.prefix_cache_bytes / 1e6:g} MB"),
         ("template", chat.template_name),
     ])  # fmt: skip
@@ -138,7 +147,7 @@ def _make_slots(model: LoadedModel, adapter: Path | None, engine_config: EngineC
     params = with_adapters(model.cfg, model.params, [adapter]) if adapter else model.params
     params = jax.block_until_ready(engine_config.prepare_params(cfg, params))
     try:
-        return Slots(cfg, params, speculate=engine_config.speculate, **engine_config.slot_options(cfg))
+        return Slots(cfg, params, speculate=engine_config.speculate, **engine_config.slot_options)
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -82,7 +82,7 @@ class TokenizerPool:
             if size > COUNT_FIRST_CHARACTERS:  # refuse a long text before rendering it
                 count = sum(len(self.tokenizer.encode(message["content"])) for message in messages)
                 if count >= self._capacity:
-                    raise context_overflow(count, None, self._capacity, "messages")
+                    raise context_overflow(count, self._capacity, "messages")
             return worker.chat.prompt(messages).tolist()
 
         return await worker.run("messages", encode)
@@ -98,14 +98,12 @@ class TokenizerPool:
         return self._short if size <= SHORT_CHARACTERS else self._long
 
 
-def context_overflow(count: int, max_tokens: int | None, capacity: int, param: str) -> ApiError:
-    """Returns the error for a prompt of `count` tokens without room for `max_tokens` more, or for one if None."""
-    why, remedy = "which leaves none for an answer", "shorten the prompt."
-    if max_tokens:
-        why = f"and {max_tokens:,} more were asked for, {count + max_tokens:,} in all"
-        remedy = "shorten the prompt, or ask for fewer tokens."
-    message = f"This model's context holds {capacity:,} tokens here. The prompt has {count:,}, {why}. "
-    return ApiError(400, f"{message}Nothing was left out: {remedy}", param=param, code="context_length_exceeded")
+def context_overflow(count: int, capacity: int, param: str) -> ApiError:
+    """Returns the error for a prompt of `count` tokens that leaves no room for one more."""
+    message = (
+        f"This model's context holds {capacity:,} tokens here. The prompt has {count:,}, which leaves none for an answer. "
+    )
+    return ApiError(400, f"{message}Nothing was left out: shorten the prompt.", param=param, code="context_length_exceeded")
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, bytes]:

@@ -70,22 +70,21 @@ def test_a_damaged_cache_is_measured_again_and_mended(measured, tmp_path, damage
 
 @pytest.mark.parametrize("field", ["processor", "flags", "cores", "backend", "kind", "jax"])
 def test_another_machine_is_measured_for_itself(measured, monkeypatch, field):
-    here = hardware._identity()
+    here = hardware.machine_identity()
     assert set(here) == {"processor", "flags", "cores", "backend", "kind", "jax"}
     cached_ceilings()
-    monkeypatch.setattr(hardware, "_identity", lambda: here | {field: "another"})
+    monkeypatch.setattr(hardware, "machine_identity", lambda: here | {field: "another"})
     cached_ceilings()
     assert len(measured) == 2
-    monkeypatch.setattr(hardware, "_identity", lambda: here)
+    monkeypatch.setattr(hardware, "machine_identity", lambda: here)
     cached_ceilings()
     assert len(measured) == 2
 
 
-def test_a_cache_that_cannot_be_written_is_no_error(measured, tmp_path, monkeypatch):
-    (tmp_path / "a file").write_text("")
-    monkeypatch.setenv("THRICE_CACHE", str(tmp_path / "a file"))
-    assert cached_ceilings() == cached_ceilings() == FOUND
-    assert len(measured) == 2
+def test_free_memory_is_what_is_available_within_the_limit(monkeypatch):
+    assert 2**20 < hardware.free_memory_bytes() < memory_limit_bytes()
+    monkeypatch.setattr(hardware, "memory_limit_bytes", lambda: 2**20)
+    assert hardware.free_memory_bytes() == 2**20
 
 
 def test_measuring_fills_every_rate_and_reports_rounds(monkeypatch):

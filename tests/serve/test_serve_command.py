@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import re
 import signal
@@ -31,7 +32,7 @@ from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import LoRA, merge_lora
 from engine.training.lora import init_lora
 from stages.cli.console import Console
-from stages.serve import lifecycle, server
+from stages.serve import engine_config, lifecycle, server
 from stages.serve import state as module
 from stages.serve.__main__ import main
 from stages.serve.engine_config import CompileAhead, EngineConfig
@@ -209,7 +210,11 @@ def test_bad_flags(folder, tmp_path, capsys):
     broken.write_text("{% if %}")
     assert "TemplateSyntaxError" in refuses(capsys, *quick, "--model", folder, "--template", broken)
     assert "between 2 and the model's context of 150" in refuses(capsys, *quick, "--model", folder, "--capacity", 151)
-    for flag, value in (("--slots", 1), ("--weights", "int4"), ("--port", 65536), ("--price", -1), ("--queue", -1)):
+    bad = [("--slots", 1), ("--weights", "int4"), ("--port", 65536), ("--price", -1), ("--queue", -1), ("--log", "loud")]
+    for flag, value in (
+        *bad,
+        *(("--allow-origin", origin) for origin in ("*", "null", "app.example", "https://app.example/x")),
+    ):
         assert main([flag, str(value)]) == 2
         assert flag in capsys.readouterr().err
 
@@ -238,11 +243,11 @@ def test_the_type_of_the_weights(folder, weights, capsys, count_compiles):
     assert re.search(rf"weights +{weights}, [\d.]+ kB, SHA-256 {state.digest[:16]}", capsys.readouterr().out)
     assert (state.engine.capacity, state.name) == (150, "sea")
     programs, reports = list(ahead), []
-    assert len(programs) == len(dict(programs)) == programs[0][1] == 8
+    assert len(programs) == len(dict(programs)) == programs[0][1] == 10
     count_compiles.clear()
     state.engine.slots.warm(lambda done, total: reports.append((done, total)), programs)
     assert count_compiles == []  # what was compiled beside the loading is what is asked for
-    assert reports == [(n, 8) for n in range(1, 9)]
+    assert reports == [(n, 10) for n in range(1, 11)]
 
 
 @pytest.mark.parametrize("weights", ["int8", "float32"])
@@ -259,6 +264,22 @@ def test_an_adapter_is_merged_into_what_is_served(weights):
     for path, leaf in params.items():
         for weight, expected in zip(jax.tree.leaves(served[path]), jax.tree.leaves(leaf), strict=True):
             assert np.array_equal(weight, expected), path
+
+
+def test_the_capacity_is_the_models_context_where_half_the_free_memory_holds_it(folder, monkeypatch, capsys):
+    cfg, config = tiny_config(context=100_000), EngineConfig("int8", slots=4)
+    for capacity, less in ((100_000, 65_536), (65_536, 32_768), (4096, 2048), (2048, 2048)):
+        needed = 2 * config._bytes(cfg, capacity)
+        capacities = [config.with_capacity(cfg, free).capacity for free in (needed, needed - 2)]
+        assert capacities == [capacity, less]
+    assert dataclasses.replace(config, capacity=300).with_capacity(cfg, 0).capacity == 300
+    monkeypatch.setattr(module, "free_memory_bytes", lambda: 0)
+    monkeypatch.setattr(engine_config, "SMALL_CAPACITY", 64)
+    state, ahead = load_state(folder, weights="int8", slots=2)
+    state.tokenizer.close()
+    ahead.stop()
+    assert state.engine.capacity == 64
+    assert "2 of 64 tokens (the model's context is 150), KV cache" in capsys.readouterr().out
 
 
 def out_of_memory(*_: Any, **__: Any) -> None:

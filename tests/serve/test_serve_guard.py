@@ -1,16 +1,18 @@
-"""The guard: with a key set nothing but /live is open (X3), and no page elsewhere drives the server (X4)."""
+"""The guard: with a key set nothing but /live and /health is open (X3), and no page elsewhere drives the server (X4)."""
 
 import base64
 
 import httpx
 import pytest
-from tiny_server import TinyServer, ask, good, refused
+from tiny_server import TinyServer, ask, good, read_all, refused
 
 from stages.serve.api import guard
 from stages.serve.api.routes import ROUTES
 from stages.serve.errors import ApiError
 
 KEYS = ("first-key", "second-kéy-…")
+OPEN = ("/live", "/health")
+APP = "https://app.example"
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +23,7 @@ def locked():
 
 
 def every_route() -> list[tuple[str, str]]:
-    return [(route.method, route.path.replace("{model:path}", "tiny")) for route in ROUTES if route.path != "/live"]
+    return [(route.method, route.path.replace("{model:path}", "tiny")) for route in ROUTES if route.path not in OPEN]
 
 
 SPELLINGS = (
@@ -73,9 +75,11 @@ def test_each_key_opens_all(locked, key):
             assert reply.status_code in (200, 415, 503), (method, path, reply.text)
 
 
-def test_live_alone_needs_no_key(locked):
+def test_live_and_health_need_no_key(locked):
     assert httpx.get(f"{locked.url}/live").json() == {"status": "ok"}
-    assert httpx.get(f"{locked.url}/live", headers={"Host": "evil.example"}).status_code == 403
+    assert httpx.get(f"{locked.url}/health").json()["status"] == "warming"
+    for path in OPEN:
+        assert httpx.get(locked.url + path, headers={"Host": "evil.example"}).status_code == 403
 
 
 def test_keys_are_compared_in_constant_time(monkeypatch):
@@ -83,7 +87,7 @@ def test_keys_are_compared_in_constant_time(monkeypatch):
     compared: list[tuple[bytes, bytes]] = []
     real = guard.hmac.compare_digest
     monkeypatch.setattr(guard.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or real(a, b))
-    guarded = guard.Guard(lambda *_: None, ["a", "b", "c"], None, frozenset(), lambda _: None)
+    guarded = guard.Guard(lambda *_: None, ["a", "b", "c"], None, frozenset())
     namespaces = [guarded._check_key([f"Bearer {key}"], "/v1/models") for key in ("a", "b")]
     with pytest.raises(ApiError):
         guarded._check_key(["Bearer d"], "/v1/models")
@@ -110,6 +114,52 @@ def test_pages_of_other_origins(tiny_server, origin):
     preflight = {"Origin": origin.format(own), "Access-Control-Request-Method": "POST"}
     assert httpx.options(f"{tiny_server.url}/v1/completions", headers=preflight).status_code == 403
     assert httpx.get(f"{tiny_server.url}/v1/models", headers={"Origin": origin.format(own)}).status_code == 403
+
+
+def test_pages_of_a_listed_origin():
+    """The preflight needs no key, and what follows it does; no other origin is let in beside it."""
+    with TinyServer(keys=KEYS, origins=(APP,)) as server:
+        preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,x-stainless-os"}
+        asked = httpx.options(f"{server.url}/v1/chat/completions", headers={"Origin": APP} | preflight)
+        assert (asked.status_code, asked.content) == (204, b"")
+        assert asked.headers["access-control-allow-headers"] == "authorization,x-stainless-os"
+        assert "POST" in asked.headers["access-control-allow-methods"]
+        key, url = {"Authorization": "Bearer first-key"}, f"{server.url}/v1/completions"
+        replies = [
+            httpx.post(url, headers={"Origin": APP, **key, "Sec-Fetch-Site": "cross-site"}, json=ask()),
+            httpx.post(url, headers={"Origin": APP}, json=ask()), httpx.get(f"{url}/no", headers={"Origin": APP, **key}), asked,
+        ]  # fmt: skip
+        assert [reply.status_code for reply in replies] == [200, 401, 404, 204]
+        for reply in replies:
+            assert reply.headers["access-control-allow-origin"] == APP
+            assert reply.headers["vary"] == "Origin"
+            assert "x-request-id" in reply.headers["access-control-expose-headers"]
+        for origin in ("https://evil.example", "http://app.example", f"{APP}.evil.example", "null"):
+            refusals = (
+                httpx.options(url, headers={"Origin": origin} | preflight),
+                httpx.post(url, headers={"Origin": origin} | key),
+            )
+            for reply in refusals:
+                assert refused(reply, 403)["code"] == "bad_origin"
+                assert "access-control-allow-origin" not in reply.headers
+        own = httpx.get(f"{server.url}/v1/models", headers={"Origin": server.url, **key})
+        assert (own.status_code, own.headers.get("access-control-allow-origin")) == (200, None)
+
+
+def test_a_body_with_two_lengths_is_refused_and_its_connection_closed(tiny_server):
+    """A proxy that goes by the other one would take the rest for the next request."""
+    smuggled = b"0\r\n\r\nGET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    head = "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    for first, second in (
+        ("Transfer-Encoding: chunked", "Content-Length: 5"),
+        ("content-length: 5", "transfer-encoding: chunked"),
+    ):
+        with tiny_server.connect() as connection:
+            connection.sendall(f"{head}{first}\r\n{second}\r\n\r\n".encode() + smuggled)
+            reply = read_all(connection)
+        assert reply.count(b"HTTP/1.1 ") == 1
+        assert reply.startswith(b"HTTP/1.1 400 ")
+        assert b"not both" in reply
 
 
 @pytest.mark.parametrize(

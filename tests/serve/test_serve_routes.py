@@ -1,19 +1,27 @@
 """Every route as a client sees it, on a server of this process."""
 
+import contextlib
+import importlib.metadata
+import json
 import re
+import time
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
-from tiny_server import CAPACITY, ask, events, good, say
+from tiny import tiny_config
+from tiny_server import CAPACITY, TinyServer, ask, events, good, say, until
 
 from engine.inference.request import LogProb
 from engine.storage.digest import digest
 from engine.text.tokenizer import byte_tokenizer
+from stages.serve import fingerprint
 from stages.serve.api.completions import CompletionWriter
 from stages.serve.api.generation import Piece
 from stages.serve.api.requests import CompletionRequest
 from stages.serve.api.routes import ROUTES
+from stages.serve.fingerprint import system_fingerprint
 
 
 def test_a_completion(client):
@@ -61,6 +69,20 @@ def test_max_completion_tokens_and_the_default(client):
     reply = good(client.post("/v1/chat/completions", json=say(ignore_eos=True) | {"max_tokens": None}))
     assert reply["usage"]["total_tokens"] == CAPACITY
     assert reply["choices"][0]["finish_reason"] == "length"
+    assert good(client.chat(most=2**31 - 1, ignore_eos=True))["choices"] == reply["choices"]  # as many as fit
+    streamed = client.complete(most=CAPACITY, ignore_eos=True, stream=True, stream_options={"include_usage": True})
+    assert events(streamed.text)[-1]["usage"]["total_tokens"] == CAPACITY
+
+
+def test_an_answer_that_is_cut_inside_a_character_ends_before_it(client, tiny_server):
+    tokenizer = tiny_server.model.tokenizer
+    first, second = (next(token for token in range(256) if tokenizer.bytes_of(token) == bytes([byte])) for byte in b"\xf0\x9f")
+    for bias, text in (({first: 100}, ""), ({72: 100, first: -100, second: -100}, tokenizer.decode([72]))):
+        fields = {"most": 1, "logit_bias": {str(token): value for token, value in bias.items()}}
+        texts = {good(client.complete(**fields))["choices"][0]["text"]}
+        texts.add(good(client.chat(**fields))["choices"][0]["message"]["content"])
+        texts.add("".join(chunk["choices"][0]["text"] for chunk in events(client.complete(**fields, stream=True).text)))
+        assert texts == {text}
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
@@ -89,7 +111,7 @@ def test_a_stream_equals_the_whole_reply(client, path):
 
 def test_offsets_are_places_in_the_text_whatever_parts_its_characters_come_in():
     tokenizer, text = byte_tokenizer(), "a😀bé"
-    state: Any = SimpleNamespace(tokenizer=SimpleNamespace(tokenizer=tokenizer), name="", digest="")
+    state: Any = SimpleNamespace(tokenizer=SimpleNamespace(tokenizer=tokenizer), name="", fingerprint="")
     writer = CompletionWriter(state, CompletionRequest(prompt="", logprobs=0), 1)
     choice = writer.choice(Piece(0, text, [LogProb(int(token), -1.0, ()) for token in tokenizer.encode(text)], None))
     assert choice.logprobs
@@ -172,7 +194,26 @@ def test_attestation(client, tiny_server):
     result = good(client.get("/v1/attestation"))
     assert result["unchanged"] is True
     assert result["digest"] == result["digest_at_load"] == digest(tiny_server.slots.params)
-    assert good(client.complete())["system_fingerprint"] == f"fp_{result['digest'][:16]}"
+    assert good(client.complete())["system_fingerprint"] == tiny_server.state.fingerprint
+
+
+def test_the_fingerprint_changes_with_all_that_can_change_an_answer(tiny_server, monkeypatch):
+    facts, machine, version = vars(tiny_server.slots), fingerprint.machine_identity(), importlib.metadata.version
+    of = lambda digest="0", **changes: system_fingerprint(digest, SimpleNamespace(**facts | changes), template="a")
+    shapes = {"slots": 4, "capacity": 151, "chunk": 32, "tail": 4, "kv_dtype": "int8", "cfg": tiny_config()}
+    same, others = of(), [of("1"), *(of(**{name: value}) for name, value in shapes.items())]
+    for name in machine:
+        monkeypatch.setattr(fingerprint, "machine_identity", lambda name=name: machine | {name: "another"})
+        others.append(of())
+    monkeypatch.setattr(fingerprint, "machine_identity", lambda: machine)
+    for library in fingerprint.LIBRARIES:
+        monkeypatch.setattr(importlib.metadata, "version", lambda name, new=library: version(name) + "x" * (name == new))
+        others.append(of())
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+    assert len({same, of(), *others}) == 2 + len(others)
+    monkeypatch.delenv("XLA_FLAGS")
+    assert of(prefix_cache=None, scheduler=None) == same, "what changes no bit is not in it"
 
 
 def test_metrics(client):
@@ -192,6 +233,33 @@ def test_metrics(client):
     names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
     for name in (*names, "thrice_compiles_after_ready_total"):
         assert re.search(rf"^{name}[{{ ]", client.get("/metrics").text, re.M)
+
+
+@pytest.mark.parametrize("form", ["short", "json"])
+def test_the_access_log_has_a_line_for_each_request_and_no_text(form, capfd):
+    """Good and bad, whole and streamed, one whose client leaves; by the id that the client was sent."""
+    key = {"Authorization": "Bearer the-key"}
+    with TinyServer(keys=("the-key",), log=form) as server, server.client(headers=key) as client:
+        replies = [
+            client.complete(["Hello there", "1234"], 6, ignore_eos=True, user="Hello there"), client.chat(stream=True),
+            client.get("/nowhere"), client.post_bytes("/v1/completions", b"Hello there"), httpx.get(server.url + "/?a=there"),
+        ]  # fmt: skip
+        step = server.slots.step
+        server.slots.step = lambda: time.sleep(0.05) or step()
+        with contextlib.suppress(httpx.ReadTimeout):
+            client.post("/v1/completions", json=ask(most=100, ignore_eos=True), timeout=0.2)
+        assert until(lambda: server.load == (0, 0, 0))
+    output = capfd.readouterr().out
+    for reply, line in zip(replies, output.splitlines()):
+        assert reply.headers["x-request-id"] in line
+        assert str(reply.status_code) in line
+    assert not any(word in output for word in ("Hello", "there", "1234", "the-key"))
+    if form == "json":
+        entries, usage = list(map(json.loads, output.splitlines())), replies[0].json()["usage"]
+        assert [entries[0][f"{name}_tokens"] for name in ("prompt", "completion")] == [usage["prompt_tokens"], 12]
+        assert 0 < entries[0]["first_token_seconds"] < entries[0]["seconds"] < 60
+        assert [entry.get("finish") for entry in (entries[0], entries[2])] == ["length+length", None]
+        assert (entries[5]["status"], entries[5]["finish"]) == (499, "abort")
 
 
 def test_openapi_lists_every_route(client):

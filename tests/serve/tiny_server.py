@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,7 +30,9 @@ def tiny_model() -> Any:
 class TinyServer:
     """Listens while its block lasts. `state` is what its routes share, `url` where they are."""
 
-    def __init__(self, *, keys: tuple[str, ...] = (), warm: bool = True) -> None:
+    def __init__(
+        self, *, keys: tuple[str, ...] = (), warm: bool = True, origins: tuple[str, ...] = (), log: str = "off"
+    ) -> None:
         from engine.inference import decode
         from engine.inference.slots import Slots
         from engine.storage.digest import digest
@@ -38,7 +40,7 @@ class TinyServer:
         from engine.text.template import FIXED_DAY
         from stages.serve.state import ServerState
 
-        self.keys, self._warm = keys, warm
+        self.keys, self._warm, self._origins, self._log = keys, warm, frozenset(origins), log
         self.model = model = tiny_model()
         params = decode.prepare_params(model.cfg, model.params)
         self.slots = slots = Slots(
@@ -78,13 +80,13 @@ class TinyServer:
             reply = read_all(connection)
         return int(reply.split()[1]), reply
 
-    async def listen(self, keys: tuple[str, ...] = ()) -> tuple[Any, int, "asyncio.Task[None]"]:
+    async def listen(self, keys: Sequence[str] = ()) -> tuple[Any, int, "asyncio.Task[None]"]:
         """Opens a port to the state, which needs one of the keys: uvicorn's server, the port, and the task to wait for."""
         from stages.serve import server
         from stages.serve.api.app import make_app
         from stages.serve.api.guard import LOCAL_HOSTS
 
-        app = make_app(self.state, keys, LOCAL_HOSTS, frozenset(), "1.2.3")
+        app = make_app(self.state, keys, LOCAL_HOSTS, self._origins, "1.2.3", self._log)
         bound = server.bind("127.0.0.1", 0)
         server.listen(bound)
         http = server.make_server(app)

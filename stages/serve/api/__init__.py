@@ -3,7 +3,8 @@
 The path of one chat request, from the socket to the compiled program and back:
 
 1.  server.HttpProtocol          bytes -> ASGI (uvicorn and h11; ours are the time limits)
-2.  guard.Guard                  Host, Origin, key -> namespace; starlette finds the route
+2.  access_log.AccessLog         an id, and a line when it has ended
+    guard.Guard                  Host, Origin, key -> namespace; starlette finds the route
 3.  completions.chat_completions
 4.  body.read_body               bytes -> ChatRequest
 5.  generation.generate          reserves places; below it:

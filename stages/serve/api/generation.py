@@ -45,7 +45,10 @@ class Piece(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Choice:
-    """One completion. `first_token`: when it came, by time.monotonic. `cached`: tokens of the prompt from the prefix cache."""
+    """One completion. `first_token`: when it came, by time.monotonic. `cached`: tokens of the prompt from the prefix cache.
+
+    `end`: stop, length, error, or abort when the client left.
+    """
 
     index: int
     request: Request
@@ -53,6 +56,7 @@ class Choice:
     cancel: Callable[[], None] = lambda: None
     first_token: float = 0.0
     cached: int = 0
+    end: str = "abort"
 
 
 class Generation:
@@ -127,6 +131,15 @@ class Generation:
         written = sum(choice.completion.tokens for choice in self._choices)
         return Usage(prompt, written, prompt + written, CachedTokens(sum(choice.cached for choice in prompts)))
 
+    def log_fields(self) -> dict[str, int | float | str | None]:
+        """Returns what the access log says of the completions."""
+        usage, first = self.usage, min((choice.first_token for choice in self._choices if choice.first_token), default=None)
+        return {
+            "prompt_tokens": usage.prompt_tokens, "cached_tokens": usage.prompt_tokens_details.cached_tokens,
+            "completion_tokens": usage.completion_tokens, "finish": "+".join(choice.end for choice in self._choices),
+            "first_token_seconds": first and round(first - self._arrived, 4),
+        }  # fmt: skip
+
     def _piece(self, choice: Choice, event: Event) -> Piece:
         completion, now, metrics = choice.completion, time.monotonic(), self._state.metrics
         before = completion.tokens
@@ -136,6 +149,7 @@ class Generation:
             metrics.ttft.observe(now - self._arrived)
         choice.cached = event.cached_tokens
         if event.finish_reason == "error":
+            choice.end = "error"
             self._unfinished.discard(choice)
             metrics.count_end("error")
             if self._state.engine.error:
@@ -145,6 +159,7 @@ class Generation:
             text += completion.close()
         reason: Reason | None = "stop" if completion.stopped is not None else event.finish_reason
         if reason:
+            choice.end = reason
             self._unfinished.discard(choice)
             if not event.finish_reason:
                 choice.cancel()
@@ -173,8 +188,10 @@ class Writer:
         self._wants_usage = bool(body.stream_options and body.stream_options.include_usage)
         self._head = {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": state.name,
-            "system_fingerprint": f"fp_{state.digest[:16]}",
+            "system_fingerprint": state.fingerprint,
         }  # fmt: skip
+        ignored = ", ".join(body.ignored)
+        self.headers = {"X-Ignored-Fields": ignored} if ignored else {}
 
     def reply(self, pieces: list[Piece], usage: Usage) -> Any:
         return self.reply_type(**self._head, choices=list(map(self.choice, pieces)), usage=usage)
@@ -200,7 +217,8 @@ async def send_events(writer: Writer, generation: Generation, _: Scope, receive:
 
     with contextlib.suppress(ClientGone, OSError):  # nobody reads it; a TimeoutError is an OSError
         async with generation.watch_disconnect(receive):
-            await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
+            headers = [*STREAM_HEADERS, *((name.lower().encode(), value.encode()) for name, value in writer.headers.items())]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
             try:
                 async for chunk in writer.chunks(generation):
                     await write(b": waiting" if chunk is None else b"data: " + msgspec.json.encode(chunk))
@@ -217,8 +235,8 @@ async def generate(
 ) -> Any:  # fmt: skip
     """Returns the response to a request for completions of the prompts that `encode` returns.
 
-    They have at most `max_tokens` (None: all that fit); each of `stop_token_ids` ends one. Places are reserved before the
-    prompts become tokens, and freed whatever happens. Raises ApiError, and ClientGone when the client leaves.
+    They have at most `max_tokens`, and no more than fit (None: as many); each of `stop_token_ids` ends one. Places are reserved
+    before the prompts become tokens, and freed whatever happens. Raises ApiError, and ClientGone when the client leaves.
     """
     body, capacity = writer.body, state.engine.capacity
     if body.stream_options is not None and not body.stream:
@@ -235,13 +253,15 @@ async def generate(
         }  # fmt: skip
         for prompt in prompts:
             room = capacity - len(prompt)
-            if room < (max_tokens or 1):
-                raise context_overflow(len(prompt), max_tokens, capacity, writer.prompt_field)
+            if room < 1:
+                raise context_overflow(len(prompt), capacity, writer.prompt_field)
+            most = min(max_tokens or room, room)
             for _ in range(body.n or 1):  # each with its own seed
-                params = SamplingParams(max_tokens=max_tokens or room, seed=(seed + len(requests)) % SEEDS, **options)
+                params = SamplingParams(max_tokens=most, seed=(seed + len(requests)) % SEEDS, **options)
                 requests.append(Request(tuple(prompt), params, http.state.namespace))
                 check_request(requests[-1], state.engine.cfg.vocab, capacity)
         generation = Generation(state, requests, body.stops, body.n or 1, http.state.arrived)
+        http.state.generation = generation
     except BaseException as error:
         state.admission.reserved -= writer.choices
         if isinstance(error, InvalidField):
@@ -250,4 +270,4 @@ async def generate(
     if body.stream:
         return functools.partial(send_events, writer, generation)
     async with generation.watch_disconnect(http.receive):
-        return json_reply(writer.reply(await generation.collect(), generation.usage))
+        return json_reply(writer.reply(await generation.collect(), generation.usage), headers=writer.headers)

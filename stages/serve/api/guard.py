@@ -1,8 +1,9 @@
-"""Checks the Host, the Origin and the API key of each request, in this order, before anything else.
+"""Checks the framing, the Host, the Origin and the API key of each request, in this order, before anything else.
 
 A page of another site can send requests to 127.0.0.1 from a person's browser, and by rebinding its name to 127.0.0.1 even
-read the replies. So the Host must be one of ours, and an Origin, where there is one, that of our page. Paths are matched as
-they were written, without decoding or folding: no path has a second spelling that a check could miss.
+read the replies. So the Host must be one of ours, and an Origin, where there is one, that of our page or a listed one, which
+gets CORS headers (https://fetch.spec.whatwg.org). Paths are matched as they were written, without decoding or folding: no
+path has a second spelling that a check could miss.
 """
 
 import base64
@@ -10,16 +11,15 @@ import contextlib
 import hashlib
 import hmac
 import re
-import secrets
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stages.serve.errors import ApiError
 
-KEYLESS_PATH = "/live"  # answered without a key
+KEYLESS_PATHS = ("/live", "/health")  # answered without a key
 PAGE_PATH = "/"
 NO_ROUTE = "There is no such route; /openapi.json lists them all."
 PATH = re.compile(r"/|(?:/[A-Za-z0-9_.~:@!$&'()*+,;=-]+)+/?")
@@ -30,48 +30,55 @@ SECURITY_HEADERS = [
     (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"x-frame-options", b"DENY"),
     (b"cross-origin-resource-policy", b"same-origin"), (b"cross-origin-opener-policy", b"same-origin"),
 ]  # fmt: skip
+EXPOSED_HEADERS = b"x-request-id, x-ignored-fields, retry-after"  # to scripts of listed origins
 
 
 class Guard:
-    """ASGI middleware: refuses a foreign Host or Origin, and except on /live a missing key; adds security, not CORS, headers.
+    """ASGI middleware: refuses a foreign Host or Origin, and a missing key except on KEYLESS_PATHS; adds security headers.
 
-    It leaves the `namespace` of a request's key, and when it `arrived`, in the request's state.
+    It leaves the `namespace` of a request's key in the request's state.
 
     `keys`: a request needs one of them, if there are any. `hosts`: names of the server, any when None. `origins`: those of
-    other pages that may call it. `count(status)` is called for each response.
+    other pages that may call it; their preflights are answered, without a key.
     """
 
-    def __init__(
-        self, app: ASGIApp, keys: Sequence[str], hosts: frozenset[str] | None, origins: frozenset[str],
-        count: Callable[[int], None],
-    ) -> None:  # fmt: skip
-        self._app, self._hosts, self._origins, self._count = app, hosts, origins, count
+    def __init__(self, app: ASGIApp, keys: Sequence[str], hosts: frozenset[str] | None, origins: frozenset[str]) -> None:
+        self._app, self._hosts, self._origins = app, hosts, origins
         self._keys = [_hash(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":  # there are no web sockets
-            return
-        arrived = time.monotonic()
+        headers = Headers(scope=scope)
+        origin = headers.get("origin", "")
+        listed = origin.lower() in self._origins
+        added = [*SECURITY_HEADERS, *[(b"vary", b"Origin")] * bool(self._origins)]
+        if listed:
+            added += [(b"access-control-allow-origin", origin.encode()), (b"access-control-expose-headers", EXPOSED_HEADERS)]
 
         async def send_secured(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._count(message["status"])
-                request_id = b"x-request-id", b"req_" + secrets.token_hex(12).encode()
-                message["headers"] = [*message.get("headers", ()), *SECURITY_HEADERS, request_id]
+                message["headers"] = [*message.get("headers", ()), *added]
             await send(message)
 
+        path = scope.get("raw_path", scope["path"].encode()).decode("latin-1")
         try:
-            namespace = self._check(scope)
+            self._check_sender(scope, headers, path)
+            if listed and scope["method"] == "OPTIONS":
+                await _preflight_reply(headers)(scope, receive, send_secured)
+                return
+            needs_key = self._keys and path not in KEYLESS_PATHS
+            scope["state"]["namespace"] = self._check_key(headers.getlist("authorization"), path) if needs_key else ""
+            if not PATH.fullmatch(path):
+                raise ApiError(404, NO_ROUTE, code="not_found")
         except ApiError as error:
             await error.reply()(scope, receive, send_secured)
             return
-        scope.setdefault("state", {}).update(namespace=namespace, arrived=arrived)
         await self._app(scope, receive, send_secured)
 
-    def _check(self, scope: Scope) -> str:
-        """Returns the caller's namespace, a name for their key. Raises ApiError."""
-        path = scope.get("raw_path", scope["path"].encode()).decode("latin-1")
-        headers = Headers(scope=scope)
+    def _check_sender(self, scope: Scope, headers: Headers, path: str) -> None:
+        """Raises ApiError for a request that is framed twice, or comes by a name or from a page that is not allowed."""
+        if "transfer-encoding" in headers and "content-length" in headers:  # may smuggle a second request: RFC 9112, 6.3
+            message = "Send Content-Length or Transfer-Encoding, not both."
+            raise ApiError(400, message, code="bad_request", headers={"Connection": "close"})
         hosts = headers.getlist("host")
         if len(hosts) != 1:
             raise ApiError(400, "The request must name one Host.", code="bad_host")
@@ -81,15 +88,12 @@ class Guard:
             raise ApiError(403, "This server has no such Host name; --allow-host gives it one.", code="bad_host")
         allowed = self._origins | {f"{scope.get('scheme', 'http')}://{host}"}
         if any(origin.lower() not in allowed for origin in headers.getlist("origin")):
-            raise ApiError(403, "Pages of another origin may not use this server.", code="bad_origin")
+            message = "Pages of another origin may not use this server; --allow-origin lets those of one in."
+            raise ApiError(403, message, code="bad_origin")
         foreign = any(site.lower() in ("cross-site", "same-site") for site in headers.getlist("sec-fetch-site"))
         link = path == PAGE_PATH and headers.getlist("sec-fetch-mode") == ["navigate"] and scope["method"] == "GET"
         if foreign and "origin" not in headers and not link:
             raise ApiError(403, "Pages of another site may not use this server.", code="bad_origin")
-        namespace = self._check_key(headers.getlist("authorization"), path) if self._keys and path != KEYLESS_PATH else ""
-        if not PATH.fullmatch(path):
-            raise ApiError(404, NO_ROUTE, code="not_found")
-        return namespace
 
     def _check_key(self, authorizations: list[str], path: str) -> str:
         """Returns the namespace of a key that is ours. Compares with every key, each in constant time: time tells nothing."""
@@ -105,6 +109,13 @@ class Guard:
             message = "The API key is wrong." if key else "An API key is needed: send `Authorization: Bearer KEY`."
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": challenge})
         return hashed.hex()
+
+
+def _preflight_reply(headers: Headers) -> Response:
+    """Returns the reply to a browser that asks, without the key, whether a page of a listed origin may send a request."""
+    asked = headers.get("access-control-request-headers", "content-type")
+    allowed = {"Methods": "GET, POST", "Headers": asked, "Private-Network": "true"}  # the last, of Chrome, is this machine
+    return Response(status_code=204, headers={f"Access-Control-Allow-{name}": value for name, value in allowed.items()})
 
 
 def _hash(key: bytes) -> bytes:

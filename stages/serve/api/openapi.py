@@ -23,11 +23,10 @@ array = lambda items, **bounds: {"type": "array", "minItems": 1, "items": items,
 json_body = lambda kind: {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
 
 
-def document(vocab: int, capacity: int, version: str) -> bytes:
-    """Returns OpenAPI 3.1 as JSON. `capacity`: tokens of prompt and completion together."""
+def document(vocab: int, version: str) -> bytes:
+    """Returns OpenAPI 3.1 as JSON."""
     types = [kind for route in ROUTES for kind in (route.body, route.reply) if kind] + [ErrorReply, ChatChunk]
     _, components = msgspec.json.schema_components(dict.fromkeys(types), ref_template="#/components/schemas/{name}")
-    count = {"type": "integer", "minimum": 1, "maximum": capacity - 1}
     components["TokenId"] = {"type": "integer", "minimum": 0, "exclusiveMaximum": vocab}
     components["CompletionRequest"]["properties"]["prompt"] = {
         "anyOf": [TEXT, array(TEXT, maxItems=MAX_PROMPTS), array(ID), array(array(ID), maxItems=MAX_PROMPTS)]
@@ -40,8 +39,6 @@ def document(vocab: int, capacity: int, version: str) -> bytes:
     for name in ("CompletionRequest", "ChatRequest"):
         properties = components[name]["properties"]
         properties["stop_token_ids"]["anyOf"][0]["items"] = ID
-        for field in {"max_tokens", "max_completion_tokens"} & set(properties):
-            properties[field]["anyOf"] = [count, {"type": "null"}]
     components["DetokenizeRequest"]["properties"]["tokens"]["items"] = ID
     paths: dict[str, Any] = {}
     for route in ROUTES:

@@ -1,10 +1,10 @@
 """Types of the bodies of requests, every field with its bounds: to check them, and for the OpenAPI document.
 
 An unknown field is refused by name, and so is a value that cannot be granted, for an answer that silently lacks it is worse
-than none. Fields that change no answer (`user`, `metadata`, ...) are accepted.
+than none. Fields of OpenAI's that change no answer (IGNORED) are accepted, and named in the reply's header X-Ignored-Fields.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -35,7 +35,7 @@ EmptyList = Annotated[list[None], Meta(max_length=0)]
 # Why this server does not grant a field.
 UNSUPPORTED = {
     **dict.fromkeys(
-        ("tools", "tool_choice", "tool_calls", "functions", "function_call", "parallel_tool_calls"),
+        ("tools", "tool_choice", "tool_calls", "functions", "function_call"),
         "The model is given no tools here",
     ),
     **dict.fromkeys(("reasoning_effort", "verbosity"), "This setting does nothing for the models served here"),
@@ -46,9 +46,14 @@ UNSUPPORTED = {
     "best_of": "Every completion made is returned here; use n",
     "name": "The names of speakers are not given to the model",
     "include_obfuscation": "Nothing is added to chunks to hide how long their texts are",
-    "prediction": "Predicted output is not used here",
     "web_search_options": "There is no search here",
 }
+
+# Who asks, what the request is filed under, how it is billed, cached or sped up.
+IGNORED = (
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "prediction", "parallel_tool_calls",
+)  # fmt: skip
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -88,6 +93,11 @@ class CompletionFields(ModelRequest, kw_only=True):
     @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def ignored(self) -> list[str]:
+        """The fields that were sent and do nothing here."""
+        return [name for name in IGNORED if getattr(self, name, None) is not None]
 
 
 class CompletionRequest(CompletionFields, kw_only=True):
@@ -144,11 +154,13 @@ class ChatRequest(CompletionFields, kw_only=True):
     tools: EmptyList | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
-    store: Literal[False] | None = None
-    metadata: Annotated[dict[str, str], Meta(max_length=64)] | None = None
+    store: bool | None = None
+    metadata: dict[str, Any] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    service_tier: Literal["auto", "default"] | None = None
+    prompt_cache_retention: str | None = None
+    prediction: dict[str, Any] | None = None
+    service_tier: str | None = None
 
 
 class TokenizeRequest(ModelRequest, kw_only=True):
