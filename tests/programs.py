@@ -1,0 +1,225 @@
+"""Every program of the product, by name: for laws that hold for all of them.
+
+    program = PROGRAMS["train step, LoRA"](cfg)
+    program.function.lower(*program.arguments).compile(program.options)
+
+Arguments are shapes without a device, so a program is as large as its config and costs nothing until it is compiled, and it
+can be exported for another platform.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from tiny import tiny_config
+
+from engine.inference import decode
+from engine.inference import programs as slot_programs
+from engine.inference.decode import decode_step, decode_steps, prefill, prepare_params
+from engine.inference.sampling import SamplingArrays, make_token_counts
+from engine.inference.score import score
+from engine.model.cache.contiguous import make_cache
+from engine.model.cache.segmented import KVDtype, make_kv_segments
+from engine.model.config import LoraConfig, ModelConfig
+from engine.model.paths import merge, split
+from engine.model.transformer import forward, init_params
+from engine.model.weights import int8
+from engine.model.weights.int8 import matmul_rules, quantize
+from engine.model.weights.matmul import cast_matrices
+from engine.text.batch import Batch
+from engine.training.freeze import select_trainable
+from engine.training.lora import init_lora
+from engine.training.loss import summed_loss
+from engine.training.optimizer import OptimizerConfig, make_optimizer
+from engine.training.preference import Preferences, dpo, margins
+from engine.training.reinforce import Rollouts, grpo, log_probabilities
+from engine.training.step import INT8_COMPILER_OPTIONS, NEXT_TOKEN, Objective, init_state, train_step
+
+B, T = 4, 256  # of a training batch: two blocks of queries
+ROWS, CAPACITY, CHUNK, TAIL = 5, 192, 64, 16  # of inference; ROWS is no other size, so that a shape tells what it is
+LORA = LoraConfig(rank=4)
+# Two members of the family that share few options, large enough for XLA to choose the kernels of real models.
+SIZES = {"vocab": 300, "width": 96, "heads": 6, "head_dim": 16, "ff": 160, "context": 512}
+QWEN3 = tiny_config(**SIZES, dtype="bfloat16")
+QWEN2 = tiny_config(**SIZES, kv_heads=6, qk_norm=False, qkv_bias=True, tied=True)
+
+
+class Program(NamedTuple):
+    """A jitted function with its arguments, and the compiler options that the product gives it."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, str] | None = None
+
+
+Make = Callable[[ModelConfig], Program]
+
+
+def shaped(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def batch_of(rows: int = B, tokens: int = T) -> Batch:
+    ids = shaped(jnp.int32, rows, tokens)
+    return Batch(ids, ids, shaped(bool, rows, tokens), ids, ids)
+
+
+@functools.cache
+def params_of(cfg: ModelConfig) -> Any:
+    return jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+
+
+@functools.cache
+def served(cfg: ModelConfig, weights: str) -> Any:
+    """The weights as they are served: `plain` in the compute dtype, `int8` as W8A8, `full` as int8 that is widened."""
+    rules = lambda params: matmul_rules(params, weights)
+    make = lambda params: prepare_params(cfg, params if weights == "plain" else quantize(params, rules(params)))
+    return jax.eval_shape(make, params_of(cfg))
+
+
+@functools.cache
+def adapted(cfg: ModelConfig, base: str) -> tuple[Any, Any]:
+    """An adapter of every matrix, and its frozen base, plain or int8."""
+    freeze = lambda params: cast_matrices(
+        quantize(params, matmul_rules(params, "full")) if base == "int8" else params, cfg.dtype
+    )
+    adapters = jax.eval_shape(lambda params: init_lora(cfg, params, jax.random.key(0), LORA), params_of(cfg))
+    return adapters, jax.eval_shape(freeze, params_of(cfg))
+
+
+def step(
+    objective: Objective = NEXT_TOKEN, data: Callable[[], Any] = batch_of, kind: Any = "adamw", lora: str | None = None,
+    microbatches: int = 1, **rules: list[str],
+) -> Make:  # fmt: skip
+    """A training step of what `rules` select, or of an adapter on a base that is `lora`: plain or int8."""
+
+    def make(cfg: ModelConfig) -> Program:
+        if lora:
+            trainable, frozen = adapted(cfg, lora)
+        else:
+            trainable, frozen = split(params_of(cfg), select_trainable(cfg, **rules).trainable_paths.weights)
+            frozen = jax.eval_shape(lambda frozen: cast_matrices(frozen, cfg.dtype), frozen)
+        tx = make_optimizer(OptimizerConfig(kind=kind))
+        state = jax.eval_shape(lambda trainable: init_state(tx, trainable), trainable)
+        arguments = cfg, tx, state, frozen, data(), shaped(jnp.float32), microbatches, objective
+        return Program(train_step, arguments, INT8_COMPILER_OPTIONS if lora == "int8" else None)
+
+    return make
+
+
+def preferences() -> Preferences:
+    return Preferences(batch_of(), batch_of(), shaped(jnp.float32, B))
+
+
+def rollouts() -> Rollouts:
+    return Rollouts(batch_of(), shaped(jnp.float32, B), *[shaped(jnp.float32, B, T)] * 2)
+
+
+def initial_state(kind: Any) -> Make:
+    """Random weights and the optimizer's state, made at once as `stages.train` makes them."""
+    make = lambda cfg: init_state(make_optimizer(OptimizerConfig(kind=kind)), init_params(cfg, jax.random.key(0)))
+    return lambda cfg: Program(jax.jit(make, static_argnums=0), (cfg,))
+
+
+def adapter_loss(cfg: ModelConfig) -> Program:
+    adapters, frozen = adapted(cfg, "plain")
+    return Program(score, (cfg, merge(adapters, frozen), batch_of()))
+
+
+TRAINING: dict[str, Make] = {
+    "initial state, AdamW": initial_state("adamw"),
+    "initial state, Muon": initial_state("muon"),
+    "initial adapter": lambda cfg: Program(
+        jax.jit(init_lora, static_argnums=(0, 3)), (cfg, params_of(cfg), jax.eval_shape(jax.random.key, 0), LORA)
+    ),
+    "train step, AdamW": step(),
+    "train step, Muon": step(kind="muon"),
+    "train step, microbatches": step(microbatches=2),
+    "train step, bottom frozen": step(freeze=["bottom:1"]),
+    "train step, top frozen": step(freeze=["top:1"]),
+    "train step, head alone": step(train=["head"]),
+    "train step, LoRA": step(lora="plain"),
+    "train step, LoRA on int8": step(lora="int8", microbatches=2),
+    "train step, preference": step(dpo(), preferences, lora="plain"),
+    "train step, preference, all": step(dpo(), preferences),
+    "train step, reinforce": step(grpo(0.2, 0.1), rollouts, lora="plain"),
+    "loss": lambda cfg: Program(jax.jit(summed_loss, static_argnums=0), (cfg, params_of(cfg), batch_of())),
+    "margins": lambda cfg: Program(margins, (cfg, served(cfg, "plain"), preferences())),
+    "log-probabilities": lambda cfg: Program(log_probabilities, (cfg, served(cfg, "plain"), batch_of())),
+    "loss with an adapter": adapter_loss,
+}  # fmt: skip
+
+
+def prefilled(weights: str = "plain", rows: int = ROWS) -> Make:
+    def make(cfg: ModelConfig) -> Program:
+        cache, lengths = jax.eval_shape(lambda: make_cache(cfg, rows, CAPACITY)), shaped(jnp.int32, rows)
+        return Program(prefill, (cfg, served(cfg, weights), shaped(jnp.int32, rows, CHUNK), lengths, cache))
+
+    return make
+
+
+def decoded(function: Any, weights: str = "plain") -> Make:
+    def make(cfg: ModelConfig) -> Program:
+        cache = jax.eval_shape(lambda: make_cache(cfg, ROWS, CAPACITY))
+        options = [sampling_shapes()] if function is decode_steps else []
+        return Program(function, (cfg, served(cfg, weights), shaped(jnp.int32, ROWS), cache, *options))
+
+    return make
+
+
+def sampling_shapes() -> SamplingArrays:
+    number = shaped(jnp.float32, ROWS)
+    return SamplingArrays(number, shaped(jnp.int32, ROWS), number, number, shaped(jnp.uint32, ROWS))
+
+
+def in_slots(name: str, weights: str = "plain", kv_dtype: KVDtype = "bfloat16") -> Make:
+    """A program of `slots.Slots`, of all that it compiles before the first request."""
+
+    def make(cfg: ModelConfig) -> Program:
+        segments = jax.eval_shape(lambda: make_kv_segments(cfg, ROWS, CAPACITY, CHUNK, kv_dtype))
+        counts = jax.eval_shape(lambda: make_token_counts(cfg, ROWS))
+        calls = slot_programs.idle_calls(cfg, served(cfg, weights), segments, counts, CHUNK, TAIL, True)
+        function, arguments = calls[name]
+        plain = lambda leaf: shaped(leaf.dtype, *leaf.shape) if hasattr(leaf, "shape") else leaf
+        return Program(function, jax.tree.map(plain, arguments))
+
+    return make
+
+
+INFERENCE: dict[str, Make] = {  # whose second argument are the weights
+    "forward": lambda cfg: Program(
+        jax.jit(forward, static_argnums=0), (cfg, served(cfg, "plain"), *[shaped(jnp.int32, ROWS, CHUNK)] * 2)
+    ),
+    "score": lambda cfg: Program(score, (cfg, served(cfg, "plain"), batch_of(ROWS, CHUNK))),
+    "score, int8": lambda cfg: Program(score, (cfg, served(cfg, "int8"), batch_of(ROWS, CHUNK))),
+    "prefill": prefilled(),
+    "prefill, one prompt": prefilled(rows=1),
+    "prefill, int8": prefilled("int8"),
+    "prefill, int8 widened": prefilled("full"),
+    "decode_step": decoded(decode_step),
+    "decode_step, int8": decoded(decode_step, "int8"),
+    "decode_step, int8 widened": decoded(decode_step, "full"),
+    "decode_steps": decoded(decode_steps),
+    f"prefill_chunk {CHUNK}": in_slots(f"prefill_chunk {CHUNK}"),
+    f"prefill_chunk {TAIL}": in_slots(f"prefill_chunk {TAIL}"),
+    f"prefill_chunk {CHUNK}, int8": in_slots(f"prefill_chunk {CHUNK}", "int8", "int8"),
+    "decode_slots": in_slots("decode_slots"),
+    "decode_slots, int8": in_slots("decode_slots", "int8", "int8"),
+    "decode_slots, float32 cache": in_slots("decode_slots", "plain", "float32"),
+}  # fmt: skip
+
+OTHERS: dict[str, Make] = {  # that read no weights, or make them
+    "quantize": lambda cfg: Program(int8._quantize_jitted, (shaped(jnp.float32, cfg.width, cfg.ff), "int8", 1)),
+    "sample": lambda cfg: Program(
+        decode._sample, (shaped(jnp.float32, ROWS, cfg.vocab), shaped(jnp.int32, ROWS), sampling_shapes())
+    ),
+    "pad rows": lambda cfg: Program(decode._pad_rows, (jax.eval_shape(lambda: make_cache(cfg, 1, CAPACITY)), ROWS)),
+    **{
+        name: in_slots(name)
+        for name in ("clear_slot", "copy_slot", "set_token_counts", f"read_chunk {CHUNK}", f"write_chunk {CHUNK}")
+    },
+}
+
+PROGRAMS = TRAINING | INFERENCE | OTHERS
