@@ -61,13 +61,18 @@ class ChatTokenizer:
         """Ends the template's process; the next use starts another."""
         self.template.close()
 
-    def prompt(self, messages: Sequence[Message]) -> np.ndarray:
+    def prompt(self, messages: Sequence[Message], answer: str = "") -> np.ndarray:
         """Tokenizes a conversation and its generation prompt, the beginning of the assistant's next turn: (T,) int32.
 
+        With `answer`, the text that this turn has so far, whose tokens follow as if the model had just written them.
         Raises UserError as `check_messages` and `Template.render`.
         """
         check_messages(messages)
-        return np.concatenate(self._pieces(*self._render(messages, prompt=True)))
+        prompt = np.concatenate(self._pieces(*self._render(messages, prompt=True)))
+        if not answer:
+            return prompt
+        continued = len(prompt) > 0 and int(prompt[-1]) not in self.tokenizer.controls
+        return np.concatenate([prompt, self.tokenizer.encode(answer, continued)])
 
     def examples(self, messages: Sequence[Message], where: str = "") -> list[Example]:
         """Makes the training examples of a conversation, with the assistant's turns and the tokens that end them in the loss.

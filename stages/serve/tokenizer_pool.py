@@ -71,11 +71,13 @@ class TokenizerPool:
         encode = lambda: [[*start, *self.tokenizer.encode(text).tolist()] for text in texts]
         return await self._worker(sum(map(len, texts))).run("prompt", encode)
 
-    async def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Returns the tokens of a conversation up to the assistant's next turn. Raises ApiError."""
+    async def encode_chat(self, messages: Sequence[dict[str, str]], answer: str = "") -> list[int]:
+        """Returns the tokens of a conversation up to the assistant's next turn, of which `answer` is there. Raises ApiError."""
+        if answer and self.strips_space:
+            answer = f" {answer}"
         # The template runs once, and twice more for each answer in the conversation.
         turns = 1 + sum(message["role"] == "assistant" for message in messages)
-        size = turns * sum(len(message["content"]) for message in messages)
+        size = turns * sum(len(message["content"]) for message in messages) + len(answer)
         worker = self._worker(size)
 
         def encode() -> list[int]:
@@ -83,7 +85,7 @@ class TokenizerPool:
                 count = sum(len(self.tokenizer.encode(message["content"])) for message in messages)
                 if count >= self._capacity:
                     raise context_overflow(count, self._capacity, "messages")
-            return worker.chat.prompt(messages).tolist()
+            return worker.chat.prompt(messages, answer).tolist()
 
         return await worker.run("messages", encode)
 

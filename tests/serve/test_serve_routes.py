@@ -1,5 +1,6 @@
 """Every route as a client sees it, on a server of this process."""
 
+import asyncio
 import contextlib
 import importlib.metadata
 import json
@@ -11,10 +12,11 @@ from typing import Any
 import httpx
 import pytest
 from tiny import tiny_config
-from tiny_server import CAPACITY, TinyServer, ask, events, good, say, until
+from tiny_server import CAPACITY, TinyServer, ask, events, good, refused, say, until
 
 from engine.inference.request import LogProb
 from engine.storage.digest import digest
+from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.tokenizer import byte_tokenizer
 from stages.serve import fingerprint
 from stages.serve.api.completions import CompletionWriter
@@ -22,6 +24,7 @@ from stages.serve.api.generation import Piece
 from stages.serve.api.requests import CompletionRequest
 from stages.serve.api.routes import ROUTES
 from stages.serve.fingerprint import system_fingerprint
+from stages.serve.tokenizer_pool import TokenizerPool
 
 
 def test_a_completion(client):
@@ -61,6 +64,32 @@ def test_a_chat(client):
     ]  # fmt: skip
     longer = good(client.post("/v1/chat/completions", json=say() | {"messages": history}))
     assert longer["usage"]["prompt_tokens"] > result["usage"]["prompt_tokens"]
+
+
+def test_a_cut_answer_goes_on(client):
+    """As in vLLM: the reply has what follows the last message, whose tokens follow those of the prompt."""
+    part = good(client.chat(most=4))["choices"][0]["message"]["content"]
+    cut = {"messages": [*say()["messages"], {"role": "assistant", "content": part}]}
+    flags = {"add_generation_prompt": False, "continue_final_message": True}
+    tokens = client.tokens(**cut, **flags)
+    assert tokens == client.tokens(messages=say()["messages"]) + client.tokens(part, add_special_tokens=False)
+    rest = good(client.post("/v1/chat/completions", json=say() | cut | flags))
+    assert rest["usage"]["prompt_tokens"] == len(tokens)
+    assert rest["choices"][0]["message"]["content"] == good(client.complete(tokens))["choices"][0]["text"]
+    for wrong, param in (
+        (cut | {"continue_final_message": True}, "add_generation_prompt"),
+        (cut | {"add_generation_prompt": False}, "add_generation_prompt"),
+        (flags, "messages"),
+        (flags | {"messages": cut["messages"][1:]}, "messages"),
+    ):
+        assert refused(client.post("/v1/chat/completions", json=say() | wrong))["param"] == param
+    assert refused(client.post("/tokenize", json={"prompt": "a"} | flags))["param"] == "continue_final_message"
+
+
+def test_an_answer_after_a_name_goes_on_behind_its_space():
+    chat = ChatTokenizer(byte_tokenizer())
+    tokens = asyncio.run(TokenizerPool(chat.tokenizer, chat, lambda: chat, 99).encode_chat(say("Hi")["messages"], "Yes"))
+    assert bytes(tokens) == b"User: Hi\nAssistant: Yes"
 
 
 def test_max_completion_tokens_and_the_default(client):

@@ -116,7 +116,7 @@ class Client(httpx.Client):
         return self.post("/v1/chat/completions", json=say(*arguments, **more))
 
     def tokens(self, prompt: str | None = None, **more: Any) -> list[int]:
-        return good(self.post("/tokenize", json={"prompt": prompt} if prompt else more))["tokens"]
+        return good(self.post("/tokenize", json=({"prompt": prompt} if prompt else {}) | more))["tokens"]
 
     def post_bytes(self, path: str, content: Any, **headers: str) -> httpx.Response:
         return self.post(path, content=content, headers={"Content-Type": "application/json"} | headers)

@@ -88,6 +88,10 @@ def test_a_training_example_begins_with_the_prompt(chats, name, turns):
     last = examples[-1]
     prompt = chat.prompt(messages[:-1])
     np.testing.assert_array_equal(last.tokens[: len(prompt)], prompt)
+    begun = chat.prompt(messages[:-1], answer := messages[-1]["content"])  # to be continued: it follows as plain text
+    np.testing.assert_array_equal(begun[: len(prompt)], prompt)
+    assert chat.tokenizer.decode(begun[len(prompt) :]) == answer
+    assert not set(begun[len(prompt) :].tolist()) & set(chat.tokenizer.controls)
     assert last.mask[len(prompt) :].any()
     assert last.tokens[last.mask][-1] in chat.eot_ids
     assert sum(int(example.mask.sum()) for example in examples) >= len(messages) // 2

@@ -9,7 +9,7 @@ from engine.inference.request import LogProb
 from stages.serve.api import replies
 from stages.serve.api.body import read_body
 from stages.serve.api.generation import Generation, Piece, Writer, generate
-from stages.serve.api.requests import MAX_PROMPTS, ChatRequest, CompletionRequest, Message
+from stages.serve.api.requests import MAX_PROMPTS, ChatRequest, CompletionRequest, Message, TokenizeRequest
 from stages.serve.errors import ApiError
 from stages.serve.state import ServerState
 from stages.serve.tokenizer_pool import token_text
@@ -26,7 +26,7 @@ async def chat_completions(state: ServerState, http: Request) -> Any:
         raise ApiError(400, message, param="max_completion_tokens")
 
     async def encode() -> list[list[int]]:
-        return [await state.tokenizer.encode_chat(template_messages(body.messages))]
+        return [await encode_messages(state, body.messages, body)]
 
     return await generate(
         state, http, ChatWriter(state, body), encode, max_tokens=body.max_completion_tokens or body.max_tokens,
@@ -35,11 +35,23 @@ async def chat_completions(state: ServerState, http: Request) -> Any:
     )  # fmt: skip
 
 
-def template_messages(messages: list[Message]) -> list[dict[str, str]]:
-    """Returns roles and texts for a chat template; the role `developer` becomes `system`."""
-    return [
-        {"role": "system" if message.role == "developer" else message.role, "content": message.text} for message in messages
-    ]
+async def encode_messages(state: ServerState, messages: list[Message], body: ChatRequest | TokenizeRequest) -> list[int]:
+    """Returns the tokens of messages up to the assistant's next turn, or to the end of its last one if that is to go on.
+
+    The role `developer` becomes `system`. Raises ApiError.
+    """
+    turns = [{"role": "system" if each.role == "developer" else each.role, "content": each.text} for each in messages]
+    goes_on = body.continue_final_message is True
+    if goes_on == (body.add_generation_prompt is not False):
+        message = "add_generation_prompt must be false with continue_final_message true, and true without."
+        raise ApiError(400, message, param="add_generation_prompt")
+    if not goes_on:
+        return await state.tokenizer.encode_chat(turns)
+    answer = turns.pop()
+    if answer["role"] != "assistant" or not turns:
+        message = "continue_final_message goes on with an answer: the last message must be the assistant's, after another."
+        raise ApiError(400, message, param="messages")
+    return await state.tokenizer.encode_chat(turns, answer["content"])
 
 
 class ChatWriter(Writer):
@@ -49,7 +61,8 @@ class ChatWriter(Writer):
 
     def __init__(self, state: ServerState, body: ChatRequest) -> None:
         super().__init__(state, body, body.n or 1)
-        self._strips_space, self._wants_logprobs = state.tokenizer.strips_space, body.logprobs
+        self._strips_space = state.tokenizer.strips_space and not body.continue_final_message
+        self._wants_logprobs = body.logprobs
         self._begun: set[int] = set()  # choices that have text
 
     def choice(self, piece: Piece) -> replies.ChatChoice:

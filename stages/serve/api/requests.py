@@ -145,7 +145,11 @@ class TextFormat(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ChatRequest(CompletionFields, kw_only=True):
+    """POST /v1/chat/completions. `continue_final_message`, without `add_generation_prompt`: goes on with the last message."""
+
     messages: Messages
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: LogProbs | None = None
@@ -170,6 +174,8 @@ class TokenizeRequest(ModelRequest, kw_only=True):
     """
 
     prompt: str | UnsetType = UNSET
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     messages: Messages | UnsetType = UNSET
     add_special_tokens: bool | UnsetType = UNSET
 

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from stages.serve.api import replies
 from stages.serve.api.body import read_body
-from stages.serve.api.completions import chat_completions, completions, template_messages
+from stages.serve.api.completions import chat_completions, completions, encode_messages
 from stages.serve.api.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from stages.serve.errors import ApiError, json_reply
 from stages.serve.state import ServerState
@@ -40,8 +40,11 @@ async def tokenize(state: ServerState, http: Request) -> Response:
         if body.add_special_tokens is not UNSET:
             message = "add_special_tokens is about a prompt; the special tokens of messages are those of the chat template."
             raise ApiError(400, message, param="add_special_tokens")
-        tokens = await state.tokenizer.encode_chat(template_messages(body.messages))
+        tokens = await encode_messages(state, body.messages, body)
     else:
+        if body.add_generation_prompt is not None or body.continue_final_message is not None:
+            message = "add_generation_prompt and continue_final_message are about messages, not a prompt."
+            raise ApiError(400, message, param="continue_final_message")
         (tokens,) = await state.tokenizer.encode([str(body.prompt)], special=body.add_special_tokens is not False)
     return json_reply(replies.TokenizeReply(len(tokens), state.engine.capacity, tokens))
 
