@@ -32,8 +32,24 @@ class Visit:
         line.mend()
         line.pace = 0
         chrome.get(line.address)
-        self.until(lambda: self.text("#weights") != "not checked yet")
+        chrome.execute_script("sessionStorage.clear(); localStorage.clear()")
+        self.reload()
         chrome.execute_script("settings.seed.value = 1; settings.max_tokens.value = 12")
+
+    def ready(self) -> None:
+        self.until(lambda: self.text("#weights") not in ("", "not checked yet"))
+
+    def reload(self) -> None:
+        self.chrome.refresh()
+        self.ready()
+
+    @property
+    def focus(self) -> str:
+        """What has the focus and can be seen: its id, else its text; empty when nothing has."""
+        return self.chrome.execute_script(
+            "const it = document.activeElement; return it === document.body || !it.checkVisibility({visibilityProperty: true})"
+            " ? '' : it.id || it.textContent"
+        )
 
     def until(self, true: Callable[[], Any], seconds: float = 30) -> Any:
         return WebDriverWait(self.chrome, seconds, 0.02).until(lambda _: true())
@@ -64,13 +80,13 @@ class Visit:
         return self.chrome.find_element("id", "stop").is_displayed()
 
     def finished(self) -> None:
-        self.until(lambda: not self.answering and self.texts(".summary"))
+        self.until(lambda: not self.answering and self.texts(".figures"))
 
     def ask(self, text: str) -> None:
         """Asks, and waits until the answer has ended and its figures stand below it."""
-        before = len(self.texts(".summary"))
+        before = len(self.texts(".figures"))
         self.type(text, Keys.ENTER)
-        self.until(lambda: len(self.texts(".summary")) > before)
+        self.until(lambda: len(self.texts(".figures")) > before)
 
     def partly(self, text: str) -> str:
         """Asks over a slow line, and returns what can be read while the answer is still coming."""

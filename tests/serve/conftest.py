@@ -1,5 +1,6 @@
-"""One tiny server for all tests of the routes."""
+"""One tiny server for all tests of the routes, and one browser for all of the page."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "text"))
 
+from line import Line
 from tiny_server import TinyServer
 
 
@@ -20,3 +22,29 @@ def tiny_server():
 def client(tiny_server):
     with tiny_server.client() as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    from browser import make_browser
+
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("needs Chromium and its driver (on Debian: apt-get install chromium chromium-driver)")
+    chrome = make_browser(chromium, driver, tmp_path_factory.mktemp("browser"))
+    yield chrome
+    chrome.quit()
+
+
+@pytest.fixture(scope="session")
+def line(tiny_server):
+    with Line(tiny_server.port) as line:
+        yield line
+
+
+@pytest.fixture
+def visit(browser, line):
+    from browser import Visit
+
+    browser.get_log("browser")
+    return Visit(browser, line)

@@ -2,28 +2,17 @@
 
 import asyncio
 import contextlib
+import random
 import re
-import shutil
 from collections.abc import Iterator
 
 import pytest
-from browser import Visit, make_browser
-from line import Line
+from selenium.common.exceptions import JavascriptException
 from selenium.webdriver import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 from tiny_server import TinyServer
 
 LONG = "Tell me everything."
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("needs Chromium and its driver (on Debian: apt-get install chromium chromium-driver)")
-    chrome = make_browser(chromium, driver, tmp_path_factory.mktemp("browser"))
-    yield chrome
-    chrome.quit()
 
 
 @contextlib.contextmanager
@@ -33,18 +22,6 @@ def locked(tiny: TinyServer, key: str) -> Iterator[int]:
     yield port
     http.should_exit = True
     asyncio.run_coroutine_threadsafe(asyncio.wait_for(serving, 30), tiny.loop).result(30)
-
-
-@pytest.fixture(scope="module")
-def line(tiny_server):
-    with Line(tiny_server.port) as line:
-        yield line
-
-
-@pytest.fixture
-def visit(browser, line):
-    browser.get_log("browser")
-    return Visit(browser, line)
 
 
 def test_an_answer_streams_and_says_what_it_cost(visit):
@@ -57,17 +34,17 @@ def test_an_answer_streams_and_says_what_it_cost(visit):
     assert visit.answering
     visit.line.pace = 0
     visit.finished()
-    assert "first after" in visit.text(".summary")
+    assert "first after" in visit.text(".figures")
     used, context = (int(number.replace(",", "")) for number in visit.text("#context").split(" of "))
     assert 0 < used <= context
     worked = float(visit.text("#time").split()[0])
     assert float(visit.text("#cost").removeprefix("$")) == pytest.approx(worked * 3.6 / 3600, rel=0.1)
     visit.until(lambda: "2 times" in visit.text("#checked"))
     assert visit.text("#weights") == "✓ unchanged since start"
-    assert "re-sent" not in visit.text(".summary")
+    assert "re-sent" not in visit.text(".figures")
 
     visit.ask("And then?")
-    assert f"this turn re-sent {used:,} tokens" in visit.text(".summary")
+    assert f"this turn re-sent {used:,} tokens" in visit.text(".figures")
     assert int(visit.text("#context").split(" of ")[0].replace(",", "")) > used
     assert float(visit.chrome.find_element("id", "meter").get_attribute("aria-valuenow") or 0) > 0
 
@@ -85,7 +62,7 @@ def test_stop_keeps_what_had_come_and_the_conversation_goes_on(visit):
     visit.finished()
     text = visit.text("article.assistant .text")
     assert text.startswith(part.split("\n")[0])
-    assert visit.text(".summary p").startswith("stopped · ")
+    assert visit.text(".figures").startswith("stopped · ")
     assert int(visit.text("#context").split(" of ")[0].replace(",", "")) > 0
 
     visit.ask("Go on.")
@@ -105,11 +82,11 @@ def test_an_error_keeps_what_had_come_and_can_be_tried_again(visit):
 
     visit.line.mend()
     visit.click(".again")
-    visit.until(lambda: len(visit.texts(".summary")) == 2)
+    visit.until(lambda: len(visit.texts(".figures")) == 2)
     first, second = visit.requests()
     assert first == second
     visit.until(lambda: visit.text("#weights") == "✓ unchanged since start")
-    assert [author.endswith("set aside") for author in visit.texts(".who")] == [True, False]
+    assert visit.texts(".note") == ["Set aside: the model does not see the turn above."]
 
 
 def test_a_refusal_shows_the_servers_sentence(visit):
@@ -121,7 +98,7 @@ def test_a_refusal_shows_the_servers_sentence(visit):
     visit.set("max_tokens", "3")
     visit.ask("Another.")
     assert [message["content"] for message in visit.requests()[-1]["messages"]] == ["Another."]
-    assert "ended by the limit of tokens" in visit.text(".summary")
+    assert "ended by the limit of tokens" in visit.text(".figures")
 
 
 def test_settings_are_sent_and_a_wrong_one_is_not(visit):
@@ -146,7 +123,7 @@ def test_the_keyboard_is_enough(visit):
     assert visit.text("article.user .text") == "one\ntwo"
     visit.type(Keys.ESCAPE)
     visit.finished()
-    assert "stopped" in visit.text(".summary")
+    assert "stopped" in visit.text(".figures")
     visit.line.pace = 0
     visit.click("#new")
     assert visit.texts("article") == []
@@ -174,17 +151,93 @@ def test_changed_weights_are_loud(visit):
     assert visit.text("#weights") == "✗ CHANGED since start"
 
 
-def test_markdown_is_rendered_as_text(visit):
-    text = "<img src=x onerror=f()> **bold** `a<b>` [link](javascript:f())\n\n- one\n- two\n\n```html\n<script>\n```\nend"
-    html = visit.chrome.execute_script(
-        "const body = document.createElement('div'); show({text: arguments[0], blocks: [], body}); return body.innerHTML", text
+TEXT = """# Title
+
+- one
+  1. two **bold**
+- [x] three
+
+| a | b |
+|---|--:|
+| 1 | `2` |
+
+---
+A [link](https://example.org "title"), ~~not~~<br>*this* ![picture](https://example.org/x.png)
+
+> said
+
+```python
+print("<b>")
+```
+"""
+HTML = (
+    '<h3 dir="auto">Title</h3><ul dir="auto"><li>one<ol><li>two <strong>bold</strong></li></ol></li><li>☑ three</li></ul>'
+    '<div class="wide" tabindex="0" dir="auto"><table><thead><tr><th>a</th><th align="right">b</th></tr></thead>'
+    '<tbody><tr><td>1</td><td align="right"><code>2</code></td></tr></tbody></table></div><hr dir="auto">'
+    '<p dir="auto">A <a href="https://example.org" title="title" target="_blank" rel="noopener noreferrer">link</a>,'
+    " <del>not</del><br><em>this</em>"
+    ' <a href="https://example.org/x.png" target="_blank" rel="noopener noreferrer">picture</a></p>'
+    '<blockquote dir="auto"><p>said</p></blockquote><figure dir="ltr"><figcaption>python<button type="button" class="copy">'
+    'Copy</button></figcaption><pre tabindex="0"><code>print("&lt;b&gt;")</code></pre></figure>'
+)
+REPLACE = "const turn = turns.at(-1); turn.text = arguments[0]; show(turn)"
+SHOW = "const body = document.createElement('div'); show({text: arguments[0], blocks: [], body});"
+
+
+def test_markdown_becomes_elements(visit):
+    html = visit.chrome.execute_script(f"{SHOW} return body.innerHTML", TEXT)
+    assert re.sub(r">\n+<|\n+(?=<)", lambda match: match[0].replace("\n", ""), html) == HTML
+    grown = visit.chrome.execute_script(  # piece by piece, as it streams, it becomes the same
+        "const turn = {text: '', blocks: [], body: document.createElement('div')};"
+        "for (const letter of arguments[0]) { turn.text += letter; show(turn); } return turn.body.innerHTML",
+        TEXT,
     )
-    assert "&lt;img src=x onerror=f()&gt; <strong>bold</strong> <code>a&lt;b&gt;</code> [link](javascript:f())" in html
-    assert "<ul><li>one</li><li>two</li></ul>" in html
-    assert "<code>&lt;script&gt;</code></pre>" in html
-    assert html.endswith("<p>end</p>")
-    assert "<img" not in html
-    assert "<a" not in html
+    assert grown == html
+
+
+HOSTILE = [
+    "<script>f()</script>", "<img src=x onerror=f()>", "[a](javascript:f())", "[a](JaVaScRiPt&colon;f())", "<b onclick=f()>",
+    "![i](https://example.org/i.png)", "<iframe srcdoc='<script>f()</script>'>", "<svg/onload=f()>", "<style>*{}</style>",
+    "[a](data:text/html,x)", "[r]\n\n[r]: vbscript:f()\n\n", "<javascript:f()>", '[a](https://e.org "\\" onclick=f()")',
+    "```html\n<script>f()\n```\n", "```\" onclick=f()\n", "\n|a|\n|-|\n|<img src=x onerror=f()>|\n", "- <math><mtext><style>",
+    "<a href='javascript:f()'>", "<form action=//e.org><button>", "<base href=//e.org>", "&lt;script&gt;", "<!--", "-->", "]]>",
+    "<template>", "<noscript><p title='</noscript><img src=x onerror=f()>'>", "\n# ", "\n> ", "**", "`", "\n\n", "\x00",
+]  # fmt: skip
+ALLOWED = {
+    "P", "H3", "H4", "H5", "H6", "UL", "OL", "LI", "BLOCKQUOTE", "PRE", "CODE", "STRONG", "EM", "DEL", "A", "BR", "HR", "TABLE",
+    "THEAD", "TBODY", "TR", "TH", "TD", "DIV", "FIGURE", "FIGCAPTION", "BUTTON",
+}  # fmt: skip
+
+
+def test_no_markup_of_a_models_own_reaches_the_page(visit):
+    """Neither elements nor attributes nor addresses of it, alone and put together at random; and its text is all there."""
+    rng = random.Random(0)
+    texts = HOSTILE + ["".join(rng.choices(HOSTILE, k=rng.randint(2, 6))) for _ in range(500)]
+    elements = visit.chrome.execute_script(
+        "return arguments[0].flatMap((text) => { const body = document.createElement('div'); show({text, blocks: [], body});"
+        " return [...body.querySelectorAll('*')].map((each) =>"
+        "  [each.tagName, Object.fromEntries([...each.attributes].map(({name, value}) => [name, value]))]); })",
+        texts,
+    )
+    assert {tag for tag, _ in elements} - ALLOWED == set()
+    names = {name for _, attributes in elements for name in attributes}
+    assert names <= {"href", "title", "start", "align", "class", "dir", "target", "rel", "tabindex", "type"}
+    assert {attributes["href"].split(":")[0] for _, attributes in elements if "href" in attributes} <= {"https"}
+    for text in (*HOSTILE[:2], "> " * 5000):  # the last one is nested deeper than the parser goes
+        assert visit.chrome.execute_script(f"{SHOW} return body.textContent", text) == text
+    with pytest.raises(JavascriptException, match="TrustedHTML"):  # even the page itself can write no HTML past the sanitizer
+        visit.chrome.execute_script("document.body.innerHTML = '<b>'")
+
+
+def test_each_block_has_the_direction_of_its_script(visit):
+    visit.ask("שלום")
+    visit.chrome.execute_script(
+        "const turn = turns.at(-1); turn.text = arguments[0]; show(turn)", "Hello\n\n- سلام\n\n```\nx\n```"
+    )
+    directions = visit.chrome.execute_script(
+        "return [...document.querySelectorAll('.text > *, .user .text, #ask')].map((each) => getComputedStyle(each).direction)"
+    )
+    assert directions == ["rtl", "ltr", "rtl", "ltr", "ltr"]
 
 
 @pytest.mark.parametrize("width", [320, 375, 1200])
@@ -193,8 +246,9 @@ def test_it_fits_its_screen(visit, width):
     visit.chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     visit.ask("A" * 200)
     visit.chrome.execute_script(
-        "const turn = turns.at(-1); turn.text = arguments[0]; show(turn)", f"```\n{'wide ' * 100}\n```\n\n- {'B' * 200}"
+        REPLACE, f"```\n{'wide ' * 100}\n```\n\n- {'B' * 200}\n\n|{'a|' * 40}\n|{'-|' * 40}" + "\n\nx" * 40
     )
+    visit.chrome.execute_script("addTurn('user', 'x')")  # far down
     widths = visit.chrome.execute_script(
         "return ['html', '#scroll', 'header'].map((css) => document.querySelector(css)).map((each) => each.scrollWidth)"
     )
@@ -202,5 +256,5 @@ def test_it_fits_its_screen(visit, width):
         "const {x, width} = document.querySelector('pre').getBoundingClientRect(); return x + width"
     )
     assert max(*widths, code) <= width
-    assert visit.chrome.find_element("id", "open").is_displayed() == (width < 992)
+    assert visit.chrome.execute_script("return document.documentElement.scrollHeight - innerHeight") <= 0
     visit.chrome.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

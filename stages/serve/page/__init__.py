@@ -8,7 +8,7 @@ import hashlib
 import re
 from pathlib import Path
 
-PARTS = re.compile(r'<link rel="stylesheet" href="(\w+\.css)">|<script src="(\w+\.js)"></script>')
+PARTS = re.compile(r'<link rel="stylesheet" href="(\w+\.css)">|<script src="([\w./]+\.js)"></script>')
 
 
 def page() -> tuple[bytes, str]:
@@ -26,6 +26,7 @@ def page() -> tuple[bytes, str]:
     policy = [
         "default-src 'none'", "connect-src 'self'", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
         "img-src data:",  # the icon, inside the document
+        "require-trusted-types-for 'script'", "trusted-types dompurify",  # only the sanitizer can make elements of text
         *(f"{tag}-src {' '.join(hashes)}" for tag, hashes in allowed.items()),
     ]  # fmt: skip
     return html.encode(), "; ".join(policy)

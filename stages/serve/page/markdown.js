@@ -1,5 +1,5 @@
 'use strict';
-// What a model says, as elements. Its text becomes text nodes and never HTML, and its links stay text.
+// What a model says, as elements: Markdown by marked, and of the HTML it makes only what DOMPurify lets through.
 
 const make = (tag, set, ...inside) => {
   const node = Object.assign(document.createElement(tag), set);
@@ -7,58 +7,78 @@ const make = (tag, set, ...inside) => {
   return node;
 };
 
-function inline(text) {
-  const nodes = [];
-  let end = 0;
-  for (const match of text.matchAll(/`([^`\n]+)`|\*\*([^*\n]+)\*\*|\*([^*\s][^*\n]*)\*/g)) {
-    const tag = match[1] ? 'code' : match[2] ? 'strong' : 'em';
-    nodes.push(text.slice(end, match.index), make(tag, {}, match[1] ?? match[2] ?? match[3]));
-    end = match.index + match[0].length;
+const ALLOWED = {
+  ALLOWED_TAGS: 'p h3 h4 h5 h6 ul ol li blockquote pre code strong em del a br hr table thead tbody tr th td'.split(' '),
+  ALLOWED_ATTR: ['href', 'title', 'start', 'align', 'class'], ADD_URI_SAFE_ATTR: ['start', 'align'],
+  ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i, ALLOW_ARIA_ATTR: false, ALLOW_DATA_ATTR: false, RETURN_DOM_FRAGMENT: true,
+};
+const markdown = new marked.Marked({
+  breaks: true,
+  tokenizer: {  // HTML that a model writes is text like any other, so that none of it is lost; a line break is a line break
+    html: () => undefined,
+    tag(text) {
+      const raw = /^<br *\/?>/i.exec(text)?.[0];
+      return raw && {type: 'br', raw};
+    },
+  },
+  renderer: {
+    heading({tokens, depth}) {
+      const tag = `h${Math.min(depth + 2, 6)}`;
+      return `<${tag}>${this.parser.parseInline(tokens)}</${tag}>`;
+    },
+    image({href, title, text}) {  // is a link: nothing is fetched
+      return this.link({href, title, tokens: [{type: 'text', raw: text, text}]});
+    },
+    checkbox: ({checked}) => checked ? '☑ ' : '☐ ',
+  },
+});
+
+function render(token) {
+  const part = DOMPurify.sanitize(markdown.parser([token]), ALLOWED);
+  for (const link of part.querySelectorAll('a')) Object.assign(link, {target: '_blank', rel: 'noopener noreferrer'});
+  for (const table of part.querySelectorAll('table')) {
+    const frame = make('div', {className: 'wide', tabIndex: 0});
+    table.replaceWith(frame);
+    frame.append(table);
   }
-  return [...nodes, text.slice(end)];
+  for (const pre of part.querySelectorAll('pre')) {
+    const code = make('code', {}, pre.textContent.replace(/\n$/, ''));
+    const name = pre.firstChild.className?.replace('language-', '') || 'code';
+    const head = make('figcaption', {}, name, copier(() => code.textContent));
+    pre.replaceWith(make('figure', {dir: 'ltr'}, head, make('pre', {tabIndex: 0}, code)));
+  }
+  const block = part.firstElementChild ?? make('p', {}, token.raw);
+  block.dir ||= 'auto';  // of each block alone: a conversation may be in several scripts
+  return block;
 }
 
-const MARKS = {ul: /^\s*[-*+]\s+(?=\S)/, ol: /^\s*\d{1,9}[.)]\s+(?=\S)/, blockquote: /^>\s?/, h3: /^#{1,6}\s+(?=\S)/};
-
-// text -> [{tag, lines, ...}]. A fence that is not closed yet is a block of code already, as it is while it streams.
-function blocks(text) {
-  const result = [];
-  let open = null;
-  const push = (block) => result.push(open = block);
-  for (const line of text.split('\n')) {
-    const fence = /^\s*(`{3,}|~{3,})\s*([^\s`]*)/.exec(line);
-    const tag = Object.keys(MARKS).find((tag) => MARKS[tag].test(line));
-    const rest = tag ? line.replace(MARKS[tag], '') : line;
-    if (open?.tag === 'pre' && fence?.[1].startsWith(open.fence) && !fence[2]) open = null;
-    else if (open?.tag === 'pre') open.lines.push(line);
-    else if (fence) push({tag: 'pre', fence: fence[1], name: fence[2], lines: []});
-    else if (!line.trim()) open = null;
-    else if (tag && tag === open?.tag && tag !== 'h3') open.lines.push(rest);
-    else if (tag) push({tag, lines: [rest], from: parseInt(line, 10)});
-    else if (open && open.tag !== 'h3') open.lines.push(`${open.lines.pop()}\n${line}`);
-    else push({tag: 'p', lines: [line]});
+// Draws a turn's text; as it is, where a library gives up, as it does at thousands of nested quotations.
+function show(turn) {
+  try {
+    showBlocks(turn);
+  } catch {
+    turn.body.replaceChildren(make('p', {dir: 'auto'}, turn.text));
+    turn.blocks = [];
   }
-  return result;
-}
-
-function render({tag, name, lines, from}) {
-  const text = lines.join('\n');
-  if (tag === 'pre') {
-    const head = make('figcaption', {}, name || 'code', copier(() => text));
-    return make('figure', {}, head, make('pre', {tabIndex: 0}, make('code', {}, text)));
-  }
-  if (tag !== 'ul' && tag !== 'ol') return make(tag, {}, ...inline(text));
-  return make(tag, tag === 'ol' ? {start: from} : {}, ...lines.map((line) => make('li', {}, ...inline(line))));
 }
 
 // Renders only from the first block that has changed, while an answer streams the last one.
-function show(turn) {
-  const fresh = blocks(turn.text);
-  const texts = fresh.map((block) => JSON.stringify(block));
+function showBlocks(turn) {
+  const fresh = markdown.lexer(turn.text).filter(({type}) => type !== 'space' && type !== 'def');
+  const texts = fresh.map((token) => JSON.stringify(token));
+  const {body} = turn;
   const changed = texts.findIndex((text, place) => text !== turn.blocks[place]);
-  const from = changed < 0 ? texts.length : changed;
-  while (turn.body.children.length > from) turn.body.lastChild.remove();
-  turn.body.append(...fresh.slice(from).map(render));
+  let from = changed < 0 ? texts.length : changed;
+  const growing = body.children[from];
+  if (fresh[from]?.type === 'code' && growing?.tagName === 'FIGURE') {  // keeps its place, and the focus on its button
+    growing.firstChild.firstChild.textContent = fresh[from].lang?.match(/^\S*/)[0] || 'code';
+    growing.querySelector('code').textContent = fresh[from].text;
+    from += 1;
+  }
+  keepFocus(() => {
+    while (body.children.length > from) body.lastChild.remove();
+    body.append(...fresh.slice(from).map(render));
+  });
   turn.blocks = texts;
 }
 
@@ -73,8 +93,9 @@ function copier(text) {
       area.select();
       document.execCommand('copy');
       area.remove();
+      button.focus();
     }
-    button.textContent = 'Copied';
+    $('status').textContent = button.textContent = 'Copied';
     setTimeout(() => { button.textContent = 'Copy'; }, 1500);
   };
   return button;

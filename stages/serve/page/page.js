@@ -1,17 +1,28 @@
 'use strict';
-// The page itself: scrolling, the keyboard, what is shown when, and the first words with the server.
+// The page itself: scrolling, the keyboard and its focus, what is shown when, and the first words with the server.
 
 const TRIES = [
   'What is the capital of Portugal, and what is it known for?',
   'Explain in three sentences what a language model does.',
   'Write a Python function that reverses a string.',
 ];
+const narrow = matchMedia('(max-width: 62rem)');
+const warnings = {};
 const isLow = () => $('scroll').scrollHeight - $('scroll').scrollTop - $('scroll').clientHeight < 60;
 const pin = () => { $('scroll').scrollTop = $('scroll').scrollHeight; };
-const fit = () => {
-  $('ask').style.height = 'auto';
-  $('ask').style.height = `${$('ask').scrollHeight}px`;
+const fit = (field) => {
+  field.style.height = 'auto';
+  field.style.height = `${field.scrollHeight + field.offsetHeight - field.clientHeight}px`;
 };
+
+// Makes a change that may take away what has the focus, which then goes where one writes; on a screen that is touched it goes
+// to the conversation, as a field would open a keyboard over the answer.
+function keepFocus(change, next = matchMedia('(pointer: coarse)').matches ? $('scroll') : $('ask')) {
+  const focused = document.activeElement;
+  change();
+  if (!focused || focused === document.body || focused.checkVisibility({visibilityProperty: true})) return;
+  next.focus({preventScroll: true});
+}
 
 function busy(turn, yes) {
   turn.node.setAttribute('aria-busy', yes);
@@ -20,10 +31,25 @@ function busy(turn, yes) {
   if (yes) $('status').textContent = 'Answering';
 }
 
-// On a narrow screen the figures and settings take the conversation's place; on a wide one they are always there.
+// While a request waits for others to be answered; 0 when it does not.
+function showPlace(turn, place) {
+  turn.node.querySelector('.place')?.remove();
+  if (!place) return;
+  const text = place === 1 ? 'Next in the queue' : `Number ${count(place)} in the queue`;
+  turn.body.after(make('p', {className: 'place'}, text));
+  $('status').textContent = text;
+}
+
+function warn(about, text) {
+  warnings[about] = text;
+  $('alert').textContent = Object.values(warnings).filter(Boolean).join(' ');
+  $('alert').hidden = !$('alert').textContent;
+}
+
+// The figures and settings: beside the conversation on a wide screen, in its place on a narrow one.
 function rail(open) {
-  document.body.classList.toggle('settings', open);
-  $('open').textContent = open ? 'Back' : 'Settings';
+  keepFocus(() => document.body.classList.toggle('open', open), $('open'));
+  $('open').textContent = open ? 'Close' : 'Settings';
   $('open').ariaExpanded = open;
 }
 
@@ -37,8 +63,9 @@ function newConversation() {
   $('send').hidden = false;
   $('stop').hidden = true;
   $('status').textContent = 'New conversation';
-  rail(false);
+  if (narrow.matches) rail(false);
   figures();
+  save();
   $('ask').focus();
 }
 
@@ -48,43 +75,58 @@ async function connect() {
     if (!reply.ok) throw new Error(await reason(reply));
     const [model] = (await reply.json()).data;
     Object.assign(server, {model: model.id, context: model.max_model_len});
-    settings.price.value ||= model.price_per_hour ?? '';
-    settings.max_tokens.value = Math.min(settings.max_tokens.value, Math.floor(server.context / 2));
+    settings.price.defaultValue = model.price_per_hour ?? '';
+    for (const name of ['temperature', 'top_p']) {
+      settings[name].defaultValue = model.default_sampling?.[name] ?? settings[name].defaultValue;
+    }
+    settings.max_tokens.defaultValue = Math.min(settings.max_tokens.defaultValue, Math.floor(server.context / 2));
   } catch (error) {
-    warn(`The server is not ready. ${error instanceof TypeError ? 'It does not answer.' : error.message} Trying again…`);
+    const why = error instanceof TypeError ? 'It does not answer.' : error.message;
+    warn('server', `The server is not ready. ${why} Trying again…`);
     setTimeout(connect, 2000);
     return;
   }
-  warn('');
-  $('model').textContent = $('model').title = server.model;
+  warn('server', '');
+  $('model').textContent = server.model;
   document.title = `${server.model} · Thrice`;
+  turns.forEach(drawName);
   $('send').disabled = false;
   figures();
   await attest();
 }
 
-for (const text of TRIES) $('tries').append(make('button', {type: 'button', textContent: text, onclick: () => send(text)}));
-$('form').onsubmit = (event) => {
-  event.preventDefault();
-  send($('ask').value);
-};
-$('settings').onsubmit = (event) => event.preventDefault();
-$('settings').oninput = figures;
-$('stop').onclick = () => {
-  running?.abort();
-  $('ask').focus();
-};
-$('new').onclick = newConversation;
-$('open').onclick = () => rail(!document.body.classList.contains('settings'));
-$('ask').oninput = fit;
-$('ask').onkeydown = (event) => {
+function submitOnEnter(event) {
   if (event.key !== 'Enter' || event.shiftKey || event.isComposing) return;
   event.preventDefault();
-  send($('ask').value);
+  event.target.form.requestSubmit();
+}
+
+for (const text of TRIES) $('tries').append(makeButton(text, '', () => send(text)));
+$('form').onsubmit = (event) => {
+  event.preventDefault();
+  if (!send($('ask').value)) return;
+  $('ask').value = '';
+  fit($('ask'));
 };
+$('settings').onsubmit = (event) => event.preventDefault();
+$('settings').oninput = () => {
+  figures();
+  save();
+};
+$('stop').onclick = () => running?.abort();
+$('new').onclick = newConversation;
+$('open').onclick = () => {
+  rail(!document.body.classList.contains('open'));
+  save();
+};
+$('ask').oninput = () => fit($('ask'));
+$('ask').onkeydown = submitOnEnter;
 document.onkeydown = (event) => {
   if (event.key !== 'Escape') return;
   if (running) running.abort();
-  else rail(false);
+  else if (narrow.matches) rail(false);
 };
+narrow.onchange = () => rail(!narrow.matches);
+onpagehide = () => running && save();
+restore();
 connect();

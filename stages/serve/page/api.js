@@ -1,0 +1,42 @@
+'use strict';
+// The server's routes: what is posted, what streams back, and why something was refused.
+
+// The page's own address may hold a name and a key, with which fetch refuses to work; the origin holds none.
+const at = (path) => new URL(path, location.origin);
+const post = (path, body, signal) => fetch(at(path), {
+  method: 'POST', headers: {'Content-Type': 'application/json'}, body: JSON.stringify(body), signal,
+});
+
+async function reason(reply) {
+  const body = await reply.json().catch(() => null);
+  const wait = reply.headers.get('Retry-After');
+  return (body?.error?.message ?? `The server answered ${reply.status}.`) + (wait ? ` Try again in ${wait} s.` : '');
+}
+
+// Server-sent events -> the JSON of each, up to [DONE]; {place} for a comment: in the queue, or 0.
+async function* events(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  for (let partial = ''; ;) {
+    const {done, value} = await reader.read();
+    if (done) return;
+    const lines = (partial + value).split(/\r?\n/);
+    partial = lines.pop();
+    for (const line of lines) {
+      const waits = /^: (?:place (\d+) in the queue|waiting)$/.exec(line);
+      if (waits) yield {place: Number(waits[1] ?? 0)};
+      if (!line.startsWith('data:')) continue;
+      if (line.slice(5).trim() === '[DONE]') return;
+      yield JSON.parse(line.slice(5));
+    }
+  }
+}
+
+// How many tokens a text or a conversation is; 0 when the server does not say.
+async function countTokens(body, signal) {
+  try {
+    const reply = await post('/tokenize', {model: server.model, ...body}, signal);
+    return reply.ok ? (await reply.json()).count : 0;
+  } catch {
+    return 0;
+  }
+}

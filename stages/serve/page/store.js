@@ -1,0 +1,38 @@
+'use strict';
+// The conversation outlives a reload, in this browser alone: this tab's own, and the newest for a tab that is opened later.
+
+const KEY = 'thrice';
+const FIELDS = 'role text model aside finish error prompt tokens resent cached wait speed forgot'.split(' ');
+
+function save() {
+  const chosen = [...settings].filter((field) => field.value !== field.defaultValue).map(({name, value}) => [name, value]);
+  const kept = JSON.stringify({
+    spent, settings: Object.fromEntries(chosen), folded: !document.body.classList.contains('open') && !narrow.matches,
+    turns: turns.map((turn) => Object.fromEntries(FIELDS.map((name) => [name, turn[name]]))),
+  });
+  try {
+    sessionStorage.setItem(KEY, kept);
+    localStorage.setItem(KEY, kept);
+    warn('storage', '');
+  } catch {
+    warn('storage', 'This browser keeps no more of the conversation: its storage is full or off. A reload loses the rest.');
+  }
+}
+
+// Draws what was kept. An answer that was under way then has been stopped by it.
+function restore() {
+  let kept = null;
+  try {
+    kept = JSON.parse(sessionStorage.getItem(KEY) ?? localStorage.getItem(KEY));
+    for (const [name, value] of Object.entries(kept?.settings ?? {})) settings[name].value = value;
+    for (const {role, text, ...rest} of kept?.turns ?? []) addTurn(role, text, rest);
+  } catch {}  // turned off, or not ours
+  spent = kept?.spent ?? 0;
+  for (const turn of turns.filter(({role}) => role === 'assistant')) {
+    if (!turn.error) turn.finish ??= 'stopped';
+    drawFoot(turn);
+  }
+  setAside(turns.filter((turn) => turn.aside));
+  rail(!narrow.matches && !kept?.folded);
+  pin();
+}

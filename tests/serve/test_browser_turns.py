@@ -1,0 +1,206 @@
+"""The turns of a conversation on the chat page: set aside, kept over a reload, edited, copied, continued, waiting, in focus."""
+
+import re
+import time
+
+import pytest
+from selenium.webdriver import Keys
+
+MORE = "Tell me more."
+
+
+def contents(request):
+    return [message["content"] for message in request["messages"]]
+
+
+def test_a_full_context_sets_the_oldest_turns_aside(visit):
+    visit.listen()
+    for _ in range(5):
+        visit.ask(MORE)
+    visit.ask(MORE)
+    assert visit.texts(".error") == []
+    aside, rest = visit.texts("article.aside .text"), visit.texts("article:not(.aside) .text")
+    assert visit.text(".note") == f"Set aside: the model does not see the {len(aside)} turns above."
+    assert len(aside) % 2 == 0
+    assert contents(visit.requests()[-1]) == rest[:-1]
+    assert sum(int(n) for n in re.findall(r"context was full: (\d+) turns set aside", "".join(visit.texts(".figures")))) == len(
+        aside
+    )
+    used, context = map(int, visit.text("#context").split(" of "))
+    assert used <= context
+
+
+def test_a_conversation_survives_a_reload_in_this_browser_alone(visit):
+    visit.ask("Hello.")
+    visit.set("system", "Be brief.")
+    kept = lambda: [visit.texts(css) for css in ("article .text", ".figures", "#context", "#resent", "#time")]
+    before = kept()
+    visit.reload()
+    assert kept() == before
+    visit.listen()
+    visit.ask("And then?")
+    assert contents(visit.requests()[-1]) == ["Be brief.", "Hello.", before[0][1], "And then?"]
+    assert visit.chrome.get_cookies() == []
+
+    visit.chrome.switch_to.new_window("tab")  # begins with the newest conversation and does not disturb this tab's
+    visit.chrome.get(visit.line.address)
+    visit.ready()
+    assert visit.texts("article .text")[0] == "Hello."
+    visit.click("#new")
+    visit.ask("Another.")
+    visit.chrome.close()
+    visit.chrome.switch_to.window(visit.chrome.window_handles[0])
+    visit.reload()
+    assert visit.texts("article .text")[0] == "Hello."
+
+    visit.click("#new")
+    assert "Hello" not in visit.chrome.execute_script("return JSON.stringify([localStorage, sessionStorage])")
+    visit.reload()
+    assert visit.texts("article") == []
+
+
+def test_an_answer_that_a_reload_cut_goes_on(visit, tiny_server, monkeypatch):
+    step = tiny_server.slots.step
+    monkeypatch.setattr(tiny_server.slots, "step", lambda: time.sleep(0.1) or step())
+    visit.set("max_tokens", "60")
+    visit.type(MORE, Keys.ENTER)
+    part = visit.until(lambda: visit.answering and visit.text("article.assistant .text").strip())
+    visit.reload()
+    monkeypatch.undo()
+    assert visit.text("article.assistant .text").startswith(part.split("\n")[0])
+    assert visit.text(".figures").startswith("stopped")
+    visit.click(".again:not(:last-of-type)")
+    visit.until(lambda: "token" in visit.text(".figures"))
+    assert visit.text("article.assistant .text").startswith(part.split("\n")[0])
+
+
+def test_what_cannot_be_kept_is_said(visit):
+    visit.chrome.execute_script("Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); }")
+    visit.ask("Hello.")
+    assert visit.text("#alert").startswith("This browser keeps no more of the conversation")
+
+
+def test_a_turn_of_ones_own_is_edited_and_copied(visit):
+    visit.listen()
+    visit.ask("One")
+    visit.ask("Two")
+    first = lambda css: visit.chrome.find_elements("css selector", css)[0]
+    visit.chrome.execute_script("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
+    first("article.user .copy").click()
+    visit.until(lambda: first("article.user .copy").text == "Copied")
+    assert visit.chrome.execute_script("return window.copied") == "One"
+    visit.chrome.execute_script("navigator.clipboard.writeText = () => Promise.reject()")  # as over plain http from elsewhere
+    visit.click("article.user .copy")
+    visit.until(lambda: visit.text("article.user .copy") == "Copied")
+    assert visit.focus == "Copied"
+
+    first(".edit").click()
+    visit.chrome.switch_to.active_element.send_keys("x", Keys.ESCAPE)
+    assert visit.focus == "Edit"
+    assert len(visit.texts("article")) == 4
+    first(".edit").send_keys(Keys.ENTER)
+    assert visit.chrome.switch_to.active_element.get_attribute("value") == "One"
+    visit.chrome.switch_to.active_element.send_keys(" more", Keys.ENTER)
+    visit.until(lambda: len(visit.texts(".figures")) == 3)
+    assert contents(visit.requests()[-1]) == ["One more"]
+    assert visit.texts(".note") == ["Set aside: the model does not see the 4 turns above."]
+    assert len(visit.texts(".edit")) == 1
+
+    visit.partly("Three")  # what is edited while it is being answered: that answer ends
+    visit.click(".edit")
+    visit.line.pace = 0
+    visit.chrome.switch_to.active_element.send_keys("!", Keys.ENTER)
+    visit.until(lambda: contents(visit.requests()[-1])[-1] == "Three!" and not visit.answering)
+    assert visit.texts("article.user .text")[-1] == "Three!"
+
+
+def test_an_answer_goes_on_after_a_cut(visit):
+    visit.listen()
+    visit.set("max_tokens", "3")
+    visit.ask(MORE)
+    part = visit.text("article.assistant .text")
+    assert visit.text(".figures").startswith("ended by the limit of tokens · 3 tokens")
+    visit.click(".again:not(:last-of-type)")
+    visit.until(lambda: "6 tokens" in visit.text(".figures"))
+    (text,) = visit.texts("article.assistant .text")
+    assert text.startswith(part)
+    assert len(text) > len(part)
+    request = visit.requests()[-1]
+    assert (request["continue_final_message"], request["add_generation_prompt"]) == (True, False)
+    assert [message["role"] for message in request["messages"]] == ["user", "assistant"]
+    assert visit.focus == "ask"
+
+
+def test_the_focus_is_never_lost(visit):
+    press = lambda css: visit.chrome.find_elements("css selector", css)[-1].send_keys(Keys.ENTER)
+    visit.line.pace = 0.05
+    visit.type(MORE)
+    press("#send")
+    visit.until(lambda: visit.answering)
+    assert visit.focus == "ask"
+    press("#stop")
+    visit.line.pace = 0
+    visit.finished()
+    assert visit.focus == "ask"
+    for action in (".again", "#new", "#tries button"):
+        press(action)
+        visit.until(lambda: not visit.answering)
+        assert visit.focus == "ask", action
+    visit.finished()
+    press(".edit")
+    press(".editing .go")
+    visit.until(lambda: len(visit.texts(".figures")) == 2 and not visit.answering)
+    assert visit.focus == "ask"
+    press("#open")
+    assert visit.focus == "open"
+
+
+@pytest.fixture
+def phone(visit):
+    cdp = visit.chrome.execute_cdp_cmd
+    cdp("Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True})
+    cdp("Emulation.setTouchEmulationEnabled", {"enabled": True})
+    visit.reload()
+    yield visit
+    cdp("Emulation.setTouchEmulationEnabled", {"enabled": False})
+    cdp("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_the_rail_folds_and_starts_folded_on_a_phone(visit, request):
+    shown = lambda: visit.chrome.find_element("id", "rail").is_displayed()
+    assert shown()
+    assert not visit.chrome.find_element("id", "strip").is_displayed()
+    visit.click("#open")
+    assert not shown()
+    assert visit.chrome.find_element("id", "strip").is_displayed()
+    visit.reload()
+    assert not shown()
+    visit.click("#open")
+    request.getfixturevalue("phone")
+    assert not shown()
+    visit.click("#open")
+    visit.set("seed", "5")
+    visit.chrome.switch_to.active_element.send_keys(Keys.ESCAPE)
+    assert not shown()
+    assert visit.focus == "open"
+    visit.type("Hello.")
+    visit.click("#send")
+    visit.finished()
+    assert visit.focus == "scroll"  # no keyboard opens over the answer
+
+
+def test_nothing_is_said_twice(visit):
+    said = (
+        "const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), texts = [];"
+        "while (walk.nextNode()) { const {parentElement: at, data} = walk.currentNode;"
+        " const earlier = 'article:has(~ article)';"
+        " if (at.checkVisibility({visibilityProperty: true}) && !at.closest(`${earlier}, script, style, .unseen, .text`))"
+        "  texts.push(data.trim()); }"
+        "document.querySelectorAll('[title], [placeholder]').forEach((it) => texts.push(it.title, it.placeholder ?? ''));"
+        "return texts.filter((text) => text.length > 2)"
+    )
+    for step in (lambda: None, lambda: visit.ask("Hello."), lambda: visit.ask(MORE), lambda: visit.click("#open")):
+        step()
+        texts = visit.chrome.execute_script(said)
+        assert len(texts) > 10
+        assert sorted(text for text in texts if texts.count(text) > 1) == []
