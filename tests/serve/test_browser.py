@@ -70,6 +70,15 @@ def test_stop_keeps_what_had_come_and_the_conversation_goes_on(visit):
     assert visit.requests()[-1]["messages"][1]["content"].startswith(part.split("\n")[0])
 
 
+def test_an_answer_comes_though_its_tokens_cannot_be_counted(visit):
+    visit.chrome.execute_script(
+        "const real = window.fetch; window.fetch = async (url, how) => `${url}`.endsWith('/tokenize')"
+        " ? {ok: true, json: () => Promise.reject(new DOMException('stopped meanwhile', 'AbortError'))} : real(url, how)"
+    )
+    visit.ask("Hello.")
+    assert "12 tokens" in visit.text(".figures")
+
+
 def test_an_error_keeps_what_had_come_and_can_be_tried_again(visit):
     visit.listen()
     part = visit.partly(LONG)

@@ -25,9 +25,9 @@ function restore() {
   try {
     kept = JSON.parse(sessionStorage.getItem(KEY) ?? localStorage.getItem(KEY));
     for (const [name, value] of Object.entries(kept?.settings ?? {})) settings[name].value = value;
-    for (const {role, text, ...rest} of kept?.turns ?? []) addTurn(role, text, rest);
+    for (const {role, text, ...rest} of kept?.turns ?? []) addTurn(role, String(text), rest);
   } catch {}  // turned off, or not ours
-  spent = kept?.spent ?? 0;
+  spent = Number(kept?.spent) || 0;
   for (const turn of turns.filter(({role}) => role === 'assistant')) {
     if (!turn.error) turn.finish ??= 'stopped';
     drawFoot(turn);
