@@ -5,7 +5,7 @@
     python -m bench.inference --quick                         fewer tokens and rounds, about a minute
 
 Both read the same GGUF file and prompts with all cores, in turns, greedily; ours through `Slots` as the server runs it, with
-int8 weights. A ratio is our tokens a second over the peer's, the median of the rounds' own. `decode_1` alone has speculative
+int8 weights. A ratio is our tokens a second over the peer's, both of the median round. `decode_1` alone has speculative
 decoding, as a lone stream has by default. Each row has the slots that it can use, and is timed while all its streams are
 under way.
 """

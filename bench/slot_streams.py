@@ -40,6 +40,7 @@ ROWS = (
     StreamRow("decode_8", 8, 64, False, 1.3),
     StreamRow("decode_32", 32, 64, False, 2.0),
 )
+UNMET = {True: "", False: ": ** not met **", None: ": undecided, within the noise"}  # by whether the ratio is above the least
 CAPACITY = 1024  # tokens of a stream
 MAKE_VENV = "python3 -m venv peers && peers/bin/pip install llama-cpp-python"
 
@@ -138,10 +139,10 @@ def _measure_row(row: StreamRow, calls: dict[str, Callable[[], StreamResult]], n
         same = sum(next((n for n, (a, b) in enumerate(zip(*pair)) if a != b), len(pair[0])) for pair in pairs)
         fields["same_tokens"] = same / sum(map(len, tokens["ours"]))
         fields["peer_tokens_per_second"] = theirs = count / timings["peer"].median
-        fields |= ratio(timings["peer"], timings["ours"]).fields()
-        over = f"{fields['ratio']:.2f} ± {fields['spread']:.2f} times" if fields["ratio"] else "ratio lost in noise"
-        line += f"; llama.cpp {theirs:6.0f}: {over}"
-        if least and fields["ratio"]:
-            line += f" (at least {least:g}{'' if fields['ratio'] >= least else ': ** not met **'})"
+        over = ratio(timings["peer"], timings["ours"])
+        fields |= over.fields()
+        line += f"; llama.cpp {theirs:6.0f}: {'ratio lost in noise' if over.ratio is None else f'{over} times'}"
+        if least:
+            line += f" (at least {least:g}{UNMET[over.exceeds(least)]})"
     print(line, flush=True)
     return fields

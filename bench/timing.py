@@ -1,7 +1,8 @@
 """Times calls in turns; gives their ratios, with the noise.
 
-A shared machine's speed drifts by more than most effects worth knowing. So calls that are compared run in turns, and each
-round has a ratio of its own, in which the drift is common to both.
+A ratio is the quotient of two medians, so that it agrees with the times printed beside it. A shared machine's speed drifts by
+more than most effects worth knowing; so calls that are compared run in turns, and the spread of a ratio is that of the rounds'
+own ratios, in which the drift is common to both.
 """
 
 import dataclasses
@@ -36,11 +37,21 @@ class Timing:
 
 
 class Ratio(NamedTuple):
-    """The median of the rounds' ratios, and their spread; None where noise hides it, with a sentence that says why."""
+    """The quotient of two medians, and the spread of the rounds' own; None where noise hides it, with a sentence on why."""
 
     ratio: float | None
     spread: float | None
     noisy: str | None = None
+
+    def exceeds(self, threshold: float) -> bool | None:
+        """Whether it is above a threshold; None where noise hides it or the threshold lies within ratio ± spread."""
+        if self.ratio is None or self.spread is None or abs(self.ratio - threshold) <= self.spread:
+            return None
+        return self.ratio > threshold
+
+    def scaled(self, factor: float) -> "Ratio":
+        """Returns it times a factor above 0."""
+        return self if self.ratio is None or self.spread is None else Ratio(self.ratio * factor, self.spread * factor)
 
     def __str__(self) -> str:
         return "noisy" if self.ratio is None else f"{self.ratio:.2f} ± {self.spread:.2f}"
@@ -79,8 +90,9 @@ def measure(
 
 
 def ratio(a: Timing, b: Timing) -> Ratio:
-    """Returns a over b, from timings of one `measure`; without a number when its spread exceeds it, or below 3 rounds.
+    """Returns a's median over b's, from timings of one `measure`; no number when its spread exceeds it, or below 3 rounds.
 
+    Its spread is the middle half of the rounds' own ratios, stretched to hold the quotient.
     Raises ValueError when the timings are not of the same rounds.
     """
     rounds = len(a.seconds)
@@ -92,7 +104,9 @@ def ratio(a: Timing, b: Timing) -> Ratio:
     if min(b.seconds) <= 0:
         return noisy(f"{b.name} is too short for the clock; repeat it inside one call")
     each = [x / y for x, y in zip(a.seconds, b.seconds)]
-    result, spread = statistics.median(each), _interquartile(each)
+    low, _, high = statistics.quantiles(each, n=4, method="inclusive")
+    result = a.median / b.median
+    spread = max(high, result) - min(low, result)
     if spread > result:
         return noisy(
             f"the ratio {Ratio(result, spread)} is less than its own spread over {rounds} rounds; measure on a quieter machine "

@@ -40,16 +40,17 @@ def measure_training(flags: TrainingFlags) -> Json:
     from engine.counting.params import count_params
     from engine.training.optimizer import OptimizerConfig, make_optimizer
 
+    progress("measuring this machine's ceilings ...")
     ceilings = measure_ceilings()
     print(f"{ceilings.device}, {ceilings.cores} cores, jax {ceilings.jax}")
     print(f"{'shape':>16} {'params':>9} {'ms a step':>10} {'GFLOP/s':>9} {'of ceiling':>11} {'tokens/s':>9}", flush=True)
     measured = []
     for shape in shapes:
-        progress(f"measuring {shape} ...")
+        progress(f"measuring {shape}, and the ceilings again beside it: the best of all counts ...")
         inputs = make_step_inputs(shape, flags.dtype)
         step = make_step(inputs, make_optimizer(OptimizerConfig(kind=flags.optimizer)))
         measured.append((shape, inputs.cfg, measure({str(shape): step}, rounds=flags.rounds, warmups=2)[str(shape)]))
-        # Measured beside each shape, for they move on a shared machine; the best counts for all.
+        # They move on a shared machine.
         ceilings = best_ceilings(ceilings, measure_ceilings())
     kind, top = ("bf16", ceilings.bf16_gflops) if flags.dtype == "bfloat16" else ("f32", ceilings.f32_gflops)
     rows = []

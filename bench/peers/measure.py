@@ -34,7 +34,6 @@ def comparison_row(name: str, peer: str, timings: Mapping[str, Timing], tokens: 
     ours, theirs = timings[OURS], timings[peer]
     return {
         "name": name, "peer": peer, "ours_seconds": ours.median, "peer_seconds": theirs.median,
-        "best_ratio": min(ours.seconds) / min(theirs.seconds),
         "tokens_per_second": tokens / ours.median, "peer_tokens_per_second": tokens / theirs.median,
     } | ratio(ours, theirs).fields()  # fmt: skip
 

@@ -22,7 +22,7 @@ Document = Mapping[str, Any]
 Note = tuple[str, str, str]  # row, what is off, why
 HERE = Path(__file__).parent
 DEVIATION = 0.15  # of measured from predicted time, above which it is explained
-KINDS = {"true": "holds", "false": "fails", "open": "open"}  # by a verdict's first word; else "partly"
+KINDS = {"true": "holds", "false": "fails", "undecided": "open"}  # by a verdict's first word; else "partly"
 
 
 def write_report(folder: Path, document: Document) -> Path:
@@ -55,7 +55,7 @@ def page(document: Document) -> str:
         document, style=_style(), trained=first_training_row(rows) or {}, groups=groups, notes=notes, columns=columns(rows),
         figures=figures(rows, document.get("ceilings") or {}, document.get("model") or {}), limit=DEVIATION,
         served=sorted((row for row in decode_rows(rows) if finite(row.get("slots"))), key=lambda row: row["slots"]),
-        lone=numbers.get(GENERATED_CHEAPER, {}).get("time"), agreement=flops_agreement(rows),
+        lone=(numbers.get(GENERATED_CHEAPER, {}).get("time") or {}).get("ratio"), agreement=flops_agreement(rows),
         json=json.dumps(document, indent=1, ensure_ascii=False, default=str),
     )  # fmt: skip
 

@@ -20,6 +20,7 @@ from bench.timing import Timing, ratio
 from engine.counting.hardware import clock
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 64  # of each request in a measurement of throughput
+SHARE_BAR = 0.85  # of its engine's throughput, for the server
 SHARED_TOKENS = 512  # at the beginning of prompts that measure the prefix cache
 
 
@@ -87,8 +88,8 @@ async def throughput(server: Server, streams: int, count: int, seed: int) -> flo
 async def compare_with_engine(server: Server, model: str, weights: str, slots: int, capacity: int, rounds: int) -> Json:
     """Compares the server with its own engine without a server, in turns, with as many streams as slots.
 
-    `ratio` is the server's throughput over the engine's, the median of the rounds' own; `spread` is NaN where noise hides
-    it. `same_text`: whether the server's text was, in every round, that of the engine's tokens.
+    `ratio` is the server's throughput over the engine's, both of the median round, and `met` whether it exceeds SHARE_BAR;
+    each is None where noise hides it. `same_text`: whether the server's text was, in every round, that of the engine's tokens.
     """
     rng = random.Random(1)
     prompts = [_random_tokens(rng, PROMPT_TOKENS) for _ in range(slots)]
@@ -107,12 +108,11 @@ async def compare_with_engine(server: Server, model: str, weights: str, slots: i
     detokenized = await server.client.post("/detokenize", {"tokens": engine_rounds[-1]["tokens"][0]})
     engine, served = [reply["seconds"] for reply in engine_rounds], [seconds for _, seconds in server_rounds]
     texts = {tuple(completion.text for completion in completions) for completions, _ in server_rounds}
-    spread = ratio(Timing("engine", tuple(engine)), Timing("server", tuple(served))).spread
+    over = ratio(Timing("engine", tuple(engine)), Timing("server", tuple(served)))
     tokens = slots * NEW_TOKENS
-    return {
+    return over.fields() | {
         "name": f"server_against_offline_{slots}", "tokens_per_second": tokens / statistics.median(served),
-        "peer_tokens_per_second": tokens / statistics.median(engine), "spread": math.nan if spread is None else spread,
-        "ratio": statistics.median(a / b for a, b in zip(engine, served)),
+        "peer_tokens_per_second": tokens / statistics.median(engine), "bar": SHARE_BAR, "met": over.exceeds(SHARE_BAR),
         "same_text": len(texts) == 1 and next(iter(texts))[0] == detokenized.json()["prompt"],
     }  # fmt: skip
 
@@ -163,7 +163,7 @@ async def repetitive_throughput(server: Server) -> float:
 async def gains(server: Server, model: str, flags: list[str], slots: int, rounds: int) -> list[Json]:
     """Measures the gains of batching, and of prefix cache, speculative decoding and int8 weights beside a server without each.
 
-    `gain` is the median of the rounds' own.
+    The gain, `ratio`, is the quotient of the medians `on` and `off`, above 1 where the part is of use.
     """
     seeds = itertools.count(50)
     streams = lambda count: throughput(server, count, count, next(seeds))
@@ -184,5 +184,7 @@ async def gains(server: Server, model: str, flags: list[str], slots: int, rounds
 
 
 def _gain(part: str, figure: str, on: list[float], off: list[float]) -> Json:
-    gain = statistics.median(b / a if figure.endswith(", s") else a / b for a, b in zip(on, off))
-    return {"part": part, "measured": figure, "on": statistics.median(on), "off": statistics.median(off), "gain": gain}
+    first, second = (off, on) if figure.endswith(", s") else (on, off)
+    gain = ratio(Timing("on", tuple(first)), Timing("off", tuple(second)))
+    medians = {"on": statistics.median(on), "off": statistics.median(off)}
+    return {"part": part, "measured": figure, **medians, **gain.fields()}

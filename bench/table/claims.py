@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from bench.table.sentences import read_templates, render
+from bench.timing import Ratio
 
 TUNING_TOKENS = 1_000_000
+SMALL_PART = 0.1  # what fine-tuning may cost of training
 TOKENS_PER_PARAMETER = 20  # of a compute-optimal pre-training run (Hoffmann et al. 2022, 2203.15556, table 3)
 TEXTS: dict[str, dict[str, str]] = read_templates("claims")
 GENERATED_CHEAPER = TEXTS["generated_cheaper"]["claim"]
@@ -35,7 +37,7 @@ class Evidence:
     """The numbers by which claims are judged."""
 
     rows: dict[str, dict[str, Any]]  # of the document, by name
-    time_ratio: Callable[[str, str], float | None]  # a row's time for a token over another's, None where noise hides it
+    time_ratio: Callable[[str, str], Ratio]  # of a row's time for a token over another's
     checks: InferenceChecks
     params: int
     price: float  # dollars an hour
@@ -46,7 +48,7 @@ class Evidence:
         """Returns the first row whose name begins with `start`, or raises KeyError."""
         return self.rows[next((name for name in self.rows if name.startswith(start)), start)]
 
-    def ratio(self, a: str, b: str) -> float | None:
+    def ratio(self, a: str, b: str) -> Ratio:
         """Returns `time_ratio` of the `row` of `a` and of `b`."""
         return self.time_ratio(self.row(a)["name"], self.row(b)["name"])
 
@@ -54,16 +56,39 @@ class Evidence:
 def claims(evidence: Evidence) -> list[dict[str, Any]]:
     """Judges the claims: returns them with verdicts, without those whose rows are missing."""
     known = {
-        "evidence": evidence, "checks": evidence.checks, "row": evidence.row, "ratio": evidence.ratio,
-        "per_parameter": TOKENS_PER_PARAMETER, "tuning_tokens": TUNING_TOKENS, "gain_verdict": _gain_verdict,
+        "evidence": evidence, "checks": evidence.checks, "row": evidence.row, "judge": judge, "judge_gain": judge_gain,
+        "per_parameter": TOKENS_PER_PARAMETER, "tuning_tokens": TUNING_TOKENS, "small_part": SMALL_PART,
     }  # fmt: skip
     decided = []
     for name, text in TEXTS.items():
         with contextlib.suppress(KeyError):
             numbers = _numbers(name, evidence)
             verdict, value = (render(text[part], known | numbers | {"numbers": numbers}) for part in ("verdict", "value"))
-            decided.append({"claim": text["claim"], "verdict": verdict, "value": value, "numbers": numbers})
+            decided.append({"claim": text["claim"], "verdict": verdict, "value": value, "numbers": _plain(numbers)})
     return decided
+
+
+def judge(ratio: Ratio, threshold: float, above: str, below: str) -> str:
+    """Returns the verdict `above` or `below` the threshold, or that this measurement does not decide between them."""
+    match ratio.exceeds(threshold):
+        case None:
+            why = "lost in noise" if ratio.ratio is None else f"{ratio} may lie on either side of {threshold:g}"
+            return f"undecided on this machine: {why}"
+        case is_above:
+            return above if is_above else below
+
+
+def judge_gain(gains: dict[str, Ratio] | Ratio) -> str:
+    """Returns the verdict on a part of serving: on its gain, or on gains by numbers of slots, of which each counts."""
+    if isinstance(gains, Ratio):
+        little = judge(gains, 1.02, "partly: little for this model here", "false for this model here")
+        return judge(gains, 1.25, "true", little)
+    verdicts = {slots: judge_gain(gain) for slots, gain in gains.items()}
+    if len(set(verdicts.values())) == 1:
+        return next(iter(verdicts.values()))
+    undecided = [f"{verdict} (among {slots})" for slots, verdict in verdicts.items() if verdict.startswith("undecided")]
+    by_slots = "; ".join(f"among {slots} {verdict}" for slots, verdict in verdicts.items())
+    return undecided[0] if undecided else f"partly: {by_slots}"
 
 
 def _numbers(name: str, evidence: Evidence) -> dict[str, Any]:
@@ -71,9 +96,8 @@ def _numbers(name: str, evidence: Evidence) -> dict[str, Any]:
     row, checks = evidence.row, evidence.checks
     match name:
         case "half" | "half_of_lora":
-            step = row("LoRA" if name == "half_of_lora" else "pre-training")
-            time = step["time_ratio_to_forward"]
-            return {"flops": 1 / step["flop_ratio_to_forward"], "time": time and 1 / time}
+            step = "LoRA" if name == "half_of_lora" else "pre-training"
+            return {"flops": 1 / row(step)["flop_ratio_to_forward"], "time": evidence.ratio("evaluation forward", step)}
         case "half_of_backward":
             parts = row("pre-training")["flops_per_token"]
             return {"flops": parts["forward"] / (parts["dx"] + parts["dw"])}
@@ -97,13 +121,15 @@ def _numbers(name: str, evidence: Evidence) -> dict[str, Any]:
             return {"same": checks.before == checks.after}
         case "money":
             cost = lambda start, tokens: row(start)["seconds_per_token"] * tokens / 3600 * evidence.price
-            training = cost("pre-training", TOKENS_PER_PARAMETER * evidence.params)
+            training_tokens = TOKENS_PER_PARAMETER * evidence.params
+            training, token_share = cost("pre-training", training_tokens), evidence.ratio("LoRA", "pre-training")
             return {
+                "token_share": token_share, "share": token_share.scaled(TUNING_TOKENS / training_tokens),
                 "training_usd": training, "fine_tuning_usd": cost("LoRA", TUNING_TOKENS),
                 "serving_tokens_that_cost_as_much": training / (cost("decode with 8 slots", 1) or 1),
             }  # fmt: skip
         case "quantisation":
-            gains: dict[str, float | None] = {}
+            gains: dict[str, Ratio] = {}
             for slots in ("8", "32"):
                 with contextlib.suppress(KeyError):
                     gains[slots] = evidence.ratio(f"decode with {slots} slots", f"decode with {slots}, int8")
@@ -114,9 +140,8 @@ def _numbers(name: str, evidence: Evidence) -> dict[str, Any]:
             return {"off_over_on": evidence.time_ratio(*SERVING[name])}
 
 
-def _gain_verdict(gain: float | None) -> str:
-    if gain is None:
-        return "open: lost in noise"
-    if gain > 1.25:
-        return "true"
-    return "partly: little for this model here" if gain > 1.02 else "false for this model here"
+def _plain(numbers: Any) -> Any:
+    """Returns the numbers as JSON has them, each ratio as an object of its own."""
+    if isinstance(numbers, Ratio):
+        return numbers.fields()
+    return {name: _plain(value) for name, value in numbers.items()} if isinstance(numbers, dict) else numbers

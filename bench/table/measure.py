@@ -50,7 +50,7 @@ def stage_table(
     """
     begin = clock()
     check_memory(read_config(model_name) if model_name else preset(preset_name), batch, context)
-    progress("measuring what this machine can do ...")
+    progress("measuring this machine's ceilings, which utilisation is a share of ...")
     ceilings = measure_ceilings()
     model = load(model_name) if model_name else random_model(preset_name, preset(preset_name))
     cfg = model.cfg
@@ -80,8 +80,9 @@ def stage_table(
     tokens = {name + part: row.tokens for name, row in rows.items() for part in ("", PRODUCTS)}
     timings = {name: timing.scaled(1 / tokens.get(name, 1)) for name, timing in timings.items()}
 
-    progress("comparing weights and answers ...")
+    progress("measuring the ceilings again: this machine's speed may have changed since, and the best counts ...")
     ceilings = best_ceilings(ceilings, measure_ceilings())
+    progress("comparing weights and answers ...")
     document_rows = {}
     for name, row in rows.items():
         differ = [old != new for old, new in zip(weights_before[name], digests(row))]
@@ -90,7 +91,7 @@ def stage_table(
     generated = sum(row.tokens for row in rows.values() if row.stage == "decode") * (rounds + 1)
     params = count_params(cfg).total
     evidence = Evidence(
-        document_rows, lambda a, b: ratio(timings[a], timings[b]).ratio,
+        document_rows, lambda a, b: ratio(timings[a], timings[b]),
         check_invariants(cfg, frozen, int8, data, length=context, before=state_before, generated=generated),
         params=params, price=price, uncached=(timings["uncached"].median, context),
         bytes_per_weight=jnp.dtype(cfg.dtype).itemsize,

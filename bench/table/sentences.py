@@ -7,10 +7,22 @@ from typing import Any
 
 import jinja2
 
-from engine.format import in_words, money, percent, si, times
+from bench.timing import Ratio
+from engine.format import ABSENT, in_words, money, percent, si, times
+
+
+def ratio(of: Ratio) -> str:
+    """Formats a ratio of times with its spread: `1.14× ± 0.02`, or `– (lost in noise)`."""
+    return f"{times(of.ratio)} ± {times(of.spread).rstrip('×')}" if of.ratio is not None else f"{ABSENT} (lost in noise)"
+
+
+def share(of: Ratio) -> str:
+    """Formats a ratio of times as a share: `31% ± 2%`, or `– (lost in noise)`."""
+    return f"{percent(of.ratio)} ± {percent(of.spread)}" if of.ratio is not None else f"{ABSENT} (lost in noise)"
+
 
 _ENVIRONMENT = jinja2.Environment(undefined=jinja2.StrictUndefined)
-_ENVIRONMENT.filters |= {write.__name__: write for write in (in_words, money, percent, si, times)} | {
+_ENVIRONMENT.filters |= {write.__name__: write for write in (in_words, money, percent, ratio, share, si, times)} | {
     "seconds": lambda row: si(row["seconds_per_token"], "s"),
     "nats": lambda bits: f"{float.fromhex(bits):.4f} ({bits})",
 }

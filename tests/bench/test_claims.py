@@ -1,8 +1,13 @@
-"""A claim's verdict follows from numbers: other numbers, another verdict."""
+"""A claim's verdict follows from numbers: other numbers, another verdict; and none where they do not decide it."""
 
 import dataclasses
+import re
+
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bench.table.claims import TEXTS, Evidence, InferenceChecks, claims
+from bench.timing import Ratio, Timing, ratio
 
 STATE = ("0x1p+0", "ab")
 CHECKS = InferenceChecks(neighbours=7, same_bits=True, generated=100, before=STATE, after=STATE, int8_error=0.01)
@@ -30,16 +35,36 @@ ROWS = [
     row("decode with 8 slots", "decode", "identical", 100, 0, 0, 2e-5),
     row("decode with 32 slots", "decode", "identical", 100, 0, 0, 1e-5),
     row("decode with 8, int8 weights", "decode", "identical", 100, 0, 0, 1e-5),
+    row("decode with 32, int8 weights", "decode", "identical", 100, 0, 0, 5e-6),
 ]
+NAMES = [entry["name"] for entry in ROWS] + ["uncached"]
 
 
-def verdicts(rows=ROWS, checks=CHECKS, noisy=None, uncached=0.1):
+def judged(rows, time_ratio, checks=CHECKS, uncached=0.1):
+    """The claims by their names in claims.toml."""
     named = {row["name"]: row for row in rows}
-    seconds = {name: row["seconds_per_token"] for name, row in named.items()} | {"uncached": uncached}
-    over = lambda name, other: None if noisy in (name, other) else seconds[name] / seconds[other]
-    evidence = Evidence(named, over, checks, params=10**6, price=0.1, uncached=(uncached, 64), bytes_per_weight=2)
+    evidence = Evidence(named, time_ratio, checks, params=10**6, price=0.1, uncached=(uncached, 64), bytes_per_weight=2)
     names = {text["claim"]: name for name, text in TEXTS.items()}
-    return {names[claim["claim"]]: claim["verdict"] for claim in claims(evidence)}
+    return {names[claim["claim"]]: claim for claim in claims(evidence)}
+
+
+def verdicts(rows=ROWS, checks=CHECKS, noisy=None, uncached=0.1, spread=0.01):
+    """The verdicts, where every ratio of times has a spread of this share of it."""
+    seconds = {row["name"]: row["seconds_per_token"] for row in rows} | {"uncached": uncached}
+
+    def over(name, other):
+        quotient = seconds[name] / seconds[other]
+        return Ratio(None, None, "noise") if noisy in (name, other) else Ratio(quotient, spread * quotient)
+
+    return {name: claim["verdict"] for name, claim in judged(rows, over, checks, uncached).items()}
+
+
+def with_seconds(**changes):
+    """The rows, of which those whose names begin so take other seconds."""
+    of = lambda entry: next(
+        (value for name, value in changes.items() if entry["name"].startswith(name.replace("_", " "))), None
+    )
+    return [entry if of(entry) is None else dict(entry, seconds_per_token=of(entry)) for entry in ROWS]
 
 
 def test_the_usual_numbers_give_the_usual_verdicts():
@@ -67,8 +92,7 @@ def test_weights_that_moved_in_inference_are_said_to_be_a_defect():
 
 
 def test_a_fast_lone_stream_and_a_useless_cache_turn_the_verdicts():
-    quick = [dict(entry, seconds_per_token=1e-6) if entry["name"] == "decode alone" else entry for entry in ROWS]
-    result = verdicts(quick, uncached=1e-6)
+    result = verdicts(with_seconds(decode_alone=1e-6), uncached=1e-6)
     assert result["generated_cheaper"] == "true here"
     assert result["caching"].startswith("false")
     assert result["batching"].startswith("false")
@@ -76,13 +100,70 @@ def test_a_fast_lone_stream_and_a_useless_cache_turn_the_verdicts():
 
 def test_a_time_that_is_lost_in_noise_decides_nothing():
     result = verdicts(noisy="decode alone")
-    assert result["batching"].startswith("open")
-    assert result["generated_cheaper"].startswith("open")
+    assert result["batching"] == "undecided on this machine: lost in noise"
+    assert result["generated_cheaper"].startswith("undecided")
     assert result["quantisation"] == "true", "its rows are others"
 
 
+def test_of_two_gains_none_is_the_one_that_counts():
+    assert verdicts(with_seconds(decode_with_32_slots=5.5e-6))["quantisation"] == (
+        "partly: among 8 true; among 32 partly: little for this model here"
+    )
+    one_noisy = verdicts(noisy="decode with 32, int8 weights")["quantisation"]
+    assert one_noisy == "undecided on this machine: lost in noise (among 32)"
+
+
+def test_layers_that_save_nothing_and_as_much_wherever_they_lie_turn_the_verdict():
+    half = lambda name, flops: row(name, "fine-tuning", "partly", flops, 0, 0, 2e-5)
+    others = [entry for entry in ROWS if "half frozen" not in entry["name"]]
+    of = lambda bottom, top: verdicts([*others, half("bottom half frozen", bottom), half("top half frozen", top)])[
+        "some_layers"
+    ]
+    assert [of(200, 250), of(200, 210), of(290, 295)] == ["partly: it matters which", "true", "false here"]
+
+
+@given(st.dictionaries(st.sampled_from(NAMES), st.lists(st.floats(1e-6, 1e-3), min_size=5, max_size=5)))
+def test_no_verdict_lies_within_a_spread_and_every_ratio_said_is_of_the_times_said_beside_it(rounds):
+    steady = {entry["name"]: [entry["seconds_per_token"]] * 5 for entry in ROWS} | {"uncached": [0.1] * 5}
+    timings = {name: Timing(name, tuple(each)) for name, each in (steady | rounds).items()}
+    rows = [dict(entry, seconds_per_token=timings[entry["name"]].median) for entry in ROWS]
+    result = judged(rows, lambda a, b: ratio(timings[a], timings[b]), uncached=timings["uncached"].median)
+    for name, numbers, thresholds in (
+        ("generated_cheaper", "time", [1]), ("caching", "off_over_on", [1.25, 1.02]), ("batching", "off_over_on", [1.25, 1.02]),
+        ("prefix_cache", "off_over_on", [1.25, 1.02]), ("money", "share", [0.1]),
+    ):  # fmt: skip
+        claim = result[name]
+        assert claim["verdict"].startswith("undecided") != is_decided(claim["numbers"][numbers], thresholds), claim
+    for name in ("generated_cheaper", "caching", "prefix_cache", "batching", "quantisation"):
+        for sentence in result[name]["value"].split("; "):
+            assert_quotient(sentence)
+
+
+def is_decided(over: dict[str, float], thresholds: list[float]) -> bool:
+    """Whether a ratio lies clearly on one side of the first threshold, or clearly below it and so of the next."""
+    for threshold in thresholds:
+        if over["ratio"] is None or abs(over["ratio"] - threshold) <= over["spread"]:
+            return False
+        if over["ratio"] > threshold:
+            return True
+    return True
+
+
+def assert_quotient(sentence: str) -> None:
+    """A sentence that ends in a ratio: that of the first time in it to the last, within the rounding of each."""
+    units = {"m": 1e-3, "µ": 1e-6, "n": 1e-9, "": 1.0}
+    times = re.findall(r"([\d.,]+)\u202f([mµn]?)s\b", sentence)
+    number = lambda text: (float(text.replace(",", "")), 0.5 * 10.0 ** -len(text.partition(".")[2]))
+    (a, da), (b, db) = (number(text) for text, _ in (times[0], times[-1]))
+    scale = units[times[0][1]] / units[times[-1][1]]
+    if not (said := re.search(r": ([\d.,]+)× ± ", sentence)):
+        assert "– (lost in noise)" in sentence
+        return
+    over, rounding = number(said[1])
+    assert scale * (a - da) / (b + db) - 1.01 * rounding <= over <= scale * (a + da) / (b - db) + 1.01 * rounding, sentence
+
+
 def test_a_claim_whose_rows_are_missing_is_left_out():
-    few = [entry for entry in ROWS if not entry["name"].startswith(("LoRA", "decode"))]
-    result = verdicts(few)
+    result = verdicts([entry for entry in ROWS if not entry["name"].startswith(("LoRA", "decode"))])
     assert "batching" not in result
     assert "half_of_backward" in result

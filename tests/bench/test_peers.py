@@ -219,7 +219,6 @@ def test_a_ratio_that_noise_has_eaten_is_not_printed(capsys):
     row = measure.comparison_row("row", "them", timings, 10)
     assert row["ratio"] is None
     assert "less than its own spread" in row["noisy"]
-    assert row["best_ratio"] == pytest.approx(0.1)
     measure.add_row([], row, "")
     assert "lost in noise" in capsys.readouterr().out
 

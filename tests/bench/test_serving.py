@@ -158,11 +158,20 @@ def test_what_was_measured_is_shown_and_what_falls_short_is_said(capsys):
         "saturated": {"requests_per_second": 6.0},
         "load": [{"load": 0.5, "answered": 9, "requests": 9, "tokens_per_second": 99.0, "ttft_p50": 0.1, "ttft_p99": 0.4,
                   "token_p50": 0.02, "token_p99": 0.05}],
-        "parts": [{"part": "batching", "measured": "x", "on": 200.0, "off": 50.0, "gain": 4.0}],
+        "parts": [{"part": "batching", "measured": "x", "on": 200.0, "off": 50.0, "ratio": 4.0, "spread": 0.1},
+                  {"part": "int8", "measured": "x", "on": 1.0, "off": 1.0, "ratio": None, "spread": None}],
     }  # fmt: skip
     serving.print_tables(document)
     output = capsys.readouterr().out
-    for text in ("ready after 9.5 s, at most 8   ** not met **", "0.80 ± 0.01", "4.00x", "50%", "9 of 9", "6.0 requests/s"):
+    for text in (
+        "ready after 9.5 s, at most 8   ** not met **",
+        "0.80 ± 0.01",
+        "4.00 ± 0.10",
+        "noisy",
+        "50%",
+        "9 of 9",
+        "6.0 requests/s",
+    ):
         assert text in output
     assert output.count("** not met **") == 2
 

@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 
 from bench.timing import Ratio, Timing, describe_noise, measure, ratio
 
+ROUNDS = st.lists(st.tuples(st.floats(0.5, 50), st.floats(0.5, 50)), min_size=3, max_size=15)
+
 
 class Clock:
     """Moves only when a callable says how long it took."""
@@ -62,6 +64,23 @@ def test_a_drift_common_to_both_leaves_the_ratio_exact(drift):
     result = ratio(Timing("a", tuple(3 * x for x in drift)), Timing("b", tuple(drift)))
     assert result.ratio == pytest.approx(3)
     assert result.spread == pytest.approx(0, abs=1e-9)
+
+
+@given(ROUNDS, st.floats(0.01, 100))
+def test_a_ratio_is_of_the_medians_and_decides_nothing_within_the_rounds_spread(rounds, threshold):
+    a, b = (Timing(name, tuple(each)) for name, each in zip("ab", zip(*rounds)))
+    result, each = ratio(a, b), sorted(x / y for x, y in rounds)
+    low, high = each[-(-(len(each) - 1) // 4)], each[3 * (len(each) - 1) // 4]  # the ends of the middle half
+    if result.ratio is None:
+        assert result.exceeds(threshold) is None
+        return
+    assert result.ratio == a.median / b.median
+    assert result.spread >= 0.999 * (high - low)
+    assert result.exceeds(threshold) in (None, result.ratio > threshold)
+    for inside in (low, high, result.ratio, result.ratio + 0.99 * result.spread, result.ratio - 0.99 * result.spread):
+        assert result.exceeds(inside) is None
+    assert result.exceeds(result.ratio + 1.01 * result.spread + 1e-9) is False
+    assert result.scaled(2.0).exceeds(2 * threshold) == result.exceeds(threshold)
 
 
 @pytest.mark.parametrize(
