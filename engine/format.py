@@ -31,6 +31,11 @@ def duration(seconds: float) -> str:
     return f"{hours:,} h {minutes} min" if minutes else f"{hours:,} h"
 
 
+def quantity(number: int, noun: str) -> str:
+    """Formats a count of things: (1, 'step') -> '1 step', (1200, 'step') -> '1,200 steps'."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def format_count(number: float) -> str:
     """Formats three figures with a prefix: 950 -> '950', 4204800 -> '4.20 M'."""
     return si(number, "").replace(_SPACE, " ") if number >= 999.5 else f"{number:.3g}"

@@ -10,6 +10,7 @@ from engine.format import (
     join_words,
     money,
     percent,
+    quantity,
     si,
     significant,
     times,
@@ -22,6 +23,7 @@ def test_durations_counts_and_sizes_read_well():
     assert {seconds: duration(seconds) for seconds in expected} == expected
     assert [format_count(n) for n in (950, 4_204_800, 25.6e6, 729e9)] == ["950", "4.20 M", "25.6 M", "729 G"]
     assert [format_bytes(n) for n in (12, 1.5e9, 216e3)] == ["12 B", "1.5 GB", "216 kB"]
+    assert [quantity(n, "step") for n in (0, 1, 1200)] == ["0 steps", "1 step", "1,200 steps"]
     assert join_words(["a", "b", "c"]) == "a, b and c"
 
 

@@ -190,6 +190,12 @@ def decode_flops(cfg: ModelConfig, length: int) -> Flops:
     return forward_flops(cfg, length, attention="full")
 
 
+def muon_flops(cfg: ModelConfig) -> int:
+    """Returns the FLOPs of Muon's products in **a step**: five Newton-Schulz iterations on each matrix of a block."""
+    sides = [sorted(leaf_shapes(cfg)[f"blocks/0/{name}"]) for name in MATRICES]
+    return 5 * cfg.layers * sum(4 * short * short * long + 2 * short**3 for short, long in sides)
+
+
 def step_flops(cfg: ModelConfig, batch: int, seq: int) -> int:
     """Returns the FLOPs of a training step for MFU (PaLM, 2204.02311, appendix B): batch · seq · (6 N + 12 L D T).
 

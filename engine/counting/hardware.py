@@ -132,27 +132,36 @@ def best_ceilings(first: Ceilings, second: Ceilings) -> Ceilings:
     return dataclasses.replace(first, **{rate: max(getattr(first, rate), getattr(second, rate)) for rate in RATES})
 
 
-def cached_ceilings(refresh: bool = False, report: Callable[[int, int], None] | None = None) -> Ceilings:
-    """Returns this machine's ceilings from the user's cache, or measures and caches them where it is absent or damaged.
-
-    `refresh` measures them in any case and keeps the better of each, so a noisy moment lowers none.
-    """
+def saved_ceilings() -> tuple[Ceilings | None, str]:
+    """Returns this machine's ceilings from the user's cache; or None, and why there are none."""
     identity = machine_identity()
-    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16] + ".json"
-    cached = None
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        saved = json.loads((cache_folder("hardware") / name).read_text())
+    try:
+        folder = cache_folder("hardware")
+        file = folder / _file_name(identity)
+        if not file.exists():
+            others = any(folder.glob("*.json"))
+            return None, f"those in {folder} are of other machines or JAX versions" if others else f"{folder} holds none yet"
+        saved = json.loads(file.read_text())
         rates = [saved["ceilings"][rate] for rate in RATES]
         if saved["identity"] == identity and all(math.isfinite(rate) and rate >= 0 for rate in rates):
-            cached = Ceilings(**saved["ceilings"])
-    if cached and not refresh:
-        return cached
-    measured = measure_ceilings(report)
-    if cached:
-        measured = best_ceilings(measured, cached)
-    with contextlib.suppress(OSError):  # else it is measured again next time
-        write_json(cache_folder("hardware") / name, {"identity": identity, "ceilings": dataclasses.asdict(measured)})
-    return measured
+            return Ceilings(**saved["ceilings"]), ""
+    except OSError as error:
+        return None, f"the cache cannot be read: {error}"
+    except (ValueError, TypeError, KeyError):
+        pass
+    return None, f"those in {file} are damaged"
+
+
+def save_ceilings(ceilings: Ceilings) -> None:
+    """Saves this machine's ceilings in the user's cache, where it can be written."""
+    identity = machine_identity()
+    with contextlib.suppress(OSError):  # else they are measured again next time
+        file = cache_folder("hardware") / _file_name(identity)
+        write_json(file, {"identity": identity, "ceilings": dataclasses.asdict(ceilings)})
+
+
+def _file_name(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16] + ".json"
 
 
 def peak_rss_bytes() -> int:

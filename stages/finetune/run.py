@@ -9,6 +9,7 @@ import jax
 from engine.allocator import return_freed_memory
 from engine.device import Device
 from engine.errors import UserError
+from engine.format import quantity
 from engine.inference.decode import generate, prepare_params
 from engine.inference.sampling_params import SamplingParams
 from engine.model.config import ModelConfig
@@ -22,7 +23,7 @@ from stages.cli.console import Console
 from stages.finetune.data import PreferenceBatches, held_out_evaluator
 from stages.finetune.flags import FinetuneFlags
 from stages.runs.conversation_data import prepare_conversations
-from stages.runs.estimate import RunPlan, measured_ceilings, memory_estimate, run_fraction
+from stages.runs.estimate import RunPlan, find_ceilings, memory_estimate, run_fraction
 from stages.runs.folder import default_folder
 from stages.runs.loop import Loop, LoopState, RunOptions
 from stages.runs.model_stage import ModelStage
@@ -99,7 +100,7 @@ class FineTuning(ModelStage):
             "objective": tuning.objective,
             "text": {"data": examples.data, "validation": examples.validation, "digest": self.dataset.digest},
         }
-        self.peak_flops = measured_ceilings(console).peak_flops(self.plan.cfg.dtype)
+        self.peak_flops = find_ceilings(console).peak_flops(self.plan.cfg.dtype)
 
     def plan_rows(self) -> list[tuple[str, str]]:
         plan, recipe, dataset = self.plan, self.plan.recipe, self.dataset
@@ -115,7 +116,7 @@ class FineTuning(ModelStage):
             ("validation", f"{dataset.held_out_name}: {len(dataset.held_out):,} examples"),
             ("template", self.chat.template_name),
             ("step", f"{recipe.batch} x {recipe.context} tokens, adamw, {recipe.optimizer.learning_rate:g}"),
-            ("length", f"{plan.length()}; about {steps:,} steps, {long}"),
+            ("length", f"{plan.length()}; about {quantity(steps, plan.noun)}, {long}"),
         ]
 
     def print_example(self) -> None:

@@ -1,6 +1,8 @@
 """Estimates a run's FLOPs, memory and time by formula, before it starts; finds this machine's ceilings."""
 
+import contextlib
 import dataclasses
+import json
 import math
 import subprocess
 import sys
@@ -9,19 +11,26 @@ from typing import Literal
 import jax
 
 from engine.counting.flops import train_flops
-from engine.counting.hardware import Ceilings, cached_ceilings, memory_limit_bytes, require_memory
+from engine.counting.hardware import (
+    Ceilings,
+    best_ceilings,
+    measure_ceilings,
+    memory_limit_bytes,
+    require_memory,
+    save_ceilings,
+    saved_ceilings,
+)  # fmt: skip
 from engine.counting.memory import training_memory
 from engine.counting.trainable_paths import TrainablePaths, all_trainable, lora_only
-from engine.files import cache_folder
-from engine.format import duration, format_bytes
+from engine.format import duration, format_bytes, quantity
 from engine.model.config import LoraConfig, ModelConfig
 from engine.training.loss import loss_chunks
 from stages.cli.console import Console
 from stages.runs.recipes import Recipe
 
 MEASURE = (
-    "from engine.allocator import keep_freed_memory; keep_freed_memory(); "
-    "from engine.counting.hardware import cached_ceilings; cached_ceilings(refresh=True)"
+    "from engine.allocator import keep_freed_memory; keep_freed_memory(); import dataclasses, json; "
+    "from engine.counting.hardware import measure_ceilings; print(json.dumps(dataclasses.asdict(measure_ceilings())))"
 )
 PROCESS_BYTES = 700_000_000  # of Python, JAX and the programs beside a step: between 0.3 and 1 GB were seen
 
@@ -76,7 +85,7 @@ class RunPlan:
 
     def length(self) -> str:
         """Returns the length of the run, in words."""
-        lengths = [f"{self.steps:,} {self.noun}s"] if self.steps else []
+        lengths = [quantity(self.steps, self.noun)] if self.steps else []
         lengths += [f"{duration(self.seconds)} of training time"] if self.seconds else []
         return " or ".join(lengths) + ", whichever ends first" * (len(lengths) == 2)
 
@@ -120,17 +129,31 @@ def run_fraction(parts: int, steps: int | None, seconds: float | None) -> int | 
     return seconds / parts if seconds else max(1, (steps or parts) // parts)
 
 
-def measured_ceilings(console: Console, again: bool = False) -> Ceilings:
-    """Returns this machine's ceilings, the best ever measured, from `cached_ceilings`; shows progress.
+def find_ceilings(console: Console) -> Ceilings:
+    """Returns this machine's ceilings, the best ever measured, from the user's cache; or measures them, saying why."""
+    saved, missing = saved_ceilings()
+    return saved or remeasure_ceilings(None, missing, console)
 
-    `again` measures anew, which raises those of a noisy moment. On a CPU another process measures: its arrays
-    are not this run's memory.
+
+def remeasure_ceilings(known: Ceilings | None, why: str, console: Console) -> Ceilings:
+    """Measures this machine's ceilings, prints that and `why`, and saves and returns the better of each and those `known`.
+
+    On a CPU another process measures: its arrays are not this run's memory.
     """
-    with console.task("measuring this machine's ceilings") as report:
-        on_cpu = jax.default_backend() == "cpu"
-        if on_cpu and (again or not any(cache_folder("hardware").glob("*.json"))):
-            subprocess.run([sys.executable, "-c", MEASURE], stdin=subprocess.DEVNULL, capture_output=True, check=False)
-        return cached_ceilings(refresh=again and not on_cpu, report=report)
+    with console.task(f"measuring this machine's ceilings{' again' if known else ''}: {why}", always=True) as report:
+        measured = (_measure_in_process() if jax.default_backend() == "cpu" else None) or measure_ceilings(report)
+    best = best_ceilings(measured, known) if known else measured
+    save_ceilings(best)
+    return best
+
+
+def _measure_in_process() -> Ceilings | None:
+    """Returns the ceilings that another process measures; None where none can be started."""
+    command = [sys.executable, "-c", MEASURE]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    with contextlib.suppress(ValueError, TypeError):
+        return Ceilings(**json.loads(done.stdout))
+    return None
 
 
 def memory_limit() -> int:

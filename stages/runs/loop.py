@@ -13,7 +13,7 @@ from engine.allocator import return_freed_memory
 from engine.counting.hardware import peak_rss_bytes
 from engine.device import Device
 from engine.errors import UserError
-from engine.format import clock_time, format_bytes
+from engine.format import clock_time, format_bytes, quantity
 from engine.storage import checkpoint
 from engine.training.step import TrainState
 from stages.cli import signals
@@ -225,7 +225,7 @@ class Loop:
             *([self.evaluation] if steps.evaluator else []),
             format_bytes(peak_rss_bytes()),
             f"{clock_time(now.seconds)} done, {clock_time(min(left))} left",
-            *([f"{now.refused} steps refused"] if now.refused else []),
+            *([f"{quantity(now.refused, 'step')} refused"] if now.refused else []),
         ]
 
     def _log(self, metrics: dict[str, float]) -> None:

@@ -17,6 +17,13 @@ class Recipe:
     scan: bool = False
     remat: bool = False
 
+    def resize(self, batch: int, context: int) -> "Recipe":
+        """Returns it with another batch and context, in parts of as many tokens at most as its own; one part stays one."""
+        most, parts = self.batch * self.context // self.accumulate, 1
+        if self.accumulate > 1:
+            parts = next(n for n in range(1, batch + 1) if n == batch or (batch % n == 0 and batch // n * context <= most))
+        return dataclasses.replace(self, batch=batch, context=context, accumulate=parts)
+
 
 _MUON = OptimizerConfig(
     kind="muon", learning_rate=0.003, matrix_learning_rate=0.02, schedule="wsd", warmup=0.02, decay=0.5,

@@ -10,7 +10,7 @@ import jax
 
 from engine.counting.hardware import peak_rss_bytes
 from engine.files import write_json
-from engine.format import duration, format_bytes
+from engine.format import duration, format_bytes, quantity
 from engine.storage.run_folder import save_tokenizer
 from engine.text.tokenizer import Tokenizer
 from engine.training.step import TrainState
@@ -96,7 +96,7 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     if previous and plan.progress(done.step, done.seconds) >= 1 and previous.has_result:
         summary = previous.record["result"].get("summary", "measured")
         console.print(
-            f"This run is finished: {done.step:,} {plan.noun}s in {duration(done.seconds)}, {summary}. "
+            f"This run is finished: {quantity(done.step, plan.noun)} in {duration(done.seconds)}, {summary}. "
             f"To train it further give more --{plan.noun}s or --max-time; to begin anew, --overwrite."
         )
         return 0
@@ -133,8 +133,8 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
         "summary": " ".join(report.rows[0]),
     }  # fmt: skip
     write_json(folder / "run.json", facts | {"result": result})
-    trained = f"{loop_state.step:,} {plan.noun}s in {duration(loop_state.seconds)}"
-    trained += f"; {refused} steps refused, as they were not finite" if refused else ""
+    trained = f"{quantity(loop_state.step, plan.noun)} in {duration(loop_state.seconds)}"
+    trained += f"; {quantity(refused, 'step')} refused: not finite" if refused else ""
     for heading, text in report.texts:
         console.print(f"\n{heading}", style="bold")
         console.print(textwrap.indent(text.strip("\n"), "  | ", lambda line: True))

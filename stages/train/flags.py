@@ -102,8 +102,6 @@ class TrainFlags(RunFlags):
         if not self.preset:
             object.__setattr__(self, "preset", "tiny" if self.by_hand else "demo")
         preset(self.preset)  # raises for an unknown one, with the nearest name
-        if self.step.batch and self.step.accumulate and self.step.batch % self.step.accumulate:
-            raise UserError(f"A batch of {self.step.batch} cannot be read in {self.step.accumulate} equal parts.")
         if self.by_hand:
             self._check_by_hand()
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 
+from engine.counting.flops import muon_flops, train_flops
 from engine.counting.hardware import Ceilings, require_memory
 from engine.counting.params import count_params
 from engine.inference.decode import generate, prepare_params
@@ -43,9 +44,12 @@ class JaxTrainer(Trainer):
             detail=" for weights, gradients and optimizer", limit=memory_limit(),
         )  # fmt: skip
 
-    def overhead(self, best: Ceilings) -> float:
-        """Predicts the seconds of the optimizer, from its memory traffic, and of the dispatch."""
-        return UPDATE_BYTES * count_params(self.plan.cfg).total / (1e9 * best.update_gbs) + DISPATCH
+    def step_seconds(self, plan: RunPlan, best: Ceilings) -> float:
+        """Predicts the seconds of a step's products (remat's and Muon's too), the optimizer's traffic, and the dispatch."""
+        cfg, is_muon = plan.cfg, plan.recipe.optimizer.kind == "muon"
+        flops = train_flops(cfg, plan.recipe.context, attention="full").total * plan.step_tokens
+        products = flops / best.peak_flops(cfg.dtype) + is_muon * muon_flops(cfg) / best.peak_flops("bfloat16")
+        return products / self.expected_mfu + UPDATE_BYTES * count_params(cfg).total / (1e9 * best.update_gbs) + DISPATCH
 
     def initial_state(self) -> TrainState:
         plan, optimizer = self.plan, make_optimizer(self.plan.recipe.optimizer)

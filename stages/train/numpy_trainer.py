@@ -48,9 +48,9 @@ class NumPyTrainer(Trainer):
         self.memory = self.residuals + FLOAT32 * numbers
         self.memory_note = f"; each forward pass keeps {format_bytes(self.residuals)} for its backward pass"
 
-    def overhead(self, best: Ceilings) -> float:
-        """Returns 0: `expected_mfu` is that of whole steps."""
-        return 0.0
+    def step_seconds(self, plan: RunPlan, best: Ceilings) -> float:
+        """Predicts the seconds of a step; `expected_mfu` is that of whole steps."""
+        return plan.step_flops / (self.expected_mfu * best.peak_flops(plan.cfg.dtype))
 
     @staticmethod
     def nats(cfg: Any, params: Any, batch: Any) -> float:

@@ -7,13 +7,14 @@ import numpy as np
 
 from engine.counting.params import count_params
 from engine.device import Device
+from engine.errors import UserError
 from engine.files import atomic_file
-from engine.format import duration, format_bytes, format_count
+from engine.format import duration, format_bytes, format_count, quantity
 from engine.model.config import preset
 from engine.text.windows import TextBatches
 from engine.training.step import TrainState
 from stages.cli.console import Console
-from stages.runs.estimate import RunPlan, measured_ceilings, memory_estimate
+from stages.runs.estimate import RunPlan, find_ceilings, memory_estimate, remeasure_ceilings
 from stages.runs.folder import default_folder
 from stages.runs.loop import Loop, LoopState, RunOptions
 from stages.runs.recipes import Recipe, recipe
@@ -25,6 +26,7 @@ from stages.runs.validation import bits_per_byte, quick_evaluator, rows_in_memor
 from stages.train.flags import TrainFlags
 from stages.train.jax_trainer import JaxTrainer
 from stages.train.numpy_trainer import NumPyTrainer
+from stages.train.short_run import short_run_note
 from stages.train.trainer import Trainer
 
 SECONDS, SECONDS_BY_HAND = 180.0, 60.0  # of a run when nobody asks for a length
@@ -50,12 +52,15 @@ def chosen_recipe(flags: TrainFlags, backend: str) -> Recipe:
     base = recipe(flags.preset, preset(flags.preset).vocab)
     step, optimizer = flags.step, dataclasses.asdict(flags.optimizer)
     kind = optimizer.pop("optimizer")
-    return _replace(
-        base, tokenizer=flags.text.tokenizer, context=step.context, batch=step.batch,
+    chosen = _replace(
+        base.resize(step.batch or base.batch, step.context or base.context), tokenizer=flags.text.tokenizer,
         accumulate=1 if flags.by_hand else step.accumulate, scan=step.scan or backend != "cpu" or None,
         remat=step.remat or None,
         optimizer=_replace(base.optimizer, kind="adamw" if flags.by_hand else kind, **optimizer),
     )  # fmt: skip
+    if chosen.batch % chosen.accumulate:
+        raise UserError(f"A batch of {chosen.batch} cannot be read in {chosen.accumulate} equal parts.")
+    return chosen
 
 
 def _replace(config: Any, **values: Any) -> Any:
@@ -91,7 +96,7 @@ class Training(Stage):
             "tokenizer": {"kind": recipe.tokenizer, "digest": data.tokenizer.digest},
             "recipe": recipe_facts,
         }  # fmt: skip
-        self.ceilings = measured_ceilings(console)
+        self.ceilings = find_ceilings(console)
         self.tokenizer, self.stop_token_ids = data.tokenizer, (data.tokenizer.eos_id,)
         self.batches = TextBatches(data.train.tokens, recipe.context, recipe.batch, plan.seed)
 
@@ -102,8 +107,9 @@ class Training(Stage):
     def plan_rows(self) -> list[tuple[str, str]]:
         plan, data, cfg, recipe, trainer = self.plan, self.data, self.plan.cfg, self.plan.recipe, self.trainer
         params, top = count_params(cfg), self.ceilings.peak_flops(cfg.dtype)
-        seconds = plan.step_flops / (trainer.expected_mfu * top) + trainer.overhead(self.ceilings)
-        steps, long = plan.predict(seconds)
+        step_seconds = lambda plan: trainer.step_seconds(plan, self.ceilings)
+        steps, long = plan.predict(step_seconds(plan))
+        note = short_run_note(plan, step_seconds)
         epochs = steps * plan.step_tokens / (len(data.train.tokens) - 1)
         heads = f"{cfg.heads} heads" + (f" ({cfg.kv_heads} key/value)" if cfg.kv_heads != cfg.heads else "")
         accumulated = f", {recipe.accumulate} parts at a time" if recipe.accumulate > 1 else ""
@@ -124,9 +130,10 @@ class Training(Stage):
             ("length", f"{plan.length()}{default}"),
             (
                 "predicted",
-                f"{steps:,} steps, {epochs:.2g} epochs, {long} at {trainer.expected_mfu:.0%} of this machine's "
+                f"{quantity(steps, plan.noun)}, {epochs:.2g} epochs, {long} at {trainer.expected_mfu:.0%} of this machine's "
                 f"{format_count(top)}FLOP/s in {cfg.dtype}",
             ),
+            *([("note", note)] if note else []),
         ]
 
     def initial_state(self) -> TrainState:
@@ -151,8 +158,10 @@ class Training(Stage):
             text = self.trainer.sample(params, SAMPLE)
         with atomic_file(folder / "samples" / f"{step}.txt") as file:
             file.write(text.encode())
-        # Measuring takes seconds: a short run takes the ceilings as they are.
-        top = measured_ceilings(self.console, again=seconds >= LONG_RUN).peak_flops(cfg.dtype)
+        if seconds >= LONG_RUN:  # measuring takes seconds: a short run takes the ceilings as they are
+            why = "MFU is a share of them, others' work only lowers them, and the higher ones count"
+            self.ceilings = remeasure_ceilings(self.ceilings, why, self.console)
+        top = self.ceilings.peak_flops(cfg.dtype)
         result = {
             "val_bits_per_byte": bits_per_byte(nats, data.validation.bytes), "train_seconds": seconds,
             "first_step_seconds": loop_state.first_step_seconds, "tokens_per_second": step * plan.step_tokens / seconds,

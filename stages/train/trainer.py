@@ -7,6 +7,7 @@ from engine.model.config import ModelConfig
 from engine.text.batch import Batch
 from engine.training.step import TrainState
 from stages.cli.console import Console
+from stages.runs.estimate import RunPlan
 from stages.runs.training_steps import Program
 
 
@@ -22,8 +23,8 @@ class Trainer(Protocol):
     def check_memory(self) -> None:
         """Raises UserError when the model cannot be trained in the memory there is."""
 
-    def overhead(self, best: Ceilings) -> float:
-        """Predicts the seconds of a step beside its matrix products; 0 when `expected_mfu` covers them."""
+    def step_seconds(self, plan: RunPlan, best: Ceilings) -> float:
+        """Predicts the seconds of a step of a plan, this trainer's own or another."""
 
     def initial_state(self) -> TrainState:
         """Returns the state before the first step."""

@@ -1,4 +1,4 @@
-"""Ceilings are measured once, cached by machine, and measured again where the cache is damaged; memory limits."""
+"""Ceilings are cached by machine, and a cache without them says why; memory limits."""
 
 import dataclasses
 import json
@@ -8,37 +8,29 @@ import sys
 import pytest
 
 from engine.counting import hardware
-from engine.counting.hardware import Ceilings, cached_ceilings, measure_ceilings, memory_limit_bytes, peak_rss_bytes
+from engine.counting.hardware import (
+    Ceilings,
+    measure_ceilings,
+    memory_limit_bytes,
+    peak_rss_bytes,
+    save_ceilings,
+    saved_ceilings,
+)  # fmt: skip
 
 FOUND = Ceilings("a chip", "cpu", 2, "0", 400.0, 200.0, 300.0, 26.0, 40.0)
 
 
 @pytest.fixture
-def measured(tmp_path, monkeypatch):
-    """An empty cache; each measurement adds to the list."""
-    calls = []
+def cache(tmp_path, monkeypatch):
+    """An empty cache's folder of ceilings."""
     monkeypatch.setenv("THRICE_CACHE", str(tmp_path))
-    monkeypatch.setattr(hardware, "measure_ceilings", lambda report=None: calls.append(report) or FOUND)
-    return calls
+    return tmp_path / "hardware"
 
 
-def kept_file(tmp_path):
-    [file] = (tmp_path / "hardware").iterdir()
-    return file
-
-
-def test_ceilings_are_measured_once_and_read_back_equal(measured):
-    assert cached_ceilings() == cached_ceilings() == FOUND
-    assert len(measured) == 1
-    assert cached_ceilings(refresh=True) == FOUND
-    assert len(measured) == 2
-
-
-def test_a_refresh_keeps_the_higher_rates(measured, monkeypatch):
-    cached_ceilings()
-    mixed = dataclasses.replace(FOUND, bf16_gflops=1.0, read_gbs=100.0)
-    monkeypatch.setattr(hardware, "measure_ceilings", lambda report=None: mixed)
-    assert cached_ceilings(refresh=True) == cached_ceilings() == dataclasses.replace(FOUND, read_gbs=100.0)
+def test_ceilings_are_read_back_equal_and_their_absence_has_a_reason(cache):
+    assert saved_ceilings() == (None, f"{cache} holds none yet")
+    save_ceilings(FOUND)
+    assert saved_ceilings() == (FOUND, "")
 
 
 @pytest.mark.parametrize(
@@ -58,27 +50,27 @@ def test_a_refresh_keeps_the_higher_rates(measured, monkeypatch):
         lambda saved: json.dumps(saved | {"identity": {"processor": "another"}}).encode(),
     ],
 )  # fmt: skip
-def test_a_damaged_cache_is_measured_again_and_mended(measured, tmp_path, damage):
-    cached_ceilings()
-    file = kept_file(tmp_path)
+def test_a_damaged_cache_is_said_to_be_and_mended(cache, damage):
+    save_ceilings(FOUND)
+    [file] = cache.iterdir()
     file.write_bytes(damage(json.loads(file.read_text())))
-    assert cached_ceilings() == FOUND
-    assert len(measured) == 2
-    assert cached_ceilings() == FOUND
-    assert len(measured) == 2
+    assert saved_ceilings() == (None, f"those in {file} are damaged")
+    save_ceilings(FOUND)
+    assert saved_ceilings() == (FOUND, "")
 
 
 @pytest.mark.parametrize("field", ["processor", "flags", "cores", "backend", "kind", "jax"])
-def test_another_machine_is_measured_for_itself(measured, monkeypatch, field):
+def test_another_machine_has_ceilings_of_its_own(cache, monkeypatch, field):
     here = hardware.machine_identity()
     assert set(here) == {"processor", "flags", "cores", "backend", "kind", "jax"}
-    cached_ceilings()
+    save_ceilings(FOUND)
     monkeypatch.setattr(hardware, "machine_identity", lambda: here | {field: "another"})
-    cached_ceilings()
-    assert len(measured) == 2
+    assert saved_ceilings() == (None, f"those in {cache} are of other machines or JAX versions")
+    other = dataclasses.replace(FOUND, read_gbs=1.0)
+    save_ceilings(other)
+    assert saved_ceilings()[0] == other
     monkeypatch.setattr(hardware, "machine_identity", lambda: here)
-    cached_ceilings()
-    assert len(measured) == 2
+    assert saved_ceilings()[0] == FOUND
 
 
 def test_free_memory_is_what_is_available_within_the_limit(monkeypatch):

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.counting.flops import muon_flops
+from engine.counting.jaxpr import jaxpr_cost
 from engine.errors import UserError
 from engine.model.paths import leaf_paths, map_paths
 from engine.training.muon import orthogonal
@@ -194,3 +196,9 @@ def test_a_number_out_of_range_is_refused_by_name(field, value):
 def test_a_schedule_longer_than_the_run_is_refused():
     with pytest.raises(UserError, match="longer than the run"):
         OptimizerConfig(schedule="wsd", warmup=0.6, decay=0.5)
+
+
+def test_muon_multiplies_as_much_as_is_predicted(cfg, params):
+    tx = make_optimizer(OptimizerConfig(kind="muon"))
+    update = lambda params: tx.update(params, tx.init(params), params, progress=jnp.float32(0.5))
+    assert jaxpr_cost(update, params).matmul == muon_flops(cfg)

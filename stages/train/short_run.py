@@ -1,0 +1,70 @@
+"""Says, before a run starts, that its time holds only a few steps, and what would hold more."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Literal
+
+from engine.counting.params import count_params
+from engine.format import duration, quantity
+from engine.model.config import PRESETS
+from stages.runs.estimate import RunPlan
+from stages.runs.recipes import recipe
+
+ENOUGH, SENSIBLE = 50, 200  # steps: of fewer a random model learns next to nothing; of as many, that it works shows
+CONTEXT = 256  # tokens, below which no smaller context is offered
+
+
+def short_run_note(plan: RunPlan, step_seconds: Callable[[RunPlan], float]) -> str | None:
+    """Returns a note when the plan's time ends it within ENOUGH steps, else None.
+
+    It says how long a step takes, and offers as flags a longer time, a smaller batch, and a smaller preset, where one
+    suffices. `step_seconds` predicts those of a plan.
+    """
+    one, box = step_seconds(plan), plan.seconds or math.inf
+    if box >= min(ENOUGH, plan.steps or math.inf) * one:
+        return None
+    hours = SENSIBLE * one / 3600
+    offers = [f"--max-time {math.ceil(hours)}h" if hours > 2 else f"--max-time {math.ceil(60 * hours)}m"]
+    offers[0] += f" for {SENSIBLE} steps"
+    steps_of = lambda smaller: int(box / step_seconds(smaller))
+    for smaller in _smaller_batches(plan):
+        if steps_of(smaller) >= ENOUGH:
+            flags = f"--batch {smaller.recipe.batch} --context {smaller.recipe.context}"
+            offers.append(f"{flags} for about {quantity(steps_of(smaller), plan.noun)} in {duration(box)}")
+            break
+    for smaller in _smaller_presets(plan):
+        if steps_of(smaller) >= SENSIBLE:
+            held = quantity(steps_of(smaller), plan.noun)
+            offers.append(f"the smaller preset {smaller.name} for about {held} in {duration(box)}")
+            break
+    held = f"holds about {quantity(round(box / one), plan.noun)}" if box >= one else "is over before the first one ends"
+    return (
+        f"a step takes about {duration(one)}, and {duration(box)} {held}: too few to learn from. Give {', or '.join(offers)}."
+    )
+
+
+def _smaller_batches(plan: RunPlan) -> list[RunPlan]:
+    """Returns plans of fewer tokens a step, most first."""
+    recipe = plan.recipe
+    batches = [recipe.batch >> halvings for halvings in range(recipe.batch.bit_length())]
+    shapes = {(batch, context) for batch in batches for context in (recipe.context, min(CONTEXT, recipe.context))}
+    plans = []
+    for batch, context in sorted(shapes - {(recipe.batch, recipe.context)}, key=lambda s: (s[0] * s[1], s[0]), reverse=True):
+        cfg = dataclasses.replace(plan.cfg, context=context)
+        plans.append(dataclasses.replace(plan, cfg=cfg, recipe=recipe.resize(batch, context)))
+    return plans
+
+
+def _smaller_presets(plan: RunPlan) -> list[RunPlan]:
+    """Returns plans of smaller presets by their own recipes, the largest first."""
+    sizes = {name: count_params(cfg).total for name, cfg in PRESETS.items()}
+    plans = []
+    for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
+        if sizes[name] < count_params(plan.cfg).total:
+            own = recipe(name, PRESETS[name].vocab)
+            own = dataclasses.replace(own, optimizer=dataclasses.replace(own.optimizer, kind=plan.recipe.optimizer.kind))
+            remat: Literal["none", "block"] = "block" if own.remat else "none"
+            cfg = dataclasses.replace(PRESETS[name], context=own.context, dtype=plan.cfg.dtype, remat=remat)
+            plans.append(dataclasses.replace(plan, name=name, cfg=cfg, recipe=own))
+    return plans

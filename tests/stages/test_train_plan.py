@@ -1,0 +1,91 @@
+"""What a run says before it starts: how long it takes, what would suit better, and why it measures this machine."""
+
+import io
+import re
+
+import pytest
+from tiny_runs import tiny
+
+from engine.counting.hardware import Ceilings
+from stages.cli.console import Console
+from stages.runs import estimate
+from stages.runs.estimate import find_ceilings, remeasure_ceilings
+from stages.runs.recipes import recipe
+from stages.train import __main__ as train
+from stages.train import run as train_run
+from stages.train.short_run import ENOUGH
+
+HERE = Ceilings("a chip", "cpu", 2, "0", bf16_gflops=400.0, f32_gflops=200.0, int8_gflops=300.0, read_gbs=26.0, update_gbs=20.0)
+
+
+def plan_of(monkeypatch, capsys, *args) -> dict[str, str]:
+    """The rows that a dry run prints, on a machine of known speed."""
+    monkeypatch.setattr(train_run, "find_ceilings", lambda console: HERE)
+    assert train.main([*map(str, args), "--dry-run"]) == 0
+    return dict(re.findall(r"^([\w/]+)  +(.+)$", capsys.readouterr().out, re.MULTILINE))
+
+
+@pytest.mark.parametrize("preset", ["gpt2-124m", "smollm2-135m", "llama-3.2-1b"])
+def test_a_time_box_of_few_steps_is_said_with_what_holds_enough(preset, text, monkeypatch, capsys):
+    text_of = ["--data", text, "--tokenizer", "bytes"]
+    plan = plan_of(monkeypatch, capsys, preset, *text_of)
+    assert plan["note"].startswith("a step takes about ")
+    assert not re.search(r"\b1 steps", " ".join(plan.values()))
+    offers = re.findall(r"--max-time \w+|--batch \d+ --context \d+|(?<=preset )[\w.-]+", plan["note"])
+    assert len(offers) >= 2, plan["note"]
+    for offer in offers:
+        words = [preset, *offer.split()] if offer.startswith("--") else [offer]
+        suited = plan_of(monkeypatch, capsys, *words, *(text_of if offer.startswith("--") else ["--data", text]))
+        assert int(suited["predicted"].split()[0].replace(",", "")) >= ENOUGH, (offer, suited)
+        assert "note" not in suited
+
+
+@pytest.mark.parametrize("args", [["demo"], ["gpt2-124m", "--steps", 3], ["tiny", "--max-time", "20s"]])
+def test_a_run_of_enough_steps_or_of_as_many_as_asked_for_has_no_note(args, text, monkeypatch, capsys):
+    assert "note" not in plan_of(monkeypatch, capsys, *args, "--data", text, "--tokenizer", "bytes")
+
+
+def test_another_batch_is_read_in_parts_no_larger_than_the_recipes():
+    large, small = recipe("gpt2-124m", 300), recipe("demo", 300)
+    assert (large.batch, large.context, large.accumulate) == (32, 1024, 8)
+    shapes = {(4, 256): 1, (6, 1024): 2, (64, 1024): 16, (32, 1024): 8, (7, 2048): 7, (1, 8192): 1}
+    assert {shape: large.resize(*shape).accumulate for shape in shapes} == shapes
+    assert small.resize(64, 512).accumulate == 1, "a recipe of one part stays so"
+
+
+@pytest.fixture
+def measurements(tmp_path, monkeypatch):
+    """An empty cache; each measurement takes one of these from the list."""
+    monkeypatch.setenv("THRICE_CACHE", str(tmp_path / "cache"))
+    left = [HERE, Ceilings("a chip", "cpu", 2, "0", 1.0, 1.0, 1.0, 99.0, 1.0)]
+    monkeypatch.setattr(estimate, "_measure_in_process", lambda: left.pop(0))
+    return left
+
+
+def test_ceilings_are_measured_where_there_are_none_and_why_is_said(measurements, tmp_path):
+    output = io.StringIO()
+    assert find_ceilings(Console(output)) == HERE
+    assert f"measuring this machine's ceilings: {tmp_path}/cache/hardware holds none yet ... " in output.getvalue()
+    output.truncate(0)
+    assert find_ceilings(Console(output)) == HERE
+    assert (output.getvalue(), len(measurements)) == ("", 1)
+    best = remeasure_ceilings(HERE, "a reason", Console(output))
+    assert "measuring this machine's ceilings again: a reason ... " in output.getvalue()
+    assert (best.bf16_gflops, best.read_gbs) == (HERE.bf16_gflops, 99.0), "the better of each"
+    assert find_ceilings(Console(output)) == best
+
+
+@pytest.mark.parametrize("long_run", [1e9, 0.0])
+def test_ceilings_measured_twice_have_a_reason_each(measurements, text, tmp_path, monkeypatch, capsys, long_run):
+    monkeypatch.setattr(estimate, "save_ceilings", lambda ceilings: None)  # as with a cache that cannot be written
+    monkeypatch.setattr(train_run, "LONG_RUN", long_run)
+    assert train.main(tiny(text, tmp_path / "run", "--steps", 2)) == 0
+    said = re.findall(r"measuring this machine's ceilings( again)?: \S+", capsys.readouterr().out)
+    assert said == ["", " again"][: 2 - len(measurements)]
+    assert len(measurements) == (1 if long_run else 0)
+
+
+def test_a_process_that_cannot_measure_gives_no_ceilings(monkeypatch):
+    for code in ("print('no JSON')", "print('{}')", "1 / 0"):
+        monkeypatch.setattr(estimate, "MEASURE", code)
+        assert estimate._measure_in_process() is None
