@@ -49,8 +49,7 @@ def start_jax(choice: str = "auto", *, one_arena: bool = True) -> Device:
     if choice == "cpu":
         jax.config.update("jax_platforms", "cpu")
     if not (compiled := jax.config.jax_compilation_cache_dir):
-        with contextlib.suppress(OSError):
-            jax.config.update("jax_compilation_cache_dir", str(cache_folder("compiled")))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder("compiled")))
     elif "://" not in compiled and (problem := write_problem(Path(compiled))):  # what is there JAX reads all the same
         warn_of_cache("JAX_COMPILATION_CACHE_DIR", Path(compiled), problem)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

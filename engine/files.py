@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -33,14 +32,15 @@ def cache_folder(*parts: str, room: int = 2**20) -> Path:
 
     Compiled programs and weights read from there are trusted, so it is made private (mode 0700). If it has no `room`, bytes, or
     cannot be written, warns, and sets THRICE_CACHE to a temporary folder for this process and those it starts, in which what
-    was cached is found too. Raises OSError when there is no room for that either.
+    was cached is found too; if there is no room for that either, what is there can still be read.
     """
     root = cache_root()
     if problem := write_problem(root.joinpath(*parts), room):
         warn_of_cache("THRICE_CACHE" if os.environ.get("THRICE_CACHE") else "THRICE_CACHE or XDG_CACHE_HOME", root, problem)
         root = _temporary_cache(root, room)
         os.environ["THRICE_CACHE"] = str(root)
-        root.joinpath(*parts).mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):
+            root.joinpath(*parts).mkdir(parents=True, exist_ok=True)
     elif root.stat().st_mode & 0o077:
         with contextlib.suppress(PermissionError):
             root.chmod(0o700)
@@ -60,7 +60,7 @@ def write_problem(folder: Path, room: int = 2**20) -> str:
 
 
 def _temporary_cache(root: Path, room: int) -> Path:
-    """Makes a folder, gone when the process ends, with links to all that lies below `root`."""
+    """Makes a folder, gone when the process ends, with links to all that lies below `root`; returns `root` if none can be."""
     for place in (None, "/dev/shm"):  # the second can be written in a container whose root, with /tmp, cannot
         with contextlib.suppress(OSError):
             folder = Path(tempfile.mkdtemp(prefix="thrice-", dir=place))
@@ -71,7 +71,7 @@ def _temporary_cache(root: Path, room: int) -> Path:
                     link.parent.mkdir(exist_ok=True)
                     link.symlink_to(entry.absolute())
                 return folder
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), tempfile.gettempdir())
+    return root
 
 
 def sync(path: str | Path) -> None:
