@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -61,6 +62,7 @@ def measure_training(
     optimizer = OptimizerConfig()
     spec = {
         "config": inputs.cfg.to_json(), "file": str(file), "dtype": dtype, "threads": cores(),
+        "device": "cuda" if jax.default_backend() == "gpu" else "cpu",
         "learning_rate": optimizer.learning_rate * float(make_schedule(optimizer)(jnp.float32(PROGRESS))),
         "beta1": optimizer.beta1, "beta2": optimizer.beta2, "weight_decay": optimizer.weight_decay, "clip": optimizer.clip,
     }  # fmt: skip
@@ -107,12 +109,12 @@ def check_preset(preset_name: str, prompt: int, new: int, *, runs: bool) -> None
 
 def measure_inference(
     preset_name: str, prompt: int, new: int, dtype: Literal["bfloat16", "float32"], rounds: int, peer: Peer, folder: Path,
-    rows: list[Json], absent: list[dict[str, str]],
+    rows: list[Json], absent: list[dict[str, str]], name: str = "transformers",
 ) -> None:  # fmt: skip
     """Adds prefill and decode rows of a number type, each with the share of `same_tokens`; else notes in `absent` why not.
 
     A prefill row reads `prompt` tokens and makes one; a decode row reads DECODE_PROMPT tokens and makes `new`. Seconds are the
-    whole call's; tokens a second count those read, or those made. `folder`: for files that the peer reads.
+    whole call's; tokens a second count those read, or those made. `folder`: for files that the peer reads; `name`: the peer's.
     """
     cfg = dataclasses.replace(preset(preset_name), dtype=dtype)
     params = random_model(preset_name, cfg).params
@@ -120,11 +122,11 @@ def measure_inference(
     save_folder(folder / "model", cfg, params, {}, dtype="float32")
     weights = prepare_params(cfg, params)
     every: dict[str, Timing] = {}
-    for name, batch, length, tokens in (
+    for row_name, batch, length, tokens in (
         ("prefill_1", 1, prompt, 1), ("prefill_8", 8, prompt, 1),
         ("decode_1", 1, DECODE_PROMPT, new), ("decode_8", 8, DECODE_PROMPT, new),
     ):  # fmt: skip
-        progress(f"preparing {name}, {dtype}")
+        progress(f"preparing {row_name}, {dtype}")
         sequences = prompts[:batch, :length].tolist()
         spec = {"folder": str(folder / "model"), "dtype": dtype, "threads": cores(), "prompts": sequences, "new": tokens}
         output: dict[str, Any] = {}
@@ -133,13 +135,13 @@ def measure_inference(
             theirs = peer.prepare("generate", spec, output.update)
         except PeerError as error:
             if peer.has_ended:
-                raise UserError(f"transformers, {dtype}: {error}") from None
-            note_absent(absent, f"transformers, {dtype}", str(error), "see the reason")
+                raise UserError(f"{name}, {dtype}: {error}") from None
+            note_absent(absent, f"{name}, {dtype}", str(error), "see the reason")
             break
-        report = lambda done, total, name=name: progress(f"{name}, {dtype}: round {done} of {total}")
-        timings = measure({OURS: ours, "transformers": theirs}, rounds=rounds, report=report)
-        every |= {f"{name} {way}": timing for way, timing in timings.items()}
-        row = comparison_row(f"{name}_{dtype}", "transformers", timings, batch * (length if tokens == 1 else tokens))
+        report = lambda done, total, row=row_name: progress(f"{row}, {dtype}: round {done} of {total}")
+        timings = measure({OURS: ours, name: theirs}, rounds=rounds, report=report)
+        every |= {f"{row_name} {way}": timing for way, timing in timings.items()}
+        row = comparison_row(f"{row_name}_{dtype}", name, timings, batch * (length if tokens == 1 else tokens))
         same = float(np.mean(np.array(output[OURS]) == np.array(output["tokens"])))
         add_row(rows, row | {"preset": preset_name, "same_tokens": same}, f"{same:.0%} of the tokens are the same")
         peer.ask(drop="generate")

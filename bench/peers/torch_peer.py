@@ -9,14 +9,14 @@ from protocol import Run, serve_jobs
 
 
 def make(spec: dict[str, Any]) -> Run:
-    """Returns a training step on one batch. `spec`: config, file (.npz), dtype, compile, threads and AdamW's settings."""
+    """Returns a training step on one batch. `spec`: config, file (.npz), dtype, device, compile, threads, AdamW's settings."""
     import numpy as np
     import torch
     import torch.nn.functional as F
     from torch import nn
 
     torch.set_num_threads(spec["threads"])
-    c = spec["config"]
+    c, device = spec["config"], spec["device"]
     N, K, H, eps = c["heads"], c["kv_heads"], c["head_dim"], c["eps"]
 
     def rope(x, cos, sin):
@@ -57,8 +57,8 @@ def make(spec: dict[str, Any]) -> Run:
 
         def forward(self, tokens, targets):
             x = self.embed(tokens)
-            frequencies = c["rope_theta"] ** (-torch.arange(H // 2) / (H // 2))
-            angles = torch.outer(torch.arange(tokens.shape[1]), frequencies)
+            frequencies = c["rope_theta"] ** (-torch.arange(H // 2, device=device) / (H // 2))
+            angles = torch.outer(torch.arange(tokens.shape[1], device=device), frequencies)
             cos, sin = angles.cos(), angles.sin()
             for block in self.blocks:
                 x = block(x, cos, sin)
@@ -67,7 +67,8 @@ def make(spec: dict[str, Any]) -> Run:
     file = np.load(spec["file"])
     model = Model()
     model.load_state_dict(_state(file, c["tied"]))
-    tokens, targets = torch.from_numpy(file["tokens"]).long(), torch.from_numpy(file["targets"]).long()
+    model.to(device)
+    tokens, targets = (torch.from_numpy(file[name]).long().to(device) for name in ("tokens", "targets"))
     undecayed = [weight for name, weight in model.named_parameters() if "norm" in name or "bias" in name]
     decayed = [weight for name, weight in model.named_parameters() if not ("norm" in name or "bias" in name)]
     groups = [{"params": decayed, "weight_decay": spec["weight_decay"]}, {"params": undecayed, "weight_decay": 0.0}]
@@ -75,7 +76,7 @@ def make(spec: dict[str, Any]) -> Run:
     loss_of = torch.compile(model) if spec["compile"] else model
 
     def step() -> dict[str, Any]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=spec["dtype"] == "bfloat16"):
+        with torch.autocast(device, torch.bfloat16, enabled=spec["dtype"] == "bfloat16"):
             loss = loss_of(tokens, targets)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), spec["clip"])

@@ -2,7 +2,7 @@
 
 from bench.table.training_rows import training_kinds
 from engine.counting.flops import forward_flops, train_flops
-from engine.counting.hardware import Ceilings, memory_limit_bytes, require_memory
+from engine.counting.hardware import Ceilings, device_memory_bytes, require_memory
 from engine.counting.memory import inference_memory, training_memory
 from engine.counting.params import count_params
 from engine.counting.program_flops import gradient_program_flops, score_program_flops
@@ -15,7 +15,7 @@ SUSTAINED = 0.55  # of the ceilings, over a round
 
 def check_memory(cfg: ModelConfig, batch: int, context: int) -> None:
     """Raises UserError, with what would fit, when the table does not fit this machine's memory."""
-    limit, needed = memory_limit_bytes(), table_bytes(cfg, batch, context)
+    limit, needed = device_memory_bytes(), table_bytes(cfg, batch, context)
     if needed <= limit:
         return
     presets = sorted(PRESETS.items(), key=lambda item: count_params(item[1]).total, reverse=True)

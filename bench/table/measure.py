@@ -87,7 +87,7 @@ def stage_table(
     for name, row in rows.items():
         differ = [old != new for old, new in zip(weights_before[name], digests(row))]
         changed = "identical" if not any(differ) else "changed" if all(differ) else "partly"
-        document_rows[name] = _document(row, rows[FORWARD], timings, ceilings, changed, price)
+        document_rows[name] = row_document(row, rows[FORWARD], timings, ceilings, changed, price)
     generated = sum(row.tokens for row in rows.values() if row.stage == "decode") * (rounds + 1)
     params = count_params(cfg).total
     evidence = Evidence(
@@ -133,7 +133,7 @@ def _rows(cfg: ModelConfig, params: Any, frozen: Any, int8: Any, batch: Batch, t
     yield from by_hand_rows(cfg, params, jax.tree.map(lambda x: x[:1], batch))
 
 
-def _document(
+def row_document(
     row: Row, forward: Row, timings: dict[str, Timing], ceilings: Ceilings, changed: str, price: float
 ) -> dict[str, Any]:
     """Returns a row of the JSON document; operations, bytes and seconds are those of a token."""

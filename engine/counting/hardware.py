@@ -212,6 +212,12 @@ def free_memory_bytes() -> int:
     return min(free)
 
 
+def device_memory_bytes() -> int:
+    """Returns the memory of JAX's device: an accelerator's own, or on a CPU what this process may use."""
+    stats = jax.devices()[0].memory_stats()  # None on a CPU
+    return (stats or {}).get("bytes_limit") or memory_limit_bytes()
+
+
 def require_memory(needed: int, what: str, remedy: str, *, detail: str = "", limit: int | None = None) -> None:
     """Raises UserError when more bytes are needed than `limit`, by default the memory this process may use.
 

@@ -14,8 +14,8 @@ from engine.counting.flops import train_flops
 from engine.counting.hardware import (
     Ceilings,
     best_ceilings,
+    device_memory_bytes,
     measure_ceilings,
-    memory_limit_bytes,
     require_memory,
     save_ceilings,
     saved_ceilings,
@@ -158,8 +158,7 @@ def _measure_in_process() -> Ceilings | None:
 
 def memory_limit() -> int:
     """Returns the bytes for a step: the accelerator's, or the host's less PROCESS_BYTES."""
-    stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
-    return (stats or {}).get("bytes_limit") or max(memory_limit_bytes() - PROCESS_BYTES, 0)
+    return max(device_memory_bytes() - (PROCESS_BYTES if jax.default_backend() == "cpu" else 0), 0)
 
 
 def memory_estimate(needed: int, noun: str) -> str:

@@ -1,0 +1,1 @@
+"""Checks and measures a GPU or TPU in one command."""

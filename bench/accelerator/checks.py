@@ -1,0 +1,110 @@
+"""Checks that an accelerator computes what a CPU computes, and that no request there feels another or changes a weight."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from engine.inference.decode import generate, prepare_params
+from engine.inference.request import Request
+from engine.inference.sampling_params import SamplingParams
+from engine.inference.slots import Slots
+from engine.model.config import ModelConfig
+from engine.storage.digest import digest
+from engine.text.batch import Batch
+from engine.training.step import loss_and_gradient
+
+ROWS, TOKENS, NEW = 4, 256, 32
+# Relative to the largest number of each array; in float32 at the highest precision, for a GPU would else multiply with 10
+# bits (TF32). Losses and gradients in bfloat16 are sums of many roundings, in another order on each platform.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
+GREEDY, SAMPLED = SamplingParams(max_tokens=NEW, temperature=0.0), SamplingParams(max_tokens=NEW, temperature=0.8, seed=5)
+
+
+class Check(NamedTuple):
+    """A comparison: how far two sides are apart, and how far they may be."""
+
+    name: str
+    difference: float
+    limit: float
+
+    @property
+    def holds(self) -> bool:
+        return self.difference <= self.limit  # False for NaN too
+
+
+def checks_of_training(cfg: ModelConfig, params: Any, device: Any, cpu: Any) -> Iterator[Check]:
+    """Yields the checks of a batch's loss and its gradient on `device` beside `cpu`: one text a row, and packed."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, cfg.vocab, (ROWS, TOKENS + 1), dtype=np.int32)
+    positions = np.tile(np.arange(TOKENS, dtype=np.int32), (ROWS, 1))
+    documents = np.sort(rng.integers(0, 3, (ROWS, TOKENS)), axis=1).astype(np.int32)
+    limit = TOLERANCES[cfg.dtype]
+    for kind, segments in (("", None), (", packed", documents)):
+        batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones((ROWS, TOKENS), bool), positions, segments)
+        step = lambda params, batch=batch: loss_and_gradient(cfg, params, {}, batch)
+        (loss, gradient), (expected, right) = (_on(place, jax.jit(step), params) for place in (device, cpu))
+        yield Check(f"loss, {cfg.dtype}{kind}", _difference(loss, expected), limit)
+        worst = max(map(_difference, jax.tree.leaves(gradient), jax.tree.leaves(right)))
+        yield Check(f"gradient, {cfg.dtype}{kind}", worst, limit)
+
+
+def check_greedy(cfg: ModelConfig, params: Any, device: Any, cpu: Any) -> Check:
+    """Returns the check that greedy tokens of some prompts are the CPU's: the share of prompts in which they are not."""
+    prompts = _prompts(cfg, ROWS)
+
+    def answers(params: Any) -> list[list[int]]:
+        tokens: list[list[int]] = [[] for _ in prompts]
+        for event in generate(cfg, prepare_params(cfg, params), prompts, [GREEDY] * ROWS, capacity=TOKENS):
+            tokens[event.id] += event.tokens
+        return tokens
+
+    pairs = list(zip(_on(device, answers, params), _on(cpu, answers, params), strict=True))
+    return Check(f"greedy tokens, {cfg.dtype}", sum(a != b for a, b in pairs) / len(pairs), 0)
+
+
+def checks_of_serving(cfg: ModelConfig, params: Any) -> Iterator[Check]:
+    """Yields the checks that a request is answered alike, to the bit, alone and in every slot beside others, and that the
+    weights stay."""
+    served = prepare_params(cfg, params)
+    slots = Slots(cfg, served, slots=8, capacity=TOKENS, prefix_cache_bytes=10**7)
+    before = digest(slots.params)
+    prompts = _prompts(cfg, slots.slots)
+
+    def answer(place: int, company: bool) -> tuple[Any, ...]:
+        """Returns the tokens and log-probabilities of the first prompt, submitted as the `place`th."""
+        others = [Request(tuple(prompt), SAMPLED) for prompt in prompts[1:]] if company else []
+        mine = Request(tuple(prompts[0]), SamplingParams(max_tokens=NEW, temperature=0.8, seed=9, logprobs=0))
+        ids = [slots.submit(request) for request in (*others[:place], mine, *others[place:])]
+        own = ids[place if company else 0]
+        tokens, logprobs = [], []
+        while slots.busy:
+            for event in slots.step():
+                if event.id == own:
+                    tokens += event.tokens
+                    logprobs += [each.logprob for each in event.logprobs]
+        return tuple(tokens), tuple(logprobs)
+
+    alone = answer(0, False)
+    differ = sum(answer(place, True) != alone for place in range(slots.slots))
+    yield Check("answers that company changes, of 8", differ, 0)
+    yield Check("weights that serving changes", digest(slots.params) != before, 0)
+
+
+def _prompts(cfg: ModelConfig, count: int) -> list[list[int]]:
+    rng = np.random.default_rng(1)
+    return [rng.integers(0, cfg.vocab, int(rng.integers(5, TOKENS - NEW))).tolist() for _ in range(count)]
+
+
+def _on(device: Any, f: Callable[[Any], Any], params: Any) -> Any:
+    """Returns f(params) as computed on a device, as NumPy arrays."""
+    with jax.default_device(device), jax.default_matmul_precision("highest"):
+        return jax.tree.map(np.asarray, f(jax.device_put(params, device)))
+
+
+def _difference(actual: Any, expected: Any) -> float:
+    """Returns the largest difference, as a share of the largest number; that of what is 0 on both sides is 0."""
+    largest = float(jnp.abs(expected).max())
+    return float(np.abs(actual - expected).max()) / (largest or 1.0)
