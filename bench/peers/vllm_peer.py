@@ -3,6 +3,7 @@
 Weights and prompts are ours; every prompt gets the same number of new tokens.
 """
 
+import sys
 from typing import Any
 
 from protocol import Run, serve_jobs
@@ -12,15 +13,14 @@ MEMORY = 0.3  # of the GPU's: ours lie beside it
 
 def make(spec: dict[str, Any]) -> Run:
     """Returns a run of all prompts at once. `spec`: folder (Hugging Face), dtype, prompts of one length, new tokens each."""
-    from vllm import LLM, SamplingParams, TokensPrompt
-
+    vllm: Any = sys.modules["vllm"]  # which `serve_jobs` has imported; no extra has it, for it needs a GPU
     longest = max(map(len, spec["prompts"])) + spec["new"]
-    model = LLM(
+    model = vllm.LLM(
         model=spec["folder"], skip_tokenizer_init=True, dtype=spec["dtype"], max_model_len=longest,
         gpu_memory_utilization=MEMORY, enable_prefix_caching=False,
     )  # fmt: skip
-    prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in spec["prompts"]]
-    sampling = SamplingParams(temperature=0.0, max_tokens=spec["new"], ignore_eos=True, detokenize=False)
+    prompts = [vllm.TokensPrompt(prompt_token_ids=prompt) for prompt in spec["prompts"]]
+    sampling = vllm.SamplingParams(temperature=0.0, max_tokens=spec["new"], ignore_eos=True, detokenize=False)
 
     def run() -> dict[str, Any]:
         return {"tokens": [list(output.outputs[0].token_ids) for output in model.generate(prompts, sampling, use_tqdm=False)]}
