@@ -1,0 +1,71 @@
+"""Every program lowers for CUDA, ROCm and TPU, on a machine that has none, and gives no weight away there either."""
+
+import importlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+from programs import INFERENCE, PROGRAMS, QWEN2, QWEN3, B, Program, T
+
+from bench.lowering.exported import PLATFORMS, Temporary, export, given_away, kernels, largest_temporary
+
+CUDNN = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+# They read whole texts, so that a kernel computes their attention where there is one.
+ATTENDING = [name for name in PROGRAMS if name.startswith(("train step", "loss", "margins", "log-prob"))]
+
+
+def exported(name: str, platform: str, cfg=QWEN3):
+    function, arguments, _ = PROGRAMS[name](cfg)
+    return export(function, arguments, platform)
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """From here on JAX believes that cuDNN is here, with a GPU that it serves: enough to lower, not to run."""
+    monkeypatch.setattr(CUDNN, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(CUDNN, "check_compute_capability", lambda _: True)
+    monkeypatch.setattr(CUDNN, "is_cuda_compute_capability_equal", lambda _: False)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_every_program_lowers_and_no_weight_is_given_away(platform):
+    for name in PROGRAMS:
+        program = exported(name, platform)
+        assert program.platforms == (platform,)
+        if name in INFERENCE:
+            weights = len(jax.tree.leaves(PROGRAMS[name](QWEN3).arguments[1]))
+            assert not {place for place in given_away(program) if place < weights}, name
+        assert set(kernels(program)) <= ({"tpu_custom_call"} if platform == "tpu" else set()), name
+
+
+@pytest.mark.parametrize("name", ATTENDING)
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_no_scores_reach_memory_where_a_kernel_exists(name, platform, cudnn):
+    """In no program is there a value of B x N x T x T, of any layout; each block's attention is a kernel."""
+    program = exported(name, platform)
+    assert kernels(program), "blocks that are alike may share one call"
+    rows = B * (2 if "preference" in name or name == "margins" else 1)
+    assert largest_temporary(program).bytes < 4 * rows * QWEN3.heads * T * T
+
+
+def test_the_check_sees_what_is_given_away():
+    params = PROGRAMS["decode_step"](QWEN3).arguments[1]
+    updating = jax.jit(lambda params: jax.tree.map(lambda leaf: leaf + 1, params), donate_argnums=0)
+    assert given_away(export(updating, (params,), "tpu")) == set(range(len(jax.tree.leaves(params))))
+    returning = jax.jit(lambda params: (params["norm"] + 1, params["head"]))
+    head = [path for path, _ in jax.tree.leaves_with_path(params)].index((jax.tree_util.DictKey("head"),))
+    assert given_away(export(returning, (params,), "tpu")) == {head}
+
+
+def test_the_largest_temporary_is_found():
+    big = Program(jax.jit(lambda x: (x[:, None] * x[None]).sum()), (jax.ShapeDtypeStruct((70,), jnp.bfloat16),))
+    assert largest_temporary(export(*big[:2], "cuda")) in (Temporary("f32", (70, 70)), Temporary("bf16", (70, 70)))
+
+
+def test_the_other_family_lowers_too():
+    for name in ("train step, Muon", "decode_slots", "prefill"):
+        for platform in PLATFORMS:
+            assert exported(name, platform, QWEN2).platforms == (platform,)
