@@ -5,9 +5,9 @@ import importlib
 import jax
 import jax.numpy as jnp
 import pytest
-from programs import INFERENCE, PROGRAMS, QWEN2, QWEN3, B, Program, T
 
 from bench.lowering.exported import PLATFORMS, Temporary, export, given_away, kernels, largest_temporary
+from bench.lowering.programs import INFERENCE, PROGRAMS, QWEN2, QWEN3, B, Program, T, weights_of
 
 CUDNN = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
 # They read whole texts, so that a kernel computes their attention where there is one.
@@ -36,8 +36,7 @@ def test_every_program_lowers_and_no_weight_is_given_away(platform):
         program = exported(name, platform)
         assert program.platforms == (platform,)
         if name in INFERENCE:
-            weights = len(jax.tree.leaves(PROGRAMS[name](QWEN3).arguments[1]))
-            assert not {place for place in given_away(program) if place < weights}, name
+            assert not given_away(program) & weights_of(PROGRAMS[name](QWEN3).arguments), name
         assert set(kernels(program)) <= ({"tpu_custom_call"} if platform == "tpu" else set()), name
 
 

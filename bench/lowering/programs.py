@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from tiny import tiny_config
 
 from engine.inference import decode
 from engine.inference import programs as slot_programs
@@ -41,9 +40,8 @@ B, T = 4, 256  # of a training batch: two blocks of queries
 ROWS, CAPACITY, CHUNK, TAIL = 5, 192, 64, 16  # of inference; ROWS is no other size, so that a shape tells what it is
 LORA = LoraConfig(rank=4)
 # Two members of the family that share few options, large enough for XLA to choose the kernels of real models.
-SIZES = {"vocab": 300, "width": 96, "heads": 6, "head_dim": 16, "ff": 160, "context": 512}
-QWEN3 = tiny_config(**SIZES, dtype="bfloat16")
-QWEN2 = tiny_config(**SIZES, kv_heads=6, qk_norm=False, qkv_bias=True, tied=True)
+QWEN3 = ModelConfig(300, 96, 2, 6, 160, 512, kv_heads=3, head_dim=16, qk_norm=True)
+QWEN2 = ModelConfig(300, 96, 2, 6, 160, 512, kv_heads=6, head_dim=16, qkv_bias=True, tied=True, dtype="float32")
 
 
 class Program(NamedTuple):
@@ -57,7 +55,7 @@ class Program(NamedTuple):
 Make = Callable[[ModelConfig], Program]
 
 
-def shaped(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+def shaped(dtype: Any, *shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
@@ -72,7 +70,7 @@ def params_of(cfg: ModelConfig) -> Any:
 
 
 @functools.cache
-def served(cfg: ModelConfig, weights: str) -> Any:
+def served(cfg: ModelConfig, weights: Any) -> Any:
     """The weights as they are served: `plain` in the compute dtype, `int8` as W8A8, `full` as int8 that is widened."""
     rules = lambda params: matmul_rules(params, weights)
     make = lambda params: prepare_params(cfg, params if weights == "plain" else quantize(params, rules(params)))
@@ -223,3 +221,8 @@ OTHERS: dict[str, Make] = {  # that read no weights, or make them
 }
 
 PROGRAMS = TRAINING | INFERENCE | OTHERS
+
+
+def weights_of(arguments: tuple[Any, ...]) -> set[int]:
+    """Returns the places of the weights among the flat arguments of a program of INFERENCE."""
+    return set(range(len(jax.tree.leaves(arguments[1]))))

@@ -1,0 +1,62 @@
+"""Lowers every program for CUDA, ROCm and TPU, which need not be here, and lists kernels and the largest temporary of each.
+
+    python -m bench.lowering                                     at small sizes, in a minute
+    python -m bench.lowering --preset smollm2-135m --platform tpu
+    python -m bench.lowering --only "train step"                 the programs whose name has these words
+
+A temporary is the result of an operation before the compiler fuses any. cuDNN's kernels show only where JAX has found cuDNN.
+"""
+
+import dataclasses
+import sys
+from typing import Annotated, Literal
+
+import tyro
+
+from bench.cli import Json, print_table, progress, run_bench
+from engine.device import start_jax
+from engine.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class LoweringFlags:
+    preset: Annotated[str | None, tyro.conf.arg(help_behavior_hint="(default: two layers of width 96)")] = None
+    """The architecture; nothing is allocated, so any size will do."""
+    platform: tuple[Literal["cuda", "rocm", "tpu"], ...] = ("cuda", "rocm", "tpu")
+    """The platforms to lower for."""
+    only: str = ""
+    """Words in the names of the programs."""
+
+
+def measure_lowering(flags: LoweringFlags) -> Json:
+    """Lowers the programs, prints the table and returns the document. Raises UserError where no program has that name."""
+    start_jax()
+    from bench.lowering.exported import export, given_away, kernels, largest_temporary
+    from bench.lowering.programs import INFERENCE, PROGRAMS, QWEN3, weights_of
+    from engine.model.config import preset
+
+    cfg = preset(flags.preset) if flags.preset else QWEN3
+    programs = {name: make for name, make in PROGRAMS.items() if flags.only in name}
+    if not programs:
+        raise UserError(f"No program's name has {flags.only!r} in it. Known: {'; '.join(PROGRAMS)}.")
+    rows, cells = [], []
+    for name, make in programs.items():
+        function, arguments, _ = make(cfg)
+        for platform in flags.platform:
+            progress(f"lowering {name} for {platform}", replace=True)
+            exported = export(function, arguments, platform)
+            called, largest = kernels(exported), largest_temporary(exported)
+            given = len(given_away(exported) & weights_of(arguments)) if name in INFERENCE else None
+            rows.append({
+                "program": name, "platform": platform, "kernels": called, "largest_temporary": largest and str(largest),
+                "bytes": largest.bytes if largest else 0, "weights_given_away": given,
+            })  # fmt: skip
+            listed = ", ".join(f"{count} {kernel}" for kernel, count in called.items())
+            cells.append([name, platform, listed or "-", str(largest or "-"), {None: "trains", 0: "none"}.get(given, "SOME")])
+    heads = ("program", "platform", "kernels", "largest temporary", "weights given away")
+    print_table("Every program, lowered", heads, cells, left=3)
+    return {"rows": rows}
+
+
+if __name__ == "__main__":
+    sys.exit(run_bench("bench.lowering", __doc__, LoweringFlags, measure_lowering))
