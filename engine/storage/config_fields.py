@@ -11,8 +11,6 @@ from engine.storage.untrusted import quote
 # Architecture -> the options of its block that its fields do not state. Mistral's block is Llama's.
 BLOCKS: dict[str, dict[str, Any]] = {"llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
 
-DEFAULTS = {"kv_heads": 0, "head_dim": 0}  # sizes that may be left out: ModelConfig derives them
-
 
 def architecture_of(cfg: ModelConfig) -> str:
     """Returns the published architecture with this qkv_bias and qk_norm. Raises UserError when there is none."""

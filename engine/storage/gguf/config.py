@@ -7,7 +7,7 @@ from gguf.constants import GGMLQuantizationType
 
 from engine.errors import UserError
 from engine.model.config import ModelConfig, RopeScaling
-from engine.storage.config_fields import BLOCKS, DEFAULTS, Fields
+from engine.storage.config_fields import BLOCKS, Fields
 from engine.storage.gguf.header import Header
 from engine.storage.untrusted import known_name, quote, read_at
 
@@ -53,7 +53,10 @@ def config_from(header: Header) -> ModelConfig:
     if table is None or len(table.shape) != 2:
         raise UserError(f"{path} has no embedding, token_embd.weight, or not one of two dimensions.")
     theta = shortest_decimal(fields.number(THETA, float, 10000.0))
-    sizes: dict[str, Any] = {ours: fields.number(theirs, int, DEFAULTS.get(ours)) for ours, theirs in SIZES.items()}
+    derived = {"kv_heads": 0, "head_dim": 0}  # by ModelConfig, where they are left out
+    sizes: dict[str, Any] = {ours: fields.number(theirs, int, derived.get(ours)) for ours, theirs in SIZES.items()}
+    # Within the first window of keys, attention in windows is the plain one.
+    sizes["context"] = min(sizes["context"], fields.number(WINDOW, int, 0) or sizes["context"])
     cfg = ModelConfig(
         **sizes,
         vocab=table.shape[0],
@@ -66,8 +69,6 @@ def config_from(header: Header) -> ModelConfig:
     for key in HEAD_WIDTHS:
         if (value := fields.number(key, int, cfg.head_dim)) != cfg.head_dim:
             raise UserError(f"{path}: {kind}.{key} is {value} and not {cfg.head_dim}, a head's width; that is not built here.")
-    if 0 < fields.number(WINDOW, int, 0) < cfg.context:
-        raise UserError(f"{path}: {kind}.{WINDOW} is shorter than the context; windows are not built here.")
     return cfg
 
 

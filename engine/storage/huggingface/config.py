@@ -6,7 +6,7 @@ from typing import Any
 
 from engine.errors import UserError
 from engine.model.config import ModelConfig, RopeScaling
-from engine.storage.config_fields import BLOCKS, DEFAULTS, Fields, architecture_of
+from engine.storage.config_fields import BLOCKS, Fields, architecture_of
 from engine.storage.untrusted import known_name, quote
 
 # Fields of unsupported parts, and their values without them.
@@ -25,7 +25,7 @@ IGNORED = {
     "begin_suppress_tokens", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping",
     "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty", "finetuning_task",
     "forced_bos_token_id", "forced_eos_token_id", "id2label", "initializer_range", "is_llama_config", "label2id",
-    "length_penalty", "max_length", "max_window_layers", "min_length", "model_type", "no_repeat_ngram_size",
+    "length_penalty", "max_length", "min_length", "model_type", "no_repeat_ngram_size",
     "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores",
     "pad_token_id", "prefix", "problem_type", "remove_invalid_values", "repetition_penalty", "return_dict",
     "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss",
@@ -40,7 +40,27 @@ SIZES = {
 }  # fmt: skip
 USED = {
     *SIZES.values(), "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings", "sliding_window",
-    "use_sliding_window", "layer_types",
+    "use_sliding_window", "max_window_layers", "layer_types",
+}  # fmt: skip
+
+# What a field that is left out means: the defaults of each family's config class in transformers 5.24.0. The rest are None
+# there, and derived; rope_theta is `default_theta`. tests/storage/golden/omitted.txt holds what transformers makes of each.
+_ALL = {
+    "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+_QWEN = _ALL | {
+    "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768,
+    "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28,
+}  # fmt: skip
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": _ALL | {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
+    "mistral": _ALL | {
+        "vocab_size": 32000, "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | {"head_dim": 128},
 }  # fmt: skip
 
 LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -48,50 +68,57 @@ ROPE_FIELDS: dict[str, tuple[str, ...]] = {"default": (), "llama3": LLAMA3_FIELD
 
 
 def config_from(values: dict[str, Any], path: Path) -> ModelConfig:
-    """Returns the architecture in a config.json; refuses, by name, a field that is missing, unknown or unsupported."""
-    fields = Fields(values, path)
+    """Returns the architecture in a config.json, whose context is at most its attention window.
+
+    Refuses, by name, a field that is unknown or unsupported; one that is left out has its family's default.
+    """
     kind = known_name(values.get("model_type"), BLOCKS, "model_type", path)
-    fields.check(USED, ONLY, IGNORED)
-    defaults = DEFAULTS | ({"head_dim": 128} if kind == "qwen3" else {})
-    sizes: dict[str, Any] = {ours: fields.number(theirs, int, defaults.get(ours)) for ours, theirs in SIZES.items()}
-    _check_window(fields, kind, sizes["context"])
-    theta, scaling = _rope(fields)
+    Fields(values, path).check(USED, ONLY, IGNORED)
+    fields = Fields(DEFAULTS[kind] | values, path)
+    derived = {ours: 0 for ours, never in (("kv_heads", "mistral"), ("head_dim", "qwen3")) if kind != never}  # where it is null
+    sizes: dict[str, Any] = {ours: fields.number(theirs, int, derived.get(ours)) for ours, theirs in SIZES.items()}
+    theta, scaling = _rope(fields, sizes["context"])
+    sizes["context"] = min(sizes["context"], _window(fields, kind, sizes["layers"]) or sizes["context"])
     return ModelConfig(
         **sizes,
         rope_theta=theta,
         rope_scaling=scaling,
-        eps=fields.number("rms_norm_eps", float, 1e-6),
+        eps=fields.number("rms_norm_eps", float),
         tied=fields.flag("tie_word_embeddings"),
         **BLOCKS[kind],
         dtype="float32" if "float32" in (values.get("dtype"), values.get("torch_dtype")) else "bfloat16",
     )
 
 
-def _check_window(fields: Fields, kind: str, context: int) -> None:
-    """Raises UserError for an attention window below the context."""
-    window, layers = fields.values.get("sliding_window"), fields.values.get("layer_types")
-    used = window is not None if kind == "mistral" else fields.flag("use_sliding_window")
-    if used and (type(window) is not int or window < context):
-        raise UserError(
-            f"{fields.path}: sliding_window is {quote(window)} with a context of {context:,}, and attention in windows is not "
-            "built here. Lower max_position_embeddings to the window to use the model within it."
-        )
-    for layer in (layers or ()) if isinstance(layers, list | None) else [layers]:
-        if layer != "full_attention":
+def _window(fields: Fields, kind: str, layers: int) -> int:
+    """Returns how many keys some layer attends to at most, 0 for all.
+
+    Attention in windows is not built here; among as many tokens as a window has keys, it is the plain one.
+    """
+    types = fields.values.get("layer_types")
+    if not isinstance(types, list | None):
+        raise UserError(f"{fields.path}: layer_types should be a list, not {quote(types)}.")
+    in_windows = fields.values.get("sliding_window") is not None and "sliding_window" in DEFAULTS[kind]
+    if in_windows and kind != "mistral":
+        some = "sliding_attention" in types if types else fields.number("max_window_layers", int) < layers
+        in_windows = fields.flag("use_sliding_window") and some
+    for layer in types or ():
+        if layer != "full_attention" and not (in_windows and layer == "sliding_attention"):
             raise UserError(f"{fields.path}: layer_types has {quote(layer)}, and only full_attention is built here.")
+    return fields.number("sliding_window", int) if in_windows else 0
 
 
-def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
+def _rope(fields: Fields, context: int) -> tuple[float, RopeScaling | None]:
     """Returns theta and scaling; since transformers 5 they are both in `rope_parameters`."""
     path = fields.path
-    values = {"rope_theta": fields.values.get("rope_theta")}
+    values = {"rope_theta": fields.values["rope_theta"]}
     for name in ("rope_scaling", "rope_parameters"):
         value = fields.values.get(name)
         if not isinstance(value, dict | None):
             raise UserError(f"{path}: {name} should be an object or null, not {quote(value)}.")
         values |= value or {}
     rope = Fields(values, path)
-    theta = rope.number("rope_theta", float, 1e4)
+    theta = rope.number("rope_theta", float)
     kind = known_name(values.get("rope_type", values.get("type", "default")), ROPE_FIELDS, "rope_type", path)
     for name, value in values.items():
         extra = name not in ("rope_type", "type", "rope_theta", *ROPE_FIELDS[kind])
@@ -100,7 +127,7 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     if kind == "default":
         return theta, None
     factor, low, high = (rope.number(name, float) for name in LLAMA3_FIELDS[:3])
-    original = rope.number(LLAMA3_FIELDS[3], int)
+    original = rope.number(LLAMA3_FIELDS[3], int, context)
     if not (low < high and factor > 0 and original > 0):
         raise UserError(f"{path}: the rope scaling needs low_freq_factor below high_freq_factor, and sizes above 0.")
     return theta, RopeScaling(factor, low, high, original)

@@ -1,13 +1,15 @@
 """config.json to ModelConfig and back: published models are what their presets say, and what is not known is refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from refusals import refusal
 
+from engine.errors import UserError
 from engine.model.config import PRESETS, ModelConfig, preset
-from engine.storage.huggingface.config import config_from, config_to
+from engine.storage.huggingface.config import DEFAULTS, USED, config_from, config_to
 
 PATH = Path("config.json")
 COMMON = {
@@ -79,8 +81,59 @@ def test_float32_files_are_computed_in_float32():
     assert config_from(SMOLLM2 | {"torch_dtype": "float16"}, PATH).dtype == "bfloat16"
 
 
-def test_a_window_no_token_can_leave_is_no_window():
-    assert config_from(MISTRAL | {"sliding_window": 32768}, PATH) == preset("mistral-7b-v0.3")
+QWEN = PUBLISHED["qwen2.5-0.5b"] | {"use_sliding_window": True, "sliding_window": 100}
+
+
+@pytest.mark.parametrize(
+    ("values", "context"),
+    [
+        (MISTRAL, 32768),  # null: no window
+        (MISTRAL | {"sliding_window": 32768}, 32768),
+        (MISTRAL | {"sliding_window": 4000, "use_sliding_window": False, "layer_types": ["sliding_attention"]}, 4000),
+        (SMOLLM2 | {"sliding_window": 100, "use_sliding_window": True}, 8192),  # no field of Llama's
+        (QWEN, 100),
+        (QWEN | {"max_window_layers": 24}, 32768),
+        (QWEN | {"max_window_layers": 24, "layer_types": ["full_attention", "sliding_attention"]}, 100),
+        (QWEN | {"layer_types": ["full_attention"]}, 32768),
+    ],
+)
+def test_the_context_is_one_window(values, context):
+    assert config_from(values, PATH).context == context
+
+
+def without(config: dict[str, Any], field: str) -> dict[str, Any]:
+    name, _, inner = field.partition("/")
+    if inner:
+        return config | {name: {key: value for key, value in config[name].items() if key != inner}}
+    return {key: value for key, value in config.items() if key != name}
+
+
+def outcome(config: dict[str, Any]) -> ModelConfig | str:
+    try:
+        return config_from(config, PATH)
+    except UserError:
+        return "refused"
+
+
+OMITTED = json.loads((Path(__file__).parents[1] / "golden" / "omitted.txt").read_text())
+FAMILIES = [family for family in OMITTED if family != "transformers"]
+FIELDS = [(family, way, field) for family in FAMILIES for way in ("omitted", "null") for field in OMITTED[family][way]]
+
+
+@pytest.mark.parametrize(("family", "way", "field"), FIELDS)
+def test_a_field_left_out_means_what_it_means_to_transformers(family, way, field):
+    golden = OMITTED[family]
+    config, changes = golden["config"] | {"model_type": family}, golden[way][field]
+    if field == "rope_scaling/rope_type":
+        changes = None  # transformers only warns of the other fields, which then count for nothing
+    expected = "refused" if changes is None else outcome(config | changes)
+    assert outcome(without(config, field) if way == "omitted" else config | {field: None}) == expected
+
+
+def test_every_field_that_is_read_was_asked_for():
+    asked = {field for family in FAMILIES for field in OMITTED[family]["config"]}
+    assert asked >= USED - {"rope_parameters", "layer_types"}
+    assert all(OMITTED[family]["omitted"].keys() >= DEFAULTS[family].keys() for family in FAMILIES)
 
 
 def scaled(**changes):
@@ -119,8 +172,7 @@ def scaled(**changes):
         (scaled(beta_fast=32), ["'beta_fast'"]),
         (scaled(factor=None), ["factor"]),
         (scaled(low_freq_factor=4.0), ["low_freq_factor below high_freq_factor"]),
-        (MISTRAL | {"sliding_window": 4096}, ["sliding_window is 4096", "32,768"]),
-        (PUBLISHED["qwen2.5-0.5b"] | {"use_sliding_window": True, "sliding_window": 100}, ["sliding_window is 100"]),
+        (MISTRAL | {"sliding_window": "4096"}, ["sliding_window", "'4096'"]),
         (PUBLISHED["qwen3-0.6b"] | {"layer_types": ["sliding_attention"]}, ["layer_types", "'sliding_attention'"]),
         (PUBLISHED["qwen3-0.6b"] | {"layer_types": 3}, ["layer_types"]),
     ],
