@@ -52,8 +52,8 @@ def measure_streams(
 
     Options are the flags of `bench.inference`.
     """
-    form, file, _ = locate(model_name)
-    if form != "gguf":
+    location = locate(model_name)
+    if location.format != "gguf":
         raise UserError(f"There is no .gguf file at {model_name}; give one, or smollm2-135m-instruct.")
     model = load_model(model_name)
     weights = prepare_params(model.cfg, quantize(model.params))
@@ -72,7 +72,8 @@ def measure_streams(
             calls = {"ours": _our_run(model.cfg, weights, prompts, tokens, row.drafts, keys_values)}
             if peer:
                 try:
-                    peer.ask(make="llama", spec={"file": str(file), "threads": cores(), "prompts": prompts, "new": tokens})
+                    file = str(location.path)
+                    peer.ask(make="llama", spec={"file": file, "threads": cores(), "prompts": prompts, "new": tokens})
                 except PeerError as error:
                     raise UserError(f"llama.cpp: {error}") from None
                 calls["peer"] = functools.partial(peer.ask, run="llama")

@@ -56,14 +56,14 @@ def generate(flags: GenerateFlags) -> None:
 
     notes = Console(sys.stderr)
     model = load_model(flags.model)
-    notes.warn_damaged(model.damaged, model.checkpoint)
+    notes.print_notes(model.notes)
     text = decode_utf8(sys.stdin.buffer.read(), "The prompt on standard input") if flags.prompt == "-" else flags.prompt
     prompt = [*model.tokenizer.bos_ids, *model.tokenizer.encode(text or "\n").tolist()]
     params = decode.prepare_params(model.cfg, model.params)
     sampling = flags.sampling.params(stop_token_ids=model.eos_ids)
     before = digest(params) if flags.verbose else ""
     if before:
-        notes.print_rows([("device", str(device)), ("model", str(model.checkpoint)), ("weights", f"SHA-256 {before[:16]}")])
+        notes.print_rows([("device", str(device)), ("model", str(model)), ("weights", f"SHA-256 {before[:16]}")])
 
     begin = time.perf_counter()
     compiles = CompileCounter()

@@ -65,6 +65,7 @@ def test_every_command_of_the_readme(tmp_path):
             # A test fetches no model: the one trained a few lines above stands in for it.
             command = [word if word != "smollm2-135m-instruct" else "runs/short" for word in command]
             extra += ["--out-dir", "runs/smollm2-135m-instruct-voice"] if command[-2:] == ["--data", "voice"] else []
+            extra += ["--base-name", "HuggingFaceTB/SmolLM2-135M-Instruct"] if "--adapter" in command else []
         arguments = [sys.executable, *command, *extra]
         run = subprocess.run(
             arguments, cwd=tmp_path, env=environment, input="Hello\n", capture_output=True, text=True, timeout=300, check=False

@@ -39,11 +39,7 @@ def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base
     Atomic. `base`: digest of the base's params as loaded. Raises UserError when there is no LoRA leaf, one lies
     on another, or they differ in rank or scale.
     """
-    leaves = {path: leaf for path, leaf in leaf_paths(params).items() if isinstance(leaf, LoRA)}
-    if not leaves:
-        raise UserError("This model has no LoRA adapters to write; leave --adapter out to write all of it.")
-    if any(isinstance(leaf.base, LoRA) for leaf in leaves.values()):
-        raise UserError("This model has several adapters on one base, and PEFT's layout holds one; export it merged instead.")
+    leaves = adapter_leaves(params)
     sizes = {(leaf.rank, leaf.scale) for leaf in leaves.values()}
     if len(sizes) > 1:
         raise UserError("The adapters differ in rank or scale, and PEFT's layout has one of each; export it merged instead.")
@@ -70,6 +66,16 @@ def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base
         write_json(building / CONFIG, config)
         safetensors.write_file(building / WEIGHTS, shapes, "F32", arrays.values(), metadata)
     return folder
+
+
+def adapter_leaves(params: dict[str, Any]) -> dict[str, LoRA]:
+    """Returns the LoRA leaves by path. Raises UserError when there are none, or one lies on another."""
+    leaves = {path: leaf for path, leaf in leaf_paths(params).items() if isinstance(leaf, LoRA)}
+    if not leaves:
+        raise UserError("This model has no LoRA adapters to write; leave --adapter out to write all of it.")
+    if any(isinstance(leaf.base, LoRA) for leaf in leaves.values()):
+        raise UserError("This model has several adapters on one base, and PEFT's layout holds one; export it merged instead.")
+    return leaves
 
 
 def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from engine.storage.manifest import sha256_of, verify, write_manifest
 from engine.text import OnProgress
 
 TEXTS = ("shakespeare", "python")
-MODELS = ("smollm2-135m-instruct",)
+HUB_IDS = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # of the unrounded weights
+MODELS = tuple(HUB_IDS)
 ASSETS = TEXTS + MODELS
 
 

@@ -12,11 +12,12 @@ from engine.model.config import ModelConfig
 from engine.model.paths import merge
 from engine.storage import checkpoint, run_folder
 from engine.storage.adapter import load_adapter
-from engine.storage.assets import ASSETS, MODELS, fetch
+from engine.storage.assets import ASSETS, HUB_IDS, MODELS, fetch
 from engine.storage.digest import digest
 from engine.storage.gguf import file as gguf
 from engine.storage.huggingface import folder as huggingface
-from engine.storage.tensor_layout import read_params
+from engine.storage.huggingface.hub import cached_id
+from engine.storage.tensor_layout import StoredModel, read_leaf, read_params
 from engine.storage.untrusted import build_tokenizer
 from engine.text import OnProgress
 from engine.text.tokenizer import Tokenizer
@@ -33,7 +34,8 @@ class LoadedModel:
 
     params: matrices in the dtype asked for (float32 for a run folder), gains and biases float32. Any of `eos_ids` ends a
     completion, the tokenizer's own first. `checkpoint`: the file or folder that was read; `run`: the run folder it lies in.
-    `damaged`: one line per damaged file in newer checkpoints.
+    `hub_id`: that of the model on the Hugging Face hub, or of the one that an adapter is for, empty when unknown. `notes`:
+    lines to print: why this run, what is damaged, whether the context is cut.
     """
 
     name: str
@@ -43,32 +45,45 @@ class LoadedModel:
     eos_ids: tuple[int, ...]
     checkpoint: Path
     run: Path | None = None
-    damaged: tuple[str, ...] = ()
+    hub_id: str = ""
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """The name, and where it was read."""
+        return f"{self.name} ({self.checkpoint})"
 
 
 class Location(NamedTuple):
-    """A model's format and path. `adapter`: a LoRA run. `run`: the run folder, if it is in one."""
+    """A model's format and path. `adapter`: a LoRA run. `run`: the run folder, if it is in one. `notes`: why this run."""
 
     format: Literal["gguf", "hugging face", "run", "adapter"]
     path: Path
     run: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
+def model_name(model: str) -> str:
+    """Returns the name of what `--model` names, by its path alone: a run's, a file's or a folder's, and no digest."""
+    path = Path(model).expanduser().resolve()
+    path = path.parents[1] if path.parent.name == "checkpoints" else path
+    return model if model in MODELS else cached_id(path).partition("/")[2] or path.name.removesuffix(".gguf")
 
 
 def locate(name: str | None, report: OnProgress = None) -> Location:
-    """Returns the location of the model `--model` names, by default the run that was saved to last.
+    """Returns the location of the model `--model` names, by default the newest finished run.
 
     A named asset is fetched (`report`: bytes done and in all).
     """
     if name in MODELS:
         return Location("gguf", fetch(name, report)["model"])
-    path = Path(name).expanduser() if name else run_folder.newest_run()
+    path, notes = (Path(name).expanduser(), ()) if name else run_folder.newest_run()
     if path.suffix == ".gguf" and path.is_file():
         return Location("gguf", path)
     if (path / "config.json").is_file() and not (path / "run.json").exists():  # a run folder has a run.json beside it
         return Location("hugging face", path)
     run = _run_of(path, name or str(path))
     trained = str(run_folder.read_json(run / "run.json").get("learns", ""))
-    return Location("adapter" if trained.startswith("rank=") else "run", path, run)
+    return Location("adapter" if trained.startswith("rank=") else "run", path, run, notes)
 
 
 def _run_of(path: Path, name: str) -> Path:
@@ -100,7 +115,7 @@ OnConfig = Callable[[ModelConfig], None]
 def load_model(
     name: str | None, *, dtype: str | None = None, report: OnProgress = None, on_config: OnConfig = lambda cfg: None
 ) -> LoadedModel:
-    """Loads the model `--model` names, by default the run that was saved to last; a LoRA run with its adapter on its base.
+    """Loads the model `--model` names, by default the newest finished run; a LoRA run with its adapter on its base.
 
     `dtype`: of the matrices of a model that is no run, by default its compute dtype. `report`: bytes or numbers done
     and in all, while fetching and reading. `on_config` gets the architecture before weights are read. Raises UserError, too,
@@ -114,27 +129,54 @@ def load_model(
         matrices = "float32" if run else dtype or cfg.dtype
         size = count_params(cfg).total * (4 if matrices == "float32" else 2)
         require_memory(
-            size, f"The weights of {run.name if run else name} take", "choose a smaller model.", detail=f" in {matrices}"
+            size, f"The weights of {model_name(str(run or name))} take", "choose a smaller model.", detail=f" in {matrices}"
         )
 
     if not run:
-        stored = (gguf.open_gguf if location.format == "gguf" else huggingface.open_folder)(location.path)
-        prepare(stored.cfg)
-        params = read_params(stored, dtype or stored.cfg.dtype, report)
-        tokenizer = build_tokenizer(lambda: Tokenizer(stored.tokenizer, stored.tokenizer_config), location.path)
-        return LoadedModel(stored.name, stored.cfg, params, tokenizer, stored.eos_ids, location.path)
+        stored = _open(location.path)
+        prepare(cfg := stored.cfg)
+        params, tokenizer = read_params(stored, dtype or cfg.dtype, report), _make_tokenizer(stored, location.path)
+        title, hub_id = (name, HUB_IDS[name]) if name in HUB_IDS else (stored.name, stored.hub_id)
+        cut = f"attention in windows is not built here: the context of {stored.context:,} is cut to one, {cfg.context:,} tokens"
+        notes: tuple[str, ...] = (cut,) if cfg.context < stored.context else ()
+        return LoadedModel(title, cfg, params, tokenizer, stored.eos_ids, location.path, hub_id=hub_id, notes=notes)
     if location.format == "adapter":
-        return _load_adapted(run, on_config)
+        return _load_adapted(location, on_config)
     cfg = run_folder.read_config(run)
     tokenizer, eos_ids = run_folder.read_tokenizer(run)
     if (own := tokenizer.vocab) > cfg.vocab:
         raise UserError(f"{run / 'tokenizer'} has {own:,} tokens and the model {cfg.vocab:,}: one of them was replaced.")
     prepare(cfg)
     loaded = checkpoint.load_params(location.path)
-    return LoadedModel(run.name, cfg, loaded.params, tokenizer, eos_ids, loaded.path, run, tuple(loaded.damaged))
+    damaged = (*(f"damaged: {line}" for line in loaded.damaged), f"using {loaded.path} instead") if loaded.damaged else ()
+    notes = location.notes + damaged
+    return LoadedModel(model_name(str(run)), cfg, loaded.params, tokenizer, eos_ids, loaded.path, run, notes=notes)
 
 
-def _load_adapted(run: Path, on_config: OnConfig) -> LoadedModel:
+def _open(path: Path) -> StoredModel:
+    return huggingface.open_folder(path) if path.is_dir() else gguf.open_gguf(path)
+
+
+def _make_tokenizer(stored: StoredModel, path: Path) -> Tokenizer:
+    return build_tokenizer(lambda: Tokenizer(stored.tokenizer, stored.tokenizer_config), path)
+
+
+def check_loads(written: Path, path: Path) -> None:
+    """Reads all of a GGUF file or a Hugging Face folder, `written` to appear at `path`. Raises UserError as `load_model`."""
+    try:
+        stored = _open(written)
+        _make_tokenizer(stored, written)
+        for leaf in stored.leaves:
+            read_leaf(stored, leaf, stored.cfg.dtype)
+    except UserError as error:
+        sentence = str(error).replace(str(written), str(path))
+        remedy = "Another --dtype, or a Hugging Face folder, may hold it."
+        raise UserError(f"Nothing was written, because it would not load again: {sentence} {remedy}") from None
+
+
+def _load_adapted(location: Location, on_config: OnConfig) -> LoadedModel:
+    run = location.run
+    assert run is not None
     record, adapter = run_folder.read_json(run / "run.json"), run / run_folder.ADAPTER
     if not adapter.is_dir():
         command = f"The same command goes on: {record.get('command')}"
@@ -144,8 +186,9 @@ def _load_adapted(run: Path, on_config: OnConfig) -> LoadedModel:
         base = load_model(base_name, on_config=on_config)
     except UserError as error:
         raise UserError(f"{run} adapts {base_name}, which cannot be read: {error}") from None
-    params = with_adapters(base.cfg, base.params, [run])
-    return LoadedModel(run.name, base.cfg, params, *run_folder.read_tokenizer(run), adapter, run, base.damaged)
+    params, tokenizer = with_adapters(base.cfg, base.params, [run]), run_folder.read_tokenizer(run)
+    notes = location.notes + base.notes
+    return LoadedModel(model_name(str(run)), base.cfg, params, *tokenizer, adapter, run, base.hub_id, notes)
 
 
 def with_adapters(cfg: ModelConfig, params: Any, folders: Sequence[Path]) -> Any:

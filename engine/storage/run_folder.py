@@ -1,4 +1,4 @@
-"""A run folder's files: finds the newest run, reads its JSON files, reads and writes its tokenizer.
+"""A run folder's files: finds the newest finished run, reads its JSON files, reads and writes its tokenizer.
 
 runs/NAME/config.json      the architecture
           run.json         how it was trained, and at last the result
@@ -21,12 +21,31 @@ ADAPTER = "adapter"
 MAX_JSON_BYTES = 16 * 2**20
 
 
-def newest_run() -> Path:
-    """Returns the folder of the run with the newest checkpoint."""
-    runs = [path.parent.parent for path in ROOT.glob("*/checkpoints/*/") if path.name.isdigit()]
-    if not runs:
-        raise UserError(f"There is no trained model in {ROOT}/: run `python -m stages.train` first, or give --model FOLDER.")
-    return max(runs, key=lambda run: max(step.stat().st_mtime for step in (run / "checkpoints").iterdir()))
+def newest_run() -> tuple[Path, tuple[str, ...]]:
+    """Returns the newest finished run's folder, and a note that names it and the newer ones that are passed over.
+
+    Raises UserError when no run in ROOT has finished.
+    """
+    passed: list[Path] = []
+    runs = [file.parent for file in ROOT.glob("*/run.json")]
+    for run in sorted(runs, key=lambda run: (run / "run.json").stat().st_mtime, reverse=True):
+        if _is_finished(run):
+            if not passed:
+                return run, (f"using {run}, the newest run",)
+            are = f"and {len(passed) - 1} more are" if len(passed) > 1 else "is"
+            return run, (f"{passed[0]} {are} not finished; using {run}; --model {passed[0]} takes that one",)
+        passed.append(run)
+    if passed:
+        raise UserError(f"No run in {ROOT}/ is finished. Finish {passed[0]}, or take it as it is with --model {passed[0]}.")
+    raise UserError(f"There is no trained model in {ROOT}/: run `python -m stages.train` first, or give --model FOLDER.")
+
+
+def _is_finished(run: Path) -> bool:
+    """Whether a run has its result, which is written last, and what it trained can be there."""
+    try:
+        return bool(read_json(run / "run.json").get("result") and read_config(run) and any(run.glob("checkpoints/[0-9]*")))
+    except (UserError, OSError):
+        return False
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -106,7 +106,8 @@ def check_tensors(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]],
 class StoredModel(NamedTuple):
     """An opened GGUF or Hugging Face model, weights unread.
 
-    rows: (tensor, start, stop) -> those rows, in any float dtype, q and k in our order of RoPE's pairs.
+    rows: (tensor, start, stop) -> those rows, in any float dtype, q and k in our order of RoPE's pairs. `context`: what the
+    file claims; `cfg` has less where attention is in windows. `hub_id`: its id on the Hugging Face hub, empty when unknown.
     """
 
     name: str
@@ -116,6 +117,8 @@ class StoredModel(NamedTuple):
     tokenizer: tokenizers.Tokenizer
     tokenizer_config: dict[str, Any]
     eos_ids: tuple[int, ...]
+    context: int
+    hub_id: str = ""
 
 
 def read_params(model: StoredModel, dtype: str, report: OnProgress = None) -> dict[str, Any]:
@@ -126,24 +129,30 @@ def read_params(model: StoredModel, dtype: str, report: OnProgress = None) -> di
     total, done = sum(math.prod(leaf.shape) for leaf in model.leaves), 0
     params: dict[str, Any] = {}
     for leaf in model.leaves:
-        value = np.empty(leaf.shape, jnp.dtype(dtype) if len(leaf.shape) == 2 else np.float32)
-        view, at = value.T if leaf.transposed else value, 0
-        for part in leaf.parts:
-            unit = part.paired or 1  # a head's rows belong together
-            step = max(1, CHUNK // math.prod(part.shape[1:]) // unit) * unit
-            for start in range(0, part.shape[0], step):
-                stop = min(start + step, part.shape[0])
-                with np.errstate(all="ignore"):  # what is not finite is named below
-                    values = model.rows(part.name, start, stop).astype(value.dtype, copy=False)
-                if not np.isfinite(values).all():
-                    raise UserError(f"The tensor {part.name!r} holds weights that are not finite numbers: it is damaged.")
-                view[at + start : at + stop] = values  # after the cast, which halves it
-            at += part.shape[0]
+        value = read_leaf(model, leaf, dtype)
         params[leaf.path] = jax.device_put(value)
         done += value.size
         if report:
             report(done, total)
     return unflatten(params)
+
+
+def read_leaf(model: StoredModel, leaf: Leaf, dtype: str) -> np.ndarray:
+    """Reads one leaf, as `read_params` does."""
+    value = np.empty(leaf.shape, jnp.dtype(dtype) if len(leaf.shape) == 2 else np.float32)
+    view, at = value.T if leaf.transposed else value, 0
+    for part in leaf.parts:
+        unit = part.paired or 1  # a head's rows belong together
+        step = max(1, CHUNK // math.prod(part.shape[1:]) // unit) * unit
+        for start in range(0, part.shape[0], step):
+            stop = min(start + step, part.shape[0])
+            with np.errstate(all="ignore"):  # what is not finite is named below
+                values = model.rows(part.name, start, stop).astype(value.dtype, copy=False)
+            if not np.isfinite(values).all():
+                raise UserError(f"The tensor {part.name!r} holds weights that are not finite numbers: it is damaged.")
+            view[at + start : at + stop] = values  # after the cast, which halves it
+        at += part.shape[0]
+    return value
 
 
 def split_params(leaves: list[Leaf], params: dict[str, Any], report: OnProgress) -> Iterator[tuple[Part, np.ndarray]]:

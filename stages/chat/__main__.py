@@ -5,7 +5,8 @@ r"""Chat with a model in the terminal, turn by turn.
     printf 'Hello\nWhat is a tide?\n' | python -m stages.chat --model smollm2-135m-instruct
 
 A model remembers nothing between turns: each time it reads the whole conversation again, and /stats shows what that costs.
-Without a terminal, every line that comes in is a turn. Answers go to standard output, everything else to standard error.
+Without a terminal, every line that comes in is a turn. The conversation, each question above its answer, goes to standard
+output, everything else to standard error.
 """
 
 import sys

@@ -38,9 +38,9 @@ def run(flags: ChatFlags, device: Device) -> int:
     notes, terminal = Console(sys.stderr), sys.stdin.isatty()
     chatty = terminal or flags.verbose
     template = read_template(flags.template)
-    with notes.task(f"loading {flags.model or 'the newest run'}") as report:
+    with notes.task(f"loading {flags.model or 'the newest finished run'}") as report:
         model = load_model(flags.model, report=report)
-    notes.warn_damaged(model.damaged, model.checkpoint)
+    notes.print_notes(model.notes)
     params = prepare_params(model.cfg, with_adapters(model.cfg, model.params, flags.adapter))
     chat = ChatTokenizer(model.tokenizer, template, now=datetime.datetime.now().isoformat(timespec="seconds"))
     conversation = ChatSession(model.cfg, params, chat, model.eos_ids, flags.sampling.params(), flags.system or "")
@@ -48,7 +48,7 @@ def run(flags: ChatFlags, device: Device) -> int:
     if chatty:
         adapters = f" with {join_words([*map(str, flags.adapter)])}" if flags.adapter else ""
         notes.print_rows([
-            ("model", f"{model.name} ({model.checkpoint}){adapters}"),
+            ("model", f"{model}{adapters}"),
             ("device", str(device)),
             ("template", chat.template_name),
             ("weights", f"SHA-256 {before[:16]}, context {model.cfg.context:,} tokens"),
@@ -57,7 +57,7 @@ def run(flags: ChatFlags, device: Device) -> int:
         conversation.warm()
     if terminal:
         notes.print("Type to talk; /help lists what else there is. The model sees this conversation and nothing else.\n", "dim")
-    repl = Repl(conversation, notes, before, chatty)
+    repl = Repl(conversation, notes, before, chatty, echo=not terminal)
     try:
         for line in _typed_lines(notes) if terminal else _piped_lines():
             if not repl.handle(line) and not terminal:
@@ -113,6 +113,7 @@ class Repl:
     notes: Console
     digest: str  # of the params at the start
     chatty: bool  # prints what each turn cost
+    echo: bool = False  # prints the questions, which nobody typed on this screen
     is_over: bool = False
 
     def handle(self, line: str) -> bool:
@@ -131,12 +132,14 @@ class Repl:
         """Prints the completion as it comes. A first Ctrl-C ends it, a second one the command."""
         turns = self.conversation.turns
         before = len(turns)
+        if self.echo:
+            print(f"> {message}", flush=True)
         with signals.handle_signals():
             signals.set_phase("while an answer was written.")
             with signals.defer_signals("", lambda _: None) as state:
                 for text in self.conversation.reply(message, is_stopped=lambda: state.received is not None):
                     print(text, end="", flush=True)
-        print(flush=True)
+        print("\n" * self.echo, flush=True)
         if state.received is not None and state.received != signal.SIGINT:
             raise signals.Stopped(state.received)
         if len(turns) == before:

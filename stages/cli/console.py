@@ -44,12 +44,10 @@ class Console(contextlib.AbstractContextManager["Console"]):
         else:
             print(text, file=self.stream, flush=True)
 
-    def warn_damaged(self, damaged: Sequence[str], used: object) -> None:
-        """Names damaged checkpoint files, if there are any, and the checkpoint used instead."""
-        for line in damaged:
-            self.print(f"damaged: {line}", style="yellow")
-        if damaged:
-            self.print(f"using {used} instead", style="yellow")
+    def print_notes(self, notes: Sequence[str]) -> None:
+        """Prints what a person should know of the model that was loaded, a line each."""
+        for note in notes:
+            self.print(note, style="yellow")
 
     def print_rows(self, rows: Sequence[tuple[str, str]]) -> None:
         """Prints labels beside their values; a terminal wraps long values below themselves."""

@@ -120,7 +120,7 @@ DEVICES = ("auto", "cpu", "gpu", "tpu")
 DeviceFlag = Annotated[str, one_of(*DEVICES), default("auto", "auto, cpu, gpu or tpu.")]
 ModelFlag = Annotated[
     str | None, parser(str, "MODEL"),
-    default("the newest run in runs/", "A run or step folder, a Hugging Face folder, a .gguf file, or a named model."),
+    default("the newest finished run in runs/", "A run or step folder, a Hugging Face folder, a .gguf file, or a named model."),
 ]  # fmt: skip
 VerboseFlag = Annotated[bool, default("off", "Show the traceback of an error.")]
 

@@ -1,6 +1,6 @@
 """Evaluate a model: bits per byte on a whole text by a sliding window, or nats per token on conversations.
 
-    python -m stages.evaluate                               the newest run, on what it was validated on
+    python -m stages.evaluate                               the newest finished run, on what it was validated on
     python -m stages.evaluate --model runs/demo-shakespeare --data book.txt
     python -m stages.evaluate --model smollm2-135m-instruct --data voice-held-out
 

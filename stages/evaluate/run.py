@@ -34,8 +34,8 @@ def run(flags: EvaluateFlags, device: Device) -> None:
         data = _read_conversations(flags.data) if flags.data else None
         with console.task("loading"):
             model = load_model(flags.model)
-        console.warn_damaged(model.damaged, model.checkpoint)
-        console.print_rows([("device", str(device)), ("model", str(model.checkpoint))])
+        console.print_notes(model.notes)
+        console.print_rows([("device", str(device)), ("model", str(model))])
         before = digest(model.params)
         record = run_folder.read_json(model.run / "run.json") if model.run else {}
         if data or (flags.data is None and record.get("stage") == "finetune"):
@@ -95,7 +95,7 @@ def evaluate_text(
 def _validation_source(model: LoadedModel, record: dict[str, Any], console: Console) -> text_data.Source:
     text = record.get("text", {})
     if not text.get("data") or record.get("stage") == "reinforce":
-        raise UserError(f"{model.run or model.name} does not say what it was validated on; give --data.")
+        raise UserError(f"{model.name} does not say what it was validated on; give --data.")
     held_out = Path(text["validation"]) if text.get("validation") else None
     if (source := text_data.find_sources(text["data"], held_out, console)[1]) is None:
         raise UserError("The run was validated on the end of a .bin; give a text with --data.")

@@ -4,7 +4,8 @@
     python -m stages.export --model smollm2-135m-instruct --out smollm2.gguf --dtype q8_0
     python -m stages.export --model runs/smollm2-135m-instruct-voice --out voice-adapter --adapter --check
 
-A LoRA model is written with its adapters merged in, unless --adapter says otherwise.
+A LoRA model is written with its adapters merged in, unless --adapter says otherwise. What could not be loaded again is not
+written.
 """
 
 import sys

@@ -20,8 +20,10 @@ class ExportFlags:
     """float32, bfloat16, float16, or in a .gguf q8_0."""
     adapter: Annotated[bool, default("off")] = False
     """Write only the LoRA adapters, in PEFT's layout."""
+    base_name: Annotated[str | None, parser(str, "ORG/NAME"), default("as the base was loaded")] = None
+    """The adapter's base: its id on the Hugging Face hub, or a folder that transformers reads."""
     check: Annotated[bool, default("off")] = False
-    """Read it again and compare logits, tokens and EOS ids."""
+    """Read it again: compare logits, tokens and EOS ids, and measure what rounding costs in bits per byte."""
     overwrite: Annotated[bool, default("off")] = False
     """Replace what an earlier export wrote there."""
     device: DeviceFlag = "auto"

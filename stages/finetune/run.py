@@ -1,7 +1,6 @@
 """The Stage that fine-tunes a model, and its run from flags."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from engine.inference.decode import generate, prepare_params
 from engine.inference.sampling_params import SamplingParams
 from engine.model.config import ModelConfig
 from engine.model.paths import merge
+from engine.storage.model_loader import model_name
 from engine.text.packing import PackedBatches
 from engine.text.template import read_template
 from engine.training.optimizer import OptimizerConfig
@@ -45,7 +45,7 @@ def run(flags: FinetuneFlags, device: Device) -> int:
     """Fine-tunes, or resumes; returns 0, or 128 + the signal that stopped it."""
     seconds = flags.length.max_time or (None if flags.length.steps else SECONDS)
     intervals = dataclasses.asdict(flags.folder)
-    folder = intervals.pop("out_dir") or default_folder(Path(flags.model).stem or "model", Path(flags.examples.data).stem)
+    folder = intervals.pop("out_dir") or default_folder(model_name(flags.model), flags.examples.data)
     evaluate = flags.tuning.eval_every or run_fraction(5, flags.length.steps, seconds)
     options = RunOptions("finetune", device, folder, flags.dry_run, **intervals, eval_every=evaluate)
     return execute(options, lambda console: FineTuning(flags, seconds, options, console))

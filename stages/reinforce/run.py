@@ -1,7 +1,6 @@
 """The Stage that trains by reinforcement learning, and its run from flags."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from engine.counting.flops import decode_flops, forward_flops, prefill_flops
@@ -12,6 +11,7 @@ from engine.errors import UserError
 from engine.format import duration, format_count
 from engine.inference.decode import prepare_params
 from engine.model.paths import merge
+from engine.storage.model_loader import model_name
 from engine.training.optimizer import OptimizerConfig
 from engine.training.reinforce import grpo
 from engine.training.rewards import TASKS, make_reward
@@ -40,7 +40,7 @@ MICROBATCH_TOKENS = 1024  # more hold more logits and are no faster
 def run(flags: ReinforceFlags, device: Device) -> int:
     task = flags.rollout.task.partition(":")[0]
     intervals = dataclasses.asdict(flags.folder)
-    folder = intervals.pop("out_dir") or default_folder(Path(flags.model).stem or "model", task)
+    folder = intervals.pop("out_dir") or default_folder(model_name(flags.model), task)
     options = RunOptions("reinforce", device, folder, flags.dry_run, **intervals)
     return execute(options, lambda console: ReinforcementLearning(flags, options, console))
 

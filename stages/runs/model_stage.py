@@ -35,7 +35,7 @@ class ModelStage(Stage):
         self.name, self.lora, self.folder, self.console = name, lora, folder, console
         with console.task(f"loading {name}") as report:
             self.model = load_model(name, dtype=None if lora else "float32", report=report, on_config=on_config)
-        console.warn_damaged(self.model.damaged, self.model.checkpoint)
+        console.print_notes(self.model.notes)
         # Saved with the run: the chat's template, and all ids that end a completion.
         self.chat = ChatTokenizer(self.model.tokenizer, template)
         self.tokenizer = copy.copy(self.model.tokenizer)

@@ -4,6 +4,7 @@ import dataclasses
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -142,7 +143,7 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     rows = [*report.rows, ("trained", trained), ("memory", f"{format_bytes(peak)} at most"), ("saved", report.saved)]
     console.print_rows(rows)
     console.print("\nnext", style="bold")
-    more: dict[str, tuple[object, ...]] = {"export": ("--out", folder / "hugging-face")}
+    more: dict[str, tuple[object, ...]] = {"export": ("--out", Path("exported", folder.name))}
     if facts["text"]["data"] == "shakespeare":
         more["generate"] = ("--prompt", "ROMEO:")
     for name in report.next_stages:

@@ -18,7 +18,6 @@ from engine.errors import UserError
 from engine.format import format_bytes
 from engine.inference.slots import Slots
 from engine.model.config import ModelConfig
-from engine.storage.assets import MODELS
 from engine.storage.digest import digest
 from engine.storage.model_loader import LoadedModel, load_model, with_adapters
 from engine.text.chat_tokenizer import ChatTokenizer
@@ -108,9 +107,9 @@ def load_state(
             ahead.begin(engine_config, cfg)
 
     try:
-        with console.task(f"loading {model_name or 'the newest run'}") as report:
+        with console.task(f"loading {model_name or 'the newest finished run'}") as report:
             model = load_model(model_name, report=report, on_config=on_config)
-        console.warn_damaged(model.damaged, model.checkpoint)
+        console.print_notes(model.notes)
         now = datetime.datetime.now().isoformat(timespec="seconds")
         make_chat = lambda: ChatTokenizer(model.tokenizer, source, now)
         with ThreadPoolExecutor(1) as beside:  # while the weights are laid out
@@ -127,7 +126,7 @@ def load_state(
         ahead.stop()
         raise
     own_name = re.sub(r"[^A-Za-z0-9_.:-]+", "-", model.name).strip("-")  # as a path may spell it: /v1/models/NAME
-    name = name or (model_name if model_name in MODELS else own_name) or "model"
+    name = name or own_name or "model"
     less = "" if slots.capacity == model.cfg.context else f" (the model's context is {model.cfg.context:,})"
     weights = format_bytes(sum(leaf.nbytes for leaf in jax.tree.leaves(slots.params)))
     console.print_rows([

@@ -2,23 +2,24 @@
 
 import dataclasses
 import json
-import shutil
+import re
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from tiny import positions_of
 
 from engine.errors import UserError
-from engine.model.paths import leaf_paths, merge, unflatten
+from engine.model.config import LoraConfig, RopeScaling
+from engine.model.paths import leaf_paths, merge
 from engine.model.transformer import forward
-from engine.model.weights.lora import make_adapter
+from engine.storage.gguf.file import save_gguf
+from engine.storage.gguf.tokenizer import tokenizer_metadata
 from engine.storage.model_loader import LoadedModel, load_model
-from engine.storage.run_folder import save_tokenizer
-from stages import generate
+from engine.text.corpus import Corpus
+from engine.training.lora import init_lora
 from stages.evaluate import __main__ as evaluate
 from stages.export import __main__ as export
 from stages.export.run import compare, compare_adapter
@@ -29,27 +30,15 @@ def exported(model: Path, out: Path, *flags: object) -> Path:
     return out
 
 
-def generated(capsys: pytest.CaptureFixture[str], model: Path) -> str:
-    capsys.readouterr()
-    assert generate.main(["--model", str(model), "--prompt", "The king", "--max-tokens", "30", "--seed", "3"]) == 0
-    return capsys.readouterr().out
-
-
 @pytest.mark.parametrize("name", ["folder", "file.gguf"])
 def test_an_export_in_float32_is_the_same_model(name, trained, text, tmp_path, capsys):
     out = exported(trained, tmp_path / name, "--dtype", "float32", "--check")
     assert "0.0e+00 of the largest apart" in capsys.readouterr().out
-    source, model = load_model(str(trained)), load_model(str(out))
+    source, model = load_model(str(trained)), load_model(str(out), dtype="float32")
     expected, actual = leaf_paths(source.params), leaf_paths(model.params)
-    assert all(
-        np.array_equal(expected[path], actual[path].astype(jnp.float32)) for path in expected if expected[path].ndim == 1
-    )
-    exact = leaf_paths(load_model(str(out), dtype="float32").params)
-    assert all(np.array_equal(expected[path], exact[path]) for path in expected)
+    assert all(np.array_equal(expected[path], actual[path]) for path in expected)
     assert model.run is None
     assert (model.eos_ids, model.tokenizer.bos_ids) == (source.eos_ids, source.tokenizer.bos_ids)
-    if name == "file.gguf":  # a folder of float32 says that it is computed in float32, which the run is not
-        assert generated(capsys, out) == generated(capsys, trained)
     assert evaluate.main(["--model", str(out), "--data", str(text)]) == 0
     assert "unchanged" in capsys.readouterr().out
     assert evaluate.main(["--model", str(out)]) == 2
@@ -65,50 +54,89 @@ def test_a_folder_holds_what_others_look_for(trained, tmp_path):
     assert (config["architectures"], config["torch_dtype"]) == (["Qwen3ForCausalLM"], "float32")
     assert config["eos_token_id"] == json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 299
     assert load_file(out / "model.safetensors")["model.embed_tokens.weight"].shape == (300, 32)
-    halved = exported(trained, tmp_path / "half", "--dtype", "bfloat16", "--check")
-    assert {leaf.dtype.name for leaf in load_file(halved / "model.safetensors").values()} == {"bfloat16"}
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "q8_0"])
 def test_gguf_files_hold_smaller_weights(dtype, trained, tmp_path, capsys):
     out = exported(trained, tmp_path / "file.gguf", "--dtype", dtype, "--check")
     output = capsys.readouterr().out
-    for words in ("writing ... ", "file.gguf, ", "llama.cpp has no name", f"--model {out}"):
+    for words in ("writing ... ", "file.gguf, ", "llama.cpp has no name", f"--model {out}", "0.0e+00 of the largest apart"):
         assert words in output
+    assert re.search(r"loss +-?0\.00\d+ bits per byte by rounding .* on 1,025 tokens of python, held out\)", output)
     assert out.stat().st_size < (trained / "checkpoints" / "20" / "params").stat().st_size + 200_000
 
 
+def loading(monkeypatch: pytest.MonkeyPatch, path: Path, **changes: object) -> LoadedModel:
+    """The model at `path` with changes, which is what the export finds there."""
+    changed = dataclasses.replace(load_model(str(path)), **changes)
+    load = lambda name, **options: changed if name == str(path) else load_model(name, **options)
+    monkeypatch.setattr("stages.export.run.load_model", load)
+    return changed
+
+
+def test_half_precision_is_not_rounded_twice(trained, tmp_path):
+    """Ten bits of float16 do not pass through the seven of bfloat16. An earlier export is replaced when asked."""
+    half, again = exported(trained, tmp_path / "half"), tmp_path / "again.gguf"
+    again.write_bytes(b"")
+    exported(exported(trained, half, "--dtype", "float16", "--overwrite"), again, "--overwrite", "--check")
+    first, second = (leaf_paths(load_model(str(path), dtype="float32").params) for path in (half, again))
+    assert all(np.array_equal(first[path], second[path]) for path in first)
+
+
+def test_rounding_that_costs_too_much_is_told(trained, tmp_path, monkeypatch, capsys):
+    """The same function, to the bit, with an input in 32 of each matrix 4,096 times as large, and its norm's gain as small."""
+    params = load_model(str(trained)).params
+    scale = np.where(np.arange(32) == 0, 4096, 1).astype(np.float32)
+    scaled = {"attn_norm": 1 / scale, "mlp_norm": 1 / scale, "qkv": scale[:, None], "gate_up": scale[:, None]}
+    block = lambda leaves: leaves | {name: leaves[name] * factor for name, factor in scaled.items()}
+    loading(monkeypatch, trained, params=params | {"blocks": {layer: block(params["blocks"][layer]) for layer in "01"}})
+    exported(trained, tmp_path / "y.gguf", "--dtype", "float16", "--check")
+    assert export.main(["--model", str(trained), "--out", str(tmp_path / "x.gguf"), "--dtype", "q8_0", "--check"]) == 1
+    output = capsys.readouterr().out
+    assert "DIFFERS: the loss in bits per byte: " in output
+    assert output.count("0.0e+00 of the largest apart") == 2  # as the format rounds
+
+
+@pytest.mark.parametrize(
+    ("fields", "weight", "sentence"),
+    [
+        ({"rope_scaling": RopeScaling(5.0, 1.0, 4.0, 8192)}, 0.0, "none of the scalings that Llama 3.1 and 3.2"),
+        ({}, 1e6, "'blk.1.ffn_down.weight' holds weights that are not finite"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_written(fields, weight, sentence, trained, tmp_path, monkeypatch, failing):
+    plain, out, alone = load_model(str(trained)), tmp_path / "out" / "x.gguf", tmp_path / "x.gguf"
+    plain.params["blocks"]["1"]["down"] += weight
+    model = loading(monkeypatch, trained, cfg=dataclasses.replace(plain.cfg, **fields), params=plain.params)
+    save_gguf(alone, model.cfg, model.params, tokenizer_metadata(model.tokenizer, (299,), 300), name="x", dtype="float16")
+    with pytest.raises(UserError, match=re.escape(sentence)) as refused:
+        load_model(str(alone))
+    error = failing(export.main, ["--model", trained, "--out", out])
+    assert "Nothing was written" in error
+    assert str(refused.value).replace(str(alone), str(out)) in error
+    out.write_bytes(b"an earlier one")
+    assert failing(export.main, ["--model", trained, "--out", out, "--overwrite"]) == error
+    assert [file.read_bytes() for file in out.parent.iterdir()] == [b"an earlier one"]
+
+
 def test_an_export_that_was_damaged_is_seen(trained, tmp_path):
-    model = load_model(str(trained))
+    model, source = load_model(str(trained)), Corpus("a text", lambda: iter(["the king and queen of a far land\n" * 9]))
     out = exported(trained, tmp_path / "folder")
-    assert compare(model, out, "float32")[1] == []
+    assert compare(model, out, "float32", source)[1] == []
     data = bytearray((out / "model.safetensors").read_bytes())
     data[-3000:] = bytes(3000)
     (out / "model.safetensors").write_bytes(data)
-    assert compare(model, out, "float32")[1] == ["the logits"]
+    assert "the logits" in compare(model, out, "float32", source)[1]
     generation = json.loads((out / "generation_config.json").read_text())
     (out / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [299, 5]}))
-    assert compare(model, out, "float32")[1] == ["the EOS ids"]
+    assert compare(model, out, "float32", source)[1] == ["the EOS ids"]
 
 
-def with_adapter(model: LoadedModel) -> LoadedModel:
-    """The model with an adapter that does something on q, v and down (how PEFT lays it out: tests/storage/test_adapter.py)."""
-    key, adapters = jax.random.key(0), {}
-    for layer in range(model.cfg.layers):
-        for name, parts in (("qkv", ("q", "v")), ("down", ("down",))):
-            path = f"blocks/{layer}/{name}"
-            rows, columns = leaf_paths(model.params)[path].shape[0], [model.cfg.parts[name][part] for part in parts]
-            leaf = make_adapter(key, rows, columns, 3, 6.0)
-            b = 0.2 * jax.random.normal(jax.random.fold_in(key, layer), leaf.b.shape)
-            adapters[path] = dataclasses.replace(leaf, b=b)
-    return dataclasses.replace(model, params=merge(unflatten(adapters), model.params))
-
-
-def test_an_adapter_is_merged_or_written_alone(trained, tmp_path, monkeypatch, capsys):
+def test_an_adapter_is_merged_or_written_alone(trained, tmp_path, monkeypatch, capsys, failing):
     plain = load_model(str(trained))
-    tuned = with_adapter(plain)
-    load = lambda name, **options: tuned if name == str(trained) else load_model(name, **options)
-    monkeypatch.setattr("stages.export.run.load_model", load)
+    adapters = init_lora(plain.cfg, plain.params, jax.random.key(0), LoraConfig(3, 6.0, ("q", "v", "down")))
+    adapters = jax.tree.map(lambda leaf: leaf + 0.1, adapters)  # b begins at zero, and would change nothing
+    tuned = loading(monkeypatch, trained, params=merge(adapters, plain.params))
     merged = exported(trained, tmp_path / "merged", "--check")
     tokens, positions = np.arange(24, dtype=np.int32).reshape(2, 12), positions_of(2, 12)
     cfg = dataclasses.replace(plain.cfg, dtype="float32")
@@ -118,10 +146,20 @@ def test_an_adapter_is_merged_or_written_alone(trained, tmp_path, monkeypatch, c
     assert np.abs(logits(plain.params) - logits(tuned.params)).max() > 1e-2
 
     capsys.readouterr()
-    alone = exported(trained, tmp_path / "alone", "--adapter", "--check")
+    alone = exported(trained, tmp_path / "alone", "--adapter", "--check", "--base-name", "Org/Sea-1")
     assert "of 4 matrices, to the bit" in capsys.readouterr().out
     config = json.loads((alone / "adapter_config.json").read_text())
     assert config["target_modules"] == ["down_proj", "q_proj", "v_proj"]
+    named = lambda: json.loads((alone / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named() == "Org/Sea-1"
+    again = ["--model", trained, "--out", alone, "--adapter", "--overwrite"]
+    assert "no id there is known for sea: give --base-name ORG/NAME" in failing(export.main, again)
+    assert "--base-name is an id on the Hugging Face hub" in failing(export.main, [*again, "--base-name", trained])
+    exported(*again[1:4:2], *again[4:], "--base-name", merged)
+    assert named() == str(merged)
+    tuned = loading(monkeypatch, trained, params=tuned.params, hub_id="HuggingFaceTB/SmolLM2-135M-Instruct")
+    exported(*again[1:4:2], *again[4:])
+    assert named() == tuned.hub_id
     data = bytearray((alone / "adapter_model.safetensors").read_bytes())
     data[-3] ^= 1
     (alone / "adapter_model.safetensors").write_bytes(data)
@@ -142,6 +180,7 @@ def test_an_adapter_is_merged_or_written_alone(trained, tmp_path, monkeypatch, c
         ("--out new.gguf --adapter", ["goes with neither"]),
         ("--out new --adapter --dtype float16", ["goes with neither"]),
         ("--out new --adapter", ["no LoRA adapters"]),
+        ("--out new --base-name Org/Sea", ["it goes with --adapter"]),
         ("--out new --model smollm2", ["Did you mean 'smollm2-135m-instruct'"]),
         ("--out new --model bad.gguf", ["does not begin with GGUF"]),
         ("--out new --model theirs", ["model_type 'mamba'"]),
@@ -163,26 +202,3 @@ def test_what_cannot_be_exported_is_an_error(flags, words, trained, tmp_path, fa
     assert Path("strange", "mine.txt").read_text() == "mine"
     assert not Path("new").exists()
     assert not Path("new.gguf").exists()
-
-
-def test_an_earlier_export_is_replaced_when_asked(trained, tmp_path):
-    out = exported(trained, tmp_path / "folder")
-    (out / "config.json").write_text("{}")
-    exported(trained, out, "--overwrite", "--check")
-    file = exported(trained, tmp_path / "x.gguf")
-    file.write_bytes(b"")
-    exported(trained, file, "--overwrite", "--check")
-
-
-def test_words_survive_in_a_run(trained, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(trained, run)
-    model = dataclasses.replace(load_model(str(trained)), eos_ids=(299, 7))
-    model.tokenizer.config["chat_template"] = "{{ messages }}"
-    save_tokenizer(run, model.tokenizer, model.eos_ids)
-    again = load_model(str(run))
-    assert again.eos_ids == (299, 7)
-    assert again.tokenizer.config["chat_template"] == "{{ messages }}"
-    out = exported(run, tmp_path / "out", "--check")
-    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [299, 7]
-    assert json.loads((out / "tokenizer_config.json").read_text())["chat_template"] == "{{ messages }}"

@@ -115,7 +115,7 @@ def test_chat_generate_and_evaluate_take_the_run(adapted, trained, chats, capsys
         assert process.returncode == 0, process.stderr
         replies.append(process.stdout)
     assert replies[0] == replies[1] != replies[2], "the run and its adapter speak alike, and not as the base does"
-    assert replies[0].startswith(b"red ")
+    assert replies[0].startswith(b"> the far\nred ")
     assert evaluate.main(["--model", str(folder)]) == 0
     printed = capsys.readouterr().out
     measured = float(re.findall(r"nats per token +(\S+)", printed)[0])

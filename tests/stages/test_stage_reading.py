@@ -1,5 +1,7 @@
 """Evaluating and generating: read-only, reproducible, and streamed as whole characters."""
 
+import json
+import os
 import shutil
 from pathlib import Path
 
@@ -94,13 +96,28 @@ def test_evaluation_counts_every_byte_of_a_text(trained, tmp_path, capsys):
     assert len(set(values)) == 3  # a longer look back tells more
 
 
-def test_a_model_without_a_result_or_optimizer_is_still_read(trained, tmp_path, capsys, monkeypatch):
-    folder = tmp_path / "runs" / "sea"
-    shutil.copytree(trained, folder)
-    shutil.rmtree(folder / "checkpoints" / "20" / "optimizer")
+def test_the_newest_finished_run_is_taken_when_none_is_named(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert generate.main(["--max-tokens", "5"]) == 0  # the newest run in runs/
-    assert capsys.readouterr().out
+    unfinished = json.dumps({name: value for name, value in read_json(trained / "run.json").items() if name != "result"})
+    for hour, (name, record) in enumerate({"new": "", "broken": "{", "stopped": unfinished}.items()):
+        folder = shutil.copytree(trained, Path("runs", name), ignore=shutil.ignore_patterns("optimizer"))
+        if record:
+            (folder / "run.json").write_text(record)
+        os.utime(folder / "run.json", (hour, hour))
+
+    def note(*flags: str, code: int = 0) -> str:
+        assert generate.main(["--max-tokens", "2", *flags]) == code
+        return capsys.readouterr().err.splitlines()[0]
+
+    assert note() == "runs/stopped and 1 more are not finished; using runs/new; --model runs/stopped takes that one"
+    assert "using" not in note("--model", "runs/stopped")
+    for name in ("broken", "stopped"):
+        shutil.rmtree(f"runs/{name}")
+    assert note() == "using runs/new, the newest run"
+    Path("runs/new/run.json").write_text(unfinished)
+    assert "No run in runs/ is finished. Finish runs/new" in note(code=2)
+    shutil.rmtree("runs")
+    assert "There is no trained model in runs/" in note(code=2)
 
 
 def test_quick_look_is_at_the_text_itself(text, trained):

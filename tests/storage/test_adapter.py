@@ -88,13 +88,6 @@ def test_an_adapter_of_another_library_is_read(tmp_path):
         np.testing.assert_array_equal(theirs.a, leaf.a.astype(jnp.bfloat16).astype(jnp.float32))
 
 
-def test_saving_again_replaces_it(tmp_path):
-    saved(tmp_path)
-    other = jax.tree.map(lambda leaf: leaf + 1, adapters())
-    assert digest(load_adapter(saved(tmp_path, other), CFG)) == digest(other)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["mine"]
-
-
 def test_only_what_the_layout_can_say_is_saved(tmp_path):
     several = leaf_paths(adapters())
     base = jnp.zeros((20, 48))

@@ -13,7 +13,6 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 
 from engine.errors import UserError
-from engine.files import atomic_file
 from engine.model.config import ModelConfig
 from engine.storage.config_fields import architecture_of
 from engine.storage.gguf.config import FREQUENCIES, config_from, metadata_of, rope_factors
@@ -34,6 +33,7 @@ READABLE = {
 }  # fmt: skip
 
 LINES = 256  # of the numbers read at a time
+MAX_NAME = 96  # characters
 
 
 def open_gguf(path: Path) -> StoredModel:
@@ -45,8 +45,8 @@ def open_gguf(path: Path) -> StoredModel:
     cfg = config_from(header)
     shapes = {name: tensor.shape for name, tensor in header.tensors.items() if name != FREQUENCIES}
     leaves = check_tensors(layout_of(cfg, TENSOR_NAMES), shapes, path)
-    in_pairs = header.metadata["general.architecture"] == "llama"
-    paired = {part.name for leaf in leaves for part in leaf.parts if part.paired and in_pairs}
+    architecture = header.metadata["general.architecture"]
+    paired = {part.name for leaf in leaves for part in leaf.parts if part.paired and architecture == "llama"}
 
     def rows(name: str, start: int, stop: int) -> np.ndarray:
         tensor = header.tensors[name]
@@ -60,9 +60,9 @@ def open_gguf(path: Path) -> StoredModel:
         values = dequantize(data.reshape(lines, -1), tensor.kind).reshape(stop - start, -1)
         return regroup_rows(values, cfg.head_dim // 2, 2) if name in paired else values
 
-    title = header.metadata.get("general.name")
-    name = title if isinstance(title, str) else path.stem
-    return StoredModel(name, cfg, leaves, rows, *tokenizer_from(header, cfg.vocab))
+    title, context = header.metadata.get("general.name"), header.metadata[f"{architecture}.context_length"]
+    name = title if isinstance(title, str) and title.isprintable() and 0 < len(title) <= MAX_NAME else path.stem
+    return StoredModel(name, cfg, leaves, rows, *tokenizer_from(header, cfg.vocab), context)
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -89,7 +89,7 @@ def save_gguf(
     dtype: str,
     report: OnProgress = None,
 ) -> None:
-    """Writes the model to `path` atomically; matrices in `dtype`, gains and biases in float32.
+    """Writes the model to `path`, a temporary file; matrices in `dtype`, gains and biases in float32.
 
     params, report: as in `split_params`. A matrix whose rows are no whole number of Q8_0's blocks of 32 becomes F16. Raises
     UserError for an architecture without a name in GGUF.
@@ -97,30 +97,30 @@ def save_gguf(
     architecture = architecture_of(cfg)
     F32, F16, wanted = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType[DTYPE_NAMES[dtype]]
     leaves, kinds = list(layout_of(cfg, TENSOR_NAMES)), {}
-    with atomic_file(path) as file:
-        writer = GGUFWriter(file.name, architecture)
-        writer.add_name(name)
-        writer.add_file_type(LlamaFileType.ALL_F32 if wanted == F32 else LlamaFileType[f"MOSTLY_{wanted.name}"])
-        writer.add_quantization_version(2)
-        for key, value in ({f"{architecture}.{key}": value for key, value in metadata_of(cfg).items()} | metadata).items():
-            value_type = GGUFValueType.get_type(value)
-            writer.add_key_value(key, value, GGUFValueType.UINT32 if value_type == GGUFValueType.INT32 else value_type)
-        for part in (part for leaf in leaves for part in leaf.parts):
-            kind = wanted if len(part.shape) == 2 else F32
-            kinds[part.name] = kind = F16 if part.shape[-1] % GGML_QUANT_SIZES[kind][0] else kind
-            size = math.prod(quant_shape_to_byte_shape(part.shape, kind))
-            writer.add_tensor_info(part.name, part.shape, np.dtype(np.float32), size, kind)
-        if cfg.rope_scaling:
-            factors = rope_factors(cfg.rope_scaling, cfg.rope_theta, cfg.head_dim)
-            writer.add_tensor_info(FREQUENCIES, factors.shape, factors.dtype, factors.nbytes, F32)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for part, array in split_params(leaves, params, report):
-            rows = np.ascontiguousarray(array, np.float32)
-            if part.paired and architecture == "llama":
-                rows = regroup_rows(rows, 2, cfg.head_dim // 2)
+    writer = GGUFWriter(path, architecture)
+    writer.add_name(name)
+    writer.add_file_type(LlamaFileType.ALL_F32 if wanted == F32 else LlamaFileType[f"MOSTLY_{wanted.name}"])
+    writer.add_quantization_version(2)
+    for key, value in ({f"{architecture}.{key}": value for key, value in metadata_of(cfg).items()} | metadata).items():
+        value_type = GGUFValueType.get_type(value)
+        writer.add_key_value(key, value, GGUFValueType.UINT32 if value_type == GGUFValueType.INT32 else value_type)
+    for part in (part for leaf in leaves for part in leaf.parts):
+        kind = wanted if len(part.shape) == 2 else F32
+        kinds[part.name] = kind = F16 if part.shape[-1] % GGML_QUANT_SIZES[kind][0] else kind
+        size = math.prod(quant_shape_to_byte_shape(part.shape, kind))
+        writer.add_tensor_info(part.name, part.shape, np.dtype(np.float32), size, kind)
+    if cfg.rope_scaling:
+        factors = rope_factors(cfg.rope_scaling, cfg.rope_theta, cfg.head_dim)
+        writer.add_tensor_info(FREQUENCIES, factors.shape, factors.dtype, factors.nbytes, F32)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for part, array in split_params(leaves, params, report):
+        rows = np.ascontiguousarray(array, np.float32)
+        if part.paired and architecture == "llama":
+            rows = regroup_rows(rows, 2, cfg.head_dim // 2)
+        with np.errstate(over="ignore"):  # infinity is refused when the file is read
             writer.write_tensor_data(quantize(rows, kinds[part.name]))
-        if cfg.rope_scaling:
-            writer.write_tensor_data(factors)
-        writer.close()
+    if cfg.rope_scaling:
+        writer.write_tensor_data(factors)
+    writer.close()

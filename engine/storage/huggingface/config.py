@@ -75,7 +75,7 @@ def config_from(values: dict[str, Any], path: Path) -> ModelConfig:
     kind = known_name(values.get("model_type"), BLOCKS, "model_type", path)
     Fields(values, path).check(USED, ONLY, IGNORED)
     fields = Fields(DEFAULTS[kind] | values, path)
-    derived = {ours: 0 for ours, never in (("kv_heads", "mistral"), ("head_dim", "qwen3")) if kind != never}  # where it is null
+    derived = {"kv_heads": 0, "head_dim": 0}  # where they are null
     sizes: dict[str, Any] = {ours: fields.number(theirs, int, derived.get(ours)) for ours, theirs in SIZES.items()}
     theta, scaling = _rope(fields, sizes["context"])
     sizes["context"] = min(sizes["context"], _window(fields, kind, sizes["layers"]) or sizes["context"])

@@ -112,7 +112,8 @@ def write_file(
         for (name, shape), array in zip(shapes.items(), arrays, strict=True):
             if array.shape != shape:
                 raise ValueError(f"{name} has shape {array.shape} and was announced as {shape}.")
-            file.write(memoryview(np.ascontiguousarray(array, DTYPES[dtype]).reshape(-1).view(np.uint8)))
+            with np.errstate(over="ignore"):  # infinity is refused when the file is read
+                file.write(memoryview(np.ascontiguousarray(array, DTYPES[dtype]).reshape(-1).view(np.uint8)))
 
 
 def read_folder(folder: Path) -> dict[str, StoredTensor]:

@@ -82,25 +82,24 @@ def test_what_the_metadata_says_is_the_architecture(tmp_path):
     stored = {name: value[..., :48] if value.shape[-1] == 64 else value for name, value in weights().items()}
     stored = {name: value[:48] if name.endswith(("output.weight", "down.weight")) else value for name, value in stored.items()}
     head = {"output.weight": weights()["token_embd.weight"][:, :48] * 2}
+    sizes |= {"attention.sliding_window": 100}
     path = tiny_gguf(tmp_path / "x.gguf", sizes=sizes, tensors=stored | head, other={"general.name": "Small"})
     model = load_model(path)
     cfg = model.cfg
     assert (cfg.vocab, cfg.width, cfg.layers, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.ff) == (262, 48, 2, 6, 3, 8, 96)
-    assert (cfg.rope_theta, cfg.eps, cfg.tied, cfg.context, cfg.dtype) == (100000.0, 1e-5, False, 128, "bfloat16")
+    assert (cfg.rope_theta, cfg.eps, cfg.tied, cfg.context, cfg.dtype) == (100000.0, 1e-5, False, 100, "bfloat16")
     assert model.name == "Small"
+    assert "the context of 128 is cut to one, 100 tokens" in model.notes[0]
     assert model.params["head"].dtype == "bfloat16"
     assert shortest_decimal(9.999999747378752e-06) == 1e-5
 
 
 def test_the_scalings_of_llama_3_are_recognised_by_what_they_make(tmp_path):
-    for factor in (8.0, 32.0, 5.0):
+    for factor in (8.0, 32.0):
         scaling = RopeScaling(factor, 1.0, 4.0, 8192)
         cfg = tiny_config(qk_norm=False, head_dim=16, rope_theta=500_000.0, rope_scaling=scaling)
         save_gguf(tmp_path / "x.gguf", cfg, lively_params(cfg), words_of(cfg.vocab), name="x", dtype="float32")
-        if factor == 5:
-            assert "none of the scalings" in refusal(load_model, tmp_path / "x.gguf")
-        else:
-            assert load_model(tmp_path / "x.gguf").cfg.rope_scaling == scaling
+        assert load_model(tmp_path / "x.gguf").cfg.rope_scaling == scaling
 
 
 def with_fault(value):
@@ -128,7 +127,6 @@ OTHER_TOKENIZER = json.dumps(train_bpe(["the other text"], 262).to_json())
         ({"sizes": {"attention.head_count": 0}}, ["heads"]),
         ({"sizes": {"attention.value_length": 16}}, ["value_length is 16 and not 8"]),
         ({"sizes": {"rope.dimension_count": 4}}, ["rope.dimension_count is 4 and not 8"]),
-        ({"sizes": {"attention.sliding_window": 64}}, ["sliding_window is shorter"]),
         ({"other": {"split.count": 2}}, ["'split.count'", "merge them first"]),
         ({"other": {"clip.vision": True}}, ["'clip.vision'"]),
         ({"arch": "qwen3"}, ["no tensor 'blk.0.attn_q_norm.weight'"]),

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 from refusals import refusal
 
-from engine.errors import UserError
 from engine.model.config import PRESETS, ModelConfig, preset
-from engine.storage.huggingface.config import DEFAULTS, USED, config_from, config_to
+from engine.storage.huggingface.config import DEFAULTS, config_from, config_to
 
 PATH = Path("config.json")
 COMMON = {
@@ -87,12 +86,10 @@ QWEN = PUBLISHED["qwen2.5-0.5b"] | {"use_sliding_window": True, "sliding_window"
 @pytest.mark.parametrize(
     ("values", "context"),
     [
-        (MISTRAL, 32768),  # null: no window
         (MISTRAL | {"sliding_window": 32768}, 32768),
         (MISTRAL | {"sliding_window": 4000, "use_sliding_window": False, "layer_types": ["sliding_attention"]}, 4000),
         (SMOLLM2 | {"sliding_window": 100, "use_sliding_window": True}, 8192),  # no field of Llama's
         (QWEN, 100),
-        (QWEN | {"max_window_layers": 24}, 32768),
         (QWEN | {"max_window_layers": 24, "layer_types": ["full_attention", "sliding_attention"]}, 100),
         (QWEN | {"layer_types": ["full_attention"]}, 32768),
     ],
@@ -101,39 +98,20 @@ def test_the_context_is_one_window(values, context):
     assert config_from(values, PATH).context == context
 
 
-def without(config: dict[str, Any], field: str) -> dict[str, Any]:
-    name, _, inner = field.partition("/")
-    if inner:
-        return config | {name: {key: value for key, value in config[name].items() if key != inner}}
-    return {key: value for key, value in config.items() if key != name}
+OMITTED = json.loads((Path(__file__).parents[1] / "golden" / "omitted.txt").read_text())["families"]
 
 
-def outcome(config: dict[str, Any]) -> ModelConfig | str:
-    try:
-        return config_from(config, PATH)
-    except UserError:
-        return "refused"
+@pytest.mark.parametrize(("family", "field"), [(family, field) for family in OMITTED for field in OMITTED[family]["omitted"]])
+def test_a_field_left_out_means_what_it_means_to_transformers(family, field):
+    config = OMITTED[family]["config"] | {"model_type": family}
+    rest = {name: value for name, value in config.items() if name != field}
+    assert config_from(rest, PATH) == config_from(config | OMITTED[family]["omitted"][field], PATH)
 
 
-OMITTED = json.loads((Path(__file__).parents[1] / "golden" / "omitted.txt").read_text())
-FAMILIES = [family for family in OMITTED if family != "transformers"]
-FIELDS = [(family, way, field) for family in FAMILIES for way in ("omitted", "null") for field in OMITTED[family][way]]
-
-
-@pytest.mark.parametrize(("family", "way", "field"), FIELDS)
-def test_a_field_left_out_means_what_it_means_to_transformers(family, way, field):
-    golden = OMITTED[family]
-    config, changes = golden["config"] | {"model_type": family}, golden[way][field]
-    if field == "rope_scaling/rope_type":
-        changes = None  # transformers only warns of the other fields, which then count for nothing
-    expected = "refused" if changes is None else outcome(config | changes)
-    assert outcome(without(config, field) if way == "omitted" else config | {field: None}) == expected
-
-
-def test_every_field_that_is_read_was_asked_for():
-    asked = {field for family in FAMILIES for field in OMITTED[family]["config"]}
-    assert asked >= USED - {"rope_parameters", "layer_types"}
-    assert all(OMITTED[family]["omitted"].keys() >= DEFAULTS[family].keys() for family in FAMILIES)
+def test_every_default_was_asked_for():
+    assert all(OMITTED[family]["omitted"].keys() >= DEFAULTS[family].keys() for family in DEFAULTS)
+    read = config_from(scaled(original_max_position_embeddings=None), PATH)
+    assert read.rope_scaling.original_context == read.context == 131072
 
 
 def scaled(**changes):
@@ -167,7 +145,6 @@ def scaled(**changes):
         ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings"]),
         ({"num_attention_heads": 10}, ["not a multiple of heads 10"]),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_type", "'linear'"]),
-        ({"rope_scaling": {"rope_type": ["yarn"]}}, ["rope_type"]),
         ({"rope_scaling": "llama3"}, ["rope_scaling"]),
         (scaled(beta_fast=32), ["'beta_fast'"]),
         (scaled(factor=None), ["factor"]),

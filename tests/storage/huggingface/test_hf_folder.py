@@ -17,7 +17,7 @@ from hf_folders import CONFIG, WEIGHTS, tiny_tokenizer, write_folder
 from refusals import refusal
 
 from engine.model.paths import leaf_paths
-from engine.storage.model_loader import load_model
+from engine.storage.model_loader import load_model, model_name
 from engine.storage.untrusted import build_tokenizer
 
 
@@ -34,7 +34,9 @@ def same_params(first: Any, second: Any) -> bool:
 
 
 def test_every_weight_is_in_its_place(folder):
-    model = load_model(folder)
+    reports: list[tuple[int, int]] = []
+    model = load_model(folder, report=lambda *counts: reports.append(counts))
+    assert max(reports) == reports[-1] == (sum(value.size for value in WEIGHTS.values()),) * 2
     block = model.params["blocks"]["1"]
     part = lambda name: WEIGHTS[f"model.layers.1.{name}.weight"]
     attention = [part(f"self_attn.{name}_proj") for name in "qkv"]
@@ -47,6 +49,24 @@ def test_every_weight_is_in_its_place(folder):
     np.testing.assert_array_equal(model.params["embed"], WEIGHTS["model.embed_tokens.weight"])
     assert model.name == "model"
     assert model.eos_ids == (40,)
+
+
+def test_names_are_readable_and_ids_are_those_of_the_hub(tmp_path, monkeypatch):
+    snapshot = "models--Org--Tiny-1.5b/snapshots/7e27bd9f95328f0f"
+    for place, source, name, hub_id in (
+        ("qwen2.5-0.5b", "Org/Base.v2", "qwen2.5-0.5b", "Org/Base.v2"),
+        (snapshot, "/fsx/run/7", "Tiny-1.5b", "Org/Tiny-1.5b"),
+        ("mine", "../out--1/x", "mine", ""),
+    ):
+        monkeypatch.chdir(write_folder(tmp_path / place, CONFIG | {"_name_or_path": source}, WEIGHTS))
+        model = load_model(".")
+        assert (model.name, model.hub_id, model_name(".")) == (name, hub_id, name)
+    path = tiny_gguf(tmp_path / "x.y.gguf", other={"general.name": "8k-lc100k\nmix1"})
+    assert load_model(path).name == model_name(str(path)) == "x.y"
+    assert model_name("runs/sea/checkpoints/20") == model_name("runs/sea/") == "sea"
+    monkeypatch.setattr("engine.storage.model_loader.fetch", lambda name, report: {"model": path})
+    model = load_model("smollm2-135m-instruct")
+    assert (model.name, model.hub_id) == ("smollm2-135m-instruct", "HuggingFaceTB/SmolLM2-135M-Instruct")
 
 
 def test_shards_hold_the_same_model(folder, tmp_path):
@@ -65,13 +85,6 @@ def test_half_precision_is_read_exactly(kind, tmp_path):
     assert native["embed"].dtype == native["blocks"]["0"]["qkv"].dtype == jnp.bfloat16
     assert native["norm"].dtype == native["blocks"]["0"]["attn_norm"].dtype == jnp.float32
     assert np.array_equal(native["embed"], exact["embed"].astype(jnp.bfloat16))
-
-
-def test_progress_is_reported_to_the_end(folder):
-    reports: list[tuple[int, int]] = []
-    load_model(folder, report=lambda done, total: reports.append((done, total)))
-    assert reports[-1][0] == reports[-1][1] == sum(value.size for value in WEIGHTS.values())
-    assert reports == sorted(reports)
 
 
 def test_a_table_kept_twice_is_read_once_if_both_are_the_same(tmp_path):
@@ -206,7 +219,7 @@ def test_a_panic_of_the_library_is_a_sentence(folder):
 AUDIT = """
 import os, sys
 from pathlib import Path
-from engine.storage.model_loader import load_model
+from engine.storage.model_loader import load_model, model_name
 folder, file = Path(sys.argv[1]), Path(sys.argv[2])
 load_model(folder), load_model(file)  # whatever is imported late is imported now
 seen = set()
