@@ -19,6 +19,11 @@ QUERY_BLOCK = 128  # queries a block: keys after the block are never multiplied
 
 def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
     """As `layers.attention`, for cached keys: forward only."""
+    kernel = ops().fused_prefill
+    if kernel and q.shape[1] > 1:  # a lone token reads each key once: plain products do as well
+        fused = kernel(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), mask)
+        if fused is not None:
+            return fused
     lone = q.shape[1] * q.shape[2] == k.shape[1]
     if not (lone and ops().pads_lone_row):
         return layers.attention(q, k, v, mask)

@@ -1,10 +1,11 @@
-"""Fused causal attention where a kernel exists: cuDNN on NVIDIA's GPUs, splash attention on a TPU.
+"""Fused attention where a kernel exists: cuDNN on NVIDIA's GPUs, splash attention on a TPU.
 
-No T x T scores reach memory: a kernel keeps a block of them at a time and computes them anew in its own backward pass
-(Dao et al. 2022, 2205.14135). Each takes q (B, T, N, H) scaled by H ** -0.5, k and v (B, T, K, H), segments (B, T) int32
-or None, and returns (B, T, N * H); or None for shapes, types and machines that it cannot serve.
+No scores reach memory: a kernel keeps a block of them at a time and computes them anew in its own backward pass (Dao et al.
+2022, 2205.14135). Each takes q (B, T, N, H) scaled by H ** -0.5, k and v (B, T, K, H), segments (B, T) int32 or None, and
+returns causal attention (B, T, N * H); or None for shapes, types and machines that it cannot serve.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,10 +21,18 @@ def cudnn(q: Array, k: Array, v: Array, segments: Array | None) -> Array | None:
 
     With segments the mask is one (B, 1, T, T) array of 16 bits for all heads.
     """
-    mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
+    mask = None if segments is None else (segments[:, :, None] == segments[:, None, :])
+    return cudnn_masked(q, k, v, mask, causal=True)
+
+
+def cudnn_masked(q: Array, k: Array, v: Array, mask: Array | None, *, causal: bool = False) -> Array | None:
+    """As `cudnn`, with keys (B, S, K, H) and a mask (B, T, S) that is True where a query may attend."""
+    heads = None if mask is None else mask[:, None]
     try:
-        out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, scale=1.0, implementation="cudnn")
-    except (NotImplementedError, RuntimeError, TypeError, ValueError):  # by what cuDNN, the card, type or shape is missing
+        out = jax.nn.dot_product_attention(q, k, v, mask=heads, is_causal=causal, scale=1.0, implementation="cudnn")
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:  # of cuDNN, the card, the type or the shape
+        if jax.default_backend() == "gpu":
+            warnings.warn(f"cuDNN's attention cannot serve {q.dtype}{q.shape}, so plain products do: {error}", stacklevel=2)
         return None
     return out.reshape(*out.shape[:2], -1)
 

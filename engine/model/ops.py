@@ -36,12 +36,13 @@ class Ops(NamedTuple):
 
     transpose: Callable[[Array], Array]
     pads_lone_row: bool  # to two: with one row the CPU's product converts the whole weight at each call, 18 times slower
-    fused_attention: fused_attention.Kernel | None
+    fused_attention: fused_attention.Kernel | None  # causal, of whole texts
+    fused_prefill: fused_attention.Kernel | None = None  # of a prompt's chunk over cached keys, by a mask
 
 
 PLATFORMS = {
     "cpu": Ops(_transpose_in_memory, True, None),  # jax.nn.dot_product_attention is two to three times slower there
-    "gpu": Ops(_transpose_by_name, False, fused_attention.cudnn),
+    "gpu": Ops(_transpose_by_name, False, fused_attention.cudnn, fused_attention.cudnn_masked),
     "tpu": Ops(_transpose_by_name, False, fused_attention.splash),
 }
 

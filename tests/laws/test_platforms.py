@@ -12,6 +12,7 @@ from bench.lowering.programs import INFERENCE, PROGRAMS, QWEN2, QWEN3, B, Progra
 CUDNN = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
 # They read whole texts, so that a kernel computes their attention where there is one.
 ATTENDING = [name for name in PROGRAMS if name.startswith(("train step", "loss", "margins", "log-prob"))]
+PREFILLING = [name for name in PROGRAMS if name.startswith("prefill") and "chunk" not in name]
 
 
 def exported(name: str, platform: str, cfg=QWEN3):
@@ -48,6 +49,11 @@ def test_no_scores_reach_memory_where_a_kernel_exists(name, platform, cudnn):
     assert kernels(program), "blocks that are alike may share one call"
     rows = B * (2 if "preference" in name or name == "margins" else 1)
     assert largest_temporary(program).bytes < 4 * rows * QWEN3.heads * T * T
+
+
+@pytest.mark.parametrize("name", PREFILLING)
+def test_a_gpu_prefills_by_a_kernel_too(name, cudnn):
+    assert kernels(exported(name, "cuda"))
 
 
 def test_the_check_sees_what_is_given_away():

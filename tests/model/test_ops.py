@@ -8,6 +8,7 @@ from tiny import lively_params, normal, positions_of, tiny_config, tokens_of
 
 from engine.model import attention, fused_attention, layers, ops
 from engine.model.config import RopeScaling
+from engine.model.transformer import forward
 from engine.text.batch import Batch
 from engine.training.step import loss_and_gradient
 
@@ -37,15 +38,16 @@ def test_a_program_is_traced_for_jaxs_default_device():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_platforms_compute_what_a_cpu_computes(family, monkeypatch):
-    """The loss and its gradient by every leaf, in float32, to 1e-5 of the largest number."""
+    """The logits, the loss and its gradient by every leaf, in float32, to 1e-5 of the largest number."""
     cfg = FAMILIES[family]
     params, rows = lively_params(cfg), (3, 2 * attention.QUERY_BLOCK)
     segments = np.sort(np.random.default_rng(0).integers(0, 3, rows), axis=1).astype(np.int32)
     batch = Batch(tokens_of(1, *rows), tokens_of(2, *rows), segments > 0, positions_of(*rows), segments)
     both = []
+    logits = lambda params: forward(cfg, params, batch.tokens, batch.positions, segments=segments)[0]
     for platform in ("cpu", "gpu"):
         monkeypatch.setattr(ops, "platform", lambda platform=platform: platform)
-        both.append(jax.jit(lambda params: loss_and_gradient(cfg, params, {}, batch))(params))
+        both.append(jax.jit(lambda params: (logits(params), loss_and_gradient(cfg, params, {}, batch)))(params))
     for a, b in zip(*map(jax.tree.leaves, both), strict=True):
         assert np.abs(a).max() > 1e-4, "nothing to compare"
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
