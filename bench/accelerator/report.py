@@ -50,8 +50,9 @@ def write_page(folder: Path, document: Json) -> Path:
 
 def sections(document: Json) -> list[tuple[str, tuple[str, ...], list[list[str]]]]:
     """Returns the title, heads and cells of each table."""
+    number = lambda value: f"{value or 0:.2g}"
     checks = [
-        [check["name"], f"{check['difference']:.1e}", f"{check['limit']:.0e}", "holds" if check["holds"] else "FAILS"]
+        [check["name"], number(check["difference"]), number(check["limit"]), "holds" if check["holds"] else "FAILS"]
         for check in document["checks"]
     ]
     tables = [(_title(table), ROWS, [_row(row) for row in table["rows"]]) for table in document["tables"]]
