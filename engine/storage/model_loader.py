@@ -137,7 +137,7 @@ def load_model(
         prepare(cfg := stored.cfg)
         params, tokenizer = read_params(stored, dtype or cfg.dtype, report), _make_tokenizer(stored, location.path)
         title, hub_id = (name, HUB_IDS[name]) if name in HUB_IDS else (stored.name, stored.hub_id)
-        cut = f"attention in windows is not built here: the context of {stored.context:,} is cut to one, {cfg.context:,} tokens"
+        cut = f"attention windows are not built here: the context of {stored.context:,} ends with the first, of {cfg.context:,}"
         notes: tuple[str, ...] = (cut,) if cfg.context < stored.context else ()
         return LoadedModel(title, cfg, params, tokenizer, stored.eos_ids, location.path, hub_id=hub_id, notes=notes)
     if location.format == "adapter":

@@ -89,7 +89,7 @@ def test_what_the_metadata_says_is_the_architecture(tmp_path):
     assert (cfg.vocab, cfg.width, cfg.layers, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.ff) == (262, 48, 2, 6, 3, 8, 96)
     assert (cfg.rope_theta, cfg.eps, cfg.tied, cfg.context, cfg.dtype) == (100000.0, 1e-5, False, 100, "bfloat16")
     assert model.name == "Small"
-    assert "the context of 128 is cut to one, 100 tokens" in model.notes[0]
+    assert "the context of 128 ends with the first, of 100" in model.notes[0]
     assert model.params["head"].dtype == "bfloat16"
     assert shortest_decimal(9.999999747378752e-06) == 1e-5
 
