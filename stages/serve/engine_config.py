@@ -21,6 +21,7 @@ from engine.model.weights.lora import merge_lora
 
 REMEDY = "give fewer --slots, a smaller --capacity, or --keys-values int8."
 SMALL_CAPACITY = 2048  # tokens that a slot has by default even where they take more than the SHARE
+SMALL_PREFIX_CACHE = 64 * 10**6  # bytes
 SHARE = 0.5  # of free memory that weights and slots take at most by default
 
 
@@ -33,14 +34,14 @@ def default_weights(backend: str) -> str:
 class EngineConfig:
     """The options of an engine. `weights`: int8, bfloat16 or float32. The other fields are those of `Slots`.
 
-    `capacity`: tokens of a slot; None until `with_capacity`.
+    `capacity`: tokens of a slot. It and `prefix_cache_bytes` may be None until `with_capacity`.
     """
 
     weights: str
     slots: int = 8
     capacity: int | None = None
     kv_dtype: KVDtype = "bfloat16"
-    prefix_cache_bytes: int = 0
+    prefix_cache_bytes: int | None = 0
     speculate: bool = True
 
     def model_config(self, cfg: ModelConfig) -> ModelConfig:
@@ -63,11 +64,16 @@ class EngineConfig:
 
     def with_capacity(self, cfg: ModelConfig, free: int) -> "EngineConfig":
         """Returns this config with a capacity: its own, else the model's context, or, where weights and slots would take more
-        than a SHARE of the `free` bytes, the largest power of two that does not, but at least SMALL_CAPACITY."""
-        capacity = self.capacity or cfg.context
+        than a SHARE of the `free` bytes, the largest power of two that does not, but at least SMALL_CAPACITY.
+
+        Without a size of its own the prefix cache holds a slot's text, and at least SMALL_PREFIX_CACHE.
+        """
+        capacity, prefix = self.capacity or cfg.context, self.prefix_cache_bytes
         while not self.capacity and capacity > SMALL_CAPACITY and self._bytes(cfg, capacity) > SHARE * free:
             capacity = 1 << (capacity - 1).bit_length() - 1
-        return dataclasses.replace(self, capacity=capacity)
+        if prefix is None:
+            prefix = max(SMALL_PREFIX_CACHE, self._slot_bytes(cfg, capacity))
+        return dataclasses.replace(self, capacity=capacity, prefix_cache_bytes=prefix)
 
     def check_memory(self, cfg: ModelConfig) -> None:
         """Raises UserError when weights and slots are more than a CPU's memory holds. Allocates nothing."""
@@ -76,10 +82,13 @@ class EngineConfig:
         hardware.require_memory(self._bytes(cfg, self.capacity), what, REMEDY)
 
     def _bytes(self, cfg: ModelConfig, capacity: int) -> int:
-        chunk = jax.eval_shape(lambda: make_kv_segments(cfg, self.slots, CHUNK, CHUNK, self.kv_dtype))
-        cache = -(-capacity // CHUNK) * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(chunk))
-        weights = count_params(cfg).total * {"int8": 1, "bfloat16": 2, "float32": 4}[self.weights]
-        return cache + weights + self.prefix_cache_bytes
+        slot, weights = self._slot_bytes(cfg, capacity), {"int8": 1, "bfloat16": 2, "float32": 4}[self.weights]
+        prefix = slot if self.prefix_cache_bytes is None else self.prefix_cache_bytes
+        return self.slots * slot + prefix + count_params(cfg).total * weights
+
+    def _slot_bytes(self, cfg: ModelConfig, capacity: int) -> int:
+        chunk = jax.eval_shape(lambda: make_kv_segments(cfg, 1, CHUNK, CHUNK, self.kv_dtype))
+        return -(-capacity // CHUNK) * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(chunk))
 
 
 class CompileAhead:

@@ -53,7 +53,7 @@ class ServeFlags:
     """The type of the weights' matrices."""
     keys_values: Annotated[str, one_of(*DTYPES)] = "bfloat16"
     """The type of the KV cache."""
-    prefix_cache: Annotated[int, parser(integer(0), "MB")] = 64
+    prefix_cache: Annotated[int | None, parser(integer(0), "MB"), default("as a slot takes, and at least 64")] = None
     """Memory for the prefix cache: beginnings of prompts that come again. 0 turns it off."""
     no_speculative_decoding: Annotated[bool, default("off")] = False
     """No speculative decoding for a lone request. Draft tokens change how fast a completion comes, never its tokens."""

@@ -58,7 +58,7 @@ def run(flags: ServeFlags) -> int:
             kv_dtype: Any = flags.keys_values
             engine_config = EngineConfig(
                 flags.weights or default_weights(device.backend), flags.slots, flags.capacity, kv_dtype,
-                prefix_cache_bytes=flags.prefix_cache * 10**6, speculate=not flags.no_speculative_decoding,
+                None if flags.prefix_cache is None else flags.prefix_cache * 10**6, not flags.no_speculative_decoding,
             )  # fmt: skip
             state, ahead = load_state(
                 flags.model, engine_config, device, console, adapter=flags.adapter, template=flags.template, name=flags.name,

@@ -100,8 +100,8 @@ def load_state(
 
     def on_config(cfg: ModelConfig) -> None:
         nonlocal engine_config
+        engine_config = engine_config.with_capacity(cfg, free_memory_bytes())
         if (engine_config.capacity or 0) <= cfg.context:  # else `Slots` refuses it
-            engine_config = engine_config.with_capacity(cfg, free_memory_bytes())
             if device.backend == "cpu":
                 engine_config.check_memory(cfg)
             ahead.begin(engine_config, cfg)
@@ -135,7 +135,7 @@ def load_state(
         ("weights", f"{engine_config.weights}, {weights}, SHA-256 {sha256[:16]}"),
         ("slots", f"{slots.slots} of {slots.capacity:,} tokens{less}, KV cache in {slots.kv_dtype}, "
                   f"{format_bytes(slots.cache_bytes)}"),
-        ("queue", f"{queue} more wait; prefix cache of {engine_config.prefix_cache_bytes / 1e6:g} MB"),
+        ("queue", f"{queue} more wait; prefix cache of {slots.prefix_cache.limit / 1e6:.0f} MB"),
         ("template", chat.template_name),
     ])  # fmt: skip
     return ServerState(name, model, slots, sha256, chat, make_chat, queue, price), ahead

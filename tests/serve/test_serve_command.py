@@ -273,6 +273,9 @@ def test_the_capacity_is_the_models_context_where_half_the_free_memory_holds_it(
         capacities = [config.with_capacity(cfg, free).capacity for free in (needed, needed - 2)]
         assert capacities == [capacity, less]
     assert dataclasses.replace(config, capacity=300).with_capacity(cfg, 0).capacity == 300
+    for context, size in ((100, 64 * 10**6), (10**6, 96_006_144)):  # 7,813 chunks of 128 tokens of 96 bytes
+        unsized = dataclasses.replace(config, prefix_cache_bytes=None)
+        assert unsized.with_capacity(tiny_config(context=context), 10**12).prefix_cache_bytes == size
     monkeypatch.setattr(module, "free_memory_bytes", lambda: 0)
     monkeypatch.setattr(engine_config, "SMALL_CAPACITY", 64)
     state, ahead = load_state(folder, weights="int8", slots=2)
