@@ -225,12 +225,15 @@ class Slots:
 
     def _cache(self, sequence: Sequence, tokens: tuple[int, ...]) -> None:
         """Puts the chunk that has just been computed into the prefix cache."""
-        start, size = (
-            sequence.prefilled_tokens // self.chunk * self.chunk,
-            self.tail if len(tokens) <= self.tail else self.chunk,
-        )
+        start = sequence.prefilled_tokens // self.chunk * self.chunk
+        size = self.tail if len(tokens) <= self.tail else self.chunk
         chunk = programs.read_chunk(self._segments, np.int32(sequence.slot), np.int32(start), size)
-        keys = [chunk_key(sequence.prefix_key, tokens[:count]) for count in (len(tokens), *self._beginnings(tokens))]
+        counts: Iterable[int] = self._beginnings(tokens)
+        # A NaN spoils the tokens before it in its chunk too, for 0 times NaN is NaN; and from any layer it reaches the last.
+        last = [np.asarray(leaf)[[self.cfg.layers - 1, -1]] for leaf in jax.tree.leaves(chunk)] if counts else []
+        if not all(np.isfinite(part).all() for part in last):
+            counts = ()
+        keys = [chunk_key(sequence.prefix_key, tokens[:count]) for count in (len(tokens), *counts)]
         self.prefix_cache.put(keys[0], chunk, sequence.prefix_key if start else None, keys[1:])
 
     def _beginnings(self, tokens: tuple[int, ...]) -> range:
