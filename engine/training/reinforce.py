@@ -1,8 +1,8 @@
 """GRPO: a policy gradient from rewards of completions, whose baseline is the group's mean.
 
-After Shao et al. 2024 (2402.03300, equation 3), with the mean over all tokens of the batch. Several completions of each
-prompt are sampled and rewarded. The advantage of a completion's tokens is its reward less its group's mean, in standard
-deviations.
+After Shao et al. 2024 (2402.03300, equation 3). Several completions of each prompt are sampled and rewarded. The advantage
+of a completion's tokens is its reward less its group's mean, in standard deviations. A completion weighs the same however
+long it is: in a mean over all tokens the long ones, where they are the worse, would make all that is sampled less probable.
 """
 
 import functools
@@ -54,11 +54,14 @@ def log_probabilities(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
 
 @functools.cache
 def grpo(clip: float = 0.2, kl_weight: float = 0.0) -> Objective:
-    """Returns the objective -min(r A, clipped r A) + kl_weight * KL, mean over tokens; r is new / old probability.
+    """Returns the objective -min(r A, clipped r A) + kl_weight * KL; r is new / old probability.
+
+    The mean over a completion's tokens, then over completions.
 
     r is clipped to 1 - clip .. 1 + clip (Schulman et al. 2017, 1707.06347, equation 7): beyond it a token has nothing
-    more to gain. KL to the reference is estimated token by token as q - log q - 1, q = reference / new. Raises UserError
-    for a clip or kl_weight out of range, and ValueError for a kl_weight without reference_logprobs.
+    more to gain. KL to the reference is estimated token by token as q - log q - 1, q = reference / new, which is never
+    below 0 (2402.03300, equation 4; k3 of Schulman 2020, "Approximating KL Divergence"). Raises UserError for a clip or
+    kl_weight out of range, and ValueError for a kl_weight without reference_logprobs.
     """
     if not (clip > 0 and kl_weight >= 0):
         raise UserError(f"clip must be above 0 and kl_weight at least 0, not {clip!r} and {kl_weight!r}.")
@@ -73,6 +76,7 @@ def grpo(clip: float = 0.2, kl_weight: float = 0.0) -> Objective:
                 raise ValueError("A kl_weight needs the reference's log-probabilities.")
             log_ratio = rollouts.reference_logprobs - new
             loss = loss + kl_weight * (jnp.exp(log_ratio) - log_ratio - 1)
-        return jnp.where(rollouts.batch.mask, loss, 0.0).sum()
+        mask = rollouts.batch.mask
+        return (jnp.where(mask, loss, 0.0).sum(1) / jnp.maximum(mask.sum(1), 1)).sum()
 
-    return Objective(summed, lambda rollouts: rollouts.batch.mask.sum())
+    return Objective(summed, lambda rollouts: jnp.asarray(rollouts.batch.mask.shape[0]))

@@ -15,12 +15,13 @@ TASKS = {
     "length": "length:N, an answer of N words",
     "regex": "regex:PATTERN, an answer in which the pattern is found",
     "sum": "sum, an answer that ends with the right number",
+    "yes-no": "yes-no, an answer that begins with Yes or No",
 }
 LONGEST = 4000  # characters of a completion that a pattern is searched in
 
 
 def make_reward(task: str) -> Reward:
-    """Makes the reward of `length:12`, `regex:PATTERN` or `sum`. Raises UserError for anything else."""
+    """Makes the reward of `length:12`, `regex:PATTERN`, `sum` or `yes-no`. Raises UserError for anything else."""
     name, _, rest = task.partition(":")
     if name == "length" and rest.isdecimal() and 1 <= int(rest) <= 1000:
         return length_reward(int(rest))
@@ -28,6 +29,8 @@ def make_reward(task: str) -> Reward:
         return regex_reward(rest)
     if task == "sum":
         return sum_reward
+    if task == "yes-no":
+        return regex_reward(r"^(Yes|No)\b")
     if name in TASKS:
         raise UserError(f"The task {task!r} should be {TASKS[name]}{' from 1 to 1000' if name == 'length' else ''}.")
     raise UserError(f"There is no task {task!r}; there are {'; '.join(TASKS.values())}.{did_you_mean(name, [*TASKS])}")

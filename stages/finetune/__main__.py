@@ -10,7 +10,9 @@
     python -m stages.finetune --dry-run                            what matches, what it would cost, and stop
 
 Frozen parameters are never differentiated and stay as they are, to the bit. The same command run again resumes where it
-stopped.
+stopped. Without --max-time and --steps it trains for three minutes, and on a slow machine for as long as 100 steps take:
+fewer hardly change a tone. It ends with three held-out questions, answered before and after, and says when an answer does
+not stop or repeats itself.
 """
 
 import sys

@@ -9,8 +9,6 @@ from engine.allocator import return_freed_memory
 from engine.device import Device
 from engine.errors import UserError
 from engine.format import quantity
-from engine.inference.decode import generate, prepare_params
-from engine.inference.sampling_params import SamplingParams
 from engine.model.config import ModelConfig
 from engine.model.paths import merge
 from engine.storage.model_loader import model_name
@@ -22,6 +20,7 @@ from engine.training.step import INT8_COMPILER_OPTIONS, NEXT_TOKEN, TrainState
 from stages.cli.console import Console
 from stages.finetune.data import PreferenceBatches, held_out_evaluator
 from stages.finetune.flags import FinetuneFlags
+from stages.runs.answers import Answer, ask, compare, describe_faults
 from stages.runs.conversation_data import prepare_conversations
 from stages.runs.estimate import RunPlan, find_ceilings, memory_estimate, run_fraction
 from stages.runs.folder import default_folder
@@ -34,11 +33,9 @@ from stages.runs.trainable import choose_trainable
 from stages.runs.training_steps import TrainingSteps, compile_step
 from stages.runs.validation import general_bits_per_byte
 
-SECONDS = 180.0  # of a run when nobody asks for a length
+SECONDS, LEAST_STEPS = 180.0, 100  # of a run when nobody asks for a length
 EXPECTED_MFU = 0.4
 QUICK_EXAMPLES = 64  # of a quick evaluation
-SAMPLE = 90  # tokens
-QUESTION = "What should I do when I cannot sleep?"
 
 
 def run(flags: FinetuneFlags, device: Device) -> int:
@@ -53,11 +50,11 @@ def run(flags: FinetuneFlags, device: Device) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """A model's score on the held-out set and on general text (bits per byte, None without one); its answer to QUESTION."""
+    """A model's score on the held-out set and on general text (bits per byte, None without one); its answers."""
 
     held_out: float
     general: float | None
-    answer: str
+    answers: tuple[Answer, ...]
 
 
 class FineTuning(ModelStage):
@@ -85,7 +82,11 @@ class FineTuning(ModelStage):
                 )
             cfg = dataclasses.replace(cfg, scan=tuning.scan, remat="block" if tuning.remat else "none")
             paths, self.matches = choose_trainable(cfg, lora, trainable.train, trainable.freeze)
-            self.plan = RunPlan(flags.model, cfg, recipe, flags.seed, flags.length.steps, seconds, paths, trainable.base)
+            least_steps = 0 if flags.length.max_time or flags.length.steps else LEAST_STEPS
+            self.plan = RunPlan(
+                flags.model, cfg, recipe, flags.seed, flags.length.steps, seconds, paths, trainable.base,
+                least_steps=least_steps,
+            )  # fmt: skip
             self.plan.require_step_memory(tuning.batch, is_lora=lora is not None)
 
         if examples.general != "none":
@@ -105,6 +106,7 @@ class FineTuning(ModelStage):
     def plan_rows(self) -> list[tuple[str, str]]:
         plan, recipe, dataset = self.plan, self.plan.recipe, self.dataset
         steps, long = plan.predict(plan.step_flops / (EXPECTED_MFU * self.peak_flops))
+        too_few = f", fewer than the {LEAST_STEPS} of a run without --max-time" * (not plan.steps and steps < LEAST_STEPS)
         rows, *problems = dataset.summary.describe()
         return [
             self.model_row(),
@@ -116,7 +118,7 @@ class FineTuning(ModelStage):
             ("validation", f"{dataset.held_out_name}: {len(dataset.held_out):,} examples"),
             ("template", self.chat.template_name),
             ("step", f"{recipe.batch} x {recipe.context} tokens, adamw, {recipe.optimizer.learning_rate:g}"),
-            ("length", f"{plan.length()}; about {quantity(steps, plan.noun)}, {long}"),
+            ("length", f"{plan.length()}; about {quantity(steps, plan.noun)}, {long}{too_few}"),
         ]
 
     def print_example(self) -> None:
@@ -164,9 +166,15 @@ class FineTuning(ModelStage):
             ("held out", f"{before.held_out:.3f} -> {after.held_out:.3f} {unit} on {self.dataset.held_out_name}"),
             ("forgotten", forgotten),
             ("speed", f"{speed:,.0f} tokens/s, {share_of_ceiling:.0%} of the ceiling"),
+            *([("answers", describe_faults(after.answers))] if after.answers else []),
         ]
-        texts = [(f"before: {QUESTION}", before.answer), (f"after: {QUESTION}", after.answer)]
-        return RunReport(result, texts, rows, f"{path} ({numbers:,} numbers)", ["chat", "evaluate", "export"])
+        return RunReport(
+            result,
+            compare(before.answers, after.answers),
+            rows,
+            f"{path} ({numbers:,} numbers)",
+            ["chat", "evaluate", "export"],
+        )
 
     def _batches(self) -> PackedBatches | PreferenceBatches:
         train, plan, seq = self.dataset.train, self.plan, self.plan.recipe.context
@@ -190,12 +198,8 @@ class FineTuning(ModelStage):
             if self.general != "none":
                 general = general_bits_per_byte(cfg, params, self.tokenizer, self.general, seq, self.console)
             _clear_programs()  # as large as a small model, and not run again soon
-            prompt = self.chat.prompt([{"role": "user", "content": QUESTION}]).tolist()
-            sampling = SamplingParams(max_tokens=SAMPLE, temperature=0.0, stop_token_ids=self.stop_token_ids)
-            capacity = min(cfg.context, len(prompt) + SAMPLE)
-            pieces = generate(cfg, prepare_params(cfg, params), [prompt], [sampling], capacity=capacity)
-            answer = self.tokenizer.decode([token for piece in pieces for token in piece.tokens])
-            return Scores(held_out, general, answer)
+            answers = ask(cfg, params, self.chat, self.dataset.questions, self.stop_token_ids)
+            return Scores(held_out, general, answers)
 
 
 def _clear_programs() -> None:

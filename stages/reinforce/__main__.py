@@ -1,14 +1,16 @@
 """Train a model by reinforcement learning: it samples completions, a rule rewards them, GRPO updates the weights.
 
     python -m stages.reinforce                                     SmolLM2-135M-Instruct learns to answer in 12 words
-    python -m stages.reinforce --task 'regex:^(Yes|No)\\b'          in a form that a pattern describes
+    python -m stages.reinforce --task yes-no                       to begin with Yes or No, asked what can be answered so
+    python -m stages.reinforce --task 'regex:[.!?]$'               to come to an end, as a pattern describes it
     python -m stages.reinforce --task sum                          to add
     python -m stages.reinforce --model runs/tiny-python --train all --task length:4
     python -m stages.reinforce --dry-run                           what a round would take, and stop
 
 Each round has two halves, and the screen shows both: in the first, inference samples several completions of each prompt
-and changes no weight; in the second, training makes those rewarded above the others more probable (GRPO). The same
-command run again resumes where it stopped.
+and changes no weight; in the second, training makes those rewarded above the others more probable (GRPO). A KL
+penalty and a second reward, both by the model before training, keep answers sane. The same command run again resumes where
+it stopped.
 """
 
 import sys

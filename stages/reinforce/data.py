@@ -15,6 +15,9 @@ THINGS = (
     "a map", "stone", "the sun", "a school", "wool", "thunder", "a hill", "milk", "a lamp", "ice", "a song", "dust",
 )  # fmt: skip
 QUESTIONS = ("What is {}?", "Describe {}.", "Why do we need {}?", "Tell me of {}.")
+YES_NO_QUESTIONS = tuple(
+    f"{text} Answer with yes or no." for text in ("Is {} alive?", "Can I buy {}?", "Is {} older than I am?", "Can I hold {}?")
+)
 HELD_OUT = 4  # one prompt of so many is never trained on
 SUMS = 400
 
@@ -49,8 +52,9 @@ def prompts_for(task: str, data: Path | None, seed: int) -> Prompts:
         pairs = random.Random(seed).choices([(a, b) for a in range(10) for b in range(10)], k=SUMS)
         prompts, name = [Prompt(f"What is {a} + {b}?", a + b) for a, b in dict.fromkeys(pairs)], "sums of two digits"
     else:
-        prompts = [Prompt(question.format(thing)) for question in QUESTIONS for thing in THINGS]
-        name = f"{len(prompts)} short questions"
+        yes_no = task == "yes-no"
+        prompts = [Prompt(text.format(thing)) for text in (YES_NO_QUESTIONS if yes_no else QUESTIONS) for thing in THINGS]
+        name = f"{len(prompts)} short questions{' of yes or no' * yes_no}"
     if len(prompts) < 2:
         raise UserError(f"{name} has {len(prompts)} prompts, too few to hold any out; at least 2 are needed.")
     random.Random(seed).shuffle(prompts)

@@ -13,7 +13,8 @@ class RolloutFlags:
     """The prompts, and how completions are sampled."""
 
     task: Annotated[str, parser(str, "TASK")] = "length:12"
-    """`length:N` (words), `regex:PATTERN` (found in the answer), or `sum` (the last number is right)."""
+    """`length:N` (words), `regex:PATTERN` (found in the answer), `sum` (the last number is right), or `yes-no` (the answer
+    begins so)."""
     data: Annotated[Path | None, parser(path, "FILE"), default("prompts that come with the task")] = None
     """A .jsonl of {"prompt": "...", "answer": 7}; only `sum` needs answers."""
     prompts: Annotated[int, parser(integer(1, 1024), "N")] = 2
@@ -36,15 +37,19 @@ class UpdateFlags:
     """Steps on each round's completions."""
     clip: Annotated[float, positive(10)] = 0.2
     """How far a token's probability may move within a round before it gains nothing more: 0.2 is from 0.8 to 1.2 times."""
-    kl: Annotated[float, parser(number(0, 10), "X")] = 0.0
-    """Weight of the KL divergence from the model before training."""
+    kl: Annotated[float, parser(number(0, 10), "X")] = 0.1
+    """Weight of the KL divergence from the model before training, which keeps answers from becoming unlike its own."""
+    fluency: Annotated[float, parser(number(0, 10), "X")] = 0.25
+    """Weight of a second reward, beside the task's: less for each bit per byte of an answer by the model before training."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DurationFlags:
     """The length of the run. Of both, whichever ends first."""
 
-    max_time: Annotated[float | None, parser(seconds, "TIME"), default("2m when no --rounds are given")] = None
+    max_time: Annotated[float | None, parser(seconds, "TIME"), default("2m, but at least 20 rounds, when neither is given")] = (
+        None
+    )
     """Time in rounds, such as 90s, 3m; compiling and measuring are not counted."""
     rounds: Annotated[int | None, COUNT, default("as many as fit into the time")] = None
     """Times that completions are sampled and trained on."""

@@ -1,13 +1,15 @@
-"""The inference half of a round: samples completions in one `decode.generate` (no Slots), and rewards each."""
+"""The inference half of a round: samples completions in one `decode.generate` (no Slots), rewards and scores each."""
 
 import contextlib
 import dataclasses
+import math
 import signal
 import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from engine.errors import UserError
@@ -18,10 +20,23 @@ from engine.model.transformer import Params
 from engine.text.batch import Batch
 from engine.text.chat_tokenizer import ChatTokenizer, Example
 from engine.text.packing import evaluation_batches
+from engine.training.reinforce import log_probabilities
 from engine.training.rewards import Reward
 from stages.reinforce.data import Prompt
 
 REWARD_TIMEOUT = 2.0  # seconds, for a round
+
+
+class Scores(NamedTuple):
+    """The `rollout_batch` of completions, its log-probabilities (B, T) under a model, and each one's bits per byte (B,).
+
+    `bits`: bits per byte of all completions together. Bits include those of the token that ends a completion.
+    """
+
+    batch: Batch
+    logprobs: np.ndarray
+    bits_each: np.ndarray
+    bits: float
 
 
 class Rollout(NamedTuple):
@@ -30,6 +45,7 @@ class Rollout(NamedTuple):
     prompts: list[list[int]]  # tokens
     completions: list[list[int]]  # tokens, the stop token included
     texts: list[str]  # of completions
+    text_bytes: list[int]
     rewards: list[float]
     seconds: float  # of inference
 
@@ -72,7 +88,8 @@ class Sampler:
             texts.append(self.chat.tokenizer.decode(completion[: len(completion) - ended]).strip())
         with _time_limit("The task's pattern takes too long on an answer: write it so that it has one way to match a text."):
             rewards = [self.reward(text, prompt.answer) for text, prompt in zip(texts, prompts)]
-        return Rollout(tokens, completions, texts, rewards, seconds)
+        text_bytes = [*map(self.chat.tokenizer.count_bytes, completions)]
+        return Rollout(tokens, completions, texts, text_bytes, rewards, seconds)
 
     def _completions(self, params: Params, prompts: Sequence[list[int]], seed: int) -> list[list[int]]:
         # With the stop token, which is trained on too; `decode.generate` would leave it out.
@@ -103,6 +120,15 @@ def rollout_batch(prompts: Sequence[list[int]], completions: Sequence[list[int]]
         for prompt, completion in zip(prompts, completions)
     ]
     return next(evaluation_batches(examples, seq, len(examples), pack=False))
+
+
+def score_completions(cfg: ModelConfig, params: Params, rollout: Rollout, seq: int, rows: int) -> Scores:
+    """Scores completions under `params`, `rows` of `seq` places at once."""
+    batch = rollout_batch(rollout.prompts, rollout.completions, seq)
+    parts = [jax.tree.map(lambda x, at=at: x[at : at + rows], batch) for at in range(0, len(batch.tokens), rows)]
+    logprobs = np.concatenate([np.asarray(log_probabilities(cfg, params, part)) for part in parts])
+    bits, size = -logprobs.sum(1) / math.log(2), np.array(rollout.text_bytes)
+    return Scores(batch, logprobs, bits / np.maximum(size, 1), float(bits.sum() / max(size.sum(), 1)))
 
 
 @contextlib.contextmanager

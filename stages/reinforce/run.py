@@ -1,6 +1,10 @@
 """The Stage that trains by reinforcement learning, and its run from flags."""
 
 import dataclasses
+import functools
+import itertools
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 from engine.counting.flops import decode_flops, forward_flops, prefill_flops
@@ -19,22 +23,24 @@ from engine.training.step import TrainState
 from stages.cli.console import Console
 from stages.reinforce.data import prompts_for
 from stages.reinforce.flags import ReinforceFlags
-from stages.reinforce.rollouts import Rollout, Sampler, prompt_tokens
-from stages.reinforce.rounds import Rounds, first_seed
+from stages.reinforce.rollouts import Rollout, Sampler, prompt_tokens, score_completions
+from stages.reinforce.rounds import ALIKE_ROUNDS, Rounds, first_seed
 from stages.runs.estimate import RunPlan, memory_estimate, memory_limit
-from stages.runs.folder import default_folder
+from stages.runs.folder import clear_run, default_folder
 from stages.runs.loop import Loop, LoopState, RunOptions
 from stages.runs.model_stage import ModelStage
 from stages.runs.recipes import Recipe
 from stages.runs.run import RunReport, execute
 from stages.runs.trainable import choose_trainable
 
-SECONDS = 120.0  # of a run when nobody asks for a length
+SECONDS, LEAST_ROUNDS = 120.0, 20  # of a run when nobody asks for a length
 TOKENS = 48  # of a completion, where the context has room for them
 MULTIPLE = 32  # tokens that a row's length is rounded up to
+EVALUATED = 32  # completions before and after training
 SHOWN_PROMPTS = 3
 SHOWN_CHARACTERS = 100  # of a completion
 MICROBATCH_TOKENS = 1024  # more hold more logits and are no faster
+TOLERATED_BITS = 0.3  # a byte that completions may be worse under the model before training
 
 
 def run(flags: ReinforceFlags, device: Device) -> int:
@@ -54,7 +60,7 @@ class ReinforcementLearning(ModelStage):
         rollout, update, trainable, length = flags.rollout, flags.update, flags.trainable, flags.length
         lora = trainable.adapter
         self.task, self.group, self.prompts_each = rollout.task, rollout.group, rollout.prompts
-        self.updates, self.clip, self.kl = update.updates, update.clip, update.kl
+        self.updates, self.clip, self.kl, self.fluency = update.updates, update.clip, update.kl, update.fluency
         self.prompts = prompts_for(rollout.task, rollout.data, flags.seed)
         reward = make_reward(rollout.task)
         super().__init__(flags.model, lora, options.folder, console)
@@ -81,7 +87,10 @@ class ReinforcementLearning(ModelStage):
         paths, self.matches = choose_trainable(cfg, lora, trainable.train, trainable.freeze)
         seconds = length.max_time or (None if length.rounds else SECONDS)
         recipe = Recipe("the model's", seq, rows, optimizer, parts)
-        self.plan = RunPlan(self.model.name, cfg, recipe, flags.seed, length.rounds, seconds, paths, trainable.base, "round")
+        least_rounds = 0 if length.max_time or length.rounds else LEAST_ROUNDS
+        self.plan = RunPlan(
+            self.model.name, cfg, recipe, flags.seed, length.rounds, seconds, paths, trainable.base, "round", least_rounds
+        )
         task = rollout.task
         self.facts = {
             "learns": trainable.describe(),
@@ -111,7 +120,7 @@ class ReinforcementLearning(ModelStage):
                         f"tokens, at temperature {self.sampler.temperature:g}"),
             ("inference", f"samples them: up to {format_count(inference)}FLOPs, forward only"),
             ("training", f"{updates} step{'s' * (updates > 1)} on them: up to {format_count(training)}FLOPs; "
-                         f"clip {self.clip:g}, KL {self.kl:g}, adamw {rate:g}"),
+                         f"clip {self.clip:g}, KL {self.kl:g}, fluency {self.fluency:g}, adamw {rate:g}"),
             ("memory", memory_estimate(self.memory, "round")),
             ("length", plan.length()),
         ]  # fmt: skip
@@ -120,18 +129,27 @@ class ReinforcementLearning(ModelStage):
         with self.console.task("compiling training", always=True):
             self.rounds = Rounds(
                 self.plan, self.split, self.sampler, grpo(self.clip, self.kl), self.prompts.train, self.prompts_each,
-                self.group, self.updates, self.kl, state,
+                self.group, self.updates, self.kl, self.fluency, state,
             )  # fmt: skip
         return self.rounds
 
-    def finish(self, state: TrainState, loop: Loop, before: Rollout) -> RunReport:
-        """Measures again, saves an adapter if one was trained, and returns the RunReport, which `execute` prints."""
-        after, loop_state = self.measure(state.trainable), loop.loop_state
+    def finish(self, state: TrainState, loop: Loop, start: tuple[Rollout, float]) -> RunReport:
+        """Measures again, saves an adapter if one was trained, and returns the RunReport, which `execute` prints.
+
+        Raises UserError, and saves nothing, when the rounds taught nothing.
+        """
+        (before, bits_before), (after, bits_after), loop_state = start, self.measure(state.trainable), loop.loop_state
+        rounds, exhausted = (self.rounds.rounds, self.rounds.exhausted) if self.rounds else ([], False)
+        untrained = len(rounds) == loop_state.step and not any(round.differs for round in rounds)
+        if untrained or (exhausted and after.mean_reward <= before.mean_reward):
+            if untrained:
+                clear_run(self.folder)
+            raise UserError(_nothing_to_learn([round.rollout.mean_reward for round in rounds[-ALIKE_ROUNDS:]]))
         path = self.save_trained(loop_state.step, state.trainable)
-        rounds = self.rounds.rounds if self.rounds else []
         inference, training = sum(r.rollout.seconds for r in rounds), sum(r.training_seconds for r in rounds)
         result = {
             "held_out_reward_before": before.mean_reward, "held_out_reward_after": after.mean_reward,
+            "base_bits_per_byte_before": bits_before, "base_bits_per_byte_after": bits_after,
             "best_round": loop_state.best, "seconds": loop_state.seconds, "inference_seconds": inference,
             "training_seconds": training, "answer_tokens": sum(r.rollout.tokens for r in rounds),
         }  # fmt: skip
@@ -144,25 +162,50 @@ class ReinforcementLearning(ModelStage):
                     f"{title:<6} {rollout.rewards[row]:.2f} | {text[:SHOWN_CHARACTERS]}{'...' * (len(text) > SHOWN_CHARACTERS)}"
                 )
             texts.append((prompt.text, "\n".join(lines)))
+        worse = bits_after > bits_before + TOLERATED_BITS
         rows = [
             ("reward", f"{before.mean_reward:.3f} -> {after.mean_reward:.3f} on held-out prompts"),
+            ("answers", f"{bits_before:.2f} -> {bits_after:.2f} bits per byte under the model before training"
+                        + "; give a higher --kl to keep them nearer to it" * worse),
             ("time", f"{duration(inference)} of inference, {duration(training)} of training"),
-        ]
+            *([("ended", f"early: {ALIKE_ROUNDS} rounds in a row without a difference in reward")] if exhausted else []),
+        ]  # fmt: skip
         return RunReport(result, texts, rows, str(path), ["chat", "export"])
 
-    def measure(self, trainable: Any) -> Rollout:
-        """Samples completions of as many held-out prompts as a round has rows, always with the same seeds."""
-        plan, held_out = self.plan, self.prompts.held_out
-        prompts = [held_out[row % len(held_out)] for row in range(plan.recipe.batch)]
+    def measure(self, trainable: Any) -> tuple[Rollout, float]:
+        """Samples EVALUATED completions of held-out prompts or a round's number of them, always with the same seeds.
+
+        Returns them, and their bits per byte under the model before training.
+        """
+        plan, rows, frozen = self.plan, self.plan.recipe.batch, self.split.frozen
+        prompts = itertools.cycle(self.prompts.held_out)
         with self.console.task("evaluating on held-out prompts", always=True):
-            params = prepare_params(plan.cfg, merge(trainable, self.split.frozen))
-            return self.sampler.rollout(params, prompts, first_seed(plan.seed, -1, plan.recipe.batch))
+            params = prepare_params(plan.cfg, merge(trainable, frozen))
+            rollouts = [
+                self.sampler.rollout(params, [*itertools.islice(prompts, rows)], first_seed(plan.seed, -1 - part, rows))
+                for part in range(-(-EVALUATED // rows))
+            ]
+            rollout = Rollout(*(functools.reduce(operator.add, field) for field in zip(*rollouts)))
+            base, together = merge(self.split.trainable, frozen), rows // plan.recipe.accumulate
+            return rollout, score_completions(plan.cfg, base, rollout, plan.recipe.context, together).bits
 
     def _flops(self) -> tuple[int, int]:
         """Returns the most FLOPs of inference and of training in a round: those of the longest completions."""
         plan, cfg, new = self.plan, self.plan.cfg, self.sampler.max_tokens
         prefill = prefill_flops(cfg, self.longest, attention="causal").total
         decode = (new - 1) * decode_flops(cfg, self.longest + new // 2).total
-        passes = (self.updates > 1) + (self.kl > 0)  # that give log-probabilities
+        passes = (self.updates > 1) + 1  # that give log-probabilities
         scoring = passes * plan.step_tokens * forward_flops(cfg, plan.recipe.context, attention="full").total
         return plan.recipe.batch * (prefill + decode), self.updates * plan.step_flops + scoring
+
+
+def _nothing_to_learn(rewards: Sequence[float]) -> str:
+    """Returns the sentence for a run that ended in rounds of these mean rewards, the same for all answers to a prompt."""
+    reward = sum(rewards) / len(rewards)
+    advice = "Give prompts that fit the task with --data, a task that rewards in part, such as length:12, or a larger --group"
+    if reward > 0.9:
+        advice = "The model does this already: give a harder --task, or harder prompts with --data"
+    return (
+        f"In {len(rewards)} rounds in a row all answers to a prompt had the same reward ({reward:.2f} on average), so that "
+        f"nothing could be learned and no adapter was saved. {advice}."
+    )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,17 +11,23 @@ import numpy as np
 from engine.errors import UserError
 from engine.storage.model_loader import LoadedModel
 from engine.text.chat_tokenizer import ChatTokenizer, Example
-from engine.text.conversations import SHIPPED, Conversations, read_conversations
+from engine.text.conversations import SHIPPED, Conversations, Preference, Text, read_conversations
 from engine.text.examples import DatasetSummary, Pair, make_examples, make_pairs
+from engine.text.template import Message
 from stages.cli.console import Console, ReportProgress
 
 HELD_OUT = 0.1
 EVALUATION_ROWS = 2  # scored together
+QUESTIONS = 3  # of the held-out set, or for texts these
+QUESTIONS_BESIDE_TEXTS = ("What should I do when I cannot sleep?", "How do I boil an egg?", "Why is the sea salty?")
 
 
 @dataclasses.dataclass(frozen=True)
 class ConversationData:
-    """Training and held-out examples (or pairs), their names, and a summary of the rows used and left out."""
+    """Training and held-out examples (or pairs), their names, and a summary of the rows used and left out.
+
+    `questions`: QUESTIONS conversations of the held-out set, each up to the assistant's first answer.
+    """
 
     train: Sequence[Any]
     held_out: Sequence[Any]
@@ -28,6 +35,7 @@ class ConversationData:
     kind: str
     name: str
     held_out_name: str
+    questions: Sequence[Sequence[Message]]
 
     @property
     def digest(self) -> str:
@@ -53,14 +61,31 @@ def prepare_conversations(
     with console.task(f"reading {data}") as report:
         train, summary = tokenize_examples(conversations, model, chat, seq, report)
     validation = validation or (f"{data}-held-out" if f"{data}-held-out" in SHIPPED else None)
+    source = conversations
     if validation:
-        held_out = tokenize_examples(_read(validation, objective), model, chat, seq)[0]
+        source = _read(validation, objective)
+        held_out = tokenize_examples(source, model, chat, seq)[0]
     else:
         count = max(1, round(HELD_OUT * len(train)))
         if len(train) <= count:
             raise UserError(f"{data} has {len(train)} usable examples, too few to hold any out; give others with --validation.")
         train, held_out, validation = train[:-count], train[-count:], f"the last {count} of {data}"
-    return ConversationData(train, held_out, summary, conversations.kind, data, validation)
+    questions = _questions(source, held_out)
+    return ConversationData(train, held_out, summary, conversations.kind, data, validation, questions)
+
+
+def _questions(source: Conversations, held_out: Sequence[Any]) -> Sequence[Sequence[Message]]:
+    """Returns QUESTIONS conversations of the held-out examples, evenly spaced, each up to the assistant's first answer."""
+    lines = [*dict.fromkeys((item.chosen if isinstance(item, Pair) else item).where for item in held_out)]
+    chosen = {lines[at * len(lines) // QUESTIONS] for at in range(QUESTIONS)}
+    questions = []
+    for row in source:
+        if isinstance(row, Text):
+            return [[{"role": "user", "content": question}] for question in QUESTIONS_BESIDE_TEXTS]
+        if row.where in chosen:
+            messages = row.prompt if isinstance(row, Preference) else row.messages
+            questions.append([*itertools.takewhile(lambda message: message["role"] != "assistant", messages)])
+    return questions
 
 
 def _read(data: str, objective: str) -> Conversations:

@@ -39,6 +39,7 @@ PROCESS_BYTES = 700_000_000  # of Python, JAX and the programs beside a step: be
 class RunPlan:
     """One run: the model (`name`), how it is trained, for how many `steps` (or rounds, see `noun`) or `seconds` of training.
 
+    `least_steps`: those to make even if the time is over.
     `trainable`: the parameters that train, None for all. `base`: the type of frozen matrices, see `TrainableSplit`.
     """
 
@@ -51,6 +52,7 @@ class RunPlan:
     trainable: TrainablePaths | None = None
     base: Literal["float", "int8"] = "float"
     noun: Literal["step", "round"] = "step"
+    least_steps: int = 0
 
     @property
     def step_flops(self) -> int:
@@ -81,19 +83,28 @@ class RunPlan:
 
     def progress(self, step: int, elapsed: float) -> float:
         """Returns the share of the run that is done, 1 at its end: of the steps or of the time, whichever is larger."""
-        return min(1.0, max(step / (self.steps or math.inf), elapsed / (self.seconds or math.inf)))
+        by_time = min(elapsed / (self.seconds or math.inf), step / self.least_steps if self.least_steps else math.inf)
+        return min(1.0, max(step / (self.steps or math.inf), by_time))
 
     def length(self) -> str:
         """Returns the length of the run, in words."""
         lengths = [quantity(self.steps, self.noun)] if self.steps else []
         lengths += [f"{duration(self.seconds)} of training time"] if self.seconds else []
-        return " or ".join(lengths) + ", whichever ends first" * (len(lengths) == 2)
+        least = f", but at least {quantity(self.least_steps, self.noun)}" if self.least_steps else ""
+        return " or ".join(lengths) + ", whichever ends first" * (len(lengths) == 2) + least
 
     def predict(self, step_seconds: float) -> tuple[int, str]:
         """Returns (steps, how long they take in words) when one takes `step_seconds`."""
-        by_time = max(1, round(self.seconds / step_seconds)) if self.seconds else math.inf
+        by_time = max(1, self.least_steps, round(self.seconds / step_seconds)) if self.seconds else math.inf
         steps = int(min(self.steps or by_time, by_time))
         return steps, duration(steps * step_seconds)
+
+    def seconds_left(self, step: int, elapsed: float, step_seconds: float) -> float:
+        """Returns the seconds from `step` to the end when a step takes `step_seconds`."""
+        left = [(self.steps - step) * step_seconds] if self.steps else []
+        if self.seconds:
+            left += [max(self.seconds - elapsed, (self.least_steps - step) * step_seconds)]
+        return min(left)
 
     def require_step_memory(self, batch: int, is_lora: bool) -> None:
         """Raises UserError when a fine-tuning step would not fit, naming --accumulate, --remat, int8 or a LoRA if that would.

@@ -126,6 +126,7 @@ class Steps(Protocol):
     evaluator: Evaluator | None
     buffer_bytes: int  # a step's temporary buffer, which must not be held twice; 0 where that does not matter
     lines_stay: bool  # whether every LINE_INTERVAL seconds a line stays on a terminal
+    exhausted: bool  # whether there is nothing more to learn, which ends the loop
 
     def run(self, state: TrainState, loop_state: LoopState) -> tuple[TrainState, list[bool]]:
         """Returns the next state, which may take `state`'s memory, and for each update whether it was refused."""
@@ -160,7 +161,7 @@ class Loop:
         loop_state, plan, options = self.loop_state, self.plan, self.options
         save, log, stay = (Interval(length, loop_state) for length in (options.save_every, options.log_every, LINE_INTERVAL))
         evaluate = Interval(options.eval_every or run_fraction(10, plan.steps, plan.seconds), loop_state)
-        done = lambda: plan.progress(loop_state.step, loop_state.seconds) >= 1
+        done = lambda: steps.exhausted or plan.progress(loop_state.step, loop_state.seconds) >= 1
         answer = f"Finishing this {plan.noun}, then saving (once more: stop at once)."
         with signals.defer_signals(answer, self.console.print) as signal_state:
             begin = time.perf_counter()
@@ -217,14 +218,13 @@ class Loop:
 
     def _live_line(self, steps: Steps) -> list[str]:
         plan, now, step_seconds = self.plan, self.loop_state, self.timer.mean()
-        left = [plan.seconds - now.seconds] if plan.seconds else []
-        left += [(plan.steps - now.step) * step_seconds] if plan.steps else []
+        left = plan.seconds_left(now.step, now.seconds, step_seconds)
         return [
             f"{plan.noun} {now.step:,}" + (f"/{plan.steps:,}" if plan.steps else ""),
             *steps.fields(now, step_seconds),
             *([self.evaluation] if steps.evaluator else []),
             format_bytes(peak_rss_bytes()),
-            f"{clock_time(now.seconds)} done, {clock_time(min(left))} left",
+            f"{clock_time(now.seconds)} done, {clock_time(left)} left",
             *([f"{quantity(now.refused, 'step')} refused"] if now.refused else []),
         ]
 

@@ -42,7 +42,7 @@ class TrainingSteps:
     `peak_flops`: this machine's, a second. `buffer_bytes`: the program's temporary buffer, where memory matters.
     """
 
-    lines_stay = False
+    lines_stay, exhausted = False, False
 
     def __init__(
         self, program: Program, batches: Batches, evaluator: Evaluator, plan: RunPlan, step: int, peak_flops: float,

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_runs import WORDS, command
+from tiny_runs import WORDS, command, metrics
 
 from engine.errors import UserError
 from engine.model.paths import leaf_paths
@@ -27,6 +27,7 @@ from stages import generate
 from stages.chat import __main__ as chat
 from stages.evaluate import __main__ as evaluate
 from stages.finetune import __main__ as finetune
+from stages.finetune import run as finetune_run
 
 WORD = WORDS.split()
 STEPS = 45
@@ -87,6 +88,13 @@ def test_a_lora_run_says_what_it_does(adapted, trained):
     assert f"held out   {losses['before']['held_out']:.3f} -> {losses['after']['held_out']:.3f} nats/token" in printed
     assert f"{losses['before']['general']:.3f} -> {losses['after']['general']:.3f} bits per byte" in printed
     assert f"python -m stages.chat --model {folder}" in printed
+    questions = [f"the {word}" for word in WORD[-2:]]  # all that are held out
+    before, after = (losses[when]["answers"] for when in ("before", "after"))
+    assert [answer["question"] for answer in before] == questions
+    assert printed.count("[does not stop within") == sum(not answer["stops"] for answer in (*before, *after))
+    for question in questions:
+        assert re.search(rf"^{question}\n  \| before  .*\n(  \| .*\n)*  \| after   red \w+\.$", printed, re.M)
+    assert "answers    all 2 stop and none repeats itself" in printed
 
 
 def test_the_base_stays_as_it_was_and_the_run_is_a_model(adapted, trained):
@@ -217,6 +225,26 @@ def test_a_run_can_be_tuned_again(adapted, chats, tmp_path):
         losses = result(folder)
         assert losses["before"]["held_out"] == pytest.approx(result(adapted[0])["after"]["held_out"], abs=0.02)
         assert load_model(str(folder)).run == folder
+
+
+def test_a_run_without_a_length_makes_the_least_steps_whatever_they_take(trained, chats, tmp_path, monkeypatch, capsys):
+    """And a time that is given ends it before; both are said at the start."""
+    monkeypatch.setattr(finetune_run, "SECONDS", 0.001)
+    monkeypatch.setattr(finetune_run, "LEAST_STEPS", 7)
+    options = args(trained, chats, tmp_path / "least", "--lora", LORA)
+    at = options.index("--steps")
+    del options[at : at + 2]
+    assert finetune.main(options) == 0
+    assert re.search(
+        r"length +0\.00 s of training time, but at least 7 steps; about \d+ steps, \S+ \w+$", capsys.readouterr().out, re.M
+    )
+    lines = metrics(tmp_path / "least")
+    assert result(tmp_path / "least")["steps"] == 7
+    factors = [line["learning_rate_factor"] for line in lines if "loss" in line]
+    assert factors[-1] < 0.01, "the learning rate falls to the end of the longer run"
+    assert factors[2] > 0.5
+    assert finetune.main([*options, "--max-time", "1ms", "--overwrite"]) == 0
+    assert result(tmp_path / "least")["steps"] < 7
 
 
 def test_a_dry_run_leaves_nothing(trained, chats, tmp_path, capsys):

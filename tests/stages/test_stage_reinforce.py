@@ -1,18 +1,25 @@
 """Learning from rewards from the command line: a stopped run goes on to the same bits, and is a model like any other."""
 
+import itertools
+import json
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 from tiny_runs import metrics
 
+from engine.model.transformer import forward
 from engine.storage import checkpoint
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model
 from stages.reinforce import __main__ as reinforce
-from stages.reinforce.rounds import Rounds
+from stages.reinforce import run as reinforce_run
+from stages.reinforce.rollouts import Rollout, score_completions
+from stages.reinforce.rounds import ALIKE_ROUNDS, Rounds
 
 
 def args(model: Path, folder: Path, *more: object) -> list[str]:
@@ -49,6 +56,70 @@ def test_a_stopped_run_goes_on_to_the_same_bits(trained, tmp_path, monkeypatch, 
     assert "This run is finished: 2 rounds" in capsys.readouterr().out
     assert reinforce.main(args(trained, parts, "--seed", 1)) == 2
     assert "another text" in capsys.readouterr().err  # the seed orders the prompts
+
+
+@pytest.mark.parametrize(
+    ("task", "reward", "advice"),
+    [
+        ("regex:^$^x", "0.00", "Give prompts that fit the task"),
+        ("regex:^", "1.00", "The model does this already"),
+    ],
+)
+def test_rounds_without_a_difference_stop_with_advice(task, reward, advice, trained, tmp_path, failing):
+    folder = tmp_path / "alike"
+    error = failing(reinforce.main, args(trained, folder, "--task", task, "--rounds", 100))
+    assert f"In {ALIKE_ROUNDS} rounds in a row all answers to a prompt had the same reward ({reward} on average)" in error
+    assert advice in error
+    assert not folder.exists()
+    assert "In 2 rounds in a row" in failing(reinforce.main, args(trained, folder, "--task", task))
+
+
+@pytest.mark.parametrize("later", [1.0, 0.0])
+def test_a_run_ends_early_when_nothing_is_left_to_learn(later, trained, tmp_path, monkeypatch, capsys):
+    """With what was learned where the reward rose, with advice and no adapter where it did not."""
+    folder, calls = tmp_path / "early", itertools.count()
+
+    def make_reward(_: str) -> Any:
+        first, differing = reinforce_run.EVALUATED, 4  # completions before training, and in the first round
+
+        def reward(text: str, right: int | None) -> float:
+            call = next(calls)
+            return 0.5 if call < first else call % 2 if call < first + differing else later
+
+        return reward
+
+    monkeypatch.setattr(reinforce_run, "make_reward", make_reward)
+    code = reinforce.main(args(trained, folder, "--rounds", 100))
+    output = capsys.readouterr()
+    assert len(metrics(folder)) == 1 + ALIKE_ROUNDS
+    assert (folder / "adapter").exists() == (later == 1.0)
+    if later:
+        assert code == 0
+        assert f"early: {ALIKE_ROUNDS} rounds in a row" in output.out
+    else:
+        assert code == 2
+        assert "no adapter was saved" in output.err
+
+
+def test_answers_are_scored_by_the_model_before_training(trained, tmp_path):
+    """In bits per byte, the end of each included: before training their own model's, and KL is 0 in the first round."""
+    folder = tmp_path / "scored"
+    assert reinforce.main(args(trained, folder, "--learning-rate", 0.1, "--rounds", 3)) == 0
+    first, *_, last = metrics(folder)
+    assert first["kl"] == pytest.approx(0, abs=1e-4)
+    assert last["kl"] > 0.01
+    model = load_model(str(trained))
+    result = json.loads((folder / "run.json").read_text())["result"]
+    assert result["base_bits_per_byte_after"] > 0
+    text = "the sea"
+    prompt, completion = (model.tokenizer.encode(part).tolist() for part in ("User: ", text))
+    rollout = Rollout([prompt], [[*completion, model.tokenizer.eos_id]], [text], [len(text)], [1.0], 0.0)
+    _, logprobs, _, bits = score_completions(model.cfg, model.params, rollout, 32, 1)
+    tokens = np.array([*prompt, *rollout.completions[0]])[None]
+    table = jax.nn.log_softmax(forward(model.cfg, model.params, tokens[:, :-1], np.arange(tokens.shape[1] - 1)[None])[0])
+    nats = -sum(float(table[0, at - 1, tokens[0, at]]) for at in range(len(prompt), tokens.shape[1]))
+    assert bits == pytest.approx(nats / np.log(2) / len(text), rel=1e-3)
+    assert logprobs.sum() == pytest.approx(-nats, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ def test_length_is_the_ratio_of_the_two_counts(words, completion):
 def test_a_pattern_is_found_or_not():
     assert make_reward(r"regex:^(Yes|No)\b")("Yes, it is.", None) == 1
     assert make_reward(r"regex:^(Yes|No)\b")("Yesterday", None) == 0
+    assert [make_reward("yes-no")(text, None) for text in ("No.", "Yes, it is", "Nothing", "Oh, yes")] == [1, 1, 0, 0]
     assert make_reward("regex:a:b")("see a:b there", None) == 1  # colons in a pattern are its own
     late = "x" * LONGEST + "here"
     assert make_reward("regex:here")(late, None) == 0
@@ -57,4 +58,6 @@ def test_what_is_no_task_is_said(task, words):
 
 
 def test_every_task_is_described():
-    assert {name: make_reward(f"{name}{':3' * (name != 'sum')}") is not None for name in TASKS} == dict.fromkeys(TASKS, True)
+    assert {name: make_reward(f"{name}{':3' * (name in ('length', 'regex'))}") is not None for name in TASKS} == dict.fromkeys(
+        TASKS, True
+    )

@@ -1,0 +1,103 @@
+"""Answers to a few questions before and after training, with a note on one that does not stop or repeats itself."""
+
+import dataclasses
+import re
+import textwrap
+from collections.abc import Collection, Sequence
+
+from engine.inference.decode import generate, prepare_params
+from engine.inference.sampling_params import SamplingParams
+from engine.model.config import ModelConfig
+from engine.model.transformer import Params
+from engine.text.chat_tokenizer import ChatTokenizer
+from engine.text.template import Message
+
+LONGEST = 120  # tokens of an answer
+REPEATED = 0.2  # of an answer's four-word sequences; in the house voice at most 0.05, in what people write about 0.01
+WIDTH = 96
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """An answer to a question: its length in tokens, whether it ends by itself, and whether it repeats itself."""
+
+    question: str
+    text: str
+    tokens: int
+    stops: bool
+    repeats: bool
+
+    @property
+    def faults(self) -> str:
+        """Describes what is wrong with the answer; empty when nothing is."""
+        faults = [] if self.stops else [f"does not stop within {self.tokens} tokens"]
+        return " and ".join([*faults, *["repeats itself"] * self.repeats])
+
+
+def ask(
+    cfg: ModelConfig,
+    params: Params,
+    chat: ChatTokenizer,
+    questions: Sequence[Sequence[Message]],
+    stop_token_ids: Collection[int],
+) -> tuple[Answer, ...]:
+    """Returns the greedy answers to conversations that end with a question, of at most LONGEST tokens.
+
+    Leaves out a conversation that fills the model's context.
+    """
+    asked = [(question[-1]["content"], chat.prompt(question).tolist()) for question in questions]
+    asked = [(question, prompt) for question, prompt in asked if len(prompt) < cfg.context]
+    if not asked:
+        return ()
+    prompts = [prompt for _, prompt in asked]
+    sampling = SamplingParams(max_tokens=LONGEST, temperature=0.0, stop_token_ids=stop_token_ids)
+    capacity = min(cfg.context, max(map(len, prompts)) + LONGEST)
+    tokens: list[list[int]] = [[] for _ in prompts]
+    stopped = set()
+    for row, new, reason, *_ in generate(
+        cfg, prepare_params(cfg, params), prompts, [sampling] * len(prompts), capacity=capacity
+    ):
+        tokens[row] += new
+        if reason == "stop":
+            stopped.add(row)
+    texts = [chat.tokenizer.decode(answer).strip() for answer in tokens]
+    return tuple(
+        Answer(question, text, len(tokens[row]), row in stopped, repeats_itself(text))
+        for row, ((question, _), text) in enumerate(zip(asked, texts))
+    )
+
+
+def repeats_itself(text: str) -> bool:
+    """Whether more than REPEATED of a text's four-word sequences occur earlier in it.
+
+    The share is seq-rep-4 of Welleck et al. 2020 (1908.04319), without case, punctuation and the numbers of a list.
+    An ideograph or a kana counts as a word.
+    """
+    words = re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|\w+", re.sub(r"(?m)^\s*\d+[.)]", "", text.lower()))
+    sequences = [*zip(words, words[1:], words[2:], words[3:])]
+    return len(sequences) - len({*sequences}) > REPEATED * len(sequences)
+
+
+def compare(before: Sequence[Answer], after: Sequence[Answer]) -> list[tuple[str, str]]:
+    """Returns for each question (question, both answers below one another), with a note below an answer that has faults."""
+    return [
+        (old.question, "\n".join(_titled("before", old) + _titled("after", new)))
+        for old, new in zip(before, after, strict=True)
+    ]
+
+
+def _titled(title: str, answer: Answer) -> list[str]:
+    lines = textwrap.wrap(" ".join(answer.text.split()) or "(nothing)", WIDTH)
+    lines += [f"[{answer.faults}]"] * bool(answer.faults)
+    return [f"{name:<6}  {line}" for name, line in zip([title, *[""] * len(lines)], lines)]
+
+
+def describe_faults(answers: Sequence[Answer]) -> str:
+    """Returns a sentence: how many answers do not stop or repeat themselves, and what to do about it."""
+    endless, repeating = sum(not answer.stops for answer in answers), sum(answer.repeats for answer in answers)
+    if not endless + repeating:
+        return f"all {len(answers)} stop and none repeats itself"
+    return (
+        f"{endless} of {len(answers)} do not stop, {repeating} repeat themselves: train longer with --max-time or --steps, "
+        "or on more examples"
+    )
