@@ -19,8 +19,10 @@ from engine.model.config import ModelConfig
 from engine.model.paths import Params
 from engine.model.weights.matmul import lookup, norm_and_weight, project, project_two, unembed
 
-# A tied embedding is also the head, whose logits must start small; an untied one starts as large as what blocks add.
-TIED_STD, EMBED_STD = 0.02, 0.5
+# A tied embedding is also the head, whose logits start at TIED_STD; an untied one starts as large as what blocks add. Bits per
+# byte of a tied 4 x 256 after 500 steps of 1,024 tokens: 2.307 with the first SwiGLU random, 2.323 with every block so; with
+# none 2.320 (embedding 0.02, which starts above chance where wide), 2.387 (1 / D), 2.468 (a small gain of the last norm).
+TIED_STD, EMBED_STD = 0.3, 0.5
 Rotary = tuple[Array, Array]
 Cached = tuple[Array, Array, Array]  # one layer's k and v (B, K, S, H), and each row's length (B,)
 
@@ -39,9 +41,13 @@ def matrix(module: nn.Module, name: str, init: Any, shape: tuple[int, int]) -> A
 
 
 class Block(nn.Module):
-    """x (B, T, D) -> (B, T, D), float32: attention, then SwiGLU, each added to the residual stream."""
+    """x (B, T, D) -> (B, T, D), float32: attention, then SwiGLU, each added to the residual stream.
+
+    `mlp_scale` is the size of what SwiGLU adds at the start: by default nothing.
+    """
 
     cfg: ModelConfig
+    mlp_scale: float = 0.0
 
     @nn.compact
     def __call__(self, x: Array, rotary: Rotary, segments: Array | None, cached: Cached | None):
@@ -56,7 +62,7 @@ class Block(nn.Module):
             h, gate_up = norm_and_weight(x, gain, weight, cfg.eps, dtype)
             gate, up = project_two(h, gate_up, dtype)
             hidden = backward.swiglu(gate, up, dtype)
-            x = x + project(hidden, self.weight("down", cfg.ff, cfg.width, scale=0.0), jnp.float32)
+            x = x + project(hidden, self.weight("down", cfg.ff, cfg.width, scale=self.mlp_scale), jnp.float32)
         return x, cached
 
     def attention(self, qkv: Array, rotary: Rotary, segments: Array | None, cached: Cached | None):
@@ -124,7 +130,7 @@ class Blocks(nn.Module):
 
         if self.is_initializing():
             for i in range(cfg.layers):
-                x, _ = Block(cfg, name=str(i))(x, rotary, segments, None)
+                x, _ = Block(cfg, mlp_scale=float(cfg.tied and i == 0), name=str(i))(x, rotary, segments, None)
             return x, None
         if cfg.remat == "block":
             run = jax.checkpoint(run)
@@ -145,7 +151,8 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, tokens, positions, segments=None, cache=None):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
-        embed = self.param("embed", nn.initializers.normal(TIED_STD if cfg.tied else EMBED_STD), (cfg.vocab, cfg.width))
+        std = TIED_STD * cfg.width**-0.5 if cfg.tied else EMBED_STD
+        embed = self.param("embed", nn.initializers.normal(std), (cfg.vocab, cfg.width))
         with jax.named_scope("embed"):
             x = lookup(embed, tokens)
         x, cache = Blocks(cfg, name="blocks")(x, layers.rope_tables(cfg, positions), segments, cache)
@@ -156,7 +163,10 @@ class Transformer(nn.Module):
 
 
 def init_params(cfg: ModelConfig, key: Array) -> Params:
-    """Makes random float32 weights: blocks are the identity and an untied head is zero, so the first loss is ln V."""
+    """Makes random float32 weights with which the first loss is ln V: blocks are the identity and an untied head is zero.
+
+    With a tied head the first block's SwiGLU is not the identity: the model would else predict each token to follow itself.
+    """
     tokens = jnp.zeros((1, 2), jnp.int32)
     return Transformer(cfg).init(key, tokens, tokens)["params"]
 

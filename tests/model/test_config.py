@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_config
 
+from engine import by_hand
 from engine.errors import UserError
 from engine.model.config import PRESETS, LoraConfig, ModelConfig, RopeScaling, preset
 from engine.model.transformer import forward, init_params
@@ -38,6 +39,22 @@ def test_every_preset_has_the_shapes_it_promises(name):
     looped = dataclasses.replace(cfg, scan=True)  # the same program, traced for one block
     logits, cache = jax.eval_shape(lambda params, tokens: forward(looped, params, tokens, tokens), params, tokens)
     assert (logits.shape, logits.dtype, cache) == ((2, 7, cfg.vocab), np.float32, None)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_starts_at_chance(name):
+    """The mean loss over all targets is within 1% of ln V, as if nothing were known, at a width where the own logit shows."""
+    cfg = preset(name)
+    cfg = dataclasses.replace(
+        cfg, vocab=min(cfg.vocab, 4096), width=min(cfg.width, 768), layers=2, heads=cfg.groups, kv_heads=1, head_dim=64, ff=512,
+        dtype="float32",
+    )  # fmt: skip
+    params = jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab, (2, 7))
+    logits = by_hand.forward(cfg, params, tokens)
+    own = np.take_along_axis(logits, tokens[..., None], -1)
+    assert np.log(np.exp(logits).sum(-1)).mean() - logits.mean() == pytest.approx(np.log(cfg.vocab), rel=0.01)
+    assert np.abs(own.mean()) < 1, "a token does not predict itself"
 
 
 def test_the_published_counts_are_of_presets():
