@@ -3,6 +3,7 @@
 `slots.Slots` asks `schedule` for the next step, carries it out on the device, and reports with `record_prefill` and `finish`.
 """
 
+import bisect
 from collections import deque
 from typing import NamedTuple
 
@@ -73,11 +74,12 @@ class Scheduler:
     def running(self) -> list[Sequence]:
         return [*self.prefilling, *self.decoding]
 
-    def submit(self, request: Request) -> Sequence:
-        """Puts a request at the end of the queue."""
+    def submit(self, request: Request, ticket: int = 0) -> Sequence:
+        """Queues a request behind those of the same or a lower ticket."""
         self._submitted += 1
-        self.waiting.append(Sequence(self._submitted, request))
-        return self.waiting[-1]
+        sequence = Sequence(self._submitted, request, ticket)
+        bisect.insort(self.waiting, sequence, key=lambda other: other.ticket)
+        return sequence
 
     def admit(self) -> list[Sequence]:
         """Gives free slots to waiting sequences, in their order, and returns these."""

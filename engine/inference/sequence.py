@@ -11,7 +11,8 @@ STEPS = 8  # the most tokens that one dispatch adds to a sequence
 
 @dataclasses.dataclass(eq=False)
 class Sequence:
-    """A request, its slot (-1 while it waits for one), the number of its prompt's prefilled tokens, and its output so far.
+    """A request, its ticket (the lowest is served first), its slot (-1 while it waits for one), the number of its prompt's
+    prefilled tokens, and its output so far.
 
     `cached_tokens` of those came from the prefix cache, in which `prefix_key` is the last prefilled chunk's. `drafter` is made
     when draft tokens are first asked for.
@@ -19,6 +20,7 @@ class Sequence:
 
     id: int
     request: Request
+    ticket: int = 0
     slot: int = -1
     prefilled_tokens: int = 0
     cached_tokens: int = 0

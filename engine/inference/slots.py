@@ -110,10 +110,13 @@ class Slots:
         """Bytes of the KV cache, in use or not."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self._segments))
 
-    def submit(self, request: Request) -> int:
-        """Queues a request and returns its id. Raises InvalidField when it cannot be served to its end."""
+    def submit(self, request: Request, ticket: int = 0) -> int:
+        """Queues a request and returns its id. Slots go to the lowest ticket, among equal ones to the first that came.
+
+        Raises InvalidField when the request cannot be served to its end.
+        """
         check_request(request, self.cfg.vocab, self.capacity)
-        return self.scheduler.submit(request).id
+        return self.scheduler.submit(request, ticket).id
 
     def cancel(self, id: int) -> bool:
         """Drops a request, without an event. False when there is none of that id."""

@@ -58,8 +58,8 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, args=(on_change, warm_arguments), daemon=True, name="engine")
         self._thread.start()
 
-    def submit(self, request: Request, listener: Listener) -> Callable[[], None]:
-        """Submits a request that passes `request.check`, and returns the call that cancels it.
+    def submit(self, request: Request, ticket: int, listener: Listener) -> Callable[[], None]:
+        """Submits a request that passes `check_request`, and returns the call that cancels it. `ticket`: as of `Slots.submit`.
 
         `listener` gets each of its events on the event loop, perhaps one more after it was cancelled.
         """
@@ -69,7 +69,7 @@ class EngineThread:
             if self.error:
                 self._post(listener, Event(0, [], "error"))
             else:
-                ids.append(self.slots.submit(request))
+                ids.append(self.slots.submit(request, ticket))
                 self._listeners[ids[0]] = listener
 
         def cancel() -> None:

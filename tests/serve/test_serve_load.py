@@ -1,20 +1,24 @@
-"""Under load: a client that leaves frees its slot (S4), one too many is refused at once (S5), health tells the truth
-(S9), and an answer has the same bits whatever else is asked (S1)."""
+"""Under load: first come, first served; a client that leaves frees its slot (S4), one too many is refused at once (S5),
+health tells the truth (S9), and an answer has the same bits whatever else is asked (S1)."""
 
 import asyncio
 import json
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
 from tiny_server import QUEUE, SLOTS, TinyServer, ask, events, good, post_head, refused, say, until
 
-from stages.serve import state
+from engine.inference.sequence import Sequence
+from stages.serve import state, tokenizer_pool
+from stages.serve.admission import Admission
 from stages.serve.api import generation
 from stages.serve.api.generation import Generation
+from stages.serve.errors import ApiError
 
 LONG = 130  # tokens
 
@@ -133,14 +137,66 @@ def test_a_429_comes_before_the_body_is_read(tiny_server, monkeypatch):
             assert connection.recv(1000).startswith(b"HTTP/1.1 429 ")
 
 
-def test_n_reserves_n_places_or_none(client, tiny_server, slowed):
-    slowed(0.02)
-    thread = threading.Thread(target=lambda: client.complete(most=40, ignore_eos=True, n=5))
-    thread.start()
-    assert until(lambda: tiny_server.state.admission.reserved == 5)
-    assert client.complete(n=3).status_code == 429
-    assert client.complete(n=2).status_code == 200
-    thread.join()
+def test_retry_after_is_the_time_in_which_the_queue_empties():
+    admission = Admission(2, 32)
+    for _ in range(34):
+        admission.reserve()
+    for _ in range(60):
+        admission.record(17.0)  # seconds, of which a request waits 16: two are answered in each
+    with pytest.raises(ApiError) as caught:
+        admission.check()
+    assert caught.value.headers == {"Retry-After": "16"}
+
+
+def test_the_last_place_is_a_large_requests_as_well_as_a_small_ones(client, tiny_server, monkeypatch):
+    """Its answers, more than slots and queue have places, are made one after the other."""
+    monkeypatch.setattr(tiny_server.state.admission, "reserved", SLOTS + QUEUE - 1)
+    choices = good(client.complete(["Hello there", "1234"], n=8, most=2))["choices"]
+    assert [choice["index"] for choice in choices] == [*range(16)]
+    assert tiny_server.state.admission.reserved == SLOTS + QUEUE - 1
+
+
+def test_sixty_clients_are_served_in_the_order_in_which_they_came(tiny_server, monkeypatch):
+    """Requests of 1, 2, 4 and 8 answers on three slots: none is refused or overtaken, and each answer has its own bits.
+
+    Ahead of an answer are those of requests that came before, and those before it in its own. Its wait for a slot is at most
+    twice the mean service time of what was ahead: the seconds that this took in slots, as a mean over the slots. The text of
+    the first request becomes tokens last, and it keeps its place.
+    """
+    state, scheduler = tiny_server.state, tiny_server.slots.scheduler
+    wishes = [1, 2, 4, 8] * 15
+    random.Random(2).shuffle(wishes)
+    options: Any = {"most": 5, "temperature": 1, "logprobs": 1, "ignore_eos": True}
+    begun: dict[Sequence, float] = {}
+    ended: dict[Sequence, float] = {}
+    admit, finish, work = scheduler.admit, scheduler.finish, state.engine._work
+    with tiny_server.client(limits=httpx.Limits(max_connections=60)) as client, ThreadPoolExecutor(60) as pool:
+        alone = [good(client.complete(seed=7 + n, **options))["choices"][0] | {"index": n} for n in range(8)]
+        monkeypatch.setattr(scheduler, "admit", lambda: [each for each in admit() if begun.setdefault(each, time.monotonic())])
+        monkeypatch.setattr(scheduler, "finish", lambda each: finish(each) or ended.setdefault(each, time.monotonic()))
+        monkeypatch.setattr(state.admission, "limit", 60)
+        monkeypatch.setattr(tokenizer_pool, "SHORT_CHARACTERS", len("Hello there"))
+        engine_free, long_texts_free = threading.Event(), threading.Event()
+        work.put(lambda: engine_free.wait(30) and None)
+        state.tokenizer._long._thread.submit(long_texts_free.wait, 30)
+
+        asked = [pool.submit(client.complete, "Hello there 1234", n=wishes[0], **options)]
+        assert until(lambda: state.admission.reserved == 1)
+        asked += [pool.submit(client.complete, n=wish, seed=7, **options) for wish in wishes[1:]]
+        assert until(lambda: work.qsize() == sum(wishes[1:]))
+        long_texts_free.set()
+        assert until(lambda: work.qsize() == sum(wishes))
+        engine_free.set()
+        replies = [good(each.result())["choices"] for each in asked]
+    assert replies[1:] == [alone[:wish] for wish in wishes[1:]]
+    assert len(replies[0]) == wishes[0]
+    tickets = [sequence.ticket for sequence in begun]
+    assert len(tickets) == sum(wishes)
+    assert tickets == sorted(tickets)
+    begin, service = min(begun.values()), 0.0
+    for place, (sequence, moment) in enumerate(begun.items()):
+        assert place < SLOTS or moment - begin <= 2 * service / SLOTS
+        service += ended[sequence] - moment
 
 
 def test_health_tells_that_the_engine_is_stuck(client, tiny_server, monkeypatch):

@@ -60,13 +60,14 @@ class Choice:
 
 
 class Generation:
-    """The completions of one HTTP request in the engine, in reserved places. `watch_disconnect` must be entered, once.
+    """The completions of one HTTP request in the engine, in its reserved place. `watch_disconnect` must be entered, once.
 
-    `repeats`: how many requests in a row share a prompt, whose tokens count once. `arrived`: by time.monotonic.
+    They get slots one by one, in the order of tickets. `repeats`: how many requests in a row share a prompt, whose tokens
+    count once. `arrived`: by time.monotonic.
     """
 
     def __init__(
-        self, state: ServerState, requests: Sequence[Request], stops: Sequence[str], repeats: int, arrived: float
+        self, state: ServerState, requests: Sequence[Request], ticket: int, stops: Sequence[str], repeats: int, arrived: float
     ) -> None:
         self._state, self._repeats, self._arrived = state, repeats, arrived
         self._events: asyncio.Queue[tuple[Choice, Event] | None] = asyncio.Queue()
@@ -75,7 +76,7 @@ class Generation:
         self._unfinished = set(self._choices)
         for choice in self._choices:
             listener = lambda event, choice=choice: self._events.put_nowait((choice, event))
-            choice.cancel = state.engine.submit(choice.request, listener)
+            choice.cancel = state.engine.submit(choice.request, ticket, listener)
 
     async def pieces(self) -> AsyncIterator[Piece | None]:
         """Yields the pieces of all completions as they come; None after KEEP_ALIVE_SECONDS without one.
@@ -106,7 +107,7 @@ class Generation:
 
     @contextlib.asynccontextmanager
     async def watch_disconnect(self, receive: Receive) -> AsyncIterator[None]:
-        """Within the block, `pieces` notices a client that leaves. Its end cancels what is unfinished and frees the places."""
+        """Within the block, `pieces` notices a client that leaves. Its end cancels what is unfinished and frees the place."""
 
         async def watch() -> None:
             while (await receive())["type"] != "http.disconnect":
@@ -122,7 +123,7 @@ class Generation:
                 choice.cancel()
                 self._state.metrics.count_end("abort")
             self._unfinished.clear()
-            self._state.admission.reserved -= len(self._choices)
+            self._state.admission.reserved -= 1
 
     @property
     def usage(self) -> Usage:
@@ -166,7 +167,8 @@ class Generation:
             seconds, prompt = now - self._arrived, len(choice.request.prompt)
             metrics.count_end(reason)
             metrics.count_completion(prompt, choice.cached, completion.tokens, seconds, now - choice.first_token)
-            self._state.admission.record(seconds)
+            if not self._unfinished:
+                self._state.admission.record(seconds)
         return Piece(choice.index, text, event.logprobs[: completion.tokens - before], reason)
 
 
@@ -235,13 +237,13 @@ async def generate(
 ) -> Any:  # fmt: skip
     """Returns the response to a request for completions of the prompts that `encode` returns.
 
-    They have at most `max_tokens`, and no more than fit (None: as many); each of `stop_token_ids` ends one. Places are reserved
+    They have at most `max_tokens`, and no more than fit (None: as many); each of `stop_token_ids` ends one. A place is reserved
     before the prompts become tokens, and freed whatever happens. Raises ApiError, and ClientGone when the client leaves.
     """
     body, capacity = writer.body, state.engine.capacity
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options is given without stream being true.", param="stream_options")
-    state.admission.reserve(writer.choices)
+    ticket = state.admission.reserve()
     try:
         prompts, requests = await encode(), list[Request]()
         seed = int.from_bytes(os.urandom(4)) if body.seed is None else body.seed
@@ -260,10 +262,10 @@ async def generate(
                 params = SamplingParams(max_tokens=most, seed=(seed + len(requests)) % SEEDS, **options)
                 requests.append(Request(tuple(prompt), params, http.state.namespace))
                 check_request(requests[-1], state.engine.cfg.vocab, capacity)
-        generation = Generation(state, requests, body.stops, body.n or 1, http.state.arrived)
+        generation = Generation(state, requests, ticket, body.stops, body.n or 1, http.state.arrived)
         http.state.generation = generation
     except BaseException as error:
-        state.admission.reserved -= writer.choices
+        state.admission.reserved -= 1
         if isinstance(error, InvalidField):
             raise ApiError(400, str(error), param=error.field) from None
         raise
