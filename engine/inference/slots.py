@@ -118,6 +118,11 @@ class Slots:
         check_request(request, self.cfg.vocab, self.capacity)
         return self.scheduler.submit(request, ticket).id
 
+    def place(self, ticket: int) -> int:
+        """The place in the queue of what has this ticket: 1 is served next. 0 when nothing of it waits for a slot."""
+        waiting = {sequence.ticket for sequence in tuple(self.scheduler.waiting)}
+        return sum(other <= ticket for other in waiting) if ticket in waiting else 0
+
     def cancel(self, id: int) -> bool:
         """Drops a request, without an event. False when there is none of that id."""
         return self.scheduler.cancel(id)

@@ -32,12 +32,15 @@ class Visit:
         line.mend()
         line.pace = 0
         chrome.get(line.address)
-        chrome.execute_script("sessionStorage.clear(); localStorage.clear()")
-        self.reload()
+        self.ready()
         chrome.execute_script("settings.seed.value = 1; settings.max_tokens.value = 12")
 
     def ready(self) -> None:
         self.until(lambda: self.text("#weights") not in ("", "not checked yet"))
+
+    def leave(self) -> None:
+        """Leaves nothing behind in the browser."""
+        self.chrome.execute_script("running = null; sessionStorage.clear(); localStorage.clear()")
 
     def reload(self) -> None:
         self.chrome.refresh()

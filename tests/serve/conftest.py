@@ -47,4 +47,6 @@ def visit(browser, line):
     from browser import Visit
 
     browser.get_log("browser")
-    return Visit(browser, line)
+    visit = Visit(browser, line)
+    yield visit
+    visit.leave()

@@ -1,16 +1,22 @@
 """The turns of a conversation on the chat page: set aside, kept over a reload, edited, copied, continued, waiting, in focus."""
 
+import asyncio
 import re
+import threading
 import time
 
+import httpx
 import pytest
 from selenium.webdriver import Keys
+from tiny_server import say
+
+from stages.serve.api import generation
 
 MORE = "Tell me more."
 
 
 def contents(request):
-    return [message["content"] for message in request["messages"]]
+    return [message["content"].strip() for message in request["messages"]]
 
 
 def test_a_full_context_sets_the_oldest_turns_aside(visit):
@@ -129,6 +135,29 @@ def test_an_answer_goes_on_after_a_cut(visit):
     assert (request["continue_final_message"], request["add_generation_prompt"]) == (True, False)
     assert [message["role"] for message in request["messages"]] == ["user", "assistant"]
     assert visit.focus == "ask"
+
+
+def test_the_place_in_the_queue_is_told(visit, tiny_server, monkeypatch):
+    monkeypatch.setattr(generation, "PLACE_SECONDS", 0.02)
+    step, go = tiny_server.slots.step, threading.Event()
+    monkeypatch.setattr(tiny_server.slots, "step", lambda: step() if go.is_set() else time.sleep(0.01) or [])
+
+    async def others():
+        async with httpx.AsyncClient(base_url=tiny_server.url, timeout=60) as client:
+            await asyncio.gather(*(client.post("/v1/chat/completions", json=say()) for _ in range(3)))
+
+    asking = threading.Thread(target=lambda: asyncio.run(others()))
+    asking.start()
+    visit.until(lambda: tiny_server.slots.waiting == 3)
+    visit.type(MORE, Keys.ENTER)
+    try:
+        visit.until(lambda: visit.text(".place") == "Number 4 in the queue")
+        assert visit.text("#status") == visit.text(".place")
+    finally:
+        go.set()
+    visit.finished()
+    asking.join()
+    assert visit.texts(".place") == []
 
 
 def test_the_focus_is_never_lost(visit):

@@ -156,6 +156,23 @@ def test_the_last_place_is_a_large_requests_as_well_as_a_small_ones(client, tiny
     assert tiny_server.state.admission.reserved == SLOTS + QUEUE - 1
 
 
+def test_a_stream_tells_its_place_in_the_queue(client, tiny_server, slowed, monkeypatch):
+    """In comments, which clients leave out. A request that wants several answers is one in the queue."""
+    monkeypatch.setattr(generation, "PLACE_SECONDS", 0.002)
+    slowed(0.02)
+    with ThreadPoolExecutor(SLOTS + 1) as pool:
+        for _ in range(SLOTS):
+            pool.submit(client.complete, most=40, ignore_eos=True)
+        assert until(lambda: tiny_server.slots.running == SLOTS)
+        pool.submit(client.complete, most=40, n=SLOTS, ignore_eos=True)
+        assert until(lambda: tiny_server.slots.waiting == SLOTS)
+        text = client.complete(stream=True).text
+    places = [line for line in text.split("\n\n") if line.startswith(":")]
+    assert places[:2] == [": place 2 in the queue", ": place 1 in the queue"]
+    assert set(places[2:]) <= {": waiting"}
+    assert len(events(text)) > 1
+
+
 def test_sixty_clients_are_served_in_the_order_in_which_they_came(tiny_server, monkeypatch):
     """Requests of 1, 2, 4 and 8 answers on three slots: none is refused or overtaken, and each answer has its own bits.
 

@@ -25,6 +25,7 @@ from stages.serve.state import ServerState
 from stages.serve.tokenizer_pool import context_overflow
 
 KEEP_ALIVE_SECONDS = 10.0  # of silence before a comment is sent: proxies close idle connections
+PLACE_SECONDS = 0.5  # between looks at the place in the queue
 SEND_SECONDS = 60.0  # for a client to read what it was sent
 
 STREAM_HEADERS = [
@@ -69,7 +70,7 @@ class Generation:
     def __init__(
         self, state: ServerState, requests: Sequence[Request], ticket: int, stops: Sequence[str], repeats: int, arrived: float
     ) -> None:
-        self._state, self._repeats, self._arrived = state, repeats, arrived
+        self._state, self._ticket, self._repeats, self._arrived = state, ticket, repeats, arrived
         self._events: asyncio.Queue[tuple[Choice, Event] | None] = asyncio.Queue()
         completion = lambda: CompletionText(state.tokenizer.tokenizer.stream(), stops)
         self._choices = [Choice(index, request, completion()) for index, request in enumerate(requests)]
@@ -78,19 +79,25 @@ class Generation:
             listener = lambda event, choice=choice: self._events.put_nowait((choice, event))
             choice.cancel = state.engine.submit(choice.request, ticket, listener)
 
-    async def pieces(self) -> AsyncIterator[Piece | None]:
-        """Yields the pieces of all completions as they come; None after KEEP_ALIVE_SECONDS without one.
+    async def pieces(self) -> AsyncIterator[Piece | int]:
+        """Yields the pieces of all completions as they come. Before the first one: the place in the queue, 0 for none, whenever
+        it changes. And the place after KEEP_ALIVE_SECONDS of silence.
 
         Raises ClientGone when the client has left, ApiError when the engine has failed.
         """
+        place, waits, last = 0, True, time.monotonic()
         while self._unfinished:
             try:
-                item = await asyncio.wait_for(self._events.get(), KEEP_ALIVE_SECONDS)
+                item = await asyncio.wait_for(self._events.get(), PLACE_SECONDS if waits else KEEP_ALIVE_SECONDS)
             except TimeoutError:
-                yield None
+                before, place = place, self._state.engine.slots.place(self._ticket) if waits else 0
+                if place != before or time.monotonic() - last >= KEEP_ALIVE_SECONDS:
+                    last = time.monotonic()
+                    yield place
                 continue
             if item is None:
                 raise ClientGone
+            waits, last = False, time.monotonic()
             if item[0] in self._unfinished:
                 yield self._piece(*item)
 
@@ -98,7 +105,7 @@ class Generation:
         """Returns one piece for each completion, with all of it. Raises as `pieces`."""
         parts: list[list[Piece]] = [[] for _ in self._choices]
         async for piece in self.pieces():
-            if piece:
+            if isinstance(piece, Piece):
                 parts[piece.choice].append(piece)
         return [
             Piece(index, "".join(part.text for part in own), [each for part in own for each in part.logprobs], own[-1][-1])
@@ -202,16 +209,22 @@ class Writer:
         return self.chunk_type(**self._head, choices=list(choices), usage=usage if self._wants_usage else msgspec.UNSET)
 
     async def chunks(self, generation: Generation) -> AsyncIterator[Any]:
-        """Yields the chunks of a stream; None after KEEP_ALIVE_SECONDS without one."""
+        """Yields the chunks of a stream, and places in the queue as `Generation.pieces`."""
         async for piece in generation.pieces():
-            for choice in self.chunk_choices(piece) if piece else [None]:
-                yield choice and self.chunk(choice)
+            if isinstance(piece, int):
+                yield piece
+            else:
+                for choice in self.chunk_choices(piece):
+                    yield self.chunk(choice)
         if self._wants_usage:
             yield self.chunk(usage=generation.usage)
 
 
 async def send_events(writer: Writer, generation: Generation, _: Scope, receive: Receive, send: Send) -> None:
-    """Responds with server-sent events: chunks (a comment for None), then `[DONE]`. Ends when the client reads no more."""
+    """Responds with server-sent events: chunks (a comment for a place in the queue), then `[DONE]`.
+
+    Ends when the client reads no more.
+    """
 
     async def write(event: bytes, more: bool = True) -> None:
         async with asyncio.timeout(SEND_SECONDS):
@@ -223,7 +236,8 @@ async def send_events(writer: Writer, generation: Generation, _: Scope, receive:
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             try:
                 async for chunk in writer.chunks(generation):
-                    await write(b": waiting" if chunk is None else b"data: " + msgspec.json.encode(chunk))
+                    comment = f": place {chunk} in the queue" if chunk else ": waiting"
+                    await write(comment.encode() if isinstance(chunk, int) else b"data: " + msgspec.json.encode(chunk))
             except (ClientGone, OSError):
                 raise
             except Exception as error:
