@@ -10,6 +10,7 @@ import numpy as np
 
 from bench.cli import progress
 from bench.models import load, next_token_batch, random_model, tokens_for
+from bench.table.arithmetic import check_arithmetic
 from bench.table.by_hand_rows import by_hand_rows
 from bench.table.claims import Evidence, claims
 from bench.table.estimate import check_memory, duration_warning
@@ -109,6 +110,7 @@ def stage_table(
         "rounds": rounds,
         "seconds": clock() - begin,
         "noise": describe_noise({name: timings[name] for name in rows}),
+        "arithmetic": check_arithmetic(),
     }  # fmt: skip
 
 

@@ -25,6 +25,7 @@ def print_stages(document: dict[str, Any]) -> None:
     for claim in document["claims"]:
         out.print(f"[bold]{claim['claim']}[/]\n  [cyan]{claim['verdict']}[/]: {claim['value']}")
     out.print(f"\n{document['noise']}", markup=False)
+    out.print(f"\n{document['arithmetic']['sentence']}", markup=False)
 
 
 def _counted(row: dict[str, Any]) -> list[str]:

@@ -106,6 +106,7 @@ def test_every_row_claim_note_and_command_is_said():
         assert claim["value"] is None or str(claim["value"]) in page_text
     assert page_text.count(f"Regenerate: {doc['command']}") == 2 + 4 + 1  # table and claims, four figures, method
     assert doc["noise"] in page_text
+    assert doc["arithmetic"]["sentence"] in page_text
 
 
 def test_every_number_of_a_row_stands_in_its_line():
