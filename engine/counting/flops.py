@@ -73,9 +73,9 @@ def train_flops(
     one padded.
 
     `as_run` counts this engine's program, which merges a LoRA pair into a base smaller than its inputs and outputs, at R
-    operations a weight and none a row (`model/weights/lora_matmul.py`), in place of multiplying beside it; and with
-    `cfg.scan` runs one program for all blocks, so that frozen ones save nothing. Raises UserError when a path of
-    `trainable` is not in the model.
+    operations a weight and none a row (`model/weights/lora_matmul.py`), in place of multiplying beside it; lets a matrix
+    take the norm's gain, so that the lowest gain needs no gradient of its input; and with `cfg.scan` runs one program for
+    all blocks, so that frozen ones save nothing. Raises UserError when a path of `trainable` is not in the model.
     """
     trainable = all_trainable(cfg) if trainable is None else trainable
     for paths, known in ((trainable.weights, leaf_shapes(cfg)), (trainable.adapted, target_shapes(cfg))):
@@ -103,7 +103,7 @@ class _Counter:
     cfg: ModelConfig
     trainable: TrainablePaths
     rows: int
-    merges_lora: bool
+    as_run: bool
     live: bool  # something below trains, so the gradient must reach here
     tally: dict[str, PassFlops]
 
@@ -123,7 +123,12 @@ class _Counter:
         self.live |= trains or bool(adapted)
 
     def is_merged(self, inputs: int, columns: int) -> bool:
-        return self.merges_lora and self.rows * (inputs + columns) > inputs * columns
+        return self.as_run and self.rows * (inputs + columns) > inputs * columns
+
+    def gain_needs_dx(self, gain: str, matrix: str, columns: int) -> bool:
+        """Whether a norm's gain trains, and its gradient is not found in that of the matrix (`norm_and_weight`)."""
+        converted = self.as_run and self.cfg.dtype != "float32" and matrix in self.trainable.weights and self.rows > columns
+        return gain in self.trainable.weights and not converted
 
     def adapted(self, path: str) -> list[int]:
         """Returns the column counts of the matrix's parts that have a LoRA pair."""
@@ -133,7 +138,7 @@ class _Counter:
 
     def block(self, prefix: str, square: int, remat: bool) -> None:
         cfg, before, weights = self.cfg, dict(self.tally), self.trainable.weights
-        self.live |= prefix + "attn_norm" in weights
+        self.live |= self.gain_needs_dx(prefix + "attn_norm", prefix + "qkv", cfg.qkv_width)
         self.multiply("qkv", prefix + "qkv", cfg.width, cfg.qkv_width)
         values = self.live or prefix + "qkv_bias" in weights
         queries, keys = (values or prefix + gain in weights for gain in ("q_norm", "k_norm"))
@@ -141,7 +146,7 @@ class _Counter:
         # Each half of the forward: dV, dP (on which dQ and dK depend), dQ, dK.
         self.tally["attention"] += PassFlops(square, dx=square // 2 * sum((values, self.live, queries, keys)))
         self.multiply("out", prefix + "out", cfg.heads * cfg.head_dim, cfg.width)
-        self.live |= prefix + "mlp_norm" in weights
+        self.live |= self.gain_needs_dx(prefix + "mlp_norm", prefix + "gate_up", 2 * cfg.ff)
         self.multiply("gate_up", prefix + "gate_up", cfg.width, 2 * cfg.ff)
         self.multiply("down", prefix + "down", cfg.ff, cfg.width)
         if not (remat and self.live):
