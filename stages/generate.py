@@ -19,12 +19,12 @@ from engine.text.jsonl import decode_utf8
 from stages.cli import process, signals
 from stages.cli.command import run_command
 from stages.cli.console import Console
-from stages.cli.flags import DeviceFlag, ModelFlag, SamplingFlags, default, integer, parser
+from stages.cli.flags import TEMPERATURE, CompletionFlags, DeviceFlag, ModelFlag, default, integer, parser
+from stages.cli.sampling import choose_sampling
 
 if TYPE_CHECKING:
     from engine.inference.stop_strings import CompletionText
 
-SAMPLING = SamplingFlags(max_tokens=200, temperature=0.8)
 CAPACITY_MULTIPLE = 256  # of a KV cache's capacity, in tokens
 
 
@@ -35,7 +35,7 @@ class GenerateFlags:
     model: ModelFlag = None
     prompt: Annotated[str | None, parser(str, "TEXT"), default("a line end")] = None
     """The text to continue; `-` reads it from standard input."""
-    sampling: SamplingFlags = SAMPLING
+    sampling: CompletionFlags = dataclasses.field(default_factory=CompletionFlags)
     count: Annotated[int, parser(integer(1, 256), "N")] = 1
     """Continuations to write, with seeds seed, seed + 1, ..."""
     device: DeviceFlag = "auto"
@@ -49,6 +49,7 @@ def generate(flags: GenerateFlags) -> None:
     device = start_jax(flags.device, one_arena=False)
     # These import jax, which must not load before --help is answered and the device is chosen.
     from engine.inference import decode
+    from engine.inference.sampling_params import SamplingParams
     from engine.inference.stop_strings import CompletionText
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model
@@ -60,10 +61,13 @@ def generate(flags: GenerateFlags) -> None:
     text = decode_utf8(sys.stdin.buffer.read(), "The prompt on standard input") if flags.prompt == "-" else flags.prompt
     prompt = [*model.tokenizer.bos_ids, *model.tokenizer.encode(text or "\n").tolist()]
     params = decode.prepare_params(model.cfg, model.params)
-    sampling = flags.sampling.params(stop_token_ids=model.eos_ids)
+    fields, source = choose_sampling(model.sampling, flags.sampling.given, {"temperature": TEMPERATURE}, notes)
+    sampling = SamplingParams(flags.sampling.max_tokens, seed=flags.sampling.seed, stop_token_ids=model.eos_ids, **fields)
     before = digest(params) if flags.verbose else ""
+    rows = [("sampling", source)]
     if before:
-        notes.print_rows([("device", str(device)), ("model", str(model)), ("weights", f"SHA-256 {before[:16]}")])
+        rows += [("device", str(device)), ("model", str(model)), ("weights", f"SHA-256 {before[:16]}")]
+    notes.print_rows(rows)
 
     begin = time.perf_counter()
     compiles = CompileCounter()

@@ -1,7 +1,7 @@
 """Finds and loads the model that `--model` names: by its name or path, with or without adapters on it."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +12,7 @@ from engine.model.config import ModelConfig
 from engine.model.paths import merge
 from engine.storage import checkpoint, run_folder
 from engine.storage.adapter import load_adapter
-from engine.storage.assets import ASSETS, HUB_IDS, MODELS, fetch
+from engine.storage.assets import ASSETS, HUB_IDS, MODELS, SAMPLING, fetch
 from engine.storage.digest import digest
 from engine.storage.gguf import file as gguf
 from engine.storage.huggingface import folder as huggingface
@@ -35,7 +35,8 @@ class LoadedModel:
     params: matrices in the dtype asked for (float32 for a run folder), gains and biases float32. Any of `eos_ids` ends a
     completion, the tokenizer's own first. `checkpoint`: the file or folder that was read; `run`: the run folder it lies in.
     `hub_id`: that of the model on the Hugging Face hub, or of the one that an adapter is for, empty when unknown. `notes`:
-    lines to print: why this run, what is damaged, whether the context is cut.
+    lines to print: why this run, what is damaged, whether the context is cut. `sampling`: recommended, by the names of
+    SamplingParams; values as the model's files have them.
     """
 
     name: str
@@ -47,6 +48,7 @@ class LoadedModel:
     run: Path | None = None
     hub_id: str = ""
     notes: tuple[str, ...] = ()
+    sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         """The name, and where it was read."""
@@ -139,18 +141,19 @@ def load_model(
         title, hub_id = (name, HUB_IDS[name]) if name in HUB_IDS else (stored.name, stored.hub_id)
         cut = f"attention windows are not built here: the context of {stored.context:,} ends with the first, of {cfg.context:,}"
         notes: tuple[str, ...] = (cut,) if cfg.context < stored.context else ()
-        return LoadedModel(title, cfg, params, tokenizer, stored.eos_ids, location.path, hub_id=hub_id, notes=notes)
+        sampling = SAMPLING.get(name or "", stored.sampling)
+        return LoadedModel(title, cfg, params, tokenizer, stored.eos_ids, location.path, None, hub_id, notes, sampling)
     if location.format == "adapter":
         return _load_adapted(location, on_config)
     cfg = run_folder.read_config(run)
-    tokenizer, eos_ids = run_folder.read_tokenizer(run)
+    tokenizer, eos_ids, sampling = run_folder.read_tokenizer(run)
     if (own := tokenizer.vocab) > cfg.vocab:
         raise UserError(f"{run / 'tokenizer'} has {own:,} tokens and the model {cfg.vocab:,}: one of them was replaced.")
     prepare(cfg)
     loaded = checkpoint.load_params(location.path)
     damaged = (*(f"damaged: {line}" for line in loaded.damaged), f"using {loaded.path} instead") if loaded.damaged else ()
-    notes = location.notes + damaged
-    return LoadedModel(model_name(str(run)), cfg, loaded.params, tokenizer, eos_ids, loaded.path, run, notes=notes)
+    notes, title = location.notes + damaged, model_name(str(run))
+    return LoadedModel(title, cfg, loaded.params, tokenizer, eos_ids, loaded.path, run, "", notes, sampling)
 
 
 def _open(path: Path) -> StoredModel:
@@ -186,9 +189,9 @@ def _load_adapted(location: Location, on_config: OnConfig) -> LoadedModel:
         base = load_model(base_name, on_config=on_config)
     except UserError as error:
         raise UserError(f"{run} adapts {base_name}, which cannot be read: {error}") from None
-    params, tokenizer = with_adapters(base.cfg, base.params, [run]), run_folder.read_tokenizer(run)
-    notes = location.notes + base.notes
-    return LoadedModel(model_name(str(run)), base.cfg, params, *tokenizer, adapter, run, base.hub_id, notes)
+    params, (tokenizer, eos_ids, _) = with_adapters(base.cfg, base.params, [run]), run_folder.read_tokenizer(run)
+    name, notes = model_name(str(run)), location.notes + base.notes
+    return LoadedModel(name, base.cfg, params, tokenizer, eos_ids, adapter, run, base.hub_id, notes, base.sampling)
 
 
 def with_adapters(cfg: ModelConfig, params: Any, folders: Sequence[Path]) -> Any:

@@ -2,17 +2,19 @@
 
 runs/NAME/config.json      the architecture
           run.json         how it was trained, and at last the result
-          tokenizer/       as Hugging Face's libraries read it; generation_config.json: which tokens end a text
+          tokenizer/       as Hugging Face's libraries read it; generation_config.json: which tokens end a text, and sampling
           adapter/         the adapter that a LoRA run trained
           checkpoints/STEP/
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
 from engine.files import write_json
 from engine.model.config import ModelConfig
+from engine.storage.huggingface.generation_config import read_sampling, write_sampling
 from engine.storage.untrusted import read_json_object
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -64,15 +66,17 @@ def read_config(folder: Path) -> ModelConfig:
         raise UserError(f"{folder / 'config.json'} does not describe a model: {error}.") from None
 
 
-def read_tokenizer(folder: Path) -> tuple[Tokenizer, tuple[int, ...]]:
-    """Returns a run's tokenizer and its EOS ids, the tokenizer's own first."""
+def read_tokenizer(folder: Path) -> tuple[Tokenizer, tuple[int, ...], dict[str, Any]]:
+    """Returns a run's tokenizer, its EOS ids, the tokenizer's own first, and its recommended sampling."""
     tokenizer = load_tokenizer(folder / "tokenizer")
-    generation = folder / "tokenizer" / "generation_config.json"
-    eos_ids = read_json(generation).get("eos_token_id", ()) if generation.exists() else ()
-    return tokenizer, tuple(dict.fromkeys((tokenizer.eos_id, *eos_ids)))
+    path = folder / "tokenizer" / "generation_config.json"
+    generation = read_json(path) if path.exists() else {}
+    eos_ids = dict.fromkeys((tokenizer.eos_id, *generation.get("eos_token_id", ())))
+    return tokenizer, tuple(eos_ids), read_sampling(generation)
 
 
-def save_tokenizer(folder: Path, tokenizer: Tokenizer, eos_ids: tuple[int, ...]) -> None:
-    """Writes a run's tokenizer, chat template and EOS ids."""
+def save_tokenizer(folder: Path, tokenizer: Tokenizer, eos_ids: tuple[int, ...], sampling: Mapping[str, Any]) -> None:
+    """Writes a run's tokenizer, chat template, EOS ids and recommended sampling."""
     tokenizer.save(folder / "tokenizer")
-    write_json(folder / "tokenizer" / "generation_config.json", {"eos_token_id": list(eos_ids)})
+    generation = {"eos_token_id": list(eos_ids)} | write_sampling(sampling)
+    write_json(folder / "tokenizer" / "generation_config.json", generation)

@@ -107,7 +107,8 @@ class StoredModel(NamedTuple):
     """An opened GGUF or Hugging Face model, weights unread.
 
     rows: (tensor, start, stop) -> those rows, in any float dtype, q and k in our order of RoPE's pairs. `context`: what the
-    file claims; `cfg` has less where attention is in windows. `hub_id`: its id on the Hugging Face hub, empty when unknown.
+    file claims; `cfg` has less where attention is in windows. `sampling`: as in LoadedModel. `hub_id`: its id on the Hugging
+    Face hub, empty when unknown.
     """
 
     name: str
@@ -118,6 +119,7 @@ class StoredModel(NamedTuple):
     tokenizer_config: dict[str, Any]
     eos_ids: tuple[int, ...]
     context: int
+    sampling: dict[str, Any]
     hub_id: str = ""
 
 

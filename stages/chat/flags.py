@@ -4,9 +4,15 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
-from stages.cli.flags import DeviceFlag, ModelFlag, SamplingFlags, default, parser, path
+from stages.cli.flags import CompletionFlags, DeviceFlag, ModelFlag, default, parser, path, with_help
 
-SAMPLING = SamplingFlags(max_tokens=400, temperature=0.7, top_p=0.9)
+SAMPLING = {"temperature": 0.7, "top_p": 0.9}  # where neither a flag nor the model says it
+
+
+@with_help(**{name: default(f"the model's, else {value}") for name, value in SAMPLING.items()})
+@dataclasses.dataclass(frozen=True)
+class ChatSamplingFlags(CompletionFlags):
+    """How tokens are sampled, in place of what the model recommends, and how many at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +26,7 @@ class ChatFlags:
     """The system message: how the model is to answer."""
     template: Annotated[Path | None, parser(path, "FILE"), default("the model's own")] = None
     """A chat template (Jinja) to use in place of the model's."""
-    sampling: SamplingFlags = SAMPLING
+    sampling: ChatSamplingFlags = ChatSamplingFlags(max_tokens=400)
     device: DeviceFlag = "auto"
     verbose: Annotated[bool, default("off")] = False
     """Say more on stderr: the cost of each turn, the digest of the weights, the traceback of an error."""

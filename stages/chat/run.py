@@ -11,16 +11,18 @@ from engine.device import Device
 from engine.errors import UserError, did_you_mean
 from engine.format import duration, join_words
 from engine.inference.decode import prepare_params
+from engine.inference.sampling_params import SamplingParams
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model, with_adapters
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.jsonl import decode_utf8
 from engine.text.template import read_template
-from stages.chat.flags import ChatFlags
+from stages.chat.flags import SAMPLING, ChatFlags
 from stages.chat.session import SETTINGS, ChatSession, Turn, with_setting
 from stages.cli import signals
 from stages.cli.command import MISTAKE
 from stages.cli.console import Console
+from stages.cli.sampling import choose_sampling
 
 COMMANDS = {
     "/help": "this list",
@@ -43,7 +45,9 @@ def run(flags: ChatFlags, device: Device) -> int:
     notes.print_notes(model.notes)
     params = prepare_params(model.cfg, with_adapters(model.cfg, model.params, flags.adapter))
     chat = ChatTokenizer(model.tokenizer, template, now=datetime.datetime.now().isoformat(timespec="seconds"))
-    conversation = ChatSession(model.cfg, params, chat, model.eos_ids, flags.sampling.params(), flags.system or "")
+    fields, source = choose_sampling(model.sampling, flags.sampling.given, SAMPLING, notes)
+    sampling = SamplingParams(flags.sampling.max_tokens, seed=flags.sampling.seed, **fields)
+    conversation = ChatSession(model.cfg, params, chat, model.eos_ids, sampling, flags.system or "")
     before = digest(params)
     if chatty:
         adapters = f" with {join_words([*map(str, flags.adapter)])}" if flags.adapter else ""
@@ -51,6 +55,7 @@ def run(flags: ChatFlags, device: Device) -> int:
             ("model", f"{model}{adapters}"),
             ("device", str(device)),
             ("template", chat.template_name),
+            ("sampling", source),
             ("weights", f"SHA-256 {before[:16]}, context {model.cfg.context:,} tokens"),
         ])  # fmt: skip
     with notes.task("compiling", always=terminal):

@@ -12,9 +12,9 @@ from engine.inference.sampling_params import RANGES, SamplingParams
 from engine.inference.stop_strings import CompletionText
 from engine.model.config import ModelConfig
 from engine.text.chat_tokenizer import ChatTokenizer
-from stages.cli.flags import SamplingFlags, in_range
+from stages.cli.flags import CompletionFlags, in_range
 
-SETTINGS = tuple(field.name for field in dataclasses.fields(SamplingFlags))  # that can be changed between turns
+SETTINGS = tuple(field.name for field in dataclasses.fields(CompletionFlags))  # that can be changed between turns
 MIN_CAPACITY = 512  # of a KV cache; doubled as needed: few programs
 
 

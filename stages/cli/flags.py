@@ -11,7 +11,7 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from engine.errors import did_you_mean
-from engine.inference.sampling_params import RANGES, Range, SamplingParams
+from engine.inference.sampling_params import RANGES, Range
 
 UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -123,6 +123,7 @@ ModelFlag = Annotated[
     default("the newest finished run in runs/", "A run or step folder, a Hugging Face folder, a .gguf file, or a named model."),
 ]  # fmt: skip
 VerboseFlag = Annotated[bool, default("off", "Show the traceback of an error.")]
+TEMPERATURE = 0.8  # of `generate`, where neither a flag nor the model says one
 
 
 def _sampling(name: str, metavar: str) -> Any:
@@ -131,21 +132,29 @@ def _sampling(name: str, metavar: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingFlags:
-    """How tokens are sampled, and how many at most. There are no flags for penalties."""
+    """How tokens are sampled, in place of what the model recommends. There are no flags for penalties."""
 
-    max_tokens: Annotated[int, _sampling("max_tokens", "N")]
-    """Tokens of a completion at most."""
-    temperature: Annotated[float, _sampling("temperature", "X")]
+    temperature: Annotated[float | None, _sampling("temperature", "X"), default("the model's, else 1")] = None
     """0 takes the most probable token each time; higher is more varied."""
-    top_k: Annotated[int, _sampling("top_k", "N"), default("0, all")] = 0
+    top_k: Annotated[int | None, _sampling("top_k", "N"), default("the model's, else 0, all")] = None
     """Sample from the N most probable tokens."""
-    top_p: Annotated[float, _sampling("top_p", "X")] = 1.0
-    """Sample from the fewest tokens that together have this probability; 1 is all."""
-    min_p: Annotated[float, _sampling("min_p", "X"), default("0, all")] = 0.0
+    top_p: Annotated[float | None, _sampling("top_p", "X"), default("the model's, else 1, all")] = None
+    """Sample from the fewest tokens that together have this probability."""
+    min_p: Annotated[float | None, _sampling("min_p", "X"), default("the model's, else 0, all")] = None
     """Sample from tokens at least this share as probable as the best."""
+
+    @property
+    def given(self) -> dict[str, float | None]:
+        """The fields of SamplingParams that these flags are about; None for a flag that is not given."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingFlags)}
+
+
+@with_help(temperature=default(f"the model's, else {TEMPERATURE}"))
+@dataclasses.dataclass(frozen=True)
+class CompletionFlags(SamplingFlags):
+    """How tokens are sampled, in place of what the model recommends, and how many at most."""
+
+    max_tokens: Annotated[int, _sampling("max_tokens", "N")] = 200
+    """Tokens of a completion at most."""
     seed: Annotated[int, _sampling("seed", "N")] = 0
     """The same seed samples the same text."""
-
-    def params(self, **fields: Any) -> SamplingParams:
-        """Returns the engine's SamplingParams, with `fields` that have no flag here, such as stop_token_ids."""
-        return SamplingParams(**dataclasses.asdict(self), **fields)

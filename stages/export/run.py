@@ -21,6 +21,7 @@ from engine.model.weights.lora import LoRA, to_dense
 from engine.storage import run_folder
 from engine.storage.adapter import adapter_leaves, load_adapter, save_adapter, without_adapters
 from engine.storage.digest import digest
+from engine.storage.gguf.config import sampling_metadata
 from engine.storage.gguf.file import save_gguf
 from engine.storage.gguf.tokenizer import FALLBACK_PRE_TOKENIZER, tokenizer_metadata
 from engine.storage.huggingface.folder import save_folder
@@ -30,6 +31,7 @@ from engine.text.corpus import Corpus
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 from stages.cli.command import command_line
 from stages.cli.console import Console, ReportProgress
+from stages.cli.sampling import choose_sampling
 from stages.export.flags import ExportFlags
 from stages.runs import validation
 from stages.runs.text_data import TEXTS, Source, evaluation_source
@@ -66,6 +68,8 @@ def run(flags: ExportFlags, device: Device) -> int:
         with console.task("loading") as report:
             model = load_model(flags.model, dtype="float32", report=report)
         console.print_notes(model.notes)
+        sampling, _ = choose_sampling(model.sampling, {}, {}, console, penalties=True)
+        model = dataclasses.replace(model, sampling=sampling)
         stored = str(to_dense(model.params["embed"]).dtype) if model.run else model.cfg.dtype
         dtype = "float32" if flags.adapter else flags.dtype or ("float16" if to_gguf else stored)
         record = run_folder.read_json(model.run / "run.json") if model.run else {}
@@ -142,7 +146,7 @@ def _write(out: Path, model: LoadedModel, dtype: str, base_name: str, report: Re
     """
     cfg, params, tokenizer = model.cfg, model.params, model.tokenizer
     if out.suffix == ".gguf":
-        metadata = tokenizer_metadata(tokenizer, model.eos_ids, cfg.vocab)
+        metadata = tokenizer_metadata(tokenizer, model.eos_ids, cfg.vocab) | sampling_metadata(model.sampling)
         with atomic_file(out) as file:
             save_gguf(Path(file.name), cfg, params, metadata, name=model.name, dtype=dtype, report=report)
             check_loads(Path(file.name), out)
@@ -156,7 +160,7 @@ def _write(out: Path, model: LoadedModel, dtype: str, base_name: str, report: Re
         for name in ("bos_token", "pad_token"):
             token = tokenizer.id_of(tokenizer.special_names.get(name, ""))
             tokens |= {} if token is None else {f"{name}_id": token}
-        save_folder(building, cfg, params, tokens, dtype=dtype, report=report)
+        save_folder(building, cfg, params, tokens, dtype=dtype, sampling=model.sampling, report=report)
         tokenizer.save(building)
         check_loads(building, out)
     return ""

@@ -40,6 +40,7 @@ class ModelStage(Stage):
         self.chat = ChatTokenizer(self.model.tokenizer, template)
         self.tokenizer = copy.copy(self.model.tokenizer)
         self.tokenizer.config = self.tokenizer.config | {"chat_template": self.chat.source}
+        self.sampling = self.model.sampling
         self.stop_token_ids = tuple(dict.fromkeys((*self.model.eos_ids, *self.chat.eot_ids)))
 
     def load_weights(self) -> None:

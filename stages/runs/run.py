@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -43,6 +43,7 @@ class Stage(Protocol):
     facts: dict[str, Any]  # the stage's own entries of run.json; valid after `load_weights`
     tokenizer: Tokenizer
     stop_token_ids: tuple[int, ...]  # ids that end a completion
+    sampling: Mapping[str, Any] = {}  # recommended for the trained model
 
     def load_weights(self) -> None:
         """Sets `split` and `facts`. Raises UserError when memory is too small."""
@@ -107,7 +108,7 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
         with console.task("initialising"):
             state, loop_state = stage.initial_state(), LoopState()
         clear_run(folder)
-    save_tokenizer(folder, stage.tokenizer, stage.stop_token_ids)
+    save_tokenizer(folder, stage.tokenizer, stage.stop_token_ids, stage.sampling)
     write_json(folder / "config.json", plan.cfg.to_json())
     write_json(folder / "run.json", facts)
     before = stage.measure(stage.split.trainable)

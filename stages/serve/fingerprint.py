@@ -13,7 +13,8 @@ LIBRARIES = ("thrice", "jaxlib", "numpy", "tokenizers", "jinja2")  # `machine_id
 
 
 def system_fingerprint(digest: str, slots: Slots, **text: Any) -> str:
-    """Returns `fp_` and 16 digits of a SHA-256. `digest`: of the weights as served. `text`: how text becomes tokens, and ends.
+    """Returns `fp_` and 16 digits of a SHA-256. `digest`: of the weights as served. `text`: how text becomes tokens, is
+    sampled by default, and ends.
 
     The prefix cache and speculative decoding are not in it: they change no bit.
     """

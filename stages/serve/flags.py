@@ -7,7 +7,7 @@ from typing import Annotated
 
 from tyro.conf import UseAppendAction
 
-from stages.cli.flags import DeviceFlag, ModelFlag, VerboseFlag, default, integer, number, one_of, parser, path
+from stages.cli.flags import DeviceFlag, ModelFlag, SamplingFlags, VerboseFlag, default, integer, number, one_of, parser, path
 
 DTYPES = ("bfloat16", "float32", "int8")
 
@@ -31,6 +31,7 @@ class ServeFlags:
     """The adapter that a fine-tuning with --lora trained for this model."""
     template: Annotated[Path | None, parser(path, "FILE"), default("the model's own")] = None
     """A chat template (Jinja) to use in place of the model's."""
+    sampling: SamplingFlags = dataclasses.field(default_factory=SamplingFlags)
     name: Annotated[str | None, parser(str, "NAME"), default("the model's")] = None
     """The name by which clients ask for the model; `default` always works too."""
     host: Annotated[str, parser(str, "ADDRESS")] = "127.0.0.1"

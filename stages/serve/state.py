@@ -5,7 +5,7 @@ import contextlib
 import datetime
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -16,6 +16,7 @@ from engine.counting.hardware import free_memory_bytes
 from engine.device import Device
 from engine.errors import UserError
 from engine.format import format_bytes
+from engine.inference.sampling_params import SamplingParams
 from engine.inference.slots import Slots
 from engine.model.config import ModelConfig
 from engine.storage.digest import digest
@@ -23,6 +24,7 @@ from engine.storage.model_loader import LoadedModel, load_model, with_adapters
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.template import read_template
 from stages.cli.console import Console
+from stages.cli.sampling import choose_sampling
 from stages.serve.admission import Admission
 from stages.serve.engine_config import REMEDY, CompileAhead, EngineConfig
 from stages.serve.engine_thread import EngineThread
@@ -38,22 +40,23 @@ Status = Literal["ok", "warming", "stuck", "failed", "draining"]
 class ServerState:
     """The engine, admission, tokenizer and metrics of one model. `digest`: of the weights at load. `price`: dollars an hour.
 
-    `name`: by which clients ask for the model. `make_chat` makes a second `chat`, in another process. `queue`: completions
-    that may wait.
+    `name`: by which clients ask for the model. `sampling`: of a request that leaves its fields out. `make_chat` makes a second
+    `chat`, in another process. `queue`: requests that may wait.
     """
 
     def __init__(
-        self, name: str, model: LoadedModel, slots: Slots, digest: str, chat: ChatTokenizer,
+        self, name: str, model: LoadedModel, sampling: SamplingParams, slots: Slots, digest: str, chat: ChatTokenizer,
         make_chat: Callable[[], ChatTokenizer], queue: int, price: float | None,
     ) -> None:  # fmt: skip
         self.name, self.digest, self.price, self.loaded_at = name, digest, price, int(time.time())
         now = chat.now if "strftime_now" in chat.source else ""
         self.fingerprint = system_fingerprint(
-            digest, slots, tokenizer=model.tokenizer.digest, template=chat.source, now=now, eos=sorted(model.eos_ids)
-        )
+            digest, slots, tokenizer=model.tokenizer.digest, template=chat.source, now=now, eos=sorted(model.eos_ids),
+            sampling=repr(sampling),
+        )  # fmt: skip
         self.engine, self.admission = EngineThread(slots), Admission(slots.slots, queue)
         self.tokenizer = TokenizerPool(model.tokenizer, chat, make_chat, slots.capacity)
-        self.stop_token_ids = frozenset(model.eos_ids)
+        self.sampling, self.stop_token_ids = sampling, frozenset(model.eos_ids)
         self.metrics = Metrics(name, self.engine)
         self._hashing: asyncio.Task[str] | None = None
 
@@ -90,10 +93,12 @@ class ServerState:
 def load_state(
     model_name: str | None, engine_config: EngineConfig, device: Device, console: Console, *, name: str | None = None,
     adapter: Path | None = None, template: Path | None = None, queue: int = 32, price: float | None = None,
+    sampling: Mapping[str, float | None] | None = None,
 ) -> tuple[ServerState, CompileAhead]:  # fmt: skip
     """Loads a model, with the adapter in a folder and the template in a file, and prints the banner.
 
-    Returns the state, which has `name`, `queue` and `price`, and the compilation that goes on. Raises UserError.
+    `sampling`: by flags. Returns the state, which has `name`, `queue` and `price`, and the compilation that goes on. Raises
+    UserError.
     """
     source = read_template(template)
     ahead = CompileAhead()
@@ -128,6 +133,8 @@ def load_state(
     own_name = re.sub(r"[^A-Za-z0-9_.:-]+", "-", model.name).strip("-")  # as a path may spell it: /v1/models/NAME
     name = name or own_name or "model"
     less = "" if slots.capacity == model.cfg.context else f" (the model's context is {model.cfg.context:,})"
+    default = {"temperature": 1.0}  # as OpenAI has it
+    fields, source = choose_sampling(model.sampling, sampling or {}, default, console, penalties=True)
     weights = format_bytes(sum(leaf.nbytes for leaf in jax.tree.leaves(slots.params)))
     console.print_rows([
         ("model", f"{name}: {model.checkpoint}" + (f" with {adapter}" if adapter else "")),
@@ -137,8 +144,9 @@ def load_state(
                   f"{format_bytes(slots.cache_bytes)}"),
         ("queue", f"{queue} more wait; prefix cache of {slots.prefix_cache.limit / 1e6:.0f} MB"),
         ("template", chat.template_name),
+        ("sampling", f"{source}; what a request says wins"),
     ])  # fmt: skip
-    return ServerState(name, model, slots, sha256, chat, make_chat, queue, price), ahead
+    return ServerState(name, model, SamplingParams(**fields), slots, sha256, chat, make_chat, queue, price), ahead
 
 
 def _make_slots(model: LoadedModel, adapter: Path | None, engine_config: EngineConfig) -> Slots:

@@ -154,12 +154,6 @@ def test_outputs_go_on_while_a_prompt_is_prefilled():
         assert model.output(first) > before
 
 
-def test_the_lowest_ticket_is_first_and_among_equal_ones_the_first_that_came():
-    model = Model()
-    ids = [model.scheduler.submit(request_of((1,), 1), ticket).id for ticket in (3, 5, 4, 3, 1, 4)]
-    assert [sequence.id - ids[0] for sequence in model.scheduler.admit()] == [4, 0, 3, 2, 5]
-
-
 def test_drafts_that_come_true_are_all_accepted_and_a_wrong_one_ends_what_counts():
     sequence = Sequence(0, request_of((1, 2), 9, stop_token_ids=(7,)))
     assert sequence.accept([4, 5, 6, 8], [4, 5, 6]) == ([4, 5, 6, 8], None)

@@ -182,6 +182,10 @@ def test_an_unknown_model_gets_a_404_that_names_the_served_one(client):
         assert client.post(path, json=fields | {"model": "default"}).status_code == 200
 
 
+def test_more_completions_than_one_request_may_ask_for(client):
+    assert "136 completions; at most 128" in refused(client.complete(["a"] * 17, n=8))["message"]
+
+
 @pytest.mark.parametrize("method", ["GET", "PUT", "PATCH", "DELETE", "TRACE", "OPTIONS", "POST", "HEAD"])
 def test_wrong_methods(client, method):
     for route in ROUTES:

@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import dataclasses
+import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +28,7 @@ from engine.counting import hardware
 from engine.device import start_jax
 from engine.errors import UserError
 from engine.inference.decode import prepare_params
+from engine.inference.sampling_params import SamplingParams
 from engine.model.config import LoraConfig
 from engine.model.paths import leaf_paths, merge
 from engine.model.weights.int8 import quantize
@@ -232,8 +235,8 @@ def test_without_its_extra_it_says_how_to_get_it(folder):
     assert len(result.stderr.splitlines()) == 1
 
 
-def load_state(folder: Path, **options: Any) -> tuple[ServerState, CompileAhead]:
-    return module.load_state(str(folder), EngineConfig(**options), start_jax(one_arena=False), Console())
+def load_state(folder: Path, sampling: Any = None, **options: Any) -> tuple[ServerState, CompileAhead]:
+    return module.load_state(str(folder), EngineConfig(**options), start_jax(one_arena=False), Console(), sampling=sampling)
 
 
 @pytest.mark.parametrize("weights", ["int8", "bfloat16", "float32"])
@@ -248,6 +251,19 @@ def test_the_type_of_the_weights(folder, weights, capsys, count_compiles):
     state.engine.slots.warm(lambda done, total: reports.append((done, total)), programs)
     assert count_compiles == []  # what was compiled beside the loading is what is asked for
     assert reports == [(n, 10) for n in range(1, 11)]
+
+
+def test_a_flag_wins_over_the_models_sampling_and_that_over_the_default(folder, tmp_path, capsys):
+    place = shutil.copytree(folder, tmp_path / "sea")
+    recommended = {"do_sample": True, "temperature": 0.6, "top_p": 1.5, "top_k": 20, "min_p": None}
+    (place / "generation_config.json").write_text(json.dumps(recommended))
+    state, ahead = load_state(place, slots=2, weights="float32", sampling={"top_k": 7, "min_p": None})
+    ahead.stop()
+    state.tokenizer.close()
+    assert state.sampling == SamplingParams(temperature=0.6, top_k=7)
+    output = capsys.readouterr().out
+    assert "sampling  top_k 7 by a flag; temperature 0.6 as the model recommends; what a request says wins" in output
+    assert "one value is ignored: top_p must be above 0 and at most 1 (all tokens), not 1.5." in output
 
 
 @pytest.mark.parametrize("weights", ["int8", "float32"])

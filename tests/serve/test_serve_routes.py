@@ -15,6 +15,7 @@ from tiny import tiny_config
 from tiny_server import CAPACITY, TinyServer, ask, events, good, refused, say, until
 
 from engine.inference.request import LogProb
+from engine.inference.sampling_params import SamplingParams
 from engine.storage.digest import digest
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.tokenizer import byte_tokenizer
@@ -183,6 +184,19 @@ def test_sampling_parameters(client):
     assert text(temperature=1, top_k=-1, seed=-(2**63)) == text(temperature=1, seed=0)
     penalised = good(client.complete(most=30, ignore_eos=True, repetition_penalty=100, logprobs=0))
     assert len(set(penalised["choices"][0]["logprobs"]["tokens"])) >= 29
+
+
+def test_what_a_request_leaves_out_is_sampled_as_the_model_recommends(client, tiny_server, monkeypatch):
+    body = {"prompt": "Hello there", "max_tokens": 12, "seed": 3, "ignore_eos": True}
+    text = lambda **more: good(client.post("/v1/completions", json=body | more))["choices"][0]["text"]
+    hot, greedy = text(), text(temperature=0)
+    assert hot == text(temperature=1) != greedy
+    monkeypatch.setattr(tiny_server.state, "sampling", SamplingParams(temperature=1.0, top_k=1, repetition_penalty=1.5))
+    assert text(repetition_penalty=1) == greedy
+    assert text(repetition_penalty=1, top_k=-1) == hot
+    assert text() not in (hot, greedy)
+    (card,) = good(client.get("/v1/models"))["data"]
+    assert card["default_sampling"].items() >= {"temperature": 1.0, "top_p": 1.0, "top_k": 1, "repetition_penalty": 1.5}.items()
 
 
 def test_stop_tokens_are_not_part_of_the_text(client, tiny_server):

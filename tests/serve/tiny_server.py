@@ -34,6 +34,7 @@ class TinyServer:
         self, *, keys: tuple[str, ...] = (), warm: bool = True, origins: tuple[str, ...] = (), log: str = "off"
     ) -> None:
         from engine.inference import decode
+        from engine.inference.sampling_params import SamplingParams
         from engine.inference.slots import Slots
         from engine.storage.digest import digest
         from engine.text.chat_tokenizer import ChatTokenizer
@@ -47,7 +48,7 @@ class TinyServer:
             model.cfg, params, slots=SLOTS, capacity=CAPACITY, kv_dtype="float32", prefix_cache_bytes=10**7, chunk=16, tail=8
         )
         make_chat = lambda: ChatTokenizer(model.tokenizer, None, FIXED_DAY)
-        self.state = ServerState("tiny", model, slots, digest(params), make_chat(), make_chat, QUEUE, 0.25)
+        self.state = ServerState("tiny", model, SamplingParams(), slots, digest(params), make_chat(), make_chat, QUEUE, 0.25)
         self._started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
 

@@ -62,7 +62,8 @@ def test_piped_lines_are_turns(trained):
     assert reads[1] > reads[0]  # the second turn reads the first again
     assert f"{sum(reads)} tokens, {reads[0]} of them not for the first time" in output
     assert output.count("unchanged: SHA-256") == 2
-    for words in (r"turn 2: \d+ tokens read, \d+ of them again", r"\[system: be brief\]", "temperature +0.5", "plain template"):
+    for words in (r"turn 2: \d+ tokens read, \d+ of them again", r"\[system: be brief\]", "temperature +0.5", "plain template",
+                  "sampling +temperature 0 by a flag; top_p 0.9 by default"):  # fmt: skip
         assert re.search(words, output)
 
 

@@ -31,13 +31,15 @@ def exported(model: Path, out: Path, *flags: object) -> Path:
 
 
 @pytest.mark.parametrize("name", ["folder", "file.gguf"])
-def test_an_export_in_float32_is_the_same_model(name, trained, text, tmp_path, capsys):
+def test_an_export_in_float32_is_the_same_model(name, trained, text, tmp_path, capsys, monkeypatch):
+    sampling = {"temperature": 0.3, "top_k": 20, "repetition_penalty": 1.1}
+    loading(monkeypatch, trained, sampling=sampling)
     out = exported(trained, tmp_path / name, "--dtype", "float32", "--check")
     assert "0.0e+00 of the largest apart" in capsys.readouterr().out
     source, model = load_model(str(trained)), load_model(str(out), dtype="float32")
     expected, actual = leaf_paths(source.params), leaf_paths(model.params)
     assert all(np.array_equal(expected[path], actual[path]) for path in expected)
-    assert model.run is None
+    assert (model.run, model.sampling) == (None, sampling)
     assert (model.eos_ids, model.tokenizer.bos_ids) == (source.eos_ids, source.tokenizer.bos_ids)
     assert evaluate.main(["--model", str(out), "--data", str(text)]) == 0
     assert "unchanged" in capsys.readouterr().out

@@ -179,8 +179,10 @@ def test_a_stopped_run_goes_on_to_the_same_bits(adapted, trained, chats, tmp_pat
         (("--train", "blocks/1/(qkv|out)", "head", "--freeze", "head"), ("blocks/1/(qkv|out) ", "head "), "blocks/1/(qkv|out)"),
     ],
 )
-def test_what_is_frozen_stays_to_the_bit(flags, phrases, learning, trained, chats, tmp_path, capsys):
-    folder = tmp_path / "partly"
+def test_what_is_frozen_stays_to_the_bit(flags, phrases, learning, trained, chats, tmp_path, capsys, monkeypatch):
+    folder, sampling = tmp_path / "partly", {"temperature": 0.2}
+    load = lambda name, **options: dataclasses.replace(load_model(name, **options), sampling=sampling)
+    monkeypatch.setattr("stages.runs.model_stage.load_model", load)
     more = ("--weight-decay", 0.1, "--learning-rate", 1e-3, "--steps", 3)
     assert finetune.main(args(trained, chats, folder, *more, *flags)) == 0
     printed = capsys.readouterr().out
@@ -192,7 +194,7 @@ def test_what_is_frozen_stays_to_the_bit(flags, phrases, learning, trained, chat
     assert moved == {path for path in before if re.fullmatch(learning, path)}
     numbers = sum(before[path].size for path in moved)
     assert re.search(rf"trainable +{numbers:,} of", printed)
-    assert (folder / "tokenizer" / "generation_config.json").exists()
+    assert model.sampling == sampling
 
 
 def test_a_base_in_int8(trained, chats, tmp_path):

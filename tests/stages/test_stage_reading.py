@@ -10,7 +10,8 @@ import pytest
 from tiny_runs import command
 
 from engine.inference.stop_strings import CompletionText
-from engine.storage.run_folder import read_config, read_json
+from engine.storage.model_loader import load_model
+from engine.storage.run_folder import read_config, read_json, save_tokenizer
 from engine.text.token_file import open_token_file
 from engine.text.tokenizer import byte_tokenizer
 from stages import generate
@@ -31,6 +32,18 @@ def test_generation_is_a_function_of_its_flags(trained, capsys):
     for words in (" tokens, the first", "0 recompiles", "tokens/s", "weights unchanged"):
         assert words in notes
     assert first == generated(capsys, trained / "checkpoints" / "20", *flags, "--seed", 5)[0]
+
+
+def test_sampling_is_as_the_model_recommends_unless_a_flag_says_else(trained, tmp_path, capsys):
+    run = shutil.copytree(trained, tmp_path / "run")
+    model = load_model(str(trained))
+    save_tokenizer(run, model.tokenizer, model.eos_ids, {"temperature": 0.0, "repetition_penalty": 1.3})
+    flags = ("--prompt", "The king", "--max-tokens", 20)
+    greedy, notes = generated(capsys, run, *flags)
+    assert "repetition_penalty is 1.3, and only `stages.serve` computes it" in notes
+    assert "sampling  temperature 0 as the model recommends\n" in notes
+    assert greedy == generated(capsys, trained, *flags, "--temperature", 0)[0]
+    assert "sampling  temperature 1 by a flag\n" in generated(capsys, run, *flags, "--temperature", 1)[1]
 
 
 def test_each_of_several_continuations_is_that_of_its_seed(trained, capsys):

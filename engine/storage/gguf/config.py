@@ -1,5 +1,6 @@
 """Reads ModelConfig from a GGUF file's metadata, and writes it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,9 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "expert_used_count": (0,), "attention.causal": (True,), "use_parallel_residual": (False, True), "logit_scale": (1.0,),
     "rope.scaling.attn_factor": (1.0,), "residual_scale": (1.0,), "embedding_scale": (1.0,), "attention.scale": (0.0,),
 }  # fmt: skip
+# SamplingParams' name -> llama.cpp's key of the recommended value.
+SAMPLING = {name: f"general.sampling.{name}" for name in ("top_k", "top_p", "min_p")}
+SAMPLING |= {"temperature": "general.sampling.temp", "repetition_penalty": "general.sampling.penalty_repeat"}
 OTHER_KEYS = ("general.", "tokenizer.", "quantize.", "mradermacher.")
 FREQUENCIES = "rope_freqs.weight"
 
@@ -70,6 +74,17 @@ def config_from(header: Header) -> ModelConfig:
         if (value := fields.number(key, int, cfg.head_dim)) != cfg.head_dim:
             raise UserError(f"{path}: {kind}.{key} is {value} and not {cfg.head_dim}, a head's width; that is not built here.")
     return cfg
+
+
+def read_sampling(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Returns the recommended sampling, {SamplingParams' name: value as in the file}."""
+    values = {name: metadata[key] for name, key in SAMPLING.items() if key in metadata}
+    return {name: shortest_decimal(value) if isinstance(value, float) else value for name, value in values.items()}
+
+
+def sampling_metadata(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the metadata from which `read_sampling` reads the same."""
+    return {SAMPLING[name]: value if name == "top_k" else float(value) for name, value in sampling.items()}
 
 
 def rope_factors(scaling: RopeScaling, theta: float, head_dim: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 Nothing in a folder is ever run: no pickle is opened, no code is imported, nothing is fetched.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from engine.files import write_json
 from engine.model.config import ModelConfig
 from engine.storage.huggingface import safetensors
 from engine.storage.huggingface.config import DEFAULTS, config_from, config_to
+from engine.storage.huggingface.generation_config import read_sampling, write_sampling
 from engine.storage.huggingface.hub import cached_id, is_hub_id
 from engine.storage.tensor_layout import DTYPE_NAMES, StoredModel, check_tensors, layout_of, split_params, tensor_names
 from engine.storage.untrusted import build_tokenizer, quote, read_json_object, read_text
@@ -46,7 +48,9 @@ def open_folder(path: Path) -> StoredModel:
     name = hub_id.partition("/")[2] or path.resolve().name
     hub_id = hub_id or (str(source) if is_hub_id(source) else "")
     context = (DEFAULTS[fields["model_type"]] | fields)["max_position_embeddings"]
-    return StoredModel(name, cfg, leaves, rows, *_read_tokenizer(path, fields, cfg.vocab), context, hub_id)
+    generation = path / "generation_config.json"
+    sampling = read_sampling(read_json_object(generation)) if generation.exists() else {}
+    return StoredModel(name, cfg, leaves, rows, *_read_tokenizer(path, fields, cfg.vocab), context, sampling, hub_id)
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -114,15 +118,16 @@ def _template(path: Path, config: dict[str, Any]) -> str | None:
 
 
 def save_folder(
-    folder: Path, cfg: ModelConfig, params: dict[str, Any], tokens: dict[str, Any], *, dtype: str, report: OnProgress = None
-) -> None:
+    folder: Path, cfg: ModelConfig, params: dict[str, Any], tokens: dict[str, Any], *, dtype: str,
+    sampling: Mapping[str, Any] | None = None, report: OnProgress = None,
+) -> None:  # fmt: skip
     """Writes config.json, generation_config.json and model.safetensors, every weight in `dtype`; no tokenizer.
 
-    params, report: as in `split_params`. `tokens`: bos_token_id, eos_token_id and pad_token_id, if any. Raises UserError for
-    an architecture that no family has.
+    params, report: as in `split_params`. `tokens`: bos_token_id, eos_token_id and pad_token_id, if any. `sampling`: the
+    recommended one. Raises UserError for an architecture that no family has.
     """
     write_json(folder / "config.json", config_to(cfg, dtype, tokens))
-    write_json(folder / "generation_config.json", tokens)
+    write_json(folder / "generation_config.json", tokens | write_sampling(sampling or {}))
     leaves = list(layout_of(cfg, TENSOR_NAMES))
     shapes = {part.name: part.shape for leaf in leaves for part in leaf.parts}
     arrays = (array for _, array in split_params(leaves, params, report))

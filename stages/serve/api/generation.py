@@ -16,10 +16,10 @@ from starlette.types import Receive, Scope, Send
 
 from engine.errors import InvalidField
 from engine.inference.request import Event, LogProb, Request, check_request
-from engine.inference.sampling_params import SEEDS, SamplingParams
+from engine.inference.sampling_params import SEEDS
 from engine.inference.stop_strings import CompletionText
-from stages.serve.api.replies import CachedTokens, Reason, Usage
-from stages.serve.api.requests import CompletionFields
+from stages.serve.api.replies import CachedTokens, DefaultSampling, Reason, Usage
+from stages.serve.api.requests import MAX_COMPLETIONS, CompletionFields
 from stages.serve.errors import ApiError, ClientGone, internal_error, json_reply
 from stages.serve.state import ServerState
 from stages.serve.tokenizer_pool import context_overflow
@@ -31,8 +31,6 @@ SEND_SECONDS = 60.0  # for a client to read what it was sent
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"),
 ]  # fmt: skip
-# Fields of a body that have the same name and meaning in SamplingParams; null is the default.
-SAMPLING_FIELDS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
 class Piece(NamedTuple):
@@ -257,13 +255,18 @@ async def generate(
     body, capacity = writer.body, state.engine.capacity
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options is given without stream being true.", param="stream_options")
+    if writer.choices > MAX_COMPLETIONS:
+        message = f"prompts times n are {writer.choices:,} completions; at most {MAX_COMPLETIONS} are made for one request."
+        raise ApiError(400, message, param="n")
     ticket = state.admission.reserve()
     try:
         prompts, requests = await encode(), list[Request]()
         seed = int.from_bytes(os.urandom(4)) if body.seed is None else body.seed
-        options = {name: value for name in SAMPLING_FIELDS if (value := getattr(body, name)) is not None}
+        fields = DefaultSampling.__struct_fields__
+        options: dict[str, Any] = {name: value for name in fields if (value := getattr(body, name)) is not None}
+        options |= {"top_k": 0} if body.top_k == -1 else {}  # all, as in vLLM
         options |= {
-            "top_k": max(0, body.top_k or 0), "logprobs": logprobs,  # a top_k of -1 means all
+            "logprobs": logprobs,
             "logit_bias": {int(token): value for token, value in (body.logit_bias or {}).items() if value},
             "stop_token_ids": frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else stop_token_ids),
         }  # fmt: skip
@@ -271,11 +274,10 @@ async def generate(
             room = capacity - len(prompt)
             if room < 1:
                 raise context_overflow(len(prompt), capacity, writer.prompt_field)
-            most = min(max_tokens or room, room)
-            for _ in range(body.n or 1):  # each with its own seed
-                params = SamplingParams(max_tokens=most, seed=(seed + len(requests)) % SEEDS, **options)
-                requests.append(Request(tuple(prompt), params, http.state.namespace))
-                check_request(requests[-1], state.engine.cfg.vocab, capacity)
+            options |= {"max_tokens": min(max_tokens or room, room), "seed": (seed + len(requests)) % SEEDS}
+            rows = dataclasses.replace(state.sampling, **options).per_row(body.n or 1)  # each with its own seed
+            requests += [Request(tuple(prompt), row, http.state.namespace) for row in rows]
+            check_request(requests[-1], state.engine.cfg.vocab, capacity)
         generation = Generation(state, requests, ticket, body.stops, body.n or 1, http.state.arrived)
         http.state.generation = generation
     except BaseException as error:

@@ -118,6 +118,18 @@ class CompletionReply(ReplyFields, kw_only=True):
     usage: Usage | UnsetType | None = UNSET
 
 
+class DefaultSampling(msgspec.Struct):
+    """The sampling of a request that leaves these fields out. They have the same name and meaning in SamplingParams."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+
+
 class ModelCard(msgspec.Struct, kw_only=True):
     """The served model. `max_model_len`: tokens of prompt and completion together; `price_per_hour`: dollars."""
 
@@ -128,6 +140,7 @@ class ModelCard(msgspec.Struct, kw_only=True):
     root: str
     max_model_len: int
     price_per_hour: float | None = None
+    default_sampling: DefaultSampling
 
 
 class ModelList(msgspec.Struct):

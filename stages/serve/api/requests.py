@@ -12,6 +12,7 @@ from msgspec import UNSET, Meta, UnsetType
 from engine.inference.sampling_params import RANGES
 
 MAX_PROMPTS = 64
+MAX_COMPLETIONS = 128  # prompts times n: later requests wait for them all
 MAX_STOPS = 16
 MAX_IDS = 2**18  # more than any context holds
 

@@ -26,9 +26,11 @@ async def model(state: ServerState, http: Request) -> Response:
 
 
 def _card(state: ServerState) -> replies.ModelCard:
+    defaults = replies.DefaultSampling(*(getattr(state.sampling, name) for name in replies.DefaultSampling.__struct_fields__))
     return replies.ModelCard(
-        id=state.name, created=state.loaded_at, root=state.name, max_model_len=state.engine.capacity, price_per_hour=state.price
-    )
+        id=state.name, created=state.loaded_at, root=state.name, max_model_len=state.engine.capacity,
+        price_per_hour=state.price, default_sampling=defaults,
+    )  # fmt: skip
 
 
 async def tokenize(state: ServerState, http: Request) -> Response:

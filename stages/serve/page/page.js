@@ -76,9 +76,7 @@ async function connect() {
     const [model] = (await reply.json()).data;
     Object.assign(server, {model: model.id, context: model.max_model_len});
     settings.price.defaultValue = model.price_per_hour ?? '';
-    for (const name of ['temperature', 'top_p']) {
-      settings[name].defaultValue = model.default_sampling?.[name] ?? settings[name].defaultValue;
-    }
+    for (const name of ['temperature', 'top_p']) settings[name].defaultValue = model.default_sampling[name];
     settings.max_tokens.defaultValue = Math.min(settings.max_tokens.defaultValue, Math.floor(server.context / 2));
   } catch (error) {
     const why = error instanceof TypeError ? 'It does not answer.' : error.message;

@@ -10,6 +10,7 @@ from refusals import refusal
 from tiny import lively_params, tiny_config
 
 from engine.model.config import RopeScaling
+from engine.storage import model_loader
 from engine.storage.gguf.config import shortest_decimal
 from engine.storage.gguf.file import regroup_rows, save_gguf
 from engine.storage.model_loader import load_model
@@ -83,15 +84,25 @@ def test_what_the_metadata_says_is_the_architecture(tmp_path):
     stored = {name: value[:48] if name.endswith(("output.weight", "down.weight")) else value for name, value in stored.items()}
     head = {"output.weight": weights()["token_embd.weight"][:, :48] * 2}
     sizes |= {"attention.sliding_window": 100}
-    path = tiny_gguf(tmp_path / "x.gguf", sizes=sizes, tensors=stored | head, other={"general.name": "Small"})
+    values = {"temp": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.05, "penalty_repeat": 1.05, "mirostat": 0}
+    other = {"general.name": "Small"} | {f"general.sampling.{name}": value for name, value in values.items()}
+    path = tiny_gguf(tmp_path / "x.gguf", sizes=sizes, tensors=stored | head, other=other)
     model = load_model(path)
     cfg = model.cfg
     assert (cfg.vocab, cfg.width, cfg.layers, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.ff) == (262, 48, 2, 6, 3, 8, 96)
     assert (cfg.rope_theta, cfg.eps, cfg.tied, cfg.context, cfg.dtype) == (100000.0, 1e-5, False, 100, "bfloat16")
     assert model.name == "Small"
     assert "the context of 128 ends with the first, of 100" in model.notes[0]
+    assert model.sampling == {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.05}
     assert model.params["head"].dtype == "bfloat16"
     assert shortest_decimal(9.999999747378752e-06) == 1e-5
+
+
+def test_a_named_models_recommended_sampling_is_known_here(tmp_path, monkeypatch):
+    path = tiny_gguf(tmp_path / "x.gguf")
+    monkeypatch.setattr(model_loader, "fetch", lambda name, report: {"model": path})
+    assert load_model("smollm2-135m-instruct").sampling == {"temperature": 0.2, "top_p": 0.9}
+    assert load_model(path).sampling == {}
 
 
 def test_the_scalings_of_llama_3_are_recognised_by_what_they_make(tmp_path):

@@ -177,7 +177,7 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(folder):
     assert "only tokenizer.model: save the model's fast tokenizer" in refusal(load_model, folder)
 
 
-def test_every_end_is_known_and_the_tokenizers_own_comes_first(folder):
+def test_every_end_is_known_the_tokenizers_own_first_and_the_recommended_sampling(folder):
     replace(folder, "config.json", CONFIG | {"eos_token_id": 7})
     assert load_model(folder).eos_ids == (40, 7)
     replace(folder, "generation_config.json", {"eos_token_id": [3, 40, 5], "temperature": 0.7})
@@ -185,6 +185,11 @@ def test_every_end_is_known_and_the_tokenizers_own_comes_first(folder):
     replace(folder, "tokenizer_config.json", {"eos_token": {"content": "%", "__type": "AddedToken"}})
     model = load_model(folder)
     assert model.eos_ids == (model.tokenizer.id_of("%"), 3, 40, 5)
+    assert model.sampling == {"temperature": 0.7}
+    replace(
+        folder, "generation_config.json", {"do_sample": False, "temperature": 0.7, "top_p": None, "repetition_penalty": 1.1}
+    )
+    assert load_model(folder).sampling == {"temperature": 0.0, "repetition_penalty": 1.1}
 
 
 def test_an_end_that_only_the_config_knows_is_taken_by_its_id(folder):
