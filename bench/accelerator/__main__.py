@@ -34,7 +34,7 @@ class AcceleratorFlags:
     rounds: int = 5
     """Interleaved rounds, at least 3; the median counts."""
     max_time: float = 600.0
-    """Seconds in which a further preset or peer is begun."""
+    """Seconds in which a further preset is begun."""
     peer_python: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: this one)")] = None
     """The Python that has torch or vllm."""
     out: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: no page)")] = None
@@ -76,8 +76,15 @@ def measure_accelerator(flags: AcceleratorFlags) -> Json:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Prints the JSON document as the last line and returns 0, or 2 after an error that a person can mend."""
-    return run_bench("bench.accelerator", __doc__, AcceleratorFlags, measure_accelerator, args)
+    """Prints the JSON document as the last line; returns 0, 1 if a check fails, or 2 after an error that a person can mend."""
+    documents: list[Json] = []
+
+    def measure(flags: AcceleratorFlags) -> Json:
+        documents.append(measure_accelerator(flags))
+        return documents[-1]
+
+    code = run_bench("bench.accelerator", __doc__, AcceleratorFlags, measure, args)
+    return code or int(not all(check["holds"] for document in documents for check in document["checks"]))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Arguments are shapes without a device, so a program is as large as its config an
 can be exported for another platform.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -89,11 +90,16 @@ def adapted(cfg: ModelConfig, base: str) -> tuple[Any, Any]:
 
 def step(
     objective: Objective = NEXT_TOKEN, data: Callable[[], Any] = batch_of, kind: Any = "adamw", lora: str | None = None,
-    microbatches: int = 1, **rules: list[str],
+    microbatches: int = 1, remat: Any = None, **rules: list[str],
 ) -> Make:  # fmt: skip
-    """A training step of what `rules` select, or of an adapter on a base that is `lora`: plain or int8."""
+    """A training step of what `rules` select, or of an adapter on a base that is `lora`: plain or int8.
+
+    With `remat` the layers are a scan.
+    """
 
     def make(cfg: ModelConfig) -> Program:
+        if remat:
+            cfg = dataclasses.replace(cfg, scan=True, remat=remat)
         if lora:
             trainable, frozen = adapted(cfg, lora)
         else:
@@ -105,6 +111,11 @@ def step(
         return Program(train_step, arguments, INT8_COMPILER_OPTIONS if lora == "int8" else None)
 
     return make
+
+
+def texts() -> Batch:
+    """A batch of one text a row, not packed."""
+    return batch_of()._replace(segments=None)
 
 
 def preferences() -> Preferences:
@@ -135,6 +146,9 @@ TRAINING: dict[str, Make] = {
     "train step, AdamW": step(),
     "train step, Muon": step(kind="muon"),
     "train step, microbatches": step(microbatches=2),
+    "train step, Muon, scan": step(data=texts, kind="muon", remat="none"),  # as stages.train runs off a CPU
+    "train step, scan and remat": step(data=texts, remat="block"),
+    "train step, LoRA, remat": step(lora="plain", remat="block"),
     "train step, bottom frozen": step(freeze=["bottom:1"]),
     "train step, top frozen": step(freeze=["top:1"]),
     "train step, head alone": step(train=["head"]),

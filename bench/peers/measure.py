@@ -1,4 +1,4 @@
-"""Times our training step beside PyTorch's, and our `generate` beside transformers', on the same weights and data."""
+"""Times our training step beside PyTorch's, and our `generate` beside transformers' or vLLM's, on the same weights and data."""
 
 import dataclasses
 import functools

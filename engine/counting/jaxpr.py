@@ -107,9 +107,11 @@ def _dot(equation: Any) -> int:
 
 
 def _fused_attention(equation: Any) -> int:
-    """The products of causal attention in blocks: q k^T and p v; in the backward pass dv, dp, dq and dk."""
+    """The products of attention, in blocks if causal: q k^T and p v; in the backward pass dv, dp, dq and dk."""
     B, T, N, H = equation.invars[0].aval.shape
-    return (4 if "bwd" in equation.primitive.name else 2) * B * N * H * T * twice_mean_keys(T, QUERY_BLOCK)
+    causal = "CAUSAL" in str(equation.params["mask_type"])
+    keys = twice_mean_keys(T, QUERY_BLOCK) if causal else 2 * equation.invars[1].aval.shape[1]
+    return (4 if "bwd" in equation.primitive.name else 2) * B * N * H * T * keys
 
 
 def _convolution(equation: Any) -> int:

@@ -13,10 +13,9 @@ from typing import Literal
 from engine.counting.flops import twice_mean_keys
 from engine.counting.params import leaf_shapes
 from engine.counting.trainable_paths import TrainablePaths, all_trainable, lowest_gradient, target_shapes
-from engine.model.attention import QUERY_BLOCK
+from engine.model.attention import QUERY_BLOCK, has_kernel
 from engine.model.config import ModelConfig
 from engine.model.cross_entropy import COLUMNS
-from engine.model.ops import ops
 
 FLOAT32 = 4
 
@@ -148,7 +147,7 @@ def _residual_bytes(cfg: ModelConfig, tokens: int, trainable: set[str]) -> int:
     operands += 3 * query  # rotated, k and v once for each query head
     operands += query + 2 * cfg.ff  # attention's result; gate and up
     operands += cfg.ff if "down" in trainable else 0
-    if not (ops().fused_attention and cfg.dtype == "bfloat16"):  # a kernel keeps none
+    if not has_kernel(cfg, tokens):  # which keeps none
         operands += cfg.heads * twice_mean_keys(tokens, QUERY_BLOCK) // 2  # attention's weights
     elementwise = 2 * cfg.width  # the residual stream at both norms
     if cfg.qk_norm:  # input and result

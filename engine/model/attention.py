@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from engine.model import layers
+from engine.model.config import ModelConfig
 from engine.model.ops import ops, transpose
 
 QUERY_BLOCK = 128  # queries a block: keys after the block are never multiplied
@@ -36,6 +37,15 @@ def causal_attention(q: Array, k: Array, v: Array, segments: Array | None) -> Ar
     kernel = ops().fused_attention
     fused = kernel(q, k, v, segments) if kernel else None
     return causal_attention_in_blocks(q, k, v, segments) if fused is None else fused
+
+
+def has_kernel(cfg: ModelConfig, tokens: int) -> bool:
+    """Whether a fused kernel computes a model's attention over texts of `tokens`, on JAX's platform."""
+    kernel = ops().fused_attention
+    if kernel is None:
+        return False
+    q, k = (jax.ShapeDtypeStruct((1, tokens, heads, cfg.head_dim), cfg.dtype) for heads in (cfg.heads, cfg.kv_heads))
+    return jax.eval_shape(lambda q, k: kernel(q, k, k, None), q, k) is not None
 
 
 @jax.custom_vjp

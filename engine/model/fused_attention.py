@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 Kernel = Callable[[Array, Array, Array, Array | None], Array | None]
@@ -27,6 +28,8 @@ def cudnn(q: Array, k: Array, v: Array, segments: Array | None) -> Array | None:
 
 def cudnn_masked(q: Array, k: Array, v: Array, mask: Array | None, *, causal: bool = False) -> Array | None:
     """As `cudnn`, with keys (B, S, K, H) and a mask (B, T, S) that is True where a query may attend."""
+    if mask is not None and (q.shape[1] % 2 or k.shape[1] % 2):  # cuDNN has no gradient for it, and says so too late
+        return None
     heads = None if mask is None else mask[:, None]
     try:
         out = jax.nn.dot_product_attention(q, k, v, mask=heads, is_causal=causal, scale=1.0, implementation="cudnn")
@@ -37,16 +40,21 @@ def cudnn_masked(q: Array, k: Array, v: Array, mask: Array | None, *, causal: bo
     return out.reshape(*out.shape[:2], -1)
 
 
-def splash(q: Array, k: Array, v: Array, segments: Array | None, *, interpret: bool = False) -> Array | None:
-    """Splash attention, JAX's own kernel for TPUs, which skips the blocks that causality masks. It takes multiples of LANES."""
-    T, N = q.shape[1:3]
-    if T % LANES:
-        return None
-    kernel = _splash_kernel(T, N, interpret)
-    by_head = lambda x: x.transpose(0, 2, 1, 3)
-    of_row = (lambda *qkv: kernel(*qkv)) if segments is None else (lambda q, k, v, ids: kernel(q, k, v, _same(ids)))
-    out = jax.vmap(of_row)(by_head(q), by_head(k), by_head(v), *(() if segments is None else (segments,)))
-    return out.transpose(0, 2, 1, 3).reshape(*q.shape[:2], -1)
+def splash(q: Array, k: Array, v: Array, segments: Array | None, *, interpret: bool = False) -> Array:
+    """Splash attention, JAX's own kernel for TPUs, which skips the blocks that causality masks.
+
+    Texts are padded to a multiple of LANES: what lies behind a token is masked in any case.
+    """
+    B, T, N, _ = q.shape
+    padded = T + -T % LANES
+    kernel = _splash_kernel(padded, N, interpret)
+    by_head = lambda x: jnp.pad(x, ((0, 0), (0, padded - T), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
+    if segments is None:
+        out = jax.vmap(kernel)(by_head(q), by_head(k), by_head(v))
+    else:
+        ids = jnp.pad(segments, ((0, 0), (0, padded - T)))
+        out = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, _same(ids)))(by_head(q), by_head(k), by_head(v), ids)
+    return out.transpose(0, 2, 1, 3)[:, :T].reshape(B, T, -1)
 
 
 def _same(segments: Array) -> Any:

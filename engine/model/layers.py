@@ -1,4 +1,4 @@
-"""The layers without parameters, as on paper: the readable reference, and what a GPU and a TPU run.
+"""The layers without parameters, as on paper: the readable reference, and the forward pass of `backward.py`.
 
 Elementwise work and softmax are float32: bfloat16 arithmetic is emulated on a CPU, and loses bits everywhere.
 """

@@ -1,4 +1,4 @@
-"""What each platform computes in its own way: one table, chosen by the platform that a program is compiled for.
+"""Chooses how a program is computed by the platform that it is compiled for: the one table of what differs.
 
 That is the platform of JAX's default device where the program is traced. The default device is part of the key under which
 JAX keeps its traces, so `with jax.default_device("tpu")` traces any program for a TPU, on a machine that has none, and

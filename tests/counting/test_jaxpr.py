@@ -111,9 +111,12 @@ def test_recomputing_shows():
 def test_fused_attention_counts_as_attention_in_blocks(name, passes):
     """cuDNN's attention cannot be traced without a GPU, so one of its name stands in."""
     kernel, q, k = Primitive(name), f32(2, 2 * QUERY_BLOCK, 6, 4), f32(2, 2 * QUERY_BLOCK, 3, 4)
-    kernel.def_abstract_eval(lambda q, k, v: q)
+    kernel.def_abstract_eval(lambda q, k, v, **_: q)
+    call = lambda mask: lambda q, k, v: kernel.bind(q, k, v, mask_type=mask)
     in_blocks = products(lambda q, k, v: causal_attention_in_blocks(q, k, v, None), q, k, k)
-    assert products(kernel.bind, q, k, k) == passes * in_blocks > 0
+    assert products(call("MaskType.CAUSAL"), q, k, k) == passes * in_blocks > 0
+    over_a_cache = f32(2, 5, 6, 4), f32(2, 9, 3, 4), f32(2, 9, 3, 4)
+    assert products(call("MaskType.NO_MASK"), *over_a_cache) == passes * 4 * 2 * 6 * 4 * 5 * 9
 
 
 def sharded(x):

@@ -8,6 +8,7 @@ import pytest
 
 from bench.lowering.exported import PLATFORMS, Temporary, export, given_away, kernels, largest_temporary
 from bench.lowering.programs import INFERENCE, PROGRAMS, QWEN2, QWEN3, B, Program, T, weights_of
+from engine.model.attention import QUERY_BLOCK
 
 CUDNN = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
 # They read whole texts, so that a kernel computes their attention where there is one.
@@ -44,11 +45,15 @@ def test_every_program_lowers_and_no_weight_is_given_away(platform):
 @pytest.mark.parametrize("name", ATTENDING)
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_no_scores_reach_memory_where_a_kernel_exists(name, platform, cudnn):
-    """In no program is there a value of B x N x T x T, of any layout; each block's attention is a kernel."""
+    """Attention is a kernel, and no value is as large as the scores of a block of queries, (rows, N, QUERY_BLOCK, T).
+
+    Splash attention keeps LANES numbers a query and head, here as many.
+    """
     program = exported(name, platform)
     assert kernels(program), "blocks that are alike may share one call"
     rows = B * (2 if "preference" in name or name == "margins" else 1)
-    assert largest_temporary(program).bytes < 4 * rows * QWEN3.heads * T * T
+    block = 4 * rows * QWEN3.heads * QUERY_BLOCK * T
+    assert largest_temporary(program).bytes < (block if platform == "cuda" else 1.01 * block)
 
 
 @pytest.mark.parametrize("name", PREFILLING)

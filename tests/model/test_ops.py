@@ -1,5 +1,7 @@
 """What platforms compute in their own way: the choice, and each fused kernel against the layers on paper."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,8 +69,44 @@ def test_splash_attention_is_attention(T, K, packed):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_cudnn_is_asked_for_attention(monkeypatch, packed):
+    """With XLA's own attention in place of cuDNN's: value and gradient of `cudnn`, and of `cudnn_masked` over a cache."""
+    plain = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, implementation, **o: plain(*a, implementation="xla", **o))
+    q, k, v = normal(0, 2, 10, 6, 4), normal(1, 2, 10, 3, 4), normal(2, 2, 10, 3, 4)
+    segments = jnp.asarray(np.sort(np.random.default_rng(3).integers(0, 3, (2, 10)), axis=1)) if packed else None
+    mixing = normal(4, 2, 10, 24)
+    results = [
+        jax.value_and_grad(lambda *qkv, f=f: (f(*qkv, segments) * mixing).sum(), (0, 1, 2))(q, k, v)
+        for f in (fused_attention.cudnn, layers.causal_attention)
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *results)
+    mask = jnp.asarray(np.random.default_rng(5).random((2, 4, 10)) < 0.5).at[..., 0].set(True)
+    expected = layers.attention(q[:, :4], k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), mask)
+    np.testing.assert_allclose(fused_attention.cudnn_masked(q[:, :4], k, v, mask), expected, atol=1e-5)
+    assert fused_attention.cudnn_masked(q[:, :3], k, v, mask[:, :3]) is None, "cuDNN refuses an odd length with a mask"
+
+
+def test_a_model_on_a_tpu_computes_what_a_cpu_computes(monkeypatch):
+    """Splash attention in interpret mode inside a model whose layers are a scan, at a length that needs padding."""
+    rows, results = (2, 40), []
+    for platform, cfg in (("cpu", tiny_config()), ("tpu", tiny_config(scan=True, remat="block"))):
+        kernel = functools.partial(fused_attention.splash, interpret=True)
+        monkeypatch.setitem(ops.PLATFORMS, "tpu", ops.PLATFORMS["tpu"]._replace(fused_attention=kernel))
+        monkeypatch.setattr(ops, "platform", lambda platform=platform: platform)
+        segments = np.sort(np.random.default_rng(0).integers(0, 3, rows), axis=1).astype(np.int32)
+        batch = Batch(tokens_of(1, *rows), tokens_of(2, *rows), segments > 0, positions_of(*rows), segments)
+        step = jax.jit(lambda params, cfg=cfg, batch=batch: loss_and_gradient(cfg, params, {}, batch))
+        results.append(step(lively_params(cfg)))
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
 def test_a_kernel_leaves_what_it_cannot_serve():
-    """Splash attention 130 tokens, and cuDNN everything where there is none: attention in blocks takes them."""
+    """Where there is no cuDNN, attention in blocks takes all, and memory is predicted so."""
     q, k = normal(0, 1, 130, 2, 8), normal(1, 1, 130, 1, 8)
-    assert fused_attention.splash(q, k, k, None) is None
     assert fused_attention.cudnn(q, k, k, None) is None
+    for device, kernel in (("cpu", False), ("gpu", False), ("tpu", True)):
+        with jax.default_device(device):
+            assert attention.has_kernel(FAMILIES["qwen3"], 130) == kernel
