@@ -4,8 +4,8 @@
     python -m bench.lowering --preset smollm2-135m --platform tpu
     python -m bench.lowering --only "train step"                 the programs whose name has these words
 
-A temporary is the result of an operation before the compiler fuses any. Where JAX has found cuDNN, its kernels show for CUDA and
-ROCm cannot be lowered for; elsewhere attention in blocks shows for both.
+A temporary is the result of an operation before the compiler fuses any. Where JAX has found cuDNN, its
+kernels show for CUDA, and ROCm cannot be lowered for; elsewhere attention in blocks shows for both.
 """
 
 import dataclasses
