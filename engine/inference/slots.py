@@ -32,9 +32,9 @@ from engine.model.config import ModelConfig
 from engine.model.transformer import Params
 
 CHUNK, TAIL = 128, 32  # prompt tokens a call: of a whole chunk, and of a short rest
-HITS_AT_ONCE = 16  # chunks a step copies from the prefix cache at most
-MOST_TAILS = 2  # that complete a chunk whose beginning was cached: more take longer than the whole chunk
-IDLE = SamplingParams(temperature=0.0)  # of rows not in use: greedy costs no sampling
+HITS_AT_ONCE = 16  # chunks that a step copies from the prefix cache at most
+MAX_TAILS = 2  # computed after a cached beginning to complete its chunk: more take longer than the whole chunk
+IDLE = SamplingParams(temperature=0.0)  # of rows not in use: greedy decoding costs no sampling
 MIN_SLOTS = 2  # with one row a CPU's products take a slower path
 
 
@@ -88,6 +88,7 @@ class Slots:
 
     @property
     def busy(self) -> bool:
+        """Whether any request waits or runs."""
         return bool(self.waiting or self.running)
 
     @property
@@ -119,7 +120,7 @@ class Slots:
         return self.scheduler.submit(request, ticket).id
 
     def place(self, ticket: int) -> int:
-        """The place in the queue of what has this ticket: 1 is served next. 0 when nothing of it waits for a slot."""
+        """Returns the place in the queue of the requests with this ticket: 1 is served next, 0 when none waits for a slot."""
         waiting = {sequence.ticket for sequence in tuple(self.scheduler.waiting)}
         return sum(other <= ticket for other in waiting) if ticket in waiting else 0
 
@@ -184,6 +185,7 @@ class Slots:
         return results[0] == results[1]
 
     def _run_idle(self, program: Any, arguments: tuple[Any, ...]) -> None:
+        """Runs a program on this state, with zeros for the other arrays, and keeps the state it returns."""
         state = {dict: self.params, KVSegments: self._segments, TokenCounts: self._counts}
         zeros = lambda x: jax.device_put(np.zeros(x.shape, x.dtype), jax.devices()[0])
         real = lambda x: zeros(x) if isinstance(x, jax.ShapeDtypeStruct) else x
@@ -212,7 +214,7 @@ class Slots:
 
     def _copy_cached(self, sequence: Sequence, tokens: tuple[int, ...]) -> int:
         """Copies the next chunk of a prompt, or its beginning, from the prefix cache; returns how many tokens that are."""
-        for count in (len(tokens), *self._beginnings(tokens)[:MOST_TAILS]):
+        for count in (len(tokens), *self._beginnings(tokens)[:MAX_TAILS]):
             chunk = self.prefix_cache.get(chunk_key(sequence.prefix_key, tokens[:count]))
             if chunk is not None:
                 place = np.int32(sequence.slot), np.int32(sequence.prefilled_tokens)
