@@ -12,13 +12,13 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-GONE = 499  # the status, nginx's, of a request whose client left before its response
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that left before its response
 
 
 class AccessLog:
     """ASGI middleware: adds the header X-Request-Id, and prints a line on stdout (`form`: off, short, json) after a response.
 
-    It leaves in the request's state when it `arrived`, by time.monotonic. `count(status)` is called for each response.
+    Sets `arrived`, by time.monotonic, in the request's state. `count(status)` is called for each response.
     """
 
     def __init__(self, app: ASGIApp, form: str, count: Callable[[int], None]) -> None:
@@ -28,26 +28,27 @@ class AccessLog:
         if scope["type"] != "http":  # there are no web sockets
             return
         state = scope.setdefault("state", {})
-        now, begin = datetime.datetime.now(datetime.UTC), time.monotonic()
-        name, status = f"req_{secrets.token_hex(12)}", GONE
-        state["arrived"] = begin
+        arrived_at, arrived = datetime.datetime.now(datetime.UTC), time.monotonic()
+        request_id, status = f"req_{secrets.token_hex(12)}", CLIENT_CLOSED_REQUEST
+        state["arrived"] = arrived
 
-        async def send_named(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 self._count(status)
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", name.encode())]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
             await send(message)
 
         try:
-            await self._app(scope, receive, send_named)
+            await self._app(scope, receive, send_with_id)
         finally:
             if self._form != "off":
                 entry = {
-                    "time": now.isoformat(timespec="milliseconds"), "id": name, "client": (scope["client"] or ("-",))[0],
+                    "time": arrived_at.isoformat(timespec="milliseconds"), "id": request_id,
+                    "client": (scope["client"] or ("-",))[0],
                     "method": scope["method"], "path": scope["raw_path"].decode("latin-1")[:200], "status": status,
-                    "seconds": round(time.monotonic() - begin, 4),
+                    "seconds": round(time.monotonic() - arrived, 4),
                     **(state["generation"].log_fields() if "generation" in state else {}),
                 }  # fmt: skip
                 short = " ".join(f"{value}" if n < 6 else f"{field}={value}" for n, (field, value) in enumerate(entry.items()))

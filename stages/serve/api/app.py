@@ -11,7 +11,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from stages.serve.api import openapi
-from stages.serve.api.access_log import GONE, AccessLog
+from stages.serve.api.access_log import CLIENT_CLOSED_REQUEST, AccessLog
 from stages.serve.api.guard import NO_ROUTE, Guard
 from stages.serve.api.routes import ROUTES
 from stages.serve.errors import ApiError, ClientGone, internal_error
@@ -36,7 +36,7 @@ def make_app(
 
 async def _error_reply(http: Request, error: Exception) -> Response:
     if isinstance(error, ClientGone):
-        return Response(status_code=GONE)  # to nobody
+        return Response(status_code=CLIENT_CLOSED_REQUEST)  # to nobody
     if isinstance(error, HTTPException):
         message, code = error.detail, "not_found"
         if error.status_code == 404:

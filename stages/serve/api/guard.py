@@ -36,7 +36,7 @@ EXPOSED_HEADERS = b"x-request-id, x-ignored-fields, retry-after"  # to scripts o
 class Guard:
     """ASGI middleware: refuses a foreign Host or Origin, and a missing key except on KEYLESS_PATHS; adds security headers.
 
-    It leaves the `namespace` of a request's key in the request's state.
+    Sets `namespace`, that of the request's key or empty without keys, in the request's state.
 
     `keys`: a request needs one of them, if there are any. `hosts`: names of the server, any when None. `origins`: those of
     other pages that may call it; their preflights are answered, without a key.
@@ -49,9 +49,9 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         origin = headers.get("origin", "")
-        listed = origin.lower() in self._origins
+        is_listed = origin.lower() in self._origins
         added = [*SECURITY_HEADERS, *[(b"vary", b"Origin")] * bool(self._origins)]
-        if listed:
+        if is_listed:
             added += [(b"access-control-allow-origin", origin.encode()), (b"access-control-expose-headers", EXPOSED_HEADERS)]
 
         async def send_secured(message: Message) -> None:
@@ -62,7 +62,7 @@ class Guard:
         path = scope.get("raw_path", scope["path"].encode()).decode("latin-1")
         try:
             self._check_sender(scope, headers, path)
-            if listed and scope["method"] == "OPTIONS":
+            if is_listed and scope["method"] == "OPTIONS":
                 await _preflight_reply(headers)(scope, receive, send_secured)
                 return
             needs_key = self._keys and path not in KEYLESS_PATHS
@@ -75,8 +75,8 @@ class Guard:
         await self._app(scope, receive, send_secured)
 
     def _check_sender(self, scope: Scope, headers: Headers, path: str) -> None:
-        """Raises ApiError for a request that is framed twice, or comes by a name or from a page that is not allowed."""
-        if "transfer-encoding" in headers and "content-length" in headers:  # may smuggle a second request: RFC 9112, 6.3
+        """Raises ApiError for a body of two declared lengths, a Host that is not ours, or a page that is not allowed."""
+        if "transfer-encoding" in headers and "content-length" in headers:  # request smuggling: RFC 9112, 6.3
             message = "Send Content-Length or Transfer-Encoding, not both."
             raise ApiError(400, message, code="bad_request", headers={"Connection": "close"})
         hosts = headers.getlist("host")
@@ -90,16 +90,19 @@ class Guard:
         if any(origin.lower() not in allowed for origin in headers.getlist("origin")):
             message = "Pages of another origin may not use this server; --allow-origin lets those of one in."
             raise ApiError(403, message, code="bad_origin")
-        foreign = any(site.lower() in ("cross-site", "same-site") for site in headers.getlist("sec-fetch-site"))
-        link = path == PAGE_PATH and headers.getlist("sec-fetch-mode") == ["navigate"] and scope["method"] == "GET"
-        if foreign and "origin" not in headers and not link:
+        is_foreign = any(site.lower() in ("cross-site", "same-site") for site in headers.getlist("sec-fetch-site"))
+        is_link = path == PAGE_PATH and headers.getlist("sec-fetch-mode") == ["navigate"] and scope["method"] == "GET"
+        if is_foreign and "origin" not in headers and not is_link:
             raise ApiError(403, "Pages of another site may not use this server.", code="bad_origin")
 
     def _check_key(self, authorizations: list[str], path: str) -> str:
-        """Returns the namespace of a key that is ours. Compares with every key, each in constant time: time tells nothing."""
+        """Returns the namespace of a valid key: its hash in hex. Raises ApiError (401) for a wrong or missing one.
+
+        Compares with every key, each in constant time, so that timing gives none away.
+        """
         scheme, _, value = (authorizations[0] if len(authorizations) == 1 else "").partition(" ")
         key = value.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
-        if scheme.lower() == "basic":  # the password, behind any name
+        if scheme.lower() == "basic":  # the password, after any user name
             with contextlib.suppress(ValueError):
                 key = base64.b64decode(value.strip(), validate=True).partition(b":")[2]
         hashed = _hash(key)
@@ -113,8 +116,9 @@ class Guard:
 
 def _preflight_reply(headers: Headers) -> Response:
     """Returns the reply to a browser that asks, without the key, whether a page of a listed origin may send a request."""
-    asked = headers.get("access-control-request-headers", "content-type")
-    allowed = {"Methods": "GET, POST", "Headers": asked, "Private-Network": "true"}  # the last, of Chrome, is this machine
+    # Private-Network is Chrome's question whether a page may call a private address, such as this machine's.
+    names = headers.get("access-control-request-headers", "content-type")
+    allowed = {"Methods": "GET, POST", "Headers": names, "Private-Network": "true"}
     return Response(status_code=204, headers={f"Access-Control-Allow-{name}": value for name, value in allowed.items()})
 
 
