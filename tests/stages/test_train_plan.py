@@ -13,7 +13,7 @@ from stages.runs.estimate import find_ceilings, remeasure_ceilings
 from stages.runs.recipes import recipe
 from stages.train import __main__ as train
 from stages.train import run as train_run
-from stages.train.short_run import ENOUGH
+from stages.train.short_run import MIN_STEPS
 
 HERE = Ceilings("a chip", "cpu", 2, "0", bf16_gflops=400.0, f32_gflops=200.0, int8_gflops=300.0, read_gbs=26.0, update_gbs=20.0)
 
@@ -36,7 +36,7 @@ def test_a_time_box_of_few_steps_is_said_with_what_holds_enough(preset, text, mo
     for offer in offers:
         words = [preset, *offer.split()] if offer.startswith("--") else [offer]
         suited = plan_of(monkeypatch, capsys, *words, *(text_of if offer.startswith("--") else ["--data", text]))
-        assert int(suited["predicted"].split()[0].replace(",", "")) >= ENOUGH, (offer, suited)
+        assert int(suited["predicted"].split()[0].replace(",", "")) >= MIN_STEPS, (offer, suited)
         assert "note" not in suited
 
 
