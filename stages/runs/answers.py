@@ -12,9 +12,9 @@ from engine.model.transformer import Params
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.template import Message
 
-LONGEST = 120  # tokens of an answer
-REPEATED = 0.2  # of an answer's four-word sequences; in the house voice at most 0.05, in what people write about 0.01
-WIDTH = 96
+MAX_TOKENS = 120  # of an answer
+MAX_REPEATED = 0.2  # share of an answer's four-word sequences: at most 0.05 in the house voice, 0.01 in human texts
+WIDTH = 96  # characters of a printed line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,17 +41,17 @@ def ask(
     questions: Sequence[Sequence[Message]],
     stop_token_ids: Collection[int],
 ) -> tuple[Answer, ...]:
-    """Returns the greedy answers to conversations that end with a question, of at most LONGEST tokens.
+    """Returns the greedy answers to conversations that end with a question, of at most MAX_TOKENS tokens.
 
     Leaves out a conversation that fills the model's context.
     """
-    asked = [(question[-1]["content"], chat.prompt(question).tolist()) for question in questions]
-    asked = [(question, prompt) for question, prompt in asked if len(prompt) < cfg.context]
-    if not asked:
+    pairs = [(question[-1]["content"], chat.prompt(question).tolist()) for question in questions]
+    pairs = [(question, prompt) for question, prompt in pairs if len(prompt) < cfg.context]
+    if not pairs:
         return ()
-    prompts = [prompt for _, prompt in asked]
-    sampling = SamplingParams(max_tokens=LONGEST, temperature=0.0, stop_token_ids=stop_token_ids)
-    capacity = min(cfg.context, max(map(len, prompts)) + LONGEST)
+    prompts = [prompt for _, prompt in pairs]
+    sampling = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, stop_token_ids=stop_token_ids)
+    capacity = min(cfg.context, max(map(len, prompts)) + MAX_TOKENS)
     tokens: list[list[int]] = [[] for _ in prompts]
     stopped = set()
     for row, new, reason, *_ in generate(
@@ -63,19 +63,19 @@ def ask(
     texts = [chat.tokenizer.decode(answer).strip() for answer in tokens]
     return tuple(
         Answer(question, text, len(tokens[row]), row in stopped, repeats_itself(text))
-        for row, ((question, _), text) in enumerate(zip(asked, texts))
+        for row, ((question, _), text) in enumerate(zip(pairs, texts))
     )
 
 
 def repeats_itself(text: str) -> bool:
-    """Whether more than REPEATED of a text's four-word sequences occur earlier in it.
+    """Whether more than MAX_REPEATED of a text's four-word sequences occur earlier in it.
 
     The share is seq-rep-4 of Welleck et al. 2020 (1908.04319), without case, punctuation and the numbers of a list.
     An ideograph or a kana counts as a word.
     """
     words = re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|\w+", re.sub(r"(?m)^\s*\d+[.)]", "", text.lower()))
     sequences = [*zip(words, words[1:], words[2:], words[3:])]
-    return len(sequences) - len({*sequences}) > REPEATED * len(sequences)
+    return len(sequences) - len({*sequences}) > MAX_REPEATED * len(sequences)
 
 
 def compare(before: Sequence[Answer], after: Sequence[Answer]) -> list[tuple[str, str]]:

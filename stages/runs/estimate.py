@@ -28,7 +28,7 @@ from engine.training.loss import loss_chunks
 from stages.cli.console import Console
 from stages.runs.recipes import Recipe
 
-MEASURE = (
+MEASURE_PROGRAM = (
     "from engine.allocator import keep_freed_memory; keep_freed_memory(); import dataclasses, json; "
     "from engine.counting.hardware import measure_ceilings; print(json.dumps(dataclasses.asdict(measure_ceilings())))"
 )
@@ -152,18 +152,18 @@ def remeasure_ceilings(known: Ceilings | None, why: str, console: Console) -> Ce
     On a CPU another process measures: its arrays are not this run's memory.
     """
     with console.task(f"measuring this machine's ceilings{' again' if known else ''}: {why}", always=True) as report:
-        measured = (_measure_in_process() if jax.default_backend() == "cpu" else None) or measure_ceilings(report)
+        measured = (_measure_in_subprocess() if jax.default_backend() == "cpu" else None) or measure_ceilings(report)
     best = best_ceilings(measured, known) if known else measured
     save_ceilings(best)
     return best
 
 
-def _measure_in_process() -> Ceilings | None:
-    """Returns the ceilings that another process measures; None where none can be started."""
-    command = [sys.executable, "-c", MEASURE]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+def _measure_in_subprocess() -> Ceilings | None:
+    """Returns the ceilings that another process measures; None when it fails."""
+    command = [sys.executable, "-c", MEASURE_PROGRAM]
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     with contextlib.suppress(ValueError, TypeError):
-        return Ceilings(**json.loads(done.stdout))
+        return Ceilings(**json.loads(result.stdout))
     return None
 
 
