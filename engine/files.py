@@ -14,17 +14,17 @@ from typing import Any, BinaryIO
 
 
 def warn_of_cache(variable: str, folder: Path, problem: str) -> None:
-    """Warns that a cache folder cannot be written; `variable` names another."""
-    what = f"The cache folder {folder} cannot be written ({problem}), so what is compiled or fetched now is not kept"
-    warnings.warn(f"{what}: set {variable} to a folder that can.", stacklevel=2)
+    """Warns that a cache folder cannot be written, and to set the environment variable `variable`."""
+    sentence = f"The cache folder {folder} cannot be written ({problem}), so what is compiled or fetched now is not kept"
+    warnings.warn(f"{sentence}: set {variable} to a folder that can.", stacklevel=2)
 
 
 def cache_root() -> Path:
     """Returns `$THRICE_CACHE`, else `$XDG_CACHE_HOME/thrice`, else `~/.cache/thrice`, which need not exist."""
     if root := os.environ.get("THRICE_CACHE"):
         return Path(root)
-    own = os.path.expanduser("~/.cache").removeprefix("~")  # which stays there for a user without a home
-    return Path(os.environ.get("XDG_CACHE_HOME") or own) / "thrice"
+    home = os.path.expanduser("~/.cache").removeprefix("~")  # expanduser leaves "~" for a user without one
+    return Path(os.environ.get("XDG_CACHE_HOME") or home) / "thrice"
 
 
 def cache_folder(*parts: str, room: int = 2**20) -> Path:
@@ -48,7 +48,7 @@ def cache_folder(*parts: str, room: int = 2**20) -> Path:
 
 
 def write_problem(folder: Path, room: int = 2**20) -> str:
-    """Makes a folder, if need be, and returns why `room` bytes cannot be written there; empty when they can."""
+    """Makes a folder where there is none, and returns why `room` bytes cannot be written there; empty when they can."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -60,7 +60,7 @@ def write_problem(folder: Path, room: int = 2**20) -> str:
 
 
 def _temporary_cache(root: Path, room: int) -> Path:
-    """Makes a folder, gone when the process ends, with links to all that lies below `root`; returns `root` if none can be."""
+    """Returns a folder, removed at exit, with links to all that lies two levels below `root`; or `root` if none can be made."""
     for place in (None, "/dev/shm"):  # the second can be written in a container whose root, with /tmp, cannot
         with contextlib.suppress(OSError):
             folder = Path(tempfile.mkdtemp(prefix="thrice-", dir=place))

@@ -9,7 +9,7 @@ from engine.model.config import ModelConfig, RopeScaling
 from engine.storage.config_fields import BLOCKS, Fields, architecture_of
 from engine.storage.untrusted import known_name, quote
 
-# Fields of unsupported parts, and their values without them.
+# Fields of parts that are not built here -> the values that turn the part off.
 ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "pretraining_tp": (1,),
     "rope_interleaved": (False,), "partial_rotary_factor": (1,), "attention_dropout": (0,), "resid_pdrop": (0,),
@@ -45,17 +45,17 @@ USED = {
 
 # What a field that is left out means: the defaults of each family's config class in transformers 5.24.0. The rest are None
 # there, and derived; rope_theta is `default_theta`. tests/storage/golden/omitted.txt holds what transformers makes of each.
-_ALL = {
+_COMMON = {
     "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
     "tie_word_embeddings": False,
 }  # fmt: skip
-_QWEN = _ALL | {
+_QWEN = _COMMON | {
     "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768,
     "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28,
 }  # fmt: skip
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": _ALL | {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
-    "mistral": _ALL | {
+    "llama": _COMMON | {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
+    "mistral": _COMMON | {
         "vocab_size": 32000, "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
         "sliding_window": 4096,
     },
@@ -70,7 +70,7 @@ ROPE_FIELDS: dict[str, tuple[str, ...]] = {"default": (), "llama3": LLAMA3_FIELD
 def config_from(values: dict[str, Any], path: Path) -> ModelConfig:
     """Returns the architecture in a config.json, whose context is at most its attention window.
 
-    Refuses, by name, a field that is unknown or unsupported; one that is left out has its family's default.
+    A field that is left out has its family's default. Raises UserError, naming it, for an unknown or unsupported one.
     """
     kind = known_name(values.get("model_type"), BLOCKS, "model_type", path)
     Fields(values, path).check(USED, ONLY, IGNORED)
@@ -100,8 +100,8 @@ def _window(fields: Fields, kind: str, layers: int) -> int:
         raise UserError(f"{fields.path}: layer_types should be a list, not {quote(types)}.")
     in_windows = fields.values.get("sliding_window") is not None and "sliding_window" in DEFAULTS[kind]
     if in_windows and kind != "mistral":
-        some = "sliding_attention" in types if types else fields.number("max_window_layers", int) < layers
-        in_windows = fields.flag("use_sliding_window") and some
+        has_windows = "sliding_attention" in types if types else fields.number("max_window_layers", int) < layers
+        in_windows = fields.flag("use_sliding_window") and has_windows
     for layer in types or ():
         if layer != "full_attention" and not (in_windows and layer == "sliding_attention"):
             raise UserError(f"{fields.path}: layer_types has {quote(layer)}, and only full_attention is built here.")
@@ -134,7 +134,7 @@ def _rope(fields: Fields, context: int) -> tuple[float, RopeScaling | None]:
 
 
 def config_to(cfg: ModelConfig, dtype: str, tokens: dict[str, Any]) -> dict[str, Any]:
-    """Returns the config.json in transformers 4's fields, which 5 reads too; `tokens` adds bos_token_id and the like."""
+    """Returns the fields of a config.json in transformers 4's names, which 5 reads too. `tokens`: bos_token_id and the like."""
     kind = architecture_of(cfg)
     scaling = cfg.rope_scaling and dict(zip(LLAMA3_FIELDS, dataclasses.astuple(cfg.rope_scaling)))
     return {
