@@ -32,7 +32,7 @@ class LoweringFlags:
 def measure_lowering(flags: LoweringFlags) -> Json:
     """Lowers the programs, prints the table and returns the document. Raises UserError where no program has that name."""
     start_jax()
-    from bench.lowering.exported import export, given_away, kernels, largest_temporary
+    from bench.lowering.exported import aliased_arguments, export, kernels, largest_temporary
     from bench.lowering.programs import INFERENCE, PROGRAMS, QWEN3, weights_of
     from engine.model.config import preset
 
@@ -47,13 +47,13 @@ def measure_lowering(flags: LoweringFlags) -> Json:
             progress(f"lowering {name} for {platform}", replace=True)
             exported = export(function, arguments, platform)
             called, largest = kernels(exported), largest_temporary(exported)
-            given = len(given_away(exported) & weights_of(arguments)) if name in INFERENCE else None
+            aliased = len(aliased_arguments(exported) & weights_of(arguments)) if name in INFERENCE else None
             rows.append({
                 "program": name, "platform": platform, "kernels": called, "largest_temporary": largest and str(largest),
-                "bytes": largest.bytes if largest else 0, "weights_given_away": given,
+                "bytes": largest.bytes if largest else 0, "weights_given_away": aliased,
             })  # fmt: skip
             listed = ", ".join(f"{count} {kernel}" for kernel, count in called.items())
-            cells.append([name, platform, listed or "-", str(largest or "-"), {None: "trains", 0: "none"}.get(given, "SOME")])
+            cells.append([name, platform, listed or "-", str(largest or "-"), {None: "trains", 0: "none"}.get(aliased, "SOME")])
     heads = ("program", "platform", "kernels", "largest temporary", "weights given away")
     print_table("Every program, lowered", heads, cells, left=3)
     return {"rows": rows}

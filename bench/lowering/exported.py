@@ -15,7 +15,7 @@ _RESULT = re.compile(r"^ *%\S+ = .*tensor<((?:\d+x)*)(\w+)>\)?$", re.MULTILINE)
 _KERNEL = re.compile(r"stablehlo\.custom_call @(\S+?)\(")
 _MAIN = re.compile(r"^  func\.func public @main\((.*?)\) -> .*?^    return (.*?) :.*?^  \}", re.MULTILINE | re.DOTALL)
 _ARGUMENT = re.compile(r"%arg(\d+): tensor<[^>]*>((?: \{[^%]*\})?)")
-_GIVEN_AWAY = re.compile(r"tf\.aliasing_output|jax\.buffer_donor")
+_ALIASED = re.compile(r"tf\.aliasing_output|jax\.buffer_donor")
 
 
 class Temporary(NamedTuple):
@@ -68,12 +68,12 @@ def largest_temporary(exported: jax.export.Exported) -> Temporary | None:
     return max(values, key=lambda value: (value.bytes, value), default=None)
 
 
-def given_away(exported: jax.export.Exported) -> set[int]:
+def aliased_arguments(exported: jax.export.Exported) -> set[int]:
     """Returns the flat arguments whose memory a program may write to, or that it returns as they came."""
     match = _MAIN.search(_text(exported))
     assert match, "a module has a main function"
     signature, results = match.groups()
-    donated = [place for place, attributes in _ARGUMENT.findall(signature) if _GIVEN_AWAY.search(attributes)]
+    donated = [place for place, attributes in _ARGUMENT.findall(signature) if _ALIASED.search(attributes)]
     places = {*donated, *re.findall(r"%arg(\d+)\b", results)}
     return {exported.module_kept_var_idx[int(place)] for place in places}
 

@@ -56,185 +56,185 @@ class Program(NamedTuple):
 Make = Callable[[ModelConfig], Program]
 
 
-def shaped(dtype: Any, *shape: int) -> Any:
+def shape_of(dtype: Any, *shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def batch_of(rows: int = B, tokens: int = T) -> Batch:
-    ids = shaped(jnp.int32, rows, tokens)
-    return Batch(ids, ids, shaped(bool, rows, tokens), ids, ids)
+def batch_shapes(rows: int = B, tokens: int = T) -> Batch:
+    ids = shape_of(jnp.int32, rows, tokens)
+    return Batch(ids, ids, shape_of(bool, rows, tokens), ids, ids)
 
 
 @functools.cache
-def params_of(cfg: ModelConfig) -> Any:
+def params_shapes(cfg: ModelConfig) -> Any:
     return jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
 
 
 @functools.cache
-def served(cfg: ModelConfig, weights: Any) -> Any:
-    """The weights as they are served: `plain` in the compute dtype, `int8` as W8A8, `full` as int8 that is widened."""
+def serving_params(cfg: ModelConfig, weights: Any = "plain") -> Any:
+    """Returns shapes of weights as served: `plain` in the compute dtype, `int8` as W8A8, `full` as int8 that is widened."""
     rules = lambda params: matmul_rules(params, weights)
     make = lambda params: prepare_params(cfg, params if weights == "plain" else quantize(params, rules(params)))
-    return jax.eval_shape(make, params_of(cfg))
+    return jax.eval_shape(make, params_shapes(cfg))
 
 
 @functools.cache
-def adapted(cfg: ModelConfig, base: str) -> tuple[Any, Any]:
-    """An adapter of every matrix, and its frozen base, plain or int8."""
+def adapter_and_base(cfg: ModelConfig, base: str) -> tuple[Any, Any]:
+    """Returns the shapes of an adapter of every matrix, and of its frozen base, plain or int8."""
     freeze = lambda params: cast_matrices(
         quantize(params, matmul_rules(params, "full")) if base == "int8" else params, cfg.dtype
     )
-    adapters = jax.eval_shape(lambda params: init_lora(cfg, params, jax.random.key(0), LORA), params_of(cfg))
-    return adapters, jax.eval_shape(freeze, params_of(cfg))
+    adapters = jax.eval_shape(lambda params: init_lora(cfg, params, jax.random.key(0), LORA), params_shapes(cfg))
+    return adapters, jax.eval_shape(freeze, params_shapes(cfg))
 
 
-def step(
-    objective: Objective = NEXT_TOKEN, data: Callable[[], Any] = batch_of, kind: Any = "adamw", lora: str | None = None,
+def step_program(
+    objective: Objective = NEXT_TOKEN, data: Callable[[], Any] = batch_shapes, kind: Any = "adamw", lora: str | None = None,
     microbatches: int = 1, remat: Any = None, **rules: list[str],
 ) -> Make:  # fmt: skip
-    """A training step of what `rules` select, or of an adapter on a base that is `lora`: plain or int8.
+    """Makes a training step of what `rules` select, or of an adapter on a base that is `lora`: plain or int8.
 
-    With `remat` the layers are a scan.
+    With `remat` (none or block) the layers are a scan.
     """
 
     def make(cfg: ModelConfig) -> Program:
         if remat:
             cfg = dataclasses.replace(cfg, scan=True, remat=remat)
         if lora:
-            trainable, frozen = adapted(cfg, lora)
+            trainable, frozen = adapter_and_base(cfg, lora)
         else:
-            trainable, frozen = split(params_of(cfg), select_trainable(cfg, **rules).trainable_paths.weights)
+            trainable, frozen = split(params_shapes(cfg), select_trainable(cfg, **rules).trainable_paths.weights)
             frozen = jax.eval_shape(lambda frozen: cast_matrices(frozen, cfg.dtype), frozen)
         tx = make_optimizer(OptimizerConfig(kind=kind))
         state = jax.eval_shape(lambda trainable: init_state(tx, trainable), trainable)
-        arguments = cfg, tx, state, frozen, data(), shaped(jnp.float32), microbatches, objective
+        arguments = cfg, tx, state, frozen, data(), shape_of(jnp.float32), microbatches, objective
         return Program(train_step, arguments, INT8_COMPILER_OPTIONS if lora == "int8" else None)
 
     return make
 
 
-def texts() -> Batch:
-    """A batch of one text a row, not packed."""
-    return batch_of()._replace(segments=None)
+def unpacked_batch_shapes() -> Batch:
+    """Returns the shapes of a batch of one text a row, not packed."""
+    return batch_shapes()._replace(segments=None)
 
 
-def preferences() -> Preferences:
-    return Preferences(batch_of(), batch_of(), shaped(jnp.float32, B))
+def preference_shapes() -> Preferences:
+    return Preferences(batch_shapes(), batch_shapes(), shape_of(jnp.float32, B))
 
 
-def rollouts() -> Rollouts:
-    return Rollouts(batch_of(), shaped(jnp.float32, B), *[shaped(jnp.float32, B, T)] * 2)
+def rollout_shapes() -> Rollouts:
+    return Rollouts(batch_shapes(), shape_of(jnp.float32, B), *[shape_of(jnp.float32, B, T)] * 2)
 
 
 def initial_state(kind: Any) -> Make:
-    """Random weights and the optimizer's state, made at once as `stages.train` makes them."""
+    """Makes random weights and the optimizer's state at once, as `stages.train` does."""
     make = lambda cfg: init_state(make_optimizer(OptimizerConfig(kind=kind)), init_params(cfg, jax.random.key(0)))
     return lambda cfg: Program(jax.jit(make, static_argnums=0), (cfg,))
 
 
 def adapter_loss(cfg: ModelConfig) -> Program:
-    adapters, frozen = adapted(cfg, "plain")
-    return Program(score, (cfg, merge(adapters, frozen), batch_of()))
+    adapters, frozen = adapter_and_base(cfg, "plain")
+    return Program(score, (cfg, merge(adapters, frozen), batch_shapes()))
 
 
 TRAINING: dict[str, Make] = {
     "initial state, AdamW": initial_state("adamw"),
     "initial state, Muon": initial_state("muon"),
     "initial adapter": lambda cfg: Program(
-        jax.jit(init_lora, static_argnums=(0, 3)), (cfg, params_of(cfg), jax.eval_shape(jax.random.key, 0), LORA)
+        jax.jit(init_lora, static_argnums=(0, 3)), (cfg, params_shapes(cfg), jax.eval_shape(jax.random.key, 0), LORA)
     ),
-    "train step, AdamW": step(),
-    "train step, Muon": step(kind="muon"),
-    "train step, microbatches": step(microbatches=2),
-    "train step, Muon, scan": step(data=texts, kind="muon", remat="none"),  # as stages.train runs off a CPU
-    "train step, scan and remat": step(data=texts, remat="block"),
-    "train step, LoRA, remat": step(lora="plain", remat="block"),
-    "train step, bottom frozen": step(freeze=["bottom:1"]),
-    "train step, top frozen": step(freeze=["top:1"]),
-    "train step, head alone": step(train=["head"]),
-    "train step, LoRA": step(lora="plain"),
-    "train step, LoRA on int8": step(lora="int8", microbatches=2),
-    "train step, preference": step(dpo(), preferences, lora="plain"),
-    "train step, preference, all": step(dpo(), preferences),
-    "train step, reinforce": step(grpo(0.2, 0.1), rollouts, lora="plain"),
-    "loss": lambda cfg: Program(jax.jit(summed_loss, static_argnums=0), (cfg, params_of(cfg), batch_of())),
-    "margins": lambda cfg: Program(margins, (cfg, served(cfg, "plain"), preferences())),
-    "log-probabilities": lambda cfg: Program(log_probabilities, (cfg, served(cfg, "plain"), batch_of())),
+    "train step, AdamW": step_program(),
+    "train step, Muon": step_program(kind="muon"),
+    "train step, microbatches": step_program(microbatches=2),
+    "train step, Muon, scan": step_program(data=unpacked_batch_shapes, kind="muon", remat="none"),  # as stages.train runs off a CPU
+    "train step, scan and remat": step_program(data=unpacked_batch_shapes, remat="block"),
+    "train step, LoRA, remat": step_program(lora="plain", remat="block"),
+    "train step, bottom frozen": step_program(freeze=["bottom:1"]),
+    "train step, top frozen": step_program(freeze=["top:1"]),
+    "train step, head alone": step_program(train=["head"]),
+    "train step, LoRA": step_program(lora="plain"),
+    "train step, LoRA on int8": step_program(lora="int8", microbatches=2),
+    "train step, preference": step_program(dpo(), preference_shapes, lora="plain"),
+    "train step, preference, all": step_program(dpo(), preference_shapes),
+    "train step, reinforce": step_program(grpo(0.2, 0.1), rollout_shapes, lora="plain"),
+    "loss": lambda cfg: Program(jax.jit(summed_loss, static_argnums=0), (cfg, params_shapes(cfg), batch_shapes())),
+    "margins": lambda cfg: Program(margins, (cfg, serving_params(cfg), preference_shapes())),
+    "log-probabilities": lambda cfg: Program(log_probabilities, (cfg, serving_params(cfg), batch_shapes())),
     "loss with an adapter": adapter_loss,
 }  # fmt: skip
 
 
-def prefilled(weights: str = "plain", rows: int = ROWS) -> Make:
+def prefill_program(weights: str = "plain", rows: int = ROWS) -> Make:
     def make(cfg: ModelConfig) -> Program:
-        cache, lengths = jax.eval_shape(lambda: make_cache(cfg, rows, CAPACITY)), shaped(jnp.int32, rows)
-        return Program(prefill, (cfg, served(cfg, weights), shaped(jnp.int32, rows, CHUNK), lengths, cache))
+        cache, lengths = jax.eval_shape(lambda: make_cache(cfg, rows, CAPACITY)), shape_of(jnp.int32, rows)
+        return Program(prefill, (cfg, serving_params(cfg, weights), shape_of(jnp.int32, rows, CHUNK), lengths, cache))
 
     return make
 
 
-def decoded(function: Any, weights: str = "plain") -> Make:
+def decode_program(function: Any, weights: str = "plain") -> Make:
     def make(cfg: ModelConfig) -> Program:
         cache = jax.eval_shape(lambda: make_cache(cfg, ROWS, CAPACITY))
         options = [sampling_shapes()] if function is decode_steps else []
-        return Program(function, (cfg, served(cfg, weights), shaped(jnp.int32, ROWS), cache, *options))
+        return Program(function, (cfg, serving_params(cfg, weights), shape_of(jnp.int32, ROWS), cache, *options))
 
     return make
 
 
 def sampling_shapes() -> SamplingArrays:
-    number = shaped(jnp.float32, ROWS)
-    return SamplingArrays(number, shaped(jnp.int32, ROWS), number, number, shaped(jnp.uint32, ROWS))
+    number = shape_of(jnp.float32, ROWS)
+    return SamplingArrays(number, shape_of(jnp.int32, ROWS), number, number, shape_of(jnp.uint32, ROWS))
 
 
-def in_slots(name: str, weights: str = "plain", kv_dtype: KVDtype = "bfloat16") -> Make:
-    """A program of `slots.Slots`, of all that it compiles before the first request."""
+def slots_program(name: str, weights: str = "plain", kv_dtype: KVDtype = "bfloat16") -> Make:
+    """Makes a program of `Slots` by its name in `programs.idle_calls`."""
 
     def make(cfg: ModelConfig) -> Program:
         segments = jax.eval_shape(lambda: make_kv_segments(cfg, ROWS, CAPACITY, CHUNK, kv_dtype))
         counts = jax.eval_shape(lambda: make_token_counts(cfg, ROWS))
-        calls = slot_programs.idle_calls(cfg, served(cfg, weights), segments, counts, CHUNK, TAIL, True)
+        calls = slot_programs.idle_calls(cfg, serving_params(cfg, weights), segments, counts, CHUNK, TAIL, True)
         function, arguments = calls[name]
-        plain = lambda leaf: shaped(leaf.dtype, *leaf.shape) if hasattr(leaf, "shape") else leaf
+        plain = lambda leaf: shape_of(leaf.dtype, *leaf.shape) if hasattr(leaf, "shape") else leaf
         return Program(function, jax.tree.map(plain, arguments))
 
     return make
 
 
-INFERENCE: dict[str, Make] = {  # whose second argument are the weights
+INFERENCE: dict[str, Make] = {  # the weights are the second argument
     "forward": lambda cfg: Program(
-        jax.jit(forward, static_argnums=0), (cfg, served(cfg, "plain"), *[shaped(jnp.int32, ROWS, CHUNK)] * 2)
+        jax.jit(forward, static_argnums=0), (cfg, serving_params(cfg), *[shape_of(jnp.int32, ROWS, CHUNK)] * 2)
     ),
-    "score": lambda cfg: Program(score, (cfg, served(cfg, "plain"), batch_of(ROWS, CHUNK))),
-    "score, int8": lambda cfg: Program(score, (cfg, served(cfg, "int8"), batch_of(ROWS, CHUNK))),
-    "prefill": prefilled(),
-    "prefill, one prompt": prefilled(rows=1),
-    "prefill, int8": prefilled("int8"),
-    "prefill, int8 widened": prefilled("full"),
-    "decode_step": decoded(decode_step),
-    "decode_step, int8": decoded(decode_step, "int8"),
-    "decode_step, int8 widened": decoded(decode_step, "full"),
-    "decode_steps": decoded(decode_steps),
-    f"prefill_chunk {CHUNK}": in_slots(f"prefill_chunk {CHUNK}"),
-    f"prefill_chunk {TAIL}": in_slots(f"prefill_chunk {TAIL}"),
-    f"prefill_chunk {CHUNK}, int8": in_slots(f"prefill_chunk {CHUNK}", "int8", "int8"),
-    "decode_slots": in_slots("decode_slots"),
-    "decode_slots, int8": in_slots("decode_slots", "int8", "int8"),
-    "decode_slots, float32 cache": in_slots("decode_slots", "plain", "float32"),
+    "score": lambda cfg: Program(score, (cfg, serving_params(cfg), batch_shapes(ROWS, CHUNK))),
+    "score, int8": lambda cfg: Program(score, (cfg, serving_params(cfg, "int8"), batch_shapes(ROWS, CHUNK))),
+    "prefill": prefill_program(),
+    "prefill, one prompt": prefill_program(rows=1),
+    "prefill, int8": prefill_program("int8"),
+    "prefill, int8 widened": prefill_program("full"),
+    "decode_step": decode_program(decode_step),
+    "decode_step, int8": decode_program(decode_step, "int8"),
+    "decode_step, int8 widened": decode_program(decode_step, "full"),
+    "decode_steps": decode_program(decode_steps),
+    f"prefill_chunk {CHUNK}": slots_program(f"prefill_chunk {CHUNK}"),
+    f"prefill_chunk {TAIL}": slots_program(f"prefill_chunk {TAIL}"),
+    f"prefill_chunk {CHUNK}, int8": slots_program(f"prefill_chunk {CHUNK}", "int8", "int8"),
+    "decode_slots": slots_program("decode_slots"),
+    "decode_slots, int8": slots_program("decode_slots", "int8", "int8"),
+    "decode_slots, float32 cache": slots_program("decode_slots", "plain", "float32"),
 }  # fmt: skip
 
-OTHERS: dict[str, Make] = {  # that read no weights, or make them
-    "quantize": lambda cfg: Program(int8._quantize_jitted, (shaped(jnp.float32, cfg.width, cfg.ff), "int8", 1)),
+WITHOUT_WEIGHTS: dict[str, Make] = {  # they read none, or make them
+    "quantize": lambda cfg: Program(int8._quantize_jitted, (shape_of(jnp.float32, cfg.width, cfg.ff), "int8", 1)),
     "sample": lambda cfg: Program(
-        decode._sample, (shaped(jnp.float32, ROWS, cfg.vocab), shaped(jnp.int32, ROWS), sampling_shapes())
+        decode._sample, (shape_of(jnp.float32, ROWS, cfg.vocab), shape_of(jnp.int32, ROWS), sampling_shapes())
     ),
     "pad rows": lambda cfg: Program(decode._pad_rows, (jax.eval_shape(lambda: make_cache(cfg, 1, CAPACITY)), ROWS)),
     **{
-        name: in_slots(name)
+        name: slots_program(name)
         for name in ("clear_slot", "copy_slot", "set_token_counts", f"read_chunk {CHUNK}", f"write_chunk {CHUNK}")
     },
 }
 
-PROGRAMS = TRAINING | INFERENCE | OTHERS
+PROGRAMS = TRAINING | INFERENCE | WITHOUT_WEIGHTS
 
 
 def weights_of(arguments: tuple[Any, ...]) -> set[int]:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bench.lowering.exported import PLATFORMS, Temporary, export, given_away, kernels, largest_temporary
+from bench.lowering.exported import PLATFORMS, Temporary, aliased_arguments, export, kernels, largest_temporary
 from bench.lowering.programs import INFERENCE, PROGRAMS, QWEN2, QWEN3, B, Program, T, weights_of
 from engine.model.attention import QUERY_BLOCK
 
@@ -38,7 +38,7 @@ def test_every_program_lowers_and_no_weight_is_given_away(platform):
         program = exported(name, platform)
         assert program.platforms == (platform,)
         if name in INFERENCE:
-            assert not given_away(program) & weights_of(PROGRAMS[name](QWEN3).arguments), name
+            assert not aliased_arguments(program) & weights_of(PROGRAMS[name](QWEN3).arguments), name
         assert set(kernels(program)) <= ({"tpu_custom_call"} if platform == "tpu" else set()), name
 
 
@@ -64,10 +64,10 @@ def test_a_gpu_prefills_by_a_kernel_too(name, cudnn):
 def test_the_check_sees_what_is_given_away():
     params = PROGRAMS["decode_step"](QWEN3).arguments[1]
     updating = jax.jit(lambda params: jax.tree.map(lambda leaf: leaf + 1, params), donate_argnums=0)
-    assert given_away(export(updating, (params,), "tpu")) == set(range(len(jax.tree.leaves(params))))
+    assert aliased_arguments(export(updating, (params,), "tpu")) == set(range(len(jax.tree.leaves(params))))
     returning = jax.jit(lambda params: (params["norm"] + 1, params["head"]))
     head = [path for path, _ in jax.tree.leaves_with_path(params)].index((jax.tree_util.DictKey("head"),))
-    assert given_away(export(returning, (params,), "tpu")) == {head}
+    assert aliased_arguments(export(returning, (params,), "tpu")) == {head}
 
 
 def test_the_largest_temporary_is_found():
