@@ -26,7 +26,6 @@ class ServeFlags:
     """The model, the address, the clients that are allowed, and how many requests at once."""
 
     model: ModelFlag = None
-    """A run or step folder, a Hugging Face folder, a .gguf file, or a named model."""
     adapter: Annotated[Path | None, parser(path, "FOLDER"), default("none")] = None
     """The adapter that a fine-tuning with --lora trained for this model."""
     template: Annotated[Path | None, parser(path, "FILE"), default("the model's own")] = None
@@ -63,6 +62,4 @@ class ServeFlags:
     log: Annotated[str, one_of("off", "short", "json")] = "off"
     """A line on stdout for each request: its id, status, counts of tokens and times; never text or keys."""
     device: DeviceFlag = "auto"
-    """auto, cpu, gpu or tpu."""
     verbose: VerboseFlag = False
-    """Show the traceback of an error."""
