@@ -1,6 +1,6 @@
 """Checks that an accelerator computes what a CPU computes, and that no request there feels another or changes a weight."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -45,9 +45,9 @@ def checks_of_training(cfg: ModelConfig, params: Any, device: Any, cpu: Any) -> 
     for kind, segments in (("", None), (", packed", documents)):
         batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones((ROWS, TOKENS), bool), positions, segments)
         step = lambda params, batch=batch: loss_and_gradient(cfg, params, {}, batch)
-        (loss, gradient), (expected, right) = (_on(place, jax.jit(step), params) for place in (device, cpu))
-        yield Check(f"loss, {cfg.dtype}{kind}", _difference(loss, expected), limit)
-        worst = max(map(_difference, jax.tree.leaves(gradient), jax.tree.leaves(right)))
+        (loss, gradient), (loss_cpu, gradient_cpu) = (_on(place, jax.jit(step), params) for place in (device, cpu))
+        yield Check(f"loss, {cfg.dtype}{kind}", _difference(loss, loss_cpu), limit)
+        worst = max(map(_difference, jax.tree.leaves(gradient), jax.tree.leaves(gradient_cpu)))
         yield Check(f"gradient, {cfg.dtype}{kind}", worst, limit)
 
 
@@ -82,22 +82,21 @@ def checks_of_serving(cfg: ModelConfig, params: Any) -> Iterator[Check]:
     before = digest(slots.params)
     prompts = _prompts(cfg, slots.slots)
 
-    def answer(place: int, company: bool) -> tuple[Any, ...]:
-        """Returns the tokens and log-probabilities of the first prompt, submitted as the `place`th."""
-        others = [Request(tuple(prompt), SAMPLED) for prompt in prompts[1:]] if company else []
-        mine = Request(tuple(prompts[0]), SamplingParams(max_tokens=NEW, temperature=0.8, seed=9, logprobs=0))
-        ids = [slots.submit(request) for request in (*others[:place], mine, *others[place:])]
-        own = ids[place if company else 0]
+    def answer(place: int, beside: Sequence[Request]) -> tuple[Any, ...]:
+        """Returns the tokens and log-probabilities of the first prompt, submitted at `place` among the requests `beside`."""
+        request = Request(tuple(prompts[0]), SamplingParams(max_tokens=NEW, temperature=0.8, seed=9, logprobs=0))
+        ids = [slots.submit(each) for each in (*beside[:place], request, *beside[place:])]
         tokens, logprobs = [], []
         while slots.busy:
             for event in slots.step():
-                if event.id == own:
+                if event.id == ids[place]:
                     tokens += event.tokens
                     logprobs += [each.logprob for each in event.logprobs]
         return tuple(tokens), tuple(logprobs)
 
-    alone = answer(0, False)
-    differ = sum(answer(place, True) != alone for place in range(slots.slots))
+    neighbours = [Request(tuple(prompt), SAMPLED) for prompt in prompts[1:]]
+    alone = answer(0, [])
+    differ = sum(answer(place, neighbours) != alone for place in range(slots.slots))
     yield Check("answers that company changes, of 8", differ, 0)
     yield Check("weights that serving changes", digest(slots.params) != before, 0)
 
@@ -114,6 +113,6 @@ def _on(device: Any, f: Callable[[Any], Any], params: Any) -> Any:
 
 
 def _difference(actual: Any, expected: Any) -> float:
-    """Returns the largest difference, as a share of the largest number; that of what is 0 on both sides is 0."""
+    """Returns the largest difference, as a share of the largest expected number; 0 where both sides are 0."""
     largest = float(jnp.abs(expected).max())
     return float(np.abs(actual - expected).max()) / (largest or 1.0)

@@ -86,7 +86,7 @@ def all_checks() -> Iterator[Check]:
 
 
 def measure_peers(document: Json, rounds: int, python: Path | None) -> None:
-    """Adds rows beside PyTorch (a training step) and vLLM (prefill and decoding) where they are installed."""
+    """Adds to the document rows beside PyTorch (a training step) and vLLM (prefill and decoding) where they are installed."""
     rows, absent = document["peers"], document["absent"]
     with tempfile.TemporaryDirectory() as folder:
         for script, needs in (("torch_peer.py", "torch"), ("vllm_peer.py", "vllm")):

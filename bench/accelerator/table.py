@@ -44,7 +44,7 @@ def measure_preset(name: str, ceilings: Ceilings, *, context: int, memory: int, 
     data, frozen = next_token_batch(text), prepare_params(cfg, model.params)
     int8 = quantize(frozen)
     kinds = {kind.name: kind for kind in training_kinds(cfg)}
-    makers: dict[str, Callable[[], Row]] = {
+    row_makers: dict[str, Callable[[], Row]] = {
         FORWARD: lambda: evaluation_row(cfg, frozen, data),
         **{each: functools.partial(training_row, cfg, model.params, kinds[each], data) for each in TRAINED},
         "prefill": lambda: prefill_row(cfg, frozen, text[:, :-1]),
@@ -52,9 +52,9 @@ def measure_preset(name: str, ceilings: Ceilings, *, context: int, memory: int, 
         "decode with 32 slots": lambda: decode_row(cfg, frozen, 32, context, name="decode with 32 slots", weights=None),
         "decode with 32, int8": lambda: decode_row(cfg, int8, 32, context, name="decode with 32, int8", weights="int8"),
     }
-    made: dict[str, Row] = {}
+    rows: dict[str, Row] = {}
     left_out = {}
-    for each, make in makers.items():
+    for each, make in row_makers.items():
         progress(f"{name}: compiling {each}")
         try:
             row = make()
@@ -62,24 +62,24 @@ def measure_preset(name: str, ceilings: Ceilings, *, context: int, memory: int, 
         except jax.errors.JaxRuntimeError as error:
             left_out[each] = str(error).splitlines()[0][:200]
         else:
-            made[each] = row
-    if FORWARD not in made:
+            rows[each] = row
+    if FORWARD not in rows:
         raise UserError(f"{name} cannot be evaluated at {batch} x {context} tokens: {left_out[FORWARD]}")
-    weights = lambda: {each: [digest({"leaf": leaf}) for leaf in jax.tree.leaves(row.weights())] for each, row in made.items()}
+    weights = lambda: {each: [digest({"leaf": leaf}) for leaf in jax.tree.leaves(row.weights())] for each, row in rows.items()}
     before = weights()
-    calls = {each: row.run for each, row in made.items()}
-    calls |= {each + PRODUCTS: row.products for each, row in made.items() if row.products}
+    calls = {each: row.run for each, row in rows.items()}
+    calls |= {each + PRODUCTS: row.products for each, row in rows.items() if row.products}
     timings = measure(
         calls, rounds=rounds, report=lambda done, total: progress(f"{name}: round {done} of {total}", replace=True)
     )
-    noise = describe_noise({each: timings[each] for each in made})
-    tokens = {each + part: row.tokens for each, row in made.items() for part in ("", PRODUCTS)}
+    noise = describe_noise({each: timings[each] for each in rows})
+    tokens = {each + part: row.tokens for each, row in rows.items() for part in ("", PRODUCTS)}
     timings = {each: timing.scaled(1 / tokens[each]) for each, timing in timings.items()}
     after, lines = weights(), []
-    for each, row in made.items():
+    for each, row in rows.items():
         differ = [old != new for old, new in zip(before[each], after[each])]
         changed = "identical" if not any(differ) else "changed" if all(differ) else "partly"
-        line = row_document(row, made[FORWARD], timings, ceilings, changed, price)
+        line = row_document(row, rows[FORWARD], timings, ceilings, changed, price)
         goal = GOALS.get(each)
         lines.append(line | {"compile_seconds": row.compile_seconds, "goal": goal, "met": goal and line["utilisation"] >= goal})
     return {

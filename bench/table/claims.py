@@ -8,8 +8,8 @@ from typing import Any
 from bench.table.sentences import read_templates, render
 from bench.timing import Ratio
 
-TUNING_TOKENS = 1_000_000
-SMALL_PART = 0.1  # what fine-tuning may cost of training
+TUNING_TOKENS = 1_000_000  # of a fine-tuning run
+SMALL_PART = 0.1  # share of the cost of pre-training that a fine-tuning run may have
 TOKENS_PER_PARAMETER = 20  # of a compute-optimal pre-training run (Hoffmann et al. 2022, 2203.15556, table 3)
 TEXTS: dict[str, dict[str, str]] = read_templates("claims")
 GENERATED_CHEAPER = TEXTS["generated_cheaper"]["claim"]
@@ -55,17 +55,17 @@ class Evidence:
 
 def claims(evidence: Evidence) -> list[dict[str, Any]]:
     """Judges the claims: returns them with verdicts, without those whose rows are missing."""
-    known = {
+    variables = {
         "evidence": evidence, "checks": evidence.checks, "row": evidence.row, "judge": judge, "judge_gain": judge_gain,
         "per_parameter": TOKENS_PER_PARAMETER, "tuning_tokens": TUNING_TOKENS, "small_part": SMALL_PART,
     }  # fmt: skip
-    decided = []
+    judged = []
     for name, text in TEXTS.items():
         with contextlib.suppress(KeyError):
             numbers = _numbers(name, evidence)
-            verdict, value = (render(text[part], known | numbers | {"numbers": numbers}) for part in ("verdict", "value"))
-            decided.append({"claim": text["claim"], "verdict": verdict, "value": value, "numbers": _plain(numbers)})
-    return decided
+            verdict, value = (render(text[part], variables | numbers | {"numbers": numbers}) for part in ("verdict", "value"))
+            judged.append({"claim": text["claim"], "verdict": verdict, "value": value, "numbers": _plain(numbers)})
+    return judged
 
 
 def judge(ratio: Ratio, threshold: float, above: str, below: str) -> str:
