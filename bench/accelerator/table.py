@@ -10,7 +10,7 @@ import jax
 from bench.cli import Json, progress
 from bench.models import next_token_batch, random_model, tokens_for
 from bench.table.inference_rows import decode_row, evaluation_row, prefill_row
-from bench.table.measure import FORWARD, PRODUCTS, row_document
+from bench.table.measure import FORWARD, PRODUCTS, row_document, weight_digests
 from bench.table.row import Row
 from bench.table.training_rows import training_kinds, training_row
 from bench.timing import describe_noise, measure
@@ -22,7 +22,6 @@ from engine.format import format_bytes
 from engine.inference.decode import prepare_params
 from engine.model.config import ModelConfig, preset
 from engine.model.weights.int8 import quantize
-from engine.storage.digest import digest
 
 TRAINED = ("pre-training step", "LoRA rank 8 on q and v")
 GOALS = {"pre-training step": 0.60, "decode alone": 0.80}  # of the ceiling
@@ -65,8 +64,7 @@ def measure_preset(name: str, ceilings: Ceilings, *, context: int, memory: int, 
             rows[each] = row
     if FORWARD not in rows:
         raise UserError(f"{name} cannot be evaluated at {batch} x {context} tokens: {left_out[FORWARD]}")
-    weights = lambda: {each: [digest({"leaf": leaf}) for leaf in jax.tree.leaves(row.weights())] for each, row in rows.items()}
-    before = weights()
+    digests = {each: weight_digests(row) for each, row in rows.items()}
     calls = {each: row.run for each, row in rows.items()}
     calls |= {each + PRODUCTS: row.products for each, row in rows.items() if row.products}
     timings = measure(
@@ -75,11 +73,9 @@ def measure_preset(name: str, ceilings: Ceilings, *, context: int, memory: int, 
     noise = describe_noise({each: timings[each] for each in rows})
     tokens = {each + part: row.tokens for each, row in rows.items() for part in ("", PRODUCTS)}
     timings = {each: timing.scaled(1 / tokens[each]) for each, timing in timings.items()}
-    after, lines = weights(), []
+    lines = []
     for each, row in rows.items():
-        differ = [old != new for old, new in zip(before[each], after[each])]
-        changed = "identical" if not any(differ) else "changed" if all(differ) else "partly"
-        line = row_document(row, rows[FORWARD], timings, ceilings, changed, price)
+        line = row_document(row, rows[FORWARD], timings, ceilings, digests[each], price)
         goal = GOALS.get(each)
         lines.append(line | {"compile_seconds": row.compile_seconds, "goal": goal, "met": goal and line["utilisation"] >= goal})
     return {

@@ -62,8 +62,7 @@ def stage_table(
     frozen = prepare_params(cfg, model.params)
     int8 = quantize(frozen)
     rows = {row.name: row for row in _rows(cfg, model.params, frozen, int8, data, text[:, :-1])}
-    digests = lambda row: [digest({"leaf": leaf}) for leaf in jax.tree.leaves(row.weights())]
-    weights_before = {name: digests(row) for name, row in rows.items()}
+    digests = {name: weight_digests(row) for name, row in rows.items()}
     state_before = model_state(cfg, frozen, data)
     calls = {name: row.run for name, row in rows.items()}
     calls |= {name + PRODUCTS: row.products for name, row in rows.items() if row.products}
@@ -86,9 +85,7 @@ def stage_table(
     progress("comparing weights and answers ...")
     document_rows = {}
     for name, row in rows.items():
-        differ = [old != new for old, new in zip(weights_before[name], digests(row))]
-        changed = "identical" if not any(differ) else "changed" if all(differ) else "partly"
-        document_rows[name] = row_document(row, rows[FORWARD], timings, ceilings, changed, price)
+        document_rows[name] = row_document(row, rows[FORWARD], timings, ceilings, digests[name], price)
     generated = sum(row.tokens for row in rows.values() if row.stage == "decode") * (rounds + 1)
     params = count_params(cfg).total
     evidence = Evidence(
@@ -135,10 +132,20 @@ def _rows(cfg: ModelConfig, params: Any, frozen: Any, int8: Any, batch: Batch, t
     yield from by_hand_rows(cfg, params, jax.tree.map(lambda x: x[:1], batch))
 
 
+def weight_digests(row: Row) -> list[str]:
+    """Returns the digest of each leaf of a row's weights."""
+    return [digest({"leaf": leaf}) for leaf in jax.tree.leaves(row.weights())]
+
+
 def row_document(
-    row: Row, forward: Row, timings: dict[str, Timing], ceilings: Ceilings, changed: str, price: float
+    row: Row, forward: Row, timings: dict[str, Timing], ceilings: Ceilings, digests: list[str], price: float
 ) -> dict[str, Any]:
-    """Returns a row of the JSON document; operations, bytes and seconds are those of a token."""
+    """Returns a row of the JSON document; operations, bytes and seconds are those of a token.
+
+    `digests`: `weight_digests` before the calls.
+    """
+    differ = [old != new for old, new in zip(digests, weight_digests(row))]
+    changed = "identical" if not any(differ) else "changed" if all(differ) else "partly"
     timing, forward_seconds = timings[row.name], timings[forward.name].median
     products_seconds = timings[row.name + PRODUCTS].median if row.products else None
     times = ratio(timing, timings[forward.name])
