@@ -1,62 +1,62 @@
 'use strict';
-// One answer: room is made for it, it streams, goes on after a cut, and ends with its figures.
+// Gets one answer: makes room in the context, streams it, continues one that was cut short, and counts its tokens and time.
 
-const SPARE = 0.75;  // of what fits: a full context is emptied to there, so that the next turns find their prefix in the cache
-let running = null;  // what stops the answer under way
-let ended = Promise.resolve();  // when it has ended
+const SPARE = 0.75;  // a full context is emptied to this share, so that the next turns find their prefix in the prefix cache
+let running = null;  // the AbortController of the answer under way
+let ended = Promise.resolve();  // resolves when the answer under way has ended
 let spent = 0;  // ms the server worked for the conversation
 
-// Whether an answer can begin now; a setting that cannot be sent is shown.
+// Returns whether an answer can begin now; shows a setting that cannot be sent.
 function isReady() {
   if (running || !server.model) return false;
   if ($('settings').checkValidity()) return true;
-  rail(true);
+  showSettings(true);
   $('settings').reportValidity();
   return false;
 }
 
-// Asks, in the place of a turn that was `edited`, if any; false when that cannot be now.
+// Sends a question, in place of the turn `edited`, if any. Returns false when no answer can begin now.
 function send(text, edited = null) {
   if (!text.trim() || !isReady()) return false;
   if (edited) setAside(turns.slice(turns.indexOf(edited)));
   // After a question that got no answer another one would be the second in a row, which templates refuse.
   const active = activeTurns();
-  const asked = active.findLastIndex((turn) => turn.role === 'user');
-  if (asked >= 0 && !active.slice(asked + 1).some((turn) => turn.text)) setAside(active.slice(asked));
+  const question = active.findLastIndex((turn) => turn.role === 'user');
+  if (question >= 0 && !active.slice(question + 1).some((turn) => turn.text)) setAside(active.slice(question));
   addTurn('user', text);
-  ended = write(contextTokens());
+  ended = streamAnswer(contextTokens());
   return true;
 }
 
 function retry(turn) {
   if (!isReady()) return;
   setAside([turn]);
-  ended = write(Infinity);
+  ended = streamAnswer(Infinity);
 }
 
-function goOn(turn) {
-  if (isReady()) ended = write(Infinity, turn);
+function continueAnswer(turn) {
+  if (isReady()) ended = streamAnswer(Infinity, turn);
 }
 
-// `before`: how many tokens the server had been sent or had said in earlier turns. `cut`: the answer to go on with, if any.
-async function write(before, cut = null) {
+// Streams an answer into a new turn, or into `cut`, one to continue. `before`: tokens of earlier turns, sent again.
+async function streamAnswer(before, cut = null) {
   const stop = running = new AbortController();
   const turn = cut ?? addTurn('assistant', '');
   const clock = {began: performance.now(), pieces: 0};
-  const earlier = cut ? turn.tokens ?? 0 : 0;  // tokens of it that are there
+  const earlier = cut ? turn.tokens ?? 0 : 0;  // tokens that the answer has already
   Object.assign(turn, {clock, finish: null, error: null, usage: null, speed: 0, wait: 0});
   keepFocus(() => {
     document.querySelectorAll('.again').forEach((button) => button.remove());
     turn.foot.replaceChildren();
-    busy(turn, true);
+    setBusy(turn, true);
   });
-  pin();
+  scrollToEnd();
   const request = () => ({
     model: server.model, messages: history(), ...(cut && {add_generation_prompt: false, continue_final_message: true}),
   });
   const prompt = await makeRoom(turn, request, stop.signal);
   turn.prompt = Math.max(0, prompt - earlier);
-  figures();
+  drawFigures();
   save();
   try {
     const reply = await post('/v1/chat/completions', {
@@ -73,22 +73,22 @@ async function write(before, cut = null) {
     else turn.error = error instanceof TypeError ? 'The connection to the server is gone.' : error.message;
   }
   if (!turns.includes(turn)) return;  // a new conversation has begun meanwhile
-  const low = isLow();
+  const atEnd = isAtEnd();
   running = null;
   spent += performance.now() - clock.began;
   show(turn);
   showPlace(turn, 0);
-  keepFocus(() => busy(turn, false));
-  if (clock.answered) await measure(turn, before, earlier);
+  keepFocus(() => setBusy(turn, false));
+  if (clock.answered) await setFigures(turn, before, earlier);
   drawFoot(turn);
   $('status').textContent = turn.error ?? (turn.finish === 'stopped' ? 'Stopped' : `Answer: ${turn.text}`);
-  figures();
+  drawFigures();
   save();
-  if (low) pin();
-  await attest();
+  if (atEnd) scrollToEnd();
+  await checkWeights();
 }
 
-// Counts what is to be sent. If that leaves too little for an answer, sets the oldest turns aside, down to the last question.
+// Returns the tokens of the prompt. Where they leave too little for an answer, sets the oldest turns aside first.
 async function makeRoom(turn, request, signal) {
   let prompt = await countTokens(request(), signal);
   const most = server.context - Math.min(settings.max_tokens.valueAsNumber, server.context / 4);
@@ -121,14 +121,14 @@ function addChunk(turn, event) {
   }
   turn.frame ??= requestAnimationFrame(() => {
     turn.frame = null;
-    const low = isLow();
+    const atEnd = isAtEnd();
     show(turn);
-    if (low) pin();
+    if (atEnd) scrollToEnd();
   });
 }
 
-// Of an answer that was cut short the server sent no figures.
-async function measure(turn, before, earlier) {
+// Sets the counts and speed of an answer that has ended. The server sends no usage for one that was cut short.
+async function setFigures(turn, before, earlier) {
   const {pieces, first, last} = turn.clock;
   const text = {prompt: turn.text, add_special_tokens: false};
   if (turn.usage) turn.prompt = Math.max(0, turn.usage.prompt_tokens - earlier);

@@ -13,7 +13,7 @@ async function reason(reply) {
   return (body?.error?.message ?? `The server answered ${reply.status}.`) + (wait ? ` Try again in ${wait} s.` : '');
 }
 
-// Server-sent events -> the JSON of each, up to [DONE]; {place} for a comment: in the queue, or 0.
+// Yields the JSON of each server-sent event, up to [DONE]; {place} for a comment: in the queue, or 0.
 async function* events(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   for (let partial = ''; ;) {
@@ -31,7 +31,7 @@ async function* events(stream) {
   }
 }
 
-// How many tokens a text or a conversation is; 0 when the server does not say.
+// Returns the tokens of a text or a conversation; 0 when the server does not say.
 async function countTokens(body, signal) {
   try {
     const reply = await post('/tokenize', {model: server.model, ...body}, signal);

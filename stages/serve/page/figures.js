@@ -1,5 +1,5 @@
 'use strict';
-// What an answer and the conversation cost, and that the weights are what they were.
+// Draws the cost of the conversation, and checks that the weights are those of the start.
 
 const count = (number) => number.toLocaleString('en');
 const plural = (number, noun) => `${count(number)} ${noun}${number === 1 ? '' : 's'}`;
@@ -14,7 +14,7 @@ function showFigure(name, text) {
   for (const brief of document.querySelectorAll(`[data-show="${name}"]`)) brief.textContent = text;
 }
 
-function figures() {
+function drawFigures() {
   const price = settings.price.valueAsNumber;
   const share = server.context ? contextTokens() / server.context : 0;
   showFigure('context', server.context ? `${count(contextTokens())} of ${count(server.context)}` : count(contextTokens()));
@@ -28,7 +28,7 @@ function figures() {
   }
 }
 
-async function attest() {
+async function checkWeights() {
   const now = await fetch(at('/v1/attestation')).then((reply) => reply.ok ? reply.json() : null).catch(() => null);
   if (now) {
     weights.first ??= now.digest_at_load;

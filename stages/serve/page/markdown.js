@@ -1,5 +1,5 @@
 'use strict';
-// What a model says, as elements: Markdown by marked, and of the HTML it makes only what DOMPurify lets through.
+// Renders a model's text: Markdown by marked, and of the HTML it makes only what DOMPurify lets through.
 
 const make = (tag, set, ...inside) => {
   const node = Object.assign(document.createElement(tag), set);

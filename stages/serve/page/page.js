@@ -8,9 +8,9 @@ const TRIES = [
 ];
 const narrow = matchMedia('(max-width: 62rem)');
 const warnings = {};
-const isLow = () => $('scroll').scrollHeight - $('scroll').scrollTop - $('scroll').clientHeight < 60;
-const pin = () => { $('scroll').scrollTop = $('scroll').scrollHeight; };
-const fit = (field) => {
+const isAtEnd = () => $('scroll').scrollHeight - $('scroll').scrollTop - $('scroll').clientHeight < 60;
+const scrollToEnd = () => { $('scroll').scrollTop = $('scroll').scrollHeight; };
+const fitHeight = (field) => {
   field.style.height = 'auto';
   field.style.height = `${field.scrollHeight + field.offsetHeight - field.clientHeight}px`;
 };
@@ -24,14 +24,14 @@ function keepFocus(change, next = matchMedia('(pointer: coarse)').matches ? $('s
   next.focus({preventScroll: true});
 }
 
-function busy(turn, yes) {
-  turn.node.setAttribute('aria-busy', yes);
-  $('send').hidden = yes;
-  $('stop').hidden = !yes;
-  if (yes) $('status').textContent = 'Answering';
+function setBusy(turn, isBusy) {
+  turn.node.setAttribute('aria-busy', isBusy);
+  $('send').hidden = isBusy;
+  $('stop').hidden = !isBusy;
+  if (isBusy) $('status').textContent = 'Answering';
 }
 
-// While a request waits for others to be answered; 0 when it does not.
+// Shows the place of a request that waits in the queue; `place` is 0 when it does not wait.
 function showPlace(turn, place) {
   turn.node.querySelector('.place')?.remove();
   if (!place) return;
@@ -46,8 +46,8 @@ function warn(about, text) {
   $('alert').hidden = !$('alert').textContent;
 }
 
-// The figures and settings: beside the conversation on a wide screen, in its place on a narrow one.
-function rail(open) {
+// Opens or closes the figures and settings: beside the conversation on a wide screen, in its place on a narrow one.
+function showSettings(open) {
   keepFocus(() => document.body.classList.toggle('open', open), $('open'));
   $('open').textContent = open ? 'Close' : 'Settings';
   $('open').ariaExpanded = open;
@@ -63,8 +63,8 @@ function newConversation() {
   $('send').hidden = false;
   $('stop').hidden = true;
   $('status').textContent = 'New conversation';
-  if (narrow.matches) rail(false);
-  figures();
+  if (narrow.matches) showSettings(false);
+  drawFigures();
   save();
   $('ask').focus();
 }
@@ -89,8 +89,8 @@ async function connect() {
   document.title = `${server.model} · Thrice`;
   turns.forEach(drawName);
   $('send').disabled = false;
-  figures();
-  await attest();
+  drawFigures();
+  await checkWeights();
 }
 
 function submitOnEnter(event) {
@@ -104,27 +104,27 @@ $('form').onsubmit = (event) => {
   event.preventDefault();
   if (!send($('ask').value)) return;
   $('ask').value = '';
-  fit($('ask'));
+  fitHeight($('ask'));
 };
 $('settings').onsubmit = (event) => event.preventDefault();
 $('settings').oninput = () => {
-  figures();
+  drawFigures();
   save();
 };
 $('stop').onclick = () => running?.abort();
 $('new').onclick = newConversation;
 $('open').onclick = () => {
-  rail(!document.body.classList.contains('open'));
+  showSettings(!document.body.classList.contains('open'));
   save();
 };
-$('ask').oninput = () => fit($('ask'));
+$('ask').oninput = () => fitHeight($('ask'));
 $('ask').onkeydown = submitOnEnter;
 document.onkeydown = (event) => {
   if (event.key !== 'Escape') return;
   if (running) running.abort();
-  else if (narrow.matches) rail(false);
+  else if (narrow.matches) showSettings(false);
 };
-narrow.onchange = () => rail(!narrow.matches);
+narrow.onchange = () => showSettings(!narrow.matches);
 onpagehide = () => running && save();
 restore();
 connect();

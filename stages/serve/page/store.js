@@ -33,6 +33,6 @@ function restore() {
     drawFoot(turn);
   }
   setAside(turns.filter((turn) => turn.aside));
-  rail(!narrow.matches && !kept?.folded);
-  pin();
+  showSettings(!narrow.matches && !kept?.folded);
+  scrollToEnd();
 }

@@ -12,8 +12,8 @@ const contextTokens = () => activeTurns().reduce((sum, turn) => turn.prompt ? tu
 
 function history() {
   const system = settings.system.value.trim();
-  const said = activeTurns().filter((turn) => turn.text);
-  return [...(system ? [{role: 'system', content: system}] : []), ...said.map(({role, text}) => ({role, content: text}))];
+  const sent = activeTurns().filter((turn) => turn.text);
+  return [...(system ? [{role: 'system', content: system}] : []), ...sent.map(({role, text}) => ({role, content: text}))];
 }
 
 function addTurn(role, text, rest = {}) {
@@ -42,8 +42,8 @@ function makeButton(textContent, className, onclick) {
   return make('button', {type: 'button', textContent, className, onclick});
 }
 
-function setAside(some) {
-  for (const turn of some) {
+function setAside(chosen) {
+  for (const turn of chosen) {
     turn.aside = true;
     turn.node.classList.add('aside');
     keepFocus(() => turn.foot.querySelector('.edit')?.remove());
@@ -58,7 +58,7 @@ function setAside(some) {
   });
 }
 
-// Below an answer that has ended, for whatever reason: what can be done with it, and what it cost.
+// Draws the buttons and the figures below an answer that has ended, for whatever reason.
 function drawFoot(turn) {
   const last = turn === turns.at(-1);
   const parts = [
@@ -76,15 +76,15 @@ function drawFoot(turn) {
   turn.foot.replaceChildren(
     ...(turn.error ? [make('p', {className: 'error'}, error)] : []),
     ...(turn.text ? [copier(() => turn.text)] : []),
-    ...(last && turn.text && turn.finish !== 'stop' ? [makeButton('Continue', 'again', () => goOn(turn))] : []),
+    ...(last && turn.text && turn.finish !== 'stop' ? [makeButton('Continue', 'again', () => continueAnswer(turn))] : []),
     ...(last ? [makeButton('Try again', 'again', () => retry(turn))] : []),
     make('p', {className: 'figures'}, ...parts),
   );
 }
 
-// In the place of one's own turn: the field, from which the conversation goes on another way.
+// Replaces a question by a field to edit it; sending it sets the turns from there on aside.
 function edit(turn) {
-  const field = make('textarea', {value: turn.text, dir: 'auto', ariaLabel: 'Your message', oninput: () => fit(field)});
+  const field = make('textarea', {value: turn.text, dir: 'auto', ariaLabel: 'Your message', oninput: () => fitHeight(field)});
   const leave = () => {
     form.replaceWith(turn.body, turn.foot);
     turn.foot.querySelector('.edit')?.focus();
@@ -104,6 +104,6 @@ function edit(turn) {
   };
   turn.body.replaceWith(form);
   turn.foot.remove();
-  fit(field);
+  fitHeight(field);
   field.focus();
 }
