@@ -153,7 +153,7 @@ class FineTuning(ModelStage):
         seconds = loop_state.seconds
         rate = loop_state.step / max(seconds, 1e-9)
         speed, share_of_ceiling = rate * plan.step_tokens, (loop.timer.warm_rate() or rate) * plan.step_flops / self.peak_flops
-        numbers = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
+        trained_count = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
         unit = self.unit
         result = {
             "before": dataclasses.asdict(before), "after": dataclasses.asdict(after), "unit": unit, "train_seconds": seconds,
@@ -172,7 +172,7 @@ class FineTuning(ModelStage):
             result,
             compare(before.answers, after.answers),
             rows,
-            f"{path} ({numbers:,} numbers)",
+            f"{path} ({trained_count:,} numbers)",
             ["chat", "evaluate", "export"],
         )
 
@@ -183,12 +183,13 @@ class FineTuning(ModelStage):
         with self.console.task("computing reference log-probabilities", always=True):
             return PreferenceBatches(plan.cfg, self.split.initial_params(), train, seq, self.batch, plan.seed)
 
-    def _evaluator(self, most: int | None = None) -> Any:
-        plan, split, examples = self.plan, self.split, self.dataset.held_out[:most]
+    def _evaluator(self, limit: int | None = None) -> Any:
+        plan, split, examples = self.plan, self.split, self.dataset.held_out[:limit]
         initial, seq = split.initial_params(), plan.recipe.context
         return held_out_evaluator(plan.cfg, split.frozen, initial, examples, self.objective, seq, plan.seed)
 
     def measure(self, trainable: Any) -> Scores:
+        """Scores the held-out set and general text, and answers the questions."""
         return_freed_memory()
         cfg, seq, general, evaluator = self.plan.cfg, self.plan.recipe.context, None, self._evaluator()
         self.unit = evaluator.unit

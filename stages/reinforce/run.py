@@ -36,7 +36,7 @@ from stages.runs.trainable import choose_trainable
 SECONDS, LEAST_ROUNDS = 120.0, 20  # of a run when nobody asks for a length
 TOKENS = 48  # of a completion, where the context has room for them
 MULTIPLE = 32  # tokens that a row's length is rounded up to
-EVALUATED = 32  # completions before and after training
+EVALUATED = 32  # held-out completions sampled before and after training, at least
 SHOWN_PROMPTS = 3
 SHOWN_CHARACTERS = 100  # of a completion
 MICROBATCH_TOKENS = 1024  # more hold more logits and are no faster
@@ -44,6 +44,7 @@ TOLERATED_BITS = 0.3  # a byte that completions may be worse under the model bef
 
 
 def run(flags: ReinforceFlags, device: Device) -> int:
+    """Trains, or resumes; returns 0, or 128 + the signal that stopped it."""
     task = flags.rollout.task.partition(":")[0]
     intervals = dataclasses.asdict(flags.folder)
     folder = intervals.pop("out_dir") or default_folder(model_name(flags.model), task)
@@ -66,13 +67,13 @@ class ReinforcementLearning(ModelStage):
         super().__init__(flags.model, lora, options.folder, console)
         cfg = self.model.cfg
         self.longest = max(len(prompt_tokens(self.chat, prompt)) for prompt in (*self.prompts.train, *self.prompts.held_out))
-        left = cfg.context - self.longest
-        if left < (rollout.max_tokens or 1):
+        room = cfg.context - self.longest
+        if room < (rollout.max_tokens or 1):
             raise UserError(
-                f"The longest prompt has {self.longest:,} tokens, which leaves {max(0, left):,} of the model's context of "
-                f"{cfg.context:,} for an answer; give {'a lower --max-tokens or ' if left > 0 else ''}shorter prompts."
+                f"The longest prompt has {self.longest:,} tokens, which leaves {max(0, room):,} of the model's context of "
+                f"{cfg.context:,} for an answer; give {'a lower --max-tokens or ' if room > 0 else ''}shorter prompts."
             )
-        max_tokens = rollout.max_tokens or min(TOKENS, left)
+        max_tokens = rollout.max_tokens or min(TOKENS, room)
         capacity = self.longest + max_tokens
         self.sampler = Sampler(
             cfg, self.chat, frozenset(self.stop_token_ids), reward, rollout.temperature, max_tokens, capacity
@@ -83,10 +84,10 @@ class ReinforcementLearning(ModelStage):
             decay=0, beta2=0.99, weight_decay=0,
         )  # fmt: skip
         rows, seq = rollout.prompts * rollout.group, -(-(capacity - 1) // MULTIPLE) * MULTIPLE
-        parts = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n * seq <= max(MICROBATCH_TOKENS, seq))
+        microbatches = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n * seq <= max(MICROBATCH_TOKENS, seq))
         paths, self.matches = choose_trainable(cfg, lora, trainable.train, trainable.freeze)
         seconds = length.max_time or (None if length.rounds else SECONDS)
-        recipe = Recipe("the model's", seq, rows, optimizer, parts)
+        recipe = Recipe("the model's", seq, rows, optimizer, microbatches)
         least_rounds = 0 if length.max_time or length.rounds else LEAST_ROUNDS
         self.plan = RunPlan(
             self.model.name, cfg, recipe, flags.seed, length.rounds, seconds, paths, trainable.base, "round", least_rounds
@@ -173,7 +174,7 @@ class ReinforcementLearning(ModelStage):
         return RunReport(result, texts, rows, str(path), ["chat", "export"])
 
     def measure(self, trainable: Any) -> tuple[Rollout, float]:
-        """Samples EVALUATED completions of held-out prompts or a round's number of them, always with the same seeds.
+        """Samples at least EVALUATED completions of held-out prompts, in whole rounds, always with the same seeds.
 
         Returns them, and their bits per byte under the model before training.
         """
@@ -186,8 +187,8 @@ class ReinforcementLearning(ModelStage):
                 for part in range(-(-EVALUATED // rows))
             ]
             rollout = Rollout(*(functools.reduce(operator.add, field) for field in zip(*rollouts)))
-            base, together = merge(self.split.trainable, frozen), rows // plan.recipe.accumulate
-            return rollout, score_completions(plan.cfg, base, rollout, plan.recipe.context, together).bits
+            base, microbatch = merge(self.split.trainable, frozen), rows // plan.recipe.accumulate
+            return rollout, score_completions(plan.cfg, base, rollout, plan.recipe.context, microbatch).bits
 
     def _flops(self) -> tuple[int, int]:
         """Returns the most FLOPs of inference and of training in a round: those of the longest completions."""
