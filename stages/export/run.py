@@ -40,7 +40,7 @@ EXPORT_FILES = {
     "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     "adapter_config.json", "adapter_model.safetensors",
 }  # fmt: skip
-NOTE = (
+TOKENIZER_NOTE = (
     f"llama.cpp has no name for how this tokenizer splits a text and is told {FALLBACK_PRE_TOKENIZER}: numbers and long "
     "words may become other tokens there. Thrice reads the tokenizer.json that is in the file too."
 )
@@ -51,11 +51,11 @@ CHECK_TEXTS = (
 TOLERANCE = 1e-3  # of the largest logit: the order of float32 sums
 SAMPLE, WINDOW = 1024, 256  # tokens of a held-out text that rounding is measured on: in all, and read at once
 MAX_LOSS = 0.01  # bits per byte
-Comparison = tuple[list[tuple[str, str]], list[str]]  # rows to print, and what differs
+Comparison = tuple[list[tuple[str, str]], list[str]]  # rows to print, and faults: what differs
 
 
 def run(flags: ExportFlags, device: Device) -> int:
-    """Loads, writes, and with --check reads again. Returns 1 when the export differs from the model."""
+    """Loads, writes, and with --check reads again. Returns 1 when the export differs from the model, else 0."""
     out, to_gguf = flags.out, flags.out.suffix == ".gguf"
     if flags.adapter and (to_gguf or flags.dtype):
         raise UserError("--adapter writes a folder in PEFT's layout, in float32: it goes with neither a .gguf nor --dtype.")
@@ -80,7 +80,7 @@ def run(flags: ExportFlags, device: Device) -> int:
             base_name = _base_name(model, base, flags.base_name)
             rows.append(("base", base_name))
         else:
-            model = dataclasses.replace(model, params=map_paths(_merged, model.params))
+            model = dataclasses.replace(model, params=map_paths(_merge_adapters, model.params))
             text = record.get("text", {}).get("data")
             source = evaluation_source(text if text in TEXTS else "python", console) if flags.check else None
         console.print_rows([*rows, ("writes", f"{out}, {dtype}")])
@@ -102,7 +102,7 @@ def run(flags: ExportFlags, device: Device) -> int:
     return int(bool(faults))
 
 
-def _merged(_: str, leaf: Any) -> Any:
+def _merge_adapters(_: str, leaf: Any) -> Any:
     """Returns a weight with its adapters merged in float32: their small numbers are rounded once, as they are written."""
     return to_dense(dataclasses.replace(leaf, base=to_dense(leaf.base).astype(jnp.float32)) if isinstance(leaf, LoRA) else leaf)
 
@@ -150,7 +150,7 @@ def _write(out: Path, model: LoadedModel, dtype: str, base_name: str, report: Re
         with atomic_file(out) as file:
             save_gguf(Path(file.name), cfg, params, metadata, name=model.name, dtype=dtype, report=report)
             check_loads(Path(file.name), out)
-        return NOTE if "tokenizer.huggingface.json" in metadata else ""
+        return TOKENIZER_NOTE if "tokenizer.huggingface.json" in metadata else ""
     with atomic_folder(out) as building:
         if base_name:
             save_adapter(building, cfg, params, base=digest(without_adapters(params)), base_name=base_name)
@@ -185,17 +185,17 @@ def compare(model: LoadedModel, out: Path, dtype: str, source: Corpus[str]) -> C
         return rows, faults
     cfg, sample = dataclasses.replace(model.cfg, dtype="float32"), "\n".join(itertools.islice(source, 8))
     tokens = model.tokenizer.encode(sample[: 8 * SAMPLE])[: SAMPLE + 1]
-    wanted = _logits(cfg, map_paths(lambda path, leaf: _rounded(path, leaf, dtype, out), model.params), tokens)
+    expected = _logits(cfg, map_paths(lambda path, leaf: _rounded(path, leaf, dtype, out), model.params), tokens)
     logits = _logits(cfg, export.params, tokens)
-    apart = float(np.abs(wanted - logits).max() / max(1e-30, np.abs(wanted).max()))
-    agree = float((_logits(cfg, model.params, tokens).argmax(-1) == logits.argmax(-1)).mean())
+    difference = float(np.abs(expected - logits).max() / max(1e-30, np.abs(expected).max()))
+    agreement = float((_logits(cfg, model.params, tokens).argmax(-1) == logits.argmax(-1)).mean())
     before, after = (_bits_per_byte(cfg, params, tokens, model.tokenizer) for params in (model.params, export.params))
     rows += [
-        ("logits", f"{apart:.1e} of the largest apart from the model's, rounded alike"),
+        ("logits", f"{difference:.1e} of the largest apart from the model's, rounded alike"),
         ("loss", f"{after - before:.5f} bits per byte by rounding ({before:.4f} -> {after:.4f} on {len(tokens):,} tokens of "
-                 f"{source.name}); the most probable token stays in {agree:.1%} of places"),
+                 f"{source.name}); the most probable token stays in {agreement:.1%} of places"),
     ]  # fmt: skip
-    faults = ["the logits"] if apart > TOLERANCE else []
+    faults = ["the logits"] if difference > TOLERANCE else []
     if not after - before <= MAX_LOSS:
         faults.append(f"the loss in bits per byte: {after - before:.4f}, and {MAX_LOSS} is the most that rounding may cost")
     return rows, faults
@@ -222,6 +222,7 @@ def _is_same(a: LoRA, b: LoRA) -> bool:
 
 
 def _tokenizer_faults(ours: Tokenizer, theirs: Tokenizer) -> list[str]:
+    """Returns the texts with other tokens, and whether the chat template differs."""
     faults = [f"the tokens of {text!r}" for text in CHECK_TEXTS if not np.array_equal(ours.encode(text), theirs.encode(text))]
     return faults + ["the chat template"] * (ours.config.get("chat_template") != theirs.config.get("chat_template"))
 
@@ -247,6 +248,7 @@ def _logits(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> np.ndarray:
 
 
 def _bits_per_byte(cfg: ModelConfig, params: Any, tokens: np.ndarray, tokenizer: Tokenizer) -> float:
+    """Returns the bits per byte of a text in windows of WINDOW tokens."""
     seq = min(WINDOW, cfg.context, len(tokens) - 1)
     nats = validation.score_text(cfg, params, tokens, seq, seq, 2)
     return validation.bits_per_byte(nats, tokenizer.count_bytes(tokens[1:]))
