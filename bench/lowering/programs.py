@@ -113,7 +113,7 @@ def step_program(
     return make
 
 
-def unpacked_batch_shapes() -> Batch:
+def text_shapes() -> Batch:
     """Returns the shapes of a batch of one text a row, not packed."""
     return batch_shapes()._replace(segments=None)
 
@@ -146,8 +146,8 @@ TRAINING: dict[str, Make] = {
     "train step, AdamW": step_program(),
     "train step, Muon": step_program(kind="muon"),
     "train step, microbatches": step_program(microbatches=2),
-    "train step, Muon, scan": step_program(data=unpacked_batch_shapes, kind="muon", remat="none"),  # as stages.train runs off a CPU
-    "train step, scan and remat": step_program(data=unpacked_batch_shapes, remat="block"),
+    "train step, Muon, scan": step_program(data=text_shapes, kind="muon", remat="none"),  # as stages.train runs off a CPU
+    "train step, scan and remat": step_program(data=text_shapes, remat="block"),
     "train step, LoRA, remat": step_program(lora="plain", remat="block"),
     "train step, bottom frozen": step_program(freeze=["bottom:1"]),
     "train step, top frozen": step_program(freeze=["top:1"]),

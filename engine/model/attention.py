@@ -15,7 +15,7 @@ from engine.model import layers
 from engine.model.config import ModelConfig
 from engine.model.ops import ops, transpose
 
-QUERY_BLOCK = 128  # queries a block: keys after the block are never multiplied
+QUERY_BLOCK = 128  # queries
 
 
 def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
