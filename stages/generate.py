@@ -61,7 +61,7 @@ def generate(flags: GenerateFlags) -> None:
     text = decode_utf8(sys.stdin.buffer.read(), "The prompt on standard input") if flags.prompt == "-" else flags.prompt
     prompt = [*model.tokenizer.bos_ids, *model.tokenizer.encode(text or "\n").tolist()]
     params = decode.prepare_params(model.cfg, model.params)
-    fields, source = choose_sampling(model.sampling, flags.sampling.given, {"temperature": TEMPERATURE}, notes)
+    fields, source = choose_sampling(model.sampling, flags.sampling.overrides, {"temperature": TEMPERATURE}, notes)
     sampling = SamplingParams(flags.sampling.max_tokens, seed=flags.sampling.seed, stop_token_ids=model.eos_ids, **fields)
     before = digest(params) if flags.verbose else ""
     rows = [("sampling", source)]

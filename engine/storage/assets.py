@@ -53,7 +53,7 @@ WHEELS = {
     ),
 }  # fmt: skip
 # The sampling that a model's authors recommend, by the names of SamplingParams; their files do not say it.
-SAMPLING = {"smollm2-135m-instruct": {"temperature": 0.2, "top_p": 0.9}}
+RECOMMENDED_SAMPLING = {"smollm2-135m-instruct": {"temperature": 0.2, "top_p": 0.9}}
 HELD_OUT = ("comedies/twelfth-night.md", "tragedies/macbeth.md")
 PYTHON_FILES = ("train.jsonl", "validation.jsonl")
 

@@ -12,7 +12,7 @@ from engine.model.config import ModelConfig
 from engine.model.paths import merge
 from engine.storage import checkpoint, run_folder
 from engine.storage.adapter import load_adapter
-from engine.storage.assets import ASSETS, HUB_IDS, MODELS, SAMPLING, fetch
+from engine.storage.assets import ASSETS, HUB_IDS, MODELS, RECOMMENDED_SAMPLING, fetch
 from engine.storage.digest import digest
 from engine.storage.gguf import file as gguf
 from engine.storage.huggingface import folder as huggingface
@@ -141,7 +141,7 @@ def load_model(
         title, hub_id = (name, HUB_IDS[name]) if name in HUB_IDS else (stored.name, stored.hub_id)
         cut = f"attention windows are not built here: the context of {stored.context:,} ends with the first, of {cfg.context:,}"
         notes: tuple[str, ...] = (cut,) if cfg.context < stored.context else ()
-        sampling = SAMPLING.get(name or "", stored.sampling)
+        sampling = RECOMMENDED_SAMPLING.get(name or "", stored.sampling)
         return LoadedModel(title, cfg, params, tokenizer, stored.eos_ids, location.path, None, hub_id, notes, sampling)
     if location.format == "adapter":
         return _load_adapted(location, on_config)

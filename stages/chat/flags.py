@@ -6,10 +6,10 @@ from typing import Annotated
 
 from stages.cli.flags import CompletionFlags, DeviceFlag, ModelFlag, default, parser, path, with_help
 
-SAMPLING = {"temperature": 0.7, "top_p": 0.9}  # where neither a flag nor the model says it
+DEFAULT_SAMPLING = {"temperature": 0.7, "top_p": 0.9}  # where neither a flag nor the model says it
 
 
-@with_help(**{name: default(f"the model's, else {value}") for name, value in SAMPLING.items()})
+@with_help(**{name: default(f"the model's, else {value}") for name, value in DEFAULT_SAMPLING.items()})
 @dataclasses.dataclass(frozen=True)
 class ChatSamplingFlags(CompletionFlags):
     """How tokens are sampled, in place of what the model recommends, and how many at most."""

@@ -17,7 +17,7 @@ from engine.storage.model_loader import load_model, with_adapters
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.jsonl import decode_utf8
 from engine.text.template import read_template
-from stages.chat.flags import SAMPLING, ChatFlags
+from stages.chat.flags import DEFAULT_SAMPLING, ChatFlags
 from stages.chat.session import SETTINGS, ChatSession, Turn, with_setting
 from stages.cli import signals
 from stages.cli.command import MISTAKE
@@ -45,7 +45,7 @@ def run(flags: ChatFlags, device: Device) -> int:
     notes.print_notes(model.notes)
     params = prepare_params(model.cfg, with_adapters(model.cfg, model.params, flags.adapter))
     chat = ChatTokenizer(model.tokenizer, template, now=datetime.datetime.now().isoformat(timespec="seconds"))
-    fields, source = choose_sampling(model.sampling, flags.sampling.given, SAMPLING, notes)
+    fields, source = choose_sampling(model.sampling, flags.sampling.overrides, DEFAULT_SAMPLING, notes)
     sampling = SamplingParams(flags.sampling.max_tokens, seed=flags.sampling.seed, **fields)
     conversation = ChatSession(model.cfg, params, chat, model.eos_ids, sampling, flags.system or "")
     before = digest(params)

@@ -144,8 +144,8 @@ class SamplingFlags:
     """Sample from tokens at least this share as probable as the best."""
 
     @property
-    def given(self) -> dict[str, float | None]:
-        """The fields of SamplingParams that these flags are about; None for a flag that is not given."""
+    def overrides(self) -> dict[str, float | None]:
+        """The fields of SamplingParams by these flags; None for a flag that was not set."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingFlags)}
 
 

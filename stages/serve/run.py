@@ -62,7 +62,7 @@ def run(flags: ServeFlags) -> int:
             )  # fmt: skip
             state, ahead = load_state(
                 flags.model, engine_config, device, console, adapter=flags.adapter, template=flags.template, name=flags.name,
-                queue=flags.queue, price=flags.price, sampling=flags.sampling.given,
+                queue=flags.queue, price=flags.price, sampling=flags.sampling.overrides,
             )  # fmt: skip
         if hosts is not None:
             hosts |= {f"[{address}]" if ":" in address else address}

@@ -28,8 +28,8 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "rope.scaling.attn_factor": (1.0,), "residual_scale": (1.0,), "embedding_scale": (1.0,), "attention.scale": (0.0,),
 }  # fmt: skip
 # SamplingParams' name -> llama.cpp's key of the recommended value.
-SAMPLING = {name: f"general.sampling.{name}" for name in ("top_k", "top_p", "min_p")}
-SAMPLING |= {"temperature": "general.sampling.temp", "repetition_penalty": "general.sampling.penalty_repeat"}
+SAMPLING_KEYS = {name: f"general.sampling.{name}" for name in ("top_k", "top_p", "min_p")}
+SAMPLING_KEYS |= {"temperature": "general.sampling.temp", "repetition_penalty": "general.sampling.penalty_repeat"}
 OTHER_KEYS = ("general.", "tokenizer.", "quantize.", "mradermacher.")
 FREQUENCIES = "rope_freqs.weight"
 
@@ -78,13 +78,13 @@ def config_from(header: Header) -> ModelConfig:
 
 def read_sampling(metadata: dict[str, Any]) -> dict[str, Any]:
     """Returns the recommended sampling, {SamplingParams' name: value as in the file}."""
-    values = {name: metadata[key] for name, key in SAMPLING.items() if key in metadata}
+    values = {name: metadata[key] for name, key in SAMPLING_KEYS.items() if key in metadata}
     return {name: shortest_decimal(value) if isinstance(value, float) else value for name, value in values.items()}
 
 
 def sampling_metadata(sampling: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the metadata from which `read_sampling` reads the same."""
-    return {SAMPLING[name]: value if name == "top_k" else float(value) for name, value in sampling.items()}
+    return {SAMPLING_KEYS[name]: value if name == "top_k" else float(value) for name, value in sampling.items()}
 
 
 def rope_factors(scaling: RopeScaling, theta: float, head_dim: int) -> np.ndarray:
