@@ -222,7 +222,6 @@ def _is_same(a: LoRA, b: LoRA) -> bool:
 
 
 def _tokenizer_faults(ours: Tokenizer, theirs: Tokenizer) -> list[str]:
-    """Returns the texts with other tokens, and whether the chat template differs."""
     faults = [f"the tokens of {text!r}" for text in CHECK_TEXTS if not np.array_equal(ours.encode(text), theirs.encode(text))]
     return faults + ["the chat template"] * (ours.config.get("chat_template") != theirs.config.get("chat_template"))
 
@@ -248,7 +247,6 @@ def _logits(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> np.ndarray:
 
 
 def _bits_per_byte(cfg: ModelConfig, params: Any, tokens: np.ndarray, tokenizer: Tokenizer) -> float:
-    """Returns the bits per byte of a text in windows of WINDOW tokens."""
     seq = min(WINDOW, cfg.context, len(tokens) - 1)
     nats = validation.score_text(cfg, params, tokens, seq, seq, 2)
     return validation.bits_per_byte(nats, tokenizer.count_bytes(tokens[1:]))

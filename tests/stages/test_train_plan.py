@@ -58,7 +58,7 @@ def measurements(tmp_path, monkeypatch):
     """An empty cache; each measurement takes one of these from the list."""
     monkeypatch.setenv("THRICE_CACHE", str(tmp_path / "cache"))
     left = [HERE, Ceilings("a chip", "cpu", 2, "0", 1.0, 1.0, 1.0, 99.0, 1.0)]
-    monkeypatch.setattr(estimate, "_measure_in_process", lambda: left.pop(0))
+    monkeypatch.setattr(estimate, "_measure_in_subprocess", lambda: left.pop(0))
     return left
 
 
@@ -88,4 +88,4 @@ def test_ceilings_measured_twice_have_a_reason_each(measurements, text, tmp_path
 def test_a_process_that_cannot_measure_gives_no_ceilings(monkeypatch):
     for code in ("print('no JSON')", "print('{}')", "1 / 0"):
         monkeypatch.setattr(estimate, "MEASURE", code)
-        assert estimate._measure_in_process() is None
+        assert estimate._measure_in_subprocess() is None
