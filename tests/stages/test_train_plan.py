@@ -87,5 +87,5 @@ def test_ceilings_measured_twice_have_a_reason_each(measurements, text, tmp_path
 
 def test_a_process_that_cannot_measure_gives_no_ceilings(monkeypatch):
     for code in ("print('no JSON')", "print('{}')", "1 / 0"):
-        monkeypatch.setattr(estimate, "MEASURE", code)
+        monkeypatch.setattr(estimate, "MEASURE_PROGRAM", code)
         assert estimate._measure_in_subprocess() is None
