@@ -80,7 +80,6 @@ def test_many_at_once(tiny_server):
     ("fields", "error"),
     [
         ({"model": "gpt-5"}, openai.NotFoundError), ({"temperature": 3}, openai.BadRequestError),
-        ({"max_tokens": 10**6}, openai.BadRequestError),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError),
         ({"response_format": {"type": "json_object"}}, openai.BadRequestError), ({"messages": []}, openai.BadRequestError),
     ],
@@ -88,7 +87,7 @@ def test_many_at_once(tiny_server):
 def test_errors_are_the_clients_own(ai, fields, error):
     with pytest.raises(error) as caught:
         ai.chat.completions.create(**{"model": "tiny", "messages": TURNS, **fields})
-    assert caught.value.param or fields.get("max_tokens")
+    assert caught.value.param
     assert caught.value.body["message"]
 
 
