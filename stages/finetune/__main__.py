@@ -11,7 +11,7 @@
 
 Frozen parameters are never differentiated and stay as they are, to the bit. The same command run again resumes where it
 stopped. Without --max-time and --steps it trains for three minutes, and on a slow machine for as long as 100 steps take:
-fewer hardly change a tone. It ends with three held-out questions, answered before and after, and says when an answer does
+fewer hardly change a tone. It ends with up to three held-out questions, answered before and after, and says when an answer does
 not stop or repeats itself.
 """
 

@@ -15,7 +15,7 @@ from engine.model.config import ModelConfig
 from engine.storage.huggingface import safetensors
 from engine.storage.huggingface.config import DEFAULTS, config_from, config_to
 from engine.storage.huggingface.generation_config import read_sampling, write_sampling
-from engine.storage.huggingface.hub import cached_id, is_hub_id
+from engine.storage.huggingface.hub import cached_id
 from engine.storage.tensor_layout import DTYPE_NAMES, StoredModel, check_tensors, layout_of, split_params, tensor_names
 from engine.storage.untrusted import build_tokenizer, quote, read_json_object, read_text
 from engine.text import OnProgress
@@ -44,9 +44,8 @@ def open_folder(path: Path) -> StoredModel:
     if head and not _are_equal(head, stored[TENSOR_NAMES["embed"]]):  # which of the two is meant cannot be known
         raise UserError(f"{path} says tie_word_embeddings but has a lm_head.weight that differs from its embedding.")
     rows = lambda name, start, stop: safetensors.read_slice(stored[name], start, stop)
-    source, hub_id = fields.get("_name_or_path"), cached_id(path)
+    hub_id = cached_id(path)  # `_name_or_path` is often the parent's, whose weights are others
     name = hub_id.partition("/")[2] or path.resolve().name
-    hub_id = hub_id or (str(source) if is_hub_id(source) else "")
     context = (DEFAULTS[fields["model_type"]] | fields)["max_position_embeddings"]
     generation = path / "generation_config.json"
     sampling = read_sampling(read_json_object(generation)) if generation.exists() else {}

@@ -54,7 +54,7 @@ def test_every_weight_is_in_its_place(folder):
 def test_names_are_readable_and_ids_are_those_of_the_hub(tmp_path, monkeypatch):
     snapshot = "models--Org--Tiny-1.5b/snapshots/7e27bd9f95328f0f"
     for place, source, name, hub_id in (
-        ("qwen2.5-0.5b", "Org/Base.v2", "qwen2.5-0.5b", "Org/Base.v2"),
+        ("qwen2.5-0.5b", "Org/Parent", "qwen2.5-0.5b", ""),
         (snapshot, "/fsx/run/7", "Tiny-1.5b", "Org/Tiny-1.5b"),
         ("mine", "../out--1/x", "mine", ""),
     ):
