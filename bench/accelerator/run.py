@@ -70,12 +70,15 @@ def all_checks() -> Iterator[Check]:
         progress(f"checking {name} beside the processor")
         for dtype in DTYPES:
             cfg = dataclasses.replace(plain, dtype=dtype)
-            beside = cfg, params, device, cpu
+            arguments = cfg, params, device, cpu
             # Greedy tokens in float32, where no two logits are nearly alike.
-            others = [functools.partial(check_greedy, *beside)]
+            inference_checks = [functools.partial(check_greedy, *arguments)]
             if dtype == "bfloat16":
-                others = [functools.partial(check_prefill, *beside), functools.partial(checks_of_serving, cfg, params)]
-            groups: list[Callable[[], Iterable[Check]]] = [functools.partial(checks_of_training, *beside), *others]
+                inference_checks = [
+                    functools.partial(check_prefill, *arguments),
+                    functools.partial(checks_of_serving, cfg, params),
+                ]
+            groups: list[Callable[[], Iterable[Check]]] = [functools.partial(checks_of_training, *arguments), *inference_checks]
             # A GPU would multiply float32 with 10 bits (TF32); other types have no other precision.
             with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
                 for group in groups:

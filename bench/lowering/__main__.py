@@ -50,11 +50,11 @@ def measure_lowering(flags: LoweringFlags) -> Json:
             aliased = len(aliased_arguments(exported) & weights_of(arguments)) if name in INFERENCE else None
             rows.append({
                 "program": name, "platform": platform, "kernels": called, "largest_temporary": largest and str(largest),
-                "bytes": largest.bytes if largest else 0, "weights_given_away": aliased,
+                "bytes": largest.bytes if largest else 0, "weights_donated_or_returned": aliased,
             })  # fmt: skip
             listed = ", ".join(f"{count} {kernel}" for kernel, count in called.items())
             cells.append([name, platform, listed or "-", str(largest or "-"), {None: "trains", 0: "none"}.get(aliased, "SOME")])
-    heads = ("program", "platform", "kernels", "largest temporary", "weights given away")
+    heads = ("program", "platform", "kernels", "largest temporary", "weights donated or returned")
     print_table("Every program, lowered", heads, cells, left=3)
     return {"rows": rows}
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.export
 
-PLATFORMS = {"cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}  # as the compiler calls them, and as JAX's default device is called
+TARGETS = {"cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}  # as the compiler calls them, and as JAX's default device is called
 _BYTES = {"f64": 8, "i64": 8, "ui64": 8, "f32": 4, "i32": 4, "ui32": 4, "bf16": 2, "f16": 2, "i8": 1, "ui8": 1, "i1": 1}
 _PLACE = re.compile(r' loc\((?:#\w+|"[^"]*")\)')  # in the source
 _RESULT = re.compile(r"^ *%\S+ = .*tensor<((?:\d+x)*)(\w+)>\)?$", re.MULTILINE)
@@ -49,10 +49,10 @@ class _TracedFor:
 
 
 def export(function: Any, arguments: tuple[Any, ...], platform: str) -> jax.export.Exported:
-    """Exports a jitted function for a platform of PLATFORMS. Raises what JAX raises for what cannot run there."""
+    """Exports a jitted function for a platform of TARGETS. Raises what JAX raises for what cannot run there."""
     # JAX promises few kernels' names for later; what is exported here is read at once.
     checks = [jax.export.DisabledSafetyCheck.custom_call("ALL")]
-    traced = _TracedFor(function, PLATFORMS[platform])
+    traced = _TracedFor(function, TARGETS[platform])
     return jax.export.export(traced, platforms=[platform], disabled_checks=checks)(*arguments)
 
 

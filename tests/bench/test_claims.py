@@ -156,10 +156,10 @@ def assert_quotient(sentence: str) -> None:
     number = lambda text: (float(text.replace(",", "")), 0.5 * 10.0 ** -len(text.partition(".")[2]))
     (a, da), (b, db) = (number(text) for text, _ in (times[0], times[-1]))
     scale = units[times[0][1]] / units[times[-1][1]]
-    if not (said := re.search(r": ([\d.,]+)× ± ", sentence)):
+    if not (printed := re.search(r": ([\d.,]+)× ± ", sentence)):
         assert "– (lost in noise)" in sentence
         return
-    over, rounding = number(said[1])
+    over, rounding = number(printed[1])
     assert scale * (a - da) / (b + db) - 1.01 * rounding <= over <= scale * (a + da) / (b - db) + 1.01 * rounding, sentence
 
 

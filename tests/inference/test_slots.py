@@ -84,25 +84,25 @@ def test_a_prefix_cache_hit_changes_no_bit(dtype):
     assert slots.tails_agree, "on this machine a token's bits do not depend on the size of the program"
     log, prompt, other = Log(slots), text(1, 60), text(5, 60)
 
-    def found(*prompts, **more) -> list[int]:
+    def cached_tokens(*prompts, **more) -> list[int]:
         requests = [request_of(tokens, 2, seed=3, logprobs=20, **more) for tokens in prompts]
         ids = [log.submit(request) for request in requests]
         log.drain()
         assert [log.completion(id) for id in ids] == [complete_alone(dtype, request) for request in requests]
         return [log.events[id][-1].cached_tokens for id in ids]
 
-    assert found(prompt[:52]) == [0]
-    assert found(*[prompt[:52]] * 3) == [51] * 3
-    assert found(prompt[:52], namespace="key") == [0]
-    assert found(prompt) == [48], "a part below a tail is found whole or not at all"
-    assert found(prompt, prompt[:58]) == [59, 56]
-    assert found(prompt[:30], prompt[:23], prompt[:21], prompt[:14]) == [28, 20, 20, 12]
-    assert found((*prompt[:40], *other[:20])) == [40]
-    assert found((*prompt[:36], *other[:24])) == [32], "more tails than a whole chunk costs"
+    assert cached_tokens(prompt[:52]) == [0]
+    assert cached_tokens(*[prompt[:52]] * 3) == [51] * 3
+    assert cached_tokens(prompt[:52], namespace="key") == [0]
+    assert cached_tokens(prompt) == [48], "a part below a tail is found whole or not at all"
+    assert cached_tokens(prompt, prompt[:58]) == [59, 56]
+    assert cached_tokens(prompt[:30], prompt[:23], prompt[:21], prompt[:14]) == [28, 20, 20, 12]
+    assert cached_tokens((*prompt[:40], *other[:20])) == [40]
+    assert cached_tokens((*prompt[:36], *other[:24])) == [32], "more tails than a whole chunk costs"
     assert slots.prefix_cache.bytes <= slots.prefix_cache.limit
     slots.tails_agree = False
     slots.prefix_cache = PrefixCache(10**7)
-    assert [found(tokens) for tokens in (prompt[:52], prompt[:52], prompt, prompt[:30])] == [[0], [51], [48], [16]]
+    assert [cached_tokens(tokens) for tokens in (prompt[:52], prompt[:52], prompt, prompt[:30])] == [[0], [51], [48], [16]]
 
 
 @EVERY_DTYPE

@@ -26,7 +26,7 @@ OTHERWISE = ("train step, AdamW", "train step, LoRA", "score", "prefill, one pro
 CASES |= {f"{name}, Qwen2": (name, QWEN2) for name in OTHERWISE}  # tied, with biases, one query head for each key head
 CASES |= {f"{name}, {vocab}": (name, tiny_config(vocab=vocab, width=64, dtype="bfloat16")) for name, vocab in LARGE.items()}
 # The results of these are arrays in memory, or differ from place to place.
-MADE = {"parameter", "iota", "dot", "reduce", "fusion", "call", "while", "conditional", "custom-call", "opt-barrier",
+MATERIALIZED = {"parameter", "iota", "dot", "reduce", "fusion", "call", "while", "conditional", "custom-call", "opt-barrier",
         "get-tuple-element", "rng-bit-generator", "gather", "dynamic-slice"}  # fmt: skip
 
 
@@ -37,16 +37,16 @@ def spread_operands(text: str) -> list[str]:
 
 def _spread_operands(computation: str) -> list[str]:
     lines = re.findall(r"^\s+(?:ROOT )?%?(\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)", computation, re.MULTILINE)
-    made = {name: (shape, opcode, re.findall(r"[\w.-]+(?=,|$)", operands)) for name, shape, opcode, operands in lines}
+    instructions = {name: (shape, opcode, re.findall(r"[\w.-]+(?=,|$)", operands)) for name, shape, opcode, operands in lines}
 
     @functools.cache
     def is_spread(name: str) -> bool:
-        shape, opcode, operands = made[name]
+        shape, opcode, operands = instructions[name]
         if opcode == "constant":
             return "[]" in shape
-        return opcode == "broadcast" or (opcode not in MADE and all(map(is_spread, operands)))
+        return opcode == "broadcast" or (opcode not in MATERIALIZED and all(map(is_spread, operands)))
 
-    return [name for name, (_, opcode, operands) in made.items() if opcode == "dot" and any(map(is_spread, operands))]
+    return [name for name, (_, opcode, operands) in instructions.items() if opcode == "dot" and any(map(is_spread, operands))]
 
 
 def spread_in(program, *arguments) -> list[str]:

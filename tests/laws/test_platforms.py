@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bench.lowering.exported import PLATFORMS, Temporary, aliased_arguments, export, kernels, largest_temporary
+from bench.lowering.exported import TARGETS, Temporary, aliased_arguments, export, kernels, largest_temporary
 from bench.lowering.programs import INFERENCE, PROGRAMS, QWEN2, QWEN3, B, Program, T, weights_of
 from engine.model.attention import QUERY_BLOCK
 
@@ -32,7 +32,7 @@ def cudnn(monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("platform", TARGETS)
 def test_every_program_lowers_and_no_weight_is_given_away(platform):
     for name in PROGRAMS:
         program = exported(name, platform)
@@ -77,5 +77,5 @@ def test_the_largest_temporary_is_found():
 
 def test_the_other_family_lowers_too():
     for name in ("train step, Muon", "decode_slots", "prefill"):
-        for platform in PLATFORMS:
+        for platform in TARGETS:
             assert exported(name, platform, QWEN2).platforms == (platform,)

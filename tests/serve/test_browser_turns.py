@@ -39,10 +39,10 @@ def test_a_full_context_sets_the_oldest_turns_aside(visit):
 def test_a_conversation_survives_a_reload_in_this_browser_alone(visit):
     visit.ask("Hello.")
     visit.set("system", "Be brief.")
-    kept = lambda: [visit.texts(css) for css in ("article .text", ".figures", "#context", "#resent", "#time")]
-    before = kept()
+    visible = lambda: [visit.texts(css) for css in ("article .text", ".figures", "#context", "#resent", "#time")]
+    before = visible()
     visit.reload()
-    assert kept() == before
+    assert visible() == before
     visit.listen()
     visit.ask("And then?")
     assert contents(visit.requests()[-1]) == ["Be brief.", "Hello.", before[0][1], "And then?"]
@@ -219,7 +219,7 @@ def test_the_rail_folds_and_starts_folded_on_a_phone(visit, request):
 
 
 def test_nothing_is_said_twice(visit):
-    said = (
+    script = (
         "const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), texts = [];"
         "while (walk.nextNode()) { const {parentElement: at, data} = walk.currentNode;"
         " const earlier = 'article:has(~ article)';"
@@ -230,6 +230,6 @@ def test_nothing_is_said_twice(visit):
     )
     for step in (lambda: None, lambda: visit.ask("Hello."), lambda: visit.ask(MORE), lambda: visit.click("#open")):
         step()
-        texts = visit.chrome.execute_script(said)
+        texts = visit.chrome.execute_script(script)
         assert len(texts) > 10
         assert sorted(text for text in texts if texts.count(text) > 1) == []
