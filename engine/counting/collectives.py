@@ -1,0 +1,142 @@
+"""Collectives of a compiled program, read from its HLO text: how often each runs in one execution, and the bytes it moves.
+
+Where `xla.py` counts a loop's body once, here it counts as often as it runs; both branches of a conditional count.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.errors import UserError
+
+__all__ = ["read_collectives", "sum_by_kind"]
+
+_KINDS = "all-reduce|all-gather|reduce-scatter|(?:ragged-)?all-to-all|collective-permute|collective-broadcast"
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) [^\n]*\{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
+_COLLECTIVE = re.compile(rf"\s*(?:ROOT )?\S+ = (\(.*?\)|\S+) ({_KINDS})(-start)?\(")
+_CALL = re.compile(r"(?:body|calls|to_apply|\w+_computations?)=(?:\{([^}]*)\}|([\w.%-]+))")
+_SECOND_HALF = re.compile(r" [\w-]+-(?:done|update)\(")  # of an asynchronous operation: the first counts
+_ARRAY = re.compile(r"(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+_RESULT = re.compile(r"\((?:\([^()]*\)|[^]]*\]), (\([^()]*\)|[^]]*\])")  # (operands, results, ...)
+_ORDER = r"<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
+_GROUPS = re.compile(rf"replica_groups=(\{{\{{.*?\}}|\[[\d,]+\]{_ORDER}|mesh\[\S*(?: device_ids=\S*)? \{{[^}}]*\}})")
+
+
+class Collective(NamedTuple):
+    """A collective operation, on arrays of `bytes` for each group: what all-gather makes, what reduce-scatter takes."""
+
+    kind: str  # such as all-gather, also where it is asynchronous
+    bytes: int
+    group: tuple[int, ...]  # the devices of the first group, as places in the mesh; of a permute, two that stand for a pair
+    times: int  # in one execution of the program
+
+    @property
+    def wire_bytes(self) -> float:
+        """Bytes that each device sends in one execution: of n in a ring, (n - 1) / n of the array, an all-reduce twice that.
+
+        (Patarasu & Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations".)
+        """
+        share = 1.0 if self.kind.startswith("collective-") else 1 - 1 / len(self.group)
+        return self.times * self.bytes * share * (2 if self.kind == "all-reduce" else 1)
+
+
+class KindTotal(NamedTuple):
+    """All collectives of a kind in one execution."""
+
+    times: int = 0
+    bytes: int = 0
+    wire_bytes: float = 0.0
+
+
+def sum_by_kind(collectives: Iterable[Collective]) -> dict[str, KindTotal]:
+    """Returns the total of each kind."""
+    totals: dict[str, KindTotal] = {}
+    for one in collectives:
+        times, size, wire = totals.get(one.kind, KindTotal())
+        totals[one.kind] = KindTotal(times + one.times, size + one.times * one.bytes, wire + one.wire_bytes)
+    return totals
+
+
+def read_collectives(hlo: str) -> list[Collective]:
+    """Returns the collectives between two and more devices in a program's text, `Compiled.as_text()`.
+
+    Raises UserError for a loop of collectives that does not say how often it runs.
+    """
+    found = _COMPUTATION.findall(hlo)
+    bodies = {name: text.splitlines() for _, name, text in found}
+    devices = math.prod(map(int, re.findall(r"(?:num_partitions|replica_count)=(\d+)", hlo.partition("\n")[0])))
+
+    @functools.cache
+    def inside(name: str) -> list[Collective]:
+        collectives = []
+        for line in bodies[name]:
+            if match := _COLLECTIVE.match(line):
+                collectives.append(_collective(line, match, devices))
+            elif not _SECOND_HALF.search(line):
+                inner = [one for callee in _called(line) for one in inside(callee)]
+                rounds = _trip_count(line, bodies) if inner and " while(" in line else 1
+                collectives += [one._replace(times=rounds * one.times) for one in inner]
+        return [one for one in collectives if len(one.group) > 1]
+
+    return [one for entry, name, _ in found if entry for one in inside(name)]
+
+
+def _called(line: str) -> list[str]:
+    return [name.lstrip("%") for several, one in _CALL.findall(line) for name in (several or one).split(", ")]
+
+
+def _trip_count(line: str, bodies: dict[str, list[str]]) -> int:
+    """Returns how often a loop runs: as the compiler noted, else the one constant that its counter stays below."""
+    if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line):
+        return int(noted[1])
+    condition = bodies[line.partition("condition=")[2].lstrip("%").partition(",")[0]]
+    condition = condition + [text for outer in condition for name in _called(outer) for text in bodies[name]]
+    constants = re.findall(r" constant\((\d+)\)", "\n".join(condition))
+    if len(constants) != 1 or not any("direction=LT" in text for text in condition):
+        raise UserError(f"The loop {line.split()[0]} holds collectives, and the program does not say how often it runs.")
+    return int(constants[0])
+
+
+def _collective(line: str, match: re.Match[str], devices: int) -> Collective:
+    shape, kind, start = match.groups()
+    shape = re.sub(r"\{.*?\}", "", shape)  # the layout
+    if start and kind != "all-reduce" and (result := _RESULT.match(shape)):
+        shape = result[1]
+    sizes = [math.prod(_integers(sides)) * int(bits or 8) / 8 for _, bits, sides in _ARRAY.findall(shape)]
+    groups = _GROUPS.search(line)
+    group = (0, 1) if kind == "collective-permute" else _first_group(groups[1]) if groups else tuple(range(devices))
+    return Collective(kind, round(sum(sizes)) * (len(group) if kind == "reduce-scatter" else 1), group, 1)
+
+
+def _first_group(text: str) -> tuple[int, ...]:
+    """Returns the first group of `{{0,1},{2,3}}`, `[2,4]<=[4,2]T(1,0)` or `mesh['x'=2,'y'=4] {'y'}`, XLA's notations."""
+    if text.startswith("{"):
+        return tuple(_integers(text))
+    if text.startswith("["):
+        return tuple(_order(text)[: _integers(text)[1]])
+    mesh, _, axes = text.rpartition(" {")
+    mesh, _, order = mesh.partition("], device_ids=")
+    sizes = {name: int(size) for name, size in re.findall(r"([\w.']+)=(\d+)", mesh)}
+    places = {name: [0] for name in sizes}
+    for name, before, size in re.findall(r"([\w.']+)(?::\((\d+)\)(\d+))?", axes):  # x:(p)s, the factor s of x after a factor p
+        count = int(size or sizes[name])
+        stride = sizes[name] // (int(before or 1) * count)
+        places[name] = [place + stride * i for place in places[name] for i in range(count)]
+    ids = np.array(_order(order) or range(math.prod(sizes.values()))).reshape([*sizes.values()])
+    return tuple(ids[np.ix_(*places.values())].flatten().tolist())
+
+
+def _order(text: str) -> list[int]:
+    """Returns an order of devices: `(0,2,1,3)` as it stands, `<=[2,2]T(1,0)` by counting in a box and transposing it."""
+    if not (iota := re.search(_ORDER, text)):
+        return _integers(text)
+    sizes = _integers(iota[1])
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(_integers(iota[2] or "") or None).flatten().tolist()
+
+
+def _integers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
