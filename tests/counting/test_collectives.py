@@ -93,6 +93,8 @@ def test_loops_multiply_and_alone_groups_move_nothing():
     assert count("outer") == [5 * 7], "a loop in a loop, whose count the compiler noted"
     with pytest.raises(UserError, match="loop %w holds collectives"):
         count("body", "NE")
+    pair = "  %s = (f32[4], f32[2], u32[]) async-start(%p), calls=%body\n  %d = f32[2] async-done(%s), calls=%body"
+    assert [one.times for one in read_collectives(module(pair, BODY))] == [1], "both halves of one"
     both = "  %c = f32[4] conditional(%i, %p, %q), branch_computations={%body, %body}"
     assert [one.times for one in read_collectives(module(both, BODY))] == [1, 1]
     assert read_collectives(module("  %a = f32[8] all-gather(%p), replica_groups={{0},{1}}")) == []
