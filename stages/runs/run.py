@@ -108,9 +108,9 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
         with console.task("initialising"):
             state, loop_state = stage.initial_state(), LoopState()
         clear_run(folder)
+    write_json(folder / "run.json", facts)  # first: a folder with other files and without it is taken for someone else's
     save_tokenizer(folder, stage.tokenizer, stage.stop_token_ids, stage.sampling)
     write_json(folder / "config.json", plan.cfg.to_json())
-    write_json(folder / "run.json", facts)
     before = stage.measure(stage.split.trainable)
     record = {
         "seed": plan.seed,

@@ -1,11 +1,13 @@
-"""The promises of serving (S1 to S11, X2 to X5): pytest's options, the server they are tried on, and the table at the end.
+"""The promises of training (T1 to T11) and of serving (S1 to S11, X2 to X5): pytest's options, the server, and the table.
 
     pytest tests/promises -m promises -n 0                    each promise tried: half an hour on two cores
     pytest tests/promises -m promises -n 0 --quick            fewer repetitions
     pytest tests/promises -m promises -n 0 --promise S4,X3    some of them
+    pytest tests/promises/training -m promises -n 0           those of training: training/conftest.py
 
-Each promise is tried on the project's own server, a process of its own, over its own loopback; a promise that could not be
-tried is not kept. Without `-n 0` the workers disturb each other's timing. `--junitxml FILE` writes the figures to a file.
+Each promise of serving is tried on the project's own server, a process of its own, over its own loopback; a promise that
+could not be tried is not kept. Without `-n 0` the workers disturb each other's timing. `--junitxml FILE` writes the figures to
+a file.
 The tests in this folder without the mark run by default: they show that a promise that is broken is noticed.
 """
 
@@ -25,7 +27,7 @@ ROWS: dict[str, dict[str, Any]] = {}  # of the table, by the promise's name
 
 
 def pytest_addoption(parser):
-    group = parser.getgroup("promises", "the promises of serving")
+    group = parser.getgroup("promises", "the promises of training and serving")
     group.addoption("--promise", default="", help="names of promises, such as S4,X3; by default all")
     group.addoption("--quick", action="store_true", help="few repetitions of each promise")
     group.addoption(

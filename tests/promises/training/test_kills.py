@@ -1,0 +1,166 @@
+"""T1, T3 and T8: a run that is ended, killed or refused by the disk at any moment goes on to the same bits."""
+
+import contextlib
+import errno
+import os
+import random
+import re
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+from figures import at_least, at_most, exactly
+from tiny_training import ENDED, SAVE_EVERY, Fault, TinyRun, bits, differing
+
+BY_HAND, JAX = ("--by-hand",), ()
+LAST = 2000  # more changes on disk than any of these runs makes
+T1 = ("T1", "a kill at any instant leaves whole checkpoints only, and costs at most the work since the last save")
+
+
+def conclude(expect, runs: list[TinyRun], different: int, over: str, *figures) -> None:
+    problems = [problem for run in runs for problem in run.problems]
+    print(*problems, sep="\n")
+    finished = sum(len(run.finished) for run in runs)
+    expect(
+        exactly("checkpoints lost or damaged, unclear ends", len(problems), 0),
+        exactly("resumed runs of other bits", different, 0),
+        *figures,
+        over=f"{over}; {finished} runs finished",
+    )
+
+
+def survive_each(make_run, reference, side_by_side, strides, code: int, faults) -> tuple[list[TinyRun], int, str]:
+    """Gives runs of two kinds each k-th fault, k in steps of `strides`: the runs, how many ended otherwise, and what struck."""
+    for words in strides:
+        reference(*words)
+    runs = [[make_run(*words, server=half) for words in strides] for half in (0, 1)]
+
+    def survive(half: int) -> int:
+        ranges = [range(1 + half * stride, LAST, 2 * stride) for stride in strides.values()]
+        return sum(run.survive(map(faults, ks), [code]) for run, ks in zip(runs[half], ranges))
+
+    struck = sum(side_by_side(survive, (0, 1)))
+    different = sum(differing(run, reference(*words)) for half in runs for words, run in zip(strides, half))
+    every = runs[0] + runs[1]
+    kinds = sum((run.kinds for run in every), Counter()).most_common()
+    return every, different, f"{struck}: {', '.join(f'{count} at {kind}' for kind, count in kinds)}"
+
+
+@pytest.mark.promises(*T1)
+def test_ends_at_every_change_on_disk(make_run, reference, side_by_side, quick, expect):
+    """The process ends at its k-th change on disk, for each k (in NumPy) and each eighth (in JAX); the next one goes on."""
+    strides = {BY_HAND: 45} if quick else {BY_HAND: 1, JAX: 8}
+    runs, different, struck = survive_each(make_run, reference, side_by_side, strides, ENDED, Fault)
+    lost = at_most(f"steps lost, saved every {SAVE_EVERY}", max(run.lost for run in runs), SAVE_EVERY)
+    conclude(expect, runs, different, f"ends {struck}", lost)
+
+
+@pytest.mark.promises("T8", "a disk that is full, broken or read-only is told of within a step, and harms no older checkpoint")
+def test_each_change_on_disk_is_refused(make_run, reference, side_by_side, quick, expect):
+    """The k-th change fails: no space or read-only, as all after it do, or an error once."""
+
+    def fault(k: int) -> Fault:
+        error = (errno.ENOSPC, errno.EIO, errno.EROFS)[k // 2 % 3 if quick else k % 3]
+        return Fault(k, error, error == errno.EIO)
+
+    strides = {BY_HAND: 45} if quick else {BY_HAND: 1, JAX: 8}
+    runs, different, struck = survive_each(make_run, reference, side_by_side, strides, 2, fault)
+    late = at_most("steps after it", max(run.lost for run in runs) - SAVE_EVERY, 1)
+    conclude(expect, runs, different, f"refusals {struck}", late)
+
+
+@pytest.mark.promises(*T1)
+def test_what_is_committed_was_synced(make_run, expect):
+    """After a power cut only what was synced is there: a new checkpoint's files and folders, before the one before it goes."""
+    run = make_run("--keep", 1)
+    assert run.live() == 0, run.output.read_text()
+    commits, missing = 0, set[str]()
+    for folder in unsynced(run.changes()):
+        commits += 1
+        missing |= folder
+    print(*sorted(missing), sep="\n")
+    expect(exactly("unsynced at a commit", len(missing), 0), at_least("commits", commits, 3))
+
+
+def unsynced(changes: list[list[str]]) -> Iterator[set[str]]:
+    """For each checkpoint that appears or goes: the files and folders it relies on whose changes were not synced before."""
+    dirty, known = set[str](), set[str]()
+    for kind, path, old in changes:
+        parent = os.path.dirname(path)
+        if kind in ("open", "write", "truncate"):
+            dirty.add(path)
+        if kind in ("open", "mkdir") and path not in known:
+            dirty.add(parent)
+        if kind == "fsync":
+            dirty.discard(path)
+        if kind == "rename":
+            moved = {name for name in dirty if name == old or name.startswith(f"{old}/")}
+            dirty = (dirty - moved) | {path + name.removeprefix(old) for name in moved}
+            if re.search(r"/checkpoints/\d+$", path):
+                yield {name for name in dirty if name.startswith(f"{path}/") or name == path}
+            if re.search(r"/checkpoints/\d+$", old):  # an older one goes: the newer one's name must be on disk
+                yield dirty & {parent, os.path.dirname(parent)}
+            dirty |= {parent, os.path.dirname(old)}
+        if kind == "remove":
+            dirty = {name for name in dirty if name != path and not name.startswith(f"{path}/")}
+        (known.discard if kind == "remove" else known.add)(path)
+
+
+@pytest.mark.promises(*T1)
+def test_kills_at_random_moments(make_run, reference, side_by_side, quick, expect):
+    """SIGKILL, and again; saves take half of the time of these runs."""
+    length = ("--steps", 60, "--save-every", SAVE_EVERY, "--log-every", 1)
+    counts = {BY_HAND: 6, JAX: 2} if quick else {BY_HAND: 130, JAX: 70}
+    wanted = {words: reference(*words, length=length) for words in counts}
+    runs = {words: make_run(*words, server=server, length=length) for server, words in enumerate(counts)}
+
+    def kill(words: tuple[str, ...]) -> int:
+        run, draw, kills = runs[words], random.Random(str(words)), 0
+        while kills < counts[words]:
+            end(run.start(), draw.uniform(0, 4 if words == JAX else 2.5))
+            code = run.server.wait()
+            kills += code == -signal.SIGKILL
+            run.examine(code, {0, -signal.SIGKILL}, f"kill {kills}")
+        run.finish()
+        return kills
+
+    kills = sum(side_by_side(kill, counts))
+    different = sum(differing(runs[words], wanted[words]) for words in counts)
+    lost = max(run.lost for run in runs.values())
+    conclude(expect, [*runs.values()], different, f"{kills} SIGKILLs", at_most("steps lost", lost, SAVE_EVERY))
+
+
+def end(process: int, seconds: float) -> None:
+    time.sleep(seconds)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
+
+
+@pytest.mark.promises("T3", "a resumed run is the uninterrupted one to the bit: losses, weights, optimizer, data, keys")
+def test_kills_at_random_steps(make_run, make_tuning, side_by_side, quick, expect):
+    """SIGKILL at random steps of 200, in pretraining with Muon and in fine-tuning with LoRA."""
+    length = ("--steps", 200, "--save-every", 10, "--log-every", 1, "--eval-every", 50)
+    kinds = {
+        "train": lambda server: make_run(server=server, length=length),
+        "finetune": lambda server: make_tuning(server, length[:-4]),
+    }
+    times = 2 if quick else 20
+
+    def kill(numbered: tuple[int, str]) -> tuple[TinyRun, int]:
+        server, stage = numbered
+        whole, run = kinds[stage](server), kinds[stage](server)
+        assert whole.live() == 0, whole.output.read_text()
+        for step in sorted(random.Random(stage).sample(range(1, 200), times)):
+            process = run.start()
+            while not any(row["step"] >= step for row in run.rows()):
+                time.sleep(0.002)
+            end(process, 0)
+            run.examine(run.server.wait(), {0, -signal.SIGKILL}, f"kill at {step}")
+        run.finish()
+        return run, differing(run, bits(whole.folder))
+
+    killed = side_by_side(kill, enumerate(kinds))
+    runs, different = [run for run, _ in killed], sum(count for _, count in killed)
+    conclude(expect, runs, different, f"{times} SIGKILLs each of {', '.join(kinds)}")

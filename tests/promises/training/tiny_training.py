@@ -1,0 +1,140 @@
+"""A tiny run that dies again and again: its command, and what must be true of its folder each time."""
+
+import collections
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fork_server import ForkServer
+
+from engine.storage import checkpoint, manifest
+
+ENDED = 77  # the exit code of a process that faults.c ended
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS)
+SAVE_EVERY = 3
+HANGS = 90.0  # seconds after which a command is ended
+
+
+class Fault(NamedTuple):
+    """A fault of faults.c: at change `at`, ends the process if `error` is 0, else refuses it, `once` or from there on."""
+
+    at: int = 0
+    error: int = 0
+    once: bool = False
+
+
+NO_FAULT = Fault()
+
+
+class TinyRun:
+    """Runs of one command in `work`, one after another; `problems` gathers what should not be."""
+
+    def __init__(self, server: ForkServer, work: Path, stage: str, *words: object, hardware: Path | None = None) -> None:
+        self.server, self.work, self.stage = server, work, stage
+        self.folder, self.cache, self.output = work / "run", work / "cache", work.with_suffix(".txt")
+        self.words = [*map(str, words), "--out-dir", str(self.folder)]
+        self.finished: list[Path] = []
+        self.problems: list[str] = []
+        self.kinds: collections.Counter[str] = collections.Counter()  # of changes at which a fault struck
+        self.lost = self.newest = 0
+        self.cache.mkdir(parents=True)
+        if hardware and hardware.is_dir():  # measuring the machine takes seconds
+            shutil.copytree(hardware, self.cache / "hardware")
+
+    def start(self, fault: Fault = NO_FAULT, patch: str = "") -> int:
+        log = self.work.with_suffix(".log")
+        place = (f"{self.work}/", *fault, str(log))
+        return self.server.start(self.stage, self.words, self.output, place, patch, THRICE_CACHE=str(self.cache))
+
+    def live(self, fault: Fault = NO_FAULT, patch: str = "") -> int:
+        """Runs the command to its end, however it comes; returns the exit code."""
+        timer = threading.Timer(HANGS, os.kill, (self.start(fault, patch), signal.SIGKILL))
+        timer.start()
+        code = self.server.wait()
+        timer.cancel()
+        return code
+
+    def changes(self) -> list[list[str]]:
+        """The changes on disk of the last command: [kind, path, former path]."""
+        lines = self.work.with_suffix(".log").read_text().splitlines()
+        return [line.split("\t") for line in lines]
+
+    def rows(self, folder: Path | None = None) -> list[dict[str, Any]]:
+        """The whole lines of metrics.jsonl."""
+        with contextlib.suppress(OSError):
+            lines = ((folder or self.folder) / "metrics.jsonl").read_text().splitlines()
+            return [json.loads(line) for line in lines if line.endswith("}")]
+        return []
+
+    def examine(self, code: int, wanted: Iterable[int], doing: object) -> None:
+        """Notes a wrong exit code, a traceback, a damaged or lost checkpoint; archives the folder of a run that finished."""
+        note = lambda problem: self.problems.append(f"{doing}: {problem}")
+        text = self.output.read_text(errors="replace")
+        if code not in wanted or "Traceback" in text or (code == 2 and not re.search("^error: .", text, re.M)):
+            note(f"code {code}: {text.strip()[-300:]}")
+        steps = checkpoint.steps(self.folder)
+        for step in steps:
+            for line in manifest.verify(self.folder / "checkpoints" / str(step)):
+                note(line)
+        newest = max(steps, default=0)
+        if newest < self.newest:
+            note(f"the newest checkpoint is {newest}, and was {self.newest}")
+        self.newest = newest
+        logged = max((row["step"] for row in self.rows() if "loss" in row), default=0)
+        self.lost = max(self.lost, logged - newest)
+        if code == 0:
+            self.archive()
+
+    def archive(self) -> None:
+        """Sets a finished run aside; the next one begins with nothing cached but the machine's ceilings."""
+        self.finished.append(self.folder.rename(self.work.with_name(f"{self.work.name}-{len(self.finished)}")))
+        self.newest = 0
+        for name in ("tokens", "tokenizers"):
+            shutil.rmtree(self.cache / name, ignore_errors=True)
+
+    def survive(self, faults: Iterable[Fault], wanted: Iterable[int]) -> int:
+        """Runs the command with one fault after another, then to its end; returns how many struck.
+
+        Each process goes on from what the one before left. A new run that a fault comes too late for is the last.
+        """
+        struck = 0
+        for fault in faults:
+            new = not self.folder.exists()
+            self.examine(self.live(fault), {0, *wanted}, fault)
+            if len(changes := self.changes()) >= fault.at:
+                struck += 1
+                self.kinds[changes[fault.at - 1][0]] += 1
+            elif new:
+                break
+        self.finish()
+        return struck
+
+    def finish(self) -> None:
+        if self.folder.exists():
+            self.examine(self.live(), {0}, "the last")
+
+
+def bits(folder: Path) -> dict[str, Any]:
+    """The losses and gradient norms of a run as hex, and the bits of its newest checkpoint's arrays, read by Orbax itself."""
+    from orbax.checkpoint import v1 as ocp
+
+    from engine.storage.digest import digest
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    values = [(row["step"], name, row[name].hex()) for row in rows for name in ("loss", "grad_norm") if name in row]
+    newest = folder.absolute() / "checkpoints" / str(checkpoint.steps(folder)[-1])
+    arrays = {part: digest(ocp.load(newest, checkpointable_name=part)) for part in ("params", "optimizer")}
+    return {"step": newest.name, "rows": values, **arrays}
+
+
+def differing(run: TinyRun, reference: dict[str, Any]) -> int:
+    """How many of the runs that finished differ from the uninterrupted one in any bit."""
+    return sum(bits(folder) != reference for folder in run.finished)
