@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from engine import sharding
 from engine.model import layers
 from engine.model.ops import transpose
 
@@ -42,18 +43,22 @@ matmul = _with_backward(layers.matmul, matmul_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul_two(x: Array, w: Array, dtype: DTypeLike) -> tuple[Array, Array]:
     """As `layers.matmul_two`, in two products, so that backward has nothing to cut or join."""
-    left, right = jnp.split(w.astype(x.dtype), 2, axis=1)
+    left, right = _halves(w.astype(x.dtype))
     return jnp.dot(x, left, preferred_element_type=dtype), jnp.dot(x, right, preferred_element_type=dtype)
+
+
+def _halves(x: Array) -> list[Array]:
+    return sharding.split_columns(x, [x.shape[1] // 2] * 2)
 
 
 def _matmul_two_backward(dtype: DTypeLike, residuals: tuple[Array, Array], gs: tuple[Array, Array]):
     x, w = residuals
     left, right = gs[0].astype(x.dtype), gs[1].astype(x.dtype)
-    w_left, w_right = jnp.split(w.astype(x.dtype), 2, axis=1)
+    w_left, w_right = _halves(w.astype(x.dtype))
     dx = layers.einsum32("mf,df->md", left, w_left)
     dx = dx + layers.einsum32("mf,df->md", right, w_right)
     x_transposed = transpose(x)
-    dw = jnp.concatenate([layers.dot32(x_transposed, g) for g in (left, right)], axis=1)
+    dw = sharding.join_columns([layers.dot32(x_transposed, g) for g in (left, right)])
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 

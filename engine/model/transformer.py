@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from engine import sharding
 from engine.model import backward, layers
 from engine.model.attention import attention, causal_attention
 from engine.model.cache import segmented
@@ -57,12 +58,14 @@ class Block(nn.Module):
             h, qkv = norm_and_weight(x, gain, weight, cfg.eps, dtype)
             mixed, cached = self.attention(project(h, qkv, dtype), rotary, segments, cached)
             x = x + project(mixed, self.weight("out", cfg.heads * cfg.head_dim, cfg.width, scale=0.0), jnp.float32)
+            x = sharding.rows(x)
         with jax.named_scope("mlp"):
             gain, weight = self.gain("mlp_norm", cfg.width), self.weight("gate_up", cfg.width, 2 * cfg.ff)
             h, gate_up = norm_and_weight(x, gain, weight, cfg.eps, dtype)
             gate, up = project_two(h, gate_up, dtype)
-            hidden = backward.swiglu(gate, up, dtype)
+            hidden = sharding.columns(backward.swiglu(gate, up, dtype))
             x = x + project(hidden, self.weight("down", cfg.ff, cfg.width, scale=self.mlp_scale), jnp.float32)
+            x = sharding.rows(x)
         return x, cached
 
     def attention(self, qkv: Array, rotary: Rotary, segments: Array | None, cached: Cached | None):
@@ -72,14 +75,15 @@ class Block(nn.Module):
         if cfg.qkv_bias:
             qkv = qkv + self.param("qkv_bias", nn.initializers.zeros, (cfg.qkv_width,)).astype(dtype)
         qkv = qkv.reshape(B, T, cfg.heads + 2 * cfg.kv_heads, cfg.head_dim)
-        qk, v = jnp.split(qkv, [cfg.heads + cfg.kv_heads], axis=2)
+        qk, v = sharding.split_columns(qkv, [cfg.heads + cfg.kv_heads, cfg.kv_heads], axis=2)
         if cfg.qk_norm:
             # Without the barrier XLA would compute the norm twice, as RoPE reads it twice.
             q_gain, k_gain = self.gain("q_norm", cfg.head_dim), self.gain("k_norm", cfg.head_dim)
-            gains = jnp.concatenate([jnp.tile(q_gain, (cfg.heads, 1)), jnp.tile(k_gain, (cfg.kv_heads, 1))])
+            gains = sharding.join_columns([jnp.tile(q_gain, (cfg.heads, 1)), jnp.tile(k_gain, (cfg.kv_heads, 1))], axis=0)
             qk = jax.lax.optimization_barrier(backward.rms_norm(qk, gains, cfg.eps, dtype))
         scale = jnp.where(jnp.arange(qk.shape[2]) < cfg.heads, cfg.head_dim**-0.5, 1.0)  # the scores' factor, on the queries
-        q, k = jnp.split(backward.rope(qk, scale, *rotary, dtype), [cfg.heads], axis=2)
+        qk = backward.rope(qk, sharding.group_heads(scale, cfg.heads), *rotary, dtype)
+        q, k = sharding.split_columns(qk, [cfg.heads, cfg.kv_heads], axis=2)
         if isinstance(cached, segmented.SegmentedLayer):
             return segmented.attention(q, k, v, cached)
         if cached is not None:
@@ -154,7 +158,7 @@ class Transformer(nn.Module):
         std = TIED_STD * cfg.width**-0.5 if cfg.tied else EMBED_STD
         embed = self.param("embed", nn.initializers.normal(std), (cfg.vocab, cfg.width))
         with jax.named_scope("embed"):
-            x = lookup(embed, tokens)
+            x = sharding.rows(lookup(embed, tokens))
         x, cache = Blocks(cfg, name="blocks")(x, layers.rope_tables(cfg, positions), segments, cache)
         x = backward.rms_norm(x, self.param("norm", nn.initializers.ones, (cfg.width,)), cfg.eps, dtype)
         if not cfg.tied:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from engine import sharding
 from engine.model.config import ModelConfig
 from engine.model.paths import merge
 from engine.model.transformer import Params
@@ -76,7 +77,7 @@ def loss_and_gradient(
     differentiate = jax.value_and_grad(jax.checkpoint(share) if cfg.remat == "full" else share)
     if microbatches == 1:
         return differentiate(trainable, batch)
-    parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
+    parts = jax.tree.map(lambda x: sharding.stack_rows(x, microbatches), batch)
 
     def add(sums: Any, part: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, differentiate(trainable, part)), None
@@ -110,5 +111,6 @@ def train_step(
         trainable, opt_state = jax.tree.map(
             lambda new, old: jnp.where(sound, new, old), (trainable, opt_state), (state.trainable, state.opt_state)
         )
+        trainable, opt_state = sharding.pin((trainable, opt_state))
     refused = (~sound).astype(jnp.int32)
     return TrainState(state.step + 1, trainable, opt_state), StepMetrics(loss, objective.count(batch), grad_norm, refused)

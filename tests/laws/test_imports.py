@@ -13,6 +13,7 @@ from source_tree import PACKAGES, SOURCES, Trees, imported, imports, package_of,
 ENGINE = """
 errors format
 files allocator model.config model.paths
+sharding
 device model.layers model.fused_attention model.cache.contiguous by_hand
 model.ops model.weights.int8
 model.attention model.backward model.weights.lora model.cache.segmented

@@ -1,0 +1,322 @@
+"""Lays weights, moments and batches out over a mesh of devices; no other file names an axis of it.
+
+    mesh = make_mesh(parse_mesh("data=2,fsdp=4"))
+    with jax.set_mesh(mesh):
+        state = init_sharded(cfg, begin)             # begin() -> TrainState; each device makes its own part
+        batch = global_batch(batches.at(step))       # of each process's own rows
+        state, metrics = train_step(cfg, tx, state, {}, batch, progress)      # XLA adds the collectives
+
+`data` repeats the weights, `fsdp` cuts them and gathers each one where it is used (Rajbhandari et al. 2020, 1910.02054),
+`tensor` cuts the products (Shoeybi et al. 2019, 1909.08053). Without a mesh every function here returns what it was given,
+so one device runs the program that it would run without this file.
+
+On a `tensor` axis of t devices, the columns of a matrix with several parts (q, k, v; gate, up) lie in t groups: each holds
+its t-th of every part, and a device computes whole heads. That is in memory only; files hold the parts one after another.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from engine.errors import UserError, did_you_mean
+from engine.model.config import ModelConfig
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # the axes that share the rows of a batch
+RULES = (  # a parameter's path -> the axes that cut its own; the first match wins
+    (r"embed", P(None, ("fsdp", "tensor"))),
+    (r"head", P(("fsdp", "tensor"), None)),
+    (r"blocks/\d+/(qkv|gate_up)", P("fsdp", "tensor")),
+    (r"blocks/\d+/(out|down)", P("tensor", "fsdp")),
+    (r"(blocks/\d+/)?\w*(norm|bias)", P()),
+)
+# A parameter inside any tree, such as an optimizer's state, and one array of it: of an Int8 or of a LoRA pair.
+_LEAF = re.compile(r"(?:.*?/)??(?P<path>(?:blocks/\d+/)?\w+?)(?P<base>/base)*(?:/(?P<part>values|scale|a|b))?")
+
+
+class MeshShape(NamedTuple):
+    """The number of devices along each axis."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self)
+
+    @property
+    def row_shards(self) -> int:
+        """The devices that share the rows of a batch."""
+        return self.data * self.fsdp
+
+    def __str__(self) -> str:
+        return ",".join(f"{name}={size}" for name, size in zip(AXES, self) if size > 1) or "data=1"
+
+
+def parse_mesh(text: str) -> MeshShape:
+    """Reads `data=2,fsdp=4`; an axis that is not named is 1. Raises UserError."""
+    sizes: dict[str, int] = {}
+    for item in text.split(","):
+        name, _, size = item.strip().partition("=")
+        if name not in AXES:
+            raise UserError(f"A mesh has the axes {', '.join(AXES)}, not {name!r}.{did_you_mean(name, AXES)}")
+        if not size.isdecimal() or int(size) < 1 or name in sizes:
+            raise UserError(f"A mesh gives each axis one number of devices, such as data=2,fsdp=4; {item.strip()!r} does not.")
+        sizes[name] = int(size)
+    return MeshShape(**sizes)
+
+
+def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
+    """Arranges the devices, by default all of JAX's. Raises UserError when they are not as many as the shape has."""
+    devices = jax.devices() if devices is None else devices
+    if shape.devices != len(devices):
+        raise UserError(
+            f"The mesh {shape} is {shape.devices} devices and there are {len(devices)}: the product of {', '.join(AXES)} must "
+            f"be {len(devices)}, for example fsdp={len(devices)}."
+        )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def check_mesh(shape: MeshShape, cfg: ModelConfig, batch: int, microbatches: int = 1) -> None:
+    """Raises UserError when an axis does not divide what it cuts, naming the sizes that would fit."""
+    rows = batch // microbatches
+    whole = f"batch of {batch}" if microbatches == 1 else f"microbatch of {rows} (a batch of {batch} in {microbatches} parts)"
+    for axes, size, what in (
+        (ROWS, rows, f"rows of a {whole}"),
+        (("tensor",), cfg.kv_heads, "key heads"),
+        (("tensor",), cfg.ff, "columns of the MLP"),
+        (("fsdp", "tensor"), cfg.width, "numbers of the model's width"),
+    ):
+        count = math.prod(getattr(shape, axis) for axis in axes)
+        if size % count:
+            names = " x ".join(f"{axis}={getattr(shape, axis)}" for axis in axes)
+            fitting = [n for n in range(1, size + 1) if size % n == 0]
+            near = sorted({max(n for n in fitting if n < count), *[n for n in fitting if n > count][:1]})
+            raise UserError(
+                f"{names} of the mesh {shape} does not divide the {size} {what}: "
+                f"{' times '.join(axes)} may be {' or '.join(map(str, near))}."
+            )
+
+
+def leaf_spec(path: str, shape: tuple[int, ...], sizes: Any) -> P:
+    """Returns the axes that cut a leaf of a tree, by the rule of the parameter that its path ends in.
+
+    `sizes`: axis -> devices. An axis that does not divide the leaf does not cut it (`check_mesh` refuses matrices like
+    that). Numbers that belong to no parameter are whole everywhere. Raises ValueError for a matrix without a rule.
+    """
+    match = _LEAF.fullmatch(path)
+    spec = next((spec for pattern, spec in RULES if match and re.fullmatch(pattern, match["path"])), None)
+    if spec is None:
+        if len(shape) > 1:
+            raise ValueError(f"No rule says where {path!r} {shape} lies on a mesh.")
+        return P()
+    part = match["part"] if match else None
+    if part == "a":  # thin: its long axis over all devices that cut the matrix
+        spec = P(("tensor", "fsdp"), None)
+    elif part == "b":
+        spec = P(None, ("tensor", "fsdp"))
+    elif len(shape) < 2:
+        spec = P()
+    return P(*(names if names and size % _product(names, sizes) == 0 else None for names, size in zip(spec, shape)))
+
+
+def _product(names: str | tuple[str, ...], sizes: Any) -> int:
+    return math.prod(sizes[name] for name in ((names,) if isinstance(names, str) else names))
+
+
+def _map_specs(f: Callable[[P, Any], Any], tree: Any, sizes: Any) -> Any:
+    def at(keys: Any, leaf: Any) -> Any:
+        return f(leaf_spec(jax.tree_util.keystr(keys, simple=True, separator="/"), leaf.shape, sizes), leaf)
+
+    return jax.tree_util.tree_map_with_path(at, tree)
+
+
+# Outside a program: on the mesh of `jax.set_mesh`.
+
+
+def _mesh() -> Mesh | None:
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else mesh
+
+
+def shardings(tree: Any) -> Any:
+    """Returns a tree like `tree` (of arrays or shapes) of NamedShardings, or None without a mesh.
+
+    A moment lies as its parameter does, for optax keeps it in a tree with the parameter's own path.
+    """
+    mesh = _mesh()
+    return mesh and _map_specs(lambda spec, _: NamedSharding(mesh, spec), tree, mesh.shape)
+
+
+def describe(begin: Callable[[], Any]) -> Any:
+    """Returns the shapes, with shardings, of what `begin` makes: to lower a step for, or to load a checkpoint into."""
+    shapes = jax.eval_shape(begin)
+    if (wanted := shardings(shapes)) is None:
+        return shapes
+    return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, wanted)
+
+
+def init_sharded(cfg: ModelConfig, begin: Callable[[], Any]) -> Any:
+    """Returns `begin()`, computed by all devices, each its own part: random numbers are those of one device."""
+    make = lambda: group_columns(cfg, begin())
+    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make)))()
+
+
+def local_rows(rows: int) -> tuple[int, int]:
+    """Returns (processes, process): of how many shares of a batch of `rows` this process reads which one.
+
+    Along `data` and `fsdp` processes share the rows, along `tensor` all read the same. Raises UserError when the rows of
+    this process do not lie side by side.
+    """
+    mesh = _mesh()
+    if mesh is None:
+        return 1, 0
+    index = NamedSharding(mesh, P(ROWS)).devices_indices_map((rows,))
+    mine = sorted({index[device][0].indices(rows)[:2] for device in mesh.local_devices})
+    count = sum(stop - start for start, stop in mine)
+    if mine[-1][1] - mine[0][0] != count or mine[0][0] % count:
+        raise UserError("The rows of this process do not lie side by side: let tensor divide the devices of each process.")
+    return rows // count, mine[0][0] // count
+
+
+def global_batch(batch: Any) -> Any:
+    """Returns a batch over all devices, from this process's own rows of it (NumPy)."""
+    mesh = _mesh()
+    if mesh is None:
+        return batch
+    where, processes = NamedSharding(mesh, P(ROWS)), local_rows(mesh.shape["data"] * mesh.shape["fsdp"])[0]
+    place = lambda x: jax.make_array_from_process_local_data(where, np.asarray(x), (x.shape[0] * processes, *x.shape[1:]))
+    return jax.tree.map(place, batch)
+
+
+# Inside a program: on the mesh it is traced for.
+
+
+def _size(*axes: str) -> int:
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes.get(axis, 1) for axis in axes)
+
+
+def row_shards() -> int:
+    """Returns the number of devices that share the rows of a batch: 1 without a mesh."""
+    return _size(*ROWS)
+
+
+def column_shards() -> int:
+    """Returns the size of the `tensor` axis: 1 without a mesh."""
+    return _size("tensor")
+
+
+def _pin(x: Array, *axes: Any) -> Array:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    fits = (names if names and size % _product(names, mesh.shape) == 0 else None for names, size in zip(axes, x.shape))
+    return jax.lax.with_sharding_constraint(x, P(*fits))
+
+
+def rows(x: Array) -> Array:
+    """Pins x (B, ...): its rows over the devices, all else whole.
+
+    Without it XLA would let a weight's own cut spread into the activations, and add those up at every product: 35 times
+    the traffic.
+    """
+    return _pin(x, ROWS)
+
+
+def columns(x: Array) -> Array:
+    """Pins x (B, ..., F): its rows over the devices, its last axis over `tensor`."""
+    return _pin(x, ROWS, *(None,) * (x.ndim - 2), "tensor")
+
+
+def pin(tree: Any) -> Any:
+    """Pins parameters, gradients or a whole state where the rules say."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tree if mesh.empty else _map_specs(lambda spec, x: jax.lax.with_sharding_constraint(x, spec), tree, mesh.shape)
+
+
+def split_columns(x: Array, widths: Sequence[int], axis: int = -1) -> list[Array]:
+    """Splits an axis into parts of these widths, which lie in groups on a `tensor` axis."""
+    return _split(x, widths, axis, column_shards())
+
+
+def join_columns(parts: Sequence[Array], axis: int = -1) -> Array:
+    """Joins parts along an axis, in groups on a `tensor` axis: the inverse of `split_columns`."""
+    return _join(parts, axis, column_shards())
+
+
+def group_heads(x: Array, first: int) -> Array:
+    """x (heads, ...), of which `first` are of one kind -> the same in groups, as `join_columns` orders them."""
+    return x if column_shards() == 1 else join_columns([x[:first], x[first:]], axis=0)
+
+
+def stack_rows(x: Array, parts: int) -> Array:
+    """x (B, ...) -> (parts, B / parts, ...), each of rows from every device."""
+    if row_shards() == 1:
+        return x.reshape(parts, -1, *x.shape[1:])
+    grouped = x.reshape(row_shards(), parts, -1, *x.shape[1:]).swapaxes(0, 1)
+    return grouped.reshape(parts, -1, *x.shape[1:])
+
+
+def split_rows(x: Array, parts: int) -> list[Array]:
+    """Splits x (B, ...) into equal parts, each of rows from every device."""
+    return _split(x, [x.shape[0] // parts] * parts, 0, row_shards())
+
+
+def join_rows(parts: Sequence[Array]) -> Array:
+    """Joins parts (B, ...) to rows of which every device holds its own: the inverse of `split_rows`."""
+    return _join(parts, 0, row_shards())
+
+
+def _split(x: Array, widths: Sequence[int], axis: int, groups: int) -> list[Array]:
+    axis %= x.ndim
+    if groups == 1:
+        return jnp.split(x, np.cumsum(widths)[:-1].tolist(), axis=axis)
+    grouped = x.reshape(*x.shape[:axis], groups, -1, *x.shape[axis + 1 :])
+    parts = jnp.split(grouped, (np.cumsum(widths)[:-1] // groups).tolist(), axis=axis + 1)
+    return [part.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :]) for part in parts]
+
+
+def _join(parts: Sequence[Array], axis: int, groups: int) -> Array:
+    axis %= parts[0].ndim
+    if groups == 1:
+        return jnp.concatenate(parts, axis=axis)
+    before, after = parts[0].shape[:axis], parts[0].shape[axis + 1 :]
+    return jnp.concatenate([x.reshape(*before, groups, -1, *after) for x in parts], axis=axis + 1).reshape(*before, -1, *after)
+
+
+def group_columns(cfg: ModelConfig, tree: Any) -> Any:
+    """Returns a tree of parameters as files hold them with the columns of every matrix where the `tensor` axis wants them."""
+    shards = column_shards()
+    return (
+        tree
+        if shards == 1
+        else _regroup(cfg, tree, lambda x, widths: _join(jnp.split(x, np.cumsum(widths)[:-1], -1), -1, shards))
+    )
+
+
+def ungroup_columns(cfg: ModelConfig, tree: Any) -> Any:
+    """The inverse of `group_columns`: parameters as files hold them."""
+    shards = column_shards()
+    return tree if shards == 1 else _regroup(cfg, tree, lambda x, widths: jnp.concatenate(_split(x, widths, -1, shards), -1))
+
+
+def _regroup(cfg: ModelConfig, tree: Any, f: Callable[[Any, list[int]], Any]) -> Any:
+    def at(keys: Any, leaf: Any) -> Any:
+        match = _LEAF.fullmatch(jax.tree_util.keystr(keys, simple=True, separator="/"))
+        name = match["path"].split("/")[-1].removesuffix("_bias") if match else ""
+        parts = cfg.parts.get(name, {})
+        if len(parts) < 2 or (match and match["part"] == "a"):
+            return leaf
+        return f(leaf, [stop - start for start, stop in parts.values()])
+
+    return jax.tree_util.tree_map_with_path(at, tree)
