@@ -6,7 +6,7 @@ from typing import Annotated
 
 from engine.errors import UserError
 from stages.cli.flags import COUNT, default, integer, interval, number, one_of, parser, path, positive, with_help
-from stages.runs.flags import FolderFlags, LengthFlags, ModelRunFlags, TrainableFlags
+from stages.runs.flags import FolderFlags, LengthFlags, ModelRunFlags, SkipBatchesFlag, TrainableFlags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +23,7 @@ class ExampleFlags:
     """A chat template (Jinja) to use in place of the model's."""
     pack: Annotated[bool, default("on")] = True
     """Several short examples a row; they do not see one another."""
+    skip_batches: SkipBatchesFlag = None
 
 
 @dataclasses.dataclass(frozen=True)

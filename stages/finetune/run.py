@@ -41,10 +41,12 @@ QUICK_EXAMPLES = 64  # of a quick evaluation
 def run(flags: FinetuneFlags, device: Device) -> int:
     """Fine-tunes, or resumes; returns 0, or 128 + the signal that stopped it."""
     seconds = flags.length.max_time or (None if flags.length.steps else SECONDS)
-    intervals = dataclasses.asdict(flags.folder)
-    folder = intervals.pop("out_dir") or default_folder(model_name(flags.model), flags.examples.data)
+    intervals, examples = dataclasses.asdict(flags.folder), flags.examples
+    folder = intervals.pop("out_dir") or default_folder(model_name(flags.model), examples.data)
     evaluate = flags.tuning.eval_every or run_fraction(5, flags.length.steps, seconds)
-    options = RunOptions("finetune", device, folder, flags.dry_run, **intervals, eval_every=evaluate)
+    options = RunOptions(
+        "finetune", device, folder, flags.dry_run, **intervals, eval_every=evaluate, skip_batches=examples.skip_batches
+    )
     return execute(options, lambda console: FineTuning(flags, seconds, options, console))
 
 
@@ -99,6 +101,10 @@ class FineTuning(ModelStage):
         self.facts = {
             "learns": trainable.describe(),
             "objective": tuning.objective,
+            "beta": tuning.beta,
+            "pack": None if is_preference else examples.pack,
+            "general": examples.general,
+            "template": self.chat.template_name,
             "text": {"data": examples.data, "validation": examples.validation, "digest": self.dataset.digest},
         }
         self.peak_flops = find_ceilings(console).peak_flops(self.plan.cfg.dtype)
@@ -142,7 +148,7 @@ class FineTuning(ModelStage):
         analysis = compiled.memory_analysis()
         return TrainingSteps(
             lambda state, batch, progress: compiled(state, frozen, batch, progress), batches, self._evaluator(QUICK_EXAMPLES),
-            plan, loop_state.step, self.peak_flops, advice="--learning-rate, or warm up longer with --warmup",
+            plan, loop_state, self.peak_flops, advice="--learning-rate, or warm up longer with --warmup",
             buffer_bytes=analysis.temp_size_in_bytes if analysis else 0,
         )  # fmt: skip
 

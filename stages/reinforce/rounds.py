@@ -106,7 +106,8 @@ class Rounds:
         self.rounds.append(Round(rollout, training, before, self.digest, differs, scores.bits, norm, kl))
         self.exhausted = len(self.rounds) >= ALIKE_ROUNDS and not any(last.differs for last in self.rounds[-ALIKE_ROUNDS:])
         reward = rollout.mean_reward
-        loop_state.best = reward if loop_state.best is None else max(loop_state.best, reward)
+        if loop_state.best is None or reward > loop_state.best:
+            loop_state.best, loop_state.best_step = reward, loop_state.step + 1
         return state, refused
 
     def metrics(self, loop_state: LoopState, step_seconds: float) -> dict[str, float]:

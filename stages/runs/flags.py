@@ -7,7 +7,13 @@ from typing import Annotated, Literal
 
 from engine.errors import UserError
 from engine.model.config import LoraConfig
+from engine.text.skipped_batches import Ranges, parse_ranges
 from stages.cli.flags import COUNT, DeviceFlag, VerboseFlag, default, integer, interval, number, one_of, parser, path, seconds
+
+SkipBatchesFlag = Annotated[
+    Ranges | None, parser(parse_ranges, "A..B"),
+    default("none, or those that the run recorded", "Batches not to train on, such as 120..129 or 3..3,120..129."),
+]  # fmt: skip
 
 TARGETS = "q, k, v, out, gate, up, down, or all"
 

@@ -95,5 +95,8 @@ class MetricsLog:
     def add(self, **fields: Any) -> None:
         """Adds a line, with null for numbers that are not finite."""
         clean = {name: value if math.isfinite(value) else None for name, value in fields.items()}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(clean) + "\n")
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(clean) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error  # a full disk does not name the file

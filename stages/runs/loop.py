@@ -15,8 +15,10 @@ from engine.device import Device
 from engine.errors import UserError
 from engine.format import clock_time, format_bytes, quantity
 from engine.storage import checkpoint
+from engine.text.skipped_batches import Ranges, batch_of_step, format_ranges, join_ranges
 from engine.training.step import TrainState
 from stages.cli import signals
+from stages.cli.command import explain_error, resume_command
 from stages.cli.console import Console
 from stages.cli.process import process_start
 from stages.runs.estimate import RunPlan, run_fraction
@@ -30,13 +32,42 @@ LINE_INTERVAL = 5.0  # seconds between lines that stay on a terminal
 
 @dataclasses.dataclass
 class LoopState:
-    """The progress of a run, beside weights and optimizer: saved in a checkpoint's state.json."""
+    """The progress of a run, beside weights and optimizer: saved in a checkpoint's state.json.
+
+    When to evaluate, save, log and stop follows from this alone, so that a restart changes none of it. A field that an
+    older checkpoint lacks has its default.
+    """
 
     step: int = 0
     seconds: float = 0.0  # of training: without compiling, evaluating and saving
     refused: int = 0  # updates that were not finite
+    refused_in_a_row: int = 0
+    refused_batch: int | None = None  # of the last one
+    skipped: Ranges = ()  # batches that are left out
+    validation: float | None = None  # the last quick one
     best: float | None = None  # the lowest quick validation, or the highest mean reward
+    best_step: int | None = None
+    evaluation_seconds: float = 0.0  # of the longest quick validation
     first_step_seconds: float | None = None  # from the start of the process
+    intervals: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)  # name -> step and seconds it began at
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> "LoopState":
+        """Returns the state of a checkpoint's state.json. Raises KeyError, TypeError or ValueError for a damaged one."""
+        known = {field.name: record[field.name] for field in dataclasses.fields(cls) if field.name in record}
+        state = cls(**known | {"step": int(record["step"]), "seconds": float(record["seconds"])})
+        state.skipped = tuple((first, last) for first, last in state.skipped)
+        state.intervals = {name: (step, seconds) for name, (step, seconds) in state.intervals.items()}
+        return state
+
+    def is_due(self, name: str, length: int | float) -> bool:
+        """Whether the named interval of `length` steps (int) or seconds of training (float) is over."""
+        step, seconds = self.intervals[name]
+        return (self.step - step if isinstance(length, int) else self.seconds - seconds) >= length
+
+    def begin(self, name: str) -> None:
+        """Begins the named interval here."""
+        self.intervals = self.intervals | {name: (self.step, self.seconds)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +75,7 @@ class RunOptions:
     """Where and how a run is carried out. `stage`: the command's name; `keep`: checkpoints to keep.
 
     Intervals are steps (int) or seconds (float). `eval_every` None: a tenth of the run, or more where evaluating takes longer
-    than EVALUATION_SHARE of the time.
+    than EVALUATION_SHARE of the time. `skip_batches`: those to leave out, in place of the ones that the run recorded.
     """
 
     stage: str
@@ -56,21 +87,7 @@ class RunOptions:
     keep: int
     log_every: int = 1
     eval_every: int | float | None = None
-
-
-class Interval:
-    """An interval of `length` steps (int) or seconds of training (float)."""
-
-    def __init__(self, length: int | float, state: LoopState) -> None:
-        self.length = length
-        self.step, self.seconds = state.step, state.seconds
-
-    def is_due(self, state: LoopState) -> bool:
-        """Whether the interval is over; if so, the next one begins."""
-        past = state.step - self.step if isinstance(self.length, int) else state.seconds - self.seconds
-        if past >= self.length:
-            self.step, self.seconds = state.step, state.seconds
-        return past >= self.length
+    skip_batches: Ranges | None = None
 
 
 class StepTimer:
@@ -151,45 +168,42 @@ class Loop:
         self.plan, self.options, self.record, self.to_saved = plan, options, record, to_saved
         self.loop_state, self.console = loop_state, console
         self.timer, self.log = StepTimer(), MetricsLog(options.folder, loop_state.step)
-        self.evaluation, self.refused_in_a_row = "val -", 0
+        self.has_evaluated = False
+        self.logged_step = loop_state.step
+        self.saved_step = max(checkpoint.steps(options.folder), default=None)
+        for name in ("line", "log", "evaluate", "save"):  # an older checkpoint's begin with the resumed run
+            loop_state.intervals.setdefault(name, (loop_state.step, loop_state.seconds))
+        self.sound, self.refused_whole = loop_state, False  # before the refused steps that no other follows
 
     def run(self, steps: Steps, state: TrainState) -> tuple[TrainState, int | None]:
         """Returns the last state, which is saved, and the number of the signal that ended the loop, if any.
 
-        Raises UserError after too many refused updates in a row; the last checkpoint then stays as it is.
+        Raises UserError after too many refused updates in a row, or when metrics.jsonl cannot be written, both times with
+        the run saved.
         """
-        loop_state, plan, options = self.loop_state, self.plan, self.options
-        save, log, stay = (Interval(length, loop_state) for length in (options.save_every, options.log_every, LINE_INTERVAL))
-        evaluate = Interval(options.eval_every or run_fraction(10, plan.steps, plan.seconds), loop_state)
+        loop_state, plan = self.loop_state, self.plan
         done = lambda: steps.exhausted or plan.progress(loop_state.step, loop_state.seconds) >= 1
         answer = f"Finishing this {plan.noun}, then saving (once more: stop at once)."
         with signals.defer_signals(answer, self.console.print) as signal_state:
+            self._evaluate_and_save(steps, state, signal_state, done())  # what a signal prevented
             begin = time.perf_counter()
-            try:
-                while not done() and not signal_state.received:
-                    state, refused = steps.run(state, loop_state)
-                    end = time.perf_counter()
-                    self._count(steps, refused, end - begin)
-                    begin = end
-                    important = steps.lines_stay and (stay.is_due(loop_state) or self.timer.count == 1 or done())
-                    self.console.show_live(lambda: self._live_line(steps), important)
-                    if log.is_due(loop_state):
-                        self._log(steps.metrics(loop_state, self.timer.mean()))
-                    evaluates = steps.evaluator and evaluate.is_due(loop_state) and not done()
-                    saves = save.is_due(loop_state)
-                    if evaluates or saves:
-                        with _without_free_memory(steps.buffer_bytes):
-                            if evaluates:
-                                self._evaluate(steps, state, evaluate, signal_state)
-                            if saves:
-                                self.save(state)
+            while not done() and not signal_state.received:
+                if not self.refused_whole:
+                    self.sound = dataclasses.replace(loop_state)
+                state, refused = steps.run(state, loop_state)
+                end = time.perf_counter()
+                self._count(refused, end - begin)
+                begin = end
+                with self._saving_before_errors(state):
+                    self._report(steps, refused, done())
+                    if loop_state.refused_in_a_row >= REFUSED_IN_A_ROW:
+                        self._stop_after_refusals(steps, state)
+                    if self._evaluate_and_save(steps, state, signal_state, done()):
                         begin = time.perf_counter()
-            except BrokenPipeError:
-                self.save(state)  # nobody reads on, but nothing is lost
-                raise
-            if log.step != loop_state.step:
-                self._log(steps.metrics(loop_state, self.timer.mean()))
-            if save.step != loop_state.step:
+            if self.logged_step != loop_state.step:
+                with self._saving_before_errors(state):
+                    self._log_step(steps)
+            if self.saved_step != loop_state.step:
                 self.save(state)
             return state, signal_state.received
 
@@ -197,9 +211,26 @@ class Loop:
         record = dataclasses.asdict(self.loop_state) | self.record
         params, step = self.to_saved(state.trainable), self.loop_state.step
         checkpoint.save(self.options.folder, step, params, state.opt_state, record, keep=self.options.keep)
+        self.saved_step = step
 
-    def _count(self, steps: Steps, refused: list[bool], seconds: float) -> None:
+    @contextlib.contextmanager
+    def _saving_before_errors(self, state: TrainState) -> Iterator[None]:
+        """Saves when metrics.jsonl cannot be written, or nobody reads on, before that ends the run."""
+        try:
+            yield
+        except OSError as error:
+            at = f"{self.plan.noun} {self.loop_state.step:,}"
+            try:
+                self.save(state)
+            except UserError as failure:
+                raise UserError(f"{explain_error(error)} {at} could not be saved either: {failure}") from error
+            if isinstance(error, BrokenPipeError):
+                raise
+            raise UserError(f"{explain_error(error)} The run was saved at {at} before it ended.") from error
+
+    def _count(self, refused: list[bool], seconds: float) -> None:
         loop_state = self.loop_state
+        batch = batch_of_step(loop_state.step, loop_state.skipped)
         loop_state.step += 1
         loop_state.seconds += seconds
         self.timer.add(seconds)
@@ -207,14 +238,40 @@ class Loop:
             loop_state.first_step_seconds = time.perf_counter() - process_start()
         for update_refused in refused:
             loop_state.refused += update_refused
-            self.refused_in_a_row = self.refused_in_a_row + 1 if update_refused else 0
-            if self.refused_in_a_row >= REFUSED_IN_A_ROW:
-                saved = checkpoint.steps(self.options.folder)
-                safe = f"the checkpoint of {self.plan.noun} {saved[-1]} is as it was" if saved else "nothing had been saved yet"
-                raise UserError(
-                    f"{REFUSED_IN_A_ROW} steps in a row had a loss or gradient that is not a number; {safe}. "
-                    f"Lower {steps.advice}."
-                )
+            loop_state.refused_in_a_row = loop_state.refused_in_a_row + 1 if update_refused else 0
+        if any(refused):
+            loop_state.refused_batch = batch
+        self.refused_whole = bool(refused) and all(refused)
+
+    def _report(self, steps: Steps, refused: list[bool], done: bool) -> None:
+        """Shows the live line and writes metrics.jsonl, where due; a refused step always, with its batch."""
+        loop_state = self.loop_state
+        important = steps.lines_stay and (loop_state.is_due("line", LINE_INTERVAL) or self.timer.count == 1 or done)
+        if important:
+            loop_state.begin("line")
+        self.console.show_live(lambda: self._live_line(steps), important)
+        if any(refused):
+            self._log({"refused_batch": loop_state.refused_batch})
+        if loop_state.is_due("log", self.options.log_every):
+            loop_state.begin("log")
+            self._log_step(steps)
+
+    def _stop_after_refusals(self, steps: Steps, state: TrainState) -> None:
+        """Raises UserError, with the run saved before the refused steps, which changed no weight, and will be run again."""
+        sound, last, noun = self.sound, batch_of_step(self.loop_state.step - 1, self.loop_state.skipped), self.plan.noun
+        first = batch_of_step(sound.step - sound.refused_in_a_row, sound.skipped)
+        self.loop_state = sound
+        if self.saved_step is None or self.saved_step < sound.step:
+            self.save(state)
+        skip = ""
+        if noun == "step":
+            skipped = format_ranges(join_ranges([*sound.skipped, (first, last)]))
+            skip = f"To go on without those batches: {resume_command(self.options.stage, skip_batches=skipped)}\nOr lower "
+        raise UserError(
+            f"{REFUSED_IN_A_ROW} steps in a row had a loss or gradient that is not a number, in batches {first} to {last} of "
+            f"the data, and changed no weight; the run is saved at {noun} {self.saved_step:,} in {self.options.folder}. "
+            f"{skip or 'Lower '}{steps.advice}."
+        )
 
     def _live_line(self, steps: Steps) -> list[str]:
         plan, now, step_seconds = self.plan, self.loop_state, self.timer.mean()
@@ -222,31 +279,66 @@ class Loop:
         return [
             f"{plan.noun} {now.step:,}" + (f"/{plan.steps:,}" if plan.steps else ""),
             *steps.fields(now, step_seconds),
-            *([self.evaluation] if steps.evaluator else []),
+            *([self._validation(steps.evaluator)] if steps.evaluator else []),
             format_bytes(peak_rss_bytes()),
             f"{clock_time(now.seconds)} done, {clock_time(left)} left",
-            *([f"{quantity(now.refused, 'step')} refused"] if now.refused else []),
+            *([f"{quantity(now.refused, 'step')} refused, last batch {now.refused_batch}"] if now.refused else []),
         ]
 
-    def _log(self, metrics: dict[str, float]) -> None:
+    def _validation(self, evaluator: Evaluator) -> str:
+        value = self.loop_state.validation
+        return "val -" if value is None else f"val {value:.3f} {evaluator.unit}"
+
+    def _log_step(self, steps: Steps) -> None:
+        self.logged_step = self.loop_state.step
+        self._log(steps.metrics(self.loop_state, self.timer.mean()))
+
+    def _log(self, metrics: dict[str, Any]) -> None:
         self.log.add(step=self.loop_state.step, seconds=self.loop_state.seconds, **metrics)
 
-    def _evaluate(self, steps: Steps, state: TrainState, interval: Interval, signal_state: signals.SignalState) -> None:
-        """Evaluates quickly, and lengthens the interval to the next evaluation when this one took too long."""
+    def _evaluate_and_save(self, steps: Steps, state: TrainState, signal_state: signals.SignalState, done: bool) -> bool:
+        """Evaluates and saves, where due. Returns whether it did either."""
+        loop_state = self.loop_state
+        evaluates = steps.evaluator and loop_state.is_due("evaluate", self._evaluation_interval()) and not done
+        # Refused steps leave nothing to save; before them lies where a stop that they bring about begins again.
+        saves = loop_state.is_due("save", self.options.save_every) and not loop_state.refused_in_a_row
+        saves = saves and self.saved_step != loop_state.step
+        if not (evaluates or saves):
+            return False
+        with _without_free_memory(steps.buffer_bytes):
+            if evaluates:
+                self._evaluate(steps, state, signal_state)
+            if saves:
+                loop_state.begin("save")
+                self.save(state)
+        return True
+
+    def _evaluation_interval(self) -> int | float:
+        """Returns the steps or seconds between evaluations: as asked for, or a run's tenth, but for EVALUATION_SHARE."""
+        loop_state, plan = self.loop_state, self.plan
+        if self.options.eval_every:
+            return self.options.eval_every
+        length, least = run_fraction(10, plan.steps, plan.seconds), loop_state.evaluation_seconds / EVALUATION_SHARE
+        if isinstance(length, int) and least:
+            least = math.ceil(least / max(loop_state.seconds / loop_state.step, 1e-9))
+        return max(length, least)
+
+    def _evaluate(self, steps: Steps, state: TrainState, signal_state: signals.SignalState) -> None:
+        """Evaluates quickly; a signal in between leaves it due."""
         begin, loop_state, evaluator = time.perf_counter(), self.loop_state, steps.evaluator
         assert evaluator is not None
         value = evaluator.evaluate(state.trainable, lambda: signal_state.received is not None)
         if value is None:
             return
-        first = self.evaluation == "val -"
-        self.evaluation = f"val {value:.3f} {evaluator.unit}"
-        loop_state.best = value if loop_state.best is None else min(loop_state.best, value)
+        loop_state.begin("evaluate")
+        loop_state.validation = value if math.isfinite(value) else None  # JSON has no other
+        if math.isfinite(value) and (loop_state.best is None or value < loop_state.best):
+            loop_state.best, loop_state.best_step = value, loop_state.step
+        if self.has_evaluated:  # the first one also compiled
+            loop_state.evaluation_seconds = max(loop_state.evaluation_seconds, time.perf_counter() - begin)
+        self.has_evaluated = True
         self._log({evaluator.key: value})
         self.console.show_live(lambda: self._live_line(steps), important=True)
-        if not (self.options.eval_every or first):  # else as often as asked for; the first one also compiled
-            least = (time.perf_counter() - begin) / EVALUATION_SHARE
-            least = math.ceil(least / self.timer.mean()) if isinstance(interval.length, int) else least
-            interval.length = max(interval.length, least)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """Finds the previous run in a folder, and restores its newest checkpoint."""
 
 import dataclasses
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,8 +55,8 @@ def find_previous_run(folder: Path, facts: dict[str, Any], cfg: ModelConfig, ove
             "begin anew there."
         )
     try:
-        loop_state = _loop_state(read_json(folder / "checkpoints" / str(steps[-1]) / "state.json")["state"])
-    except (UserError, KeyError, TypeError):
+        loop_state = LoopState.from_json(read_json(folder / "checkpoints" / str(steps[-1]) / "state.json")["state"])
+    except (KeyError, TypeError, ValueError):
         loop_state = LoopState()  # damaged: `restore` reports it, and finds the one before
     return PreviousRun(folder, record, loop_state)
 
@@ -63,9 +65,10 @@ def find_previous_run(folder: Path, facts: dict[str, Any], cfg: ModelConfig, ove
 MUST_MATCH = {
     "text": "text/digest", "tokenizer": "tokenizer/digest", "seed": "seed", "batch": "recipe/batch",
     "context": "recipe/context", "optimizer": "recipe/optimizer/kind", "base": "base/digest",
-    "choice of trainable parameters": "learns", "objective": "objective",
+    "choice of trainable parameters": "learns", "objective": "objective", "packing": "pack", "stage": "stage",
 }  # fmt: skip
-OPTIONAL = {"base/digest", "learns", "objective"}
+OPTIONAL = {"base/digest", "learns", "objective", "pack", "stage"}
+NOT_COMPARED = re.compile("(command|changes|result)(/.*)?")  # the flags in the command are compared one by one
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], old_cfg: ModelConfig, cfg: ModelConfig) -> list[str]:
@@ -84,32 +87,38 @@ def _differences(old: dict[str, Any], new: dict[str, Any], old_cfg: ModelConfig,
     return [f"{name} ({before} there, {after} now)" if before != after else name for name, before, after in pairs]
 
 
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Returns what differs and may: `changed: learning_rate: 0.003 -> 0.01`."""
-    there, now = leaf_paths(old), leaf_paths(new)
-    names = [name for name in now if name.startswith("recipe/") or name == "text/validation"]
-    differing = [name for name in names if there.get(name) != now[name]]
-    return [f"changed: {name.rpartition('/')[2]}: {there.get(name)} -> {now[name]}" for name in differing]
+def changed_fields(previous: PreviousRun, facts: dict[str, Any], cfg: ModelConfig) -> dict[str, tuple[Any, Any]]:
+    """Returns what a run may change and did, {path in run.json: (before, now)}; `config/...` is the architecture's.
+
+    What run.json did not tell in an earlier version is not known to have changed.
+    """
+    before, now = (
+        leaf_paths({**fields, "config": config.to_json()})
+        for fields, config in ((previous.record, read_config(previous.folder)), (json.loads(json.dumps(facts)), cfg))
+    )
+    same = lambda name: name not in before or NOT_COMPARED.fullmatch(name) or before[name] == now.get(name)
+    return {name: (before.get(name), now.get(name)) for name in before if not same(name)}
 
 
-def _loop_state(record: dict[str, Any]) -> LoopState:
-    return LoopState(**{field.name: record[field.name] for field in dataclasses.fields(LoopState)})
+def describe_changes(changes: dict[str, tuple[Any, Any]]) -> list[str]:
+    """Returns lines: `learning_rate: 0.003 -> 0.01`."""
+    return [f"{name.rpartition('/')[2]}: {before} -> {now}" for name, (before, now) in changes.items()]
 
 
 def restore(
-    previous: PreviousRun, facts: dict[str, Any], make_state: Callable[[], TrainState], split: TrainableSplit, console: Console
+    previous: PreviousRun, make_state: Callable[[], TrainState], split: TrainableSplit, console: Console
 ) -> tuple[TrainState, LoopState]:
-    """Returns the states of the newest intact checkpoint; prints what was damaged, and hyperparameters that changed.
+    """Returns the states of the newest intact checkpoint; prints what was damaged.
 
     `make_state` makes the state before the first step, of which only the shapes are used.
     """
     like = jax.eval_shape(make_state)
     with console.task("loading the checkpoint"):
         loaded = checkpoint.load(previous.folder, jax.eval_shape(split.to_saved, like.trainable), like.opt_state)
-    loop_state = _loop_state(loaded.state)
+    loop_state = LoopState.from_json(loaded.state)
     aside = checkpoint.rename_newer(previous.folder, loop_state.step) if loaded.damaged else []
     lines = [f"damaged: {line}" for line in loaded.damaged] + [f"set aside: {path}" for path in aside]
-    for line in lines + _changes(previous.record, facts):
+    for line in lines:
         console.print(line, style="yellow")
     instead = " (the newest intact one)" if loaded.damaged else ""
     console.print(f"resumed at step {loop_state.step:,}{instead}, {duration(loop_state.seconds)} into training")

@@ -13,6 +13,7 @@ from engine.counting.hardware import peak_rss_bytes
 from engine.files import write_json
 from engine.format import duration, format_bytes, quantity
 from engine.storage.run_folder import save_tokenizer
+from engine.text.skipped_batches import format_ranges, replace_unread
 from engine.text.tokenizer import Tokenizer
 from engine.training.step import TrainState
 from stages.cli import signals
@@ -21,7 +22,7 @@ from stages.cli.console import Console
 from stages.runs.estimate import RunPlan
 from stages.runs.folder import clear_run, holds_run, lock_run, nonfinite_as_text
 from stages.runs.loop import Loop, LoopState, RunOptions, Steps
-from stages.runs.previous_run import find_previous_run, restore
+from stages.runs.previous_run import PreviousRun, changed_fields, describe_changes, find_previous_run, restore
 from stages.runs.trainable import TrainableSplit
 
 
@@ -87,12 +88,10 @@ def execute(options: RunOptions, make_stage: Callable[[Console], Stage]) -> int:
 def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     stage.load_weights()
     folder, plan, resume = options.folder, stage.plan, resume_command(options.stage)
-    facts = nonfinite_as_text({
-        "command": resume, "stage": options.stage, "recipe": dataclasses.asdict(plan.recipe), "seed": plan.seed,
-        "steps": plan.steps, "max_seconds": plan.seconds, "device": str(options.device),
-        "versions": {"python": sys.version.split()[0], "jax": jax.__version__}, **stage.facts,
-    })  # fmt: skip
+    facts = run_facts(options, plan, stage.facts)
     previous = find_previous_run(folder, facts, plan.cfg, options.overwrite)
+    if previous and options.skip_batches is None:
+        facts["skipped_batches"] = format_ranges(previous.loop_state.skipped)
     _print_plan(options, stage, console)
     done = previous.loop_state if previous else LoopState()
     if previous and plan.progress(done.step, done.seconds) >= 1 and previous.has_result:
@@ -101,12 +100,17 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
             f"This run is finished: {quantity(done.step, plan.noun)} in {duration(done.seconds)}, {summary}. "
             f"To train it further give more --{plan.noun}s or --max-time; to begin anew, --overwrite."
         )
+        for line in describe_changes(changed_fields(previous, facts, plan.cfg)):
+            console.print(f"changed, which trains nothing: {line}", style="yellow")
         return 0
     if previous:
-        state, loop_state = restore(previous, facts, stage.initial_state, stage.split, console)
+        state, loop_state = restore(previous, stage.initial_state, stage.split, console)
+        facts["changes"] = previous.record.get("changes", []) + _record_changes(
+            previous, options, facts, plan, loop_state, console
+        )
     else:
         with console.task("initialising"):
-            state, loop_state = stage.initial_state(), LoopState()
+            state, loop_state = stage.initial_state(), LoopState(skipped=options.skip_batches or ())
         clear_run(folder)
     write_json(folder / "run.json", facts)  # first: a folder with other files and without it is taken for someone else's
     save_tokenizer(folder, stage.tokenizer, stage.stop_token_ids, stage.sampling)
@@ -136,7 +140,8 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     }  # fmt: skip
     write_json(folder / "run.json", facts | {"result": result})
     trained = f"{quantity(loop_state.step, plan.noun)} in {duration(loop_state.seconds)}"
-    trained += f"; {quantity(refused, 'step')} refused: not finite" if refused else ""
+    if refused:
+        trained += f"; {quantity(refused, 'step')} refused: not finite, the last in batch {loop_state.refused_batch}"
     for heading, text in report.texts:
         console.print(f"\n{heading}", style="bold")
         console.print(textwrap.indent(text.strip("\n"), "  | ", lambda line: True))
@@ -150,6 +155,33 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     for name in report.next_stages:
         console.print(f"  {command_line(name, '--model', folder, *more.get(name, ()))}")
     return 0
+
+
+def run_facts(options: RunOptions, plan: RunPlan, stage_facts: dict[str, Any]) -> dict[str, Any]:
+    """Returns the contents of run.json: all that decides what a run computes, to be compared when it is resumed."""
+    return nonfinite_as_text({
+        "command": resume_command(options.stage), "stage": options.stage, "recipe": dataclasses.asdict(plan.recipe),
+        "seed": plan.seed, "steps": plan.steps, "max_seconds": plan.seconds, "least_steps": plan.least_steps,
+        "frozen_type": plan.base, "skipped_batches": format_ranges(options.skip_batches or ()), "device": str(options.device),
+        "versions": {"python": sys.version.split()[0], "jax": jax.__version__}, **stage_facts,
+    })  # fmt: skip
+
+
+def _record_changes(
+    previous: PreviousRun, options: RunOptions, facts: dict[str, Any], plan: RunPlan, loop_state: LoopState, console: Console
+) -> list[dict[str, Any]]:
+    """Sets the batches that a resumed run skips; prints what changed, and returns it as an entry of run.json's `changes`."""
+    if options.skip_batches is not None:
+        loop_state.skipped, read = replace_unread(loop_state.skipped, options.skip_batches, loop_state.step)
+        if read:
+            console.print(
+                f"read before step {loop_state.step:,}, so not skipped: batches {format_ranges(read)}", style="yellow"
+            )
+    facts["skipped_batches"] = format_ranges(loop_state.skipped)
+    changes = changed_fields(previous, facts, plan.cfg)
+    for line in describe_changes(changes):
+        console.print(f"changed: {line}", style="yellow")
+    return [{"step": loop_state.step, "fields": changes}] if changes else []
 
 
 def _print_plan(options: RunOptions, stage: Stage, console: Console) -> None:

@@ -9,6 +9,7 @@ from jax.stages import Compiled
 
 from engine.allocator import fits_freed_memory, return_freed_memory
 from engine.model.config import ModelConfig
+from engine.text.skipped_batches import batch_of_step
 from engine.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from engine.training.step import NEXT_TOKEN, Objective, TrainState, train_step
 from stages.runs.estimate import RunPlan
@@ -37,7 +38,7 @@ def compile_step(
 
 
 class TrainingSteps:
-    """The Steps of training and fine-tuning: runs a program on one batch after another, from `step` on.
+    """The Steps of training and fine-tuning: runs a program on one batch after another, from the state's step on.
 
     `peak_flops`: this machine's, a second. `buffer_bytes`: the program's temporary buffer, where memory matters.
     """
@@ -45,23 +46,23 @@ class TrainingSteps:
     lines_stay, exhausted = False, False
 
     def __init__(
-        self, program: Program, batches: Batches, evaluator: Evaluator, plan: RunPlan, step: int, peak_flops: float,
-        advice: str, buffer_bytes: int = 0,
+        self, program: Program, batches: Batches, evaluator: Evaluator, plan: RunPlan, loop_state: LoopState,
+        peak_flops: float, advice: str, buffer_bytes: int = 0,
     ) -> None:  # fmt: skip
         self.program, self.batches, self.plan, self.buffer_bytes = program, batches, plan, buffer_bytes
         self.evaluator: Evaluator | None = evaluator
         self.peak_flops, self.advice = peak_flops, advice
         self.schedule = jax.jit(make_schedule(plan.recipe.optimizer))
-        self.batch = batches.at(step)
+        self.batch = self._batch(loop_state, loop_state.step)
         self.losses: list[float] = []
         self.loss = self.grad_norm = float("nan")
 
     def run(self, state: TrainState, loop_state: LoopState) -> tuple[TrainState, list[bool]]:
         step, progress = loop_state.step, np.float32(self.plan.progress(loop_state.step, loop_state.seconds))
         # Memory allocated during a step ends up above its buffer and fragments the heap: make the batch before it.
-        following = self.batches.at(step + 1) if self.buffer_bytes else None
+        following = self._batch(loop_state, step + 1) if self.buffer_bytes else None
         state, metrics = self.program(state, self.batch, progress)
-        self.batch = following or self.batches.at(step + 1)
+        self.batch = following or self._batch(loop_state, step + 1)
         # Wait before the next dispatch: two steps in flight would take twice the memory.
         metrics = jax.device_get(metrics)
         if self.buffer_bytes and not fits_freed_memory(self.buffer_bytes):
@@ -81,7 +82,7 @@ class TrainingSteps:
 
     def fields(self, loop_state: LoopState, step_seconds: float) -> list[str]:
         """Returns loss, learning-rate factor, gradient norm, tokens/s, MFU and epoch, in words."""
-        plan, epoch = self.plan, self.batches.epoch(loop_state.step)
+        plan, epoch = self.plan, self.batches.epoch(batch_of_step(loop_state.step, loop_state.skipped))
         return [
             f"loss {self.loss:.3f}",
             f"lr {self._factor(loop_state):.0%}",
@@ -90,6 +91,9 @@ class TrainingSteps:
             f"MFU {plan.step_flops / step_seconds / self.peak_flops:.0%}",
             f"epoch {epoch:.2f}" if epoch < 10 else f"epoch {epoch:,.0f}",
         ]
+
+    def _batch(self, loop_state: LoopState, step: int) -> Any:
+        return self.batches.at(batch_of_step(step, loop_state.skipped))
 
     def _factor(self, loop_state: LoopState) -> float:
         return float(self.schedule(np.float32(self.plan.progress(loop_state.step, loop_state.seconds))))

@@ -9,7 +9,7 @@ import tyro
 from engine.errors import UserError
 from engine.model.config import preset
 from stages.cli.flags import COUNT, default, integer, interval, number, one_of, parser, path, positive, with_help
-from stages.runs.flags import FolderFlags, LengthFlags, RunFlags
+from stages.runs.flags import FolderFlags, LengthFlags, RunFlags, SkipBatchesFlag
 
 RECIPE = default("the preset's recipe")
 
@@ -24,6 +24,7 @@ class TextFlags:
     """A text that is never trained on."""
     tokenizer: Annotated[str | None, parser(str, "KIND"), RECIPE] = None
     """`bpe:2048` (trained on the text), `bytes`, or a folder with a tokenizer.json."""
+    skip_batches: SkipBatchesFlag = None
 
 
 @dataclasses.dataclass(frozen=True)

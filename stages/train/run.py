@@ -39,7 +39,7 @@ def run(flags: TrainFlags, device: Device) -> int:
         device = dataclasses.replace(device, name=f"{device.name}, by NumPy {np.__version__}")
     intervals = dataclasses.asdict(flags.folder) | dataclasses.asdict(flags.monitoring)
     folder = intervals.pop("out_dir") or default_folder(flags.preset + "-by-hand" * flags.by_hand, flags.text.data)
-    options = RunOptions("train", device, folder, flags.dry_run, **intervals)
+    options = RunOptions("train", device, folder, flags.dry_run, **intervals, skip_batches=flags.text.skip_batches)
     return execute(options, lambda console: Training(flags, options, console))
 
 
@@ -144,7 +144,7 @@ class Training(Stage):
         program = trainer.make_program(state, self.batches.at(0), self.console)
         evaluator = quick_evaluator(cfg, data.validation, data.tokenizer, trainer.nats)
         top, advice = self.ceilings.peak_flops(cfg.dtype), trainer.advice
-        return TrainingSteps(program, self.batches, evaluator, self.plan, loop_state.step, top, advice)
+        return TrainingSteps(program, self.batches, evaluator, self.plan, loop_state, top, advice)
 
     def finish(self, state: TrainState, loop: Loop, before: Any) -> RunReport:
         """Measures, saves a sample, and returns the RunReport, which `execute` prints."""

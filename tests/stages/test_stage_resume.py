@@ -1,0 +1,238 @@
+"""What a restart must not change: rows of validation, the best, the batches that are skipped; and what it must not ignore."""
+
+import dataclasses
+import functools
+import io
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tyro
+from test_stage_train import interrupt_after, state_digest
+from tiny_runs import metrics, tiny
+
+from engine.device import Device
+from engine.errors import UserError
+from engine.model.config import LoraConfig, RopeScaling
+from engine.storage import checkpoint
+from engine.storage.model_loader import load_model
+from engine.storage.run_folder import read_json
+from engine.text.chat_tokenizer import ChatTokenizer
+from engine.text.windows import TextBatches
+from stages.cli.console import Console
+from stages.finetune.flags import FinetuneFlags
+from stages.finetune.run import FineTuning
+from stages.runs import loop, model_stage
+from stages.runs.loop import LoopState, RunOptions
+from stages.runs.previous_run import PreviousRun, _differences, changed_fields
+from stages.runs.run import run_facts
+from stages.train import __main__ as train
+from stages.train.flags import TrainFlags
+from stages.train.jax_trainer import JaxTrainer
+from stages.train.run import Training
+
+
+class Killed(BaseException):
+    """Ends a run as kill -9 does: nothing is saved on the way out."""
+
+
+def kill_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    count = loop.Loop._count
+
+    def counting(self: loop.Loop, *args: Any) -> None:
+        count(self, *args)
+        if self.loop_state.step == step:
+            raise Killed
+
+    monkeypatch.setattr(loop.Loop, "_count", counting)
+
+
+def loop_state(folder: Path) -> LoopState:
+    newest = checkpoint.steps(folder)[-1]
+    return LoopState.from_json(read_json(folder / "checkpoints" / str(newest) / "state.json")["state"])
+
+
+def validation_rows(folder: Path) -> list[tuple[int, float]]:
+    key = "quick_val_bits_per_byte"
+    return [(line["step"], line[key]) for line in metrics(folder) if key in line]
+
+
+def test_a_restart_changes_no_row_of_validation_and_no_best(text, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    often = ["--steps", 10, "--eval-every", 3, "--save-every", 4, "--keep", 9]
+    assert train.main(tiny(text, whole, *often)) == 0
+    with monkeypatch.context() as patch:
+        kill_after(patch, 5)
+        with pytest.raises(Killed):
+            train.main(tiny(text, parts, *often))
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 6, signal.SIGTERM)  # when it is about to evaluate
+        assert train.main(tiny(text, parts, *often)) == 143
+    assert train.main(tiny(text, parts, *often)) == 0
+    assert [step for step, _ in validation_rows(whole)] == [3, 6, 9]
+    assert validation_rows(parts) == validation_rows(whole)
+    assert (checkpoint.steps(whole), checkpoint.steps(parts)) == ([4, 8, 10], [4, 6, 8, 10])
+    same = ("best", "best_step", "validation", "refused", "skipped")
+    assert [getattr(loop_state(parts), name) for name in same] == [getattr(loop_state(whole), name) for name in same]
+    assert loop_state(parts).best_step in (3, 6, 9)
+
+
+def test_evaluations_stay_as_rare_as_they_were_found_to_cost():
+    state = LoopState(10, 2.0, evaluation_seconds=0.4, intervals={"evaluate": (0, 0.0)})
+    read = LoopState.from_json(json.loads(json.dumps(dataclasses.asdict(state))))
+    assert read == state
+    assert [read.is_due("evaluate", length) for length in (10, 11, 2.0, 2.1)] == [True, False, True, False]
+
+
+def test_a_checkpoint_from_before_has_the_defaults():
+    record = {"step": 3, "seconds": 1.5, "refused": 1, "best": 2.5, "first_step_seconds": 4.0, "seed": 0, "digests": {}}
+    assert LoopState.from_json(record) == LoopState(3, 1.5, 1, best=2.5, first_step_seconds=4.0)
+    with pytest.raises(KeyError):
+        LoopState.from_json({"seconds": 1.5})
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, batches: range) -> None:
+    """Steps on these batches of the data have an update that is not finite."""
+    bad: set[bytes] = set()
+    made = JaxTrainer.make_program
+
+    def make_program(self: JaxTrainer, *args: Any) -> Any:
+        order, program = TextBatches(self.data.train.tokens, 32, 4, 0), made(self, *args)
+        bad.update(order.at(number).tokens.tobytes() for number in batches)
+        return lambda state, batch, progress: program(state, batch, math.nan if batch.tokens.tobytes() in bad else progress)
+
+    monkeypatch.setattr(JaxTrainer, "make_program", make_program)
+
+
+def test_the_stop_after_refusals_saves_and_says_which_batches_to_skip(text, tmp_path, monkeypatch, failing):
+    folder, clean = tmp_path / "run", tmp_path / "clean"
+    poison(monkeypatch, range(3, 13))
+    words = tiny(text, folder, "--steps", 16, "--save-every", 5, "--eval-every", 100)
+    error = failing(train.main, words)
+    assert "batches 3 to 12 of the data" in error
+    assert f"saved at step 3 in {folder}" in error
+    assert [line["refused_batch"] for line in metrics(folder) if "refused_batch" in line] == [*range(3, 13)]
+    assert "10 steps in a row" in failing(train.main, words)  # the same command does not pass over data by itself
+    said = shlex.split(re.search("-m stages.train (.*)", error)[1])
+    assert said == [*words, "--skip-batches", "3..12"]
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, checkpoint.steps(folder)[-1] + 2, signal.SIGTERM)
+        assert train.main(said) == 143
+    assert train.main(words) == 0  # replayed without the flag
+    assert read_json(folder / "run.json")["skipped_batches"] == "3..12"
+    assert read_json(folder / "run.json")["changes"][0]["fields"]["skipped_batches"] == ["", "3..12"]
+    assert train.main(tiny(text, clean, "--steps", 16, "--eval-every", 100, "--skip-batches", "3..12")) == 0
+    assert digests_of(folder) == digests_of(clean)
+
+
+def digests_of(folder: Path) -> str:
+    return state_digest(folder).split(" ", 1)[1]
+
+
+def test_metrics_that_cannot_be_written_end_the_run_after_a_checkpoint(text, tmp_path, monkeypatch, failing):
+    folder = tmp_path / "run"
+    count = loop.Loop._count
+
+    def counting(self: loop.Loop, *args: Any) -> None:
+        count(self, *args)
+        if self.loop_state.step == 3:
+            (folder / "metrics.jsonl").unlink()
+            os.symlink("/dev/full", folder / "metrics.jsonl")
+
+    words = tiny(text, folder, "--steps", 5, "--log-every", 1, "--save-every", 100)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "_count", counting)
+        error = failing(train.main, words)
+    assert f"{folder / 'metrics.jsonl'}: the disk is full" in error
+    assert "The run was saved at step 3" in error
+    assert checkpoint.steps(folder) == [3]
+    (folder / "metrics.jsonl").unlink()
+    assert train.main(words) == 0
+
+
+# Other values for fields of which no arithmetic makes one; what happens beside training; and what is in another field too.
+OTHER = {
+    "dtype": "float32", "tokenizer": "bpe:300", "optimizer": "adamw", "schedule": "cosine", "kind": "adamw", "remat": "block",
+    "lora": LoraConfig(2), "train": ("head",), "freeze": ("bottom:1",), "base": "int8", "general": "none", "clip": 0.5,
+    "skip_batches": ((1, 2),), "objective": "preference", "batch": 6, "rope_scaling": RopeScaling(2.0, 1.0, 4.0, 32),
+}  # fmt: skip
+BESIDE = {"out_dir", "overwrite", "save_every", "keep", "log_every", "eval_every", "device", "dry_run", "verbose"}
+ELSEWHERE = {"preset", "model", "name", "noun", "trainable"}  # in the architecture, the base's digest, the stage, and `learns`
+
+
+def variants(config: Any, other: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields (name, config) with each field changed in turn, those of dataclasses within it too."""
+    kinds = typing.get_type_hints(type(config))
+    for name, value in vars(config).items():
+        replace = lambda new, name=name: dataclasses.replace(config, **{name: new})
+        if dataclasses.is_dataclass(value) and name not in ELSEWHERE:
+            yield from ((inner, replace(new)) for inner, new in variants(value, other))
+        elif name not in BESIDE | ELSEWHERE:
+            kind = (*typing.get_args(kinds[name]), kinds[name])[0]
+            if name in other and kind is not bool:
+                yield name, replace(other[name])
+            else:
+                yield name, replace(not value if kind is bool else (value or 0) + 2 if kind is int else (value or 0.5) * 0.5)
+
+
+def notices(folder: Path, before: Any, after: Any) -> bool:
+    """Whether a change from (facts, architecture) to another is refused, or recorded in run.json."""
+    (folder / "config.json").write_text(json.dumps(before[1].to_json()))
+    previous = PreviousRun(folder, json.loads(json.dumps(before[0])), LoopState())
+    return bool(_differences(previous.record, after[0], before[1], after[1]) or changed_fields(previous, *after))
+
+
+@pytest.mark.parametrize("stage", ["train", "finetune"])
+def test_neither_a_flag_nor_a_field_of_the_plan_changes_unnoticed(stage, text, trained, tmp_path, monkeypatch):
+    chats, other, template = tmp_path / "chats.jsonl", tmp_path / "other.jsonl", tmp_path / "template.jinja"
+    for path, answer in ((chats, "sails"), (other, "a far land")):
+        rows = [{"prompt": f"the {word}", "completion": answer, "text": f"{answer} " * 20} for word in ("king", "queen", "sea")]
+        path.write_text("\n".join(map(json.dumps, rows)))
+    template.write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    values = OTHER | {"data": str(other), "validation": other, "template": template}
+    if stage == "train":
+        kind, words, make = TrainFlags, tiny(text, tmp_path, "--steps", 20), Training
+    else:
+        kind, words = FinetuneFlags, ["--model", trained, "--context", 40, "--steps", 20, "--general", text, "--data", chats]
+        make = lambda flags, *more: FineTuning(flags, flags.length.max_time, *more)
+        model, chat = load_model(str(trained), dtype=None), functools.cache(ChatTokenizer)
+        monkeypatch.setattr(model_stage, "load_model", lambda *_, on_config, **__: on_config(model.cfg) or model)
+        monkeypatch.setattr(model_stage, "ChatTokenizer", chat)
+    flags = tyro.cli(kind, args=[*map(str, words)], config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+
+    def described(flags: Any) -> Any:
+        group = flags.text if stage == "train" else flags.examples
+        options = RunOptions(
+            stage, Device("cpu", "a chip", 1, "here"), tmp_path, True, False, 60.0, 2, skip_batches=group.skip_batches
+        )
+        made = make(flags, options, Console(io.StringIO()))
+        if stage == "finetune":
+            made.load_weights()
+        return options, made.plan, made.facts
+
+    facts_of = lambda options, plan, facts: (run_facts(options, plan, facts), plan.cfg)
+    options, plan, facts = described(flags)
+    before = facts_of(options, plan, facts)
+    assert not notices(tmp_path, before, before)
+    rest = {name: value for name, value in facts.items() if name != "recipe"}  # which is the plan's too
+    planned = facts_of(options, plan, rest)
+    unnoticed = [
+        f"plan's {name}"
+        for name, changed in variants(plan, {**OTHER, "base": "int8"})
+        if not notices(tmp_path, planned, facts_of(options, changed, rest))
+    ]
+    for name, changed in variants(flags, values):
+        try:
+            if not notices(tmp_path, before, facts_of(*described(changed))):
+                unnoticed.append(name)
+        except UserError as error:
+            unnoticed += [] if name == "objective" else [f"{name}: {error}"]  # no data fits both
+    assert unnoticed == []
