@@ -1,13 +1,26 @@
-"""The commands, one package each. Under `python -m` it pauses garbage collection, and caches bytecode for the user.
+"""The commands, one package each. Under `python -m` it answers signals from here on, and caches bytecode for the user.
 
 `python -m stages` lists them. A command parses flags, wires the engine, loops and prints.
 """
 
 import gc
+import os
+import signal
 import sys
+
+phase = "before anything was begun."  # printed after "Stopped" by `stop`
+
+
+def stop(number: int, _: object) -> None:
+    """Ends the process at a signal before its command is running (`stages.cli.signals`) or after it is over."""
+    os.write(2, f"\nStopped {phase}\n".encode())
+    os._exit(128 + number)
+
 
 # While `python -m` looks for a module, argv[0] is "-m": a program that merely imports this package is left alone.
 if sys.argv[:1] == ["-m"]:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     gc.disable()  # imports leave no garbage: `run_command` enables it again once the flags are parsed
 
     # Where Python was told not to leave bytecode beside its sources (PYTHONDONTWRITEBYTECODE, common in containers), JAX

@@ -1,8 +1,9 @@
 """`python -m stages`: the stages of a model's life, one line each."""
 
 import ast
-import sys
 from pathlib import Path
+
+from stages.cli.process import leave
 
 
 def stages() -> dict[str, str]:
@@ -27,4 +28,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -20,6 +20,7 @@ from stages.cli import process, signals
 from stages.cli.command import run_command
 from stages.cli.console import Console
 from stages.cli.flags import TEMPERATURE, CompletionFlags, DeviceFlag, ModelFlag, default, integer, parser
+from stages.cli.process import leave
 from stages.cli.sampling import choose_sampling
 
 if TYPE_CHECKING:
@@ -130,4 +131,4 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

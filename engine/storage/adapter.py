@@ -3,8 +3,9 @@
     FOLDER/adapter_config.json         rank, alpha, adapted modules and the name of the base, as PEFT reads them
            adapter_model.safetensors   lora_A (R, in) and lora_B (out, R) of every adapted part, float32; its metadata:
                                        thrice.base, digest of the base's params; thrice.checksum, over all numbers
+           manifest.json               SHA-256 of both files, which other libraries do not look at
 
-PEFT's own adapters have no such metadata; they are read too, and only shapes tell whether they fit.
+PEFT's own adapters have neither metadata nor manifest; they are read too, and only shapes tell whether they fit.
 """
 
 import math
@@ -19,6 +20,7 @@ from engine.files import atomic_folder, write_json
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths, map_paths, unflatten
 from engine.model.weights.lora import LoRA
+from engine.storage import manifest
 from engine.storage.digest import digest
 from engine.storage.huggingface import safetensors
 from engine.storage.huggingface.folder import TENSOR_NAMES
@@ -65,6 +67,7 @@ def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base
     with atomic_folder(folder) as building:
         write_json(building / CONFIG, config)
         safetensors.write_file(building / WEIGHTS, shapes, "F32", arrays.values(), metadata)
+        manifest.write_manifest(building)
     return folder
 
 
@@ -90,6 +93,11 @@ def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> 
                 f"run its fine-tuning again with --overwrite, or take one in PEFT's layout ({CONFIG})."
             )
         raise UserError(f"There is no adapter at {folder}: it has no {CONFIG} and {WEIGHTS}.")
+    if (folder / manifest.NAME).exists() and (damaged := manifest.verify(folder, extra=False)):
+        raise UserError(
+            f"The adapter {folder} is damaged: {'; '.join(damaged)}. Restore it, or train it again; after a change of your "
+            f"own, remove {manifest.NAME}."
+        )
     fields = read_json_object(folder / CONFIG)
     other = [field for field in UNSUPPORTED if fields.get(field)]
     other += [field for field, only in (("peft_type", "LORA"), ("bias", "none")) if fields.get(field) != only]

@@ -16,8 +16,8 @@ def write_manifest(folder: Path) -> None:
         (folder / NAME).write_bytes(_render({name: entry.result() for name, entry in entries.items()}))
 
 
-def verify(folder: Path, skip: tuple[str, ...] = ()) -> list[str]:
-    """Returns one line per damaged, missing or extra file, outside the folders named in `skip`; none when all are intact.
+def verify(folder: Path, skip: tuple[str, ...] = (), *, extra: bool = True) -> list[str]:
+    """Returns one line per damaged, missing or (unless `extra` is False) extra file, outside the folders named in `skip`.
 
     The manifest guards itself too: it holds its own SHA-256 and must be, byte for
     byte, as `write_manifest` writes it.
@@ -51,7 +51,7 @@ def verify(folder: Path, skip: tuple[str, ...] = ()) -> list[str]:
         except OSError as error:
             return f"{path} cannot be read: {error.strerror}"
 
-    names = sorted(name for name in wanted.keys() | present if name.split("/")[0] not in skip)
+    names = sorted(name for name in (wanted.keys() | present if extra else wanted) if name.split("/")[0] not in skip)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         return [line for line in pool.map(fault, names) if line]
 

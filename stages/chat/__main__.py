@@ -9,13 +9,13 @@ Without a terminal, every line that comes in is a turn. The conversation, each q
 output, everything else to standard error.
 """
 
-import sys
 from collections.abc import Sequence
 
 from engine.device import start_jax
 from stages.chat.flags import ChatFlags
 from stages.cli import signals
 from stages.cli.command import run_command
+from stages.cli.process import leave
 
 
 def chat(flags: ChatFlags) -> int:
@@ -31,4 +31,4 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import tyro
 
+import stages
 from engine.errors import UserError
 from stages.cli import signals
 
@@ -57,6 +58,8 @@ def run_command[Flags](
             traceback.print_exc()
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         return MISTAKE
+    finally:
+        stages.phase = "after the command was over; nothing is lost."
 
 
 def explain_error(error: BaseException) -> str | None:

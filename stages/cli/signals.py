@@ -91,7 +91,7 @@ class SignalState:
         os._exit(128 + (self.received or signal.SIGINT))
 
 
-_now = SignalState()
+_now = SignalState(phase="before anything was begun.")
 
 
 @contextlib.contextmanager

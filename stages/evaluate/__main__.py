@@ -9,12 +9,12 @@ assistant says is scored. Of a fine-tuned run, its held-out set, and the general
 beside what was measured before fine-tuning.
 """
 
-import sys
 from collections.abc import Sequence
 
 from engine.device import start_jax
 from stages.cli import signals
 from stages.cli.command import run_command
+from stages.cli.process import leave
 from stages.evaluate.flags import EvaluateFlags
 
 
@@ -31,4 +31,4 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -8,12 +8,12 @@ A LoRA model is written with its adapters merged in, unless --adapter says other
 written.
 """
 
-import sys
 from collections.abc import Sequence
 
 from engine.device import start_jax
 from stages.cli import signals
 from stages.cli.command import run_command
+from stages.cli.process import leave
 from stages.export.flags import ExportFlags
 
 
@@ -30,4 +30,4 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -15,12 +15,12 @@ fewer hardly change a tone. It ends with up to three held-out questions, answere
 not stop or repeats itself.
 """
 
-import sys
 from collections.abc import Sequence
 
 from engine.device import start_jax
 from stages.cli import signals
 from stages.cli.command import run_command
+from stages.cli.process import leave
 from stages.finetune.flags import FinetuneFlags
 
 
@@ -37,4 +37,4 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -13,12 +13,12 @@ penalty and a second reward, both by the model before training, keep answers san
 it stopped.
 """
 
-import sys
 from collections.abc import Sequence
 
 from engine.device import start_jax
 from stages.cli import signals
 from stages.cli.command import run_command
+from stages.cli.process import leave
 from stages.reinforce.flags import ReinforceFlags
 
 
@@ -35,4 +35,4 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,6 +1,5 @@
 """Text data: reads and tokenizes the texts that `--data` and `--validation` name."""
 
-import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ import numpy as np
 
 from engine.errors import UserError, did_you_mean
 from engine.files import atomic_folder, cache_folder
-from engine.storage import assets
+from engine.storage import assets, manifest
 from engine.storage.assets import TEXTS
 from engine.text.corpus import Corpus, hold_out, read_corpus
 from engine.text.token_file import TokenFile, open_bin, open_token_file
@@ -112,12 +111,13 @@ def make_tokenizer(spec: str, source: Source, console: Console) -> Tokenizer:
     for text in _beginning(source):
         digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
     folder = cache_folder("tokenizers") / digest.hexdigest()[:32]
-    with contextlib.suppress(UserError):  # not there, or damaged
+    if not manifest.verify(folder):
         return load_tokenizer(folder)
     with console.task(f"learning a vocabulary of {int(vocab):,} from {source.name}", always=True):
         tokenizer = train_bpe(_beginning(source), int(vocab))
     with atomic_folder(folder) as building:
         tokenizer.save(building)
+        manifest.write_manifest(building)
     return tokenizer
 
 

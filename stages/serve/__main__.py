@@ -9,11 +9,11 @@ end; a second one ends at once.
 """
 
 import importlib.util
-import sys
 from collections.abc import Sequence
 
 from engine.errors import UserError
 from stages.cli.command import run_command, typed_arguments
+from stages.cli.process import leave
 from stages.serve.flags import ServeFlags
 
 NEEDS = ("starlette", "uvicorn", "h11", "msgspec", "prometheus_client")
@@ -37,4 +37,4 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -9,13 +9,13 @@ The same command run again resumes where it stopped.
 """
 
 import os
-import sys
 from collections.abc import Sequence
 
 from engine.device import start_jax
 from engine.model.config import PRESETS
 from stages.cli import signals
 from stages.cli.command import run_command
+from stages.cli.process import leave
 from stages.train.flags import TrainFlags
 
 NARROW = 256  # products of a narrower model are over before a second thread has woken up
@@ -36,4 +36,4 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

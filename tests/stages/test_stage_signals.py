@@ -141,3 +141,20 @@ def test_a_signal_that_the_main_thread_sleeps_through_reaches_it_all_the_same(st
     output, _ = process.communicate(timeout=15)
     assert output == "heard\nheard\n"
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize(("phase", "sentence"), [("start", "before anything was begun"), ("end", "after the command was over")])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_python_starts_or_ends(started, tmp_path, monkeypatch, phase, sentence, number, code):
+    busy = "print('busy', flush=True); import time; time.sleep(20)"
+    if phase == "start":
+        (tmp_path / "tyro.py").write_text(busy)  # imported before the flags are parsed
+    else:
+        (tmp_path / "sitecustomize.py").write_text(f"import atexit; atexit.register(lambda: exec({busy!r}))")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    process = start(started, typed("train", "--help"))
+    wait_for_line(process, "busy")
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=10)
+    assert (process.returncode, output.strip().splitlines()) == (code, [output.strip()])
+    assert f"Stopped {sentence}" in output

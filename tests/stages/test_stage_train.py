@@ -1,5 +1,7 @@
 """Training from the command line: plan, run, result, and going on to the bit."""
 
+import io
+import json
 import os
 import shutil
 import signal
@@ -14,9 +16,12 @@ from engine.model.transformer import init_params
 from engine.storage import checkpoint, manifest
 from engine.storage.digest import digest
 from engine.storage.run_folder import read_config, read_json
+from engine.text.corpus import read_corpus
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state
+from stages.cli.console import Console
 from stages.runs import loop
+from stages.runs.text_data import make_tokenizer
 from stages.runs.training_steps import TrainingSteps
 from stages.train import __main__ as train
 
@@ -155,3 +160,15 @@ def test_steps_that_are_not_finite_end_the_run_and_keep_the_checkpoint(text, tmp
     assert "10 steps in a row" in error
     assert "--learning-rate" in error
     assert state_digest(folder) == before
+
+
+def test_a_tokenizer_in_the_cache_that_was_changed_is_made_anew(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("THRICE_CACHE", str(tmp_path))
+    learn = lambda: make_tokenizer("bpe:300", read_corpus(text), Console(io.StringIO())).digest
+    digest = learn()
+    (file,) = tmp_path.glob("tokenizers/*/tokenizer.json")
+    fields = json.loads(whole := file.read_text())
+    fields["model"]["merges"].reverse()  # still a tokenizer
+    file.write_text(json.dumps(fields))
+    assert learn() == digest
+    assert file.read_text() == whole

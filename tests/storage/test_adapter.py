@@ -21,6 +21,7 @@ from tiny import lively_params, tiny_config
 from engine.errors import UserError
 from engine.model.paths import leaf_paths, unflatten
 from engine.model.weights.lora import LoRA, make_adapter
+from engine.storage import manifest
 from engine.storage.adapter import _alpha, load_adapter, save_adapter, without_adapters
 from engine.storage.digest import digest
 
@@ -50,7 +51,7 @@ def test_it_comes_back_to_the_bit(tmp_path):
         loaded = load_adapter(folder, CFG, base=base)
         assert jax.tree.structure(loaded) == jax.tree.structure(adapters())  # scale and columns are in it
         assert digest(loaded) == digest(adapters())
-    assert sorted(entry.name for entry in folder.iterdir()) == [CONFIG, WEIGHTS]
+    assert sorted(entry.name for entry in folder.iterdir()) == [CONFIG, WEIGHTS, manifest.NAME]
 
 
 @given(rank=st.integers(1, 4096), alpha=st.floats(2**-20, 2**20))
@@ -80,6 +81,7 @@ def test_an_adapter_of_another_library_is_read(tmp_path):
     folder = saved(tmp_path)
     halved = {name: value.astype(ml_dtypes.bfloat16) for name, value in load_file(folder / WEIGHTS).items()}
     save_file(halved, folder / WEIGHTS)
+    (folder / manifest.NAME).unlink()
     loaded = load_adapter(folder, CFG, base="f" * 64)
     for path, leaf in leaf_paths(adapters()).items():
         theirs = leaf_paths(loaded)[path]
@@ -168,8 +170,23 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_damage_is_named(how, tmp_path):
+def test_damage_is_named_without_a_manifest(how, tmp_path):
+    """As earlier versions saved it."""
     folder = saved(tmp_path)
+    (folder / manifest.NAME).unlink()
     change, message = DAMAGE[how]
     change(folder)
     assert re.search(message, refusal(lambda: load_adapter(folder, CFG, base=BASE)))
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, manifest.NAME])
+def test_no_changed_byte_is_read(name, tmp_path):
+    folder = saved(tmp_path)
+    whole = (folder / name).read_bytes()
+    key = max(0, whole.find(b"thrice.base"))  # without which the checksum beside it was not looked at
+    for at in {*range(0, len(whole), 97), *range(key, key + 11)}:
+        (folder / name).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        assert f"{name} is damaged" in refusal(lambda: load_adapter(folder, CFG, base=BASE))
+    (folder / name).write_bytes(whole)
+    (folder / "README.md").write_text("what others may add")
+    load_adapter(folder, CFG, base=BASE)
