@@ -34,15 +34,16 @@ class Rollouts(NamedTuple):
     reference_logprobs: Any = None
 
 
-def group_advantages(rewards: ArrayLike) -> Array:
+def group_advantages(rewards: ArrayLike, second: ArrayLike = 0.0) -> Array:
     """rewards (prompts, completions) -> the same shape, float32: (r - mean) / (standard deviation + 1e-6) within each row.
 
-    0 where all completions of a prompt are rewarded alike.
+    r is a reward plus a second one. 0 where `rewards` are alike in a row: there the second alone would come to full size.
     """
     rewards = jnp.asarray(rewards, jnp.float32)
-    centred = rewards - rewards.mean(axis=1, keepdims=True)
-    spread = jnp.sqrt((centred**2).mean(axis=1, keepdims=True))
     alike = (rewards == rewards[:, :1]).all(axis=1, keepdims=True)
+    total = rewards + jnp.asarray(second, jnp.float32)
+    centred = total - total.mean(axis=1, keepdims=True)
+    spread = jnp.sqrt((centred**2).mean(axis=1, keepdims=True))
     return jnp.where(alike, 0.0, centred / (spread + 1e-6))
 
 

@@ -44,23 +44,22 @@ class Rounds:
 
     A round samples `group` completions of each of `prompts_each` prompts, has the model before training score them, and
     takes `updates` steps on them. `kl`: the weight of the divergence from that model. `fluency`: the weight of a second reward,
-    the negative bits per byte by that model.
+    the negative bits per byte by that model. `alike`: rounds just before, in a row, in which no prompt's completions differed.
     """
 
     advice = "--learning-rate"
     evaluator: Evaluator | None = None
     buffer_bytes = 0
     lines_stay = True
-    exhausted = False
 
     def __init__(
         self, plan: RunPlan, split: TrainableSplit, sampler: Sampler, objective: Objective, prompts: Sequence[Prompt],
-        prompts_each: int, group: int, updates: int, kl: float, fluency: float, state: TrainState,
+        prompts_each: int, group: int, updates: int, kl: float, fluency: float, alike: int, state: TrainState,
     ) -> None:  # fmt: skip
         self.plan, self.split, self.sampler, self.prompts = plan, split, sampler, prompts
         self.group, self.updates, self.kl, self.fluency = group, updates, kl, fluency
         self.order = EpochOrder(len(prompts), prompts_each, plan.seed)
-        self.rounds: list[Round] = []
+        self.alike, self.exhausted = alike, alike >= ALIKE_ROUNDS
         recipe, rows = plan.recipe, prompts_each * group
         self.rows = rows // recipe.accumulate  # that a step reads at once
         batch = rollout_batch([[0]] * rows, [[0]] * rows, recipe.context)
@@ -92,10 +91,11 @@ class Rounds:
             if self.updates > 1:
                 params = merge(state.trainable, self.split.frozen)
                 old = score_completions(plan.cfg, params, rollout, seq, self.rows).logprobs
-            advantages = group_advantages(rewards - self.fluency * scores.bits_each.reshape(rewards.shape))
+            advantages = group_advantages(rewards, -self.fluency * scores.bits_each.reshape(rewards.shape))
             rollouts = Rollouts(scores.batch, np.asarray(advantages).reshape(-1), old, scores.logprobs)
+            progress = np.float32(plan.progress(loop_state.step, loop_state.seconds))
             for _ in range(self.updates):
-                state, metrics = self.program(state, self.split.frozen, rollouts, np.float32(0))
+                state, metrics = self.program(state, self.split.frozen, rollouts, progress)
                 if self.kl and not refused:  # at first new equals old, and the advantages add up to 0
                     kl = float(metrics.loss) / self.kl
                 norm = float(metrics.grad_norm)
@@ -103,8 +103,9 @@ class Rounds:
             self.params = prepare_params(plan.cfg, merge(state.trainable, self.split.frozen))
             self.digest = digest(self.params)
         training = time.perf_counter() - begin
-        self.rounds.append(Round(rollout, training, before, self.digest, differs, scores.bits, norm, kl))
-        self.exhausted = len(self.rounds) >= ALIKE_ROUNDS and not any(last.differs for last in self.rounds[-ALIKE_ROUNDS:])
+        self.last = Round(rollout, training, before, self.digest, differs, scores.bits, norm, kl)
+        self.alike = 0 if differs else self.alike + 1
+        self.exhausted = self.alike >= ALIKE_ROUNDS
         reward = rollout.mean_reward
         if loop_state.best is None or reward > loop_state.best:
             loop_state.best, loop_state.best_step = reward, loop_state.step + 1
@@ -112,16 +113,16 @@ class Rounds:
 
     def metrics(self, loop_state: LoopState, step_seconds: float) -> dict[str, float]:
         """Returns the last round's mean reward, base_bits, tokens, seconds, gradient norm, and KL."""
-        last = self.rounds[-1]
+        last = self.last
         return {
             "reward": last.rollout.mean_reward, "base_bits_per_byte": last.base_bits, "answer_tokens": last.rollout.tokens,
             "inference_seconds": last.rollout.seconds, "training_seconds": last.training_seconds,
-            "grad_norm": last.grad_norm, **({} if last.kl is None else {"kl": last.kl}),
+            "grad_norm": last.grad_norm, "differs": last.differs, **({} if last.kl is None else {"kl": last.kl}),
         }  # fmt: skip
 
     def fields(self, loop_state: LoopState, step_seconds: float) -> list[str]:
         """Returns the same in words, with the weights' digests before and after training."""
-        last = self.rounds[-1]
+        last = self.last
         pull = "" if last.kl is None else f", KL {last.kl:.4f}"
         weights = f"weights {last.before[:8]}"
         changed = f"{weights} -> {last.after[:8]}" if last.differs else "all alike, nothing to train on"

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import json
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from engine.errors import UserError
 from engine.format import duration, format_count
 from engine.inference.decode import prepare_params
 from engine.model.paths import merge
+from engine.storage.digest import digest
 from engine.storage.model_loader import model_name
 from engine.training.optimizer import OptimizerConfig
 from engine.training.reinforce import grpo
@@ -55,8 +57,6 @@ def run(flags: ReinforceFlags, device: Device) -> int:
 class ReinforcementLearning(ModelStage):
     """Trains a model on its own completions. Only the constructor reads the flags."""
 
-    rounds: Rounds | None = None
-
     def __init__(self, flags: ReinforceFlags, options: RunOptions, console: Console) -> None:
         rollout, update, trainable, length = flags.rollout, flags.update, flags.trainable, flags.length
         lora = trainable.adapter
@@ -78,10 +78,10 @@ class ReinforcementLearning(ModelStage):
         self.sampler = Sampler(
             cfg, self.chat, frozenset(self.stop_token_ids), reward, rollout.temperature, max_tokens, capacity
         )
-        # A constant rate, so that a resumed run equals one that was not stopped.
+        # The rate falls in the second half, without which the reward falls again: a round's gradient is mostly noise.
         optimizer = OptimizerConfig(
             kind="adamw", learning_rate=update.learning_rate or (5e-4 if lora else 2e-5), schedule="wsd", warmup=0,
-            decay=0, beta2=0.99, weight_decay=0,
+            decay=0.5, beta2=0.99, weight_decay=0,
         )  # fmt: skip
         rows, seq = rollout.prompts * rollout.group, -(-(capacity - 1) // MULTIPLE) * MULTIPLE
         microbatches = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n * seq <= max(MICROBATCH_TOKENS, seq))
@@ -128,11 +128,10 @@ class ReinforcementLearning(ModelStage):
 
     def prepare_steps(self, state: TrainState, loop_state: LoopState) -> Rounds:
         with self.console.task("compiling training", always=True):
-            self.rounds = Rounds(
+            return Rounds(
                 self.plan, self.split, self.sampler, grpo(self.clip, self.kl), self.prompts.train, self.prompts_each,
-                self.group, self.updates, self.kl, self.fluency, state,
+                self.group, self.updates, self.kl, self.fluency, _alike(self._logged()), state,
             )  # fmt: skip
-        return self.rounds
 
     def finish(self, state: TrainState, loop: Loop, start: tuple[Rollout, float]) -> RunReport:
         """Measures again, saves an adapter if one was trained, and returns the RunReport, which `execute` prints.
@@ -140,19 +139,22 @@ class ReinforcementLearning(ModelStage):
         Raises UserError, and saves nothing, when the rounds taught nothing.
         """
         (before, bits_before), (after, bits_after), loop_state = start, self.measure(state.trainable), loop.loop_state
-        rounds, exhausted = (self.rounds.rounds, self.rounds.exhausted) if self.rounds else ([], False)
-        untrained = len(rounds) == loop_state.step and not any(round.differs for round in rounds)
+        rounds = self._logged()
+        exhausted = _alike(rounds) >= ALIKE_ROUNDS
+        untrained = not loop_state.refused and digest(state.trainable) == digest(self.split.trainable)
         if untrained or (exhausted and after.mean_reward <= before.mean_reward):
             if untrained:
                 clear_run(self.folder)
-            raise UserError(_nothing_to_learn([round.rollout.mean_reward for round in rounds[-ALIKE_ROUNDS:]]))
+            raise UserError(_nothing_to_learn([line["reward"] for line in rounds[-ALIKE_ROUNDS:]]))
         path = self.save_trained(loop_state.step, state.trainable)
-        inference, training = sum(r.rollout.seconds for r in rounds), sum(r.training_seconds for r in rounds)
+        inference, training, tokens = (
+            sum(line[name] for line in rounds) for name in ("inference_seconds", "training_seconds", "answer_tokens")
+        )
         result = {
             "held_out_reward_before": before.mean_reward, "held_out_reward_after": after.mean_reward,
             "base_bits_per_byte_before": bits_before, "base_bits_per_byte_after": bits_after,
             "best_round": loop_state.best, "seconds": loop_state.seconds, "inference_seconds": inference,
-            "training_seconds": training, "answer_tokens": sum(r.rollout.tokens for r in rounds),
+            "training_seconds": training, "answer_tokens": tokens,
         }  # fmt: skip
         texts = []
         for row, prompt in zip(range(min(SHOWN_PROMPTS, len(before.texts))), self.prompts.held_out):
@@ -163,15 +165,20 @@ class ReinforcementLearning(ModelStage):
                     f"{title:<6} {rollout.rewards[row]:.2f} | {text[:SHOWN_CHARACTERS]}{'...' * (len(text) > SHOWN_CHARACTERS)}"
                 )
             texts.append((prompt.text, "\n".join(lines)))
-        worse = bits_after > bits_before + TOLERATED_BITS
+        unlearned, worse = after.mean_reward <= before.mean_reward, bits_after > bits_before + TOLERATED_BITS
         rows = [
-            ("reward", f"{before.mean_reward:.3f} -> {after.mean_reward:.3f} on held-out prompts"),
+            ("reward", f"{before.mean_reward:.3f} -> {after.mean_reward:.3f} on held-out prompts"
+                       + "; it did not rise: give more --rounds, a larger --group, or easier prompts" * unlearned),
             ("answers", f"{bits_before:.2f} -> {bits_after:.2f} bits per byte under the model before training"
-                        + "; give a higher --kl to keep them nearer to it" * worse),
+                        + f"; worse by more than {TOLERATED_BITS:g}: give a higher --kl or --fluency" * worse),
             ("time", f"{duration(inference)} of inference, {duration(training)} of training"),
             *([("ended", f"early: {ALIKE_ROUNDS} rounds in a row without a difference in reward")] if exhausted else []),
         ]  # fmt: skip
         return RunReport(result, texts, rows, str(path), ["chat", "export"])
+
+    def _logged(self) -> list[dict[str, Any]]:
+        """Returns the metrics of all rounds, of those before an interruption too."""
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_bytes().splitlines()]
 
     def measure(self, trainable: Any) -> tuple[Rollout, float]:
         """Samples at least EVALUATED completions of held-out prompts, in whole rounds, always with the same seeds.
@@ -198,6 +205,11 @@ class ReinforcementLearning(ModelStage):
         passes = (self.updates > 1) + 1  # that give log-probabilities
         scoring = passes * plan.step_tokens * forward_flops(cfg, plan.recipe.context, attention="full").total
         return plan.recipe.batch * (prefill + decode), self.updates * plan.step_flops + scoring
+
+
+def _alike(rounds: Sequence[dict[str, Any]]) -> int:
+    """Returns how many rounds at the end had no difference in reward."""
+    return sum(1 for _ in itertools.takewhile(lambda line: not line.get("differs", True), reversed(rounds)))
 
 
 def _nothing_to_learn(rewards: Sequence[float]) -> str:

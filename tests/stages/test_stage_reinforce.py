@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,22 @@ def args(model: Path, folder: Path, *more: object) -> list[str]:
     return list(map(str, [*flags, "--max-tokens", 4, "--lora", "rank=2,alpha=4,targets=q,v", *more]))
 
 
+def result(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run.json").read_text())["result"]
+
+
+def stop_after_a_round(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Rounds.run
+
+    def stopping(self: Rounds, *state: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return run(self, *state)
+
+    with monkeypatch.context() as stop:
+        stop.setattr(Rounds, "run", stopping)
+        assert reinforce.main(flags) == 130
+
+
 def test_a_stopped_run_goes_on_to_the_same_bits(trained, tmp_path, monkeypatch, capsys):
     unbroken, parts = tmp_path / "whole", tmp_path / "parts"
     assert reinforce.main([*args(trained, unbroken), "--dry-run"]) == 0
@@ -38,20 +55,15 @@ def test_a_stopped_run_goes_on_to_the_same_bits(trained, tmp_path, monkeypatch, 
     assert "round 2/2  reward" in printed
     assert f"python -m stages.chat --model {unbroken}" in printed
     assert [line["step"] for line in metrics(unbroken)] == [1, 2]
-    run = Rounds.run
-
-    def stopping(self: Rounds, *state: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGINT)
-        return run(self, *state)
-
-    with monkeypatch.context() as stop:
-        stop.setattr(Rounds, "run", stopping)
-        assert reinforce.main(args(trained, parts)) == 130
+    stop_after_a_round(args(trained, parts), monkeypatch)
     assert "Stopped at round 1" in capsys.readouterr().out
     assert checkpoint.steps(parts) == [1]
     assert reinforce.main(args(trained, parts)) == 0
     models = [load_model(str(folder)) for folder in (unbroken, parts)]
     assert digest(models[0].params) == digest(models[1].params)
+    measured = [result(folder) for folder in (unbroken, parts)]
+    whole, both = ({name: each[name] for name in each if not re.search("seconds|rss", name)} for each in measured)
+    assert whole == both  # what was before training too, and the tokens of all rounds
     assert reinforce.main(args(trained, parts)) == 0
     assert "This run is finished: 2 rounds" in capsys.readouterr().out
     assert reinforce.main(args(trained, parts, "--seed", 1)) == 2
@@ -72,6 +84,21 @@ def test_rounds_without_a_difference_stop_with_advice(task, reward, advice, trai
     assert advice in error
     assert not folder.exists()
     assert "In 2 rounds in a row" in failing(reinforce.main, args(trained, folder, "--task", task))
+
+
+def test_a_stopped_run_still_knows_that_nothing_differed(trained, tmp_path, monkeypatch, failing):
+    """And counts on: the rounds in a row before the interruption are among those that end it."""
+    folder = tmp_path / "alike"
+    stop_after_a_round(args(trained, folder, "--task", "regex:^"), monkeypatch)
+    assert "In 2 rounds in a row" in failing(reinforce.main, args(trained, folder, "--task", "regex:^"))
+    assert not folder.exists()
+    endless = args(trained, folder, "--task", "regex:^", "--rounds", 100)
+    stop_after_a_round(endless, monkeypatch)
+    with monkeypatch.context() as count:
+        rounds, run = [], Rounds.run
+        count.setattr(Rounds, "run", lambda self, *state: rounds.append(self.alike) or run(self, *state))
+        assert f"In {ALIKE_ROUNDS} rounds in a row" in failing(reinforce.main, endless)
+    assert rounds == [*range(1, ALIKE_ROUNDS)]
 
 
 @pytest.mark.parametrize("later", [1.0, 0.0])
@@ -109,8 +136,7 @@ def test_answers_are_scored_by_the_model_before_training(trained, tmp_path):
     assert first["kl"] == pytest.approx(0, abs=1e-4)
     assert last["kl"] > 10 * abs(first["kl"]) + 1e-3
     model = load_model(str(trained))
-    result = json.loads((folder / "run.json").read_text())["result"]
-    assert result["base_bits_per_byte_after"] > 0
+    assert result(folder)["base_bits_per_byte_after"] > 0
     text = "the sea"
     prompt, completion = (model.tokenizer.encode(part).tolist() for part in ("User: ", text))
     rollout = Rollout([prompt], [[*completion, model.tokenizer.eos_id]], [text], [len(text)], [1.0], 0.0)

@@ -53,6 +53,15 @@ def test_advantages_are_standard_scores_within_a_group(rewards):
             assert (np.argsort(row, kind="stable") == np.argsort(given_, kind="stable")).all()
 
 
+def test_a_second_reward_counts_only_where_the_first_differs():
+    """Alone it would come to full size: completions that a rule rewards alike would be trained for the second."""
+    rewards, second = np.array([[1.0, 1.0, 1.0], [0.0, 1.0, 0.0]]), np.array([[-0.3, 0.0, -0.1], [-0.3, 0.0, -0.1]])
+    advantages = np.asarray(group_advantages(rewards, second))
+    assert (advantages[0] == 0).all()
+    np.testing.assert_allclose(advantages[1], np.asarray(group_advantages(rewards + second))[1], rtol=1e-5)
+    assert advantages[1, 0] < advantages[1, 2] < 0 < advantages[1, 1]
+
+
 def test_without_an_advantage_there_is_no_gradient(cfg, params):
     advantage = group_advantages(np.ones((1, B), np.float32))[0]
     _, gradient = differentiate(cfg, params, {}, Rollouts(random_batch(0), advantage), 1, grpo())
