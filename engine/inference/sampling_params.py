@@ -39,8 +39,8 @@ class Range(NamedTuple):
 
 RANGES = {
     "max_tokens": Range(1, 2**31 - 1, integer=True),
-    "temperature": Range(0, 100, note=" (greedy)"),
-    "top_k": Range(0, 2**31 - 1, integer=True, note=" (all tokens)"),
+    "temperature": Range(0, 2, note=" (greedy)"),
+    "top_k": Range(-1, 2**31 - 1, integer=True, note=" or 0 (all tokens)"),
     "top_p": Range(0, 1, above=True, note=" (all tokens)"),
     "min_p": Range(0, 1, note=" (all tokens)"),
     "seed": Range(0, SEEDS - 1, integer=True),
@@ -56,7 +56,7 @@ RANGES = {
 class SamplingParams:
     """How one completion is sampled, and which tokens end it: some fields of vLLM's, with its defaults; no stop strings, no n.
 
-    Temperature 0 is greedy. top_k keeps the k most probable tokens (0: all), top_p the smallest set whose probability
+    Temperature 0 is greedy. top_k keeps the k most probable tokens (0 or -1: all), top_p the smallest set whose probability
     reaches p (Holtzman et al. 2019, 1904.09751), min_p those at least min_p times as probable as the best (Nguyen et al.
     2024, 2407.01082); ties with the last one stay too. Before temperature, `presence_penalty` is subtracted once from the
     logit of every token in the completion, `frequency_penalty` once for each time it is there; `repetition_penalty`

@@ -173,7 +173,7 @@ def check_loads(written: Path, path: Path) -> None:
             read_leaf(stored, leaf, stored.cfg.dtype)
     except UserError as error:
         sentence = str(error).replace(str(written), str(path))
-        remedy = "Another --dtype, or a Hugging Face folder, may hold it."
+        remedy = f"Another --dtype{', or a Hugging Face folder,' * (path.suffix == '.gguf')} may hold it."
         raise UserError(f"Nothing was written, because it would not load again: {sentence} {remedy}") from None
 
 

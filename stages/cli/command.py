@@ -1,6 +1,7 @@
 """Runs a command: parses its flags, returns its exit code, and prints a sentence for every mistake."""
 
 import contextlib
+import dataclasses
 import errno
 import gc
 import os
@@ -11,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -19,6 +21,13 @@ from engine.errors import UserError
 from stages.cli import signals
 
 MISTAKE = 2  # the exit code
+# What takes less memory, by the flags of a command.
+LESS_MEMORY = {
+    "batch": "a smaller --batch", "context": "a smaller --context", "accumulate": "--accumulate, to read the batch in parts",
+    "remat": "--remat for gradient checkpointing", "count": "a smaller --count", "prompts": "fewer --prompts",
+    "group": "a smaller --group", "slots": "fewer --slots", "capacity": "a smaller --capacity",
+    "max_tokens": "fewer --max-tokens",
+}  # fmt: skip
 _arguments: list[str] = []
 
 
@@ -51,7 +60,7 @@ def run_command[Flags](
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        sentence = explain_error(error)
+        sentence = explain_error(error, options)
         if sentence is None:
             raise
         if getattr(options, "verbose", False):
@@ -62,18 +71,24 @@ def run_command[Flags](
         stages.phase = "after the command was over; nothing is lost."
 
 
-def explain_error(error: BaseException) -> str | None:
-    """Returns the sentence for an error of the user or the machine, None for a bug."""
+def explain_error(error: BaseException, flags: Any = None) -> str | None:
+    """Returns the sentence for an error of the user or the machine, None for a bug. `flags`: of the command, a dataclass."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno is not None:
         return _explain_system_error(error)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        return (
-            "There is not enough memory for this. Give a smaller --batch or --context, read the batch in parts with "
-            "--accumulate, or use gradient checkpointing with --remat."
-        )
+        names = _flag_names(flags)
+        advice = [*(words for name, words in LESS_MEMORY.items() if name in names), "a smaller model"]
+        return f"There is not enough memory for this. What takes less: {'; '.join(advice)}."
     return None
+
+
+def _flag_names(flags: Any) -> set[str]:
+    """Returns the names of all fields of a dataclass and of those within it."""
+    if not dataclasses.is_dataclass(flags):
+        return set()
+    return {field.name for field in dataclasses.fields(flags)}.union(*map(_flag_names, vars(flags).values()))
 
 
 def _explain_system_error(error: OSError) -> str:

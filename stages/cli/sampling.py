@@ -22,7 +22,7 @@ def choose_sampling(
             RANGES[name].check(name, value)
             if name == "repetition_penalty" and value != 1 and not penalties:
                 raise InvalidField(name, f"{name} is {value:g}, and only `stages.serve` computes it.")
-            usable[name] = value
+            usable[name] = 0 if (name, value) == ("top_k", -1) else value  # all, as transformers spells it
         except InvalidField as error:
             console.print(f"Of the sampling that comes with the model one value is ignored: {error}", style="yellow")
     fields: dict[str, Any] = {}

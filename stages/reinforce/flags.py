@@ -23,7 +23,7 @@ class RolloutFlags:
     """Completions of each prompt, which are compared with one another."""
     max_tokens: Annotated[int | None, COUNT, default("48, or what the context has room for")] = None
     """Tokens of a completion at most."""
-    temperature: Annotated[float, positive(100)] = 1.0
+    temperature: Annotated[float, positive(2)] = 1.0
     """At 1 completions are sampled as the trained model would give them; else from a flatter or sharper distribution."""
 
 

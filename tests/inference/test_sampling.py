@@ -29,7 +29,7 @@ def plain_candidates(logits: np.ndarray, temperature: float, top_k: int, top_p: 
     """The tokens of one row that may be sampled, with the plainest code that says so."""
     probability = np.exp((logits - logits.max()).astype(float) / temperature)
     order = np.argsort(-probability, kind="stable")
-    among_k = order[: top_k or V]
+    among_k = order[: top_k if top_k > 0 else V]
     shares = probability[among_k] / probability[among_k].sum()
     reached = int(np.searchsorted(shares.cumsum(), top_p)) + 1
     lowest = max(probability[among_k[: min(reached, len(among_k))]].min(), min_p * probability.max())
@@ -45,7 +45,7 @@ def test_temperature_zero_is_the_most_probable_token(seed, position):
 
 @settings(max_examples=60)
 @given(
-    st.integers(0, 999), st.sampled_from([0.3, 1.0, 2.0]), st.sampled_from([0, 1, 2, 7, 41, 99]),
+    st.integers(0, 999), st.sampled_from([0.3, 1.0, 2.0]), st.sampled_from([-1, 0, 1, 2, 7, 41, 99]),
     st.floats(0.01, 1.0) | st.just(1.0), st.floats(0.0, 1.0) | st.just(0.0),
 )  # fmt: skip
 def test_only_and_all_of_the_right_tokens_are_sampled(seed, temperature, top_k, top_p, min_p):

@@ -43,18 +43,19 @@ def test_every_preset_has_the_shapes_it_promises(name):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_starts_at_chance(name):
-    """The mean loss over all targets is within 1% of ln V, as if nothing were known, at a width where the own logit shows."""
+    """The first loss is within 1% of ln V whatever the key, as if nothing were known, at a width where the own logit shows."""
     cfg = preset(name)
     cfg = dataclasses.replace(
         cfg, vocab=min(cfg.vocab, 4096), width=min(cfg.width, 768), layers=2, heads=cfg.groups, kv_heads=1, head_dim=64, ff=512,
         dtype="float32",
     )  # fmt: skip
-    params = jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(0))
-    tokens = np.random.default_rng(0).integers(0, cfg.vocab, (2, 7))
-    logits = by_hand.forward(cfg, params, tokens)
-    own = np.take_along_axis(logits, tokens[..., None], -1)
-    assert np.log(np.exp(logits).sum(-1)).mean() - logits.mean() == pytest.approx(np.log(cfg.vocab), rel=0.01)
-    assert np.abs(own.mean()) < 1, "a token does not predict itself"
+    for seed in range(8 if name == "tiny" else 1 + cfg.tied):  # the fewest tokens stray most
+        params = init_params(cfg, jax.random.key(seed))
+        tokens, targets = np.random.default_rng(seed).integers(0, cfg.vocab, (2, 8, 64))
+        logits = by_hand.forward(cfg, params, tokens)
+        own, wanted = (np.take_along_axis(logits, ids[..., None], -1).mean() for ids in (tokens, targets))
+        assert np.log(np.exp(logits).sum(-1)).mean() - wanted == pytest.approx(np.log(cfg.vocab), rel=0.01)
+        assert abs(own) < 1, "a token does not predict itself"
 
 
 def test_the_published_counts_are_of_presets():

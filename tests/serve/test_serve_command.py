@@ -266,6 +266,17 @@ def test_a_flag_wins_over_the_models_sampling_and_that_over_the_default(folder, 
     assert "one value is ignored: top_p must be above 0 and at most 1 (all tokens), not 1.5." in output
 
 
+def test_sampling_that_is_off_is_off_and_a_temperature_that_no_request_may_ask_for_is_ignored(folder, tmp_path, capsys):
+    place = shutil.copytree(folder, tmp_path / "sea")
+    off = {"top_k": -1, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+    (place / "generation_config.json").write_text(json.dumps({"temperature": 3.0, **off}))
+    state, ahead = load_state(place, slots=2, weights="float32")
+    ahead.stop()
+    state.tokenizer.close()
+    assert state.sampling == SamplingParams()
+    assert re.findall("ignored: (.*)", capsys.readouterr().out) == ["temperature must be between 0 (greedy) and 2, not 3.0."]
+
+
 @pytest.mark.parametrize("weights", ["int8", "float32"])
 def test_an_adapter_is_merged_into_what_is_served(weights):
     """Integers are made of what base and adapter come to, and no gradient is ever asked of them."""

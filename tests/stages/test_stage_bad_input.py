@@ -15,11 +15,17 @@ from tiny_runs import command, tiny, write_text
 from engine.counting import hardware
 from engine.storage import manifest
 from stages import generate
-from stages.cli.command import explain_error
+from stages.cli.command import explain_error, run_command
 from stages.evaluate import __main__ as evaluate
+from stages.evaluate.flags import EvaluateFlags
 from stages.export import __main__ as export
+from stages.export.flags import ExportFlags
+from stages.generate import GenerateFlags
+from stages.reinforce.flags import ReinforceFlags
 from stages.runs import folder as run_folder
+from stages.serve.flags import ServeFlags
 from stages.train import __main__ as train
+from stages.train.flags import TrainFlags
 
 Failing = Callable[..., str]
 
@@ -199,8 +205,26 @@ def test_device_that_is_not_there(text, tmp_path, failing):
 
 def test_sentences_for_what_the_system_refuses():
     assert "may not" in (explain_error(PermissionError(errno.EACCES, "no", "/a/b")) or "")
-    assert "--batch" in (explain_error(RuntimeError("RESOURCE_EXHAUSTED: out of memory")) or "")
     assert explain_error(KeyError("a mistake of ours")) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (TrainFlags, "--batch --context --accumulate --remat"), (EvaluateFlags, "--batch --context"), (ExportFlags, ""),
+        (ServeFlags, "--slots --capacity"), (GenerateFlags, "--count --max-tokens"),
+        (ReinforceFlags, "--prompts --group --max-tokens"),
+    ],
+)  # fmt: skip
+def test_too_little_memory_names_flags_that_the_command_has(flags, named, capsys):
+    def fail(_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    needed = ["--out", "x"] if flags is ExportFlags else []
+    assert run_command("any", None, flags, fail, needed) == 2
+    assert re.findall(r"--[\w-]+", capsys.readouterr().err) == named.split()
+    assert run_command("any", None, flags, fail, ["--help"]) == 0
+    assert set(named.split()) <= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
 
 
 def test_weights_that_would_not_fit(trained, tmp_path, monkeypatch, failing):

@@ -264,7 +264,6 @@ async def generate(
         seed = int.from_bytes(os.urandom(4)) if body.seed is None else body.seed
         fields = DefaultSampling.__struct_fields__
         options: dict[str, Any] = {name: value for name in fields if (value := getattr(body, name)) is not None}
-        options |= {"top_k": 0} if body.top_k == -1 else {}  # all, as in vLLM
         options |= {
             "logprobs": logprobs,
             "logit_bias": {int(token): value for token, value in (body.logit_bias or {}).items() if value},

@@ -39,7 +39,6 @@ UNSUPPORTED = {
         ("tools", "tool_choice", "tool_calls", "functions", "function_call"),
         "The model is given no tools here",
     ),
-    **dict.fromkeys(("reasoning_effort", "verbosity"), "This setting does nothing for the models served here"),
     **dict.fromkeys(("modalities", "audio"), "Answers are text"),
     "response_format": "Answers are text; their format is not enforced here",
     "echo": "The prompt is not repeated in the completion here",
@@ -50,10 +49,10 @@ UNSUPPORTED = {
     "web_search_options": "There is no search here",
 }
 
-# Who asks, what the request is filed under, how it is billed, cached or sped up.
+# Who asks, what the request is filed under, how it is billed, cached or sped up; how much a reasoning model should say.
 IGNORED = (
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "prediction", "parallel_tool_calls",
+    "prediction", "parallel_tool_calls", "reasoning_effort", "verbosity",
 )  # fmt: skip
 
 
@@ -74,9 +73,9 @@ class CompletionFields(ModelRequest, kw_only=True):
     """The fields of both kinds of completion. Null means the default."""
 
     max_tokens: MaxTokens | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    temperature: Annotated[float, _in_range("temperature")] | None = None
     top_p: Annotated[float, _in_range("top_p")] | None = None
-    top_k: Annotated[int, Meta(ge=-1, le=RANGES["top_k"].most)] | None = None
+    top_k: Annotated[int, _in_range("top_k")] | None = None
     min_p: Annotated[float, _in_range("min_p")] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -166,6 +165,8 @@ class ChatRequest(CompletionFields, kw_only=True):
     prompt_cache_retention: str | None = None
     prediction: dict[str, Any] | None = None
     service_tier: str | None = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
 
 
 class TokenizeRequest(ModelRequest, kw_only=True):
