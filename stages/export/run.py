@@ -38,7 +38,7 @@ from stages.runs.text_data import TEXTS, Source, evaluation_source
 
 EXPORT_FILES = {
     "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-    "adapter_config.json", "adapter_model.safetensors",
+    "adapter_config.json", "adapter_model.safetensors", "manifest.json",
 }  # fmt: skip
 TOKENIZER_NOTE = (
     f"llama.cpp has no name for how this tokenizer splits a text and is told {FALLBACK_PRE_TOKENIZER}: numbers and long "
