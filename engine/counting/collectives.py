@@ -13,8 +13,6 @@ import numpy as np
 
 from engine.errors import UserError
 
-__all__ = ["read_collectives", "sum_by_kind"]
-
 _KINDS = "all-reduce|all-gather|reduce-scatter|(?:ragged-)?all-to-all|collective-permute|collective-broadcast"
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) [^\n]*\{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
 _COLLECTIVE = re.compile(rf"\s*(?:ROOT )?\S+ = (\(.*?\)|\S+) ({_KINDS})(-start)?\(")

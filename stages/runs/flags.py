@@ -42,6 +42,14 @@ class LengthFlags:
     """Batches to train on."""
 
 
+@dataclasses.dataclass(frozen=True)
+class MeshFlags:
+    """Several devices of one host, or several processes, of which each is started with this same command."""
+
+    mesh: Annotated[str | None, parser(str, "AXES"), default("one device; with several processes fsdp over all devices")] = None
+    """`data=2,fsdp=4,tensor=2`: copies of the model, devices that share its weights, and that share each product."""
+
+
 def parse_lora(text: str) -> LoraConfig:
     """Parses 'rank=8,alpha=16,targets=q,v', in which each of the three may be left out."""
     pairs = [part.partition("=") for part in re.split(r",(?=\w*=)", text.replace(" ", "").strip(",")) if part]

@@ -17,12 +17,16 @@ class Recipe:
     scan: bool = False
     remat: bool = False
 
-    def resize(self, batch: int, context: int) -> "Recipe":
-        """Returns it with another batch and context, in parts of as many tokens at most as its own; one part stays one."""
-        most, parts = self.batch * self.context // self.accumulate, 1
+    def resize(self, batch: int, context: int, devices: int = 1) -> "Recipe":
+        """Returns it with another batch and context, in parts of as many tokens at most as its own; one part stays one.
+
+        When `devices` share the rows, each of them reads so many tokens of a part.
+        """
+        most, parts = self.batch * self.context // self.accumulate, [1]
         if self.accumulate > 1:
-            parts = next(n for n in range(1, batch + 1) if n == batch or (batch % n == 0 and batch // n * context <= most))
-        return dataclasses.replace(self, batch=batch, context=context, accumulate=parts)
+            parts = [n for n in range(1, batch + 1) if batch % (n * devices) == 0] or parts
+        accumulate = next((n for n in parts if batch // (n * devices) * context <= most), parts[-1])
+        return dataclasses.replace(self, batch=batch, context=context, accumulate=accumulate)
 
 
 _MUON = OptimizerConfig(

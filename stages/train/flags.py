@@ -6,10 +6,11 @@ from typing import Annotated
 
 import tyro
 
+from engine.counting.accelerators import Accelerator, find_accelerator
 from engine.errors import UserError
 from engine.model.config import preset
 from stages.cli.flags import COUNT, default, integer, interval, number, one_of, parser, path, positive, with_help
-from stages.runs.flags import FolderFlags, LengthFlags, RunFlags, SkipBatchesFlag
+from stages.runs.flags import FolderFlags, LengthFlags, MeshFlags, RunFlags, SkipBatchesFlag
 
 RECIPE = default("the preset's recipe")
 
@@ -94,10 +95,13 @@ class TrainFlags(RunFlags):
     optimizer: OptimizerFlags
     monitoring: MonitoringFlags
     folder: TrainFolderFlags
+    mesh: MeshFlags
     preset: Annotated[tyro.conf.Positional[str], parser(str, "PRESET"), default("demo, or tiny with --by-hand")] = ""
     """The architecture: demo, nano, tiny, or a published one such as smollm2-135m."""
     by_hand: Annotated[bool, default("off")] = False
     """Train with the NumPy model of engine/by_hand instead: its own backward pass and AdamW, in float32."""
+    accelerator: Annotated[Accelerator | None, parser(find_accelerator, "NAME"), default("h100")] = None
+    """Predict for this device under --dry-run --mesh: a100, h100, h200, b200, tpu-v5e, tpu-v5p or tpu-v6e."""
 
     def __post_init__(self) -> None:
         if not self.preset:

@@ -5,12 +5,14 @@ from typing import Any
 
 import numpy as np
 
+from engine.counting.accelerators import find_accelerator
 from engine.counting.params import count_params
 from engine.device import Device
 from engine.errors import UserError
 from engine.files import atomic_file
 from engine.format import duration, format_bytes, format_count, quantity
 from engine.model.config import preset
+from engine.sharding import parse_mesh
 from engine.text.windows import TextBatches
 from engine.training.step import TrainState
 from stages.cli.console import Console
@@ -25,6 +27,7 @@ from stages.runs.training_steps import TrainingSteps
 from stages.runs.validation import bits_per_byte, quick_evaluator, rows_in_memory, score_text
 from stages.train.flags import TrainFlags
 from stages.train.jax_trainer import JaxTrainer
+from stages.train.mesh_plan import plan_on_mesh
 from stages.train.numpy_trainer import NumPyTrainer
 from stages.train.short_run import short_run_note
 from stages.train.trainer import Trainer
@@ -39,6 +42,8 @@ def run(flags: TrainFlags, device: Device) -> int:
         device = dataclasses.replace(device, name=f"{device.name}, by NumPy {np.__version__}")
     intervals = dataclasses.asdict(flags.folder) | dataclasses.asdict(flags.monitoring)
     folder = intervals.pop("out_dir") or default_folder(flags.preset + "-by-hand" * flags.by_hand, flags.text.data)
+    if flags.mesh.mesh and not flags.dry_run:
+        raise UserError("--mesh is planned by --dry-run, and not yet trained on.")
     options = RunOptions("train", device, folder, flags.dry_run, **intervals, skip_batches=flags.text.skip_batches)
     return execute(options, lambda console: Training(flags, options, console))
 
@@ -46,14 +51,16 @@ def run(flags: TrainFlags, device: Device) -> int:
 def chosen_recipe(flags: TrainFlags, backend: str) -> Recipe:
     """Returns the preset's recipe, overridden by flags.
 
-    Off a CPU layers are always a scan, which compiles one layer, as MaxText does; on a CPU a small model is a fifth faster
-    without.
+    The preset's batch grows to a multiple of the devices that share its rows. Off a CPU layers are always a scan, which
+    compiles one layer, as MaxText does; on a CPU a small model is a fifth faster without.
     """
     base = recipe(flags.preset, preset(flags.preset).vocab)
     step, optimizer = flags.step, dataclasses.asdict(flags.optimizer)
+    shards = parse_mesh(flags.mesh.mesh).row_shards if flags.mesh.mesh else 1
+    batch = step.batch or -(-base.batch // shards) * shards
     kind = optimizer.pop("optimizer")
     chosen = _replace(
-        base.resize(step.batch or base.batch, step.context or base.context), tokenizer=flags.text.tokenizer,
+        base.resize(batch, step.context or base.context, shards), tokenizer=flags.text.tokenizer,
         accumulate=1 if flags.by_hand else step.accumulate, scan=step.scan or backend != "cpu" or None,
         remat=step.remat or None,
         optimizer=_replace(base.optimizer, kind="adamw" if flags.by_hand else kind, **optimizer),
@@ -97,6 +104,8 @@ class Training(Stage):
             "recipe": recipe_facts,
         }  # fmt: skip
         self.ceilings = find_ceilings(console)
+        self.planned_mesh = parse_mesh(flags.mesh.mesh) if flags.mesh.mesh and options.dry_run else None
+        self.accelerator = flags.accelerator or find_accelerator("h100")
         self.tokenizer, self.stop_token_ids = data.tokenizer, (data.tokenizer.eos_id,)
         self.batches = TextBatches(data.train.tokens, recipe.context, recipe.batch, plan.seed)
 
@@ -134,6 +143,7 @@ class Training(Stage):
                 f"{format_count(top)}FLOP/s in {cfg.dtype}",
             ),
             *([("note", note)] if note else []),
+            *(plan_on_mesh(plan, self.planned_mesh, self.accelerator, self.console) if self.planned_mesh else []),
         ]
 
     def initial_state(self) -> TrainState:

@@ -1,17 +1,25 @@
 """What a run says before it starts: how long it takes, what would suit better, and why it measures this machine."""
 
+import dataclasses
 import io
+import math
 import re
 
 import pytest
 from tiny_runs import tiny
 
+from engine.counting.accelerators import find_accelerator
+from engine.counting.collectives import Collective
 from engine.counting.hardware import Ceilings
+from engine.counting.params import leaf_shapes
+from engine.format import format_bytes
+from engine.model.config import preset
 from stages.cli.console import Console
 from stages.runs import estimate
 from stages.runs.estimate import find_ceilings, remeasure_ceilings
 from stages.runs.recipes import recipe
 from stages.train import __main__ as train
+from stages.train import mesh_plan
 from stages.train import run as train_run
 from stages.train.short_run import MIN_STEPS
 
@@ -89,3 +97,35 @@ def test_a_process_that_cannot_measure_gives_no_ceilings(monkeypatch):
     for code in ("print('no JSON')", "print('{}')", "1 / 0"):
         monkeypatch.setattr(estimate, "MEASURE_PROGRAM", code)
         assert estimate._measure_in_subprocess() is None
+
+
+def test_a_mesh_that_is_not_here_is_planned(text, monkeypatch, capsys):
+    """A device holds what the rules on paths leave of 12 bytes a parameter; more than there is, is said."""
+    tiny_plan = ["tiny", "--data", text, "--context", 32, "--batch", 8, "--optimizer", "adamw", "--mesh", "fsdp=8"]
+    shapes = leaf_shapes(dataclasses.replace(preset("tiny"), vocab=258)).values()
+    held = 12 * sum(math.prod(shape) // (8 if len(shape) > 1 else 1) for shape in shapes)
+    small = dataclasses.replace(find_accelerator("tpu-v5e"), memory_gb=held / 4e9)
+    monkeypatch.setattr(train_run, "find_accelerator", lambda name: small)
+    plan = plan_of(monkeypatch, capsys, *tiny_plan)
+    assert plan["holds"].startswith(f"a device: {format_bytes(held)} of state, ")
+    assert re.search(r"tpu-v5e has .* too little: about fsdp=\d+ would fit", plan["holds"])
+    assert "all-gather of " in plan["sends"]
+    for flags, error in (
+        (["--accelerator", "h101"], "Did you mean 'h100'?"),
+        (["--mesh", "fsdp=3"], "fsdp=3 of the mesh fsdp=3 does not divide the 8 rows"),
+        (["--mesh", "fdsp=2"], "Did you mean 'fsdp'?"),
+    ):
+        assert train.main([*map(str, tiny_plan), "--dry-run", *flags]) == 2
+        assert error in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_step_that_does_not_compile_is_one_sentence(text, monkeypatch, capsys):
+    monkeypatch.setattr(mesh_plan, "COMMAND", ("-c", "raise SystemExit('no memory')"))
+    assert train.main(["tiny", "--data", str(text), "--batch", "4", "--dry-run", "--mesh", "fsdp=4"]) == 2
+    assert capsys.readouterr().err == "error: The step does not compile for fsdp=4: no memory\n"
+
+
+def test_a_ring_over_nodes_is_as_fast_as_the_network_of_a_node():
+    device = find_accelerator("h100")
+    seconds = lambda *group: device.send_seconds(Collective("all-gather", 10**9, group, 1)) / (1 - 1 / len(group))
+    assert [seconds(*range(8)), seconds(*range(16)), seconds(0, 8)] == pytest.approx([1 / 450, 1 / 400, 1 / 50])

@@ -1,0 +1,136 @@
+"""Plans a training step on a mesh that need not be here: another process compiles it for virtual devices."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from engine.counting.accelerators import Accelerator
+from engine.counting.collectives import Collective, read_collectives, sum_by_kind
+from engine.counting.flops import muon_flops, train_flops
+from engine.counting.traffic import train_bytes
+from engine.counting.xla import xla_peak
+from engine.device import start_jax
+from engine.errors import UserError
+from engine.format import duration, format_bytes, si
+from engine.model.config import ModelConfig
+from engine.model.transformer import init_params
+from engine.sharding import MeshShape, check_mesh, describe, global_batch, make_mesh
+from engine.text.batch import Batch
+from engine.training.optimizer import OptimizerConfig, make_optimizer
+from engine.training.step import init_state
+from stages.cli.console import Console
+from stages.runs.estimate import RunPlan
+from stages.runs.training_steps import compile_step
+
+COMMAND = ("-m", __name__)  # of the process that compiles
+LIMIT = 900.0  # seconds
+EFFICIENCY = 0.5  # of the peak, by products; whole published runs reach 0.2 to 0.6
+
+
+def plan_on_mesh(plan: RunPlan, mesh: MeshShape, device: Accelerator, console: Console) -> list[tuple[str, str]]:
+    """Returns rows: bytes a device, collectives and seconds of a step. Raises UserError when it does not compile."""
+    check_mesh(mesh, plan.cfg, plan.recipe.batch, plan.recipe.accumulate)
+    found = _compile_in_subprocess(plan, mesh, console)
+    collectives = [Collective(kind, size, tuple(group), times) for kind, size, group, times in found["collectives"]]
+    held, limit = found["state"] + found["temporaries"], 1e9 * device.memory_gb
+    holds = f"a device: {format_bytes(found['state'])} of state, {format_bytes(found['temporaries'])} of temporaries; "
+    holds += f"{device.name} has {format_bytes(limit)}"
+    if held > limit:
+        larger = mesh._replace(fsdp=mesh.fsdp * 2 ** math.ceil(math.log2(held / limit)))
+        holds += f"  ** too little: about {larger} would fit, or more --accumulate, or --remat **"
+    kinds = [f"{total.times:,} {kind} of {format_bytes(total.bytes)}" for kind, total in sum_by_kind(collectives).items()]
+    seconds = _predict_seconds(plan, mesh, device, collectives)
+    least, most = si(max(seconds.values()), "s"), si(sum(seconds.values()), "s")
+    parts = ", ".join(f"{name} {si(value, 's')}" for name, value in seconds.items())
+    return [
+        ("mesh", f"{mesh}: compiled for {mesh.devices} virtual devices in {duration(found['seconds'])}, not run"),
+        ("holds", holds),
+        (
+            "sends",
+            f"a device: {format_bytes(sum(one.wire_bytes for one in collectives))} a step: {', '.join(kinds) or 'nothing'}",
+        ),
+        ("takes", f"a step: {least} if all of this overlaps, {most} if nothing does: {parts}"),
+        (
+            "assumed",
+            f"products at {EFFICIENCY:.0%} of {device.bf16_tflops:g} TFLOP/s, memory at {device.memory_gbs:g} GB/s, rings at "
+            f"{device.node_gbs:g} GB/s in a node of {device.node} and {device.network_gbs:g} GB/s a device beyond, no latency; "
+            "a CPU's program, which has more temporaries than others, and all-reduces where they reduce-scatter",
+        ),
+    ]
+
+
+def _predict_seconds(plan: RunPlan, mesh: MeshShape, device: Accelerator, collectives: list[Collective]) -> dict[str, float]:
+    """Predicts the seconds of a step's products (remat's and Muon's too), memory traffic, and collectives."""
+    cfg, recipe = plan.cfg, plan.recipe
+    flops = train_flops(cfg, recipe.context, attention="full").total * plan.step_tokens
+    flops += muon_flops(cfg) * (recipe.optimizer.kind == "muon")
+    traffic = train_bytes(cfg, recipe.batch // recipe.accumulate // mesh.row_shards, recipe.context)
+    passes = recipe.accumulate * (traffic.weights + traffic.activations + traffic.logits) / mesh.tensor
+    update = (traffic.gradients + traffic.optimizer) / (mesh.fsdp * mesh.tensor)
+    return {
+        "products": flops / mesh.devices / (1e12 * EFFICIENCY * device.bf16_tflops),
+        "memory": (passes + update) / (1e9 * device.memory_gbs),
+        "collectives": sum(map(device.send_seconds, collectives)),
+    }
+
+
+def _compile_in_subprocess(plan: RunPlan, mesh: MeshShape, console: Console) -> dict[str, Any]:
+    cfg, recipe = plan.cfg.to_json() | {"scan": True}, plan.recipe  # a scan compiles one layer
+    shape = (recipe.batch, recipe.context)
+    request = json.dumps((cfg, dataclasses.asdict(recipe.optimizer), mesh, shape, recipe.accumulate)).encode()
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={mesh.devices}"
+    pipe, begin = subprocess.PIPE, time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, *COMMAND], stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True,  # Ctrl-C is ours
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+    )  # fmt: skip
+    try:
+        while process.returncode is None:
+            try:
+                output, errors = process.communicate(request, timeout=0.2)
+            except subprocess.TimeoutExpired:
+                request, seconds = b"", time.monotonic() - begin
+                if seconds > LIMIT:
+                    raise UserError(f"Compiling for {mesh} took over {duration(LIMIT)} and was given up.") from None
+                console.show_live(functools.partial(_progress, mesh, seconds))
+    finally:
+        process.kill()
+        process.wait()
+        console.close_live()
+    if process.returncode:
+        reason = errors.decode().strip().rpartition("\n")[2] or f"its process ended with {process.returncode}"
+        raise UserError(f"The step does not compile for {mesh}: {reason}")
+    return json.loads(output)
+
+
+def _progress(mesh: MeshShape, seconds: float) -> list[str]:
+    return [f"compiling for {mesh.devices} virtual devices", f"{seconds:.0f} s"]
+
+
+def compile_for_parent() -> None:
+    """Compiles the step that a JSON on stdin describes, and prints a JSON of what is in it."""
+    begin = time.monotonic()
+    fields, recipe, mesh, shape, accumulate = json.load(sys.stdin)
+    cfg, optimizer = ModelConfig.from_json(fields), OptimizerConfig(**recipe)
+    start_jax("cpu")
+    tokens, counts = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    with jax.set_mesh(make_mesh(MeshShape(*mesh))):
+        state = describe(lambda: init_state(make_optimizer(optimizer), init_params(cfg, jax.random.key(0))))
+        batch = global_batch(Batch(tokens, tokens, counts, tokens))
+        program = compile_step(cfg, optimizer, accumulate, state, {}, batch)
+    held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
+    found = {"state": held, "temporaries": xla_peak(program) - held, "collectives": read_collectives(program.as_text() or "")}
+    print(json.dumps(found | {"seconds": time.monotonic() - begin}))
+
+
+if __name__ == "__main__":
+    compile_for_parent()
