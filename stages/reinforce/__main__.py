@@ -1,9 +1,9 @@
 """Train a model by reinforcement learning: it samples completions, a rule rewards them, GRPO updates the weights.
 
     python -m stages.reinforce                                     SmolLM2-135M-Instruct learns to answer in 12 words
-    python -m stages.reinforce --task yes-no                       to begin with Yes or No, asked what can be answered so
-    python -m stages.reinforce --task 'regex:^(A|An|The) '         to begin as a pattern describes it
-    python -m stages.reinforce --task sum                          to add
+    python -m stages.reinforce --task yes-no --max-tokens 16       to begin with Yes or No, asked what can be answered so
+    python -m stages.reinforce --task 'regex:^(A|An|The) ' --max-tokens 24   to begin as a pattern describes it
+    python -m stages.reinforce --task sum --max-tokens 24          to add
     python -m stages.reinforce --model runs/tiny-python --train all --task length:4
     python -m stages.reinforce --dry-run                           what a round would take, and stop
 
