@@ -6,7 +6,6 @@ Where `xla.py` counts a loop's body once, here it counts as often as it runs; bo
 import functools
 import math
 import re
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +19,8 @@ _CALL = re.compile(r"(?:body|calls|to_apply|\w+_computations?)=(?:\{([^}]*)\}|([
 _SECOND_HALF = re.compile(r" [\w-]+-(?:done|update)\(")  # of an asynchronous operation: the first counts
 _ARRAY = re.compile(r"(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 _RESULT = re.compile(r"\((?:\([^()]*\)|[^]]*\]), (\([^()]*\)|[^]]*\])")  # (operands, results, ...)
-_ORDER = r"<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
-_GROUPS = re.compile(rf"replica_groups=(\{{\{{.*?\}}|\[[\d,]+\]{_ORDER}|mesh\[\S*(?: device_ids=\S*)? \{{[^}}]*\}})")
+_BOX = re.compile(r"\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_AXES = re.compile(r"mesh\[([^]]*)\] \{([\w',]*)\}")
 
 
 class Collective(NamedTuple):
@@ -40,23 +39,6 @@ class Collective(NamedTuple):
         """
         share = 1.0 if self.kind.startswith("collective-") else 1 - 1 / len(self.group)
         return self.times * self.bytes * share * (2 if self.kind == "all-reduce" else 1)
-
-
-class KindTotal(NamedTuple):
-    """All collectives of a kind in one execution."""
-
-    times: int = 0
-    bytes: int = 0
-    wire_bytes: float = 0.0
-
-
-def sum_by_kind(collectives: Iterable[Collective]) -> dict[str, KindTotal]:
-    """Returns the total of each kind."""
-    totals: dict[str, KindTotal] = {}
-    for one in collectives:
-        times, size, wire = totals.get(one.kind, KindTotal())
-        totals[one.kind] = KindTotal(times + one.times, size + one.times * one.bytes, wire + one.wire_bytes)
-    return totals
 
 
 def read_collectives(hlo: str) -> list[Collective]:
@@ -105,35 +87,26 @@ def _collective(line: str, match: re.Match[str], devices: int) -> Collective:
     if start and kind != "all-reduce" and (result := _RESULT.match(shape)):
         shape = result[1]
     sizes = [math.prod(_integers(sides)) * int(bits or 8) / 8 for _, bits, sides in _ARRAY.findall(shape)]
-    groups = _GROUPS.search(line)
-    group = (0, 1) if kind == "collective-permute" else _first_group(groups[1]) if groups else tuple(range(devices))
+    group = (0, 1) if kind == "collective-permute" else _first_group(line.partition("replica_groups=")[2], devices)
     return Collective(kind, round(sum(sizes)) * (len(group) if kind == "reduce-scatter" else 1), group, 1)
 
 
-def _first_group(text: str) -> tuple[int, ...]:
-    """Returns the first group of `{{0,1},{2,3}}`, `[2,4]<=[4,2]T(1,0)` or `mesh['x'=2,'y'=4] {'y'}`, XLA's notations."""
-    if text.startswith("{"):
-        return tuple(_integers(text))
-    if text.startswith("["):
-        return tuple(_order(text)[: _integers(text)[1]])
-    mesh, _, axes = text.rpartition(" {")
-    mesh, _, order = mesh.partition("], device_ids=")
-    sizes = {name: int(size) for name, size in re.findall(r"([\w.']+)=(\d+)", mesh)}
-    places = {name: [0] for name in sizes}
-    for name, before, size in re.findall(r"([\w.']+)(?::\((\d+)\)(\d+))?", axes):  # x:(p)s, the factor s of x after a factor p
-        count = int(size or sizes[name])
-        stride = sizes[name] // (int(before or 1) * count)
-        places[name] = [place + stride * i for place in places[name] for i in range(count)]
-    ids = np.array(_order(order) or range(math.prod(sizes.values()))).reshape([*sizes.values()])
-    return tuple(ids[np.ix_(*places.values())].flatten().tolist())
-
-
-def _order(text: str) -> list[int]:
-    """Returns an order of devices: `(0,2,1,3)` as it stands, `<=[2,2]T(1,0)` by counting in a box and transposing it."""
-    if not (iota := re.search(_ORDER, text)):
-        return _integers(text)
-    sizes = _integers(iota[1])
-    return np.arange(math.prod(sizes)).reshape(sizes).transpose(_integers(iota[2] or "") or None).flatten().tolist()
+def _first_group(text: str, devices: int) -> tuple[int, ...]:
+    """Returns the first group of `{{0,1},{2,3}}`, `[2,4]<=[4,2]T(1,0)` or `mesh['x'=2,'y'=4] {'y'}`; all devices of none."""
+    if text.startswith("{{"):
+        return tuple(_integers(text.partition("}")[0]))
+    if box := _BOX.match(text):  # so many groups of so many, in the order of a box that is counted through and transposed
+        sizes = _integers(box[3])
+        order = np.arange(math.prod(sizes)).reshape(sizes).transpose(_integers(box[4] or "") or None).flatten()
+        return tuple(order[: int(box[2])].tolist())
+    if mesh := _AXES.match(text):
+        axes = [(name, int(size)) for name, size in re.findall(r"('\w+')=(\d+)", mesh[1])]
+        ids = np.arange(math.prod(size for _, size in axes)).reshape([size for _, size in axes])
+        whole = tuple(slice(None) if name in mesh[2].split(",") else 0 for name, _ in axes)
+        return tuple(ids[whole].flatten().tolist())
+    if text and not text.startswith("{}"):
+        raise UserError(f"The groups of a collective are written in a way that is not known here: {text[:60]!r}.")
+    return tuple(range(devices))
 
 
 def _integers(text: str) -> list[int]:

@@ -1,20 +1,20 @@
 """Plans a training step on a mesh that need not be here: another process compiles it for virtual devices."""
 
 import dataclasses
-import functools
 import json
 import math
 import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from typing import Any
 
 import jax
 import numpy as np
 
 from engine.counting.accelerators import Accelerator
-from engine.counting.collectives import Collective, read_collectives, sum_by_kind
+from engine.counting.collectives import Collective, read_collectives
 from engine.counting.flops import muon_flops, train_flops
 from engine.counting.traffic import train_bytes
 from engine.counting.xla import xla_peak
@@ -47,17 +47,19 @@ def plan_on_mesh(plan: RunPlan, mesh: MeshShape, device: Accelerator, console: C
     if held > limit:
         larger = mesh._replace(fsdp=mesh.fsdp * 2 ** math.ceil(math.log2(held / limit)))
         holds += f"  ** too little: about {larger} would fit, or more --accumulate, or --remat **"
-    kinds = [f"{total.times:,} {kind} of {format_bytes(total.bytes)}" for kind, total in sum_by_kind(collectives).items()]
+    times, sizes = Counter[str](), Counter[str]()
+    for one in collectives:
+        times[one.kind] += one.times
+        sizes[one.kind] += one.times * one.bytes
+    kinds = [f"{times[kind]:,} {kind} of {format_bytes(size)}" for kind, size in sizes.most_common()]
+    sent = format_bytes(sum(one.wire_bytes for one in collectives))
     seconds = _predict_seconds(plan, mesh, device, collectives)
     least, most = si(max(seconds.values()), "s"), si(sum(seconds.values()), "s")
     parts = ", ".join(f"{name} {si(value, 's')}" for name, value in seconds.items())
     return [
         ("mesh", f"{mesh}: compiled for {mesh.devices} virtual devices in {duration(found['seconds'])}, not run"),
         ("holds", holds),
-        (
-            "sends",
-            f"a device: {format_bytes(sum(one.wire_bytes for one in collectives))} a step: {', '.join(kinds) or 'nothing'}",
-        ),
+        ("sends", f"a device: {sent} a step, in {', '.join(kinds) or 'nothing'}"),
         ("takes", f"a step: {least} if all of this overlaps, {most} if nothing does: {parts}"),
         (
             "assumed",
@@ -101,7 +103,7 @@ def _compile_in_subprocess(plan: RunPlan, mesh: MeshShape, console: Console) -> 
                 request, seconds = b"", time.monotonic() - begin
                 if seconds > LIMIT:
                     raise UserError(f"Compiling for {mesh} took over {duration(LIMIT)} and was given up.") from None
-                console.show_live(functools.partial(_progress, mesh, seconds))
+                console.show_live([f"compiling for {mesh.devices} virtual devices", f"{seconds:.0f} s"].copy)
     finally:
         process.kill()
         process.wait()
@@ -110,10 +112,6 @@ def _compile_in_subprocess(plan: RunPlan, mesh: MeshShape, console: Console) -> 
         reason = errors.decode().strip().rpartition("\n")[2] or f"its process ended with {process.returncode}"
         raise UserError(f"The step does not compile for {mesh}: {reason}")
     return json.loads(output)
-
-
-def _progress(mesh: MeshShape, seconds: float) -> list[str]:
-    return [f"compiling for {mesh.devices} virtual devices", f"{seconds:.0f} s"]
 
 
 def compile_for_parent() -> None:

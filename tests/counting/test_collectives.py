@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from engine.counting.collectives import Collective, KindTotal, read_collectives, sum_by_kind
+from engine.counting.collectives import Collective, read_collectives
 from engine.errors import UserError
 
 # Three layers of x @ w, weights cut in 4 along `fsdp`, rows in 8; the loss is a sum over all.
@@ -35,7 +35,7 @@ def test_a_scan_over_sharded_layers_gathers_and_reduces_each():
     size = 4 * 64 * 64
     gathers = [one for one in collectives if one.kind == "all-gather"]
     assert gathers == [Collective("all-gather", size, (0, 1, 2, 3), 3)] * 2, "forward and backward"
-    assert sum_by_kind(gathers)["all-gather"] == KindTotal(6, 6 * size, 6 * size * 3 / 4)
+    assert sum(one.wire_bytes for one in gathers) == 6 * size * 3 / 4
     reductions = {one.group: one for one in collectives if one.kind == "all-reduce"}  # a CPU does not reduce-scatter
     assert reductions[0, 1, 2, 3] == Collective("all-reduce", size, (0, 1, 2, 3), 3)
     assert reductions[0, 1, 2, 3].wire_bytes == 2 * 3 * size * 3 / 4
@@ -62,15 +62,6 @@ def module(entry: str, others: str = "", devices: int = 8) -> str:
         ("  %s = f32[4]{0} all-reduce-start(%p), replica_groups={{0,1}}, to_apply=%add", ("all-reduce", 16, (0, 1))),
         ("  %s = (f32[3], f32[3], u32[], u32[]) collective-permute-start(%p)", ("collective-permute", 12, (0, 1))),
         ("  %a = f32[8] all-gather(%p), replica_groups=mesh['x'=2,'y'=2,'z'=2] {'x','z'}", ("all-gather", 32, (0, 1, 4, 5))),
-        ("  %a = f32[8] all-gather(%p), replica_groups=mesh['x'=8] {'x':(2)2}", ("all-gather", 32, (0, 2))),
-        (
-            "  %a = f32[8] all-gather(%p), replica_groups=mesh['x'=4,'y'=2], device_ids=([4,2]<=[2,4]T(1,0)) {'y'}",
-            ("all-gather", 32, (0, 4)),
-        ),
-        (
-            "  %a = f32[8] all-gather(%p), replica_groups=mesh['x'=2,'y'=2], device_ids=(0,2,1,3) {'y'}",
-            ("all-gather", 32, (0, 2)),
-        ),
     ],
 )
 def test_every_notation_of_the_compiler(line, expected):
@@ -98,3 +89,5 @@ def test_loops_multiply_and_alone_groups_move_nothing():
     both = "  %c = f32[4] conditional(%i, %p, %q), branch_computations={%body, %body}"
     assert [one.times for one in read_collectives(module(both, BODY))] == [1, 1]
     assert read_collectives(module("  %a = f32[8] all-gather(%p), replica_groups={{0},{1}}")) == []
+    with pytest.raises(UserError, match="not known here: "):
+        read_collectives(module("  %a = f32[8] all-gather(%p), replica_groups=mesh['x'=8] {'x':(2)2}"))
