@@ -83,6 +83,24 @@ def sync(path: str | Path) -> None:
         os.close(handle)
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it, and syncs each into its parent, so that they survive a power cut."""
+    if not path.exists():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
+
+
+def sync_and_drop(folder: Path) -> None:
+    """Writes all files below a folder to the disk and drops them from the page cache, so that reading them reads the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Opens a binary file that appears at `path`, complete and on disk, when the block ends; after an error, nothing."""

@@ -204,6 +204,11 @@ def free_memory_bytes() -> int:
     """Returns the bytes that new arrays can take: of the accelerator, or of the host within `memory_limit_bytes`."""
     if stats := jax.devices()[0].memory_stats():
         return stats["bytes_limit"] - stats["bytes_in_use"]
+    return free_host_bytes()
+
+
+def free_host_bytes() -> int:
+    """Returns the bytes of host memory that new arrays can take, within `memory_limit_bytes`."""
     free = [memory_limit_bytes()]
     with contextlib.suppress(OSError):  # elsewhere than on Linux
         for line in Path("/proc/meminfo").read_text().splitlines():

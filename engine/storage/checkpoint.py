@@ -6,14 +6,15 @@
                             state.json      step, PRNG settings, and the caller's state
                             manifest.json   SHA-256 of every file above
 
-Orbax commits by a rename without fsync or checksum. So a checkpoint is built in a hidden folder, synced, and appears by
-one rename: a kill at any instant leaves the older ones and no partial one. Nothing is loaded before its SHA-256 is
-checked: damage is named, and the newest intact checkpoint is used.
+Orbax commits by a rename without fsync or checksum. So a checkpoint is built in a hidden folder, synced, read back and
+compared with memory, and appears by one rename: a kill at any instant leaves the older ones and no partial one. Nothing is
+loaded before its SHA-256 is checked: damage is named, and the newest intact checkpoint is used.
 """
 
 import concurrent.futures
 import contextlib
 import errno
+import itertools
 import json
 import logging
 import os
@@ -28,9 +29,11 @@ import jax
 import numpy as np
 
 from engine.errors import UserError
-from engine.files import atomic_folder, folder_lock
+from engine.files import atomic_folder, folder_lock, make_folder, sync_and_drop
 from engine.storage.digest import leaves_by_path
 from engine.storage.manifest import verify, write_manifest
+
+COMPARED_BYTES = 2**27  # at once, of a checkpoint that is read back
 
 
 class LoadedCheckpoint(NamedTuple):
@@ -44,15 +47,17 @@ class LoadedCheckpoint(NamedTuple):
     damaged: list[str]
 
 
-def save(folder: Path, step: int, params: Any, optimizer: Any, state: dict[str, Any], *, keep: int = 3) -> Path:
-    """Writes `folder/checkpoints/STEP` durably, then removes all but the newest `keep`; returns the path.
+def save(
+    folder: Path, step: int, params: Any, optimizer: Any, state: dict[str, Any], *, keep: int = 3, best: int | None = None
+) -> Path:  # fmt: skip
+    """Writes `folder/checkpoints/STEP` durably, then removes all but the newest `keep` and step `best`; returns the path.
 
     params, optimizer: pytrees of JAX or NumPy arrays. state: JSON (tuples come back as lists, keys as text). A checkpoint
     of the same step is replaced; those of later steps are neither counted nor removed.
 
-    Raises UserError, naming the path and the bytes wanted, when the disk refuses; older checkpoints then stay as they were,
-    as after a KeyboardInterrupt or a kill. Raises TypeError or ValueError, before anything is written, for a leaf that could
-    not be restored or a state that is not JSON.
+    Raises UserError, naming the path and the bytes wanted, when the disk refuses or gives back other bits; older checkpoints
+    then stay as they were, as after a KeyboardInterrupt or a kill. Raises TypeError or ValueError, before anything is
+    written, for a leaf that could not be restored or a state that is not JSON.
     """
     if step < 0 or keep < 1:
         raise ValueError(f"save: step must be at least 0 and keep at least 1, not {step} and {keep}.")
@@ -64,7 +69,7 @@ def save(folder: Path, step: int, params: Any, optimizer: Any, state: dict[str, 
     target = root / str(step)
     wanted = sum(leaf.nbytes for tree in trees.values() for leaf in jax.tree.leaves(tree))
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_folder(root)
         with folder_lock(root):
             _remove_incomplete(root)
             disk = shutil.disk_usage(root)
@@ -73,8 +78,12 @@ def save(folder: Path, step: int, params: Any, optimizer: Any, state: dict[str, 
             with atomic_folder(target) as building:
                 _write_arrays(building, trees)
                 (building / "state.json").write_text(record + "\n", encoding="utf-8")
+                sync_and_drop(building)  # so that the disk is read, not what memory still holds of the files
                 write_manifest(building)
+                _compare_arrays(building, trees)
             for old in [earlier for earlier in steps(folder) if earlier <= step][:-keep]:
+                if old == best:
+                    continue
                 # Hidden by one rename, so that a kill leaves nothing that looks like a checkpoint.
                 with contextlib.suppress(OSError):  # the next save tries again
                     shutil.rmtree((root / str(old)).rename(root / f".{old}.gone"), ignore_errors=True)
@@ -240,6 +249,30 @@ def _write_arrays(building: Path, trees: dict[str, Any]) -> None:
         inner.rmdir()
 
 
+def _compare_arrays(building: Path, trees: dict[str, Any]) -> None:
+    """Reads the arrays back, about COMPARED_BYTES at a time, and raises OSError for one that has other bits than in memory."""
+    for part, tree in trees.items():
+        leaves, structure = jax.tree.flatten(tree)
+        sums = itertools.accumulate(leaf.nbytes for leaf in leaves)
+        groups = [total // COMPARED_BYTES for total in sums]
+        for group in dict.fromkeys(groups):
+            # Orbax does not read the leaves that are `...`.
+            like = [_on_host(leaf) if at == group else ... for leaf, at in zip(leaves, groups)]
+            abstract = jax.tree.unflatten(structure, like)
+            try:
+                read = _run_orbax(lambda ocp: ocp.load(building, abstract, checkpointable_name=part))  # noqa: B023
+            except ValueError as error:
+                raise OSError(errno.EIO, f"{part} cannot be read back") from error
+            for leaf, back in zip(leaves, jax.tree.leaves(read)):
+                if back is not ... and not np.array_equal(_bytes(leaf), _bytes(back)):
+                    name = next("/".join(path) for path, other in leaves_by_path(tree).items() if other is leaf)
+                    raise OSError(errno.EIO, f"{part}/{name} was read back with other bits than it has in memory")
+
+
+def _bytes(leaf: Any) -> np.ndarray:
+    return np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
+
+
 def _read_arrays(checkpoint: Path, part: str, like: Any = None) -> Any:
     def read(ocp: ModuleType) -> tuple[Any, dict]:
         stored = ocp.metadata(checkpoint, part).metadata if (checkpoint / part).is_dir() else {}
@@ -265,7 +298,12 @@ def _as_abstract(leaf: Any) -> Any:
     """Returns a leaf for Orbax to restore by its sharding, or into host memory (twice as fast on one device)."""
     if getattr(leaf, "sharding", None) is not None and getattr(leaf, "committed", True):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-    return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)  # a shape and a dtype without the memory
+    return _on_host(leaf)
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    """Returns a shape and a dtype without the memory, for Orbax to restore into host memory."""
+    return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
 
 
 def _refuse_difference(where: Path, wanted: dict, stored: dict) -> None:

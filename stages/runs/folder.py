@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
-from engine.files import atomic_file, folder_lock
+from engine.files import atomic_file, folder_lock, make_folder
 from engine.storage.run_folder import ADAPTER, ROOT
 
 RUN_FILES = ("config.json", "metrics.jsonl", "tokenizer", "checkpoints", "samples", ADAPTER, "run.json")
@@ -58,7 +58,7 @@ def clear_run(folder: Path) -> None:
 @contextlib.contextmanager
 def lock_run(folder: Path) -> Iterator[None]:
     """Makes the run folder and holds it for this process; removes it if nothing was written. Raises UserError when held."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     try:
         with contextlib.ExitStack() as lock:
             try:
