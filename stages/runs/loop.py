@@ -15,6 +15,7 @@ from engine.device import Device
 from engine.errors import UserError
 from engine.format import clock_time, format_bytes, quantity
 from engine.storage import checkpoint
+from engine.storage.background_save import BackgroundSaver
 from engine.text.skipped_batches import Ranges, batch_of_step, format_ranges, join_ranges
 from engine.training.step import TrainState
 from stages.cli import signals
@@ -165,7 +166,8 @@ class Loop:
         self, plan: RunPlan, options: RunOptions, record: dict[str, Any], to_saved: Callable[[Any], Any],
         loop_state: LoopState, console: Console,
     ) -> None:  # fmt: skip
-        self.plan, self.options, self.record, self.to_saved = plan, options, record, to_saved
+        self.plan, self.options, self.record = plan, options, record
+        self.saver = BackgroundSaver(options.folder, options.keep, to_saved)
         self.loop_state, self.console = loop_state, console
         self.timer, self.log = StepTimer(), MetricsLog(options.folder, loop_state.step)
         self.has_evaluated = False
@@ -184,10 +186,12 @@ class Loop:
         loop_state, plan = self.loop_state, self.plan
         done = lambda: steps.exhausted or plan.progress(loop_state.step, loop_state.seconds) >= 1
         answer = f"Finishing this {plan.noun}, then saving (once more: stop at once)."
-        with signals.defer_signals(answer, self.console.print) as signal_state:
+        with signals.defer_signals(answer, self.console.print) as signal_state, self.saver:
+            self.saver.reserve(state.trainable, state.opt_state)
             self._evaluate_and_save(steps, state, signal_state, done())  # what a signal prevented
             begin = time.perf_counter()
             while not done() and not signal_state.received:
+                self.saver.poll()
                 if not self.refused_whole:
                     self.sound = dataclasses.replace(loop_state)
                 state, refused = steps.run(state, loop_state)
@@ -205,13 +209,14 @@ class Loop:
                     self._log_step(steps)
             if self.saved_step != loop_state.step:
                 self.save(state)
-            return state, signal_state.received
+        return state, signal_state.received
 
     def save(self, state: TrainState) -> None:
-        record = dataclasses.asdict(self.loop_state) | self.record
-        params, step = self.to_saved(state.trainable), self.loop_state.step
-        checkpoint.save(self.options.folder, step, params, state.opt_state, record, keep=self.options.keep)
-        self.saved_step = step
+        """Saves beside the steps that follow; `saver.wait` waits until it is on the disk."""
+        loop_state = self.loop_state
+        record = dataclasses.asdict(loop_state) | self.record
+        self.saver.save(loop_state.step, state.trainable, state.opt_state, record, loop_state.best_step)
+        self.saved_step = loop_state.step
 
     @contextlib.contextmanager
     def _saving_before_errors(self, state: TrainState) -> Iterator[None]:
@@ -222,6 +227,7 @@ class Loop:
             at = f"{self.plan.noun} {self.loop_state.step:,}"
             try:
                 self.save(state)
+                self.saver.wait()
             except UserError as failure:
                 raise UserError(f"{explain_error(error)} {at} could not be saved either: {failure}") from error
             if isinstance(error, BrokenPipeError):
@@ -263,6 +269,7 @@ class Loop:
         self.loop_state = sound
         if self.saved_step is None or self.saved_step < sound.step:
             self.save(state)
+        self.saver.wait()
         skip = ""
         if noun == "step":
             skipped = format_ranges(join_ranges([*sound.skipped, (first, last)]))
@@ -297,21 +304,20 @@ class Loop:
         self.log.add(step=self.loop_state.step, seconds=self.loop_state.seconds, **metrics)
 
     def _evaluate_and_save(self, steps: Steps, state: TrainState, signal_state: signals.SignalState, done: bool) -> bool:
-        """Evaluates and saves, where due. Returns whether it did either."""
+        """Evaluates and saves, where due; saves the best evaluated too. Returns whether it did either."""
         loop_state = self.loop_state
         evaluates = steps.evaluator and loop_state.is_due("evaluate", self._evaluation_interval()) and not done
-        # Refused steps leave nothing to save; before them lies where a stop that they bring about begins again.
-        saves = loop_state.is_due("save", self.options.save_every) and not loop_state.refused_in_a_row
-        saves = saves and self.saved_step != loop_state.step
-        if not (evaluates or saves):
-            return False
-        with _without_free_memory(steps.buffer_bytes):
-            if evaluates:
+        if evaluates:
+            with _without_free_memory(steps.buffer_bytes):
                 self._evaluate(steps, state, signal_state)
-            if saves:
-                loop_state.begin("save")
+        saves = loop_state.is_due("save", self.options.save_every) or loop_state.best_step == loop_state.step
+        # Refused steps leave nothing to save; before them lies where a stop that they bring about begins again.
+        saves = saves and not loop_state.refused_in_a_row
+        if saves:
+            loop_state.begin("save")
+            if self.saved_step != loop_state.step:  # by a stop, before the restart
                 self.save(state)
-        return True
+        return bool(evaluates or saves)
 
     def _evaluation_interval(self) -> int | float:
         """Returns the steps or seconds between evaluations: as asked for, or a run's tenth, but for EVALUATION_SHARE."""

@@ -136,7 +136,7 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     report, peak, refused = stage.finish(state, loop, before), peak_rss_bytes(), loop_state.refused
     result = report.result | {
         f"{plan.noun}s": loop_state.step, "refused_steps": refused, "peak_rss_bytes": peak,
-        "summary": " ".join(report.rows[0]),
+        "best_step": loop_state.best_step, "summary": " ".join(report.rows[0]),
     }  # fmt: skip
     write_json(folder / "run.json", facts | {"result": result})
     trained = f"{quantity(loop_state.step, plan.noun)} in {duration(loop_state.seconds)}"
@@ -146,7 +146,9 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
         console.print(f"\n{heading}", style="bold")
         console.print(textwrap.indent(text.strip("\n"), "  | ", lambda line: True))
     console.print()
-    rows = [*report.rows, ("trained", trained), ("memory", f"{format_bytes(peak)} at most"), ("saved", report.saved)]
+    at = folder / "checkpoints" / str(loop_state.best_step)
+    best = [("best", f"quick validation {loop_state.best:.3f}: {at}")] if loop_state.best_step is not None else []
+    rows = [*report.rows, ("trained", trained), *best, ("memory", f"{format_bytes(peak)} at most"), ("saved", report.saved)]
     console.print_rows(rows)
     console.print("\nnext", style="bold")
     more: dict[str, tuple[object, ...]] = {"export": ("--out", Path("exported", folder.name))}

@@ -158,3 +158,27 @@ def test_a_signal_while_python_starts_or_ends(started, tmp_path, monkeypatch, ph
     output, _ = process.communicate(timeout=10)
     assert (process.returncode, output.strip().splitlines()) == (code, [output.strip()])
     assert f"Stopped {sentence}" in output
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_signal_while_a_checkpoint_is_written_beside_training(started, text, tmp_path, again):
+    """The last save waits for that write; a second signal does not, and leaves the older checkpoint and no partial one."""
+    folder = tmp_path / "run"
+    assert train.main(tiny(text, folder, "--steps", 2, "--eval-every", 100)) == 0
+    patch = (
+        "import time; from engine.storage import checkpoint as c; w = c._write_arrays; "
+        f"c._write_arrays = lambda *args: (print('busy', flush=True), time.sleep({60 if again else 1}), w(*args))"
+    )
+    run = f"import sys; {patch}; from stages.train import __main__ as train; sys.exit(train.main(sys.argv[1:]))"
+    process = start(started, [sys.executable, "-c", run, *tiny(text, folder, *LONG)])
+    wait_for_line(process, "busy")
+    process.send_signal(signal.SIGTERM)
+    wait_for_line(process, "Finishing this step")
+    if again:
+        process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 143, output
+    newest = checkpoint.load_params(folder)
+    assert newest.damaged == []
+    assert (newest.step == 2) == again
+    assert ("Stopped at step" in output) == (not again)
