@@ -46,7 +46,8 @@ def plan_on_mesh(plan: RunPlan, mesh: MeshShape, device: Accelerator, console: C
     holds += f"{device.name} has {format_bytes(limit)}"
     if held > limit:
         larger = mesh._replace(fsdp=mesh.fsdp * 2 ** math.ceil(math.log2(held / limit)))
-        holds += f"  ** too little: about {larger} would fit, or more --accumulate, or --remat **"
+        accumulate = " or more --accumulate" * (plan.recipe.accumulate * mesh.row_shards < plan.recipe.batch)
+        holds += f"  ** too little: about {larger}{accumulate}{' or --remat' * (plan.cfg.remat == 'none')} would fit **"
     times, sizes = Counter[str](), Counter[str]()
     for one in collectives:
         times[one.kind] += one.times
