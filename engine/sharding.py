@@ -14,6 +14,7 @@ On a `tensor` axis of t devices, the columns of a matrix with several parts (q, 
 its t-th of every part, and a device computes whole heads. That is in memory only; files hold the parts one after another.
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from engine.errors import UserError, did_you_mean
@@ -86,6 +87,19 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def make_inference_mesh(text: str | None) -> Mesh | None:
+    """Reads `tensor=2` and returns the mesh of the first devices; None for None. Raises UserError.
+
+    Inference reads all weights for every token, so it does not gather them: `tensor` alone cuts them.
+    """
+    if text is None:
+        return None
+    shape = parse_mesh(text)
+    if shape.row_shards > 1:
+        raise UserError(f"Inference cuts a model along tensor alone, such as tensor={shape.devices}, not by {shape}.")
+    return make_mesh(shape, jax.devices()[: shape.devices])
+
+
 def check_mesh(shape: MeshShape, cfg: ModelConfig, batch: int, microbatches: int = 1) -> None:
     """Raises UserError when an axis does not divide what it cuts, naming the sizes that would fit."""
     rows = batch // microbatches
@@ -105,6 +119,12 @@ def check_mesh(shape: MeshShape, cfg: ModelConfig, batch: int, microbatches: int
                 f"{names} of the mesh {shape} does not divide the {size} {what}: "
                 f"{' times '.join(axes)} may be {' or '.join(map(str, near))}."
             )
+
+
+def check_inference(cfg: ModelConfig) -> None:
+    """Raises UserError when the mesh of this thread, if any, cannot cut the model."""
+    if (mesh := mesh_here()) is not None:
+        check_mesh(MeshShape(**mesh.shape), cfg, batch=1)
 
 
 def leaf_spec(path: str, shape: tuple[int, ...], sizes: Any) -> P:
@@ -143,7 +163,8 @@ def _map_specs(f: Callable[[P, Any], Any], tree: Any, sizes: Any) -> Any:
 # Outside a program: on the mesh of `jax.set_mesh`.
 
 
-def _mesh() -> Mesh | None:
+def mesh_here() -> Mesh | None:
+    """Returns the mesh of this thread, to `jax.set_mesh` in another; None without one, which `set_mesh` takes too."""
     mesh = jax.sharding.get_mesh()
     return None if mesh.empty else mesh
 
@@ -153,7 +174,7 @@ def shardings(tree: Any) -> Any:
 
     A moment lies as its parameter does, for optax keeps it in a tree with the parameter's own path.
     """
-    mesh = _mesh()
+    mesh = mesh_here()
     return mesh and _map_specs(lambda spec, _: NamedSharding(mesh, spec), tree, mesh.shape)
 
 
@@ -163,6 +184,35 @@ def describe(begin: Callable[[], Any]) -> Any:
     if (wanted := shardings(shapes)) is None:
         return shapes
     return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, wanted)
+
+
+def place(cfg: ModelConfig, params: Any) -> Any:
+    """Returns loaded parameters laid out over the mesh, each device with its own part alone; as they are without a mesh.
+
+    To load a model that no single device holds, do so in `host_memory`.
+    """
+    return params if mesh_here() is None else jax.device_put(group_columns(cfg, params), shardings(params))
+
+
+def host_memory() -> contextlib.AbstractContextManager[Any]:
+    """Makes arrays in the host's memory within the block, if there is a mesh to `place` them on afterwards."""
+    return contextlib.nullcontext() if mesh_here() is None else jax.default_device(jax.local_devices(backend="cpu")[0])
+
+
+def make_cache(make: Callable[[], Any]) -> Any:
+    """Returns `make()`, a KV cache, on a mesh laid out as `pin_cache` does, each device making its own part."""
+    return make() if mesh_here() is None else jax.jit(lambda: pin_cache(make()))()
+
+
+def describe_inference(params: Any, state: Any) -> tuple[Any, Any]:
+    """Returns the shapes of parameters and of KV caches, with where they lie: on the mesh, or on the first device."""
+    mesh = mesh_here()
+    if mesh is None:
+        wheres = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), (params, state))
+    else:
+        wheres = shardings(params), jax.tree.map(lambda x: NamedSharding(mesh, _cache_spec(x.shape, mesh.shape)), state)
+    describe = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    return jax.tree.map(describe, (params, state), wheres)
 
 
 def init_sharded(cfg: ModelConfig, begin: Callable[[], Any]) -> Any:
@@ -177,7 +227,7 @@ def local_rows(rows: int) -> tuple[int, int]:
     Along `data` and `fsdp` processes share the rows, along `tensor` all read the same. Raises UserError when the rows of
     this process do not lie side by side.
     """
-    mesh = _mesh()
+    mesh = mesh_here()
     if mesh is None:
         return 1, 0
     index = NamedSharding(mesh, P(ROWS)).devices_indices_map((rows,))
@@ -190,7 +240,7 @@ def local_rows(rows: int) -> tuple[int, int]:
 
 def global_batch(batch: Any) -> Any:
     """Returns a batch over all devices, from this process's own rows of it (NumPy)."""
-    mesh = _mesh()
+    mesh = mesh_here()
     if mesh is None:
         return batch
     where, processes = NamedSharding(mesh, P(ROWS)), local_rows(mesh.shape["data"] * mesh.shape["fsdp"])[0]
@@ -199,6 +249,17 @@ def global_batch(batch: Any) -> Any:
 
 
 # Inside a program: on the mesh it is traced for.
+
+
+def pin_cache(tree: Any) -> Any:
+    """Pins the arrays of a KV cache (B, K, ...): their key heads over `tensor`; all that has fewer than 3 axes whole."""
+    mesh = jax.sharding.get_abstract_mesh()
+    constrain = lambda x: jax.lax.with_sharding_constraint(x, _cache_spec(x.shape, mesh.shape))
+    return tree if mesh.empty else jax.tree.map(constrain, tree)
+
+
+def _cache_spec(shape: tuple[int, ...], sizes: Any) -> P:
+    return P(None, "tensor") if len(shape) > 2 and shape[1] % sizes["tensor"] == 0 else P()
 
 
 def _size(*axes: str) -> int:

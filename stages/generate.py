@@ -13,13 +13,13 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
-from engine.device import start_jax
+from engine.device import Device, start_jax
 from engine.format import duration
 from engine.text.jsonl import decode_utf8
 from stages.cli import process, signals
 from stages.cli.command import run_command
 from stages.cli.console import Console
-from stages.cli.flags import TEMPERATURE, CompletionFlags, DeviceFlag, ModelFlag, default, integer, parser
+from stages.cli.flags import TEMPERATURE, CompletionFlags, DeviceFlag, MeshFlag, ModelFlag, default, integer, parser
 from stages.cli.process import leave
 from stages.cli.sampling import choose_sampling
 
@@ -39,6 +39,7 @@ class GenerateFlags:
     sampling: CompletionFlags = dataclasses.field(default_factory=CompletionFlags)
     count: Annotated[int, parser(integer(1, 256), "N")] = 1
     """Continuations to write, with seeds seed, seed + 1, ..."""
+    mesh: MeshFlag = None
     device: DeviceFlag = "auto"
     verbose: Annotated[bool, default("off")] = False
     """Say more on stderr: the model, its digest before and after, the traceback of an error."""
@@ -49,6 +50,16 @@ def generate(flags: GenerateFlags) -> None:
     signals.set_phase("before the text was complete.")
     device = start_jax(flags.device, one_arena=False)
     # These import jax, which must not load before --help is answered and the device is chosen.
+    import jax
+
+    from engine.sharding import make_inference_mesh
+
+    with jax.set_mesh(make_inference_mesh(flags.mesh)):
+        _generate(flags, device)
+
+
+def _generate(flags: GenerateFlags, device: Device) -> None:
+    from engine import sharding
     from engine.inference import decode
     from engine.inference.sampling_params import SamplingParams
     from engine.inference.stop_strings import CompletionText
@@ -57,11 +68,14 @@ def generate(flags: GenerateFlags) -> None:
     from stages.cli.compile_counter import CompileCounter
 
     notes = Console(sys.stderr)
-    model = load_model(flags.model)
+    with sharding.host_memory():
+        model = load_model(flags.model, on_config=sharding.check_inference)
     notes.print_notes(model.notes)
     text = decode_utf8(sys.stdin.buffer.read(), "The prompt on standard input") if flags.prompt == "-" else flags.prompt
     prompt = [*model.tokenizer.bos_ids, *model.tokenizer.encode(text or "\n").tolist()]
-    params = decode.prepare_params(model.cfg, model.params)
+    with sharding.host_memory():
+        params = decode.prepare_params(model.cfg, model.params)
+    params = sharding.place(model.cfg, params)
     fields, source = choose_sampling(model.sampling, flags.sampling.overrides, {"temperature": TEMPERATURE}, notes)
     sampling = SamplingParams(flags.sampling.max_tokens, seed=flags.sampling.seed, stop_token_ids=model.eos_ids, **fields)
     before = digest(params) if flags.verbose else ""

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from engine import sharding
 from engine.errors import UserError
 from engine.inference.request import Event, Request
 from engine.inference.sampling import SamplingArrays, sample, sampling_arrays
@@ -41,8 +42,10 @@ def prepare_params(cfg: ModelConfig, params: Params) -> Params:
     Gains, biases and Int8 leaves stay; a CPU gets integers in the layout in which it multiplies them fastest.
     """
 
+    transposes = platform() == "cpu" and sharding.column_shards() == 1
+
     def lay_out(_: str, leaf: Any) -> Any:
-        return store_transposed(leaf) if isinstance(leaf, Int8) and leaf.activations != "full" and platform() == "cpu" else leaf
+        return store_transposed(leaf) if transposes and isinstance(leaf, Int8) and leaf.activations != "full" else leaf
 
     return cast_matrices(map_paths(lay_out, merge_lora(params, cfg.dtype)), cfg.dtype)
 
@@ -58,7 +61,7 @@ def prefill(cfg: ModelConfig, params: Params, tokens: Array, lengths: Array, cac
     hidden, cache = hidden_states(cfg, params, tokens, positions, cache)
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     logits = logits_of(cfg, params, jnp.take_along_axis(hidden, last, axis=1)[:, 0])
-    return logits, cache._replace(length=cache.length + lengths)
+    return logits, sharding.pin_cache(cache._replace(length=cache.length + lengths))
 
 
 def _decode_step(cfg: ModelConfig, params: Params, token: Array, cache: KVCache) -> tuple[Array, KVCache]:
@@ -86,7 +89,7 @@ def decode_steps(
         return (token, cache), token
 
     (_, cache), tokens = jax.lax.scan(step, (token, cache), length=steps)
-    return tokens.T, cache
+    return tokens.T, sharding.pin_cache(cache)
 
 
 _sample = jax.jit(sample)
@@ -95,7 +98,8 @@ _sample = jax.jit(sample)
 @jax.jit(static_argnames="rows")
 def _pad_rows(state: tuple[Array, KVCache], rows: int) -> tuple[Array, KVCache]:
     """Pads logits and cache with empty rows; a lone prompt is prefilled alone, for its chunks have rows enough."""
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, rows - len(x)), *((0, 0),) * (x.ndim - 1))), state)
+    pad = lambda x: jnp.pad(x, ((0, rows - len(x)), *((0, 0),) * (x.ndim - 1)))
+    return sharding.pin_cache(jax.tree.map(pad, state))
 
 
 def padded_rows(prompts: int) -> int:
@@ -111,10 +115,10 @@ def generate(
 
     The first token comes after the prefill, then up to STEPS at a time.
 
-    `params` are those of `prepare_params`. A prompt ends with 'stop' when it samples one of its `stop_token_ids` (which is
-    not yielded), else with 'length'. Raises UserError for a prompt that is empty or leaves no room, a token outside the
-    vocabulary, not as many sampling parameters as prompts, or penalties, `logit_bias` and `logprobs`, which only
-    `slots.Slots` knows.
+    `params` are those of `prepare_params`, placed on the mesh if there is one. A prompt ends with 'stop' when it samples one
+    of its `stop_token_ids` (which is not yielded), else with 'length'. Raises UserError for a prompt that is empty or leaves
+    no room, a token outside the vocabulary, not as many sampling parameters as prompts, or penalties, `logit_bias` and
+    `logprobs`, which only `slots.Slots` knows.
     """
     capacity = cfg.context if capacity is None else capacity
     if not prompts or len(sampling) != len(prompts):
@@ -135,7 +139,7 @@ def generate(
     rows = padded_rows(len(prompts))
     arrays = jax.device_put(sampling_arrays([*fits, *[fits[0]] * (rows - len(prompts))]))
     # Room for a last chunk's padding and a last dispatch's surplus: what lies there is never read.
-    cache = make_cache(cfg, len(prompts), -(-capacity // CHUNK) * CHUNK + CHUNK)
+    cache = sharding.make_cache(lambda: make_cache(cfg, len(prompts), -(-capacity // CHUNK) * CHUNK + CHUNK))
     logits, cache = _pad_rows(_prefill_all(cfg, params, prompts, cache), rows)
     token = _sample(logits, cache.length, arrays)
     fresh = np.asarray(token)[:, None]

@@ -4,7 +4,8 @@ Their shapes depend on the model, the slots and the capacity, never on a request
 one. They donate the KV cache and the token counts, and no parameter.
 """
 
-from collections.abc import Generator, Iterable
+import functools
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from engine import sharding
 from engine.inference.sampling import (
     PenaltyArrays,
     SamplingArrays,
@@ -35,10 +37,16 @@ from engine.model.transformer import Params, forward, hidden_states
 Call = tuple[Any, tuple[Any, ...]]  # a program and its arguments
 COMPILED_AT_ONCE = 2  # tracing holds Python's lock
 
-clear_slot = jax.jit(segmented.clear_slot, donate_argnames="segments")
-copy_slot = jax.jit(segmented.copy_slot, donate_argnames="segments")
-read_chunk = jax.jit(segmented.read_chunk, static_argnames="length")
-write_chunk = jax.jit(segmented.write_chunk, donate_argnames="segments")
+
+def _compiled(move: Callable[..., Any], **options: Any) -> Any:
+    """Compiles a function that moves chunks; on a mesh what it returns lies as the KV cache does."""
+    return jax.jit(functools.wraps(move)(lambda *args: sharding.pin_cache(move(*args))), **options)
+
+
+clear_slot = _compiled(segmented.clear_slot, donate_argnames="segments")
+copy_slot = _compiled(segmented.copy_slot, donate_argnames="segments")
+read_chunk = _compiled(segmented.read_chunk, static_argnames="length")
+write_chunk = _compiled(segmented.write_chunk, donate_argnames="segments")
 
 
 class SampledTokens(NamedTuple):
@@ -58,7 +66,8 @@ def prefill_chunk(
     """Writes the keys and values of tokens (1, T) int32 into a slot, from position `start` on."""
     rows = CacheRows(start[None], jnp.zeros((1,), jnp.int32), slot[None])
     positions = start + jnp.arange(tokens.shape[1])
-    return hidden_states(cfg, params, tokens, positions[None], segmented_cache(segments, rows))[1].segments
+    cache = hidden_states(cfg, params, tokens, positions[None], segmented_cache(segments, rows))[1]
+    return sharding.pin_cache(cache.segments)
 
 
 @jax.jit(static_argnames="cfg", donate_argnames=("segments", "counts"))
@@ -93,7 +102,7 @@ def decode_slots(
     zeros = lambda dtype, *shape: jnp.zeros((STEPS, R, *shape), dtype)
     sampled = SampledTokens(zeros(jnp.int32), zeros(bool), zeros(jnp.float32), zeros(jnp.int32, X), zeros(jnp.float32, X))
     _, segments, counts, sampled = jax.lax.fori_loop(0, steps, step, (token, segments, counts, sampled))
-    return sampled, segments, counts
+    return sampled, *sharding.pin_cache((segments, counts))
 
 
 def _log_probabilities(logits: Array, token: Array, X: int, wanted: Array) -> tuple[Array, Array, Array]:
@@ -115,7 +124,7 @@ def idle_calls(
 
     Of `params`, `segments` and `counts` only the shapes are read.
     """
-    params, segments, counts = shapes_of((params, segments, counts))
+    params, (segments, counts) = sharding.describe_inference(params, (segments, counts))
     R = segments.slots
     start, step, nowhere = np.int32(0), np.int32(1), np.int32(R)
     rows, idle = make_rows(np.full(R, -1, np.int32)), [SamplingParams()] * R
@@ -130,7 +139,7 @@ def idle_calls(
     calls["copy_slot"] = copy_slot, (segments, nowhere, np.full(DRAFT_ROWS, R, np.int32), step)
     calls["set_token_counts"] = set_token_counts, (counts, nowhere, *count_prompt((), {}, cfg.vocab))
     for size in {chunk, tail} if prefix_cache else ():
-        computed = shapes_of(read_chunk.eval_shape(segments, start, start, size))
+        computed = sharding.describe_inference((), read_chunk.eval_shape(segments, start, start, size))[1]
         calls[f"read_chunk {size}"] = read_chunk, (segments, start, start, size)
         calls[f"write_chunk {size}"] = write_chunk, (segments, computed, nowhere, start, step)
     return calls
@@ -138,7 +147,7 @@ def idle_calls(
 
 def compile_programs(calls: dict[str, Call]) -> Generator[tuple[str, int]]:
     """Compiles `idle_calls`, or reads them from the compilation cache; yields each name as it is ready, and the total."""
-    pool = ThreadPoolExecutor(COMPILED_AT_ONCE)
+    pool = ThreadPoolExecutor(COMPILED_AT_ONCE, initializer=jax.set_mesh, initargs=(sharding.mesh_here(),))
     compile_call = lambda program, arguments: program.lower(*arguments).compile()
     try:
         futures = {pool.submit(compile_call, *call): name for name, call in calls.items()}
@@ -162,9 +171,3 @@ def make_rows(position: Any, draft_writes: Iterable[tuple[int, int]] = ()) -> Ca
     for write, (row, slot) in enumerate(draft_writes, R):
         source[write], target[write] = row, slot
     return CacheRows(position, source, target)
-
-
-def shapes_of(tree: Any) -> Any:
-    """Returns the shapes of arrays, on the first device, to compile programs for."""
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), tree)

@@ -19,6 +19,7 @@ from typing import Any, get_args
 import jax
 import numpy as np
 
+from engine import sharding
 from engine.errors import UserError
 from engine.inference import programs
 from engine.inference.prefix_cache import PrefixCache, chunk_key, root_key
@@ -55,7 +56,8 @@ def compile_ahead(
 class Slots:
     """Generates completions for many requests at once: `submit` them, then `step` while `busy`.
 
-    `params` are those of `decode.prepare_params`. `slots`: requests at once. `capacity`: tokens of prompt and completion
+    `params` are those of `decode.prepare_params`, placed on the mesh of this thread if it has one, which then holds the KV
+    cache too. `slots`: requests at once. `capacity`: tokens of prompt and completion
     together, by default the model's context. `kv_dtype`: of the KV cache. `prefix_cache_bytes`: 0 for none. `speculate`:
     whether a lone sequence checks draft tokens in idle rows. Completions depend on the model, `kv_dtype` and the shapes of
     programs (`slots`, `capacity`, `chunk`, `tail`) alone.
@@ -82,9 +84,11 @@ class Slots:
         self.scheduler = Scheduler(slots, speculate)
         self.prefix_cache = PrefixCache(prefix_cache_bytes)
         self.tails_agree = False  # whether a chunk computed in tails has the bits of one computed at once; `warm` finds out
+        self._mesh = sharding.mesh_here()
+        make_state = lambda: (make_kv_segments(cfg, slots, capacity, chunk, kv_dtype), make_token_counts(cfg, slots))
+        state = (params, *sharding.make_cache(make_state))
         # On a named device: for an unnamed one a program would be compiled once more.
-        state = params, make_kv_segments(cfg, slots, capacity, chunk, kv_dtype), make_token_counts(cfg, slots)
-        self.params, self._segments, self._counts = jax.device_put(state, jax.devices()[0])
+        self.params, self._segments, self._counts = state if self._mesh else jax.device_put(state, jax.devices()[0])
 
     @property
     def busy(self) -> bool:
@@ -100,6 +104,11 @@ class Slots:
     def running(self) -> int:
         """Requests with a slot."""
         return len(self.scheduler.running)
+
+    @property
+    def devices(self) -> int:
+        """Devices that the weights and the KV cache are spread over."""
+        return self._mesh.size if self._mesh else 1
 
     @property
     def used_positions(self) -> int:
@@ -133,6 +142,10 @@ class Slots:
 
         Returns when the device is done.
         """
+        with jax.set_mesh(self._mesh):
+            return self._step()
+
+    def _step(self) -> list[Event]:
         for sequence in self.scheduler.admit():
             slot, request = np.int32(sequence.slot), sequence.request
             sequence.prefix_key = root_key(request.namespace)
@@ -156,6 +169,10 @@ class Slots:
         """
         if self.busy:
             raise ValueError("warm is for slots without requests")
+        with jax.set_mesh(self._mesh):
+            self._warm(report, ahead)
+
+    def _warm(self, report: Callable[[int, int], None] | None, ahead: Iterable[tuple[str, int]]) -> None:
         # Compiled from shapes: a program that runs donates arrays while others are being compiled.
         calls = programs.idle_calls(
             self.cfg, self.params, self._segments, self._counts, self.chunk, self.tail, self.prefix_cache.limit > 0
@@ -187,7 +204,7 @@ class Slots:
     def _run_idle(self, program: Any, arguments: tuple[Any, ...]) -> None:
         """Runs a program on this state, with zeros for the other arrays, and keeps the state it returns."""
         state = {dict: self.params, KVSegments: self._segments, TokenCounts: self._counts}
-        zeros = lambda x: jax.device_put(np.zeros(x.shape, x.dtype), jax.devices()[0])
+        zeros = lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
         real = lambda x: zeros(x) if isinstance(x, jax.ShapeDtypeStruct) else x
         results = program(*(state.get(type(value)) or jax.tree.map(real, value) for value in arguments))
         # Only tuples: iterating over a JAX array would compile a program.

@@ -118,6 +118,9 @@ def path(text: str) -> Path:
 # Flags that several commands have.
 DEVICES = ("auto", "cpu", "gpu", "tpu")
 DeviceFlag = Annotated[str, one_of(*DEVICES), default("auto", "auto, cpu, gpu or tpu.")]
+MeshFlag = Annotated[
+    str | None, parser(str, "tensor=N"), default("one device", "Spread a model that one device cannot hold over N of them.")
+]
 ModelFlag = Annotated[
     str | None, parser(str, "MODEL"),
     default("the newest finished run in runs/", "A run or step folder, a Hugging Face folder, a .gguf file, or a named model."),

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from engine import sharding
 from engine.counting import hardware
 from engine.counting.params import count_params, leaf_shapes
 from engine.inference import decode
@@ -103,7 +104,8 @@ class CompileAhead:
         self._compiled: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
 
     def begin(self, config: EngineConfig, cfg: ModelConfig) -> None:
-        self._thread = threading.Thread(target=self._run, args=(config, config.model_config(cfg)), daemon=True, name="ahead")
+        arguments = config, config.model_config(cfg), sharding.mesh_here()
+        self._thread = threading.Thread(target=self._run, args=arguments, daemon=True, name="ahead")
         self._thread.start()
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
@@ -116,8 +118,8 @@ class CompileAhead:
         if self._thread:
             self._thread.join()
 
-    def _run(self, config: EngineConfig, cfg: ModelConfig) -> None:
-        with contextlib.suppress(Exception):
+    def _run(self, config: EngineConfig, cfg: ModelConfig, mesh: Any) -> None:
+        with contextlib.suppress(Exception), jax.set_mesh(mesh):
             loaded = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in leaf_shapes(cfg).items()}
             shapes = jax.eval_shape(lambda params: config.prepare_params(cfg, params), unflatten(loaded))
             for program in compile_ahead(cfg, shapes, **config.slot_options):

@@ -20,7 +20,7 @@ def system_fingerprint(digest: str, slots: Slots, **text: Any) -> str:
     """
     facts = {
         "weights": digest, "config": repr(slots.cfg), "shapes": [slots.slots, slots.capacity, slots.chunk, slots.tail],
-        "kv": slots.kv_dtype, "machine": machine_identity(), "flags": os.environ.get("XLA_FLAGS"),
+        "kv": slots.kv_dtype, "devices": slots.devices, "machine": machine_identity(), "flags": os.environ.get("XLA_FLAGS"),
         "versions": [importlib.metadata.version(name) for name in LIBRARIES], **text,
     }  # fmt: skip
     return "fp_" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -7,7 +7,19 @@ from typing import Annotated
 
 from tyro.conf import UseAppendAction
 
-from stages.cli.flags import DeviceFlag, ModelFlag, SamplingFlags, VerboseFlag, default, integer, number, one_of, parser, path
+from stages.cli.flags import (
+    DeviceFlag,
+    MeshFlag,
+    ModelFlag,
+    SamplingFlags,
+    VerboseFlag,
+    default,
+    integer,
+    number,
+    one_of,
+    parser,
+    path,
+)
 
 DTYPES = ("bfloat16", "float32", "int8")
 
@@ -57,6 +69,7 @@ class ServeFlags:
     """Memory for the prefix cache: beginnings of prompts that come again. 0 turns it off."""
     no_speculative_decoding: Annotated[bool, default("off")] = False
     """No speculative decoding for a lone request. Draft tokens change how fast a completion comes, never its tokens."""
+    mesh: MeshFlag = None
     price: Annotated[float | None, parser(number(0), "X"), default("unknown")] = None
     """The price of this machine, in dollars an hour; the page shows what a conversation costs."""
     log: Annotated[str, one_of("off", "short", "json")] = "off"

@@ -50,6 +50,9 @@ def run(flags: ServeFlags) -> int:
         with _quick_threads():
             device = start_jax(flags.device, one_arena=False)
             # Imports of JAX come after its start.
+            import jax
+
+            from engine.sharding import make_inference_mesh
             from stages.serve.api.app import make_app
             from stages.serve.engine_config import EngineConfig, default_weights
             from stages.serve.lifecycle import serve
@@ -60,10 +63,11 @@ def run(flags: ServeFlags) -> int:
                 flags.weights or default_weights(device.backend), flags.slots, flags.capacity, kv_dtype,
                 None if flags.prefix_cache is None else flags.prefix_cache * 10**6, not flags.no_speculative_decoding,
             )  # fmt: skip
-            state, ahead = load_state(
-                flags.model, engine_config, device, console, adapter=flags.adapter, template=flags.template, name=flags.name,
-                queue=flags.queue, price=flags.price, sampling=flags.sampling.overrides,
-            )  # fmt: skip
+            with jax.set_mesh(make_inference_mesh(flags.mesh)):
+                state, ahead = load_state(
+                    flags.model, engine_config, device, console, adapter=flags.adapter, template=flags.template,
+                    name=flags.name, queue=flags.queue, price=flags.price, sampling=flags.sampling.overrides,
+                )  # fmt: skip
         if hosts is not None:
             hosts |= {f"[{address}]" if ":" in address else address}
         app = make_app(state, keys, hosts, frozenset(flags.allow_origin), importlib.metadata.version("thrice"), flags.log)

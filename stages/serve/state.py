@@ -12,6 +12,7 @@ from typing import Literal
 
 import jax
 
+from engine import sharding
 from engine.counting.hardware import free_memory_bytes
 from engine.device import Device
 from engine.errors import UserError
@@ -105,14 +106,16 @@ def load_state(
 
     def on_config(cfg: ModelConfig) -> None:
         nonlocal engine_config
-        engine_config = engine_config.with_capacity(cfg, free_memory_bytes())
+        sharding.check_inference(cfg)
+        devices = sharding.column_shards() if device.backend != "cpu" else 1  # virtual devices share one memory
+        engine_config = engine_config.with_capacity(cfg, devices * free_memory_bytes())
         if (engine_config.capacity or 0) <= cfg.context:  # else `Slots` refuses it
             if device.backend == "cpu":
                 engine_config.check_memory(cfg)
             ahead.begin(engine_config, cfg)
 
     try:
-        with console.task(f"loading {model_name or 'the newest finished run'}") as report:
+        with console.task(f"loading {model_name or 'the newest finished run'}") as report, sharding.host_memory():
             model = load_model(model_name, report=report, on_config=on_config)
         console.print_notes(model.notes)
         now = datetime.datetime.now().isoformat(timespec="seconds")
@@ -138,7 +141,7 @@ def load_state(
     weights = format_bytes(sum(leaf.nbytes for leaf in jax.tree.leaves(slots.params)))
     console.print_rows([
         ("model", f"{name}: {model.checkpoint}" + (f" with {adapter}" if adapter else "")),
-        ("device", str(device)),
+        ("device", str(device) + (f"; {slots.devices} of them along tensor" if slots.devices > 1 else "")),
         ("weights", f"{engine_config.weights}, {weights}, SHA-256 {sha256[:16]}"),
         ("slots", f"{slots.slots} of {slots.capacity:,} tokens{less}, KV cache in {slots.kv_dtype}, "
                   f"{format_bytes(slots.cache_bytes)}"),
@@ -151,8 +154,10 @@ def load_state(
 
 def _make_slots(model: LoadedModel, adapter: Path | None, engine_config: EngineConfig) -> Slots:
     cfg = engine_config.model_config(model.cfg)
-    params = with_adapters(model.cfg, model.params, [adapter]) if adapter else model.params
-    params = jax.block_until_ready(engine_config.prepare_params(cfg, params))
+    with sharding.host_memory():
+        params = with_adapters(model.cfg, model.params, [adapter]) if adapter else model.params
+        params = engine_config.prepare_params(cfg, params)
+    params = jax.block_until_ready(sharding.place(cfg, params))
     try:
         return Slots(cfg, params, speculate=engine_config.speculate, **engine_config.slot_options)
     except RuntimeError as error:

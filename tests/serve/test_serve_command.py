@@ -33,6 +33,7 @@ from engine.model.config import LoraConfig
 from engine.model.paths import leaf_paths, merge
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import LoRA, merge_lora
+from engine.storage.huggingface.folder import save_folder
 from engine.training.lora import init_lora
 from stages.cli.console import Console
 from stages.serve import engine_config, lifecycle, server
@@ -55,8 +56,6 @@ sys.exit(main(sys.argv[1:]))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The tiny model in Hugging Face's layout."""
-    from engine.storage.huggingface.folder import save_folder
-
     model, place = tiny_model(), tmp_path_factory.mktemp("models") / "sea"
     place.mkdir()
     save_folder(place, model.cfg, model.params, {"eos_token_id": [model.tokenizer.eos_id]}, dtype="float32")
@@ -133,6 +132,24 @@ def test_a_signal_lets_what_is_under_way_end(folder, number):
         assert "Finishing what is under way" in server.output
         assert re.search(r"Weights unchanged: SHA-256 [0-9a-f]{16}; 0 programs compiled after the start", server.output)
         assert "Traceback" not in server.output
+
+
+def test_a_mesh_of_devices_serves_the_same_text(tmp_path):
+    tokenizer = tiny_model().tokenizer
+    save_folder(tmp_path, cfg := tiny_config(vocab=tokenizer.vocab, width=24, ff=36), lively_params(cfg), {}, dtype="float32")
+    tokenizer.save(tmp_path)
+    texts, environment = [], {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
+    for flags in ((), ("--mesh", "tensor=3")):
+        with Started(tmp_path, "--weights", "float32", "--keys-values", "float32", *flags, env=environment) as server:
+            replies = [server.client.post("/v1/completions", json=ask(most=9, model="default", logprobs=1)) for _ in range(2)]
+            assert replies[0].json()["choices"] == replies[1].json()["choices"]
+            texts.append(replies[0].json()["choices"][0]["text"])
+            server.process.send_signal(signal.SIGTERM)
+            assert server.ends() == 0
+            assert "Weights unchanged" in server.output
+            assert "0 programs compiled after the start" in server.output
+            assert ("3 of them along tensor" in server.output) == bool(flags)
+    assert texts[0] == texts[1] != ""
 
 
 def test_a_second_signal_ends_it_at_once(folder):

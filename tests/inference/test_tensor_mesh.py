@@ -1,0 +1,137 @@
+"""Inference over several devices: the same tokens, bits that depend on a request alone, and weights that stay as they are.
+
+A process has one device unless its environment says otherwise, so a child process with three does the work.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DEVICES = 3
+
+
+def wide_config(**changes):
+    """Three devices divide its 6 heads, 3 key heads, width and MLP."""
+    from tiny import tiny_config
+
+    return tiny_config(**{"width": 24, "ff": 36, "qkv_bias": True, **changes})
+
+
+def complete(slots, prompts):
+    """Returns the sampled tokens of each prompt, and their log-probabilities as hex."""
+    from engine.inference.request import Request
+    from engine.inference.sampling_params import SamplingParams
+
+    sampling = [SamplingParams(max_tokens=12, temperature=0.9, seed=row, logprobs=2) for row in range(len(prompts))]
+    texts = {slots.submit(Request(prompt, params)): ([], []) for prompt, params in zip(prompts, sampling)}
+    while slots.busy:
+        for event in slots.step():
+            texts[event.id][0].extend(event.tokens)
+            texts[event.id][1].extend(logprob.logprob.hex() for logprob in event.logprobs)
+    return list(texts.values())
+
+
+def facts_of(weights, tied):
+    """Runs one model on one device and on three; returns what must be true, and the largest share of a device."""
+    import jax
+    import numpy as np
+    from tiny import lively_params
+
+    from engine import sharding
+    from engine.inference.decode import generate, prepare_params
+    from engine.inference.sampling_params import SamplingParams
+    from engine.inference.slots import Slots
+    from engine.model.weights.int8 import quantize
+    from engine.storage.digest import digest
+    from stages.cli.compile_counter import CompileCounter
+
+    cfg = wide_config(tied=tied)
+    params = lively_params(cfg)
+    prepared = prepare_params(cfg, quantize(params) if weights == "int8" else params)
+    prompts = [tuple(np.random.default_rng(row).integers(0, cfg.vocab, 5 + 9 * row).tolist()) for row in range(3)]
+    options = {"slots": 3, "kv_dtype": "int8" if weights == "int8" else "float32", "prefix_cache_bytes": 10**6}
+    make = lambda params: Slots(cfg, params, chunk=16, tail=8, **options)
+    texts, greedy_sampling = [*map(list, prompts)], [SamplingParams(8, temperature=0.0)] * 3
+    greedy = lambda params: [[event.id, *event.tokens] for event in generate(cfg, params, texts, greedy_sampling)]
+    one, slots_of_one = greedy(prepared), make(prepared)
+    slots_of_one.warm()
+    with jax.set_mesh(sharding.make_inference_mesh(f"tensor={DEVICES}")):
+        placed = sharding.place(cfg, prepared)
+        before, three, slots = digest(placed), greedy(placed), make(placed)
+    slots.warm()
+    compiles = CompileCounter()
+    compiles.reset()
+    together, lone = complete(slots, prompts), complete(slots, prompts[:1])
+    shares = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(placed)]
+    keys = jax.tree.leaves(slots._segments.k)[0]
+    sampled = lambda completions: [tokens for tokens, _ in completions]
+    # In int8 a last bit of attention, which sums in another order, can become a whole step of the next rounding.
+    exact = weights == "float32"
+    return {
+        "greedy tokens are those of one device": not exact or three == one,
+        "sampled tokens too": not exact or sampled(complete(slots_of_one, prompts)) == sampled(together),
+        "neighbours change no bit": together[0] == lone[0],
+        "nothing compiles after warm": compiles.count == 0,
+        "weights are unchanged": digest(slots.params) == before and slots.params is placed,
+        "each device holds its key heads": keys.addressable_shards[0].data.shape[1] == cfg.kv_heads // DEVICES,
+    }, sum(shares) / sum(leaf.nbytes for leaf in jax.tree.leaves(placed))
+
+
+def child(folder):
+    from tiny import lively_params
+
+    from engine.storage.huggingface.folder import save_folder
+    from stages.generate import main
+
+    results = {"float32, tied": facts_of("float32", True), "int8": facts_of("int8", False)}
+    sys.path.append(str(Path(__file__).parents[1] / "text"))
+    from chat_models import chat_tokenizer
+
+    tokenizer = chat_tokenizer()
+    cfg = wide_config(vocab=tokenizer.vocab, qkv_bias=False)
+    save_folder(folder, cfg, lively_params(cfg), {}, dtype="float32")
+    tokenizer.save(folder)
+    words = ["--model", str(folder), "--prompt", "Hello", "--max-tokens", "9", "--temperature", "0", "--verbose"]
+    for mesh in ([], ["--mesh", "tensor=3"], ["--mesh", "tensor=2"], ["--mesh", "fsdp=3"], ["--mesh", "tensor=4"]):
+        print("---", *mesh, flush=True)
+        print("exit", main([*words, *mesh]), flush=True)
+    print(json.dumps(results))
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mesh")
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    done = subprocess.run(
+        [sys.executable, __file__, folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_a_mesh_computes_what_one_device_does(outcome):
+    for name, (facts, share) in json.loads(outcome.splitlines()[-1]).items():
+        assert [fact for fact, holds in facts.items() if not holds] == [], name
+        assert share < 0.48, name  # a third, and scales, gains and biases, which every device has
+
+
+def test_the_command_takes_a_mesh_or_says_why_not(outcome):
+    alone, three, two, fsdp, four = outcome.split("---")[1:6]
+    text = lambda output: re.sub("(model|device|weights) .*|.* tokens, .*", "", output.partition("exit 0")[0])
+    assert "weights unchanged" in three
+    assert text(alone).split() == text(three).removeprefix(" --mesh tensor=3").split()
+    for refused, reason in ((two, "tensor may be 1 or 3"), (fsdp, "along tensor alone"), (four, "there are 3")):
+        assert "exit 2" in refused
+        assert reason in refused
+
+
+if __name__ == "__main__":
+    child(Path(sys.argv[1]))
