@@ -9,7 +9,7 @@ Ranges = tuple[tuple[int, int], ...]  # (first, last) batch of each, both left o
 
 def parse_ranges(text: str) -> Ranges:
     """Parses '120..129' or '3..3,120..129'. Raises UserError for anything else."""
-    pairs = [re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", part) for part in text.replace(" ", "").split(",")]
+    pairs = [re.fullmatch(r"(\d{1,12})\.\.(\d{1,12})", part) for part in text.replace(" ", "").split(",")]
     ranges = [(int(pair[1]), int(pair[2])) for pair in pairs if pair]
     if len(ranges) < len(pairs) or any(first > last for first, last in ranges):
         raise UserError(f"wanted the first and the last batch to skip, such as 120..129 or 3..3,120..129, got {text!r}")

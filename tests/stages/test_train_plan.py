@@ -1,11 +1,17 @@
 """What a run says before it starts: how long it takes, what would suit better, and why it measures this machine."""
 
 import dataclasses
+import functools
 import io
 import math
 import re
+from contextlib import redirect_stderr, redirect_stdout
 
+import jax
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_runs import tiny
 
 from engine.counting.accelerators import find_accelerator
@@ -13,7 +19,10 @@ from engine.counting.collectives import Collective
 from engine.counting.hardware import Ceilings
 from engine.counting.params import leaf_shapes
 from engine.format import format_bytes
-from engine.model.config import preset
+from engine.model.config import PRESETS, preset
+from engine.model.transformer import init_params
+from engine.training.optimizer import make_optimizer
+from engine.training.step import init_state, train_step
 from stages.cli.console import Console
 from stages.runs import estimate
 from stages.runs.estimate import find_ceilings, remeasure_ceilings
@@ -21,6 +30,7 @@ from stages.runs.recipes import recipe
 from stages.train import __main__ as train
 from stages.train import mesh_plan
 from stages.train import run as train_run
+from stages.train.run import Training
 from stages.train.short_run import MIN_STEPS
 
 HERE = Ceilings("a chip", "cpu", 2, "0", bf16_gflops=400.0, f32_gflops=200.0, int8_gflops=300.0, read_gbs=26.0, update_gbs=20.0)
@@ -129,3 +139,45 @@ def test_a_ring_over_nodes_is_as_fast_as_the_network_of_a_node():
     device = find_accelerator("h100")
     seconds = lambda *group: device.send_seconds(Collective("all-gather", 10**9, group, 1)) / (1 - 1 / len(group))
     assert [seconds(*range(8)), seconds(*range(16)), seconds(0, 8)] == pytest.approx([1 / 450, 1 / 400, 1 / 50])
+
+
+ODD_FLAGS = {
+    "--batch": [1, 3, 7, 33, 1000], "--accumulate": [1, 2, 3, 8, 1000], "--context": [2, 5, 127, 128, 10**6],
+    "--dtype": ["float32", "bfloat16"], "--optimizer": ["adamw", "muon"], "--schedule": ["cosine", "wsd"],
+    "--warmup": [0, 0.9, 1],
+    "--decay": [0, 0.6, 1], "--clip": ["inf", 1e-9], "--learning-rate": [1e-300, 10], "--steps": [1, 10**30],
+    "--seed": [2**31 - 1],
+    "--max-time": ["1ms", "99999d"], "--tokenizer": ["bpe:257", "bpe:256", "nothing"],
+    "--skip-batches": ["0..0", "5..1", "1..9,3..4"],
+    "--scan": [()], "--remat": [()], "--by-hand": [()],
+}  # fmt: skip
+
+
+@given(
+    st.sampled_from(sorted(PRESETS)),
+    st.fixed_dictionaries({}, optional={flag: st.sampled_from(ODD_FLAGS[flag]) for flag in ODD_FLAGS}),
+)
+def test_any_flags_give_a_plan_that_can_be_traced_or_one_sentence(text, preset, values):
+    planned: list[Training] = []
+
+    class Planned(Training):
+        def __init__(self, *args):
+            super().__init__(*args)
+            planned.append(self)
+
+    words = [preset, "--data", text, "--dry-run", *([] if "--tokenizer" in values else ["--tokenizer", "bytes"])]
+    words += [word for flag, value in values.items() for word in ([flag] if value == () else [flag, value])]
+    error = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(error), redirect_stdout(io.StringIO()):
+        patch.setattr(train_run, "find_ceilings", lambda console: HERE)
+        patch.setattr(train_run, "Training", Planned)
+        code = train.main([*map(str, words)])
+    assert (code, len(planned)) in ((0, 1), (2, 0))
+    assert bool(code) == bool(error.getvalue())
+    assert "Traceback" not in error.getvalue()
+    if code == 0 and "--by-hand" not in values and planned[0].plan.step_tokens < 2**17:
+        plan, cfg = planned[0].plan, dataclasses.replace(planned[0].plan.cfg, layers=1)
+        tx = make_optimizer(plan.recipe.optimizer)
+        state = jax.eval_shape(lambda: init_state(tx, init_params(cfg, jax.random.key(0))))
+        step = functools.partial(train_step, cfg, tx, microbatches=plan.recipe.accumulate)
+        jax.eval_shape(step, state, {}, planned[0].batches.at(0), np.float32(0))
