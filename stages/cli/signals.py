@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SHOW_CURSOR = "\x1b[?25h"
@@ -107,6 +108,16 @@ def handle_signals() -> Iterator[None]:
     outer, _now = _now, SignalState(phase=_now.phase)
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
+    state, report = _now, sys.unraisablehook
+
+    def hear_again(ignored: Any) -> None:
+        """Has the main thread nudged when Stopped came in a callback, as JAX has one in gc, from which nothing is raised."""
+        if isinstance(ignored.exc_value, Stopped):
+            state.seen = False
+        else:
+            report(ignored)
+
+    sys.unraisablehook = hear_again
     before = [(number, signal.signal(number, _now.handle)) for number in SIGNALS]
     wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     thread = threading.Thread(target=_now.listen, args=(reading,), daemon=True, name="signals")
@@ -114,6 +125,7 @@ def handle_signals() -> Iterator[None]:
     try:
         yield
     finally:
+        sys.unraisablehook = report
         signal.set_wakeup_fd(wakeup)
         for number, handler in before:
             signal.signal(number, handler)

@@ -72,6 +72,6 @@ def test_a_promise_that_cannot_be_tried_is_not_kept_whichever_worker_tries_it():
 def test_a_promise_is_chosen_by_its_name():
     code, output = run_promises("no-such-model", "-n", "0", "--promise", "S99")
     assert code == 4, output
-    assert (
-        "There is no promise S99; there are S1, S2, S3, S4, S5, S6, S7, S8, S9, S10, S11, T1, T3, T8, X2, X3, X4, X5." in output
-    )
+    serving = "S1, S2, S3, S4, S5, S6, S7, S8, S9, S10, S11"
+    training = "T1, T2, T3, T4, T5, T6, T7, T8, T10"
+    assert f"There is no promise S99; there are {serving}, {training}, X2, X3, X4, X5." in output

@@ -121,18 +121,22 @@ def test_nobody_reading_saves_and_ends_quietly(started, text, tmp_path):
     assert manifest.verify(tmp_path / "run" / "checkpoints" / str(checkpoint.steps(tmp_path / "run")[-1])) == []
 
 
-def test_a_signal_that_the_main_thread_sleeps_through_reaches_it_all_the_same(started):
-    """As one does that comes after the last look at signals and before a library's wait begins."""
+@pytest.mark.parametrize("way", ["threading.Thread(target=elsewhere).start()", "Callback()"])
+def test_a_signal_that_the_main_thread_sleeps_through_reaches_it_all_the_same(started, way):
+    """As one does that comes after the last look at signals and before a library's wait begins, or in a library's callback."""
     program = (
         "import signal, sys, threading, time\n"
         "from stages.cli import signals\n"
         "def elsewhere():\n"
         "    time.sleep(0.3)\n"
         "    signal.pthread_kill(threading.get_ident(), signal.SIGINT)\n"
+        "class Callback:\n"
+        "    def __del__(self):\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
         "for _ in range(2):\n"
         "    try:\n"
         "        with signals.handle_signals():\n"
-        "            threading.Thread(target=elsewhere).start()\n"
+        f"            {way}\n"
         "            time.sleep(20)\n"
         "    except signals.Stopped:\n"
         "        print('heard')\n"

@@ -122,15 +122,17 @@ class TinyRun:
             self.examine(self.live(), {0}, "the last")
 
 
-def bits(folder: Path) -> dict[str, Any]:
-    """The losses and gradient norms of a run as hex, and the bits of its newest checkpoint's arrays, read by Orbax itself."""
+def bits(folder: Path, step: int | None = None) -> dict[str, Any]:
+    """What a run logged, as hex, and the digests of the newest (or a) checkpoint's arrays, read by Orbax itself."""
     from orbax.checkpoint import v1 as ocp
 
     from engine.storage.digest import digest
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    values = [(row["step"], name, row[name].hex()) for row in rows for name in ("loss", "grad_norm") if name in row]
-    newest = folder.absolute() / "checkpoints" / str(checkpoint.steps(folder)[-1])
+    value = lambda row, name: row[name].hex() if isinstance(row[name], float) else row[name]
+    lasting = lambda row: [name for name in row if name not in ("step", "seconds", "tokens_per_second", "refused")]
+    values = [(row["step"], name, value(row, name)) for row in rows for name in lasting(row)]
+    newest = folder.absolute() / "checkpoints" / str(step or checkpoint.steps(folder)[-1])
     arrays = {part: digest(ocp.load(newest, checkpointable_name=part)) for part in ("params", "optimizer")}
     return {"step": newest.name, "rows": values, **arrays}
 

@@ -1,0 +1,68 @@
+"""T2: a damaged file of the newest checkpoint is named, and the one before it is used."""
+
+import itertools
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from figures import exactly
+from tiny_training import SAVE_EVERY, bits
+
+from engine.storage import checkpoint
+
+BY_HAND = "--by-hand"
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    at = random.Random(str(path)).randrange(len(data))
+    data[at] ^= 1 << at % 8
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "delete": Path.unlink,
+    "cut": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "empty": lambda path: os.truncate(path, 0),
+    "flip a bit": flip,
+    "zero": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "lengthen": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "a folder instead": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.promises("T2", "a damaged newest checkpoint is named, and the one before it is used; no damage passes for data")
+def test_every_damage_to_every_file(make_run, reference, side_by_side, quick, expect):
+    """Each file of a run folder, and of what is cached, damaged in each way; then the same command again."""
+    wanted = reference(BY_HAND)
+    runs = [make_run(BY_HAND, server=server) for server in (0, 1)]
+    assert runs[0].live() == 0
+    whole = shutil.copytree(runs[0].work, runs[0].work.with_name("whole"))
+    parts = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file() and path.stat().st_size)
+    cases = [(part, way) for part in parts if "hardware" not in part.parts for way in DAMAGE][:: 40 if quick else 1]
+    newest = f"run/checkpoints/{2 * SAVE_EVERY}/"
+
+    def damage(half: int) -> list[str]:
+        run, wrong = runs[half], []
+        for part, way in cases[half::2]:
+            shutil.rmtree(run.work)
+            shutil.copytree(whole, run.work)
+            if part.parts[0] == "cache":  # read by a new run
+                shutil.rmtree(run.folder)
+            DAMAGE[way](run.work / part)
+            code, text = run.live(), run.output.read_text()
+            named = f"damaged: {run.work / part}" in text and f"resumed at step {SAVE_EVERY}" in text
+            same = code == 0 and bits(run.folder) == wanted
+            refused = code == 2 and "error: " in text and str(run.work / part.parts[0]) in text
+            refused = refused and {SAVE_EVERY, 2 * SAVE_EVERY} <= {*checkpoint.steps(run.folder)}
+            if not ((named and same) if str(part).startswith(newest) else (same or refused)) or "Traceback" in text:
+                wrong.append(f"{way} {part}: {code} {named=} {same=} {text[-300:]}")
+        return wrong
+
+    wrong = [*itertools.chain(*side_by_side(damage, (0, 1)))]
+    print(*wrong, sep="\n")
+    inside = sum(str(part).startswith(newest) for part, _ in cases)
+    over = f"{inside} damages to the newest checkpoint, {len(cases) - inside} to other files of the run and its cache"
+    expect(exactly("neither used nor passed over, but", len(wrong), 0), over=over)

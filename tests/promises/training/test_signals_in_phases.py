@@ -1,0 +1,110 @@
+"""T5: Ctrl-C and SIGTERM in every phase of a run."""
+
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from figures import at_most, exactly
+from fork_server import ROOT
+from tiny_training import TinyRun
+
+from engine.storage import checkpoint
+
+ENDLESS = ("--steps", 100_000, "--log-every", 1)
+RARELY = 10**6
+# phase: its words, and what is there when it begins
+PHASES = {
+    "start": (ENDLESS, lambda run: True),
+    "compile": (ENDLESS, lambda run: (run.folder / "run.json").exists()),
+    "train": ((*ENDLESS, "--save-every", RARELY, "--eval-every", RARELY), lambda run: len(run.rows()) > 3),
+    "evaluate": ((*ENDLESS, "--save-every", RARELY, "--eval-every", 1), lambda run: len(run.rows()) > 3),
+    "save": ((*ENDLESS, "--save-every", 1, "--eval-every", RARELY), lambda run: checkpoint.steps(run.folder)),
+    "last measurement": (("--steps", 9, "--log-every", 1), lambda run: 9 in checkpoint.steps(run.folder)),
+}
+COMPILES = "import jax; jax.config.update('jax_enable_compilation_cache', False)"  # else it takes no time
+T5 = ("T5", "Ctrl-C or SIGTERM in any phase saves and says so; a second one ends at once")
+
+
+def wait_until(begun, run: TinyRun) -> None:
+    until = time.monotonic() + 60
+    while not begun(run):
+        assert time.monotonic() < until, run.output.read_text()
+        time.sleep(0.002)
+
+
+@pytest.mark.promises(*T5)
+def test_a_signal_in_every_phase(make_run, side_by_side, quick, expect):
+    trials = list(itertools.islice(itertools.cycle(PHASES), 6 if quick else 54))
+    slowest, wrong = [0.0], []
+
+    def stop(half: int) -> None:
+        draw = random.Random(half)
+        for number, phase in enumerate(trials[half::2]):
+            words, begun = PHASES[phase]
+            run = make_run(server=half, length=words)
+            sent = (signal.SIGINT, signal.SIGTERM)[number // 3 % 2]
+            process = run.start(patch=COMPILES * (phase == "compile"))
+            wait_until(begun, run)
+            time.sleep(draw.uniform(0.05, 0.6) if phase in ("start", "compile") else draw.uniform(0, 0.3))
+            begin = time.monotonic()
+            os.kill(process, sent)
+            code = run.server.wait()
+            slowest.append(time.monotonic() - begin)
+            text, logged = run.output.read_text(), max((row["step"] for row in run.rows()), default=0)
+            saved = max(checkpoint.steps(run.folder), default=0)
+            ok = code == 128 + sent and "Stopped " in text and "Traceback" not in text
+            if phase in ("train", "evaluate", "save"):
+                ok = ok and saved == logged > 0
+            run.examine(code, {code}, phase)
+            if not ok or run.problems:
+                wrong.append(f"{phase} {sent.name}: {code}, logged {logged}, saved {saved}, {run.problems} {text[-300:]}")
+
+    side_by_side(stop, (0, 1))
+    print(*wrong, sep="\n")
+    expect(
+        exactly("not saved or not said", len(wrong), 0),
+        at_most("to leave", max(slowest), 10, " s"),
+        over=f"{len(trials)} signals: {', '.join(PHASES)}",
+    )
+
+
+@pytest.mark.promises(*T5)
+def test_a_second_signal(make_run, quick, expect):
+    """While the loop finishes a step that takes long."""
+    slow = "import time, stages.runs.training_steps as t; at = t.TrainingSteps.run\n"
+    slow += "t.TrainingSteps.run = lambda *a: time.sleep(3 * (a[2].step == 5)) or at(*a)"
+    seconds = []
+    for _ in range(1 if quick else 5):
+        run = make_run(length=ENDLESS)
+        process = run.start(patch=slow)
+        wait_until(lambda run: len(run.rows()) == 5, run)
+        for _ in range(2):
+            begin = time.monotonic()
+            os.kill(process, signal.SIGTERM)
+            time.sleep(0.1)
+        assert run.server.wait() == 128 + signal.SIGTERM, run.output.read_text()
+        seconds.append(time.monotonic() - begin)
+    expect(at_most("after a second one", max(seconds), 1, " s"))
+
+
+@pytest.mark.promises(*T5)
+def test_a_signal_as_the_interpreter_starts(text, tmp_path, quick, expect):
+    """Processes of their own, from the first moment; before Python runs our code it answers by itself."""
+    wrong = []
+    for number in range(2 if quick else 10):
+        command = [sys.executable, "-m", "stages.train", "tiny", "--data", text, "--out-dir", tmp_path / "run"]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        time.sleep(0.02 * 1.6**number)
+        sent = (signal.SIGINT, signal.SIGTERM)[number % 2]
+        process.send_signal(sent)
+        printed = process.communicate(timeout=30)[0]
+        ours = "Traceback" in printed and f'"{ROOT}/' in printed
+        if process.returncode not in (128 + sent, -sent) or ours or (process.returncode > 0) != ("Stopped " in printed):
+            wrong.append(f"{0.02 * 1.6**number:.2f} s: {process.returncode} {printed[-300:]}")
+    print(*wrong, sep="\n")
+    expect(exactly("tracebacks or other codes", len(wrong), 0))
