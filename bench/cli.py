@@ -51,7 +51,7 @@ def run_bench[Flags](
     except SystemExit as leaving:  # tyro has printed why
         return int(leaving.code or 0)
     except KeyboardInterrupt:
-        print("\nstopped: nothing was kept", file=sys.stderr)
+        print("\nstopped", file=sys.stderr)
         return 130
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -6,6 +6,7 @@ own ratios, in which the drift is common to both.
 """
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -64,12 +65,13 @@ class Ratio(NamedTuple):
 def measure(
     calls: Mapping[str, Callable[[], Any]], *, rounds: int, warmups: int = 1,
     report: Callable[[int, int], None] | None = None, seconds_of: Callable[[Any], float] | None = None,
+    until: float = math.inf,
 ) -> dict[str, Timing]:  # fmt: skip
     """Returns name -> Timing of calls run in turns for `rounds` rounds, after `warmups` runs of each.
 
     A call's time ends when its result is ready. Each round begins with another call, so that none always follows the same
     one. `report(done, total)` counts rounds. `seconds_of` takes the seconds from a call's result, for calls that time a part
-    of themselves. Raises ValueError without calls or rounds.
+    of themselves. `until`, a time of `clock`, ends the rounds after the third. Raises ValueError without calls or rounds.
     """
     if not calls or rounds < 1:
         raise ValueError(f"measure needs a callable and a round: got {len(calls)} callables and {rounds} rounds")
@@ -79,6 +81,8 @@ def measure(
     names = list(calls)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for done in range(rounds):
+        if done >= 3 and clock() > until:
+            break
         turn = done % len(names)
         for name in names[turn:] + names[:turn]:
             begin = clock()

@@ -94,7 +94,8 @@ def _title(table: Json) -> str:
 
 
 def _row(row: Json) -> list[str]:
-    goal = "" if row["goal"] is None else f"{percent(row['goal'])} {'met' if row['met'] else 'NOT MET'}"
+    verdict = {True: "met", False: "NOT MET", None: "not known"}[row["met"]]
+    goal = "" if row["goal"] is None else f"{percent(row['goal'])} {verdict}"
     return [
         row["name"], row["weights"], si(row["seconds_per_token"], "s"), f"{1 / row['seconds_per_token']:,.0f}",
         f"{percent(row['utilisation'])} {row['utilisation_of']}", goal, si(row["peak_bytes"], "B"),

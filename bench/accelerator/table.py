@@ -10,11 +10,11 @@ import jax
 from bench.cli import Json, progress
 from bench.models import next_token_batch, random_model, tokens_for
 from bench.table.inference_rows import decode_row, evaluation_row, prefill_row
-from bench.table.measure import FORWARD, PRODUCTS, row_document, weight_digests
+from bench.table.measure import FORWARD, MIN_ROUNDS, PRODUCTS, row_document, weight_digests
 from bench.table.row import Row
 from bench.table.training_rows import training_kinds, training_row
 from bench.timing import describe_noise, measure
-from engine.counting.hardware import Ceilings
+from engine.counting.hardware import Ceilings, clock
 from engine.counting.memory import training_memory
 from engine.counting.params import count_params
 from engine.errors import UserError
@@ -24,16 +24,19 @@ from engine.model.config import ModelConfig, preset
 from engine.model.weights.int8 import quantize
 
 TRAINED = ("pre-training step", "LoRA rank 8 on q and v")
+INT8 = "decode with 32, int8 weights"
 GOALS = {"pre-training step": 0.60, "decode alone": 0.80}  # of the ceiling
 SHARE = 0.5  # of the memory, for a step: weights of other rows lie beside it
 BATCHES = (64, 32, 16, 8, 4, 2)
 
 
-def measure_preset(name: str, ceilings: Ceilings, *, context: int, memory: int, rounds: int, price: float) -> Json:
+def measure_preset(
+    name: str, ceilings: Ceilings, *, context: int, memory: int, rounds: int, price: float, deadline: float
+) -> Json:
     """Measures one preset with random weights, at the largest batch that fits `memory` bytes; returns its table's document.
 
-    `price`: dollars an hour. A row that fails is named with its reason, and the others are measured. Raises UserError for an
-    unknown preset, and where not even the smallest batch fits.
+    `price`: dollars an hour. A row that fails, or whose rounds would not end by `deadline` (of `clock`), is named with its
+    reason, and the others are measured. Raises UserError for an unknown preset, and where not even the smallest batch fits.
     """
     cfg = dataclasses.replace(preset(name), scan=jax.default_backend() != "cpu")
     context = min(context, cfg.context)
@@ -49,26 +52,34 @@ def measure_preset(name: str, ceilings: Ceilings, *, context: int, memory: int, 
         "prefill": lambda: prefill_row(cfg, frozen, text[:, :-1]),
         "decode alone": lambda: decode_row(cfg, frozen, 1, context, name="decode alone", weights=None),
         "decode with 32 slots": lambda: decode_row(cfg, frozen, 32, context, name="decode with 32 slots", weights=None),
-        "decode with 32, int8": lambda: decode_row(cfg, int8, 32, context, name="decode with 32, int8", weights="int8"),
+        INT8: lambda: decode_row(cfg, int8, 32, context, name=INT8, weights="int8"),
     }
     rows: dict[str, Row] = {}
-    left_out = {}
+    left_out, needed = {}, 0.0  # seconds of the fewest rounds, and of what is done before and after them
     for each, make in row_makers.items():
+        if rows and clock() + needed > deadline:
+            left_out[each] = "no time was left; --max-time gives more"
+            continue
         progress(f"{name}: compiling {each}")
         try:
             row = make()
+            begin = clock()
             jax.block_until_ready(row.run())
-        except jax.errors.JaxRuntimeError as error:
-            left_out[each] = str(error).splitlines()[0][:200]
+        except Exception as error:
+            left_out[each] = f"{type(error).__name__}: {(str(error).splitlines() or '?')[0][:200]}"
         else:
             rows[each] = row
+            needed += (MIN_ROUNDS + 2) * (clock() - begin)
     if FORWARD not in rows:
         raise UserError(f"{name} cannot be evaluated at {batch} x {context} tokens: {left_out[FORWARD]}")
     digests = {each: weight_digests(row) for each, row in rows.items()}
     calls = {each: row.run for each, row in rows.items()}
     calls |= {each + PRODUCTS: row.products for each, row in rows.items() if row.products}
     timings = measure(
-        calls, rounds=rounds, report=lambda done, total: progress(f"{name}: round {done} of {total}", replace=True)
+        calls,
+        rounds=rounds,
+        report=lambda done, total: progress(f"{name}: round {done} of {total}", replace=True),
+        until=deadline,
     )
     noise = describe_noise({each: timings[each] for each in rows})
     tokens = {each + part: row.tokens for each, row in rows.items() for part in ("", PRODUCTS)}
@@ -76,14 +87,15 @@ def measure_preset(name: str, ceilings: Ceilings, *, context: int, memory: int, 
     lines = []
     for each, row in rows.items():
         line = row_document(row, rows[FORWARD], timings, ceilings, digests[each], price)
-        goal = GOALS.get(each)
-        lines.append(line | {"compile_seconds": row.compile_seconds, "goal": goal, "met": goal and line["utilisation"] >= goal})
+        goal, used = GOALS.get(each), line["utilisation"]
+        met = None if goal is None or used is None else used >= goal
+        lines.append(line | {"compile_seconds": row.compile_seconds, "goal": goal, "met": met})
     return {
         "model": {
             "name": name, "params": count_params(cfg).total, "layers": cfg.layers, "width": cfg.width, "dtype": cfg.dtype,
             "batch": batch, "context": context, "scan": cfg.scan, "remat": cfg.remat,
         },
-        "rows": lines, "left_out": left_out, "rounds": rounds, "noise": noise,
+        "rows": lines, "left_out": left_out, "rounds": len(timings[FORWARD].seconds), "noise": noise,
     }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ Weights and prompts are ours; every prompt gets the same number of new tokens.
 """
 
 import functools
+import os
 import sys
 from typing import Any
 
@@ -37,4 +38,5 @@ def make(spec: dict[str, Any]) -> Run:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # an engine of its own would outlive this process
     serve_jobs(["vllm"], make)

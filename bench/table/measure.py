@@ -1,6 +1,8 @@
 """Measures the stage table of `python -m bench`: compiles every row of one model and times them in turns."""
 
+import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +24,7 @@ from bench.table.training_rows import training_kinds, training_row
 from bench.timing import Timing, describe_noise, measure, ratio
 from engine.counting.hardware import RATES, Ceilings, best_ceilings, clock, measure_ceilings
 from engine.counting.params import count_params
+from engine.format import finite
 from engine.inference.decode import prepare_params
 from engine.model.config import ModelConfig, preset
 from engine.model.weights.int8 import quantize
@@ -142,8 +145,10 @@ def row_document(
 ) -> dict[str, Any]:
     """Returns a row of the JSON document; operations, bytes and seconds are those of a token.
 
-    `digests`: `weight_digests` before the calls.
+    `digests`: `weight_digests` before the calls. `utilisation` is None where the ceiling could not be measured.
     """
+    rates: dict[str, Any] = {rate: getattr(ceilings, rate) or math.nan for rate in RATES}  # one that is 0 is not known
+    ceilings = dataclasses.replace(ceilings, **rates)
     differ = [old != new for old, new in zip(digests, weight_digests(row))]
     changed = "identical" if not any(differ) else "changed" if all(differ) else "partly"
     timing, forward_seconds = timings[row.name], timings[forward.name].median
@@ -168,7 +173,7 @@ def row_document(
         "time_ratio_spread": None if row is forward else times.spread,
         "predicted_seconds_per_token": relative * forward_seconds,
         "peak_bytes": row.peak_bytes, "predicted_peak_bytes": sum(row.memory.values()), "memory": row.memory,
-        "bytes_per_token": per_token(row.traffic), "utilisation": used, "utilisation_of": row.utilisation_of,
+        "bytes_per_token": per_token(row.traffic), "utilisation": finite(used), "utilisation_of": row.utilisation_of,
         "usd_per_million_tokens": seconds * 1e6 / 3600 * price, "tokens_per_call": row.tokens, "slots": row.slots,
         "series": row.series, "peak_explanation": explain_peak(row),
         "explanation": explain_time(row, seconds, forward, forward_seconds, ceilings, products_seconds),

@@ -1,18 +1,83 @@
 """The accelerator's bench: that it refuses a machine without one, and that its checks and page see what is wrong."""
 
 import json
+import os
 
 import jax
 import pytest
 from tiny import lively_params, tiny_config
 
-from bench.accelerator import checks
+from bench.accelerator import __main__ as command
+from bench.accelerator import checks, report, run
 from bench.accelerator.__main__ import main
 from bench.accelerator.report import write_page
 from bench.accelerator.table import fit
+from bench.peers.process import PeerError
+from bench.timing import measure
+from engine.counting.hardware import Ceilings
+from engine.device import Device
 from engine.errors import UserError
 from engine.inference.slots import Slots
 from engine.model.config import preset
+
+
+@pytest.fixture
+def rehearse(monkeypatch, tmp_path, capsys):
+    """Returns a call of the command whose sections take no time: its exit code, how often it saved, and the document."""
+    saved = []
+    monkeypatch.setattr(run, "measure_ceilings", lambda: Ceilings("", "cpu", 1, "", 1, 1, 1, 1, 1))
+    monkeypatch.setattr(run, "all_checks", lambda: [checks.Check("loss", 0.0, 1.0)])
+    monkeypatch.setattr(run, "add_peer", lambda *_: None)
+    monkeypatch.setattr(run, "measure_preset", lambda name, *_, **__: {"name": name})
+    monkeypatch.setattr(report, "print_document", lambda _: None)
+    monkeypatch.setattr(report, "write_page", lambda *_: saved.append(1))
+    flags = ["--device", "cpu", "--max-time", "100", "--presets", "nano", "demo", "--out", str(tmp_path)]
+    return lambda: (main(flags), len(saved), json.loads(capsys.readouterr().out.splitlines()[-1]))
+
+
+def test_a_section_that_raises_leaves_a_document_with_the_others(rehearse, monkeypatch):
+    def gone(*_):
+        raise PeerError("it is gone")
+
+    monkeypatch.setattr(run, "measure_ceilings", lambda: 1 / 0)
+    monkeypatch.setattr(run, "add_peer", gone)
+    code, saved, document = rehearse()
+    assert (code, saved) == (1, 7), "before the first of six sections, and after each"
+    assert [table["name"] for table in document["tables"]] == ["nano", "demo"]
+    failed = [f"{needs}: PeerError: it is gone" for needs in ("torch", "vllm")]
+    assert document["left_out"] == ["ceilings: ZeroDivisionError: division by zero", *failed]
+    assert list(document["errors"]) == ["ceilings"], "a peer's trouble is not ours"
+
+
+def test_a_preset_that_would_take_too_long_is_left_out(rehearse, monkeypatch):
+    now = iter(range(0, 999, 12))  # at each look at the clock: `demo` would end at 108 s
+    monkeypatch.setattr(run, "clock", lambda: next(now))
+    code, _, document = rehearse()
+    assert (code, [table["name"] for table in document["tables"]]) == (0, ["nano"])
+    assert document["left_out"] == ["demo: no time was left; --max-time gives more"]
+
+
+def test_a_check_that_raises_fails(monkeypatch):
+    def broken(*_):
+        yield checks.Check("loss", 0.0, 1.0)
+        raise KeyError("embed")
+
+    for name in ("checks_of_training", "check_prefill", "checks_of_serving", "check_greedy"):
+        monkeypatch.setattr(run, name, broken)
+    found = [(check.name, check.holds) for check in run.all_checks()]
+    assert found[:2] == [("nano: loss", True), ("nano, float32: KeyError: 'embed'", False)]
+    assert len(found) == 20
+
+
+def test_rounds_end_in_time():
+    assert len(measure({"a": lambda: 1}, rounds=9, until=0.0)["a"].seconds) == 3
+
+
+def test_the_processor_is_there_to_compare_with(monkeypatch, capsys):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(command, "start_jax", lambda _: Device("cpu", "", 1, os.environ["JAX_PLATFORMS"]))
+    assert main([]) == 2
+    assert "(cuda,cpu)" in capsys.readouterr().err
 
 
 def test_a_machine_without_an_accelerator_is_told_so(capsys):
