@@ -20,6 +20,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -229,11 +230,16 @@ def _run_orbax[T](work: Callable[[ModuleType], T]) -> T:
         logger = logging.getLogger("absl")
         level = logger.level
         logger.setLevel(logging.CRITICAL)  # Orbax raises each error that it logs
+        report = sys.unraisablehook
+        # After an error, which is raised, TensorStore still calls into event loops that Orbax has closed.
+        sys.unraisablehook = lambda late: None if str(late.exc_value) == "Event loop is closed" else report(late)
         try:
             with context:
-                return work(ocp)
+                result = work(ocp)
         finally:
             logger.setLevel(level)
+        sys.unraisablehook = report
+        return result
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         return pool.submit(run).result()

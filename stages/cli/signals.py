@@ -125,7 +125,8 @@ def handle_signals() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.unraisablehook = report
+        if sys.unraisablehook is hear_again:  # storage replaces it where an error leaves callbacks to come
+            sys.unraisablehook = report
         signal.set_wakeup_fd(wakeup)
         for number, handler in before:
             signal.signal(number, handler)
