@@ -15,6 +15,7 @@ its t-th of every part, and a device computes whole heads. That is in memory onl
 """
 
 import contextlib
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -32,9 +33,10 @@ from engine.model.config import ModelConfig
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes that share the rows of a batch
+DEALT = ("fsdp", "tensor", "data")  # in which whole matrices are dealt out; `data` has them all already
 RULES = (  # a parameter's path -> the axes that cut its own; the first match wins
-    (r"embed", P(None, ("fsdp", "tensor"))),
-    (r"head", P(("fsdp", "tensor"), None)),
+    (r"embed", P(None, ("tensor", "fsdp"))),
+    (r"head", P(("tensor", "fsdp"), None)),
     (r"blocks/\d+/(qkv|gate_up)", P("fsdp", "tensor")),
     (r"blocks/\d+/(out|down)", P("tensor", "fsdp")),
     (r"(blocks/\d+/)?\w*(norm|bias)", P()),
@@ -186,14 +188,6 @@ def describe(begin: Callable[[], Any]) -> Any:
     return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, wanted)
 
 
-def place(cfg: ModelConfig, params: Any) -> Any:
-    """Returns loaded parameters laid out over the mesh, each device with its own part alone; as they are without a mesh.
-
-    To load a model that no single device holds, do so in `host_memory`.
-    """
-    return params if mesh_here() is None else jax.device_put(group_columns(cfg, params), shardings(params))
-
-
 def host_memory() -> contextlib.AbstractContextManager[Any]:
     """Makes arrays in the host's memory within the block, if there is a mesh to `place` them on afterwards."""
     return contextlib.nullcontext() if mesh_here() is None else jax.default_device(jax.local_devices(backend="cpu")[0])
@@ -219,6 +213,31 @@ def init_sharded(cfg: ModelConfig, begin: Callable[[], Any]) -> Any:
     """Returns `begin()`, computed by all devices, each its own part: random numbers are those of one device."""
     make = lambda: group_columns(cfg, begin())
     return jax.jit(make, out_shardings=shardings(jax.eval_shape(make)))()
+
+
+def place(cfg: ModelConfig, params: Any) -> Any:
+    """Returns parameters, ordered as in files, over the mesh, each device's part read from them alone; NumPy may be mapped.
+
+    To load a model that no single device holds, do so in `host_memory`.
+    """
+    mesh = mesh_here()
+    if mesh is None:
+        return params
+    wanted = jax.eval_shape(lambda tree: group_columns(cfg, tree), params)
+    read = lambda x, order=None: (
+        lambda index: np.asarray(x[index[:-1]][..., order[index[-1]]] if order is not None else x[index])
+    )
+    readers = _regroup(cfg, params, lambda x, widths: read(x, _order(widths, column_shards())), column_shards())
+    make = lambda leaf, where, part: jax.make_array_from_callback(
+        leaf.shape, where, part if callable(part) else read(part), dtype=leaf.dtype
+    )
+    return jax.tree.map(make, wanted, shardings(wanted), readers)
+
+
+def _order(widths: Sequence[int], groups: int) -> np.ndarray:
+    """Returns the place in files of each column in memory."""
+    starts = np.cumsum([0, *widths[:-1]])
+    return np.concatenate([np.arange(at, at + width).reshape(groups, -1) for at, width in zip(starts, widths)], 1).reshape(-1)
 
 
 def local_rows(rows: int) -> tuple[int, int]:
@@ -294,6 +313,23 @@ def rows(x: Array) -> Array:
     return _pin(x, ROWS)
 
 
+def look_up(f: Callable[[Any, Array], Array], table: Any, tokens: Array) -> Array:
+    """Returns f(table, tokens (B, T)) (B, T, D) pinned by `rows`: each device looks up its columns of the table for the
+    tokens of all that hold the others, and these exchange their results. No table moves, and no gradient of one."""
+    x = _pin(f(table, _pin(tokens, "data")), "data", None, ("tensor", "fsdp"))
+    return rows(_pin(x, ROWS, None, "tensor"))
+
+
+def spread(x: Array) -> Array:
+    """Pins x (B, ...) with its rows over all devices, where they divide them: for a head, which no axis cuts."""
+    return _pin(x, AXES) if spread_shards(len(x)) == _size(*AXES) else rows(x)
+
+
+def spread_shards(count: int) -> int:
+    """Returns the number of devices that `spread` cuts `count` rows for."""
+    return _size(*AXES) if count % _size(*AXES) == 0 else row_shards()
+
+
 def columns(x: Array) -> Array:
     """Pins x (B, ..., F): its rows over the devices, its last axis over `tensor`."""
     return _pin(x, ROWS, *(None,) * (x.ndim - 2), "tensor")
@@ -303,6 +339,11 @@ def pin(tree: Any) -> Any:
     """Pins parameters, gradients or a whole state where the rules say."""
     mesh = jax.sharding.get_abstract_mesh()
     return tree if mesh.empty else _map_specs(lambda spec, x: jax.lax.with_sharding_constraint(x, spec), tree, mesh.shape)
+
+
+def gather_again(weight: Array, *others: Array) -> tuple[Array, ...]:
+    """Returns arrays as they came, the weight to be gathered anew: what forward gathered need not wait for backward."""
+    return (weight, *others) if _size("fsdp") == 1 else jax.lax.optimization_barrier((weight, *others))
 
 
 def split_columns(x: Array, widths: Sequence[int], axis: int = -1) -> list[Array]:
@@ -315,9 +356,10 @@ def join_columns(parts: Sequence[Array], axis: int = -1) -> Array:
     return _join(parts, axis, column_shards())
 
 
-def group_heads(x: Array, first: int) -> Array:
-    """x (heads, ...), of which `first` are of one kind -> the same in groups, as `join_columns` orders them."""
-    return x if column_shards() == 1 else join_columns([x[:first], x[first:]], axis=0)
+def in_first(count: int, first: int) -> Array:
+    """Returns (count,) bool: whether each place of a joined axis lies in its first part, of `first` places."""
+    groups = column_shards()
+    return jnp.arange(count) < first if groups == 1 else jnp.arange(count) % (count // groups) < first // groups
 
 
 def stack_rows(x: Array, parts: int) -> Array:
@@ -338,6 +380,47 @@ def join_rows(parts: Sequence[Array]) -> Array:
     return _join(parts, 0, row_shards())
 
 
+def cut_rows(x: Array, start: int, size: int) -> Array:
+    """Returns rows start..start + size of x (M, ...), or of every device's share of x as `spread` cuts it."""
+    groups = spread_shards(len(x))
+    if groups == 1:
+        return x[start : start + size]
+    return x.reshape(groups, -1, *x.shape[1:])[:, start : start + size].reshape(-1, *x.shape[1:])
+
+
+def join_cuts(parts: Sequence[Array]) -> Array:
+    """Joins all that `cut_rows` cut from one array, in order."""
+    return _join(parts, 0, spread_shards(sum(map(len, parts))))
+
+
+def deal_out(f: Callable[[Array], Array], tree: Any) -> Any:
+    """Returns a tree of f(matrix), each computed whole by one device; f returns a matrix of the same shape.
+
+    Matrices of one shape and place are stacked and exchanged, as many to every device (some may get zeros), first along
+    `fsdp`, then along `tensor`; then back.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.tree.map(f, tree)
+    each = jax.shard_map(lambda share: jax.lax.map(f, share), in_specs=P(DEALT), out_specs=P(DEALT), check_vma=False)
+    specs = _map_specs(lambda spec, _: spec, tree, mesh.shape)
+    leaves, treedef = jax.tree.flatten(tree)
+    kinds = list(zip((leaf.shape for leaf in leaves), jax.tree.leaves(specs)))
+    results: dict[int, Array] = {}
+    for kind in dict.fromkeys(kinds):
+        places = [place for place, other in enumerate(kinds) if other == kind]
+        between = [P(None, *kind[1]), P("fsdp", *(name if name == "tensor" else None for name in kind[1])), P(DEALT[:2])]
+        stack = jnp.stack([leaves[place] for place in places])
+        stack = jnp.pad(stack, ((0, -len(places) % mesh.size), (0, 0), (0, 0)))
+        for spec in between:
+            stack = jax.lax.with_sharding_constraint(stack, spec)
+        stack = each(stack)
+        for spec in reversed(between):
+            stack = jax.lax.with_sharding_constraint(stack, spec)
+        results |= zip(places, stack)
+    return jax.tree.unflatten(treedef, [results[place] for place in range(len(leaves))])
+
+
 def _split(x: Array, widths: Sequence[int], axis: int, groups: int) -> list[Array]:
     axis %= x.ndim
     if groups == 1:
@@ -356,28 +439,34 @@ def _join(parts: Sequence[Array], axis: int, groups: int) -> Array:
 
 
 def group_columns(cfg: ModelConfig, tree: Any) -> Any:
-    """Returns a tree of parameters as files hold them with the columns of every matrix where the `tensor` axis wants them."""
-    shards = column_shards()
-    return (
-        tree
-        if shards == 1
-        else _regroup(cfg, tree, lambda x, widths: _join(jnp.split(x, np.cumsum(widths)[:-1], -1), -1, shards))
-    )
+    """Returns a tree of parameters, ordered as in files, with the columns of every matrix grouped for the `tensor` axis."""
+    groups = column_shards()
+    return _regroup(cfg, tree, lambda x, widths: _join(jnp.split(x, np.cumsum(widths)[:-1].tolist(), -1), -1, groups), groups)
 
 
 def ungroup_columns(cfg: ModelConfig, tree: Any) -> Any:
-    """The inverse of `group_columns`: parameters as files hold them."""
-    shards = column_shards()
-    return tree if shards == 1 else _regroup(cfg, tree, lambda x, widths: jnp.concatenate(_split(x, widths, -1, shards), -1))
+    """The inverse of `group_columns`: parameters ordered as in files."""
+    groups = column_shards()
+    return _regroup(cfg, tree, lambda x, widths: jnp.concatenate(_split(x, widths, -1, groups), -1), 1)
 
 
-def _regroup(cfg: ModelConfig, tree: Any, f: Callable[[Any, list[int]], Any]) -> Any:
+def _regroup(cfg: ModelConfig, tree: Any, f: Callable[[Any, list[int]], Any], groups: int) -> Any:
+    """Replaces each array x with columns of several parts by f(x, their widths)."""
+
+    def within(leaf: Any, widths: list[int]) -> Any:
+        if not hasattr(leaf, "columns"):  # of a LoRA pair
+            return jax.tree.map(lambda x: f(x, widths), leaf)
+        b = f(leaf.b, [stop - start for start, stop in leaf.columns])
+        return dataclasses.replace(leaf, base=within(leaf.base, widths), b=b, groups=groups)
+
     def at(keys: Any, leaf: Any) -> Any:
         match = _LEAF.fullmatch(jax.tree_util.keystr(keys, simple=True, separator="/"))
         name = match["path"].split("/")[-1].removesuffix("_bias") if match else ""
-        parts = cfg.parts.get(name, {})
-        if len(parts) < 2 or (match and match["part"] == "a"):
-            return leaf
-        return f(leaf, [stop - start for start, stop in parts.values()])
+        widths = [stop - start for start, stop in cfg.parts.get(name, {}).values()]
+        return within(leaf, widths) if len(widths) > 1 else leaf
 
-    return jax.tree_util.tree_map_with_path(at, tree)
+    return (
+        tree
+        if column_shards() == 1
+        else jax.tree_util.tree_map_with_path(at, tree, is_leaf=lambda leaf: hasattr(leaf, "columns"))
+    )

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from engine import sharding
 from engine.model import backward
 from engine.model.config import ModelConfig
-from engine.model.transformer import Params, forward, hidden_states
+from engine.model.transformer import Params, hidden_states, logits_of
 from engine.model.weights import int8
 from engine.model.weights.int8 import Int8
 
@@ -35,17 +36,18 @@ def token_losses(logits: Array, targets: Array) -> Array:
 
 
 def cross_entropy(cfg: ModelConfig, params: Params, batch: Any, limit: int) -> Array:
-    """Returns the nats of each target of a Batch, (B, T) float32, making at most `limit` bytes of logits at a time.
+    """Returns the nats of each target of a Batch, (B, T) float32, making at most `limit` bytes of logits at a time on a
+    device.
 
     0 where the mask is False.
     """
     targets = jnp.where(batch.mask, batch.targets, 0)
-    if 4 * targets.size * cfg.vocab <= limit:
-        logits, _ = forward(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
-        losses = token_losses(logits, targets)
+    hidden, _ = hidden_states(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
+    hidden = sharding.spread(hidden)
+    if 4 * targets.size * cfg.vocab <= limit * sharding.spread_shards(len(targets)):
+        losses = token_losses(logits_of(cfg, params, hidden), targets)
     else:
-        hidden, _ = hidden_states(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
-        rows = hidden.reshape(-1, cfg.width), targets.reshape(-1)
+        rows = sharding.spread(hidden.reshape(-1, cfg.width)), targets.reshape(-1)
         losses = _row_losses(head_weight(cfg, params), *rows, cfg.tied, max(2, limit // (4 * cfg.vocab))).reshape(targets.shape)
     return jnp.where(batch.mask, losses, 0.0)
 
@@ -59,15 +61,16 @@ class _Columns(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _row_losses(weight: Array | Int8, hidden: Array, targets: Array, tied: bool, size: int) -> Array:
-    """hidden (M, D), targets (M,) int32 -> (M,) float32 nats, holding the logits of `size` rows at a time."""
-    return jnp.concatenate([
+    """hidden (M, D), targets (M,) int32 -> (M,) float32 nats, holding the logits of `size` rows at a time on a device."""
+    return sharding.join_cuts([
         _normalizer(pieces := _logits(weight, rows, tied)) - _picked(pieces, labels)
         for rows, labels in _parts(size, hidden, targets)
     ])  # fmt: skip
 
 
 def _parts(size: int, *arrays: Array) -> list[tuple[Array, ...]]:
-    return [tuple(array[at : at + size] for array in arrays) for at in range(0, len(arrays[0]), size)]
+    length = len(arrays[0]) // sharding.spread_shards(len(arrays[0]))
+    return [tuple(sharding.cut_rows(array, at, size) for array in arrays) for at in range(0, length, size)]
 
 
 def _normalizer(pieces: list[_Columns]) -> Array:
@@ -124,7 +127,7 @@ def _forward(weight: Array | Int8, hidden: Array, targets: Array, tied: bool, si
         pieces = _logits(weight, rows, tied)
         losses.append(_normalizer(pieces) - _picked(pieces, labels))
         slopes.append(_head_backward(weight, rows, _slope(pieces, labels), tied)[0])
-    return jnp.concatenate(losses), (weight, hidden, targets, jnp.concatenate(slopes))
+    return sharding.join_cuts(losses), (weight, hidden, targets, sharding.join_cuts(slopes))
 
 
 def _backward(tied: bool, size: int, residuals: tuple[Array | Int8, Array, Array, Array], g: Array):

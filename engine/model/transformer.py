@@ -82,8 +82,9 @@ class Block(nn.Module):
             q_gain, k_gain = self.gain("q_norm", cfg.head_dim), self.gain("k_norm", cfg.head_dim)
             gains = sharding.join_columns([jnp.tile(q_gain, (cfg.heads, 1)), jnp.tile(k_gain, (cfg.kv_heads, 1))], axis=0)
             qk = jax.lax.optimization_barrier(backward.rms_norm(qk, gains, cfg.eps, dtype))
-        scale = jnp.where(jnp.arange(qk.shape[2]) < cfg.heads, cfg.head_dim**-0.5, 1.0)  # the scores' factor, on the queries
-        qk = backward.rope(qk, sharding.group_heads(scale, cfg.heads), *rotary, dtype)
+        # The scores' factor, on the queries.
+        scale = jnp.where(sharding.in_first(qk.shape[2], cfg.heads), cfg.head_dim**-0.5, 1.0)
+        qk = backward.rope(qk, scale, *rotary, dtype)
         q, k = sharding.split_columns(qk, [cfg.heads, cfg.kv_heads], axis=2)
         if isinstance(cached, segmented.SegmentedLayer):
             return segmented.attention(q, k, v, cached)
@@ -160,7 +161,7 @@ class Transformer(nn.Module):
         std = min(TIED_STD, 0.011 * cfg.vocab**0.5) * cfg.width**-0.5 if cfg.tied else EMBED_STD
         embed = self.param("embed", nn.initializers.normal(std), (cfg.vocab, cfg.width))
         with jax.named_scope("embed"):
-            x = sharding.rows(lookup(embed, tokens))
+            x = sharding.look_up(lookup, embed, tokens)
         x, cache = Blocks(cfg, name="blocks")(x, layers.rope_tables(cfg, positions), segments, cache)
         x = backward.rms_norm(x, self.param("norm", nn.initializers.ones, (cfg.width,)), cfg.eps, dtype)
         if not cfg.tied:

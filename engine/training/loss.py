@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from engine import sharding
 from engine.model.config import ModelConfig
 from engine.model.cross_entropy import cross_entropy, head_weight
 from engine.model.layers import MASKED
@@ -15,9 +16,9 @@ from engine.model.weights.lora import to_dense
 from engine.model.weights.matmul import project
 from engine.text.batch import Batch
 
-LOGITS_LIMIT = 512 * 2**20  # bytes of float32 logits that a trained head makes at once, else chunk by chunk
+LOGITS_LIMIT = 512 * 2**20  # bytes of float32 logits a device that a trained head makes at once, else chunk by chunk
 CHUNK = 4096  # columns of the vocabulary a chunk
-ROWS_LIMIT = 32 * 2**20  # bytes of float32 logits that a frozen head makes at once, else a few rows at a time
+ROWS_LIMIT = 32 * 2**20  # bytes of float32 logits a device that a frozen head makes at once, else a few rows at a time
 
 
 def target_losses(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
@@ -28,7 +29,7 @@ def target_losses(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
     """
     if head_is_frozen(cfg, params):
         return cross_entropy(cfg, params, batch, ROWS_LIMIT)
-    if 4 * batch.targets.size * cfg.vocab <= LOGITS_LIMIT:
+    if 4 * batch.targets.size * cfg.vocab <= LOGITS_LIMIT * sharding.spread_shards(len(batch.targets)):
         return cross_entropy(cfg, params, batch, LOGITS_LIMIT)
     targets = jnp.where(batch.mask, batch.targets, 0)
     hidden, _ = hidden_states(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
@@ -47,7 +48,7 @@ def chunked_losses(cfg: ModelConfig, params: Params, hidden: Array, targets: Arr
     chunk's logits again.
     """
     B, T, D = hidden.shape
-    hidden, targets = hidden.reshape(-1, D), targets.reshape(-1)
+    hidden, targets = sharding.spread(hidden.reshape(-1, D)), targets.reshape(-1)
     columns = to_dense(params["embed"]).T if cfg.tied else to_dense(params["head"])
     count = -(-cfg.vocab // chunk)
     columns = jnp.pad(columns, ((0, 0), (0, count * chunk - cfg.vocab)))
@@ -72,7 +73,7 @@ def chunked_losses(cfg: ModelConfig, params: Params, hidden: Array, targets: Arr
 
 
 def loss_chunks(cfg: ModelConfig, rows: int, head_is_frozen: bool) -> int:
-    """Returns the number of pieces of `target_losses`' logits for `rows` tokens."""
+    """Returns the number of pieces of `target_losses`' logits for `rows` tokens on a device."""
     size = 4 * rows * cfg.vocab
     if head_is_frozen:
         return -(-size // ROWS_LIMIT)

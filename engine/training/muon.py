@@ -10,12 +10,13 @@ import optax
 from jax import Array
 from jax.typing import DTypeLike
 
+from engine import sharding
 from engine.model.ops import transpose
 
 
 def orthogonalize() -> optax.GradientTransformation:
     """Replaces each matrix (in, out), a fused one as a whole, by `orthogonal` of it in bfloat16."""
-    return optax.stateless_with_tree_map(lambda update, _: orthogonal(update, jnp.bfloat16))
+    return optax.stateless(lambda updates, _: sharding.deal_out(lambda matrix: orthogonal(matrix, jnp.bfloat16), updates))
 
 
 def orthogonal(matrix: Array, dtype: DTypeLike) -> Array:

@@ -103,6 +103,7 @@ def train_step(
     changes no weight and no moment; it only counts as seen.
     """
     loss, gradient = loss_and_gradient(cfg, state.trainable, frozen, batch, microbatches, objective)
+    gradient = sharding.pin(gradient)
     with jax.named_scope("optimizer"):
         grad_norm = optax.tree.norm(gradient)
         updates, opt_state = tx.update(gradient, state.opt_state, state.trainable, progress=progress)

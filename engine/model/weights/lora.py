@@ -6,7 +6,7 @@ and all b, so all pairs read x in one product.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,13 +27,14 @@ class LoraPart(NamedTuple):
     b: Array  # (R, stop - start)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "a", "b"], meta_fields=["scale", "columns"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "a", "b"], meta_fields=["scale", "columns", "groups"])
 @dataclasses.dataclass(frozen=True)
 class LoRA:
     """The weight base + scale * a b: one wide a and one wide b for all P parts, and the `columns` of each part in the base.
 
     base (in, out): an Array, an Int8, another LoRA (adapters add up), or None for an adapter as it is trained and saved.
     a (in, R P) and b (R, widths of the parts). `columns`: each part's (start, stop), in order, apart; `parts` cuts them.
+    On a `tensor` axis base and b hold their columns in `groups` (`engine/sharding.py`); `over_groups` reads them.
     """
 
     base: Any
@@ -41,6 +42,7 @@ class LoRA:
     b: Array
     scale: float
     columns: tuple[tuple[int, int], ...]
+    groups: int = 1
 
     def on(self, base: Any) -> "LoRA":
         """Returns this adapter, which has no base yet, on a base. Raises ValueError when it has one, or shapes do not fit."""
@@ -76,6 +78,29 @@ def make_adapter(key: Array, rows: int, columns: Sequence[tuple[int, int]], rank
     return LoRA(None, a, b, alpha / rank, columns)
 
 
+def over_groups(f: Callable[[LoRA], Any], weight: LoRA) -> Any:
+    """Returns f(weight), whose last axes are columns, computed for each group of columns and joined."""
+    if weight.groups == 1:
+        return f(weight)
+    results = jax.vmap(f, in_axes=(_group_axes(weight),), out_axes=-2)(_grouped(weight, weight.groups))
+    return jax.tree.map(lambda x: x.reshape(*x.shape[:-2], -1), results)
+
+
+def _grouped(weight: Any, groups: int) -> Any:
+    if not isinstance(weight, LoRA):
+        return jax.tree.map(lambda x: x.reshape(*x.shape[:-1], groups, -1), weight)
+    columns = tuple((start // groups, stop // groups) for start, stop in weight.columns)
+    b = weight.b.reshape(len(weight.b), groups, -1)
+    return dataclasses.replace(weight, base=_grouped(weight.base, groups), b=b, columns=columns, groups=1)
+
+
+def _group_axes(weight: Any) -> Any:
+    if not isinstance(weight, LoRA):
+        return jax.tree.map(lambda x: x.ndim - 1, weight)
+    columns = tuple((start // weight.groups, stop // weight.groups) for start, stop in weight.columns)
+    return LoRA(_group_axes(weight.base), None, 1, weight.scale, columns)  # type: ignore[arg-type]
+
+
 def innermost_base(weight: Any) -> Any:
     """Returns the Array or Int8 below all adapters."""
     return innermost_base(weight.base) if isinstance(weight, LoRA) else weight
@@ -87,6 +112,8 @@ def to_dense(weight: Any) -> Array:
         return dequantize(weight)
     if not isinstance(weight, LoRA):
         return weight
+    if weight.groups > 1:
+        return over_groups(to_dense, weight)
     base = to_dense(weight.base)
     merged = base.astype(jnp.float32)
     for start, stop, a, b in weight.parts():

@@ -17,7 +17,7 @@ from engine.model import backward
 from engine.model.ops import ops
 from engine.model.paths import Params, map_paths
 from engine.model.weights.int8 import Int8, int8_matmul
-from engine.model.weights.lora import LoRA, innermost_base
+from engine.model.weights.lora import LoRA, innermost_base, over_groups
 from engine.model.weights.lora_matmul import Cuts, merged_matmul
 
 Weight = Array | Int8 | LoRA
@@ -92,9 +92,12 @@ def _project_lora(x: Array, weight: LoRA, dtype: DTypeLike, cuts: Cuts) -> tuple
 
     The pair is merged first where the weight has fewer numbers than x and the result, unless the base multiplies integers.
     """
+    if (groups := weight.groups) > 1:
+        shares = tuple((start // groups, stop // groups) for start, stop in cuts)
+        return over_groups(lambda one: _project_lora(x, one, dtype, shares), weight)
     rows, columns = weight.shape
-    base = innermost_base(weight)
-    if x.size + x.size // rows * columns > rows * columns and not (isinstance(base, Int8) and base.activations != "full"):
+    base, share = innermost_base(weight), x.size // sharding.row_shards()
+    if share + share // rows * columns > rows * columns and not (isinstance(base, Int8) and base.activations != "full"):
         parts = merged_matmul(x.reshape(-1, rows), weight, dtype, cuts)
         return tuple(part.reshape(*x.shape[:-1], -1) for part in parts)
     whole = project(x, jax.lax.stop_gradient(weight.base), dtype)
