@@ -4,7 +4,8 @@
     python -m bench.sharding --mesh tensor=2        or data=2, or data=2,fsdp=2: a device for each place of the mesh
 
 Virtual devices share the processor's cores, so a ratio above 1 is what the mesh itself costs: collectives, smaller products,
-and work that every device does. Losses and weights after the same steps are compared as well. The model reads bytes.
+and work that every device does. Losses and weights after the same steps are compared as well, and the bytes
+that the compiled step exchanges with those of the formula. The model reads bytes.
 """
 
 import dataclasses
@@ -40,6 +41,8 @@ def measure_sharding(flags: ShardingFlags) -> Json:
 
     from bench.models import make_step_inputs
     from bench.timing import describe_noise, measure, ratio
+    from engine.counting.collectives import read_collectives
+    from engine.counting.mesh_traffic import step_collectives
     from engine.sharding import describe, global_batch, init_sharded, ungroup_columns
     from engine.training.optimizer import OptimizerConfig, make_optimizer
     from engine.training.step import init_state, train_step
@@ -48,13 +51,14 @@ def measure_sharding(flags: ShardingFlags) -> Json:
     check_mesh(size, inputs.cfg, shape.batch)
     mesh, batch, progress_share = make_mesh(size), jax.device_get(inputs.batch), np.float32(0.5)
     states: dict[str, Any] = {}
+    compiled: dict[str, str] = {}
     losses: dict[str, list[float]] = {"one device": [], str(size): []}
 
     def make_step(name: str) -> Any:
         begin = lambda: init_state(tx, inputs.params)
         rows = global_batch(batch)
         program = train_step.lower(inputs.cfg, tx, describe(begin), {}, rows, progress_share).compile()
-        states[name] = init_sharded(inputs.cfg, begin)
+        states[name], compiled[name] = init_sharded(inputs.cfg, begin), program.as_text() or ""
 
         def step() -> Any:
             states[name], metrics = program(states[name], {}, rows, progress_share)
@@ -75,17 +79,20 @@ def measure_sharding(flags: ShardingFlags) -> Json:
     apart = max(abs(a - b) / abs(a) for a, b in zip(*losses.values()))
     whole = jax.device_get(weights("one device"))
     moved = max(float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(sharded), jax.tree.leaves(whole)))
+    exchanged = sum(one.bytes * one.times for one in read_collectives(compiled[str(size)]))
+    formula = step_collectives(inputs.cfg, size, shape.batch, shape.tokens, flags.optimizer).total()
     print(f"{'':>16} {'ms a step':>10}")
     for timing in timings.values():
         print(f"{timing.name:>16} {timing.median * 1e3:10.1f}")
     print(
         f"{size} takes {quotient} of the time of one device; losses differ by {apart:.1e} of themselves, weights by {moved:.1e}"
     )
+    print(f"collectives: {exchanged / 1e6:.2f} MB a step on a device, {formula / 1e6:.2f} by formula")
     print(describe_noise(timings))
     return {
         "mesh": size._asdict(), "shape": str(shape), "optimizer": flags.optimizer, "dtype": flags.dtype,
         "ms_per_step": {timing.name: timing.median * 1e3 for timing in timings.values()}, **quotient.fields(),
-        "loss_difference": apart, "weight_difference": moved,
+        "collective_bytes": exchanged, "formula_bytes": formula, "loss_difference": apart, "weight_difference": moved,
     }  # fmt: skip
 
 

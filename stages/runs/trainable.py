@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 
+from engine import sharding
 from engine.counting.params import count_params
 from engine.counting.trainable_paths import TrainablePaths, lora_only
 from engine.model.config import LoraConfig, ModelConfig
@@ -76,7 +77,8 @@ def split_trainable(
     """Splits params: trainable ones in float32, frozen ones in the compute type or int8. Changes no array of `params`."""
     if not lora:
         trainable, as_loaded = split(merge_lora(params), paths.weights)
-        return TrainableSplit(cast_matrices(trainable, "float32"), cast_matrices(as_loaded, cfg.dtype), as_loaded, paths)
+        frozen = sharding.place(cfg, cast_matrices(as_loaded, cfg.dtype))
+        return TrainableSplit(cast_matrices(trainable, "float32"), frozen, as_loaded, paths)
     adapter = init_lora(cfg, params, jax.random.key(seed), lora)
     frozen = params if base == "float" else quantize(params, matmul_rules(params, "full"))
-    return TrainableSplit(adapter, cast_matrices(frozen, cfg.dtype), None, paths)
+    return TrainableSplit(adapter, sharding.place(cfg, cast_matrices(frozen, cfg.dtype)), None, paths)

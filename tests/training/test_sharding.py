@@ -1,0 +1,124 @@
+"""Eight virtual devices train as one does: the same losses, an eighth of the state each, and no traffic but the formula's."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from engine.counting.params import leaf_shapes
+from engine.errors import UserError
+from engine.model.config import preset
+from engine.sharding import AXES, MeshShape, check_mesh, leaf_spec, make_mesh, parse_mesh
+
+MESHES = ("data=8", "fsdp=8", "data=2,fsdp=4", "fsdp=4,tensor=2")
+CASES = ("adamw", "muon", "lora", "int8")
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """What mesh_cases.py prints, in a process that has eight devices."""
+    root = Path(__file__).parents[2]
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(root),
+    }
+    done = subprocess.run([sys.executable, Path(__file__).with_name("mesh_cases.py")], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("case", CASES)
+def test_losses_and_weights_are_those_of_one_device(trained, case, mesh):
+    one, many = trained[f"{case} one device"], trained[f"{case} {mesh}"]
+    assert many["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert one["losses"][0] > one["losses"][-1], "it learns something"
+    # Muon's iteration in bfloat16 amplifies last bits, so its weights differ more than its losses.
+    assert many["apart"] < (3e-3 if case == "muon" else 3e-4)
+    assert many["donated"]
+    assert many["kept"], "the state comes back as it went in"
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("case", CASES)
+def test_a_device_holds_its_share_of_the_state(trained, case, mesh):
+    one, many, shape = trained[f"{case} one device"]["held"], trained[f"{case} {mesh}"]["held"], parse_mesh(mesh)
+    for name, (whole, vectors) in one.items():
+        assert many[name] == [(whole - vectors) / (shape.fsdp * shape.tensor) + vectors, vectors], "gains are whole everywhere"
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "llama-3.2-1b", "qwen3-0.6b"])
+def test_a_share_is_the_nth_part_but_for_2_percent(name):
+    for mesh in (MeshShape(fsdp=8), MeshShape(fsdp=8, tensor=1 if name == "smollm2-135m" else 4)):
+        cut = lambda path, shape, mesh=mesh: math.prod(
+            NamedSharding(_abstract(mesh), leaf_spec(path, shape, mesh._asdict())).shard_shape(shape)
+        )
+        shapes = leaf_shapes(preset(name))
+        assert sum(cut(*leaf) for leaf in shapes.items()) == pytest.approx(
+            sum(map(math.prod, shapes.values())) / mesh.devices, rel=0.02
+        )
+
+
+def _abstract(mesh):
+    return AbstractMesh(tuple(mesh), AXES)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_compiled_step_exchanges_what_the_formula_says(trained, optimizer, mesh):
+    """Gains, their gradients and scalars are below 1%; XLA would move many times more without the pins."""
+    found = trained[f"{optimizer} {mesh}"]
+    compiled = {kind: size for kind, size in found["collectives"].items() if kind in found["formula"] or size > 4096}
+    assert compiled == pytest.approx({kind: size for kind, size in found["formula"].items() if size}, rel=0.02)
+
+
+def test_random_weights_are_those_of_one_device(trained):
+    assert trained["init"]["equal"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fdsp=2", "axes data, fsdp, tensor, not 'fdsp'. Did you mean 'fsdp'?"),
+        ("fsdp", "one number of devices"),
+        ("fsdp=0", "one number of devices"),
+        ("fsdp=2,fsdp=4", "'fsdp=4' does not"),
+    ],
+)
+def test_a_mesh_that_cannot_be_read(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_mesh(text)
+
+
+@pytest.mark.parametrize(
+    ("shape", "batch", "parts", "message"),
+    [
+        (MeshShape(tensor=2), 8, 1, "tensor=2 .* the 3 key heads: tensor may be 1 or 3"),
+        (MeshShape(fsdp=8), 12, 1, "data=1 x fsdp=8 .* the 12 rows of a batch of 12: data times fsdp may be 6 or 12"),
+        (MeshShape(data=4), 8, 4, r"the 2 rows of a microbatch of 2 \(a batch of 8 in 4 parts\): data times fsdp may be 2"),
+        (MeshShape(fsdp=5), 10, 1, "the 576 numbers of the model's width: fsdp times tensor may be 4 or 6"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_says_which_would(shape, batch, parts, message):
+    with pytest.raises(UserError, match=message):
+        check_mesh(shape, preset("smollm2-135m"), batch, parts)
+
+
+def test_a_mesh_needs_as_many_devices_as_there_are():
+    with pytest.raises(UserError, match="fsdp=2 is 2 devices and there are 1"):
+        make_mesh(MeshShape(fsdp=2))
+
+
+def test_a_matrix_without_a_rule_is_an_error():
+    sizes = MeshShape(fsdp=2)._asdict()
+    assert leaf_spec("opt_state/1/mu/blocks/3/qkv", (4, 6), sizes) == P("fsdp", "tensor")
+    assert leaf_spec("step", (), sizes) == P()
+    with pytest.raises(ValueError, match="No rule says where 'blocks/0/experts'"):
+        leaf_spec("blocks/0/experts", (4, 6), sizes)
