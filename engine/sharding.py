@@ -1,4 +1,4 @@
-"""Lays weights, moments and batches out over a mesh of devices; no other file names an axis of it.
+"""Lays weights, moments and batches out over a mesh of devices; only `mesh_shape.py` names its axes too.
 
     mesh = make_mesh(parse_mesh("data=2,fsdp=4"))
     with jax.set_mesh(mesh):
@@ -15,11 +15,10 @@ its t-th of every part, and a device computes whole heads. That is in memory onl
 """
 
 import contextlib
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +27,11 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from engine.errors import UserError, did_you_mean
+from engine.errors import UserError
+from engine.mesh_shape import AXES, ROWS, MeshShape, check_mesh, parse_mesh
+from engine.model.column_groups import LEAF, file_order, join_groups, regroup, split_groups
 from engine.model.config import ModelConfig
 
-AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # the axes that share the rows of a batch
 DEALT = ("fsdp", "tensor", "data")  # in which whole matrices are dealt out; `data` has them all already
 RULES = (  # a parameter's path -> the axes that cut its own; the first match wins
     (r"embed", P(None, ("tensor", "fsdp"))),
@@ -41,41 +40,6 @@ RULES = (  # a parameter's path -> the axes that cut its own; the first match wi
     (r"blocks/\d+/(out|down)", P("tensor", "fsdp")),
     (r"(blocks/\d+/)?\w*(norm|bias)", P()),
 )
-# A parameter inside any tree, such as an optimizer's state, and one array of it: of an Int8 or of a LoRA pair.
-_LEAF = re.compile(r"(?:.*?/)??(?P<path>(?:blocks/\d+/)?\w+?)(?P<base>/base)*(?:/(?P<part>values|scale|a|b))?")
-
-
-class MeshShape(NamedTuple):
-    """The number of devices along each axis."""
-
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
-
-    @property
-    def devices(self) -> int:
-        return math.prod(self)
-
-    @property
-    def row_shards(self) -> int:
-        """The devices that share the rows of a batch."""
-        return self.data * self.fsdp
-
-    def __str__(self) -> str:
-        return ",".join(f"{name}={size}" for name, size in zip(AXES, self) if size > 1) or "data=1"
-
-
-def parse_mesh(text: str) -> MeshShape:
-    """Reads `data=2,fsdp=4`; an axis that is not named is 1. Raises UserError."""
-    sizes: dict[str, int] = {}
-    for item in text.split(","):
-        name, _, size = item.strip().partition("=")
-        if name not in AXES:
-            raise UserError(f"A mesh has the axes {', '.join(AXES)}, not {name!r}.{did_you_mean(name, AXES)}")
-        if not size.isdecimal() or int(size) < 1 or name in sizes:
-            raise UserError(f"A mesh gives each axis one number of devices, such as data=2,fsdp=4; {item.strip()!r} does not.")
-        sizes[name] = int(size)
-    return MeshShape(**sizes)
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
@@ -102,27 +66,6 @@ def make_inference_mesh(text: str | None) -> Mesh | None:
     return make_mesh(shape, jax.devices()[: shape.devices])
 
 
-def check_mesh(shape: MeshShape, cfg: ModelConfig, batch: int, microbatches: int = 1) -> None:
-    """Raises UserError when an axis does not divide what it cuts, naming the sizes that would fit."""
-    rows = batch // microbatches
-    whole = f"batch of {batch}" if microbatches == 1 else f"microbatch of {rows} (a batch of {batch} in {microbatches} parts)"
-    for axes, size, what in (
-        (ROWS, rows, f"rows of a {whole}"),
-        (("tensor",), cfg.kv_heads, "key heads"),
-        (("tensor",), cfg.ff, "columns of the MLP"),
-        (("fsdp", "tensor"), cfg.width, "numbers of the model's width"),
-    ):
-        count = math.prod(getattr(shape, axis) for axis in axes)
-        if size % count:
-            names = " x ".join(f"{axis}={getattr(shape, axis)}" for axis in axes)
-            fitting = [n for n in range(1, size + 1) if size % n == 0]
-            near = sorted({max(n for n in fitting if n < count), *[n for n in fitting if n > count][:1]})
-            raise UserError(
-                f"{names} of the mesh {shape} does not divide the {size} {what}: "
-                f"{' times '.join(axes)} may be {' or '.join(map(str, near))}."
-            )
-
-
 def check_inference(cfg: ModelConfig) -> None:
     """Raises UserError when the mesh of this thread, if any, cannot cut the model."""
     if (mesh := mesh_here()) is not None:
@@ -135,7 +78,7 @@ def leaf_spec(path: str, shape: tuple[int, ...], sizes: Any) -> P:
     `sizes`: axis -> devices. An axis that does not divide the leaf does not cut it (`check_mesh` refuses matrices like
     that). Numbers that belong to no parameter are whole everywhere. Raises ValueError for a matrix without a rule.
     """
-    match = _LEAF.fullmatch(path)
+    match = LEAF.fullmatch(path)
     spec = next((spec for pattern, spec in RULES if match and re.fullmatch(pattern, match["path"])), None)
     if spec is None:
         if len(shape) > 1:
@@ -227,17 +170,11 @@ def place(cfg: ModelConfig, params: Any) -> Any:
     read = lambda x, order=None: (
         lambda index: np.asarray(x[index[:-1]][..., order[index[-1]]] if order is not None else x[index])
     )
-    readers = _regroup(cfg, params, lambda x, widths: read(x, _order(widths, column_shards())), column_shards())
+    readers = regroup(cfg, params, lambda x, widths: read(x, file_order(widths, column_shards())), column_shards())
     make = lambda leaf, where, part: jax.make_array_from_callback(
         leaf.shape, where, part if callable(part) else read(part), dtype=leaf.dtype
     )
     return jax.tree.map(make, wanted, shardings(wanted), readers)
-
-
-def _order(widths: Sequence[int], groups: int) -> np.ndarray:
-    """Returns the place in files of each column in memory."""
-    starts = np.cumsum([0, *widths[:-1]])
-    return np.concatenate([np.arange(at, at + width).reshape(groups, -1) for at, width in zip(starts, widths)], 1).reshape(-1)
 
 
 def local_rows(rows: int) -> tuple[int, int]:
@@ -348,12 +285,12 @@ def gather_again(weight: Array, *others: Array) -> tuple[Array, ...]:
 
 def split_columns(x: Array, widths: Sequence[int], axis: int = -1) -> list[Array]:
     """Splits an axis into parts of these widths, which lie in groups on a `tensor` axis."""
-    return _split(x, widths, axis, column_shards())
+    return split_groups(x, widths, axis, column_shards())
 
 
 def join_columns(parts: Sequence[Array], axis: int = -1) -> Array:
     """Joins parts along an axis, in groups on a `tensor` axis: the inverse of `split_columns`."""
-    return _join(parts, axis, column_shards())
+    return join_groups(parts, axis, column_shards())
 
 
 def in_first(count: int, first: int) -> Array:
@@ -372,12 +309,12 @@ def stack_rows(x: Array, parts: int) -> Array:
 
 def split_rows(x: Array, parts: int) -> list[Array]:
     """Splits x (B, ...) into equal parts, each of rows from every device."""
-    return _split(x, [x.shape[0] // parts] * parts, 0, row_shards())
+    return split_groups(x, [x.shape[0] // parts] * parts, 0, row_shards())
 
 
 def join_rows(parts: Sequence[Array]) -> Array:
     """Joins parts (B, ...) to rows of which every device holds its own: the inverse of `split_rows`."""
-    return _join(parts, 0, row_shards())
+    return join_groups(parts, 0, row_shards())
 
 
 def cut_rows(x: Array, start: int, size: int) -> Array:
@@ -390,7 +327,7 @@ def cut_rows(x: Array, start: int, size: int) -> Array:
 
 def join_cuts(parts: Sequence[Array]) -> Array:
     """Joins all that `cut_rows` cut from one array, in order."""
-    return _join(parts, 0, spread_shards(sum(map(len, parts))))
+    return join_groups(parts, 0, spread_shards(sum(map(len, parts))))
 
 
 def deal_out(f: Callable[[Array], Array], tree: Any) -> Any:
@@ -421,52 +358,17 @@ def deal_out(f: Callable[[Array], Array], tree: Any) -> Any:
     return jax.tree.unflatten(treedef, [results[place] for place in range(len(leaves))])
 
 
-def _split(x: Array, widths: Sequence[int], axis: int, groups: int) -> list[Array]:
-    axis %= x.ndim
-    if groups == 1:
-        return jnp.split(x, np.cumsum(widths)[:-1].tolist(), axis=axis)
-    grouped = x.reshape(*x.shape[:axis], groups, -1, *x.shape[axis + 1 :])
-    parts = jnp.split(grouped, (np.cumsum(widths)[:-1] // groups).tolist(), axis=axis + 1)
-    return [part.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :]) for part in parts]
-
-
-def _join(parts: Sequence[Array], axis: int, groups: int) -> Array:
-    axis %= parts[0].ndim
-    if groups == 1:
-        return jnp.concatenate(parts, axis=axis)
-    before, after = parts[0].shape[:axis], parts[0].shape[axis + 1 :]
-    return jnp.concatenate([x.reshape(*before, groups, -1, *after) for x in parts], axis=axis + 1).reshape(*before, -1, *after)
-
-
 def group_columns(cfg: ModelConfig, tree: Any) -> Any:
     """Returns a tree of parameters, ordered as in files, with the columns of every matrix grouped for the `tensor` axis."""
-    groups = column_shards()
-    return _regroup(cfg, tree, lambda x, widths: _join(jnp.split(x, np.cumsum(widths)[:-1].tolist(), -1), -1, groups), groups)
+    if (groups := column_shards()) == 1:
+        return tree
+    return regroup(
+        cfg, tree, lambda x, widths: join_groups(jnp.split(x, np.cumsum(widths)[:-1].tolist(), -1), -1, groups), groups
+    )
 
 
 def ungroup_columns(cfg: ModelConfig, tree: Any) -> Any:
     """The inverse of `group_columns`: parameters ordered as in files."""
-    groups = column_shards()
-    return _regroup(cfg, tree, lambda x, widths: jnp.concatenate(_split(x, widths, -1, groups), -1), 1)
-
-
-def _regroup(cfg: ModelConfig, tree: Any, f: Callable[[Any, list[int]], Any], groups: int) -> Any:
-    """Replaces each array x with columns of several parts by f(x, their widths)."""
-
-    def within(leaf: Any, widths: list[int]) -> Any:
-        if not hasattr(leaf, "columns"):  # of a LoRA pair
-            return jax.tree.map(lambda x: f(x, widths), leaf)
-        b = f(leaf.b, [stop - start for start, stop in leaf.columns])
-        return dataclasses.replace(leaf, base=within(leaf.base, widths), b=b, groups=groups)
-
-    def at(keys: Any, leaf: Any) -> Any:
-        match = _LEAF.fullmatch(jax.tree_util.keystr(keys, simple=True, separator="/"))
-        name = match["path"].split("/")[-1].removesuffix("_bias") if match else ""
-        widths = [stop - start for start, stop in cfg.parts.get(name, {}).values()]
-        return within(leaf, widths) if len(widths) > 1 else leaf
-
-    return (
-        tree
-        if column_shards() == 1
-        else jax.tree_util.tree_map_with_path(at, tree, is_leaf=lambda leaf: hasattr(leaf, "columns"))
-    )
+    if (groups := column_shards()) == 1:
+        return tree
+    return regroup(cfg, tree, lambda x, widths: jnp.concatenate(split_groups(x, widths, -1, groups), -1), 1)

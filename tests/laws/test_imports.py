@@ -13,6 +13,7 @@ from source_tree import PACKAGES, SOURCES, Trees, imported, imports, package_of,
 ENGINE = """
 errors format
 files allocator model.config model.paths
+model.column_groups mesh_shape
 sharding
 device model.layers model.fused_attention model.cache.contiguous by_hand
 model.ops model.weights.int8

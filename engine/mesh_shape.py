@@ -1,0 +1,64 @@
+"""The axes of a mesh of devices and their sizes: read from `data=2,fsdp=4`, and compared with a model. Needs no JAX."""
+
+import math
+from typing import NamedTuple
+
+from engine.errors import UserError, did_you_mean
+from engine.model.config import ModelConfig
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # the axes that share the rows of a batch
+
+
+class MeshShape(NamedTuple):
+    """The number of devices along each axis."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self)
+
+    @property
+    def row_shards(self) -> int:
+        """The devices that share the rows of a batch."""
+        return self.data * self.fsdp
+
+    def __str__(self) -> str:
+        return ",".join(f"{name}={size}" for name, size in zip(AXES, self) if size > 1) or "data=1"
+
+
+def parse_mesh(text: str) -> MeshShape:
+    """Reads `data=2,fsdp=4`; an axis that is not named is 1. Raises UserError."""
+    sizes: dict[str, int] = {}
+    for item in text.split(","):
+        name, _, size = item.strip().partition("=")
+        if name not in AXES:
+            raise UserError(f"A mesh has the axes {', '.join(AXES)}, not {name!r}.{did_you_mean(name, AXES)}")
+        if not size.isdecimal() or int(size) < 1 or name in sizes:
+            raise UserError(f"A mesh gives each axis one number of devices, such as data=2,fsdp=4; {item.strip()!r} does not.")
+        sizes[name] = int(size)
+    return MeshShape(**sizes)
+
+
+def check_mesh(shape: MeshShape, cfg: ModelConfig, batch: int, microbatches: int = 1) -> None:
+    """Raises UserError when an axis does not divide what it cuts, naming the sizes that would fit."""
+    rows = batch // microbatches
+    whole = f"batch of {batch}" if microbatches == 1 else f"microbatch of {rows} (a batch of {batch} in {microbatches} parts)"
+    for axes, size, what in (
+        (ROWS, rows, f"rows of a {whole}"),
+        (("tensor",), cfg.kv_heads, "key heads"),
+        (("tensor",), cfg.ff, "columns of the MLP"),
+        (("fsdp", "tensor"), cfg.width, "numbers of the model's width"),
+    ):
+        count = math.prod(getattr(shape, axis) for axis in axes)
+        if size % count:
+            names = " x ".join(f"{axis}={getattr(shape, axis)}" for axis in axes)
+            fitting = [n for n in range(1, size + 1) if size % n == 0]
+            near = sorted({max(n for n in fitting if n < count), *[n for n in fitting if n > count][:1]})
+            raise UserError(
+                f"{names} of the mesh {shape} does not divide the {size} {what}: "
+                f"{' times '.join(axes)} may be {' or '.join(map(str, near))}."
+            )
