@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engine.inference.decode import generate, prefill, prepare_params
+from engine.inference.decode import complete, prefill, prepare_params
 from engine.inference.request import Request
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.slots import Slots
@@ -65,10 +65,8 @@ def check_greedy(cfg: ModelConfig, params: Any, device: Any, cpu: Any) -> Iterat
     prompts = _prompts(cfg, ROWS)
 
     def answers(params: Any) -> list[list[int]]:
-        tokens: list[list[int]] = [[] for _ in prompts]
-        for event in generate(cfg, prepare_params(cfg, params), prompts, [GREEDY] * ROWS, capacity=TOKENS):
-            tokens[event.id] += event.tokens
-        return tokens
+        completions = complete(cfg, prepare_params(cfg, params), prompts, [GREEDY] * ROWS, capacity=TOKENS)
+        return [tokens for tokens, _ in completions]
 
     pairs = list(zip(_on(device, answers, params), _on(cpu, answers, params), strict=True))
     yield Check(f"greedy tokens, {cfg.dtype}", sum(a != b for a, b in pairs) / len(pairs), 0)

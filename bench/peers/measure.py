@@ -19,7 +19,7 @@ from engine.counting.hardware import require_memory
 from engine.counting.params import count_params
 from engine.device import cores
 from engine.errors import UserError
-from engine.inference.decode import generate, prepare_params
+from engine.inference.decode import complete, prepare_params
 from engine.inference.sampling_params import SamplingParams
 from engine.model.config import ModelConfig, preset
 from engine.model.paths import leaf_paths
@@ -156,9 +156,7 @@ def make_greedy(
     sampling = SamplingParams(max_tokens=new, temperature=0.0).per_row(len(prompts))
 
     def run() -> None:
-        sequences: list[list[int]] = [[] for _ in prompts]
-        for piece in generate(cfg, weights, prompts, sampling, capacity=len(prompts[0]) + new):
-            sequences[piece.id] += piece.tokens
-        output[OURS] = sequences
+        completions = complete(cfg, weights, prompts, sampling, capacity=len(prompts[0]) + new)
+        output[OURS] = [tokens for tokens, _ in completions]
 
     return run

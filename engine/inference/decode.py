@@ -107,6 +107,17 @@ def padded_rows(prompts: int) -> int:
     return max(prompts, 2 if ops().pads_lone_row else 1)
 
 
+def complete(
+    cfg: ModelConfig, params: Params, prompts: Collection[list[int]], sampling: Collection[SamplingParams],
+    *, capacity: int | None = None,
+) -> list[tuple[list[int], str | None]]:  # fmt: skip
+    """Returns the tokens of each prompt's completion and its finish reason. Arguments and errors are those of `generate`."""
+    completions: list[tuple[list[int], str | None]] = [([], None)] * len(prompts)
+    for row, tokens, reason, *_ in generate(cfg, params, prompts, sampling, capacity=capacity):
+        completions[row] = [*completions[row][0], *tokens], reason
+    return completions
+
+
 def generate(
     cfg: ModelConfig, params: Params, prompts: Collection[list[int]], sampling: Collection[SamplingParams],
     *, capacity: int | None = None,

@@ -25,12 +25,17 @@ class Range(NamedTuple):
             return f"above {self.least} and at most {self.most}{self.note}"
         return f"between {self.least}{self.note} and {self.most}"
 
+    def holds(self, value: float) -> bool:
+        """Whether a number lies in the range, and is an integer where one is wanted."""
+        within = self.least <= value <= self.most and not (self.above and value == self.least)
+        return within and (not self.integer or value == int(value))
+
     def check(self, name: str, value: Any, field: str | None = None) -> None:
         """Raises InvalidField for `field` (by default `name`) when the value is out of range."""
         kinds = int if self.integer else (int, float)
         if isinstance(value, bool) or not isinstance(value, kinds) or value != value:
             wanted, shown = "an integer" if self.integer else "a number", f"{value!r:.60}"
-        elif not self.least <= value <= self.most or (self.above and value == self.least):
+        elif not self.holds(value):
             wanted, shown = str(self), str(value) if abs(value) < 10**30 else "a number of more than 30 digits"
         else:
             return

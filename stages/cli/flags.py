@@ -50,7 +50,7 @@ def in_range(allowed: Range) -> Callable[[str], Any]:
     def parse(text: str) -> int | float:
         with contextlib.suppress(ValueError, OverflowError):
             value = int(text) if integer and "e" not in text.lower() else float(text)
-            if low <= value <= high and not (above and value == low) and (not integer or value == int(value)):
+            if allowed.holds(value):
                 return int(value) if integer else value
         raise ValueError(f"wanted {'an integer' if integer else 'a number'} {span}, got {text!r}")
 

@@ -27,6 +27,7 @@ from stages.reinforce.data import prompts_for
 from stages.reinforce.flags import ReinforceFlags
 from stages.reinforce.rollouts import Rollout, Sampler, prompt_tokens, score_completions
 from stages.reinforce.rounds import ALIKE_ROUNDS, Rounds, first_seed
+from stages.runs.answers import before_and_after
 from stages.runs.estimate import RunPlan, memory_estimate, memory_limit
 from stages.runs.folder import clear_run, default_folder
 from stages.runs.loop import Loop, LoopState, RunOptions
@@ -40,7 +41,6 @@ TOKENS = 48  # of a completion, where the context has room for them
 MULTIPLE = 32  # tokens that a row's length is rounded up to
 EVALUATED = 32  # held-out completions sampled before and after training, at least
 SHOWN_PROMPTS = 3
-SHOWN_CHARACTERS = 100  # of a completion
 MICROBATCH_TOKENS = 1024  # more hold more logits and are no faster
 TOLERATED_BITS = 0.3  # a byte that completions may be worse under the model before training
 
@@ -156,15 +156,12 @@ class ReinforcementLearning(ModelStage):
             "best_round": loop_state.best, "seconds": loop_state.seconds, "inference_seconds": inference,
             "training_seconds": training, "answer_tokens": tokens,
         }  # fmt: skip
-        texts = []
-        for row, prompt in zip(range(min(SHOWN_PROMPTS, len(before.texts))), self.prompts.held_out):
-            lines = []
-            for title, rollout in (("before", before), ("after", after)):
-                text = " ".join(rollout.texts[row].split())
-                lines.append(
-                    f"{title:<6} {rollout.rewards[row]:.2f} | {text[:SHOWN_CHARACTERS]}{'...' * (len(text) > SHOWN_CHARACTERS)}"
-                )
-            texts.append((prompt.text, "\n".join(lines)))
+        answers = [
+            [(text, f"reward {reward:.2f}") for text, reward in zip(each.texts, each.rewards)] for each in (before, after)
+        ]
+        texts = [
+            (prompt.text, before_and_after(*pair)) for prompt, *pair in zip(self.prompts.held_out[:SHOWN_PROMPTS], *answers)
+        ]
         unlearned, worse = after.mean_reward <= before.mean_reward, bits_after > bits_before + TOLERATED_BITS
         rows = [
             ("reward", f"{before.mean_reward:.3f} -> {after.mean_reward:.3f} on held-out prompts"

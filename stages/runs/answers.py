@@ -5,7 +5,7 @@ import re
 import textwrap
 from collections.abc import Collection, Sequence
 
-from engine.inference.decode import generate, prepare_params
+from engine.inference.decode import complete, prepare_params
 from engine.inference.sampling_params import SamplingParams
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
@@ -52,18 +52,11 @@ def ask(
     prompts = [prompt for _, prompt in pairs]
     sampling = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, stop_token_ids=stop_token_ids)
     capacity = min(cfg.context, max(map(len, prompts)) + MAX_TOKENS)
-    tokens: list[list[int]] = [[] for _ in prompts]
-    stopped = set()
-    for row, new, reason, *_ in generate(
-        cfg, prepare_params(cfg, params), prompts, [sampling] * len(prompts), capacity=capacity
-    ):
-        tokens[row] += new
-        if reason == "stop":
-            stopped.add(row)
-    texts = [chat.tokenizer.decode(answer).strip() for answer in tokens]
+    completions = complete(cfg, prepare_params(cfg, params), prompts, [sampling] * len(prompts), capacity=capacity)
+    texts = [chat.tokenizer.decode(tokens).strip() for tokens, _ in completions]
     return tuple(
-        Answer(question, text, len(tokens[row]), row in stopped, repeats_itself(text))
-        for row, ((question, _), text) in enumerate(zip(pairs, texts))
+        Answer(question, text, len(tokens), reason == "stop", repeats_itself(text))
+        for (question, _), text, (tokens, reason) in zip(pairs, texts, completions)
     )
 
 
@@ -81,15 +74,18 @@ def repeats_itself(text: str) -> bool:
 def compare(before: Sequence[Answer], after: Sequence[Answer]) -> list[tuple[str, str]]:
     """Returns for each question (question, both answers below one another), with a note below an answer that has faults."""
     return [
-        (old.question, "\n".join(_titled("before", old) + _titled("after", new)))
+        (old.question, before_and_after((old.text, old.faults), (new.text, new.faults)))
         for old, new in zip(before, after, strict=True)
     ]
 
 
-def _titled(title: str, answer: Answer) -> list[str]:
-    lines = textwrap.wrap(" ".join(answer.text.split()) or "(nothing)", WIDTH)
-    lines += [f"[{answer.faults}]"] * bool(answer.faults)
-    return [f"{name:<6}  {line}" for name, line in zip([title, *[""] * len(lines)], lines)]
+def before_and_after(*answers: tuple[str, str]) -> str:
+    """Returns two answers, each a text and a note ('' for none), below one another."""
+    shown = []
+    for title, (text, note) in zip(("before", "after"), answers, strict=True):
+        lines = textwrap.wrap(" ".join(text.split()) or "(nothing)", WIDTH) + [f"[{note}]"] * bool(note)
+        shown += [f"{name:<6}  {line}" for name, line in zip([title, *[""] * len(lines)], lines)]
+    return "\n".join(shown)
 
 
 def describe_faults(answers: Sequence[Answer]) -> str:

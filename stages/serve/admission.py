@@ -34,13 +34,14 @@ class Admission:
             raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(wait)})
 
     def reserve(self) -> int:
-        """Adds a request to `reserved`; the caller takes it off. Returns its ticket: the lowest is served first.
-
-        Raises ApiError.
-        """
+        """Takes a place, until `release`. Returns its ticket: the lowest is served first. Raises ApiError."""
         self.check()
         self.reserved += 1
         return next(self._tickets)
+
+    def release(self) -> None:
+        """Frees the place of a request."""
+        self.reserved -= 1
 
     def record(self, seconds: float) -> None:
         """Records the time from a request's arrival to its end, while it is reserved; Retry-After is estimated from it.
@@ -50,8 +51,12 @@ class Admission:
         self._seconds = 0.9 * self._seconds + 0.1 * seconds / self.reserved
 
     def add_bytes(self, count: int) -> None:
-        """Adds received bytes to `body_bytes`; the caller takes them off. Raises ApiError, and adds none, for too many."""
+        """Adds received bytes to `body_bytes`, until `remove_bytes`. Raises ApiError, and adds none, for too many."""
         if self.body_bytes + count > self.max_body_bytes:
             message = f"Bodies of {self.body_bytes:,} bytes are coming in, and no more are taken in at once. Try again in 1 s."
             raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1", "Connection": "close"})
         self.body_bytes += count
+
+    def remove_bytes(self, count: int) -> None:
+        """Takes decoded or abandoned bytes off `body_bytes`."""
+        self.body_bytes -= count

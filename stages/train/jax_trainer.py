@@ -7,7 +7,7 @@ import jax
 from engine.counting.flops import muon_flops, train_flops
 from engine.counting.hardware import Ceilings, require_memory
 from engine.counting.params import count_params
-from engine.inference.decode import generate, prepare_params
+from engine.inference.decode import complete, prepare_params
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.score import score
 from engine.model.transformer import init_params
@@ -67,8 +67,8 @@ class JaxTrainer(Trainer):
         sampling = SamplingParams(
             max_tokens=max_tokens, temperature=0.8, seed=self.plan.seed, stop_token_ids=(tokenizer.eos_id,)
         )
-        pieces = generate(cfg, prepare_params(cfg, params), [tokenizer.encode("\n").tolist()], [sampling])
-        return tokenizer.decode([token for piece in pieces for token in piece.tokens])
+        [(tokens, _)] = complete(cfg, prepare_params(cfg, params), [tokenizer.encode("\n").tolist()], [sampling])
+        return tokenizer.decode(tokens)
 
     def remarks(self, params: Any) -> list[tuple[str, str]]:
         """Returns no rows."""

@@ -115,10 +115,14 @@ def test_what_could_not_be_loaded_is_not_written(fields, weight, sentence, train
         load_model(str(alone))
     error = failing(export.main, ["--model", trained, "--out", out])
     assert "Nothing was written" in error
+    assert "Another --dtype, or a Hugging Face folder, may hold it." in error
     assert str(refused.value).replace(str(alone), str(out)) in error
     out.write_bytes(b"an earlier one")
     assert failing(export.main, ["--model", trained, "--out", out, "--overwrite"]) == error
     assert [file.read_bytes() for file in out.parent.iterdir()] == [b"an earlier one"]
+    if weight:
+        error = failing(export.main, ["--model", trained, "--out", tmp_path / "folder", "--dtype", "float16"])
+        assert error.endswith("Another --dtype may hold it.\n")
 
 
 def test_an_export_that_was_damaged_is_seen(trained, tmp_path):

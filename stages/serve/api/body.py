@@ -36,7 +36,7 @@ async def read_body[T: ModelRequest](state: ServerState, http: Request, kind: ty
     except ClientDisconnect:
         raise ClientGone from None
     finally:
-        state.admission.body_bytes -= len(content)
+        state.admission.remove_bytes(len(content))
     state.check_model(body.model)
     return body
 

@@ -128,7 +128,7 @@ class Generation:
                 choice.cancel()
                 self._state.metrics.count_end("abort")
             self._unfinished.clear()
-            self._state.admission.reserved -= 1
+            self._state.admission.release()
 
     @property
     def usage(self) -> Usage:
@@ -280,7 +280,7 @@ async def generate(
         generation = Generation(state, requests, ticket, body.stops, body.n or 1, http.state.arrived)
         http.state.generation = generation
     except BaseException as error:
-        state.admission.reserved -= 1
+        state.admission.release()
         if isinstance(error, InvalidField):
             raise ApiError(400, str(error), param=error.field) from None
         raise
