@@ -75,6 +75,12 @@ def check_rounds(rounds: int, least: int = 3) -> None:
         raise UserError(f"--rounds must be at least {least}, not {rounds}.")
 
 
+def describe_error(error: Exception) -> str:
+    """Returns a sentence of at most 300 characters: the error's first line, after its type where it is not a UserError."""
+    words = (str(error).strip() or "?").splitlines()[0][:300]
+    return words if isinstance(error, UserError) else f"{type(error).__name__}: {words}"
+
+
 def progress(text: str, replace: bool = False) -> None:
     """Prints a line of progress on stderr; on a terminal, the next line replaces one with `replace`."""
     terminal = sys.stderr.isatty()

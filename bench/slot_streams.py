@@ -16,7 +16,7 @@ from engine.inference.decode import prepare_params
 from engine.inference.request import Request
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.scheduler import DRAFT_ROWS
-from engine.inference.slots import MIN_SLOTS, Slots
+from engine.inference.slots import Slots
 from engine.model.weights.int8 import quantize
 from engine.storage.assets import fetch
 from engine.storage.model_loader import load_model, locate
@@ -88,7 +88,7 @@ def _our_run(
     cfg: Any, weights: Any, prompts: list[list[int]], new: int, drafts: bool, kv_dtype: Any
 ) -> Callable[[], StreamResult]:
     """Returns a call of `Slots` with a slot for each stream, and for the draft tokens of a lone one."""
-    least = 1 + DRAFT_ROWS if drafts else MIN_SLOTS
+    least = 1 + DRAFT_ROWS if drafts else 2
     slots = Slots(cfg, weights, slots=max(len(prompts), least), capacity=CAPACITY, kv_dtype=kv_dtype, speculate=drafts)
     slots.warm()
 

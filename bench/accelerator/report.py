@@ -7,6 +7,7 @@ import jinja2
 
 from bench.cli import Json, console, print_table
 from bench.report.page import HERE as REPORT
+from bench.timing import Ratio
 from engine.errors import UserError
 from engine.files import atomic_file
 from engine.format import money, percent, si
@@ -59,7 +60,7 @@ def sections(document: Json) -> list[tuple[str, tuple[str, ...], list[list[str]]
     peers = [
         [
             row["name"], row["peer"], f"{row['tokens_per_second']:,.0f}", f"{row['peer_tokens_per_second']:,.0f}",
-            f"{row['ratio']:.2f} ± {row['spread']:.2f}" if row["ratio"] else "lost in noise",
+            str(Ratio(row["ratio"], row["spread"])),
         ]
         for row in document["peers"]
     ]  # fmt: skip

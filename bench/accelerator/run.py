@@ -14,7 +14,7 @@ import jax
 
 from bench.accelerator.checks import Check, check_greedy, check_prefill, checks_of_serving, checks_of_training
 from bench.accelerator.table import measure_preset
-from bench.cli import Json, Shape, progress
+from bench.cli import Json, Shape, describe_error, progress
 from bench.models import random_model
 from bench.peers.measure import measure_inference, measure_training
 from bench.peers.process import PeerError, start_peer
@@ -69,12 +69,6 @@ def run(
         with contextlib.suppress(UserError):  # the folder could be written before; all is printed at the end too
             save(document)
     return document
-
-
-def describe_error(error: Exception) -> str:
-    """Returns a sentence of at most 300 characters: the error's first line, after its type where it is not a UserError."""
-    words = (str(error).strip() or "?").splitlines()[0][:300]
-    return words if isinstance(error, UserError) else f"{type(error).__name__}: {words}"
 
 
 def add_ceilings(document: Json) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from bench.cli import Json, progress
+from bench.cli import Json, describe_error, progress
 from bench.models import next_token_batch, random_model, tokens_for
 from bench.table.inference_rows import decode_row, evaluation_row, prefill_row
 from bench.table.measure import FORWARD, MIN_ROUNDS, PRODUCTS, row_document, weight_digests
@@ -66,7 +66,7 @@ def measure_preset(
             begin = clock()
             jax.block_until_ready(row.run())
         except Exception as error:
-            left_out[each] = f"{type(error).__name__}: {(str(error).splitlines() or '?')[0][:200]}"
+            left_out[each] = describe_error(error)
         else:
             rows[each] = row
             needed += (MIN_ROUNDS + 2) * (clock() - begin)

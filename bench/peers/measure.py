@@ -13,7 +13,7 @@ import numpy as np
 from bench.cli import Json, Shape, progress
 from bench.models import PROGRESS, make_step, make_step_inputs, random_model
 from bench.peers.process import Peer, PeerError, note_absent
-from bench.timing import Timing, describe_noise, measure, ratio
+from bench.timing import Ratio, Timing, describe_noise, measure, ratio
 from engine.counting.flops import step_flops
 from engine.counting.hardware import require_memory
 from engine.counting.params import count_params
@@ -42,9 +42,9 @@ def comparison_row(name: str, peer: str, timings: Mapping[str, Timing], tokens: 
 def add_row(rows: list[Json], row: Json, note: str) -> None:
     """Appends the row, and prints it with the note."""
     rows.append(row)
-    ratio = f"{row['ratio']:5.2f} ± {row['spread']:.2f}" if row["ratio"] else "lost in noise"
+    ratio = Ratio(row["ratio"], row["spread"])
     ours, theirs = row["tokens_per_second"], row["peer_tokens_per_second"]
-    print(f"{row['name']:<27} {ours:7.0f} tokens/s, {row['peer']:<14} {theirs:7.0f}; ratio {ratio:<13} {note}", flush=True)
+    print(f"{row['name']:<27} {ours:7.0f} tokens/s, {row['peer']:<14} {theirs:7.0f}; ratio {ratio!s:<13} {note}", flush=True)
 
 
 def measure_training(

@@ -87,6 +87,8 @@ async def _measure(flags: ServingFlags, server_flags: list[str]) -> Json:
 
 def print_tables(document: Json) -> None:
     """Prints the document as tables, and says which bars are not met."""
+    from bench.timing import Ratio  # imports JAX
+
     unmet = {True: "", False: "   ** not met **", None: "   undecided, within the noise"}
     print(f"{document['model']}, {document['weights']} weights, {document['slots']} slots, on {document['device']}")
     print(
@@ -110,7 +112,7 @@ def print_tables(document: Json) -> None:
         values = (
             {
                 "usd": money(row.get("usd_per_million_tokens")), "unmet": unmet[row.get("met")],
-                "over": "noisy" if row.get("spread") is None else f"{row['ratio']:.2f} ± {row['spread']:.2f}",
+                "over": Ratio(row.get("ratio"), row.get("spread")),
             } | row
             for row in rows
         )  # fmt: skip

@@ -36,7 +36,7 @@ CHUNK, TAIL = 128, 32  # prompt tokens a call: of a whole chunk, and of a short 
 HITS_AT_ONCE = 16  # chunks that a step copies from the prefix cache at most
 MAX_TAILS = 2  # computed after a cached beginning to complete its chunk: more take longer than the whole chunk
 IDLE = SamplingParams(temperature=0.0)  # of rows not in use: greedy decoding costs no sampling
-MIN_SLOTS = 2  # with one row a CPU's products take a slower path
+MIN_ROWS = 2  # of a program, for one slot too: with one row a CPU's products take a slower path
 
 
 def compile_ahead(
@@ -47,7 +47,8 @@ def compile_ahead(
 
     To be iterated while weights load; programs left out are compiled when needed.
     """
-    state = lambda: (make_kv_segments(cfg, slots, capacity, chunk, kv_dtype), make_token_counts(cfg, slots))
+    rows = max(slots, MIN_ROWS)
+    state = lambda: (make_kv_segments(cfg, rows, capacity, chunk, kv_dtype), make_token_counts(cfg, rows))
     segments, counts = jax.eval_shape(state)
     calls = programs.idle_calls(cfg, params, segments, counts, chunk, tail, prefix_cache_bytes > 0)
     return programs.compile_programs(calls)
@@ -69,7 +70,7 @@ class Slots:
     ) -> None:  # fmt: skip
         capacity = cfg.context if capacity is None else capacity
         for is_right, message in (
-            (slots >= MIN_SLOTS, f"There must be at least {MIN_SLOTS} slots, not {slots}: with one row a program is slower."),
+            (slots >= 1, f"There must be at least one slot, not {slots}."),
             (
                 2 <= capacity <= cfg.context,
                 f"capacity must be between 2 and the model's context of {cfg.context}, not {capacity}.",
@@ -85,7 +86,8 @@ class Slots:
         self.prefix_cache = PrefixCache(prefix_cache_bytes)
         self.tails_agree = False  # whether a chunk computed in tails has the bits of one computed at once; `warm` finds out
         self._mesh = sharding.mesh_here()
-        make_state = lambda: (make_kv_segments(cfg, slots, capacity, chunk, kv_dtype), make_token_counts(cfg, slots))
+        rows = max(slots, MIN_ROWS)
+        make_state = lambda: (make_kv_segments(cfg, rows, capacity, chunk, kv_dtype), make_token_counts(cfg, rows))
         state = (params, *sharding.make_cache(make_state))
         # On a named device: for an unnamed one a program would be compiled once more.
         self.params, self._segments, self._counts = state if self._mesh else jax.device_put(state, jax.devices()[0])
@@ -269,7 +271,7 @@ class Slots:
 
     def _decode(self, batch: Decode) -> list[Event]:
         """Decodes a batch in one dispatch, in which row r stands for slot r."""
-        R, lone = self.slots, batch.sequences[0]
+        R, lone = self._segments.slots, batch.sequences[0]
         if batch.copies_are_new:
             targets = np.array([*batch.copies, *[R] * (DRAFT_ROWS - len(batch.copies))], np.int32)
             self._segments = programs.copy_slot(self._segments, np.int32(lone.slot), targets, np.int32(lone.reach))

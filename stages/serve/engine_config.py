@@ -13,7 +13,7 @@ from engine import sharding
 from engine.counting import hardware
 from engine.counting.params import count_params, leaf_shapes
 from engine.inference import decode
-from engine.inference.slots import CHUNK, compile_ahead
+from engine.inference.slots import CHUNK, MIN_ROWS, compile_ahead
 from engine.model.cache.segmented import KVDtype, make_kv_segments
 from engine.model.config import ModelConfig
 from engine.model.paths import unflatten
@@ -85,7 +85,7 @@ class EngineConfig:
     def _bytes(self, cfg: ModelConfig, capacity: int) -> int:
         slot, weights = self._slot_bytes(cfg, capacity), {"int8": 1, "bfloat16": 2, "float32": 4}[self.weights]
         prefix = slot if self.prefix_cache_bytes is None else self.prefix_cache_bytes
-        return self.slots * slot + prefix + count_params(cfg).total * weights
+        return max(self.slots, MIN_ROWS) * slot + prefix + count_params(cfg).total * weights
 
     def _slot_bytes(self, cfg: ModelConfig, capacity: int) -> int:
         chunk = jax.eval_shape(lambda: make_kv_segments(cfg, 1, CHUNK, CHUNK, self.kv_dtype))

@@ -55,7 +55,7 @@ class ServeFlags:
     """More names under which clients may call the server."""
     allow_origin: Annotated[tuple[Annotated[str, parser(_origin, "URL")], ...], UseAppendAction, default("its own page")] = ()
     """An origin whose pages may use the server: another site's, or a proxy's in front of it. May be given more than once."""
-    slots: Annotated[int, parser(integer(2, 1024), "N")] = 8
+    slots: Annotated[int, parser(integer(1, 1024), "N")] = 8
     """Requests answered at the same time."""
     queue: Annotated[int, parser(integer(0, 100_000), "N")] = 32
     """Requests that may wait; more get a 429 with the time to try again."""

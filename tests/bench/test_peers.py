@@ -220,7 +220,7 @@ def test_a_ratio_that_noise_has_eaten_is_not_printed(capsys):
     assert row["ratio"] is None
     assert "less than its own spread" in row["noisy"]
     measure.add_row([], row, "")
-    assert "lost in noise" in capsys.readouterr().out
+    assert "ratio noisy" in capsys.readouterr().out
 
 
 # What the peers are made of

@@ -281,10 +281,22 @@ def test_log_probabilities_of_a_small_vocabulary_are_of_all_of_it():
         assert sum(np.exp(np.frombuffer(value, np.float32)[0]) for _, value in top) == pytest.approx(1, abs=1e-5)
 
 
+def test_one_slot_answers_one_request_at_a_time():
+    """In two rows, one of which idles: to the bit as one of two slots."""
+    slots, pair = make_slots("bfloat16", slots=1), make_slots("bfloat16", slots=2, speculate=False)
+    requests = [request_of(text(seed, 20), 5, temperature=0.8, seed=seed, logprobs=0) for seed in range(3)]
+    ids, ended = [slots.submit(request) for request in requests], []
+    while slots.busy:
+        ended += [event.id for event in slots.step() if event.finish_reason]
+        assert slots.running <= 1
+    assert ended == ids
+    assert complete(slots, requests) == [complete(pair, [request])[0] for request in requests]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"slots": 1}, "at least 2 slots, not 1"), ({"capacity": 1}, "between 2 and the model's context of 150, not 1"),
+        ({"slots": 0}, "at least one slot, not 0"), ({"capacity": 1}, "between 2 and the model's context of 150, not 1"),
         ({"capacity": 151}, "not 151"), ({"tail": 0}, "tail must lie between 1 and the chunk of 16"),
         ({"tail": 17}, "not 17"), ({"kv_dtype": "int4"}, "kv_dtype"), ({"prefix_cache_bytes": -1}, "prefix_cache_bytes"),
     ],

@@ -230,7 +230,7 @@ def test_bad_flags(folder, tmp_path, capsys):
     broken.write_text("{% if %}")
     assert "TemplateSyntaxError" in refuses(capsys, *quick, "--model", folder, "--template", broken)
     assert "between 2 and the model's context of 150" in refuses(capsys, *quick, "--model", folder, "--capacity", 151)
-    bad = [("--slots", 1), ("--weights", "int4"), ("--port", 65536), ("--price", -1), ("--queue", -1), ("--log", "loud")]
+    bad = [("--slots", 0), ("--weights", "int4"), ("--port", 65536), ("--price", -1), ("--queue", -1), ("--log", "loud")]
     for flag, value in (
         *bad,
         *(("--allow-origin", origin) for origin in ("*", "null", "app.example", "https://app.example/x")),

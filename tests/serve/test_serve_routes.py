@@ -241,9 +241,10 @@ def test_attestation(client, tiny_server):
 
 
 def test_the_fingerprint_changes_with_all_that_can_change_an_answer(tiny_server, monkeypatch):
-    facts, machine, version = vars(tiny_server.slots), fingerprint.machine_identity(), importlib.metadata.version
+    facts = vars(tiny_server.slots) | {"devices": 1}
+    machine, version = fingerprint.machine_identity(), importlib.metadata.version
     of = lambda digest="0", **changes: system_fingerprint(digest, SimpleNamespace(**facts | changes), template="a")
-    shapes = {"slots": 4, "capacity": 151, "chunk": 32, "tail": 4, "kv_dtype": "int8", "cfg": tiny_config()}
+    shapes = {"slots": 4, "capacity": 151, "chunk": 32, "tail": 4, "kv_dtype": "int8", "cfg": tiny_config(), "devices": 2}
     same, others = of(), [of("1"), *(of(**{name: value}) for name, value in shapes.items())]
     for name in machine:
         monkeypatch.setattr(fingerprint, "machine_identity", lambda name=name: machine | {name: "another"})
