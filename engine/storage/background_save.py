@@ -1,6 +1,7 @@
 """Saves checkpoints while training goes on: copies the state to host memory, and writes the copy in a thread."""
 
 import concurrent.futures
+import contextlib
 import mmap
 import os
 import sys
@@ -42,9 +43,13 @@ class BackgroundSaver:
             self._work = self._pool.submit(self._map_memory, size)
 
     def _map_memory(self, size: int) -> None:
-        memory = mmap.mmap(-1, size)
+        try:
+            memory = mmap.mmap(-1, size)
+        except OSError:  # a limit on memory that is not the machine's
+            return
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
+            with contextlib.suppress(OSError):  # a kernel without them
+                memory.madvise(mmap.MADV_HUGEPAGE)
         for start in range(0, size, TOUCHED):
             np.frombuffer(memory, np.uint8)[start : start + TOUCHED : mmap.PAGESIZE] = 0
         self._memory = memory

@@ -48,6 +48,8 @@ def replace_unread(skipped: Ranges, wanted: Ranges, step: int) -> tuple[Ranges, 
     unread = batch_of_step(step - 1, skipped) + 1 if step else 0
     passed = [(first, min(last, unread - 1)) for first, last in skipped if first < unread]
     ahead = [(max(first, unread), last) for first, last in wanted if last >= unread]
-    behind = {batch for first, last in wanted for batch in range(first, min(last + 1, unread))}
-    behind -= {batch for first, last in passed for batch in range(first, last + 1)}
-    return join_ranges(passed + ahead), join_ranges([(batch, batch) for batch in behind])
+    behind = [(first, min(last, unread - 1)) for first, last in wanted if first < unread]
+    for first, last in passed:  # a range may have more batches than memory has room for
+        parts = [part for low, high in behind for part in ((low, min(high, first - 1)), (max(low, last + 1), high))]
+        behind = [(low, high) for low, high in parts if low <= high]
+    return join_ranges(passed + ahead), join_ranges(behind)

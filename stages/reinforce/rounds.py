@@ -107,7 +107,8 @@ class Rounds:
         self.alike = 0 if differs else self.alike + 1
         self.exhausted = self.alike >= ALIKE_ROUNDS
         reward = rollout.mean_reward
-        if loop_state.best is None or reward > loop_state.best:
+        ends_refused = refused[-1] if refused else loop_state.refused_in_a_row  # then it is not saved
+        if not ends_refused and (loop_state.best is None or reward > loop_state.best):
             loop_state.best, loop_state.best_step = reward, loop_state.step + 1
         return state, refused
 

@@ -307,6 +307,8 @@ class Loop:
         """Evaluates and saves, where due; saves the best evaluated too. Returns whether it did either."""
         loop_state = self.loop_state
         evaluates = steps.evaluator and loop_state.is_due("evaluate", self._evaluation_interval()) and not done
+        # After a refused step the best would not be saved, as below.
+        evaluates = evaluates and not loop_state.refused_in_a_row
         if evaluates:
             with _without_free_memory(steps.buffer_bytes):
                 self._evaluate(steps, state, signal_state)

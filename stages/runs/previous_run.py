@@ -46,6 +46,7 @@ def find_previous_run(folder: Path, facts: dict[str, Any], cfg: ModelConfig, ove
     """
     if overwrite or not holds_run(folder):
         return None
+    checkpoint.remove_incomplete(folder)  # puts back the only checkpoint, if a kill came while it was replaced
     record, steps = read_json(folder / "run.json"), checkpoint.steps(folder)
     if not steps:
         return None  # stopped before its first checkpoint

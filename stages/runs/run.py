@@ -147,7 +147,8 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
         console.print(textwrap.indent(text.strip("\n"), "  | ", lambda line: True))
     console.print()
     at = folder / "checkpoints" / str(loop_state.best_step)
-    best = [("best", f"quick validation {loop_state.best:.3f}: {at}")] if loop_state.best_step is not None else []
+    measured = "quick validation" if plan.noun == "step" else "reward"
+    best = [("best", f"{measured} {loop_state.best:.3f}: {at}")] if loop_state.best_step is not None else []
     rows = [*report.rows, ("trained", trained), *best, ("memory", f"{format_bytes(peak)} at most"), ("saved", report.saved)]
     console.print_rows(rows)
     console.print("\nnext", style="bold")

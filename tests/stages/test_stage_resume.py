@@ -112,6 +112,22 @@ def poison(monkeypatch: pytest.MonkeyPatch, batches: range) -> None:
     monkeypatch.setattr(JaxTrainer, "make_program", make_program)
 
 
+def test_the_best_is_saved_though_its_evaluation_falls_due_at_a_refused_step(text, tmp_path, monkeypatch):
+    poison(monkeypatch, range(5, 6))
+    assert train.main(tiny(text, tmp_path / "run", "--steps", 8, "--eval-every", 3, "--save-every", 100)) == 0
+    assert [step for step, _ in validation_rows(tmp_path / "run")] == [3, 7]
+    assert loop_state(tmp_path / "run").best_step in checkpoint.steps(tmp_path / "run")
+
+
+def test_the_only_checkpoint_is_found_though_a_kill_came_while_it_was_replaced(text, tmp_path, capsys):
+    assert train.main(words := tiny(text, tmp_path / "run", "--steps", 2)) == 0
+    root = tmp_path / "run" / "checkpoints"
+    (root / ".2.old.x").mkdir()
+    (root / "2").rename(root / ".2.old.x" / "2")
+    assert train.main(words) == 0
+    assert "This run is finished: 2 steps" in capsys.readouterr().out
+
+
 def test_the_stop_after_refusals_saves_and_says_which_batches_to_skip(text, tmp_path, monkeypatch, failing):
     folder, clean = tmp_path / "run", tmp_path / "clean"
     poison(monkeypatch, range(3, 13))

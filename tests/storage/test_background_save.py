@@ -1,6 +1,7 @@
 """Saving runs beside training (T11): the state at the time of `save` is written and read back, and no failure is lost."""
 
 import errno
+import mmap
 import os
 import threading
 import time
@@ -52,6 +53,24 @@ def test_save_returns_before_anything_is_written(tmp_path, held):
         assert steps(tmp_path)[-1] == 2
     assert is_step(load_tiny(tmp_path), 3)
     assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("refused", ["mmap", "madvise"])
+def test_a_kernel_that_refuses_the_mapping_or_huge_pages_ends_no_run(tmp_path, monkeypatch, refused):
+    class Mapping(mmap.mmap):
+        def __new__(cls, *args):
+            if refused == "mmap":
+                raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+            return super().__new__(cls, *args)
+
+        def madvise(self, *_):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(background_save.mmap, "mmap", Mapping)
+    with BackgroundSaver(tmp_path, 1) as saver:
+        saver.reserve(*tiny(0))
+        begin(saver, 1)
+    assert is_step(load_tiny(tmp_path), 1)
 
 
 def test_arrays_may_be_donated_and_changed_after_a_save(tmp_path, held):

@@ -31,6 +31,15 @@ def test_a_resumed_run_changes_only_what_it_has_not_read(recorded, wanted, step)
     assert {*batches(refused)} == {*read} & {*batches(wanted)}
 
 
+def test_ranges_longer_than_memory():
+    skipped = ((0, 10**12 - 1),)
+    assert replace_unread(skipped, skipped, 10) == (skipped, ())
+    assert replace_unread(skipped, ((5, 10**12 + 19),), 10) == (
+        ((0, 10**12 - 1), (10**12 + 10, 10**12 + 19)),
+        ((10**12, 10**12 + 9),),
+    )
+
+
 def test_what_is_typed():
     assert parse_ranges("120..129, 3..3,4..9") == ((3, 9), (120, 129))
     for text in ("", "7", "9..3", "1..2;", "-1..2", "1...2", "1..x"):
