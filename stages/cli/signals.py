@@ -83,7 +83,8 @@ class SignalState:
             answered = True
             self.received = self.received or number
             if self.answer:
-                self.print(self.answer)
+                with contextlib.suppress(OSError):  # nobody may read on; a second signal must still be heard
+                    self.print(self.answer)
             else:
                 waits = [NUDGE, PATIENCE]
 

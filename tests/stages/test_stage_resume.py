@@ -119,6 +119,15 @@ def test_the_best_is_saved_though_its_evaluation_falls_due_at_a_refused_step(tex
     assert loop_state(tmp_path / "run").best_step in checkpoint.steps(tmp_path / "run")
 
 
+def test_a_best_on_another_validation_text_is_forgotten(text, tmp_path):
+    words = tiny(text, tmp_path / "run", "--eval-every", 2)
+    (other := tmp_path / "other.txt").write_text("QXZ 0123456789 " * 99, encoding="utf-8")  # harder
+    assert train.main([*words, "--steps", "9", "--validation", str(text)]) == 0
+    assert train.main([*words, "--steps", "13", "--validation", str(other)]) == 0
+    rows = {step: value for step, value in validation_rows(tmp_path / "run") if step > 9}
+    assert loop_state(tmp_path / "run").best == min(rows.values())
+
+
 def test_the_only_checkpoint_is_found_though_a_kill_came_while_it_was_replaced(text, tmp_path, capsys):
     assert train.main(words := tiny(text, tmp_path / "run", "--steps", 2)) == 0
     root = tmp_path / "run" / "checkpoints"

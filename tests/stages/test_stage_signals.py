@@ -186,3 +186,17 @@ def test_a_signal_while_a_checkpoint_is_written_beside_training(started, text, t
     assert newest.damaged == []
     assert (newest.step == 2) == again
     assert ("Stopped at step" in output) == (not again)
+
+
+def test_a_second_signal_is_heard_though_nobody_reads_the_answer_to_the_first():
+    code = """
+import os, signal, time
+from stages.cli import signals
+def unread(sentence): raise BrokenPipeError
+with signals.handle_signals(), signals.defer_signals("Finishing.", unread):
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, "Stopped at once" in ended.stderr) == (143, True)
