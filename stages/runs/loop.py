@@ -317,8 +317,9 @@ class Loop:
         saves = saves and not loop_state.refused_in_a_row
         if saves:
             loop_state.begin("save")
-            if self.saved_step != loop_state.step:  # by a stop, before the restart
-                self.save(state)
+        # A stop may have saved this step before the restart, and then without this evaluation.
+        if evaluates if self.saved_step == loop_state.step else saves:
+            self.save(state)
         return bool(evaluates or saves)
 
     def _evaluation_interval(self) -> int | float:

@@ -119,6 +119,19 @@ def test_the_best_is_saved_though_its_evaluation_falls_due_at_a_refused_step(tex
     assert loop_state(tmp_path / "run").best_step in checkpoint.steps(tmp_path / "run")
 
 
+def test_an_evaluation_that_a_stop_put_off_is_logged_once(text, tmp_path, monkeypatch):
+    words = tiny(text, tmp_path / "run", "--steps", 8, "--eval-every", 3, "--save-every", 100)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3, signal.SIGTERM)
+        assert train.main(words) == 143
+    with monkeypatch.context() as patch:
+        kill_after(patch, 4)
+        with pytest.raises(Killed):
+            train.main(words)
+    assert train.main(words) == 0
+    assert [step for step, _ in validation_rows(tmp_path / "run")] == [3, 6]
+
+
 def test_a_best_on_another_validation_text_is_forgotten(text, tmp_path):
     words = tiny(text, tmp_path / "run", "--eval-every", 2)
     (other := tmp_path / "other.txt").write_text("QXZ 0123456789 " * 99, encoding="utf-8")  # harder
