@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from engine.errors import UserError
@@ -23,18 +24,21 @@ class Device:
     name: str
     count: int
     reason: str
+    mesh: str = ""  # the devices used together, in words
 
     def __str__(self) -> str:
-        share = f"1 of {self.count}, " if self.count > 1 else ""
-        return f"{self.backend.upper()}: {self.name} ({share}{self.reason})"
+        share = f"1 of {self.count}; --mesh fsdp={self.count} trains on all" if self.count > 1 else ""
+        notes = ", ".join(note for note in (self.mesh or share, self.reason) if note)
+        return f"{self.backend.upper()}: {self.name} ({notes})"
 
 
-def start_jax(choice: str = "auto", *, one_arena: bool = True) -> Device:
+def start_jax(choice: str = "auto", *, one_arena: bool = True, connect: Callable[[], None] | None = None) -> Device:
     """Imports and starts JAX on the wanted device. Raises UserError when `choice` names one that is not there.
 
-    `one_arena`: of glibc's malloc, see `keep_freed_memory`; False for commands that only decode. Compiled programs are
-    cached in the user's cache folder (or where JAX_COMPILATION_CACHE_DIR says), so that a second start compiles nothing;
-    without one that can be written it only compiles again.
+    `one_arena`: of glibc's malloc, see `keep_freed_memory`; False for commands that only decode. `connect` joins the other
+    processes of a run, before there are devices. Compiled programs are cached in the user's cache folder (or where
+    JAX_COMPILATION_CACHE_DIR says), so that a second start compiles nothing; without one that can be written it only compiles
+    again.
     """
     from engine.allocator import keep_freed_memory  # loads ctypes, which --help does without
 
@@ -56,6 +60,8 @@ def start_jax(choice: str = "auto", *, one_arena: bool = True) -> Device:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     # An entry that cannot be written or read costs only a compilation.
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
+    if connect:
+        connect()
     try:
         backend = jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # the latter where JAX_PLATFORMS names what this JAX cannot use
@@ -81,7 +87,7 @@ def device_name() -> str:
     """Returns the accelerator's kind as JAX names it, or the model name of the processor."""
     import jax
 
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     return processor()[0] if device.platform == "cpu" else device.device_kind
 
 

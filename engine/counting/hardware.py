@@ -63,7 +63,7 @@ class Ceilings:
 def machine_identity() -> dict[str, Any]:
     """Returns all that ceilings, and the last bits of results, depend on: another machine may use the same cache folder."""
     model, flags = processor()
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     return {
         "processor": model, "flags": hashlib.sha256(flags.encode()).hexdigest(), "cores": cores(),
         "backend": device.platform, "kind": device.device_kind, "jax": jax.__version__,
@@ -75,7 +75,7 @@ def measure_ceilings(report: Callable[[int, int], None] | None = None) -> Ceilin
 
     `report(done, total)` counts rounds; a slow machine stops early.
     """
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     on_cpu = device.platform == "cpu"
     side, numbers = (_CPU_SIDE, _CPU_NUMBERS) if on_cpu else (8192, 2**28)
     calls = 1 if on_cpu else 16  # queued, so that a launch hides behind the call before it
@@ -202,7 +202,7 @@ def memory_limit_bytes(root: Path = Path("/")) -> int:
 
 def free_memory_bytes() -> int:
     """Returns the bytes that new arrays can take: of the accelerator, or of the host within `memory_limit_bytes`."""
-    if stats := jax.devices()[0].memory_stats():
+    if stats := jax.local_devices()[0].memory_stats():
         return stats["bytes_limit"] - stats["bytes_in_use"]
     return free_host_bytes()
 
@@ -219,7 +219,7 @@ def free_host_bytes() -> int:
 
 def device_memory_bytes() -> int:
     """Returns the memory of JAX's device: an accelerator's own, or on a CPU what this process may use."""
-    stats = jax.devices()[0].memory_stats()  # None on a CPU
+    stats = jax.local_devices()[0].memory_stats()  # None on a CPU
     return (stats or {}).get("bytes_limit") or memory_limit_bytes()
 
 

@@ -8,7 +8,8 @@
 
 Orbax commits by a rename without fsync or checksum. So a checkpoint is built in a hidden folder, synced, read back and
 compared with memory, and appears by one rename: a kill at any instant leaves the older ones and no partial one. Nothing is
-loaded before its SHA-256 is checked: damage is named, and the newest intact checkpoint is used.
+loaded before its SHA-256 is checked: damage is named, and the newest intact checkpoint is used. Each of several processes
+writes its own part of the arrays; process 0 writes the rest and commits.
 """
 
 import concurrent.futures
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from engine import distributed
 from engine.errors import UserError
 from engine.files import atomic_folder, folder_lock, make_folder, sync_and_drop
 from engine.storage.digest import leaves_by_path
@@ -62,13 +64,16 @@ def save(
     """
     if step < 0 or keep < 1:
         raise ValueError(f"save: step must be at least 0 and keep at least 1, not {step} and {keep}.")
-    if jax.process_count() > 1:
-        raise UserError(f"Checkpoints are written by one process, and this run has {jax.process_count()}.")
     trees = {"params": _check_leaves("params", params), "optimizer": _check_leaves("optimizer", optimizer)}
     record = json.dumps({"step": step, "prng": _prng_settings(), "state": state}, indent=1, allow_nan=False)
     root = _root(folder)
     target = root / str(step)
     wanted = sum(leaf.nbytes for tree in trees.values() for leaf in jax.tree.leaves(tree))
+    if not distributed.is_first():
+        building = Path(distributed.share(topic="save")[0])
+        _write_arrays(building, trees)
+        _compare_arrays(building, trees)
+        return target
     try:
         make_folder(root)
         with folder_lock(root):
@@ -77,7 +82,7 @@ def save(
             if disk.total > 0 and disk.free < wanted:  # some network file systems know neither
                 raise OSError(errno.ENOSPC, f"{disk.free / 1e6:,.1f} MB are free")
             with atomic_folder(target) as building:
-                _write_arrays(building, trees)
+                _write_arrays(Path(distributed.share(str(building), "save")[0]), trees)
                 (building / "state.json").write_text(record + "\n", encoding="utf-8")
                 sync_and_drop(building)  # so that the disk is read, not what memory still holds of the files
                 write_manifest(building)
@@ -110,8 +115,13 @@ def load(folder: Path, params_like: Any, optimizer_like: Any) -> LoadedCheckpoin
     Raises UserError when there is no checkpoint, none is intact (each damaged file is named), a leaf differs in path,
     shape or dtype, or PRNG settings differ, by which keys would draw other numbers.
     """
-    remove_incomplete(folder)
-    newest, damaged = _newest_intact(folder)
+    chosen = ""
+    if distributed.is_first():
+        remove_incomplete(folder)
+        path, lines = _newest_intact(folder)
+        chosen = json.dumps([str(path), lines])
+    newest, damaged = json.loads(distributed.share(chosen)[0])
+    newest = Path(newest)
     record, settings = _read_state(newest), _prng_settings()
     if (trained := record["prng"]) != settings:
         former, now = (", ".join(f"{name}={value}" for name, value in prng.items()) for prng in (trained, settings))
@@ -151,9 +161,14 @@ def steps(folder: Path) -> list[int]:
 
 
 def rename_newer(folder: Path, after: int) -> list[Path]:
-    """Renames each checkpoint newer than step `after`, from which a run resumes, to `damaged-STEP`; returns the new paths."""
+    """Renames each checkpoint newer than step `after`, from which a run resumes, to `damaged-STEP`; returns the new paths.
+
+    Only process 0 does.
+    """
     root = _root(folder)
-    moved = []
+    moved: list[Path] = []
+    if not distributed.is_first():
+        return moved
     for step in [step for step in steps(folder) if step > after]:
         shutil.rmtree(target := root / f"damaged-{step}", ignore_errors=True)
         moved.append((root / str(step)).rename(target))
@@ -209,7 +224,9 @@ def _check_leaves(part: str, tree: Any) -> Any:
         # Orbax joins names with dots, and overwrites equal ones in silence.
         if (other := names.setdefault(".".join(path), name)) != name:
             raise ValueError(f"save: {other} and {name} would have one name on disk.")
-    return jax.tree.map(lambda leaf: np.asarray(leaf) if isinstance(leaf, np.generic) else leaf, tree)
+    # Orbax takes an array of one of several processes for a mistake; process 0 writes NumPy's.
+    alone = lambda leaf: isinstance(leaf, np.generic) or (distributed.process_count() > 1 and not _is_shared(leaf))
+    return jax.tree.map(lambda leaf: np.asarray(leaf) if alone(leaf) else leaf, tree)
 
 
 def _run_orbax[T](work: Callable[[ModuleType], T]) -> T:
@@ -249,6 +266,8 @@ def _write_arrays(building: Path, trees: dict[str, Any]) -> None:
     inner = building / "orbax"  # Orbax wants to make the folder itself
     if filled := {part: tree for part, tree in trees.items() if jax.tree.leaves(tree)}:
         _run_orbax(lambda ocp: ocp.save_checkpointables(inner, filled))
+        if not distributed.is_first():
+            return
         (inner / "commit_success.txt").unlink(missing_ok=True)  # says only where it was built
         for entry in [*inner.iterdir()]:
             entry.rename(building / entry.name)
@@ -256,27 +275,42 @@ def _write_arrays(building: Path, trees: dict[str, Any]) -> None:
 
 
 def _compare_arrays(building: Path, trees: dict[str, Any]) -> None:
-    """Reads the arrays back, about COMPARED_BYTES at a time, and raises OSError for one that has other bits than in memory."""
+    """Reads the arrays back, about COMPARED_BYTES at a time, and raises OSError for one that has other bits than in memory.
+
+    Each of several processes compares its own parts; all wait for process 0 before, and for one another after.
+    """
+    distributed.share(topic="save")
     for part, tree in trees.items():
         leaves, structure = jax.tree.flatten(tree)
         sums = itertools.accumulate(leaf.nbytes for leaf in leaves)
         groups = [total // COMPARED_BYTES for total in sums]
         for group in dict.fromkeys(groups):
             # Orbax does not read the leaves that are `...`.
-            like = [_on_host(leaf) if at == group else ... for leaf, at in zip(leaves, groups)]
+            like = [
+                (_as_abstract if _is_shared(leaf) else _on_host)(leaf) if at == group else ...
+                for leaf, at in zip(leaves, groups)
+            ]
             abstract = jax.tree.unflatten(structure, like)
             try:
                 read = _run_orbax(lambda ocp: ocp.load(building, abstract, checkpointable_name=part))  # noqa: B023
             except ValueError as error:
                 raise OSError(errno.EIO, f"{part} cannot be read back") from error
             for leaf, back in zip(leaves, jax.tree.leaves(read)):
-                if back is not ... and not np.array_equal(_bytes(leaf), _bytes(back)):
+                if back is not ... and not all(map(np.array_equal, _bytes(leaf), _bytes(back))):
                     name = next("/".join(path) for path, other in leaves_by_path(tree).items() if other is leaf)
                     raise OSError(errno.EIO, f"{part}/{name} was read back with other bits than it has in memory")
+    distributed.share(topic="save")
 
 
-def _bytes(leaf: Any) -> np.ndarray:
-    return np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
+def _is_shared(leaf: Any) -> bool:
+    """Whether an array lies on devices of several processes."""
+    return isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+
+
+def _bytes(leaf: Any) -> list[np.ndarray]:
+    """Returns the bytes of this process's parts of an array."""
+    parts = [shard.data for shard in leaf.addressable_shards] if _is_shared(leaf) else [leaf]
+    return [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts]
 
 
 def _read_arrays(checkpoint: Path, part: str, like: Any = None) -> Any:

@@ -18,7 +18,8 @@ WORD = 2**32 - 1
 class EpochOrder:
     """The indices of `count` items that each step of `batch` rows reads: every item once an epoch.
 
-    Batches run on across the ends of epochs. Raises UserError for no items, no rows, or a seed that is not one of 32 bits.
+    Batches run on across the ends of epochs. `rows`: those of a batch to return, the own ones of one process of several.
+    Raises UserError for no items, no rows, or a seed that is not one of 32 bits.
     """
 
     def __init__(self, count: int, batch: int, seed: int) -> None:
@@ -28,7 +29,7 @@ class EpochOrder:
             raise UserError(f"A batch must have at least 1 row, not {batch}.")
         if not 0 <= seed <= WORD:
             raise UserError(f"The seed must be between 0 and {WORD}, not {seed}.")
-        self.count, self.batch = count, batch
+        self.count, self.batch, self.rows = count, batch, slice(None)
         self._seed = int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
 
     def epoch(self, step: int) -> float:
@@ -36,15 +37,18 @@ class EpochOrder:
         return step * self.batch / self.count
 
     def epochs_at(self, step: int) -> np.ndarray:
-        """Returns the epoch that each row of `step` belongs to: (batch,) int64."""
-        return (step * self.batch + np.arange(self.batch)) // self.count
+        """Returns the epoch that each of the rows of `step` belongs to: (rows,) int64."""
+        return self._numbers(step) // self.count
 
     def at(self, step: int) -> np.ndarray:
-        """Returns the item that each row of `step` >= 0 reads: (batch,) int64."""
+        """Returns the item that each of the rows of `step` >= 0 reads: (rows,) int64."""
         epochs = self.epochs_at(step)
-        place = step * self.batch + np.arange(self.batch) - epochs * self.count
+        place = self._numbers(step) - epochs * self.count
         parts = [permute(place[epochs == epoch], self.count, (self._seed + int(epoch)) & WORD) for epoch in np.unique(epochs)]
         return np.concatenate(parts)
+
+    def _numbers(self, step: int) -> np.ndarray:
+        return step * self.batch + np.arange(self.batch)[self.rows]
 
 
 def permute(index: np.ndarray, count: int, seed: int) -> np.ndarray:

@@ -30,12 +30,12 @@ class PackedBatches:
 
     def __post_init__(self) -> None:
         self._rows = pack_rows(self.examples, self.seq, self.pack)
-        self._order = EpochOrder(len(self._rows), self.batch, self.seed)
-        self.epoch = self._order.epoch  # completed before a step
+        self.order = EpochOrder(len(self._rows), self.batch, self.seed)
+        self.epoch = self.order.epoch  # completed before a step
 
     def at(self, step: int) -> Batch:
         """Returns the batch (batch, seq) of `step` >= 0."""
-        rows = [[self.examples[index] for index in self._rows[row]] for row in self._order.at(step)]
+        rows = [[self.examples[index] for index in self._rows[row]] for row in self.order.at(step)]
         return _batch(rows, self.seq, self.pack)
 
 

@@ -34,13 +34,13 @@ class TextBatches:
                 "longer text or a shorter context."
             )
         self._ring = len(self.tokens) - 1  # targets
-        self._order = EpochOrder(self._ring // self.seq, self.batch, self.seed)
-        self.epoch = self._order.epoch  # completed before a step
+        self.order = EpochOrder(self._ring // self.seq, self.batch, self.seed)
+        self.epoch = self.order.epoch  # completed before a step
 
     def at(self, step: int) -> Batch:
         """Returns the batch (batch, seq) of `step` >= 0."""
-        offsets = np.array([self._offset(int(epoch)) for epoch in self._order.epochs_at(step)])
-        at = ((offsets + self._order.at(step) * self.seq)[:, None] + np.arange(self.seq)) % self._ring
+        offsets = np.array([self._offset(int(epoch)) for epoch in self.order.epochs_at(step)])
+        at = ((offsets + self.order.at(step) * self.seq)[:, None] + np.arange(self.seq)) % self._ring
         return window_batch(self.tokens, at)
 
     def _offset(self, epoch: int) -> int:

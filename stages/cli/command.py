@@ -17,6 +17,7 @@ from typing import Any
 import tyro
 
 import stages
+from engine import distributed
 from engine.errors import UserError
 from stages.cli import signals
 
@@ -53,8 +54,11 @@ def run_command[Flags](
     except SystemExit as exit:  # tyro has printed the help, or the mistake in a flag
         return int(exit.code or 0)
     except signals.Stopped as stopped:
-        return signals.report_stop(stopped)
+        code = signals.report_stop(stopped)
+        distributed.end(code, "it was stopped by a signal.")
+        return code
     except BrokenPipeError:
+        distributed.end(141, "nobody reads its output.")
         # Python flushes stdout on its way out and would complain once more.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -62,9 +66,11 @@ def run_command[Flags](
     except Exception as error:
         sentence = explain_error(error, options)
         if sentence is None:
+            distributed.end_with(error)
             raise
         if getattr(options, "verbose", False):
             traceback.print_exc()
+        distributed.end(MISTAKE, sentence)
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         return MISTAKE
     finally:

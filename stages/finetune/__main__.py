@@ -26,7 +26,7 @@ from stages.finetune.flags import FinetuneFlags
 
 def finetune(flags: FinetuneFlags) -> int:
     signals.set_phase("before anything was trained.")
-    device = start_jax(flags.device)
+    device = start_jax(flags.device, connect=flags.mesh.connect)
     from stages.finetune.run import run  # imports JAX, which must be started first
 
     return run(flags, device)

@@ -17,6 +17,7 @@ from engine.training.preference import Preferences, margins
 from engine.training.step import NEXT_TOKEN, Objective
 from stages.runs.conversation_data import EVALUATION_ROWS
 from stages.runs.loop import Evaluator
+from stages.runs.mesh import fetch
 
 
 class PreferenceBatches:
@@ -28,7 +29,7 @@ class PreferenceBatches:
         for part in evaluation_pairs(pairs, seq, batch):
             real = part.pair >= 0
             reference = margins(cfg, initial, Preferences(part.chosen, part.rejected))
-            self._reference[part.pair[real]] = np.asarray(reference)[real]
+            self._reference[part.pair[real]] = fetch(reference)[real]
 
     def epoch(self, step: int) -> float:
         return self.order.epoch(step)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from engine.errors import UserError
 from stages.cli.flags import COUNT, default, integer, interval, number, one_of, parser, path, positive, with_help
-from stages.runs.flags import FolderFlags, LengthFlags, ModelRunFlags, SkipBatchesFlag, TrainableFlags
+from stages.runs.flags import FolderFlags, LengthFlags, MeshFlags, ModelRunFlags, SkipBatchesFlag, TrainableFlags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +77,7 @@ class FinetuneFlags(ModelRunFlags):
     tuning: TuningFlags
     length: FinetuneLengthFlags
     folder: FolderFlags
+    mesh: MeshFlags
 
     def __post_init__(self) -> None:
         if self.tuning.scan and self.trainable.adapter is None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from engine import distributed
 from engine.allocator import return_freed_memory
 from engine.device import Device
 from engine.errors import UserError
@@ -25,12 +26,13 @@ from stages.runs.conversation_data import prepare_conversations
 from stages.runs.estimate import RunPlan, find_ceilings, memory_estimate, run_fraction
 from stages.runs.folder import default_folder
 from stages.runs.loop import Loop, LoopState, RunOptions
+from stages.runs.mesh import on_one_device
 from stages.runs.model_stage import ModelStage
 from stages.runs.recipes import Recipe
 from stages.runs.run import RunReport, execute
 from stages.runs.text_data import check_text_name
 from stages.runs.trainable import choose_trainable
-from stages.runs.training_steps import TrainingSteps, compile_step
+from stages.runs.training_steps import MeshBatches, TrainingSteps, compile_step
 from stages.runs.validation import general_bits_per_byte
 
 SECONDS, LEAST_STEPS = 180.0, 100  # of a run when nobody asks for a length
@@ -45,8 +47,9 @@ def run(flags: FinetuneFlags, device: Device) -> int:
     folder = intervals.pop("out_dir") or default_folder(model_name(flags.model), examples.data)
     evaluate = flags.tuning.eval_every or run_fraction(5, flags.length.steps, seconds)
     options = RunOptions(
-        "finetune", device, folder, flags.dry_run, **intervals, eval_every=evaluate, skip_batches=examples.skip_batches
-    )
+        "finetune", device, folder, flags.dry_run, **intervals, eval_every=evaluate, skip_batches=examples.skip_batches,
+        mesh=flags.mesh.mesh,
+    )  # fmt: skip
     return execute(options, lambda console: FineTuning(flags, seconds, options, console))
 
 
@@ -138,7 +141,7 @@ class FineTuning(ModelStage):
         plan, frozen = self.plan, self.split.frozen
         # Programs that measured are read from the cache when they run again; the step needs their memory.
         _clear_programs()
-        batches = self._batches()
+        batches = MeshBatches(self._batches())
         with self.console.task("compiling", always=True):
             narrow = INT8_COMPILER_OPTIONS if plan.base == "int8" else None
             compiled = compile_step(
@@ -205,7 +208,9 @@ class FineTuning(ModelStage):
             if self.general != "none":
                 general = general_bits_per_byte(cfg, params, self.tokenizer, self.general, seq, self.console)
             _clear_programs()  # as large as a small model, and not run again soon
-            answers = ask(cfg, params, self.chat, self.dataset.questions, self.stop_token_ids)
+            questions = self.dataset.questions if distributed.is_first() else ()
+            with on_one_device(cfg, params) as whole:
+                answers = ask(cfg, whole, self.chat, questions, self.stop_token_ids)
             return Scores(held_out, general, answers)
 
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
+from engine import distributed
 from engine.errors import UserError
 from engine.model.config import LoraConfig
 from engine.text.skipped_batches import Ranges, parse_ranges
@@ -42,12 +43,49 @@ class LengthFlags:
     """Batches to train on."""
 
 
+def parse_address(text: str) -> str:
+    """Parses HOST:PORT."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"wanted HOST:PORT, such as 10.0.0.1:8476, got {text!r}")
+    return text
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshFlags:
     """Several devices of one host, or several processes, of which each is started with this same command."""
 
     mesh: Annotated[str | None, parser(str, "AXES"), default("one device; with several processes fsdp over all devices")] = None
     """`data=2,fsdp=4,tensor=2`: copies of the model, devices that share its weights, and that share each product."""
+    processes: Annotated[
+        int | None,
+        parser(lambda text: 0 if text == "auto" else integer(1)(text), "N|auto"),
+        default("as SLURM, Open MPI or a TPU slice started"),
+    ] = None
+    """`auto` asks Kubernetes too (with JAX's k8s extra); for N give --process and --coordinator."""
+    process: Annotated[int | None, parser(integer(0), "I"), default("the cluster's")] = None
+    """This process's number, from 0."""
+    coordinator: Annotated[str | None, parser(parse_address, "HOST:PORT"), default("the cluster's")] = None
+    """Where process 0 listens for the others."""
+    join_within: Annotated[float, parser(seconds, "TIME"), default("5m")] = 300.0
+    """The time in which all processes must have started."""
+
+    def __post_init__(self) -> None:
+        given = (self.process is not None, self.coordinator is not None)
+        if self.processes in (None, 1) and any(given):
+            raise UserError("--process and --coordinator are for several processes: give --processes N, or leave them out.")
+        if (self.processes or 1) > 1 and not all(given):
+            raise UserError(
+                f"Each of {self.processes} processes wants --process I and --coordinator HOST:PORT, or all of them "
+                "--processes auto."
+            )
+        if self.processes and (self.process or 0) >= self.processes:
+            raise UserError(f"--process {self.process} is one of 0 to {self.processes - 1} when there are {self.processes}.")
+
+    def connect(self) -> None:
+        """Joins the other processes, if there are any."""
+        if self.processes != 1 and (self.processes is not None or distributed.in_cluster()):
+            distributed.connect(self.processes or None, self.process, self.coordinator, self.join_within)
 
 
 def parse_lora(text: str) -> LoraConfig:

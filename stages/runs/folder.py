@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from engine import distributed
 from engine.errors import UserError
 from engine.files import atomic_file, folder_lock, make_folder
 from engine.storage.run_folder import ADAPTER, ROOT
@@ -79,10 +80,12 @@ def nonfinite_as_text(value: Any) -> Any:
 
 
 class MetricsLog:
-    """Writes metrics.jsonl. Opened at a step, it drops later lines, whose steps run again."""
+    """Writes metrics.jsonl, in process 0. Opened at a step, it drops later lines, whose steps run again."""
 
     def __init__(self, folder: Path, step: int) -> None:
         self._path = folder / "metrics.jsonl"
+        if not distributed.is_first():
+            return
         lines = []
         if self._path.exists():
             for line in self._path.read_bytes().splitlines():
@@ -94,6 +97,8 @@ class MetricsLog:
 
     def add(self, **fields: Any) -> None:
         """Adds a line, with null for numbers that are not finite."""
+        if not distributed.is_first():
+            return
         clean = {name: value if math.isfinite(value) else None for name, value in fields.items()}
         try:
             with self._path.open("a", encoding="utf-8") as file:

@@ -3,12 +3,15 @@
 import collections
 import contextlib
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from signal import SIGPIPE
 from typing import Any, Protocol
 
+from engine import distributed
 from engine.allocator import return_freed_memory
 from engine.counting.hardware import peak_rss_bytes
 from engine.device import Device
@@ -24,10 +27,12 @@ from stages.cli.console import Console
 from stages.cli.process import process_start
 from stages.runs.estimate import RunPlan, run_fraction
 from stages.runs.folder import MetricsLog
+from stages.runs.mesh import to_saved
 
 REFUSED_IN_A_ROW = 10
 RECENT = 20  # steps over which speed is averaged
 EVALUATION_SHARE = 0.04  # of the time at most, unless --eval-every says otherwise
+STUCK = 300.0  # seconds, or ten steps if those are longer, until one of several processes takes a step for stuck
 LINE_INTERVAL = 5.0  # seconds between lines that stay on a terminal
 
 
@@ -77,6 +82,7 @@ class RunOptions:
 
     Intervals are steps (int) or seconds (float). `eval_every` None: a tenth of the run, or more where evaluating takes longer
     than EVALUATION_SHARE of the time. `skip_batches`: those to leave out, in place of the ones that the run recorded.
+    `mesh`: as `--mesh` has it.
     """
 
     stage: str
@@ -89,6 +95,7 @@ class RunOptions:
     log_every: int = 1
     eval_every: int | float | None = None
     skip_batches: Ranges | None = None
+    mesh: str | None = None
 
 
 class StepTimer:
@@ -112,6 +119,9 @@ class StepTimer:
     def warm_rate(self) -> float | None:
         """Returns steps a second after the first; None before there are any."""
         return (self.count - 1) / self.warm_seconds if self.count > 1 else None
+
+
+Stopped = Callable[[], int | None]  # the signal that ends the loop, once there is one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,8 +181,11 @@ class Loop:
         self.loop_state, self.console = loop_state, console
         self.timer, self.log = StepTimer(), MetricsLog(options.folder, loop_state.step)
         self.has_evaluated = False
+        self.signal: int | None = None  # that all processes know of
         self.logged_step = loop_state.step
-        self.saved_step = max(checkpoint.steps(options.folder), default=None)
+        saved = json.loads(distributed.share(json.dumps(checkpoint.steps(options.folder)))[0])  # process 0's list
+        self.saved_step = max(saved, default=None)
+        self.failure: OSError | None = None  # to be raised when all processes have saved
         for name in ("line", "log", "evaluate", "save"):  # an older checkpoint's begin with the resumed run
             loop_state.intervals.setdefault(name, (loop_state.step, loop_state.seconds))
         self.sound, self.refused_whole = loop_state, False  # before the refused steps that no other follows
@@ -187,34 +200,46 @@ class Loop:
         done = lambda: steps.exhausted or plan.progress(loop_state.step, loop_state.seconds) >= 1
         answer = f"Finishing this {plan.noun}, then saving (once more: stop at once)."
         with signals.defer_signals(answer, self.console.print) as signal_state, self.saver:
-            self.saver.reserve(state.trainable, state.opt_state)
-            self._evaluate_and_save(steps, state, signal_state, done())  # what a signal prevented
+            stopped = lambda: self.signal if distributed.process_count() > 1 else signal_state.received
+            if distributed.process_count() == 1:  # several write at once, each its own part, without a copy
+                self.saver.reserve(state.trainable, state.opt_state)
+            self._evaluate_and_save(steps, state, stopped, done())  # what a signal prevented
             begin = time.perf_counter()
-            while not done() and not signal_state.received:
+            while not done() and not stopped():
                 self.saver.poll()
+                distributed.expect_progress(f"{plan.noun} {loop_state.step}", max(10 * self.timer.mean(), STUCK))
                 if not self.refused_whole:
                     self.sound = dataclasses.replace(loop_state)
                 state, refused = steps.run(state, loop_state)
                 end = time.perf_counter()
-                self._count(refused, end - begin)
+                # Process 0's time and anyone's signal are everyone's: all that follows is decided alike.
+                own = signal_state.received or (SIGPIPE if self.failure else 0)
+                numbers = distributed.exchange(end - begin, own)
+                self.signal = int(max(number for _, number in numbers)) or None
+                self._count(refused, numbers[0][0])
                 begin = end
                 with self._saving_before_errors(state):
                     self._report(steps, refused, done())
                     if loop_state.refused_in_a_row >= REFUSED_IN_A_ROW:
                         self._stop_after_refusals(steps, state)
-                    if self._evaluate_and_save(steps, state, signal_state, done()):
+                    if self._evaluate_and_save(steps, state, stopped, done()):
                         begin = time.perf_counter()
             if self.logged_step != loop_state.step:
                 with self._saving_before_errors(state):
                     self._log_step(steps)
             if self.saved_step != loop_state.step:
                 self.save(state)
-        return state, signal_state.received
+            distributed.expect_progress("the end")
+        if self.failure:
+            raise self.failure
+        return state, stopped()
 
     def save(self, state: TrainState) -> None:
         """Saves beside the steps that follow; `saver.wait` waits until it is on the disk."""
         loop_state = self.loop_state
+        distributed.expect_progress("saving")
         record = dataclasses.asdict(loop_state) | self.record
+        state = to_saved(self.plan.cfg, state)
         self.saver.save(loop_state.step, state.trainable, state.opt_state, record, loop_state.best_step)
         self.saved_step = loop_state.step
 
@@ -224,6 +249,9 @@ class Loop:
         try:
             yield
         except OSError as error:
+            if distributed.process_count() > 1:
+                self.failure = error
+                return
             at = f"{self.plan.noun} {self.loop_state.step:,}"
             try:
                 self.save(state)
@@ -303,7 +331,7 @@ class Loop:
     def _log(self, metrics: dict[str, Any]) -> None:
         self.log.add(step=self.loop_state.step, seconds=self.loop_state.seconds, **metrics)
 
-    def _evaluate_and_save(self, steps: Steps, state: TrainState, signal_state: signals.SignalState, done: bool) -> bool:
+    def _evaluate_and_save(self, steps: Steps, state: TrainState, stopped: Stopped, done: bool) -> bool:
         """Evaluates and saves, where due; saves the best evaluated too. Returns whether it did either."""
         loop_state = self.loop_state
         evaluates = steps.evaluator and loop_state.is_due("evaluate", self._evaluation_interval()) and not done
@@ -311,7 +339,7 @@ class Loop:
         evaluates = evaluates and not loop_state.refused_in_a_row
         if evaluates:
             with _without_free_memory(steps.buffer_bytes):
-                self._evaluate(steps, state, signal_state)
+                self._evaluate(steps, state, stopped)
         saves = loop_state.is_due("save", self.options.save_every) or loop_state.best_step == loop_state.step
         # Refused steps leave nothing to save; before them lies where a stop that they bring about begins again.
         saves = saves and not loop_state.refused_in_a_row
@@ -332,11 +360,11 @@ class Loop:
             least = math.ceil(least / max(loop_state.seconds / loop_state.step, 1e-9))
         return max(length, least)
 
-    def _evaluate(self, steps: Steps, state: TrainState, signal_state: signals.SignalState) -> None:
+    def _evaluate(self, steps: Steps, state: TrainState, stopped: Stopped) -> None:
         """Evaluates quickly; a signal in between leaves it due."""
         begin, loop_state, evaluator = time.perf_counter(), self.loop_state, steps.evaluator
         assert evaluator is not None
-        value = evaluator.evaluate(state.trainable, lambda: signal_state.received is not None)
+        value = evaluator.evaluate(state.trainable, lambda: stopped() is not None)
         if value is None:
             return
         loop_state.begin("evaluate")
@@ -344,7 +372,8 @@ class Loop:
         if math.isfinite(value) and (loop_state.best is None or value < loop_state.best):
             loop_state.best, loop_state.best_step = value, loop_state.step
         if self.has_evaluated:  # the first one also compiled
-            loop_state.evaluation_seconds = max(loop_state.evaluation_seconds, time.perf_counter() - begin)
+            seconds = distributed.exchange(time.perf_counter() - begin)[0][0]
+            loop_state.evaluation_seconds = max(loop_state.evaluation_seconds, seconds)
         self.has_evaluated = True
         self._log({evaluator.key: value})
         self.console.show_live(lambda: self._live_line(steps), important=True)

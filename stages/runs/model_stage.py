@@ -9,8 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from engine import distributed
 from engine.counting.params import count_params
 from engine.model.config import LoraConfig, ModelConfig
+from engine.sharding import group_columns, mesh_here
 from engine.storage.adapter import save_adapter
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model
@@ -19,6 +21,7 @@ from engine.text.chat_tokenizer import ChatTokenizer
 from engine.training.optimizer import make_optimizer
 from engine.training.step import TrainState, init_state
 from stages.cli.console import Console
+from stages.runs.mesh import on_one_device, put
 from stages.runs.run import Stage
 from stages.runs.trainable import split_trainable
 
@@ -58,9 +61,19 @@ class ModelStage(Stage):
         if plan.base == "int8":
             self.model = dataclasses.replace(self.model, params=None)  # frees the float weights
 
-    def initial_state(self) -> TrainState:
+    def place(self) -> None:
+        """Spreads the parameters over the mesh; what was loaded leaves the device, where it was whole."""
+        cfg, split = self.plan.cfg, self.split
+        if mesh_here():
+            self.split = dataclasses.replace(
+                split, trainable=put(group_columns(cfg, split.trainable)), frozen=put(group_columns(cfg, split.frozen)),
+                frozen_as_loaded=jax.device_get(split.frozen_as_loaded),
+            )  # fmt: skip
+            self.model = dataclasses.replace(self.model, params=jax.device_get(self.model.params))
+
+    def initial_state(self, trainable: Any) -> TrainState:
         """Returns the state before the first step. A copy: steps donate it, and the report compares with the start."""
-        return init_state(make_optimizer(self.plan.recipe.optimizer), jax.tree.map(jnp.copy, self.split.trainable))
+        return init_state(make_optimizer(self.plan.recipe.optimizer), jax.tree.map(jnp.copy, trainable))
 
     def model_row(self) -> tuple[str, str]:
         plan, cfg = self.plan, self.plan.cfg
@@ -78,4 +91,7 @@ class ModelStage(Stage):
         base, params = self.facts["base"], self.model.params
         if params is not None and digest(params) != base["digest"]:
             raise RuntimeError(f"Frozen weights changed: their SHA-256 was {base['digest']}.")
-        return save_adapter(self.folder / ADAPTER, self.plan.cfg, trainable, base=base["digest"], base_name=base["model"])
+        with on_one_device(self.plan.cfg, trainable) as whole:
+            if distributed.is_first():
+                save_adapter(self.folder / ADAPTER, self.plan.cfg, whole, base=base["digest"], base_name=base["model"])
+        return self.folder / ADAPTER

@@ -7,19 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from engine.errors import UserError
 from engine.format import duration, join_words
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
+from engine.sharding import describe
 from engine.storage import checkpoint, manifest
 from engine.storage.run_folder import read_config, read_json
 from engine.training.step import TrainState
 from stages.cli.console import Console
 from stages.runs.folder import holds_run
 from stages.runs.loop import LoopState
+from stages.runs.mesh import from_saved, put
 from stages.runs.trainable import TrainableSplit
 
 
@@ -107,15 +108,16 @@ def describe_changes(changes: dict[str, tuple[Any, Any]]) -> list[str]:
 
 
 def restore(
-    previous: PreviousRun, make_state: Callable[[], TrainState], split: TrainableSplit, console: Console
+    previous: PreviousRun, cfg: ModelConfig, make_state: Callable[[Any], TrainState], split: TrainableSplit, console: Console
 ) -> tuple[TrainState, LoopState]:
     """Returns the states of the newest intact checkpoint; prints what was damaged.
 
     `make_state` makes the state before the first step, of which only the shapes are used.
     """
-    like = jax.eval_shape(make_state)
+    params_like = describe(lambda: split.to_saved(make_state(split.trainable).trainable))
+    optimizer_like = describe(lambda: make_state(split.trainable).opt_state)
     with console.task("loading the checkpoint"):
-        loaded = checkpoint.load(previous.folder, jax.eval_shape(split.to_saved, like.trainable), like.opt_state)
+        loaded = checkpoint.load(previous.folder, params_like, optimizer_like)
     loop_state = LoopState.from_json(loaded.state)
     aside = checkpoint.rename_newer(previous.folder, loop_state.step) if loaded.damaged else []
     lines = [f"damaged: {line}" for line in loaded.damaged] + [f"set aside: {path}" for path in aside]
@@ -123,4 +125,5 @@ def restore(
         console.print(line, style="yellow")
     instead = " (the newest intact one)" if loaded.damaged else ""
     console.print(f"resumed at step {loop_state.step:,}{instead}, {duration(loop_state.seconds)} into training")
-    return TrainState(jnp.int32(loop_state.step), split.from_saved(loaded.params), loaded.optimizer), loop_state
+    trainable, optimizer = from_saved(cfg, (split.from_saved(loaded.params), loaded.optimizer))
+    return TrainState(put(jnp.int32(loop_state.step)), trainable, optimizer), loop_state

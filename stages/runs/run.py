@@ -1,5 +1,6 @@
 """Carries out a training run: locks its folder, starts or resumes it, trains, and prints a summary."""
 
+import contextlib
 import dataclasses
 import sys
 import textwrap
@@ -9,9 +10,12 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
+from engine import distributed
 from engine.counting.hardware import peak_rss_bytes
 from engine.files import write_json
 from engine.format import duration, format_bytes, quantity
+from engine.sharding import check_mesh
+from engine.storage import checkpoint
 from engine.storage.run_folder import save_tokenizer
 from engine.text.skipped_batches import format_ranges, replace_unread
 from engine.text.tokenizer import Tokenizer
@@ -22,6 +26,7 @@ from stages.cli.console import Console
 from stages.runs.estimate import RunPlan
 from stages.runs.folder import clear_run, holds_run, lock_run, nonfinite_as_text
 from stages.runs.loop import Loop, LoopState, RunOptions, Steps
+from stages.runs.mesh import devices_in, mesh_shape, new_state, refuse_differences, with_mesh
 from stages.runs.previous_run import PreviousRun, changed_fields, describe_changes, find_previous_run, restore
 from stages.runs.trainable import TrainableSplit
 
@@ -40,6 +45,7 @@ class Stage(Protocol):
     """One way to train: from random weights, fine-tuning, or reinforcement learning."""
 
     plan: RunPlan
+    batch: int = 0  # rows of a step's batch, or pairs, which a mesh divides
     split: TrainableSplit  # valid after `load_weights`
     facts: dict[str, Any]  # the stage's own entries of run.json; valid after `load_weights`
     tokenizer: Tokenizer
@@ -49,6 +55,10 @@ class Stage(Protocol):
     def load_weights(self) -> None:
         """Sets `split` and `facts`. Raises UserError when memory is too small."""
 
+    def place(self) -> None:
+        """Spreads what was loaded over the mesh."""
+        return
+
     def plan_rows(self) -> list[tuple[str, str]]:
         """Returns the banner's rows between device and folder."""
 
@@ -56,8 +66,8 @@ class Stage(Protocol):
         """Prints an example of the data below the banner, if the stage has any."""
         return
 
-    def initial_state(self) -> TrainState:
-        """Returns the state before the first step; can be traced."""
+    def initial_state(self, trainable: Any) -> TrainState:
+        """Returns the state before the first step, of `split.trainable`; can be traced."""
 
     def measure(self, trainable: Any) -> Any:
         """Measures the model, if the stage compares it before and after training."""
@@ -76,20 +86,44 @@ class Stage(Protocol):
 def execute(options: RunOptions, make_stage: Callable[[Console], Stage]) -> int:
     """Carries out a run, or resumes the one in the folder. Returns 0, or 128 + the signal that stopped it."""
     with Console() as console:
+        shape = mesh_shape(options.mesh)
+        if not options.dry_run:  # which plans for devices that need not be here
+            options = dataclasses.replace(options, device=with_mesh(options.device, shape))
+
+        def make() -> Stage:
+            stage = make_stage(console)
+            if shape:
+                check_mesh(shape, stage.plan.cfg, stage.batch, stage.plan.recipe.accumulate)
+            return stage
+
         if options.dry_run:
-            _print_plan(options, make_stage(console), console)
+            _print_plan(options, make(), console)
             console.print("A dry run: nothing was trained.")
             return 0
+        mesh = devices_in(shape) if shape else None
         holds_run(options.folder)  # raises for an unusable folder, before minutes of preparation
-        with lock_run(options.folder):
-            return _execute(options, make_stage(console), console)
+        first = distributed.is_first()
+        with lock_run(options.folder) if first else contextlib.nullcontext():
+            distributed.refuse_unshared(options.folder)
+            if not first:
+                distributed.share()  # process 0 fetches and tokenizes; then the caches have it
+            stage = make()
+            stage.load_weights()
+            if first:
+                distributed.share()
+            with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+                return _execute(options, stage, console)
 
 
 def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
-    stage.load_weights()
     folder, plan, resume = options.folder, stage.plan, resume_command(options.stage)
     facts = run_facts(options, plan, stage.facts)
+    stage.place()
+    first = distributed.is_first()
+    distributed.describe_saved_by(lambda: _newest_checkpoint(folder, resume))
     previous = find_previous_run(folder, facts, plan.cfg, options.overwrite)
+    intervals = {name: getattr(options, name) for name in ("save_every", "eval_every", "log_every", "keep", "mesh")}
+    refuse_differences(facts, plan.cfg, intervals, previous.loop_state.step if previous else 0)
     if previous and options.skip_batches is None:
         facts["skipped_batches"] = format_ranges(previous.loop_state.skipped)
     _print_plan(options, stage, console)
@@ -104,17 +138,20 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
             console.print(f"changed, which trains nothing: {line}", style="yellow")
         return 0
     if previous:
-        state, loop_state = restore(previous, stage.initial_state, stage.split, console)
+        state, loop_state = restore(previous, plan.cfg, stage.initial_state, stage.split, console)
         facts["changes"] = previous.record.get("changes", []) + _record_changes(
             previous, options, facts, plan, loop_state, console
         )
     else:
         with console.task("initialising"):
-            state, loop_state = stage.initial_state(), LoopState(skipped=options.skip_batches or ())
-        clear_run(folder)
-    write_json(folder / "run.json", facts)  # first: a folder with other files and without it is taken for someone else's
-    save_tokenizer(folder, stage.tokenizer, stage.stop_token_ids, stage.sampling)
-    write_json(folder / "config.json", plan.cfg.to_json())
+            state = new_state(stage.initial_state, stage.split.trainable)
+            loop_state = LoopState(skipped=options.skip_batches or ())
+        if first:
+            clear_run(folder)
+    if first:
+        write_json(folder / "run.json", facts)  # first: a folder with other files and without it is taken for someone else's
+        save_tokenizer(folder, stage.tokenizer, stage.stop_token_ids, stage.sampling)
+        write_json(folder / "config.json", plan.cfg.to_json())
     before = stage.measure(stage.split.trainable)
     record = {
         "seed": plan.seed,
@@ -138,7 +175,8 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
         f"{plan.noun}s": loop_state.step, "refused_steps": refused, "peak_rss_bytes": peak,
         "best_step": loop_state.best_step, "summary": " ".join(report.rows[0]),
     }  # fmt: skip
-    write_json(folder / "run.json", facts | {"result": result})
+    if first:
+        write_json(folder / "run.json", facts | {"result": result})
     trained = f"{quantity(loop_state.step, plan.noun)} in {duration(loop_state.seconds)}"
     if refused:
         trained += f"; {quantity(refused, 'step')} refused: not finite, the last in batch {loop_state.refused_batch}"
@@ -187,6 +225,12 @@ def _record_changes(
     if "text/validation" in changes:  # a best on another text would never be beaten, or always
         loop_state.best = loop_state.best_step = None
     return [{"step": loop_state.step, "fields": changes}] if changes else []
+
+
+def _newest_checkpoint(folder: Path, resume: str) -> str:
+    saved = checkpoint.steps(folder)
+    newest = f"The newest checkpoint is {folder / 'checkpoints' / str(saved[-1])}" if saved else "Nothing was saved yet"
+    return f"{newest}. To go on: {resume}, in every process"
 
 
 def _print_plan(options: RunOptions, stage: Stage, console: Console) -> None:

@@ -9,6 +9,8 @@ from jax.stages import Compiled
 
 from engine.allocator import fits_freed_memory, return_freed_memory
 from engine.model.config import ModelConfig
+from engine.sharding import global_batch, local_rows
+from engine.text.epoch_order import EpochOrder
 from engine.text.skipped_batches import batch_of_step
 from engine.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from engine.training.step import NEXT_TOKEN, Objective, TrainState, train_step
@@ -19,8 +21,23 @@ from stages.runs.loop import Evaluator, LoopState
 class Batches(Protocol):
     """Batches by step; `epoch`: how often all data was read before one."""
 
+    order: EpochOrder
+
     def at(self, step: int) -> Any: ...
     def epoch(self, step: int) -> float: ...
+
+
+class MeshBatches:
+    """Batches over the mesh of `jax.set_mesh`: each process reads its own rows alone."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches, self.order, self.epoch = batches, batches.order, batches.epoch
+        shares, share = local_rows(self.order.batch)
+        rows = self.order.batch // shares
+        self.order.rows = slice(share * rows, (share + 1) * rows)
+
+    def at(self, step: int) -> Any:
+        return global_batch(self.batches.at(step))
 
 
 Program = Callable[[TrainState, Any, Any], tuple[TrainState, Any]]  # (state, batch, progress) -> (state, metrics)

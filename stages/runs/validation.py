@@ -14,6 +14,7 @@ import numpy as np
 from engine.inference.score import score
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
+from engine.sharding import row_shards
 from engine.text.token_file import TokenFile
 from engine.text.tokenizer import Tokenizer
 from engine.text.windows import count_windows, evaluation_windows, window_batch
@@ -42,6 +43,7 @@ def score_text(
 ) -> float:
     """Returns the summed nats of every token (N,) of a text but the first, each after seq - stride tokens or more."""
     total, waiting = 0.0, jnp.zeros(())
+    rows *= row_shards()
     count = count_windows(len(tokens), seq, stride)
     for number, batch in enumerate(evaluation_windows(tokens, seq, stride, rows)):
         # One batch ahead: the next is cut while the device works.

@@ -3,6 +3,7 @@
     python -m stages.train                                  the demo: Shakespeare, three minutes
     python -m stages.train nano --data book.txt --steps 2000
     python -m stages.train --dry-run                        what it would take, without doing it
+    python -m stages.train --mesh data=2,fsdp=4             on eight devices
     python -m stages.train --by-hand                        in NumPy, with every gradient written out
 
 The same command run again resumes where it stopped.
@@ -25,7 +26,7 @@ def train(flags: TrainFlags) -> int:
     signals.set_phase("before anything was trained.")
     if flags.by_hand and PRESETS[flags.preset].width < NARROW:
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy is imported; JAX is not concerned
-    device = start_jax("cpu" if flags.by_hand else flags.device)
+    device = start_jax("cpu" if flags.by_hand else flags.device, connect=flags.mesh.connect)
     from stages.train.run import run  # imports JAX, which must be started first
 
     return run(flags, device)

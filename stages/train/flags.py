@@ -118,6 +118,7 @@ class TrainFlags(RunFlags):
             (self.step.dtype == "bfloat16", "--dtype bfloat16", "NumPy has no such type; it is float32"),
             (self.optimizer.optimizer == "muon", "--optimizer muon", "its optimizer is AdamW"),
             (self.optimizer.matrix_learning_rate is not None, "--matrix-learning-rate", "its optimizer is AdamW, not Muon"),
+            (self.mesh != MeshFlags(), "--mesh and --processes", "it computes in one process, on one CPU"),
             (self.device not in ("auto", "cpu"), f"--device {self.device}", "NumPy computes on the CPU"),
         ]
         for is_set, flag, reason in unknown:

@@ -11,6 +11,7 @@ from engine.inference.decode import complete, prepare_params
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.score import score
 from engine.model.transformer import init_params
+from engine.sharding import group_columns
 from engine.training.optimizer import make_optimizer
 from engine.training.step import TrainState, init_state
 from stages.cli.console import Console
@@ -53,7 +54,8 @@ class JaxTrainer(Trainer):
 
     def initial_state(self) -> TrainState:
         plan, optimizer = self.plan, make_optimizer(self.plan.recipe.optimizer)
-        return jax.jit(lambda: init_state(optimizer, init_params(plan.cfg, jax.random.key(plan.seed))))()
+        begin = lambda: init_state(optimizer, group_columns(plan.cfg, init_params(plan.cfg, jax.random.key(plan.seed))))
+        return jax.jit(begin)()
 
     def make_program(self, state: TrainState, batch: Any, console: Console) -> Program:
         plan = self.plan

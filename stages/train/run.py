@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from engine import distributed
 from engine.counting.accelerators import find_accelerator
 from engine.counting.params import count_params
 from engine.device import Device
@@ -19,11 +20,12 @@ from stages.cli.console import Console
 from stages.runs.estimate import RunPlan, find_ceilings, memory_estimate, remeasure_ceilings
 from stages.runs.folder import default_folder
 from stages.runs.loop import Loop, LoopState, RunOptions
+from stages.runs.mesh import mesh_shape, on_one_device
 from stages.runs.recipes import Recipe, recipe
 from stages.runs.run import RunReport, Stage, execute
 from stages.runs.text_data import prepare_text
 from stages.runs.trainable import TrainableSplit
-from stages.runs.training_steps import TrainingSteps
+from stages.runs.training_steps import MeshBatches, TrainingSteps
 from stages.runs.validation import bits_per_byte, quick_evaluator, rows_in_memory, score_text
 from stages.train.flags import TrainFlags
 from stages.train.jax_trainer import JaxTrainer
@@ -42,9 +44,9 @@ def run(flags: TrainFlags, device: Device) -> int:
         device = dataclasses.replace(device, name=f"{device.name}, by NumPy {np.__version__}")
     intervals = dataclasses.asdict(flags.folder) | dataclasses.asdict(flags.monitoring)
     folder = intervals.pop("out_dir") or default_folder(flags.preset + "-by-hand" * flags.by_hand, flags.text.data)
-    if flags.mesh.mesh and not flags.dry_run:
-        raise UserError("--mesh is planned by --dry-run, and not yet trained on.")
-    options = RunOptions("train", device, folder, flags.dry_run, **intervals, skip_batches=flags.text.skip_batches)
+    options = RunOptions(
+        "train", device, folder, flags.dry_run, **intervals, skip_batches=flags.text.skip_batches, mesh=flags.mesh.mesh
+    )
     return execute(options, lambda console: Training(flags, options, console))
 
 
@@ -56,7 +58,8 @@ def chosen_recipe(flags: TrainFlags, backend: str) -> Recipe:
     """
     base = recipe(flags.preset, preset(flags.preset).vocab)
     step, optimizer = flags.step, dataclasses.asdict(flags.optimizer)
-    shards = parse_mesh(flags.mesh.mesh).row_shards if flags.mesh.mesh else 1
+    shape = mesh_shape(flags.mesh.mesh)
+    shards = shape.row_shards if shape else 1
     batch = step.batch or -(-base.batch // shards) * shards
     kind = optimizer.pop("optimizer")
     chosen = _replace(
@@ -81,7 +84,7 @@ class Training(Stage):
 
     def __init__(self, flags: TrainFlags, options: RunOptions, console: Console) -> None:
         text, length, recipe = flags.text, flags.length, chosen_recipe(flags, options.device.backend)
-        self.folder, self.console = options.folder, console
+        self.folder, self.console, self.batch = options.folder, console, recipe.batch
         self.data = data = prepare_text(text.data, text.validation, recipe.tokenizer, console)
         cfg = _replace(
             preset(flags.preset), vocab=data.tokenizer.vocab, context=recipe.context, scan=recipe.scan,
@@ -146,15 +149,16 @@ class Training(Stage):
             *(plan_on_mesh(plan, self.planned_mesh, self.accelerator, self.console) if self.planned_mesh else []),
         ]
 
-    def initial_state(self) -> TrainState:
+    def initial_state(self, trainable: Any) -> TrainState:
         return self.trainer.initial_state()
 
     def prepare_steps(self, state: TrainState, loop_state: LoopState) -> TrainingSteps:
         cfg, data, trainer = self.plan.cfg, self.data, self.trainer
-        program = trainer.make_program(state, self.batches.at(0), self.console)
+        batches = MeshBatches(self.batches)
+        program = trainer.make_program(state, batches.at(0), self.console)
         evaluator = quick_evaluator(cfg, data.validation, data.tokenizer, trainer.nats)
         top, advice = self.ceilings.peak_flops(cfg.dtype), trainer.advice
-        return TrainingSteps(program, self.batches, evaluator, self.plan, loop_state, top, advice)
+        return TrainingSteps(program, batches, evaluator, self.plan, loop_state, top, advice)
 
     def finish(self, state: TrainState, loop: Loop, before: Any) -> RunReport:
         """Measures, saves a sample, and returns the RunReport, which `execute` prints."""
@@ -164,10 +168,11 @@ class Training(Stage):
         with self.console.task("evaluating on the whole validation text", always=True) as report:
             seq, batch = cfg.context, rows_in_memory(cfg, cfg.context)
             nats = score_text(cfg, params, data.validation.tokens, seq, max(1, seq // 2), batch, report)
-        with self.console.task("writing a sample"):
-            text = self.trainer.sample(params, SAMPLE)
-        with atomic_file(folder / "samples" / f"{step}.txt") as file:
-            file.write(text.encode())
+        with self.console.task("writing a sample"), on_one_device(cfg, params) as whole:
+            text = self.trainer.sample(whole, SAMPLE) if distributed.is_first() else ""
+        if distributed.is_first():
+            with atomic_file(folder / "samples" / f"{step}.txt") as file:
+                file.write(text.encode())
         if seconds >= LONG_RUN:  # measuring takes seconds: a short run takes the ceilings as they are
             why = "MFU is a share of them, others' work only lowers them, and the higher ones count"
             self.ceilings = remeasure_ceilings(self.ceilings, why, self.console)

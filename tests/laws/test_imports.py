@@ -15,7 +15,7 @@ errors format
 files allocator model.config model.paths
 model.column_groups mesh_shape
 sharding
-device model.layers model.fused_attention model.cache.contiguous by_hand
+device distributed model.layers model.fused_attention model.cache.contiguous by_hand
 model.ops model.weights.int8
 model.attention model.backward model.weights.lora model.cache.segmented
 model.weights.lora_matmul

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.text.epoch_order import EpochOrder, permute
+from engine.text.windows import TextBatches
 
 # grain.MapDataset.range(count).seed(seed).shuffle()[step * batch : (step + 1) * batch] of grain 0.2.18, modulo count.
 GRAIN = [
@@ -36,3 +37,15 @@ def test_epochs_are_told_apart():
     epochs = [np.concatenate([order.at(step) for step in range(first, first + 5)]) for first in (0, 5)]
     assert all(sorted(steps) == sorted([*range(10)] * 2) for steps in epochs)
     assert not np.array_equal(*epochs)
+
+
+@given(shares=st.sampled_from([1, 2, 3, 6]), step=st.integers(0, 50), seed=st.integers(0, 99))
+def test_the_rows_of_all_processes_are_the_batch(shares, step, seed):
+    """The data order does not depend on the number of processes: each one's own rows, side by side, are the whole batch."""
+    tokens = np.arange(200)
+    whole, rows = TextBatches(tokens, seq=7, batch=6, seed=seed), []
+    for share in range(shares):
+        own = TextBatches(tokens, seq=7, batch=6, seed=seed)
+        own.order.rows = slice(share * 6 // shares, (share + 1) * 6 // shares)
+        rows.append(own.at(step).tokens)
+    assert np.array_equal(np.concatenate(rows), whole.at(step).tokens)

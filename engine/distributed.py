@@ -1,0 +1,269 @@
+"""Several processes that train one model: they start together, agree on what they do, and end together.
+
+A process that ends says why under a key that all others wait for, so they end within a second. One that is killed says
+nothing: its peers' collectives fail, or JAX's coordination service misses its heartbeats and aborts them; either becomes one
+sentence and the exit code RESTART. With one process nothing here does anything.
+
+It loads without JAX, whose key-value store has no public name; Orbax uses the same private one.
+"""
+
+import contextlib
+import ctypes
+import functools
+import itertools
+import json
+import os
+import re
+import signal
+import socket
+import threading
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UserError
+
+RESTART = 75  # the exit code that asks for a restart: EX_TEMPFAIL of sysexits.h
+HEARTBEAT = 8  # seconds without one until JAX gives a process up
+TICK = 1.0  # seconds between looks at the watchdog
+FAREWELL = 1.0  # seconds that process 0 stays: the service, by which the others hear why, ends with it
+FOREVER = 7 * 24 * 3600 * 1000  # milliseconds: process 0 may read a large corpus first
+LOST = re.compile(r"gloo|nccl|rccl|peer|socket|coordination|heartbeat|UNAVAILABLE|ABORTED|CANCELLED", re.IGNORECASE)
+
+
+class _Group:
+    """This process's place among the others. `client`: of JAX's service, None with one process."""
+
+    client: Any = None
+    process, processes = 0, 1
+    joining = ""  # the sentence for an abort while it waits for the others
+    describe_saved: Callable[[], str] = staticmethod(lambda: "Nothing was saved yet.")
+    ending = threading.Lock()
+    activity, patience, waited = "", float("inf"), 0.0  # seconds without progress until the watchdog ends it; and so far
+    abort_handler: Any = None  # kept alive for C
+
+
+_group = _Group()
+_calls: defaultdict[str, itertools.count] = defaultdict(itertools.count)  # a topic -> the numbers of its keys
+
+
+def connect(processes: int | None, process: int | None, coordinator: str | None, seconds: float) -> None:
+    """Joins the processes of a run within `seconds`; None: as the cluster says. Must come before JAX's backend starts.
+
+    Raises UserError when the cluster says nothing, or nobody listens at the coordinator's `host:port`.
+    """
+    import jax
+    from jax._src import distributed
+
+    # Its notice is SIGTERM, whose handler it would replace; `exchange` carries our own, and Ctrl-C too.
+    jax.config.update("jax_enable_preemption_service", False)
+    where = coordinator or "the cluster's coordinator"
+    if coordinator and process:
+        _reach(coordinator, seconds)
+    _group.joining = (
+        f"Not all {processes or ''} processes met at {where} within {seconds:g} s: start each, with its own --process."
+    )
+    _handle_abort()
+    try:
+        jax.distributed.initialize(
+            coordinator, processes, process, initialization_timeout=round(seconds), heartbeat_timeout_seconds=HEARTBEAT
+        )  # fmt: skip
+    except (ValueError, RuntimeError) as error:
+        if "must be defined" in str(error) or "should be defined" in str(error):
+            raise UserError(
+                "No cluster says how many processes there are: give --coordinator HOST:PORT --processes N --process I."
+            ) from error
+        raise UserError(f"Process {process} cannot start at {where}: {error}. Give another address or port.") from error
+    state = distributed.global_state
+    _group.client, _group.process, _group.processes, _group.joining = state.client, state.process_id, state.num_processes, ""
+    threading.Thread(target=_watch, args=(state.client,), daemon=True, name="peers").start()
+    if _group.process:  # the console is process 0's; errors go to everyone's stderr
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def in_cluster() -> bool:
+    """Whether SLURM, Open MPI or a TPU slice started several processes, of which this is one."""
+    if any(int(os.environ.get(name) or 1) > 1 for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")):
+        return True
+    from jax._src import cloud_tpu_init, clusters
+
+    kinds = clusters.ClusterEnv._cluster_types if cloud_tpu_init.running_in_cloud_tpu_vm else []
+    return any("tpu" in kind.name and kind.is_env_present() and kind.get_process_count() > 1 for kind in kinds)
+
+
+def _reach(coordinator: str, seconds: float) -> None:
+    """Waits until the coordinator listens: JAX would abort the process instead of raising an error."""
+    host, _, port = coordinator.rpartition(":")
+    begin, reason = time.monotonic(), ""
+    while (passed := time.monotonic() - begin) < seconds:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=seconds).close()
+            return
+        except OSError as error:
+            reason = error.strerror or str(error)
+        time.sleep(0.2)
+    raise UserError(
+        f"The coordinator at {coordinator} could not be reached for {passed:.0f} s: {reason}. Process 0 listens there: check "
+        "that it runs, and the address."
+    )
+
+
+def is_first() -> bool:
+    """Whether this is process 0, which writes files and prints."""
+    return _group.process == 0
+
+
+def process_count() -> int:
+    return _group.processes
+
+
+def share(value: str = "", topic: str = "run") -> list[str]:
+    """Returns every process's value, in every process, once all have called this. Threads need a topic each."""
+    if _group.client is None:
+        return [value]
+    key, client = f"thrice/{topic}/{next(_calls[topic])}", _group.client
+    if is_first():
+        others = range(1, _group.processes)
+        values = [value, *(client.blocking_key_value_get(f"{key}/{process}", FOREVER) for process in others)]
+        client.key_value_set(key, json.dumps(values))
+        return values
+    client.key_value_set(f"{key}/{_group.process}", value)
+    return json.loads(client.blocking_key_value_get(key, FOREVER))
+
+
+def refuse_differences(facts: dict[str, str]) -> None:
+    """Raises the same UserError in every process when the facts of one differ from process 0's, naming which and where."""
+    first, *others = map(json.loads, share(json.dumps(facts)))
+    for process, theirs in enumerate(others, 1):
+        if names := [name for name in first | theirs if theirs.get(name) != first.get(name)]:
+            more = f", and another {', '.join(names[1:4])}" if names[1:] else ""
+            raise UserError(
+                f"Process {process} has another {names[0]} ({theirs.get(names[0])}) than process 0 ({first.get(names[0])})"
+                f"{more}. All processes of a run must have the same flags and data."
+            )
+
+
+def refuse_unshared(folder: Path) -> None:
+    """Raises UserError in every process when one does not see what process 0 writes in `folder`."""
+    if _group.client is None:
+        return
+    mark = folder / share(f".shared-{os.getpid()}-{time.time_ns()}")[0]
+    if is_first():
+        mark.touch()
+    share()
+    blind = [str(process) for process, seen in enumerate(share("seen" * mark.exists())) if not seen]
+    if is_first():
+        mark.unlink()
+    if blind:
+        raise UserError(
+            f"{folder.absolute()} is not shared: process {', '.join(blind)} does not see what process 0 writes there. Give an "
+            "--out-dir on a file system that all hosts mount."
+        )
+
+
+@functools.cache
+def _gather_program() -> tuple[Any, Any]:
+    """Returns the sharding of one row a process, and a program that copies all rows to every process."""
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    first = {device.process_index: device for device in reversed(jax.devices())}
+    mesh = Mesh(np.array([first[process] for process in sorted(first)]), ("process",))
+    rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("process",), ()))
+    return rows, jax.jit(lambda rows: rows, out_shardings=whole)
+
+
+def exchange(*numbers: float) -> list[list[float]]:
+    """Returns the float32 `numbers` of every process, (processes, numbers), in every process. One collective."""
+    if _group.client is None:
+        return [[*numbers]]
+    import jax
+    import numpy as np
+
+    rows, program = _gather_program()
+    mine = np.array([numbers], np.float32)
+    everyone = program(jax.make_array_from_process_local_data(rows, mine, (_group.processes, len(numbers))))
+    return np.asarray(everyone.addressable_data(0)).tolist()
+
+
+def expect_progress(activity: str, seconds: float = float("inf")) -> None:
+    """Ends this process when `activity` takes longer than `seconds`, unless this is called again."""
+    _group.activity, _group.waited, _group.patience = activity, 0.0, seconds
+
+
+def describe_saved_by(describe: Callable[[], str]) -> None:
+    """Sets the last words of a process that ends: which checkpoint is the newest."""
+    _group.describe_saved = describe
+
+
+def _watch(client: Any) -> None:
+    """Waits for another process to end, and counts an activity's ticks: a stopped process counts none."""
+    while True:
+        try:
+            process, code, sentence = json.loads(client.blocking_key_value_get("thrice/ended", round(1000 * TICK)))
+        except Exception as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                return  # this process has left the service
+            _group.waited += TICK
+            if _group.waited > _group.patience:
+                end(RESTART, f"{_group.activity} made no progress for {_group.waited:.0f} s. {_group.describe_saved()}")
+        else:
+            if process != _group.process:
+                _exit(code, f"Process {_group.process} ends because process {process} did: {sentence}")
+            return
+
+
+def end_with(error: Exception) -> None:
+    """Ends all processes for an unexpected error in this one: with RESTART where it says that another one is gone."""
+    if _group.client is None:
+        return
+    text = (str(error).splitlines() or [""])[0][:200]
+    if isinstance(error, RuntimeError | ValueError) and LOST.search(text):
+        during = _group.activity or "its start"
+        end(RESTART, f"Process {_group.process} lost another one in {during} ({text}). {_group.describe_saved()}")
+    traceback.print_exc()
+    end(1, f"Process {_group.process} met an error, which it shows: {text}")
+
+
+def end(code: int, sentence: str) -> None:
+    """Ends this process, and all others with the same code and sentence. With one process it only returns."""
+    if _group.client is None:
+        return
+    with contextlib.suppress(Exception):  # another has said why before, or the service is gone
+        _group.client.key_value_set("thrice/ended", json.dumps([_group.process, code, sentence]))
+    _exit(code, sentence)
+
+
+def _exit(code: int, sentence: str) -> None:
+    """Prints and leaves past Python's and JAX's own way out, which waits for the other processes."""
+    if not _group.ending.acquire(blocking=False):
+        time.sleep(FAREWELL + 60)  # another thread leaves
+    with contextlib.suppress(OSError):
+        os.write(2, ("\x1b[?25h\n" * os.isatty(2) + f"error: {sentence}\n").encode())
+    if is_first():
+        time.sleep(FAREWELL)
+    os._exit(code)
+
+
+def _handle_abort() -> None:
+    """Makes one sentence of JAX's abort(), by which it ends a process when the coordinator or a heartbeat is gone.
+
+    A handler in Python would run too late.
+    """
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def handle(_: int) -> None:
+        if _group.joining:
+            _exit(2, _group.joining)
+        _exit(
+            RESTART,
+            f"Process {_group.process} was ended by JAX, most likely because another one is gone (see above). "
+            f"{_group.describe_saved()}",
+        )
+
+    _group.abort_handler = handle
+    ctypes.CDLL(None).signal(int(signal.SIGABRT), handle)

@@ -1,0 +1,95 @@
+"""The devices and processes of a run: the mesh that `--mesh` describes, what lies on it, and processes that must agree."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from engine import distributed
+from engine.device import Device
+from engine.errors import UserError
+from engine.model.config import ModelConfig
+from engine.model.paths import leaf_paths
+from engine.sharding import MeshShape, column_shards, group_columns, make_mesh, parse_mesh, shardings, ungroup_columns
+
+OWN = ("command", "device")  # entries of run.json in which processes may differ
+
+
+def mesh_shape(text: str | None) -> MeshShape | None:
+    """Returns the shape that `--mesh` asks for; without one `fsdp` over all devices of several processes, None for one."""
+    if text is None:
+        return MeshShape(fsdp=jax.device_count()) if distributed.process_count() > 1 else None
+    return parse_mesh(text)
+
+
+def devices_in(shape: MeshShape) -> Mesh:
+    """Returns the mesh. Raises UserError when there are not as many devices; on a CPU it says how to have virtual ones."""
+    try:
+        return make_mesh(shape)
+    except UserError as error:
+        if jax.default_backend() != "cpu" or distributed.process_count() > 1:
+            raise
+        virtual = f"XLA_FLAGS=--xla_force_host_platform_device_count={shape.devices}"
+        raise UserError(f"{error} To try this mesh on a CPU, set {virtual}: virtual devices, which share its cores.") from None
+
+
+def with_mesh(device: Device, shape: MeshShape | None) -> Device:
+    """Returns the device as the banner shows it."""
+    processes = f" in {distributed.process_count()} processes" if distributed.process_count() > 1 else ""
+    return dataclasses.replace(device, mesh=f"{shape.devices} devices{processes}, {shape}") if shape else device
+
+
+def refuse_differences(facts: dict[str, Any], cfg: ModelConfig, options: Any, step: int) -> None:
+    """Raises UserError in every process when their run.json, architecture, intervals or checkpoints differ."""
+    everything = {name: value for name, value in facts.items() if name not in OWN}
+    everything |= {"config": cfg.to_json(), "options": options, "newest checkpoint": step}
+    distributed.refuse_differences({name: str(value) for name, value in leaf_paths(everything).items()})
+
+
+def fetch(x: Any) -> np.ndarray:
+    """Returns an array that lies over all devices whole, in every process: all must call this."""
+    if not x.is_fully_addressable:
+        x = jax.jit(lambda x: x, out_shardings=NamedSharding(jax.sharding.get_mesh(), PartitionSpec()))(x)
+    return np.asarray(x)
+
+
+def put(tree: Any) -> Any:
+    """Returns arrays over the mesh of `jax.set_mesh`, each device its own part; the same without a mesh."""
+    if (wanted := shardings(tree)) is None:
+        return tree
+    return jax.tree.map(lambda x, where: jax.make_array_from_callback(x.shape, where, np.asarray(x).__getitem__), tree, wanted)
+
+
+def to_saved(cfg: ModelConfig, tree: Any) -> Any:
+    """Returns parameters or a state with their columns in the order of files, on the devices where they are."""
+    return from_saved(cfg, tree, ungroup_columns)
+
+
+def from_saved(cfg: ModelConfig, tree: Any, order: Callable[[ModelConfig, Any], Any] = group_columns) -> Any:
+    """The inverse of `to_saved`."""
+    return tree if column_shards() == 1 else jax.jit(lambda tree: order(cfg, tree), out_shardings=shardings(tree))(tree)
+
+
+def new_state(begin: Callable[[Any], Any], trainable: Any) -> Any:
+    """Returns `begin(trainable)`; on a mesh each device makes its own part."""
+    wanted = shardings(jax.eval_shape(begin, trainable))
+    return begin(trainable) if wanted is None else jax.jit(begin, out_shardings=wanted)(trainable)
+
+
+@contextlib.contextmanager
+def on_one_device(cfg: ModelConfig, tree: Any) -> Iterator[Any]:
+    """Gives parameters whole, as files hold them, on one device of each process, and lets the block compute there.
+
+    All processes must come here; in the block each is for itself.
+    """
+    if shardings(tree) is None:
+        yield tree
+        return
+    everywhere = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
+    whole = jax.jit(lambda tree: ungroup_columns(cfg, tree), out_shardings=everywhere)(tree)
+    with jax.set_mesh(make_mesh(MeshShape(), jax.local_devices()[:1])):
+        yield jax.tree.map(lambda x: x.addressable_data(0), whole)
