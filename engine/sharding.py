@@ -309,12 +309,18 @@ def stack_rows(x: Array, parts: int) -> Array:
 
 def split_rows(x: Array, parts: int) -> list[Array]:
     """Splits x (B, ...) into equal parts, each of rows from every device."""
-    return split_groups(x, [x.shape[0] // parts] * parts, 0, row_shards())
+    part = x.shape[0] // parts
+    return split_groups(x, [part] * parts, 0, _row_groups(part))
 
 
 def join_rows(parts: Sequence[Array]) -> Array:
     """Joins parts (B, ...) to rows of which every device holds its own: the inverse of `split_rows`."""
-    return join_groups(parts, 0, row_shards())
+    return join_groups(parts, 0, _row_groups(len(parts[0])))
+
+
+def _row_groups(rows: int) -> int:
+    """Returns the number of devices that share `rows` rows: 1 for a few rows, which every device holds."""
+    return row_shards() if rows % row_shards() == 0 else 1
 
 
 def cut_rows(x: Array, start: int, size: int) -> Array:

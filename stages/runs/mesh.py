@@ -71,7 +71,10 @@ def to_saved(cfg: ModelConfig, tree: Any) -> Any:
 
 def from_saved(cfg: ModelConfig, tree: Any, order: Callable[[ModelConfig, Any], Any] = group_columns) -> Any:
     """The inverse of `to_saved`."""
-    return tree if column_shards() == 1 else jax.jit(lambda tree: order(cfg, tree), out_shardings=shardings(tree))(tree)
+    if column_shards() == 1:
+        return tree
+    reorder = lambda tree: order(cfg, tree)
+    return jax.jit(reorder, out_shardings=shardings(jax.eval_shape(reorder, tree)))(tree)
 
 
 def new_state(begin: Callable[[Any], Any], trainable: Any) -> Any:
