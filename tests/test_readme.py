@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import tyro
+
 ROOT = Path(__file__).parent.parent
 # Flags that are added so that a command takes seconds. A command that is not named here is run as it stands.
 SHORT = {
@@ -72,6 +75,21 @@ def test_every_command_of_the_readme(tmp_path):
         )
         assert run.returncode == 0, f"{command} {extra}\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}"
         assert run.stdout, command
+
+
+@pytest.mark.parametrize(("name", "devices"), [("slurm.sbatch", 16), ("kubernetes.yaml", 16), ("tpu.sh", 64)])
+def test_the_command_of_each_cluster_file_can_be_typed(name, devices):
+    from engine.distributed import RESTART
+    from engine.sharding import check_mesh, parse_mesh
+    from stages.train.run import TrainFlags, chosen_recipe, preset
+
+    text = (ROOT / "stages" / "cluster" / name).read_text()
+    line = re.search(r"-m stages\.train (.*(?:\n +--.*)*)", text)[1].replace("$JOB_COMPLETION_INDEX", "1")
+    flags = tyro.cli(TrainFlags, args=shlex.split(line), config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+    shape, recipe = parse_mesh(flags.mesh.mesh), chosen_recipe(flags, "gpu")
+    check_mesh(shape, preset(flags.preset), recipe.batch, recipe.accumulate)
+    assert shape.devices == devices
+    assert f"= {RESTART}" in text or "maxRestarts" in text
 
 
 def test_the_tree_is_the_tree():
