@@ -55,6 +55,11 @@ class TrainingMemory:
     def total(self) -> int:
         return self.params + self.optimizer + max(self.gradient_peak, self.update_peak)
 
+    @property
+    def saved(self) -> int:
+        """What a checkpoint holds: the trainable parameters and the optimizer's state."""
+        return self.gradients + self.optimizer
+
 
 @dataclasses.dataclass(frozen=True)
 class InferenceMemory:

@@ -121,7 +121,7 @@ class FineTuning(ModelStage):
             self.model_row(),
             *self.matches,
             ("predicted", plan.cost_relative_to_full()),
-            ("memory", memory_estimate(plan.memory, "step")),
+            ("memory", memory_estimate(plan.memory.total, plan.memory.saved, "step")),
             ("data", f"{dataset.name} ({dataset.kind}): {rows}"),
             *(("", line) for line in problems),
             ("validation", f"{dataset.held_out_name}: {len(dataset.held_out):,} examples"),

@@ -101,7 +101,7 @@ class ReinforcementLearning(ModelStage):
         }
         # A step, beside the weights that sample and their cache.
         inference = inference_memory(cfg, rows, capacity)
-        self.memory = self.plan.memory + inference.params + inference.cache
+        self.memory = self.plan.memory.total + inference.params + inference.cache
         require_memory(
             self.memory, "A round would need about",
             "give fewer --prompts, a smaller --group, fewer --max-tokens, or a smaller model.", limit=memory_limit(),
@@ -122,7 +122,7 @@ class ReinforcementLearning(ModelStage):
             ("inference", f"samples them: up to {format_count(inference)}FLOPs, forward only"),
             ("training", f"{updates} step{'s' * (updates > 1)} on them: up to {format_count(training)}FLOPs; "
                          f"clip {self.clip:g}, KL {self.kl:g}, fluency {self.fluency:g}, adamw {rate:g}"),
-            ("memory", memory_estimate(self.memory, "round")),
+            ("memory", memory_estimate(self.memory, self.plan.memory.saved, "round")),
             ("length", plan.length()),
         ]  # fmt: skip
 

@@ -20,7 +20,7 @@ from engine.counting.hardware import (
     save_ceilings,
     saved_ceilings,
 )  # fmt: skip
-from engine.counting.memory import training_memory
+from engine.counting.memory import TrainingMemory, training_memory
 from engine.counting.trainable_paths import TrainablePaths, all_trainable, lora_only
 from engine.format import duration, format_bytes, quantity
 from engine.model.config import LoraConfig, ModelConfig
@@ -65,14 +65,14 @@ class RunPlan:
         return self.recipe.batch * self.recipe.context
 
     @property
-    def memory(self) -> int:
-        """The predicted peak of a step, bytes."""
+    def memory(self) -> TrainingMemory:
+        """The predicted memory of a step."""
         rows = self.recipe.batch // self.recipe.accumulate
         return training_memory(
             self.cfg, rows, self.recipe.context, optimizer=self.recipe.optimizer.kind, trainable=self.trainable,
             loss_chunks=loss_chunks(self.cfg, rows * self.recipe.context, self._head_is_narrow),
             microbatches=self.recipe.accumulate, base=self.base,
-        ).total  # fmt: skip
+        )  # fmt: skip
 
     @property
     def _head_is_narrow(self) -> bool:
@@ -111,7 +111,7 @@ class RunPlan:
 
         `batch`: rows, or pairs.
         """
-        if self.memory <= memory_limit():
+        if self.memory.total <= memory_limit():
             return
         flags = f"--accumulate {batch}"
         by_rows = dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, accumulate=batch))
@@ -125,13 +125,15 @@ class RunPlan:
                 f"a LoRA (no --train, no --freeze) with {name}": dataclasses.replace(lighter, trainable=lora)
                 for name, lighter in plans.items()
             }
-        remedy = next((name for name, lighter in plans.items() if lighter.memory <= memory_limit()), "only a smaller model")
-        require_memory(self.memory, "A step would need about", f"{remedy} would fit.", limit=memory_limit())
+        remedy = next(
+            (name for name, lighter in plans.items() if lighter.memory.total <= memory_limit()), "only a smaller model"
+        )
+        require_memory(self.memory.total, "A step would need about", f"{remedy} would fit.", limit=memory_limit())
 
     def cost_relative_to_full(self) -> str:
         """Returns a sentence: predicted FLOPs, memory and time (as FLOPs) as shares of those of training everything."""
         full = dataclasses.replace(self, trainable=all_trainable(self.cfg), base="float")
-        flops, memory = self.step_flops / full.step_flops, self.memory / full.memory
+        flops, memory = self.step_flops / full.step_flops, self.memory.total / full.memory.total
         return f"FLOPs {flops:.0%}, memory {memory:.0%}, time {flops:.0%} of a step in which everything is trained (predicted)"
 
 
@@ -172,6 +174,9 @@ def memory_limit() -> int:
     return max(device_memory_bytes() - (PROCESS_BYTES if jax.default_backend() == "cpu" else 0), 0)
 
 
-def memory_estimate(needed: int, noun: str) -> str:
-    """Returns a phrase: the memory that a step or round needs, and the limit."""
-    return f"about {format_bytes(needed)} of {format_bytes(memory_limit())} that are left for a {noun}"
+def memory_estimate(needed: int, saved: int, noun: str) -> str:
+    """Returns a phrase: the memory that a step or round needs, the limit, and what the copy takes that is saved beside it."""
+    limit = f"{format_bytes(memory_limit())} that are left for a {noun}"
+    return (
+        f"about {format_bytes(needed)} of {limit}; {format_bytes(saved)} more of host memory, if free, to save beside training"
+    )

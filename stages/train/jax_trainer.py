@@ -32,7 +32,7 @@ class JaxTrainer(Trainer):
     nats: Any = staticmethod(score)
 
     def __init__(self, plan: RunPlan, data: TextData) -> None:
-        self.plan, self.data, self.memory = plan, data, plan.memory
+        self.plan, self.data, self.memory = plan, data, plan.memory.total
         self.optimizer_name: str = plan.recipe.optimizer.kind
         is_tight = self.memory > memory_limit()
         self.memory_note = "  ** more than there is: smaller --batch, --accumulate or --remat **" * is_tight

@@ -138,7 +138,7 @@ class Training(Stage):
             ("parameters", f"{params.total:,} ({params.total:,} trainable, 0 frozen)"),
             ("FLOPs", f"{format_count(flops)} a token trained (6N + 12LDT, N = {format_count(params.matmul)})"),
             ("step", f"{recipe.batch} x {recipe.context} tokens{accumulated}, {optimizer}"),
-            ("memory", f"{memory_estimate(trainer.memory, 'step')}{trainer.memory_note}"),
+            ("memory", f"{memory_estimate(trainer.memory, plan.memory.saved, 'step')}{trainer.memory_note}"),
             ("length", f"{plan.length()}{default}"),
             (
                 "predicted",
