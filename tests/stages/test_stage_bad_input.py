@@ -13,7 +13,7 @@ import pytest
 from tiny_runs import command, tiny, write_text
 
 from engine.counting import hardware
-from engine.storage import manifest
+from engine.storage import checkpoint, manifest
 from stages import generate
 from stages.cli.command import explain_error, run_command
 from stages.evaluate import __main__ as evaluate
@@ -125,7 +125,8 @@ def test_folder_that_is_no_run_is_left_alone(text, tmp_path, failing):
 def test_no_sound_checkpoint(trained, text, tmp_path, failing):
     folder = tmp_path / "sea"
     shutil.copytree(trained, folder)
-    (folder / "checkpoints" / "20" / "state.json").write_text("{}")
+    for step in checkpoint.steps(folder):
+        (folder / "checkpoints" / str(step) / "state.json").write_text("{}")
     for main, args in (
         (train.main, tiny(text, folder, "--tokenizer", "bpe:300", "--context", 64, "--steps", 30)),
         (generate.main, ["--model", folder]),

@@ -45,7 +45,7 @@ def test_the_steps_are_those_of_jax(by_hand, text, tmp_path):
 def test_other_commands_read_the_run(by_hand, capsys):
     assert evaluate.main(["--model", str(by_hand)]) == 0
     output = capsys.readouterr().out
-    assert f"{read_json(by_hand / 'run.json')['result']['val_bits_per_byte']:.3f}" in output
+    assert f"{read_json(by_hand / 'run.json')['result']['val_bits_per_byte']:.4f}" in output
     sample = (by_hand / "samples" / f"{STEPS}.txt").read_bytes()
     prompt, completion = sample[:8].decode(), sample[8:].decode()  # bytes are tokens, of which a quarter context is given
     arguments = ["--model", str(by_hand), "--prompt", prompt, "--temperature", "0", "--max-tokens", "160"]
@@ -75,7 +75,7 @@ def test_it_goes_on_where_it_stopped(by_hand, text, tmp_path, monkeypatch, capsy
     with monkeypatch.context() as stopping:
         interrupt_after(stopping, 5, signal.SIGINT)
         assert train.main(same) == 130
-    assert checkpoint.steps(folder) == [5]
+    assert checkpoint.steps(folder)[-1] == 5
     assert train.main(same) == 0
     assert "resumed at step 5" in capsys.readouterr().out
     assert digest(checkpoint.load_params(folder).params) == digest(checkpoint.load_params(by_hand).params)
