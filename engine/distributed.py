@@ -185,8 +185,8 @@ def exchange(*numbers: float) -> list[list[float]]:
     import numpy as np
 
     rows, program = _gather_program()
-    mine = np.array([numbers], np.float32)
-    everyone = program(jax.make_array_from_process_local_data(rows, mine, (_group.processes, len(numbers))))
+    row = np.array([numbers], np.float32)
+    everyone = program(jax.make_array_from_process_local_data(rows, row, (_group.processes, len(numbers))))
     return np.asarray(everyone.addressable_data(0)).tolist()
 
 

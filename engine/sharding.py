@@ -187,11 +187,11 @@ def local_rows(rows: int) -> tuple[int, int]:
     if mesh is None:
         return 1, 0
     index = NamedSharding(mesh, P(ROWS)).devices_indices_map((rows,))
-    mine = sorted({index[device][0].indices(rows)[:2] for device in mesh.local_devices})
-    count = sum(stop - start for start, stop in mine)
-    if mine[-1][1] - mine[0][0] != count or mine[0][0] % count:
+    ranges = sorted({index[device][0].indices(rows)[:2] for device in mesh.local_devices})
+    count = sum(stop - start for start, stop in ranges)
+    if ranges[-1][1] - ranges[0][0] != count or ranges[0][0] % count:
         raise UserError("The rows of this process do not lie side by side: let tensor divide the devices of each process.")
-    return rows // count, mine[0][0] // count
+    return rows // count, ranges[0][0] // count
 
 
 def global_batch(batch: Any) -> Any:

@@ -46,8 +46,8 @@ def read_collectives(hlo: str) -> list[Collective]:
 
     Raises UserError for a loop of collectives that does not say how often it runs.
     """
-    found = _COMPUTATION.findall(hlo)
-    bodies = {name: text.splitlines() for _, name, text in found}
+    computations = _COMPUTATION.findall(hlo)
+    bodies = {name: text.splitlines() for _, name, text in computations}
     devices = math.prod(map(int, re.findall(r"(?:num_partitions|replica_count)=(\d+)", hlo.partition("\n")[0])))
 
     @functools.cache
@@ -62,7 +62,7 @@ def read_collectives(hlo: str) -> list[Collective]:
                 collectives += [one._replace(times=rounds * one.times) for one in inner]
         return [one for one in collectives if len(one.group) > 1]
 
-    return [one for entry, name, _ in found if entry for one in inside(name)]
+    return [collective for entry, name, _ in computations if entry for collective in inside(name)]
 
 
 def _called(line: str) -> list[str]:

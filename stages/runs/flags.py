@@ -71,10 +71,10 @@ class MeshFlags:
     """The time in which all processes must have started."""
 
     def __post_init__(self) -> None:
-        given = (self.process is not None, self.coordinator is not None)
-        if self.processes in (None, 1) and any(given):
+        joining = (self.process is not None, self.coordinator is not None)
+        if self.processes in (None, 1) and any(joining):
             raise UserError("--process and --coordinator are for several processes: give --processes N, or leave them out.")
-        if (self.processes or 1) > 1 and not all(given):
+        if (self.processes or 1) > 1 and not all(joining):
             raise UserError(
                 f"Each of {self.processes} processes wants --process I and --coordinator HOST:PORT, or all of them "
                 "--processes auto."

@@ -66,14 +66,17 @@ def put(tree: Any) -> Any:
 
 def to_saved(cfg: ModelConfig, tree: Any) -> Any:
     """Returns parameters or a state with their columns in the order of files, on the devices where they are."""
-    return from_saved(cfg, tree, ungroup_columns)
+    return _reorder(lambda tree: ungroup_columns(cfg, tree), tree)
 
 
-def from_saved(cfg: ModelConfig, tree: Any, order: Callable[[ModelConfig, Any], Any] = group_columns) -> Any:
+def from_saved(cfg: ModelConfig, tree: Any) -> Any:
     """The inverse of `to_saved`."""
+    return _reorder(lambda tree: group_columns(cfg, tree), tree)
+
+
+def _reorder(reorder: Callable[[Any], Any], tree: Any) -> Any:
     if column_shards() == 1:
         return tree
-    reorder = lambda tree: order(cfg, tree)
     return jax.jit(reorder, out_shardings=shardings(jax.eval_shape(reorder, tree)))(tree)
 
 

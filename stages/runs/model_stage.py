@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from engine import distributed
 from engine.counting.params import count_params
 from engine.model.config import LoraConfig, ModelConfig
-from engine.sharding import group_columns, mesh_here
+from engine.sharding import mesh_here, place
 from engine.storage.adapter import save_adapter
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model
@@ -21,7 +21,7 @@ from engine.text.chat_tokenizer import ChatTokenizer
 from engine.training.optimizer import make_optimizer
 from engine.training.step import TrainState, init_state
 from stages.cli.console import Console
-from stages.runs.mesh import on_one_device, put
+from stages.runs.mesh import on_one_device
 from stages.runs.run import Stage
 from stages.runs.trainable import split_trainable
 
@@ -66,7 +66,7 @@ class ModelStage(Stage):
         cfg, split = self.plan.cfg, self.split
         if mesh_here():
             self.split = dataclasses.replace(
-                split, trainable=put(group_columns(cfg, split.trainable)), frozen=put(group_columns(cfg, split.frozen)),
+                split, trainable=place(cfg, split.trainable), frozen=place(cfg, split.frozen),
                 frozen_as_loaded=jax.device_get(split.frozen_as_loaded),
             )  # fmt: skip
             self.model = dataclasses.replace(self.model, params=jax.device_get(self.model.params))

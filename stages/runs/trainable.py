@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import jax
 
-from engine import sharding
 from engine.counting.params import count_params
 from engine.counting.trainable_paths import TrainablePaths, lora_only
 from engine.model.config import LoraConfig, ModelConfig
@@ -77,8 +76,8 @@ def split_trainable(
     """Splits params: trainable ones in float32, frozen ones in the compute type or int8. Changes no array of `params`."""
     if not lora:
         trainable, as_loaded = split(merge_lora(params), paths.weights)
-        frozen = sharding.place(cfg, cast_matrices(as_loaded, cfg.dtype))
+        frozen = cast_matrices(as_loaded, cfg.dtype)
         return TrainableSplit(cast_matrices(trainable, "float32"), frozen, as_loaded, paths)
     adapter = init_lora(cfg, params, jax.random.key(seed), lora)
     frozen = params if base == "float" else quantize(params, matmul_rules(params, "full"))
-    return TrainableSplit(adapter, sharding.place(cfg, cast_matrices(frozen, cfg.dtype)), None, paths)
+    return TrainableSplit(adapter, cast_matrices(frozen, cfg.dtype), None, paths)

@@ -23,7 +23,7 @@ from engine.errors import UserError
 from engine.format import duration, format_bytes, si
 from engine.model.config import ModelConfig
 from engine.model.transformer import init_params
-from engine.sharding import MeshShape, check_mesh, describe, global_batch, make_mesh
+from engine.sharding import MeshShape, describe, global_batch, make_mesh
 from engine.text.batch import Batch
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state
@@ -38,11 +38,10 @@ EFFICIENCY = 0.5  # of the peak, by products; whole published runs reach 0.2 to 
 
 def plan_on_mesh(plan: RunPlan, mesh: MeshShape, device: Accelerator, console: Console) -> list[tuple[str, str]]:
     """Returns rows: bytes a device, collectives and seconds of a step. Raises UserError when it does not compile."""
-    check_mesh(mesh, plan.cfg, plan.recipe.batch, plan.recipe.accumulate)
-    found = _compile_in_subprocess(plan, mesh, console)
-    collectives = [Collective(kind, size, tuple(group), times) for kind, size, group, times in found["collectives"]]
-    held, limit = found["state"] + found["temporaries"], 1e9 * device.memory_gb
-    holds = f"a device: {format_bytes(found['state'])} of state, {format_bytes(found['temporaries'])} of temporaries; "
+    compiled = _compile_in_subprocess(plan, mesh, console)
+    collectives = [Collective(kind, size, tuple(group), times) for kind, size, group, times in compiled["collectives"]]
+    held, limit = compiled["state"] + compiled["temporaries"], 1e9 * device.memory_gb
+    holds = f"a device: {format_bytes(compiled['state'])} of state, {format_bytes(compiled['temporaries'])} of temporaries; "
     holds += f"{device.name} has {format_bytes(limit)}"
     if held > limit:
         larger = mesh._replace(fsdp=mesh.fsdp * 2 ** math.ceil(math.log2(held / limit)))
@@ -58,7 +57,7 @@ def plan_on_mesh(plan: RunPlan, mesh: MeshShape, device: Accelerator, console: C
     least, most = si(max(seconds.values()), "s"), si(sum(seconds.values()), "s")
     parts = ", ".join(f"{name} {si(value, 's')}" for name, value in seconds.items())
     return [
-        ("mesh", f"{mesh}: compiled for {mesh.devices} virtual devices in {duration(found['seconds'])}, not run"),
+        ("mesh", f"{mesh}: compiled for {mesh.devices} virtual devices in {duration(compiled['seconds'])}, not run"),
         ("holds", holds),
         ("sends", f"a device: {sent} a step, in {', '.join(kinds) or 'nothing'}"),
         ("takes", f"a step: {least} if all of this overlaps, {most} if nothing does: {parts}"),
@@ -127,8 +126,12 @@ def compile_for_parent() -> None:
         batch = global_batch(Batch(tokens, tokens, counts, tokens))
         program = compile_step(cfg, optimizer, accumulate, state, {}, batch)
     held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
-    found = {"state": held, "temporaries": xla_peak(program) - held, "collectives": read_collectives(program.as_text() or "")}
-    print(json.dumps(found | {"seconds": time.monotonic() - begin}))
+    compiled = {
+        "state": held,
+        "temporaries": xla_peak(program) - held,
+        "collectives": read_collectives(program.as_text() or ""),
+    }
+    print(json.dumps(compiled | {"seconds": time.monotonic() - begin}))
 
 
 if __name__ == "__main__":
