@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-    """One device: its peak of dense bfloat16 products, its memory, and the GB/s that it sends inside a node and beyond."""
+    """One device: its peak of dense products, its memory, the GB/s that it sends inside a node and beyond, and its costs.
+
+    A number is 0 where no source that was read has it.
+    """
 
     name: str
     bf16_tflops: float
@@ -22,7 +25,12 @@ class Accelerator:
     node: int  # devices on a fast interconnect: of a machine, of a TPU pod
     node_gbs: float
     network_gbs: float
+    eight_bit_tflops: float  # of fp8, or of int8 where there is no fp8
+    watts: float  # of a GPU its limit, of a TPU its measured mean
+    usd_low: float  # an hour's rent
+    usd_high: float
     source: str
+    price_source: str = ""
 
     def send_seconds(self, collective: "Collective") -> float:
         """Predicts the seconds of a ring. One over several nodes has the network of all its devices in a node."""
@@ -31,10 +39,17 @@ class Accelerator:
         return collective.wire_bytes / (1e9 * (self.node_gbs if nodes == 1 else min(self.node_gbs, network)))
 
 
-def find_accelerator(name: str) -> Accelerator:
-    """Returns the accelerator of a name. Raises UserError for an unknown one."""
-    rows = {row["name"]: row for row in csv.DictReader(Path(__file__).with_suffix(".csv").read_text().splitlines())}
-    if name not in rows:
-        raise UserError(f"There are figures of {', '.join(rows)}, not of {name!r}.{did_you_mean(name, [*rows])}")
+def read_accelerators() -> dict[str, Accelerator]:
+    """Returns all accelerators by name, in the order of the file."""
     types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Accelerator)}
-    return Accelerator(**{column: types[column](value) for column, value in rows[name].items()})
+    rows = csv.DictReader(Path(__file__).with_suffix(".csv").read_text(encoding="utf-8").splitlines())
+    number = lambda name, text: types[name](text) if text else types[name]()  # 0 or ""
+    return {row["name"]: Accelerator(**{name: number(name, text) for name, text in row.items()}) for row in rows}
+
+
+def find_accelerator(name: str) -> Accelerator:
+    """Returns the accelerator of a name, for a mesh. Raises UserError for an unknown one, or one without a known network."""
+    known = {name: device for name, device in read_accelerators().items() if device.network_gbs}
+    if name not in known:
+        raise UserError(f"There are figures of {', '.join(known)}, not of {name!r}.{did_you_mean(name, [*known])}")
+    return known[name]
