@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engine import distributed
+from engine.counting.hardware import device_memory_bytes
 from engine.device import Device
 from engine.errors import UserError
 from engine.model.config import ModelConfig
@@ -24,6 +25,12 @@ def mesh_shape(text: str | None) -> MeshShape | None:
     if text is None:
         return MeshShape(fsdp=jax.device_count()) if distributed.process_count() > 1 else None
     return parse_mesh(text)
+
+
+def accelerators(text: str | None) -> int:
+    """Returns how many devices' FLOP/s a run on `--mesh` has: 1 on a CPU, whose virtual devices share its cores."""
+    shape = mesh_shape(text)
+    return shape.devices if shape and jax.default_backend() != "cpu" else 1
 
 
 def devices_in(shape: MeshShape) -> Mesh:
@@ -84,6 +91,17 @@ def new_state(begin: Callable[[Any], Any], trainable: Any) -> Any:
     """Returns `begin(trainable)`; on a mesh each device makes its own part."""
     wanted = shardings(jax.eval_shape(begin, trainable))
     return begin(trainable) if wanted is None else jax.jit(begin, out_shardings=wanted)(trainable)
+
+
+def fits_one_device(tree: Any) -> bool:
+    """Whether every process has room for parameters whole on each of its devices, and once more in half as many bytes."""
+    if shardings(tree) is None:
+        return True
+    device = jax.local_devices()[0]
+    copies = len(jax.local_devices()) if device.platform == "cpu" else 1  # which share the host's memory
+    free = device_memory_bytes() - (device.memory_stats() or {}).get("bytes_in_use", 0)
+    fits = 1.5 * copies * sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) <= free
+    return all(process_fits for [process_fits] in distributed.exchange(fits))
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from stages.cli.console import Console
 from stages.runs.estimate import RunPlan, find_ceilings, memory_estimate, remeasure_ceilings
 from stages.runs.folder import default_folder
 from stages.runs.loop import Loop, LoopState, RunOptions
-from stages.runs.mesh import mesh_shape, on_one_device
+from stages.runs.mesh import accelerators, fits_one_device, mesh_shape, on_one_device
 from stages.runs.recipes import Recipe, recipe
 from stages.runs.run import RunReport, Stage, execute
 from stages.runs.text_data import prepare_text
@@ -106,7 +106,7 @@ class Training(Stage):
             "tokenizer": {"kind": recipe.tokenizer, "digest": data.tokenizer.digest},
             "recipe": recipe_facts,
         }  # fmt: skip
-        self.ceilings = find_ceilings(console)
+        self.ceilings, self.devices = find_ceilings(console), accelerators(None if options.dry_run else flags.mesh.mesh)
         self.planned_mesh = parse_mesh(flags.mesh.mesh) if flags.mesh.mesh and options.dry_run else None
         self.accelerator = flags.accelerator or find_accelerator("h100")
         self.tokenizer, self.stop_token_ids = data.tokenizer, (data.tokenizer.eos_id,)
@@ -118,8 +118,8 @@ class Training(Stage):
 
     def plan_rows(self) -> list[tuple[str, str]]:
         plan, data, cfg, recipe, trainer = self.plan, self.data, self.plan.cfg, self.plan.recipe, self.trainer
-        params, top = count_params(cfg), self.ceilings.peak_flops(cfg.dtype)
-        step_seconds = lambda plan: trainer.step_seconds(plan, self.ceilings)
+        params, top = count_params(cfg), self.devices * self.ceilings.peak_flops(cfg.dtype)
+        step_seconds = lambda plan: trainer.step_seconds(plan, self.ceilings) / self.devices
         steps, long = plan.predict(step_seconds(plan))
         note = short_run_note(plan, step_seconds)
         epochs = steps * plan.step_tokens / (len(data.train.tokens) - 1)
@@ -157,7 +157,7 @@ class Training(Stage):
         batches = MeshBatches(self.batches)
         program = trainer.make_program(state, batches.at(0), self.console)
         evaluator = quick_evaluator(cfg, data.validation, data.tokenizer, trainer.nats)
-        top, advice = self.ceilings.peak_flops(cfg.dtype), trainer.advice
+        top, advice = self.devices * self.ceilings.peak_flops(cfg.dtype), trainer.advice
         return TrainingSteps(program, batches, evaluator, self.plan, loop_state, top, advice)
 
     def finish(self, state: TrainState, loop: Loop, before: Any) -> RunReport:
@@ -168,15 +168,18 @@ class Training(Stage):
         with self.console.task("evaluating on the whole validation text", always=True) as report:
             seq, batch = cfg.context, rows_in_memory(cfg, cfg.context)
             nats = score_text(cfg, params, data.validation.tokens, seq, max(1, seq // 2), batch, report)
-        with self.console.task("writing a sample"), on_one_device(cfg, params) as whole:
-            text = self.trainer.sample(whole, SAMPLE) if distributed.is_first() else ""
-        if distributed.is_first():
-            with atomic_file(folder / "samples" / f"{step}.txt") as file:
-                file.write(text.encode())
+        if fits_one_device(params):
+            with self.console.task("writing a sample"), on_one_device(cfg, params) as whole:
+                text = self.trainer.sample(whole, SAMPLE) if distributed.is_first() else ""
+            if distributed.is_first():
+                with atomic_file(folder / "samples" / f"{step}.txt") as file:
+                    file.write(text.encode())
+        else:
+            text = "No sample: the model is too large for one device. `generate --mesh tensor=N` writes one."
         if seconds >= LONG_RUN:  # measuring takes seconds: a short run takes the ceilings as they are
             why = "MFU is a share of them, others' work only lowers them, and the higher ones count"
             self.ceilings = remeasure_ceilings(self.ceilings, why, self.console)
-        top = self.ceilings.peak_flops(cfg.dtype)
+        top = self.devices * self.ceilings.peak_flops(cfg.dtype)
         result = {
             "val_bits_per_byte": bits_per_byte(nats, data.validation.bytes), "train_seconds": seconds,
             "first_step_seconds": loop_state.first_step_seconds, "tokens_per_second": step * plan.step_tokens / seconds,
