@@ -86,6 +86,7 @@ class Stage(Protocol):
 def execute(options: RunOptions, make_stage: Callable[[Console], Stage]) -> int:
     """Carries out a run, or resumes the one in the folder. Returns 0, or 128 + the signal that stopped it."""
     with Console() as console:
+        distributed.refuse_differences({"--dry-run": str(options.dry_run)})  # the others would wait for one that only plans
         shape = mesh_shape(options.mesh)
         if not options.dry_run:  # which plans for devices that need not be here
             options = dataclasses.replace(options, device=with_mesh(options.device, shape))
