@@ -8,6 +8,7 @@ from engine.model.config import ModelConfig
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes that share the rows of a batch
+MOST = 2**16  # devices along an axis
 
 
 class MeshShape(NamedTuple):
@@ -37,7 +38,7 @@ def parse_mesh(text: str) -> MeshShape:
         name, _, size = item.strip().partition("=")
         if name not in AXES:
             raise UserError(f"A mesh has the axes {', '.join(AXES)}, not {name!r}.{did_you_mean(name, AXES)}")
-        if not size.isdecimal() or int(size) < 1 or name in sizes:
+        if not size.isdecimal() or not 0 < int(size) <= MOST or name in sizes:
             raise UserError(f"A mesh gives each axis one number of devices, such as data=2,fsdp=4; {item.strip()!r} does not.")
         sizes[name] = int(size)
     return MeshShape(**sizes)
@@ -56,9 +57,15 @@ def check_mesh(shape: MeshShape, cfg: ModelConfig, batch: int, microbatches: int
         count = math.prod(getattr(shape, axis) for axis in axes)
         if size % count:
             names = " x ".join(f"{axis}={getattr(shape, axis)}" for axis in axes)
-            fitting = [n for n in range(1, size + 1) if size % n == 0]
+            fitting = divisors(size)
             near = sorted({max(n for n in fitting if n < count), *[n for n in fitting if n > count][:1]})
             raise UserError(
                 f"{names} of the mesh {shape} does not divide the {size} {what}: "
                 f"{' times '.join(axes)} may be {' or '.join(map(str, near))}."
             )
+
+
+def divisors(number: int) -> list[int]:
+    """Returns all that divide a number, the smallest first."""
+    low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*low, *(number // n for n in low)})

@@ -76,6 +76,7 @@ def parser(parse: Callable[[str], Any], metavar: str) -> Any:
 
 
 COUNT = parser(integer(1), "N")
+BATCH = parser(integer(1, 10**9), "N")
 
 
 def positive(high: float = float("inf")) -> Any:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from engine.errors import UserError
-from stages.cli.flags import COUNT, default, integer, interval, number, one_of, parser, path, positive, with_help
+from stages.cli.flags import BATCH, COUNT, default, integer, interval, number, one_of, parser, path, positive, with_help
 from stages.runs.flags import FolderFlags, LengthFlags, MeshFlags, ModelRunFlags, SkipBatchesFlag, TrainableFlags
 
 
@@ -34,7 +34,7 @@ class TuningFlags:
     """`answers`: what the assistant says. `preference`: the chosen answer over the rejected one (DPO)."""
     beta: Annotated[float, positive(10)] = 0.1
     """Of preference: how far the model may move away from where it began."""
-    batch: Annotated[int, COUNT] = 2
+    batch: Annotated[int, BATCH] = 2
     """Rows a step (pairs, for preference)."""
     accumulate: Annotated[int | None, COUNT, default("1; with --base int8 as many as the batch has rows")] = None
     """Parts the batch is read in, one after another: less memory, the same step."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from engine.mesh_shape import divisors
 from engine.training.optimizer import OptimizerConfig
 
 
@@ -24,7 +25,7 @@ class Recipe:
         """
         most, parts = self.batch * self.context // self.accumulate, [1]
         if self.accumulate > 1:
-            parts = [n for n in range(1, batch + 1) if batch % (n * devices) == 0] or parts
+            parts = [n for n in divisors(batch) if batch % (n * devices) == 0] or parts
         accumulate = next((n for n in parts if batch // (n * devices) * context <= most), parts[-1])
         return dataclasses.replace(self, batch=batch, context=context, accumulate=accumulate)
 

@@ -223,7 +223,7 @@ def _record_changes(
     changes = changed_fields(previous, facts, plan.cfg)
     for line in describe_changes(changes):
         console.print(f"changed: {line}", style="yellow")
-    if "text/validation" in changes:  # a best on another text would never be beaten, or always
+    if changes.keys() & {"text/validation", "text/validation_digest"}:  # a best on another would never be beaten, or always
         loop_state.best = loop_state.best_step = None
     return [{"step": loop_state.step, "fields": changes}] if changes else []
 

@@ -30,6 +30,7 @@ class TextData:
     validation: TokenFile
     tokenizer: Tokenizer
     digest: str  # of the training tokens
+    validation_digest: str
     name: str
     validation_name: str
 
@@ -80,8 +81,10 @@ def prepare_text(data: str, validation: Path | None, spec: str, console: Console
         name = f"the last {HELD_OUT:.0%} of {data}"
     else:
         held_out, name = encode_text(validation_source, tokenizer, console), source_name(validation_source)
-    digest = hashlib.sha256(f"{_digest(train)} {len(train.tokens)}".encode()).hexdigest()
-    return TextData(train, held_out, tokenizer, digest, source_name(train_source), name)
+    file = _digest(train)  # a .bin, of which both may be parts
+    files = ((file, train), (file if held_out.path == train.path else _digest(held_out), held_out))
+    digests = (hashlib.sha256(f"{digest} {len(text.tokens)}".encode()).hexdigest() for digest, text in files)
+    return TextData(train, held_out, tokenizer, *digests, source_name(train_source), name)
 
 
 def encode_text(source: Source, tokenizer: Tokenizer, console: Console) -> TokenFile:

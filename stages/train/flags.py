@@ -9,7 +9,7 @@ import tyro
 from engine.counting.accelerators import Accelerator, find_accelerator
 from engine.errors import UserError
 from engine.model.config import preset
-from stages.cli.flags import COUNT, default, integer, interval, number, one_of, parser, path, positive, with_help
+from stages.cli.flags import BATCH, COUNT, default, integer, interval, number, one_of, parser, path, positive, with_help
 from stages.runs.flags import FolderFlags, LengthFlags, MeshFlags, RunFlags, SkipBatchesFlag
 
 RECIPE = default("the preset's recipe")
@@ -32,7 +32,7 @@ class TextFlags:
 class StepFlags:
     """The batch of a step, and how it is computed."""
 
-    batch: Annotated[int | None, COUNT, RECIPE] = None
+    batch: Annotated[int | None, BATCH, RECIPE] = None
     """Windows of text a step."""
     accumulate: Annotated[int | None, COUNT, RECIPE] = None
     """Parts the batch is read in, one after another: less memory, the same step."""

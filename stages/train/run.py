@@ -101,7 +101,7 @@ class Training(Stage):
             "preset": plan.name,
             "text": {
                 "data": text.data, "validation": str(text.validation) if text.validation else None, "digest": data.digest,
-                "bytes": data.train.bytes, "tokens": len(data.train.tokens),
+                "validation_digest": data.validation_digest, "bytes": data.train.bytes, "tokens": len(data.train.tokens),
             },
             "tokenizer": {"kind": recipe.tokenizer, "digest": data.tokenizer.digest},
             "recipe": recipe_facts,

@@ -66,7 +66,7 @@ def test_a_run_of_enough_steps_or_of_as_many_as_asked_for_has_no_note(args, text
 def test_another_batch_is_read_in_parts_no_larger_than_the_recipes():
     large, small = recipe("gpt2-124m", 300), recipe("demo", 300)
     assert (large.batch, large.context, large.accumulate) == (32, 1024, 8)
-    shapes = {(4, 256): 1, (6, 1024): 2, (64, 1024): 16, (32, 1024): 8, (7, 2048): 7, (1, 8192): 1}
+    shapes = {(4, 256): 1, (6, 1024): 2, (64, 1024): 16, (32, 1024): 8, (7, 2048): 7, (1, 8192): 1, (10**9, 1024): 25 * 10**7}
     assert {shape: large.resize(*shape).accumulate for shape in shapes} == shapes
     assert small.resize(64, 512).accumulate == 1, "a recipe of one part stays so"
 

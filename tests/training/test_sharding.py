@@ -89,6 +89,7 @@ def test_random_weights_are_those_of_one_device(trained):
         ("fdsp=2", "axes data, fsdp, tensor, not 'fdsp'. Did you mean 'fsdp'?"),
         ("fsdp", "one number of devices"),
         ("fsdp=0", "one number of devices"),
+        (f"fsdp={10**20}", "one number of devices"),
         ("fsdp=2,fsdp=4", "'fsdp=4' does not"),
     ],
 )
