@@ -60,6 +60,10 @@ def connect(processes: int | None, process: int | None, coordinator: str | None,
 
     # Its notice is SIGTERM, whose handler it would replace; `exchange` carries our own, and Ctrl-C too.
     jax.config.update("jax_enable_preemption_service", False)
+    if jax.config.jax_distributed_verify_secure_credentials and not jax.config.jax_mtls_cert_file:
+        raise UserError(
+            "JAX_DISTRIBUTED_VERIFY_SECURE_CREDENTIALS wants JAX_MTLS_CERT_FILE, JAX_MTLS_KEY_FILE and JAX_MTLS_CA_FILE."
+        )
     where = coordinator or "the cluster's coordinator"
     if coordinator and process:
         _reach(coordinator, seconds)
