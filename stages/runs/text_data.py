@@ -81,10 +81,12 @@ def prepare_text(data: str, validation: Path | None, spec: str, console: Console
         name = f"the last {HELD_OUT:.0%} of {data}"
     else:
         held_out, name = encode_text(validation_source, tokenizer, console), source_name(validation_source)
-    file = _digest(train)  # a .bin, of which both may be parts
-    files = ((file, train), (file if held_out.path == train.path else _digest(held_out), held_out))
-    digests = (hashlib.sha256(f"{digest} {len(text.tokens)}".encode()).hexdigest() for digest, text in files)
-    return TextData(train, held_out, tokenizer, *digests, source_name(train_source), name)
+    of_file = _digest(train)  # a .bin, of which both may be parts
+    digest, held_out_digest = (
+        hashlib.sha256(f"{of_file if text.path == train.path else _digest(text)} {len(text.tokens)}".encode()).hexdigest()
+        for text in (train, held_out)
+    )
+    return TextData(train, held_out, tokenizer, digest, held_out_digest, source_name(train_source), name)
 
 
 def encode_text(source: Source, tokenizer: Tokenizer, console: Console) -> TokenFile:
