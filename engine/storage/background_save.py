@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from engine import distributed
 from engine.counting.hardware import free_host_bytes
 from engine.storage import checkpoint
 
@@ -38,13 +39,15 @@ class BackgroundSaver:
 
     def reserve(self, *trees: Any) -> None:
         """Begins to make room for copies of such trees, beside training, unless memory is too small for them."""
-        size = sum(map(_aligned_bytes, jax.tree.leaves(trees)))
+        size = sum(map(_copied_bytes, jax.tree.leaves(trees)))
         if size <= free_host_bytes():
             self._work = self._pool.submit(self._map_memory, size)
 
     def _map_memory(self, size: int) -> None:
+        if distributed.process_count() > 1:  # whose steps would wait for it at the first save
+            checkpoint.import_orbax()
         try:
-            memory = mmap.mmap(-1, size)
+            memory = mmap.mmap(-1, max(size, 1))
         except OSError:  # a limit on memory that is not the machine's
             return
         if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -58,14 +61,14 @@ class BackgroundSaver:
         """Waits for the write before this one, copies the arrays, and begins to write them as `checkpoint.save` does.
 
         The arrays may be donated or changed as soon as this returns. Without room for the copy it returns when they are
-        written. Raises the UserError of the write before.
+        written. Raises the UserError of the write before. Several processes must save at the same steps.
         """
         self.wait()
         if self._memory is not None:
             trainable, optimizer = _copy_arrays((trainable, optimizer), self._memory)
-        self._work = self._pool.submit(
-            lambda: checkpoint.save(self.folder, step, self.to_saved(trainable), optimizer, state, keep=self.keep, best=best)
-        )
+        params = self.to_saved(trainable)
+        begin = lambda: checkpoint.begin_save(self.folder, step, params, optimizer, state, keep=self.keep, best=best)
+        self._work = self._pool.submit(self._pool.submit(begin).result())  # all that begins there has its priority
         if self._memory is None:
             self.wait()
 
@@ -90,7 +93,8 @@ class BackgroundSaver:
             if error is None:
                 self.wait()
         finally:
-            self._pool.shutdown()
+            # After an error the thread may wait for other processes, which this one has to end.
+            self._pool.shutdown(wait=error is None or distributed.process_count() == 1)
             self._memory = None
 
 
@@ -99,22 +103,49 @@ def _lower_priority() -> None:
         os.nice(NICENESS)
 
 
-def _aligned_bytes(leaf: Any) -> int:
-    return -(-leaf.nbytes // ALIGNED) * ALIGNED
+def _copied_bytes(leaf: Any) -> int:
+    """Returns the bytes that `_copy_arrays` takes for an array: of this process's distinct parts of it."""
+    if not checkpoint.is_shared(leaf):
+        return _aligned(leaf.nbytes)
+    parts = {shard.index: shard.data.nbytes for shard in leaf.addressable_shards}
+    return sum(map(_aligned, parts.values())) if jax.default_backend() == "cpu" else 0
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
 
 
 def _copy_arrays(tree: Any, memory: mmap.mmap) -> Any:
-    """Returns the tree with NumPy copies of its arrays, one after another in `memory`."""
+    """Returns the tree with copies of its arrays, one after another in `memory`: NumPy's, or JAX's of several processes."""
     leaves, structure = jax.tree.flatten(tree)
-    copies, start = [], 0
-    for leaf in leaves:
-        copy = np.frombuffer(memory, leaf.dtype, leaf.size, start).reshape(leaf.shape)
-        if isinstance(leaf, jax.Array):
-            for shard in leaf.addressable_shards:
-                if shard.replica_id == 0:
-                    copy[shard.index] = np.asarray(shard.data)
-        else:
-            copy[...] = leaf
-        copies.append(copy)
-        start += _aligned_bytes(leaf)
-    return jax.tree.unflatten(structure, copies)
+    start = 0
+
+    def copy(x: Any) -> np.ndarray:
+        nonlocal start
+        place = np.frombuffer(memory, x.dtype, x.size, start).reshape(x.shape)
+        start += _aligned(x.nbytes)
+        for shard in x.addressable_shards if isinstance(x, jax.Array) else ():
+            if shard.replica_id == 0:
+                place[shard.index] = np.asarray(shard.data)
+        if not isinstance(x, jax.Array):
+            place[...] = x
+        return place
+
+    copies = [_copy_shared(leaf, copy) if checkpoint.is_shared(leaf) else copy(leaf) for leaf in leaves]
+    return jax.block_until_ready(jax.tree.unflatten(structure, copies))
+
+
+def _copy_shared(leaf: jax.Array, copy: Callable[[Any], np.ndarray]) -> jax.Array:
+    """Returns an array of several processes with this process's parts in host memory.
+
+    On a CPU each distinct part is copied once, and JAX takes it as it lies there, aligned. Elsewhere JAX copies the part of
+    every device to pinned memory.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.device_put(leaf, leaf.sharding.with_memory_kind("pinned_host"))
+    parts: dict[Any, np.ndarray] = {}
+    for shard in leaf.addressable_shards:
+        if shard.index not in parts:
+            parts[shard.index] = copy(shard.data)
+    arrays = [jax.device_put(parts[shard.index], shard.device) for shard in leaf.addressable_shards]
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, arrays)

@@ -9,7 +9,7 @@
 Orbax commits by a rename without fsync or checksum. So a checkpoint is built in a hidden folder, synced, read back and
 compared with memory, and appears by one rename: a kill at any instant leaves the older ones and no partial one. Nothing is
 loaded before its SHA-256 is checked: damage is named, and the newest intact checkpoint is used. Each of several processes
-writes its own part of the arrays; process 0 writes the rest and commits.
+writes its own part of the arrays and reads it back; process 0 writes the rest, and commits when all have.
 """
 
 import concurrent.futures
@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -37,6 +37,8 @@ from engine.storage.digest import leaves_by_path
 from engine.storage.manifest import verify, write_manifest
 
 COMPARED_BYTES = 2**27  # at once, of a checkpoint that is read back
+TOPIC = "save"  # of what processes tell one another, in a thread of its own
+INNER = "orbax"  # Orbax wants to make the folder itself
 
 
 class LoadedCheckpoint(NamedTuple):
@@ -62,6 +64,27 @@ def save(
     then stay as they were, as after a KeyboardInterrupt or a kill. Raises TypeError or ValueError, before anything is
     written, for a leaf that could not be restored or a state that is not JSON.
     """
+    return begin_save(folder, step, params, optimizer, state, keep=keep, best=best)()
+
+
+def begin_save(
+    folder: Path, step: int, params: Any, optimizer: Any, state: dict[str, Any], *, keep: int, best: int | None = None
+) -> Callable[[], Path]:  # fmt: skip
+    """Begins what `save` does, and returns the rest of it, which may run in another thread. Raises what `save` does.
+
+    The arrays must stay as they are until the rest has run. Orbax begins a save of several processes with a collective, so all
+    must call this at the same place in their programs; the rest exchanges keys alone. Where the rest fails in one process, the
+    others wait in it until that one ends them.
+    """
+    parts = _save(folder, step, params, optimizer, state, keep, best)
+    next(parts)
+    return lambda: next(parts)
+
+
+def _save(
+    folder: Path, step: int, params: Any, optimizer: Any, state: dict[str, Any], keep: int, best: int | None
+) -> Iterator[Path]:
+    """Yields the checkpoint's path when its save has begun, and again when it is done."""
     if step < 0 or keep < 1:
         raise ValueError(f"save: step must be at least 0 and keep at least 1, not {step} and {keep}.")
     trees = {"params": _check_leaves("params", params), "optimizer": _check_leaves("optimizer", optimizer)}
@@ -69,30 +92,17 @@ def save(
     root = _root(folder)
     target = root / str(step)
     wanted = sum(leaf.nbytes for tree in trees.values() for leaf in jax.tree.leaves(tree))
-    if not distributed.is_first():
-        building = Path(distributed.share(topic="save")[0])
-        _write_arrays(building, trees)
-        _compare_arrays(building, trees)
-        return target
     try:
-        make_folder(root)
-        with folder_lock(root):
-            _remove_incomplete(root)
-            disk = shutil.disk_usage(root)
-            if disk.total > 0 and disk.free < wanted:  # some network file systems know neither
-                raise OSError(errno.ENOSPC, f"{disk.free / 1e6:,.1f} MB are free")
-            with atomic_folder(target) as building:
-                _write_arrays(Path(distributed.share(str(building), "save")[0]), trees)
+        with _building(target, wanted, keep, best) as building:
+            begun = _begin_arrays(building, trees)
+            yield target
+            _write_arrays(building, trees, begun)
+            if distributed.is_first():
                 (building / "state.json").write_text(record + "\n", encoding="utf-8")
                 sync_and_drop(building)  # so that the disk is read, not what memory still holds of the files
                 write_manifest(building)
-                _compare_arrays(building, trees)
-            for old in [earlier for earlier in steps(folder) if earlier <= step][:-keep]:
-                if old == best:
-                    continue
-                # Hidden by one rename, so that a kill leaves nothing that looks like a checkpoint.
-                with contextlib.suppress(OSError):  # the next save tries again
-                    shutil.rmtree((root / str(old)).rename(root / f".{old}.gone"), ignore_errors=True)
+            _compare_arrays(building, trees)
+        distributed.share(topic=TOPIC)  # until process 0 has committed
     except (OSError, ValueError) as error:
         # TensorStore tells the operating system's error in a ValueError.
         code = re.search(r"os_error_code='(\d+)'", str(error))
@@ -103,7 +113,34 @@ def save(
             f"Checkpoint {target} could not be written ({wanted / 1e6:,.1f} MB wanted): {reason}. Earlier checkpoints are "
             "untouched; make room, or choose another folder."
         ) from error
-    return target
+    yield target
+
+
+@contextlib.contextmanager
+def _building(target: Path, wanted: int, keep: int, best: int | None) -> Iterator[Path]:
+    """Gives all processes a folder to write in, which then appears at `target`; removes what `save` does not keep.
+
+    Process 0 makes and renames it. Raises OSError when fewer than `wanted` bytes are free.
+    """
+    if not distributed.is_first():
+        yield Path(distributed.share(topic=TOPIC)[0])
+        return
+    root, step = target.parent, int(target.name)
+    make_folder(root)
+    with folder_lock(root):
+        _remove_incomplete(root)
+        disk = shutil.disk_usage(root)
+        if disk.total > 0 and disk.free < wanted:  # some network file systems know neither
+            raise OSError(errno.ENOSPC, f"{disk.free / 1e6:,.1f} MB are free")
+        with atomic_folder(target) as building:
+            distributed.share(str(building), TOPIC)
+            yield building
+        for old in [earlier for earlier in steps(root.parent) if earlier <= step][:-keep]:
+            if old == best:
+                continue
+            # Hidden by one rename, so that a kill leaves nothing that looks like a checkpoint.
+            with contextlib.suppress(OSError):  # the next save tries again
+                shutil.rmtree((root / str(old)).rename(root / f".{old}.gone"), ignore_errors=True)
 
 
 def load(folder: Path, params_like: Any, optimizer_like: Any) -> LoadedCheckpoint:
@@ -225,8 +262,13 @@ def _check_leaves(part: str, tree: Any) -> Any:
         if (other := names.setdefault(".".join(path), name)) != name:
             raise ValueError(f"save: {other} and {name} would have one name on disk.")
     # Orbax takes an array of one of several processes for a mistake; process 0 writes NumPy's.
-    alone = lambda leaf: isinstance(leaf, np.generic) or (distributed.process_count() > 1 and not _is_shared(leaf))
+    alone = lambda leaf: isinstance(leaf, np.generic) or (distributed.process_count() > 1 and not is_shared(leaf))
     return jax.tree.map(lambda leaf: np.asarray(leaf) if alone(leaf) else leaf, tree)
+
+
+def import_orbax() -> None:
+    """Imports what the first save would import."""
+    _run_orbax(lambda _: None)
 
 
 def _run_orbax[T](work: Callable[[ModuleType], T]) -> T:
@@ -244,17 +286,12 @@ def _run_orbax[T](work: Callable[[ModuleType], T]) -> T:
         # Else a folder that cannot be made is noticed after twenty minutes.
         context.asynchronous.create_directories_asynchronously = False
         context.memory.deepcopy_host_arrays = False  # nobody changes an array while we wait
-        logger = logging.getLogger("absl")
-        level = logger.level
-        logger.setLevel(logging.CRITICAL)  # Orbax raises each error that it logs
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax raises each error that it logs, also in its own threads
         report = sys.unraisablehook
         # After an error, which is raised, TensorStore still calls into event loops that Orbax has closed.
         sys.unraisablehook = lambda late: None if str(late.exc_value) == "Event loop is closed" else report(late)
-        try:
-            with context:
-                result = work(ocp)
-        finally:
-            logger.setLevel(level)
+        with context:
+            result = work(ocp)
         sys.unraisablehook = report
         return result
 
@@ -262,10 +299,19 @@ def _run_orbax[T](work: Callable[[ModuleType], T]) -> T:
         return pool.submit(run).result()
 
 
-def _write_arrays(building: Path, trees: dict[str, Any]) -> None:
-    inner = building / "orbax"  # Orbax wants to make the folder itself
-    if filled := {part: tree for part, tree in trees.items() if jax.tree.leaves(tree)}:
-        _run_orbax(lambda ocp: ocp.save_checkpointables(inner, filled))
+def _begin_arrays(building: Path, trees: dict[str, Any]) -> Any:
+    """Begins to write the arrays of several processes; returns Orbax's response, or None with one process."""
+    filled = _filled(trees)
+    if distributed.process_count() == 1 or not filled:
+        return None
+    return _run_orbax(lambda ocp: ocp.save_checkpointables_async(building / INNER, filled))
+
+
+def _write_arrays(building: Path, trees: dict[str, Any], begun: Any = None) -> None:
+    """Writes the arrays, or waits until those are written that `_begin_arrays` has begun."""
+    inner = building / INNER
+    if filled := _filled(trees):
+        _run_orbax(lambda ocp: begun.result() if begun else ocp.save_checkpointables(inner, filled))
         if not distributed.is_first():
             return
         (inner / "commit_success.txt").unlink(missing_ok=True)  # says only where it was built
@@ -274,12 +320,16 @@ def _write_arrays(building: Path, trees: dict[str, Any]) -> None:
         inner.rmdir()
 
 
+def _filled(trees: dict[str, Any]) -> dict[str, Any]:
+    return {part: tree for part, tree in trees.items() if jax.tree.leaves(tree)}
+
+
 def _compare_arrays(building: Path, trees: dict[str, Any]) -> None:
     """Reads the arrays back, about COMPARED_BYTES at a time, and raises OSError for one that has other bits than in memory.
 
     Each of several processes compares its own parts; all wait for process 0 before, and for one another after.
     """
-    distributed.share(topic="save")
+    distributed.share(topic=TOPIC)
     for part, tree in trees.items():
         leaves, structure = jax.tree.flatten(tree)
         sums = itertools.accumulate(leaf.nbytes for leaf in leaves)
@@ -287,7 +337,7 @@ def _compare_arrays(building: Path, trees: dict[str, Any]) -> None:
         for group in dict.fromkeys(groups):
             # Orbax does not read the leaves that are `...`.
             like = [
-                (_as_abstract if _is_shared(leaf) else _on_host)(leaf) if at == group else ...
+                (_as_abstract if is_shared(leaf) else _on_host)(leaf) if at == group else ...
                 for leaf, at in zip(leaves, groups)
             ]
             abstract = jax.tree.unflatten(structure, like)
@@ -299,17 +349,17 @@ def _compare_arrays(building: Path, trees: dict[str, Any]) -> None:
                 if back is not ... and not all(map(np.array_equal, _bytes(leaf), _bytes(back))):
                     name = next("/".join(path) for path, other in leaves_by_path(tree).items() if other is leaf)
                     raise OSError(errno.EIO, f"{part}/{name} was read back with other bits than it has in memory")
-    distributed.share(topic="save")
+    distributed.share(topic=TOPIC)
 
 
-def _is_shared(leaf: Any) -> bool:
+def is_shared(leaf: Any) -> bool:
     """Whether an array lies on devices of several processes."""
     return isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
 
 
 def _bytes(leaf: Any) -> list[np.ndarray]:
     """Returns the bytes of this process's parts of an array."""
-    parts = [shard.data for shard in leaf.addressable_shards] if _is_shared(leaf) else [leaf]
+    parts = [shard.data for shard in leaf.addressable_shards] if is_shared(leaf) else [leaf]
     return [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts]
 
 

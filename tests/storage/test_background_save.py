@@ -145,8 +145,8 @@ def test_a_write_that_went_wrong_is_noticed_and_the_old_one_stays(tmp_path, monk
     save_model(tmp_path, 1)
     write = checkpoint._write_arrays
 
-    def write_wrong(building, trees):
-        write(building, trees)
+    def write_wrong(building, *args):
+        write(building, *args)
         file = max((building / "params").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 0x20

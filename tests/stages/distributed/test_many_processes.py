@@ -1,6 +1,7 @@
 """Several real processes over gloo: the same losses, one signal, one death, and refusals that name what differs."""
 
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -68,12 +69,15 @@ def losses(folder):
 
 
 def test_a_run_survives_kills_and_signals_on_any_number_of_processes(start, text, tmp_path):
-    """Four processes, of which one is killed; two that resume, of which one is told to stop; one that ends the run."""
+    """Four processes, of which one is killed while all save; two that resume, of which one is told to stop; one to the end."""
     alone, folder = tmp_path / "alone", tmp_path / "many"
     assert train.main(tiny(text, alone, *FLAGS)) == 0
 
     four = start(4, text, folder, "--mesh", "data=2,fsdp=2")
     until_saved(folder, 4, four)
+    while not (saving := [*folder.glob("checkpoints/.[0-9]*")]):
+        assert all(process.poll() is None for process in four)
+        time.sleep(0.001)
     four[2].kill()
     begin = time.monotonic()
     codes, errors = finish(four[:2] + four[3:])
@@ -84,6 +88,8 @@ def test_a_run_survives_kills_and_signals_on_any_number_of_processes(start, text
         assert "Traceback" not in error
 
     first = checkpoint.steps(folder)[-1]
+    assert str(first) != saving[0].name.split(".")[1]  # it had not begun to be a checkpoint
+    assert checkpoint.load_params(folder).step == first
     two = start(2, text, folder)
     until_saved(folder, first + 4, two)
     two[1].send_signal(signal.SIGTERM)
@@ -95,6 +101,17 @@ def test_a_run_survives_kills_and_signals_on_any_number_of_processes(start, text
     there, wanted = losses(folder), losses(alone)
     assert list(there) == list(wanted) == list(range(1, STEPS + 1))
     np.testing.assert_allclose([*there.values()], [*wanted.values()], rtol=1e-5)
+
+
+def test_a_write_that_one_process_is_refused_ends_all_with_its_sentence(start, text, tmp_path):
+    two = start(2, text, tmp_path / "run")
+    resource.prlimit(two[1].pid, resource.RLIMIT_FSIZE, (2**14, 2**14))  # bytes: less than its part of a checkpoint
+    codes, errors = finish(two)
+    assert codes == {2}, errors
+    sentence = r"Checkpoint \S+/4 could not be written \(\d\.\d MB wanted\): File too large\. Earlier checkpoints are untouched"
+    assert re.fullmatch(rf"error: {sentence}[^\n]*\n", errors[1]), errors[1]
+    assert re.fullmatch(rf"error: Process 0 ends because process 1 did: {sentence}[^\n]*\n", errors[0]), errors[0]
+    assert checkpoint.steps(tmp_path / "run") == []
 
 
 def test_processes_that_differ_are_refused(start, text, tmp_path):
