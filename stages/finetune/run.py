@@ -23,12 +23,12 @@ from stages.finetune.data import PreferenceBatches, held_out_evaluator
 from stages.finetune.flags import FinetuneFlags
 from stages.runs.answers import Answer, ask, compare, describe_faults
 from stages.runs.conversation_data import prepare_conversations
-from stages.runs.estimate import RunPlan, find_ceilings, memory_estimate, run_fraction
+from stages.runs.estimate import Recipe, RunPlan, find_ceilings, memory_estimate, run_fraction
 from stages.runs.folder import default_folder
-from stages.runs.loop import Loop, LoopState, RunOptions
+from stages.runs.loop import Loop, RunOptions
+from stages.runs.loop_state import LoopState
 from stages.runs.mesh import on_one_device
 from stages.runs.model_stage import ModelStage
-from stages.runs.recipes import Recipe
 from stages.runs.run import RunReport, execute
 from stages.runs.text_data import check_text_name
 from stages.runs.trainable import choose_trainable

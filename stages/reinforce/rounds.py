@@ -15,7 +15,8 @@ from engine.training.step import Objective, TrainState
 from stages.reinforce.data import Prompt
 from stages.reinforce.rollouts import Rollout, Sampler, rollout_batch, score_completions
 from stages.runs.estimate import RunPlan
-from stages.runs.loop import Evaluator, LoopState
+from stages.runs.loop import Evaluator
+from stages.runs.loop_state import LoopState
 from stages.runs.trainable import TrainableSplit
 from stages.runs.training_steps import compile_step
 

@@ -28,11 +28,11 @@ from stages.reinforce.flags import ReinforceFlags
 from stages.reinforce.rollouts import Rollout, Sampler, prompt_tokens, score_completions
 from stages.reinforce.rounds import ALIKE_ROUNDS, Rounds, first_seed
 from stages.runs.answers import before_and_after
-from stages.runs.estimate import RunPlan, memory_estimate, memory_limit
+from stages.runs.estimate import Recipe, RunPlan, memory_estimate, memory_limit
 from stages.runs.folder import clear_run, default_folder
-from stages.runs.loop import Loop, LoopState, RunOptions
+from stages.runs.loop import Loop, RunOptions
+from stages.runs.loop_state import LoopState
 from stages.runs.model_stage import ModelStage
-from stages.runs.recipes import Recipe
 from stages.runs.run import RunReport, execute
 from stages.runs.trainable import choose_trainable
 

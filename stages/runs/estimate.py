@@ -23,16 +23,41 @@ from engine.counting.hardware import (
 from engine.counting.memory import TrainingMemory, training_memory
 from engine.counting.trainable_paths import TrainablePaths, all_trainable, lora_only
 from engine.format import duration, format_bytes, quantity
+from engine.mesh_shape import divisors
 from engine.model.config import LoraConfig, ModelConfig
 from engine.training.loss import loss_chunks
+from engine.training.optimizer import OptimizerConfig
 from stages.cli.console import Console
-from stages.runs.recipes import Recipe
 
 MEASURE_PROGRAM = (
     "from engine.allocator import keep_freed_memory; keep_freed_memory(); import dataclasses, json; "
     "from engine.counting.hardware import measure_ceilings; print(json.dumps(dataclasses.asdict(measure_ceilings())))"
 )
 PROCESS_BYTES = 700_000_000  # of Python, JAX and the programs beside a step: between 0.3 and 1 GB were seen
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A run's hyperparameters. `tokenizer`: `bpe:N` or `bytes`; `batch`: windows of `context` tokens, in `accumulate` parts."""
+
+    tokenizer: str
+    context: int
+    batch: int
+    optimizer: OptimizerConfig
+    accumulate: int = 1
+    scan: bool = False
+    remat: bool = False
+
+    def resize(self, batch: int, context: int, devices: int = 1) -> "Recipe":
+        """Returns it with another batch and context, in parts of as many tokens at most as its own; one part stays one.
+
+        When `devices` share the rows, each of them reads so many tokens of a part.
+        """
+        most, parts = self.batch * self.context // self.accumulate, [1]
+        if self.accumulate > 1:
+            parts = [n for n in divisors(batch) if batch % (n * devices) == 0] or parts
+        accumulate = next((n for n in parts if batch // (n * devices) * context <= most), parts[-1])
+        return dataclasses.replace(self, batch=batch, context=context, accumulate=accumulate)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from engine.storage.run_folder import read_config, read_json
 from engine.training.step import TrainState
 from stages.cli.console import Console
 from stages.runs.folder import holds_run
-from stages.runs.loop import LoopState
+from stages.runs.loop_state import LoopState
 from stages.runs.mesh import from_saved, put
 from stages.runs.trainable import TrainableSplit
 

@@ -25,7 +25,8 @@ from stages.cli.command import command_line, resume_command
 from stages.cli.console import Console
 from stages.runs.estimate import RunPlan
 from stages.runs.folder import clear_run, holds_run, lock_run, nonfinite_as_text
-from stages.runs.loop import Loop, LoopState, RunOptions, Steps
+from stages.runs.loop import Loop, RunOptions, Steps
+from stages.runs.loop_state import LoopState
 from stages.runs.mesh import devices_in, mesh_shape, new_state, refuse_differences, with_mesh
 from stages.runs.previous_run import PreviousRun, changed_fields, describe_changes, find_previous_run, restore
 from stages.runs.trainable import TrainableSplit

@@ -15,7 +15,8 @@ from engine.text.skipped_batches import batch_of_step
 from engine.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from engine.training.step import NEXT_TOKEN, Objective, TrainState, train_step
 from stages.runs.estimate import RunPlan
-from stages.runs.loop import Evaluator, LoopState
+from stages.runs.loop import Evaluator
+from stages.runs.loop_state import LoopState
 
 
 class Batches(Protocol):

@@ -87,7 +87,7 @@ class TrainFolderFlags(FolderFlags):
 @with_help(seed=default("0", "Of the first weights and of the order of the text."))
 @dataclasses.dataclass(frozen=True)
 class TrainFlags(RunFlags):
-    """Flags of training; those left out have the preset's recipe (stages/runs/recipes.py)."""
+    """Flags of training; those left out have the preset's recipe (stages/train/recipes.py)."""
 
     text: TextFlags
     length: LengthFlags

@@ -17,11 +17,11 @@ from engine.sharding import parse_mesh
 from engine.text.windows import TextBatches
 from engine.training.step import TrainState
 from stages.cli.console import Console
-from stages.runs.estimate import RunPlan, find_ceilings, memory_estimate, remeasure_ceilings
+from stages.runs.estimate import Recipe, RunPlan, find_ceilings, memory_estimate, remeasure_ceilings
 from stages.runs.folder import default_folder
-from stages.runs.loop import Loop, LoopState, RunOptions
+from stages.runs.loop import Loop, RunOptions
+from stages.runs.loop_state import LoopState
 from stages.runs.mesh import accelerators, fits_one_device, mesh_shape, on_one_device
-from stages.runs.recipes import Recipe, recipe
 from stages.runs.run import RunReport, Stage, execute
 from stages.runs.text_data import prepare_text
 from stages.runs.trainable import TrainableSplit
@@ -31,6 +31,7 @@ from stages.train.flags import TrainFlags
 from stages.train.jax_trainer import JaxTrainer
 from stages.train.mesh_plan import plan_on_mesh
 from stages.train.numpy_trainer import NumPyTrainer
+from stages.train.recipes import recipe
 from stages.train.short_run import short_run_note
 from stages.train.trainer import Trainer
 

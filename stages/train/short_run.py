@@ -9,7 +9,7 @@ from engine.counting.params import count_params
 from engine.format import duration, quantity
 from engine.model.config import PRESETS
 from stages.runs.estimate import RunPlan
-from stages.runs.recipes import recipe
+from stages.train.recipes import recipe
 
 MIN_STEPS = 50  # with fewer, a random model learns next to nothing
 GOOD_STEPS = 200  # enough to see that training works

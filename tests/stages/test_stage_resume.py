@@ -31,7 +31,8 @@ from stages.cli.console import Console
 from stages.finetune.flags import FinetuneFlags
 from stages.finetune.run import FineTuning
 from stages.runs import loop, model_stage
-from stages.runs.loop import LoopState, RunOptions
+from stages.runs.loop import RunOptions
+from stages.runs.loop_state import LoopState
 from stages.runs.previous_run import PreviousRun, _differences, changed_fields
 from stages.runs.run import run_facts
 from stages.train import __main__ as train

@@ -26,10 +26,10 @@ from engine.training.step import init_state, train_step
 from stages.cli.console import Console
 from stages.runs import estimate
 from stages.runs.estimate import find_ceilings, remeasure_ceilings
-from stages.runs.recipes import recipe
 from stages.train import __main__ as train
 from stages.train import mesh_plan
 from stages.train import run as train_run
+from stages.train.recipes import recipe
 from stages.train.run import Training
 from stages.train.short_run import MIN_STEPS
 
