@@ -43,7 +43,7 @@ def measure_sharding(flags: ShardingFlags) -> Json:
     from bench.timing import describe_noise, measure, ratio
     from engine.counting.collectives import read_collectives
     from engine.counting.mesh_traffic import step_collectives
-    from engine.sharding import describe, global_batch, init_sharded, ungroup_columns
+    from engine.sharding import describe, global_batch, group_columns, init_sharded, ungroup_columns
     from engine.training.optimizer import OptimizerConfig, make_optimizer
     from engine.training.step import init_state, train_step
 
@@ -55,10 +55,10 @@ def measure_sharding(flags: ShardingFlags) -> Json:
     losses: dict[str, list[float]] = {"one device": [], str(size): []}
 
     def make_step(name: str) -> Any:
-        begin = lambda: init_state(tx, inputs.params)
+        begin = jax.jit(lambda: group_columns(inputs.cfg, init_state(tx, inputs.params)))
         rows = global_batch(batch)
         program = train_step.lower(inputs.cfg, tx, describe(begin), {}, rows, progress_share).compile()
-        states[name], compiled[name] = init_sharded(inputs.cfg, begin), program.as_text() or ""
+        states[name], compiled[name] = init_sharded(begin), program.as_text() or ""
 
         def step() -> Any:
             states[name], metrics = program(states[name], {}, rows, progress_share)

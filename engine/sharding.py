@@ -2,7 +2,7 @@
 
     mesh = make_mesh(parse_mesh("data=2,fsdp=4"))
     with jax.set_mesh(mesh):
-        state = init_sharded(cfg, begin)             # begin() -> TrainState; each device makes its own part
+        state = init_sharded(begin)                  # begin() -> TrainState; each device makes its own part
         batch = global_batch(batches.at(step))       # of each process's own rows
         state, metrics = train_step(cfg, tx, state, {}, batch, progress)      # XLA adds the collectives
 
@@ -152,10 +152,13 @@ def describe_inference(params: Any, state: Any) -> tuple[Any, Any]:
     return jax.tree.map(describe, (params, state), wheres)
 
 
-def init_sharded(cfg: ModelConfig, begin: Callable[[], Any]) -> Any:
-    """Returns `begin()`, computed by all devices, each its own part: random numbers are those of one device."""
-    make = lambda: group_columns(cfg, begin())
-    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make)))()
+def init_sharded(begin: Callable[..., Any], *args: Any) -> Any:
+    """Returns `begin(*args)`; on a mesh each device computes its own part: random numbers are those of one device.
+
+    Matrices come with their columns grouped, see `group_columns`.
+    """
+    wanted = shardings(jax.eval_shape(begin, *args))
+    return begin(*args) if wanted is None else jax.jit(begin, out_shardings=wanted)(*args)
 
 
 def place(cfg: ModelConfig, params: Any) -> Any:

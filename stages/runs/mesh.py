@@ -64,13 +64,6 @@ def fetch(x: Any) -> np.ndarray:
     return np.asarray(x)
 
 
-def put(tree: Any) -> Any:
-    """Returns arrays over the mesh of `jax.set_mesh`, each device its own part; the same without a mesh."""
-    if (wanted := shardings(tree)) is None:
-        return tree
-    return jax.tree.map(lambda x, where: jax.make_array_from_callback(x.shape, where, np.asarray(x).__getitem__), tree, wanted)
-
-
 def to_saved(cfg: ModelConfig, tree: Any) -> Any:
     """Returns parameters or a state with their columns in the order of files, on the devices where they are."""
     return _reorder(lambda tree: ungroup_columns(cfg, tree), tree)
@@ -85,12 +78,6 @@ def _reorder(reorder: Callable[[Any], Any], tree: Any) -> Any:
     if column_shards() == 1:
         return tree
     return jax.jit(reorder, out_shardings=shardings(jax.eval_shape(reorder, tree)))(tree)
-
-
-def new_state(begin: Callable[[Any], Any], trainable: Any) -> Any:
-    """Returns `begin(trainable)`; on a mesh each device makes its own part."""
-    wanted = shardings(jax.eval_shape(begin, trainable))
-    return begin(trainable) if wanted is None else jax.jit(begin, out_shardings=wanted)(trainable)
 
 
 def fits_one_device(tree: Any) -> bool:

@@ -9,18 +9,19 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from engine import distributed
 from engine.errors import UserError
 from engine.format import duration, join_words
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
-from engine.sharding import describe
+from engine.sharding import describe, place
 from engine.storage import checkpoint, manifest
 from engine.storage.run_folder import read_config, read_json
 from engine.training.step import TrainState
 from stages.cli.console import Console
 from stages.runs.folder import holds_run
 from stages.runs.loop_state import LoopState
-from stages.runs.mesh import from_saved, put
+from stages.runs.mesh import from_saved
 from stages.runs.trainable import TrainableSplit
 
 
@@ -121,9 +122,14 @@ def restore(
     loop_state = LoopState.from_json(loaded.state)
     aside = checkpoint.rename_newer(previous.folder, loop_state.step) if loaded.damaged else []
     lines = [f"damaged: {line}" for line in loaded.damaged] + [f"set aside: {path}" for path in aside]
+    if (best := loop_state.best_step) not in (None, loop_state.step):
+        faults = manifest.verify(previous.folder / "checkpoints" / str(best)) if distributed.is_first() else []
+        if faults := json.loads(distributed.share(json.dumps(faults))[0]):
+            lines += [*(f"damaged: {line}" for line in faults), f"forgotten: step {best:,} was the best; the next best is kept"]
+            loop_state.best = loop_state.best_step = None
     for line in lines:
         console.print(line, style="yellow")
     instead = " (the newest intact one)" if loaded.damaged else ""
     console.print(f"resumed at step {loop_state.step:,}{instead}, {duration(loop_state.seconds)} into training")
     trainable, optimizer = from_saved(cfg, (split.from_saved(loaded.params), loaded.optimizer))
-    return TrainState(put(jnp.int32(loop_state.step)), trainable, optimizer), loop_state
+    return TrainState(place(cfg, jnp.int32(loop_state.step)), trainable, optimizer), loop_state

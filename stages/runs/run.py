@@ -14,7 +14,7 @@ from engine import distributed
 from engine.counting.hardware import peak_rss_bytes
 from engine.files import write_json
 from engine.format import duration, format_bytes, quantity
-from engine.sharding import check_mesh
+from engine.sharding import check_mesh, init_sharded
 from engine.storage import checkpoint
 from engine.storage.run_folder import save_tokenizer
 from engine.text.skipped_batches import format_ranges, replace_unread
@@ -27,7 +27,7 @@ from stages.runs.estimate import RunPlan
 from stages.runs.folder import clear_run, holds_run, lock_run, nonfinite_as_text
 from stages.runs.loop import Loop, RunOptions, Steps
 from stages.runs.loop_state import LoopState
-from stages.runs.mesh import devices_in, mesh_shape, new_state, refuse_differences, with_mesh
+from stages.runs.mesh import devices_in, mesh_shape, refuse_differences, with_mesh
 from stages.runs.previous_run import PreviousRun, changed_fields, describe_changes, find_previous_run, restore
 from stages.runs.trainable import TrainableSplit
 
@@ -146,7 +146,7 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
         )
     else:
         with console.task("initialising"):
-            state = new_state(stage.initial_state, stage.split.trainable)
+            state = init_sharded(stage.initial_state, stage.split.trainable)
             loop_state = LoopState(skipped=options.skip_batches or ())
         if first:
             clear_run(folder)

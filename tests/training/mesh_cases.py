@@ -19,7 +19,7 @@ from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import map_paths
 from engine.model.transformer import init_params
 from engine.model.weights.int8 import matmul_rules, quantize
-from engine.sharding import global_batch, init_sharded, make_mesh, parse_mesh, place, shardings, ungroup_columns
+from engine.sharding import global_batch, group_columns, init_sharded, make_mesh, parse_mesh, place, shardings, ungroup_columns
 from engine.training.lora import init_lora
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state, train_step
@@ -57,7 +57,7 @@ def share(tree):
 def train(case):
     tx, make, frozen = begin(case)
     frozen = place(CFG, frozen)
-    state = init_sharded(CFG, make)
+    state = init_sharded(jax.jit(lambda: group_columns(CFG, make())))
     held = {"state": share(state), "frozen": share(frozen)}
     program = train_step.lower(CFG, tx, state, frozen, global_batch(batch(0)), np.float32(0)).compile()
     wanted, losses, kept = shardings(state), [], False
@@ -92,7 +92,7 @@ def results():
     _, make, _ = begin("adamw")
     plain = jax.device_get(jax.jit(make)())
     with jax.set_mesh(make_mesh(parse_mesh("fsdp=4,tensor=2"))):
-        state = jax.device_get(ungroup_columns(CFG, init_sharded(CFG, make)))
+        state = jax.device_get(ungroup_columns(CFG, init_sharded(jax.jit(lambda: group_columns(CFG, make())))))
         yield "init", {"equal": jax.tree.all(jax.tree.map(np.array_equal, state, plain))}
 
 
