@@ -43,7 +43,7 @@ class RunOptions:
 
     Intervals are steps (int) or seconds (float). `eval_every` None: a tenth of the run, or more where evaluating takes longer
     than EVALUATION_SHARE of the time. `skip_batches`: those to leave out, in place of the ones that the run recorded.
-    `mesh`: as `--mesh` has it.
+    `mesh`: as `--mesh` has it. Intervals in seconds end at other steps when steps run again after a kill, as in every run.
     """
 
     stage: str
@@ -162,8 +162,7 @@ class Loop:
         answer = f"Finishing this {plan.noun}, then saving (once more: stop at once)."
         with signals.defer_signals(answer, self.console.print) as signal_state, self.saver:
             stopped = lambda: self.signal if distributed.process_count() > 1 else signal_state.received
-            if distributed.process_count() == 1:  # several write at once, each its own part, without a copy
-                self.saver.reserve(state.trainable, state.opt_state)
+            self.saver.reserve(state.trainable, state.opt_state)
             self._evaluate_and_save(steps, state, stopped, done())  # what a signal prevented
             begin = time.perf_counter()
             while not done() and not stopped():
@@ -253,20 +252,22 @@ class Loop:
 
     def _stop_after_refusals(self, steps: Steps, state: TrainState) -> None:
         """Raises UserError, with the run saved before the refused steps, which changed no weight, and will be run again."""
-        sound, last, noun = self.sound, batch_of_step(self.loop_state.step - 1, self.loop_state.skipped), self.plan.noun
+        sound, stopped, noun = self.sound, self.loop_state, self.plan.noun
+        last = batch_of_step(stopped.step - 1, stopped.skipped)
         first = batch_of_step(sound.step - sound.refused_in_a_row, sound.skipped)
+        refused = f"{stopped.refused_in_a_row} updates in a row, up to {noun} {stopped.step:,},"  # several a round
         self.loop_state = sound
         if self.saved_step is None or self.saved_step < sound.step:
             self.save(state)
         self.saver.wait()
-        skip = ""
+        skip, where = "", ""
         if noun == "step":
+            refused, where = f"{REFUSED_IN_A_ROW} steps in a row", f", in batches {first} to {last} of the data,"
             skipped = format_ranges(join_ranges([*sound.skipped, (first, last)]))
             skip = f"To go on without those batches: {resume_command(self.options.stage, skip_batches=skipped)}\nOr lower "
         raise UserError(
-            f"{REFUSED_IN_A_ROW} steps in a row had a loss or gradient that is not a number, in batches {first} to {last} of "
-            f"the data, and changed no weight; the run is saved at {noun} {self.saved_step:,} in {self.options.folder}. "
-            f"{skip or 'Lower '}{steps.advice}."
+            f"{refused} had a loss or gradient that is not a number{where} and changed no weight; the run is saved at {noun} "
+            f"{self.saved_step:,} in {self.options.folder}. {skip or 'Lower '}{steps.advice}."
         )
 
     def _live_line(self, steps: Steps) -> list[str]:
