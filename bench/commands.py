@@ -4,6 +4,7 @@
     python -m bench.commands --max-time 20s    a shorter run: the times are as true, the bits per byte are not
     python -m bench.commands --of finetuning   SmolLM2: to its first token, adapted, adapted over int8
     python -m bench.commands --of reinforcing  SmolLM2: the rise of the reward in two minutes
+    python -m bench.commands --of resuming     a model of 135M: from a checkpoint to its next step
 
 Start-up figures are the second of two starts, when compiled programs are in the cache.
 """
@@ -11,6 +12,7 @@ Start-up figures are the second of two starts, when compiled programs are in the
 import dataclasses
 import json
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -25,7 +27,7 @@ from engine.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class CommandsFlags:
-    of: Literal["training", "finetuning", "reinforcing"] = "training"
+    of: Literal["training", "finetuning", "reinforcing", "resuming"] = "training"
     """Which commands."""
     max_time: str | None = None
     """Training time of each run; by default 3m of training, 30s of fine-tuning, 2m of reinforcement learning."""
@@ -52,7 +54,7 @@ def measure_commands(flags: CommandsFlags) -> Json:
     """Runs the commands, prints the table and returns the document. Raises UserError when a command fails."""
     measure, subject, usual_time = {
         "training": (training, flags.data, "3m"), "finetuning": (finetuning, flags.model, "30s"),
-        "reinforcing": (reinforcing, flags.model, "2m"),
+        "reinforcing": (reinforcing, flags.model, "2m"), "resuming": (resuming, flags.data, "0"),
     }[flags.of]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         figures, document = measure(Path(folder), subject, flags.max_time or usual_time)
@@ -103,6 +105,30 @@ def reinforcing(folder: Path, model: str, max_time: str) -> Measurements:
     result = _result(["stages.reinforce", "--model", model, "--max-time", max_time], folder / "run")
     rise = result["held_out_reward_after"] - result["held_out_reward_before"]
     return [Measurement("rise of the reward", rise, "", 0.05, least=True)], {"result": result}
+
+
+def resuming(folder: Path, data: str, _: str) -> Measurements:
+    """Measures a resumed run of smollm2-135m, its state in float32, from the command to the end of a step of 2 x 128 tokens."""
+    command = ["stages.train", "smollm2-135m", "--data", data, "--batch", "2", "--context", "128", "--steps", "1000"]
+    seconds = [_until_step(command, folder / "run", stop) for stop in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL)]
+    return [Measurement("command to first resumed step", seconds[-1], "s", 10)], {"seconds": seconds}
+
+
+def _until_step(command: list[str], folder: Path, stop: signal.Signals) -> float:
+    """Returns the seconds until a training run logs a step, which a signal then stops. Raises UserError if it ends before."""
+    log = folder / "metrics.jsonl"
+    log.unlink(missing_ok=True)
+    words = [sys.executable, "-m", *command, "--out-dir", str(folder)]
+    print(f"python -m {' '.join(command)} ...", flush=True)
+    begin = time.perf_counter()
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while not (log.exists() and '"loss"' in log.read_text()):
+            if process.poll() is not None:
+                raise UserError(f"python -m {' '.join(command)} ended with {process.returncode}:\n{process.communicate()[1]}")
+            time.sleep(0.01)
+        seconds = time.perf_counter() - begin
+        process.send_signal(stop)
+    return seconds
 
 
 def _result(command: list[str], folder: Path) -> Json:

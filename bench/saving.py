@@ -3,9 +3,8 @@
     python -m bench.saving                     smollm2-135m, saved as often as a run does by default
     python -m bench.saving --preset nano --interval 10
 
-A round trains steps alone, then steps while a checkpoint is written, then waits for one as if there were no thread. Stopped:
-the seconds of `BackgroundSaver.save`. Slowed: the steps beside the write, less as many steps alone, by the median. Shares are
-of the interval between two checkpoints.
+A round trains steps alone, then steps while a checkpoint is written. Stopped: the seconds of `BackgroundSaver.save`. Slowed:
+the steps beside the write, less as many steps alone, by the median. Shares are of the interval between two checkpoints.
 """
 
 import dataclasses
@@ -34,7 +33,7 @@ class SavingFlags:
 
 
 def measure_saving(flags: SavingFlags) -> Json:
-    """Measures rounds of steps, background saves and waiting saves; prints the table and returns the document."""
+    """Measures rounds of steps and background saves; prints the table and returns the document."""
     check_rounds(flags.rounds, 1)
     if min(flags.interval, flags.batch, flags.context, flags.steps) <= 0:
         raise UserError("--interval, --batch, --context and --steps must be above 0.")
@@ -45,7 +44,6 @@ def measure_saving(flags: SavingFlags) -> Json:
     from bench.models import PROGRESS, next_token_batch
     from engine.model.config import preset
     from engine.model.transformer import init_params
-    from engine.storage import checkpoint
     from engine.storage.background_save import BackgroundSaver
     from engine.training.optimizer import OptimizerConfig, make_optimizer
     from engine.training.step import init_state, train_step
@@ -64,7 +62,7 @@ def measure_saving(flags: SavingFlags) -> Json:
 
     progress(f"{flags.preset}: a state of {state_bytes / 1e9:.2f} GB; compiling a step ...")
     step()
-    rows: dict[str, list[float]] = {name: [] for name in ("step", "stopped", "slowed", "written after", "waiting")}
+    rows: dict[str, list[float]] = {name: [] for name in ("step", "stopped", "slowed", "written after")}
     with tempfile.TemporaryDirectory(dir=".") as folder, BackgroundSaver(Path(folder), keep=1) as saver:
         saver.reserve(state.trainable, state.opt_state)
         step()
@@ -73,20 +71,16 @@ def measure_saving(flags: SavingFlags) -> Json:
             progress(f"round {number + 1} of {flags.rounds} ...")
             alone = statistics.median(step() for _ in range(flags.steps))
             begin = time.perf_counter()
-            saver.save(2 * number, state.trainable, state.opt_state, {})
+            saver.save(number, state.trainable, state.opt_state, {})
             stopped = time.perf_counter() - begin
             beside = []
             while saver.poll():
                 beside.append(step())
             written = time.perf_counter() - begin
-            begin = time.perf_counter()
-            checkpoint.save(Path(folder), 2 * number + 1, state.trainable, state.opt_state, {}, keep=1)
-            waiting = time.perf_counter() - begin
-            values = (alone, stopped, sum(beside) - alone * len(beside), written, waiting)
-            for row, value in zip(rows.values(), values):
+            for row, value in zip(rows.values(), (alone, stopped, sum(beside) - alone * len(beside), written)):
                 row.append(value)
     medians = {name: statistics.median(row) for name, row in rows.items()}
-    shares = {name: medians[name] / flags.interval for name in ("stopped", "slowed", "waiting")}
+    shares = {name: medians[name] / flags.interval for name in ("stopped", "slowed")}
     print_table(
         f"a state of {state_bytes / 1e9:.2f} GB",
         ("", "seconds", f"of {flags.interval:g} s"),

@@ -26,7 +26,7 @@ from engine.storage.huggingface import safetensors
 from engine.storage.huggingface.folder import TENSOR_NAMES
 from engine.storage.untrusted import quote, read_json_object
 
-CONFIG, WEIGHTS, OLD_CONFIG = "adapter_config.json", "adapter_model.safetensors", "adapter.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE, CHECKSUM = "thrice.base", "thrice.checksum"
 # Fields of PEFT that change what an adapter computes or where it is applied.
 UNSUPPORTED = (
@@ -87,11 +87,6 @@ def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> 
     Raises UserError, too, when it was trained on other weights, its checksum does not hold, or it does not fit the model.
     """
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        if (folder / OLD_CONFIG).is_file():
-            raise UserError(
-                f"{folder} holds an adapter in the format of an earlier version ({OLD_CONFIG}), which is read no more: "
-                f"run its fine-tuning again with --overwrite, or take one in PEFT's layout ({CONFIG})."
-            )
         raise UserError(f"There is no adapter at {folder}: it has no {CONFIG} and {WEIGHTS}.")
     if (folder / manifest.NAME).exists() and (damaged := manifest.verify(folder, extra=False)):
         raise UserError(

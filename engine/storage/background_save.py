@@ -67,8 +67,9 @@ class BackgroundSaver:
         if self._memory is not None:
             trainable, optimizer = _copy_arrays((trainable, optimizer), self._memory)
         params = self.to_saved(trainable)
-        begin = lambda: checkpoint.begin_save(self.folder, step, params, optimizer, state, keep=self.keep, best=best)
-        self._work = self._pool.submit(self._pool.submit(begin).result())  # all that begins there has its priority
+        parts = checkpoint.save_in_parts(self.folder, step, params, optimizer, state, keep=self.keep, best=best)
+        self._pool.submit(next, parts).result()  # there, so that Orbax's own threads have its priority
+        self._work = self._pool.submit(next, parts)
         if self._memory is None:
             self.wait()
 

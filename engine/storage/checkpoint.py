@@ -64,30 +64,23 @@ def save(
     then stay as they were, as after a KeyboardInterrupt or a kill. Raises TypeError or ValueError, before anything is
     written, for a leaf that could not be restored or a state that is not JSON.
     """
-    return begin_save(folder, step, params, optimizer, state, keep=keep, best=best)()
+    *_, path = save_in_parts(folder, step, params, optimizer, state, keep=keep, best=best)
+    return path
 
 
-def begin_save(
+def save_in_parts(
     folder: Path, step: int, params: Any, optimizer: Any, state: dict[str, Any], *, keep: int, best: int | None = None
-) -> Callable[[], Path]:  # fmt: skip
-    """Begins what `save` does, and returns the rest of it, which may run in another thread. Raises what `save` does.
+) -> Iterator[Path]:  # fmt: skip
+    """Does what `save` does: yields the path when that has begun, and again when it is done, perhaps in another thread.
 
-    The arrays must stay as they are until the rest has run. Orbax begins a save of several processes with a collective, so all
-    must call this at the same place in their programs; the rest exchanges keys alone. Where the rest fails in one process, the
-    others wait in it until that one ends them.
+    The arrays must stay as they are until then. Orbax begins a save of several processes with a collective, so all must begin
+    at the same place in their programs; afterwards they only exchange keys. Where one process fails, the others wait for more
+    of them until it ends all.
     """
-    parts = _save(folder, step, params, optimizer, state, keep, best)
-    next(parts)
-    return lambda: next(parts)
-
-
-def _save(
-    folder: Path, step: int, params: Any, optimizer: Any, state: dict[str, Any], keep: int, best: int | None
-) -> Iterator[Path]:
-    """Yields the checkpoint's path when its save has begun, and again when it is done."""
     if step < 0 or keep < 1:
         raise ValueError(f"save: step must be at least 0 and keep at least 1, not {step} and {keep}.")
-    trees = {"params": _check_leaves("params", params), "optimizer": _check_leaves("optimizer", optimizer)}
+    parts = {"params": _check_leaves("params", params), "optimizer": _check_leaves("optimizer", optimizer)}
+    trees = {part: tree for part, tree in parts.items() if jax.tree.leaves(tree)}
     record = json.dumps({"step": step, "prng": _prng_settings(), "state": state}, indent=1, allow_nan=False)
     root = _root(folder)
     target = root / str(step)
@@ -301,27 +294,22 @@ def _run_orbax[T](work: Callable[[ModuleType], T]) -> T:
 
 def _begin_arrays(building: Path, trees: dict[str, Any]) -> Any:
     """Begins to write the arrays of several processes; returns Orbax's response, or None with one process."""
-    filled = _filled(trees)
-    if distributed.process_count() == 1 or not filled:
+    if distributed.process_count() == 1 or not trees:
         return None
-    return _run_orbax(lambda ocp: ocp.save_checkpointables_async(building / INNER, filled))
+    return _run_orbax(lambda ocp: ocp.save_checkpointables_async(building / INNER, trees))
 
 
 def _write_arrays(building: Path, trees: dict[str, Any], begun: Any = None) -> None:
     """Writes the arrays, or waits until those are written that `_begin_arrays` has begun."""
     inner = building / INNER
-    if filled := _filled(trees):
-        _run_orbax(lambda ocp: begun.result() if begun else ocp.save_checkpointables(inner, filled))
+    if trees:
+        _run_orbax(lambda ocp: begun.result() if begun else ocp.save_checkpointables(inner, trees))
         if not distributed.is_first():
             return
         (inner / "commit_success.txt").unlink(missing_ok=True)  # says only where it was built
         for entry in [*inner.iterdir()]:
             entry.rename(building / entry.name)
         inner.rmdir()
-
-
-def _filled(trees: dict[str, Any]) -> dict[str, Any]:
-    return {part: tree for part, tree in trees.items() if jax.tree.leaves(tree)}
 
 
 def _compare_arrays(building: Path, trees: dict[str, Any]) -> None:

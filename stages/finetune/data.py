@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
 from engine.inference.score import score
 from engine.model.config import ModelConfig
@@ -17,7 +18,6 @@ from engine.training.preference import Preferences, margins
 from engine.training.step import NEXT_TOKEN, Objective
 from stages.runs.conversation_data import EVALUATION_ROWS
 from stages.runs.loop import Evaluator
-from stages.runs.mesh import fetch
 
 
 class PreferenceBatches:
@@ -29,7 +29,7 @@ class PreferenceBatches:
         for part in evaluation_pairs(pairs, seq, batch):
             real = part.pair >= 0
             reference = margins(cfg, initial, Preferences(part.chosen, part.rejected))
-            self._reference[part.pair[real]] = fetch(reference)[real]
+            self._reference[part.pair[real]] = process_allgather(reference, tiled=True)[real]
 
     def epoch(self, step: int) -> float:
         return self.order.epoch(step)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engine import distributed
@@ -55,13 +54,6 @@ def refuse_differences(facts: dict[str, Any], cfg: ModelConfig, options: Any, st
     everything = {name: value for name, value in facts.items() if name not in OWN}
     everything |= {"config": cfg.to_json(), "options": options, "newest checkpoint": step}
     distributed.refuse_differences({name: str(value) for name, value in leaf_paths(everything).items()})
-
-
-def fetch(x: Any) -> np.ndarray:
-    """Returns an array that lies over all devices whole, in every process: all must call this."""
-    if not x.is_fully_addressable:
-        x = jax.jit(lambda x: x, out_shardings=NamedSharding(jax.sharding.get_mesh(), PartitionSpec()))(x)
-    return np.asarray(x)
 
 
 def to_saved(cfg: ModelConfig, tree: Any) -> Any:

@@ -133,14 +133,20 @@ def test_an_evaluation_that_a_stop_put_off_is_logged_once(text, tmp_path, monkey
     assert [step for step, _ in validation_rows(tmp_path / "run")] == [3, 6]
 
 
-def test_a_best_on_another_validation_text_is_forgotten(text, tmp_path):
+@pytest.mark.parametrize("why", ["another text", "damage"])
+def test_a_best_on_another_validation_text_or_a_damaged_one_is_forgotten(text, tmp_path, capsys, why):
     words = tiny(text, tmp_path / "run", "--eval-every", 2)
     (held_out := tmp_path / "held-out.txt").write_bytes(text.read_bytes())
     assert train.main([*words, "--steps", "9", "--validation", str(held_out)]) == 0
-    held_out.write_text("QXZ 0123456789 " * 99, encoding="utf-8")  # harder
+    best = loop_state(tmp_path / "run").best_step
+    if why == "damage":
+        (tmp_path / "run" / "checkpoints" / str(best) / "params" / "manifest.ocdbt").write_bytes(b"")
+    else:
+        held_out.write_text("QXZ 0123456789 " * 99, encoding="utf-8")  # harder
     assert train.main([*words, "--steps", "13", "--validation", str(held_out)]) == 0
     rows = {step: value for step, value in validation_rows(tmp_path / "run") if step > 9}
     assert loop_state(tmp_path / "run").best == min(rows.values())
+    assert (f"forgotten: step {best} was the best" in capsys.readouterr().out) == (why == "damage")
 
 
 def test_the_only_checkpoint_is_found_though_a_kill_came_while_it_was_replaced(text, tmp_path, capsys):

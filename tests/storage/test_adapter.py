@@ -128,15 +128,10 @@ def of_tensors(change):
     return lambda folder: save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS)
 
 
-def former_format(folder):
-    (folder / CONFIG).rename(folder / "adapter.json")
-
-
 Q_A, Q_B = (f"{PREFIX}q_proj.lora_{side}.weight" for side in "AB")
 DAMAGE = {
     "no config": (lambda folder: (folder / CONFIG).unlink(), "There is no adapter at"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "There is no adapter at"),
-    "the former format": (former_format, r"earlier version \(adapter.json\).*run its fine-tuning again"),
     "cut config": (of_bytes(CONFIG, lambda data: data[:20]), "damaged"),
     "a list for a config": (of_bytes(CONFIG, lambda data: b"[]"), "one JSON object"),
     "bytes that are no text": (of_bytes(CONFIG, lambda data: b"\xff\xfe\x00{"), "damaged"),
