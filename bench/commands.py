@@ -109,7 +109,8 @@ def reinforcing(folder: Path, model: str, max_time: str) -> Measurements:
 
 def resuming(folder: Path, data: str, _: str) -> Measurements:
     """Measures a resumed run of smollm2-135m, its state in float32, from the command to the end of a step of 2 x 128 tokens."""
-    command = ["stages.train", "smollm2-135m", "--data", data, "--batch", "2", "--context", "128", "--steps", "1000"]
+    command = ["stages.train", "smollm2-135m", "--data", data, "--batch", "2", "--context", "128", "--optimizer", "adamw"]
+    command += ["--steps", "1000", "--log-every", "1"]
     seconds = [_until_step(command, folder / "run", stop) for stop in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL)]
     return [Measurement("command to first resumed step", seconds[-1], "s", 10)], {"seconds": seconds}
 
