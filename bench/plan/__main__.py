@@ -1,0 +1,171 @@
+"""Answers before money is spent: will it fit, how long, how much, and with which error; without JAX, in under a second.
+
+    python -m bench.plan --model llama-3.2-1b --tokens 100B --hardware h100 --devices 8
+    python -m bench.plan --model llama-3.2-1b --tokens 10M --method lora:16 --hardware rtx-4090
+    python -m bench.plan --model llama-3.2-1b --requests 20 --prompt 1000 --answer 250 --hardware l4
+    python -m bench.plan --budget 500 --devices 8           the largest compute-optimal model; or --days 7
+    python -m bench.plan --model llama-3.2-1b --extra 2000  a longer prompt, or tuning, or training?
+    python -m bench.plan --validate                         replays published runs, each left out
+    python -m bench.plan --calibrate                        measures this machine for --hardware here, in 30 seconds
+
+Every line says where its interval comes from. --out writes a page whose sliders compute the same in the browser.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from bench.cli import Json, run_bench
+from engine.errors import UserError
+from engine.files import write_problem
+
+Text = Annotated[str | None, tyro.conf.arg(metavar="NUMBER", help_behavior_hint="")]
+Number = Annotated[float | None, tyro.conf.arg(metavar="NUMBER", help_behavior_hint="")]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanFlags:
+    model: Annotated[str | None, tyro.conf.arg(help_behavior_hint="")] = None
+    """A preset, a config.json or its folder, a .gguf file, or a run folder."""
+    params: Text = None
+    """Parameters of a Llama, such as 8B, in place of a model."""
+    tokens: Text = None
+    """Tokens to train on, such as 100B; with --extra, to tune on (default: 10M)."""
+    method: str = "pretrain"
+    """pretrain, full, freeze:K, lora:R, qlora:R, preference or rl: K blocks from the bottom, R the rank."""
+    context: Annotated[int | None, tyro.conf.arg(help_behavior_hint="(default: 4096, or the model's)")] = None
+    """Tokens of a text in training."""
+    step_tokens: Text = None
+    """Tokens of a training step (default: 524,288, and 32,768 in tuning)."""
+    hardware: str = "h100"
+    """A name in engine/counting/accelerators.csv; here, once calibrated; or custom, with --peak, --bandwidth and --memory."""
+    devices: int = 1
+    """Devices of the run, or of one replica in serving."""
+    requests: Text = None
+    """Requests a second to serve."""
+    prompt: str = "1000"
+    """Tokens of a request's prompt."""
+    answer: str = "250"
+    """Tokens of its answer."""
+    cached: float = 0.0
+    """Share of a prompt that the prefix cache holds, from 0 to below 1."""
+    slots: int = 512
+    """Requests that a replica decodes at once, at most."""
+    precision: Literal["bfloat16", "int8", "int4"] = "bfloat16"
+    """Of the weights in serving; with int8, of the KV cache too."""
+    budget: Text = None
+    """Dollars to spend."""
+    days: Number = None
+    """Days to train for."""
+    served: Text = None
+    """Tokens to serve out of the same budget."""
+    extra: Text = None
+    """Tokens to put before each prompt, or into the weights."""
+    peak: Number = None
+    """TFLOP/s of a device's bfloat16 products."""
+    bandwidth: Number = None
+    """GB/s of its memory."""
+    memory: Number = None
+    """GB of its memory."""
+    price: Number = None
+    """Dollars of a device-hour."""
+    watts: Number = None
+    """Watts of a device."""
+    validate: bool = False
+    """Replay the published runs and print the errors."""
+    calibrate: bool = False
+    """Measure this machine."""
+    out: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="")] = None
+    """A folder for plan.html."""
+
+
+def plan(flags: PlanFlags) -> Json:
+    """Answers the question that the flags ask, and prints it. Raises UserError for impossible or missing numbers."""
+    check_flags(flags)
+    if flags.calibrate:
+        from bench.plan.calibrate import calibrate
+
+        return calibrate()
+    if flags.validate:
+        from bench.plan.validate import describe, validation
+
+        document = validation()
+        print(describe(document))
+        return document
+    return answer(flags)
+
+
+def check_flags(flags: PlanFlags) -> None:
+    """Raises UserError for numbers that cannot be, questions that exclude each other, and a folder that cannot be written."""
+    for name in ("days", "peak", "bandwidth", "memory", "price", "watts", "devices", "slots", "context"):
+        if (value := getattr(flags, name)) is not None and not 0 < value < 1e9:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0 and below a billion, not {value:g}.")
+    if not 0 <= flags.cached < 1:
+        raise UserError(f"--cached is a share from 0 to below 1, such as 0.8, not {flags.cached:g}.")
+    if flags.model and flags.params:
+        raise UserError("--model and --params name two models; give one of them.")
+    asked = [f"--{name}" for name in ("requests", "budget", "days", "extra", "validate", "calibrate") if getattr(flags, name)]
+    if len(asked) > 1:
+        raise UserError(f"{' and '.join(asked)} are different questions; ask one at a time.")
+    if flags.served and not (flags.budget or flags.days):
+        raise UserError("--served belongs to --budget or --days.")
+    if flags.out and (problem := write_problem(flags.out)):
+        raise UserError(f"--out {flags.out} cannot be written: {problem}. Choose another folder.")
+
+
+def answer(flags: PlanFlags) -> Json:
+    """Prints and returns the answer to one question, and writes the page of --out."""
+    from bench.plan.answer import amount
+    from bench.plan.break_even import plan_break_even
+    from bench.plan.budget import plan_budget
+    from bench.plan.hardware import efficiency_of, find_hardware, numbers
+    from bench.plan.model import job, read_model
+    from bench.plan.published import accelerators
+    from bench.plan.serving import fit_serving, plan_serving
+    from bench.plan.training import plan_training
+
+    given = {"bf16_tflops": flags.peak, "memory_gbs": flags.bandwidth, "memory_gb": flags.memory, "watts": flags.watts}
+    device = find_hardware(flags.hardware, given | {"price": flags.price})
+    read = lambda name: amount(f"--{name.replace('_', '-')}", getattr(flags, name))
+    optional = lambda name: read(name) if getattr(flags, name) else None
+    d = numbers(device, **efficiency_of(device.name)._asdict(), **fit_serving().uses)
+    lengths = (read("prompt"), read("answer"), flags.cached)
+    about_model = not (flags.budget or flags.days)
+    name, cfg = read_model(flags.model or (None if about_model or flags.params else "llama-3.2-1b"), optional("params"))
+    context = flags.context or min(4096, cfg.context)
+    make = lambda method: job(cfg, method, context, optional("step_tokens") or 0)
+    m = make(flags.method)
+    if not about_model:
+        result = plan_budget(d, device.name, flags.devices, optional("budget"), flags.days or 0, optional("served"))
+    elif flags.requests:
+        result = plan_serving(
+            name, m, d, device.name, flags.devices, requests=read("requests"), lengths=lengths, slots=flags.slots,
+            precision=flags.precision,
+        )  # fmt: skip
+    elif flags.extra:
+        tokens = {"lora:16": optional("tokens") or 1e7, "full": optional("tokens") or 1e7, "pretrain": 20.0 * m.params}
+        investments = {
+            method: plan_training(name, method, make(method), d, device.name, amount, flags.devices).lines["device-hours"]
+            for method, amount in tokens.items()
+        }
+        result = plan_break_even(name, m, d, device.name, read("extra"), lengths, flags.precision, investments)
+    else:
+        result = plan_training(name, flags.method, m, d, device.name, read("tokens"), flags.devices)
+    print(result)
+    if flags.out:
+        from bench.plan.page import write_page
+        from engine.model.config import PRESETS
+
+        all_numbers = lambda each: numbers(each, **efficiency_of(each.name)._asdict(), **fit_serving().uses)
+        devices = {each.name: all_numbers(each) for each in accelerators().values()} | {device.name: d}
+        state = {"model": name, "hardware": device.name, "devices": flags.devices, "replica": flags.devices}
+        path = write_page(flags.out, result.document(), {name: cfg} | PRESETS, devices, state)
+        print(f"the page: {path}", file=sys.stderr)
+    return result.document()
+
+
+if __name__ == "__main__":
+    sys.exit(run_bench("bench.plan", __doc__, PlanFlags, plan))

@@ -1,0 +1,99 @@
+"""The planner's arithmetic, which `javascript.py` writes out for the page, so that the browser computes the same.
+
+Arguments m are a model and a method of training it (`model.job`), d a device (`hardware.numbers`); all else is numbers in FLOP,
+bytes, seconds, tokens and dollars. Only what can be translated word for word: assignments, arithmetic, conditions and calls.
+"""
+
+from math import exp, floor, log10
+from typing import Any
+
+Numbers = dict[str, float]
+
+SHARE = 0.9  # of a device's memory that a program gets
+STATE_BYTES = 16  # a trained parameter: weight and gradient in 16 bits, master weight and two moments in 32 (1910.02054)
+UPDATE_BYTES = 28  # that AdamW moves for a parameter: four numbers of 32 bits read, three written
+LOSS_ROWS = 1024  # of logits that exist at once
+
+
+def efficiency(d: Any, params: float, devices: float, recompute: float) -> float:
+    """Returns the share of the peak that a run uses over all its device-hours, by the regression of `efficiency.py`."""
+    on_one_node = d.node if devices <= 8 else 0
+    return min(0.9, exp(d.base + on_one_node + d.size * log10(params / 1e10) + d.repeated * recompute))
+
+
+def training_memory(m: Any, devices: float, recompute: float) -> float:
+    """Returns the bytes on each of the devices, which share the state out, with one text a device at a time."""
+    state = (m.frozen * m.frozen_bytes + m.trained * STATE_BYTES) / devices
+    gathered = 4 * (m.frozen + m.trained) / m.layers if devices > 1 else 0
+    kept = m.kept + 2 * m.width * m.layers if recompute else m.kept * m.layers
+    return state + gathered + m.context * kept + min(m.context, LOSS_ROWS) * m.vocab * 6
+
+
+def training(m: Any, d: Any, tokens: float, devices: float, sampling: float) -> Numbers:
+    """Returns the middle of the answer for a run, which computes activations again when it does not fit otherwise.
+
+    `sampling`: device-seconds to generate a token that is then trained on.
+    """
+    recompute = 1 if training_memory(m, devices, 0) > SHARE * d.memory else 0
+    share = efficiency(d, m.params, devices, recompute)
+    products = tokens * m.flops / (devices * d.peak * share)
+    updates = tokens / m.step_tokens * m.trained * UPDATE_BYTES / (devices * d.bandwidth)
+    generated = tokens * sampling / devices
+    # Weights come twice for each text of a device, and gradients go once, 2 bytes a number.
+    sent = tokens / (devices * m.context) * (4 * m.frozen + 6 * m.trained) * (devices - 1) / devices
+    network = d.near if devices <= d.together else d.far
+    exchanges = sent / network if network > 0 else 0
+    seconds = products + updates + generated
+    return {
+        "flops": tokens * m.flops, "recompute": recompute, "needed": training_memory(m, devices, recompute),
+        "efficiency": share, "products": products, "updates": updates, "generated": generated, "exchanges": exchanges,
+        "seconds": seconds, "device_hours": seconds * devices / 3600,
+    }  # fmt: skip
+
+
+def serving(
+    m: Any, d: Any, bits: float, kv_bits: float, devices: float, slots: float, prompt: float, answer: float, cached: float
+) -> Numbers:
+    """Returns the middle of the answer for a replica of the devices, with as many requests at once as fit, at most `slots`.
+
+    A step reads the weights once and each request's keys and values, multiplies, and starts each layer's kernels: the
+    times add up. `cached`: the share of a prompt that the prefix cache holds.
+    """
+    weights = m.params * bits / 8
+    cache = 2 * m.layers * m.kv_width * kv_bits / 8
+    fitting = floor((SHARE * d.memory * devices - weights) / ((prompt + answer) * cache))
+    batch = max(1, min(slots, fitting))
+    flow = devices * d.bandwidth * d.bandwidth_use
+    speed = devices * (d.eight if bits == 8 else d.peak) * d.compute_use
+    computed = prompt * (1 - cached)
+    prefill = computed * (2 * m.matmul + 4 * m.layers * m.query_width * (prompt - computed / 2)) / speed
+    length = prompt + answer / 2
+    reading = weights / flow
+    attending = batch * length * cache / flow
+    multiplying = batch * (2 * m.matmul + 4 * m.layers * m.query_width * length) / speed
+    launching = m.layers * d.layer_seconds
+    step = reading + attending + multiplying + launching
+    period = batch * prefill + answer * step
+    return {
+        "fits": 1 if fitting >= 1 else 0, "batch": batch, "needed": (weights + batch * (prompt + answer) * cache) / devices,
+        "first_token": prefill + step, "token_seconds": period / answer, "requests": batch / period,
+        "tokens": batch * answer / period, "prefilling": batch * prefill / answer, "reading": reading,
+        "attending": attending, "multiplying": multiplying, "launching": launching,
+    }  # fmt: skip
+
+
+def longer_prompt(m: Any, d: Any, bits: float, kv_bits: float, extra: float, prompt: float, answer: float) -> Numbers:
+    """Returns the device-seconds that `extra` tokens before a prompt add to a request, computed each time or found cached.
+
+    Either way each generated token attends to them.
+    """
+    speed = (d.eight if bits == 8 else d.peak) * d.compute_use
+    reading = m.layers * m.kv_width * kv_bits / 4 / (d.bandwidth * d.bandwidth_use)
+    attending = answer * extra * (reading + 4 * m.layers * m.query_width / speed)
+    computing = extra * (2 * m.matmul + 2 * m.layers * m.query_width * (extra + 2 * prompt)) / speed
+    return {"cached": attending, "computed": computing + attending}
+
+
+def optimal(flops: float, a: float, b: float, alpha: float, beta: float) -> float:
+    """Returns the parameters of least loss a / N^alpha + b / D^beta with 6 N D = flops (2203.15556, equation 4)."""
+    return (alpha * a / (beta * b)) ** (1 / (alpha + beta)) * (flops / 6) ** (beta / (alpha + beta))

@@ -1,0 +1,89 @@
+"""The model of a plan, a preset, config.json, GGUF file, run folder, or number of parameters; and what a method costs."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from engine.counting.flops import train_flops
+from engine.counting.params import count_params, leaf_shapes
+from engine.counting.trainable_paths import all_trainable, bottom_frozen, lora_only, target_shapes
+from engine.errors import UserError, did_you_mean
+from engine.model.config import PRESETS, LoraConfig, ModelConfig, preset
+
+METHODS = ("pretrain", "full", "freeze:K", "lora:R", "qlora:R", "preference", "rl")
+PRETRAINING_STEP, TUNING_STEP = 2**19, 2**15  # tokens
+
+
+def read_model(model: str | None, params: float | None) -> tuple[str, ModelConfig]:
+    """Returns a model's name and architecture. Raises UserError for a file that cannot be read, or a name that is unknown."""
+    if params is not None:
+        return f"a Llama of {params:.3g} parameters", config_of_size(params)
+    if model is None:
+        raise UserError("Say which model: --model NAME, config.json, FILE.gguf or a run folder; or --params 8e9.")
+    if model.removesuffix("-instruct") in PRESETS:
+        return model, preset(model.removesuffix("-instruct"))
+    path = Path(model).expanduser()
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(
+            f"There is no model {model!r}: neither a file, nor a folder with a config.json, nor one of {', '.join(PRESETS)}."
+            f"{did_you_mean(model, list(PRESETS))}"
+        )
+    if path.suffix == ".gguf":  # this and what follows imports NumPy
+        from engine.storage.gguf.config import config_from
+        from engine.storage.gguf.header import read_header
+
+        return path.stem, config_from(read_header(path))
+    from engine.storage.huggingface.config import config_from as config_of_fields
+    from engine.storage.untrusted import read_json_object
+
+    fields = read_json_object(path)
+    return path.resolve().parent.name, ModelConfig.from_json(fields) if "vocab" in fields else config_of_fields(fields, path)
+
+
+def config_of_size(params: float) -> ModelConfig:
+    """Returns a Llama of about so many parameters: 128 times as wide as deep, heads of 128. Raises UserError out of range."""
+    if not 1e7 <= params <= 1e14:
+        raise UserError(f"--params must be from 1e7 to 1e14, such as 8e9, not {params:g}.")
+    vocab = 128_256 if params > 1e9 else 32_000 if params > 2e8 else 2048
+    depth = max(1, math.floor((params / (12 * 128**2)) ** (1 / 3)))
+    kv_heads = depth // 8 if depth % 8 == 0 else depth
+    width, attention = 128 * depth, 2 * 128 * depth * 128 * (depth + kv_heads)
+    ff = max(width, round((params - 2 * vocab * width - depth * attention) / (3 * depth * width)))
+    return ModelConfig(vocab, width, depth, depth, ff, 8192, kv_heads, 128)
+
+
+def job(cfg: ModelConfig, method: str, context: int, step_tokens: float = 0) -> Any:
+    """Returns what the formulas take of a model and a method of training it on texts of `context`.
+
+    Raises UserError for a method that is none of METHODS, a block or rank that cannot be, and a context beyond the model's.
+    """
+    if context > cfg.context:
+        raise UserError(f"--context {context} is beyond the {cfg.context} tokens of the model.")
+    name, _, number = method.partition(":")
+    takes_number = name in ("freeze", "lora", "qlora")
+    if name not in {known.partition(":")[0] for known in METHODS} or (number and not (takes_number and number.isdigit())):
+        raise UserError(
+            f"--method is {', '.join(METHODS)}, with numbers for K and R, not {method!r}.{did_you_mean(name, METHODS)}"
+        )
+    trainable = all_trainable(cfg)
+    if name == "freeze":
+        trainable = bottom_frozen(cfg, int(number or cfg.layers // 2))
+    elif takes_number:
+        trainable = lora_only(cfg, LoraConfig(rank=int(number or 16)))
+    count, pairs = count_params(cfg), target_shapes(cfg)
+    trained = sum(math.prod(shape) for path, shape in leaf_shapes(cfg).items() if path in trainable.weights)
+    frozen = count.total - trained
+    trained += trainable.rank * sum(sum(pairs[path]) for path in trainable.adapted)
+    flops = train_flops(cfg, context, attention="causal", trainable=trainable, remat="none").by_pass
+    reference = name in ("preference", "rl")  # the model before training reads the same tokens
+    query, key = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+    # Residuals of a token in a block, in 16 bits, with fused attention; the last part only a weight's gradient reads.
+    kept = 4 * (cfg.width + query + key + cfg.ff) + (2 * (2 * cfg.width + cfg.ff) if trained > frozen / 4 else 0)
+    return SimpleNamespace(
+        params=count.total, matmul=count.matmul, layers=cfg.layers, width=cfg.width, query_width=query, kv_width=key,
+        vocab=cfg.vocab, context=context, kept=kept, flops=flops.total + (flops.forward if reference else 0), trained=trained,
+        frozen=frozen + (count.total if reference else 0), frozen_bytes=0.5625 if name == "qlora" else 2,
+        step_tokens=step_tokens or (PRETRAINING_STEP if name == "pretrain" else TUNING_STEP),
+    )  # fmt: skip

@@ -1,0 +1,57 @@
+"""A training run ahead of time: FLOPs, hours, memory, money and energy, each as an interval, and what binds."""
+
+import math
+from typing import Any
+
+from bench.plan.answer import Answer, Interval, around, costs, interval
+from bench.plan.formulas import SHARE, Numbers, serving, training, training_memory
+from engine.format import format_bytes, in_words
+
+MEMORY = (0.95, 1.16)  # of published peaks of LoRA and QLoRA over the formula's (pytorch/torchtune README)
+ADAPTER_BOUND = 0.3  # within which published times of LoRA over those of full fine-tuning lie
+SLOTS = 512  # requests at once, at most: what engines take by default
+
+
+def plan_training(name: str, method: str, m: Any, d: Any, device: str, tokens: float, devices: int) -> Answer:
+    """Returns the answer for a model and method m on so many devices d."""
+    sampling = 0.0
+    if method == "rl":  # answers of three quarters of a text
+        sampling = devices / serving(m, d, 16, 16, devices, SLOTS, m.context / 4, 3 * m.context / 4, 0)["tokens"]
+    result = training(m, d, tokens, devices, sampling)
+    spread, origin = d.spread, d.origin
+    if method.startswith(("lora", "qlora", "freeze")):
+        spread, origin = (
+            math.hypot(spread, math.log(1 + ADAPTER_BOUND)),
+            f"{origin}; LoRA's time over full tuning's, within 30%",
+        )
+    hours = around(result["device_hours"], spread, "hours", origin)
+    lines = {
+        "FLOPs": around(result["flops"], 0, "FLOP", "counted: every product, and causal attention"),
+        "share of peak": around(result["efficiency"], d.spread, "share", d.origin),
+        "device-hours": hours,
+        "wall time": interval((3600 * bound / devices for bound in hours[:3]), "seconds", "device-hours over the devices"),
+        "memory a device": Interval(
+            MEMORY[0] * result["needed"], result["needed"], MEMORY[1] * result["needed"], "bytes",
+            f"by formula, of {format_bytes(d.memory)}; published LoRA peaks lie 5% below to 16% above it",
+        ),
+        **costs(hours, d),
+    }  # fmt: skip
+    again = ("activations are computed a second time, for they would not fit",) if result["recompute"] else ()
+    question = f"{method} of {name} on {in_words(tokens)} tokens, {devices} x {device}"
+    return Answer(question, lines, _binding(result, m, d, devices), again)
+
+
+def _binding(result: Numbers, m: Any, d: Any, devices: int) -> str:
+    """Returns in words what limits the run: memory that is not there, or the slowest of what it does."""
+    if result["needed"] > SHARE * d.memory:
+        counts = (2**power for power in range(20))
+        enough = next((count for count in counts if training_memory(m, count, 1) <= SHARE * d.memory), 0)
+        remedy = f"about {enough} would hold it" if enough else "no number of them holds one text, so give a smaller --context"
+        needed = f"{format_bytes(result['needed'])} on each of {devices}, {format_bytes(SHARE * d.memory)} free"
+        return f"memory, for it does not fit: {needed}; {remedy}"
+    words = {
+        "products": "matrix products: compute", "updates": "the optimizer's update: memory bandwidth",
+        "generated": "generating the answers: memory bandwidth",
+        "exchanges": "the network, to send weights and gradients with one text a device at a time",
+    }  # fmt: skip
+    return words[max(words, key=lambda name: result[name])]

@@ -1,0 +1,294 @@
+"""The planner: its error figures on published runs, its answers beside the engine's own counts, and what it refuses."""
+
+import importlib.util
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.plan import formulas
+from bench.plan.__main__ import PlanFlags, answer, plan
+from bench.plan.budget import LAW, over_trained
+from bench.plan.calibrate import rapl_joules
+from bench.plan.efficiency import predict_efficiency
+from bench.plan.hardware import find_hardware, numbers
+from bench.plan.javascript import javascript
+from bench.plan.model import config_of_size, job, read_model
+from bench.plan.published import accelerators, clean_runs, rows
+from bench.plan.serving import fit_serving
+from bench.plan.validate import (
+    FLOPS_BOUND,
+    figures,
+    flops_errors,
+    halves_held_out,
+    serving_errors,
+    without_each,
+    without_makers,
+)
+from engine.counting.flops import prefill_flops, train_flops
+from engine.counting.params import count_params
+from engine.errors import UserError
+from engine.model.config import PRESETS, preset
+
+CFG = PRESETS["llama-3.2-1b"]
+
+
+def h100():
+    return numbers(accelerators()["h100"], **predict_efficiency("h100")._asdict(), **fit_serving().uses)
+
+
+def test_flops_of_every_clean_run_are_within_three_percent_of_what_was_reported():
+    errors = flops_errors()
+    assert len(errors) == 8
+    assert max(abs(each.error) for each in errors) <= FLOPS_BOUND
+
+
+@pytest.mark.parametrize("left_out", [without_each, without_makers, halves_held_out])
+def test_device_hours_of_left_out_runs_lie_inside_their_intervals(left_out):
+    result = figures(left_out())
+    assert result["rows"] >= 32
+    assert result["median"] <= 0.15
+    assert result["inside"] >= 0.80
+
+
+def test_rates_of_serving_that_are_left_out_lie_inside_their_intervals():
+    result = figures(serving_errors())
+    assert result["median"] <= 0.15
+    assert result["inside"] >= 0.80
+
+
+def test_a_prediction_reads_nothing_of_the_run_itself():
+    run = next(run for run in clean_runs() if run.name == "LLaMA-65B")
+    others = [other for other in clean_runs() if other is not run]
+    before = predict_efficiency(run.hardware, others, run.year)
+    hours = run.device_hours
+    try:
+        run.device_hours = 3 * hours
+        assert predict_efficiency(run.hardware, others, run.year) == before
+    finally:
+        run.device_hours = hours
+
+
+def test_every_row_has_a_source_and_known_hardware():
+    for name in ("training_runs", "training_benchmarks", "serving_runs", "finetunes"):
+        for row in rows(name):
+            assert row.source
+            assert name == "finetunes" or row.hardware in accelerators()
+
+
+def test_flops_are_the_engines_own():
+    m = job(CFG, "pretrain", 512)
+    assert m.flops == train_flops(CFG, 512, attention="causal").total
+    assert m.params == count_params(CFG).total
+    assert formulas.training(m, h100(), 7, 1, 0)["flops"] == 7 * m.flops
+    result = formulas.serving(m, h100(), 16, 16, 1, 1, 512, 1, 0)
+    without_head = prefill_flops(CFG, 512, attention="causal").total - 2 * CFG.width * CFG.vocab
+    every_logit = without_head + 512 * 2 * CFG.width * CFG.vocab
+    assert result["prefilling"] * 989e12 * h100().compute_use == pytest.approx(every_logit, rel=1e-3)
+
+
+def test_methods_cost_what_they_train():
+    made = {method: job(CFG, method, 256) for method in ("pretrain", "freeze:8", "lora:8", "qlora:8", "preference", "rl")}
+    full = made["pretrain"]
+    assert full.frozen == 0
+    assert full.trained == full.params
+    assert made["freeze:8"].trained + made["freeze:8"].frozen == full.params
+    assert made["freeze:8"].flops < made["lora:8"].flops < full.flops < made["preference"].flops
+    assert made["qlora:8"].frozen_bytes < made["lora:8"].frozen_bytes
+    memory = {method: formulas.training_memory(m, 1, 0) for method, m in made.items()}
+    assert memory["qlora:8"] < memory["lora:8"] < memory["freeze:8"] < memory["pretrain"] < memory["rl"]
+
+
+@given(st.sampled_from(sorted(PRESETS)), st.sampled_from(["pretrain", "lora:4", "rl"]), st.integers(0, 12), st.floats(6, 13))
+def test_more_tokens_cost_more_and_more_devices_take_less_time(name, method, power, magnitude):
+    cfg, d = preset(name), h100()
+    m = job(cfg, method, min(256, cfg.context))
+    at = lambda tokens, devices: formulas.training(m, d, tokens, devices, 0)
+    tokens, devices = 10**magnitude, 2**power
+    assert at(2 * tokens, devices)["seconds"] == pytest.approx(2 * at(tokens, devices)["seconds"])
+    assert at(tokens, 4 * devices)["seconds"] < at(tokens, devices)["seconds"]
+    assert at(tokens, 4 * devices)["needed"] <= at(tokens, devices)["needed"] + 4 * m.params / m.layers
+
+
+@given(st.floats(1e18, 1e26))
+def test_the_optimal_size_has_the_least_loss(flops):
+    params = formulas.optimal(flops, **vars(LAW))
+    loss = lambda size: LAW.a / size**LAW.alpha + LAW.b / (flops / 6 / size) ** LAW.beta
+    assert loss(params) <= min(loss(0.97 * params), loss(1.03 * params))
+    small, tokens, _ = over_trained(flops, flops / params / 20)
+    assert small < params
+    assert 6 * small * tokens + 2 * small * flops / params / 20 == pytest.approx(flops)
+
+
+@pytest.mark.parametrize("params", [3e7, 3e8, 8e9, 7e10, 1e12])
+def test_a_model_of_a_size_has_that_size(params):
+    assert count_params(config_of_size(params)).total == pytest.approx(params, rel=0.03)
+
+
+def test_models_are_read_from_files(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CFG.to_json()))
+    assert read_model(str(tmp_path), None)[1] == CFG
+    assert read_model("smollm2-135m-instruct", None)[1] == PRESETS["smollm2-135m"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"hardware": "h1000", "model": "nano", "tokens": "1M"}, "Did you mean 'h100'"),
+        ({"hardware": "custom", "model": "nano", "tokens": "1M"}, "needs --peak"),
+        ({"hardware": "here", "model": "nano", "tokens": "1M"}, "--calibrate"),
+        ({"model": "llama-3.2-2b", "tokens": "1M"}, "Did you mean 'llama-3.2-"),
+        ({"tokens": "1M"}, "Say which model"),
+        ({"model": "nano"}, "--tokens is missing"),
+        ({"model": "nano", "tokens": "-5"}, "--tokens must be a number above 0"),
+        ({"model": "nano", "tokens": "ten"}, "--tokens must be a number above 0"),
+        ({"model": "nano", "tokens": "1M", "devices": 0}, "--devices must be above 0"),
+        ({"model": "nano", "tokens": "1M", "price": -1.0}, "--price must be above 0"),
+        ({"model": "nano", "tokens": "1M", "price": math.nan}, "--price must be above 0"),
+        ({"model": "nano", "tokens": "1M", "method": "freeze:99"}, "Cannot freeze 99"),
+        ({"model": "nano", "tokens": "1M", "method": "lorra"}, "Did you mean 'lora"),
+        ({"model": "nano", "tokens": "1M", "context": 9999}, "--context 9999 is beyond"),
+        ({"model": "nano", "params": "1B", "tokens": "1M"}, "two models"),
+        ({"params": "3", "tokens": "1M"}, "--params must be from"),
+        ({"params": "70B", "requests": "3", "hardware": "l4"}, "does not fit"),
+        ({"model": "nano", "requests": "1", "cached": 1.0}, "--cached"),
+        ({"budget": "5", "hardware": "tpu-v5e"}, "No price"),
+        ({"budget": "5", "days": 3.0}, "one at a time"),
+        ({"budget": "5", "served": "900T"}, "takes the whole budget"),
+        ({"model": "nano", "tokens": "1M", "served": "1T"}, "--served belongs"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_in_a_sentence(flags, words, monkeypatch, tmp_path):
+    monkeypatch.setenv("THRICE_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=words.replace("(", r"\(")):
+        plan(PlanFlags(**flags))
+
+
+def test_a_config_that_cannot_be_read_and_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        plan(PlanFlags(model=str(tmp_path), tokens="1M"))
+    with pytest.raises(UserError, match="cannot be written"):
+        plan(PlanFlags(model="nano", tokens="1M", out=tmp_path / "config.json"))
+
+
+def test_an_answer_comes_without_jax_and_its_last_line_is_json():
+    code = "import sys; from bench.plan.__main__ import *; run_bench('', '', PlanFlags, plan); assert 'jax' not in sys.modules"
+    command = [sys.executable, "-c", code, "--model", "llama-3.2-1b", "--tokens", "100B", "--devices", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    document = json.loads(done.stdout.splitlines()[-1])
+    hours = document["answer"]["device-hours"]
+    assert hours["low"] < hours["middle"] < hours["high"]
+    assert all(line["origin"] or line["unit"] == "replicas" for line in document["answer"].values())
+
+
+def test_a_calibrated_machine_is_planned_for(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("THRICE_CACHE", str(tmp_path))
+    (tmp_path / "plan").mkdir()
+    device = vars(accelerators()["l4"]) | {"name": "here", "watts": 0}
+    (tmp_path / "plan" / "calibration.json").write_text(json.dumps({"device": device, "shares": [0.3, 0.4, 0.5]}))
+    share = answer(PlanFlags(model="nano", tokens="1M", hardware="here", context=256))["answer"]["share of peak"]
+    assert share["middle"] == pytest.approx(0.4)
+    assert "this machine" in share["origin"]
+    (tmp_path / "plan" / "calibration.json").write_text("{}")
+    with pytest.raises(UserError, match="damaged"):
+        find_hardware("here", {})
+
+
+def test_joules_are_those_of_all_packages(tmp_path):
+    assert rapl_joules(tmp_path) == 0
+    for package, joules in enumerate((3, 4)):
+        (tmp_path / f"intel-rapl:{package}").mkdir()
+        (tmp_path / f"intel-rapl:{package}" / "energy_uj").write_text(f"{joules}000000\n")
+    assert rapl_joules(tmp_path) == 7
+
+
+STATES = [
+    {"model": "llama-3.2-1b", "method": "pretrain", "hardware": "h100", "devices": 8, "tokens": 1e11},
+    {"model": "llama-2-7b", "method": "lora:16", "hardware": "rtx-4090", "devices": 1, "tokens": 1e7},
+    {"model": "qwen3-0.6b", "method": "rl", "hardware": "tpu-v5e", "devices": 16, "tokens": 3e8},
+    {"model": "nano", "method": "freeze", "hardware": "m4-max", "devices": 1, "tokens": 1e9},
+]  # fmt: skip
+SERVED = {
+    "requests": 7,
+    "prompt": 700,
+    "answer": 300,
+    "cached": 0.5,
+    "precision": "int8",
+    "replica": 1,
+    "extra": 900,
+    "tuning": 1e7,
+}
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    from selenium.webdriver import Chrome, ChromeOptions
+    from selenium.webdriver.chrome.service import Service
+
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("needs Chromium and its driver (on Debian: apt-get install chromium chromium-driver)")
+    folder = tmp_path_factory.mktemp("plan")
+    plan(PlanFlags(model="llama-3.2-1b", tokens="100B", devices=8, out=folder))
+    options = ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", f"user-data-dir={folder / 'user'}"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    chrome = Chrome(options, Service(driver))
+    chrome.get((folder / "plan.html").as_uri())
+    yield chrome
+    chrome.quit()
+
+
+@pytest.mark.parametrize("state", STATES, ids=lambda state: state["model"])
+def test_the_browser_computes_what_python_does(page, state, capsys):
+    there = page.execute_script(
+        "const all = plans(arguments[0]); return [all.trained.lines, all.served, all.even, all.each]", state | SERVED
+    )
+    common = {"model": state["model"], "hardware": state["hardware"], "devices": state["devices"]}
+    same = lambda line, bounds: [line["low"], line["middle"], line["high"]] == pytest.approx(bounds, rel=1e-9)
+    trained = answer(PlanFlags(**common, method=state["method"], tokens=f"{state['tokens']:g}"))["answer"]
+    assert trained.keys() == there[0].keys()
+    assert all(same(trained[name], there[0][name]) for name in trained)
+    lengths = {"prompt": "700", "answer": "300", "precision": "int8"}
+    served = answer(PlanFlags(**common | {"devices": 1}, **lengths, requests="7", cached=0.5))["answer"]
+    assert served.keys() == there[1].keys()
+    assert all(same(served[name], there[1][name]) for name in served)
+    even = answer(PlanFlags(**common, **lengths, extra="900"))["answer"]
+    assert all(same(even[method], there[2][method]) for method in ("lora:16", "full", "pretrain"))
+    for kind, words in (("computed", "without"), ("cached", "with")):
+        assert even[f"the longer prompt of a request, {words} a prefix cache"]["middle"] == pytest.approx(there[3][kind])
+
+
+def test_the_sliders_change_the_answer_by_keyboard_and_say_where_it_comes_from(page):
+    from selenium.webdriver import Keys
+
+    page.refresh()
+    read = lambda: page.find_element("css selector", "#trained").text
+    before = read()
+    assert "8.22e20" in before
+    page.find_element("name", "devices").send_keys(Keys.ARROW_RIGHT)
+    assert read() != before
+    assert "32 published runs" in page.find_element("id", "trained-where").text
+    page.find_element("name", "hardware").send_keys("tpu-v5p")
+    assert "benchmarks on tpu-v5p" in page.find_element("id", "trained-where").text
+    assert page.find_elements("css selector", "#plot .line")
+    assert [line for line in page.get_log("browser") if line["level"] == "SEVERE"] == []
+    fetched = page.execute_script("return performance.getEntriesByType('resource').map((each) => each.name)")
+    assert fetched == []
+    page.set_window_size(390, 900)
+    assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_the_translator_refuses_what_it_cannot_write(tmp_path):
+    (tmp_path / "looping.py").write_text("def f(x):\n    'Doc.'\n    for y in x:\n        pass\n")
+    spec = importlib.util.spec_from_file_location("looping", tmp_path / "looping.py")
+    with pytest.raises(TypeError, match="no JavaScript for 'for y in x"):
+        javascript(importlib.util.module_from_spec(spec))
