@@ -1,13 +1,7 @@
 """A run folder: the files of one training run, and the lock that holds it for one process.
 
-    runs/NAME/config.json      the architecture
-              run.json         how it was trained, and at last the result
-              metrics.jsonl    a line every few steps
-              tokenizer/       tokenizer.json, as Hugging Face's libraries read it
-              checkpoints/STEP/
-              samples/STEP.txt
-
-A folder with files but no run.json is never written to.
+Beside what engine/storage/run_folder.py lists it holds metrics.jsonl, a line every few steps, and samples/STEP.txt. A folder
+with files but no run.json is never written to.
 """
 
 import contextlib

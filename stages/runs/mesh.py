@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,7 +14,16 @@ from engine.device import Device
 from engine.errors import UserError
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
-from engine.sharding import MeshShape, column_shards, group_columns, make_mesh, parse_mesh, shardings, ungroup_columns
+from engine.sharding import (
+    MeshShape,
+    column_shards,
+    group_columns,
+    init_sharded,
+    make_mesh,
+    parse_mesh,
+    shardings,
+    ungroup_columns,
+)  # fmt: skip
 
 OWN = ("command", "device")  # entries of run.json in which processes may differ
 
@@ -58,18 +67,12 @@ def refuse_differences(facts: dict[str, Any], cfg: ModelConfig, options: Any, st
 
 def to_saved(cfg: ModelConfig, tree: Any) -> Any:
     """Returns parameters or a state with their columns in the order of files, on the devices where they are."""
-    return _reorder(lambda tree: ungroup_columns(cfg, tree), tree)
+    return tree if column_shards() == 1 else init_sharded(lambda tree: ungroup_columns(cfg, tree), tree)
 
 
 def from_saved(cfg: ModelConfig, tree: Any) -> Any:
     """The inverse of `to_saved`."""
-    return _reorder(lambda tree: group_columns(cfg, tree), tree)
-
-
-def _reorder(reorder: Callable[[Any], Any], tree: Any) -> Any:
-    if column_shards() == 1:
-        return tree
-    return jax.jit(reorder, out_shardings=shardings(jax.eval_shape(reorder, tree)))(tree)
+    return tree if column_shards() == 1 else init_sharded(lambda tree: group_columns(cfg, tree), tree)
 
 
 def fits_one_device(tree: Any) -> bool:
