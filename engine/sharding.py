@@ -275,6 +275,18 @@ def columns(x: Array) -> Array:
     return _pin(x, ROWS, *(None,) * (x.ndim - 2), "tensor")
 
 
+def by_head(kernel: Callable[..., Array | None], q: Array, k: Array, v: Array, mask: Array | None) -> Array | None:
+    """Returns kernel(q (B, T, N, H), k, v (B, S, K, H), mask (B, ...) or None), of which each device computes its own rows and
+    heads: XLA cannot cut a kernel that is not its own."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return kernel(q, k, v, mask)
+    rows = ROWS if len(q) % row_shards() == 0 else None
+    heads = P(rows, None, "tensor" if k.shape[2] % column_shards() == 0 else None)
+    # Unchecked, for a kernel does not say over which axes its results differ.
+    return jax.shard_map(kernel, in_specs=(heads, heads, heads, P(rows)), out_specs=heads, check_vma=False)(q, k, v, mask)
+
+
 def pin(tree: Any) -> Any:
     """Pins parameters, gradients or a whole state where the rules say."""
     mesh = jax.sharding.get_abstract_mesh()
