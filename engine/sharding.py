@@ -275,6 +275,12 @@ def columns(x: Array) -> Array:
     return _pin(x, ROWS, *(None,) * (x.ndim - 2), "tensor")
 
 
+def whole(tree: Any) -> Any:
+    """Pins arrays whole on every device: gathered here, once for all that follows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, P())
+
+
 def by_head(kernel: Callable[..., Array | None], q: Array, k: Array, v: Array, mask: Array | None) -> Array | None:
     """Returns kernel(q (B, T, N, H), k, v (B, S, K, H), mask (B, ...) or None), of which each device computes its own rows and
     heads: XLA cannot cut a kernel that is not its own."""

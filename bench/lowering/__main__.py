@@ -3,12 +3,15 @@
     python -m bench.lowering                                     at small sizes, in a minute
     python -m bench.lowering --preset smollm2-135m --platform tpu
     python -m bench.lowering --only "train step"                 the programs whose name has these words
+    python -m bench.lowering --mesh tensor=2 --only prefill      on a mesh, whose kernels see their device's rows and heads
 
 A temporary is the result of an operation before the compiler fuses any. Where JAX has found cuDNN, its
 kernels show for CUDA, and ROCm cannot be lowered for; elsewhere attention in blocks shows for both.
 """
 
+import contextlib
 import dataclasses
+import os
 import sys
 from typing import Annotated, Literal
 
@@ -27,25 +30,37 @@ class LoweringFlags:
     """The platforms to lower for."""
     only: str = ""
     """Words in the names of the programs."""
+    mesh: str = "data=1"
+    """The devices of a mesh along its axes, such as fsdp=2,tensor=2. Around a kernel shapes are of one device, else of all."""
 
 
 def measure_lowering(flags: LoweringFlags) -> Json:
     """Lowers the programs, prints the table and returns the document. Raises UserError where no program has that name."""
-    start_jax()
-    from bench.lowering.exported import aliased_arguments, export, kernels, largest_temporary
-    from bench.lowering.programs import INFERENCE, PROGRAMS, QWEN3, weights_of
-    from engine.model.config import preset
+    from engine.mesh_shape import check_mesh, parse_mesh
 
-    cfg = preset(flags.preset) if flags.preset else QWEN3
+    shape = parse_mesh(flags.mesh)
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={shape.devices}"
+    start_jax()
+    import jax
+
+    from bench.lowering.exported import aliased_arguments, export, kernels, largest_temporary
+    from bench.lowering.programs import INFERENCE, PAIRED, PROGRAMS, QWEN3, B, lay_out, weights_of
+    from engine.model.config import preset
+    from engine.sharding import make_mesh
+
+    cfg = preset(flags.preset) if flags.preset else PAIRED if shape.tensor > 1 else QWEN3
+    check_mesh(shape, cfg, B, 2)
+    mesh = make_mesh(shape, jax.devices("cpu")) if shape.devices > 1 else None
     programs = {name: make for name, make in PROGRAMS.items() if flags.only in name}
     if not programs:
         raise UserError(f"No program's name has {flags.only!r} in it. Known: {'; '.join(PROGRAMS)}.")
     rows, cells = [], []
     for name, make in programs.items():
-        function, arguments, _ = make(cfg)
         for platform in flags.platform:
             progress(f"lowering {name} for {platform}", replace=True)
-            exported = export(function, arguments, platform)
+            with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+                function, arguments, _ = lay_out(make(cfg), mesh) if mesh else make(cfg)
+                exported = export(function, arguments, platform)
             called, largest = kernels(exported), largest_temporary(exported)
             aliased = len(aliased_arguments(exported) & weights_of(arguments)) if name in INFERENCE else None
             rows.append({

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from engine.inference import decode
 from engine.inference import programs as slot_programs
@@ -28,6 +29,7 @@ from engine.model.transformer import forward, init_params
 from engine.model.weights import int8
 from engine.model.weights.int8 import matmul_rules, quantize
 from engine.model.weights.matmul import cast_matrices
+from engine.sharding import group_columns, leaf_spec
 from engine.text.batch import Batch
 from engine.training.freeze import select_trainable
 from engine.training.lora import init_lora
@@ -35,13 +37,14 @@ from engine.training.loss import summed_loss
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.preference import Preferences, dpo, margins
 from engine.training.reinforce import Rollouts, grpo, log_probabilities
-from engine.training.step import INT8_COMPILER_OPTIONS, NEXT_TOKEN, Objective, init_state, train_step
+from engine.training.step import INT8_COMPILER_OPTIONS, NEXT_TOKEN, Objective, TrainState, init_state, train_step
 
 B, T = 4, 256  # of a training batch: two blocks of queries
 ROWS, CAPACITY, CHUNK, TAIL = 5, 192, 64, 16  # of inference; ROWS is no other size, so that a shape tells what it is
 LORA = LoraConfig(rank=4)
 # Two members of the family that share few options, large enough for XLA to choose the kernels of real models.
 QWEN3 = ModelConfig(300, 96, 2, 6, 160, 512, kv_heads=3, head_dim=16, qk_norm=True)
+PAIRED = dataclasses.replace(QWEN3, kv_heads=2)  # which tensor=2 divides
 QWEN2 = ModelConfig(300, 96, 2, 6, 160, 512, kv_heads=6, head_dim=16, qkv_bias=True, tied=True, dtype="float32")
 
 
@@ -235,6 +238,22 @@ WITHOUT_WEIGHTS: dict[str, Make] = {  # they read none, or make them
 }
 
 PROGRAMS = TRAINING | INFERENCE | WITHOUT_WEIGHTS
+
+
+def lay_out(program: Program, mesh: Any) -> Program:
+    """Cuts a program's weights and moments over the mesh that it is traced on, by the rules of `engine/sharding.py`."""
+    cfg = program.arguments[0]
+
+    def place(keys: Any, leaf: Any) -> Any:
+        spec = leaf_spec(jax.tree_util.keystr(keys, simple=True, separator="/"), leaf.shape, mesh.shape)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    def place_all(tree: Any) -> Any:
+        if not isinstance(tree, dict | TrainState):
+            return tree
+        return jax.tree.map_with_path(place, jax.eval_shape(lambda tree: group_columns(cfg, tree), tree))
+
+    return program._replace(arguments=tuple(map(place_all, program.arguments)))
 
 
 def weights_of(arguments: tuple[Any, ...]) -> set[int]:

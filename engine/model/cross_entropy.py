@@ -48,7 +48,8 @@ def cross_entropy(cfg: ModelConfig, params: Params, batch: Any, limit: int) -> A
         losses = token_losses(logits_of(cfg, params, hidden), targets)
     else:
         rows = sharding.spread(hidden.reshape(-1, cfg.width)), targets.reshape(-1)
-        losses = _row_losses(head_weight(cfg, params), *rows, cfg.tied, max(2, limit // (4 * cfg.vocab))).reshape(targets.shape)
+        head = sharding.whole(head_weight(cfg, params))
+        losses = _row_losses(head, *rows, cfg.tied, max(2, limit // (4 * cfg.vocab))).reshape(targets.shape)
     return jnp.where(batch.mask, losses, 0.0)
 
 

@@ -1,14 +1,18 @@
 """Every program lowers for CUDA, ROCm and TPU, on a machine that has none, and gives no weight away there either."""
 
 import importlib
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from bench.lowering.exported import TARGETS, Temporary, aliased_arguments, export, kernels, largest_temporary
-from bench.lowering.programs import INFERENCE, PROGRAMS, QWEN2, QWEN3, B, Program, T, weights_of
+from bench.lowering.programs import INFERENCE, PAIRED, PROGRAMS, QWEN2, QWEN3, ROWS, B, Program, T, lay_out, weights_of
 from engine.model.attention import QUERY_BLOCK
+from engine.sharding import AXES
 
 CUDNN = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
 # They read whole texts, so that a kernel computes their attention where there is one.
@@ -59,6 +63,36 @@ def test_no_scores_reach_memory_where_a_kernel_exists(name, platform, cudnn):
 @pytest.mark.parametrize("name", PREFILLING)
 def test_a_gpu_prefills_by_a_kernel_too(name, cudnn):
     assert kernels(exported(name, "cuda"))
+
+
+MESHED = ["train step, AdamW", "train step, LoRA", "train step, preference", "train step, scan and remat"]
+
+
+@pytest.mark.parametrize("name", [*MESHED, "prefill", "decode_step"])
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_on_a_mesh_a_kernel_computes_the_rows_and_heads_of_its_device(name, platform, cudnn, monkeypatch):
+    """No value around a kernel is as large as a device's share of a block of scores, none elsewhere as the whole block."""
+    # JAX wants to see the devices where it meets cuDNN's primitives, though inside `shard_map` it does without.
+    monkeypatch.setattr(jax._src.dispatch, "prim_requires_devices_during_lowering", set())
+    trains, tensor = name not in INFERENCE, 2
+    mesh = AbstractMesh((1, 2 if trains else 1, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+    with jax.sharding.use_abstract_mesh(mesh):
+        function, arguments, _ = lay_out(PROGRAMS[name](PAIRED), mesh)
+        program = export(function, arguments, platform)
+    text, called = program.mlir_module(), sum(kernels(program).values())
+    assert program.nr_devices == mesh.size
+    assert trains or not aliased_arguments(program) & weights_of(arguments)
+    assert (called > 0) == (trains or (name, platform) == ("prefill", "cuda")), "other products are XLA's to cut"
+    inputs = re.findall(r"custom_call @(?:__cudnn|tpu).*: \((.*)\) -> ", text)
+    rows, heads = B * (2 if "preference" in name else 1) if trains else ROWS, PAIRED.heads
+    queries = rf"<{rows // mesh.shape['fsdp']}x(\d+x)?{heads // tensor}x(\d+x)?{PAIRED.head_dim}x"
+    assert [bool(re.search(queries, types)) for types in inputs] == [True] * called
+    if trains:
+        limit = (1 if platform == "cuda" else 1.01) * rows * heads * QUERY_BLOCK * T
+        assert largest_temporary(program).bytes < 4 * limit
+        around = "".join(re.findall(r"sdy.manual_computation.*?\n(.*?)sdy.return", text, re.DOTALL))
+        sizes = [math.prod(map(int, sides[:-1].split("x"))) for sides in re.findall(r"tensor<((?:\d+x)+)", around)]
+        assert max(sizes) < limit / mesh.size
 
 
 def test_the_check_sees_what_is_given_away():

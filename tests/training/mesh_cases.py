@@ -5,9 +5,13 @@
 JAX counts its devices once, at its start, so the tests read this from a process of its own.
 """
 
+import contextlib
+import dataclasses
+import functools
 import json
 import math
 from collections import Counter
+from unittest.mock import patch
 
 import jax
 import numpy as np
@@ -15,18 +19,22 @@ import numpy as np
 from bench.models import next_token_batch
 from engine.counting.collectives import read_collectives
 from engine.counting.mesh_traffic import step_collectives
+from engine.model import fused_attention, ops
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import map_paths
 from engine.model.transformer import init_params
 from engine.model.weights.int8 import matmul_rules, quantize
 from engine.sharding import global_batch, group_columns, init_sharded, make_mesh, parse_mesh, place, shardings, ungroup_columns
+from engine.training import loss
 from engine.training.lora import init_lora
 from engine.training.optimizer import OptimizerConfig, make_optimizer
-from engine.training.step import init_state, train_step
+from engine.training.preference import Preferences, dpo
+from engine.training.step import NEXT_TOKEN, init_state, train_step
 
 CFG = ModelConfig(vocab=320, width=64, layers=2, heads=8, kv_heads=4, ff=96, context=64, qk_norm=True, dtype="float32")
 MESHES = ("data=8", "fsdp=8", "data=2,fsdp=4", "fsdp=4,tensor=2")
 BATCH, TOKENS, STEPS = 16, 64, 3
+ALL_AXES = "data=2,fsdp=2,tensor=2"
 
 
 def batch(step):
@@ -34,16 +42,32 @@ def batch(step):
     return jax.tree.map(np.asarray, next_token_batch(ids.astype(np.int32)))
 
 
-def begin(case):
+def pairs(step):
+    return Preferences(batch(step), batch(step + 100), np.linspace(-1, 1, BATCH, dtype=np.float32))
+
+
+def packed(step):
+    segments = np.sort(np.random.default_rng(step).integers(0, 3, (BATCH, TOKENS)), axis=1).astype(np.int32)
+    return batch(step)._replace(segments=segments)
+
+
+def splash():
+    """Sends attention through the TPU's kernel."""
+    kernel = functools.partial(fused_attention.splash, interpret=True)
+    table = ops.PLATFORMS | {"tpu": ops.PLATFORMS["tpu"]._replace(fused_attention=kernel)}
+    return patch.multiple(ops, PLATFORMS=table, platform=lambda: "tpu")
+
+
+def begin(case, cfg=CFG):
     """What makes the state, and the frozen parameters in NumPy."""
     tx = make_optimizer(OptimizerConfig(kind="muon" if case == "muon" else "adamw", learning_rate=1e-2))
     if case in ("adamw", "muon"):
-        return tx, lambda: init_state(tx, init_params(CFG, jax.random.key(0))), {}
+        return tx, lambda: init_state(tx, init_params(cfg, jax.random.key(0))), {}
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: init_params(CFG, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
     params = map_paths(lambda _, x: (0.1 * rng.standard_normal(x.shape) + (len(x.shape) == 1)).astype(np.float32), shapes)
     frozen = quantize(params, matmul_rules(params, "full")) if case == "int8" else params
-    adapters = lambda: init_lora(CFG, shapes, jax.random.key(1), LoraConfig(rank=4, targets=("q", "v", "out", "gate", "up")))
+    adapters = lambda: init_lora(cfg, shapes, jax.random.key(1), LoraConfig(rank=4, targets=("q", "v", "out", "gate", "up")))
     return tx, lambda: init_state(tx, adapters()), jax.tree.map(np.asarray, frozen)
 
 
@@ -54,12 +78,14 @@ def share(tree):
     return sum(size for size, _ in sizes), sum(size for size, axes in sizes if axes < 2)
 
 
-def train(case):
-    tx, make, frozen = begin(case)
-    frozen = place(CFG, frozen)
-    state = init_sharded(jax.jit(lambda: group_columns(CFG, make())))
+def train(case, cfg=CFG, microbatches=1, batch=batch):
+    tx, make, frozen = begin(case, cfg)
+    objective = dpo() if batch is pairs else NEXT_TOKEN
+    frozen = place(cfg, frozen)
+    state = init_sharded(jax.jit(lambda: group_columns(cfg, make())))
     held = {"state": share(state), "frozen": share(frozen)}
-    program = train_step.lower(CFG, tx, state, frozen, global_batch(batch(0)), np.float32(0)).compile()
+    arguments = state, frozen, global_batch(batch(0)), np.float32(0), microbatches, objective
+    program = train_step.lower(cfg, tx, *arguments).compile()
     wanted, losses, kept = shardings(state), [], False
     for step in range(STEPS):
         old = state
@@ -67,28 +93,47 @@ def train(case):
         losses.append(float(metrics.loss))
         donated = all(x.is_deleted() for x in jax.tree.leaves(old))
     if wanted is not None:
-        pairs = zip(jax.tree.leaves(state), jax.tree.leaves(wanted))
-        kept = all(x.sharding.is_equivalent_to(where, x.ndim) for x, where in pairs)
+        leaves = zip(jax.tree.leaves(state), jax.tree.leaves(wanted))
+        kept = all(x.sharding.is_equivalent_to(where, x.ndim) for x, where in leaves)
     collectives: Counter[str] = Counter()
-    for one in read_collectives(program.as_text()) if not frozen else ():
+    for one in read_collectives(program.as_text()):
         collectives[one.kind] += one.bytes * one.times
-    weights = jax.tree.leaves(ungroup_columns(CFG, state.trainable))
+    weights = jax.tree.leaves(ungroup_columns(cfg, state.trainable))
     found = {"losses": losses, "held": held, "donated": donated, "kept": kept, "collectives": collectives}
     return found, [np.asarray(x) for x in weights]
 
 
+def on_mesh(text, weights, case, **options):
+    """Trains on a mesh; adds how far its weights are from those of one device, and the formula of a plain step."""
+    shape = parse_mesh(text)
+    with jax.set_mesh(make_mesh(shape)):
+        found, others = train(case, **options)
+    found["apart"] = max(float(np.abs(a - b).max()) for a, b in zip(weights, others))
+    found["formula"] = step_collectives(CFG, shape, BATCH, TOKENS, "muon" if case == "muon" else "adamw")
+    return found
+
+
 def results():
+    alone = {}
     for case in ("adamw", "muon", "lora", "int8"):
-        one, weights = train(case)
+        one, alone[case] = train(case)
         yield f"{case} one device", one
         for text in MESHES:
-            shape = parse_mesh(text)
-            with jax.set_mesh(make_mesh(shape)):
-                found, others = train(case)
-            found["apart"] = max(float(np.abs(a - b).max()) for a, b in zip(weights, others))
-            if case in ("adamw", "muon"):
-                found["formula"] = step_collectives(CFG, shape, BATCH, TOKENS, case)
-            yield f"{case} {text}", found
+            yield f"{case} {text}", on_mesh(text, alone[case], case)
+    scan = dataclasses.replace(CFG, scan=True, remat="block")
+    with patch.multiple(loss, LOGITS_LIMIT=0, CHUNK=96):
+        yield "adamw in pieces", on_mesh(ALL_AXES, alone["adamw"], "adamw", cfg=scan, microbatches=2)
+    with patch.object(loss, "ROWS_LIMIT", 4 * CFG.vocab * 24):
+        yield "int8 in pieces", on_mesh(ALL_AXES, alone["int8"], "int8", cfg=scan, microbatches=2)
+    tied = dataclasses.replace(CFG, tied=True, remat="full")
+    for name, case, data, context in (
+        ("preference", "lora", pairs, contextlib.nullcontext()),
+        ("splash", "adamw", packed, splash()),
+    ):
+        one, weights = train(case, cfg=tied, batch=data)
+        yield f"{name} one device", one
+        with context:
+            yield name, on_mesh(ALL_AXES, weights, case, cfg=tied, batch=data)
     _, make, _ = begin("adamw")
     plain = jax.device_get(jax.jit(make)())
     with jax.set_mesh(make_mesh(parse_mesh("fsdp=4,tensor=2"))):

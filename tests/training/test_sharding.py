@@ -18,6 +18,13 @@ from engine.sharding import AXES, MeshShape, check_mesh, leaf_spec, make_mesh, p
 
 MESHES = ("data=8", "fsdp=8", "data=2,fsdp=4", "fsdp=4,tensor=2")
 CASES = ("adamw", "muon", "lora", "int8")
+# Of a step: its name, the case of one device with its losses, and bytes it exchanges at most, in those of a plain step.
+VARIANTS = (
+    ("adamw in pieces", "adamw", 3.1),
+    ("int8 in pieces", "int8", 3.0),
+    ("preference", "preference", 3.1),
+    ("splash", "splash", 1.5),
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +51,18 @@ def test_losses_and_weights_are_those_of_one_device(trained, case, mesh):
     assert many["apart"] < (3e-3 if case == "muon" else 3e-4)
     assert many["donated"]
     assert many["kept"], "the state comes back as it went in"
+
+
+@pytest.mark.parametrize(("name", "alone", "times"), VARIANTS)
+def test_variants_of_a_step_compute_what_one_device_does(trained, name, alone, times):
+    """On all three axes: microbatches, a scan, remat, pieces of the loss, a tied head, DPO, and a TPU's kernel."""
+    one, many = trained[f"{alone} one device"], trained[name]
+    assert many["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert len({*one["losses"]}) == len(one["losses"]), "it learns something"
+    assert many["apart"] < 3e-4
+    assert many["donated"]
+    assert many["kept"]
+    assert sum(many["collectives"].values()) < times * sum(many["formula"].values())
 
 
 @pytest.mark.parametrize("mesh", MESHES)
