@@ -277,15 +277,13 @@ def columns(x: Array) -> Array:
 
 def whole(tree: Any) -> Any:
     """Pins arrays whole on every device: gathered here, once for all that follows."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, P())
+    return tree if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(tree, P())
 
 
 def by_head(kernel: Callable[..., Array | None], q: Array, k: Array, v: Array, mask: Array | None) -> Array | None:
     """Returns kernel(q (B, T, N, H), k, v (B, S, K, H), mask (B, ...) or None), of which each device computes its own rows and
-    heads: XLA cannot cut a kernel that is not its own."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    heads: XLA cannot cut a kernel. What does not divide is whole everywhere."""
+    if jax.sharding.get_abstract_mesh().empty:
         return kernel(q, k, v, mask)
     rows = ROWS if len(q) % row_shards() == 0 else None
     heads = P(rows, None, "tensor" if k.shape[2] % column_shards() == 0 else None)
