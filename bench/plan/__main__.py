@@ -161,7 +161,10 @@ def answer(flags: PlanFlags) -> Json:
 
         all_numbers = lambda each: numbers(each, **efficiency_of(each.name)._asdict(), **fit_serving().uses)
         devices = {each.name: all_numbers(each) for each in accelerators().values()} | {device.name: d}
-        state = {"model": name, "hardware": device.name, "devices": flags.devices, "replica": flags.devices}
+        asked = ("tokens", "requests", "prompt", "answer", "extra")
+        state = {"model": name, "hardware": device.name, "cached": flags.cached, "precision": flags.precision}
+        state |= {"replica" if flags.requests else "devices": flags.devices}
+        state |= {each: read(each) for each in asked if getattr(flags, each)}
         path = write_page(flags.out, result.document(), {name: cfg} | PRESETS, devices, state)
         print(f"the page: {path}", file=sys.stderr)
     return result.document()

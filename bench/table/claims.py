@@ -112,6 +112,20 @@ def _numbers(name: str, evidence: Evidence) -> dict[str, Any]:
                 }
                 for half in ("bottom", "top")
             }
+        case "six":
+            parts = row("pre-training")["flops_per_token"]
+            return {"optimizer": parts["optimizer"] / parts["formula"], "back": (parts["dx"] + parts["dw"]) / parts["forward"]}
+        case "life":
+            training, served = (row(name)["flops_per_token"]["formula"] for name in ("pre-training", "decode with 8 slots"))
+            trained_tokens = TOKENS_PER_PARAMETER * evidence.params
+            return {"trained_tokens": trained_tokens, "served_tokens": trained_tokens * training / served}
+        case "lora_memory":
+            return {"left": row("LoRA")["peak_bytes"] / row("full fine-tuning")["peak_bytes"]}
+        case "last_layers":
+            flops = row("last layer")["flops_per_token"]["formula"] / row("full fine-tuning")["flops_per_token"]["formula"]
+            return {"flops": flops, "time": evidence.ratio("last layer", "full fine-tuning")}
+        case "more_slots":
+            return {"gain": evidence.ratio("decode with 8 slots", "decode with 32 slots")}
         case "weights":
             changes = [row["weights"] for row in evidence.rows.values()]
             return {change: changes.count(change) for change in ("changed", "partly", "identical")}

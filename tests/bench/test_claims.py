@@ -17,7 +17,8 @@ def row(name, stage, weights, forward, dx, dw, seconds):
     total = forward + dx + dw
     return {
         "name": name, "stage": stage, "weights": weights, "seconds_per_token": seconds,
-        "flops_per_token": {"formula": total, "forward": forward, "dx": dx, "dw": dw},
+        "flops_per_token": {"formula": total, "forward": forward, "dx": dx, "dw": dw, "optimizer": total / 500},
+        "peak_bytes": 3 * dw + 150,
         "flop_ratio_to_forward": total / 100, "time_ratio_to_forward": seconds / 1e-5,
     }  # fmt: skip
 
@@ -27,6 +28,7 @@ ROWS = [
     row("full fine-tuning", "fine-tuning", "changed", 100, 100, 100, 3e-5),
     row("bottom half frozen", "fine-tuning", "partly", 100, 50, 50, 2e-5),
     row("top half frozen", "fine-tuning", "partly", 100, 100, 50, 2.5e-5),
+    row("last layer", "fine-tuning", "partly", 100, 20, 20, 1.3e-5),
     row("LoRA rank 8 on q and v", "fine-tuning", "partly", 101, 100, 1, 2e-5),
     row("evaluation forward", "inference", "identical", 100, 0, 0, 1e-5),
     row("chunked prefill into a slot", "inference", "identical", 90, 0, 0, 1e-5),
@@ -69,11 +71,15 @@ def with_seconds(**changes):
 
 def test_the_usual_numbers_give_the_usual_verdicts():
     result = verdicts()
-    assert len(result) == 13
+    assert len(result) == 18
     usual = {
         "half": "false: a third",
         "generated_cheaper": "false for a lone request",
         "some_layers": "partly: it matters which",
+        "six": "false",
+        "life": "partly: after 60.0 million tokens served",
+        "last_layers": "false",
+        "more_slots": "false: less",
     }
     usual |= {"money": "true: the data are fewer", "learns": "false"}
     assert result == dict.fromkeys(result, "true") | usual

@@ -121,7 +121,7 @@ def test_every_time_that_is_off_is_explained(table):
 def test_the_claims_are_decided_and_the_report_holds_every_row(table):
     document, page, _ = table
     result = {claim["claim"]: claim["verdict"] for claim in document["claims"] if claim["value"]}
-    assert len(result) == 13
+    assert len(result) == 18
     assert result["Requests do not affect one another."] == "true"
     assert result["The model improves as you use it."] == "false"
     assert result["Inference is only half the computation of training."].startswith("false: a third")
