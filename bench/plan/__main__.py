@@ -139,21 +139,21 @@ def answer(flags: PlanFlags) -> Json:
     make = lambda method: job(cfg, method, context, optional("step_tokens") or 0)
     m = make(flags.method)
     if not about_model:
-        result = plan_budget(d, device.name, flags.devices, optional("budget"), flags.days or 0, optional("served"))
+        result = plan_budget(d, flags.devices, optional("budget"), flags.days or 0, optional("served"))
     elif flags.requests:
         result = plan_serving(
-            name, m, d, device.name, flags.devices, requests=read("requests"), lengths=lengths, slots=flags.slots,
+            name, m, d, flags.devices, requests=read("requests"), lengths=lengths, slots=flags.slots,
             precision=flags.precision,
         )  # fmt: skip
     elif flags.extra:
         tokens = {"lora:16": optional("tokens") or 1e7, "full": optional("tokens") or 1e7, "pretrain": 20.0 * m.params}
         investments = {
-            method: plan_training(name, method, make(method), d, device.name, amount, flags.devices).lines["device-hours"]
+            method: plan_training(name, method, make(method), d, amount, flags.devices).lines["device-hours"]
             for method, amount in tokens.items()
         }
-        result = plan_break_even(name, m, d, device.name, read("extra"), lengths, flags.precision, investments)
+        result = plan_break_even(name, m, d, read("extra"), lengths, flags.precision, investments)
     else:
-        result = plan_training(name, flags.method, m, d, device.name, read("tokens"), flags.devices)
+        result = plan_training(name, flags.method, m, d, read("tokens"), flags.devices)
     print(result)
     if flags.out:
         from bench.plan.page import write_page

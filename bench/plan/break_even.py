@@ -14,7 +14,6 @@ def plan_break_even(
     name: str,
     m: Any,
     d: Any,
-    device: str,
     extra: float,
     lengths: Sequence[float],
     precision: str,
@@ -44,4 +43,4 @@ def plan_break_even(
         f"the weights by {method} beyond {in_words(computed.high)}; with a prefix cache, {in_words(cached.low)} and "
         f"{in_words(cached.high)}."
     )
-    return Answer(f"{extra:,.0f} tokens more in each prompt of {name}, or in its weights, on {device}", lines, "", (note,))
+    return Answer(f"{extra:,.0f} tokens more in each prompt of {name}, or in its weights, on {d.name}", lines, "", (note,))

@@ -18,12 +18,12 @@ RULE = 20  # tokens a parameter (2203.15556, table 3)
 E, LAW = 1.8172, SimpleNamespace(a=482.01, b=2085.43, alpha=0.3478, beta=0.3658)  # 2404.10102, table 1
 
 
-def plan_budget(d: Any, device: str, devices: int, dollars: float | None, days: float, served: float | None) -> Answer:
+def plan_budget(d: Any, devices: int, dollars: float | None, days: float, served: float | None) -> Answer:
     """Returns what dollars, or days, buy. Raises UserError without a price, or when serving alone would use it up."""
     hours, spread, origin, budget = 24 * days * devices, d.spread, d.origin, f"{days:g} days"
     if dollars is not None:
         if not d.low:
-            raise UserError(f"No price of {device} was found in a source: give --price DOLLARS an hour, or --days.")
+            raise UserError(f"No price of {d.name} was found in a source: give --price DOLLARS an hour, or --days.")
         hours, spread = dollars / math.sqrt(d.low * d.high), spread + math.log(d.high / d.low) / 2
         origin, budget = f"{origin}; ${d.low:g} to ${d.high:g} an hour", f"${dollars:,.0f}"
     (low, least), (flops, params), (high, most) = (_best(hours * math.exp(sign * spread), d, devices) for sign in (-1, 0, 1))
@@ -47,7 +47,7 @@ def plan_budget(d: Any, device: str, devices: int, dollars: float | None, days: 
             f"{loss:.3f}. Spent on training alone, it would give {in_words(large)} parameters and {best:.3f}, and serving them "
             f"would cost {percent(2 * large * served / flops)} on top."
         )
-    return Answer(f"{budget} on {devices} x {device}", lines, "", tuple(notes))
+    return Answer(f"{budget} on {devices} x {d.name}", lines, "", tuple(notes))
 
 
 def _best(hours: float, d: Any, devices: int) -> tuple[float, float]:

@@ -46,6 +46,7 @@ def training(m: Any, d: Any, tokens: float, devices: float, sampling: float) -> 
     seconds = products + updates + generated
     return {
         "flops": tokens * m.flops, "recompute": recompute, "needed": training_memory(m, devices, recompute),
+        "least": training_memory(m, devices, 1),
         "efficiency": share, "products": products, "updates": updates, "generated": generated, "exchanges": exchanges,
         "seconds": seconds, "device_hours": seconds * devices / 3600,
     }  # fmt: skip

@@ -42,11 +42,11 @@ def find_hardware(name: str, flags: dict[str, float | None]) -> Accelerator:
 
 def numbers(device: Accelerator, **others: Any) -> Any:
     """Returns what the formulas take of a device; `others`: the fields of its Efficiency, and what `fit_serving` found."""
+    eight = device.eight_bit_tflops or device.bf16_tflops
     return SimpleNamespace(
-        peak=1e12 * device.bf16_tflops, eight=1e12 * (device.eight_bit_tflops or device.bf16_tflops), together=device.node,
-        bandwidth=1e9 * device.memory_gbs, memory=1e9 * device.memory_gb, near=1e9 * device.node_gbs,
-        far=1e9 * device.network_gbs, watts=device.watts, low=device.usd_low, high=device.usd_high, price=device.price_source,
-        **others,
+        name=device.name, peak=1e12 * device.bf16_tflops, eight=1e12 * eight, bandwidth=1e9 * device.memory_gbs,
+        memory=1e9 * device.memory_gb, together=device.node, near=1e9 * device.node_gbs, far=1e9 * device.network_gbs,
+        watts=device.watts, low=device.usd_low, high=device.usd_high, price=device.price_source, **others,
     )  # fmt: skip
 
 

@@ -59,7 +59,6 @@ def plan_serving(
     name: str,
     m: Any,
     d: Any,
-    device: str,
     devices: int,
     *,
     requests: float,
@@ -77,7 +76,7 @@ def plan_serving(
         enough = max(devices, math.ceil(weights / 0.9 / d.memory)) + 1
         raise UserError(
             f"A request of {prompt:g} + {answer:g} tokens does not fit: the weights take {format_bytes(weights)}, and "
-            f"{devices} x {device} have {format_bytes(devices * d.memory)}. Give --devices {enough}, or --precision int8."
+            f"{devices} x {d.name} have {format_bytes(devices * d.memory)}. Give --devices {enough}, or --precision int8."
         )
     rate = around(most["requests"], fit.spread, "requests", fit.origin)
     replicas = [math.ceil(requests / each) for each in (rate.high, rate.middle, rate.low)]
@@ -103,5 +102,5 @@ def plan_serving(
         "launching": "starting kernels, for few requests run at once",
     }  # fmt: skip
     slowest = max(parts, key=lambda part: loaded[part])
-    question = f"{name} in {precision}: {requests:g} requests a second of {prompt:g} + {answer:g} tokens, {devices} x {device}"
+    question = f"{name} in {precision}: {requests:g} requests a second of {prompt:g} + {answer:g} tokens, {devices} x {d.name}"
     return Answer(question, lines, f"{parts[slowest]}, {loaded[slowest] / loaded['token_seconds']:.0%} of the time")

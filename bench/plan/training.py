@@ -7,12 +7,12 @@ from bench.plan.answer import Answer, Interval, around, costs, interval
 from bench.plan.formulas import SHARE, Numbers, serving, training, training_memory
 from engine.format import format_bytes, in_words
 
-MEMORY = (0.95, 1.16)  # of published peaks of LoRA and QLoRA over the formula's (pytorch/torchtune README)
+MEMORY = (0.9, 1.1)  # of the formula, with and without recomputation: the bounds that hold published peaks
 ADAPTER_BOUND = 0.3  # within which published times of LoRA over those of full fine-tuning lie
 SLOTS = 512  # requests at once, at most: what engines take by default
 
 
-def plan_training(name: str, method: str, m: Any, d: Any, device: str, tokens: float, devices: int) -> Answer:
+def plan_training(name: str, method: str, m: Any, d: Any, tokens: float, devices: int) -> Answer:
     """Returns the answer for a model and method m on so many devices d."""
     sampling = 0.0
     if method == "rl":  # answers of three quarters of a text
@@ -31,13 +31,13 @@ def plan_training(name: str, method: str, m: Any, d: Any, device: str, tokens: f
         "device-hours": hours,
         "wall time": interval((3600 * bound / devices for bound in hours[:3]), "seconds", "device-hours over the devices"),
         "memory a device": Interval(
-            MEMORY[0] * result["needed"], result["needed"], MEMORY[1] * result["needed"], "bytes",
-            f"by formula, of {format_bytes(d.memory)}; published LoRA peaks lie 5% below to 16% above it",
+            MEMORY[0] * result["least"], result["needed"], MEMORY[1] * result["needed"], "bytes",
+            f"of {format_bytes(d.memory)}: by formula, from recomputing all activations to as few as fit, and 10%",
         ),
         **costs(hours, d),
     }  # fmt: skip
     again = ("activations are computed a second time, for they would not fit",) if result["recompute"] else ()
-    question = f"{method} of {name} on {in_words(tokens)} tokens, {devices} x {device}"
+    question = f"{method} of {name} on {in_words(tokens)} tokens, {devices} x {d.name}"
     return Answer(question, lines, _binding(result, m, d, devices), again)
 
 

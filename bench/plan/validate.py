@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from bench.plan.efficiency import predict_efficiency
-from bench.plan.formulas import UPDATE_BYTES
+from bench.plan.formulas import SHARE, UPDATE_BYTES, training_memory
 from bench.plan.model import config_of_size, job
 from bench.plan.published import clean_runs, rows, utilisation
 from bench.plan.serving import fit_serving, predicted_rate
-from bench.plan.training import ADAPTER_BOUND
+from bench.plan.training import ADAPTER_BOUND, MEMORY
 
 FLOPS_BOUND = 0.03
 SPLITS = 20  # of the runs into halves
@@ -87,6 +87,19 @@ def adapter_errors() -> list[Replay]:
     return replays
 
 
+def memory_errors() -> list[Replay]:
+    """Predicts the published peaks of LoRA and QLoRA, but those of a batch that is not stated."""
+    replays = []
+    for row in rows("finetunes"):
+        if row.peak_gb and row.method != "full" and "not stated" not in row.note:
+            m, true = job(config_of_size(row.params), row.method, int(row.step_tokens)), 1e9 * row.peak_gb
+            plain, least = (training_memory(m, 1, recompute) for recompute in (0, 1))
+            predicted = plain if plain < SHARE * 1e9 * row.memory_gb else least
+            inside = MEMORY[0] * least <= true <= MEMORY[1] * predicted
+            replays.append(Replay(f"memory of {row.method} for {row.name}", predicted / true - 1, inside, row.note))
+    return replays
+
+
 def _token_seconds(row: Any) -> float:
     m = job(config_of_size(row.params), row.method, int(row.context), row.step_tokens)
     return m.flops / (0.45e12 * row.tflops) + m.trained * UPDATE_BYTES / m.step_tokens / (1e9 * row.memory_gbs)
@@ -107,6 +120,7 @@ def validation() -> dict[str, Any]:
         f"device-hours, half of the runs left out, {SPLITS} times": halves_held_out(),
         "tokens a second of serving, each left out": serving_errors(),
         "time of LoRA over that of full fine-tuning": adapter_errors(),
+        "peak memory of LoRA and QLoRA": memory_errors(),
     }
     single = [each for name, part in parts.items() if "half" not in name and "makers" not in name for each in part]
     unclean = [replay(run, clean_runs()) for run in rows("training_runs") if run.unclean]
