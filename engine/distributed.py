@@ -2,7 +2,7 @@
 
 A process that ends says why under a key that all others wait for, so they end within a second. One that is killed says
 nothing: its peers' collectives fail, or JAX's coordination service misses its heartbeats and aborts them; either becomes one
-sentence and the exit code RESTART. With one process nothing here does anything.
+sentence and the exit code RESTART. A mistake of all is printed by process 0 alone. With one process nothing here does anything.
 
 It loads without JAX, whose key-value store has no public name; Orbax uses the same private one.
 """
@@ -20,16 +20,17 @@ import threading
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
 
-RESTART = 75  # the exit code that asks for a restart: EX_TEMPFAIL of sysexits.h
+MISTAKE, RESTART = 2, 75  # exit codes: of an error that the user can mend; that asks for a restart, EX_TEMPFAIL of sysexits.h
 HEARTBEAT = 8  # seconds without one until JAX gives a process up
 TICK = 1.0  # seconds between looks at the watchdog
 FAREWELL = 1.0  # seconds that process 0 stays: the service, by which the others hear why, ends with it
+SAME = 2.0  # seconds in which process 0 meets a mistake of all
 FOREVER = 7 * 24 * 3600 * 1000  # milliseconds: process 0 may read a large corpus first
 LOST = re.compile(r"gloo|nccl|rccl|peer|socket|coordination|heartbeat|UNAVAILABLE|ABORTED|CANCELLED", re.IGNORECASE)
 
@@ -39,7 +40,10 @@ class _Group:
 
     client: Any = None
     process, processes = 0, 1
+    hosts, processes_here = 1, 1  # machines of the run, and processes on this one
+    mistake = ""  # of this process, which may be that of all
     joining = ""  # the sentence for an abort while it waits for the others
+    stderr = 2
     describe_saved: Callable[[], str] = staticmethod(lambda: "Nothing was saved yet.")
     ending = threading.Lock()
     activity, patience, waited = "", float("inf"), 0.0  # seconds without progress until the watchdog ends it; and so far
@@ -71,6 +75,8 @@ def connect(processes: int | None, process: int | None, coordinator: str | None,
         f"Not all {processes or ''} processes met at {where} within {seconds:g} s: start each, with its own --process."
     )
     _handle_abort()
+    nowhere, _group.stderr = os.open(os.devnull, os.O_WRONLY), os.dup(2)
+    os.dup2(nowhere, 2)  # JAX prints a stack trace before it aborts
     try:
         jax.distributed.initialize(
             coordinator, processes, process, initialization_timeout=round(seconds), heartbeat_timeout_seconds=HEARTBEAT
@@ -81,11 +87,15 @@ def connect(processes: int | None, process: int | None, coordinator: str | None,
                 "No cluster says how many processes there are: give --coordinator HOST:PORT --processes N --process I."
             ) from error
         raise UserError(f"Process {process} cannot start at {where}: {error}. Give another address or port.") from error
+    finally:
+        os.dup2(_group.stderr, 2)
     state = distributed.global_state
     _group.client, _group.process, _group.processes, _group.joining = state.client, state.process_id, state.num_processes, ""
+    hosts = share(socket.gethostname())
+    _group.hosts, _group.processes_here = len({*hosts}), hosts.count(hosts[_group.process])
     threading.Thread(target=_watch, args=(state.client,), daemon=True, name="peers").start()
     if _group.process:  # the console is process 0's; errors go to everyone's stderr
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(nowhere, 1)
 
 
 def in_cluster() -> bool:
@@ -96,6 +106,12 @@ def in_cluster() -> bool:
 
     kinds = clusters.ClusterEnv._cluster_types if cloud_tpu_init.running_in_cloud_tpu_vm else []
     return any("tpu" in kind.name and kind.is_env_present() and kind.get_process_count() > 1 for kind in kinds)
+
+
+def refuse_cluster(what: str) -> None:
+    """Raises UserError for a command of one process when a cluster started several."""
+    if in_cluster():
+        raise UserError(f"{what} runs in one process and the cluster started several: ask it for one, as in srun --ntasks=1.")
 
 
 def _reach(coordinator: str, seconds: float) -> None:
@@ -122,6 +138,25 @@ def is_first() -> bool:
 
 def process_count() -> int:
     return _group.processes
+
+
+def host_count() -> int:
+    return _group.hosts
+
+
+def processes_here() -> int:
+    """Returns the number of the run's processes on this host, which share its memory."""
+    return _group.processes_here
+
+
+@contextlib.contextmanager
+def process_0_first() -> Iterator[None]:
+    """Lets process 0 through the block before all others, which find in their caches what it fetched and made."""
+    if not is_first():
+        share()
+    yield
+    if is_first():
+        share()
 
 
 def share(value: str = "", topic: str = "run") -> list[str]:
@@ -154,6 +189,7 @@ def refuse_unshared(folder: Path) -> None:
     """Raises UserError in every process when one does not see what process 0 writes in `folder`."""
     if _group.client is None:
         return
+    where = share(str(folder.absolute()))[0]
     mark = folder / share(f".shared-{os.getpid()}-{time.time_ns()}")[0]
     if is_first():
         mark.touch()
@@ -163,7 +199,7 @@ def refuse_unshared(folder: Path) -> None:
         mark.unlink()
     if blind:
         raise UserError(
-            f"{folder.absolute()} is not shared: process {', '.join(blind)} does not see what process 0 writes there. Give an "
+            f"{where} is not shared: process {', '.join(blind)} does not see what process 0 writes there. Give an "
             "--out-dir on a file system that all hosts mount."
         )
 
@@ -217,7 +253,9 @@ def _watch(client: Any) -> None:
                 end(RESTART, f"{_group.activity} made no progress for {_group.waited:.0f} s. {_group.describe_saved()}")
         else:
             if process != _group.process:
-                _exit(code, f"Process {_group.process} ends because process {process} did: {sentence}")
+                printed = code == MISTAKE and _group.process and _group.mistake in ("", sentence)  # by process 0
+                why = _group.mistake or f"Process {_group.process} ends because process {process} did: {sentence}"
+                _exit(code, "" if printed else why)
             return
 
 
@@ -237,17 +275,20 @@ def end(code: int, sentence: str) -> None:
     """Ends this process, and all others with the same code and sentence. With one process it only returns."""
     if _group.client is None:
         return
+    if code == MISTAKE and _group.process:
+        _group.mistake = sentence
+        time.sleep(SAME)  # in which `_watch` ends this process if others met the same
     with contextlib.suppress(Exception):  # another has said why before, or the service is gone
         _group.client.key_value_set("thrice/ended", json.dumps([_group.process, code, sentence]))
-    _exit(code, sentence)
+    _exit(code, f"Process {_group.process}: {sentence}" if _group.mistake else sentence)
 
 
-def _exit(code: int, sentence: str) -> None:
-    """Prints and leaves past Python's and JAX's own way out, which waits for the other processes."""
+def _exit(code: int, sentence: str = "") -> None:
+    """Prints the sentence, if any, and leaves past Python's and JAX's own way out, which waits for the other processes."""
     if not _group.ending.acquire(blocking=False):
         time.sleep(FAREWELL + 60)  # another thread leaves
     with contextlib.suppress(OSError):
-        os.write(2, ("\x1b[?25h\n" * os.isatty(2) + f"error: {sentence}\n").encode())
+        os.write(_group.stderr, ("\x1b[?25h\n" * os.isatty(2) + f"error: {sentence}\n" * bool(sentence)).encode())
     if is_first():
         time.sleep(FAREWELL)
     os._exit(code)
@@ -262,7 +303,7 @@ def _handle_abort() -> None:
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def handle(_: int) -> None:
         if _group.joining:
-            _exit(2, _group.joining)
+            _exit(MISTAKE, _group.joining)
         _exit(
             RESTART,
             f"Process {_group.process} was ended by JAX, most likely because another one is gone (see above). "

@@ -31,6 +31,9 @@ class MeshShape(NamedTuple):
         return ",".join(f"{name}={size}" for name, size in zip(AXES, self) if size > 1) or "data=1"
 
 
+ONE_DEVICE = MeshShape()
+
+
 def parse_mesh(text: str) -> MeshShape:
     """Reads `data=2,fsdp=4`; an axis that is not named is 1. Raises UserError."""
     sizes: dict[str, int] = {}

@@ -63,13 +63,16 @@ def make_inference_mesh(text: str | None) -> Mesh | None:
     shape = parse_mesh(text)
     if shape.row_shards > 1:
         raise UserError(f"Inference cuts a model along tensor alone, such as tensor={shape.devices}, not by {shape}.")
+    if shape.devices > (count := len(jax.devices())):
+        raise UserError(f"The mesh {shape} is {shape.devices} devices and there are {count}.")
     return make_mesh(shape, jax.devices()[: shape.devices])
 
 
 def check_inference(cfg: ModelConfig) -> None:
     """Raises UserError when the mesh of this thread, if any, cannot cut the model."""
     if (mesh := mesh_here()) is not None:
-        check_mesh(MeshShape(**mesh.shape), cfg, batch=1)
+        shape = MeshShape(**mesh.shape)
+        check_mesh(shape, cfg, batch=shape.row_shards)
 
 
 def leaf_spec(path: str, shape: tuple[int, ...], sizes: Any) -> P:

@@ -264,8 +264,8 @@ def import_orbax() -> None:
     _run_orbax(lambda _: None)
 
 
-def _run_orbax[T](work: Callable[[ModuleType], T]) -> T:
-    """Runs `work(ocp)` with Orbax under our options; imported only now: that takes 0.4 s.
+def _run_orbax[T](work: Callable[[ModuleType], T], alone: bool = False) -> T:
+    """Runs `work(ocp)` with Orbax under our options, `alone` without the other processes; imported only now: 0.4 s.
 
     In a thread: Ctrl-C is raised in the main one, which waits until the arrays are moved. In the middle of Orbax it would
     leave closed event loops with callbacks still to come, and pages of traceback.
@@ -279,6 +279,9 @@ def _run_orbax[T](work: Callable[[ModuleType], T]) -> T:
         # Else a folder that cannot be made is noticed after twenty minutes.
         context.asynchronous.create_directories_asynchronously = False
         context.memory.deepcopy_host_arrays = False  # nobody changes an array while we wait
+        if alone:
+            context.multiprocessing.primary_host = jax.process_index()
+            context.multiprocessing.active_processes = {jax.process_index()}
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax raises each error that it logs, also in its own threads
         report = sys.unraisablehook
         # After an error, which is raised, TensorStore still calls into event loops that Orbax has closed.
@@ -362,7 +365,7 @@ def _read_arrays(checkpoint: Path, part: str, like: Any = None) -> Any:
         abstract = jax.tree.map(_as_abstract, target)
         return ocp.load(checkpoint, abstract, checkpointable_name=part) if wanted else target, wanted
 
-    tree, wanted = _run_orbax(read)
+    tree, wanted = _run_orbax(read, alone=like is None)
     tree = jax.tree.map(lambda leaf: jax.device_put(leaf) if isinstance(leaf, np.ndarray) else leaf, tree)
     _refuse_difference(checkpoint / part, wanted, _kinds(tree))  # without x64, JAX makes 32 bits of 64 in silence
     return tree

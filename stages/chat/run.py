@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 
 from engine.device import Device
+from engine.distributed import MISTAKE
 from engine.errors import UserError, did_you_mean
 from engine.format import duration, join_words
 from engine.inference.decode import prepare_params
@@ -20,7 +21,6 @@ from engine.text.template import read_template
 from stages.chat.flags import DEFAULT_SAMPLING, ChatFlags
 from stages.chat.session import SETTINGS, ChatSession, Turn, with_setting
 from stages.cli import signals
-from stages.cli.command import MISTAKE
 from stages.cli.console import Console
 from stages.cli.sampling import choose_sampling
 

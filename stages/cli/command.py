@@ -18,10 +18,10 @@ import tyro
 
 import stages
 from engine import distributed
+from engine.distributed import MISTAKE
 from engine.errors import UserError
 from stages.cli import signals
 
-MISTAKE = 2  # the exit code
 # What takes less memory, by the flags of a command.
 LESS_MEMORY = {
     "batch": "a smaller --batch", "context": "a smaller --context", "accumulate": "--accumulate, to read the batch in parts",

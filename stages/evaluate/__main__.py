@@ -3,6 +3,7 @@
     python -m stages.evaluate                               the newest finished run, on what it was validated on
     python -m stages.evaluate --model runs/demo-shakespeare --data book.txt
     python -m stages.evaluate --model smollm2-135m-instruct --data voice-held-out
+    python -m stages.evaluate --mesh fsdp=4                 a model that one device cannot hold
 
 Of a text, every token but the first is scored once, after at least half a window of it. Of conversations, only what the
 assistant says is scored. Of a fine-tuned run, its held-out set, and the general text that measures forgetting, are set
@@ -20,7 +21,7 @@ from stages.evaluate.flags import EvaluateFlags
 
 def evaluate(flags: EvaluateFlags) -> None:
     signals.set_phase("before the evaluation was done.")
-    device = start_jax(flags.device)
+    device = start_jax(flags.device, connect=flags.mesh.connect)
     from stages.evaluate.run import run  # imports JAX: only once the device is chosen
 
     run(flags, device)

@@ -4,9 +4,10 @@ import dataclasses
 from typing import Annotated
 
 from stages.cli.flags import COUNT, DeviceFlag, ModelFlag, VerboseFlag, default, integer, parser
+from stages.runs.flags import MeshFlags
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateFlags:
     """The model, the data, and the sliding window."""
 
@@ -18,6 +19,7 @@ class EvaluateFlags:
     stride: Annotated[int | None, COUNT, default("half the window")] = None
     """Tokens between windows of a text: each token is predicted from at least context - stride before it."""
     batch: Annotated[int | None, COUNT, default("as many as fit in memory")] = None
-    """Windows of a text scored together."""
+    """Windows of a text scored together, on each device that shares the rows."""
+    mesh: MeshFlags
     device: DeviceFlag = "auto"
     verbose: VerboseFlag = False

@@ -1,13 +1,17 @@
 """Evaluates a model: its likelihood of a text, by a sliding window, or of the answers in conversations."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
+from engine import distributed, sharding
 from engine.device import Device
 from engine.errors import UserError
 from engine.format import format_count
@@ -23,6 +27,7 @@ from engine.training.preference import Preferences, margins
 from stages.cli.console import Console, ReportProgress
 from stages.evaluate.flags import EvaluateFlags
 from stages.runs import conversation_data, text_data, validation
+from stages.runs.mesh import devices_in, mesh_shape, with_mesh
 
 WINDOW = 1024  # tokens by default: more tell little and take much longer
 Rows = list[tuple[str, str]]  # to print
@@ -30,13 +35,18 @@ Rows = list[tuple[str, str]]  # to print
 
 def run(flags: EvaluateFlags, device: Device) -> None:
     """Loads the model, scores the data, prints. Raises RuntimeError when scoring changed a weight."""
-    with Console() as console:
+    shape = mesh_shape(flags.mesh.mesh)
+    with Console() as console, jax.set_mesh(devices_in(shape) if shape else None):
         data = _read_conversations(flags.data) if flags.data else None
-        with console.task("loading"):
-            model = load_model(flags.model)
+        with distributed.process_0_first(), console.task("loading"), sharding.host_memory():
+            model = load_model(flags.model, on_config=sharding.check_inference)
         console.print_notes(model.notes)
-        console.print_rows([("device", str(device)), ("model", str(model))])
-        before = digest(model.params)
+        console.print_rows([("device", str(with_mesh(device, shape))), ("model", str(model))])
+        if distributed.process_count() > 1:
+            options = {f"--{name}": str(getattr(flags, name)) for name in ("data", "context", "stride", "batch")}
+            distributed.refuse_differences(options | {"--mesh": str(shape), "model": digest(model.params)})
+        model = dataclasses.replace(model, params=sharding.place(model.cfg, model.params))
+        before = _digest(model.params)
         record = run_folder.read_json(model.run / "run.json") if model.run else {}
         if data or (flags.data is None and record.get("stage") == "finetune"):
             if flags.stride or flags.batch:
@@ -44,11 +54,16 @@ def run(flags: EvaluateFlags, device: Device) -> None:
             rows = evaluate_conversations(model, data, record, flags.context, console)
         else:
             rows = evaluate_text(model, flags.data, record, flags.context, flags.stride, flags.batch, console)
-        after = digest(model.params)
+        after = _digest(model.params)
         same = "unchanged" if before == after else "CHANGED"
         console.print_rows([*rows, ("weights", f"{same}, SHA-256 {after[:16]} before and after")])
         if before != after:
             raise RuntimeError(f"Evaluation changed the weights: their SHA-256 was {before} and is {after}.")
+
+
+def _digest(params: Any) -> str:
+    """Returns the digest of the parameters as they lie in memory: on a `tensor` axis not in the order of files."""
+    return digest(process_allgather(params, tiled=True) if distributed.process_count() > 1 else params)
 
 
 def _read_conversations(data: str) -> Conversations | None:
@@ -66,15 +81,17 @@ def evaluate_text(
     console: Console,
 ) -> Rows:  # fmt: skip
     """Scores every token of a text but the first, each after context - stride tokens or more. Raises UserError."""
-    source = text_data.evaluation_source(data, console) if data else _validation_source(model, record, console)
-    text, cfg = text_data.encode_text(source, model.tokenizer, console), model.cfg
+    with distributed.process_0_first():
+        source = text_data.evaluation_source(data, console) if data else _validation_source(model, record, console)
+        text, cfg = text_data.encode_text(source, model.tokenizer, console), model.cfg
     seq = min(context or min(cfg.context, WINDOW), max(2, len(text.tokens) - 1))
     stride = stride or max(1, seq // 2)
     if stride > seq:
         raise UserError(f"--stride {stride:,} would leave tokens out: it is at most the window of {seq:,} tokens.")
     beyond = f" (the model was trained on {cfg.context:,})" if seq > cfg.context else ""
     batch = batch or validation.rows_in_memory(cfg, seq)
-    window = f"{seq:,} tokens{beyond}, moved on by {stride:,}; {batch} at a time"
+    window = f"{seq:,} tokens{beyond}, moved on by {stride:,}; {batch * sharding.row_shards()} at a time"
+    distributed.refuse_differences({"text": text_data.digest_tokens(text)})
     console.print_rows([("text", text_data.source_name(source)), ("window", window)])
     begin = time.perf_counter()
     with console.task("evaluating", always=True) as report:
@@ -117,6 +134,7 @@ def evaluate_conversations(
         split = conversation_data.prepare_conversations(*names, objective, seq, model, chat, console)
         examples, name, lines = split.held_out, split.held_out_name, []
     console.print_rows([("data", name), *(("", line) for line in lines), ("template", chat.template_name)])
+    distributed.refuse_differences({"data": conversation_data.digest_examples(examples)})
     begin = time.perf_counter()
     with console.task("evaluating", always=True) as report:
         measure = _score_pairs if isinstance(examples[0], Pair) else _score_answers
@@ -128,7 +146,7 @@ def evaluate_conversations(
 
 
 def _score_answers(model: LoadedModel, examples: Sequence[Example], seq: int, report: ReportProgress) -> Rows:
-    batches = list(evaluation_batches(examples, seq, conversation_data.EVALUATION_ROWS))
+    batches = list(evaluation_batches(examples, seq, conversation_data.EVALUATION_ROWS * sharding.row_shards()))
     nats = 0.0
     for number, batch in enumerate(batches, 1):
         nats += float(score(model.cfg, model.params, batch))
@@ -145,8 +163,8 @@ def _score_answers(model: LoadedModel, examples: Sequence[Example], seq: int, re
 
 def _score_pairs(model: LoadedModel, pairs: Sequence[Pair], seq: int, report: ReportProgress) -> Rows:
     margin = np.empty(0)
-    for part in evaluation_pairs(pairs, seq, conversation_data.EVALUATION_ROWS):
-        batch = np.asarray(margins(model.cfg, model.params, Preferences(part.chosen, part.rejected)))
+    for part in evaluation_pairs(pairs, seq, conversation_data.EVALUATION_ROWS * sharding.row_shards()):
+        batch = process_allgather(margins(model.cfg, model.params, Preferences(part.chosen, part.rejected)), tiled=True)
         margin = np.append(margin, batch[part.pair >= 0])
         report(len(margin), len(pairs))
     won = format_count(100 * float((margin > 0).mean()))

@@ -10,6 +10,7 @@ from engine.allocator import return_freed_memory
 from engine.device import Device
 from engine.errors import UserError
 from engine.format import quantity
+from engine.mesh_shape import ONE_DEVICE, check_mesh
 from engine.model.config import ModelConfig
 from engine.model.paths import merge
 from engine.storage.model_loader import model_name
@@ -22,12 +23,12 @@ from stages.cli.console import Console
 from stages.finetune.data import PreferenceBatches, held_out_evaluator
 from stages.finetune.flags import FinetuneFlags
 from stages.runs.answers import Answer, ask, compare, describe_faults
-from stages.runs.conversation_data import prepare_conversations
-from stages.runs.estimate import Recipe, RunPlan, find_ceilings, memory_estimate, run_fraction
+from stages.runs.conversation_data import digest_examples, prepare_conversations
+from stages.runs.estimate import Recipe, RunPlan, find_ceilings, memory_estimate, mesh_ceilings, run_fraction
 from stages.runs.folder import default_folder
 from stages.runs.loop import Loop, RunOptions
 from stages.runs.loop_state import LoopState
-from stages.runs.mesh import on_one_device
+from stages.runs.mesh import fits_one_device, mesh_shape, on_one_device
 from stages.runs.model_stage import ModelStage
 from stages.runs.run import RunReport, execute
 from stages.runs.text_data import check_text_name
@@ -65,6 +66,8 @@ class Scores:
 class FineTuning(ModelStage):
     """Fine-tunes a model. Only the constructor reads the flags."""
 
+    answers: bool | None = None  # whether a device holds the model whole, to answer; known after the first measurement
+
     def __init__(self, flags: FinetuneFlags, seconds: float | None, options: RunOptions, console: Console) -> None:
         examples, tuning, trainable = flags.examples, flags.tuning, flags.trainable
         lora = trainable.adapter
@@ -90,8 +93,9 @@ class FineTuning(ModelStage):
             least_steps = 0 if flags.length.max_time or flags.length.steps else LEAST_STEPS
             self.plan = RunPlan(
                 flags.model, cfg, recipe, flags.seed, flags.length.steps, seconds, paths, trainable.base,
-                least_steps=least_steps,
+                least_steps=least_steps, mesh=mesh_shape(options.mesh) or ONE_DEVICE,
             )  # fmt: skip
+            check_mesh(self.plan.mesh, cfg, tuning.batch, flags.microbatches)
             self.plan.require_step_memory(tuning.batch, is_lora=lora is not None)
 
         if examples.general != "none":
@@ -108,9 +112,12 @@ class FineTuning(ModelStage):
             "pack": None if is_preference else examples.pack,
             "general": examples.general,
             "template": self.chat.template_name,
-            "text": {"data": examples.data, "validation": examples.validation, "digest": self.dataset.digest},
-        }
-        self.peak_flops = find_ceilings(console).peak_flops(self.plan.cfg.dtype)
+            "text": {
+                "data": examples.data, "validation": examples.validation, "digest": digest_examples(self.dataset.train),
+                "validation_digest": digest_examples(self.dataset.held_out),
+            },
+        }  # fmt: skip
+        self.peak_flops = mesh_ceilings(find_ceilings(console), self.plan.mesh).peak_flops(self.plan.cfg.dtype)
 
     def plan_rows(self) -> list[tuple[str, str]]:
         plan, recipe, dataset = self.plan, self.plan.recipe, self.dataset
@@ -121,7 +128,7 @@ class FineTuning(ModelStage):
             self.model_row(),
             *self.matches,
             ("predicted", plan.cost_relative_to_full()),
-            ("memory", memory_estimate(plan.memory.total, plan.memory.saved, "step")),
+            ("memory", memory_estimate(plan, plan.memory.total)),
             ("data", f"{dataset.name} ({dataset.kind}): {rows}"),
             *(("", line) for line in problems),
             ("validation", f"{dataset.held_out_name}: {len(dataset.held_out):,} examples"),
@@ -209,9 +216,12 @@ class FineTuning(ModelStage):
                 general = general_bits_per_byte(cfg, params, self.tokenizer, self.general, seq, self.console)
             _clear_programs()  # as large as a small model, and not run again soon
             questions = self.dataset.questions if distributed.is_first() else ()
+            if self.answers is None:
+                self.answers = fits_one_device(params)
+            if not self.answers:
+                return Scores(held_out, general, ())
             with on_one_device(cfg, params) as whole:
-                answers = ask(cfg, whole, self.chat, questions, self.stop_token_ids)
-            return Scores(held_out, general, answers)
+                return Scores(held_out, general, ask(cfg, whole, self.chat, questions, self.stop_token_ids))
 
 
 def _clear_programs() -> None:

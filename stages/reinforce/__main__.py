@@ -16,6 +16,7 @@ it stopped.
 from collections.abc import Sequence
 
 from engine.device import start_jax
+from engine.distributed import refuse_cluster
 from stages.cli import signals
 from stages.cli.command import run_command
 from stages.cli.process import leave
@@ -24,7 +25,7 @@ from stages.reinforce.flags import ReinforceFlags
 
 def reinforce(flags: ReinforceFlags) -> int:
     signals.set_phase("before anything was trained.")
-    device = start_jax(flags.device)
+    device = start_jax(flags.device, connect=lambda: refuse_cluster("Reinforcement learning"))
     from stages.reinforce.run import run  # imports JAX, which must be started first
 
     return run(flags, device)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine.counting.flops import decode_flops, forward_flops, prefill_flops
-from engine.counting.hardware import require_memory
 from engine.counting.memory import inference_memory
 from engine.device import Device
 from engine.errors import UserError
@@ -28,7 +27,7 @@ from stages.reinforce.flags import ReinforceFlags
 from stages.reinforce.rollouts import Rollout, Sampler, prompt_tokens, score_completions
 from stages.reinforce.rounds import ALIKE_ROUNDS, Rounds, first_seed
 from stages.runs.answers import before_and_after
-from stages.runs.estimate import Recipe, RunPlan, memory_estimate, memory_limit
+from stages.runs.estimate import Recipe, RunPlan, memory_estimate
 from stages.runs.folder import clear_run, default_folder
 from stages.runs.loop import Loop, RunOptions
 from stages.runs.loop_state import LoopState
@@ -102,9 +101,9 @@ class ReinforcementLearning(ModelStage):
         # A step, beside the weights that sample and their cache.
         inference = inference_memory(cfg, rows, capacity)
         self.memory = self.plan.memory.total + inference.params + inference.cache
-        require_memory(
+        self.plan.require(
             self.memory, "A round would need about",
-            "give fewer --prompts, a smaller --group, fewer --max-tokens, or a smaller model.", limit=memory_limit(),
+            "give fewer --prompts, a smaller --group, fewer --max-tokens, or a smaller model.",
         )  # fmt: skip
 
     def plan_rows(self) -> list[tuple[str, str]]:
@@ -122,7 +121,7 @@ class ReinforcementLearning(ModelStage):
             ("inference", f"samples them: up to {format_count(inference)}FLOPs, forward only"),
             ("training", f"{updates} step{'s' * (updates > 1)} on them: up to {format_count(training)}FLOPs; "
                          f"clip {self.clip:g}, KL {self.kl:g}, fluency {self.fluency:g}, adamw {rate:g}"),
-            ("memory", memory_estimate(self.memory, self.plan.memory.saved, "round")),
+            ("memory", memory_estimate(self.plan, self.memory)),
             ("length", plan.length()),
         ]  # fmt: skip
 

@@ -38,19 +38,19 @@ class ConversationData:
     questions: Sequence[Sequence[Message]]
 
     @property
-    def digest(self) -> str:
-        """SHA-256 of all training tokens and masks."""
-        hasher = hashlib.sha256()
-        for item in self.train:
-            for example in item if isinstance(item, Pair) else (item,):
-                hasher.update(len(example.tokens).to_bytes(8, "little"))
-                hasher.update(np.asarray(example.tokens, "<i4").tobytes() + np.asarray(example.mask, bool).tobytes())
-        return hasher.hexdigest()
-
-    @property
     def first(self) -> Example:
         item = self.train[0]
         return item.chosen if isinstance(item, Pair) else item
+
+
+def digest_examples(items: Sequence[Any]) -> str:
+    """Returns the SHA-256 of all tokens and masks of examples or pairs."""
+    hasher = hashlib.sha256()
+    for item in items:
+        for example in item if isinstance(item, Pair) else (item,):
+            hasher.update(len(example.tokens).to_bytes(8, "little"))
+            hasher.update(np.asarray(example.tokens, "<i4").tobytes() + np.asarray(example.mask, bool).tobytes())
+    return hasher.hexdigest()
 
 
 def prepare_conversations(

@@ -10,8 +10,10 @@ from typing import Literal
 
 import jax
 
+from engine import distributed
 from engine.counting.flops import train_flops
 from engine.counting.hardware import (
+    RATES,
     Ceilings,
     best_ceilings,
     device_memory_bytes,
@@ -20,10 +22,10 @@ from engine.counting.hardware import (
     save_ceilings,
     saved_ceilings,
 )  # fmt: skip
-from engine.counting.memory import TrainingMemory, training_memory
+from engine.counting.memory import TrainingMemory, dtype_bytes, training_memory
 from engine.counting.trainable_paths import TrainablePaths, all_trainable, lora_only
 from engine.format import duration, format_bytes, quantity
-from engine.mesh_shape import divisors
+from engine.mesh_shape import ONE_DEVICE, MeshShape, divisors
 from engine.model.config import LoraConfig, ModelConfig
 from engine.training.loss import loss_chunks
 from engine.training.optimizer import OptimizerConfig
@@ -65,7 +67,8 @@ class RunPlan:
     """One run: the model (`name`), how it is trained, for how many `steps` (or rounds, see `noun`) or `seconds` of training.
 
     `least_steps`: those to make even if the time is over.
-    `trainable`: the parameters that train, None for all. `base`: the type of frozen matrices, see `TrainableSplit`.
+    `trainable`: the parameters that train, None for all. `base`: the type of frozen matrices, see `TrainableSplit`. `mesh`: the
+    devices that share a step.
     """
 
     name: str
@@ -78,6 +81,7 @@ class RunPlan:
     base: Literal["float", "int8"] = "float"
     noun: Literal["step", "round"] = "step"
     least_steps: int = 0
+    mesh: MeshShape = ONE_DEVICE
 
     @property
     def step_flops(self) -> int:
@@ -91,13 +95,20 @@ class RunPlan:
 
     @property
     def memory(self) -> TrainingMemory:
-        """The predicted memory of a step."""
-        rows = self.recipe.batch // self.recipe.accumulate
-        return training_memory(
-            self.cfg, rows, self.recipe.context, optimizer=self.recipe.optimizer.kind, trainable=self.trainable,
-            loss_chunks=loss_chunks(self.cfg, rows * self.recipe.context, self._head_is_narrow),
-            microbatches=self.recipe.accumulate, base=self.base,
+        """The predicted memory of a step on one device: of its rows, its share of the weights, its heads and columns."""
+        recipe, (_, fsdp, tensor) = self.recipe, self.mesh
+        parts = {name: getattr(self.cfg, name) // tensor for name in ("vocab", "heads", "kv_heads", "ff")}
+        cfg, rows = dataclasses.replace(self.cfg, **parts), recipe.batch // recipe.accumulate // self.mesh.row_shards
+        memory = training_memory(
+            cfg, rows, recipe.context, optimizer=recipe.optimizer.kind, trainable=self.trainable,
+            loss_chunks=loss_chunks(cfg, rows * recipe.context, self._head_is_narrow), microbatches=recipe.accumulate,
+            base=self.base,
         )  # fmt: skip
+        # The whole head, gathered in float32, and its copy.
+        gathered = (4 + dtype_bytes(cfg)) * cfg.width * self.cfg.vocab * (fsdp * tensor > 1)
+        names = ("params", "optimizer", "copies", "gradients", "accumulated")
+        shares = {name: getattr(memory, name) // fsdp + gathered * (name == "copies") for name in names}
+        return dataclasses.replace(memory, **shares)
 
     @property
     def _head_is_narrow(self) -> bool:
@@ -136,10 +147,11 @@ class RunPlan:
 
         `batch`: rows, or pairs.
         """
-        if self.memory.total <= memory_limit():
+        if self.memory.total <= memory_limit(self.mesh):
             return
-        flags = f"--accumulate {batch}"
-        by_rows = dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, accumulate=batch))
+        parts = batch // self.mesh.row_shards
+        flags = f"--accumulate {parts}"
+        by_rows = dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, accumulate=parts))
         with_remat = dataclasses.replace(by_rows, cfg=dataclasses.replace(self.cfg, remat="block"))
         plans = {f"{flags}, a row at a time,": by_rows, f"{flags} --remat": with_remat}
         if is_lora:
@@ -150,10 +162,14 @@ class RunPlan:
                 f"a LoRA (no --train, no --freeze) with {name}": dataclasses.replace(lighter, trainable=lora)
                 for name, lighter in plans.items()
             }
-        remedy = next(
-            (name for name, lighter in plans.items() if lighter.memory.total <= memory_limit()), "only a smaller model"
-        )
-        require_memory(self.memory.total, "A step would need about", f"{remedy} would fit.", limit=memory_limit())
+        fits = lambda plan: plan.memory.total <= memory_limit(self.mesh)
+        remedy = next((name for name, lighter in plans.items() if fits(lighter)), "only a smaller model")
+        self.require(self.memory.total, "A step would need about", f"{remedy} would fit.")
+
+    def require(self, needed: int, what: str, remedy: str, detail: str = "") -> None:
+        """Raises UserError when a device needs more bytes than it has: see `require_memory`."""
+        detail += f" on each of {self.mesh.devices} devices" * (self.mesh.devices > 1)
+        require_memory(needed, what, remedy, detail=detail, limit=memory_limit(self.mesh))
 
     def cost_relative_to_full(self) -> str:
         """Returns a sentence: predicted FLOPs, memory and time (as FLOPs) as shares of those of training everything."""
@@ -194,14 +210,31 @@ def _measure_in_subprocess() -> Ceilings | None:
     return None
 
 
-def memory_limit() -> int:
-    """Returns the bytes for a step: the accelerator's, or the host's less PROCESS_BYTES."""
-    return max(device_memory_bytes() - (PROCESS_BYTES if jax.default_backend() == "cpu" else 0), 0)
+def mesh_ceilings(ceilings: Ceilings, mesh: MeshShape) -> Ceilings:
+    """Returns what all devices of a mesh reach together, of which one has `ceilings`; the CPUs of a host share its cores."""
+    count = min(mesh.devices, distributed.host_count()) if jax.default_backend() == "cpu" else mesh.devices
+    return dataclasses.replace(ceilings, **{rate: count * getattr(ceilings, rate) for rate in RATES})
 
 
-def memory_estimate(needed: int, saved: int, noun: str) -> str:
+def memory_limit(mesh: MeshShape = ONE_DEVICE) -> int:
+    """Returns the bytes for a step on a device: an accelerator's, or its share of the host's less PROCESS_BYTES a process."""
+    if jax.default_backend() != "cpu":
+        return device_memory_bytes()
+    return max(device_memory_bytes() - distributed.processes_here() * PROCESS_BYTES, 0) // _devices_here(mesh)
+
+
+def _devices_here(mesh: MeshShape) -> int:
+    """Returns how many devices of a mesh share this host's memory: CPUs; others have their own."""
+    here = distributed.processes_here() * jax.local_device_count() if jax.default_backend() == "cpu" else 1
+    return min(mesh.devices, here)
+
+
+def memory_estimate(plan: RunPlan, needed: int) -> str:
     """Returns a phrase: the memory that a step or round needs, the limit, and what the copy takes that is saved beside it."""
-    limit = f"{format_bytes(memory_limit())} that are left for a {noun}"
+    mesh, here = plan.mesh, _devices_here(plan.mesh)
+    limit = f"{format_bytes(memory_limit(mesh))} that are left for a {plan.noun}"
+    limit += f" on each device of {mesh}" * (mesh.devices > 1) + f", {here} of which share this host's" * (here > 1)
+    saved = dataclasses.replace(plan, mesh=ONE_DEVICE).memory.saved // distributed.process_count()
     return (
         f"about {format_bytes(needed)} of {limit}; {format_bytes(saved)} more of host memory, if free, to save beside training"
     )

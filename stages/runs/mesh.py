@@ -35,12 +35,6 @@ def mesh_shape(text: str | None) -> MeshShape | None:
     return parse_mesh(text)
 
 
-def accelerators(text: str | None) -> int:
-    """Returns how many devices' FLOP/s a run on `--mesh` has: 1 on a CPU, whose virtual devices share its cores."""
-    shape = mesh_shape(text)
-    return shape.devices if shape and jax.default_backend() != "cpu" else 1
-
-
 def devices_in(shape: MeshShape) -> Mesh:
     """Returns the mesh. Raises UserError when there are not as many devices; on a CPU it says how to have virtual ones."""
     try:

@@ -105,7 +105,10 @@ def changed_fields(previous: PreviousRun, facts: dict[str, Any], cfg: ModelConfi
 
 def describe_changes(changes: dict[str, tuple[Any, Any]]) -> list[str]:
     """Returns lines: `learning_rate: 0.003 -> 0.01`."""
-    return [f"{name.rpartition('/')[2]}: {before} -> {now}" for name, (before, now) in changes.items()]
+    lines = {name: f"{name.rpartition('/')[2]}: {before} -> {now}" for name, (before, now) in changes.items()}
+    if "text/validation_digest" in lines:
+        lines["text/validation_digest"] = "what is in the validation data"
+    return [*lines.values()]
 
 
 def restore(

@@ -14,7 +14,7 @@ from engine import distributed
 from engine.counting.hardware import peak_rss_bytes
 from engine.files import write_json
 from engine.format import duration, format_bytes, quantity
-from engine.sharding import check_mesh, init_sharded
+from engine.sharding import init_sharded
 from engine.storage import checkpoint
 from engine.storage.run_folder import save_tokenizer
 from engine.text.skipped_batches import format_ranges, replace_unread
@@ -46,7 +46,6 @@ class Stage(Protocol):
     """One way to train: from random weights, fine-tuning, or reinforcement learning."""
 
     plan: RunPlan
-    batch: int = 0  # rows of a step's batch, or pairs, which a mesh divides
     split: TrainableSplit  # valid after `load_weights`
     facts: dict[str, Any]  # the stage's own entries of run.json; valid after `load_weights`
     tokenizer: Tokenizer
@@ -91,15 +90,8 @@ def execute(options: RunOptions, make_stage: Callable[[Console], Stage]) -> int:
         shape = mesh_shape(options.mesh)
         if not options.dry_run:  # which plans for devices that need not be here
             options = dataclasses.replace(options, device=with_mesh(options.device, shape))
-
-        def make() -> Stage:
-            stage = make_stage(console)
-            if shape:
-                check_mesh(shape, stage.plan.cfg, stage.batch, stage.plan.recipe.accumulate)
-            return stage
-
         if options.dry_run:
-            _print_plan(options, make(), console)
+            _print_plan(options, make_stage(console), console)
             console.print("A dry run: nothing was trained.")
             return 0
         mesh = devices_in(shape) if shape else None
@@ -107,12 +99,9 @@ def execute(options: RunOptions, make_stage: Callable[[Console], Stage]) -> int:
         first = distributed.is_first()
         with lock_run(options.folder) if first else contextlib.nullcontext():
             distributed.refuse_unshared(options.folder)
-            if not first:
-                distributed.share()  # process 0 fetches and tokenizes; then the caches have it
-            stage = make()
-            stage.load_weights()
-            if first:
-                distributed.share()
+            with distributed.process_0_first():
+                stage = make_stage(console)
+                stage.load_weights()
             with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
                 return _execute(options, stage, console)
 

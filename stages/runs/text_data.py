@@ -1,6 +1,7 @@
 """Text data: reads and tokenizes the texts that `--data` and `--validation` name."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,12 +82,7 @@ def prepare_text(data: str, validation: Path | None, spec: str, console: Console
         name = f"the last {HELD_OUT:.0%} of {data}"
     else:
         held_out, name = encode_text(validation_source, tokenizer, console), source_name(validation_source)
-    of_file = _digest(train)  # a .bin, of which both may be parts
-    digest, held_out_digest = (
-        hashlib.sha256(f"{of_file if text.path == train.path else _digest(text)} {len(text.tokens)}".encode()).hexdigest()
-        for text in (train, held_out)
-    )
-    return TextData(train, held_out, tokenizer, digest, held_out_digest, source_name(train_source), name)
+    return TextData(train, held_out, tokenizer, digest_tokens(train), digest_tokens(held_out), source_name(train_source), name)
 
 
 def encode_text(source: Source, tokenizer: Tokenizer, console: Console) -> TokenFile:
@@ -140,11 +136,17 @@ def _part(whole: TokenFile, tokens: np.ndarray, tokenizer: Tokenizer) -> TokenFi
     return dataclasses.replace(whole, tokens=tokens, bytes=size)
 
 
-def _digest(text: TokenFile) -> str:
+def digest_tokens(text: TokenFile) -> str:
+    """Returns a SHA-256 of a file of tokens and of how many of them are used."""
     # The cache names a folder by the digest of text and tokenizer, and checks it.
-    if text.path.is_relative_to(cache_folder("tokens")):
-        return text.path.parent.name
-    with text.path.open("rb") as file:
+    is_cached = text.path.is_relative_to(cache_folder("tokens"))
+    digest = text.path.parent.name if is_cached else _digest_file(text.path)
+    return hashlib.sha256(f"{digest} {len(text.tokens)}".encode()).hexdigest()
+
+
+@functools.cache
+def _digest_file(path: Path) -> str:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

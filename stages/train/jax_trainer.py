@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from engine.counting.flops import muon_flops, train_flops
-from engine.counting.hardware import Ceilings, require_memory
+from engine.counting.hardware import Ceilings
 from engine.counting.params import count_params
 from engine.inference.decode import complete, prepare_params
 from engine.inference.sampling_params import SamplingParams
@@ -34,15 +34,15 @@ class JaxTrainer(Trainer):
     def __init__(self, plan: RunPlan, data: TextData) -> None:
         self.plan, self.data, self.memory = plan, data, plan.memory.total
         self.optimizer_name: str = plan.recipe.optimizer.kind
-        is_tight = self.memory > memory_limit()
+        is_tight = self.memory > memory_limit(plan.mesh)
         self.memory_note = "  ** more than there is: smaller --batch, --accumulate or --remat **" * is_tight
 
     def check_memory(self) -> None:
         """Raises UserError when weights, gradients and optimizer state alone do not fit."""
-        least = count_params(self.plan.cfg).total * (16 if self.optimizer_name == "adamw" else 12)
-        require_memory(
-            least, f"Training {self.plan.name} needs at least", "choose a smaller preset.",
-            detail=" for weights, gradients and optimizer", limit=memory_limit(),
+        plan, (_, fsdp, tensor) = self.plan, self.plan.mesh
+        least = count_params(plan.cfg).total * (16 if self.optimizer_name == "adamw" else 12) // (fsdp * tensor)
+        plan.require(
+            least, f"Training {plan.name} needs at least", "choose a smaller preset.", " for weights, gradients and optimizer"
         )  # fmt: skip
 
     def step_seconds(self, plan: RunPlan, best: Ceilings) -> float:

@@ -12,16 +12,16 @@ from engine.device import Device
 from engine.errors import UserError
 from engine.files import atomic_file
 from engine.format import duration, format_bytes, format_count, quantity
+from engine.mesh_shape import ONE_DEVICE, check_mesh
 from engine.model.config import preset
-from engine.sharding import parse_mesh
 from engine.text.windows import TextBatches
 from engine.training.step import TrainState
 from stages.cli.console import Console
-from stages.runs.estimate import Recipe, RunPlan, find_ceilings, memory_estimate, remeasure_ceilings
+from stages.runs.estimate import Recipe, RunPlan, find_ceilings, memory_estimate, mesh_ceilings, remeasure_ceilings
 from stages.runs.folder import default_folder
 from stages.runs.loop import Loop, RunOptions
 from stages.runs.loop_state import LoopState
-from stages.runs.mesh import accelerators, fits_one_device, mesh_shape, on_one_device
+from stages.runs.mesh import fits_one_device, mesh_shape, on_one_device
 from stages.runs.run import RunReport, Stage, execute
 from stages.runs.text_data import prepare_text
 from stages.runs.trainable import TrainableSplit
@@ -85,7 +85,7 @@ class Training(Stage):
 
     def __init__(self, flags: TrainFlags, options: RunOptions, console: Console) -> None:
         text, length, recipe = flags.text, flags.length, chosen_recipe(flags, options.device.backend)
-        self.folder, self.console, self.batch = options.folder, console, recipe.batch
+        self.folder, self.console = options.folder, console
         self.data = data = prepare_text(text.data, text.validation, recipe.tokenizer, console)
         cfg = _replace(
             preset(flags.preset), vocab=data.tokenizer.vocab, context=recipe.context, scan=recipe.scan,
@@ -94,7 +94,9 @@ class Training(Stage):
         self.default_length = not (length.max_time or length.steps)
         default = SECONDS_BY_HAND if flags.by_hand else SECONDS
         seconds = default if self.default_length else length.max_time
-        self.plan = plan = RunPlan(flags.preset, cfg, recipe, flags.seed, length.steps, seconds)
+        mesh = mesh_shape(options.mesh) or ONE_DEVICE
+        self.plan = plan = RunPlan(flags.preset, cfg, recipe, flags.seed, length.steps, seconds, mesh=mesh)
+        check_mesh(mesh, cfg, recipe.batch, recipe.accumulate)
         self.trainer: Trainer = NumPyTrainer(plan, data) if flags.by_hand else JaxTrainer(plan, data)
         recipe_facts = dataclasses.asdict(recipe)
         recipe_facts["optimizer"]["kind"] = self.trainer.optimizer_name
@@ -107,8 +109,8 @@ class Training(Stage):
             "tokenizer": {"kind": recipe.tokenizer, "digest": data.tokenizer.digest},
             "recipe": recipe_facts,
         }  # fmt: skip
-        self.ceilings, self.devices = find_ceilings(console), accelerators(None if options.dry_run else flags.mesh.mesh)
-        self.planned_mesh = parse_mesh(flags.mesh.mesh) if flags.mesh.mesh and options.dry_run else None
+        self.ceilings = find_ceilings(console)
+        self.is_planned = bool(options.mesh and options.dry_run)  # for a mesh that need not be here
         self.accelerator = flags.accelerator or find_accelerator("h100")
         self.tokenizer, self.stop_token_ids = data.tokenizer, (data.tokenizer.eos_id,)
         self.batches = TextBatches(data.train.tokens, recipe.context, recipe.batch, plan.seed)
@@ -119,8 +121,9 @@ class Training(Stage):
 
     def plan_rows(self) -> list[tuple[str, str]]:
         plan, data, cfg, recipe, trainer = self.plan, self.data, self.plan.cfg, self.plan.recipe, self.trainer
-        params, top = count_params(cfg), self.devices * self.ceilings.peak_flops(cfg.dtype)
-        step_seconds = lambda plan: trainer.step_seconds(plan, self.ceilings) / self.devices
+        ceilings = mesh_ceilings(self.ceilings, plan.mesh)
+        params, top = count_params(cfg), ceilings.peak_flops(cfg.dtype)
+        step_seconds = lambda plan: trainer.step_seconds(plan, ceilings)
         steps, long = plan.predict(step_seconds(plan))
         note = short_run_note(plan, step_seconds)
         epochs = steps * plan.step_tokens / (len(data.train.tokens) - 1)
@@ -139,7 +142,7 @@ class Training(Stage):
             ("parameters", f"{params.total:,} ({params.total:,} trainable, 0 frozen)"),
             ("FLOPs", f"{format_count(flops)} a token trained (6N + 12LDT, N = {format_count(params.matmul)})"),
             ("step", f"{recipe.batch} x {recipe.context} tokens{accumulated}, {optimizer}"),
-            ("memory", f"{memory_estimate(trainer.memory, plan.memory.saved, 'step')}{trainer.memory_note}"),
+            ("memory", f"{memory_estimate(plan, trainer.memory)}{trainer.memory_note}"),
             ("length", f"{plan.length()}{default}"),
             (
                 "predicted",
@@ -147,7 +150,7 @@ class Training(Stage):
                 f"{format_count(top)}FLOP/s in {cfg.dtype}",
             ),
             *([("note", note)] if note else []),
-            *(plan_on_mesh(plan, self.planned_mesh, self.accelerator, self.console) if self.planned_mesh else []),
+            *(plan_on_mesh(plan, plan.mesh, self.accelerator, self.console) if self.is_planned else []),
         ]
 
     def initial_state(self, trainable: Any) -> TrainState:
@@ -158,7 +161,7 @@ class Training(Stage):
         batches = MeshBatches(self.batches)
         program = trainer.make_program(state, batches.at(0), self.console)
         evaluator = quick_evaluator(cfg, data.validation, data.tokenizer, trainer.nats)
-        top, advice = self.devices * self.ceilings.peak_flops(cfg.dtype), trainer.advice
+        top, advice = mesh_ceilings(self.ceilings, self.plan.mesh).peak_flops(cfg.dtype), trainer.advice
         return TrainingSteps(program, batches, evaluator, self.plan, loop_state, top, advice)
 
     def finish(self, state: TrainState, loop: Loop, before: Any) -> RunReport:
@@ -180,7 +183,7 @@ class Training(Stage):
         if seconds >= LONG_RUN:  # measuring takes seconds: a short run takes the ceilings as they are
             why = "MFU is a share of them, others' work only lowers them, and the higher ones count"
             self.ceilings = remeasure_ceilings(self.ceilings, why, self.console)
-        top = self.devices * self.ceilings.peak_flops(cfg.dtype)
+        top = mesh_ceilings(self.ceilings, plan.mesh).peak_flops(cfg.dtype)
         result = {
             "val_bits_per_byte": bits_per_byte(nats, data.validation.bytes), "train_seconds": seconds,
             "first_step_seconds": loop_state.first_step_seconds, "tokens_per_second": step * plan.step_tokens / seconds,

@@ -86,6 +86,7 @@ def child(folder):
     from tiny import lively_params
 
     from engine.storage.huggingface.folder import save_folder
+    from stages.evaluate import __main__ as evaluate
     from stages.generate import main
 
     results = {"float32, tied": facts_of("float32", True), "int8": facts_of("int8", False)}
@@ -100,6 +101,10 @@ def child(folder):
     for mesh in ([], ["--mesh", "tensor=3"], ["--mesh", "tensor=2"], ["--mesh", "fsdp=3"], ["--mesh", "tensor=4"]):
         print("---", *mesh, flush=True)
         print("exit", main([*words, *mesh]), flush=True)
+    (text := folder / "sea.txt").write_text("Ships with red sails lay at anchor. " * 20)
+    for mesh in ([], ["--mesh", "tensor=3"], ["--mesh", "fsdp=3"]):
+        print("---", flush=True)
+        print("exit", evaluate.main(["--model", str(folder), "--data", str(text), "--context", "16", *mesh]), flush=True)
     print(json.dumps(results))
 
 
@@ -131,6 +136,12 @@ def test_the_command_takes_a_mesh_or_says_why_not(outcome):
     for refused, reason in ((two, "tensor may be 1 or 3"), (fsdp, "along tensor alone"), (four, "there are 3")):
         assert "exit 2" in refused
         assert reason in refused
+
+
+def test_an_evaluation_on_a_mesh_prints_the_same_numbers(outcome):
+    alone, *meshes = (re.findall("(?m)^(?:tokens|nats|bits|perplexity) .*", part) for part in outcome.split("---")[6:9])
+    assert len(alone) == 4, outcome
+    assert meshes == [alone, alone]
 
 
 if __name__ == "__main__":

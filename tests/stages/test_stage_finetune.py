@@ -351,7 +351,7 @@ def test_not_enough_memory_is_predicted(trained, chats, tmp_path, failing, monke
         (500_000, "; a LoRA (no --train, no --freeze) with --accumulate 16", ("--train", "all")),
         (1000, "only a smaller model would fit", ("--train", "all")),
     ):  # fmt: skip
-        monkeypatch.setattr(plan, "memory_limit", lambda limit=limit: limit)
+        monkeypatch.setattr(plan, "memory_limit", lambda mesh, limit=limit: limit)
         error = failing(finetune.main, args(trained, chats, tmp_path / "run", "--batch", 16, *flags))
         assert re.search(r"A step would need about .*, and .* are available", error)
         assert remedy in error

@@ -146,7 +146,9 @@ def test_a_best_on_another_validation_text_or_a_damaged_one_is_forgotten(text, t
     assert train.main([*words, "--steps", "13", "--validation", str(held_out)]) == 0
     rows = {step: value for step, value in validation_rows(tmp_path / "run") if step > 9}
     assert loop_state(tmp_path / "run").best == min(rows.values())
-    assert (f"forgotten: step {best} was the best" in capsys.readouterr().out) == (why == "damage")
+    printed = capsys.readouterr().out
+    assert (f"forgotten: step {best} was the best" in printed) == (why == "damage")
+    assert ("\nchanged: what is in the validation data\n" in printed) == (why != "damage")
 
 
 def test_the_only_checkpoint_is_found_though_a_kill_came_while_it_was_replaced(text, tmp_path, capsys):

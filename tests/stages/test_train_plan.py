@@ -14,11 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_runs import tiny
 
+from engine import distributed
 from engine.counting.accelerators import find_accelerator
 from engine.counting.collectives import Collective
 from engine.counting.hardware import Ceilings
 from engine.counting.params import leaf_shapes
+from engine.errors import UserError
 from engine.format import format_bytes
+from engine.mesh_shape import MeshShape
 from engine.model.config import PRESETS, preset
 from engine.model.transformer import init_params
 from engine.training.optimizer import make_optimizer
@@ -127,6 +130,24 @@ def test_a_mesh_that_is_not_here_is_planned(text, monkeypatch, capsys):
     ):
         assert train.main([*map(str, tiny_plan), "--dry-run", *flags]) == 2
         assert error in " ".join(capsys.readouterr().err.split())
+
+
+def test_memory_and_speed_are_those_of_all_devices_of_a_mesh(monkeypatch):
+    plan = estimate.RunPlan("demo", preset("demo"), recipe("demo", 2048), 0, 5, None)
+    mesh = dataclasses.replace(plan, mesh=MeshShape(fsdp=4))
+    need = lambda plan: plan.require(plan.memory.total, "A step needs", "buy more.")
+    monkeypatch.setattr(estimate, "device_memory_bytes", lambda: estimate.PROCESS_BYTES + plan.memory.total // 2)
+    need(mesh)  # on four machines like this one
+    with pytest.raises(UserError, match=r"A step needs \S+ .B, and"):
+        need(plan)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 4)  # virtual devices, which share its memory
+    with pytest.raises(UserError, match=r"on each of 4 devices, and"):
+        need(mesh)
+    assert estimate.mesh_ceilings(HERE, mesh.mesh) == HERE, "and its cores"
+    monkeypatch.setattr(distributed, "host_count", lambda: 2)
+    assert estimate.mesh_ceilings(HERE, mesh.mesh).bf16_gflops == 2 * HERE.bf16_gflops
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert estimate.mesh_ceilings(HERE, mesh.mesh).bf16_gflops == 4 * HERE.bf16_gflops
 
 
 def test_a_step_that_does_not_compile_is_one_sentence(text, monkeypatch, capsys):

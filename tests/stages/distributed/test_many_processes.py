@@ -1,18 +1,26 @@
 """Several real processes over gloo: the same losses, one signal, one death, and refusals that name what differs."""
 
+import json
+import os
 import re
 import resource
 import signal
 import socket
 import subprocess
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tiny_runs import ROOT, metrics, tiny, typed, write_text
+from tiny_runs import ROOT, WORDS, metrics, tiny, typed, write_text
 
+from engine import distributed
 from engine.distributed import RESTART
+from engine.model.paths import leaf_paths
 from engine.storage import checkpoint
+from engine.storage.adapter import load_adapter
+from engine.storage.model_loader import read_config
+from stages.finetune import __main__ as finetune
 from stages.train import __main__ as train
 
 STEPS = 24
@@ -24,24 +32,17 @@ FLAGS = (
 
 @pytest.fixture
 def start():
-    """Starts `python -m stages.train` in several processes; `own(i)`: more flags of process i. Ends what is left."""
+    """Starts `python -m stages.STAGE` in several processes; `own(i)`: more flags of process i. Ends what is left."""
     started: list[subprocess.Popen] = []
 
-    def start(count, text, folder, *more, own=lambda process: ()):
+    def start(count, stage, *args, own=lambda process: ()):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         join = lambda process: ("--processes", count, "--process", process, "--coordinator", f"127.0.0.1:{port}")
-        processes = [
-            subprocess.Popen(
-                typed("train", *tiny(text, folder, *FLAGS, *more, *join(process), *own(process))),
-                cwd=ROOT,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for process in range(count)
-        ]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        words = [typed(stage, *args, *join(process), *own(process)) for process in range(count)]
+        processes = [subprocess.Popen(each, cwd=ROOT, **pipes) for each in words]
         started.extend(processes)
         return processes
 
@@ -59,8 +60,9 @@ def until_saved(folder, step, processes):
 
 
 def finish(processes):
-    """{exit code} and all of stderr."""
+    """{exit code} and all of stderr. Only process 0 prints."""
     outputs = [process.communicate(timeout=60) for process in processes]
+    assert not any(printed for process, (printed, _) in zip(processes, outputs) if "--process 0" not in " ".join(process.args))
     return {process.returncode for process in processes}, [error for _, error in outputs]
 
 
@@ -73,7 +75,7 @@ def test_a_run_survives_kills_and_signals_on_any_number_of_processes(start, text
     alone, folder = tmp_path / "alone", tmp_path / "many"
     assert train.main(tiny(text, alone, *FLAGS)) == 0
 
-    four = start(4, text, folder, "--mesh", "data=2,fsdp=2")
+    four = start(4, "train", *tiny(text, folder, *FLAGS, "--mesh", "data=2,fsdp=2"))
     until_saved(folder, 4, four)
     while not (saving := [*folder.glob("checkpoints/.[0-9]*")]):
         assert all(process.poll() is None for process in four)
@@ -90,7 +92,7 @@ def test_a_run_survives_kills_and_signals_on_any_number_of_processes(start, text
     first = checkpoint.steps(folder)[-1]
     assert str(first) != saving[0].name.split(".")[1]  # it had not begun to be a checkpoint
     assert checkpoint.load_params(folder).step == first
-    two = start(2, text, folder)
+    two = start(2, "train", *tiny(text, folder, *FLAGS))
     until_saved(folder, first + 4, two)
     two[1].send_signal(signal.SIGTERM)
     codes, errors = finish(two)
@@ -104,31 +106,87 @@ def test_a_run_survives_kills_and_signals_on_any_number_of_processes(start, text
 
 
 def test_a_write_that_one_process_is_refused_ends_all_with_its_sentence(start, text, tmp_path):
-    two = start(2, text, tmp_path / "run")
+    two = start(2, "train", *tiny(text, tmp_path / "run", *FLAGS))
     resource.prlimit(two[1].pid, resource.RLIMIT_FSIZE, (2**14, 2**14))  # bytes: less than its part of a checkpoint
     codes, errors = finish(two)
     assert codes == {2}, errors
     sentence = r"Checkpoint \S+/4 could not be written \(\d\.\d MB wanted\): File too large\. Earlier checkpoints are untouched"
-    assert re.fullmatch(rf"error: {sentence}[^\n]*\n", errors[1]), errors[1]
+    assert re.fullmatch(rf"error: Process 1: {sentence}[^\n]*\n", errors[1]), errors[1]
     assert re.fullmatch(rf"error: Process 0 ends because process 1 did: {sentence}[^\n]*\n", errors[0]), errors[0]
     assert checkpoint.steps(tmp_path / "run") == []
+
+
+def test_processes_fine_tune_a_model_as_one_does(start, trained, tmp_path):
+    """The scores before and after, and the adapter, are those of one process; process 0 prints them, and writes it."""
+    alone, folder, data = tmp_path / "alone", tmp_path / "many", tmp_path / "chats.jsonl"
+    messages = lambda word: [{"role": "user", "content": word}, {"role": "assistant", "content": "red sails."}]
+    data.write_text("".join(json.dumps({"messages": messages(word)}) + "\n" for word in WORDS.split()))
+    flags = lambda folder: (
+        "--model", trained, "--data", data, "--out-dir", folder, "--context", 32, "--steps", 8, "--general", "none",
+        "--learning-rate", 0.05, "--lora", "rank=4,targets=q,v", "--device", "cpu",
+    )  # fmt: skip
+    assert finetune.main([*map(str, flags(alone))]) == 0
+    codes, errors = finish(start(2, "finetune", *flags(folder)))
+    assert codes == {0}, errors
+    one, many = (json.loads((run / "run.json").read_text())["result"] for run in (alone, folder))
+    for when in ("before", "after"):
+        assert many[when]["held_out"] == pytest.approx(one[when]["held_out"], rel=1e-3)
+    wanted, adapter = (leaf_paths(load_adapter(run / "adapter", read_config(str(trained)))) for run in (alone, folder))
+    for path, leaf in wanted.items():
+        np.testing.assert_allclose(adapter[path], leaf, atol=0.02)
+
+
+def test_ctrl_c_on_a_mesh_whose_output_is_a_file(text, tmp_path):
+    """It saves, says how to go on with the same mesh, and the file holds lines alone."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    words = typed("train", *tiny(text, folder, *FLAGS, "--mesh", "fsdp=2", "--steps", 10**6))
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    with log.open("wb") as file, subprocess.Popen(words, cwd=ROOT, stdout=file, stderr=file, env=os.environ | flags) as process:
+        until_saved(folder, 4, [process])
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 128 + signal.SIGINT
+    printed = log.read_text()
+    assert re.search(rf"saved in {folder}/checkpoints/{checkpoint.steps(folder)[-1]}\.\nTo go on: .*--mesh fsdp=2", printed)
+    assert "(2 devices, fsdp=2, " in printed
+    assert not re.search("[\x1b\r]", printed)
+
+
+@pytest.mark.parametrize(
+    ("process", "met", "printed"),
+    [
+        (1, "No such text.", ""),
+        (1, "", ""),
+        (1, "Disk full.", "Disk full."),
+        (0, "", "Process 0 ends because process 2 did: No such text."),
+    ],
+)
+def test_a_mistake_of_all_is_printed_once(monkeypatch, process, met, printed):
+    """`met`: this process's own mistake, while another says that there is no such text."""
+    said: list[tuple[int, str]] = []
+    other = 0 if process else 2
+    client = SimpleNamespace(blocking_key_value_get=lambda *_: json.dumps([other, distributed.MISTAKE, "No such text."]))
+    monkeypatch.setattr(distributed, "_exit", lambda *ending: said.append(ending))
+    for name, value in {"process": process, "mistake": met}.items():
+        monkeypatch.setattr(distributed._group, name, value, raising=False)
+    distributed._watch(client)
+    assert said == [(distributed.MISTAKE, printed)]
 
 
 def test_processes_that_differ_are_refused(start, text, tmp_path):
     other = write_text(tmp_path / "other.txt", lines=200)
     flags = lambda process: ("--seed", 7, "--data", other) if process else ()
-    codes, errors = finish(start(2, text, tmp_path / "run", own=flags))
-    assert codes == {2}, errors
-    for error in errors:
-        assert "Process 1 has another seed (7) than process 0 (0)" in error, error
-        assert "text/digest" in error
+    codes, [error, other] = finish(start(2, "train", *tiny(text, tmp_path / "run", *FLAGS), own=flags))
+    assert (codes, other) == ({2}, ""), "once, by process 0"
+    assert "Process 1 has another seed (7) than process 0 (0)" in error, error
+    assert "text/digest" in error
     assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_is_not_shared_is_refused(start, text, tmp_path):
-    codes, errors = finish(start(2, text, tmp_path / "run", own=lambda process: ("--out-dir", tmp_path / f"host{process}")))
-    assert codes == {2}, errors
-    assert all("is not shared: process 1 does not see what process 0 writes" in error for error in errors)
+    own = lambda process: ("--out-dir", tmp_path / f"host{process}")
+    codes, [error, other] = finish(start(2, "train", *tiny(text, tmp_path, *FLAGS), own=own))
+    assert (codes, other) == ({2}, ""), "once, by process 0"
+    assert "is not shared: process 1 does not see what process 0 writes" in error
 
 
 def test_a_coordinator_that_is_not_there(failing, text, tmp_path):
