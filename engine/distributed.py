@@ -40,7 +40,6 @@ class _Group:
 
     client: Any = None
     process, processes = 0, 1
-    hosts, processes_here = 1, 1  # machines of the run, and processes on this one
     mistake = ""  # of this process, which may be that of all
     joining = ""  # the sentence for an abort while it waits for the others
     stderr = 2
@@ -91,8 +90,6 @@ def connect(processes: int | None, process: int | None, coordinator: str | None,
         os.dup2(_group.stderr, 2)
     state = distributed.global_state
     _group.client, _group.process, _group.processes, _group.joining = state.client, state.process_id, state.num_processes, ""
-    hosts = share(socket.gethostname())
-    _group.hosts, _group.processes_here = len({*hosts}), hosts.count(hosts[_group.process])
     threading.Thread(target=_watch, args=(state.client,), daemon=True, name="peers").start()
     if _group.process:  # the console is process 0's; errors go to everyone's stderr
         os.dup2(nowhere, 1)
@@ -138,15 +135,6 @@ def is_first() -> bool:
 
 def process_count() -> int:
     return _group.processes
-
-
-def host_count() -> int:
-    return _group.hosts
-
-
-def processes_here() -> int:
-    """Returns the number of the run's processes on this host, which share its memory."""
-    return _group.processes_here
 
 
 @contextlib.contextmanager

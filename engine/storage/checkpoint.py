@@ -267,8 +267,7 @@ def import_orbax() -> None:
 def _run_orbax[T](work: Callable[[ModuleType], T], alone: bool = False) -> T:
     """Runs `work(ocp)` with Orbax under our options, `alone` without the other processes; imported only now: 0.4 s.
 
-    In a thread: Ctrl-C is raised in the main one, which waits until the arrays are moved. In the middle of Orbax it would
-    leave closed event loops with callbacks still to come, and pages of traceback.
+    In a thread: Ctrl-C in the middle of Orbax would leave closed event loops with callbacks still to come, and tracebacks.
     """
 
     def run() -> T:
@@ -276,8 +275,7 @@ def _run_orbax[T](work: Callable[[ModuleType], T], alone: bool = False) -> T:
 
         context = ocp.Context()
         context.array.saving.use_compression = False  # weights do not compress: zstd doubles the time and saves 8%
-        # Else a folder that cannot be made is noticed after twenty minutes.
-        context.asynchronous.create_directories_asynchronously = False
+        context.asynchronous.create_directories_asynchronously = False  # one that fails is noticed after twenty minutes
         context.memory.deepcopy_host_arrays = False  # nobody changes an array while we wait
         if alone:
             context.multiprocessing.primary_host = jax.process_index()

@@ -211,29 +211,22 @@ def _measure_in_subprocess() -> Ceilings | None:
 
 
 def mesh_ceilings(ceilings: Ceilings, mesh: MeshShape) -> Ceilings:
-    """Returns what all devices of a mesh reach together, of which one has `ceilings`; the CPUs of a host share its cores."""
-    count = min(mesh.devices, distributed.host_count()) if jax.default_backend() == "cpu" else mesh.devices
+    """Returns what all devices of a mesh reach together, of which one has `ceilings`: a process's CPUs share its cores."""
+    count = mesh.devices if jax.default_backend() != "cpu" else distributed.process_count()
     return dataclasses.replace(ceilings, **{rate: count * getattr(ceilings, rate) for rate in RATES})
 
 
 def memory_limit(mesh: MeshShape = ONE_DEVICE) -> int:
-    """Returns the bytes for a step on a device: an accelerator's, or its share of the host's less PROCESS_BYTES a process."""
+    """Returns the bytes for a step on a device: an accelerator's, or its share of the host's less PROCESS_BYTES."""
     if jax.default_backend() != "cpu":
         return device_memory_bytes()
-    return max(device_memory_bytes() - distributed.processes_here() * PROCESS_BYTES, 0) // _devices_here(mesh)
-
-
-def _devices_here(mesh: MeshShape) -> int:
-    """Returns how many devices of a mesh share this host's memory: CPUs; others have their own."""
-    here = distributed.processes_here() * jax.local_device_count() if jax.default_backend() == "cpu" else 1
-    return min(mesh.devices, here)
+    return max(device_memory_bytes() - PROCESS_BYTES, 0) // min(mesh.devices, jax.local_device_count())
 
 
 def memory_estimate(plan: RunPlan, needed: int) -> str:
     """Returns a phrase: the memory that a step or round needs, the limit, and what the copy takes that is saved beside it."""
-    mesh, here = plan.mesh, _devices_here(plan.mesh)
-    limit = f"{format_bytes(memory_limit(mesh))} that are left for a {plan.noun}"
-    limit += f" on each device of {mesh}" * (mesh.devices > 1) + f", {here} of which share this host's" * (here > 1)
+    limit = f"{format_bytes(memory_limit(plan.mesh))} that are left for a {plan.noun}"
+    limit += f" on each device of {plan.mesh}" * (plan.mesh.devices > 1)
     saved = dataclasses.replace(plan, mesh=ONE_DEVICE).memory.saved // distributed.process_count()
     return (
         f"about {format_bytes(needed)} of {limit}; {format_bytes(saved)} more of host memory, if free, to save beside training"
