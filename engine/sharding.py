@@ -61,18 +61,16 @@ def make_inference_mesh(text: str | None) -> Mesh | None:
     if text is None:
         return None
     shape = parse_mesh(text)
-    if shape.row_shards > 1:
-        raise UserError(f"Inference cuts a model along tensor alone, such as tensor={shape.devices}, not by {shape}.")
-    if shape.devices > (count := len(jax.devices())):
-        raise UserError(f"The mesh {shape} is {shape.devices} devices and there are {count}.")
+    if shape.row_shards > 1 or shape.devices > jax.device_count():
+        most = f"up to tensor={jax.device_count()} as there are {jax.device_count()} devices"
+        raise UserError(f"Inference cuts a model along tensor alone, {most}, not by {shape}.")
     return make_mesh(shape, jax.devices()[: shape.devices])
 
 
 def check_inference(cfg: ModelConfig) -> None:
     """Raises UserError when the mesh of this thread, if any, cannot cut the model."""
     if (mesh := mesh_here()) is not None:
-        shape = MeshShape(**mesh.shape)
-        check_mesh(shape, cfg, batch=shape.row_shards)
+        check_mesh(shape := MeshShape(**mesh.shape), cfg, batch=shape.row_shards)
 
 
 def leaf_spec(path: str, shape: tuple[int, ...], sizes: Any) -> P:
