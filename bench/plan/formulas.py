@@ -58,17 +58,19 @@ def serving(
     """Returns the middle of the answer for a replica of the devices, with as many requests at once as fit, at most `slots`.
 
     A step reads the weights once and each request's keys and values, multiplies, and starts each layer's kernels: the
-    times add up. `cached`: the share of a prompt that the prefix cache holds.
+    times add up. Requests are half through their answers, in a cache of pages. `cached`: the share of a prompt that the
+    prefix cache holds.
     """
     weights = m.params * bits / 8
     cache = 2 * m.layers * m.kv_width * kv_bits / 8
-    fitting = floor((SHARE * d.memory * devices - weights) / ((prompt + answer) * cache))
+    length = prompt + answer / 2
+    room = SHARE * d.memory * devices - weights
+    fitting = floor(room / (length * cache))
     batch = max(1, min(slots, fitting))
     flow = devices * d.bandwidth * d.bandwidth_use
     speed = devices * (d.eight if bits == 8 else d.peak) * d.compute_use
     computed = prompt * (1 - cached)
     prefill = computed * (2 * m.matmul + 4 * m.layers * m.query_width * (prompt - computed / 2)) / speed
-    length = prompt + answer / 2
     reading = weights / flow
     attending = batch * length * cache / flow
     multiplying = batch * (2 * m.matmul + 4 * m.layers * m.query_width * length) / speed
@@ -76,10 +78,11 @@ def serving(
     step = reading + attending + multiplying + launching
     period = batch * prefill + answer * step
     return {
-        "fits": 1 if fitting >= 1 else 0, "batch": batch, "needed": (weights + batch * (prompt + answer) * cache) / devices,
-        "first_token": prefill + step, "token_seconds": period / answer, "requests": batch / period,
-        "tokens": batch * answer / period, "prefilling": batch * prefill / answer, "reading": reading,
-        "attending": attending, "multiplying": multiplying, "launching": launching,
+        "fits": 1 if room >= (prompt + answer) * cache else 0, "batch": batch,
+        "needed": (weights + batch * length * cache) / devices, "first_token": prefill + step,
+        "token_seconds": period / answer, "requests": batch / period, "tokens": batch * answer / period,
+        "prefilling": batch * prefill / answer, "reading": reading, "attending": attending, "multiplying": multiplying,
+        "launching": launching,
     }  # fmt: skip
 
 

@@ -30,7 +30,7 @@ def replay(run: Any, others: Sequence[Any]) -> Replay:
     """Predicts a run's device-hours from others."""
     fit = predict_efficiency(run.hardware, others, run.year)
     ratio = utilisation(run) / fit.of(run)
-    return Replay(run.name, ratio - 1, abs(math.log(ratio)) <= fit.spread, run.unclean or run.note)
+    return Replay(run.name, ratio - 1, abs(math.log(ratio)) <= fit.spread, run.unclean or run.note or "no reason found")
 
 
 def without_each() -> list[Replay]:
@@ -73,17 +73,18 @@ def serving_errors() -> list[Replay]:
         name = (
             f"{row.name} in {row.weight_bits:g} bits, {row.devices:g} x {row.hardware}, {row.prompt:g} + {row.answer:g} tokens"
         )
-        replays.append(Replay(name, ratio - 1, abs(math.log(ratio)) <= fit.spread, row.note))
+        replays.append(Replay(name, ratio - 1, abs(math.log(ratio)) <= fit.spread, row.note or "no reason found"))
     return replays
 
 
 def adapter_errors() -> list[Replay]:
-    """Predicts the time of a token with LoRA over that of full fine-tuning, where both fit without offloading."""
+    """Predicts the time of a token with LoRA or QLoRA over that of full fine-tuning, where both fit without offloading."""
     replays, table = [], [row for row in rows("finetunes") if row.note != "with offloading"]
-    for full in [row for row in table if row.method == "full"]:
-        adapter = next(row for row in table if row.name == full.name and row.method == "lora")
-        error = _token_seconds(adapter) / _token_seconds(full) * adapter.tokens_per_second / full.tokens_per_second - 1
-        replays.append(Replay(full.name, error, abs(error) <= ADAPTER_BOUND, full.note))
+    full = {row.name: row for row in table if row.method == "full"}
+    for row in table:
+        if (other := full[row.name]) is not row:
+            error = _token_seconds(row) / _token_seconds(other) * row.tokens_per_second / other.tokens_per_second - 1
+            replays.append(Replay(f"time of {row.method} for {row.name}", error, abs(error) <= ADAPTER_BOUND, other.note))
     return replays
 
 
@@ -138,5 +139,5 @@ def describe(document: dict[str, Any]) -> str:
         lines.append(f"  {name:<50} {row['rows']:>4}   {row['median']:>6.1%}   {row['inside']:>6.0%}")
     for title in ("outside their interval", "not clean, so in no figure"):
         lines.append(f"{title}:")
-        lines += [f"  {each['name']}: {each['error']:+.0%}{'; ' * bool(each['why'])}{each['why']}" for each in document[title]]
+        lines += [f"  {each['name']}: {each['error']:+.0%}; {each['why']}" for each in document[title]]
     return "\n".join(lines)
