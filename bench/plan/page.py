@@ -9,6 +9,7 @@ import jinja2
 from bench.cli import Json
 from bench.plan import formulas
 from bench.plan.answer import POWER
+from bench.plan.budget import LAW
 from bench.plan.javascript import javascript
 from bench.plan.model import job
 from bench.plan.serving import PRECISIONS, fit_serving
@@ -30,7 +31,7 @@ def write_page(folder: Path, document: Json, models: dict[str, ModelConfig], dev
         },
         "hardware": {name: vars(device) for name, device in devices.items()},
         "serving": fit_serving()._asdict(), "precisions": PRECISIONS, "slots": SLOTS, "power": POWER, "memory": MEMORY,
-        "adapter": ADAPTER_BOUND, "state": state,
+        "adapter": ADAPTER_BOUND, "state": state, "law": vars(LAW),
     }  # fmt: skip
     text = (
         jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)

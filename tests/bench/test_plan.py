@@ -274,6 +274,8 @@ def test_the_sliders_change_the_answer_by_keyboard_and_say_where_it_comes_from(p
     read = lambda: page.find_element("css selector", "#trained").text
     before = read()
     assert "8.22e20" in before
+    best = formulas.optimal(100e9 * job(CFG, "pretrain", 4096).flops, **vars(LAW))
+    assert f"{best / 1e9:.2f} billion parameters" in page.find_element("id", "trained-best").text
     page.find_element("name", "devices").send_keys(Keys.ARROW_RIGHT)
     assert read() != before
     assert "32 published runs" in page.find_element("id", "trained-where").text
