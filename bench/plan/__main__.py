@@ -112,6 +112,8 @@ def check_flags(flags: PlanFlags) -> None:
         raise UserError(f"{' and '.join(asked)} are different questions; ask one at a time.")
     if flags.served and not (flags.budget or flags.days):
         raise UserError("--served belongs to --budget or --days.")
+    if flags.out and (flags.validate or flags.calibrate):
+        raise UserError("--out writes the page of a question, with all validation on it; --validate and --calibrate ask none.")
     if flags.out and (problem := write_problem(flags.out)):
         raise UserError(f"--out {flags.out} cannot be written: {problem}. Choose another folder.")
 

@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -27,6 +28,7 @@ from bench.plan.validate import (
     flops_errors,
     halves_held_out,
     serving_errors,
+    validation,
     without_each,
     without_makers,
 )
@@ -60,6 +62,16 @@ def test_rates_of_serving_that_are_left_out_lie_inside_their_intervals():
     result = figures(serving_errors())
     assert result["median"] <= 0.15
     assert result["inside"] >= 0.80
+
+
+def test_the_readme_has_these_figures():
+    lines = (Path(__file__).parents[2] / "README.md").read_text().splitlines()
+    table = validation()["table"]
+    for name, row in table.items():
+        (line,) = [line for line in lines if line.startswith(f"| {name} |")]
+        assert f"| {row['rows']} | {row['median']:.1%}" in line
+        assert f"{row['inside']:.0%} |" in line or "all within 3%" in line
+    assert f"at most {max(abs(each.error) for each in flops_errors()):.1%}" in "\n".join(lines)
 
 
 def test_a_prediction_reads_nothing_of_the_run_itself():
@@ -161,6 +173,7 @@ def test_models_are_read_from_files(tmp_path):
         ({"budget": "5", "days": 3.0}, "one at a time"),
         ({"budget": "5", "served": "900T"}, "takes the whole budget"),
         ({"model": "nano", "tokens": "1M", "served": "1T"}, "--served belongs"),
+        ({"validate": True, "out": Path("x")}, "--out writes the page of a question"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_in_a_sentence(flags, words, monkeypatch, tmp_path):
