@@ -17,7 +17,7 @@ from engine import distributed
 from engine.counting.hardware import free_host_bytes
 from engine.storage import checkpoint
 
-NICENESS = 5  # of the thread that writes, which takes time from the steps on a CPU; at 10 it needed over a minute for 1.6 GB
+NICENESS = 5  # of the thread that writes, which takes time from the steps on a CPU
 ALIGNED = 64  # bytes
 TOUCHED = 2**24  # bytes at once of new memory
 
@@ -61,7 +61,7 @@ class BackgroundSaver:
         """Waits for the write before this one, copies the arrays, and begins to write them as `checkpoint.save` does.
 
         The arrays may be donated or changed as soon as this returns. Without room for the copy it returns when they are
-        written. Raises the UserError of the write before. Several processes must save at the same steps.
+        written. Raises the UserError of the write before.
         """
         self.wait()
         if self._memory is not None:

@@ -22,6 +22,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -37,7 +38,7 @@ from engine.storage.digest import leaves_by_path
 from engine.storage.manifest import verify, write_manifest
 
 COMPARED_BYTES = 2**27  # at once, of a checkpoint that is read back
-TOPIC = "save"  # of what processes tell one another, in a thread of its own
+TOPIC = "save"  # a thread's own, see `share`
 INNER = "orbax"  # Orbax wants to make the folder itself
 
 
@@ -128,9 +129,7 @@ def _building(target: Path, wanted: int, keep: int, best: int | None) -> Iterato
         with atomic_folder(target) as building:
             distributed.share(str(building), TOPIC)
             yield building
-        for old in [earlier for earlier in steps(root.parent) if earlier <= step][:-keep]:
-            if old == best:
-                continue
+        for old in {*[earlier for earlier in steps(root.parent) if earlier <= step][:-keep]} - {best}:
             # Hidden by one rename, so that a kill leaves nothing that looks like a checkpoint.
             with contextlib.suppress(OSError):  # the next save tries again
                 shutil.rmtree((root / str(old)).rename(root / f".{old}.gone"), ignore_errors=True)
@@ -145,14 +144,13 @@ def load(folder: Path, params_like: Any, optimizer_like: Any) -> LoadedCheckpoin
     Raises UserError when there is no checkpoint, none is intact (each damaged file is named), a leaf differs in path,
     shape or dtype, or PRNG settings differ, by which keys would draw other numbers.
     """
+    threading.Thread(target=import_orbax, daemon=True).start()  # beside the hashing
     chosen = ""
     if distributed.is_first():
         remove_incomplete(folder)
-        path, lines = _newest_intact(folder)
-        chosen = json.dumps([str(path), lines])
-    newest, damaged = json.loads(distributed.share(chosen)[0])
-    newest = Path(newest)
-    record, settings = _read_state(newest), _prng_settings()
+        chosen = json.dumps(_newest_intact(folder), default=str)
+    name, damaged = json.loads(distributed.share(chosen)[0])
+    record, settings = _read_state(newest := Path(name)), _prng_settings()
     if (trained := record["prng"]) != settings:
         former, now = (", ".join(f"{name}={value}" for name, value in prng.items()) for prng in (trained, settings))
         raise UserError(
@@ -260,8 +258,8 @@ def _check_leaves(part: str, tree: Any) -> Any:
 
 
 def import_orbax() -> None:
-    """Imports what the first save would import."""
-    _run_orbax(lambda _: None)
+    """Imports Orbax, which takes half a second, before it is needed."""
+    from orbax.checkpoint import v1  # noqa: F401
 
 
 def _run_orbax[T](work: Callable[[ModuleType], T], alone: bool = False) -> T:
