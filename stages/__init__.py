@@ -19,8 +19,9 @@ def stop(number: int, _: object) -> None:
 
 # While `python -m` looks for a module, argv[0] is "-m": a program that merely imports this package is left alone.
 if sys.argv[:1] == ["-m"]:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, stop)
     gc.disable()  # imports leave no garbage: `run_command` enables it again once the flags are parsed
 
     # Where Python was told not to leave bytecode beside its sources (PYTHONDONTWRITEBYTECODE, common in containers), JAX

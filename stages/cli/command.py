@@ -21,6 +21,7 @@ from engine import distributed
 from engine.distributed import MISTAKE
 from engine.errors import UserError
 from stages.cli import signals
+from stages.cli.process import outlive_terminal
 
 # What takes less memory, by the flags of a command.
 LESS_MEMORY = {
@@ -42,6 +43,7 @@ def run_command[Flags](
     """
     _arguments[:] = sys.argv[1:] if args is None else args
     options = None
+    outlive_terminal()
     try:
         options = tyro.cli(
             flags, prog=f"python -m stages.{name}", description=about, args=args,

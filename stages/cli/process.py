@@ -2,11 +2,13 @@
 
 import atexit
 import contextlib
+import errno
+import io
 import os
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _IMPORTED = time.perf_counter()
 
@@ -19,6 +21,28 @@ def process_start() -> float:
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
         return time.perf_counter() - age
     return _IMPORTED
+
+
+class _Terminal(io.FileIO):
+    """A terminal to print on: once it is closed, what is printed is dropped."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return len(data)
+
+
+def outlive_terminal() -> None:
+    """Lets this process print on, and save what it does, when the terminal it prints on is closed."""
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) and stream.isatty():
+            stream.flush()
+            buffer = io.BufferedWriter(_Terminal(stream.fileno(), "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=True))
 
 
 def leave(code: int) -> NoReturn:

@@ -1,8 +1,9 @@
-"""Handles Ctrl-C and SIGTERM at any moment: finishes a step that must be saved, and stops all else at once.
+"""Handles Ctrl-C, SIGTERM and a closed terminal at any moment: finishes a step that must be saved, and stops all else at once.
 
 Python runs a signal's handler only when the main thread comes back from a library, where compiling or a long step can
 keep it for minutes. So a second thread reads the signals: it prints what will happen, ends the process if the main
-thread does not, and ends it at once on a second signal.
+thread does not, and ends it at once on a second signal. SIGHUP is never the second one: a terminal that closes sends it,
+and so does the shell in it. Where it is ignored, as under nohup, it stays so.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SHOW_CURSOR = "\x1b[?25h"
 NUDGE, PATIENCE = 0.1, 1.0  # seconds for the main thread to hear of a signal, and to end
 
@@ -78,6 +79,8 @@ class SignalState:
             if echo:
                 echo = False
                 continue
+            if answered and number == signal.SIGHUP:
+                continue
             if answered:
                 self.end_now("at once; what was saved before is untouched.")
             answered = True
@@ -119,7 +122,8 @@ def handle_signals() -> Iterator[None]:
             report(ignored)
 
     sys.unraisablehook = hear_again
-    before = [(number, signal.signal(number, _now.handle)) for number in SIGNALS]
+    heard = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    before = [(number, signal.signal(number, _now.handle)) for number in heard]
     wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     thread = threading.Thread(target=_now.listen, args=(reading,), daemon=True, name="signals")
     thread.start()
