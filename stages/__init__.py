@@ -3,9 +3,9 @@
 `python -m stages` lists them. A command parses flags, wires the engine, loops and prints.
 """
 
+import _signal as signal  # signal.py takes milliseconds to import, in which Ctrl-C would be a traceback
 import gc
 import os
-import signal
 import sys
 
 phase = "before anything was begun."  # printed after "Stopped" by `stop`

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[2] / "stages"))
+sys.path += [str(Path(__file__).parents[2] / "stages" / part) for part in (".", "distributed")]
 
 from fork_server import ForkServer
+from many_processes import start  # noqa: F401
 from tiny_runs import WORDS, write_text
 from tiny_training import SAVE_EVERY, TinyRun, bits
 

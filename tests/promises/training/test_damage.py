@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from figures import exactly
-from tiny_training import SAVE_EVERY, bits
+from tiny_training import bits
 
 from engine.storage import checkpoint
 
@@ -42,7 +42,8 @@ def test_every_damage_to_every_file(make_run, reference, side_by_side, quick, ex
     whole = shutil.copytree(runs[0].work, runs[0].work.with_name("whole"))
     parts = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file() and path.stat().st_size)
     cases = [(part, way) for part in parts if "hardware" not in part.parts for way in DAMAGE][:: 40 if quick else 1]
-    newest = f"run/checkpoints/{2 * SAVE_EVERY}/"
+    earlier, last = checkpoint.steps(whole / "run")
+    newest = f"run/checkpoints/{last}/"
 
     def damage(half: int) -> list[str]:
         run, wrong = runs[half], []
@@ -53,10 +54,10 @@ def test_every_damage_to_every_file(make_run, reference, side_by_side, quick, ex
                 shutil.rmtree(run.folder)
             DAMAGE[way](run.work / part)
             code, text = run.live(), run.output.read_text()
-            named = f"damaged: {run.work / part}" in text and f"resumed at step {SAVE_EVERY}" in text
+            named = f"damaged: {run.work / part}" in text and f"resumed at step {earlier}" in text
             same = code == 0 and bits(run.folder) == wanted
             refused = code == 2 and "error: " in text and str(run.work / part.parts[0]) in text
-            refused = refused and {SAVE_EVERY, 2 * SAVE_EVERY} <= {*checkpoint.steps(run.folder)}
+            refused = refused and [earlier, last] == checkpoint.steps(run.folder)
             if not ((named and same) if str(part).startswith(newest) else (same or refused)) or "Traceback" in text:
                 wrong.append(f"{way} {part}: {code} {named=} {same=} {text[-300:]}")
         return wrong

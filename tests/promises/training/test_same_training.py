@@ -5,12 +5,15 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from figures import at_most, exactly
 from fork_server import ROOT
+from many_processes import FLAGS, finish
+from tiny_runs import tiny
 from tiny_training import Fault, bits
 
 from engine.model.config import LoraConfig
@@ -19,23 +22,24 @@ from engine.model.transformer import forward
 from engine.storage.model_loader import load_model
 from engine.training.lora import init_lora
 
-# Runs before the command: each batch that is made leaves its step and its digest.
+# Runs before the command: each batch that is made leaves its step, and a digest of each row.
 NOTE = """
 import hashlib
 from engine.text.windows import TextBatches
 at = TextBatches.at
 def noted(self, step):
     batch = at(self, step)
+    rows = (b"".join(leaf[row].tobytes() for leaf in batch[:4]) for row in range(len(batch[0])))
     with open("{file}", "a") as file:
-        file.write(f"{{step}} {{hashlib.sha256(b''.join(leaf.tobytes() for leaf in batch[:4])).hexdigest()}}\\n")
+        print(step, *(hashlib.sha256(row).hexdigest() for row in rows), file=file)
     return batch
 TextBatches.at = noted
 """
 
 
 @pytest.mark.promises("T4", "the order of the data is a function of seed and step alone")
-def test_the_order_of_the_data(make_run, tmp_path, expect):
-    """Batches by step: uninterrupted, killed at a third and resumed, longer with other intervals, by NumPy."""
+def test_the_order_of_the_data(make_run, start, text, tmp_path, quick, expect):
+    """Batches by step: uninterrupted, killed at a third and resumed, longer with other intervals, by NumPy, in processes."""
     length = ("--steps", 30, "--log-every", 1)
     ways = {"whole": (), "resumed": ("--save-every", 5), "longer": ("--steps", 40, "--eval-every", 3), "NumPy": ("--by-hand",)}
     orders = {}
@@ -44,17 +48,30 @@ def test_the_order_of_the_data(make_run, tmp_path, expect):
         if name == "resumed":
             assert run.live(Fault(250), NOTE.format(file=file)) == 77
         assert run.live(patch=NOTE.format(file=file)) == 0, run.output.read_text()
-        orders[name] = {tuple(line.split()) for line in file.read_text().splitlines()}
+        orders[name] = read_order(file)
+    for count in (2,) if quick else (2, 4):
+        name = f"{count} processes"
+        note = lambda process: NOTE.format(file=tmp_path / f"{name} {process}")  # noqa: B023
+        words = tiny(text, tmp_path / str(count), *FLAGS, "--tokenizer", "bpe:300")
+        codes, errors = finish(start(count, "train", *words, patch=note))
+        assert codes == {0}, errors
+        parts = [dict(read_order(tmp_path / f"{name} {process}")) for process in range(count)]
+        orders[name] = {(step, sum((part[step] for part in parts), ())) for step in parts[0]}
     known = dict(orders["longer"])
-    different = sum(known[step] != digest for order in orders.values() for step, digest in order)
-    expect(exactly("other batches", different, 0), over=f"{len(known)} steps, {', '.join(ways)}")
+    different = sum(known[step] != digests for order in orders.values() for step, digests in order)
+    expect(exactly("other batches", different, 0), over=f"{len(known)} steps, {', '.join(orders)}")
+
+
+def read_order(file: Path) -> set[tuple[str, tuple[str, ...]]]:
+    """Each step with the digests of its rows."""
+    return {(words[0], tuple(words[1:])) for line in file.read_text().splitlines() if (words := line.split())}
 
 
 @pytest.mark.promises("T7", "the same configuration on the same machine gives the same bits")
 def test_two_processes(make_run, text, side_by_side, expect):
-    """100 steps in processes of their own, two at a time, with Muon and AdamW."""
-    runs = {name: [make_run("--optimizer", name, server=half, length=("--steps", 100, "--log-every", 1)) for half in (0, 1)]
-            for name in ("muon", "adamw")}  # fmt: skip
+    """100 steps in processes of their own, two at a time, by Muon and AdamW. By default the clock decides when to evaluate."""
+    length = ("--steps", 100, "--log-every", 1, "--eval-every", 20)
+    runs = {name: [make_run("--optimizer", name, server=half, length=length) for half in (0, 1)] for name in ("muon", "adamw")}
 
     def train(half: int) -> None:
         for name in runs:
@@ -101,3 +118,15 @@ def test_preferences_begin_at_ln_2(make_tuning, tmp_path, expect):
     run = make_tuning(0, ("--steps", 1, "--objective", "preference", "--data", pairs, "--validation", pairs))
     assert run.live() == 0, run.output.read_text()
     expect(at_most("first preference loss less ln 2", abs(run.rows()[0]["loss"] - math.log(2)), 1e-6))
+
+
+@pytest.mark.promises("T11", "saving runs beside training")
+def test_saving_beside_training(tmp_path, quick, expect):
+    """`python -m bench.saving`: 135 million parameters with AdamW; few with --quick."""
+    few = ("--preset", "nano", "--rounds", "1", "--interval", "10") if quick else ()
+    words = [sys.executable, "-m", "bench.saving", *few]
+    output = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    found = json.loads(output.splitlines()[-1])
+    shares = {name: f"{share:.1%}" for name, share in found["shares_of_interval"].items()}
+    over = f"{found['state_bytes'] / 1e9:.2f} GB every {found['interval']:g} s; slowed {shares['slowed']}"
+    expect(at_most("stopped", 100 * found["shares_of_interval"]["stopped"], 2, "%"), over=over)

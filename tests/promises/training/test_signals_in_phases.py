@@ -1,4 +1,4 @@
-"""T5: Ctrl-C and SIGTERM in every phase of a run."""
+"""T5: Ctrl-C, SIGTERM and a closed terminal in every phase of a run."""
 
 import itertools
 import os
@@ -26,8 +26,9 @@ PHASES = {
     "save": ((*ENDLESS, "--save-every", 1, "--eval-every", RARELY), lambda run: checkpoint.steps(run.folder)),
     "last measurement": (("--steps", 9, "--log-every", 1), lambda run: 9 in checkpoint.steps(run.folder)),
 }
+ON_TERMINAL = "import os; os.dup2(os.open({!r}, os.O_WRONLY | os.O_NOCTTY), 1); os.dup2(1, 2)"
 COMPILES = "import jax; jax.config.update('jax_enable_compilation_cache', False)"  # else it takes no time
-T5 = ("T5", "Ctrl-C or SIGTERM in any phase saves and says so; a second one ends at once")
+T5 = ("T5", "Ctrl-C, SIGTERM or a closed terminal in any phase saves, and says so; a second signal ends at once")
 
 
 def wait_until(begun, run: TinyRun) -> None:
@@ -47,17 +48,23 @@ def test_a_signal_in_every_phase(make_run, side_by_side, quick, expect):
         for number, phase in enumerate(trials[half::2]):
             words, begun = PHASES[phase]
             run = make_run(server=half, length=words)
-            sent = (signal.SIGINT, signal.SIGTERM)[number // 3 % 2]
-            process = run.start(patch=COMPILES * (phase == "compile"))
+            sent = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[(number + number // 3) % 3]
+            closed = sent == signal.SIGHUP
+            terminal, screen = os.openpty()
+            printing = ON_TERMINAL.format(os.ttyname(screen)) * closed
+            process = run.start(patch=f"{printing}\n{COMPILES * (phase == 'compile')}")
             wait_until(begun, run)
             time.sleep(draw.uniform(0.05, 0.6) if phase in ("start", "compile") else draw.uniform(0, 0.3))
             begin = time.monotonic()
-            os.kill(process, sent)
+            os.close(screen)
+            os.close(terminal)
+            for _ in range(1 + closed):  # its shell sends another
+                os.kill(process, sent)
             code = run.server.wait()
             slowest.append(time.monotonic() - begin)
             text, logged = run.output.read_text(), max((row["step"] for row in run.rows()), default=0)
             saved = max(checkpoint.steps(run.folder), default=0)
-            ok = code == 128 + sent and "Stopped " in text and "Traceback" not in text
+            ok = code == 128 + sent and (closed or "Stopped " in text) and "Traceback" not in text
             if phase in ("train", "evaluate", "save"):
                 ok = ok and saved == logged > 0
             run.examine(code, {code}, phase)

@@ -20,6 +20,16 @@ from engine.storage import checkpoint, manifest
 ENDED = 77  # the exit code of a process that faults.c ended
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS)
 SAVE_EVERY = 3
+# Runs before each command: a save that begins leaves its step.
+NOTE_SAVES = """
+from engine.storage.background_save import BackgroundSaver
+begin = BackgroundSaver.save
+def begun(self, step, *rest):
+    with open({file!r}, "a") as file:
+        print(step, file=file)
+    return begin(self, step, *rest)
+BackgroundSaver.save = begun
+"""
 HANGS = 90.0  # seconds after which a command is ended
 
 
@@ -44,7 +54,8 @@ class TinyRun:
         self.finished: list[Path] = []
         self.problems: list[str] = []
         self.kinds: collections.Counter[str] = collections.Counter()  # of changes at which a fault struck
-        self.lost = self.newest = 0
+        self.losses = [0]  # steps since the newest checkpoint, at each end
+        self.newest = self.unsaved = 0  # unsaved: the most steps from a checkpoint until the save after it began
         self.cache.mkdir(parents=True)
         if hardware and hardware.is_dir():  # measuring the machine takes seconds
             shutil.copytree(hardware, self.cache / "hardware")
@@ -52,6 +63,7 @@ class TinyRun:
     def start(self, fault: Fault = NO_FAULT, patch: str = "") -> int:
         log = self.work.with_suffix(".log")
         place = (f"{self.work}/", *fault, str(log))
+        patch = f"{NOTE_SAVES.format(file=str(self.work.with_suffix('.saves')))}\n{patch}"
         return self.server.start(self.stage, self.words, self.output, place, patch, THRICE_CACHE=str(self.cache))
 
     def live(self, fault: Fault = NO_FAULT, patch: str = "") -> int:
@@ -89,7 +101,10 @@ class TinyRun:
             note(f"the newest checkpoint is {newest}, and was {self.newest}")
         self.newest = newest
         logged = max((row["step"] for row in self.rows() if "loss" in row), default=0)
-        self.lost = max(self.lost, logged - newest)
+        with contextlib.suppress(OSError):
+            begun = map(int, self.work.with_suffix(".saves").read_text().split())
+            self.unsaved = max(self.unsaved, min([step for step in begun if step > newest], default=logged) - newest)
+        self.losses.append(logged - newest)
         if code == 0:
             self.archive()
 
@@ -97,6 +112,7 @@ class TinyRun:
         """Sets a finished run aside; the next one begins with nothing cached but the machine's ceilings."""
         self.finished.append(self.folder.rename(self.work.with_name(f"{self.work.name}-{len(self.finished)}")))
         self.newest = 0
+        self.work.with_suffix(".saves").unlink(missing_ok=True)
         for name in ("tokens", "tokenizers"):
             shutil.rmtree(self.cache / name, ignore_errors=True)
 
@@ -124,6 +140,8 @@ class TinyRun:
 
 def bits(folder: Path, step: int | None = None) -> dict[str, Any]:
     """What a run logged, as hex, and the digests of the newest (or a) checkpoint's arrays, read by Orbax itself."""
+    import jax
+    import numpy as np
     from orbax.checkpoint import v1 as ocp
 
     from engine.storage.digest import digest
@@ -133,7 +151,10 @@ def bits(folder: Path, step: int | None = None) -> dict[str, Any]:
     lasting = lambda row: [name for name in row if name not in ("step", "seconds", "tokens_per_second", "refused")]
     values = [(row["step"], name, value(row, name)) for row in rows for name in lasting(row)]
     newest = folder.absolute() / "checkpoints" / str(step or checkpoint.steps(folder)[-1])
-    arrays = {part: digest(ocp.load(newest, checkpointable_name=part)) for part in ("params", "optimizer")}
+    arrays = {}
+    for part in ("params", "optimizer"):  # without shardings, whose devices were those of several processes
+        like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), ocp.metadata(newest, part).metadata)
+        arrays[part] = digest(ocp.load(newest, like, checkpointable_name=part))
     return {"step": newest.name, "rows": values, **arrays}
 
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from many_processes import FLAGS, STEPS, finish, until, until_saved
 from tiny_runs import ROOT, WORDS, metrics, tiny, typed, write_text
 
 from engine import distributed
@@ -22,48 +23,6 @@ from engine.storage.adapter import load_adapter
 from engine.storage.model_loader import read_config
 from stages.finetune import __main__ as finetune
 from stages.train import __main__ as train
-
-STEPS = 24
-FLAGS = (
-    "--steps", STEPS, "--dtype", "float32", "--optimizer", "adamw", "--save-every", 4, "--log-every", 1, "--eval-every", 15,
-    "--device", "cpu",
-)  # fmt: skip
-
-
-@pytest.fixture
-def start():
-    """Starts `python -m stages.STAGE` in several processes; `own(i)`: more flags of process i. Ends what is left."""
-    started: list[subprocess.Popen] = []
-
-    def start(count, stage, *args, own=lambda process: ()):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        join = lambda process: ("--processes", count, "--process", process, "--coordinator", f"127.0.0.1:{port}")
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        words = [typed(stage, *args, *join(process), *own(process)) for process in range(count)]
-        processes = [subprocess.Popen(each, cwd=ROOT, **pipes) for each in words]
-        started.extend(processes)
-        return processes
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def until_saved(folder, step, processes):
-    """Waits for a checkpoint of a step or later."""
-    while not any(saved >= step for saved in checkpoint.steps(folder)):
-        assert all(process.poll() is None for process in processes), [process.communicate() for process in processes]
-        time.sleep(0.02)
-
-
-def finish(processes):
-    """{exit code} and all of stderr. Only process 0 prints."""
-    outputs = [process.communicate(timeout=60) for process in processes]
-    assert not any(printed for process, (printed, _) in zip(processes, outputs) if "--process 0" not in " ".join(process.args))
-    return {process.returncode for process in processes}, [error for _, error in outputs]
 
 
 def losses(folder):
@@ -170,6 +129,27 @@ def test_a_mistake_of_all_is_printed_once(monkeypatch, process, met, printed):
         monkeypatch.setattr(distributed._group, name, value, raising=False)
     distributed._watch(client)
     assert said == [(distributed.MISTAKE, printed)]
+
+
+IMPATIENT = """
+import stages.runs.loop as loop
+count = loop.Loop._count
+def counted(self, *rest):
+    count(self, *rest)
+    loop.STUCK = 4 if self.loop_state.step > 3 else loop.STUCK  # the first steps take longer
+loop.Loop._count = counted
+"""
+
+
+def test_a_process_that_hangs_is_noticed(start, text, tmp_path):
+    """One is stopped; the other sees no progress for longer than it waits, before JAX's service misses the stopped one."""
+    folder, rarely = tmp_path / "run", ("--steps", 10**6, "--save-every", 10**6, "--eval-every", 10**6)
+    two = start(2, "train", *tiny(text, folder, *FLAGS, *rarely), patch=lambda _: IMPATIENT)
+    until(lambda: (folder / "metrics.jsonl").exists() and len(losses(folder)) > 4, two)
+    two[1].send_signal(signal.SIGSTOP)
+    codes, (error,) = finish(two[:1])
+    assert codes == {RESTART}, error
+    assert re.search(r"^error: step \d+ made no progress for \d s\. Nothing was saved yet\. To go on: python -m", error, re.M)
 
 
 def test_processes_that_differ_are_refused(start, text, tmp_path):

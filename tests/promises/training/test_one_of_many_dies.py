@@ -1,0 +1,47 @@
+"""T9: one of several processes is killed; the others end, and the same command goes on."""
+
+import shutil
+import time
+
+import numpy as np
+import pytest
+from figures import at_most, exactly
+from many_processes import FLAGS, finish, until_saved
+from tiny_runs import metrics, tiny
+from tiny_training import bits
+
+from engine.distributed import RESTART
+from engine.storage import checkpoint
+
+
+@pytest.mark.promises("T9", "when one of several processes dies all others end, and the same command resumes exactly")
+def test_one_of_several_dies(start, text, tmp_path, quick, expect):
+    """kill -9 of each in turn; then to the end with as many processes, which changes no bit, and with half as many."""
+    words = lambda folder: tiny(text, folder, *FLAGS, "--steps", 16 if quick else 40)
+    slowest, kills, wrong, different, furthest = 0.0, 0, 0, 0, 0.0
+    for count in (2,) if quick else (2, 4):
+        whole, folder = tmp_path / f"whole{count}", tmp_path / f"killed{count}"
+        codes, errors = finish(start(count, "train", *words(whole)))
+        assert codes == {0}, errors
+        for victim in (1,) if quick else range(count):
+            processes = start(count, "train", *words(folder))
+            until_saved(folder, max(checkpoint.steps(folder), default=0) + 4, processes)
+            processes.pop(victim).kill()
+            begin = time.monotonic()
+            codes, errors = finish(processes)
+            slowest, kills = max(slowest, time.monotonic() - begin), kills + 1
+            wrong += codes != {RESTART} or any("The newest checkpoint is" not in error for error in errors)
+        fewer = shutil.copytree(folder, tmp_path / f"fewer{count}")
+        for processes, end in ((count, folder), (count // 2, fewer)):
+            codes, errors = finish(start(processes, "train", *words(end)))
+            assert codes == {0}, errors
+        different += bits(folder) != bits(whole)
+        ours, theirs = ([row["loss"] for row in metrics(end) if "loss" in row] for end in (fewer, whole))
+        furthest = max(furthest, float(np.abs(np.divide(ours, theirs) - 1).max()))
+    expect(
+        at_most("until all are gone", slowest, 10, " s"),
+        exactly("ends without a sentence or the code of a restart", wrong, 0),
+        exactly("resumed runs of other bits", different, 0),
+        at_most("losses on half as many processes, relative", furthest, 1e-5),
+        over=f"{kills} kills, of 2 processes" + " and of 4" * (not quick),
+    )

@@ -1,0 +1,3 @@
+"""Several processes for the tests of this folder."""
+
+from many_processes import start  # noqa: F401

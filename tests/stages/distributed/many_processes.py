@@ -1,0 +1,67 @@
+"""Starts one run in several real processes on this machine, over gloo, and waits for what they do."""
+
+import re
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny_runs import ROOT, typed
+
+from engine.storage import checkpoint
+
+STEPS = 24
+FLAGS = (
+    "--steps", STEPS, "--dtype", "float32", "--optimizer", "adamw", "--save-every", 4, "--log-every", 1, "--eval-every", 15,
+    "--device", "cpu",
+)  # fmt: skip
+
+
+@pytest.fixture
+def start():
+    """Starts `python -m stages.STAGE` in several processes, and ends what is left of them.
+
+    `own(i)`: more flags of process i; `patch(i)`: code that it runs before the command.
+    """
+    started: list[subprocess.Popen] = []
+
+    def start(count, stage, *args, own=lambda process: (), patch=lambda process: ""):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for process in range(count):
+            join = ("--processes", count, "--process", process, "--coordinator", f"127.0.0.1:{port}") * (count > 1)
+            words = typed(stage, *args, *join, *own(process))
+            if code := patch(process):
+                run = f"from stages.cli.process import leave\nfrom stages.{stage}.__main__ import main\nleave(main())"
+                words = [sys.executable, "-c", f"{code}\n{run}", *words[3:]]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            started.append(subprocess.Popen(words, cwd=ROOT, **pipes))
+        return started[-count:]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def until(happened, processes):
+    """Waits until `happened()`, while all processes run."""
+    while not happened():
+        assert all(process.poll() is None for process in processes), [process.communicate() for process in processes]
+        time.sleep(0.02)
+
+
+def until_saved(folder, step, processes):
+    """Waits for a checkpoint of a step or later."""
+    until(lambda: any(saved >= step for saved in checkpoint.steps(folder)), processes)
+
+
+def finish(processes):
+    """{exit code} and all of stderr. Only process 0 prints."""
+    outputs = [process.communicate(timeout=90) for process in processes]
+    assert not any(
+        printed for process, (printed, _) in zip(processes, outputs) if re.search("--process [1-9]", " ".join(process.args))
+    )
+    return {process.returncode for process in processes}, [error for _, error in outputs]
