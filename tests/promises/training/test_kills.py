@@ -126,14 +126,20 @@ def unsynced(changes: list[list[str]]) -> Iterator[set[str]]:
 def test_kills_at_random_moments(make_run, reference, side_by_side, quick, expect):
     """SIGKILL, and again; saves take half of the time of these runs."""
     length = ("--steps", 60, "--save-every", SAVE_EVERY, "--log-every", 1, "--eval-every", 10)
-    counts = {BY_HAND: 3, JAX: 2} if quick else {BY_HAND: 130, JAX: 70}
+    counts = {BY_HAND: 4, JAX: 2} if quick else {BY_HAND: 130, JAX: 70}
     wanted = {words: reference(*words, length=length) for words in counts}
     runs = {words: make_run(*words, server=server, length=length) for server, words in enumerate(counts)}
 
     def kill(words: tuple[str, ...]) -> int:
         run, draw, kills = runs[words], random.Random(str(words)), 0
+        saves = run.work.with_suffix(".saves")
         while kills < counts[words]:
-            end(run.start(), draw.uniform(0, 4 if words == JAX else 2.5))
+            size = saves.stat().st_size if saves.exists() else 0
+            process, until = run.start(), time.monotonic() + 30
+            if kills % 2:  # the others come mostly while it starts
+                while not (saves.exists() and saves.stat().st_size > size) and time.monotonic() < until:
+                    time.sleep(0.002)
+            end(process, draw.uniform(0, 0.5 if kills % 2 else 2.5))
             code = run.server.wait()
             kills += code == -signal.SIGKILL
             run.examine(code, {0, -signal.SIGKILL}, f"kill {kills}")
