@@ -20,7 +20,8 @@ _SECOND_HALF = re.compile(r" [\w-]+-(?:done|update)\(")  # of an asynchronous op
 _ARRAY = re.compile(r"(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 _RESULT = re.compile(r"\((?:\([^()]*\)|[^]]*\]), (\([^()]*\)|[^]]*\])")  # (operands, results, ...)
 _BOX = re.compile(r"\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_AXES = re.compile(r"mesh\[([^]]*)\] \{([\w',]*)\}")
+_AXES = re.compile(r"mesh\[([^]]*)\] \{([\w',:()]*)\}")
+_SUB_AXIS = re.compile(r"('\w+')(?::\((\d+)\)(\d+))?")  # 'x', or 'x':(2)3, the 3 in x as 2 x 3 x others
 
 
 class Collective(NamedTuple):
@@ -92,7 +93,7 @@ def _collective(line: str, match: re.Match[str], devices: int) -> Collective:
 
 
 def _first_group(text: str, devices: int) -> tuple[int, ...]:
-    """Returns the first group of `{{0,1},{2,3}}`, `[2,4]<=[4,2]T(1,0)` or `mesh['x'=2,'y'=4] {'y'}`; all devices of none."""
+    """Returns the first group of `{{0,1},{2,3}}`, `[2,4]<=[4,2]T(1,0)` `mesh['x'=2,'y'=4] {'y':(2)2}`; all devices of none."""
     if text.startswith("{{"):
         return tuple(_integers(text.partition("}")[0]))
     if box := _BOX.match(text):  # so many groups of so many, in the order of a box that is counted through and transposed
@@ -100,10 +101,14 @@ def _first_group(text: str, devices: int) -> tuple[int, ...]:
         order = np.arange(math.prod(sizes)).reshape(sizes).transpose(_integers(box[4] or "") or None).flatten()
         return tuple(order[: int(box[2])].tolist())
     if mesh := _AXES.match(text):
-        axes = [(name, int(size)) for name, size in re.findall(r"('\w+')=(\d+)", mesh[1])]
-        ids = np.arange(math.prod(size for _, size in axes)).reshape([size for _, size in axes])
-        whole = tuple(slice(None) if name in mesh[2].split(",") else 0 for name, _ in axes)
-        return tuple(ids[whole].flatten().tolist())
+        axes = {name: int(size) for name, size in re.findall(r"('\w+')=(\d+)", mesh[1])}
+        names, group = [*axes], [0]
+        for name, before, size in _SUB_AXIS.findall(mesh[2]):
+            count = int(size or axes[name])
+            stride = math.prod(axes[other] for other in names[names.index(name) + 1 :])
+            stride *= axes[name] // (int(before or 1) * count)
+            group = [place + stride * step for place in group for step in range(count)]
+        return tuple(sorted(group))
     if text and not text.startswith("{}"):
         raise UserError(f"The groups of a collective are written in a way that is not known here: {text[:60]!r}.")
     return tuple(range(devices))

@@ -62,6 +62,8 @@ def module(entry: str, others: str = "", devices: int = 8) -> str:
         ("  %s = f32[4]{0} all-reduce-start(%p), replica_groups={{0,1}}, to_apply=%add", ("all-reduce", 16, (0, 1))),
         ("  %s = (f32[3], f32[3], u32[], u32[]) collective-permute-start(%p)", ("collective-permute", 12, (0, 1))),
         ("  %a = f32[8] all-gather(%p), replica_groups=mesh['x'=2,'y'=2,'z'=2] {'x','z'}", ("all-gather", 32, (0, 1, 4, 5))),
+        ("  %a = f32[8] all-reduce(%p), replica_groups=mesh['x'=2,'y'=4] {'y':(2)2}", ("all-reduce", 32, (0, 1))),
+        ("  %a = f32[8] all-reduce(%p), replica_groups=mesh['y'=4,'x'=2] {'x','y':(1)2}", ("all-reduce", 32, (0, 1, 4, 5))),
     ],
 )
 def test_every_notation_of_the_compiler(line, expected):
@@ -90,4 +92,4 @@ def test_loops_multiply_and_alone_groups_move_nothing():
     assert [one.times for one in read_collectives(module(both, BODY))] == [1, 1]
     assert read_collectives(module("  %a = f32[8] all-gather(%p), replica_groups={{0},{1}}")) == []
     with pytest.raises(UserError, match="not known here: "):
-        read_collectives(module("  %a = f32[8] all-gather(%p), replica_groups=mesh['x'=8] {'x':(2)2}"))
+        read_collectives(module("  %a = f32[8] all-gather(%p), replica_groups=mesh['x'=8], device_ids=[8] {'x'}"))
