@@ -298,9 +298,9 @@ def pin(tree: Any) -> Any:
     return tree if mesh.empty else _map_specs(lambda spec, x: jax.lax.with_sharding_constraint(x, spec), tree, mesh.shape)
 
 
-def gather_again(weight: Array, *others: Array) -> tuple[Array, ...]:
-    """Returns arrays as they came, the weight to be gathered anew: what forward gathered need not wait for backward."""
-    return (weight, *others) if _size("fsdp") == 1 else jax.lax.optimization_barrier((weight, *others))
+def gather_again(weights: Any, *others: Any) -> tuple[Any, ...]:
+    """Returns trees as they came, the weights to be gathered anew: what forward gathered need not wait for backward."""
+    return (weights, *others) if _size("fsdp") == 1 else jax.lax.optimization_barrier((weights, *others))
 
 
 def split_columns(x: Array, widths: Sequence[int], axis: int = -1) -> list[Array]:

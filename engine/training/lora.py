@@ -8,12 +8,17 @@
 Several adapters on one base add up: `merge(second, merge(first, params))`.
 """
 
+import dataclasses
+from typing import Any
+
 import jax
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
+from engine import sharding
 from engine.errors import UserError
 from engine.model.config import LoraConfig, ModelConfig
-from engine.model.paths import leaf_paths, unflatten
+from engine.model.paths import leaf_paths, map_paths, unflatten
 from engine.model.transformer import Params
 from engine.model.weights.lora import LoRA, make_adapter
 
@@ -37,3 +42,18 @@ def init_lora(cfg: ModelConfig, params: Params, key: Array, lora: LoraConfig) ->
                 raise UserError(f"A LoRA rank for {path} must lie between 1 and {most - 1}, not {lora.rank}.")
             adapters[path] = make_adapter(jax.random.fold_in(key, len(adapters)), rows, columns, lora.rank, lora.alpha)
     return unflatten(adapters)
+
+
+def gather_pairs(params: Params) -> Params:
+    """Pins pairs, thin as they are, whole on a mesh but for an axis that `tensor` cuts: gathered once, not in each product,
+    where XLA would exchange slices of them with the merged weights."""
+
+    def gather(path: str, leaf: Any) -> Any:
+        if not isinstance(leaf, LoRA):
+            return leaf
+        spec = sharding.leaf_spec(path, (1, 1), dict.fromkeys(sharding.AXES, 1))
+        rows, columns = (axis if axis == "tensor" else None for axis in spec)
+        pin = jax.lax.with_sharding_constraint
+        return dataclasses.replace(leaf, a=pin(leaf.a, P(rows, None)), b=pin(leaf.b, P(None, columns)))
+
+    return params if jax.sharding.get_abstract_mesh().empty else map_paths(gather, params)

@@ -13,6 +13,7 @@ from engine import sharding
 from engine.model.config import ModelConfig
 from engine.model.paths import merge
 from engine.model.transformer import Params
+from engine.training.lora import gather_pairs
 from engine.training.loss import summed_loss
 
 
@@ -71,16 +72,18 @@ def loss_and_gradient(
     """
     total = jnp.maximum(objective.count(batch), 1).astype(jnp.float32)
 
-    def share(trainable: Params, part: Any) -> Array:
-        return objective.summed_loss(cfg, merge(trainable, frozen), part) / total
+    def share(trainable: Params, frozen: Params, part: Any) -> Array:
+        return objective.summed_loss(cfg, merge(gather_pairs(trainable), frozen), part) / total
 
     differentiate = jax.value_and_grad(jax.checkpoint(share) if cfg.remat == "full" else share)
     if microbatches == 1:
-        return differentiate(trainable, batch)
+        return differentiate(trainable, frozen, batch)
     parts = jax.tree.map(lambda x: sharding.stack_rows(x, microbatches), batch)
 
     def add(sums: Any, part: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, sums, differentiate(trainable, part)), None
+        # Gathered anew for each part: XLA would else gather the whole model before the loop, and hold that.
+        weights, part = sharding.gather_again((trainable, frozen), part)
+        return jax.tree.map(jnp.add, sums, differentiate(*weights, part)), None
 
     start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
     return jax.lax.scan(add, start, parts)[0]

@@ -35,6 +35,7 @@ CFG = ModelConfig(vocab=320, width=64, layers=2, heads=8, kv_heads=4, ff=96, con
 MESHES = ("data=8", "fsdp=8", "data=2,fsdp=4", "fsdp=4,tensor=2")
 BATCH, TOKENS, STEPS = 16, 64, 3
 ALL_AXES = "data=2,fsdp=2,tensor=2"
+LORA = LoraConfig(rank=4, targets=("q", "v", "out", "gate", "up"))
 
 
 def batch(step):
@@ -67,7 +68,7 @@ def begin(case, cfg=CFG):
     shapes = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
     params = map_paths(lambda _, x: (0.1 * rng.standard_normal(x.shape) + (len(x.shape) == 1)).astype(np.float32), shapes)
     frozen = quantize(params, matmul_rules(params, "full")) if case == "int8" else params
-    adapters = lambda: init_lora(cfg, shapes, jax.random.key(1), LoraConfig(rank=4, targets=("q", "v", "out", "gate", "up")))
+    adapters = lambda: init_lora(cfg, shapes, jax.random.key(1), LORA)
     return tx, lambda: init_state(tx, adapters()), jax.tree.map(np.asarray, frozen)
 
 
@@ -103,23 +104,26 @@ def train(case, cfg=CFG, microbatches=1, batch=batch):
     return found, [np.asarray(x) for x in weights]
 
 
-def on_mesh(text, weights, case, **options):
-    """Trains on a mesh; adds how far its weights are from those of one device, and the formula of a plain step."""
-    shape = parse_mesh(text)
+def on_mesh(text, weights, case, cfg=CFG, microbatches=1, **options):
+    """Trains on a mesh; adds how far its weights are from those of one device, and the formulas of this and of a plain step."""
+    shape, optimizer = parse_mesh(text), "muon" if case == "muon" else "adamw"
     with jax.set_mesh(make_mesh(shape)):
-        found, others = train(case, **options)
+        found, others = train(case, cfg, microbatches, **options)
     found["apart"] = max(float(np.abs(a - b).max()) for a, b in zip(weights, others))
-    found["formula"] = step_collectives(CFG, shape, BATCH, TOKENS, "muon" if case == "muon" else "adamw")
+    lora = LORA if case in ("lora", "int8") else None
+    found["formula"] = step_collectives(cfg, shape, BATCH, TOKENS, optimizer, microbatches, lora)
+    found["plain"] = step_collectives(CFG, shape, BATCH, TOKENS, optimizer)
     return found
 
 
 def results():
     alone = {}
     for case in ("adamw", "muon", "lora", "int8"):
-        one, alone[case] = train(case)
+        options = {"muon": {"cfg": dataclasses.replace(CFG, remat="block")}, "int8": {"microbatches": 2}}.get(case, {})
+        one, alone[case] = train(case, **options)
         yield f"{case} one device", one
         for text in MESHES:
-            yield f"{case} {text}", on_mesh(text, alone[case], case)
+            yield f"{case} {text}", on_mesh(text, alone[case], case, **options)
     scan = dataclasses.replace(CFG, scan=True, remat="block")
     with patch.multiple(loss, LOGITS_LIMIT=0, CHUNK=96):
         yield "adamw in pieces", on_mesh(ALL_AXES, alone["adamw"], "adamw", cfg=scan, microbatches=2)

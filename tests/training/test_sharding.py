@@ -62,7 +62,7 @@ def test_variants_of_a_step_compute_what_one_device_does(trained, name, alone, t
     assert many["apart"] < 3e-4
     assert many["donated"]
     assert many["kept"]
-    assert sum(many["collectives"].values()) < times * sum(many["formula"].values())
+    assert sum(many["collectives"].values()) < times * sum(many["plain"].values())
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -90,10 +90,11 @@ def _abstract(mesh):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_the_compiled_step_exchanges_what_the_formula_says(trained, optimizer, mesh):
-    """Gains, their gradients and scalars are below 1%; XLA would move many times more without the pins."""
-    found = trained[f"{optimizer} {mesh}"]
+@pytest.mark.parametrize("case", CASES)
+def test_the_compiled_step_exchanges_what_the_formula_says(trained, case, mesh):
+    """Muon with remat, int8 in two microbatches. Gains, their gradients and scalars are below 1%; XLA would move many times
+    more without the pins."""
+    found = trained[f"{case} {mesh}"]
     compiled = {kind: size for kind, size in found["collectives"].items() if kind in found["formula"] or size > 4096}
     assert compiled == pytest.approx({kind: size for kind, size in found["formula"].items() if size}, rel=0.02)
 

@@ -59,7 +59,8 @@ def _times_transposed(g: Array, w: Array, dtype: DTypeLike) -> Array:
 def _forward(x: Array, weight: LoRA, dtype: DTypeLike, cuts: Cuts):
     ordered = weight
     if isinstance(innermost_base(weight), Int8):  # merged in its turn, or all of the model might be here in float32
-        ordered, x = jax.lax.optimization_barrier((weight, x))
+        base, x = jax.lax.optimization_barrier((weight.base, x))
+        ordered = dataclasses.replace(weight, base=base)
     matrices = [_merge_columns(ordered, start, stop, x.dtype) for start, stop in cuts]
     return tuple(_dot(x, matrix, dtype) for matrix in matrices), (x, weight)
 
@@ -67,8 +68,9 @@ def _forward(x: Array, weight: LoRA, dtype: DTypeLike, cuts: Cuts):
 def _backward(dtype: DTypeLike, cuts: Cuts, residuals: tuple[Array, LoRA], gs: tuple[Array, ...]):
     x, weight = residuals
     gs = tuple(g.astype(x.dtype) for g in gs)
-    # Without the barrier XLA would keep what the forward pass merged.
-    weight, gs = jax.lax.optimization_barrier((weight, gs))
+    # Without the barrier XLA would keep what the forward pass merged. The pair, which lies whole on every device, needs none.
+    base, gs = jax.lax.optimization_barrier((weight.base, gs))
+    weight = dataclasses.replace(weight, base=base)
     matrices = [_merge_columns(weight, start, stop, x.dtype) for start, stop in cuts]
     inner_transposed = transpose(_dot(x, weight.a.astype(x.dtype), x.dtype))  # (R P, M)
     thin: list[Array] = []
