@@ -65,7 +65,7 @@ def plan_on_mesh(plan: RunPlan, mesh: MeshShape, device: Accelerator, console: C
             "assumed",
             f"products at {EFFICIENCY:.0%} of {device.bf16_tflops:g} TFLOP/s, memory at {device.memory_gbs:g} GB/s, rings at "
             f"{device.node_gbs:g} GB/s in a node of {device.node} and {device.network_gbs:g} GB/s a device beyond, no latency; "
-            "a CPU's program, which has more temporaries than others, and all-reduces where they reduce-scatter",
+            "a CPU's program: more temporaries than others, all-reduces where they reduce-scatter, bfloat16 sent as float32",
         ),
     ]
 
@@ -73,13 +73,14 @@ def plan_on_mesh(plan: RunPlan, mesh: MeshShape, device: Accelerator, console: C
 def _predict_seconds(plan: RunPlan, mesh: MeshShape, device: Accelerator, collectives: list[Collective]) -> dict[str, float]:
     """Predicts the seconds of a step's products (remat's and Muon's too), memory traffic, and collectives."""
     cfg, recipe = plan.cfg, plan.recipe
-    flops = train_flops(cfg, recipe.context, attention="full").total * plan.step_tokens
-    flops += muon_flops(cfg) * (recipe.optimizer.kind == "muon")
+    flops = train_flops(cfg, recipe.context, attention="full").total * plan.step_tokens / mesh.devices
+    if recipe.optimizer.kind == "muon":  # on whole matrices, dealt out: on a device that has the most of them
+        flops += muon_flops(cfg) / cfg.layers * math.ceil(cfg.layers / mesh.devices)
     traffic = train_bytes(cfg, recipe.batch // recipe.accumulate // mesh.row_shards, recipe.context)
     passes = recipe.accumulate * (traffic.weights + traffic.activations + traffic.logits) / mesh.tensor
     update = (traffic.gradients + traffic.optimizer) / (mesh.fsdp * mesh.tensor)
     return {
-        "products": flops / mesh.devices / (1e12 * EFFICIENCY * device.bf16_tflops),
+        "products": flops / (1e12 * EFFICIENCY * device.bf16_tflops),
         "memory": (passes + update) / (1e9 * device.memory_gbs),
         "collectives": sum(map(device.send_seconds, collectives)),
     }
