@@ -1,8 +1,7 @@
 """Accelerators by name: what `accelerators.csv` says of each, with its source, one a line and one number a column.
 
-Columns: `bf16_tflops` and `eight_bit_tflops` 1e12 operations a second; `memory_gb` 1e9 bytes; `memory_gbs`, `node_gbs` and
-`network_gbs` 1e9 bytes a second, of the last two what a device sends one way, inside a node of `node` devices and beyond;
-`watts` W; `usd_low` and `usd_high` US dollars an hour. A new column is a new field below.
+Columns: `*_tflops` 1e12 operations a second; `memory_gb` 1e9 bytes; `memory_gbs`, `node_gbs` and `network_gbs` 1e9 bytes a
+second, the last two one way, inside a node of `node` devices and beyond; `usd_*` US dollars an hour. Each is a field below.
 """
 
 import csv

@@ -30,8 +30,8 @@ def step_collectives(
     size = lambda name: shapes[f"blocks/0/{name}"][0] * shapes[f"blocks/0/{name}"][1]
     block, head = sum(map(size, MATRICES)), cfg.width * cfg.vocab
     again = cfg.remat == "block"  # all of a block but `down`, of which backward needs no result
-    weights: Counter[str] = Counter()  # numbers of weights and gradients, in each microbatch
-    numbers: Counter[str] = Counter()  # other numbers, in a step
+    weights: Counter[str] = Counter()  # in each microbatch: weights and gradients
+    numbers: Counter[str] = Counter()  # others, in a step
     if fsdp > 1:
         passes = cfg.layers * (2 * block + again * (block - size("down")))
         weights["all-gather"] += (passes - (lora is not None) * size("qkv")) // tensor  # the lowest input has no gradient
