@@ -43,7 +43,7 @@ def measure_sharding(flags: ShardingFlags) -> Json:
     from bench.timing import describe_noise, measure, ratio
     from engine.counting.collectives import read_collectives
     from engine.counting.mesh_traffic import step_collectives
-    from engine.sharding import describe, global_batch, group_columns, init_sharded, ungroup_columns
+    from engine.sharding import global_batch, group_columns, init_sharded, sharded_shapes, ungroup_columns
     from engine.training.optimizer import OptimizerConfig, make_optimizer
     from engine.training.step import init_state, train_step
 
@@ -57,7 +57,7 @@ def measure_sharding(flags: ShardingFlags) -> Json:
     def make_step(name: str) -> Any:
         begin = jax.jit(lambda: group_columns(inputs.cfg, init_state(tx, inputs.params)))
         rows = global_batch(batch)
-        program = train_step.lower(inputs.cfg, tx, describe(begin), {}, rows, progress_share).compile()
+        program = train_step.lower(inputs.cfg, tx, sharded_shapes(begin), {}, rows, progress_share).compile()
         states[name], compiled[name] = init_sharded(begin), program.as_text() or ""
 
         def step() -> Any:

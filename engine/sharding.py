@@ -69,7 +69,7 @@ def make_inference_mesh(text: str | None) -> Mesh | None:
 
 def check_inference(cfg: ModelConfig) -> None:
     """Raises UserError when the mesh of this thread, if any, cannot cut the model."""
-    if (mesh := mesh_here()) is not None:
+    if (mesh := current_mesh()) is not None:
         check_mesh(shape := MeshShape(**mesh.shape), cfg, batch=shape.row_shards)
 
 
@@ -109,7 +109,7 @@ def _map_specs(f: Callable[[P, Any], Any], tree: Any, sizes: Any) -> Any:
 # Outside a program: on the mesh of `jax.set_mesh`.
 
 
-def mesh_here() -> Mesh | None:
+def current_mesh() -> Mesh | None:
     """Returns the mesh of this thread, to `jax.set_mesh` in another; None without one, which `set_mesh` takes too."""
     mesh = jax.sharding.get_mesh()
     return None if mesh.empty else mesh
@@ -120,11 +120,11 @@ def shardings(tree: Any) -> Any:
 
     A moment lies as its parameter does, for optax keeps it in a tree with the parameter's own path.
     """
-    mesh = mesh_here()
+    mesh = current_mesh()
     return mesh and _map_specs(lambda spec, _: NamedSharding(mesh, spec), tree, mesh.shape)
 
 
-def describe(begin: Callable[[], Any]) -> Any:
+def sharded_shapes(begin: Callable[[], Any]) -> Any:
     """Returns the shapes, with shardings, of what `begin` makes: to lower a step for, or to load a checkpoint into."""
     shapes = jax.eval_shape(begin)
     if (wanted := shardings(shapes)) is None:
@@ -134,17 +134,17 @@ def describe(begin: Callable[[], Any]) -> Any:
 
 def host_memory() -> contextlib.AbstractContextManager[Any]:
     """Makes arrays in the host's memory within the block, if there is a mesh to `place` them on afterwards."""
-    return contextlib.nullcontext() if mesh_here() is None else jax.default_device(jax.local_devices(backend="cpu")[0])
+    return contextlib.nullcontext() if current_mesh() is None else jax.default_device(jax.local_devices(backend="cpu")[0])
 
 
-def make_cache(make: Callable[[], Any]) -> Any:
+def make_sharded_cache(make: Callable[[], Any]) -> Any:
     """Returns `make()`, a KV cache, on a mesh laid out as `pin_cache` does, each device making its own part."""
-    return make() if mesh_here() is None else jax.jit(lambda: pin_cache(make()))()
+    return make() if current_mesh() is None else jax.jit(lambda: pin_cache(make()))()
 
 
-def describe_inference(params: Any, state: Any) -> tuple[Any, Any]:
+def inference_shapes(params: Any, state: Any) -> tuple[Any, Any]:
     """Returns the shapes of parameters and of KV caches, with where they lie: on the mesh, or on the first device."""
-    mesh = mesh_here()
+    mesh = current_mesh()
     if mesh is None:
         wheres = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), (params, state))
     else:
@@ -167,7 +167,7 @@ def place(cfg: ModelConfig, params: Any) -> Any:
 
     To load a model that no single device holds, do so in `host_memory`.
     """
-    mesh = mesh_here()
+    mesh = current_mesh()
     if mesh is None:
         return params
     wanted = jax.eval_shape(lambda tree: group_columns(cfg, tree), params)
@@ -181,13 +181,13 @@ def place(cfg: ModelConfig, params: Any) -> Any:
     return jax.tree.map(make, wanted, shardings(wanted), readers)
 
 
-def local_rows(rows: int) -> tuple[int, int]:
-    """Returns (processes, process): of how many shares of a batch of `rows` this process reads which one.
+def batch_share(rows: int) -> tuple[int, int]:
+    """Returns (processes, process): of how many shares of a batch of `shard_rows` this process reads which one.
 
     Along `data` and `fsdp` processes share the rows, along `tensor` all read the same. Raises UserError when the rows of
     this process do not lie side by side.
     """
-    mesh = mesh_here()
+    mesh = current_mesh()
     if mesh is None:
         return 1, 0
     index = NamedSharding(mesh, P(ROWS)).devices_indices_map((rows,))
@@ -200,10 +200,10 @@ def local_rows(rows: int) -> tuple[int, int]:
 
 def global_batch(batch: Any) -> Any:
     """Returns a batch over all devices, from this process's own rows of it (NumPy)."""
-    mesh = mesh_here()
+    mesh = current_mesh()
     if mesh is None:
         return batch
-    where, processes = NamedSharding(mesh, P(ROWS)), local_rows(mesh.shape["data"] * mesh.shape["fsdp"])[0]
+    where, processes = NamedSharding(mesh, P(ROWS)), batch_share(mesh.shape["data"] * mesh.shape["fsdp"])[0]
     place = lambda x: jax.make_array_from_process_local_data(where, np.asarray(x), (x.shape[0] * processes, *x.shape[1:]))
     return jax.tree.map(place, batch)
 
@@ -245,7 +245,7 @@ def _pin(x: Array, *axes: Any) -> Array:
     return jax.lax.with_sharding_constraint(x, P(*fits))
 
 
-def rows(x: Array) -> Array:
+def shard_rows(x: Array) -> Array:
     """Pins x (B, ...): its rows over the devices, all else whole.
 
     Without it XLA would let a weight's own cut spread into the activations, and add those up at every product: 35 times
@@ -255,28 +255,28 @@ def rows(x: Array) -> Array:
 
 
 def look_up(f: Callable[[Any, Array], Array], table: Any, tokens: Array) -> Array:
-    """Returns f(table, tokens (B, T)) (B, T, D) pinned by `rows`: each device looks up its columns of the table for the
+    """Returns f(table, tokens (B, T)) (B, T, D) pinned by `shard_rows`: each device looks up its columns of the table for the
     tokens of all that hold the others, and these exchange their results. No table moves, and no gradient of one."""
     x = _pin(f(table, _pin(tokens, "data")), "data", None, ("tensor", "fsdp"))
-    return rows(_pin(x, ROWS, None, "tensor"))
+    return shard_rows(_pin(x, ROWS, None, "tensor"))
 
 
-def spread(x: Array) -> Array:
+def spread_rows(x: Array) -> Array:
     """Pins x (B, ...) with its rows over all devices, where they divide them: for a head, which no axis cuts."""
-    return _pin(x, AXES) if spread_shards(len(x)) == _size(*AXES) else rows(x)
+    return _pin(x, AXES) if spread_shards(len(x)) == _size(*AXES) else shard_rows(x)
 
 
 def spread_shards(count: int) -> int:
-    """Returns the number of devices that `spread` cuts `count` rows for."""
+    """Returns the number of devices that `spread_rows` cuts `count` rows for."""
     return _size(*AXES) if count % _size(*AXES) == 0 else row_shards()
 
 
-def columns(x: Array) -> Array:
+def shard_columns(x: Array) -> Array:
     """Pins x (B, ..., F): its rows over the devices, its last axis over `tensor`."""
     return _pin(x, ROWS, *(None,) * (x.ndim - 2), "tensor")
 
 
-def whole(tree: Any) -> Any:
+def replicate(tree: Any) -> Any:
     """Pins arrays whole on every device: gathered here, once for all that follows."""
     return tree if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(tree, P())
 
@@ -313,7 +313,7 @@ def join_columns(parts: Sequence[Array], axis: int = -1) -> Array:
     return join_groups(parts, axis, column_shards())
 
 
-def in_first(count: int, first: int) -> Array:
+def in_first_part(count: int, first: int) -> Array:
     """Returns (count,) bool: whether each place of a joined axis lies in its first part, of `first` places."""
     groups = column_shards()
     return jnp.arange(count) < first if groups == 1 else jnp.arange(count) % (count // groups) < first // groups
@@ -339,12 +339,12 @@ def join_rows(parts: Sequence[Array]) -> Array:
 
 
 def _row_groups(rows: int) -> int:
-    """Returns the number of devices that share `rows` rows: 1 for a few rows, which every device holds."""
+    """Returns the number of devices that share `shard_rows` rows: 1 for a few rows, which every device holds."""
     return row_shards() if rows % row_shards() == 0 else 1
 
 
 def cut_rows(x: Array, start: int, size: int) -> Array:
-    """Returns rows start..start + size of x (M, ...), or of every device's share of x as `spread` cuts it."""
+    """Returns rows start..start + size of x (M, ...), or of every device's share of x as `spread_rows` cuts it."""
     groups = spread_shards(len(x))
     if groups == 1:
         return x[start : start + size]

@@ -85,10 +85,10 @@ class Slots:
         self.scheduler = Scheduler(slots, speculate)
         self.prefix_cache = PrefixCache(prefix_cache_bytes)
         self.tails_agree = False  # whether a chunk computed in tails has the bits of one computed at once; `warm` finds out
-        self._mesh = sharding.mesh_here()
+        self._mesh = sharding.current_mesh()
         rows = max(slots, MIN_ROWS)
         make_state = lambda: (make_kv_segments(cfg, rows, capacity, chunk, kv_dtype), make_token_counts(cfg, rows))
-        state = (params, *sharding.make_cache(make_state))
+        state = (params, *sharding.make_sharded_cache(make_state))
         # On a named device: for an unnamed one a program would be compiled once more.
         self.params, self._segments, self._counts = state if self._mesh else jax.device_put(state, jax.devices()[0])
 

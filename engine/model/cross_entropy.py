@@ -43,12 +43,12 @@ def cross_entropy(cfg: ModelConfig, params: Params, batch: Any, limit: int) -> A
     """
     targets = jnp.where(batch.mask, batch.targets, 0)
     hidden, _ = hidden_states(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
-    hidden = sharding.spread(hidden)
+    hidden = sharding.spread_rows(hidden)
     if 4 * targets.size * cfg.vocab <= limit * sharding.spread_shards(len(targets)):
         losses = token_losses(logits_of(cfg, params, hidden), targets)
     else:
-        rows = sharding.spread(hidden.reshape(-1, cfg.width)), targets.reshape(-1)
-        head = sharding.whole(head_weight(cfg, params))
+        rows = sharding.spread_rows(hidden.reshape(-1, cfg.width)), targets.reshape(-1)
+        head = sharding.replicate(head_weight(cfg, params))
         losses = _row_losses(head, *rows, cfg.tied, max(2, limit // (4 * cfg.vocab))).reshape(targets.shape)
     return jnp.where(batch.mask, losses, 0.0)
 

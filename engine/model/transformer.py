@@ -59,14 +59,14 @@ class Block(nn.Module):
             h, qkv = norm_and_weight(x, gain, weight, cfg.eps, dtype)
             mixed, cached = self.attention(project(h, qkv, dtype), rotary, segments, cached)
             x = x + project(mixed, self.weight("out", cfg.heads * cfg.head_dim, cfg.width, scale=0.0), jnp.float32)
-            x = sharding.rows(x)
+            x = sharding.shard_rows(x)
         with jax.named_scope("mlp"):
             gain, weight = self.gain("mlp_norm", cfg.width), self.weight("gate_up", cfg.width, 2 * cfg.ff)
             h, gate_up = norm_and_weight(x, gain, weight, cfg.eps, dtype)
             gate, up = project_two(h, gate_up, dtype)
-            hidden = sharding.columns(backward.swiglu(gate, up, dtype))
+            hidden = sharding.shard_columns(backward.swiglu(gate, up, dtype))
             x = x + project(hidden, self.weight("down", cfg.ff, cfg.width, scale=self.mlp_scale), jnp.float32)
-            x = sharding.rows(x)
+            x = sharding.shard_rows(x)
         return x, cached
 
     def attention(self, qkv: Array, rotary: Rotary, segments: Array | None, cached: Cached | None):
@@ -83,7 +83,7 @@ class Block(nn.Module):
             gains = sharding.join_columns([jnp.tile(q_gain, (cfg.heads, 1)), jnp.tile(k_gain, (cfg.kv_heads, 1))], axis=0)
             qk = jax.lax.optimization_barrier(backward.rms_norm(qk, gains, cfg.eps, dtype))
         # The scores' factor, on the queries.
-        scale = jnp.where(sharding.in_first(qk.shape[2], cfg.heads), cfg.head_dim**-0.5, 1.0)
+        scale = jnp.where(sharding.in_first_part(qk.shape[2], cfg.heads), cfg.head_dim**-0.5, 1.0)
         qk = backward.rope(qk, scale, *rotary, dtype)
         q, k = sharding.split_columns(qk, [cfg.heads, cfg.kv_heads], axis=2)
         if isinstance(cached, segmented.SegmentedLayer):

@@ -48,7 +48,7 @@ def chunked_losses(cfg: ModelConfig, params: Params, hidden: Array, targets: Arr
     chunk's logits again.
     """
     B, T, D = hidden.shape
-    hidden, targets = sharding.spread(hidden.reshape(-1, D)), targets.reshape(-1)
+    hidden, targets = sharding.spread_rows(hidden.reshape(-1, D)), targets.reshape(-1)
     columns = to_dense(params["embed"]).T if cfg.tied else to_dense(params["head"])
     count = -(-cfg.vocab // chunk)
     columns = jnp.pad(columns, ((0, 0), (0, count * chunk - cfg.vocab)))

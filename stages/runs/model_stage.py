@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from engine import distributed
 from engine.counting.params import count_params
 from engine.model.config import LoraConfig, ModelConfig
-from engine.sharding import mesh_here, place
+from engine.sharding import current_mesh, place
 from engine.storage.adapter import save_adapter
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model
@@ -64,7 +64,7 @@ class ModelStage(Stage):
     def place(self) -> None:
         """Spreads the parameters over the mesh; what was loaded leaves the device, where it was whole."""
         cfg, split = self.plan.cfg, self.split
-        if mesh_here():
+        if current_mesh():
             self.split = dataclasses.replace(
                 split, trainable=place(cfg, split.trainable), frozen=place(cfg, split.frozen),
                 frozen_as_loaded=jax.device_get(split.frozen_as_loaded),

@@ -14,7 +14,7 @@ from engine.errors import UserError
 from engine.format import duration, join_words
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
-from engine.sharding import describe, place
+from engine.sharding import place, sharded_shapes
 from engine.storage import checkpoint, manifest
 from engine.storage.run_folder import read_config, read_json
 from engine.training.step import TrainState
@@ -118,8 +118,8 @@ def restore(
 
     `make_state` makes the state before the first step, of which only the shapes are used.
     """
-    params_like = describe(lambda: split.to_saved(make_state(split.trainable).trainable))
-    optimizer_like = describe(lambda: make_state(split.trainable).opt_state)
+    params_like = sharded_shapes(lambda: split.to_saved(make_state(split.trainable).trainable))
+    optimizer_like = sharded_shapes(lambda: make_state(split.trainable).opt_state)
     with console.task("loading the checkpoint"):
         loaded = checkpoint.load(previous.folder, params_like, optimizer_like)
     loop_state = LoopState.from_json(loaded.state)

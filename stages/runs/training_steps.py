@@ -9,7 +9,7 @@ from jax.stages import Compiled
 
 from engine.allocator import fits_freed_memory, return_freed_memory
 from engine.model.config import ModelConfig
-from engine.sharding import global_batch, local_rows
+from engine.sharding import batch_share, global_batch
 from engine.text.epoch_order import EpochOrder
 from engine.text.skipped_batches import batch_of_step
 from engine.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
@@ -33,7 +33,7 @@ class MeshBatches:
 
     def __init__(self, batches: Batches) -> None:
         self.batches, self.order, self.epoch = batches, batches.order, batches.epoch
-        shares, share = local_rows(self.order.batch)
+        shares, share = batch_share(self.order.batch)
         rows = self.order.batch // shares
         self.order.rows = slice(share * rows, (share + 1) * rows)
 

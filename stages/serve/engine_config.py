@@ -104,7 +104,7 @@ class CompileAhead:
         self._compiled: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
 
     def begin(self, config: EngineConfig, cfg: ModelConfig) -> None:
-        arguments = config, config.model_config(cfg), sharding.mesh_here()
+        arguments = config, config.model_config(cfg), sharding.current_mesh()
         self._thread = threading.Thread(target=self._run, args=arguments, daemon=True, name="ahead")
         self._thread.start()
 

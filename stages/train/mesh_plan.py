@@ -23,7 +23,7 @@ from engine.errors import UserError
 from engine.format import duration, format_bytes, si
 from engine.model.config import ModelConfig
 from engine.model.transformer import init_params
-from engine.sharding import MeshShape, describe, global_batch, make_mesh
+from engine.sharding import MeshShape, global_batch, make_mesh, sharded_shapes
 from engine.text.batch import Batch
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state
@@ -123,7 +123,7 @@ def compile_for_parent() -> None:
     start_jax("cpu")
     tokens, counts = np.zeros(shape, np.int32), np.zeros(shape, bool)
     with jax.set_mesh(make_mesh(MeshShape(*mesh))):
-        state = describe(lambda: init_state(make_optimizer(optimizer), init_params(cfg, jax.random.key(0))))
+        state = sharded_shapes(lambda: init_state(make_optimizer(optimizer), init_params(cfg, jax.random.key(0))))
         batch = global_batch(Batch(tokens, tokens, counts, tokens))
         program = compile_step(cfg, optimizer, accumulate, state, {}, batch)
     held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
