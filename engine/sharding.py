@@ -32,7 +32,7 @@ from engine.mesh_shape import AXES, ROWS, MeshShape, check_mesh, parse_mesh
 from engine.model.column_groups import LEAF, file_order, join_groups, regroup, split_groups
 from engine.model.config import ModelConfig
 
-DEALT = ("fsdp", "tensor", "data")  # in which whole matrices are dealt out; `data` has them all already
+DEAL_ORDER = ("fsdp", "tensor", "data")  # of axes that whole matrices are dealt out along; `data` has them all already
 RULES = (  # a parameter's path -> the axes that cut its own; the first match wins
     (r"embed", P(None, ("tensor", "fsdp"))),
     (r"head", P(("tensor", "fsdp"), None)),
@@ -92,11 +92,13 @@ def leaf_spec(path: str, shape: tuple[int, ...], sizes: Any) -> P:
         spec = P(None, ("tensor", "fsdp"))
     elif len(shape) < 2:
         spec = P()
-    return P(*(names if names and size % _product(names, sizes) == 0 else None for names, size in zip(spec, shape)))
+    return _fitting(spec, shape, sizes)
 
 
-def _product(names: str | tuple[str, ...], sizes: Any) -> int:
-    return math.prod(sizes[name] for name in ((names,) if isinstance(names, str) else names))
+def _fitting(spec: P, shape: tuple[int, ...], sizes: Any) -> P:
+    """Returns the spec without the axes that do not divide the array."""
+    count = lambda names: math.prod(sizes[name] for name in ((names,) if isinstance(names, str) else names))
+    return P(*(names if names and size % count(names) == 0 else None for names, size in zip(spec, shape)))
 
 
 def _map_specs(f: Callable[[P, Any], Any], tree: Any, sizes: Any) -> Any:
@@ -127,9 +129,11 @@ def shardings(tree: Any) -> Any:
 def sharded_shapes(begin: Callable[[], Any]) -> Any:
     """Returns the shapes, with shardings, of what `begin` makes: to lower a step for, or to load a checkpoint into."""
     shapes = jax.eval_shape(begin)
-    if (wanted := shardings(shapes)) is None:
-        return shapes
-    return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, wanted)
+    return shapes if (wanted := shardings(shapes)) is None else _shapes_on(shapes, wanted)
+
+
+def _shapes_on(tree: Any, wheres: Any) -> Any:
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, wheres)
 
 
 def host_memory() -> contextlib.AbstractContextManager[Any]:
@@ -149,8 +153,7 @@ def inference_shapes(params: Any, state: Any) -> tuple[Any, Any]:
         wheres = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), (params, state))
     else:
         wheres = shardings(params), jax.tree.map(lambda x: NamedSharding(mesh, _cache_spec(x.shape, mesh.shape)), state)
-    describe = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-    return jax.tree.map(describe, (params, state), wheres)
+    return _shapes_on((params, state), wheres)
 
 
 def init_sharded(begin: Callable[..., Any], *args: Any) -> Any:
@@ -182,7 +185,7 @@ def place(cfg: ModelConfig, params: Any) -> Any:
 
 
 def batch_share(rows: int) -> tuple[int, int]:
-    """Returns (processes, process): of how many shares of a batch of `shard_rows` this process reads which one.
+    """Returns (shares, share): into how many a batch of `rows` is cut, and which of them this process reads.
 
     Along `data` and `fsdp` processes share the rows, along `tensor` all read the same. Raises UserError when the rows of
     this process do not lie side by side.
@@ -203,12 +206,12 @@ def global_batch(batch: Any) -> Any:
     mesh = current_mesh()
     if mesh is None:
         return batch
-    where, processes = NamedSharding(mesh, P(ROWS)), batch_share(mesh.shape["data"] * mesh.shape["fsdp"])[0]
+    where, processes = NamedSharding(mesh, P(ROWS)), batch_share(MeshShape(**mesh.shape).row_shards)[0]
     place = lambda x: jax.make_array_from_process_local_data(where, np.asarray(x), (x.shape[0] * processes, *x.shape[1:]))
     return jax.tree.map(place, batch)
 
 
-# Inside a program: on the mesh it is traced for.
+# Inside a program: on the mesh it is traced for. To pin is `with_sharding_constraint`.
 
 
 def pin_cache(tree: Any) -> Any:
@@ -239,10 +242,7 @@ def column_shards() -> int:
 
 def _pin(x: Array, *axes: Any) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    fits = (names if names and size % _product(names, mesh.shape) == 0 else None for names, size in zip(axes, x.shape))
-    return jax.lax.with_sharding_constraint(x, P(*fits))
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, _fitting(P(*axes), x.shape, mesh.shape))
 
 
 def shard_rows(x: Array) -> Array:
@@ -339,7 +339,7 @@ def join_rows(parts: Sequence[Array]) -> Array:
 
 
 def _row_groups(rows: int) -> int:
-    """Returns the number of devices that share `shard_rows` rows: 1 for a few rows, which every device holds."""
+    """Returns the number of devices that share `rows` rows: 1 for a few rows, which every device holds."""
     return row_shards() if rows % row_shards() == 0 else 1
 
 
@@ -365,14 +365,14 @@ def deal_out(f: Callable[[Array], Array], tree: Any) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return jax.tree.map(f, tree)
-    each = jax.shard_map(lambda share: jax.lax.map(f, share), in_specs=P(DEALT), out_specs=P(DEALT), check_vma=False)
+    each = jax.shard_map(lambda share: jax.lax.map(f, share), in_specs=P(DEAL_ORDER), out_specs=P(DEAL_ORDER), check_vma=False)
     specs = _map_specs(lambda spec, _: spec, tree, mesh.shape)
     leaves, treedef = jax.tree.flatten(tree)
     kinds = list(zip((leaf.shape for leaf in leaves), jax.tree.leaves(specs)))
     results: dict[int, Array] = {}
     for kind in dict.fromkeys(kinds):
         places = [place for place, other in enumerate(kinds) if other == kind]
-        between = [P(None, *kind[1]), P("fsdp", *(name if name == "tensor" else None for name in kind[1])), P(DEALT[:2])]
+        between = [P(None, *kind[1]), P("fsdp", *(name if name == "tensor" else None for name in kind[1])), P(DEAL_ORDER[:2])]
         stack = jnp.stack([leaves[place] for place in places])
         stack = jnp.pad(stack, ((0, -len(places) % mesh.size), (0, 0), (0, 0)))
         for spec in between:
@@ -386,15 +386,14 @@ def deal_out(f: Callable[[Array], Array], tree: Any) -> Any:
 
 def group_columns(cfg: ModelConfig, tree: Any) -> Any:
     """Returns a tree of parameters, ordered as in files, with the columns of every matrix grouped for the `tensor` axis."""
-    if (groups := column_shards()) == 1:
-        return tree
-    return regroup(
-        cfg, tree, lambda x, widths: join_groups(jnp.split(x, np.cumsum(widths)[:-1].tolist(), -1), -1, groups), groups
-    )
+    return _change_groups(cfg, tree, 1, column_shards())
 
 
 def ungroup_columns(cfg: ModelConfig, tree: Any) -> Any:
     """The inverse of `group_columns`: parameters ordered as in files."""
-    if (groups := column_shards()) == 1:
-        return tree
-    return regroup(cfg, tree, lambda x, widths: jnp.concatenate(split_groups(x, widths, -1, groups), -1), 1)
+    return _change_groups(cfg, tree, column_shards(), 1)
+
+
+def _change_groups(cfg: ModelConfig, tree: Any, before: int, after: int) -> Any:
+    change = lambda x, widths: join_groups(split_groups(x, widths, -1, before), -1, after)
+    return tree if before == after else regroup(cfg, tree, change, after)

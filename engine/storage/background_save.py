@@ -125,11 +125,12 @@ def _copy_arrays(tree: Any, memory: mmap.mmap) -> Any:
         nonlocal start
         place = np.frombuffer(memory, x.dtype, x.size, start).reshape(x.shape)
         start += _aligned(x.nbytes)
-        for shard in x.addressable_shards if isinstance(x, jax.Array) else ():
-            if shard.replica_id == 0:
-                place[shard.index] = np.asarray(shard.data)
         if not isinstance(x, jax.Array):
             place[...] = x
+            return place
+        for shard in x.addressable_shards:
+            if shard.replica_id == 0:
+                place[shard.index] = np.asarray(shard.data)
         return place
 
     copies = [_copy_shared(leaf, copy) if checkpoint.is_shared(leaf) else copy(leaf) for leaf in leaves]

@@ -27,7 +27,7 @@ from engine.training.preference import Preferences, margins
 from stages.cli.console import Console, ReportProgress
 from stages.evaluate.flags import EvaluateFlags
 from stages.runs import conversation_data, text_data, validation
-from stages.runs.mesh import devices_in, mesh_shape, with_mesh
+from stages.runs.mesh import device_with_mesh, make_mesh_here, mesh_shape
 
 WINDOW = 1024  # tokens by default: more tell little and take much longer
 Rows = list[tuple[str, str]]  # to print
@@ -36,12 +36,12 @@ Rows = list[tuple[str, str]]  # to print
 def run(flags: EvaluateFlags, device: Device) -> None:
     """Loads the model, scores the data, prints. Raises RuntimeError when scoring changed a weight."""
     shape = mesh_shape(flags.mesh.mesh)
-    with Console() as console, jax.set_mesh(devices_in(shape) if shape else None):
+    with Console() as console, jax.set_mesh(make_mesh_here(shape) if shape else None):
         data = _read_conversations(flags.data) if flags.data else None
         with distributed.process_0_first(), console.task("loading"), sharding.host_memory():
             model = load_model(flags.model, on_config=sharding.check_inference)
         console.print_notes(model.notes)
-        console.print_rows([("device", str(with_mesh(device, shape))), ("model", str(model))])
+        console.print_rows([("device", str(device_with_mesh(device, shape))), ("model", str(model))])
         if distributed.process_count() > 1:
             options = {f"--{name}": str(getattr(flags, name)) for name in ("data", "context", "stride", "batch")}
             distributed.refuse_differences(options | {"--mesh": str(shape), "model": digest(model.params)})

@@ -28,7 +28,7 @@ from stages.cli.process import process_start
 from stages.runs.estimate import RunPlan, run_fraction
 from stages.runs.folder import MetricsLog
 from stages.runs.loop_state import LoopState
-from stages.runs.mesh import to_saved
+from stages.runs.mesh import to_file_order
 
 REFUSED_IN_A_ROW = 10
 RECENT = 20  # steps over which speed is averaged
@@ -43,7 +43,7 @@ class RunOptions:
 
     Intervals are steps (int) or seconds (float). `eval_every` None: a tenth of the run, or more where evaluating takes longer
     than EVALUATION_SHARE of the time. `skip_batches`: those to leave out, in place of the ones that the run recorded.
-    `mesh`: as `--mesh` has it. Intervals in seconds end at other steps when steps run again after a kill, as in every run.
+    `mesh`: as `--mesh` has it.
     """
 
     stage: str
@@ -199,7 +199,7 @@ class Loop:
         loop_state = self.loop_state
         distributed.expect_progress("saving")
         record = dataclasses.asdict(loop_state) | self.record
-        state = to_saved(self.plan.cfg, state)
+        state = to_file_order(self.plan.cfg, state)
         self.saver.save(loop_state.step, state.trainable, state.opt_state, record, loop_state.best_step)
         self.saved_step = loop_state.step
 
@@ -296,15 +296,13 @@ class Loop:
     def _evaluate_and_save(self, steps: Steps, state: TrainState, stopped: Stopped, done: bool) -> bool:
         """Evaluates and saves, where due; saves the best evaluated too. Returns whether it did either."""
         loop_state = self.loop_state
-        evaluates = steps.evaluator and loop_state.is_due("evaluate", self._evaluation_interval()) and not done
-        # After a refused step the best would not be saved, as below.
-        evaluates = evaluates and not loop_state.refused_in_a_row
+        # Refused steps leave nothing to save, a best neither: a stop that they bring about begins again before them.
+        sound = not loop_state.refused_in_a_row
+        evaluates = sound and steps.evaluator and loop_state.is_due("evaluate", self._evaluation_interval()) and not done
         if evaluates:
             with _without_free_memory(steps.buffer_bytes):
                 self._evaluate(steps, state, stopped)
-        saves = loop_state.is_due("save", self.options.save_every) or loop_state.best_step == loop_state.step
-        # Refused steps leave nothing to save; before them lies where a stop that they bring about begins again.
-        saves = saves and not loop_state.refused_in_a_row
+        saves = sound and (loop_state.is_due("save", self.options.save_every) or loop_state.best_step == loop_state.step)
         if saves:
             loop_state.begin("save")
         # A stop may have saved this step before the restart, and then without this evaluation.

@@ -35,8 +35,8 @@ def mesh_shape(text: str | None) -> MeshShape | None:
     return parse_mesh(text)
 
 
-def devices_in(shape: MeshShape) -> Mesh:
-    """Returns the mesh. Raises UserError when there are not as many devices; on a CPU it says how to have virtual ones."""
+def make_mesh_here(shape: MeshShape) -> Mesh:
+    """As `make_mesh`, of all devices; on a CPU its UserError says how to have virtual ones."""
     try:
         return make_mesh(shape)
     except UserError as error:
@@ -46,26 +46,26 @@ def devices_in(shape: MeshShape) -> Mesh:
         raise UserError(f"{error} To try this mesh on a CPU, set {virtual}: virtual devices, which share its cores.") from None
 
 
-def with_mesh(device: Device, shape: MeshShape | None) -> Device:
-    """Returns the device as the banner shows it."""
+def device_with_mesh(device: Device, shape: MeshShape | None) -> Device:
+    """Returns the device with its mesh and the count of processes, which the banner shows."""
     processes = f" in {distributed.process_count()} processes" if distributed.process_count() > 1 else ""
     return dataclasses.replace(device, mesh=f"{shape.devices} devices{processes}, {shape}") if shape else device
 
 
-def refuse_differences(facts: dict[str, Any], cfg: ModelConfig, options: Any, step: int) -> None:
+def refuse_different_runs(facts: dict[str, Any], cfg: ModelConfig, options: Any, step: int) -> None:
     """Raises UserError in every process when their run.json, architecture, intervals or checkpoints differ."""
     everything = {name: value for name, value in facts.items() if name not in OWN}
     everything |= {"config": cfg.to_json(), "options": options, "newest checkpoint": step}
     distributed.refuse_differences({name: str(value) for name, value in leaf_paths(everything).items()})
 
 
-def to_saved(cfg: ModelConfig, tree: Any) -> Any:
+def to_file_order(cfg: ModelConfig, tree: Any) -> Any:
     """Returns parameters or a state with their columns in the order of files, on the devices where they are."""
     return tree if column_shards() == 1 else init_sharded(lambda tree: ungroup_columns(cfg, tree), tree)
 
 
-def from_saved(cfg: ModelConfig, tree: Any) -> Any:
-    """The inverse of `to_saved`."""
+def from_file_order(cfg: ModelConfig, tree: Any) -> Any:
+    """The inverse of `to_file_order`."""
     return tree if column_shards() == 1 else init_sharded(lambda tree: group_columns(cfg, tree), tree)
 
 

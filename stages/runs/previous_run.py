@@ -21,7 +21,7 @@ from engine.training.step import TrainState
 from stages.cli.console import Console
 from stages.runs.folder import holds_run
 from stages.runs.loop_state import LoopState
-from stages.runs.mesh import from_saved
+from stages.runs.mesh import from_file_order
 from stages.runs.trainable import TrainableSplit
 
 
@@ -134,5 +134,5 @@ def restore(
         console.print(line, style="yellow")
     instead = " (the newest intact one)" if loaded.damaged else ""
     console.print(f"resumed at step {loop_state.step:,}{instead}, {duration(loop_state.seconds)} into training")
-    trainable, optimizer = from_saved(cfg, (split.from_saved(loaded.params), loaded.optimizer))
+    trainable, optimizer = from_file_order(cfg, (split.from_saved(loaded.params), loaded.optimizer))
     return TrainState(place(cfg, jnp.int32(loop_state.step)), trainable, optimizer), loop_state

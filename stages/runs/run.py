@@ -27,7 +27,7 @@ from stages.runs.estimate import RunPlan
 from stages.runs.folder import clear_run, holds_run, lock_run, nonfinite_as_text
 from stages.runs.loop import Loop, RunOptions, Steps
 from stages.runs.loop_state import LoopState
-from stages.runs.mesh import devices_in, mesh_shape, refuse_differences, with_mesh
+from stages.runs.mesh import device_with_mesh, make_mesh_here, mesh_shape, refuse_different_runs
 from stages.runs.previous_run import PreviousRun, changed_fields, describe_changes, find_previous_run, restore
 from stages.runs.trainable import TrainableSplit
 
@@ -87,14 +87,13 @@ def execute(options: RunOptions, make_stage: Callable[[Console], Stage]) -> int:
     """Carries out a run, or resumes the one in the folder. Returns 0, or 128 + the signal that stopped it."""
     with Console() as console:
         distributed.refuse_differences({"--dry-run": str(options.dry_run)})  # the others would wait for one that only plans
-        shape = mesh_shape(options.mesh)
-        if not options.dry_run:  # which plans for devices that need not be here
-            options = dataclasses.replace(options, device=with_mesh(options.device, shape))
-        if options.dry_run:
+        if options.dry_run:  # plans for devices that need not be here
             _print_plan(options, make_stage(console), console)
             console.print("A dry run: nothing was trained.")
             return 0
-        mesh = devices_in(shape) if shape else None
+        shape = mesh_shape(options.mesh)
+        mesh = make_mesh_here(shape) if shape else None
+        options = dataclasses.replace(options, device=device_with_mesh(options.device, shape))
         holds_run(options.folder)  # raises for an unusable folder, before minutes of preparation
         first = distributed.is_first()
         with lock_run(options.folder) if first else contextlib.nullcontext():
@@ -114,7 +113,7 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     distributed.describe_saved_by(lambda: _newest_checkpoint(folder, resume))
     previous = find_previous_run(folder, facts, plan.cfg, options.overwrite)
     intervals = {name: getattr(options, name) for name in ("save_every", "eval_every", "log_every", "keep", "mesh")}
-    refuse_differences(facts, plan.cfg, intervals, previous.loop_state.step if previous else 0)
+    refuse_different_runs(facts, plan.cfg, intervals, previous.loop_state.step if previous else 0)
     if previous and options.skip_batches is None:
         facts["skipped_batches"] = format_ranges(previous.loop_state.skipped)
     _print_plan(options, stage, console)
