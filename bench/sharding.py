@@ -29,6 +29,7 @@ class ShardingFlags:
 
 
 def measure_sharding(flags: ShardingFlags) -> Json:
+    """Measures steps on one device and on the mesh; prints the comparison and returns the document."""
     shape = parse_shape("--shape", flags.shape)
     check_rounds(flags.rounds)
     from engine.sharding import check_mesh, make_mesh, parse_mesh

@@ -8,7 +8,7 @@ from engine.model.config import ModelConfig
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes that share the rows of a batch
-MOST = 2**16  # devices along an axis
+MAX_SIZE = 2**16  # of an axis
 
 
 class MeshShape(NamedTuple):
@@ -41,7 +41,7 @@ def parse_mesh(text: str) -> MeshShape:
         name, _, size = item.strip().partition("=")
         if name not in AXES:
             raise UserError(f"A mesh has the axes {', '.join(AXES)}, not {name!r}.{did_you_mean(name, AXES)}")
-        if not size.isdecimal() or not 0 < int(size) <= MOST or name in sizes:
+        if not size.isdecimal() or not 0 < int(size) <= MAX_SIZE or name in sizes:
             raise UserError(f"A mesh gives each axis one number of devices, such as data=2,fsdp=4; {item.strip()!r} does not.")
         sizes[name] = int(size)
     return MeshShape(**sizes)
@@ -69,6 +69,6 @@ def check_mesh(shape: MeshShape, cfg: ModelConfig, batch: int, microbatches: int
 
 
 def divisors(number: int) -> list[int]:
-    """Returns all that divide a number, the smallest first."""
+    """Returns the divisors of a number, the smallest first."""
     low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
     return sorted({*low, *(number // n for n in low)})

@@ -166,7 +166,7 @@ def init_sharded(begin: Callable[..., Any], *args: Any) -> Any:
 
 
 def place(cfg: ModelConfig, params: Any) -> Any:
-    """Returns parameters, ordered as in files, over the mesh, each device's part read from them alone; NumPy may be mapped.
+    """Lays parameters, ordered as in files, out over the mesh. Each device reads its own part; NumPy may be memory-mapped.
 
     To load a model that no single device holds, do so in `host_memory`.
     """
@@ -281,8 +281,8 @@ def replicate(tree: Any) -> Any:
     return tree if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(tree, P())
 
 
-def by_head(kernel: Callable[..., Array | None], q: Array, k: Array, v: Array, mask: Array | None) -> Array | None:
-    """Returns kernel(q (B, T, N, H), k, v (B, S, K, H), mask (B, ...) or None), of which each device computes its own rows and
+def attend_by_head(kernel: Callable[..., Array | None], q: Array, k: Array, v: Array, mask: Array | None) -> Array | None:
+    """Returns kernel(q (B, T, N, H), k, v (B, S, K, H), mask (B, ...) or None) (B, T, N, H), each device its own rows and
     heads: XLA cannot cut a kernel. What does not divide is whole everywhere."""
     if jax.sharding.get_abstract_mesh().empty:
         return kernel(q, k, v, mask)

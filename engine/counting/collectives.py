@@ -56,9 +56,9 @@ def read_collectives(hlo: str) -> list[Collective]:
         collectives = []
         for line in bodies[name]:
             if match := _COLLECTIVE.match(line):
-                collectives.append(_collective(line, match, devices))
+                collectives.append(_parse_collective(line, match, devices))
             elif not _SECOND_HALF.search(line):
-                inner = [one for callee in _called(line) for one in inside(callee)]
+                inner = [one for callee in _callees(line) for one in inside(callee)]
                 rounds = _trip_count(line, bodies) if inner and " while(" in line else 1
                 collectives += [one._replace(times=rounds * one.times) for one in inner]
         return [one for one in collectives if len(one.group) > 1]
@@ -66,7 +66,7 @@ def read_collectives(hlo: str) -> list[Collective]:
     return [collective for entry, name, _ in computations if entry for collective in inside(name)]
 
 
-def _called(line: str) -> list[str]:
+def _callees(line: str) -> list[str]:
     return [name.lstrip("%") for several, one in _CALL.findall(line) for name in (several or one).split(", ")]
 
 
@@ -75,14 +75,14 @@ def _trip_count(line: str, bodies: dict[str, list[str]]) -> int:
     if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line):
         return int(noted[1])
     condition = bodies[line.partition("condition=")[2].lstrip("%").partition(",")[0]]
-    condition = condition + [text for outer in condition for name in _called(outer) for text in bodies[name]]
+    condition = condition + [text for outer in condition for name in _callees(outer) for text in bodies[name]]
     constants = re.findall(r" constant\((\d+)\)", "\n".join(condition))
     if len(constants) != 1 or not any("direction=LT" in text for text in condition):
         raise UserError(f"The loop {line.split()[0]} holds collectives, and the program does not say how often it runs.")
     return int(constants[0])
 
 
-def _collective(line: str, match: re.Match[str], devices: int) -> Collective:
+def _parse_collective(line: str, match: re.Match[str], devices: int) -> Collective:
     shape, kind, start = match.groups()
     shape = re.sub(r"\{.*?\}", "", shape)  # the layout
     if start and kind != "all-reduce" and (result := _RESULT.match(shape)):

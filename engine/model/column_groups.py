@@ -45,7 +45,7 @@ def file_order(widths: Sequence[int], groups: int) -> np.ndarray:
 
 
 def regroup(cfg: ModelConfig, tree: Any, f: Callable[[Any, list[int]], Any], groups: int) -> Any:
-    """Replaces each array x with columns of several parts by f(x, their widths)."""
+    """Replaces each array x with columns of several parts by f(x, their widths), which has them in `groups`."""
 
     def within(leaf: Any, widths: list[int]) -> Any:
         if not hasattr(leaf, "columns"):  # of a LoRA pair

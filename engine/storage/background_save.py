@@ -18,8 +18,8 @@ from engine.counting.hardware import free_host_bytes
 from engine.storage import checkpoint
 
 NICENESS = 5  # of the thread that writes, which takes time from the steps on a CPU
-ALIGNED = 64  # bytes
-TOUCHED = 2**24  # bytes at once of new memory
+ALIGNMENT = 64  # bytes
+TOUCH = 2**24  # bytes at once of new memory
 
 
 class BackgroundSaver:
@@ -53,8 +53,8 @@ class BackgroundSaver:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without them
                 memory.madvise(mmap.MADV_HUGEPAGE)
-        for start in range(0, size, TOUCHED):
-            np.frombuffer(memory, np.uint8)[start : start + TOUCHED : mmap.PAGESIZE] = 0
+        for start in range(0, size, TOUCH):
+            np.frombuffer(memory, np.uint8)[start : start + TOUCH : mmap.PAGESIZE] = 0
         self._memory = memory
 
     def save(self, step: int, trainable: Any, optimizer: Any, state: dict[str, Any], best: int | None = None) -> None:
@@ -113,7 +113,7 @@ def _copied_bytes(leaf: Any) -> int:
 
 
 def _aligned(size: int) -> int:
-    return -(-size // ALIGNED) * ALIGNED
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _copy_arrays(tree: Any, memory: mmap.mmap) -> Any:

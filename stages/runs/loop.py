@@ -149,7 +149,7 @@ class Loop:
         self.failure: OSError | None = None  # to be raised when all processes have saved
         for name in ("line", "log", "evaluate", "save"):  # an older checkpoint's begin with the resumed run
             loop_state.intervals.setdefault(name, (loop_state.step, loop_state.seconds))
-        self.sound, self.refused_whole = loop_state, False  # before the refused steps that no other follows
+        self.last_sound, self.refused_whole = loop_state, False  # before the refused steps that no other follows
 
     def run(self, steps: Steps, state: TrainState) -> tuple[TrainState, int | None]:
         """Returns the last state, which is saved, and the number of the signal that ended the loop, if any.
@@ -169,7 +169,7 @@ class Loop:
                 self.saver.poll()
                 distributed.expect_progress(f"{plan.noun} {loop_state.step}", max(10 * self.timer.mean(), STUCK))
                 if not self.refused_whole:
-                    self.sound = dataclasses.replace(loop_state)
+                    self.last_sound = dataclasses.replace(loop_state)
                 state, refused = steps.run(state, loop_state)
                 end = time.perf_counter()
                 # Process 0's time and anyone's signal are everyone's: all that follows is decided alike.
@@ -252,7 +252,7 @@ class Loop:
 
     def _stop_after_refusals(self, steps: Steps, state: TrainState) -> None:
         """Raises UserError, with the run saved before the refused steps, which changed no weight, and will be run again."""
-        sound, stopped, noun = self.sound, self.loop_state, self.plan.noun
+        sound, stopped, noun = self.last_sound, self.loop_state, self.plan.noun
         last = batch_of_step(stopped.step - 1, stopped.skipped)
         first = batch_of_step(sound.step - sound.refused_in_a_row, sound.skipped)
         refused = f"{stopped.refused_in_a_row} updates in a row, up to {noun} {stopped.step:,},"  # several a round

@@ -60,7 +60,7 @@ def splash():
 
 
 def begin(case, cfg=CFG):
-    """What makes the state, and the frozen parameters in NumPy."""
+    """Returns the optimizer, a function that makes the state, and the frozen parameters in NumPy."""
     tx = make_optimizer(OptimizerConfig(kind="muon" if case == "muon" else "adamw", learning_rate=1e-2))
     if case in ("adamw", "muon"):
         return tx, lambda: init_state(tx, init_params(cfg, jax.random.key(0))), {}
@@ -72,7 +72,7 @@ def begin(case, cfg=CFG):
     return tx, lambda: init_state(tx, adapters()), jax.tree.map(np.asarray, frozen)
 
 
-def share(tree):
+def bytes_on_device(tree):
     """Bytes on one device, and those of them that are vectors and numbers."""
     shape = lambda x: x.shape if isinstance(x, np.ndarray) else x.sharding.shard_shape(x.shape)
     sizes = [(math.prod(shape(x)) * x.dtype.itemsize, len(x.shape)) for x in jax.tree.leaves(tree)]
@@ -84,7 +84,7 @@ def train(case, cfg=CFG, microbatches=1, batch=batch):
     objective = dpo() if batch is pairs else NEXT_TOKEN
     frozen = place(cfg, frozen)
     state = init_sharded(jax.jit(lambda: group_columns(cfg, make())))
-    held = {"state": share(state), "frozen": share(frozen)}
+    held = {"state": bytes_on_device(state), "frozen": bytes_on_device(frozen)}
     arguments = state, frozen, global_batch(batch(0)), np.float32(0), microbatches, objective
     program = train_step.lower(cfg, tx, *arguments).compile()
     wanted, losses, kept = shardings(state), [], False

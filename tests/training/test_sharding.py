@@ -29,7 +29,7 @@ VARIANTS = (
 
 @pytest.fixture(scope="module")
 def trained():
-    """What mesh_cases.py prints, in a process that has eight devices."""
+    """Returns what mesh_cases.py prints, in a process that has eight devices."""
     root = Path(__file__).parents[2]
     env = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",

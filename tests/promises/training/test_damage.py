@@ -15,7 +15,7 @@ from engine.storage import checkpoint
 BY_HAND = "--by-hand"
 
 
-def flip(path: Path) -> None:
+def flip_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     at = random.Random(str(path)).randrange(len(data))
     data[at] ^= 1 << at % 8
@@ -26,7 +26,7 @@ DAMAGE = {
     "delete": Path.unlink,
     "cut": lambda path: os.truncate(path, path.stat().st_size - 1),
     "empty": lambda path: os.truncate(path, 0),
-    "flip a bit": flip,
+    "flip a bit": flip_bit,
     "zero": lambda path: path.write_bytes(bytes(path.stat().st_size)),
     "lengthen": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
     "a folder instead": lambda path: (path.unlink(), path.mkdir()),

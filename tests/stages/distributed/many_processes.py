@@ -59,7 +59,7 @@ def until_saved(folder, step, processes):
 
 
 def finish(processes):
-    """{exit code} and all of stderr. Only process 0 prints."""
+    """Returns the exit codes that occur, and stderr of each. Only process 0 prints."""
     outputs = [process.communicate(timeout=90) for process in processes]
     assert not any(
         printed for process, (printed, _) in zip(processes, outputs) if re.search("--process [1-9]", " ".join(process.args))
