@@ -24,10 +24,13 @@ def plan_training(name: str, method: str, m: Any, d: Any, tokens: float, devices
             math.hypot(spread, math.log(1 + ADAPTER_BOUND)),
             f"{origin}; LoRA's time over full tuning's, within 30%",
         )
-    hours = around(result["device_hours"], spread, "hours", origin)
+    middle, share = result["device_hours"], result["efficiency"]
+    # No run is faster than the peak.
+    hours = interval((middle * max(share, math.exp(-spread)), middle, middle * math.exp(spread)), "hours", origin)
+    shares = (share * math.exp(-d.spread), share, min(1, share * math.exp(d.spread)))
     lines = {
         "FLOPs": around(result["flops"], 0, "FLOP", "counted: every product, and causal attention"),
-        "share of peak": around(result["efficiency"], d.spread, "share", d.origin),
+        "share of peak": interval(shares, "share", d.origin),
         "device-hours": hours,
         "wall time": interval((3600 * bound / devices for bound in hours[:3]), "seconds", "device-hours over the devices"),
         "memory a device": Interval(

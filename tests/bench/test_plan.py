@@ -208,6 +208,10 @@ def test_a_calibrated_machine_is_planned_for(monkeypatch, tmp_path, capsys):
     share = answer(PlanFlags(model="nano", tokens="1M", hardware="here", context=256))["answer"]["share of peak"]
     assert share["middle"] == pytest.approx(0.4)
     assert "this machine" in share["origin"]
+    (tmp_path / "plan" / "calibration.json").write_text(json.dumps({"device": device, "shares": [0.2, 0.7, 0.8]}))
+    wide = answer(PlanFlags(model="nano", tokens="1M", hardware="here", context=256))["answer"]
+    assert wide["share of peak"]["high"] == 1
+    assert wide["device-hours"]["low"] * 3600 * 121e12 == pytest.approx(wide["FLOPs"]["low"], rel=0.01), "at the peak"
     (tmp_path / "plan" / "calibration.json").write_text("{}")
     with pytest.raises(UserError, match="damaged"):
         find_hardware("here", {})
