@@ -168,6 +168,7 @@ def test_models_are_read_from_files(tmp_path):
         ({"model": "nano", "params": "1B", "tokens": "1M"}, "two models"),
         ({"params": "3", "tokens": "1M"}, "--params must be from"),
         ({"params": "70B", "requests": "3", "hardware": "l4"}, "does not fit"),
+        ({"params": "10B", "requests": "1", "prompt": "90000", "hardware": "l4"}, "does not fit"),
         ({"model": "nano", "requests": "1", "cached": 1.0}, "--cached"),
         ({"budget": "5", "hardware": "tpu-v5e"}, "No price"),
         ({"budget": "5", "days": 3.0}, "one at a time"),
