@@ -1,9 +1,11 @@
 """Muon: momentum replaced by the nearest orthogonal matrix (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
 A test compares it with `optax.contrib.muon`, which runs in float32 on operands as they lie, and on a CPU costs more than
-the step it improves. This one runs in bfloat16, on wide matrices only, so that each product reads its operands along the
-last axis.
+the step it improves. This one runs in the compute type, on wide matrices only, so that each product reads its operands along
+the last axis.
 """
+
+from typing import Any
 
 import jax.numpy as jnp
 import optax
@@ -14,9 +16,16 @@ from engine import sharding
 from engine.model.ops import transpose
 
 
-def orthogonalize() -> optax.GradientTransformation:
-    """Replaces each matrix (in, out), a fused one as a whole, by `orthogonal` of it in bfloat16."""
-    return optax.stateless(lambda updates, _: sharding.deal_out(lambda matrix: orthogonal(matrix, jnp.bfloat16), updates))
+def orthogonalize() -> optax.GradientTransformationExtraArgs:
+    """Replaces each matrix (in, out), a fused one as a whole, by `orthogonal` of it in `dtype`, an argument of `update`.
+
+    That is the model's compute type: the iteration amplifies last bits, in bfloat16 until they show in a float32 run.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None, *, dtype: DTypeLike, **_: Any) -> tuple[Any, Any]:
+        return sharding.deal_out(lambda matrix: orthogonal(matrix, dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
 def orthogonal(matrix: Array, dtype: DTypeLike) -> Array:

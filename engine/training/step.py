@@ -109,7 +109,7 @@ def train_step(
     gradient = sharding.pin(gradient)
     with jax.named_scope("optimizer"):
         grad_norm = optax.tree.norm(gradient)
-        updates, opt_state = tx.update(gradient, state.opt_state, state.trainable, progress=progress)
+        updates, opt_state = tx.update(gradient, state.opt_state, state.trainable, progress=progress, dtype=cfg.dtype)
         sound = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
         trainable = optax.apply_updates(state.trainable, updates)
         trainable, opt_state = jax.tree.map(

@@ -49,7 +49,7 @@ class JaxTrainer(Trainer):
         """Predicts the seconds of a step's products (remat's and Muon's too), the optimizer's traffic, and the dispatch."""
         cfg, is_muon = plan.cfg, plan.recipe.optimizer.kind == "muon"
         flops = train_flops(cfg, plan.recipe.context, attention="full").total * plan.step_tokens
-        products = flops / best.peak_flops(cfg.dtype) + is_muon * muon_flops(cfg) / best.peak_flops("bfloat16")
+        products = (flops + is_muon * muon_flops(cfg)) / best.peak_flops(cfg.dtype)
         return products / self.expected_mfu + UPDATE_BYTES * count_params(cfg).total / (1e9 * best.update_gbs) + DISPATCH
 
     def initial_state(self) -> TrainState:

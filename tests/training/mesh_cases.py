@@ -33,7 +33,7 @@ from engine.training.step import NEXT_TOKEN, init_state, train_step
 
 CFG = ModelConfig(vocab=320, width=64, layers=2, heads=8, kv_heads=4, ff=96, context=64, qk_norm=True, dtype="float32")
 MESHES = ("data=8", "fsdp=8", "data=2,fsdp=4", "fsdp=4,tensor=2")
-BATCH, TOKENS, STEPS = 16, 64, 3
+BATCH, TOKENS, STEPS = 16, 64, 12
 ALL_AXES = "data=2,fsdp=2,tensor=2"
 LORA = LoraConfig(rank=4, targets=("q", "v", "out", "gate", "up"))
 
@@ -90,7 +90,7 @@ def train(case, cfg=CFG, microbatches=1, batch=batch):
     wanted, losses, kept = shardings(state), [], False
     for step in range(STEPS):
         old = state
-        state, metrics = program(state, frozen, global_batch(batch(step)), np.float32((step + 1) / 10))
+        state, metrics = program(state, frozen, global_batch(batch(step)), np.float32((step + 1) / 16))
         losses.append(float(metrics.loss))
         donated = all(x.is_deleted() for x in jax.tree.leaves(old))
     if wanted is not None:

@@ -102,8 +102,8 @@ def test_without_a_gradient_only_what_is_ruled_decays(kind):
     cfg = OptimizerConfig(kind=kind, learning_rate=0.1, matrix_learning_rate=0.2, weight_decay=0.5, warmup=0.0, schedule="wsd")
     tx = make_optimizer(cfg)
     nothing = jax.tree.map(jnp.zeros_like, params)
-    updates = jax.jit(lambda params: tx.update(nothing, tx.init(params), params, progress=jnp.float32(0.01))[0])(params)
-    for path, update in leaf_paths(updates).items():
+    step = lambda params: tx.update(nothing, tx.init(params), params, progress=jnp.float32(0.01), dtype="float32")[0]
+    for path, update in leaf_paths(jax.jit(step)(params)).items():
         leaf = leaf_paths(params)[path]
         rate = 0.2 if kind == "muon" and path.split("/")[-1] in MATRICES else 0.1
         undecayed = path.endswith(("norm", "bias"))
@@ -115,7 +115,7 @@ def test_muon_moves_the_matrices_inside_blocks_and_adamw_the_rest(params):
     updates = {}
     for kind in ("adamw", "muon"):
         tx = make_optimizer(OptimizerConfig(kind=kind))
-        update = jax.jit(lambda g, params, tx=tx: tx.update(g, tx.init(params), params, progress=progress)[0])
+        update = jax.jit(lambda g, params, tx=tx: tx.update(g, tx.init(params), params, progress=progress, dtype="float32")[0])
         updates[kind] = update(gradients_like(params, 0, 1.0), params)
     for path, leaf in leaf_paths(updates["adamw"]).items():
         same = np.array_equal(leaf, leaf_paths(updates["muon"])[path])
@@ -166,14 +166,14 @@ def test_muons_momentum_is_optaxs(params):
     matrices = {"blocks": {"0": {name: params["blocks"]["0"][name] for name in ("qkv", "down")}}}
     ours, theirs = make_optimizer(cfg), optax.contrib.muon(1.0, beta=0.5)
     states = ours.init(matrices), theirs.init(matrices)
-    step = jax.jit(lambda g, s: ours.update(g, s, matrices, progress=jnp.float32(0.3)))
+    step = jax.jit(lambda g, s: ours.update(g, s, matrices, progress=jnp.float32(0.3), dtype="float32"))
     optax_step = jax.jit(lambda g, s: theirs.update(g, s, matrices))
     for seed in range(25):
         gradients = gradients_like(matrices, seed, 1.0)
         (actual, first), (expected, second) = step(gradients, states[0]), optax_step(gradients, states[1])
         states = first, second
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert np.linalg.norm(a - b) < 0.1 * np.linalg.norm(b)
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-3)
 
 
 def test_one_config_is_one_object():
@@ -200,5 +200,5 @@ def test_a_schedule_longer_than_the_run_is_refused():
 
 def test_muon_multiplies_as_much_as_is_predicted(cfg, params):
     tx = make_optimizer(OptimizerConfig(kind="muon"))
-    update = lambda params: tx.update(params, tx.init(params), params, progress=jnp.float32(0.5))
+    update = lambda params: tx.update(params, tx.init(params), params, progress=jnp.float32(0.5), dtype="bfloat16")
     assert jaxpr_cost(update, params).matmul == muon_flops(cfg)

@@ -145,7 +145,7 @@ def poisoned(cfg, params):
     objective = module.Objective(with_poison, lambda batch: batch.mask.sum())
     adamw = make_optimizer(ADAMW)
 
-    def update(gradient, state, params=None, *, progress):
+    def update(gradient, state, params=None, *, progress, dtype):
         updates, state = adamw.update(gradient, state, params, progress=jnp.where(progress > 1, 0.5, progress))
         bad = jnp.where(progress > 2, jnp.inf, jnp.where(progress > 1, jnp.nan, 0.0))
         updates["blocks"]["1"]["down"] = updates["blocks"]["1"]["down"].at[3, 5].add(bad)

@@ -47,8 +47,8 @@ def spoilt(cfg, params, batch):
     return whole
 def make_spoilt(config):
     tx = make(config)
-    def update(gradient, state, params=None, *, progress):
-        updates, state = tx.update(gradient, state, params, progress=progress)
+    def update(gradient, state, params=None, *, progress, dtype):
+        updates, state = tx.update(gradient, state, params, progress=progress, dtype=dtype)
         bad = sum(jnp.abs(progress * {steps} - number) < 0.1 for number in {bad}) > 0
         return jax.tree.map(lambda x: jnp.where(bad, {value}, x), updates), state
     return optax.GradientTransformationExtraArgs(tx.init, update)
