@@ -67,14 +67,18 @@ def general_bits_per_byte(
 def quick_evaluator(cfg: ModelConfig, text: TokenFile, tokenizer: Tokenizer, nats_of: Callable[..., Any]) -> Evaluator:
     """Returns an evaluator on a fixed few windows of the model's context, spread over the text.
 
-    `nats_of(cfg, params, batch)` sums a batch's nats. Not to be compared with the bits per byte of the whole text.
+    `nats_of(cfg, params, batch)` sums a batch's nats. Not to be compared with the bits per byte of the whole text. Every mesh
+    scores the same windows, each device its own; rows behind the last are not counted.
     """
     seq, rows = cfg.context, rows_in_memory(cfg, cfg.context)
     last = len(text.tokens) - 1 - seq
     if last > 0:
         count = min(QUICK_WINDOWS, max(rows, last // seq))
-        starts = np.linspace(0, last, -(-count // rows) * rows).astype(np.int64).reshape(-1, rows, 1)
-        batches = [window_batch(text.tokens, at) for at in starts + np.arange(seq)]
+        starts, shards = np.linspace(0, last, -(-count // rows) * rows).astype(np.int64), row_shards()
+        rows = min(rows, -(-len(starts) // shards)) * shards
+        starts = np.pad(starts, (0, -len(starts) % rows), constant_values=-1).reshape(-1, rows, 1)
+        mask = np.broadcast_to(starts >= 0, (*starts.shape[:2], seq))
+        batches = [window_batch(text.tokens, *part) for part in zip(np.maximum(starts, 0) + np.arange(seq), mask)]
     else:
         batches = [next(evaluation_windows(text.tokens, seq, seq, rows))]
     size = sum(tokenizer.count_bytes(np.asarray(b.targets)[np.asarray(b.mask)]) for b in batches)

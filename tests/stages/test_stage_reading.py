@@ -133,15 +133,23 @@ def test_the_newest_finished_run_is_taken_when_none_is_named(trained, tmp_path, 
     assert "There is no trained model in runs/" in note(code=2)
 
 
-def test_quick_look_is_at_the_text_itself(text, trained):
-    from stages.runs.validation import quick_evaluator
+def test_quick_look_is_at_the_text_itself_and_every_mesh_shares_its_windows(text, trained, monkeypatch):
+    from stages.runs import validation
 
     tokenizer = byte_tokenizer()
     tokens = open_token_file([text.read_text()[:1000]], tokenizer)
     counted = lambda cfg, params, batch: float(np.asarray(batch.mask).sum())
-    quick = quick_evaluator(read_config(trained), tokens, tokenizer, counted)
+    quick = validation.quick_evaluator(read_config(trained), tokens, tokenizer, counted)
     for batch in quick.batches:
         for row, target in zip(np.asarray(batch.tokens), np.asarray(batch.targets)):
             assert bytes(row[1:].tolist()) == bytes(target[:-1].tolist())
             assert bytes(row.tolist()) in text.read_bytes()
     assert quick.evaluate(None) == pytest.approx(1 / np.log(2))
+    windows = np.concatenate([batch.tokens for batch in quick.batches])
+    for shards in (2, 7, 64):
+        monkeypatch.setattr(validation, "row_shards", lambda shards=shards: shards)
+        others = validation.quick_evaluator(read_config(trained), tokens, tokenizer, counted).batches
+        np.testing.assert_array_equal(np.concatenate([batch.tokens[batch.mask.all(1)] for batch in others]), windows)
+        assert all(len(batch.tokens) == len(others[0].tokens) for batch in others)
+        assert len(others[0].tokens) % shards == 0
+        assert sum(len(batch.tokens) for batch in others) < len(windows) + len(others[0].tokens)
