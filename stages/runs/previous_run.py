@@ -64,6 +64,13 @@ def find_previous_run(folder: Path, facts: dict[str, Any], cfg: ModelConfig, ove
     return PreviousRun(folder, record, loop_state)
 
 
+def recorded_batch(folder: Path, overwrite: bool) -> int | None:
+    """Returns the batch of the run in the folder that would be resumed; None when there is none."""
+    if overwrite or not checkpoint.steps(folder):
+        return None
+    return leaf_paths(read_json(folder / "run.json")).get("recipe/batch")
+
+
 # What must be the same to resume a run, and where run.json says it.
 MUST_MATCH = {
     "text": "text/digest", "tokenizer": "tokenizer/digest", "seed": "seed", "batch": "recipe/batch",

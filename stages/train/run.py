@@ -22,6 +22,7 @@ from stages.runs.folder import default_folder
 from stages.runs.loop import Loop, RunOptions
 from stages.runs.loop_state import LoopState
 from stages.runs.mesh import fits_one_device, mesh_shape, on_one_device
+from stages.runs.previous_run import recorded_batch
 from stages.runs.run import RunReport, Stage, execute
 from stages.runs.text_data import prepare_text
 from stages.runs.trainable import TrainableSplit
@@ -51,17 +52,18 @@ def run(flags: TrainFlags, device: Device) -> int:
     return execute(options, lambda console: Training(flags, options, console))
 
 
-def chosen_recipe(flags: TrainFlags, backend: str) -> Recipe:
+def chosen_recipe(flags: TrainFlags, backend: str, resumed_batch: int | None = None) -> Recipe:
     """Returns the preset's recipe, overridden by flags.
 
-    The preset's batch grows to a multiple of the devices that share its rows. Off a CPU layers are always a scan, which
-    compiles one layer, as MaxText does; on a CPU a small model is a fifth faster without.
+    The batch is `resumed_batch`, which may have begun on another mesh, else the preset's, grown to a multiple of the devices
+    that share its rows. Off a CPU layers are always a scan, which compiles one layer, as MaxText does; on a CPU a small model
+    is a fifth faster without.
     """
     base = recipe(flags.preset, preset(flags.preset).vocab)
     step, optimizer = flags.step, dataclasses.asdict(flags.optimizer)
     shape = mesh_shape(flags.mesh.mesh)
     shards = shape.row_shards if shape else 1
-    batch = step.batch or -(-base.batch // shards) * shards
+    batch = step.batch or resumed_batch or -(-base.batch // shards) * shards
     kind = optimizer.pop("optimizer")
     chosen = _replace(
         base.resize(batch, step.context or base.context, shards), tokenizer=flags.text.tokenizer,
@@ -84,7 +86,8 @@ class Training(Stage):
     split = TrainableSplit()
 
     def __init__(self, flags: TrainFlags, options: RunOptions, console: Console) -> None:
-        text, length, recipe = flags.text, flags.length, chosen_recipe(flags, options.device.backend)
+        text, length, resumed = flags.text, flags.length, recorded_batch(options.folder, options.overwrite)
+        recipe = chosen_recipe(flags, options.device.backend, resumed)
         self.folder, self.console = options.folder, console
         self.data = data = prepare_text(text.data, text.validation, recipe.tokenizer, console)
         cfg = _replace(
