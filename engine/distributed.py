@@ -67,6 +67,10 @@ def connect(processes: int | None, process: int | None, coordinator: str | None,
         raise UserError(
             "JAX_DISTRIBUTED_VERIFY_SECURE_CREDENTIALS wants JAX_MTLS_CERT_FILE, JAX_MTLS_KEY_FILE and JAX_MTLS_CA_FILE."
         )
+    for name in ("CERT", "KEY", "CA"):
+        path = getattr(jax.config, f"jax_mtls_{name.lower()}_file")
+        if path and not os.access(path, os.R_OK):
+            raise UserError(f"JAX_MTLS_{name}_FILE names {path}, which is not there or cannot be read.")
     where = coordinator or "the cluster's coordinator"
     if coordinator and process:
         _reach(coordinator, seconds)

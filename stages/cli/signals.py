@@ -16,6 +16,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from engine import distributed
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SHOW_CURSOR = "\x1b[?25h"
 NUDGE, PATIENCE = 0.1, 1.0  # seconds for the main thread to hear of a signal, and to end
@@ -92,8 +94,10 @@ class SignalState:
                 waits = [NUDGE, PATIENCE]
 
     def end_now(self, sentence: str) -> None:
+        code = 128 + (self.received or signal.SIGINT)
         _print(f"{SHOW_CURSOR if os.isatty(2) else ''}Stopped {sentence}")
-        os._exit(128 + (self.received or signal.SIGINT))
+        distributed.end(code, "it was stopped by a signal.")  # if process 0 only left, JAX would abort the others
+        os._exit(code)
 
 
 _now = SignalState(phase="before anything was begun.")

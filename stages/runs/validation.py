@@ -76,9 +76,9 @@ def quick_evaluator(cfg: ModelConfig, text: TokenFile, tokenizer: Tokenizer, nat
         count = min(QUICK_WINDOWS, max(rows, last // seq))
         starts, shards = np.linspace(0, last, -(-count // rows) * rows).astype(np.int64), row_shards()
         rows = min(rows, -(-len(starts) // shards)) * shards
-        starts = np.pad(starts, (0, -len(starts) % rows), constant_values=-1).reshape(-1, rows, 1)
-        mask = np.broadcast_to(starts >= 0, (*starts.shape[:2], seq))
-        batches = [window_batch(text.tokens, *part) for part in zip(np.maximum(starts, 0) + np.arange(seq), mask)]
+        first = np.pad(starts, (0, -len(starts) % rows), constant_values=-1).reshape(-1, rows, 1)
+        mask = np.broadcast_to(first >= 0, (*first.shape[:2], seq))
+        batches = [window_batch(text.tokens, *part) for part in zip(np.maximum(first, 0) + np.arange(seq), mask)]
     else:
         batches = [next(evaluation_windows(text.tokens, seq, seq, rows))]
     size = sum(tokenizer.count_bytes(np.asarray(b.targets)[np.asarray(b.mask)]) for b in batches)

@@ -107,6 +107,8 @@ class TrainFlags(RunFlags):
         if not self.preset:
             object.__setattr__(self, "preset", "tiny" if self.by_hand else "demo")
         preset(self.preset)  # raises for an unknown one, with the nearest name
+        if self.accelerator and not (self.dry_run and self.mesh.mesh):
+            raise UserError("--accelerator is what --dry-run --mesh AXES predicts for: give all three, or leave it out.")
         if self.by_hand:
             self._check_by_hand()
 

@@ -54,6 +54,7 @@ Failing = Callable[..., str]
         (["--validation", "nowhere.txt"], ["nowhere.txt"]),
         (["--data", "smollm2-135m-instruct"], ["is a model, not a text"]),
         (["--context", "100000"], ["shorter context"]),
+        (["--accelerator", "h100", "--mesh", "fsdp=2"], ["--dry-run --mesh AXES"]),
         (["--batch", "100000000", "--dry-run"], []),
     ],
 )

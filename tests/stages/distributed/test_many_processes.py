@@ -10,6 +10,7 @@ import subprocess
 import time
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from many_processes import FLAGS, STEPS, finish, until, until_saved
@@ -17,10 +18,12 @@ from tiny_runs import ROOT, WORDS, metrics, tiny, typed, write_text
 
 from engine import distributed
 from engine.distributed import RESTART
+from engine.errors import UserError
 from engine.model.paths import leaf_paths
 from engine.storage import checkpoint
 from engine.storage.adapter import load_adapter
 from engine.storage.model_loader import read_config
+from stages.cli.signals import SignalState
 from stages.finetune import __main__ as finetune
 from stages.train import __main__ as train
 
@@ -167,6 +170,23 @@ def test_a_folder_that_is_not_shared_is_refused(start, text, tmp_path):
     codes, [error, other] = finish(start(2, "train", *tiny(text, tmp_path, *FLAGS), own=own))
     assert (codes, other) == ({2}, ""), "once, by process 0"
     assert "is not shared: process 1 does not see what process 0 writes" in error
+
+
+def test_a_certificate_that_is_not_there_is_named(tmp_path):
+    jax.config.update("jax_mtls_key_file", str(tmp_path / "key.pem"))
+    try:
+        with pytest.raises(UserError, match=r"JAX_MTLS_KEY_FILE names .*key.pem"):
+            distributed.connect(2, 0, "127.0.0.1:1", 1.0)
+    finally:
+        jax.config.update("jax_mtls_key_file", None)
+
+
+def test_a_process_that_a_signal_ends_tells_the_others_before(monkeypatch):
+    calls = []
+    monkeypatch.setattr(distributed, "end", lambda code, sentence: calls.append(code))
+    monkeypatch.setattr(os, "_exit", lambda code: calls.append("gone"))
+    SignalState(received=signal.SIGTERM).end_now("here.")
+    assert calls == [128 + signal.SIGTERM, "gone"]
 
 
 def test_a_coordinator_that_is_not_there(failing, text, tmp_path):
