@@ -17,7 +17,7 @@ its t-th of every part, and a device computes whole heads. That is in memory onl
 import contextlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -67,9 +67,9 @@ def make_inference_mesh(text: str | None) -> Mesh | None:
     return make_mesh(shape, jax.devices()[: shape.devices])
 
 
-def check_inference(cfg: ModelConfig) -> None:
-    """Raises UserError when the mesh of this thread, if any, cannot cut the model."""
-    if (mesh := current_mesh()) is not None:
+def check_inference(cfg: ModelConfig, mesh: Mesh | None) -> None:
+    """Raises UserError when the mesh, if any, cannot cut the model."""
+    if mesh is not None:
         check_mesh(shape := MeshShape(**mesh.shape), cfg, batch=shape.row_shards)
 
 
@@ -136,9 +136,17 @@ def _shapes_on(tree: Any, wheres: Any) -> Any:
     return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, wheres)
 
 
-def host_memory() -> contextlib.AbstractContextManager[Any]:
-    """Makes arrays in the host's memory within the block, if there is a mesh to `place` them on afterwards."""
-    return contextlib.nullcontext() if current_mesh() is None else jax.default_device(jax.local_devices(backend="cpu")[0])
+@contextlib.contextmanager
+def host_memory(wanted: bool) -> Iterator[None]:
+    """Makes arrays in the host's memory within the block, if `wanted`: to `place` them on a mesh afterwards.
+
+    Without this thread's mesh: on one, JAX computes on all its devices, and each would get the whole model.
+    """
+    if not wanted:
+        yield
+        return
+    with jax.set_mesh(None), jax.default_device(jax.local_devices(backend="cpu")[0]):
+        yield
 
 
 def make_sharded_cache(make: Callable[[], Any]) -> Any:
@@ -174,9 +182,11 @@ def place(cfg: ModelConfig, params: Any) -> Any:
     if mesh is None:
         return params
     wanted = jax.eval_shape(lambda tree: group_columns(cfg, tree), params)
-    read = lambda x, order=None: (
-        lambda index: np.asarray(x[index[:-1]][..., order[index[-1]]] if order is not None else x[index])
-    )
+
+    def read(x: Any, order: Any = None) -> Callable[[Any], np.ndarray]:
+        whole = np.asarray(x)  # no copy of an array in the host's memory, which JAX would send to every device to index it
+        return lambda index: whole[index] if order is None else whole[index[:-1]][..., order[index[-1]]]
+
     readers = regroup(cfg, params, lambda x, widths: read(x, file_order(widths, column_shards())), column_shards())
     make = lambda leaf, where, part: jax.make_array_from_callback(
         leaf.shape, where, part if callable(part) else read(part), dtype=leaf.dtype

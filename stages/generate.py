@@ -68,13 +68,14 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     from stages.cli.compile_counter import CompileCounter
 
     notes = Console(sys.stderr)
-    with sharding.host_memory():
-        model = load_model(flags.model, on_config=sharding.check_inference)
+    mesh = sharding.current_mesh()
+    with sharding.host_memory(mesh is not None):
+        model = load_model(flags.model, on_config=lambda cfg: sharding.check_inference(cfg, mesh))
     notes.print_notes(model.notes)
     text = decode_utf8(sys.stdin.buffer.read(), "The prompt on standard input") if flags.prompt == "-" else flags.prompt
     prompt = [*model.tokenizer.bos_ids, *model.tokenizer.encode(text or "\n").tolist()]
-    with sharding.host_memory():
-        params = decode.prepare_params(model.cfg, model.params)
+    with sharding.host_memory(mesh is not None):
+        params = decode.prepare_params(model.cfg, model.params, mesh is None)
     params = sharding.place(model.cfg, params)
     fields, source = choose_sampling(model.sampling, flags.sampling.overrides, {"temperature": TEMPERATURE}, notes)
     sampling = SamplingParams(flags.sampling.max_tokens, seed=flags.sampling.seed, stop_token_ids=model.eos_ids, **fields)

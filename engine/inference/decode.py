@@ -36,13 +36,14 @@ from engine.model.weights.matmul import cast_matrices
 CHUNK = 64  # prompt tokens a prefill call; every prompt is padded to a multiple
 
 
-def prepare_params(cfg: ModelConfig, params: Params) -> Params:
+def prepare_params(cfg: ModelConfig, params: Params, whole: bool = True) -> Params:
     """Prepares weights for inference, once: matrices in the compute dtype, adapters merged.
 
-    Gains, biases and Int8 leaves stay; a CPU gets integers in the layout in which it multiplies them fastest.
+    Gains, biases and Int8 leaves stay; a CPU that holds them `whole` gets integers in the layout in which it multiplies them
+    fastest.
     """
 
-    transposes = platform() == "cpu" and sharding.column_shards() == 1
+    transposes = whole and platform() == "cpu"
 
     def lay_out(_: str, leaf: Any) -> Any:
         return store_transposed(leaf) if transposes and isinstance(leaf, Int8) and leaf.activations != "full" else leaf

@@ -36,10 +36,11 @@ Rows = list[tuple[str, str]]  # to print
 def run(flags: EvaluateFlags, device: Device) -> None:
     """Loads the model, scores the data, prints. Raises RuntimeError when scoring changed a weight."""
     shape = mesh_shape(flags.mesh.mesh)
-    with Console() as console, jax.set_mesh(make_mesh_here(shape) if shape else None):
+    mesh = make_mesh_here(shape) if shape else None
+    with Console() as console, jax.set_mesh(mesh):
         data = _read_conversations(flags.data) if flags.data else None
-        with distributed.process_0_first(), console.task("loading"), sharding.host_memory():
-            model = load_model(flags.model, on_config=sharding.check_inference)
+        with distributed.process_0_first(), console.task("loading"), sharding.host_memory(mesh is not None):
+            model = load_model(flags.model, on_config=lambda cfg: sharding.check_inference(cfg, mesh))
         console.print_notes(model.notes)
         console.print_rows([("device", str(device_with_mesh(device, shape))), ("model", str(model))])
         if distributed.process_count() > 1:

@@ -100,7 +100,7 @@ class FineTuning(ModelStage):
 
         if examples.general != "none":
             check_text_name(examples.general)
-        super().__init__(flags.model, lora, options.folder, console, read_template(examples.template), make_plan)
+        super().__init__(flags.model, lora, options.folder, console, read_template(examples.template), make_plan, options.mesh)
         self.plan = dataclasses.replace(self.plan, name=self.model.name)
         self.dataset = prepare_conversations(
             examples.data, examples.validation, tuning.objective, tuning.context, self.model, self.chat, console

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from engine import distributed
 from engine.counting.params import count_params
 from engine.model.config import LoraConfig, ModelConfig
-from engine.sharding import current_mesh, place
+from engine.sharding import host_memory, place
 from engine.storage.adapter import save_adapter
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model
@@ -21,7 +21,7 @@ from engine.text.chat_tokenizer import ChatTokenizer
 from engine.training.optimizer import make_optimizer
 from engine.training.step import TrainState, init_state
 from stages.cli.console import Console
-from stages.runs.mesh import on_one_device
+from stages.runs.mesh import mesh_shape, on_one_device
 from stages.runs.run import Stage
 from stages.runs.trainable import split_trainable
 
@@ -33,10 +33,11 @@ class ModelStage(Stage):
 
     def __init__(
         self, name: str, lora: LoraConfig | None, folder: Path, console: Console, template: str | None = None,
-        on_config: Callable[[ModelConfig], None] = lambda cfg: None,
+        on_config: Callable[[ModelConfig], None] = lambda cfg: None, mesh: str | None = None,
     ) -> None:  # fmt: skip
         self.name, self.lora, self.folder, self.console = name, lora, folder, console
-        with console.task(f"loading {name}") as report:
+        self.on_mesh = mesh_shape(mesh) is not None
+        with console.task(f"loading {name}") as report, host_memory(self.on_mesh):
             self.model = load_model(name, dtype=None if lora else "float32", report=report, on_config=on_config)
         console.print_notes(self.model.notes)
         # Saved with the run: the chat's template, and all ids that end a completion.
@@ -50,7 +51,8 @@ class ModelStage(Stage):
         """Splits the parameters, and adds the digest of all, as loaded, to the facts, for `find_previous_run`."""
         params, plan = self.model.params, self.plan
         assert plan.trainable is not None
-        self.split = split_trainable(plan.cfg, params, plan.trainable, self.lora, plan.base, plan.seed)
+        with host_memory(self.on_mesh):
+            self.split = split_trainable(plan.cfg, params, plan.trainable, self.lora, plan.base, plan.seed)
         path = Path(self.name).expanduser()  # absolute, to be found again
         source = str(path.absolute()) if path.exists() else self.name
         self.facts = {
@@ -62,9 +64,9 @@ class ModelStage(Stage):
             self.model = dataclasses.replace(self.model, params=None)  # frees the float weights
 
     def place(self) -> None:
-        """Spreads the parameters over the mesh; what was loaded leaves the device, where it was whole."""
+        """Spreads the parameters over the mesh, from the host's memory, which keeps what was loaded."""
         cfg, split = self.plan.cfg, self.split
-        if current_mesh():
+        if self.on_mesh:
             self.split = dataclasses.replace(
                 split, trainable=place(cfg, split.trainable), frozen=place(cfg, split.frozen),
                 frozen_as_loaded=jax.device_get(split.frozen_as_loaded),

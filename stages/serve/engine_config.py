@@ -49,11 +49,11 @@ class EngineConfig:
         """Returns cfg with `weights` as the compute dtype; as it is for int8."""
         return cfg if self.weights == "int8" else dataclasses.replace(cfg, dtype=self.weights)  # type: ignore[arg-type]
 
-    def prepare_params(self, cfg: ModelConfig, params: Any) -> Any:
-        """Returns params as the programs use them: adapters merged, and quantized for int8."""
+    def prepare_params(self, cfg: ModelConfig, params: Any, whole: bool = True) -> Any:
+        """Returns params as the programs use them, `whole` on one device: adapters merged, and quantized for int8."""
         if self.weights == "int8":
             params = quantize(merge_lora(params, cfg.dtype))
-        return decode.prepare_params(cfg, params)
+        return decode.prepare_params(cfg, params, whole)
 
     @property
     def slot_options(self) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class CompileAhead:
     def _run(self, config: EngineConfig, cfg: ModelConfig, mesh: Any) -> None:
         with contextlib.suppress(Exception), jax.set_mesh(mesh):
             loaded = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in leaf_shapes(cfg).items()}
-            shapes = jax.eval_shape(lambda params: config.prepare_params(cfg, params), unflatten(loaded))
+            shapes = jax.eval_shape(lambda params: config.prepare_params(cfg, params, mesh is None), unflatten(loaded))
             for program in compile_ahead(cfg, shapes, **config.slot_options):
                 self._compiled.put(program)
                 if self._stopping:

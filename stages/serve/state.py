@@ -102,11 +102,15 @@ def load_state(
     UserError.
     """
     source = read_template(template)
-    ahead = CompileAhead()
+    ahead, mesh = CompileAhead(), sharding.current_mesh()
 
     def on_config(cfg: ModelConfig) -> None:
+        with jax.set_mesh(mesh):
+            configure(cfg)
+
+    def configure(cfg: ModelConfig) -> None:
         nonlocal engine_config
-        sharding.check_inference(cfg)
+        sharding.check_inference(cfg, mesh)
         devices = sharding.column_shards() if device.backend != "cpu" else 1  # virtual devices share one memory
         engine_config = engine_config.with_capacity(cfg, devices * free_memory_bytes())
         if (engine_config.capacity or 0) <= cfg.context:  # else `Slots` refuses it
@@ -115,7 +119,10 @@ def load_state(
             ahead.begin(engine_config, cfg)
 
     try:
-        with console.task(f"loading {model_name or 'the newest finished run'}") as report, sharding.host_memory():
+        with (
+            console.task(f"loading {model_name or 'the newest finished run'}") as report,
+            sharding.host_memory(mesh is not None),
+        ):
             model = load_model(model_name, report=report, on_config=on_config)
         console.print_notes(model.notes)
         now = datetime.datetime.now().isoformat(timespec="seconds")
@@ -154,9 +161,10 @@ def load_state(
 
 def _make_slots(model: LoadedModel, adapter: Path | None, engine_config: EngineConfig) -> Slots:
     cfg = engine_config.model_config(model.cfg)
-    with sharding.host_memory():
+    is_whole = sharding.current_mesh() is None
+    with sharding.host_memory(not is_whole):
         params = with_adapters(model.cfg, model.params, [adapter]) if adapter else model.params
-        params = engine_config.prepare_params(cfg, params)
+        params = engine_config.prepare_params(cfg, params, is_whole)
     params = jax.block_until_ready(sharding.place(cfg, params))
     try:
         return Slots(cfg, params, speculate=engine_config.speculate, **engine_config.slot_options)

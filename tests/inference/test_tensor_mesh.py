@@ -61,7 +61,9 @@ def facts_of(weights, tied):
     one, slots_of_one = greedy(prepared), make(prepared)
     slots_of_one.warm()
     with jax.set_mesh(sharding.make_inference_mesh(f"tensor={DEVICES}")):
-        placed = sharding.place(cfg, prepared)
+        with sharding.host_memory(True):
+            waiting = prepare_params(cfg, quantize(params) if weights == "int8" else params, whole=False)
+        placed = sharding.place(cfg, waiting)
         before, three, slots = digest(placed), greedy(placed), make(placed)
     slots.warm()
     compiles = CompileCounter()
@@ -75,6 +77,7 @@ def facts_of(weights, tied):
     return {
         "greedy tokens are those of one device": not exact or three == one,
         "sampled tokens too": not exact or sampled(complete(slots_of_one, prompts)) == sampled(together),
+        "one device makes the weights that are placed": {len(leaf.devices()) for leaf in jax.tree.leaves(waiting)} == {1},
         "neighbours change no bit": together[0] == lone[0],
         "nothing compiles after warm": compiles.count == 0,
         "weights are unchanged": digest(slots.params) == before and slots.params is placed,
