@@ -22,7 +22,7 @@ def orthogonalize() -> optax.GradientTransformationExtraArgs:
     That is the model's compute type: the iteration amplifies last bits, in bfloat16 until they show in a float32 run.
     """
 
-    def update(updates: Any, state: Any, params: Any = None, *, dtype: DTypeLike, **_: Any) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, *, dtype: DTypeLike = "float32", **_: Any) -> tuple[Any, Any]:
         return sharding.deal_out(lambda matrix: orthogonal(matrix, dtype), updates), state
 
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
