@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from engine.errors import UserError
@@ -131,3 +131,18 @@ def _with_extra(extra: str) -> str:
 
 def _has_nvidia_driver() -> bool:
     return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+
+
+@contextlib.contextmanager
+def host_memory(wanted: bool) -> Iterator[None]:
+    """Makes arrays in the host's memory within the block, if `wanted`: to `sharding.place` them on a mesh afterwards.
+
+    Without this thread's mesh: on one, JAX computes on all its devices, and each would get the whole model.
+    """
+    import jax
+
+    if not wanted:
+        yield
+        return
+    with jax.set_mesh(None), jax.default_device(jax.local_devices(backend="cpu")[0]):
+        yield

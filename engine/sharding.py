@@ -14,10 +14,9 @@ On a `tensor` axis of t devices, the columns of a matrix with several parts (q, 
 its t-th of every part, and a device computes whole heads. That is in memory only; files hold the parts one after another.
 """
 
-import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -136,19 +135,6 @@ def _shapes_on(tree: Any, wheres: Any) -> Any:
     return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, wheres)
 
 
-@contextlib.contextmanager
-def host_memory(wanted: bool) -> Iterator[None]:
-    """Makes arrays in the host's memory within the block, if `wanted`: to `place` them on a mesh afterwards.
-
-    Without this thread's mesh: on one, JAX computes on all its devices, and each would get the whole model.
-    """
-    if not wanted:
-        yield
-        return
-    with jax.set_mesh(None), jax.default_device(jax.local_devices(backend="cpu")[0]):
-        yield
-
-
 def make_sharded_cache(make: Callable[[], Any]) -> Any:
     """Returns `make()`, a KV cache, on a mesh laid out as `pin_cache` does, each device making its own part."""
     return make() if current_mesh() is None else jax.jit(lambda: pin_cache(make()))()
@@ -176,7 +162,7 @@ def init_sharded(begin: Callable[..., Any], *args: Any) -> Any:
 def place(cfg: ModelConfig, params: Any) -> Any:
     """Lays parameters, ordered as in files, out over the mesh. Each device reads its own part; NumPy may be memory-mapped.
 
-    To load a model that no single device holds, do so in `host_memory`.
+    To load a model that no single device holds, do so in `device.host_memory`.
     """
     mesh = current_mesh()
     if mesh is None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
-from engine.device import Device, start_jax
+from engine.device import Device, host_memory, start_jax
 from engine.format import duration
 from engine.text.jsonl import decode_utf8
 from stages.cli import process, signals
@@ -69,12 +69,12 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
 
     notes = Console(sys.stderr)
     mesh = sharding.current_mesh()
-    with sharding.host_memory(mesh is not None):
+    with host_memory(mesh is not None):
         model = load_model(flags.model, on_config=lambda cfg: sharding.check_inference(cfg, mesh))
     notes.print_notes(model.notes)
     text = decode_utf8(sys.stdin.buffer.read(), "The prompt on standard input") if flags.prompt == "-" else flags.prompt
     prompt = [*model.tokenizer.bos_ids, *model.tokenizer.encode(text or "\n").tolist()]
-    with sharding.host_memory(mesh is not None):
+    with host_memory(mesh is not None):
         params = decode.prepare_params(model.cfg, model.params, mesh is None)
     params = sharding.place(model.cfg, params)
     fields, source = choose_sampling(model.sampling, flags.sampling.overrides, {"temperature": TEMPERATURE}, notes)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
 from engine import distributed, sharding
-from engine.device import Device
+from engine.device import Device, host_memory
 from engine.errors import UserError
 from engine.format import format_count
 from engine.inference.score import score
@@ -39,7 +39,7 @@ def run(flags: EvaluateFlags, device: Device) -> None:
     mesh = make_mesh_here(shape) if shape else None
     with Console() as console, jax.set_mesh(mesh):
         data = _read_conversations(flags.data) if flags.data else None
-        with distributed.process_0_first(), console.task("loading"), sharding.host_memory(mesh is not None):
+        with distributed.process_0_first(), console.task("loading"), host_memory(mesh is not None):
             model = load_model(flags.model, on_config=lambda cfg: sharding.check_inference(cfg, mesh))
         console.print_notes(model.notes)
         console.print_rows([("device", str(device_with_mesh(device, shape))), ("model", str(model))])

@@ -14,7 +14,7 @@ import jax
 
 from engine import sharding
 from engine.counting.hardware import free_memory_bytes
-from engine.device import Device
+from engine.device import Device, host_memory
 from engine.errors import UserError
 from engine.format import format_bytes
 from engine.inference.sampling_params import SamplingParams
@@ -121,7 +121,7 @@ def load_state(
     try:
         with (
             console.task(f"loading {model_name or 'the newest finished run'}") as report,
-            sharding.host_memory(mesh is not None),
+            host_memory(mesh is not None),
         ):
             model = load_model(model_name, report=report, on_config=on_config)
         console.print_notes(model.notes)
@@ -162,7 +162,7 @@ def load_state(
 def _make_slots(model: LoadedModel, adapter: Path | None, engine_config: EngineConfig) -> Slots:
     cfg = engine_config.model_config(model.cfg)
     is_whole = sharding.current_mesh() is None
-    with sharding.host_memory(not is_whole):
+    with host_memory(not is_whole):
         params = with_adapters(model.cfg, model.params, [adapter]) if adapter else model.params
         params = engine_config.prepare_params(cfg, params, is_whole)
     params = jax.block_until_ready(sharding.place(cfg, params))

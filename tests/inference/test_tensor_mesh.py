@@ -43,6 +43,7 @@ def facts_of(weights, tied):
     from tiny import lively_params
 
     from engine import sharding
+    from engine.device import host_memory
     from engine.inference.decode import generate, prepare_params
     from engine.inference.sampling_params import SamplingParams
     from engine.inference.slots import Slots
@@ -61,7 +62,7 @@ def facts_of(weights, tied):
     one, slots_of_one = greedy(prepared), make(prepared)
     slots_of_one.warm()
     with jax.set_mesh(sharding.make_inference_mesh(f"tensor={DEVICES}")):
-        with sharding.host_memory(True):
+        with host_memory(True):
             waiting = prepare_params(cfg, quantize(params) if weights == "int8" else params, whole=False)
         placed = sharding.place(cfg, waiting)
         before, three, slots = digest(placed), greedy(placed), make(placed)
