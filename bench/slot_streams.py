@@ -1,5 +1,6 @@
 """Times prefill and decoding of streams through our `Slots` beside the same streams through llama.cpp."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from operator import itemgetter
@@ -17,7 +18,9 @@ from engine.inference.request import Request
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.scheduler import DRAFT_ROWS
 from engine.inference.slots import Slots
-from engine.model.weights.int8 import quantize
+from engine.model.native.library import native_problem
+from engine.model.paths import map_paths
+from engine.model.weights.int8 import Int8, quantize
 from engine.storage.assets import fetch
 from engine.storage.model_loader import load_model, locate
 
@@ -57,6 +60,9 @@ def measure_streams(
         raise UserError(f"There is no .gguf file at {model_name}; give one, or smollm2-135m-instruct.")
     model = load_model(model_name)
     weights = prepare_params(model.cfg, quantize(model.params))
+    by_xla = map_paths(lambda _, leaf: dataclasses.replace(leaf, native=False) if isinstance(leaf, Int8) else leaf, weights)
+    if problem := native_problem():
+        print(f"without the kernel in C: {problem}", flush=True)
     # 32 passages of 512 tokens, evenly spaced in the held-out plays.
     text = fetch("shakespeare")["validation"].read_text(encoding="utf-8")
     starts = (place * (len(text) // 32) for place in range(32))
@@ -70,6 +76,8 @@ def measure_streams(
             prompts = [passage[: row.prompt] for passage in passages[: row.streams]]
             tokens = 2 if row.name.startswith("prefill") else new
             calls = {"ours": _our_run(model.cfg, weights, prompts, tokens, row.drafts, keys_values)}
+            if row.name == "decode_1_plain" and not problem:
+                calls["by_xla"] = _our_run(model.cfg, by_xla, prompts, tokens, row.drafts, keys_values)
             if peer:
                 try:
                     file = str(location.path)
@@ -145,5 +153,9 @@ def _measure_row(row: StreamRow, calls: dict[str, Callable[[], StreamResult]], n
         line += f"; llama.cpp {theirs:6.0f}: {'ratio lost in noise' if over.ratio is None else f'{over} times'}"
         if least:
             line += f" (at least {least:g}{UNMET[over.exceeds(least)]})"
+    if "by_xla" in calls:
+        over = ratio(timings["by_xla"], timings["ours"])
+        fields |= {"native_ratio": over.ratio, "native_same": tokens["by_xla"] == tokens["ours"]}
+        line += f"; without the kernel in C {count / timings['by_xla'].median:.0f}: {over} times"
     print(line, flush=True)
     return fields

@@ -26,6 +26,7 @@ from engine.inference.sampling_params import SamplingParams
 from engine.inference.sequence import STEPS, Sequence
 from engine.model.cache.contiguous import KVCache, make_cache
 from engine.model.config import ModelConfig
+from engine.model.native.library import native_problem
 from engine.model.ops import ops, platform
 from engine.model.paths import map_paths
 from engine.model.transformer import Params, forward, hidden_states, logits_of
@@ -40,13 +41,15 @@ def prepare_params(cfg: ModelConfig, params: Params, whole: bool = True) -> Para
     """Prepares weights for inference, once: matrices in the compute dtype, adapters merged.
 
     Gains, biases and Int8 leaves stay; a CPU that holds them `whole` gets integers in the layout in which it multiplies them
-    fastest.
+    fastest, and for the kernel of `engine/model/native` where there is one.
     """
 
     transposes = whole and platform() == "cpu"
 
     def lay_out(_: str, leaf: Any) -> Any:
-        return store_transposed(leaf) if transposes and isinstance(leaf, Int8) and leaf.activations != "full" else leaf
+        if not (transposes and isinstance(leaf, Int8) and leaf.activations != "full"):
+            return leaf
+        return dataclasses.replace(store_transposed(leaf), native=not native_problem())
 
     return cast_matrices(map_paths(lay_out, merge_lora(params, cfg.dtype)), cfg.dtype)
 

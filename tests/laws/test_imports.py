@@ -16,7 +16,9 @@ files allocator model.config model.paths
 model.column_groups mesh_shape
 sharding
 device distributed model.layers model.fused_attention model.cache.contiguous by_hand
-model.ops model.weights.int8
+model.native
+model.ops
+model.weights.int8
 model.attention model.backward model.weights.lora model.cache.segmented
 model.weights.lora_matmul
 model.weights.matmul

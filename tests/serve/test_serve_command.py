@@ -257,10 +257,13 @@ def load_state(folder: Path, sampling: Any = None, **options: Any) -> tuple[Serv
 
 
 @pytest.mark.parametrize("weights", ["int8", "bfloat16", "float32"])
-def test_the_type_of_the_weights(folder, weights, capsys, count_compiles):
+def test_the_type_of_the_weights(folder, weights, capsys, count_compiles, monkeypatch):
+    monkeypatch.setattr(module, "native_problem", lambda: "there is no compiler")
     state, ahead = load_state(folder, weights=weights, slots=2, prefix_cache_bytes=10**6)
     state.tokenizer.close()
-    assert re.search(rf"weights +{weights}, [\d.]+ kB, SHA-256 {state.digest[:16]}", capsys.readouterr().out)
+    output = capsys.readouterr().out
+    assert re.search(rf"weights +{weights}, [\d.]+ kB, SHA-256 {state.digest[:16]}", output)
+    assert ("with the kernel in C, but there is no compiler." in output) == (weights == "int8")
     assert (state.engine.capacity, state.name) == (150, "sea")
     programs, reports = list(ahead), []
     assert len(programs) == len(dict(programs)) == programs[0][1] == 10

@@ -21,25 +21,29 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from engine.errors import UserError
+from engine.model.ops import ops
 from engine.model.paths import Params, first_match, leaf_paths, map_paths
 
 Activations = Literal["int8", "int16", "full"]
 Rule = tuple[str, Activations | None]
 FINE = 254  # steps of x's second digit in one of the first
+NATIVE_ROWS = 16  # up to which the kernel of `native/` is the faster
 FEW = 16  # rows up to which a product takes as long as reading the weight
 MANY = 8192  # columns beyond which transposing the result costs more than packing the weight: a head
 LARGEST = 127  # -128 is not used, so that a weight and its negative are rounded alike
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=["activations", "axis", "transposed"]
-)
+    jax.tree_util.register_dataclass,
+    data_fields=["values", "scale"], meta_fields=["activations", "axis", "transposed", "native"],
+)  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class Int8:
     """values (in, out) int8, scale (out,) float32: the weight is values * scale.
 
     The scale runs along `axis`: 1, a scale a column; 0, a scale a row, for the embedding (V, D), by whose transpose a tied
-    head multiplies. `transposed` values lie as (out, in); shape and matrix are the same.
+    head multiplies. `transposed` values lie as (out, in); shape and matrix are the same. `native`: few rows are multiplied
+    by the kernel of `native/`, to the same bits.
     """
 
     values: Array
@@ -47,6 +51,7 @@ class Int8:
     activations: Activations = "int8"
     axis: int = 1
     transposed: bool = False
+    native: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -145,15 +150,16 @@ def two_digit_rows(x: Array) -> tuple[Array, Array]:
 def join_digits(products: Array) -> Array:
     """products (..., 2 M, X) of two-digit rows -> (..., M, X) float32, still to be multiplied by the rows' scale."""
     first, second = jnp.split(products.astype(jnp.float32), 2, axis=-2)
-    return first + second / FINE
+    return first + second * (1 / FINE)
 
 
 def _scale_rows(x: Array) -> tuple[Array, Array]:
     """x (..., M, D) -> x / scale and scale (..., M, 1), float32."""
     x = x.astype(jnp.float32)
-    scale = jnp.abs(x).max(axis=-1) / LARGEST
+    scale = jnp.abs(x).max(axis=-1) * (1 / LARGEST)
     scale = jnp.where(scale == 0, 1, scale)[..., None]
-    return x / scale, scale
+    # Written as multiplications: XLA makes them of divisions in some programs and not in others.
+    return x * (1 / scale), scale
 
 
 def int8_matmul(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
@@ -172,6 +178,11 @@ def _contract(x: Array, values: Array, axis: int, **options: Any) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _multiply_integers(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
     fine = weight.activations == "int16"
+    kernel = ops().int8_products
+    if kernel and weight.native and len(x) <= NATIVE_ROWS:
+        product, row_scale = kernel(x, weight.values, 2 if fine else 1)
+        product = join_digits(product) if fine else product.astype(jnp.float32)
+        return (product * row_scale * weight.scale).astype(dtype)
     rows, row_scale = two_digit_rows(x) if fine else round_rows(x)
     if weight.contracting_axis == 1 and len(rows) <= FEW and len(weight.values) <= MANY:
         # The weight on the left is read as it lies, on the right it would be packed first; XLA would swap them back.

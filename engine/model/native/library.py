@@ -1,0 +1,115 @@
+"""Builds `int8_matmul.c` for this machine, once, into the user's cache folder, and registers it with XLA.
+
+The file is compiled by the system's C compiler (`$CC`, cc, gcc or clang) or by that of the extra `native`. Its name in the
+cache is a digest of all that it depends on, the processor's instructions among them, so that machines may share a folder.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+from jax import Array
+
+from engine.device import processor
+from engine.files import atomic_file, cache_folder
+
+SOURCE = Path(__file__).with_name("int8_matmul.c")
+TARGET = "thrice_int8_matmul"  # as XLA knows it, and the C function's name
+# Sums in float32 are nowhere; without contraction a rounding is XLA's, and without traps it is done for many numbers at once.
+FLAGS = ("-std=c11", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+DOT_PRODUCTS = {"x86_64": {"avx512_vnni"}, "aarch64": {"asimddp"}}  # as /proc/cpuinfo calls the instructions
+TUNING = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
+SECONDS = 60  # that a compiler may take; it takes one
+_lock = threading.Lock()
+
+
+class _Unavailable(Exception):
+    """Why there is no kernel here: the end of a sentence."""
+
+
+def int8_products(x: Array, values: Array, digits: int) -> tuple[Array, Array]:
+    """x (M, in), values (out, in) int8 -> the integer products (digits M, out) int32 of x rounded, and its scale (M, 1).
+
+    To the bit what `int8.round_rows` or, with 2 digits, `int8.two_digit_rows` and a product give, on one CPU where
+    `native_problem` is empty. Rows whose scale is NaN give any numbers.
+    """
+    M, out = len(x), len(values)
+    shapes = jax.ShapeDtypeStruct((digits * M, out), jnp.int32), jax.ShapeDtypeStruct((M, 1), jnp.float32)
+    products, scale = jax.ffi.ffi_call(TARGET, shapes)(x.astype(jnp.float32), values)
+    return products, scale
+
+
+def native_problem() -> str:
+    """Loads the kernel, building it if need be, and returns why it cannot be used; empty when it can. Remembers the answer."""
+    with _lock:
+        return _load()
+
+
+@functools.cache
+def _load() -> str:
+    try:
+        library = ctypes.CDLL(str(build_library()))
+        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(getattr(library, TARGET)), platform="cpu")
+    except (_Unavailable, OSError, AttributeError) as error:
+        return str(error)
+    return ""
+
+
+def build_library() -> Path:
+    """Returns the shared library of this machine, built if need be. Raises _Unavailable or OSError."""
+    machine, instructions = platform.machine(), processor()[1]
+    if not DOT_PRODUCTS.get(machine, set()) & {*instructions.split()}:
+        raise _Unavailable("this processor is not known to have dot products of int8")
+    problem = "there is no C compiler; install one, or the extra `native`"
+    for compiler in _compilers():
+        key = [SOURCE.read_text(), jaxlib.__version__, *FLAGS, machine, instructions, *compiler, *_stamp(compiler[0])]
+        path = cache_folder("native") / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.so"
+        if path.exists():
+            return path
+        with tempfile.TemporaryDirectory() as folder:
+            built = Path(folder) / "built.so"
+            arguments = (*FLAGS, TUNING[machine], f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(built))
+            try:
+                subprocess.run([*compiler, *arguments], check=True, capture_output=True, timeout=SECONDS)
+            except (OSError, subprocess.SubprocessError) as error:
+                output = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
+                problem = f"{compiler[0]} failed: {output.splitlines()[0]}"
+                continue
+            with atomic_file(path) as file:
+                file.write(built.read_bytes())
+            return path
+    raise _Unavailable(problem)
+
+
+def _compilers() -> Iterator[list[str]]:
+    """Yields the command of each C compiler: the user's alone if `$CC` names one."""
+    names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
+    for name in names:
+        words = shlex.split(name)
+        if words and (found := shutil.which(words[0])):
+            yield [found, *words[1:]]
+    if importlib.util.find_spec("ziglang"):
+        yield [sys.executable, "-m", "ziglang", "cc"]
+
+
+def _stamp(file: str) -> tuple[str, int, int]:
+    """Returns what changes when a compiler is updated."""
+    with contextlib.suppress(OSError):
+        status = os.stat(file)
+        return os.path.realpath(file), status.st_size, status.st_mtime_ns
+    return file, 0, 0

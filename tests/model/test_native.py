@@ -1,0 +1,140 @@
+"""The kernel in C: the bits of XLA's products, wherever it can be built; elsewhere a reason, and XLA's products."""
+
+import dataclasses
+import functools
+import os
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import lively_params, normal, tiny_config
+
+from engine.inference.decode import prepare_params
+from engine.inference.request import Request
+from engine.inference.sampling_params import SamplingParams
+from engine.inference.slots import Slots
+from engine.model.native import library
+from engine.model.native.library import build_library, native_problem
+from engine.model.paths import leaf_paths, map_paths
+from engine.model.weights.int8 import NATIVE_ROWS, Int8, int8_matmul, quantize, quantize_matrix, store_transposed
+
+SHAPES = [(64, 3), (1, 70), (190, 701)]  # whole cache lines and others; one part and several
+multiply = jax.jit(int8_matmul, static_argnames="dtype")
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    if problem := native_problem():
+        pytest.skip(f"there is no kernel here: {problem}")
+
+
+@functools.cache
+def weight(shape: tuple[int, int], activations: str) -> Int8:
+    return store_transposed(quantize_matrix(normal(1, *shape), activations))
+
+
+def rows_of(seed: int, rows: int, width: int, spoil: float) -> jax.Array:
+    """Rows of very different sizes: one zero, one tiny, one spoiled."""
+    generator = np.random.default_rng(seed)
+    x = generator.standard_normal((rows, width)) * 10.0 ** generator.integers(-30, 30, (rows, 1))
+    x[seed % rows] = 0
+    x[(seed + 1) % rows] = 1e-39
+    x[(seed + 2) % rows, seed % width] += spoil
+    return jnp.asarray(x, jnp.float32)
+
+
+@pytest.mark.parametrize("activations", ["int8", "int16"])
+@settings(max_examples=30)
+@given(
+    st.sampled_from(SHAPES),
+    st.sampled_from([1, 3, 7, NATIVE_ROWS]),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([0.0, np.nan, np.inf]),
+)
+def test_products_have_the_bits_that_xla_gives_them(kernel, activations, shape, rows, seed, spoil):
+    leaf, x = weight(shape, activations), rows_of(seed, rows, shape[0], spoil)
+    ours = multiply(x, dataclasses.replace(leaf, native=True), jnp.float32)
+    np.testing.assert_array_equal(ours, multiply(x, leaf, jnp.float32))
+
+
+def uses_kernel(params) -> bool:
+    return any(leaf.native for leaf in leaf_paths(params).values() if isinstance(leaf, Int8))
+
+
+def test_a_model_samples_the_same_with_and_without(kernel):
+    """Tokens and log-probabilities, of a lone sequence beside idle rows and of several."""
+    cfg = tiny_config(dtype="bfloat16", tied=True)
+    params = prepare_params(cfg, quantize(lively_params(cfg)))
+    assert uses_kernel(params)
+    without = map_paths(lambda _, leaf: dataclasses.replace(leaf, native=False) if isinstance(leaf, Int8) else leaf, params)
+
+    def completions(params) -> list[str]:
+        slots = Slots(cfg, params, slots=3, capacity=16, chunk=16, tail=16, speculate=False)
+        events = []
+        for prompts in ([(1, 2, 3)], [(4, 5), (6,), (7, 8)]):
+            for prompt in prompts:
+                slots.submit(Request(prompt, SamplingParams(9, temperature=0.8, seed=len(prompt), logprobs=3)))
+            while slots.busy:
+                events += slots.step()
+        return [repr(event) for event in events]
+
+    assert completions(params) == completions(without)
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """A cache folder in which nothing is built."""
+    monkeypatch.setenv("THRICE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("CC", raising=False)
+    library._load.cache_clear()
+    yield monkeypatch
+    library._load.cache_clear()
+
+
+def without_kernel(reason: str) -> None:
+    """Checks the reason, and that a model is then multiplied by XLA."""
+    assert reason in native_problem()
+    cfg = tiny_config(dtype="bfloat16")
+    assert not uses_kernel(prepare_params(cfg, quantize(lively_params(cfg))))
+
+
+def test_without_a_compiler(fresh, tmp_path):
+    fresh.setenv("PATH", str(tmp_path))
+    fresh.setattr(library.importlib.util, "find_spec", lambda name: None)
+    without_kernel("there is no C compiler; install one, or the extra `native`")
+
+
+def test_a_compiler_that_fails(fresh, tmp_path):
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\necho no room >&2\nexit 1\n")
+    broken.chmod(0o755)
+    fresh.setenv("CC", f"{broken} -x")
+    fresh.setattr(library.importlib.util, "find_spec", lambda name: None)
+    without_kernel(f"{broken} failed: no room")
+    assert not [*(tmp_path / "cache" / "native").iterdir()]
+
+
+def test_another_processor(fresh):
+    fresh.setattr(library, "processor", lambda: ("486", "fpu"))
+    without_kernel("this processor is not known to have dot products")
+
+
+def test_it_is_built_once_for_each_processor_and_compiler(kernel, fresh):
+    path = build_library()
+    fresh.setattr(subprocess, "run", lambda *_, **__: pytest.fail("it was built again"))
+    assert build_library() == path
+    flags = library.processor()[1]
+    fresh.setattr(library, "processor", lambda: ("another", flags + " more"))
+    fresh.setattr(subprocess, "run", lambda command, **_: open(command[-1], "wb").close())
+    assert build_library().parent == path.parent
+    assert len([*path.parent.iterdir()]) == 2
+
+
+def test_a_cache_that_cannot_be_written(kernel, fresh):
+    fresh.setenv("THRICE_CACHE", "/proc/nowhere")
+    with pytest.warns(UserWarning, match="cannot be written"):
+        assert build_library().is_relative_to(os.environ["THRICE_CACHE"])
