@@ -6,8 +6,8 @@
 
 Both read the same GGUF file and prompts with all cores, in turns, greedily; ours through `Slots` as the server runs it, with
 int8 weights. A ratio is our tokens a second over the peer's, both of the median round. `decode_1` alone has speculative
-decoding, as a lone stream has by default. Each row has the slots that it can use, and is timed while all its streams are
-under way.
+decoding, as a lone stream has by default; `decode_1_plain` is timed without the kernel in C too. Each row has the slots that
+it can use, and is timed while all its streams are under way.
 """
 
 import dataclasses
