@@ -139,23 +139,28 @@ class TinyRun:
 
 
 def bits(folder: Path, step: int | None = None) -> dict[str, Any]:
-    """What a run logged, as hex, and the digests of the newest (or a) checkpoint's arrays, read by Orbax itself."""
+    """What a run logged, as hex, and the digests of the newest (or a) checkpoint's arrays."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    value = lambda row, name: row[name].hex() if isinstance(row[name], float) else row[name]
+    lasting = lambda row: [name for name in row if name not in ("step", "seconds", "tokens_per_second", "refused")]
+    values = [(row["step"], name, value(row, name)) for row in rows for name in lasting(row)]
+    return {"rows": values, **saved_bits(folder, step)}
+
+
+def saved_bits(folder: Path, step: int | None = None) -> dict[str, Any]:
+    """The newest (or a) checkpoint's step and the digests of its arrays, read by Orbax itself."""
     import jax
     import numpy as np
     from orbax.checkpoint import v1 as ocp
 
     from engine.storage.digest import digest
 
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    value = lambda row, name: row[name].hex() if isinstance(row[name], float) else row[name]
-    lasting = lambda row: [name for name in row if name not in ("step", "seconds", "tokens_per_second", "refused")]
-    values = [(row["step"], name, value(row, name)) for row in rows for name in lasting(row)]
     newest = folder.absolute() / "checkpoints" / str(step or checkpoint.steps(folder)[-1])
-    arrays = {}
+    found = {"step": newest.name}
     for part in ("params", "optimizer"):  # without shardings, whose devices were those of several processes
         like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), ocp.metadata(newest, part).metadata)
-        arrays[part] = digest(ocp.load(newest, like, checkpointable_name=part))
-    return {"step": newest.name, "rows": values, **arrays}
+        found[part] = digest(ocp.load(newest, like, checkpointable_name=part))
+    return found
 
 
 def differing(run: TinyRun, reference: dict[str, Any]) -> int:
