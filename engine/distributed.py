@@ -42,7 +42,7 @@ class _Group:
     process, processes = 0, 1
     mistake = ""  # of this process, which may be that of all
     joining = ""  # the sentence for an abort while it waits for the others
-    stderr = 2
+    error_output = 2
     describe_saved: Callable[[], str] = staticmethod(lambda: "Nothing was saved yet.")
     ending = threading.Lock()
     activity, patience, waited = "", float("inf"), 0.0  # seconds without progress until the watchdog ends it; and so far
@@ -78,7 +78,7 @@ def connect(processes: int | None, process: int | None, coordinator: str | None,
         f"Not all {processes or ''} processes met at {where} within {seconds:g} s: start each, with its own --process."
     )
     _handle_abort()
-    nowhere, _group.stderr = os.open(os.devnull, os.O_WRONLY), os.dup(2)
+    nowhere, _group.error_output = os.open(os.devnull, os.O_WRONLY), os.dup(2)
     os.dup2(nowhere, 2)  # JAX prints a stack trace before it aborts
     try:
         jax.distributed.initialize(
@@ -91,7 +91,7 @@ def connect(processes: int | None, process: int | None, coordinator: str | None,
             ) from error
         raise UserError(f"Process {process} cannot start at {where}: {error}. Give another address or port.") from error
     finally:
-        os.dup2(_group.stderr, 2)
+        os.dup2(_group.error_output, 2)
     state = distributed.global_state
     _group.client, _group.process, _group.processes, _group.joining = state.client, state.process_id, state.num_processes, ""
     threading.Thread(target=_watch, args=(state.client,), daemon=True, name="peers").start()
@@ -280,7 +280,7 @@ def _exit(code: int, sentence: str = "") -> None:
     if not _group.ending.acquire(blocking=False):
         time.sleep(FAREWELL + 60)  # another thread leaves
     with contextlib.suppress(OSError):
-        os.write(_group.stderr, ("\x1b[?25h\n" * os.isatty(2) + f"error: {sentence}\n" * bool(sentence)).encode())
+        os.write(_group.error_output, ("\x1b[?25h\n" * os.isatty(2) + f"error: {sentence}\n" * bool(sentence)).encode())
     if is_first():
         time.sleep(FAREWELL)
     os._exit(code)
