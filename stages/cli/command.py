@@ -30,6 +30,7 @@ LESS_MEMORY = {
     "group": "a smaller --group", "slots": "fewer --slots", "capacity": "a smaller --capacity",
     "max_tokens": "fewer --max-tokens",
 }  # fmt: skip
+DECODING = ("serve", "chat", "generate")  # commands whose threads have heaps of their own, see `keep_freed_memory`
 _arguments: list[str] = []
 
 
@@ -51,6 +52,10 @@ def run_command[Flags](
         )  # fmt: skip
         gc.enable()
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+        if name not in DECODING:
+            from engine.allocator import keep_freed_memory  # loads ctypes, which --help does without
+
+            keep_freed_memory()  # before the thread that reads signals starts: it would have a second heap made
         with signals.handle_signals():
             return command(options) or 0
     except SystemExit as exit:  # tyro has printed the help, or the mistake in a flag
