@@ -155,8 +155,9 @@ def init_sharded(begin: Callable[..., Any], *args: Any) -> Any:
 
     Matrices come with their columns grouped, see `group_columns`.
     """
-    wanted = shardings(jax.eval_shape(begin, *args))
-    return begin(*args) if wanted is None else jax.jit(begin, out_shardings=wanted)(*args)
+    if current_mesh() is None:
+        return begin(*args)
+    return jax.jit(begin, out_shardings=shardings(jax.eval_shape(begin, *args)))(*args)
 
 
 def place(cfg: ModelConfig, params: Any) -> Any:

@@ -37,7 +37,7 @@ from engine.files import atomic_folder, folder_lock, make_folder, sync_and_drop
 from engine.storage.digest import leaves_by_path
 from engine.storage.manifest import verify, write_manifest
 
-COMPARED_BYTES = 2**27  # at once, of a checkpoint that is read back
+GROUP_BYTES = 2**28  # of arrays that are read at once
 TOPIC = "save"  # a thread's own, see `share`
 INNER = "orbax"  # Orbax wants to make the folder itself
 
@@ -312,24 +312,16 @@ def _write_arrays(building: Path, trees: dict[str, Any], begun: Any = None) -> N
 
 
 def _compare_arrays(building: Path, trees: dict[str, Any]) -> None:
-    """Reads the arrays back, about COMPARED_BYTES at a time, and raises OSError for one that has other bits than in memory.
+    """Reads the arrays back, in groups, and raises OSError for one that has other bits than in memory.
 
     Each of several processes compares its own parts; all wait for process 0 before, and for one another after.
     """
     distributed.share(topic=TOPIC)
     for part, tree in trees.items():
-        leaves, structure = jax.tree.flatten(tree)
-        sums = itertools.accumulate(leaf.nbytes for leaf in leaves)
-        groups = [total // COMPARED_BYTES for total in sums]
-        for group in dict.fromkeys(groups):
-            # Orbax does not read the leaves that are `...`.
-            like = [
-                (_as_abstract if is_shared(leaf) else _on_host)(leaf) if at == group else ...
-                for leaf, at in zip(leaves, groups)
-            ]
-            abstract = jax.tree.unflatten(structure, like)
+        leaves = jax.tree.leaves(tree)
+        for group in _in_groups(jax.tree.map(lambda leaf: (_as_abstract if is_shared(leaf) else _on_host)(leaf), tree)):
             try:
-                read = _run_orbax(lambda ocp: ocp.load(building, abstract, checkpointable_name=part))  # noqa: B023
+                read = _run_orbax(lambda ocp: ocp.load(building, group, checkpointable_name=part))  # noqa: B023
             except ValueError as error:
                 raise OSError(errno.EIO, f"{part} cannot be read back") from error
             for leaf, back in zip(leaves, jax.tree.leaves(read)):
@@ -337,6 +329,14 @@ def _compare_arrays(building: Path, trees: dict[str, Any]) -> None:
                     name = next("/".join(path) for path, other in leaves_by_path(tree).items() if other is leaf)
                     raise OSError(errno.EIO, f"{part}/{name} was read back with other bits than it has in memory")
     distributed.share(topic=TOPIC)
+
+
+def _in_groups(like: Any) -> Iterator[Any]:
+    """Yields the tree for each group of its leaves, with `...` for the others, which Orbax does not read."""
+    leaves, structure = jax.tree.flatten(like)
+    groups = [total // GROUP_BYTES for total in itertools.accumulate(leaf.size * leaf.dtype.itemsize for leaf in leaves)]
+    for group in dict.fromkeys(groups):
+        yield jax.tree.unflatten(structure, [leaf if at == group else ... for leaf, at in zip(leaves, groups)])
 
 
 def is_shared(leaf: Any) -> bool:
@@ -351,18 +351,20 @@ def _bytes(leaf: Any) -> list[np.ndarray]:
 
 
 def _read_arrays(checkpoint: Path, part: str, like: Any = None) -> Any:
-    def read(ocp: ModuleType) -> tuple[Any, dict]:
-        stored = ocp.metadata(checkpoint, part).metadata if (checkpoint / part).is_dir() else {}
-        # Without the shardings that Orbax noted: those devices need not exist now.
-        bare = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
-        target = bare if like is None else like
-        wanted = _kinds(target)
-        _refuse_difference(checkpoint / part, wanted, _kinds(stored))
-        abstract = jax.tree.map(_as_abstract, target)
-        return ocp.load(checkpoint, abstract, checkpointable_name=part) if wanted else target, wanted
+    """Returns one part's arrays, read in groups: touching new memory costs more than reading, and a group's serves the next.
 
-    tree, wanted = _run_orbax(read, alone=like is None)
-    tree = jax.tree.map(lambda leaf: jax.device_put(leaf) if isinstance(leaf, np.ndarray) else leaf, tree)
+    JAX copies NumPy's arrays, for a step cannot donate what only lies in their memory.
+    """
+    own = lambda new: jax.device_put(new, may_alias=False) if isinstance(new, np.ndarray) else new
+    read = lambda work: _run_orbax(work, alone=like is None)
+    stored = read(lambda ocp: ocp.metadata(checkpoint, part).metadata) if (checkpoint / part).is_dir() else {}
+    # Without the shardings that Orbax noted: those devices need not exist now.
+    tree = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored) if like is None else like
+    wanted = _kinds(tree)
+    _refuse_difference(checkpoint / part, wanted, _kinds(stored))
+    for group in _in_groups(jax.tree.map(_as_abstract, tree)):
+        arrays = jax.tree.map(own, read(lambda ocp: ocp.load(checkpoint, group, checkpointable_name=part)))  # noqa: B023
+        tree = jax.block_until_ready(jax.tree.map(lambda leaf, new: leaf if new is ... else new, tree, arrays))
     _refuse_difference(checkpoint / part, wanted, _kinds(tree))  # without x64, JAX makes 32 bits of 64 in silence
     return tree
 

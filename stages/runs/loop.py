@@ -162,7 +162,6 @@ class Loop:
         answer = f"Finishing this {plan.noun}, then saving (once more: stop at once)."
         with signals.defer_signals(answer, self.console.print) as signal_state, self.saver:
             stopped = lambda: self.signal if distributed.process_count() > 1 else signal_state.received
-            self.saver.reserve(state.trainable, state.opt_state)
             self._evaluate_and_save(steps, state, stopped, done())  # what a signal prevented
             begin = time.perf_counter()
             while not done() and not stopped():
@@ -177,6 +176,8 @@ class Loop:
                 numbers = distributed.exchange(end - begin, own)
                 self.signal = int(max(number for _, number in numbers)) or None
                 self._count(refused, numbers[0][0])
+                if self.timer.count == 1:  # not before: touching gigabytes would hold up the first step
+                    self.saver.reserve(state.trainable, state.opt_state)
                 begin = end
                 with self._saving_before_errors(state):
                     self._report(steps, refused, done())

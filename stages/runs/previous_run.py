@@ -125,10 +125,9 @@ def restore(
 
     `make_state` makes the state before the first step, of which only the shapes are used.
     """
-    params_like = sharded_shapes(lambda: split.to_saved(make_state(split.trainable).trainable))
-    optimizer_like = sharded_shapes(lambda: make_state(split.trainable).opt_state)
+    like = sharded_shapes(lambda: (split.to_saved((state := make_state(split.trainable)).trainable), state.opt_state))
     with console.task("loading the checkpoint"):
-        loaded = checkpoint.load(previous.folder, params_like, optimizer_like)
+        loaded = checkpoint.load(previous.folder, *like)
     loop_state = LoopState.from_json(loaded.state)
     aside = checkpoint.rename_newer(previous.folder, loop_state.step) if loaded.damaged else []
     lines = [f"damaged: {line}" for line in loaded.damaged] + [f"set aside: {path}" for path in aside]

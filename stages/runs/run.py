@@ -66,6 +66,10 @@ class Stage(Protocol):
         """Prints an example of the data below the banner, if the stage has any."""
         return
 
+    def begin_compiling(self) -> None:
+        """Begins to compile what `prepare_steps` returns, where that can be done before there is a state."""
+        return
+
     def initial_state(self, trainable: Any) -> TrainState:
         """Returns the state before the first step, of `split.trainable`; can be traced."""
 
@@ -127,6 +131,7 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
         for line in describe_changes(changed_fields(previous, facts, plan.cfg)):
             console.print(f"changed, which trains nothing: {line}", style="yellow")
         return 0
+    stage.begin_compiling()
     if previous:
         state, loop_state = restore(previous, plan.cfg, stage.initial_state, stage.split, console)
         facts["changes"] = previous.record.get("changes", []) + _record_changes(

@@ -1,5 +1,7 @@
 """Trains from random weights in JAX."""
 
+import concurrent.futures
+import contextlib
 from typing import Any
 
 import jax
@@ -11,7 +13,7 @@ from engine.inference.decode import complete, prepare_params
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.score import score
 from engine.model.transformer import init_params
-from engine.sharding import group_columns
+from engine.sharding import current_mesh, group_columns, sharded_shapes
 from engine.training.optimizer import make_optimizer
 from engine.training.step import TrainState, init_state
 from stages.cli.console import Console
@@ -35,6 +37,9 @@ class JaxTrainer(Trainer):
         self.plan, self.data, self.memory = plan, data, plan.memory.total
         self.optimizer_name: str = plan.recipe.optimizer.kind
         is_tight = self.memory > memory_limit(plan.mesh)
+        optimizer, key = make_optimizer(plan.recipe.optimizer), lambda: jax.random.key(plan.seed)
+        # One object, for JAX traces it only once.
+        self.begin = jax.jit(lambda: init_state(optimizer, group_columns(plan.cfg, init_params(plan.cfg, key()))))
         self.memory_note = "  ** more than there is: smaller --batch, --accumulate or --remat **" * is_tight
 
     def check_memory(self) -> None:
@@ -53,14 +58,21 @@ class JaxTrainer(Trainer):
         return products / self.expected_mfu + UPDATE_BYTES * count_params(cfg).total / (1e9 * best.update_gbs) + DISPATCH
 
     def initial_state(self) -> TrainState:
-        plan, optimizer = self.plan, make_optimizer(self.plan.recipe.optimizer)
-        begin = lambda: init_state(optimizer, group_columns(plan.cfg, init_params(plan.cfg, jax.random.key(plan.seed))))
-        return jax.jit(begin)()
+        return self.begin()
 
-    def make_program(self, state: TrainState, batch: Any, console: Console) -> Program:
-        plan = self.plan
+    def begin_compiling(self, batch: Any) -> None:
+        """Compiles in a thread: from shapes, for hashing and reading a checkpoint leave Python to it."""
+        plan, state, mesh = self.plan, sharded_shapes(self.begin), current_mesh()
+
+        def compile_on_mesh() -> Any:
+            with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+                return compile_step(plan.cfg, plan.recipe.optimizer, plan.recipe.accumulate, state, {}, batch)
+
+        self.compiling = concurrent.futures.ThreadPoolExecutor(1).submit(compile_on_mesh)
+
+    def make_program(self, console: Console) -> Program:
         with console.task("compiling", always=True):
-            compiled = compile_step(plan.cfg, plan.recipe.optimizer, plan.recipe.accumulate, state, {}, batch)
+            compiled = self.compiling.result()
         return lambda state, batch, progress: compiled(state, {}, batch, progress)
 
     def sample(self, params: Any, max_tokens: int) -> str:

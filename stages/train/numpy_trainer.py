@@ -74,7 +74,7 @@ class NumPyTrainer(Trainer):
 
         return jax.jit(make)()
 
-    def make_program(self, state: TrainState, batch: Any, console: Console) -> Program:
+    def make_program(self, console: Console) -> Program:
         cfg, optimizer = self.plan.cfg, self.plan.recipe.optimizer
         schedule = jax.jit(make_schedule(optimizer))
         settings = adamw.AdamWConfig(

@@ -159,10 +159,12 @@ class Training(Stage):
     def initial_state(self, trainable: Any) -> TrainState:
         return self.trainer.initial_state()
 
+    def begin_compiling(self) -> None:
+        self.trainer.begin_compiling(MeshBatches(self.batches).at(0))
+
     def prepare_steps(self, state: TrainState, loop_state: LoopState) -> TrainingSteps:
         cfg, data, trainer = self.plan.cfg, self.data, self.trainer
-        batches = MeshBatches(self.batches)
-        program = trainer.make_program(state, batches.at(0), self.console)
+        batches, program = MeshBatches(self.batches), trainer.make_program(self.console)
         evaluator = quick_evaluator(cfg, data.validation, data.tokenizer, trainer.nats)
         top, advice = mesh_ceilings(self.ceilings, self.plan.mesh).peak_flops(cfg.dtype), trainer.advice
         return TrainingSteps(program, batches, evaluator, self.plan, loop_state, top, advice)

@@ -29,8 +29,12 @@ class Trainer(Protocol):
     def initial_state(self) -> TrainState:
         """Returns the state before the first step."""
 
-    def make_program(self, state: TrainState, batch: Any, console: Console) -> Program:
-        """Compiles a step for states and batches of these shapes."""
+    def begin_compiling(self, batch: Any) -> None:
+        """Begins to compile a step for batches of these shapes, beside what makes or loads the first state."""
+        return
+
+    def make_program(self, console: Console) -> Program:
+        """Returns the step, when it is compiled."""
 
     @staticmethod
     def nats(cfg: ModelConfig, params: Any, batch: Batch) -> Any:

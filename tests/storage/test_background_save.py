@@ -163,7 +163,7 @@ def test_a_write_that_went_wrong_is_noticed_and_the_old_one_stays(tmp_path, monk
 
 
 def test_large_trees_are_compared_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "COMPARED_BYTES", 8)
+    monkeypatch.setattr(checkpoint, "GROUP_BYTES", 8)
     compared = []
     monkeypatch.setattr(checkpoint, "_bytes", lambda leaf: (compared.append(leaf.nbytes), [leaf])[1])
     save(tmp_path, 1, {"a": np.arange(4, dtype=np.int8), "b": [np.arange(3.0, dtype=np.float32), np.float32(2)]}, {}, {})
