@@ -64,12 +64,12 @@ def test_ctrl_c_saves_and_says_how_to_go_on(started, text, tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_before_training_ends_promptly(started, text, tmp_path, number, code):
     # Minutes in a library that does not let Python's handlers run, as compiling does.
-    code = (
+    program = (
         "import hashlib, sys, stages.train.run as t; from stages.train import __main__ as train; "
         "t.Training.prepare_steps = lambda *_: print('busy', flush=True) or hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9); "
         "sys.exit(train.main(sys.argv[1:]))"
     )
-    process = start(started, [sys.executable, "-c", code, *tiny(text, tmp_path / "run", "--steps", 5)])
+    process = start(started, [sys.executable, "-c", program, *tiny(text, tmp_path / "run", "--steps", 5)])
     wait_for_line(process, "busy")
     begin = time.monotonic()
     process.send_signal(number)
