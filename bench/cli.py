@@ -38,7 +38,7 @@ def run_bench[Flags](
 ) -> int:  # fmt: skip
     """Parses flags, prints what `measure` returns as JSON, last on stdout; returns 0, or 2 after a UserError or OSError.
 
-    Such an error is a sentence on stderr; Ctrl-C returns 130. `args`: None for the command line's. `name` follows
+    Such an error is a sentence on stderr; Ctrl-C returns 130, a closed pipe 141. `args`: None for the command line's. `name` follows
     `python -m`.
     """
     try:
@@ -48,16 +48,19 @@ def run_bench[Flags](
         )  # fmt: skip
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
         document = measure(options)
+        print(json.dumps(document), flush=True)
+        return 0
     except SystemExit as leaving:  # tyro has printed why
         return int(leaving.code or 0)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # nobody reads on; Python would say so once more on its way out
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    print(json.dumps(document), flush=True)
-    return 0
 
 
 def parse_shape(flag: str, text: str) -> Shape:

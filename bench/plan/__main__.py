@@ -110,6 +110,11 @@ def check_flags(flags: PlanFlags) -> None:
     asked = [f"--{name}" for name in ("requests", "budget", "days", "extra", "validate", "calibrate") if getattr(flags, name)]
     if len(asked) > 1:
         raise UserError(f"{' and '.join(asked)} are different questions; ask one at a time.")
+    if flags.method != "pretrain" and asked:
+        raise UserError(f"--method belongs to --tokens; {asked[0]} asks about no one method of training.")
+    if flags.budget or flags.days:
+        if flags.model or flags.params:
+            raise UserError("--budget and --days choose the model: leave --model and --params out.")
     if flags.served and not (flags.budget or flags.days):
         raise UserError("--served belongs to --budget or --days.")
     if flags.out and (flags.validate or flags.calibrate):
@@ -137,6 +142,9 @@ def answer(flags: PlanFlags) -> Json:
     lengths = (read("prompt"), read("answer"), flags.cached)
     about_model = not (flags.budget or flags.days)
     name, cfg = read_model(flags.model or (None if about_model or flags.params else "llama-3.2-1b"), optional("params"))
+    longest = sum(lengths[:2]) + (read("extra") if flags.extra else 0)
+    if (flags.requests or flags.extra) and longest > cfg.context:
+        raise UserError(f"Prompt and answer take {longest:,.0f} tokens; {name} has a context of {cfg.context:,}.")
     context = flags.context or min(4096, cfg.context)
     make = lambda method: job(cfg, method, context, optional("step_tokens") or 0)
     m = make(flags.method)
@@ -148,12 +156,13 @@ def answer(flags: PlanFlags) -> Json:
             precision=flags.precision,
         )  # fmt: skip
     elif flags.extra:
-        tokens = {"lora:16": optional("tokens") or 1e7, "full": optional("tokens") or 1e7, "pretrain": 20.0 * m.params}
+        tuning = optional("tokens") or 1e7
+        tokens = {"lora:16": tuning, "full": tuning, "pretrain": 20.0 * m.params}
         investments = {
             method: plan_training(name, method, make(method), d, amount, flags.devices).lines["device-hours"]
             for method, amount in tokens.items()
         }
-        result = plan_break_even(name, m, d, read("extra"), lengths, flags.precision, investments)
+        result = plan_break_even(name, m, d, read("extra"), lengths, flags.precision, tuning, investments)
     else:
         result = plan_training(name, flags.method, m, d, read("tokens"), flags.devices)
     print(result)

@@ -1,6 +1,9 @@
 """An answer of the planner: intervals with where each comes from, what binds, and sentences; printed, or as JSON."""
 
+import functools
 import math
+import shutil
+import textwrap
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -43,6 +46,10 @@ class Answer(NamedTuple):
         values = {name: str(line) for name, line in self.lines.items()}
         names, width = max(map(len, values)), max(map(len, values.values()))
         rows = [f"  {name:<{names}}  {values[name]:<{width}}  {line.origin}".rstrip() for name, line in self.lines.items()]
+        columns = shutil.get_terminal_size((1000, 0)).columns
+        if max(map(len, rows)) > columns:  # each origin below its line, and nothing else is cut
+            fold = functools.partial(textwrap.fill, width=columns, initial_indent="    ", subsequent_indent="    ")
+            rows = [f"  {name:<{names}}  {values[name]}\n{fold(line.origin)}" for name, line in self.lines.items()]
         return "\n".join([self.question, *rows, *([f"what binds: {self.binding}"] if self.binding else []), *self.notes])
 
 
@@ -104,7 +111,7 @@ def amount(flag: str, text: str | None, default: float | None = None) -> float:
         value = float(digits.rstrip("".join(_SCALES)) if scale > 1 else digits) * scale
     except ValueError:
         value = math.nan
-    if not 0 < value < 1e40:
-        wrong = "is missing: give a number" if text is None else f"must be a number above 0, not {text!r}"
+    if not 0 < value < 1e18:
+        wrong = "is missing: give a number" if text is None else f"must be a number above 0 and below 1e18, not {text!r}"
         raise UserError(f"{flag} {wrong}, such as 100B, 5e9 or 1,000.")
     return value

@@ -17,12 +17,13 @@ def plan_break_even(
     extra: float,
     lengths: Sequence[float],
     precision: str,
+    tuning: float,
     investments: dict[str, Interval],
 ) -> Answer:
     """Returns the requests after which `extra` tokens before each prompt cost as much as each investment, in device-hours.
 
     The low bound is a cheap investment against a dear prompt, the high bound the other way round. Costs are in device-hours
-    where the device has no price.
+    where the device has no price. `tuning`: tokens that are tuned on.
     """
     prompt, answer, _ = lengths
     price, unit = (math.sqrt(d.low * d.high), "dollars") if d.low else (1.0, "hours")
@@ -41,6 +42,8 @@ def plan_break_even(
     note = (
         f"Put the {extra:,.0f} tokens into the prompt while fewer than {in_words(computed.low)} requests are to come, and into "
         f"the weights by {method} beyond {in_words(computed.high)}; with a prefix cache, {in_words(cached.low)} and "
-        f"{in_words(cached.high)}."
+        f"{in_words(cached.high)}. That is computing alone: examples cost too, and whether answers stay as good must be measured."
     )
-    return Answer(f"{extra:,.0f} tokens more in each prompt of {name}, or in its weights, on {d.name}", lines, "", (note,))
+    rent = f" at ${price:.3g} an hour" if d.low else ""
+    question = f"{extra:,.0f} tokens more in each prompt of {name}, or in its weights"
+    return Answer(f"{question} by tuning on {in_words(tuning)} tokens, on {d.name}{rent}", lines, "", (note,))

@@ -10,9 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from bench.plan.answer import Answer, Interval, around, interval
-from bench.plan.formulas import efficiency, optimal
+from bench.plan.formulas import SHARE, efficiency, optimal, training_memory
+from bench.plan.model import config_of_size, job
+from bench.plan.training import holders
 from engine.errors import UserError
-from engine.format import in_words, percent
+from engine.format import in_words, money, percent
 
 RULE = 20  # tokens a parameter (2203.15556, table 3)
 E, LAW = 1.8172, SimpleNamespace(a=482.01, b=2085.43, alpha=0.3478, beta=0.3658)  # 2404.10102, table 1
@@ -25,18 +27,22 @@ def plan_budget(d: Any, devices: int, dollars: float | None, days: float, served
         if not d.low:
             raise UserError(f"No price of {d.name} was found in a source: give --price DOLLARS an hour, or --days.")
         hours, spread = dollars / math.sqrt(d.low * d.high), spread + math.log(d.high / d.low) / 2
-        origin, budget = f"{origin}; ${d.low:g} to ${d.high:g} an hour", f"${dollars:,.0f}"
+        origin, budget = f"{origin}; ${d.low:g} to ${d.high:g} an hour", money(dollars)
     (low, least), (flops, params), (high, most) = (_best(hours * math.exp(sign * spread), d, devices) for sign in (-1, 0, 1))
     rule = [math.sqrt(each / 6 / RULE) for each in (low, flops, high)]
     laws = "Besiroglu 2024 to Hoffmann 2022"
     lines = {
         "device-hours": around(hours, 0, "hours", "the budget, at the middle of the price" if dollars else "the days"),
+        "wall time": around(3600 * hours / devices, 0, "seconds", "device-hours over the devices"),
         "FLOPs": Interval(low, flops, high, "FLOP", origin),
         "compute-optimal parameters": Interval(min(least, rule[0]), params, max(most, rule[2]), "parameters", laws),
         "compute-optimal tokens": Interval(low / 6 / least, flops / 6 / params, high / 6 / most, "tokens", "FLOPs / 6 N"),
         "at 20 tokens a parameter": interval(rule, "parameters", "Hoffmann 2022, methods 1 and 2"),
     }
     notes = []
+    m = job(config_of_size(min(max(params, 1e7), 1e14)), "pretrain", 4096)
+    if training_memory(m, devices, 1) > SHARE * d.memory:
+        notes.append(f"The compute-optimal model does not fit on {devices} x {d.name}; {holders(m, d)}.")
     if served:
         small, tokens, loss = over_trained(flops, served)
         lines["over-trained parameters"] = around(small, 0, "parameters", "least loss for 6 N D + 2 N S (Sardana 2024)")

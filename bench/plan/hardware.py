@@ -20,6 +20,7 @@ def find_hardware(name: str, flags: dict[str, float | None]) -> Accelerator:
 
     Raises UserError for an unknown one, for `custom` without its three numbers, and for `here` before it was measured.
     """
+    name = name.lower()
     given: dict[str, Any] = {field: value for field, value in flags.items() if value is not None}
     if name == "custom":
         if not {"bf16_tflops", "memory_gbs", "memory_gb"} <= given.keys():

@@ -9,6 +9,7 @@ from engine.counting.flops import train_flops
 from engine.counting.params import count_params, leaf_shapes
 from engine.counting.trainable_paths import all_trainable, bottom_frozen, lora_only, target_shapes
 from engine.errors import UserError, did_you_mean
+from engine.format import in_words
 from engine.model.config import PRESETS, LoraConfig, ModelConfig, preset
 
 METHODS = ("pretrain", "full", "freeze:K", "lora:R", "qlora:R", "preference", "rl")
@@ -18,7 +19,7 @@ PRETRAINING_STEP, TUNING_STEP = 2**19, 2**15  # tokens
 def read_model(model: str | None, params: float | None) -> tuple[str, ModelConfig]:
     """Returns a model's name and architecture. Raises UserError for a file that cannot be read, or a name that is unknown."""
     if params is not None:
-        return f"a Llama of {params:.3g} parameters", config_of_size(params)
+        return f"a Llama of {in_words(params)} parameters", config_of_size(params)
     if model is None:
         raise UserError("Say which model: --model NAME, config.json, FILE.gguf or a run folder; or --params 8e9.")
     if model.removesuffix("-instruct") in PRESETS:
@@ -51,7 +52,7 @@ def config_of_size(params: float) -> ModelConfig:
     kv_heads = depth // 8 if depth % 8 == 0 else depth
     width, attention = 128 * depth, 2 * 128 * depth * 128 * (depth + kv_heads)
     ff = max(width, round((params - 2 * vocab * width - depth * attention) / (3 * depth * width)))
-    return ModelConfig(vocab, width, depth, depth, ff, 8192, kv_heads, 128)
+    return ModelConfig(vocab, width, depth, depth, ff, 131_072, kv_heads, 128)
 
 
 def job(cfg: ModelConfig, method: str, context: int, step_tokens: float = 0) -> Any:

@@ -1,9 +1,12 @@
 """Published runs and rates: the CSV files of this folder, each row with its source. Only rows whose source was read are there.
 
-training_runs.csv        runs that were finished; params: those that multiply each token; devices 0: a cluster of unknown size;
-                         recompute: a second forward pass; flops_per_param, attention, lookup: how the source counts
+training_runs.csv        runs that were finished; params: those that multiply each token; layers, width (of attention): of the
+                         published configuration, but OPT's and Llama-3.1-405B's, which were not read and only agree with
+                         params; devices 0: a cluster of unknown size; recompute: a second forward pass, where a source has
+                         one; flops_per_param, attention, lookup: how the source counts
                          reported_flops, (N - lookup) and layers x width x context times those; unclean: why not to count
-training_benchmarks.csv  throughputs without saving, evaluating and failing, as shares of the peak of their precision
+training_benchmarks.csv  throughputs without saving, evaluating and failing, as shares of the peak of their precision, with causal
+                         attention
 serving_runs.csv         generated tokens a second of all devices; batch 0: as many as the engine took
 finetunes.csv            throughputs; rows of one name differ in the method alone
 """

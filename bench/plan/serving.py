@@ -11,7 +11,7 @@ import numpy as np
 
 from bench.plan.answer import Answer, around, costs, interval
 from bench.plan.efficiency import spread_of
-from bench.plan.formulas import Numbers, serving
+from bench.plan.formulas import SHARE, Numbers, serving
 from bench.plan.hardware import numbers
 from bench.plan.published import accelerators, rows
 from bench.plan.training import SLOTS
@@ -72,11 +72,13 @@ def plan_serving(
     load = lambda slots: serving(m, d, *PRECISIONS[precision], devices, slots, prompt, answer, cached)
     most, fit = load(slots), fit_serving()
     if not most["fits"]:
-        weights = m.params * PRECISIONS[precision][0] / 8
-        enough = max(devices, math.ceil(weights / 0.9 / d.memory)) + 1
+        bits, kv_bits = PRECISIONS[precision]
+        weights, cache = m.params * bits / 8, (prompt + answer) * m.layers * m.kv_width * kv_bits / 4
+        enough = math.ceil((weights + cache) / SHARE / d.memory)
         raise UserError(
-            f"A request of {prompt:g} + {answer:g} tokens does not fit: the weights take {format_bytes(weights)}, and "
-            f"{devices} x {d.name} have {format_bytes(devices * d.memory)}. Give --devices {enough}, or --precision int8."
+            f"A request of {prompt:g} + {answer:g} tokens does not fit: the weights take {format_bytes(weights)}, its cache "
+            f"{format_bytes(cache)}, and {devices} x {d.name} have {format_bytes(SHARE * devices * d.memory)} free. "
+            f"Give --devices {enough}{', or --precision int8' if bits == 16 else ''}."
         )
     rate = around(most["requests"], fit.spread, "requests", fit.origin)
     replicas = [math.ceil(requests / each) for each in (rate.high, rate.middle, rate.low)]

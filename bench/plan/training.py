@@ -5,6 +5,8 @@ from typing import Any
 
 from bench.plan.answer import Answer, Interval, around, costs, interval
 from bench.plan.formulas import SHARE, Numbers, serving, training, training_memory
+from bench.plan.hardware import HERE
+from bench.plan.published import clean_runs
 from engine.format import format_bytes, in_words
 
 MEMORY = (0.9, 1.1)  # of the formula, with and without recomputation: the bounds that hold published peaks
@@ -39,19 +41,26 @@ def plan_training(name: str, method: str, m: Any, d: Any, tokens: float, devices
         ),
         **costs(hours, d),
     }  # fmt: skip
-    again = ("activations are computed a second time, for they would not fit",) if result["recompute"] else ()
+    notes = ["activations are computed a second time, for they would not fit"] if result["recompute"] else []
+    sizes = [run.params for run in clean_runs()]
+    if d.name != HERE and not min(sizes) <= m.params <= max(sizes):
+        notes.append("no run of a model of this size was published: its share of the peak is extrapolated, and may be far off")
     question = f"{method} of {name} on {in_words(tokens)} tokens, {devices} x {d.name}"
-    return Answer(question, lines, _binding(result, m, d, devices), again)
+    return Answer(question, lines, _binding(result, m, d, devices), tuple(notes))
+
+
+def holders(m: Any, d: Any) -> str:
+    """Says how many devices d hold the training of m."""
+    counts = (2**power for power in range(20))
+    enough = next((count for count in counts if training_memory(m, count, 1) <= SHARE * d.memory), 0)
+    return f"about {enough} would hold it" if enough else f"no number of them holds a text of {m.context:,} tokens"
 
 
 def _binding(result: Numbers, m: Any, d: Any, devices: int) -> str:
     """Returns in words what limits the run: memory that is not there, or the slowest of what it does."""
     if result["needed"] > SHARE * d.memory:
-        counts = (2**power for power in range(20))
-        enough = next((count for count in counts if training_memory(m, count, 1) <= SHARE * d.memory), 0)
-        remedy = f"about {enough} would hold it" if enough else "no number of them holds one text, so give a smaller --context"
         needed = f"{format_bytes(result['needed'])} on each of {devices}, {format_bytes(SHARE * d.memory)} free"
-        return f"memory, for it does not fit: {needed}; {remedy}"
+        return f"memory, for it does not fit: {needed}; {holders(m, d)}"
     words = {
         "products": "matrix products: compute", "updates": "the optimizer's update: memory bandwidth",
         "generated": "generating the answers: memory bandwidth",
