@@ -38,8 +38,8 @@ def run_bench[Flags](
 ) -> int:  # fmt: skip
     """Parses flags, prints what `measure` returns as JSON, last on stdout; returns 0, or 2 after a UserError or OSError.
 
-    Such an error is a sentence on stderr; Ctrl-C returns 130, a closed pipe 141. `args`: None for the command line's. `name` follows
-    `python -m`.
+    Such an error is a sentence on stderr; Ctrl-C returns 130, a closed pipe 141. `args`: None for the command line's.
+    `name` follows `python -m`.
     """
     try:
         options = tyro.cli(

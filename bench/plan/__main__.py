@@ -112,9 +112,8 @@ def check_flags(flags: PlanFlags) -> None:
         raise UserError(f"{' and '.join(asked)} are different questions; ask one at a time.")
     if flags.method != "pretrain" and asked:
         raise UserError(f"--method belongs to --tokens; {asked[0]} asks about no one method of training.")
-    if flags.budget or flags.days:
-        if flags.model or flags.params:
-            raise UserError("--budget and --days choose the model: leave --model and --params out.")
+    if (flags.budget or flags.days) and (flags.model or flags.params):
+        raise UserError("--budget and --days choose the model: leave --model and --params out.")
     if flags.served and not (flags.budget or flags.days):
         raise UserError("--served belongs to --budget or --days.")
     if flags.out and (flags.validate or flags.calibrate):

@@ -42,7 +42,7 @@ def plan_break_even(
     note = (
         f"Put the {extra:,.0f} tokens into the prompt while fewer than {in_words(computed.low)} requests are to come, and into "
         f"the weights by {method} beyond {in_words(computed.high)}; with a prefix cache, {in_words(cached.low)} and "
-        f"{in_words(cached.high)}. That is computing alone: examples cost too, and whether answers stay as good must be measured."
+        f"{in_words(cached.high)}. That is computing alone: examples cost too, and how good answers are must be measured."
     )
     rent = f" at ${price:.3g} an hour" if d.low else ""
     question = f"{extra:,.0f} tokens more in each prompt of {name}, or in its weights"

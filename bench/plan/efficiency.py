@@ -53,7 +53,8 @@ def predict_efficiency(hardware: str, runs: Sequence[Any] | None = None, year: f
         below = np.array([math.log(utilisation(run) / steady.of(run)) - weights[chip(run.hardware)] for run in known])
         base, spread = weights["base"] + weights[own] + float(np.median(below)), spread_of(below - np.median(below))
         measured = count(rows("training_benchmarks"))
-        origin = f"{measured} published benchmark{'s' * (measured > 1)} on {own}, and how far below such whole runs stay on other chips"
+        benchmarks = "benchmark" if measured == 1 else "benchmarks"
+        origin = f"{measured} published {benchmarks} on {own}, and how far below such whole runs stay on other chips"
     elif own not in weights:
         spread = math.hypot(spread, max(abs(weights[chip(run.hardware)]) for run in runs))
         origin = f"{len(runs)} published runs on other chips, for none on {own} was found"

@@ -5,8 +5,8 @@ training_runs.csv        runs that were finished; params: those that multiply ea
                          params; devices 0: a cluster of unknown size; recompute: a second forward pass, where a source has
                          one; flops_per_param, attention, lookup: how the source counts
                          reported_flops, (N - lookup) and layers x width x context times those; unclean: why not to count
-training_benchmarks.csv  throughputs without saving, evaluating and failing, as shares of the peak of their precision, with causal
-                         attention
+training_benchmarks.csv  throughputs without saving, evaluating and failing, as shares of the peak of their precision, attention
+                         being causal
 serving_runs.csv         generated tokens a second of all devices; batch 0: as many as the engine took
 finetunes.csv            throughputs; rows of one name differ in the method alone
 """

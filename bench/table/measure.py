@@ -145,7 +145,9 @@ def row_document(
 ) -> dict[str, Any]:
     """Returns a row of the JSON document; operations, bytes and seconds are those of a token.
 
-    `digests`: `weight_digests` before the calls. `utilisation` is None where the ceiling could not be measured.
+    `digests`: `weight_digests` before the calls. `utilisation` is None where the ceiling could not be measured. Two
+    predictions of seconds: by operations alone, at the forward pass's speed; and by the roofline, with that share of the
+    products' own ceiling, and all bytes at the memory's.
     """
     rates: dict[str, Any] = {rate: getattr(ceilings, rate) or math.nan for rate in RATES}  # one that is 0 is not known
     ceilings = dataclasses.replace(ceilings, **rates)
@@ -172,6 +174,10 @@ def row_document(
         "time_ratio_to_forward": times.ratio,
         "time_ratio_spread": None if row is forward else times.spread,
         "predicted_seconds_per_token": relative * forward_seconds,
+        "roofline_seconds_per_token": finite(
+            relative * forward_seconds * ceilings.peak_flops(forward.dtype) / ceilings.peak_flops(row.dtype)
+            + per_token(row.traffic) / (1e9 * ceilings.read_gbs)
+        ),
         "peak_bytes": row.peak_bytes, "predicted_peak_bytes": sum(row.memory.values()), "memory": row.memory,
         "bytes_per_token": per_token(row.traffic), "utilisation": finite(used), "utilisation_of": row.utilisation_of,
         "usd_per_million_tokens": seconds * 1e6 / 3600 * price, "tokens_per_call": row.tokens, "slots": row.slots,

@@ -1,5 +1,6 @@
 """Prints the stage table: each row's operations, its cost on this machine, explanations and claims."""
 
+import statistics
 from typing import Any
 
 from bench.cli import console, print_table
@@ -11,7 +12,7 @@ def print_stages(document: dict[str, Any]) -> None:
     out, rows = console(), document["rows"]
     counted = ("", "weights", "formula", "walker", "elementwise", "XLA", "of forward")
     print_table("Counted: operations a token, by three counters", counted, map(_counted, rows), left=2)
-    measured = ("", "a token takes", "× forward", "by FLOPs", "peak", "predicted", "moved a token", "of ceiling", "$ a million")
+    measured = ("", "a token takes", "roofline", "× forward", "peak", "predicted", "moved a token", "of ceiling", "$ a million")
     title = f"Measured: the same rows on this machine, at {money(document['price_per_hour'])} an hour"
     print_table(title, measured, map(_measured, rows))
     for row in rows:
@@ -21,6 +22,10 @@ def print_stages(document: dict[str, Any]) -> None:
             out.print(f"[bold]{row['name']}[/], {off or 'no FLOPs at all'}: {row['explanation']}")
         if row["peak_explanation"]:
             out.print(f"[bold]{row['name']}[/], peak: {row['peak_explanation']}")
+    pairs = [(row["roofline_seconds_per_token"], row["seconds_per_token"]) for row in rows]
+    if errors := [abs(roofline / seconds - 1) for roofline, seconds in pairs if roofline]:
+        half = f"half of the {len(errors)} rows within {statistics.median(errors):.0%} of what was measured"
+        out.print(f"The roofline, from the forward pass's share of the ceiling and the memory's bytes, predicts {half}.")
     out.print()
     for claim in document["claims"]:
         out.print(f"[bold]{claim['claim']}[/]\n  [cyan]{claim['verdict']}[/]: {claim['value']}")
@@ -39,10 +44,12 @@ def _counted(row: dict[str, Any]) -> list[str]:
 
 
 def _measured(row: dict[str, Any]) -> list[str]:
+    roofline, seconds = row["roofline_seconds_per_token"], row["seconds_per_token"]
     ratio = times(row["time_ratio_to_forward"]) if row["time_ratio_to_forward"] is not None else "noisy"
     return [
-        row["name"], f"{si(row['seconds_per_token'], 's')} ±{row['spread'] / row['seconds_per_token']:.0%}", ratio,
-        times(row["flop_ratio_to_forward"]), si(row["peak_bytes"], "B"), si(row["predicted_peak_bytes"], "B"),
+        row["name"], f"{si(seconds, 's')} ±{row['spread'] / seconds:.0%}",
+        percent(roofline and roofline / seconds - 1, signed=True), ratio,
+        si(row["peak_bytes"], "B"), si(row["predicted_peak_bytes"], "B"),
         si(row["bytes_per_token"], "B"), f"{percent(row['utilisation'])} {row['utilisation_of']}",
         money(row["usd_per_million_tokens"]),
     ]  # fmt: skip
