@@ -26,7 +26,7 @@ from engine.storage.huggingface.config import config_to
 SMALL = ["--preset", "tiny", "--batch", "2", "--context", "64", "--quick"]
 KEYS = {
     "name", "weights", "flops_per_token", "flop_ratio_to_forward", "seconds_per_token", "time_ratio_to_forward", "peak_bytes",
-    "bytes_per_token", "utilisation", "usd_per_million_tokens",
+    "bytes_per_token", "utilisation", "usd_per_million_tokens", "roofline_seconds_per_token",
 }  # fmt: skip
 
 
