@@ -101,10 +101,8 @@ def write(value: float, unit: str) -> str:
 _SCALES = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 
 
-def amount(flag: str, text: str | None, default: float | None = None) -> float:
+def amount(flag: str, text: str | None) -> float:
     """Reads `100B`, `9T`, `5e9` or `1,000`. Raises UserError, naming the flag, for anything else or nothing above 0."""
-    if text is None and default is not None:
-        return default
     digits = (text or "").strip().replace(",", "")
     scale = _SCALES.get(digits[-1:], 1.0)
     try:
