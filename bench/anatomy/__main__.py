@@ -1,0 +1,59 @@
+"""Shows what a step holds over time: training, LoRA, half frozen, checkpointing, prefill and decode, from what XLA compiled.
+
+    python -m bench.anatomy                           a small model; the bytes that each program holds, by kind
+    python -m bench.anatomy --model RUN               the shape of a run folder, a file or smollm2-135m-instruct
+
+Nothing is allocated and nothing timed: the bytes are those of the buffers in the program's schedule, and their peak is
+checked against XLA's own figure.
+"""
+
+import dataclasses
+import sys
+from typing import Annotated
+
+import tyro
+
+from bench.cli import Json, print_table, progress, run_bench
+from engine.device import start_jax
+from engine.format import percent, si
+
+
+@dataclasses.dataclass(frozen=True)
+class AnatomyFlags:
+    preset: str = "demo"
+    """The architecture."""
+    model: Annotated[str | None, tyro.conf.arg(help_behavior_hint="(default: the preset)")] = None
+    """A run folder, a step folder in it, a Hugging Face folder, a .gguf file or smollm2-135m-instruct."""
+
+
+def measure_anatomy(flags: AnatomyFlags) -> Json:
+    """Prints the summary and returns the document."""
+    start_jax()
+    from bench.anatomy.memory import KINDS, memory_over_time, thin
+    from bench.anatomy.programs import compile_drawn
+    from bench.models import load
+    from engine.model.config import preset
+
+    cfg = load(flags.model).cfg if flags.model else preset(flags.preset)
+    name = flags.model or flags.preset
+    rows, cells = [], []
+    progress(f"compiling the steps of {name}")
+    for program, work, compiled in compile_drawn(cfg):
+        progress(f"compiled: {program}", replace=True)
+        memory = memory_over_time(compiled)
+        alive, positions = memory.alive, thin(memory, 240)
+        top = alive.index(max(alive))
+        rows.append({
+            "program": program, "work": work, "positions": len(alive), "backward": memory.backward, "update": memory.update,
+            "start_bytes": alive[0], "peak_bytes": alive[top], "allocated_bytes": memory.allocated, "xla_bytes": memory.xla,
+            "error": memory.error, "peak": {kind: memory.bytes[kind][top] for kind in KINDS}, "drawn_positions": positions,
+            "bytes": {kind: [memory.bytes[kind][place] for place in positions] for kind in KINDS},
+        })  # fmt: skip
+        by_kind = [si(memory.bytes[kind][top], "B") if memory.bytes[kind][top] else "–" for kind in KINDS]
+        cells.append([program, si(alive[0], "B"), si(alive[top], "B"), *by_kind, percent(memory.error, signed=True)])
+    print_table(f"What a step of {name} holds", ("program", "before", "peak", *KINDS, "off XLA's"), cells)
+    return {"model": name, "config": cfg.to_json(), "rows": rows}
+
+
+if __name__ == "__main__":
+    sys.exit(run_bench("bench.anatomy", __doc__, AnatomyFlags, measure_anatomy))
