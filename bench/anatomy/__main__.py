@@ -1,6 +1,7 @@
 """Shows what a step holds over time: training, LoRA, half frozen, checkpointing, prefill and decode, from what XLA compiled.
 
     python -m bench.anatomy                           a small model; the bytes that each program holds, by kind
+    python -m bench.anatomy --preset tiny --out DIR   also writes DIR/anatomy.html, the same as pictures
     python -m bench.anatomy --model RUN               the shape of a run folder, a file or smollm2-135m-instruct
 
 Nothing is allocated and nothing timed: the bytes are those of the buffers in the program's schedule, and their peak is
@@ -9,12 +10,15 @@ checked against XLA's own figure.
 
 import dataclasses
 import sys
+import tempfile
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from bench.cli import Json, print_table, progress, run_bench
 from engine.device import start_jax
+from engine.errors import UserError
 from engine.format import percent, si
 
 
@@ -24,12 +28,21 @@ class AnatomyFlags:
     """The architecture."""
     model: Annotated[str | None, tyro.conf.arg(help_behavior_hint="(default: the preset)")] = None
     """A run folder, a step folder in it, a Hugging Face folder, a .gguf file or smollm2-135m-instruct."""
+    out: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: no page)")] = None
+    """A folder for anatomy.html."""
 
 
 def measure_anatomy(flags: AnatomyFlags) -> Json:
-    """Prints the summary and returns the document."""
+    """Prints the summary, writes the page and returns the document."""
+    if flags.out is not None:
+        try:
+            flags.out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=flags.out).close()
+        except OSError as error:
+            raise UserError(f"--out {flags.out} cannot be written: {error.strerror}. Choose another folder.") from None
     start_jax()
     from bench.anatomy.memory import KINDS, memory_over_time, thin
+    from bench.anatomy.page import write_page
     from bench.anatomy.programs import compile_drawn
     from bench.models import load
     from engine.model.config import preset
@@ -52,7 +65,10 @@ def measure_anatomy(flags: AnatomyFlags) -> Json:
         by_kind = [si(memory.bytes[kind][top], "B") if memory.bytes[kind][top] else "–" for kind in KINDS]
         cells.append([program, si(alive[0], "B"), si(alive[top], "B"), *by_kind, percent(memory.error, signed=True)])
     print_table(f"What a step of {name} holds", ("program", "before", "peak", *KINDS, "off XLA's"), cells)
-    return {"model": name, "config": cfg.to_json(), "rows": rows}
+    document = {"model": name, "config": cfg.to_json(), "rows": rows}
+    if flags.out:
+        print(f"the page: {write_page(flags.out, document)}", file=sys.stderr)
+    return document
 
 
 if __name__ == "__main__":

@@ -1,18 +1,25 @@
 """The anatomy of a step: the buffers found in a scheduled program, and their kinds."""
 
+import functools
 import itertools
+import json
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from bench.anatomy.__main__ import AnatomyFlags, measure_anatomy
+from bench.anatomy.drawing import stacked_areas
 from bench.anatomy.hlo import array_bytes, read_program
 from bench.anatomy.liveness import find_buffers, heap_bytes
 from bench.anatomy.memory import KINDS, memory_over_time, thin
 from bench.anatomy.programs import drawn_programs
+from bench.cli import run_bench
 from engine.model.config import PRESETS, ModelConfig
 
 TOLERANCE = 0.05
+main = functools.partial(run_bench, "bench.anatomy", None, AnatomyFlags, measure_anatomy)
 
 
 def drawn(cfg: ModelConfig, name: str):
@@ -95,3 +102,27 @@ def test_a_program_without_an_order_is_refused():
     with pytest.raises(ValueError, match="not scheduled"):
         read_program("HloModule m\nENTRY %e () -> f32[] {\n}")
     assert [array_bytes(shape) for shape in ("bf16[4,3]{1,0}", "pred[]", "token[]")] == [24, 1, 0]
+
+
+def test_the_page_draws_each_program_to_scale(tmp_path, capsys):
+    assert main(["--preset", "tiny", "--out", str(tmp_path)]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    page = (tmp_path / "anatomy.html").read_text()
+    assert page.count("<svg") == len(document["rows"]) == 6
+    assert "None" not in page
+    assert "http" not in page
+    top = max(row["peak_bytes"] for row in document["rows"])
+    for row in document["rows"]:
+        phases = [("forward", 0)]
+        picture = stacked_areas(row["bytes"], row["drawn_positions"], row["positions"], top, phases)
+        heights = [float(y) for area in picture["areas"] for y in re.findall(r" ([\d.]+)", area["path"])]
+        assert (picture["lower"] - min(heights)) / (picture["lower"] - picture["upper"]) == pytest.approx(
+            row["peak_bytes"] / top, abs=0.001
+        )
+
+
+def test_bad_input_is_a_sentence(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for flags, words in ((["--preset", "nan"], "Did you mean"), (["--out", str(tmp_path / "file")], "cannot be written")):
+        assert main(flags) == 2
+        assert words in capsys.readouterr().err
